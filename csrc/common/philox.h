@@ -1,0 +1,36 @@
+// Philox4x32-10 (Salmon et al., SC'11): four random 32-bit words as a pure function of (counter, key).
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define ILLADA_HOST_DEVICE __host__ __device__
+#else
+#define ILLADA_HOST_DEVICE
+#endif
+
+namespace illada {
+
+constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u;  // round multipliers
+constexpr uint32_t kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;  // key increments
+
+// Streams of the token sampler (counter word 3); the forward process in Python uses tags below 16.
+constexpr uint32_t kSampleStream = 16;         // upper 32 bits of the uniforms
+constexpr uint32_t kSampleStreamLowBits = 17;  // lower 32 bits, drawn only for tokens that can still win
+constexpr uint32_t kSampleStreamRandom = 18;   // Measure::kRandom
+
+struct PhiloxWords {
+  uint32_t word[4];
+};
+
+ILLADA_HOST_DEVICE inline PhiloxWords philox4x32(PhiloxWords c, uint32_t key0, uint32_t key1) {
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t p0 = uint64_t(kPhiloxM0) * c.word[0], p1 = uint64_t(kPhiloxM1) * c.word[2];
+    c = {{uint32_t(p1 >> 32) ^ c.word[1] ^ key0, uint32_t(p1), uint32_t(p0 >> 32) ^ c.word[3] ^ key1, uint32_t(p0)}};
+    key0 += kPhiloxW0;
+    key1 += kPhiloxW1;
+  }
+  return c;
+}
+
+}  // namespace illada

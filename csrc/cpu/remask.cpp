@@ -1,0 +1,155 @@
+#include "illada/remask.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "common/philox.h"
+#include "cpu/parallel.h"
+#include "cpu/row_kernels.h"
+#include "illada/error.h"
+
+namespace illada::remask {
+namespace {
+
+void validate(const SampleTokensParams& p) {
+  constexpr const char* kOp = "sample_tokens";
+  ILLADA_CHECK(p.dtype == DType::kFloat32 || p.dtype == DType::kBFloat16, kOp,
+               "logits on a CPU must be float32 or bfloat16, got ", name(p.dtype));
+  ILLADA_CHECK(p.num_rows >= 0, kOp, "num_rows must not be negative, got ", p.num_rows);
+  ILLADA_CHECK(p.vocab_size > 0 && p.vocab_size <= std::numeric_limits<int32_t>::max(), kOp,
+               "vocab_size must be in [1, 2^31), got ", p.vocab_size);
+  ILLADA_CHECK(p.logits_row_stride >= p.vocab_size || p.num_rows <= 1, kOp, "logits row stride ", p.logits_row_stride,
+               " is less than vocab_size ", p.vocab_size);
+  ILLADA_CHECK(p.num_rows == 0 || (p.logits && p.token && p.confidence && p.logprob), kOp,
+               "logits, token, confidence and logprob must not be null");
+  ILLADA_CHECK(p.bias_count == 0 || (p.bias_ids && p.bias_values), kOp, "logit_bias ids and values must not be null");
+  for (int64_t n = 0; n < p.num_rows; ++n) {
+    const float temperature = p.temperatures ? p.temperatures[n] : p.temperature;
+    ILLADA_CHECK(temperature >= 0 && std::isfinite(temperature), kOp, "temperature must be finite and >= 0, got ",
+                 temperature, " in row ", n);
+    const int64_t row_id = p.row_ids ? p.row_ids[n] : n;
+    ILLADA_CHECK(row_id >= 0 && row_id < (int64_t(1) << 32), kOp, "row_ids must be in [0, 2^32), got ", row_id,
+                 " in row ", n);
+    for (int64_t b = 0; b < p.bias_count; ++b) {
+      const int32_t id = p.bias_ids[n * p.bias_row_stride + b];
+      ILLADA_CHECK(id >= -1 && id < p.vocab_size, kOp, "logit_bias id ", id, " in row ", n, " is outside of [-1, ",
+                   p.vocab_size, ")");
+    }
+  }
+}
+
+void validate(const RemaskParams& p) {
+  constexpr const char* kOp = "remask";
+  ILLADA_CHECK(p.num_rows >= 0 && p.num_sequences >= 0, kOp, "negative size: ", p.num_rows, " rows, ", p.num_sequences,
+               " sequences");
+  ILLADA_CHECK(p.cu_rows != nullptr, kOp, "cu_rows must not be null");
+  ILLADA_CHECK(p.num_sequences == 0 || p.committed, kOp, "committed must not be null");
+  ILLADA_CHECK(p.num_rows == 0 || (p.tokens && p.rows && p.token && p.confidence), kOp,
+               "tokens, rows and the sample must not be null");
+  ILLADA_CHECK(p.rule != Rule::kEntropyBound || p.entropy || p.num_rows == 0, kOp,
+               "entropy_bound needs a sample with entropies");
+  ILLADA_CHECK(p.min_commit >= 0, kOp, "min_commit must not be negative, got ", p.min_commit);
+  ILLADA_CHECK(p.cu_rows[0] == 0 && p.cu_rows[p.num_sequences] == p.num_rows, kOp, "cu_rows must run from 0 to ",
+               p.num_rows, ", got ", p.cu_rows[0], " to ", p.cu_rows[p.num_sequences]);
+  for (int64_t s = 0; s < p.num_sequences; ++s)
+    ILLADA_CHECK(p.cu_rows[s] <= p.cu_rows[s + 1], kOp, "cu_rows must ascend, got ", p.cu_rows[s], " before ",
+                 p.cu_rows[s + 1], " at index ", s);
+  for (int64_t n = 0; n < p.num_rows; ++n)
+    ILLADA_CHECK(p.rows[n] >= 0 && p.rows[n] < p.num_tokens, kOp, "rows[", n, "] is ", p.rows[n], ", outside of [0, ",
+                 p.num_tokens, ")");
+}
+
+// How many of the ranked candidates a prefix rule takes.
+int64_t count_by_rule(const RemaskParams& p, float limit, const std::vector<int64_t>& ranked) {
+  const int64_t candidates = int64_t(ranked.size());
+  int64_t count = 0;
+  double entropies = 0;
+  switch (p.rule) {
+    case Rule::kQuota:
+      return std::clamp(int64_t(limit), int64_t(0), candidates);
+    case Rule::kThreshold:
+      while (count < candidates && p.confidence[ranked[count]] >= limit) ++count;
+      break;
+    case Rule::kFactor:
+      // Rank r = count + 1.
+      while (count < candidates && p.confidence[ranked[count]] > 1.0 - double(limit) / double(count + 2)) ++count;
+      break;
+    case Rule::kEntropyBound:
+      // Ascending, so the largest of a prefix is its last: the sum without it is the sum before it.
+      while (count < candidates && entropies <= limit) entropies += p.entropy[ranked[count++]];
+      break;
+  }
+  return std::min(std::max(count, p.min_commit), candidates);
+}
+
+template <typename Token>
+void remask_sequence(const RemaskParams& p, Token* tokens, int64_t s) {
+  std::vector<int64_t> ranked;
+  for (int64_t n = p.cu_rows[s]; n < p.cu_rows[s + 1]; ++n)
+    if (tokens[p.rows[n]] == p.mask_id && p.confidence[n] > -std::numeric_limits<float>::infinity()) ranked.push_back(n);
+  if (p.rule == Rule::kEntropyBound) {
+    std::sort(ranked.begin(), ranked.end(), [&](int64_t a, int64_t b) {
+      return p.entropy[a] != p.entropy[b] ? p.entropy[a] < p.entropy[b] : a < b;
+    });
+  } else {
+    std::sort(ranked.begin(), ranked.end(), [&](int64_t a, int64_t b) {
+      return p.confidence[a] != p.confidence[b] ? p.confidence[a] > p.confidence[b] : a < b;
+    });
+  }
+  const int64_t count = count_by_rule(p, p.limits ? p.limits[s] : p.limit, ranked);
+  for (int64_t r = 0; r < count; ++r) tokens[p.rows[ranked[r]]] = Token(p.token[ranked[r]]);
+  p.committed[s] = int32_t(count);
+}
+
+}  // namespace
+
+void sample_tokens_cpu(const SampleTokensParams& p) {
+  validate(p);
+  const cpu::RowKernels& kernels = cpu::row_kernels();
+  const bool bf16 = p.dtype == DType::kBFloat16;
+  const auto sample = bf16 ? kernels.sample_bf16 : kernels.sample_f32;
+  const int64_t row_bytes = p.logits_row_stride * (bf16 ? 2 : 4);
+  cpu::parallel_for(p.num_rows, p.num_threads, [&](int64_t n) {
+    cpu::SampleRow row{};
+    row.logits = static_cast<const char*>(p.logits) + n * row_bytes;
+    row.vocab_size = p.vocab_size;
+    row.temperature = p.temperatures ? p.temperatures[n] : p.temperature;
+    row.seed = uint64_t(p.seeds ? p.seeds[n] : p.seed);
+    row.row_id = uint32_t(p.row_ids ? p.row_ids[n] : n);
+    row.step = uint32_t(p.steps ? p.steps[n] : p.step);
+    row.bias_ids = p.bias_ids + n * p.bias_row_stride;
+    row.bias_values = p.bias_values + n * p.bias_row_stride;
+    row.bias_count = p.bias_count;
+    row.want_entropy = p.entropy || p.measure == Measure::kEntropy;
+    row.want_margin = p.margin || p.measure == Measure::kMargin;
+    const cpu::SampleRowResult found = sample(row);
+
+    p.token[n] = found.token;
+    p.logprob[n] = found.logprob;
+    if (p.entropy) p.entropy[n] = found.entropy;
+    if (p.margin) p.margin[n] = found.margin;
+    float confidence = std::exp(found.logprob);
+    if (p.measure == Measure::kMargin) confidence = found.margin;
+    if (p.measure == Measure::kEntropy) confidence = -found.entropy;
+    if (p.measure == Measure::kRandom) {
+      const PhiloxWords counter{{0, row.row_id, row.step, kSampleStreamRandom}};
+      confidence = float(philox4x32(counter, uint32_t(row.seed), uint32_t(row.seed >> 32)).word[0] >> 8) * 0x1p-24f;
+    }
+    p.confidence[n] = found.valid ? confidence : -std::numeric_limits<float>::infinity();
+  });
+}
+
+void remask_cpu(const RemaskParams& p) {
+  validate(p);
+  for (int64_t s = 0; s < p.num_sequences; ++s) {
+    if (p.tokens_are_int64) {
+      remask_sequence(p, static_cast<int64_t*>(p.tokens), s);
+    } else {
+      remask_sequence(p, static_cast<int32_t*>(p.tokens), s);
+    }
+  }
+}
+
+}  // namespace illada::remask

@@ -1,0 +1,33 @@
+// The one exception of the C++ API. Nothing in illada prints, asserts or exits for a caller's mistake.
+#pragma once
+
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+namespace illada {
+
+// A call that cannot be carried out: which op, which argument, what was got, what is allowed.
+class Error : public std::invalid_argument {
+ public:
+  using std::invalid_argument::invalid_argument;
+};
+
+namespace detail {
+template <typename... Parts>
+[[noreturn]] void fail(const char* op, Parts&&... parts) {
+  std::ostringstream message;
+  message << op << ": ";
+  (message << ... << std::forward<Parts>(parts));
+  throw Error(message.str());
+}
+}  // namespace detail
+
+}  // namespace illada
+
+// ILLADA_CHECK(n >= 0, "remask", "num_rows must not be negative, got ", n);
+#define ILLADA_CHECK(condition, op, ...)                                  \
+  do {                                                                    \
+    if (!(condition)) ::illada::detail::fail(op, __VA_ARGS__);            \
+  } while (0)

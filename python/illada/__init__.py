@@ -1,0 +1,36 @@
+"""illada: kernels, trainer and sampler for masked diffusion language models.
+
+Importing it needs neither a GPU nor CUDA nor the compiled module; using an op does need the last.
+"""
+
+from illada._native import build_info, package_version
+from illada.ops import (
+    AttentionPlan,
+    TokenSample,
+    attention_plan,
+    linear_masked_cross_entropy,
+    linear_sample_tokens,
+    masked_cross_entropy,
+    remask,
+    sample_tokens,
+    varlen_attention,
+)
+from illada.packing import pack, unpack
+
+__version__ = package_version()
+
+__all__ = [
+    "AttentionPlan",
+    "TokenSample",
+    "__version__",
+    "attention_plan",
+    "build_info",
+    "linear_masked_cross_entropy",
+    "linear_sample_tokens",
+    "masked_cross_entropy",
+    "pack",
+    "remask",
+    "sample_tokens",
+    "unpack",
+    "varlen_attention",
+]

@@ -1,0 +1,50 @@
+"""Loads the compiled module `illada._C`, once, when an op first needs it; says how to build it when it is missing."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+from types import ModuleType
+
+
+@functools.cache
+def native() -> ModuleType:
+    """The compiled module. ImportError: not built, or built from another version of this package."""
+    try:
+        module = importlib.import_module("illada._C")
+    except ImportError as error:
+        raise ImportError(
+            f"illada: the native module illada._C could not be loaded ({error}).\n"
+            "Build it with `pip install .` in a checkout (needs a C++17 compiler; CUDA is optional)."
+        ) from error
+    version = package_version()
+    if module.__version__ != version:
+        raise ImportError(
+            f"illada: the native module was built from version {module.__version__}, the Python package is "
+            f"{version}; run `pip install .` again."
+        )
+    return module
+
+
+def package_version() -> str:
+    """The version of the installed distribution, or the native module's where it runs from a plain checkout."""
+    try:
+        return importlib.metadata.version("illada")
+    except importlib.metadata.PackageNotFoundError:
+        try:
+            return importlib.import_module("illada._C").__version__
+        except ImportError:
+            return "0+unknown"
+
+
+def build_info() -> dict[str, object]:
+    """What was built and what it chose: version, compiler, openmp, cpu_isa, cuda_version, cuda_archs."""
+    return native().build_info()
+
+
+def require_cuda_build(op: str) -> None:
+    """NotImplementedError for an op called with CUDA tensors on a build that has no CUDA kernels."""
+    info = build_info()
+    built = info["cuda_archs"] or "none (this build has no CUDA kernels)"
+    raise NotImplementedError(f"{op}: no CUDA kernel for this call; built CUDA archs: {built}; supported here: CPU tensors")

@@ -1,0 +1,22 @@
+"""The three op families as registered torch ops (namespace `illada`), with their public functions.
+
+`illada.ops.reference` specifies each of them in plain torch; `illada.ops.raw` calls the kernels without a dispatcher.
+"""
+
+from illada.ops.attention import attention_plan, varlen_attention
+from illada.ops.loss import linear_masked_cross_entropy, masked_cross_entropy
+from illada.ops.remask import linear_sample_tokens, remask, sample_tokens
+from illada.ops.types import AttentionPlan, LogitBias, TokenSample
+
+__all__ = [
+    "AttentionPlan",
+    "LogitBias",
+    "TokenSample",
+    "attention_plan",
+    "linear_masked_cross_entropy",
+    "linear_sample_tokens",
+    "masked_cross_entropy",
+    "remask",
+    "sample_tokens",
+    "varlen_attention",
+]

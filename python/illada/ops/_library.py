@@ -1,0 +1,97 @@
+"""What every op file needs: the torch library, argument checks, and the raising formula for second derivatives."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+#: Kept for the life of the process: a collected Library takes its ops with it.
+LIBRARY = torch.library.Library("illada", "DEF")
+
+#: Kernels take the strides they are given; Inductor must not hand over permuted ones.
+TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
+
+
+def debug_checks() -> bool:
+    """Are checks wanted that read device data, and so synchronise (ILLADA_DEBUG=1)?"""
+    return os.environ.get("ILLADA_DEBUG", "") not in ("", "0")
+
+
+def may_read(tensor: Tensor) -> bool:
+    """May the values of `tensor` be looked at without a device sync, or at the price of one under ILLADA_DEBUG=1?"""
+    if torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter):
+        return False
+    return tensor.device.type == "cpu" or (tensor.device.type != "meta" and debug_checks())
+
+
+def check_shape(op: str, name: str, tensor: Tensor, shape: tuple[int | str, ...]) -> None:
+    """ValueError unless `tensor` has `shape`; a letter stands for any size."""
+    sizes = tuple(tensor.shape)
+    if len(sizes) != len(shape) or any(
+        not isinstance(want, str) and got != want for got, want in zip(sizes, shape, strict=True)
+    ):
+        wanted = ", ".join(str(size) for size in shape)
+        raise ValueError(f"{op}: {name} must have shape [{wanted}], got {list(sizes)}")
+
+
+def check_dtype(op: str, name: str, tensor: Tensor, dtypes: Iterable[torch.dtype]) -> None:
+    """TypeError unless the dtype of `tensor` is one of `dtypes`."""
+    allowed = tuple(dtypes)
+    if tensor.dtype not in allowed:
+        names = ", ".join(str(d).removeprefix("torch.") for d in allowed)
+        raise TypeError(f"{op}: {name} must be {names}, got {str(tensor.dtype).removeprefix('torch.')}")
+
+
+def check_same_device(op: str, first: tuple[str, Tensor], *others: tuple[str, Tensor | None]) -> None:
+    """ValueError unless all tensors are on the device of the first."""
+    for name, tensor in others:
+        if tensor is not None and tensor.device != first[1].device:
+            raise ValueError(
+                f"{op}: {name} is on {tensor.device}, but {first[0]} is on {first[1].device}; they must agree"
+            )
+
+
+def check_last_contiguous(op: str, name: str, tensor: Tensor) -> None:
+    """ValueError unless the last dimension has stride 1; all other strides are free."""
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise ValueError(
+            f"{op}: the last dimension of {name} must be contiguous, got strides {tensor.stride()}; "
+            f"pass {name}.contiguous()"
+        )
+
+
+def check_cumulative(op: str, name: str, cumulative: Tensor, total: int | None) -> None:
+    """ValueError unless `cumulative` starts at 0, ascends, and ends at `total` (where the values may be read)."""
+    if not may_read(cumulative):
+        return
+    values = cumulative.tolist()
+    if values[0] != 0:
+        raise ValueError(f"{op}: {name} must start at 0, got {values[0]}")
+    for i, (a, b) in enumerate(zip(values[:-1], values[1:], strict=True)):
+        if b < a:
+            raise ValueError(f"{op}: {name} must ascend, got {a} before {b} at index {i}")
+    if total is not None and values[-1] != total:
+        raise ValueError(f"{op}: {name} must end at {total}, got {values[-1]}")
+
+
+def raise_on_double_backward(op: str) -> None:
+    """Give a backward op a derivative that raises; without one, torch would warn and leave the gradient out."""
+
+    def backward(ctx, *grads):
+        raise RuntimeError(f"illada::{op} has no second derivative; compute it once, without create_graph=True")
+
+    torch.library.register_autograd(f"illada::{op}", backward, lib=LIBRARY)
+
+
+def implement(op: str, cpu: Callable, fake: Callable) -> None:
+    """Register the CPU kernel and the fake (shape) kernel of a defined op."""
+    LIBRARY.impl(op, cpu, "CPU")
+    torch.library.register_fake(f"illada::{op}", fake, lib=LIBRARY)
+
+
+def address(tensor: Tensor | None) -> int:
+    """The address of the first element, 0 for None or an empty tensor."""
+    return 0 if tensor is None else tensor.data_ptr()

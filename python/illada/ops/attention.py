@@ -1,0 +1,312 @@
+"""Packed, bidirectional, grouped-query attention over sequences of any lengths.
+
+    out[i, h] = sum_j softmax_j(softmax_scale * q[i, h] . k[j, g]) v[j, g],   g = h // (H / G),
+
+with j over all keys of token i's own sequence: no causal mask, no dropout, no padding, no `max_seqlen`.
+`AttentionPlan` holds what depends on the lengths alone; a model makes it once a batch for all layers.
+
+| device | dtypes                     | head dim | kernel                                             |
+|--------|----------------------------|----------|----------------------------------------------------|
+| CPU    | float32, bfloat16, float16 | any      | torch's CPU flash attention, one call per sequence |
+
+Queries of a sequence do not see each other, so the H / G query heads of a key-value head are laid side by side as
+more queries of it: keys and values are never repeated, and their gradients come out already summed over the group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from illada._native import require_cuda_build
+from illada.ops import _library as lib
+from illada.ops.types import AttentionPlan
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+lib.LIBRARY.define(
+    "attention_plan(Tensor cu_seqlens, Tensor? cu_seqlens_k, Tensor? seqused_k, int total_q) -> Tensor", tags=lib.TAGS
+)
+lib.LIBRARY.define(
+    "varlen_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor plan, float softmax_scale, bool deterministic) "
+    "-> (Tensor, Tensor)",
+    tags=lib.TAGS,
+)
+lib.LIBRARY.define(
+    "varlen_attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    "Tensor plan, float softmax_scale, bool deterministic) -> (Tensor, Tensor, Tensor)",
+    tags=lib.TAGS,
+)
+
+
+# ---------------------------------------------------------------------------------------------------- kernels (CPU)
+
+
+def _plan_cpu(
+    cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, seqused_k: Tensor | None, total_q: int
+) -> Tensor:
+    lib.check_cumulative("attention_plan", "cu_seqlens", cu_seqlens, total_q)
+    starts_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
+    if cu_seqlens_k is not None:
+        lib.check_cumulative("attention_plan", "cu_seqlens_k", cu_seqlens_k, None)
+    ends_k = starts_k[1:]
+    if seqused_k is not None:
+        room = starts_k[1:] - starts_k[:-1]
+        if bool(((seqused_k < 0) | (seqused_k > room)).any()):
+            raise ValueError(
+                f"attention_plan: seqused_k must be within the key slots {room.tolist()}, got {seqused_k.tolist()}"
+            )
+        ends_k = starts_k[:-1] + seqused_k
+    work = torch.stack([cu_seqlens[:-1], cu_seqlens[1:], starts_k[:-1], ends_k], dim=1)
+    pairs = (work[:, 1] - work[:, 0]).long() * (work[:, 3] - work[:, 2])
+    return work[pairs.argsort(descending=True, stable=True)]
+
+
+def _by_group(x: Tensor, groups: int) -> Tensor:
+    """[L, H, D] -> [1, G, L * (H / G), D]: the query heads of a group become queries. A view where H == G."""
+    length, heads, dim = x.shape
+    return x.unflatten(1, (groups, heads // groups)).transpose(0, 1).reshape(1, groups, -1, dim)
+
+
+def _from_group(x: Tensor, length: int) -> Tensor:
+    """The inverse of `_by_group`, as a view [L, G, H / G, D]."""
+    return x[0].unflatten(1, (length, -1)).transpose(0, 1)
+
+
+def _sequences(plan: Tensor) -> Iterator[tuple[slice, slice]]:
+    """(query rows, key rows) of each sequence that has both."""
+    for q_start, q_end, k_start, k_end in plan.tolist():
+        if q_end > q_start and k_end > k_start:
+            yield slice(q_start, q_end), slice(k_start, k_end)
+
+
+def _fwd_cpu(
+    q: Tensor, k: Tensor, v: Tensor, plan: Tensor, softmax_scale: float, deterministic: bool
+) -> tuple[Tensor, Tensor]:
+    total, heads, _ = q.shape
+    groups = k.shape[1]
+    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_full((heads, total), -torch.inf, dtype=torch.float32)
+    for rows, keys in _sequences(plan):
+        out_s, lse_s = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            _by_group(q[rows], groups), _by_group(k[keys], groups), _by_group(v[keys], groups), scale=softmax_scale
+        )
+        length = rows.stop - rows.start
+        out[rows].unflatten(1, (groups, -1)).copy_(_from_group(out_s, length))
+        lse[:, rows].unflatten(0, (groups, -1)).copy_(lse_s[0].unflatten(1, (length, -1)).transpose(1, 2))
+    return out, lse
+
+
+def _bwd_cpu(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    plan: Tensor,
+    softmax_scale: float,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    groups, dim = k.shape[1], q.shape[2]
+    dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    for rows, keys in _sequences(plan):
+        length = rows.stop - rows.start
+        lse_s = lse[:, rows].unflatten(0, (groups, -1)).transpose(1, 2).reshape(1, groups, -1)
+        dout_s, q_s, out_s = (_by_group(x[rows], groups) for x in (dout, q, out))
+        k_s, v_s = (_by_group(x[keys], groups) for x in (k, v))
+        if dlse is not None:
+            # dS = P * (dout v^T + dlse - rowsum(dout * out)): one more column, holding dlse against values of 1 and
+            # an output of 0, adds dlse to the first term and nothing to the last.
+            dlse_s = dlse[:, rows].unflatten(0, (groups, -1)).transpose(1, 2).reshape(1, groups, -1, 1)
+            dout_s = torch.cat([dout_s, dlse_s.to(dout_s.dtype)], dim=-1)
+            q_s, k_s, out_s = (torch.nn.functional.pad(x, (0, 1)) for x in (q_s, k_s, out_s))
+            v_s = torch.nn.functional.pad(v_s, (0, 1), value=1.0)
+        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            dout_s, q_s, k_s, v_s, out_s, lse_s, 0.0, False, scale=softmax_scale
+        )
+        dq_s, dk_s, dv_s = (grad[..., :dim] for grad in grads)
+        dq[rows].unflatten(1, (groups, -1)).copy_(_from_group(dq_s, length))
+        dk[keys].copy_(dk_s[0].transpose(0, 1))
+        dv[keys].copy_(dv_s[0].transpose(0, 1))
+    return dq, dk, dv
+
+
+# --------------------------------------------------------------------------------------- fakes, autograd, FLOP counts
+
+
+def _plan_fake(cu_seqlens, cu_seqlens_k, seqused_k, total_q):
+    return cu_seqlens.new_empty(cu_seqlens.shape[0] - 1, 4)
+
+
+def _fwd_fake(q, k, v, plan, softmax_scale, deterministic):
+    return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+
+
+def _bwd_fake(dout, dlse, q, k, v, out, lse, plan, softmax_scale, deterministic):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, plan, ctx.softmax_scale, ctx.deterministic = inputs
+    ctx.save_for_backward(q, k, v, *output, plan)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dout, dlse):
+    if dout is None and dlse is None:
+        return None, None, None, None, None, None
+    q, k, v, out, lse, plan = ctx.saved_tensors
+    dout = torch.zeros_like(out) if dout is None else dout
+    grads = torch.ops.illada.varlen_attention_bwd(
+        dout, dlse, q, k, v, out, lse, plan, ctx.softmax_scale, ctx.deterministic
+    )
+    return *grads, None, None, None
+
+
+lib.implement("attention_plan", _plan_cpu, _plan_fake)
+lib.implement("varlen_attention_fwd", _fwd_cpu, _fwd_fake)
+lib.implement("varlen_attention_bwd", _bwd_cpu, _bwd_fake)
+torch.library.register_autograd(
+    "illada::varlen_attention_fwd", _backward, setup_context=_setup_context, lib=lib.LIBRARY
+)
+lib.raise_on_double_backward("varlen_attention_bwd")
+
+
+def _pairs(q: Tensor, k: Tensor, plan: Tensor) -> int:
+    """Query-key pairs of the pack: exact where the plan can be read, else as if all sequences were equally long."""
+    if lib.may_read(plan):
+        return sum((q_end - q_start) * (k_end - k_start) for q_start, q_end, k_start, k_end in plan.tolist())
+    return q.shape[0] * k.shape[0] // max(1, plan.shape[0])
+
+
+@register_flop_formula(torch.ops.illada.varlen_attention_fwd, get_raw=True)
+def _fwd_flops(q, k, v, plan, softmax_scale, *args, out_val=None, **kwargs) -> int:
+    return 4 * q.shape[1] * q.shape[2] * _pairs(q, k, plan)  # two GEMMs
+
+
+@register_flop_formula(torch.ops.illada.varlen_attention_bwd, get_raw=True)
+def _bwd_flops(dout, dlse, q, k, v, out, lse, plan, *args, out_val=None, **kwargs) -> int:
+    return 10 * q.shape[1] * q.shape[2] * _pairs(q, k, plan)  # five GEMMs
+
+
+# --------------------------------------------------------------------------------------------------- public functions
+
+
+def attention_plan(
+    cu_seqlens: Tensor,
+    *,
+    cu_seqlens_k: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    total_q: int,
+) -> AttentionPlan:
+    """The work list of a pack, made on its device without a host sync, to be reused by all layers and directions.
+
+    Args:
+        cu_seqlens: int32 [S + 1], where each sequence of queries starts in the pack; from 0 to `total_q`, ascending.
+        cu_seqlens_k: int32 [S + 1], where each sequence's slot of keys starts; default: the same as the queries.
+        seqused_k: int32 [S], how many keys of each slot are in use; default: all.
+        num_heads, num_kv_heads, head_dim: H, G and D of the attention calls; H must be a multiple of G.
+        total_q: T, the number of packed queries.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, shape or device; values that do not ascend or fit (on a CPU, and on
+            CUDA under ILLADA_DEBUG=1, because looking at them there costs a sync).
+    """
+    op = "attention_plan"
+    for name, tensor in (("cu_seqlens", cu_seqlens), ("cu_seqlens_k", cu_seqlens_k), ("seqused_k", seqused_k)):
+        if tensor is not None:
+            lib.check_dtype(op, name, tensor, (torch.int32,))
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
+        raise ValueError(f"{op}: cu_seqlens must have shape [S + 1], got {list(cu_seqlens.shape)}")
+    sequences = len(cu_seqlens) - 1
+    if cu_seqlens_k is not None:
+        lib.check_shape(op, "cu_seqlens_k", cu_seqlens_k, (sequences + 1,))
+    if seqused_k is not None:
+        lib.check_shape(op, "seqused_k", seqused_k, (sequences,))
+    lib.check_same_device(
+        op, ("cu_seqlens", cu_seqlens), ("cu_seqlens_k", cu_seqlens_k), ("seqused_k", seqused_k)
+    )
+    if num_kv_heads < 1 or num_heads % num_kv_heads:
+        raise ValueError(f"{op}: num_heads {num_heads} must be a multiple of num_kv_heads {num_kv_heads}")
+    if cu_seqlens.is_cuda:
+        require_cuda_build(op)
+    work = torch.ops.illada.attention_plan(cu_seqlens, cu_seqlens_k, seqused_k, total_q)
+    return AttentionPlan(work, num_heads, num_kv_heads, head_dim, total_q)
+
+
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    cu_seqlens_k: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    plan: AttentionPlan | None = None,
+    softmax_scale: float | None = None,
+    deterministic: bool = False,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Bidirectional attention of each packed sequence over itself, or over its slot of a key-value cache.
+
+    Args:
+        q: [T, H, D]; k, v: [Tk, G, D] with H a multiple of G, one dtype (float32, bfloat16, float16) and device.
+            Any row and head stride, last dimension contiguous: slices of a fused projection are used in place.
+        cu_seqlens: int32 [S + 1] on the device; sequence s owns queries cu_seqlens[s] .. cu_seqlens[s + 1] - 1.
+        cu_seqlens_k, seqused_k: key slots and their used lengths; default: the keys of s are its own tokens.
+        plan: from `attention_plan` with the same lengths; default: made here.
+        softmax_scale: default 1 / sqrt(D).
+        deterministic: gradients are bitwise repeatable (on a CPU they always are).
+        return_lse: also return lse float32 [H, T], the natural log of the softmax's sum; differentiable.
+
+    Returns:
+        out [T, H, D] in q's dtype, contiguous. A sequence without keys gives out 0 and lse -inf.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was got and what is allowed.
+        NotImplementedError: no kernel was built for this device.
+
+    Under autocast q, k and v are cast to its dtype. A second derivative raises.
+    """
+    op = "varlen_attention"
+    device_type = q.device.type
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    lib.check_dtype(op, "q", q, _DTYPES)
+    lib.check_dtype(op, "k", k, (q.dtype,))
+    lib.check_dtype(op, "v", v, (q.dtype,))
+    lib.check_shape(op, "q", q, ("T", "H", "D"))
+    lib.check_shape(op, "k", k, ("Tk", "G", q.shape[2]))
+    lib.check_shape(op, "v", v, tuple(k.shape))
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        lib.check_last_contiguous(op, name, tensor)
+    lib.check_same_device(op, ("q", q), ("k", k), ("v", v), ("cu_seqlens", cu_seqlens))
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"{op}: q has {q.shape[1]} heads, which must be a multiple of k's {k.shape[1]}")
+    if cu_seqlens_k is None and k.shape[0] != q.shape[0]:
+        raise ValueError(
+            f"{op}: k has {k.shape[0]} tokens and q has {q.shape[0]}; without cu_seqlens_k they must agree"
+        )
+    if q.is_cuda:
+        require_cuda_build(op)
+    shape = {"num_heads": q.shape[1], "num_kv_heads": k.shape[1], "head_dim": q.shape[2], "total_q": q.shape[0]}
+    if plan is None:
+        plan = attention_plan(cu_seqlens, cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k, **shape)
+    else:
+        for name, size in shape.items():
+            if getattr(plan, name) != size:
+                raise ValueError(f"{op}: plan was made for {name} {getattr(plan, name)}, this call has {size}")
+    if cu_seqlens_k is not None and lib.may_read(cu_seqlens_k) and int(cu_seqlens_k[-1]) > k.shape[0]:
+        raise ValueError(f"{op}: cu_seqlens_k ends at {int(cu_seqlens_k[-1])}, but k has {k.shape[0]} tokens")
+    scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    out, lse = torch.ops.illada.varlen_attention_fwd(q, k, v, plan.work, scale, deterministic)
+    return (out, lse) if return_lse else out

@@ -1,0 +1,241 @@
+"""The specification: every op of `illada.ops` in plain torch, same names and arguments, no native code.
+
+Readable before fast, and exact in whatever dtype it is given: in float64 these functions are the oracle of
+the tests. They materialise what the real ops avoid (all logits, all probabilities, a loop over sequences).
+Differentiable where the ops are, through ordinary autograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from illada.ops.philox import philox4x32
+from illada.ops.types import (
+    SAMPLE_STREAM,
+    SAMPLE_STREAM_LOW_BITS,
+    SAMPLE_STREAM_RANDOM_MEASURE,
+    LogitBias,
+    TokenSample,
+)
+
+
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    cu_seqlens_k: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    softmax_scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """out[i, h] = sum_j softmax_j(scale * q[i, h] . k[j, g]) v[j, g], g = h // (H / G), j over i's own sequence.
+
+    Shapes as in `illada.ops.varlen_attention`; lse = log sum_j exp(scale * q . k), natural log, [H, T].
+    """
+    heads, group = q.shape[1], q.shape[1] // k.shape[1]
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    starts_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
+    outs, lses = [q.new_zeros(0, *q.shape[1:])], [q.new_zeros(heads, 0)]
+    for s in range(len(cu_seqlens) - 1):
+        q_s = q[cu_seqlens[s] : cu_seqlens[s + 1]]
+        end_k = starts_k[s + 1] if seqused_k is None else starts_k[s] + seqused_k[s]
+        k_s = k[starts_k[s] : end_k].repeat_interleave(group, dim=1)
+        v_s = v[starts_k[s] : end_k].repeat_interleave(group, dim=1)
+        scores = torch.einsum("ihd,jhd->hij", q_s, k_s) * scale
+        lses.append(scores.logsumexp(-1))
+        if len(k_s) == 0:  # softmax over nothing: out 0, lse -inf
+            outs.append(torch.zeros_like(q_s))
+        else:
+            outs.append(torch.einsum("hij,jhd->ihd", scores.softmax(-1), v_s))
+    out, lse = torch.cat(outs), torch.cat(lses, dim=1)
+    return (out, lse) if return_lse else out
+
+
+def linear_masked_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    token_weights: Tensor,
+    *,
+    rows: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    return_nll: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`masked_cross_entropy` of the logits hidden @ weight^T."""
+    return masked_cross_entropy(
+        hidden @ weight.T, targets, token_weights, rows=rows, normalizer=normalizer, return_nll=return_nll
+    )
+
+
+def masked_cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    token_weights: Tensor,
+    *,
+    rows: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    return_nll: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """loss = sum_i w_i (lse_i - logits[i, y_i]) / normalizer over the rows with w_i != 0 (Eq. 1 with w = 1/p)."""
+    selected = token_weights.nonzero().squeeze(-1) if rows is None else rows.long()
+    x, w = logits[selected], token_weights[selected].to(logits.dtype)
+    nll = x.logsumexp(-1) - x.gather(-1, targets[selected].long().unsqueeze(-1)).squeeze(-1)
+    nll = torch.where(w != 0, nll, torch.zeros_like(nll))
+    loss = (w * nll).sum() / (1.0 if normalizer is None else normalizer)
+    if not return_nll:
+        return loss
+    return loss, logits.new_zeros(len(logits)).index_copy(0, selected, nll.detach())
+
+
+def uniform64(seed: int, row_id: int, step: int, vocab_size: int) -> np.ndarray:
+    """The sampler's uniforms in (0, 1), float64 `[V]`: 64 random bits each, (bits + 1/2) / 2^64.
+
+    Vocabulary index v takes word v % 4 of Philox4x32-10 with key (seed lo, seed hi) and counter
+    (v // 4, row_id, step, stream). The upper 32 bits come from one stream, the lower from another, which a
+    kernel needs to draw only for the few tokens that can still win.
+    """
+    counter = np.zeros((-(-vocab_size // 4), 4), dtype=np.uint32)
+    counter[:, 0] = np.arange(len(counter))
+    counter[:, 1], counter[:, 2] = row_id, step
+    key = np.array([seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF], dtype=np.uint32)
+    words = []
+    for stream in (SAMPLE_STREAM, SAMPLE_STREAM_LOW_BITS):
+        counter[:, 3] = stream
+        words.append(philox4x32(counter, key).reshape(-1)[:vocab_size].astype(np.float64))
+    return (words[0] + (words[1] + 0.5) * 2.0**-32) * 2.0**-32
+
+
+def sample_tokens(
+    logits: Tensor,
+    *,
+    temperature: float | Tensor = 0.0,
+    seed: int | Tensor = 0,
+    step: int | Tensor = 0,
+    row_ids: Tensor | None = None,
+    measure: str = "probability",
+    logit_bias: LogitBias | None = None,
+    extras: Sequence[str] = (),
+) -> TokenSample:
+    """token = argmax(logits + temperature * Gumbel); confidence from the noise-free softmax (LLaDA's rule)."""
+    rows, vocab_size = logits.shape
+    x = logits.double().clone()
+    if logit_bias is not None:
+        ids, values = (t.expand(rows, t.shape[-1]) for t in logit_bias)
+        for n in range(rows):
+            for token, value in zip(ids[n].tolist(), values[n].tolist(), strict=True):
+                if token >= 0:
+                    x[n, token] += value
+
+    per_row = [
+        torch.as_tensor(a).expand(rows).tolist()
+        for a in (temperature, seed, step, torch.arange(rows) if row_ids is None else row_ids)
+    ]
+    noisy = x.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    random_measure = torch.zeros(rows, dtype=torch.float64)
+    for n, (t, s, at_step, row_id) in enumerate(zip(*per_row, strict=True)):
+        if t > 0:
+            # -log(1 - u), not -log(u): the winners are the smallest of these, and small u are exact.
+            exponential = -np.log1p(-uniform64(s, row_id, at_step, vocab_size))
+            noisy[n] += t * torch.from_numpy(-np.log(exponential))
+        key = np.array([s & 0xFFFFFFFF, (s >> 32) & 0xFFFFFFFF], dtype=np.uint32)
+        counter = np.array([0, row_id, at_step, SAMPLE_STREAM_RANDOM_MEASURE], dtype=np.uint32)
+        random_measure[n] = float(philox4x32(counter, key)[0] >> np.uint32(8)) * 2.0**-24
+
+    token = torch.stack([(row == row.max()).nonzero()[0, 0] for row in noisy])  # ties: lowest index
+    logprobs = x.log_softmax(-1)
+    logprob = logprobs.gather(-1, token.unsqueeze(-1)).squeeze(-1)
+    top2 = x.softmax(-1).topk(min(2, vocab_size), dim=-1).values
+    margin = top2[:, 0] - top2[:, 1] if vocab_size > 1 else top2[:, 0]
+    entropy = -torch.special.xlogy(logprobs.exp(), logprobs.exp()).sum(-1)
+    confidence = {
+        "probability": logprob.exp(),
+        "margin": margin,
+        "entropy": -entropy,
+        "random": random_measure,
+    }[measure]
+    # A softmax without a value (NaN, +inf or nothing but -inf among the logits) is never committed.
+    valid = logprobs.exp().sum(-1).isfinite()
+    return TokenSample(
+        token=token,
+        confidence=torch.where(valid, confidence, -torch.inf),
+        logprob=torch.where(valid, logprob, -torch.inf),
+        entropy=entropy if "entropy" in extras or measure == "entropy" else None,
+        margin=margin if "margin" in extras or measure == "margin" else None,
+    )
+
+
+def linear_sample_tokens(
+    hidden: Tensor, weight: Tensor, *, rows: Tensor | None = None, **keywords
+) -> TokenSample:
+    """`sample_tokens` of the logits hidden[rows] @ weight^T."""
+    return sample_tokens((hidden if rows is None else hidden[rows.long()]) @ weight.T, **keywords)
+
+
+def remask(
+    tokens: Tensor,
+    rows: Tensor,
+    cu_rows: Tensor,
+    sample: TokenSample,
+    *,
+    quota: int | Tensor | None = None,
+    threshold: float | Tensor | None = None,
+    factor: float | Tensor | None = None,
+    entropy_bound: float | Tensor | None = None,
+    mask_id: int,
+    min_commit: int = 1,
+) -> Tensor:
+    """Commit the chosen candidates of each sequence to `tokens`, in place; the rest stay masks.
+
+    Rules, with candidates ranked by confidence c (by entropy H, ascending, for the last one), rank r from 1:
+    quota k: r <= k. threshold tau: c >= tau. factor f: the longest prefix with c_(r) > 1 - f / (r + 1).
+    entropy_bound gamma: the longest prefix with sum H_(1..r) - max H_(1..r) <= gamma.
+    """
+    committed = torch.zeros(len(cu_rows) - 1, dtype=torch.int32)
+    for s in range(len(committed)):
+        mine = [
+            n
+            for n in range(int(cu_rows[s]), int(cu_rows[s + 1]))
+            if tokens[rows[n]] == mask_id and sample.confidence[n] > -torch.inf
+        ]
+        limit = next(
+            float(torch.as_tensor(a).expand(len(committed))[s])
+            for a in (quota, threshold, factor, entropy_bound)
+            if a is not None
+        )
+        if entropy_bound is not None:
+            assert sample.entropy is not None
+            mine.sort(key=lambda n: (float(sample.entropy[n]), n))  # type: ignore[index]
+        else:
+            mine.sort(key=lambda n: (-float(sample.confidence[n]), n))
+        confidence = [float(sample.confidence[n]) for n in mine]
+        if quota is not None:
+            count = int(limit)
+        elif threshold is not None:
+            count = sum(c >= limit for c in confidence)
+        elif factor is not None:
+            count = _prefix(c > 1 - limit / (r + 1) for r, c in enumerate(confidence, 1))
+        else:
+            entropies = [float(sample.entropy[n]) for n in mine]  # type: ignore[index]
+            count = _prefix(sum(entropies[:r]) - max(entropies[:r]) <= limit for r in range(1, len(mine) + 1))
+        if quota is None:
+            count = max(count, min_commit)
+        for n in mine[:count]:
+            tokens[rows[n]] = sample.token[n]
+        committed[s] = min(count, len(mine))
+    return committed
+
+
+def _prefix(passes) -> int:
+    """How many leading items pass."""
+    count = 0
+    for ok in passes:
+        if not ok:
+            break
+        count += 1
+    return count

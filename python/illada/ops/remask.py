@@ -1,0 +1,359 @@
+"""Confidence remasking: sample a token and its confidence for each masked position, commit the surest ones.
+
+    token = argmax_v (x[v] + temperature * Gumbel(seed, row_id, step, v)),   confidence from softmax(x) alone
+
+One pass over each row of logits, in which the softmax, its runner-up and entropy and the noisy maximum are found
+together. The noise is a pure function of its key (Philox4x32-10), so a sequence samples the same tokens whatever else
+is in the batch. Formulas of the commit rules: `illada.ops.reference.remask`.
+
+| device | logits            | tokens       | kernel                                                            |
+|--------|-------------------|--------------|-------------------------------------------------------------------|
+| CPU    | float32, bfloat16 | int64, int32 | native row loop (csrc/cpu), AVX-512/AVX2/baseline chosen at run time |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from illada._native import native, require_cuda_build
+from illada.ops import _library as lib
+from illada.ops.types import MEASURES, LogitBias, TokenSample
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # illada::DType
+_RULES = ("quota", "threshold", "factor", "entropy_bound")  # illada::remask::Rule
+
+#: Logits of one chunk of `linear_sample_tokens` on a CPU: stays in the last-level cache for small vocabularies.
+_CHUNK_BYTES_CPU = 32 << 20
+
+_SAMPLE_ARGUMENTS = (
+    "float temperature, int seed, int step, Tensor? temperatures, Tensor? seeds, Tensor? steps, Tensor? row_ids, "
+    "Tensor? bias_ids, Tensor? bias_values, int measure, bool want_entropy, bool want_margin"
+)
+_SAMPLE_RESULTS = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
+lib.LIBRARY.define(f"sample_tokens(Tensor logits, {_SAMPLE_ARGUMENTS}) -> {_SAMPLE_RESULTS}", tags=lib.TAGS)
+lib.LIBRARY.define(
+    f"linear_sample_tokens(Tensor hidden, Tensor weight, Tensor? rows, {_SAMPLE_ARGUMENTS}) -> {_SAMPLE_RESULTS}",
+    tags=lib.TAGS,
+)
+lib.LIBRARY.define(
+    "remask(Tensor(a!) tokens, Tensor rows, Tensor cu_rows, Tensor token, Tensor confidence, Tensor? entropy, "
+    "int rule, float limit, Tensor? limits, int mask_id, int min_commit) -> Tensor",
+    tags=lib.TAGS,
+)
+
+
+# ---------------------------------------------------------------------------------------------------- kernels (CPU)
+
+
+def _allocate(like: Tensor, rows: int, want_entropy: bool, want_margin: bool) -> tuple[Tensor, ...]:
+    """token, confidence, logprob, entropy, margin; the last two are empty where nobody asked."""
+    sizes = (rows, rows, rows, rows if want_entropy else 0, rows if want_margin else 0)
+    dtypes = (torch.int64,) + (torch.float32,) * 4
+    return tuple(like.new_empty(size, dtype=dtype) for size, dtype in zip(sizes, dtypes, strict=True))
+
+
+def _sample_into(
+    out: Sequence[Tensor], logits: Tensor, temperature, seed, step, temperatures, seeds, steps, row_ids,
+    bias_ids, bias_values, measure,
+) -> None:  # fmt: skip
+    per_row = [None if t is None else t.contiguous() for t in (temperatures, seeds, steps, row_ids)]
+    bias = [None if t is None else t.contiguous() for t in (bias_ids, bias_values)]
+    bias_count, bias_stride = 0, 0
+    if bias[0] is not None:
+        bias_count = bias[0].shape[-1]
+        bias_stride = bias_count if bias[0].dim() == 2 else 0
+    native().sample_tokens(
+        *(lib.address(logits), logits.stride(0), *logits.shape, _DTYPES[logits.dtype]),
+        *(temperature, seed, step, *(lib.address(t) for t in per_row)),
+        *(*(lib.address(t) for t in bias), bias_count, bias_stride),
+        *(measure, *(lib.address(t) for t in out), torch.get_num_threads()),
+    )
+
+
+def _sample_cpu(logits, *arguments):
+    out = _allocate(logits, logits.shape[0], *arguments[-2:])
+    _sample_into(out, logits, *arguments[:-2])
+    return out
+
+
+def _linear_sample_cpu(hidden, weight, rows, *arguments):
+    temperature, seed, step, temperatures, seeds, steps, row_ids, bias_ids, bias_values, measure = arguments[:-2]
+    count = len(hidden) if rows is None else len(rows)
+    out = _allocate(hidden, count, *arguments[-2:])
+    if row_ids is None:
+        row_ids = torch.arange(count)  # of the whole call, not of a chunk
+    chunk_rows = max(128, _CHUNK_BYTES_CPU // (weight.shape[0] * weight.element_size()))
+    for start in range(0, count, chunk_rows):
+        part = slice(start, min(start + chunk_rows, count))
+        selected = hidden[part] if rows is None else hidden[rows[part].long()]
+        per_row = (None if t is None else t[part] for t in (temperatures, seeds, steps, row_ids))
+        bias = (t if t is None or t.dim() == 1 else t[part] for t in (bias_ids, bias_values))
+        _sample_into(
+            [t[part] for t in out], selected @ weight.t(), temperature, seed, step, *per_row, *bias, measure
+        )
+    return out
+
+
+def _remask_cpu(tokens, rows, cu_rows, token, confidence, entropy, rule, limit, limits, mask_id, min_commit):
+    committed = torch.empty(len(cu_rows) - 1, dtype=torch.int32)
+    rows, cu_rows, token, confidence = (t.contiguous() for t in (rows, cu_rows, token, confidence))
+    entropy, limits = (None if t is None else t.contiguous() for t in (entropy, limits))
+    native().remask(
+        *(lib.address(tokens), tokens.dtype == torch.int64, tokens.shape[0]),
+        *(lib.address(rows), lib.address(cu_rows), rows.shape[0], committed.shape[0]),
+        *(lib.address(token), lib.address(confidence), lib.address(entropy)),
+        *(rule, limit, lib.address(limits), mask_id, min_commit, lib.address(committed)),
+    )
+    return committed
+
+
+# -------------------------------------------------------------------------------------------------------------- fakes
+
+
+def _sample_fake(logits, *arguments):
+    return _allocate(logits, logits.shape[0], *arguments[-2:])
+
+
+def _linear_sample_fake(hidden, weight, rows, *arguments):
+    return _allocate(hidden, (hidden if rows is None else rows).shape[0], *arguments[-2:])
+
+
+def _remask_fake(tokens, rows, cu_rows, *arguments):
+    return cu_rows.new_empty(cu_rows.shape[0] - 1)
+
+
+lib.implement("sample_tokens", _sample_cpu, _sample_fake)
+lib.implement("linear_sample_tokens", _linear_sample_cpu, _linear_sample_fake)
+lib.implement("remask", _remask_cpu, _remask_fake)
+
+
+# --------------------------------------------------------------------------------------------------- public functions
+
+
+def _number_or_rows(op: str, name: str, value, default, rows: int, dtype: torch.dtype, like: Tensor):
+    """An argument that is one number for all rows or a tensor of one for each: (number, tensor or None)."""
+    if not isinstance(value, Tensor):
+        return value, None
+    lib.check_shape(op, name, value, (rows,))
+    lib.check_dtype(op, name, value, (dtype,))
+    lib.check_same_device(op, ("logits", like), (name, value))
+    return default, value
+
+
+def _sample_arguments(
+    op: str,
+    rows: int,
+    vocab_size: int,
+    like: Tensor,
+    *,
+    temperature: float | Tensor,
+    seed: int | Tensor,
+    step: int | Tensor,
+    row_ids: Tensor | None,
+    measure: str,
+    logit_bias: LogitBias | None,
+    extras: Sequence[str],
+) -> tuple:
+    """The checked keyword arguments of both samplers, in the order of the ops' schemas."""
+    temperature, temperatures = _number_or_rows(op, "temperature", temperature, 0.0, rows, torch.float32, like)
+    seed, seeds = _number_or_rows(op, "seed", seed, 0, rows, torch.int64, like)
+    step, steps = _number_or_rows(op, "step", step, 0, rows, torch.int32, like)
+    if temperatures is None and not 0 <= temperature < float("inf"):
+        raise ValueError(f"{op}: temperature must be finite and >= 0, got {temperature}")
+    if seeds is None and not -(2**63) <= seed < 2**63:
+        raise ValueError(f"{op}: seed must fit 64 bits, got {seed}")
+    if steps is None and not 0 <= step < 2**31:
+        raise ValueError(f"{op}: step must be in [0, 2^31), got {step}")
+    if row_ids is not None:
+        lib.check_shape(op, "row_ids", row_ids, (rows,))
+        lib.check_dtype(op, "row_ids", row_ids, (torch.int64,))
+    if measure not in MEASURES:
+        raise ValueError(f"{op}: measure must be one of {', '.join(MEASURES)}, got {measure!r}")
+    if unknown := [name for name in extras if name not in ("entropy", "margin")]:
+        raise ValueError(f"{op}: extras may hold 'entropy' and 'margin', got {unknown[0]!r}")
+    bias_ids, bias_values = (None, None) if logit_bias is None else logit_bias
+    if bias_ids is not None:
+        shape: tuple[int | str, ...] = ("K",) if bias_ids.dim() == 1 else (rows, "K")
+        lib.check_shape(op, "logit_bias ids", bias_ids, shape)
+        lib.check_dtype(op, "logit_bias ids", bias_ids, (torch.int32,))
+        lib.check_shape(op, "logit_bias values", bias_values, tuple(bias_ids.shape))
+        lib.check_dtype(op, "logit_bias values", bias_values, (torch.float32,))
+    lib.check_same_device(
+        op, ("logits", like), ("row_ids", row_ids), ("logit_bias ids", bias_ids), ("logit_bias values", bias_values)
+    )
+    if vocab_size < 1:
+        raise ValueError(f"{op}: the vocabulary is empty")
+    return (
+        float(temperature), seed, step, temperatures, seeds, steps, row_ids, bias_ids, bias_values,
+        MEASURES.index(measure), "entropy" in extras or measure == "entropy", "margin" in extras or measure == "margin",
+    )  # fmt: skip
+
+
+def _as_sample(results: tuple[Tensor, ...], arguments: tuple) -> TokenSample:
+    token, confidence, logprob, entropy, margin = results
+    want_entropy, want_margin = arguments[-2:]
+    return TokenSample(
+        token, confidence, logprob, entropy if want_entropy else None, margin if want_margin else None
+    )
+
+
+def sample_tokens(
+    logits: Tensor,
+    *,
+    temperature: float | Tensor = 0.0,
+    seed: int | Tensor = 0,
+    step: int | Tensor = 0,
+    row_ids: Tensor | None = None,
+    measure: str = "probability",
+    logit_bias: LogitBias | None = None,
+    extras: Sequence[str] = (),
+) -> TokenSample:
+    """Sample one token of each row by Gumbel-max and say how sure it is.
+
+    Args:
+        logits: [N, V], float32 or bfloat16, any row stride; read once.
+        temperature: of the noise, a number or float32 [N]; 0 is greedy.
+        seed: a number or int64 [N]; the same seed, row_id and step give the same noise, always.
+        step: the sampling step, a number or int32 [N].
+        row_ids: int64 [N] in [0, 2^32), what tells a row's noise from the others' with its seed, such as the position
+            in the sequence; default 0 .. N - 1.
+        measure: of confidence: "probability" p(token), "margin" p1 - p2, "entropy" (negative), or "random".
+        logit_bias: (ids int32, values float32), both [N, K] or [K]: added before all else; -1 is an unused slot, a
+            value of -inf forbids an id.
+        extras: "entropy", "margin": fill these fields of the result too.
+
+    Returns:
+        TokenSample. Confidence never includes noise or temperature. Ties go to the lowest id. A row whose softmax has
+        no value (NaN or +inf among its logits, or only -inf) gets confidence -inf.
+
+    Raises:
+        TypeError, ValueError: naming the argument. NotImplementedError: no kernel was built for this device.
+    """
+    op = "sample_tokens"
+    lib.check_shape(op, "logits", logits, ("N", "V"))
+    lib.check_dtype(op, "logits", logits, _DTYPES)
+    lib.check_last_contiguous(op, "logits", logits)
+    arguments = _sample_arguments(
+        op, *logits.shape, logits, temperature=temperature, seed=seed, step=step, row_ids=row_ids, measure=measure,
+        logit_bias=logit_bias, extras=extras,
+    )  # fmt: skip
+    if logits.is_cuda:
+        require_cuda_build(op)
+    return _as_sample(torch.ops.illada.sample_tokens(logits.detach(), *arguments), arguments)
+
+
+def linear_sample_tokens(
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    rows: Tensor | None = None,
+    temperature: float | Tensor = 0.0,
+    seed: int | Tensor = 0,
+    step: int | Tensor = 0,
+    row_ids: Tensor | None = None,
+    measure: str = "probability",
+    logit_bias: LogitBias | None = None,
+    extras: Sequence[str] = (),
+) -> TokenSample:
+    """`sample_tokens` of the logits hidden[rows] @ weight^T, which never exist all at once.
+
+    Args:
+        hidden: [T, C]; weight: [V, C], float32 or bfloat16 alike.
+        rows: int32 [N], which rows of hidden to sample; default all of them. Row n of the result belongs to rows[n].
+        Others as in `sample_tokens`.
+    """
+    op = "linear_sample_tokens"
+    lib.check_shape(op, "hidden", hidden, ("T", "C"))
+    lib.check_shape(op, "weight", weight, ("V", hidden.shape[1]))
+    lib.check_dtype(op, "hidden", hidden, _DTYPES)
+    lib.check_dtype(op, "weight", weight, (hidden.dtype,))
+    lib.check_last_contiguous(op, "hidden", hidden)
+    lib.check_last_contiguous(op, "weight", weight)
+    if rows is not None:
+        lib.check_shape(op, "rows", rows, ("N",))
+        lib.check_dtype(op, "rows", rows, (torch.int32,))
+        if lib.may_read(rows) and len(rows) and not (0 <= int(rows.min()) and int(rows.max()) < len(hidden)):
+            raise ValueError(f"{op}: rows must be in [0, {len(hidden)}), got {int(rows.min())} .. {int(rows.max())}")
+    lib.check_same_device(op, ("hidden", hidden), ("weight", weight), ("rows", rows))
+    count = hidden.shape[0] if rows is None else rows.shape[0]
+    arguments = _sample_arguments(
+        op, count, weight.shape[0], hidden, temperature=temperature, seed=seed, step=step, row_ids=row_ids,
+        measure=measure, logit_bias=logit_bias, extras=extras,
+    )  # fmt: skip
+    if hidden.is_cuda:
+        require_cuda_build(op)
+    results = torch.ops.illada.linear_sample_tokens(hidden.detach(), weight.detach(), rows, *arguments)
+    return _as_sample(results, arguments)
+
+
+def remask(
+    tokens: Tensor,
+    rows: Tensor,
+    cu_rows: Tensor,
+    sample: TokenSample,
+    *,
+    quota: int | Tensor | None = None,
+    threshold: float | Tensor | None = None,
+    factor: float | Tensor | None = None,
+    entropy_bound: float | Tensor | None = None,
+    mask_id: int,
+    min_commit: int = 1,
+) -> Tensor:
+    """Write the surest sampled tokens of each sequence into `tokens`, in place; all others stay masks.
+
+    Args:
+        tokens: int64 or int32 [T], the packed canvas. Only positions that hold `mask_id` are candidates.
+        rows: int32 [N], the positions in `tokens` that were sampled; cu_rows: int32 [S + 1], where each sequence's
+            rows start, from 0 to N.
+        sample: of `sample_tokens`, N rows. Rows with confidence -inf or NaN are never committed.
+        quota: commit the `quota` most confident; threshold: all with confidence >= threshold; factor: the longest
+            prefix of the ranking with confidence_(r) > 1 - factor / (r + 1); entropy_bound: the longest prefix, by
+            ascending entropy, whose entropies without the largest sum to <= entropy_bound (sample needs entropies).
+            Exactly one rule; a number, or a tensor [S] (int32 for quota, float32 for the others).
+        min_commit: commit at least so many where there are that many candidates; not for `quota`.
+
+    Returns:
+        committed: int32 [S]. Ties are broken by the lowest row.
+
+    Raises:
+        TypeError, ValueError: naming the argument. NotImplementedError: no kernel was built for this device.
+    """
+    op = "remask"
+    lib.check_shape(op, "tokens", tokens, ("T",))
+    lib.check_dtype(op, "tokens", tokens, (torch.int64, torch.int32))
+    lib.check_last_contiguous(op, "tokens", tokens)
+    lib.check_shape(op, "rows", rows, ("N",))
+    lib.check_dtype(op, "rows", rows, (torch.int32,))
+    lib.check_dtype(op, "cu_rows", cu_rows, (torch.int32,))
+    if cu_rows.dim() != 1 or len(cu_rows) == 0:
+        raise ValueError(f"{op}: cu_rows must have shape [S + 1], got {list(cu_rows.shape)}")
+    lib.check_shape(op, "sample.token", sample.token, tuple(rows.shape))
+    lib.check_shape(op, "sample.confidence", sample.confidence, tuple(rows.shape))
+    rules = dict(zip(_RULES, (quota, threshold, factor, entropy_bound), strict=True))
+    given = [name for name, value in rules.items() if value is not None]
+    if len(given) != 1:
+        raise ValueError(f"{op}: give exactly one of {', '.join(_RULES)}, got {', '.join(given) or 'none'}")
+    if given[0] == "entropy_bound" and sample.entropy is None:
+        raise ValueError(f"{op}: entropy_bound needs sample.entropy; sample with extras=('entropy',)")
+    if min_commit < 0:
+        raise ValueError(f"{op}: min_commit must be >= 0, got {min_commit}")
+    limit = rules[given[0]]
+    limits = None
+    if isinstance(limit, Tensor):
+        lib.check_shape(op, given[0], limit, (len(cu_rows) - 1,))
+        lib.check_dtype(op, given[0], limit, (torch.int32 if given[0] == "quota" else torch.float32,))
+        limits, limit = limit.float(), 0.0
+    elif limit != limit or (given[0] == "quota" and limit < 0):
+        raise ValueError(f"{op}: {given[0]} must be a number (quota: >= 0), got {limit}")
+    lib.check_same_device(
+        op, ("tokens", tokens), ("rows", rows), ("cu_rows", cu_rows), ("sample.token", sample.token), (given[0], limits)
+    )
+    if tokens.is_cuda:
+        require_cuda_build(op)
+    return torch.ops.illada.remask(
+        tokens, rows, cu_rows, sample.token, sample.confidence, sample.entropy, _RULES.index(given[0]),
+        float(limit), limits, mask_id, min_commit,
+    )  # fmt: skip

@@ -1,0 +1,77 @@
+"""Builds illada._C with CMake. All metadata is in pyproject.toml; all compilation is in CMakeLists.txt.
+
+Environment: ILLADA_CUDA=on|off|auto, ILLADA_CUDA_ARCHS, ILLADA_CUTLASS_DIR, MAX_JOBS, CMAKE_ARGS, ILLADA_BUILD_DIR.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+class CMakeBuild(build_ext):
+    """One CMake configure, build and install; the module lands where setuptools wants it."""
+
+    def build_extension(self, ext: Extension) -> None:
+        import pybind11
+
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        build_dir = Path(os.environ.get("ILLADA_BUILD_DIR") or Path(self.build_temp).resolve() / "cmake")
+        build_dir.mkdir(parents=True, exist_ok=True)
+        ninja = shutil.which("ninja")
+        configure = [
+            "cmake",
+            *("-S", str(ROOT), "-B", str(build_dir)),
+            "-DCMAKE_BUILD_TYPE=Release",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            # Given at every configure: a cache left by an earlier isolated build names tools that pip has deleted.
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            *(["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []),
+            *(
+                f"-D{name}={os.environ[name]}"
+                for name in ("ILLADA_CUDA", "ILLADA_CUDA_ARCHS", "ILLADA_CUTLASS_DIR")
+                if os.environ.get(name)
+            ),
+            *os.environ.get("CMAKE_ARGS", "").split(),
+        ]
+        if ccache := shutil.which("ccache"):
+            configure.append(f"-DCMAKE_CXX_COMPILER_LAUNCHER={ccache}")
+        self.run_cmake(configure)
+        self.run_cmake(["cmake", "--build", str(build_dir), "--parallel", str(job_count())])
+        built = next(build_dir.glob("_C*.so"), None) or next(build_dir.glob("_C*.pyd"))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(built, target)
+
+    def run_cmake(self, command: list[str]) -> None:
+        self.announce(" ".join(command), level=2)
+        try:
+            subprocess.run(command, check=True)
+        except FileNotFoundError:
+            raise SystemExit("illada: cmake was not found; `pip install cmake ninja` or a system package") from None
+        except subprocess.CalledProcessError as error:
+            raise SystemExit(
+                f"illada: the native build failed (exit {error.returncode}); the first error above says why.\n"
+                "It needs a C++17 compiler (g++ >= 9 or clang >= 12); CUDA is optional (ILLADA_CUDA=off)."
+            ) from None
+
+
+def job_count() -> int:
+    """MAX_JOBS, else a job for each core but no more than one for every 3 GB of memory (nvcc is large)."""
+    for name in ("MAX_JOBS", "CMAKE_BUILD_PARALLEL_LEVEL"):
+        if os.environ.get(name, "").isdigit():
+            return max(1, int(os.environ[name]))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return cores
+    return max(1, min(cores, memory // (3 << 30)))
+
+
+setup(ext_modules=[Extension("illada._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
