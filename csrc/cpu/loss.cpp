@@ -20,8 +20,7 @@ void validate(const MaskedCrossEntropyParams& p) {
   ILLADA_CHECK(p.vocab_size > 0, kOp, "vocab_size must be positive, got ", p.vocab_size);
   ILLADA_CHECK(p.num_rows == 0 || (p.logits && p.targets && p.weights && p.nll), kOp,
                "logits, targets, weights and nll must not be null");
-  ILLADA_CHECK(p.logits_row_stride >= p.vocab_size || p.num_rows <= 1, kOp, "logits row stride ", p.logits_row_stride,
-               " is less than vocab_size ", p.vocab_size);
+  ILLADA_CHECK(p.logits_row_stride >= 0, kOp, "logits row stride must not be negative, got ", p.logits_row_stride);
   ILLADA_CHECK(!p.grad || p.grad_row_stride >= p.vocab_size || p.num_rows <= 1, kOp, "grad row stride ",
                p.grad_row_stride, " is less than vocab_size ", p.vocab_size);
   for (int64_t n = 0; n < p.num_rows; ++n) {

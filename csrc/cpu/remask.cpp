@@ -20,8 +20,7 @@ void validate(const SampleTokensParams& p) {
   ILLADA_CHECK(p.num_rows >= 0, kOp, "num_rows must not be negative, got ", p.num_rows);
   ILLADA_CHECK(p.vocab_size > 0 && p.vocab_size <= std::numeric_limits<int32_t>::max(), kOp,
                "vocab_size must be in [1, 2^31), got ", p.vocab_size);
-  ILLADA_CHECK(p.logits_row_stride >= p.vocab_size || p.num_rows <= 1, kOp, "logits row stride ", p.logits_row_stride,
-               " is less than vocab_size ", p.vocab_size);
+  ILLADA_CHECK(p.logits_row_stride >= 0, kOp, "logits row stride must not be negative, got ", p.logits_row_stride);
   ILLADA_CHECK(p.num_rows == 0 || (p.logits && p.token && p.confidence && p.logprob), kOp,
                "logits, token, confidence and logprob must not be null");
   ILLADA_CHECK(p.bias_count == 0 || (p.bias_ids && p.bias_values), kOp, "logit_bias ids and values must not be null");

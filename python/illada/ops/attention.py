@@ -28,7 +28,7 @@ from illada.ops.types import AttentionPlan
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 lib.LIBRARY.define(
-    "attention_plan(Tensor cu_seqlens, Tensor? cu_seqlens_k, Tensor? seqused_k, int total_q) -> Tensor", tags=lib.TAGS
+    "attention_plan(Tensor cu_seqlens, Tensor? cu_seqlens_k, Tensor? seqused_k, SymInt total_q) -> Tensor", tags=lib.TAGS
 )
 lib.LIBRARY.define(
     "varlen_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor plan, float softmax_scale, bool deterministic) "

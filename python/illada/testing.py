@@ -1,0 +1,34 @@
+"""How the tests judge numbers: against float64, in units of the error that plain torch makes at the same dtype."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """||got - want|| / ||want|| in float64; positions where `want` is not finite must match exactly."""
+    got, want = got.detach().double(), want.detach().double()
+    if got.shape != want.shape:
+        raise AssertionError(f"shape {list(got.shape)}, expected {list(want.shape)}")
+    finite = want.isfinite()
+    if not torch.equal(got[~finite].nan_to_num(nan=7.0), want[~finite].nan_to_num(nan=7.0)):
+        raise AssertionError("infinities or NaNs differ from the reference")
+    if not got[finite].isfinite().all():
+        raise AssertionError("not finite where the reference is")
+    scale = want[finite].norm()
+    return float((got[finite] - want[finite]).norm() / scale) if scale > 0 else float(got[finite].norm())
+
+
+def assert_close_like(got: Tensor, want: Tensor, baseline: Tensor, *, factor: float = 2.0) -> None:
+    """`got` may be wrong by `factor` times the error of `baseline`, the same formula in plain torch at that dtype.
+
+    Both are measured against `want`, in float64. An eighth of a rounding step of the dtype, and 1e-6 for float32
+    accumulation, are allowed in any case: on a handful of numbers the baseline can be exact by luck.
+    """
+    if got.dtype != baseline.dtype:
+        raise AssertionError(f"dtype {got.dtype}, the baseline has {baseline.dtype}")
+    error, allowed = relative_error(got, want), factor * relative_error(baseline, want)
+    allowed = max(allowed, torch.finfo(got.dtype).eps / 8, 1e-6)
+    if error > allowed:
+        raise AssertionError(f"relative error {error:.3g}, allowed {allowed:.3g}")

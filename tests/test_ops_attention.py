@@ -1,0 +1,190 @@
+"""varlen_attention against its specification: values, gradients, strides, poison, registration, errors."""
+
+import pytest
+import torch
+
+import illada
+from illada.ops import reference
+from illada.testing import assert_close_like
+
+CASES = [  # lengths, H, G, D: what the row is for
+    ([1], 2, 1, 64),  # one token, one key
+    ([63, 1, 65], 4, 4, 128),  # tile edges around 64, no grouping
+    ([0, 130, 0, 7], 8, 2, 64),  # empty sequences in the pack
+    ([33, 96], 7, 1, 128),  # group 7 (Dream, Qwen2)
+]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def make(lengths, heads, groups, dim, dtype, generator, keys=None):
+    total, total_k = sum(lengths), sum(lengths if keys is None else keys)
+    # One fused projection, sliced: the strides a model really passes.
+    fused = torch.randn(max(total, total_k), heads + 2 * groups, dim, generator=generator).to(dtype)
+    q, k, v = fused[:total, :heads], fused[:total_k, heads : heads + groups], fused[:total_k, heads + groups :]
+    return q, k, v, cumulative(lengths)
+
+
+def cumulative(lengths):
+    return torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+def run(function, q, k, v, *args, d_out=None, d_lse=None, **kwargs):
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    out, lse = function(q, k, v, *args, return_lse=True, **kwargs)
+    loss = (out * d_out.to(out.dtype)).sum()
+    if d_lse is not None:
+        loss = loss + torch.where(lse.isfinite(), lse * d_lse.to(lse.dtype), 0).sum()
+    return out, lse, *torch.autograd.grad(loss, (q, k, v))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lengths,heads,groups,dim", CASES)
+def test_matches_fp64(lengths, heads, groups, dim, dtype, generator):
+    q, k, v, cu = make(lengths, heads, groups, dim, dtype, generator)
+    d_out = torch.randn(q.shape, generator=generator).to(dtype)
+    d_lse = torch.randn(heads, len(q), generator=generator)
+    if dtype == torch.float16:
+        d_lse = None  # the same code as bfloat16
+    got = run(illada.varlen_attention, q, k, v, cu, d_out=d_out, d_lse=d_lse)
+    baseline = run(reference.varlen_attention, q, k, v, cu, d_out=d_out, d_lse=d_lse)
+    want = run(
+        reference.varlen_attention, q.double(), k.double(), v.double(), cu, d_out=d_out.double(), d_lse=d_lse
+    )
+    assert got[1].dtype == torch.float32 and got[1].shape == (heads, len(q))
+    for name, g, w, b in zip(("out", "lse", "dq", "dk", "dv"), got, want, baseline, strict=True):
+        assert g.shape == w.shape, name
+        assert_close_like(g.to(b.dtype), w, b)
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_keys_of_another_length_and_seqused(groups, generator):
+    lengths, slots, used = [3, 0, 5, 2], [10, 4, 6, 3], [9, 4, 0, 3]
+    q, k, v, cu = make(lengths, 4, groups, 64, torch.float32, generator, keys=slots)
+    extra = {"cu_seqlens_k": cumulative(slots), "seqused_k": torch.tensor(used, dtype=torch.int32)}
+    d_out = torch.randn(q.shape, generator=generator)
+    got = run(illada.varlen_attention, q, k, v, cu, d_out=d_out, **extra)
+    want = run(reference.varlen_attention, q, k, v, cu, d_out=d_out, **extra)
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, rtol=2e-5, atol=2e-6)
+    assert (got[0][3:8] == 0).all() and (got[1][:, 3:8] == -torch.inf).all()  # sequence 2 has no keys
+
+
+def test_no_sequences(generator):
+    q, k, v, cu = make([], 4, 2, 64, torch.float32, generator)
+    q = q.detach().requires_grad_()
+    out, lse = illada.varlen_attention(q, k, v, cu, return_lse=True)
+    assert out.shape == (0, 4, 64) and lse.shape == (4, 0)
+    assert torch.autograd.grad(out.sum(), q)[0].shape == (0, 4, 64)
+
+
+def test_neighbours_are_never_read(generator):
+    q, k, v, cu = make([5, 9, 4], 4, 2, 64, torch.float32, generator)
+    out = illada.varlen_attention(q, k, v, cu)
+    poisoned = [x.clone() for x in (q, k, v)]
+    for x in poisoned:
+        x[:5], x[14:] = torch.nan, torch.nan
+    torch.testing.assert_close(illada.varlen_attention(*poisoned, cu)[5:14], out[5:14], rtol=0, atol=0)
+
+
+def test_plan_is_longest_first_and_reusable(generator):
+    q, k, v, cu = make([3, 11, 0, 7], 4, 2, 64, torch.float32, generator)
+    plan = illada.attention_plan(cu, num_heads=4, num_kv_heads=2, head_dim=64, total_q=21)
+    assert plan.work.tolist() == [[3, 14, 3, 14], [14, 21, 14, 21], [0, 3, 0, 3], [14, 14, 14, 14]]
+    assert torch.equal(illada.varlen_attention(q, k, v, cu, plan=plan), illada.varlen_attention(q, k, v, cu))
+    with pytest.raises(ValueError, match="plan was made for num_heads 4, this call has 2"):
+        illada.varlen_attention(q[:, :2], k, v, cu, plan=plan)
+
+
+def test_gradient_with_zero_strides_and_bitwise_repeat(generator):
+    q, k, v, cu = make([17, 4], 4, 2, 64, torch.bfloat16, generator)
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    grads = []
+    for _ in range(2):
+        out = illada.varlen_attention(*leaves, cu, deterministic=True)
+        grads.append(torch.autograd.grad(out.sum(), leaves))  # d_out has stride 0
+    for first, second in zip(*grads, strict=True):
+        assert torch.equal(first, second)
+    want = torch.autograd.grad(reference.varlen_attention(*(x.double() for x in leaves), cu).sum(), leaves)
+    torch.testing.assert_close(grads[0][2], want[2], rtol=2e-2, atol=2e-2)
+
+
+def test_registration(generator):
+    q, k, v, cu = make([6, 0, 3], 4, 2, 64, torch.float32, generator)
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    plan = illada.attention_plan(cu, num_heads=4, num_kv_heads=2, head_dim=64, total_q=9)
+    torch.library.opcheck(torch.ops.illada.attention_plan.default, (cu, None, None, 9))
+    torch.library.opcheck(torch.ops.illada.varlen_attention_fwd.default, (*leaves, plan.work, 0.125, False))
+    out, lse = illada.varlen_attention(q, k, v, cu, return_lse=True)
+    saved = (out, torch.randn_like(lse), q, k, v, out, lse, plan.work, 0.125, False)
+    torch.library.opcheck(
+        torch.ops.illada.varlen_attention_bwd.default, saved, test_utils=("test_schema", "test_faketensor")
+    )
+
+
+def test_double_backward_raises(generator):
+    q, k, v, cu = make([4], 2, 1, 64, torch.float32, generator)
+    q = q.detach().requires_grad_()
+    (dq,) = torch.autograd.grad(illada.varlen_attention(q, k, v, cu).square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        dq.sum().backward()
+
+
+def test_compiles_in_one_graph_for_all_lengths(generator):
+    def layer(x, weight, cu):
+        q, k, v = (x @ weight).unflatten(-1, (8, 64)).split([4, 2, 2], dim=1)
+        return illada.varlen_attention(q, k, v, cu).flatten(1)
+
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    weight = torch.randn(16, 512, generator=generator) / 4
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=backend)
+    for lengths in ([5, 3], [2, 6], [4, 9]):
+        x = torch.randn(sum(lengths), 16, generator=generator)
+        torch.testing.assert_close(compiled(x, weight, cumulative(lengths)), layer(x, weight, cumulative(lengths)))
+    assert len(graphs) == 1
+
+
+def test_autocast_and_flops(generator):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    q, k, v, cu = make([5, 3], 4, 2, 64, torch.float32, generator)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert illada.varlen_attention(q, k, v, cu).dtype == torch.bfloat16
+    q = q.detach().requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        illada.varlen_attention(q, k, v, cu).sum().backward()
+    assert counter.get_total_flops() == 14 * 4 * 64 * (25 + 9)
+
+
+def test_errors(generator):
+    q, k, v, cu = make([5, 3], 4, 2, 64, torch.float32, generator)
+    wrong = [
+        (TypeError, "q must be float32", (q.double(), k, v, cu)),
+        (TypeError, "k must be float32, got bfloat16", (q, k.bfloat16(), v, cu)),
+        (TypeError, "cu_seqlens must be int32, got int64", (q, k, v, cu.long())),
+        (ValueError, r"q must have shape \[T, H, D\], got \[8, 256\]", (q.flatten(1), k, v, cu)),
+        (ValueError, r"k must have shape \[Tk, G, 64\]", (q, k[..., :32], v, cu)),
+        (ValueError, r"v must have shape \[8, 2, 64\]", (q, k, v[:7], cu)),
+        (ValueError, "last dimension of q must be contiguous", (q.transpose(1, 2).contiguous().transpose(1, 2), k, v, cu)),
+        (ValueError, "q has 3 heads, which must be a multiple of k's 2", (q[:, :3], k, v, cu)),
+        (ValueError, "k has 7 tokens and q has 8", (q, k[:7], v[:7], cu)),
+        (ValueError, "cu_seqlens is on meta, but q is on cpu", (q, k, v, cu.to("meta"))),
+        (ValueError, "cu_seqlens must start at 0, got 1", (q, k, v, torch.tensor([1, 8], dtype=torch.int32))),
+        (ValueError, "must ascend, got 5 before 3", (q, k, v, torch.tensor([0, 5, 3, 8], dtype=torch.int32))),
+        (ValueError, "must end at 8, got 7", (q, k, v, torch.tensor([0, 7], dtype=torch.int32))),
+        (ValueError, "cu_seqlens must have shape", (q, k, v, cu[:0])),
+    ]
+    for error, match, arguments in wrong:
+        with pytest.raises(error, match=match):
+            illada.varlen_attention(*arguments)
+    slots = cumulative([5, 3])
+    with pytest.raises(ValueError, match=r"seqused_k must be within the key slots \[5, 3\], got \[6, 1\]"):
+        illada.varlen_attention(q, k, v, cu, cu_seqlens_k=slots, seqused_k=torch.tensor([6, 1], dtype=torch.int32))
+    with pytest.raises(ValueError, match="cu_seqlens_k ends at 9, but k has 8 tokens"):
+        illada.varlen_attention(q, k, v, cu, cu_seqlens_k=cumulative([5, 4]))
+    with pytest.raises(ValueError, match="num_heads 3 must be a multiple of num_kv_heads 2"):
+        illada.attention_plan(cu, num_heads=3, num_kv_heads=2, head_dim=64, total_q=8)

@@ -1,0 +1,126 @@
+"""The package as users meet it: wheel and sdist, second and editable install, uninstall, the C++ library."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import illada
+
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs a source checkout"),
+]
+
+
+def run(*command, cwd=None, **env):
+    """A command that must succeed; its output."""
+    clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "ILLADA_BUILD_DIR")}
+    done = subprocess.run(
+        [str(c) for c in command], cwd=cwd, env={**clean, **env}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """A copy of the checkout in a path with a space, without anything built."""
+    copy = tmp_path_factory.mktemp("a path") / "illada"
+    ignore = shutil.ignore_patterns(".git", "build", "dist", ".venv", ".cache", "runs", "data", "*.so", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, copy, ignore=ignore)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def sdist(source, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("sdist")
+    run(sys.executable, "-m", "build", "--sdist", "--outdir", out, source)
+    return next(out.glob("illada-*.tar.gz"))
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist, tmp_path_factory) -> Path:
+    """Built from the sdist, in pip's isolated environment, without CUDA."""
+    out = tmp_path_factory.mktemp("wheel")
+    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", out, sdist, ILLADA_CUDA="off")
+    return next(out.glob("illada-*.whl"))
+
+
+def make_venv(path: Path) -> Path:
+    """A venv that also sees the packages of the interpreter running the tests (torch is large)."""
+    run(sys.executable, "-m", "venv", path)
+    python = path / "bin" / "python"
+    site = next((path / "lib").glob("python*/site-packages"))
+    paths = [p for p in sys.path if p.endswith("site-packages")]
+    (site / "outer.pth").write_text("\n".join(paths))
+    return python
+
+
+def test_sdist_is_complete(sdist):
+    with tarfile.open(sdist) as archive:
+        names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
+    tracked = set(run("git", "ls-files", cwd=ROOT).split("\n")) if (ROOT / ".git").exists() else set()
+    left_out = {".gitignore", ".clang-format", ".ci/run"}
+    missing = {name for name in tracked - names - left_out if name and (ROOT / name).exists() and not name.startswith("benchmarks/results/")}
+    assert not missing
+    assert {"CMakeLists.txt", "csrc/include/illada/illada.h", "cmake/IlladaFlags.cmake", "LICENSE"} <= names
+    assert not [name for name in names if name.endswith((".so", ".pyc"))]
+
+
+def test_wheel_holds_the_package_and_nothing_else(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    assert {name.split("/")[0] for name in names} == {"illada", f"illada-{illada.__version__}.dist-info"}
+    assert any(name.startswith("illada/_C.") for name in names) and "illada/py.typed" in names
+
+
+def test_wheel_installs_imports_and_uninstalls(wheel, tmp_path):
+    python = make_venv(tmp_path / "venv")
+    run(python, "-m", "pip", "install", "--no-deps", "--force-reinstall", wheel)
+    code = (
+        "import illada, torch; assert illada.build_info()['version'] == illada.__version__;"
+        "print(illada.sample_tokens(torch.eye(3)).token.tolist(), illada.__file__)"
+    )
+    out = run(python, "-c", code, cwd=tmp_path)
+    assert out.startswith("[0, 1, 2]") and "venv" in out
+    run(python, "-m", "pip", "uninstall", "-y", "illada")
+    assert not list((tmp_path / "venv").rglob("*illada*"))
+
+
+def test_installing_twice_and_editable(source, tmp_path):
+    python = make_venv(tmp_path / "venv")
+    for _ in range(2):  # the second build meets the first one's folder, whose isolated tools are gone
+        run(python, "-m", "pip", "install", "--no-deps", "--force-reinstall", source, ILLADA_CUDA="off")
+    run(python, "-m", "pip", "install", "--no-deps", "-e", source, ILLADA_CUDA="off")
+    code = "import illada, torch; print(illada.sample_tokens(torch.eye(2)).token.tolist(), illada.__file__)"
+    out = run(python, "-c", code, cwd=tmp_path)
+    assert out.startswith("[0, 1]") and str(source) in out
+
+
+def test_cpp_library_and_example(source, tmp_path):
+    build, prefix = tmp_path / "build", tmp_path / "prefix"
+    run("cmake", "-S", source, "-B", build, "-DILLADA_PYTHON=OFF", "-DILLADA_CUDA=off", f"-DCMAKE_INSTALL_PREFIX={prefix}")
+    run("cmake", "--build", build, "--parallel", "2")
+    run("cmake", "--install", build)
+    example = tmp_path / "example"
+    run("cmake", "-S", source / "examples" / "cpp", "-B", example, f"-DCMAKE_PREFIX_PATH={prefix}")
+    run("cmake", "--build", example)
+    out = run(example / "remask_step", ILLADA_CPU_ISA="baseline")
+    assert out == f"illada {illada.__version__} on baseline: 5 5 2 3 (2 committed)\n"
+
+
+def test_missing_cuda_toolkit_is_said(source, tmp_path):
+    command = ["cmake", "-S", str(source), "-B", str(tmp_path / "b"), "-DILLADA_PYTHON=OFF", "-DILLADA_CUDA=on"]
+    env = {**os.environ, "PATH": f"{Path(shutil.which('cmake')).parent}:/usr/bin:/bin", "CUDACXX": "/nonexistent/nvcc"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode != 0 and "ILLADA_CUDA=off for a CPU build" in " ".join(done.stderr.split())
+    command[-1] = "-DILLADA_CUDA=maybe"
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode != 0 and "allowed are on, off and auto" in done.stderr
