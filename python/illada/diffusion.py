@@ -1,0 +1,291 @@
+"""The forward process: which windows, where they are split, how much is masked, and which tokens.
+
+Eq. 1 of the iLLaDA paper: L = -E[(1/t) sum_i 1[x_i = M] log p(x_i | x_t)], with t uniform for each packed sequence.
+As in LLaDA's guidelines p = (1 - eps) t + eps is the masking probability and 1 / p the weight, so that weights stay
+finite, and the sum is divided by the number of all tokens.
+
+Everything here is a pure function of (seed, global sample index): no state, no order of drawing. One integer resumes
+the data exactly, on any number of ranks and for any micro-batch size.
+
+Randomness: Philox4x32-10 with key = seed and counter = (block, index lo, index hi, stream); see the streams below.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from illada.ops.philox import philox4x32
+
+# Stream tags (counter word 3), one for each purpose; 16 and above belong to the token sampler.
+_ORDER, _SPLIT, _TIME, _MASK, _BATCH_TIME, _VALIDATION_MASK = range(1, 7)
+
+_VALIDATION_SEED = 0  # not an option: the bound has to be comparable between runs
+_VALIDATION_EPS = 1e-3
+_GOLDEN = 0.6180339887498949
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """Options of the forward process. The defaults are the paper's pre-training.
+
+    eps: smallest masking probability.
+    split_probability: chance that a window is split at a uniform point into two sequences.
+    t_sampling: "independent" uniform t for each sequence, or "low_discrepancy": t = (u + i / B) mod 1 over the B
+        samples of a global batch (VDM), which lowers the variance of the loss.
+    mask_count: "bernoulli" masks each token with probability p, "exact" masks floor(t L) + 1 of L tokens, weight
+        L / count (as in LLaDA's Monte Carlo likelihood).
+    complementary: samples 2k and 2k + 1 share window, split and t, and mask what the other leaves visible.
+    isolate_documents: documents inside a window do not attend each other; each is a sequence of its own.
+    """
+
+    eps: float = 1e-3
+    split_probability: float = 0.3
+    t_sampling: str = "independent"
+    mask_count: str = "bernoulli"
+    complementary: bool = False
+    isolate_documents: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.eps < 0.5:
+            raise ValueError(f"diffusion.eps must be in (0, 0.5), got {self.eps}")
+        if not 0 <= self.split_probability <= 1:
+            raise ValueError(f"diffusion.split_probability must be in [0, 1], got {self.split_probability}")
+        for name, allowed in (
+            ("t_sampling", ("independent", "low_discrepancy")),
+            ("mask_count", ("bernoulli", "exact")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"diffusion.{name} must be {' or '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.complementary and self.mask_count == "exact":
+            raise ValueError("diffusion.complementary needs mask_count = 'bernoulli'")
+
+
+@dataclass
+class Batch:
+    """Packed sequences with some tokens masked: what `MaskedDiffusionModel.loss` takes.
+
+    tokens: int64 [T], mask_id where masked.      targets: int64 [T], the original tokens.
+    token_weights: float32 [T], 1 / p where masked, 0 elsewhere.
+    cu_seqlens: int32 [S + 1].                     position_ids: int64 [T], from 0 in each sequence.
+    rows: int32 [N], the masked positions, ascending.
+    """
+
+    tokens: Tensor
+    targets: Tensor
+    token_weights: Tensor
+    cu_seqlens: Tensor
+    position_ids: Tensor
+    rows: Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        """T, masked or not."""
+        return self.tokens.shape[0]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The same batch on another device."""
+        return Batch(*(f.to(device, non_blocking=non_blocking) for f in self._fields()))
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory."""
+        return Batch(*(f.pin_memory() for f in self._fields()))
+
+    def _fields(self) -> list[Tensor]:
+        return [getattr(self, field.name) for field in dataclasses.fields(self)]
+
+
+# --------------------------------------------------------------------------------------------------------- randomness
+
+
+def _words(seed: int, stream: int, indices: NDArray[np.int64], count: int) -> NDArray[np.uint32]:
+    """`count` random words for each index, uint32 [len(indices), count]."""
+    blocks = -(-count // 4)
+    counter = np.empty((len(indices), blocks, 4), dtype=np.uint32)
+    unsigned = np.asarray(indices, dtype=np.int64).view(np.uint64)[:, None]
+    counter[..., 0] = np.arange(blocks, dtype=np.uint32)
+    counter[..., 1] = (unsigned & np.uint64(0xFFFFFFFF)).astype(np.uint32)
+    counter[..., 2] = (unsigned >> np.uint64(32)).astype(np.uint32)
+    counter[..., 3] = stream
+    key = np.array([seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF], dtype=np.uint32)
+    return philox4x32(counter, key).reshape(len(indices), 4 * blocks)[:, :count]
+
+
+def _uniforms(seed: int, stream: int, indices: NDArray[np.int64], count: int) -> NDArray[np.float64]:
+    """Uniforms strictly inside (0, 1), float64 [len(indices), count]."""
+    return (_words(seed, stream, indices, count) + 0.5) * 2.0**-32
+
+
+def permutation(positions: NDArray[np.int64], size: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """Where `positions` of [0, size) go under the pseudo-random permutation of this (seed, epoch).
+
+    A four-round Feistel network over Philox on the next power of four, walked until the result is inside: no table,
+    so the order of a corpus of any size costs no memory and no start-up.
+    """
+    if size < 1:
+        raise ValueError(f"permutation: size must be at least 1, got {size}")
+    half = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
+    mask = np.int64((1 << half) - 1)
+    values = np.asarray(positions, dtype=np.int64).copy()
+    if len(values) and not (0 <= values.min() and values.max() < size):
+        raise ValueError(f"permutation: positions must be in [0, {size})")
+    pending = np.ones(len(values), dtype=bool)
+    while pending.any():
+        left, right = values[pending] >> half, values[pending] & mask
+        for feistel_round in range(4):
+            word = _words(seed, _ORDER, right | np.int64(epoch << 34), 4)[:, feistel_round].astype(np.int64)
+            left, right = right, left ^ (word & mask)
+        values[pending] = (left << half) | right
+        pending[pending] = values[pending] >= size
+    return values
+
+
+def window_of_sample(
+    samples: NDArray[np.int64], num_windows: int, seed: int, config: DiffusionConfig
+) -> NDArray[np.int64]:
+    """Which window each global sample index trains on: every window once an epoch, in an order of its own.
+
+    Args:
+        samples: int64 [B], global sample indices, from 0 at the start of training.
+        num_windows: windows of the corpus.
+    """
+    draws = np.asarray(samples, dtype=np.int64) // (2 if config.complementary else 1)
+    windows = np.empty_like(draws)
+    for epoch in np.unique(draws // num_windows):
+        mine = draws // num_windows == epoch
+        windows[mine] = permutation(draws[mine] % num_windows, num_windows, seed, int(epoch))
+    return windows
+
+
+# ---------------------------------------------------------------------------------------------------- forward process
+
+
+def make_batch(
+    windows: NDArray,
+    samples: NDArray[np.int64],
+    *,
+    seed: int,
+    mask_id: int,
+    config: DiffusionConfig | None = None,
+    eos_id: int | None = None,
+    global_batch: int | None = None,
+) -> Batch:
+    """Split, mask and pack windows of tokens.
+
+    Args:
+        windows: integers [B, L], the tokens of the samples.
+        samples: int64 [B], their global sample indices; with the seed they decide everything else.
+        mask_id: the token that hides others.
+        eos_id: last token of each document; needed by `isolate_documents`.
+        global_batch: samples of a global batch; needed by t_sampling = "low_discrepancy".
+    """
+    config = config or DiffusionConfig()
+    windows = np.asarray(windows).astype(np.int64)
+    samples = np.asarray(samples, dtype=np.int64)
+    if windows.ndim != 2 or windows.shape[1] == 0 or len(samples) != len(windows):
+        raise ValueError(
+            f"make_batch: windows must have shape [B, L] with L > 0 and one sample index each, got "
+            f"{list(windows.shape)} and {len(samples)} indices"
+        )
+    length = windows.shape[1]
+    draws = samples // (2 if config.complementary else 1)
+
+    split = _uniforms(seed, _SPLIT, draws, 2)
+    cuts: list[list[int]] = []  # where the sequences of each window start
+    for b in range(len(windows)):
+        starts = {0}
+        if length > 1 and split[b, 0] < config.split_probability:
+            starts.add(1 + int(split[b, 1] * (length - 1)))
+        if config.isolate_documents:
+            if eos_id is None:
+                raise ValueError("make_batch: isolate_documents needs eos_id")
+            starts.update(int(i) + 1 for i in np.flatnonzero(windows[b, :-1] == eos_id))
+        cuts.append(sorted(starts))
+
+    time = _times(draws, max(len(c) for c in cuts) if cuts else 1, seed, config, global_batch)
+    words = _words(seed, _MASK, draws, length)
+    masked = np.zeros(windows.shape, dtype=bool)
+    weights = np.zeros(windows.shape, dtype=np.float32)
+    lengths: list[int] = []
+    for b, starts in enumerate(cuts):
+        for j, (start, end) in enumerate(zip(starts, [*starts[1:], length], strict=True)):
+            part = slice(start, end)
+            masked[b, part], weight = _mask(words[b, part], time[b, j], config, bool(samples[b] & 1))
+            weights[b, part] = np.where(masked[b, part], np.float32(weight), 0)
+            lengths.append(end - start)
+    return _pack(windows.reshape(-1), masked.reshape(-1), weights.reshape(-1), lengths, mask_id)
+
+
+def make_validation_batch(
+    windows: NDArray, indices: NDArray[np.int64], *, stratum: int, strata: int, mask_id: int
+) -> Batch:
+    """Whole windows masked at the fixed t = (stratum + 1/2) / strata, the same in every run.
+
+    The mean over all strata of sum_i w_i CE_i / T estimates the bound of Eq. 1 by the midpoint rule in t.
+    """
+    if not 0 <= stratum < strata:
+        raise ValueError(f"make_validation_batch: stratum must be in [0, {strata}), got {stratum}")
+    windows = np.asarray(windows).astype(np.int64)
+    t = (stratum + 0.5) / strata
+    p = (1 - _VALIDATION_EPS) * t + _VALIDATION_EPS
+    index = np.asarray(indices, dtype=np.int64) * strata + stratum
+    masked = _uniforms(_VALIDATION_SEED, _VALIDATION_MASK, index, windows.shape[1]) < p
+    weights = np.where(masked, np.float32(1 / p), np.float32(0))
+    lengths = [windows.shape[1]] * len(windows)
+    return _pack(windows.reshape(-1), masked.reshape(-1), weights.reshape(-1), lengths, mask_id)
+
+
+def _times(
+    draws: NDArray[np.int64], sequences: int, seed: int, config: DiffusionConfig, global_batch: int | None
+) -> NDArray[np.float64]:
+    """t in (0, 1) for up to `sequences` sequences of each draw."""
+    if config.t_sampling == "independent":
+        return _uniforms(seed, _TIME, draws, sequences)
+    if global_batch is None or global_batch < 1:
+        raise ValueError("make_batch: t_sampling = 'low_discrepancy' needs global_batch")
+    draws_per_batch = max(1, global_batch // (2 if config.complementary else 1))
+    shared = _uniforms(seed, _BATCH_TIME, draws // draws_per_batch, 1)
+    stratified = shared + (draws % draws_per_batch)[:, None] / draws_per_batch
+    # Further sequences of a window: golden-ratio steps, uniform by themselves and away from the first.
+    return (stratified + _GOLDEN * np.arange(sequences)) % 1.0
+
+
+def _mask(
+    words: NDArray[np.uint32], t: float, config: DiffusionConfig, second_of_pair: bool
+) -> tuple[NDArray[np.bool_], float]:
+    """Which tokens of one sequence are masked, and their weight."""
+    if config.mask_count == "exact":
+        count = min(int(t * len(words)) + 1, len(words))
+        masked = np.zeros(len(words), dtype=bool)
+        masked[np.argsort(words, kind="stable")[:count]] = True
+        return masked, len(words) / count
+    if config.complementary:
+        p = (1 - 2 * config.eps) * t + config.eps  # 1 - p is a masking probability too
+        masked = (words + 0.5) * 2.0**-32 < p
+        return (~masked, 1 / (1 - p)) if second_of_pair else (masked, 1 / p)
+    p = (1 - config.eps) * t + config.eps
+    return (words + 0.5) * 2.0**-32 < p, 1 / p
+
+
+def _pack(
+    targets: NDArray[np.int64],
+    masked: NDArray[np.bool_],
+    weights: NDArray[np.float32],
+    lengths: list[int],
+    mask_id: int,
+) -> Batch:
+    cu_seqlens = np.cumsum([0, *lengths])
+    positions = np.arange(len(targets)) - np.repeat(cu_seqlens[:-1], lengths)
+    return Batch(
+        tokens=torch.from_numpy(np.where(masked, mask_id, targets)),
+        targets=torch.from_numpy(targets),
+        token_weights=torch.from_numpy(weights),
+        cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
+        position_ids=torch.from_numpy(positions),
+        rows=torch.from_numpy(np.flatnonzero(masked).astype(np.int32)),
+    )
