@@ -1,0 +1,156 @@
+"""What a model is: `ModelConfig`, its presets, and its form in a checkpoint's config.json."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A bidirectional Transformer: GQA, RoPE, RMSNorm, SwiGLU. Names as in Hugging Face configs.
+
+    vocab_size: V, rows of the head. embedding_size: rows of the embedding, >= vocab_size (LLaDA); default the same.
+    hidden_size: C. intermediate_size: width of the SwiGLU. num_hidden_layers, num_attention_heads H,
+    num_key_value_heads G, head_dim D (default C / H), max_position_embeddings: longest sequence.
+    rope_theta; rope_in_fp32: rotate q and k in float32 (LLaDA) instead of in their own dtype.
+    rms_norm_eps; tie_word_embeddings: the head is the embedding; qkv_bias: q, k, v projections have biases (Dream).
+    initializer_range: standard deviation of the weights.
+    logits_shift: position i is predicted by the hidden state of i - 1 (Dream).
+    *_token_id: special ids; data of a checkpoint, never guessed.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    mask_token_id: int
+    eos_token_id: int
+    pad_token_id: int
+    bos_token_id: int
+    head_dim: int | None = None
+    embedding_size: int | None = None
+    max_position_embeddings: int = 8192
+    rope_theta: float = 500000.0
+    rope_in_fp32: bool = False
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = True
+    qkv_bias: bool = False
+    initializer_range: float = 0.02
+    logits_shift: bool = False
+    model_type: str = "illada"
+
+    def __post_init__(self) -> None:
+        for name in (
+            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "num_key_value_heads", "max_position_embeddings", "rope_theta", "rms_norm_eps", "initializer_range",
+        ):  # fmt: skip
+            if not getattr(self, name) > 0:
+                raise ValueError(f"model.{name} must be positive, got {getattr(self, name)}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"model.num_attention_heads ({self.num_attention_heads}) must be a multiple of "
+                f"model.num_key_value_heads ({self.num_key_value_heads})"
+            )
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"model.hidden_size ({self.hidden_size}) must be a multiple of model.num_attention_heads "
+                    f"({self.num_attention_heads}) unless model.head_dim is given"
+                )
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        if self.head_size % 2:
+            raise ValueError(f"model.head_dim must be even for RoPE, got {self.head_dim}")
+        if self.embedding_size is None:
+            object.__setattr__(self, "embedding_size", self.vocab_size)
+        if self.embedding_rows < self.vocab_size:
+            raise ValueError(f"model.embedding_size ({self.embedding_size}) is less than vocab_size ({self.vocab_size})")
+        for name in ("mask_token_id", "eos_token_id", "pad_token_id", "bos_token_id"):
+            if not 0 <= getattr(self, name) < self.embedding_rows:
+                raise ValueError(f"model.{name} must be in [0, {self.embedding_rows}), got {getattr(self, name)}")
+        if self.model_type not in ("illada", "llada", "dream", "qwen2"):
+            raise ValueError(f"model.model_type must be illada, llada, dream or qwen2, got {self.model_type!r}")
+
+    @property
+    def head_size(self) -> int:
+        """head_dim, resolved."""
+        assert self.head_dim is not None
+        return self.head_dim
+
+    @property
+    def embedding_rows(self) -> int:
+        """embedding_size, resolved."""
+        assert self.embedding_size is not None
+        return self.embedding_size
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the whole model, a tied head counted once."""
+        c, d = self.hidden_size, self.head_size
+        qkv = (self.num_attention_heads + 2 * self.num_key_value_heads) * d
+        layer = qkv * c + (qkv if self.qkv_bias else 0) + self.num_attention_heads * d * c
+        layer += 3 * c * self.intermediate_size + 2 * c
+        head = 0 if self.tie_word_embeddings else self.vocab_size * c
+        return self.embedding_rows * c + self.num_hidden_layers * layer + c + head
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> ModelConfig:
+        """A named architecture, with some fields replaced. ValueError lists the names there are."""
+        if name not in PRESETS:
+            raise ValueError(f"model.preset must be one of {', '.join(PRESETS)}, got {name!r}")
+        return cls.from_dict({**PRESETS[name], **overrides})
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
+        """From field names and values; unknown and missing names are errors that list them."""
+        fields = {f.name: f for f in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - set(fields)):
+            raise ValueError(f"unknown model options: {', '.join(unknown)}; there are {', '.join(fields)}")
+        required = {name for name, f in fields.items() if f.default is dataclasses.MISSING}
+        if missing := sorted(required - set(values)):
+            raise ValueError(f"missing model options: {', '.join(missing)}")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields by name; the inverse of `from_dict`."""
+        return dataclasses.asdict(self)
+
+
+_ILLADA_IDS = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "mask_token_id": 5}
+_QWEN_7B = {
+    "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+    "num_key_value_heads": 4, "vocab_size": 152064, "max_position_embeddings": 131072, "rope_theta": 1e6,
+    "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "qkv_bias": True,
+    "bos_token_id": 151643, "eos_token_id": 151643, "pad_token_id": 151643,
+}  # fmt: skip
+
+#: Architectures by name. iLLaDA: Table 1 of the paper; its rope_theta and eps are those of the sibling with the same
+#: geometry and are replaced by the checkpoint's own when one is loaded. `tiny` and `small` train on a CPU.
+PRESETS: dict[str, dict[str, Any]] = {
+    "illada_8b": {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 155136, "max_position_embeddings": 8192, "rope_theta": 500000.0,
+        "rms_norm_eps": 1e-6, "initializer_range": 0.009882118, **_ILLADA_IDS,
+    },
+    "llada_8b": {
+        "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 32, "vocab_size": 126464, "max_position_embeddings": 4096, "rope_theta": 500000.0,
+        "rope_in_fp32": True, "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "model_type": "llada",
+        "bos_token_id": 126080, "eos_token_id": 126081, "pad_token_id": 126081, "mask_token_id": 126336,
+    },
+    "dream_7b": {**_QWEN_7B, "mask_token_id": 151666, "logits_shift": True, "model_type": "dream"},
+    "qwen2_7b": {**_QWEN_7B, "mask_token_id": 151665, "model_type": "qwen2"},
+    "small": {
+        "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8,
+        "num_key_value_heads": 2, "vocab_size": 32768, "max_position_embeddings": 1024, "rope_theta": 10000.0,
+        **_ILLADA_IDS,
+    },
+    "tiny": {
+        "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 6,
+        "num_key_value_heads": 2, "vocab_size": 4096, "max_position_embeddings": 512, "rope_theta": 10000.0,
+        **_ILLADA_IDS,
+    },
+}  # fmt: skip

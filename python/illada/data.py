@@ -1,0 +1,334 @@
+"""Corpora: from text to memory-mapped token files, and back as windows of tokens.
+
+A prepared corpus is a folder:
+
+    corpus.json                 what it is: format, dtype, sizes, special ids, hash of the tokenizer
+    tokenizer.json              as the `tokenizers` library reads it
+    train.bin validation.bin    token ids, uint16 where the vocabulary fits, else uint32, documents end to end
+    train.idx validation.idx    where each document starts, uint64, with the number of tokens as last entry
+
+Every document ends with the eos token. A document is held out for validation by a hash of its content, so the split
+does not depend on order, machine or what else is in the corpus.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import sysconfig
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
+
+from illada.files import staged_directory
+
+FORMAT, FORMAT_VERSION = "illada-corpus", 1
+SPLITS = ("train", "validation")
+
+#: iLLaDA's special tokens, in the order of their ids.
+SPECIAL_TOKENS = {
+    "bos": "<[begin▁of▁sentence]>",
+    "pad": "<[PAD▁TOKEN]>",
+    "eos": "<[end▁of▁sentence]>",
+    "reserved_0": "<[reserved▁0]>",
+    "reserved_1": "<[reserved▁1]>",
+    "mask": "<[MASK]>",
+}
+_SPECIAL_NAMES = ("bos", "pad", "eos", "mask")
+_TEXT_SUFFIXES = {".txt", ".md", ".rst", ".py", ".html", ".tex", ".c", ".h", ".cc", ".cpp", ".cu", ".json", ".pod", ".org"}
+_ENCODE_BATCH = 256  # documents handed to the tokenizer's threads at a time
+
+
+# ------------------------------------------------------------------------------------------------------------ sources
+
+
+def read_source(source: str) -> Iterator[str]:
+    """Documents of a source, in a fixed order; files that are not UTF-8 text are left out.
+
+    Args:
+        source: "stdlib", the source code of the running Python's own library; "dir:PATH", every text file below a
+            folder; or "jsonl:PATH", one JSON object a line with its text under "text".
+
+    Raises:
+        ValueError: an unknown kind of source, a line without text. FileNotFoundError: no such path.
+    """
+    kind, _, path = source.partition(":")
+    if source == "stdlib":
+        root = Path(sysconfig.get_paths()["stdlib"])
+        skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+        return _read_files(p for p in sorted(root.rglob("*.py")) if not skipped & set(p.relative_to(root).parts))
+    if kind == "dir" and path:
+        if not Path(path).is_dir():
+            raise FileNotFoundError(f"source {source!r}: {path} is not a folder")
+        return _read_files(p for p in sorted(Path(path).rglob("*")) if p.suffix in _TEXT_SUFFIXES and p.is_file())
+    if kind == "jsonl" and path:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"source {source!r}: {path} is not a file")
+        return _read_jsonl(Path(path))
+    raise ValueError(f"source must be stdlib, dir:PATH or jsonl:PATH, got {source!r}")
+
+
+def _read_files(paths: Iterable[Path]) -> Iterator[str]:
+    for path in paths:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (UnicodeDecodeError, OSError):
+            continue
+        if text.strip():
+            yield text
+
+
+def _read_jsonl(path: Path) -> Iterator[str]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                text = json.loads(line)["text"]
+            except (json.JSONDecodeError, KeyError, TypeError):
+                raise ValueError(f'{path}, line {number}: expected a JSON object with a "text" field') from None
+            if not isinstance(text, str):
+                raise ValueError(f'{path}, line {number}: "text" must be a string, got {type(text).__name__}')
+            if text.strip():
+                yield text
+
+
+# --------------------------------------------------------------------------------------------------------- tokenizers
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """A tokenizer.json, or the one in a folder (a corpus, a checkpoint)."""
+    file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"no tokenizer at {file}")
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(f"{file} is not a tokenizer.json that `tokenizers` can read: {error}") from None
+
+
+def tokenizer_sha256(path: str | Path) -> str:
+    """What ties a corpus to a checkpoint: the SHA-256 of its tokenizer.json (of a folder's, for a folder)."""
+    file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def train_tokenizer(documents: Iterable[str], vocab_size: int, *, progress: bool = False) -> Tokenizer:
+    """A byte-level BPE tokenizer whose first ids are iLLaDA's special tokens: bos 0, pad 1, eos 2, mask 5."""
+    smallest = len(SPECIAL_TOKENS) + 256
+    if vocab_size < smallest:
+        raise ValueError(f"vocab_size must be at least {smallest} (256 bytes and the special tokens), got {vocab_size}")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[AddedToken(token, special=True) for token in SPECIAL_TOKENS.values()],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=progress,
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    return tokenizer
+
+
+def special_ids(tokenizer: Tokenizer, given: dict[str, int] | None = None) -> dict[str, int]:
+    """Ids of bos, pad, eos and mask: as given, else by iLLaDA's names; an error says which are missing."""
+    given = given or {}
+    if unknown := set(given) - set(_SPECIAL_NAMES):
+        raise ValueError(f"special ids may be given for {', '.join(_SPECIAL_NAMES)}, got {', '.join(sorted(unknown))}")
+    ids = {name: given.get(name, tokenizer.token_to_id(SPECIAL_TOKENS[name])) for name in _SPECIAL_NAMES}
+    if missing := [name for name, i in ids.items() if i is None]:
+        raise ValueError(
+            f"the tokenizer has none of iLLaDA's names for {', '.join(missing)}; give their ids, as in "
+            f"--special {missing[0]}=ID"
+        )
+    for name, i in ids.items():
+        if not 0 <= i < tokenizer.get_vocab_size():
+            raise ValueError(f"special id {name}={i} is outside of the vocabulary of {tokenizer.get_vocab_size()}")
+    return ids
+
+
+# ------------------------------------------------------------------------------------------------------------ prepare
+
+
+def prepare(
+    source: str,
+    out_dir: str | Path,
+    *,
+    vocab_size: int = 4096,
+    tokenizer: str | Path | None = None,
+    special: dict[str, int] | None = None,
+    validation_fraction: float = 0.05,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Turn text into a corpus folder.
+
+    Args:
+        source: see `read_source`.
+        out_dir: the folder to make. It appears complete or not at all.
+        vocab_size: of the tokenizer to train; not used with `tokenizer`.
+        tokenizer: a given tokenizer.json; `special` holds its special ids where it does not use iLLaDA's names.
+        validation_fraction: share of documents to hold out; at least one of two or more.
+        overwrite: replace an existing corpus.
+        progress: show progress bars on a terminal.
+
+    Returns:
+        The header, as written to corpus.json.
+
+    Raises:
+        FileExistsError: out_dir exists and overwrite is off. ValueError: bad arguments, fewer than two documents.
+    """
+    out_dir = Path(out_dir)
+    if not 0 < validation_fraction < 1:
+        raise ValueError(f"validation_fraction must be in (0, 1), got {validation_fraction}")
+    if out_dir.exists() and not overwrite:
+        raise FileExistsError(f"{out_dir} exists; overwrite it with overwrite=True (--overwrite), or choose another")
+    if out_dir.exists() and not (out_dir / "corpus.json").exists() and any(out_dir.iterdir()):
+        raise FileExistsError(f"{out_dir} exists and is not a corpus; choose another folder")
+    progress = progress and sys.stderr.isatty()
+    documents = list(tqdm(read_source(source), desc="reading", unit=" documents", disable=not progress))
+    if len(documents) < 2:
+        raise ValueError(f"source {source!r} has {len(documents)} documents; one to train on and one to hold out are needed")
+    if tokenizer is None:
+        trained = train_tokenizer(documents, vocab_size, progress=progress)
+    else:
+        trained = load_tokenizer(tokenizer)
+    ids = special_ids(trained, special)
+    trained.encode_special_tokens = True  # a document that spells "<[MASK]>" is text, not a mask
+
+    with staged_directory(out_dir) as folder:
+        trained.save(str(folder / "tokenizer.json"))
+        header = {
+            "format": FORMAT,
+            "version": FORMAT_VERSION,
+            "source": source,
+            "dtype": "uint16" if trained.get_vocab_size() <= 1 << 16 else "uint32",
+            "vocab_size": trained.get_vocab_size(),
+            **{f"{name}_token_id": i for name, i in ids.items()},
+            "tokenizer_sha256": tokenizer_sha256(folder),
+            "splits": _write_splits(documents, trained, ids["eos"], validation_fraction, folder, progress),
+        }
+        counts = np.bincount(np.fromfile(folder / "validation.bin", dtype=header["dtype"]))
+        header["validation_unigram_entropy"] = _entropy(counts)
+        (folder / "corpus.json").write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
+    return header
+
+
+def _write_splits(
+    documents: list[str], tokenizer: Tokenizer, eos: int, fraction: float, folder: Path, progress: bool
+) -> dict[str, dict[str, int]]:
+    dtype = np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.uint32
+    hashes = [hashlib.sha256(text.encode()).digest() for text in documents]
+    scores = [int.from_bytes(digest[:8], "big") / 2**64 for digest in hashes]
+    held_out = [score < fraction for score in scores]
+    if not any(held_out):
+        held_out[int(np.argmin(scores))] = True
+    if all(held_out):
+        held_out[int(np.argmax(scores))] = False
+    report = {}
+    with tqdm(total=len(documents), desc="encoding", unit=" documents", disable=not progress) as bar:
+        for split in SPLITS:
+            mine = [text for text, out in zip(documents, held_out, strict=True) if out == (split == "validation")]
+            offsets, size = [0], 0
+            with (folder / f"{split}.bin").open("wb") as file:
+                for start in range(0, len(mine), _ENCODE_BATCH):
+                    batch = mine[start : start + _ENCODE_BATCH]
+                    for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False):
+                        np.asarray([*encoding.ids, eos], dtype=dtype).tofile(file)
+                        offsets.append(offsets[-1] + len(encoding.ids) + 1)
+                    size += sum(len(text.encode()) for text in batch)
+                    bar.update(len(batch))
+            np.asarray(offsets, dtype=np.uint64).tofile(folder / f"{split}.idx")
+            report[split] = {"documents": len(mine), "tokens": offsets[-1], "bytes": size}
+    return report
+
+
+def _entropy(counts: NDArray) -> float:
+    """Of the empirical distribution, in nats."""
+    p = counts[counts > 0] / counts.sum()
+    return float(-(p * np.log(p)).sum())
+
+
+# ------------------------------------------------------------------------------------------------------------ reading
+
+
+class TokenDataset:
+    """One split of a prepared corpus, memory-mapped.
+
+    Attributes:
+        header: corpus.json.
+        tokens: the ids, uint16 or uint32 [num_tokens], not in memory.
+        documents: uint64 [num_documents + 1], where each document starts, with num_tokens last.
+
+    Raises:
+        FileNotFoundError: no corpus there. ValueError: not a corpus, another format version, or damaged files.
+    """
+
+    def __init__(self, path: str | Path, split: str = "train") -> None:
+        self.path = Path(path)
+        if split not in SPLITS:
+            raise ValueError(f"split must be {' or '.join(SPLITS)}, got {split!r}")
+        header_file = self.path / "corpus.json"
+        if not header_file.is_file():
+            raise FileNotFoundError(f"{self.path} is not a corpus (no corpus.json); make one with `illada prepare`")
+        try:
+            self.header: dict[str, Any] = json.loads(header_file.read_text(encoding="utf-8"))
+            known = self.header["format"] == FORMAT
+        except (json.JSONDecodeError, KeyError, TypeError):
+            known = False
+        if not known:
+            raise ValueError(f"{header_file} is not the header of an {FORMAT}")
+        if self.header["version"] != FORMAT_VERSION:
+            raise ValueError(f"{header_file} has format version {self.header['version']}, this is {FORMAT_VERSION}")
+        expected = self.header["splits"][split]
+        self.tokens: NDArray = self._map(f"{split}.bin", np.dtype(self.header["dtype"]), expected["tokens"])
+        self.documents: NDArray = self._map(f"{split}.idx", np.dtype(np.uint64), expected["documents"] + 1)
+        if int(self.documents[-1]) != expected["tokens"]:
+            raise ValueError(f"{self.path / f'{split}.idx'} does not belong to {split}.bin")
+        if tokenizer_sha256(self.path) != self.header["tokenizer_sha256"]:
+            raise ValueError(f"{self.path / 'tokenizer.json'} is not the tokenizer that this corpus was made with")
+
+    def _map(self, name: str, dtype: np.dtype, count: int) -> NDArray:
+        file = self.path / name
+        size = file.stat().st_size if file.is_file() else 0
+        if size != count * dtype.itemsize:
+            raise ValueError(f"{file} is damaged: {size} bytes, expected {count * dtype.itemsize}")
+        return np.memmap(file, dtype=dtype, mode="r") if count else np.empty(0, dtype)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, special ones included."""
+        return self.header["vocab_size"]
+
+    def num_windows(self, length: int) -> int:
+        """Whole windows of `length` tokens; ValueError if there is none."""
+        count = len(self.tokens) // length
+        if count == 0:
+            raise ValueError(f"{self.path} has {len(self.tokens)} tokens in this split, less than one window of {length}")
+        return count
+
+    def windows(self, indices: NDArray[np.int64], length: int) -> NDArray:
+        """Windows [B, length] by index; ValueError for a token id outside of the vocabulary."""
+        out = np.stack([self.tokens[i * length : (i + 1) * length] for i in np.asarray(indices).tolist()])
+        if int(out.max()) >= self.vocab_size:
+            raise ValueError(f"{self.path} holds token id {int(out.max())}, outside of its vocabulary of {self.vocab_size}")
+        return out
+
+    def unigram_entropy(self) -> float:
+        """Entropy of the held-out tokens' own frequencies, in nats: what knowing no context costs."""
+        return self.header["validation_unigram_entropy"]
+
+
+def parse_special(text: str) -> dict[str, int]:
+    """`"eos=2,mask=5"` as a dict, for the command line."""
+    try:
+        return {name.strip(): int(value) for name, value in (part.split("=") for part in text.split(","))}
+    except ValueError:
+        raise ValueError(f"special ids must look like eos=2,mask=5, got {text!r}") from None

@@ -1,0 +1,258 @@
+"""The iLLaDA family on packed sequences: one class, options read from the checkpoint.
+
+A pre-norm Transformer whose attention is bidirectional: x += o(attention(q, k, v)), x += down(silu(gate) * up).
+Sequences of a pack never see each other; there is no padding and no attention mask. Parameter names are those of
+Hugging Face checkpoints without the leading "model.".
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from illada.config import ModelConfig
+from illada.diffusion import Batch
+from illada.ops import AttentionPlan, attention_plan, linear_masked_cross_entropy, varlen_attention
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, statistics in float32, cast back before the weight (as in Hugging Face models)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.float32:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return self.weight * F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype)
+
+
+def rotary_tables(position_ids: Tensor, config: ModelConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin [T, 1, D] of RoPE, computed in float32; once a forward pass, for all layers."""
+    exponents = torch.arange(0, config.head_size, 2, dtype=torch.float32, device=position_ids.device)
+    inverse_frequencies = config.rope_theta ** (-exponents / config.head_size)
+    angles = position_ids.float()[:, None] * inverse_frequencies
+    angles = torch.cat([angles, angles], dim=-1)[:, None]
+    table_dtype = torch.float32 if config.rope_in_fp32 else dtype
+    return angles.cos().to(table_dtype), angles.sin().to(table_dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE by halves: (a, b) -> (a cos - b sin, b cos + a sin). x is [T, heads, D]."""
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Bidirectional grouped-query attention over packed sequences."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        width, dim = config.hidden_size, config.head_size
+        self.q_proj = nn.Linear(width, self.heads * dim, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(width, self.kv_heads * dim, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(width, self.kv_heads * dim, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(self.heads * dim, width, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, plan: AttentionPlan) -> Tensor:
+        q, k, v = (
+            project(x).unflatten(-1, (heads, -1))
+            for project, heads in (
+                (self.q_proj, self.heads),
+                (self.k_proj, self.kv_heads),
+                (self.v_proj, self.kv_heads),
+            )
+        )
+        out = varlen_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, cu_seqlens, plan=plan)
+        assert isinstance(out, Tensor)
+        return self.o_proj(out.flatten(1))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    """One pre-norm Transformer layer."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, plan: AttentionPlan) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cu_seqlens, plan)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class MaskedDiffusionModel(nn.Module):
+    """Predicts the tokens that hide under the masks.
+
+    Args:
+        config: the architecture.
+        seed: of the initial weights, drawn from a generator of this model's own.
+        device, dtype: of the parameters; device "meta" allocates nothing.
+
+    Attributes:
+        config: as given.
+        activation_checkpointing: recompute each layer in the backward pass instead of keeping its activations.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = False
+        # nn.Linear draws from the global generator when it is made; on the meta device it draws nothing.
+        with torch.device("meta"):
+            self.embed_tokens = nn.Embedding(config.embedding_rows, config.hidden_size)
+            self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+            self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.to(dtype or torch.float32)
+        target = torch.device(device or "cpu")
+        if target.type != "meta":
+            self.to_empty(device=target)
+            self.reset_parameters(seed)
+
+    @torch.no_grad()
+    def reset_parameters(self, seed: int) -> None:
+        """Initial weights, drawn on the CPU from `seed` alone: N(0, initializer_range), the projections back into the
+        residual stream scaled by 1 / sqrt(2 layers), embeddings with variance 1 / (2 C), the pad row zero."""
+        generator = torch.Generator().manual_seed(seed)
+        residual_scale = 1 / math.sqrt(2 * self.config.num_hidden_layers)
+        for name, parameter in self.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.fill_(1.0)
+            elif name.endswith("bias"):
+                parameter.zero_()
+            else:
+                std = self.config.initializer_range
+                if name == "embed_tokens.weight":
+                    std = math.sqrt(1 / (2 * self.config.hidden_size))
+                elif name.endswith(("o_proj.weight", "down_proj.weight")):
+                    std *= residual_scale
+                parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+        self.embed_tokens.weight[self.config.pad_token_id] = 0
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, C]: the head, or the first V rows of the embedding it is tied to."""
+        if self.lm_head is not None:
+            return self.lm_head.weight
+        return self.embed_tokens.weight[: self.config.vocab_size]
+
+    def forward(
+        self,
+        tokens: Tensor,
+        cu_seqlens: Tensor,
+        *,
+        position_ids: Tensor | None = None,
+        plan: AttentionPlan | None = None,
+    ) -> Tensor:
+        """Hidden states that, times the head, give the logits of each token's own position.
+
+        Args:
+            tokens: int64 or int32 [T], packed sequences; ids in [0, embedding_size).
+            cu_seqlens: int32 [S + 1], from 0 to T.
+            position_ids: int64 [T]; default: from 0 in each sequence.
+            plan: of `illada.attention_plan`; default: made here.
+
+        Returns:
+            [T, C], after the final norm (and shifted by one position inside each sequence for Dream's models).
+
+        Raises:
+            ValueError: wrong shapes; token ids or cu_seqlens out of range (on a CPU, where looking costs no sync).
+        """
+        self._check(tokens, cu_seqlens)
+        config = self.config
+        if position_ids is None:
+            position_ids = positions(cu_seqlens, tokens.shape[0])
+        if plan is None:
+            plan = attention_plan(
+                cu_seqlens,
+                num_heads=config.num_attention_heads,
+                num_kv_heads=config.num_key_value_heads,
+                head_dim=config.head_size,
+                total_q=tokens.shape[0],
+            )
+        x = self.embed_tokens(tokens)
+        dtype = x.dtype
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+        cos, sin = rotary_tables(position_ids, config, dtype)
+        for layer in self.layers:
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, cos, sin, cu_seqlens, plan, use_reentrant=False)
+            else:
+                x = layer(x, cos, sin, cu_seqlens, plan)
+        hidden = self.norm(x)
+        return shift_right(hidden, position_ids) if config.logits_shift else hidden
+
+    def loss(
+        self, batch: Batch, *, normalizer: float | Tensor | None = None, return_nll: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Eq. 1 on a batch: sum of 1/p-weighted cross-entropies of the masked tokens over `normalizer`.
+
+        Args:
+            batch: of `illada.diffusion`; only its masked rows meet the head.
+            normalizer: default the batch's own number of tokens; pass the global batch's when gradients are summed.
+            return_nll: also return the nll of each token, float32 [T], 0 where not masked.
+        """
+        hidden = self(batch.tokens, batch.cu_seqlens, position_ids=batch.position_ids)
+        return linear_masked_cross_entropy(
+            hidden,
+            self.head_weight,
+            batch.targets,
+            batch.token_weights,
+            rows=batch.rows,
+            normalizer=float(batch.num_tokens) if normalizer is None else normalizer,
+            return_nll=return_nll,
+        )
+
+    def _check(self, tokens: Tensor, cu_seqlens: Tensor) -> None:
+        if tokens.dim() != 1:
+            raise ValueError(f"tokens must be packed, shape [T], got {list(tokens.shape)}; see illada.pack")
+        if torch.compiler.is_compiling() or tokens.device.type != "cpu" or type(tokens) is not Tensor:
+            return
+        if tokens.numel() and not (0 <= int(tokens.min()) and int(tokens.max()) < self.config.embedding_rows):
+            raise ValueError(
+                f"tokens must be in [0, {self.config.embedding_rows}), got {int(tokens.min())} .. {int(tokens.max())}"
+            )
+
+
+def positions(cu_seqlens: Tensor, total: int) -> Tensor:
+    """int64 [T], counting from 0 in each sequence; no host sync."""
+    index = torch.arange(total, device=cu_seqlens.device)
+    sequence = torch.searchsorted(cu_seqlens, index, right=True, out_int32=True) - 1
+    return index - cu_seqlens[sequence]
+
+
+def shift_right(hidden: Tensor, position_ids: Tensor) -> Tensor:
+    """Row i takes the hidden state of i - 1; the first row of each sequence keeps its own."""
+    index = torch.arange(hidden.shape[0], device=hidden.device)
+    return hidden[index - (position_ids > 0).to(index.dtype)]

@@ -1,0 +1,156 @@
+"""Checkpoints: the layout, strict accounting of keys and options, damage, and full disks."""
+
+import dataclasses
+import json
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from illada.checkpoint import load_pretrained, read_config, save_pretrained
+from illada.config import ModelConfig
+from illada.model import MaskedDiffusionModel
+
+CONFIG = ModelConfig.preset(
+    "tiny", hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=40
+)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model = MaskedDiffusionModel(CONFIG, seed=1)
+    save_pretrained(model, tmp_path / "m")
+    return model, tmp_path / "m"
+
+
+def test_round_trip_and_layout(saved):
+    model, path = saved
+    tensors = load_file(path / "model.safetensors")
+    layer = [f"self_attn.{x}_proj.weight" for x in "qkvo"] + [f"mlp.{x}_proj.weight" for x in ("gate", "up", "down")]
+    layer += ["input_layernorm.weight", "post_attention_layernorm.weight"]
+    want = {f"model.layers.{i}.{name}" for i in range(2) for name in layer}
+    assert set(tensors) == want | {"model.embed_tokens.weight", "model.norm.weight"}  # the tied head once
+    config = read_config(path)
+    assert config["model_type"] == "illada" and config["mask_token_id"] == 5 and config["torch_dtype"] == "float32"
+    again = load_pretrained(path)
+    assert again.config == CONFIG
+    for (name, a), (_, b) in zip(model.named_parameters(), again.named_parameters(), strict=True):
+        assert torch.equal(a, b) and b.requires_grad, name
+    assert load_pretrained(path, dtype=torch.bfloat16).norm.weight.dtype == torch.bfloat16
+
+
+def test_untied_and_sharded(tmp_path):
+    config = dataclasses.replace(CONFIG, tie_word_embeddings=False)
+    model = MaskedDiffusionModel(config, seed=1, dtype=torch.bfloat16)
+    save_pretrained(model, tmp_path / "m", max_shard_bytes=8000)
+    shards = sorted(p.name for p in (tmp_path / "m").glob("*.safetensors"))
+    assert len(shards) > 2 and shards[0] == f"model-00001-of-{len(shards):05}.safetensors"
+    again = load_pretrained(tmp_path / "m")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert again.head_weight.dtype == torch.bfloat16
+    (tmp_path / "m" / shards[1]).unlink()
+    with pytest.raises(ValueError, match=f"lacks the shards {shards[1]}"):
+        load_pretrained(tmp_path / "m")
+
+
+def test_stored_tied_head_must_be_the_embedding(saved):
+    _, path = saved
+    tensors = load_file(path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()  # as the published checkpoint has it
+    save_file(tensors, path / "model.safetensors")
+    load_pretrained(path)
+    tensors["lm_head.weight"][3] += 1
+    save_file(tensors, path / "model.safetensors")
+    with pytest.raises(ValueError, match="ties the head to the embedding, but lm_head.weight differs"):
+        load_pretrained(path)
+
+
+def test_keys_are_accounted_for(saved):
+    _, path = saved
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.layers.9.x"] = tensors.pop("model.norm.weight")
+    tensors["model.layers.0.mlp.up_proj.weight"] = torch.zeros(3, 3)
+    save_file(tensors, path / "model.safetensors")
+    with pytest.raises(ValueError) as error:
+        load_pretrained(path)
+    for part in (
+        "missing: model.norm.weight",
+        "unexpected: model.layers.9.x",
+        r"other shape: model.layers.0.mlp.up_proj.weight is [3, 3], expected [48, 32]",
+    ):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "change,match",
+    [
+        ({"model_type": "llama"}, "model_type='llama' (supported: 'illada')"),
+        ({"attention_bias": True}, "attention_bias=True (supported: False)"),
+        ({"rope_scaling": {"factor": 2}}, "rope_scaling={'factor': 2} (supported: None"),
+        ({"sliding_window": 4}, "sliding_window=4 (unknown)"),
+        ({"rope_theta": ...}, "lacks rope_theta, which cannot be guessed"),
+        ({"hidden_size": -1}, "hidden_size must be positive"),
+    ],
+)
+def test_config_options_are_honoured_or_refused(saved, change, match):
+    _, path = saved
+    config = {**read_config(path), **change}
+    config = {key: value for key, value in config.items() if value is not ...}
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError) as error:
+        load_pretrained(path)
+    assert match in str(error.value)
+
+
+def test_ids_of_a_config_without_them(saved):
+    _, path = saved
+    config = {key: value for key, value in read_config(path).items() if not key.endswith("_token_id")}
+    (path / "config.json").write_text(json.dumps(config))
+    assert load_pretrained(path).config.mask_token_id == 5
+
+
+def test_damaged_and_missing_files(saved, tmp_path):
+    _, path = saved
+    weights = path / "model.safetensors"
+    content = weights.read_bytes()
+    for damaged in (content[:-1], content[: len(content) // 2], content[:5], b"", b"PK\x03\x04 zip"):
+        weights.write_bytes(damaged)
+        with pytest.raises(ValueError, match="is damaged or not a safetensors file"):
+            load_pretrained(path)
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no model\.safetensors"):
+        load_pretrained(path)
+    (path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="is not JSON"):
+        load_pretrained(path)
+    (path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="does not hold a JSON object"):
+        load_pretrained(path)
+    with pytest.raises(FileNotFoundError, match=r"not a checkpoint \(no config\.json\)"):
+        load_pretrained(tmp_path)
+
+
+def test_full_disk_keeps_the_old_checkpoint(saved):
+    model, path = saved
+    # A process that may not write files above 4 kB, as if the disk were full.
+    code = (
+        "import resource, signal, sys; from illada.checkpoint import *; from illada.model import MaskedDiffusionModel\n"
+        f"model = load_pretrained({str(path)!r}); model.norm.weight.data.fill_(9.0)\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        f"save_pretrained(model, {str(path)!r})"
+    )
+    assert resource.RLIMIT_FSIZE is not None
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode != 0 and "File too large" in done.stderr
+    assert [p.name for p in path.parent.iterdir()] == ["m"]
+    assert torch.equal(load_pretrained(path).norm.weight, model.norm.weight)
+
+
+def test_layout_that_cannot_say_it(tmp_path):
+    model = MaskedDiffusionModel(dataclasses.replace(CONFIG, logits_shift=True, qkv_bias=True))
+    with pytest.raises(NotImplementedError, match="cannot express qkv_bias=True, logits_shift=True"):
+        save_pretrained(model, tmp_path / "m")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,193 @@
+"""Corpora: preparing, reading back, and refusing what is damaged or foreign."""
+
+import json
+
+import numpy as np
+import pytest
+
+from illada.data import (
+    SPECIAL_TOKENS,
+    TokenDataset,
+    load_tokenizer,
+    parse_special,
+    prepare,
+    read_source,
+    special_ids,
+    tokenizer_sha256,
+    train_tokenizer,
+)
+
+TEXTS = ["a text that spells <[MASK]> and <[end▁of▁sentence]>"] + [
+    f"def function_{i}(x):\n    return x + {i}  # ünïcode {'word ' * (i % 7)}\n" for i in range(59)
+]
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text files")
+    for i, text in enumerate(TEXTS):
+        (folder / f"{i:02}.txt").write_text(text, encoding="utf-8")
+    (folder / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    (folder / "empty.txt").write_text("\n")
+    (folder / "image.png").write_bytes(b"x")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def corpus(texts, tmp_path_factory):
+    out = tmp_path_factory.mktemp("corpus") / "c"
+    prepare(f"dir:{texts}", out, vocab_size=300, validation_fraction=0.2)
+    return out
+
+
+def test_round_trip(corpus):
+    tokenizer = load_tokenizer(corpus)
+    seen = []
+    for split in ("train", "validation"):
+        data = TokenDataset(corpus, split)
+        for start, end in zip(data.documents[:-1], data.documents[1:], strict=True):
+            ids = data.tokens[int(start) : int(end)].tolist()
+            assert ids[-1] == 2
+            seen.append(tokenizer.decode(ids[:-1]))
+    assert sorted(seen) == sorted(TEXTS)
+
+
+def test_header_and_special_ids(corpus):
+    header = TokenDataset(corpus).header
+    assert header["dtype"] == "uint16" and header["vocab_size"] == 300
+    assert [header[f"{n}_token_id"] for n in ("bos", "pad", "eos", "mask")] == [0, 1, 2, 5]
+    assert header["tokenizer_sha256"] == tokenizer_sha256(corpus)
+    splits = header["splits"]
+    assert splits["train"]["documents"] + splits["validation"]["documents"] == 60
+    assert 3 <= splits["validation"]["documents"] <= 25
+    assert sum(s["bytes"] for s in splits.values()) == sum(len(t.encode()) for t in TEXTS)
+    held_out = TokenDataset(corpus, "validation")
+    p = np.bincount(held_out.tokens) / len(held_out.tokens)
+    assert held_out.unigram_entropy() == pytest.approx(-(p[p > 0] * np.log(p[p > 0])).sum())
+
+
+def test_windows(corpus):
+    data = TokenDataset(corpus)
+    count = data.num_windows(100)
+    assert count == len(data.tokens) // 100
+    np.testing.assert_array_equal(data.windows(np.array([count - 1, 0]), 100)[1], data.tokens[:100])
+    with pytest.raises(ValueError, match="less than one window of 1000000"):
+        data.num_windows(10**6)
+
+
+def test_split_does_not_depend_on_order(texts, corpus, tmp_path):
+    lines = [json.dumps({"text": text, "other": 1}) for text in reversed(TEXTS)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n\n", encoding="utf-8")
+    prepare(f"jsonl:{tmp_path / 'a.jsonl'}", tmp_path / "c", vocab_size=300, validation_fraction=0.2)
+
+    def held_out(path):
+        data, tokenizer = TokenDataset(path, "validation"), load_tokenizer(path)
+        ends = data.documents.astype(int)
+        return sorted(tokenizer.decode(data.tokens[a:b].tolist()) for a, b in zip(ends[:-1], ends[1:], strict=True))
+
+    assert held_out(tmp_path / "c") == held_out(corpus)
+
+
+def test_given_tokenizer_and_wide_ids(texts, corpus, tmp_path):
+    header = prepare(f"dir:{texts}", tmp_path / "same", tokenizer=corpus / "tokenizer.json")
+    assert header["tokenizer_sha256"] == tokenizer_sha256(corpus)
+    foreign = train_tokenizer(TEXTS, 280)
+    foreign.add_tokens([f"<extra_{i}>" for i in range(1 << 16)])
+    foreign.save(str(tmp_path / "wide.json"))
+    wide = prepare(f"dir:{texts}", tmp_path / "wide", tokenizer=tmp_path / "wide.json", special={"mask": 7})
+    assert wide["dtype"] == "uint32" and wide["mask_token_id"] == 7
+    assert TokenDataset(tmp_path / "wide").tokens.dtype == np.uint32
+
+
+def test_stdlib_source():
+    documents = read_source("stdlib")
+    first = next(documents)
+    assert isinstance(first, str) and len(first) > 0
+
+
+def test_nothing_is_left_of_a_failed_prepare(texts, tmp_path, monkeypatch):
+    monkeypatch.setattr("illada.data._entropy", lambda counts: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        prepare(f"dir:{texts}", tmp_path / "c", vocab_size=300)
+    assert not list(tmp_path.iterdir())
+
+
+def test_overwriting(texts, corpus, tmp_path):
+    out = tmp_path / "c"
+    prepare(f"dir:{texts}", out, vocab_size=300)
+    with pytest.raises(FileExistsError, match="exists; overwrite it with"):
+        prepare(f"dir:{texts}", out, vocab_size=300)
+    assert prepare(f"dir:{texts}", out, vocab_size=290, overwrite=True)["vocab_size"] == 290
+    assert [p.name for p in tmp_path.iterdir()] == ["c"]
+    with pytest.raises(FileExistsError, match="is not a corpus"):
+        prepare(f"dir:{texts}", texts, vocab_size=300, overwrite=True)
+
+
+def test_bad_sources_and_arguments(texts, tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"txt": 1}\n')
+    (tmp_path / "number.jsonl").write_text('{"text": 3}\n')
+    (tmp_path / "one.jsonl").write_text('{"text": "a"}\n')
+    out = tmp_path / "out"
+    wrong = [
+        (ValueError, "source must be stdlib, dir:PATH or jsonl:PATH, got 'web'", "web", {}),
+        (FileNotFoundError, "is not a folder", f"dir:{tmp_path}/no", {}),
+        (FileNotFoundError, "is not a file", f"jsonl:{tmp_path}/no", {}),
+        (ValueError, "line 2: expected a JSON object with a \"text\" field", f"jsonl:{tmp_path}/bad.jsonl", {}),
+        (ValueError, '"text" must be a string, got int', f"jsonl:{tmp_path}/number.jsonl", {}),
+        (ValueError, "has 1 documents; one to train on and one to hold out", f"jsonl:{tmp_path}/one.jsonl", {}),
+        (ValueError, "vocab_size must be at least 262", f"dir:{texts}", {"vocab_size": 100}),
+        (ValueError, r"validation_fraction must be in \(0, 1\)", f"dir:{texts}", {"validation_fraction": 0}),
+        (FileNotFoundError, "no tokenizer at", f"dir:{texts}", {"tokenizer": tmp_path / "none.json"}),
+        (ValueError, "is not a tokenizer.json", f"dir:{texts}", {"tokenizer": tmp_path / "bad.jsonl"}),
+    ]
+    for error, match, source, options in wrong:
+        with pytest.raises(error, match=match):
+            prepare(source, out, **options)
+    assert not out.exists()
+
+
+def test_special_ids():
+    tokenizer = train_tokenizer(TEXTS, 280)
+    assert special_ids(tokenizer) == {"bos": 0, "pad": 1, "eos": 2, "mask": 5}
+    assert list(SPECIAL_TOKENS).index("mask") == 5
+    from tokenizers import Tokenizer, models
+
+    bare = Tokenizer(models.BPE())
+    bare.add_tokens(["a", "b"])
+    with pytest.raises(ValueError, match="for pad, eos, mask; give their ids, as in --special pad=ID"):
+        special_ids(bare, {"bos": 0})
+    with pytest.raises(ValueError, match="mask=9 is outside of the vocabulary of 2"):
+        special_ids(bare, {"bos": 0, "pad": 0, "eos": 0, "mask": 9})
+    with pytest.raises(ValueError, match="got msk"):
+        special_ids(bare, {"msk": 0})
+    assert parse_special("eos=2, mask=5") == {"eos": 2, "mask": 5}
+    with pytest.raises(ValueError, match="must look like eos=2,mask=5"):
+        parse_special("eos")
+
+
+def test_damaged_and_foreign_corpora(texts, tmp_path):
+    out = tmp_path / "c"
+    prepare(f"dir:{texts}", out, vocab_size=300)
+    good = {name: (out / name).read_bytes() for name in ("train.bin", "train.idx", "corpus.json", "tokenizer.json")}
+    header = json.loads(good["corpus.json"])
+
+    def broken(match, error=ValueError, **files):
+        for name, content in files.items():
+            (out / name.replace("_", ".")).write_bytes(content)
+        with pytest.raises(error, match=match):
+            TokenDataset(out).windows(np.array([0]), 50)
+        for name, content in good.items():
+            (out / name).write_bytes(content)
+
+    broken("train.bin is damaged", train_bin=good["train.bin"][:-1])
+    broken("train.idx is damaged", train_idx=b"")
+    broken("does not belong to train.bin", train_idx=np.zeros(header["splits"]["train"]["documents"] + 1, np.uint64).tobytes())
+    broken("is not the header of an illada-corpus", corpus_json=b"{}")
+    broken("is not the header of an illada-corpus", corpus_json=b"[1")
+    broken("has format version 9, this is 1", corpus_json=json.dumps({**header, "version": 9}).encode())
+    broken("is not the tokenizer that this corpus was made with", tokenizer_json=good["tokenizer.json"] + b" ")
+    broken("holds token id 65535, outside of its vocabulary", train_bin=b"\xff" * len(good["train.bin"]))
+    with pytest.raises(ValueError, match="split must be train or validation, got 'test'"):
+        TokenDataset(out, "test")
+    with pytest.raises(FileNotFoundError, match="make one with `illada prepare`"):
+        TokenDataset(tmp_path)

@@ -1,0 +1,209 @@
+"""The model against an independent twin in plain torch: padded rows, explicit softmax, repeated keys."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from illada import pack
+from illada.config import PRESETS, ModelConfig
+from illada.diffusion import make_batch
+from illada.model import MaskedDiffusionModel, positions
+
+TINY = ModelConfig.preset(
+    "tiny", hidden_size=56, intermediate_size=96, num_hidden_layers=2, num_attention_heads=7,
+    num_key_value_heads=7, vocab_size=50, max_position_embeddings=64, initializer_range=0.2,
+)  # fmt: skip
+VARIANTS = {
+    "group 1": TINY,
+    "group 7, biases, untied, shift (Dream)": dataclasses.replace(
+        TINY, num_key_value_heads=1, qkv_bias=True, tie_word_embeddings=False, logits_shift=True, rope_theta=1e6
+    ),
+    "group 4, fp32 rope, wide embedding (LLaDA)": dataclasses.replace(
+        TINY, num_attention_heads=4, num_key_value_heads=1, head_dim=14, rope_in_fp32=True, embedding_size=60,
+        tie_word_embeddings=False, rms_norm_eps=1e-3,
+    ),
+    "tied, wide embedding": dataclasses.replace(TINY, embedding_size=60),
+}  # fmt: skip
+
+
+def twin_logits(model: MaskedDiffusionModel, sequence: torch.Tensor) -> torch.Tensor:
+    """Logits of one sequence from the state dict alone."""
+    c, p = model.config, dict(model.named_parameters())
+    length, d = len(sequence), c.head_size
+
+    def norm(x, name):
+        return x / (x.pow(2).mean(-1, keepdim=True) + c.rms_norm_eps).sqrt() * p[name]
+
+    def linear(x, name):
+        y = x @ p[f"{name}.weight"].T
+        return y + p[f"{name}.bias"] if f"{name}.bias" in p else y
+
+    frequencies = c.rope_theta ** -(torch.arange(d // 2, dtype=torch.float64) * 2 / d)
+    angles = torch.arange(length).double()[:, None] * frequencies
+    turn = torch.polar(torch.ones_like(angles), angles)[:, None]  # complex rotation of pairs (i, i + D/2)
+
+    def rope(x):
+        pairs = torch.complex(x[..., : d // 2].double(), x[..., d // 2 :].double()) * turn
+        return torch.cat([pairs.real, pairs.imag], -1).to(x.dtype)
+
+    x = p["embed_tokens.weight"][sequence]
+    for i in range(c.num_hidden_layers):
+        at = f"layers.{i}."
+        h = norm(x, at + "input_layernorm.weight")
+        q = rope(linear(h, at + "self_attn.q_proj").reshape(length, c.num_attention_heads, d))
+        k = rope(linear(h, at + "self_attn.k_proj").reshape(length, c.num_key_value_heads, d))
+        v = linear(h, at + "self_attn.v_proj").reshape(length, c.num_key_value_heads, d)
+        group = c.num_attention_heads // c.num_key_value_heads
+        heads = []
+        for head in range(c.num_attention_heads):
+            scores = q[:, head] @ k[:, head // group].T / d**0.5
+            heads.append(scores.softmax(-1) @ v[:, head // group])
+        x = x + linear(torch.cat(heads, -1), at + "self_attn.o_proj")
+        h = norm(x, at + "post_attention_layernorm.weight")
+        gate = linear(h, at + "mlp.gate_proj")
+        x = x + linear(gate * gate.sigmoid() * linear(h, at + "mlp.up_proj"), at + "mlp.down_proj")
+    head_weight = p["embed_tokens.weight"][: c.vocab_size] if c.tie_word_embeddings else p["lm_head.weight"]
+    logits = norm(x, "norm.weight") @ head_weight.T
+    return torch.cat([logits[:1], logits[:-1]]) if c.logits_shift else logits
+
+
+def some_batch(config, seed=0, lengths=24):
+    windows = np.random.default_rng(seed).integers(6, config.vocab_size, (3, lengths))
+    return make_batch(windows, np.arange(3), seed=1, mask_id=config.mask_token_id)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_matches_twin(name, generator):
+    config = VARIANTS[name]
+    model = MaskedDiffusionModel(config, seed=3)
+    with torch.no_grad():  # norms and biases that do something
+        for key, parameter in model.named_parameters():
+            if key.endswith(("norm.weight", "bias")):
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    sequences = [torch.randint(6, 50, (n,), generator=generator) for n in (5, 1, 0, 17)]
+    tokens, cu_seqlens = pack(sequences)
+    logits = model(tokens, cu_seqlens) @ model.head_weight.T
+    want = torch.cat([twin_logits(model, s) for s in sequences if len(s)])
+    torch.testing.assert_close(logits, want, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_loss_and_gradients_match_twin(name):
+    model = MaskedDiffusionModel(VARIANTS[name], seed=3)
+    batch = some_batch(model.config)
+    parameters = list(model.parameters())
+    got = model.loss(batch)
+    got_grads = torch.autograd.grad(got, parameters)
+    bounds = batch.cu_seqlens.tolist()
+    sequences = [batch.tokens[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    logits = torch.cat([twin_logits(model, s) for s in sequences])
+    cross_entropy = torch.nn.functional.cross_entropy(logits, batch.targets, reduction="none")
+    want = (cross_entropy * batch.token_weights).sum() / batch.num_tokens
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    for g, w in zip(got_grads, torch.autograd.grad(want, parameters), strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-3, atol=1e-4 * float(w.abs().max()) + 1e-7)
+
+
+def test_normalizer_and_nll():
+    model = MaskedDiffusionModel(TINY)
+    batch = some_batch(TINY)
+    loss, nll = model.loss(batch, return_nll=True)
+    torch.testing.assert_close(loss, (nll * batch.token_weights).sum() / batch.num_tokens)
+    torch.testing.assert_close(model.loss(batch, normalizer=2.0 * batch.num_tokens) * 2, loss)
+
+
+def test_activation_checkpointing_changes_nothing():
+    model = MaskedDiffusionModel(TINY)
+    batch = some_batch(TINY)
+    parameters = list(model.parameters())
+    plain = torch.autograd.grad(model.loss(batch), parameters)
+    model.activation_checkpointing = True
+    for a, b in zip(plain, torch.autograd.grad(model.loss(batch), parameters), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_bfloat16_and_autocast_are_close():
+    config = dataclasses.replace(TINY, initializer_range=0.05)
+    model, batch = MaskedDiffusionModel(config), some_batch(TINY)
+    want = float(model.loss(batch))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model.loss(batch)
+        loss.backward()
+    assert loss.dtype == torch.float32 and float(loss) == pytest.approx(want, rel=2e-2)
+    assert model.embed_tokens.weight.grad.dtype == torch.float32
+    half = MaskedDiffusionModel(config, dtype=torch.bfloat16)
+    assert float(half.loss(batch)) == pytest.approx(want, rel=3e-2)
+
+
+def test_layer_compiles_in_one_graph():
+    from illada.model import Layer, rotary_tables
+
+    model, batch = MaskedDiffusionModel(TINY), some_batch(TINY)
+    plan = torch.ops.illada.attention_plan(batch.cu_seqlens, None, None, batch.num_tokens)
+    from illada import AttentionPlan
+
+    plan = AttentionPlan(plan, 7, 7, 8, batch.num_tokens)
+    layer: Layer = model.layers[0]
+    cos, sin = rotary_tables(batch.position_ids, TINY, torch.float32)
+    x = model.embed_tokens(batch.tokens).detach()
+    want = layer(x, cos, sin, batch.cu_seqlens, plan)
+    got = torch.compile(layer, fullgraph=True, backend="aot_eager")(x, cos, sin, batch.cu_seqlens, plan)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(*(torch.autograd.grad(y.sum(), layer.mlp.up_proj.weight)[0] for y in (got, want)))
+    loss = torch.compile(model.loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(loss(batch), model.loss(batch))
+
+
+def test_presets_have_the_published_sizes():
+    sizes = {"illada_8b": 7_615_025_152, "llada_8b": 8_015_581_184, "dream_7b": 7_615_616_512}
+    for name in PRESETS:
+        config = ModelConfig.preset(name)
+        assert config.num_parameters == sizes.get(name, config.num_parameters)
+        model = MaskedDiffusionModel(config, device="meta")
+        assert sum(p.numel() for p in model.parameters()) == config.num_parameters
+
+
+def test_initial_weights_come_from_the_seed_alone():
+    state = torch.random.get_rng_state()
+    one, same, other = (MaskedDiffusionModel(TINY, seed=s) for s in (1, 1, 2))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), same.parameters(), strict=True))
+    assert not torch.equal(one.embed_tokens.weight, other.embed_tokens.weight)
+    assert (one.embed_tokens.weight[TINY.pad_token_id] == 0).all()
+    assert float(one.layers[0].mlp.down_proj.weight.detach().std()) == pytest.approx(0.2 / 2, rel=0.05)
+
+
+def test_positions():
+    cu_seqlens = torch.tensor([0, 3, 3, 4, 4, 6], dtype=torch.int32)
+    assert positions(cu_seqlens, 6).tolist() == [0, 1, 2, 0, 0, 1]
+
+
+def test_errors():
+    model = MaskedDiffusionModel(TINY)
+    cu_seqlens = torch.tensor([0, 2], dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"tokens must be packed, shape \[T\], got \[1, 2\]"):
+        model(torch.tensor([[1, 2]]), cu_seqlens)
+    with pytest.raises(ValueError, match=r"tokens must be in \[0, 50\), got 1 .. 50"):
+        model(torch.tensor([1, 50]), cu_seqlens)
+    with pytest.raises(ValueError, match="cu_seqlens must end at 3, got 2"):
+        model(torch.tensor([1, 2, 3]), cu_seqlens)
+    wrong = [
+        ({"vocab_size": 0}, "model.vocab_size must be positive, got 0"),
+        ({"num_key_value_heads": 4}, r"num_attention_heads \(6\) must be a multiple"),
+        ({"hidden_size": 100}, r"hidden_size \(100\) must be a multiple"),
+        ({"head_dim": 7}, "head_dim must be even"),
+        ({"embedding_size": 10}, r"embedding_size \(10\) is less than vocab_size \(4096\)"),
+        ({"mask_token_id": 4096}, r"mask_token_id must be in \[0, 4096\), got 4096"),
+        ({"model_type": "gpt"}, "model_type must be illada, llada, dream or qwen2"),
+        ({"hidden": 1}, "unknown model options: hidden; there are vocab_size"),
+    ]
+    for overrides, match in wrong:
+        with pytest.raises(ValueError, match=match):
+            ModelConfig.preset("tiny", **overrides)
+    with pytest.raises(ValueError, match="model.preset must be one of illada_8b"):
+        ModelConfig.preset("huge")
+    with pytest.raises(ValueError, match="missing model options: bos_token_id"):
+        ModelConfig.from_dict({"vocab_size": 3})
+    assert ModelConfig.from_dict(TINY.to_dict()) == TINY
