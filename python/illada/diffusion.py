@@ -34,22 +34,18 @@ _GOLDEN = 0.6180339887498949
 class DiffusionConfig:
     """Options of the forward process. The defaults are the paper's pre-training.
 
-    eps: smallest masking probability.
-    split_probability: chance that a window is split at a uniform point into two sequences.
-    t_sampling: "independent" uniform t for each sequence, or "low_discrepancy": t = (u + i / B) mod 1 over the B
-        samples of a global batch (VDM), which lowers the variance of the loss.
-    mask_count: "bernoulli" masks each token with probability p, "exact" masks floor(t L) + 1 of L tokens, weight
+    t_sampling: "independent" draws t uniformly for each sequence; "low_discrepancy" takes t = (u + i / B) mod 1 over
+        the B samples of a global batch (VDM), which lowers the variance of the loss.
+    mask_count: "bernoulli" masks each token with probability p; "exact" masks floor(t L) + 1 of L tokens with weight
         L / count (as in LLaDA's Monte Carlo likelihood).
-    complementary: samples 2k and 2k + 1 share window, split and t, and mask what the other leaves visible.
-    isolate_documents: documents inside a window do not attend each other; each is a sequence of its own.
     """
 
-    eps: float = 1e-3
-    split_probability: float = 0.3
-    t_sampling: str = "independent"
-    mask_count: str = "bernoulli"
-    complementary: bool = False
-    isolate_documents: bool = False
+    eps: float = 1e-3  # smallest masking probability: p = (1 - eps) t + eps
+    split_probability: float = 0.3  # chance that a window is split at a uniform point into two sequences
+    t_sampling: str = "independent"  # or "low_discrepancy": stratified over the windows of a step
+    mask_count: str = "bernoulli"  # or "exact": a fixed number of masks for each t
+    complementary: bool = False  # samples 2k and 2k + 1 share window, split and t; one masks what the other shows
+    isolate_documents: bool = False  # documents inside a window do not attend each other
 
     def __post_init__(self) -> None:
         if not 0 < self.eps < 0.5:

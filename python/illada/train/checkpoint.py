@@ -1,0 +1,141 @@
+"""Training state on disk: a model checkpoint that anyone can load, with the optimizer and the position beside it.
+
+    checkpoints/step-000500/
+        config.json model.safetensors tokenizer.json      what illada.checkpoint.load_pretrained reads
+        optimizer.safetensors                             AdamW's moments, float32, by parameter name
+        trainer.json                                      step, tokens seen, configuration, versions
+
+A folder is written hidden, synced and renamed, so each one that is there is complete; old ones are removed only after.
+The order of the data, the splits and the masks need no state: they follow from (seed, step).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from illada._native import package_version
+from illada.checkpoint import load_weights, write_pretrained
+from illada.files import staged_directory
+from illada.model import MaskedDiffusionModel
+from illada.train.config import TrainConfig
+
+#: What may not change between a run and its resumption: it would make another run of it.
+_FIXED_KEYS = {
+    "model": None,
+    "diffusion": None,
+    "data": ("window",),
+    "train": ("seed", "windows_per_step", "dtype"),
+}
+
+
+def save(
+    folder: Path,
+    model: MaskedDiffusionModel,
+    optimizer: torch.optim.Optimizer,
+    config: TrainConfig,
+    *,
+    step: int,
+    tokens_seen: int,
+    tokenizer: Path,
+) -> Path:
+    """Write checkpoints/step-NNNNNN and remove the oldest beyond train.keep_last. OSError: nothing has changed."""
+    target = folder / f"step-{step:06}"
+    try:
+        with staged_directory(target) as staging:
+            write_pretrained(model, staging, tokenizer=tokenizer)
+            save_file(_optimizer_tensors(model, optimizer), staging / "optimizer.safetensors")
+            state = {
+                "step": step,
+                "tokens_seen": tokens_seen,
+                "tokenizer_sha256": json.loads((staging / "config.json").read_text())["tokenizer_sha256"],
+                "config": config.to_dict(),
+                "versions": {"illada": package_version(), "torch": torch.__version__},
+            }
+            (staging / "trainer.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        kept = newest(folder)
+        raise OSError(
+            f"could not save {target}: {error}; "
+            + (f"the last complete checkpoint is {kept}" if kept else "there is no earlier checkpoint")
+        ) from error
+    for old in all_checkpoints(folder)[: -config.train.keep_last]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def all_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    found = [p for p in folder.glob("step-*") if p.name.removeprefix("step-").isdigit() and p.is_dir()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest complete checkpoint of a run."""
+    found = all_checkpoints(folder)
+    return found[-1] if found else None
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """trainer.json. FileNotFoundError, ValueError: not a training checkpoint."""
+    file = path / "trainer.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{path} is not a training checkpoint (no trainer.json)")
+    try:
+        state = json.loads(file.read_text(encoding="utf-8"))
+        return {key: state[key] for key in ("step", "tokens_seen", "tokenizer_sha256", "config", "versions")}
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is damaged or from something else: {error!r}") from None
+
+
+def check_same_run(path: Path, state: dict[str, Any], config: TrainConfig, tokenizer_sha256: str) -> None:
+    """ValueError unless `config` continues the run of this checkpoint on the same tokens."""
+    if state["tokenizer_sha256"] != tokenizer_sha256:
+        raise ValueError(
+            f"the corpus {config.data.path} was made with another tokenizer than the checkpoint {path} "
+            f"({tokenizer_sha256[:12]} and {state['tokenizer_sha256'][:12]})"
+        )
+    now = config.to_dict()
+    changed = []
+    for section, keys in _FIXED_KEYS.items():
+        before, after = state["config"].get(section, {}), now[section]
+        for key in keys if keys is not None else sorted(set(before) | set(after)):
+            if before.get(key) != after.get(key):
+                changed.append(f"{section}.{key} was {before.get(key)!r}, is {after.get(key)!r}")
+    if changed:
+        raise ValueError(f"{path} belongs to another run: {'; '.join(changed)}; choose another train.out_dir")
+
+
+def restore(path: Path, model: MaskedDiffusionModel, optimizer: torch.optim.Optimizer) -> None:
+    """Weights and moments of a checkpoint into a model and its fresh optimizer."""
+    weights = MaskedDiffusionModel(model.config, device="meta")
+    load_weights(weights, path)
+    file = path / "optimizer.safetensors"
+    try:
+        moments = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is damaged or missing: {error}") from None
+    loaded = dict(weights.named_parameters())
+    for name, parameter in model.named_parameters():
+        with torch.no_grad():
+            parameter.copy_(loaded[name])
+        state = {key: moments.pop(f"{name}/{key}", None) for key in ("step", "exp_avg", "exp_avg_sq")}
+        if any(value is None for value in state.values()):
+            raise ValueError(f"{file} lacks the state of {name}")
+        optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items() if value is not None}
+    if moments:
+        raise ValueError(f"{file} holds unexpected state: {', '.join(sorted(moments))}")
+
+
+def _optimizer_tensors(model: MaskedDiffusionModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            tensors[f"{name}/{key}"] = optimizer.state[parameter][key].contiguous()
+    return tensors

@@ -1,0 +1,109 @@
+"""What a run says: a line on stdout, a line of metrics.jsonl, a progress bar on a terminal, and loss.png."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+
+class Log:
+    """Of one run. metrics.jsonl continues where the resumed step left it: later lines of a lost run are cut off."""
+
+    def __init__(self, out_dir: Path, *, step: int, steps: int, progress: bool) -> None:
+        self.file = out_dir / "metrics.jsonl"
+        self.plot_file = out_dir / "loss.png"
+        self.steps = steps
+        self.records: list[dict[str, Any]] = _read(self.file, up_to=step)
+        temporary = self.file.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(r) + "\n" for r in self.records), encoding="utf-8")
+        os.replace(temporary, self.file)
+        self.stream = self.file.open("a", encoding="utf-8")
+        self.bar = tqdm(total=steps, initial=step, unit=" steps", disable=not (progress and sys.stderr.isatty()))
+
+    def advance(self) -> None:
+        """One optimizer step is done."""
+        self.bar.update(1)
+
+    def train(self, *, step: int, seconds: float, **values: float) -> None:
+        """loss, learning_rate, grad_norm, tokens_per_second, tokens_seen of the steps since the last call."""
+        self._write({"kind": "train", "step": step, "seconds": round(seconds, 3), **values})
+        self.say(
+            f"step {step:>6}/{self.steps}  loss {values['loss']:7.4f}  lr {values['learning_rate']:.2e}  "
+            f"grad {values['grad_norm']:6.3f}  {values['tokens_per_second']:>8.0f} tokens/s  {_clock(seconds)}"
+        )
+
+    def validation(self, *, step: int, seconds: float, bound: float, unigram_entropy: float) -> None:
+        """The bound and what it has to beat, nats per token."""
+        self._write({"kind": "validation", "step": step, "bound": bound, "unigram_entropy": unigram_entropy})
+        self.say(
+            f"step {step:>6}/{self.steps}  validation bound {bound:.4f} nats/token "
+            f"(unigram entropy {unigram_entropy:.4f}, {100 * (bound / unigram_entropy - 1):+.1f}%)  {_clock(seconds)}"
+        )
+
+    def say(self, line: str) -> None:
+        """A line on stdout, above the progress bar."""
+        if self.bar.disable:
+            print(line, flush=True)
+        else:
+            tqdm.write(line)
+
+    def plot(self) -> Path | None:
+        """Draw loss.png; None where matplotlib is not installed."""
+        try:
+            from matplotlib.backends.backend_agg import FigureCanvasAgg
+            from matplotlib.figure import Figure
+        except ImportError:
+            return None
+        figure = Figure(figsize=(8, 4.5), layout="constrained")  # no pyplot: no global state, no display
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        train = [(r["step"], r["loss"]) for r in self.records if r["kind"] == "train"]
+        held_out = [(r["step"], r["bound"]) for r in self.records if r["kind"] == "validation"]
+        if train:
+            axes.plot(*zip(*train, strict=True), color="0.7", linewidth=1, label="training loss (1/t weighted)")
+        if held_out:
+            axes.plot(*zip(*held_out, strict=True), marker="o", markersize=3, color="C0", label="validation bound")
+            entropy = next(r["unigram_entropy"] for r in self.records if r["kind"] == "validation")
+            axes.axhline(entropy, color="C1", linestyle="--", linewidth=1, label="unigram entropy")
+        axes.set(xlabel="step", ylabel="nats per token")
+        axes.grid(alpha=0.3)
+        if train or held_out:
+            axes.legend()
+        temporary = self.plot_file.with_suffix(".tmp.png")
+        figure.savefig(temporary, dpi=120)
+        os.replace(temporary, self.plot_file)
+        return self.plot_file
+
+    def close(self) -> None:
+        """Flush the file and clear the bar."""
+        self.bar.close()
+        self.stream.close()
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self.records.append(record)
+        self.stream.write(json.dumps(record) + "\n")
+        self.stream.flush()
+
+
+def _read(file: Path, up_to: int) -> list[dict[str, Any]]:
+    """Earlier lines of this run, without those after step `up_to` and without one that a kill cut short."""
+    records = []
+    if file.is_file():
+        for line in file.read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if record["step"] <= up_to:
+                records.append(record)
+    return records
+
+
+def _clock(seconds: float) -> str:
+    return str(datetime.timedelta(seconds=int(seconds)))

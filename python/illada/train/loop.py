@@ -1,0 +1,294 @@
+"""The training loop: read `train` from top to bottom.
+
+    L = (1 / tokens of the batch) sum_i (1 / p_i) CE_i over masked i       Eq. 1, see illada.diffusion
+
+A step is windows_per_step windows, in micro-batches whose gradients add up to that of the whole batch. Step k trains
+on the global samples k * windows_per_step and following, whatever happened before, so stopping and resuming changes
+nothing: micro-batches since the last optimizer step are dropped and done again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from illada._native import build_info
+from illada.data import TokenDataset
+from illada.diffusion import Batch, make_batch, make_validation_batch, window_of_sample
+from illada.files import remove_stale
+from illada.model import MaskedDiffusionModel
+from illada.train import checkpoint
+from illada.train.config import TrainConfig
+from illada.train.log import Log
+from illada.train.schedule import learning_rate
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended.
+
+    finished: all steps are done; False: it was asked to stop, `checkpoint` continues it.
+    validation_bound, unigram_entropy: nats per token; the bound is None for a run that was stopped.
+    """
+
+    finished: bool
+    step: int
+    tokens_seen: int
+    seconds: float
+    checkpoint: Path
+    plot: Path | None
+    validation_bound: float | None
+    unigram_entropy: float
+
+
+def train(
+    config: TrainConfig,
+    *,
+    resume: str = "auto",
+    should_stop: Callable[[], bool] = lambda: False,
+    progress: bool = True,
+) -> TrainResult:
+    """Train, or go on training, one model.
+
+    Args:
+        config: of the run; its files go to train.out_dir.
+        resume: "auto" goes on from the newest checkpoint in out_dir if there is one, "never" refuses to if there is
+            one, a path goes on from that checkpoint.
+        should_stop: asked after every micro-batch; True ends the run at the last optimizer step, saved.
+        progress: a progress bar, on a terminal.
+
+    Raises:
+        ValueError, FileNotFoundError: bad configuration, corpus or checkpoint. OSError: the disk is full; the last
+            complete checkpoint is untouched. FileExistsError: resume="never" and there are checkpoints.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("this trainer runs in one process; start it without torchrun")
+    device = _device(config.train.device)
+    corpus, held_out = TokenDataset(config.data.path), TokenDataset(config.data.path, "validation")
+    num_windows, window = corpus.num_windows(config.data.window), config.data.window
+    held_out.num_windows(window)
+    model = MaskedDiffusionModel(config.model_config(corpus.header), seed=config.train.seed, device=device)
+    model.activation_checkpointing = config.train.activation_checkpointing
+    optimizer = _optimizer(model, config)
+
+    out_dir = Path(config.train.out_dir)
+    checkpoints = out_dir / "checkpoints"
+    step = tokens_seen = 0
+    source = _resume_from(resume, checkpoints)
+    if source is not None:
+        state = checkpoint.read_state(source)
+        checkpoint.check_same_run(source, state, config, corpus.header["tokenizer_sha256"])
+        checkpoint.restore(source, model, optimizer)
+        step, tokens_seen = state["step"], state["tokens_seen"]
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    remove_stale(checkpoints)
+    (out_dir / "config.toml").write_text(config.to_toml(), encoding="utf-8")
+    if config.train.compile:
+        for layer in model.layers:
+            layer.compile()
+
+    log = Log(out_dir, step=step, steps=config.train.steps, progress=progress)
+    log.say(_headline(model, config, num_windows, device))
+    if source is not None:
+        log.say(f"resuming from {source} at step {step}")
+    bound: float | None = None
+    saved: Path | None = source
+    began, logged_at, logged_tokens = time.monotonic(), time.monotonic(), tokens_seen
+    losses: list[float] = []
+    stopped = False
+    try:
+        while step < config.train.steps and not stopped:
+            rate = learning_rate(step, config.train.steps, config.optimizer, config.schedule)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.zero_grad(set_to_none=True)
+            loss_sum = 0.0
+            for batch in micro_batches(corpus, step, num_windows, config, model.config.mask_token_id):
+                with _autocast(config, device):
+                    loss = model.loss(batch.to(device), normalizer=float(config.train.windows_per_step * window))
+                loss.backward()
+                loss_sum += float(loss.detach())
+                stopped = should_stop()
+                if stopped:
+                    break
+            if stopped:
+                break  # the step is incomplete: its gradients are dropped
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm or float("inf"))
+            optimizer.step()
+            step += 1
+            tokens_seen += config.train.windows_per_step * window
+            losses.append(loss_sum)
+            log.advance()
+
+            now = time.monotonic()
+            if step % config.train.log_every == 0 or step == config.train.steps:
+                log.train(
+                    step=step,
+                    seconds=now - began,
+                    loss=sum(losses) / len(losses),
+                    learning_rate=rate,
+                    grad_norm=float(norm),
+                    tokens_per_second=(tokens_seen - logged_tokens) / max(now - logged_at, 1e-9),
+                    tokens_seen=tokens_seen,
+                )
+                losses.clear()
+            last = step == config.train.steps
+            if step % config.validation.every == 0 or last:
+                bound = evaluate(model, held_out, config, device)
+                log.validation(
+                    step=step, seconds=time.monotonic() - began, bound=bound, unigram_entropy=held_out.unigram_entropy()
+                )
+                log.plot()
+            if step % config.train.save_every == 0 and not last:
+                saved = _save(checkpoints, model, optimizer, config, step, tokens_seen, corpus)
+            if step % config.train.log_every == 0:  # saving and validating is not training
+                logged_at, logged_tokens = time.monotonic(), tokens_seen
+        if not (checkpoints / f"step-{step:06}").exists():
+            saved = _save(checkpoints, model, optimizer, config, step, tokens_seen, corpus)
+        if bound is None and not stopped:
+            bound = evaluate(model, held_out, config, device)  # resumed after its last step
+        plot = log.plot()
+        assert saved is not None
+        log.say(f"stopped at step {step}; run the same command again to go on" if stopped else "done")
+        log.say(f"checkpoint {saved}" + (f", plot {plot}" if plot else " (no plot: matplotlib is not installed)"))
+    finally:
+        log.close()
+    return TrainResult(
+        finished=not stopped,
+        step=step,
+        tokens_seen=tokens_seen,
+        seconds=time.monotonic() - began,
+        checkpoint=saved,
+        plot=plot,
+        validation_bound=None if stopped else bound,
+        unigram_entropy=held_out.unigram_entropy(),
+    )
+
+
+def micro_batches(
+    corpus: TokenDataset, step: int, num_windows: int, config: TrainConfig, mask_id: int
+) -> Iterator[Batch]:
+    """The data of one optimizer step, a pure function of (seed, step)."""
+    per_step, per_micro = config.train.windows_per_step, config.train.windows_per_micro_batch
+    for first in range(step * per_step, (step + 1) * per_step, per_micro):
+        samples = np.arange(first, first + per_micro)
+        windows = window_of_sample(samples, num_windows, config.train.seed, config.diffusion)
+        yield make_batch(
+            corpus.windows(windows, config.data.window),
+            samples,
+            seed=config.train.seed,
+            mask_id=mask_id,
+            config=config.diffusion,
+            eos_id=corpus.header["eos_token_id"],
+            global_batch=per_step,
+        )
+
+
+@torch.no_grad()
+def evaluate(
+    model: MaskedDiffusionModel, held_out: TokenDataset, config: TrainConfig, device: torch.device | str = "cpu"
+) -> float:
+    """The bound of Eq. 1 on held-out windows, in nats per token, by the midpoint rule over fixed t strata.
+
+    Windows, strata and masks are the same in every run, so numbers of different runs compare.
+    """
+    length, strata = config.data.window, config.validation.strata
+    available = held_out.num_windows(length)
+    indices = np.unique(np.linspace(0, available - 1, min(config.validation.windows, available)).astype(np.int64))
+    total = 0.0
+    for stratum in range(strata):
+        for first in range(0, len(indices), config.train.windows_per_micro_batch):
+            chosen = indices[first : first + config.train.windows_per_micro_batch]
+            batch = make_validation_batch(
+                held_out.windows(chosen, length),
+                chosen,
+                stratum=stratum,
+                strata=strata,
+                mask_id=model.config.mask_token_id,
+            )
+            with _autocast(config, device):
+                loss = model.loss(batch.to(device), normalizer=1.0)
+            total += float(loss)
+    return total / (strata * len(indices) * length)
+
+
+def _save(
+    checkpoints: Path,
+    model: MaskedDiffusionModel,
+    optimizer: torch.optim.Optimizer,
+    config: TrainConfig,
+    step: int,
+    tokens_seen: int,
+    corpus: TokenDataset,
+) -> Path:
+    return checkpoint.save(
+        checkpoints, model, optimizer, config, step=step, tokens_seen=tokens_seen, tokenizer=corpus.path / "tokenizer.json"
+    )
+
+
+def _resume_from(resume: str, checkpoints: Path) -> Path | None:
+    newest = checkpoint.newest(checkpoints)
+    if resume == "auto":
+        return newest
+    if resume == "never":
+        if newest is not None:
+            raise FileExistsError(f"{newest} exists; resume it, or choose another train.out_dir")
+        return None
+    source = Path(resume)
+    step = checkpoint.read_state(source)["step"]
+    if newest is not None and checkpoint.read_state(newest)["step"] > step:
+        raise FileExistsError(f"{newest} is newer than {source}; move it away, or choose another train.out_dir")
+    return source
+
+
+def _optimizer(model: MaskedDiffusionModel, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices only, one state for each parameter from the start."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() <= 1]
+    options = config.optimizer
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        lr=options.learning_rate,
+        betas=(options.beta1, options.beta2),
+        eps=options.eps,
+        fused=True,
+    )
+    for parameter in model.parameters():  # so that a run stopped before its first step has a state to save
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    return optimizer
+
+
+def _device(name: str) -> torch.device:
+    cuda_built = bool(build_info()["cuda_archs"])
+    if name == "auto":
+        return torch.device("cuda" if cuda_built and torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not cuda_built:
+        raise ValueError("train.device is cuda, but this build has no CUDA kernels; see `illada info`")
+    return torch.device(name)
+
+
+def _autocast(config: TrainConfig, device: torch.device | str) -> contextlib.AbstractContextManager:
+    if config.train.dtype == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(torch.device(device).type, torch.bfloat16)
+
+
+def _headline(model: MaskedDiffusionModel, config: TrainConfig, num_windows: int, device: torch.device) -> str:
+    run = config.train
+    return (
+        f"{model.config.num_parameters:,} parameters on {device}, {run.dtype}; {num_windows:,} windows of "
+        f"{config.data.window} tokens; a step is {run.windows_per_step} windows "
+        f"({run.windows_per_step * config.data.window:,} tokens) in "
+        f"{run.windows_per_step // run.windows_per_micro_batch} micro-batches"
+    )

@@ -1,0 +1,171 @@
+"""Generation against the published loops restated in plain torch, batch invariance, stopping, errors."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from illada.config import ModelConfig
+from illada.data import train_tokenizer
+from illada.generate import GenerationConfig, generate, quota_schedule
+from illada.model import MaskedDiffusionModel
+
+CONFIG = ModelConfig.preset(
+    "tiny", hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=300,
+    max_position_embeddings=64, initializer_range=0.3,
+)  # fmt: skip
+MASK = CONFIG.mask_token_id
+PROMPTS = [[7, 8, 9], [], list(range(20, 40)), [11]]
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Random weights, with an embedding spread enough for clear preferences."""
+    model = MaskedDiffusionModel(CONFIG, seed=5)
+    with torch.no_grad():
+        model.embed_tokens.weight.mul_(2.5)  # no confidence rounds to 1: the published rule leaves ties undefined
+        model.embed_tokens.weight[[CONFIG.eos_token_id, MASK]] *= 0.01  # neither is ever predicted
+    return model
+
+
+def published_block(model, x, begin, end, steps):
+    """LLaDA's inner loop on one sequence: fill x[begin:end] in `steps` forwards, temperature 0."""
+    count = int((x[begin:end] == MASK).sum())
+    transfer = [count // steps + (1 if i < count % steps else 0) for i in range(steps)]
+    for k in transfer:
+        with torch.no_grad():
+            logits = model(x, torch.tensor([0, len(x)], dtype=torch.int32)) @ model.head_weight.T
+        x0 = logits.argmax(-1)
+        confidence = logits.softmax(-1).gather(-1, x0[:, None])[:, 0]
+        allowed = x == MASK
+        allowed[end:] = False
+        allowed[:begin] = False
+        confidence = torch.where(allowed, confidence, -torch.inf)
+        chosen = confidence.topk(k).indices
+        x[chosen] = x0[chosen]
+
+
+def published(model, prompt, config):
+    x = torch.tensor(prompt, dtype=torch.int64)
+    if config.mode == "fixed":
+        x = torch.cat([x, torch.full((config.gen_length,), MASK)])
+    for block in range(config.num_blocks):
+        begin = len(prompt) + block * config.block_length
+        if config.mode == "var":
+            x = torch.cat([x, torch.full((config.block_length,), MASK)])
+        published_block(model, x, begin, begin + config.block_length, config.steps_per_block)
+    return x[len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("mode,length,block,steps", [
+    ("var", 16, 8, 8), ("var", 16, 8, 3), ("var", 12, 4, 7), ("var", 8, 8, 1),
+    ("fixed", 16, 8, 16), ("fixed", 16, 4, 8), ("fixed", 16, 16, 5),
+])  # fmt: skip
+def test_published_loops(model, mode, length, block, steps):
+    config = GenerationConfig(mode=mode, gen_length=length, block_length=block, steps=steps, stop_tokens=())
+    results = generate(model, PROMPTS, config)
+    for prompt, result in zip(PROMPTS, results, strict=True):
+        assert result.tokens == published(model, prompt, config)
+        assert result.finish_reason == "length"
+        assert result.forwards <= config.steps_per_block * config.num_blocks
+
+
+@pytest.mark.parametrize("mode", ["var", "fixed"])
+@pytest.mark.parametrize("rule", ["top_k", "threshold"])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_alone_or_packed_in_any_order(model, mode, rule, temperature):
+    config = GenerationConfig(
+        mode=mode, rule=rule, temperature=temperature, gen_length=16, block_length=8, steps=8, threshold=0.3
+    )
+    seeds = [3, 2**40, 3, 1]
+    together = [r.tokens for r in generate(model, PROMPTS, config, seed=seeds)]
+    alone = [generate(model, [p], config, seed=s)[0].tokens for p, s in zip(PROMPTS, seeds, strict=True)]
+    backwards = [r.tokens for r in generate(model, PROMPTS[::-1], config, seed=seeds[::-1])][::-1]
+    assert together == alone == backwards
+    if temperature:
+        assert together != [r.tokens for r in generate(model, PROMPTS, config, seed=9)]
+    assert all(MASK not in tokens for tokens in together)
+
+
+def test_threshold_commits_faster(model):
+    slow = GenerationConfig(gen_length=16, block_length=16, steps=16, rule="threshold", threshold=1.0)
+    fast = dataclasses.replace(slow, threshold=0.0)
+    assert generate(model, PROMPTS[:1], fast)[0].forwards == 1
+    assert generate(model, PROMPTS[:1], slow)[0].forwards > 4
+    few = dataclasses.replace(slow, steps=3)  # an upper bound: the last step commits what is left
+    result = generate(model, PROMPTS[:1], few)[0]
+    assert result.forwards == 3 and len(result.tokens) == 16 and MASK not in result.tokens
+
+
+def test_stop_tokens_end_a_sequence_early(model):
+    config = GenerationConfig(gen_length=32, block_length=8, steps=8, stop_tokens=())
+    tokens = generate(model, PROMPTS[:1], config)[0].tokens
+    stop = tokens[10]
+    first = tokens.index(stop)
+    results = generate(model, [PROMPTS[0], PROMPTS[3]], dataclasses.replace(config, stop_tokens=(stop,)))
+    assert results[0].tokens == tokens[:first] and results[0].finish_reason == "stop_token"
+    assert results[0].forwards == 8 * (first // 8 + 1)
+
+
+def test_stop_strings_and_text(model):
+    tokenizer = train_tokenizer(["some text to learn from, and more text"] * 3, 300)
+    seen = []
+    config = GenerationConfig(gen_length=24, block_length=8, steps=4, stop_tokens=())
+    whole = generate(model, PROMPTS[:1], config, tokenizer=tokenizer, on_block=lambda i, t: seen.append((i, t)))[0]
+    assert whole.text == tokenizer.decode(whole.tokens)
+    assert [i for i, _ in seen] == [0, 0, 0] and sum((t for _, t in seen), []) == whole.tokens
+    stop = whole.text[1:4]
+    cut = generate(model, PROMPTS[:1], dataclasses.replace(config, stop_strings=(stop,)), tokenizer=tokenizer)[0]
+    assert cut.finish_reason == "stop_string" and cut.text == whole.text[: whole.text.index(stop)]
+    assert cut.forwards <= whole.forwards
+
+
+def test_length_is_clipped_to_the_context(model):
+    config = GenerationConfig(gen_length=64, block_length=16, steps=4, stop_tokens=())
+    result = generate(model, [list(range(20, 40))], config)[0]
+    assert len(result.tokens) == 32 and result.finish_reason == "length"  # 20 + 2 * 16 <= 64 < 20 + 3 * 16
+
+
+def test_masks_in_a_prompt_stay(model):
+    prompt = [7, MASK, 9]
+    config = GenerationConfig(gen_length=8, block_length=8, steps=8, stop_tokens=())
+    assert len(generate(model, [prompt], config)[0].tokens) == 8 and prompt == [7, MASK, 9]
+
+
+def test_no_prompts_and_no_global_randomness(model):
+    state = torch.random.get_rng_state()
+    assert generate(model, []) == []
+    generate(model, [[1]], GenerationConfig(gen_length=4, block_length=4, steps=1, temperature=1.0))
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_quota_schedule():
+    assert quota_schedule(8, 3) == [3, 3, 2]
+    assert quota_schedule(2, 4) == [1, 1, 0, 0]
+
+
+def test_errors(model):
+    for options, match in (
+        ({"mode": "ar"}, "mode must be var, fixed, got 'ar'"),
+        ({"rule": "best"}, "rule must be top_k, threshold"),
+        ({"measure": "p"}, "measure must be probability"),
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"gen_length": 100}, r"gen_length \(100\) must be a multiple of block_length \(32\)"),
+        ({"mode": "fixed", "steps": 6}, r"steps \(6\) must be a multiple of the 4 blocks"),
+        ({"temperature": -1.0}, "temperature must be >= 0"),
+        ({"threshold": 1.5}, r"threshold must be in \[0, 1\]"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            GenerationConfig(**options)
+    config = GenerationConfig(gen_length=32, block_length=16)
+    fixed = dataclasses.replace(config, mode="fixed")
+    for prompts, keywords, match in (
+        ([[1], [300]], {}, r"prompts\[1\] holds token id 300, outside of \[0, 300\)"),
+        ([[1] * 60], {"config": config}, r"60 tokens; with 16 more it is 12 over the model's .* of 64"),
+        ([[1] * 40], {"config": fixed}, "with 32 more it is 8 over"),
+        ([[1]], {"seed": [1, 2]}, "one for each of the 1 prompts, got 2"),
+        ([[1]], {"config": dataclasses.replace(config, stop_strings=("x",))}, "stop_strings need a tokenizer"),
+        ([[1]], {"config": dataclasses.replace(config, stop_tokens=(999,))}, "stop token 999 is outside"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            generate(model, prompts, **keywords)
