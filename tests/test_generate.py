@@ -63,8 +63,9 @@ def published(model, prompt, config):
 ])  # fmt: skip
 def test_published_loops(model, mode, length, block, steps):
     config = GenerationConfig(mode=mode, gen_length=length, block_length=block, steps=steps, stop_tokens=())
-    results = generate(model, PROMPTS, config)
-    for prompt, result in zip(PROMPTS, results, strict=True):
+    # Without a prompt all hidden states are equal: which mask goes first is a tie that the published rule leaves open.
+    prompts = [prompt for prompt in PROMPTS if prompt]
+    for prompt, result in zip(prompts, generate(model, prompts, config), strict=True):
         assert result.tokens == published(model, prompt, config)
         assert result.finish_reason == "length"
         assert result.forwards <= config.steps_per_block * config.num_blocks
