@@ -54,7 +54,7 @@ class Log:
             tqdm.write(line)
 
     def plot(self) -> Path | None:
-        """Draw loss.png; None where matplotlib is not installed."""
+        """Draw loss.png; None where matplotlib is not installed or the picture cannot be written."""
         try:
             from matplotlib.backends.backend_agg import FigureCanvasAgg
             from matplotlib.figure import Figure
@@ -76,8 +76,13 @@ class Log:
         if train or held_out:
             axes.legend()
         temporary = self.plot_file.with_suffix(".tmp.png")
-        figure.savefig(temporary, dpi=120)
-        os.replace(temporary, self.plot_file)
+        try:
+            figure.savefig(temporary, dpi=120)
+            os.replace(temporary, self.plot_file)
+        except OSError as error:  # a full disk is no reason to lose the run
+            temporary.unlink(missing_ok=True)
+            self.say(f"no plot: {error}")
+            return None
         return self.plot_file
 
     def close(self) -> None:

@@ -156,8 +156,10 @@ def train(
             bound = evaluate(model, held_out, config, device)  # resumed after its last step
         plot = log.plot()
         assert saved is not None
+        if plot is None:
+            log.say("there is no loss.png; `pip install matplotlib` for one")
         log.say(f"stopped at step {step}; run the same command again to go on" if stopped else "done")
-        log.say(f"checkpoint {saved}" + (f", plot {plot}" if plot else " (no plot: matplotlib is not installed)"))
+        log.say(f"checkpoint {saved}" + (f", plot {plot}" if plot else ""))
     finally:
         log.close()
     return TrainResult(

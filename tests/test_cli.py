@@ -1,0 +1,108 @@
+"""The command line: from text to text, and one clear line for what goes wrong."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from illada import cli
+
+
+def run(*arguments, stdin=""):
+    done = subprocess.run(
+        [sys.executable, "-m", "illada", *map(str, arguments)], capture_output=True, text=True, input=stdin
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A corpus and a trained run, made by the commands, in a path with a space."""
+    root = tmp_path_factory.mktemp("a world")
+    lines = [json.dumps({"text": f"one two three four {i} " * 30}) for i in range(40)]
+    (root / "text.jsonl").write_text("\n".join(lines))
+    status, out, err = run(
+        "prepare", "--source", f"jsonl:{root}/text.jsonl", "--out", root / "corpus", "--vocab-size", 300,
+        "--validation-fraction", 0.2,
+    )  # fmt: skip
+    assert status == 0, err
+    assert "unigram entropy of the held-out tokens" in out and "train" in out
+    (root / "run.toml").write_text(
+        '[model]\npreset = "tiny"\nhidden_size = 32\nintermediate_size = 48\nnum_hidden_layers = 1\n'
+        f'num_attention_heads = 4\n[data]\npath = "{root}/corpus"\nwindow = 32\n[train]\nout_dir = "{root}/run"\n'
+        "steps = 4\nwindows_per_step = 4\nwindows_per_micro_batch = 4\nlog_every = 2\n[validation]\nwindows = 4\nstrata = 2\n"
+    )
+    status, out, err = run("train", root / "run.toml", "--train.steps=6")
+    assert status == 0, err
+    assert "step      6/6" in out and "\r" not in err  # no progress bar: not a terminal
+    return root
+
+
+def test_generate(world):
+    options = ("--gen-length", 16, "--block-length", 8, "--steps", 4, "--json")
+    status, out, err = run("generate", world / "run", "--prompt", "one two", "--prompt", "four", *options)
+    assert status == 0, err
+    records = [json.loads(line) for line in out.splitlines()]
+    assert [r["prompt"] for r in records] == ["one two", "four"]
+    assert all(set(r) == {"prompt", "tokens", "finish_reason", "forwards", "text"} for r in records)
+    assert run("generate", world / "run", *options, stdin="one two")[1].splitlines()[0] == json.dumps(records[0])
+    (world / "prompts.txt").write_text("one two\nfour\n")
+    assert run("generate", world / "run", "--prompt-file", world / "prompts.txt", *options)[1] == out
+    plain = run("generate", world / "run" / "checkpoints" / "step-000006", "--prompt", "one two", *options[:-1])[1]
+    assert plain.startswith("one two" + records[0]["text"]) and "--- " in plain
+
+
+def test_info():
+    status, out, _ = run("info", "--json")
+    facts = json.loads(out)
+    assert status == 0 and facts["cpu kernels"] in ("avx512", "avx2", "baseline") and facts["torch"]
+    assert "native module" in run("info")[1]
+
+
+def test_info_without_the_native_module():
+    code = "import sys; sys.modules['illada._C'] = None; from illada import cli; sys.exit(cli.main(['info']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "could not be loaded" in done.stdout
+
+
+def test_help_teaches(capsys):
+    for command in ([], ["prepare"], ["train"], ["generate"]):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main([*command, "--help"])
+        assert stopped.value.code == 0 and "illada " in capsys.readouterr().out.split("example")[-1]
+
+
+def test_print_config_is_a_template(capsys, tmp_path):
+    assert cli.main(["train", "--print-config", "--train.steps=77"]) == 0
+    text = capsys.readouterr().out
+    assert "steps = 77  # optimizer steps" in text
+    (tmp_path / "t.toml").write_text(text)
+    assert cli.main(["train", str(tmp_path / "t.toml"), "--print-config"]) == 0
+    assert capsys.readouterr().out == text
+
+
+def test_user_errors_are_one_line(world, capsys, monkeypatch):
+    cases = [
+        (["train", "none.toml"], "no configuration file at none.toml"),
+        (["train"], "train needs a configuration file"),
+        (["train", str(world / "run.toml"), "--steps=3"], "settings look like --section.key=value"),
+        (["train", str(world / "run.toml"), "--train.stepz=3"], "unknown key train.stepz"),
+        (["train", str(world / "run.toml"), "--resume", "never"], "exists; resume it"),
+        (["prepare", "--source", "web", "--out", str(world / "x")], "source must be"),
+        (["prepare", "--source", "stdlib", "--out", str(world / "corpus")], "exists; overwrite it"),
+        (["generate", str(world / "nothing")], "no tokenizer at"),
+        (["generate", str(world / "run"), "--prompt", "x", "--mode", "ar"], "mode must be var, fixed"),
+        (["generate", str(world / "run"), "--prompt", "x" * 2000], "over the model's max_position_embeddings"),
+        (["generate", str(world / "run"), "--tokenizer", str(world / "other.json"), "--prompt", "x"], "is not the tokenizer that"),
+    ]  # fmt: skip
+    (world / "other.json").write_bytes((world / "corpus" / "tokenizer.json").read_bytes() + b"\n")
+    for arguments, match in cases:
+        assert cli.main(arguments) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("illada: error: ") and match in error and error.count("\n") == 1
+    monkeypatch.setenv("ILLADA_DEBUG", "1")
+    with pytest.raises(FileNotFoundError):
+        cli.main(["train", "none.toml"])
+    with pytest.raises(SystemExit):
+        cli.main(["info", "--what"])
