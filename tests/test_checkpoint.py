@@ -8,11 +8,10 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-
 from illada.checkpoint import load_pretrained, read_config, save_pretrained
 from illada.config import ModelConfig
 from illada.model import MaskedDiffusionModel
+from safetensors.torch import load_file, save_file
 
 CONFIG = ModelConfig.preset(
     "tiny", hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=40
@@ -29,12 +28,18 @@ def saved(tmp_path):
 def test_round_trip_and_layout(saved):
     model, path = saved
     tensors = load_file(path / "model.safetensors")
-    layer = [f"self_attn.{x}_proj.weight" for x in "qkvo"] + [f"mlp.{x}_proj.weight" for x in ("gate", "up", "down")]
+    layer = [f"self_attn.{x}_proj.weight" for x in "qkvo"] + [
+        f"mlp.{x}_proj.weight" for x in ("gate", "up", "down")
+    ]
     layer += ["input_layernorm.weight", "post_attention_layernorm.weight"]
     want = {f"model.layers.{i}.{name}" for i in range(2) for name in layer}
     assert set(tensors) == want | {"model.embed_tokens.weight", "model.norm.weight"}  # the tied head once
     config = read_config(path)
-    assert config["model_type"] == "illada" and config["mask_token_id"] == 5 and config["torch_dtype"] == "float32"
+    assert (
+        config["model_type"] == "illada"
+        and config["mask_token_id"] == 5
+        and config["torch_dtype"] == "float32"
+    )
     again = load_pretrained(path)
     assert again.config == CONFIG
     for (name, a), (_, b) in zip(model.named_parameters(), again.named_parameters(), strict=True):
@@ -59,7 +64,9 @@ def test_untied_and_sharded(tmp_path):
 def test_stored_tied_head_must_be_the_embedding(saved):
     _, path = saved
     tensors = load_file(path / "model.safetensors")
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()  # as the published checkpoint has it
+    tensors["lm_head.weight"] = tensors[
+        "model.embed_tokens.weight"
+    ].clone()  # as the published checkpoint has it
     save_file(tensors, path / "model.safetensors")
     load_pretrained(path)
     tensors["lm_head.weight"][3] += 1

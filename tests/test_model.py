@@ -5,7 +5,6 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-
 from illada import pack
 from illada.config import PRESETS, ModelConfig
 from illada.diffusion import make_batch
@@ -151,7 +150,9 @@ def test_layer_compiles_in_one_graph():
     want = layer(x, cos, sin, batch.cu_seqlens, plan)
     got = torch.compile(layer, fullgraph=True, backend="aot_eager")(x, cos, sin, batch.cu_seqlens, plan)
     torch.testing.assert_close(got, want)
-    torch.testing.assert_close(*(torch.autograd.grad(y.sum(), layer.mlp.up_proj.weight)[0] for y in (got, want)))
+    torch.testing.assert_close(
+        *(torch.autograd.grad(y.sum(), layer.mlp.up_proj.weight)[0] for y in (got, want))
+    )
     loss = torch.compile(model.loss, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(loss(batch), model.loss(batch))
 

@@ -4,14 +4,15 @@ import os
 import subprocess
 import sys
 
-import pytest
-
 import illada
+import pytest
 from illada import _native
 
 
 def python(code: str, **env) -> str:
-    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **env}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **env}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -35,7 +36,10 @@ def test_import_needs_no_native_module_and_touches_nothing():
 
 
 def test_import_with_cuda_absent():
-    assert python("import illada; print(illada.__version__)", CUDA_VISIBLE_DEVICES="").strip() == illada.__version__
+    assert (
+        python("import illada; print(illada.__version__)", CUDA_VISIBLE_DEVICES="").strip()
+        == illada.__version__
+    )
 
 
 def test_version_mismatch_is_said(monkeypatch):
@@ -47,5 +51,7 @@ def test_version_mismatch_is_said(monkeypatch):
 
 
 def test_cuda_tensor_without_cuda_kernels():
-    with pytest.raises(NotImplementedError, match="sample_tokens: no CUDA kernel for this call; built CUDA archs: none"):
+    with pytest.raises(
+        NotImplementedError, match="sample_tokens: no CUDA kernel for this call; built CUDA archs: none"
+    ):
         _native.require_cuda_build("sample_tokens")

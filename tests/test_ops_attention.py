@@ -1,9 +1,8 @@
 """varlen_attention against its specification: values, gradients, strides, poison, registration, errors."""
 
+import illada
 import pytest
 import torch
-
-import illada
 from illada.ops import reference
 from illada.testing import assert_close_like
 
@@ -20,7 +19,11 @@ def make(lengths, heads, groups, dim, dtype, generator, keys=None):
     total, total_k = sum(lengths), sum(lengths if keys is None else keys)
     # One fused projection, sliced: the strides a model really passes.
     fused = torch.randn(max(total, total_k), heads + 2 * groups, dim, generator=generator).to(dtype)
-    q, k, v = fused[:total, :heads], fused[:total_k, heads : heads + groups], fused[:total_k, heads + groups :]
+    q, k, v = (
+        fused[:total, :heads],
+        fused[:total_k, heads : heads + groups],
+        fused[:total_k, heads + groups :],
+    )
     return q, k, v, cumulative(lengths)
 
 
@@ -144,7 +147,9 @@ def test_compiles_in_one_graph_for_all_lengths(generator):
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=backend)
     for lengths in ([5, 3], [2, 6], [4, 9]):
         x = torch.randn(sum(lengths), 16, generator=generator)
-        torch.testing.assert_close(compiled(x, weight, cumulative(lengths)), layer(x, weight, cumulative(lengths)))
+        torch.testing.assert_close(
+            compiled(x, weight, cumulative(lengths)), layer(x, weight, cumulative(lengths))
+        )
     assert len(graphs) == 1
 
 
@@ -169,7 +174,11 @@ def test_errors(generator):
         (ValueError, r"q must have shape \[T, H, D\], got \[8, 256\]", (q.flatten(1), k, v, cu)),
         (ValueError, r"k must have shape \[Tk, G, 64\]", (q, k[..., :32], v, cu)),
         (ValueError, r"v must have shape \[8, 2, 64\]", (q, k, v[:7], cu)),
-        (ValueError, "last dimension of q must be contiguous", (q.transpose(1, 2).contiguous().transpose(1, 2), k, v, cu)),
+        (
+            ValueError,
+            "last dimension of q must be contiguous",
+            (q.transpose(1, 2).contiguous().transpose(1, 2), k, v, cu),
+        ),
         (ValueError, "q has 3 heads, which must be a multiple of k's 2", (q[:, :3], k, v, cu)),
         (ValueError, "k has 7 tokens and q has 8", (q, k[:7], v[:7], cu)),
         (ValueError, "cu_seqlens is on meta, but q is on cpu", (q, k, v, cu.to("meta"))),
@@ -183,7 +192,9 @@ def test_errors(generator):
             illada.varlen_attention(*arguments)
     slots = cumulative([5, 3])
     with pytest.raises(ValueError, match=r"seqused_k must be within the key slots \[5, 3\], got \[6, 1\]"):
-        illada.varlen_attention(q, k, v, cu, cu_seqlens_k=slots, seqused_k=torch.tensor([6, 1], dtype=torch.int32))
+        illada.varlen_attention(
+            q, k, v, cu, cu_seqlens_k=slots, seqused_k=torch.tensor([6, 1], dtype=torch.int32)
+        )
     with pytest.raises(ValueError, match="cu_seqlens_k ends at 9, but k has 8 tokens"):
         illada.varlen_attention(q, k, v, cu, cu_seqlens_k=cumulative([5, 4]))
     with pytest.raises(ValueError, match="num_heads 3 must be a multiple of num_kv_heads 2"):

@@ -1,10 +1,9 @@
 """sample_tokens, linear_sample_tokens and remask against their specification; noise, ties, errors."""
 
+import illada
 import numpy as np
 import pytest
 import torch
-
-import illada
 from illada.ops import reference
 from illada.ops.philox import philox4x32
 from illada.ops.types import TokenSample
@@ -91,7 +90,9 @@ def test_distribution_is_the_softmax(generator):
     expected = (logits.double() / 2.0).softmax(0) * 100_000
     observed = torch.bincount(draws.token, minlength=64)
     chi_square = float(((observed - expected) ** 2 / expected).sum())
-    assert 30 < chi_square < 110  # 1e-4 .. 1 - 1e-4 quantiles are 30 and 117; a fit too good is a fault as well
+    assert (
+        30 < chi_square < 110
+    )  # 1e-4 .. 1 - 1e-4 quantiles are 30 and 117; a fit too good is a fault as well
 
 
 def test_uniforms_reach_the_tails():
@@ -211,7 +212,9 @@ def test_remask_matches_reference(rule, token_dtype, generator):
 
 def test_remask_takes_the_surest_and_never_a_broken_row():
     tokens = torch.tensor([5, 5, 5, 9, 5])
-    sample = TokenSample(torch.arange(20, 25), torch.tensor([0.2, torch.nan, 0.9, 1.0, -torch.inf]), torch.zeros(5))
+    sample = TokenSample(
+        torch.arange(20, 25), torch.tensor([0.2, torch.nan, 0.9, 1.0, -torch.inf]), torch.zeros(5)
+    )
     rows, cu_rows = torch.arange(5, dtype=torch.int32), torch.tensor([0, 5], dtype=torch.int32)
     assert illada.remask(tokens, rows, cu_rows, sample, quota=1, mask_id=5).tolist() == [1]
     assert tokens.tolist() == [5, 5, 22, 9, 5]
@@ -318,7 +321,11 @@ def test_remask_errors(generator):
 
     before = tokens.clone()
     wrong = [
-        (ValueError, "give exactly one of quota, threshold, factor, entropy_bound, got none", call(quota=None)),
+        (
+            ValueError,
+            "give exactly one of quota, threshold, factor, entropy_bound, got none",
+            call(quota=None),
+        ),
         (ValueError, "got quota, factor", call(quota=1, factor=1.0)),
         (ValueError, "quota must be a number", call(quota=-1)),
         (ValueError, "threshold must be a number", call(threshold=float("nan"))),

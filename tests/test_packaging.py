@@ -8,9 +8,8 @@ import tarfile
 import zipfile
 from pathlib import Path
 
-import pytest
-
 import illada
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = [
@@ -33,7 +32,9 @@ def run(*command, cwd=None, **env):
 def source(tmp_path_factory) -> Path:
     """A copy of the checkout in a path with a space, without anything built."""
     copy = tmp_path_factory.mktemp("a path") / "illada"
-    ignore = shutil.ignore_patterns(".git", "build", "dist", ".venv", ".cache", "runs", "data", "*.so", "*.egg-info", "__pycache__")
+    ignore = shutil.ignore_patterns(
+        ".git", "build", "dist", ".venv", ".cache", "runs", "data", "*.so", "*.egg-info", "__pycache__"
+    )
     shutil.copytree(ROOT, copy, ignore=ignore)
     return copy
 
@@ -68,7 +69,11 @@ def test_sdist_is_complete(sdist):
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     tracked = set(run("git", "ls-files", cwd=ROOT).split("\n")) if (ROOT / ".git").exists() else set()
     left_out = {".gitignore", ".clang-format", ".ci/run"}
-    missing = {name for name in tracked - names - left_out if name and (ROOT / name).exists() and not name.startswith("benchmarks/results/")}
+    missing = {
+        name
+        for name in tracked - names - left_out
+        if name and (ROOT / name).exists() and not name.startswith("benchmarks/results/")
+    }
     assert not missing
     assert {"CMakeLists.txt", "csrc/include/illada/illada.h", "cmake/IlladaFlags.cmake", "LICENSE"} <= names
     assert not [name for name in names if name.endswith((".so", ".pyc"))]
@@ -106,7 +111,16 @@ def test_installing_twice_and_editable(source, tmp_path):
 
 def test_cpp_library_and_example(source, tmp_path):
     build, prefix = tmp_path / "build", tmp_path / "prefix"
-    run("cmake", "-S", source, "-B", build, "-DILLADA_PYTHON=OFF", "-DILLADA_CUDA=off", f"-DCMAKE_INSTALL_PREFIX={prefix}")
+    run(
+        "cmake",
+        "-S",
+        source,
+        "-B",
+        build,
+        "-DILLADA_PYTHON=OFF",
+        "-DILLADA_CUDA=off",
+        f"-DCMAKE_INSTALL_PREFIX={prefix}",
+    )
     run("cmake", "--build", build, "--parallel", "2")
     run("cmake", "--install", build)
     example = tmp_path / "example"
@@ -117,8 +131,20 @@ def test_cpp_library_and_example(source, tmp_path):
 
 
 def test_missing_cuda_toolkit_is_said(source, tmp_path):
-    command = ["cmake", "-S", str(source), "-B", str(tmp_path / "b"), "-DILLADA_PYTHON=OFF", "-DILLADA_CUDA=on"]
-    env = {**os.environ, "PATH": f"{Path(shutil.which('cmake')).parent}:/usr/bin:/bin", "CUDACXX": "/nonexistent/nvcc"}
+    command = [
+        "cmake",
+        "-S",
+        str(source),
+        "-B",
+        str(tmp_path / "b"),
+        "-DILLADA_PYTHON=OFF",
+        "-DILLADA_CUDA=on",
+    ]
+    env = {
+        **os.environ,
+        "PATH": f"{Path(shutil.which('cmake')).parent}:/usr/bin:/bin",
+        "CUDACXX": "/nonexistent/nvcc",
+    }
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode != 0 and "ILLADA_CUDA=off for a CPU build" in " ".join(done.stderr.split())
     command[-1] = "-DILLADA_CUDA=maybe"

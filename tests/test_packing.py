@@ -1,7 +1,6 @@
+import illada
 import pytest
 import torch
-
-import illada
 
 
 def test_pack_and_unpack():

@@ -114,7 +114,7 @@ inline void block_sum(const T* x, int64_t count, float block_max, SoftmaxState& 
 // on the way that no operation looks at: the multiply reads low halves only.
 struct PhiloxLanes {
   VecL key0[10], key1[10];
-  VecL row_id, step, stream;
+  VecL row_id, step, stream, iota;
 
   PhiloxLanes(uint64_t seed, uint32_t row, uint32_t at_step, uint32_t stream_tag) {
     uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
@@ -127,12 +127,12 @@ struct PhiloxLanes {
     row_id = VecL{} + row;
     step = VecL{} + at_step;
     stream = VecL{} + stream_tag;
+    for (int i = 0; i < kLanes / 2; ++i) iota[i] = uint64_t(i);
   }
 
   // Words for vocabulary ids 4 * first .. 4 * first + 2 * kLanes - 1, in order.
   void draw(uint64_t first, VecU& low, VecU& high) const {
-    VecL c0, c1 = row_id, c2 = step, c3 = stream;
-    for (int i = 0; i < kLanes / 2; ++i) c0[i] = first + i;
+    VecL c0 = iota + first, c1 = row_id, c2 = step, c3 = stream;
     const VecL m0 = VecL{} + kPhiloxM0, m1 = VecL{} + kPhiloxM1;
     for (int round = 0; round < 10; ++round) {
       const VecL p0 = mul_low32(c0, m0), p1 = mul_low32(c2, m1);
@@ -150,7 +150,8 @@ struct PhiloxLanes {
 
 // Gumbel-max over a row as an exponential race: token v wins with the largest x + T G, G = -log(E), E = -log(1 - u).
 // Because E >= u, a token whose u alone is too large for it to beat the best so far is out without a logarithm:
-//   x + T G > best  =>  u <= E < exp((x - best) / T).
+//   x + T G > best  =>  u <= E < exp((x - best) / T)  =>  log2(u) < (x - best) / (T ln 2),
+// and the bits of a float, read as an integer, bound its log2 from below: 2^e (1 + f) has log2 >= e + f.
 // What passes (a handful per row) is computed in double precision with 64 random bits.
 class NoisyArgmax {
  public:
@@ -181,11 +182,12 @@ class NoisyArgmax {
   float logit() const { return logit_; }
 
  private:
-  // u rounded down to 24 bits, in units of 2^-24, against exp((x - best) / T); 1e-4 covers the rounding of both.
+  // May these tokens beat the best so far? u is rounded down to 24 bits, in units of 2^-24; 2e-4 covers the rounding
+  // of both sides, which stay below 2^8.
   VecI may_win(VecF x, VecU words) const {
     const VecF u = __builtin_convertvector(bit_cast<VecI>(words >> 8), VecF);
-    const VecF bound = exp2((x - best_below_) * inverse_temperature_ + (24.0f + 1.5e-4f));
-    return u <= bound;
+    const VecF log2_u = __builtin_convertvector(bit_cast<VecI>(u), VecF) * 0x1p-23f - (127.0f + 24.0f + 2e-4f);
+    return log2_u <= (x - best_below_) * inverse_temperature_;
   }
 
   uint32_t word(uint64_t v, uint32_t stream) const {

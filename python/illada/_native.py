@@ -47,4 +47,6 @@ def require_cuda_build(op: str) -> None:
     """NotImplementedError for an op called with CUDA tensors on a build that has no CUDA kernels."""
     info = build_info()
     built = info["cuda_archs"] or "none (this build has no CUDA kernels)"
-    raise NotImplementedError(f"{op}: no CUDA kernel for this call; built CUDA archs: {built}; supported here: CPU tensors")
+    raise NotImplementedError(
+        f"{op}: no CUDA kernel for this call; built CUDA archs: {built}; supported here: CPU tensors"
+    )

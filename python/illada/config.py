@@ -67,12 +67,18 @@ class ModelConfig:
         if self.embedding_size is None:
             object.__setattr__(self, "embedding_size", self.vocab_size)
         if self.embedding_rows < self.vocab_size:
-            raise ValueError(f"model.embedding_size ({self.embedding_size}) is less than vocab_size ({self.vocab_size})")
+            raise ValueError(
+                f"model.embedding_size ({self.embedding_size}) is less than vocab_size ({self.vocab_size})"
+            )
         for name in ("mask_token_id", "eos_token_id", "pad_token_id", "bos_token_id"):
             if not 0 <= getattr(self, name) < self.embedding_rows:
-                raise ValueError(f"model.{name} must be in [0, {self.embedding_rows}), got {getattr(self, name)}")
+                raise ValueError(
+                    f"model.{name} must be in [0, {self.embedding_rows}), got {getattr(self, name)}"
+                )
         if self.model_type not in ("illada", "llada", "dream", "qwen2"):
-            raise ValueError(f"model.model_type must be illada, llada, dream or qwen2, got {self.model_type!r}")
+            raise ValueError(
+                f"model.model_type must be illada, llada, dream or qwen2, got {self.model_type!r}"
+            )
 
     @property
     def head_size(self) -> int:

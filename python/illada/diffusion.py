@@ -44,7 +44,9 @@ class DiffusionConfig:
     split_probability: float = 0.3  # chance that a window is split at a uniform point into two sequences
     t_sampling: str = "independent"  # or "low_discrepancy": stratified over the windows of a step
     mask_count: str = "bernoulli"  # or "exact": a fixed number of masks for each t
-    complementary: bool = False  # samples 2k and 2k + 1 share window, split and t; one masks what the other shows
+    complementary: bool = (
+        False  # samples 2k and 2k + 1 share window, split and t; one masks what the other shows
+    )
     isolate_documents: bool = False  # documents inside a window do not attend each other
 
     def __post_init__(self) -> None:
@@ -57,7 +59,9 @@ class DiffusionConfig:
             ("mask_count", ("bernoulli", "exact")),
         ):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"diffusion.{name} must be {' or '.join(allowed)}, got {getattr(self, name)!r}")
+                raise ValueError(
+                    f"diffusion.{name} must be {' or '.join(allowed)}, got {getattr(self, name)!r}"
+                )
         if self.complementary and self.mask_count == "exact":
             raise ValueError("diffusion.complementary needs mask_count = 'bernoulli'")
 

@@ -132,7 +132,11 @@ class MaskedDiffusionModel(nn.Module):
             self.embed_tokens = nn.Embedding(config.embedding_rows, config.hidden_size)
             self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
             self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-            self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = (
+                None
+                if config.tie_word_embeddings
+                else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            )
         self.to(dtype or torch.float32)
         target = torch.device(device or "cpu")
         if target.type != "meta":

@@ -80,7 +80,9 @@ def _sample_cpu(logits, *arguments):
 
 
 def _linear_sample_cpu(hidden, weight, rows, *arguments):
-    temperature, seed, step, temperatures, seeds, steps, row_ids, bias_ids, bias_values, measure = arguments[:-2]
+    temperature, seed, step, temperatures, seeds, steps, row_ids, bias_ids, bias_values, measure = arguments[
+        :-2
+    ]
     count = len(hidden) if rows is None else len(rows)
     out = _allocate(hidden, count, *arguments[-2:])
     if row_ids is None:
@@ -158,7 +160,9 @@ def _sample_arguments(
     extras: Sequence[str],
 ) -> tuple:
     """The checked keyword arguments of both samplers, in the order of the ops' schemas."""
-    temperature, temperatures = _number_or_rows(op, "temperature", temperature, 0.0, rows, torch.float32, like)
+    temperature, temperatures = _number_or_rows(
+        op, "temperature", temperature, 0.0, rows, torch.float32, like
+    )
     seed, seeds = _number_or_rows(op, "seed", seed, 0, rows, torch.int64, like)
     step, steps = _number_or_rows(op, "step", step, 0, rows, torch.int32, like)
     if temperatures is None and not 0 <= temperature < float("inf"):
@@ -182,7 +186,11 @@ def _sample_arguments(
         lib.check_shape(op, "logit_bias values", bias_values, tuple(bias_ids.shape))
         lib.check_dtype(op, "logit_bias values", bias_values, (torch.float32,))
     lib.check_same_device(
-        op, ("logits", like), ("row_ids", row_ids), ("logit_bias ids", bias_ids), ("logit_bias values", bias_values)
+        op,
+        ("logits", like),
+        ("row_ids", row_ids),
+        ("logit_bias ids", bias_ids),
+        ("logit_bias values", bias_values),
     )
     if vocab_size < 1:
         raise ValueError(f"{op}: the vocabulary is empty")
@@ -276,7 +284,9 @@ def linear_sample_tokens(
         lib.check_shape(op, "rows", rows, ("N",))
         lib.check_dtype(op, "rows", rows, (torch.int32,))
         if lib.may_read(rows) and len(rows) and not (0 <= int(rows.min()) and int(rows.max()) < len(hidden)):
-            raise ValueError(f"{op}: rows must be in [0, {len(hidden)}), got {int(rows.min())} .. {int(rows.max())}")
+            raise ValueError(
+                f"{op}: rows must be in [0, {len(hidden)}), got {int(rows.min())} .. {int(rows.max())}"
+            )
     lib.check_same_device(op, ("hidden", hidden), ("weight", weight), ("rows", rows))
     count = hidden.shape[0] if rows is None else rows.shape[0]
     arguments = _sample_arguments(
@@ -349,7 +359,12 @@ def remask(
     elif limit != limit or (given[0] == "quota" and limit < 0):
         raise ValueError(f"{op}: {given[0]} must be a number (quota: >= 0), got {limit}")
     lib.check_same_device(
-        op, ("tokens", tokens), ("rows", rows), ("cu_rows", cu_rows), ("sample.token", sample.token), (given[0], limits)
+        op,
+        ("tokens", tokens),
+        ("rows", rows),
+        ("cu_rows", cu_rows),
+        ("sample.token", sample.token),
+        (given[0], limits),
     )
     if tokens.is_cuda:
         require_cuda_build(op)

@@ -128,12 +128,16 @@ def restore(path: Path, model: MaskedDiffusionModel, optimizer: torch.optim.Opti
         state = {key: moments.pop(f"{name}/{key}", None) for key in ("step", "exp_avg", "exp_avg_sq")}
         if any(value is None for value in state.values()):
             raise ValueError(f"{file} lacks the state of {name}")
-        optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items() if value is not None}
+        optimizer.state[parameter] = {
+            key: value.to(parameter.device) for key, value in state.items() if value is not None
+        }
     if moments:
         raise ValueError(f"{file} holds unexpected state: {', '.join(sorted(moments))}")
 
 
-def _optimizer_tensors(model: MaskedDiffusionModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def _optimizer_tensors(
+    model: MaskedDiffusionModel, optimizer: torch.optim.Optimizer
+) -> dict[str, torch.Tensor]:
     tensors = {}
     for name, parameter in model.named_parameters():
         for key in ("step", "exp_avg", "exp_avg_sq"):

@@ -1,0 +1,1 @@
+"""Benchmarks of illada against what people use instead: `python -m benchmarks --help`."""
