@@ -53,9 +53,7 @@ class CMakeBuild(build_ext):
         try:
             subprocess.run(command, check=True)
         except FileNotFoundError:
-            raise SystemExit(
-                "illada: cmake was not found; `pip install cmake ninja` or a system package"
-            ) from None
+            raise SystemExit("illada: cmake was not found; `pip install cmake ninja` or a system package") from None
         except subprocess.CalledProcessError as error:
             raise SystemExit(
                 f"illada: the native build failed (exit {error.returncode}); the first error above says why.\n"

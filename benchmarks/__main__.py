@@ -21,12 +21,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("bench", choices=BENCHES)
     parser.add_argument("--only", metavar="TEXT", help="cases whose name contains TEXT")
-    parser.add_argument(
-        "--provider", action="append", metavar="NAME", help="this provider only; may be repeated"
-    )
-    parser.add_argument(
-        "--repeats", type=int, metavar="N", help="timed calls of each provider (default: the bench's)"
-    )
+    parser.add_argument("--provider", action="append", metavar="NAME", help="this provider only; may be repeated")
+    parser.add_argument("--repeats", type=int, metavar="N", help="timed calls of each provider (default: the bench's)")
     parser.add_argument("--json", metavar="PATH", help="append one JSON line for each case and provider")
     parser.add_argument("--plot", metavar="PATH", help="draw the medians as bars (needs matplotlib)")
     parser.add_argument("--check", action="store_true", help="exit 1 where a goal of the bench is missed")

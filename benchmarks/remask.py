@@ -75,9 +75,7 @@ def make_case(rows: int, vocab: int, temperature: float, dtype: torch.dtype = to
             published_commit(tokens, token, confidence)
             return token, confidence
 
-        no_compiler = (
-            None if shutil.which("g++") or shutil.which("clang++") else "torch.compile needs a C++ compiler"
-        )
+        no_compiler = None if shutil.which("g++") or shutil.which("clang++") else "torch.compile needs a C++ compiler"
         return [
             Provider("illada", ours),
             Provider("published", lambda: theirs(published_sample)),
@@ -115,7 +113,5 @@ def goals(records: Sequence[dict[str, Any]]) -> list[Goal]:
         for provider, bar in bars.items():
             times = ratio(records, case, provider)
             if times is not None:
-                found.append(
-                    Goal(f"{case}: {times:.1f}x faster than {provider} (goal {bar:g}x)", times >= bar)
-                )
+                found.append(Goal(f"{case}: {times:.1f}x faster than {provider} (goal {bar:g}x)", times >= bar))
     return found

@@ -121,9 +121,7 @@ def _interleave(offered: list[Provider], repeats: int, slow: set[str]) -> dict[s
     return times
 
 
-def ratio(
-    records: Sequence[dict[str, Any]], case: str, provider: str, key: str = "median_ms"
-) -> float | None:
+def ratio(records: Sequence[dict[str, Any]], case: str, provider: str, key: str = "median_ms") -> float | None:
     """How many times what illada needs this provider needs, or None if one of them did not run."""
     values = {r["provider"]: r[key] for r in records if r["case"] == case}
     if values.get("illada") is None or values.get(provider) is None:
@@ -134,7 +132,10 @@ def ratio(
 def print_table(records: Sequence[dict[str, Any]]) -> None:
     """Rows of case and provider, the ratio to illada last."""
     print(f"{device_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    header = f"{'case':<28} {'provider':<10} {'median':>10} {'p20':>9} {'p80':>9} {'GB/s':>6} {'GFLOP/s':>8} {'memory':>9} {'error':>9} {'ratio':>6}"
+    names = ("median", "p20", "p80", "GB/s", "GFLOP/s", "memory", "error", "ratio")
+    widths = (10, 9, 9, 6, 8, 9, 9, 6)
+    columns = " ".join(f"{name:>{width}}" for name, width in zip(names, widths, strict=True))
+    header = f"{'case':<28} {'provider':<10} {columns}"
     print(header + "\n" + "-" * len(header))
     for r in records:
         seconds = r["median_ms"] / 1e3
@@ -167,7 +168,7 @@ def plot(records: Sequence[dict[str, Any]], path: str | Path) -> None:
     for axes, name in zip(figure.subplots(len(names), 1, squeeze=False)[:, 0], names, strict=True):
         mine = [r for r in records if r["case"] == name][::-1]
         medians = [r["median_ms"] for r in mine]
-        spread = [[m - r["p20_ms"] for m, r in zip(medians, mine, strict=True)], [r["p80_ms"] - m for m, r in zip(medians, mine, strict=True)]]  # fmt: skip
+        spread = [[r["median_ms"] - r["p20_ms"] for r in mine], [r["p80_ms"] - r["median_ms"] for r in mine]]
         colors = ["C0" if r["provider"] == "illada" else "0.7" for r in mine]
         axes.barh([r["provider"] for r in mine], medians, xerr=spread, color=colors)
         axes.set_title(name, fontsize="medium", loc="left")
@@ -193,9 +194,7 @@ def commit() -> str | None:
     root = Path(__file__).resolve().parent.parent
     try:
         git = ["git", "-C", str(root)]
-        name = subprocess.run(
-            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-        )
+        name = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
         changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None

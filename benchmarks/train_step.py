@@ -52,9 +52,7 @@ def build(name: str) -> tuple[MaskedDiffusionModel, Batch]:
 
 def packed_step(model: MaskedDiffusionModel, batch: Batch) -> Tensor:
     """illada's loss."""
-    loss = model.loss(batch)
-    assert isinstance(loss, Tensor)
-    return loss
+    return model.loss(batch)
 
 
 def padded_step(model: MaskedDiffusionModel, batch: Batch) -> Tensor:
@@ -88,10 +86,7 @@ def padded_step(model: MaskedDiffusionModel, batch: Batch) -> Tensor:
     return (cross_entropy * weights.flatten()).sum() / batch.num_tokens
 
 
-STEPS: dict[str, Callable[[MaskedDiffusionModel, Batch], Tensor]] = {
-    "illada": packed_step,
-    "padded": padded_step,
-}
+STEPS: dict[str, Callable[[MaskedDiffusionModel, Batch], Tensor]] = {"illada": packed_step, "padded": padded_step}
 
 
 def gradients(model: MaskedDiffusionModel, batch: Batch, provider: str) -> list[Tensor]:
@@ -117,9 +112,7 @@ def make_case(name: str) -> Case:
 
     model_parameters = config.num_parameters - config.vocab_size * config.hidden_size
     _, batch = build(name) if name.startswith("tiny") else (None, None)
-    tokens, masked = (
-        (batch.num_tokens, len(batch.rows)) if batch else (WINDOWS * LENGTH, WINDOWS * LENGTH // 2)
-    )
+    tokens, masked = (batch.num_tokens, len(batch.rows)) if batch else (WINDOWS * LENGTH, WINDOWS * LENGTH // 2)
     return Case(
         name=name,
         make=make,

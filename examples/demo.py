@@ -22,14 +22,10 @@ VOCAB_SIZE = 1024  # small, so that a few minutes are enough to learn what follo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="output folder (%(default)s)")
     parser.add_argument("--config", type=Path, default=Path(__file__).parent.parent / "configs" / "demo.toml")
-    parser.add_argument(
-        "--began", type=float, default=time.time(), help="when it all began, in seconds (time.time())"
-    )
+    parser.add_argument("--began", type=float, default=time.time(), help="when it all began, in seconds (time.time())")
     options, overrides = parser.parse_known_args()
     out = options.out
     shutil.rmtree(out / "checkpoints", ignore_errors=True)

@@ -26,9 +26,7 @@ def test_remask_records(tmp_path, monkeypatch):
     assert {line["provider"] for line in lines} == {"illada", "published"}
     for line in lines:
         assert line["p20_ms"] <= line["median_ms"] <= line["p80_ms"] and line["bytes"] == 16 * 501 * 2
-        assert line["peak_memory_bytes"] is None and line["error"] < (
-            1e-5 if line["provider"] == "illada" else 0.02
-        )
+        assert line["peak_memory_bytes"] is None and line["error"] < (1e-5 if line["provider"] == "illada" else 0.02)
     assert plot.stat().st_size > 1000
     assert runner.ratio(lines, "16x501 T=0", "published") > 0
     assert runner.ratio(lines, "16x501 T=0", "compile") is None

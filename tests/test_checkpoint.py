@@ -28,18 +28,12 @@ def saved(tmp_path):
 def test_round_trip_and_layout(saved):
     model, path = saved
     tensors = load_file(path / "model.safetensors")
-    layer = [f"self_attn.{x}_proj.weight" for x in "qkvo"] + [
-        f"mlp.{x}_proj.weight" for x in ("gate", "up", "down")
-    ]
+    layer = [f"self_attn.{x}_proj.weight" for x in "qkvo"] + [f"mlp.{x}_proj.weight" for x in ("gate", "up", "down")]
     layer += ["input_layernorm.weight", "post_attention_layernorm.weight"]
     want = {f"model.layers.{i}.{name}" for i in range(2) for name in layer}
     assert set(tensors) == want | {"model.embed_tokens.weight", "model.norm.weight"}  # the tied head once
     config = read_config(path)
-    assert (
-        config["model_type"] == "illada"
-        and config["mask_token_id"] == 5
-        and config["torch_dtype"] == "float32"
-    )
+    assert config["model_type"] == "illada" and config["mask_token_id"] == 5 and config["torch_dtype"] == "float32"
     again = load_pretrained(path)
     assert again.config == CONFIG
     for (name, a), (_, b) in zip(model.named_parameters(), again.named_parameters(), strict=True):
@@ -64,9 +58,7 @@ def test_untied_and_sharded(tmp_path):
 def test_stored_tied_head_must_be_the_embedding(saved):
     _, path = saved
     tensors = load_file(path / "model.safetensors")
-    tensors["lm_head.weight"] = tensors[
-        "model.embed_tokens.weight"
-    ].clone()  # as the published checkpoint has it
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()  # as the published checkpoint has it
     save_file(tensors, path / "model.safetensors")
     load_pretrained(path)
     tensors["lm_head.weight"][3] += 1

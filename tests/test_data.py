@@ -82,9 +82,7 @@ def test_split_does_not_depend_on_order(texts, corpus, tmp_path):
     def held_out(path):
         data, tokenizer = TokenDataset(path, "validation"), load_tokenizer(path)
         ends = data.documents.astype(int)
-        return sorted(
-            tokenizer.decode(data.tokens[a:b].tolist()) for a, b in zip(ends[:-1], ends[1:], strict=True)
-        )
+        return sorted(tokenizer.decode(data.tokens[a:b].tolist()) for a, b in zip(ends[:-1], ends[1:], strict=True))
 
     assert held_out(tmp_path / "c") == held_out(corpus)
 
@@ -135,12 +133,7 @@ def test_bad_sources_and_arguments(texts, tmp_path):
         (FileNotFoundError, "is not a file", f"jsonl:{tmp_path}/no", {}),
         (ValueError, 'line 2: expected a JSON object with a "text" field', f"jsonl:{tmp_path}/bad.jsonl", {}),
         (ValueError, '"text" must be a string, got int', f"jsonl:{tmp_path}/number.jsonl", {}),
-        (
-            ValueError,
-            "has 1 documents; one to train on and one to hold out",
-            f"jsonl:{tmp_path}/one.jsonl",
-            {},
-        ),
+        (ValueError, "has 1 documents; one to train on and one to hold out", f"jsonl:{tmp_path}/one.jsonl", {}),
         (ValueError, "vocab_size must be at least 262", f"dir:{texts}", {"vocab_size": 100}),
         (ValueError, r"validation_fraction must be in \(0, 1\)", f"dir:{texts}", {"validation_fraction": 0}),
         (FileNotFoundError, "no tokenizer at", f"dir:{texts}", {"tokenizer": tmp_path / "none.json"}),
@@ -174,10 +167,7 @@ def test_special_ids():
 def test_damaged_and_foreign_corpora(texts, tmp_path):
     out = tmp_path / "c"
     prepare(f"dir:{texts}", out, vocab_size=300)
-    good = {
-        name: (out / name).read_bytes()
-        for name in ("train.bin", "train.idx", "corpus.json", "tokenizer.json")
-    }
+    good = {name: (out / name).read_bytes() for name in ("train.bin", "train.idx", "corpus.json", "tokenizer.json")}
     header = json.loads(good["corpus.json"])
 
     def broken(match, error=ValueError, **files):
@@ -197,9 +187,7 @@ def test_damaged_and_foreign_corpora(texts, tmp_path):
     broken("is not the header of an illada-corpus", corpus_json=b"{}")
     broken("is not the header of an illada-corpus", corpus_json=b"[1")
     broken("has format version 9, this is 1", corpus_json=json.dumps({**header, "version": 9}).encode())
-    broken(
-        "is not the tokenizer that this corpus was made with", tokenizer_json=good["tokenizer.json"] + b" "
-    )
+    broken("is not the tokenizer that this corpus was made with", tokenizer_json=good["tokenizer.json"] + b" ")
     broken("holds token id 65535, outside of its vocabulary", train_bin=b"\xff" * len(good["train.bin"]))
     with pytest.raises(ValueError, match="split must be train or validation, got 'test'"):
         TokenDataset(out, "test")

@@ -3,13 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from illada.diffusion import (
-    DiffusionConfig,
-    make_batch,
-    make_validation_batch,
-    permutation,
-    window_of_sample,
-)
+from illada.diffusion import DiffusionConfig, make_batch, make_validation_batch, permutation, window_of_sample
 
 MASK, EOS = 5, 2
 PLAIN = DiffusionConfig(split_probability=0.0)
@@ -27,9 +21,7 @@ def batch_of(samples, config=PLAIN, length=64, **kwargs):
 def sequences(batch):
     """(targets, weights) of each sequence."""
     bounds = batch.cu_seqlens.tolist()
-    return [
-        (batch.targets[a:b], batch.token_weights[a:b]) for a, b in zip(bounds[:-1], bounds[1:], strict=True)
-    ]
+    return [(batch.targets[a:b], batch.token_weights[a:b]) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
 
 
 def test_fields_agree():
@@ -112,9 +104,7 @@ def test_exact_count():
 
 def test_complementary_pairs():
     config = DiffusionConfig(complementary=True)
-    batch = make_batch(
-        np.repeat(windows_of(range(5)), 2, axis=0), np.arange(10), seed=3, mask_id=MASK, config=config
-    )
+    batch = make_batch(np.repeat(windows_of(range(5)), 2, axis=0), np.arange(10), seed=3, mask_id=MASK, config=config)
     masked = (batch.tokens == MASK).reshape(5, 2, 64)
     assert torch.equal(masked[:, 0], ~masked[:, 1])
     weights = batch.token_weights.reshape(5, 2, 64)

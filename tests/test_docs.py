@@ -23,9 +23,7 @@ def test_op_example_runs():
 
 
 def test_model_example_runs(tmp_path, capsys):
-    config = ModelConfig.preset(
-        "tiny", hidden_size=32, intermediate_size=48, num_attention_heads=4, vocab_size=300
-    )
+    config = ModelConfig.preset("tiny", hidden_size=32, intermediate_size=48, num_attention_heads=4, vocab_size=300)
     train_tokenizer(["import os\ndef main():\n"] * 9, 300).save(str(tmp_path / "tokenizer.json"))
     save_pretrained(MaskedDiffusionModel(config), tmp_path / "m", tokenizer=tmp_path / "tokenizer.json")
     exec(re.sub(r'path = ".*"', f"path = {str(tmp_path / 'm')!r}", BLOCKS[1]), {})

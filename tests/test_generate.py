@@ -22,9 +22,7 @@ def model():
     """Random weights, with an embedding spread enough for clear preferences."""
     model = MaskedDiffusionModel(CONFIG, seed=5)
     with torch.no_grad():
-        model.embed_tokens.weight.mul_(
-            2.5
-        )  # no confidence rounds to 1: the published rule leaves ties undefined
+        model.embed_tokens.weight.mul_(2.5)  # no confidence rounds to 1: the published rule leaves ties undefined
         model.embed_tokens.weight[[CONFIG.eos_token_id, MASK]] *= 0.01  # neither is ever predicted
     return model
 
@@ -113,15 +111,11 @@ def test_stop_strings_and_text(model):
     tokenizer = train_tokenizer(["some text to learn from, and more text"] * 3, 300)
     seen = []
     config = GenerationConfig(gen_length=24, block_length=8, steps=4, stop_tokens=())
-    whole = generate(
-        model, PROMPTS[:1], config, tokenizer=tokenizer, on_block=lambda i, t: seen.append((i, t))
-    )[0]
+    whole = generate(model, PROMPTS[:1], config, tokenizer=tokenizer, on_block=lambda i, t: seen.append((i, t)))[0]
     assert whole.text == tokenizer.decode(whole.tokens)
     assert [i for i, _ in seen] == [0, 0, 0] and sum((t for _, t in seen), []) == whole.tokens
     stop = whole.text[1:4]
-    cut = generate(
-        model, PROMPTS[:1], dataclasses.replace(config, stop_strings=(stop,)), tokenizer=tokenizer
-    )[0]
+    cut = generate(model, PROMPTS[:1], dataclasses.replace(config, stop_strings=(stop,)), tokenizer=tokenizer)[0]
     assert cut.finish_reason == "stop_string" and cut.text == whole.text[: whole.text.index(stop)]
     assert cut.forwards <= whole.forwards
 
@@ -170,11 +164,7 @@ def test_errors(model):
         ([[1] * 60], {"config": config}, r"60 tokens; with 16 more it is 12 over the model's .* of 64"),
         ([[1] * 40], {"config": fixed}, "with 32 more it is 8 over"),
         ([[1]], {"seed": [1, 2]}, "one for each of the 1 prompts, got 2"),
-        (
-            [[1]],
-            {"config": dataclasses.replace(config, stop_strings=("x",))},
-            "stop_strings need a tokenizer",
-        ),
+        ([[1]], {"config": dataclasses.replace(config, stop_strings=("x",))}, "stop_strings need a tokenizer"),
         ([[1]], {"config": dataclasses.replace(config, stop_tokens=(999,))}, "stop token 999 is outside"),
     ):
         with pytest.raises(ValueError, match=match):

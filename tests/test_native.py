@@ -10,9 +10,7 @@ from illada import _native
 
 
 def python(code: str, **env) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **env}, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **env}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -36,10 +34,7 @@ def test_import_needs_no_native_module_and_touches_nothing():
 
 
 def test_import_with_cuda_absent():
-    assert (
-        python("import illada; print(illada.__version__)", CUDA_VISIBLE_DEVICES="").strip()
-        == illada.__version__
-    )
+    assert python("import illada; print(illada.__version__)", CUDA_VISIBLE_DEVICES="").strip() == illada.__version__
 
 
 def test_version_mismatch_is_said(monkeypatch):

@@ -19,11 +19,7 @@ def make(lengths, heads, groups, dim, dtype, generator, keys=None):
     total, total_k = sum(lengths), sum(lengths if keys is None else keys)
     # One fused projection, sliced: the strides a model really passes.
     fused = torch.randn(max(total, total_k), heads + 2 * groups, dim, generator=generator).to(dtype)
-    q, k, v = (
-        fused[:total, :heads],
-        fused[:total_k, heads : heads + groups],
-        fused[:total_k, heads + groups :],
-    )
+    q, k, v = (fused[:total, :heads], fused[:total_k, heads : heads + groups], fused[:total_k, heads + groups :])
     return q, k, v, cumulative(lengths)
 
 
@@ -50,9 +46,7 @@ def test_matches_fp64(lengths, heads, groups, dim, dtype, generator):
         d_lse = None  # the same code as bfloat16
     got = run(illada.varlen_attention, q, k, v, cu, d_out=d_out, d_lse=d_lse)
     baseline = run(reference.varlen_attention, q, k, v, cu, d_out=d_out, d_lse=d_lse)
-    want = run(
-        reference.varlen_attention, q.double(), k.double(), v.double(), cu, d_out=d_out.double(), d_lse=d_lse
-    )
+    want = run(reference.varlen_attention, q.double(), k.double(), v.double(), cu, d_out=d_out.double(), d_lse=d_lse)
     assert got[1].dtype == torch.float32 and got[1].shape == (heads, len(q))
     for name, g, w, b in zip(("out", "lse", "dq", "dk", "dv"), got, want, baseline, strict=True):
         assert g.shape == w.shape, name
@@ -147,9 +141,7 @@ def test_compiles_in_one_graph_for_all_lengths(generator):
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=backend)
     for lengths in ([5, 3], [2, 6], [4, 9]):
         x = torch.randn(sum(lengths), 16, generator=generator)
-        torch.testing.assert_close(
-            compiled(x, weight, cumulative(lengths)), layer(x, weight, cumulative(lengths))
-        )
+        torch.testing.assert_close(compiled(x, weight, cumulative(lengths)), layer(x, weight, cumulative(lengths)))
     assert len(graphs) == 1
 
 
@@ -192,9 +184,7 @@ def test_errors(generator):
             illada.varlen_attention(*arguments)
     slots = cumulative([5, 3])
     with pytest.raises(ValueError, match=r"seqused_k must be within the key slots \[5, 3\], got \[6, 1\]"):
-        illada.varlen_attention(
-            q, k, v, cu, cu_seqlens_k=slots, seqused_k=torch.tensor([6, 1], dtype=torch.int32)
-        )
+        illada.varlen_attention(q, k, v, cu, cu_seqlens_k=slots, seqused_k=torch.tensor([6, 1], dtype=torch.int32))
     with pytest.raises(ValueError, match="cu_seqlens_k ends at 9, but k has 8 tokens"):
         illada.varlen_attention(q, k, v, cu, cu_seqlens_k=cumulative([5, 4]))
     with pytest.raises(ValueError, match="num_heads 3 must be a multiple of num_kv_heads 2"):

@@ -78,18 +78,14 @@ def test_every_instruction_set_agrees(generator):
 
     def run(isa):
         env = {**os.environ, "ILLADA_CPU_ISA": isa}
-        done = subprocess.run(
-            [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
-        )
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
         return done.stdout.split(maxsplit=3)
 
     lines = [run(isa) for isa in ("baseline", "avx2", "avx512")]
     assert lines[0][0] == "baseline"
     for line in lines[1:]:
         assert line[3].split("]")[0] == lines[0][3].split("]")[0]  # the same tokens
-        got, want = (
-            [float(x) for x in parts[1:3] + parts[3].split("]")[1].split()] for parts in (line, lines[0])
-        )
+        got, want = ([float(x) for x in parts[1:3] + parts[3].split("]")[1].split()] for parts in (line, lines[0]))
         assert got == pytest.approx(want, rel=2e-6)
 
 
@@ -169,8 +165,7 @@ def test_registration(generator):
         (*leaves, targets, weights, None, None, 1.0, 0, True, True, fp32, fp32),
     )
     torch.library.opcheck(
-        torch.ops.illada.linear_masked_ce_bwd.default,
-        (torch.tensor(2.0), hidden.detach(), weight.detach()),
+        torch.ops.illada.linear_masked_ce_bwd.default, (torch.tensor(2.0), hidden.detach(), weight.detach())
     )
     logits = (hidden @ weight.T).detach().requires_grad_()
     torch.library.opcheck(torch.ops.illada.masked_ce_fwd.default, (logits, targets, weights, None, 1.0))
@@ -194,9 +189,7 @@ def test_double_backward_raises(function, generator):
 
 def test_compiles_in_one_graph(generator):
     def loss_of(hidden, weight, targets, weights, rows):
-        return illada.linear_masked_cross_entropy(
-            hidden * 2, weight, targets, weights, rows=rows, normalizer=9.0
-        )
+        return illada.linear_masked_cross_entropy(hidden * 2, weight, targets, weights, rows=rows, normalizer=9.0)
 
     hidden, weight, targets, weights = make(12, 8, 40, 0.5, 1.0, torch.float32, generator)
     leaves = [x.requires_grad_() for x in (hidden, weight)]

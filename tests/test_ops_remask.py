@@ -90,9 +90,7 @@ def test_distribution_is_the_softmax(generator):
     expected = (logits.double() / 2.0).softmax(0) * 100_000
     observed = torch.bincount(draws.token, minlength=64)
     chi_square = float(((observed - expected) ** 2 / expected).sum())
-    assert (
-        30 < chi_square < 110
-    )  # 1e-4 .. 1 - 1e-4 quantiles are 30 and 117; a fit too good is a fault as well
+    assert 30 < chi_square < 110  # 1e-4 .. 1 - 1e-4 quantiles are 30 and 117; a fit too good is a fault as well
 
 
 def test_uniforms_reach_the_tails():
@@ -138,10 +136,7 @@ def test_logit_bias(temperature, generator):
     logits = rows_of((3, 2100, 1.0), torch.bfloat16, generator)
     best = int(logits[0].argmax())
     forbid = (torch.tensor([best, -1], dtype=torch.int32), torch.tensor([-torch.inf, 7.0]))
-    one_each = (
-        torch.tensor([[5], [2099], [-1]], dtype=torch.int32),
-        torch.tensor([[20.0], [20.0], [20.0]]),
-    )
+    one_each = (torch.tensor([[5], [2099], [-1]], dtype=torch.int32), torch.tensor([[20.0], [20.0], [20.0]]))
     for bias in (forbid, one_each):
         keywords = {"temperature": temperature, "seed": 4, "logit_bias": bias, "extras": ALL}
         got, want = (f(logits, **keywords) for f in (illada.sample_tokens, reference.sample_tokens))
@@ -212,9 +207,7 @@ def test_remask_matches_reference(rule, token_dtype, generator):
 
 def test_remask_takes_the_surest_and_never_a_broken_row():
     tokens = torch.tensor([5, 5, 5, 9, 5])
-    sample = TokenSample(
-        torch.arange(20, 25), torch.tensor([0.2, torch.nan, 0.9, 1.0, -torch.inf]), torch.zeros(5)
-    )
+    sample = TokenSample(torch.arange(20, 25), torch.tensor([0.2, torch.nan, 0.9, 1.0, -torch.inf]), torch.zeros(5))
     rows, cu_rows = torch.arange(5, dtype=torch.int32), torch.tensor([0, 5], dtype=torch.int32)
     assert illada.remask(tokens, rows, cu_rows, sample, quota=1, mask_id=5).tolist() == [1]
     assert tokens.tolist() == [5, 5, 22, 9, 5]
@@ -246,9 +239,7 @@ def test_registration(generator):
     torch.library.opcheck(torch.ops.illada.linear_sample_tokens.default, (hidden, weight, rows, *arguments))
     tokens, rows, cu_rows, sample = candidates(generator)
     fields = (sample.token, sample.confidence, sample.entropy)
-    torch.library.opcheck(
-        torch.ops.illada.remask.default, (tokens, rows, cu_rows, *fields, 3, 0.4, None, 5, 1)
-    )
+    torch.library.opcheck(torch.ops.illada.remask.default, (tokens, rows, cu_rows, *fields, 3, 0.4, None, 5, 1))
 
 
 def test_step_compiles_in_one_graph(generator):
@@ -321,11 +312,7 @@ def test_remask_errors(generator):
 
     before = tokens.clone()
     wrong = [
-        (
-            ValueError,
-            "give exactly one of quota, threshold, factor, entropy_bound, got none",
-            call(quota=None),
-        ),
+        (ValueError, "give exactly one of quota, threshold, factor, entropy_bound, got none", call(quota=None)),
         (ValueError, "got quota, factor", call(quota=1, factor=1.0)),
         (ValueError, "quota must be a number", call(quota=-1)),
         (ValueError, "threshold must be a number", call(threshold=float("nan"))),

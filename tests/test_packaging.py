@@ -12,18 +12,13 @@ import illada
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs a source checkout"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs a source checkout")]
 
 
 def run(*command, cwd=None, **env):
     """A command that must succeed; its output."""
     clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "ILLADA_BUILD_DIR")}
-    done = subprocess.run(
-        [str(c) for c in command], cwd=cwd, env={**clean, **env}, capture_output=True, text=True
-    )
+    done = subprocess.run([str(c) for c in command], cwd=cwd, env={**clean, **env}, capture_output=True, text=True)
     assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done.stdout
 
@@ -131,20 +126,8 @@ def test_cpp_library_and_example(source, tmp_path):
 
 
 def test_missing_cuda_toolkit_is_said(source, tmp_path):
-    command = [
-        "cmake",
-        "-S",
-        str(source),
-        "-B",
-        str(tmp_path / "b"),
-        "-DILLADA_PYTHON=OFF",
-        "-DILLADA_CUDA=on",
-    ]
-    env = {
-        **os.environ,
-        "PATH": f"{Path(shutil.which('cmake')).parent}:/usr/bin:/bin",
-        "CUDACXX": "/nonexistent/nvcc",
-    }
+    command = ["cmake", "-S", str(source), "-B", str(tmp_path / "b"), "-DILLADA_PYTHON=OFF", "-DILLADA_CUDA=on"]
+    env = {**os.environ, "PATH": f"{Path(shutil.which('cmake')).parent}:/usr/bin:/bin", "CUDACXX": "/nonexistent/nvcc"}
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode != 0 and "ILLADA_CUDA=off for a CPU build" in " ".join(done.stderr.split())
     command[-1] = "-DILLADA_CUDA=maybe"

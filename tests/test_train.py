@@ -48,8 +48,7 @@ def settings(corpus, out, **more):
 
 def change(config, **sections):
     return dataclasses.replace(
-        config,
-        **{name: dataclasses.replace(getattr(config, name), **values) for name, values in sections.items()},
+        config, **{name: dataclasses.replace(getattr(config, name), **values) for name, values in sections.items()}
     )
 
 
@@ -80,9 +79,7 @@ def test_learns_and_leaves_its_files(config, corpus, capsys):
     assert result.plot == out / "loss.png" and result.plot.stat().st_size > 1000
     records = metrics(config)
     assert [r["step"] for r in records if r["kind"] == "train"] == [10, 20, 30, 40, 50, 60]
-    assert {"loss", "learning_rate", "grad_norm", "tokens_per_second", "tokens_seen", "seconds"} <= set(
-        records[0]
-    )
+    assert {"loss", "learning_rate", "grad_norm", "tokens_per_second", "tokens_seen", "seconds"} <= set(records[0])
     assert records[-1]["bound"] == result.validation_bound
     printed = capsys.readouterr().out
     assert "unigram entropy" in printed and "step     60/60" in printed and str(result.checkpoint) in printed
@@ -92,9 +89,7 @@ def test_learns_and_leaves_its_files(config, corpus, capsys):
     assert load_config(out / "config.toml") == config
 
 
-@pytest.mark.parametrize(
-    "stop_after", [1, 4, 7]
-)  # micro-batches; a step is two: mid-accumulation and between steps
+@pytest.mark.parametrize("stop_after", [1, 4, 7])  # micro-batches; a step is two: mid-accumulation and between steps
 def test_stopped_and_resumed_is_bit_exact(config, corpus, tmp_path, stop_after):
     whole = train(config, progress=False)
     interrupted = change(config, train={"out_dir": str(tmp_path / "other")})
@@ -121,9 +116,7 @@ def test_resuming_from_a_path_cuts_the_log(config, tmp_path):
     with pytest.raises(FileExistsError, match="step-000004 is newer than .*step-000002"):
         train(config, resume=str(run / "checkpoints" / "step-000002"), progress=False)
     with (run / "metrics.jsonl").open("a") as file:
-        file.write(
-            '{"kind": "train", "step": 5, "loss": 1.0}\n{"kind": "tr'
-        )  # of a lost run, and one cut short
+        file.write('{"kind": "train", "step": 5, "loss": 1.0}\n{"kind": "tr')  # of a lost run, and one cut short
     result = train(config, progress=False)
     assert result.step == 6
     assert [r["step"] for r in metrics(config) if r["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
@@ -229,9 +222,7 @@ def test_other_runs_are_not_resumed(config, corpus, tmp_path):
         with pytest.raises(ValueError, match=match):
             train(change(config, **sections), progress=False)
     # Settings that may change: the length of the run, the optimizer, the log.
-    assert (
-        train(change(config, train={"steps": 3}, optimizer={"learning_rate": 1e-3}), progress=False).step == 3
-    )
+    assert train(change(config, train={"steps": 3}, optimizer={"learning_rate": 1e-3}), progress=False).step == 3
     texts = tmp_path / "texts"
     texts.mkdir()
     for i in range(30):

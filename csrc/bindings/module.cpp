@@ -121,9 +121,9 @@ PYBIND11_MODULE(_C, m) {
   m.attr("__version__") = ILLADA_VERSION;
   m.def("build_info", &info);
   // The signature is that of cross_entropy_params above, all positional: keywords would cost 0.7 us a call.
-  m.def("masked_cross_entropy", &cross_entropy<&loss::masked_cross_entropy_cpu, uintptr_t, int64_t, uintptr_t,
-                                               uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t,
-                                               int64_t, int64_t, float, int, int>);
+  m.def("masked_cross_entropy",
+        &cross_entropy<&loss::masked_cross_entropy_cpu, uintptr_t, int64_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t,
+                       uintptr_t, uintptr_t, int64_t, int64_t, int64_t, int64_t, float, int, int>);
   m.def("masked_cross_entropy_backward",
         &cross_entropy<&loss::masked_cross_entropy_backward_cpu, uintptr_t, int64_t, uintptr_t, uintptr_t, uintptr_t,
                        uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t, int64_t, float, int, int>);

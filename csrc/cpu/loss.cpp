@@ -16,7 +16,8 @@ int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 void validate(const MaskedCrossEntropyParams& p) {
   ILLADA_CHECK(p.dtype == DType::kFloat32 || p.dtype == DType::kBFloat16, kOp,
                "logits on a CPU must be float32 or bfloat16, got ", name(p.dtype));
-  ILLADA_CHECK(p.num_rows >= 0 && p.num_tokens >= 0, kOp, "negative size: ", p.num_rows, " rows, ", p.num_tokens, " tokens");
+  ILLADA_CHECK(p.num_rows >= 0 && p.num_tokens >= 0, kOp, "negative size: ", p.num_rows, " rows, ", p.num_tokens,
+               " tokens");
   ILLADA_CHECK(p.vocab_size > 0, kOp, "vocab_size must be positive, got ", p.vocab_size);
   ILLADA_CHECK(p.num_rows == 0 || (p.logits && p.targets && p.weights && p.nll), kOp,
                "logits, targets, weights and nll must not be null");

@@ -87,11 +87,11 @@ template <typename Token>
 void remask_sequence(const RemaskParams& p, Token* tokens, int64_t s) {
   std::vector<int64_t> ranked;
   for (int64_t n = p.cu_rows[s]; n < p.cu_rows[s + 1]; ++n)
-    if (tokens[p.rows[n]] == p.mask_id && p.confidence[n] > -std::numeric_limits<float>::infinity()) ranked.push_back(n);
+    if (tokens[p.rows[n]] == p.mask_id && p.confidence[n] > -std::numeric_limits<float>::infinity())
+      ranked.push_back(n);
   if (p.rule == Rule::kEntropyBound) {
-    std::sort(ranked.begin(), ranked.end(), [&](int64_t a, int64_t b) {
-      return p.entropy[a] != p.entropy[b] ? p.entropy[a] < p.entropy[b] : a < b;
-    });
+    std::sort(ranked.begin(), ranked.end(),
+              [&](int64_t a, int64_t b) { return p.entropy[a] != p.entropy[b] ? p.entropy[a] < p.entropy[b] : a < b; });
   } else {
     std::sort(ranked.begin(), ranked.end(), [&](int64_t a, int64_t b) {
       return p.confidence[a] != p.confidence[b] ? p.confidence[a] > p.confidence[b] : a < b;

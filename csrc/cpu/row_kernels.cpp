@@ -9,7 +9,9 @@ namespace {
 const RowKernels& choose() {
 #if defined(ILLADA_X86)
   const char* wanted = std::getenv("ILLADA_CPU_ISA");
-  const auto allows = [&](const char* isa) { return wanted == nullptr || *wanted == '\0' || !std::strcmp(wanted, isa); };
+  const auto allows = [&](const char* isa) {
+    return wanted == nullptr || *wanted == '\0' || !std::strcmp(wanted, isa);
+  };
   __builtin_cpu_init();
   if (allows("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma"))

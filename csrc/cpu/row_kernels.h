@@ -11,12 +11,12 @@ constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
 // One row of sample_tokens: what to draw.
 struct SampleRow {
-  const void* logits;         // [vocab_size]
+  const void* logits;  // [vocab_size]
   int64_t vocab_size;
-  float temperature;          // 0: greedy
+  float temperature;  // 0: greedy
   uint64_t seed;
   uint32_t row_id, step;
-  const int32_t* bias_ids;    // [bias_count]; ids below 0 are unused slots
+  const int32_t* bias_ids;  // [bias_count]; ids below 0 are unused slots
   const float* bias_values;
   int64_t bias_count;
   bool want_entropy, want_margin;
@@ -40,7 +40,8 @@ struct RowKernels {
   float (*logit_bf16)(const void* logits, int64_t index);
   // grad = factor * (softmax(x) - onehot(target)); grad may be x itself.
   void (*softmax_grad_f32)(const void* logits, void* grad, int64_t vocab_size, float lse, float factor, int64_t target);
-  void (*softmax_grad_bf16)(const void* logits, void* grad, int64_t vocab_size, float lse, float factor, int64_t target);
+  void (*softmax_grad_bf16)(const void* logits, void* grad, int64_t vocab_size, float lse, float factor,
+                            int64_t target);
 };
 
 // The best table for the processor this runs on, chosen once. ILLADA_CPU_ISA=baseline|avx2|avx512 lowers the choice.

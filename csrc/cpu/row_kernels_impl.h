@@ -24,7 +24,7 @@ struct SoftmaxState {
   float reference = -kInfinity;
   float second = -kInfinity;  // the second largest logit (equal to the largest if that occurs twice)
   double sum = 0, weighted = 0;
-  bool valid = true;          // no NaN, no +inf so far
+  bool valid = true;  // no NaN, no +inf so far
 
   float lse() const { return float(double(reference) + std::log2(sum) * kLn2); }
 };
@@ -156,7 +156,8 @@ struct PhiloxLanes {
 class NoisyArgmax {
  public:
   explicit NoisyArgmax(const SampleRow& row)
-      : row_(row), lanes_(row.seed, row.row_id, row.step, kSampleStream),
+      : row_(row),
+        lanes_(row.seed, row.row_id, row.step, kSampleStream),
         inverse_temperature_(float(std::fmin(kLog2e / row.temperature, 1e30))) {}
 
   template <typename T>
@@ -285,7 +286,8 @@ SampleRowResult sample_row(const SampleRow& row, const T* logits) {
 template <typename T>
 SampleRowResult sample(const SampleRow& row) {
   const T* logits = static_cast<const T*>(row.logits);
-  if (row.want_entropy) return row.want_margin ? sample_row<true, true>(row, logits) : sample_row<true, false>(row, logits);
+  if (row.want_entropy)
+    return row.want_margin ? sample_row<true, true>(row, logits) : sample_row<true, false>(row, logits);
   return row.want_margin ? sample_row<false, true>(row, logits) : sample_row<false, false>(row, logits);
 }
 
@@ -320,7 +322,8 @@ void softmax_grad(const void* logits, void* grad, int64_t vocab_size, float lse,
   store_scalar(g + target, target_grad);
 }
 
-constexpr RowKernels kTable{ILLADA_ISA_NAME, sample<float>, sample<BFloat16>, row_lse<float>, row_lse<BFloat16>,
-                            logit<float>, logit<BFloat16>, softmax_grad<float>, softmax_grad<BFloat16>};
+constexpr RowKernels kTable{ILLADA_ISA_NAME, sample<float>,       sample<BFloat16>,
+                            row_lse<float>,  row_lse<BFloat16>,   logit<float>,
+                            logit<BFloat16>, softmax_grad<float>, softmax_grad<BFloat16>};
 
 }  // namespace illada::cpu::ILLADA_ISA

@@ -39,11 +39,7 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "mlp_bias": (False,),
     "rope_scaling": (None, {"rope_type": "default"}, {"type": "default"}),
     "layer_norm_eps": (None,),
-    "attention_dropout": (
-        0,
-        0.0,
-        0.1,
-    ),  # training only, and not applied here: bidirectional diffusion needs none
+    "attention_dropout": (0, 0.0, 0.1),  # training only, and not applied here: bidirectional diffusion needs none
     "resid_pdrop": (0, 0.0, 0.1),
 }
 
@@ -82,11 +78,7 @@ def save_pretrained(
 
 
 def write_pretrained(
-    model: MaskedDiffusionModel,
-    folder: Path,
-    *,
-    tokenizer: str | Path | None = None,
-    max_shard_bytes: int = 5 << 30,
+    model: MaskedDiffusionModel, folder: Path, *, tokenizer: str | Path | None = None, max_shard_bytes: int = 5 << 30
 ) -> None:
     """The files of `save_pretrained`, into a folder that is there."""
     config = config_to_file(model.config)
@@ -133,12 +125,8 @@ def config_to_file(config: ModelConfig) -> dict[str, Any]:
         "embedding_size": config.embedding_size != config.vocab_size,
     }
     if any(beyond.values()):
-        named = ", ".join(
-            f"{name}={getattr(config, name)!r}" for name, is_beyond in beyond.items() if is_beyond
-        )
-        raise NotImplementedError(
-            f"iLLaDA's checkpoint layout cannot express {named}; supported: model_type 'illada'"
-        )
+        named = ", ".join(f"{name}={getattr(config, name)!r}" for name, is_beyond in beyond.items() if is_beyond)
+        raise NotImplementedError(f"iLLaDA's checkpoint layout cannot express {named}; supported: model_type 'illada'")
     values = config.to_dict()
     return {
         "architectures": ["ILLaDAForCausalLM"],
@@ -179,11 +167,7 @@ def load_pretrained(
 
 
 def load_weights(
-    model: MaskedDiffusionModel,
-    path: Path,
-    *,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None,
+    model: MaskedDiffusionModel, path: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> None:
     """Replace the parameters of `model` by those of a checkpoint folder; its keys must fit exactly."""
     expected = {file_name(name): (name, p) for name, p in model.named_parameters()}
@@ -223,18 +207,14 @@ def _check_tie(head: Tensor, path: Path) -> None:
         with safe_open(file, framework="pt") as tensors:
             if "model.embed_tokens.weight" in tensors.keys():
                 if not torch.equal(tensors.get_tensor("model.embed_tokens.weight"), head.cpu()):
-                    raise ValueError(
-                        f"{path}: config.json ties the head to the embedding, but lm_head.weight differs"
-                    )
+                    raise ValueError(f"{path}: config.json ties the head to the embedding, but lm_head.weight differs")
                 return
 
 
 def _weight_files(path: Path) -> list[Path]:
     if (path / _INDEX).is_file():
         try:
-            names = sorted(
-                set(json.loads((path / _INDEX).read_text(encoding="utf-8"))["weight_map"].values())
-            )
+            names = sorted(set(json.loads((path / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
         except (json.JSONDecodeError, KeyError, AttributeError):
             raise ValueError(f"{path / _INDEX} is damaged") from None
         if absent := [name for name in names if not (path / name).is_file()]:

@@ -61,9 +61,7 @@ def _prepare(options: argparse.Namespace) -> int:
         overwrite=options.overwrite,
     )
     for split, size in header["splits"].items():
-        print(
-            f"{split:<10} {size['documents']:>8,} documents {size['tokens']:>13,} tokens {size['bytes']:>14,} bytes"
-        )
+        print(f"{split:<10} {size['documents']:>8,} documents {size['tokens']:>13,} tokens {size['bytes']:>14,} bytes")
     print(f"vocabulary {header['vocab_size']:,}, {header['dtype']}; unigram entropy of the held-out tokens "
           f"{header['validation_unigram_entropy']:.4f} nats")  # fmt: skip
     print(f"written to {options.out}")
@@ -76,18 +74,14 @@ def _prepare(options: argparse.Namespace) -> int:
 def _train(options: argparse.Namespace) -> int:
     from illada.train import load_config, train
 
-    if wrong := [
-        text for text in options.overrides if not (text.startswith("--") and "=" in text and "." in text)
-    ]:
+    if wrong := [text for text in options.overrides if not (text.startswith("--") and "=" in text and "." in text)]:
         raise ValueError(f"unknown argument {wrong[0]!r}; settings look like --section.key=value")
     config = load_config(options.config, options.overrides)
     if options.print_config:
         print(config.to_toml(commented=True))
         return 0
     if options.config is None:
-        raise ValueError(
-            "train needs a configuration file; `illada train --print-config > my.toml` writes a template"
-        )
+        raise ValueError("train needs a configuration file; `illada train --print-config > my.toml` writes a template")
     received: list[int] = []
 
     def stop(number: int, frame: object) -> None:
@@ -184,9 +178,7 @@ def _facts() -> dict[str, Any]:
     facts: dict[str, Any] = {"illada": illada.__version__, "python": platform.python_version()}
     try:
         build = illada.build_info()
-        facts["native module"] = (
-            f"built with {build['compiler']}, OpenMP {'on' if build['openmp'] else 'off'}"
-        )
+        facts["native module"] = f"built with {build['compiler']}, OpenMP {'on' if build['openmp'] else 'off'}"
         facts["cpu kernels"] = build["cpu_isa"]
         facts["cuda toolkit"] = build["cuda_version"] or "none: this build has no CUDA kernels"
         facts["cuda archs"] = build["cuda_archs"]
@@ -233,24 +225,14 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=raw,
         allow_abbrev=False,
     )
-    prepare.add_argument(
-        "--source", required=True, help="stdlib (Python's own source), dir:PATH or jsonl:PATH"
-    )
-    prepare.add_argument(
-        "--out", required=True, metavar="DIR", help="folder to write; appears complete or not at all"
-    )
-    prepare.add_argument(
-        "--vocab-size", type=int, default=4096, help="of the BPE tokenizer to train (%(default)s)"
-    )
-    prepare.add_argument(
-        "--tokenizer", metavar="PATH", help="use this tokenizer.json instead of training one"
-    )
+    prepare.add_argument("--source", required=True, help="stdlib (Python's own source), dir:PATH or jsonl:PATH")
+    prepare.add_argument("--out", required=True, metavar="DIR", help="folder to write; appears complete or not at all")
+    prepare.add_argument("--vocab-size", type=int, default=4096, help="of the BPE tokenizer to train (%(default)s)")
+    prepare.add_argument("--tokenizer", metavar="PATH", help="use this tokenizer.json instead of training one")
     prepare.add_argument(
         "--special", metavar="NAME=ID,...", help="special ids of a given tokenizer: bos, pad, eos, mask"
     )
-    prepare.add_argument(
-        "--validation-fraction", type=float, default=0.05, help="documents to hold out (%(default)s)"
-    )
+    prepare.add_argument("--validation-fraction", type=float, default=0.05, help="documents to hold out (%(default)s)")
     prepare.add_argument("--overwrite", action="store_true", help="replace an existing corpus")
     prepare.set_defaults(run=_prepare)
 
@@ -266,12 +248,8 @@ def _parser() -> argparse.ArgumentParser:
         usage="illada train CONFIG.toml [--section.key=value ...] [--resume auto|never|PATH] [--print-config]",
     )
     train.add_argument("config", nargs="?", metavar="CONFIG.toml")
-    train.add_argument(
-        "--resume", default="auto", help="auto: go on where out_dir stopped; never; or a checkpoint"
-    )
-    train.add_argument(
-        "--print-config", action="store_true", help="print the settings as commented TOML and exit"
-    )
+    train.add_argument("--resume", default="auto", help="auto: go on where out_dir stopped; never; or a checkpoint")
+    train.add_argument("--print-config", action="store_true", help="print the settings as commented TOML and exit")
     train.set_defaults(run=_train)
 
     generate = commands.add_parser(
@@ -297,13 +275,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--temperature", type=float, default=0.0, help="of the Gumbel noise; 0 is greedy")
     generate.add_argument("--rule", default="top_k", help="top_k or threshold (%(default)s)")
-    generate.add_argument(
-        "--threshold", type=float, default=0.9, help="confidence to commit at (%(default)s)"
-    )
+    generate.add_argument("--threshold", type=float, default=0.9, help="confidence to commit at (%(default)s)")
     generate.add_argument("--measure", default="probability", help="probability, margin, entropy or random")
-    generate.add_argument(
-        "--stop", action="append", metavar="TEXT", help="stop string; may be given several times"
-    )
+    generate.add_argument("--stop", action="append", metavar="TEXT", help="stop string; may be given several times")
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument(
         "--special-tokens-in-prompt", action="store_true", help="<[MASK]> in a prompt is the token, not text"

@@ -72,13 +72,9 @@ class ModelConfig:
             )
         for name in ("mask_token_id", "eos_token_id", "pad_token_id", "bos_token_id"):
             if not 0 <= getattr(self, name) < self.embedding_rows:
-                raise ValueError(
-                    f"model.{name} must be in [0, {self.embedding_rows}), got {getattr(self, name)}"
-                )
+                raise ValueError(f"model.{name} must be in [0, {self.embedding_rows}), got {getattr(self, name)}")
         if self.model_type not in ("illada", "llada", "dream", "qwen2"):
-            raise ValueError(
-                f"model.model_type must be illada, llada, dream or qwen2, got {self.model_type!r}"
-            )
+            raise ValueError(f"model.model_type must be illada, llada, dream or qwen2, got {self.model_type!r}")
 
     @property
     def head_size(self) -> int:

@@ -77,15 +77,11 @@ def read_source(source: str) -> Iterator[str]:
     if source == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
         skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-        return _read_files(
-            p for p in sorted(root.rglob("*.py")) if not skipped & set(p.relative_to(root).parts)
-        )
+        return _read_files(p for p in sorted(root.rglob("*.py")) if not skipped & set(p.relative_to(root).parts))
     if kind == "dir" and path:
         if not Path(path).is_dir():
             raise FileNotFoundError(f"source {source!r}: {path} is not a folder")
-        return _read_files(
-            p for p in sorted(Path(path).rglob("*")) if p.suffix in _TEXT_SUFFIXES and p.is_file()
-        )
+        return _read_files(p for p in sorted(Path(path).rglob("*")) if p.suffix in _TEXT_SUFFIXES and p.is_file())
     if kind == "jsonl" and path:
         if not Path(path).is_file():
             raise FileNotFoundError(f"source {source!r}: {path} is not a file")
@@ -111,9 +107,7 @@ def _read_jsonl(path: Path) -> Iterator[str]:
             try:
                 text = json.loads(line)["text"]
             except (json.JSONDecodeError, KeyError, TypeError):
-                raise ValueError(
-                    f'{path}, line {number}: expected a JSON object with a "text" field'
-                ) from None
+                raise ValueError(f'{path}, line {number}: expected a JSON object with a "text" field') from None
             if not isinstance(text, str):
                 raise ValueError(f'{path}, line {number}: "text" must be a string, got {type(text).__name__}')
             if text.strip():
@@ -144,9 +138,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, *, progress: bool
     """A byte-level BPE tokenizer whose first ids are iLLaDA's special tokens: bos 0, pad 1, eos 2, mask 5."""
     smallest = len(SPECIAL_TOKENS) + 256
     if vocab_size < smallest:
-        raise ValueError(
-            f"vocab_size must be at least {smallest} (256 bytes and the special tokens), got {vocab_size}"
-        )
+        raise ValueError(f"vocab_size must be at least {smallest} (256 bytes and the special tokens), got {vocab_size}")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -164,20 +156,17 @@ def special_ids(tokenizer: Tokenizer, given: dict[str, int] | None = None) -> di
     """Ids of bos, pad, eos and mask: as given, else by iLLaDA's names; an error says which are missing."""
     given = given or {}
     if unknown := set(given) - set(_SPECIAL_NAMES):
-        raise ValueError(
-            f"special ids may be given for {', '.join(_SPECIAL_NAMES)}, got {', '.join(sorted(unknown))}"
-        )
-    ids = {name: given.get(name, tokenizer.token_to_id(SPECIAL_TOKENS[name])) for name in _SPECIAL_NAMES}
-    if missing := [name for name, i in ids.items() if i is None]:
+        raise ValueError(f"special ids may be given for {', '.join(_SPECIAL_NAMES)}, got {', '.join(sorted(unknown))}")
+    found = {name: given.get(name, tokenizer.token_to_id(SPECIAL_TOKENS[name])) for name in _SPECIAL_NAMES}
+    ids = {name: i for name, i in found.items() if i is not None}
+    if missing := [name for name in _SPECIAL_NAMES if name not in ids]:
         raise ValueError(
             f"the tokenizer has none of iLLaDA's names for {', '.join(missing)}; give their ids, as in "
             f"--special {missing[0]}=ID"
         )
     for name, i in ids.items():
         if not 0 <= i < tokenizer.get_vocab_size():
-            raise ValueError(
-                f"special id {name}={i} is outside of the vocabulary of {tokenizer.get_vocab_size()}"
-            )
+            raise ValueError(f"special id {name}={i} is outside of the vocabulary of {tokenizer.get_vocab_size()}")
     return ids
 
 
@@ -216,9 +205,7 @@ def prepare(
     if not 0 < validation_fraction < 1:
         raise ValueError(f"validation_fraction must be in (0, 1), got {validation_fraction}")
     if out_dir.exists() and not overwrite:
-        raise FileExistsError(
-            f"{out_dir} exists; overwrite it with overwrite=True (--overwrite), or choose another"
-        )
+        raise FileExistsError(f"{out_dir} exists; overwrite it with overwrite=True (--overwrite), or choose another")
     if out_dir.exists() and not (out_dir / "corpus.json").exists() and any(out_dir.iterdir()):
         raise FileExistsError(f"{out_dir} exists and is not a corpus; choose another folder")
     progress = progress and sys.stderr.isatty()
@@ -236,7 +223,7 @@ def prepare(
 
     with staged_directory(out_dir) as folder:
         trained.save(str(folder / "tokenizer.json"))
-        header = {
+        header: dict[str, Any] = {
             "format": FORMAT,
             "version": FORMAT_VERSION,
             "source": source,
@@ -266,9 +253,7 @@ def _write_splits(
     report = {}
     with tqdm(total=len(documents), desc="encoding", unit=" documents", disable=not progress) as bar:
         for split in SPLITS:
-            mine = [
-                text for text, out in zip(documents, held_out, strict=True) if out == (split == "validation")
-            ]
+            mine = [text for text, out in zip(documents, held_out, strict=True) if out == (split == "validation")]
             offsets, size = [0], 0
             with (folder / f"{split}.bin").open("wb") as file:
                 for start in range(0, len(mine), _ENCODE_BATCH):
@@ -310,9 +295,7 @@ class TokenDataset:
             raise ValueError(f"split must be {' or '.join(SPLITS)}, got {split!r}")
         header_file = self.path / "corpus.json"
         if not header_file.is_file():
-            raise FileNotFoundError(
-                f"{self.path} is not a corpus (no corpus.json); make one with `illada prepare`"
-            )
+            raise FileNotFoundError(f"{self.path} is not a corpus (no corpus.json); make one with `illada prepare`")
         try:
             self.header: dict[str, Any] = json.loads(header_file.read_text(encoding="utf-8"))
             known = self.header["format"] == FORMAT
@@ -321,18 +304,14 @@ class TokenDataset:
         if not known:
             raise ValueError(f"{header_file} is not the header of an {FORMAT}")
         if self.header["version"] != FORMAT_VERSION:
-            raise ValueError(
-                f"{header_file} has format version {self.header['version']}, this is {FORMAT_VERSION}"
-            )
+            raise ValueError(f"{header_file} has format version {self.header['version']}, this is {FORMAT_VERSION}")
         expected = self.header["splits"][split]
         self.tokens: NDArray = self._map(f"{split}.bin", np.dtype(self.header["dtype"]), expected["tokens"])
         self.documents: NDArray = self._map(f"{split}.idx", np.dtype(np.uint64), expected["documents"] + 1)
         if int(self.documents[-1]) != expected["tokens"]:
             raise ValueError(f"{self.path / f'{split}.idx'} does not belong to {split}.bin")
         if tokenizer_sha256(self.path) != self.header["tokenizer_sha256"]:
-            raise ValueError(
-                f"{self.path / 'tokenizer.json'} is not the tokenizer that this corpus was made with"
-            )
+            raise ValueError(f"{self.path / 'tokenizer.json'} is not the tokenizer that this corpus was made with")
 
     def _map(self, name: str, dtype: np.dtype, count: int) -> NDArray:
         file = self.path / name

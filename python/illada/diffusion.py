@@ -44,9 +44,7 @@ class DiffusionConfig:
     split_probability: float = 0.3  # chance that a window is split at a uniform point into two sequences
     t_sampling: str = "independent"  # or "low_discrepancy": stratified over the windows of a step
     mask_count: str = "bernoulli"  # or "exact": a fixed number of masks for each t
-    complementary: bool = (
-        False  # samples 2k and 2k + 1 share window, split and t; one masks what the other shows
-    )
+    complementary: bool = False  # samples 2k and 2k + 1 share window, split and t; one masks what the other shows
     isolate_documents: bool = False  # documents inside a window do not attend each other
 
     def __post_init__(self) -> None:
@@ -59,9 +57,7 @@ class DiffusionConfig:
             ("mask_count", ("bernoulli", "exact")),
         ):
             if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"diffusion.{name} must be {' or '.join(allowed)}, got {getattr(self, name)!r}"
-                )
+                raise ValueError(f"diffusion.{name} must be {' or '.join(allowed)}, got {getattr(self, name)!r}")
         if self.complementary and self.mask_count == "exact":
             raise ValueError("diffusion.complementary needs mask_count = 'bernoulli'")
 
@@ -118,7 +114,7 @@ def _words(seed: int, stream: int, indices: NDArray[np.int64], count: int) -> ND
 
 def _uniforms(seed: int, stream: int, indices: NDArray[np.int64], count: int) -> NDArray[np.float64]:
     """Uniforms strictly inside (0, 1), float64 [len(indices), count]."""
-    return (_words(seed, stream, indices, count) + 0.5) * 2.0**-32
+    return (_words(seed, stream, indices, count).astype(np.float64) + 0.5) * 2.0**-32
 
 
 def permutation(positions: NDArray[np.int64], size: int, seed: int, epoch: int) -> NDArray[np.int64]:
@@ -198,14 +194,14 @@ def make_batch(
     split = _uniforms(seed, _SPLIT, draws, 2)
     cuts: list[list[int]] = []  # where the sequences of each window start
     for b in range(len(windows)):
-        starts = {0}
+        cut = {0}
         if length > 1 and split[b, 0] < config.split_probability:
-            starts.add(1 + int(split[b, 1] * (length - 1)))
+            cut.add(1 + int(split[b, 1] * (length - 1)))
         if config.isolate_documents:
             if eos_id is None:
                 raise ValueError("make_batch: isolate_documents needs eos_id")
-            starts.update(int(i) + 1 for i in np.flatnonzero(windows[b, :-1] == eos_id))
-        cuts.append(sorted(starts))
+            cut.update(int(i) + 1 for i in np.flatnonzero(windows[b, :-1] == eos_id))
+        cuts.append(sorted(cut))
 
     time = _times(draws, max(len(c) for c in cuts) if cuts else 1, seed, config, global_batch)
     words = _words(seed, _MASK, draws, length)

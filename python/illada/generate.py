@@ -56,20 +56,14 @@ class GenerationConfig:
     stop_strings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, allowed in (
-            ("mode", ("var", "fixed")),
-            ("rule", ("top_k", "threshold")),
-            ("measure", MEASURES),
-        ):
+        for name, allowed in (("mode", ("var", "fixed")), ("rule", ("top_k", "threshold")), ("measure", MEASURES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be {', '.join(allowed)}, got {getattr(self, name)!r}")
         for name in ("gen_length", "block_length", "steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.gen_length % self.block_length:
-            raise ValueError(
-                f"gen_length ({self.gen_length}) must be a multiple of block_length ({self.block_length})"
-            )
+            raise ValueError(f"gen_length ({self.gen_length}) must be a multiple of block_length ({self.block_length})")
         if self.mode == "fixed" and self.steps % self.num_blocks:
             raise ValueError(
                 f"in mode fixed steps ({self.steps}) must be a multiple of the {self.num_blocks} blocks "
@@ -157,8 +151,7 @@ def generate(
     stop_tokens = set((model.config.eos_token_id,) if config.stop_tokens is None else config.stop_tokens)
 
     sequences = [
-        _Sequence(i, list(prompt), len(prompt), s)
-        for i, (prompt, s) in enumerate(zip(prompts, seeds, strict=True))
+        _Sequence(i, list(prompt), len(prompt), s) for i, (prompt, s) in enumerate(zip(prompts, seeds, strict=True))
     ]
     blocks_of = [min(config.num_blocks, (limit - s.prompt_length) // config.block_length) for s in sequences]
     for sequence in sequences:
@@ -166,9 +159,7 @@ def generate(
         sequence.canvas += [model.config.mask_token_id] * masks
         sequence.schedule = quota_schedule(config.block_length, config.steps_per_block)
     active = list(sequences)
-    bar = tqdm(
-        total=len(prompts) * config.gen_length, unit=" tokens", disable=not (progress and sys.stderr.isatty())
-    )
+    bar = tqdm(total=len(prompts) * config.gen_length, unit=" tokens", disable=not (progress and sys.stderr.isatty()))
     forwards = committed_total = 0
     with bar:
         while active:
@@ -189,9 +180,7 @@ def generate(
                 generated = sequence.canvas[sequence.prompt_length : start + config.block_length]
                 if stop_tokens.intersection(block):
                     sequence.finish_reason = "stop_token"
-                elif (
-                    config.stop_strings and _find_stop(tokenizer, generated, config.stop_strings) is not None
-                ):
+                elif config.stop_strings and _find_stop(tokenizer, generated, config.stop_strings) is not None:
                     sequence.finish_reason = "stop_string"
                 elif sequence.block == blocks_of[sequence.index]:
                     sequence.finish_reason = "length"
@@ -244,15 +233,11 @@ def _step(model: MaskedDiffusionModel, active: list[_Sequence], config: Generati
     last = [s.step_in_block == config.steps_per_block - 1 for s in active]
     if config.rule == "top_k":
         quotas = [s.schedule[s.step_in_block] for s in active]
-        committed = remask(
-            tokens, packed_rows, integers(cu_rows), sample, quota=integers(quotas), mask_id=mask_id
-        )
+        committed = remask(tokens, packed_rows, integers(cu_rows), sample, quota=integers(quotas), mask_id=mask_id)
     else:
         # On a block's last step everything left is committed: no confidence is below -infinity.
         thresholds = torch.tensor([-torch.inf if end else config.threshold for end in last], device=device)
-        committed = remask(
-            tokens, packed_rows, integers(cu_rows), sample, threshold=thresholds, mask_id=mask_id
-        )
+        committed = remask(tokens, packed_rows, integers(cu_rows), sample, threshold=thresholds, mask_id=mask_id)
     filled = tokens.tolist()
     for sequence, start, end in zip(active, starts[:-1], starts[1:], strict=True):
         sequence.canvas = filled[start:end]
@@ -302,9 +287,7 @@ def _check(
     tokenizer: Tokenizer | None,
 ) -> None:
     if len(seeds) != len(prompts):
-        raise ValueError(
-            f"seed must be one integer or one for each of the {len(prompts)} prompts, got {len(seeds)}"
-        )
+        raise ValueError(f"seed must be one integer or one for each of the {len(prompts)} prompts, got {len(seeds)}")
     if config.stop_strings and tokenizer is None:
         raise ValueError("stop_strings need a tokenizer")
     size = model.config.embedding_rows

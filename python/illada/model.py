@@ -133,9 +133,7 @@ class MaskedDiffusionModel(nn.Module):
             self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
             self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
             self.lm_head = (
-                None
-                if config.tie_word_embeddings
-                else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+                None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
             )
         self.to(dtype or torch.float32)
         target = torch.device(device or "cpu")
@@ -217,26 +215,24 @@ class MaskedDiffusionModel(nn.Module):
         hidden = self.norm(x)
         return shift_right(hidden, position_ids) if config.logits_shift else hidden
 
-    def loss(
-        self, batch: Batch, *, normalizer: float | Tensor | None = None, return_nll: bool = False
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Eq. 1 on a batch: sum of 1/p-weighted cross-entropies of the masked tokens over `normalizer`.
+    def loss(self, batch: Batch, *, normalizer: float | Tensor | None = None) -> Tensor:
+        """Eq. 1 on a batch: sum of 1/p-weighted cross-entropies of the masked tokens over `normalizer`, a scalar.
 
         Args:
             batch: of `illada.diffusion`; only its masked rows meet the head.
             normalizer: default the batch's own number of tokens; pass the global batch's when gradients are summed.
-            return_nll: also return the nll of each token, float32 [T], 0 where not masked.
         """
         hidden = self(batch.tokens, batch.cu_seqlens, position_ids=batch.position_ids)
-        return linear_masked_cross_entropy(
+        loss = linear_masked_cross_entropy(
             hidden,
             self.head_weight,
             batch.targets,
             batch.token_weights,
             rows=batch.rows,
             normalizer=float(batch.num_tokens) if normalizer is None else normalizer,
-            return_nll=return_nll,
         )
+        assert isinstance(loss, Tensor)
+        return loss
 
     def _check(self, tokens: Tensor, cu_seqlens: Tensor) -> None:
         if tokens.dim() != 1:

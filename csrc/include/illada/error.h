@@ -27,7 +27,7 @@ template <typename... Parts>
 }  // namespace illada
 
 // ILLADA_CHECK(n >= 0, "remask", "num_rows must not be negative, got ", n);
-#define ILLADA_CHECK(condition, op, ...)                                  \
-  do {                                                                    \
-    if (!(condition)) ::illada::detail::fail(op, __VA_ARGS__);            \
+#define ILLADA_CHECK(condition, op, ...)                       \
+  do {                                                         \
+    if (!(condition)) ::illada::detail::fail(op, __VA_ARGS__); \
   } while (0)

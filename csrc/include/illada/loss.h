@@ -14,7 +14,7 @@ namespace illada::loss {
 // `targets` and `weights` are indexed by the packed token i, `logits`, `grad`, `lse` and `nll` by n.
 // The caller allocates everything; strides are in elements, the last dimension is contiguous.
 struct MaskedCrossEntropyParams {
-  const void* logits = nullptr;      // [num_rows, vocab_size], dtype
+  const void* logits = nullptr;  // [num_rows, vocab_size], dtype
   int64_t logits_row_stride = 0;
   const int32_t* rows = nullptr;     // [num_rows], or null: i = n
   const int64_t* targets = nullptr;  // [num_tokens]; must be in [0, vocab_size) where w != 0
@@ -26,8 +26,8 @@ struct MaskedCrossEntropyParams {
   int64_t num_rows = 0;
   int64_t num_tokens = 0;
   int64_t vocab_size = 0;
-  float scale = 1.0f;                // 1 / normalizer, times the upstream gradient where there is one
-  DType dtype = DType::kFloat32;     // kFloat32 or kBFloat16
+  float scale = 1.0f;             // 1 / normalizer, times the upstream gradient where there is one
+  DType dtype = DType::kFloat32;  // kFloat32 or kBFloat16
   int num_threads = 1;
 };
 

@@ -20,28 +20,28 @@ enum class Measure : int32_t {
 // temperature. Rows without a softmax (NaN, +inf, only -inf) get confidence and logprob -inf.
 // Noise: Philox4x32-10, key = seed, counter = (v / 4, row_id, step, stream), word v % 4; see docs/ops.md.
 struct SampleTokensParams {
-  const void* logits = nullptr;           // [num_rows, vocab_size], dtype
-  int64_t logits_row_stride = 0;          // in elements; the last dimension is contiguous
+  const void* logits = nullptr;   // [num_rows, vocab_size], dtype
+  int64_t logits_row_stride = 0;  // in elements; the last dimension is contiguous
   int64_t num_rows = 0;
-  int64_t vocab_size = 0;                 // 1 .. 2^31 - 1
-  DType dtype = DType::kFloat32;          // kFloat32 or kBFloat16
-  float temperature = 0.0f;               // used where `temperatures` is null
+  int64_t vocab_size = 0;         // 1 .. 2^31 - 1
+  DType dtype = DType::kFloat32;  // kFloat32 or kBFloat16
+  float temperature = 0.0f;       // used where `temperatures` is null
   int64_t seed = 0;
   int32_t step = 0;
-  const float* temperatures = nullptr;    // [num_rows] or null
-  const int64_t* seeds = nullptr;         // [num_rows] or null
-  const int32_t* steps = nullptr;         // [num_rows] or null
-  const int64_t* row_ids = nullptr;       // [num_rows], in [0, 2^32), or null: row_id = n
-  const int32_t* bias_ids = nullptr;      // [num_rows, bias_count] or [bias_count]; -1 = unused
-  const float* bias_values = nullptr;     // same shape
+  const float* temperatures = nullptr;  // [num_rows] or null
+  const int64_t* seeds = nullptr;       // [num_rows] or null
+  const int32_t* steps = nullptr;       // [num_rows] or null
+  const int64_t* row_ids = nullptr;     // [num_rows], in [0, 2^32), or null: row_id = n
+  const int32_t* bias_ids = nullptr;    // [num_rows, bias_count] or [bias_count]; -1 = unused
+  const float* bias_values = nullptr;   // same shape
   int64_t bias_count = 0;
-  int64_t bias_row_stride = 0;            // 0: one bias for all rows
+  int64_t bias_row_stride = 0;  // 0: one bias for all rows
   Measure measure = Measure::kProbability;
-  int64_t* token = nullptr;               // [num_rows]
-  float* confidence = nullptr;            // [num_rows]
-  float* logprob = nullptr;               // [num_rows]
-  float* entropy = nullptr;               // [num_rows] or null
-  float* margin = nullptr;                // [num_rows] or null
+  int64_t* token = nullptr;     // [num_rows]
+  float* confidence = nullptr;  // [num_rows]
+  float* logprob = nullptr;     // [num_rows]
+  float* entropy = nullptr;     // [num_rows] or null
+  float* margin = nullptr;      // [num_rows] or null
   int num_threads = 1;
 };
 
@@ -59,22 +59,22 @@ enum class Rule : int32_t {
 // Row n of sequence s (cu_rows[s] <= n < cu_rows[s + 1]) is a candidate where tokens[rows[n]] == mask_id and its
 // confidence is neither NaN nor -inf. Committing writes tokens[rows[n]] = token[n]; other tokens stay as they are.
 struct RemaskParams {
-  void* tokens = nullptr;                 // [num_tokens], int32 or int64, written in place
+  void* tokens = nullptr;  // [num_tokens], int32 or int64, written in place
   bool tokens_are_int64 = true;
   int64_t num_tokens = 0;
-  const int32_t* rows = nullptr;          // [num_rows], positions in `tokens`
-  const int32_t* cu_rows = nullptr;       // [num_sequences + 1], 0 .. num_rows, ascending
+  const int32_t* rows = nullptr;     // [num_rows], positions in `tokens`
+  const int32_t* cu_rows = nullptr;  // [num_sequences + 1], 0 .. num_rows, ascending
   int64_t num_rows = 0;
   int64_t num_sequences = 0;
-  const int64_t* token = nullptr;         // [num_rows]
-  const float* confidence = nullptr;      // [num_rows]
-  const float* entropy = nullptr;         // [num_rows]; needed by kEntropyBound alone
+  const int64_t* token = nullptr;     // [num_rows]
+  const float* confidence = nullptr;  // [num_rows]
+  const float* entropy = nullptr;     // [num_rows]; needed by kEntropyBound alone
   Rule rule = Rule::kQuota;
-  float limit = 0.0f;                     // used where `limits` is null
-  const float* limits = nullptr;          // [num_sequences] or null
+  float limit = 0.0f;             // used where `limits` is null
+  const float* limits = nullptr;  // [num_sequences] or null
   int64_t mask_id = 0;
-  int64_t min_commit = 1;                 // at least so many, if there are that many candidates; not for kQuota
-  int32_t* committed = nullptr;           // [num_sequences], how many were committed
+  int64_t min_commit = 1;        // at least so many, if there are that many candidates; not for kQuota
+  int32_t* committed = nullptr;  // [num_sequences], how many were committed
 };
 
 void remask_cpu(const RemaskParams& params);

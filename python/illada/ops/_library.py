@@ -81,9 +81,7 @@ def raise_on_double_backward(op: str) -> None:
     """Give a backward op a derivative that raises; without one, torch would warn and leave the gradient out."""
 
     def backward(ctx, *grads):
-        raise RuntimeError(
-            f"illada::{op} has no second derivative; compute it once, without create_graph=True"
-        )
+        raise RuntimeError(f"illada::{op} has no second derivative; compute it once, without create_graph=True")
 
     torch.library.register_autograd(f"illada::{op}", backward, lib=LIBRARY)
 

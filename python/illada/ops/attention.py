@@ -46,9 +46,7 @@ lib.LIBRARY.define(
 # ---------------------------------------------------------------------------------------------------- kernels (CPU)
 
 
-def _plan_cpu(
-    cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, seqused_k: Tensor | None, total_q: int
-) -> Tensor:
+def _plan_cpu(cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, seqused_k: Tensor | None, total_q: int) -> Tensor:
     lib.check_cumulative("attention_plan", "cu_seqlens", cu_seqlens, total_q)
     starts_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
     if cu_seqlens_k is not None:
@@ -93,10 +91,7 @@ def _fwd_cpu(
     lse = q.new_full((heads, total), -torch.inf, dtype=torch.float32)
     for rows, keys in _sequences(plan):
         out_s, lse_s = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            _by_group(q[rows], groups),
-            _by_group(k[keys], groups),
-            _by_group(v[keys], groups),
-            scale=softmax_scale,
+            _by_group(q[rows], groups), _by_group(k[keys], groups), _by_group(v[keys], groups), scale=softmax_scale
         )
         length = rows.stop - rows.start
         out[rows].unflatten(1, (groups, -1)).copy_(_from_group(out_s, length))
@@ -225,11 +220,7 @@ def attention_plan(
             CUDA under ILLADA_DEBUG=1, because looking at them there costs a sync).
     """
     op = "attention_plan"
-    for name, tensor in (
-        ("cu_seqlens", cu_seqlens),
-        ("cu_seqlens_k", cu_seqlens_k),
-        ("seqused_k", seqused_k),
-    ):
+    for name, tensor in (("cu_seqlens", cu_seqlens), ("cu_seqlens_k", cu_seqlens_k), ("seqused_k", seqused_k)):
         if tensor is not None:
             lib.check_dtype(op, name, tensor, (torch.int32,))
     if cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
@@ -239,9 +230,7 @@ def attention_plan(
         lib.check_shape(op, "cu_seqlens_k", cu_seqlens_k, (sequences + 1,))
     if seqused_k is not None:
         lib.check_shape(op, "seqused_k", seqused_k, (sequences,))
-    lib.check_same_device(
-        op, ("cu_seqlens", cu_seqlens), ("cu_seqlens_k", cu_seqlens_k), ("seqused_k", seqused_k)
-    )
+    lib.check_same_device(op, ("cu_seqlens", cu_seqlens), ("cu_seqlens_k", cu_seqlens_k), ("seqused_k", seqused_k))
     if num_kv_heads < 1 or num_heads % num_kv_heads:
         raise ValueError(f"{op}: num_heads {num_heads} must be a multiple of num_kv_heads {num_kv_heads}")
     if cu_seqlens.is_cuda:
@@ -306,20 +295,13 @@ def varlen_attention(
         )
     if q.is_cuda:
         require_cuda_build(op)
-    shape = {
-        "num_heads": q.shape[1],
-        "num_kv_heads": k.shape[1],
-        "head_dim": q.shape[2],
-        "total_q": q.shape[0],
-    }
+    shape = {"num_heads": q.shape[1], "num_kv_heads": k.shape[1], "head_dim": q.shape[2], "total_q": q.shape[0]}
     if plan is None:
         plan = attention_plan(cu_seqlens, cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k, **shape)
     else:
         for name, size in shape.items():
             if getattr(plan, name) != size:
-                raise ValueError(
-                    f"{op}: plan was made for {name} {getattr(plan, name)}, this call has {size}"
-                )
+                raise ValueError(f"{op}: plan was made for {name} {getattr(plan, name)}, this call has {size}")
     if cu_seqlens_k is not None and lib.may_read(cu_seqlens_k) and int(cu_seqlens_k[-1]) > k.shape[0]:
         raise ValueError(f"{op}: cu_seqlens_k ends at {int(cu_seqlens_k[-1])}, but k has {k.shape[0]} tokens")
     scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)

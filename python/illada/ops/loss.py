@@ -36,8 +36,7 @@ lib.LIBRARY.define(
     tags=lib.TAGS,
 )
 lib.LIBRARY.define(
-    "linear_masked_ce_bwd(Tensor dloss, Tensor hidden_grad, Tensor weight_grad) -> (Tensor, Tensor)",
-    tags=lib.TAGS,
+    "linear_masked_ce_bwd(Tensor dloss, Tensor hidden_grad, Tensor weight_grad) -> (Tensor, Tensor)", tags=lib.TAGS
 )
 lib.LIBRARY.define(
     "masked_ce_fwd(Tensor logits, Tensor targets, Tensor token_weights, Tensor? normalizer, float scale) "
@@ -105,9 +104,7 @@ def _linear_fwd_cpu(
     if rows is None:
         rows = token_weights.nonzero().squeeze(-1).int()
     elif len(rows) and not (0 <= int(rows.min()) and int(rows.max()) < len(hidden)):
-        raise ValueError(
-            f"linear_masked_cross_entropy: rows must be in [0, {len(hidden)}), got {rows.tolist()}"
-        )
+        raise ValueError(f"linear_masked_cross_entropy: rows must be in [0, {len(hidden)}), got {rows.tolist()}")
     rows = rows.contiguous()
     head = weight.to(compute_dtype)
     vocab_size = weight.shape[0]
@@ -115,11 +112,7 @@ def _linear_fwd_cpu(
         chunk_rows = max(128, _CHUNK_BYTES_CPU // (vocab_size * head.element_size()))
 
     nll = token_weights.new_zeros(len(hidden))
-    d_hidden = (
-        torch.zeros_like(hidden, memory_format=torch.contiguous_format)
-        if hidden_grad
-        else hidden.new_empty(0)
-    )
+    d_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if hidden_grad else hidden.new_empty(0)
     d_weight = weight.new_zeros(weight.shape if weight_grad else (0,), dtype=grad_weight_dtype)
     buffer = head.new_empty(min(chunk_rows, len(rows)), vocab_size)
     for chunk in rows.split(chunk_rows):
@@ -128,9 +121,7 @@ def _linear_fwd_cpu(
         logits = torch.mm(selected, head.t(), out=buffer[: len(chunk)])
         chunk_nll = nll.new_empty(len(chunk))
         wants_grad = hidden_grad or weight_grad
-        _row_loop(
-            logits, chunk, targets, token_weights, chunk_nll, None, logits if wants_grad else None, scale
-        )
+        _row_loop(logits, chunk, targets, token_weights, chunk_nll, None, logits if wants_grad else None, scale)
         nll[index] = chunk_nll
         if hidden_grad:
             d_hidden[index] = torch.mm(logits, head).to(hidden.dtype)
@@ -238,9 +229,7 @@ lib.implement("masked_ce_bwd", _bwd_cpu, _bwd_fake)
 torch.library.register_autograd(
     "illada::linear_masked_ce_fwd", _linear_backward, setup_context=_linear_setup_context, lib=lib.LIBRARY
 )
-torch.library.register_autograd(
-    "illada::masked_ce_fwd", _backward, setup_context=_setup_context, lib=lib.LIBRARY
-)
+torch.library.register_autograd("illada::masked_ce_fwd", _backward, setup_context=_setup_context, lib=lib.LIBRARY)
 lib.raise_on_double_backward("linear_masked_ce_bwd")
 lib.raise_on_double_backward("masked_ce_bwd")
 
@@ -335,9 +324,8 @@ def linear_masked_cross_entropy(
         lib.check_dtype(op, "hidden", hidden, _DTYPES)
         lib.check_dtype(op, "weight", weight, (hidden.dtype,))
     _check_targets(op, hidden.shape[0], targets, token_weights, rows)
-    lib.check_same_device(
-        op, ("hidden", hidden), ("weight", weight), ("targets", targets), ("token_weights", token_weights), ("rows", rows)
-    )  # fmt: skip
+    others = {"weight": weight, "targets": targets, "token_weights": token_weights, "rows": rows}
+    lib.check_same_device(op, ("hidden", hidden), *others.items())
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"{op}: chunk_rows must be at least 1, got {chunk_rows}")
     if grad_weight_dtype not in (None, torch.float32, torch.bfloat16):

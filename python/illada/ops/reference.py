@@ -14,13 +14,7 @@ import torch
 from torch import Tensor
 
 from illada.ops.philox import philox4x32
-from illada.ops.types import (
-    SAMPLE_STREAM,
-    SAMPLE_STREAM_LOW_BITS,
-    SAMPLE_STREAM_RANDOM_MEASURE,
-    LogitBias,
-    TokenSample,
-)
+from illada.ops.types import SAMPLE_STREAM, SAMPLE_STREAM_LOW_BITS, SAMPLE_STREAM_RANDOM_MEASURE, LogitBias, TokenSample
 
 
 def varlen_attention(
@@ -153,12 +147,9 @@ def sample_tokens(
     top2 = x.softmax(-1).topk(min(2, vocab_size), dim=-1).values
     margin = top2[:, 0] - top2[:, 1] if vocab_size > 1 else top2[:, 0]
     entropy = -torch.special.xlogy(logprobs.exp(), logprobs.exp()).sum(-1)
-    confidence = {
-        "probability": logprob.exp(),
-        "margin": margin,
-        "entropy": -entropy,
-        "random": random_measure,
-    }[measure]
+    confidence = {"probability": logprob.exp(), "margin": margin, "entropy": -entropy, "random": random_measure}[
+        measure
+    ]
     # A softmax without a value (NaN, +inf or nothing but -inf among the logits) is never committed.
     valid = logprobs.exp().sum(-1).isfinite()
     return TokenSample(
@@ -170,9 +161,7 @@ def sample_tokens(
     )
 
 
-def linear_sample_tokens(
-    hidden: Tensor, weight: Tensor, *, rows: Tensor | None = None, **keywords
-) -> TokenSample:
+def linear_sample_tokens(hidden: Tensor, weight: Tensor, *, rows: Tensor | None = None, **keywords) -> TokenSample:
     """`sample_tokens` of the logits hidden[rows] @ weight^T."""
     return sample_tokens((hidden if rows is None else hidden[rows.long()]) @ weight.T, **keywords)
 

@@ -55,10 +55,9 @@ def _allocate(like: Tensor, rows: int, want_entropy: bool, want_margin: bool) ->
     return tuple(like.new_empty(size, dtype=dtype) for size, dtype in zip(sizes, dtypes, strict=True))
 
 
-def _sample_into(
-    out: Sequence[Tensor], logits: Tensor, temperature, seed, step, temperatures, seeds, steps, row_ids,
-    bias_ids, bias_values, measure,
-) -> None:  # fmt: skip
+def _sample_into(out: Sequence[Tensor], logits: Tensor, *arguments) -> None:
+    """`arguments` as in the ops' schemas, without the two flags that `out` already answers."""
+    temperature, seed, step, temperatures, seeds, steps, row_ids, bias_ids, bias_values, measure = arguments
     per_row = [None if t is None else t.contiguous() for t in (temperatures, seeds, steps, row_ids)]
     bias = [None if t is None else t.contiguous() for t in (bias_ids, bias_values)]
     bias_count, bias_stride = 0, 0
@@ -80,9 +79,8 @@ def _sample_cpu(logits, *arguments):
 
 
 def _linear_sample_cpu(hidden, weight, rows, *arguments):
-    temperature, seed, step, temperatures, seeds, steps, row_ids, bias_ids, bias_values, measure = arguments[
-        :-2
-    ]
+    numbers, (temperatures, seeds, steps, row_ids), biases = arguments[:3], arguments[3:7], arguments[7:9]
+    measure = arguments[9]
     count = len(hidden) if rows is None else len(rows)
     out = _allocate(hidden, count, *arguments[-2:])
     if row_ids is None:
@@ -92,10 +90,8 @@ def _linear_sample_cpu(hidden, weight, rows, *arguments):
         part = slice(start, min(start + chunk_rows, count))
         selected = hidden[part] if rows is None else hidden[rows[part].long()]
         per_row = (None if t is None else t[part] for t in (temperatures, seeds, steps, row_ids))
-        bias = (t if t is None or t.dim() == 1 else t[part] for t in (bias_ids, bias_values))
-        _sample_into(
-            [t[part] for t in out], selected @ weight.t(), temperature, seed, step, *per_row, *bias, measure
-        )
+        bias = (t if t is None or t.dim() == 1 else t[part] for t in biases)
+        _sample_into([t[part] for t in out], selected @ weight.t(), *numbers, *per_row, *bias, measure)
     return out
 
 
@@ -160,9 +156,7 @@ def _sample_arguments(
     extras: Sequence[str],
 ) -> tuple:
     """The checked keyword arguments of both samplers, in the order of the ops' schemas."""
-    temperature, temperatures = _number_or_rows(
-        op, "temperature", temperature, 0.0, rows, torch.float32, like
-    )
+    temperature, temperatures = _number_or_rows(op, "temperature", temperature, 0.0, rows, torch.float32, like)
     seed, seeds = _number_or_rows(op, "seed", seed, 0, rows, torch.int64, like)
     step, steps = _number_or_rows(op, "step", step, 0, rows, torch.int32, like)
     if temperatures is None and not 0 <= temperature < float("inf"):
@@ -178,19 +172,17 @@ def _sample_arguments(
         raise ValueError(f"{op}: measure must be one of {', '.join(MEASURES)}, got {measure!r}")
     if unknown := [name for name in extras if name not in ("entropy", "margin")]:
         raise ValueError(f"{op}: extras may hold 'entropy' and 'margin', got {unknown[0]!r}")
-    bias_ids, bias_values = (None, None) if logit_bias is None else logit_bias
-    if bias_ids is not None:
+    bias_ids: Tensor | None = None
+    bias_values: Tensor | None = None
+    if logit_bias is not None:
+        bias_ids, bias_values = logit_bias
         shape: tuple[int | str, ...] = ("K",) if bias_ids.dim() == 1 else (rows, "K")
         lib.check_shape(op, "logit_bias ids", bias_ids, shape)
         lib.check_dtype(op, "logit_bias ids", bias_ids, (torch.int32,))
         lib.check_shape(op, "logit_bias values", bias_values, tuple(bias_ids.shape))
         lib.check_dtype(op, "logit_bias values", bias_values, (torch.float32,))
     lib.check_same_device(
-        op,
-        ("logits", like),
-        ("row_ids", row_ids),
-        ("logit_bias ids", bias_ids),
-        ("logit_bias values", bias_values),
+        op, ("logits", like), ("row_ids", row_ids), ("logit_bias ids", bias_ids), ("logit_bias values", bias_values)
     )
     if vocab_size < 1:
         raise ValueError(f"{op}: the vocabulary is empty")
@@ -203,9 +195,7 @@ def _sample_arguments(
 def _as_sample(results: tuple[Tensor, ...], arguments: tuple) -> TokenSample:
     token, confidence, logprob, entropy, margin = results
     want_entropy, want_margin = arguments[-2:]
-    return TokenSample(
-        token, confidence, logprob, entropy if want_entropy else None, margin if want_margin else None
-    )
+    return TokenSample(token, confidence, logprob, entropy if want_entropy else None, margin if want_margin else None)
 
 
 def sample_tokens(
@@ -245,8 +235,8 @@ def sample_tokens(
     lib.check_dtype(op, "logits", logits, _DTYPES)
     lib.check_last_contiguous(op, "logits", logits)
     arguments = _sample_arguments(
-        op, *logits.shape, logits, temperature=temperature, seed=seed, step=step, row_ids=row_ids, measure=measure,
-        logit_bias=logit_bias, extras=extras,
+        op, logits.shape[0], logits.shape[1], logits, temperature=temperature, seed=seed, step=step, row_ids=row_ids,
+        measure=measure, logit_bias=logit_bias, extras=extras,
     )  # fmt: skip
     if logits.is_cuda:
         require_cuda_build(op)
@@ -284,9 +274,7 @@ def linear_sample_tokens(
         lib.check_shape(op, "rows", rows, ("N",))
         lib.check_dtype(op, "rows", rows, (torch.int32,))
         if lib.may_read(rows) and len(rows) and not (0 <= int(rows.min()) and int(rows.max()) < len(hidden)):
-            raise ValueError(
-                f"{op}: rows must be in [0, {len(hidden)}), got {int(rows.min())} .. {int(rows.max())}"
-            )
+            raise ValueError(f"{op}: rows must be in [0, {len(hidden)}), got {int(rows.min())} .. {int(rows.max())}")
     lib.check_same_device(op, ("hidden", hidden), ("weight", weight), ("rows", rows))
     count = hidden.shape[0] if rows is None else rows.shape[0]
     arguments = _sample_arguments(
@@ -351,7 +339,8 @@ def remask(
     if min_commit < 0:
         raise ValueError(f"{op}: min_commit must be >= 0, got {min_commit}")
     limit = rules[given[0]]
-    limits = None
+    limits: Tensor | None = None
+    assert limit is not None
     if isinstance(limit, Tensor):
         lib.check_shape(op, given[0], limit, (len(cu_rows) - 1,))
         lib.check_dtype(op, given[0], limit, (torch.int32 if given[0] == "quota" else torch.float32,))
@@ -359,12 +348,7 @@ def remask(
     elif limit != limit or (given[0] == "quota" and limit < 0):
         raise ValueError(f"{op}: {given[0]} must be a number (quota: >= 0), got {limit}")
     lib.check_same_device(
-        op,
-        ("tokens", tokens),
-        ("rows", rows),
-        ("cu_rows", cu_rows),
-        ("sample.token", sample.token),
-        (given[0], limits),
+        op, ("tokens", tokens), ("rows", rows), ("cu_rows", cu_rows), ("sample.token", sample.token), (given[0], limits)
     )
     if tokens.is_cuda:
         require_cuda_build(op)

@@ -27,12 +27,7 @@ from illada.model import MaskedDiffusionModel
 from illada.train.config import TrainConfig
 
 #: What may not change between a run and its resumption: it would make another run of it.
-_FIXED_KEYS = {
-    "model": None,
-    "diffusion": None,
-    "data": ("window",),
-    "train": ("seed", "windows_per_step", "dtype"),
-}
+_FIXED_KEYS = {"model": None, "diffusion": None, "data": ("window",), "train": ("seed", "windows_per_step", "dtype")}
 
 
 def save(
@@ -135,9 +130,7 @@ def restore(path: Path, model: MaskedDiffusionModel, optimizer: torch.optim.Opti
         raise ValueError(f"{file} holds unexpected state: {', '.join(sorted(moments))}")
 
 
-def _optimizer_tensors(
-    model: MaskedDiffusionModel, optimizer: torch.optim.Optimizer
-) -> dict[str, torch.Tensor]:
+def _optimizer_tensors(model: MaskedDiffusionModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     tensors = {}
     for name, parameter in model.named_parameters():
         for key in ("step", "exp_avg", "exp_avg_sq"):

@@ -48,9 +48,7 @@ class RunConfig:
     device: str = "auto"  # "cpu", "cuda", or "auto": CUDA where this build has kernels for it
     dtype: str = "float32"  # of the computation, "float32" or "bfloat16"; weights and optimizer stay float32
     compile: bool = False  # torch.compile each layer
-    activation_checkpointing: bool = (
-        False  # recompute layers in the backward pass: less memory, a third slower
-    )
+    activation_checkpointing: bool = False  # recompute layers in the backward pass: less memory, a third slower
     log_every: int = 10  # steps between lines of the log
     save_every: int = 500  # steps between checkpoints; one is always written at the end
     keep_last: int = 2  # checkpoints to keep
@@ -90,9 +88,9 @@ class TrainConfig:
             "validation.windows": self.validation.windows,
             "validation.strata": self.validation.strata,
         }
-        for name, value in positive.items():
-            if not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}")
+        for name, number in positive.items():
+            if not number > 0:
+                raise ValueError(f"{name} must be positive, got {number}")
         if self.train.windows_per_step % self.train.windows_per_micro_batch:
             raise ValueError(
                 f"train.windows_per_step ({self.train.windows_per_step}) must be a multiple of "
@@ -119,9 +117,7 @@ class TrainConfig:
         config = ModelConfig.from_dict({**base, **from_corpus, **options})
         if corpus:
             if config.vocab_size < corpus["vocab_size"]:
-                raise ValueError(
-                    f"model.vocab_size is {config.vocab_size}, the corpus needs {corpus['vocab_size']}"
-                )
+                raise ValueError(f"model.vocab_size is {config.vocab_size}, the corpus needs {corpus['vocab_size']}")
             for key in ids:
                 if getattr(config, key) != corpus[key]:
                     raise ValueError(f"model.{key} is {getattr(config, key)}, the corpus has {corpus[key]}")
@@ -202,9 +198,7 @@ def _preset(name: Any) -> dict[str, Any]:
 def _build_section(name: str, kind: type, values: dict[str, Any]) -> Any:
     types = typing.get_type_hints(kind)
     if unknown := sorted(set(values) - set(types)):
-        raise ValueError(
-            f"unknown key {name}.{unknown[0]}; there are {', '.join(f'{name}.{key}' for key in types)}"
-        )
+        raise ValueError(f"unknown key {name}.{unknown[0]}; there are {', '.join(f'{name}.{key}' for key in types)}")
     converted = {}
     for key, value in values.items():
         wanted = types[key]

@@ -24,9 +24,7 @@ class Log:
         temporary.write_text("".join(json.dumps(r) + "\n" for r in self.records), encoding="utf-8")
         os.replace(temporary, self.file)
         self.stream = self.file.open("a", encoding="utf-8")
-        self.bar = tqdm(
-            total=steps, initial=step, unit=" steps", disable=not (progress and sys.stderr.isatty())
-        )
+        self.bar = tqdm(total=steps, initial=step, unit=" steps", disable=not (progress and sys.stderr.isatty()))
 
     def advance(self) -> None:
         """One optimizer step is done."""
@@ -68,13 +66,9 @@ class Log:
         train = [(r["step"], r["loss"]) for r in self.records if r["kind"] == "train"]
         held_out = [(r["step"], r["bound"]) for r in self.records if r["kind"] == "validation"]
         if train:
-            axes.plot(
-                *zip(*train, strict=True), color="0.7", linewidth=1, label="training loss (1/t weighted)"
-            )
+            axes.plot(*zip(*train, strict=True), color="0.7", linewidth=1, label="training loss (1/t weighted)")
         if held_out:
-            axes.plot(
-                *zip(*held_out, strict=True), marker="o", markersize=3, color="C0", label="validation bound"
-            )
+            axes.plot(*zip(*held_out, strict=True), marker="o", markersize=3, color="C0", label="validation bound")
             entropy = next(r["unigram_entropy"] for r in self.records if r["kind"] == "validation")
             axes.axhline(entropy, color="C1", linestyle="--", linewidth=1, label="unigram entropy")
         axes.set(xlabel="step", ylabel="nats per token")

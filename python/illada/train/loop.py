@@ -49,11 +49,7 @@ class TrainResult:
 
 
 def train(
-    config: TrainConfig,
-    *,
-    resume: str = "auto",
-    should_stop: Callable[[], bool] = lambda: False,
-    progress: bool = True,
+    config: TrainConfig, *, resume: str = "auto", should_stop: Callable[[], bool] = lambda: False, progress: bool = True
 ) -> TrainResult:
     """Train, or go on training, one model.
 
@@ -112,9 +108,7 @@ def train(
             loss_sum = 0.0
             for batch in micro_batches(corpus, step, num_windows, config, model.config.mask_token_id):
                 with _autocast(config, device):
-                    loss = model.loss(
-                        batch.to(device), normalizer=float(config.train.windows_per_step * window)
-                    )
+                    loss = model.loss(batch.to(device), normalizer=float(config.train.windows_per_step * window))
                 loss.backward()
                 loss_sum += float(loss.detach())
                 stopped = should_stop()
@@ -122,9 +116,7 @@ def train(
                     break
             if stopped:
                 break  # the step is incomplete: its gradients are dropped
-            norm = torch.nn.utils.clip_grad_norm_(
-                model.parameters(), config.optimizer.clip_norm or float("inf")
-            )
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm or float("inf"))
             optimizer.step()
             step += 1
             tokens_seen += config.train.windows_per_step * window
@@ -147,10 +139,7 @@ def train(
             if step % config.validation.every == 0 or last:
                 bound = evaluate(model, held_out, config, device)
                 log.validation(
-                    step=step,
-                    seconds=time.monotonic() - began,
-                    bound=bound,
-                    unigram_entropy=held_out.unigram_entropy(),
+                    step=step, seconds=time.monotonic() - began, bound=bound, unigram_entropy=held_out.unigram_entropy()
                 )
                 log.plot()
             if step % config.train.save_every == 0 and not last:
@@ -202,10 +191,7 @@ def micro_batches(
 
 @torch.no_grad()
 def evaluate(
-    model: MaskedDiffusionModel,
-    held_out: TokenDataset,
-    config: TrainConfig,
-    device: torch.device | str = "cpu",
+    model: MaskedDiffusionModel, held_out: TokenDataset, config: TrainConfig, device: torch.device | str = "cpu"
 ) -> float:
     """The bound of Eq. 1 on held-out windows, in nats per token, by the midpoint rule over fixed t strata.
 
@@ -213,9 +199,7 @@ def evaluate(
     """
     length, strata = config.data.window, config.validation.strata
     available = held_out.num_windows(length)
-    indices = np.unique(
-        np.linspace(0, available - 1, min(config.validation.windows, available)).astype(np.int64)
-    )
+    indices = np.unique(np.linspace(0, available - 1, min(config.validation.windows, available)).astype(np.int64))
     total = 0.0
     for stratum in range(strata):
         for first in range(0, len(indices), config.train.windows_per_micro_batch):
@@ -264,9 +248,7 @@ def _resume_from(resume: str, checkpoints: Path) -> Path | None:
     source = Path(resume)
     step = checkpoint.read_state(source)["step"]
     if newest is not None and checkpoint.read_state(newest)["step"] > step:
-        raise FileExistsError(
-            f"{newest} is newer than {source}; move it away, or choose another train.out_dir"
-        )
+        raise FileExistsError(f"{newest} is newer than {source}; move it away, or choose another train.out_dir")
     return source
 
 
@@ -306,9 +288,7 @@ def _autocast(config: TrainConfig, device: torch.device | str) -> contextlib.Abs
     return torch.autocast(torch.device(device).type, torch.bfloat16)
 
 
-def _headline(
-    model: MaskedDiffusionModel, config: TrainConfig, num_windows: int, device: torch.device
-) -> str:
+def _headline(model: MaskedDiffusionModel, config: TrainConfig, num_windows: int, device: torch.device) -> str:
     run = config.train
     return (
         f"{model.config.num_parameters:,} parameters on {device}, {run.dtype}; {num_windows:,} windows of "
