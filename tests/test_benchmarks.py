@@ -16,7 +16,7 @@ from benchmarks import remask, runner, train_step  # noqa: E402
 
 
 def test_remask_records(tmp_path, monkeypatch):
-    tiny = [remask.make_case(16, 501, t) for t in (0.0, 1.0)]
+    tiny = [remask.make_case(32, 501, t) for t in (0.0, 1.0)]
     monkeypatch.setattr(remask, "cases", lambda: tiny)
     out, plot = tmp_path / "o.jsonl", tmp_path / "o.png"
     options = ["--provider", "illada", "--provider", "published", "--json", str(out), "--plot", str(plot)]
@@ -25,17 +25,17 @@ def test_remask_records(tmp_path, monkeypatch):
     assert [list(line) for line in lines] == [list(runner.KEYS)] * 4
     assert {line["provider"] for line in lines} == {"illada", "published"}
     for line in lines:
-        assert line["p20_ms"] <= line["median_ms"] <= line["p80_ms"] and line["bytes"] == 16 * 501 * 2
+        assert line["p20_ms"] <= line["median_ms"] <= line["p80_ms"] and line["bytes"] == 32 * 501 * 2
         assert line["peak_memory_bytes"] is None and line["error"] < (1e-5 if line["provider"] == "illada" else 0.02)
     assert plot.stat().st_size > 1000
-    assert runner.ratio(lines, "16x501 T=0", "published") > 0
-    assert runner.ratio(lines, "16x501 T=0", "compile") is None
+    assert runner.ratio(lines, "32x501 T=0", "published") > 0
+    assert runner.ratio(lines, "32x501 T=0", "compile") is None
 
 
 def test_remask_providers_commit_the_same(generator):
     import torch
 
-    case = remask.make_case(16, 501, 0.0, torch.float32)
+    case = remask.make_case(32, 501, 0.0, torch.float32)
     ours, published, _ = case.make()
     for a, b in zip(ours.call(), published.call(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
