@@ -130,21 +130,32 @@ struct PhiloxLanes {
     for (int i = 0; i < kLanes / 2; ++i) iota[i] = uint64_t(i);
   }
 
-  // Words for vocabulary ids 4 * first .. 4 * first + 2 * kLanes - 1, in order.
-  void draw(uint64_t first, VecU& low, VecU& high) const {
-    VecL c0 = iota + first, c1 = row_id, c2 = step, c3 = stream;
+  // Words for vocabulary ids 4 * first .. 4 * first + kDrawn - 1, in order. Two chains of rounds side by side: one
+  // alone would wait for its own multiplications.
+  static constexpr int kDrawn = 4 * kLanes;
+  void draw(uint64_t first, VecU words[4]) const {
+    VecL c0[2], c1[2], c2[2], c3[2];
+    for (int chain = 0; chain < 2; ++chain) {
+      c0[chain] = iota + (first + uint64_t(chain) * (kLanes / 2));
+      c1[chain] = row_id, c2[chain] = step, c3[chain] = stream;
+    }
     const VecL m0 = VecL{} + kPhiloxM0, m1 = VecL{} + kPhiloxM1;
     for (int round = 0; round < 10; ++round) {
-      const VecL p0 = mul_low32(c0, m0), p1 = mul_low32(c2, m1);
-      c0 = (p1 >> 32) ^ c1 ^ key0[round];
-      c1 = p1;
-      c2 = (p0 >> 32) ^ c3 ^ key1[round];
-      c3 = p0;
+      for (int chain = 0; chain < 2; ++chain) {
+        const VecL p0 = mul_low32(c0[chain], m0), p1 = mul_low32(c2[chain], m1);
+        c0[chain] = (p1 >> 32) ^ c1[chain] ^ key0[round];
+        c1[chain] = p1;
+        c2[chain] = (p0 >> 32) ^ c3[chain] ^ key1[round];
+        c3[chain] = p0;
+      }
     }
-    VecL even, odd;
-    interleave((c0 & 0xffffffffu) | (c1 << 32), (c2 & 0xffffffffu) | (c3 << 32), even, odd);
-    low = bit_cast<VecU>(even);
-    high = bit_cast<VecU>(odd);
+    for (int chain = 0; chain < 2; ++chain) {
+      VecL even, odd;
+      interleave((c0[chain] & 0xffffffffu) | (c1[chain] << 32), (c2[chain] & 0xffffffffu) | (c3[chain] << 32), even,
+                 odd);
+      words[2 * chain] = bit_cast<VecU>(even);
+      words[2 * chain + 1] = bit_cast<VecU>(odd);
+    }
   }
 };
 
@@ -163,13 +174,14 @@ class NoisyArgmax {
   template <typename T>
   void block(const T* x, int64_t first, int64_t count) {
     int64_t i = 0;
-    for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
-      VecU words[2];
-      lanes_.draw(uint64_t(first + i) / 4, words[0], words[1]);
-      for (int half = 0; half < 2; ++half) {
-        const VecF v = load(x + i + half * kLanes);
-        if (any(may_win(v, words[half]))) {
-          for (int lane = 0; lane < kLanes; ++lane) offer(v[lane], words[half][lane], first + i + half * kLanes + lane);
+    for (; i + PhiloxLanes::kDrawn <= count; i += PhiloxLanes::kDrawn) {
+      VecU words[4];
+      lanes_.draw(uint64_t(first + i) / 4, words);
+      for (int part = 0; part < 4; ++part) {
+        const int64_t at = i + part * kLanes;
+        const VecF v = load(x + at);
+        if (any(may_win(v, words[part]))) {
+          for (int lane = 0; lane < kLanes; ++lane) offer(v[lane], words[part][lane], first + at + lane);
         }
       }
     }

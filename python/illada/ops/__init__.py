@@ -1,6 +1,6 @@
 """The three op families as registered torch ops (namespace `illada`), with their public functions.
 
-`illada.ops.reference` specifies each of them in plain torch; `illada.ops.raw` calls the kernels without a dispatcher.
+`illada.ops.reference` specifies each of them in plain torch.
 """
 
 from illada.ops.attention import attention_plan, varlen_attention

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from illada._native import native, require_cuda_build
 from illada.ops import _library as lib
@@ -108,7 +109,7 @@ def _remask_cpu(tokens, rows, cu_rows, token, confidence, entropy, rule, limit, 
     return committed
 
 
-# -------------------------------------------------------------------------------------------------------------- fakes
+# --------------------------------------------------------------------------------------------- fakes and FLOP counts
 
 
 def _sample_fake(logits, *arguments):
@@ -126,6 +127,11 @@ def _remask_fake(tokens, rows, cu_rows, *arguments):
 lib.implement("sample_tokens", _sample_cpu, _sample_fake)
 lib.implement("linear_sample_tokens", _linear_sample_cpu, _linear_sample_fake)
 lib.implement("remask", _remask_cpu, _remask_fake)
+
+
+@register_flop_formula(torch.ops.illada.linear_sample_tokens, get_raw=True)
+def _linear_sample_flops(hidden, weight, rows, *args, out_val=None, **kwargs) -> int:
+    return 2 * (hidden if rows is None else rows).shape[0] * weight.shape[0] * weight.shape[1]
 
 
 # --------------------------------------------------------------------------------------------------- public functions
