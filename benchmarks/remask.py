@@ -10,10 +10,10 @@ import shutil
 from collections.abc import Sequence
 from typing import Any
 
-import illada
 import torch
 from torch import Tensor
 
+import illada
 from benchmarks.runner import Case, Goal, Provider, ratio
 
 SEQUENCES = 8  # rows are shared out evenly over so many sequences

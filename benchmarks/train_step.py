@@ -24,12 +24,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from illada.config import ModelConfig
-from illada.diffusion import Batch, make_batch
-from illada.model import MaskedDiffusionModel, rotary_tables, rotate
 from torch import Tensor
 
 from benchmarks.runner import Case, Goal, Provider, ratio
+from illada.config import ModelConfig
+from illada.diffusion import Batch, make_batch
+from illada.model import MaskedDiffusionModel, rotary_tables, rotate
 
 WINDOWS, LENGTH = 8, 1024
 SIZES: dict[str, dict[str, int]] = {

@@ -8,10 +8,11 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from illada.checkpoint import load_pretrained, read_config, save_pretrained
 from illada.config import ModelConfig
 from illada.model import MaskedDiffusionModel
-from safetensors.torch import load_file, save_file
 
 CONFIG = ModelConfig.preset(
     "tiny", hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=40

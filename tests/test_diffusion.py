@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from illada.diffusion import DiffusionConfig, make_batch, make_validation_batch, permutation, window_of_sample
 
 MASK, EOS = 5, 2

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from illada import cli
 from illada.checkpoint import save_pretrained
 from illada.config import ModelConfig

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+
 from illada.config import ModelConfig
 from illada.data import train_tokenizer
 from illada.generate import GenerationConfig, generate, quota_schedule

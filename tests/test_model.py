@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+
 from illada import pack
 from illada.config import PRESETS, ModelConfig
 from illada.diffusion import make_batch

@@ -4,8 +4,9 @@ import os
 import subprocess
 import sys
 
-import illada
 import pytest
+
+import illada
 from illada import _native
 
 

@@ -1,8 +1,9 @@
 """varlen_attention against its specification: values, gradients, strides, poison, registration, errors."""
 
-import illada
 import pytest
 import torch
+
+import illada
 from illada.ops import reference
 from illada.testing import assert_close_like
 

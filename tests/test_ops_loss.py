@@ -4,9 +4,10 @@ import os
 import subprocess
 import sys
 
-import illada
 import pytest
 import torch
+
+import illada
 from illada.ops import reference
 from illada.testing import assert_close_like, relative_error
 

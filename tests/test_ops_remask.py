@@ -1,9 +1,11 @@
 """sample_tokens, linear_sample_tokens and remask against their specification; noise, ties, errors."""
 
-import illada
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import illada
 from illada.ops import reference
 from illada.ops.philox import philox4x32
 from illada.ops.types import TokenSample
@@ -157,7 +159,9 @@ def test_linear_sample_tokens(dtype, generator):
     want = illada.sample_tokens(hidden[rows.long()] @ weight.T, **keywords)
     assert torch.equal(got.token, want.token)
     torch.testing.assert_close(got.confidence, want.confidence)
-    assert illada.linear_sample_tokens(hidden, weight).token.shape == (300,)  # several chunks
+    with FlopCounterMode(display=False) as counter:
+        assert illada.linear_sample_tokens(hidden, weight).token.shape == (300,)  # several chunks
+    assert counter.get_total_flops() == 2 * 300 * 1000 * 16
     assert illada.linear_sample_tokens(hidden, weight, rows=rows[:0]).token.shape == (0,)
 
 

@@ -1,6 +1,7 @@
-import illada
 import pytest
 import torch
+
+import illada
 
 
 def test_pack_and_unpack():

@@ -13,6 +13,7 @@ import time
 
 import pytest
 import torch
+
 from illada.checkpoint import load_pretrained
 from illada.data import TokenDataset, prepare
 from illada.train import checkpoint, evaluate, load_config, train

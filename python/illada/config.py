@@ -152,7 +152,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "tiny": {
         "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 6,
-        "num_key_value_heads": 2, "vocab_size": 4096, "max_position_embeddings": 512, "rope_theta": 10000.0, "initializer_range": 0.08,
+        "num_key_value_heads": 2, "vocab_size": 4096, "max_position_embeddings": 512, "rope_theta": 10000.0,
+        "initializer_range": 0.08,
         **_ILLADA_IDS,
     },
 }  # fmt: skip
