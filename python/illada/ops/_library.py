@@ -12,7 +12,8 @@ from torch import Tensor
 LIBRARY = torch.library.Library("illada", "DEF")
 
 #: Kernels take the strides they are given; Inductor must not hand over permuted ones.
-TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
+#: torch 2.6 knows only the weaker tag, which keeps their order.
+TAGS = (getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order), torch.Tag.pt2_compliant_tag)
 
 
 def debug_checks() -> bool:

@@ -40,7 +40,15 @@ class Log:
 
     def validation(self, *, step: int, seconds: float, bound: float, unigram_entropy: float) -> None:
         """The bound and what it has to beat, nats per token."""
-        self._write({"kind": "validation", "step": step, "bound": bound, "unigram_entropy": unigram_entropy})
+        self._write(
+            {
+                "kind": "validation",
+                "step": step,
+                "seconds": round(seconds, 3),
+                "bound": bound,
+                "unigram_entropy": unigram_entropy,
+            }
+        )
         self.say(
             f"step {step:>6}/{self.steps}  validation bound {bound:.4f} nats/token "
             f"(unigram entropy {unigram_entropy:.4f}, {100 * (bound / unigram_entropy - 1):+.1f}%)  {_clock(seconds)}"
