@@ -46,7 +46,7 @@ class CMakeBuild(build_ext):
         self.run_cmake(["cmake", "--build", str(build_dir), "--parallel", str(job_count())])
         built = next(build_dir.glob("_C*.so"), None) or next(build_dir.glob("_C*.pyd"))
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(built, target)
+        shutil.copy(built, target)  # not copy2: an older mtime would keep an editable install from being updated
 
     def run_cmake(self, command: list[str]) -> None:
         self.announce(" ".join(command), level=2)

@@ -16,10 +16,15 @@ ROOT = Path(__file__).resolve().parent.parent
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs a source checkout")]
 
 
+def environment(**more):
+    """Without a checkout on the path; tools that are installed beside this Python come first."""
+    clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "ILLADA_BUILD_DIR", "CMAKE_ARGS")}
+    return {**clean, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", **more}
+
+
 def run(*command, cwd=None, **env):
     """A command that must succeed; its output."""
-    clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "ILLADA_BUILD_DIR")}
-    done = subprocess.run([str(c) for c in command], cwd=cwd, env={**clean, **env}, capture_output=True, text=True)
+    done = subprocess.run([str(c) for c in command], cwd=cwd, env=environment(**env), capture_output=True, text=True)
     assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done.stdout
 
@@ -136,6 +141,6 @@ def test_cpp_library_and_example(source, tmp_path):
 )
 def test_without_a_cuda_toolkit(source, tmp_path, wanted, works, said):
     command = ["cmake", "-S", str(source), "-B", str(tmp_path / "b"), "-DILLADA_PYTHON=OFF", f"-DILLADA_CUDA={wanted}"]
-    env = {**os.environ, "CUDACXX": "/nonexistent/nvcc"}
+    env = environment(CUDACXX="/nonexistent/nvcc")
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert (done.returncode == 0) == works and said in " ".join((done.stdout + done.stderr).split())
