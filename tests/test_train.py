@@ -90,8 +90,20 @@ def test_learns_and_leaves_its_files(config, corpus, capsys):
     assert load_config(out / "config.toml") == config
 
 
+def test_gradient_that_is_not_finite_stops_the_run(config, tmp_path):
+    train(change(config, train={"steps": 2}), progress=False)
+    hot = change(config, optimizer={"learning_rate": 1e30, "clip_norm": 0.0})
+    with pytest.raises(
+        ArithmeticError, match=r"gradient norm is (nan|inf) at step .* the last checkpoint is .*step-0000"
+    ):
+        train(hot, progress=False)
+    newest = checkpoint.newest(tmp_path / "run" / "checkpoints")
+    assert all(w.isfinite().all() for w in weights(newest).values())
+
+
 @pytest.mark.parametrize("stop_after", [1, 4, 7])  # micro-batches; a step is two: mid-accumulation and between steps
 def test_stopped_and_resumed_is_bit_exact(config, corpus, tmp_path, stop_after):
+    config = change(config, train={"log_every": 2})  # a line averages over the interruption, too
     whole = train(config, progress=False)
     interrupted = change(config, train={"out_dir": str(tmp_path / "other")})
     seen = []

@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.overrides = rest
     try:
         return options.run(options)
-    except (ValueError, TypeError, OSError, ImportError, NotImplementedError) as error:
+    except (ValueError, TypeError, OSError, ImportError, NotImplementedError, ArithmeticError) as error:
         if os.environ.get("ILLADA_DEBUG", "") not in ("", "0"):
             raise
         print(f"illada: error: {error}", file=sys.stderr)

@@ -3,7 +3,7 @@
     checkpoints/step-000500/
         config.json model.safetensors tokenizer.json      what illada.checkpoint.load_pretrained reads
         optimizer.safetensors                             AdamW's moments, float32, by parameter name
-        trainer.json                                      step, tokens seen, configuration, versions
+        trainer.json                                      step, tokens seen, configuration, versions, losses not yet logged
 
 A folder is written hidden, synced and renamed, so each one that is there is complete; old ones are removed only after.
 The order of the data, the splits and the masks need no state: they follow from (seed, step).
@@ -38,6 +38,7 @@ def save(
     *,
     step: int,
     tokens_seen: int,
+    unlogged_losses: list[float],
     tokenizer: Path,
 ) -> Path:
     """Write checkpoints/step-NNNNNN and remove the oldest beyond train.keep_last. OSError: nothing has changed."""
@@ -49,6 +50,7 @@ def save(
             state = {
                 "step": step,
                 "tokens_seen": tokens_seen,
+                "unlogged_losses": unlogged_losses,
                 "tokenizer_sha256": json.loads((staging / "config.json").read_text())["tokenizer_sha256"],
                 "config": config.to_dict(),
                 "versions": {"illada": package_version(), "torch": torch.__version__},
@@ -84,7 +86,10 @@ def read_state(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path} is not a training checkpoint (no trainer.json)")
     try:
         state = json.loads(file.read_text(encoding="utf-8"))
-        return {key: state[key] for key in ("step", "tokens_seen", "tokenizer_sha256", "config", "versions")}
+        return {
+            key: state[key]
+            for key in ("step", "tokens_seen", "unlogged_losses", "tokenizer_sha256", "config", "versions")
+        }
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is damaged or from something else: {error!r}") from None
 

@@ -11,6 +11,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from illada.files import write_text
+
 
 class Log:
     """Of one run. metrics.jsonl continues where the resumed step left it: later lines of a lost run are cut off."""
@@ -20,9 +22,7 @@ class Log:
         self.plot_file = out_dir / "loss.png"
         self.steps = steps
         self.records: list[dict[str, Any]] = _read(self.file, up_to=step)
-        temporary = self.file.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(r) + "\n" for r in self.records), encoding="utf-8")
-        os.replace(temporary, self.file)
+        write_text(self.file, "".join(json.dumps(r) + "\n" for r in self.records))
         self.stream = self.file.open("a", encoding="utf-8")
         self.bar = tqdm(total=steps, initial=step, unit=" steps", disable=not (progress and sys.stderr.isatty()))
 

@@ -10,6 +10,7 @@ nothing: micro-batches since the last optimizer step are dropped and done again.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ import torch
 from illada._native import build_info
 from illada.data import TokenDataset
 from illada.diffusion import Batch, make_batch, make_validation_batch, window_of_sample
-from illada.files import remove_stale
+from illada.files import remove_stale, write_text
 from illada.model import MaskedDiffusionModel
 from illada.train import checkpoint
 from illada.train.config import TrainConfig
@@ -62,7 +63,7 @@ def train(
 
     Raises:
         ValueError, FileNotFoundError: bad configuration, corpus or checkpoint. OSError: the disk is full; the last
-            complete checkpoint is untouched. FileExistsError: resume="never" and there are checkpoints.
+            complete checkpoint is untouched. ArithmeticError: the gradient is not finite. FileExistsError: resume="never" and there are checkpoints.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("this trainer runs in one process; start it without torchrun")
@@ -77,15 +78,16 @@ def train(
     out_dir = Path(config.train.out_dir)
     checkpoints = out_dir / "checkpoints"
     step = tokens_seen = 0
+    losses: list[float] = []  # of the steps since the last line of the log
     source = _resume_from(resume, checkpoints)
     if source is not None:
         state = checkpoint.read_state(source)
         checkpoint.check_same_run(source, state, config, corpus.header["tokenizer_sha256"])
         checkpoint.restore(source, model, optimizer)
-        step, tokens_seen = state["step"], state["tokens_seen"]
+        step, tokens_seen, losses = state["step"], state["tokens_seen"], state["unlogged_losses"]
     checkpoints.mkdir(parents=True, exist_ok=True)
     remove_stale(checkpoints)
-    (out_dir / "config.toml").write_text(config.to_toml(), encoding="utf-8")
+    write_text(out_dir / "config.toml", config.to_toml())
     if config.train.compile:
         for layer in model.layers:
             layer.compile()
@@ -97,7 +99,6 @@ def train(
     bound: float | None = None
     saved: Path | None = source
     began, logged_at, logged_tokens = time.monotonic(), time.monotonic(), tokens_seen
-    losses: list[float] = []
     stopped = False
     try:
         while step < config.train.steps and not stopped:
@@ -117,6 +118,11 @@ def train(
             if stopped:
                 break  # the step is incomplete: its gradients are dropped
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm or float("inf"))
+            if not math.isfinite(norm):
+                raise ArithmeticError(
+                    f"the gradient norm is {float(norm)} at step {step} (loss {loss_sum}); nothing was updated"
+                    + (f", the last checkpoint is {saved}" if saved else "")
+                )
             optimizer.step()
             step += 1
             tokens_seen += config.train.windows_per_step * window
@@ -143,11 +149,11 @@ def train(
                 )
                 log.plot()
             if step % config.train.save_every == 0 and not last:
-                saved = _save(checkpoints, model, optimizer, config, step, tokens_seen, corpus)
+                saved = _save(checkpoints, model, optimizer, config, step, tokens_seen, losses, corpus)
             if step % config.train.log_every == 0:  # saving and validating is not training
                 logged_at, logged_tokens = time.monotonic(), tokens_seen
         if not (checkpoints / f"step-{step:06}").exists():
-            saved = _save(checkpoints, model, optimizer, config, step, tokens_seen, corpus)
+            saved = _save(checkpoints, model, optimizer, config, step, tokens_seen, losses, corpus)
         if bound is None and not stopped:
             bound = evaluate(model, held_out, config, device)  # resumed after its last step
         plot = log.plot()
@@ -224,6 +230,7 @@ def _save(
     config: TrainConfig,
     step: int,
     tokens_seen: int,
+    losses: list[float],
     corpus: TokenDataset,
 ) -> Path:
     return checkpoint.save(
@@ -233,6 +240,7 @@ def _save(
         config,
         step=step,
         tokens_seen=tokens_seen,
+        unlogged_losses=losses,
         tokenizer=corpus.path / "tokenizer.json",
     )
 
