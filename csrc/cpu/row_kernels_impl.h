@@ -14,7 +14,7 @@
 
 namespace illada::cpu::ILLADA_ISA {
 
-constexpr int64_t kBlock = 1024;
+constexpr int64_t kBlock = 2048;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLog2eF = float(kLog2e);
 
@@ -92,7 +92,7 @@ inline void block_sum(const T* x, int64_t count, float block_max, SoftmaxState& 
     const VecF e = exp2(d);
     sum += e;
     if constexpr (kWantEntropy) {
-      d = d < -126.0f ? splat(-126.0f) : d;  // -inf * 0 would be NaN
+      d = max(splat(-126.0f), d);  // -inf * 0 would be NaN
       weighted += e * d;
     }
   };
@@ -180,8 +180,10 @@ class NoisyArgmax {
       for (int part = 0; part < 4; ++part) {
         const int64_t at = i + part * kLanes;
         const VecF v = load(x + at);
-        if (any(may_win(v, words[part]))) {
-          for (int lane = 0; lane < kLanes; ++lane) offer(v[lane], words[part][lane], first + at + lane);
+        const VecI win = may_win(v, words[part]);
+        if (any(win)) {
+          for (int lane = 0; lane < kLanes; ++lane)
+            if (win[lane]) offer(v[lane], words[part][lane], first + at + lane);
         }
       }
     }
@@ -230,10 +232,12 @@ class NoisyArgmax {
 };
 
 template <typename T>
-int64_t find_first(const T* x, int64_t begin, int64_t end, float value) {
-  for (int64_t i = begin; i < end; ++i)
+int64_t find_first(const T* x, int64_t count, float value) {
+  int64_t i = 0;
+  while (i + kLanes <= count && !any(load(x + i) == value)) i += kLanes;
+  for (; i < count; ++i)
     if (to_float(x[i]) == value) return i;
-  return begin;
+  return 0;
 }
 
 template <bool kWantEntropy, bool kWantMargin, typename T>
@@ -249,7 +253,7 @@ SampleRowResult sample_row(const SampleRow& row, const T* logits) {
     if (row.temperature > 0) {
       noisy.block(x, first, count);
     } else if (block_max > best) {
-      token = first + find_first(x, 0, count, block_max);
+      token = first + find_first(x, count, block_max);
       token_logit = block_max;
     }
     if (state.valid) {

@@ -72,20 +72,42 @@ inline void store_scalar(BFloat16* p, float x) {
   p->bits = x != x ? uint16_t((bits >> 16) | 0x40) : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-// a if a > b else b: with a NaN in `a` the result is b, with a NaN in `b` it is NaN.
-inline VecF max(VecF a, VecF b) { return a > b ? a : b; }
-inline VecF min(VecF a, VecF b) { return a < b ? a : b; }
-
-inline float horizontal_max(VecF v) {
-  float m = v[0];
-  for (int i = 1; i < kLanes; ++i) m = v[i] > m ? v[i] : m;
-  return m;
+// a if a > b else b: with a NaN in either the result is b.
+inline VecF max(VecF a, VecF b) {
+#if defined(__AVX512F__)
+  return bit_cast<VecF>(_mm512_max_ps(bit_cast<__m512>(a), bit_cast<__m512>(b)));
+#elif defined(__AVX2__)
+  return bit_cast<VecF>(_mm256_max_ps(bit_cast<__m256>(a), bit_cast<__m256>(b)));
+#else
+  return a > b ? a : b;
+#endif
+}
+// a if a < b else b: with a NaN in either the result is b.
+inline VecF min(VecF a, VecF b) {
+#if defined(__AVX512F__)
+  return bit_cast<VecF>(_mm512_min_ps(bit_cast<__m512>(a), bit_cast<__m512>(b)));
+#elif defined(__AVX2__)
+  return bit_cast<VecF>(_mm256_min_ps(bit_cast<__m256>(a), bit_cast<__m256>(b)));
+#else
+  return a < b ? a : b;
+#endif
 }
 
-inline double horizontal_sum(VecF v) {
-  double s = 0;
-  for (int i = 0; i < kLanes; ++i) s += v[i];
-  return s;
+// Lanes combined in pairs, a tree: half as deep as one after the other. No lane may be NaN for the maximum.
+inline float horizontal_max(VecF v) {
+  float lanes[kLanes];
+  std::memcpy(lanes, &v, sizeof(v));
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
+  return lanes[0];
+}
+
+inline float horizontal_sum(VecF v) {
+  float lanes[kLanes];
+  std::memcpy(lanes, &v, sizeof(v));
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  return lanes[0];
 }
 
 // Does any lane of a comparison hold?
@@ -105,8 +127,8 @@ inline bool any(VecI mask) {
 
 // 2^x with a relative error below 2.4e-7; x is clamped to [-126, 126], so 2^-inf is 1.2e-38, not 0. NaN stays NaN.
 inline VecF exp2(VecF x) {
-  x = x < -126.0f ? splat(-126.0f) : x;
-  x = x > 126.0f ? splat(126.0f) : x;
+  x = max(splat(-126.0f), x);
+  x = min(splat(126.0f), x);
   const VecF shifted = x + 12582912.0f;  // 1.5 * 2^23: the integer part of x lands in the low mantissa bits
   const VecF f = x - (shifted - 12582912.0f);
   // Minimax polynomial of 2^f on [-0.5, 0.5], degree 5, relative error 9.2e-8 before rounding.

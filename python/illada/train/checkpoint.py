@@ -3,7 +3,7 @@
     checkpoints/step-000500/
         config.json model.safetensors tokenizer.json      what illada.checkpoint.load_pretrained reads
         optimizer.safetensors                             AdamW's moments, float32, by parameter name
-        trainer.json                                      step, tokens seen, configuration, versions, losses not yet logged
+        trainer.json                                      step, tokens seen, losses not yet logged, config, versions
 
 A folder is written hidden, synced and renamed, so each one that is there is complete; old ones are removed only after.
 The order of the data, the splits and the masks need no state: they follow from (seed, step).

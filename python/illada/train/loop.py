@@ -62,8 +62,9 @@ def train(
         progress: a progress bar, on a terminal.
 
     Raises:
-        ValueError, FileNotFoundError: bad configuration, corpus or checkpoint. OSError: the disk is full; the last
-            complete checkpoint is untouched. ArithmeticError: the gradient is not finite. FileExistsError: resume="never" and there are checkpoints.
+        ValueError, FileNotFoundError: bad configuration, corpus or checkpoint. OSError: the disk is full.
+        ArithmeticError: the gradient is not finite. FileExistsError: resume="never" and there are checkpoints.
+        Complete checkpoints are untouched by all of them.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("this trainer runs in one process; start it without torchrun")
