@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import illada
+from illada import _native
 from illada.ops import reference
 from illada.testing import assert_close_like
 
@@ -104,6 +105,29 @@ def test_gradient_with_zero_strides_and_bitwise_repeat(generator):
         assert torch.equal(first, second)
     want = torch.autograd.grad(reference.varlen_attention(*(x.double() for x in leaves), cu).sum(), leaves)
     torch.testing.assert_close(grads[0][2], want[2], rtol=2e-2, atol=2e-2)
+
+
+def test_denormal_probabilities_are_flushed_and_the_mode_restored(generator):
+    many = torch.full((1 << 20,), 1e-39)  # enough for every thread of the pool to get a share
+    threads = torch.get_num_threads()
+    _native.native().flush_denormals(True, threads)
+    try:
+        assert (many * 1.0 == 0).all()
+    finally:
+        _native.native().flush_denormals(False, threads)
+    assert (many * 1.0 > 0).all()
+    # Scores hundreds of nats apart: probabilities of every size down to 0, and gradients as exact as ever.
+    q, k, v, cu = make([200, 60], 4, 2, 64, torch.float32, generator)
+    q, d_out = 30 * q, torch.randn(q.shape, generator=generator)
+    got = run(illada.varlen_attention, q, k, v, cu, d_out=d_out)
+    baseline = run(reference.varlen_attention, q, k, v, cu, d_out=d_out)
+    want = run(reference.varlen_attention, q.double(), k.double(), v.double(), cu, d_out=d_out.double())
+    for g, w, b in zip(got, want, baseline, strict=True):
+        assert_close_like(g, w, b)
+    assert (many * 1.0 > 0).all()
+    with pytest.raises(TypeError):  # also after an error inside the op
+        torch.ops.illada.varlen_attention_fwd(q, k, v, torch.zeros(3, dtype=torch.int32), 1.0, False)
+    assert (many * 1.0 > 0).all()
 
 
 def test_registration(generator):

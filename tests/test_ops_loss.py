@@ -157,6 +157,16 @@ def test_memory_stays_below_one_chunk(generator):
     assert largest == 50 * 5000 * 4
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_of_spread_logits_hold_no_denormals(dtype, generator):
+    # The GEMMs behind this op would be many times slower on them.
+    logits = (60 * torch.randn(40, 1003, generator=generator)).to(dtype).requires_grad_()
+    targets, weights = torch.randint(1003, (40,), generator=generator), torch.full((40,), 1e-3)
+    (grad,) = torch.autograd.grad(illada.masked_cross_entropy(logits, targets, weights, normalizer=1e4), logits)
+    assert ((grad == 0) | (grad.abs() >= torch.finfo(dtype).tiny)).all()
+    assert 0.5 < (grad == 0).float().mean() < 1
+
+
 def test_registration(generator):
     hidden, weight, targets, weights = make(12, 8, 40, 0.5, 1.0, torch.float32, generator)
     leaves = [x.requires_grad_() for x in (hidden, weight)]

@@ -2,6 +2,7 @@
 // checks of shapes and dtypes and all allocation are in illada.ops, the checks of values in the launch functions.
 #include <pybind11/pybind11.h>
 
+#include "cpu/denormals.h"
 #include "illada/illada.h"
 
 namespace py = pybind11;
@@ -129,4 +130,5 @@ PYBIND11_MODULE(_C, m) {
                        uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t, int64_t, float, int, int>);
   m.def("sample_tokens", &sample_tokens);
   m.def("remask", &remask_tokens);
+  m.def("flush_denormals", &cpu::flush_denormals);
 }

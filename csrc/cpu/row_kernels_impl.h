@@ -331,10 +331,20 @@ void softmax_grad(const void* logits, void* grad, int64_t vocab_size, float lse,
   const T* x = static_cast<const T*>(logits);
   T* g = static_cast<T*>(grad);
   const float target_grad = factor * (std::exp(to_float(x[target]) - lse) - 1.0f);  // before x is overwritten
+  // Below 2^-100 a probability counts as 0: times the factor it could be denormal, and the GEMMs that read the gradient
+  // are many times slower on denormals.
+  constexpr float kSmallest = -100.0f;
   const VecF shift = splat(lse), scale = splat(factor);
   int64_t i = 0;
-  for (; i + kLanes <= vocab_size; i += kLanes) store(g + i, exp2((load(x + i) - shift) * kLog2eF) * scale);
-  for (; i < vocab_size; ++i) store_scalar(g + i, factor * std::exp(to_float(x[i]) - lse));
+  for (; i + kLanes <= vocab_size; i += kLanes) {
+    const VecF d = (load(x + i) - shift) * kLog2eF;
+    const VecF p = exp2(d);
+    store(g + i, (d < kSmallest ? VecF{} : p) * scale);
+  }
+  for (; i < vocab_size; ++i) {
+    const float d = to_float(x[i]) - lse;
+    store_scalar(g + i, d * kLog2eF < kSmallest ? 0.0f : factor * std::exp(d));
+  }
   store_scalar(g + target, target_grad);
 }
 
