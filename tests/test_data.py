@@ -8,6 +8,7 @@ import pytest
 from illada.data import (
     SPECIAL_TOKENS,
     TokenDataset,
+    hold_out,
     load_tokenizer,
     parse_special,
     prepare,
@@ -71,8 +72,10 @@ def test_windows(corpus):
     count = data.num_windows(100)
     assert count == len(data.tokens) // 100
     np.testing.assert_array_equal(data.windows(np.array([count - 1, 0]), 100)[1], data.tokens[:100])
-    with pytest.raises(ValueError, match="less than one window of 1000000"):
+    with pytest.raises(ValueError, match="train split of .* less than one window of 1000000; prepare more text, or"):
         data.num_windows(10**6)
+    with pytest.raises(ValueError, match="validation split of .* or hold out more of it"):
+        TokenDataset(corpus, "validation").num_windows(10**6)
 
 
 def test_split_does_not_depend_on_order(texts, corpus, tmp_path):
@@ -86,6 +89,23 @@ def test_split_does_not_depend_on_order(texts, corpus, tmp_path):
         return sorted(tokenizer.decode(data.tokens[a:b].tolist()) for a, b in zip(ends[:-1], ends[1:], strict=True))
 
     assert held_out(tmp_path / "c") == held_out(corpus)
+
+
+def test_few_or_unequal_documents_lose_their_ends(tmp_path):
+    book = "".join(f"line {i} of a long book\n" for i in range(1000))
+    for documents in ([book], [book, "a note", "another"], [book, book.upper()]):
+        parts, what = hold_out(documents, 0.1)
+        assert what == "ends"
+        assert all(text.endswith("\n") for text in parts["train"] if "\n" in text)  # cut between lines
+        share = sum(map(len, parts["validation"])) / sum(map(len, documents))
+        assert 0.09 < share < 0.11
+        assert sorted("".join(parts["train"] + parts["validation"])) == sorted("".join(documents))
+    assert hold_out([f"document {i} " * 9 for i in range(300)], 0.1)[1] == "documents"
+    (tmp_path / "book.txt").write_text(book)
+    header = prepare(f"dir:{tmp_path}", tmp_path / "c", vocab_size=300, validation_fraction=0.1)
+    assert header["held_out"] == "ends" and header["splits"]["validation"]["documents"] == 1
+    tokenizer, tokens = load_tokenizer(tmp_path / "c"), TokenDataset(tmp_path / "c", "validation").tokens
+    assert book.endswith(tokenizer.decode(tokens[:-1].tolist()))
 
 
 def test_given_tokenizer_and_wide_ids(texts, corpus, tmp_path):
@@ -124,6 +144,8 @@ def test_overwriting(texts, corpus, tmp_path):
 
 
 def test_bad_sources_and_arguments(texts, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"txt": 1}\n')
     (tmp_path / "number.jsonl").write_text('{"text": 3}\n')
     (tmp_path / "one.jsonl").write_text('{"text": "a"}\n')
@@ -134,7 +156,8 @@ def test_bad_sources_and_arguments(texts, tmp_path):
         (FileNotFoundError, "is not a file", f"jsonl:{tmp_path}/no", {}),
         (ValueError, 'line 2: expected a JSON object with a "text" field', f"jsonl:{tmp_path}/bad.jsonl", {}),
         (ValueError, '"text" must be a string, got int', f"jsonl:{tmp_path}/number.jsonl", {}),
-        (ValueError, "has 1 documents; one to train on and one to hold out", f"jsonl:{tmp_path}/one.jsonl", {}),
+        (ValueError, "has 1 documents, too little text to hold any of it out", f"jsonl:{tmp_path}/one.jsonl", {}),
+        (ValueError, "has 0 documents, too little text", f"dir:{empty}", {}),
         (ValueError, "vocab_size must be at least 262", f"dir:{texts}", {"vocab_size": 100}),
         (ValueError, r"validation_fraction must be in \(0, 1\)", f"dir:{texts}", {"validation_fraction": 0}),
         (FileNotFoundError, "no tokenizer at", f"dir:{texts}", {"tokenizer": tmp_path / "none.json"}),

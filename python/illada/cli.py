@@ -62,6 +62,8 @@ def _prepare(options: argparse.Namespace) -> int:
     )
     for split, size in header["splits"].items():
         print(f"{split:<10} {size['documents']:>8,} documents {size['tokens']:>13,} tokens {size['bytes']:>14,} bytes")
+    if header["held_out"] == "ends":
+        print("held out the end of each document: they are too few or too unequal to hold whole ones out")
     print(f"vocabulary {header['vocab_size']:,}, {header['dtype']}; unigram entropy of the held-out tokens "
           f"{header['validation_unigram_entropy']:.4f} nats")  # fmt: skip
     print(f"written to {options.out}")
@@ -232,7 +234,9 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument(
         "--special", metavar="NAME=ID,...", help="special ids of a given tokenizer: bos, pad, eos, mask"
     )
-    prepare.add_argument("--validation-fraction", type=float, default=0.05, help="documents to hold out (%(default)s)")
+    prepare.add_argument(
+        "--validation-fraction", type=float, default=0.05, help="share of the text to hold out (%(default)s)"
+    )
     prepare.add_argument("--overwrite", action="store_true", help="replace an existing corpus")
     prepare.set_defaults(run=_prepare)
 

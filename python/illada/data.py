@@ -7,8 +7,8 @@ A prepared corpus is a folder:
     train.bin validation.bin    token ids, uint16 where the vocabulary fits, else uint32, documents end to end
     train.idx validation.idx    where each document starts, uint64, with the number of tokens as last entry
 
-Every document ends with the eos token. A document is held out for validation by a hash of its content, so the split
-does not depend on order, machine or what else is in the corpus.
+Every document ends with the eos token. Documents are held out for validation by a hash of their content, so the split
+does not depend on their order or the machine; where they are too few or too unequal for that, the end of each is.
 """
 
 from __future__ import annotations
@@ -191,7 +191,8 @@ def prepare(
         out_dir: the folder to make. It appears complete or not at all.
         vocab_size: of the tokenizer to train; not used with `tokenizer`.
         tokenizer: a given tokenizer.json; `special` holds its special ids where it does not use iLLaDA's names.
-        validation_fraction: share of documents to hold out; at least one of two or more.
+        validation_fraction: share of the text to hold out, in whole documents; if that misses it by a factor of two (a
+            few large files), the last part of each document is held out instead.
         overwrite: replace an existing corpus.
         progress: show progress bars on a terminal.
 
@@ -199,7 +200,7 @@ def prepare(
         The header, as written to corpus.json.
 
     Raises:
-        FileExistsError: out_dir exists and overwrite is off. ValueError: bad arguments, fewer than two documents.
+        FileExistsError: out_dir exists and overwrite is off. ValueError: bad arguments, too little text.
     """
     out_dir = Path(out_dir)
     if not 0 < validation_fraction < 1:
@@ -210,10 +211,9 @@ def prepare(
         raise FileExistsError(f"{out_dir} exists and is not a corpus; choose another folder")
     progress = progress and sys.stderr.isatty()
     documents = list(tqdm(read_source(source), desc="reading", unit=" documents", disable=not progress))
-    if len(documents) < 2:
-        raise ValueError(
-            f"source {source!r} has {len(documents)} documents; one to train on and one to hold out are needed"
-        )
+    parts, held_out = hold_out(documents, validation_fraction)
+    if not parts["train"] or not parts["validation"]:
+        raise ValueError(f"source {source!r} has {len(documents)} documents, too little text to hold any of it out")
     if tokenizer is None:
         trained = train_tokenizer(documents, vocab_size, progress=progress)
     else:
@@ -231,7 +231,10 @@ def prepare(
             "vocab_size": trained.get_vocab_size(),
             **{f"{name}_token_id": i for name, i in ids.items()},
             "tokenizer_sha256": tokenizer_sha256(folder),
-            "splits": _write_splits(documents, trained, ids["eos"], validation_fraction, folder, progress),
+            "held_out": held_out,
+            "splits": {
+                split: _write_split(parts[split], trained, ids["eos"], folder / split, progress) for split in SPLITS
+            },
         }
         counts = np.bincount(np.fromfile(folder / "validation.bin", dtype=header["dtype"]))
         header["validation_unigram_entropy"] = _entropy(counts)
@@ -239,33 +242,41 @@ def prepare(
     return header
 
 
-def _write_splits(
-    documents: list[str], tokenizer: Tokenizer, eos: int, fraction: float, folder: Path, progress: bool
-) -> dict[str, dict[str, int]]:
+def hold_out(documents: list[str], fraction: float) -> tuple[dict[str, list[str]], str]:
+    """Share the text out to the splits: ({split: texts}, "documents" or "ends", what was held out)."""
+    scores = [int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64 for text in documents]
+    parts = {
+        "train": [text for text, score in zip(documents, scores, strict=True) if score >= fraction],
+        "validation": [text for text, score in zip(documents, scores, strict=True) if score < fraction],
+    }
+    share = sum(map(len, parts["validation"])) / max(1, sum(map(len, documents)))
+    if parts["train"] and fraction / 2 <= share <= 2 * fraction:
+        return parts, "documents"
+    parts = {split: [] for split in SPLITS}
+    for text in documents:
+        cut = int((1 - fraction) * len(text))
+        cut = text.rfind("\n", 0, cut) + 1 or text.rfind(" ", 0, cut) + 1 or cut  # not within a line or word
+        parts["train"].append(text[:cut])
+        parts["validation"].append(text[cut:])
+    return {split: [text for text in texts if text.strip()] for split, texts in parts.items()}, "ends"
+
+
+def _write_split(texts: list[str], tokenizer: Tokenizer, eos: int, stem: Path, progress: bool) -> dict[str, int]:
+    """Write stem.bin and stem.idx; how many documents, tokens and bytes of text they hold."""
     dtype = np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.uint32
-    hashes = [hashlib.sha256(text.encode()).digest() for text in documents]
-    scores = [int.from_bytes(digest[:8], "big") / 2**64 for digest in hashes]
-    held_out = [score < fraction for score in scores]
-    if not any(held_out):
-        held_out[int(np.argmin(scores))] = True
-    if all(held_out):
-        held_out[int(np.argmax(scores))] = False
-    report = {}
-    with tqdm(total=len(documents), desc="encoding", unit=" documents", disable=not progress) as bar:
-        for split in SPLITS:
-            mine = [text for text, out in zip(documents, held_out, strict=True) if out == (split == "validation")]
-            offsets, size = [0], 0
-            with (folder / f"{split}.bin").open("wb") as file:
-                for start in range(0, len(mine), _ENCODE_BATCH):
-                    batch = mine[start : start + _ENCODE_BATCH]
-                    for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False):
-                        np.asarray([*encoding.ids, eos], dtype=dtype).tofile(file)
-                        offsets.append(offsets[-1] + len(encoding.ids) + 1)
-                    size += sum(len(text.encode()) for text in batch)
-                    bar.update(len(batch))
-            np.asarray(offsets, dtype=np.uint64).tofile(folder / f"{split}.idx")
-            report[split] = {"documents": len(mine), "tokens": offsets[-1], "bytes": size}
-    return report
+    offsets = [0]
+    with (
+        stem.with_suffix(".bin").open("wb") as file,
+        tqdm(total=len(texts), desc=f"encoding {stem.name}", unit=" documents", disable=not progress) as bar,
+    ):
+        for start in range(0, len(texts), _ENCODE_BATCH):
+            batch = texts[start : start + _ENCODE_BATCH]
+            for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False):
+                np.asarray([*encoding.ids, eos], dtype=dtype).tofile(file)
+                offsets.append(offsets[-1] + len(encoding.ids) + 1)
+            bar.update(len(batch))
+    np.asarray(offsets, dtype=np.uint64).tofile(stem.with_suffix(".idx"))
+    return {"documents": len(texts), "tokens": offsets[-1], "bytes": sum(len(text.encode()) for text in texts)}
 
 
 def _entropy(counts: NDArray) -> float:
@@ -290,7 +301,7 @@ class TokenDataset:
     """
 
     def __init__(self, path: str | Path, split: str = "train") -> None:
-        self.path = Path(path)
+        self.path, self.split = Path(path), split
         if split not in SPLITS:
             raise ValueError(f"split must be {' or '.join(SPLITS)}, got {split!r}")
         header_file = self.path / "corpus.json"
@@ -330,7 +341,10 @@ class TokenDataset:
         count = len(self.tokens) // length
         if count == 0:
             raise ValueError(
-                f"{self.path} has {len(self.tokens)} tokens in this split, less than one window of {length}"
+                f"the {self.split} split of {self.path} has {len(self.tokens)} tokens, less than one window of {length};"
+                " prepare more text"
+                + (" or hold out more of it (--validation-fraction)" if self.split == "validation" else "")
+                + ", or train on shorter windows (data.window)"
             )
         return count
 
