@@ -340,11 +340,10 @@ class TokenDataset:
         """Whole windows of `length` tokens; ValueError if there is none."""
         count = len(self.tokens) // length
         if count == 0:
+            more = " or hold out more of it (--validation-fraction)" if self.split == "validation" else ""
             raise ValueError(
-                f"the {self.split} split of {self.path} has {len(self.tokens)} tokens, less than one window of {length};"
-                " prepare more text"
-                + (" or hold out more of it (--validation-fraction)" if self.split == "validation" else "")
-                + ", or train on shorter windows (data.window)"
+                f"the {self.split} split of {self.path} has {len(self.tokens)} tokens, less than one window of "
+                f"{length}; prepare more text{more}, or train on shorter windows (data.window)"
             )
         return count
 
