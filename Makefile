@@ -1,5 +1,5 @@
 # Everything a checkout can do, in a virtual environment of its own. Needs python3 (3.11 or newer) and a C++ compiler.
-#   make demo    prepare text, train a tiny model, generate: about 6 minutes on two cores
+#   make demo    prepare text, train a tiny model, generate: about 5 minutes on two cores
 #   make test    the fast tests;  make test-slow: the others;  make bench: the benchmarks
 # VENV=/path keeps the environment elsewhere. No path is used unquoted: folders may have spaces in their names.
 

@@ -73,15 +73,22 @@ def run(
     records = []
     for case in tqdm(cases, desc=bench, unit=" cases", disable=not sys.stderr.isatty()):
         offered = [p for p in case.make() if not providers or p.name in providers]
+        errors = {}
         for provider in offered:
+            if not provider.unavailable:
+                try:
+                    result = provider.call()
+                except Exception as error:  # a peer that does not run here is no reason to stop
+                    if provider.name == "illada":
+                        raise
+                    first_line, _, _ = str(error).strip().partition("\n")
+                    provider.unavailable = f"{type(error).__name__}: {first_line}"
+                else:
+                    errors[provider.name] = None if case.error is None else case.error(result)
+                    del result
             if provider.unavailable:
                 print(f"{case.name}: {provider.name} left out: {provider.unavailable}", file=sys.stderr)
         offered = [p for p in offered if not p.unavailable]
-        errors = {}
-        for provider in offered:
-            result = provider.call()
-            errors[provider.name] = None if case.error is None else case.error(result)
-            del result
         times = _interleave(offered, repeats or case.repeats, case.slow)
         for provider in offered:
             ms = sorted(times[provider.name])

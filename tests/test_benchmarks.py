@@ -50,6 +50,20 @@ def test_train_step_providers_agree():
     assert [goal.text.split(":")[0] for goal in train_step.goals(records)] == ["tiny 2x64"] * 2
 
 
+def test_a_peer_that_fails_is_left_out_and_ours_is_not(capsys):
+    def fail():
+        raise RuntimeError("no compiler\nand more")
+
+    def records(*names):
+        providers = [runner.Provider(name, fail if name.endswith("!") else lambda: 1) for name in names]
+        return runner.run("b", [runner.Case("c", lambda: providers)], repeats=1)
+
+    assert [r["provider"] for r in records("illada", "peer!", "other")] == ["illada", "other"]
+    assert "c: peer! left out: RuntimeError: no compiler\n" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="no compiler"):
+        runner.run("b", [runner.Case("c", lambda: [runner.Provider("illada", fail)])], repeats=1)
+
+
 def test_check_fails_when_a_goal_is_missed(monkeypatch):
     monkeypatch.setattr(remask, "cases", lambda: [remask.make_case(8, 64, 0.0)])
     monkeypatch.setattr(remask, "goals", lambda records: [runner.Goal("impossible", False)])
