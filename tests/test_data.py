@@ -100,6 +100,9 @@ def test_few_or_unequal_documents_lose_their_ends(tmp_path):
         share = sum(map(len, parts["validation"])) / sum(map(len, documents))
         assert 0.09 < share < 0.11
         assert sorted("".join(parts["train"] + parts["validation"])) == sorted("".join(documents))
+    for text in ("title\n" + "x" * 10_000, "a title\n" + "word " * 2000):  # the only newline is far from the end
+        parts, _ = hold_out([text], 0.1)
+        assert 0.08 < len(parts["validation"][0]) / len(text) < 0.12
     assert hold_out([f"document {i} " * 9 for i in range(300)], 0.1)[1] == "documents"
     (tmp_path / "book.txt").write_text(book)
     header = prepare(f"dir:{tmp_path}", tmp_path / "c", vocab_size=300, validation_fraction=0.1)

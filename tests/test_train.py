@@ -16,6 +16,7 @@ import torch
 
 from illada.checkpoint import load_pretrained
 from illada.data import TokenDataset, prepare
+from illada.files import write_text
 from illada.train import checkpoint, evaluate, load_config, train
 from illada.train.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from illada.train.schedule import learning_rate
@@ -121,6 +122,15 @@ def test_stopped_and_resumed_is_bit_exact(config, corpus, tmp_path, stop_after):
     trimmed = [[{k: r[k] for k in keep if k in r} for r in metrics(c)] for c in (config, interrupted)]
     assert trimmed[0] == trimmed[1]
     assert second.validation_bound == whole.validation_bound
+
+
+def test_small_files_are_replaced_whole(tmp_path, monkeypatch):
+    file = tmp_path / "config.toml"
+    write_text(file, "old")
+    monkeypatch.setattr("os.replace", lambda *paths: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write_text(file, "new")
+    assert file.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["config.toml"]
 
 
 def test_resuming_from_a_path_cuts_the_log(config, tmp_path):

@@ -223,20 +223,22 @@ def prepare(
 
     with staged_directory(out_dir) as folder:
         trained.save(str(folder / "tokenizer.json"))
+        dtype = "uint16" if trained.get_vocab_size() <= 1 << 16 else "uint32"
         header: dict[str, Any] = {
             "format": FORMAT,
             "version": FORMAT_VERSION,
             "source": source,
-            "dtype": "uint16" if trained.get_vocab_size() <= 1 << 16 else "uint32",
+            "dtype": dtype,
             "vocab_size": trained.get_vocab_size(),
             **{f"{name}_token_id": i for name, i in ids.items()},
             "tokenizer_sha256": tokenizer_sha256(folder),
             "held_out": held_out,
             "splits": {
-                split: _write_split(parts[split], trained, ids["eos"], folder / split, progress) for split in SPLITS
+                split: _write_split(parts[split], trained, ids["eos"], folder / split, dtype, progress)
+                for split in SPLITS
             },
         }
-        counts = np.bincount(np.fromfile(folder / "validation.bin", dtype=header["dtype"]))
+        counts = np.bincount(np.fromfile(folder / "validation.bin", dtype=dtype))
         header["validation_unigram_entropy"] = _entropy(counts)
         (folder / "corpus.json").write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
     return header
@@ -255,15 +257,17 @@ def hold_out(documents: list[str], fraction: float) -> tuple[dict[str, list[str]
     parts = {split: [] for split in SPLITS}
     for text in documents:
         cut = int((1 - fraction) * len(text))
-        cut = text.rfind("\n", 0, cut) + 1 or text.rfind(" ", 0, cut) + 1 or cut  # not within a line or word
+        earliest = max(0, 2 * cut - len(text))  # not within a line or word, unless that would hold out twice as much
+        cut = text.rfind("\n", earliest, cut) + 1 or text.rfind(" ", earliest, cut) + 1 or cut
         parts["train"].append(text[:cut])
         parts["validation"].append(text[cut:])
     return {split: [text for text in texts if text.strip()] for split, texts in parts.items()}, "ends"
 
 
-def _write_split(texts: list[str], tokenizer: Tokenizer, eos: int, stem: Path, progress: bool) -> dict[str, int]:
+def _write_split(
+    texts: list[str], tokenizer: Tokenizer, eos: int, stem: Path, dtype: str, progress: bool
+) -> dict[str, int]:
     """Write stem.bin and stem.idx; how many documents, tokens and bytes of text they hold."""
-    dtype = np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.uint32
     offsets = [0]
     with (
         stem.with_suffix(".bin").open("wb") as file,

@@ -44,8 +44,12 @@ def write_text(file: str | Path, text: str) -> None:
     """Write a text file beside and rename it: readers see the old text or the new one, never a part."""
     file = Path(file)
     temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, file)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, file)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def remove_stale(parent: str | Path) -> None:
