@@ -188,6 +188,23 @@ def test_signals_save_and_exit(toml, tmp_path, number, status):
     assert checkpoint.read_state(newest)["step"] >= 3
 
 
+def test_a_kill_while_an_old_checkpoint_is_removed(config, tmp_path, monkeypatch):
+    def killed(path, ignore_errors=False):
+        (path / "trainer.json").unlink()  # one file is gone, then the process is
+        raise KeyboardInterrupt
+
+    folder = tmp_path / "run" / "checkpoints"
+    keep_one = change(config, train={"keep_last": 1, "save_every": 1, "steps": 3})
+    with monkeypatch.context() as patch:
+        patch.setattr("illada.files.shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(keep_one, progress=False)
+    assert [checkpoint.read_state(path)["step"] for path in checkpoint.all_checkpoints(folder)] == [2]
+    assert list(folder.glob(".*"))  # what is left of step 1, hidden
+    assert train(keep_one, progress=False).step == 3
+    assert [path.name for path in folder.iterdir()] == ["step-000003"]
+
+
 @pytest.mark.slow
 def test_kills_at_any_moment_leave_readable_checkpoints(toml, tmp_path):
     folder = tmp_path / "run" / "checkpoints"

@@ -52,11 +52,21 @@ def write_text(file: str | Path, text: str) -> None:
         raise
 
 
+def remove_directory(path: str | Path) -> None:
+    """Remove a folder: it is hidden by a rename first, so a kill never leaves a part of it under its name."""
+    path = Path(path)
+    gone = Path(tempfile.mkdtemp(prefix=f".{path.name}.gone.", dir=path.parent))
+    os.rename(path, gone)
+    _sync(path.parent)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
 def remove_stale(parent: str | Path) -> None:
-    """Remove hidden folders that a killed `staged_directory` left in `parent`."""
-    for path in Path(parent).glob(".*.new.*"):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
+    """Remove hidden folders that a killed `staged_directory` or `remove_directory` left in `parent`."""
+    for pattern in (".*.new.*", ".*.gone.*"):
+        for path in Path(parent).glob(pattern):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

@@ -12,7 +12,6 @@ The order of the data, the splits and the masks need no state: they follow from 
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from illada._native import package_version
 from illada.checkpoint import load_weights, write_pretrained
-from illada.files import staged_directory
+from illada.files import remove_directory, staged_directory
 from illada.model import MaskedDiffusionModel
 from illada.train.config import TrainConfig
 
@@ -63,7 +62,7 @@ def save(
             + (f"the last complete checkpoint is {kept}" if kept else "there is no earlier checkpoint")
         ) from error
     for old in all_checkpoints(folder)[: -config.train.keep_last]:
-        shutil.rmtree(old, ignore_errors=True)
+        remove_directory(old)
     return target
 
 
