@@ -1,6 +1,6 @@
 """Builds illada._C with CMake. All metadata is in pyproject.toml; all compilation is in CMakeLists.txt.
 
-Environment: ILLADA_CUDA=on|off|auto, ILLADA_CUDA_ARCHS, ILLADA_CUTLASS_DIR, MAX_JOBS, CMAKE_ARGS, ILLADA_BUILD_DIR.
+Environment: ILLADA_CUDA=on|off|auto, ILLADA_CUDA_ARCHS, ILLADA_CUDART, MAX_JOBS, CMAKE_ARGS, ILLADA_BUILD_DIR.
 """
 
 import os
@@ -35,13 +35,13 @@ class CMakeBuild(build_ext):
             *(["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []),
             *(
                 f"-D{name}={os.environ[name]}"
-                for name in ("ILLADA_CUDA", "ILLADA_CUDA_ARCHS", "ILLADA_CUTLASS_DIR")
+                for name in ("ILLADA_CUDA", "ILLADA_CUDA_ARCHS", "ILLADA_CUDART")
                 if os.environ.get(name)
             ),
             *os.environ.get("CMAKE_ARGS", "").split(),
         ]
         if ccache := shutil.which("ccache"):
-            configure.append(f"-DCMAKE_CXX_COMPILER_LAUNCHER={ccache}")
+            configure += [f"-DCMAKE_{language}_COMPILER_LAUNCHER={ccache}" for language in ("CXX", "CUDA")]
         self.run_cmake(configure)
         self.run_cmake(["cmake", "--build", str(build_dir), "--parallel", str(job_count())])
         built = next(build_dir.glob("_C*.so"), None) or next(build_dir.glob("_C*.pyd"))

@@ -1,5 +1,8 @@
-# Is there a CUDA toolkit, and may it be used? Sets ILLADA_WITH_CUDA, ILLADA_CUDA_VERSION and ILLADA_CUDA_ARCH_LIST.
-# ILLADA_CUDA=auto uses an nvcc where there is one, off ignores it, on fails without it.
+# Is there a CUDA toolkit, and for which GPUs are kernels built? Sets ILLADA_WITH_CUDA, ILLADA_CUDA_VERSION and
+# ILLADA_CUDA_ARCH_LIST. ILLADA_CUDA=auto uses an nvcc where there is one, off ignores it, on fails without it.
+# ILLADA_CUDA_ARCHS: a list of N-real (machine code) and N-virtual (PTX for later GPUs); default: the GPUs of this
+# machine, else 80-real;90a-real;90-virtual and 120-real where the toolkit knows it. Kernels that need wgmma and TMA
+# are built for the 90a entries alone.
 
 set(ILLADA_WITH_CUDA OFF)
 set(ILLADA_CUDA_VERSION "")
@@ -9,11 +12,63 @@ string(TOLOWER "${ILLADA_CUDA}" illada_cuda)
 if(NOT illada_cuda MATCHES "^(on|off|auto)$")
   message(FATAL_ERROR "illada: ILLADA_CUDA is \"${ILLADA_CUDA}\"; allowed are on, off and auto")
 endif()
+if(NOT ILLADA_CUDART MATCHES "^(static|shared)$")
+  message(FATAL_ERROR "illada: ILLADA_CUDART is \"${ILLADA_CUDART}\"; allowed are static and shared")
+endif()
+
+# Compute capabilities of the GPUs that the driver sees, as N-real; empty without one.
+function(illada_detect_gpus result)
+  set(found "")
+  find_program(ILLADA_NVIDIA_SMI nvidia-smi)
+  if(ILLADA_NVIDIA_SMI)
+    execute_process(COMMAND "${ILLADA_NVIDIA_SMI}" --query-gpu=compute_cap --format=csv,noheader
+      OUTPUT_VARIABLE lines ERROR_QUIET RESULT_VARIABLE failed)
+    if(NOT failed)
+      string(REGEX MATCHALL "[0-9]+\\.[0-9]+" capabilities "${lines}")
+      foreach(capability IN LISTS capabilities)
+        string(REPLACE "." "" arch "${capability}")
+        if(arch GREATER_EQUAL 80)
+          string(REGEX REPLACE "^90$" "90a" arch "${arch}")
+          list(APPEND found "${arch}-real")
+        endif()
+      endforeach()
+      list(REMOVE_DUPLICATES found)
+    endif()
+  endif()
+  set(${result} "${found}" PARENT_SCOPE)
+endfunction()
+
 if(NOT illada_cuda STREQUAL "off")
   include(CheckLanguage)
   check_language(CUDA)
   if(CMAKE_CUDA_COMPILER)
-    message(STATUS "illada: found ${CMAKE_CUDA_COMPILER}; this version has no CUDA kernels yet, building for the CPU")
+    if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
+      set(CMAKE_CUDA_ARCHITECTURES OFF) # every target names its own
+    endif()
+    enable_language(CUDA)
+    find_package(CUDAToolkit REQUIRED)
+    set(ILLADA_WITH_CUDA ON)
+    set(ILLADA_CUDA_VERSION "${CUDAToolkit_VERSION}")
+    if(CUDAToolkit_VERSION VERSION_LESS 12.3)
+      message(FATAL_ERROR "illada: CUDA ${CUDAToolkit_VERSION} was found at ${CMAKE_CUDA_COMPILER}; 12.3 or newer is needed.\n"
+        "Set CUDACXX=/path/to/another/nvcc, or ILLADA_CUDA=off for a CPU build.")
+    endif()
+    set(ILLADA_CUDA_ARCH_LIST "${ILLADA_CUDA_ARCHS}")
+    if(NOT ILLADA_CUDA_ARCH_LIST)
+      illada_detect_gpus(ILLADA_CUDA_ARCH_LIST)
+    endif()
+    if(NOT ILLADA_CUDA_ARCH_LIST)
+      set(ILLADA_CUDA_ARCH_LIST 80-real 90a-real 90-virtual)
+      if(CUDAToolkit_VERSION VERSION_GREATER_EQUAL 12.8)
+        list(APPEND ILLADA_CUDA_ARCH_LIST 120-real)
+      endif()
+    endif()
+    foreach(arch IN LISTS ILLADA_CUDA_ARCH_LIST)
+      if(NOT arch MATCHES "^[0-9]+[af]?-(real|virtual)$")
+        message(FATAL_ERROR "illada: ILLADA_CUDA_ARCHS holds \"${arch}\"; entries look like 80-real, 90a-real or 90-virtual")
+      endif()
+    endforeach()
+    message(STATUS "illada: CUDA ${CUDAToolkit_VERSION} for ${ILLADA_CUDA_ARCH_LIST}, cudart ${ILLADA_CUDART}")
   elseif(illada_cuda STREQUAL "on")
     message(FATAL_ERROR "illada: ILLADA_CUDA=on, but no nvcc was found (looked at CUDACXX, CUDA_PATH and PATH).\n"
       "Set CUDACXX=/path/to/nvcc, or ILLADA_CUDA=off for a CPU build.")
@@ -21,3 +76,22 @@ if(NOT illada_cuda STREQUAL "off")
     message(STATUS "illada: no nvcc found, building for the CPU")
   endif()
 endif()
+
+# illada_add_cuda(target sm90|portable sources...): sources compiled for the archs they can run on, into `target`.
+function(illada_add_cuda target family)
+  set(archs "${ILLADA_CUDA_ARCH_LIST}")
+  if(family STREQUAL "sm90")
+    list(FILTER archs INCLUDE REGEX "^90a-")
+    if(NOT archs)
+      return()
+    endif()
+    target_compile_definitions(${target} PRIVATE ILLADA_BUILT_SM90A)
+  endif()
+  set(objects ${target}_cuda_${family})
+  add_library(${objects} OBJECT ${ARGN})
+  set_target_properties(${objects} PROPERTIES CUDA_ARCHITECTURES "${archs}" CUDA_STANDARD 17 CUDA_STANDARD_REQUIRED ON
+    CUDA_VISIBILITY_PRESET hidden POSITION_INDEPENDENT_CODE ON)
+  target_include_directories(${objects} PRIVATE csrc csrc/include)
+  target_compile_options(${objects} PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall;-lineinfo;${ILLADA_NVCC_FLAGS}>")
+  target_sources(${target} PRIVATE $<TARGET_OBJECTS:${objects}>)
+endfunction()

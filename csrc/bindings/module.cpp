@@ -2,6 +2,8 @@
 // checks of shapes and dtypes and all allocation are in illada.ops, the checks of values in the launch functions.
 #include <pybind11/pybind11.h>
 
+#include <tuple>
+
 #include "cpu/denormals.h"
 #include "illada/illada.h"
 
@@ -13,6 +15,22 @@ namespace {
 template <typename T>
 T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
+}
+
+#if defined(ILLADA_WITH_CUDA)
+constexpr bool kWithCuda = true;
+#else
+constexpr bool kWithCuda = false;
+#endif
+
+// A launch on a GPU, where this build has any. A template, so that CPU builds name no symbol that they do not have.
+template <auto launch, typename Params>
+void on_gpu(const Params& params) {
+  if constexpr (kWithCuda) {
+    launch(params);
+  } else {
+    throw NotSupported("illada: this build has no CUDA kernels");
+  }
 }
 
 loss::MaskedCrossEntropyParams cross_entropy_params(uintptr_t logits, int64_t logits_row_stride, uintptr_t rows,
@@ -46,42 +64,59 @@ void cross_entropy(Args... args) {
   launch(params);
 }
 
-void sample_tokens(uintptr_t logits, int64_t logits_row_stride, int64_t num_rows, int64_t vocab_size, int dtype,
-                   float temperature, int64_t seed, int64_t step, uintptr_t temperatures, uintptr_t seeds,
-                   uintptr_t steps, uintptr_t row_ids, uintptr_t bias_ids, uintptr_t bias_values, int64_t bias_count,
-                   int64_t bias_row_stride, int measure, uintptr_t token, uintptr_t confidence, uintptr_t logprob,
-                   uintptr_t entropy, uintptr_t margin, int num_threads) {
+// What sample_tokens and linear_sample_tokens share, as one tuple: temperature, seed, step, temperatures, seeds, steps,
+// row_ids, bias_ids, bias_values, bias_count, bias_row_stride, measure, token, confidence, logprob, entropy, margin.
+using SampleArguments =
+    std::tuple<float, int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t,
+               int64_t, int, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t>;
+// Of a CUDA call: device, stream, workspace, workspace_bytes. A negative device is the CPU.
+using LaunchArguments = std::tuple<int, uintptr_t, uintptr_t, int64_t>;
+
+remask::SampleTokensParams sample_params(int64_t num_rows, int64_t vocab_size, int dtype, const SampleArguments& sample,
+                                         const LaunchArguments& launch) {
   remask::SampleTokensParams p;
-  p.logits = pointer<const void>(logits);
-  p.logits_row_stride = logits_row_stride;
   p.num_rows = num_rows;
   p.vocab_size = vocab_size;
   p.dtype = DType(dtype);
-  p.temperature = temperature;
-  p.seed = seed;
-  p.step = int32_t(step);
-  p.temperatures = pointer<const float>(temperatures);
-  p.seeds = pointer<const int64_t>(seeds);
-  p.steps = pointer<const int32_t>(steps);
-  p.row_ids = pointer<const int64_t>(row_ids);
-  p.bias_ids = pointer<const int32_t>(bias_ids);
-  p.bias_values = pointer<const float>(bias_values);
-  p.bias_count = bias_count;
-  p.bias_row_stride = bias_row_stride;
-  p.measure = remask::Measure(measure);
-  p.token = pointer<int64_t>(token);
-  p.confidence = pointer<float>(confidence);
-  p.logprob = pointer<float>(logprob);
-  p.entropy = pointer<float>(entropy);
-  p.margin = pointer<float>(margin);
+  p.temperature = std::get<0>(sample);
+  p.seed = std::get<1>(sample);
+  p.step = int32_t(std::get<2>(sample));
+  p.temperatures = pointer<const float>(std::get<3>(sample));
+  p.seeds = pointer<const int64_t>(std::get<4>(sample));
+  p.steps = pointer<const int32_t>(std::get<5>(sample));
+  p.row_ids = pointer<const int64_t>(std::get<6>(sample));
+  p.bias_ids = pointer<const int32_t>(std::get<7>(sample));
+  p.bias_values = pointer<const float>(std::get<8>(sample));
+  p.bias_count = std::get<9>(sample);
+  p.bias_row_stride = std::get<10>(sample);
+  p.measure = remask::Measure(std::get<11>(sample));
+  p.token = pointer<int64_t>(std::get<12>(sample));
+  p.confidence = pointer<float>(std::get<13>(sample));
+  p.logprob = pointer<float>(std::get<14>(sample));
+  p.entropy = pointer<float>(std::get<15>(sample));
+  p.margin = pointer<float>(std::get<16>(sample));
+  p.launch = {std::get<0>(launch), pointer<void>(std::get<1>(launch))};
+  p.workspace = pointer<void>(std::get<2>(launch));
+  p.workspace_bytes = std::get<3>(launch);
+  return p;
+}
+
+void sample_tokens(uintptr_t logits, int64_t logits_row_stride, int64_t num_rows, int64_t vocab_size, int dtype,
+                   const SampleArguments& sample, int num_threads, const LaunchArguments& launch) {
+  auto p = sample_params(num_rows, vocab_size, dtype, sample, launch);
+  p.logits = pointer<const void>(logits);
+  p.logits_row_stride = logits_row_stride;
   p.num_threads = num_threads;
   py::gil_scoped_release release;
-  remask::sample_tokens_cpu(p);
+  if (p.launch.device < 0) return remask::sample_tokens_cpu(p);
+  on_gpu<remask::sample_tokens_cuda>(p);
 }
 
 void remask_tokens(uintptr_t tokens, bool tokens_are_int64, int64_t num_tokens, uintptr_t rows, uintptr_t cu_rows,
                    int64_t num_rows, int64_t num_sequences, uintptr_t token, uintptr_t confidence, uintptr_t entropy,
-                   int rule, float limit, uintptr_t limits, int64_t mask_id, int64_t min_commit, uintptr_t committed) {
+                   int rule, float limit, uintptr_t limits, int64_t mask_id, int64_t min_commit, uintptr_t end_ids,
+                   int64_t num_end_ids, uintptr_t committed, uintptr_t remaining, uintptr_t finished,
+                   uintptr_t ended, int device, uintptr_t stream) {
   remask::RemaskParams p;
   p.tokens = pointer<void>(tokens);
   p.tokens_are_int64 = tokens_are_int64;
@@ -95,12 +130,19 @@ void remask_tokens(uintptr_t tokens, bool tokens_are_int64, int64_t num_tokens, 
   p.entropy = pointer<const float>(entropy);
   p.rule = remask::Rule(rule);
   p.limit = limit;
-  p.limits = pointer<const float>(limits);
+  p.limits = pointer<const void>(limits);
   p.mask_id = mask_id;
   p.min_commit = min_commit;
+  p.end_ids = pointer<const int64_t>(end_ids);
+  p.num_end_ids = num_end_ids;
   p.committed = pointer<int32_t>(committed);
+  p.remaining = pointer<int32_t>(remaining);
+  p.finished = pointer<bool>(finished);
+  p.ended = pointer<bool>(ended);
+  p.launch = {device, pointer<void>(stream)};
   py::gil_scoped_release release;
-  remask::remask_cpu(p);
+  if (device < 0) return remask::remask_cpu(p);
+  on_gpu<remask::remask_cuda>(p);
 }
 
 py::dict info() {
@@ -128,7 +170,17 @@ PYBIND11_MODULE(_C, m) {
   m.def("masked_cross_entropy_backward",
         &cross_entropy<&loss::masked_cross_entropy_backward_cpu, uintptr_t, int64_t, uintptr_t, uintptr_t, uintptr_t,
                        uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t, int64_t, float, int, int>);
+  py::register_exception_translator([](std::exception_ptr thrown) {
+    try {
+      if (thrown) std::rethrow_exception(thrown);
+    } catch (const NotSupported& error) {
+      py::set_error(PyExc_NotImplementedError, error.what());
+    }
+  });
   m.def("sample_tokens", &sample_tokens);
+#if defined(ILLADA_WITH_CUDA)
+  m.def("sample_tokens_workspace", &remask::sample_tokens_workspace);
+#endif
   m.def("remask", &remask_tokens);
   m.def("flush_denormals", &cpu::flush_denormals);
 }

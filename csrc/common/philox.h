@@ -4,9 +4,9 @@
 #include <cstdint>
 
 #if defined(__CUDACC__)
-#define ILLADA_HOST_DEVICE __host__ __device__
+#define ILLADA_HOST_DEVICE __host__ __device__ __forceinline__
 #else
-#define ILLADA_HOST_DEVICE
+#define ILLADA_HOST_DEVICE inline
 #endif
 
 namespace illada {
@@ -23,7 +23,10 @@ struct PhiloxWords {
   uint32_t word[4];
 };
 
-ILLADA_HOST_DEVICE inline PhiloxWords philox4x32(PhiloxWords c, uint32_t key0, uint32_t key1) {
+ILLADA_HOST_DEVICE PhiloxWords philox4x32(PhiloxWords c, uint32_t key0, uint32_t key1) {
+#if defined(__CUDA_ARCH__)
+#pragma unroll
+#endif
   for (int round = 0; round < 10; ++round) {
     const uint64_t p0 = uint64_t(kPhiloxM0) * c.word[0], p1 = uint64_t(kPhiloxM1) * c.word[2];
     c = {{uint32_t(p1 >> 32) ^ c.word[1] ^ key0, uint32_t(p1), uint32_t(p0 >> 32) ^ c.word[3] ^ key1, uint32_t(p0)}};

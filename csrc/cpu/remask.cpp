@@ -49,6 +49,7 @@ void validate(const RemaskParams& p) {
                "tokens, rows and the sample must not be null");
   ILLADA_CHECK(p.rule != Rule::kEntropyBound || p.entropy || p.num_rows == 0, kOp,
                "entropy_bound needs a sample with entropies");
+  ILLADA_CHECK(p.num_end_ids == 0 || p.end_ids, kOp, "end_ids must not be null");
   ILLADA_CHECK(p.min_commit >= 0, kOp, "min_commit must not be negative, got ", p.min_commit);
   ILLADA_CHECK(p.cu_rows[0] == 0 && p.cu_rows[p.num_sequences] == p.num_rows, kOp, "cu_rows must run from 0 to ",
                p.num_rows, ", got ", p.cu_rows[0], " to ", p.cu_rows[p.num_sequences]);
@@ -61,13 +62,18 @@ void validate(const RemaskParams& p) {
 }
 
 // How many of the ranked candidates a prefix rule takes.
-int64_t count_by_rule(const RemaskParams& p, float limit, const std::vector<int64_t>& ranked) {
+int64_t count_by_rule(const RemaskParams& p, int64_t s, const std::vector<int64_t>& ranked) {
   const int64_t candidates = int64_t(ranked.size());
+  if (p.rule == Rule::kQuota) {
+    const int64_t quota = p.limits ? static_cast<const int32_t*>(p.limits)[s] : int64_t(p.limit);
+    return std::clamp(quota, int64_t(0), candidates);
+  }
+  const float limit = p.limits ? static_cast<const float*>(p.limits)[s] : p.limit;
   int64_t count = 0;
   double entropies = 0;
   switch (p.rule) {
     case Rule::kQuota:
-      return std::clamp(int64_t(limit), int64_t(0), candidates);
+      break;
     case Rule::kThreshold:
       while (count < candidates && p.confidence[ranked[count]] >= limit) ++count;
       break;
@@ -86,9 +92,10 @@ int64_t count_by_rule(const RemaskParams& p, float limit, const std::vector<int6
 template <typename Token>
 void remask_sequence(const RemaskParams& p, Token* tokens, int64_t s) {
   std::vector<int64_t> ranked;
-  for (int64_t n = p.cu_rows[s]; n < p.cu_rows[s + 1]; ++n)
+  for (int64_t n = p.cu_rows[s]; n < p.cu_rows[s + 1]; ++n) {
     if (tokens[p.rows[n]] == p.mask_id && p.confidence[n] > -std::numeric_limits<float>::infinity())
       ranked.push_back(n);
+  }
   if (p.rule == Rule::kEntropyBound) {
     std::sort(ranked.begin(), ranked.end(),
               [&](int64_t a, int64_t b) { return p.entropy[a] != p.entropy[b] ? p.entropy[a] < p.entropy[b] : a < b; });
@@ -97,9 +104,19 @@ void remask_sequence(const RemaskParams& p, Token* tokens, int64_t s) {
       return p.confidence[a] != p.confidence[b] ? p.confidence[a] > p.confidence[b] : a < b;
     });
   }
-  const int64_t count = count_by_rule(p, p.limits ? p.limits[s] : p.limit, ranked);
-  for (int64_t r = 0; r < count; ++r) tokens[p.rows[ranked[r]]] = Token(p.token[ranked[r]]);
+  const int64_t count = count_by_rule(p, s, ranked);
+  bool ended = false;
+  for (int64_t r = 0; r < count; ++r) {
+    const int64_t token = p.token[ranked[r]];
+    tokens[p.rows[ranked[r]]] = Token(token);
+    ended |= std::find(p.end_ids, p.end_ids + p.num_end_ids, token) != p.end_ids + p.num_end_ids;
+  }
   p.committed[s] = int32_t(count);
+  if (p.ended) p.ended[s] = ended;
+  int32_t remaining = 0;
+  for (int64_t n = p.cu_rows[s]; n < p.cu_rows[s + 1]; ++n) remaining += tokens[p.rows[n]] == p.mask_id;
+  if (p.remaining) p.remaining[s] = remaining;
+  if (p.finished) p.finished[s] = remaining == 0;
 }
 
 }  // namespace

@@ -43,10 +43,21 @@ def build_info() -> dict[str, object]:
     return native().build_info()
 
 
+@functools.cache
+def has_cuda() -> bool:
+    """Were CUDA kernels built?"""
+    return bool(build_info()["cuda_archs"])
+
+
 def require_cuda_build(op: str) -> None:
     """NotImplementedError for an op called with CUDA tensors on a build that has no CUDA kernels."""
-    info = build_info()
-    built = info["cuda_archs"] or "none (this build has no CUDA kernels)"
-    raise NotImplementedError(
-        f"{op}: no CUDA kernel for this call; built CUDA archs: {built}; supported here: CPU tensors"
-    )
+    if not has_cuda():
+        raise NotImplementedError(
+            f"{op}: this build has no CUDA kernels; supported here: CPU tensors. "
+            "Install again where there is an nvcc (`illada info` says what was built)"
+        )
+
+
+def refuse_cuda(op: str) -> None:
+    """NotImplementedError for an op that has no CUDA kernel in this version."""
+    raise NotImplementedError(f"{op}: this version has no CUDA kernel for this op; supported: CPU tensors")

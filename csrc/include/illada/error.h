@@ -1,4 +1,4 @@
-// The one exception of the C++ API. Nothing in illada prints, asserts or exits for a caller's mistake.
+// The exceptions of the C++ API. Nothing in illada prints, asserts or exits for a caller's mistake.
 #pragma once
 
 #include <sstream>
@@ -14,13 +14,19 @@ class Error : public std::invalid_argument {
   using std::invalid_argument::invalid_argument;
 };
 
+// A legal call for which nothing was built: this GPU, this dtype, this shape.
+class NotSupported : public Error {
+ public:
+  using Error::Error;
+};
+
 namespace detail {
-template <typename... Parts>
+template <typename Exception = Error, typename... Parts>
 [[noreturn]] void fail(const char* op, Parts&&... parts) {
   std::ostringstream message;
   message << op << ": ";
   (message << ... << std::forward<Parts>(parts));
-  throw Error(message.str());
+  throw Exception(message.str());
 }
 }  // namespace detail
 

@@ -18,7 +18,7 @@ struct BuildInfo {
   bool openmp = false;       // rows are spread over threads
   std::string cpu_isa;       // the instruction set chosen at run time: "avx512", "avx2" or "baseline"
   std::string cuda_version;  // toolkit, empty without CUDA
-  std::string cuda_archs;    // "80-real;90a-real;90-virtual", empty without CUDA
+  std::string cuda_archs;    // "80-real 90a-real 90-virtual", empty without CUDA
 };
 BuildInfo build_info();
 

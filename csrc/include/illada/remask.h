@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "illada/cuda.h"
 #include "illada/dtype.h"
 
 namespace illada::remask {
@@ -24,7 +25,7 @@ struct SampleTokensParams {
   int64_t logits_row_stride = 0;  // in elements; the last dimension is contiguous
   int64_t num_rows = 0;
   int64_t vocab_size = 0;         // 1 .. 2^31 - 1
-  DType dtype = DType::kFloat32;  // kFloat32 or kBFloat16
+  DType dtype = DType::kFloat32;  // kFloat16 on CUDA only
   float temperature = 0.0f;       // used where `temperatures` is null
   int64_t seed = 0;
   int32_t step = 0;
@@ -42,10 +43,20 @@ struct SampleTokensParams {
   float* logprob = nullptr;     // [num_rows]
   float* entropy = nullptr;     // [num_rows] or null
   float* margin = nullptr;      // [num_rows] or null
-  int num_threads = 1;
+  int num_threads = 1;          // CPU
+  CudaLaunch launch;            // CUDA, as are the next two
+  void* workspace = nullptr;    // 16-byte aligned; contents need not be kept or set
+  int64_t workspace_bytes = 0;  // at least sample_tokens_workspace(...)
 };
 
 void sample_tokens_cpu(const SampleTokensParams& params);
+
+// On compute capability 8.0 and newer. Values on the device (row_ids, bias ids, temperatures) are not checked; ids
+// outside of the vocabulary are skipped.
+void sample_tokens_cuda(const SampleTokensParams& params);
+
+// Bytes of workspace that sample_tokens_cuda needs, 0 where every row is one CTA's.
+int64_t sample_tokens_workspace(int64_t num_rows, int64_t vocab_size, int device);
 
 // Which candidates of a sequence are committed, ranked by (confidence descending, row ascending), or by (entropy
 // ascending, row ascending) for kEntropyBound. Values are part of the binary interface with the bindings.
@@ -70,13 +81,23 @@ struct RemaskParams {
   const float* confidence = nullptr;  // [num_rows]
   const float* entropy = nullptr;     // [num_rows]; needed by kEntropyBound alone
   Rule rule = Rule::kQuota;
-  float limit = 0.0f;             // used where `limits` is null
-  const float* limits = nullptr;  // [num_sequences] or null
+  float limit = 0.0f;            // used where `limits` is null
+  const void* limits = nullptr;  // [num_sequences] or null; int32 for kQuota, float for the others
   int64_t mask_id = 0;
-  int64_t min_commit = 1;        // at least so many, if there are that many candidates; not for kQuota
+  int64_t min_commit = 1;             // at least so many, if there are that many candidates; not for kQuota
+  const int64_t* end_ids = nullptr;   // [num_end_ids], tokens that end a sequence
+  int64_t num_end_ids = 0;
   int32_t* committed = nullptr;  // [num_sequences], how many were committed
+  int32_t* remaining = nullptr;  // [num_sequences] or null: how many of the rows still hold mask_id
+  bool* finished = nullptr;      // [num_sequences] or null: remaining == 0
+  bool* ended = nullptr;         // [num_sequences] or null: was one of end_ids committed?
+  CudaLaunch launch;             // CUDA only
 };
 
 void remask_cpu(const RemaskParams& params);
+
+// On compute capability 8.0 and newer. Rows outside of `tokens` are skipped; the rows of a sequence must be distinct.
+// Candidates are kept in registers up to 8192 of them; more are read again in each round of the selection.
+void remask_cuda(const RemaskParams& params);
 
 }  // namespace illada::remask

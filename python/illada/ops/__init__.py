@@ -6,11 +6,12 @@
 from illada.ops.attention import attention_plan, varlen_attention
 from illada.ops.loss import linear_masked_cross_entropy, masked_cross_entropy
 from illada.ops.remask import linear_sample_tokens, remask, sample_tokens
-from illada.ops.types import AttentionPlan, LogitBias, TokenSample
+from illada.ops.types import AttentionPlan, LogitBias, RemaskStatus, TokenSample
 
 __all__ = [
     "AttentionPlan",
     "LogitBias",
+    "RemaskStatus",
     "TokenSample",
     "attention_plan",
     "linear_masked_cross_entropy",

@@ -87,12 +87,20 @@ def raise_on_double_backward(op: str) -> None:
     torch.library.register_autograd(f"illada::{op}", backward, lib=LIBRARY)
 
 
-def implement(op: str, cpu: Callable, fake: Callable) -> None:
-    """Register the CPU kernel and the fake (shape) kernel of a defined op."""
+def implement(op: str, fake: Callable, *, cpu: Callable, cuda: Callable | None = None) -> None:
+    """Register the kernels and the fake (shape) kernel of a defined op."""
     LIBRARY.impl(op, cpu, "CPU")
+    if cuda is not None:
+        LIBRARY.impl(op, cuda, "CUDA")
     torch.library.register_fake(f"illada::{op}", fake, lib=LIBRARY)
 
 
 def address(tensor: Tensor | None) -> int:
     """The address of the first element, 0 for None or an empty tensor."""
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def stream(device: torch.device) -> int:
+    """The current CUDA stream of `device`, as an address; looked up anew at every call."""
+    raw = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # what Inductor uses; private, so with a way around it
+    return raw(device.index) if raw is not None else torch.cuda.current_stream(device).cuda_stream

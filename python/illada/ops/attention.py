@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from illada._native import native, require_cuda_build
+from illada._native import native, refuse_cuda
 from illada.ops import _library as lib
 from illada.ops.types import AttentionPlan
 
@@ -181,9 +181,9 @@ def _backward(ctx, dout, dlse):
     return *grads, None, None, None
 
 
-lib.implement("attention_plan", _plan_cpu, _plan_fake)
-lib.implement("varlen_attention_fwd", _fwd_cpu, _fwd_fake)
-lib.implement("varlen_attention_bwd", _bwd_cpu, _bwd_fake)
+lib.implement("attention_plan", _plan_fake, cpu=_plan_cpu)
+lib.implement("varlen_attention_fwd", _fwd_fake, cpu=_fwd_cpu)
+lib.implement("varlen_attention_bwd", _bwd_fake, cpu=_bwd_cpu)
 torch.library.register_autograd(
     "illada::varlen_attention_fwd", _backward, setup_context=_setup_context, lib=lib.LIBRARY
 )
@@ -248,7 +248,7 @@ def attention_plan(
     if num_kv_heads < 1 or num_heads % num_kv_heads:
         raise ValueError(f"{op}: num_heads {num_heads} must be a multiple of num_kv_heads {num_kv_heads}")
     if cu_seqlens.is_cuda:
-        require_cuda_build(op)
+        refuse_cuda(op)
     work = torch.ops.illada.attention_plan(cu_seqlens, cu_seqlens_k, seqused_k, total_q)
     return AttentionPlan(work, num_heads, num_kv_heads, head_dim, total_q)
 
@@ -308,7 +308,7 @@ def varlen_attention(
             f"{op}: k has {k.shape[0]} tokens and q has {q.shape[0]}; without cu_seqlens_k they must agree"
         )
     if q.is_cuda:
-        require_cuda_build(op)
+        refuse_cuda(op)
     shape = {"num_heads": q.shape[1], "num_kv_heads": k.shape[1], "head_dim": q.shape[2], "total_q": q.shape[0]}
     if plan is None:
         plan = attention_plan(cu_seqlens, cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k, **shape)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from illada._native import native, require_cuda_build
+from illada._native import native, refuse_cuda
 from illada.ops import _library as lib
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # illada::DType
@@ -222,10 +222,10 @@ def _backward(ctx, dloss, *unused):
     return grad, None, None, None, None
 
 
-lib.implement("linear_masked_ce_fwd", _linear_fwd_cpu, _linear_fwd_fake)
-lib.implement("linear_masked_ce_bwd", _linear_bwd, _linear_bwd_fake)
-lib.implement("masked_ce_fwd", _fwd_cpu, _fwd_fake)
-lib.implement("masked_ce_bwd", _bwd_cpu, _bwd_fake)
+lib.implement("linear_masked_ce_fwd", _linear_fwd_fake, cpu=_linear_fwd_cpu)
+lib.implement("linear_masked_ce_bwd", _linear_bwd_fake, cpu=_linear_bwd)
+lib.implement("masked_ce_fwd", _fwd_fake, cpu=_fwd_cpu)
+lib.implement("masked_ce_bwd", _bwd_fake, cpu=_bwd_cpu)
 torch.library.register_autograd(
     "illada::linear_masked_ce_fwd", _linear_backward, setup_context=_linear_setup_context, lib=lib.LIBRARY
 )
@@ -331,7 +331,7 @@ def linear_masked_cross_entropy(
     if grad_weight_dtype not in (None, torch.float32, torch.bfloat16):
         raise TypeError(f"{op}: grad_weight_dtype must be float32 or bfloat16, got {grad_weight_dtype}")
     if hidden.is_cuda:
-        require_cuda_build(op)
+        refuse_cuda(op)
     normalizer, scale = _split_normalizer(op, normalizer)
     grad_enabled = torch.is_grad_enabled()
     loss, nll, _, _ = torch.ops.illada.linear_masked_ce_fwd(
@@ -382,7 +382,7 @@ def masked_cross_entropy(
         op, ("logits", logits), ("targets", targets), ("token_weights", token_weights), ("rows", rows)
     )
     if logits.is_cuda:
-        require_cuda_build(op)
+        refuse_cuda(op)
     normalizer, scale = _split_normalizer(op, normalizer)
     if rows is not None:
         index = rows.long()

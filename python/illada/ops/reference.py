@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 
 from illada.ops.philox import philox4x32
-from illada.ops.types import SAMPLE_STREAM, SAMPLE_STREAM_LOW_BITS, SAMPLE_STREAM_RANDOM_MEASURE, LogitBias, TokenSample
+from illada.ops.types import (
+    SAMPLE_STREAM,
+    SAMPLE_STREAM_LOW_BITS,
+    SAMPLE_STREAM_RANDOM_MEASURE,
+    LogitBias,
+    RemaskStatus,
+    TokenSample,
+)
 
 
 def varlen_attention(
@@ -178,14 +185,17 @@ def remask(
     entropy_bound: float | Tensor | None = None,
     mask_id: int,
     min_commit: int = 1,
-) -> Tensor:
+    end_ids: Tensor | None = None,
+    return_status: bool = False,
+) -> Tensor | RemaskStatus:
     """Commit the chosen candidates of each sequence to `tokens`, in place; the rest stay masks.
 
     Rules, with candidates ranked by confidence c (by entropy H, ascending, for the last one), rank r from 1:
     quota k: r <= k. threshold tau: c >= tau. factor f: the longest prefix with c_(r) > 1 - f / (r + 1).
     entropy_bound gamma: the longest prefix with sum H_(1..r) - max H_(1..r) <= gamma.
     """
-    committed = torch.zeros(len(cu_rows) - 1, dtype=torch.int32)
+    committed, remaining = torch.zeros(2, len(cu_rows) - 1, dtype=torch.int32)
+    ended = torch.zeros(len(committed), dtype=torch.bool)
     for s in range(len(committed)):
         mine = [
             n
@@ -216,8 +226,10 @@ def remask(
             count = max(count, min_commit)
         for n in mine[:count]:
             tokens[rows[n]] = sample.token[n]
+            ended[s] |= end_ids is not None and bool((end_ids == sample.token[n]).any())
         committed[s] = min(count, len(mine))
-    return committed
+        remaining[s] = sum(int(tokens[rows[n]] == mask_id) for n in range(int(cu_rows[s]), int(cu_rows[s + 1])))
+    return RemaskStatus(committed, remaining, remaining == 0, ended) if return_status else committed
 
 
 def _prefix(passes) -> int:

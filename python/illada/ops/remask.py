@@ -6,9 +6,11 @@ One pass over each row of logits, in which the softmax, its runner-up and entrop
 together. The noise is a pure function of its key (Philox4x32-10), so a sequence samples the same tokens whatever else
 is in the batch. Formulas of the commit rules: `illada.ops.reference.remask`.
 
-| device | logits            | tokens       | kernel                                                            |
-|--------|-------------------|--------------|-------------------------------------------------------------------|
-| CPU    | float32, bfloat16 | int64, int32 | native row loop (csrc/cpu), AVX-512/AVX2/baseline chosen at run time |
+| device          | logits                     | tokens       | kernel                                                      |
+|-----------------|----------------------------|--------------|-------------------------------------------------------------|
+| CPU             | float32, bfloat16          | int64, int32 | csrc/cpu, AVX-512, AVX2 or baseline chosen at run time        |
+| sm_80 and newer | float32, bfloat16, float16 | int64, int32 | csrc/remask; `linear_sample_tokens`: torch.mm on row chunks    |
+| sm_90a          | the same                   | the same     | the same; `linear_sample_tokens` (16-bit) never writes logits  |
 """
 
 from __future__ import annotations
@@ -19,15 +21,16 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from illada._native import native, require_cuda_build
+from illada._native import require_cuda_build
 from illada.ops import _library as lib
-from illada.ops.types import MEASURES, LogitBias, TokenSample
+from illada.ops import raw
+from illada.ops.types import MEASURES, RULES, LogitBias, RemaskStatus, TokenSample
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # illada::DType
-_RULES = ("quota", "threshold", "factor", "entropy_bound")  # illada::remask::Rule
+_DTYPES_CPU = (torch.float32, torch.bfloat16)
 
-#: Logits of one chunk of `linear_sample_tokens` on a CPU: stays in the last-level cache for small vocabularies.
+#: Logits of one chunk of `linear_sample_tokens`. CPU: stays in the last-level cache for small vocabularies.
 _CHUNK_BYTES_CPU = 32 << 20
+_CHUNK_BYTES_CUDA = 256 << 20  # 800 rows of 155,136 ids: enough for the GEMM, little beside the weight
 
 _SAMPLE_ARGUMENTS = (
     "float temperature, int seed, int step, Tensor? temperatures, Tensor? seeds, Tensor? steps, Tensor? row_ids, "
@@ -40,13 +43,13 @@ lib.LIBRARY.define(
     tags=lib.TAGS,
 )
 lib.LIBRARY.define(
-    "remask(Tensor(a!) tokens, Tensor rows, Tensor cu_rows, Tensor token, Tensor confidence, Tensor? entropy, "
-    "int rule, float limit, Tensor? limits, int mask_id, int min_commit) -> Tensor",
+    "remask(Tensor(a!) tokens, Tensor rows, Tensor cu_rows, Tensor token, Tensor confidence, Tensor? entropy, int rule, "
+    "float limit, Tensor? limits, int mask_id, int min_commit, Tensor? end_ids) -> (Tensor, Tensor, Tensor, Tensor)",
     tags=lib.TAGS,
 )
 
 
-# ---------------------------------------------------------------------------------------------------- kernels (CPU)
+# ---------------------------------------------------------------------------------------------------------- kernels
 
 
 def _allocate(like: Tensor, rows: int, want_entropy: bool, want_margin: bool) -> tuple[Tensor, ...]:
@@ -56,57 +59,52 @@ def _allocate(like: Tensor, rows: int, want_entropy: bool, want_margin: bool) ->
     return tuple(like.new_empty(size, dtype=dtype) for size, dtype in zip(sizes, dtypes, strict=True))
 
 
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
 def _sample_into(out: Sequence[Tensor], logits: Tensor, *arguments) -> None:
     """`arguments` as in the ops' schemas, without the two flags that `out` already answers."""
-    temperature, seed, step, temperatures, seeds, steps, row_ids, bias_ids, bias_values, measure = arguments
-    per_row = [None if t is None else t.contiguous() for t in (temperatures, seeds, steps, row_ids)]
-    bias = [None if t is None else t.contiguous() for t in (bias_ids, bias_values)]
-    bias_count, bias_stride = 0, 0
-    if bias[0] is not None:
-        bias_count = bias[0].shape[-1]
-        bias_stride = bias_count if bias[0].dim() == 2 else 0
-    native().sample_tokens(
-        *(lib.address(logits), logits.stride(0), *logits.shape, _DTYPES[logits.dtype]),
-        *(temperature, seed, step, *(lib.address(t) for t in per_row)),
-        *(*(lib.address(t) for t in bias), bias_count, bias_stride),
-        *(measure, *(lib.address(t) for t in out), torch.get_num_threads()),
-    )
+    numbers, tensors, measure = arguments[:3], arguments[3:9], arguments[9]
+    size = raw.sample_tokens_workspace(*logits.shape, logits.device)
+    workspace = logits.new_empty(size, dtype=torch.uint8) if size else None
+    raw.sample_tokens(TokenSample(*out), logits, *numbers, *_contiguous(*tensors), measure, workspace=workspace)
 
 
-def _sample_cpu(logits, *arguments):
+def _sample(logits, *arguments):
     out = _allocate(logits, logits.shape[0], *arguments[-2:])
     _sample_into(out, logits, *arguments[:-2])
     return out
 
 
-def _linear_sample_cpu(hidden, weight, rows, *arguments):
+def _linear_sample_chunks(hidden, weight, rows, *arguments):
+    """torch.mm on chunks of rows, each sampled before the next one is made."""
     numbers, (temperatures, seeds, steps, row_ids), biases = arguments[:3], arguments[3:7], arguments[7:9]
     measure = arguments[9]
     count = len(hidden) if rows is None else len(rows)
     out = _allocate(hidden, count, *arguments[-2:])
     if row_ids is None:
-        row_ids = torch.arange(count)  # of the whole call, not of a chunk
-    chunk_rows = max(128, _CHUNK_BYTES_CPU // (weight.shape[0] * weight.element_size()))
+        row_ids = torch.arange(count, device=hidden.device)  # of the whole call, not of a chunk
+    chunk_bytes = _CHUNK_BYTES_CUDA if hidden.is_cuda else _CHUNK_BYTES_CPU
+    chunk_rows = max(128, chunk_bytes // (weight.shape[0] * weight.element_size()))
     for start in range(0, count, chunk_rows):
         part = slice(start, min(start + chunk_rows, count))
-        selected = hidden[part] if rows is None else hidden[rows[part].long()]
+        selected = hidden[part] if rows is None else hidden.index_select(0, rows[part])
         per_row = (None if t is None else t[part] for t in (temperatures, seeds, steps, row_ids))
         bias = (t if t is None or t.dim() == 1 else t[part] for t in biases)
         _sample_into([t[part] for t in out], selected @ weight.t(), *numbers, *per_row, *bias, measure)
     return out
 
 
-def _remask_cpu(tokens, rows, cu_rows, token, confidence, entropy, rule, limit, limits, mask_id, min_commit):
-    committed = torch.empty(len(cu_rows) - 1, dtype=torch.int32)
+def _remask(tokens, rows, cu_rows, token, confidence, entropy, rule, limit, limits, mask_id, min_commit, end_ids):
+    out = _remask_fake(tokens, rows, cu_rows)
     rows, cu_rows, token, confidence = (t.contiguous() for t in (rows, cu_rows, token, confidence))
-    entropy, limits = (None if t is None else t.contiguous() for t in (entropy, limits))
-    native().remask(
-        *(lib.address(tokens), tokens.dtype == torch.int64, tokens.shape[0]),
-        *(lib.address(rows), lib.address(cu_rows), rows.shape[0], committed.shape[0]),
-        *(lib.address(token), lib.address(confidence), lib.address(entropy)),
-        *(rule, limit, lib.address(limits), mask_id, min_commit, lib.address(committed)),
+    entropy, limits, end_ids = _contiguous(entropy, limits, end_ids)
+    raw.remask(
+        *(RemaskStatus(*out), tokens, rows, cu_rows, token, confidence, entropy),
+        *(rule, limit, limits, mask_id, min_commit, end_ids),
     )
-    return committed
+    return out
 
 
 # --------------------------------------------------------------------------------------------- fakes and FLOP counts
@@ -121,12 +119,13 @@ def _linear_sample_fake(hidden, weight, rows, *arguments):
 
 
 def _remask_fake(tokens, rows, cu_rows, *arguments):
-    return cu_rows.new_empty(cu_rows.shape[0] - 1)
+    dtypes = (torch.int32, torch.int32, torch.bool, torch.bool)
+    return tuple(cu_rows.new_empty(cu_rows.shape[0] - 1, dtype=dtype) for dtype in dtypes)
 
 
-lib.implement("sample_tokens", _sample_cpu, _sample_fake)
-lib.implement("linear_sample_tokens", _linear_sample_cpu, _linear_sample_fake)
-lib.implement("remask", _remask_cpu, _remask_fake)
+lib.implement("sample_tokens", _sample_fake, cpu=_sample, cuda=_sample)
+lib.implement("linear_sample_tokens", _linear_sample_fake, cpu=_linear_sample_chunks, cuda=_linear_sample_chunks)
+lib.implement("remask", _remask_fake, cpu=_remask, cuda=_remask)
 
 
 @register_flop_formula(torch.ops.illada.linear_sample_tokens, get_raw=True)
@@ -135,6 +134,11 @@ def _linear_sample_flops(hidden, weight, rows, *args, out_val=None, **kwargs) ->
 
 
 # --------------------------------------------------------------------------------------------------- public functions
+
+
+def _dtypes(tensor: Tensor) -> tuple[torch.dtype, ...]:
+    """What the kernels of this device take."""
+    return tuple(raw.DTYPES) if tensor.is_cuda else _DTYPES_CPU
 
 
 def _number_or_rows(op: str, name: str, value, default, rows: int, dtype: torch.dtype, like: Tensor):
@@ -218,7 +222,7 @@ def sample_tokens(
     """Sample one token of each row by Gumbel-max and say how sure it is.
 
     Args:
-        logits: [N, V], float32 or bfloat16, any row stride; read once.
+        logits: [N, V], float32, bfloat16 or (on CUDA) float16, any row stride; read once.
         temperature: of the noise, a number or float32 [N]; 0 is greedy.
         seed: a number or int64 [N]; the same seed, row_id and step give the same noise, always.
         step: the sampling step, a number or int32 [N].
@@ -238,7 +242,7 @@ def sample_tokens(
     """
     op = "sample_tokens"
     lib.check_shape(op, "logits", logits, ("N", "V"))
-    lib.check_dtype(op, "logits", logits, _DTYPES)
+    lib.check_dtype(op, "logits", logits, _dtypes(logits))
     lib.check_last_contiguous(op, "logits", logits)
     arguments = _sample_arguments(
         op, logits.shape[0], logits.shape[1], logits, temperature=temperature, seed=seed, step=step, row_ids=row_ids,
@@ -265,14 +269,14 @@ def linear_sample_tokens(
     """`sample_tokens` of the logits hidden[rows] @ weight^T, which never exist all at once.
 
     Args:
-        hidden: [T, C]; weight: [V, C], float32 or bfloat16 alike.
+        hidden: [T, C]; weight: [V, C], both float32, bfloat16 or (on CUDA) float16.
         rows: int32 [N], which rows of hidden to sample; default all of them. Row n of the result belongs to rows[n].
         Others as in `sample_tokens`.
     """
     op = "linear_sample_tokens"
     lib.check_shape(op, "hidden", hidden, ("T", "C"))
     lib.check_shape(op, "weight", weight, ("V", hidden.shape[1]))
-    lib.check_dtype(op, "hidden", hidden, _DTYPES)
+    lib.check_dtype(op, "hidden", hidden, _dtypes(hidden))
     lib.check_dtype(op, "weight", weight, (hidden.dtype,))
     lib.check_last_contiguous(op, "hidden", hidden)
     lib.check_last_contiguous(op, "weight", weight)
@@ -305,7 +309,9 @@ def remask(
     entropy_bound: float | Tensor | None = None,
     mask_id: int,
     min_commit: int = 1,
-) -> Tensor:
+    end_ids: Tensor | None = None,
+    return_status: bool = False,
+) -> Tensor | RemaskStatus:
     """Write the surest sampled tokens of each sequence into `tokens`, in place; all others stay masks.
 
     Args:
@@ -318,9 +324,11 @@ def remask(
             ascending entropy, whose entropies without the largest sum to <= entropy_bound (sample needs entropies).
             Exactly one rule; a number, or a tensor [S] (int32 for quota, float32 for the others).
         min_commit: commit at least so many where there are that many candidates; not for `quota`.
+        end_ids: int64 [E], the tokens that end a sequence, for RemaskStatus.ended.
+        return_status: return the RemaskStatus with all counts and flags, not `committed` alone.
 
     Returns:
-        committed: int32 [S]. Ties are broken by the lowest row.
+        committed: int32 [S], or a RemaskStatus. Ties are broken by the lowest row. Nothing is copied to the host.
 
     Raises:
         TypeError, ValueError: naming the argument. NotImplementedError: no kernel was built for this device.
@@ -336,10 +344,10 @@ def remask(
         raise ValueError(f"{op}: cu_rows must have shape [S + 1], got {list(cu_rows.shape)}")
     lib.check_shape(op, "sample.token", sample.token, tuple(rows.shape))
     lib.check_shape(op, "sample.confidence", sample.confidence, tuple(rows.shape))
-    rules = dict(zip(_RULES, (quota, threshold, factor, entropy_bound), strict=True))
+    rules = dict(zip(RULES, (quota, threshold, factor, entropy_bound), strict=True))
     given = [name for name, value in rules.items() if value is not None]
     if len(given) != 1:
-        raise ValueError(f"{op}: give exactly one of {', '.join(_RULES)}, got {', '.join(given) or 'none'}")
+        raise ValueError(f"{op}: give exactly one of {', '.join(RULES)}, got {', '.join(given) or 'none'}")
     if given[0] == "entropy_bound" and sample.entropy is None:
         raise ValueError(f"{op}: entropy_bound needs sample.entropy; sample with extras=('entropy',)")
     if min_commit < 0:
@@ -350,15 +358,22 @@ def remask(
     if isinstance(limit, Tensor):
         lib.check_shape(op, given[0], limit, (len(cu_rows) - 1,))
         lib.check_dtype(op, given[0], limit, (torch.int32 if given[0] == "quota" else torch.float32,))
-        limits, limit = limit.float(), 0.0
+        limits, limit = limit, 0.0
     elif limit != limit or (given[0] == "quota" and limit < 0):
         raise ValueError(f"{op}: {given[0]} must be a number (quota: >= 0), got {limit}")
+    if end_ids is not None:
+        lib.check_shape(op, "end_ids", end_ids, ("E",))
+        lib.check_dtype(op, "end_ids", end_ids, (torch.int64,))
     lib.check_same_device(
-        op, ("tokens", tokens), ("rows", rows), ("cu_rows", cu_rows), ("sample.token", sample.token), (given[0], limits)
-    )
+        op, ("tokens", tokens), ("rows", rows), ("cu_rows", cu_rows), ("sample.token", sample.token),
+        ("sample.confidence", sample.confidence), (given[0], limits), ("end_ids", end_ids),
+    )  # fmt: skip
     if tokens.is_cuda:
         require_cuda_build(op)
-    return torch.ops.illada.remask(
-        tokens, rows, cu_rows, sample.token, sample.confidence, sample.entropy, _RULES.index(given[0]),
-        float(limit), limits, mask_id, min_commit,
+    status = RemaskStatus(
+        *torch.ops.illada.remask(
+            tokens, rows, cu_rows, sample.token, sample.confidence, sample.entropy, RULES.index(given[0]),
+            float(limit), limits, mask_id, min_commit, end_ids,
+        )
     )  # fmt: skip
+    return status if return_status else status.committed

@@ -14,6 +14,9 @@ SAMPLE_STREAM_RANDOM_MEASURE = 18
 #: What a sampled token's confidence can be measured by.
 MEASURES = ("probability", "margin", "entropy", "random")
 
+#: By what rule `remask` commits (illada::remask::Rule).
+RULES = ("quota", "threshold", "factor", "entropy_bound")
+
 #: (ids int32, values float32), both [N, K] or [K]: `values` are added to the logits of `ids`; -1 is no id.
 LogitBias = tuple[Tensor, Tensor]
 
@@ -34,6 +37,21 @@ class TokenSample(NamedTuple):
     logprob: Tensor
     entropy: Tensor | None = None
     margin: Tensor | None = None
+
+
+class RemaskStatus(NamedTuple):
+    """What `remask` did to each of S sequences, left on the device.
+
+    committed: int32 [S], how many tokens were written.
+    remaining: int32 [S], how many of the sequence's rows still hold the mask.
+    finished: bool [S], remaining == 0.
+    ended: bool [S], was one of `end_ids` committed by this call?
+    """
+
+    committed: Tensor
+    remaining: Tensor
+    finished: Tensor
+    ended: Tensor
 
 
 class AttentionPlan(NamedTuple):

@@ -1,0 +1,98 @@
+#include "common/device.h"
+
+#include <cstdint>
+#include <map>
+#include <mutex>
+
+#include "illada/illada.h"
+
+namespace illada {
+namespace {
+
+// Do [a, a + a_bytes) and [b, b + b_bytes) share a byte?
+bool overlap(const Region& a, const Region& b) {
+  const auto begin_a = reinterpret_cast<uintptr_t>(a.data), begin_b = reinterpret_cast<uintptr_t>(b.data);
+  return a.data && b.data && begin_a < begin_b + uintptr_t(b.bytes) && begin_b < begin_a + uintptr_t(a.bytes);
+}
+
+void check_region(const char* op, const Region& region, int device_index) {
+  if (region.bytes == 0 || (region.optional && !region.data)) return;
+  ILLADA_CHECK(region.data, op, region.name, " must not be null");
+  cudaPointerAttributes attributes{};
+  ILLADA_CUDA_CHECK(op, cudaPointerGetAttributes(&attributes, region.data));
+  ILLADA_CHECK(attributes.type == cudaMemoryTypeDevice || attributes.type == cudaMemoryTypeManaged, op, region.name,
+               " must be device memory, got a pointer to host memory");
+  ILLADA_CHECK(attributes.type == cudaMemoryTypeManaged || attributes.device == device_index, op, region.name,
+               " is memory of device ", attributes.device, ", but the launch is on device ", device_index);
+}
+
+}  // namespace
+
+void check_regions(const char* op, const CudaLaunch& launch, std::initializer_list<Region> inputs,
+                   std::initializer_list<Region> outputs) {
+  for (const Region& region : inputs) check_region(op, region, launch.device);
+  for (const Region& region : outputs) check_region(op, region, launch.device);
+  for (const Region* out = outputs.begin(); out != outputs.end(); ++out) {
+    for (const Region& in : inputs)
+      ILLADA_CHECK(!overlap(*out, in), op, out->name, " overlaps ", in.name, "; an output must not share memory");
+    for (const Region* other = out + 1; other != outputs.end(); ++other)
+      ILLADA_CHECK(!overlap(*out, *other), op, out->name, " overlaps ", other->name,
+                   "; an output must not share memory");
+  }
+}
+
+const Device& device(const char* op, int index) {
+  static std::mutex mutex;
+  static std::map<int, Device> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find(index);
+  if (found != known.end()) return found->second;
+  cudaDeviceProp properties{};
+  ILLADA_CUDA_CHECK(op, cudaGetDeviceProperties(&properties, index));
+  Device& entry = known[index];
+  entry.index = index;
+  entry.name = properties.name;
+  entry.compute_capability = 10 * properties.major + properties.minor;
+  entry.sm_count = properties.multiProcessorCount;
+  return entry;
+}
+
+DeviceGuard::DeviceGuard(const char* op, int index) {
+  int current = 0;
+  ILLADA_CUDA_CHECK(op, cudaGetDevice(&current));
+  if (current == index) return;
+  ILLADA_CUDA_CHECK(op, cudaSetDevice(index));
+  previous_ = current;
+}
+
+DeviceGuard::~DeviceGuard() {
+  if (previous_ >= 0) cudaSetDevice(previous_);
+}
+
+void prepare_kernel(const char* op, const void* kernel, const Device& device, int smem_bytes) {
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, int> allowed;  // shared memory asked for so far
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto [entry, is_new] = allowed.try_emplace({kernel, device.index}, 0);
+  if (is_new) {
+    cudaFuncAttributes attributes{};
+    const cudaError_t status = cudaFuncGetAttributes(&attributes, kernel);
+    if (status != cudaSuccess) {
+      allowed.erase(entry);
+      cudaGetLastError();  // the error is told here, not by whoever asks CUDA next
+      if (status == cudaErrorNoKernelImageForDevice || status == cudaErrorInvalidDeviceFunction ||
+          status == cudaErrorUnsupportedPtxVersion)
+        detail::fail<NotSupported>(op, "no kernel was built for ", device.name, " (compute capability ",
+                                   device.compute_capability / 10, ".", device.compute_capability % 10,
+                                   "); built archs: ", build_info().cuda_archs,
+                                   "; build with ILLADA_CUDA_ARCHS=", device.compute_capability, "-real");
+      ILLADA_CUDA_CHECK(op, status);
+    }
+  }
+  if (smem_bytes > 48 * 1024 && smem_bytes > entry->second) {
+    ILLADA_CUDA_CHECK(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes));
+    entry->second = smem_bytes;
+  }
+}
+
+}  // namespace illada

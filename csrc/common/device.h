@@ -1,0 +1,74 @@
+// What the host side of a launch needs to know of a device, and the launch itself.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <string>
+#include <utility>
+
+#include "common/check.h"
+
+namespace illada {
+
+struct Device {
+  int index = 0;
+  std::string name;            // "NVIDIA H100 80GB HBM3"
+  int compute_capability = 0;  // 10 * major + minor
+  int sm_count = 0;
+};
+
+// Properties of a device, read once a process; thread-safe.
+const Device& device(const char* op, int index);
+
+// Makes a device current for a scope; costs nothing where it is already.
+class DeviceGuard {
+ public:
+  DeviceGuard(const char* op, int index);
+  ~DeviceGuard();
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int previous_ = -1;
+};
+
+// Once a kernel and device: is there code for this GPU (else NotSupported, naming both), and may it use `smem_bytes`?
+void prepare_kernel(const char* op, const void* kernel, const Device& device, int smem_bytes);
+
+struct LaunchShape {
+  dim3 grid, block;
+  int smem_bytes = 0;
+  int cluster = 1;  // CTAs of a cluster, along x
+  // The kernel begins with griddepcontrol.wait: its launch may overlap the end of the kernel before it (sm_90+).
+  bool dependent = false;
+};
+
+// kernel<<<...>>>(arguments...) with the checks above. The caller holds a DeviceGuard.
+template <typename... Parameters, typename... Arguments>
+void launch_kernel(const char* op, const Device& device, void* stream, const LaunchShape& shape,
+                   void (*kernel)(Parameters...), Arguments&&... arguments) {
+  prepare_kernel(op, reinterpret_cast<const void*>(kernel), device, shape.smem_bytes);
+  cudaLaunchConfig_t config{};
+  config.gridDim = shape.grid;
+  config.blockDim = shape.block;
+  config.dynamicSmemBytes = size_t(shape.smem_bytes);
+  config.stream = static_cast<cudaStream_t>(stream);
+  cudaLaunchAttribute attributes[2];
+  unsigned count = 0;
+  if (shape.cluster > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count].val.clusterDim = {unsigned(shape.cluster), 1, 1};
+    ++count;
+  }
+  if (shape.dependent && device.compute_capability >= 90) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count].val.programmaticStreamSerializationAllowed = 1;
+    ++count;
+  }
+  config.attrs = attributes;
+  config.numAttrs = count;
+  ILLADA_CUDA_CHECK(op, cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...));
+}
+
+}  // namespace illada

@@ -1,0 +1,95 @@
+// 16-bit element types on the device, and eight neighbours of any type as floats.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+namespace illada {
+
+// Bits only: every use converts.
+struct BFloat16 {
+  uint16_t bits;
+  static constexpr uint16_t kMinusInfinity = 0xff80;
+};
+struct Half {
+  uint16_t bits;
+  static constexpr uint16_t kMinusInfinity = 0xfc00;
+};
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(BFloat16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
+__device__ __forceinline__ float to_float(Half x) {
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+  return y;
+}
+
+// Eight neighbours as they are loaded: one 16-byte load of 16-bit elements, two of floats.
+template <typename T>
+struct Raw8 {
+  static constexpr int kLoads = int(8 * sizeof(T) / 16);
+  uint4 part[kLoads];
+};
+
+__device__ __forceinline__ uint4 load_streaming(const void* address) {  // read once: no use in the L1 cache
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(address));
+  return v;
+}
+
+template <typename T>
+__device__ __forceinline__ Raw8<T> load8(const T* address) {  // 16-byte aligned
+  Raw8<T> raw;
+#pragma unroll
+  for (int i = 0; i < Raw8<T>::kLoads; ++i) raw.part[i] = load_streaming(reinterpret_cast<const uint4*>(address) + i);
+  return raw;
+}
+
+// The same of any address and with -inf from `count` on.
+template <typename T>
+__device__ __forceinline__ Raw8<T> load8_partly(const T* address, int count) {
+  union {
+    Raw8<T> raw;
+    T element[8];
+  } u;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    if constexpr (sizeof(T) == 4) {
+      u.element[i] = i < count ? address[i] : -INFINITY;
+    } else {
+      u.element[i].bits = i < count ? address[i].bits : T::kMinusInfinity;
+    }
+  }
+  return u.raw;
+}
+
+__device__ __forceinline__ void unpack2(uint32_t word, float& low, float& high, BFloat16) {
+  low = __uint_as_float(word << 16);
+  high = __uint_as_float(word & 0xffff0000u);
+}
+__device__ __forceinline__ void unpack2(uint32_t word, float& low, float& high, Half) {
+  low = to_float(Half{uint16_t(word)});
+  high = to_float(Half{uint16_t(word >> 16)});
+}
+
+template <typename T>
+__device__ __forceinline__ void unpack8(const Raw8<T>& raw, float (&x)[8]) {
+  if constexpr (sizeof(T) == 4) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      x[4 * i] = __uint_as_float(raw.part[i].x);
+      x[4 * i + 1] = __uint_as_float(raw.part[i].y);
+      x[4 * i + 2] = __uint_as_float(raw.part[i].z);
+      x[4 * i + 3] = __uint_as_float(raw.part[i].w);
+    }
+  } else {
+    unpack2(raw.part[0].x, x[0], x[1], T{});
+    unpack2(raw.part[0].y, x[2], x[3], T{});
+    unpack2(raw.part[0].z, x[4], x[5], T{});
+    unpack2(raw.part[0].w, x[6], x[7], T{});
+  }
+}
+
+}  // namespace illada

@@ -1,0 +1,50 @@
+// The softmax of a row in one pass, in base 2 and relative to a moving reference:
+//   sum = sum_v 2^(x_v log2 e - reference),   weighted = sum_v 2^(...) (x_v log2 e - reference)
+// so lse = (reference + log2 sum) ln 2 and entropy = (log2 sum - weighted / sum) ln 2. A NaN or +inf among the x makes
+// `sum` NaN; nothing but -inf leaves it 0. Logits of magnitude 2^127 or more count as infinite.
+#pragma once
+
+#include <cfloat>
+
+namespace illada {
+
+constexpr float kLog2eF = 1.4426950408889634f;
+constexpr double kLn2D = 0.6931471805599453;
+
+__device__ __forceinline__ float exp2_approx(float x) {  // 2 ulp; exp2_approx(-inf) = 0
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+template <bool kWantEntropy>
+struct OnlineSoftmax {
+  float reference = -FLT_MAX, sum = 0.0f, weighted = 0.0f;
+
+  // The reference moves up to `maximum` of the x that come next (any bound of them will do).
+  __device__ __forceinline__ void raise(float maximum) { rebase(fmaxf(reference, maximum * kLog2eF)); }
+
+  __device__ __forceinline__ void add(float x) {
+    const float d = fmaf(x, kLog2eF, -reference), e = exp2_approx(d);
+    sum += e;
+    if constexpr (kWantEntropy) weighted = fmaf(e, fmaxf(d, -200.0f), weighted);  // not 0 * -inf
+  }
+
+  __device__ __forceinline__ void merge(OnlineSoftmax other) {
+    const float common = fmaxf(reference, other.reference);
+    rebase(common);
+    other.rebase(common);
+    sum += other.sum;
+    weighted += other.weighted;
+  }
+
+ private:
+  __device__ __forceinline__ void rebase(float target) {
+    const float shift = reference - target, factor = exp2_approx(shift);
+    if constexpr (kWantEntropy) weighted = (weighted + fmaxf(shift, -200.0f) * sum) * factor;
+    sum *= factor;
+    reference = target;
+  }
+};
+
+}  // namespace illada

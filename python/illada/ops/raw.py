@@ -1,0 +1,104 @@
+"""Out-parameter calls without the dispatcher: the kernels as they are, for benchmarks and for graphs that own their
+buffers.
+
+Nothing is allocated, checked for shape or moved. Tensors are contiguous (logits, hidden and weight: in their last
+dimension), of the dtypes that `illada.ops` documents, and on one device; the native side refuses null and host
+pointers, wrong devices and overlapping outputs. CUDA calls go to the current stream and are safe in graph capture after
+one call outside of it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from illada._native import native
+from illada.ops._library import address, stream
+from illada.ops.types import RemaskStatus, TokenSample
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # illada::DType
+_CPU = (-1, 0, 0, 0)  # LaunchArguments of csrc/bindings
+
+
+def _launch(tensor: Tensor, workspace: Tensor | None = None) -> tuple[int, int, int, int]:
+    if not tensor.is_cuda:
+        return _CPU
+    size = 0 if workspace is None else workspace.numel() * workspace.element_size()
+    return tensor.device.index, stream(tensor.device), address(workspace), size
+
+
+def _sample_arguments(
+    out: TokenSample, temperature: float, seed: int, step: int, temperatures: Tensor | None, seeds: Tensor | None,
+    steps: Tensor | None, row_ids: Tensor | None, bias_ids: Tensor | None, bias_values: Tensor | None, measure: int,
+) -> tuple:  # fmt: skip
+    """SampleArguments of csrc/bindings."""
+    count, stride = 0, 0
+    if bias_ids is not None:
+        count = bias_ids.shape[-1]
+        stride = count if bias_ids.dim() == 2 else 0
+    return (
+        *(temperature, seed, step, address(temperatures), address(seeds), address(steps), address(row_ids)),
+        *(address(bias_ids), address(bias_values), count, stride, measure),
+        *(address(out.token), address(out.confidence), address(out.logprob), address(out.entropy), address(out.margin)),
+    )
+
+
+def sample_tokens_workspace(rows: int, vocab_size: int, device: torch.device) -> int:
+    """Bytes of workspace that `sample_tokens` needs on `device`; 0 on a CPU."""
+    return native().sample_tokens_workspace(rows, vocab_size, device.index) if device.type == "cuda" else 0
+
+
+def sample_tokens(
+    out: TokenSample,
+    logits: Tensor,
+    temperature: float = 0.0,
+    seed: int = 0,
+    step: int = 0,
+    temperatures: Tensor | None = None,
+    seeds: Tensor | None = None,
+    steps: Tensor | None = None,
+    row_ids: Tensor | None = None,
+    bias_ids: Tensor | None = None,
+    bias_values: Tensor | None = None,
+    measure: int = 0,
+    *,
+    workspace: Tensor | None = None,
+) -> None:
+    """`illada.ops.sample_tokens` into `out`, whose entropy and margin may be None or empty.
+
+    temperatures, seeds, steps: one for each row, in place of the number; measure: index into `types.MEASURES`;
+    workspace: uint8, of the size that `sample_tokens_workspace` says.
+    """
+    arguments = _sample_arguments(
+        out, temperature, seed, step, temperatures, seeds, steps, row_ids, bias_ids, bias_values, measure
+    )
+    native().sample_tokens(
+        *(address(logits), logits.stride(0), *logits.shape, DTYPES[logits.dtype]),
+        *(arguments, torch.get_num_threads(), _launch(logits, workspace)),
+    )
+
+
+def remask(
+    out: RemaskStatus,
+    tokens: Tensor,
+    rows: Tensor,
+    cu_rows: Tensor,
+    token: Tensor,
+    confidence: Tensor,
+    entropy: Tensor | None,
+    rule: int,
+    limit: float,
+    limits: Tensor | None,
+    mask_id: int,
+    min_commit: int,
+    end_ids: Tensor | None,
+) -> None:
+    """`illada.ops.remask` into `tokens` and `out`; rule: index into `types.RULES`."""
+    native().remask(
+        *(address(tokens), tokens.dtype == torch.int64, tokens.shape[0], address(rows), address(cu_rows)),
+        *(rows.shape[0], cu_rows.shape[0] - 1, address(token), address(confidence), address(entropy)),
+        *(rule, limit, address(limits), mask_id, min_commit),
+        *(address(end_ids), 0 if end_ids is None else end_ids.shape[0]),
+        *(address(out.committed), address(out.remaining), address(out.finished), address(out.ended)),
+        *_launch(tokens)[:2],
+    )
