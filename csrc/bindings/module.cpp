@@ -112,6 +112,42 @@ void sample_tokens(uintptr_t logits, int64_t logits_row_stride, int64_t num_rows
   on_gpu<remask::sample_tokens_cuda>(p);
 }
 
+#if defined(ILLADA_WITH_CUDA)
+remask::LinearSampleTokensParams linear_sample_params(uintptr_t hidden, int64_t hidden_row_stride, int64_t num_tokens,
+                                                      uintptr_t rows, uintptr_t weight, int64_t weight_row_stride,
+                                                      int64_t width) {
+  remask::LinearSampleTokensParams p;
+  p.hidden = pointer<const void>(hidden);
+  p.hidden_row_stride = hidden_row_stride;
+  p.num_tokens = num_tokens;
+  p.rows = pointer<const int32_t>(rows);
+  p.weight = pointer<const void>(weight);
+  p.weight_row_stride = weight_row_stride;
+  p.width = width;
+  return p;
+}
+
+int64_t linear_sample_tokens_workspace(uintptr_t hidden, int64_t hidden_row_stride, int64_t num_tokens, uintptr_t rows,
+                                       uintptr_t weight, int64_t weight_row_stride, int64_t width, int64_t num_rows,
+                                       int64_t vocab_size, int dtype, int device) {
+  auto p = linear_sample_params(hidden, hidden_row_stride, num_tokens, rows, weight, weight_row_stride, width);
+  p.sample.num_rows = num_rows;
+  p.sample.vocab_size = vocab_size;
+  p.sample.dtype = DType(dtype);
+  p.sample.launch.device = device;
+  return remask::linear_sample_tokens_workspace(p);
+}
+
+void linear_sample_tokens(uintptr_t hidden, int64_t hidden_row_stride, int64_t num_tokens, uintptr_t rows,
+                          uintptr_t weight, int64_t weight_row_stride, int64_t width, int64_t num_rows,
+                          int64_t vocab_size, int dtype, const SampleArguments& sample, const LaunchArguments& launch) {
+  auto p = linear_sample_params(hidden, hidden_row_stride, num_tokens, rows, weight, weight_row_stride, width);
+  p.sample = sample_params(num_rows, vocab_size, dtype, sample, launch);
+  py::gil_scoped_release release;
+  remask::linear_sample_tokens_cuda(p);
+}
+#endif
+
 void remask_tokens(uintptr_t tokens, bool tokens_are_int64, int64_t num_tokens, uintptr_t rows, uintptr_t cu_rows,
                    int64_t num_rows, int64_t num_sequences, uintptr_t token, uintptr_t confidence, uintptr_t entropy,
                    int rule, float limit, uintptr_t limits, int64_t mask_id, int64_t min_commit, uintptr_t end_ids,
@@ -180,6 +216,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("sample_tokens", &sample_tokens);
 #if defined(ILLADA_WITH_CUDA)
   m.def("sample_tokens_workspace", &remask::sample_tokens_workspace);
+  m.def("linear_sample_tokens", &linear_sample_tokens);
+  m.def("linear_sample_tokens_workspace", &linear_sample_tokens_workspace);
 #endif
   m.def("remask", &remask_tokens);
   m.def("flush_denormals", &cpu::flush_denormals);

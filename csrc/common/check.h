@@ -4,7 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
-#include <initializer_list>
+#include <vector>
 
 #include "illada/cuda.h"
 #include "illada/error.h"
@@ -29,7 +29,7 @@ struct Region {
 };
 
 // Every region is memory of launch.device; no output shares a byte with another output or with an input.
-void check_regions(const char* op, const CudaLaunch& launch, std::initializer_list<Region> inputs,
-                   std::initializer_list<Region> outputs);
+void check_regions(const char* op, const CudaLaunch& launch, const std::vector<Region>& inputs,
+                   const std::vector<Region>& outputs);
 
 }  // namespace illada

@@ -28,15 +28,15 @@ void check_region(const char* op, const Region& region, int device_index) {
 
 }  // namespace
 
-void check_regions(const char* op, const CudaLaunch& launch, std::initializer_list<Region> inputs,
-                   std::initializer_list<Region> outputs) {
+void check_regions(const char* op, const CudaLaunch& launch, const std::vector<Region>& inputs,
+                   const std::vector<Region>& outputs) {
   for (const Region& region : inputs) check_region(op, region, launch.device);
   for (const Region& region : outputs) check_region(op, region, launch.device);
-  for (const Region* out = outputs.begin(); out != outputs.end(); ++out) {
+  for (size_t i = 0; i < outputs.size(); ++i) {
     for (const Region& in : inputs)
-      ILLADA_CHECK(!overlap(*out, in), op, out->name, " overlaps ", in.name, "; an output must not share memory");
-    for (const Region* other = out + 1; other != outputs.end(); ++other)
-      ILLADA_CHECK(!overlap(*out, *other), op, out->name, " overlaps ", other->name,
+      ILLADA_CHECK(!overlap(outputs[i], in), op, outputs[i].name, " overlaps ", in.name, "; an output must not share memory");
+    for (size_t j = i + 1; j < outputs.size(); ++j)
+      ILLADA_CHECK(!overlap(outputs[i], outputs[j]), op, outputs[i].name, " overlaps ", outputs[j].name,
                    "; an output must not share memory");
   }
 }

@@ -47,22 +47,27 @@ __device__ __forceinline__ Raw8<T> load8(const T* address) {  // 16-byte aligned
   return raw;
 }
 
-// The same of any address and with -inf from `count` on.
+// The same of an address that is aligned to its elements only.
 template <typename T>
-__device__ __forceinline__ Raw8<T> load8_partly(const T* address, int count) {
+__device__ __forceinline__ Raw8<T> load8_unaligned(const T* address) {
   union {
     Raw8<T> raw;
     T element[8];
   } u;
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    if constexpr (sizeof(T) == 4) {
-      u.element[i] = i < count ? address[i] : -INFINITY;
-    } else {
-      u.element[i].bits = i < count ? address[i].bits : T::kMinusInfinity;
-    }
-  }
+  for (int i = 0; i < 8; ++i) u.element[i] = address[i];
   return u.raw;
+}
+
+// Eight times -inf.
+template <typename T>
+__device__ __forceinline__ Raw8<T> minus_infinity8() {
+  uint32_t word = 0xff800000u;
+  if constexpr (sizeof(T) == 2) word = T::kMinusInfinity * 0x10001u;
+  Raw8<T> raw;
+#pragma unroll
+  for (int i = 0; i < Raw8<T>::kLoads; ++i) raw.part[i] = make_uint4(word, word, word, word);
+  return raw;
 }
 
 __device__ __forceinline__ void unpack2(uint32_t word, float& low, float& high, BFloat16) {

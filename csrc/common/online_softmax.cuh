@@ -1,7 +1,7 @@
-// The softmax of a row in one pass, in base 2 and relative to a moving reference:
-//   sum = sum_v 2^(x_v log2 e - reference),   weighted = sum_v 2^(...) (x_v log2 e - reference)
-// so lse = (reference + log2 sum) ln 2 and entropy = (log2 sum - weighted / sum) ln 2. A NaN or +inf among the x makes
-// `sum` NaN; nothing but -inf leaves it 0. Logits of magnitude 2^127 or more count as infinite.
+// The softmax of a row in one pass, relative to a moving reference:
+//   sum = sum_v 2^d_v,   weighted = sum_v 2^d_v d_v,   d_v = (x_v - reference) log2 e
+// so lse = reference + ln(sum) and entropy = (log2 sum - weighted / sum) ln 2. The largest x adds exactly 1. A NaN or +inf
+// among the x makes `sum` NaN; nothing but -inf leaves it 0.
 #pragma once
 
 #include <cfloat>
@@ -21,11 +21,11 @@ template <bool kWantEntropy>
 struct OnlineSoftmax {
   float reference = -FLT_MAX, sum = 0.0f, weighted = 0.0f;
 
-  // The reference moves up to `maximum` of the x that come next (any bound of them will do).
-  __device__ __forceinline__ void raise(float maximum) { rebase(fmaxf(reference, maximum * kLog2eF)); }
+  // The reference moves up to the largest of the x that come next.
+  __device__ __forceinline__ void raise(float maximum) { rebase(fmaxf(reference, maximum)); }
 
   __device__ __forceinline__ void add(float x) {
-    const float d = fmaf(x, kLog2eF, -reference), e = exp2_approx(d);
+    const float d = (x - reference) * kLog2eF, e = exp2_approx(d);
     sum += e;
     if constexpr (kWantEntropy) weighted = fmaf(e, fmaxf(d, -200.0f), weighted);  // not 0 * -inf
   }
@@ -40,7 +40,7 @@ struct OnlineSoftmax {
 
  private:
   __device__ __forceinline__ void rebase(float target) {
-    const float shift = reference - target, factor = exp2_approx(shift);
+    const float shift = (reference - target) * kLog2eF, factor = exp2_approx(shift);
     if constexpr (kWantEntropy) weighted = (weighted + fmaxf(shift, -200.0f) * sum) * factor;
     sum *= factor;
     reference = target;

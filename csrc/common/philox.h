@@ -23,13 +23,18 @@ struct PhiloxWords {
   uint32_t word[4];
 };
 
+// One round of the ten.
+ILLADA_HOST_DEVICE PhiloxWords philox_round(const PhiloxWords& c, uint32_t key0, uint32_t key1) {
+  const uint64_t p0 = uint64_t(kPhiloxM0) * c.word[0], p1 = uint64_t(kPhiloxM1) * c.word[2];
+  return {{uint32_t(p1 >> 32) ^ c.word[1] ^ key0, uint32_t(p1), uint32_t(p0 >> 32) ^ c.word[3] ^ key1, uint32_t(p0)}};
+}
+
 ILLADA_HOST_DEVICE PhiloxWords philox4x32(PhiloxWords c, uint32_t key0, uint32_t key1) {
 #if defined(__CUDA_ARCH__)
 #pragma unroll
 #endif
   for (int round = 0; round < 10; ++round) {
-    const uint64_t p0 = uint64_t(kPhiloxM0) * c.word[0], p1 = uint64_t(kPhiloxM1) * c.word[2];
-    c = {{uint32_t(p1 >> 32) ^ c.word[1] ^ key0, uint32_t(p1), uint32_t(p0 >> 32) ^ c.word[3] ^ key1, uint32_t(p0)}};
+    c = philox_round(c, key0, key1);
     key0 += kPhiloxW0;
     key1 += kPhiloxW1;
   }

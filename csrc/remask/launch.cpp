@@ -4,8 +4,10 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <vector>
 
 #include "common/check.h"
+#include "illada/illada.h"
 
 namespace illada::remask {
 namespace {
@@ -29,16 +31,48 @@ void validate_sample(const char* op, const SampleTokensParams& p) {
   ILLADA_CHECK(reinterpret_cast<uintptr_t>(p.workspace) % 16 == 0, op, "workspace must be 16-byte aligned");
 }
 
+void check_sample_regions(const char* op, const SampleTokensParams& p, int64_t workspace,
+                          std::vector<Region> inputs) {
+  const int64_t n = p.num_rows;
+  const int64_t bias = p.bias_count ? bytes_of_rows(p.bias_row_stride ? n : 1, p.bias_row_stride, p.bias_count, 4) : 0;
+  inputs.insert(inputs.end(), {{"temperature", p.temperatures, 4 * n, true},
+                               {"seed", p.seeds, 8 * n, true},
+                               {"step", p.steps, 4 * n, true},
+                               {"row_ids", p.row_ids, 8 * n, true},
+                               {"logit_bias ids", p.bias_ids, bias},
+                               {"logit_bias values", p.bias_values, bias}});
+  check_regions(op, p.launch, inputs,
+                {{"token", p.token, 8 * n},
+                 {"confidence", p.confidence, 4 * n},
+                 {"logprob", p.logprob, 4 * n},
+                 {"entropy", p.entropy, 4 * n, true},
+                 {"margin", p.margin, 4 * n, true},
+                 {"workspace", p.workspace, workspace}});
+}
+
 }  // namespace
 
 RowSplit split_rows(int64_t num_rows, int64_t vocab_size, int sm_count) {
-  constexpr int64_t kSmallestPiece = 256, kWaves = 8;  // in vectors: one a thread
-  const int64_t vectors = (vocab_size + 7) / 8;
-  const int64_t wanted = (kWaves * sm_count + num_rows - 1) / std::max<int64_t>(num_rows, 1);
-  const int64_t splits = std::clamp<int64_t>(wanted, 1, (vectors + kSmallestPiece - 1) / kSmallestPiece);
+  // A CTA takes 1024 vectors a step; its beginning and end cost about as much as one and a half. Of all splits into
+  // whole steps, the one that keeps the busiest SM (two CTAs at a time, taking turns) the shortest.
+  constexpr int64_t kStep = 1024, kMostPieces = 64;
+  constexpr double kOverhead = 1.5;
+  const int64_t vectors = vocab_size / 8, steps = std::max<int64_t>((vectors + kStep - 1) / kStep, 1);
+  const int64_t slots = 2 * int64_t(sm_count);
+  int64_t best_steps = steps;
+  double best_cost = std::numeric_limits<double>::infinity();
+  for (int64_t pieces = 1; pieces <= std::min(steps, kMostPieces); ++pieces) {
+    const int64_t piece_steps = (steps + pieces - 1) / pieces, splits = (steps + piece_steps - 1) / piece_steps;
+    const int64_t waves = (num_rows * splits + slots - 1) / slots;
+    const double cost = double(waves) * (double(piece_steps) + kOverhead) + (splits > 1 ? kOverhead : 0.0);
+    if (cost < best_cost) {
+      best_cost = cost;
+      best_steps = piece_steps;
+    }
+  }
   RowSplit split;
-  split.vectors = (vectors + splits - 1) / splits;
-  split.splits = int((vectors + split.vectors - 1) / split.vectors);
+  split.vectors = int(best_steps * kStep);
+  split.splits = int((steps + best_steps - 1) / best_steps);
   return split;
 }
 
@@ -58,23 +92,71 @@ void sample_tokens_cuda(const SampleTokensParams& p) {
   const int64_t needed = split.splits == 1 ? 0 : p.num_rows * split.splits * kPieceBytes;
   ILLADA_CHECK(p.workspace_bytes >= needed, kOp, "workspace must have ", needed, " bytes, got ", p.workspace_bytes);
   ILLADA_CHECK(p.num_rows * split.splits <= std::numeric_limits<int32_t>::max(), kOp, "too many rows: ", p.num_rows);
-  const int64_t n = p.num_rows;
-  const int64_t bias = p.bias_count ? bytes_of_rows(p.bias_row_stride ? n : 1, p.bias_row_stride, p.bias_count, 4) : 0;
-  check_regions(kOp, p.launch,
-                {{"logits", p.logits, bytes_of_rows(n, p.logits_row_stride, p.vocab_size, size_of(p.dtype))},
-                 {"temperature", p.temperatures, 4 * n, true},
-                 {"seed", p.seeds, 8 * n, true},
-                 {"step", p.steps, 4 * n, true},
-                 {"row_ids", p.row_ids, 8 * n, true},
-                 {"logit_bias ids", p.bias_ids, bias},
-                 {"logit_bias values", p.bias_values, bias}},
-                {{"token", p.token, 8 * n},
-                 {"confidence", p.confidence, 4 * n},
-                 {"logprob", p.logprob, 4 * n},
-                 {"entropy", p.entropy, 4 * n, true},
-                 {"margin", p.margin, 4 * n, true},
-                 {"workspace", p.workspace, needed}});
+  check_sample_regions(kOp, p, needed,
+                       {{"logits", p.logits, bytes_of_rows(p.num_rows, p.logits_row_stride, p.vocab_size, size_of(p.dtype))}});
   launch_sample_tokens(p, gpu, split);
+}
+
+HeadPlan plan_head(int64_t num_rows, int64_t vocab_size, int sm_count) {
+  HeadPlan plan;
+  plan.row_tiles = int((num_rows + HeadPlan::kTileRows - 1) / HeadPlan::kTileRows);
+  plan.cluster = plan.row_tiles % 2 == 0 ? 2 : 1;
+  const int64_t chunks = (vocab_size + HeadPlan::kChunkIds - 1) / HeadPlan::kChunkIds;
+  const int64_t slots = std::clamp<int64_t>(sm_count / plan.row_tiles, 1, chunks);
+  plan.chunks = int((chunks + slots - 1) / slots);
+  plan.slots = int((chunks + plan.chunks - 1) / plan.chunks);
+  return plan;
+}
+
+int64_t head_pieces_bytes(const HeadPlan& plan, int64_t num_rows) { return num_rows * plan.slots * kPieceBytes; }
+
+namespace {
+bool has_fused_head(const LinearSampleTokensParams& p, const Device& gpu) {
+#if defined(ILLADA_BUILT_SM90A)
+  return gpu.compute_capability == 90 && p.sample.dtype != DType::kFloat32 && p.width > 0 && p.width % 8 == 0 &&
+         p.hidden_row_stride % 8 == 0 && p.hidden_row_stride >= p.width && p.weight_row_stride % 8 == 0 &&
+         p.weight_row_stride >= p.width &&
+         reinterpret_cast<uintptr_t>(p.hidden) % 16 == 0 && reinterpret_cast<uintptr_t>(p.weight) % 16 == 0;
+#else
+  return false && p.width && gpu.index;
+#endif
+}
+
+int64_t head_workspace(const LinearSampleTokensParams& p, const HeadPlan& plan) {
+  return head_pieces_bytes(plan, p.sample.num_rows) + (p.rows ? p.sample.num_rows * p.width * 2 : 0);
+}
+}  // namespace
+
+int64_t linear_sample_tokens_workspace(const LinearSampleTokensParams& p) {
+  const Device& gpu = device("linear_sample_tokens", p.sample.launch.device);
+  if (!has_fused_head(p, gpu)) return -1;
+  if (p.sample.num_rows <= 0 || p.sample.vocab_size <= 0) return 0;
+  return head_workspace(p, plan_head(p.sample.num_rows, p.sample.vocab_size, gpu.sm_count));
+}
+
+void linear_sample_tokens_cuda(const LinearSampleTokensParams& p) {
+  constexpr const char* kOp = "linear_sample_tokens";
+  validate_sample(kOp, p.sample);
+  ILLADA_CHECK(p.rows || p.sample.num_rows == p.num_tokens, kOp, "num_rows is ", p.sample.num_rows, " but hidden has ",
+               p.num_tokens, " rows and no rows are given");
+  if (p.sample.num_rows == 0) return;
+  const DeviceGuard guard(kOp, p.sample.launch.device);
+  const Device& gpu = device(kOp, p.sample.launch.device);
+  if (!has_fused_head(p, gpu))
+    detail::fail<NotSupported>(kOp, "the fused kernel needs compute capability 9.0 and a build with 90a, float16 or ",
+                               "bfloat16, 16-byte aligned rows and a width that is a multiple of 8; got ", gpu.name,
+                               ", built archs ", build_info().cuda_archs, ", ", name(p.sample.dtype), ", width ", p.width);
+  const HeadPlan plan = plan_head(p.sample.num_rows, p.sample.vocab_size, gpu.sm_count);
+  const int64_t needed = head_workspace(p, plan), n = p.sample.num_rows;
+  ILLADA_CHECK(p.sample.workspace_bytes >= needed, kOp, "workspace must have ", needed, " bytes, got ",
+               p.sample.workspace_bytes);
+  check_sample_regions(kOp, p.sample, needed,
+                       {{"hidden", p.hidden, bytes_of_rows(p.num_tokens, p.hidden_row_stride, p.width, 2)},
+                        {"weight", p.weight, bytes_of_rows(p.sample.vocab_size, p.weight_row_stride, p.width, 2)},
+                        {"rows", p.rows, 4 * n, true}});
+#if defined(ILLADA_BUILT_SM90A)
+  launch_linear_sample_tokens_sm90(p, gpu, plan);
+#endif
 }
 
 void remask_cuda(const RemaskParams& p) {

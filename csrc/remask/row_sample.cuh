@@ -57,6 +57,11 @@ struct alignas(16) RowPiece {
 };
 static_assert(sizeof(RowPiece) == 48, "three 16-byte stores");
 
+__device__ __forceinline__ uint32_t word(const PhiloxWords& words, int i) {
+  const uint32_t even = i < 2 ? words.word[0] : words.word[2], odd = i < 2 ? words.word[1] : words.word[3];
+  return i % 2 ? odd : even;
+}
+
 // A row's noise.
 struct RowNoise {
   uint32_t key0, key1, row_id, step;
@@ -79,7 +84,8 @@ struct RowNoise {
   }
 
   // log2 of a bound of the uniforms with which an x may still win, plus 32: conservative, see the top of the file.
-  __device__ __forceinline__ float log2_bound(float x, float best) const {
+  __device__ __forceinline__ float log2_bound(float x, float best) const { return log2_bound(x, best, inverse); }
+  __device__ __forceinline__ static float log2_bound(float x, float best, float inverse) {
     // 2^-10 covers the roundings of this line and of the exponential: both are relative and matter below 2^7.
     return fmaf(x - best, inverse, 32.0f + 0x1p-10f);
   }
@@ -93,19 +99,40 @@ struct RowNoise {
   // x + T G in full precision, from the upper bits.
   __device__ __forceinline__ double score(float x, uint32_t upper_bits, uint32_t id) const {
     const PhiloxWords low = philox4x32({{id / 4, row_id, step, kSampleStreamLowBits}}, key0, key1);
-    const uint32_t lower_bits = id % 2 ? (id % 4 == 1 ? low.word[1] : low.word[3]) : (id % 4 ? low.word[2] : low.word[0]);
-    const double u = (double(upper_bits) + (double(lower_bits) + 0.5) * 0x1p-32) * 0x1p-32;
+    const double u = (double(upper_bits) + (double(word(low, id % 4)) + 0.5) * 0x1p-32) * 0x1p-32;
     return double(x) - double(temperature) * log(-log1p(-u));
   }
 
-  // A score that the token with these upper bits reaches for sure, in fp32: what the bound starts from. E <= 2u for
-  // u <= 1/2; larger u are of no use and give -inf.
-  __device__ __forceinline__ float sure_score(float x, uint32_t upper_bits) const {
-    if (upper_bits >= 0x80000000u) return -INFINITY;
+  // A score that the token with these upper bits reaches for sure, in fp32: what the bound starts from.
+  // E <= u + u^2 for u <= 1/2; larger u are of no use and give -inf.
+  __device__ __forceinline__ static float sure_score(float x, uint32_t upper_bits, float temperature) {
     const float u = float((upper_bits >> 8) + 1) * 0x1p-24f;  // rounded up
-    const float gumbel = -0.69314718f * (log2f(u) + 1.0f);
+    const float gumbel = fmaf(-0.69314718f, __log2f(u), -u);  // log(1 + u) <= u
     const float score = fmaf(temperature, gumbel, x);
-    return score - 1e-5f * (fabsf(score) + temperature * 32.0f + fabsf(x));  // more than the roundings above
+    return u <= 0.5f ? score - 1e-5f * (fabsf(x) + temperature * 32.0f) : -INFINITY;  // more than the roundings above
+  }
+};
+
+// RowNoise::upper for a hot loop: the keys of all rounds wait in registers. They come through shuffles, because the
+// compiler would rather add the increments again in every round than keep what it could compute; that is a third of the
+// loop's work on the integer pipe.
+struct RowNoiseLoop {
+  uint32_t key0[10], key1[10];
+  uint32_t row_id, step;
+
+  __device__ __forceinline__ explicit RowNoiseLoop(const RowNoise& noise) : row_id(noise.row_id), step(noise.step) {
+#pragma unroll
+    for (int round = 0; round < 10; ++round) {
+      key0[round] = __shfl_sync(kFullWarp, noise.key0 + round * kPhiloxW0, int(threadIdx.x % 32));
+      key1[round] = __shfl_sync(kFullWarp, noise.key1 + round * kPhiloxW1, int(threadIdx.x % 32));
+    }
+  }
+
+  __device__ __forceinline__ PhiloxWords upper(uint32_t block) const {
+    PhiloxWords c{{block, row_id, step, kSampleStream}};
+#pragma unroll
+    for (int round = 0; round < 10; ++round) c = philox_round(c, key0[round], key1[round]);
+    return c;
   }
 };
 
@@ -169,18 +196,17 @@ template <bool kWantExtras>
 __device__ __forceinline__ void write_row(const SampleTokensParams& p, int64_t row, const RowState<kWantExtras>& s) {
   const bool valid = s.softmax.sum > 0;  // not for NaN
   const double log2_sum = log2(double(s.softmax.sum));
-  const double logprob =
-      (double(s.leader.logit) * double(kLog2eF) - double(s.softmax.reference) - log2_sum) * kLn2D;
+  const double logprob = double(s.leader.logit) - double(s.softmax.reference) - log2_sum * kLn2D;
   float entropy = NAN, margin = NAN;
   if constexpr (kWantExtras) {
     if (valid) {
       entropy = float((log2_sum - double(s.softmax.weighted) / double(s.softmax.sum)) * kLn2D);
-      const float runner_up = exp2_approx(fmaf(s.top.second, kLog2eF, -s.softmax.reference));
-      const float top = exp2_approx(fmaf(s.top.first, kLog2eF, -s.softmax.reference));
+      const float top = exp2_approx((s.top.first - s.softmax.reference) * kLog2eF);
+      const float runner_up = exp2_approx((s.top.second - s.softmax.reference) * kLog2eF);
       margin = (top - runner_up) / s.softmax.sum;
     }
   }
-  float confidence = float(exp(logprob));
+  float confidence = expf(float(logprob));
   if (p.measure == Measure::kMargin) confidence = margin;
   if (p.measure == Measure::kEntropy) confidence = -entropy;
   if (p.measure == Measure::kRandom) {

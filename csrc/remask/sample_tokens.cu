@@ -16,218 +16,236 @@ namespace illada::remask {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr int kUnroll = 4;
 
 struct SharedStorage {
   RowPiece piece[kWarps];
   int32_t bound;  // ordered(a score that the row reaches for sure)
   int32_t maximum;
-  int32_t token;
 };
 
-// One row's logits with their bias, by vector.
+// One row's logits with their bias. Vectors are complete: the up to seven ids after the last one are `single`s.
 template <typename T, bool kAligned>
 struct RowReader {
   const T* row;
-  int64_t vocab_size;
-  const uint32_t* biased;  // a bit a vector of this piece, or null
-  int64_t first_vector;    // of the piece
+  const uint32_t* biased;  // a bit for each vector of this piece, or null
+  int first_vector;        // of the piece
   RowBias bias;
 
-  __device__ __forceinline__ Raw8<T> raw(int64_t vector, int64_t end) const {
-    const int64_t at = vector * kVector;
-    if (kAligned && vector < end && at + kVector <= vocab_size) return load8(row + at);
-    return load8_partly(row + at, vector < end ? int(vocab_size - at) : 0);
+  __device__ __forceinline__ Raw8<T> raw(int vector) const {
+    const T* at = row + int64_t(vector) * kVector;
+    return kAligned ? load8(at) : load8_unaligned(at);
   }
 
-  __device__ __forceinline__ void values(const Raw8<T>& raw, int64_t vector, int64_t end, float (&x)[kVector]) const {
-    unpack8(raw, x);
-    if (biased && vector < end) {
-      const int64_t bit = vector - first_vector;
-      if (biased[bit / 32] >> (bit % 32) & 1) add_bias(vector, x);
-    }
-  }
-
- private:
-  __device__ __forceinline__ void add_bias(int64_t vector, float (&x)[kVector]) const {
+  __device__ __forceinline__ void add_bias(int vector, float (&x)[kVector]) const {
+    const int bit = vector - first_vector;
+    if (!(biased[bit / 32] >> (bit % 32) & 1)) return;
     for (int b = 0; b < bias.count; ++b) {
-      const int64_t at = int64_t(bias.ids[b]) - vector * kVector;
+      const int at = bias.ids[b] - vector * kVector;
 #pragma unroll
       for (int i = 0; i < kVector; ++i)
         if (at == i) x[i] += bias.values[b];
     }
   }
+
+  __device__ __forceinline__ void values(int vector, float (&x)[kVector]) const {
+    unpack8(raw(vector), x);
+    if (biased) add_bias(vector, x);
+  }
+
+  __device__ __forceinline__ float single(int id) const {
+    float x = to_float(row[id]);
+    for (int b = 0; b < bias.count; ++b)
+      if (bias.ids[b] == id) x += bias.values[b];
+    return x;
+  }
 };
 
 // Sets the bit of every vector of this piece that holds a biased id.
-__device__ __forceinline__ void mark_biased(uint32_t* biased, const RowBias& bias, int64_t first, int64_t end,
-                                            int64_t vocab_size) {
-  for (int64_t i = threadIdx.x; i < (end - first + 31) / 32; i += kThreads) biased[i] = 0;
+__device__ __forceinline__ void mark_biased(uint32_t* biased, const RowBias& bias, int first, int end) {
+  for (int i = threadIdx.x; i < (end - first + 31) / 32; i += kThreads) biased[i] = 0;
   __syncthreads();
   for (int b = threadIdx.x; b < bias.count; b += kThreads) {
-    const int64_t id = bias.ids[b], bit = id / kVector - first;
-    if (id >= 0 && id < vocab_size && bit >= 0 && bit < end - first) atomicOr(&biased[bit / 32], 1u << (bit % 32));
+    const int id = bias.ids[b], bit = id / kVector - first;
+    if (id >= 0 && bit >= 0 && bit < end - first) atomicOr(&biased[bit / 32], 1u << (bit % 32));
   }
-  __syncthreads();
 }
 
-// The noisy maximum over one thread's vectors; see row_sample.cuh.
-struct Race {
-  const RowNoise& noise;
-  int32_t* shared_bound;
-  float bound = -FLT_MAX;
+__device__ __forceinline__ uint32_t smallest(const PhiloxWords& w) {
+  return min(min(w.word[0], w.word[1]), min(w.word[2], w.word[3]));
+}
 
-  __device__ __forceinline__ void start(const float (&x)[kVector], int64_t vector) {
-    float sure = -FLT_MAX;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const PhiloxWords words = noise.upper(uint32_t(2 * vector + half));
-#pragma unroll
-      for (int i = 0; i < 4; ++i) sure = fmaxf(sure, noise.sure_score(x[4 * half + i], words.word[i]));
-    }
-    sure = warp_max(sure);
-    if (threadIdx.x % 32 == 0) atomicMax(shared_bound, ordered(fminf(sure, FLT_MAX)));
-    __syncthreads();
-  }
+// The bound of the race that the warps of a CTA share; see row_sample.cuh.
+struct SharedBound {
+  int32_t* ordered_bound;
 
-  // All lanes of a warp together. `maximum` is that of x.
-  __device__ __forceinline__ void run(const float (&x)[kVector], float maximum, int64_t vector, Leader& leader) {
-    const float log2_bound = noise.log2_bound(maximum, bound);
-    if (!__any_sync(kFullWarp, log2_bound > RowNoise::kHopeless)) return;
-    const PhiloxWords a = noise.upper(uint32_t(2 * vector)), b = noise.upper(uint32_t(2 * vector + 1));
-    const uint32_t smallest = min(min(min(a.word[0], a.word[1]), min(a.word[2], a.word[3])),
-                                  min(min(b.word[0], b.word[1]), min(b.word[2], b.word[3])));
-    if (smallest > RowNoise::as_limit(log2_bound)) return;
-    const uint32_t words[kVector] = {a.word[0], a.word[1], a.word[2], a.word[3],
-                                     b.word[0], b.word[1], b.word[2], b.word[3]};
-    const double before = leader.score;
-#pragma unroll 1
-    for (int i = 0; i < kVector; ++i) {
-      float xi = x[0];
-      uint32_t wi = words[0];
-#pragma unroll
-      for (int j = 1; j < kVector; ++j) {
-        xi = i == j ? x[j] : xi;
-        wi = i == j ? words[j] : wi;
-      }
-      if (wi > RowNoise::as_limit(noise.log2_bound(xi, bound))) continue;
-      const int64_t id = vector * kVector + i;
-      leader.offer({noise.score(xi, wi, uint32_t(id)), int32_t(id), xi});
-    }
-    if (leader.score > before) {
-      const float sure = fminf(fmaxf(__double2float_rd(leader.score), -FLT_MAX), FLT_MAX);
-      bound = fmaxf(bound, sure);
-      atomicMax(shared_bound, ordered(sure));
-    }
-  }
-
-  __device__ __forceinline__ void look_around() {
-    bound = fmaxf(bound, from_ordered(*static_cast<volatile int32_t*>(shared_bound)));
+  __device__ __forceinline__ float read() const { return from_ordered(*static_cast<volatile int32_t*>(ordered_bound)); }
+  __device__ __forceinline__ void raise(float score) {
+    atomicMax(ordered_bound, ordered(fminf(fmaxf(score, -FLT_MAX), FLT_MAX)));
   }
 };
 
 template <typename T, bool kWantExtras, bool kAligned>
 __global__ __launch_bounds__(kThreads, 2) void illada_sample_tokens_sm80(const __grid_constant__ SampleTokensParams p,
                                                                          const __grid_constant__ RowSplit split) {
+  constexpr int kUnroll = kAligned ? (sizeof(T) == 2 ? 4 : 2) : 1;
+  constexpr int kStep = kThreads * kUnroll;
   __shared__ SharedStorage shared;
   extern __shared__ uint32_t biased_vectors[];
   const int64_t row = blockIdx.x / unsigned(split.splits);
   const int piece = int(blockIdx.x % unsigned(split.splits));
-  const int64_t vectors = (p.vocab_size + kVector - 1) / kVector;
-  const int64_t first = piece * split.vectors, end = min(first + split.vectors, vectors);
+  const int vectors = int(p.vocab_size / kVector);
+  const int first = min(piece * split.vectors, vectors), end = min(first + split.vectors, vectors);
   if (threadIdx.x == 0) {
     shared.bound = shared.maximum = ordered(-FLT_MAX);
-    shared.token = kNoToken;
   }
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
 
   const RowNoise noise(p, row);
-  RowReader<T, kAligned> reader{static_cast<const T*>(p.logits) + row * p.logits_row_stride, p.vocab_size, nullptr,
-                                first, RowBias(p, row)};
+  RowReader<T, kAligned> reader{static_cast<const T*>(p.logits) + row * p.logits_row_stride, nullptr, first,
+                                RowBias(p, row)};
   if (p.bias_count) {
-    mark_biased(biased_vectors, reader.bias, first, end, p.vocab_size);
+    mark_biased(biased_vectors, reader.bias, first, end);
     reader.biased = biased_vectors;
   }
   __syncthreads();
 
   RowState<kWantExtras> state;
-  constexpr int kStep = kThreads * kUnroll;
+  SharedBound shared_bound{&shared.bound};
+  float best = -INFINITY;  // without noise: the largest logit and the step it was seen in
+  int best_base = 0;
+  const bool noisy = noise.temperature > 0;
+  const RowNoiseLoop noise_loop(noise);
+
   Raw8<T> next[kUnroll];
-  const auto fetch = [&](int64_t base) {
+  const auto fetch = [&](int base) {  // threads past the end get -inf
+    if (base - int(threadIdx.x) + kStep <= end) {
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) next[u] = reader.raw(base + u * kThreads, end);
-  };
-  // Calls visit(x, base) for every step of this thread; all threads take the same number of steps.
-  const auto walk = [&](auto visit) {
-    const int steps = int((end - first + kStep - 1) / kStep);
-    int64_t base = first + threadIdx.x;
-    for (int step = 0; step < steps; ++step, base += kStep) {
-      float x[kUnroll][kVector];
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) reader.values(next[u], base + u * kThreads, end, x[u]);
-      if (step + 1 < steps) fetch(base + kStep);
-      float maximum[kUnroll];
+      for (int u = 0; u < kUnroll; ++u) next[u] = reader.raw(base + u * kThreads);
+    } else {
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
-        maximum[u] = fmaxf(fmaxf(fmaxf(x[u][0], x[u][1]), fmaxf(x[u][2], x[u][3])),
-                           fmaxf(fmaxf(x[u][4], x[u][5]), fmaxf(x[u][6], x[u][7])));
+        const int vector = base + u * kThreads;
+        next[u] = minus_infinity8<T>();
+        if (vector < end) next[u] = reader.raw(vector);
       }
-      const float top = fmaxf(fmaxf(maximum[0], maximum[1]), fmaxf(maximum[2], maximum[3]));
-      state.softmax.raise(top);
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-#pragma unroll
-        for (int i = 0; i < kVector; ++i) {
-          state.softmax.add(x[u][i]);
-          if constexpr (kWantExtras) state.top.add(x[u][i]);
-        }
-      }
-      visit(x, maximum, top, base);
     }
   };
 
-  fetch(first + threadIdx.x);
-  if (noise.temperature > 0) {
-    Race race{noise, &shared.bound};
-    {
+  int base = first + threadIdx.x;
+  fetch(base);
+  if (noisy) {  // a bound to start with, from the first vector of each thread
+    float sure = -FLT_MAX;
+    if (base < end) {
       float x[kVector];
-      reader.values(next[0], first + threadIdx.x, end, x);
-      race.start(x, first + threadIdx.x);
-    }
-    walk([&](const auto& x, const auto& maximum, float, int64_t base) {
-      race.look_around();
+      unpack8(next[0], x);
+      if (reader.biased) reader.add_bias(base, x);
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) race.run(x[u], maximum[u], base + u * kThreads, state.leader);
-    });
-  } else {
-    float best = -INFINITY;
-    int64_t best_base = 0;
-    walk([&](const auto&, const auto&, float top, int64_t base) {
+      for (int half = 0; half < 2; ++half) {
+        const PhiloxWords words = noise.upper(uint32_t(2 * base + half));
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sure = fmaxf(sure, RowNoise::sure_score(x[4 * half + i], words.word[i], noise.temperature));
+      }
+    }
+    sure = warp_max(sure);
+    if (threadIdx.x % 32 == 0) shared_bound.raise(sure);
+    __syncthreads();
+  }
+
+  for (int step_base = first; step_base < end; step_base += kStep, base += kStep) {
+    float x[kUnroll][kVector], maximum[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) unpack8(next[u], x[u]);
+    if (step_base + kStep < end) fetch(base + kStep);
+    if (reader.biased) {
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u)
+        if (base + u * kThreads < end) reader.add_bias(base + u * kThreads, x[u]);
+    }
+    float top = -INFINITY;
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      maximum[u] = fmaxf(fmaxf(fmaxf(x[u][0], x[u][1]), fmaxf(x[u][2], x[u][3])),
+                         fmaxf(fmaxf(x[u][4], x[u][5]), fmaxf(x[u][6], x[u][7])));
+      top = fmaxf(top, maximum[u]);
+    }
+    state.softmax.raise(top);
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        state.softmax.add(x[u][i]);
+        if constexpr (kWantExtras) state.top.add(x[u][i]);
+      }
+    }
+    if (!noisy) {
       best_base = top > best ? base : best_base;
       best = fmaxf(best, top);
-    });
-    // The threads that saw the maximum look their step up again, for the lowest id.
+      continue;
+    }
+
+    const float bound = shared_bound.read();
+    unsigned candidates[kUnroll] = {};  // the lanes whose vector u may hold the winner
+    const int warp_base = base - int(threadIdx.x % 32);
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const float log2_bound = noise.log2_bound(maximum[u], bound);
+      if (!__any_sync(kFullWarp, log2_bound > RowNoise::kHopeless)) continue;
+      const uint32_t block = 2 * uint32_t(base + u * kThreads);
+      const uint32_t bits = min(smallest(noise_loop.upper(block)), smallest(noise_loop.upper(block + 1)));
+      candidates[u] = __ballot_sync(kFullWarp, bits <= RowNoise::as_limit(log2_bound) && maximum[u] > -INFINITY);
+    }
+    // Rare: eight lanes look at a vector of each u once more, an id each; its logits are in the L2 cache still.
+    const int lane = threadIdx.x % 32, mine = lane / kVector % kUnroll;
+    unsigned lanes = candidates[0];
+#pragma unroll
+    for (int u = 1; u < kUnroll; ++u) lanes = mine == u ? candidates[u] : lanes;
+    if (lane >= kVector * kUnroll) lanes = 0;
+    for (; __any_sync(kFullWarp, lanes != 0); lanes &= lanes - 1) {
+      if (lanes == 0) continue;
+      const int id = (warp_base + mine * kThreads + __ffs(lanes) - 1) * kVector + lane % kVector;
+      const float xi = reader.single(id);
+      const uint32_t bits = word(noise.upper(uint32_t(id) / 4), id % 4);
+      if (bits > RowNoise::as_limit(noise.log2_bound(xi, bound))) continue;
+      const double score = noise.score(xi, bits, uint32_t(id));
+      if (score > state.leader.score) shared_bound.raise(__double2float_rd(score));
+      state.leader.offer({score, id, xi});
+    }
+  }
+
+  // The ids after the last complete vector.
+  if (piece == split.splits - 1 && threadIdx.x < p.vocab_size - int64_t(vectors) * kVector) {
+    const int id = vectors * kVector + int(threadIdx.x);
+    const float x = reader.single(id);
+    state.softmax.raise(x);
+    state.softmax.add(x);
+    if constexpr (kWantExtras) state.top.add(x);
+    if (noisy) {
+      state.leader.offer({noise.score(x, word(noise.upper(uint32_t(id) / 4), id % 4), uint32_t(id)), id, x});
+    } else {
+      state.leader.offer({double(x), id, x});
+    }
+  }
+
+  if (!noisy) {  // the threads that saw the maximum look their step up again, for the lowest id
     const float warp_best = warp_max(best);
     if (threadIdx.x % 32 == 0) atomicMax(&shared.maximum, ordered(warp_best));
     __syncthreads();
-    const float block_best = from_ordered(shared.maximum);
-    if (best == block_best && best > -INFINITY) {
+    if (best == from_ordered(shared.maximum) && best > -INFINITY) {
+#pragma unroll 1
       for (int u = 0; u < kUnroll; ++u) {
-        const int64_t vector = best_base + u * kThreads;
+        const int vector = best_base + u * kThreads;
+        if (vector >= end) break;
         float x[kVector];
-        reader.values(reader.raw(vector, end), vector, end, x);
+        reader.values(vector, x);
         int found = kVector;
 #pragma unroll
         for (int i = kVector - 1; i >= 0; --i) found = x[i] == best ? i : found;
-        if (found < kVector) {
-          atomicMin(&shared.token, int32_t(vector * kVector + found));
-          break;
-        }
+        if (found == kVector) continue;
+        state.leader.offer({double(best), vector * kVector + found, best});
+        break;
       }
     }
-    __syncthreads();
-    if (threadIdx.x == 0 && shared.token != kNoToken) state.leader = {block_best, shared.token, block_best};
   }
 
 #pragma unroll
@@ -264,10 +282,6 @@ __global__ __launch_bounds__(kCombineThreads) void illada_sample_tokens_combine_
   if (lane == 0) write_row(p, row, state);
 }
 
-bool wants_extras(const SampleTokensParams& p) {
-  return p.entropy || p.margin || p.measure == Measure::kMargin || p.measure == Measure::kEntropy;
-}
-
 template <typename T, bool kWantExtras>
 void launch(const SampleTokensParams& p, const Device& device, const RowSplit& split) {
   const bool aligned = reinterpret_cast<uintptr_t>(p.logits) % 16 == 0 &&
@@ -275,7 +289,7 @@ void launch(const SampleTokensParams& p, const Device& device, const RowSplit& s
   LaunchShape shape;
   shape.grid = dim3(unsigned(p.num_rows * split.splits));
   shape.block = dim3(kThreads);
-  shape.smem_bytes = p.bias_count ? int((split.vectors + 31) / 32 * 4) : 0;
+  shape.smem_bytes = p.bias_count ? (split.vectors + 31) / 32 * 4 : 0;
   shape.dependent = true;
   launch_kernel("sample_tokens", device, p.launch.stream, shape,
                 aligned ? illada_sample_tokens_sm80<T, kWantExtras, true>

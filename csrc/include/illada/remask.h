@@ -58,6 +58,26 @@ void sample_tokens_cuda(const SampleTokensParams& params);
 // Bytes of workspace that sample_tokens_cuda needs, 0 where every row is one CTA's.
 int64_t sample_tokens_workspace(int64_t num_rows, int64_t vocab_size, int device);
 
+// sample_tokens of the logits hidden[rows] @ weight^T, which are never written: the reductions happen where the GEMM's
+// accumulators are.
+struct LinearSampleTokensParams {
+  SampleTokensParams sample;     // without logits; num_rows, vocab_size and dtype (16-bit) are those of the logits
+  const void* hidden = nullptr;  // [num_tokens, width], dtype, 16-byte aligned
+  int64_t hidden_row_stride = 0;  // a multiple of 8, not less than width
+  int64_t num_tokens = 0;
+  const int32_t* rows = nullptr;  // [num_rows], in [0, num_tokens), or null: num_rows == num_tokens
+  const void* weight = nullptr;   // [vocab_size, width], dtype, 16-byte aligned
+  int64_t weight_row_stride = 0;  // a multiple of 8, not less than width
+  int64_t width = 0;              // a multiple of 8
+};
+
+// On compute capability 9.0 (sm_90a: wgmma, TMA). Rows outside of hidden are taken as zeros.
+void linear_sample_tokens_cuda(const LinearSampleTokensParams& params);
+
+// Bytes of workspace that it needs, or -1 where there is no such kernel for these params: another GPU or build, dtype or
+// alignment. Pointers of outputs and the workspace itself are not looked at.
+int64_t linear_sample_tokens_workspace(const LinearSampleTokensParams& params);
+
 // Which candidates of a sequence are committed, ranked by (confidence descending, row ascending), or by (entropy
 // ascending, row ascending) for kEntropyBound. Values are part of the binary interface with the bindings.
 enum class Rule : int32_t {

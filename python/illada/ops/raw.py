@@ -78,6 +78,51 @@ def sample_tokens(
     )
 
 
+def _linear_arguments(hidden: Tensor, weight: Tensor, rows: Tensor | None) -> tuple:
+    count = hidden.shape[0] if rows is None else rows.shape[0]
+    return (
+        *(address(hidden), hidden.stride(0), hidden.shape[0], address(rows), address(weight), weight.stride(0)),
+        *(hidden.shape[1], count, weight.shape[0], DTYPES[hidden.dtype]),
+    )
+
+
+def linear_sample_tokens_workspace(hidden: Tensor, weight: Tensor, rows: Tensor | None) -> int | None:
+    """Bytes of workspace that `linear_sample_tokens` needs; None where it has no kernel for these tensors (sm_90a, 16 bit,
+    16-byte aligned rows)."""
+    if not hidden.is_cuda:
+        return None
+    size = native().linear_sample_tokens_workspace(*_linear_arguments(hidden, weight, rows), hidden.device.index)
+    return None if size < 0 else size
+
+
+def linear_sample_tokens(
+    out: TokenSample,
+    hidden: Tensor,
+    weight: Tensor,
+    rows: Tensor | None = None,
+    temperature: float = 0.0,
+    seed: int = 0,
+    step: int = 0,
+    temperatures: Tensor | None = None,
+    seeds: Tensor | None = None,
+    steps: Tensor | None = None,
+    row_ids: Tensor | None = None,
+    bias_ids: Tensor | None = None,
+    bias_values: Tensor | None = None,
+    measure: int = 0,
+    *,
+    workspace: Tensor,
+) -> None:
+    """The fused kernel of `illada.ops.linear_sample_tokens` into `out`; arguments as in `sample_tokens` of this module.
+
+    workspace: uint8, of the size that `linear_sample_tokens_workspace` says.
+    """
+    arguments = _sample_arguments(
+        out, temperature, seed, step, temperatures, seeds, steps, row_ids, bias_ids, bias_values, measure
+    )
+    native().linear_sample_tokens(*_linear_arguments(hidden, weight, rows), arguments, _launch(hidden, workspace))
+
+
 def remask(
     out: RemaskStatus,
     tokens: Tensor,

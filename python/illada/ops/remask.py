@@ -96,6 +96,20 @@ def _linear_sample_chunks(hidden, weight, rows, *arguments):
     return out
 
 
+def _linear_sample_cuda(hidden, weight, rows, *arguments):
+    rows = None if rows is None else rows.contiguous()
+    size = raw.linear_sample_tokens_workspace(hidden, weight, rows)
+    if size is None:
+        return _linear_sample_chunks(hidden, weight, rows, *arguments)
+    out = _allocate(hidden, len(hidden) if rows is None else len(rows), *arguments[-2:])
+    workspace = hidden.new_empty(size, dtype=torch.uint8)
+    numbers, tensors, measure = arguments[:3], arguments[3:9], arguments[9]
+    raw.linear_sample_tokens(
+        TokenSample(*out), hidden, weight, rows, *numbers, *_contiguous(*tensors), measure, workspace=workspace
+    )
+    return out
+
+
 def _remask(tokens, rows, cu_rows, token, confidence, entropy, rule, limit, limits, mask_id, min_commit, end_ids):
     out = _remask_fake(tokens, rows, cu_rows)
     rows, cu_rows, token, confidence = (t.contiguous() for t in (rows, cu_rows, token, confidence))
@@ -124,7 +138,7 @@ def _remask_fake(tokens, rows, cu_rows, *arguments):
 
 
 lib.implement("sample_tokens", _sample_fake, cpu=_sample, cuda=_sample)
-lib.implement("linear_sample_tokens", _linear_sample_fake, cpu=_linear_sample_chunks, cuda=_linear_sample_chunks)
+lib.implement("linear_sample_tokens", _linear_sample_fake, cpu=_linear_sample_chunks, cuda=_linear_sample_cuda)
 lib.implement("remask", _remask_fake, cpu=_remask, cuda=_remask)
 
 

@@ -1,0 +1,185 @@
+// The epilogue of the fused head: a thread's share of a tile of logits, 2 rows x 64 ids in wgmma's accumulator layout,
+// is reduced into the states of its rows. Four neighbouring lanes share the two rows.
+#pragma once
+
+#include <cfloat>
+
+#include "remask/row_sample.cuh"
+
+namespace illada::remask {
+
+template <bool kWantExtras>
+struct RowPair {
+  static constexpr int kIds = 256;             // of a tile
+  static constexpr int kGroup = 4;             // column blocks of a row that are looked at together: eight ids
+  static constexpr int kGroups = kIds / 8 / kGroup;
+
+  RowState<kWantExtras> state[2];
+  float temperature[2], inverse[2];         // see RowNoise
+  float bound[2] = {-FLT_MAX, -FLT_MAX};    // a score that the row reaches for sure
+  bool any_noise;                           // in this warp
+  // Neighbouring lanes share the Philox blocks of their columns: the even one makes those of the upper row, the odd one
+  // those of the lower row, and they trade halves.
+  RowNoiseLoop noise;
+
+  __device__ __forceinline__ RowPair(const SampleTokensParams& p, const int64_t (&row)[2])
+      : noise(RowNoise(p, threadIdx.x % 2 ? row[1] : row[0])) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const RowNoise own(p, row[i]);
+      temperature[i] = own.temperature;
+      inverse[i] = own.inverse;
+    }
+    any_noise = __any_sync(kFullWarp, temperature[0] > 0 || temperature[1] > 0);
+  }
+
+  // d[4 j + 2 i + e] is the logit of row i and id tile_id + 8 j + 2 (lane % 4) + e; ids from end_id on do not count.
+  __device__ __forceinline__ void reduce(float (&d)[128], const SampleTokensParams& p, const int64_t (&row)[2],
+                                         int64_t tile_id, int64_t end_id) {
+    const int column = 2 * int(threadIdx.x % 4), left = int(min(end_id - tile_id, int64_t(kIds)));
+    if (left < kIds) {
+#pragma unroll
+      for (int j = 0; j < kIds / 8; ++j) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+          if (8 * j + column + e >= left) d[4 * j + e] = d[4 * j + 2 + e] = -INFINITY;
+      }
+    }
+    if (p.bias_count) add_bias(d, p, row, tile_id, left);
+
+    float maximum[2][kGroups];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float top = -INFINITY;
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g) {
+        maximum[i][g] = -INFINITY;
+#pragma unroll
+        for (int j = g * kGroup; j < (g + 1) * kGroup; ++j)
+          maximum[i][g] = fmaxf(maximum[i][g], fmaxf(d[4 * j + 2 * i], d[4 * j + 2 * i + 1]));
+        top = fmaxf(top, maximum[i][g]);
+      }
+      state[i].softmax.raise(top);
+#pragma unroll
+      for (int j = 0; j < kIds / 8; ++j) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          state[i].softmax.add(d[4 * j + 2 * i + e]);
+          if constexpr (kWantExtras) state[i].top.add(d[4 * j + 2 * i + e]);
+        }
+      }
+      if (temperature[i] == 0 && top > state[i].leader.logit) {  // ties stay with the earlier tile
+        int found = 0;
+#pragma unroll
+        for (int j = kIds / 8 - 1; j >= 0; --j) {
+#pragma unroll
+          for (int e = 1; e >= 0; --e) found = d[4 * j + 2 * i + e] == top ? 8 * j + e : found;
+        }
+        state[i].leader = {double(top), int32_t(tile_id) + column + found, top};
+      }
+    }
+    if (any_noise) race(d, maximum, p, row, tile_id);
+  }
+
+ private:
+  __device__ __forceinline__ void add_bias(float (&d)[128], const SampleTokensParams& p, const int64_t (&row)[2],
+                                           int64_t tile_id, int left) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const RowBias bias(p, row[i]);
+      for (int b = 0; b < bias.count; ++b) {
+        const int64_t at = bias.ids[b] - tile_id;
+        if (at < 0 || at >= left || at % 8 / 2 != threadIdx.x % 4) continue;
+        const int k = int(at / 8 * 2 + at % 2);
+        const float value = bias.values[b];
+#pragma unroll
+        for (int m = 0; m < 64; ++m)
+          if (m == k) d[m / 2 * 4 + m % 2 + 2 * i] += value;
+      }
+    }
+  }
+
+  // The upper bits of the uniforms of columns 8 j + 2 (lane % 4) + {0, 1} of both rows. All lanes together.
+  __device__ __forceinline__ void uniforms(int64_t tile_id, int j, uint32_t (&u)[2][2]) const {
+    const bool odd = threadIdx.x % 2 != 0;
+    const PhiloxWords w = noise.upper(uint32_t(tile_id) / 4 + uint32_t(2 * j) + threadIdx.x % 4 / 2);
+    const uint32_t a = __shfl_xor_sync(kFullWarp, odd ? w.word[0] : w.word[2], 1);
+    const uint32_t b = __shfl_xor_sync(kFullWarp, odd ? w.word[1] : w.word[3], 1);
+    u[0][0] = odd ? a : w.word[0];
+    u[0][1] = odd ? b : w.word[1];
+    u[1][0] = odd ? w.word[2] : a;
+    u[1][1] = odd ? w.word[3] : b;
+  }
+
+  // The best of the four lanes that share a row.
+  __device__ __forceinline__ void raise_bound(int i, float score) {
+    score = fminf(fmaxf(score, -FLT_MAX), FLT_MAX);
+    bound[i] = fmaxf(bound[i], warp_reduce<4>(score, [](float a, float b) { return fmaxf(a, b); }));
+  }
+
+  // The noisy maximum; see row_sample.cuh.
+  __device__ __forceinline__ void race(const float (&d)[128], const float (&maximum)[2][kGroups],
+                                       const SampleTokensParams& p, const int64_t (&row)[2], int64_t tile_id) {
+    uint64_t candidates[2] = {0, 0};  // bit 2 j + e
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      uint32_t u[kGroup][2][2];
+      const float hopes = fmaxf(RowNoise::log2_bound(maximum[0][g], bound[0], inverse[0]),
+                                RowNoise::log2_bound(maximum[1][g], bound[1], inverse[1]));
+      if (!__any_sync(kFullWarp, hopes > RowNoise::kHopeless)) continue;
+#pragma unroll
+      for (int j = 0; j < kGroup; ++j) uniforms(tile_id, g * kGroup + j, u[j]);
+      if (g == 0 && __any_sync(kFullWarp, bound[0] == -FLT_MAX && bound[1] == -FLT_MAX)) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {  // a bound to start with
+          float sure = -FLT_MAX;
+#pragma unroll
+          for (int j = 0; j < kGroup; ++j) {
+#pragma unroll
+            for (int e = 0; e < 2; ++e)
+              sure = fmaxf(sure, RowNoise::sure_score(d[4 * j + 2 * i + e], u[j][i][e], temperature[i]));
+          }
+          raise_bound(i, sure);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        uint32_t least = ~0u;
+#pragma unroll
+        for (int j = 0; j < kGroup; ++j) least = min(least, min(u[j][i][0], u[j][i][1]));
+        if (temperature[i] == 0 ||
+            least > RowNoise::as_limit(RowNoise::log2_bound(maximum[i][g], bound[i], inverse[i])))
+          continue;
+#pragma unroll
+        for (int j = 0; j < kGroup; ++j) {
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const int k = 2 * (g * kGroup + j) + e;
+            const float x = d[4 * (g * kGroup + j) + 2 * i + e];
+            if (u[j][i][e] <= RowNoise::as_limit(RowNoise::log2_bound(x, bound[i], inverse[i])))
+              candidates[i] |= uint64_t(1) << k;
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (__any_sync(kFullWarp, candidates[i] != 0)) {
+        for (; candidates[i]; candidates[i] &= candidates[i] - 1) {  // rare
+          const int k = __ffsll(int64_t(candidates[i])) - 1;
+          float x = 0;
+#pragma unroll
+          for (int m = 0; m < 64; ++m) x = m == k ? d[m / 2 * 4 + m % 2 + 2 * i] : x;
+          const int id = int(tile_id) + k / 2 * 8 + 2 * int(threadIdx.x % 4) + k % 2;
+          const RowNoise exact(p, row[i]);
+          const uint32_t bits = word(exact.upper(uint32_t(id) / 4), id % 4);
+          state[i].leader.offer({exact.score(x, bits, uint32_t(id)), id, x});
+        }
+        __syncwarp();
+        raise_bound(i, __double2float_rd(state[i].leader.score));
+      }
+    }
+  }
+};
+
+}  // namespace illada::remask
