@@ -67,15 +67,17 @@ __device__ __forceinline__ void mbarrier_arrive_expect_tx(uint32_t barrier, uint
 __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-// The same barrier in another CTA of the cluster.
-__device__ __forceinline__ void mbarrier_arrive_cluster(uint32_t barrier, uint32_t cta) {
+// By those threads that say so, on the same barrier in some CTA of the cluster (which may be this one).
+__device__ __forceinline__ void mbarrier_arrive_cluster_if(bool arrives, uint32_t barrier, uint32_t cta) {
   asm volatile(
       "{\n"
+      ".reg .pred arrives;\n"
       ".reg .b32 remote;\n"
-      "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
+      "setp.ne.u32 arrives, %2, 0;\n"
+      "@arrives mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "@arrives mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
       "}" ::"r"(barrier),
-      "r"(cta)
+      "r"(cta), "r"(uint32_t(arrives))
       : "memory");
 }
 // Blocks until the phase of this parity has ended.

@@ -122,21 +122,16 @@ __global__ __launch_bounds__(kThreads, 1) void illada_linear_sample_tokens_sm90(
     // Rows past the end repeat the last one: harmless, and not written.
     const int64_t row[2] = {min(int64_t(my_row), p.num_rows - 1), min(int64_t(my_row) + 8, p.num_rows - 1)};
     RowPair<kWantExtras> pair(p, row);
-    const auto release = [&](int stage) {
-      if (threadIdx.x % 128 == 0) {
-        if (plan.cluster > 1) {
-          ptx::mbarrier_arrive_cluster(empty(stage), 0);
-          ptx::mbarrier_arrive_cluster(empty(stage), 1);
-        } else {
-          ptx::mbarrier_arrive(empty(stage));
-        }
-      }
+    const auto release = [&](int stage, bool really) {  // one thread for each CTA of the cluster, which may be just this one
+      const int cta = int(threadIdx.x) % 128;
+      ptx::mbarrier_arrive_cluster_if(really && cta < plan.cluster, empty(stage), uint32_t(cta));
     };
 
     Ring ring;
     float d[128];
     for (int tile = 0; tile < tiles; ++tile) {
       if (has_rows) {
+#pragma unroll 1
         for (int k = 0; k < k_tiles; ++k, ring.advance()) {
           ptx::mbarrier_wait(full(ring.stage), ring.parity);
           const uint64_t a = ptx::wgmma_descriptor_k128(ptx::smem_address(shared.stage[ring.stage].hidden) +
@@ -148,15 +143,16 @@ __global__ __launch_bounds__(kThreads, 1) void illada_linear_sample_tokens_sm90(
             ptx::wgmma_m64n256k16<T>(d, a + uint64_t(step * 2), b + uint64_t(step * 2), k > 0 || step > 0);
           ptx::wgmma_commit();
           ptx::wgmma_wait<1>();  // the stage before this one has been read
-          if (k > 0) release((ring.stage + kStages - 1) % kStages);
+          release((ring.stage + kStages - 1) % kStages, k > 0);
         }
         ptx::wgmma_wait<0>();
-        release((ring.stage + kStages - 1) % kStages);
+        release((ring.stage + kStages - 1) % kStages, true);
         pair.reduce(d, p, row, first_id + int64_t(tile) * kTileN, end_id);
       } else {
+#pragma unroll 1
         for (int k = 0; k < k_tiles; ++k, ring.advance()) {
           ptx::mbarrier_wait(full(ring.stage), ring.parity);
-          release(ring.stage);
+          release(ring.stage, true);
         }
       }
     }
