@@ -104,16 +104,20 @@ def plot(records: Records, path: str | Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print the table of a file of JSON lines, and the goals of its benches."""
+    """Print the tables of a file of JSON lines, one for each bench and device, and the goals."""
     from benchmarks.__main__ import BENCHES
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=main.__doc__)
     parser.add_argument("file", help="written by `python -m benchmarks BENCH --json FILE`")
     records = read_json(parser.parse_args(arguments).file)
-    print(markdown(records) or "No results.\n")
-    for bench in dict.fromkeys(r["bench"] for r in records):
-        for goal in importlib.import_module(BENCHES[bench]).goals([r for r in records if r["bench"] == bench]):
+    if not records:
+        print("No results.")
+    for bench, device in dict.fromkeys((r["bench"], r["device"]) for r in records):
+        mine = [r for r in records if (r["bench"], r["device"]) == (bench, device)]
+        print(f"## {bench} on {device}, torch {mine[0]['torch']}, commit {mine[0]['commit']}\n\n{markdown(mine)}")
+        for goal in importlib.import_module(BENCHES[bench]).goals(mine):
             print(f"- {goal_line(goal)}")
+        print()
 
 
 if __name__ == "__main__":

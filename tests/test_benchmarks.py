@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -326,8 +327,10 @@ def test_report_of_a_file(tmp_path, capsys):
     report.main([str(path)])
     assert capsys.readouterr().out.strip() == "No results."
     report.write_json([record(case="step 128x155136 T=0", timing="graph", median_ms=0.02)], path)
+    report.write_json([record(bench="train-step", device="a CPU", timing="clock")], path)
     report.main([str(path)])
     out = capsys.readouterr().out
+    assert out.index("## remask on d,") < out.index("## train-step on a CPU,")
     assert "| step 128x155136 T=0 | illada | graph |" in out and "- met    step 128x155136 T=0: 20.0 us" in out
 
 
@@ -338,3 +341,27 @@ def test_read_json_skips_nothing(tmp_path):
     report.write_json([record(provider="peer")], path)
     assert [r["provider"] for r in report.read_json(path)] == ["illada", "peer"]
     assert list(json.loads(path.read_text().splitlines()[0])) == list(runner.KEYS)
+
+
+# ------------------------------------------------------------------------------------------------- run_on_gpu.sh
+
+
+def run_on_gpu(*arguments, **environment):
+    command = ["bash", str(ROOT / "benchmarks" / "run_on_gpu.sh"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+
+
+def test_run_on_gpu_teaches():
+    done = run_on_gpu("--help")
+    assert done.returncode == 0 and "[MINUTES] [OUT]" in done.stdout and "OUT/summary.md" in done.stdout
+    for arguments in (["soon"], ["0"], [1, "a", "b"]):
+        done = run_on_gpu(*arguments)
+        assert done.returncode == 2 and "usage:" in done.stderr and not done.stdout
+
+
+def test_run_on_gpu_says_what_is_missing_and_touches_nothing(tmp_path):
+    (tmp_path / "summary.md").write_text("of an earlier run")
+    done = run_on_gpu(1, tmp_path, PYTHON="/no/python", CUDACXX="/no/nvcc")
+    assert done.returncode == 2
+    assert "  /no/python: Python 3.11 or newer" in done.stderr and "  nvcc (CUDA 12.3 or newer)" in done.stderr
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("summary.md", "of an earlier run")]
