@@ -12,6 +12,7 @@ torch.mm first, which is cuBLAS on a GPU.
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -27,7 +28,7 @@ from benchmarks.timing import CPU
 
 DEVICES = ("cpu", "cuda")
 
-SEQUENCES = 8  # rows of a step are shared out evenly over so many sequences
+SEQUENCES = 8  # rows of a step are shared out evenly over so many sequences, or fewer where they do not divide
 COMMIT = 4  # tokens a sequence commits
 THRESHOLD = 0.9
 MASK_ID = 5
@@ -75,7 +76,7 @@ def step_case(
     rows: int, vocab: int, temperature: float, dtype: torch.dtype = torch.bfloat16, device: torch.device = CPU
 ) -> Case:
     """Sample and commit, from random logits [rows, vocab]."""
-    sequences = min(SEQUENCES, rows)
+    sequences = math.gcd(SEQUENCES, rows)
     quota = min(COMMIT, rows // sequences)
 
     def make() -> list[Provider]:

@@ -148,7 +148,7 @@ pytest=("$python" -m pytest -p no:cacheprovider -q)
 step "tests/cuda"
 status=0
 limited 50 "$out/tests.log" "${pytest[@]}" tests/cuda || status=$?
-counts="$(grep -E '[0-9]+ (passed|failed|skipped|error)' "$out/tests.log" 2>/dev/null | tail -n 1 | tr -d '=' || true)"
+counts="$(grep -E '[0-9]+ (passed|failed|skipped|error)' "$out/tests.log" 2>/dev/null | tail -n 1 | sed 's/^[= ]*/ /; s/[= ]*$//' || true)"
 case "$status" in
   0) note "- Tests:${counts:+ $counts}" ;;
   124 | 137) note "- Tests: out of time,${counts:- none finished}" ;;

@@ -99,8 +99,9 @@ def test_choose_device(monkeypatch):
 # ------------------------------------------------------------------------------------------------- providers agree
 
 
-def test_step_providers_find_the_same():
-    providers = remask.step_case(32, 501, 0.0, torch.float32).make()
+@pytest.mark.parametrize("rows", [1, 12, 32])
+def test_step_providers_find_the_same(rows):
+    providers = remask.step_case(rows, 501, 0.0, torch.float32).make()
     assert [p.name for p in providers] == ["illada", "published", "compile"]
     for a, b in zip(providers[0].call(), providers[1].call(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
