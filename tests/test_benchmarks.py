@@ -2,43 +2,153 @@
 
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 if importlib.util.find_spec("benchmarks") is None:
     sys.path.insert(0, str(ROOT))
 
 from benchmarks import __main__ as command  # noqa: E402
-from benchmarks import remask, runner, train_step  # noqa: E402
+from benchmarks import published, remask, report, runner, timing, train_step  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+def record(**changes):
+    """A record with every key."""
+    values = {"bench": "remask", "case": "c", "provider": "illada", "median_ms": 2.0, "p20_ms": 1.0, "p80_ms": 3.0}
+    return {**dict.fromkeys(runner.KEYS), **values, "device": "d", "timing": "events", **changes}
+
+
+# ---------------------------------------------------------------------------------------------------------- command
 
 
 def test_remask_records(tmp_path, monkeypatch):
-    tiny = [remask.make_case(32, 501, t) for t in (0.0, 1.0)]
-    monkeypatch.setattr(remask, "cases", lambda: tiny)
+    tiny = [remask.step_case(32, 501, t) for t in (0.0, 1.0)]
+    monkeypatch.setattr(remask, "cases", lambda device: tiny)
     out, plot = tmp_path / "o.jsonl", tmp_path / "o.png"
     options = ["--provider", "illada", "--provider", "published", "--json", str(out), "--plot", str(plot)]
-    assert command.main(["remask", *options, "--repeats", "3"]) == 0
-    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert command.main(["remask", "--device", "cpu", *options, "--repeats", "3"]) == 0
+    lines = report.read_json(out)
     assert [list(line) for line in lines] == [list(runner.KEYS)] * 4
     assert {line["provider"] for line in lines} == {"illada", "published"}
     for line in lines:
         assert line["p20_ms"] <= line["median_ms"] <= line["p80_ms"] and line["bytes"] == 32 * 501 * 2
         assert line["peak_memory_bytes"] is None and line["error"] < (1e-5 if line["provider"] == "illada" else 0.02)
+        assert line["timing"] == "clock" and line["date"].endswith("+00:00")
     assert plot.stat().st_size > 1000
     assert runner.ratio(lines, "32x501 T=0", "published") > 0
     assert runner.ratio(lines, "32x501 T=0", "compile") is None
 
 
-def test_remask_providers_commit_the_same(generator):
-    import torch
+def test_json_is_kept_when_a_later_case_fails(tmp_path, monkeypatch):
+    def fail():
+        raise RuntimeError("the device is gone")
 
-    case = remask.make_case(32, 501, 0.0, torch.float32)
-    ours, published, _ = case.make()
-    for a, b in zip(ours.call(), published.call(), strict=True):
+    broken = runner.Case("broken", lambda: [runner.Provider("illada", fail)])
+    monkeypatch.setattr(remask, "cases", lambda device: [remask.step_case(8, 64, 0.0), broken])
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        command.main(["remask", "--device", "cpu", "--provider", "illada", "--json", str(tmp_path / "o.jsonl")])
+    assert [r["case"] for r in report.read_json(tmp_path / "o.jsonl")] == ["8x64 T=0"]
+
+
+def test_check_fails_when_a_goal_is_missed(monkeypatch):
+    monkeypatch.setattr(remask, "cases", lambda device: [remask.step_case(8, 64, 0.0)])
+    monkeypatch.setattr(remask, "goals", lambda records: [runner.Goal("impossible", False)])
+    options = ["--device", "cpu", "--provider", "illada", "--repeats", "1"]
+    assert command.main(["remask", *options, "--check"]) == 1
+    assert command.main(["remask", *options]) == 0
+
+
+def test_list_names_the_cases(capsys):
+    assert command.main(["remask", "--device", "cpu", "--only", "256x", "--list"]) == 0
+    assert capsys.readouterr().out.split("\n") == ["256x126464 T=0", "256x126464 T=1", ""]
+
+
+def test_bad_usage(capsys):
+    with pytest.raises(SystemExit):
+        command.main(["remask", "--device", "cpu", "--only", "nothing like it"])
+    assert "no case of remask contains" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command.main(["train-step", "--device", "cuda"])
+    assert "this bench runs on cpu, not on cuda" in capsys.readouterr().err
+
+
+def test_choose_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert command.choose_device(("cpu", "cuda")) == command.choose_device(("cpu",), "cpu") == CPU
+    with pytest.raises(ValueError, match="torch sees no GPU"):
+        command.choose_device(("cpu", "cuda"), "cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr("illada._native.has_cuda", lambda: False)
+    assert command.choose_device(("cpu", "cuda")) == CPU
+    with pytest.raises(ValueError, match="without CUDA kernels"):
+        command.choose_device(("cpu", "cuda"), "cuda")
+    monkeypatch.setattr("illada._native.has_cuda", lambda: True)
+    assert command.choose_device(("cpu", "cuda")) == torch.device("cuda", 0)
+    assert command.choose_device(("cpu", "cuda"), "cpu") == command.choose_device(("cpu",)) == CPU
+
+
+# ------------------------------------------------------------------------------------------------- providers agree
+
+
+@pytest.mark.parametrize("rows", [1, 12, 32])
+def test_step_providers_find_the_same(rows):
+    providers = remask.step_case(rows, 501, 0.0, torch.float32).make()
+    assert [p.name for p in providers] == ["illada", "published", "compile"]
+    for a, b in zip(providers[0].call(), providers[1].call(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 32])
+def test_sample_case(rows):
+    (provider,) = remask.sample_case(rows, 501, 1.0).make()
+    assert provider.error(provider.call()) < 1e-5
+
+
+def test_linear_providers_agree():
+    providers = {p.name: p for p in remask.linear_case(40, 64, 501, 0.0, torch.float32).make()}
+    assert list(providers) == ["illada", "mm+illada", "mm+published", "mm+compile"]
+    results = {name: providers[name].call() for name in ("illada", "mm+illada", "mm+published")}
+    for name, result in results.items():
+        assert torch.equal(result[0], results["illada"][0]), name
+        assert providers[name].error(result) < 1e-4, name
+    token, confidence = results["illada"]
+    assert providers["illada"].error((token, 2 * confidence)) == pytest.approx(1, rel=1e-3)
+
+
+@pytest.mark.parametrize("rule", ["quota", "threshold"])
+@pytest.mark.parametrize("sequences,rows", [(1, 32), (5, 7)])
+def test_commit_providers_agree(sequences, rows, rule):
+    ours, theirs = remask.commit_case(sequences, rows, rule).make()
+    assert ours.error(ours.call()) == theirs.error(theirs.call()) == 0
+    committed = (theirs.call() != remask.MASK_ID).sum(1)
+    assert (committed == remask.COMMIT).all() if rule == "quota" else (committed >= 1).all()
+
+
+def test_published_commit():
+    canvas = torch.tensor([[5, 5, 9, 5], [5, 5, 5, 9]])
+    token = torch.tensor([10, 11, 12, 13, 14, 15, 16, 17])
+    confidence = torch.tensor([0.2, 0.95, 0.99, 0.9, 0.1, 0.3, 0.2, 0.99])
+    canvas2 = canvas.clone()
+    published.commit(canvas, token, confidence, 5, quota=1)
+    assert canvas.tolist() == [[5, 11, 9, 5], [5, 15, 5, 9]]
+    published.commit(canvas2, token, confidence, 5, threshold=0.9)
+    assert canvas2.tolist() == [[5, 11, 9, 13], [5, 15, 5, 9]]  # the second row's surest, though below the threshold
+
+
+def test_published_linear_sample(generator):
+    hidden, weight = torch.randn(3, 8, generator=generator), torch.randn(50, 8, generator=generator)
+    token, confidence = published.linear_sample(hidden, weight, 0.0)
+    best = (hidden @ weight.t()).softmax(-1).max(-1)
+    assert torch.equal(token, best.indices) and torch.allclose(confidence, best.values)
 
 
 def test_train_step_providers_agree():
@@ -48,6 +158,23 @@ def test_train_step_providers_agree():
     assert errors["padded"] == 0 and errors["illada"] < 1e-5
     assert all(r["peak_memory_bytes"] >= 0 for r in records)
     assert [goal.text.split(":")[0] for goal in train_step.goals(records)] == ["tiny 2x64"] * 2
+
+
+def test_confidence_error_looks_at_every_row(generator):
+    logits = torch.randn(300, 20, generator=generator)
+    best = logits.double().softmax(-1).max(-1)
+    confidence = best.values.clone()
+    assert remask.confidence_error(logits, (best.indices, confidence)) < 1e-12
+    confidence[299] *= 1.5
+    assert remask.confidence_error(logits, (best.indices, confidence)) == pytest.approx(0.5)
+
+
+def test_random_logits_are_the_same_every_time():
+    a, b, c = (remask.random_logits(4, 100, torch.bfloat16, CPU, seed) for seed in (0, 0, 1))
+    assert torch.equal(a, b) and not torch.equal(a, c) and 1.5 < a.float().std() < 2.5
+
+
+# ----------------------------------------------------------------------------------------------- runner and timing
 
 
 def test_a_peer_that_fails_is_left_out_and_ours_is_not(capsys):
@@ -64,14 +191,178 @@ def test_a_peer_that_fails_is_left_out_and_ours_is_not(capsys):
         runner.run("b", [runner.Case("c", lambda: [runner.Provider("illada", fail)])], repeats=1)
 
 
-def test_check_fails_when_a_goal_is_missed(monkeypatch):
-    monkeypatch.setattr(remask, "cases", lambda: [remask.make_case(8, 64, 0.0)])
-    monkeypatch.setattr(remask, "goals", lambda records: [runner.Goal("impossible", False)])
-    assert command.main(["remask", "--provider", "illada", "--repeats", "1", "--check"]) == 1
-    assert command.main(["remask", "--provider", "illada", "--repeats", "1"]) == 0
+def test_slow_providers_are_called_a_third_as_often():
+    calls = []
+    providers = [runner.Provider(name, lambda name=name: calls.append(name)) for name in ("illada", "peer")]
+    runner.run("b", [runner.Case("c", lambda: providers, repeats=6, slow={"peer"})])
+    assert calls.count("illada") == 1 + 6 and calls.count("peer") == 1 + 2
 
 
-def test_bad_usage(capsys):
-    with pytest.raises(SystemExit):
-        command.main(["remask", "--only", "nothing like it"])
-    assert "no case of remask contains" in capsys.readouterr().err
+def test_copy_case_is_a_yardstick():
+    case = runner.copy_case(CPU, 4096)
+    records = runner.run("b", [case], providers=["illada"], repeats=3)
+    assert [(r["provider"], r["bytes"]) for r in records] == [("copy", 8192)]
+
+
+def test_copy_share_and_ratio_by_timing():
+    copy = record(case="copy", provider="copy", bytes=100, median_ms=1.0)
+    ours = record(bytes=100)
+    graph = record(bytes=100, timing="graph", median_ms=1.25)
+    peer, peer_graph = record(provider="p", median_ms=6.0), record(provider="p", timing="graph", median_ms=2.5)
+    records = [copy, ours, graph, peer, peer_graph]
+    assert runner.copy_share(records, ours) == 0.5 and runner.copy_share(records, graph) == 0.8
+    assert runner.copy_share(records, peer) is None and runner.copy_share([ours], ours) is None
+    assert runner.ratio(records, "c", "p") == 3 and runner.ratio(records, "c", "p", timing="graph") == 2
+
+
+def test_commit_from_the_environment(monkeypatch):
+    def no_git(*args, **kwargs):
+        raise FileNotFoundError("git")
+
+    monkeypatch.setattr(subprocess, "run", no_git)
+    monkeypatch.delenv("ILLADA_COMMIT", raising=False)
+    assert runner.commit() is None
+    monkeypatch.setenv("ILLADA_COMMIT", "abc123")
+    assert runner.commit() == "abc123"
+
+
+def test_generator_is_seeded():
+    assert torch.equal(*(torch.rand(3, generator=runner.generator(CPU, 4)) for _ in range(2)))
+
+
+def test_clock():
+    clock = timing.timer(CPU)
+    readings = [clock.measure(lambda: sum(range(1000))) for _ in range(2)]
+    assert clock.timing == "clock" and all(ms > 0 for ms in clock.milliseconds(readings))
+    assert timing.device_name() and timing.input_sets(1, CPU) == 1
+
+
+def test_input_sets_are_larger_than_the_cache(monkeypatch):
+    properties = type("Properties", (), {"L2_cache_size": 50 << 20})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    gpu = torch.device("cuda", 0)
+    assert timing.cold_bytes(gpu) == 256 << 20
+    assert timing.input_sets(40 << 20, gpu) == 3
+    assert timing.input_sets(1 << 30, gpu) == 2 and timing.input_sets(1, gpu) == 512
+
+
+# ------------------------------------------------------------------------------------------------- cases and goals
+
+
+def test_cases_of_a_gpu(monkeypatch):
+    names = [case.name for case in remask.cases(torch.device("cuda", 0))]
+    assert names[0] == "copy 1024 MiB" and len(set(names)) == len(names)
+    kinds = [name.split()[0] for name in names]
+    assert {kind: kinds.count(kind) for kind in kinds} == {
+        "copy": 1,
+        "sample": 12,
+        "linear": 5,
+        "commit": 8,
+        "step": 12,
+    }
+    assert {case.name for case in remask.cases()} == {
+        f"{shape} T={t}" for shape in ("256x126464", "128x155136", "32x155136") for t in (0, 1)
+    }
+
+
+def test_goals_of_a_gpu():
+    def graph(case, ms, provider="illada", size=None):
+        return record(case=case, median_ms=ms, provider=provider, timing="graph", bytes=size)
+
+    records = [
+        record(case="copy", provider="copy", bytes=2e9, median_ms=1.0),
+        graph("sample 1024x155136 T=0", 1.0, size=1.9e9), graph("sample 4096x155136 T=0", 1.0, size=1.7e9),
+        graph("sample 128x155136 T=0", 1.0, size=1e9),
+        graph("step 128x155136 T=0", 0.020), graph("step 128x155136 T=1", 0.030),
+        graph("linear 128x4096x155136 T=1", 0.440), graph("linear 256x4096x155136 T=1", 0.9),
+        graph("linear 128x4096x155136 T=1", 0.7, provider="mm+illada"),
+        record(case="step 1024x155136 T=1", median_ms=1.0),
+        record(case="step 1024x155136 T=1", provider="published", median_ms=40.0),
+        record(case="step 1024x155136 T=1", provider="compile", median_ms=2.0),
+    ]  # fmt: skip
+    assert [(goal.text, goal.met) for goal in remask.goals(records)] == [
+        ("sample 1024x155136 T=0: 95% of copy bandwidth (goal 90%)", True),
+        ("sample 4096x155136 T=0: 85% of copy bandwidth (goal 90%)", False),
+        ("step 128x155136 T=0: 20.0 us (goal 25 us)", True),
+        ("step 128x155136 T=1: 30.0 us (goal 25 us)", False),
+        ("linear 128x4096x155136 T=1: 440 us (goal 450 us)", True),
+        ("step 1024x155136 T=1: 40.0x faster than published (goal 30x)", True),
+        ("step 1024x155136 T=1: 2.0x faster than compile (goal 3x)", False),
+    ]
+
+
+def test_goals_of_a_cpu():
+    case = "256x126464 T=0"
+    records = [
+        record(case=case, provider=p, median_ms=ms, timing="clock") for p, ms in (("illada", 1.0), ("published", 9.0))
+    ]
+    assert [(goal.text, goal.met) for goal in remask.goals(records)] == [
+        (f"{case}: 9.0x faster than published (goal 8x)", True)
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------------- report
+
+
+def test_table_and_markdown(capsys):
+    records = [
+        record(bytes=1e6, flops=4e6, peak_memory_bytes=3 << 20, error=0.5),
+        record(timing="graph"), record(provider="peer", median_ms=5.0),
+        record(case="copy", provider="copy", bytes=2e6, median_ms=1.0),
+    ]  # fmt: skip
+    report.print_table(records)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("d, ") and len({len(line) for line in lines[1:]}) == 1
+    for cell in ("2.0000", "0.5 ", "25%", "3.0", "5.0e-01", "1.00x"):
+        assert cell in lines[3], cell
+    assert lines[5].endswith("2.50x")
+    table = report.markdown(records).splitlines()
+    assert len(table) == 2 + len(records) and len({line.count("|") for line in table}) == 1
+    assert report.markdown([]) == ""
+    report.print_table([])
+    assert "nothing ran" in capsys.readouterr().out
+
+
+def test_report_of_a_file(tmp_path, capsys):
+    path = tmp_path / "r.jsonl"
+    report.main([str(path)])
+    assert capsys.readouterr().out.strip() == "No results."
+    report.write_json([record(case="step 128x155136 T=0", timing="graph", median_ms=0.02)], path)
+    report.write_json([record(bench="train-step", device="a CPU", timing="clock")], path)
+    report.main([str(path)])
+    out = capsys.readouterr().out
+    assert out.index("## remask on d,") < out.index("## train-step on a CPU,")
+    assert "| step 128x155136 T=0 | illada | graph |" in out and "- met    step 128x155136 T=0: 20.0 us" in out
+
+
+def test_read_json_skips_nothing(tmp_path):
+    path = tmp_path / "r.jsonl"
+    assert report.read_json(path) == []
+    report.write_json([record()], path)
+    report.write_json([record(provider="peer")], path)
+    assert [r["provider"] for r in report.read_json(path)] == ["illada", "peer"]
+    assert list(json.loads(path.read_text().splitlines()[0])) == list(runner.KEYS)
+
+
+# ------------------------------------------------------------------------------------------------- run_on_gpu.sh
+
+
+def run_on_gpu(*arguments, **environment):
+    command = ["bash", str(ROOT / "benchmarks" / "run_on_gpu.sh"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+
+
+def test_run_on_gpu_teaches():
+    done = run_on_gpu("--help")
+    assert done.returncode == 0 and "[MINUTES] [OUT]" in done.stdout and "OUT/summary.md" in done.stdout
+    for arguments in (["soon"], ["0"], [1, "a", "b"]):
+        done = run_on_gpu(*arguments)
+        assert done.returncode == 2 and "usage:" in done.stderr and not done.stdout
+
+
+def test_run_on_gpu_says_what_is_missing_and_touches_nothing(tmp_path):
+    (tmp_path / "summary.md").write_text("of an earlier run")
+    done = run_on_gpu(1, tmp_path, PYTHON="/no/python", CUDACXX="/no/nvcc")
+    assert done.returncode == 2
+    assert "  /no/python: Python 3.11 or newer" in done.stderr and "  nvcc (CUDA 12.3 or newer)" in done.stderr
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("summary.md", "of an earlier run")]

@@ -1,0 +1,129 @@
+"""How a call is timed. Each way has a name, which stands in every record under `timing`:
+
+    clock     wall time of a call that returns when it is done: CPUs
+    events    CUDA events around one call, caches cold
+    graph     many calls captured in a CUDA graph, the replay's time shared among them: no launch gaps
+
+Nothing here waits for the device inside a timed call.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+CPU = torch.device("cpu")
+
+#: Calls of a graph: the gap before a replay's first kernel, some 5 us, is then shared by at least so many.
+GRAPH_CALLS = 20
+
+
+class Clock:
+    """Milliseconds on the host's clock."""
+
+    timing = "clock"
+
+    def measure(self, call: Callable[[], Any]) -> float:
+        """One call; what it returns goes to `milliseconds`."""
+        began = time.perf_counter()
+        call()
+        return 1e3 * (time.perf_counter() - began)
+
+    def milliseconds(self, readings: Sequence[float]) -> list[float]:
+        """Of each call."""
+        return list(readings)
+
+
+class Events:
+    """Milliseconds between two CUDA events on the current stream, with nothing of the inputs in the L2 cache.
+
+    flush_bytes: written, and as many others read, before each call.
+    """
+
+    timing = "events"
+
+    def __init__(self, device: torch.device, flush_bytes: int | None = None):
+        size = cold_bytes(device) if flush_bytes is None else flush_bytes
+        self.written = torch.empty(size // 4, dtype=torch.int32, device=device)
+        self.read = torch.zeros_like(self.written)
+        self.sum = torch.zeros((), dtype=torch.int32, device=device)
+
+    def measure(self, call: Callable[[], Any]) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+        """Enqueue one call; what it returns goes to `milliseconds`."""
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        # The read throws the written lines out, which the timed call would else have to write back to memory. Both
+        # together also keep the device busy (0.2 ms on an H100) while the host enqueues the call.
+        self.written.zero_()
+        torch.sum(self.read, dim=0, dtype=torch.int32, out=self.sum)
+        began.record()
+        call()
+        ended.record()
+        return began, ended
+
+    def milliseconds(self, readings: Sequence[tuple[torch.cuda.Event, torch.cuda.Event]]) -> list[float]:
+        """Of each call; waits for the last."""
+        torch.cuda.synchronize()
+        return [began.elapsed_time(ended) for began, ended in readings]
+
+
+def timer(device: torch.device) -> Clock | Events:
+    """The way to time single calls on `device`."""
+    return Events(device) if device.type == "cuda" else Clock()
+
+
+def cold_bytes(device: torch.device) -> int:
+    """Bytes that push everything else out of the L2 cache: twice its size, and at least 256 MiB."""
+    return max(256 << 20, 2 * torch.cuda.get_device_properties(device).L2_cache_size)
+
+
+def input_sets(bytes_each: int, device: torch.device) -> int:
+    """How many inputs of that size a graph must rotate over so that none is still cached when its turn comes."""
+    if device.type != "cuda":
+        return 1
+    l2 = torch.cuda.get_device_properties(device).L2_cache_size
+    return min(max(2, -(-2 * l2 // max(bytes_each, 1))), 512)  # 512: a graph of some thousand kernels at most
+
+
+def capture(calls: Sequence[Callable[[], Any]], device: torch.device) -> tuple[torch.cuda.CUDAGraph, int]:
+    """A graph of all calls, over and over until there are GRAPH_CALLS; and how many it holds."""
+    rounds = -(-GRAPH_CALLS // len(calls))
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for call in calls:  # libraries make their workspaces at the first call on a stream
+            call()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for _ in range(rounds):
+            for call in calls:
+                call()
+    graph.replay()
+    return graph, rounds * len(calls)
+
+
+def peak_memory(call: Callable[[], Any], device: torch.device) -> int:
+    """Bytes that one call allocates on a GPU at its worst moment, results included, inputs not."""
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def device_name(device: torch.device = CPU) -> str:
+    """The processor or GPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return "cpu"
