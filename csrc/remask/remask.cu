@@ -1,13 +1,13 @@
 // remask: commits the surest candidates of each sequence, one CTA a sequence.
 //
 // A candidate's rank is a 32-bit key that sorts like its confidence (like its entropy, backwards, for the entropy-bounded
-// rule), ties by the lowest row. Keys stay in registers, kKeys a thread. Both questions, how many a rule takes and
-// which are the first k, are answered by radix descent a bit at a time: one pass counts (or adds up) over the keys
-// above a trial value, a compare a key and one barrier a pass, without atomics or shared-memory traffic beyond a word a
-// warp. The descent stops as soon as a trial value splits the candidates at k, after about log2(candidates) + 9 passes
-// for confidences; ties at the cut continue on the bits of the row.
+// rule), ties by the lowest row. Keys stay in registers, kKeys a thread. Where the ranking is cut is found by radix
+// descent, four bits a pass: a thread counts its keys' digits in the 16 nibbles of one word, a warp adds the words with
+// redux, shared memory adds up the warps, and every warp finds the digit that holds the cut. One barrier a pass; the
+// descent stops when the cut falls between two digits, for confidences after about log16(candidates) + 2 passes. Ties at
+// the cut continue on the bits of the row.
 //
-// Floor: 28 bytes a candidate, negligible; what limits it is latency, three dependent loads and some thirty barriers.
+// Floor: 28 bytes a candidate, negligible; what limits it is latency: three dependent loads and some eight barriers.
 #include "common/ptx.cuh"
 #include "common/reduce.cuh"
 #include "remask/launch.h"
@@ -22,11 +22,11 @@ constexpr double kEntropyScale = 4294967296.0;
 
 template <int kThreads>
 struct SequenceRanker {
-  static constexpr int kWarps = kThreads / 32;
+  static constexpr int kWarps = kThreads / 32, kDigits = 16;
 
   struct SharedStorage {
-    int32_t count[2][kWarps];
-    uint64_t sum[2][kWarps];
+    int32_t digits[3][kDigits];  // zero whenever a pass begins that uses them
+    uint32_t sum[2][3][kWarps];
   };
 
   const RemaskParams& p;
@@ -34,29 +34,24 @@ struct SequenceRanker {
   int begin, size;  // rows of the sequence
   bool cached;      // all keys are in registers
   uint32_t keys[kKeys];
+  int32_t positions[kKeys], tokens[kKeys];
   uint32_t masked = 0;  // bit j: key j's position holds mask_id
-  int parity = 0;
+  int pass = 0, parity = 0;
 
   __device__ __forceinline__ int64_t token_at(int64_t position) const {
     return p.tokens_are_int64 ? static_cast<const int64_t*>(p.tokens)[position]
                               : static_cast<const int32_t*>(p.tokens)[position];
   }
 
-  // Does the i-th row hold a mask, and what is its key (0: no candidate)?
-  __device__ __forceinline__ bool look(int i, uint32_t& key) const {
-    const int64_t n = begin + i, position = p.rows[n];
-    key = 0;
-    if (position < 0 || position >= p.num_tokens || token_at(position) != p.mask_id) return false;
-    const float confidence = p.confidence[n] + 0.0f;  // -0 ranks with 0
-    if (!(confidence > -INFINITY)) return true;
-    if (p.rule == Rule::kEntropyBound) {
-      key = ~(uint32_t(ordered(p.entropy[n] + 0.0f)) ^ 0x80000000u);
-    } else {
-      key = uint32_t(ordered(confidence)) ^ 0x80000000u;
-    }
-    return true;
+  // The key of a row that holds a mask; 0: no candidate.
+  __device__ __forceinline__ uint32_t key_of(float confidence, float entropy) const {
+    if (!(confidence > -INFINITY)) return 0;
+    return p.rule == Rule::kEntropyBound ? ~key_of(entropy + 0.0f) : key_of(confidence + 0.0f);  // -0 ranks with 0
   }
 
+  __device__ __forceinline__ static uint32_t key_of(float confidence) {
+    return uint32_t(ordered(confidence)) ^ 0x80000000u;
+  }
   __device__ __forceinline__ static float confidence_of(uint32_t key) {
     return from_ordered(int32_t(key ^ 0x80000000u));
   }
@@ -65,92 +60,198 @@ struct SequenceRanker {
     return uint64_t(double(fminf(fmaxf(entropy, 0.0f), 1024.0f)) * kEntropyScale);
   }
 
-  __device__ __forceinline__ void load() {
-#pragma unroll
-    for (int j = 0; j < kKeys; ++j) {
-      const int i = j * kThreads + threadIdx.x;
-      keys[j] = 0;
-      if (cached && i < size && look(i, keys[j])) masked |= 1u << j;
-    }
+  __device__ __forceinline__ bool holds_mask(int64_t position) const {
+    return position >= 0 && position < p.num_tokens && token_at(position) == p.mask_id;
   }
 
-  // visit(key, i, holds a mask) for every row of this thread.
+  // Fills the registers. Loads of one kind all before the next kind: they wait for memory together.
+  __device__ __forceinline__ void load() {
+    if (threadIdx.x < 3 * kDigits) shared.digits[0][threadIdx.x] = 0;
+    float confidences[kKeys], entropies[kKeys];
+#pragma unroll
+    for (int j = 0; j < kKeys; ++j) {
+      positions[j] = -1;
+      confidences[j] = -INFINITY;
+      if (const int i = j * kThreads + threadIdx.x; cached && i < size) {
+        positions[j] = p.rows[begin + i];
+        confidences[j] = p.confidence[begin + i];
+        tokens[j] = int32_t(p.token[begin + i]);
+        if (p.rule == Rule::kEntropyBound) entropies[j] = p.entropy[begin + i];
+      }
+    }
+    bool masks[kKeys];
+#pragma unroll
+    for (int j = 0; j < kKeys; ++j) masks[j] = holds_mask(positions[j]);
+#pragma unroll
+    for (int j = 0; j < kKeys; ++j) {
+      keys[j] = masks[j] ? key_of(confidences[j], entropies[j]) : 0;
+      masked |= uint32_t(masks[j]) << j;
+    }
+    __syncthreads();
+  }
+
+  // visit(key, i, j) for every row of this thread; j is its place in the registers, or -1.
   template <typename Visit>
   __device__ __forceinline__ void for_each(Visit visit) const {
     if (cached) {
 #pragma unroll
       for (int j = 0; j < kKeys; ++j)
-        if (j * kThreads < size) visit(keys[j], j * kThreads + int(threadIdx.x), (masked >> j & 1) != 0);
+        if (j * kThreads < size) visit(keys[j], j * kThreads + int(threadIdx.x), j);
     } else {
       for (int i = threadIdx.x; i < size; i += kThreads) {
-        uint32_t key;
-        const bool holds_mask = look(i, key);
-        visit(key, i, holds_mask);
+        const int64_t n = begin + i;
+        const float entropy = p.rule == Rule::kEntropyBound ? p.entropy[n] : 0.0f;
+        visit(holds_mask(p.rows[n]) ? key_of(p.confidence[n], entropy) : 0, i, -1);
       }
     }
   }
 
-  // Sums over the CTA. One barrier each: the buffer of the last but one sum is free again.
-  __device__ __forceinline__ int block_sum(int value) {
-    value = __reduce_add_sync(kFullWarp, value);
-    parity ^= 1;
-    if (threadIdx.x % 32 == 0) shared.count[parity][threadIdx.x / 32] = value;
-    __syncthreads();
+  // Three sums over the CTA, of at most 2^32 - 1 each. One barrier: the buffer of the last but one is free again.
+  __device__ __forceinline__ void block_sum(uint32_t (&values)[3]) {
     const int lane = threadIdx.x % 32;
-    return __reduce_add_sync(kFullWarp, lane < kWarps ? shared.count[parity][lane] : 0);
-  }
-  __device__ __forceinline__ uint64_t block_sum(uint64_t value) {
-    const auto add = [](uint64_t a, uint64_t b) { return a + b; };
-    value = warp_reduce(value, add);
     parity ^= 1;
-    if (threadIdx.x % 32 == 0) shared.sum[parity][threadIdx.x / 32] = value;
+#pragma unroll
+    for (int m = 0; m < 3; ++m) {
+      values[m] = __reduce_add_sync(kFullWarp, values[m]);
+      if (lane == 0) shared.sum[parity][m][threadIdx.x / 32] = values[m];
+    }
     __syncthreads();
-    const int lane = threadIdx.x % 32;
-    return warp_reduce(lane < kWarps ? shared.sum[parity][lane] : uint64_t(0), add);
+#pragma unroll
+    for (int m = 0; m < 3; ++m)
+      values[m] = __reduce_add_sync(kFullWarp, lane < kWarps ? shared.sum[parity][m][lane] : 0u);
   }
 
   template <typename Predicate>
   __device__ __forceinline__ int count_if(Predicate predicate) {
-    int count = 0;
-    for_each([&](uint32_t key, int i, bool) { count += key != 0 && predicate(key, i); });
-    return block_sum(count);
-  }
-  // Entropies of all candidates with key >= trial.
-  __device__ __forceinline__ uint64_t entropy_from(uint32_t trial) {
-    uint64_t sum = 0;
-    for_each([&](uint32_t key, int, bool) { sum += key != 0 && key >= trial ? entropy_of(key) : 0; });
-    return block_sum(sum);
+    uint32_t sums[3] = {0, 0, 0};
+    for_each([&](uint32_t key, int, int) { sums[0] += key != 0 && predicate(key); });
+    block_sum(sums);
+    return int(sums[0]);
   }
 
-  // The longest prefix with confidence_(r) > 1 - factor / (r + 1). Confidences descend and the bound ascends, so that
-  // r is allowed exactly where at least r confidences are above its bound.
-  __device__ __forceinline__ int count_by_factor(double factor, int candidates) {
-    int allowed = 0, refused = candidates + 1;
+  struct Cut {
+    uint32_t key;  // the ranking is cut at this key: all above it are before the cut,
+    int above;     // so many,
+    int equal;     // and of those with this very key (or, where `between`, of those from this key on) there are so many
+    bool between;  // the cut lies behind all of them
+  };
+
+  // Descends through the values that value_of(key, i) gives (0: not there), largest first, 32 - clz(most) bits of them.
+  // is_last(lowest, above, count): does the cut lie before or right behind the last of the `count` values from `lowest`
+  // on, given that `above` come before them? Once true it must stay true for lower values.
+  template <typename Value, typename Last, typename Between>
+  __device__ __forceinline__ Cut descend(int top_shift, Value value_of, Last is_last, Between is_between) {
+    Cut cut{0, 0, 0, false};
+    const int lane = threadIdx.x % 32, digit = kDigits - 1 - lane;  // of the first 16 lanes
+    for (int shift = top_shift; shift >= 0; shift -= 4) {
+      int32_t* const digits = shared.digits[pass % 3];
+      uint64_t nibbles = 0;
+      for_each([&](uint32_t key, int i, int) {
+        const uint32_t value = value_of(key, i);
+        if (value == 0 || (shift < 28 && (value ^ cut.key) >> (shift + 4))) return;
+        const uint32_t d = value >> shift & 15;
+        if (cached) {
+          nibbles += uint64_t(1) << (4 * d);
+        } else {
+          atomicAdd(&digits[d], 1);
+        }
+      });
+      if (cached) {
+        int count = 0;
+#pragma unroll
+        for (int m = 0; m < 4; ++m) {  // digits m, m + 4, m + 8, m + 12
+          const uint64_t four = nibbles >> (4 * m) & 0x000f000f000f000full;
+          const uint32_t low = __reduce_add_sync(kFullWarp, uint32_t(four));
+          const uint32_t high = __reduce_add_sync(kFullWarp, uint32_t(four >> 32));
+          if (lane % 4 == m) count = int((lane & 8 ? high : low) >> (lane & 4 ? 16 : 0) & 0xffff);
+        }
+        if (lane < kDigits && count) atomicAdd(&digits[lane], count);
+      }
+      __syncthreads();
+      // The digits of the last pass are free; they are used again by the next but one.
+      if (threadIdx.x < kDigits) shared.digits[(pass + 2) % 3][threadIdx.x] = 0;
+      ++pass;
+      const int count = lane < kDigits ? digits[digit] : 0;
+      int through = count;  // from the largest digit on
+#pragma unroll
+      for (int offset = 1; offset < kDigits; offset *= 2) {
+        const int more = __shfl_up_sync(kFullWarp, through, offset);
+        if (lane >= offset) through += more;
+      }
+      const uint32_t lowest = cut.key | uint32_t(digit) << shift;
+      const bool last = lane < kDigits && is_last(lowest, cut.above + through - count, count);
+      const unsigned lasts = __ballot_sync(kFullWarp, last);
+      const int at = lasts ? __ffs(int(lasts)) - 1 : kDigits - 1;
+      cut.key = __shfl_sync(kFullWarp, lowest, at);
+      cut.equal = __shfl_sync(kFullWarp, count, at);
+      cut.above += __shfl_sync(kFullWarp, through, at) - cut.equal;
+      if (is_between(cut.above, cut.equal)) {
+        cut.between = true;
+        break;
+      }
+    }
+    return cut;
+  }
+
+  // The longest prefix with confidence_(r) > 1 - factor / (r + 1): confidences descend and the bound ascends, so a
+  // digit's values all pass if its lowest value passes at the rank of its last.
+  __device__ __forceinline__ int count_by_factor(double factor) {
+    const auto bound = [&](int r) { return 1.0 - factor / double(r + 1); };
+    const Cut cut = descend(
+        28, [](uint32_t key, int) { return key; },
+        [&](uint32_t lowest, int above, int count) {
+          return count > 0 && !(double(confidence_of(lowest)) > bound(above + count));
+        },
+        [](int, int) { return false; });
+    int allowed = cut.above, refused = cut.above + cut.equal + 1;  // among equal confidences
     while (refused - allowed > 1) {
       const int r = (allowed + refused) / 2;
-      const double bound = 1.0 - factor / double(r + 1);
-      if (count_if([&](uint32_t key, int) { return confidence_of(key) > bound; }) >= r) {
-        allowed = r;
-      } else {
-        refused = r;
-      }
+      (double(confidence_of(cut.key)) > bound(r) ? allowed : refused) = r;
     }
     return allowed;
   }
 
-  // How many come before the sum of entropies passes the bound, and the one that passes it: those r with
-  // entropy_(1) + .. + entropy_(r-1) <= bound.
+  // Those r with entropy_(1) + .. + entropy_(r - 1) <= bound: all before the sum passes the bound, and the one that
+  // passes it. A bit a pass: the sums of sixteen digits would cost more than the barriers they save.
   __device__ __forceinline__ int count_by_entropy(float bound, int candidates) {
     if (!(bound >= 0)) return 0;
     const uint64_t limit = bound < 0x1p30f ? uint64_t(double(bound) * kEntropyScale) : ~uint64_t(0);
-    if (entropy_from(0) <= limit) return candidates;
-    uint32_t pivot = 0;  // the largest key from which on the sum is above the limit
-    for (uint32_t bit = 1u << 31; bit; bit >>= 1)
-      if (entropy_from(pivot | bit) > limit) pivot |= bit;
-    const int before = count_if([&](uint32_t key, int) { return key > pivot; });
-    const int equal = count_if([&](uint32_t key, int) { return key == pivot; });
-    const uint64_t left = limit - (pivot == ~0u ? 0 : entropy_from(pivot + 1)), each = entropy_of(pivot);
-    return before + int(min(uint64_t(equal), left / each + 1));
+    uint64_t above_sum = 0;  // of keys from `high` on; the bound is passed in [low, high)
+    int above = 0, inside = candidates;
+    uint32_t low = 0, high = 0;  // high 0: no end
+    const auto between = [&](uint32_t trial, uint64_t& sum) {
+      sum = 0;
+      uint32_t sums[3] = {0, 0, 0};
+      for_each([&](uint32_t key, int, int) {
+        if (key == 0 || key < trial || (high && key >= high)) return;
+        sum += entropy_of(key);
+        ++sums[0];
+      });
+      sum = warp_reduce(sum, [](uint64_t a, uint64_t b) { return a + b; });
+      // The warps' sums in two halves, of 31 bits and more: 32 of them fit.
+      sums[1] = threadIdx.x % 32 == 0 ? uint32_t(sum & 0x3ffffff) : 0;
+      sums[2] = threadIdx.x % 32 == 0 ? uint32_t(sum >> 26) : 0;
+      block_sum(sums);
+      sum = (uint64_t(sums[2]) << 26) + sums[1];
+      return int(sums[0]);
+    };
+    uint64_t sum;
+    between(0, sum);
+    if (sum <= limit) return candidates;
+    for (uint32_t bit = 1u << 31; bit && inside > 1; bit >>= 1) {
+      const int count = between(low | bit, sum);
+      if (above_sum + sum > limit) {
+        low |= bit;
+        inside = count;
+      } else {
+        above_sum += sum;
+        above += count;
+        inside -= count;
+        high = low | bit;
+      }
+    }
+    if (inside <= 1) return above + inside;
+    return above + int(min(uint64_t(inside), (limit - above_sum) / entropy_of(low) + 1));
   }
 
   // The first `wanted` candidates, 0 < wanted <= candidates, are those with key > cut_key, or with key == cut_key and
@@ -159,19 +260,20 @@ struct SequenceRanker {
     cut_key = 0;
     cut_index = 0x7fffffff;
     if (wanted == candidates) return;
-    for (uint32_t bit = 1u << 31; bit; bit >>= 1) {
-      const uint32_t trial = cut_key | bit;
-      const int above = count_if([&](uint32_t key, int) { return key >= trial; });
-      if (above >= wanted) cut_key = trial;
-      if (above == wanted) return;
-    }
-    const int ties = wanted - count_if([&](uint32_t key, int) { return key > cut_key; });
-    // The last tie's index: the largest one with fewer than `ties` before it.
-    cut_index = 0;
-    for (int bit = 1 << (31 - __clz(max(size - 1, 1))); bit; bit >>= 1) {
-      const int trial = cut_index | bit;
-      if (count_if([&](uint32_t key, int i) { return key == cut_key && i < trial; }) < ties) cut_index = trial;
-    }
+    const Cut cut = descend(
+        28, [](uint32_t key, int) { return key; },
+        [&](uint32_t, int above, int count) { return above + count >= wanted; },
+        [&](int above, int equal) { return above + equal == wanted; });
+    cut_key = cut.key;
+    if (cut.between) return;
+    // Ties: the lowest rows first, so the largest of ~i.
+    const int ties = wanted - cut.above, bits = 32 - __clz(size);
+    const Cut last = descend(
+        (bits - 1) / 4 * 4,
+        [&](uint32_t key, int i) { return key == cut.key ? uint32_t((1 << bits) - 1 - i) : 0u; },
+        [&](uint32_t, int above, int count) { return above + count >= ties; },
+        [](int, int) { return false; });
+    cut_index = (1 << bits) - 1 - int(last.key);
   }
 };
 
@@ -187,51 +289,63 @@ __global__ __launch_bounds__(kThreads) void illada_remask_sm80(const __grid_cons
   Ranker ranker{p, shared, begin, size, size <= kKeys * kThreads};
   ranker.load();
 
-  const int candidates = ranker.count_if([](uint32_t, int) { return true; });
   const float limit = p.limits && p.rule != Rule::kQuota ? static_cast<const float*>(p.limits)[s] : p.limit;
+  uint32_t counts[3] = {0, 0, 0};  // candidates, those above the threshold
+  ranker.for_each([&](uint32_t key, int, int) {
+    counts[0] += key != 0;
+    counts[1] += key != 0 && Ranker::confidence_of(key) >= limit;
+  });
+  ranker.block_sum(counts);
+  const int candidates = int(counts[0]);
   int64_t wanted = 0;
   switch (p.rule) {
     case Rule::kQuota:
       wanted = p.limits ? static_cast<const int32_t*>(p.limits)[s] : int64_t(fminf(p.limit, 2e9f));
       break;
     case Rule::kThreshold:
-      wanted = ranker.count_if([&](uint32_t key, int) { return Ranker::confidence_of(key) >= limit; });
+      wanted = counts[1];
       break;
     case Rule::kFactor:
-      wanted = ranker.count_by_factor(limit, candidates);
+      wanted = ranker.count_by_factor(limit);
       break;
     case Rule::kEntropyBound:
       wanted = ranker.count_by_entropy(limit, candidates);
       break;
   }
+  const bool threshold_decides = p.rule == Rule::kThreshold && wanted >= p.min_commit;
   if (p.rule != Rule::kQuota) wanted = max(wanted, p.min_commit);
   const int commit = int(min(max(wanted, int64_t(0)), int64_t(candidates)));
 
   uint32_t cut_key = ~0u;
   int cut_index = -1;  // nothing
-  if (commit > 0) ranker.select(commit, candidates, cut_key, cut_index);
-  int remaining = 0, ended = 0;
-  ranker.for_each([&](uint32_t key, int i, bool holds_mask) {
+  if (commit > 0 && threshold_decides) {
+    cut_key = Ranker::key_of(limit + 0.0f);
+    cut_index = 0x7fffffff;
+  } else if (commit > 0) {
+    ranker.select(commit, candidates, cut_key, cut_index);
+  }
+  uint32_t left[3] = {0, 0, 0};  // masks that remain, end tokens committed
+  ranker.for_each([&](uint32_t key, int i, int j) {
+    const int64_t n = begin + i, position = j >= 0 ? ranker.positions[j] : p.rows[n];
     if (key == 0 || key < cut_key || (key == cut_key && i > cut_index)) {
-      remaining += holds_mask;
+      left[0] += j >= 0 ? ranker.masked >> j & 1 : uint32_t(ranker.holds_mask(position));
       return;
     }
-    const int64_t n = begin + i, position = p.rows[n], token = p.token[n];
+    const int64_t token = j >= 0 ? ranker.tokens[j] : p.token[n];
     if (p.tokens_are_int64) {
       static_cast<int64_t*>(p.tokens)[position] = token;
     } else {
       static_cast<int32_t*>(p.tokens)[position] = int32_t(token);
     }
-    remaining += token == p.mask_id;
-    for (int64_t e = 0; e < p.num_end_ids; ++e) ended |= token == p.end_ids[e];
+    left[0] += token == p.mask_id;
+    for (int64_t e = 0; e < p.num_end_ids; ++e) left[1] += token == p.end_ids[e];
   });
-  remaining = ranker.block_sum(remaining);
-  ended = __syncthreads_or(ended);
+  ranker.block_sum(left);
   if (threadIdx.x > 0) return;
   p.committed[s] = commit;
-  if (p.remaining) p.remaining[s] = remaining;
-  if (p.finished) p.finished[s] = remaining == 0;
-  if (p.ended) p.ended[s] = ended != 0;
+  if (p.remaining) p.remaining[s] = int32_t(left[0]);
+  if (p.finished) p.finished[s] = left[0] == 0;
+  if (p.ended) p.ended[s] = left[1] != 0;
 }
 
 }  // namespace
