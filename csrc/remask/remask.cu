@@ -15,14 +15,12 @@
 namespace illada::remask {
 namespace {
 
-constexpr int kKeys = 8;  // a thread
-
 // Entropies are added up in fixed point, so that sums do not depend on the order: 2^-32 nats, at most 1024 nats each.
 constexpr double kEntropyScale = 4294967296.0;
 
-template <int kThreads>
+template <int kThreads, int kKeys, typename Token>
 struct SequenceRanker {
-  static constexpr int kWarps = kThreads / 32, kDigits = 16;
+  static constexpr int kWarps = kThreads / 32, kDigits = 16, kCapacity = kThreads * kKeys;
 
   struct SharedStorage {
     int32_t digits[3][kDigits];  // zero whenever a pass begins that uses them
@@ -34,14 +32,9 @@ struct SequenceRanker {
   int begin, size;  // rows of the sequence
   bool cached;      // all keys are in registers
   uint32_t keys[kKeys];
-  int32_t positions[kKeys], tokens[kKeys];
+  int32_t positions[kKeys];
   uint32_t masked = 0;  // bit j: key j's position holds mask_id
   int pass = 0, parity = 0;
-
-  __device__ __forceinline__ int64_t token_at(int64_t position) const {
-    return p.tokens_are_int64 ? static_cast<const int64_t*>(p.tokens)[position]
-                              : static_cast<const int32_t*>(p.tokens)[position];
-  }
 
   // The key of a row that holds a mask; 0: no candidate.
   __device__ __forceinline__ uint32_t key_of(float confidence, float entropy) const {
@@ -61,31 +54,38 @@ struct SequenceRanker {
   }
 
   __device__ __forceinline__ bool holds_mask(int64_t position) const {
-    return position >= 0 && position < p.num_tokens && token_at(position) == p.mask_id;
+    const bool inside = position >= 0 && position < p.num_tokens;  // there is at least one
+    return (static_cast<const Token*>(p.tokens)[inside ? position : 0] == Token(p.mask_id)) & inside;
   }
 
-  // Fills the registers. Loads of one kind all before the next kind: they wait for memory together.
+  // Fills the registers. Loads of one kind all before the next kind, and without branches: they wait for memory together.
   __device__ __forceinline__ void load() {
     if (threadIdx.x < 3 * kDigits) shared.digits[0][threadIdx.x] = 0;
-    float confidences[kKeys], entropies[kKeys];
+    float confidences[kKeys];
 #pragma unroll
     for (int j = 0; j < kKeys; ++j) {
       positions[j] = -1;
       confidences[j] = -INFINITY;
-      if (const int i = j * kThreads + threadIdx.x; cached && i < size) {
-        positions[j] = p.rows[begin + i];
-        confidences[j] = p.confidence[begin + i];
-        tokens[j] = int32_t(p.token[begin + i]);
-        if (p.rule == Rule::kEntropyBound) entropies[j] = p.entropy[begin + i];
-      }
+      keys[j] = 0;
     }
-    bool masks[kKeys];
+    if (cached && size > 0) {
 #pragma unroll
-    for (int j = 0; j < kKeys; ++j) masks[j] = holds_mask(positions[j]);
+      for (int j = 0; j < kKeys; ++j) {
+        const int i = j * kThreads + threadIdx.x, n = begin + min(i, size - 1);
+        const int position = p.rows[n];
+        positions[j] = i < size ? position : -1;
+        confidences[j] = p.confidence[n];
+      }
+      bool masks[kKeys];
 #pragma unroll
-    for (int j = 0; j < kKeys; ++j) {
-      keys[j] = masks[j] ? key_of(confidences[j], entropies[j]) : 0;
-      masked |= uint32_t(masks[j]) << j;
+      for (int j = 0; j < kKeys; ++j) masks[j] = holds_mask(positions[j]);
+#pragma unroll
+      for (int j = 0; j < kKeys; ++j) {
+        const int n = begin + min(int(j * kThreads + threadIdx.x), size - 1);
+        const float entropy = p.rule == Rule::kEntropyBound ? p.entropy[n] : 0.0f;
+        keys[j] = masks[j] ? key_of(confidences[j], entropy) : 0;
+        masked |= uint32_t(masks[j]) << j;
+      }
     }
     __syncthreads();
   }
@@ -145,13 +145,13 @@ struct SequenceRanker {
     const int lane = threadIdx.x % 32, digit = kDigits - 1 - lane;  // of the first 16 lanes
     for (int shift = top_shift; shift >= 0; shift -= 4) {
       int32_t* const digits = shared.digits[pass % 3];
-      uint64_t nibbles = 0;
-      for_each([&](uint32_t key, int i, int) {
+      uint64_t nibbles[(kKeys + 7) / 8] = {};  // eight keys each: a nibble counts to fifteen
+      for_each([&](uint32_t key, int i, int j) {
         const uint32_t value = value_of(key, i);
         if (value == 0 || (shift < 28 && (value ^ cut.key) >> (shift + 4))) return;
         const uint32_t d = value >> shift & 15;
-        if (cached) {
-          nibbles += uint64_t(1) << (4 * d);
+        if (j >= 0) {
+          nibbles[j / 8] += uint64_t(1) << (4 * d);
         } else {
           atomicAdd(&digits[d], 1);
         }
@@ -160,7 +160,9 @@ struct SequenceRanker {
         int count = 0;
 #pragma unroll
         for (int m = 0; m < 4; ++m) {  // digits m, m + 4, m + 8, m + 12
-          const uint64_t four = nibbles >> (4 * m) & 0x000f000f000f000full;
+          uint64_t four = 0;
+#pragma unroll
+          for (const uint64_t word : nibbles) four += word >> (4 * m) & 0x000f000f000f000full;
           const uint32_t low = __reduce_add_sync(kFullWarp, uint32_t(four));
           const uint32_t high = __reduce_add_sync(kFullWarp, uint32_t(four >> 32));
           if (lane % 4 == m) count = int((lane & 8 ? high : low) >> (lane & 4 ? 16 : 0) & 0xffff);
@@ -277,16 +279,17 @@ struct SequenceRanker {
   }
 };
 
-template <int kThreads>
+template <int kThreads, int kKeys, typename Token>
 __global__ __launch_bounds__(kThreads) void illada_remask_sm80(const __grid_constant__ RemaskParams p) {
-  using Ranker = SequenceRanker<kThreads>;
+  using Ranker = SequenceRanker<kThreads, kKeys, Token>;
   __shared__ typename Ranker::SharedStorage shared;
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
 
   const int64_t s = blockIdx.x;
-  const int begin = max(p.cu_rows[s], 0), size = max(min(p.cu_rows[s + 1], int(p.num_rows)) - begin, 0);
-  Ranker ranker{p, shared, begin, size, size <= kKeys * kThreads};
+  const int begin = max(p.cu_rows[s], 0), end = min(p.cu_rows[s + 1], int(p.num_rows));
+  const int size = p.num_tokens > 0 ? max(end - begin, 0) : 0;
+  Ranker ranker{p, shared, begin, size, size <= Ranker::kCapacity};
   ranker.load();
 
   const float limit = p.limits && p.rule != Rule::kQuota ? static_cast<const float*>(p.limits)[s] : p.limit;
@@ -331,12 +334,8 @@ __global__ __launch_bounds__(kThreads) void illada_remask_sm80(const __grid_cons
       left[0] += j >= 0 ? ranker.masked >> j & 1 : uint32_t(ranker.holds_mask(position));
       return;
     }
-    const int64_t token = j >= 0 ? ranker.tokens[j] : p.token[n];
-    if (p.tokens_are_int64) {
-      static_cast<int64_t*>(p.tokens)[position] = token;
-    } else {
-      static_cast<int32_t*>(p.tokens)[position] = int32_t(token);
-    }
+    const int64_t token = p.token[n];
+    static_cast<Token*>(p.tokens)[position] = Token(token);
     left[0] += token == p.mask_id;
     for (int64_t e = 0; e < p.num_end_ids; ++e) left[1] += token == p.end_ids[e];
   });
@@ -354,9 +353,12 @@ void launch_remask(const RemaskParams& p, const Device& device) {
   LaunchShape shape;
   shape.grid = dim3(unsigned(p.num_sequences));
   shape.dependent = true;
-  const bool few = p.num_rows <= 128 * kKeys;
-  shape.block = dim3(few ? 128 : 1024);
-  launch_kernel("remask", device, p.launch.stream, shape, few ? illada_remask_sm80<128> : illada_remask_sm80<1024>, p);
+  const bool few = p.num_rows <= 1024;
+  shape.block = dim3(few ? 128 : 512);
+  const auto kernel = p.tokens_are_int64
+                          ? (few ? illada_remask_sm80<128, 8, int64_t> : illada_remask_sm80<512, 16, int64_t>)
+                          : (few ? illada_remask_sm80<128, 8, int32_t> : illada_remask_sm80<512, 16, int32_t>);
+  launch_kernel("remask", device, p.launch.stream, shape, kernel, p);
 }
 
 }  // namespace illada::remask
