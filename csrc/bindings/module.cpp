@@ -151,8 +151,8 @@ void linear_sample_tokens(uintptr_t hidden, int64_t hidden_row_stride, int64_t n
 void remask_tokens(uintptr_t tokens, bool tokens_are_int64, int64_t num_tokens, uintptr_t rows, uintptr_t cu_rows,
                    int64_t num_rows, int64_t num_sequences, uintptr_t token, uintptr_t confidence, uintptr_t entropy,
                    int rule, float limit, uintptr_t limits, int64_t mask_id, int64_t min_commit, uintptr_t end_ids,
-                   int64_t num_end_ids, uintptr_t committed, uintptr_t remaining, uintptr_t finished,
-                   uintptr_t ended, int device, uintptr_t stream) {
+                   int64_t num_end_ids, uintptr_t committed, uintptr_t remaining, uintptr_t finished, uintptr_t ended,
+                   int device, uintptr_t stream) {
   remask::RemaskParams p;
   p.tokens = pointer<void>(tokens);
   p.tokens_are_int64 = tokens_are_int64;

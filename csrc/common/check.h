@@ -10,12 +10,12 @@
 #include "illada/error.h"
 
 // ILLADA_CUDA_CHECK("remask", cudaGetLastError());
-#define ILLADA_CUDA_CHECK(op, call)                                                                     \
-  do {                                                                                                  \
-    const cudaError_t illada_status = (call);                                                           \
-    if (illada_status != cudaSuccess)                                                                   \
-      ::illada::detail::fail(op, #call, ": ", cudaGetErrorName(illada_status), ", ",                    \
-                             cudaGetErrorString(illada_status));                                        \
+#define ILLADA_CUDA_CHECK(op, call)                                                  \
+  do {                                                                               \
+    const cudaError_t illada_status = (call);                                        \
+    if (illada_status != cudaSuccess)                                                \
+      ::illada::detail::fail(op, #call, ": ", cudaGetErrorName(illada_status), ", ", \
+                             cudaGetErrorString(illada_status));                     \
   } while (0)
 
 namespace illada {

@@ -34,7 +34,8 @@ void check_regions(const char* op, const CudaLaunch& launch, const std::vector<R
   for (const Region& region : outputs) check_region(op, region, launch.device);
   for (size_t i = 0; i < outputs.size(); ++i) {
     for (const Region& in : inputs)
-      ILLADA_CHECK(!overlap(outputs[i], in), op, outputs[i].name, " overlaps ", in.name, "; an output must not share memory");
+      ILLADA_CHECK(!overlap(outputs[i], in), op, outputs[i].name, " overlaps ", in.name,
+                   "; an output must not share memory");
     for (size_t j = i + 1; j < outputs.size(); ++j)
       ILLADA_CHECK(!overlap(outputs[i], outputs[j]), op, outputs[i].name, " overlaps ", outputs[j].name,
                    "; an output must not share memory");

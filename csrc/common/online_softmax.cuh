@@ -1,7 +1,7 @@
 // The softmax of a row in one pass, relative to a moving reference:
 //   sum = sum_v 2^d_v,   weighted = sum_v 2^d_v d_v,   d_v = (x_v - reference) log2 e
-// so lse = reference + ln(sum) and entropy = (log2 sum - weighted / sum) ln 2. The largest x adds exactly 1. A NaN or +inf
-// among the x makes `sum` NaN; nothing but -inf leaves it 0.
+// so lse = reference + ln(sum) and entropy = (log2 sum - weighted / sum) ln 2. The largest x adds exactly 1. A NaN or
+// +inf among the x makes `sum` NaN; nothing but -inf leaves it 0.
 #pragma once
 
 #include <cfloat>

@@ -29,7 +29,8 @@ __device__ __forceinline__ void griddepcontrol_launch_dependents() {
 
 // 16 bytes from global to shared memory; zeros where `valid` is false (the address must be legal all the same).
 __device__ __forceinline__ void cp_async_16(uint32_t smem, const void* global, bool valid = true) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem), "l"(global), "r"(valid ? 16 : 0) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem), "l"(global), "r"(valid ? 16 : 0)
+               : "memory");
 }
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>
@@ -113,8 +114,8 @@ __device__ __forceinline__ void prefetch_tensormap(const void* map) {
 // The box at (x, y), x the contiguous dimension; `barrier` counts its bytes.
 __device__ __forceinline__ void tma_load_2d(uint32_t smem, const void* map, uint32_t barrier, int32_t x, int32_t y) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
-          smem),
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::
+          "r"(smem),
       "l"(map), "r"(x), "r"(y), "r"(barrier)
       : "memory");
 }
@@ -139,8 +140,8 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// Descriptor of a K-major operand in the 128-byte swizzle, as TMA writes it: rows of 128 bytes (64 elements of 16 bits),
-// groups of 8 rows 1024 bytes apart. The tile starts at a multiple of 1024; the 16 elements of step k start at
+// Descriptor of a K-major operand in the 128-byte swizzle, as TMA writes it: rows of 128 bytes (64 elements of 16
+// bits), groups of 8 rows 1024 bytes apart. The tile starts at a multiple of 1024; the 16 elements of step k start at
 // smem + 32 k.
 __device__ __forceinline__ uint64_t wgmma_descriptor_k128(uint32_t smem) {
   constexpr uint64_t kStride = uint64_t(1024 >> 4) << 32, kLeading = uint64_t(1) << 16, kSwizzle128 = uint64_t(1) << 62;

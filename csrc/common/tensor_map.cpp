@@ -35,9 +35,9 @@ CUtensorMap tensor_map_k128(const char* op, const MatrixView& matrix, int box_ro
       matrix.dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
   // Asked of the runtime, so that nothing links to the driver: the module loads on machines that have none.
   static const Encode encode = find_encode(op);
-  const CUresult result = encode(
-      &map, type, 2, const_cast<void*>(matrix.data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result =
+      encode(&map, type, 2, const_cast<void*>(matrix.data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   ILLADA_CHECK(result == CUDA_SUCCESS, op, "cuTensorMapEncodeTiled failed with ", int(result), " for a matrix of ",
                matrix.rows, " x ", matrix.columns, ", row stride ", matrix.row_stride);
   return map;

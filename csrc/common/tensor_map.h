@@ -9,8 +9,8 @@
 
 namespace illada {
 
-// A row-major matrix of 16-bit elements, read in boxes of 64 columns (128 bytes, swizzled over 8 rows as wgmma wants it);
-// what lies outside of the matrix reads as 0.
+// A row-major matrix of 16-bit elements, read in boxes of 64 columns (128 bytes, swizzled over 8 rows as wgmma wants
+// it); what lies outside of the matrix reads as 0.
 struct MatrixView {
   const void* data;
   DType dtype;

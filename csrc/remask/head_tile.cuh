@@ -10,14 +10,14 @@ namespace illada::remask {
 
 template <bool kWantExtras>
 struct RowPair {
-  static constexpr int kIds = 256;             // of a tile
-  static constexpr int kGroup = 4;             // column blocks of a row that are looked at together: eight ids
+  static constexpr int kIds = 256;  // of a tile
+  static constexpr int kGroup = 4;  // column blocks of a row that are looked at together: eight ids
   static constexpr int kGroups = kIds / 8 / kGroup;
 
   RowState<kWantExtras> state[2];
-  float temperature[2], inverse[2];         // see RowNoise
-  float bound[2] = {-FLT_MAX, -FLT_MAX};    // a score that the row reaches for sure
-  bool any_noise;                           // in this warp
+  float temperature[2], inverse[2];       // see RowNoise
+  float bound[2] = {-FLT_MAX, -FLT_MAX};  // a score that the row reaches for sure
+  bool any_noise;                         // in this warp
   // Neighbouring lanes share the Philox blocks of their columns: the even one makes those of the upper row, the odd one
   // those of the lower row, and they trade halves.
   RowNoiseLoop noise;

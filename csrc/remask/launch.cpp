@@ -31,8 +31,7 @@ void validate_sample(const char* op, const SampleTokensParams& p) {
   ILLADA_CHECK(reinterpret_cast<uintptr_t>(p.workspace) % 16 == 0, op, "workspace must be 16-byte aligned");
 }
 
-void check_sample_regions(const char* op, const SampleTokensParams& p, int64_t workspace,
-                          std::vector<Region> inputs) {
+void check_sample_regions(const char* op, const SampleTokensParams& p, int64_t workspace, std::vector<Region> inputs) {
   const int64_t n = p.num_rows;
   const int64_t bias = p.bias_count ? bytes_of_rows(p.bias_row_stride ? n : 1, p.bias_row_stride, p.bias_count, 4) : 0;
   inputs.insert(inputs.end(), {{"temperature", p.temperatures, 4 * n, true},
@@ -92,8 +91,9 @@ void sample_tokens_cuda(const SampleTokensParams& p) {
   const int64_t needed = split.splits == 1 ? 0 : p.num_rows * split.splits * kPieceBytes;
   ILLADA_CHECK(p.workspace_bytes >= needed, kOp, "workspace must have ", needed, " bytes, got ", p.workspace_bytes);
   ILLADA_CHECK(p.num_rows * split.splits <= std::numeric_limits<int32_t>::max(), kOp, "too many rows: ", p.num_rows);
-  check_sample_regions(kOp, p, needed,
-                       {{"logits", p.logits, bytes_of_rows(p.num_rows, p.logits_row_stride, p.vocab_size, size_of(p.dtype))}});
+  check_sample_regions(
+      kOp, p, needed,
+      {{"logits", p.logits, bytes_of_rows(p.num_rows, p.logits_row_stride, p.vocab_size, size_of(p.dtype))}});
   launch_sample_tokens(p, gpu, split);
 }
 
@@ -115,8 +115,8 @@ bool has_fused_head(const LinearSampleTokensParams& p, const Device& gpu) {
 #if defined(ILLADA_BUILT_SM90A)
   return gpu.compute_capability == 90 && p.sample.dtype != DType::kFloat32 && p.width > 0 && p.width % 8 == 0 &&
          p.hidden_row_stride % 8 == 0 && p.hidden_row_stride >= p.width && p.weight_row_stride % 8 == 0 &&
-         p.weight_row_stride >= p.width &&
-         reinterpret_cast<uintptr_t>(p.hidden) % 16 == 0 && reinterpret_cast<uintptr_t>(p.weight) % 16 == 0;
+         p.weight_row_stride >= p.width && reinterpret_cast<uintptr_t>(p.hidden) % 16 == 0 &&
+         reinterpret_cast<uintptr_t>(p.weight) % 16 == 0;
 #else
   return false && p.width && gpu.index;
 #endif
@@ -145,7 +145,8 @@ void linear_sample_tokens_cuda(const LinearSampleTokensParams& p) {
   if (!has_fused_head(p, gpu))
     detail::fail<NotSupported>(kOp, "the fused kernel needs compute capability 9.0 and a build with 90a, float16 or ",
                                "bfloat16, 16-byte aligned rows and a width that is a multiple of 8; got ", gpu.name,
-                               ", built archs ", build_info().cuda_archs, ", ", name(p.sample.dtype), ", width ", p.width);
+                               ", built archs ", build_info().cuda_archs, ", ", name(p.sample.dtype), ", width ",
+                               p.width);
   const HeadPlan plan = plan_head(p.sample.num_rows, p.sample.vocab_size, gpu.sm_count);
   const int64_t needed = head_workspace(p, plan), n = p.sample.num_rows;
   ILLADA_CHECK(p.sample.workspace_bytes >= needed, kOp, "workspace must have ", needed, " bytes, got ",

@@ -6,8 +6,8 @@
 
 namespace illada::remask {
 
-// A row is walked over in `splits` pieces of `vectors` times 8 neighbours each; the last one also takes the ids after the
-// last complete vector.
+// A row is walked over in `splits` pieces of `vectors` times 8 neighbours each; the last one also takes the ids after
+// the last complete vector.
 struct RowSplit {
   int splits = 1;
   int vectors = 0;
@@ -23,8 +23,8 @@ void launch_sample_tokens(const SampleTokensParams& params, const Device& device
 // Merges `pieces` RowPieces of each row, from params.workspace.
 void launch_sample_tokens_combine(const SampleTokensParams& params, const Device& device, int pieces);
 
-// The tiles of the fused head: each of `row_tiles` row tiles meets the vocabulary in `slots` ranges of `chunks` chunks of
-// kChunkIds ids; a CTA takes one range of one row tile.
+// The tiles of the fused head: each of `row_tiles` row tiles meets the vocabulary in `slots` ranges of `chunks` chunks
+// of kChunkIds ids; a CTA takes one range of one row tile.
 struct HeadPlan {
   static constexpr int kTileRows = 128, kChunkIds = 32;
   int row_tiles = 1;

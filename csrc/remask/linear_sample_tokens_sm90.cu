@@ -1,9 +1,10 @@
 // linear_sample_tokens on sm_90a: logits[n, v] = hidden[n] . weight[v], reduced where they are, in the accumulators.
 //
-// A CTA owns a tile of 128 rows and a range of the vocabulary, and walks over the range in tiles of 256 ids: one producer
-// warp fills a ring of stages (64 columns of hidden and weight each) by TMA, two warpgroups multiply 64 rows each
-// (wgmma m64n256k16) and reduce their tile into per-row states in registers (row_sample.cuh). At the end of the range
-// the four lanes that share a row merge, leave a RowPiece in the workspace, and illada_sample_tokens_combine finishes.
+// A CTA owns a tile of 128 rows and a range of the vocabulary, and walks over the range in tiles of 256 ids: one
+// producer warp fills a ring of stages (64 columns of hidden and weight each) by TMA, two warpgroups multiply 64 rows
+// each (wgmma m64n256k16) and reduce their tile into per-row states in registers (row_sample.cuh). At the end of the
+// range the four lanes that share a row merge, leave a RowPiece in the workspace, and illada_sample_tokens_combine
+// finishes.
 //
 //   full[s]   the producer's TMA bytes have landed in stage s             -> consumers
 //   empty[s]  both warpgroups (of both CTAs of a cluster) have read it    -> producer
@@ -11,8 +12,8 @@
 // Few rows: rows beyond N are not loaded and not multiplied, and the weight passes once through the chip at memory
 // speed: 2 V C bytes (424 us at 3 TB/s for V 155,136, C 4096). The tensor cores need 2 * 64 V C flop for up to 64 rows,
 // a fifth of that time, so nothing is gained by giving the weight the M side. Up to 128 rows: two fifths. Many rows:
-// 2 N V C flop; CTAs of neighbouring row tiles take the same range in step, so the weight comes from memory once and from
-// the L2 cache after that, and pairs of them (clusters) load each weight tile once, half each, for both.
+// 2 N V C flop; CTAs of neighbouring row tiles take the same range in step, so the weight comes from memory once and
+// from the L2 cache after that, and pairs of them (clusters) load each weight tile once, half each, for both.
 #include <cuda.h>
 
 #include <type_traits>
@@ -122,7 +123,8 @@ __global__ __launch_bounds__(kThreads, 1) void illada_linear_sample_tokens_sm90(
     // Rows past the end repeat the last one: harmless, and not written.
     const int64_t row[2] = {min(int64_t(my_row), p.num_rows - 1), min(int64_t(my_row) + 8, p.num_rows - 1)};
     RowPair<kWantExtras> pair(p, row);
-    const auto release = [&](int stage, bool really) {  // one thread for each CTA of the cluster, which may be just this one
+    const auto release = [&](int stage,
+                             bool really) {  // one thread for each CTA of the cluster, which may be just this one
       const int cta = int(threadIdx.x) % 128;
       ptx::mbarrier_arrive_cluster_if(really && cta < plan.cluster, empty(stage), uint32_t(cta));
     };

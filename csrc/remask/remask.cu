@@ -1,11 +1,11 @@
 // remask: commits the surest candidates of each sequence, one CTA a sequence.
 //
-// A candidate's rank is a 32-bit key that sorts like its confidence (like its entropy, backwards, for the entropy-bounded
-// rule), ties by the lowest row. Keys stay in registers, kKeys a thread. Where the ranking is cut is found by radix
-// descent, four bits a pass: a thread counts its keys' digits in the 16 nibbles of one word, a warp adds the words with
-// redux, shared memory adds up the warps, and every warp finds the digit that holds the cut. One barrier a pass; the
-// descent stops when the cut falls between two digits, for confidences after about log16(candidates) + 2 passes. Ties at
-// the cut continue on the bits of the row.
+// A candidate's rank is a 32-bit key that sorts like its confidence (like its entropy, backwards, for the
+// entropy-bounded rule), ties by the lowest row. Keys stay in registers, kKeys a thread. Where the ranking is cut is
+// found by radix descent, four bits a pass: a thread counts its keys' digits in the 16 nibbles of one word, a warp adds
+// the words with redux, shared memory adds up the warps, and every warp finds the digit that holds the cut. One barrier
+// a pass; the descent stops when the cut falls between two digits, for confidences after about log16(candidates) + 2
+// passes. Ties at the cut continue on the bits of the row.
 //
 // Floor: 28 bytes a candidate, negligible; what limits it is latency: three dependent loads and some eight barriers.
 #include "common/ptx.cuh"
@@ -32,14 +32,14 @@ struct SequenceRanker {
   int begin, size;  // rows of the sequence
   bool cached;      // all keys are in registers
   uint32_t keys[kKeys];
-  int32_t positions[kKeys];
+  int32_t positions[kKeys], tokens[kKeys];
   uint32_t masked = 0;  // bit j: key j's position holds mask_id
   int pass = 0, parity = 0;
 
-  // The key of a row that holds a mask; 0: no candidate.
-  __device__ __forceinline__ uint32_t key_of(float confidence, float entropy) const {
-    if (!(confidence > -INFINITY)) return 0;
-    return p.rule == Rule::kEntropyBound ? ~key_of(entropy + 0.0f) : key_of(confidence + 0.0f);  // -0 ranks with 0
+  // The key of a row that holds a mask; 0: no candidate. `rank` is its confidence or, for kEntropyBound, its entropy.
+  __device__ __forceinline__ uint32_t key_of(float confidence, float rank) const {
+    const uint32_t key = key_of(rank + 0.0f);  // -0 ranks with 0
+    return confidence > -INFINITY ? (p.rule == Rule::kEntropyBound ? ~key : key) : 0;
   }
 
   __device__ __forceinline__ static uint32_t key_of(float confidence) {
@@ -58,33 +58,28 @@ struct SequenceRanker {
     return (static_cast<const Token*>(p.tokens)[inside ? position : 0] == Token(p.mask_id)) & inside;
   }
 
-  // Fills the registers. Loads of one kind all before the next kind, and without branches: they wait for memory together.
+  // Fills the registers. Loads of one kind all before the next kind, and without branches: they wait for memory
+  // together.
   __device__ __forceinline__ void load() {
     if (threadIdx.x < 3 * kDigits) shared.digits[0][threadIdx.x] = 0;
-    float confidences[kKeys];
-#pragma unroll
-    for (int j = 0; j < kKeys; ++j) {
-      positions[j] = -1;
-      confidences[j] = -INFINITY;
-      keys[j] = 0;
-    }
+    const float* const ranks = p.rule == Rule::kEntropyBound ? p.entropy : p.confidence;
     if (cached && size > 0) {
-#pragma unroll
-      for (int j = 0; j < kKeys; ++j) {
-        const int i = j * kThreads + threadIdx.x, n = begin + min(i, size - 1);
-        const int position = p.rows[n];
-        positions[j] = i < size ? position : -1;
-        confidences[j] = p.confidence[n];
-      }
+      float confidences[kKeys], rank[kKeys];
       bool masks[kKeys];
+#pragma unroll
+      for (int j = 0; j < kKeys; ++j) {  // threads past the end look at the last row
+        const int i = j * kThreads + threadIdx.x, n = begin + min(i, size - 1);
+        positions[j] = __ldg(&p.rows[n]);
+        confidences[j] = i < size ? __ldg(&p.confidence[n]) : -INFINITY;
+        rank[j] = __ldg(&ranks[n]);
+        tokens[j] = int32_t(__ldg(&p.token[n]));
+      }
 #pragma unroll
       for (int j = 0; j < kKeys; ++j) masks[j] = holds_mask(positions[j]);
 #pragma unroll
       for (int j = 0; j < kKeys; ++j) {
-        const int n = begin + min(int(j * kThreads + threadIdx.x), size - 1);
-        const float entropy = p.rule == Rule::kEntropyBound ? p.entropy[n] : 0.0f;
-        keys[j] = masks[j] ? key_of(confidences[j], entropy) : 0;
-        masked |= uint32_t(masks[j]) << j;
+        keys[j] = masks[j] ? key_of(confidences[j], rank[j]) : 0;
+        masked |= uint32_t(masks[j] && j * kThreads + int(threadIdx.x) < size) << j;
       }
     }
     __syncthreads();
@@ -100,8 +95,8 @@ struct SequenceRanker {
     } else {
       for (int i = threadIdx.x; i < size; i += kThreads) {
         const int64_t n = begin + i;
-        const float entropy = p.rule == Rule::kEntropyBound ? p.entropy[n] : 0.0f;
-        visit(holds_mask(p.rows[n]) ? key_of(p.confidence[n], entropy) : 0, i, -1);
+        const float confidence = p.confidence[n], rank = p.rule == Rule::kEntropyBound ? p.entropy[n] : confidence;
+        visit(holds_mask(p.rows[n]) ? key_of(confidence, rank) : 0, i, -1);
       }
     }
   }
@@ -147,12 +142,11 @@ struct SequenceRanker {
       int32_t* const digits = shared.digits[pass % 3];
       uint64_t nibbles[(kKeys + 7) / 8] = {};  // eight keys each: a nibble counts to fifteen
       for_each([&](uint32_t key, int i, int j) {
-        const uint32_t value = value_of(key, i);
-        if (value == 0 || (shift < 28 && (value ^ cut.key) >> (shift + 4))) return;
-        const uint32_t d = value >> shift & 15;
+        const uint32_t value = value_of(key, i), d = value >> shift & 15;
+        const bool counts = value != 0 && uint64_t(value ^ cut.key) >> (shift + 4) == 0;
         if (j >= 0) {
-          nibbles[j / 8] += uint64_t(1) << (4 * d);
-        } else {
+          nibbles[j / 8] += uint64_t(counts) << (4 * d);
+        } else if (counts) {
           atomicAdd(&digits[d], 1);
         }
       });
@@ -271,10 +265,8 @@ struct SequenceRanker {
     // Ties: the lowest rows first, so the largest of ~i.
     const int ties = wanted - cut.above, bits = 32 - __clz(size);
     const Cut last = descend(
-        (bits - 1) / 4 * 4,
-        [&](uint32_t key, int i) { return key == cut.key ? uint32_t((1 << bits) - 1 - i) : 0u; },
-        [&](uint32_t, int above, int count) { return above + count >= ties; },
-        [](int, int) { return false; });
+        (bits - 1) / 4 * 4, [&](uint32_t key, int i) { return key == cut.key ? uint32_t((1 << bits) - 1 - i) : 0u; },
+        [&](uint32_t, int above, int count) { return above + count >= ties; }, [](int, int) { return false; });
     cut_index = (1 << bits) - 1 - int(last.key);
   }
 };
@@ -334,7 +326,7 @@ __global__ __launch_bounds__(kThreads) void illada_remask_sm80(const __grid_cons
       left[0] += j >= 0 ? ranker.masked >> j & 1 : uint32_t(ranker.holds_mask(position));
       return;
     }
-    const int64_t token = p.token[n];
+    const int64_t token = j >= 0 ? ranker.tokens[j] : p.token[n];
     static_cast<Token*>(p.tokens)[position] = Token(token);
     left[0] += token == p.mask_id;
     for (int64_t e = 0; e < p.num_end_ids; ++e) left[1] += token == p.end_ids[e];

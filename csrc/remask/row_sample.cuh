@@ -1,11 +1,11 @@
 // What the samplers keep of a row while they walk over its logits, how pieces of a row are merged, and the noise.
 //
-// Gumbel-max as an exponential race: token v wins with the largest x + T G, G = -log(E), E = -log(1 - u), u of 64 random
-// bits. Because E >= u, a token whose u alone is too large to beat the best so far is out without a logarithm:
+// Gumbel-max as an exponential race: token v wins with the largest x + T G, G = -log(E), E = -log(1 - u), u of 64
+// random bits. Because E >= u, a token whose u alone is too large to beat the best so far is out without a logarithm:
 //   x + T G > best  =>  u <= E < 2^((x - best) log2(e) / T).
 // The right side is taken once for eight neighbours, at the largest x of them, and the smallest of their upper 32 bits
-// compared with it; what passes (a handful a row) is computed in double precision. The bound that is used as `best` only
-// prunes: it never decides, so results do not depend on how rows are split or threads are scheduled.
+// compared with it; what passes (a handful a row) is computed in double precision. The bound that is used as `best`
+// only prunes: it never decides, so results do not depend on how rows are split or threads are scheduled.
 #pragma once
 
 #include <cmath>
@@ -177,8 +177,9 @@ struct RowState {
   }
 
   __device__ __forceinline__ RowPiece piece() const {
-    return {leader.score,     leader.token, leader.logit, softmax.reference, softmax.sum,
-            softmax.weighted, top.first,    top.second,   {}};
+    return {leader.score,      leader.token, leader.logit,
+            softmax.reference, softmax.sum,  softmax.weighted,
+            top.first,         top.second,   {}};
   }
   __device__ __forceinline__ static RowState from(const RowPiece& piece) {
     RowState s;
@@ -211,8 +212,7 @@ __device__ __forceinline__ void write_row(const SampleTokensParams& p, int64_t r
   if (p.measure == Measure::kEntropy) confidence = -entropy;
   if (p.measure == Measure::kRandom) {
     const RowNoise noise(p, row);
-    const PhiloxWords words =
-        philox4x32({{0, noise.row_id, noise.step, kSampleStreamRandom}}, noise.key0, noise.key1);
+    const PhiloxWords words = philox4x32({{0, noise.row_id, noise.step, kSampleStreamRandom}}, noise.key0, noise.key1);
     confidence = float(words.word[0] >> 8) * 0x1p-24f;
   }
   p.token[row] = s.leader.token == kNoToken ? 0 : s.leader.token;

@@ -144,7 +144,8 @@ __global__ __launch_bounds__(kThreads, 2) void illada_sample_tokens_sm80(const _
       for (int half = 0; half < 2; ++half) {
         const PhiloxWords words = noise.upper(uint32_t(2 * base + half));
 #pragma unroll
-        for (int i = 0; i < 4; ++i) sure = fmaxf(sure, RowNoise::sure_score(x[4 * half + i], words.word[i], noise.temperature));
+        for (int i = 0; i < 4; ++i)
+          sure = fmaxf(sure, RowNoise::sure_score(x[4 * half + i], words.word[i], noise.temperature));
       }
     }
     sure = warp_max(sure);
@@ -291,10 +292,10 @@ void launch(const SampleTokensParams& p, const Device& device, const RowSplit& s
   shape.block = dim3(kThreads);
   shape.smem_bytes = p.bias_count ? (split.vectors + 31) / 32 * 4 : 0;
   shape.dependent = true;
-  launch_kernel("sample_tokens", device, p.launch.stream, shape,
-                aligned ? illada_sample_tokens_sm80<T, kWantExtras, true>
-                        : illada_sample_tokens_sm80<T, kWantExtras, false>,
-                p, split);
+  launch_kernel(
+      "sample_tokens", device, p.launch.stream, shape,
+      aligned ? illada_sample_tokens_sm80<T, kWantExtras, true> : illada_sample_tokens_sm80<T, kWantExtras, false>, p,
+      split);
 }
 
 template <typename T>

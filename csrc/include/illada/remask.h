@@ -61,8 +61,8 @@ int64_t sample_tokens_workspace(int64_t num_rows, int64_t vocab_size, int device
 // sample_tokens of the logits hidden[rows] @ weight^T, which are never written: the reductions happen where the GEMM's
 // accumulators are.
 struct LinearSampleTokensParams {
-  SampleTokensParams sample;     // without logits; num_rows, vocab_size and dtype (16-bit) are those of the logits
-  const void* hidden = nullptr;  // [num_tokens, width], dtype, 16-byte aligned
+  SampleTokensParams sample;      // without logits; num_rows, vocab_size and dtype (16-bit) are those of the logits
+  const void* hidden = nullptr;   // [num_tokens, width], dtype, 16-byte aligned
   int64_t hidden_row_stride = 0;  // a multiple of 8, not less than width
   int64_t num_tokens = 0;
   const int32_t* rows = nullptr;  // [num_rows], in [0, num_tokens), or null: num_rows == num_tokens
@@ -74,8 +74,8 @@ struct LinearSampleTokensParams {
 // On compute capability 9.0 (sm_90a: wgmma, TMA). Rows outside of hidden are taken as zeros.
 void linear_sample_tokens_cuda(const LinearSampleTokensParams& params);
 
-// Bytes of workspace that it needs, or -1 where there is no such kernel for these params: another GPU or build, dtype or
-// alignment. Pointers of outputs and the workspace itself are not looked at.
+// Bytes of workspace that it needs, or -1 where there is no such kernel for these params: another GPU or build, dtype
+// or alignment. Pointers of outputs and the workspace itself are not looked at.
 int64_t linear_sample_tokens_workspace(const LinearSampleTokensParams& params);
 
 // Which candidates of a sequence are committed, ranked by (confidence descending, row ascending), or by (entropy
@@ -104,8 +104,8 @@ struct RemaskParams {
   float limit = 0.0f;            // used where `limits` is null
   const void* limits = nullptr;  // [num_sequences] or null; int32 for kQuota, float for the others
   int64_t mask_id = 0;
-  int64_t min_commit = 1;             // at least so many, if there are that many candidates; not for kQuota
-  const int64_t* end_ids = nullptr;   // [num_end_ids], tokens that end a sequence
+  int64_t min_commit = 1;            // at least so many, if there are that many candidates; not for kQuota
+  const int64_t* end_ids = nullptr;  // [num_end_ids], tokens that end a sequence
   int64_t num_end_ids = 0;
   int32_t* committed = nullptr;  // [num_sequences], how many were committed
   int32_t* remaining = nullptr;  // [num_sequences] or null: how many of the rows still hold mask_id
