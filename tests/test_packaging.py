@@ -186,7 +186,7 @@ def test_pip_says_why_there_is_no_cuda_build(source):
     done = subprocess.run(command, cwd=source, env=env, capture_output=True, text=True)
     said = " ".join((done.stdout + done.stderr).split())
     assert done.returncode != 0
-    assert "ILLADA_CUDA=on, but no nvcc was found" in said and "Set CUDACXX=/path/to/nvcc" in said
+    assert "ILLADA_CUDA=on, but no working nvcc was found" in said and "Set CUDACXX=/path/to/nvcc" in said
 
 
 @needs_nvcc
