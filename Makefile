@@ -2,20 +2,28 @@
 #   make demo    prepare text, train a tiny model, generate: about 5 minutes on two cores
 #   make test    the fast tests;  make test-slow: the others;  make bench: the benchmarks
 # VENV=/path keeps the environment elsewhere. No path is used unquoted: folders may have spaces in their names.
+# With an nvcc (CUDA 12.3 or newer), no GPU needed:
+#   make ptxas      registers, spills and shared memory of each kernel against csrc/ptxas_budget.json (UPDATE=1 writes it)
+#   make test-cuda  tests/cuda with a CUDA build of torch (5.5 GB, in VENV_CUDA): on a GPU, else on the simulator CUSIM.
+#                   ARGS="-k remask" goes to pytest; of the simulator MODES="lazy" and DEVICE=a100 are options
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+VENV_CUDA ?= .venv-cuda
+BIN_CUDA := $(VENV_CUDA)/bin
+CUSIM ?= ../shared/cusim
+MODES ?= eager lazy
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Sources of the installed package: it is built again when one of them changes.
-SOURCES := $(shell find csrc cmake python -type f -not -name '*.so' -not -path '*__pycache__*' 2>/dev/null | grep -v ' ') \
-	CMakeLists.txt setup.py pyproject.toml
+SOURCES := $(shell find csrc cmake python -type f -not -name '*.so' -not -name 'ptxas*' -not -path '*__pycache__*' 2>/dev/null | grep -v ' ') \
+	CMakeLists.txt CMakePresets.json setup.py pyproject.toml
 
-.PHONY: demo test test-slow lint format bench clean install
+.PHONY: demo test test-slow test-cuda test-gpu test-simulator ptxas lint format bench clean install
 
 install: .cache/installed
 
-.cache/requirements: requirements-dev.txt
+.cache/requirements: requirements-dev.txt requirements-common.txt
 	@mkdir -p .cache
 	test -x "$(BIN)/python" || "$(PYTHON)" -m venv "$(VENV)"
 	"$(BIN)/python" -m pip install --quiet --requirement requirements-dev.txt
@@ -23,6 +31,28 @@ install: .cache/installed
 
 .cache/installed: .cache/requirements $(SOURCES)
 	"$(BIN)/python" -m pip install --quiet --no-deps --force-reinstall .
+	@touch $@
+
+.cache/requirements-cuda: requirements-cuda.txt requirements-common.txt
+	@mkdir -p .cache
+	test -x "$(BIN_CUDA)/python" || "$(PYTHON)" -m venv "$(VENV_CUDA)"
+	"$(BIN_CUDA)/python" -m pip install --quiet --requirement requirements-cuda.txt
+	@touch $@
+
+# Into VENV_CUDA, for this machine's GPU or as PTX for the simulator. CMake's folder is kept and pip's isolation is off,
+# whose tools are at a new path each time: only changed files are compiled again.
+CUDA_BUILD = PATH="$$(cd "$(BIN_CUDA)" && pwd):$$PATH" ILLADA_BUILD_DIR="$(CURDIR)/build/$(1)" \
+	"$(BIN_CUDA)/python" -m pip install --quiet --no-deps --no-build-isolation --force-reinstall .
+
+.cache/installed-gpu: .cache/requirements-cuda $(SOURCES)
+	@rm -f .cache/installed-simulator
+	ILLADA_CUDA=on $(call CUDA_BUILD,gpu)
+	@touch $@
+
+# The preset says all of the build; a variable from outside would outweigh it.
+.cache/installed-simulator: .cache/requirements-cuda $(SOURCES)
+	@rm -f .cache/installed-gpu
+	unset ILLADA_CUDA ILLADA_CUDA_ARCHS ILLADA_CUDART; CMAKE_ARGS="--preset sim" $(call CUDA_BUILD,sim)
 	@touch $@
 
 demo:
@@ -35,6 +65,30 @@ test: install
 
 test-slow: install
 	"$(BIN)/python" -m pytest -q -m slow
+
+test-cuda:
+	@command -v "$${CUDACXX:-nvcc}" >/dev/null || { \
+	  echo "make test-cuda: no nvcc found; install CUDA 12.3 or newer, or set CUDACXX=/path/to/nvcc (docs/install.md)" >&2; \
+	  exit 1; }
+	@if nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then $(MAKE) --no-print-directory test-gpu; \
+	elif [ -x "$(CUSIM)/cusim" ]; then $(MAKE) --no-print-directory test-simulator; \
+	else echo "make test-cuda: nvidia-smi lists no GPU, and there is no simulator at $(CUSIM)/cusim; run it on a machine" \
+	  "with a GPU, or set CUSIM=/path/to/cusim" >&2; exit 1; fi
+
+test-gpu: .cache/installed-gpu
+	ILLADA_REQUIRE_CUDA=1 "$(BIN_CUDA)/python" -m pytest -q tests/cuda $(ARGS)
+
+# race, proxy: shared memory accessed without synchronisation, and a missing fence between ordinary stores and TMA.
+test-simulator: .cache/installed-simulator
+	@cusim="$$(cd "$(CUSIM)" && pwd)"; for mode in $(MODES); do \
+	  echo "tests/cuda on the simulator: $$mode$(if $(DEVICE), as $(DEVICE))"; \
+	  ILLADA_REQUIRE_CUDA=1 PYTHONPATH="$$cusim" "$$cusim/cusim" run --async "$$mode" --check race,proxy \
+	    $(if $(DEVICE),--device "$(DEVICE)") -- "$(BIN_CUDA)/python" -m pytest -q -p torch_on_cusim tests/cuda $(ARGS) \
+	    || exit 1; \
+	done
+
+ptxas:
+	"$(PYTHON)" cmake/ptxas.py $(if $(UPDATE),--update) $(ARGS)
 
 lint: .cache/requirements
 	"$(BIN)/ruff" check .
@@ -53,6 +107,6 @@ bench: install
 	"$(BIN)/python" -m benchmarks train-step --json runs/bench/train-step.jsonl --plot runs/bench/train-step.png
 
 clean:
-	rm -rf build dist .cache .venv .pytest_cache .ruff_cache .mypy_cache python/*.egg-info  # not runs/ and data/
+	rm -rf build dist .cache .venv .venv-cuda .pytest_cache .ruff_cache .mypy_cache python/*.egg-info  # not runs/ and data/
 	find python -name '*.so' -delete
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

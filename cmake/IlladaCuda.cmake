@@ -70,7 +70,8 @@ if(NOT illada_cuda STREQUAL "off")
     endforeach()
     message(STATUS "illada: CUDA ${CUDAToolkit_VERSION} for ${ILLADA_CUDA_ARCH_LIST}, cudart ${ILLADA_CUDART}")
   elseif(illada_cuda STREQUAL "on")
-    message(FATAL_ERROR "illada: ILLADA_CUDA=on, but no nvcc was found (looked at CUDACXX, CUDA_PATH and PATH).\n"
+    message(FATAL_ERROR "illada: ILLADA_CUDA=on, but no working nvcc was found (looked at CUDACXX, CUDA_PATH and PATH; "
+      "one that cannot link a program counts as none).\n"
       "Set CUDACXX=/path/to/nvcc, or ILLADA_CUDA=off for a CPU build.")
   else()
     message(STATUS "illada: no nvcc found, building for the CPU")

@@ -110,20 +110,54 @@ def test_installing_twice_and_editable(source, tmp_path):
     assert out.startswith("[0, 1]") and str(source) in out
 
 
-def test_cpp_library_and_example(source, tmp_path):
+needs_nvcc = pytest.mark.skipif(
+    shutil.which(os.environ.get("CUDACXX") or "nvcc") is None, reason="needs nvcc: set CUDACXX or PATH"
+)
+
+
+@pytest.fixture(scope="module")
+def cuda_wheel(sdist, tmp_path_factory) -> Path:
+    """With CUDA kernels for one arch, from the sdist, in pip's isolated environment."""
+    out = tmp_path_factory.mktemp("cuda wheel")
+    env = {"ILLADA_CUDA": "on", "ILLADA_CUDA_ARCHS": "90a-real", "ILLADA_CUDART": "static"}
+    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", out, sdist, **env)
+    return next(out.glob("illada-*.whl"))
+
+
+@needs_nvcc
+def test_cuda_wheel_says_what_it_has(cuda_wheel, tmp_path):
+    python = make_venv(tmp_path / "venv")
+    run(python, "-m", "pip", "install", "--no-deps", "--force-reinstall", cuda_wheel)
+    code = "import illada; info = illada.build_info(); print(info['cuda_archs'], 'CUDA', info['cuda_version'])"
+    out = run(python, "-c", code, cwd=tmp_path)  # with no driver on this machine, most likely
+    assert out.startswith("90a-real CUDA ") and out.split()[-1][0].isdigit()
+    assert "90a-real" in run(tmp_path / "venv" / "bin" / "illada", "info", cwd=tmp_path)
+
+
+@needs_nvcc
+@pytest.mark.skipif(not shutil.which("readelf"), reason="needs nm and readelf of binutils")
+def test_cuda_wheel_keeps_its_runtime_to_itself(cuda_wheel, tmp_path):
+    """A static libcudart that nobody else can bind to, whatever runtime torch brings into the process."""
+    with zipfile.ZipFile(cuda_wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.startswith("illada/_C.")]
+        module = archive.extract(name, tmp_path)
+    exported = [line.split()[-1] for line in run("nm", "-D", "--defined-only", module).splitlines()]
+    assert [name for name in exported if not name.startswith("_")] == ["PyInit__C"]
+    assert not [name for name in exported if "cuda" in name.lower() or "illada" in name]
+    needed = [line for line in run("readelf", "-d", module).splitlines() if "NEEDED" in line]
+    assert needed and not [line for line in needed if "cuda" in line]
+
+
+@pytest.mark.parametrize("cuda", ["off", pytest.param("on", marks=needs_nvcc)])
+def test_cpp_library_and_example(source, tmp_path, cuda):
     build, prefix = tmp_path / "build", tmp_path / "prefix"
-    run(
-        "cmake",
-        "-S",
-        source,
-        "-B",
-        build,
-        "-DILLADA_PYTHON=OFF",
-        "-DILLADA_CUDA=off",
-        f"-DCMAKE_INSTALL_PREFIX={prefix}",
-    )
+    options = [f"-DILLADA_CUDA={cuda}", "-DILLADA_CUDA_ARCHS=90a-real", f"-DCMAKE_INSTALL_PREFIX={prefix}"]
+    run("cmake", "-S", source, "-B", build, "-DILLADA_PYTHON=OFF", *options)
     run("cmake", "--build", build, "--parallel", "2")
     run("cmake", "--install", build)
+    if cuda == "on":  # the kernels are in the library itself, not in object files that stay behind
+        members = run("ar", "t", next(prefix.glob("lib*/libillada.a"))).split()
+        assert {"sample_tokens.cu.o", "remask.cu.o", "device.cpp.o"} <= set(members)
     example = tmp_path / "example"
     run("cmake", "-S", source / "examples" / "cpp", "-B", example, f"-DCMAKE_PREFIX_PATH={prefix}")
     run("cmake", "--build", example)
@@ -144,3 +178,30 @@ def test_without_a_cuda_toolkit(source, tmp_path, wanted, works, said):
     env = environment(CUDACXX="/nonexistent/nvcc")
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert (done.returncode == 0) == works and said in " ".join((done.stdout + done.stderr).split())
+
+
+def test_pip_says_why_there_is_no_cuda_build(source):
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", "unused", str(source)]
+    env = environment(ILLADA_CUDA="on", CUDACXX="/nonexistent/nvcc")
+    done = subprocess.run(command, cwd=source, env=env, capture_output=True, text=True)
+    said = " ".join((done.stdout + done.stderr).split())
+    assert done.returncode != 0
+    assert "ILLADA_CUDA=on, but no working nvcc was found" in said and "Set CUDACXX=/path/to/nvcc" in said
+
+
+@needs_nvcc
+@pytest.mark.parametrize(
+    "option,said",
+    [
+        (
+            "ILLADA_CUDA_ARCHS=sm_90",
+            'ILLADA_CUDA_ARCHS holds "sm_90"; entries look like 80-real, 90a-real or 90-virtual',
+        ),
+        ("ILLADA_CUDA_ARCHS=80-real;90a", 'ILLADA_CUDA_ARCHS holds "90a"'),
+        ("ILLADA_CUDART=both", 'ILLADA_CUDART is "both"; allowed are static and shared'),
+    ],
+)
+def test_wrong_build_options(source, tmp_path, option, said):
+    command = ["cmake", "-S", str(source), "-B", str(tmp_path / "b"), "-DILLADA_PYTHON=OFF", f"-D{option}"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert done.returncode != 0 and said in " ".join((done.stdout + done.stderr).split())

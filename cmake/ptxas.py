@@ -1,0 +1,315 @@
+#!/usr/bin/env python3
+"""Registers, shared memory and spills of every CUDA kernel, held against the budget in csrc/ptxas_budget.json.
+
+Each csrc/**/*.cu is compiled to machine code with `nvcc -Xptxas -v` for each GPU it is built for; no GPU is needed.
+Fails when a kernel spills or uses a stack (both are local memory, which is slow), when it takes more registers or
+static shared memory than the budget allows, when ptxas says that it serialized a kernel's wgmma, and when a kernel or a
+budget entry has no counterpart. With a PATTERN, entries of other files are not looked at.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BUDGET = ROOT / "csrc" / "ptxas_budget.json"
+DEFAULT_ARCHS = ("80", "90a", "120")  # as in IlladaCuda.cmake
+FLAGS = ("-std=c++17", "-O3", "-DNDEBUG", "-lineinfo")  # as CMake gives in a Release build
+BYTES_A_JOB = 3 << 30  # of memory, as in setup.py
+
+
+@dataclass
+class Kernel:
+    """What ptxas said of one function on one arch. Functions that are not kernels have no registers of their own."""
+
+    name: str  # mangled as ptxas prints it; short after compile_file
+    registers: int | None = None
+    smem: int = 0
+    stack: int = 0
+    spill_stores: int = 0
+    spill_loads: int = 0
+
+
+@dataclass
+class Compiled:
+    """One file for one arch."""
+
+    file: str
+    arch: str
+    seconds: float
+    kernels: list[Kernel]
+    remarks: list[str] = field(default_factory=list)  # what ptxas says it had to do to the code
+
+
+def parse(text: str) -> tuple[list[Kernel], list[str]]:
+    """The functions in the output of `nvcc -Xptxas -v`, and its remarks on lost performance."""
+    found: dict[str, Kernel] = {}
+    entry = function = ""
+    remarks = []
+    for line in text.splitlines():
+        if match := re.search(r"Compiling entry function '([^']+)'", line):
+            entry = function = match[1]
+            found.setdefault(entry, Kernel(entry))
+        elif match := re.search(r"Function properties for '?([^'\s]+)", line):
+            function = match[1]
+            found.setdefault(function, Kernel(function))
+        elif match := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            if function:
+                kernel = found[function]
+                kernel.stack, kernel.spill_stores, kernel.spill_loads = (int(number) for number in match.groups())
+        elif match := re.search(r"Used (\d+) registers", line):
+            kernel = found[entry]
+            kernel.registers = int(match[1])
+            if smem := re.search(r"(\d+) bytes smem", line):
+                kernel.smem = int(smem[1])
+        elif "Potential Performance Loss" in line or "setmaxnreg ignored" in line:
+            remarks.append(line.partition(":")[2].strip())
+    return list(found.values()), remarks
+
+
+def short_name(demangled: str) -> str:
+    """`void illada::remask::(anonymous namespace)::k<illada::Half, (int)4>(illada::P)` -> `k<Half,4>`."""
+    name = demangled.replace("(anonymous namespace)::", "")
+    name = re.sub(r"\([a-z][a-z ]*\)(?=-?[\d'])", "", name)  # the type of a template argument: (int)4
+    depth, end = 0, len(name)
+    for i, letter in enumerate(name):
+        if letter == "(" and depth == 0:
+            end = i  # the parameters begin
+            break
+        depth += (letter == "<") - (letter == ">")
+    name = name[:end]
+    depth, begin = 0, 0
+    for i, letter in enumerate(name):
+        if letter == " " and depth == 0:
+            begin = i + 1  # after the return type, which templates have
+        depth += (letter == "<") - (letter == ">")
+    return re.sub(r"\s*,\s*", ",", re.sub(r"\b[A-Za-z_]\w*::", "", name[begin:]))
+
+
+def demangle(names: list[str]) -> list[str]:
+    if not names:
+        return []
+    try:
+        done = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
+    except FileNotFoundError:
+        raise SystemExit("ptxas.py: c++filt was not found; it is part of binutils, which comes with g++") from None
+    return done.stdout.splitlines()
+
+
+def archs_of(file: str, archs: list[str]) -> list[str]:
+    """Files of wgmma and TMA kernels are built for sm_90a alone, see illada_add_cuda."""
+    return [arch for arch in archs if arch == "90a" or not file.endswith("_sm90.cu")]
+
+
+def compile_file(nvcc: str, file: str, arch: str, flags: list[str]) -> Compiled:
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        command = [nvcc, "-cubin", f"-arch=sm_{arch}", "-Xptxas", "-v", *FLAGS, *flags]
+        command += ["-I", str(ROOT / "csrc"), "-I", str(ROOT / "csrc" / "include")]
+        command += ["-o", str(Path(folder) / "out.cubin"), str(ROOT / file)]
+        done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise SystemExit(f"ptxas.py: {file} does not compile for sm_{arch}:\n{done.stdout}{done.stderr}")
+    kernels, remarks = parse(done.stdout + done.stderr)
+    for kernel, name in zip(kernels, demangle([kernel.name for kernel in kernels]), strict=True):
+        kernel.name = short_name(name)
+    return Compiled(file, arch, time.monotonic() - began, kernels, remarks)
+
+
+def faults(results: list[Compiled]) -> list[str]:
+    """What no budget excuses."""
+    said = []
+    owner: dict[tuple[str, str], str] = {}
+    for result in results:
+        for kernel in result.kernels:
+            where = f"{kernel.name} on sm_{result.arch}"
+            if kernel.stack or kernel.spill_stores or kernel.spill_loads:
+                said.append(
+                    f"{where}: {kernel.stack} bytes of stack, {kernel.spill_stores} of spill stores, "
+                    f"{kernel.spill_loads} of spill loads; none is allowed ({result.file})"
+                )
+            if kernel.registers is None:
+                continue
+            if (kernel.name, result.arch) in owner:
+                first = owner[kernel.name, result.arch]
+                said.append(
+                    f"{where}: two kernels have this name ({first}, {result.file}); profiles and budget need one"
+                )
+            owner[kernel.name, result.arch] = result.file
+        said += [f"{result.file} on sm_{result.arch}: ptxas says: {remark}" for remark in result.remarks]
+    return said
+
+
+def measured(results: list[Compiled]) -> dict[str, dict[str, dict[str, int]]]:
+    """kernel -> arch -> registers and smem, as the budget file has it."""
+    table: dict[str, dict[str, dict[str, int]]] = {}
+    for result in results:
+        for kernel in result.kernels:
+            if kernel.registers is not None:
+                entry = {"registers": kernel.registers, "smem": kernel.smem}
+                table.setdefault(kernel.name, {})[f"sm_{result.arch}"] = entry
+    return table
+
+
+def over_budget(results: list[Compiled], budget: dict, archs: list[str], complete: bool = True) -> list[str]:
+    """Where kernels and budget disagree. `archs` are those compiled for: a budget for others is not stale. Nor is one
+    for other files where not all of them were compiled (`complete`)."""
+    said = []
+    table = measured(results)
+    for name in sorted(table):
+        for arch, used in table[name].items():
+            allowed = budget.get(name, {}).get(arch)
+            if allowed is None:
+                said.append(f"{name} on {arch}: not in the budget; `make ptxas UPDATE=1` adds it")
+                continue
+            for what in ("registers", "smem"):
+                if used[what] > allowed[what]:
+                    said.append(
+                        f"{name} on {arch}: {what} {used[what]}, over the budget of {allowed[what]}; "
+                        "where it is worth it, `make ptxas UPDATE=1` raises the budget"
+                    )
+    for name in sorted(budget) if complete else ():
+        for arch in budget[name]:
+            if arch.removeprefix("sm_") in archs and arch not in table.get(name, {}):
+                said.append(f"{name} on {arch}: in the budget, but no kernel is; `make ptxas UPDATE=1` removes it")
+    return said
+
+
+def budget_text(table: dict, old: dict, archs: list[str], version: str) -> str:
+    """The budget file: sorted, a line for each kernel and arch. Archs that were not compiled now are kept."""
+    kept = {
+        name: {arch: entry for arch, entry in entries.items() if arch.removeprefix("sm_") not in archs}
+        for name, entries in old.items()
+    }
+    kernels = {name: {**kept.get(name, {}), **table.get(name, {})} for name in sorted({*kept, *table})}
+    kernels = {name: entries for name, entries in kernels.items() if entries}
+    blocks = []
+    for name, entries in kernels.items():
+        by_number = sorted(entries, key=lambda arch: (int(re.sub(r"\D", "", arch)), arch))
+        lines = [f"      {json.dumps(arch)}: {json.dumps(entries[arch])}" for arch in by_number]
+        blocks.append(f"    {json.dumps(name)}: {{\n" + ",\n".join(lines) + "\n    }")
+    return f'{{\n  "nvcc": {json.dumps(version)},\n  "kernels": {{\n' + ",\n".join(blocks) + "\n  }\n}\n"
+
+
+def table_text(results: list[Compiled]) -> str:
+    rows = [("kernel", "arch", "registers", "smem", "stack", "spill st", "spill ld")]
+    for result in results:
+        for kernel in sorted(result.kernels, key=lambda kernel: kernel.name):
+            registers = "function" if kernel.registers is None else kernel.registers
+            numbers = (registers, kernel.smem, kernel.stack, kernel.spill_stores, kernel.spill_loads)
+            rows.append((kernel.name, f"sm_{result.arch}", *(str(number) for number in numbers)))
+    rows[1:] = sorted(rows[1:], key=lambda row: row[0])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i < 2 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )
+
+
+def job_count() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // BYTES_A_JOB))
+
+
+def toolkit(nvcc: str) -> tuple[str, set[str]]:
+    """Its version, and the archs that it knows."""
+    try:
+        said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+        known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise SystemExit(
+            f"ptxas.py: {nvcc} could not be run ({error}).\n"
+            "Set CUDACXX=/path/to/nvcc of CUDA 12.3 or newer; docs/install.md says where to get one without a GPU."
+        ) from None
+    version = re.search(r"release (\d+\.\d+)", said)
+    # Some toolkits list sm_90 and know sm_90a without listing it.
+    codes = {code.removeprefix("sm_") for code in known.split()}
+    return version[1] if version else "unknown", codes | {code + "a" for code in codes}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="ptxas.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="examples:\n"
+        "  make ptxas                                      all files, all archs\n"
+        "  make ptxas UPDATE=1                             and write what they use into the budget\n"
+        "  python3 cmake/ptxas.py remask --arch 90a        while working on a kernel: csrc/remask on one arch\n"
+        "  python3 cmake/ptxas.py remask --arch 80 -- -DX  with a flag of nvcc",
+    )
+    parser.add_argument("pattern", nargs="?", default="", help="only files whose path contains this")
+    parser.add_argument(
+        "--arch", action="append", metavar="N", help="80, 90a, ...; may be repeated (default: 80, 90a and 120)"
+    )
+    parser.add_argument("--update", action="store_true", help="write the budget file from what is measured")
+    parser.add_argument("--budget", type=Path, default=BUDGET, help="the budget file (default: %(default)s)")
+    parser.add_argument("--nvcc", default=os.environ.get("CUDACXX") or "nvcc", help="default: CUDACXX, else nvcc")
+    parser.add_argument("--jobs", type=int, help="compilers at a time (default: one a core, 3 GB of memory each)")
+    arguments = sys.argv[1:] if arguments is None else arguments
+    flags = arguments[arguments.index("--") + 1 :] if "--" in arguments else []
+    args = parser.parse_args(arguments[: len(arguments) - len(flags) - 1] if "--" in arguments else arguments)
+    if args.update and args.pattern:
+        parser.error("--update writes the whole budget: leave the pattern out")
+
+    version, known = toolkit(args.nvcc)
+    archs = args.arch or [arch for arch in DEFAULT_ARCHS if arch in known]
+    if unknown := [arch for arch in archs if arch not in known]:
+        parser.error(f"CUDA {version} does not know sm_{', sm_'.join(unknown)}")
+    left_out = [arch for arch in DEFAULT_ARCHS if arch not in known and not args.arch]
+    files = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cu"))
+    jobs = [(file, arch) for file in files if args.pattern in file for arch in archs_of(file, archs)]
+    if not jobs:
+        parser.error(f"no file under csrc/ matches {args.pattern!r} for sm_{', sm_'.join(archs)}")
+
+    began = time.monotonic()
+    with ThreadPoolExecutor(args.jobs or job_count()) as pool:
+        results = list(pool.map(lambda job: compile_file(args.nvcc, *job, flags), jobs))
+    print(table_text(results))
+    print("\ncompile seconds:")
+    for file in dict.fromkeys(result.file for result in results):
+        mine = [result for result in results if result.file == file]
+        each = "  ".join(f"sm_{result.arch} {result.seconds:5.1f}" for result in mine)
+        print(f"  {file:44} {sum(result.seconds for result in mine):6.1f}   {each}")
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+    spent = sum(result.seconds for result in results)
+    print(f"  CUDA {version}: {spent:.1f} s in all, {time.monotonic() - began:.1f} s of waiting; ", end="")
+    print(f"the largest compiler process took {peak:.0f} MiB")
+    for arch in left_out:
+        print(f"  sm_{arch} left out: CUDA {version} does not know it")
+
+    old = json.loads(args.budget.read_text()) if args.budget.exists() else {"nvcc": version, "kernels": {}}
+    said = faults(results)
+    if args.update:
+        args.budget.write_text(budget_text(measured(results), old["kernels"], archs, version))
+        print(f"\nwrote {args.budget}")
+    else:
+        said += over_budget(results, old["kernels"], archs, complete=not args.pattern)
+    if not said:
+        print(f"\n{sum(map(len, measured(results).values()))} kernels: no spills, all within the budget")
+        return 0
+    print(f"\nptxas.py: {len(said)} faults", file=sys.stderr)
+    for line in said:
+        print(f"  {line}", file=sys.stderr)
+    if old["nvcc"] != version:
+        hint = f"The budget was written by CUDA {old['nvcc']}, this is {version}: register counts differ a little."
+        print(f"  {hint}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,154 @@
+"""The register and spill budget, judged on ptxas output as CUDA 13.0 prints it; no compiler needed."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+TOOL = Path(__file__).resolve().parent.parent / "cmake" / "ptxas.py"
+pytestmark = pytest.mark.skipif(not TOOL.exists(), reason="needs a source checkout")
+
+KERNEL = "_ZN6illada6remask49_GLOBAL__N__e6e554ab_16_sample_tokens_cu_ecff33fc6kernelILb0EEEvNS0_6ParamsE"
+OUTPUT = f"""\
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '{KERNEL}' for 'sm_90a'
+ptxas info    : Function properties for {KERNEL}
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 108 registers, used 1 barriers, 400 bytes smem
+ptxas info    : Compile time = 429.037 ms
+ptxas info    : Compiling entry function 'other' for 'sm_90a'
+ptxas info    : Function properties for other
+    24 bytes stack frame, 32 bytes spill stores, 72 bytes spill loads
+ptxas info    : Used 128 registers, used 0 barriers, 24 bytes cumulative stack size, 368 bytes cmem[0]
+ptxas info    : Function properties for helper
+    16 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+"""
+
+
+@pytest.fixture(scope="module")
+def ptxas():
+    spec = importlib.util.spec_from_file_location("illada_ptxas", TOOL)
+    sys.modules["illada_ptxas"] = module = importlib.util.module_from_spec(spec)  # dataclasses look there
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["illada_ptxas"]
+
+
+@pytest.fixture
+def results(ptxas):
+    """Two kernels without faults, one file, two archs."""
+
+    def compiled(arch, registers):
+        kernels = [ptxas.Kernel("k<4>", registers, 400), ptxas.Kernel("other", 32)]
+        return ptxas.Compiled("csrc/k.cu", arch, 1.0, kernels)
+
+    return [compiled("80", 64), compiled("90a", 96)]
+
+
+def test_parse(ptxas):
+    kernels, remarks = ptxas.parse(OUTPUT)
+    assert kernels == [
+        ptxas.Kernel(KERNEL, 108, 400, 0, 0, 0),
+        ptxas.Kernel("other", 128, 0, 24, 32, 72),
+        ptxas.Kernel("helper", None, 0, 16, 0, 0),
+    ]
+    assert remarks == []
+
+
+def test_parse_keeps_what_ptxas_did_to_wgmma(ptxas):
+    line = "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to ..."
+    remarks = ptxas.parse(OUTPUT + line)[1]
+    assert remarks == [line.split(" : ")[1]]
+    (said,) = ptxas.faults([ptxas.Compiled("csrc/k_sm90.cu", "90a", 1.0, [], remarks)])
+    assert "csrc/k_sm90.cu on sm_90a" in said and "serialized" in said
+
+
+@pytest.mark.parametrize(
+    "demangled,short",
+    [
+        (
+            "void illada::remask::(anonymous namespace)::k<illada::Half, false>(illada::remask::Params, int)",
+            "k<Half,false>",
+        ),
+        ("void illada::k<(int)128, -3, (bool)1>(float*)", "k<128,-3,1>"),
+        ("illada::k(illada::P)", "k"),
+        ("void k<illada::Tile<float, 4>, unsigned char>(int (*)(int))", "k<Tile<float,4>,unsigned char>"),
+        ("plain_c_name", "plain_c_name"),
+    ],
+)
+def test_short_name(ptxas, demangled, short):
+    assert ptxas.short_name(demangled) == short
+
+
+def test_files_of_wgmma_kernels_have_one_arch(ptxas):
+    assert ptxas.archs_of("csrc/remask/linear_sample_tokens_sm90.cu", ["80", "90a", "120"]) == ["90a"]
+    assert ptxas.archs_of("csrc/remask/sample_tokens.cu", ["80", "90a", "120"]) == ["80", "90a", "120"]
+
+
+def test_spills_and_stack_are_faults_whatever_the_budget(ptxas):
+    said = ptxas.faults([ptxas.Compiled("csrc/k.cu", "90a", 1.0, ptxas.parse(OUTPUT)[0])])
+    assert len(said) == 2
+    assert said[0].startswith(
+        "other on sm_90a: 24 bytes of stack, 32 of spill stores, 72 of spill loads; none is allowed"
+    )
+    assert said[1].startswith("helper on sm_90a: 16 bytes of stack")
+
+
+def test_two_kernels_of_one_name_are_a_fault(ptxas, results):
+    assert ptxas.faults(results) == []
+    (said, _) = ptxas.faults([*results, ptxas.Compiled("csrc/b.cu", "80", 1.0, results[0].kernels)])
+    assert "two kernels have this name (csrc/k.cu, csrc/b.cu)" in said
+
+
+def test_over_budget(ptxas, results):
+    budget = ptxas.measured(results)
+    assert ptxas.over_budget(results, budget, ["80", "90a"]) == []
+    results[1].kernels[0].registers += 1
+    results[0].kernels[0].smem += 8
+    results[0].kernels[1].registers -= 1  # under the budget is fine
+    assert [line.partition(";")[0] for line in ptxas.over_budget(results, budget, ["80", "90a"])] == [
+        "k<4> on sm_80: smem 408, over the budget of 400",
+        "k<4> on sm_90a: registers 97, over the budget of 96",
+    ]
+
+
+def test_unknown_kernels_and_stale_entries_ask_for_an_update(ptxas, results):
+    budget = ptxas.measured(results)
+    budget["gone"] = {"sm_80": {"registers": 1, "smem": 0}, "sm_120": {"registers": 1, "smem": 0}}
+    del budget["other"]["sm_90a"]
+    said = ptxas.over_budget(results, budget, ["80", "90a"])
+    assert said == [
+        "other on sm_90a: not in the budget; `make ptxas UPDATE=1` adds it",
+        "gone on sm_80: in the budget, but no kernel is; `make ptxas UPDATE=1` removes it",
+    ]
+    assert len(ptxas.over_budget(results, budget, ["80", "90a"], complete=False)) == 1
+
+
+def test_budget_file_round_trip(ptxas, results):
+    old = {"k<4>": {"sm_120": {"registers": 5, "smem": 0}}, "gone": {"sm_80": {"registers": 1, "smem": 0}}}
+    text = ptxas.budget_text(ptxas.measured(results), old, ["80", "90a"], "13.0")
+    written = json.loads(text)
+    assert written["nvcc"] == "13.0" and list(written["kernels"]) == ["k<4>", "other"]
+    assert list(written["kernels"]["k<4>"]) == ["sm_80", "sm_90a", "sm_120"]  # what was not compiled stays
+    assert ptxas.over_budget(results, written["kernels"], ["80", "90a"]) == []
+
+
+def test_main_fails_over_budget_and_updates(ptxas, results, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ptxas, "toolkit", lambda nvcc: ("13.0", {"80", "90", "90a"}))
+    monkeypatch.setattr(ptxas, "compile_file", lambda nvcc, file, arch, flags: results[arch == "90a"])
+    budget = tmp_path / "budget.json"
+    assert ptxas.main(["remask.cu", "--budget", str(budget), "--arch", "80"]) == 1
+    assert "not in the budget" in capsys.readouterr().err
+    budget.write_text(ptxas.budget_text(ptxas.measured(results), {}, [], "12.9"))
+    assert ptxas.main(["remask.cu", "--budget", str(budget), "--arch", "80"]) == 0
+    results[0].kernels[0].registers += 1
+    assert ptxas.main(["remask.cu", "--budget", str(budget), "--arch", "80"]) == 1
+    said = capsys.readouterr().err
+    assert "registers 65, over the budget of 64" in said and "written by CUDA 12.9, this is 13.0" in said
+
+
+def test_no_compiler(ptxas, capsys):
+    with pytest.raises(SystemExit, match="Set CUDACXX=/path/to/nvcc"):
+        ptxas.main(["--nvcc", "/nonexistent/nvcc"])
