@@ -192,17 +192,16 @@ struct SequenceRanker {
   // The longest prefix with confidence_(r) > 1 - factor / (r + 1): confidences descend and the bound ascends, so a
   // digit's values all pass if its lowest value passes at the rank of its last.
   __device__ __forceinline__ int count_by_factor(double factor) {
-    const auto bound = [&](int r) { return 1.0 - factor / double(r + 1); };
+    // Multiplied out: a division would be a call.
+    const auto passes = [&](uint32_t key, int r) { return factor > (1.0 - double(confidence_of(key))) * double(r + 1); };
     const Cut cut = descend(
         28, [](uint32_t key, int) { return key; },
-        [&](uint32_t lowest, int above, int count) {
-          return count > 0 && !(double(confidence_of(lowest)) > bound(above + count));
-        },
+        [&](uint32_t lowest, int above, int count) { return count > 0 && !passes(lowest, above + count); },
         [](int, int) { return false; });
     int allowed = cut.above, refused = cut.above + cut.equal + 1;  // among equal confidences
     while (refused - allowed > 1) {
       const int r = (allowed + refused) / 2;
-      (double(confidence_of(cut.key)) > bound(r) ? allowed : refused) = r;
+      (passes(cut.key, r) ? allowed : refused) = r;
     }
     return allowed;
   }
@@ -246,8 +245,13 @@ struct SequenceRanker {
         high = low | bit;
       }
     }
-    if (inside <= 1) return above + inside;
-    return above + int(min(uint64_t(inside), (limit - above_sum) / entropy_of(low) + 1));
+    const uint64_t each = entropy_of(low);  // of all that are inside: the k-th is taken if k - 1 of them fit
+    int taken = min(inside, 1), refused = inside + 1;
+    while (refused - taken > 1) {
+      const int k = (taken + refused) / 2;
+      (above_sum + uint64_t(k - 1) * each <= limit ? taken : refused) = k;
+    }
+    return above + taken;
   }
 
   // The first `wanted` candidates, 0 < wanted <= candidates, are those with key > cut_key, or with key == cut_key and

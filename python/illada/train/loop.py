@@ -283,12 +283,9 @@ def _optimizer(model: MaskedDiffusionModel, config: TrainConfig) -> torch.optim.
 
 
 def _device(name: str) -> torch.device:
-    cuda_built = bool(build_info()["cuda_archs"])
-    if name == "auto":
-        return torch.device("cuda" if cuda_built and torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not cuda_built:
-        raise ValueError("train.device is cuda, but this build has no CUDA kernels; see `illada info`")
-    return torch.device(name)
+    if name == "cuda":
+        raise ValueError("train.device is cuda, but this version trains on a CPU only: attention has no CUDA kernel yet")
+    return torch.device("cpu" if name == "auto" else name)
 
 
 def _autocast(config: TrainConfig, device: torch.device | str) -> contextlib.AbstractContextManager:
