@@ -54,7 +54,7 @@ struct RowReader {
       const int64_t at = int64_t(bias.ids[b]) - vector * kVector;
 #pragma unroll
       for (int i = 0; i < kVector; ++i)
-        if (at == i) x[i] += bias.values[b];
+        if (at == i && bias.ids[b] < vocab_size) x[i] += bias.values[b];
     }
   }
 };
