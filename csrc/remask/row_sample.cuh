@@ -175,9 +175,8 @@ __device__ __forceinline__ void write_row(const SampleTokensParams& p, int64_t r
   if constexpr (kWantExtras) {
     if (valid) {
       entropy = float((log2_sum - double(s.softmax.weighted) / double(s.softmax.sum)) * kLn2D);
-      const float runner_up = exp2_approx(fmaf(s.top.second, kLog2eF, -s.softmax.reference));
-      const float top = exp2_approx(fmaf(s.top.first, kLog2eF, -s.softmax.reference));
-      margin = (top - runner_up) / s.softmax.sum;
+      const auto power = [&](float x) { return exp2(double(x) * double(kLog2eF) - double(s.softmax.reference)); };
+      margin = float((power(s.top.first) - power(s.top.second)) / double(s.softmax.sum));  // they may nearly cancel
     }
   }
   float confidence = float(exp(logprob));
