@@ -216,10 +216,10 @@ SMALLEST = [(642646658, 0), (2447846268, 3), (2955754503, 0), (3358487240, 0), (
 @pytest.mark.parametrize("row_id,token", SMALLEST)
 def test_uniforms_below_2_to_the_minus_31_are_exact(row_id, token, temperature, device):
     # The token gets the logit with which its noise just wins, and just loses, against a token with logit 0.
-    gumbel = -np.log(-np.log1p(-reference.uniform64(1, row_id, 0, 20)))
+    gumbel = -np.log(-np.log1p(-reference.uniform64(1, row_id, 0, 2000)))
     assert gumbel[token] > 31 * np.log(2)
-    rival = 17
-    logits = torch.full((2, 20), -torch.inf)
+    rival = 256 + int(gumbel[256:].argmax())  # in another warp, and so strong that the token is nearly given up
+    logits = torch.full((2, 2000), -torch.inf)
     logits[:, rival] = 0.0
     margin = torch.tensor([1e-4, -1e-4], dtype=torch.float64)
     logits[:, token] = (float(temperature * (gumbel[rival] - gumbel[token])) + margin).float()
@@ -334,8 +334,9 @@ def test_forbidden_ids_are_never_sampled(vocab, temperature, device, generator):
     )  # fmt: skip
     assert torch.equal(got.token, want.token) and not (got.token[:, None] == forbidden.cpu()).any()
     torch.testing.assert_close(got.confidence.double(), want.confidence, rtol=1e-5, atol=1e-7)
-    everything = torch.arange(vocab, dtype=torch.int32, device=device)
-    none_left = illada.sample_tokens(logits, logit_bias=(everything, torch.full((vocab,), -torch.inf, device=device)))
+    everything = torch.arange(400, dtype=torch.int32, device=device)
+    all_minus = torch.full((400,), -torch.inf, device=device)
+    none_left = illada.sample_tokens(logits[:, :400], temperature=temperature, logit_bias=(everything, all_minus))
     assert none_left.confidence.tolist() == [-torch.inf] * 4 and not none_left.token.any()
 
 
