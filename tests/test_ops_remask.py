@@ -6,10 +6,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import illada
-from illada.ops import reference
+from illada.ops import raw, reference
 from illada.ops.philox import philox4x32
-from illada.ops.types import TokenSample
-from illada.testing import assert_close_like
+from illada.ops.types import RULES as RULE_NAMES
+from illada.ops.types import RemaskStatus, TokenSample
+from illada.testing import assert_close_like, plain_sample
 
 CASES = [  # N, V, spread: what the row is for
     (1, 1, 1.0),  # one word: p = 1, margin 1
@@ -29,19 +30,6 @@ def rows_of(case, dtype, generator):
     return wide[:, :vocab]
 
 
-def plain(logits, token):
-    """The same formulas in plain torch at the logits' dtype, computed as a user would: softmax in float32."""
-    logprobs = logits.float().log_softmax(-1)
-    top2 = logprobs.exp().topk(min(2, logits.shape[-1]), dim=-1).values
-    return TokenSample(
-        token,
-        logprobs.gather(-1, token[:, None])[:, 0].exp(),
-        logprobs.gather(-1, token[:, None])[:, 0],
-        -(logprobs.exp() * logprobs).sum(-1),
-        top2[:, 0] - top2[:, 1] if top2.shape[1] > 1 else top2[:, 0],
-    )
-
-
 @pytest.mark.parametrize("temperature", [0.0, 0.3, 1.0, 3.0])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES)
@@ -51,7 +39,7 @@ def test_matches_fp64(case, dtype, temperature, generator):
     got = illada.sample_tokens(logits, **keywords)
     want = reference.sample_tokens(logits, **keywords)
     assert torch.equal(got.token, want.token)
-    baseline = plain(logits, want.token)
+    baseline = plain_sample(logits, want.token)
     for g, w, b in zip(got[1:], want[1:], baseline[1:], strict=True):
         assert_close_like(g, w, b, factor=2.0)
 
@@ -209,6 +197,86 @@ def test_remask_matches_reference(rule, token_dtype, generator):
         assert torch.equal(got_tokens[untouched].long(), tokens[untouched])
 
 
+@pytest.mark.parametrize("token_dtype", [torch.int64, torch.int32])
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_remask_status_matches_reference(rule, token_dtype, generator):
+    ends = torch.tensor([101, 104, 109, 120])
+    for _ in range(5):
+        tokens, rows, cu_rows, sample = candidates(generator)
+        sample.token[torch.rand(27, generator=generator) < 0.1] = 5  # commits that leave a mask
+        keywords = {"mask_id": 5, "end_ids": ends, "return_status": True, **rule}
+        got = illada.remask(tokens.to(token_dtype, copy=True), rows, cu_rows, sample, **keywords)
+        want = reference.remask(tokens, rows, cu_rows, sample, **keywords)
+        for name, g, w in zip(RemaskStatus._fields, got, want, strict=True):
+            assert g.dtype == w.dtype and torch.equal(g, w), name
+
+
+def test_remask_status_of_finished_and_ended_sequences():
+    tokens = torch.tensor([5, 5, 9, 5, 5, 5])
+    sample = TokenSample(torch.tensor([2, 8, 8, 5, 8]), torch.tensor([0.1, 0.9, 0.5, 0.4, torch.nan]), torch.zeros(5))
+    rows = torch.tensor([0, 1, 2, 3, 4], dtype=torch.int32)
+    cu_rows = torch.tensor([0, 0, 2, 3, 5], dtype=torch.int32)  # empty, all committed, nothing masked, a NaN
+    keywords = {"mask_id": 5, "end_ids": torch.tensor([2]), "return_status": True}
+    status = illada.remask(
+        tokens, rows, cu_rows, sample, quota=torch.tensor([3, 3, 3, -1], dtype=torch.int32), **keywords
+    )
+    assert status.committed.tolist() == [0, 2, 0, 0] and status.remaining.tolist() == [0, 0, 0, 2]
+    assert status.finished.tolist() == [True, True, True, False] and status.ended.tolist() == [
+        False,
+        True,
+        False,
+        False,
+    ]
+    status = illada.remask(tokens, rows, cu_rows, sample, quota=9, **keywords)
+    assert status.committed.tolist() == [0, 0, 0, 1] and status.remaining.tolist() == [0, 0, 0, 2]  # a mask committed
+    assert tokens.tolist() == [2, 8, 9, 5, 5, 5]
+    assert not illada.remask(tokens, rows, cu_rows, sample, quota=9, mask_id=5, return_status=True).ended.any()
+
+
+@pytest.mark.parametrize("rule", RULES[:3] + RULES[3:5] + RULES[7:8] + RULES[9:], ids=str)
+def test_raw_remask_is_the_public_function(rule, generator):
+    tokens, rows, cu_rows, sample = candidates(generator)
+    (name, limit), ends = next(iter(rule.items())), torch.tensor([101, 109])
+    limits = limit if isinstance(limit, torch.Tensor) else None
+    want_tokens, got_tokens = tokens.clone(), tokens.clone()
+    want = illada.remask(want_tokens, rows, cu_rows, sample, mask_id=5, end_ids=ends, return_status=True, **rule)
+    out = RemaskStatus(*(torch.full_like(field, True) for field in want))
+    number = 0.0 if limits is not None else limit
+    arguments = (RULE_NAMES.index(name), number, limits, 5, 1, ends)
+    raw.remask(out, got_tokens, rows, cu_rows, sample.token, sample.confidence, sample.entropy, *arguments)
+    assert torch.equal(got_tokens, want_tokens) and all(torch.equal(g, w) for g, w in zip(out, want, strict=True))
+    committed = RemaskStatus(out.committed, rows[:0], out.finished[:0], out.ended[:0])  # the others are optional
+    raw.remask(committed, tokens, rows, cu_rows, sample.token, sample.confidence, sample.entropy, *arguments)
+    assert torch.equal(tokens, want_tokens)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_raw_sample_tokens_is_the_public_function(dtype, generator):
+    logits = rows_of((6, 1001, 2.0), dtype, generator)
+    bias = (torch.tensor([3, -1, 9], dtype=torch.int32), torch.tensor([2.0, 0.0, -torch.inf]))
+    temperatures, seeds = torch.linspace(0, 2, 6), torch.arange(6) - 3
+    steps, row_ids = torch.arange(6, dtype=torch.int32), torch.arange(6) * 7
+    want = illada.sample_tokens(
+        logits, temperature=temperatures, seed=seeds, step=steps, row_ids=row_ids, logit_bias=bias, measure="margin",
+        extras=("entropy",),
+    )  # fmt: skip
+    out = TokenSample(torch.full((6,), -7), *torch.full((4, 6), -7.0))
+    raw.sample_tokens(out, logits, 0.0, 0, 0, temperatures, seeds, steps, row_ids, *bias, 1)
+    assert all(torch.equal(g, w) for g, w in zip(out, want, strict=True))
+    raw.sample_tokens(out._replace(entropy=None, margin=None), logits, 0.5, 3)
+    want = illada.sample_tokens(logits, temperature=0.5, seed=3)
+    assert all(torch.equal(g, w) for g, w in zip(out[:3], want[:3], strict=True))
+    assert raw.sample_tokens_workspace(6, 1001, logits.device) == 0
+
+
+def test_arguments_of_each_row_may_be_strided(generator):
+    logits = rows_of((5, 3000, 0.1), torch.float32, generator)
+    seeds, every_other = torch.arange(5), torch.arange(10)[::2]
+    want = illada.sample_tokens(logits, temperature=1.0, seed=seeds * 2, row_ids=seeds * 2)
+    got = illada.sample_tokens(logits, temperature=1.0, seed=every_other, row_ids=every_other)
+    assert torch.equal(got.token, want.token)
+
+
 def test_remask_takes_the_surest_and_never_a_broken_row():
     tokens = torch.tensor([5, 5, 5, 9, 5])
     sample = TokenSample(torch.arange(20, 25), torch.tensor([0.2, torch.nan, 0.9, 1.0, -torch.inf]), torch.zeros(5))
@@ -243,7 +311,7 @@ def test_registration(generator):
     torch.library.opcheck(torch.ops.illada.linear_sample_tokens.default, (hidden, weight, rows, *arguments))
     tokens, rows, cu_rows, sample = candidates(generator)
     fields = (sample.token, sample.confidence, sample.entropy)
-    torch.library.opcheck(torch.ops.illada.remask.default, (tokens, rows, cu_rows, *fields, 3, 0.4, None, 5, 1))
+    torch.library.opcheck(torch.ops.illada.remask.default, (tokens, rows, cu_rows, *fields, 3, 0.4, None, 5, 1, None))
 
 
 def test_step_compiles_in_one_graph(generator):
@@ -326,6 +394,17 @@ def test_remask_errors(generator):
         (ValueError, "min_commit must be >= 0, got -1", call(threshold=1.0, min_commit=-1)),
         (TypeError, "tokens must be int64, int32, got float32", call(tokens=tokens.float())),
         (ValueError, r"sample.token must have shape \[26\]", call(rows=rows[:-1])),
+        (TypeError, "sample.token must be int64, got int32", call(sample=drawn._replace(token=drawn.token.int()))),
+        (
+            TypeError,
+            "sample.confidence must be float32",
+            call(sample=drawn._replace(confidence=drawn.confidence.double())),
+        ),
+        (
+            ValueError,
+            r"sample.entropy must have shape \[27\]",
+            call(sample=drawn._replace(entropy=drawn.entropy[1:]), entropy_bound=1.0),
+        ),
         (ValueError, r"cu_rows must run from 0 to 27, got 0 to 26", call(cu_rows=cu_rows.clamp(max=26))),
         (ValueError, "cu_rows must ascend", call(cu_rows=torch.tensor([0, 9, 3, 27], dtype=torch.int32))),
         (ValueError, r"outside of \[0, 54\)", call(rows=rows + 60)),

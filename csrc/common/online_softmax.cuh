@@ -6,6 +6,8 @@
 
 #include <cfloat>
 
+#include "common/reduce.cuh"
+
 namespace illada {
 
 constexpr float kLog2eF = 1.4426950408889634f;
@@ -30,15 +32,19 @@ struct OnlineSoftmax {
     if constexpr (kWantEntropy) weighted = fmaf(e, fmaxf(d, -200.0f), weighted);  // not 0 * -inf
   }
 
-  __device__ __forceinline__ void merge(OnlineSoftmax other) {
-    const float common = fmaxf(reference, other.reference);
-    rebase(common);
-    other.rebase(common);
-    sum += other.sum;
-    weighted += other.weighted;
+  // Those of kWidth neighbouring lanes together; each of them has the result.
+  template <int kWidth = 32>
+  __device__ __forceinline__ void merge_lanes() {
+    if constexpr (kWidth == 32) {
+      rebase(from_ordered(__reduce_max_sync(kFullWarp, ordered(reference))));
+    } else {
+      rebase(warp_reduce<kWidth>(reference, [](float a, float b) { return fmaxf(a, b); }));
+    }
+    sum = warp_reduce<kWidth>(sum, [](float a, float b) { return a + b; });
+    if constexpr (kWantEntropy) weighted = warp_reduce<kWidth>(weighted, [](float a, float b) { return a + b; });
   }
 
- private:
+  // The same sums relative to another reference.
   __device__ __forceinline__ void rebase(float target) {
     const float shift = (reference - target) * kLog2eF, factor = exp2_approx(shift);
     if constexpr (kWantEntropy) weighted = (weighted + fmaxf(shift, -200.0f) * sum) * factor;

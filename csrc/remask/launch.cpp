@@ -12,8 +12,6 @@
 namespace illada::remask {
 namespace {
 
-constexpr int64_t kPieceBytes = 48;  // sizeof(RowPiece), asserted where it is defined
-
 int64_t bytes_of_rows(int64_t rows, int64_t row_stride, int64_t columns, int64_t element) {
   return rows == 0 ? 0 : ((rows - 1) * row_stride + columns) * element;
 }
@@ -52,32 +50,29 @@ void check_sample_regions(const char* op, const SampleTokensParams& p, int64_t w
 }  // namespace
 
 RowSplit split_rows(int64_t num_rows, int64_t vocab_size, int sm_count) {
-  // A CTA takes 1024 vectors a step; its beginning and end cost about as much as one and a half. Of all splits into
-  // whole steps, the one that keeps the busiest SM (two CTAs at a time, taking turns) the shortest.
-  constexpr int64_t kStep = 1024, kMostPieces = 64;
+  // Of all splits into whole pieces, the one that keeps the busiest SM (two CTAs at a time, taking turns) the shortest.
+  // A CTA's beginning and end cost about as much as one and a half pieces, another kernel to combine as much again.
   constexpr double kOverhead = 1.5;
-  const int64_t vectors = vocab_size / 8, steps = std::max<int64_t>((vectors + kStep - 1) / kStep, 1);
+  constexpr int kMostPieces = 256;  // of a CTA: their records are in shared memory
+  RowSplit split;
+  split.row_pieces = int(std::max<int64_t>((vocab_size / 8 + kPieceVectors - 1) / kPieceVectors, 1));
   const int64_t slots = 2 * int64_t(sm_count);
-  int64_t best_steps = steps;
   double best_cost = std::numeric_limits<double>::infinity();
-  for (int64_t pieces = 1; pieces <= std::min(steps, kMostPieces); ++pieces) {
-    const int64_t piece_steps = (steps + pieces - 1) / pieces, splits = (steps + piece_steps - 1) / piece_steps;
+  for (int pieces = 1; pieces <= std::min(split.row_pieces, kMostPieces); ++pieces) {
+    const int splits = (split.row_pieces + pieces - 1) / pieces;
     const int64_t waves = (num_rows * splits + slots - 1) / slots;
-    const double cost = double(waves) * (double(piece_steps) + kOverhead) + (splits > 1 ? kOverhead : 0.0);
+    const double cost = double(waves) * (pieces + kOverhead) + (splits > 1 ? kOverhead : 0.0);
     if (cost < best_cost) {
       best_cost = cost;
-      best_steps = piece_steps;
+      split.pieces = pieces;
+      split.splits = splits;
     }
   }
-  RowSplit split;
-  split.vectors = int(best_steps * kStep);
-  split.splits = int((steps + best_steps - 1) / best_steps);
   return split;
 }
 
 int64_t sample_tokens_workspace(int64_t num_rows, int64_t vocab_size, int device_index) {
-  const RowSplit split = split_rows(num_rows, vocab_size, device("sample_tokens", device_index).sm_count);
-  return split.splits == 1 ? 0 : num_rows * split.splits * kPieceBytes;
+  return records_of(split_rows(num_rows, vocab_size, device("sample_tokens", device_index).sm_count)).bytes(num_rows);
 }
 
 void sample_tokens_cuda(const SampleTokensParams& p) {
@@ -88,7 +83,7 @@ void sample_tokens_cuda(const SampleTokensParams& p) {
   const DeviceGuard guard(kOp, p.launch.device);
   const Device& gpu = device(kOp, p.launch.device);
   const RowSplit split = split_rows(p.num_rows, p.vocab_size, gpu.sm_count);
-  const int64_t needed = split.splits == 1 ? 0 : p.num_rows * split.splits * kPieceBytes;
+  const int64_t needed = records_of(split).bytes(p.num_rows);
   ILLADA_CHECK(p.workspace_bytes >= needed, kOp, "workspace must have ", needed, " bytes, got ", p.workspace_bytes);
   ILLADA_CHECK(p.num_rows * split.splits <= std::numeric_limits<int32_t>::max(), kOp, "too many rows: ", p.num_rows);
   check_sample_regions(
@@ -108,8 +103,6 @@ HeadPlan plan_head(int64_t num_rows, int64_t vocab_size, int sm_count) {
   return plan;
 }
 
-int64_t head_pieces_bytes(const HeadPlan& plan, int64_t num_rows) { return num_rows * plan.slots * kPieceBytes; }
-
 namespace {
 bool has_fused_head(const LinearSampleTokensParams& p, const Device& gpu) {
 #if defined(ILLADA_BUILT_SM90A)
@@ -123,7 +116,7 @@ bool has_fused_head(const LinearSampleTokensParams& p, const Device& gpu) {
 }
 
 int64_t head_workspace(const LinearSampleTokensParams& p, const HeadPlan& plan) {
-  return head_pieces_bytes(plan, p.sample.num_rows) + (p.rows ? p.sample.num_rows * p.width * 2 : 0);
+  return records_of(plan).bytes(p.sample.num_rows) + (p.rows ? p.sample.num_rows * p.width * 2 : 0);
 }
 }  // namespace
 
@@ -137,9 +130,9 @@ int64_t linear_sample_tokens_workspace(const LinearSampleTokensParams& p) {
 void linear_sample_tokens_cuda(const LinearSampleTokensParams& p) {
   constexpr const char* kOp = "linear_sample_tokens";
   validate_sample(kOp, p.sample);
+  if (p.sample.num_rows == 0) return;
   ILLADA_CHECK(p.rows || p.sample.num_rows == p.num_tokens, kOp, "num_rows is ", p.sample.num_rows, " but hidden has ",
                p.num_tokens, " rows and no rows are given");
-  if (p.sample.num_rows == 0) return;
   const DeviceGuard guard(kOp, p.sample.launch.device);
   const Device& gpu = device(kOp, p.sample.launch.device);
   if (!has_fused_head(p, gpu))

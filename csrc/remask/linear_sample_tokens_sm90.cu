@@ -3,7 +3,7 @@
 // A CTA owns a tile of 128 rows and a range of the vocabulary, and walks over the range in tiles of 256 ids: one
 // producer warp fills a ring of stages (64 columns of hidden and weight each) by TMA, two warpgroups multiply 64 rows
 // each (wgmma m64n256k16) and reduce their tile into per-row states in registers (row_sample.cuh). At the end of the
-// range the four lanes that share a row merge, leave a RowPiece in the workspace, and illada_sample_tokens_combine
+// range the four lanes that share a row merge, leave their records in the workspace, and illada_sample_tokens_combine
 // finishes.
 //
 //   full[s]   the producer's TMA bytes have landed in stage s             -> consumers
@@ -159,13 +159,18 @@ __global__ __launch_bounds__(kThreads, 1) void illada_linear_sample_tokens_sm90(
       }
     }
     if (has_rows) {
+      const RowRecords records = records_of(plan);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         RowState<kWantExtras>& state = pair.state[i];
-        state.merge(state.shuffled(1));
-        state.merge(state.shuffled(2));
-        if (lane % 4 == 0 && my_row + 8 * i < p.num_rows)
-          static_cast<RowPiece*>(p.workspace)[int64_t(my_row + 8 * i) * plan.slots + slot] = state.piece();
+        state.merge_leader(1);
+        state.merge_leader(2);
+        state.softmax.template merge_lanes<4>();
+        const int64_t own = my_row + 8 * i;
+        if (lane % 4 == 0 && own < p.num_rows) {
+          static_cast<LeaderRecord*>(p.workspace)[own * records.leaders + slot] = state.leader_record();
+          softmax_records(p.workspace, p.num_rows, records, own)[slot] = record_of(state.softmax);
+        }
       }
     }
   }
@@ -193,7 +198,7 @@ void launch(const LinearSampleTokensParams& p, const Device& device, const HeadP
   const SampleTokensParams& s = p.sample;
   MatrixView hidden{p.hidden, s.dtype, s.num_rows, p.width, p.hidden_row_stride};
   if (p.rows) {
-    void* gathered = static_cast<char*>(s.workspace) + head_pieces_bytes(plan, s.num_rows);
+    void* gathered = static_cast<char*>(s.workspace) + records_of(plan).bytes(s.num_rows);
     LaunchShape shape;
     shape.grid = dim3(unsigned(s.num_rows));
     shape.block = dim3(kGatherThreads);
@@ -213,7 +218,7 @@ void launch(const LinearSampleTokensParams& p, const Device& device, const HeadP
   shape.dependent = true;
   launch_kernel(kOp, device, s.launch.stream, shape, illada_linear_sample_tokens_sm90<T, kWantExtras>, hidden_map,
                 weight_map, s, plan, int((p.width + kTileK - 1) / kTileK));
-  launch_sample_tokens_combine(s, device, plan.slots);
+  launch_sample_tokens_combine(s, device, records_of(plan));
 }
 
 template <typename T>

@@ -32,7 +32,8 @@ struct SequenceRanker {
   int begin, size;  // rows of the sequence
   bool cached;      // all keys are in registers
   uint32_t keys[kKeys];
-  int32_t positions[kKeys], tokens[kKeys];
+  int32_t positions[kKeys];
+  int64_t tokens[kKeys];
   uint32_t masked = 0;  // bit j: key j's position holds mask_id
   int pass = 0, parity = 0;
 
@@ -55,7 +56,7 @@ struct SequenceRanker {
 
   __device__ __forceinline__ bool holds_mask(int64_t position) const {
     const bool inside = position >= 0 && position < p.num_tokens;  // there is at least one
-    return (static_cast<const Token*>(p.tokens)[inside ? position : 0] == Token(p.mask_id)) & inside;
+    return (static_cast<const Token*>(p.tokens)[inside ? position : 0] == p.mask_id) & inside;
   }
 
   // Fills the registers. Loads of one kind all before the next kind, and without branches: they wait for memory
@@ -72,7 +73,7 @@ struct SequenceRanker {
         positions[j] = __ldg(&p.rows[n]);
         confidences[j] = i < size ? __ldg(&p.confidence[n]) : -INFINITY;
         rank[j] = __ldg(&ranks[n]);
-        tokens[j] = int32_t(__ldg(&p.token[n]));
+        tokens[j] = __ldg(&p.token[n]);
       }
 #pragma unroll
       for (int j = 0; j < kKeys; ++j) masks[j] = holds_mask(positions[j]);
@@ -193,7 +194,9 @@ struct SequenceRanker {
   // digit's values all pass if its lowest value passes at the rank of its last.
   __device__ __forceinline__ int count_by_factor(double factor) {
     // Multiplied out: a division would be a call.
-    const auto passes = [&](uint32_t key, int r) { return factor > (1.0 - double(confidence_of(key))) * double(r + 1); };
+    const auto passes = [&](uint32_t key, int r) {
+      return factor > (1.0 - double(confidence_of(key))) * double(r + 1);
+    };
     const Cut cut = descend(
         28, [](uint32_t key, int) { return key; },
         [&](uint32_t lowest, int above, int count) { return count > 0 && !passes(lowest, above + count); },

@@ -15,6 +15,7 @@
 #include "common/philox.h"
 #include "common/reduce.cuh"
 #include "illada/remask.h"
+#include "remask/launch.h"
 
 namespace illada::remask {
 
@@ -46,16 +47,22 @@ struct TopTwo {
   }
 };
 
-// A piece of a row, as the walking kernels leave it in the workspace and the combining kernel reads it.
-struct alignas(16) RowPiece {
+// What is kept of a row between its parts and its end: a record of the softmax for each part that was summed on its
+// own, and one of the leader for each CTA. Floating-point sums depend on their order, so the parts are the same however
+// a row is shared out to CTAs, and their records are summed up in an order of their own (merge_records): a row's result
+// does not depend on the batch, to the last bit.
+struct alignas(16) LeaderRecord {
   double score;
   int32_t token;
   float logit;
-  float reference, sum, weighted;
   float first, second;
-  float unused[3];
+  float unused[2];
 };
-static_assert(sizeof(RowPiece) == 48, "three 16-byte stores");
+struct alignas(16) SoftmaxRecord {
+  float reference, sum, weighted;
+  float unused;
+};
+static_assert(sizeof(LeaderRecord) == 32 && sizeof(SoftmaxRecord) == 16, "16-byte accesses");
 
 __device__ __forceinline__ uint32_t word(const PhiloxWords& words, int i) {
   const uint32_t even = i < 2 ? words.word[0] : words.word[2], odd = i < 2 ? words.word[1] : words.word[3];
@@ -155,42 +162,71 @@ struct RowState {
   TopTwo top;  // of use with kWantExtras only
   Leader leader{-INFINITY, kNoToken, -INFINITY};
 
-  __device__ __forceinline__ void merge(const RowState& other) {
-    softmax.merge(other.softmax);
-    if constexpr (kWantExtras) top.merge(other.top);
-    leader.offer(other.leader);
+  // The leader and the two largest logits, not the softmax, merged with those of lane ^ mask.
+  __device__ __forceinline__ void merge_leader(int mask) {
+    Leader other;
+    other.score = __shfl_xor_sync(kFullWarp, leader.score, mask);
+    other.token = __shfl_xor_sync(kFullWarp, leader.token, mask);
+    other.logit = __shfl_xor_sync(kFullWarp, leader.logit, mask);
+    leader.offer(other);
+    if constexpr (kWantExtras)
+      top.merge({__shfl_xor_sync(kFullWarp, top.first, mask), __shfl_xor_sync(kFullWarp, top.second, mask)});
   }
 
-  __device__ __forceinline__ RowState shuffled(int lane_mask) const {
-    RowState o;
-    o.softmax.reference = __shfl_xor_sync(kFullWarp, softmax.reference, lane_mask);
-    o.softmax.sum = __shfl_xor_sync(kFullWarp, softmax.sum, lane_mask);
-    if constexpr (kWantExtras) {
-      o.softmax.weighted = __shfl_xor_sync(kFullWarp, softmax.weighted, lane_mask);
-      o.top.first = __shfl_xor_sync(kFullWarp, top.first, lane_mask);
-      o.top.second = __shfl_xor_sync(kFullWarp, top.second, lane_mask);
-    }
-    o.leader.score = __shfl_xor_sync(kFullWarp, leader.score, lane_mask);
-    o.leader.token = __shfl_xor_sync(kFullWarp, leader.token, lane_mask);
-    o.leader.logit = __shfl_xor_sync(kFullWarp, leader.logit, lane_mask);
-    return o;
+  __device__ __forceinline__ LeaderRecord leader_record() const {
+    return {leader.score, leader.token, leader.logit, top.first, top.second, {}};
   }
-
-  __device__ __forceinline__ RowPiece piece() const {
-    return {leader.score,      leader.token, leader.logit,
-            softmax.reference, softmax.sum,  softmax.weighted,
-            top.first,         top.second,   {}};
-  }
-  __device__ __forceinline__ static RowState from(const RowPiece& piece) {
-    RowState s;
-    s.softmax.reference = piece.reference;
-    s.softmax.sum = piece.sum;
-    s.softmax.weighted = piece.weighted;
-    s.top = {piece.first, piece.second};
-    s.leader = {piece.score, piece.token, piece.logit};
-    return s;
+  __device__ __forceinline__ void merge(const LeaderRecord& record) {
+    leader.offer({record.score, record.token, record.logit});
+    if constexpr (kWantExtras) top.merge({record.first, record.second});
   }
 };
+
+template <bool kWantExtras>
+__device__ __forceinline__ SoftmaxRecord record_of(const OnlineSoftmax<kWantExtras>& softmax) {
+  return {softmax.reference, softmax.sum, softmax.weighted, 0.0f};
+}
+template <bool kWantExtras>
+__device__ __forceinline__ OnlineSoftmax<kWantExtras> softmax_of(const SoftmaxRecord& record) {
+  OnlineSoftmax<kWantExtras> softmax;
+  softmax.reference = record.reference;
+  softmax.sum = record.sum;
+  softmax.weighted = record.weighted;
+  return softmax;
+}
+
+// Where a row's softmax records are in a workspace of RowRecords.
+__device__ __forceinline__ SoftmaxRecord* softmax_records(void* workspace, int64_t num_rows, const RowRecords& records,
+                                                          int64_t row) {
+  void* const after_leaders = static_cast<LeaderRecord*>(workspace) + num_rows * records.leaders;
+  return static_cast<SoftmaxRecord*>(after_leaders) + row * records.parts;
+}
+
+// The sum of a row's softmax records, by one warp.
+template <bool kWantExtras>
+__device__ __forceinline__ OnlineSoftmax<kWantExtras> merge_records(const SoftmaxRecord* records, int count) {
+  const int lane = threadIdx.x % 32;
+  constexpr int kAhead = 4;  // loads that wait for memory together
+  OnlineSoftmax<kWantExtras> total;
+  for (int first = lane; first < count; first += 32 * kAhead) {
+    OnlineSoftmax<kWantExtras> part[kAhead];
+    float common = total.reference;
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      if (first + 32 * i < count) part[i] = softmax_of<kWantExtras>(records[first + 32 * i]);
+      common = fmaxf(common, part[i].reference);
+    }
+    total.rebase(common);
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      part[i].rebase(common);
+      total.sum += part[i].sum;
+      if constexpr (kWantExtras) total.weighted += part[i].weighted;
+    }
+  }
+  total.merge_lanes();
+  return total;
+}
 
 // The results of a finished row, written by one thread.
 template <bool kWantExtras>
@@ -202,9 +238,8 @@ __device__ __forceinline__ void write_row(const SampleTokensParams& p, int64_t r
   if constexpr (kWantExtras) {
     if (valid) {
       entropy = float((log2_sum - double(s.softmax.weighted) / double(s.softmax.sum)) * kLn2D);
-      const float top = exp2_approx((s.top.first - s.softmax.reference) * kLog2eF);
-      const float runner_up = exp2_approx((s.top.second - s.softmax.reference) * kLog2eF);
-      margin = (top - runner_up) / s.softmax.sum;
+      const auto power = [&](float x) { return exp2((double(x) - double(s.softmax.reference)) * double(kLog2eF)); };
+      margin = float((power(s.top.first) - power(s.top.second)) / double(s.softmax.sum));  // they may nearly cancel
     }
   }
   float confidence = expf(float(logprob));

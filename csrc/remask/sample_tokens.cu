@@ -1,12 +1,13 @@
 // sample_tokens from logits: one pass over each row, see row_sample.cuh for what is kept of it.
 //
-// A CTA takes a piece of a row, a thread kUnroll vectors of 8 neighbours at a time, the next ones on their way while
-// these are worked on. One piece a row: the CTA writes the results. Several: it leaves a RowPiece, and a second kernel,
-// one warp a row, merges them.
+// A CTA takes a range of a row, a thread kUnroll vectors of 8 neighbours at a time, the next ones on their way while
+// these are worked on. The softmax of every piece of kPieceVectors vectors is summed on its own, warp by warp. One
+// range a row: the CTA finishes it, its records stay in shared memory. Several: they go to the workspace, and a second
+// kernel, one warp a row, finishes it.
 //
-// Floor: bytes = rows x vocab x sizeof(T), each read once. Work an element of bf16: convert 1, maximum 1, exponential 3
-// (one of them on the special-function unit), with noise 9.3 for Philox and 1 for the comparison: under the 20
-// instructions that an H100 can issue while the memory delivers an element.
+// Floor: bytes = rows x vocab x sizeof(T), each read once. Work an element of bf16: convert 1, maximum 1, exponential 4
+// (one of them on the special-function unit), with noise 9.3 for Philox and 2 for the comparison: with noise about the
+// 20 instructions that an H100 can issue while the memory delivers an element, without it a third of them.
 #include "common/dtype.cuh"
 #include "common/ptx.cuh"
 #include "remask/launch.h"
@@ -18,7 +19,7 @@ namespace {
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 
 struct SharedStorage {
-  RowPiece piece[kWarps];
+  LeaderRecord leader[kWarps];
   int32_t bound;  // ordered(a score that the row reaches for sure)
   int32_t maximum;
 };
@@ -87,14 +88,15 @@ struct SharedBound {
 template <typename T, bool kWantExtras, bool kAligned>
 __global__ __launch_bounds__(kThreads, 2) void illada_sample_tokens_sm80(const __grid_constant__ SampleTokensParams p,
                                                                          const __grid_constant__ RowSplit split) {
-  constexpr int kUnroll = kAligned ? (sizeof(T) == 2 ? 4 : 2) : 1;
-  constexpr int kStep = kThreads * kUnroll;
+  constexpr int kUnroll = sizeof(T) == 2 ? 4 : 2, kStep = kThreads * kUnroll;
+  static_assert(kPieceVectors % kStep == 0);
   __shared__ SharedStorage shared;
-  extern __shared__ uint32_t biased_vectors[];
+  extern __shared__ uint4 dynamic_shared[];  // the softmax records of a whole row, then a bit a vector for the bias
   const int64_t row = blockIdx.x / unsigned(split.splits);
-  const int piece = int(blockIdx.x % unsigned(split.splits));
+  const int range = int(blockIdx.x % unsigned(split.splits));
   const int vectors = int(p.vocab_size / kVector);
-  const int first = min(piece * split.vectors, vectors), end = min(first + split.vectors, vectors);
+  const int first = range * split.pieces * kPieceVectors, end = min(first + split.pieces * kPieceVectors, vectors);
+  const bool has_rest = range == split.splits - 1;  // the ids after the last complete vector
   if (threadIdx.x == 0) {
     shared.bound = shared.maximum = ordered(-FLT_MAX);
   }
@@ -105,8 +107,10 @@ __global__ __launch_bounds__(kThreads, 2) void illada_sample_tokens_sm80(const _
   RowReader<T, kAligned> reader{static_cast<const T*>(p.logits) + row * p.logits_row_stride, nullptr, first,
                                 RowBias(p, row)};
   if (p.bias_count) {
-    mark_biased(biased_vectors, reader.bias, first, end);
-    reader.biased = biased_vectors;
+    auto* const bits =
+        reinterpret_cast<uint32_t*>(dynamic_shared + (split.splits == 1 ? split.row_pieces * kWarps : 0));
+    mark_biased(bits, reader.bias, first, end);
+    reader.biased = bits;
   }
   __syncthreads();
 
@@ -153,7 +157,29 @@ __global__ __launch_bounds__(kThreads, 2) void illada_sample_tokens_sm80(const _
     __syncthreads();
   }
 
+  SoftmaxRecord* const records =
+      (split.splits == 1 ? reinterpret_cast<SoftmaxRecord*>(dynamic_shared)
+                         : softmax_records(p.workspace, p.num_rows, records_of(split), row)) +
+      range * split.pieces * kWarps + threadIdx.x / 32;
+  const auto end_piece = [&](int index) {
+    state.softmax.merge_lanes();
+    if (threadIdx.x % 32 == 0) records[index * kWarps] = record_of(state.softmax);
+    state.softmax = {};
+  };
+  const auto take_rest = [&] {
+    const int id = vectors * kVector + int(threadIdx.x);
+    if (!has_rest || id >= p.vocab_size) return;
+    const float x = reader.single(id);
+    state.softmax.raise(x);
+    state.softmax.add(x);
+    if constexpr (kWantExtras) state.top.add(x);
+    const double score = noisy ? noise.score(x, word(noise.upper(uint32_t(id) / 4), id % 4), uint32_t(id)) : double(x);
+    state.leader.offer({score, id, x});
+  };
+
   for (int step_base = first; step_base < end; step_base += kStep, base += kStep) {
+    if (step_base > first && (step_base - first) % kPieceVectors == 0)
+      end_piece((step_base - first) / kPieceVectors - 1);
     float x[kUnroll][kVector], maximum[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) unpack8(next[u], x[u]);
@@ -214,19 +240,8 @@ __global__ __launch_bounds__(kThreads, 2) void illada_sample_tokens_sm80(const _
     }
   }
 
-  // The ids after the last complete vector.
-  if (piece == split.splits - 1 && threadIdx.x < p.vocab_size - int64_t(vectors) * kVector) {
-    const int id = vectors * kVector + int(threadIdx.x);
-    const float x = reader.single(id);
-    state.softmax.raise(x);
-    state.softmax.add(x);
-    if constexpr (kWantExtras) state.top.add(x);
-    if (noisy) {
-      state.leader.offer({noise.score(x, word(noise.upper(uint32_t(id) / 4), id % 4), uint32_t(id)), id, x});
-    } else {
-      state.leader.offer({double(x), id, x});
-    }
-  }
+  take_rest();
+  end_piece(max(end - first - 1, 0) / kPieceVectors);
 
   if (!noisy) {  // the threads that saw the maximum look their step up again, for the lowest id
     const float warp_best = warp_max(best);
@@ -250,18 +265,22 @@ __global__ __launch_bounds__(kThreads, 2) void illada_sample_tokens_sm80(const _
   }
 
 #pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2) state.merge(state.shuffled(mask));
-  if (threadIdx.x % 32 == 0) shared.piece[threadIdx.x / 32] = state.piece();
+  for (int mask = 16; mask > 0; mask /= 2) state.merge_leader(mask);
+  if (threadIdx.x % 32 == 0) shared.leader[threadIdx.x / 32] = state.leader_record();
   __syncthreads();
   if (threadIdx.x >= 32) return;
-  if (threadIdx.x < kWarps) state = RowState<kWantExtras>::from(shared.piece[threadIdx.x]);
+  state = {};
+  if (threadIdx.x < kWarps) state.merge(shared.leader[threadIdx.x]);
 #pragma unroll
-  for (int mask = kWarps / 2; mask > 0; mask /= 2) state.merge(state.shuffled(mask));
+  for (int mask = kWarps / 2; mask > 0; mask /= 2) state.merge_leader(mask);
+  if (split.splits == 1)
+    state.softmax =
+        merge_records<kWantExtras>(reinterpret_cast<SoftmaxRecord*>(dynamic_shared), split.row_pieces * kWarps);
   if (threadIdx.x > 0) return;
   if (split.splits == 1) {
     write_row(p, row, state);
   } else {
-    static_cast<RowPiece*>(p.workspace)[row * split.splits + piece] = state.piece();
+    static_cast<LeaderRecord*>(p.workspace)[row * split.splits + range] = state.leader_record();
   }
 }
 
@@ -269,17 +288,18 @@ constexpr int kCombineThreads = 128;
 
 template <bool kWantExtras>
 __global__ __launch_bounds__(kCombineThreads) void illada_sample_tokens_combine_sm80(
-    const __grid_constant__ SampleTokensParams p, int pieces) {
+    const __grid_constant__ SampleTokensParams p, const __grid_constant__ RowRecords records) {
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
   const int64_t row = int64_t(blockIdx.x) * (kCombineThreads / 32) + threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   if (row >= p.num_rows) return;  // whole warps
-  const RowPiece* mine = static_cast<const RowPiece*>(p.workspace) + row * pieces;
   RowState<kWantExtras> state;
-  for (int i = lane; i < pieces; i += 32) state.merge(RowState<kWantExtras>::from(mine[i]));
+  const LeaderRecord* leaders = static_cast<const LeaderRecord*>(p.workspace) + row * records.leaders;
+  for (int i = lane; i < records.leaders; i += 32) state.merge(leaders[i]);
+  state.softmax = merge_records<kWantExtras>(softmax_records(p.workspace, p.num_rows, records, row), records.parts);
 #pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2) state.merge(state.shuffled(mask));
+  for (int mask = 16; mask > 0; mask /= 2) state.merge_leader(mask);
   if (lane == 0) write_row(p, row, state);
 }
 
@@ -290,7 +310,8 @@ void launch(const SampleTokensParams& p, const Device& device, const RowSplit& s
   LaunchShape shape;
   shape.grid = dim3(unsigned(p.num_rows * split.splits));
   shape.block = dim3(kThreads);
-  shape.smem_bytes = p.bias_count ? (split.vectors + 31) / 32 * 4 : 0;
+  shape.smem_bytes = (split.splits == 1 ? split.row_pieces * kWarps * int(sizeof(SoftmaxRecord)) : 0) +
+                     (p.bias_count ? split.pieces * kPieceVectors / 8 : 0);
   shape.dependent = true;
   launch_kernel(
       "sample_tokens", device, p.launch.stream, shape,
@@ -317,10 +338,10 @@ void launch_sample_tokens(const SampleTokensParams& p, const Device& device, con
       launch<Half>(p, device, split);
       break;
   }
-  if (split.splits > 1) launch_sample_tokens_combine(p, device, split.splits);
+  if (split.splits > 1) launch_sample_tokens_combine(p, device, records_of(split));
 }
 
-void launch_sample_tokens_combine(const SampleTokensParams& p, const Device& device, int pieces) {
+void launch_sample_tokens_combine(const SampleTokensParams& p, const Device& device, const RowRecords& records) {
   LaunchShape shape;
   constexpr int kRows = kCombineThreads / 32;
   shape.grid = dim3(unsigned((p.num_rows + kRows - 1) / kRows));
@@ -328,7 +349,7 @@ void launch_sample_tokens_combine(const SampleTokensParams& p, const Device& dev
   shape.dependent = true;
   launch_kernel("sample_tokens", device, p.launch.stream, shape,
                 wants_extras(p) ? illada_sample_tokens_combine_sm80<true> : illada_sample_tokens_combine_sm80<false>, p,
-                pieces);
+                records);
 }
 
 }  // namespace illada::remask

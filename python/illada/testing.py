@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from illada.ops.types import TokenSample
+
 
 def relative_error(got: Tensor, want: Tensor) -> float:
     """||got - want|| / ||want|| in float64; positions where `want` is not finite must match exactly."""
@@ -32,3 +34,15 @@ def assert_close_like(got: Tensor, want: Tensor, baseline: Tensor, *, factor: fl
     allowed = max(allowed, torch.finfo(got.dtype).eps / 8, 1e-6)
     if error > allowed:
         raise AssertionError(f"relative error {error:.3g}, allowed {allowed:.3g}")
+
+
+def plain_sample(logits: Tensor, token: Tensor, measure: str = "probability") -> TokenSample:
+    """The fields of a TokenSample in plain torch, as a user would: softmax in float32. The baseline of the samplers."""
+    logprobs = logits.float().log_softmax(-1)
+    probabilities = logprobs.exp()
+    logprob = logprobs.gather(-1, token.unsqueeze(-1)).squeeze(-1)
+    entropy = -torch.special.xlogy(probabilities, probabilities).sum(-1)
+    top2 = probabilities.topk(min(2, logits.shape[-1]), dim=-1).values
+    margin = top2[:, 0] - top2[:, 1] if logits.shape[-1] > 1 else top2[:, 0]
+    confidence = {"probability": logprob.exp(), "margin": margin, "entropy": -entropy}[measure]
+    return TokenSample(token, confidence, logprob, entropy, margin)

@@ -196,39 +196,39 @@ def remask(
     """
     committed, remaining = torch.zeros(2, len(cu_rows) - 1, dtype=torch.int32)
     ended = torch.zeros(len(committed), dtype=torch.bool)
-    for s in range(len(committed)):
-        mine = [
-            n
-            for n in range(int(cu_rows[s]), int(cu_rows[s + 1]))
-            if tokens[rows[n]] == mask_id and sample.confidence[n] > -torch.inf
-        ]
-        limit = next(
-            float(torch.as_tensor(a).expand(len(committed))[s])
-            for a in (quota, threshold, factor, entropy_bound)
-            if a is not None
-        )
+    canvas, positions, starts = tokens.tolist(), rows.tolist(), cu_rows.tolist()
+    token, confidence = sample.token.tolist(), sample.confidence.tolist()
+    entropy = None if sample.entropy is None else sample.entropy.tolist()
+    ends = set() if end_ids is None else set(end_ids.tolist())
+    limits = next(
+        torch.as_tensor(a).expand(len(committed)).tolist()
+        for a in (quota, threshold, factor, entropy_bound)
+        if a is not None
+    )
+    for s, limit in enumerate(limits):
+        all_rows = range(starts[s], starts[s + 1])
+        mine = [n for n in all_rows if canvas[positions[n]] == mask_id and confidence[n] > -torch.inf]
         if entropy_bound is not None:
-            assert sample.entropy is not None
-            mine.sort(key=lambda n: (float(sample.entropy[n]), n))  # type: ignore[index]
-        else:
-            mine.sort(key=lambda n: (-float(sample.confidence[n]), n))
-        confidence = [float(sample.confidence[n]) for n in mine]
-        if quota is not None:
-            count = int(limit)
-        elif threshold is not None:
-            count = sum(c >= limit for c in confidence)
-        elif factor is not None:
-            count = _prefix(c > 1 - limit / (r + 1) for r, c in enumerate(confidence, 1))
-        else:
-            entropies = [float(sample.entropy[n]) for n in mine]  # type: ignore[index]
+            assert entropy is not None
+            mine.sort(key=lambda n: (entropy[n], n))
+            entropies = [entropy[n] for n in mine]
             count = _prefix(sum(entropies[:r]) - max(entropies[:r]) <= limit for r in range(1, len(mine) + 1))
+        else:
+            mine.sort(key=lambda n: (-confidence[n], n))
+            if quota is not None:
+                count = max(int(limit), 0)
+            elif threshold is not None:
+                count = sum(confidence[n] >= limit for n in mine)
+            else:
+                count = _prefix(confidence[n] > 1 - limit / (r + 1) for r, n in enumerate(mine, 1))
         if quota is None:
             count = max(count, min_commit)
         for n in mine[:count]:
-            tokens[rows[n]] = sample.token[n]
-            ended[s] |= end_ids is not None and bool((end_ids == sample.token[n]).any())
+            canvas[positions[n]] = token[n]
+            ended[s] |= token[n] in ends
         committed[s] = min(count, len(mine))
-        remaining[s] = sum(int(tokens[rows[n]] == mask_id) for n in range(int(cu_rows[s]), int(cu_rows[s + 1])))
+        remaining[s] = sum(canvas[positions[n]] == mask_id for n in all_rows)
+    tokens.copy_(torch.tensor(canvas, dtype=tokens.dtype))
     return RemaskStatus(committed, remaining, remaining == 0, ended) if return_status else committed
 
 

@@ -357,8 +357,10 @@ def remask(
     lib.check_dtype(op, "cu_rows", cu_rows, (torch.int32,))
     if cu_rows.dim() != 1 or len(cu_rows) == 0:
         raise ValueError(f"{op}: cu_rows must have shape [S + 1], got {list(cu_rows.shape)}")
-    lib.check_shape(op, "sample.token", sample.token, tuple(rows.shape))
-    lib.check_shape(op, "sample.confidence", sample.confidence, tuple(rows.shape))
+    for field, dtype in (("token", torch.int64), ("confidence", torch.float32), ("entropy", torch.float32)):
+        if (tensor := getattr(sample, field)) is not None:
+            lib.check_shape(op, f"sample.{field}", tensor, tuple(rows.shape))
+            lib.check_dtype(op, f"sample.{field}", tensor, (dtype,))
     rules = dict(zip(RULES, (quota, threshold, factor, entropy_bound), strict=True))
     given = [name for name, value in rules.items() if value is not None]
     if len(given) != 1:
@@ -381,7 +383,8 @@ def remask(
         lib.check_dtype(op, "end_ids", end_ids, (torch.int64,))
     lib.check_same_device(
         op, ("tokens", tokens), ("rows", rows), ("cu_rows", cu_rows), ("sample.token", sample.token),
-        ("sample.confidence", sample.confidence), (given[0], limits), ("end_ids", end_ids),
+        ("sample.confidence", sample.confidence), ("sample.entropy", sample.entropy), (given[0], limits),
+        ("end_ids", end_ids),
     )  # fmt: skip
     if tokens.is_cuda:
         require_cuda_build(op)

@@ -1,0 +1,68 @@
+"""The three sampling ops as torch ops on CUDA tensors: schema, fakes, tracing, compilation of a whole step."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+import illada
+
+ARGUMENTS = (0.7, 3, 2, None, None, None, None, None, None, 0, True, False)
+
+
+def tracing() -> None:
+    if _get_current_dispatch_mode() is not None:
+        pytest.skip("torch does not trace under a torch dispatch mode")
+
+
+def op_calls(device, generator):
+    logits = torch.randn(4, 33, generator=generator).to(device)
+    hidden, weight = (
+        torch.randn(6, 8, generator=generator).to(device),
+        torch.randn(33, 8, generator=generator).to(device),
+    )
+    rows = torch.tensor([1, 5, 0, 7], dtype=torch.int32, device=device)
+    cu_rows = torch.tensor([0, 1, 4], dtype=torch.int32, device=device)
+    tokens, token = torch.full((8,), 5, device=device), torch.arange(4, device=device)
+    confidence, entropy = torch.rand(2, 4, generator=generator).to(device)
+    limits, end_ids = torch.full((2,), 0.3, device=device), token[:2]
+    return {
+        "sample_tokens": (logits, *ARGUMENTS),
+        "linear_sample_tokens": (hidden, weight, rows % 6, *ARGUMENTS),
+        "remask": (tokens, rows, cu_rows, token, confidence, entropy, 1, 0.0, limits, 5, 1, end_ids),
+    }
+
+
+@pytest.mark.parametrize("op", ["sample_tokens", "linear_sample_tokens", "remask"])
+def test_schema(op, device, generator):
+    call = getattr(torch.ops.illada, op).default
+    torch.library.opcheck(
+        call, op_calls(device, generator)[op], test_utils=("test_schema", "test_autograd_registration")
+    )
+
+
+@pytest.mark.parametrize("op", ["sample_tokens", "linear_sample_tokens", "remask"])
+def test_opcheck(op, device, generator):
+    tracing()
+    torch.library.opcheck(getattr(torch.ops.illada, op).default, op_calls(device, generator)[op])
+
+
+def test_step_compiles_in_one_graph(device, generator):
+    tracing()
+
+    def step(tokens, hidden, weight, rows, cu_rows):
+        sample = illada.linear_sample_tokens(hidden, weight, rows=rows, temperature=0.5, seed=2)
+        logits = torch.nn.functional.linear(hidden[rows.long()], weight)
+        greedy = illada.sample_tokens(logits)
+        return illada.remask(tokens, rows, cu_rows, sample, quota=2, mask_id=5), greedy.token
+
+    hidden, weight = (
+        torch.randn(20, 8, generator=generator).to(device),
+        torch.randn(40, 8, generator=generator).to(device),
+    )
+    rows = torch.arange(3, 20, 2, dtype=torch.int32, device=device)
+    cu_rows = torch.tensor([0, 5, 9], dtype=torch.int32, device=device)
+    want_tokens = torch.full((20,), 5, device=device)
+    got_tokens = want_tokens.clone()
+    want = step(want_tokens, hidden, weight, rows, cu_rows)
+    got = torch.compile(step, fullgraph=True, backend="aot_eager")(got_tokens, hidden, weight, rows, cu_rows)
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1]) and torch.equal(got_tokens, want_tokens)
