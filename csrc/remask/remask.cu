@@ -279,7 +279,7 @@ struct SequenceRanker {
 };
 
 template <int kThreads, int kKeys, typename Token>
-__global__ __launch_bounds__(kThreads) void illada_remask_sm80(const __grid_constant__ RemaskParams p) {
+__global__ __launch_bounds__(kThreads, 1) void illada_remask_sm80(const __grid_constant__ RemaskParams p) {
   using Ranker = SequenceRanker<kThreads, kKeys, Token>;
   __shared__ typename Ranker::SharedStorage shared;
   ptx::griddepcontrol_wait();

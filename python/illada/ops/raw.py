@@ -20,7 +20,10 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # illada::DTyp
 _CPU = (-1, 0, 0, 0)  # LaunchArguments of csrc/bindings
 
 
-def _launch(tensor: Tensor, workspace: Tensor | None = None) -> tuple[int, int, int, int]:
+def _launch(out: Tensor, tensor: Tensor, workspace: Tensor | None = None) -> tuple[int, int, int, int]:
+    """Where a call on `tensor` goes. ValueError: its results are to go elsewhere, and a CPU would write there."""
+    if out.device != tensor.device:
+        raise ValueError(f"the inputs are on {tensor.device}, but the outputs are on {out.device}; they must agree")
     if not tensor.is_cuda:
         return _CPU
     size = 0 if workspace is None else workspace.numel() * workspace.element_size()
@@ -45,7 +48,10 @@ def _sample_arguments(
 
 def sample_tokens_workspace(rows: int, vocab_size: int, device: torch.device) -> int:
     """Bytes of workspace that `sample_tokens` needs on `device`; 0 on a CPU."""
-    return native().sample_tokens_workspace(rows, vocab_size, device.index) if device.type == "cuda" else 0
+    if device.type != "cuda":
+        return 0
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return native().sample_tokens_workspace(rows, vocab_size, index)
 
 
 def sample_tokens(
@@ -74,7 +80,7 @@ def sample_tokens(
     )
     native().sample_tokens(
         *(address(logits), logits.stride(0), *logits.shape, DTYPES[logits.dtype]),
-        *(arguments, torch.get_num_threads(), _launch(logits, workspace)),
+        *(arguments, torch.get_num_threads(), _launch(out.token, logits, workspace)),
     )
 
 
@@ -120,7 +126,9 @@ def linear_sample_tokens(
     arguments = _sample_arguments(
         out, temperature, seed, step, temperatures, seeds, steps, row_ids, bias_ids, bias_values, measure
     )
-    native().linear_sample_tokens(*_linear_arguments(hidden, weight, rows), arguments, _launch(hidden, workspace))
+    native().linear_sample_tokens(
+        *_linear_arguments(hidden, weight, rows), arguments, _launch(out.token, hidden, workspace)
+    )
 
 
 def remask(
@@ -145,5 +153,5 @@ def remask(
         *(rule, limit, address(limits), mask_id, min_commit),
         *(address(end_ids), 0 if end_ids is None else end_ids.shape[0]),
         *(address(out.committed), address(out.remaining), address(out.finished), address(out.ended)),
-        *_launch(tokens)[:2],
+        *_launch(out.committed, tokens)[:2],
     )

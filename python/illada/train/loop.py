@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from illada._native import build_info
 from illada.data import TokenDataset
 from illada.diffusion import Batch, make_batch, make_validation_batch, window_of_sample
 from illada.files import remove_stale, write_text
@@ -284,7 +283,7 @@ def _optimizer(model: MaskedDiffusionModel, config: TrainConfig) -> torch.optim.
 
 def _device(name: str) -> torch.device:
     if name == "cuda":
-        raise ValueError("train.device is cuda, but this version trains on a CPU only: attention has no CUDA kernel yet")
+        raise ValueError("train.device is cuda, but this version trains on a CPU only: attention has no CUDA kernel")
     return torch.device("cpu" if name == "auto" else name)
 
 

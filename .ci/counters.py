@@ -1,0 +1,99 @@
+"""What the kernels of the remask family move and wait for, by the simulator's counters and timing model.
+
+    CUSIM=../shared/cusim python .ci/counters.py       (a Python with a CUDA build of torch and the `sim` build of illada)
+
+Fails where a promise of docs/design-remask.md is broken.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+CUSIM = Path(os.environ.get("CUSIM", "../shared/cusim")).resolve()
+VOCAB = 155_136
+
+SAMPLE = """
+import torch, torch_on_cusim
+torch_on_cusim.enable()
+import illada
+logits = (2 * torch.randn({rows}, {vocab}, generator=torch.Generator().manual_seed(0))).to(torch.bfloat16).cuda()
+illada.sample_tokens(logits, temperature={temperature}, seed=1)
+"""
+REMASK = """
+import torch, torch_on_cusim
+torch_on_cusim.enable()
+import illada
+count = 8192
+rows = torch.arange(count, dtype=torch.int32).cuda()
+confidence = torch.rand(count, generator=torch.Generator().manual_seed(0)).cuda()
+sample = illada.TokenSample(torch.arange(count).cuda(), confidence, confidence.log())
+cu_rows = torch.tensor([0, count], dtype=torch.int32).cuda()
+illada.remask(torch.full((count,), 5).cuda(), rows, cu_rows, sample, quota=1000, mask_id=5)
+"""
+
+
+def run(code: str, *options: str) -> str:
+    """Runs Python code under the simulator; what it printed."""
+    environment = {**os.environ, "PYTHONPATH": f"{CUSIM}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    command = [str(CUSIM / "cusim"), "run", *options, "--", sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{command}\n{done.stdout}\n{done.stderr}")
+    return done.stdout + done.stderr
+
+
+def counters(code: str, kernel: str) -> dict:
+    """The report of the first launch whose name contains `kernel`."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report"
+        run(code, "--report", str(report))
+        return next(r for r in map(json.loads, report.read_text().splitlines()) if kernel in r["kernel"])
+
+
+def main() -> None:
+    faults = []
+
+    def expect(what: str, value: float, low: float, high: float) -> None:
+        met = low <= value <= high
+        print(f"{'ok    ' if met else 'FAULT '} {what}: {value:.4g} (allowed {low:.4g} .. {high:.4g})")
+        if not met:
+            faults.append(what)
+
+    for temperature in (0, 1):
+        name = f"sample_tokens, 16 x {VOCAB}, temperature {temperature}"
+        report = counters(SAMPLE.format(rows=16, vocab=VOCAB, temperature=temperature), "sample_tokens_sm80")
+        memory, logits = report["global"], 16 * VOCAB * 2
+        expect(f"{name}: bytes read / bytes of the logits", memory["load_bytes"] / logits, 1.0, 1.03)
+        expect(
+            f"{name}: share of the loaded sectors used",
+            memory["load_bytes"] / (32 * memory["load_sectors"]),
+            0.98,
+            1.02,
+        )
+        expect(f"{name}: local memory accesses", report["local_accesses"], 0, 0)
+        # A few at the end of a row, where eight warps leave their leaders: none for each vector.
+        conflicts = report["shared"]["conflict_excess"] / report["grid"][0]
+        expect(f"{name}: bank conflicts a CTA", conflicts, 0, 8)
+
+    report = counters(REMASK, "remask")
+    expect("remask, 8192 candidates: bank conflicts", report["shared"]["conflict_excess"], 0, 0)
+    expect("remask, 8192 candidates: local memory accesses", report["local_accesses"], 0, 0)
+
+    code = SAMPLE.format(rows=1024, vocab=VOCAB, temperature=0)
+    text = run(code, "--timing-fast", "--timing-kernel", "sample_tokens_sm80")
+    busy = {name: float(share) for name, share in re.findall(r"([\w/ ]+?) ([\d.]+)%[,\n]", text.split("busy:")[1])}
+    busy = {name.strip(): share for name, share in busy.items()}
+    hbm = busy.pop("HBM share")
+    expect("sample_tokens, 1024 rows, temperature 0: percent of the time that HBM is busy", hbm, 90, 100)
+    rest = max(busy, key=busy.__getitem__)
+    expect(f"... and the next busiest pipe ({rest})", busy[rest], 0, hbm)
+    if faults:
+        raise SystemExit(f"{len(faults)} promises broken")
+
+
+if __name__ == "__main__":
+    main()
