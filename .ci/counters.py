@@ -1,6 +1,6 @@
 """What the kernels of the remask family move and wait for, by the simulator's counters and timing model.
 
-    CUSIM=../shared/cusim python .ci/counters.py       (a Python with a CUDA build of torch and the `sim` build of illada)
+    CUSIM=../shared/cusim python .ci/counters.py     (a Python with a CUDA build of torch and the `sim` build of illada)
 
 Fails where a promise of docs/design-remask.md is broken.
 """

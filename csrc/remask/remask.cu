@@ -353,10 +353,10 @@ void launch_remask(const RemaskParams& p, const Device& device) {
   shape.grid = dim3(unsigned(p.num_sequences));
   shape.dependent = true;
   const bool few = p.num_rows <= 1024;
-  shape.block = dim3(few ? 128 : 512);
+  shape.block = dim3(few ? 256 : 512);
   const auto kernel = p.tokens_are_int64
-                          ? (few ? illada_remask_sm80<128, 8, int64_t> : illada_remask_sm80<512, 16, int64_t>)
-                          : (few ? illada_remask_sm80<128, 8, int32_t> : illada_remask_sm80<512, 16, int32_t>);
+                          ? (few ? illada_remask_sm80<256, 4, int64_t> : illada_remask_sm80<512, 16, int64_t>)
+                          : (few ? illada_remask_sm80<256, 4, int32_t> : illada_remask_sm80<512, 16, int32_t>);
   launch_kernel("remask", device, p.launch.stream, shape, kernel, p);
 }
 

@@ -93,8 +93,10 @@ def _linear_arguments(hidden: Tensor, weight: Tensor, rows: Tensor | None) -> tu
 
 
 def linear_sample_tokens_workspace(hidden: Tensor, weight: Tensor, rows: Tensor | None) -> int | None:
-    """Bytes of workspace that `linear_sample_tokens` needs; None where it has no kernel for these tensors (sm_90a, 16 bit,
-    16-byte aligned rows)."""
+    """Bytes of workspace that `linear_sample_tokens` needs; None where it has no kernel for these tensors.
+
+    It has one on sm_90a for 16-bit elements and 16-byte aligned rows.
+    """
     if not hidden.is_cuda:
         return None
     size = native().linear_sample_tokens_workspace(*_linear_arguments(hidden, weight, rows), hidden.device.index)

@@ -6,11 +6,11 @@ One pass over each row of logits, in which the softmax, its runner-up and entrop
 together. The noise is a pure function of its key (Philox4x32-10), so a sequence samples the same tokens whatever else
 is in the batch. Formulas of the commit rules: `illada.ops.reference.remask`.
 
-| device          | logits                     | tokens       | kernels                                                |
-|-----------------|----------------------------|--------------|--------------------------------------------------------|
-| CPU             | float32, bfloat16          | int64, int32 | csrc/cpu: AVX-512, AVX2 or baseline, chosen when loaded |
-| sm_80 and newer | float32, bfloat16, float16 | int64, int32 | csrc/remask; the head by torch.mm on chunks of rows     |
-| sm_90a          | the same                   | the same     | the head fused, for 16 bit: logits are never written    |
+| device          | logits                     | tokens       | kernels                                              |
+|-----------------|----------------------------|--------------|------------------------------------------------------|
+| CPU             | float32, bfloat16          | int64, int32 | csrc/cpu: AVX-512, AVX2 or baseline, as the CPU has   |
+| sm_80 and newer | float32, bfloat16, float16 | int64, int32 | csrc/remask; the head by torch.mm on chunks of rows   |
+| sm_90a          | the same                   | the same     | the head fused, for 16 bit: logits are never written  |
 """
 
 from __future__ import annotations
