@@ -143,6 +143,8 @@ def test_raw_sample_tokens(sampler):
         with pytest.raises(ValueError, match=message):
             raw.sample_tokens(*arguments, **{"workspace": workspace, **keywords})
         assert untouched(out), message
+    with pytest.raises(ValueError, match="inputs are on the CPU, but the outputs are on cuda"):
+        raw.sample_tokens(out, logits.cpu())
     raw.sample_tokens(out, logits, workspace=workspace)  # and no error was left behind
     assert not out.token.any()
 

@@ -21,10 +21,10 @@ _CPU = (-1, 0, 0, 0)  # LaunchArguments of csrc/bindings
 
 
 def _launch(out: Tensor, tensor: Tensor, workspace: Tensor | None = None) -> tuple[int, int, int, int]:
-    """Where a call on `tensor` goes. ValueError: its results are to go elsewhere, and a CPU would write there."""
-    if out.device != tensor.device:
-        raise ValueError(f"the inputs are on {tensor.device}, but the outputs are on {out.device}; they must agree")
+    """Where a call on `tensor` goes. ValueError: on a CPU, but to write to a GPU (the other way round is refused there)."""
     if not tensor.is_cuda:
+        if out.is_cuda:
+            raise ValueError(f"the inputs are on the CPU, but the outputs are on {out.device}; they must agree")
         return _CPU
     size = 0 if workspace is None else workspace.numel() * workspace.element_size()
     return tensor.device.index, stream(tensor.device), address(workspace), size

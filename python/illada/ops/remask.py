@@ -16,6 +16,7 @@ is in the batch. Formulas of the commit rules: `illada.ops.reference.remask`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -35,6 +36,11 @@ _CHUNK_BYTES_CUDA = 256 << 20  # 800 rows of 155,136 ids: enough for the GEMM, l
 _SAMPLE_ARGUMENTS = (
     "float temperature, int seed, int step, Tensor? temperatures, Tensor? seeds, Tensor? steps, Tensor? row_ids, "
     "Tensor? bias_ids, Tensor? bias_values, int measure, bool want_entropy, bool want_margin"
+)
+#: The same as keywords of `illada.ops.raw`, without the two flags.
+_SETTINGS = (
+    *("temperature", "seed", "step", "temperatures", "seeds", "steps", "row_ids"),
+    *("bias_ids", "bias_values", "measure"),
 )
 _SAMPLE_RESULTS = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 lib.LIBRARY.define(f"sample_tokens(Tensor logits, {_SAMPLE_ARGUMENTS}) -> {_SAMPLE_RESULTS}", tags=lib.TAGS)
@@ -67,9 +73,10 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
 def _sample_into(out: Sequence[Tensor], logits: Tensor, *arguments) -> None:
     """`arguments` as in the ops' schemas, without the two flags that `out` already answers."""
     numbers, tensors, measure = arguments[:3], arguments[3:9], arguments[9]
-    size = raw.sample_tokens_workspace(*logits.shape, logits.device)
+    size = raw.sample_tokens_workspace(logits.shape[0], logits.shape[1], logits.device)
     workspace = logits.new_empty(size, dtype=torch.uint8) if size else None
-    raw.sample_tokens(TokenSample(*out), logits, *numbers, *_contiguous(*tensors), measure, workspace=workspace)
+    settings: dict[str, Any] = dict(zip(_SETTINGS, (*numbers, *_contiguous(*tensors), measure), strict=True))
+    raw.sample_tokens(TokenSample(*out), logits, **settings, workspace=workspace)
 
 
 def _sample(logits, *arguments):
@@ -105,9 +112,8 @@ def _linear_sample_cuda(hidden, weight, rows, *arguments):
     out = _allocate(hidden, len(hidden) if rows is None else len(rows), *arguments[-2:])
     workspace = hidden.new_empty(size, dtype=torch.uint8)
     numbers, tensors, measure = arguments[:3], arguments[3:9], arguments[9]
-    raw.linear_sample_tokens(
-        TokenSample(*out), hidden, weight, rows, *numbers, *_contiguous(*tensors), measure, workspace=workspace
-    )
+    settings: dict[str, Any] = dict(zip(_SETTINGS, (*numbers, *_contiguous(*tensors), measure), strict=True))
+    raw.linear_sample_tokens(TokenSample(*out), hidden, weight, rows, **settings, workspace=workspace)
     return out
 
 
@@ -312,6 +318,38 @@ def linear_sample_tokens(
     return _as_sample(results, arguments)
 
 
+@overload
+def remask(
+    tokens: Tensor,
+    rows: Tensor,
+    cu_rows: Tensor,
+    sample: TokenSample,
+    *,
+    quota: int | Tensor | None = ...,
+    threshold: float | Tensor | None = ...,
+    factor: float | Tensor | None = ...,
+    entropy_bound: float | Tensor | None = ...,
+    mask_id: int,
+    min_commit: int = ...,
+    end_ids: Tensor | None = ...,
+    return_status: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def remask(
+    tokens: Tensor,
+    rows: Tensor,
+    cu_rows: Tensor,
+    sample: TokenSample,
+    *,
+    quota: int | Tensor | None = ...,
+    threshold: float | Tensor | None = ...,
+    factor: float | Tensor | None = ...,
+    entropy_bound: float | Tensor | None = ...,
+    mask_id: int,
+    min_commit: int = ...,
+    end_ids: Tensor | None = ...,
+    return_status: Literal[True],
+) -> RemaskStatus: ...
 def remask(
     tokens: Tensor,
     rows: Tensor,
