@@ -21,7 +21,7 @@ _CPU = (-1, 0, 0, 0)  # LaunchArguments of csrc/bindings
 
 
 def _launch(out: Tensor, tensor: Tensor, workspace: Tensor | None = None) -> tuple[int, int, int, int]:
-    """Where a call on `tensor` goes. ValueError: on a CPU, but to write to a GPU (the other way round is refused there)."""
+    """Where a call on `tensor` goes. ValueError: on a CPU, but to write to a GPU (the reverse is refused natively)."""
     if not tensor.is_cuda:
         if out.is_cuda:
             raise ValueError(f"the inputs are on the CPU, but the outputs are on {out.device}; they must agree")
