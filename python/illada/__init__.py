@@ -6,6 +6,7 @@ Importing it needs neither a GPU nor CUDA nor the compiled module; using an op d
 from illada._native import build_info, package_version
 from illada.ops import (
     AttentionPlan,
+    RemaskStatus,
     TokenSample,
     attention_plan,
     linear_masked_cross_entropy,
@@ -21,6 +22,7 @@ __version__ = package_version()
 
 __all__ = [
     "AttentionPlan",
+    "RemaskStatus",
     "TokenSample",
     "__version__",
     "attention_plan",

@@ -4,6 +4,7 @@
 """
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,14 +25,20 @@ def missing() -> str | None:
     return None
 
 
-@pytest.fixture(scope="session", autouse=True)
-def needs_cuda() -> None:
-    if reason := missing():
-        if os.environ.get("ILLADA_REQUIRE_CUDA") == "1":
-            pytest.exit(f"tests/cuda cannot run: {reason}", returncode=1)
-        pytest.skip(reason)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if (reason := missing()) is None:
+        return
+    if os.environ.get("ILLADA_REQUIRE_CUDA") == "1":
+        pytest.exit(f"tests/cuda cannot run: {reason}", returncode=1)
+    here = Path(__file__).parent
+    mine = [item for item in items if here in item.path.parents]  # items are those of the whole run
+    if mine:  # one of them says the reason for all
+        mine[0].add_marker(pytest.mark.skip(reason=f"all of tests/cuda: {reason}"))
+        config.hook.pytest_deselected(items=mine[1:])
+        rest = set(mine[1:])
+        items[:] = [item for item in items if item not in rest]
 
 
 @pytest.fixture(scope="session")
-def device(needs_cuda) -> torch.device:
+def device() -> torch.device:
     return torch.device("cuda")
