@@ -175,6 +175,7 @@ __global__ __launch_bounds__(kThreads, 1) void illada_linear_sample_tokens_sm90(
     }
   }
   // No CTA leaves while its neighbour may still write into it or arrive at its barriers.
+  __syncwarp();  // the barrier is for whole warps, and one lane of the producer comes late
   if (plan.cluster > 1) ptx::cluster_sync();
 #endif
 }
