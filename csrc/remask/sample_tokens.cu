@@ -16,7 +16,7 @@
 namespace illada::remask {
 namespace {
 
-constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kWarps = kSampleWarps, kThreads = 32 * kWarps;
 
 struct SharedStorage {
   LeaderRecord leader[kWarps];
