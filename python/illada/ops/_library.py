@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from illada._native import require_cuda_build
+
 #: Kept for the life of the process: a collected Library takes its ops with it.
 LIBRARY = torch.library.Library("illada", "DEF")
 
@@ -91,7 +93,12 @@ def implement(op: str, fake: Callable, *, cpu: Callable, cuda: Callable | None =
     """Register the kernels and the fake (shape) kernel of a defined op."""
     LIBRARY.impl(op, cpu, "CPU")
     if cuda is not None:
-        LIBRARY.impl(op, cuda, "CUDA")
+
+        def checked(*arguments):  # here and not in the public functions, through which torch.compile traces
+            require_cuda_build(op)
+            return cuda(*arguments)
+
+        LIBRARY.impl(op, checked, "CUDA")
     torch.library.register_fake(f"illada::{op}", fake, lib=LIBRARY)
 
 

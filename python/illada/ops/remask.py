@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from illada._native import require_cuda_build
 from illada.ops import _library as lib
 from illada.ops import raw
 from illada.ops.types import MEASURES, RULES, LogitBias, RemaskStatus, TokenSample
@@ -269,8 +268,6 @@ def sample_tokens(
         op, logits.shape[0], logits.shape[1], logits, temperature=temperature, seed=seed, step=step, row_ids=row_ids,
         measure=measure, logit_bias=logit_bias, extras=extras,
     )  # fmt: skip
-    if logits.is_cuda:
-        require_cuda_build(op)
     return _as_sample(torch.ops.illada.sample_tokens(logits.detach(), *arguments), arguments)
 
 
@@ -312,8 +309,6 @@ def linear_sample_tokens(
         op, count, weight.shape[0], hidden, temperature=temperature, seed=seed, step=step, row_ids=row_ids,
         measure=measure, logit_bias=logit_bias, extras=extras,
     )  # fmt: skip
-    if hidden.is_cuda:
-        require_cuda_build(op)
     results = torch.ops.illada.linear_sample_tokens(hidden.detach(), weight.detach(), rows, *arguments)
     return _as_sample(results, arguments)
 
@@ -424,8 +419,6 @@ def remask(
         ("sample.confidence", sample.confidence), ("sample.entropy", sample.entropy), (given[0], limits),
         ("end_ids", end_ids),
     )  # fmt: skip
-    if tokens.is_cuda:
-        require_cuda_build(op)
     status = RemaskStatus(
         *torch.ops.illada.remask(
             tokens, rows, cu_rows, sample.token, sample.confidence, sample.entropy, RULES.index(given[0]),
