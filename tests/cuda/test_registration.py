@@ -12,7 +12,9 @@ ARGUMENTS = (0.7, 3, 2, None, None, None, None, None, None, 0, True, False)
 
 def tracing() -> None:
     if _get_current_dispatch_mode() is not None:
-        pytest.skip("aten operators of a traced graph need their own CUDA kernels; a torch dispatch mode stands in for them")
+        pytest.skip(
+            "aten operators of a traced graph need their own CUDA kernels; a torch dispatch mode stands in for them"
+        )
 
 
 def op_calls(device, generator):
