@@ -14,7 +14,7 @@ from pathlib import Path
 
 from illada.checkpoint import load_pretrained
 from illada.data import load_tokenizer, prepare
-from illada.generate import GenerationConfig, generate
+from illada.generation import GenerationConfig, generate
 from illada.train import load_config, train
 
 PROMPTS = ["import os\nimport sys\n\ndef main(", "class Error(Exception):\n    ", '    """Return the']

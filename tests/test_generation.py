@@ -7,7 +7,7 @@ import torch
 
 from illada.config import ModelConfig
 from illada.data import train_tokenizer
-from illada.generate import GenerationConfig, generate, quota_schedule
+from illada.generation import GenerationConfig, generate, quota_schedule
 from illada.model import MaskedDiffusionModel
 
 CONFIG = ModelConfig.preset(

@@ -1,0 +1,35 @@
+"""What the commands that take a checkpoint share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from illada.model import MaskedDiffusionModel
+    from illada.tokenizer import Tokenizer
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """A checkpoint folder, or the newest one of a training run's folder."""
+    from illada.train.checkpoint import newest
+
+    folder = Path(path)
+    if not (folder / "config.json").is_file() and (found := newest(folder / "checkpoints")) is not None:
+        return found
+    return folder
+
+
+def load(path: str | Path, tokenizer: str | Path | None = None) -> tuple[MaskedDiffusionModel, Tokenizer]:
+    """The model of a checkpoint or training run, and its tokenizer (or the given one, which must be the same)."""
+    from illada.checkpoint import load_pretrained, read_config
+    from illada.data import tokenizer_sha256
+    from illada.tokenizer import Tokenizer
+
+    folder = find_checkpoint(path)
+    tokenizer_path = Path(tokenizer or folder)
+    loaded = Tokenizer.from_pretrained(tokenizer_path)
+    expected = read_config(folder).get("tokenizer_sha256")
+    if expected is not None and tokenizer_sha256(tokenizer_path) != expected:
+        raise ValueError(f"{tokenizer_path} is not the tokenizer that {folder} was trained with")
+    return load_pretrained(folder), loaded

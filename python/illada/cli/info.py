@@ -1,0 +1,53 @@
+"""`illada info`: what is installed and built."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from typing import Any
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the `illada` parser."""
+    parser = commands.add_parser("info", help="show what is installed and built", allow_abbrev=False)
+    parser.add_argument("--json", action="store_true", help="as JSON")
+    parser.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    facts = _facts()
+    if options.json:
+        print(json.dumps(facts, indent=2))
+        return 0
+    for name, value in facts.items():
+        print(f"{name:<16} {value if value not in (None, '', []) else 'none'}")
+    return 0
+
+
+def _facts() -> dict[str, Any]:
+    """What is installed and what was built; missing parts are said, not raised."""
+    import illada
+
+    facts: dict[str, Any] = {"illada": illada.__version__, "python": platform.python_version()}
+    try:
+        build = illada.build_info()
+        facts["native module"] = f"built with {build['compiler']}, OpenMP {'on' if build['openmp'] else 'off'}"
+        facts["cpu kernels"] = build["cpu_isa"]
+        facts["cuda toolkit"] = build["cuda_version"] or "none: this build has no CUDA kernels"
+        facts["cuda archs"] = build["cuda_archs"]
+    except ImportError as error:
+        facts["native module"] = str(error).splitlines()[0]
+    import torch
+
+    facts["torch"] = torch.__version__
+    facts["threads"] = torch.get_num_threads()
+    facts["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    for package in ("numpy", "tokenizers", "safetensors", "matplotlib"):
+        try:
+            from importlib.metadata import version
+
+            facts[package] = version(package)
+        except ImportError:
+            facts[package] = None
+    return facts

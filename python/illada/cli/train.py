@@ -1,0 +1,55 @@
+"""`illada train`: train the model of a TOML file."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from typing import Any
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the `illada` parser."""
+    parser = commands.add_parser(
+        "train",
+        help="train a model",
+        description="Train the model of a TOML file. Any setting can be overridden: --section.key=value.\n"
+        "Ctrl-C or SIGTERM saves and exits (130, 143); the same command goes on, bit for bit as if uninterrupted.",
+        epilog="example:\n  illada train configs/demo.toml --train.steps=2000 --optimizer.learning_rate=1e-3\n"
+        "  illada train --print-config > my.toml      every setting, with what it means",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        usage="illada train CONFIG.toml [--section.key=value ...] [--resume auto|never|PATH] [--print-config]",
+    )
+    parser.add_argument("config", nargs="?", metavar="CONFIG.toml")
+    parser.add_argument("--resume", default="auto", help="auto: go on where out_dir stopped; never; or a checkpoint")
+    parser.add_argument("--print-config", action="store_true", help="print the settings as commented TOML and exit")
+    parser.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from illada.train import load_config, train
+
+    if wrong := [text for text in options.overrides if not (text.startswith("--") and "=" in text and "." in text)]:
+        raise ValueError(f"unknown argument {wrong[0]!r}; settings look like --section.key=value")
+    config = load_config(options.config, options.overrides)
+    if options.print_config:
+        print(config.to_toml(commented=True))
+        return 0
+    if options.config is None:
+        raise ValueError("train needs a configuration file; `illada train --print-config > my.toml` writes a template")
+    received: list[int] = []
+
+    def stop(number: int, frame: object) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt  # the second time: at once, without saving
+        received.append(number)
+        print(f"illada: {signal.Signals(number).name}, saving", file=sys.stderr, flush=True)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        result = train(config, resume=options.resume, should_stop=lambda: bool(received))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return 0 if result.finished or not received else 128 + received[0]

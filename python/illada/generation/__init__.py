@@ -1,0 +1,5 @@
+"""Generation by iterative un-masking: `generate` and its `GenerationConfig`."""
+
+from illada.generation.loop import GenerationConfig, GenerationResult, generate, quota_schedule
+
+__all__ = ["GenerationConfig", "GenerationResult", "generate", "quota_schedule"]
