@@ -8,6 +8,7 @@ Hugging Face checkpoints without the leading "model.".
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,22 @@ from torch.utils.checkpoint import checkpoint
 from illada.config import ModelConfig
 from illada.diffusion import Batch
 from illada.ops import AttentionPlan, attention_plan, linear_masked_cross_entropy, varlen_attention
+
+
+class CachedKeys(NamedTuple):
+    """Keys and values of earlier forwards that the queries of this one see, and where its own go.
+
+    k, v: [layers, R, G, D], R rows of slots of sequences; written in place.
+    rows: int64 [T], the row for each packed token's key and value.
+    cu_seqlens_k: int32 [S + 1], where each sequence's slot starts. seqused_k: int32 [S], rows in use,
+        the new ones included.
+    """
+
+    k: Tensor
+    v: Tensor
+    rows: Tensor
+    cu_seqlens_k: Tensor
+    seqused_k: Tensor
 
 
 class RMSNorm(nn.Module):
@@ -61,7 +78,15 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(width, self.kv_heads * dim, bias=config.qkv_bias)
         self.o_proj = nn.Linear(self.heads * dim, width, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, plan: AttentionPlan) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cu_seqlens: Tensor,
+        plan: AttentionPlan,
+        cache: CachedKeys | None = None,
+    ) -> Tensor:
         q, k, v = (
             project(x).unflatten(-1, (heads, -1))
             for project, heads in (
@@ -70,7 +95,13 @@ class Attention(nn.Module):
                 (self.v_proj, self.kv_heads),
             )
         )
-        out = varlen_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, cu_seqlens, plan=plan)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is None:
+            out = varlen_attention(q, k, v, cu_seqlens, plan=plan)
+        else:  # k and v are this layer's
+            k, v = cache.k.index_copy_(0, cache.rows, k), cache.v.index_copy_(0, cache.rows, v)
+            slots = {"cu_seqlens_k": cache.cu_seqlens_k, "seqused_k": cache.seqused_k}
+            out = varlen_attention(q, k, v, cu_seqlens, plan=plan, **slots)
         assert isinstance(out, Tensor)
         return self.o_proj(out.flatten(1))
 
@@ -98,8 +129,16 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, plan: AttentionPlan) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cu_seqlens, plan)
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cu_seqlens: Tensor,
+        plan: AttentionPlan,
+        cache: CachedKeys | None = None,
+    ) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cu_seqlens, plan, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -175,6 +214,7 @@ class MaskedDiffusionModel(nn.Module):
         *,
         position_ids: Tensor | None = None,
         plan: AttentionPlan | None = None,
+        cache: CachedKeys | None = None,
     ) -> Tensor:
         """Hidden states that, times the head, give the logits of each token's own position.
 
@@ -183,6 +223,8 @@ class MaskedDiffusionModel(nn.Module):
             cu_seqlens: int32 [S + 1], from 0 to T.
             position_ids: int64 [T]; default: from 0 in each sequence.
             plan: of `illada.attention_plan`; default: made here.
+            cache: attend to what its slots hold as well; the keys and values of `tokens` are written into it first.
+                Needs `position_ids`, and no gradients.
 
         Returns:
             [T, C], after the final norm (and shifted by one position inside each sequence for Dream's models).
@@ -193,10 +235,14 @@ class MaskedDiffusionModel(nn.Module):
         self._check(tokens, cu_seqlens)
         config = self.config
         if position_ids is None:
+            if cache is not None:
+                raise ValueError("position_ids must be given with a cache: the tokens do not start at position 0")
             position_ids = positions(cu_seqlens, tokens.shape[0])
         if plan is None:
             plan = attention_plan(
                 cu_seqlens,
+                cu_seqlens_k=None if cache is None else cache.cu_seqlens_k,
+                seqused_k=None if cache is None else cache.seqused_k,
                 num_heads=config.num_attention_heads,
                 num_kv_heads=config.num_key_value_heads,
                 head_dim=config.head_size,
@@ -207,13 +253,15 @@ class MaskedDiffusionModel(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
         cos, sin = rotary_tables(position_ids, config, dtype)
-        for layer in self.layers:
-            if self.activation_checkpointing and torch.is_grad_enabled():
+        for i, layer in enumerate(self.layers):
+            if cache is not None:
+                x = layer(x, cos, sin, cu_seqlens, plan, cache._replace(k=cache.k[i], v=cache.v[i]))
+            elif self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, cos, sin, cu_seqlens, plan, use_reentrant=False)
             else:
                 x = layer(x, cos, sin, cu_seqlens, plan)
         hidden = self.norm(x)
-        return shift_right(hidden, position_ids) if config.logits_shift else hidden
+        return shift_right(hidden, cu_seqlens) if config.logits_shift else hidden
 
     def loss(self, batch: Batch, *, normalizer: float | Tensor | None = None) -> Tensor:
         """Eq. 1 on a batch: sum of 1/p-weighted cross-entropies of the masked tokens over `normalizer`, a scalar.
@@ -252,7 +300,8 @@ def positions(cu_seqlens: Tensor, total: int) -> Tensor:
     return index - cu_seqlens[sequence]
 
 
-def shift_right(hidden: Tensor, position_ids: Tensor) -> Tensor:
+def shift_right(hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Row i takes the hidden state of i - 1; the first row of each sequence keeps its own."""
     index = torch.arange(hidden.shape[0], device=hidden.device)
-    return hidden[index - (position_ids > 0).to(index.dtype)]
+    first = positions(cu_seqlens, hidden.shape[0]) == 0
+    return hidden[index - (~first).to(index.dtype)]
