@@ -19,11 +19,15 @@ from illada.generation.request import Request
 from illada.model import MaskedDiffusionModel
 
 
-def suitable(active: Sequence[Request], cache: KeyValueCache | None) -> bool:
+def available(model: MaskedDiffusionModel, cache: KeyValueCache | None) -> bool:
+    """On CUDA, with a cache."""
+    return cache is not None and model.embed_tokens.weight.is_cuda
+
+
+def suitable(active: Sequence[Request]) -> bool:
     """Can this step be one of a graph? Within blocks of equal length, on a cache, by one rule, without twins."""
     return (
-        cache is not None
-        and all(r.step > 0 and not r.guided and r.config.mode == "var" for r in active)
+        all(r.step > 0 and not r.guided and r.config.mode == "var" for r in active)
         and len({r.config.block_length for r in active}) == 1
         and len({r.call for r in active}) == 1
     )

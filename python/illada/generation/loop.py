@@ -71,9 +71,7 @@ def generate(
     )
     size = min(batch_size or len(prompts), len(prompts))
     cache, free = _make_cache(model, list(waiting), size)
-    graphed = None
-    if cuda_graphs and cache is not None and model.embed_tokens.weight.is_cuda:
-        graphed = graphs.GraphedSteps(graphs.capture_cuda)
+    graphed = graphs.GraphedSteps(graphs.capture_cuda) if cuda_graphs and graphs.available(model, cache) else None
 
     active: list[Request] = []
     results: list[GenerationResult | None] = [None] * len(prompts)
@@ -120,7 +118,7 @@ def _advance(
     model: MaskedDiffusionModel, active: list[Request], cache: KeyValueCache | None, graphed: graphs.GraphedSteps | None
 ) -> list[tuple[Request, np.ndarray]]:
     """One step of all active requests: (request, positions it committed)."""
-    if graphed is not None and graphs.suitable(active, cache):
+    if graphed is not None and graphs.suitable(active):
         layout = step.lay_out(model, active, cache, whole_blocks=True, sequences=graphs.bucket(len(active)))
         tokens = graphed.run(model, layout)
     else:
