@@ -4,7 +4,29 @@ Written from the papers and the authors' scripts (sources in docs/generation.md)
 masks of the block are candidates, as in the authors' later scripts. Temperature 0.
 """
 
+import dataclasses
+
 import torch
+
+from illada.config import ModelConfig
+from illada.model import MaskedDiffusionModel
+
+CONFIG = ModelConfig.preset(
+    "tiny", hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=300,
+    max_position_embeddings=64, initializer_range=0.3,
+)  # fmt: skip
+# Without a prompt all hidden states are equal: which mask goes first is a tie that the published rules leave open.
+WITH_TEXT = [[7, 8, 9], list(range(20, 40)), [11]]
+
+
+def make_model(**changes):
+    """Random weights, with an embedding spread enough for clear preferences."""
+    model = MaskedDiffusionModel(dataclasses.replace(CONFIG, **changes), seed=5)
+    with torch.no_grad():
+        model.embed_tokens.weight.mul_(2.5)  # no confidence rounds to 1: the published rule leaves ties undefined
+        # Neither is ever predicted.
+        model.embed_tokens.weight[[model.config.eos_token_id, model.config.mask_token_id]] *= 0.01
+    return model
 
 
 def logits_of(model, x):

@@ -5,32 +5,20 @@ import dataclasses
 import oracle
 import pytest
 import torch
+from oracle import CONFIG, WITH_TEXT
 
 from illada.config import ModelConfig
 from illada.data import train_tokenizer
 from illada.generation import GenerationConfig, generate, quota_schedule
 from illada.model import MaskedDiffusionModel
 
-CONFIG = ModelConfig.preset(
-    "tiny", hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=300,
-    max_position_embeddings=64, initializer_range=0.3,
-)  # fmt: skip
 MASK = CONFIG.mask_token_id
-PROMPTS = [[7, 8, 9], [], list(range(20, 40)), [11]]
+PROMPTS = [*WITH_TEXT[:1], [], *WITH_TEXT[1:]]
 
 
 @pytest.fixture(scope="module")
 def model():
-    """Random weights, with an embedding spread enough for clear preferences."""
-    model = MaskedDiffusionModel(CONFIG, seed=5)
-    with torch.no_grad():
-        model.embed_tokens.weight.mul_(2.5)  # no confidence rounds to 1: the published rule leaves ties undefined
-        model.embed_tokens.weight[[CONFIG.eos_token_id, MASK]] *= 0.01  # neither is ever predicted
-    return model
-
-
-# Without a prompt all hidden states are equal: which mask goes first is a tie that the published rules leave open.
-WITH_TEXT = [prompt for prompt in PROMPTS if prompt]
+    return oracle.make_model()
 
 
 def equals_the_oracle(model, config, prompts=WITH_TEXT):

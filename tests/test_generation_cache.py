@@ -2,15 +2,15 @@
 
 import dataclasses
 
+import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from test_generation import CONFIG, WITH_TEXT
+from oracle import CONFIG, WITH_TEXT
 
 from illada.generation import GenerationConfig, generate, graphs
 from illada.generation.cache import KeyValueCache
 from illada.generation.step import lay_out
-from illada.model import MaskedDiffusionModel
 
 MASK = CONFIG.mask_token_id
 PROMPTS = [*WITH_TEXT, [21, 22]]
@@ -18,13 +18,7 @@ PROMPTS = [*WITH_TEXT, [21, 22]]
 
 @pytest.fixture(scope="module", params=[False, True], ids=["illada", "dream"])
 def model(request):
-    model = MaskedDiffusionModel(
-        dataclasses.replace(CONFIG, logits_shift=request.param, qkv_bias=request.param), seed=5
-    )
-    with torch.no_grad():
-        model.embed_tokens.weight.mul_(2.5)
-        model.embed_tokens.weight[[CONFIG.eos_token_id, MASK]] *= 0.01
-    return model
+    return oracle.make_model(logits_shift=request.param, qkv_bias=request.param)
 
 
 def plain_forward(model, x, frozen, start):

@@ -100,8 +100,9 @@ class Attention(nn.Module):
             out = varlen_attention(q, k, v, cu_seqlens, plan=plan)
         else:  # k and v are this layer's
             k, v = cache.k.index_copy_(0, cache.rows, k), cache.v.index_copy_(0, cache.rows, v)
-            slots = {"cu_seqlens_k": cache.cu_seqlens_k, "seqused_k": cache.seqused_k}
-            out = varlen_attention(q, k, v, cu_seqlens, plan=plan, **slots)
+            out = varlen_attention(
+                q, k, v, cu_seqlens, cu_seqlens_k=cache.cu_seqlens_k, seqused_k=cache.seqused_k, plan=plan
+            )
         assert isinstance(out, Tensor)
         return self.o_proj(out.flatten(1))
 

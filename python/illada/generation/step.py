@@ -6,7 +6,7 @@ What the device needs is in `StepInputs`, a tree of tensors, so that a CUDA grap
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -158,8 +158,8 @@ def _group(
     if call.delayed:
         width = max(len(r.config.delay_tokens) for r, _ in members)
         ids = [[*r.config.delay_tokens, *[-1] * (width - len(r.config.delay_tokens))] for r, _ in members]
-        ids = np.repeat([*ids, *[[-1] * width] * blanks], counts, axis=0)
-        delay = put(ids), put(np.full(ids.shape, -np.inf), np.float32)
+        per_row = np.repeat([*ids, *[[-1] * width] * blanks], counts, axis=0)
+        delay = put(per_row), put(np.full(per_row.shape, -np.inf), np.float32)
     if call.ordered:
         noise = [order_noise(r.seed, positions, r.forwards) for r, positions in members]
         noise.append(np.zeros(blank_rows, dtype=np.float32))
@@ -235,7 +235,7 @@ def _commit(model: MaskedDiffusionModel, hidden: Tensor, tokens: Tensor, group: 
     if group.order is not None:
         ordered = sample.confidence / group.order.temperature + group.order.noise
         sample = sample._replace(confidence=ordered)
-    limits = {call.rule: group.limits}
+    limits: Any = {call.rule: group.limits}
     remask(
         tokens, group.rows, group.cu_rows, sample, **limits, mask_id=model.config.mask_token_id,
         min_commit=call.min_commit,
