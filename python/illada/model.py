@@ -35,6 +35,21 @@ class CachedKeys(NamedTuple):
     cu_seqlens_k: Tensor
     seqused_k: Tensor
 
+    def layer(self, i: int) -> CachedKeys:
+        """The same of one layer, k and v [R, G, D]."""
+        return self._replace(k=self.k[i], v=self.v[i])
+
+
+class Rows(NamedTuple):
+    """The tokens whose hidden states are wanted, sequence by sequence.
+
+    indices: int64 [N] into the pack; those of a sequence together, sequences in order. cu_seqlens: int32 [S + 1], where
+    each sequence's begin.
+    """
+
+    indices: Tensor
+    cu_seqlens: Tensor
+
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, statistics in float32, cast back before the weight (as in Hugging Face models)."""
@@ -84,25 +99,28 @@ class Attention(nn.Module):
         cos: Tensor,
         sin: Tensor,
         cu_seqlens: Tensor,
-        plan: AttentionPlan,
+        plan: AttentionPlan | None,
         cache: CachedKeys | None = None,
+        rows: Rows | None = None,
     ) -> Tensor:
+        asking, q_cos, q_sin = (
+            (x, cos, sin) if rows is None else (x[rows.indices], cos[rows.indices], sin[rows.indices])
+        )
         q, k, v = (
-            project(x).unflatten(-1, (heads, -1))
-            for project, heads in (
-                (self.q_proj, self.heads),
-                (self.k_proj, self.kv_heads),
-                (self.v_proj, self.kv_heads),
+            project(source).unflatten(-1, (heads, -1))
+            for project, source, heads in (
+                (self.q_proj, asking, self.heads),
+                (self.k_proj, x, self.kv_heads),
+                (self.v_proj, x, self.kv_heads),
             )
         )
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if cache is None:
-            out = varlen_attention(q, k, v, cu_seqlens, plan=plan)
-        else:  # k and v are this layer's
+        q, k = rotate(q, q_cos, q_sin), rotate(k, cos, sin)
+        cu_seqlens_k, seqused_k = None if rows is None else cu_seqlens, None
+        if cache is not None:  # k and v are this layer's
             k, v = cache.k.index_copy_(0, cache.rows, k), cache.v.index_copy_(0, cache.rows, v)
-            out = varlen_attention(
-                q, k, v, cu_seqlens, cu_seqlens_k=cache.cu_seqlens_k, seqused_k=cache.seqused_k, plan=plan
-            )
+            cu_seqlens_k, seqused_k = cache.cu_seqlens_k, cache.seqused_k
+        cu_seqlens_q = cu_seqlens if rows is None else rows.cu_seqlens
+        out = varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k, plan=plan)
         assert isinstance(out, Tensor)
         return self.o_proj(out.flatten(1))
 
@@ -136,10 +154,13 @@ class Layer(nn.Module):
         cos: Tensor,
         sin: Tensor,
         cu_seqlens: Tensor,
-        plan: AttentionPlan,
+        plan: AttentionPlan | None,
         cache: CachedKeys | None = None,
+        rows: Rows | None = None,
     ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cu_seqlens, plan, cache)
+        """With `rows` for these alone [N, C]: the others only give keys and values (and need no `plan`)."""
+        attended = self.self_attn(self.input_layernorm(x), cos, sin, cu_seqlens, plan, cache, rows)
+        x = (x if rows is None else x[rows.indices]) + attended
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -216,6 +237,7 @@ class MaskedDiffusionModel(nn.Module):
         position_ids: Tensor | None = None,
         plan: AttentionPlan | None = None,
         cache: CachedKeys | None = None,
+        rows: Rows | None = None,
     ) -> Tensor:
         """Hidden states that, times the head, give the logits of each token's own position.
 
@@ -226,9 +248,11 @@ class MaskedDiffusionModel(nn.Module):
             plan: of `illada.attention_plan`; default: made here.
             cache: attend to what its slots hold as well; the keys and values of `tokens` are written into it first.
                 Needs `position_ids`, and no gradients.
+            rows: the tokens whose hidden states are wanted; the last layer computes no others.
 
         Returns:
-            [T, C], after the final norm (and shifted by one position inside each sequence for Dream's models).
+            [T, C], or [N, C] with `rows`, after the final norm (and shifted by one position inside each sequence for
+            Dream's models).
 
         Raises:
             ValueError: wrong shapes; token ids or cu_seqlens out of range (on a CPU, where looking costs no sync).
@@ -254,15 +278,18 @@ class MaskedDiffusionModel(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
         cos, sin = rotary_tables(position_ids, config, dtype)
+        if rows is not None and config.logits_shift:
+            rows = rows._replace(indices=shifted(cu_seqlens, tokens.shape[0])[rows.indices])
         for i, layer in enumerate(self.layers):
-            if cache is not None:
-                x = layer(x, cos, sin, cu_seqlens, plan, cache._replace(k=cache.k[i], v=cache.v[i]))
-            elif self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, cu_seqlens, plan, use_reentrant=False)
+            inputs = [x, cos, sin, cu_seqlens, plan, None if cache is None else cache.layer(i), None]
+            if rows is not None and i == len(self.layers) - 1:
+                inputs[4], inputs[6] = None, rows
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, *inputs, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, cu_seqlens, plan)
+                x = layer(*inputs)
         hidden = self.norm(x)
-        return shift_right(hidden, cu_seqlens) if config.logits_shift else hidden
+        return hidden[shifted(cu_seqlens, tokens.shape[0])] if config.logits_shift and rows is None else hidden
 
     def loss(self, batch: Batch, *, normalizer: float | Tensor | None = None) -> Tensor:
         """Eq. 1 on a batch: sum of 1/p-weighted cross-entropies of the masked tokens over `normalizer`, a scalar.
@@ -301,8 +328,6 @@ def positions(cu_seqlens: Tensor, total: int) -> Tensor:
     return index - cu_seqlens[sequence]
 
 
-def shift_right(hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Row i takes the hidden state of i - 1; the first row of each sequence keeps its own."""
-    index = torch.arange(hidden.shape[0], device=hidden.device)
-    first = positions(cu_seqlens, hidden.shape[0]) == 0
-    return hidden[index - (~first).to(index.dtype)]
+def shifted(cu_seqlens: Tensor, total: int) -> Tensor:
+    """int64 [T]: the row before each row, for logits of the next token; a sequence's first row keeps its own."""
+    return torch.arange(total, device=cu_seqlens.device) - (positions(cu_seqlens, total) > 0).to(torch.int64)

@@ -16,16 +16,16 @@ from torch import Tensor
 from illada.generation.cache import KeyValueCache
 from illada.generation.request import Request, RuleCall
 from illada.generation.rules import order_noise
-from illada.model import CachedKeys, MaskedDiffusionModel
+from illada.model import CachedKeys, MaskedDiffusionModel, Rows
 from illada.ops import linear_sample_tokens, remask
 from illada.ops.types import LogitBias
 
 
 class Guidance(NamedTuple):
-    """rows: int32 [N], the same positions in the unconditional twins (a sequence without one: its own rows).
+    """hidden: int32 [N], which hidden states are those of the unconditional twins (without one: its own).
     scale: float32 [N, 1], w."""
 
-    rows: Tensor
+    hidden: Tensor
     scale: Tensor
 
 
@@ -37,9 +37,13 @@ class Order(NamedTuple):
 
 
 class Group(NamedTuple):
-    """The candidates [N] of the sequences [S] whose rules one call of the ops can serve."""
+    """The candidates [N] of the sequences [S] whose rules one call of the ops can serve.
+
+    rows: int32 [N], in the pack. hidden: int32 [N], their hidden states among those that the model is asked for.
+    """
 
     rows: Tensor
+    hidden: Tensor
     cu_rows: Tensor
     limits: Tensor
     row_ids: Tensor
@@ -59,6 +63,7 @@ class StepInputs(NamedTuple):
     cu_seqlens: Tensor
     position_ids: Tensor
     cache: CachedKeys | None
+    wanted: Rows
     groups: tuple[Group, ...]
 
 
@@ -96,39 +101,40 @@ def lay_out(
     streams = [(r, twin) for r in active for twin in range(1 + r.guided)]
     if cache is not None:
         streams.sort(key=lambda stream: stream[0].slots[stream[1]])
-    tokens, begins, starts, row_of = [], [], [0], {}
+    candidates = {r.index: r.blocks[r.block] if whole_blocks else r.masked() for r in active}
+    tokens, begins, starts = [], [], [0]
+    rows: dict[tuple[int, int], NDArray] = {}  # of each stream's candidates, in the pack
     for request, twin in streams:
         begin = request.first_query(shift)
-        visible = request.tokens(conditional=not twin)[begin:]
-        row_of[request.index, twin] = starts[-1] - begin  # of position 0
-        tokens.append(visible)
+        tokens.append(request.tokens(conditional=not twin)[begin:])
+        rows[request.index, twin] = starts[-1] - begin + candidates[request.index]
         begins.append(begin)
-        starts.append(starts[-1] + len(visible))
+        starts.append(starts[-1] + len(tokens[-1]))
     ends = [request.end for request, _ in streams]
     position_ids = [np.arange(a, b) for a, b in zip(begins, ends, strict=True)]
     blanks = max(0, sequences - len(streams))
-    for _ in range(blanks):  # as long as the others
+    for n in range(blanks):  # as long as the others
         tokens.append(np.full(len(tokens[0]), (model.config.mask_token_id + 1) % model.config.vocab_size))
+        rows[-1 - n, 0] = starts[-1] + np.arange(len(candidates[active[0].index]))
         position_ids.append(np.arange(len(tokens[0])))
         starts.append(starts[-1] + len(tokens[0]))
+    wanted = np.cumsum([0, *map(len, rows.values())])
+    hidden = {stream: start + np.arange(len(rows[stream])) for stream, start in zip(rows, wanted[:-1], strict=True)}
 
     def put(values: NDArray | list, dtype: type = np.int32) -> Tensor:
         return torch.from_numpy(np.asarray(values, dtype=dtype)).to(device, non_blocking=True)
 
     by_call: dict[RuleCall, list[tuple[Request, NDArray]]] = {}
     for request in active:
-        positions = request.blocks[request.block] if whole_blocks else request.masked()
-        by_call.setdefault(request.call, []).append((request, positions))
-    groups = tuple(
-        _group(call, members, row_of, put, blanks=blanks, first_blank=starts[-1 - blanks])
-        for call, members in by_call.items()
-    )
+        by_call.setdefault(request.call, []).append((request, candidates[request.index]))
+    groups = tuple(_group(call, members, rows, hidden, put, blanks=blanks) for call, members in by_call.items())
     slots = [request.slots[twin] for request, twin in streams] if cache is not None else []
     inputs = StepInputs(
         put(np.concatenate(tokens), np.int64),
         put(starts),
         put(np.concatenate(position_ids), np.int64),
         None if cache is None else cache.view(slots, begins, ends, blanks=blanks),
+        Rows(put(np.concatenate(list(rows.values())), np.int64), put(wanted)),
         groups,
     )
     return Layout(inputs, tuple(by_call), list(by_call.values()))
@@ -137,19 +143,19 @@ def lay_out(
 def _group(
     call: RuleCall,
     members: list[tuple[Request, NDArray]],
-    row_of: dict[tuple[int, int], int],
+    rows: dict[tuple[int, int], NDArray],
+    hidden: dict[tuple[int, int], NDArray],
     put: Callable[..., Tensor],
     *,
     blanks: int,
-    first_blank: int,
 ) -> Group:
     blank_length = len(members[0][1])
     blank_rows = blanks * blank_length
     counts = [len(positions) for _, positions in members] + [blank_length] * blanks
 
-    def rows(twin: int) -> NDArray:
-        found = [row_of[r.index, twin if r.guided else 0] + positions for r, positions in members]
-        return np.concatenate([*found, np.arange(first_blank, first_blank + blank_rows)])
+    def of(stream: dict[tuple[int, int], NDArray], twin: int = 0) -> NDArray:
+        found = [stream[r.index, twin if r.guided else 0] for r, _ in members]
+        return np.concatenate([*found, *(stream[-1 - n, 0] for n in range(blanks))])
 
     def each(value: Callable[[Request], float], blank: float = 0) -> NDArray:
         return np.repeat([*(value(r) for r, _ in members), *[blank] * blanks], counts)
@@ -165,9 +171,10 @@ def _group(
         noise.append(np.zeros(blank_rows, dtype=np.float32))
         order = Order(put(np.concatenate(noise), np.float32), put(each(lambda r: r.config.alg_temp, 1), np.float32))
     if any(r.guided for r, _ in members):
-        guidance = Guidance(put(rows(1)), put(each(lambda r: r.config.cfg_scale)[:, None], np.float32))
+        guidance = Guidance(put(of(hidden, 1)), put(each(lambda r: r.config.cfg_scale)[:, None], np.float32))
     return Group(
-        rows=put(rows(0)),
+        rows=put(of(rows)),
+        hidden=put(of(hidden)),
         cu_rows=put(np.cumsum([0, *counts])),
         limits=put([r.limit() for r, _ in members] + [0] * blanks, np.int32 if call.rule == "quota" else np.float32),
         row_ids=put(np.concatenate([*(positions for _, positions in members), np.zeros(blank_rows)]), np.int64),
@@ -201,17 +208,19 @@ def _bias(members: list[tuple[Request, NDArray]], blank_rows: int, put: Callable
 
 def run(model: MaskedDiffusionModel, inputs: StepInputs, calls: Sequence[RuleCall]) -> Tensor:
     """One forward pass and its commits; the tokens int64 [N] that the candidates of all groups hold then. No sync."""
-    hidden = model(inputs.tokens, inputs.cu_seqlens, position_ids=inputs.position_ids, cache=inputs.cache)
+    hidden = model(
+        inputs.tokens, inputs.cu_seqlens, position_ids=inputs.position_ids, cache=inputs.cache, rows=inputs.wanted
+    )
     for group, call in zip(inputs.groups, calls, strict=True):
         _commit(model, hidden, inputs.tokens, group, call)
     return inputs.tokens[torch.cat([group.rows for group in inputs.groups])]
 
 
 def _commit(model: MaskedDiffusionModel, hidden: Tensor, tokens: Tensor, group: Group, call: RuleCall) -> None:
-    rows: Tensor | None = group.rows
+    rows: Tensor | None = group.hidden
     if group.guidance is not None:
         # The head is linear: guiding the hidden states guides the logits, at half the price.
-        conditional, unconditional = hidden[group.rows].float(), hidden[group.guidance.rows].float()
+        conditional, unconditional = hidden[group.hidden].float(), hidden[group.guidance.hidden].float()
         guided = unconditional + (group.guidance.scale + 1) * (conditional - unconditional)
         hidden, rows = guided.to(hidden.dtype), None
 
