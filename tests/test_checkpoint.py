@@ -87,7 +87,7 @@ def test_keys_are_accounted_for(saved):
 @pytest.mark.parametrize(
     "change,match",
     [
-        ({"model_type": "llama"}, "model_type='llama' (supported: 'illada')"),
+        ({"model_type": "llama"}, "model_type='llama' (supported: 'illada', 'llada', 'Dream', 'qwen2')"),
         ({"attention_bias": True}, "attention_bias=True (supported: False)"),
         ({"rope_scaling": {"factor": 2}}, "rope_scaling={'factor': 2} (supported: None"),
         ({"sliding_window": 4}, "sliding_window=4 (unknown)"),
