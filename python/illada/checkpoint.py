@@ -28,10 +28,10 @@ from illada.model import MaskedDiffusionModel
 _INDEX = "model.safetensors.index.json"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-#: What belongs to a checkpoint beside its weights and its config.json.
+#: What belongs to a checkpoint beside its weights and its config.json: glob patterns.
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
-    "vocab.json", "merges.txt", "tokenizer.model", "generation_config.json",
+    "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "tokenization_*.py", "generation_config.json",
 )  # fmt: skip
 
 
@@ -115,11 +115,16 @@ def _copy_tokenizer(source: Path, folder: Path) -> None:
     if not source.is_dir():
         shutil.copyfile(source, folder / "tokenizer.json")
         return
-    found = [name for name in TOKENIZER_FILES if (source / name).is_file()]
-    if not found:
+    files = tokenizer_files(source)
+    if not files:
         raise FileNotFoundError(f"{source} has no tokenizer files ({', '.join(TOKENIZER_FILES[:3])}, ...)")
-    for name in found:
-        shutil.copyfile(source / name, folder / name)
+    for file in files:
+        shutil.copyfile(file, folder / file.name)
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of a checkpoint folder that its tokenizer consists of."""
+    return sorted(file for pattern in TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file())
 
 
 # --------------------------------------------------------------------------------------------------------------- load
@@ -262,11 +267,10 @@ def convert_checkpoint(
     source = Path(source)
     model = load_pretrained(source, mask_token_id=mask_token_id)
     model.config = dataclasses.replace(model.config, model_type=model_type or model.config.model_type)
-    has_tokenizer = any((source / name).is_file() for name in TOKENIZER_FILES)
     save_pretrained(
         model,
         target,
-        tokenizer=source if has_tokenizer else None,
+        tokenizer=source if tokenizer_files(source) else None,
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
         progress=progress,

@@ -317,12 +317,7 @@ _QWEN2 = Layout(
     architecture="Qwen2ForCausalLM",
     honoured=_LLAMA_KEYS,
     optional=_OPTIONAL,
-    fixed={
-        "hidden_act": ("silu",),
-        "rope_scaling": _NO_SCALING,
-        "use_sliding_window": (False,),
-        "use_mrope": (False,),
-    },
+    fixed={"hidden_act": ("silu",), "rope_scaling": _NO_SCALING, "use_sliding_window": (False,), "use_mrope": (False,)},
     ignored={
         **_IGNORED,
         "attention_dropout": _DROPOUT,

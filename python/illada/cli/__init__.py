@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(
         prog="illada",
-        description="Train, sample, convert and inspect masked diffusion language models.",
+        description="Train, sample, score, convert and inspect masked diffusion language models.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
