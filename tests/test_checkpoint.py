@@ -79,7 +79,7 @@ def test_keys_are_accounted_for(saved):
     for part in (
         "missing: model.norm.weight",
         "unexpected: model.layers.9.x",
-        r"other shape: model.layers.0.mlp.up_proj.weight is [3, 3], expected [48, 32]",
+        r"wrong: model.layers.0.mlp.up_proj.weight is [3, 3], expected [48, 32]",
     ):
         assert part in str(error.value)
 

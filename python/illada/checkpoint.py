@@ -188,7 +188,7 @@ def load_weights(
     missing = [key for key, (name, _) in expected.items() if name not in state]
     problems = [
         f"{kind}: {', '.join(keys)}"
-        for kind, keys in (("missing", missing), ("unexpected", unexpected), ("other shape", wrong))
+        for kind, keys in (("missing", missing), ("unexpected", unexpected), ("wrong", wrong))
         if keys
     ]
     if problems:
@@ -211,8 +211,10 @@ def _weight_files(path: Path) -> list[Path]:
     if (path / _INDEX).is_file():
         try:
             names = sorted(set(json.loads((path / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+            if any(Path(name).name != name for name in names):
+                raise ValueError("a shard outside of the folder")
         except (ValueError, KeyError, AttributeError, TypeError):
-            raise ValueError(f"{path / _INDEX} is damaged") from None
+            raise ValueError(f"{path / _INDEX} is damaged: weight_map must give the file of each tensor") from None
         if absent := [name for name in names if not (path / name).is_file()]:
             raise ValueError(f"{path} lacks the shards {', '.join(absent)} that its index names")
         return [path / name for name in names]
