@@ -209,6 +209,24 @@ def test_special_ids_are_data_of_the_checkpoint(tmp_path):
         config_of("qwen2", mask_token_id=151666)
 
 
+def test_keys_that_may_be_absent(tmp_path):
+    # transformers leaves keys out that have its defaults, and writes others as null
+    def config_of(model_type, change):
+        (tmp_path / "config.json").write_text(json.dumps(changed(CONFIGS[model_type], change)))
+        return load_config(tmp_path)
+
+    absent = dict.fromkeys(
+        ("tie_word_embeddings", "attention_bias", "mlp_bias", "hidden_act", "rope_scaling", "layer_norm_eps"), ...
+    )
+    assert config_of("illada", {**absent, "head_dim": None}) == config_of("illada", {})
+    absent = dict.fromkeys(("n_kv_heads", "include_qkv_bias", "alibi", "scale_logits", "multi_query_attention"), ...)
+    assert config_of("llada", absent) == config_of("llada", {})
+    assert config_of("llada", {"embedding_size": ...}).embedding_size == 100
+    assert config_of("dream", {"initializer_range": ..., "rope_scaling": {"rope_type": "default"}}) == config_of(
+        "dream", {}
+    )
+
+
 def test_presets_are_what_the_published_configs_say(tmp_path):
     published = {
         "llada_8b": {

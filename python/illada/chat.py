@@ -79,8 +79,10 @@ def _checked(messages: Sequence[Message]) -> Sequence[Message]:
 
 
 def _render(template: str, messages: Sequence[Message], variables: Mapping[str, Any]) -> str:
-    import jinja2
-
+    try:
+        import jinja2
+    except ImportError:
+        raise ImportError("chat templates need jinja2: pip install jinja2") from None
     try:
         return _compile(template).render(messages=messages, **variables)
     except jinja2.TemplateSyntaxError as error:
@@ -91,12 +93,8 @@ def _render(template: str, messages: Sequence[Message], variables: Mapping[str, 
 
 @functools.lru_cache(maxsize=8)
 def _compile(template: str) -> Any:
-    try:
-        import jinja2
-        import jinja2.ext
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-    except ImportError:
-        raise ImportError("chat templates need jinja2: pip install jinja2") from None
+    import jinja2.ext
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(jinja2.ext.Extension):
         """{% generation %} marks answers for training on them alone; here it is transparent."""

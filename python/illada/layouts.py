@@ -159,8 +159,8 @@ class Layout:
                 ids[name] = token
         if ids["mask_token_id"] is None:
             raise ValueError(
-                f"{source} does not name the mask token of this {self.model_type} model; give mask_token_id "
-                f"(--mask-token-id), an id below {given['vocab_size']} that no text contains"
+                f"{source} does not name the mask token of this {self.model_type} model; give mask_token_id, an id below "
+                f"{given['vocab_size']} that no text contains, or write it down once: illada convert --mask-token-id N"
             )
         if ids["eos_token_id"] is None:
             raise ValueError(f"{source} lacks eos_token_id, which cannot be guessed")
@@ -232,7 +232,11 @@ _ILLADA = Layout(
         "rope_scaling": _NO_SCALING,
         "layer_norm_eps": (None,),  # not null: the norms would be LayerNorms
     },
-    ignored={**_IGNORED, "attention_dropout": _DROPOUT, "resid_pdrop": _DROPOUT},
+    ignored={
+        **_IGNORED,
+        **dict.fromkeys(("attention_dropout", "resid_pdrop"), _DROPOUT),
+        "pretraining_tp": "slices projections without changing what they compute",
+    },
     implied={"qkv_bias": False, "rope_in_fp32": False, "logits_shift": False},
     # 5 is the mask of all its checkpoints, though neither config.json nor the tokenizer's mask_token say so.
     unnamed_ids={"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "mask_token_id": 5},
