@@ -159,8 +159,9 @@ class Layout:
                 ids[name] = token
         if ids["mask_token_id"] is None:
             raise ValueError(
-                f"{source} does not name the mask token of this {self.model_type} model; give mask_token_id, an id below "
-                f"{given['vocab_size']} that no text contains, or write it down once: illada convert --mask-token-id N"
+                f"{source} does not name the mask token of this {self.model_type} model; give mask_token_id, an id "
+                f"below {given['vocab_size']} that no text contains, or write it down once: "
+                "illada convert --mask-token-id N"
             )
         if ids["eos_token_id"] is None:
             raise ValueError(f"{source} lacks eos_token_id, which cannot be guessed")
