@@ -64,7 +64,7 @@ def twin_logits(model: MaskedDiffusionModel, sequence: torch.Tensor) -> torch.Te
         h = norm(x, at + "post_attention_layernorm.weight")
         gate = linear(h, at + "mlp.gate_proj")
         x = x + linear(gate * gate.sigmoid() * linear(h, at + "mlp.up_proj"), at + "mlp.down_proj")
-    head_weight = p["embed_tokens.weight"][: c.vocab_size] if c.tie_word_embeddings else p["lm_head.weight"]
+    head_weight = p["embed_tokens.weight" if c.tie_word_embeddings else "lm_head.weight"][: c.vocab_size]
     logits = norm(x, "norm.weight") @ head_weight.T
     return torch.cat([logits[:1], logits[:-1]]) if c.logits_shift else logits
 

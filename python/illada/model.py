@@ -194,7 +194,7 @@ class MaskedDiffusionModel(nn.Module):
             self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
             self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
             self.lm_head = (
-                None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+                None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.embedding_rows, bias=False)
             )
         self.to(dtype or torch.float32)
         target = torch.device(device or "cpu")
@@ -220,14 +220,14 @@ class MaskedDiffusionModel(nn.Module):
                 elif name.endswith(("o_proj.weight", "down_proj.weight")):
                     std *= residual_scale
                 parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
-        self.embed_tokens.weight[self.config.pad_token_id] = 0
+        if self.config.pad_token_id is not None:
+            self.embed_tokens.weight[self.config.pad_token_id] = 0
 
     @property
     def head_weight(self) -> Tensor:
-        """[V, C]: the head, or the first V rows of the embedding it is tied to."""
-        if self.lm_head is not None:
-            return self.lm_head.weight
-        return self.embed_tokens.weight[: self.config.vocab_size]
+        """[V, C]: the head, or the embedding it is tied to, without the rows that only pad it."""
+        weight = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        return weight if weight.shape[0] == self.config.vocab_size else weight[: self.config.vocab_size]
 
     def forward(
         self,
