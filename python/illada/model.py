@@ -8,6 +8,7 @@ Hugging Face checkpoints without the leading "model.".
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +50,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
 
 
+class Queries(NamedTuple):
+    """The only rows whose output is wanted: index [N], ascending; where each sequence's begin, [S + 1]; their plan."""
+
+    index: Tensor
+    cu_seqlens: Tensor
+    plan: AttentionPlan
+
+
 class Attention(nn.Module):
     """Bidirectional grouped-query attention over packed sequences."""
 
@@ -61,16 +70,23 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(width, self.kv_heads * dim, bias=config.qkv_bias)
         self.o_proj = nn.Linear(self.heads * dim, width, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, plan: AttentionPlan) -> Tensor:
-        q, k, v = (
-            project(x).unflatten(-1, (heads, -1))
-            for project, heads in (
-                (self.q_proj, self.heads),
-                (self.k_proj, self.kv_heads),
-                (self.v_proj, self.kv_heads),
-            )
-        )
-        out = varlen_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, cu_seqlens, plan=plan)
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cu_seqlens: Tensor,
+        plan: AttentionPlan,
+        queries: Queries | None = None,
+    ) -> Tensor:
+        asking, cos_q, sin_q = (t if queries is None else t[queries.index] for t in (x, cos, sin))
+        q = self.q_proj(asking).unflatten(-1, (self.heads, -1))
+        k, v = (project(x).unflatten(-1, (self.kv_heads, -1)) for project in (self.k_proj, self.v_proj))
+        q, k = rotate(q, cos_q, sin_q), rotate(k, cos, sin)
+        if queries is None:
+            out = varlen_attention(q, k, v, cu_seqlens, plan=plan)
+        else:
+            out = varlen_attention(q, k, v, queries.cu_seqlens, cu_seqlens_k=cu_seqlens, plan=queries.plan)
         assert isinstance(out, Tensor)
         return self.o_proj(out.flatten(1))
 
@@ -98,8 +114,17 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, plan: AttentionPlan) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cu_seqlens, plan)
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cu_seqlens: Tensor,
+        plan: AttentionPlan,
+        queries: Queries | None = None,
+    ) -> Tensor:
+        attended = self.self_attn(self.input_layernorm(x), cos, sin, cu_seqlens, plan, queries)
+        x = (x if queries is None else x[queries.index]) + attended
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -175,6 +200,7 @@ class MaskedDiffusionModel(nn.Module):
         *,
         position_ids: Tensor | None = None,
         plan: AttentionPlan | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
         """Hidden states that, times the head, give the logits of each token's own position.
 
@@ -183,14 +209,16 @@ class MaskedDiffusionModel(nn.Module):
             cu_seqlens: int32 [S + 1], from 0 to T.
             position_ids: int64 [T]; default: from 0 in each sequence.
             plan: of `illada.attention_plan`; default: made here.
+            rows: int32 or int64 [N], ascending, which tokens' hidden states are wanted; default all. The last layer
+                then makes keys and values of all tokens and the rest of these alone.
 
         Returns:
-            [T, C], after the final norm (and shifted by one position inside each sequence for Dream's models).
+            [T, C], or [N, C] of `rows`, after the final norm (and shifted by one position inside each sequence for Dream's models).
 
         Raises:
             ValueError: wrong shapes; token ids or cu_seqlens out of range (on a CPU, where looking costs no sync).
         """
-        self._check(tokens, cu_seqlens)
+        self._check(tokens, cu_seqlens, rows)
         config = self.config
         if position_ids is None:
             position_ids = positions(cu_seqlens, tokens.shape[0])
@@ -207,13 +235,29 @@ class MaskedDiffusionModel(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
         cos, sin = rotary_tables(position_ids, config, dtype)
-        for layer in self.layers:
+        queries = None if rows is None else self._queries(rows, cu_seqlens, position_ids)
+        for i, layer in enumerate(self.layers):
+            wanted = queries if i == len(self.layers) - 1 else None
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, cu_seqlens, plan, use_reentrant=False)
+                x = checkpoint(layer, x, cos, sin, cu_seqlens, plan, wanted, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, cu_seqlens, plan)
+                x = layer(x, cos, sin, cu_seqlens, plan, wanted)
         hidden = self.norm(x)
-        return shift_right(hidden, position_ids) if config.logits_shift else hidden
+        return shift_right(hidden, position_ids) if config.logits_shift and rows is None else hidden
+
+    def _queries(self, rows: Tensor, cu_seqlens: Tensor, position_ids: Tensor) -> Queries:
+        """What the last layer computes: `rows`, or the ones before them where hidden states are shifted."""
+        index = rows - (position_ids[rows] > 0).to(rows.dtype) if self.config.logits_shift else rows
+        cu_rows = torch.searchsorted(index, cu_seqlens.to(index.dtype), out_int32=True)
+        plan = attention_plan(
+            cu_rows,
+            cu_seqlens_k=cu_seqlens,
+            num_heads=self.config.num_attention_heads,
+            num_kv_heads=self.config.num_key_value_heads,
+            head_dim=self.config.head_size,
+            total_q=len(rows),
+        )
+        return Queries(index, cu_rows, plan)
 
     def loss(self, batch: Batch, *, normalizer: float | Tensor | None = None) -> Tensor:
         """Eq. 1 on a batch: sum of 1/p-weighted cross-entropies of the masked tokens over `normalizer`, a scalar.
@@ -234,7 +278,7 @@ class MaskedDiffusionModel(nn.Module):
         assert isinstance(loss, Tensor)
         return loss
 
-    def _check(self, tokens: Tensor, cu_seqlens: Tensor) -> None:
+    def _check(self, tokens: Tensor, cu_seqlens: Tensor, rows: Tensor | None) -> None:
         if tokens.dim() != 1:
             raise ValueError(f"tokens must be packed, shape [T], got {list(tokens.shape)}; see illada.pack")
         if torch.compiler.is_compiling() or tokens.device.type != "cpu" or type(tokens) is not Tensor:
@@ -243,6 +287,9 @@ class MaskedDiffusionModel(nn.Module):
             raise ValueError(
                 f"tokens must be in [0, {self.config.embedding_rows}), got {int(tokens.min())} .. {int(tokens.max())}"
             )
+        if rows is not None and len(rows):
+            if not (0 <= int(rows[0]) and int(rows[-1]) < len(tokens) and bool((rows.diff() >= 0).all())):
+                raise ValueError(f"rows must ascend within [0, {len(tokens)}), got {rows.tolist()[:20]}")
 
 
 def positions(cu_seqlens: Tensor, total: int) -> Tensor:

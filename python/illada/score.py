@@ -26,7 +26,14 @@ from tqdm import tqdm
 
 from illada.config import ModelConfig
 from illada.model import MaskedDiffusionModel
-from illada.ops import TokenSample, attention_plan, linear_masked_cross_entropy, linear_sample_tokens, remask
+from illada.ops import (
+    AttentionPlan,
+    TokenSample,
+    attention_plan,
+    linear_masked_cross_entropy,
+    linear_sample_tokens,
+    remask,
+)
 from illada.ops.philox import philox4x32
 
 #: Packed tokens of one forward pass, both sequences of guidance counted.
@@ -34,6 +41,8 @@ MAX_TOKENS = 8192
 
 # Philox stream tags (counter word 3); 1 to 6 belong to the forward process of training, 16 and above to the sampler.
 _COUNT_STREAM, _MASK_STREAM = 7, 8
+
+_Layout = tuple[Tensor, Tensor, AttentionPlan]  # cu_seqlens, position_ids, plan
 
 _LOWEST = torch.finfo(torch.float32).min
 
@@ -302,26 +311,26 @@ class _Canvas:
         firsts = [items[i] for i in np.unique(which, return_index=True)[1]]
         self._lay_out(np.array([item.size for item in firsts]))
         self.tokens = self._put(self._all_masked(firsts))
-        starts = _starts(np.array([item.size for item in firsts]))[:-1]
-        self.rows = self._put(_ranges(starts[which] + offsets, lengths).astype(np.int32))
+        self.rows = self._put(_ranges(_starts(self.sizes)[:-1] + offsets, lengths).astype(np.int32))
         self._shared = len(firsts) < len(items)
         if self._shared:
-            self._own_rows = _ranges(_starts(self.sizes)[:-1] + offsets, lengths).astype(np.int32)
+            starts = _starts(np.array([item.size for item in firsts]))[:-1]
+            rows, inverse = np.unique(_ranges(starts[which] + offsets, lengths), return_inverse=True)
+            self._first_rows, self._inverse = self._put(rows.astype(np.int32)), self._put(inverse)
 
     def hidden(self) -> Tensor:
         """[N, C]: what, times the head, gives the logits of the N masks that are left; item by item, ascending."""
-        hidden = self.model(self.tokens, self._cu_seqlens, position_ids=self._position_ids, plan=self._plan)
-        shown = hidden[self.rows]
-        if self.cfg_scale:
-            shown = guide(shown, hidden[self.rows + len(self.tokens) // 2], self.cfg_scale)
-        return shown
+        rows = self._first_rows if self._shared else self.rows
+        layout = (self._cu_seqlens, self._position_ids, self._plan)
+        hidden = _hidden(self.model, self.tokens, rows, layout, self.cfg_scale)
+        return hidden[self._inverse] if self._shared else hidden
 
     def reveal(self, confidence: Tensor) -> Tensor:
         """Write each item's true token where `confidence` [N] is largest; int64 [S], which of the N rows it was."""
         if self._shared:  # from here on every item has a sequence of its own
             self._shared = False
             self._lay_out(self.sizes)
-            self.tokens, self.rows = self._put(self._all_masked(self.items)), self._put(self._own_rows)
+            self.tokens = self._put(self._all_masked(self.items))
         # -inf and NaN are never committed, but each item has to go on: they come last instead.
         finite = confidence.float().nan_to_num(nan=_LOWEST, neginf=_LOWEST)
         mask_id = self.model.config.mask_token_id
@@ -416,12 +425,10 @@ def _estimate(
         nonlocal total
         packed = torch.from_numpy(np.concatenate(tokens + unconditional)).to(device)
         sizes = np.array([len(sequence) for sequence in tokens + unconditional])
-        cu_seqlens, position_ids, plan = _layout(config, sizes, device)
-        hidden = model(packed, cu_seqlens, position_ids=position_ids, plan=plan)
-        at = torch.from_numpy(np.concatenate(rows)).to(device)
-        shown = hidden[at]
-        if cfg_scale:
-            shown = guide(shown, hidden[at + total], cfg_scale)
+        at, inverse = np.unique(np.concatenate(rows), return_inverse=True)  # ascending; items may share sequences
+        layout = _layout(config, sizes, device)
+        hidden = _hidden(model, packed, torch.from_numpy(at.astype(np.int32)).to(device), layout, cfg_scale)
+        shown = hidden[torch.from_numpy(inverse).to(device)]
         nll = _nll(shown, model.head_weight, torch.from_numpy(np.concatenate(targets)).to(device)).double()
         factor, owner = (torch.from_numpy(np.concatenate(part)).to(device) for part in (factors, owners))
         losses.index_add_(0, owner, nll * factor)
@@ -456,10 +463,16 @@ def _estimate(
 # ------------------------------------------------------------------------------------------------------------ helpers
 
 
-def guide(conditional: Tensor, unconditional: Tensor, cfg_scale: float) -> Tensor:
-    """Hidden states whose logits are un + (w + 1) (cond - un): the head is linear, so it runs once."""
-    wide = unconditional.float()
-    return (wide + (cfg_scale + 1) * (conditional.float() - wide)).to(conditional.dtype)
+def _hidden(model: MaskedDiffusionModel, tokens: Tensor, rows: Tensor, layout: _Layout, cfg_scale: float) -> Tensor:
+    """[N, C] of ascending `rows`. With guidance `tokens` are twice as many, and un + (w + 1) (cond - un) of the hidden
+    states has the logits of the guided model: the head is linear, so it runs once."""
+    cu_seqlens, position_ids, plan = layout
+    wanted = torch.cat([rows, rows + len(tokens) // 2]) if cfg_scale else rows
+    hidden = model(tokens, cu_seqlens, position_ids=position_ids, plan=plan, rows=wanted)
+    if not cfg_scale:
+        return hidden
+    conditional, unconditional = hidden.float().chunk(2)
+    return (unconditional + (cfg_scale + 1) * (conditional - unconditional)).to(hidden.dtype)
 
 
 def _unconditional(sequence: NDArray[np.int64], context_length: int, mask_id: int) -> NDArray[np.int64]:
@@ -476,7 +489,7 @@ def _nll(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return linear_masked_cross_entropy(hidden, weight, targets, ones, rows=every, return_nll=True)[1]
 
 
-def _layout(config: ModelConfig, sizes: NDArray[np.int64], device: torch.device):
+def _layout(config: ModelConfig, sizes: NDArray[np.int64], device: torch.device) -> _Layout:
     """cu_seqlens, position ids and attention plan of sequences of these lengths."""
     cu_seqlens = torch.from_numpy(_starts(sizes).astype(np.int32)).to(device)
     position_ids = torch.from_numpy(_ranges(np.zeros_like(sizes), sizes)).to(device)
