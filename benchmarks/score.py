@@ -7,8 +7,8 @@ Both score the same candidates with the same weights and must agree on every sco
                   positions, cross-entropy at the masks, the smallest revealed, one number fetched from the device
 
 A question is a passage of the Python standard library's own documentation strings, on every machine: what comes next,
-the true words or one of three other passages' of 2 to 12 tokens. The error is the largest difference of a score from the
-one-by-one's, in nats, and infinite if the two choose a different answer somewhere.
+the true words or one of three other passages' of 2 to 12 tokens. The error is the largest difference of a score from
+the one-by-one's, in nats, and infinite if the two choose a different answer somewhere.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ GOAL = 5.0
 
 @dataclass(frozen=True)
 class Questions:
-    """Pairs to score; the candidates of question q are pairs CANDIDATES * q and those that follow, the true one first."""
+    """Pairs to score: those of question q are CANDIDATES * q and the ones that follow, the true one first."""
 
     contexts: list[list[int]]
     continuations: list[list[int]]

@@ -51,9 +51,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Queries(NamedTuple):
-    """The only rows whose output is wanted: index [N], ascending; where each sequence's begin, [S + 1]; their plan."""
+    """The only rows whose output is wanted: [N], ascending; where each sequence's begin, [S + 1]; their plan."""
 
-    index: Tensor
+    rows: Tensor
     cu_seqlens: Tensor
     plan: AttentionPlan
 
@@ -79,7 +79,7 @@ class Attention(nn.Module):
         plan: AttentionPlan,
         queries: Queries | None = None,
     ) -> Tensor:
-        asking, cos_q, sin_q = (t if queries is None else t[queries.index] for t in (x, cos, sin))
+        asking, cos_q, sin_q = (t if queries is None else t[queries.rows] for t in (x, cos, sin))
         q = self.q_proj(asking).unflatten(-1, (self.heads, -1))
         k, v = (project(x).unflatten(-1, (self.kv_heads, -1)) for project in (self.k_proj, self.v_proj))
         q, k = rotate(q, cos_q, sin_q), rotate(k, cos, sin)
@@ -124,7 +124,7 @@ class Layer(nn.Module):
         queries: Queries | None = None,
     ) -> Tensor:
         attended = self.self_attn(self.input_layernorm(x), cos, sin, cu_seqlens, plan, queries)
-        x = (x if queries is None else x[queries.index]) + attended
+        x = (x if queries is None else x[queries.rows]) + attended
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -213,7 +213,8 @@ class MaskedDiffusionModel(nn.Module):
                 then makes keys and values of all tokens and the rest of these alone.
 
         Returns:
-            [T, C], or [N, C] of `rows`, after the final norm (and shifted by one position inside each sequence for Dream's models).
+            [T, C], or [N, C] of `rows`, after the final norm (and shifted by one position inside each sequence for
+            Dream's models).
 
         Raises:
             ValueError: wrong shapes; token ids or cu_seqlens out of range (on a CPU, where looking costs no sync).

@@ -5,9 +5,9 @@
     monte_carlo_likelihood   the evidence bound over random masks of the continuation (`get_loglikelihood_mc`)
     is_greedy                would un-masking the surest token a step produce it? (`suffix_greedy_prediction`)
 
-In parentheses the functions of the authors' evaluation that give the same numbers. All pairs of a call share packs of up
-to `max_tokens` tokens, only rows that are still masked meet the head, and sequences that look the same are run once:
-before anything is revealed, candidates of one length and one context do.
+In parentheses the functions of the authors' evaluation that give the same numbers. All pairs of a call share packs of
+up to `max_tokens` tokens, only rows that are still masked meet the head, and sequences that look the same are run
+once: before anything is revealed, candidates of one length and one context do.
 """
 
 from __future__ import annotations
@@ -254,8 +254,8 @@ def monte_carlo_masks(
     """Which tokens of a continuation each sample of `monte_carlo_likelihood` masks: bool [num_samples, L].
 
     As published, for each stratum of b = min(stratum, num_samples) samples: k uniform on 1 .. L, counts
-    x_i = (round(k + i L / b) - 1) mod L + 1, and in each sample x_i tokens chosen uniformly. Philox4x32-10 with a hash of
-    (seed, context, continuation) as key.
+    x_i = (round(k + i L / b) - 1) mod L + 1, and in each sample x_i tokens chosen uniformly. Philox4x32-10 with a hash
+    of (seed, context, continuation) as key.
 
     Raises:
         ValueError: num_samples is not a multiple of stratum (and not smaller), an empty continuation.
@@ -290,8 +290,8 @@ def monte_carlo_masks(
 class _Canvas:
     """The items of a pack on their way from all masks to all tokens, one token of each item a step.
 
-    Sequences lie end to end in `tokens`; with guidance a second time behind all of them, contexts masked. How many masks
-    each item has left is known on the host, which of them is known on the device alone, so nothing waits for it.
+    Sequences lie end to end in `tokens`; with guidance a second time behind all of them, contexts masked. How many
+    masks each item has left is known on the host, which of them is known on the device alone, so nothing waits for it.
     """
 
     def __init__(self, model: MaskedDiffusionModel, items: list[_Item], cfg_scale: float) -> None:
@@ -544,8 +544,8 @@ def _items(
                 raise ValueError(f"{name}[{i}] holds token id {wrong[0]}, outside of [0, {size})")
         if (continuation == config.mask_token_id).any():
             raise ValueError(
-                f"continuations[{i}] holds the mask token, id {config.mask_token_id}; it hides what is scored and has no "
-                f"probability of its own"
+                f"continuations[{i}] holds the mask token, id {config.mask_token_id}; it hides what is scored and has "
+                f"no probability of its own"
             )
         item = _Item(i, context, continuation, suffix)
         beyond = item.size - config.max_position_embeddings
