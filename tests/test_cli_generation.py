@@ -122,14 +122,17 @@ def test_agreement(capsys, path):
         assert r["score_gap"] == pytest.approx(r["score"] - none["score"])
     table = run(capsys, "agreement", path, *prompts, *SHORT, "--steps", 1, "--caches", "prefix")[1]
     assert "100.0%" in table and "2 of 2" in table and "block" not in table  # one step a block is always fresh
-    status, _, err = run(capsys, "agreement", path, "--caches", "dual")
+    status, _, err = run(capsys, "agreement", path, *prompts, "--caches", "dual")
     assert status == 2 and "caches must be among none, prefix, block, got 'dual'" in err
 
 
 def test_errors_are_one_line(capsys, path):
     for arguments, match in (
         (("generate", path, "--dtype", "int8"), "--dtype must be bfloat16, float16, float32, got 'int8'"),
-        (("generate", path, "--gen-length", 10, "--block-length", 4), "block_length may be 1, 2, 5, 10"),
+        (
+            ("generate", path, "--prompt", "x", "--gen-length", 10, "--block-length", 4),
+            "block_length may be 1, 2, 5, 10",
+        ),
         (("generate", path, "--prompt", "x", "--cache", "dual"), "cache must be one of none, prefix, block"),
         (("generate", path, "--prompt", "x", "--mask-token-id", 9), "mask"),
     ):

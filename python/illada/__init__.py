@@ -17,6 +17,7 @@ from illada.ops import (
     varlen_attention,
 )
 from illada.packing import pack, unpack
+from illada.score import confidence_score, monte_carlo_likelihood
 
 __version__ = package_version()
 
@@ -27,9 +28,11 @@ __all__ = [
     "__version__",
     "attention_plan",
     "build_info",
+    "confidence_score",
     "linear_masked_cross_entropy",
     "linear_sample_tokens",
     "masked_cross_entropy",
+    "monte_carlo_likelihood",
     "pack",
     "remask",
     "sample_tokens",

@@ -16,8 +16,8 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "agreement",
         help="compare the caches with none",
-        description="Generate with each cache and without, and report how many tokens agree, and how the model without\n"
-        "a cache scores each text (Eq. 2, nats a token; a gap below 0: it likes the cached text less).",
+        description="Generate with each cache and without, and report how many tokens agree, and how the model\n"
+        "without a cache scores each text (Eq. 2, nats a token; a gap below 0: it likes the cached text less).",
         epilog='example:\n  illada agreement runs/demo --prompt "import os" --prompt "class A:" --gen-length 128\n'
         "  illada agreement runs/demo --prompt-file prompts.txt --caches block --json",
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -17,9 +17,9 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "chat",
         help="talk to a model",
-        description="A conversation in the terminal, through the checkpoint's chat template. Answers appear block by\n"
-        f"block. {_COMMANDS}. Ctrl-C stops an answer.",
-        epilog="example:\n  illada chat iLLaDA-8B-Instruct --gen-length 2048 --end-think-boost 100 --end-think-power 3\n"
+        description="A conversation in the terminal, through the checkpoint's chat template. Answers appear\n"
+        f"block by block. {_COMMANDS}. Ctrl-C stops an answer.",
+        epilog="example:\n  illada chat iLLaDA-8B-Instruct --gen-length 2048 --end-think-boost 100\n"
         "  illada chat runs/sft --chat-template my-template.jinja --cache prefix --rule threshold --threshold 0.9",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -93,7 +93,7 @@ def _answer(model: Any, tokenizer: Any, messages: list[dict[str, str]], config: 
     from illada.generation.loop import stop_ids
 
     ids = tokenizer.encode(tokenizer.apply_chat_template(messages))
-    ends, tokens, shown = stop_ids(config, model), [], ""
+    ends, tokens, shown = stop_ids(config, model), list[int](), ""
 
     def show(index: int, block: list[int]) -> None:
         nonlocal shown
