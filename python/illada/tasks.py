@@ -1,4 +1,4 @@
-"""Evaluation tasks from text that is already on the machine: multiple choice and cloze, as lm-evaluation-harness folders.
+"""Evaluation tasks from text that is on the machine: multiple choice and cloze, in lm-evaluation-harness folders.
 
 `prepare_tasks` writes `<corpus>/tasks`, one NAME.yaml and NAME.jsonl a task:
 
@@ -7,9 +7,9 @@
     cloze         multiple choice: a passage of held-out text, and four ways in which it may go on.
     cloze_word    generation: the next word of such a passage, matched exactly.
 
-Questions come from the corpus's held-out split, as stored in it, and none whose text also stands in the training split
-is kept: a model trained on the corpus has not seen them. Everything is drawn by hashes, so the same corpus and seed give
-the same bytes on every machine.
+Questions come from the corpus's held-out split, as stored in it, and none whose text also stands in the training
+split is kept: a model trained on the corpus has not seen them. Everything is drawn by hashes, so the same corpus and
+seed give the same bytes on every machine.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TASKS = ("definitions", "cloze", "cloze_word")
 CHOICES = 4
 FEWSHOT = 8  # questions set aside for --num-fewshot
 _SMALLEST = 20  # questions: with fewer the standard error is over 0.1 and nothing can be told
-_CONTEXT_WORDS = 40  # about 150 tokens of code in a vocabulary of 1,024: fits the smallest models
+_CONTEXT_WORDS = 24  # of code about 100 tokens in a vocabulary of 1,024: within the demo's windows of 128
 _NEAREST = 8  # distractors are drawn from this many candidates of the most similar length
 _BLANK = "___"
 _SHINGLE = 4  # words; a question's text is looked up in the training split by its first ones
@@ -82,12 +82,12 @@ def prepare_tasks(
         How many questions each task has.
 
     Raises:
-        ValueError: an unknown task or dictionary, too little text. FileExistsError: there are tasks, and overwrite is off.
-        FileNotFoundError: no corpus, no WordNet.
+        ValueError: an unknown task or dictionary, too little text. FileNotFoundError: no corpus, no WordNet.
+        FileExistsError: there are tasks, and overwrite is off.
     """
-    if unknown := [name for name in names if name not in TASKS] or not names:
-        got = ", ".join(map(repr, unknown)) if isinstance(unknown, list) else "none"
-        raise ValueError(f"tasks must be of {', '.join(TASKS)}, got {got}")
+    unknown = [name for name in names if name not in TASKS]
+    if unknown or not names:
+        raise ValueError(f"tasks must be some of {', '.join(TASKS)}, got {', '.join(map(repr, unknown)) or 'none'}")
     if questions < _SMALLEST:
         raise ValueError(f"questions must be at least {_SMALLEST}, got {questions}")
     out = Path(corpus) / "tasks"
@@ -279,7 +279,7 @@ def _read_senses(file: Path) -> tuple[dict[tuple[str, str], int], dict[tuple[str
 
 
 def definition_questions(entries: Sequence[Entry], *, seed: int = 0) -> list[dict[str, Any]]:
-    """A question for each word whose definition fits no other word, in a hashed order; the word itself is blanked there."""
+    """A question for each word whose definition fits no other, in a hashed order; the word itself is blanked in it."""
     words_of: dict[str, set[str]] = defaultdict(set)
     for entry in entries:
         words_of[entry.text.lower()].add(_plain(entry.word))
@@ -316,12 +316,7 @@ def definition_questions(entries: Sequence[Entry], *, seed: int = 0) -> list[dic
             continue
         asked.add((entry.kind, name))
         rows.append(
-            {
-                "text": text,
-                "kind": entry.kind,
-                **_shuffled(entry.word, wrong, (seed, entry.text)),
-                "_text": entry.text,
-            }
+            {"text": text, "kind": entry.kind, **_shuffled(entry.word, wrong, (seed, entry.text)), "_text": entry.text}
         )
     return rows
 
@@ -358,7 +353,7 @@ def _shuffled(right: str, wrong: list[str], salt: tuple) -> dict[str, Any]:
 def cloze_questions(documents: Sequence[str], *, seed: int = 0, word: bool = False) -> list[dict[str, Any]]:
     """Passages that break off within a line, in a hashed order.
 
-    Each has 40 words of text as it stands; `choices` are the three to eight words up to the end of the line and three
+    Each has 24 words of text as it stands; `choices` are the three to eight words up to the end of the line and three
     such ends from other places, or, with `word`, `answer` is the next word alone.
     """
     cuts: list[tuple[bytes, int, str, str]] = []
@@ -389,7 +384,9 @@ def cloze_questions(documents: Sequence[str], *, seed: int = 0, word: bool = Fal
         if word:
             row["answer"] = ending
         else:
-            others = {e for _, n, _, e in cuts if e != ending and e not in context and (n != number or len(documents) == 1)}
+            others = {
+                e for _, n, _, e in cuts if e != ending and e not in context and (n != number or len(documents) == 1)
+            }
             wrong = sorted(others, key=lambda e: (abs(len(e) - len(ending)), _rank(seed, ending, e)))[: CHOICES - 1]
             if len(wrong) < CHOICES - 1:
                 continue
@@ -439,9 +436,7 @@ metadata:
 """
 
 _DOCSTRINGS_YAML = _HEAD.format(name="definitions") + 'doc_to_text: "# {{text}}\\n{{kind}}"\n' + _CHOICE
-_WORDNET_YAML = (
-    _HEAD.format(name="definitions") + 'doc_to_text: "Definition ({{kind}}): {{text}}\\nWord:"\n' + _CHOICE
-)
+_WORDNET_YAML = _HEAD.format(name="definitions") + 'doc_to_text: "Definition ({{kind}}): {{text}}\\nWord:"\n' + _CHOICE
 _CLOZE_YAML = _HEAD.format(name="cloze") + "doc_to_text: text\n" + _CHOICE
 _CLOZE_WORD_YAML = (
     _HEAD.format(name="cloze_word")

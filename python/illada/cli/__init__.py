@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from illada.cli import generate, info, prepare, train
+from illada.cli import evaluate, generate, info, prepare, train
 
 _EXAMPLES = """\
 from nothing to text, on a CPU:
@@ -53,6 +53,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"illada {illada.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (prepare, train, generate, info):
+    for command in (prepare, train, generate, evaluate, info):
         command.add_parser(commands)
     return parser
