@@ -332,7 +332,14 @@ def _blanked(word: str, text: str) -> str:
 
 def _leaks(word: str, text: str) -> bool:
     """Whether a word of `text` is `word`, or an inflection of it."""
-    return any(part.lower().startswith(word.lower()) or _plain(part) == _plain(word) for part in _words(text))
+    begins = word.lower()
+    stem = begins[:-1] if len(begins) > 3 and begins[-1] in "ey" else begins  # copies, sizing
+    for part in map(str.lower, _words(text)):
+        if part.startswith(begins) or _plain(part) == _plain(word):
+            return True
+        if part.startswith(stem) and len(part) <= len(word) + 3:
+            return True
+    return False
 
 
 def _nearest(word: str, pool: Sequence[Entry], allowed: Callable[[Entry], bool], seed: int) -> list[str]:
