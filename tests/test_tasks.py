@@ -148,17 +148,24 @@ WORDNET = {
 00001111 00 a 02 doggy(p) 0 canine 0 002 + 02084071 n 0101 & 00002222 s 0000 | of or resembling animals that bark
 00002222 00 s 01 houndlike 0 001 & 00001111 a 0000 | very much as hounds are when hunting
 """,
-    "index.sense": """\
-canine%1:05:01:: 02083346 2 1
-dog%1:05:00:: 02084071 1 42
-doggy%3:00:00:: 00001111 1 3
-entity%1:03:00:: 00001740 1 11
-cat%1:05:00:: 02121620 1 18
-koala%1:05:00:: 01882714 1 2
-hamster%1:05:00:: 02342885 1 2
-puppy%1:05:00:: 01322604 1 5
-thing%1:03:00:: 00001930 12 9
-matter%1:03:00:: 00001930 6 0
+    "index.noun": """\
+  1 This software and database is being provided to you, the LICENSEE, by
+canine n 1 1 ~ 2 1 02083346 00001930
+dog n 1 2 @ ~ 1 1 02084071
+canid n 1 1 @ 1 0 02083346
+entity n 1 1 ~ 1 1 00001740
+""",
+    "cntlist.rev": """\
+canine%1:05:01:: 2 1
+dog%1:05:00:: 1 42
+doggy%3:00:00:: 1 3
+houndlike%5:00:00:bark:00 1 1
+entity%1:03:00:: 1 11
+cat%1:05:00:: 1 18
+koala%1:05:00:: 1 2
+hamster%1:05:00:: 1 2
+puppy%1:05:00:: 1 5
+thing%1:03:00:: 12 9
 """,
 }
 
@@ -177,11 +184,12 @@ def test_wordnet_files(wordnet):
     assert {"canine", "canid", "domestic_dog"} <= dog.related and "cat" not in dog.related
     assert ("doggy", "adjective") in entries  # "doggy(p)" in the file
     assert {"houndlike"} <= entries["doggy", "adjective"].related  # satellites are adjectives too
+    assert entries["canine", "noun"].text.startswith("any of various")  # its first sense, by index.noun
     assert ("matter", "noun") not in entries and ("canid", "noun") not in entries  # never met in tagged text
     assert not [word for word, _ in entries if "_" in word or word != word.lower()]
     questions = {row["choices"][row["answer"]]: row for row in definition_questions(list(entries.values()))}
     assert "canine" not in questions["dog"]["choices"] and "puppy" not in questions["dog"]["choices"]
-    (wordnet / "index.sense").unlink()
+    (wordnet / "cntlist.rev").unlink()
     assert ("canid", "noun") in {(e.word, e.kind) for e in read_wordnet(wordnet)}
 
 
@@ -221,15 +229,16 @@ def test_lm_eval_reads_the_folder_wherever_it_is(tasks, tmp_path):
     )
 
 
-def test_command(corpus, wordnet, capsys):
+def test_command(corpus, tasks, wordnet, capsys):
     many = [f"{i:08} 05 n 01 beast{c}{d} 0 000 | an animal of the kind number {i} of all" for i, (c, d) in
             enumerate((c, d) for c in "abcdefg" for d in "hijklm")]  # fmt: skip
     (wordnet / "data.noun").write_text("\n".join(many) + "\n")
-    (wordnet / "index.sense").unlink()
+    (wordnet / "index.noun").unlink()
+    (wordnet / "cntlist.rev").unlink()
     base = ["prepare", "--out", str(corpus), "--overwrite", "--questions", "20"]
     assert cli.main([*base, "--tasks", "definitions", "--dictionary", f"wordnet:{wordnet}"]) == 0
     assert re.search(r"definitions +20 questions", capsys.readouterr().out)
-    assert rows(corpus / "tasks", "definitions")[0]["kind"] == "noun"
+    assert rows(corpus / "tasks", "definitions")[0]["kind"] == "noun" and len(rows(corpus / "tasks", "cloze")) == 48
     assert cli.main([*base, "--tasks", "all"]) == 0
     assert sorted(p.name for p in (corpus / "tasks").glob("*.yaml")) == [
         "cloze.yaml",

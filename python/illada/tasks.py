@@ -19,6 +19,7 @@ import bisect
 import hashlib
 import json
 import re
+import shutil
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -73,17 +74,17 @@ def prepare_tasks(
         corpus: a folder made by `illada.data.prepare`.
         names: which of "definitions", "cloze" and "cloze_word".
         dictionary: what "definitions" asks for: "docstrings", of the held-out Python files; or "wordnet:PATH", a folder
-            with WordNet's data.noun, data.verb, data.adj or data.adv (and index.sense, if frequencies are to be used).
+            with WordNet's data files, see `read_wordnet`.
         questions: most questions of a task; `FEWSHOT` more are set aside for few-shot prompts.
         seed: another seed draws other questions.
-        overwrite: replace tasks that are there.
+        overwrite: replace tasks of these names; others in the folder stay.
 
     Returns:
         How many questions each task has.
 
     Raises:
         ValueError: an unknown task or dictionary, too little text. FileNotFoundError: no corpus, no WordNet.
-        FileExistsError: there are tasks, and overwrite is off.
+        FileExistsError: a task is there already, and overwrite is off.
     """
     unknown = [name for name in names if name not in TASKS]
     if unknown or not names:
@@ -92,8 +93,8 @@ def prepare_tasks(
         raise ValueError(f"questions must be at least {_SMALLEST}, got {questions}")
     out = Path(corpus) / "tasks"
     held_out = TokenDataset(corpus, "validation")
-    if out.exists() and not overwrite:
-        raise FileExistsError(f"{out} exists; overwrite it with overwrite=True (--overwrite)")
+    if (there := [name for name in names if (out / f"{name}.yaml").exists()]) and not overwrite:
+        raise FileExistsError(f"{out} has {', '.join(there)}; overwrite with overwrite=True (--overwrite)")
     texts = list(_documents(held_out))
 
     made: dict[str, tuple[str, list[dict[str, Any]]]] = {}
@@ -104,7 +105,8 @@ def prepare_tasks(
             template, entries = _WORDNET_YAML, read_wordnet(dictionary.removeprefix("wordnet:"))
         else:
             raise ValueError(f"dictionary must be docstrings or wordnet:PATH, got {dictionary!r}")
-        made["definitions"] = template, definition_questions(entries, seed=seed)
+        most = 2 * (questions + FEWSHOT)  # some may stand in the training split
+        made["definitions"] = template, definition_questions(entries, seed=seed, most=most)
     for name in ("cloze", "cloze_word"):
         if name in names:
             template = _CLOZE_YAML if name == "cloze" else _CLOZE_WORD_YAML
@@ -112,6 +114,9 @@ def prepare_tasks(
 
     seen = _seen_in_training(TokenDataset(corpus, "train"), [row["_text"] for _, rows in made.values() for row in rows])
     with staged_directory(out) as folder:
+        for file in out.iterdir() if out.is_dir() else ():
+            if file.is_file() and file.stem not in names:
+                shutil.copyfile(file, folder / file.name)
         (folder / "read_jsonl.py").write_text(_READER, encoding="utf-8")
         counts = {}
         for name, (template, rows) in made.items():
@@ -210,37 +215,45 @@ def read_wordnet(path: str | Path) -> list[Entry]:
     """The single words of WordNet, each defined by the gloss of its first sense.
 
     Args:
-        path: a folder with data.noun, data.verb, data.adj, data.adv; with index.sense, words that were never met in
-            WordNet's tagged texts are left out, and the others know how often they were.
+        path: a folder with data.noun, data.verb, data.adj, data.adv. Beside them index.noun, ... say which sense comes
+            first, and with cntlist.rev words that WordNet's tagged texts never use are left out.
     """
     folder = Path(path)
     files = {kind: folder / f"data.{suffix}" for suffix, kind in _PARTS_OF_SPEECH.items()}
     files = {kind: file for kind, file in files.items() if file.is_file()}
     if not files:
         raise FileNotFoundError(f"dictionary wordnet: {folder} has no data.noun, data.verb, data.adj or data.adv")
-    counts, senses = _read_senses(folder / "index.sense")
+    counts = _read_counts(folder / "cntlist.rev")
     entries = []
     for kind, file in files.items():
         synsets = {}
-        for line in file.read_text(encoding="utf-8").splitlines():
-            if line[:1].isdigit():  # the licence before the data is indented
-                offset, words, pointers, gloss = _parse_synset(line)
-                synsets[offset] = words, pointers, gloss
-        first: dict[str, tuple[int, str]] = {}  # word -> (sense number, synset)
+        for line in _data_lines(file):
+            offset, words, pointers, gloss = _parse_synset(line)
+            synsets[offset] = words, pointers, gloss
+        first = {}
+        for line in _data_lines(file.with_name(file.name.replace("data.", "index."))):
+            fields = line.split()
+            first[fields[0]] = fields[6 + int(fields[3])]  # of its synsets, which are in the order of its senses
         for offset, (words, _, _) in synsets.items():
             for word in words:
-                sense = senses.get((kind, word.lower(), offset), 1 if not senses else 99)
-                first.setdefault(word, (sense, offset))
-                first[word] = min(first[word], (sense, offset))
-        for word, (_, offset) in first.items():
-            frequency = counts.get((kind, word.lower()), 0)
+                first.setdefault(word.lower(), offset)
+        for word, offset in first.items():
             words, pointers, gloss = synsets[offset]
-            if not re.fullmatch(r"[a-z]{3,}", word) or (counts and not frequency) or len(gloss.split()) < 4:
+            frequency = counts.get((kind, word), 0)
+            if not re.fullmatch(r"[a-z]{3,}", word) or word not in words or len(gloss.split()) < 4:
+                continue  # not proper names, nor several words
+            if counts and not frequency:
                 continue
             # Synonyms, and the words one relation away: a distractor must not be a right answer too.
             near = {other.lower() for o in (offset, *pointers) if o in synsets for other in synsets[o][0]}
             entries.append(Entry(word, kind, gloss, related=frozenset(near), frequency=frequency))
     return entries
+
+
+def _data_lines(file: Path) -> list[str]:
+    """The lines of one of WordNet's files, without the licence at its beginning, which is indented."""
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    return [line for line in lines if line.strip() and not line.startswith(" ")]
 
 
 def _parse_synset(line: str) -> tuple[str, list[str], list[str], str]:
@@ -261,25 +274,21 @@ def _parse_synset(line: str) -> tuple[str, list[str], list[str], str]:
     return parts[0], words, pointers, definition
 
 
-def _read_senses(file: Path) -> tuple[dict[tuple[str, str], int], dict[tuple[str, str, str], int]]:
-    """Of index.sense: how often (part of speech, word) was tagged, and the number of each of its senses."""
+def _read_counts(file: Path) -> dict[tuple[str, str], int]:
+    """Of cntlist.rev: how often each (part of speech, word) was met in tagged texts, over all of its senses."""
     counts: dict[tuple[str, str], int] = defaultdict(int)
-    senses: dict[tuple[str, str, str], int] = {}
-    if file.is_file():
-        for line in file.read_text(encoding="utf-8").splitlines():
-            key, offset, number, tagged = line.split()
-            lemma, _, rest = key.partition("%")
-            kind = _SENSE_TYPES[rest[0]]
-            counts[kind, lemma] += int(tagged)
-            senses[kind, lemma, offset] = int(number)
-    return counts, senses
+    for line in _data_lines(file):
+        key, _, tagged = line.split()
+        lemma, _, rest = key.partition("%")
+        counts[_SENSE_TYPES[rest[0]], lemma] += int(tagged)
+    return counts
 
 
 # ---------------------------------------------------------------------------------------------------------- questions
 
 
-def definition_questions(entries: Sequence[Entry], *, seed: int = 0) -> list[dict[str, Any]]:
-    """A question for each word whose definition fits no other, in a hashed order; the word itself is blanked in it."""
+def definition_questions(entries: Sequence[Entry], *, seed: int = 0, most: int | None = None) -> list[dict[str, Any]]:
+    """Questions, at most `most`, for words whose definition fits no other; the word itself is blanked in it."""
     words_of: dict[str, set[str]] = defaultdict(set)
     for entry in entries:
         words_of[entry.text.lower()].add(_plain(entry.word))
@@ -294,6 +303,8 @@ def definition_questions(entries: Sequence[Entry], *, seed: int = 0) -> list[dic
 
     rows = []
     for entry in order:
+        if len(rows) == most:
+            break
         name = _plain(entry.word)
         if (entry.kind, name) in asked or len(name) < 3:
             continue
