@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 #: Command to module; each has `DEVICES`, `cases(device) -> list[Case]` and `goals(records) -> list[Goal]`.
-BENCHES = {"remask": "benchmarks.remask", "train-step": "benchmarks.train_step"}
+BENCHES = {"remask": "benchmarks.remask", "train-step": "benchmarks.train_step", "generate": "benchmarks.generate"}
 
 
 def choose_device(supported: Sequence[str], wanted: str | None = None):

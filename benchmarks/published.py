@@ -1,9 +1,31 @@
-"""Confidence remasking as LLaDA, iLLaDA and Fast-dLLM publish it: what people run today, and the peer of ours."""
+"""What people run today, and the peers of ours: padded forward passes with all logits, confidence remasking and the
+loops around it, as LLaDA, iLLaDA and Fast-dLLM publish them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from illada.model import MaskedDiffusionModel, rotary_tables, rotate
+
+
+def forward(model: MaskedDiffusionModel, tokens: Tensor, key_mask: Tensor | None = None) -> Tensor:
+    """All logits [B, L, V] of padded rows [B, L]: torch's attention under a mask of keys [B, 1, 1, L]."""
+    cos, sin = rotary_tables(torch.arange(tokens.shape[1], device=tokens.device), model.config, torch.float32)
+    x = model.embed_tokens(tokens)
+    for layer in model.layers:
+        attention = layer.self_attn
+        h = layer.input_layernorm(x)
+        q = rotate(attention.q_proj(h).unflatten(-1, (attention.heads, -1)), cos, sin).transpose(1, 2)
+        k = rotate(attention.k_proj(h).unflatten(-1, (attention.kv_heads, -1)), cos, sin).transpose(1, 2)
+        v = attention.v_proj(h).unflatten(-1, (attention.kv_heads, -1)).transpose(1, 2)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask, enable_gqa=True)
+        x = x + attention.o_proj(out.transpose(1, 2).flatten(2))
+        x = x + layer.mlp(layer.post_attention_layernorm(x))
+    return F.linear(model.norm(x), model.head_weight)
 
 
 def sample(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -48,3 +70,46 @@ def commit(
             index = index[keep]
         transfer[j, index] = True
     canvas[transfer] = token[transfer]
+
+
+@torch.inference_mode()
+def generate(
+    model: MaskedDiffusionModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    gen_length: int,
+    block_length: int,
+    steps: int,
+    var: bool,
+) -> tuple[list[list[int]], int]:
+    """LLaDA's `generate`, iLLaDA's `var_generate` with `var` (for one prompt, as there): (new tokens, forward passes).
+
+    Prompts of unequal lengths are padded on the left and masked. steps: of a block with `var`, else of all together.
+    Temperature 0; nothing stops early.
+    """  # fmt: skip
+    mask_id, longest = model.config.mask_token_id, max(map(len, prompts))
+    if var and len(prompts) > 1:
+        raise ValueError(f"the published loop with growing blocks takes one prompt, got {len(prompts)}")
+    lengths = torch.tensor([len(p) for p in prompts])
+    canvas = torch.full((len(prompts), longest + (0 if var else gen_length)), mask_id)
+    for row, prompt in zip(canvas, prompts, strict=True):
+        row[longest - len(prompt) : longest] = torch.tensor(prompt)
+    blocks, forwards = gen_length // block_length, 0
+    steps = steps if var else steps // blocks
+    for block in range(blocks):
+        if var:
+            canvas = torch.cat([canvas, torch.full((1, block_length), mask_id)], dim=1)
+        end = longest + (block + 1) * block_length
+        key_mask = None
+        if int(lengths.min()) < longest:
+            key_mask = (torch.arange(canvas.shape[1]) >= (longest - lengths)[:, None])[:, None, None, :]
+        for step in range(steps):
+            logits = forward(model, canvas, key_mask)
+            forwards += 1
+            token, confidence = sample(logits.flatten(0, 1), 0.0)
+            confidence = confidence.view(canvas.shape).clone()
+            confidence[:, : end - block_length] = -torch.inf
+            confidence[:, end:] = -torch.inf
+            quota = block_length // steps + (step < block_length % steps)
+            commit(canvas, token, confidence, mask_id, quota=quota)
+    return canvas[:, longest : longest + gen_length].tolist(), forwards

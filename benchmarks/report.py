@@ -20,7 +20,7 @@ def _cells(records: Records, r: dict[str, Any]) -> dict[str, str]:
     """The columns of one record; "-" where something does not apply."""
     seconds = r["median_ms"] / 1e3
     share, times = copy_share(records, r), ratio(records, r["case"], r["provider"], timing=r["timing"])
-    return {
+    cells = {
         "case": r["case"],
         "provider": r["provider"],
         "timing": r["timing"],
@@ -34,6 +34,14 @@ def _cells(records: Records, r: dict[str, Any]) -> dict[str, str]:
         "error": f"{r['error']:.1e}" if r["error"] is not None else "-",
         "ratio": "-" if times is None else f"{times:.2f}x",
     }
+    if any(other.get("counts") for other in records):  # a job, not a kernel: what it did per second
+        for name in ("GB/s", "of copy", "GFLOP/s", "MiB"):
+            del cells[name]
+        for name, count in (r.get("counts") or {}).items():
+            cells[f"{name}/s"] = f"{count / seconds:.1f}"
+        for name in dict.fromkeys(n for other in records for n in other.get("counts") or ()):
+            cells.setdefault(f"{name}/s", "-")
+    return cells
 
 
 def print_table(records: Records) -> None:

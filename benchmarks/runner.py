@@ -24,7 +24,7 @@ from benchmarks.timing import CPU
 
 KEYS = (
     "bench", "case", "provider", "median_ms", "p20_ms", "p80_ms", "flops", "bytes", "peak_memory_bytes", "error",
-    "device", "torch", "commit", "timing", "date",
+    "counts", "device", "torch", "commit", "timing", "date",
 )  # fmt: skip
 
 
@@ -35,6 +35,7 @@ class Provider:
     call: does it once; what it returns is handed to `error`.
     unavailable: why it cannot run here, or None.
     error: how wrong the result is, in the bench's own terms.
+    counts: how much of what one call did, such as tokens and forwards; the table shows them per second.
     rotating: the same call on each of several inputs, too large together for the L2 cache. On a GPU these are also
         timed in a CUDA graph; none of them may wait for the device.
     """
@@ -43,6 +44,7 @@ class Provider:
     call: Callable[[], Any]
     unavailable: str | None = None
     error: Callable[[Any], float] | None = None
+    counts: Callable[[Any], dict[str, int]] | None = None
     rotating: Sequence[Callable[[], Any]] = ()
 
 
@@ -126,12 +128,13 @@ def _run_case(
     """The records of one case, without what is the same for all."""
     on_gpu = device.type == "cuda"
     offered = [p for p in case.make() if not providers or p.name in providers or case.yardstick]
-    errors, memory, timed = {}, {}, []
+    errors, counts, memory, timed = {}, {}, {}, []
     for provider in offered:
         if not provider.unavailable:
             try:
                 result = provider.call()
                 errors[provider.name] = None if provider.error is None else provider.error(result)
+                counts[provider.name] = None if provider.counts is None else provider.counts(result)
                 del result
                 if on_gpu:
                     memory[provider.name] = timing.peak_memory(provider.call, device)
@@ -163,6 +166,7 @@ def _run_case(
                 "bytes": case.bytes,
                 "peak_memory_bytes": memory.get(entry.provider.name),
                 "error": errors[entry.provider.name],
+                "counts": counts[entry.provider.name],
                 "timing": entry.timing,
             }
         )

@@ -27,11 +27,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import published
 from benchmarks.runner import Case, Goal, Provider, ratio
 from benchmarks.timing import CPU
 from illada.config import ModelConfig
 from illada.diffusion import Batch, make_batch
-from illada.model import MaskedDiffusionModel, rotary_tables, rotate
+from illada.model import MaskedDiffusionModel
 
 DEVICES = ("cpu",)
 
@@ -73,19 +74,7 @@ def padded_step(model: MaskedDiffusionModel, batch: Batch) -> Tensor:
     weights = pad(batch.token_weights, 0.0)
     lengths = batch.cu_seqlens.diff()
     key_mask = (torch.arange(longest) < lengths[:, None])[:, None, None, :]  # [B, 1, 1, L]
-    cos, sin = rotary_tables(torch.arange(longest), config, torch.float32)
-
-    x = model.embed_tokens(tokens)
-    for layer in model.layers:
-        attention = layer.self_attn
-        h = layer.input_layernorm(x)
-        q = rotate(attention.q_proj(h).unflatten(-1, (attention.heads, -1)), cos, sin).transpose(1, 2)
-        k = rotate(attention.k_proj(h).unflatten(-1, (attention.kv_heads, -1)), cos, sin).transpose(1, 2)
-        v = attention.v_proj(h).unflatten(-1, (attention.kv_heads, -1)).transpose(1, 2)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask, enable_gqa=True)
-        x = x + attention.o_proj(out.transpose(1, 2).flatten(2))
-        x = x + layer.mlp(layer.post_attention_layernorm(x))
-    logits = F.linear(model.norm(x), model.head_weight)
+    logits = published.forward(model, tokens, key_mask)
     cross_entropy = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     return (cross_entropy * weights.flatten()).sum() / batch.num_tokens
 

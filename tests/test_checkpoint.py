@@ -79,7 +79,7 @@ def test_keys_are_accounted_for(saved):
     for part in (
         "missing: model.norm.weight",
         "unexpected: model.layers.9.x",
-        r"other shape: model.layers.0.mlp.up_proj.weight is [3, 3], expected [48, 32]",
+        r"wrong: model.layers.0.mlp.up_proj.weight is [3, 3], expected [48, 32]",
     ):
         assert part in str(error.value)
 
@@ -87,7 +87,7 @@ def test_keys_are_accounted_for(saved):
 @pytest.mark.parametrize(
     "change,match",
     [
-        ({"model_type": "llama"}, "model_type='llama' (supported: 'illada')"),
+        ({"model_type": "llama"}, "model_type='llama' (supported: 'illada', 'llada', 'Dream', 'qwen2')"),
         ({"attention_bias": True}, "attention_bias=True (supported: False)"),
         ({"rope_scaling": {"factor": 2}}, "rope_scaling={'factor': 2} (supported: None"),
         ({"sliding_window": 4}, "sliding_window=4 (unknown)"),

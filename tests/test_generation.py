@@ -2,77 +2,84 @@
 
 import dataclasses
 
+import oracle
 import pytest
 import torch
+from oracle import CONFIG, WITH_TEXT
 
 from illada.config import ModelConfig
 from illada.data import train_tokenizer
 from illada.generation import GenerationConfig, generate, quota_schedule
 from illada.model import MaskedDiffusionModel
 
-CONFIG = ModelConfig.preset(
-    "tiny", hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=300,
-    max_position_embeddings=64, initializer_range=0.3,
-)  # fmt: skip
 MASK = CONFIG.mask_token_id
-PROMPTS = [[7, 8, 9], [], list(range(20, 40)), [11]]
+PROMPTS = [*WITH_TEXT[:1], [], *WITH_TEXT[1:]]
 
 
 @pytest.fixture(scope="module")
 def model():
-    """Random weights, with an embedding spread enough for clear preferences."""
-    model = MaskedDiffusionModel(CONFIG, seed=5)
-    with torch.no_grad():
-        model.embed_tokens.weight.mul_(2.5)  # no confidence rounds to 1: the published rule leaves ties undefined
-        model.embed_tokens.weight[[CONFIG.eos_token_id, MASK]] *= 0.01  # neither is ever predicted
-    return model
+    return oracle.make_model()
 
 
-def published_block(model, x, begin, end, steps):
-    """LLaDA's inner loop on one sequence: fill x[begin:end] in `steps` forwards, temperature 0."""
-    count = int((x[begin:end] == MASK).sum())
-    transfer = [count // steps + (1 if i < count % steps else 0) for i in range(steps)]
-    for k in transfer:
-        with torch.no_grad():
-            logits = model(x, torch.tensor([0, len(x)], dtype=torch.int32)) @ model.head_weight.T
-        x0 = logits.argmax(-1)
-        confidence = logits.softmax(-1).gather(-1, x0[:, None])[:, 0]
-        allowed = x == MASK
-        allowed[end:] = False
-        allowed[:begin] = False
-        confidence = torch.where(allowed, confidence, -torch.inf)
-        chosen = confidence.topk(k).indices
-        x[chosen] = x0[chosen]
-
-
-def published(model, prompt, config):
-    x = torch.tensor(prompt, dtype=torch.int64)
-    if config.mode == "fixed":
-        x = torch.cat([x, torch.full((config.gen_length,), MASK)])
-    for block in range(config.num_blocks):
-        begin = len(prompt) + block * config.block_length
-        if config.mode == "var":
-            x = torch.cat([x, torch.full((config.block_length,), MASK)])
-        published_block(model, x, begin, begin + config.block_length, config.steps_per_block)
-    return x[len(prompt) :].tolist()
+def equals_the_oracle(model, config, prompts=WITH_TEXT):
+    config = dataclasses.replace(config, stop_tokens=())
+    for prompt, result in zip(prompts, generate(model, prompts, config), strict=True):
+        tokens, forwards = oracle.generate(model, prompt, config)
+        assert result.tokens == tokens
+        assert result.finish_reason == "length" and result.forwards == forwards
 
 
 @pytest.mark.parametrize("mode,length,block,steps", [
-    ("var", 16, 8, 8), ("var", 16, 8, 3), ("var", 12, 4, 7), ("var", 8, 8, 1),
-    ("fixed", 16, 8, 16), ("fixed", 16, 4, 8), ("fixed", 16, 16, 5),
+    ("var", 16, 8, 8), ("var", 16, 8, 3), ("var", 12, 4, 7), ("var", 8, 8, 1), ("var", 16, 1, 1), ("var", 24, 8, 5),
+    ("fixed", 16, 8, 16), ("fixed", 16, 4, 8), ("fixed", 16, 16, 5), ("fixed", 16, 1, 16), ("fixed", 24, 8, 9),
 ])  # fmt: skip
-def test_published_loops(model, mode, length, block, steps):
-    config = GenerationConfig(mode=mode, gen_length=length, block_length=block, steps=steps, stop_tokens=())
-    # Without a prompt all hidden states are equal: which mask goes first is a tie that the published rule leaves open.
-    prompts = [prompt for prompt in PROMPTS if prompt]
-    for prompt, result in zip(prompts, generate(model, prompts, config), strict=True):
-        assert result.tokens == published(model, prompt, config)
-        assert result.finish_reason == "length"
-        assert result.forwards <= config.steps_per_block * config.num_blocks
+@pytest.mark.parametrize("rule", [
+    {}, {"measure": "margin"}, {"measure": "entropy"}, {"rule": "threshold", "threshold": 0.3},
+    {"rule": "threshold", "threshold": 0.4, "measure": "margin"}, {"rule": "factor", "factor": 1.4},
+    {"rule": "entropy_bound", "entropy_bound": 2.0},
+], ids=lambda rule: "-".join(map(str, rule.values())) or "published")  # fmt: skip
+def test_published_loops(model, mode, length, block, steps, rule):
+    equals_the_oracle(model, GenerationConfig(mode=mode, gen_length=length, block_length=block, steps=steps, **rule))
+
+
+@pytest.mark.parametrize("mode,length,block,steps", [("var", 16, 8, 8), ("fixed", 16, 8, 16), ("fixed", 16, 16, 5)])
+@pytest.mark.parametrize("options", [
+    {"cfg_scale": 1.5}, {"forbid_tokens": (7, 9, 263)}, {"delay_tokens": tuple(range(100, 200))},
+    {"end_think": (50, 51, 52), "end_think_boost": 30.0, "end_think_power": 1.0},
+    {"end_think": (50,), "end_think_boost": 100.0, "end_think_power": 3.0, "cfg_scale": 0.5, "forbid_tokens": (8,)},
+], ids=lambda options: "-".join(options))  # fmt: skip
+def test_published_options(model, mode, length, block, steps, options):
+    config = GenerationConfig(mode=mode, gen_length=length, block_length=block, steps=steps, **options)
+    equals_the_oracle(model, config)
+    plain = dataclasses.replace(config, cfg_scale=0.0, forbid_tokens=(), delay_tokens=(), end_think_boost=0.0)
+    changed = [
+        a.tokens != b.tokens
+        for a, b in zip(generate(model, WITH_TEXT, config), generate(model, WITH_TEXT, plain), strict=True)
+    ]
+    assert any(changed)  # the option does something here
+
+
+@pytest.mark.parametrize("measure", ["probability", "margin", "entropy"])
+@pytest.mark.parametrize("steps", [4, 16, 20])
+def test_dream(steps, measure):
+    """Biases, logits of the next token, its schedule; group 7."""
+    config = ModelConfig.preset(
+        "tiny", hidden_size=28, intermediate_size=48, num_attention_heads=7, num_key_value_heads=1, vocab_size=300,
+        max_position_embeddings=64, initializer_range=0.3, qkv_bias=True, logits_shift=True, model_type="dream",
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    model = MaskedDiffusionModel(config, seed=3)
+    with torch.no_grad():
+        for layer in model.layers:
+            layer.self_attn.q_proj.bias.uniform_(-1, 1, generator=torch.Generator().manual_seed(1))
+    options = GenerationConfig(
+        mode="fixed", gen_length=16, block_length=16, steps=steps, schedule="dream", measure=measure
+    )
+    equals_the_oracle(model, options)
 
 
 @pytest.mark.parametrize("mode", ["var", "fixed"])
-@pytest.mark.parametrize("rule", ["top_k", "threshold"])
+@pytest.mark.parametrize("rule", ["quota", "threshold", "factor", "entropy_bound", "origin"])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_alone_or_packed_in_any_order(model, mode, rule, temperature):
     config = GenerationConfig(
@@ -147,13 +154,13 @@ def test_quota_schedule():
 
 def test_errors(model):
     for options, match in (
-        ({"mode": "ar"}, "mode must be var, fixed, got 'ar'"),
-        ({"rule": "best"}, "rule must be top_k, threshold"),
-        ({"measure": "p"}, "measure must be probability"),
+        ({"mode": "ar"}, "mode must be one of var, fixed, infill, got 'ar'"),
+        ({"rule": "best"}, "rule must be one of quota, threshold"),
+        ({"measure": "p"}, "measure must be one of probability"),
         ({"steps": 0}, "steps must be at least 1"),
         ({"gen_length": 100}, r"gen_length \(100\) must be a multiple of block_length \(32\)"),
         ({"mode": "fixed", "steps": 6}, r"steps \(6\) must be a multiple of the 4 blocks"),
-        ({"temperature": -1.0}, "temperature must be >= 0"),
+        ({"temperature": -1.0}, "temperature must be finite and >= 0"),
         ({"threshold": 1.5}, r"threshold must be in \[0, 1\]"),
     ):
         with pytest.raises(ValueError, match=match):
@@ -166,7 +173,7 @@ def test_errors(model):
         ([[1] * 40], {"config": fixed}, "with 32 more it is 8 over"),
         ([[1]], {"seed": [1, 2]}, "one for each of the 1 prompts, got 2"),
         ([[1]], {"config": dataclasses.replace(config, stop_strings=("x",))}, "stop_strings need a tokenizer"),
-        ([[1]], {"config": dataclasses.replace(config, stop_tokens=(999,))}, "stop token 999 is outside"),
+        ([[1]], {"config": dataclasses.replace(config, stop_tokens=(999,))}, "stop_tokens holds token id 999, outside"),
     ):
         with pytest.raises(ValueError, match=match):
             generate(model, prompts, **keywords)

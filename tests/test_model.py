@@ -9,7 +9,7 @@ import torch
 from illada import pack
 from illada.config import PRESETS, ModelConfig
 from illada.diffusion import make_batch
-from illada.model import MaskedDiffusionModel, positions
+from illada.model import MaskedDiffusionModel, Rows, positions
 
 TINY = ModelConfig.preset(
     "tiny", hidden_size=56, intermediate_size=96, num_hidden_layers=2, num_attention_heads=7,
@@ -64,7 +64,7 @@ def twin_logits(model: MaskedDiffusionModel, sequence: torch.Tensor) -> torch.Te
         h = norm(x, at + "post_attention_layernorm.weight")
         gate = linear(h, at + "mlp.gate_proj")
         x = x + linear(gate * gate.sigmoid() * linear(h, at + "mlp.up_proj"), at + "mlp.down_proj")
-    head_weight = p["embed_tokens.weight"][: c.vocab_size] if c.tie_word_embeddings else p["lm_head.weight"]
+    head_weight = p["embed_tokens.weight" if c.tie_word_embeddings else "lm_head.weight"][: c.vocab_size]
     logits = norm(x, "norm.weight") @ head_weight.T
     return torch.cat([logits[:1], logits[:-1]]) if c.logits_shift else logits
 
@@ -204,3 +204,25 @@ def test_errors():
     with pytest.raises(ValueError, match="missing model options: bos_token_id"):
         ModelConfig.from_dict({"vocab_size": 3})
     assert ModelConfig.from_dict(TINY.to_dict()) == TINY
+
+
+@pytest.mark.parametrize("shift", [False, True])
+def test_hidden_states_of_some_rows(shift):
+    """The last layer may leave the others out: the same numbers, and the same gradients."""
+    config = ModelConfig.preset("tiny", vocab_size=100, logits_shift=shift, model_type="dream" if shift else "illada")
+    model = MaskedDiffusionModel(config, seed=2)
+    tokens = torch.arange(20) % 100
+    cu_seqlens, rows = torch.tensor([0, 3, 3, 20], dtype=torch.int32), torch.tensor([0, 2, 3, 4, 19])
+    wanted = Rows(rows, torch.tensor([0, 2, 2, 5], dtype=torch.int32))
+    want = model(tokens, cu_seqlens)[rows]
+    got = model(tokens, cu_seqlens, rows=wanted)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    model.activation_checkpointing = True
+    again = model(tokens, cu_seqlens, rows=wanted)
+    parameters = list(model.parameters())
+    for a, b in zip(
+        torch.autograd.grad(again.square().sum(), parameters),
+        torch.autograd.grad(want.square().sum(), parameters),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

@@ -360,3 +360,14 @@ def test_shipped_configurations_load(name):
 
     config = load_config(Path(__file__).parent.parent / "configs" / f"{name}.toml")
     assert config.model["preset"] == ("tiny" if name == "demo" else "illada_8b")
+
+
+@pytest.mark.parametrize("preset", ["llada_8b", "dream_7b"])
+def test_other_layouts_are_trained_saved_and_resumed(preset, corpus, tmp_path):
+    sizes = {"model.preset": f'"{preset}"', "model.num_key_value_heads": 2}
+    for steps in (2, 4):
+        options = settings(corpus, tmp_path / "run", **{**sizes, "train.steps": steps})
+        result = train(load_config(None, options), progress=False)
+    model = load_pretrained(result.checkpoint)
+    assert model.config.model_type == preset.split("_")[0] and model.config.mask_token_id == 5
+    assert model.config.eot_token_id is None  # LLaDA's own means another token in this corpus

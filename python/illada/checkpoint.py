@@ -1,4 +1,4 @@
-"""Weights in and out: folders with config.json and safetensors, in iLLaDA's Hugging Face layout.
+"""Weights in and out: folders with config.json and safetensors, in the Hugging Face layouts of `illada.layouts`.
 
 Every key is accounted for: a missing, unexpected or misshapen tensor, and a config option that is not understood, are
 errors that name it, never a silent re-initialisation. A tied head is stored once, as the embedding.
@@ -6,9 +6,11 @@ errors that name it, never a silent re-initialisation. A tied head is stored onc
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,41 +18,21 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from tqdm import tqdm
 
 from illada.config import ModelConfig
-from illada.files import staged_directory
+from illada.files import read_json_object, staged_directory
+from illada.layouts import LAYOUTS, Layout, layout_of_file
 from illada.model import MaskedDiffusionModel
 
 _INDEX = "model.safetensors.index.json"
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-#: Config keys with a meaning here, by their name in the file.
-_HONOURED = {
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "max_position_embeddings", "rope_theta", "rms_norm_eps",
-    "tie_word_embeddings", "initializer_range",
-    "mask_token_id", "bos_token_id", "pad_token_id", "eos_token_id",
-}  # fmt: skip
-
-#: Config keys that must have one of these values, because nothing else is implemented.
-_FIXED: dict[str, tuple[Any, ...]] = {
-    "model_type": ("illada",),
-    "hidden_act": ("silu",),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
-    "rope_scaling": (None, {"rope_type": "default"}, {"type": "default"}),
-    "layer_norm_eps": (None,),
-    "attention_dropout": (0, 0.0, 0.1),  # training only, and not applied here: bidirectional diffusion needs none
-    "resid_pdrop": (0, 0.0, 0.1),
-}
-
-#: Config keys that say nothing about the computation.
-_IGNORED = {
-    "architectures", "auto_map", "torch_dtype", "dtype", "transformers_version", "use_cache", "_name_or_path",
-    "tokenizer_sha256", "return_dict", "output_hidden_states", "output_attentions",
-}  # fmt: skip
-
-#: Special ids of every iLLaDA checkpoint; its config.json does not name the mask.
-_ILLADA_IDS = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "mask_token_id": 5}
+#: What belongs to a checkpoint beside its weights and its config.json: glob patterns.
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "tokenization_*.py", "generation_config.json",
+)  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------------------- save
@@ -61,107 +43,114 @@ def save_pretrained(
     path: str | Path,
     *,
     tokenizer: str | Path | None = None,
+    dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5 << 30,
+    progress: bool = False,
 ) -> None:
-    """Write the model as a folder in iLLaDA's Hugging Face layout, beside and renamed.
+    """Write the model as a folder in the Hugging Face layout of its `config.model_type`, beside and renamed.
 
     Args:
-        model: its config must be expressible in that layout (no biases, no shift, embedding as large as the head).
-        tokenizer: a tokenizer.json to put beside the weights; its hash goes into config.json.
+        model: its config must be expressible in that layout.
+        tokenizer: a tokenizer.json to put beside the weights, or a folder whose tokenizer files (TOKENIZER_FILES) to
+            carry along; the hash of tokenizer.json goes into config.json.
+        dtype: of the weights in the file; default their own.
         max_shard_bytes: larger models are split into several safetensors files with an index.
+        progress: show a bar, on a terminal.
 
     Raises:
-        NotImplementedError: another architecture. OSError: nothing was written.
+        NotImplementedError: an architecture that the layout has no words for. FileNotFoundError: no tokenizer there.
+        OSError: nothing was written.
     """
     with staged_directory(path) as folder:
-        write_pretrained(model, folder, tokenizer=tokenizer, max_shard_bytes=max_shard_bytes)
+        write_pretrained(
+            model, folder, tokenizer=tokenizer, dtype=dtype, max_shard_bytes=max_shard_bytes, progress=progress
+        )
 
 
 def write_pretrained(
-    model: MaskedDiffusionModel, folder: Path, *, tokenizer: str | Path | None = None, max_shard_bytes: int = 5 << 30
+    model: MaskedDiffusionModel,
+    folder: Path,
+    *,
+    tokenizer: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 5 << 30,
+    progress: bool = False,
 ) -> None:
     """The files of `save_pretrained`, into a folder that is there."""
-    config = config_to_file(model.config)
+    layout = LAYOUTS[model.config.model_type]
+    config = layout.config_to_file(model.config)
     if tokenizer is not None:
-        shutil.copyfile(tokenizer, folder / "tokenizer.json")
-        config["tokenizer_sha256"] = hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
-    config["torch_dtype"] = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
+        _copy_tokenizer(Path(tokenizer), folder)
+        if (folder / "tokenizer.json").is_file():
+            config["tokenizer_sha256"] = hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
+    config["torch_dtype"] = str(dtype or model.embed_tokens.weight.dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     shards: list[dict[str, Tensor]] = [{}]
     size = total = 0
     for name, tensor in model.state_dict().items():
-        num_bytes = tensor.numel() * tensor.element_size()
+        num_bytes = tensor.numel() * (dtype or tensor.dtype).itemsize
         if shards[-1] and size + num_bytes > max_shard_bytes:
             shards.append({})
             size = 0
-        shards[-1][file_name(name)] = tensor.contiguous()
+        shards[-1][layout.file_name(name)] = tensor
         size += num_bytes
         total += num_bytes
-    if len(shards) == 1:
-        save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
-        return
+    show = progress and sys.stderr.isatty()
     weight_map = {}
-    for i, shard in enumerate(shards, 1):
-        name = f"model-{i:05}-of-{len(shards):05}.safetensors"
-        save_file(shard, folder / name, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(shard, name))
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    with tqdm(total=total, desc="writing", unit="B", unit_scale=True, disable=not show) as bar:
+        for i, shard in enumerate(shards, 1):
+            file = "model.safetensors" if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
+            # One shard at a time, so that a conversion of dtype needs no copy of the whole model.
+            tensors = {key: tensor.to(dtype or tensor.dtype).contiguous() for key, tensor in shard.items()}
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+            weight_map.update(dict.fromkeys(shard, file))
+            bar.update(sum(tensor.nbytes for tensor in tensors.values()))
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def file_name(parameter: str) -> str:
-    """The name of a parameter in a Hugging Face file."""
-    return parameter if parameter.startswith("lm_head.") else f"model.{parameter}"
+def _copy_tokenizer(source: Path, folder: Path) -> None:
+    if not source.is_dir():
+        shutil.copyfile(source, folder / "tokenizer.json")
+        return
+    files = tokenizer_files(source)
+    if not files:
+        raise FileNotFoundError(f"{source} has no tokenizer files ({', '.join(TOKENIZER_FILES[:3])}, ...)")
+    for file in files:
+        shutil.copyfile(file, folder / file.name)
 
 
-def config_to_file(config: ModelConfig) -> dict[str, Any]:
-    """config.json of a model, in iLLaDA's keys."""
-    beyond = {
-        "model_type": config.model_type != "illada",
-        "qkv_bias": config.qkv_bias,
-        "rope_in_fp32": config.rope_in_fp32,
-        "logits_shift": config.logits_shift,
-        "embedding_size": config.embedding_size != config.vocab_size,
-    }
-    if any(beyond.values()):
-        named = ", ".join(f"{name}={getattr(config, name)!r}" for name, is_beyond in beyond.items() if is_beyond)
-        raise NotImplementedError(f"iLLaDA's checkpoint layout cannot express {named}; supported: model_type 'illada'")
-    values = config.to_dict()
-    return {
-        "architectures": ["ILLaDAForCausalLM"],
-        "model_type": "illada",
-        **{key: values[key] for key in values if key in _HONOURED},
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "attention_dropout": 0.0,
-        "resid_pdrop": 0.0,
-        "layer_norm_eps": None,
-        "rope_scaling": None,
-    }
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of a checkpoint folder that its tokenizer consists of."""
+    return sorted(file for pattern in TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file())
 
 
 # --------------------------------------------------------------------------------------------------------------- load
 
 
 def load_pretrained(
-    path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    path: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    mask_token_id: int | None = None,
 ) -> MaskedDiffusionModel:
-    """The model of a checkpoint folder.
+    """The model of a checkpoint folder in any layout of `illada.layouts`.
 
     Weights are memory-mapped: on a CPU, in the file's own dtype, no second copy is made.
 
     Args:
         path: the folder. device: where to put the weights. dtype: default that of the file.
+        mask_token_id: the mask of a checkpoint whose config.json does not name it (Qwen2).
 
     Raises:
         FileNotFoundError: no checkpoint there. ValueError: damaged or foreign files; keys that are missing,
-            unexpected or have another shape; config options that are not supported.
+            unexpected or have another shape; config options that are not supported; no mask id, or two.
     """
     path = Path(path)
-    config = load_config(path)
-    model = MaskedDiffusionModel(config, device="meta")
+    model = MaskedDiffusionModel(load_config(path, mask_token_id=mask_token_id), device="meta")
     load_weights(model, path, device=device, dtype=dtype)
     return model
 
@@ -170,7 +159,9 @@ def load_weights(
     model: MaskedDiffusionModel, path: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> None:
     """Replace the parameters of `model` by those of a checkpoint folder; its keys must fit exactly."""
-    expected = {file_name(name): (name, p) for name, p in model.named_parameters()}
+    layout = LAYOUTS[model.config.model_type]
+    expected = {layout.file_name(name): (name, p) for name, p in model.named_parameters()}
+    tied_head = layout.file_name("lm_head.weight") if model.config.tie_word_embeddings else None
     state: dict[str, Tensor] = {}
     unexpected: list[str] = []
     wrong: list[str] = []
@@ -183,9 +174,13 @@ def load_weights(
                         tensor = tensors.get_tensor(key)
                         if tensor.shape != parameter.shape:
                             wrong.append(f"{key} is {list(tensor.shape)}, expected {list(parameter.shape)}")
+                        elif tensor.dtype not in _DTYPES:
+                            wrong.append(f"{key} is {tensor.dtype}, expected float32, bfloat16 or float16")
+                        elif name in state:
+                            wrong.append(f"{key} is in two files")
                         state[name] = tensor.to(dtype or tensor.dtype)
-                    elif key == "lm_head.weight" and model.config.tie_word_embeddings:
-                        _check_tie(tensors.get_tensor(key), path)
+                    elif key == tied_head:
+                        _check_tie(tensors.get_tensor(key), path, layout)
                     else:
                         unexpected.append(key)
         except (SafetensorError, OSError) as error:
@@ -193,7 +188,7 @@ def load_weights(
     missing = [key for key, (name, _) in expected.items() if name not in state]
     problems = [
         f"{kind}: {', '.join(keys)}"
-        for kind, keys in (("missing", missing), ("unexpected", unexpected), ("other shape", wrong))
+        for kind, keys in (("missing", missing), ("unexpected", unexpected), ("wrong", wrong))
         if keys
     ]
     if problems:
@@ -202,12 +197,13 @@ def load_weights(
     model.requires_grad_(True)
 
 
-def _check_tie(head: Tensor, path: Path) -> None:
+def _check_tie(head: Tensor, path: Path, layout: Layout) -> None:
+    name, embedding = layout.file_name("lm_head.weight"), layout.file_name("embed_tokens.weight")
     for file in _weight_files(path):
         with safe_open(file, framework="pt") as tensors:
-            if "model.embed_tokens.weight" in tensors.keys():
-                if not torch.equal(tensors.get_tensor("model.embed_tokens.weight"), head.cpu()):
-                    raise ValueError(f"{path}: config.json ties the head to the embedding, but lm_head.weight differs")
+            if embedding in tensors.keys():
+                if not torch.equal(tensors.get_tensor(embedding), head.cpu()):
+                    raise ValueError(f"{path}: config.json ties the head to the embedding, but {name} differs")
                 return
 
 
@@ -215,13 +211,17 @@ def _weight_files(path: Path) -> list[Path]:
     if (path / _INDEX).is_file():
         try:
             names = sorted(set(json.loads((path / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, AttributeError):
-            raise ValueError(f"{path / _INDEX} is damaged") from None
+            if any(Path(name).name != name for name in names):
+                raise ValueError("a shard outside of the folder")
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise ValueError(f"{path / _INDEX} is damaged: weight_map must give the file of each tensor") from None
         if absent := [name for name in names if not (path / name).is_file()]:
             raise ValueError(f"{path} lacks the shards {', '.join(absent)} that its index names")
         return [path / name for name in names]
     if not (path / "model.safetensors").is_file():
-        raise FileNotFoundError(f"{path} has no model.safetensors")
+        pickled = sorted(p.name for p in path.glob("*.bin"))
+        hint = f"; {pickled[0]} is a pickle, which is not read: convert it to safetensors" if pickled else ""
+        raise FileNotFoundError(f"{path} has no model.safetensors{hint}")
     return [path / "model.safetensors"]
 
 
@@ -230,29 +230,51 @@ def read_config(path: str | Path) -> dict[str, Any]:
     file = Path(path) / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{path} is not a checkpoint (no config.json)")
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} does not hold a JSON object")
-    return values
+    return read_json_object(file)
 
 
-def load_config(path: str | Path) -> ModelConfig:
+def load_config(path: str | Path, *, mask_token_id: int | None = None) -> ModelConfig:
     """The `ModelConfig` of a checkpoint folder; options without support are errors that name them."""
-    values = read_config(path)
-    refused = [
-        f"{key}={values[key]!r} (supported: {', '.join(repr(a) for a in allowed)})"
-        for key, allowed in _FIXED.items()
-        if key in values and values[key] not in allowed
-    ]
-    known = _HONOURED | set(_FIXED) | _IGNORED
-    refused += [f"{key}={values[key]!r} (unknown)" for key in values if key not in known]
-    if refused:
-        raise ValueError(f"{Path(path) / 'config.json'}: unsupported options: {'; '.join(refused)}")
-    needed = _HONOURED - set(_ILLADA_IDS) - {"head_dim", "initializer_range"}
-    if missing := sorted(needed - set(values)):
-        raise ValueError(f"{Path(path) / 'config.json'} lacks {', '.join(missing)}, which cannot be guessed")
-    given = {key: values[key] for key in _HONOURED if values.get(key) is not None}
-    return ModelConfig.from_dict({**_ILLADA_IDS, **given})
+    values, source = read_config(path), str(Path(path) / "config.json")
+    return layout_of_file(values, source).config_from_file(values, source=source, mask_token_id=mask_token_id)
+
+
+# ------------------------------------------------------------------------------------------------------------ convert
+
+
+def convert_checkpoint(
+    source: str | Path,
+    target: str | Path,
+    *,
+    model_type: str | None = None,
+    dtype: torch.dtype | None = None,
+    mask_token_id: int | None = None,
+    max_shard_bytes: int = 5 << 30,
+    progress: bool = False,
+) -> ModelConfig:
+    """Rewrite a checkpoint in another dtype, layout or shard size; its tokenizer files come along.
+
+    Args:
+        source, target: folders; the target is written beside and renamed, and replaced where it was there.
+        model_type: illada, llada, dream or qwen2; default that of the source.
+        dtype, mask_token_id, max_shard_bytes, progress: as in `load_pretrained` and `save_pretrained`.
+
+    Returns:
+        What the target is.
+
+    Raises:
+        ValueError, FileNotFoundError: as `load_pretrained`. NotImplementedError: an architecture that the target's
+        layout cannot express; its fields are named. OSError: nothing was written.
+    """
+    source = Path(source)
+    model = load_pretrained(source, mask_token_id=mask_token_id)
+    model.config = dataclasses.replace(model.config, model_type=model_type or model.config.model_type)
+    save_pretrained(
+        model,
+        target,
+        tokenizer=source if tokenizer_files(source) else None,
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
+        progress=progress,
+    )
+    return model.config

@@ -11,14 +11,16 @@ from typing import Any
 class ModelConfig:
     """A bidirectional Transformer: GQA, RoPE, RMSNorm, SwiGLU. Names as in Hugging Face configs.
 
-    vocab_size: V, rows of the head. embedding_size: rows of the embedding, >= vocab_size (LLaDA); default the same.
+    vocab_size: V, the tokens that can be predicted. embedding_size: rows of the embedding and of an untied head,
+    >= vocab_size (LLaDA pads them); default the same.
     hidden_size: C. intermediate_size: width of the SwiGLU. num_hidden_layers, num_attention_heads H,
     num_key_value_heads G, head_dim D (default C / H), max_position_embeddings: longest sequence.
     rope_theta; rope_in_fp32: rotate q and k in float32 (LLaDA) instead of in their own dtype.
     rms_norm_eps; tie_word_embeddings: the head is the embedding; qkv_bias: q, k, v projections have biases (Dream).
     initializer_range: standard deviation of the weights.
-    logits_shift: position i is predicted by the hidden state of i - 1 (Dream).
-    *_token_id: special ids; data of a checkpoint, never guessed.
+    logits_shift: position i is predicted by the hidden state of i - 1 (Dream, and starts from an autoregressive model).
+    *_token_id: special ids; data of a checkpoint, never guessed. bos and pad may be None; eot, the end of a turn, where
+    that is another token than the end of the text. model_type: the layout to save in, see `illada.layouts`.
     """
 
     vocab_size: int
@@ -29,8 +31,8 @@ class ModelConfig:
     num_key_value_heads: int
     mask_token_id: int
     eos_token_id: int
-    pad_token_id: int
-    bos_token_id: int
+    pad_token_id: int | None
+    bos_token_id: int | None
     head_dim: int | None = None
     embedding_size: int | None = None
     max_position_embeddings: int = 8192
@@ -42,6 +44,7 @@ class ModelConfig:
     initializer_range: float = 0.02
     logits_shift: bool = False
     model_type: str = "illada"
+    eot_token_id: int | None = None
 
     def __post_init__(self) -> None:
         for name in (
@@ -70,9 +73,12 @@ class ModelConfig:
             raise ValueError(
                 f"model.embedding_size ({self.embedding_size}) is less than vocab_size ({self.vocab_size})"
             )
-        for name in ("mask_token_id", "eos_token_id", "pad_token_id", "bos_token_id"):
-            if not 0 <= getattr(self, name) < self.embedding_rows:
-                raise ValueError(f"model.{name} must be in [0, {self.embedding_rows}), got {getattr(self, name)}")
+        for name in ("mask_token_id", "eos_token_id", "pad_token_id", "bos_token_id", "eot_token_id"):
+            token = getattr(self, name)
+            if token is None and name in ("pad_token_id", "bos_token_id", "eot_token_id"):
+                continue
+            if not isinstance(token, int) or not 0 <= token < self.embedding_rows:
+                raise ValueError(f"model.{name} must be in [0, {self.embedding_rows}), got {token!r}")
         if self.model_type not in ("illada", "llada", "dream", "qwen2"):
             raise ValueError(f"model.model_type must be illada, llada, dream or qwen2, got {self.model_type!r}")
 
@@ -95,7 +101,7 @@ class ModelConfig:
         qkv = (self.num_attention_heads + 2 * self.num_key_value_heads) * d
         layer = qkv * c + (qkv if self.qkv_bias else 0) + self.num_attention_heads * d * c
         layer += 3 * c * self.intermediate_size + 2 * c
-        head = 0 if self.tie_word_embeddings else self.vocab_size * c
+        head = 0 if self.tie_word_embeddings else self.embedding_rows * c
         return self.embedding_rows * c + self.num_hidden_layers * layer + c + head
 
     @classmethod
@@ -142,9 +148,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 32, "vocab_size": 126464, "max_position_embeddings": 4096, "rope_theta": 500000.0,
         "rope_in_fp32": True, "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "model_type": "llada",
         "bos_token_id": 126080, "eos_token_id": 126081, "pad_token_id": 126081, "mask_token_id": 126336,
+        "eot_token_id": 126348,
     },
     "dream_7b": {**_QWEN_7B, "mask_token_id": 151666, "logits_shift": True, "model_type": "dream"},
-    "qwen2_7b": {**_QWEN_7B, "mask_token_id": 151665, "model_type": "qwen2"},
+    # Qwen2 has no mask: 151666 is the unused row of its embedding that Dream, which started from it, made the mask.
+    "qwen2_7b": {
+        **_QWEN_7B, "mask_token_id": 151666, "pad_token_id": None, "logits_shift": True, "model_type": "qwen2",
+    },
     "small": {
         "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8,
         "num_key_value_heads": 2, "vocab_size": 32768, "max_position_embeddings": 1024, "rope_theta": 10000.0,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 
 @contextlib.contextmanager
@@ -50,6 +52,17 @@ def write_text(file: str | Path, text: str) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def read_json_object(file: Path) -> dict[str, Any]:
+    """A JSON file that holds an object. ValueError, which names the file: it does not."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # UnicodeDecodeError is one as well
+        raise ValueError(f"{file} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} does not hold a JSON object")
+    return values
 
 
 def remove_directory(path: str | Path) -> None:

@@ -8,6 +8,7 @@ Hugging Face checkpoints without the leading "model.".
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,37 @@ from torch.utils.checkpoint import checkpoint
 from illada.config import ModelConfig
 from illada.diffusion import Batch
 from illada.ops import AttentionPlan, attention_plan, linear_masked_cross_entropy, varlen_attention
+
+
+class CachedKeys(NamedTuple):
+    """Keys and values of earlier forwards that the queries of this one see, and where its own go.
+
+    k, v: [layers, R, G, D], R rows of slots of sequences; written in place.
+    rows: int64 [T], the row for each packed token's key and value.
+    cu_seqlens_k: int32 [S + 1], where each sequence's slot starts. seqused_k: int32 [S], rows in use,
+        the new ones included.
+    """
+
+    k: Tensor
+    v: Tensor
+    rows: Tensor
+    cu_seqlens_k: Tensor
+    seqused_k: Tensor
+
+    def layer(self, i: int) -> CachedKeys:
+        """The same of one layer, k and v [R, G, D]."""
+        return self._replace(k=self.k[i], v=self.v[i])
+
+
+class Rows(NamedTuple):
+    """The tokens whose hidden states are wanted, sequence by sequence.
+
+    indices: int64 [N] into the pack; those of a sequence together, sequences in order. cu_seqlens: int32 [S + 1], where
+    each sequence's begin.
+    """
+
+    indices: Tensor
+    cu_seqlens: Tensor
 
 
 class RMSNorm(nn.Module):
@@ -61,16 +93,34 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(width, self.kv_heads * dim, bias=config.qkv_bias)
         self.o_proj = nn.Linear(self.heads * dim, width, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, plan: AttentionPlan) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cu_seqlens: Tensor,
+        plan: AttentionPlan | None,
+        cache: CachedKeys | None = None,
+        rows: Rows | None = None,
+    ) -> Tensor:
+        asking, q_cos, q_sin = (
+            (x, cos, sin) if rows is None else (x[rows.indices], cos[rows.indices], sin[rows.indices])
+        )
         q, k, v = (
-            project(x).unflatten(-1, (heads, -1))
-            for project, heads in (
-                (self.q_proj, self.heads),
-                (self.k_proj, self.kv_heads),
-                (self.v_proj, self.kv_heads),
+            project(source).unflatten(-1, (heads, -1))
+            for project, source, heads in (
+                (self.q_proj, asking, self.heads),
+                (self.k_proj, x, self.kv_heads),
+                (self.v_proj, x, self.kv_heads),
             )
         )
-        out = varlen_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, cu_seqlens, plan=plan)
+        q, k = rotate(q, q_cos, q_sin), rotate(k, cos, sin)
+        cu_seqlens_k, seqused_k = None if rows is None else cu_seqlens, None
+        if cache is not None:  # k and v are this layer's
+            k, v = cache.k.index_copy_(0, cache.rows, k), cache.v.index_copy_(0, cache.rows, v)
+            cu_seqlens_k, seqused_k = cache.cu_seqlens_k, cache.seqused_k
+        cu_seqlens_q = cu_seqlens if rows is None else rows.cu_seqlens
+        out = varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k, plan=plan)
         assert isinstance(out, Tensor)
         return self.o_proj(out.flatten(1))
 
@@ -98,8 +148,19 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, plan: AttentionPlan) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cu_seqlens, plan)
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cu_seqlens: Tensor,
+        plan: AttentionPlan | None,
+        cache: CachedKeys | None = None,
+        rows: Rows | None = None,
+    ) -> Tensor:
+        """With `rows` for these alone [N, C]: the others only give keys and values (and need no `plan`)."""
+        attended = self.self_attn(self.input_layernorm(x), cos, sin, cu_seqlens, plan, cache, rows)
+        x = (x if rows is None else x[rows.indices]) + attended
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -133,7 +194,7 @@ class MaskedDiffusionModel(nn.Module):
             self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
             self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
             self.lm_head = (
-                None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+                None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.embedding_rows, bias=False)
             )
         self.to(dtype or torch.float32)
         target = torch.device(device or "cpu")
@@ -159,14 +220,14 @@ class MaskedDiffusionModel(nn.Module):
                 elif name.endswith(("o_proj.weight", "down_proj.weight")):
                     std *= residual_scale
                 parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
-        self.embed_tokens.weight[self.config.pad_token_id] = 0
+        if self.config.pad_token_id is not None:
+            self.embed_tokens.weight[self.config.pad_token_id] = 0
 
     @property
     def head_weight(self) -> Tensor:
-        """[V, C]: the head, or the first V rows of the embedding it is tied to."""
-        if self.lm_head is not None:
-            return self.lm_head.weight
-        return self.embed_tokens.weight[: self.config.vocab_size]
+        """[V, C]: the head, or the embedding it is tied to, without the rows that only pad it."""
+        weight = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        return weight if weight.shape[0] == self.config.vocab_size else weight[: self.config.vocab_size]
 
     def forward(
         self,
@@ -175,6 +236,8 @@ class MaskedDiffusionModel(nn.Module):
         *,
         position_ids: Tensor | None = None,
         plan: AttentionPlan | None = None,
+        cache: CachedKeys | None = None,
+        rows: Rows | None = None,
     ) -> Tensor:
         """Hidden states that, times the head, give the logits of each token's own position.
 
@@ -183,9 +246,13 @@ class MaskedDiffusionModel(nn.Module):
             cu_seqlens: int32 [S + 1], from 0 to T.
             position_ids: int64 [T]; default: from 0 in each sequence.
             plan: of `illada.attention_plan`; default: made here.
+            cache: attend to what its slots hold as well; the keys and values of `tokens` are written into it first.
+                Needs `position_ids`, and no gradients.
+            rows: the tokens whose hidden states are wanted; the last layer computes no others.
 
         Returns:
-            [T, C], after the final norm (and shifted by one position inside each sequence for Dream's models).
+            [T, C], or [N, C] with `rows`, after the final norm (and shifted by one position inside each sequence for
+            Dream's models).
 
         Raises:
             ValueError: wrong shapes; token ids or cu_seqlens out of range (on a CPU, where looking costs no sync).
@@ -193,10 +260,14 @@ class MaskedDiffusionModel(nn.Module):
         self._check(tokens, cu_seqlens)
         config = self.config
         if position_ids is None:
+            if cache is not None:
+                raise ValueError("position_ids must be given with a cache: the tokens do not start at position 0")
             position_ids = positions(cu_seqlens, tokens.shape[0])
         if plan is None:
             plan = attention_plan(
                 cu_seqlens,
+                cu_seqlens_k=None if cache is None else cache.cu_seqlens_k,
+                seqused_k=None if cache is None else cache.seqused_k,
                 num_heads=config.num_attention_heads,
                 num_kv_heads=config.num_key_value_heads,
                 head_dim=config.head_size,
@@ -207,13 +278,18 @@ class MaskedDiffusionModel(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
         cos, sin = rotary_tables(position_ids, config, dtype)
-        for layer in self.layers:
+        if rows is not None and config.logits_shift:
+            rows = rows._replace(indices=shifted(cu_seqlens, tokens.shape[0])[rows.indices])
+        for i, layer in enumerate(self.layers):
+            inputs = [x, cos, sin, cu_seqlens, plan, None if cache is None else cache.layer(i), None]
+            if rows is not None and i == len(self.layers) - 1:
+                inputs[4], inputs[6] = None, rows
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, cu_seqlens, plan, use_reentrant=False)
+                x = checkpoint(layer, *inputs, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, cu_seqlens, plan)
+                x = layer(*inputs)
         hidden = self.norm(x)
-        return shift_right(hidden, position_ids) if config.logits_shift else hidden
+        return hidden[shifted(cu_seqlens, tokens.shape[0])] if config.logits_shift and rows is None else hidden
 
     def loss(self, batch: Batch, *, normalizer: float | Tensor | None = None) -> Tensor:
         """Eq. 1 on a batch: sum of 1/p-weighted cross-entropies of the masked tokens over `normalizer`, a scalar.
@@ -252,7 +328,6 @@ def positions(cu_seqlens: Tensor, total: int) -> Tensor:
     return index - cu_seqlens[sequence]
 
 
-def shift_right(hidden: Tensor, position_ids: Tensor) -> Tensor:
-    """Row i takes the hidden state of i - 1; the first row of each sequence keeps its own."""
-    index = torch.arange(hidden.shape[0], device=hidden.device)
-    return hidden[index - (position_ids > 0).to(index.dtype)]
+def shifted(cu_seqlens: Tensor, total: int) -> Tensor:
+    """int64 [T]: the row before each row, for logits of the next token; a sequence's first row keeps its own."""
+    return torch.arange(total, device=cu_seqlens.device) - (positions(cu_seqlens, total) > 0).to(torch.int64)

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from illada.cli import evaluate, generate, info, prepare, train
+from illada.cli import convert, evaluate, generate, info, prepare, train
 
 _EXAMPLES = """\
 from nothing to text, on a CPU:
@@ -46,13 +46,13 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(
         prog="illada",
-        description="Train, sample, score and inspect masked diffusion language models.",
+        description="Train, sample, score, convert and inspect masked diffusion language models.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"illada {illada.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (prepare, train, generate, evaluate, info):
+    for command in (prepare, train, generate, evaluate, convert, info):
         command.add_parser(commands)
     return parser

@@ -67,12 +67,15 @@ def check_last_contiguous(op: str, name: str, tensor: Tensor) -> None:
 
 
 def check_cumulative(op: str, name: str, cumulative: Tensor, total: int | None) -> None:
-    """ValueError unless `cumulative` starts at 0, ascends, and ends at `total` (where the values may be read)."""
+    """ValueError unless `cumulative` starts at 0, ascends, and ends at `total` (where the values may be read).
+
+    Without a total they are the starts of slots, and the first one may be anywhere.
+    """
     if not may_read(cumulative):
         return
     values = cumulative.tolist()
-    if values[0] != 0:
-        raise ValueError(f"{op}: {name} must start at 0, got {values[0]}")
+    if values[0] < 0 or (values[0] != 0 and total is not None):
+        raise ValueError(f"{op}: {name} must start at 0{' or later' if total is None else ''}, got {values[0]}")
     for i, (a, b) in enumerate(zip(values[:-1], values[1:], strict=True)):
         if b < a:
             raise ValueError(f"{op}: {name} must ascend, got {a} before {b} at index {i}")

@@ -224,7 +224,8 @@ def attention_plan(
 
     Args:
         cu_seqlens: int32 [S + 1], where each sequence of queries starts in the pack; from 0 to `total_q`, ascending.
-        cu_seqlens_k: int32 [S + 1], where each sequence's slot of keys starts; default: the same as the queries.
+        cu_seqlens_k: int32 [S + 1], where each sequence's slot of keys starts (anywhere, ascending), and where the last
+            one ends; default: the same as the queries.
         seqused_k: int32 [S], how many keys of each slot are in use; default: all.
         num_heads, num_kv_heads, head_dim: H, G and D of the attention calls; H must be a multiple of G.
         total_q: T, the number of packed queries.

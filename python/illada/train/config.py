@@ -111,9 +111,11 @@ class TrainConfig:
         """The architecture for a corpus header: its vocabulary and special ids, unless the config gives them."""
         options = dict(self.model)
         preset = options.pop("preset", None)
-        base = {} if preset is None else _preset(preset)
+        base = {} if preset is None else dict(_preset(preset))
         ids = [f"{name}_token_id" for name in ("bos", "pad", "eos", "mask")]
         from_corpus = {key: corpus[key] for key in ("vocab_size", *ids) if key in corpus}
+        if corpus:
+            base.pop("eot_token_id", None)  # the preset's means another tokenizer's token
         config = ModelConfig.from_dict({**base, **from_corpus, **options})
         if corpus:
             if config.vocab_size < corpus["vocab_size"]:

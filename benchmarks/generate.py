@@ -1,0 +1,102 @@
+"""Generation of unequal prompts, against the published loops on the same weights, by the same rule.
+
+    illada         all prompts in one pack; only masked rows meet the head
+    illada prefix  the same on a cache that is refreshed at each block; `error` is the share of tokens that differ
+    illada block   the same on a cache of frozen blocks
+    one by one     the authors' loop, a prompt at a time (iLLaDA's takes no more), all logits
+    padded         LLaDA's loop on left-padded rows under a mask; mode fixed alone, its only one for a batch
+
+Random weights, temperature 0, nothing stops early: the work is the same for all, and so must be the tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import published
+from benchmarks.runner import Case, Goal, Provider, ratio
+from benchmarks.timing import CPU
+from illada.config import ModelConfig
+from illada.generation import GenerationConfig, generate
+from illada.model import MaskedDiffusionModel
+
+DEVICES = ("cpu",)
+
+#: Of each model: new tokens, block, steps of a block, longest prompt.
+SIZES = {"tiny": (64, 32, 16, 256), "small": (32, 16, 8, 128)}
+
+
+def make_model(name: str) -> MaskedDiffusionModel:
+    """Random weights whose predictions differ from place to place: trained models are surer than random ones."""
+    model = MaskedDiffusionModel(ModelConfig.preset(name, initializer_range=0.08), seed=1)
+    with torch.no_grad():
+        model.embed_tokens.weight.mul_(2)
+        model.embed_tokens.weight[model.config.mask_token_id] *= 0.01  # never predicted
+    return model.eval()
+
+
+def make_prompts(batch: int, longest: int, vocab_size: int) -> list[list[int]]:
+    """Lengths from 8 on, as many short as long ones on a logarithmic scale."""
+    random = np.random.default_rng(batch)
+    lengths = np.exp(random.uniform(np.log(8), np.log(longest), batch)).astype(int)
+    return [random.integers(6, vocab_size, n).tolist() for n in lengths]
+
+
+def make_case(name: str, batch: int, mode: str) -> Case:
+    """All ways to generate for one model and batch."""
+
+    def make() -> list[Provider]:
+        model = make_model(name)
+        length, block, steps, longest = SIZES[name]
+        prompts = make_prompts(batch, longest, model.config.vocab_size)
+        passes = steps * (1 if mode == "var" else length // block)
+        config = GenerationConfig(mode=mode, gen_length=length, block_length=block, steps=passes, stop_tokens=())
+        same = {"gen_length": length, "block_length": block, "steps": passes, "var": mode == "var"}
+
+        def ours(cache: str) -> tuple[list[list[int]], int]:
+            cached = GenerationConfig(**{**config.__dict__, "cache": cache})
+            results = generate(model, prompts, cached)
+            return [r.tokens for r in results], max(r.forwards for r in results)
+
+        def one_by_one() -> tuple[list[list[int]], int]:
+            done = [published.generate(model, [p], **same) for p in prompts]
+            return [tokens for found, _ in done for tokens in found], sum(forwards for _, forwards in done)
+
+        reference = np.array(one_by_one()[0])
+
+        def error(result: tuple[list[list[int]], int]) -> float:
+            return float((np.array(result[0]) != reference).mean())
+
+        def counts(result: tuple[list[list[int]], int]) -> dict[str, int]:
+            return {"tokens": batch * length, "forwards": result[1]}
+
+        ways: dict[str, Any] = {"illada": partial(ours, "none")}
+        ways |= {f"illada {cache}": partial(ours, cache) for cache in ("prefix", "block")}
+        ways["one by one"] = one_by_one
+        if mode == "fixed":
+            ways["padded"] = partial(published.generate, model, prompts, **same)
+        return [Provider(name, call, error=error, counts=counts) for name, call in ways.items()]
+
+    return Case(f"{name} {mode} {batch} prompts", make, repeats=5, slow={"one by one"})
+
+
+def cases(device: torch.device = CPU) -> list[Case]:
+    """Both models and modes; batches of 1, 8 and 32."""
+    return [make_case(name, batch, mode) for name in SIZES for mode in ("var", "fixed") for batch in (1, 8, 32)]
+
+
+def goals(records: Sequence[dict[str, Any]]) -> list[Goal]:
+    """32 prompts: four times the tokens per second of the published loop, and the same tokens."""
+    found = []
+    for case in dict.fromkeys(r["case"] for r in records if r["case"].endswith(" 32 prompts")):
+        faster = ratio(records, case, "one by one")
+        wrong = [r["error"] for r in records if r["case"] == case and r["provider"] == "illada"]
+        if faster is not None and wrong:
+            text = f"{case}: {faster:.2f}x the tokens/s of one by one (goal 4x), {wrong[0]:.2%} of the tokens differ"
+            found.append(Goal(text, faster >= 4 and wrong[0] == 0))
+    return found

@@ -1,0 +1,146 @@
+"""What a generation is asked for, and what it gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from illada.ops.types import MEASURES
+
+MODES = ("var", "fixed", "infill")
+RULES = ("quota", "threshold", "factor", "entropy_bound", "origin")
+SCHEDULES = ("even", "dream")
+CACHES = ("none", "prefix", "block")
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """How to generate one sequence; the sequences of a batch may differ in all of it but the cache.
+
+    Where the masks are (sources in docs/generation.md):
+        mode: "var": append `block_length` masks at a time, nothing is known of later blocks (iLLaDA); "fixed": all
+            `gen_length` masks are there from the start, filled block by block (LLaDA; with one block, Dream); "infill":
+            the masks of the prompt are filled, `block_length` of them at a time from the left, nothing is appended.
+        gen_length: most tokens to generate; a multiple of block_length. In mode "var" less where the context ends.
+        block_length: tokens that are filled together before the next ones.
+        steps: forward passes; of each block in modes "var" and "infill", of all blocks together in mode "fixed" (as
+            published). All rules but "quota" and "origin" may need fewer; the last step commits whatever is left.
+
+    Which token, and which positions keep it:
+        temperature: of the Gumbel noise, 0 is greedy.
+        measure: of confidence: "probability", "margin", "entropy" (negative) or "random"; see `illada.sample_tokens`.
+        rule: "quota": a fixed number of the most confident a step, by `schedule`; "threshold": all with confidence >=
+            `threshold`; "factor": the most confident n with c_(r) > 1 - `factor` / (r + 1) for r <= n;
+            "entropy_bound": the n of least entropy with sum H - max H <= `entropy_bound`; the last three at least one
+            a step. "origin": each mask with probability 1 - s/t (Dream), whatever its confidence.
+        schedule: of "quota": "even": masks / steps, the first steps one more (LLaDA); "dream": floor(masks (1 - s/t))
+            with t from 1 to 0.001, the last step the rest.
+        alg_temp: > 0 draws the quota's positions without replacement by softmax(confidence / alg_temp) (Dream).
+        take_back: ReMDM's cap on the probability with which a committed token of the block becomes a mask again in a
+            step, min(take_back, (1 - a_s) / a_t) with a the share committed; the quota grows by as many. 0: never.
+        cfg_scale: w of classifier-free guidance, logits = un + (w + 1) (logits - un); `un` sees masks for the prompt.
+        forbid_tokens: ids that are never sampled, their logits are -inf (official name: logits_eos_inf, for the eos).
+        delay_tokens: ids that are committed after all others; their confidence is the lowest, and the others' is taken
+            without them (official name: confidence_eos_eot_inf, for eos and end-of-turn).
+        end_think: ids of the text that ends reasoning, such as "</think>". As long as the generated text lacks it, its
+            next id gains end_think_boost * progress^end_think_power on the first mask of the block, progress the share
+            of gen_length up to there (iLLaDA).
+
+    When it stops, looked at after each block:
+        stop_tokens: ids that end a sequence; default the model's eos.
+        stop_strings: texts that end a sequence; they need the tokenizer.
+
+    Speed:
+        cache: of keys and values: "none" (exact); "prefix": everything before the block is computed at its first step
+            and kept for the others; "block": a finished block is computed once more, in the first step of the next one,
+            and kept for good. The last two change the result a little: `illada agreement` says by how much.
+    """
+
+    mode: str = "var"
+    gen_length: int = 128
+    block_length: int = 32
+    steps: int = 32
+    temperature: float = 0.0
+    measure: str = "probability"
+    rule: str = "quota"
+    schedule: str = "even"
+    threshold: float = 0.9
+    factor: float = 1.0
+    entropy_bound: float = 0.1
+    alg_temp: float = 0.0
+    take_back: float = 0.0
+    cfg_scale: float = 0.0
+    forbid_tokens: tuple[int, ...] = ()
+    delay_tokens: tuple[int, ...] = ()
+    end_think: tuple[int, ...] = ()
+    end_think_boost: float = 0.0
+    end_think_power: float = 2.0
+    stop_tokens: tuple[int, ...] | None = None
+    stop_strings: tuple[str, ...] = ()
+    cache: str = "none"
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("mode", MODES),
+            ("rule", RULES),
+            ("measure", MEASURES),
+            ("schedule", SCHEDULES),
+            ("cache", CACHES),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        for name in ("gen_length", "block_length", "steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.mode != "infill" and self.gen_length % self.block_length:
+            divisors = [n for n in range(1, self.gen_length + 1) if self.gen_length % n == 0]
+            raise ValueError(
+                f"gen_length ({self.gen_length}) must be a multiple of block_length ({self.block_length}); "
+                f"block_length may be {', '.join(map(str, divisors))}"
+            )
+        if self.mode == "fixed" and self.steps % self.num_blocks:
+            raise ValueError(
+                f"in mode fixed steps ({self.steps}) must be a multiple of the {self.num_blocks} blocks "
+                f"(gen_length / block_length), such as {self.num_blocks * max(1, self.steps // self.num_blocks)}"
+            )
+        for name in ("temperature", "factor", "entropy_bound", "alg_temp", "cfg_scale", "end_think_power"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be finite and >= 0, got {getattr(self, name)}")
+        if not 0 <= self.threshold <= 1 and self.measure != "entropy":
+            raise ValueError(f"threshold must be in [0, 1], got {self.threshold}")
+        if not 0 <= self.take_back <= 1:
+            raise ValueError(f"take_back must be a probability, in [0, 1], got {self.take_back}")
+        if self.rule != "quota" and (self.alg_temp or self.take_back or self.schedule != "even"):
+            raise ValueError(f"schedule, alg_temp and take_back belong to rule quota, got rule {self.rule!r}")
+        if self.mode == "infill" and self.cache != "none":
+            raise ValueError(f"mode infill has no caches: its masks are anywhere; got cache {self.cache!r}")
+        if self.end_think_boost < 0 or (self.end_think_boost > 0 and not self.end_think):
+            raise ValueError(f"end_think_boost ({self.end_think_boost}) must be >= 0, and needs the ids of end_think")
+        if self.end_think_boost and self.mode == "infill":
+            raise ValueError("end_think_boost goes with modes var and fixed, where text follows the prompt; got infill")
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of a full-length generation, in modes "var" and "fixed"."""
+        return self.gen_length // self.block_length
+
+    @property
+    def steps_per_block(self) -> int:
+        """Most forward passes of one block."""
+        return self.steps // self.num_blocks if self.mode == "fixed" else self.steps
+
+
+@dataclass
+class GenerationResult:
+    """One generated sequence.
+
+    tokens: the new ids, without the prompt, up to and without the first stop token; in mode "infill" the whole
+        sequence. Masks are left in it where the model gave NaN, or a mask, to the end.
+    finish_reason: "stop_token", "stop_string", "length", or "filled" (mode "infill").
+    forwards: forward passes this sequence took part in.
+    text: of the tokens, cut before the first stop string, where a tokenizer was given.
+    """
+
+    tokens: list[int]
+    finish_reason: str
+    forwards: int
+    text: str | None = None

@@ -1,0 +1,177 @@
+"""One sequence on its way: the host's view of its canvas, its blocks and where it stands."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from illada.config import ModelConfig
+from illada.generation.config import GenerationConfig
+from illada.generation.rules import dream_transfer, end_think_bias, quota_schedule, taken_back
+
+
+class RuleCall(NamedTuple):
+    """What one call of the ops can serve together: all that is not a tensor of theirs."""
+
+    rule: str
+    measure: str
+    min_commit: int
+    ordered: bool
+    delayed: bool
+
+
+class Request:
+    """A prompt and its canvas.
+
+    Attributes:
+        index: of the prompt. config, seed: as given.
+        canvas: int64 [prompt and all tokens it may get], masks where nothing is committed.
+        blocks: the positions of each block, in the order of filling.
+        block, step, forwards: blocks done, steps done in this one, forward passes in all.
+        slots: of the cache, one for the sequence and one for its unconditional twin, if there are any.
+        finish_reason: None while there is work left.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        prompt: NDArray,
+        config: GenerationConfig,
+        seed: int,
+        model: ModelConfig,
+        slots: tuple[int, ...] = (),
+    ) -> None:
+        self.index, self.config, self.seed, self.slots = index, config, seed, slots
+        self.mask_id = model.mask_token_id
+        self.prompt_length = len(prompt)
+        size = config.block_length
+        if config.mode == "infill":
+            self.canvas = prompt.copy()
+            holes = np.flatnonzero(prompt == self.mask_id)
+            self.blocks = [holes[i : i + size] for i in range(0, len(holes), size)]
+        else:
+            count = min(config.num_blocks, (model.max_position_embeddings - len(prompt)) // size)
+            self.canvas = np.concatenate([prompt, np.full(count * size, self.mask_id, dtype=np.int64)])
+            self.blocks = [len(prompt) + np.arange(i * size, (i + 1) * size) for i in range(count)]
+        self.given = np.ones(len(self.canvas), dtype=bool)  # for guidance: what the unconditional twin does not see
+        if self.blocks:
+            self.given[np.concatenate(self.blocks)] = False
+        self.block = self.step = self.forwards = 0
+        self.finish_reason: str | None = None
+        self.taken = np.empty(0, dtype=np.int64)
+        self._start_block()
+
+    def _start_block(self) -> None:
+        self.step = 0
+        if self.block < len(self.blocks):
+            self.quotas = quota_schedule(len(self.masked()), self.config.steps_per_block)
+
+    # --------------------------------------------------------------------------------------------- what a forward sees
+
+    @property
+    def guided(self) -> bool:
+        """Does it have an unconditional twin in the pack?"""
+        return self.config.cfg_scale > 0
+
+    @property
+    def end(self) -> int:
+        """How much of the canvas there is for the model; in mode "var" nothing beyond the block."""
+        return int(self.blocks[self.block][-1]) + 1 if self.config.mode == "var" else len(self.canvas)
+
+    def first_query(self, shift: bool) -> int:
+        """Where this step's tokens begin; what is before them is in the cache. `shift`: of the model's logits."""
+        if self.config.cache == "none":
+            return 0
+        block = self.block
+        if self.step == 0:
+            if self.config.cache == "prefix" or block == 0:
+                return 0
+            block -= 1
+        return max(0, int(self.blocks[block][0]) - shift)
+
+    def tokens(self, *, conditional: bool) -> NDArray:
+        """The canvas up to `end`; the unconditional twin has masks for what was given (as published: in mode "var" the
+        finished blocks count as given, in mode "fixed" the prompt alone)."""
+        visible = self.canvas[: self.end]
+        if conditional:
+            return visible
+        given = self.given[: self.end].copy()
+        if self.config.mode == "var":
+            given[: self.blocks[self.block][0]] = True
+        return np.where(given, self.mask_id, visible)
+
+    def masked(self) -> NDArray:
+        """Positions of the block that still hold the mask."""
+        positions = self.blocks[self.block]
+        return positions[self.canvas[positions] == self.mask_id]
+
+    # ------------------------------------------------------------------------------------------------ what a step does
+
+    @property
+    def call(self) -> RuleCall:
+        """The ops' arguments that its rows must share with others'."""
+        config = self.config
+        rule, measure, min_commit = config.rule, config.measure, 1
+        if rule == "origin":  # each with probability p: a uniform confidence of at least 1 - p
+            rule, measure, min_commit = "threshold", "random", 0
+        return RuleCall(rule, measure, min_commit, config.alg_temp > 0, bool(config.delay_tokens))
+
+    def limit(self) -> float:
+        """The rule's number for this step; decides which tokens are taken back, too."""
+        config, step, steps = self.config, self.step, self.config.steps_per_block
+        last = step == steps - 1
+        if config.rule == "quota":
+            if config.schedule == "dream":
+                return int(len(self.masked()) * dream_transfer(step, steps))
+            return self._quota_with_take_back() if config.take_back else self.quotas[step]
+        if config.rule == "origin":
+            return -np.inf if last else 1 - dream_transfer(step, steps)
+        if config.rule == "threshold":
+            return -np.inf if last else config.threshold
+        return np.inf if last else getattr(config, config.rule)
+
+    def _quota_with_take_back(self) -> int:
+        positions = self.blocks[self.block]
+        masks, total = len(self.masked()), sum(self.quotas)
+        after = total - sum(self.quotas[: self.step + 1])  # masks that the schedule leaves
+        committed = positions[self.canvas[positions] != self.mask_id]
+        if len(committed):
+            cap = (after / total) / max(1 - masks / total, 1 / total)
+            probability = min(self.config.take_back, cap)
+            self.taken = taken_back(self.seed, committed, self.forwards, probability)
+        return min(max(masks - after + len(self.taken), 0), masks)
+
+    def biases(self) -> tuple[list[tuple[int, float]], dict[int, tuple[int, float]]]:
+        """What is added to the logits: (on all rows, on single positions)."""
+        config = self.config
+        everywhere = [(token, -np.inf) for token in config.forbid_tokens]
+        if not config.end_think_boost:
+            return everywhere, {}
+        at = int(self.masked()[0])
+        found = end_think_bias(
+            self.canvas[self.prompt_length : self.end].tolist(), at - self.prompt_length, config.gen_length,
+            config.end_think, config.end_think_boost, config.end_think_power,
+        )  # fmt: skip
+        return everywhere, {} if found is None else {at: found}
+
+    def advance(self, positions: NDArray, tokens: NDArray) -> NDArray:
+        """Take over what the step left at `positions`; which of them are committed now."""
+        self.canvas[positions] = tokens
+        if len(self.taken):
+            self.canvas[self.taken] = self.mask_id
+            self.taken = self.taken[:0]
+        self.step += 1
+        self.forwards += 1
+        return positions[tokens != self.mask_id]
+
+    @property
+    def block_done(self) -> bool:
+        """No mask is left in the block, or its steps are used up."""
+        return self.step == self.config.steps_per_block or not len(self.masked())
+
+    def next_block(self) -> None:
+        """Go on to the next block, if there is one."""
+        self.block += 1
+        self._start_block()

@@ -1,0 +1,251 @@
+"""One step of all active sequences: the host lays the pack out, the device computes it.
+
+What the device needs is in `StepInputs`, a tree of tensors, so that a CUDA graph can own a copy of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from illada.generation.cache import KeyValueCache
+from illada.generation.request import Request, RuleCall
+from illada.generation.rules import order_noise
+from illada.model import CachedKeys, MaskedDiffusionModel, Rows
+from illada.ops import linear_sample_tokens, remask
+from illada.ops.types import LogitBias
+
+
+class Guidance(NamedTuple):
+    """hidden: int32 [N], which hidden states are those of the unconditional twins (without one: its own).
+    scale: float32 [N, 1], w."""
+
+    hidden: Tensor
+    scale: Tensor
+
+
+class Order(NamedTuple):
+    """noise: float32 [N], Gumbel. temperature: float32 [N]; confidence becomes confidence / temperature + noise."""
+
+    noise: Tensor
+    temperature: Tensor
+
+
+class Group(NamedTuple):
+    """The candidates [N] of the sequences [S] whose rules one call of the ops can serve.
+
+    rows: int32 [N], in the pack. hidden: int32 [N], their hidden states among those that the model is asked for.
+    """
+
+    rows: Tensor
+    hidden: Tensor
+    cu_rows: Tensor
+    limits: Tensor
+    row_ids: Tensor
+    seeds: Tensor
+    steps: Tensor
+    temperatures: Tensor
+    bias: LogitBias | None
+    delay: LogitBias | None
+    order: Order | None
+    guidance: Guidance | None
+
+
+class StepInputs(NamedTuple):
+    """All tensors of one step; the pack is changed in place."""
+
+    tokens: Tensor
+    cu_seqlens: Tensor
+    position_ids: Tensor
+    cache: CachedKeys | None
+    wanted: Rows
+    groups: tuple[Group, ...]
+
+
+class Layout(NamedTuple):
+    """The host's side of a step.
+
+    inputs: for the device. calls: the rule of each group. members: the requests of each group with their candidates'
+    positions, in the order of the group's rows.
+    """
+
+    inputs: StepInputs
+    calls: tuple[RuleCall, ...]
+    members: list[list[tuple[Request, NDArray]]]
+
+
+# ------------------------------------------------------------------------------------------------------------- host
+
+
+def lay_out(
+    model: MaskedDiffusionModel,
+    active: Sequence[Request],
+    cache: KeyValueCache | None,
+    *,
+    whole_blocks: bool = False,
+    sequences: int = 0,
+) -> Layout:
+    """The pack of all active requests and their unconditional twins.
+
+    Args:
+        whole_blocks: all rows of a block are candidates, not its masks alone: the shapes are those of the next step.
+        sequences: fill the pack up to as many sequences with ones that see nothing and commit nothing.
+    """
+    device = model.embed_tokens.weight.device
+    shift = model.config.logits_shift
+    streams = [(r, twin) for r in active for twin in range(1 + r.guided)]
+    if cache is not None:
+        streams.sort(key=lambda stream: stream[0].slots[stream[1]])
+    candidates = {r.index: r.blocks[r.block] if whole_blocks else r.masked() for r in active}
+    tokens, begins, starts = [], [], [0]
+    rows: dict[tuple[int, int], NDArray] = {}  # of each stream's candidates, in the pack
+    for request, twin in streams:
+        begin = request.first_query(shift)
+        tokens.append(request.tokens(conditional=not twin)[begin:])
+        rows[request.index, twin] = starts[-1] - begin + candidates[request.index]
+        begins.append(begin)
+        starts.append(starts[-1] + len(tokens[-1]))
+    ends = [request.end for request, _ in streams]
+    position_ids = [np.arange(a, b) for a, b in zip(begins, ends, strict=True)]
+    blanks = max(0, sequences - len(streams))
+    for n in range(blanks):  # as long as the others
+        tokens.append(np.full(len(tokens[0]), (model.config.mask_token_id + 1) % model.config.vocab_size))
+        rows[-1 - n, 0] = starts[-1] + np.arange(len(candidates[active[0].index]))
+        position_ids.append(np.arange(len(tokens[0])))
+        starts.append(starts[-1] + len(tokens[0]))
+    wanted = np.cumsum([0, *map(len, rows.values())])
+    hidden = {stream: start + np.arange(len(rows[stream])) for stream, start in zip(rows, wanted[:-1], strict=True)}
+
+    def put(values: NDArray | list, dtype: type = np.int32) -> Tensor:
+        return torch.from_numpy(np.asarray(values, dtype=dtype)).to(device, non_blocking=True)
+
+    by_call: dict[RuleCall, list[tuple[Request, NDArray]]] = {}
+    for request in active:
+        by_call.setdefault(request.call, []).append((request, candidates[request.index]))
+    groups = tuple(_group(call, members, rows, hidden, put, blanks=blanks) for call, members in by_call.items())
+    slots = [request.slots[twin] for request, twin in streams] if cache is not None else []
+    inputs = StepInputs(
+        put(np.concatenate(tokens), np.int64),
+        put(starts),
+        put(np.concatenate(position_ids), np.int64),
+        None if cache is None else cache.view(slots, begins, ends, blanks=blanks),
+        Rows(put(np.concatenate(list(rows.values())), np.int64), put(wanted)),
+        groups,
+    )
+    return Layout(inputs, tuple(by_call), list(by_call.values()))
+
+
+def _group(
+    call: RuleCall,
+    members: list[tuple[Request, NDArray]],
+    rows: dict[tuple[int, int], NDArray],
+    hidden: dict[tuple[int, int], NDArray],
+    put: Callable[..., Tensor],
+    *,
+    blanks: int,
+) -> Group:
+    blank_length = len(members[0][1])
+    blank_rows = blanks * blank_length
+    counts = [len(positions) for _, positions in members] + [blank_length] * blanks
+
+    def of(stream: dict[tuple[int, int], NDArray], twin: int = 0) -> NDArray:
+        found = [stream[r.index, twin if r.guided else 0] for r, _ in members]
+        return np.concatenate([*found, *(stream[-1 - n, 0] for n in range(blanks))])
+
+    def each(value: Callable[[Request], float], blank: float = 0) -> NDArray:
+        return np.repeat([*(value(r) for r, _ in members), *[blank] * blanks], counts)
+
+    bias, delay, order, guidance = _bias(members, blank_rows, put), None, None, None
+    if call.delayed:
+        width = max(len(r.config.delay_tokens) for r, _ in members)
+        ids = [[*r.config.delay_tokens, *[-1] * (width - len(r.config.delay_tokens))] for r, _ in members]
+        per_row = np.repeat([*ids, *[[-1] * width] * blanks], counts, axis=0)
+        delay = put(per_row), put(np.full(per_row.shape, -np.inf), np.float32)
+    if call.ordered:
+        noise = [order_noise(r.seed, positions, r.forwards) for r, positions in members]
+        noise.append(np.zeros(blank_rows, dtype=np.float32))
+        order = Order(put(np.concatenate(noise), np.float32), put(each(lambda r: r.config.alg_temp, 1), np.float32))
+    if any(r.guided for r, _ in members):
+        guidance = Guidance(put(of(hidden, 1)), put(each(lambda r: r.config.cfg_scale)[:, None], np.float32))
+    return Group(
+        rows=put(of(rows)),
+        hidden=put(of(hidden)),
+        cu_rows=put(np.cumsum([0, *counts])),
+        limits=put([r.limit() for r, _ in members] + [0] * blanks, np.int32 if call.rule == "quota" else np.float32),
+        row_ids=put(np.concatenate([*(positions for _, positions in members), np.zeros(blank_rows)]), np.int64),
+        seeds=put(each(lambda r: r.seed), np.int64),
+        steps=put(each(lambda r: r.forwards)),
+        temperatures=put(each(lambda r: r.config.temperature), np.float32),
+        bias=bias,
+        delay=delay,
+        order=order,
+        guidance=guidance,
+    )
+
+
+def _bias(members: list[tuple[Request, NDArray]], blank_rows: int, put: Callable[..., Tensor]) -> LogitBias | None:
+    """The logit biases of all rows as [N, K]; -1 is no id. K is that of the configs: it stays from step to step."""
+    width = max(len(r.config.forbid_tokens) + (r.config.end_think_boost > 0) for r, _ in members)
+    if width == 0:
+        return None
+    rows: list[list[tuple[int, float]]] = []
+    for request, positions in members:
+        everywhere, single = request.biases()
+        rows += [everywhere + ([single[p]] if p in single else []) for p in positions.tolist()]
+    rows += [[]] * blank_rows
+    ids = [[token for token, _ in row] + [-1] * (width - len(row)) for row in rows]
+    values = [[value for _, value in row] + [0.0] * (width - len(row)) for row in rows]
+    return put(ids), put(values, np.float32)
+
+
+# ----------------------------------------------------------------------------------------------------------- device
+
+
+def run(model: MaskedDiffusionModel, inputs: StepInputs, calls: Sequence[RuleCall]) -> Tensor:
+    """One forward pass and its commits; the tokens int64 [N] that the candidates of all groups hold then. No sync."""
+    hidden = model(
+        inputs.tokens, inputs.cu_seqlens, position_ids=inputs.position_ids, cache=inputs.cache, rows=inputs.wanted
+    )
+    for group, call in zip(inputs.groups, calls, strict=True):
+        _commit(model, hidden, inputs.tokens, group, call)
+    return inputs.tokens[torch.cat([group.rows for group in inputs.groups])]
+
+
+def _commit(model: MaskedDiffusionModel, hidden: Tensor, tokens: Tensor, group: Group, call: RuleCall) -> None:
+    rows: Tensor | None = group.hidden
+    if group.guidance is not None:
+        # The head is linear: guiding the hidden states guides the logits, at half the price.
+        conditional, unconditional = hidden[group.hidden].float(), hidden[group.guidance.hidden].float()
+        guided = unconditional + (group.guidance.scale + 1) * (conditional - unconditional)
+        hidden, rows = guided.to(hidden.dtype), None
+
+    def sampled(bias: LogitBias | None):
+        return linear_sample_tokens(
+            hidden, model.head_weight, rows=rows, temperature=group.temperatures, seed=group.seeds, step=group.steps,
+            row_ids=group.row_ids, measure=call.measure, logit_bias=bias,
+            extras=("entropy",) if call.rule == "entropy_bound" else (),
+        )  # fmt: skip
+
+    sample = sampled(group.bias)
+    if group.delay is not None:
+        parts = (group.delay,) if group.bias is None else (group.bias, group.delay)
+        without = sampled((torch.cat([p[0] for p in parts], dim=1), torch.cat([p[1] for p in parts], dim=1)))
+        late = (sample.token[:, None] == group.delay[0]).any(dim=1)
+        lowest = torch.finfo(torch.float32).min
+        sample = sample._replace(
+            confidence=torch.where(late & sample.confidence.isfinite(), lowest, without.confidence),
+            entropy=None if sample.entropy is None else torch.where(late, -lowest, without.entropy),
+        )
+    if group.order is not None:
+        ordered = sample.confidence / group.order.temperature + group.order.noise
+        sample = sample._replace(confidence=ordered)
+    limits: Any = {call.rule: group.limits}
+    remask(
+        tokens, group.rows, group.cu_rows, sample, **limits, mask_id=model.config.mask_token_id,
+        min_commit=call.min_commit,
+    )  # fmt: skip

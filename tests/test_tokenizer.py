@@ -1,0 +1,245 @@
+"""The tokenizer of a folder, its special tokens, and chat templates against transformers' own rendering."""
+
+import json
+import sys
+
+import pytest
+
+from illada.chat import merge_system, render_chat_template
+from illada.data import SPECIAL_TOKENS, train_tokenizer
+from illada.tokenizer import Tokenizer
+
+LLAMA3 = (
+    "{% set loop_messages = messages %}{% for message in loop_messages %}"
+    "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' %}"
+    "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+CHATML = """\
+{%- if tools %}
+    {{- '<|im_start|>system\\n# Tools\\n' }}
+    {%- for tool in tools %}
+        {{- tool | tojson }}
+    {%- endfor %}
+    {{- '<|im_end|>\\n' }}
+{%- elif messages[0]['role'] != 'system' %}
+    {{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message.role == "ignored" %}{% continue %}{% endif %}
+    {{- '<|im_start|>' + message.role + '\\n' }}
+    {%- generation %}
+    {{- message.content + '<|im_end|>' }}
+    {%- endgeneration %}
+    {{- '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}
+{%- endif %}
+"""
+BLOCKS = """\
+{% for message in messages %}
+    {% if message['role'] == 'user' %}
+{{ bos_token }}{{ message['content'] }}
+    {% elif message['role'] == 'assistant' %}
+{{ message['content'] | tojson }}{{ eos_token }}
+    {% else %}
+{{ raise_exception('Only user and assistant roles are supported!') }}
+    {% endif %}
+{% endfor %}
+{{ strftime_now('%Y') }} {{ {'a': '<é>', 'b': [1]} | tojson(indent=2) }}{{ pad_token is defined }}
+"""
+NO_SYSTEM = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for message in messages %}{{ message['role'] + ': ' + message['content'] | trim + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'model: ' }}{% endif %}"
+)
+USER = {"role": "user", "content": " What is 2 + 2? <b>&"}
+ASSISTANT = {"role": "assistant", "content": "It is \n"}
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    train_tokenizer(["the quick brown fox\n"] * 9, 300).save(str(tmp_path / "tokenizer.json"))
+    return tmp_path
+
+
+def configure(folder, **values):
+    names = {f"{name}_token": SPECIAL_TOKENS[name] for name in ("bos", "eos")}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **names, **values}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return Tokenizer.from_pretrained(folder)
+
+
+def test_special_tokens_by_name(folder):
+    assert Tokenizer.from_pretrained(folder).special_token_id("eos_token") is None  # nothing names it
+    (folder / "special_tokens_map.json").write_text(
+        '{"eos_token": "the old map", "pad_token": {"content": "<[PAD▁TOKEN]>"}}'
+    )
+    tokenizer = configure(folder, bos_token={"content": SPECIAL_TOKENS["bos"], "lstrip": False}, mask_token=None)
+    ids = [tokenizer.special_token_id(f"{name}_token") for name in ("bos", "eos", "pad", "mask", "unk")]
+    assert ids == [0, 2, 1, None, None]
+    assert tokenizer.token_to_id("<[MASK]>") == 5 and tokenizer.token_to_id("<[none]>") is None
+    assert Tokenizer.from_pretrained(folder / "tokenizer.json").special_tokens == tokenizer.special_tokens
+
+
+def test_encode_and_decode(folder):
+    tokenizer = Tokenizer.from_pretrained(folder)
+    assert 5 in tokenizer.encode("the <[MASK]>") and 5 not in tokenizer.encode(
+        "the <[MASK]>", parse_special_tokens=False
+    )
+    assert tokenizer.decode(tokenizer.encode("the quick fox")) == "the quick fox"
+    assert tokenizer.decode([5]) == "" and tokenizer.decode([5], skip_special_tokens=False) == "<[MASK]>"
+
+
+@pytest.mark.parametrize("template", [LLAMA3, CHATML, BLOCKS, NO_SYSTEM])
+def test_renders_as_transformers_does(template, folder):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = configure(folder, chat_template=template)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    tools = {"tools": [{"type": "function", "function": {"name": "f", "description": "é <x>"}}]}
+    for messages in (
+        [USER],
+        [USER, ASSISTANT, USER],
+        [SYSTEM, USER],
+        [USER, ASSISTANT],
+        [USER, {**ASSISTANT, "content": "a"}],
+    ):
+        if messages[0] is SYSTEM and template in (BLOCKS, NO_SYSTEM):
+            continue
+        cases = [{"add_generation_prompt": True}, {"add_generation_prompt": False}]
+        cases += [{"add_generation_prompt": True, "enable_thinking": False}, {"add_generation_prompt": True, **tools}]
+        if messages[-1]["role"] == "assistant" and template is not BLOCKS:
+            cases.append({"add_generation_prompt": False, "continue_final_message": True})
+        for case in cases:
+            want = theirs.apply_chat_template(messages, tokenize=False, **case)
+            assert tokenizer.apply_chat_template(messages, **case) == want
+        ids = theirs.apply_chat_template(messages, add_generation_prompt=True)
+        ids = ids if isinstance(ids, list) else ids["input_ids"]
+        assert tokenizer.encode(tokenizer.apply_chat_template(messages)) == ids
+
+
+def test_renders_without_transformers(folder):
+    tokenizer = configure(folder, chat_template=LLAMA3)
+    head = "<|start_header_id|>{}<|end_header_id|>\n\n"
+    want = (
+        SPECIAL_TOKENS["bos"] + head.format("user") + USER["content"].strip() + "<|eot_id|>" + head.format("assistant")
+    )
+    assert tokenizer.apply_chat_template([USER]) == want
+    assert tokenizer.apply_chat_template([USER], bos_token="").startswith("<|start_header_id|>")
+    go_on = tokenizer.apply_chat_template([USER, ASSISTANT], add_generation_prompt=False, continue_final_message=True)
+    assert go_on == want + "It is"  # the template trims, so the space is not there to go on from
+    blocks = render_chat_template(BLOCKS, [USER, ASSISTANT], bos_token="B", eos_token="E")
+    assert (
+        blocks.startswith('B What is 2 + 2? <b>&\n"It is \\n"E\n20')
+        and '"a": "<é>"' in blocks
+        and blocks.endswith("False")
+    )
+    kept = render_chat_template(
+        "{% for m in messages %}{{ m.content }}#{% endfor %}",
+        [ASSISTANT],
+        add_generation_prompt=False,
+        continue_final_message=True,
+    )
+    assert kept == ASSISTANT["content"]
+
+
+def test_system_message_moves_where_there_is_no_role_for_it(folder):
+    tokenizer = configure(folder, chat_template=NO_SYSTEM)
+    messages = [SYSTEM, {"role": "user", "content": "Hi"}, ASSISTANT, {"role": "user", "content": "Bye"}]
+    want = f"{SPECIAL_TOKENS['bos']}user: Be brief.\n\nHi\nassistant: It is\nuser: Bye\nmodel: "
+    assert tokenizer.apply_chat_template(messages) == want
+    assert messages[1]["content"] == "Hi" and merge_system(messages)[0]["content"] == "Be brief.\n\nHi"
+    with pytest.raises(ValueError, match="no user message could take its text"):
+        tokenizer.apply_chat_template([SYSTEM])
+    with pytest.raises(ValueError, match="refuses these messages: Only user and assistant roles"):
+        render_chat_template(BLOCKS, [SYSTEM, USER])
+
+
+def test_where_templates_come_from(folder):
+    named = [
+        {"name": "default", "template": "plain"},
+        {"name": "tool_use", "template": "tools"},
+        {"name": "rag", "template": "rag"},
+    ]
+    tokenizer = configure(folder, chat_template=named)
+    assert tokenizer.apply_chat_template([USER]) == "plain"
+    assert tokenizer.apply_chat_template([USER], tools=[{}]) == "tools"
+    assert tokenizer.apply_chat_template([USER], chat_template="rag") == "rag"
+    assert tokenizer.apply_chat_template([USER], chat_template="{{ messages[0].role }}") == "user"
+    with pytest.raises(ValueError, match="chat_template must name one of rag, tool_use: none of them is default"):
+        configure(folder, chat_template=named[1:]).apply_chat_template([USER])
+    (folder / "chat_template.jinja").write_text("from the file")
+    assert configure(folder, chat_template="from the config").apply_chat_template([USER]) == "from the file"
+
+
+def test_errors_name_the_file_and_the_cure(folder, tmp_path, monkeypatch):
+    tokenizer = configure(folder)
+    with pytest.raises(ValueError, match="this tokenizer has no chat template"):
+        tokenizer.apply_chat_template([USER])
+    for bad in ({"a": "b"}, [1], [{"name": "x"}], 7):
+        with pytest.raises(ValueError, match=r"tokenizer_config\.json: chat_template must be text or a list"):
+            configure(folder, chat_template=bad)
+    render = render_chat_template
+    cases = [
+        (lambda: render("\n{% if %}", [USER]), ValueError, "chat template is broken, line 2"),
+        (lambda: render("{{ nothing.at.all }}", [USER]), ValueError, "refuses these messages: 'nothing' is undefined"),
+        (lambda: render("{{ messages.append(1) }}", [USER]), ValueError, "refuses these messages: access to attribute 'append'"),
+        (lambda: render("{{ ''.__class__.mro() }}", [USER]), ValueError, "access to attribute '__class__'"),
+        (lambda: render("x", USER), TypeError, "messages must be a list"),
+        (lambda: render("x", "hello"), TypeError, "messages must be a list"),
+        (lambda: render("x", [{"content": "x"}]), ValueError, "messages need a role"),
+        (lambda: render("x", [USER], continue_final_message=True), ValueError, "exclude each other"),
+        (lambda: render("x", [USER], add_generation_prompt=False, continue_final_message=True), ValueError, "leaves the last message out"),
+        (lambda: render("x", [], add_generation_prompt=False, continue_final_message=True), ValueError, "needs a last message"),
+    ]  # fmt: skip
+    for call, kind, message in cases:
+        with pytest.raises(kind, match=message):
+            call()
+    (folder / "tokenizer_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json is not JSON"):
+        Tokenizer.from_pretrained(folder)
+    (folder / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json does not hold a JSON object"):
+        Tokenizer.from_pretrained(folder)
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"chat_template\.jinja is not text"):
+        Tokenizer.from_pretrained(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"tokenizer\.json is not a tokenizer\.json that"):
+        Tokenizer.from_pretrained(folder)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(FileNotFoundError, match="no tokenizer at"):
+        Tokenizer.from_pretrained(folder)
+    (folder / "vocab.json").write_text("{}")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r"has no tokenizer\.json; .* pip install transformers"):
+        Tokenizer.from_pretrained(folder)
+
+
+def test_missing_jinja(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(ImportError, match="chat templates need jinja2: pip install jinja2"):
+        render_chat_template("never seen before", [USER])
+
+
+def test_tokenizers_that_only_transformers_can_read(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    alphabet = "abcdefghijklmnopqrstuvwxyz"
+    units = [*alphabet, *(f"{letter}@@" for letter in alphabet), "<unk>", "the"]
+    (tmp_path / "vocab.json").write_text(json.dumps({unit: i for i, unit in enumerate(units)}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\nt h\nth e</w>\n")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "CTRLTokenizer", "unk_token": "<unk>"}')
+    (tmp_path / "config.json").write_text('{"model_type": "ctrl"}')
+    tokenizer, theirs = Tokenizer.from_pretrained(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.encode("the fox") == theirs.encode("the fox", add_special_tokens=False)
+    assert tokenizer.decode(tokenizer.encode("the fox")) == "the fox"
+    assert tokenizer.special_token_id("unk_token") == tokenizer.token_to_id("<unk>") == units.index("<unk>")
+    (tmp_path / "vocab.json").write_text("{")
+    with pytest.raises(ValueError, match="transformers cannot read the tokenizer in"):
+        Tokenizer.from_pretrained(tmp_path)
