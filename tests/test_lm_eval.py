@@ -20,7 +20,6 @@ from illada.cli.evaluate import describe_chance
 from illada.config import ModelConfig
 from illada.data import train_tokenizer
 from illada.integrations import lm_eval as adapter
-from illada.integrations.chat import render_chat
 from illada.integrations.journal import Journal, fingerprint
 from illada.integrations.lm_eval import IlladaLM, PublishedIlladaLM
 from illada.integrations.presets import PRESETS, settings_of
@@ -309,7 +308,7 @@ def test_errors_name_the_argument(checkpoint):
 # --------------------------------------------------------------------------------------------------------------- chat
 
 _TEMPLATE = """\
-{{ bos_token }}{% for message in messages %}
+<s>{% for message in messages %}
 {% if message.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}
 [{{ message.role }}] {{ message.content }}
 {% endfor %}
@@ -324,14 +323,12 @@ def test_chat_template(checkpoint):
         lm.apply_chat_template(chat)
     assert lm.chat_template() == ""
     lm.tokenizer.chat_template = _TEMPLATE
-    assert lm.apply_chat_template(chat) == "<[begin▁of▁sentence]>[user] hi\n[assistant] "
+    assert lm.apply_chat_template(chat) == "<s>[user] hi\n[assistant] "
     assert lm.chat_template(True) == _TEMPLATE and "/" not in lm.tokenizer_name
-    told = lm.apply_chat_template([{"role": "system", "content": "Be brief. "}, *chat])
-    assert told == "<[begin▁of▁sentence]>[user] Be brief.\n\nhi\n[assistant] "
+    told = lm.apply_chat_template([{"role": "system", "content": "Be brief."}, *chat])
+    assert told == "<s>[user] Be brief.\n\nhi\n[assistant] "
     begun = [*chat, {"role": "assistant", "content": "The answer is"}]
     assert lm.apply_chat_template(begun, add_generation_prompt=False).endswith("[assistant] The answer is")
-    with pytest.raises(ValueError, match="chat template refuses these messages: only users"):
-        render_chat("{{ raise_exception('only users') }}", chat)
 
 
 # ------------------------------------------------------------------------------------------------------------ journal

@@ -27,7 +27,6 @@ from tqdm import tqdm
 import illada
 from illada.cli.checkpoints import load
 from illada.generation import GenerationConfig, generate
-from illada.integrations.chat import render_chat
 from illada.integrations.journal import Journal, fingerprint, request_key
 from illada.integrations.settings import ALIASES, PUBLISHED_DEFAULTS, EvaluationSettings
 from illada.model import MaskedDiffusionModel
@@ -203,7 +202,8 @@ class IlladaLM(LM):
         """How to go on from a prompt, and where to cut what comes: the task's stop strings, then the eos."""
         until = options.get("until") or []
         stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
-        eos = self.tokenizer.backend.id_to_token(self.model.config.eos_token_id)
+        eos_id = self.model.config.eos_token_id
+        eos = self._text([eos_id])
         if eos and eos not in stops:
             stops.append(eos)
         length, block = self.settings.gen_length, self.settings.block_length
@@ -218,8 +218,11 @@ class IlladaLM(LM):
                 f"a prompt of {prompt_length} tokens leaves room for {max(0, room)} new ones (gen_length {length}, the "
                 f"model's length {self.max_length}): {block - room} too few for one block_length of {block}"
             )
-        specials = {token.content: i for i, token in self.tokenizer.backend.get_added_tokens_decoder().items()}
-        stop_tokens = {self.model.config.eos_token_id, *(specials[stop] for stop in stops if stop in specials)}
+        stop_tokens = {eos_id}
+        for stop in stops:  # one that is a special token is not seen in the text where the generator looks for it
+            token = self.tokenizer.token_to_id(stop)
+            if token is not None and self._text([token]) == stop != self.tokenizer.decode([token]):
+                stop_tokens.add(token)
         changes: dict[str, Any] = {
             "block_length": block,
             "stop_strings": tuple(stops),
@@ -228,6 +231,9 @@ class IlladaLM(LM):
         if not self.settings.temperature and options.get("do_sample"):
             changes["temperature"] = float(options.get("temperature", 0.0))
         return self.settings.generation(clipped, end_think=self._end_think, **changes), stops
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
 
     def _generate(self, jobs: list[tuple[list[int], GenerationConfig, list[str], int]]) -> list[str]:
         size = self.settings.batch_size
@@ -242,7 +248,7 @@ class IlladaLM(LM):
         )
         texts = []
         for (_, _, stops, _), result in zip(jobs, results, strict=True):
-            text = self.tokenizer.decode(result.tokens, skip_special_tokens=False)
+            text = self._text(result.tokens)
             for stop in stops:
                 text = text.split(stop)[0]
             texts.append(text)
@@ -252,19 +258,14 @@ class IlladaLM(LM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A conversation as a prompt, by the checkpoint's own template."""
-        template = self.tokenizer.chat_template
-        if not template:
-            raise ValueError(f"{self._name} has no chat template; evaluate it without --apply-chat-template")
-        config = self.model.config
-        tokens = {
-            f"{name}_token": self.tokenizer.backend.id_to_token(getattr(config, f"{name}_token_id")) or ""
-            for name in ("bos", "eos", "pad", "mask")
-        }
-        return render_chat(template, chat_history, add_generation_prompt=add_generation_prompt, special_tokens=tokens)
+        return self.tokenizer.apply_chat_template(
+            chat_history, add_generation_prompt=add_generation_prompt, continue_final_message=not add_generation_prompt
+        )
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The source of the checkpoint's template, or nothing."""
-        return (self.tokenizer.chat_template or "") if chat_template else ""
+        """The source of the checkpoint's template, or nothing; of several the default."""
+        template = self.tokenizer.chat_template if chat_template else ""
+        return template if isinstance(template, str) else str((template or {}).get("default", ""))
 
     @property
     def tokenizer_name(self) -> str:

@@ -102,7 +102,7 @@ class EvaluationSettings:
         if batch_size != "auto" and (not str(batch_size).isdigit() or int(batch_size) < 1):
             raise ValueError(f"batch_size must be an integer of at least 1, or auto, got {batch_size!r}")
         if self.mode == "fixed" and self.gen_length is not None:
-            self.generation(self.gen_length)  # its own checks, before any model is loaded
+            self.generation(self.gen_length, end_think=(0,))  # its own checks, before any model is loaded
 
     @classmethod
     def from_arguments(cls, arguments: dict[str, Any]) -> EvaluationSettings:
