@@ -114,9 +114,9 @@ def prepare_tasks(
 
     seen = _seen_in_training(TokenDataset(corpus, "train"), [row["_text"] for _, rows in made.values() for row in rows])
     with staged_directory(out) as folder:
-        for file in out.iterdir() if out.is_dir() else ():
-            if file.is_file() and file.stem not in names:
-                shutil.copyfile(file, folder / file.name)
+        for kept in out.iterdir() if out.is_dir() else ():
+            if kept.is_file() and kept.stem not in names:
+                shutil.copyfile(kept, folder / kept.name)
         (folder / "read_jsonl.py").write_text(_READER, encoding="utf-8")
         counts = {}
         for name, (template, rows) in made.items():
@@ -131,8 +131,8 @@ def prepare_tasks(
             with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
                 for i, row in enumerate(rows):
                     split = "fewshot" if i < FEWSHOT else "test"
-                    kept = {key: value for key, value in row.items() if key != "_text"}
-                    file.write(json.dumps({"split": split, **kept}, ensure_ascii=False) + "\n")
+                    columns = {key: value for key, value in row.items() if key != "_text"}
+                    file.write(json.dumps({"split": split, **columns}, ensure_ascii=False) + "\n")
             (folder / f"{name}.yaml").write_text(template, encoding="utf-8")
     return counts
 
@@ -301,7 +301,7 @@ def definition_questions(entries: Sequence[Entry], *, seed: int = 0, most: int |
         groups[entry.kind, entry.group].append(entry)
     frequencies = {kind: [e.frequency for e in pool] for kind, pool in pools.items()}
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for entry in order:
         if len(rows) == most:
             break

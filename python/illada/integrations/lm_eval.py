@@ -73,6 +73,9 @@ class IlladaLM(LM):
         config, mask_id = self.model.config, self.settings.mask_id
         if mask_id is not None and mask_id != config.mask_token_id:
             raise ValueError(f"mask_id must be the checkpoint's own, {config.mask_token_id}, got {mask_id}")
+        if self.settings.add_bos and config.bos_token_id is None:
+            raise ValueError("add_bos: this checkpoint has no bos token")
+        self._bos = [config.bos_token_id] if self.settings.add_bos and config.bos_token_id is not None else []
         longest = config.max_position_embeddings
         self.max_length = min(self.settings.max_length or longest, longest)
         self._end_think = tuple(self.tokenizer.encode(self.settings.end_think_text))
@@ -116,10 +119,9 @@ class IlladaLM(LM):
         for number, request in enumerate(requests):
             (text,) = request.args
             ids = self.tokenizer.encode(text)
-            start = [self.model.config.bos_token_id] if self.settings.add_bos else []
-            piece = (self.max_length - len(start) - self.settings.append_eos) // 2
+            piece = (self.max_length - len(self._bos) - self.settings.append_eos) // 2
             for begin in range(0, len(ids), piece):
-                pairs.append((start + ids[max(0, begin - piece) : begin], ids[begin : begin + piece]))
+                pairs.append((self._bos + ids[max(0, begin - piece) : begin], ids[begin : begin + piece]))
                 owners.append(number)
         settings = self.settings.scoring("mc")
         bounds = self._run("rolling", pairs, settings, lambda chunk: self._score(chunk, "mc", False))
@@ -164,8 +166,7 @@ class IlladaLM(LM):
     def _encode(self, text: str) -> list[int]:
         """The ids of a prompt, with those that the tokenizer itself adds, and one bos in front if asked for."""
         ids = self.tokenizer.encode(text, add_special_tokens=True)
-        bos = self.model.config.bos_token_id
-        return [bos, *ids] if self.settings.add_bos and ids[:1] != [bos] else ids
+        return ids if ids[: len(self._bos)] == self._bos else self._bos + ids
 
     def _fit(self, context: list[int], continuation_length: int) -> list[int]:
         """The context without as much of its beginning (bos apart) as the model has no room for."""
