@@ -117,6 +117,7 @@ def test_encode_pair_is_the_published_rule(checkpoint):
             assert with_bos._encode_pair(*pair) == published(*pair, bos="<[begin▁of▁sentence]>")
         assert sum(lm._encode_pair(*pair), []) == lm.tokenizer.encode("".join(pair))
     assert with_bos._encode_pair("", "the")[0] == [CONFIG.bos_token_id]
+    assert with_bos._encode("<[begin▁of▁sentence]>" * 2 + "the") == with_bos._encode("the")  # from a template as well
 
 
 def test_long_contexts_lose_their_beginning(checkpoint, caplog):

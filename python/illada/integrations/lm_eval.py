@@ -166,6 +166,9 @@ class IlladaLM(LM):
     def _encode(self, text: str) -> list[int]:
         """The ids of a prompt, with those that the tokenizer itself adds, and one bos in front if asked for."""
         ids = self.tokenizer.encode(text, add_special_tokens=True)
+        bos = self.model.config.bos_token_id
+        while bos is not None and ids[:2] == [bos, bos]:  # the tokenizer's and the chat template's
+            del ids[0]
         return ids if ids[: len(self._bos)] == self._bos else self._bos + ids
 
     def _fit(self, context: list[int], continuation_length: int) -> list[int]:
