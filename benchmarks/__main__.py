@@ -8,7 +8,12 @@ import sys
 from collections.abc import Sequence
 
 #: Command to module; each has `DEVICES`, `cases(device) -> list[Case]` and `goals(records) -> list[Goal]`.
-BENCHES = {"remask": "benchmarks.remask", "train-step": "benchmarks.train_step", "generate": "benchmarks.generate"}
+BENCHES = {
+    "remask": "benchmarks.remask",
+    "generate": "benchmarks.generate",
+    "score": "benchmarks.score",
+    "train-step": "benchmarks.train_step",
+}
 
 
 def choose_device(supported: Sequence[str], wanted: str | None = None):

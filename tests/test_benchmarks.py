@@ -15,7 +15,7 @@ if importlib.util.find_spec("benchmarks") is None:
     sys.path.insert(0, str(ROOT))
 
 from benchmarks import __main__ as command  # noqa: E402
-from benchmarks import published, remask, report, runner, timing, train_step  # noqa: E402
+from benchmarks import published, remask, report, runner, score, timing, train_step  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -158,6 +158,28 @@ def test_train_step_providers_agree():
     assert errors["padded"] == 0 and errors["illada"] < 1e-5
     assert all(r["peak_memory_bytes"] >= 0 for r in records)
     assert [goal.text.split(":")[0] for goal in train_step.goals(records)] == ["tiny 2x64"] * 2
+
+
+def test_score_records_and_goals(tmp_path, monkeypatch):
+    text = " ".join(f"word{i % 37} of {i}" for i in range(400))
+    sources = [f'"""{text[i:]}"""\n' for i in range(9)] + ["def broken("]
+    monkeypatch.setattr(score, "read_source", lambda source: iter(sources))
+    score.passages.cache_clear()
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "vocab_size": 300}
+    monkeypatch.setattr(score, "cases", lambda device: [score.make_case("tiny", 2, **sizes)])
+    out = tmp_path / "o.jsonl"
+    assert command.main(["score", "--json", str(out), "--repeats", "1"]) == 0
+    score.passages.cache_clear()
+    lines = report.read_json(out)
+    assert [line["provider"] for line in lines] == ["illada", "one by one"] and lines[0]["error"] < 1e-4
+    assert lines[1]["error"] == 0
+    slow, wrong = dict(lines[1], median_ms=6e4), dict(lines[0], median_ms=1e4, error=float("inf"))
+    assert [(g.text, g.met) for g in score.goals([wrong, slow])] == [
+        ("tiny 2 questions: 6.0x faster than one by one (goal 5x)", True),
+        ("tiny 2 questions: DIFFERENT answers, scores within inf", False),
+    ]
+    assert score.difference([1.0, 2, 3, 4], [1.0, 2, 3, 4.5]) == 0.5
+    assert score.difference([1.0, 2, 3, 4], [1.0, 2, 5, 4]) == float("inf")
 
 
 def test_confidence_error_looks_at_every_row(generator):

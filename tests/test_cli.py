@@ -53,6 +53,31 @@ def test_generate(world):
     assert plain.startswith("one two" + records[0]["text"]) and "--- " in plain
 
 
+def test_score(world):
+    pair = ("--context", "one two", "--candidate", " three four", "--candidate", " two one zzz")
+    status, out, err = run("score", world / "run", *pair, "--json")
+    assert status == 0 and "2 candidates of 1 questions" in err and "\r" not in err
+    first = json.loads(out)
+    assert set(first) == {"context", "candidates", "scores", "best"}
+    assert first["best"] == first["scores"].index(max(first["scores"])) and max(first["scores"]) < 0
+    plain = run("score", world / "run", *pair)[1].splitlines()
+    assert [line[0] for line in plain] == ["*" if i == first["best"] else " " for i in range(2)]
+    assert repr(" three four") in plain[0] and f"{first['scores'][0]:.4f}" in plain[0]
+    questions = [
+        {"context": "one two", "candidates": [" three four", " two one zzz"]},
+        {"context": "", "candidates": ["x"]},
+    ]
+    (world / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)) + "\n\n")
+    status, out, err = run("score", world / "run", "--file", world / "questions.jsonl", "--json", "--max-tokens", 8)
+    records = [json.loads(line) for line in out.splitlines()]
+    assert status == 0 and records[0]["scores"] == pytest.approx(first["scores"], abs=1e-4) and records[1]["best"] == 0
+    monte_carlo = ("--method", "monte-carlo", "--num-samples", 32, "--append-eos", "--cfg-scale", 0.5, "--json")
+    status, out, err = run("score", world / "run", *pair, *monte_carlo)
+    assert status == 0 and json.loads(out)["scores"] != first["scores"]
+    long = ("--context", "one two " * 600, "--candidate", " three", "--truncate-left")
+    assert run("score", world / "run", *long)[0] == 0
+
+
 def test_info():
     status, out, _ = run("info", "--json")
     facts = json.loads(out)
@@ -67,7 +92,7 @@ def test_info_without_the_native_module():
 
 
 def test_help_teaches(capsys):
-    for command in ([], ["prepare"], ["train"], ["generate"], ["eval"]):
+    for command in ([], ["prepare"], ["train"], ["generate"], ["score"], ["eval"]):
         with pytest.raises(SystemExit) as stopped:
             cli.main([*command, "--help"])
         assert stopped.value.code == 0 and "illada " in capsys.readouterr().out.split("example")[-1]
@@ -92,10 +117,16 @@ def test_user_errors_are_one_line(world, capsys, monkeypatch):
         (["prepare", "--source", "web", "--out", str(world / "x")], "source must be"),
         (["prepare", "--source", "stdlib", "--out", str(world / "corpus")], "exists; overwrite it"),
         (["generate", str(world / "nothing")], "no tokenizer at"),
-        (["generate", str(world / "run"), "--prompt", "x", "--mode", "ar"], "mode must be var, fixed"),
+        (["generate", str(world / "run"), "--prompt", "x", "--mode", "ar"], "mode must be one of var, fixed, infill"),
         (["generate", str(world / "run"), "--prompt", "x" * 2000], "over the model's max_position_embeddings"),
         (["generate", str(world / "run"), "--tokenizer", str(world / "other.json"), "--prompt", "x"], "is not the tokenizer that"),
+        (["score", str(world / "run")], "score needs a --candidate"),
+        (["score", str(world / "run"), "--file", str(world / "bad.jsonl")], 'bad.jsonl, line 2: expected {"context"'),
+        (["score", str(world / "run"), "--context", "x" * 2000, "--candidate", "y"], "over the model's max_position"),
+        (["score", str(world / "run"), "--candidate", "y", "--method", "monte-carlo", "--num-samples", "20"], "num_samples must be a multiple"),
+        (["score", str(world / "run"), "--candidate", "y", "--cfg-scale", "-1"], "cfg_scale must be"),
     ]  # fmt: skip
+    (world / "bad.jsonl").write_text('{"context": "a", "candidates": ["b"]}\n{"context": "a", "candidates": []}\n')
     (world / "other.json").write_bytes((world / "corpus" / "tokenizer.json").read_bytes() + b"\n")
     for arguments, match in cases:
         assert cli.main(arguments) == 2

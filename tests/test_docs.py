@@ -23,16 +23,18 @@ def test_op_example_runs():
     assert sorted(names["tokens"].tolist()).count(5) <= 1  # one of the two masks is gone
 
 
-def test_model_example_runs(tmp_path, capsys):
+@pytest.mark.parametrize("page", ["README.md", "docs/generation.md"])
+def test_model_example_runs(page, tmp_path, capsys):
+    block = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)[-1]
     config = ModelConfig.preset("tiny", hidden_size=32, intermediate_size=48, num_attention_heads=4, vocab_size=300)
     train_tokenizer(["import os\ndef main():\n"] * 9, 300).save(str(tmp_path / "tokenizer.json"))
     save_pretrained(MaskedDiffusionModel(config), tmp_path / "m", tokenizer=tmp_path / "tokenizer.json")
-    exec(re.sub(r'path = ".*"', f"path = {str(tmp_path / 'm')!r}", BLOCKS[1]), {})
+    exec(re.sub(r'"runs/demo/[^"]*"', repr(str(tmp_path / "m")), block), {})
     assert capsys.readouterr().out
 
 
 def test_commands_exist():
-    for line in re.findall(r"^    illada (\w+) .*$", README, flags=re.MULTILINE):
+    for line in re.findall(r"^ {4,6}illada (\w+) .*$", README, flags=re.MULTILINE):
         with pytest.raises(SystemExit) as stopped:
             cli.main([line, "--help"])
         assert stopped.value.code == 0

@@ -8,8 +8,8 @@ import torch
 
 from illada import pack
 from illada.config import PRESETS, ModelConfig
-from illada.diffusion import make_batch
-from illada.model import MaskedDiffusionModel, Rows, positions
+from illada.diffusion import Batch, make_batch
+from illada.model import MaskedDiffusionModel, positions
 
 TINY = ModelConfig.preset(
     "tiny", hidden_size=56, intermediate_size=96, num_hidden_layers=2, num_attention_heads=7,
@@ -213,12 +213,11 @@ def test_hidden_states_of_some_rows(shift):
     model = MaskedDiffusionModel(config, seed=2)
     tokens = torch.arange(20) % 100
     cu_seqlens, rows = torch.tensor([0, 3, 3, 20], dtype=torch.int32), torch.tensor([0, 2, 3, 4, 19])
-    wanted = Rows(rows, torch.tensor([0, 2, 2, 5], dtype=torch.int32))
     want = model(tokens, cu_seqlens)[rows]
-    got = model(tokens, cu_seqlens, rows=wanted)
+    got = model(tokens, cu_seqlens, rows=rows)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     model.activation_checkpointing = True
-    again = model(tokens, cu_seqlens, rows=wanted)
+    again = model(tokens, cu_seqlens, rows=rows)
     parameters = list(model.parameters())
     for a, b in zip(
         torch.autograd.grad(again.square().sum(), parameters),
@@ -226,3 +225,31 @@ def test_hidden_states_of_some_rows(shift):
         strict=True,
     ):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"rows must ascend within \[0, 20\), got \[3, 2\]"):
+        model(tokens, cu_seqlens, rows=torch.tensor([3, 2]))
+
+
+@pytest.mark.parametrize("shift", [False, True])
+def test_loss_is_that_of_the_token_itself(shift):
+    """Not of the next one, as a labels argument means elsewhere: token i is predicted at i (Dream: from hidden i - 1)."""
+    config = ModelConfig.preset("tiny", vocab_size=100, logits_shift=shift, model_type="dream" if shift else "illada")
+    model = MaskedDiffusionModel(config, seed=2)
+    clean = torch.arange(10, 26)
+    noisy = clean.clone()
+    noisy[[0, 3, 4, 15]] = config.mask_token_id
+    weights = torch.zeros(16)
+    weights[[0, 3, 4, 15]] = 2.0
+    cu_seqlens = torch.tensor([0, 3, 16], dtype=torch.int32)
+    batch = Batch(
+        tokens=noisy, targets=clean, token_weights=weights, cu_seqlens=cu_seqlens, rows=torch.tensor([0, 3, 4, 15], dtype=torch.int32),
+        position_ids=positions(cu_seqlens, 16),
+    )  # fmt: skip
+    plain = MaskedDiffusionModel(dataclasses.replace(config, logits_shift=False, model_type="illada"), seed=2)
+    hidden = plain(noisy, cu_seqlens)  # without the model's own shift
+    source = [0, 3, 3, 14] if shift else [0, 3, 4, 15]  # a sequence's first token has none before it
+    want = (
+        2.0
+        * torch.nn.functional.cross_entropy(hidden[source] @ plain.head_weight.T, clean[[0, 3, 4, 15]], reduction="sum")
+        / 16
+    )
+    torch.testing.assert_close(model.loss(batch), want)

@@ -40,14 +40,13 @@ class CachedKeys(NamedTuple):
         return self._replace(k=self.k[i], v=self.v[i])
 
 
-class Rows(NamedTuple):
-    """The tokens whose hidden states are wanted, sequence by sequence.
+class Queries(NamedTuple):
+    """The only tokens whose output is wanted.
 
-    indices: int64 [N] into the pack; those of a sequence together, sequences in order. cu_seqlens: int32 [S + 1], where
-    each sequence's begin.
+    rows: int64 [N] in the pack, ascending. cu_seqlens: int32 [S + 1], where each sequence's begin.
     """
 
-    indices: Tensor
+    rows: Tensor
     cu_seqlens: Tensor
 
 
@@ -101,11 +100,9 @@ class Attention(nn.Module):
         cu_seqlens: Tensor,
         plan: AttentionPlan | None,
         cache: CachedKeys | None = None,
-        rows: Rows | None = None,
+        queries: Queries | None = None,
     ) -> Tensor:
-        asking, q_cos, q_sin = (
-            (x, cos, sin) if rows is None else (x[rows.indices], cos[rows.indices], sin[rows.indices])
-        )
+        asking, q_cos, q_sin = (t if queries is None else t[queries.rows] for t in (x, cos, sin))
         q, k, v = (
             project(source).unflatten(-1, (heads, -1))
             for project, source, heads in (
@@ -115,11 +112,11 @@ class Attention(nn.Module):
             )
         )
         q, k = rotate(q, q_cos, q_sin), rotate(k, cos, sin)
-        cu_seqlens_k, seqused_k = None if rows is None else cu_seqlens, None
+        cu_seqlens_k, seqused_k = None if queries is None else cu_seqlens, None
         if cache is not None:  # k and v are this layer's
             k, v = cache.k.index_copy_(0, cache.rows, k), cache.v.index_copy_(0, cache.rows, v)
             cu_seqlens_k, seqused_k = cache.cu_seqlens_k, cache.seqused_k
-        cu_seqlens_q = cu_seqlens if rows is None else rows.cu_seqlens
+        cu_seqlens_q = cu_seqlens if queries is None else queries.cu_seqlens
         out = varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k, plan=plan)
         assert isinstance(out, Tensor)
         return self.o_proj(out.flatten(1))
@@ -156,11 +153,11 @@ class Layer(nn.Module):
         cu_seqlens: Tensor,
         plan: AttentionPlan | None,
         cache: CachedKeys | None = None,
-        rows: Rows | None = None,
+        queries: Queries | None = None,
     ) -> Tensor:
-        """With `rows` for these alone [N, C]: the others only give keys and values (and need no `plan`)."""
-        attended = self.self_attn(self.input_layernorm(x), cos, sin, cu_seqlens, plan, cache, rows)
-        x = (x if rows is None else x[rows.indices]) + attended
+        """With `queries` the output of these alone [N, C]: the others only give keys and values."""
+        attended = self.self_attn(self.input_layernorm(x), cos, sin, cu_seqlens, plan, cache, queries)
+        x = (x if queries is None else x[queries.rows]) + attended
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -237,7 +234,7 @@ class MaskedDiffusionModel(nn.Module):
         position_ids: Tensor | None = None,
         plan: AttentionPlan | None = None,
         cache: CachedKeys | None = None,
-        rows: Rows | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
         """Hidden states that, times the head, give the logits of each token's own position.
 
@@ -248,7 +245,8 @@ class MaskedDiffusionModel(nn.Module):
             plan: of `illada.attention_plan`; default: made here.
             cache: attend to what its slots hold as well; the keys and values of `tokens` are written into it first.
                 Needs `position_ids`, and no gradients.
-            rows: the tokens whose hidden states are wanted; the last layer computes no others.
+            rows: int32 or int64 [N], ascending: the tokens whose hidden states are wanted, default all. The last layer
+                then makes the keys and values of all tokens and the rest of these alone.
 
         Returns:
             [T, C], or [N, C] with `rows`, after the final norm (and shifted by one position inside each sequence for
@@ -257,7 +255,7 @@ class MaskedDiffusionModel(nn.Module):
         Raises:
             ValueError: wrong shapes; token ids or cu_seqlens out of range (on a CPU, where looking costs no sync).
         """
-        self._check(tokens, cu_seqlens)
+        self._check(tokens, rows)
         config = self.config
         if position_ids is None:
             if cache is not None:
@@ -278,18 +276,24 @@ class MaskedDiffusionModel(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
         cos, sin = rotary_tables(position_ids, config, dtype)
-        if rows is not None and config.logits_shift:
-            rows = rows._replace(indices=shifted(cu_seqlens, tokens.shape[0])[rows.indices])
+        queries = None if rows is None else self._queries(rows, cu_seqlens, tokens.shape[0])
         for i, layer in enumerate(self.layers):
             inputs = [x, cos, sin, cu_seqlens, plan, None if cache is None else cache.layer(i), None]
-            if rows is not None and i == len(self.layers) - 1:
-                inputs[4], inputs[6] = None, rows
+            if queries is not None and i == len(self.layers) - 1:
+                inputs[4], inputs[6] = None, queries  # a plan of their own
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, *inputs, use_reentrant=False)
             else:
                 x = layer(*inputs)
         hidden = self.norm(x)
         return hidden[shifted(cu_seqlens, tokens.shape[0])] if config.logits_shift and rows is None else hidden
+
+    def _queries(self, rows: Tensor, cu_seqlens: Tensor, total: int) -> Queries:
+        """What the last layer computes: `rows`, or the ones before them where hidden states are shifted."""
+        rows = rows.long()
+        if self.config.logits_shift:
+            rows = shifted(cu_seqlens, total)[rows]
+        return Queries(rows, torch.searchsorted(rows, cu_seqlens.long(), out_int32=True))
 
     def loss(self, batch: Batch, *, normalizer: float | Tensor | None = None) -> Tensor:
         """Eq. 1 on a batch: sum of 1/p-weighted cross-entropies of the masked tokens over `normalizer`, a scalar.
@@ -310,7 +314,7 @@ class MaskedDiffusionModel(nn.Module):
         assert isinstance(loss, Tensor)
         return loss
 
-    def _check(self, tokens: Tensor, cu_seqlens: Tensor) -> None:
+    def _check(self, tokens: Tensor, rows: Tensor | None) -> None:
         if tokens.dim() != 1:
             raise ValueError(f"tokens must be packed, shape [T], got {list(tokens.shape)}; see illada.pack")
         if torch.compiler.is_compiling() or tokens.device.type != "cpu" or type(tokens) is not Tensor:
@@ -319,6 +323,9 @@ class MaskedDiffusionModel(nn.Module):
             raise ValueError(
                 f"tokens must be in [0, {self.config.embedding_rows}), got {int(tokens.min())} .. {int(tokens.max())}"
             )
+        if rows is not None and len(rows):
+            if not (0 <= int(rows[0]) and int(rows[-1]) < len(tokens) and bool((rows[1:] > rows[:-1]).all())):
+                raise ValueError(f"rows must ascend within [0, {len(tokens)}), got {rows.tolist()[:20]}")
 
 
 def positions(cu_seqlens: Tensor, total: int) -> Tensor:

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
+
     from illada.model import MaskedDiffusionModel
     from illada.tokenizer import Tokenizer
 
@@ -20,7 +22,13 @@ def find_checkpoint(path: str | Path) -> Path:
     return folder
 
 
-def load(path: str | Path, tokenizer: str | Path | None = None) -> tuple[MaskedDiffusionModel, Tokenizer]:
+def load(
+    path: str | Path,
+    tokenizer: str | Path | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    mask_token_id: int | None = None,
+) -> tuple[MaskedDiffusionModel, Tokenizer]:
     """The model of a checkpoint or training run, and its tokenizer (or the given one, which must be the same)."""
     from illada.checkpoint import load_pretrained, read_config
     from illada.data import tokenizer_sha256
@@ -32,4 +40,4 @@ def load(path: str | Path, tokenizer: str | Path | None = None) -> tuple[MaskedD
     expected = read_config(folder).get("tokenizer_sha256")
     if expected is not None and tokenizer_sha256(tokenizer_path) != expected:
         raise ValueError(f"{tokenizer_path} is not the tokenizer that {folder} was trained with")
-    return load_pretrained(folder), loaded
+    return load_pretrained(folder, dtype=dtype, mask_token_id=mask_token_id), loaded

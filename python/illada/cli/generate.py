@@ -1,4 +1,4 @@
-"""`illada generate`: continue prompts."""
+"""`illada generate`: continue prompts, or fill their masks."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import argparse
 import dataclasses
 import json
 import sys
-from pathlib import Path
 from typing import Any
+
+from illada.cli import sampling
 
 
 def add_parser(commands: Any) -> None:
@@ -17,31 +18,16 @@ def add_parser(commands: Any) -> None:
         help="generate text",
         description="Continue prompts by iterative un-masking. All prompts run in one pack.",
         epilog='example:\n  illada generate runs/demo --prompt "import os" --prompt "def f(" --temperature 0.5\n'
-        "  illada generate runs/demo --mode fixed --gen-length 64 --block-length 16 --steps 32 < prompt.txt",
+        "  illada generate runs/demo --mode fixed --gen-length 64 --block-length 16 --steps 32 < prompt.txt\n"
+        '  illada generate runs/demo --mode infill --special-tokens-in-prompt --prompt "def <[MASK]>(self):"\n'
+        "  illada generate iLLaDA-8B-Instruct --apply-chat-template --end-think-boost 100 --gen-length 2048 < question",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("checkpoint", help="checkpoint folder, or a training run (its newest checkpoint)")
-    parser.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times")
-    parser.add_argument("--prompt-file", metavar="PATH", help="one prompt a line")
-    parser.add_argument("--tokenizer", metavar="PATH", help="default: the checkpoint's own")
-    parser.add_argument(
-        "--mode", default="var", help="var: append a block at a time; fixed: whole canvas (%(default)s)"
-    )
-    parser.add_argument("--gen-length", type=int, default=64, help="most tokens to generate (%(default)s)")
-    parser.add_argument("--block-length", type=int, default=32, help="tokens filled together (%(default)s)")
-    parser.add_argument(
-        "--steps", type=int, default=32, help="forwards: of a block (var), of all (fixed) (%(default)s)"
-    )
-    parser.add_argument("--temperature", type=float, default=0.0, help="of the Gumbel noise; 0 is greedy")
-    parser.add_argument("--rule", default="top_k", help="top_k or threshold (%(default)s)")
-    parser.add_argument("--threshold", type=float, default=0.9, help="confidence to commit at (%(default)s)")
-    parser.add_argument("--measure", default="probability", help="probability, margin, entropy or random")
-    parser.add_argument("--stop", action="append", metavar="TEXT", help="stop string; may be given several times")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--special-tokens-in-prompt", action="store_true", help="<[MASK]> in a prompt is the token, not text"
-    )
+    sampling.add_model_options(parser)
+    sampling.add_prompt_options(parser)
+    sampling.add_sampling_options(parser)
+    parser.add_argument("--batch-size", type=int, metavar="N", help="most sequences at a time (default: all)")
     parser.add_argument("--json", action="store_true", help="one JSON object a prompt")
     parser.set_defaults(run=_run)
 
@@ -49,37 +35,24 @@ def add_parser(commands: Any) -> None:
 def _run(options: argparse.Namespace) -> int:
     import time
 
-    from illada.cli.checkpoints import load
-    from illada.generation import GenerationConfig, generate
+    from illada.generation import generate
 
-    model, tokenizer = load(options.checkpoint, options.tokenizer)
-    prompts = list(options.prompt or [])
-    if options.prompt_file:
-        prompts += Path(options.prompt_file).read_text(encoding="utf-8").splitlines()
-    if not prompts:
-        prompts = [sys.stdin.read()] if not sys.stdin.isatty() else [""]
-    config = GenerationConfig(
-        mode=options.mode,
-        gen_length=options.gen_length,
-        block_length=options.block_length,
-        steps=options.steps,
-        temperature=options.temperature,
-        rule=options.rule,
-        threshold=options.threshold,
-        measure=options.measure,
-        stop_strings=tuple(options.stop or ()),
-    )
-    parse = options.special_tokens_in_prompt
-    ids = [tokenizer.encode(prompt, parse_special_tokens=parse) for prompt in prompts]
+    model, tokenizer = sampling.load(options)
+    needs_stdin = not (options.prompt or options.prompt_file) and not sys.stdin.isatty()
+    prompts, ids = sampling.read_prompts(options, tokenizer, sys.stdin.read() if needs_stdin else None)
+    config = sampling.make_config(options, tokenizer)
     began = time.monotonic()
-    results = generate(model, ids, config, seed=options.seed, tokenizer=tokenizer, progress=True)
+    results = generate(
+        model, ids, config, seed=options.seed, tokenizer=tokenizer, batch_size=options.batch_size,
+        cuda_graphs=not options.no_cuda_graphs, progress=True,
+    )  # fmt: skip
     seconds = time.monotonic() - began
-    if options.json:
-        for prompt, result in zip(prompts, results, strict=True):
-            print(json.dumps({"prompt": prompt, **dataclasses.asdict(result)}, ensure_ascii=False))
-        return 0
     for prompt, result in zip(prompts, results, strict=True):
-        print(f"{prompt}{result.text}")
+        if options.json:
+            print(json.dumps({"prompt": prompt, **dataclasses.asdict(result)}, ensure_ascii=False))
+            continue
+        print(result.text if config.mode == "infill" or options.apply_chat_template else f"{prompt}{result.text}")
         print(f"--- {len(result.tokens)} tokens, {result.forwards} forwards, {result.finish_reason}")
-    print(f"{sum(len(r.tokens) for r in results)} tokens in {seconds:.1f} s", file=sys.stderr)
+    count = sum(len(r.tokens) for r in results)
+    print(f"{count} tokens in {seconds:.1f} s, {count / max(seconds, 1e-9):.1f} tokens/s", file=sys.stderr)
     return 0

@@ -46,7 +46,7 @@ class GenerationConfig:
             of gen_length up to there (iLLaDA).
 
     When it stops, looked at after each block:
-        stop_tokens: ids that end a sequence; default the model's eos.
+        stop_tokens: ids that end a sequence; default the model's eos and, if it has one, end of turn.
         stop_strings: texts that end a sequence; they need the tokenizer.
 
     Speed:

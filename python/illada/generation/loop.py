@@ -160,7 +160,8 @@ def _make_cache(
 
 def stop_ids(config: GenerationConfig, model: MaskedDiffusionModel) -> set[int]:
     """The ids that end a sequence."""
-    return set((model.config.eos_token_id,) if config.stop_tokens is None else config.stop_tokens)
+    own = (model.config.eos_token_id, model.config.eot_token_id)
+    return {i for i in own if i is not None} if config.stop_tokens is None else set(config.stop_tokens)
 
 
 def _why_finished(request: Request, model: MaskedDiffusionModel, tokenizer: Any) -> str | None:

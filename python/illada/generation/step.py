@@ -16,7 +16,7 @@ from torch import Tensor
 from illada.generation.cache import KeyValueCache
 from illada.generation.request import Request, RuleCall
 from illada.generation.rules import order_noise
-from illada.model import CachedKeys, MaskedDiffusionModel, Rows
+from illada.model import CachedKeys, MaskedDiffusionModel
 from illada.ops import linear_sample_tokens, remask
 from illada.ops.types import LogitBias
 
@@ -63,7 +63,7 @@ class StepInputs(NamedTuple):
     cu_seqlens: Tensor
     position_ids: Tensor
     cache: CachedKeys | None
-    wanted: Rows
+    wanted: Tensor
     groups: tuple[Group, ...]
 
 
@@ -134,7 +134,7 @@ def lay_out(
         put(starts),
         put(np.concatenate(position_ids), np.int64),
         None if cache is None else cache.view(slots, begins, ends, blanks=blanks),
-        Rows(put(np.concatenate(list(rows.values())), np.int64), put(wanted)),
+        put(np.concatenate(list(rows.values()))),
         groups,
     )
     return Layout(inputs, tuple(by_call), list(by_call.values()))

@@ -1,0 +1,103 @@
+"""The options of the commands that generate, and the `GenerationConfig` they make."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from illada.generation import GenerationConfig
+    from illada.tokenizer import Tokenizer
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Which model."""
+    parser.add_argument("checkpoint", help="checkpoint folder, or a training run (its newest checkpoint)")
+    parser.add_argument("--tokenizer", metavar="PATH", help="default: the checkpoint's own")
+    parser.add_argument("--dtype", help="bfloat16, float16 or float32 (default: the checkpoint's)")
+    parser.add_argument("--mask-token-id", type=int, metavar="N", help="where config.json does not name the mask")
+
+
+def add_prompt_options(parser: argparse.ArgumentParser) -> None:
+    """Which prompts."""
+    parser.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times; default stdin")
+    parser.add_argument("--prompt-file", metavar="PATH", help="one prompt a line")
+    parser.add_argument(
+        "--special-tokens-in-prompt", action="store_true", help="<[MASK]> in a prompt is the token, not text"
+    )
+    parser.add_argument("--apply-chat-template", action="store_true", help="each prompt is a user's message")
+
+
+def add_sampling_options(parser: argparse.ArgumentParser, *, gen_length: int = 64) -> None:
+    """How to generate."""
+    where = parser.add_argument_group("where the masks are")
+    where.add_argument(
+        "--mode",
+        default="var",
+        help="var: append a block at a time; fixed: all masks from the start; infill: the prompt's masks (%(default)s)",
+    )
+    where.add_argument("--gen-length", type=int, default=gen_length, help="most tokens to generate (%(default)s)")
+    where.add_argument("--block-length", type=int, default=32, help="tokens filled together (%(default)s)")
+    where.add_argument(
+        "--steps", type=int, default=32, help="forwards: of a block (var, infill), of all (fixed) (%(default)s)"
+    )
+    which = parser.add_argument_group("which tokens are committed")
+    which.add_argument("--temperature", type=float, default=0.0, help="of the Gumbel noise; 0 is greedy")
+    which.add_argument("--measure", default="probability", help="of confidence: probability, margin, entropy, random")
+    which.add_argument("--rule", default="quota", help="quota, threshold, factor, entropy_bound, origin (%(default)s)")
+    which.add_argument("--schedule", default="even", help="of the quota: even (LLaDA) or dream (%(default)s)")
+    which.add_argument("--threshold", type=float, default=0.9, help="confidence to commit at (%(default)s)")
+    which.add_argument("--factor", type=float, default=1.0, help="of rule factor (%(default)s)")
+    which.add_argument("--entropy-bound", type=float, default=0.1, help="in nats (%(default)s)")
+    which.add_argument("--alg-temp", type=float, default=0.0, help="draw the quota's positions at this temperature")
+    which.add_argument("--take-back", type=float, default=0.0, metavar="P", help="ReMDM: re-mask with up to P a step")
+    which.add_argument("--cfg-scale", type=float, default=0.0, help="classifier-free guidance; doubles the work")
+    which.add_argument("--end-think", default="</think>", metavar="TEXT", help="what ends reasoning (%(default)s)")
+    which.add_argument("--end-think-boost", type=float, default=0.0, help="encourage it: 100 as published, 0 never")
+    which.add_argument("--end-think-power", type=float, default=2.0, help="how late the boost comes (%(default)s)")
+    which.add_argument("--seed", type=int, default=0)
+    other = parser.add_argument_group("stopping and speed")
+    other.add_argument("--stop", action="append", metavar="TEXT", help="stop string; may be given several times")
+    other.add_argument("--cache", default="none", help="none (exact), prefix or block: see `illada agreement`")
+    other.add_argument("--no-cuda-graphs", action="store_true", help="launch each kernel of a step by itself")
+
+
+def load(options: argparse.Namespace) -> tuple[Any, Tokenizer]:
+    """(model, tokenizer) of `add_model_options`."""
+    import torch
+
+    from illada.cli.checkpoints import load
+
+    dtypes = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32")}
+    if options.dtype not in (None, *dtypes):
+        raise ValueError(f"--dtype must be {', '.join(dtypes)}, got {options.dtype!r}")
+    dtype = dtypes.get(options.dtype)
+    return load(options.checkpoint, options.tokenizer, dtype=dtype, mask_token_id=options.mask_token_id)
+
+
+def read_prompts(
+    options: argparse.Namespace, tokenizer: Tokenizer, stdin: str | None
+) -> tuple[list[str], list[list[int]]]:
+    """(texts, token ids) of `add_prompt_options`; `stdin` is the prompt where none is given."""
+    prompts = list(options.prompt or [])
+    if options.prompt_file:
+        prompts += Path(options.prompt_file).read_text(encoding="utf-8").splitlines()
+    if not prompts:
+        prompts = [stdin or ""]
+    if options.apply_chat_template:
+        rendered = [tokenizer.apply_chat_template([{"role": "user", "content": prompt}]) for prompt in prompts]
+        return prompts, [tokenizer.encode(text) for text in rendered]
+    parse = options.special_tokens_in_prompt
+    return prompts, [tokenizer.encode(prompt, parse_special_tokens=parse) for prompt in prompts]
+
+
+def make_config(options: argparse.Namespace, tokenizer: Tokenizer) -> GenerationConfig:
+    """The `GenerationConfig` of `add_sampling_options`."""
+    from illada.generation import GenerationConfig
+
+    fields = {f.name for f in dataclasses.fields(GenerationConfig)} - {"end_think"}
+    given = {name: value for name, value in vars(options).items() if name in fields}
+    end_think = tuple(tokenizer.encode(options.end_think)) if options.end_think_boost else ()
+    return GenerationConfig(**given, end_think=end_think, stop_strings=tuple(options.stop or ()))

@@ -1,0 +1,140 @@
+"""generate, chat and agreement on the command line."""
+
+import io
+import json
+
+import pytest
+
+from illada import cli
+from illada.checkpoint import save_pretrained
+from illada.config import ModelConfig
+from illada.data import train_tokenizer
+from illada.model import MaskedDiffusionModel
+
+TEMPLATE = (
+    "{% for m in messages %}<[begin▁of▁sentence]>{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    """A checkpoint with random weights, a tokenizer and a chat template."""
+    folder = tmp_path_factory.mktemp("a model")
+    config = ModelConfig.preset(
+        "tiny", hidden_size=32, intermediate_size=48, num_attention_heads=4, vocab_size=300, initializer_range=0.3,
+        max_position_embeddings=96,
+    )  # fmt: skip
+    train_tokenizer(["import os\ndef main():\n"] * 9, 300).save(str(folder / "tokenizer.json"))
+    save_pretrained(MaskedDiffusionModel(config, seed=4), folder / "m", tokenizer=folder / "tokenizer.json")
+    (folder / "m" / "chat_template.jinja").write_text(TEMPLATE)
+    return folder / "m"
+
+
+def run(capsys, *arguments):
+    status = cli.main([str(a) for a in arguments])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+SHORT = ("--gen-length", 8, "--block-length", 4, "--steps", 4)
+
+
+@pytest.mark.parametrize("options", [
+    (), ("--mode", "fixed", "--steps", 8), ("--rule", "threshold", "--threshold", 0.2), ("--rule", "factor"),
+    ("--rule", "entropy_bound", "--entropy-bound", 2), ("--rule", "origin"), ("--schedule", "dream", "--alg-temp", 0.5),
+    ("--take-back", 0.3), ("--cfg-scale", 1.0), ("--cache", "prefix"), ("--cache", "block", "--no-cuda-graphs"),
+    ("--measure", "margin"), ("--temperature", 1.0, "--seed", 3), ("--stop", "import"), ("--dtype", "bfloat16"),
+    ("--end-think", "os", "--end-think-boost", 50, "--end-think-power", 1), ("--apply-chat-template",),
+    ("--batch-size", 1),
+], ids=lambda o: " ".join(map(str, o)) or "published")  # fmt: skip
+def test_generate_takes_every_option(capsys, path, options):
+    status, out, _ = run(capsys, "generate", path, "--prompt", "import", "--prompt", "def", "--json", *SHORT, *options)
+    records = [json.loads(line) for line in out.splitlines()]
+    assert (
+        status == 0
+        and [r["prompt"] for r in records] == ["import", "def"]
+        and all(len(r["tokens"]) <= 8 for r in records)
+    )
+    plain = run(capsys, "generate", path, "--prompt", "import", "--prompt", "def", "--json", *SHORT)[1]
+    if options and options[0] in (
+        "--take-back",
+        "--cfg-scale",
+        "--temperature",
+        "--end-think",
+        "--apply-chat-template",
+    ):
+        assert out != plain
+
+
+def test_generate_fills_masks(capsys, path):
+    infill = ("--mode", "infill", "--prompt", "import <[MASK]><[MASK]> def")
+    status, out, _ = run(capsys, "generate", path, *infill, "--special-tokens-in-prompt", "--json")
+    record = json.loads(out)
+    assert status == 0 and record["finish_reason"] == "filled" and record["text"].endswith(" def")
+    status, _, err = run(capsys, "generate", path, *infill)  # as text it is no mask
+    assert status == 2 and "holds no mask (id 5)" in err
+
+
+def test_chat(capsys, path, monkeypatch):
+    options = ("chat", path, "--gen-length", 8, "--block-length", 4, "--steps", 4)
+
+    def talk(*lines, extra=()):
+        monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
+        return run(capsys, *options, *extra)
+
+    status, out, err = talk("import os")
+    first = out
+    assert status == 0 and err == "" and out.endswith("\n")
+    assert talk("import os", "/reset", "import os", extra=("--temperature", 0))[1] == 2 * first
+    assert talk("import os", "/undo", "import os", "/exit", "never")[1] == 2 * first
+    followed = talk("import os", "import os")[1]
+    assert followed.startswith(first) and followed != 2 * first  # the second answer knows of the first turn
+    assert talk("import os", extra=("--system", "def main"))[1] != first
+    _, out, err = talk("/nothing", "x" * 3000, "import os")
+    assert "no command /nothing" in err and "over the model's" in err and out == first
+    (path.parent / "other.jinja").write_text("{{ messages[-1].content }}")
+    assert talk("import os", extra=("--chat-template", path.parent / "other.jinja"))[1] != first
+
+
+def test_chat_needs_a_template(capsys, path, tmp_path):
+    for file in path.iterdir():
+        if file.name != "chat_template.jinja":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    status, _, err = run(capsys, "chat", tmp_path)
+    assert status == 2 and "has no chat template" in err
+    status, _, err = run(capsys, "chat", path, "--mode", "infill")
+    assert status == 2 and "a chat goes with var or fixed" in err
+
+
+def test_agreement(capsys, path):
+    prompts = ("--prompt", "import", "--prompt", "def main")
+    status, out, _ = run(
+        capsys, "agreement", path, *prompts, "--gen-length", 16, "--block-length", 4, "--steps", 2, "--json"
+    )
+    reports = [json.loads(line) for line in out.splitlines()]
+    assert status == 0 and [r["cache"] for r in reports] == ["none", "prefix", "block"]
+    none, prefix, block = reports
+    assert none["token_match"] == 1.0 and none["identical"] == none["prompts"] == 2 and none["score_gap"] == 0.0
+    assert none["first_difference"] is None
+    for r in (prefix, block):
+        assert 0 <= r["token_match"] < 1 and r["first_difference"] >= 0 and r["score"] < 0
+        assert r["score_gap"] == pytest.approx(r["score"] - none["score"])
+    table = run(capsys, "agreement", path, *prompts, *SHORT, "--steps", 1, "--caches", "prefix")[1]
+    assert "100.0%" in table and "2 of 2" in table and "block" not in table  # one step a block is always fresh
+    status, _, err = run(capsys, "agreement", path, *prompts, "--caches", "dual")
+    assert status == 2 and "caches must be among none, prefix, block, got 'dual'" in err
+
+
+def test_errors_are_one_line(capsys, path):
+    for arguments, match in (
+        (("generate", path, "--dtype", "int8"), "--dtype must be bfloat16, float16, float32, got 'int8'"),
+        (
+            ("generate", path, "--prompt", "x", "--gen-length", 10, "--block-length", 4),
+            "block_length may be 1, 2, 5, 10",
+        ),
+        (("generate", path, "--prompt", "x", "--cache", "dual"), "cache must be one of none, prefix, block"),
+        (("generate", path, "--prompt", "x", "--mask-token-id", 9), "mask"),
+    ):
+        status, _, err = run(capsys, *arguments)
+        assert status == 2 and match in err and err.count("\n") == 1, err
