@@ -92,7 +92,7 @@ def test_info_without_the_native_module():
 
 
 def test_help_teaches(capsys):
-    for command in ([], ["prepare"], ["train"], ["generate"], ["score"]):
+    for command in ([], ["prepare"], ["train"], ["generate"], ["score"], ["eval"]):
         with pytest.raises(SystemExit) as stopped:
             cli.main([*command, "--help"])
         assert stopped.value.code == 0 and "illada " in capsys.readouterr().out.split("example")[-1]

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from illada.cli import agreement, chat, convert, generate, info, prepare, score, train
+from illada.cli import agreement, chat, convert, evaluate, generate, info, prepare, score, train
 
 _EXAMPLES = """\
 from nothing to text, on a CPU:
@@ -53,6 +53,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"illada {illada.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (prepare, train, generate, chat, score, agreement, convert, info):
+    for command in (prepare, train, generate, chat, score, evaluate, agreement, convert, info):
         command.add_parser(commands)
     return parser

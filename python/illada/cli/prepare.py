@@ -1,8 +1,9 @@
-"""`illada prepare`: from text to token files."""
+"""`illada prepare`: from text to token files, and to evaluation tasks."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 
@@ -10,14 +11,17 @@ def add_parser(commands: Any) -> None:
     """Add the command to the `illada` parser."""
     parser = commands.add_parser(
         "prepare",
-        help="turn text into token files",
-        description="Turn text into a corpus: tokens, document offsets, tokenizer, held-out split.",
+        help="turn text into token files and evaluation tasks",
+        description="Turn text into a corpus: tokens, document offsets, tokenizer, held-out split. With --tasks also\n"
+        "into tasks for `illada eval`, made from the held-out split; without --source, of a corpus that is there.",
         epilog="example:\n  illada prepare --source dir:~/books --out data/books --vocab-size 8192\n"
-        "  illada prepare --source jsonl:chat.jsonl --out data/chat --tokenizer data/books/tokenizer.json",
+        "  illada prepare --source jsonl:chat.jsonl --out data/chat --tokenizer data/books/tokenizer.json\n"
+        "  illada prepare --source stdlib --out data/stdlib --tasks all\n"
+        "  illada prepare --out data/stdlib --tasks definitions --dictionary wordnet:/usr/share/wordnet --overwrite",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--source", required=True, help="stdlib (Python's own source), dir:PATH or jsonl:PATH")
+    parser.add_argument("--source", help="stdlib (Python's own source), dir:PATH or jsonl:PATH")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write; appears complete or not at all")
     parser.add_argument("--vocab-size", type=int, default=4096, help="of the BPE tokenizer to train (%(default)s)")
     parser.add_argument("--tokenizer", metavar="PATH", help="use this tokenizer.json instead of training one")
@@ -27,11 +31,35 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--validation-fraction", type=float, default=0.05, help="share of the text to hold out (%(default)s)"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing corpus")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing corpus, or its tasks")
+    tasks = parser.add_argument_group("tasks, written to DIR/tasks")
+    tasks.add_argument("--tasks", metavar="NAME,...", help="definitions, cloze, cloze_word, or all of them: all")
+    tasks.add_argument(
+        "--dictionary", default="docstrings", help="of definitions: docstrings or wordnet:PATH (%(default)s)"
+    )
+    tasks.add_argument("--questions", type=int, default=400, help="most questions of a task (%(default)s)")
     parser.set_defaults(run=_run)
 
 
 def _run(options: argparse.Namespace) -> int:
+    if options.source is None and options.tasks is None:
+        raise ValueError("prepare needs --source, the text to prepare (or --tasks, of a corpus that is at --out)")
+    if options.source is not None:
+        _prepare_corpus(options)
+    if options.tasks is not None:
+        from illada.tasks import TASKS, prepare_tasks
+
+        names = TASKS if options.tasks == "all" else [name.strip() for name in options.tasks.split(",") if name.strip()]
+        counts = prepare_tasks(
+            options.out, names, dictionary=options.dictionary, questions=options.questions, overwrite=options.overwrite
+        )
+        for name, count in counts.items():
+            print(f"{name:<12} {count:>6,} questions")
+        print(f"written to {Path(options.out) / 'tasks'}")
+    return 0
+
+
+def _prepare_corpus(options: argparse.Namespace) -> None:
     from illada.data import parse_special, prepare
 
     header = prepare(
@@ -50,4 +78,3 @@ def _run(options: argparse.Namespace) -> int:
     print(f"vocabulary {header['vocab_size']:,}, {header['dtype']}; unigram entropy of the held-out tokens "
           f"{header['validation_unigram_entropy']:.4f} nats")  # fmt: skip
     print(f"written to {options.out}")
-    return 0

@@ -1,0 +1,206 @@
+"""`illada eval`: measure a checkpoint on tasks of lm-evaluation-harness."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the `illada` parser."""
+    parser = commands.add_parser(
+        "eval",
+        help="measure a checkpoint on tasks",
+        description="Measure a checkpoint on tasks of lm-evaluation-harness (pip install 'illada[eval]'): those made\n"
+        "by `illada prepare --tasks`, which need no network, or any that the harness has.",
+        epilog="example:\n  illada eval runs/demo --tasks definitions,cloze --include-path data/stdlib/tasks\n"
+        "  illada eval iLLaDA-8B-Base --preset illada-base --tasks arc_challenge --output arc.json --resume",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("checkpoint", help="checkpoint folder, or a training run (its newest checkpoint)")
+    parser.add_argument("--tasks", required=True, metavar="NAME,...", help="task names")
+    parser.add_argument(
+        "--include-path", action="append", metavar="DIR", help="task folder; may be given several times"
+    )
+    parser.add_argument("--preset", help="settings of the published scores, task by task: illada-base, illada-instruct")
+    parser.add_argument(
+        "--model-args", default="", metavar="K=V,...", help="llh, mc_num, steps, ...; over the preset's"
+    )
+    parser.add_argument("--limit", type=float, help="questions of each task; below 1 the share of them")
+    parser.add_argument("--num-fewshot", type=int, help="examples in the prompt; default the preset's or the task's")
+    parser.add_argument("--apply-chat-template", action="store_true", help="prompts as the checkpoint's chats")
+    parser.add_argument("--fewshot-as-multiturn", action="store_true", help="examples as turns of the chat")
+    parser.add_argument("--tokenizer", metavar="PATH", help="default: the checkpoint's own")
+    parser.add_argument("--device", help="default: the first GPU, or the CPU")
+    parser.add_argument("--dtype", help="of the model, as in bfloat16; default: as stored")
+    parser.add_argument("--batch-size", default="auto", help="prompts generated together (%(default)s: by max_tokens)")
+    parser.add_argument("--seed", type=int, default=0, help="of noise and of Monte Carlo's masks (%(default)s)")
+    parser.add_argument("--output", metavar="FILE", help="results as JSON; finished requests are kept beside it")
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted evaluation into --output")
+    parser.add_argument(
+        "--confirm-run-unsafe-code", action="store_true", help="allow tasks that run what the model writes"
+    )
+    parser.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    names = [name.strip() for name in options.tasks.split(",") if name.strip()]
+    if not names:
+        raise ValueError("--tasks names no task")
+    from illada.integrations.presets import settings_of
+
+    groups: dict[str, tuple[Any, list[str]]] = {}  # tasks with the same settings run together
+    for name in dict.fromkeys(names):
+        settings = settings_of(options.preset, name)
+        groups.setdefault(repr(settings), (settings, []))[1].append(name)
+    journal = _journal(options)
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"illada eval needs lm-evaluation-harness: pip install 'illada[eval]' ({error})") from None
+    from illada.integrations.lm_eval import IlladaLM, quiet_logs
+
+    with quiet_logs():
+        from lm_eval import simple_evaluate
+        from lm_eval.utils import make_table, simple_parse_args_string
+
+        limit = options.limit if options.limit is None or options.limit < 1 else int(options.limit)
+        manager = _task_manager(names, options.include_path)
+        given = {"batch_size": options.batch_size, "seed": options.seed, **simple_parse_args_string(options.model_args)}
+        model: Any = None
+        merged: dict[str, Any] = {}
+        for settings, group in groups.values():
+            loaded = (
+                {"pretrained": options.checkpoint, "tokenizer": options.tokenizer}
+                if model is None
+                else {"pretrained": model.model, "tokenizer": model.tokenizer}
+            )
+            model = IlladaLM(
+                **loaded,
+                device=options.device,
+                dtype=options.dtype,
+                journal=journal,
+                **{**settings.model_args, **given},
+            )
+            results = simple_evaluate(
+                model=model,
+                tasks=group,
+                task_manager=manager,
+                num_fewshot=settings.num_fewshot if options.num_fewshot is None else options.num_fewshot,
+                limit=limit,
+                apply_chat_template=settings.apply_chat_template or options.apply_chat_template,
+                fewshot_as_multiturn=settings.fewshot_as_multiturn or options.fewshot_as_multiturn,
+                confirm_run_unsafe_code=options.confirm_run_unsafe_code,
+                bootstrap_iters=1000,
+            )
+            if results is None:  # another rank has them
+                continue
+            chances = {name: chance for name in results["results"] if (chance := _chance(results, name)) is not None}
+            print(make_table(results))
+            if results.get("groups"):
+                print(make_table(results, "groups"))
+            for name, chance in chances.items():
+                print(describe_chance(name, chance))
+            _merge(merged, results, chances, {**settings.model_args, **given})
+    if merged:
+        _write(options, merged, journal)
+    return 0
+
+
+def _journal(options: argparse.Namespace) -> Path | None:
+    """Where finished requests are kept: beside the output, if there is one."""
+    from illada.integrations.journal import journal_files
+
+    if options.output is None:
+        if options.resume:
+            raise ValueError("--resume needs --output, the file whose evaluation was interrupted")
+        return None
+    if Path(options.output).is_dir():
+        raise ValueError(f"--output must be a file, {options.output} is a folder")
+    path = Path(f"{options.output}.journal")
+    if not options.resume and (found := journal_files(path)):
+        raise FileExistsError(
+            f"{found[0]} holds an evaluation that was interrupted; go on with it (--resume), or remove the file"
+        )
+    return path
+
+
+def _task_manager(names: list[str], include_path: list[str] | None) -> Any:
+    """Of the given folders alone if they have all the tasks: the harness's own index takes seconds to read."""
+    from lm_eval.tasks import TaskManager
+
+    for folder in include_path or ():
+        if not Path(folder).is_dir():
+            raise FileNotFoundError(f"--include-path: {folder} is not a folder; make one with illada prepare --tasks")
+    if include_path:
+        manager = TaskManager(include_path=include_path, include_defaults=False)
+        if set(names) <= set(manager.all_tasks):
+            return manager
+    own = manager.all_tasks if include_path else []
+    manager = TaskManager(include_path=include_path)
+    if unknown := [name for name in names if name not in set(manager.all_tasks)]:
+        import difflib
+
+        near = difflib.get_close_matches(unknown[0], manager.all_tasks, n=8, cutoff=0.5)
+        raise ValueError(
+            f"unknown task {unknown[0]!r}; --include-path has {', '.join(own) or 'none'}, and of the "
+            f"{len(manager.all_tasks):,} of lm-evaluation-harness the nearest are {', '.join(near) or 'none'}"
+        )
+    return manager
+
+
+def _chance(results: dict[str, Any], name: str) -> dict[str, float] | None:
+    """What guessing would give on a multiple-choice task, and how far from that the accuracy is."""
+    config, accuracy = results["configs"].get(name, {}), results["results"][name].get("acc,none")
+    samples = results["samples"].get(name, [])
+    if config.get("output_type") != "multiple_choice" or accuracy is None or not samples:
+        return None
+    rates = [1 / len(sample["arguments"]) for sample in samples]
+    chance = sum(rates) / len(rates)
+    # The standard error that guessing has, not the one around the accuracy: it is guessing that is to be ruled out.
+    error = math.sqrt(sum(p * (1 - p) for p in rates)) / len(rates)
+    return {
+        "accuracy": accuracy,
+        "chance": chance,
+        "chance_stderr": error,
+        "sigmas": (accuracy - chance) / error if error else 0.0,
+        "questions": len(rates),
+    }
+
+
+def describe_chance(name: str, chance: dict[str, float]) -> str:
+    """In words: above chance, at chance or below it."""
+    sigmas = chance["sigmas"]
+    verdict = "at chance" if abs(sigmas) < 2 else f"{'above' if sigmas > 0 else 'below'} chance"
+    return (
+        f"{name}: {verdict}: {chance['accuracy']:.4f}, guessing gives {chance['chance']:.4f} +- "
+        f"{chance['chance_stderr']:.4f} on {chance['questions']:,} questions ({sigmas:+.1f} sigma)"
+    )
+
+
+def _merge(merged: dict[str, Any], results: dict[str, Any], chances: dict[str, Any], settings: dict[str, Any]) -> None:
+    for part in ("results", "groups", "n-shot", "n-samples", "versions", "higher_is_better"):
+        merged.setdefault(part, {}).update(results.get(part, {}))
+    merged.setdefault("chance", {}).update(chances)
+    merged.setdefault("settings", {}).update({name: settings for name in results["results"]})
+
+
+def _write(options: argparse.Namespace, merged: dict[str, Any], journal: Path | None) -> None:
+    import illada
+    from illada.files import write_text
+    from illada.integrations.journal import journal_files
+
+    if options.output is None:
+        return
+    header = {"checkpoint": options.checkpoint, "preset": options.preset, "limit": options.limit,
+              "illada": illada.__version__}  # fmt: skip
+    Path(options.output).parent.mkdir(parents=True, exist_ok=True)
+    write_text(options.output, json.dumps({**header, **merged}, indent=2, default=str) + "\n")
+    for file in journal_files(journal) if journal else ():
+        file.unlink()
+    print(f"written to {options.output}", file=sys.stderr)

@@ -1,0 +1,91 @@
+"""Finished requests of an evaluation on disk, so that an interrupted one goes on where it stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from illada.model import MaskedDiffusionModel
+
+_SAMPLED_VALUES = 1024  # of each parameter, for the model's fingerprint
+
+
+class Journal:
+    """A JSONL file of {"key", "result"}, appended to and synced with every `add`.
+
+    A line that a kill or a full disk cut short is not a result: it is skipped, and its request computed again.
+
+    Args:
+        path: the file; None keeps everything in memory.
+        rank: of several processes each appends to a file of its own (PATH.rank1, ...) and all are read.
+    """
+
+    def __init__(self, path: str | Path | None = None, rank: int = 0) -> None:
+        self.path = None if path is None else Path(f"{path}.rank{rank}" if rank else path)
+        self._results: dict[str, Any] = {}
+        if path is None:
+            return
+        assert self.path is not None
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        for file in journal_files(path):
+            for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+                try:
+                    record = json.loads(line)
+                    self._results[record["key"]] = record["result"]
+                except (json.JSONDecodeError, KeyError, TypeError):
+                    continue
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._results
+
+    def __getitem__(self, key: str) -> Any:
+        return self._results[key]
+
+    def add(self, results: Iterable[tuple[str, Any]]) -> None:
+        """Keep these (key, result) pairs; they are on disk when this returns."""
+        new = list(results)
+        self._results.update(new)
+        if self.path is None:
+            return
+        lines = "".join(json.dumps({"key": key, "result": result}) + "\n" for key, result in new)
+        with self.path.open("a+b") as file:
+            if file.tell() and not _ends_with_newline(file):
+                lines = "\n" + lines
+            file.write(lines.encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def journal_files(path: str | Path) -> list[Path]:
+    """The files of the journal at `path` that exist: of all ranks."""
+    path = Path(path)
+    ranks = sorted(path.parent.glob(f"{path.name}.rank*")) if path.parent.is_dir() else []
+    return [file for file in (path, *ranks) if file.is_file()]
+
+
+def _ends_with_newline(file: Any) -> bool:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) == b"\n"
+
+
+def request_key(*parts: Any) -> str:
+    """A hash of everything that a result depends on; the parts are JSON values."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def fingerprint(model: MaskedDiffusionModel) -> str:
+    """A hash that tells models apart: of the config, and of values spread evenly over each parameter."""
+    digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().reshape(-1)
+        index = torch.linspace(0, max(0, len(flat) - 1), min(len(flat), _SAMPLED_VALUES), dtype=torch.float64)
+        values = flat[index.long().to(flat.device)].float().cpu()
+        digest.update(f"{name} {list(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(values.numpy().tobytes())
+    return digest.hexdigest()[:32]

@@ -1,0 +1,419 @@
+"""A checkpoint as a model of lm-evaluation-harness, registered there as "illada".
+
+    python -m illada.integrations.lm_eval --model illada --model_args pretrained=runs/demo,llh=confidence --tasks ...
+
+is lm_eval's own command with that model in it. "illada_dist" is the same model with the defaults of the authors'
+evaluation, so that their command lines give their settings; the arguments' published names are understood by both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import logging
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from lm_eval.api.model import LM
+from lm_eval.api.registry import register_model
+from tqdm import tqdm
+
+import illada
+from illada.cli.checkpoints import load
+from illada.generation import GenerationConfig, generate
+from illada.integrations.journal import Journal, fingerprint, request_key
+from illada.integrations.settings import ALIASES, PUBLISHED_DEFAULTS, EvaluationSettings
+from illada.model import MaskedDiffusionModel
+from illada.score import confidence_score, is_greedy, monte_carlo_likelihood
+from illada.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+
+_LOGGER = logging.getLogger(__name__)
+
+
+@register_model("illada")
+class IlladaLM(LM):
+    """A masked diffusion language model that lm_eval can ask for scores and texts.
+
+    Args:
+        pretrained: a checkpoint, a training run, or a `MaskedDiffusionModel` (then `tokenizer` is a `Tokenizer`).
+        tokenizer: a tokenizer.json or a folder with one; default the checkpoint's.
+        device, dtype: where and in what the model runs; default the first GPU or the CPU, and the checkpoint's dtype.
+        journal: a JSONL file that keeps finished requests; what it holds of this model with these settings is reused.
+        settings: the fields of `EvaluationSettings`, or their published names.
+
+    Raises:
+        ValueError, TypeError: naming the argument. FileNotFoundError: no checkpoint or tokenizer there.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | Path | MaskedDiffusionModel | None = None,
+        *,
+        tokenizer: str | Path | Tokenizer | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        journal: str | Path | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__()
+        pretrained = settings.pop("model_path", pretrained)
+        settings.pop("max_batch_size", None)  # lm_eval always passes it on; there is no search for a batch size here
+        self.settings = EvaluationSettings.from_arguments(settings)
+        self._device, self._rank, self._world_size = _processes(device)
+        self.model, self.tokenizer, self._name = _load(pretrained, tokenizer, self._device, dtype)
+        config, mask_id = self.model.config, self.settings.mask_id
+        if mask_id is not None and mask_id != config.mask_token_id:
+            raise ValueError(f"mask_id must be the checkpoint's own, {config.mask_token_id}, got {mask_id}")
+        if self.settings.add_bos and config.bos_token_id is None:
+            raise ValueError("add_bos: this checkpoint has no bos token")
+        self._bos = [config.bos_token_id] if self.settings.add_bos and config.bos_token_id is not None else []
+        longest = config.max_position_embeddings
+        self.max_length = min(self.settings.max_length or longest, longest)
+        self._end_think = tuple(self.tokenizer.encode(self.settings.end_think_text))
+        self._journal = Journal(journal, self._rank)
+        self._identity = [illada.__version__, fingerprint(self.model)]
+
+    # ----------------------------------------------------------------------------------------------------- scoring
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """A score and a greedy check for each (context, continuation)."""
+        pairs, shortened = [], 0
+        for request in requests:
+            context, continuation = self._encode_pair(*request.args)
+            fitted = self._fit(context, len(continuation))
+            shortened += len(fitted) < len(context)
+            pairs.append((fitted, continuation))
+        if shortened:
+            _LOGGER.warning(
+                "%d of %d contexts were longer than the model's %d tokens together with their continuation, and lost "
+                "their beginning",
+                shortened,
+                len(requests),
+                self.max_length,
+            )
+        llh, check = self.settings.llh, self.settings.check_greedy
+        results = self._run(
+            "loglikelihood",
+            pairs,
+            {**self.settings.scoring(), "check_greedy": check},
+            lambda chunk: self._score(chunk, llh, check),
+            [request.args for request in requests],
+        )
+        return [(score, greedy) for score, greedy in results]
+
+    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
+        """A lower bound on the log-likelihood of each text: Monte Carlo, half a model's length at a time.
+
+        Each piece is given the half before it. Eq. 2 is no likelihood, so `llh` is not used here.
+        """
+        pairs, owners = [], []
+        for number, request in enumerate(requests):
+            (text,) = request.args
+            ids = self.tokenizer.encode(text)
+            piece = (self.max_length - len(self._bos) - self.settings.append_eos) // 2
+            for begin in range(0, len(ids), piece):
+                pairs.append((self._bos + ids[max(0, begin - piece) : begin], ids[begin : begin + piece]))
+                owners.append(number)
+        settings = self.settings.scoring("mc")
+        bounds = self._run("rolling", pairs, settings, lambda chunk: self._score(chunk, "mc", False))
+        totals = [0.0] * len(requests)
+        for owner, (bound, _) in zip(owners, bounds, strict=True):
+            totals[owner] += bound
+        return totals
+
+    def _score(self, pairs: list[tuple[list[int], list[int]]], llh: str | None, check_greedy: bool) -> list[list]:
+        settings = self.settings
+        contexts, continuations = [p[0] for p in pairs], [p[1] for p in pairs]
+        shared: dict[str, Any] = {
+            "append_eos": settings.append_eos,
+            "cfg_scale": float(settings.cfg_scale),
+            "max_tokens": settings.max_tokens,
+        }
+        if llh == "confidence":
+            scores = [s.score for s in confidence_score(self.model, contexts, continuations, **shared)]
+        else:
+            scores = monte_carlo_likelihood(
+                self.model,
+                contexts,
+                continuations,
+                num_samples=settings.mc_num or 128,
+                stratum=settings.mc_stratum,
+                seed=settings.seed,
+                **shared,
+            )
+        greedy = is_greedy(self.model, contexts, continuations, **shared) if check_greedy else [False] * len(pairs)
+        return [[float(score), bool(g)] for score, g in zip(scores, greedy, strict=True)]
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """The ids of both: spaces at the end of the context go to the continuation, whose ids are what the encoding of
+        the whole has beyond that of the context."""
+        stripped = context.rstrip()
+        continuation = context[len(stripped) :] + continuation
+        ids, whole = self._encode(stripped), self._encode(stripped + continuation)
+        if continuation and len(whole) <= len(ids):  # the tokenizer merged it all into the context's last token
+            return whole[:-1], whole[-1:]
+        return ids, whole[len(ids) :]
+
+    def _encode(self, text: str) -> list[int]:
+        """The ids of a prompt, with those that the tokenizer itself adds, and one bos in front if asked for."""
+        ids = self.tokenizer.encode(text, add_special_tokens=True)
+        bos = self.model.config.bos_token_id
+        while bos is not None and ids[:2] == [bos, bos]:  # the tokenizer's and the chat template's
+            del ids[0]
+        return ids if ids[: len(self._bos)] == self._bos else self._bos + ids
+
+    def _fit(self, context: list[int], continuation_length: int) -> list[int]:
+        """The context without as much of its beginning (bos apart) as the model has no room for."""
+        room = self.max_length - continuation_length - self.settings.append_eos
+        if room < 0:
+            eos = " and its eos" if self.settings.append_eos else ""
+            raise ValueError(
+                f"a continuation of {continuation_length} tokens{eos} is {-room} over the model's {self.max_length}, "
+                f"even without its context"
+            )
+        if len(context) <= room:
+            return context
+        kept = context[:1] if self.settings.add_bos and room else []
+        return kept + context[len(context) - room + len(kept) :]
+
+    # -------------------------------------------------------------------------------------------------- generation
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """The text of each prompt's continuation, up to the first of the task's stop strings or the eos."""
+        jobs, occurrences = [], Counter[str]()
+        for request in requests:
+            prompt, options = request.args
+            ids = self._encode(prompt)
+            config, stops = self._generation_config(len(ids), options)
+            # A request that is repeated is a new sample; the count is part of what its seed is made from.
+            key = request_key(ids, stops, vars(config))
+            occurrences[key] += 1
+            seed = int(request_key(self.settings.seed, ids, occurrences[key])[:15], 16)
+            jobs.append((ids, config, stops, seed))
+        texts = self._run("generate_until", jobs, {}, self._generate, [r.args for r in requests])
+        return list(texts)
+
+    def _generation_config(self, prompt_length: int, options: dict[str, Any]) -> tuple[GenerationConfig, list[str]]:
+        """How to go on from a prompt, and where to cut what comes: the task's stop strings, then the eos."""
+        until = options.get("until") or []
+        stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
+        eos_id = self.model.config.eos_token_id
+        eos = self._text([eos_id])
+        if eos and eos not in stops:
+            stops.append(eos)
+        length, block = self.settings.gen_length, self.settings.block_length
+        if length is None:
+            length = int(options.get("max_gen_toks", 256))
+            block = min(block, length)
+            length = -(-length // block) * block
+        room = min(length, self.max_length - prompt_length)
+        clipped = room // block * block
+        if clipped <= 0:
+            raise ValueError(
+                f"a prompt of {prompt_length} tokens leaves room for {max(0, room)} new ones (gen_length {length}, the "
+                f"model's length {self.max_length}): {block - room} too few for one block_length of {block}"
+            )
+        stop_tokens = {eos_id}
+        for stop in stops:  # one that is a special token is not seen in the text where the generator looks for it
+            token = self.tokenizer.token_to_id(stop)
+            if token is not None and self._text([token]) == stop != self.tokenizer.decode([token]):
+                stop_tokens.add(token)
+        changes: dict[str, Any] = {
+            "block_length": block,
+            "stop_strings": tuple(stops),
+            "stop_tokens": tuple(sorted(stop_tokens)),
+        }
+        if not self.settings.temperature and options.get("do_sample"):
+            changes["temperature"] = float(options.get("temperature", 0.0))
+        return self.settings.generation(clipped, end_think=self._end_think, **changes), stops
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+    def _generate(self, jobs: list[tuple[list[int], GenerationConfig, list[str], int]]) -> list[str]:
+        size = self.settings.batch_size
+        longest = max(len(ids) + config.gen_length for ids, config, _, _ in jobs)
+        results = generate(
+            self.model,
+            [ids for ids, _, _, _ in jobs],
+            [config for _, config, _, _ in jobs],
+            seed=[seed for _, _, _, seed in jobs],
+            tokenizer=self.tokenizer,
+            batch_size=max(1, self.settings.max_tokens // longest) if size == "auto" else int(size),
+        )
+        texts = []
+        for (_, _, stops, _), result in zip(jobs, results, strict=True):
+            text = self._text(result.tokens)
+            for stop in stops:
+                text = text.split(stop)[0]
+            texts.append(text)
+        return texts
+
+    # -------------------------------------------------------------------------------------------------------- chat
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A conversation as a prompt, by the checkpoint's own template."""
+        return self.tokenizer.apply_chat_template(
+            chat_history, add_generation_prompt=add_generation_prompt, continue_final_message=not add_generation_prompt
+        )
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The source of the checkpoint's template, or nothing; of several the default."""
+        template = self.tokenizer.chat_template if chat_template else ""
+        return template if isinstance(template, str) else str((template or {}).get("default", ""))
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Tells prompts of different checkpoints apart in lm_eval's caches."""
+        return self._name.replace("/", "__")
+
+    # ------------------------------------------------------------------------------------------ running, in chunks
+
+    def _run(
+        self, kind: str, jobs: Sequence[Any], settings: dict[str, Any], compute: Any, arguments: Sequence[Any] = ()
+    ) -> list[Any]:
+        """The result of each job: from the journal, or computed in chunks of like length, each job once."""
+        keys = [request_key(kind, self._identity, settings, _plain(job)) for job in jobs]
+        places: dict[str, int] = {}
+        for i, key in enumerate(keys):
+            places.setdefault(key, i)
+        todo = [i for key, i in places.items() if key not in self._journal]
+        todo.sort(key=lambda i: (-_size(jobs[i]), keys[i]))  # longest first: if memory runs out, it does so at once
+        silent = self._rank > 0 or not sys.stderr.isatty()
+        with tqdm(total=len(places), initial=len(places) - len(todo), desc=kind, disable=silent) as bar:
+            for begin in range(0, len(todo), self.settings.chunk_size):
+                chunk = todo[begin : begin + self.settings.chunk_size]
+                results = compute([jobs[i] for i in chunk])
+                self._journal.add((keys[i], result) for i, result in zip(chunk, results, strict=True))
+                for i, result in zip(chunk, results, strict=True):
+                    if arguments:  # lm_eval's own --use_cache: without this it keeps nothing of an unfinished call
+                        self.cache_hook.add_partial(kind, arguments[i], result)
+                bar.update(len(chunk))
+        return [self._journal[key] for key in keys]
+
+    # ---------------------------------------------------------------------------------------------------- processes
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """[world_size, ...]: the tensor of each process."""
+        if self._world_size == 1:
+            return tensor
+        gathered = [torch.zeros_like(tensor, device="cpu") for _ in range(self._world_size)]
+        dist.all_gather(gathered, tensor.cpu())
+        return torch.stack(gathered)
+
+    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
+        """The objects of all processes, on process `dst`."""
+        if self._world_size == 1:
+            return [obj]
+        gathered: list[Any] | None = [None] * self._world_size if self._rank == dst else None
+        dist.gather_object(obj, gathered, dst=dst)
+        return gathered
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self._world_size > 1:
+            dist.barrier()
+
+
+@register_model("illada_dist")
+class PublishedIlladaLM(IlladaLM):
+    """`IlladaLM` with the defaults of the authors' evaluation: llh "mc", greedy check, one canvas of 1,024 tokens."""
+
+    def __init__(self, pretrained: str | Path | MaskedDiffusionModel | None = None, **arguments: Any) -> None:
+        given = {ALIASES.get(name, name) for name in arguments}
+        arguments |= {name: value for name, value in PUBLISHED_DEFAULTS.items() if name not in given}
+        batch_size = str(arguments.get("batch_size"))
+        if batch_size.isdigit() and "mc_stratum" not in given:
+            arguments["mc_stratum"] = int(batch_size)  # as published
+        super().__init__(pretrained, **arguments)
+
+
+def _processes(device: str | torch.device | None) -> tuple[torch.device, int, int]:
+    """(device, rank, world size), as torchrun or accelerate launched this process."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    chosen = torch.device(device)
+    if world_size == 1:
+        return chosen, 0, 1
+    if chosen.type == "cuda" and chosen.index is None:
+        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    if not dist.is_initialized():
+        # Only counts and results are exchanged, so gloo will do; processes wait for each other as long as it takes.
+        dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
+    return chosen, dist.get_rank(), world_size
+
+
+def _load(
+    pretrained: str | Path | MaskedDiffusionModel | None,
+    tokenizer: str | Path | Tokenizer | None,
+    device: torch.device,
+    dtype: str | torch.dtype | None,
+) -> tuple[MaskedDiffusionModel, Tokenizer, str]:
+    """The model on its device, its tokenizer, and a name for both."""
+    if isinstance(dtype, str):
+        named = None if dtype == "auto" else getattr(torch, dtype, None)
+        if dtype != "auto" and not isinstance(named, torch.dtype):
+            raise ValueError(f"dtype must be auto or one of torch's, as in float32 or bfloat16, got {dtype!r}")
+        dtype = named
+    if isinstance(pretrained, MaskedDiffusionModel):
+        if not isinstance(tokenizer, Tokenizer):
+            raise TypeError(f"tokenizer must be a Tokenizer where pretrained is a model, got {tokenizer!r}")
+        return pretrained.to(device=device, dtype=dtype), tokenizer, type(pretrained).__name__
+    if pretrained is None or isinstance(tokenizer, Tokenizer):
+        raise TypeError("pretrained must be a checkpoint folder or a training run, as in pretrained=runs/demo")
+    model, loaded = load(pretrained, tokenizer)
+    return model.to(device=device, dtype=dtype).eval(), loaded, str(pretrained)
+
+
+def _plain(job: Any) -> Any:
+    """A job as JSON values."""
+    return [vars(part) if isinstance(part, GenerationConfig) else part for part in job]
+
+
+def _size(job: Any) -> int:
+    """Tokens of a pair, or of a prompt."""
+    return sum(len(part) for part in job[:2] if isinstance(part, list))
+
+
+@contextlib.contextmanager
+def quiet_logs() -> Iterator[None]:
+    """lm_eval and datasets say warnings only, while this lasts."""
+
+    def matters(record: logging.LogRecord) -> bool:
+        return "Custom kwargs can be passed" not in record.getMessage()  # said of every task that reads its own files
+
+    names = ("lm_eval", "datasets", "lm_eval.api.task")
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+        logger.addFilter(matters)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+            logger.removeFilter(matters)
+
+
+def main() -> None:
+    """lm_eval's command; packs are as large as memory allows unless --batch_size says otherwise."""
+    from lm_eval.__main__ import cli_evaluate
+
+    if "--tasks" in sys.argv and not any(part.startswith(("--batch_size", "-b")) for part in sys.argv[1:]):
+        sys.argv += ["--batch_size", "auto"]
+    cli_evaluate()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,520 @@
+"""The lm-evaluation-harness model, its published names and settings, its journal, and `illada eval`."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from lm_eval.api.instance import Instance
+from lm_eval.utils import simple_parse_args_string
+
+from illada import cli
+from illada.checkpoint import save_pretrained
+from illada.cli.evaluate import describe_chance
+from illada.config import ModelConfig
+from illada.data import train_tokenizer
+from illada.integrations import lm_eval as adapter
+from illada.integrations.journal import Journal, fingerprint
+from illada.integrations.lm_eval import IlladaLM, PublishedIlladaLM
+from illada.integrations.presets import PRESETS, settings_of
+from illada.integrations.settings import EvaluationSettings
+from illada.model import MaskedDiffusionModel
+from illada.score import confidence_score, is_greedy, monte_carlo_likelihood
+from illada.tokenizer import Tokenizer
+
+TEXT = "the quick brown fox jumps over the lazy dog\nand the dog sleeps on. What is it? A dog, yes.\n"
+CONFIG = ModelConfig.preset(
+    "tiny", hidden_size=32, intermediate_size=48, num_attention_heads=4, num_hidden_layers=1, vocab_size=320,
+    max_position_embeddings=64,
+)  # fmt: skip
+PAIRS = [
+    ("the quick", " brown"),
+    ("the quick ", "brown fox"),
+    ("", "the"),
+    ("What is it?", " A dog, yes."),
+    ("and", " dog"),
+]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluated") / "model"
+    folder.parent.joinpath("t.json").write_text(train_tokenizer([TEXT] * 9, 320).to_str())
+    save_pretrained(MaskedDiffusionModel(CONFIG), folder, tokenizer=folder.parent / "t.json")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def task_folder(tmp_path_factory):
+    """One task of each kind, as anyone would write them."""
+    folder = tmp_path_factory.mktemp("their tasks")
+    questions = [{"q": f"the quick brown {i}", "choices": [" fox", " dog", " lazy dog"], "a": i % 3} for i in range(12)]
+    (folder / "q.jsonl").write_text("\n".join(json.dumps(question) for question in questions))
+    head = f"dataset_path: json\ndataset_kwargs:\n  data_files:\n    test: '{folder}/q.jsonl'\ntest_split: test\ndoc_to_text: q\n"
+    (folder / "pick.yaml").write_text(
+        f"task: pick\n{head}output_type: multiple_choice\ndoc_to_choice: choices\ndoc_to_target: a\ntarget_delimiter: ''\n"
+        "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
+    )
+    (folder / "say.yaml").write_text(
+        f"task: say\n{head}output_type: generate_until\ndoc_to_target: ' fox'\n"
+        "generation_kwargs: {until: ['.', '\\n'], max_gen_toks: 8}\n"
+        "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n"
+    )
+    return folder
+
+
+def requests(kind, arguments):
+    return [Instance(request_type=kind, doc={}, arguments=a, idx=i) for i, a in enumerate(arguments)]
+
+
+# ------------------------------------------------------------------------------------------------------------ scoring
+
+
+def test_scores_are_those_of_illada_score(checkpoint):
+    lm = IlladaLM(checkpoint, device="cpu", check_greedy=True, append_eos=True, chunk_size=2)
+    encoded = [lm._encode_pair(*pair) for pair in PAIRS]
+    contexts, continuations = [c for c, _ in encoded], [c for _, c in encoded]
+    got = lm.loglikelihood(requests("loglikelihood", PAIRS))
+    want = confidence_score(lm.model, contexts, continuations, append_eos=True)
+    assert [score for score, _ in got] == pytest.approx([w.score for w in want], abs=1e-4)
+    assert [greedy for _, greedy in got] == is_greedy(lm.model, contexts, continuations, append_eos=True)
+    lm = IlladaLM(checkpoint, device="cpu", mc_num=32, seed=3, cfg_scale=1.0)
+    got = lm.loglikelihood(requests("loglikelihood", PAIRS))
+    want = monte_carlo_likelihood(lm.model, contexts, continuations, num_samples=32, seed=3, cfg_scale=1.0)
+    assert [score for score, _ in got] == pytest.approx(want, abs=1e-4) and not any(greedy for _, greedy in got)
+
+
+def test_order_repeats_and_company_change_nothing(checkpoint):
+    lm = IlladaLM(checkpoint, device="cpu", chunk_size=3)
+    once = dict(zip(PAIRS, lm.loglikelihood(requests("loglikelihood", PAIRS)), strict=True))
+    again = IlladaLM(checkpoint, device="cpu").loglikelihood(requests("loglikelihood", PAIRS[::-1] + PAIRS[:2]))
+    for pair, (score, _) in zip(PAIRS[::-1] + PAIRS[:2], again, strict=True):
+        assert score == pytest.approx(once[pair][0], abs=1e-4)
+
+
+def test_encode_pair_is_the_published_rule(checkpoint):
+    lm = IlladaLM(checkpoint, device="cpu")
+    with_bos = IlladaLM(checkpoint, device="cpu", add_bos=True)
+
+    def published(context, continuation, bos=""):
+        context = bos + context
+        spaces = len(context) - len(context.rstrip())
+        if spaces:
+            context, continuation = context[:-spaces], context[-spaces:] + continuation
+        whole, prefix = lm.tokenizer.encode(context + continuation), lm.tokenizer.encode(context)
+        return prefix, whole[len(prefix) :]
+
+    for pair in [*PAIRS, ("the  \n", "dog"), ("the", "dog")]:
+        want = published(*pair)
+        if want[1]:
+            assert lm._encode_pair(*pair) == want
+            assert with_bos._encode_pair(*pair) == published(*pair, bos="<[begin▁of▁sentence]>")
+        assert sum(lm._encode_pair(*pair), []) == lm.tokenizer.encode("".join(pair))
+    assert with_bos._encode_pair("", "the")[0] == [CONFIG.bos_token_id]
+    assert with_bos._encode("<[begin▁of▁sentence]>" * 2 + "the") == with_bos._encode("the")  # from a template as well
+
+
+def test_long_contexts_lose_their_beginning(checkpoint, caplog):
+    lm = IlladaLM(checkpoint, device="cpu", add_bos=True, append_eos=True)
+    long = "the dog " * 200
+    with caplog.at_level("WARNING"):
+        (score, _), _ = lm.loglikelihood(requests("loglikelihood", [(long, "sleeps"), ("the", " dog")]))
+    assert math.isfinite(score) and "1 of 2 contexts were longer than the model's 64 tokens" in caplog.text
+    context, continuation = lm._encode_pair(long, "sleeps")
+    kept = lm._fit(context, len(continuation))
+    assert (
+        len(kept) + len(continuation) + 1 == 64
+        and kept[0] == CONFIG.bos_token_id
+        and kept[1:] == context[-len(kept) + 1 :]
+    )
+    with pytest.raises(ValueError, match=r"continuation of \d+ tokens and its eos is \d+ over the model's 64"):
+        lm.loglikelihood(requests("loglikelihood", [("the", " fox jumps" * 100)]))
+
+
+def test_rolling_is_the_sum_of_bounds(checkpoint):
+    lm = IlladaLM(checkpoint, device="cpu", mc_num=16)
+    text = "the lazy dog sleeps " * 12
+    ids = lm.tokenizer.encode(text)
+    assert len(ids) > 32
+    pieces = range(0, len(ids), 32)
+    want = monte_carlo_likelihood(
+        lm.model, [ids[max(0, i - 32) : i] for i in pieces], [ids[i : i + 32] for i in pieces], num_samples=16
+    )
+    got = lm.loglikelihood_rolling(requests("loglikelihood_rolling", [(text,), ("",)]))
+    assert got == [pytest.approx(sum(want), rel=1e-4), 0.0]
+
+
+# --------------------------------------------------------------------------------------------------------- generation
+
+
+@pytest.fixture
+def generated(monkeypatch):
+    """What the adapter asks of the generator, which here gives back the tokens of ` fox.` and whatever is in `texts`."""
+    calls = []
+
+    def fake(model, prompts, configs, **options):
+        calls.append((prompts, configs, options))
+        result = dataclasses.make_dataclass("Result", ["tokens"])
+        return [result(options["tokenizer"].encode(" fox jumps. dog")) for _ in prompts]
+
+    monkeypatch.setattr(adapter, "generate", fake)
+    return calls
+
+
+def test_generation_follows_the_task(checkpoint, generated):
+    lm = IlladaLM(checkpoint, device="cpu", block_length=4, steps=2, add_bos=True)
+    texts = lm.generate_until(
+        requests("generate_until", [("the", {"until": ["."], "max_gen_toks": 6}), ("the dog", {"until": "jumps"})])
+    )
+    assert texts == [" fox jumps", " fox "]
+    ((prompts, configs, options),) = generated
+    short, long = sorted(zip(prompts, configs, strict=True), key=lambda pair: pair[1].gen_length)
+    assert short[0] == [CONFIG.bos_token_id, *lm.tokenizer.encode("the")]
+    assert (short[1].gen_length, short[1].block_length, short[1].steps, short[1].mode) == (8, 4, 2, "var")
+    assert short[1].stop_strings == (".", "<[end▁of▁sentence]>") and short[1].stop_tokens == (CONFIG.eos_token_id,)
+    assert long[1].gen_length == (64 - len(long[0])) // 4 * 4  # 256 by default, clipped to the model
+    assert len(options["seed"]) == 2 and options["batch_size"] > 1
+
+
+def test_generation_settings(checkpoint, generated):
+    lm = IlladaLM(
+        checkpoint, device="cpu", mode="fixed", gen_length=16, steps=16, block_length=8, cfg_scale=1.5, temperature=0.5,
+        end_think_text="dog", end_think_boost=100, end_think_power=3, batch_size=1, cache="none", measure="margin",
+    )  # fmt: skip
+    lm.generate_until(requests("generate_until", [("the", {"until": ["<[PAD▁TOKEN]>"], "max_gen_toks": 999})]))
+    ((_, (config,), options),) = generated
+    assert (config.mode, config.gen_length, config.steps, config.block_length) == ("fixed", 16, 16, 8)
+    assert (config.cfg_scale, config.temperature, config.measure, config.cache) == (1.5, 0.5, "margin", "none")
+    assert config.end_think == tuple(lm.tokenizer.encode("dog"))
+    assert (config.end_think_boost, config.end_think_power, options["batch_size"]) == (100.0, 3.0, 1)
+    assert config.stop_tokens == (
+        CONFIG.pad_token_id,
+        CONFIG.eos_token_id,
+    )  # a stop string that is a token stops as one
+    # Clipped to the model's length: 64 - 45 leaves two of three blocks, and the steps go with them.
+    prompt = lm.tokenizer.decode([10] * 45)
+    lm = IlladaLM(checkpoint, device="cpu", mode="fixed", gen_length=24, steps=3, block_length=8)
+    room = 64 - len(lm.tokenizer.encode(prompt))
+    lm.generate_until(requests("generate_until", [(prompt, {})]))
+    assert generated[-1][1][0].gen_length == room // 8 * 8 and generated[-1][1][0].steps % (room // 8) == 0
+    with pytest.raises(ValueError, match=r"leaves room for \d new ones .*: \d+ too few for one block_length of 8"):
+        lm.generate_until(requests("generate_until", [(lm.tokenizer.decode([10] * 60), {})]))
+
+
+def test_repeated_requests_are_new_samples(checkpoint, generated):
+    lm = IlladaLM(checkpoint, device="cpu")
+    same = requests("generate_until", [("the", {"do_sample": True, "temperature": 0.7, "max_gen_toks": 8})]) * 3
+    lm.generate_until(same)
+    ((_, configs, options),) = generated
+    assert len(set(options["seed"])) == 3 and {config.temperature for config in configs} == {0.7}
+    lm.generate_until(same)
+    assert len(generated) == 1  # known by now
+
+
+# ------------------------------------------------------------------------------------------------- names and settings
+
+#: The authors' command lines: (preset, task) -> model_args of their evaluation, num_fewshot, chat, multiturn.
+_SCORED = "cfg=0.0,is_check_greedy=False,padd_eos=True,add_bos_token=True"
+_THINK = "var=True,end_think_logit_boost=100,end_think_boost_power="
+PUBLISHED = {
+    ("illada-base", "arc_challenge"): (_SCORED + ",llh='confidence'", 0, False, False),
+    ("illada-base", "hellaswag"): (_SCORED + ",llh='confidence'", 0, False, False),
+    ("illada-base", "piqa"): (_SCORED + ",llh='confidence'", 0, False, False),
+    ("illada-base", "mmlu"): (_SCORED + ",mc_num=1", 5, False, False),
+    ("illada-base", "cmmlu"): (_SCORED + ",mc_num=1", 5, False, False),
+    ("illada-base", "bbh"): ("gen_length=1024,steps=32,block_length=32,var=True", None, False, False),
+    ("illada-base", "gsm8k_cot"): ("gen_length=1024,steps=32,block_length=32,var=True", 8, False, False),
+    ("illada-base", "minerva_math"): ("gen_length=1024,steps=32,block_length=32,var=True", None, False, False),
+    ("illada-base", "humaneval"): ("gen_length=512,steps=512,block_length=512", None, False, False),
+    ("illada-base", "mbpp"): ("gen_length=1024,steps=32,block_length=32,var=True", None, False, False),
+    ("illada-instruct", "mmlu_generative"): ("gen_length=3,block_length=3,steps=3", 5, True, True),
+    ("illada-instruct", "mmlu_redux_generative"): ("gen_length=4,block_length=4,steps=4", 5, True, True),
+    ("illada-instruct", "minerva_math"): (f"gen_length=4096,steps=32,block_length=32,{_THINK}3", 0, True, False),
+    ("illada-instruct", "mmlu_pro_reasoning"): (f"gen_length=4096,steps=32,block_length=32,{_THINK}3", 0, True, False),
+    ("illada-instruct", "gsm8k_cot_reasoning"): (f"gen_length=2048,steps=32,block_length=32,{_THINK}3", 0, True, False),
+    ("illada-instruct", "humaneval_reasoning"): (f"gen_length=2048,steps=32,block_length=32,{_THINK}1", 0, True, False),
+    ("illada-instruct", "mbpp_reasoning"): (f"gen_length=2048,steps=16,block_length=16,{_THINK}3", 0, True, False),
+}
+
+
+def test_presets_are_the_published_settings():
+    assert {(preset, task) for preset, tasks in PRESETS.items() for task in tasks} == set(PUBLISHED)
+    for (preset, task), (model_args, num_fewshot, chat, multiturn) in PUBLISHED.items():
+        ours = settings_of(preset, task)
+        assert (ours.num_fewshot, ours.apply_chat_template, ours.fewshot_as_multiturn) == (num_fewshot, chat, multiturn)
+        assert ours.unsafe_code == task.startswith(("humaneval", "mbpp"))
+        # What is not given is the published default there, and not used by the task's kind of request where it differs.
+        published = EvaluationSettings.from_arguments({"var": False, **simple_parse_args_string(model_args)})
+        mine = EvaluationSettings(**ours.model_args)
+        for name in ours.model_args:
+            assert getattr(mine, name) == getattr(published, name), (task, name)
+        assert mine.llh == published.llh and mine.end_think_boost == published.end_think_boost
+    for arguments, message in (
+        (("illada-chat", "mmlu"), "preset must be one of illada-base"),
+        (("illada-base", "piqua"), "it has arc_challenge"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            settings_of(*arguments)
+    assert settings_of(None, "anything").model_args == {}
+
+
+def test_published_names_and_defaults(checkpoint):
+    line = f"model_path={checkpoint},mask_id=5,{_SCORED},{_THINK}3,remasking=random,gen_length=8,steps=8,block_length=8"
+    lm = IlladaLM.create_from_arg_string(line, {"batch_size": 1, "max_batch_size": None, "device": "cpu"})
+    s = lm.settings
+    assert (s.llh, s.append_eos, s.add_bos, s.check_greedy, s.mode, s.measure) == (
+        "confidence",
+        True,
+        True,
+        False,
+        "var",
+        "random",
+    )
+    assert (s.end_think_boost, s.end_think_power, s.batch_size) == (100, 3, 1)
+    assert IlladaLM(checkpoint, device="cpu", mc_num=1).settings.llh == "mc"
+    dist = PublishedIlladaLM(checkpoint, device="cpu", batch_size=32).settings
+    assert (dist.llh, dist.check_greedy, dist.mode, dist.gen_length, dist.mc_stratum) == ("mc", True, "fixed", 1024, 32)
+    assert PublishedIlladaLM(checkpoint, device="cpu", is_check_greedy=False, var=True).settings.mode == "var"
+
+
+def test_errors_name_the_argument(checkpoint):
+    cases = [
+        ({"llh": "exact"}, ValueError, "llh must be confidence or mc, got 'exact'"),
+        ({"mask_id": 126336}, ValueError, "mask_id must be the checkpoint's own, 5, got 126336"),
+        ({"remasking": "entropy"}, ValueError, "remasking must be 'low_confidence' or 'random'"),
+        ({"var": "yes"}, ValueError, "var must be True or False, got 'yes'"),
+        ({"padd_eos": "no"}, ValueError, "append_eos must be True or False, got 'no'"),
+        ({"gen_len": 3}, TypeError, "unknown model argument 'gen_len'; there are pretrained"),
+        ({"cfg": 1, "cfg_scale": 2}, TypeError, "cfg_scale is given twice"),
+        ({"steps": 0}, ValueError, "steps must be an integer of at least 1, got 0"),
+        ({"batch_size": "many"}, ValueError, "batch_size must be"),
+        ({"mode": "fixed", "gen_length": 10, "block_length": 4}, ValueError, "must be a multiple of block_length"),
+        ({"dtype": "float8"}, ValueError, "dtype must be auto or one of torch's"),
+    ]
+    for arguments, kind, message in cases:
+        with pytest.raises(kind, match=message):
+            IlladaLM(checkpoint, device="cpu", **arguments)
+    with pytest.raises(TypeError, match="pretrained must be a checkpoint folder"):
+        IlladaLM(device="cpu")
+    with pytest.raises(FileNotFoundError):
+        IlladaLM("nowhere", device="cpu")
+
+
+# --------------------------------------------------------------------------------------------------------------- chat
+
+_TEMPLATE = """\
+<s>{% for message in messages %}
+{% if message.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}
+[{{ message.role }}] {{ message.content }}
+{% endfor %}
+{% if add_generation_prompt %}[assistant] {% endif %}
+"""
+
+
+def test_chat_template(checkpoint):
+    lm = IlladaLM(checkpoint, device="cpu")
+    chat = [{"role": "user", "content": "hi"}]
+    with pytest.raises(ValueError, match="has no chat template"):
+        lm.apply_chat_template(chat)
+    assert lm.chat_template() == ""
+    lm.tokenizer.chat_template = _TEMPLATE
+    assert lm.apply_chat_template(chat) == "<s>[user] hi\n[assistant] "
+    assert lm.chat_template(True) == _TEMPLATE and "/" not in lm.tokenizer_name
+    told = lm.apply_chat_template([{"role": "system", "content": "Be brief."}, *chat])
+    assert told == "<s>[user] Be brief.\n\nhi\n[assistant] "
+    begun = [*chat, {"role": "assistant", "content": "The answer is"}]
+    assert lm.apply_chat_template(begun, add_generation_prompt=False).endswith("[assistant] The answer is")
+
+
+# ------------------------------------------------------------------------------------------------------------ journal
+
+
+def test_journal_survives_a_torn_line(tmp_path):
+    file = tmp_path / "deep" / "j"
+    journal = Journal(file)
+    journal.add([("a", [1.5, True]), ("b", "text\n")])
+    with file.open("a") as out:
+        out.write('{"key": "c", "resu')
+    again = Journal(file)
+    assert again["a"] == [1.5, True] and again["b"] == "text\n" and "c" not in again
+    again.add([("c", math.inf)])
+    assert Journal(file)["c"] == math.inf
+    Journal(file, rank=1).add([("d", 1)])
+    assert "d" in Journal(file) and (tmp_path / "deep" / "j.rank1").exists()
+
+
+def test_journal_knows_model_and_settings(checkpoint, tmp_path, monkeypatch):
+    computed = []
+    monkeypatch.setattr(
+        adapter, "confidence_score", lambda m, c, k, **o: computed.append(len(c)) or confidence_score(m, c, k, **o)
+    )
+
+    def run(**more):
+        lm = IlladaLM(checkpoint, device="cpu", journal=tmp_path / "j", **more)
+        return lm.loglikelihood(requests("loglikelihood", PAIRS))
+
+    first = run()
+    assert run() == first and run(max_tokens=100, steps=3) == first and computed == [len(PAIRS)]
+    run(append_eos=True)
+    assert computed == [len(PAIRS)] * 2
+    other = MaskedDiffusionModel(CONFIG, seed=1)
+    assert fingerprint(other) != fingerprint(MaskedDiffusionModel(CONFIG)) == fingerprint(MaskedDiffusionModel(CONFIG))
+    tokenizer = Tokenizer.from_pretrained(checkpoint)
+    IlladaLM(other, tokenizer=tokenizer, device="cpu", journal=tmp_path / "j").loglikelihood(
+        requests("loglikelihood", PAIRS)
+    )
+    assert computed == [len(PAIRS)] * 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kept_in", ["journal", "use_cache"])
+def test_a_killed_evaluation_goes_on(checkpoint, task_folder, tmp_path, kept_in):
+    """SIGKILL in the middle; then the same results as without it, and nothing that was finished is computed again."""
+    script = (
+        "import json, sys, time\n"
+        "from illada.integrations import lm_eval as adapter\n"
+        "from lm_eval import simple_evaluate\n"
+        "from lm_eval.tasks import TaskManager\n"
+        "checkpoint, folder, kept_in, where, stop = sys.argv[1:]\n"
+        "real, computed = adapter.confidence_score, 0\n"
+        "def scored(model, contexts, *rest, **options):\n"
+        "    global computed\n"
+        "    if computed >= int(stop):\n"
+        "        print('computed', computed, flush=True); time.sleep(600)\n"
+        "    computed += len(contexts)\n"
+        "    return real(model, contexts, *rest, **options)\n"
+        "adapter.confidence_score = scored\n"
+        "lm = adapter.IlladaLM(checkpoint, device='cpu', chunk_size=5, journal=where if kept_in == 'journal' else None)\n"
+        "results = simple_evaluate(lm, tasks=['pick'], task_manager=TaskManager(include_path=folder, include_defaults=False),\n"
+        "                          use_cache=where if kept_in == 'use_cache' else None, bootstrap_iters=0)\n"
+        "print(json.dumps([r[0][0] for s in results['samples']['pick'] for r in s['resps']]))\n"
+        "print('computed', computed)\n"
+    )
+
+    def start(stop):
+        command = [sys.executable, "-c", script, checkpoint, task_folder, kept_in, tmp_path / "kept", str(stop)]
+        environment = {
+            **os.environ,
+            "HF_DATASETS_OFFLINE": "1",
+            "HF_HOME": str(tmp_path / "hf"),
+            "OMP_NUM_THREADS": "1",
+        }
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
+
+    killed = start(15)
+    line = killed.stdout.readline()
+    time.sleep(0.5)  # lm_eval's sqlite is written by a thread
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert line == "computed 15\n"
+    after = start(10**6).communicate()[0].splitlines()
+    (tmp_path / "kept").unlink(missing_ok=True)
+    for file in tmp_path.glob("kept*"):
+        file.unlink()
+    whole = start(10**6).communicate()[0].splitlines()
+    assert whole[1] == "computed 36" and after[1] == "computed 21"
+    scores = json.loads(whole[0])
+    # Of the journal chunk by chunk the same computation; of lm_eval's cache up to the rounding of other packs.
+    assert json.loads(after[0]) == (scores if kept_in == "journal" else pytest.approx(scores, abs=1e-4))
+
+
+# ------------------------------------------------------------------------------------------------------------ command
+
+
+def test_eval_command(checkpoint, task_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    out = tmp_path / "results" / "r.json"
+    arguments = ["eval", str(checkpoint), "--tasks", "pick,say", "--include-path", str(task_folder), "--device", "cpu"]
+    assert cli.main([*arguments, "--output", str(out), "--model-args", "block_length=4,steps=2"]) == 0
+    shown = capsys.readouterr().out
+    assert "|pick " in shown and "exact_match" in shown and "guessing gives 0.3333 +- 0.1361 on 12 questions" in shown
+    results = json.loads(out.read_text())
+    assert set(results["results"]) == {"pick", "say"} and results["chance"]["pick"]["chance"] == pytest.approx(1 / 3)
+    assert results["settings"]["pick"]["steps"] == 2 and not list(out.parent.glob("*.journal*"))
+    # An interrupted run leaves its journal: going on is said, never done by accident.
+    journal = out.with_name("r.json.journal")
+    Journal(journal).add([("x", 1)])
+    assert cli.main([*arguments, "--output", str(out), "--limit", "2"]) == 2
+    assert "holds an evaluation that was interrupted; go on with it (--resume)" in capsys.readouterr().err
+    assert cli.main([*arguments, "--output", str(out), "--limit", "2", "--resume"]) == 0
+    assert json.loads(out.read_text())["n-samples"]["pick"]["effective"] == 2 and not journal.exists()
+
+
+def test_eval_command_errors(checkpoint, task_folder, capsys, monkeypatch):
+    base = ["eval", str(checkpoint), "--device", "cpu", "--include-path", str(task_folder)]
+    cases = [
+        (["--tasks", "pick", "--preset", "illada-base"], "preset illada-base has no task 'pick'; it has arc_challenge"),
+        (["--tasks", "pick", "--resume"], "--resume needs --output"),
+        (["--tasks", ","], "--tasks names no task"),
+        (["--tasks", "pick", "--apply-chat-template"], "has no chat template"),
+        (["--tasks", "pick", "--model-args", "stepz=3"], "unknown model argument 'stepz'"),
+        (["--tasks", "pick", "--include-path", "nowhere"], "nowhere is not a folder; make one with illada prepare"),
+    ]
+    for more, message in cases:
+        assert cli.main([*base, *more]) == 2
+        assert message in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert cli.main([*base, "--tasks", "pick"]) == 2
+    assert "pip install 'illada[eval]'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_unknown_tasks_get_the_nearest_names(checkpoint, task_folder, capsys):
+    assert cli.main(["eval", str(checkpoint), "--tasks", "arc_chalenge", "--include-path", str(task_folder)]) == 2
+    error = capsys.readouterr().err
+    assert "unknown task 'arc_chalenge'; --include-path has pick, say, and of the" in error and "arc_challenge" in error
+
+
+def test_chance_is_said_as_it_is():
+    def said(sigmas):
+        return describe_chance(
+            "t", {"accuracy": 0.3, "chance": 0.25, "chance_stderr": 0.03, "sigmas": sigmas, "questions": 9}
+        )
+
+    assert "t: at chance: 0.3000" in said(1.9) and ": above chance:" in said(2.0) and ": below chance:" in said(-2.0)
+
+
+@pytest.mark.slow
+def test_harness_command_knows_the_model(checkpoint, task_folder, tmp_path):
+    command = [sys.executable, "-m", "illada.integrations.lm_eval", "--model", "illada_dist", "--include_path", str(task_folder),
+               "--model_args", f"model_path={checkpoint},llh='confidence',is_check_greedy=False,add_bos_token=True",
+               "--tasks", "pick", "--limit", "3", "--device", "cpu", "--output_path", str(tmp_path / "o")]  # fmt: skip
+    environment = {**os.environ, "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (
+        "|pick " in done.stdout and "batch_size: auto" in done.stdout and list((tmp_path / "o").rglob("results*.json"))
+    )
+
+
+def test_illada_does_not_import_lm_eval():
+    code = "import sys, illada, illada.cli, illada.integrations; assert 'lm_eval' not in sys.modules and 'datasets' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.slow
+def test_two_processes_give_what_one_gives(checkpoint, task_folder, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "illada", "eval", str(checkpoint), "--tasks", "pick", "--include-path", str(task_folder),
+               "--device", "cpu", "--limit", "5", "--output"]  # fmt: skip
+    common = {**os.environ, "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1"}
+    launched = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [
+        subprocess.Popen(
+            [*command, str(tmp_path / "two.json")], env={**common, **launched, "RANK": str(r), "LOCAL_RANK": str(r)}
+        )
+        for r in range(2)
+    ]
+    assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    subprocess.run([*command, str(tmp_path / "one.json")], check=True, env=common)
+    one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
+    assert one["results"] == two["results"] and one["chance"] == two["chance"]
+    assert not list(tmp_path.glob("*.journal*"))
