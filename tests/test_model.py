@@ -10,6 +10,7 @@ from illada import pack
 from illada.config import PRESETS, ModelConfig
 from illada.diffusion import Batch, make_batch
 from illada.model import MaskedDiffusionModel, positions
+from illada.testing import relative_error
 
 TINY = ModelConfig.preset(
     "tiny", hidden_size=56, intermediate_size=96, num_hidden_layers=2, num_attention_heads=7,
@@ -217,14 +218,17 @@ def test_hidden_states_of_some_rows(shift):
     got = model(tokens, cu_seqlens, rows=rows)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     model.activation_checkpointing = True
+    probe = torch.randn(
+        want.shape, generator=torch.Generator().manual_seed(1)
+    )  # the square's gradient is 0 after the norm
     again = model(tokens, cu_seqlens, rows=rows)
     parameters = list(model.parameters())
     for a, b in zip(
-        torch.autograd.grad(again.square().sum(), parameters),
-        torch.autograd.grad(want.square().sum(), parameters),
+        torch.autograd.grad((again * probe).sum(), parameters),
+        torch.autograd.grad((want * probe).sum(), parameters),
         strict=True,
     ):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        assert relative_error(a, b) < 1e-5
     with pytest.raises(ValueError, match=r"rows must ascend within \[0, 20\), got \[3, 2\]"):
         model(tokens, cu_seqlens, rows=torch.tensor([3, 2]))
 

@@ -129,10 +129,7 @@ def _advance(
     for group, members in zip(layout.inputs.groups, layout.members, strict=True):
         end = at + len(group.rows)
         for request, positions in members:
-            before = positions[request.canvas[positions] == request.mask_id]
-            request_tokens = now[at : at + len(positions)]
-            committed = np.intersect1d(request.advance(positions, request_tokens), before)
-            done.append((request, committed))
+            done.append((request, request.advance(positions, now[at : at + len(positions)])))
             at += len(positions)
         at = end  # past the blanks
     return done

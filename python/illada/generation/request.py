@@ -157,14 +157,15 @@ class Request:
         return everywhere, {} if found is None else {at: found}
 
     def advance(self, positions: NDArray, tokens: NDArray) -> NDArray:
-        """Take over what the step left at `positions`; which of them are committed now."""
+        """Take over what the step left at `positions`; those that were masks and are none now."""
+        committed = positions[(self.canvas[positions] == self.mask_id) & (tokens != self.mask_id)]
         self.canvas[positions] = tokens
         if len(self.taken):
             self.canvas[self.taken] = self.mask_id
             self.taken = self.taken[:0]
         self.step += 1
         self.forwards += 1
-        return positions[tokens != self.mask_id]
+        return committed
 
     @property
     def block_done(self) -> bool:

@@ -46,7 +46,8 @@ class IlladaLM(LM):
     Args:
         pretrained: a checkpoint, a training run, or a `MaskedDiffusionModel` (then `tokenizer` is a `Tokenizer`).
         tokenizer: a tokenizer.json or a folder with one; default the checkpoint's.
-        device, dtype: where and in what the model runs; default the first GPU or the CPU, and the checkpoint's dtype.
+        device, dtype: where and in what the model runs; default the CPU (attention has no CUDA kernels
+            yet) and the checkpoint's dtype.
         journal: a JSONL file that keeps finished requests; what it holds of this model with these settings is reused.
         settings: the fields of `EvaluationSettings`, or their published names.
 
@@ -340,9 +341,7 @@ class PublishedIlladaLM(IlladaLM):
 def _processes(device: str | torch.device | None) -> tuple[torch.device, int, int]:
     """(device, rank, world size), as torchrun or accelerate launched this process."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    chosen = torch.device(device)
+    chosen = torch.device(device or "cpu")
     if world_size == 1:
         return chosen, 0, 1
     if chosen.type == "cuda" and chosen.index is None:

@@ -66,21 +66,21 @@ def _plan_cpu(cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, seqused_k: Tensor
 
 
 def _by_group(x: Tensor, groups: int) -> Tensor:
-    """[L, H, D] -> [1, G, L * (H / G), D]: the query heads of a group become queries. A view where H == G."""
+    """[T, H, D] -> [1, G, T * (H / G), D]: the query heads of a group become queries. A view where H == G."""
     length, heads, dim = x.shape
     return x.unflatten(1, (groups, heads // groups)).transpose(0, 1).reshape(1, groups, -1, dim)
 
 
-def _from_group(x: Tensor, length: int) -> Tensor:
-    """The inverse of `_by_group`, as a view [L, G, H / G, D]."""
-    return x[0].unflatten(1, (length, -1)).transpose(0, 1)
+def _from_group(x: Tensor, group: int) -> Tensor:
+    """The inverse of `_by_group`, contiguous [T, H, D]; `group` is H / G."""
+    return x[0].unflatten(1, (-1, group)).transpose(0, 1).flatten(1, 2).contiguous()
 
 
-def _sequences(plan: Tensor) -> Iterator[tuple[slice, slice]]:
-    """(query rows, key rows) of each sequence that has both."""
+def _sequences(plan: Tensor, group: int) -> Iterator[tuple[slice, slice]]:
+    """(queries, keys) of each sequence that has both; `group` query heads of a key-value head side by side."""
     for q_start, q_end, k_start, k_end in plan.tolist():
         if q_end > q_start and k_end > k_start:
-            yield slice(q_start, q_end), slice(k_start, k_end)
+            yield slice(q_start * group, q_end * group), slice(k_start, k_end)
 
 
 @contextlib.contextmanager
@@ -98,18 +98,15 @@ def _without_denormals() -> Iterator[None]:
 def _fwd_cpu(
     q: Tensor, k: Tensor, v: Tensor, plan: Tensor, softmax_scale: float, deterministic: bool
 ) -> tuple[Tensor, Tensor]:
-    total, heads, _ = q.shape
-    groups = k.shape[1]
-    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    lse = q.new_full((heads, total), -torch.inf, dtype=torch.float32)
-    for rows, keys in _sequences(plan):
-        out_s, lse_s = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            _by_group(q[rows], groups), _by_group(k[keys], groups), _by_group(v[keys], groups), scale=softmax_scale
+    groups, group = k.shape[1], q.shape[1] // k.shape[1]
+    q_g, k_g, v_g = (_by_group(x, groups) for x in (q, k, v))
+    out = q_g.new_zeros(q_g.shape)
+    lse = q.new_full(q_g.shape[:-1], -torch.inf, dtype=torch.float32)
+    for rows, keys in _sequences(plan, group):
+        out[:, :, rows], lse[:, :, rows] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q_g[:, :, rows], k_g[:, :, keys], v_g[:, :, keys], scale=softmax_scale
         )
-        length = rows.stop - rows.start
-        out[rows].unflatten(1, (groups, -1)).copy_(_from_group(out_s, length))
-        lse[:, rows].unflatten(0, (groups, -1)).copy_(lse_s[0].unflatten(1, (length, -1)).transpose(1, 2))
-    return out, lse
+    return _from_group(out, group), lse[0].unflatten(1, (-1, group)).transpose(1, 2).flatten(0, 1).contiguous()
 
 
 @_without_denormals()
@@ -125,28 +122,24 @@ def _bwd_cpu(
     softmax_scale: float,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    groups, dim = k.shape[1], q.shape[2]
-    dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    for rows, keys in _sequences(plan):
-        length = rows.stop - rows.start
-        lse_s = lse[:, rows].unflatten(0, (groups, -1)).transpose(1, 2).reshape(1, groups, -1)
-        dout_s, q_s, out_s = (_by_group(x[rows], groups) for x in (dout, q, out))
-        k_s, v_s = (_by_group(x[keys], groups) for x in (k, v))
-        if dlse is not None:
-            # dS = P * (dout v^T + dlse - rowsum(dout * out)): one more column, holding dlse against values of 1 and
-            # an output of 0, adds dlse to the first term and nothing to the last.
-            dlse_s = dlse[:, rows].unflatten(0, (groups, -1)).transpose(1, 2).reshape(1, groups, -1, 1)
-            dout_s = torch.cat([dout_s, dlse_s.to(dout_s.dtype)], dim=-1)
-            q_s, k_s, out_s = (torch.nn.functional.pad(x, (0, 1)) for x in (q_s, k_s, out_s))
-            v_s = torch.nn.functional.pad(v_s, (0, 1), value=1.0)
+    groups, group, dim = k.shape[1], q.shape[1] // k.shape[1], q.shape[2]
+    dout, q, k, v, out = (_by_group(x, groups) for x in (dout, q, k, v, out))
+    lse = lse.unflatten(0, (groups, -1)).transpose(1, 2).reshape(1, groups, -1)
+    dq, dk, dv = (x.new_zeros(x.shape) for x in (q, k, v))
+    if dlse is not None:
+        # dS = P * (dout v^T + dlse - rowsum(dout * out)): one more column, holding dlse against values of 1 and an
+        # output of 0, adds dlse to the first term and nothing to the last.
+        dlse = dlse.unflatten(0, (groups, -1)).transpose(1, 2).reshape(1, groups, -1, 1)
+        dout = torch.cat([dout, dlse.to(dout.dtype)], dim=-1)
+        q, k, out = (torch.nn.functional.pad(x, (0, 1)) for x in (q, k, out))
+        v = torch.nn.functional.pad(v, (0, 1), value=1.0)
+    for rows, keys in _sequences(plan, group):
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            dout_s, q_s, k_s, v_s, out_s, lse_s, 0.0, False, scale=softmax_scale
-        )
-        dq_s, dk_s, dv_s = (grad[..., :dim] for grad in grads)
-        dq[rows].unflatten(1, (groups, -1)).copy_(_from_group(dq_s, length))
-        dk[keys].copy_(dk_s[0].transpose(0, 1))
-        dv[keys].copy_(dv_s[0].transpose(0, 1))
-    return dq, dk, dv
+            *(x[:, :, part] for x, part in ((dout, rows), (q, rows), (k, keys), (v, keys), (out, rows))),
+            lse[:, :, rows], 0.0, False, scale=softmax_scale,
+        )  # fmt: skip
+        dq[:, :, rows], dk[:, :, keys], dv[:, :, keys] = (grad[..., :dim] for grad in grads)
+    return _from_group(dq, group), _from_group(dk, 1), _from_group(dv, 1)
 
 
 # --------------------------------------------------------------------------------------- fakes, autograd, FLOP counts
