@@ -19,6 +19,10 @@ from illada.config import ModelConfig
 from illada.diffusion import Batch
 from illada.ops import AttentionPlan, attention_plan, linear_masked_cross_entropy, varlen_attention
 
+#: Rows that a layer gives its MLP at a time on a CPU without gradients: the temporaries stay in the cache
+#: and in memory that is mapped already.
+_CPU_ROWS = 1024
+
 
 class CachedKeys(NamedTuple):
     """Keys and values of earlier forwards that the queries of this one see, and where its own go.
@@ -132,7 +136,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = F.silu(self.gate_proj(x)), self.up_proj(x)
+        return self.down_proj(gate * up if torch.is_grad_enabled() else gate.mul_(up))
 
 
 class Layer(nn.Module):
@@ -158,7 +163,11 @@ class Layer(nn.Module):
         """With `queries` the output of these alone [N, C]: the others only give keys and values."""
         attended = self.self_attn(self.input_layernorm(x), cos, sin, cu_seqlens, plan, cache, queries)
         x = (x if queries is None else x[queries.rows]) + attended
-        return x + self.mlp(self.post_attention_layernorm(x))
+        if torch.is_grad_enabled() or x.device.type != "cpu":
+            return x + self.mlp(self.post_attention_layernorm(x))
+        for part in x.split(_CPU_ROWS):  # x is this layer's own
+            part += self.mlp(self.post_attention_layernorm(part))
+        return x
 
 
 class MaskedDiffusionModel(nn.Module):
