@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 
 import illada
-from illada import score
 from illada.config import ModelConfig
 from illada.model import MaskedDiffusionModel
 from illada.score import confidence_score, is_greedy, monte_carlo_likelihood, monte_carlo_masks, truncate_context
+from illada.score.items import make_items
+from illada.score.monte_carlo import _estimate
 
 SIZES = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 300,
@@ -309,9 +310,9 @@ def test_the_estimate_is_unbiased(gqa):
     every = [m for m in itertools.product([False, True], repeat=length) if any(m)]
     masks = np.array(every)
     weights = np.array([1 / length / math.comb(length, sum(m)) for m in every])
-    item = score._items(gqa.config, [context], [continuation], False)[0]
+    item = make_items(gqa.config, [context], [continuation], False)[0]
     with torch.inference_mode():
-        exact = -score._estimate(gqa, [(item, masks, weights)], 1, 0.0, 8192)[0]
+        exact = -_estimate(gqa, [(item, masks, weights)], 1, 0.0, 8192)[0]
     terms = np.array([oracle_bound(gqa, context, continuation, mask[None]) for mask in masks])
     assert close(exact, float(weights @ terms))
     spread = math.sqrt(float(weights @ (terms - exact) ** 2))

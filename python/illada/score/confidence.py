@@ -1,0 +1,245 @@
+"""Eq. 2 and the greedy check: continuations un-masked token by token, many in a pack."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from illada.model import MaskedDiffusionModel
+from illada.ops import TokenSample, linear_sample_tokens, remask
+from illada.score.items import (
+    MAX_TOKENS,
+    Item,
+    check_options,
+    hidden_states,
+    lay_out,
+    make_items,
+    negative_log_likelihood,
+    progress_bar,
+    ranges,
+    starts_of,
+    without_context,
+)
+
+_LOWEST = torch.finfo(torch.float32).min
+
+
+@dataclass(frozen=True)
+class ConfidenceScore:
+    """Eq. 2 of one continuation.
+
+    score: sum of log p over its tokens, each at the step it was revealed, in nats; NaN where the model gives NaN.
+    forwards: forward passes it took part in, one for each token.
+    """
+
+    score: float
+    forwards: int
+
+
+@torch.inference_mode()
+def confidence_score(
+    model: MaskedDiffusionModel,
+    contexts: Sequence[Sequence[int]],
+    continuations: Sequence[Sequence[int]],
+    *,
+    append_eos: bool = False,
+    cfg_scale: float = 0.0,
+    max_tokens: int = MAX_TOKENS,
+    progress: bool = False,
+) -> list[ConfidenceScore]:
+    """The confidence score of each continuation after its context (Eq. 2 of the iLLaDA paper).
+
+        i_k = argmax_{i still masked} log p(y_i | x, y_revealed),   S = sum_k log p(y_{i_k} | x, y_revealed)
+
+    A score to rank the candidates of a question by, not a likelihood: the order of revealing looks at the answer.
+
+    Args:
+        model: its device is used; training mode changes nothing, there is no dropout.
+        contexts: P lists of token ids, also empty ones; the candidates of one question repeat its context. Masks among
+            them stay what they are: they are neither scored nor revealed.
+        continuations: P lists of token ids in [0, V), without masks; an empty one scores 0.
+        append_eos: the model also sees the eos token after the continuation (published as `padd_eos`).
+        cfg_scale: of unsupervised classifier-free guidance, w >= 0: logits = un + (w + 1) (cond - un), with the
+            context masked in `un`.
+        max_tokens: most tokens of a pack; a longer sequence has a pack of its own. It bounds memory and does not change
+            scores beyond rounding.
+        progress: a bar on a terminal.
+
+    Returns:
+        P results, in order. Ties go to the first position.
+
+    Raises:
+        ValueError, TypeError: naming the argument: ids out of range, pairs longer than max_position_embeddings (see
+            `truncate_context`), a mask among the tokens to score, bad options.
+    """
+    items = make_items(model.config, contexts, continuations, append_eos)
+    check_options(cfg_scale, max_tokens)
+    scores = torch.zeros(len(contexts), dtype=torch.float64, device=model.head_weight.device)
+    with progress_bar(len(contexts), progress) as bar:
+        bar.update(len(contexts) - len(items))
+        for pack in _packs(items, max_tokens, guided=cfg_scale > 0):
+            canvas = _Canvas(model, pack, cfg_scale)
+            while canvas.items:
+                nll = negative_log_likelihood(canvas.hidden(), model.head_weight, canvas.targets)
+                scores.index_add_(0, canvas.indices, nll[canvas.reveal(-nll)].double())
+                left = [i for i, item in enumerate(canvas.items) if item.length > canvas.step]
+                bar.update(len(canvas.items) - len(left))
+                canvas.keep(left)
+    lengths = [len(continuation) for continuation in continuations]
+    return [ConfidenceScore(0.0 - nll, n) for nll, n in zip(scores.tolist(), lengths, strict=True)]
+
+
+@torch.inference_mode()
+def is_greedy(
+    model: MaskedDiffusionModel,
+    contexts: Sequence[Sequence[int]],
+    continuations: Sequence[Sequence[int]],
+    *,
+    append_eos: bool = False,
+    cfg_scale: float = 0.0,
+    max_tokens: int = MAX_TOKENS,
+    progress: bool = False,
+) -> list[bool]:
+    """Whether greedy un-masking of as many masks as the continuation has tokens gives just these tokens.
+
+    Each step predicts all masks and keeps the surest prediction, which has to be the true token there. A continuation
+    leaves at its first wrong token. An empty one is greedy. Arguments and errors as in `confidence_score`.
+    """
+    items = make_items(model.config, contexts, continuations, append_eos)
+    check_options(cfg_scale, max_tokens)
+    greedy = [True] * len(contexts)
+    with progress_bar(len(contexts), progress) as bar:
+        bar.update(len(contexts) - len(items))
+        for pack in _packs(items, max_tokens, guided=cfg_scale > 0):
+            canvas = _Canvas(model, pack, cfg_scale)
+            while canvas.items:
+                sample = linear_sample_tokens(canvas.hidden(), model.head_weight)
+                right = (sample.token == canvas.targets) & (sample.confidence > -torch.inf)
+                # The true token is written even where another was predicted: that sequence is about to leave.
+                kept = right[canvas.reveal(sample.confidence)].tolist()
+                left = [i for i, item in enumerate(canvas.items) if kept[i] and item.length > canvas.step]
+                for item, right_so_far in zip(canvas.items, kept, strict=True):
+                    greedy[item.index] = right_so_far
+                bar.update(len(canvas.items) - len(left))
+                canvas.keep(left)
+    return greedy
+
+
+# -------------------------------------------------------------------------------------------------- revealing in packs
+
+
+class _Canvas:
+    """The items of a pack on their way from all masks to all tokens, one token of each item a step.
+
+    Sequences lie end to end in `tokens`; with guidance a second time behind all of them, contexts masked. How many
+    masks each item has left is known on the host, which of them is known on the device alone, so nothing waits for it.
+    """
+
+    def __init__(self, model: MaskedDiffusionModel, items: list[Item], cfg_scale: float) -> None:
+        self.model, self.items, self.cfg_scale = model, items, cfg_scale
+        self.device = model.head_weight.device
+        self.step = 0
+        self.sizes = np.array([item.size for item in items])
+        lengths = np.array([item.length for item in items])
+        offsets = np.array([len(item.context) for item in items])
+        self.cu_rows = self._put(starts_of(lengths).astype(np.int32))
+        self.targets = self._put(np.concatenate([item.continuation for item in items]))
+        self.indices = self._put(np.array([item.index for item in items]))
+
+        # Sequences that are still all masks are equal where context and length are.
+        unique: dict[tuple[bytes, int], int] = {}
+        which = np.array([unique.setdefault((item.context.tobytes(), item.length), len(unique)) for item in items])
+        firsts = [items[i] for i in np.unique(which, return_index=True)[1]]
+        self._lay_out(np.array([item.size for item in firsts]))
+        self.tokens = self._put(self._all_masked(firsts))
+        self.rows = self._put(ranges(starts_of(self.sizes)[:-1] + offsets, lengths).astype(np.int32))
+        self._shared = len(firsts) < len(items)
+        if self._shared:
+            starts = starts_of(np.array([item.size for item in firsts]))[:-1]
+            rows, inverse = np.unique(ranges(starts[which] + offsets, lengths), return_inverse=True)
+            self._first_rows, self._inverse = self._put(rows.astype(np.int32)), self._put(inverse)
+
+    def hidden(self) -> Tensor:
+        """[N, C]: what, times the head, gives the logits of the N masks that are left; item by item, ascending."""
+        rows = self._first_rows if self._shared else self.rows
+        layout = (self._cu_seqlens, self._position_ids, self._plan)
+        hidden = hidden_states(self.model, self.tokens, rows, layout, self.cfg_scale)
+        return hidden[self._inverse] if self._shared else hidden
+
+    def reveal(self, confidence: Tensor) -> Tensor:
+        """Write each item's true token where `confidence` [N] is largest; int64 [S], which of the N rows it was."""
+        if self._shared:  # from here on every item has a sequence of its own
+            self._shared = False
+            self._lay_out(self.sizes)
+            self.tokens = self._put(self._all_masked(self.items))
+        # -inf and NaN are never committed, but each item has to go on: they come last instead.
+        finite = confidence.float().nan_to_num(nan=_LOWEST, neginf=_LOWEST)
+        mask_id = self.model.config.mask_token_id
+        sample = TokenSample(self.targets, finite, finite)
+        remask(self.tokens, self.rows, self.cu_rows, sample, quota=1, mask_id=mask_id)
+        # One row of each item is revealed, so a stable sort by "still masked" puts those first, in the items' order.
+        order = (self.tokens[self.rows] == mask_id).to(torch.uint8).argsort(stable=True)
+        chosen, rest = order[: len(self.items)], order[len(self.items) :]
+        if self.cfg_scale:
+            self.tokens[self.rows[chosen] + len(self.tokens) // 2] = self.targets[chosen]
+        self.rows, self.targets = self.rows[rest], self.targets[rest]
+        self.cu_rows = self.cu_rows - torch.arange(len(self.cu_rows), dtype=torch.int32, device=self.device)
+        self.step += 1
+        return chosen
+
+    def keep(self, left: list[int]) -> None:
+        """Go on with these items only, given by their ascending places in `items`."""
+        if len(left) == len(self.items):
+            return
+        starts, counts = starts_of(self.sizes)[:-1], np.array([item.length - self.step for item in self.items])
+        row_starts = starts_of(counts)[:-1]
+        index = self._put(ranges(starts[left], self.sizes[left]))
+        tokens = self.tokens[index]
+        self.tokens = torch.cat([tokens, self.tokens[index + len(self.tokens) // 2]]) if self.cfg_scale else tokens
+        moved = starts_of(self.sizes[left])[:-1] - starts[left]
+        rows = self._put(ranges(row_starts[left], counts[left]))
+        self.rows = self.rows[rows] + self._put(np.repeat(moved, counts[left]).astype(np.int32))
+        self.targets = self.targets[rows]
+        self.cu_rows = self._put(starts_of(counts[left]).astype(np.int32))
+        self.items, self.sizes = [self.items[i] for i in left], self.sizes[left]
+        self.indices = self._put(np.array([item.index for item in self.items], dtype=np.int64))
+        if self.items:
+            self._lay_out(self.sizes)
+
+    def _all_masked(self, items: list[Item]) -> NDArray[np.int64]:
+        mask_id = self.model.config.mask_token_id
+        sequences = [item.sequence(mask_id) for item in items]
+        if self.cfg_scale:
+            sequences += [without_context(s, len(i.context), mask_id) for s, i in zip(sequences, items, strict=True)]
+        return np.concatenate(sequences)
+
+    def _lay_out(self, sizes: NDArray[np.int64]) -> None:
+        """What depends on the sequences' lengths alone, made once for all steps until one of them leaves."""
+        sizes = np.concatenate([sizes, sizes]) if self.cfg_scale else sizes
+        self._cu_seqlens, self._position_ids, self._plan = lay_out(self.model.config, sizes, self.device)
+
+    def _put(self, array: NDArray) -> Tensor:
+        return torch.from_numpy(array).to(self.device)
+
+
+def _packs(items: list[Item], max_tokens: int, guided: bool) -> Iterator[list[Item]]:
+    """Items of like lengths together, longest continuations first: those that end first are last in a pack."""
+    pack: list[Item] = []
+    total = 0
+    for item in sorted(items, key=lambda i: (-i.length, -i.size, i.context.tobytes(), i.index)):
+        cost = item.size * (2 if guided else 1)
+        if item.length == 1 and pack and pack[-1].length == 1 and np.array_equal(pack[-1].context, item.context):
+            cost = 0  # only ever all masks, so it shares the sequence
+        if pack and total + cost > max_tokens:
+            yield pack
+            pack, total = [], 0
+            cost = item.size * (2 if guided else 1)
+        pack.append(item)
+        total += cost
+    if pack:
+        yield pack

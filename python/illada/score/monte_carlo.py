@@ -1,0 +1,195 @@
+"""The likelihood bound: cross-entropies of randomly masked continuations, many samples of many pairs in a pack."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from illada.model import MaskedDiffusionModel
+from illada.ops.philox import philox4x32
+from illada.score.items import (
+    MAX_TOKENS,
+    Item,
+    check_options,
+    hidden_states,
+    lay_out,
+    make_items,
+    negative_log_likelihood,
+    progress_bar,
+    without_context,
+)
+
+# Philox stream tags (counter word 3); 1 to 6 belong to the forward process of training, 16 and above to the sampler.
+_COUNT_STREAM, _MASK_STREAM = 7, 8
+
+
+@torch.inference_mode()
+def monte_carlo_likelihood(
+    model: MaskedDiffusionModel,
+    contexts: Sequence[Sequence[int]],
+    continuations: Sequence[Sequence[int]],
+    *,
+    num_samples: int = 128,
+    stratum: int = 16,
+    append_eos: bool = False,
+    cfg_scale: float = 0.0,
+    seed: int = 0,
+    max_tokens: int = MAX_TOKENS,
+    progress: bool = False,
+) -> list[float]:
+    """LLaDA's Monte Carlo estimate of a lower bound on the log-likelihood of each continuation, in nats.
+
+        -1/n sum_s L / x_s sum_{i masked in s} CE(y_i),   x_s of the L tokens masked in sample s, which ones at random
+
+    Args:
+        num_samples: n (published as `mc_num`); one is enough for continuations of one token.
+        stratum: samples over which the mask counts x are spread evenly (published as `batch_size`); see
+            `monte_carlo_masks`.
+        seed: of the masks, which are a function of (seed, context, continuation, sample) alone: not of the other pairs,
+            their order or the packing.
+        Others as in `confidence_score`.
+
+    Returns:
+        P estimates, in order. Samples that mask the same tokens are run once, so that short continuations cost at most
+        2^L - 1 sequences.
+
+    Raises:
+        As `confidence_score`; ValueError for a num_samples that is not a multiple of stratum.
+    """
+    items = make_items(model.config, contexts, continuations, append_eos)
+    check_options(cfg_scale, max_tokens)
+    _check_samples(num_samples, stratum)
+
+    def drawn() -> Iterator[tuple[Item, NDArray[np.bool_], NDArray[np.float64]]]:
+        # Candidates that look the same once masked stand together, and so do sequences of one length.
+        with progress_bar(len(contexts), progress) as bar:
+            bar.update(len(contexts) - len(items))
+            for item in sorted(items, key=lambda i: (-i.size, -i.length, i.context.tobytes(), i.index)):
+                masks = monte_carlo_masks(
+                    item.context.tolist(),
+                    item.continuation.tolist(),
+                    num_samples=num_samples,
+                    stratum=stratum,
+                    seed=seed,
+                )
+                patterns, counts = np.unique(masks, axis=0, return_counts=True)
+                yield item, patterns, counts / num_samples
+                bar.update()
+
+    bounds = _estimate(model, drawn(), len(contexts), cfg_scale, max_tokens)
+    return [0.0 - loss for loss in bounds]
+
+
+def monte_carlo_masks(
+    context: Sequence[int], continuation: Sequence[int], *, num_samples: int = 128, stratum: int = 16, seed: int = 0
+) -> NDArray[np.bool_]:
+    """Which tokens of a continuation each sample of `monte_carlo_likelihood` masks: bool [num_samples, L].
+
+    As published, for each stratum of b = min(stratum, num_samples) samples: k uniform on 1 .. L, counts
+    x_i = (round(k + i L / b) - 1) mod L + 1, and in each sample x_i tokens chosen uniformly. Philox4x32-10 with a hash
+    of (seed, context, continuation) as key.
+
+    Raises:
+        ValueError: num_samples is not a multiple of stratum (and not smaller), an empty continuation.
+    """
+    _check_samples(num_samples, stratum)
+    length = len(continuation)
+    if length == 0:
+        raise ValueError("continuation is empty; there is nothing to mask")
+    parts = ([seed & (2**64 - 1), len(context)], context, continuation)
+    content = b"".join(np.array(part, dtype=np.uint64).tobytes() for part in parts)
+    key = np.frombuffer(hashlib.blake2b(content, digest_size=8).digest(), dtype="<u4")
+
+    def words(stream: int, draws: int, count: int) -> NDArray[np.uint32]:
+        counter = np.zeros((draws, -(-count // 4), 4), dtype=np.uint32)
+        counter[..., 0] = np.arange(counter.shape[1])
+        counter[..., 1] = np.arange(draws)[:, None]
+        counter[..., 3] = stream
+        return philox4x32(counter, key).reshape(draws, -1)[:, :count]
+
+    size = min(stratum, num_samples)
+    first = 1 + (words(_COUNT_STREAM, num_samples // size, 1)[:, 0].astype(np.uint64) * length >> 32).astype(np.int64)
+    # torch's float32 linspace and its rounding of halves to even, as published: other roundings move some counts by 1.
+    spread = [torch.linspace(k, k + (size - 1) * (length / size), size, dtype=torch.float32) for k in first.tolist()]
+    counts = (torch.cat(spread).round().long().numpy() - 1) % length + 1
+    ranks = words(_MASK_STREAM, num_samples, length).argsort(axis=1, kind="stable").argsort(axis=1, kind="stable")
+    return ranks < counts[:, None]
+
+
+# -------------------------------------------------------------------------------------------------- estimating in packs
+
+
+def _estimate(
+    model: MaskedDiffusionModel,
+    weighted: Iterable[tuple[Item, NDArray[np.bool_], NDArray[np.float64]]],
+    count: int,
+    cfg_scale: float,
+    max_tokens: int,
+) -> list[float]:
+    """For each of `count` items sum_s weight_s L / x_s sum_{i masked in s} CE_i, given its masks [P, L] and weights."""
+    config, device = model.config, model.head_weight.device
+    losses = torch.zeros(count, dtype=torch.float64, device=device)
+    sequences: dict[bytes, int] = {}  # the pack's: bytes of the tokens, to where they start
+    tokens: list[NDArray[np.int64]] = []
+    unconditional: list[NDArray[np.int64]] = []
+    rows: list[NDArray[np.int64]] = []
+    targets: list[NDArray[np.int64]] = []
+    factors: list[NDArray[np.float64]] = []
+    owners: list[NDArray[np.int64]] = []
+    total = 0
+
+    def run() -> None:
+        nonlocal total
+        packed = torch.from_numpy(np.concatenate(tokens + unconditional)).to(device)
+        sizes = np.array([len(sequence) for sequence in tokens + unconditional])
+        at, inverse = np.unique(np.concatenate(rows), return_inverse=True)  # ascending; items may share sequences
+        layout = lay_out(config, sizes, device)
+        hidden = hidden_states(model, packed, torch.from_numpy(at.astype(np.int32)).to(device), layout, cfg_scale)
+        shown = hidden[torch.from_numpy(inverse).to(device)]
+        nll = negative_log_likelihood(
+            shown, model.head_weight, torch.from_numpy(np.concatenate(targets)).to(device)
+        ).double()
+        factor, owner = (torch.from_numpy(np.concatenate(part)).to(device) for part in (factors, owners))
+        losses.index_add_(0, owner, nll * factor)
+        for part in (sequences, tokens, unconditional, rows, targets, factors, owners):
+            part.clear()
+        total = 0
+
+    for item, masks, weights in weighted:
+        for masked, weight in zip(masks, weights, strict=True):
+            sequence = item.sequence(config.mask_token_id, masked)
+            key = sequence.tobytes()
+            # Guidance masks the context, so the same tokens with another cut into context and continuation differ.
+            key += len(item.context).to_bytes(8, "little") if cfg_scale else b""
+            if key not in sequences:
+                if tokens and (total + item.size) * (2 if cfg_scale else 1) > max_tokens:
+                    run()
+                sequences[key] = total
+                tokens.append(sequence)
+                if cfg_scale:
+                    unconditional.append(without_context(sequence, len(item.context), config.mask_token_id))
+                total += item.size
+            where = np.flatnonzero(masked)
+            rows.append(sequences[key] + len(item.context) + where)
+            targets.append(item.continuation[where])
+            factors.append(np.full(len(where), weight * item.length / len(where)))
+            owners.append(np.full(len(where), item.index))
+    if tokens:
+        run()
+    return losses.tolist()
+
+
+def _check_samples(num_samples: int, stratum: int) -> None:
+    for name, value in (("num_samples", num_samples), ("stratum", stratum)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if num_samples > stratum and num_samples % stratum:
+        below = num_samples // stratum * stratum
+        raise ValueError(
+            f"num_samples must be a multiple of stratum ({stratum}) or smaller than it, got {num_samples}; the nearest "
+            f"are {below} and {below + stratum}"
+        )
