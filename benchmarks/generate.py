@@ -87,7 +87,7 @@ def make_case(name: str, batch: int, mode: str) -> Case:
             ways["padded"] = partial(published.generate, model, prompts, **same)
         return [Provider(name, call, error=error, counts=counts) for name, call in ways.items()]
 
-    return Case(f"{name} {mode} {batch} prompts", make, repeats=5, slow={"one by one"})
+    return Case(f"{name} {mode} {batch} prompts", make, repeats=5, slow={"one by one"} if name == "small" else set())
 
 
 def cases(device: torch.device = CPU) -> list[Case]:
