@@ -31,7 +31,7 @@ DEVICES = ("cpu",)
 SIZES = {"tiny": (32, 32, 32, 64), "small": (32, 32, 16, 64)}
 
 #: How many times the tokens per second of one by one. On a CPU a pack saves what nobody asks for (the head and the last
-#: layer of tokens that are not masked: two thirds of `tiny`'s operations, half of `small`'s) and the cost of small
+#: layer of tokens that are not masked: half of `tiny`'s operations here, a third of `small`'s) and the cost of small
 #: calls, which a wide model hardly has; what a GPU saves, reading the weights once for all prompts, is not in it.
 GOALS = {"tiny": 4.0, "small": 2.0}
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import oracle
 import pytest
 import torch
@@ -10,6 +11,7 @@ from oracle import CONFIG, WITH_TEXT
 
 from illada.generation import GenerationConfig, generate, graphs
 from illada.generation.cache import KeyValueCache
+from illada.generation.request import Request
 from illada.generation.step import lay_out
 
 MASK = CONFIG.mask_token_id
@@ -164,10 +166,18 @@ def test_which_steps_are_a_graph(model):
     assert [graphs.bucket(n) for n in (1, 2, 3, 5, 8, 9)] == [1, 2, 4, 8, 8, 16]
     assert not graphs.available(model, KeyValueCache(model.config, 1, 8))  # not on a CPU
 
+    def at(step, **options):
+        config = GenerationConfig(gen_length=16, steps=16, cache="prefix", **{"block_length": 8, **options})
+        request = Request(0, np.array([7, 8]), config, 0, model.config)
+        request.step = step
+        return request
+
+    assert graphs.suitable([at(1), at(3)])
+    for other in (at(0), at(1, cfg_scale=1.0), at(1, mode="fixed"), at(1, block_length=4), at(1, rule="factor")):
+        assert not graphs.suitable([at(1), other])
+
 
 def test_blanks_see_nothing(model):
-    from illada.generation.request import Request
-
     config = GenerationConfig(gen_length=8, block_length=8, steps=4, cache="prefix")
     prompt = torch.tensor([7, 8, 9]).numpy()
     request = Request(0, prompt, config, 0, model.config, slots=(0,))

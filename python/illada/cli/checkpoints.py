@@ -22,6 +22,16 @@ def find_checkpoint(path: str | Path) -> Path:
     return folder
 
 
+def parse_dtype(name: str | None) -> torch.dtype | None:
+    """The torch dtype of --dtype; None stays None."""
+    import torch
+
+    dtypes = {text: getattr(torch, text) for text in ("bfloat16", "float16", "float32")}
+    if name not in (None, *dtypes):
+        raise ValueError(f"--dtype must be {', '.join(dtypes)}, got {name!r}")
+    return None if name is None else dtypes[name]
+
+
 def load(
     path: str | Path,
     tokenizer: str | Path | None = None,

@@ -37,24 +37,20 @@ def add_parser(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    import torch
-
     from illada.checkpoint import convert_checkpoint
-    from illada.cli.checkpoints import find_checkpoint
+    from illada.cli.checkpoints import find_checkpoint, parse_dtype
     from illada.layouts import LAYOUTS
 
     if options.model_type not in (None, *LAYOUTS):
         raise ValueError(f"--model-type must be {', '.join(LAYOUTS)}, got {options.model_type!r}")
-    dtypes = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32")}
-    if options.dtype not in (None, *dtypes):
-        raise ValueError(f"--dtype must be {', '.join(dtypes)}, got {options.dtype!r}")
+    dtype = parse_dtype(options.dtype)
     shard_bytes = parse_size(options.max_shard_size)
     _check_target(Path(options.target), options.overwrite)
     config = convert_checkpoint(
         find_checkpoint(options.source),
         options.target,
         model_type=options.model_type,
-        dtype=dtypes.get(options.dtype),
+        dtype=dtype,
         mask_token_id=options.mask_token_id,
         max_shard_bytes=shard_bytes,
         progress=True,

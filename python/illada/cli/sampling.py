@@ -66,14 +66,9 @@ def add_sampling_options(parser: argparse.ArgumentParser, *, gen_length: int = 6
 
 def load(options: argparse.Namespace) -> tuple[Any, Tokenizer]:
     """(model, tokenizer) of `add_model_options`."""
-    import torch
+    from illada.cli.checkpoints import load, parse_dtype
 
-    from illada.cli.checkpoints import load
-
-    dtypes = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32")}
-    if options.dtype not in (None, *dtypes):
-        raise ValueError(f"--dtype must be {', '.join(dtypes)}, got {options.dtype!r}")
-    dtype = dtypes.get(options.dtype)
+    dtype = parse_dtype(options.dtype)
     return load(options.checkpoint, options.tokenizer, dtype=dtype, mask_token_id=options.mask_token_id)
 
 
