@@ -1,0 +1,24 @@
+// Between launch.cpp, which validates and chooses, and the .cu files, which launch.
+#pragma once
+
+#include "attention/plan.h"
+#include "common/device.h"
+
+namespace illada::attention {
+
+void launch_plan(const PlanParams& params, const Device& device, const Tiling& tiling);
+
+// Keys of a step of each forward kernel.
+constexpr int forward_key_tile_sm80(int head_dim) { return head_dim == 128 ? 64 : 128; }
+constexpr int forward_key_tile_sm90(int head_dim) { return head_dim == 128 ? 176 : 128; }
+
+// Walks over the forward items of the plan. One function per (arch, head dim), each in a file of its own.
+void launch_forward_d64_sm80(const ForwardParams& params, const Device& device, const Tiling& tiling);
+void launch_forward_d128_sm80(const ForwardParams& params, const Device& device, const Tiling& tiling);
+void launch_forward_d64_sm90(const ForwardParams& params, const Device& device, const Tiling& tiling);
+void launch_forward_d128_sm90(const ForwardParams& params, const Device& device, const Tiling& tiling);
+
+// Where tiling.may_split: merges the pieces that the forward left in the workspace into out and lse.
+void launch_combine(const ForwardParams& params, const Device& device);
+
+}  // namespace illada::attention

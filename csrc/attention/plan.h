@@ -1,0 +1,76 @@
+// Between plan.cu, which writes the work lists of a pack, and the kernels, which walk over them.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "common/host_device.h"
+#include "illada/attention.h"
+
+namespace illada::attention {
+
+// One tile of work. Forward: queries q_start .. q_start + q_count - 1 (at most Tiling::item_tokens) of the H / G heads of
+// one key-value head, against the keys k_start .. k_start + k_count - 1 (which may be none). Where a sequence's keys are
+// split, `pieces` > 1 items have the same queries and each a part of the keys; piece `piece` leaves its result in
+// slot first_slot + piece of the workspace. Backward: keys k_start .. (at most kBackwardKeys) against all queries.
+struct alignas(16) WorkItem {
+  int32_t q_start, q_count, k_start, k_count;
+  int32_t kv_head, piece, pieces, first_slot;
+};
+
+// plan [rows, 4] int32: the header, WorkItems of the forward, of the backward (two rows each, room for as many as the
+// shape allows), and from rows - S on the sequences, (query start, query end, key start, key end), longest first.
+struct PlanHeader {
+  int32_t forward_items, backward_items, sequences, reserved;
+};
+
+constexpr int kTileRows = 128;      // tokens x heads of a group, of one CTA; fewer where H / G does not divide them
+constexpr int kBackwardKeys = 128;  // of an item of the backward
+constexpr int kSplitItems = 512;    // packs of at most so many tiles may be split over keys
+constexpr int kSplitSlots = 320;    // pieces of split tiles
+
+// How a device cuts a pack into forward items.
+struct Tiling {
+  int tile_tokens = 0;    // query tokens of a CTA: kTileRows / (H / G)
+  int cluster = 1;        // CTAs that share an item, each with tile_tokens of its queries, and load its keys once
+  int key_tile = 0;       // keys of a step of the kernel: splits fall between steps
+  bool may_split = false;
+  int item_tokens() const { return tile_tokens * cluster; }
+};
+// `key_tile` and `clusters` (are they built?) are the kernel's.
+inline Tiling tiling(const PackShape& s, int key_tile, bool clusters);
+
+// The most tiles of queries that a pack can have, whatever its lengths are.
+inline int64_t max_tiles(const PackShape& s) {
+  const int tokens = kTileRows / (s.num_heads / s.num_kv_heads);
+  return s.num_kv_heads * (s.total_q / tokens + s.num_sequences);
+}
+inline bool may_split(const PackShape& s) { return max_tiles(s) <= kSplitItems; }
+inline int64_t max_forward_items(const PackShape& s) { return max_tiles(s) + (may_split(s) ? kSplitSlots : 0); }
+inline int64_t max_backward_items(const PackShape& s) {
+  return s.total_k < 0 ? 0 : s.num_kv_heads * (s.total_k / kBackwardKeys + s.num_sequences);
+}
+
+inline Tiling tiling(const PackShape& s, int key_tile, bool clusters) {
+  Tiling t;
+  t.tile_tokens = kTileRows / (s.num_heads / s.num_kv_heads);
+  t.key_tile = key_tile;
+  t.may_split = may_split(s);
+  // A pair of tiles pays where sequences have many: the second CTA of the last pair may have nothing to do.
+  if (clusters && !t.may_split && s.total_q >= int64_t(s.num_sequences) * 4 * t.tile_tokens) t.cluster = 2;
+  return t;
+}
+
+// Rows of kTileRows or fewer that a slot of the workspace has.
+inline int slot_rows(const PackShape& s) {
+  const int group = s.num_heads / s.num_kv_heads;
+  return int(std::min<int64_t>(s.total_q, kTileRows / group)) * group;
+}
+
+// workspace: out fp32 [kSplitSlots, slot_rows, D], then lse fp32 [kSplitSlots, slot_rows] (base 2), both of what has been
+// normalised over the piece alone. Row r of a slot is token r / (H / G) of the item, head r % (H / G) of the group.
+ILLADA_HOST_DEVICE const WorkItem* forward_items(const int32_t* plan) {
+  return reinterpret_cast<const WorkItem*>(plan + 4);
+}
+
+}  // namespace illada::attention

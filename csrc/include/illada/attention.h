@@ -1,0 +1,65 @@
+// Packed, bidirectional, grouped-query attention over sequences of any lengths.
+//
+//   out[i, h] = sum_j softmax_j(softmax_scale * q[i, h] . k[j, g]) v[j, g],   g = h / (H / G),
+//
+// with j over all keys of token i's own sequence. T packed queries, Tk packed keys, S sequences, H query heads, G
+// key-value heads, D head dim. Nothing on the host depends on the lengths: they are read on the device, by the plan.
+#pragma once
+
+#include <cstdint>
+
+#include "illada/cuda.h"
+#include "illada/dtype.h"
+
+namespace illada::attention {
+
+// What is known of a pack on the host. Plan and calls must agree in all of it.
+struct PackShape {
+  int64_t total_q = 0;    // T
+  int64_t total_k = 0;    // Tk; for a plan, -1: not known, and the plan has no work list for the backward
+  int num_sequences = 0;  // S
+  int num_heads = 0;      // H, a multiple of G
+  int num_kv_heads = 0;   // G
+  int head_dim = 0;       // D
+};
+
+// Work lists of a pack, longest sequence first, for all layers and both directions. Sequence s has the queries
+// cu_seqlens[s] .. cu_seqlens[s + 1] - 1 and the keys from cu_seqlens_k[s] on, seqused_k[s] of them or all up to
+// cu_seqlens_k[s + 1]. Lengths that are negative or reach beyond total_q (total_k) are cut, never followed.
+struct PlanParams {
+  PackShape shape;
+  const int32_t* cu_seqlens = nullptr;    // [S + 1]
+  const int32_t* cu_seqlens_k = nullptr;  // [S + 1], or null: the same as cu_seqlens
+  const int32_t* seqused_k = nullptr;     // [S], or null: all keys of each slot
+  int32_t* plan = nullptr;                // [plan_rows(shape), 4], 16-byte aligned
+  CudaLaunch launch;
+};
+int64_t plan_rows(const PackShape& shape);
+void plan_cuda(const PlanParams& params);
+
+// A packed tensor [tokens, heads, D] of 16-bit elements, contiguous in D. Strides in elements, multiples of 8; data
+// 16-byte aligned.
+struct PackedView {
+  const void* data = nullptr;
+  int64_t token_stride = 0, head_stride = 0;
+};
+
+struct ForwardParams {
+  PackShape shape;
+  DType dtype = DType::kBFloat16;  // or kFloat16
+  PackedView q, k, v;
+  float softmax_scale = 1.0f;     // finite and > 0
+  const int32_t* plan = nullptr;  // of plan_cuda, of the same shape (total_k apart) and on the same device
+  int64_t plan_rows = 0;
+  void* out = nullptr;            // [T, H, D], contiguous; sequences without keys get 0
+  float* lse = nullptr;           // [H, T], natural log of the softmax's sum; -inf without keys
+  void* workspace = nullptr;      // 16-byte aligned; contents need not be kept or set
+  int64_t workspace_bytes = 0;    // at least forward_workspace(shape)
+  CudaLaunch launch;
+};
+// On compute capability 8.0 and newer, D 64 and 128, H / G <= 128. NotSupported for anything else.
+void forward_cuda(const ForwardParams& params);
+// Bytes; 0 unless the pack is so small that sequences may be split over their keys.
+int64_t forward_workspace(const PackShape& shape);
+
+}  // namespace illada::attention
