@@ -9,9 +9,9 @@
 
 namespace illada::attention {
 
-// One tile of work. Forward: queries q_start .. q_start + q_count - 1 (at most Tiling::item_tokens) of the H / G heads of
-// one key-value head, against the keys k_start .. k_start + k_count - 1 (which may be none). Where a sequence's keys are
-// split, `pieces` > 1 items have the same queries and each a part of the keys; piece `piece` leaves its result in
+// One tile of work. Forward: queries q_start .. q_start + q_count - 1 (at most Tiling::item_tokens) of the H / G heads
+// of one key-value head, against the keys k_start .. k_start + k_count - 1 (which may be none). Where a sequence's keys
+// are split, `pieces` > 1 items have the same queries and each a part of the keys; piece `piece` leaves its result in
 // slot first_slot + piece of the workspace. Backward: keys k_start .. (at most kBackwardKeys) against all queries.
 struct alignas(16) WorkItem {
   int32_t q_start, q_count, k_start, k_count;
@@ -31,9 +31,9 @@ constexpr int kSplitSlots = 320;    // pieces of split tiles
 
 // How a device cuts a pack into forward items.
 struct Tiling {
-  int tile_tokens = 0;    // query tokens of a CTA: kTileRows / (H / G)
-  int cluster = 1;        // CTAs that share an item, each with tile_tokens of its queries, and load its keys once
-  int key_tile = 0;       // keys of a step of the kernel: splits fall between steps
+  int tile_tokens = 0;  // query tokens of a CTA: kTileRows / (H / G)
+  int cluster = 1;      // CTAs that share an item, each with tile_tokens of its queries, and load its keys once
+  int key_tile = 0;     // keys of a step of the kernel: splits fall between steps
   bool may_split = false;
   int item_tokens() const { return tile_tokens * cluster; }
 };
@@ -67,8 +67,9 @@ inline int slot_rows(const PackShape& s) {
   return int(std::min<int64_t>(s.total_q, kTileRows / group)) * group;
 }
 
-// workspace: out fp32 [kSplitSlots, slot_rows, D], then lse fp32 [kSplitSlots, slot_rows] (base 2), both of what has been
-// normalised over the piece alone. Row r of a slot is token r / (H / G) of the item, head r % (H / G) of the group.
+// workspace: out fp32 [kSplitSlots, slot_rows, D], then lse fp32 [kSplitSlots, slot_rows] (base 2), both of what has
+// been normalised over the piece alone. Row r of a slot is token r / (H / G) of the item, head r % (H / G) of the
+// group.
 ILLADA_HOST_DEVICE const WorkItem* forward_items(const int32_t* plan) {
   return reinterpret_cast<const WorkItem*>(plan + 4);
 }

@@ -38,6 +38,14 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// -------------------------------------------------------------------------------------------------------- arithmetic
+
+__device__ __forceinline__ float exp2_approx(float x) {  // 2 ulp; 0 for results below 2^-126
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // ----------------------------------------------------------------------------------------- sm_80: ldmatrix, mma.sync
 
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t smem) {
@@ -68,6 +76,17 @@ __device__ __forceinline__ void mbarrier_arrive_expect_tx(uint32_t barrier, uint
 __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
+// By those threads that say so.
+__device__ __forceinline__ void mbarrier_arrive_if(bool arrives, uint32_t barrier) {
+  asm volatile(
+      "{\n"
+      ".reg .pred arrives;\n"
+      "setp.ne.u32 arrives, %1, 0;\n"
+      "@arrives mbarrier.arrive.shared::cta.b64 _, [%0];\n"
+      "}" ::"r"(barrier),
+      "r"(uint32_t(arrives))
+      : "memory");
+}
 // By those threads that say so, on the same barrier in some CTA of the cluster (which may be this one).
 __device__ __forceinline__ void mbarrier_arrive_cluster_if(bool arrives, uint32_t barrier, uint32_t cta) {
   asm volatile(
@@ -76,7 +95,7 @@ __device__ __forceinline__ void mbarrier_arrive_cluster_if(bool arrives, uint32_
       ".reg .b32 remote;\n"
       "setp.ne.u32 arrives, %2, 0;\n"
       "@arrives mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "@arrives mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
+      "@arrives mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
       "}" ::"r"(barrier),
       "r"(cta), "r"(uint32_t(arrives))
       : "memory");
@@ -92,6 +111,16 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity)
       "}" ::"r"(barrier),
       "r"(parity)
       : "memory");
+}
+
+// ------------------------------------------------------------------------------------------- barriers of some warps
+
+// Barrier `id` (1 .. 15; 0 is __syncthreads) of `threads` threads, in whole warps: waits, or only says to be there.
+__device__ __forceinline__ void named_barrier_sync(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 // ------------------------------------------------------------------------------------------------- sm_90: clusters
@@ -128,6 +157,23 @@ __device__ __forceinline__ void tma_load_2d_multicast(uint32_t smem, const void*
       "l"(map), "r"(x), "r"(y), "r"(barrier), "h"(cta_mask)
       : "memory");
 }
+// The box at (x, y, z, w).
+__device__ __forceinline__ void tma_load_4d(uint32_t smem, const void* map, uint32_t barrier, int32_t x, int32_t y,
+                                            int32_t z, int32_t w) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], "
+      "[%6];" ::"r"(smem),
+      "l"(map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(barrier)
+      : "memory");
+}
+__device__ __forceinline__ void tma_load_4d_multicast(uint32_t smem, const void* map, uint32_t barrier, int32_t x,
+                                                      int32_t y, int32_t z, int32_t w, uint16_t cta_mask) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, "
+      "{%2, %3, %4, %5}], [%6], %7;" ::"r"(smem),
+      "l"(map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(barrier), "h"(cta_mask)
+      : "memory");
+}
 // What ordinary stores wrote to shared memory becomes visible to TMA and wgmma.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -135,6 +181,13 @@ __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.
 
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// What is written into `d` before stays before this, what reads it stays behind: the compiler knows of no other order
+// between arithmetic on accumulators and the waits.
+template <int kCount>
+__device__ __forceinline__ void wgmma_keep(float (&d)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
 template <int kPending>
 __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
@@ -146,6 +199,14 @@ __device__ __forceinline__ void wgmma_wait() {
 __device__ __forceinline__ uint64_t wgmma_descriptor_k128(uint32_t smem) {
   constexpr uint64_t kStride = uint64_t(1024 >> 4) << 32, kLeading = uint64_t(1) << 16, kSwizzle128 = uint64_t(1) << 62;
   return kSwizzle128 | kStride | kLeading | uint64_t((smem & 0x3ffff) >> 4);
+}
+
+// Descriptor of an operand whose M or N is contiguous, in the 128-byte swizzle: rows of 128 bytes are 64 elements of M
+// or N for one k, groups of 8 k are 1024 bytes apart, the next 64 elements of M or N `leading` bytes apart. The 16 k of
+// step s start at smem + 2048 s.
+__device__ __forceinline__ uint64_t wgmma_descriptor_mn128(uint32_t smem, uint32_t leading) {
+  constexpr uint64_t kStride = uint64_t(1024 >> 4) << 32, kSwizzle128 = uint64_t(1) << 62;
+  return kSwizzle128 | kStride | uint64_t(leading >> 4) << 16 | uint64_t((smem & 0x3ffff) >> 4);
 }
 
 // Registers of a warpgroup move between kernels' roles; a multiple of 8.

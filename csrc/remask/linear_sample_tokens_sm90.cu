@@ -142,7 +142,7 @@ __global__ __launch_bounds__(kThreads, 1) void illada_linear_sample_tokens_sm90(
           ptx::wgmma_fence();
 #pragma unroll
           for (int step = 0; step < kTileK / 16; ++step)
-            ptx::wgmma_m64n256k16<T>(d, a + uint64_t(step * 2), b + uint64_t(step * 2), k > 0 || step > 0);
+            ptx::wgmma_k16<T, kTileN>(d, a + uint64_t(step * 2), b + uint64_t(step * 2), k > 0 || step > 0);
           ptx::wgmma_commit();
           ptx::wgmma_wait<1>();  // the stage before this one has been read
           release((ring.stage + kStages - 1) % kStages, k > 0);

@@ -1,0 +1,455 @@
+// The attention forward on sm_90a; included by one file per head dim.
+#pragma once
+
+#include <cuda.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "attention/launch.h"
+#include "common/dtype.cuh"
+#include "common/ptx.cuh"
+#include "common/reduce.cuh"
+#include "common/tensor_map.h"
+#include "common/wgmma.cuh"
+
+namespace illada::attention {
+namespace {
+
+constexpr int kConsumers = 2, kThreads = 128 * (kConsumers + 1), kRowBytes = 128;
+static_assert(kTileRows == 64 * kConsumers);
+
+template <int kHeadDim>
+struct SharedStorage {
+  static constexpr int kKeys = forward_key_tile_sm90(kHeadDim), kSlices = kHeadDim / 64;
+  static constexpr int kStages = kHeadDim == 128 ? 2 : 4;
+  // Slices of 64 columns: rows of 128 bytes in the 128-byte swizzle.
+  struct alignas(1024) KeyTile {
+    char slice[kSlices][kKeys * kRowBytes];
+  };
+  struct alignas(1024) QueryTile {
+    char slice[kSlices][kTileRows * kRowBytes];
+  };
+  QueryTile q;
+  KeyTile k[kStages], v[kStages];
+  uint64_t q_full, q_empty, k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
+  WorkItem item[2];
+};
+
+template <int kStages>
+struct Ring {
+  int stage = 0;
+  uint32_t parity = 0;
+  __device__ __forceinline__ void advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+struct ForwardArguments {
+  const int32_t* plan;
+  void* out;
+  float* lse;
+  float *slot_out, *slot_lse;
+  int32_t total_q, total_k, num_heads, group, tile_tokens, slot_rows;
+  float scale_log2;  // softmax_scale * log2(e)
+};
+
+// The item of a cluster in a round: back and forth, because the list is sorted by length.
+template <int kCluster>
+__device__ __forceinline__ int item_index(int round) {
+  const int position = int(blockIdx.x) / kCluster, positions = int(gridDim.x) / kCluster;
+  return round * positions + (round % 2 ? positions - 1 - position : position);
+}
+
+// Two rows of scores in wgmma's layout, four neighbouring lanes to a row: the online softmax in base 2.
+struct RowPair {
+  float maximum[2], sum[2];  // of the scores; of this lane's probabilities
+
+  __device__ __forceinline__ void reset() {
+    maximum[0] = maximum[1] = -INFINITY;
+    sum[0] = sum[1] = 0;
+  }
+  // Scores become probabilities relative to the maximum so far; `rescale` is what earlier ones are to be multiplied by.
+  template <int kCount>
+  __device__ __forceinline__ void update(float (&s)[kCount], float scale_log2, float (&rescale)[2]) {
+    // Independent chains: a warp has its scheduler to itself while the other warpgroup multiplies.
+    float top[4] = {maximum[0], maximum[0], maximum[1], maximum[1]}, offset[2];
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) top[j % 4] = fmaxf(top[j % 4], s[j]);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) top[i] = fmaxf(top[2 * i], top[2 * i + 1]);
+#pragma unroll
+    for (int lanes = 2; lanes; lanes /= 2) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) top[i] = fmaxf(top[i], __shfl_xor_sync(kFullWarp, top[i], lanes));
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      rescale[i] = ptx::exp2_approx((maximum[i] - top[i]) * scale_log2);
+      maximum[i] = top[i];
+      offset[i] = top[i] * scale_log2;
+    }
+    float total[4] = {sum[0] * rescale[0], 0, sum[1] * rescale[1], 0};
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      s[j] = ptx::exp2_approx(fmaf(s[j], scale_log2, -offset[j / 2 % 2]));
+      total[j % 4] += s[j];
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) sum[i] = total[2 * i] + total[2 * i + 1];
+  }
+};
+
+// Keys from `valid` on do not count.
+template <int kCount>
+__device__ __forceinline__ void mask_scores(float (&s)[kCount], int valid) {
+  const int column = 2 * int(threadIdx.x % 4);
+#pragma unroll
+  for (int j = 0; j < kCount / 4; ++j) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e)
+      if (8 * j + column + e >= valid) s[4 * j + e] = s[4 * j + 2 + e] = -INFINITY;
+  }
+}
+
+// Probabilities as the A operand of the second product: 16 keys to a step.
+template <typename T, int kCount>
+__device__ __forceinline__ void pack_probabilities(const float (&s)[kCount], uint32_t (&p)[kCount / 8][4]) {
+#pragma unroll
+  for (int step = 0; step < kCount / 8; ++step) {
+#pragma unroll
+    for (int w = 0; w < 4; ++w) p[step][w] = pack2<T>(s[8 * step + 2 * w], s[8 * step + 2 * w + 1]);
+  }
+}
+
+// Lane t of four holds word t of what is to be lane 0, word t of lane 1, ...: a 4 x 4 transposition.
+__device__ __forceinline__ uint4 transpose_quad(const uint32_t (&w)[4]) {
+  const bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;
+  // Pairs of words change places between neighbours, then between pairs of lanes.
+  const uint32_t a = __shfl_xor_sync(kFullWarp, odd ? w[0] : w[1], 1),
+                 b = __shfl_xor_sync(kFullWarp, odd ? w[2] : w[3], 1);
+  const uint32_t x0 = odd ? a : w[0], x1 = odd ? w[1] : a, x2 = odd ? b : w[2], x3 = odd ? w[3] : b;
+  const uint32_t c = __shfl_xor_sync(kFullWarp, upper ? x0 : x2, 2), d = __shfl_xor_sync(kFullWarp, upper ? x1 : x3, 2);
+  return upper ? make_uint4(c, d, x2, x3) : make_uint4(x0, x1, c, d);
+}
+
+// The finished rows of a warpgroup leave: to out and lse, or to the item's slot where its keys are split.
+template <typename T, int kHeadDim>
+__device__ __forceinline__ void write_rows(float (&o)[kHeadDim / 2], const RowPair& rows, const WorkItem& item,
+                                           const ForwardArguments& a, int first_token) {
+  const int lane = int(threadIdx.x) % 32, row = int(threadIdx.x) / 32 * 16 + lane / 4;
+  const int tokens = min(item.q_count - first_token, a.tile_tokens);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const float sum = warp_reduce<4>(rows.sum[i], [](float x, float y) { return x + y; });
+    const float inverse = 1.0f / sum, lse_log2 = fmaf(rows.maximum[i], a.scale_log2, log2f(sum));
+    const int token = (row + 8 * i) / a.group, head = (row + 8 * i) % a.group;
+    const bool valid = token < tokens;
+    if (item.pieces == 1) {
+      const int64_t q = item.q_start + first_token + token, h = item.kv_head * a.group + head;
+      T* out = static_cast<T*>(a.out) + (q * a.num_heads + h) * kHeadDim + 8 * (lane % 4);
+#pragma unroll
+      for (int j = 0; j < kHeadDim / 8; j += 4) {
+        uint32_t w[4];
+#pragma unroll
+        for (int n = 0; n < 4; ++n)
+          w[n] = pack2<T>(o[4 * (j + n) + 2 * i] * inverse, o[4 * (j + n) + 2 * i + 1] * inverse);
+        const uint4 eight = transpose_quad(w);
+        if (valid) *reinterpret_cast<uint4*>(out + 8 * j) = eight;
+      }
+      if (valid && lane % 4 == 0) a.lse[h * a.total_q + q] = lse_log2 * float(M_LN2);
+    } else {
+      const int64_t slot_row = int64_t(item.first_slot + item.piece) * a.slot_rows + row + 8 * i;
+      float* out = a.slot_out + slot_row * kHeadDim + 2 * (lane % 4);
+#pragma unroll
+      for (int j = 0; j < kHeadDim / 8; ++j) {
+        if (valid)
+          *reinterpret_cast<float2*>(out + 8 * j) =
+              make_float2(o[4 * j + 2 * i] * inverse, o[4 * j + 2 * i + 1] * inverse);
+      }
+      if (valid && lane % 4 == 0) a.slot_lse[slot_row] = lse_log2;
+    }
+  }
+}
+
+// Items without keys, which are the last ones of the list, from `round` on.
+template <typename T, int kHeadDim, int kCluster>
+__device__ __forceinline__ void write_empty_items(const ForwardArguments& a, int items, int round, int rank) {
+  for (int index; (index = item_index<kCluster>(round)) < items; ++round) {
+    const WorkItem item = forward_items(a.plan)[index];
+    const int tokens = min(item.q_count - rank * a.tile_tokens, a.tile_tokens);
+    for (int row = int(threadIdx.x) / 8; row < tokens * a.group; row += 128 * kConsumers / 8) {
+      const int64_t q = item.q_start + rank * a.tile_tokens + row / a.group, h = item.kv_head * a.group + row % a.group;
+      uint4* out = reinterpret_cast<uint4*>(static_cast<T*>(a.out) + (q * a.num_heads + h) * kHeadDim);
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 64; ++i) out[8 * i + threadIdx.x % 8] = make_uint4(0, 0, 0, 0);
+      if (threadIdx.x % 8 == 0) a.lse[h * a.total_q + q] = -INFINITY;
+    }
+  }
+}
+
+template <typename T, int kHeadDim, int kCluster>
+__global__ __launch_bounds__(kThreads,
+                             1) void illada_attention_forward_sm90(const __grid_constant__ CUtensorMap q_map,
+                                                                   const __grid_constant__ CUtensorMap k_map,
+                                                                   const __grid_constant__ CUtensorMap v_map,
+                                                                   const __grid_constant__ ForwardArguments a) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  using Shared = SharedStorage<kHeadDim>;
+  constexpr int kKeys = Shared::kKeys, kSlices = Shared::kSlices, kStages = Shared::kStages;
+  extern __shared__ char raw_shared[];
+  const uint32_t shared_start = ptx::smem_address(raw_shared), aligned_start = (shared_start + 1023) / 1024 * 1024;
+  Shared& shared = *reinterpret_cast<Shared*>(raw_shared + (aligned_start - shared_start));
+  const uint32_t q_full = ptx::smem_address(&shared.q_full), q_empty = ptx::smem_address(&shared.q_empty);
+  const uint32_t k_full = ptx::smem_address(shared.k_full), k_empty = ptx::smem_address(shared.k_empty);
+  const uint32_t v_full = ptx::smem_address(shared.v_full), v_empty = ptx::smem_address(shared.v_empty);
+  const int rank = kCluster > 1 ? int(ptx::cluster_cta_rank()) : 0;
+
+  if (threadIdx.x == 0) {
+    ptx::prefetch_tensormap(&q_map);
+    ptx::prefetch_tensormap(&k_map);
+    ptx::prefetch_tensormap(&v_map);
+    ptx::mbarrier_init(q_full, 1);
+    ptx::mbarrier_init(q_empty, kConsumers);
+    for (int s = 0; s < kStages; ++s) {
+      ptx::mbarrier_init(k_full + 8 * s, 1);
+      ptx::mbarrier_init(v_full + 8 * s, 1);
+      ptx::mbarrier_init(k_empty + 8 * s, kConsumers * kCluster);
+      ptx::mbarrier_init(v_empty + 8 * s, kConsumers * kCluster);
+    }
+    ptx::fence_mbarrier_init();
+  }
+  if (kCluster > 1) {
+    ptx::cluster_sync();
+  } else {
+    __syncthreads();
+  }
+  ptx::griddepcontrol_wait();
+  ptx::griddepcontrol_launch_dependents();
+  const int items = reinterpret_cast<const PlanHeader*>(a.plan)->forward_items;
+
+  if (threadIdx.x >= 128 * kConsumers) {  // ------------------------------------------------------------ producer
+    ptx::setmaxnreg_decrease<40>();
+    if (threadIdx.x == 128 * kConsumers) {
+      Ring<kStages> k_ring, v_ring;
+      // Keys `row` .. of the item: the CTAs of a cluster load a part of the tile each, for all of them.
+      const auto load = [&](const CUtensorMap* map, uint32_t tile, uint32_t barrier, const WorkItem& item, int row) {
+        constexpr int kPart = kKeys / kCluster;
+        ptx::mbarrier_arrive_expect_tx(barrier, sizeof(typename Shared::KeyTile));
+#pragma unroll
+        for (int slice = 0; slice < kSlices; ++slice) {
+          const uint32_t target = tile + uint32_t(slice * kKeys + rank * kPart) * kRowBytes;
+          const int z = a.total_k - item.k_count + row + rank * kPart, w = item.k_start + item.k_count;
+          if (kCluster > 1) {
+            ptx::tma_load_4d_multicast(target, map, barrier, 64 * slice, item.kv_head, z, w, (1 << kCluster) - 1);
+          } else {
+            ptx::tma_load_4d(target, map, barrier, 64 * slice, item.kv_head, z, w);
+          }
+        }
+      };
+      const auto load_k = [&](const WorkItem& item, int row) {
+        ptx::mbarrier_wait(k_empty + 8 * k_ring.stage, k_ring.parity ^ 1);
+        load(&k_map, ptx::smem_address(&shared.k[k_ring.stage]), k_full + 8 * k_ring.stage, item, row);
+        k_ring.advance();
+      };
+      const auto load_v = [&](const WorkItem& item, int row) {
+        ptx::mbarrier_wait(v_empty + 8 * v_ring.stage, v_ring.parity ^ 1);
+        load(&v_map, ptx::smem_address(&shared.v[v_ring.stage]), v_full + 8 * v_ring.stage, item, row);
+        v_ring.advance();
+      };
+      for (int round = 0;; ++round) {
+        const int index = item_index<kCluster>(round);
+        WorkItem item{};
+        if (index < items) item = forward_items(a.plan)[index];
+        const bool more = item.k_count > 0;
+        int row = (item.k_count - 1) / kKeys * kKeys;  // the partial tile first: no mask is needed after it
+        if (more) load_k(item, row);
+        ptx::mbarrier_wait(q_empty, uint32_t(round) % 2 ^ 1);
+        shared.item[round % 2] = item;
+        if (!more) {
+          ptx::mbarrier_arrive(q_full);
+          break;
+        }
+        ptx::mbarrier_arrive_expect_tx(q_full, uint32_t(kSlices * a.tile_tokens * a.group * kRowBytes));
+#pragma unroll
+        for (int slice = 0; slice < kSlices; ++slice)
+          ptx::tma_load_4d(ptx::smem_address(shared.q.slice[slice]), &q_map, q_full, 64 * slice, item.kv_head * a.group,
+                           a.total_q - item.q_count + rank * a.tile_tokens, item.q_start + item.q_count);
+        for (; row > 0; row -= kKeys) {
+          load_k(item, row - kKeys);
+          load_v(item, row);
+        }
+        load_v(item, 0);
+      }
+    }
+  } else {  // ------------------------------------------------------------------------------------------- consumers
+    ptx::setmaxnreg_increase<232>();
+    const int warpgroup = __shfl_sync(kFullWarp, int(threadIdx.x) / 128, 0), lane = int(threadIdx.x) % 128;
+    const int own_turn = 1 + warpgroup, other_turn = 2 - warpgroup;
+    const uint64_t q_descriptor = ptx::wgmma_descriptor_k128(ptx::smem_address(&shared.q) + warpgroup * 64 * kRowBytes);
+    const uint64_t k_descriptor = ptx::wgmma_descriptor_k128(ptx::smem_address(&shared.k));
+    const uint64_t v_descriptor = ptx::wgmma_descriptor_mn128(ptx::smem_address(&shared.v), kKeys * kRowBytes);
+    Ring<kStages> k_ring, v_ring;
+    float s[kKeys / 2], o[kHeadDim / 2];
+    uint32_t p[kKeys / 16][4];
+    RowPair rows;
+    float rescale[2];
+
+    const auto multiply_k = [&] {  // s = q . k
+      const uint64_t b = k_descriptor + uint64_t(k_ring.stage) * (sizeof(typename Shared::KeyTile) / 16);
+#pragma unroll
+      for (int step = 0; step < kHeadDim / 16; ++step)
+        ptx::wgmma_k16<T, kKeys>(s, q_descriptor + step / 4 * (kTileRows * kRowBytes / 16) + step % 4 * 2,
+                                 b + step / 4 * (kKeys * kRowBytes / 16) + step % 4 * 2, step > 0);
+      ptx::wgmma_commit();
+    };
+    const auto multiply_v = [&](bool accumulate) {  // o (+)= p . v
+      const uint64_t b = v_descriptor + uint64_t(v_ring.stage) * (sizeof(typename Shared::KeyTile) / 16);
+#pragma unroll
+      for (int step = 0; step < kKeys / 16; ++step)
+        ptx::wgmma_k16_rs<T, kHeadDim>(o, p[step], b + step * (16 * kRowBytes / 16), accumulate || step > 0);
+      ptx::wgmma_commit();
+    };
+    const auto release = [&](uint32_t barrier) {  // one thread for each CTA that loads into the stage
+      if (kCluster > 1) {
+        ptx::mbarrier_arrive_cluster_if(lane < kCluster, barrier, uint32_t(lane));
+      } else {
+        ptx::mbarrier_arrive_if(lane == 0, barrier);
+      }
+    };
+
+    // The first product of the next tile of keys runs beside the second one of this tile, also from item to item.
+    int round = 0, tiles = 0;  // of the item of s: tiles that are not yet in s
+    int valid = 0;             // of the keys of its first tile
+    const auto open_item = [&] {
+      ptx::mbarrier_wait(q_full, uint32_t(round) % 2);
+      const int count = __shfl_sync(kFullWarp, shared.item[round % 2].k_count, 0);
+      ++round;
+      tiles = (count + kKeys - 1) / kKeys;
+      valid = count - (tiles - 1) * kKeys;
+      return tiles > 0;
+    };
+    const auto finish_scores = [&](bool is_first) {  // s is there
+      release(k_empty + 8 * k_ring.stage);
+      k_ring.advance();
+      ptx::mbarrier_arrive_if(--tiles == 0 && lane == 0, q_empty);
+      if (is_first && valid < kKeys) mask_scores(s, valid);
+      rows.update(s, a.scale_log2, rescale);
+    };
+
+    if (open_item()) {
+      ptx::mbarrier_wait(k_full + 8 * k_ring.stage, k_ring.parity);
+      ptx::wgmma_fence();
+      multiply_k();
+      ptx::wgmma_wait<0>();
+      rows.reset();
+      finish_scores(true);
+      pack_probabilities<T>(s, p);
+      if (warpgroup == 1) ptx::named_barrier_arrive(other_turn, 128 * kConsumers);
+
+      bool is_last = tiles == 0, fresh = true;
+      while (true) {
+        const bool is_first = is_last;
+        if (is_last && !open_item()) break;
+        ptx::named_barrier_sync(own_turn, 128 * kConsumers);
+        ptx::mbarrier_wait(k_full + 8 * k_ring.stage, k_ring.parity);
+        ptx::wgmma_fence();
+        multiply_k();
+        ptx::mbarrier_wait(v_full + 8 * v_ring.stage, v_ring.parity);
+        ptx::wgmma_fence();
+        multiply_v(!fresh);
+        ptx::named_barrier_arrive(other_turn, 128 * kConsumers);
+        ptx::wgmma_wait<1>();
+        const RowPair finished = rows;
+        if (is_first) rows.reset();
+        finish_scores(is_first);
+        ptx::wgmma_keep(s);
+        ptx::wgmma_wait<0>();
+        release(v_empty + 8 * v_ring.stage);
+        v_ring.advance();
+        if (is_first) {
+          write_rows<T, kHeadDim>(o, finished, shared.item[round % 2], a, rank * a.tile_tokens);
+        } else {
+#pragma unroll
+          for (int j = 0; j < kHeadDim / 2; ++j) o[j] *= rescale[j / 2 % 2];
+        }
+        fresh = is_first;
+        pack_probabilities<T>(s, p);
+        is_last = tiles == 0;
+      }
+      if (warpgroup == 0) ptx::named_barrier_sync(own_turn, 128 * kConsumers);
+      ptx::mbarrier_wait(v_full + 8 * v_ring.stage, v_ring.parity);
+      ptx::wgmma_fence();
+      multiply_v(!fresh);
+      ptx::wgmma_wait<0>();
+      release(v_empty + 8 * v_ring.stage);
+      write_rows<T, kHeadDim>(o, rows, shared.item[round % 2], a, rank * a.tile_tokens);
+    }
+    write_empty_items<T, kHeadDim, kCluster>(a, items, round - 1, rank);
+  }
+  // No CTA leaves while its neighbour may still write into it or arrive at its barriers.
+  __syncwarp();
+  if (kCluster > 1) ptx::cluster_sync();
+#endif
+}
+
+template <typename T, int kHeadDim, int kCluster>
+void launch_forward(const ForwardParams& p, const Device& device, const Tiling& tiling) {
+  constexpr const char* kOp = "varlen_attention";
+  const PackShape& s = p.shape;
+  const int group = s.num_heads / s.num_kv_heads;
+  const auto view = [&](const PackedView& x, int64_t tokens, int heads) {
+    // A pack without keys is never read, but a map of nothing cannot be made.
+    return RaggedView{tokens ? x.data : p.q.data,
+                      p.dtype,
+                      std::max<int64_t>(tokens, 1),
+                      heads,
+                      kHeadDim,
+                      x.token_stride,
+                      x.head_stride};
+  };
+  const int box_keys = forward_key_tile_sm90(kHeadDim) / kCluster;
+  const CUtensorMap q_map = tensor_map_ragged(kOp, view(p.q, s.total_q, s.num_heads), group, tiling.tile_tokens);
+  const CUtensorMap k_map = tensor_map_ragged(kOp, view(p.k, s.total_k, s.num_kv_heads), 1, box_keys);
+  const CUtensorMap v_map = tensor_map_ragged(kOp, view(p.v, s.total_k, s.num_kv_heads), 1, box_keys);
+  ForwardArguments a{};
+  a.plan = p.plan;
+  a.out = p.out;
+  a.lse = p.lse;
+  a.slot_rows = slot_rows(s);
+  a.slot_out = static_cast<float*>(p.workspace);
+  a.slot_lse = a.slot_out + int64_t(kSplitSlots) * a.slot_rows * kHeadDim;
+  a.total_q = int32_t(s.total_q);
+  a.total_k = int32_t(s.total_k);
+  a.num_heads = s.num_heads;
+  a.group = group;
+  a.tile_tokens = tiling.tile_tokens;
+  a.scale_log2 = p.softmax_scale * float(M_LOG2E);
+  LaunchShape shape;
+  shape.grid = dim3(unsigned(std::min<int64_t>(device.sm_count / kCluster, max_forward_items(s)) * kCluster));
+  shape.block = dim3(kThreads);
+  shape.smem_bytes = int(sizeof(SharedStorage<kHeadDim>)) + 1024;  // what is aligned by hand
+  shape.cluster = kCluster;
+  shape.dependent = true;
+  static_assert(sizeof(SharedStorage<kHeadDim>) + 1024 <= 227 * 1024);
+  launch_kernel(kOp, device, p.launch.stream, shape, illada_attention_forward_sm90<T, kHeadDim, kCluster>, q_map, k_map,
+                v_map, a);
+}
+
+template <typename T, int kHeadDim>
+void launch_forward(const ForwardParams& p, const Device& device, const Tiling& tiling) {
+  tiling.cluster == 2 ? launch_forward<T, kHeadDim, 2>(p, device, tiling)
+                      : launch_forward<T, kHeadDim, 1>(p, device, tiling);
+}
+
+template <int kHeadDim>
+void launch_forward(const ForwardParams& p, const Device& device, const Tiling& tiling) {
+  p.dtype == DType::kBFloat16 ? launch_forward<BFloat16, kHeadDim>(p, device, tiling)
+                              : launch_forward<Half, kHeadDim>(p, device, tiling);
+}
+
+}  // namespace
+}  // namespace illada::attention
