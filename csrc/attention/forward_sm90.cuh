@@ -64,35 +64,44 @@ __device__ __forceinline__ int item_index(int round) {
   return round * positions + (round % 2 ? positions - 1 - position : position);
 }
 
-// Two rows of scores in wgmma's layout, four neighbouring lanes to a row: the online softmax in base 2.
+// Two rows of scores in wgmma's layout, four neighbouring lanes to a row: the online softmax in base 2. Probabilities are
+// relative to a score that need not be the largest one: it moves only when some row of the warp has outgrown its own by
+// kSlack, which is rare after the first tile, and no lane asks another one until then. 2^kSlack is as exact as 1 in
+// either dtype.
 struct RowPair {
-  float maximum[2], sum[2];  // of the scores; of this lane's probabilities
+  static constexpr float kSlack = 8;
+  float reference[2], sum[2];  // of this lane's probabilities
 
   __device__ __forceinline__ void reset() {
-    maximum[0] = maximum[1] = -INFINITY;
+    reference[0] = reference[1] = -INFINITY;
     sum[0] = sum[1] = 0;
   }
-  // Scores become probabilities relative to the maximum so far; `rescale` is what earlier ones are to be multiplied by.
+  // Scores become probabilities. True: what came before is to be multiplied by `rescale`.
   template <int kCount>
-  __device__ __forceinline__ void update(float (&s)[kCount], float scale_log2, float (&rescale)[2]) {
-    // Independent chains: a warp has its scheduler to itself while the other warpgroup multiplies.
-    float top[4] = {maximum[0], maximum[0], maximum[1], maximum[1]}, offset[2];
+  __device__ __forceinline__ bool update(float (&s)[kCount], float scale_log2, float (&rescale)[2]) {
+    float top[4] = {s[0], s[1], s[2], s[3]};
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) top[j % 4] = fmaxf(top[j % 4], s[j]);
+    for (int j = 4; j < kCount; ++j) top[j % 4] = fmaxf(top[j % 4], s[j]);
+    top[0] = fmaxf(top[0], top[1]);
+    top[1] = fmaxf(top[2], top[3]);
+    const float growth = fmaxf(top[0] - reference[0], top[1] - reference[1]) * scale_log2;
+    const bool moves = __any_sync(kFullWarp, growth > kSlack);
+    if (moves) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) top[i] = fmaxf(top[2 * i], top[2 * i + 1]);
+      for (int lanes = 2; lanes; lanes /= 2) {
 #pragma unroll
-    for (int lanes = 2; lanes; lanes /= 2) {
+        for (int i = 0; i < 2; ++i) top[i] = fmaxf(top[i], __shfl_xor_sync(kFullWarp, top[i], lanes));
+      }
 #pragma unroll
-      for (int i = 0; i < 2; ++i) top[i] = fmaxf(top[i], __shfl_xor_sync(kFullWarp, top[i], lanes));
+      for (int i = 0; i < 2; ++i) {
+        top[i] = fmaxf(top[i], reference[i]);
+        rescale[i] = ptx::exp2_approx((reference[i] - top[i]) * scale_log2);
+        sum[i] *= rescale[i];
+        reference[i] = top[i];
+      }
     }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      rescale[i] = ptx::exp2_approx((maximum[i] - top[i]) * scale_log2);
-      maximum[i] = top[i];
-      offset[i] = top[i] * scale_log2;
-    }
-    float total[4] = {sum[0] * rescale[0], 0, sum[1] * rescale[1], 0};
+    const float offset[2] = {reference[0] * scale_log2, reference[1] * scale_log2};
+    float total[4] = {sum[0], 0, sum[1], 0};
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
       s[j] = ptx::exp2_approx(fmaf(s[j], scale_log2, -offset[j / 2 % 2]));
@@ -100,6 +109,7 @@ struct RowPair {
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) sum[i] = total[2 * i] + total[2 * i + 1];
+    return moves;
   }
 };
 
@@ -145,7 +155,7 @@ __device__ __forceinline__ void write_rows(float (&o)[kHeadDim / 2], const RowPa
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const float sum = warp_reduce<4>(rows.sum[i], [](float x, float y) { return x + y; });
-    const float inverse = 1.0f / sum, lse_log2 = fmaf(rows.maximum[i], a.scale_log2, log2f(sum));
+    const float inverse = 1.0f / sum, lse_log2 = fmaf(rows.reference[i], a.scale_log2, log2f(sum));
     const int token = (row + 8 * i) / a.group, head = (row + 8 * i) % a.group;
     const bool valid = token < tokens;
     if (item.pieces == 1) {
@@ -337,7 +347,7 @@ __global__ __launch_bounds__(kThreads,
       k_ring.advance();
       ptx::mbarrier_arrive_if(--tiles == 0 && lane == 0, q_empty);
       if (is_first && valid < kKeys) mask_scores(s, valid);
-      rows.update(s, a.scale_log2, rescale);
+      return rows.update(s, a.scale_log2, rescale);
     };
 
     if (open_item()) {
@@ -354,8 +364,8 @@ __global__ __launch_bounds__(kThreads,
       while (true) {
         const bool is_first = is_last;
         if (is_last && !open_item()) break;
-        ptx::named_barrier_sync(own_turn, 128 * kConsumers);
         ptx::mbarrier_wait(k_full + 8 * k_ring.stage, k_ring.parity);
+        ptx::named_barrier_sync(own_turn, 128 * kConsumers);
         ptx::wgmma_fence();
         multiply_k();
         ptx::mbarrier_wait(v_full + 8 * v_ring.stage, v_ring.parity);
@@ -365,14 +375,14 @@ __global__ __launch_bounds__(kThreads,
         ptx::wgmma_wait<1>();
         const RowPair finished = rows;
         if (is_first) rows.reset();
-        finish_scores(is_first);
+        const bool moved = finish_scores(is_first);
         ptx::wgmma_keep(s);
         ptx::wgmma_wait<0>();
         release(v_empty + 8 * v_ring.stage);
         v_ring.advance();
         if (is_first) {
           write_rows<T, kHeadDim>(o, finished, shared.item[round % 2], a, rank * a.tile_tokens);
-        } else {
+        } else if (moved) {
 #pragma unroll
           for (int j = 0; j < kHeadDim / 2; ++j) o[j] *= rescale[j / 2 % 2];
         }
