@@ -17,7 +17,8 @@ namespace illada::attention {
 namespace {
 
 constexpr int kConsumers = 2, kThreads = 128 * (kConsumers + 1), kRowBytes = 128;
-static_assert(kTileRows == 64 * kConsumers);
+constexpr int kHalfRows = kTileRows / kConsumers;  // of a warpgroup
+static_assert(kHalfRows == 64);
 
 template <int kHeadDim>
 struct SharedStorage {
@@ -28,12 +29,13 @@ struct SharedStorage {
     char slice[kSlices][kKeys * kRowBytes];
   };
   struct alignas(1024) QueryTile {
-    char slice[kSlices][kTileRows * kRowBytes];
+    char slice[kSlices][kHalfRows * kRowBytes];
   };
-  QueryTile q;
+  QueryTile q[kConsumers], out[kConsumers];  // of each warpgroup
   KeyTile k[kStages], v[kStages];
-  uint64_t q_full, q_empty, k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
-  WorkItem item[2];
+  uint64_t q_full[kConsumers], q_empty[kConsumers], k_full[kStages], k_empty[kStages], v_full[kStages],
+      v_empty[kStages];
+  WorkItem item[kConsumers][2];
 };
 
 template <int kStages>
@@ -54,7 +56,8 @@ struct ForwardArguments {
   float* lse;
   float *slot_out, *slot_lse;
   int32_t total_q, total_k, num_heads, group, tile_tokens, slot_rows;
-  float scale_log2;  // softmax_scale * log2(e)
+  uint32_t group_reciprocal;  // ceil(2^16 / group): row / group == row * group_reciprocal >> 16 for rows of a tile
+  float scale_log2;           // softmax_scale * log2(e)
 };
 
 // The item of a cluster in a round: back and forth, because the list is sorted by length.
@@ -64,10 +67,10 @@ __device__ __forceinline__ int item_index(int round) {
   return round * positions + (round % 2 ? positions - 1 - position : position);
 }
 
-// Two rows of scores in wgmma's layout, four neighbouring lanes to a row: the online softmax in base 2. Probabilities are
-// relative to a score that need not be the largest one: it moves only when some row of the warp has outgrown its own by
-// kSlack, which is rare after the first tile, and no lane asks another one until then. 2^kSlack is as exact as 1 in
-// either dtype.
+// Two rows of scores in wgmma's layout, four neighbouring lanes to a row: the online softmax in base 2. Probabilities
+// are relative to a score that need not be the largest one: it moves only when some row of the warp has outgrown its
+// own by kSlack, which is rare after the first tile, and no lane asks another one until then. 2^kSlack is as exact as 1
+// in either dtype.
 struct RowPair {
   static constexpr float kSlack = 8;
   float reference[2], sum[2];  // of this lane's probabilities
@@ -116,12 +119,17 @@ struct RowPair {
 // Keys from `valid` on do not count.
 template <int kCount>
 __device__ __forceinline__ void mask_scores(float (&s)[kCount], int valid) {
-  const int column = 2 * int(threadIdx.x % 4);
+  const int limit = valid - 2 * int(threadIdx.x % 4);
 #pragma unroll
-  for (int j = 0; j < kCount / 4; ++j) {
+  for (int first = 0; first < kCount / 4; first += 4) {
+    if (valid < 8 * (first + 4)) {
 #pragma unroll
-    for (int e = 0; e < 2; ++e)
-      if (8 * j + column + e >= valid) s[4 * j + e] = s[4 * j + 2 + e] = -INFINITY;
+      for (int j = first; j < min(first + 4, kCount / 4); ++j) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+          if (8 * j + e >= limit) s[4 * j + e] = s[4 * j + 2 + e] = -INFINITY;
+      }
+    }
   }
 }
 
@@ -135,53 +143,61 @@ __device__ __forceinline__ void pack_probabilities(const float (&s)[kCount], uin
   }
 }
 
-// Lane t of four holds word t of what is to be lane 0, word t of lane 1, ...: a 4 x 4 transposition.
-__device__ __forceinline__ uint4 transpose_quad(const uint32_t (&w)[4]) {
-  const bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;
-  // Pairs of words change places between neighbours, then between pairs of lanes.
-  const uint32_t a = __shfl_xor_sync(kFullWarp, odd ? w[0] : w[1], 1),
-                 b = __shfl_xor_sync(kFullWarp, odd ? w[2] : w[3], 1);
-  const uint32_t x0 = odd ? a : w[0], x1 = odd ? w[1] : a, x2 = odd ? b : w[2], x3 = odd ? w[3] : b;
-  const uint32_t c = __shfl_xor_sync(kFullWarp, upper ? x0 : x2, 2), d = __shfl_xor_sync(kFullWarp, upper ? x1 : x3, 2);
-  return upper ? make_uint4(c, d, x2, x3) : make_uint4(x0, x1, c, d);
-}
-
-// The finished rows of a warpgroup leave: to out and lse, or to the item's slot where its keys are split.
+// The finished rows of a warpgroup leave: to out, by way of shared memory and TMA, which ends with the item's queries,
+// and to lse; or, where the item's keys are split, to its slot. The item's queries from `first_token` on are the
+// warpgroup's.
 template <typename T, int kHeadDim>
 __device__ __forceinline__ void write_rows(float (&o)[kHeadDim / 2], const RowPair& rows, const WorkItem& item,
-                                           const ForwardArguments& a, int first_token) {
-  const int lane = int(threadIdx.x) % 32, row = int(threadIdx.x) / 32 * 16 + lane / 4;
-  const int tokens = min(item.q_count - first_token, a.tile_tokens);
+                                           const ForwardArguments& a, const CUtensorMap& out_map, uint32_t staging,
+                                           int barrier, int first_token) {
+  const int lane = int(threadIdx.x) % 32, row = int(threadIdx.x) % 128 / 32 * 16 + lane / 4;
+  const int tokens = min(item.q_count - first_token, a.tile_tokens / kConsumers);
+  const bool whole = item.pieces == 1;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const float sum = warp_reduce<4>(rows.sum[i], [](float x, float y) { return x + y; });
     const float inverse = 1.0f / sum, lse_log2 = fmaf(rows.reference[i], a.scale_log2, log2f(sum));
-    const int token = (row + 8 * i) / a.group, head = (row + 8 * i) % a.group;
-    const bool valid = token < tokens;
-    if (item.pieces == 1) {
-      const int64_t q = item.q_start + first_token + token, h = item.kv_head * a.group + head;
-      T* out = static_cast<T*>(a.out) + (q * a.num_heads + h) * kHeadDim + 8 * (lane % 4);
 #pragma unroll
-      for (int j = 0; j < kHeadDim / 8; j += 4) {
-        uint32_t w[4];
-#pragma unroll
-        for (int n = 0; n < 4; ++n)
-          w[n] = pack2<T>(o[4 * (j + n) + 2 * i] * inverse, o[4 * (j + n) + 2 * i + 1] * inverse);
-        const uint4 eight = transpose_quad(w);
-        if (valid) *reinterpret_cast<uint4*>(out + 8 * j) = eight;
-      }
-      if (valid && lane % 4 == 0) a.lse[h * a.total_q + q] = lse_log2 * float(M_LN2);
-    } else {
-      const int64_t slot_row = int64_t(item.first_slot + item.piece) * a.slot_rows + row + 8 * i;
-      float* out = a.slot_out + slot_row * kHeadDim + 2 * (lane % 4);
-#pragma unroll
-      for (int j = 0; j < kHeadDim / 8; ++j) {
-        if (valid)
-          *reinterpret_cast<float2*>(out + 8 * j) =
-              make_float2(o[4 * j + 2 * i] * inverse, o[4 * j + 2 * i + 1] * inverse);
-      }
-      if (valid && lane % 4 == 0) a.slot_lse[slot_row] = lse_log2;
+    for (int j = 0; j < kHeadDim / 8; ++j) {
+      o[4 * j + 2 * i] *= inverse;
+      o[4 * j + 2 * i + 1] *= inverse;
     }
+    const int token = int((row + 8 * i) * a.group_reciprocal >> 16), head = row + 8 * i - token * a.group;
+    if (token < tokens) {
+      if (whole) {
+        if (lane % 4 == 0)
+          a.lse[int64_t(item.kv_head * a.group + head) * a.total_q + item.q_start + first_token + token] =
+              lse_log2 * float(M_LN2);
+      } else {
+        const int64_t slot_row =
+            int64_t(item.first_slot + item.piece) * a.slot_rows + (first_token + token) * a.group + head;
+        float* out = a.slot_out + slot_row * kHeadDim + 2 * (lane % 4);
+#pragma unroll
+        for (int j = 0; j < kHeadDim / 8; ++j)
+          *reinterpret_cast<float2*>(out + 8 * j) = make_float2(o[4 * j + 2 * i], o[4 * j + 2 * i + 1]);
+        if (lane % 4 == 0) a.slot_lse[slot_row] = lse_log2;
+      }
+    }
+  }
+  if (whole) {
+    ptx::bulk_wait_read<0>();  // what the leader sent before has left
+    ptx::named_barrier_sync(barrier, 128);
+    const int swizzle = lane % 8;
+    const uint32_t target = staging + uint32_t((int(threadIdx.x) % 128 / 32 * 16 + lane % 16) * kRowBytes);
+#pragma unroll
+    for (int j = 0; j < kHeadDim / 8; j += 2) {  // lanes 0 .. 15: the sixteen rows of block j, the others of j + 1
+      const int chunk = (j + lane / 16) % 8;
+      ptx::stmatrix_x4(target + j / 8 * (kHalfRows * kRowBytes) + uint32_t((chunk ^ swizzle) * 16),
+                       pack2<T>(o[4 * j], o[4 * j + 1]), pack2<T>(o[4 * j + 2], o[4 * j + 3]),
+                       pack2<T>(o[4 * j + 4], o[4 * j + 5]), pack2<T>(o[4 * j + 6], o[4 * j + 7]));
+    }
+    ptx::fence_proxy_async();
+    ptx::named_barrier_sync(barrier, 128);
+#pragma unroll
+    for (int slice = 0; slice < kHeadDim / 64; ++slice)
+      ptx::tma_store_4d_if(threadIdx.x % 128 == 0, &out_map, staging + slice * (kHalfRows * kRowBytes), 64 * slice,
+                           item.kv_head * a.group, a.total_q - item.q_count + first_token, item.q_start + item.q_count);
+    ptx::bulk_commit();
   }
 }
 
@@ -206,6 +222,7 @@ __global__ __launch_bounds__(kThreads,
                              1) void illada_attention_forward_sm90(const __grid_constant__ CUtensorMap q_map,
                                                                    const __grid_constant__ CUtensorMap k_map,
                                                                    const __grid_constant__ CUtensorMap v_map,
+                                                                   const __grid_constant__ CUtensorMap out_map,
                                                                    const __grid_constant__ ForwardArguments a) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Shared = SharedStorage<kHeadDim>;
@@ -213,7 +230,7 @@ __global__ __launch_bounds__(kThreads,
   extern __shared__ char raw_shared[];
   const uint32_t shared_start = ptx::smem_address(raw_shared), aligned_start = (shared_start + 1023) / 1024 * 1024;
   Shared& shared = *reinterpret_cast<Shared*>(raw_shared + (aligned_start - shared_start));
-  const uint32_t q_full = ptx::smem_address(&shared.q_full), q_empty = ptx::smem_address(&shared.q_empty);
+  const uint32_t q_full = ptx::smem_address(shared.q_full), q_empty = ptx::smem_address(shared.q_empty);
   const uint32_t k_full = ptx::smem_address(shared.k_full), k_empty = ptx::smem_address(shared.k_empty);
   const uint32_t v_full = ptx::smem_address(shared.v_full), v_empty = ptx::smem_address(shared.v_empty);
   const int rank = kCluster > 1 ? int(ptx::cluster_cta_rank()) : 0;
@@ -222,8 +239,11 @@ __global__ __launch_bounds__(kThreads,
     ptx::prefetch_tensormap(&q_map);
     ptx::prefetch_tensormap(&k_map);
     ptx::prefetch_tensormap(&v_map);
-    ptx::mbarrier_init(q_full, 1);
-    ptx::mbarrier_init(q_empty, kConsumers);
+    ptx::prefetch_tensormap(&out_map);
+    for (int w = 0; w < kConsumers; ++w) {
+      ptx::mbarrier_init(q_full + 8 * w, 1);
+      ptx::mbarrier_init(q_empty + 8 * w, 1);
+    }
     for (int s = 0; s < kStages; ++s) {
       ptx::mbarrier_init(k_full + 8 * s, 1);
       ptx::mbarrier_init(v_full + 8 * s, 1);
@@ -270,36 +290,50 @@ __global__ __launch_bounds__(kThreads,
         load(&v_map, ptx::smem_address(&shared.v[v_ring.stage]), v_full + 8 * v_ring.stage, item, row);
         v_ring.advance();
       };
-      for (int round = 0;; ++round) {
+      const auto fetch_item = [&](int round) {
         const int index = item_index<kCluster>(round);
-        WorkItem item{};
-        if (index < items) item = forward_items(a.plan)[index];
-        const bool more = item.k_count > 0;
+        return index < items ? forward_items(a.plan)[index] : WorkItem{};
+      };
+      WorkItem item = fetch_item(0);
+      const auto hand_over = [&](int w, int round) {  // the item, to warpgroup w
+        ptx::mbarrier_wait(q_empty + 8 * w, uint32_t(round) % 2 ^ 1);
+        shared.item[w][round % 2] = item;
+      };
+      int round = 0;
+      for (; item.k_count > 0; ++round) {
+        const WorkItem next = fetch_item(round + 1);   // early: it takes as long as half a tile
         int row = (item.k_count - 1) / kKeys * kKeys;  // the partial tile first: no mask is needed after it
-        if (more) load_k(item, row);
-        ptx::mbarrier_wait(q_empty, uint32_t(round) % 2 ^ 1);
-        shared.item[round % 2] = item;
-        if (!more) {
-          ptx::mbarrier_arrive(q_full);
-          break;
-        }
-        ptx::mbarrier_arrive_expect_tx(q_full, uint32_t(kSlices * a.tile_tokens * a.group * kRowBytes));
+        load_k(item, row);
 #pragma unroll
-        for (int slice = 0; slice < kSlices; ++slice)
-          ptx::tma_load_4d(ptx::smem_address(shared.q.slice[slice]), &q_map, q_full, 64 * slice, item.kv_head * a.group,
-                           a.total_q - item.q_count + rank * a.tile_tokens, item.q_start + item.q_count);
+        for (int w = 0; w < kConsumers; ++w) {
+          const int tokens = a.tile_tokens / kConsumers;
+          hand_over(w, round);
+          ptx::mbarrier_arrive_expect_tx(q_full + 8 * w, uint32_t(kSlices * tokens * a.group * kRowBytes));
+#pragma unroll
+          for (int slice = 0; slice < kSlices; ++slice)
+            ptx::tma_load_4d(ptx::smem_address(shared.q[w].slice[slice]), &q_map, q_full + 8 * w, 64 * slice,
+                             item.kv_head * a.group, a.total_q - item.q_count + (rank * kConsumers + w) * tokens,
+                             item.q_start + item.q_count);
+        }
         for (; row > 0; row -= kKeys) {
           load_k(item, row - kKeys);
           load_v(item, row);
         }
         load_v(item, 0);
+        item = next;
+      }
+#pragma unroll
+      for (int w = 0; w < kConsumers; ++w) {  // an item without keys: the end
+        hand_over(w, round);
+        ptx::mbarrier_arrive(q_full + 8 * w);
       }
     }
   } else {  // ------------------------------------------------------------------------------------------- consumers
     ptx::setmaxnreg_increase<232>();
     const int warpgroup = __shfl_sync(kFullWarp, int(threadIdx.x) / 128, 0), lane = int(threadIdx.x) % 128;
-    const int own_turn = 1 + warpgroup, other_turn = 2 - warpgroup;
-    const uint64_t q_descriptor = ptx::wgmma_descriptor_k128(ptx::smem_address(&shared.q) + warpgroup * 64 * kRowBytes);
+    const int own_turn = 1 + warpgroup, other_turn = 2 - warpgroup, own_barrier = 3 + warpgroup;
+    const int first_token = (rank * kConsumers + warpgroup) * (a.tile_tokens / kConsumers);
+    const uint64_t q_descriptor = ptx::wgmma_descriptor_k128(ptx::smem_address(&shared.q[warpgroup]));
     const uint64_t k_descriptor = ptx::wgmma_descriptor_k128(ptx::smem_address(&shared.k));
     const uint64_t v_descriptor = ptx::wgmma_descriptor_mn128(ptx::smem_address(&shared.v), kKeys * kRowBytes);
     Ring<kStages> k_ring, v_ring;
@@ -312,7 +346,7 @@ __global__ __launch_bounds__(kThreads,
       const uint64_t b = k_descriptor + uint64_t(k_ring.stage) * (sizeof(typename Shared::KeyTile) / 16);
 #pragma unroll
       for (int step = 0; step < kHeadDim / 16; ++step)
-        ptx::wgmma_k16<T, kKeys>(s, q_descriptor + step / 4 * (kTileRows * kRowBytes / 16) + step % 4 * 2,
+        ptx::wgmma_k16<T, kKeys>(s, q_descriptor + step / 4 * (kHalfRows * kRowBytes / 16) + step % 4 * 2,
                                  b + step / 4 * (kKeys * kRowBytes / 16) + step % 4 * 2, step > 0);
       ptx::wgmma_commit();
     };
@@ -335,8 +369,8 @@ __global__ __launch_bounds__(kThreads,
     int round = 0, tiles = 0;  // of the item of s: tiles that are not yet in s
     int valid = 0;             // of the keys of its first tile
     const auto open_item = [&] {
-      ptx::mbarrier_wait(q_full, uint32_t(round) % 2);
-      const int count = __shfl_sync(kFullWarp, shared.item[round % 2].k_count, 0);
+      ptx::mbarrier_wait(q_full + 8 * warpgroup, uint32_t(round) % 2);
+      const int count = __shfl_sync(kFullWarp, shared.item[warpgroup][round % 2].k_count, 0);
       ++round;
       tiles = (count + kKeys - 1) / kKeys;
       valid = count - (tiles - 1) * kKeys;
@@ -345,7 +379,7 @@ __global__ __launch_bounds__(kThreads,
     const auto finish_scores = [&](bool is_first) {  // s is there
       release(k_empty + 8 * k_ring.stage);
       k_ring.advance();
-      ptx::mbarrier_arrive_if(--tiles == 0 && lane == 0, q_empty);
+      ptx::mbarrier_arrive_if(--tiles == 0 && lane == 0, q_empty + 8 * warpgroup);
       if (is_first && valid < kKeys) mask_scores(s, valid);
       return rows.update(s, a.scale_log2, rescale);
     };
@@ -381,7 +415,8 @@ __global__ __launch_bounds__(kThreads,
         release(v_empty + 8 * v_ring.stage);
         v_ring.advance();
         if (is_first) {
-          write_rows<T, kHeadDim>(o, finished, shared.item[round % 2], a, rank * a.tile_tokens);
+          write_rows<T, kHeadDim>(o, finished, shared.item[warpgroup][round % 2], a, out_map,
+                                  ptx::smem_address(&shared.out[warpgroup]), own_barrier, first_token);
         } else if (moved) {
 #pragma unroll
           for (int j = 0; j < kHeadDim / 2; ++j) o[j] *= rescale[j / 2 % 2];
@@ -396,7 +431,9 @@ __global__ __launch_bounds__(kThreads,
       multiply_v(!fresh);
       ptx::wgmma_wait<0>();
       release(v_empty + 8 * v_ring.stage);
-      write_rows<T, kHeadDim>(o, rows, shared.item[round % 2], a, rank * a.tile_tokens);
+      write_rows<T, kHeadDim>(o, rows, shared.item[warpgroup][round % 2], a, out_map,
+                              ptx::smem_address(&shared.out[warpgroup]), own_barrier, first_token);
+      ptx::bulk_wait<0>();
     }
     write_empty_items<T, kHeadDim, kCluster>(a, items, round - 1, rank);
   }
@@ -422,7 +459,10 @@ void launch_forward(const ForwardParams& p, const Device& device, const Tiling& 
                       x.head_stride};
   };
   const int box_keys = forward_key_tile_sm90(kHeadDim) / kCluster;
-  const CUtensorMap q_map = tensor_map_ragged(kOp, view(p.q, s.total_q, s.num_heads), group, tiling.tile_tokens);
+  const int half_tokens = tiling.tile_tokens / kConsumers;
+  const CUtensorMap q_map = tensor_map_ragged(kOp, view(p.q, s.total_q, s.num_heads), group, half_tokens);
+  const PackedView out{p.out, int64_t(s.num_heads) * kHeadDim, kHeadDim};
+  const CUtensorMap out_map = tensor_map_ragged(kOp, view(out, s.total_q, s.num_heads), group, half_tokens);
   const CUtensorMap k_map = tensor_map_ragged(kOp, view(p.k, s.total_k, s.num_kv_heads), 1, box_keys);
   const CUtensorMap v_map = tensor_map_ragged(kOp, view(p.v, s.total_k, s.num_kv_heads), 1, box_keys);
   ForwardArguments a{};
@@ -436,6 +476,7 @@ void launch_forward(const ForwardParams& p, const Device& device, const Tiling& 
   a.total_k = int32_t(s.total_k);
   a.num_heads = s.num_heads;
   a.group = group;
+  a.group_reciprocal = uint32_t(((1 << 16) + group - 1) / group);
   a.tile_tokens = tiling.tile_tokens;
   a.scale_log2 = p.softmax_scale * float(M_LOG2E);
   LaunchShape shape;
@@ -446,7 +487,7 @@ void launch_forward(const ForwardParams& p, const Device& device, const Tiling& 
   shape.dependent = true;
   static_assert(sizeof(SharedStorage<kHeadDim>) + 1024 <= 227 * 1024);
   launch_kernel(kOp, device, p.launch.stream, shape, illada_attention_forward_sm90<T, kHeadDim, kCluster>, q_map, k_map,
-                v_map, a);
+                v_map, out_map, a);
 }
 
 template <typename T, int kHeadDim>

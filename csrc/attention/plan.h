@@ -24,10 +24,13 @@ struct PlanHeader {
   int32_t forward_items, backward_items, sequences, reserved;
 };
 
-constexpr int kTileRows = 128;      // tokens x heads of a group, of one CTA; fewer where H / G does not divide them
+constexpr int kTileRows = 128;      // tokens x heads of a group, of one CTA: two halves, each of whole tokens
 constexpr int kBackwardKeys = 128;  // of an item of the backward
 constexpr int kSplitItems = 512;    // packs of at most so many tiles may be split over keys
 constexpr int kSplitSlots = 320;    // pieces of split tiles
+
+// Query tokens of a CTA; H / G is at most kTileRows / 2.
+inline int tile_tokens(const PackShape& s) { return 2 * (kTileRows / 2 / (s.num_heads / s.num_kv_heads)); }
 
 // How a device cuts a pack into forward items.
 struct Tiling {
@@ -41,10 +44,7 @@ struct Tiling {
 inline Tiling tiling(const PackShape& s, int key_tile, bool clusters);
 
 // The most tiles of queries that a pack can have, whatever its lengths are.
-inline int64_t max_tiles(const PackShape& s) {
-  const int tokens = kTileRows / (s.num_heads / s.num_kv_heads);
-  return s.num_kv_heads * (s.total_q / tokens + s.num_sequences);
-}
+inline int64_t max_tiles(const PackShape& s) { return s.num_kv_heads * (s.total_q / tile_tokens(s) + s.num_sequences); }
 inline bool may_split(const PackShape& s) { return max_tiles(s) <= kSplitItems; }
 inline int64_t max_forward_items(const PackShape& s) { return max_tiles(s) + (may_split(s) ? kSplitSlots : 0); }
 inline int64_t max_backward_items(const PackShape& s) {
@@ -53,7 +53,7 @@ inline int64_t max_backward_items(const PackShape& s) {
 
 inline Tiling tiling(const PackShape& s, int key_tile, bool clusters) {
   Tiling t;
-  t.tile_tokens = kTileRows / (s.num_heads / s.num_kv_heads);
+  t.tile_tokens = tile_tokens(s);
   t.key_tile = key_tile;
   t.may_split = may_split(s);
   // A pair of tiles pays where sequences have many: the second CTA of the last pair may have nothing to do.
@@ -63,8 +63,7 @@ inline Tiling tiling(const PackShape& s, int key_tile, bool clusters) {
 
 // Rows of kTileRows or fewer that a slot of the workspace has.
 inline int slot_rows(const PackShape& s) {
-  const int group = s.num_heads / s.num_kv_heads;
-  return int(std::min<int64_t>(s.total_q, kTileRows / group)) * group;
+  return int(std::min<int64_t>(s.total_q, tile_tokens(s))) * (s.num_heads / s.num_kv_heads);
 }
 
 // workspace: out fp32 [kSplitSlots, slot_rows, D], then lse fp32 [kSplitSlots, slot_rows] (base 2), both of what has

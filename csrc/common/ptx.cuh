@@ -61,6 +61,13 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t sme
                : "memory");
 }
 
+// Four 8 x 8 matrices to shared memory: lane l has the address of row l % 8 of matrix l / 8. sm_90.
+__device__ __forceinline__ void stmatrix_x4(uint32_t smem, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem), "r"(r0), "r"(r1),
+               "r"(r2), "r"(r3)
+               : "memory");
+}
+
 // --------------------------------------------------------------------------------------------------- sm_90: mbarrier
 
 __device__ __forceinline__ void mbarrier_init(uint32_t barrier, uint32_t arrivals) {
@@ -173,6 +180,29 @@ __device__ __forceinline__ void tma_load_4d_multicast(uint32_t smem, const void*
       "{%2, %3, %4, %5}], [%6], %7;" ::"r"(smem),
       "l"(map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(barrier), "h"(cta_mask)
       : "memory");
+}
+// The box at (x, y, z, w), as far as it is inside of the map, from shared memory, by those threads that say so; part of
+// the thread's next bulk group.
+__device__ __forceinline__ void tma_store_4d_if(bool stores, const void* map, uint32_t smem, int32_t x, int32_t y,
+                                                int32_t z, int32_t w) {
+  asm volatile(
+      "{\n"
+      ".reg .pred stores;\n"
+      "setp.ne.u32 stores, %6, 0;\n"
+      "@stores cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3, %4}], [%5];\n"
+      "}" ::"l"(map),
+      "r"(x), "r"(y), "r"(z), "r"(w), "r"(smem), "r"(uint32_t(stores))
+      : "memory");
+}
+__device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// The thread's bulk groups have read what they store, all but the last kPending; or have written it.
+template <int kPending>
+__device__ __forceinline__ void bulk_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
+template <int kPending>
+__device__ __forceinline__ void bulk_wait() {
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
 }
 // What ordinary stores wrote to shared memory becomes visible to TMA and wgmma.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

@@ -33,14 +33,23 @@ namespace illada::ptx {
   "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), \
   "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), \
   "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
-#define ILLADA_WGMMA_D88 \
+#define ILLADA_WGMMA_D72 \
   ILLADA_WGMMA_D64 ", " \
-  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
+  "%64, %65, %66, %67, %68, %69, %70, %71"
+#define ILLADA_WGMMA_IO72(d) \
+  ILLADA_WGMMA_IO64(d), \
+  "+f"(d[64]), "+f"(d[65]), "+f"(d[66]), "+f"(d[67]), "+f"(d[68]), "+f"(d[69]), "+f"(d[70]), "+f"(d[71])
+#define ILLADA_WGMMA_D80 \
+  ILLADA_WGMMA_D72 ", " \
+  "%72, %73, %74, %75, %76, %77, %78, %79"
+#define ILLADA_WGMMA_IO80(d) \
+  ILLADA_WGMMA_IO72(d), \
+  "+f"(d[72]), "+f"(d[73]), "+f"(d[74]), "+f"(d[75]), "+f"(d[76]), "+f"(d[77]), "+f"(d[78]), "+f"(d[79])
+#define ILLADA_WGMMA_D88 \
+  ILLADA_WGMMA_D80 ", " \
   "%80, %81, %82, %83, %84, %85, %86, %87"
 #define ILLADA_WGMMA_IO88(d) \
-  ILLADA_WGMMA_IO64(d), \
-  "+f"(d[64]), "+f"(d[65]), "+f"(d[66]), "+f"(d[67]), "+f"(d[68]), "+f"(d[69]), "+f"(d[70]), "+f"(d[71]), \
-  "+f"(d[72]), "+f"(d[73]), "+f"(d[74]), "+f"(d[75]), "+f"(d[76]), "+f"(d[77]), "+f"(d[78]), "+f"(d[79]), \
+  ILLADA_WGMMA_IO80(d), \
   "+f"(d[80]), "+f"(d[81]), "+f"(d[82]), "+f"(d[83]), "+f"(d[84]), "+f"(d[85]), "+f"(d[86]), "+f"(d[87])
 #define ILLADA_WGMMA_D128 \
   ILLADA_WGMMA_D88 ", " \
@@ -55,8 +64,7 @@ namespace illada::ptx {
   "+f"(d[112]), "+f"(d[113]), "+f"(d[114]), "+f"(d[115]), "+f"(d[116]), "+f"(d[117]), "+f"(d[118]), "+f"(d[119]), \
   "+f"(d[120]), "+f"(d[121]), "+f"(d[122]), "+f"(d[123]), "+f"(d[124]), "+f"(d[125]), "+f"(d[126]), "+f"(d[127])
 
-
-// SUFFIX: immediates scale-a, scale-b and the transposition of b (after that of a, where a is in shared memory).
+// A .. P: the numbers of the operands that follow those of d.
 #define ILLADA_WGMMA_SS(N, COUNT, A, B, P, TYPE, TRANSPOSE_B) \
   asm volatile( \
       "{\n" \
@@ -84,13 +92,17 @@ namespace illada::ptx {
 template <typename T, int kN>
 __device__ __forceinline__ void wgmma_k16(float (&d)[kN / 2], uint64_t a, uint64_t b, bool accumulate) {
   static_assert(std::is_same_v<T, BFloat16> || std::is_same_v<T, Half>);
-  static_assert(kN == 128 || kN == 176 || kN == 256);
+  static_assert(kN == 128 || kN == 144 || kN == 160 || kN == 176 || kN == 256);
   if constexpr (std::is_same_v<T, BFloat16>) {
     if constexpr (kN == 128) ILLADA_WGMMA_SS(128, 64, 64, 65, 66, "bf16", 0);
+    if constexpr (kN == 160) ILLADA_WGMMA_SS(160, 80, 80, 81, 82, "bf16", 0);
+    if constexpr (kN == 144) ILLADA_WGMMA_SS(144, 72, 72, 73, 74, "bf16", 0);
     if constexpr (kN == 176) ILLADA_WGMMA_SS(176, 88, 88, 89, 90, "bf16", 0);
     if constexpr (kN == 256) ILLADA_WGMMA_SS(256, 128, 128, 129, 130, "bf16", 0);
   } else {
     if constexpr (kN == 128) ILLADA_WGMMA_SS(128, 64, 64, 65, 66, "f16", 0);
+    if constexpr (kN == 160) ILLADA_WGMMA_SS(160, 80, 80, 81, 82, "f16", 0);
+    if constexpr (kN == 144) ILLADA_WGMMA_SS(144, 72, 72, 73, 74, "f16", 0);
     if constexpr (kN == 176) ILLADA_WGMMA_SS(176, 88, 88, 89, 90, "f16", 0);
     if constexpr (kN == 256) ILLADA_WGMMA_SS(256, 128, 128, 129, 130, "f16", 0);
   }
@@ -116,6 +128,10 @@ __device__ __forceinline__ void wgmma_k16_rs(float (&d)[kN / 2], const uint32_t 
 #undef ILLADA_WGMMA_IO32
 #undef ILLADA_WGMMA_D64
 #undef ILLADA_WGMMA_IO64
+#undef ILLADA_WGMMA_D72
+#undef ILLADA_WGMMA_IO72
+#undef ILLADA_WGMMA_D80
+#undef ILLADA_WGMMA_IO80
 #undef ILLADA_WGMMA_D88
 #undef ILLADA_WGMMA_IO88
 #undef ILLADA_WGMMA_D128

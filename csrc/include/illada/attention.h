@@ -57,7 +57,7 @@ struct ForwardParams {
   int64_t workspace_bytes = 0;    // at least forward_workspace(shape)
   CudaLaunch launch;
 };
-// On compute capability 8.0 and newer, D 64 and 128, H / G <= 128. NotSupported for anything else.
+// On compute capability 8.0 and newer, D 64 and 128, H / G <= 64. NotSupported for anything else.
 void forward_cuda(const ForwardParams& params);
 // Bytes; 0 unless the pack is so small that sequences may be split over their keys.
 int64_t forward_workspace(const PackShape& shape);
