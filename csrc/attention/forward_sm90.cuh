@@ -35,7 +35,7 @@ struct SharedStorage {
   KeyTile k[kStages], v[kStages];
   uint64_t q_full[kConsumers], q_empty[kConsumers], k_full[kStages], k_empty[kStages], v_full[kStages],
       v_empty[kStages];
-  WorkItem item[kConsumers][2];
+  WorkItem item[kConsumers][2], next_item;
 };
 
 template <int kStages>
@@ -203,7 +203,8 @@ __device__ __forceinline__ void write_rows(float (&o)[kHeadDim / 2], const RowPa
 
 // Items without keys, which are the last ones of the list, from `round` on.
 template <typename T, int kHeadDim, int kCluster>
-__device__ __forceinline__ void write_empty_items(const ForwardArguments& a, int items, int round, int rank) {
+__device__ __forceinline__ void write_empty_items(const ForwardArguments& a, int round, int rank) {
+  const int items = plan_header(a.plan).forward_items;
   for (int index; (index = item_index<kCluster>(round)) < items; ++round) {
     const WorkItem item = forward_items(a.plan)[index];
     const int tokens = min(item.q_count - rank * a.tile_tokens, a.tile_tokens);
@@ -259,11 +260,11 @@ __global__ __launch_bounds__(kThreads,
   }
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
-  const int items = reinterpret_cast<const PlanHeader*>(a.plan)->forward_items;
 
   if (threadIdx.x >= 128 * kConsumers) {  // ------------------------------------------------------------ producer
-    ptx::setmaxnreg_decrease<40>();
+    ptx::setmaxnreg_decrease<56>();
     if (threadIdx.x == 128 * kConsumers) {
+      const int items = plan_header(a.plan).forward_items;
       Ring<kStages> k_ring, v_ring;
       // Keys `row` .. of the item: the CTAs of a cluster load a part of the tile each, for all of them.
       const auto load = [&](const CUtensorMap* map, uint32_t tile, uint32_t barrier, const WorkItem& item, int row) {
@@ -290,18 +291,30 @@ __global__ __launch_bounds__(kThreads,
         load(&v_map, ptx::smem_address(&shared.v[v_ring.stage]), v_full + 8 * v_ring.stage, item, row);
         v_ring.advance();
       };
-      const auto fetch_item = [&](int round) {
+      // An item takes as long to come as half a tile: it is asked for an item ahead, and waits in shared memory.
+      const auto ask_for_item = [&](int round) {
         const int index = item_index<kCluster>(round);
-        return index < items ? forward_items(a.plan)[index] : WorkItem{};
+        if (index < items) {
+          const WorkItem* source = forward_items(a.plan) + index;
+          ptx::cp_async_16(ptx::smem_address(&shared.next_item), source);
+          ptx::cp_async_16(ptx::smem_address(&shared.next_item) + 16, reinterpret_cast<const char*>(source) + 16);
+        } else {
+          shared.next_item = WorkItem{};
+        }
+        ptx::cp_async_commit();
       };
-      WorkItem item = fetch_item(0);
-      const auto hand_over = [&](int w, int round) {  // the item, to warpgroup w
+      const auto next_item = [&] {
+        ptx::cp_async_wait<0>();
+        return shared.next_item;
+      };
+      const auto hand_over = [&](int w, int round) {  // to warpgroup w
         ptx::mbarrier_wait(q_empty + 8 * w, uint32_t(round) % 2 ^ 1);
-        shared.item[w][round % 2] = item;
+        shared.item[w][round % 2] = shared.next_item;
       };
+      ask_for_item(0);
+      WorkItem item = next_item();
       int round = 0;
       for (; item.k_count > 0; ++round) {
-        const WorkItem next = fetch_item(round + 1);   // early: it takes as long as half a tile
         int row = (item.k_count - 1) / kKeys * kKeys;  // the partial tile first: no mask is needed after it
         load_k(item, row);
 #pragma unroll
@@ -315,12 +328,12 @@ __global__ __launch_bounds__(kThreads,
                              item.kv_head * a.group, a.total_q - item.q_count + (rank * kConsumers + w) * tokens,
                              item.q_start + item.q_count);
         }
-        for (; row > 0; row -= kKeys) {
-          load_k(item, row - kKeys);
+        ask_for_item(round + 1);
+        for (; row >= 0; row -= kKeys) {
+          if (row > 0) load_k(item, row - kKeys);
           load_v(item, row);
         }
-        load_v(item, 0);
-        item = next;
+        item = next_item();
       }
 #pragma unroll
       for (int w = 0; w < kConsumers; ++w) {  // an item without keys: the end
@@ -329,7 +342,7 @@ __global__ __launch_bounds__(kThreads,
       }
     }
   } else {  // ------------------------------------------------------------------------------------------- consumers
-    ptx::setmaxnreg_increase<232>();
+    ptx::setmaxnreg_increase<224>();
     const int warpgroup = __shfl_sync(kFullWarp, int(threadIdx.x) / 128, 0), lane = int(threadIdx.x) % 128;
     const int own_turn = 1 + warpgroup, other_turn = 2 - warpgroup, own_barrier = 3 + warpgroup;
     const int first_token = (rank * kConsumers + warpgroup) * (a.tile_tokens / kConsumers);
@@ -435,7 +448,7 @@ __global__ __launch_bounds__(kThreads,
                               ptx::smem_address(&shared.out[warpgroup]), own_barrier, first_token);
       ptx::bulk_wait<0>();
     }
-    write_empty_items<T, kHeadDim, kCluster>(a, items, round - 1, rank);
+    write_empty_items<T, kHeadDim, kCluster>(a, round - 1, rank);
   }
   // No CTA leaves while its neighbour may still write into it or arrive at its barriers.
   __syncwarp();

@@ -69,6 +69,9 @@ inline int slot_rows(const PackShape& s) {
 // workspace: out fp32 [kSplitSlots, slot_rows, D], then lse fp32 [kSplitSlots, slot_rows] (base 2), both of what has
 // been normalised over the piece alone. Row r of a slot is token r / (H / G) of the item, head r % (H / G) of the
 // group.
+ILLADA_HOST_DEVICE const PlanHeader& plan_header(const int32_t* plan) {
+  return *reinterpret_cast<const PlanHeader*>(plan);
+}
 ILLADA_HOST_DEVICE const WorkItem* forward_items(const int32_t* plan) {
   return reinterpret_cast<const WorkItem*>(plan + 4);
 }
