@@ -13,8 +13,8 @@ if importlib.util.find_spec("benchmarks") is None:
     sys.path.insert(0, str(ROOT))
 
 from benchmarks import __main__ as command  # noqa: E402
-from benchmarks import attention, report, runner, timing  # noqa: E402
-from benchmarks.attention import Job, Pack, cached, equal, listed, ragged  # noqa: E402
+from benchmarks import attention, attention_ways, report, runner, timing  # noqa: E402
+from benchmarks.attention_ways import Job, Pack, cached, equal, listed, ragged  # noqa: E402
 from illada.ops import reference  # noqa: E402
 
 PACKS = [equal(2, 7), listed(5, 0, 9), cached(3, 2, 4, 8)]
@@ -71,10 +71,10 @@ def test_an_op_without_a_kernel_and_a_peer_that_is_not_installed_are_named(tmp_p
         def attend(q, k, v):
             raise NotImplementedError("forward only")
 
-        return attention.Way(attend)
+        return attention_ways.Way(attend)
 
     monkeypatch.setitem(sys.modules, "fa3_fwd_interface", None)
-    ways = {**attention.CPU_WAYS, "illada": no_kernel, "fa3": attention.fa3_way, "other": no_backward}
+    ways = {**attention.CPU_WAYS, "illada": no_kernel, "fa3": attention_ways.fa3_way, "other": no_backward}
     monkeypatch.setattr(attention, "CPU_WAYS", ways)
     monkeypatch.setattr(attention, "cases", lambda device: [attention.make_case(job(PACKS[0]))])
     out = tmp_path / "o.jsonl"
@@ -103,13 +103,13 @@ def test_ours_without_a_kernel_is_left_out_and_ours_that_fails_is_not():
 
 
 def test_a_result_that_is_wrong_is_left_out():
-    way = attention.illada_way(job(PACKS[1]))
+    way = attention_ways.illada_way(job(PACKS[1]))
     assert error(way, job(PACKS[1])) < 1e-5
-    one_row = attention.Way(lambda q, k, v: way.attend(q, k, v).index_fill(0, torch.tensor([13]), 0.0))
+    one_row = attention_ways.Way(lambda q, k, v: way.attend(q, k, v).index_fill(0, torch.tensor([13]), 0.0))
     with pytest.raises(ValueError, match=r"a row is off by 1.0e\+00 of its length"):
         error(one_row, job(PACKS[1]))
     with pytest.raises(ValueError, match="off by nan"):
-        error(attention.Way(lambda q, k, v: q * torch.nan), job(PACKS[1]))
+        error(attention_ways.Way(lambda q, k, v: q * torch.nan), job(PACKS[1]))
 
 
 # ------------------------------------------------------------------------------------------------- packs and counts
@@ -207,22 +207,22 @@ def test_torch_varlen(monkeypatch, pack):
 
     for function in (early, late):
         monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", SimpleNamespace(varlen_attn=function))
-        assert error(attention.varlen_attn_way(job(pack)), job(pack)) < 1e-5
+        assert error(attention_ways.varlen_attn_way(job(pack)), job(pack)) < 1e-5
 
     def cudnn(q, k, v, bias, cu_q, cu_k, max_q, max_k, lse, dropout, causal, debug):
         assert bias is None and lse and not (dropout or causal or debug)
         return early(q, k, v, cu_q, cu_k, max_q, max_k), None
 
     monkeypatch.setattr(torch.ops.aten, "_cudnn_attention_forward", cudnn)
-    assert error(attention.cudnn_varlen_way(job(pack)), job(pack)) < 1e-5
+    assert error(attention_ways.cudnn_varlen_way(job(pack)), job(pack)) < 1e-5
 
 
 @pytest.mark.parametrize("pack", PACKS, ids=lambda pack: pack.name)
 def test_flex(monkeypatch, pack):
-    monkeypatch.setattr(attention, "compiled", lambda function: function)  # eager is the same, on small masks
-    attention._compiled_flex.cache_clear()
-    assert error(attention.flex_way(job(pack)), job(pack)) < 1e-5
-    attention._compiled_flex.cache_clear()
+    monkeypatch.setattr(attention_ways, "compiled", lambda function: function)  # eager is the same, on small masks
+    attention_ways._compiled_flex.cache_clear()
+    assert error(attention_ways.flex_way(job(pack)), job(pack)) < 1e-5
+    attention_ways._compiled_flex.cache_clear()
 
 
 # ------------------------------------------------------------------------------------------------------- goals, GPU
