@@ -7,9 +7,11 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-#: Command to module; each has `DEVICES`, `cases(device) -> list[Case]` and `goals(records) -> list[Goal]`.
+#: Command to module; each has `DEVICES`, `cases(device) -> list[Case]` and `goals(records) -> list[Goal]`. Where there
+#: are `DIRECTIONS`, `cases` takes one of them as well.
 BENCHES = {
     "remask": "benchmarks.remask",
+    "attention": "benchmarks.attention",
     "generate": "benchmarks.generate",
     "score": "benchmarks.score",
     "train-step": "benchmarks.train_step",
@@ -44,12 +46,14 @@ def main(arguments: list[str] | None = None) -> int:
         "GPU single calls are timed by events, with cold caches, and short ones in a CUDA graph as well.",
         epilog="example:\n  python -m benchmarks remask --json out.jsonl --plot out.png\n"
         "  python -m benchmarks remask --device cuda --only linear\n"
+        "  python -m benchmarks attention --direction fwdbwd --only 8/2\n"
         "  python -m benchmarks train-step --provider illada --repeats 3",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("bench", choices=BENCHES)
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there are a GPU and kernels")
     parser.add_argument("--only", metavar="TEXT", help="cases whose name contains TEXT")
+    parser.add_argument("--direction", choices=["fwd", "bwd", "fwdbwd"], help="of attention (default: fwd)")
     parser.add_argument("--provider", action="append", metavar="NAME", help="this provider only; may be repeated")
     parser.add_argument("--repeats", type=int, metavar="N", help="timed calls of each provider (default: the bench's)")
     parser.add_argument("--json", metavar="PATH", help="append one JSON line for each result, after every case")
@@ -64,7 +68,9 @@ def main(arguments: list[str] | None = None) -> int:
         device = choose_device(bench.DEVICES, options.device)
     except ValueError as error:
         parser.error(str(error))
-    offered = bench.cases(device)
+    if options.direction and not hasattr(bench, "DIRECTIONS"):
+        parser.error(f"{options.bench} has no --direction; attention has")
+    offered = bench.cases(device, **({"direction": options.direction} if options.direction else {}))
     cases = [case for case in offered if options.only is None or case.yardstick or options.only in case.name]
     if all(case.yardstick for case in cases):
         parser.error(f"no case of {options.bench} contains {options.only!r}: {', '.join(c.name for c in offered)}")

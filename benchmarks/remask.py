@@ -13,7 +13,6 @@ torch.mm first, which is cuBLAS on a GPU.
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -23,7 +22,7 @@ from torch import Tensor
 
 import illada
 from benchmarks import published, timing
-from benchmarks.runner import Case, Goal, Provider, copy_case, copy_share, generator, ratio
+from benchmarks.runner import Case, Goal, Provider, compiled, copy_case, copy_share, generator, no_compiler, ratio
 from benchmarks.timing import CPU
 
 DEVICES = ("cpu", "cuda")
@@ -45,17 +44,6 @@ REPEATS = {"cpu": 9, "cuda": 30}
 def random_logits(rows: int, vocab: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Tensor:
     """[rows, vocab] of a peaked-ness as in the middle of a generation."""
     return (2 * torch.randn(rows, vocab, generator=generator(device, seed), device=device)).to(dtype)
-
-
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Under torch.compile, for one shape alone: what an earlier case compiled would make it dynamic, and slower."""
-    torch.compiler.reset()
-    return torch.compile(function, dynamic=False)
-
-
-def no_compiler() -> str | None:
-    """Why torch.compile cannot run here, or None."""
-    return None if shutil.which("g++") or shutil.which("clang++") else "torch.compile needs a C++ compiler"
 
 
 def confidence_error(logits: Tensor, result: tuple[Tensor, ...]) -> float:

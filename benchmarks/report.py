@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,13 +35,16 @@ def _cells(records: Records, r: dict[str, Any]) -> dict[str, str]:
         "error": f"{r['error']:.1e}" if r["error"] is not None else "-",
         "ratio": "-" if times is None else f"{times:.2f}x",
     }
-    if any(other.get("counts") for other in records):  # a job, not a kernel: what it did per second
+    counted = dict.fromkeys(name for other in records for name in other.get("counts") or ())
+    if "tokens" in counted:  # a job, not a kernel: what it did per second
         for name in ("GB/s", "of copy", "GFLOP/s", "MiB"):
             del cells[name]
         for name, count in (r.get("counts") or {}).items():
             cells[f"{name}/s"] = f"{count / seconds:.1f}"
-        for name in dict.fromkeys(n for other in records for n in other.get("counts") or ()):
+        for name in counted:
             cells.setdefault(f"{name}/s", "-")
+    else:  # what it was given, and needed
+        cells |= {name: str((r.get("counts") or {}).get(name, "-")) for name in counted}
     return cells
 
 
@@ -112,12 +116,13 @@ def plot(records: Records, path: str | Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print the tables of a file of JSON lines, one for each bench and device, and the goals."""
+    """Print the tables of a file of JSON lines, one for each bench and device, the goals, and who was left out."""
     from benchmarks.__main__ import BENCHES
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=main.__doc__)
     parser.add_argument("file", help="written by `python -m benchmarks BENCH --json FILE`")
-    records = read_json(parser.parse_args(arguments).file)
+    lines = read_json(parser.parse_args(arguments).file)
+    records = [r for r in lines if r["median_ms"] is not None]
     if not records:
         print("No results.")
     for bench, device in dict.fromkeys((r["bench"], r["device"]) for r in records):
@@ -126,6 +131,9 @@ def main(arguments: list[str] | None = None) -> None:
         for goal in importlib.import_module(BENCHES[bench]).goals(mine):
             print(f"- {goal_line(goal)}")
         print()
+    left_out = Counter((r["bench"], r["provider"], r["error"]) for r in lines if r["median_ms"] is None)
+    for (bench, provider, why), count in left_out.items():
+        print(f"- {bench}: {provider} left out of {count} case{'s' if count > 1 else ''}: {why}")
 
 
 if __name__ == "__main__":

@@ -7,12 +7,14 @@ usage: bash benchmarks/run_on_gpu.sh [MINUTES] [OUT]
 
 Builds illada on this machine, runs its CUDA tests, compute-sanitizer and the benchmarks, and leaves the numbers in a
 folder. Needs an NVIDIA GPU, nvcc, cmake, ninja, and a Python with torch, pybind11, setuptools and pytest; no network,
-no root. The checkout is only read, and nothing stays behind but OUT.
+no root. The checkout is only read, and nothing stays behind but OUT. Attention is compared with fa3-fwd and
+flash-attn-4 as well where the Python has them.
 
   MINUTES  for everything, build included (default 10). What does not fit is left out and listed.
   OUT      folder for the results (default runs/gpu); files of an earlier run are replaced.
 
-  OUT/summary.md      start here: tests, sanitizer, what was left out, table of results, goals met and missed
+  OUT/summary.md      start here: tests, sanitizer, what was left out, table of results, goals met and missed, peers
+                      that did not run and why
   OUT/results.jsonl   one line for each case, provider and way of timing (python -m benchmarks.report reads it)
   OUT/machine.txt     GPU, driver, clocks, versions, commit, date
   OUT/build.log  OUT/tests.log  OUT/sanitizer.log  OUT/benchmarks.log
@@ -29,6 +31,7 @@ examples:
   bash benchmarks/run_on_gpu.sh                            # ten minutes, into runs/gpu
   bash benchmarks/run_on_gpu.sh 30 out >out.log 2>&1
   python -m benchmarks remask --only "step 128"            # one case by hand, with an installed illada
+  python -m benchmarks attention --direction bwd           # what this script leaves out: gradients
 HELP
 }
 
@@ -201,6 +204,9 @@ run_bench() { # run_bench BENCH DEVICE TEXT
 }
 for kind in sample linear commit step; do
   run_bench remask cuda "$kind "
+done
+for kind in "32/8 D128" "32/32 D128" D64; do
+  run_bench attention cuda "$kind"
 done
 run_bench train-step cpu ""
 if [ ${#left_out[@]} -gt 0 ]; then

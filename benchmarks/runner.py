@@ -1,6 +1,7 @@
 """Timing that can be believed on a noisy machine: all providers of a case in one process, taking turns.
 
-A record is a dict with the keys of KEYS; null where something does not apply.
+A record is a dict with the keys of KEYS; null where something does not apply. Of a provider that did not run, median_ms
+is null and `error` says why; such records are handed to `after_case` alone.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import datetime
 import gc
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -108,8 +110,8 @@ def run(
     }
     records = []
     for case in tqdm(cases, desc=bench, unit=" cases", disable=not sys.stderr.isatty()):
-        mine = [{"bench": bench, **record, **same} for record in _run_case(case, timer, providers, repeats, device)]
-        records += mine
+        mine = [{**record, "bench": bench, **same} for record in _run_case(case, timer, providers, repeats, device)]
+        records += [record for record in mine if record["median_ms"] is not None]
         if after_case is not None:
             after_case(mine)
         gc.collect()
@@ -139,20 +141,25 @@ def _run_case(
                 if on_gpu:
                     memory[provider.name] = timing.peak_memory(provider.call, device)
                 timed.append(Timed(provider, timer.timing, provider.call))
-                if on_gpu and provider.rotating:
-                    graph, count = timing.capture(provider.rotating, device)
-                    timed.append(Timed(provider, "graph", graph.replay, count))
             except Exception as error:  # a peer that does not run here is no reason to stop
+                # nor is an op of ours without a kernel for this device; anything else of ours is
+                if provider.name == "illada" and not isinstance(error, NotImplementedError):
+                    raise
+                provider.unavailable = reason(error)
+        if on_gpu and provider.rotating and not provider.unavailable:
+            try:
+                graph, count = timing.capture(provider.rotating, device)
+                timed.append(Timed(provider, "graph", graph.replay, count))
+            except Exception as error:  # its single calls still count
                 if provider.name == "illada":
                     raise
-                first_line, _, _ = str(error).strip().partition("\n")
-                provider.unavailable = f"{type(error).__name__}: {first_line}"
+                print(f"{case.name}: {provider.name} not in a graph: {reason(error)}", file=sys.stderr)
         if provider.unavailable:
             print(f"{case.name}: {provider.name} left out: {provider.unavailable}", file=sys.stderr)
     timed = [t for t in timed if not t.provider.unavailable]
     if case.peak_memory is not None and not on_gpu:
         memory = {t.provider.name: case.peak_memory(t.provider.name) for t in timed}
-    records = []
+    records: list[dict[str, Any]] = []
     for entry, ms in zip(timed, _interleave(timed, timer, repeats or case.repeats, case.slow), strict=True):
         ms.sort()
         records.append(
@@ -170,7 +177,17 @@ def _run_case(
                 "timing": entry.timing,
             }
         )
+    for provider in offered:
+        if provider.unavailable:
+            left_out = {"case": case.name, "provider": provider.name, "timing": timer.timing}
+            records.append({**dict.fromkeys(KEYS), **left_out, "error": provider.unavailable})
     return records
+
+
+def reason(error: Exception) -> str:
+    """The first line of an error, its class before it."""
+    first_line, _, _ = str(error).strip().partition("\n")
+    return f"{type(error).__name__}: {first_line}"
 
 
 def _interleave(timed: list[Timed], timer: Any, repeats: int, slow: set[str]) -> list[list[float]]:
@@ -200,6 +217,17 @@ def copy_case(device: torch.device, size: int = 1 << 30) -> Case:
 def generator(device: torch.device, seed: int = 0) -> torch.Generator:
     """Random numbers of a device, the same in every run."""
     return torch.Generator(device).manual_seed(seed)
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Under torch.compile, for one shape alone: what an earlier case compiled would make it dynamic, and slower."""
+    torch.compiler.reset()
+    return torch.compile(function, dynamic=False)
+
+
+def no_compiler() -> str | None:
+    """Why torch.compile cannot run here, or None."""
+    return None if shutil.which("g++") or shutil.which("clang++") else "torch.compile needs a C++ compiler"
 
 
 def ratio(

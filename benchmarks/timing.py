@@ -115,6 +115,17 @@ def peak_memory(call: Callable[[], Any], device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) - before
 
 
+def launches(call: Callable[[], Any]) -> int | None:
+    """Kernels, copies and fills that one call puts on a GPU; None where the profiler sees none, or may not look."""
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+            call()
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return None
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in seen.events()) or None
+
+
 def device_name(device: torch.device = CPU) -> str:
     """The processor or GPU."""
     if device.type == "cuda":

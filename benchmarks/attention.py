@@ -1,0 +1,192 @@
+"""Packed bidirectional attention against what else attends to sequences of unequal lengths.
+
+    DIRECTION PACK H/G D...           one call on a pack, or of cached blocks; fwd, bwd (alone) or fwdbwd
+    DIRECTION cached BxL H/G D...     B blocks of L queries, each against its own, partly filled slot of keys
+    plan PACK H/G D...                attention_plan alone, once a batch; the calls above get it for nothing
+
+The peers stand in `attention_ways`. They get for nothing what depends on the lengths alone, as illada gets its plan.
+
+`error` is against float32, of the worst row of any head: |got - want| / max(|want|, root mean square of |want|). Who is
+further off than TOLERANCE is left out. Launches are what one call puts on the GPU: kernels, copies and fills.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import timing
+from benchmarks.attention_ways import CPU_WAYS, WAYS, Job, Way, cached, equal, listed, make_plan, ragged
+from benchmarks.runner import Case, Goal, Provider, reason
+from benchmarks.timing import CPU
+from illada.ops import reference
+
+DEVICES = ("cpu", "cuda")
+DIRECTIONS = ("fwd", "bwd", "fwdbwd")
+
+TOLERANCE = {torch.bfloat16: 2**-5, torch.float16: 2**-8, torch.float32: 1e-4}  # 8 roundings of 16-bit results
+GRAPH_FLOPS = 2e11  # up to 0.3 ms on an H100: cases for which launch gaps matter are timed in a graph as well
+REPEATS = {"cpu": 9, "cuda": 30}
+
+PACKS = [
+    equal(1, 8192), listed(5120, 3072), equal(2, 4096), equal(4, 2048), equal(8, 1024), equal(16, 512), equal(64, 128),
+    listed(4096, 0, 4096), ragged(32768), cached(32, 32, 1024, 8192), cached(1, 32, 8192, 8192),
+]  # fmt: skip
+CPU_PACKS = [
+    equal(1, 512), listed(320, 192), equal(4, 128), equal(16, 32), listed(256, 0, 256), ragged(1024),
+    cached(4, 8, 64, 512), cached(1, 8, 512, 512),
+]  # fmt: skip
+
+
+def bind(way: Way, inputs: tuple[Tensor, ...], direction: str) -> Callable[[], tuple[Tensor, ...]]:
+    """A call on these inputs: (out,) of fwd, (dq, dk, dv) of the others; as the way arranges them."""
+    q, k, v, dout = inputs
+    arranged = [way.arrange(x, keys) for x, keys in ((q, False), (k, True), (v, True))]
+    if direction == "fwd":
+        return lambda: (way.attend(*arranged),)
+    leaves = [x.detach().requires_grad_() for x in arranged]
+    gradient = way.arrange(dout, False)
+    if direction == "fwdbwd":
+        return lambda: torch.autograd.grad(way.attend(*leaves), leaves, gradient)
+    made: list[Tensor] = []
+
+    def backward() -> tuple[Tensor, ...]:
+        if not made:
+            made.append(way.attend(*leaves))
+        return torch.autograd.grad(made[0], leaves, gradient, retain_graph=True)
+
+    return backward
+
+
+def exact(job: Job, inputs: tuple[Tensor, ...], direction: str) -> tuple[Tensor, ...]:
+    """What `bind`'s call should give for packed tensors, in float32; key-value head by head to spare memory."""
+    group, parts = job.heads // job.kv_heads, []
+    for g in range(job.kv_heads):
+        mine = (slice(g * group, (g + 1) * group), slice(g, g + 1), slice(g, g + 1), slice(g * group, (g + 1) * group))
+        *leaves, dout = (x[:, part].float() for x, part in zip(inputs, mine, strict=True))
+        if direction == "fwd":
+            parts.append((reference.varlen_attention(*leaves, **job.lengths),))
+        else:
+            leaves = [x.requires_grad_() for x in leaves]
+            parts.append(torch.autograd.grad(reference.varlen_attention(*leaves, **job.lengths), leaves, dout))
+    return tuple(torch.cat(heads, dim=1) for heads in zip(*parts, strict=True))
+
+
+def row_error(got: Tensor, want: Tensor) -> float:
+    """Of the worst row [D] of [T, heads, D]: |got - want| / max(|want|, root mean square of |want|)."""
+    size = want.norm(dim=-1)
+    least = size.square().mean().sqrt().clamp(min=1e-30)
+    return float(((got.float() - want).norm(dim=-1) / size.clamp(min=least)).max())
+
+
+def check(way: Way, want: tuple[Tensor, ...], tolerance: float, result: tuple[Tensor, ...]) -> float:
+    """The worst error of a result. ValueError: it is more than `tolerance`, or NaN."""
+    are_keys = (False,) if len(want) == 1 else (False, True, True)
+    got = [way.restore(x.detach(), keys) for x, keys in zip(result, are_keys, strict=True)]
+    worst = max(row_error(a, b) for a, b in zip(got, want, strict=True))
+    if not worst <= tolerance:
+        raise ValueError(f"wrong: a row is off by {worst:.1e} of its length, {tolerance:.1e} is allowed")
+    return worst
+
+
+def count(job: Job, call: Callable[[], Any], result: Any = None) -> dict[str, int]:
+    """What a record says of its job, and on a GPU how many launches one call is."""
+    found = {"sequences": len(job.pack.lengths), "longest": max(job.pack.keys)}
+    launches = timing.launches(call) if job.device.type == "cuda" else None
+    return found if launches is None else {**found, "launches": launches}
+
+
+def make_case(job: Job, direction: str = "fwd") -> Case:
+    """One job in one direction by all providers of its device."""
+    on_gpu = job.device.type == "cuda"
+    flops = job.flops(direction)
+    tolerance = TOLERANCE[job.dtype]
+
+    def provider(name: str, make_way: Callable[[Job], Way], inputs: list, want: tuple[Tensor, ...]) -> Provider:
+        try:
+            way = make_way(job)
+            first, *others = (bind(way, x, direction) for x in inputs)
+        except Exception as error:  # not installed, not in this version of torch, not for this device
+            if name == "illada" and not isinstance(error, NotImplementedError):
+                raise
+            return Provider(name, lambda: None, unavailable=reason(error))
+
+        error = partial(check, way, want, tolerance)
+        counts = partial(count, job, first)
+        return Provider(name, first, error=error, counts=counts, rotating=[first, *others] if others else [])
+
+    def make() -> list[Provider]:
+        in_graph = on_gpu and direction == "fwd" and flops <= GRAPH_FLOPS
+        inputs = [
+            job.inputs(seed) for seed in range(timing.input_sets(job.bytes("fwd"), job.device) if in_graph else 1)
+        ]
+        want = exact(job, inputs[0], direction)
+        ways = WAYS if on_gpu else CPU_WAYS
+        return [provider(name, make_way, inputs, want) for name, make_way in ways.items()]
+
+    return Case(
+        name=f"{direction} {job.name}",
+        make=make,
+        flops=flops,
+        bytes=job.bytes(direction),
+        repeats=REPEATS[job.device.type],
+        slow={"sdpa padded"},
+    )
+
+
+def plan_case(job: Job) -> Case:
+    """attention_plan alone."""
+
+    def make() -> list[Provider]:
+        call = partial(make_plan, job)
+        # In a graph over one input, a few bytes that are as good as cold everywhere.
+        rotating = [call] if job.device.type == "cuda" else []
+        return [Provider("illada", call, counts=partial(count, job, call), rotating=rotating)]
+
+    return Case(f"plan {job.name}", make, repeats=REPEATS[job.device.type])
+
+
+def cases(device: torch.device = CPU, direction: str = "fwd") -> list[Case]:
+    """All packs of the device; caches are read by the forward alone, plans serve every direction."""
+    if device.type == "cuda":
+        packs, dtype, heads, dim = PACKS, torch.bfloat16, ((32, 8), (32, 32)), 128
+    else:  # float32: few CPUs are made for 16-bit numbers
+        packs, dtype, heads, dim = CPU_PACKS, torch.float32, ((8, 2), (8, 8)), 64
+    jobs = [Job(pack, *h, dim, dtype, device) for h in heads for pack in packs]
+    plans = [plan_case(job) for job in jobs[: len(packs)]]
+    if device.type == "cuda":
+        jobs += [Job(pack, *h, 64, dtype, device) for h in heads for pack in (equal(1, 8192), equal(8, 1024))]
+    return [*(make_case(job, direction) for job in jobs if direction == "fwd" or not job.pack.used), *plans]
+
+
+# ---------------------------------------------------------------------------------------------------------------- goals
+
+TERAFLOPS = {"fwd 1x8192 32/8 D128": 640, "bwd 1x8192 32/8 D128": 560}
+#: How many times as fast as the best peer, by the longest sequence: up to so many keys, so many times.
+TIMES = {"fwd": ((1024, 1.15), (math.inf, 1.0)), "bwd": ((512, 1.5), (1024, 1.3), (math.inf, 1.0))}
+
+
+def goals(records: Sequence[dict[str, Any]]) -> list[Goal]:
+    """Of a GPU, in single calls: at least the best peer's speed, more on short sequences. A CPU runs torch's kernel."""
+    found = []
+    singles = [r for r in records if r["timing"] == "events"]
+    for r in singles:
+        direction = r["case"].split()[0]
+        if r["provider"] != "illada" or not r["flops"]:
+            continue
+        rate = r["flops"] / r["median_ms"] / 1e9
+        if (bar := TERAFLOPS.get(r["case"])) is not None:
+            found.append(Goal(f"{r['case']}: {rate:.0f} TFLOP/s (goal {bar})", rate >= bar))
+        peers = [p for p in singles if p["case"] == r["case"] and not p["provider"].startswith("illada")]
+        if peers and direction in TIMES:
+            best = min(peers, key=lambda p: p["median_ms"])
+            times = best["median_ms"] / r["median_ms"]
+            wanted = next(w for longest, w in TIMES[direction] if r["counts"]["longest"] <= longest)
+            text = f"{r['case']}: {rate:.0f} TFLOP/s, {times:.2f}x the best peer, {best['provider']} (goal {wanted:g}x)"
+            found.append(Goal(text, times >= wanted))
+    return found

@@ -1,0 +1,338 @@
+"""What attends to packed sequences of unequal lengths: illada, and its peers as their users call them.
+
+Peers get for nothing what depends on the lengths alone (masks, host-side lengths), as illada gets its plan, and use
+grouped-query attention (GQA) natively unless it says otherwise here:
+
+    sdpa flash, sdpa cudnn   torch's dense kernels: one call where all sequences are equally long, else one for each
+                             and a concatenation; sdpa flash is what illada runs on a CPU
+    sdpa padded              a padded batch under a mask, as transformers runs it: keys and values repeated for GQA
+                             where there is a mask; the padding itself is not timed
+    varlen_attn              torch.nn.attention.varlen (FlashAttention 2); keys of slots are packed before, not timed
+    cudnn varlen             torch's private _cudnn_attention_forward with cu_seqlens; keys of slots as above
+    flex                     flex_attention, compiled, with a block mask of documents
+    fa3, fa4                 the packages fa3-fwd (forward only) and flash-attn-4, where they are installed
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache, partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import illada
+from benchmarks.runner import compiled, generator
+from benchmarks.timing import CPU
+
+GEMMS = {"fwd": 2, "bwd": 5, "fwdbwd": 7}  # matrix products over all query-key pairs
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Sequences of `lengths` queries; their keys are the same tokens, or `used` of each slot of `slot` keys."""
+
+    name: str
+    lengths: tuple[int, ...]
+    used: tuple[int, ...] | None = None
+    slot: int = 0
+
+    @property
+    def keys(self) -> tuple[int, ...]:
+        """Keys of each sequence."""
+        return self.lengths if self.used is None else self.used
+
+    @property
+    def pairs(self) -> int:
+        """Query-key pairs of one head."""
+        return sum(q * k for q, k in zip(self.lengths, self.keys, strict=True))
+
+
+def equal(count: int, length: int) -> Pack:
+    """`count` sequences of `length`."""
+    return Pack(f"{count}x{length}", (length,) * count)
+
+
+def listed(*lengths: int) -> Pack:
+    """Sequences of these lengths."""
+    return Pack("+".join(map(str, lengths)), lengths)
+
+
+def ragged(total: int) -> Pack:
+    """Log-normal lengths, `total` together, none of them a multiple of 128, the same in every run."""
+    random = np.random.default_rng(0)
+    lengths: list[int] = []
+    while (left := total - sum(lengths)) > 0:
+        length = min(int(random.lognormal(math.log(total / 48), 1.0)) + 1, total // 4)
+        length += length % 128 == 0
+        lengths.append(left if left - length < 8 else length)  # no crumbs at the end
+    return Pack(f"ragged {total}", tuple(lengths))
+
+
+def cached(count: int, length: int, least: int, slot: int) -> Pack:
+    """Blocks of `length` queries against `least` to `slot` keys in slots of `slot`."""
+    used = tuple(round(x) for x in np.linspace(least, slot, count)) if count > 1 else (slot,)
+    return Pack(f"cached {count}x{length}", (length,) * count, used, slot)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A pack and what attends to it: q [T, H, D], k and v [Tk, G, D]."""
+
+    pack: Pack
+    heads: int
+    kv_heads: int
+    dim: int
+    dtype: torch.dtype = torch.bfloat16
+    device: torch.device = CPU
+
+    @property
+    def name(self) -> str:
+        """As in the names of cases."""
+        return f"{self.pack.name} {self.heads}/{self.kv_heads} D{self.dim}"
+
+    @property
+    def total_q(self) -> int:
+        """T."""
+        return sum(self.pack.lengths)
+
+    @property
+    def total_k(self) -> int:
+        """Tk, slots included."""
+        return self.pack.slot * len(self.pack.lengths) if self.pack.used else self.total_q
+
+    @property
+    def gqa(self) -> bool:
+        """Do query heads share keys?"""
+        return self.heads != self.kv_heads
+
+    def cumulative(self, lengths: Sequence[int]) -> Tensor:
+        """int32 [S + 1] on the device."""
+        return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=self.device)
+
+    @cached_property
+    def lengths(self) -> dict[str, Tensor]:
+        """Arguments of illada's functions."""
+        found = {"cu_seqlens": self.cumulative(self.pack.lengths)}
+        if self.pack.used:
+            found["cu_seqlens_k"] = self.cumulative([self.pack.slot] * len(self.pack.lengths))
+            found["seqused_k"] = torch.tensor(self.pack.used, dtype=torch.int32, device=self.device)
+        return found
+
+    def key_parts(self, x: Tensor) -> Sequence[Tensor]:
+        """Keys or values of each sequence, as views."""
+        if self.pack.used is None:
+            return x.split(self.pack.lengths)  # whose gradient is one concatenation
+        return [part[:n] for part, n in zip(x.split(self.pack.slot), self.pack.used, strict=True)]
+
+    def flops(self, direction: str) -> float:
+        """Of the matrix products, real pairs only."""
+        return 2.0 * GEMMS[direction] * self.heads * self.dim * self.pack.pairs
+
+    def bytes(self, direction: str) -> int:
+        """Everything read or written once: q and out, k and v (used ones), lse; in a backward also their gradients."""
+        rows = 2 * self.total_q * self.heads * self.dim * self.dtype.itemsize
+        keys = 2 * sum(self.pack.keys) * self.kv_heads * self.dim * self.dtype.itemsize
+        once = rows + keys + 4 * self.heads * self.total_q
+        # the backward reads all of that and dout, and writes dq, dk and dv
+        return {"fwd": once, "bwd": once + rows + keys, "fwdbwd": 2 * once + rows + keys}[direction]
+
+    def inputs(self, seed: int = 0) -> tuple[Tensor, ...]:
+        """Random q, k, v and the gradient of out, normally distributed."""
+        random = generator(self.device, seed)
+        q, k = (self.total_q, self.heads, self.dim), (self.total_k, self.kv_heads, self.dim)
+        return tuple(
+            torch.randn(shape, generator=random, device=self.device, dtype=torch.float32).to(self.dtype)
+            for shape in (q, k, k, q)
+        )
+
+
+def _as_is(x: Tensor, keys: bool) -> Tensor:
+    return x
+
+
+@dataclass
+class Way:
+    """How one provider attends.
+
+    attend: (q, k, v) -> out, all as `arrange` makes them of packed tensors; `restore` makes packed ones again. Neither
+        of the two is timed. Their second argument says whether the tensor is one of keys.
+    """
+
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor]
+    arrange: Callable[[Tensor, bool], Tensor] = _as_is
+    restore: Callable[[Tensor, bool], Tensor] = _as_is
+
+
+# ------------------------------------------------------------------------------------------------------------ providers
+
+
+def make_plan(job: Job) -> Any:
+    """illada's plan of a job."""
+    shape = {"num_heads": job.heads, "num_kv_heads": job.kv_heads, "head_dim": job.dim, "total_q": job.total_q}
+    return illada.attention_plan(**job.lengths, **shape)
+
+
+def illada_way(job: Job) -> Way:
+    """The public op with its plan."""
+    return Way(partial(illada.varlen_attention, **job.lengths, plan=make_plan(job)))
+
+
+def sdpa_way(job: Job, backend: SDPBackend) -> Way:
+    """Dense attention of one backend: a batch where all are equally long, else sequence by sequence."""
+    lengths = job.pack.lengths
+    dense = partial(F.scaled_dot_product_attention, enable_gqa=job.gqa)
+    is_batch = job.pack.used is None and len(set(lengths)) == 1
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            if is_batch:
+                batch = (x.unflatten(0, (len(lengths), -1)).transpose(1, 2) for x in (q, k, v))  # [S, heads, L, D]
+                return dense(*batch).transpose(1, 2).flatten(0, 1)
+            parts = zip(q.split(lengths), job.key_parts(k), job.key_parts(v), strict=True)
+            outs = [dense(*(x.transpose(0, 1)[None] for x in part)) for part in parts if len(part[0])]
+            return torch.cat([out[0].transpose(0, 1) for out in outs])
+
+    return Way(attend)
+
+
+def padded_way(job: Job) -> Way:
+    """[S, heads, longest, D] under a mask of the keys; without padding no mask."""
+
+    def valid(lengths: Sequence[int]) -> Tensor:
+        return torch.arange(max(lengths), device=job.device) < torch.tensor(lengths, device=job.device)[:, None]
+
+    queries, keys = valid(job.pack.lengths), valid(job.pack.keys)
+    mask = None if bool(keys.all()) else keys[:, None, None, :]
+
+    def arrange(x: Tensor, is_keys: bool) -> Tensor:
+        where = keys if is_keys else queries
+        padded = x.new_zeros(*where.shape, *x.shape[1:])
+        padded[where] = torch.cat(list(job.key_parts(x))) if is_keys else x
+        return padded.transpose(1, 2)
+
+    def restore(x: Tensor, is_keys: bool) -> Tensor:
+        return x.transpose(1, 2)[keys if is_keys else queries]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if mask is None:
+            return F.scaled_dot_product_attention(q, k, v, enable_gqa=job.gqa)
+        # No fused kernel of torch takes a mask and shared keys.
+        k, v = (x.repeat_interleave(job.heads // job.kv_heads, dim=1) for x in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    return Way(attend, arrange, restore)
+
+
+def _pack_keys(job: Job, x: Tensor, is_keys: bool) -> Tensor:
+    """Keys without what slots hold beyond them; for kernels that know no slots."""
+    return torch.cat(list(job.key_parts(x))) if is_keys and job.pack.used else x
+
+
+def varlen_attn_way(job: Job) -> Way:
+    """torch.nn.attention.varlen.varlen_attn."""
+    varlen_attn = importlib.import_module("torch.nn.attention.varlen").varlen_attn  # torch >= 2.10
+    # Early versions have no such argument, and share keys unasked.
+    gqa = {"enable_gqa": job.gqa} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    cu_q, cu_k = job.cumulative(job.pack.lengths), job.cumulative(job.pack.keys)
+    longest = {"max_q": max(job.pack.lengths), "max_k": max(job.pack.keys)}
+    return Way(partial(varlen_attn, cu_seq_q=cu_q, cu_seq_k=cu_k, **longest, **gqa), partial(_pack_keys, job))
+
+
+def cudnn_varlen_way(job: Job) -> Way:
+    """torch's private cuDNN call, as varlen_attn would make it."""
+    cu_q, cu_k = job.cumulative(job.pack.lengths), job.cumulative(job.pack.keys)
+    longest = (max(job.pack.lengths), max(job.pack.keys))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        # no bias; lse, no dropout, not causal, no debug mask
+        return torch.ops.aten._cudnn_attention_forward(q, k, v, None, cu_q, cu_k, *longest, True, 0.0, False, False)[0]
+
+    return Way(attend, partial(_pack_keys, job))
+
+
+@lru_cache(maxsize=1)
+def _compiled_flex(*shape: int) -> Callable[..., Tensor]:
+    """Compiled anew for each shape, of which cases with the same follow one another."""
+    return compiled(importlib.import_module("torch.nn.attention.flex_attention").flex_attention)
+
+
+def flex_way(job: Job) -> Way:
+    """flex_attention with a mask of documents."""
+    flex = importlib.import_module("torch.nn.attention.flex_attention")
+    sequences = torch.arange(len(job.pack.lengths), device=job.device)
+    document_q = sequences.repeat_interleave(torch.tensor(job.pack.lengths, device=job.device))
+    document_k = document_q
+    if job.pack.used:
+        unused = torch.arange(job.pack.slot, device=job.device) >= job.lengths["seqused_k"][:, None]
+        document_k = sequences[:, None].masked_fill(unused, -1).flatten()
+
+    def same(batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return document_q[i] == document_k[j]
+
+    mask = flex.create_block_mask(same, None, None, job.total_q, job.total_k, device=str(job.device))
+    function = _compiled_flex(job.total_q, job.total_k, job.heads, job.kv_heads, job.dim)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        return function(q, k, v, block_mask=mask, enable_gqa=job.gqa)[0].transpose(0, 1)
+
+    return Way(attend)
+
+
+def flash_way(job: Job, module: str, package: str, **more: Any) -> Way:
+    """flash_attn_varlen_func of a package; FlashAttention 3 and 4 name what is needed here alike."""
+    try:
+        function = importlib.import_module(module).flash_attn_varlen_func
+    except ImportError as error:
+        raise ImportError(f"{error}; pip install {package} for this peer") from error
+    lengths = job.lengths
+    arguments = {
+        "cu_seqlens_q": lengths["cu_seqlens"],
+        "cu_seqlens_k": lengths.get("cu_seqlens_k", lengths["cu_seqlens"]),
+        "seqused_k": lengths.get("seqused_k"),
+        "max_seqlen_q": max(job.pack.lengths),
+        "max_seqlen_k": max(job.pack.keys),
+        **more,
+    }
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = function(q, k, v, **arguments)
+        return out[0] if isinstance(out, tuple) else out  # some versions return lse as well
+
+    return Way(attend)
+
+
+def fa3_way(job: Job) -> Way:
+    """fa3-fwd. Its default is not to split keys; where queries are few it is asked to choose."""
+    return flash_way(job, "fa3_fwd_interface", "fa3-fwd", num_splits=0 if job.pack.used else 1)
+
+
+def fa4_way(job: Job) -> Way:
+    """flash-attn-4."""
+    return flash_way(job, "flash_attn.cute", "flash-attn-4")
+
+
+CPU_WAYS: dict[str, Callable[[Job], Way]] = {
+    "illada": illada_way,
+    "sdpa flash": partial(sdpa_way, backend=SDPBackend.FLASH_ATTENTION),
+    "sdpa padded": padded_way,
+}
+WAYS = {
+    **CPU_WAYS,
+    "sdpa cudnn": partial(sdpa_way, backend=SDPBackend.CUDNN_ATTENTION),
+    "varlen_attn": varlen_attn_way,
+    "cudnn varlen": cudnn_varlen_way,
+    "flex": flex_way,  # runs on CPUs as well, but compiles for some 15 s a shape
+    "fa3": fa3_way,
+    "fa4": fa4_way,
+}
