@@ -16,25 +16,24 @@
 namespace illada::attention {
 namespace {
 
-constexpr int kConsumers = 2, kThreads = 128 * (kConsumers + 1), kRowBytes = 128;
-constexpr int kHalfRows = kTileRows / kConsumers;  // of a warpgroup
-static_assert(kHalfRows == 64);
+constexpr int kRowBytes = 128;  // of a slice of 64 columns
 
 template <int kHeadDim>
 struct SharedStorage {
   static constexpr int kKeys = forward_key_tile_sm90(kHeadDim), kSlices = kHeadDim / 64;
-  static constexpr int kStages = kHeadDim == 128 ? 2 : 4;
+  static constexpr int kStagesK = kHeadDim == 128 ? 2 : 4, kStagesV = kHeadDim == 128 ? 3 : 4;
+  static constexpr int kConsumers = forward_blocks_sm90(kHeadDim), kThreads = 128 * (kConsumers + 1);
   // Slices of 64 columns: rows of 128 bytes in the 128-byte swizzle.
   struct alignas(1024) KeyTile {
     char slice[kSlices][kKeys * kRowBytes];
   };
   struct alignas(1024) QueryTile {
-    char slice[kSlices][kHalfRows * kRowBytes];
+    char slice[kSlices][kBlockRows * kRowBytes];
   };
   QueryTile q[kConsumers], out[kConsumers];  // of each warpgroup
-  KeyTile k[kStages], v[kStages];
-  uint64_t q_full[kConsumers], q_empty[kConsumers], k_full[kStages], k_empty[kStages], v_full[kStages],
-      v_empty[kStages];
+  KeyTile k[kStagesK], v[kStagesV];
+  uint64_t q_full[kConsumers], q_empty[kConsumers], k_full[kStagesK], k_empty[kStagesK], v_full[kStagesV],
+      v_empty[kStagesV];
   WorkItem item[kConsumers][2], next_item;
 };
 
@@ -55,7 +54,7 @@ struct ForwardArguments {
   void* out;
   float* lse;
   float *slot_out, *slot_lse;
-  int32_t total_q, total_k, num_heads, group, tile_tokens, slot_rows;
+  int32_t total_q, total_k, num_heads, group, tile_tokens, block_tokens, slot_rows;
   uint32_t group_reciprocal;  // ceil(2^16 / group): row / group == row * group_reciprocal >> 16 for rows of a tile
   float scale_log2;           // softmax_scale * log2(e)
 };
@@ -82,11 +81,11 @@ struct RowPair {
   // Scores become probabilities. True: what came before is to be multiplied by `rescale`.
   template <int kCount>
   __device__ __forceinline__ bool update(float (&s)[kCount], float scale_log2, float (&rescale)[2]) {
-    float top[4] = {s[0], s[1], s[2], s[3]};
+    float top[8];  // independent chains: a warp has its scheduler to itself while the other warpgroup multiplies
 #pragma unroll
-    for (int j = 4; j < kCount; ++j) top[j % 4] = fmaxf(top[j % 4], s[j]);
-    top[0] = fmaxf(top[0], top[1]);
-    top[1] = fmaxf(top[2], top[3]);
+    for (int j = 0; j < kCount; ++j) top[j % 8] = j < 8 ? s[j] : fmaxf(top[j % 8], s[j]);
+    top[0] = fmaxf(fmaxf(top[0], top[1]), fmaxf(top[4], top[5]));
+    top[1] = fmaxf(fmaxf(top[2], top[3]), fmaxf(top[6], top[7]));
     const float growth = fmaxf(top[0] - reference[0], top[1] - reference[1]) * scale_log2;
     const bool moves = __any_sync(kFullWarp, growth > kSlack);
     if (moves) {
@@ -151,7 +150,7 @@ __device__ __forceinline__ void write_rows(float (&o)[kHeadDim / 2], const RowPa
                                            const ForwardArguments& a, const CUtensorMap& out_map, uint32_t staging,
                                            int barrier, int first_token) {
   const int lane = int(threadIdx.x) % 32, row = int(threadIdx.x) % 128 / 32 * 16 + lane / 4;
-  const int tokens = min(item.q_count - first_token, a.tile_tokens / kConsumers);
+  const int tokens = min(item.q_count - first_token, a.block_tokens);
   const bool whole = item.pieces == 1;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -187,7 +186,7 @@ __device__ __forceinline__ void write_rows(float (&o)[kHeadDim / 2], const RowPa
 #pragma unroll
     for (int j = 0; j < kHeadDim / 8; j += 2) {  // lanes 0 .. 15: the sixteen rows of block j, the others of j + 1
       const int chunk = (j + lane / 16) % 8;
-      ptx::stmatrix_x4(target + j / 8 * (kHalfRows * kRowBytes) + uint32_t((chunk ^ swizzle) * 16),
+      ptx::stmatrix_x4(target + j / 8 * (kBlockRows * kRowBytes) + uint32_t((chunk ^ swizzle) * 16),
                        pack2<T>(o[4 * j], o[4 * j + 1]), pack2<T>(o[4 * j + 2], o[4 * j + 3]),
                        pack2<T>(o[4 * j + 4], o[4 * j + 5]), pack2<T>(o[4 * j + 6], o[4 * j + 7]));
     }
@@ -195,7 +194,7 @@ __device__ __forceinline__ void write_rows(float (&o)[kHeadDim / 2], const RowPa
     ptx::named_barrier_sync(barrier, 128);
 #pragma unroll
     for (int slice = 0; slice < kHeadDim / 64; ++slice)
-      ptx::tma_store_4d_if(threadIdx.x % 128 == 0, &out_map, staging + slice * (kHalfRows * kRowBytes), 64 * slice,
+      ptx::tma_store_4d_if(threadIdx.x % 128 == 0, &out_map, staging + slice * (kBlockRows * kRowBytes), 64 * slice,
                            item.kv_head * a.group, a.total_q - item.q_count + first_token, item.q_start + item.q_count);
     ptx::bulk_commit();
   }
@@ -208,7 +207,8 @@ __device__ __forceinline__ void write_empty_items(const ForwardArguments& a, int
   for (int index; (index = item_index<kCluster>(round)) < items; ++round) {
     const WorkItem item = forward_items(a.plan)[index];
     const int tokens = min(item.q_count - rank * a.tile_tokens, a.tile_tokens);
-    for (int row = int(threadIdx.x) / 8; row < tokens * a.group; row += 128 * kConsumers / 8) {
+    for (int row = int(threadIdx.x) / 8; row < tokens * a.group;
+         row += int(128 * SharedStorage<kHeadDim>::kConsumers) / 8) {
       const int64_t q = item.q_start + rank * a.tile_tokens + row / a.group, h = item.kv_head * a.group + row % a.group;
       uint4* out = reinterpret_cast<uint4*>(static_cast<T*>(a.out) + (q * a.num_heads + h) * kHeadDim);
 #pragma unroll
@@ -219,7 +219,7 @@ __device__ __forceinline__ void write_empty_items(const ForwardArguments& a, int
 }
 
 template <typename T, int kHeadDim, int kCluster>
-__global__ __launch_bounds__(kThreads,
+__global__ __launch_bounds__(SharedStorage<kHeadDim>::kThreads,
                              1) void illada_attention_forward_sm90(const __grid_constant__ CUtensorMap q_map,
                                                                    const __grid_constant__ CUtensorMap k_map,
                                                                    const __grid_constant__ CUtensorMap v_map,
@@ -227,7 +227,9 @@ __global__ __launch_bounds__(kThreads,
                                                                    const __grid_constant__ ForwardArguments a) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Shared = SharedStorage<kHeadDim>;
-  constexpr int kKeys = Shared::kKeys, kSlices = Shared::kSlices, kStages = Shared::kStages;
+  constexpr int kKeys = Shared::kKeys, kSlices = Shared::kSlices;
+  constexpr int kStagesK = Shared::kStagesK, kStagesV = Shared::kStagesV;
+  constexpr int kConsumers = Shared::kConsumers;
   extern __shared__ char raw_shared[];
   const uint32_t shared_start = ptx::smem_address(raw_shared), aligned_start = (shared_start + 1023) / 1024 * 1024;
   Shared& shared = *reinterpret_cast<Shared*>(raw_shared + (aligned_start - shared_start));
@@ -245,10 +247,12 @@ __global__ __launch_bounds__(kThreads,
       ptx::mbarrier_init(q_full + 8 * w, 1);
       ptx::mbarrier_init(q_empty + 8 * w, 1);
     }
-    for (int s = 0; s < kStages; ++s) {
+    for (int s = 0; s < kStagesK; ++s) {
       ptx::mbarrier_init(k_full + 8 * s, 1);
-      ptx::mbarrier_init(v_full + 8 * s, 1);
       ptx::mbarrier_init(k_empty + 8 * s, kConsumers * kCluster);
+    }
+    for (int s = 0; s < kStagesV; ++s) {
+      ptx::mbarrier_init(v_full + 8 * s, 1);
       ptx::mbarrier_init(v_empty + 8 * s, kConsumers * kCluster);
     }
     ptx::fence_mbarrier_init();
@@ -262,10 +266,11 @@ __global__ __launch_bounds__(kThreads,
   ptx::griddepcontrol_launch_dependents();
 
   if (threadIdx.x >= 128 * kConsumers) {  // ------------------------------------------------------------ producer
-    ptx::setmaxnreg_decrease<56>();
+    ptx::setmaxnreg_decrease<kConsumers == 2 ? 56 : 32>();
     if (threadIdx.x == 128 * kConsumers) {
       const int items = plan_header(a.plan).forward_items;
-      Ring<kStages> k_ring, v_ring;
+      Ring<kStagesK> k_ring;
+      Ring<kStagesV> v_ring;
       // Keys `row` .. of the item: the CTAs of a cluster load a part of the tile each, for all of them.
       const auto load = [&](const CUtensorMap* map, uint32_t tile, uint32_t barrier, const WorkItem& item, int row) {
         constexpr int kPart = kKeys / kCluster;
@@ -319,14 +324,13 @@ __global__ __launch_bounds__(kThreads,
         load_k(item, row);
 #pragma unroll
         for (int w = 0; w < kConsumers; ++w) {
-          const int tokens = a.tile_tokens / kConsumers;
           hand_over(w, round);
-          ptx::mbarrier_arrive_expect_tx(q_full + 8 * w, uint32_t(kSlices * tokens * a.group * kRowBytes));
+          ptx::mbarrier_arrive_expect_tx(q_full + 8 * w, uint32_t(kSlices * a.block_tokens * a.group * kRowBytes));
 #pragma unroll
           for (int slice = 0; slice < kSlices; ++slice)
-            ptx::tma_load_4d(ptx::smem_address(shared.q[w].slice[slice]), &q_map, q_full + 8 * w, 64 * slice,
-                             item.kv_head * a.group, a.total_q - item.q_count + (rank * kConsumers + w) * tokens,
-                             item.q_start + item.q_count);
+            ptx::tma_load_4d(
+                ptx::smem_address(shared.q[w].slice[slice]), &q_map, q_full + 8 * w, 64 * slice, item.kv_head * a.group,
+                a.total_q - item.q_count + (rank * kConsumers + w) * a.block_tokens, item.q_start + item.q_count);
         }
         ask_for_item(round + 1);
         for (; row >= 0; row -= kKeys) {
@@ -342,14 +346,16 @@ __global__ __launch_bounds__(kThreads,
       }
     }
   } else {  // ------------------------------------------------------------------------------------------- consumers
-    ptx::setmaxnreg_increase<224>();
+    ptx::setmaxnreg_increase<kConsumers == 2 ? 224 : 160>();
     const int warpgroup = __shfl_sync(kFullWarp, int(threadIdx.x) / 128, 0), lane = int(threadIdx.x) % 128;
-    const int own_turn = 1 + warpgroup, other_turn = 2 - warpgroup, own_barrier = 3 + warpgroup;
-    const int first_token = (rank * kConsumers + warpgroup) * (a.tile_tokens / kConsumers);
+    const int own_turn = 1 + warpgroup, next_turn = 1 + (warpgroup + 1) % kConsumers;
+    const int own_barrier = 1 + kConsumers + warpgroup;
+    const int first_token = (rank * kConsumers + warpgroup) * a.block_tokens;
     const uint64_t q_descriptor = ptx::wgmma_descriptor_k128(ptx::smem_address(&shared.q[warpgroup]));
     const uint64_t k_descriptor = ptx::wgmma_descriptor_k128(ptx::smem_address(&shared.k));
     const uint64_t v_descriptor = ptx::wgmma_descriptor_mn128(ptx::smem_address(&shared.v), kKeys * kRowBytes);
-    Ring<kStages> k_ring, v_ring;
+    Ring<kStagesK> k_ring;
+    Ring<kStagesV> v_ring;
     float s[kKeys / 2], o[kHeadDim / 2];
     uint32_t p[kKeys / 16][4];
     RowPair rows;
@@ -359,7 +365,7 @@ __global__ __launch_bounds__(kThreads,
       const uint64_t b = k_descriptor + uint64_t(k_ring.stage) * (sizeof(typename Shared::KeyTile) / 16);
 #pragma unroll
       for (int step = 0; step < kHeadDim / 16; ++step)
-        ptx::wgmma_k16<T, kKeys>(s, q_descriptor + step / 4 * (kHalfRows * kRowBytes / 16) + step % 4 * 2,
+        ptx::wgmma_k16<T, kKeys>(s, q_descriptor + step / 4 * (kBlockRows * kRowBytes / 16) + step % 4 * 2,
                                  b + step / 4 * (kKeys * kRowBytes / 16) + step % 4 * 2, step > 0);
       ptx::wgmma_commit();
     };
@@ -405,20 +411,20 @@ __global__ __launch_bounds__(kThreads,
       rows.reset();
       finish_scores(true);
       pack_probabilities<T>(s, p);
-      if (warpgroup == 1) ptx::named_barrier_arrive(other_turn, 128 * kConsumers);
+      if (warpgroup == kConsumers - 1) ptx::named_barrier_arrive(next_turn, 256);
 
       bool is_last = tiles == 0, fresh = true;
       while (true) {
         const bool is_first = is_last;
         if (is_last && !open_item()) break;
         ptx::mbarrier_wait(k_full + 8 * k_ring.stage, k_ring.parity);
-        ptx::named_barrier_sync(own_turn, 128 * kConsumers);
+        ptx::named_barrier_sync(own_turn, 256);
         ptx::wgmma_fence();
         multiply_k();
         ptx::mbarrier_wait(v_full + 8 * v_ring.stage, v_ring.parity);
         ptx::wgmma_fence();
         multiply_v(!fresh);
-        ptx::named_barrier_arrive(other_turn, 128 * kConsumers);
+        ptx::named_barrier_arrive(next_turn, 256);
         ptx::wgmma_wait<1>();
         const RowPair finished = rows;
         if (is_first) rows.reset();
@@ -438,7 +444,7 @@ __global__ __launch_bounds__(kThreads,
         pack_probabilities<T>(s, p);
         is_last = tiles == 0;
       }
-      if (warpgroup == 0) ptx::named_barrier_sync(own_turn, 128 * kConsumers);
+      if (warpgroup == 0) ptx::named_barrier_sync(own_turn, 256);
       ptx::mbarrier_wait(v_full + 8 * v_ring.stage, v_ring.parity);
       ptx::wgmma_fence();
       multiply_v(!fresh);
@@ -461,6 +467,7 @@ void launch_forward(const ForwardParams& p, const Device& device, const Tiling& 
   constexpr const char* kOp = "varlen_attention";
   const PackShape& s = p.shape;
   const int group = s.num_heads / s.num_kv_heads;
+  using Shared = SharedStorage<kHeadDim>;
   const auto view = [&](const PackedView& x, int64_t tokens, int heads) {
     // A pack without keys is never read, but a map of nothing cannot be made.
     return RaggedView{tokens ? x.data : p.q.data,
@@ -471,11 +478,11 @@ void launch_forward(const ForwardParams& p, const Device& device, const Tiling& 
                       x.token_stride,
                       x.head_stride};
   };
-  const int box_keys = forward_key_tile_sm90(kHeadDim) / kCluster;
-  const int half_tokens = tiling.tile_tokens / kConsumers;
-  const CUtensorMap q_map = tensor_map_ragged(kOp, view(p.q, s.total_q, s.num_heads), group, half_tokens);
+  const int box_keys = Shared::kKeys / kCluster;
+  using Shared = SharedStorage<kHeadDim>;
+  const CUtensorMap q_map = tensor_map_ragged(kOp, view(p.q, s.total_q, s.num_heads), group, block_tokens(s));
   const PackedView out{p.out, int64_t(s.num_heads) * kHeadDim, kHeadDim};
-  const CUtensorMap out_map = tensor_map_ragged(kOp, view(out, s.total_q, s.num_heads), group, half_tokens);
+  const CUtensorMap out_map = tensor_map_ragged(kOp, view(out, s.total_q, s.num_heads), group, block_tokens(s));
   const CUtensorMap k_map = tensor_map_ragged(kOp, view(p.k, s.total_k, s.num_kv_heads), 1, box_keys);
   const CUtensorMap v_map = tensor_map_ragged(kOp, view(p.v, s.total_k, s.num_kv_heads), 1, box_keys);
   ForwardArguments a{};
@@ -491,14 +498,15 @@ void launch_forward(const ForwardParams& p, const Device& device, const Tiling& 
   a.group = group;
   a.group_reciprocal = uint32_t(((1 << 16) + group - 1) / group);
   a.tile_tokens = tiling.tile_tokens;
+  a.block_tokens = block_tokens(s);
   a.scale_log2 = p.softmax_scale * float(M_LOG2E);
   LaunchShape shape;
   shape.grid = dim3(unsigned(std::min<int64_t>(device.sm_count / kCluster, max_forward_items(s)) * kCluster));
-  shape.block = dim3(kThreads);
-  shape.smem_bytes = int(sizeof(SharedStorage<kHeadDim>)) + 1024;  // what is aligned by hand
+  shape.block = dim3(Shared::kThreads);
+  shape.smem_bytes = int(sizeof(Shared)) + 1024;  // what is aligned by hand
   shape.cluster = kCluster;
   shape.dependent = true;
-  static_assert(sizeof(SharedStorage<kHeadDim>) + 1024 <= 227 * 1024);
+  static_assert(sizeof(Shared) + 1024 <= 227 * 1024);
   launch_kernel(kOp, device, p.launch.stream, shape, illada_attention_forward_sm90<T, kHeadDim, kCluster>, q_map, k_map,
                 v_map, out_map, a);
 }

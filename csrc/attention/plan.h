@@ -24,36 +24,38 @@ struct PlanHeader {
   int32_t forward_items, backward_items, sequences, reserved;
 };
 
-constexpr int kTileRows = 128;      // tokens x heads of a group, of one CTA: two halves, each of whole tokens
+constexpr int kBlockRows = 64;   // tokens x heads of a group that stay together: whole tokens, so H / G <= 64
+constexpr int kLeastBlocks = 2;  // of a CTA's tile
+constexpr int kMostBlocks = 3;
 constexpr int kBackwardKeys = 128;  // of an item of the backward
 constexpr int kSplitItems = 512;    // packs of at most so many tiles may be split over keys
 constexpr int kSplitSlots = 320;    // pieces of split tiles
 
-// Query tokens of a CTA; H / G is at most kTileRows / 2.
-inline int tile_tokens(const PackShape& s) { return 2 * (kTileRows / 2 / (s.num_heads / s.num_kv_heads)); }
+inline int block_tokens(const PackShape& s) { return kBlockRows / (s.num_heads / s.num_kv_heads); }
 
-// How a device cuts a pack into forward items.
+// How a kernel cuts a pack into forward items.
 struct Tiling {
-  int tile_tokens = 0;  // query tokens of a CTA: kTileRows / (H / G)
+  int tile_tokens = 0;  // query tokens of a CTA: some blocks of 64 rows
   int cluster = 1;      // CTAs that share an item, each with tile_tokens of its queries, and load its keys once
   int key_tile = 0;     // keys of a step of the kernel: splits fall between steps
   bool may_split = false;
   int item_tokens() const { return tile_tokens * cluster; }
 };
-// `key_tile` and `clusters` (are they built?) are the kernel's.
-inline Tiling tiling(const PackShape& s, int key_tile, bool clusters);
 
-// The most tiles of queries that a pack can have, whatever its lengths are.
-inline int64_t max_tiles(const PackShape& s) { return s.num_kv_heads * (s.total_q / tile_tokens(s) + s.num_sequences); }
+// The most tiles of queries that a pack can have, whatever its lengths and the kernel are.
+inline int64_t max_tiles(const PackShape& s) {
+  return s.num_kv_heads * (s.total_q / (kLeastBlocks * block_tokens(s)) + s.num_sequences);
+}
 inline bool may_split(const PackShape& s) { return max_tiles(s) <= kSplitItems; }
 inline int64_t max_forward_items(const PackShape& s) { return max_tiles(s) + (may_split(s) ? kSplitSlots : 0); }
 inline int64_t max_backward_items(const PackShape& s) {
   return s.total_k < 0 ? 0 : s.num_kv_heads * (s.total_k / kBackwardKeys + s.num_sequences);
 }
 
-inline Tiling tiling(const PackShape& s, int key_tile, bool clusters) {
+// `blocks` of a CTA's tile, `key_tile` and `clusters` (are they built?) are the kernel's.
+inline Tiling tiling(const PackShape& s, int blocks, int key_tile, bool clusters) {
   Tiling t;
-  t.tile_tokens = tile_tokens(s);
+  t.tile_tokens = blocks * block_tokens(s);
   t.key_tile = key_tile;
   t.may_split = may_split(s);
   // A pair of tiles pays where sequences have many: the second CTA of the last pair may have nothing to do.
@@ -61,9 +63,9 @@ inline Tiling tiling(const PackShape& s, int key_tile, bool clusters) {
   return t;
 }
 
-// Rows of kTileRows or fewer that a slot of the workspace has.
+// Rows of a slot of the workspace, for any kernel.
 inline int slot_rows(const PackShape& s) {
-  return int(std::min<int64_t>(s.total_q, tile_tokens(s))) * (s.num_heads / s.num_kv_heads);
+  return int(std::min<int64_t>(s.total_q, kMostBlocks * block_tokens(s))) * (s.num_heads / s.num_kv_heads);
 }
 
 // workspace: out fp32 [kSplitSlots, slot_rows, D], then lse fp32 [kSplitSlots, slot_rows] (base 2), both of what has

@@ -23,14 +23,18 @@ namespace illada::ptx {
   "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), \
   "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), \
   "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
-#define ILLADA_WGMMA_D64 \
+#define ILLADA_WGMMA_D48 \
   ILLADA_WGMMA_D32 ", " \
-  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define ILLADA_WGMMA_IO64(d) \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define ILLADA_WGMMA_IO48(d) \
   ILLADA_WGMMA_IO32(d), \
   "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), \
-  "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), \
+  "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47])
+#define ILLADA_WGMMA_D64 \
+  ILLADA_WGMMA_D48 ", " \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define ILLADA_WGMMA_IO64(d) \
+  ILLADA_WGMMA_IO48(d), \
   "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), \
   "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
 #define ILLADA_WGMMA_D72 \
@@ -92,14 +96,16 @@ namespace illada::ptx {
 template <typename T, int kN>
 __device__ __forceinline__ void wgmma_k16(float (&d)[kN / 2], uint64_t a, uint64_t b, bool accumulate) {
   static_assert(std::is_same_v<T, BFloat16> || std::is_same_v<T, Half>);
-  static_assert(kN == 128 || kN == 144 || kN == 160 || kN == 176 || kN == 256);
+  static_assert(kN == 96 || kN == 128 || kN == 144 || kN == 160 || kN == 176 || kN == 256);
   if constexpr (std::is_same_v<T, BFloat16>) {
+    if constexpr (kN == 96) ILLADA_WGMMA_SS(96, 48, 48, 49, 50, "bf16", 0);
     if constexpr (kN == 128) ILLADA_WGMMA_SS(128, 64, 64, 65, 66, "bf16", 0);
     if constexpr (kN == 160) ILLADA_WGMMA_SS(160, 80, 80, 81, 82, "bf16", 0);
     if constexpr (kN == 144) ILLADA_WGMMA_SS(144, 72, 72, 73, 74, "bf16", 0);
     if constexpr (kN == 176) ILLADA_WGMMA_SS(176, 88, 88, 89, 90, "bf16", 0);
     if constexpr (kN == 256) ILLADA_WGMMA_SS(256, 128, 128, 129, 130, "bf16", 0);
   } else {
+    if constexpr (kN == 96) ILLADA_WGMMA_SS(96, 48, 48, 49, 50, "f16", 0);
     if constexpr (kN == 128) ILLADA_WGMMA_SS(128, 64, 64, 65, 66, "f16", 0);
     if constexpr (kN == 160) ILLADA_WGMMA_SS(160, 80, 80, 81, 82, "f16", 0);
     if constexpr (kN == 144) ILLADA_WGMMA_SS(144, 72, 72, 73, 74, "f16", 0);
@@ -126,6 +132,8 @@ __device__ __forceinline__ void wgmma_k16_rs(float (&d)[kN / 2], const uint32_t 
 #undef ILLADA_WGMMA_RS
 #undef ILLADA_WGMMA_D32
 #undef ILLADA_WGMMA_IO32
+#undef ILLADA_WGMMA_D48
+#undef ILLADA_WGMMA_IO48
 #undef ILLADA_WGMMA_D64
 #undef ILLADA_WGMMA_IO64
 #undef ILLADA_WGMMA_D72
