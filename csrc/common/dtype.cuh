@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 namespace illada {
 
@@ -77,6 +78,19 @@ __device__ __forceinline__ void unpack2(uint32_t word, float& low, float& high, 
 __device__ __forceinline__ void unpack2(uint32_t word, float& low, float& high, Half) {
   low = to_float(Half{uint16_t(word)});
   high = to_float(Half{uint16_t(word >> 16)});
+}
+
+// Rounded to T, `low` in the lower half of the word.
+template <typename T>
+__device__ __forceinline__ uint32_t pack2(float low, float high) {
+  uint32_t word;
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  } else {
+    static_assert(std::is_same_v<T, Half>);
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  }
+  return word;
 }
 
 template <typename T>
