@@ -96,4 +96,19 @@ void prepare_kernel(const char* op, const void* kernel, const Device& device, in
   }
 }
 
+int resident_ctas(const char* op, const void* kernel, const Device& device, int threads, int smem_bytes) {
+  prepare_kernel(op, kernel, device, smem_bytes);
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, int> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto [entry, is_new] = known.try_emplace({kernel, device.index}, 0);
+  if (is_new) {
+    const cudaError_t status =
+        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&entry->second, kernel, threads, size_t(smem_bytes));
+    if (status != cudaSuccess) known.erase(entry);
+    ILLADA_CUDA_CHECK(op, status);
+  }
+  return entry->second;
+}
+
 }  // namespace illada

@@ -35,6 +35,8 @@ class DeviceGuard {
 
 // Once a kernel and device: is there code for this GPU (else NotSupported, naming both), and may it use `smem_bytes`?
 void prepare_kernel(const char* op, const void* kernel, const Device& device, int smem_bytes);
+// How many CTAs of the kernel an SM holds at a time, asked of the runtime once a kernel and device.
+int resident_ctas(const char* op, const void* kernel, const Device& device, int threads, int smem_bytes);
 
 struct LaunchShape {
   dim3 grid, block;

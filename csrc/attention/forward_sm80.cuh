@@ -1,0 +1,353 @@
+// The attention forward on sm_80; included by one file per head dim.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <type_traits>
+
+#include "attention/launch.h"
+#include "attention/row_pair.cuh"
+#include "common/dtype.cuh"
+#include "common/ptx.cuh"
+#include "common/reduce.cuh"
+
+namespace illada::attention {
+namespace {
+
+constexpr int kWarps = 4, kThreads = 32 * kWarps;
+constexpr int kWarpRows = kTileRows / kWarps, kPairs = kWarpRows / 16;  // RowPairs of a lane
+
+#ifndef KEYS128
+#define KEYS128 64
+#endif
+#ifndef AHEAD128
+#define AHEAD128 1
+#endif
+#ifndef KEYS64
+#define KEYS64 64
+#endif
+#ifndef AHEAD64
+#define AHEAD64 1
+#endif
+#ifndef RESIDENT64
+#define RESIDENT64 3
+#endif
+#ifndef QREG
+#define QREG 0
+#endif
+
+template <int kHeadDim>
+struct Shape80 {
+  static constexpr int kKeys = kHeadDim == 128 ? KEYS128 : KEYS64;
+  static constexpr int kAhead = kHeadDim == 128 ? AHEAD128 : AHEAD64;  // tiles of keys in flight beside the one in use
+  static constexpr int kStages = 2 * kAhead + 1;
+  static constexpr int kResident = kHeadDim == 128 ? 2 : RESIDENT64;  // CTAs of an SM
+  static constexpr int kRowBytes = kHeadDim * 2;
+};
+
+// Tiles are rows of kHeadDim elements; in row r, the 16-byte chunk c stands where c ^ (r % 8) would.
+template <int kHeadDim>
+struct SharedStorage {
+  using Shape = Shape80<kHeadDim>;
+  alignas(128) char q[kTileRows * Shape::kRowBytes];
+  char keys[Shape::kStages][Shape::kKeys * Shape::kRowBytes];  // K and V in turn
+  WorkItem item[2];                                            // in use, and the next one
+};
+
+struct ForwardArguments {
+  const int32_t* plan;
+  const void *q, *k, *v;
+  int64_t q_token_bytes, q_head_bytes, k_token_bytes, k_head_bytes, v_token_bytes, v_head_bytes;
+  void* out;
+  float* lse;
+  float *slot_out, *slot_lse;
+  int32_t total_q, num_heads, group, slot_rows;
+  uint32_t group_reciprocal;  // ceil(2^16 / group): row / group == row * group_reciprocal >> 16 for rows of a tile
+  float scale_log2;           // softmax_scale * log2(e)
+};
+
+// The item of a CTA in a round: back and forth, because the list is sorted by length.
+__device__ __forceinline__ int item_index(int round) {
+  return round * int(gridDim.x) + int(round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+}
+
+// A row of a tile, as it lies in the pack.
+struct TileRow {
+  int token, head;  // of the item, of the group
+  __device__ __forceinline__ TileRow(int row, const ForwardArguments& a)
+      : token(int(uint32_t(row) * a.group_reciprocal >> 16)), head(row - token * a.group) {}
+};
+
+// How the threads of a CTA copy tiles: a chunk of 16 bytes each, kRows rows at a time.
+template <int kHeadDim>
+struct Copier {
+  static constexpr int kChunks = kHeadDim / 8, kRows = kThreads / kChunks, kRowBytes = kHeadDim * 2;
+  static_assert(kRows % 8 == 0);  // a thread's chunk stays at its place
+  int row, column;                // of the first chunk; the column in bytes
+  uint32_t target;                // in any tile
+
+  __device__ __forceinline__ Copier() {
+    row = int(threadIdx.x) / kChunks;
+    column = int(threadIdx.x) % kChunks * 16;
+    target = uint32_t(row * kRowBytes + (column ^ row % 8 * 16));
+  }
+  // `source` is this thread's first chunk. Rows from `rows` on become zeros: what lies there may be anything, and
+  // 0 * NaN is NaN.
+  template <int kTile, bool kPartial>
+  __device__ __forceinline__ void keys(uint32_t tile, const char* source, int64_t stride, int rows) const {
+#pragma unroll
+    for (int i = 0; i < kTile / kRows; ++i)
+      ptx::cp_async_16(tile + target + i * kRows * kRowBytes, source + i * kRows * stride,
+                       !kPartial || row + i * kRows < rows);
+  }
+};
+
+template <typename T, int kHeadDim>
+__global__ __launch_bounds__(kThreads, Shape80<kHeadDim>::kResident) void illada_attention_forward_sm80(
+    const __grid_constant__ ForwardArguments a) {
+  using Shape = Shape80<kHeadDim>;
+  constexpr bool kIsBFloat16 = std::is_same_v<T, BFloat16>;
+  constexpr int kKeys = Shape::kKeys, kAhead = Shape::kAhead, kStages = Shape::kStages, kRowBytes = Shape::kRowBytes;
+  constexpr uint32_t kTileBytes = kKeys * kRowBytes;
+  extern __shared__ __align__(1024) char raw_shared[];
+  SharedStorage<kHeadDim>& shared = *reinterpret_cast<SharedStorage<kHeadDim>*>(raw_shared);
+  const uint32_t q_tile = ptx::smem_address(shared.q), ring = ptx::smem_address(shared.keys);
+  const int warp = __shfl_sync(kFullWarp, int(threadIdx.x) / 32, 0), lane = int(threadIdx.x) % 32;
+  const Copier<kHeadDim> copier;
+  // ldmatrix, all operands alike: lanes 0 .. 15 have the rows of the first 8 columns, 16 .. 31 those of the other 8.
+  const uint32_t fragment = uint32_t(lane % 16 * kRowBytes + ((lane / 16) ^ (lane % 8)) * 16);
+
+  ptx::griddepcontrol_wait();
+  ptx::griddepcontrol_launch_dependents();
+  const int items = reinterpret_cast<const PlanHeader*>(a.plan)->forward_items;
+  if (item_index(0) >= items) return;
+  if (threadIdx.x == 0) shared.item[0] = forward_items(a.plan)[item_index(0)];
+  __syncthreads();
+
+  const char *k_source, *v_source;  // this thread's first chunk of tile 0 of the item in flight
+  uint32_t stage = 0;               // in bytes: the one that is read next
+  const auto open_item = [&](int round) {  // nothing of the ring and of q is in use
+    const WorkItem& item = shared.item[round % 2];
+    const int next = item_index(round + 1);
+    if (threadIdx.x < sizeof(WorkItem) / 16 && next < items)
+      ptx::cp_async_16(ptx::smem_address(&shared.item[(round + 1) % 2]) + threadIdx.x * 16,
+                       reinterpret_cast<const char*>(forward_items(a.plan) + next) + threadIdx.x * 16);
+    const int tiles = (item.k_count + kKeys - 1) / kKeys;
+    if (tiles > 0) {
+      const char* source =
+          static_cast<const char*>(a.q) + item.q_start * a.q_token_bytes + item.kv_head * a.group * a.q_head_bytes;
+#pragma unroll 4
+      for (int i = 0; i < kTileRows / copier.kRows; ++i) {
+        const TileRow row(copier.row + i * copier.kRows, a);
+        ptx::cp_async_16(q_tile + copier.target + i * copier.kRows * kRowBytes,
+                         source + row.token * a.q_token_bytes + row.head * a.q_head_bytes + copier.column,
+                         row.token < item.q_count);
+      }
+    }
+    k_source = static_cast<const char*>(a.k) + (item.k_start + copier.row) * a.k_token_bytes +
+               item.kv_head * a.k_head_bytes + copier.column;
+    v_source = static_cast<const char*>(a.v) + (item.k_start + copier.row) * a.v_token_bytes +
+               item.kv_head * a.v_head_bytes + copier.column;
+    stage = 0;
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const int tile = tiles - 1 - i, rows = item.k_count - tile * kKeys;
+      if (tile >= 0)
+        copier.template keys<kKeys, true>(ring + 2 * i * kTileBytes, k_source + tile * kKeys * a.k_token_bytes,
+                                          a.k_token_bytes, rows);
+      ptx::cp_async_commit();
+      if (tile >= 0)
+        copier.template keys<kKeys, true>(ring + (2 * i + 1) * kTileBytes, v_source + tile * kKeys * a.v_token_bytes,
+                                          a.v_token_bytes, rows);
+      ptx::cp_async_commit();
+    }
+  };
+
+  open_item(0);
+  for (int round = 0; item_index(round) < items; ++round) {
+    const int tiles = (shared.item[round % 2].k_count + kKeys - 1) / kKeys;
+    const bool has_rows = warp * kWarpRows < shared.item[round % 2].q_count * a.group;
+    float o[kPairs][kHeadDim / 2];
+    RowPair rows[kPairs];
+#pragma unroll
+    for (int m = 0; m < kPairs; ++m) {
+      rows[m].reset();
+#pragma unroll
+      for (int j = 0; j < kHeadDim / 2; ++j) o[m][j] = 0;
+    }
+    // Waits for the tile at `stage`, sends for another one into the place of the one before, which all have read.
+    const auto next_stage = [&](const char* source, int64_t stride, bool is_there) {
+      ptx::cp_async_wait<kStages - 2>();
+      __syncthreads();
+      const uint32_t free = stage == 0 ? (kStages - 1) * kTileBytes : stage - kTileBytes;
+      if (is_there) copier.template keys<kKeys, false>(ring + free, source, stride, kKeys);
+      ptx::cp_async_commit();
+      const uint32_t current = ring + stage + fragment;
+      stage = stage == (kStages - 1) * kTileBytes ? 0 : stage + kTileBytes;
+      return current;
+    };
+
+#pragma unroll 1
+    for (int tile = tiles - 1; tile >= 0; --tile) {
+      const int ahead = tile - kAhead;
+      const uint32_t k_tile = next_stage(k_source + ahead * kKeys * a.k_token_bytes, a.k_token_bytes, ahead >= 0);
+      uint32_t p[kPairs][kKeys / 16][4];
+      if (has_rows) {
+        float s[kPairs][kKeys / 2];
+#pragma unroll
+        for (int m = 0; m < kPairs; ++m) {
+#pragma unroll
+          for (int j = 0; j < kKeys / 2; ++j) s[m][j] = 0;
+        }
+#pragma unroll
+        for (int step = 0; step < kHeadDim / 16; ++step) {
+          uint32_t q[kPairs][4];
+#pragma unroll
+          for (int m = 0; m < kPairs; ++m)
+            ptx::ldmatrix_x4(q[m], ((q_tile + fragment + uint32_t(warp * kWarpRows * kRowBytes)) ^ (step % 4 * 32)) +
+                                       step / 4 * 128 + m * 16 * kRowBytes);
+#pragma unroll
+          for (int n = 0; n < kKeys / 16; ++n) {
+            uint32_t k[4];
+            ptx::ldmatrix_x4(k, (k_tile ^ (step % 4 * 32)) + step / 4 * 128 + n * 16 * kRowBytes);
+#pragma unroll
+            for (int m = 0; m < kPairs; ++m) {
+              ptx::mma_m16n8k16<kIsBFloat16>(&s[m][8 * n], q[m], k[0], k[2]);
+              ptx::mma_m16n8k16<kIsBFloat16>(&s[m][8 * n + 4], q[m], k[1], k[3]);
+            }
+          }
+        }
+        if (tile == tiles - 1) {
+          const int valid = shared.item[round % 2].k_count - tile * kKeys;
+          if (valid < kKeys) {
+#pragma unroll
+            for (int m = 0; m < kPairs; ++m) mask_scores(s[m], valid);
+          }
+        }
+#pragma unroll
+        for (int m = 0; m < kPairs; ++m) {
+          float rescale[2];
+          if (rows[m].update(s[m], a.scale_log2, rescale)) {
+#pragma unroll
+            for (int j = 0; j < kHeadDim / 2; ++j) o[m][j] *= rescale[j / 2 % 2];
+          }
+          pack_probabilities<T>(s[m], p[m]);
+        }
+      }
+      const uint32_t v_tile = next_stage(v_source + ahead * kKeys * a.v_token_bytes, a.v_token_bytes, ahead >= 0);
+      if (has_rows) {
+#pragma unroll
+        for (int step = 0; step < kKeys / 16; ++step) {
+#pragma unroll
+          for (int n = 0; n < kHeadDim / 16; ++n) {
+            uint32_t v[4];
+            ptx::ldmatrix_x4_trans(v, (v_tile ^ (n % 4 * 32)) + n / 4 * 128 + step * 16 * kRowBytes);
+#pragma unroll
+            for (int m = 0; m < kPairs; ++m) {
+              ptx::mma_m16n8k16<kIsBFloat16>(&o[m][8 * n], p[m][step], v[0], v[1]);
+              ptx::mma_m16n8k16<kIsBFloat16>(&o[m][8 * n + 4], p[m][step], v[2], v[3]);
+            }
+          }
+        }
+      }
+    }
+    // The next item's tiles come while this one's rows leave.
+    const WorkItem item = shared.item[round % 2];  // before another one takes its place
+    ptx::cp_async_wait<0>();
+    __syncthreads();
+    if (item_index(round + 1) < items) open_item(round + 1);
+    if (has_rows) {
+      const bool whole = item.pieces == 1;
+#pragma unroll
+      for (int m = 0; m < kPairs; ++m) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const float sum = warp_reduce<4>(rows[m].sum[i], [](float x, float y) { return x + y; });
+          const float inverse = sum == 0 ? 0 : 1 / sum;  // 0: an item without keys
+          const float lse_log2 = fmaf(rows[m].reference[i], a.scale_log2, log2f(sum));
+          const TileRow row(warp * kWarpRows + m * 16 + i * 8 + lane / 4, a);
+          const bool is_real = row.token < item.q_count;
+          const int64_t token = item.q_start + row.token;
+          const int head = item.kv_head * a.group + row.head;
+          if (whole) {
+            T* out = static_cast<T*>(a.out) + (token * a.num_heads + head) * kHeadDim + lane % 4 * 8;
+#pragma unroll
+            for (int j = 0; j < kHeadDim / 32; ++j) {
+              // 32 columns of the row, 2 of every 8 in a lane; lane l of the four is to have the l-th 8 of them.
+              uint32_t w[4];
+#pragma unroll
+              for (int n = 0; n < 4; ++n)
+                w[n] = pack2<T>(o[m][16 * j + 4 * n + 2 * i] * inverse, o[m][16 * j + 4 * n + 2 * i + 1] * inverse);
+#pragma unroll
+              for (int bit = 1; bit <= 2; bit *= 2) {
+                const bool upper = lane & bit;
+#pragma unroll
+                for (int n = 0; n < 4; ++n) {
+                  if (n & bit) continue;
+                  const uint32_t got = __shfl_xor_sync(kFullWarp, upper ? w[n] : w[n | bit], bit);
+                  (upper ? w[n] : w[n | bit]) = got;
+                }
+              }
+              if (is_real) *reinterpret_cast<uint4*>(out + 32 * j) = make_uint4(w[0], w[1], w[2], w[3]);
+            }
+            if (is_real && lane % 4 == 0) a.lse[int64_t(head) * a.total_q + token] = lse_log2 * float(M_LN2);
+          } else if (is_real) {
+            const int64_t slot_row =
+                int64_t(item.first_slot + item.piece) * a.slot_rows + row.token * a.group + row.head;
+            float* out = a.slot_out + slot_row * kHeadDim + lane % 4 * 2;
+#pragma unroll
+            for (int j = 0; j < kHeadDim / 8; ++j)
+              *reinterpret_cast<float2*>(out + 8 * j) =
+                  make_float2(o[m][4 * j + 2 * i] * inverse, o[m][4 * j + 2 * i + 1] * inverse);
+            if (lane % 4 == 0) a.slot_lse[slot_row] = lse_log2;
+          }
+        }
+      }
+    }
+  }
+}
+
+template <typename T, int kHeadDim>
+void launch_forward(const ForwardParams& p, const Device& device) {
+  constexpr const char* kOp = "varlen_attention";
+  const PackShape& s = p.shape;
+  const int group = s.num_heads / s.num_kv_heads;
+  ForwardArguments a{};
+  a.plan = p.plan;
+  a.q = p.q.data;
+  a.k = p.k.data;
+  a.v = p.v.data;
+  a.q_token_bytes = p.q.token_stride * 2;
+  a.q_head_bytes = p.q.head_stride * 2;
+  a.k_token_bytes = p.k.token_stride * 2;
+  a.k_head_bytes = p.k.head_stride * 2;
+  a.v_token_bytes = p.v.token_stride * 2;
+  a.v_head_bytes = p.v.head_stride * 2;
+  a.out = p.out;
+  a.lse = p.lse;
+  a.slot_rows = slot_rows(s);
+  a.slot_out = static_cast<float*>(p.workspace);
+  a.slot_lse = a.slot_out + int64_t(kSplitSlots) * a.slot_rows * kHeadDim;
+  a.total_q = int32_t(s.total_q);
+  a.num_heads = s.num_heads;
+  a.group = group;
+  a.group_reciprocal = uint32_t(((1 << 16) + group - 1) / group);
+  a.scale_log2 = p.softmax_scale * float(M_LOG2E);
+  const auto kernel = illada_attention_forward_sm80<T, kHeadDim>;
+  LaunchShape shape;
+  shape.block = dim3(kThreads);
+  shape.smem_bytes = int(sizeof(SharedStorage<kHeadDim>));
+  shape.dependent = true;
+  const int resident = resident_ctas(kOp, reinterpret_cast<const void*>(kernel), device, kThreads, shape.smem_bytes);
+  shape.grid = dim3(unsigned(std::min<int64_t>(int64_t(device.sm_count) * resident, max_forward_items(s))));
+  launch_kernel(kOp, device, p.launch.stream, shape, kernel, a);
+}
+
+template <int kHeadDim>
+void launch_forward(const ForwardParams& p, const Device& device) {
+  p.dtype == DType::kBFloat16 ? launch_forward<BFloat16, kHeadDim>(p, device)
+                              : launch_forward<Half, kHeadDim>(p, device);
+}
+
+}  // namespace
+}  // namespace illada::attention

@@ -1,0 +1,89 @@
+// The online softmax of the attention forward, on scores as the tensor cores leave them (mma.sync m16n8, wgmma m64n8).
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "common/dtype.cuh"
+#include "common/ptx.cuh"
+#include "common/reduce.cuh"
+
+namespace illada::attention {
+
+// Two rows of scores, four neighbouring lanes to a row: lane l holds s[4 j + 2 i + e] of row i at key
+// 8 j + l % 4 * 2 + e. Base 2. Probabilities are relative to a score that need not be the largest one: it moves only
+// when some row of the warp has outgrown its own by kSlack, which is rare after the first tile, and no lane asks another
+// one until then. 2^kSlack is as exact as 1 in either dtype.
+struct RowPair {
+  static constexpr float kSlack = 8;
+  float reference[2], sum[2];  // of this lane's probabilities
+
+  __device__ __forceinline__ void reset() {
+    reference[0] = reference[1] = -INFINITY;
+    sum[0] = sum[1] = 0;
+  }
+  // Scores become probabilities. True: what came before is to be multiplied by `rescale`.
+  template <int kCount>
+  __device__ __forceinline__ bool update(float (&s)[kCount], float scale_log2, float (&rescale)[2]) {
+    float top[4] = {s[0], s[1], s[2], s[3]};
+#pragma unroll
+    for (int j = 4; j < kCount; ++j) top[j % 4] = fmaxf(top[j % 4], s[j]);
+    top[0] = fmaxf(top[0], top[1]);
+    top[1] = fmaxf(top[2], top[3]);
+    const float growth = fmaxf(top[0] - reference[0], top[1] - reference[1]) * scale_log2;
+    const bool moves = __any_sync(kFullWarp, growth > kSlack);
+    if (moves) {
+#pragma unroll
+      for (int lanes = 2; lanes; lanes /= 2) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) top[i] = fmaxf(top[i], __shfl_xor_sync(kFullWarp, top[i], lanes));
+      }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        top[i] = fmaxf(top[i], reference[i]);
+        rescale[i] = ptx::exp2_approx((reference[i] - top[i]) * scale_log2);
+        sum[i] *= rescale[i];
+        reference[i] = top[i];
+      }
+    }
+    const float offset[2] = {reference[0] * scale_log2, reference[1] * scale_log2};
+    float total[4] = {sum[0], 0, sum[1], 0};
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      s[j] = ptx::exp2_approx(fmaf(s[j], scale_log2, -offset[j / 2 % 2]));
+      total[j % 4] += s[j];
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) sum[i] = total[2 * i] + total[2 * i + 1];
+    return moves;
+  }
+};
+
+// Keys from `valid` on do not count.
+template <int kCount>
+__device__ __forceinline__ void mask_scores(float (&s)[kCount], int valid) {
+  const int limit = valid - 2 * int(threadIdx.x % 4);
+#pragma unroll
+  for (int first = 0; first < kCount / 4; first += 4) {
+    if (valid < 8 * (first + 4)) {
+#pragma unroll
+      for (int j = first; j < min(first + 4, kCount / 4); ++j) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+          if (8 * j + e >= limit) s[4 * j + e] = s[4 * j + 2 + e] = -INFINITY;
+      }
+    }
+  }
+}
+
+// Probabilities as the A operand of the second product: 16 keys to a step.
+template <typename T, int kCount>
+__device__ __forceinline__ void pack_probabilities(const float (&s)[kCount], uint32_t (&p)[kCount / 8][4]) {
+#pragma unroll
+  for (int step = 0; step < kCount / 8; ++step) {
+#pragma unroll
+    for (int w = 0; w < 4; ++w) p[step][w] = pack2<T>(s[8 * step + 2 * w], s[8 * step + 2 * w + 1]);
+  }
+}
+
+}  // namespace illada::attention
