@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 
 #include "attention/launch.h"
 #include "common/dtype.cuh"
@@ -67,51 +68,77 @@ __device__ __forceinline__ int item_index(int round) {
 }
 
 // Two rows of scores in wgmma's layout, four neighbouring lanes to a row: the online softmax in base 2. Probabilities
-// are relative to a score that need not be the largest one: it moves only when some row of the warp has outgrown its
-// own by kSlack, which is rare after the first tile, and no lane asks another one until then. 2^kSlack is as exact as 1
-// in either dtype.
+// are relative to a score that need not be the largest one, as long as a lane's share of a tile sums to no more than
+// kMost, which is as exact as 1 in either dtype. So the exponentials wait for no maximum and no other lane, and nobody
+// looks for a maximum but in the first tile, and when a row has outgrown its reference, which is rare.
 struct RowPair {
-  static constexpr float kSlack = 8;
+  static constexpr float kMost = 256;
   float reference[2], sum[2];  // of this lane's probabilities
 
-  __device__ __forceinline__ void reset() {
+  // The first tile of an item.
+  template <int kCount>
+  __device__ __forceinline__ void start(const float (&s)[kCount]) {
     reference[0] = reference[1] = -INFINITY;
+    raise_reference(s);
     sum[0] = sum[1] = 0;
   }
-  // Scores become probabilities. True: what came before is to be multiplied by `rescale`.
-  template <int kCount>
-  __device__ __forceinline__ bool update(float (&s)[kCount], float scale_log2, float (&rescale)[2]) {
-    float top[8];  // independent chains: a warp has its scheduler to itself while the other warpgroup multiplies
-#pragma unroll
-    for (int j = 0; j < kCount; ++j) top[j % 8] = j < 8 ? s[j] : fmaxf(top[j % 8], s[j]);
-    top[0] = fmaxf(fmaxf(top[0], top[1]), fmaxf(top[4], top[5]));
-    top[1] = fmaxf(fmaxf(top[2], top[3]), fmaxf(top[6], top[7]));
-    const float growth = fmaxf(top[0] - reference[0], top[1] - reference[1]) * scale_log2;
-    const bool moves = __any_sync(kFullWarp, growth > kSlack);
+
+  // Scores to probabilities, packed as the A operand of the second product. True: the reference has moved, and what
+  // came before is to be multiplied by `rescale`.
+  template <typename T, int kCount>
+  __device__ __forceinline__ bool update(const float (&s)[kCount], float scale_log2, uint32_t (&p)[kCount / 8][4],
+                                         float (&rescale)[2]) {
+    float total[2];
+    exponentials<T>(s, scale_log2, p, total);
+    const bool moves = __any_sync(kFullWarp, fmaxf(total[0], total[1]) > kMost);
     if (moves) {
-#pragma unroll
-      for (int lanes = 2; lanes; lanes /= 2) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) top[i] = fmaxf(top[i], __shfl_xor_sync(kFullWarp, top[i], lanes));
-      }
+      rescale[0] = reference[0];
+      rescale[1] = reference[1];
+      raise_reference(s);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        top[i] = fmaxf(top[i], reference[i]);
-        rescale[i] = ptx::exp2_approx((reference[i] - top[i]) * scale_log2);
+        rescale[i] = ptx::exp2_approx((rescale[i] - reference[i]) * scale_log2);
         sum[i] *= rescale[i];
-        reference[i] = top[i];
       }
-    }
-    const float offset[2] = {reference[0] * scale_log2, reference[1] * scale_log2};
-    float total[4] = {sum[0], 0, sum[1], 0};
-#pragma unroll
-    for (int j = 0; j < kCount; ++j) {
-      s[j] = ptx::exp2_approx(fmaf(s[j], scale_log2, -offset[j / 2 % 2]));
-      total[j % 4] += s[j];
+      exponentials<T>(s, scale_log2, p, total);
     }
 #pragma unroll
-    for (int i = 0; i < 2; ++i) sum[i] = total[2 * i] + total[2 * i + 1];
+    for (int i = 0; i < 2; ++i) sum[i] += total[i];
     return moves;
+  }
+
+ private:
+  template <int kCount>
+  __device__ __forceinline__ void raise_reference(const float (&s)[kCount]) {
+    float top[4] = {reference[0], reference[0], reference[1], reference[1]};
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) top[j % 4] = fmaxf(top[j % 4], s[j]);
+    reference[0] = fmaxf(top[0], top[1]);
+    reference[1] = fmaxf(top[2], top[3]);
+#pragma unroll
+    for (int lanes = 2; lanes; lanes /= 2) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) reference[i] = fmaxf(reference[i], __shfl_xor_sync(kFullWarp, reference[i], lanes));
+    }
+  }
+
+  template <typename T, int kCount>
+  __device__ __forceinline__ void exponentials(const float (&s)[kCount], float scale_log2, uint32_t (&p)[kCount / 8][4],
+                                               float (&total)[2]) const {
+    const float offset[2] = {reference[0] * scale_log2, reference[1] * scale_log2};
+    float part[4] = {};
+#pragma unroll
+    for (int j = 0; j < kCount; j += 2) {
+      float x[2];
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        x[e] = ptx::exp2_approx(fmaf(s[j + e], scale_log2, -offset[j / 2 % 2]));
+        part[j % 4 + e] += x[e];
+      }
+      p[j / 8][j / 2 % 4] = pack2<T>(x[0], x[1]);
+    }
+    total[0] = part[0] + part[1];
+    total[1] = part[2] + part[3];
   }
 };
 
@@ -129,16 +156,6 @@ __device__ __forceinline__ void mask_scores(float (&s)[kCount], int valid) {
           if (8 * j + e >= limit) s[4 * j + e] = s[4 * j + 2 + e] = -INFINITY;
       }
     }
-  }
-}
-
-// Probabilities as the A operand of the second product: 16 keys to a step.
-template <typename T, int kCount>
-__device__ __forceinline__ void pack_probabilities(const float (&s)[kCount], uint32_t (&p)[kCount / 8][4]) {
-#pragma unroll
-  for (int step = 0; step < kCount / 8; ++step) {
-#pragma unroll
-    for (int w = 0; w < 4; ++w) p[step][w] = pack2<T>(s[8 * step + 2 * w], s[8 * step + 2 * w + 1]);
   }
 }
 
@@ -230,12 +247,14 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim>::kThreads,
   constexpr int kKeys = Shared::kKeys, kSlices = Shared::kSlices;
   constexpr int kStagesK = Shared::kStagesK, kStagesV = Shared::kStagesV;
   constexpr int kConsumers = Shared::kConsumers;
+  constexpr uint32_t kTileBytes = sizeof(typename Shared::KeyTile);
   extern __shared__ char raw_shared[];
   const uint32_t shared_start = ptx::smem_address(raw_shared), aligned_start = (shared_start + 1023) / 1024 * 1024;
   Shared& shared = *reinterpret_cast<Shared*>(raw_shared + (aligned_start - shared_start));
-  const uint32_t q_full = ptx::smem_address(shared.q_full), q_empty = ptx::smem_address(shared.q_empty);
-  const uint32_t k_full = ptx::smem_address(shared.k_full), k_empty = ptx::smem_address(shared.k_empty);
-  const uint32_t v_full = ptx::smem_address(shared.v_full), v_empty = ptx::smem_address(shared.v_empty);
+  const auto at = [&](size_t offset) { return aligned_start + uint32_t(offset); };
+  const uint32_t q_full = at(offsetof(Shared, q_full)), q_empty = at(offsetof(Shared, q_empty));
+  const uint32_t k_full = at(offsetof(Shared, k_full)), k_empty = at(offsetof(Shared, k_empty));
+  const uint32_t v_full = at(offsetof(Shared, v_full)), v_empty = at(offsetof(Shared, v_empty));
   const int rank = kCluster > 1 ? int(ptx::cluster_cta_rank()) : 0;
 
   if (threadIdx.x == 0) {
@@ -266,7 +285,7 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim>::kThreads,
   ptx::griddepcontrol_launch_dependents();
 
   if (threadIdx.x >= 128 * kConsumers) {  // ------------------------------------------------------------ producer
-    ptx::setmaxnreg_decrease<kConsumers == 2 ? 56 : 32>();
+    ptx::setmaxnreg_decrease<kConsumers == 2 ? 40 : 56>();
     if (threadIdx.x == 128 * kConsumers) {
       const int items = plan_header(a.plan).forward_items;
       Ring<kStagesK> k_ring;
@@ -274,7 +293,7 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim>::kThreads,
       // Keys `row` .. of the item: the CTAs of a cluster load a part of the tile each, for all of them.
       const auto load = [&](const CUtensorMap* map, uint32_t tile, uint32_t barrier, const WorkItem& item, int row) {
         constexpr int kPart = kKeys / kCluster;
-        ptx::mbarrier_arrive_expect_tx(barrier, sizeof(typename Shared::KeyTile));
+        ptx::mbarrier_arrive_expect_tx(barrier, kTileBytes);
 #pragma unroll
         for (int slice = 0; slice < kSlices; ++slice) {
           const uint32_t target = tile + uint32_t(slice * kKeys + rank * kPart) * kRowBytes;
@@ -288,12 +307,12 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim>::kThreads,
       };
       const auto load_k = [&](const WorkItem& item, int row) {
         ptx::mbarrier_wait(k_empty + 8 * k_ring.stage, k_ring.parity ^ 1);
-        load(&k_map, ptx::smem_address(&shared.k[k_ring.stage]), k_full + 8 * k_ring.stage, item, row);
+        load(&k_map, at(offsetof(Shared, k)) + k_ring.stage * kTileBytes, k_full + 8 * k_ring.stage, item, row);
         k_ring.advance();
       };
       const auto load_v = [&](const WorkItem& item, int row) {
         ptx::mbarrier_wait(v_empty + 8 * v_ring.stage, v_ring.parity ^ 1);
-        load(&v_map, ptx::smem_address(&shared.v[v_ring.stage]), v_full + 8 * v_ring.stage, item, row);
+        load(&v_map, at(offsetof(Shared, v)) + v_ring.stage * kTileBytes, v_full + 8 * v_ring.stage, item, row);
         v_ring.advance();
       };
       // An item takes as long to come as half a tile: it is asked for an item ahead, and waits in shared memory.
@@ -301,8 +320,8 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim>::kThreads,
         const int index = item_index<kCluster>(round);
         if (index < items) {
           const WorkItem* source = forward_items(a.plan) + index;
-          ptx::cp_async_16(ptx::smem_address(&shared.next_item), source);
-          ptx::cp_async_16(ptx::smem_address(&shared.next_item) + 16, reinterpret_cast<const char*>(source) + 16);
+          ptx::cp_async_16(at(offsetof(Shared, next_item)), source);
+          ptx::cp_async_16(at(offsetof(Shared, next_item)) + 16, reinterpret_cast<const char*>(source) + 16);
         } else {
           shared.next_item = WorkItem{};
         }
@@ -328,9 +347,10 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim>::kThreads,
           ptx::mbarrier_arrive_expect_tx(q_full + 8 * w, uint32_t(kSlices * a.block_tokens * a.group * kRowBytes));
 #pragma unroll
           for (int slice = 0; slice < kSlices; ++slice)
-            ptx::tma_load_4d(
-                ptx::smem_address(shared.q[w].slice[slice]), &q_map, q_full + 8 * w, 64 * slice, item.kv_head * a.group,
-                a.total_q - item.q_count + (rank * kConsumers + w) * a.block_tokens, item.q_start + item.q_count);
+            ptx::tma_load_4d(at(offsetof(Shared, q)) + (w * kSlices + slice) * kBlockRows * kRowBytes, &q_map,
+                             q_full + 8 * w, 64 * slice, item.kv_head * a.group,
+                             a.total_q - item.q_count + (rank * kConsumers + w) * a.block_tokens,
+                             item.q_start + item.q_count);
         }
         ask_for_item(round + 1);
         for (; row >= 0; row -= kKeys) {
@@ -346,34 +366,39 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim>::kThreads,
       }
     }
   } else {  // ------------------------------------------------------------------------------------------- consumers
-    ptx::setmaxnreg_increase<kConsumers == 2 ? 224 : 160>();
+    ptx::setmaxnreg_increase<kConsumers == 2 ? 232 : 152>();
     const int warpgroup = __shfl_sync(kFullWarp, int(threadIdx.x) / 128, 0), lane = int(threadIdx.x) % 128;
     const int own_turn = 1 + warpgroup, next_turn = 1 + (warpgroup + 1) % kConsumers;
     const int own_barrier = 1 + kConsumers + warpgroup;
     const int first_token = (rank * kConsumers + warpgroup) * a.block_tokens;
-    const uint64_t q_descriptor = ptx::wgmma_descriptor_k128(ptx::smem_address(&shared.q[warpgroup]));
-    const uint64_t k_descriptor = ptx::wgmma_descriptor_k128(ptx::smem_address(&shared.k));
-    const uint64_t v_descriptor = ptx::wgmma_descriptor_mn128(ptx::smem_address(&shared.v), kKeys * kRowBytes);
+    const uint64_t q_descriptor =
+        ptx::wgmma_descriptor_k128(at(offsetof(Shared, q)) + warpgroup * uint32_t(sizeof(typename Shared::QueryTile)));
+    const uint64_t k_descriptor = ptx::wgmma_descriptor_k128(at(offsetof(Shared, k)));
+    const uint64_t v_descriptor = ptx::wgmma_descriptor_mn128(at(offsetof(Shared, v)), kKeys * kRowBytes);
+    const uint32_t staging = at(offsetof(Shared, out)) + warpgroup * uint32_t(sizeof(typename Shared::QueryTile));
     Ring<kStagesK> k_ring;
     Ring<kStagesV> v_ring;
     float s[kKeys / 2], o[kHeadDim / 2];
-    uint32_t p[kKeys / 16][4];
+    uint32_t p[kKeys / 16][4], next_p[kKeys / 16][4];
     RowPair rows;
     float rescale[2];
 
     const auto multiply_k = [&] {  // s = q . k
-      const uint64_t b = k_descriptor + uint64_t(k_ring.stage) * (sizeof(typename Shared::KeyTile) / 16);
+      const uint64_t b = k_descriptor + uint64_t(k_ring.stage) * (kTileBytes / 16);
 #pragma unroll
       for (int step = 0; step < kHeadDim / 16; ++step)
         ptx::wgmma_k16<T, kKeys>(s, q_descriptor + step / 4 * (kBlockRows * kRowBytes / 16) + step % 4 * 2,
                                  b + step / 4 * (kKeys * kRowBytes / 16) + step % 4 * 2, step > 0);
       ptx::wgmma_commit();
     };
-    const auto multiply_v = [&](bool accumulate) {  // o (+)= p . v
-      const uint64_t b = v_descriptor + uint64_t(v_ring.stage) * (sizeof(typename Shared::KeyTile) / 16);
+    const auto multiply_v = [&](bool accumulate, bool hand_over) {  // o (+)= p . v
+      const uint64_t b = v_descriptor + uint64_t(v_ring.stage) * (kTileBytes / 16);
 #pragma unroll
-      for (int step = 0; step < kKeys / 16; ++step)
+      for (int step = 0; step < kKeys / 16; ++step) {
+        // Before the last step is issued, so that no time is lost between the warpgroups.
+        if (step == kKeys / 16 - 1 && hand_over) ptx::named_barrier_arrive(next_turn, 256);
         ptx::wgmma_k16_rs<T, kHeadDim>(o, p[step], b + step * (16 * kRowBytes / 16), accumulate || step > 0);
+      }
       ptx::wgmma_commit();
     };
     const auto release = [&](uint32_t barrier) {  // one thread for each CTA that loads into the stage
@@ -399,8 +424,16 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim>::kThreads,
       release(k_empty + 8 * k_ring.stage);
       k_ring.advance();
       ptx::mbarrier_arrive_if(--tiles == 0 && lane == 0, q_empty + 8 * warpgroup);
-      if (is_first && valid < kKeys) mask_scores(s, valid);
-      return rows.update(s, a.scale_log2, rescale);
+      if (is_first) {
+        if (valid < kKeys) mask_scores(s, valid);
+        rows.start(s);
+      }
+      return rows.update<T>(s, a.scale_log2, next_p, rescale);
+    };
+
+    const auto take_next_p = [&] {
+#pragma unroll
+      for (int i = 0; i < kKeys / 4; ++i) p[i / 4][i % 4] = next_p[i / 4][i % 4];
     };
 
     if (open_item()) {
@@ -408,11 +441,10 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim>::kThreads,
       ptx::wgmma_fence();
       multiply_k();
       ptx::wgmma_wait<0>();
-      rows.reset();
       finish_scores(true);
-      pack_probabilities<T>(s, p);
       if (warpgroup == kConsumers - 1) ptx::named_barrier_arrive(next_turn, 256);
 
+      take_next_p();
       bool is_last = tiles == 0, fresh = true;
       while (true) {
         const bool is_first = is_last;
@@ -423,35 +455,33 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim>::kThreads,
         multiply_k();
         ptx::mbarrier_wait(v_full + 8 * v_ring.stage, v_ring.parity);
         ptx::wgmma_fence();
-        multiply_v(!fresh);
-        ptx::named_barrier_arrive(next_turn, 256);
+        multiply_v(!fresh, true);
         ptx::wgmma_wait<1>();
         const RowPair finished = rows;
-        if (is_first) rows.reset();
         const bool moved = finish_scores(is_first);
-        ptx::wgmma_keep(s);
         ptx::wgmma_wait<0>();
+        ptx::wgmma_keep_operand(p, a.total_q < 0, staging);
         release(v_empty + 8 * v_ring.stage);
         v_ring.advance();
         if (is_first) {
-          write_rows<T, kHeadDim>(o, finished, shared.item[warpgroup][round % 2], a, out_map,
-                                  ptx::smem_address(&shared.out[warpgroup]), own_barrier, first_token);
+          write_rows<T, kHeadDim>(o, finished, shared.item[warpgroup][round % 2], a, out_map, staging, own_barrier,
+                                  first_token);
         } else if (moved) {
 #pragma unroll
           for (int j = 0; j < kHeadDim / 2; ++j) o[j] *= rescale[j / 2 % 2];
         }
+        take_next_p();
         fresh = is_first;
-        pack_probabilities<T>(s, p);
         is_last = tiles == 0;
       }
       if (warpgroup == 0) ptx::named_barrier_sync(own_turn, 256);
       ptx::mbarrier_wait(v_full + 8 * v_ring.stage, v_ring.parity);
       ptx::wgmma_fence();
-      multiply_v(!fresh);
+      multiply_v(!fresh, false);
       ptx::wgmma_wait<0>();
       release(v_empty + 8 * v_ring.stage);
-      write_rows<T, kHeadDim>(o, rows, shared.item[warpgroup][round % 2], a, out_map,
-                              ptx::smem_address(&shared.out[warpgroup]), own_barrier, first_token);
+      write_rows<T, kHeadDim>(o, rows, shared.item[warpgroup][round % 2], a, out_map, staging, own_barrier,
+                              first_token);
       ptx::bulk_wait<0>();
     }
     write_empty_items<T, kHeadDim, kCluster>(a, round - 1, rank);

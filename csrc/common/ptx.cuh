@@ -60,9 +60,9 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t sme
                : "r"(smem)
                : "memory");
 }
-// d [16, 8] += a [16, 16] . b [16, 8] of bf16 (kIsBFloat16) or fp16. Lane l holds d[2 i + e] at (row l / 4 + 8 i, column
-// l % 4 * 2 + e); a as ldmatrix gives the four 8 x 8 blocks (0, 0), (1, 0), (0, 1), (1, 1) of it, b as it gives the upper
-// and the lower half of its transpose.
+// d [16, 8] += a [16, 16] . b [16, 8] of bf16 (kIsBFloat16) or fp16. Lane l holds d[2 i + e] at (row l / 4 + 8 i,
+// column l % 4 * 2 + e); a as ldmatrix gives the four 8 x 8 blocks (0, 0), (1, 0), (0, 1), (1, 1) of it, b as it gives
+// the upper and the lower half of its transpose.
 template <bool kIsBFloat16>
 __device__ __forceinline__ void mma_m16n8k16(float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   if constexpr (kIsBFloat16) {
@@ -228,16 +228,25 @@ __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.
 
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-// What is written into `d` before stays before this, what reads it stays behind: the compiler knows of no other order
-// between arithmetic on accumulators and the waits.
-template <int kCount>
-__device__ __forceinline__ void wgmma_keep(float (&d)[kCount]) {
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
-}
 template <int kPending>
 __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// After the wait for products that read `a` from registers: until here the compiler may use them for nothing else. It
+// believes that they are free when the product is issued, unless something may read them later: a store that is never
+// carried out, because `never` is false, of which the compiler must know nothing.
+template <int kSteps>
+__device__ __forceinline__ void wgmma_keep_operand(const uint32_t (&a)[kSteps][4], bool never, uint32_t smem) {
+#pragma unroll
+  for (int i = 0; i < kSteps; ++i)
+    asm volatile(
+        "{\n"
+        ".reg .pred never;\n"
+        "setp.ne.u32 never, %4, 0;\n"
+        "@never st.shared.v4.b32 [%5], {%0, %1, %2, %3};\n"
+        "}" ::"r"(a[i][0]),
+        "r"(a[i][1]), "r"(a[i][2]), "r"(a[i][3]), "r"(uint32_t(never)), "r"(smem));
 }
 
 // Descriptor of a K-major operand in the 128-byte swizzle, as TMA writes it: rows of 128 bytes (64 elements of 16
