@@ -15,6 +15,7 @@ namespace illada::attention {
 namespace {
 
 constexpr int kWarps = 4, kThreads = 32 * kWarps;
+constexpr int kTileRows = forward_blocks_sm80() * kBlockRows;
 constexpr int kWarpRows = kTileRows / kWarps, kPairs = kWarpRows / 16;  // RowPairs of a lane
 
 #ifndef KEYS128
@@ -124,8 +125,8 @@ __global__ __launch_bounds__(kThreads, Shape80<kHeadDim>::kResident) void illada
   if (threadIdx.x == 0) shared.item[0] = forward_items(a.plan)[item_index(0)];
   __syncthreads();
 
-  const char *k_source, *v_source;  // this thread's first chunk of tile 0 of the item in flight
-  uint32_t stage = 0;               // in bytes: the one that is read next
+  const char *k_source, *v_source;         // this thread's first chunk of tile 0 of the item in flight
+  uint32_t stage = 0;                      // in bytes: the one that is read next
   const auto open_item = [&](int round) {  // nothing of the ring and of q is in use
     const WorkItem& item = shared.item[round % 2];
     const int next = item_index(round + 1);

@@ -4,6 +4,7 @@
 
 #include <string>
 
+#include "illada/attention.h"
 #include "illada/dtype.h"
 #include "illada/error.h"
 #include "illada/loss.h"
