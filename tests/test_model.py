@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from illada import pack
+from illada import attention_plan, pack
 from illada.config import PRESETS, ModelConfig
 from illada.diffusion import Batch, make_batch
 from illada.model import MaskedDiffusionModel, positions
@@ -139,10 +139,7 @@ def test_layer_compiles_in_one_graph():
     from illada.model import Layer, rotary_tables
 
     model, batch = MaskedDiffusionModel(TINY), some_batch(TINY)
-    plan = torch.ops.illada.attention_plan(batch.cu_seqlens, None, None, batch.num_tokens)
-    from illada import AttentionPlan
-
-    plan = AttentionPlan(plan, 7, 7, 8, batch.num_tokens)
+    plan = attention_plan(batch.cu_seqlens, num_heads=7, num_kv_heads=7, head_dim=8, total_q=batch.num_tokens)
     layer: Layer = model.layers[0]
     cos, sin = rotary_tables(batch.position_ids, TINY, torch.float32)
     x = model.embed_tokens(batch.tokens).detach()

@@ -126,7 +126,7 @@ def test_denormal_probabilities_are_flushed_and_the_mode_restored(generator):
         assert_close_like(g, w, b)
     assert (many * 1.0 > 0).all()
     with pytest.raises(TypeError):  # also after an error inside the op
-        torch.ops.illada.varlen_attention_fwd(q, k, v, torch.zeros(3, dtype=torch.int32), 1.0, False)
+        torch.ops.illada.varlen_attention_fwd(q, k, v, torch.zeros(3, dtype=torch.int32), 1, 1.0, False)
     assert (many * 1.0 > 0).all()
 
 
@@ -134,10 +134,10 @@ def test_registration(generator):
     q, k, v, cu = make([6, 0, 3], 4, 2, 64, torch.float32, generator)
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     plan = illada.attention_plan(cu, num_heads=4, num_kv_heads=2, head_dim=64, total_q=9)
-    torch.library.opcheck(torch.ops.illada.attention_plan.default, (cu, None, None, 9))
-    torch.library.opcheck(torch.ops.illada.varlen_attention_fwd.default, (*leaves, plan.work, 0.125, False))
+    torch.library.opcheck(torch.ops.illada.attention_plan.default, (cu, None, None, 9, 9, 4, 2, 64))
+    torch.library.opcheck(torch.ops.illada.varlen_attention_fwd.default, (*leaves, plan.work, 3, 0.125, False))
     out, lse = illada.varlen_attention(q, k, v, cu, return_lse=True)
-    saved = (out, torch.randn_like(lse), q, k, v, out, lse, plan.work, 0.125, False)
+    saved = (out, torch.randn_like(lse), q, k, v, out, lse, plan.work, 3, 0.125, False)
     torch.library.opcheck(
         torch.ops.illada.varlen_attention_bwd.default, saved, test_utils=("test_schema", "test_faketensor")
     )

@@ -36,9 +36,9 @@ void validate_shape(const char* op, const PackShape& s, const Device& gpu, bool 
   ILLADA_CHECK(s.num_kv_heads > 0 && s.num_heads > 0 && s.num_heads % s.num_kv_heads == 0, op, "num_heads ",
                s.num_heads, " must be a multiple of num_kv_heads ", s.num_kv_heads);
   if ((s.head_dim != 64 && s.head_dim != 128) || s.num_heads / s.num_kv_heads > kBlockRows)
-    detail::fail<NotSupported>(op, "kernels were built for head dim 64 and 128 and up to ", kBlockRows,
+    detail::fail<NotSupported>(op, "kernels were built for head dims 64 and 128 and up to ", kBlockRows,
                                " query heads of a key-value head; got head dim ", s.head_dim, " and ",
-                               s.num_heads / s.num_kv_heads, " on ", gpu.name, ", built archs ",
+                               s.num_heads / s.num_kv_heads, " heads on ", gpu.name, ", built archs ",
                                build_info().cuda_archs);
   ILLADA_CHECK(plan_rows(s) <= kMostRows, op, "the pack is too large: ", s.total_q, " queries, ", s.num_sequences,
                " sequences, ", s.num_kv_heads, " key-value heads");
@@ -52,7 +52,8 @@ int64_t settle(const char* op, const char* name, PackedView& x, int64_t tokens, 
   if (x.token_stride <= 0 || x.head_stride <= 0 || x.token_stride % 8 || x.head_stride % 8 ||
       reinterpret_cast<uintptr_t>(x.data) % 16)
     detail::fail<NotSupported>(op, name, " must have positive strides that are multiples of 8 elements, and 16-byte ",
-                               "aligned data; got token stride ", x.token_stride, ", head stride ", x.head_stride);
+                               "aligned data; got token stride ", x.token_stride, ", head stride ", x.head_stride,
+                               "; pass a contiguous copy");
   return ((tokens - 1) * x.token_stride + (heads - 1) * x.head_stride + head_dim) * 2;
 }
 

@@ -31,7 +31,7 @@ constexpr int kBackwardKeys = 128;  // of an item of the backward
 constexpr int kSplitItems = 512;    // packs of at most so many tiles may be split over keys
 constexpr int kSplitSlots = 320;    // pieces of split tiles
 
-inline int block_tokens(const PackShape& s) { return kBlockRows / (s.num_heads / s.num_kv_heads); }
+inline int block_tokens(const PackShape& s) { return std::max(kBlockRows / (s.num_heads / s.num_kv_heads), 1); }
 
 // How a kernel cuts a pack into forward items.
 struct Tiling {

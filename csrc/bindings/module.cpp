@@ -146,6 +146,57 @@ void linear_sample_tokens(uintptr_t hidden, int64_t hidden_row_stride, int64_t n
   py::gil_scoped_release release;
   remask::linear_sample_tokens_cuda(p);
 }
+
+// Of a pack: total_q, total_k, num_sequences, num_heads, num_kv_heads, head_dim.
+using PackArguments = std::tuple<int64_t, int64_t, int, int, int, int>;
+// Of a packed tensor: address, token_stride, head_stride.
+using ViewArguments = std::tuple<uintptr_t, int64_t, int64_t>;
+
+attention::PackShape pack_shape(const PackArguments& pack) {
+  return {std::get<0>(pack), std::get<1>(pack), std::get<2>(pack),
+          std::get<3>(pack), std::get<4>(pack), std::get<5>(pack)};
+}
+
+attention::PackedView packed_view(const ViewArguments& view) {
+  return {pointer<const void>(std::get<0>(view)), std::get<1>(view), std::get<2>(view)};
+}
+
+int64_t attention_plan_rows(const PackArguments& pack) { return attention::plan_rows(pack_shape(pack)); }
+int64_t varlen_attention_workspace(const PackArguments& pack) { return attention::forward_workspace(pack_shape(pack)); }
+
+void attention_plan(const PackArguments& pack, uintptr_t cu_seqlens, uintptr_t cu_seqlens_k, uintptr_t seqused_k,
+                    uintptr_t plan, int device, uintptr_t stream) {
+  attention::PlanParams p;
+  p.shape = pack_shape(pack);
+  p.cu_seqlens = pointer<const int32_t>(cu_seqlens);
+  p.cu_seqlens_k = pointer<const int32_t>(cu_seqlens_k);
+  p.seqused_k = pointer<const int32_t>(seqused_k);
+  p.plan = pointer<int32_t>(plan);
+  p.launch = {device, pointer<void>(stream)};
+  py::gil_scoped_release release;
+  attention::plan_cuda(p);
+}
+
+void varlen_attention(const PackArguments& pack, int dtype, const ViewArguments& q, const ViewArguments& k,
+                      const ViewArguments& v, float softmax_scale, uintptr_t plan, int64_t plan_rows, uintptr_t out,
+                      uintptr_t lse, const LaunchArguments& launch) {
+  attention::ForwardParams p;
+  p.shape = pack_shape(pack);
+  p.dtype = DType(dtype);
+  p.q = packed_view(q);
+  p.k = packed_view(k);
+  p.v = packed_view(v);
+  p.softmax_scale = softmax_scale;
+  p.plan = pointer<const int32_t>(plan);
+  p.plan_rows = plan_rows;
+  p.out = pointer<void>(out);
+  p.lse = pointer<float>(lse);
+  p.launch = {std::get<0>(launch), pointer<void>(std::get<1>(launch))};
+  p.workspace = pointer<void>(std::get<2>(launch));
+  p.workspace_bytes = std::get<3>(launch);
+  py::gil_scoped_release release;
+  attention::forward_cuda(p);
+}
 #endif
 
 void remask_tokens(uintptr_t tokens, bool tokens_are_int64, int64_t num_tokens, uintptr_t rows, uintptr_t cu_rows,
@@ -218,6 +269,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("sample_tokens_workspace", &remask::sample_tokens_workspace);
   m.def("linear_sample_tokens", &linear_sample_tokens);
   m.def("linear_sample_tokens_workspace", &linear_sample_tokens_workspace);
+  m.def("attention_plan", &attention_plan);
+  m.def("attention_plan_rows", &attention_plan_rows);
+  m.def("varlen_attention", &varlen_attention);
+  m.def("varlen_attention_workspace", &varlen_attention_workspace);
 #endif
   m.def("remask", &remask_tokens);
   m.def("flush_denormals", &cpu::flush_denormals);

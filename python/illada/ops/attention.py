@@ -5,41 +5,49 @@
 with j over all keys of token i's own sequence: no causal mask, no dropout, no padding, no `max_seqlen`.
 `AttentionPlan` holds what depends on the lengths alone; a model makes it once a batch for all layers.
 
-| device | dtypes                     | head dim | kernel                                             |
-|--------|----------------------------|----------|----------------------------------------------------|
-| CPU    | float32, bfloat16, float16 | any      | torch's CPU flash attention, one call per sequence |
+| device | dtypes                     | head dim | kernel                                                     |
+|--------|----------------------------|----------|------------------------------------------------------------|
+| CPU    | float32, bfloat16, float16 | any      | torch's CPU flash attention, one call per sequence         |
+| CUDA   | bfloat16, float16          | 64, 128  | forward: sm_90a (wgmma, TMA), sm_80 and newer (mma.sync);  |
+|        |                            |          | H / G up to 64; no backward in this version                |
 
-Queries of a sequence do not see each other, so the H / G query heads of a key-value head are laid side by side as
+On CUDA a pack of few queries and many keys (a block against its cache) is split over keys, and its results depend in
+the last bits on what else is in the pack; in larger packs they do not.
+
+On a CPU, queries of a sequence do not see each other, so the H / G query heads of a key-value head are laid side by side as
 more queries of it: keys and values are never repeated, and their gradients come out already summed over the group.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from illada._native import native, refuse_cuda
+from illada._native import native
 from illada.ops import _library as lib
+from illada.ops import raw
 from illada.ops.types import AttentionPlan
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 lib.LIBRARY.define(
-    "attention_plan(Tensor cu_seqlens, Tensor? cu_seqlens_k, Tensor? seqused_k, SymInt total_q) -> Tensor",
+    "attention_plan(Tensor cu_seqlens, Tensor? cu_seqlens_k, Tensor? seqused_k, SymInt total_q, SymInt? total_k, "
+    "int num_heads, int num_kv_heads, int head_dim) -> Tensor",
     tags=lib.TAGS,
 )
 lib.LIBRARY.define(
-    "varlen_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor plan, float softmax_scale, bool deterministic) "
-    "-> (Tensor, Tensor)",
+    "varlen_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor plan, SymInt num_sequences, float softmax_scale, "
+    "bool deterministic) -> (Tensor, Tensor)",
     tags=lib.TAGS,
 )
 lib.LIBRARY.define(
     "varlen_attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    "Tensor plan, float softmax_scale, bool deterministic) -> (Tensor, Tensor, Tensor)",
+    "Tensor plan, SymInt num_sequences, float softmax_scale, bool deterministic) -> (Tensor, Tensor, Tensor)",
     tags=lib.TAGS,
 )
 
@@ -47,19 +55,29 @@ lib.LIBRARY.define(
 # ---------------------------------------------------------------------------------------------------- kernels (CPU)
 
 
-def _plan_cpu(cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, seqused_k: Tensor | None, total_q: int) -> Tensor:
+def _check_lengths(cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, seqused_k: Tensor | None, total_q: int) -> None:
+    """ValueError for lengths that do not fit, where they may be read."""
+    if not lib.may_read(cu_seqlens):
+        return
     lib.check_cumulative("attention_plan", "cu_seqlens", cu_seqlens, total_q)
     starts_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
     if cu_seqlens_k is not None:
         lib.check_cumulative("attention_plan", "cu_seqlens_k", cu_seqlens_k, None)
-    ends_k = starts_k[1:]
     if seqused_k is not None:
         room = starts_k[1:] - starts_k[:-1]
         if bool(((seqused_k < 0) | (seqused_k > room)).any()):
             raise ValueError(
                 f"attention_plan: seqused_k must be within the key slots {room.tolist()}, got {seqused_k.tolist()}"
             )
-        ends_k = starts_k[:-1] + seqused_k
+
+
+def _plan_cpu(
+    cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, seqused_k: Tensor | None, total_q: int, total_k: int | None,
+    num_heads: int, num_kv_heads: int, head_dim: int,
+) -> Tensor:  # fmt: skip
+    _check_lengths(cu_seqlens, cu_seqlens_k, seqused_k, total_q)
+    starts_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
+    ends_k = starts_k[1:] if seqused_k is None else starts_k[:-1] + seqused_k
     work = torch.stack([cu_seqlens[:-1], cu_seqlens[1:], starts_k[:-1], ends_k], dim=1)
     pairs = (work[:, 1] - work[:, 0]).long() * (work[:, 3] - work[:, 2])
     return work[pairs.argsort(descending=True, stable=True)]
@@ -96,7 +114,7 @@ def _without_denormals() -> Iterator[None]:
 
 @_without_denormals()
 def _fwd_cpu(
-    q: Tensor, k: Tensor, v: Tensor, plan: Tensor, softmax_scale: float, deterministic: bool
+    q: Tensor, k: Tensor, v: Tensor, plan: Tensor, num_sequences: int, softmax_scale: float, deterministic: bool
 ) -> tuple[Tensor, Tensor]:
     groups, group = k.shape[1], q.shape[1] // k.shape[1]
     q_g, k_g, v_g = (_by_group(x, groups) for x in (q, k, v))
@@ -119,6 +137,7 @@ def _bwd_cpu(
     out: Tensor,
     lse: Tensor,
     plan: Tensor,
+    num_sequences: int,
     softmax_scale: float,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -142,62 +161,113 @@ def _bwd_cpu(
     return _from_group(dq, group), _from_group(dk, 1), _from_group(dv, 1)
 
 
+# --------------------------------------------------------------------------------------------------- kernels (CUDA)
+
+
+def plan_rows(total_q: int, total_k: int | None, num_sequences: int, num_heads: int, num_kv_heads: int) -> int:
+    """Rows of a plan on CUDA: `plan_rows` of csrc/attention, for shapes that are not known yet."""
+    block_tokens = max(64 // (num_heads // num_kv_heads), 1)
+    tiles = num_kv_heads * (total_q // (2 * block_tokens) + num_sequences)
+    forward = tiles + (320 if tiles <= 512 else 0)
+    backward = 0 if total_k is None else num_kv_heads * (total_k // 128 + num_sequences)
+    return 1 + 2 * forward + 2 * backward + num_sequences
+
+
+def _plan_cuda(
+    cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, seqused_k: Tensor | None, total_q: int, total_k: int | None,
+    num_heads: int, num_kv_heads: int, head_dim: int,
+) -> Tensor:  # fmt: skip
+    _check_lengths(cu_seqlens, cu_seqlens_k, seqused_k, total_q)
+    cu_seqlens = cu_seqlens.contiguous()
+    cu_seqlens_k = None if cu_seqlens_k is None else cu_seqlens_k.contiguous()
+    seqused_k = None if seqused_k is None else seqused_k.contiguous()
+    sizes = (num_heads, num_kv_heads, head_dim)
+    rows = raw.attention_plan_rows(total_q, total_k, cu_seqlens.shape[0] - 1, *sizes)
+    plan = cu_seqlens.new_empty(rows, 4)
+    raw.attention_plan(plan, cu_seqlens, cu_seqlens_k, seqused_k, total_q, total_k, *sizes)
+    return plan
+
+
+def _fwd_cuda(
+    q: Tensor, k: Tensor, v: Tensor, plan: Tensor, num_sequences: int, softmax_scale: float, deterministic: bool
+) -> tuple[Tensor, Tensor]:
+    total_q, heads, dim = q.shape
+    out, lse = q.new_empty(q.shape), q.new_empty(heads, total_q, dtype=torch.float32)
+    size = raw.varlen_attention_workspace(total_q, num_sequences, heads, k.shape[1], dim)
+    workspace = q.new_empty(size, dtype=torch.uint8) if size else None
+    raw.varlen_attention(out, lse, q, k, v, plan, num_sequences, softmax_scale, workspace=workspace)
+    return out, lse
+
+
+def _bwd_cuda(dout: Tensor, *arguments: object) -> tuple[Tensor, Tensor, Tensor]:
+    raise NotImplementedError(
+        "varlen_attention: this version has no CUDA kernel for the gradients; supported on CUDA: the forward. "
+        "Gradients are made on a CPU"
+    )
+
+
 # --------------------------------------------------------------------------------------- fakes, autograd, FLOP counts
 
 
-def _plan_fake(cu_seqlens, cu_seqlens_k, seqused_k, total_q):
-    return cu_seqlens.new_empty(cu_seqlens.shape[0] - 1, 4)
+def _plan_fake(cu_seqlens, cu_seqlens_k, seqused_k, total_q, total_k, num_heads, num_kv_heads, head_dim):
+    sequences = cu_seqlens.shape[0] - 1
+    if cu_seqlens.device.type == "cuda":
+        return cu_seqlens.new_empty(plan_rows(total_q, total_k, sequences, num_heads, num_kv_heads), 4)
+    return cu_seqlens.new_empty(sequences, 4)
 
 
-def _fwd_fake(q, k, v, plan, softmax_scale, deterministic):
+def _fwd_fake(q, k, v, plan, num_sequences, softmax_scale, deterministic):
     return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
 
 
-def _bwd_fake(dout, dlse, q, k, v, out, lse, plan, softmax_scale, deterministic):
+def _bwd_fake(dout, dlse, q, k, v, out, lse, plan, num_sequences, softmax_scale, deterministic):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, plan, ctx.softmax_scale, ctx.deterministic = inputs
+    q, k, v, plan, ctx.num_sequences, ctx.softmax_scale, ctx.deterministic = inputs
     ctx.save_for_backward(q, k, v, *output, plan)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dout, dlse):
     if dout is None and dlse is None:
-        return None, None, None, None, None, None
+        return None, None, None, None, None, None, None
     q, k, v, out, lse, plan = ctx.saved_tensors
     dout = torch.zeros_like(out) if dout is None else dout
     grads = torch.ops.illada.varlen_attention_bwd(
-        dout, dlse, q, k, v, out, lse, plan, ctx.softmax_scale, ctx.deterministic
+        dout, dlse, q, k, v, out, lse, plan, ctx.num_sequences, ctx.softmax_scale, ctx.deterministic
     )
-    return *grads, None, None, None
+    return *grads, None, None, None, None
 
 
-lib.implement("attention_plan", _plan_fake, cpu=_plan_cpu)
-lib.implement("varlen_attention_fwd", _fwd_fake, cpu=_fwd_cpu)
-lib.implement("varlen_attention_bwd", _bwd_fake, cpu=_bwd_cpu)
+lib.implement("attention_plan", _plan_fake, cpu=_plan_cpu, cuda=_plan_cuda)
+lib.implement("varlen_attention_fwd", _fwd_fake, cpu=_fwd_cpu, cuda=_fwd_cuda)
+lib.implement("varlen_attention_bwd", _bwd_fake, cpu=_bwd_cpu, cuda=_bwd_cuda)
 torch.library.register_autograd(
     "illada::varlen_attention_fwd", _backward, setup_context=_setup_context, lib=lib.LIBRARY
 )
 lib.raise_on_double_backward("varlen_attention_bwd")
 
 
-def _pairs(q: Tensor, k: Tensor, plan: Tensor) -> int:
+def _pairs(q: Tensor, k: Tensor, plan: Tensor, num_sequences: int) -> int:
     """Query-key pairs of the pack: exact where the plan can be read, else as if all sequences were equally long."""
     if lib.may_read(plan):
-        return sum((q_end - q_start) * (k_end - k_start) for q_start, q_end, k_start, k_end in plan.tolist())
-    return q.shape[0] * k.shape[0] // max(1, plan.shape[0])
+        rows = plan.tolist()
+        if plan.is_cuda:  # they end with the sequences, whose number is in the header
+            rows = rows[len(rows) - rows[0][2] :]
+        return sum((q_end - q_start) * (k_end - k_start) for q_start, q_end, k_start, k_end in rows)
+    return q.shape[0] * k.shape[0] // max(1, num_sequences)
 
 
 @register_flop_formula(torch.ops.illada.varlen_attention_fwd, get_raw=True)
-def _fwd_flops(q, k, v, plan, softmax_scale, *args, out_val=None, **kwargs) -> int:
-    return 4 * q.shape[1] * q.shape[2] * _pairs(q, k, plan)  # two GEMMs
+def _fwd_flops(q, k, v, plan, num_sequences, *args, out_val=None, **kwargs) -> int:
+    return 4 * q.shape[1] * q.shape[2] * _pairs(q, k, plan, num_sequences)  # two GEMMs
 
 
 @register_flop_formula(torch.ops.illada.varlen_attention_bwd, get_raw=True)
-def _bwd_flops(dout, dlse, q, k, v, out, lse, plan, *args, out_val=None, **kwargs) -> int:
-    return 10 * q.shape[1] * q.shape[2] * _pairs(q, k, plan)  # five GEMMs
+def _bwd_flops(dout, dlse, q, k, v, out, lse, plan, num_sequences, *args, out_val=None, **kwargs) -> int:
+    return 10 * q.shape[1] * q.shape[2] * _pairs(q, k, plan, num_sequences)  # five GEMMs
 
 
 # --------------------------------------------------------------------------------------------------- public functions
@@ -212,6 +282,7 @@ def attention_plan(
     num_kv_heads: int,
     head_dim: int,
     total_q: int,
+    total_k: int | None = None,
 ) -> AttentionPlan:
     """The work list of a pack, made on its device without a host sync, to be reused by all layers and directions.
 
@@ -222,10 +293,13 @@ def attention_plan(
         seqused_k: int32 [S], how many keys of each slot are in use; default: all.
         num_heads, num_kv_heads, head_dim: H, G and D of the attention calls; H must be a multiple of G.
         total_q: T, the number of packed queries.
+        total_k: Tk, the number of rows of k and v; default: T without cu_seqlens_k, and else not known, which a plan
+            for gradients on CUDA must know.
 
     Raises:
         TypeError, ValueError: a wrong dtype, shape or device; values that do not ascend or fit (on a CPU, and on
-            CUDA under ILLADA_DEBUG=1, because looking at them there costs a sync).
+            CUDA under ILLADA_DEBUG=1, because looking at them there costs a sync; else they are cut to what fits).
+        NotImplementedError: no kernel was built for this device or these sizes.
     """
     op = "attention_plan"
     for name, tensor in (("cu_seqlens", cu_seqlens), ("cu_seqlens_k", cu_seqlens_k), ("seqused_k", seqused_k)):
@@ -241,10 +315,12 @@ def attention_plan(
     lib.check_same_device(op, ("cu_seqlens", cu_seqlens), ("cu_seqlens_k", cu_seqlens_k), ("seqused_k", seqused_k))
     if num_kv_heads < 1 or num_heads % num_kv_heads:
         raise ValueError(f"{op}: num_heads {num_heads} must be a multiple of num_kv_heads {num_kv_heads}")
-    if cu_seqlens.is_cuda:
-        refuse_cuda(op)
-    work = torch.ops.illada.attention_plan(cu_seqlens, cu_seqlens_k, seqused_k, total_q)
-    return AttentionPlan(work, num_heads, num_kv_heads, head_dim, total_q)
+    if total_k is None and cu_seqlens_k is None:
+        total_k = total_q
+    work = torch.ops.illada.attention_plan(
+        cu_seqlens, cu_seqlens_k, seqused_k, total_q, total_k, num_heads, num_kv_heads, head_dim
+    )
+    return AttentionPlan(work, num_heads, num_kv_heads, head_dim, total_q, sequences)
 
 
 def varlen_attention(
@@ -268,7 +344,7 @@ def varlen_attention(
         cu_seqlens: int32 [S + 1] on the device; sequence s owns queries cu_seqlens[s] .. cu_seqlens[s + 1] - 1.
         cu_seqlens_k, seqused_k: key slots and their used lengths; default: the keys of s are its own tokens.
         plan: from `attention_plan` with the same lengths; default: made here.
-        softmax_scale: default 1 / sqrt(D).
+        softmax_scale: finite and > 0; default 1 / sqrt(D).
         deterministic: gradients are bitwise repeatable (on a CPU they always are).
         return_lse: also return lse float32 [H, T], the natural log of the softmax's sum; differentiable.
 
@@ -277,7 +353,8 @@ def varlen_attention(
 
     Raises:
         TypeError, ValueError: naming the argument, what was got and what is allowed.
-        NotImplementedError: no kernel was built for this device.
+        NotImplementedError: no kernel was built for this device, dtype, head dim, group or layout (on CUDA: strides of
+            multiples of 8 elements, 16-byte aligned data); a gradient on CUDA.
 
     Under autocast q, k and v are cast to its dtype. A second derivative raises.
     """
@@ -301,17 +378,17 @@ def varlen_attention(
         raise ValueError(
             f"{op}: k has {k.shape[0]} tokens and q has {q.shape[0]}; without cu_seqlens_k they must agree"
         )
-    if q.is_cuda:
-        refuse_cuda(op)
+    scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    if not (0 < scale < math.inf):
+        raise ValueError(f"{op}: softmax_scale must be finite and > 0, got {scale}")
     shape = {"num_heads": q.shape[1], "num_kv_heads": k.shape[1], "head_dim": q.shape[2], "total_q": q.shape[0]}
     if plan is None:
-        plan = attention_plan(cu_seqlens, cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k, **shape)
+        plan = attention_plan(cu_seqlens, cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k, total_k=k.shape[0], **shape)
     else:
-        for name, size in shape.items():
+        for name, size in {**shape, "num_sequences": cu_seqlens.shape[0] - 1}.items():
             if getattr(plan, name) != size:
                 raise ValueError(f"{op}: plan was made for {name} {getattr(plan, name)}, this call has {size}")
     if cu_seqlens_k is not None and lib.may_read(cu_seqlens_k) and int(cu_seqlens_k[-1]) > k.shape[0]:
         raise ValueError(f"{op}: cu_seqlens_k ends at {int(cu_seqlens_k[-1])}, but k has {k.shape[0]} tokens")
-    scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
-    out, lse = torch.ops.illada.varlen_attention_fwd(q, k, v, plan.work, scale, deterministic)
+    out, lse = torch.ops.illada.varlen_attention_fwd(q, k, v, plan.work, plan.num_sequences, scale, deterministic)
     return (out, lse) if return_lse else out

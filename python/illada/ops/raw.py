@@ -30,6 +30,12 @@ def _launch(out: Tensor, tensor: Tensor, workspace: Tensor | None = None) -> tup
     return tensor.device.index, stream(tensor.device), address(workspace), size
 
 
+def _cuda_launch(op: str, tensor: Tensor, workspace: Tensor | None = None) -> tuple[int, int, int, int]:
+    if not tensor.is_cuda:
+        raise ValueError(f"{op}: the raw call takes CUDA tensors, got one on {tensor.device}")
+    return _launch(tensor, tensor, workspace)
+
+
 def _sample_arguments(
     out: TokenSample, temperature: float, seed: int, step: int, temperatures: Tensor | None, seeds: Tensor | None,
     steps: Tensor | None, row_ids: Tensor | None, bias_ids: Tensor | None, bias_values: Tensor | None, measure: int,
@@ -130,6 +136,69 @@ def linear_sample_tokens(
     )
     native().linear_sample_tokens(
         *_linear_arguments(hidden, weight, rows), arguments, _launch(out.token, hidden, workspace)
+    )
+
+
+def attention_plan_rows(
+    total_q: int, total_k: int | None, num_sequences: int, num_heads: int, num_kv_heads: int, head_dim: int
+) -> int:
+    """Rows of a plan on CUDA, int32 [rows, 4]; total_k None: without a work list for the backward."""
+    return native().attention_plan_rows(
+        (total_q, -1 if total_k is None else total_k, num_sequences, num_heads, num_kv_heads, head_dim)
+    )
+
+
+def attention_plan(
+    out: Tensor,
+    cu_seqlens: Tensor,
+    cu_seqlens_k: Tensor | None,
+    seqused_k: Tensor | None,
+    total_q: int,
+    total_k: int | None,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+) -> None:
+    """`illada.ops.attention_plan` into `out`, int32 of the rows that `attention_plan_rows` says. CUDA only."""
+    sequences = cu_seqlens.shape[0] - 1
+    pack = (total_q, -1 if total_k is None else total_k, sequences, num_heads, num_kv_heads, head_dim)
+    if out.shape[0] != native().attention_plan_rows(pack):
+        raise ValueError(f"attention_plan: out must have {native().attention_plan_rows(pack)} rows, got {len(out)}")
+    native().attention_plan(
+        *(pack, address(cu_seqlens), address(cu_seqlens_k), address(seqused_k), address(out)),
+        *_cuda_launch("attention_plan", cu_seqlens)[:2],
+    )
+
+
+def varlen_attention_workspace(
+    total_q: int, num_sequences: int, num_heads: int, num_kv_heads: int, head_dim: int
+) -> int:
+    """Bytes of workspace that `varlen_attention` needs: 0 but for small packs, whose keys may be split."""
+    return native().varlen_attention_workspace((total_q, 0, num_sequences, num_heads, num_kv_heads, head_dim))
+
+
+def varlen_attention(
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Tensor,
+    num_sequences: int,
+    softmax_scale: float,
+    *,
+    workspace: Tensor | None = None,
+) -> None:
+    """`illada.ops.varlen_attention` into `out` [T, H, D] and `lse` float32 [H, T], both contiguous. CUDA only.
+
+    plan: of `attention_plan` with the same numbers; workspace: uint8, as `varlen_attention_workspace` says.
+    """
+    native().varlen_attention(
+        (q.shape[0], k.shape[0], num_sequences, q.shape[1], k.shape[1], q.shape[2]),
+        DTYPES[q.dtype],
+        *((address(x), x.stride(0), x.stride(1)) for x in (q, k, v)),
+        *(softmax_scale, address(plan), plan.shape[0], address(out), address(lse)),
+        _cuda_launch("varlen_attention", q, workspace),
     )
 
 

@@ -57,8 +57,9 @@ class RemaskStatus(NamedTuple):
 class AttentionPlan(NamedTuple):
     """Work list of one pack of sequences, made once by `attention_plan`, used by every layer and direction.
 
-    work: int32 [S, 4], rows (query start, query end, key start, key end), longest sequence first.
-    num_heads, num_kv_heads, head_dim, total_q: what the plan was made for.
+    work: int32 [rows, 4] on the pack's device. On a CPU a row is a sequence, (query start, query end, key start, key
+        end), longest first; what it is on CUDA is the kernels' business (csrc/attention/plan.h).
+    num_heads, num_kv_heads, head_dim, total_q, num_sequences: what the plan was made for.
     """
 
     work: Tensor
@@ -66,3 +67,4 @@ class AttentionPlan(NamedTuple):
     num_kv_heads: int
     head_dim: int
     total_q: int
+    num_sequences: int
