@@ -23,6 +23,7 @@ template <int kHeadDim>
 struct SharedStorage {
   static constexpr int kKeys = forward_key_tile_sm90(kHeadDim), kSlices = kHeadDim / 64;
   static constexpr int kStagesK = kHeadDim == 128 ? 2 : 4, kStagesV = kHeadDim == 128 ? 3 : 4;
+  static constexpr int kItems = 4;
   static constexpr int kConsumers = forward_blocks_sm90(kHeadDim), kThreads = 128 * (kConsumers + 1);
   // Slices of 64 columns: rows of 128 bytes in the 128-byte swizzle.
   struct alignas(1024) KeyTile {
@@ -35,7 +36,8 @@ struct SharedStorage {
   KeyTile k[kStagesK], v[kStagesV];
   uint64_t q_full[kConsumers], q_empty[kConsumers], k_full[kStagesK], k_empty[kStagesK], v_full[kStagesV],
       v_empty[kStagesV];
-  WorkItem item[kConsumers][2], next_item;
+  // Of the item that leaves, of the one that is worked on, and of the next one, which may come while both are read.
+  WorkItem item[kConsumers][kItems], next_item;
 };
 
 template <int kStages>
@@ -246,7 +248,7 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim>::kThreads,
   using Shared = SharedStorage<kHeadDim>;
   constexpr int kKeys = Shared::kKeys, kSlices = Shared::kSlices;
   constexpr int kStagesK = Shared::kStagesK, kStagesV = Shared::kStagesV;
-  constexpr int kConsumers = Shared::kConsumers;
+  constexpr int kConsumers = Shared::kConsumers, kItems = Shared::kItems;
   constexpr uint32_t kTileBytes = sizeof(typename Shared::KeyTile);
   extern __shared__ char raw_shared[];
   const uint32_t shared_start = ptx::smem_address(raw_shared), aligned_start = (shared_start + 1023) / 1024 * 1024;
@@ -333,7 +335,7 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim>::kThreads,
       };
       const auto hand_over = [&](int w, int round) {  // to warpgroup w
         ptx::mbarrier_wait(q_empty + 8 * w, uint32_t(round) % 2 ^ 1);
-        shared.item[w][round % 2] = shared.next_item;
+        shared.item[w][round % kItems] = shared.next_item;
       };
       ask_for_item(0);
       WorkItem item = next_item();
@@ -414,7 +416,7 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim>::kThreads,
     int valid = 0;             // of the keys of its first tile
     const auto open_item = [&] {
       ptx::mbarrier_wait(q_full + 8 * warpgroup, uint32_t(round) % 2);
-      const int count = __shfl_sync(kFullWarp, shared.item[warpgroup][round % 2].k_count, 0);
+      const int count = __shfl_sync(kFullWarp, shared.item[warpgroup][round % kItems].k_count, 0);
       ++round;
       tiles = (count + kKeys - 1) / kKeys;
       valid = count - (tiles - 1) * kKeys;
@@ -464,8 +466,8 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim>::kThreads,
         release(v_empty + 8 * v_ring.stage);
         v_ring.advance();
         if (is_first) {
-          write_rows<T, kHeadDim>(o, finished, shared.item[warpgroup][round % 2], a, out_map, staging, own_barrier,
-                                  first_token);
+          write_rows<T, kHeadDim>(o, finished, shared.item[warpgroup][(round - 2) % kItems], a, out_map, staging,
+                                  own_barrier, first_token);
         } else if (moved) {
 #pragma unroll
           for (int j = 0; j < kHeadDim / 2; ++j) o[j] *= rescale[j / 2 % 2];
@@ -480,7 +482,7 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim>::kThreads,
       multiply_v(!fresh, false);
       ptx::wgmma_wait<0>();
       release(v_empty + 8 * v_ring.stage);
-      write_rows<T, kHeadDim>(o, rows, shared.item[warpgroup][round % 2], a, out_map, staging, own_barrier,
+      write_rows<T, kHeadDim>(o, rows, shared.item[warpgroup][(round - 2) % kItems], a, out_map, staging, own_barrier,
                               first_token);
       ptx::bulk_wait<0>();
     }

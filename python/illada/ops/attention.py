@@ -14,7 +14,7 @@ with j over all keys of token i's own sequence: no causal mask, no dropout, no p
 On CUDA a pack of few queries and many keys (a block against its cache) is split over keys, and its results depend in
 the last bits on what else is in the pack; in larger packs they do not.
 
-On a CPU, queries of a sequence do not see each other, so the H / G query heads of a key-value head are laid side by side as
+Queries of a sequence do not see each other, so the H / G query heads of a key-value head are laid side by side as
 more queries of it: keys and values are never repeated, and their gradients come out already summed over the group.
 """
 
