@@ -1,12 +1,13 @@
 """Generation on CUDA tensors: its layout of the pack, the caches' writes and the ops' calls, against the CPU.
 
-As long as attention has no CUDA kernels, plain torch stands in for it; the rest is what runs on a GPU.
+Token by token in float32, where plain torch stands in for attention; with attention's own kernels in bfloat16.
 """
 
 import dataclasses
 
 import pytest
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 import illada.model
 from illada.config import ModelConfig
@@ -14,11 +15,13 @@ from illada.generation import GenerationConfig, generate
 from illada.generation.graphs import available
 from illada.model import MaskedDiffusionModel
 from illada.ops import attention_plan, reference
+from illada.testing import assert_close_like
 
 CONFIG = ModelConfig.preset(
     "tiny", hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=600,
     max_position_embeddings=128, initializer_range=0.3,
 )  # fmt: skip
+WIDE = dataclasses.replace(CONFIG, hidden_size=128, num_attention_heads=4, num_key_value_heads=2, head_dim=64)
 PROMPTS = [[7, 8, 9], list(range(20, 60)), [11]]
 BASE = GenerationConfig(gen_length=16, block_length=8, steps=4, stop_tokens=())
 REQUESTS = [
@@ -35,54 +38,82 @@ def run(*arguments, **keywords):
         return generate.__wrapped__(*arguments, **keywords)
 
 
-@pytest.fixture(scope="module")
-def has_attention(device):
-    try:
-        attention_plan(
-            torch.tensor([0, 1], dtype=torch.int32, device=device), num_heads=1, num_kv_heads=1, head_dim=64, total_q=1
-        )
-    except NotImplementedError:
-        return False
-    return True
-
-
-@pytest.fixture
-def models(device, has_attention, monkeypatch):
+def make_models(config, dtype, device):
     """The same weights on the CPU and the GPU."""
-    models = [MaskedDiffusionModel(CONFIG, seed=5) for _ in range(2)]
+    models = [MaskedDiffusionModel(config, seed=5, dtype=dtype) for _ in range(2)]
     for model in models:
         with torch.no_grad():
             model.embed_tokens.weight.mul_(2.5)
-            model.embed_tokens.weight[[CONFIG.eos_token_id, CONFIG.mask_token_id]] *= 0.01
-    if not has_attention:
-        on_cpu = illada.model.varlen_attention
-
-        def attention(q, k, v, cu_seqlens, *, plan=None, **slots):
-            if q.is_cuda:
-                return reference.varlen_attention(q, k, v, cu_seqlens, **slots)
-            return on_cpu(q, k, v, cu_seqlens, plan=plan, **slots)
-
-        def plan(cu_seqlens, **arguments):
-            return None if cu_seqlens.is_cuda else attention_plan(cu_seqlens, **arguments)
-
-        monkeypatch.setattr(illada.model, "varlen_attention", attention)
-        monkeypatch.setattr(illada.model, "attention_plan", plan)
+            model.embed_tokens.weight[[config.eos_token_id, config.mask_token_id]] *= 0.01
     return models[0], models[1].to(device)
 
 
+@pytest.fixture
+def plain_attention(monkeypatch):
+    """Plain torch in the place of attention's CUDA kernels, which have no float32."""
+    on_cpu = illada.model.varlen_attention
+
+    def attention(q, k, v, cu_seqlens, *, plan=None, **slots):
+        if q.is_cuda:
+            return reference.varlen_attention(q, k, v, cu_seqlens, **slots)
+        return on_cpu(q, k, v, cu_seqlens, plan=plan, **slots)
+
+    def plan(cu_seqlens, **arguments):
+        return None if cu_seqlens.is_cuda else attention_plan(cu_seqlens, **arguments)
+
+    monkeypatch.setattr(illada.model, "varlen_attention", attention)
+    monkeypatch.setattr(illada.model, "attention_plan", plan)
+
+
 @pytest.mark.parametrize("cache", ["none", "prefix", "block"])
-def test_tokens_of_the_cpu(models, cache):
-    on_cpu, on_gpu = models
+def test_tokens_of_the_cpu(cache, device, plain_attention):
+    on_cpu, on_gpu = make_models(CONFIG, torch.float32, device)
     configs = [dataclasses.replace(config, cache=cache) for config in REQUESTS]
     want = run(on_cpu, PROMPTS, configs, seed=[1, 2, 3])
     assert run(on_gpu, PROMPTS, configs, seed=[1, 2, 3], cuda_graphs=False) == want
 
 
-def test_graphs_change_nothing(models, has_attention):
-    if not has_attention:
-        pytest.skip("a graph of a whole step needs attention's CUDA kernels, which are not built yet")
-    _, model = models
+def test_hidden_states_of_the_cpu(device):
+    """A model in bfloat16 with attention's own kernels, on slices of its projections."""
+    on_cpu, on_gpu = make_models(WIDE, torch.bfloat16, device)
+    exact = MaskedDiffusionModel(WIDE, dtype=torch.float64)
+    exact.load_state_dict(on_cpu.state_dict())
+    lengths = [70, 1, 33]
+    tokens = torch.randint(0, 500, (sum(lengths),), generator=torch.Generator().manual_seed(3))
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    with torch.no_grad():
+        baseline = on_cpu(tokens, cu_seqlens)
+        want = reference_forward(exact, tokens, cu_seqlens)
+        got = on_gpu(tokens.to(device), cu_seqlens.to(device))
+    assert_close_like(got.cpu(), want, baseline)
+
+
+def reference_forward(model, tokens, cu_seqlens):
+    """In float64, for which attention has no kernel anywhere."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            illada.model, "varlen_attention",
+            lambda q, k, v, cu, *, plan=None, **slots: reference.varlen_attention(q, k, v, cu, **slots),
+        )  # fmt: skip
+        return model(tokens, cu_seqlens)
+
+
+@pytest.mark.parametrize("cache", ["none", "prefix", "block"])
+def test_generation_with_the_kernels(cache, device):
+    """Blocks against their caches, in bfloat16: every position is filled, and a second run gives the same."""
+    _, model = make_models(WIDE, torch.bfloat16, device)
+    config = dataclasses.replace(BASE, cache=cache)
+    first = run(model, PROMPTS, config, cuda_graphs=False)
+    assert [len(result.tokens) for result in first] == [BASE.gen_length] * len(PROMPTS)
+    assert all(WIDE.mask_token_id not in result.tokens for result in first)
+    assert run(model, PROMPTS, config, cuda_graphs=False) == first
+
+
+def test_graphs_change_nothing(device):
+    if _get_current_dispatch_mode() is not None:
+        pytest.skip("a graph records no aten operators where a torch dispatch mode stands in for their kernels")
+    _, model = make_models(WIDE, torch.bfloat16, device)
     config = dataclasses.replace(BASE, cache="prefix")
-    assert available(model, None) is False
+    assert available(model, None)
     want = run(model, PROMPTS, config, cuda_graphs=False)
     assert run(model, PROMPTS, config) == want

@@ -1,4 +1,4 @@
-"""The three sampling ops as torch ops on CUDA tensors: schema, fakes, tracing, compilation of a whole step."""
+"""The ops as torch ops on CUDA tensors: schema, fakes, tracing, compilation of a whole step."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import _disable_current_modes, _get_current_di
 
 import illada
 
+OPS = ["sample_tokens", "linear_sample_tokens", "remask", "attention_plan", "varlen_attention_fwd"]
 ARGUMENTS = (0.7, 3, 2, None, None, None, None, None, None, 0, True, False)
 
 
@@ -28,14 +29,20 @@ def op_calls(device, generator):
     tokens, token = torch.full((8,), 5, device=device), torch.arange(4, device=device)
     confidence, entropy = torch.rand(2, 4, generator=generator).to(device)
     limits, end_ids = torch.full((2,), 0.3, device=device), token[:2]
+    q = torch.randn(6, 4, 64, generator=generator).to(torch.float16).to(device)
+    k, v = q[:, :2].clone(), q[:, 2:].clone()
+    starts = torch.tensor([0, 2, 6], dtype=torch.int32, device=device)
+    plan = illada.attention_plan(starts, num_heads=4, num_kv_heads=2, head_dim=64, total_q=6)
     return {
         "sample_tokens": (logits, *ARGUMENTS),
         "linear_sample_tokens": (hidden, weight, rows % 6, *ARGUMENTS),
+        "attention_plan": (starts, None, None, 6, 6, 4, 2, 64),
+        "varlen_attention_fwd": (q, k, v, plan.work, 2, 0.125, False),
         "remask": (tokens, rows, cu_rows, token, confidence, entropy, 1, 0.0, limits, 5, 1, end_ids),
     }
 
 
-@pytest.mark.parametrize("op", ["sample_tokens", "linear_sample_tokens", "remask"])
+@pytest.mark.parametrize("op", OPS)
 def test_schema(op, device, generator):
     call = getattr(torch.ops.illada, op).default
     torch.library.opcheck(
@@ -43,19 +50,21 @@ def test_schema(op, device, generator):
     )
 
 
-@pytest.mark.parametrize("op", ["sample_tokens", "linear_sample_tokens", "remask"])
+@pytest.mark.parametrize("op", OPS)
 def test_fakes(op, device, generator):
     call, arguments = getattr(torch.ops.illada, op).default, op_calls(device, generator)[op]
     want = call(*arguments)
     with _disable_current_modes(), FakeTensorMode() as mode:
         got = call(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments))
+    if isinstance(got, torch.Tensor):
+        got, want = (got,), (want,)
     for fake, real in zip(got, want, strict=True):
         for name in ("shape", "dtype", "device"):
             assert getattr(fake, name) == getattr(real, name)
         assert fake.stride() == real.stride()
 
 
-@pytest.mark.parametrize("op", ["sample_tokens", "linear_sample_tokens", "remask"])
+@pytest.mark.parametrize("op", OPS)
 def test_opcheck(op, device, generator):
     tracing()
     torch.library.opcheck(getattr(torch.ops.illada, op).default, op_calls(device, generator)[op])
