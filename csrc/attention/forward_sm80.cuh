@@ -18,29 +18,24 @@ constexpr int kWarps = 4, kThreads = 32 * kWarps;
 constexpr int kWarpRows = kTileRows / kWarps, kPairs = kWarpRows / 16;  // RowPairs of a lane
 
 #ifndef KEYS128
-#define KEYS128 64
+#define KEYS128 32
 #endif
-#ifndef AHEAD128
-#define AHEAD128 1
+#ifndef STAGES128
+#define STAGES128 3
 #endif
 #ifndef KEYS64
 #define KEYS64 64
 #endif
-#ifndef AHEAD64
-#define AHEAD64 1
+#ifndef STAGES64
+#define STAGES64 3
 #endif
 #ifndef RESIDENT64
-#define RESIDENT64 3
+#define RESIDENT64 2
 #endif
-#ifndef QREG
-#define QREG 0
-#endif
-
 template <int kHeadDim>
 struct Shape80 {
   static constexpr int kKeys = kHeadDim == 128 ? KEYS128 : KEYS64;
-  static constexpr int kAhead = kHeadDim == 128 ? AHEAD128 : AHEAD64;  // tiles of keys in flight beside the one in use
-  static constexpr int kStages = 2 * kAhead + 1;
+  static constexpr int kStages = kHeadDim == 128 ? STAGES128 : STAGES64;
   static constexpr int kResident = kHeadDim == 128 ? 2 : RESIDENT64;  // CTAs of an SM
   static constexpr int kRowBytes = kHeadDim * 2;
 };
@@ -50,8 +45,11 @@ template <int kHeadDim>
 struct SharedStorage {
   using Shape = Shape80<kHeadDim>;
   alignas(128) char q[kTileRows * Shape::kRowBytes];
-  char keys[Shape::kStages][Shape::kKeys * Shape::kRowBytes];  // K and V in turn
-  WorkItem item[2];                                            // in use, and the next one
+  struct Stage {
+    char v[Shape::kKeys * Shape::kRowBytes];  // of a tile of keys
+    char k[Shape::kKeys * Shape::kRowBytes];  // of the next one
+  } stage[Shape::kStages];
+  WorkItem item[2];  // in use, and the next one
 };
 
 struct ForwardArguments {
@@ -107,15 +105,17 @@ __global__ __launch_bounds__(kThreads, Shape80<kHeadDim>::kResident) void illada
     const __grid_constant__ ForwardArguments a) {
   using Shape = Shape80<kHeadDim>;
   constexpr bool kIsBFloat16 = std::is_same_v<T, BFloat16>;
-  constexpr int kKeys = Shape::kKeys, kAhead = Shape::kAhead, kStages = Shape::kStages, kRowBytes = Shape::kRowBytes;
-  constexpr uint32_t kTileBytes = kKeys * kRowBytes;
+  constexpr int kKeys = Shape::kKeys, kStages = Shape::kStages, kRowBytes = Shape::kRowBytes;
+  constexpr uint32_t kTileBytes = kKeys * kRowBytes, kStageBytes = 2 * kTileBytes;
   extern __shared__ __align__(1024) char raw_shared[];
   SharedStorage<kHeadDim>& shared = *reinterpret_cast<SharedStorage<kHeadDim>*>(raw_shared);
-  const uint32_t q_tile = ptx::smem_address(shared.q), ring = ptx::smem_address(shared.keys);
+  const uint32_t q_tile = ptx::smem_address(shared.q), ring = ptx::smem_address(shared.stage);
   const int warp = __shfl_sync(kFullWarp, int(threadIdx.x) / 32, 0), lane = int(threadIdx.x) % 32;
   const Copier<kHeadDim> copier;
-  // ldmatrix, all operands alike: lanes 0 .. 15 have the rows of the first 8 columns, 16 .. 31 those of the other 8.
-  const uint32_t fragment = uint32_t(lane % 16 * kRowBytes + ((lane / 16) ^ (lane % 8)) * 16);
+  // What ldmatrix takes from a lane. The A operand and V: lanes 0 .. 15 have the rows of the first 8 columns, the others
+  // those of the next 8. K, for pairs of registers to be B operands: every other 8 lanes.
+  const uint32_t fragment = uint32_t(lane % 16 * kRowBytes + (lane / 16 ^ lane % 8) * 16);
+  const uint32_t k_fragment = uint32_t((lane / 16 * 8 + lane % 8) * kRowBytes + (lane / 8 % 2 ^ lane % 8) * 16);
 
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
@@ -125,15 +125,28 @@ __global__ __launch_bounds__(kThreads, Shape80<kHeadDim>::kResident) void illada
   __syncthreads();
 
   const char *k_source, *v_source;  // this thread's first chunk of tile 0 of the item in flight
-  uint32_t stage = 0;               // in bytes: the one that is read next
+  // Sends for V of a tile and K of the one after it, which is tile - 1.
+  const auto load_pair = [&](uint32_t stage, int tile, auto is_partial, int rows) {
+    if (tile >= 0)
+      copier.template keys<kKeys, decltype(is_partial)::value>(stage, v_source + tile * kKeys * a.v_token_bytes,
+                                                               a.v_token_bytes, rows);
+    if (tile > 0)
+      copier.template keys<kKeys, false>(stage + kTileBytes, k_source + (tile - 1) * kKeys * a.k_token_bytes,
+                                         a.k_token_bytes, kKeys);
+    ptx::cp_async_commit();
+  };
   const auto open_item = [&](int round) {  // nothing of the ring and of q is in use
     const WorkItem& item = shared.item[round % 2];
     const int next = item_index(round + 1);
     if (threadIdx.x < sizeof(WorkItem) / 16 && next < items)
       ptx::cp_async_16(ptx::smem_address(&shared.item[(round + 1) % 2]) + threadIdx.x * 16,
                        reinterpret_cast<const char*>(forward_items(a.plan) + next) + threadIdx.x * 16);
-    const int tiles = (item.k_count + kKeys - 1) / kKeys;
-    if (tiles > 0) {
+    const int last = (item.k_count + kKeys - 1) / kKeys - 1, rows = item.k_count - last * kKeys;
+    k_source = static_cast<const char*>(a.k) + (item.k_start + copier.row) * a.k_token_bytes +
+               item.kv_head * a.k_head_bytes + copier.column;
+    v_source = static_cast<const char*>(a.v) + (item.k_start + copier.row) * a.v_token_bytes +
+               item.kv_head * a.v_head_bytes + copier.column;
+    if (last >= 0) {
       const char* source =
           static_cast<const char*>(a.q) + item.q_start * a.q_token_bytes + item.kv_head * a.group * a.q_head_bytes;
 #pragma unroll 4
@@ -143,31 +156,21 @@ __global__ __launch_bounds__(kThreads, Shape80<kHeadDim>::kResident) void illada
                          source + row.token * a.q_token_bytes + row.head * a.q_head_bytes + copier.column,
                          row.token < item.q_count);
       }
+      copier.template keys<kKeys, true>(ring + (kStages - 1) * kStageBytes + kTileBytes,
+                                        k_source + last * kKeys * a.k_token_bytes, a.k_token_bytes, rows);
     }
-    k_source = static_cast<const char*>(a.k) + (item.k_start + copier.row) * a.k_token_bytes +
-               item.kv_head * a.k_head_bytes + copier.column;
-    v_source = static_cast<const char*>(a.v) + (item.k_start + copier.row) * a.v_token_bytes +
-               item.kv_head * a.v_head_bytes + copier.column;
-    stage = 0;
+    ptx::cp_async_commit();
+    load_pair(ring, last, std::true_type{}, rows);
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      const int tile = tiles - 1 - i, rows = item.k_count - tile * kKeys;
-      if (tile >= 0)
-        copier.template keys<kKeys, true>(ring + 2 * i * kTileBytes, k_source + tile * kKeys * a.k_token_bytes,
-                                          a.k_token_bytes, rows);
-      ptx::cp_async_commit();
-      if (tile >= 0)
-        copier.template keys<kKeys, true>(ring + (2 * i + 1) * kTileBytes, v_source + tile * kKeys * a.v_token_bytes,
-                                          a.v_token_bytes, rows);
-      ptx::cp_async_commit();
-    }
+    for (int i = 1; i < kStages - 1; ++i) load_pair(ring + i * kStageBytes, last - i, std::false_type{}, kKeys);
   };
 
   open_item(0);
   for (int round = 0; item_index(round) < items; ++round) {
-    const int tiles = (shared.item[round % 2].k_count + kKeys - 1) / kKeys;
+    const int last = (shared.item[round % 2].k_count + kKeys - 1) / kKeys - 1;
     const bool has_rows = warp * kWarpRows < shared.item[round % 2].q_count * a.group;
-    float o[kPairs][kHeadDim / 2];
+    float s[kPairs][kKeys / 2], o[kPairs][kHeadDim / 2];
+    uint32_t p[kPairs][kKeys / 16][4];
     RowPair rows[kPairs];
 #pragma unroll
     for (int m = 0; m < kPairs; ++m) {
@@ -175,80 +178,108 @@ __global__ __launch_bounds__(kThreads, Shape80<kHeadDim>::kResident) void illada
 #pragma unroll
       for (int j = 0; j < kHeadDim / 2; ++j) o[m][j] = 0;
     }
-    // Waits for the tile at `stage`, sends for another one into the place of the one before, which all have read.
-    const auto next_stage = [&](const char* source, int64_t stride, bool is_there) {
-      ptx::cp_async_wait<kStages - 2>();
-      __syncthreads();
-      const uint32_t free = stage == 0 ? (kStages - 1) * kTileBytes : stage - kTileBytes;
-      if (is_there) copier.template keys<kKeys, false>(ring + free, source, stride, kKeys);
-      ptx::cp_async_commit();
-      const uint32_t current = ring + stage + fragment;
-      stage = stage == (kStages - 1) * kTileBytes ? 0 : stage + kTileBytes;
-      return current;
+    // next = q . k, 16 columns at a time; `beside` does something else in between.
+    const auto multiply_k = [&](auto& next, uint32_t k_tile, const auto& beside) {
+#pragma unroll
+      for (int m = 0; m < kPairs; ++m) {
+#pragma unroll
+        for (int j = 0; j < kKeys / 2; ++j) next[m][j] = 0;
+      }
+#pragma unroll
+      for (int step = 0; step < kHeadDim / 16; ++step) {
+        uint32_t q[kPairs][4];
+#pragma unroll
+        for (int m = 0; m < kPairs; ++m)
+          ptx::ldmatrix_x4(q[m], ((q_tile + fragment + uint32_t(warp * kWarpRows * kRowBytes)) ^ (step % 4 * 32)) +
+                                     step / 4 * 128 + m * 16 * kRowBytes);
+#pragma unroll
+        for (int n = 0; n < kKeys / 16; ++n) {
+          uint32_t k[4];
+          ptx::ldmatrix_x4(k, ((k_tile + k_fragment) ^ (step % 4 * 32)) + step / 4 * 128 + n * 16 * kRowBytes);
+#pragma unroll
+          for (int m = 0; m < kPairs; ++m) {
+            ptx::mma_m16n8k16<kIsBFloat16>(&next[m][8 * n], q[m], k[0], k[1]);
+            ptx::mma_m16n8k16<kIsBFloat16>(&next[m][8 * n + 4], q[m], k[2], k[3]);
+          }
+        }
+        beside(step);
+      }
     };
-
-#pragma unroll 1
-    for (int tile = tiles - 1; tile >= 0; --tile) {
-      const int ahead = tile - kAhead;
-      const uint32_t k_tile = next_stage(k_source + ahead * kKeys * a.k_token_bytes, a.k_token_bytes, ahead >= 0);
-      uint32_t p[kPairs][kKeys / 16][4];
-      if (has_rows) {
-        float s[kPairs][kKeys / 2];
+    const auto multiply_v = [&](uint32_t v_tile) {  // o += p . v
 #pragma unroll
-        for (int m = 0; m < kPairs; ++m) {
+      for (int step = 0; step < kKeys / 16; ++step) {
 #pragma unroll
-          for (int j = 0; j < kKeys / 2; ++j) s[m][j] = 0;
-        }
+        for (int n = 0; n < kHeadDim / 16; ++n) {
+          uint32_t v[4];
+          ptx::ldmatrix_x4_trans(v, ((v_tile + fragment) ^ (n % 4 * 32)) + n / 4 * 128 + step * 16 * kRowBytes);
 #pragma unroll
-        for (int step = 0; step < kHeadDim / 16; ++step) {
-          uint32_t q[kPairs][4];
-#pragma unroll
-          for (int m = 0; m < kPairs; ++m)
-            ptx::ldmatrix_x4(q[m], ((q_tile + fragment + uint32_t(warp * kWarpRows * kRowBytes)) ^ (step % 4 * 32)) +
-                                       step / 4 * 128 + m * 16 * kRowBytes);
-#pragma unroll
-          for (int n = 0; n < kKeys / 16; ++n) {
-            uint32_t k[4];
-            ptx::ldmatrix_x4(k, (k_tile ^ (step % 4 * 32)) + step / 4 * 128 + n * 16 * kRowBytes);
-#pragma unroll
-            for (int m = 0; m < kPairs; ++m) {
-              ptx::mma_m16n8k16<kIsBFloat16>(&s[m][8 * n], q[m], k[0], k[2]);
-              ptx::mma_m16n8k16<kIsBFloat16>(&s[m][8 * n + 4], q[m], k[1], k[3]);
-            }
+          for (int m = 0; m < kPairs; ++m) {
+            ptx::mma_m16n8k16<kIsBFloat16>(&o[m][8 * n], p[m][step], v[0], v[1]);
+            ptx::mma_m16n8k16<kIsBFloat16>(&o[m][8 * n + 4], p[m][step], v[2], v[3]);
           }
-        }
-        if (tile == tiles - 1) {
-          const int valid = shared.item[round % 2].k_count - tile * kKeys;
-          if (valid < kKeys) {
-#pragma unroll
-            for (int m = 0; m < kPairs; ++m) mask_scores(s[m], valid);
-          }
-        }
-#pragma unroll
-        for (int m = 0; m < kPairs; ++m) {
-          float rescale[2];
-          if (rows[m].update(s[m], a.scale_log2, rescale)) {
-#pragma unroll
-            for (int j = 0; j < kHeadDim / 2; ++j) o[m][j] *= rescale[j / 2 % 2];
-          }
-          pack_probabilities<T>(s[m], p[m]);
         }
       }
-      const uint32_t v_tile = next_stage(v_source + ahead * kKeys * a.v_token_bytes, a.v_token_bytes, ahead >= 0);
+    };
+    // Part `step` of the scores becomes probabilities.
+    const auto weigh = [&](int step) {
+      constexpr int kPart = kKeys / 2 / (kHeadDim / 16);
+#pragma unroll
+      for (int m = 0; m < kPairs; ++m) {
+        rows[m].weigh(s[m], a.scale_log2, step * kPart, (step + 1) * kPart);
+#pragma unroll
+        for (int j = step * kPart; j < (step + 1) * kPart; j += 2)
+          p[m][j / 8][j % 8 / 2] = pack2<T>(s[m][j], s[m][j + 1]);
+      }
+    };
+    const auto raise = [&] {
+#pragma unroll
+      for (int m = 0; m < kPairs; ++m) {
+        float rescale[2];
+        if (rows[m].raise(s[m], a.scale_log2, rescale)) {
+#pragma unroll
+          for (int j = 0; j < kHeadDim / 2; ++j) o[m][j] *= rescale[j / 2 % 2];
+        }
+      }
+    };
+
+    ptx::cp_async_wait<kStages - 1>();
+    __syncthreads();
+    if (has_rows && last >= 0) {
+      multiply_k(s, ring + (kStages - 1) * kStageBytes + kTileBytes, [](int) {});
+      const int valid = shared.item[round % 2].k_count - last * kKeys;
+      if (valid < kKeys) {
+#pragma unroll
+        for (int m = 0; m < kPairs; ++m) mask_scores(s[m], valid);
+      }
+    }
+    uint32_t stage = ring, free = ring + (kStages - 1) * kStageBytes;
+#pragma unroll 1
+    for (int tile = last; tile > 0; --tile) {
+      if (has_rows) raise();
+      ptx::cp_async_wait<kStages - 2>();
+      __syncthreads();
+      load_pair(free, tile - (kStages - 1), std::false_type{}, kKeys);
+      if (has_rows) {
+        float next[kPairs][kKeys / 2];
+        multiply_k(next, stage + kTileBytes, weigh);
+        multiply_v(stage);
+#pragma unroll
+        for (int m = 0; m < kPairs; ++m) {
+#pragma unroll
+          for (int j = 0; j < kKeys / 2; ++j) s[m][j] = next[m][j];
+        }
+      }
+      free = stage;
+      stage = stage == ring + (kStages - 1) * kStageBytes ? ring : stage + kStageBytes;
+    }
+    if (last >= 0) {
+      if (has_rows) raise();
+      ptx::cp_async_wait<0>();
+      __syncthreads();
       if (has_rows) {
 #pragma unroll
-        for (int step = 0; step < kKeys / 16; ++step) {
-#pragma unroll
-          for (int n = 0; n < kHeadDim / 16; ++n) {
-            uint32_t v[4];
-            ptx::ldmatrix_x4_trans(v, (v_tile ^ (n % 4 * 32)) + n / 4 * 128 + step * 16 * kRowBytes);
-#pragma unroll
-            for (int m = 0; m < kPairs; ++m) {
-              ptx::mma_m16n8k16<kIsBFloat16>(&o[m][8 * n], p[m][step], v[0], v[1]);
-              ptx::mma_m16n8k16<kIsBFloat16>(&o[m][8 * n + 4], p[m][step], v[2], v[3]);
-            }
-          }
-        }
+        for (int step = 0; step < kHeadDim / 16; ++step) weigh(step);
+        multiply_v(stage);
       }
     }
     // The next item's tiles come while this one's rows leave.

@@ -22,9 +22,9 @@ struct RowPair {
     reference[0] = reference[1] = -INFINITY;
     sum[0] = sum[1] = 0;
   }
-  // Scores become probabilities. True: what came before is to be multiplied by `rescale`.
+  // True: the reference moves, and what came before is to be multiplied by `rescale`.
   template <int kCount>
-  __device__ __forceinline__ bool update(float (&s)[kCount], float scale_log2, float (&rescale)[2]) {
+  __device__ __forceinline__ bool raise(const float (&s)[kCount], float scale_log2, float (&rescale)[2]) {
     float top[4] = {s[0], s[1], s[2], s[3]};
 #pragma unroll
     for (int j = 4; j < kCount; ++j) top[j % 4] = fmaxf(top[j % 4], s[j]);
@@ -46,16 +46,20 @@ struct RowPair {
         reference[i] = top[i];
       }
     }
+    return moves;
+  }
+  // Scores [first, last) become probabilities.
+  template <int kCount>
+  __device__ __forceinline__ void weigh(float (&s)[kCount], float scale_log2, int first = 0, int last = kCount) {
     const float offset[2] = {reference[0] * scale_log2, reference[1] * scale_log2};
-    float total[4] = {sum[0], 0, sum[1], 0};
+    float total[4] = {};
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) {
+    for (int j = first; j < last; ++j) {
       s[j] = ptx::exp2_approx(fmaf(s[j], scale_log2, -offset[j / 2 % 2]));
       total[j % 4] += s[j];
     }
 #pragma unroll
-    for (int i = 0; i < 2; ++i) sum[i] = total[2 * i] + total[2 * i + 1];
-    return moves;
+    for (int i = 0; i < 2; ++i) sum[i] += total[2 * i] + total[2 * i + 1];
   }
 };
 
