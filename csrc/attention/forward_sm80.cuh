@@ -21,10 +21,10 @@ constexpr int kWarpRows = kTileRows / kWarps, kPairs = kWarpRows / 16;  // RowPa
 #define KEYS128 32
 #endif
 #ifndef STAGES128
-#define STAGES128 3
+#define STAGES128 2
 #endif
 #ifndef KEYS64
-#define KEYS64 64
+#define KEYS64 48
 #endif
 #ifndef STAGES64
 #define STAGES64 3
@@ -50,6 +50,7 @@ struct SharedStorage {
     char k[Shape::kKeys * Shape::kRowBytes];  // of the next one
   } stage[Shape::kStages];
   WorkItem item[2];  // in use, and the next one
+  int items;
 };
 
 struct ForwardArguments {
@@ -76,6 +77,13 @@ struct TileRow {
       : token(int(uint32_t(row) * a.group_reciprocal >> 16)), head(row - token * a.group) {}
 };
 
+// threadIdx.x, read anew: what is made of it holds no registers while the main loop runs, which needs them all.
+__device__ __forceinline__ int thread_again() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
 // How the threads of a CTA copy tiles: a chunk of 16 bytes each, kRows rows at a time.
 template <int kHeadDim>
 struct Copier {
@@ -84,9 +92,9 @@ struct Copier {
   int row, column;                // of the first chunk; the column in bytes
   uint32_t target;                // in any tile
 
-  __device__ __forceinline__ Copier() {
-    row = int(threadIdx.x) / kChunks;
-    column = int(threadIdx.x) % kChunks * 16;
+  __device__ __forceinline__ explicit Copier(int thread) {
+    row = thread / kChunks;
+    column = thread % kChunks * 16;
     target = uint32_t(row * kRowBytes + (column ^ row % 8 * 16));
   }
   // `source` is this thread's first chunk. Rows from `rows` on become zeros: what lies there may be anything, and
@@ -111,7 +119,7 @@ __global__ __launch_bounds__(kThreads, Shape80<kHeadDim>::kResident) void illada
   SharedStorage<kHeadDim>& shared = *reinterpret_cast<SharedStorage<kHeadDim>*>(raw_shared);
   const uint32_t q_tile = ptx::smem_address(shared.q), ring = ptx::smem_address(shared.stage);
   const int warp = __shfl_sync(kFullWarp, int(threadIdx.x) / 32, 0), lane = int(threadIdx.x) % 32;
-  const Copier<kHeadDim> copier;
+  const Copier<kHeadDim> loop_copier(int(threadIdx.x));
   // What ldmatrix takes from a lane. The A operand and V: lanes 0 .. 15 have the rows of the first 8 columns, the others
   // those of the next 8. K, for pairs of registers to be B operands: every other 8 lanes.
   const uint32_t fragment = uint32_t(lane % 16 * kRowBytes + (lane / 16 ^ lane % 8) * 16);
@@ -121,12 +129,15 @@ __global__ __launch_bounds__(kThreads, Shape80<kHeadDim>::kResident) void illada
   ptx::griddepcontrol_launch_dependents();
   const int items = reinterpret_cast<const PlanHeader*>(a.plan)->forward_items;
   if (item_index(0) >= items) return;
-  if (threadIdx.x == 0) shared.item[0] = forward_items(a.plan)[item_index(0)];
+  if (threadIdx.x == 0) {
+    shared.item[0] = forward_items(a.plan)[item_index(0)];
+    shared.items = items;
+  }
   __syncthreads();
 
   const char *k_source, *v_source;  // this thread's first chunk of tile 0 of the item in flight
   // Sends for V of a tile and K of the one after it, which is tile - 1.
-  const auto load_pair = [&](uint32_t stage, int tile, auto is_partial, int rows) {
+  const auto load_pair = [&](const Copier<kHeadDim>& copier, uint32_t stage, int tile, auto is_partial, int rows) {
     if (tile >= 0)
       copier.template keys<kKeys, decltype(is_partial)::value>(stage, v_source + tile * kKeys * a.v_token_bytes,
                                                                a.v_token_bytes, rows);
@@ -136,11 +147,13 @@ __global__ __launch_bounds__(kThreads, Shape80<kHeadDim>::kResident) void illada
     ptx::cp_async_commit();
   };
   const auto open_item = [&](int round) {  // nothing of the ring and of q is in use
+    const int thread = thread_again();
+    const Copier<kHeadDim> copier(thread);
     const WorkItem& item = shared.item[round % 2];
     const int next = item_index(round + 1);
-    if (threadIdx.x < sizeof(WorkItem) / 16 && next < items)
-      ptx::cp_async_16(ptx::smem_address(&shared.item[(round + 1) % 2]) + threadIdx.x * 16,
-                       reinterpret_cast<const char*>(forward_items(a.plan) + next) + threadIdx.x * 16);
+    if (thread < int(sizeof(WorkItem)) / 16 && next < shared.items)
+      ptx::cp_async_16(ptx::smem_address(&shared.item[(round + 1) % 2]) + thread * 16,
+                       reinterpret_cast<const char*>(forward_items(a.plan) + next) + thread * 16);
     const int last = (item.k_count + kKeys - 1) / kKeys - 1, rows = item.k_count - last * kKeys;
     k_source = static_cast<const char*>(a.k) + (item.k_start + copier.row) * a.k_token_bytes +
                item.kv_head * a.k_head_bytes + copier.column;
@@ -160,13 +173,13 @@ __global__ __launch_bounds__(kThreads, Shape80<kHeadDim>::kResident) void illada
                                         k_source + last * kKeys * a.k_token_bytes, a.k_token_bytes, rows);
     }
     ptx::cp_async_commit();
-    load_pair(ring, last, std::true_type{}, rows);
+    load_pair(copier, ring, last, std::true_type{}, rows);
 #pragma unroll
-    for (int i = 1; i < kStages - 1; ++i) load_pair(ring + i * kStageBytes, last - i, std::false_type{}, kKeys);
+    for (int i = 1; i < kStages - 1; ++i) load_pair(copier, ring + i * kStageBytes, last - i, std::false_type{}, kKeys);
   };
 
   open_item(0);
-  for (int round = 0; item_index(round) < items; ++round) {
+  for (int round = 0; item_index(round) < shared.items; ++round) {
     const int last = (shared.item[round % 2].k_count + kKeys - 1) / kKeys - 1;
     const bool has_rows = warp * kWarpRows < shared.item[round % 2].q_count * a.group;
     float s[kPairs][kKeys / 2], o[kPairs][kHeadDim / 2];
@@ -258,7 +271,7 @@ __global__ __launch_bounds__(kThreads, Shape80<kHeadDim>::kResident) void illada
       if (has_rows) raise();
       ptx::cp_async_wait<kStages - 2>();
       __syncthreads();
-      load_pair(free, tile - (kStages - 1), std::false_type{}, kKeys);
+      load_pair(loop_copier, free, tile - (kStages - 1), std::false_type{}, kKeys);
       if (has_rows) {
         float next[kPairs][kKeys / 2];
         multiply_k(next, stage + kTileBytes, weigh);
@@ -286,8 +299,9 @@ __global__ __launch_bounds__(kThreads, Shape80<kHeadDim>::kResident) void illada
     const WorkItem item = shared.item[round % 2];  // before another one takes its place
     ptx::cp_async_wait<0>();
     __syncthreads();
-    if (item_index(round + 1) < items) open_item(round + 1);
+    if (item_index(round + 1) < shared.items) open_item(round + 1);
     if (has_rows) {
+      const int thread = thread_again(), lane = thread % 32, first_row = thread / 32 * kWarpRows;
       const bool whole = item.pieces == 1;
 #pragma unroll
       for (int m = 0; m < kPairs; ++m) {
@@ -295,8 +309,8 @@ __global__ __launch_bounds__(kThreads, Shape80<kHeadDim>::kResident) void illada
         for (int i = 0; i < 2; ++i) {
           const float sum = warp_reduce<4>(rows[m].sum[i], [](float x, float y) { return x + y; });
           const float inverse = sum == 0 ? 0 : 1 / sum;  // 0: an item without keys
-          const float lse_log2 = fmaf(rows[m].reference[i], a.scale_log2, log2f(sum));
-          const TileRow row(warp * kWarpRows + m * 16 + i * 8 + lane / 4, a);
+          const float lse_log2 = rows[m].reference[i] + log2f(sum);
+          const TileRow row(first_row + m * 16 + i * 8 + lane / 4, a);
           const bool is_real = row.token < item.q_count;
           const int64_t token = item.q_start + row.token;
           const int head = item.kv_head * a.group + row.head;

@@ -16,7 +16,8 @@ namespace illada::attention {
 // one until then. 2^kSlack is as exact as 1 in either dtype.
 struct RowPair {
   static constexpr float kSlack = 8;
-  float reference[2], sum[2];  // of this lane's probabilities
+  float reference[2];  // times scale_log2
+  float sum[2];        // of this lane's probabilities
 
   __device__ __forceinline__ void reset() {
     reference[0] = reference[1] = -INFINITY;
@@ -30,7 +31,7 @@ struct RowPair {
     for (int j = 4; j < kCount; ++j) top[j % 4] = fmaxf(top[j % 4], s[j]);
     top[0] = fmaxf(top[0], top[1]);
     top[1] = fmaxf(top[2], top[3]);
-    const float growth = fmaxf(top[0] - reference[0], top[1] - reference[1]) * scale_log2;
+    const float growth = fmaxf(fmaf(top[0], scale_log2, -reference[0]), fmaf(top[1], scale_log2, -reference[1]));
     const bool moves = __any_sync(kFullWarp, growth > kSlack);
     if (moves) {
 #pragma unroll
@@ -40,8 +41,8 @@ struct RowPair {
       }
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        top[i] = fmaxf(top[i], reference[i]);
-        rescale[i] = ptx::exp2_approx((reference[i] - top[i]) * scale_log2);
+        top[i] = fmaxf(top[i] * scale_log2, reference[i]);
+        rescale[i] = ptx::exp2_approx(reference[i] - top[i]);
         sum[i] *= rescale[i];
         reference[i] = top[i];
       }
@@ -51,11 +52,10 @@ struct RowPair {
   // Scores [first, last) become probabilities.
   template <int kCount>
   __device__ __forceinline__ void weigh(float (&s)[kCount], float scale_log2, int first = 0, int last = kCount) {
-    const float offset[2] = {reference[0] * scale_log2, reference[1] * scale_log2};
     float total[4] = {};
 #pragma unroll
     for (int j = first; j < last; ++j) {
-      s[j] = ptx::exp2_approx(fmaf(s[j], scale_log2, -offset[j / 2 % 2]));
+      s[j] = ptx::exp2_approx(fmaf(s[j], scale_log2, -reference[j / 2 % 2]));
       total[j % 4] += s[j];
     }
 #pragma unroll
