@@ -14,42 +14,24 @@
 namespace illada::attention {
 namespace {
 
-constexpr int kWarps = 4, kThreads = 32 * kWarps;
+constexpr int kWarps = 4, kThreads = 32 * kWarps, kResident = 2;  // CTAs of an SM, where shared memory allows it
 constexpr int kWarpRows = kTileRows / kWarps, kPairs = kWarpRows / 16;  // RowPairs of a lane
 
-#ifndef KEYS128
-#define KEYS128 32
-#endif
-#ifndef STAGES128
-#define STAGES128 2
-#endif
-#ifndef KEYS64
-#define KEYS64 48
-#endif
-#ifndef STAGES64
-#define STAGES64 3
-#endif
-#ifndef RESIDENT64
-#define RESIDENT64 2
-#endif
-template <int kHeadDim>
-struct Shape80 {
-  static constexpr int kKeys = kHeadDim == 128 ? KEYS128 : KEYS64;
-  static constexpr int kStages = kHeadDim == 128 ? STAGES128 : STAGES64;
-  static constexpr int kResident = kHeadDim == 128 ? 2 : RESIDENT64;  // CTAs of an SM
-  static constexpr int kRowBytes = kHeadDim * 2;
+struct KeySource {
+  const char *k, *v;  // of an item's first key
 };
 
 // Tiles are rows of kHeadDim elements; in row r, the 16-byte chunk c stands where c ^ (r % 8) would.
 template <int kHeadDim>
 struct SharedStorage {
-  using Shape = Shape80<kHeadDim>;
-  alignas(128) char q[kTileRows * Shape::kRowBytes];
+  static constexpr int kKeys = forward_key_tile_sm80(kHeadDim), kRowBytes = kHeadDim * 2;
+  alignas(128) char q[kTileRows * kRowBytes];
   struct Stage {
-    char v[Shape::kKeys * Shape::kRowBytes];  // of a tile of keys
-    char k[Shape::kKeys * Shape::kRowBytes];  // of the next one
-  } stage[Shape::kStages];
+    char v[kKeys * kRowBytes];  // of a tile of keys
+    char k[kKeys * kRowBytes];  // of the one that follows, which is tile - 1
+  } stage[2];                   // of even and odd tiles
   WorkItem item[2];  // in use, and the next one
+  KeySource source;  // of the item in use
   int items;
 };
 
@@ -97,10 +79,11 @@ struct Copier {
     column = thread % kChunks * 16;
     target = uint32_t(row * kRowBytes + (column ^ row % 8 * 16));
   }
-  // `source` is this thread's first chunk. Rows from `rows` on become zeros: what lies there may be anything, and
+  // Rows `first` .. of `source`. Those from `rows` of the tile on become zeros: what lies there may be anything, and
   // 0 * NaN is NaN.
   template <int kTile, bool kPartial>
-  __device__ __forceinline__ void keys(uint32_t tile, const char* source, int64_t stride, int rows) const {
+  __device__ __forceinline__ void keys(uint32_t tile, const char* source, int64_t stride, int first, int rows) const {
+    source += (first + row) * stride + column;
 #pragma unroll
     for (int i = 0; i < kTile / kRows; ++i)
       ptx::cp_async_16(tile + target + i * kRows * kRowBytes, source + i * kRows * stride,
@@ -109,17 +92,16 @@ struct Copier {
 };
 
 template <typename T, int kHeadDim>
-__global__ __launch_bounds__(kThreads, Shape80<kHeadDim>::kResident) void illada_attention_forward_sm80(
+__global__ __launch_bounds__(kThreads, kResident) void illada_attention_forward_sm80(
     const __grid_constant__ ForwardArguments a) {
-  using Shape = Shape80<kHeadDim>;
+  using Shared = SharedStorage<kHeadDim>;
   constexpr bool kIsBFloat16 = std::is_same_v<T, BFloat16>;
-  constexpr int kKeys = Shape::kKeys, kStages = Shape::kStages, kRowBytes = Shape::kRowBytes;
+  constexpr int kKeys = Shared::kKeys, kRowBytes = Shared::kRowBytes;
   constexpr uint32_t kTileBytes = kKeys * kRowBytes, kStageBytes = 2 * kTileBytes;
   extern __shared__ __align__(1024) char raw_shared[];
-  SharedStorage<kHeadDim>& shared = *reinterpret_cast<SharedStorage<kHeadDim>*>(raw_shared);
+  Shared& shared = *reinterpret_cast<Shared*>(raw_shared);
   const uint32_t q_tile = ptx::smem_address(shared.q), ring = ptx::smem_address(shared.stage);
   const int warp = __shfl_sync(kFullWarp, int(threadIdx.x) / 32, 0), lane = int(threadIdx.x) % 32;
-  const Copier<kHeadDim> loop_copier(int(threadIdx.x));
   // What ldmatrix takes from a lane. The A operand and V: lanes 0 .. 15 have the rows of the first 8 columns, the others
   // those of the next 8. K, for pairs of registers to be B operands: every other 8 lanes.
   const uint32_t fragment = uint32_t(lane % 16 * kRowBytes + (lane / 16 ^ lane % 8) * 16);
@@ -135,15 +117,15 @@ __global__ __launch_bounds__(kThreads, Shape80<kHeadDim>::kResident) void illada
   }
   __syncthreads();
 
-  const char *k_source, *v_source;  // this thread's first chunk of tile 0 of the item in flight
-  // Sends for V of a tile and K of the one after it, which is tile - 1.
-  const auto load_pair = [&](const Copier<kHeadDim>& copier, uint32_t stage, int tile, auto is_partial, int rows) {
+  const auto stage_of = [&](int tile) { return ring + uint32_t(tile & 1) * kStageBytes; };
+  // Sends for V of a tile and K of the one that follows.
+  const auto load_pair = [&](const Copier<kHeadDim>& copier, const KeySource& source, int tile, auto is_partial,
+                             int rows) {
+    const uint32_t stage = stage_of(tile);
     if (tile >= 0)
-      copier.template keys<kKeys, decltype(is_partial)::value>(stage, v_source + tile * kKeys * a.v_token_bytes,
-                                                               a.v_token_bytes, rows);
+      copier.template keys<kKeys, decltype(is_partial)::value>(stage, source.v, a.v_token_bytes, tile * kKeys, rows);
     if (tile > 0)
-      copier.template keys<kKeys, false>(stage + kTileBytes, k_source + (tile - 1) * kKeys * a.k_token_bytes,
-                                         a.k_token_bytes, kKeys);
+      copier.template keys<kKeys, false>(stage + kTileBytes, source.k, a.k_token_bytes, (tile - 1) * kKeys, kKeys);
     ptx::cp_async_commit();
   };
   const auto open_item = [&](int round) {  // nothing of the ring and of q is in use
@@ -155,27 +137,25 @@ __global__ __launch_bounds__(kThreads, Shape80<kHeadDim>::kResident) void illada
       ptx::cp_async_16(ptx::smem_address(&shared.item[(round + 1) % 2]) + thread * 16,
                        reinterpret_cast<const char*>(forward_items(a.plan) + next) + thread * 16);
     const int last = (item.k_count + kKeys - 1) / kKeys - 1, rows = item.k_count - last * kKeys;
-    k_source = static_cast<const char*>(a.k) + (item.k_start + copier.row) * a.k_token_bytes +
-               item.kv_head * a.k_head_bytes + copier.column;
-    v_source = static_cast<const char*>(a.v) + (item.k_start + copier.row) * a.v_token_bytes +
-               item.kv_head * a.v_head_bytes + copier.column;
+    const KeySource source{
+        static_cast<const char*>(a.k) + item.k_start * a.k_token_bytes + item.kv_head * a.k_head_bytes,
+        static_cast<const char*>(a.v) + item.k_start * a.v_token_bytes + item.kv_head * a.v_head_bytes};
+    if (thread == 0) shared.source = source;
     if (last >= 0) {
-      const char* source =
+      const char* queries =
           static_cast<const char*>(a.q) + item.q_start * a.q_token_bytes + item.kv_head * a.group * a.q_head_bytes;
 #pragma unroll 4
       for (int i = 0; i < kTileRows / copier.kRows; ++i) {
         const TileRow row(copier.row + i * copier.kRows, a);
         ptx::cp_async_16(q_tile + copier.target + i * copier.kRows * kRowBytes,
-                         source + row.token * a.q_token_bytes + row.head * a.q_head_bytes + copier.column,
+                         queries + row.token * a.q_token_bytes + row.head * a.q_head_bytes + copier.column,
                          row.token < item.q_count);
       }
-      copier.template keys<kKeys, true>(ring + (kStages - 1) * kStageBytes + kTileBytes,
-                                        k_source + last * kKeys * a.k_token_bytes, a.k_token_bytes, rows);
+      copier.template keys<kKeys, true>(stage_of(last + 1) + kTileBytes, source.k, a.k_token_bytes, last * kKeys,
+                                        rows);
     }
     ptx::cp_async_commit();
-    load_pair(copier, ring, last, std::true_type{}, rows);
-#pragma unroll
-    for (int i = 1; i < kStages - 1; ++i) load_pair(copier, ring + i * kStageBytes, last - i, std::false_type{}, kKeys);
+    load_pair(copier, source, last, std::true_type{}, rows);
   };
 
   open_item(0);
@@ -255,35 +235,32 @@ __global__ __launch_bounds__(kThreads, Shape80<kHeadDim>::kResident) void illada
       }
     };
 
-    ptx::cp_async_wait<kStages - 1>();
+    ptx::cp_async_wait<1>();
     __syncthreads();
     if (has_rows && last >= 0) {
-      multiply_k(s, ring + (kStages - 1) * kStageBytes + kTileBytes, [](int) {});
+      multiply_k(s, stage_of(last + 1) + kTileBytes, [](int) {});
       const int valid = shared.item[round % 2].k_count - last * kKeys;
       if (valid < kKeys) {
 #pragma unroll
         for (int m = 0; m < kPairs; ++m) mask_scores(s[m], valid);
       }
     }
-    uint32_t stage = ring, free = ring + (kStages - 1) * kStageBytes;
 #pragma unroll 1
     for (int tile = last; tile > 0; --tile) {
       if (has_rows) raise();
-      ptx::cp_async_wait<kStages - 2>();
+      ptx::cp_async_wait<0>();
       __syncthreads();
-      load_pair(loop_copier, free, tile - (kStages - 1), std::false_type{}, kKeys);
+      load_pair(Copier<kHeadDim>(thread_again()), shared.source, tile - 1, std::false_type{}, kKeys);
       if (has_rows) {
         float next[kPairs][kKeys / 2];
-        multiply_k(next, stage + kTileBytes, weigh);
-        multiply_v(stage);
+        multiply_k(next, stage_of(tile) + kTileBytes, weigh);
+        multiply_v(stage_of(tile));
 #pragma unroll
         for (int m = 0; m < kPairs; ++m) {
 #pragma unroll
           for (int j = 0; j < kKeys / 2; ++j) s[m][j] = next[m][j];
         }
       }
-      free = stage;
-      stage = stage == ring + (kStages - 1) * kStageBytes ? ring : stage + kStageBytes;
     }
     if (last >= 0) {
       if (has_rows) raise();
@@ -292,7 +269,7 @@ __global__ __launch_bounds__(kThreads, Shape80<kHeadDim>::kResident) void illada
       if (has_rows) {
 #pragma unroll
         for (int step = 0; step < kHeadDim / 16; ++step) weigh(step);
-        multiply_v(stage);
+        multiply_v(stage_of(0));
       }
     }
     // The next item's tiles come while this one's rows leave.

@@ -9,7 +9,7 @@ namespace illada::attention {
 void launch_plan(const PlanParams& params, const Device& device, const Tiling& tiling);
 
 // Keys of a step of each forward kernel.
-constexpr int forward_key_tile_sm80(int head_dim) { return head_dim == 128 ? 64 : 128; }
+constexpr int forward_key_tile_sm80(int head_dim) { return head_dim == 128 ? 32 : 48; }
 constexpr int forward_key_tile_sm90(int head_dim) { return head_dim == 128 ? 176 : 128; }
 
 // Walks over the forward items of the plan. One function per (arch, head dim), each in a file of its own.
