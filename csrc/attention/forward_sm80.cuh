@@ -30,9 +30,9 @@ struct SharedStorage {
     char v[kKeys * kRowBytes];  // of a tile of keys
     char k[kKeys * kRowBytes];  // of the one that follows, which is tile - 1
   } stage[2];                   // of even and odd tiles
-  WorkItem item[2];  // in use, and the next one
+  WorkItem item[3];  // in use, the next one, and the one before
   KeySource source;  // of the item in use
-  int items;
+  int items, round;  // read anew where they are needed
 };
 
 struct ForwardArguments {
@@ -60,8 +60,8 @@ struct TileRow {
 };
 
 // threadIdx.x, read anew: what is made of it holds no registers while the main loop runs, which needs them all.
-__device__ __forceinline__ int thread_again() {
-  int thread;
+__device__ __forceinline__ uint32_t thread_again() {
+  uint32_t thread;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
   return thread;
 }
@@ -74,10 +74,10 @@ struct Copier {
   int row, column;                // of the first chunk; the column in bytes
   uint32_t target;                // in any tile
 
-  __device__ __forceinline__ explicit Copier(int thread) {
-    row = thread / kChunks;
-    column = thread % kChunks * 16;
-    target = uint32_t(row * kRowBytes + (column ^ row % 8 * 16));
+  __device__ __forceinline__ explicit Copier(uint32_t thread) {
+    row = int(thread / kChunks);
+    column = int(thread % kChunks * 16);
+    target = thread / kChunks * kRowBytes + (thread % kChunks ^ thread / kChunks % 8) * 16;
   }
   // Rows `first` .. of `source`. Those from `rows` of the tile on become zeros: what lies there may be anything, and
   // 0 * NaN is NaN.
@@ -97,15 +97,19 @@ __global__ __launch_bounds__(kThreads, kResident) void illada_attention_forward_
   using Shared = SharedStorage<kHeadDim>;
   constexpr bool kIsBFloat16 = std::is_same_v<T, BFloat16>;
   constexpr int kKeys = Shared::kKeys, kRowBytes = Shared::kRowBytes;
+  #ifndef EARLY
+#define EARLY 2
+#endif
+  constexpr int kEarly = EARLY;
   constexpr uint32_t kTileBytes = kKeys * kRowBytes, kStageBytes = 2 * kTileBytes;
   extern __shared__ __align__(1024) char raw_shared[];
   Shared& shared = *reinterpret_cast<Shared*>(raw_shared);
   const uint32_t q_tile = ptx::smem_address(shared.q), ring = ptx::smem_address(shared.stage);
-  const int warp = __shfl_sync(kFullWarp, int(threadIdx.x) / 32, 0), lane = int(threadIdx.x) % 32;
+  const uint32_t warp = __shfl_sync(kFullWarp, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   // What ldmatrix takes from a lane. The A operand and V: lanes 0 .. 15 have the rows of the first 8 columns, the others
   // those of the next 8. K, for pairs of registers to be B operands: every other 8 lanes.
-  const uint32_t fragment = uint32_t(lane % 16 * kRowBytes + (lane / 16 ^ lane % 8) * 16);
-  const uint32_t k_fragment = uint32_t((lane / 16 * 8 + lane % 8) * kRowBytes + (lane / 8 % 2 ^ lane % 8) * 16);
+  const uint32_t fragment = lane % 16 * kRowBytes + (lane / 16 ^ lane % 8) * 16;
+  const uint32_t k_fragment = (lane / 16 * 8 + lane % 8) * kRowBytes + (lane / 8 % 2 ^ lane % 8) * 16;
 
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
@@ -129,12 +133,12 @@ __global__ __launch_bounds__(kThreads, kResident) void illada_attention_forward_
     ptx::cp_async_commit();
   };
   const auto open_item = [&](int round) {  // nothing of the ring and of q is in use
-    const int thread = thread_again();
+    const uint32_t thread = thread_again();
     const Copier<kHeadDim> copier(thread);
-    const WorkItem& item = shared.item[round % 2];
+    const WorkItem& item = shared.item[round % 3];
     const int next = item_index(round + 1);
-    if (thread < int(sizeof(WorkItem)) / 16 && next < shared.items)
-      ptx::cp_async_16(ptx::smem_address(&shared.item[(round + 1) % 2]) + thread * 16,
+    if (thread < sizeof(WorkItem) / 16 && next < shared.items)
+      ptx::cp_async_16(ptx::smem_address(&shared.item[(round + 1) % 3]) + thread * 16,
                        reinterpret_cast<const char*>(forward_items(a.plan) + next) + thread * 16);
     const int last = (item.k_count + kKeys - 1) / kKeys - 1, rows = item.k_count - last * kKeys;
     const KeySource source{
@@ -159,9 +163,9 @@ __global__ __launch_bounds__(kThreads, kResident) void illada_attention_forward_
   };
 
   open_item(0);
-  for (int round = 0; item_index(round) < shared.items; ++round) {
-    const int last = (shared.item[round % 2].k_count + kKeys - 1) / kKeys - 1;
-    const bool has_rows = warp * kWarpRows < shared.item[round % 2].q_count * a.group;
+  for (int round = 0; item_index(round) < shared.items;) {
+    const int last = (shared.item[round % 3].k_count + kKeys - 1) / kKeys - 1;
+    const bool has_rows = int(warp) * kWarpRows < shared.item[round % 3].q_count * a.group;
     float s[kPairs][kKeys / 2], o[kPairs][kHeadDim / 2];
     uint32_t p[kPairs][kKeys / 16][4];
     RowPair rows[kPairs];
@@ -183,7 +187,7 @@ __global__ __launch_bounds__(kThreads, kResident) void illada_attention_forward_
         uint32_t q[kPairs][4];
 #pragma unroll
         for (int m = 0; m < kPairs; ++m)
-          ptx::ldmatrix_x4(q[m], ((q_tile + fragment + uint32_t(warp * kWarpRows * kRowBytes)) ^ (step % 4 * 32)) +
+          ptx::ldmatrix_x4(q[m], ((q_tile + fragment + warp * kWarpRows * kRowBytes) ^ (step % 4 * 32)) +
                                      step / 4 * 128 + m * 16 * kRowBytes);
 #pragma unroll
         for (int n = 0; n < kKeys / 16; ++n) {
@@ -237,9 +241,10 @@ __global__ __launch_bounds__(kThreads, kResident) void illada_attention_forward_
 
     ptx::cp_async_wait<1>();
     __syncthreads();
+    if (threadIdx.x == 0) shared.round = round + 1;
     if (has_rows && last >= 0) {
       multiply_k(s, stage_of(last + 1) + kTileBytes, [](int) {});
-      const int valid = shared.item[round % 2].k_count - last * kKeys;
+      const int valid = shared.item[round % 3].k_count - last * kKeys;
       if (valid < kKeys) {
 #pragma unroll
         for (int m = 0; m < kPairs; ++m) mask_scores(s[m], valid);
@@ -247,13 +252,19 @@ __global__ __launch_bounds__(kThreads, kResident) void illada_attention_forward_
     }
 #pragma unroll 1
     for (int tile = last; tile > 0; --tile) {
-      if (has_rows) raise();
+      if (has_rows) {
+        raise();
+#pragma unroll
+        for (int step = 0; step < kEarly; ++step) weigh(step);
+      }
       ptx::cp_async_wait<0>();
       __syncthreads();
       load_pair(Copier<kHeadDim>(thread_again()), shared.source, tile - 1, std::false_type{}, kKeys);
       if (has_rows) {
         float next[kPairs][kKeys / 2];
-        multiply_k(next, stage_of(tile) + kTileBytes, weigh);
+        multiply_k(next, stage_of(tile) + kTileBytes, [&](int step) {
+          if (step + kEarly < kHeadDim / 16) weigh(step + kEarly);
+        });
         multiply_v(stage_of(tile));
 #pragma unroll
         for (int m = 0; m < kPairs; ++m) {
@@ -273,12 +284,13 @@ __global__ __launch_bounds__(kThreads, kResident) void illada_attention_forward_
       }
     }
     // The next item's tiles come while this one's rows leave.
-    const WorkItem item = shared.item[round % 2];  // before another one takes its place
     ptx::cp_async_wait<0>();
     __syncthreads();
-    if (item_index(round + 1) < shared.items) open_item(round + 1);
+    round = shared.round;
+    const WorkItem item = shared.item[(round + 2) % 3];
+    if (item_index(round) < shared.items) open_item(round);
     if (has_rows) {
-      const int thread = thread_again(), lane = thread % 32, first_row = thread / 32 * kWarpRows;
+      const int thread = int(thread_again()), lane = thread & 31, first_row = (thread >> 5) * kWarpRows;
       const bool whole = item.pieces == 1;
 #pragma unroll
       for (int m = 0; m < kPairs; ++m) {
@@ -358,7 +370,10 @@ void launch_forward(const ForwardParams& p, const Device& device) {
   const auto kernel = illada_attention_forward_sm80<T, kHeadDim>;
   LaunchShape shape;
   shape.block = dim3(kThreads);
-  shape.smem_bytes = int(sizeof(SharedStorage<kHeadDim>));
+  #ifndef PAD
+#define PAD 0
+#endif
+  shape.smem_bytes = int(sizeof(SharedStorage<kHeadDim>)) + PAD;
   shape.dependent = true;
   const int resident = resident_ctas(kOp, reinterpret_cast<const void*>(kernel), device, kThreads, shape.smem_bytes);
   shape.grid = dim3(unsigned(std::min<int64_t>(int64_t(device.sm_count) * resident, max_forward_items(s))));

@@ -52,14 +52,11 @@ struct RowPair {
   // Scores [first, last) become probabilities.
   template <int kCount>
   __device__ __forceinline__ void weigh(float (&s)[kCount], float scale_log2, int first = 0, int last = kCount) {
-    float total[4] = {};
 #pragma unroll
     for (int j = first; j < last; ++j) {
       s[j] = ptx::exp2_approx(fmaf(s[j], scale_log2, -reference[j / 2 % 2]));
-      total[j % 4] += s[j];
+      sum[j / 2 % 2] += s[j];
     }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) sum[i] += total[2 * i] + total[2 * i + 1];
   }
 };
 
