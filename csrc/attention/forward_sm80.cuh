@@ -97,11 +97,7 @@ __global__ __launch_bounds__(kThreads, kResident) void illada_attention_forward_
   using Shared = SharedStorage<kHeadDim>;
   constexpr bool kIsBFloat16 = std::is_same_v<T, BFloat16>;
   constexpr int kKeys = Shared::kKeys, kRowBytes = Shared::kRowBytes;
-  #ifndef EARLY
-#define EARLY 2
-#endif
-  constexpr int kEarly = EARLY;
-  constexpr uint32_t kTileBytes = kKeys * kRowBytes, kStageBytes = 2 * kTileBytes;
+    constexpr uint32_t kTileBytes = kKeys * kRowBytes, kStageBytes = 2 * kTileBytes;
   extern __shared__ __align__(1024) char raw_shared[];
   Shared& shared = *reinterpret_cast<Shared*>(raw_shared);
   const uint32_t q_tile = ptx::smem_address(shared.q), ring = ptx::smem_address(shared.stage);
@@ -228,11 +224,12 @@ __global__ __launch_bounds__(kThreads, kResident) void illada_attention_forward_
           p[m][j / 8][j % 8 / 2] = pack2<T>(s[m][j], s[m][j + 1]);
       }
     };
+    float top[kPairs][2];
     const auto raise = [&] {
 #pragma unroll
       for (int m = 0; m < kPairs; ++m) {
         float rescale[2];
-        if (rows[m].raise(s[m], a.scale_log2, rescale)) {
+        if (rows[m].raise(top[m], a.scale_log2, rescale)) {
 #pragma unroll
           for (int j = 0; j < kHeadDim / 2; ++j) o[m][j] *= rescale[j / 2 % 2];
         }
@@ -249,28 +246,50 @@ __global__ __launch_bounds__(kThreads, kResident) void illada_attention_forward_
 #pragma unroll
         for (int m = 0; m < kPairs; ++m) mask_scores(s[m], valid);
       }
+#pragma unroll
+      for (int m = 0; m < kPairs; ++m) RowPair::maxima(s[m], top[m]);
     }
 #pragma unroll 1
     for (int tile = last; tile > 0; --tile) {
-      if (has_rows) {
-        raise();
-#pragma unroll
-        for (int step = 0; step < kEarly; ++step) weigh(step);
-      }
+      if (has_rows) raise();
       ptx::cp_async_wait<0>();
       __syncthreads();
-      load_pair(Copier<kHeadDim>(thread_again()), shared.source, tile - 1, std::false_type{}, kKeys);
+      // Into the other stage: V of tile - 1, and K of tile - 2 if there is one.
+      const Copier<kHeadDim> copier(thread_again());
+      const uint32_t target = stage_of(tile - 1) + copier.target;
+      const char* v_source = shared.source.v + ((tile - 1) * kKeys + copier.row) * a.v_token_bytes + copier.column;
+      const char* k_source = shared.source.k + (max(tile - 2, 0) * kKeys + copier.row) * a.k_token_bytes + copier.column;
+      const auto copy = [&](int step) {
+        constexpr int kPasses = kKeys / copier.kRows, kSteps = kHeadDim / 16;
+#pragma unroll
+        for (int i = step * 2 * kPasses / kSteps; i < (step + 1) * 2 * kPasses / kSteps; ++i) {
+          if (i < kPasses) {
+            ptx::cp_async_16(target + i * copier.kRows * kRowBytes, v_source);
+            v_source += copier.kRows * a.v_token_bytes;
+          } else {
+            ptx::cp_async_16(target + i * copier.kRows * kRowBytes, k_source, tile > 1);
+            k_source += copier.kRows * a.k_token_bytes;
+          }
+        }
+      };
       if (has_rows) {
         float next[kPairs][kKeys / 2];
         multiply_k(next, stage_of(tile) + kTileBytes, [&](int step) {
-          if (step + kEarly < kHeadDim / 16) weigh(step + kEarly);
+          weigh(step);
+          copy(step);
         });
+        ptx::cp_async_commit();
         multiply_v(stage_of(tile));
 #pragma unroll
         for (int m = 0; m < kPairs; ++m) {
+          RowPair::maxima(next[m], top[m]);
 #pragma unroll
           for (int j = 0; j < kKeys / 2; ++j) s[m][j] = next[m][j];
         }
+      } else {
+#pragma unroll
+        for (int step = 0; step < kHeadDim / 16; ++step) copy(step);
+        ptx::cp_async_commit();
       }
     }
     if (last >= 0) {

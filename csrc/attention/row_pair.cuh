@@ -23,14 +23,17 @@ struct RowPair {
     reference[0] = reference[1] = -INFINITY;
     sum[0] = sum[1] = 0;
   }
-  // True: the reference moves, and what came before is to be multiplied by `rescale`.
+  // The largest of this lane's scores in each row.
   template <int kCount>
-  __device__ __forceinline__ bool raise(const float (&s)[kCount], float scale_log2, float (&rescale)[2]) {
-    float top[4] = {s[0], s[1], s[2], s[3]};
+  static __device__ __forceinline__ void maxima(const float (&s)[kCount], float (&top)[2]) {
+    float some[4] = {s[0], s[1], s[2], s[3]};
 #pragma unroll
-    for (int j = 4; j < kCount; ++j) top[j % 4] = fmaxf(top[j % 4], s[j]);
-    top[0] = fmaxf(top[0], top[1]);
-    top[1] = fmaxf(top[2], top[3]);
+    for (int j = 4; j < kCount; ++j) some[j % 4] = fmaxf(some[j % 4], s[j]);
+    top[0] = fmaxf(some[0], some[1]);
+    top[1] = fmaxf(some[2], some[3]);
+  }
+  // The reference follows them. True: it moves, and what came before is to be multiplied by `rescale`.
+  __device__ __forceinline__ bool raise(float (&top)[2], float scale_log2, float (&rescale)[2]) {
     const float growth = fmaxf(fmaf(top[0], scale_log2, -reference[0]), fmaf(top[1], scale_log2, -reference[1]));
     const bool moves = __any_sync(kFullWarp, growth > kSlack);
     if (moves) {
