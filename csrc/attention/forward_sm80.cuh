@@ -225,11 +225,15 @@ __global__ __launch_bounds__(kThreads, kResident) void illada_attention_forward_
       }
     };
     float top[kPairs][2];
-    const auto raise = [&] {
+    const auto follow = [&] {  // the references follow the scores, if they must
+      float growth = -INFINITY;
 #pragma unroll
-      for (int m = 0; m < kPairs; ++m) {
-        float rescale[2];
-        if (rows[m].raise(top[m], a.scale_log2, rescale)) {
+      for (int m = 0; m < kPairs; ++m) growth = fmaxf(growth, rows[m].growth(top[m], a.scale_log2));
+      if (__any_sync(kFullWarp, growth > RowPair::kSlack)) {
+#pragma unroll
+        for (int m = 0; m < kPairs; ++m) {
+          float rescale[2];
+          rows[m].move(top[m], a.scale_log2, rescale);
 #pragma unroll
           for (int j = 0; j < kHeadDim / 2; ++j) o[m][j] *= rescale[j / 2 % 2];
         }
@@ -251,7 +255,7 @@ __global__ __launch_bounds__(kThreads, kResident) void illada_attention_forward_
     }
 #pragma unroll 1
     for (int tile = last; tile > 0; --tile) {
-      if (has_rows) raise();
+      if (has_rows) follow();
       ptx::cp_async_wait<0>();
       __syncthreads();
       // Into the other stage: V of tile - 1, and K of tile - 2 if there is one.
@@ -259,26 +263,22 @@ __global__ __launch_bounds__(kThreads, kResident) void illada_attention_forward_
       const uint32_t target = stage_of(tile - 1) + copier.target;
       const char* v_source = shared.source.v + ((tile - 1) * kKeys + copier.row) * a.v_token_bytes + copier.column;
       const char* k_source = shared.source.k + (max(tile - 2, 0) * kKeys + copier.row) * a.k_token_bytes + copier.column;
-      const auto copy = [&](int step) {
-        constexpr int kPasses = kKeys / copier.kRows, kSteps = kHeadDim / 16;
+      const auto copy = [&] {
+        constexpr int kRows = copier.kRows;
 #pragma unroll
-        for (int i = step * 2 * kPasses / kSteps; i < (step + 1) * 2 * kPasses / kSteps; ++i) {
-          if (i < kPasses) {
-            ptx::cp_async_16(target + i * copier.kRows * kRowBytes, v_source);
-            v_source += copier.kRows * a.v_token_bytes;
-          } else {
-            ptx::cp_async_16(target + i * copier.kRows * kRowBytes, k_source, tile > 1);
-            k_source += copier.kRows * a.k_token_bytes;
-          }
-        }
+        for (int i = 0; i < kKeys / kRows; ++i)
+          ptx::cp_async_16(target + i * kRows * kRowBytes, v_source + i * kRows * a.v_token_bytes);
+#pragma unroll
+        for (int i = 0; i < kKeys / kRows; ++i)
+          ptx::cp_async_16(target + kTileBytes + i * kRows * kRowBytes, k_source + i * kRows * a.k_token_bytes, tile > 1);
+        ptx::cp_async_commit();
       };
       if (has_rows) {
         float next[kPairs][kKeys / 2];
         multiply_k(next, stage_of(tile) + kTileBytes, [&](int step) {
           weigh(step);
-          copy(step);
+          if (step == COPY) copy();
         });
-        ptx::cp_async_commit();
         multiply_v(stage_of(tile));
 #pragma unroll
         for (int m = 0; m < kPairs; ++m) {
@@ -287,13 +287,11 @@ __global__ __launch_bounds__(kThreads, kResident) void illada_attention_forward_
           for (int j = 0; j < kKeys / 2; ++j) s[m][j] = next[m][j];
         }
       } else {
-#pragma unroll
-        for (int step = 0; step < kHeadDim / 16; ++step) copy(step);
-        ptx::cp_async_commit();
+        copy();
       }
     }
     if (last >= 0) {
-      if (has_rows) raise();
+      if (has_rows) follow();
       ptx::cp_async_wait<0>();
       __syncthreads();
       if (has_rows) {

@@ -32,25 +32,21 @@ struct RowPair {
     top[0] = fmaxf(some[0], some[1]);
     top[1] = fmaxf(some[2], some[3]);
   }
-  // The reference follows them. True: it moves, and what came before is to be multiplied by `rescale`.
-  __device__ __forceinline__ bool raise(float (&top)[2], float scale_log2, float (&rescale)[2]) {
-    const float growth = fmaxf(fmaf(top[0], scale_log2, -reference[0]), fmaf(top[1], scale_log2, -reference[1]));
-    const bool moves = __any_sync(kFullWarp, growth > kSlack);
-    if (moves) {
+  // By how much some row would outgrow its reference, in powers of 2: more than kSlack in any lane of the warp, and
+  // the references have to move.
+  __device__ __forceinline__ float growth(const float (&top)[2], float scale_log2) const {
+    return fmaxf(fmaf(top[0], scale_log2, -reference[0]), fmaf(top[1], scale_log2, -reference[1]));
+  }
+  // The references move up to the largest score. What came before is to be multiplied by `rescale`.
+  __device__ __forceinline__ void move(float (&top)[2], float scale_log2, float (&rescale)[2]) {
 #pragma unroll
-      for (int lanes = 2; lanes; lanes /= 2) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) top[i] = fmaxf(top[i], __shfl_xor_sync(kFullWarp, top[i], lanes));
-      }
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        top[i] = fmaxf(top[i] * scale_log2, reference[i]);
-        rescale[i] = ptx::exp2_approx(reference[i] - top[i]);
-        sum[i] *= rescale[i];
-        reference[i] = top[i];
-      }
+    for (int i = 0; i < 2; ++i) {
+      top[i] = warp_reduce<4>(top[i], [](float a, float b) { return fmaxf(a, b); });
+      top[i] = fmaxf(top[i] * scale_log2, reference[i]);
+      rescale[i] = ptx::exp2_approx(reference[i] - top[i]);
+      sum[i] *= rescale[i];
+      reference[i] = top[i];
     }
-    return moves;
   }
   // Scores [first, last) become probabilities.
   template <int kCount>
