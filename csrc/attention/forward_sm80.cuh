@@ -229,7 +229,11 @@ __global__ __launch_bounds__(kThreads, kResident) void illada_attention_forward_
       float growth = -INFINITY;
 #pragma unroll
       for (int m = 0; m < kPairs; ++m) growth = fmaxf(growth, rows[m].growth(top[m], a.scale_log2));
+#ifdef NOMOVE
+      if (false) {
+#else
       if (__any_sync(kFullWarp, growth > RowPair::kSlack)) {
+#endif
 #pragma unroll
         for (int m = 0; m < kPairs; ++m) {
           float rescale[2];
@@ -258,27 +262,18 @@ __global__ __launch_bounds__(kThreads, kResident) void illada_attention_forward_
       if (has_rows) follow();
       ptx::cp_async_wait<0>();
       __syncthreads();
-      // Into the other stage: V of tile - 1, and K of tile - 2 if there is one.
-      const Copier<kHeadDim> copier(thread_again());
-      const uint32_t target = stage_of(tile - 1) + copier.target;
-      const char* v_source = shared.source.v + ((tile - 1) * kKeys + copier.row) * a.v_token_bytes + copier.column;
-      const char* k_source = shared.source.k + (max(tile - 2, 0) * kKeys + copier.row) * a.k_token_bytes + copier.column;
-      const auto copy = [&] {
-        constexpr int kRows = copier.kRows;
-#pragma unroll
-        for (int i = 0; i < kKeys / kRows; ++i)
-          ptx::cp_async_16(target + i * kRows * kRowBytes, v_source + i * kRows * a.v_token_bytes);
-#pragma unroll
-        for (int i = 0; i < kKeys / kRows; ++i)
-          ptx::cp_async_16(target + kTileBytes + i * kRows * kRowBytes, k_source + i * kRows * a.k_token_bytes, tile > 1);
+      {  // Into the other stage, which all have read: V of tile - 1, and K of tile - 2 if there is one.
+        const Copier<kHeadDim> copier(thread_again());
+        const uint32_t target = stage_of(tile - 1);
+        copier.template keys<kKeys, false>(target, shared.source.v, a.v_token_bytes, (tile - 1) * kKeys, kKeys);
+        if (tile > 1)
+          copier.template keys<kKeys, false>(target + kTileBytes, shared.source.k, a.k_token_bytes, (tile - 2) * kKeys,
+                                             kKeys);
         ptx::cp_async_commit();
-      };
+      }
       if (has_rows) {
         float next[kPairs][kKeys / 2];
-        multiply_k(next, stage_of(tile) + kTileBytes, [&](int step) {
-          weigh(step);
-          if (step == COPY) copy();
-        });
+        multiply_k(next, stage_of(tile) + kTileBytes, weigh);
         multiply_v(stage_of(tile));
 #pragma unroll
         for (int m = 0; m < kPairs; ++m) {
@@ -286,8 +281,6 @@ __global__ __launch_bounds__(kThreads, kResident) void illada_attention_forward_
 #pragma unroll
           for (int j = 0; j < kKeys / 2; ++j) s[m][j] = next[m][j];
         }
-      } else {
-        copy();
       }
     }
     if (last >= 0) {
