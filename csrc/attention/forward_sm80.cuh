@@ -91,6 +91,19 @@ struct Copier {
   }
 };
 
+// What ldmatrix takes from a lane, in any tile. The A operand and V: lanes 0 .. 15 have the rows of the first 8 columns,
+// the others those of the next 8. K, for pairs of registers to be B operands: every other 8 lanes.
+template <int kRowBytes>
+struct Fragments {
+  uint32_t q, k, v;  // q: of the warp's rows
+  __device__ __forceinline__ explicit Fragments(uint32_t thread) {
+    const uint32_t row = thread % 8;
+    v = thread % 16 * kRowBytes + (thread / 16 % 2 ^ row) * 16;
+    k = (thread / 16 % 2 * 8 + row) * kRowBytes + (thread / 8 % 2 ^ row) * 16;
+    q = thread / 32 * (kWarpRows * kRowBytes) + v;
+  }
+};
+
 template <typename T, int kHeadDim>
 __global__ __launch_bounds__(kThreads, kResident) void illada_attention_forward_sm80(
     const __grid_constant__ ForwardArguments a) {
@@ -101,12 +114,6 @@ __global__ __launch_bounds__(kThreads, kResident) void illada_attention_forward_
   extern __shared__ __align__(1024) char raw_shared[];
   Shared& shared = *reinterpret_cast<Shared*>(raw_shared);
   const uint32_t q_tile = ptx::smem_address(shared.q), ring = ptx::smem_address(shared.stage);
-  const uint32_t warp = __shfl_sync(kFullWarp, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
-  // What ldmatrix takes from a lane. The A operand and V: lanes 0 .. 15 have the rows of the first 8 columns, the others
-  // those of the next 8. K, for pairs of registers to be B operands: every other 8 lanes.
-  const uint32_t fragment = lane % 16 * kRowBytes + (lane / 16 ^ lane % 8) * 16;
-  const uint32_t k_fragment = (lane / 16 * 8 + lane % 8) * kRowBytes + (lane / 8 % 2 ^ lane % 8) * 16;
-
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
   const int items = reinterpret_cast<const PlanHeader*>(a.plan)->forward_items;
@@ -161,7 +168,7 @@ __global__ __launch_bounds__(kThreads, kResident) void illada_attention_forward_
   open_item(0);
   for (int round = 0; item_index(round) < shared.items;) {
     const int last = (shared.item[round % 3].k_count + kKeys - 1) / kKeys - 1;
-    const bool has_rows = int(warp) * kWarpRows < shared.item[round % 3].q_count * a.group;
+    const bool has_rows = int(threadIdx.x) / 32 * kWarpRows < shared.item[round % 3].q_count * a.group;
     float s[kPairs][kKeys / 2], o[kPairs][kHeadDim / 2];
     uint32_t p[kPairs][kKeys / 16][4];
     RowPair rows[kPairs];
@@ -173,6 +180,7 @@ __global__ __launch_bounds__(kThreads, kResident) void illada_attention_forward_
     }
     // next = q . k, 16 columns at a time; `beside` does something else in between.
     const auto multiply_k = [&](auto& next, uint32_t k_tile, const auto& beside) {
+      const Fragments<kRowBytes> at(thread_again());
 #pragma unroll
       for (int m = 0; m < kPairs; ++m) {
 #pragma unroll
@@ -183,12 +191,11 @@ __global__ __launch_bounds__(kThreads, kResident) void illada_attention_forward_
         uint32_t q[kPairs][4];
 #pragma unroll
         for (int m = 0; m < kPairs; ++m)
-          ptx::ldmatrix_x4(q[m], ((q_tile + fragment + warp * kWarpRows * kRowBytes) ^ (step % 4 * 32)) +
-                                     step / 4 * 128 + m * 16 * kRowBytes);
+          ptx::ldmatrix_x4(q[m], ((q_tile + at.q) ^ (step % 4 * 32)) + step / 4 * 128 + m * 16 * kRowBytes);
 #pragma unroll
         for (int n = 0; n < kKeys / 16; ++n) {
           uint32_t k[4];
-          ptx::ldmatrix_x4(k, ((k_tile + k_fragment) ^ (step % 4 * 32)) + step / 4 * 128 + n * 16 * kRowBytes);
+          ptx::ldmatrix_x4(k, ((k_tile + at.k) ^ (step % 4 * 32)) + step / 4 * 128 + n * 16 * kRowBytes);
 #pragma unroll
           for (int m = 0; m < kPairs; ++m) {
             ptx::mma_m16n8k16<kIsBFloat16>(&next[m][8 * n], q[m], k[0], k[1]);
@@ -199,12 +206,13 @@ __global__ __launch_bounds__(kThreads, kResident) void illada_attention_forward_
       }
     };
     const auto multiply_v = [&](uint32_t v_tile) {  // o += p . v
+      const Fragments<kRowBytes> at(thread_again());
 #pragma unroll
       for (int step = 0; step < kKeys / 16; ++step) {
 #pragma unroll
         for (int n = 0; n < kHeadDim / 16; ++n) {
           uint32_t v[4];
-          ptx::ldmatrix_x4_trans(v, ((v_tile + fragment) ^ (n % 4 * 32)) + n / 4 * 128 + step * 16 * kRowBytes);
+          ptx::ldmatrix_x4_trans(v, ((v_tile + at.v) ^ (n % 4 * 32)) + n / 4 * 128 + step * 16 * kRowBytes);
 #pragma unroll
           for (int m = 0; m < kPairs; ++m) {
             ptx::mma_m16n8k16<kIsBFloat16>(&o[m][8 * n], p[m][step], v[0], v[1]);
