@@ -110,7 +110,11 @@ __global__ __launch_bounds__(kThreads, kResident) void illada_attention_forward_
   using Shared = SharedStorage<kHeadDim>;
   constexpr bool kIsBFloat16 = std::is_same_v<T, BFloat16>;
   constexpr int kKeys = Shared::kKeys, kRowBytes = Shared::kRowBytes;
-    constexpr uint32_t kTileBytes = kKeys * kRowBytes, kStageBytes = 2 * kTileBytes;
+  #ifndef EARLY
+#define EARLY 1
+#endif
+  constexpr int kEarly = EARLY;
+  constexpr uint32_t kTileBytes = kKeys * kRowBytes, kStageBytes = 2 * kTileBytes;
   extern __shared__ __align__(1024) char raw_shared[];
   Shared& shared = *reinterpret_cast<Shared*>(raw_shared);
   const uint32_t q_tile = ptx::smem_address(shared.q), ring = ptx::smem_address(shared.stage);
@@ -168,7 +172,7 @@ __global__ __launch_bounds__(kThreads, kResident) void illada_attention_forward_
   open_item(0);
   for (int round = 0; item_index(round) < shared.items;) {
     const int last = (shared.item[round % 3].k_count + kKeys - 1) / kKeys - 1;
-    const bool has_rows = int(threadIdx.x) / 32 * kWarpRows < shared.item[round % 3].q_count * a.group;
+    const bool has_rows = __shfl_sync(kFullWarp, int(threadIdx.x) / 32, 0) * kWarpRows < shared.item[round % 3].q_count * a.group;
     float s[kPairs][kKeys / 2], o[kPairs][kHeadDim / 2];
     uint32_t p[kPairs][kKeys / 16][4];
     RowPair rows[kPairs];
@@ -232,11 +236,17 @@ __global__ __launch_bounds__(kThreads, kResident) void illada_attention_forward_
           p[m][j / 8][j % 8 / 2] = pack2<T>(s[m][j], s[m][j + 1]);
       }
     };
-    float top[kPairs][2];
-    const auto follow = [&] {  // the references follow the scores, if they must
-      float growth = -INFINITY;
+    float growth;
+    const auto measure = [&] {  // of s
+      growth = -INFINITY;
 #pragma unroll
-      for (int m = 0; m < kPairs; ++m) growth = fmaxf(growth, rows[m].growth(top[m], a.scale_log2));
+      for (int m = 0; m < kPairs; ++m) {
+        float top[2];
+        RowPair::maxima(s[m], top);
+        growth = fmaxf(growth, rows[m].growth(top, a.scale_log2));
+      }
+    };
+    const auto follow = [&] {  // the references follow the scores, if they must
 #ifdef NOMOVE
       if (false) {
 #else
@@ -244,8 +254,9 @@ __global__ __launch_bounds__(kThreads, kResident) void illada_attention_forward_
 #endif
 #pragma unroll
         for (int m = 0; m < kPairs; ++m) {
-          float rescale[2];
-          rows[m].move(top[m], a.scale_log2, rescale);
+          float top[2], rescale[2];
+          RowPair::maxima(s[m], top);
+          rows[m].move(top, a.scale_log2, rescale);
 #pragma unroll
           for (int j = 0; j < kHeadDim / 2; ++j) o[m][j] *= rescale[j / 2 % 2];
         }
@@ -262,12 +273,16 @@ __global__ __launch_bounds__(kThreads, kResident) void illada_attention_forward_
 #pragma unroll
         for (int m = 0; m < kPairs; ++m) mask_scores(s[m], valid);
       }
-#pragma unroll
-      for (int m = 0; m < kPairs; ++m) RowPair::maxima(s[m], top[m]);
+      measure();
     }
+    int tile = last;
 #pragma unroll 1
-    for (int tile = last; tile > 0; --tile) {
-      if (has_rows) follow();
+    for (; tile > 0; --tile) {
+      if (has_rows) {
+        follow();
+#pragma unroll
+        for (int step = 0; step < kEarly; ++step) weigh(step);
+      }
       ptx::cp_async_wait<0>();
       __syncthreads();
       {  // Into the other stage, which all have read: V of tile - 1, and K of tile - 2 if there is one.
@@ -281,17 +296,19 @@ __global__ __launch_bounds__(kThreads, kResident) void illada_attention_forward_
       }
       if (has_rows) {
         float next[kPairs][kKeys / 2];
-        multiply_k(next, stage_of(tile) + kTileBytes, weigh);
+        multiply_k(next, stage_of(tile) + kTileBytes, [&](int step) {
+          if (step + kEarly < kHeadDim / 16) weigh(step + kEarly);
+        });
         multiply_v(stage_of(tile));
 #pragma unroll
         for (int m = 0; m < kPairs; ++m) {
-          RowPair::maxima(next[m], top[m]);
 #pragma unroll
           for (int j = 0; j < kKeys / 2; ++j) s[m][j] = next[m][j];
         }
+        measure();
       }
     }
-    if (last >= 0) {
+    if (tile == 0) {
       if (has_rows) follow();
       ptx::cp_async_wait<0>();
       __syncthreads();
