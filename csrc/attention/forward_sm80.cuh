@@ -1,4 +1,27 @@
-// The attention forward on sm_80; included by one file per head dim.
+// The attention forward on sm_80, and on what has no kernel of its own; included by one file per head dim.
+//
+// A CTA of four warps walks over items of the plan. A tile has 128 rows (tokens x heads of a group, 32 to a warp) and
+// meets its keys in tiles of 32 (D 128) or 48 (D 64), the last one first: only that one may be partial, so the loop
+// over the others masks nothing. Scores, probabilities and the output stay in registers (mma.sync m16n8k16: the
+// accumulator of q . k has the layout that the A operand of p . v needs).
+//
+//   in step `tile` a warp has the scores s of this tile, and
+//     follow    moves the references of the softmax, which is rare, and rescales the output then
+//     barrier   V of this tile and K of the next one (tile - 1) are there, and all warps have left the other stage,
+//               which the copies of V of tile - 1 and K of tile - 2 fill from now on (cp.async, a step ahead)
+//     products  the next scores q . k, with this tile's exponentials in between, then output += p . v, with the maxima
+//               of the next scores in between
+//
+// so one warp alone has work for the tensor cores nearly all the time; two CTAs an SM cover the rest. Q and the first
+// tiles of the next item are sent for before the rows of the finished one leave.
+//
+// An item with k keys is 512 k D flop, bound by the tensor cores: 32 keys of D 128 take an SM of sm_80 1024 cycles, its
+// shared memory 768 to read the operands (each warp reads all keys, and its queries again with every tile) and 256 to
+// take the copies, its exponential units 256. D 64, 48 keys: 768, 512, 96 and 384. Keys come from the L2 cache at
+// 16 bytes a cycle and SM, a third of what it gives; from memory, each sequence's once.
+//
+// Registers are what limits the tiles: 128 of the output, 64 of two tiles of scores, 16 of probabilities of D 128. What
+// is cheap to make again (all that comes from the thread index, the item, the addresses) is not kept over a step.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +37,8 @@
 namespace illada::attention {
 namespace {
 
-constexpr int kWarps = 4, kThreads = 32 * kWarps, kResident = 2;  // CTAs of an SM, where shared memory allows it
+constexpr int kWarps = 4, kThreads = 32 * kWarps;
+constexpr int kResident = 2;                                            // CTAs of an SM, where shared memory allows it
 constexpr int kWarpRows = kTileRows / kWarps, kPairs = kWarpRows / 16;  // RowPairs of a lane
 
 struct KeySource {
@@ -30,9 +54,9 @@ struct SharedStorage {
     char v[kKeys * kRowBytes];  // of a tile of keys
     char k[kKeys * kRowBytes];  // of the one that follows, which is tile - 1
   } stage[2];                   // of even and odd tiles
-  WorkItem item[3];  // in use, the next one, and the one before
-  KeySource source;  // of the item in use
-  int items, round;  // read anew where they are needed
+  WorkItem item[3];             // in use, the next one, and the one before
+  KeySource source;             // of the item in use
+  int items, round;             // read anew where they are needed
 };
 
 struct ForwardArguments {
@@ -85,14 +109,16 @@ struct Copier {
   __device__ __forceinline__ void keys(uint32_t tile, const char* source, int64_t stride, int first, int rows) const {
     source += (first + row) * stride + column;
 #pragma unroll
-    for (int i = 0; i < kTile / kRows; ++i)
-      ptx::cp_async_16(tile + target + i * kRows * kRowBytes, source + i * kRows * stride,
+    for (int i = 0; i < kTile / kRows; ++i) {
+      const int next = kPartial ? min(i * kRows, rows - 1 - row) : i * kRows;
+      ptx::cp_async_16(tile + target + i * kRows * kRowBytes, source + next * stride,
                        !kPartial || row + i * kRows < rows);
+    }
   }
 };
 
-// What ldmatrix takes from a lane, in any tile. The A operand and V: lanes 0 .. 15 have the rows of the first 8 columns,
-// the others those of the next 8. K, for pairs of registers to be B operands: every other 8 lanes.
+// What ldmatrix takes from a lane, in any tile. The A operand and V: lanes 0 .. 15 have the rows of the first 8
+// columns, the others those of the next 8. K, for pairs of registers to be B operands: every other 8 lanes.
 template <int kRowBytes>
 struct Fragments {
   uint32_t q, k, v;  // q: of the warp's rows
@@ -105,15 +131,12 @@ struct Fragments {
 };
 
 template <typename T, int kHeadDim>
-__global__ __launch_bounds__(kThreads, kResident) void illada_attention_forward_sm80(
-    const __grid_constant__ ForwardArguments a) {
+__global__ __launch_bounds__(kThreads,
+                             kResident) void illada_attention_forward_sm80(const __grid_constant__ ForwardArguments a) {
   using Shared = SharedStorage<kHeadDim>;
   constexpr bool kIsBFloat16 = std::is_same_v<T, BFloat16>;
   constexpr int kKeys = Shared::kKeys, kRowBytes = Shared::kRowBytes;
-  #ifndef EARLY
-#define EARLY 1
-#endif
-  constexpr int kEarly = EARLY;
+  constexpr int kEarly = 2;  // parts of a tile's exponentials before the barrier: their registers are free sooner
   constexpr uint32_t kTileBytes = kKeys * kRowBytes, kStageBytes = 2 * kTileBytes;
   extern __shared__ __align__(1024) char raw_shared[];
   Shared& shared = *reinterpret_cast<Shared*>(raw_shared);
@@ -158,12 +181,12 @@ __global__ __launch_bounds__(kThreads, kResident) void illada_attention_forward_
 #pragma unroll 4
       for (int i = 0; i < kTileRows / copier.kRows; ++i) {
         const TileRow row(copier.row + i * copier.kRows, a);
-        ptx::cp_async_16(q_tile + copier.target + i * copier.kRows * kRowBytes,
-                         queries + row.token * a.q_token_bytes + row.head * a.q_head_bytes + copier.column,
-                         row.token < item.q_count);
+        ptx::cp_async_16(
+            q_tile + copier.target + i * copier.kRows * kRowBytes,
+            queries + min(row.token, item.q_count - 1) * a.q_token_bytes + row.head * a.q_head_bytes + copier.column,
+            row.token < item.q_count);
       }
-      copier.template keys<kKeys, true>(stage_of(last + 1) + kTileBytes, source.k, a.k_token_bytes, last * kKeys,
-                                        rows);
+      copier.template keys<kKeys, true>(stage_of(last + 1) + kTileBytes, source.k, a.k_token_bytes, last * kKeys, rows);
     }
     ptx::cp_async_commit();
     load_pair(copier, source, last, std::true_type{}, rows);
@@ -172,7 +195,9 @@ __global__ __launch_bounds__(kThreads, kResident) void illada_attention_forward_
   open_item(0);
   for (int round = 0; item_index(round) < shared.items;) {
     const int last = (shared.item[round % 3].k_count + kKeys - 1) / kKeys - 1;
-    const bool has_rows = __shfl_sync(kFullWarp, int(threadIdx.x) / 32, 0) * kWarpRows < shared.item[round % 3].q_count * a.group;
+    // The same for a warp: one without rows only copies.
+    const bool has_rows =
+        __shfl_sync(kFullWarp, int(threadIdx.x) / 32, 0) * kWarpRows < shared.item[round % 3].q_count * a.group;
     float s[kPairs][kKeys / 2], o[kPairs][kHeadDim / 2];
     uint32_t p[kPairs][kKeys / 16][4];
     RowPair rows[kPairs];
@@ -247,11 +272,7 @@ __global__ __launch_bounds__(kThreads, kResident) void illada_attention_forward_
       }
     };
     const auto follow = [&] {  // the references follow the scores, if they must
-#ifdef NOMOVE
-      if (false) {
-#else
       if (__any_sync(kFullWarp, growth > RowPair::kSlack)) {
-#endif
 #pragma unroll
         for (int m = 0; m < kPairs; ++m) {
           float top[2], rescale[2];
@@ -285,15 +306,7 @@ __global__ __launch_bounds__(kThreads, kResident) void illada_attention_forward_
       }
       ptx::cp_async_wait<0>();
       __syncthreads();
-      {  // Into the other stage, which all have read: V of tile - 1, and K of tile - 2 if there is one.
-        const Copier<kHeadDim> copier(thread_again());
-        const uint32_t target = stage_of(tile - 1);
-        copier.template keys<kKeys, false>(target, shared.source.v, a.v_token_bytes, (tile - 1) * kKeys, kKeys);
-        if (tile > 1)
-          copier.template keys<kKeys, false>(target + kTileBytes, shared.source.k, a.k_token_bytes, (tile - 2) * kKeys,
-                                             kKeys);
-        ptx::cp_async_commit();
-      }
+      load_pair(Copier<kHeadDim>(thread_again()), shared.source, tile - 1, std::false_type{}, kKeys);
       if (has_rows) {
         float next[kPairs][kKeys / 2];
         multiply_k(next, stage_of(tile) + kTileBytes, [&](int step) {
@@ -405,10 +418,7 @@ void launch_forward(const ForwardParams& p, const Device& device) {
   const auto kernel = illada_attention_forward_sm80<T, kHeadDim>;
   LaunchShape shape;
   shape.block = dim3(kThreads);
-  #ifndef PAD
-#define PAD 0
-#endif
-  shape.smem_bytes = int(sizeof(SharedStorage<kHeadDim>)) + PAD;
+  shape.smem_bytes = int(sizeof(SharedStorage<kHeadDim>));
   shape.dependent = true;
   const int resident = resident_ctas(kOp, reinterpret_cast<const void*>(kernel), device, kThreads, shape.smem_bytes);
   shape.grid = dim3(unsigned(std::min<int64_t>(int64_t(device.sm_count) * resident, max_forward_items(s))));

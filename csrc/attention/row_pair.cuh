@@ -12,8 +12,8 @@ namespace illada::attention {
 
 // Two rows of scores, four neighbouring lanes to a row: lane l holds s[4 j + 2 i + e] of row i at key
 // 8 j + l % 4 * 2 + e. Base 2. Probabilities are relative to a score that need not be the largest one: it moves only
-// when some row of the warp has outgrown its own by kSlack, which is rare after the first tile, and no lane asks another
-// one until then. 2^kSlack is as exact as 1 in either dtype.
+// when some row of the warp has outgrown its own by kSlack, which is rare after the first tile, and no lane asks
+// another one until then. 2^kSlack is as exact as 1 in either dtype.
 struct RowPair {
   static constexpr float kSlack = 8;
   float reference[2];  // times scale_log2

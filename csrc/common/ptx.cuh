@@ -60,9 +60,9 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t sme
                : "r"(smem)
                : "memory");
 }
-// d [16, 8] += a [16, 16] . b [16, 8] of bf16 (kIsBFloat16) or fp16. Lane l holds d[2 i + e] at (row l / 4 + 8 i, column
-// l % 4 * 2 + e); a as ldmatrix gives the four 8 x 8 blocks (0, 0), (1, 0), (0, 1), (1, 1) of it, b as it gives the upper
-// and the lower half of its transpose.
+// d [16, 8] += a [16, 16] . b [16, 8] of bf16 (kIsBFloat16) or fp16. Lane l holds d[2 i + e] at (row l / 4 + 8 i,
+// column l % 4 * 2 + e); a as ldmatrix gives the four 8 x 8 blocks (0, 0), (1, 0), (0, 1), (1, 1) of it, b as it gives
+// the upper and the lower half of its transpose.
 template <bool kIsBFloat16>
 __device__ __forceinline__ void mma_m16n8k16(float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   if constexpr (kIsBFloat16) {
