@@ -1,4 +1,27 @@
-// The attention forward on sm_80; included by one file per head dim.
+// The attention forward on sm_80, and on what has no kernel of its own; included by one file per head dim.
+//
+// A CTA of four warps walks over items of the plan. A tile has 128 rows (tokens x heads of a group, 32 to a warp) and
+// meets its keys in tiles of 32 (D 128) or 48 (D 64), the last one first: only that one may be partial, so the loop
+// over the others masks nothing. Scores, probabilities and the output stay in registers (mma.sync m16n8k16: the
+// accumulator of q . k has the layout that the A operand of p . v needs).
+//
+//   in step `tile` a warp has the scores s of this tile, and
+//     follow    moves the references of the softmax, which is rare, and rescales the output then
+//     barrier   V of this tile and K of the next one (tile - 1) are there, and all warps have left the other stage,
+//               which the copies of V of tile - 1 and K of tile - 2 fill from now on (cp.async, a step ahead)
+//     products  the next scores q . k, with this tile's exponentials in between, then output += p . v, with the maxima
+//               of the next scores in between
+//
+// so one warp alone has work for the tensor cores nearly all the time; two CTAs an SM cover the rest. Q and the first
+// tiles of the next item are sent for before the rows of the finished one leave.
+//
+// An item with k keys is 512 k D flop, bound by the tensor cores: 32 keys of D 128 take an SM of sm_80 1024 cycles, its
+// shared memory 768 to read the operands (each warp reads all keys, and its queries again with every tile) and 256 to
+// take the copies, its exponential units 256. D 64, 48 keys: 768, 512, 96 and 384. Keys come from the L2 cache at
+// 16 bytes a cycle and SM, a third of what it gives; from memory, each sequence's once.
+//
+// Registers are what limits the tiles: 128 of the output, 64 of two tiles of scores, 16 of probabilities of D 128. What
+// is cheap to make again (all that comes from the thread index, the item, the addresses) is not kept over a step.
 #pragma once
 
 #include <algorithm>
@@ -15,44 +38,26 @@ namespace illada::attention {
 namespace {
 
 constexpr int kWarps = 4, kThreads = 32 * kWarps;
+constexpr int kResident = 2;  // CTAs of an SM, where shared memory allows it
 constexpr int kTileRows = forward_blocks_sm80() * kBlockRows;
 constexpr int kWarpRows = kTileRows / kWarps, kPairs = kWarpRows / 16;  // RowPairs of a lane
 
-#ifndef KEYS128
-#define KEYS128 64
-#endif
-#ifndef AHEAD128
-#define AHEAD128 1
-#endif
-#ifndef KEYS64
-#define KEYS64 64
-#endif
-#ifndef AHEAD64
-#define AHEAD64 1
-#endif
-#ifndef RESIDENT64
-#define RESIDENT64 3
-#endif
-#ifndef QREG
-#define QREG 0
-#endif
-
-template <int kHeadDim>
-struct Shape80 {
-  static constexpr int kKeys = kHeadDim == 128 ? KEYS128 : KEYS64;
-  static constexpr int kAhead = kHeadDim == 128 ? AHEAD128 : AHEAD64;  // tiles of keys in flight beside the one in use
-  static constexpr int kStages = 2 * kAhead + 1;
-  static constexpr int kResident = kHeadDim == 128 ? 2 : RESIDENT64;  // CTAs of an SM
-  static constexpr int kRowBytes = kHeadDim * 2;
+struct KeySource {
+  const char *k, *v;  // of an item's first key
 };
 
 // Tiles are rows of kHeadDim elements; in row r, the 16-byte chunk c stands where c ^ (r % 8) would.
 template <int kHeadDim>
 struct SharedStorage {
-  using Shape = Shape80<kHeadDim>;
-  alignas(128) char q[kTileRows * Shape::kRowBytes];
-  char keys[Shape::kStages][Shape::kKeys * Shape::kRowBytes];  // K and V in turn
-  WorkItem item[2];                                            // in use, and the next one
+  static constexpr int kKeys = forward_key_tile_sm80(kHeadDim), kRowBytes = kHeadDim * 2;
+  alignas(128) char q[kTileRows * kRowBytes];
+  struct Stage {
+    char v[kKeys * kRowBytes];  // of a tile of keys
+    char k[kKeys * kRowBytes];  // of the one that follows, which is tile - 1
+  } stage[2];                   // of even and odd tiles
+  WorkItem item[3];             // in use, the next one, and the one before
+  KeySource source;             // of the item in use
+  int items, round;             // read anew where they are needed
 };
 
 struct ForwardArguments {
@@ -79,6 +84,13 @@ struct TileRow {
       : token(int(uint32_t(row) * a.group_reciprocal >> 16)), head(row - token * a.group) {}
 };
 
+// threadIdx.x, read anew: what is made of it holds no registers while the main loop runs, which needs them all.
+__device__ __forceinline__ uint32_t thread_again() {
+  uint32_t thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
 // How the threads of a CTA copy tiles: a chunk of 16 bytes each, kRows rows at a time.
 template <int kHeadDim>
 struct Copier {
@@ -87,88 +99,108 @@ struct Copier {
   int row, column;                // of the first chunk; the column in bytes
   uint32_t target;                // in any tile
 
-  __device__ __forceinline__ Copier() {
-    row = int(threadIdx.x) / kChunks;
-    column = int(threadIdx.x) % kChunks * 16;
-    target = uint32_t(row * kRowBytes + (column ^ row % 8 * 16));
+  __device__ __forceinline__ explicit Copier(uint32_t thread) {
+    row = int(thread / kChunks);
+    column = int(thread % kChunks * 16);
+    target = thread / kChunks * kRowBytes + (thread % kChunks ^ thread / kChunks % 8) * 16;
   }
-  // `source` is this thread's first chunk. Rows from `rows` on become zeros: what lies there may be anything, and
+  // Rows `first` .. of `source`. Those from `rows` of the tile on become zeros: what lies there may be anything, and
   // 0 * NaN is NaN.
   template <int kTile, bool kPartial>
-  __device__ __forceinline__ void keys(uint32_t tile, const char* source, int64_t stride, int rows) const {
+  __device__ __forceinline__ void keys(uint32_t tile, const char* source, int64_t stride, int first, int rows) const {
+    source += (first + row) * stride + column;
 #pragma unroll
-    for (int i = 0; i < kTile / kRows; ++i)
-      ptx::cp_async_16(tile + target + i * kRows * kRowBytes, source + i * kRows * stride,
+    for (int i = 0; i < kTile / kRows; ++i) {
+      const int next = kPartial ? min(i * kRows, rows - 1 - row) : i * kRows;
+      ptx::cp_async_16(tile + target + i * kRows * kRowBytes, source + next * stride,
                        !kPartial || row + i * kRows < rows);
+    }
+  }
+};
+
+// What ldmatrix takes from a lane, in any tile. The A operand and V: lanes 0 .. 15 have the rows of the first 8
+// columns, the others those of the next 8. K, for pairs of registers to be B operands: every other 8 lanes.
+template <int kRowBytes>
+struct Fragments {
+  uint32_t q, k, v;  // q: of the warp's rows
+  __device__ __forceinline__ explicit Fragments(uint32_t thread) {
+    const uint32_t row = thread % 8;
+    v = thread % 16 * kRowBytes + (thread / 16 % 2 ^ row) * 16;
+    k = (thread / 16 % 2 * 8 + row) * kRowBytes + (thread / 8 % 2 ^ row) * 16;
+    q = thread / 32 * (kWarpRows * kRowBytes) + v;
   }
 };
 
 template <typename T, int kHeadDim>
-__global__ __launch_bounds__(kThreads, Shape80<kHeadDim>::kResident) void illada_attention_forward_sm80(
-    const __grid_constant__ ForwardArguments a) {
-  using Shape = Shape80<kHeadDim>;
+__global__ __launch_bounds__(kThreads,
+                             kResident) void illada_attention_forward_sm80(const __grid_constant__ ForwardArguments a) {
+  using Shared = SharedStorage<kHeadDim>;
   constexpr bool kIsBFloat16 = std::is_same_v<T, BFloat16>;
-  constexpr int kKeys = Shape::kKeys, kAhead = Shape::kAhead, kStages = Shape::kStages, kRowBytes = Shape::kRowBytes;
-  constexpr uint32_t kTileBytes = kKeys * kRowBytes;
+  constexpr int kKeys = Shared::kKeys, kRowBytes = Shared::kRowBytes;
+  constexpr int kEarly = 2;  // parts of a tile's exponentials before the barrier: their registers are free sooner
+  constexpr uint32_t kTileBytes = kKeys * kRowBytes, kStageBytes = 2 * kTileBytes;
   extern __shared__ __align__(1024) char raw_shared[];
-  SharedStorage<kHeadDim>& shared = *reinterpret_cast<SharedStorage<kHeadDim>*>(raw_shared);
-  const uint32_t q_tile = ptx::smem_address(shared.q), ring = ptx::smem_address(shared.keys);
-  const int warp = __shfl_sync(kFullWarp, int(threadIdx.x) / 32, 0), lane = int(threadIdx.x) % 32;
-  const Copier<kHeadDim> copier;
-  // ldmatrix, all operands alike: lanes 0 .. 15 have the rows of the first 8 columns, 16 .. 31 those of the other 8.
-  const uint32_t fragment = uint32_t(lane % 16 * kRowBytes + ((lane / 16) ^ (lane % 8)) * 16);
-
+  Shared& shared = *reinterpret_cast<Shared*>(raw_shared);
+  const uint32_t q_tile = ptx::smem_address(shared.q), ring = ptx::smem_address(shared.stage);
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
   const int items = reinterpret_cast<const PlanHeader*>(a.plan)->forward_items;
   if (item_index(0) >= items) return;
-  if (threadIdx.x == 0) shared.item[0] = forward_items(a.plan)[item_index(0)];
+  if (threadIdx.x == 0) {
+    shared.item[0] = forward_items(a.plan)[item_index(0)];
+    shared.items = items;
+  }
   __syncthreads();
 
-  const char *k_source, *v_source;         // this thread's first chunk of tile 0 of the item in flight
-  uint32_t stage = 0;                      // in bytes: the one that is read next
+  const auto stage_of = [&](int tile) { return ring + uint32_t(tile & 1) * kStageBytes; };
+  // Sends for V of a tile and K of the one that follows.
+  const auto load_pair = [&](const Copier<kHeadDim>& copier, const KeySource& source, int tile, auto is_partial,
+                             int rows) {
+    const uint32_t stage = stage_of(tile);
+    if (tile >= 0)
+      copier.template keys<kKeys, decltype(is_partial)::value>(stage, source.v, a.v_token_bytes, tile * kKeys, rows);
+    if (tile > 0)
+      copier.template keys<kKeys, false>(stage + kTileBytes, source.k, a.k_token_bytes, (tile - 1) * kKeys, kKeys);
+    ptx::cp_async_commit();
+  };
   const auto open_item = [&](int round) {  // nothing of the ring and of q is in use
-    const WorkItem& item = shared.item[round % 2];
+    const uint32_t thread = thread_again();
+    const Copier<kHeadDim> copier(thread);
+    const WorkItem& item = shared.item[round % 3];
     const int next = item_index(round + 1);
-    if (threadIdx.x < sizeof(WorkItem) / 16 && next < items)
-      ptx::cp_async_16(ptx::smem_address(&shared.item[(round + 1) % 2]) + threadIdx.x * 16,
-                       reinterpret_cast<const char*>(forward_items(a.plan) + next) + threadIdx.x * 16);
-    const int tiles = (item.k_count + kKeys - 1) / kKeys;
-    if (tiles > 0) {
-      const char* source =
+    if (thread < sizeof(WorkItem) / 16 && next < shared.items)
+      ptx::cp_async_16(ptx::smem_address(&shared.item[(round + 1) % 3]) + thread * 16,
+                       reinterpret_cast<const char*>(forward_items(a.plan) + next) + thread * 16);
+    const int last = (item.k_count + kKeys - 1) / kKeys - 1, rows = item.k_count - last * kKeys;
+    const KeySource source{
+        static_cast<const char*>(a.k) + item.k_start * a.k_token_bytes + item.kv_head * a.k_head_bytes,
+        static_cast<const char*>(a.v) + item.k_start * a.v_token_bytes + item.kv_head * a.v_head_bytes};
+    if (thread == 0) shared.source = source;
+    if (last >= 0) {
+      const char* queries =
           static_cast<const char*>(a.q) + item.q_start * a.q_token_bytes + item.kv_head * a.group * a.q_head_bytes;
 #pragma unroll 4
       for (int i = 0; i < kTileRows / copier.kRows; ++i) {
         const TileRow row(copier.row + i * copier.kRows, a);
-        ptx::cp_async_16(q_tile + copier.target + i * copier.kRows * kRowBytes,
-                         source + row.token * a.q_token_bytes + row.head * a.q_head_bytes + copier.column,
-                         row.token < item.q_count);
+        ptx::cp_async_16(
+            q_tile + copier.target + i * copier.kRows * kRowBytes,
+            queries + min(row.token, item.q_count - 1) * a.q_token_bytes + row.head * a.q_head_bytes + copier.column,
+            row.token < item.q_count);
       }
+      copier.template keys<kKeys, true>(stage_of(last + 1) + kTileBytes, source.k, a.k_token_bytes, last * kKeys, rows);
     }
-    k_source = static_cast<const char*>(a.k) + (item.k_start + copier.row) * a.k_token_bytes +
-               item.kv_head * a.k_head_bytes + copier.column;
-    v_source = static_cast<const char*>(a.v) + (item.k_start + copier.row) * a.v_token_bytes +
-               item.kv_head * a.v_head_bytes + copier.column;
-    stage = 0;
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      const int tile = tiles - 1 - i, rows = item.k_count - tile * kKeys;
-      if (tile >= 0)
-        copier.template keys<kKeys, true>(ring + 2 * i * kTileBytes, k_source + tile * kKeys * a.k_token_bytes,
-                                          a.k_token_bytes, rows);
-      ptx::cp_async_commit();
-      if (tile >= 0)
-        copier.template keys<kKeys, true>(ring + (2 * i + 1) * kTileBytes, v_source + tile * kKeys * a.v_token_bytes,
-                                          a.v_token_bytes, rows);
-      ptx::cp_async_commit();
-    }
+    ptx::cp_async_commit();
+    load_pair(copier, source, last, std::true_type{}, rows);
   };
 
   open_item(0);
-  for (int round = 0; item_index(round) < items; ++round) {
-    const int tiles = (shared.item[round % 2].k_count + kKeys - 1) / kKeys;
-    const bool has_rows = warp * kWarpRows < shared.item[round % 2].q_count * a.group;
-    float o[kPairs][kHeadDim / 2];
+  for (int round = 0; item_index(round) < shared.items;) {
+    const int last = (shared.item[round % 3].k_count + kKeys - 1) / kKeys - 1;
+    // The same for a warp: one without rows only copies.
+    const bool has_rows =
+        __shfl_sync(kFullWarp, int(threadIdx.x) / 32, 0) * kWarpRows < shared.item[round % 3].q_count * a.group;
+    float s[kPairs][kKeys / 2], o[kPairs][kHeadDim / 2];
+    uint32_t p[kPairs][kKeys / 16][4];
     RowPair rows[kPairs];
 #pragma unroll
     for (int m = 0; m < kPairs; ++m) {
@@ -176,88 +208,138 @@ __global__ __launch_bounds__(kThreads, Shape80<kHeadDim>::kResident) void illada
 #pragma unroll
       for (int j = 0; j < kHeadDim / 2; ++j) o[m][j] = 0;
     }
-    // Waits for the tile at `stage`, sends for another one into the place of the one before, which all have read.
-    const auto next_stage = [&](const char* source, int64_t stride, bool is_there) {
-      ptx::cp_async_wait<kStages - 2>();
-      __syncthreads();
-      const uint32_t free = stage == 0 ? (kStages - 1) * kTileBytes : stage - kTileBytes;
-      if (is_there) copier.template keys<kKeys, false>(ring + free, source, stride, kKeys);
-      ptx::cp_async_commit();
-      const uint32_t current = ring + stage + fragment;
-      stage = stage == (kStages - 1) * kTileBytes ? 0 : stage + kTileBytes;
-      return current;
+    // next = q . k, 16 columns at a time; `beside` does something else in between.
+    const auto multiply_k = [&](auto& next, uint32_t k_tile, const auto& beside) {
+      const Fragments<kRowBytes> at(thread_again());
+#pragma unroll
+      for (int m = 0; m < kPairs; ++m) {
+#pragma unroll
+        for (int j = 0; j < kKeys / 2; ++j) next[m][j] = 0;
+      }
+#pragma unroll
+      for (int step = 0; step < kHeadDim / 16; ++step) {
+        uint32_t q[kPairs][4];
+#pragma unroll
+        for (int m = 0; m < kPairs; ++m)
+          ptx::ldmatrix_x4(q[m], ((q_tile + at.q) ^ (step % 4 * 32)) + step / 4 * 128 + m * 16 * kRowBytes);
+#pragma unroll
+        for (int n = 0; n < kKeys / 16; ++n) {
+          uint32_t k[4];
+          ptx::ldmatrix_x4(k, ((k_tile + at.k) ^ (step % 4 * 32)) + step / 4 * 128 + n * 16 * kRowBytes);
+#pragma unroll
+          for (int m = 0; m < kPairs; ++m) {
+            ptx::mma_m16n8k16<kIsBFloat16>(&next[m][8 * n], q[m], k[0], k[1]);
+            ptx::mma_m16n8k16<kIsBFloat16>(&next[m][8 * n + 4], q[m], k[2], k[3]);
+          }
+        }
+        beside(step);
+      }
     };
-
-#pragma unroll 1
-    for (int tile = tiles - 1; tile >= 0; --tile) {
-      const int ahead = tile - kAhead;
-      const uint32_t k_tile = next_stage(k_source + ahead * kKeys * a.k_token_bytes, a.k_token_bytes, ahead >= 0);
-      uint32_t p[kPairs][kKeys / 16][4];
-      if (has_rows) {
-        float s[kPairs][kKeys / 2];
+    const auto multiply_v = [&](uint32_t v_tile) {  // o += p . v
+      const Fragments<kRowBytes> at(thread_again());
 #pragma unroll
-        for (int m = 0; m < kPairs; ++m) {
+      for (int step = 0; step < kKeys / 16; ++step) {
 #pragma unroll
-          for (int j = 0; j < kKeys / 2; ++j) s[m][j] = 0;
-        }
+        for (int n = 0; n < kHeadDim / 16; ++n) {
+          uint32_t v[4];
+          ptx::ldmatrix_x4_trans(v, ((v_tile + at.v) ^ (n % 4 * 32)) + n / 4 * 128 + step * 16 * kRowBytes);
 #pragma unroll
-        for (int step = 0; step < kHeadDim / 16; ++step) {
-          uint32_t q[kPairs][4];
-#pragma unroll
-          for (int m = 0; m < kPairs; ++m)
-            ptx::ldmatrix_x4(q[m], ((q_tile + fragment + uint32_t(warp * kWarpRows * kRowBytes)) ^ (step % 4 * 32)) +
-                                       step / 4 * 128 + m * 16 * kRowBytes);
-#pragma unroll
-          for (int n = 0; n < kKeys / 16; ++n) {
-            uint32_t k[4];
-            ptx::ldmatrix_x4(k, (k_tile ^ (step % 4 * 32)) + step / 4 * 128 + n * 16 * kRowBytes);
-#pragma unroll
-            for (int m = 0; m < kPairs; ++m) {
-              ptx::mma_m16n8k16<kIsBFloat16>(&s[m][8 * n], q[m], k[0], k[2]);
-              ptx::mma_m16n8k16<kIsBFloat16>(&s[m][8 * n + 4], q[m], k[1], k[3]);
-            }
+          for (int m = 0; m < kPairs; ++m) {
+            ptx::mma_m16n8k16<kIsBFloat16>(&o[m][8 * n], p[m][step], v[0], v[1]);
+            ptx::mma_m16n8k16<kIsBFloat16>(&o[m][8 * n + 4], p[m][step], v[2], v[3]);
           }
-        }
-        if (tile == tiles - 1) {
-          const int valid = shared.item[round % 2].k_count - tile * kKeys;
-          if (valid < kKeys) {
-#pragma unroll
-            for (int m = 0; m < kPairs; ++m) mask_scores(s[m], valid);
-          }
-        }
-#pragma unroll
-        for (int m = 0; m < kPairs; ++m) {
-          float rescale[2];
-          if (rows[m].update(s[m], a.scale_log2, rescale)) {
-#pragma unroll
-            for (int j = 0; j < kHeadDim / 2; ++j) o[m][j] *= rescale[j / 2 % 2];
-          }
-          pack_probabilities<T>(s[m], p[m]);
         }
       }
-      const uint32_t v_tile = next_stage(v_source + ahead * kKeys * a.v_token_bytes, a.v_token_bytes, ahead >= 0);
+    };
+    // Part `step` of the scores becomes probabilities.
+    const auto weigh = [&](int step) {
+      constexpr int kPart = kKeys / 2 / (kHeadDim / 16);
+#pragma unroll
+      for (int m = 0; m < kPairs; ++m) {
+        rows[m].weigh(s[m], a.scale_log2, step * kPart, (step + 1) * kPart);
+#pragma unroll
+        for (int j = step * kPart; j < (step + 1) * kPart; j += 2)
+          p[m][j / 8][j % 8 / 2] = pack2<T>(s[m][j], s[m][j + 1]);
+      }
+    };
+    float growth;
+    const auto measure = [&] {  // of s
+      growth = -INFINITY;
+#pragma unroll
+      for (int m = 0; m < kPairs; ++m) {
+        float top[2];
+        RowPair::maxima(s[m], top);
+        growth = fmaxf(growth, rows[m].growth(top, a.scale_log2));
+      }
+    };
+    const auto follow = [&] {  // the references follow the scores, if they must
+      if (__any_sync(kFullWarp, growth > RowPair::kSlack)) {
+#pragma unroll
+        for (int m = 0; m < kPairs; ++m) {
+          float top[2], rescale[2];
+          RowPair::maxima(s[m], top);
+          rows[m].move(top, a.scale_log2, rescale);
+#pragma unroll
+          for (int j = 0; j < kHeadDim / 2; ++j) o[m][j] *= rescale[j / 2 % 2];
+        }
+      }
+    };
+
+    ptx::cp_async_wait<1>();
+    __syncthreads();
+    if (threadIdx.x == 0) shared.round = round + 1;
+    if (has_rows && last >= 0) {
+      multiply_k(s, stage_of(last + 1) + kTileBytes, [](int) {});
+      const int valid = shared.item[round % 3].k_count - last * kKeys;
+      if (valid < kKeys) {
+#pragma unroll
+        for (int m = 0; m < kPairs; ++m) mask_scores(s[m], valid);
+      }
+      measure();
+    }
+    int tile = last;
+#pragma unroll 1
+    for (; tile > 0; --tile) {
+      if (has_rows) {
+        follow();
+#pragma unroll
+        for (int step = 0; step < kEarly; ++step) weigh(step);
+      }
+      ptx::cp_async_wait<0>();
+      __syncthreads();
+      load_pair(Copier<kHeadDim>(thread_again()), shared.source, tile - 1, std::false_type{}, kKeys);
+      if (has_rows) {
+        float next[kPairs][kKeys / 2];
+        multiply_k(next, stage_of(tile) + kTileBytes, [&](int step) {
+          if (step + kEarly < kHeadDim / 16) weigh(step + kEarly);
+        });
+        multiply_v(stage_of(tile));
+#pragma unroll
+        for (int m = 0; m < kPairs; ++m) {
+#pragma unroll
+          for (int j = 0; j < kKeys / 2; ++j) s[m][j] = next[m][j];
+        }
+        measure();
+      }
+    }
+    if (tile == 0) {
+      if (has_rows) follow();
+      ptx::cp_async_wait<0>();
+      __syncthreads();
       if (has_rows) {
 #pragma unroll
-        for (int step = 0; step < kKeys / 16; ++step) {
-#pragma unroll
-          for (int n = 0; n < kHeadDim / 16; ++n) {
-            uint32_t v[4];
-            ptx::ldmatrix_x4_trans(v, (v_tile ^ (n % 4 * 32)) + n / 4 * 128 + step * 16 * kRowBytes);
-#pragma unroll
-            for (int m = 0; m < kPairs; ++m) {
-              ptx::mma_m16n8k16<kIsBFloat16>(&o[m][8 * n], p[m][step], v[0], v[1]);
-              ptx::mma_m16n8k16<kIsBFloat16>(&o[m][8 * n + 4], p[m][step], v[2], v[3]);
-            }
-          }
-        }
+        for (int step = 0; step < kHeadDim / 16; ++step) weigh(step);
+        multiply_v(stage_of(0));
       }
     }
     // The next item's tiles come while this one's rows leave.
-    const WorkItem item = shared.item[round % 2];  // before another one takes its place
     ptx::cp_async_wait<0>();
     __syncthreads();
-    if (item_index(round + 1) < items) open_item(round + 1);
+    round = shared.round;
+    const WorkItem item = shared.item[(round + 2) % 3];
+    if (item_index(round) < shared.items) open_item(round);
     if (has_rows) {
+      const int thread = int(thread_again()), lane = thread & 31, first_row = (thread >> 5) * kWarpRows;
       const bool whole = item.pieces == 1;
 #pragma unroll
       for (int m = 0; m < kPairs; ++m) {
@@ -265,8 +347,8 @@ __global__ __launch_bounds__(kThreads, Shape80<kHeadDim>::kResident) void illada
         for (int i = 0; i < 2; ++i) {
           const float sum = warp_reduce<4>(rows[m].sum[i], [](float x, float y) { return x + y; });
           const float inverse = sum == 0 ? 0 : 1 / sum;  // 0: an item without keys
-          const float lse_log2 = fmaf(rows[m].reference[i], a.scale_log2, log2f(sum));
-          const TileRow row(warp * kWarpRows + m * 16 + i * 8 + lane / 4, a);
+          const float lse_log2 = rows[m].reference[i] + log2f(sum);
+          const TileRow row(first_row + m * 16 + i * 8 + lane / 4, a);
           const bool is_real = row.token < item.q_count;
           const int64_t token = item.q_start + row.token;
           const int head = item.kv_head * a.group + row.head;

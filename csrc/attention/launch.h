@@ -10,7 +10,7 @@ void launch_plan(const PlanParams& params, const Device& device, const Tiling& t
 
 // What each forward kernel works on at a time: blocks of query rows of a CTA, keys of a step.
 constexpr int forward_blocks_sm80() { return 2; }
-constexpr int forward_key_tile_sm80(int head_dim) { return head_dim == 128 ? 64 : 128; }
+constexpr int forward_key_tile_sm80(int head_dim) { return head_dim == 128 ? 32 : 48; }
 constexpr int forward_blocks_sm90(int head_dim) { return head_dim == 128 ? 2 : 3; }
 constexpr int forward_key_tile_sm90(int head_dim) { return head_dim == 128 ? 128 : 96; }
 

@@ -16,46 +16,46 @@ namespace illada::attention {
 // another one until then. 2^kSlack is as exact as 1 in either dtype.
 struct RowPair {
   static constexpr float kSlack = 8;
-  float reference[2], sum[2];  // of this lane's probabilities
+  float reference[2];  // times scale_log2
+  float sum[2];        // of this lane's probabilities
 
   __device__ __forceinline__ void reset() {
     reference[0] = reference[1] = -INFINITY;
     sum[0] = sum[1] = 0;
   }
-  // Scores become probabilities. True: what came before is to be multiplied by `rescale`.
+  // The largest of this lane's scores in each row.
   template <int kCount>
-  __device__ __forceinline__ bool update(float (&s)[kCount], float scale_log2, float (&rescale)[2]) {
-    float top[4] = {s[0], s[1], s[2], s[3]};
+  static __device__ __forceinline__ void maxima(const float (&s)[kCount], float (&top)[2]) {
+    float some[4] = {s[0], s[1], s[2], s[3]};
 #pragma unroll
-    for (int j = 4; j < kCount; ++j) top[j % 4] = fmaxf(top[j % 4], s[j]);
-    top[0] = fmaxf(top[0], top[1]);
-    top[1] = fmaxf(top[2], top[3]);
-    const float growth = fmaxf(top[0] - reference[0], top[1] - reference[1]) * scale_log2;
-    const bool moves = __any_sync(kFullWarp, growth > kSlack);
-    if (moves) {
+    for (int j = 4; j < kCount; ++j) some[j % 4] = fmaxf(some[j % 4], s[j]);
+    top[0] = fmaxf(some[0], some[1]);
+    top[1] = fmaxf(some[2], some[3]);
+  }
+  // By how much some row would outgrow its reference, in powers of 2: more than kSlack in any lane of the warp, and
+  // the references have to move.
+  __device__ __forceinline__ float growth(const float (&top)[2], float scale_log2) const {
+    return fmaxf(fmaf(top[0], scale_log2, -reference[0]), fmaf(top[1], scale_log2, -reference[1]));
+  }
+  // The references move up to the largest score. What came before is to be multiplied by `rescale`.
+  __device__ __forceinline__ void move(float (&top)[2], float scale_log2, float (&rescale)[2]) {
 #pragma unroll
-      for (int lanes = 2; lanes; lanes /= 2) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) top[i] = fmaxf(top[i], __shfl_xor_sync(kFullWarp, top[i], lanes));
-      }
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        top[i] = fmaxf(top[i], reference[i]);
-        rescale[i] = ptx::exp2_approx((reference[i] - top[i]) * scale_log2);
-        sum[i] *= rescale[i];
-        reference[i] = top[i];
-      }
+    for (int i = 0; i < 2; ++i) {
+      top[i] = warp_reduce<4>(top[i], [](float a, float b) { return fmaxf(a, b); });
+      top[i] = fmaxf(top[i] * scale_log2, reference[i]);
+      rescale[i] = ptx::exp2_approx(reference[i] - top[i]);
+      sum[i] *= rescale[i];
+      reference[i] = top[i];
     }
-    const float offset[2] = {reference[0] * scale_log2, reference[1] * scale_log2};
-    float total[4] = {sum[0], 0, sum[1], 0};
+  }
+  // Scores [first, last) become probabilities.
+  template <int kCount>
+  __device__ __forceinline__ void weigh(float (&s)[kCount], float scale_log2, int first = 0, int last = kCount) {
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) {
-      s[j] = ptx::exp2_approx(fmaf(s[j], scale_log2, -offset[j / 2 % 2]));
-      total[j % 4] += s[j];
+    for (int j = first; j < last; ++j) {
+      s[j] = ptx::exp2_approx(fmaf(s[j], scale_log2, -reference[j / 2 % 2]));
+      sum[j / 2 % 2] += s[j];
     }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) sum[i] = total[2 * i] + total[2 * i + 1];
-    return moves;
   }
 };
 

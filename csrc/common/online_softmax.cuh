@@ -6,6 +6,7 @@
 
 #include <cfloat>
 
+#include "common/ptx.cuh"
 #include "common/reduce.cuh"
 
 namespace illada {
@@ -13,11 +14,7 @@ namespace illada {
 constexpr float kLog2eF = 1.4426950408889634f;
 constexpr double kLn2D = 0.6931471805599453;
 
-__device__ __forceinline__ float exp2_approx(float x) {  // 2 ulp; exp2_approx(-inf) = 0
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
+using ptx::exp2_approx;
 
 template <bool kWantEntropy>
 struct OnlineSoftmax {

@@ -40,7 +40,7 @@ __device__ __forceinline__ void cp_async_wait() {
 
 // -------------------------------------------------------------------------------------------------------- arithmetic
 
-__device__ __forceinline__ float exp2_approx(float x) {  // 2 ulp; 0 for results below 2^-126
+__device__ __forceinline__ float exp2_approx(float x) {  // 2 ulp; 0 for results below 2^-126, and for -inf
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
