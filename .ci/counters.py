@@ -1,8 +1,8 @@
-"""What the kernels of the remask family move and wait for, by the simulator's counters and timing model.
+"""What the kernels of the remask and attention families move and wait for, by the simulator's counters and timing model.
 
     CUSIM=../shared/cusim python .ci/counters.py     (a Python with a CUDA build of torch and the `sim` build of illada)
 
-Fails where a promise of docs/design-remask.md is broken.
+Fails where a promise of docs/design-remask.md or docs/design-attention.md is broken.
 """
 
 import json
@@ -33,6 +33,14 @@ confidence = torch.rand(count, generator=torch.Generator().manual_seed(0)).cuda(
 sample = illada.TokenSample(torch.arange(count).cuda(), confidence, confidence.log())
 cu_rows = torch.tensor([0, count], dtype=torch.int32).cuda()
 illada.remask(torch.full((count,), 5).cuda(), rows, cu_rows, sample, quota=1000, mask_id=5)
+"""
+ATTENTION = """
+import torch, torch_on_cusim
+torch_on_cusim.enable()
+import illada
+generator = torch.Generator().manual_seed(0)
+q, k, v = (torch.randn(1024, n, 128, generator=generator).to(torch.bfloat16).cuda() for n in (32, 8, 8))
+illada.varlen_attention(q, k, v, torch.tensor([0, 1024], dtype=torch.int32).cuda())
 """
 
 
@@ -91,6 +99,19 @@ def main() -> None:
     expect("sample_tokens, 1024 rows, temperature 0: percent of the time that HBM is busy", hbm, 90, 100)
     rest = max(busy, key=busy.__getitem__)
     expect(f"... and the next busiest pipe ({rest})", busy[rest], 0, hbm)
+    report = counters(ATTENTION, "attention_forward_sm90")
+    name, size = "attention forward, 1 x 1024, 32 / 8 heads of 128, bfloat16", 1024 * 128 * 2
+    # Pairs of tiles of 32 tokens: each reads the keys and values of its head once, and its own queries.
+    planned = 16 * 8 * 2 * size + 32 * size
+    expect(f"{name}: bytes loaded / planned", report["global"]["tma_load_bytes"] / planned, 0.95, 1.05)
+    expect(f"{name}: bytes stored / bytes of out", report["global"]["tma_store_bytes"] / (32 * size), 1.0, 1.0)
+    cycles = dict(report["min_cycles"])
+    tensor = cycles.pop("tensor")
+    other = max(cycles, key=cycles.__getitem__)
+    expect(f"{name}: cycles of the tensor cores / of the next busiest ({other})", tensor / cycles[other], 1.1, 10)
+    conflicts = report["shared"]["conflict_excess"] + report["shared"]["matrix_conflict_excess"]
+    expect(f"{name}: bank conflicts", conflicts, 0, 0)
+    expect(f"{name}: local memory accesses", report["local_accesses"], 0, 0)
     if faults:
         raise SystemExit(f"{len(faults)} promises broken")
 

@@ -46,7 +46,11 @@ struct Tiling {
 inline int64_t max_tiles(const PackShape& s) {
   return s.num_kv_heads * (s.total_q / (kLeastBlocks * block_tokens(s)) + s.num_sequences);
 }
-inline bool may_split(const PackShape& s) { return max_tiles(s) <= kSplitItems; }
+// Enough tiles for every multiprocessor, and many to a sequence: pairs of them may share their keys.
+inline bool has_pairs(const PackShape& s) {
+  return max_tiles(s) >= kSplitItems / 2 && s.total_q >= int64_t(s.num_sequences) * 4 * kLeastBlocks * block_tokens(s);
+}
+inline bool may_split(const PackShape& s) { return max_tiles(s) <= kSplitItems && !has_pairs(s); }
 inline int64_t max_forward_items(const PackShape& s) { return max_tiles(s) + (may_split(s) ? kSplitSlots : 0); }
 inline int64_t max_backward_items(const PackShape& s) {
   return s.total_k < 0 ? 0 : s.num_kv_heads * (s.total_k / kBackwardKeys + s.num_sequences);
@@ -58,8 +62,7 @@ inline Tiling tiling(const PackShape& s, int blocks, int key_tile, bool clusters
   t.tile_tokens = blocks * block_tokens(s);
   t.key_tile = key_tile;
   t.may_split = may_split(s);
-  // A pair of tiles pays where sequences have many: the second CTA of the last pair may have nothing to do.
-  if (clusters && !t.may_split && s.total_q >= int64_t(s.num_sequences) * 4 * t.tile_tokens) t.cluster = 2;
+  if (clusters && has_pairs(s)) t.cluster = 2;  // the second CTA of a sequence's last pair may have nothing to do
   return t;
 }
 
