@@ -1,4 +1,4 @@
-"""What the kernels of the remask and attention families move and wait for, by the simulator's counters and timing model.
+"""What kernels move and wait for, by the simulator's counters and timing model.
 
     CUSIM=../shared/cusim python .ci/counters.py     (a Python with a CUDA build of torch and the `sim` build of illada)
 

@@ -135,7 +135,7 @@ def make_case(preset: str, count: int, **overrides: int) -> Case:
 
 
 def cases(device: torch.device = CPU) -> list[Case]:
-    """The preset `tiny` is bound by overheads, `small` by arithmetic; on a CPU until attention has CUDA kernels."""
+    """The preset `tiny` is bound by overheads, `small` by arithmetic; on a CPU until the loss has CUDA kernels."""
     return [make_case("tiny", 200), make_case("small", 20)]
 
 

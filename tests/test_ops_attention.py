@@ -5,7 +5,7 @@ import torch
 
 import illada
 from illada import _native
-from illada.ops import reference
+from illada.ops import raw, reference
 from illada.testing import assert_close_like
 
 CASES = [  # lengths, H, G, D: what the row is for
@@ -128,6 +128,26 @@ def test_denormal_probabilities_are_flushed_and_the_mode_restored(generator):
     with pytest.raises(TypeError):  # also after an error inside the op
         torch.ops.illada.varlen_attention_fwd(q, k, v, torch.zeros(3, dtype=torch.int32), 1, 1.0, False)
     assert (many * 1.0 > 0).all()
+
+
+def test_raw_calls_are_for_cuda(generator):
+    q, k, v, cu = make([5, 3], 4, 2, 64, torch.float32, generator)
+    with pytest.raises(ValueError, match="varlen_attention: the raw call takes CUDA tensors, got one on cpu"):
+        raw.varlen_attention(q, q, q, k, v, cu, 2, 0.125)
+
+
+def test_scale_must_be_positive(generator):
+    q, k, v, cu = make([5, 3], 4, 2, 64, torch.float32, generator)
+    for scale in (0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="softmax_scale must be finite and > 0, got"):
+            illada.varlen_attention(q, k, v, cu, softmax_scale=scale)
+
+
+def test_plan_of_another_number_of_sequences(generator):
+    q, k, v, cu = make([5, 3], 4, 2, 64, torch.float32, generator)
+    plan = illada.attention_plan(cu, num_heads=4, num_kv_heads=2, head_dim=64, total_q=8)
+    with pytest.raises(ValueError, match="plan was made for num_sequences 2, this call has 1"):
+        illada.varlen_attention(q, k, v, cu[[0, 2]], plan=plan)
 
 
 def test_registration(generator):

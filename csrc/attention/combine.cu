@@ -1,6 +1,10 @@
-// Puts together what the forward left of tiles whose keys were split: out = sum_i 2^(lse_i - lse) out_i, over the
-// pieces in their order. A CTA looks at one item of the list and a part of its rows; only the first piece of a split
-// tile has work.
+// Merges the pieces of tiles whose keys were split: out = sum_i 2^(lse_i - lse) out_i, lse = log2(sum_i 2^lse_i).
+//
+// A thread has 8 columns of a row, a CTA some rows of a tile at a time; it goes over the plan's items in steps of the
+// grid and takes those that are the first piece of several. The pieces of a row come in their order, always the same.
+//
+// Floor: bytes = rows x pieces x (D + 1) x 4, which the forward has just left in the L2 cache.
+#include <algorithm>
 #include <cmath>
 
 #include "attention/launch.h"
@@ -10,64 +14,77 @@
 namespace illada::attention {
 namespace {
 
-constexpr int kThreads = 128, kParts = 4;  // CTAs of an item
+constexpr int kThreads = 128;
 
 struct CombineArguments {
   const int32_t* plan;
   const float *slot_out, *slot_lse;
   void* out;
   float* lse;
-  int32_t total_q, num_heads, group, slot_rows;
+  int32_t total_q, num_heads, group, slot_rows, row_chunks;
 };
 
 template <typename T, int kHeadDim>
 __global__ __launch_bounds__(kThreads) void illada_attention_combine_sm80(const __grid_constant__ CombineArguments a) {
-  constexpr int kLanes = kHeadDim / 8, kRows = kThreads / kLanes;  // eight columns a lane
+  constexpr int kColumns = kHeadDim / 8, kRows = kThreads / kColumns;
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
-  if (int(blockIdx.x) >= plan_header(a.plan).forward_items) return;
-  const WorkItem item = forward_items(a.plan)[blockIdx.x];
-  if (item.pieces == 1 || item.piece > 0) return;
-  const int lane = int(threadIdx.x) % kLanes;
-  for (int row = int(blockIdx.y) * kRows + int(threadIdx.x) / kLanes; row < item.q_count * a.group;
-       row += kParts * kRows) {
-    const int64_t first = int64_t(item.first_slot) * a.slot_rows + row;
+  const int units = plan_header(a.plan).forward_items * a.row_chunks;
+  const int column = int(threadIdx.x) % kColumns * 8;
+  for (int unit = int(blockIdx.x); unit < units; unit += int(gridDim.x)) {
+    const int index = unit / a.row_chunks;
+    const WorkItem item = forward_items(a.plan)[index];
+    const int row = (unit - index * a.row_chunks) * kRows + int(threadIdx.x) / kColumns;
+    if (item.pieces == 1 || item.piece > 0 || row >= item.q_count * a.group) continue;
+    const float* const lse = a.slot_lse + int64_t(item.first_slot) * a.slot_rows + row;
+    const float* const out = a.slot_out + (int64_t(item.first_slot) * a.slot_rows + row) * kHeadDim + column;
     float top = -INFINITY;
-    for (int i = 0; i < item.pieces; ++i) top = fmaxf(top, a.slot_lse[first + int64_t(i) * a.slot_rows]);
-    float sum = 0, x[8] = {};
+#pragma unroll 4
+    for (int i = 0; i < item.pieces; ++i) top = fmaxf(top, lse[int64_t(i) * a.slot_rows]);
+    const float reference = top == -INFINITY ? 0 : top;  // no weights then, rather than NaN
+    float x[8] = {}, sum = 0;
+#pragma unroll 4
     for (int i = 0; i < item.pieces; ++i) {
-      const int64_t from = first + int64_t(i) * a.slot_rows;
-      const float weight = ptx::exp2_approx(a.slot_lse[from] - top);
-      const float4* values = reinterpret_cast<const float4*>(a.slot_out + from * kHeadDim + 8 * lane);
-      const float4 low = values[0], high = values[1];
+      const float weight = ptx::exp2_approx(lse[int64_t(i) * a.slot_rows] - reference);
+      const float4* const part = reinterpret_cast<const float4*>(out + int64_t(i) * a.slot_rows * kHeadDim);
+      const float4 low = part[0], high = part[1];
       const float y[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-#pragma unroll
-      for (int n = 0; n < 8; ++n) x[n] = fmaf(weight, y[n], x[n]);
       sum += weight;
+#pragma unroll
+      for (int j = 0; j < 8; ++j) x[j] = fmaf(weight, y[j], x[j]);
     }
-    const float inverse = 1.0f / sum;
-    const int64_t q = item.q_start + row / a.group, h = item.kv_head * a.group + row % a.group;
-    const uint4 eight = make_uint4(pack2<T>(x[0] * inverse, x[1] * inverse), pack2<T>(x[2] * inverse, x[3] * inverse),
-                                   pack2<T>(x[4] * inverse, x[5] * inverse), pack2<T>(x[6] * inverse, x[7] * inverse));
-    *reinterpret_cast<uint4*>(static_cast<T*>(a.out) + (q * a.num_heads + h) * kHeadDim + 8 * lane) = eight;
-    if (lane == 0) a.lse[h * a.total_q + q] = (top + log2f(sum)) * float(M_LN2);
+    const float inverse = sum == 0 ? 0 : 1 / sum;
+    const int row_token = row / a.group;
+    const int64_t token = item.q_start + row_token;
+    const int head = item.kv_head * a.group + row - row_token * a.group;
+    uint4 words;
+    words.x = pack2<T>(x[0] * inverse, x[1] * inverse);
+    words.y = pack2<T>(x[2] * inverse, x[3] * inverse);
+    words.z = pack2<T>(x[4] * inverse, x[5] * inverse);
+    words.w = pack2<T>(x[6] * inverse, x[7] * inverse);
+    *reinterpret_cast<uint4*>(static_cast<T*>(a.out) + (token * a.num_heads + head) * kHeadDim + column) = words;
+    if (column == 0) a.lse[int64_t(head) * a.total_q + token] = (top + log2f(sum)) * float(M_LN2);
   }
 }
 
 template <typename T, int kHeadDim>
 void launch(const ForwardParams& p, const Device& device) {
+  constexpr int kRows = kThreads / (kHeadDim / 8);
+  const PackShape& s = p.shape;
   CombineArguments a{};
   a.plan = p.plan;
-  a.slot_rows = slot_rows(p.shape);
+  a.slot_rows = slot_rows(s);
   a.slot_out = static_cast<const float*>(p.workspace);
   a.slot_lse = a.slot_out + int64_t(kSplitSlots) * a.slot_rows * kHeadDim;
   a.out = p.out;
   a.lse = p.lse;
-  a.total_q = int32_t(p.shape.total_q);
-  a.num_heads = p.shape.num_heads;
-  a.group = p.shape.num_heads / p.shape.num_kv_heads;
+  a.total_q = int32_t(s.total_q);
+  a.num_heads = s.num_heads;
+  a.group = s.num_heads / s.num_kv_heads;
+  a.row_chunks = (a.slot_rows + kRows - 1) / kRows;
   LaunchShape shape;
-  shape.grid = dim3(unsigned(max_forward_items(p.shape)), kParts);
+  // Packs this small have few tiles that are split: more CTAs than the GPU holds would begin for nothing.
+  shape.grid = dim3(unsigned(std::min<int64_t>(max_forward_items(s) * a.row_chunks, int64_t(device.sm_count) * 8)));
   shape.block = dim3(kThreads);
   shape.dependent = true;
   launch_kernel("varlen_attention", device, p.launch.stream, shape, illada_attention_combine_sm80<T, kHeadDim>, a);

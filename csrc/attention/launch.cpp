@@ -103,10 +103,10 @@ void forward_cuda(const ForwardParams& given) {
   ILLADA_CHECK(reinterpret_cast<uintptr_t>(p.plan) % 16 == 0 && reinterpret_cast<uintptr_t>(p.out) % 16 == 0 &&
                    reinterpret_cast<uintptr_t>(p.workspace) % 16 == 0,
                kOp, "plan, out and workspace must be 16-byte aligned");
+  if (s.total_q == 0) return;
   const int64_t q_bytes = settle(kOp, "q", p.q, s.total_q, s.num_heads, s.head_dim);
   const int64_t k_bytes = settle(kOp, "k", p.k, s.total_k, s.num_kv_heads, s.head_dim);
   const int64_t v_bytes = settle(kOp, "v", p.v, s.total_k, s.num_kv_heads, s.head_dim);
-  if (s.total_q == 0) return;
   check_regions(kOp, p.launch,
                 {{"q", p.q.data, q_bytes},
                  {"k", p.k.data, k_bytes},

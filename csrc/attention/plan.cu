@@ -1,10 +1,16 @@
-// The work lists of a pack, from its lengths on the device.
+// The work lists of a pack, once for all layers and both directions.
 //
-// Every CTA reads all sequences, a chunk at a time through shared memory, and for each of its own kThreads sequences
-// counts what comes before: the rank among the sequences, and the items of those that are longer. With that it knows
-// where its own items go, and writes them, all threads to one sequence after the other. Nothing is exchanged between
-// CTAs, and nothing depends on who is first: the plan is a function of the lengths. S^2 / kThreads comparisons a CTA;
-// 16 bytes read a sequence and CTA, 32 bytes written an item.
+// A CTA has one sequence. Its threads walk over the lengths of all of them and add up what comes before it in each
+// list; a pair (cost, index) has one place in an order, so that every CTA finds the same lists and nothing is sorted.
+// Then they write the sequence's items side by side. CTA 0 writes the header as well. Nothing depends on which CTA is
+// first, and the grid depends on the number of sequences alone.
+//
+// Where tiles are so few that they leave SMs idle, sequences are split over their keys: every CTA tries all sizes of a
+// piece and comes to the same one.
+//
+// Floor: the items, 32 bytes each, and S^2 / 2 comparisons, which are nothing up to some thousand sequences.
+#include <algorithm>
+
 #include "attention/launch.h"
 #include "common/ptx.cuh"
 #include "common/reduce.cuh"
@@ -13,214 +19,212 @@ namespace illada::attention {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kMostChunks = 2048;  // sizes of a piece that are tried, however long the keys are said to be
 
-// The numbers of PackShape, Tiling and Device that the kernel needs.
 struct PlanArguments {
   const int32_t *cu_seqlens, *cu_seqlens_k, *seqused_k;
   int32_t* plan;
-  int32_t num_sequences, total_q, total_k, num_kv_heads;  // total_k: -1 where it is not known
+  int64_t rows, first_backward;  // in rows of the plan
+  int32_t total_q, key_limit, num_sequences, num_kv_heads;
+  int32_t most_forward, most_backward;  // what the plan has room for
   int32_t item_tokens, key_tile, sm_count;
-  int32_t max_forward, max_backward, rows;  // capacities; rows of the plan
   bool may_split;
 };
 
-__device__ __forceinline__ int ceil_div(int a, int b) { return (a + b - 1) / b; }
+__device__ __forceinline__ int32_t ceil_div(int32_t x, int32_t y) { return int32_t((uint32_t(x) + y - 1) / y); }
 
-// One sequence, its lengths cut to what is there.
 struct Sequence {
   int32_t q_start, q_count, k_start, k_count;
 
-  __device__ __forceinline__ int key_tiles(const PlanArguments& a) const { return ceil_div(k_count, a.key_tile); }
-  __device__ __forceinline__ int q_tiles(const PlanArguments& a) const { return ceil_div(q_count, a.item_tokens); }
-  __device__ __forceinline__ int backward_items(const PlanArguments& a) const {
-    return a.max_backward ? a.num_kv_heads * ceil_div(k_count, kBackwardKeys) : 0;
+  // Whatever stands in the lengths, ranges lie inside of the pack.
+  __device__ __forceinline__ Sequence(const PlanArguments& a, int index) {
+    q_start = min(max(a.cu_seqlens[index], 0), a.total_q);
+    q_count = min(max(a.cu_seqlens[index + 1], q_start), a.total_q) - q_start;
+    k_start = min(max(a.cu_seqlens_k[index], 0), a.key_limit);
+    k_count = min(max(a.cu_seqlens_k[index + 1], k_start), a.key_limit) - k_start;
+    if (a.seqused_k) k_count = min(max(a.seqused_k[index], 0), k_count);
   }
 };
 
-__device__ __forceinline__ Sequence read_sequence(const PlanArguments& a, int index) {
-  const auto cut = [](int x, int low, int high) { return min(max(x, low), high); };
-  Sequence s;
-  s.q_start = cut(a.cu_seqlens[index], 0, a.total_q);
-  s.q_count = cut(a.cu_seqlens[index + 1], s.q_start, a.total_q) - s.q_start;
-  const int32_t* starts = a.cu_seqlens_k ? a.cu_seqlens_k : a.cu_seqlens;
-  const int limit = a.total_k >= 0 ? a.total_k : 0x7fffffff;
-  s.k_start = cut(starts[index], 0, limit);
-  s.k_count = cut(starts[index + 1], s.k_start, limit) - s.k_start;
-  if (a.seqused_k) s.k_count = cut(a.seqused_k[index], 0, s.k_count);
-  return s;
-}
+// A sequence's part of the forward, with at most `chunk` key tiles to a piece.
+struct ForwardShare {
+  int32_t tiles, pieces, piece_keys;  // tiles of all key-value heads
 
-// How the keys of a sequence's tiles are split: `pieces` parts of `per` key tiles, the last one with less.
-struct Split {
-  int pieces = 1, per;
-  __device__ __forceinline__ Split(int key_tiles, int chunk) {
-    per = max(key_tiles, 1);
-    if (chunk > 0 && key_tiles > chunk) {
-      per = ceil_div(key_tiles, ceil_div(key_tiles, chunk));
-      pieces = ceil_div(key_tiles, per);
-    }
+  __device__ __forceinline__ ForwardShare(const PlanArguments& a, const Sequence& s, int chunk) {
+    tiles = a.num_kv_heads * ceil_div(s.q_count, a.item_tokens);
+    pieces = 1;
+    piece_keys = s.k_count;
+    if (!a.may_split) return;
+    const int key_tiles = ceil_div(s.k_count, a.key_tile);
+    if (key_tiles <= chunk) return;
+    const int each = ceil_div(key_tiles, ceil_div(key_tiles, chunk));  // as even as whole tiles allow
+    pieces = ceil_div(key_tiles, each);
+    if (pieces > 1) piece_keys = each * a.key_tile;
   }
+  __device__ __forceinline__ int64_t items() const { return int64_t(tiles) * pieces; }
+  __device__ __forceinline__ int64_t slots() const { return pieces > 1 ? items() : 0; }
 };
 
-// What decides a sequence's place: cost of an item, items and slots of each of the lists.
-struct Entry {
-  int32_t cost, items, slots, backward_cost, backward_items, keys;
-};
-__device__ __forceinline__ Entry entry_of(const PlanArguments& a, const Sequence& s, int chunk) {
-  const Split split(s.key_tiles(a), chunk);
-  Entry e;
-  e.cost = split.pieces > 1 ? split.per * a.key_tile : s.k_count;
-  e.items = a.num_kv_heads * s.q_tiles(a) * split.pieces;
-  e.slots = split.pieces > 1 ? e.items : 0;
-  e.backward_cost = s.q_count;
-  e.backward_items = s.backward_items(a);
-  e.keys = s.k_count;
-  return e;
-}
-// Does (cost, index) come before (other, other_index)?
-__device__ __forceinline__ bool is_before(int cost, int index, int other, int other_index) {
-  return cost > other || (cost == other && index < other_index);
-}
-
-// The chunk, in key tiles, that keys are split by: the one that keeps the busiest SM the shortest. A CTA's beginning
-// and end cost about as much as kOverhead key tiles, a kernel to combine as much again. Threads take turns at the
-// chunks.
-__device__ int choose_chunk(const PlanArguments& a, int2 (&best_of_warp)[kThreads / 32], int& longest) {
-  constexpr int kOverhead = 2;
-  if (threadIdx.x == 0) longest = 1;
+// The number of key tiles that pieces have at most: an item costs as much as two key tiles more, and so does merging.
+__device__ int choose_chunk(const PlanArguments& a) {
+  __shared__ int32_t tiles[kSplitItems], key_tiles[kSplitItems];  // a sequence has a tile at least, or no part in this
+  __shared__ int32_t most_key_tiles;
+  __shared__ unsigned long long best;
+  if (threadIdx.x == 0) {
+    most_key_tiles = 1;
+    best = ~0ull;
+  }
   __syncthreads();
-  for (int i = int(threadIdx.x); i < a.num_sequences; i += kThreads)
-    atomicMax(&longest, read_sequence(a, i).key_tiles(a));
+  for (int i = threadIdx.x; i < a.num_sequences; i += kThreads) {
+    const Sequence s(a, i);
+    tiles[i] = a.num_kv_heads * ceil_div(s.q_count, a.item_tokens);
+    key_tiles[i] = ceil_div(s.k_count, a.key_tile);
+    if (tiles[i]) atomicMax(&most_key_tiles, key_tiles[i]);
+  }
   __syncthreads();
-  int2 best = {0x7fffffff, 0};  // cost, chunk
-  for (int chunk = 1 + int(threadIdx.x); chunk <= longest; chunk += kThreads) {
+  // As many lanes to a size as there are sequences, up to a warp.
+  int lanes = 1;
+  while (lanes < 32 && lanes < a.num_sequences) lanes *= 2;
+  const int step = kThreads / lanes, last = most_key_tiles;
+  const int grain = ceil_div(last, kMostChunks), chunks = ceil_div(last, grain);
+  unsigned long long mine = ~0ull;
+  for (int base = 1; base <= chunks; base += step) {
+    const int number = base + int(threadIdx.x) / lanes, chunk = min(number * grain, last);
     int items = 0, slots = 0;
-    for (int i = 0; i < a.num_sequences; ++i) {
-      const Entry e = entry_of(a, read_sequence(a, i), chunk);
-      items += e.items;
-      slots += e.slots;
+    for (int i = int(threadIdx.x) % lanes; i < a.num_sequences; i += lanes) {
+      int pieces = 1;
+      if (key_tiles[i] > chunk) {
+        pieces = ceil_div(key_tiles[i], ceil_div(key_tiles[i], ceil_div(key_tiles[i], chunk)));
+        pieces = min(pieces, kSplitSlots + 1);  // already too many: the sums stay small
+        slots += tiles[i] * pieces;
+      }
+      items += tiles[i] * pieces;
     }
-    const int cost = ceil_div(items, a.sm_count) * (chunk + kOverhead) + (slots ? kOverhead : 0);
-    if (slots <= kSplitSlots && (cost < best.x || (cost == best.x && chunk > best.y))) best = {cost, chunk};
+    for (int mask = lanes / 2; mask > 0; mask /= 2) {
+      items += __shfl_xor_sync(kFullWarp, items, mask);
+      slots += __shfl_xor_sync(kFullWarp, slots, mask);
+    }
+    if (number > chunks || slots > kSplitSlots) continue;
+    const unsigned long long cost =
+        (unsigned long long)(ceil_div(items, a.sm_count)) * (unsigned long long)(chunk + 2) + (slots ? 2 : 0);
+    mine = min(mine, cost << 32 | (0xffffffffu - unsigned(chunk)));  // of equal ones the largest
   }
-  const auto better = [](int2 x, int2 y) { return x.x < y.x || (x.x == y.x && x.y > y.y) ? x : y; };
-#pragma unroll
-  for (int lanes = 16; lanes; lanes /= 2)
-    best = better(best, {__shfl_xor_sync(kFullWarp, best.x, lanes), __shfl_xor_sync(kFullWarp, best.y, lanes)});
-  if (threadIdx.x % 32 == 0) best_of_warp[threadIdx.x / 32] = best;
+  if (mine != ~0ull) atomicMin(&best, mine);
   __syncthreads();
-  for (int w = 0; w < kThreads / 32; ++w) best = better(best, best_of_warp[w]);
-  return best.y;
+  return int(0xffffffffu - unsigned(best));
 }
 
-__device__ __forceinline__ void write_item(int32_t* plan, int row, const WorkItem& item) {
-  int4* target = reinterpret_cast<int4*>(plan) + row;
-  target[0] = make_int4(item.q_start, item.q_count, item.k_start, item.k_count);
-  target[1] = make_int4(item.kv_head, item.piece, item.pieces, item.first_slot);
+__device__ __forceinline__ void write_item(int32_t* items, int64_t index, const WorkItem& item) {
+  int4* const at = reinterpret_cast<int4*>(items) + 2 * index;
+  at[0] = make_int4(item.q_start, item.q_count, item.k_start, item.k_count);
+  at[1] = make_int4(item.kv_head, item.piece, item.pieces, item.first_slot);
 }
+
+struct Sums {  // 64 bits: overlapping lengths may add up to anything
+  int64_t forward, slots, backward, rank, all_forward, all_backward;
+};
+constexpr int kSums = int(sizeof(Sums) / sizeof(int64_t));
 
 __global__ __launch_bounds__(kThreads) void illada_attention_plan_sm80(const __grid_constant__ PlanArguments a) {
-  // Where a sequence's part of each list begins.
-  struct Place {
-    Sequence sequence;
-    int32_t rank, item, slot, backward_item;
-  };
-  __shared__ Entry entries[kThreads];
-  __shared__ Place places[kThreads];
-  __shared__ int2 best_of_warp[kThreads / 32];
-  __shared__ int longest;
+  __shared__ union {
+    Sums sums;
+    unsigned long long word[kSums];
+  } shared;
+  if (threadIdx.x < kSums) shared.word[threadIdx.x] = 0;
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
-
-  const int first = int(blockIdx.x) * kThreads, own = first + int(threadIdx.x);
-  const int chunk = a.may_split ? choose_chunk(a, best_of_warp, longest) : 0;
-  Place place{};
-  Entry mine{};
-  if (own < a.num_sequences) {
-    place.sequence = read_sequence(a, own);
-    mine = entry_of(a, place.sequence, chunk);
-  }
-  int64_t items = 0, backward_items = 0;  // of all sequences
-  for (int begin = 0; begin < a.num_sequences; begin += kThreads) {
-    const int count = min(a.num_sequences - begin, kThreads);
-    __syncthreads();
-    if (int(threadIdx.x) < count) entries[threadIdx.x] = entry_of(a, read_sequence(a, begin + int(threadIdx.x)), chunk);
-    __syncthreads();
-    for (int i = 0; i < count; ++i) {
-      const Entry e = entries[i];
-      items += e.items;
-      backward_items += e.backward_items;
-      place.rank += is_before(e.keys, begin + i, mine.keys, own);
-      if (is_before(e.cost, begin + i, mine.cost, own)) {
-        place.item += e.items;
-        place.slot += e.slots;
-      }
-      if (is_before(e.backward_cost, begin + i, mine.backward_cost, own)) place.backward_item += e.backward_items;
-    }
-  }
-  places[threadIdx.x] = place;
+  const int chunk = a.may_split ? choose_chunk(a) : 0;
   __syncthreads();
 
-  if (own == 0)
-    *reinterpret_cast<int4*>(a.plan) = make_int4(int(min(items, int64_t(a.max_forward))),
-                                                 int(min(backward_items, int64_t(a.max_backward))), a.num_sequences, 0);
-  if (own < a.num_sequences) {
-    const Sequence& s = place.sequence;
-    reinterpret_cast<int4*>(a.plan)[a.rows - a.num_sequences + place.rank] =
-        make_int4(s.q_start, s.q_start + s.q_count, s.k_start, s.k_start + s.k_count);
+  const int index = int(blockIdx.x);
+  const bool has_sequence = index < a.num_sequences;  // a pack of none has one CTA still
+  if (has_sequence) {
+    const Sequence own(a, index);
+    const int32_t own_cost = ForwardShare(a, own, chunk).piece_keys;
+    Sums sums{};
+#pragma unroll 2
+    for (int i = threadIdx.x; i < a.num_sequences; i += kThreads) {
+      const Sequence s(a, i);
+      const ForwardShare share(a, s, chunk);
+      const auto is_before = [&](int32_t x, int32_t y) { return x > y || (x == y && i < index); };
+      const int64_t backward =
+          a.most_backward ? int64_t(a.num_kv_heads) * ceil_div(s.k_count, kBackwardKeys) : int64_t(0);
+      if (is_before(share.piece_keys, own_cost)) {
+        sums.forward += share.items();
+        sums.slots += share.slots();
+      }
+      if (is_before(s.q_count, own.q_count)) sums.backward += backward;
+      if (is_before(s.k_count, own.k_count)) ++sums.rank;
+      sums.all_forward += share.items();
+      sums.all_backward += backward;
+    }
+    const int64_t mine[kSums] = {sums.forward, sums.slots,       sums.backward,
+                                 sums.rank,    sums.all_forward, sums.all_backward};
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) {
+      const int64_t sum = warp_reduce<32>(mine[i], [](int64_t x, int64_t y) { return x + y; });
+      if (threadIdx.x % 32 == 0) atomicAdd(&shared.word[i], static_cast<unsigned long long>(sum));
+    }
   }
-  for (int i = 0; i < min(a.num_sequences - first, kThreads); ++i) {
-    const Place& p = places[i];
-    const Sequence& s = p.sequence;
-    const Split split(s.key_tiles(a), chunk);
-    const int tiles = s.q_tiles(a), per_head = tiles * split.pieces;
-    for (int n = int(threadIdx.x); n < a.num_kv_heads * per_head; n += kThreads) {
-      const int tile = n % per_head / split.pieces, token = tile * a.item_tokens;
-      WorkItem item;
-      item.kv_head = n / per_head;
-      item.piece = n % split.pieces;
-      item.pieces = split.pieces;
-      item.first_slot = split.pieces > 1 ? p.slot + n - item.piece : -1;
-      item.q_start = s.q_start + token;
-      item.q_count = min(s.q_count - token, a.item_tokens);
-      const int key = item.piece * split.per * a.key_tile;
-      item.k_start = s.k_start + key;
-      item.k_count = split.pieces > 1 ? min(s.k_count - key, split.per * a.key_tile) : s.k_count;
-      // Lengths that overlap, which a correct caller does not have, may make more items than there is room for.
-      if (uint32_t(p.item + n) < uint32_t(a.max_forward)) write_item(a.plan, 1 + 2 * (p.item + n), item);
-    }
-    const int key_blocks = a.max_backward ? ceil_div(s.k_count, kBackwardKeys) : 0;
-    for (int n = int(threadIdx.x); n < a.num_kv_heads * key_blocks; n += kThreads) {
-      const int key = n % key_blocks * kBackwardKeys;
-      const WorkItem item{s.q_start, s.q_count, s.k_start + key, min(s.k_count - key, kBackwardKeys), n / key_blocks, 0,
-                          1,         -1};
-      if (uint32_t(p.backward_item + n) < uint32_t(a.max_backward))
-        write_item(a.plan, 1 + 2 * (a.max_forward + p.backward_item + n), item);
-    }
+  __syncthreads();
+  const Sums& sums = shared.sums;
+  if (index == 0 && threadIdx.x == 0)
+    *reinterpret_cast<int4*>(a.plan) =
+        make_int4(int(min(sums.all_forward, int64_t(a.most_forward))),
+                  int(min(sums.all_backward, int64_t(a.most_backward))), a.num_sequences, 0);
+  if (!has_sequence) return;
+
+  const Sequence s(a, index);
+  if (threadIdx.x == 0)
+    reinterpret_cast<int4*>(a.plan)[a.rows - a.num_sequences + sums.rank] =
+        make_int4(s.q_start, s.q_start + s.q_count, s.k_start, s.k_start + s.k_count);
+
+  const ForwardShare share(a, s, chunk);
+  const int64_t forward = min(share.items(), a.most_forward - sums.forward);
+  const int head_tiles = share.tiles / a.num_kv_heads;
+  for (int i = threadIdx.x; i < forward; i += kThreads) {
+    const int tile = i / share.pieces, piece = i - tile * share.pieces;
+    const int kv_head = tile / head_tiles, first = (tile - kv_head * head_tiles) * a.item_tokens;
+    const int first_key = piece * share.piece_keys;
+    write_item(a.plan + 4, sums.forward + i,
+               {s.q_start + first, min(a.item_tokens, s.q_count - first), s.k_start + first_key,
+                min(share.piece_keys, s.k_count - first_key), kv_head, piece, share.pieces,
+                share.pieces > 1 ? int(sums.slots) + tile * share.pieces : -1});
+  }
+
+  const int key_tiles = ceil_div(s.k_count, kBackwardKeys);
+  const int64_t backward = min(int64_t(a.num_kv_heads) * key_tiles, a.most_backward - sums.backward);
+  for (int i = threadIdx.x; i < backward; i += kThreads) {
+    const int kv_head = i / key_tiles, first = (i - kv_head * key_tiles) * kBackwardKeys;
+    write_item(a.plan + 4 * a.first_backward, sums.backward + i,
+               {s.q_start, s.q_count, s.k_start + first, min(kBackwardKeys, s.k_count - first), kv_head, 0, 1, -1});
   }
 }
 
 }  // namespace
 
 void launch_plan(const PlanParams& p, const Device& device, const Tiling& tiling) {
+  const PackShape& s = p.shape;
   PlanArguments a{};
   a.cu_seqlens = p.cu_seqlens;
-  a.cu_seqlens_k = p.cu_seqlens_k;
+  a.cu_seqlens_k = p.cu_seqlens_k ? p.cu_seqlens_k : p.cu_seqlens;
   a.seqused_k = p.seqused_k;
   a.plan = p.plan;
-  a.num_sequences = p.shape.num_sequences;
-  a.total_q = int32_t(p.shape.total_q);
-  a.total_k = int32_t(p.shape.total_k);
-  a.num_kv_heads = p.shape.num_kv_heads;
+  a.rows = plan_rows(s);
+  a.first_backward = 1 + 2 * max_forward_items(s);
+  a.total_q = int32_t(s.total_q);
+  // Without a number of keys: nothing is known of other offsets than the queries'.
+  a.key_limit = s.total_k >= 0 ? int32_t(s.total_k) : p.cu_seqlens_k ? INT32_MAX : int32_t(s.total_q);
+  a.num_sequences = s.num_sequences;
+  a.num_kv_heads = s.num_kv_heads;
+  a.most_forward = int32_t(max_forward_items(s));
+  a.most_backward = int32_t(max_backward_items(s));
   a.item_tokens = tiling.item_tokens();
   a.key_tile = tiling.key_tile;
   a.sm_count = device.sm_count;
-  a.max_forward = int32_t(max_forward_items(p.shape));
-  a.max_backward = int32_t(max_backward_items(p.shape));
-  a.rows = int32_t(plan_rows(p.shape));
   a.may_split = tiling.may_split;
   LaunchShape shape;
-  shape.grid = dim3(unsigned(std::max(1, (a.num_sequences + kThreads - 1) / kThreads)));
+  shape.grid = dim3(unsigned(std::max(s.num_sequences, 1)));
   shape.block = dim3(kThreads);
   shape.dependent = true;
   launch_kernel("attention_plan", device, p.launch.stream, shape, illada_attention_plan_sm80, a);

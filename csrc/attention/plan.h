@@ -31,7 +31,9 @@ constexpr int kBackwardKeys = 128;  // of an item of the backward
 constexpr int kSplitItems = 512;    // packs of at most so many tiles may be split over keys
 constexpr int kSplitSlots = 320;    // pieces of split tiles
 
-inline int block_tokens(const PackShape& s) { return std::max(kBlockRows / (s.num_heads / s.num_kv_heads), 1); }
+// Sizes that launch.cpp refuses must not divide by 0 here, where nothing has looked at them yet.
+inline int group_of(const PackShape& s) { return std::max(s.num_heads / std::max(s.num_kv_heads, 1), 1); }
+inline int block_tokens(const PackShape& s) { return std::max(kBlockRows / group_of(s), 1); }
 
 // How a kernel cuts a pack into forward items.
 struct Tiling {
@@ -51,7 +53,8 @@ inline bool has_pairs(const PackShape& s) {
   return max_tiles(s) >= kSplitItems / 2 && s.total_q >= int64_t(s.num_sequences) * 4 * kLeastBlocks * block_tokens(s);
 }
 inline bool may_split(const PackShape& s) { return max_tiles(s) <= kSplitItems && !has_pairs(s); }
-inline int64_t max_forward_items(const PackShape& s) { return max_tiles(s) + (may_split(s) ? kSplitSlots : 0); }
+// With room for pieces in any pack: whoever knows the sizes as symbols alone needs no case distinction.
+inline int64_t max_forward_items(const PackShape& s) { return max_tiles(s) + kSplitSlots; }
 inline int64_t max_backward_items(const PackShape& s) {
   return s.total_k < 0 ? 0 : s.num_kv_heads * (s.total_k / kBackwardKeys + s.num_sequences);
 }
@@ -68,7 +71,7 @@ inline Tiling tiling(const PackShape& s, int blocks, int key_tile, bool clusters
 
 // Rows of a slot of the workspace, for any kernel.
 inline int slot_rows(const PackShape& s) {
-  return int(std::min<int64_t>(s.total_q, kMostBlocks * block_tokens(s))) * (s.num_heads / s.num_kv_heads);
+  return int(std::min<int64_t>(s.total_q, kMostBlocks * block_tokens(s))) * group_of(s);
 }
 
 // workspace: out fp32 [kSplitSlots, slot_rows, D], then lse fp32 [kSplitSlots, slot_rows] (base 2), both of what has

@@ -99,3 +99,23 @@ def test_step_compiles_in_one_graph(device, generator):
     want = step(want_tokens, hidden, weight, rows, cu_rows)
     got = torch.compile(step, fullgraph=True, backend="aot_eager")(got_tokens, hidden, weight, rows, cu_rows)
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1]) and torch.equal(got_tokens, want_tokens)
+
+
+def test_attention_compiles_once_for_all_sizes(device):
+    """No size of a pack is built into the graph: the plan's rows are a formula without cases."""
+    graphs = []
+
+    def backend(module, inputs):
+        graphs.append(module)
+        return module.forward
+
+    def call(q, starts):
+        return illada.varlen_attention(q, q[:, :2], q[:, :2], starts)
+
+    compiled = torch.compile(call, fullgraph=True, backend=backend, dynamic=True)
+    with _disable_current_modes(), FakeTensorMode():
+        for total, sequences in ((6, 2), (700, 3), (9000, 40)):
+            q = torch.empty(total, 4, 64, dtype=torch.float16, device=device)
+            out = compiled(q, torch.empty(sequences + 1, dtype=torch.int32, device=device))
+            assert out.shape == q.shape
+    assert len(graphs) == 1

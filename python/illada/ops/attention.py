@@ -168,8 +168,7 @@ def plan_rows(total_q: int, total_k: int | None, num_sequences: int, num_heads: 
     """Rows of a plan on CUDA: `plan_rows` of csrc/attention, for shapes that are not known yet."""
     block_tokens = max(64 // (num_heads // num_kv_heads), 1)
     tiles = num_kv_heads * (total_q // (2 * block_tokens) + num_sequences)
-    has_pairs = tiles >= 256 and total_q >= 8 * num_sequences * block_tokens
-    forward = tiles + (320 if tiles <= 512 and not has_pairs else 0)
+    forward = tiles + 320
     backward = 0 if total_k is None else num_kv_heads * (total_k // 128 + num_sequences)
     return 1 + 2 * forward + 2 * backward + num_sequences
 

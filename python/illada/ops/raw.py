@@ -160,13 +160,13 @@ def attention_plan(
     head_dim: int,
 ) -> None:
     """`illada.ops.attention_plan` into `out`, int32 of the rows that `attention_plan_rows` says. CUDA only."""
+    launch = _cuda_launch("attention_plan", cu_seqlens)
     sequences = cu_seqlens.shape[0] - 1
     pack = (total_q, -1 if total_k is None else total_k, sequences, num_heads, num_kv_heads, head_dim)
     if out.shape[0] != native().attention_plan_rows(pack):
         raise ValueError(f"attention_plan: out must have {native().attention_plan_rows(pack)} rows, got {len(out)}")
     native().attention_plan(
-        *(pack, address(cu_seqlens), address(cu_seqlens_k), address(seqused_k), address(out)),
-        *_cuda_launch("attention_plan", cu_seqlens)[:2],
+        *(pack, address(cu_seqlens), address(cu_seqlens_k), address(seqused_k), address(out)), *launch[:2]
     )
 
 
@@ -193,12 +193,13 @@ def varlen_attention(
 
     plan: of `attention_plan` with the same numbers; workspace: uint8, as `varlen_attention_workspace` says.
     """
+    launch = _cuda_launch("varlen_attention", q, workspace)
     native().varlen_attention(
         (q.shape[0], k.shape[0], num_sequences, q.shape[1], k.shape[1], q.shape[2]),
         DTYPES[q.dtype],
         *((address(x), x.stride(0), x.stride(1)) for x in (q, k, v)),
         *(softmax_scale, address(plan), plan.shape[0], address(out), address(lse)),
-        _cuda_launch("varlen_attention", q, workspace),
+        launch,
     )
 
 
