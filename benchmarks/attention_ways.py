@@ -33,6 +33,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import illada
 from benchmarks.runner import compiled, generator
 from benchmarks.timing import CPU
+from illada.ops import raw
 
 GEMMS = {"fwd": 2, "bwd": 5, "fwdbwd": 7}  # matrix products over all query-key pairs
 
@@ -187,6 +188,21 @@ def illada_way(job: Job) -> Way:
     return Way(partial(illada.varlen_attention, **job.lengths, plan=make_plan(job)))
 
 
+def illada_raw_way(job: Job) -> Way:
+    """The kernels alone: out-parameter calls into buffers that are there. The forward, on CUDA."""
+    plan, sequences = make_plan(job).work, len(job.pack.lengths)
+    sizes = (job.total_q, sequences, job.heads, job.kv_heads, job.dim)
+    workspace = torch.empty(raw.varlen_attention_workspace(*sizes), dtype=torch.uint8, device=job.device)
+    out = torch.empty(job.total_q, job.heads, job.dim, dtype=job.dtype, device=job.device)
+    lse = torch.empty(job.heads, job.total_q, device=job.device)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        raw.varlen_attention(out, lse, q, k, v, plan, sequences, job.dim**-0.5, workspace=workspace)
+        return out
+
+    return Way(attend)
+
+
 def sdpa_way(job: Job, backend: SDPBackend) -> Way:
     """Dense attention of one backend: a batch where all are equally long, else sequence by sequence."""
     lengths = job.pack.lengths
@@ -329,6 +345,7 @@ CPU_WAYS: dict[str, Callable[[Job], Way]] = {
 }
 WAYS = {
     **CPU_WAYS,
+    "illada raw": illada_raw_way,
     "sdpa cudnn": partial(sdpa_way, backend=SDPBackend.CUDNN_ATTENTION),
     "varlen_attn": varlen_attn_way,
     "cudnn varlen": cudnn_varlen_way,

@@ -1,4 +1,25 @@
 // The attention forward on sm_90a; included by one file per head dim.
+//
+// CTAs walk over the items of the plan. A producer warp loads by TMA; two consumer warpgroups (three for head dim 64)
+// have a block of 64 rows each, which are the tokens x heads of a group: the box of the queries' map is 64 columns x
+// heads of the group x tokens, so that grouped queries come as one tile of rows. Maps end where the item's queries and
+// keys do (tensor_map_ragged): what lies behind reads as 0, whoever owns it, and is not written.
+//
+//   q_full, q_empty [w]   the queries of warpgroup w are there, with the item's record; their last product is done
+//   k_full, k_empty       a tile of keys is there; all warpgroups (of both CTAs of a cluster) have read it
+//   v_full, v_empty       the same of the values
+//   turns                 named barriers: one warpgroup at a time issues its products, so that the others' softmax runs
+//                         beside them
+//
+// A warpgroup's step issues s = q . k of the next tile and o += p . v of this one, and makes the next probabilities
+// from s while the second product runs. Steps go on from item to item: the next item's first product runs beside the
+// last one of this item, and its rows leave from registers by way of shared memory while the next tile is multiplied.
+// The keys' partial tile comes first; no other is masked.
+//
+// An item with k keys is 4 * rows * k * D flop and reads 4 k D bytes of keys and values: at the tensor cores' peak, 128
+// rows ask the L2 cache for 32 bytes a clock and SM, of which it gives about 24. Pairs of CTAs (clusters) with
+// neighbouring tiles of the same head therefore load each tile of keys once, half each, for both. What bounds the
+// kernel is then the tensor cores; see docs/design-attention.md.
 #pragma once
 
 #include <cuda.h>

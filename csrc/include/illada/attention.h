@@ -51,10 +51,10 @@ struct ForwardParams {
   float softmax_scale = 1.0f;     // finite and > 0
   const int32_t* plan = nullptr;  // of plan_cuda, of the same shape (total_k apart) and on the same device
   int64_t plan_rows = 0;
-  void* out = nullptr;            // [T, H, D], contiguous; sequences without keys get 0
-  float* lse = nullptr;           // [H, T], natural log of the softmax's sum; -inf without keys
-  void* workspace = nullptr;      // 16-byte aligned; contents need not be kept or set
-  int64_t workspace_bytes = 0;    // at least forward_workspace(shape)
+  void* out = nullptr;          // [T, H, D], contiguous; sequences without keys get 0
+  float* lse = nullptr;         // [H, T], natural log of the softmax's sum; -inf without keys
+  void* workspace = nullptr;    // 16-byte aligned; contents need not be kept or set
+  int64_t workspace_bytes = 0;  // at least forward_workspace(shape)
   CudaLaunch launch;
 };
 // On compute capability 8.0 and newer, D 64 and 128, H / G <= 64. NotSupported for anything else.
