@@ -94,7 +94,7 @@ __device__ __forceinline__ int item_index(int round) {
 // are relative to a score that need not be the largest one, as long as a lane's share of a tile sums to no more than
 // kMost, which is as exact as 1 in either dtype. So the exponentials wait for no maximum and no other lane, and nobody
 // looks for a maximum but in the first tile, and when a row has outgrown its reference, which is rare.
-struct RowPair {
+struct SoftmaxRows {
   static constexpr float kMost = 256;
   float reference[2], sum[2];  // of this lane's probabilities
 
@@ -186,7 +186,7 @@ __device__ __forceinline__ void mask_scores(float (&s)[kCount], int valid) {
 // and to lse; or, where the item's keys are split, to its slot. The item's queries from `first_token` on are the
 // warpgroup's.
 template <typename T, int kHeadDim>
-__device__ __forceinline__ void write_rows(float (&o)[kHeadDim / 2], const RowPair& rows, const WorkItem& item,
+__device__ __forceinline__ void write_rows(float (&o)[kHeadDim / 2], const SoftmaxRows& rows, const WorkItem& item,
                                            const ForwardArguments& a, const CUtensorMap& out_map, uint32_t staging,
                                            int barrier, int first_token) {
   const int lane = int(threadIdx.x) % 32, row = int(threadIdx.x) % 128 / 32 * 16 + lane / 4;
@@ -403,7 +403,7 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim>::kThreads,
     Ring<kStagesV> v_ring;
     float s[kKeys / 2], o[kHeadDim / 2];
     uint32_t p[kKeys / 16][4], next_p[kKeys / 16][4];
-    RowPair rows;
+    SoftmaxRows rows;
     float rescale[2];
 
     const auto multiply_k = [&] {  // s = q . k
@@ -480,7 +480,7 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim>::kThreads,
         ptx::wgmma_fence();
         multiply_v(!fresh, true);
         ptx::wgmma_wait<1>();
-        const RowPair finished = rows;
+        const SoftmaxRows finished = rows;
         const bool moved = finish_scores(is_first);
         ptx::wgmma_wait<0>();
         ptx::wgmma_keep_operand(p, a.total_q < 0, staging);
@@ -532,7 +532,6 @@ void launch_forward(const ForwardParams& p, const Device& device, const Tiling& 
                       x.head_stride};
   };
   const int box_keys = Shared::kKeys / kCluster;
-  using Shared = SharedStorage<kHeadDim>;
   const CUtensorMap q_map = tensor_map_ragged(kOp, view(p.q, s.total_q, s.num_heads), group, block_tokens(s));
   const PackedView out{p.out, int64_t(s.num_heads) * kHeadDim, kHeadDim};
   const CUtensorMap out_map = tensor_map_ragged(kOp, view(out, s.total_q, s.num_heads), group, block_tokens(s));

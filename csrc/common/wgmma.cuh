@@ -37,31 +37,17 @@ namespace illada::ptx {
   ILLADA_WGMMA_IO48(d), \
   "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), \
   "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
-#define ILLADA_WGMMA_D72 \
-  ILLADA_WGMMA_D64 ", " \
-  "%64, %65, %66, %67, %68, %69, %70, %71"
-#define ILLADA_WGMMA_IO72(d) \
-  ILLADA_WGMMA_IO64(d), \
-  "+f"(d[64]), "+f"(d[65]), "+f"(d[66]), "+f"(d[67]), "+f"(d[68]), "+f"(d[69]), "+f"(d[70]), "+f"(d[71])
-#define ILLADA_WGMMA_D80 \
-  ILLADA_WGMMA_D72 ", " \
-  "%72, %73, %74, %75, %76, %77, %78, %79"
-#define ILLADA_WGMMA_IO80(d) \
-  ILLADA_WGMMA_IO72(d), \
-  "+f"(d[72]), "+f"(d[73]), "+f"(d[74]), "+f"(d[75]), "+f"(d[76]), "+f"(d[77]), "+f"(d[78]), "+f"(d[79])
-#define ILLADA_WGMMA_D88 \
-  ILLADA_WGMMA_D80 ", " \
-  "%80, %81, %82, %83, %84, %85, %86, %87"
-#define ILLADA_WGMMA_IO88(d) \
-  ILLADA_WGMMA_IO80(d), \
-  "+f"(d[80]), "+f"(d[81]), "+f"(d[82]), "+f"(d[83]), "+f"(d[84]), "+f"(d[85]), "+f"(d[86]), "+f"(d[87])
 #define ILLADA_WGMMA_D128 \
-  ILLADA_WGMMA_D88 ", " \
-  "%88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, " \
-  "%104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, " \
-  "%120, %121, %122, %123, %124, %125, %126, %127"
+  ILLADA_WGMMA_D64 ", " \
+  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
+  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, " \
+  "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
+  "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define ILLADA_WGMMA_IO128(d) \
-  ILLADA_WGMMA_IO88(d), \
+  ILLADA_WGMMA_IO64(d), \
+  "+f"(d[64]), "+f"(d[65]), "+f"(d[66]), "+f"(d[67]), "+f"(d[68]), "+f"(d[69]), "+f"(d[70]), "+f"(d[71]), \
+  "+f"(d[72]), "+f"(d[73]), "+f"(d[74]), "+f"(d[75]), "+f"(d[76]), "+f"(d[77]), "+f"(d[78]), "+f"(d[79]), \
+  "+f"(d[80]), "+f"(d[81]), "+f"(d[82]), "+f"(d[83]), "+f"(d[84]), "+f"(d[85]), "+f"(d[86]), "+f"(d[87]), \
   "+f"(d[88]), "+f"(d[89]), "+f"(d[90]), "+f"(d[91]), "+f"(d[92]), "+f"(d[93]), "+f"(d[94]), "+f"(d[95]), \
   "+f"(d[96]), "+f"(d[97]), "+f"(d[98]), "+f"(d[99]), "+f"(d[100]), "+f"(d[101]), "+f"(d[102]), "+f"(d[103]), \
   "+f"(d[104]), "+f"(d[105]), "+f"(d[106]), "+f"(d[107]), "+f"(d[108]), "+f"(d[109]), "+f"(d[110]), "+f"(d[111]), \
@@ -96,20 +82,14 @@ namespace illada::ptx {
 template <typename T, int kN>
 __device__ __forceinline__ void wgmma_k16(float (&d)[kN / 2], uint64_t a, uint64_t b, bool accumulate) {
   static_assert(std::is_same_v<T, BFloat16> || std::is_same_v<T, Half>);
-  static_assert(kN == 96 || kN == 128 || kN == 144 || kN == 160 || kN == 176 || kN == 256);
+  static_assert(kN == 96 || kN == 128 || kN == 256);
   if constexpr (std::is_same_v<T, BFloat16>) {
     if constexpr (kN == 96) ILLADA_WGMMA_SS(96, 48, 48, 49, 50, "bf16", 0);
     if constexpr (kN == 128) ILLADA_WGMMA_SS(128, 64, 64, 65, 66, "bf16", 0);
-    if constexpr (kN == 160) ILLADA_WGMMA_SS(160, 80, 80, 81, 82, "bf16", 0);
-    if constexpr (kN == 144) ILLADA_WGMMA_SS(144, 72, 72, 73, 74, "bf16", 0);
-    if constexpr (kN == 176) ILLADA_WGMMA_SS(176, 88, 88, 89, 90, "bf16", 0);
     if constexpr (kN == 256) ILLADA_WGMMA_SS(256, 128, 128, 129, 130, "bf16", 0);
   } else {
     if constexpr (kN == 96) ILLADA_WGMMA_SS(96, 48, 48, 49, 50, "f16", 0);
     if constexpr (kN == 128) ILLADA_WGMMA_SS(128, 64, 64, 65, 66, "f16", 0);
-    if constexpr (kN == 160) ILLADA_WGMMA_SS(160, 80, 80, 81, 82, "f16", 0);
-    if constexpr (kN == 144) ILLADA_WGMMA_SS(144, 72, 72, 73, 74, "f16", 0);
-    if constexpr (kN == 176) ILLADA_WGMMA_SS(176, 88, 88, 89, 90, "f16", 0);
     if constexpr (kN == 256) ILLADA_WGMMA_SS(256, 128, 128, 129, 130, "f16", 0);
   }
 }
@@ -136,12 +116,6 @@ __device__ __forceinline__ void wgmma_k16_rs(float (&d)[kN / 2], const uint32_t 
 #undef ILLADA_WGMMA_IO48
 #undef ILLADA_WGMMA_D64
 #undef ILLADA_WGMMA_IO64
-#undef ILLADA_WGMMA_D72
-#undef ILLADA_WGMMA_IO72
-#undef ILLADA_WGMMA_D80
-#undef ILLADA_WGMMA_IO80
-#undef ILLADA_WGMMA_D88
-#undef ILLADA_WGMMA_IO88
 #undef ILLADA_WGMMA_D128
 #undef ILLADA_WGMMA_IO128
 

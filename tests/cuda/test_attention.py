@@ -13,6 +13,7 @@ from torch import Tensor
 
 import illada
 from illada.ops import raw, reference
+from illada.ops.attention import _pairs
 from illada.testing import assert_close_like
 
 TILE_EDGES = [0, 1, 63, 64, 65, 127, 128, 129, 175, 176, 177, 300]
@@ -142,6 +143,11 @@ def test_split_over_8192_keys(device):
 
 def test_more_sequences_than_multiprocessors(device):
     Pack([1 + i % 5 for i in range(140)], device, room=1, dim=64, heads=2).check()
+
+
+def test_many_items_of_one_tile_of_keys(device):
+    """Each is over before the one before it has left: three items are in flight."""
+    Pack([1 + i % 6 for i in range(420)], device, room=0, dim=64, heads=1).check()
 
 
 @pytest.mark.slow
@@ -275,6 +281,18 @@ def test_values_are_checked_on_request(device, monkeypatch):
     starts = torch.tensor([0, 6], dtype=torch.int32).to(device)
     with pytest.raises(ValueError, match="seqused_k must be within the key slots"):
         illada.varlen_attention(q, q, q, starts, cu_seqlens_k=starts, seqused_k=starts[1:] + 1)
+
+
+def test_pairs_are_counted_from_the_plan(device, monkeypatch):
+    """For FLOP counts: exact where the plan may be read."""
+    pack = Pack([5, 0, 40], device, keys=[7, 3, 90])
+    q, k, _ = pack.on_device()
+    lengths = pack.on_device_lengths()
+    plan = illada.attention_plan(**lengths, num_heads=4, num_kv_heads=1, head_dim=128, total_q=45).work
+    monkeypatch.setenv("ILLADA_DEBUG", "1")
+    assert _pairs(q, k, plan, 3) == 5 * 7 + 40 * 90
+    monkeypatch.setenv("ILLADA_DEBUG", "0")
+    assert _pairs(q, k, plan, 3) == 45 * len(k) // 3
 
 
 def test_gradients_are_refused(device):
