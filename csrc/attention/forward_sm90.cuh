@@ -29,9 +29,11 @@
 #include <cstddef>
 
 #include "attention/launch.h"
+#include "attention/row_pair.cuh"
 #include "common/dtype.cuh"
 #include "common/ptx.cuh"
 #include "common/reduce.cuh"
+#include "common/ring.cuh"
 #include "common/tensor_map.h"
 #include "common/wgmma.cuh"
 
@@ -59,18 +61,6 @@ struct SharedStorage {
       v_empty[kStagesV];
   // Of the item that leaves, of the one that is worked on, and of the next one, which may come while both are read.
   WorkItem item[kConsumers][kItems], next_item;
-};
-
-template <int kStages>
-struct Ring {
-  int stage = 0;
-  uint32_t parity = 0;
-  __device__ __forceinline__ void advance() {
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
 };
 
 struct ForwardArguments {
@@ -164,23 +154,6 @@ struct SoftmaxRows {
     total[1] = part[2] + part[3];
   }
 };
-
-// Keys from `valid` on do not count.
-template <int kCount>
-__device__ __forceinline__ void mask_scores(float (&s)[kCount], int valid) {
-  const int limit = valid - 2 * int(threadIdx.x % 4);
-#pragma unroll
-  for (int first = 0; first < kCount / 4; first += 4) {
-    if (valid < 8 * (first + 4)) {
-#pragma unroll
-      for (int j = first; j < min(first + 4, kCount / 4); ++j) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e)
-          if (8 * j + e >= limit) s[4 * j + e] = s[4 * j + 2 + e] = -INFINITY;
-      }
-    }
-  }
-}
 
 // The finished rows of a warpgroup leave: to out, by way of shared memory and TMA, which ends with the item's queries,
 // and to lse; or, where the item's keys are split, to its slot. The item's queries from `first_token` on are the

@@ -4,7 +4,6 @@
 #include <cmath>
 #include <cstdint>
 
-#include "common/dtype.cuh"
 #include "common/ptx.cuh"
 #include "common/reduce.cuh"
 
@@ -73,16 +72,6 @@ __device__ __forceinline__ void mask_scores(float (&s)[kCount], int valid) {
           if (8 * j + e >= limit) s[4 * j + e] = s[4 * j + 2 + e] = -INFINITY;
       }
     }
-  }
-}
-
-// Probabilities as the A operand of the second product: 16 keys to a step.
-template <typename T, int kCount>
-__device__ __forceinline__ void pack_probabilities(const float (&s)[kCount], uint32_t (&p)[kCount / 8][4]) {
-#pragma unroll
-  for (int step = 0; step < kCount / 8; ++step) {
-#pragma unroll
-    for (int w = 0; w < 4; ++w) p[step][w] = pack2<T>(s[8 * step + 2 * w], s[8 * step + 2 * w + 1]);
   }
 }
 

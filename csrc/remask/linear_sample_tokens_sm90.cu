@@ -19,6 +19,7 @@
 #include <type_traits>
 
 #include "common/ptx.cuh"
+#include "common/ring.cuh"
 #include "common/tensor_map.h"
 #include "common/wgmma.cuh"
 #include "remask/head_tile.cuh"
@@ -41,18 +42,6 @@ struct SharedStorage {
   uint64_t full[kStages], empty[kStages];
 };
 static_assert(sizeof(SharedStorage) + 1024 <= 227 * 1024);
-
-// The stage that is next, and the parity of its phase.
-struct Ring {
-  int stage = 0;
-  uint32_t parity = 0;
-  __device__ __forceinline__ void advance() {
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
 
 template <typename T, bool kWantExtras>
 __global__ __launch_bounds__(kThreads, 1) void illada_linear_sample_tokens_sm90(
@@ -92,7 +81,7 @@ __global__ __launch_bounds__(kThreads, 1) void illada_linear_sample_tokens_sm90(
     ptx::setmaxnreg_decrease<40>();
     if (threadIdx.x == 128 * kConsumers) {
       const int rank = plan.cluster > 1 ? int(ptx::cluster_cta_rank()) : 0;
-      Ring ring;
+      Ring<kStages> ring;
       for (int tile = 0; tile < tiles; ++tile) {
         const int64_t tile_id = first_id + int64_t(tile) * kTileN;
         const int chunks = int(min((end_id - tile_id + kChunk - 1) / kChunk, int64_t(kChunks)));
@@ -129,7 +118,7 @@ __global__ __launch_bounds__(kThreads, 1) void illada_linear_sample_tokens_sm90(
       ptx::mbarrier_arrive_cluster_if(really && cta < plan.cluster, empty(stage), uint32_t(cta));
     };
 
-    Ring ring;
+    Ring<kStages> ring;
     float d[128];
     for (int tile = 0; tile < tiles; ++tile) {
       if (has_rows) {

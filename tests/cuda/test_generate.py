@@ -114,6 +114,6 @@ def test_graphs_change_nothing(device):
         pytest.skip("a graph records no aten operators where a torch dispatch mode stands in for their kernels")
     _, model = make_models(WIDE, torch.bfloat16, device)
     config = dataclasses.replace(BASE, cache="prefix")
-    assert available(model, None)
+    assert not available(model, None)  # without a cache there is nothing to capture
     want = run(model, PROMPTS, config, cuda_graphs=False)
     assert run(model, PROMPTS, config) == want
