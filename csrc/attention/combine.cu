@@ -18,7 +18,7 @@ constexpr int kThreads = 128;
 
 struct CombineArguments {
   const int32_t* plan;
-  const float *slot_out, *slot_lse;
+  Slots slots;
   void* out;
   float* lse;
   int32_t total_q, num_heads, group, slot_rows, row_chunks;
@@ -36,17 +36,17 @@ __global__ __launch_bounds__(kThreads) void illada_attention_combine_sm80(const 
     const WorkItem item = forward_items(a.plan)[index];
     const int row = (unit - index * a.row_chunks) * kRows + int(threadIdx.x) / kColumns;
     if (item.pieces == 1 || item.piece > 0 || row >= item.q_count * a.group) continue;
-    const float* const lse = a.slot_lse + int64_t(item.first_slot) * a.slot_rows + row;
-    const float* const out = a.slot_out + (int64_t(item.first_slot) * a.slot_rows + row) * kHeadDim + column;
+    const float* const lse = a.slots.lse + int64_t(item.first_slot) * a.slots.rows + row;
+    const float* const out = a.slots.out + (int64_t(item.first_slot) * a.slots.rows + row) * kHeadDim + column;
     float top = -INFINITY;
 #pragma unroll 4
-    for (int i = 0; i < item.pieces; ++i) top = fmaxf(top, lse[int64_t(i) * a.slot_rows]);
+    for (int i = 0; i < item.pieces; ++i) top = fmaxf(top, lse[int64_t(i) * a.slots.rows]);
     const float reference = top == -INFINITY ? 0 : top;  // no weights then, rather than NaN
     float x[8] = {}, sum = 0;
 #pragma unroll 4
     for (int i = 0; i < item.pieces; ++i) {
-      const float weight = ptx::exp2_approx(lse[int64_t(i) * a.slot_rows] - reference);
-      const float4* const part = reinterpret_cast<const float4*>(out + int64_t(i) * a.slot_rows * kHeadDim);
+      const float weight = ptx::exp2_approx(lse[int64_t(i) * a.slots.rows] - reference);
+      const float4* const part = reinterpret_cast<const float4*>(out + int64_t(i) * a.slots.rows * kHeadDim);
       const float4 low = part[0], high = part[1];
       const float y[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
       sum += weight;
@@ -73,15 +73,13 @@ void launch(const ForwardParams& p, const Device& device) {
   const PackShape& s = p.shape;
   CombineArguments a{};
   a.plan = p.plan;
-  a.slot_rows = slot_rows(s);
-  a.slot_out = static_cast<const float*>(p.workspace);
-  a.slot_lse = a.slot_out + int64_t(kSplitSlots) * a.slot_rows * kHeadDim;
+  a.slots = slots_of(p);
   a.out = p.out;
   a.lse = p.lse;
   a.total_q = int32_t(s.total_q);
   a.num_heads = s.num_heads;
   a.group = s.num_heads / s.num_kv_heads;
-  a.row_chunks = (a.slot_rows + kRows - 1) / kRows;
+  a.row_chunks = (a.slots.rows + kRows - 1) / kRows;
   LaunchShape shape;
   // Packs this small have few tiles that are split: more CTAs than the GPU holds would begin for nothing.
   shape.grid = dim3(unsigned(std::min<int64_t>(max_forward_items(s) * a.row_chunks, int64_t(device.sm_count) * 8)));

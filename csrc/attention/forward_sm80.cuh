@@ -66,8 +66,8 @@ struct ForwardArguments {
   int64_t q_token_bytes, q_head_bytes, k_token_bytes, k_head_bytes, v_token_bytes, v_head_bytes;
   void* out;
   float* lse;
-  float *slot_out, *slot_lse;
-  int32_t total_q, num_heads, group, slot_rows;
+  Slots slots;
+  int32_t total_q, num_heads, group;
   uint32_t group_reciprocal;  // ceil(2^16 / group): row / group == row * group_reciprocal >> 16 for rows of a tile
   float scale_log2;           // softmax_scale * log2(e)
 };
@@ -376,13 +376,13 @@ __global__ __launch_bounds__(kThreads,
             if (is_real && lane % 4 == 0) a.lse[int64_t(head) * a.total_q + token] = lse_log2 * float(M_LN2);
           } else if (is_real) {
             const int64_t slot_row =
-                int64_t(item.first_slot + item.piece) * a.slot_rows + row.token * a.group + row.head;
-            float* out = a.slot_out + slot_row * kHeadDim + lane % 4 * 2;
+                int64_t(item.first_slot + item.piece) * a.slots.rows + row.token * a.group + row.head;
+            float* out = a.slots.out + slot_row * kHeadDim + lane % 4 * 2;
 #pragma unroll
             for (int j = 0; j < kHeadDim / 8; ++j)
               *reinterpret_cast<float2*>(out + 8 * j) =
                   make_float2(o[m][4 * j + 2 * i] * inverse, o[m][4 * j + 2 * i + 1] * inverse);
-            if (lane % 4 == 0) a.slot_lse[slot_row] = lse_log2;
+            if (lane % 4 == 0) a.slots.lse[slot_row] = lse_log2;
           }
         }
       }
@@ -408,9 +408,7 @@ void launch_forward(const ForwardParams& p, const Device& device) {
   a.v_head_bytes = p.v.head_stride * 2;
   a.out = p.out;
   a.lse = p.lse;
-  a.slot_rows = slot_rows(s);
-  a.slot_out = static_cast<float*>(p.workspace);
-  a.slot_lse = a.slot_out + int64_t(kSplitSlots) * a.slot_rows * kHeadDim;
+  a.slots = slots_of(p);
   a.total_q = int32_t(s.total_q);
   a.num_heads = s.num_heads;
   a.group = group;

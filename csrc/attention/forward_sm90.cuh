@@ -67,8 +67,8 @@ struct ForwardArguments {
   const int32_t* plan;
   void* out;
   float* lse;
-  float *slot_out, *slot_lse;
-  int32_t total_q, total_k, num_heads, group, tile_tokens, block_tokens, slot_rows;
+  Slots slots;
+  int32_t total_q, total_k, num_heads, group, tile_tokens, block_tokens;
   uint32_t group_reciprocal;  // ceil(2^16 / group): row / group == row * group_reciprocal >> 16 for rows of a tile
   float scale_log2;           // softmax_scale * log2(e)
 };
@@ -182,12 +182,12 @@ __device__ __forceinline__ void write_rows(float (&o)[kHeadDim / 2], const Softm
               lse_log2 * float(M_LN2);
       } else {
         const int64_t slot_row =
-            int64_t(item.first_slot + item.piece) * a.slot_rows + (first_token + token) * a.group + head;
-        float* out = a.slot_out + slot_row * kHeadDim + 2 * (lane % 4);
+            int64_t(item.first_slot + item.piece) * a.slots.rows + (first_token + token) * a.group + head;
+        float* out = a.slots.out + slot_row * kHeadDim + 2 * (lane % 4);
 #pragma unroll
         for (int j = 0; j < kHeadDim / 8; ++j)
           *reinterpret_cast<float2*>(out + 8 * j) = make_float2(o[4 * j + 2 * i], o[4 * j + 2 * i + 1]);
-        if (lane % 4 == 0) a.slot_lse[slot_row] = lse_log2;
+        if (lane % 4 == 0) a.slots.lse[slot_row] = lse_log2;
       }
     }
   }
@@ -514,9 +514,7 @@ void launch_forward(const ForwardParams& p, const Device& device, const Tiling& 
   a.plan = p.plan;
   a.out = p.out;
   a.lse = p.lse;
-  a.slot_rows = slot_rows(s);
-  a.slot_out = static_cast<float*>(p.workspace);
-  a.slot_lse = a.slot_out + int64_t(kSplitSlots) * a.slot_rows * kHeadDim;
+  a.slots = slots_of(p);
   a.total_q = int32_t(s.total_q);
   a.total_k = int32_t(s.total_k);
   a.num_heads = s.num_heads;

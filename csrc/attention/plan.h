@@ -74,9 +74,18 @@ inline int slot_rows(const PackShape& s) {
   return int(std::min<int64_t>(s.total_q, kMostBlocks * block_tokens(s))) * group_of(s);
 }
 
-// workspace: out fp32 [kSplitSlots, slot_rows, D], then lse fp32 [kSplitSlots, slot_rows] (base 2), both of what has
-// been normalised over the piece alone. Row r of a slot is token r / (H / G) of the item, head r % (H / G) of the
-// group.
+// The workspace: out fp32 [kSplitSlots, rows, D], then lse fp32 [kSplitSlots, rows] (base 2), both of what has been
+// normalised over the piece alone. Row r of a slot is token r / (H / G) of the item, head r % (H / G) of the group.
+struct Slots {
+  float *out, *lse;
+  int32_t rows;
+};
+inline Slots slots_of(const ForwardParams& p) {
+  float* const out = static_cast<float*>(p.workspace);
+  const int rows = slot_rows(p.shape);
+  return {out, out + int64_t(kSplitSlots) * rows * p.shape.head_dim, rows};
+}
+
 ILLADA_HOST_DEVICE const PlanHeader& plan_header(const int32_t* plan) {
   return *reinterpret_cast<const PlanHeader*>(plan);
 }
