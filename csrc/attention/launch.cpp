@@ -2,6 +2,7 @@
 #include "attention/launch.h"
 
 #include <cmath>
+#include <initializer_list>
 #include <limits>
 #include <string>
 
@@ -57,6 +58,30 @@ int64_t settle(const char* op, const char* name, PackedView& x, int64_t tokens, 
   return ((tokens - 1) * x.token_stride + (heads - 1) * x.head_stride + head_dim) * 2;
 }
 
+void validate_call(const char* op, DType dtype, float softmax_scale, const Device& gpu) {
+  if (dtype != DType::kBFloat16 && dtype != DType::kFloat16)
+    detail::fail<NotSupported>(op, "kernels were built for bfloat16 and float16; got ", name(dtype), " on ", gpu.name,
+                               ", built archs ", build_info().cuda_archs);
+  ILLADA_CHECK(softmax_scale > 0 && std::isfinite(softmax_scale), op, "softmax_scale must be finite and > 0, got ",
+               softmax_scale);
+}
+
+bool is_aligned(std::initializer_list<const void*> pointers) {
+  uintptr_t bits = 0;
+  for (const void* pointer : pointers) bits |= reinterpret_cast<uintptr_t>(pointer);
+  return bits % 16 == 0;
+}
+
+int64_t rows_bytes(const PackShape& s) {
+  return (s.total_q * s.num_heads * int64_t(sizeof(RowStatistics)) + 15) / 16 * 16;
+}
+
+BackwardMethod choose_backward(const PackShape& s, bool deterministic, const Device& gpu) {
+  BackwardMethod method;
+  method.fused = has_sm90(gpu) && !deterministic;
+  return method;
+}
+
 }  // namespace
 
 int64_t plan_rows(const PackShape& s) {
@@ -89,20 +114,14 @@ void forward_cuda(const ForwardParams& given) {
   const Device& gpu = device(kOp, p.launch.device);
   const PackShape& s = p.shape;
   validate_shape(kOp, s, gpu, true);
-  if (p.dtype != DType::kBFloat16 && p.dtype != DType::kFloat16)
-    detail::fail<NotSupported>(kOp, "kernels were built for bfloat16 and float16; got ", name(p.dtype), " on ",
-                               gpu.name, ", built archs ", build_info().cuda_archs);
-  ILLADA_CHECK(p.softmax_scale > 0 && std::isfinite(p.softmax_scale), kOp, "softmax_scale must be finite and > 0, got ",
-               p.softmax_scale);
+  validate_call(kOp, p.dtype, p.softmax_scale, gpu);
   PackShape forward_only = s;
   forward_only.total_k = -1;
   ILLADA_CHECK(p.plan_rows >= plan_rows(forward_only), kOp, "plan must have at least ", plan_rows(forward_only),
                " rows for this pack, got ", p.plan_rows);
   ILLADA_CHECK(p.workspace_bytes >= forward_workspace(s), kOp, "workspace must have ", forward_workspace(s),
                " bytes, got ", p.workspace_bytes);
-  ILLADA_CHECK(reinterpret_cast<uintptr_t>(p.plan) % 16 == 0 && reinterpret_cast<uintptr_t>(p.out) % 16 == 0 &&
-                   reinterpret_cast<uintptr_t>(p.workspace) % 16 == 0,
-               kOp, "plan, out and workspace must be 16-byte aligned");
+  ILLADA_CHECK(is_aligned({p.plan, p.out, p.workspace}), kOp, "plan, out and workspace must be 16-byte aligned");
   if (s.total_q == 0) return;
   const int64_t q_bytes = settle(kOp, "q", p.q, s.total_q, s.num_heads, s.head_dim);
   const int64_t k_bytes = settle(kOp, "k", p.k, s.total_k, s.num_kv_heads, s.head_dim);
@@ -124,6 +143,64 @@ void forward_cuda(const ForwardParams& given) {
     s.head_dim == 64 ? launch_forward_d64_sm80(p, gpu, cut) : launch_forward_d128_sm80(p, gpu, cut);
   }
   if (cut.may_split) launch_combine(p, gpu);
+}
+
+BackwardScratch scratch_of(const BackwardParams& p) {
+  char* const start = static_cast<char*>(p.workspace);
+  return {reinterpret_cast<RowStatistics*>(start), reinterpret_cast<float*>(start + rows_bytes(p.shape))};
+}
+
+int64_t backward_workspace(const PackShape& s, bool deterministic, int device_index) {
+  const Device& gpu = device("varlen_attention_backward", device_index);
+  const BackwardMethod method = choose_backward(s, deterministic, gpu);
+  return rows_bytes(s) + (method.fused ? s.total_q * s.num_heads * s.head_dim * int64_t(sizeof(float)) : 0);
+}
+
+void backward_cuda(const BackwardParams& given) {
+  constexpr const char* kOp = "varlen_attention_backward";
+  BackwardParams p = given;
+  const DeviceGuard guard(kOp, p.launch.device);
+  const Device& gpu = device(kOp, p.launch.device);
+  const PackShape& s = p.shape;
+  validate_shape(kOp, s, gpu, true);
+  validate_call(kOp, p.dtype, p.softmax_scale, gpu);
+  ILLADA_CHECK(p.plan_rows >= plan_rows(s), kOp, "plan must have at least ", plan_rows(s),
+               " rows for the gradients of this pack, got ", p.plan_rows, "; was it made with total_k?");
+  const int64_t workspace_bytes = backward_workspace(s, p.deterministic, p.launch.device);
+  ILLADA_CHECK(p.workspace_bytes >= workspace_bytes, kOp, "workspace must have ", workspace_bytes, " bytes, got ",
+               p.workspace_bytes);
+  ILLADA_CHECK(is_aligned({p.plan, p.out, p.dq, p.dk, p.dv, p.workspace}), kOp,
+               "plan, out, dq, dk, dv and workspace must be 16-byte aligned");
+  if (s.total_q == 0 && s.total_k == 0) return;
+  const int64_t q_bytes = settle(kOp, "q", p.q, s.total_q, s.num_heads, s.head_dim);
+  const int64_t dout_bytes = settle(kOp, "dout", p.dout, s.total_q, s.num_heads, s.head_dim);
+  const int64_t k_bytes = settle(kOp, "k", p.k, s.total_k, s.num_kv_heads, s.head_dim);
+  const int64_t v_bytes = settle(kOp, "v", p.v, s.total_k, s.num_kv_heads, s.head_dim);
+  const int64_t rows_q = s.total_q * s.num_heads, rows_k = s.total_k * s.num_kv_heads;
+  check_regions(kOp, p.launch,
+                {{"dout", p.dout.data, dout_bytes},
+                 {"q", p.q.data, q_bytes},
+                 {"k", p.k.data, k_bytes},
+                 {"v", p.v.data, v_bytes},
+                 {"out", p.out, rows_q * s.head_dim * 2},
+                 {"lse", p.lse, rows_q * 4},
+                 {"dlse", p.dlse, rows_q * 4, true},
+                 {"plan", p.plan, 16 * p.plan_rows}},
+                {{"dq", p.dq, rows_q * s.head_dim * 2},
+                 {"dk", p.dk, rows_k * s.head_dim * 2},
+                 {"dv", p.dv, rows_k * s.head_dim * 2},
+                 {"workspace", p.workspace, workspace_bytes}});
+  const Tiling cut = choose_tiling(s, gpu);
+  const BackwardMethod method = choose_backward(s, p.deterministic, gpu);
+  launch_backward_rows(p, gpu, method);
+  if (has_sm90(gpu)) {
+#if defined(ILLADA_BUILT_SM90A)
+    s.head_dim == 64 ? launch_backward_d64_sm90(p, gpu, cut, method) : launch_backward_d128_sm90(p, gpu, cut, method);
+#endif
+  } else {
+    s.head_dim == 64 ? launch_backward_d64_sm80(p, gpu, cut) : launch_backward_d128_sm80(p, gpu, cut);
+  }
+  if (method.fused) launch_backward_finish(p, gpu);
 }
 
 }  // namespace illada::attention

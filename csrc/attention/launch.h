@@ -23,4 +23,36 @@ void launch_forward_d128_sm90(const ForwardParams& params, const Device& device,
 // Where tiling.may_split: merges the pieces that the forward left in the workspace into out and lse.
 void launch_combine(const ForwardParams& params, const Device& device);
 
+// ---------------------------------------------------------------------------------------------------------- backward
+
+// How a backward is carried out; the caller's sizes alone decide.
+struct BackwardMethod {
+  // dq summed in fp32 by the CTAs of all keys (5 products); else by a kernel of its own (7), in a fixed order.
+  bool fused = false;
+};
+
+struct alignas(8) RowStatistics {
+  float lse_log2;  // lse * log2(e)
+  float c;         // do . out - dlse
+};
+
+// The workspace.
+struct BackwardScratch {
+  RowStatistics* rows;  // [G, T, H / G]: rows of a tile (tokens x heads of a group) are neighbours
+  float* dq;            // fused: [T, H, D], sums of ds k
+};
+BackwardScratch scratch_of(const BackwardParams& params);
+
+// First: the rows' statistics; zeros in scratch.dq if fused, and in dk and dv if some keys are unused.
+void launch_backward_rows(const BackwardParams& params, const Device& device, const BackwardMethod& method);
+// Then dk and dv over the backward items of the plan; and dq, into scratch.dq if fused, else over the forward items.
+void launch_backward_d64_sm80(const BackwardParams& params, const Device& device, const Tiling& tiling);
+void launch_backward_d128_sm80(const BackwardParams& params, const Device& device, const Tiling& tiling);
+void launch_backward_d64_sm90(const BackwardParams& params, const Device& device, const Tiling& tiling,
+                              const BackwardMethod& method);
+void launch_backward_d128_sm90(const BackwardParams& params, const Device& device, const Tiling& tiling,
+                               const BackwardMethod& method);
+// Last, if fused: dq from scratch.dq.
+void launch_backward_finish(const BackwardParams& params, const Device& device);
+
 }  // namespace illada::attention

@@ -121,7 +121,7 @@ __device__ __forceinline__ void write_item(int32_t* items, int64_t index, const 
 }
 
 struct Sums {  // 64 bits: overlapping lengths may add up to anything
-  int64_t forward, slots, backward, rank, all_forward, all_backward;
+  int64_t forward, slots, backward, rank, all_forward, all_backward, all_keys;
 };
 constexpr int kSums = int(sizeof(Sums) / sizeof(int64_t));
 
@@ -157,9 +157,10 @@ __global__ __launch_bounds__(kThreads) void illada_attention_plan_sm80(const __g
       if (is_before(s.k_count, own.k_count)) ++sums.rank;
       sums.all_forward += share.items();
       sums.all_backward += backward;
+      sums.all_keys += s.k_count;
     }
-    const int64_t mine[kSums] = {sums.forward, sums.slots,       sums.backward,
-                                 sums.rank,    sums.all_forward, sums.all_backward};
+    const int64_t mine[kSums] = {sums.forward,     sums.slots,        sums.backward, sums.rank,
+                                 sums.all_forward, sums.all_backward, sums.all_keys};
 #pragma unroll
     for (int i = 0; i < kSums; ++i) {
       const int64_t sum = warp_reduce<32>(mine[i], [](int64_t x, int64_t y) { return x + y; });
@@ -171,7 +172,7 @@ __global__ __launch_bounds__(kThreads) void illada_attention_plan_sm80(const __g
   if (index == 0 && threadIdx.x == 0)
     *reinterpret_cast<int4*>(a.plan) =
         make_int4(int(min(sums.all_forward, int64_t(a.most_forward))),
-                  int(min(sums.all_backward, int64_t(a.most_backward))), a.num_sequences, 0);
+                  int(min(sums.all_backward, int64_t(a.most_backward))), a.num_sequences, sums.all_keys != a.key_limit);
   if (!has_sequence) return;
 
   const Sequence s(a, index);
@@ -211,7 +212,7 @@ void launch_plan(const PlanParams& p, const Device& device, const Tiling& tiling
   a.seqused_k = p.seqused_k;
   a.plan = p.plan;
   a.rows = plan_rows(s);
-  a.first_backward = 1 + 2 * max_forward_items(s);
+  a.first_backward = first_backward_row(s);
   a.total_q = int32_t(s.total_q);
   // Without a number of keys: nothing is known of other offsets than the queries'.
   a.key_limit = s.total_k >= 0 ? int32_t(s.total_k) : p.cu_seqlens_k ? INT32_MAX : int32_t(s.total_q);

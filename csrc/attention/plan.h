@@ -21,7 +21,8 @@ struct alignas(16) WorkItem {
 // plan [rows, 4] int32: the header, WorkItems of the forward, of the backward (two rows each, room for as many as the
 // shape allows), and from rows - S on the sequences, (query start, query end, key start, key end), longest first.
 struct PlanHeader {
-  int32_t forward_items, backward_items, sequences, reserved;
+  int32_t forward_items, backward_items, sequences;
+  int32_t unused_keys;  // not 0: there are keys, of total_k, that no sequence uses
 };
 
 constexpr int kBlockRows = 64;   // tokens x heads of a group that stay together: whole tokens, so H / G <= 64
@@ -92,5 +93,10 @@ ILLADA_HOST_DEVICE const PlanHeader& plan_header(const int32_t* plan) {
 ILLADA_HOST_DEVICE const WorkItem* forward_items(const int32_t* plan) {
   return reinterpret_cast<const WorkItem*>(plan + 4);
 }
+
+ILLADA_HOST_DEVICE const WorkItem* backward_items(const int32_t* plan, int64_t first_row) {
+  return reinterpret_cast<const WorkItem*>(plan + 4 * first_row);
+}
+inline int64_t first_backward_row(const PackShape& s) { return 1 + 2 * max_forward_items(s); }
 
 }  // namespace illada::attention

@@ -197,6 +197,39 @@ void varlen_attention(const PackArguments& pack, int dtype, const ViewArguments&
   py::gil_scoped_release release;
   attention::forward_cuda(p);
 }
+
+int64_t varlen_attention_backward_workspace(const PackArguments& pack, bool deterministic, int device) {
+  return attention::backward_workspace(pack_shape(pack), deterministic, device);
+}
+
+void varlen_attention_backward(const PackArguments& pack, int dtype, const ViewArguments& dout, const ViewArguments& q,
+                               const ViewArguments& k, const ViewArguments& v, uintptr_t out, uintptr_t lse,
+                               uintptr_t dlse, float softmax_scale, uintptr_t plan, int64_t plan_rows,
+                               bool deterministic, uintptr_t dq, uintptr_t dk, uintptr_t dv,
+                               const LaunchArguments& launch) {
+  attention::BackwardParams p;
+  p.shape = pack_shape(pack);
+  p.dtype = DType(dtype);
+  p.dout = packed_view(dout);
+  p.q = packed_view(q);
+  p.k = packed_view(k);
+  p.v = packed_view(v);
+  p.out = pointer<const void>(out);
+  p.lse = pointer<const float>(lse);
+  p.dlse = pointer<const float>(dlse);
+  p.softmax_scale = softmax_scale;
+  p.plan = pointer<const int32_t>(plan);
+  p.plan_rows = plan_rows;
+  p.deterministic = deterministic;
+  p.dq = pointer<void>(dq);
+  p.dk = pointer<void>(dk);
+  p.dv = pointer<void>(dv);
+  p.launch = {std::get<0>(launch), pointer<void>(std::get<1>(launch))};
+  p.workspace = pointer<void>(std::get<2>(launch));
+  p.workspace_bytes = std::get<3>(launch);
+  py::gil_scoped_release release;
+  attention::backward_cuda(p);
+}
 #endif
 
 void remask_tokens(uintptr_t tokens, bool tokens_are_int64, int64_t num_tokens, uintptr_t rows, uintptr_t cu_rows,
@@ -272,6 +305,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("attention_plan", &attention_plan);
   m.def("attention_plan_rows", &attention_plan_rows);
   m.def("varlen_attention", &varlen_attention);
+  m.def("varlen_attention_backward", &varlen_attention_backward);
+  m.def("varlen_attention_backward_workspace", &varlen_attention_backward_workspace);
   m.def("varlen_attention_workspace", &varlen_attention_workspace);
 #endif
   m.def("remask", &remask_tokens);

@@ -62,4 +62,27 @@ void forward_cuda(const ForwardParams& params);
 // Bytes; 0 unless the pack is so small that sequences may be split over their keys.
 int64_t forward_workspace(const PackShape& shape);
 
+// Gradients of a function of out and lse. With p = softmax, do = dout, c = do . out - dlse of each query and head:
+//   dv = p^T do,   ds = p (do v^T - c),   dq = softmax_scale ds k,   dk = softmax_scale ds^T q.
+struct BackwardParams {
+  PackShape shape;
+  DType dtype = DType::kBFloat16;
+  PackedView dout, q, k, v;
+  const void* out = nullptr;      // [T, H, D], contiguous, as the forward left it
+  const float* lse = nullptr;     // [H, T]
+  const float* dlse = nullptr;    // [H, T], or null: 0
+  float softmax_scale = 1.0f;     // that of the forward
+  const int32_t* plan = nullptr;  // of plan_cuda with total_k known
+  int64_t plan_rows = 0;
+  bool deterministic = false;         // the same bits in every run, at the price of some speed in long sequences
+  void* dq = nullptr;                 // [T, H, D], contiguous
+  void *dk = nullptr, *dv = nullptr;  // [Tk, G, D], contiguous; 0 for keys that no sequence uses
+  void* workspace = nullptr;          // 16-byte aligned; contents need not be kept or set
+  int64_t workspace_bytes = 0;        // at least backward_workspace(...)
+  CudaLaunch launch;
+};
+// The same support as forward_cuda.
+void backward_cuda(const BackwardParams& params);
+int64_t backward_workspace(const PackShape& shape, bool deterministic, int device);  // bytes
+
 }  // namespace illada::attention

@@ -8,8 +8,8 @@ with j over all keys of token i's own sequence: no causal mask, no dropout, no p
 | device | dtypes                     | head dim | kernel                                                     |
 |--------|----------------------------|----------|------------------------------------------------------------|
 | CPU    | float32, bfloat16, float16 | any      | torch's CPU flash attention, one call per sequence         |
-| CUDA   | bfloat16, float16          | 64, 128  | forward: sm_90a (wgmma, TMA), sm_80 and newer (mma.sync);  |
-|        |                            |          | H / G up to 64; no backward in this version                |
+| CUDA   | bfloat16, float16          | 64, 128  | sm_90a (wgmma, TMA), sm_80 and newer (mma.sync);           |
+|        |                            |          | H / G up to 64                                             |
 
 On CUDA a pack of few queries and many keys (a block against its cache) is split over keys, and its results depend in
 the last bits on what else is in the pack; in larger packs they do not.
@@ -199,11 +199,34 @@ def _fwd_cuda(
     return out, lse
 
 
-def _bwd_cuda(dout: Tensor, *arguments: object) -> tuple[Tensor, Tensor, Tensor]:
-    raise NotImplementedError(
-        "varlen_attention: this version has no CUDA kernel for the gradients; supported on CUDA: the forward. "
-        "Gradients are made on a CPU"
+def _bwd_cuda(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    plan: Tensor,
+    num_sequences: int,
+    softmax_scale: float,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    # Gradients come in any layout: broadcast (of a sum, with strides of 0), transposed, from elsewhere.
+    strides = dout.stride()
+    if strides[2] != 1 or min(strides) <= 0 or strides[0] % 8 or strides[1] % 8 or dout.data_ptr() % 16:
+        dout = dout.contiguous()
+    dlse = None if dlse is None else dlse.contiguous()
+    dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    size = raw.varlen_attention_backward_workspace(
+        q.shape[0], k.shape[0], num_sequences, q.shape[1], k.shape[1], q.shape[2], deterministic, q.device.index
     )
+    raw.varlen_attention_backward(
+        *(dq, dk, dv, dout, dlse, q, k, v, out, lse, plan, num_sequences, softmax_scale),
+        workspace=q.new_empty(size, dtype=torch.uint8),
+        deterministic=deterministic,
+    )
+    return dq, dk, dv
 
 
 # --------------------------------------------------------------------------------------- fakes, autograd, FLOP counts

@@ -1,0 +1,156 @@
+// The backward's first and last pass, both one read and one write of memory.
+//
+// First: c = do . out - dlse and lse * log2(e) of each query and head, laid out as the main kernels read them; zeros
+// where sums in fp32 begin, and in the gradients of keys that no sequence uses. Last: dq from those sums.
+//
+// Floor: first T H (4 D + 16) bytes, and 4 T H D more of zeros if fused; last 6 T H D.
+#include <algorithm>
+#include <cmath>
+
+#include "attention/launch.h"
+#include "common/dtype.cuh"
+#include "common/ptx.cuh"
+#include "common/reduce.cuh"
+
+namespace illada::attention {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kUnroll = 4;  // loads in flight of a thread
+
+struct RowsArguments {
+  const int32_t* plan;
+  const void *out, *dout;
+  const float *lse, *dlse;
+  RowStatistics* rows;
+  float* dq_sums;                                         // null: there are none
+  uint4 *dk, *dv;                                         // as 16-byte words
+  int64_t key_words;                                      // of each
+  int64_t dout_token_stride, dout_head_stride, num_rows;  // of out: tokens x heads
+  int32_t total_q, num_heads, group;
+};
+
+template <typename T, int kHeadDim>
+__global__ __launch_bounds__(kThreads) void illada_attention_backward_rows_sm80(
+    const __grid_constant__ RowsArguments a) {
+  constexpr int kLanes = kHeadDim / 8, kRows = kThreads / kLanes;  // lanes of a row, rows of a CTA at a time
+  ptx::griddepcontrol_wait();
+  ptx::griddepcontrol_launch_dependents();
+  const int column = int(threadIdx.x) % kLanes * 8;
+  const int64_t first = (int64_t(blockIdx.x) * kUnroll) * kRows + int(threadIdx.x) / kLanes;
+  Raw8<T> out[kUnroll], dout[kUnroll];
+  float lse[kUnroll], dlse[kUnroll];
+#pragma unroll
+  for (int i = 0; i < kUnroll; ++i) {
+    const int64_t row = first + i * kRows;
+    if (row >= a.num_rows) continue;
+    const int token = int(row / a.num_heads), head = int(row - int64_t(token) * a.num_heads);
+    out[i] = load8(static_cast<const T*>(a.out) + row * kHeadDim + column);
+    dout[i] = load8(static_cast<const T*>(a.dout) + token * a.dout_token_stride + head * a.dout_head_stride + column);
+    lse[i] = a.lse[int64_t(head) * a.total_q + token];
+    dlse[i] = a.dlse ? a.dlse[int64_t(head) * a.total_q + token] : 0.0f;
+  }
+#pragma unroll
+  for (int i = 0; i < kUnroll; ++i) {
+    const int64_t row = first + i * kRows;
+    const bool valid = row < a.num_rows;
+    float x[8], y[8], c = 0;
+    unpack8(out[i], x);
+    unpack8(dout[i], y);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) c = fmaf(x[j], y[j], c);
+    c = warp_reduce<kLanes>(c, [](float p, float q) { return p + q; });
+    if (!valid) continue;
+    if (column == 0) {
+      const int token = int(row / a.num_heads), head = int(row - int64_t(token) * a.num_heads);
+      const int kv_head = head / a.group;
+      a.rows[(int64_t(kv_head) * a.total_q + token) * a.group + head - kv_head * a.group] = {lse[i] * float(M_LOG2E),
+                                                                                             c - dlse[i]};
+    }
+    if (a.dq_sums) {
+      float4* const sums = reinterpret_cast<float4*>(a.dq_sums + row * kHeadDim) + column / 8;
+      sums[0] = sums[kLanes] = make_float4(0, 0, 0, 0);
+    }
+  }
+  if (!plan_header(a.plan).unused_keys) return;
+  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < a.key_words; i += int64_t(gridDim.x) * kThreads)
+    a.dk[i] = a.dv[i] = make_uint4(0, 0, 0, 0);
+}
+
+template <typename T>
+__global__ __launch_bounds__(kThreads) void illada_attention_backward_finish_sm80(const float4* __restrict__ sums,
+                                                                                  uint2* __restrict__ dq, int64_t count,
+                                                                                  float scale) {
+  ptx::griddepcontrol_wait();
+  ptx::griddepcontrol_launch_dependents();
+  const int64_t first = int64_t(blockIdx.x) * (kThreads * kUnroll) + threadIdx.x;
+  float4 x[kUnroll];
+#pragma unroll
+  for (int i = 0; i < kUnroll; ++i)
+    if (first + i * kThreads < count) x[i] = __ldcs(sums + first + i * kThreads);
+#pragma unroll
+  for (int i = 0; i < kUnroll; ++i)
+    if (first + i * kThreads < count)
+      dq[first + i * kThreads] =
+          make_uint2(pack2<T>(x[i].x * scale, x[i].y * scale), pack2<T>(x[i].z * scale, x[i].w * scale));
+}
+
+template <typename T, int kHeadDim>
+void launch_rows(const BackwardParams& p, const Device& device, const BackwardMethod& method) {
+  constexpr int kRows = kThreads / (kHeadDim / 8) * kUnroll;
+  const PackShape& s = p.shape;
+  const BackwardScratch scratch = scratch_of(p);
+  RowsArguments a{};
+  a.plan = p.plan;
+  a.out = p.out;
+  a.dout = p.dout.data;
+  a.dout_token_stride = p.dout.token_stride;
+  a.dout_head_stride = p.dout.head_stride;
+  a.lse = p.lse;
+  a.dlse = p.dlse;
+  a.rows = scratch.rows;
+  a.dq_sums = method.fused ? scratch.dq : nullptr;
+  a.dk = static_cast<uint4*>(p.dk);
+  a.dv = static_cast<uint4*>(p.dv);
+  a.key_words = s.total_k * s.num_kv_heads * (kHeadDim / 8);
+  a.num_rows = s.total_q * s.num_heads;
+  a.total_q = int32_t(s.total_q);
+  a.num_heads = s.num_heads;
+  a.group = s.num_heads / s.num_kv_heads;
+  LaunchShape shape;
+  shape.grid = dim3(unsigned(std::max<int64_t>((a.num_rows + kRows - 1) / kRows, 1)));
+  shape.block = dim3(kThreads);
+  shape.dependent = true;
+  launch_kernel("varlen_attention_backward", device, p.launch.stream, shape,
+                illada_attention_backward_rows_sm80<T, kHeadDim>, a);
+}
+
+template <typename T>
+void launch_rows(const BackwardParams& p, const Device& device, const BackwardMethod& method) {
+  p.shape.head_dim == 64 ? launch_rows<T, 64>(p, device, method) : launch_rows<T, 128>(p, device, method);
+}
+
+template <typename T>
+void launch_finish(const BackwardParams& p, const Device& device) {
+  const PackShape& s = p.shape;
+  const int64_t count = s.total_q * s.num_heads * (s.head_dim / 4);
+  LaunchShape shape;
+  shape.grid = dim3(unsigned((count + kThreads * kUnroll - 1) / (kThreads * kUnroll)));
+  shape.block = dim3(kThreads);
+  shape.dependent = true;
+  if (count)
+    launch_kernel("varlen_attention_backward", device, p.launch.stream, shape, illada_attention_backward_finish_sm80<T>,
+                  reinterpret_cast<const float4*>(scratch_of(p).dq), static_cast<uint2*>(p.dq), count, p.softmax_scale);
+}
+
+}  // namespace
+
+void launch_backward_rows(const BackwardParams& p, const Device& device, const BackwardMethod& method) {
+  p.dtype == DType::kBFloat16 ? launch_rows<BFloat16>(p, device, method) : launch_rows<Half>(p, device, method);
+}
+
+void launch_backward_finish(const BackwardParams& p, const Device& device) {
+  p.dtype == DType::kBFloat16 ? launch_finish<BFloat16>(p, device) : launch_finish<Half>(p, device);
+}
+
+}  // namespace illada::attention
