@@ -33,6 +33,10 @@ __device__ __forceinline__ void cp_async_16(uint32_t smem, const void* global, b
                : "memory");
 }
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// The same of 8 bytes.
+__device__ __forceinline__ void cp_async_8(uint32_t smem, const void* global, bool valid = true) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(smem), "l"(global), "r"(valid ? 8 : 0) : "memory");
+}
 template <int kPending>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
@@ -44,6 +48,13 @@ __device__ __forceinline__ float exp2_approx(float x) {  // 2 ulp; 0 for results
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+}
+
+// --------------------------------------------------------------------------------------------- sm_90: reductions in L2
+
+// address[0 .. 1] += {x, y}, in any order; 8-byte aligned.
+__device__ __forceinline__ void red_add_v2(float* address, float x, float y) {
+  asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(address), "f"(x), "f"(y) : "memory");
 }
 
 // ----------------------------------------------------------------------------------------- sm_80: ldmatrix, mma.sync
@@ -99,6 +110,10 @@ __device__ __forceinline__ void mbarrier_arrive_expect_tx(uint32_t barrier, uint
 }
 __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+// Once all cp.async of this thread so far have arrived; one of the barrier's arrivals.
+__device__ __forceinline__ void cp_async_mbarrier_arrive(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 // By those threads that say so.
 __device__ __forceinline__ void mbarrier_arrive_if(bool arrives, uint32_t barrier) {

@@ -55,13 +55,13 @@ namespace illada::ptx {
   "+f"(d[120]), "+f"(d[121]), "+f"(d[122]), "+f"(d[123]), "+f"(d[124]), "+f"(d[125]), "+f"(d[126]), "+f"(d[127])
 
 // A .. P: the numbers of the operands that follow those of d.
-#define ILLADA_WGMMA_SS(N, COUNT, A, B, P, TYPE, TRANSPOSE_B) \
+#define ILLADA_WGMMA_SS(N, COUNT, A, B, P, TYPE, TRANSPOSE) \
   asm volatile( \
       "{\n" \
       ".reg .pred accumulate;\n" \
       "setp.ne.b32 accumulate, %" #P ", 0;\n" \
       "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" ILLADA_WGMMA_D##COUNT "}, %" #A ", %" #B \
-      ", accumulate, 1, 1, 0, " #TRANSPOSE_B ";\n" \
+      ", accumulate, 1, 1, " TRANSPOSE ";\n" \
       "}" \
       : ILLADA_WGMMA_IO##COUNT(d) \
       : "l"(a), "l"(b), "r"(int(accumulate)))
@@ -82,15 +82,29 @@ namespace illada::ptx {
 template <typename T, int kN>
 __device__ __forceinline__ void wgmma_k16(float (&d)[kN / 2], uint64_t a, uint64_t b, bool accumulate) {
   static_assert(std::is_same_v<T, BFloat16> || std::is_same_v<T, Half>);
-  static_assert(kN == 96 || kN == 128 || kN == 256);
+  static_assert(kN == 64 || kN == 96 || kN == 128 || kN == 256);
   if constexpr (std::is_same_v<T, BFloat16>) {
-    if constexpr (kN == 96) ILLADA_WGMMA_SS(96, 48, 48, 49, 50, "bf16", 0);
-    if constexpr (kN == 128) ILLADA_WGMMA_SS(128, 64, 64, 65, 66, "bf16", 0);
-    if constexpr (kN == 256) ILLADA_WGMMA_SS(256, 128, 128, 129, 130, "bf16", 0);
+    if constexpr (kN == 64) ILLADA_WGMMA_SS(64, 32, 32, 33, 34, "bf16", "0, 0");
+    if constexpr (kN == 96) ILLADA_WGMMA_SS(96, 48, 48, 49, 50, "bf16", "0, 0");
+    if constexpr (kN == 128) ILLADA_WGMMA_SS(128, 64, 64, 65, 66, "bf16", "0, 0");
+    if constexpr (kN == 256) ILLADA_WGMMA_SS(256, 128, 128, 129, 130, "bf16", "0, 0");
   } else {
-    if constexpr (kN == 96) ILLADA_WGMMA_SS(96, 48, 48, 49, 50, "f16", 0);
-    if constexpr (kN == 128) ILLADA_WGMMA_SS(128, 64, 64, 65, 66, "f16", 0);
-    if constexpr (kN == 256) ILLADA_WGMMA_SS(256, 128, 128, 129, 130, "f16", 0);
+    if constexpr (kN == 64) ILLADA_WGMMA_SS(64, 32, 32, 33, 34, "f16", "0, 0");
+    if constexpr (kN == 96) ILLADA_WGMMA_SS(96, 48, 48, 49, 50, "f16", "0, 0");
+    if constexpr (kN == 128) ILLADA_WGMMA_SS(128, 64, 64, 65, 66, "f16", "0, 0");
+    if constexpr (kN == 256) ILLADA_WGMMA_SS(256, 128, 128, 129, 130, "f16", "0, 0");
+  }
+}
+
+// a and b in shared memory with their M and N contiguous (wgmma_descriptor_mn128).
+template <typename T, int kN>
+__device__ __forceinline__ void wgmma_k16_mn(float (&d)[kN / 2], uint64_t a, uint64_t b, bool accumulate) {
+  static_assert(std::is_same_v<T, BFloat16> || std::is_same_v<T, Half>);
+  static_assert(kN == 64);
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    ILLADA_WGMMA_SS(64, 32, 32, 33, 34, "bf16", "1, 1");
+  } else {
+    ILLADA_WGMMA_SS(64, 32, 32, 33, 34, "f16", "1, 1");
   }
 }
 

@@ -1,0 +1,499 @@
+// dk and dv on sm_90a, and, fused with them, dq.
+//
+// CTAs walk over the backward items of the plan: 128 keys of a key-value head, against all rows (tokens x heads of the
+// group) of their sequence, some at a time. Two consumer warpgroups have 64 keys each and keep dk and dv of them in
+// registers to the end. With the transposed scores s^T = k q^T and dp^T = v do^T, whose rows are keys, p^T and ds^T
+// are operands straight from registers:
+//
+//   dv += p^T do,   dk += ds^T q,   dq = ds k over all 128 keys: ds goes through shared memory, and each warpgroup
+//   multiplies half of dq (columns for D 128, rows for D 64) and adds it to fp32 sums in L2.
+//
+//   k_full, k_empty [2]   keys of the item and the item itself; one ahead
+//   v_full, v_empty       values
+//   q_full [s]            queries and statistics of the rows are there (TMA, and 32 lanes with cp.async)
+//   dout_full [s]         gradients of the rows
+//   rows_empty [s]        both warpgroups have read all of the stage
+//   ds_full [2]           both warpgroups have written ds
+//
+// A warpgroup's step waits for s^T, which was asked for a step before; while dp^T runs the last step's dq leaves; then
+// ds, and dv, dk, the next s^T and dq are queued behind each other. The two warpgroups meet only at ds_full, where the
+// queue is long, so that each one's exponentials run beside the other one's products. The next item's first s^T runs
+// while this one's dk and dv leave.
+//
+// A step of 64 rows at D 128 is 5 * 2 * 64 * 128 * 128 flop, 2560 clocks of the tensor cores; it reads 304 KiB of shared
+// memory (2432 clocks), 32 KiB from L2 and adds 32 KiB there.
+#pragma once
+
+#include <cuda.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+
+#include "attention/launch.h"
+#include "common/dtype.cuh"
+#include "common/ptx.cuh"
+#include "common/reduce.cuh"
+#include "common/ring.cuh"
+#include "common/tensor_map.h"
+#include "common/wgmma.cuh"
+
+namespace illada::attention {
+namespace {
+
+constexpr int kRowBytes = 128;  // of a slice of 64 columns
+
+template <int kHeadDim>
+struct KeysShared {
+  static constexpr int kRows = kHeadDim == 128 ? 64 : 128;
+  static constexpr int kSlices = kHeadDim / 64, kStages = 3, kThreads = 384;
+  // Slices of 64 columns: rows of 128 bytes in the 128-byte swizzle.
+  struct alignas(1024) KeyTile {
+    char slice[kSlices][kBackwardKeys * kRowBytes];
+  };
+  struct alignas(1024) RowTile {
+    char slice[kSlices][kRows * kRowBytes];
+  };
+  struct alignas(1024) ScoreTile {  // [keys, rows]
+    char slice[kRows / 64][kBackwardKeys * kRowBytes];
+  };
+  KeyTile k[2], v;
+  RowTile q[kStages], dout[kStages];
+  ScoreTile ds[2];
+  alignas(16) RowStatistics rows[kStages][kRows];
+  uint64_t k_full[2], k_empty[2], v_full, v_empty, q_full[kStages], dout_full[kStages], rows_empty[kStages], ds_full[2];
+  WorkItem item[2];
+};
+
+struct KeysArguments {
+  const int32_t* plan;
+  int64_t first_item;  // row of the plan
+  const RowStatistics* rows;
+  float* dq_sums;
+  void *dk, *dv;
+  int32_t total_q, total_k, num_heads, num_kv_heads, group, tile_tokens;
+  uint32_t group_reciprocal;  // ceil(2^16 / group): row / group == row * group_reciprocal >> 16 for rows of a tile
+  float scale, scale_log2;    // softmax_scale, and times log2(e)
+};
+
+// The item of a CTA in a round: back and forth, because the list is sorted by length.
+__device__ __forceinline__ int keys_item_index(int round) {
+  return round * int(gridDim.x) + (round % 2 ? int(gridDim.x) - 1 - int(blockIdx.x) : int(blockIdx.x));
+}
+
+// Rows of a gradient from a warpgroup's accumulators, in 16 bits. `out` is the tile's first row, `rows` of which count.
+// Four lanes to a row exchange words until each has 16 bytes of it.
+template <typename T, int kHeadDim>
+__device__ __forceinline__ void write_gradient(const float (&x)[kHeadDim / 2], float scale, T* out, int64_t stride,
+                                               int rows) {
+  const int lane = int(threadIdx.x) % 32, quad = lane % 4;
+  const int row = int(threadIdx.x) % 128 / 32 * 16 + lane / 4;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    T* const target = out + (row + 8 * i) * stride + 8 * quad;
+#pragma unroll
+    for (int j = 0; j < kHeadDim / 8; j += 4) {
+      uint32_t w[4];
+#pragma unroll
+      for (int b = 0; b < 4; ++b)
+        w[b] = pack2<T>(x[4 * (j + b) + 2 * i] * scale, x[4 * (j + b) + 2 * i + 1] * scale);
+#pragma unroll
+      for (int bit = 1; bit <= 2; bit *= 2) {  // transposes 2 x 2 words
+#pragma unroll
+        for (int b = 0; b < 4; ++b) {
+          if (b & bit) continue;
+          const bool upper = quad & bit;
+          const uint32_t got = __shfl_xor_sync(kFullWarp, upper ? w[b] : w[b | bit], bit);
+          (upper ? w[b] : w[b | bit]) = got;
+        }
+      }
+      if (row + 8 * i < rows) *reinterpret_cast<uint4*>(target + 8 * j) = make_uint4(w[0], w[1], w[2], w[3]);
+    }
+  }
+}
+
+template <typename T, int kHeadDim, bool kFused>
+__global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
+                             1) void illada_attention_backward_keys_sm90(const __grid_constant__ CUtensorMap q_map,
+                                                                         const __grid_constant__ CUtensorMap dout_map,
+                                                                         const __grid_constant__ CUtensorMap k_map,
+                                                                         const __grid_constant__ CUtensorMap v_map,
+                                                                         const __grid_constant__ KeysArguments a) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  using Shared = KeysShared<kHeadDim>;
+  constexpr int kRows = Shared::kRows, kSlices = Shared::kSlices, kStages = Shared::kStages;
+  constexpr uint32_t kKeyBytes = sizeof(typename Shared::KeyTile), kTileBytes = sizeof(typename Shared::RowTile);
+  constexpr uint32_t kScoreBytes = sizeof(typename Shared::ScoreTile), kScoreSlice = kBackwardKeys * kRowBytes;
+  extern __shared__ char raw_shared[];
+  const uint32_t shared_start = ptx::smem_address(raw_shared), aligned_start = (shared_start + 1023) / 1024 * 1024;
+  Shared& shared = *reinterpret_cast<Shared*>(raw_shared + (aligned_start - shared_start));
+  const auto at = [&](size_t offset) { return aligned_start + uint32_t(offset); };
+  const uint32_t k_full = at(offsetof(Shared, k_full)), k_empty = at(offsetof(Shared, k_empty));
+  const uint32_t v_full = at(offsetof(Shared, v_full)), v_empty = at(offsetof(Shared, v_empty));
+  const uint32_t q_full = at(offsetof(Shared, q_full)), dout_full = at(offsetof(Shared, dout_full));
+  const uint32_t rows_empty = at(offsetof(Shared, rows_empty)), ds_full = at(offsetof(Shared, ds_full));
+
+  if (threadIdx.x == 0) {
+    ptx::prefetch_tensormap(&q_map);
+    ptx::prefetch_tensormap(&dout_map);
+    ptx::prefetch_tensormap(&k_map);
+    ptx::prefetch_tensormap(&v_map);
+    for (int i = 0; i < 2; ++i) {
+      ptx::mbarrier_init(k_full + 8 * i, 1);
+      ptx::mbarrier_init(k_empty + 8 * i, 8);
+      ptx::mbarrier_init(ds_full + 8 * i, 8);
+    }
+    ptx::mbarrier_init(v_full, 1);
+    ptx::mbarrier_init(v_empty, 2);
+    for (int s = 0; s < kStages; ++s) {
+      ptx::mbarrier_init(q_full + 8 * s, 1 + 32);
+      ptx::mbarrier_init(dout_full + 8 * s, 1);
+      ptx::mbarrier_init(rows_empty + 8 * s, 2);
+    }
+    ptx::fence_mbarrier_init();
+  }
+  {  // Rows of a tile that no token has are never loaded, but they are summed over: zeros.
+    const int loaded = a.tile_tokens * a.group, missing = kRows - loaded;
+    for (int i = int(threadIdx.x); i < missing * 8 * kSlices * kStages; i += Shared::kThreads) {
+      const int row = loaded + i / 8 % missing, slice = i / 8 / missing % kSlices, stage = i / 8 / missing / kSlices;
+      const int offset = row * kRowBytes + i % 8 * 16;
+      *reinterpret_cast<uint4*>(shared.q[stage].slice[slice] + offset) = make_uint4(0, 0, 0, 0);
+      *reinterpret_cast<uint4*>(shared.dout[stage].slice[slice] + offset) = make_uint4(0, 0, 0, 0);
+    }
+    ptx::fence_proxy_async();
+  }
+  __syncthreads();
+  ptx::griddepcontrol_wait();
+  ptx::griddepcontrol_launch_dependents();
+  const int items = plan_header(a.plan).backward_items;
+  const WorkItem* const list = backward_items(a.plan, a.first_item);
+
+  if (threadIdx.x >= 256) {  // ------------------------------------------------------------------------- producers
+    ptx::setmaxnreg_decrease<32>();
+    const int warp = __shfl_sync(kFullWarp, int(threadIdx.x) / 32 - 8, 0);
+    if (threadIdx.x == 256) {  // tiles
+      Ring<kStages> ring;
+      const auto load_keys = [&](const CUtensorMap* map, uint32_t tile, uint32_t barrier, const WorkItem& item) {
+        ptx::mbarrier_arrive_expect_tx(barrier, kKeyBytes);
+#pragma unroll
+        for (int slice = 0; slice < kSlices; ++slice)
+          ptx::tma_load_4d(tile + slice * (kBackwardKeys * kRowBytes), map, barrier, 64 * slice, item.kv_head,
+                           a.total_k - item.k_count, item.k_start + item.k_count);
+      };
+      const auto load_rows = [&](const CUtensorMap* map, uint32_t tile, uint32_t barrier, const WorkItem& item,
+                                 int token) {
+        ptx::mbarrier_arrive_expect_tx(barrier, uint32_t(kSlices * a.tile_tokens * a.group * kRowBytes));
+#pragma unroll
+        for (int slice = 0; slice < kSlices; ++slice)
+          ptx::tma_load_4d(tile + slice * (kRows * kRowBytes), map, barrier, 64 * slice, item.kv_head * a.group,
+                           a.total_q - item.q_count + token, item.q_start + item.q_count);
+      };
+      int round = 0;
+      for (int index; (index = keys_item_index(round)) < items; ++round) {
+        const WorkItem item = list[index];
+        if (item.q_count == 0) break;
+        const int buffer = round % 2;
+        ptx::mbarrier_wait(k_empty + 8 * buffer, uint32_t(round / 2 % 2 ^ 1));
+        shared.item[buffer] = item;
+        load_keys(&k_map, at(offsetof(Shared, k)) + buffer * kKeyBytes, k_full + 8 * buffer, item);
+        for (int token = 0; token < item.q_count; token += a.tile_tokens) {
+          ptx::mbarrier_wait(rows_empty + 8 * ring.stage, ring.parity ^ 1);
+          load_rows(&q_map, at(offsetof(Shared, q)) + ring.stage * kTileBytes, q_full + 8 * ring.stage, item, token);
+          if (token == 0) {
+            ptx::mbarrier_wait(v_empty, uint32_t(round % 2 ^ 1));
+            load_keys(&v_map, at(offsetof(Shared, v)), v_full, item);
+          }
+          load_rows(&dout_map, at(offsetof(Shared, dout)) + ring.stage * kTileBytes, dout_full + 8 * ring.stage, item,
+                    token);
+          ring.advance();
+        }
+      }
+      ptx::mbarrier_wait(k_empty + 8 * (round % 2), uint32_t(round / 2 % 2 ^ 1));
+      shared.item[round % 2] = WorkItem{};  // an item without queries: the end
+      ptx::mbarrier_arrive(k_full + 8 * (round % 2));
+    } else if (warp == 1) {  // statistics
+      Ring<kStages> ring;
+      const int lane = int(threadIdx.x) % 32;
+      for (int round = 0, index; (index = keys_item_index(round)) < items; ++round) {
+        const WorkItem item = list[index];
+        if (item.q_count == 0) break;
+        const int count = item.q_count * a.group;
+        const RowStatistics* const source = a.rows + (int64_t(item.kv_head) * a.total_q + item.q_start) * a.group;
+        for (int first = 0; first < count; first += a.tile_tokens * a.group) {
+          ptx::mbarrier_wait(rows_empty + 8 * ring.stage, ring.parity ^ 1);
+#pragma unroll
+          for (int i = 0; i < kRows / 32; ++i) {
+            const int row = 32 * i + lane;
+            const bool valid = row < min(a.tile_tokens * a.group, count - first);
+            ptx::cp_async_8(at(offsetof(Shared, rows)) + (ring.stage * kRows + row) * 8,
+                            source + (valid ? first + row : 0), valid);
+          }
+          ptx::cp_async_mbarrier_arrive(q_full + 8 * ring.stage);
+          ring.advance();
+        }
+      }
+    }
+  } else {  // ------------------------------------------------------------------------------------------- consumers
+    ptx::setmaxnreg_increase<240>();
+    const int warpgroup = __shfl_sync(kFullWarp, int(threadIdx.x) / 128, 0), thread = int(threadIdx.x) % 128;
+    const int lane = thread % 32, warp_row = thread / 32 * 16;  // of a warp in its warpgroup's 64 rows
+    // Of dq, a warpgroup has 64 columns of 64 rows, or all columns of the second 64 rows.
+    const int half = warpgroup * (kHeadDim == 128 ? 0 : 64), column = warpgroup * (kHeadDim == 128 ? 64 : 0);
+    // Descriptors are this one and what the compiler knows: they need no registers of their own.
+    const uint64_t start = ptx::wgmma_descriptor_k128(aligned_start);
+    constexpr uint64_t kFirstKey = 64 * kRowBytes / 16;  // of the second warpgroup
+    const auto by_rows = [&](size_t offset) { return start + offset / 16; };
+    const auto by_columns = [&](size_t offset, uint32_t leading) {
+      return start + (ptx::wgmma_descriptor_mn128(0, leading) - ptx::wgmma_descriptor_k128(0)) + offset / 16;
+    };
+    const uint64_t k_rows = by_rows(offsetof(Shared, k)) + warpgroup * kFirstKey;
+    const uint64_t v_rows = by_rows(offsetof(Shared, v)) + warpgroup * kFirstKey;
+    const uint64_t q_rows = by_rows(offsetof(Shared, q)), dout_rows = by_rows(offsetof(Shared, dout));
+    const uint64_t q_columns = by_columns(offsetof(Shared, q), kRows * kRowBytes);
+    const uint64_t dout_columns = by_columns(offsetof(Shared, dout), kRows * kRowBytes);
+    const uint64_t ds_columns = by_columns(offsetof(Shared, ds), 0) + half / 64 * (kScoreSlice / 16);
+    const uint64_t k_columns = by_columns(offsetof(Shared, k), 0) + column / 64 * (kScoreSlice / 16);
+    const uint32_t ds_target = at(offsetof(Shared, ds)) + uint32_t((warpgroup * 64 + warp_row + lane % 16) * kRowBytes);
+    int32_t dq_token[2], dq_offset[2];  // of this lane's two rows of dq
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = half + warp_row + lane / 4 + 8 * i;
+      dq_token[i] = int(row * a.group_reciprocal >> 16);
+      dq_offset[i] = (dq_token[i] * a.num_heads + row - dq_token[i] * a.group) * kHeadDim + column + lane % 4 * 2;
+      if (dq_token[i] >= a.tile_tokens) dq_token[i] = INT32_MAX;
+    }
+
+    Ring<kStages> ring;       // of the step whose s is next
+    float dk[kHeadDim / 2], dv[kHeadDim / 2], s[kRows / 2], dp[kRows / 2], dq[32];
+    uint32_t p[kRows / 16][4], ds[kRows / 16][4];
+    int round = 0, step = 0;  // items and steps that were begun
+    int tokens = 0, count = 0;  // of the item that are not yet in dp; of the step
+    float* dq_item = nullptr;  // sums of the step's first token
+    uint32_t mask[2] = {};     // of this lane's two keys: are they the item's?
+
+    const auto multiply_k = [&] {  // s = k q^T
+      const uint64_t x = k_rows + uint64_t((round - 1) % 2) * (kKeyBytes / 16);
+      const uint64_t y = q_rows + uint64_t(ring.stage) * (kTileBytes / 16);
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 16; ++i)
+        ptx::wgmma_k16<T, kRows>(s, x + i / 4 * (kScoreSlice / 16) + i % 4 * 2,
+                                 y + i / 4 * (kRows * kRowBytes / 16) + i % 4 * 2, i > 0);
+      ptx::wgmma_commit();
+    };
+    const auto multiply_v = [&](int stage) {  // dp = v do^T
+      const uint64_t y = dout_rows + uint64_t(stage) * (kTileBytes / 16);
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 16; ++i)
+        ptx::wgmma_k16<T, kRows>(dp, v_rows + i / 4 * (kScoreSlice / 16) + i % 4 * 2,
+                                 y + i / 4 * (kRows * kRowBytes / 16) + i % 4 * 2, i > 0);
+      ptx::wgmma_commit();
+    };
+    const auto multiply_rows = [&](float (&d)[kHeadDim / 2], const uint32_t (&x)[kRows / 16][4], uint64_t columns,
+                                   int stage, bool accumulate) {
+      const uint64_t y = columns + uint64_t(stage) * (kTileBytes / 16);
+#pragma unroll
+      for (int i = 0; i < kRows / 16; ++i)
+        ptx::wgmma_k16_rs<T, kHeadDim>(d, x[i], y + i * (16 * kRowBytes / 16), accumulate || i > 0);
+    };
+    const auto multiply_ds = [&](int buffer, int key_buffer) {  // dq = ds k
+#pragma unroll
+      for (int i = 0; i < kBackwardKeys / 16; ++i)
+        ptx::wgmma_k16_mn<T, 64>(dq, ds_columns + uint64_t(buffer) * (kScoreBytes / 16) + i * (16 * kRowBytes / 16),
+                                 k_columns + uint64_t(key_buffer) * (kKeyBytes / 16) + i * (16 * kRowBytes / 16), i > 0);
+      ptx::wgmma_commit();
+    };
+    const auto open_item = [&] {
+      ptx::mbarrier_wait(k_full + 8 * (round % 2), uint32_t(round / 2 % 2));
+      tokens = __shfl_sync(kFullWarp, shared.item[round % 2].q_count, 0);
+      ++round;
+      return tokens > 0;
+    };
+    const auto open_sums = [&] {
+      const WorkItem& item = shared.item[(round - 1) % 2];
+      dq_item = a.dq_sums + (int64_t(item.q_start) * a.num_heads + item.kv_head * a.group) * kHeadDim;
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        mask[i] = warpgroup * 64 + warp_row + lane / 4 + 8 * i < item.k_count ? 0xffffffffu : 0;
+    };
+    const auto add_dq = [&] {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if (dq_token[i] < count) {
+#pragma unroll
+          for (int j = 0; j < 8; ++j) ptx::red_add_v2(dq_item + dq_offset[i] + 8 * j, dq[4 * j + 2 * i], dq[4 * j + 2 * i + 1]);
+        }
+      }
+      dq_item += int64_t(a.tile_tokens) * a.num_heads * kHeadDim;
+    };
+
+    // p^T from s^T, relative to the rows' own sums; columns of this lane: 8 j + lane % 4 * 2 + {0, 1}.
+    const auto statistics = [&](int stage, int j) {
+      return *reinterpret_cast<const float4*>(&shared.rows[stage][8 * j + lane % 4 * 2]);
+    };
+    const auto weigh = [&](int stage) {
+#pragma unroll
+      for (int j = 0; j < kRows / 8; ++j) {
+        const float4 row = statistics(stage, j);
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          s[4 * j + i] = ptx::exp2_approx(fmaf(s[4 * j + i], a.scale_log2, -(i % 2 ? row.z : row.x)));
+      }
+    };
+    const auto differentiate = [&](int stage) {  // p and ds in 16 bits
+#pragma unroll
+      for (int j = 0; j < kRows / 8; ++j) {
+        const float4 row = statistics(stage, j);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const float x = s[4 * j + 2 * i], y = s[4 * j + 2 * i + 1];
+          p[j / 2][j % 2 * 2 + i] = pack2<T>(x, y);
+          ds[j / 2][j % 2 * 2 + i] = pack2<T>(x * (dp[4 * j + 2 * i] - row.y), y * (dp[4 * j + 2 * i + 1] - row.w));
+        }
+      }
+    };
+    const auto share_ds = [&](int buffer) {
+#pragma unroll
+      for (int i = 0; i < kRows / 16; ++i) {  // 16 keys x 16 rows; no key of anybody else has a part in dq
+        const uint32_t target = ds_target + buffer * kScoreBytes + i / 4 * kScoreSlice;
+        ptx::stmatrix_x4(target + uint32_t(((i % 4 * 2 + lane / 16) ^ lane % 8) * 16), ds[i][0] & mask[0],
+                         ds[i][1] & mask[1], ds[i][2] & mask[0], ds[i][3] & mask[1]);
+      }
+      ptx::fence_proxy_async();
+      __syncwarp();
+      ptx::mbarrier_arrive_if(lane == 0, ds_full + 8 * buffer);
+    };
+    const auto write_keys = [&](const WorkItem& item) {
+      const int64_t offset = (int64_t(item.k_start + warpgroup * 64) * a.num_kv_heads + item.kv_head) * kHeadDim;
+      const int64_t stride = int64_t(a.num_kv_heads) * kHeadDim;
+      write_gradient<T, kHeadDim>(dv, 1.0f, static_cast<T*>(a.dv) + offset, stride, item.k_count - warpgroup * 64);
+      write_gradient<T, kHeadDim>(dk, a.scale, static_cast<T*>(a.dk) + offset, stride, item.k_count - warpgroup * 64);
+    };
+
+    if (open_item()) {
+      ptx::mbarrier_wait(q_full + 8 * ring.stage, ring.parity);
+      ptx::wgmma_fence();
+      multiply_k();
+      ptx::wgmma_wait<0>();
+      weigh(ring.stage);
+      bool fresh = true;  // first step of an item
+      while (true) {
+        // p^T is in s, in fp32; nothing is under way.
+        const int stage = ring.stage, buffer = step % 2, key_buffer = (round - 1) % 2;
+        ptx::mbarrier_wait(v_full, uint32_t(key_buffer));
+        ptx::mbarrier_wait(dout_full + 8 * stage, ring.parity);
+        ptx::wgmma_fence();
+        multiply_v(stage);
+        if (fresh) open_sums();
+        ring.advance();
+        count = min(tokens, a.tile_tokens);
+        tokens -= count;
+        ptx::wgmma_wait<0>();
+        ptx::mbarrier_arrive_if(thread == 0 && tokens == 0, v_empty);
+        differentiate(stage);
+        if (kFused) share_ds(buffer);
+        const bool is_last = tokens == 0;
+        if (is_last && !open_item()) break;
+
+        ptx::wgmma_fence();
+        multiply_rows(dv, p, dout_columns, stage, !fresh);
+        multiply_rows(dk, ds, q_columns, stage, !fresh);
+        ptx::wgmma_commit();
+        ptx::mbarrier_wait(q_full + 8 * ring.stage, ring.parity);
+        ptx::wgmma_fence();
+        multiply_k();
+        ptx::wgmma_wait<1>();
+        ptx::wgmma_keep_operand(p, a.total_q < 0, ds_target);
+        ptx::wgmma_keep_operand(ds, a.total_q < 0, ds_target);
+        ptx::mbarrier_arrive_if(thread == 0, rows_empty + 8 * stage);
+        if (kFused) {
+          ptx::mbarrier_wait(ds_full + 8 * buffer, uint32_t(step / 2 % 2));
+          ptx::wgmma_fence();
+          multiply_ds(buffer, key_buffer);
+        }
+        ptx::wgmma_wait<kFused ? 1 : 0>();
+        weigh(ring.stage);
+        if (kFused) {
+          ptx::wgmma_wait<0>();
+          add_dq();
+        }
+        if (is_last) {
+          write_keys(shared.item[key_buffer]);
+          __syncwarp();
+          ptx::mbarrier_arrive_if(lane == 0, k_empty + 8 * key_buffer);
+        }
+        fresh = is_last;
+        ++step;
+      }
+      const int stage = ring.stage ? ring.stage - 1 : kStages - 1, buffer = step % 2, key_buffer = round % 2;
+      ptx::wgmma_fence();
+      multiply_rows(dv, p, dout_columns, stage, !fresh);
+      multiply_rows(dk, ds, q_columns, stage, !fresh);
+      ptx::wgmma_commit();
+      ptx::wgmma_wait<0>();
+      if (kFused) {
+        ptx::mbarrier_wait(ds_full + 8 * buffer, uint32_t(step / 2 % 2));
+        ptx::wgmma_fence();
+        multiply_ds(buffer, key_buffer);
+        ptx::wgmma_wait<0>();
+        add_dq();
+      }
+      write_keys(shared.item[key_buffer]);
+    }
+    // Keys that no query sees, which are the last ones of the list.
+    for (int index; (index = keys_item_index(round - 1)) < items; ++round) {
+      const WorkItem item = list[index];
+      constexpr int kWords = kHeadDim / 8;
+      for (int i = int(threadIdx.x); i < item.k_count * kWords; i += 256) {
+        const int64_t offset = int64_t(item.k_start + i / kWords) * a.num_kv_heads + item.kv_head;
+        static_cast<uint4*>(a.dk)[offset * kWords + i % kWords] = make_uint4(0, 0, 0, 0);
+        static_cast<uint4*>(a.dv)[offset * kWords + i % kWords] = make_uint4(0, 0, 0, 0);
+      }
+    }
+  }
+#endif
+}
+
+template <typename T, int kHeadDim, bool kFused>
+void launch_backward_keys(const BackwardParams& p, const Device& device) {
+  constexpr const char* kOp = "varlen_attention_backward";
+  using Shared = KeysShared<kHeadDim>;
+  const PackShape& s = p.shape;
+  const int group = s.num_heads / s.num_kv_heads, tile_tokens = Shared::kRows / group;
+  const auto view = [&](const PackedView& x, int64_t tokens, int heads) {
+    // A pack without queries is never read, but a map of nothing cannot be made.
+    return RaggedView{tokens ? x.data : p.k.data, p.dtype,        std::max<int64_t>(tokens, 1), heads, kHeadDim,
+                      x.token_stride,             x.head_stride};
+  };
+  const CUtensorMap q_map = tensor_map_ragged(kOp, view(p.q, s.total_q, s.num_heads), group, tile_tokens);
+  const CUtensorMap dout_map = tensor_map_ragged(kOp, view(p.dout, s.total_q, s.num_heads), group, tile_tokens);
+  const CUtensorMap k_map = tensor_map_ragged(kOp, view(p.k, s.total_k, s.num_kv_heads), 1, kBackwardKeys);
+  const CUtensorMap v_map = tensor_map_ragged(kOp, view(p.v, s.total_k, s.num_kv_heads), 1, kBackwardKeys);
+  const BackwardScratch scratch = scratch_of(p);
+  KeysArguments a{};
+  a.plan = p.plan;
+  a.first_item = first_backward_row(s);
+  a.rows = scratch.rows;
+  a.dq_sums = scratch.dq;
+  a.dk = p.dk;
+  a.dv = p.dv;
+  a.total_q = int32_t(s.total_q);
+  a.total_k = int32_t(s.total_k);
+  a.num_heads = s.num_heads;
+  a.num_kv_heads = s.num_kv_heads;
+  a.group = group;
+  a.tile_tokens = tile_tokens;
+  a.group_reciprocal = uint32_t(((1 << 16) + group - 1) / group);
+  a.scale = p.softmax_scale;
+  a.scale_log2 = p.softmax_scale * float(M_LOG2E);
+  LaunchShape shape;
+  shape.grid = dim3(unsigned(std::min<int64_t>(device.sm_count, max_backward_items(s))));
+  shape.block = dim3(Shared::kThreads);
+  shape.smem_bytes = int(sizeof(Shared)) + 1024;  // what is aligned by hand
+  shape.dependent = true;
+  static_assert(sizeof(Shared) + 1024 <= 227 * 1024);
+  launch_kernel(kOp, device, p.launch.stream, shape, illada_attention_backward_keys_sm90<T, kHeadDim, kFused>, q_map,
+                dout_map, k_map, v_map, a);
+}
+
+}  // namespace
+}  // namespace illada::attention
