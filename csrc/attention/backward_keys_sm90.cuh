@@ -61,7 +61,8 @@ struct KeysShared {
   RowTile q[kStages], dout[kStages];
   ScoreTile ds[2];
   alignas(16) RowStatistics rows[kStages][kRows];
-  uint64_t k_full[2], k_empty[2], v_full, v_empty, q_full[kStages], dout_full[kStages], rows_empty[kStages], ds_full[2];
+  uint64_t k_full[2], k_empty[2], v_full, v_empty, q_full[kStages], dout_full[kStages], rows_empty[kStages], ds_full[2],
+      ds_empty[2];
   WorkItem item[2];
 };
 
@@ -132,6 +133,7 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
   const uint32_t v_full = at(offsetof(Shared, v_full)), v_empty = at(offsetof(Shared, v_empty));
   const uint32_t q_full = at(offsetof(Shared, q_full)), dout_full = at(offsetof(Shared, dout_full));
   const uint32_t rows_empty = at(offsetof(Shared, rows_empty)), ds_full = at(offsetof(Shared, ds_full));
+  const uint32_t ds_empty = at(offsetof(Shared, ds_empty));
 
   if (threadIdx.x == 0) {
     ptx::prefetch_tensormap(&q_map);
@@ -142,6 +144,7 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
       ptx::mbarrier_init(k_full + 8 * i, 1);
       ptx::mbarrier_init(k_empty + 8 * i, 8);
       ptx::mbarrier_init(ds_full + 8 * i, 8);
+      ptx::mbarrier_init(ds_empty + 8 * i, 2);
     }
     ptx::mbarrier_init(v_full, 1);
     ptx::mbarrier_init(v_empty, 2);
@@ -266,9 +269,10 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
     Ring<kStages> ring;       // of the step whose s is next
     float dk[kHeadDim / 2], dv[kHeadDim / 2], s[kRows / 2], dp[kRows / 2], dq[32];
     uint32_t p[kRows / 16][4], ds[kRows / 16][4];
-    int round = 0, step = 0;  // items and steps that were begun
-    int tokens = 0, count = 0;  // of the item that are not yet in dp; of the step
-    float* dq_item = nullptr;  // sums of the step's first token
+    int round = 0, step = 0;    // items and steps that were begun
+    int tokens = 0;             // of the item that are not yet in dp
+    float* dq_first = nullptr;  // sums of the first token of the step before, and how many tokens it has
+    int dq_count = 0;
     uint32_t mask[2] = {};     // of this lane's two keys: are they the item's?
 
     const auto multiply_k = [&] {  // s = k q^T
@@ -295,11 +299,14 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
       for (int i = 0; i < kRows / 16; ++i)
         ptx::wgmma_k16_rs<T, kHeadDim>(d, x[i], y + i * (16 * kRowBytes / 16), accumulate || i > 0);
     };
-    const auto multiply_ds = [&](int buffer, int key_buffer) {  // dq = ds k
+    const auto multiply_ds = [&](int number, int key_buffer) {  // dq = ds k of a step
+      ptx::mbarrier_wait(ds_full + 8 * (number & 1), uint32_t(number >> 1 & 1));
+      const uint64_t x = ds_columns + uint64_t(number & 1) * (kScoreBytes / 16);
+      const uint64_t y = k_columns + uint64_t(key_buffer) * (kKeyBytes / 16);
+      ptx::wgmma_fence();
 #pragma unroll
       for (int i = 0; i < kBackwardKeys / 16; ++i)
-        ptx::wgmma_k16_mn<T, 64>(dq, ds_columns + uint64_t(buffer) * (kScoreBytes / 16) + i * (16 * kRowBytes / 16),
-                                 k_columns + uint64_t(key_buffer) * (kKeyBytes / 16) + i * (16 * kRowBytes / 16), i > 0);
+        ptx::wgmma_k16_mn<T, 64>(dq, x + i * (16 * kRowBytes / 16), y + i * (16 * kRowBytes / 16), i > 0);
       ptx::wgmma_commit();
     };
     const auto open_item = [&] {
@@ -308,22 +315,30 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
       ++round;
       return tokens > 0;
     };
-    const auto open_sums = [&] {
-      const WorkItem& item = shared.item[(round - 1) % 2];
-      dq_item = a.dq_sums + (int64_t(item.q_start) * a.num_heads + item.kv_head * a.group) * kHeadDim;
+    const auto open_keys = [&] {
+      const int count = shared.item[(round - 1) % 2].k_count - (warpgroup * 64 + warp_row + lane / 4);
 #pragma unroll
-      for (int i = 0; i < 2; ++i)
-        mask[i] = warpgroup * 64 + warp_row + lane / 4 + 8 * i < item.k_count ? 0xffffffffu : 0;
+      for (int i = 0; i < 2; ++i) mask[i] = 8 * i < count ? 0xffffffffu : 0;
     };
-    const auto add_dq = [&] {
+    const auto add_dq = [&] {  // of the step before; then its ds may be overwritten
+      ptx::mbarrier_arrive_if(thread == 0, ds_empty + 8 * ((step - 1) & 1));
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        if (dq_token[i] < count) {
+        if (dq_token[i] < dq_count) {
 #pragma unroll
-          for (int j = 0; j < 8; ++j) ptx::red_add_v2(dq_item + dq_offset[i] + 8 * j, dq[4 * j + 2 * i], dq[4 * j + 2 * i + 1]);
+          for (int j = 0; j < 8; ++j)
+            ptx::red_add_v2(dq_first + dq_offset[i] + 8 * j, dq[4 * j + 2 * i], dq[4 * j + 2 * i + 1]);
         }
       }
-      dq_item += int64_t(a.tile_tokens) * a.num_heads * kHeadDim;
+    };
+    const auto open_sums = [&](int count, bool fresh, int key_buffer) {  // of this step
+      dq_count = count;
+      if (fresh) {
+        const WorkItem& item = shared.item[key_buffer];
+        dq_first = a.dq_sums + (int64_t(item.q_start) * a.num_heads + item.kv_head * a.group) * kHeadDim;
+      } else {
+        dq_first += int64_t(a.tile_tokens) * a.num_heads * kHeadDim;
+      }
     };
 
     // p^T from s^T, relative to the rows' own sums; columns of this lane: 8 j + lane % 4 * 2 + {0, 1}.
@@ -351,7 +366,9 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
         }
       }
     };
-    const auto share_ds = [&](int buffer) {
+    const auto share_ds = [&] {
+      const int buffer = step % 2;
+      ptx::mbarrier_wait(ds_empty + 8 * buffer, uint32_t(step / 2 + buffer + 1) % 2);
 #pragma unroll
       for (int i = 0; i < kRows / 16; ++i) {  // 16 keys x 16 rows; no key of anybody else has a part in dq
         const uint32_t target = ds_target + buffer * kScoreBytes + i / 4 * kScoreSlice;
@@ -378,62 +395,60 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
       bool fresh = true;  // first step of an item
       while (true) {
         // p^T is in s, in fp32; nothing is under way.
-        const int stage = ring.stage, buffer = step % 2, key_buffer = (round - 1) % 2;
+        const int stage = ring.stage, key_buffer = (round - 1) % 2;
         ptx::mbarrier_wait(v_full, uint32_t(key_buffer));
         ptx::mbarrier_wait(dout_full + 8 * stage, ring.parity);
         ptx::wgmma_fence();
         multiply_v(stage);
-        if (fresh) open_sums();
+        if (fresh) open_keys();
         ring.advance();
-        count = min(tokens, a.tile_tokens);
+        const int count = min(tokens, a.tile_tokens);
         tokens -= count;
-        ptx::wgmma_wait<0>();
-        ptx::mbarrier_arrive_if(thread == 0 && tokens == 0, v_empty);
-        differentiate(stage);
-        if (kFused) share_ds(buffer);
         const bool is_last = tokens == 0;
+        ptx::wgmma_wait<0>();
+        ptx::mbarrier_arrive_if(thread == 0 && is_last, v_empty);
+        differentiate(stage);
+        if (kFused) share_ds();
         if (is_last && !open_item()) break;
 
         ptx::wgmma_fence();
         multiply_rows(dv, p, dout_columns, stage, !fresh);
         multiply_rows(dk, ds, q_columns, stage, !fresh);
         ptx::wgmma_commit();
-        ptx::mbarrier_wait(q_full + 8 * ring.stage, ring.parity);
-        ptx::wgmma_fence();
-        multiply_k();
-        ptx::wgmma_wait<1>();
+        if (kFused) multiply_ds(step - 1, key_buffer ^ int(fresh));
+        ptx::wgmma_wait<kFused ? 1 : 0>();
         ptx::wgmma_keep_operand(p, a.total_q < 0, ds_target);
         ptx::wgmma_keep_operand(ds, a.total_q < 0, ds_target);
         ptx::mbarrier_arrive_if(thread == 0, rows_empty + 8 * stage);
+        ptx::mbarrier_wait(q_full + 8 * ring.stage, ring.parity);
+        ptx::wgmma_fence();
+        multiply_k();
         if (kFused) {
-          ptx::mbarrier_wait(ds_full + 8 * buffer, uint32_t(step / 2 % 2));
-          ptx::wgmma_fence();
-          multiply_ds(buffer, key_buffer);
-        }
-        ptx::wgmma_wait<kFused ? 1 : 0>();
-        weigh(ring.stage);
-        if (kFused) {
-          ptx::wgmma_wait<0>();
+          ptx::wgmma_wait<1>();
           add_dq();
+          open_sums(count, fresh, key_buffer);
         }
-        if (is_last) {
-          write_keys(shared.item[key_buffer]);
-          __syncwarp();
-          ptx::mbarrier_arrive_if(lane == 0, k_empty + 8 * key_buffer);
-        }
+        __syncwarp();
+        ptx::mbarrier_arrive_if(lane == 0 && fresh && step > 0, k_empty + 8 * (key_buffer ^ 1));
+        if (is_last) write_keys(shared.item[key_buffer]);
+        ptx::wgmma_wait<0>();
+        weigh(ring.stage);
         fresh = is_last;
         ++step;
       }
-      const int stage = ring.stage ? ring.stage - 1 : kStages - 1, buffer = step % 2, key_buffer = round % 2;
+      const int stage = ring.stage ? ring.stage - 1 : kStages - 1, key_buffer = round % 2;
       ptx::wgmma_fence();
       multiply_rows(dv, p, dout_columns, stage, !fresh);
       multiply_rows(dk, ds, q_columns, stage, !fresh);
       ptx::wgmma_commit();
       ptx::wgmma_wait<0>();
       if (kFused) {
-        ptx::mbarrier_wait(ds_full + 8 * buffer, uint32_t(step / 2 % 2));
-        ptx::wgmma_fence();
-        multiply_ds(buffer, key_buffer);
+        const int count = shared.item[key_buffer].q_count;
+        multiply_ds(step - 1, key_buffer ^ int(fresh));
+        ptx::wgmma_wait<0>();
+        add_dq();
+        open_sums((count - 1) % a.tile_tokens + 1, fresh, key_buffer);
+        multiply_ds(step, key_buffer);
         ptx::wgmma_wait<0>();
         add_dq();
       }
