@@ -60,7 +60,7 @@ struct KeysShared {
   KeyTile k[2], v;
   RowTile q[kStages], dout[kStages];
   ScoreTile ds[2];
-  alignas(16) RowStatistics rows[kStages][kRows];
+  alignas(16) float lse_log2[kStages][kRows], c[kStages][kRows];
   uint64_t k_full[2], k_empty[2], v_full, v_empty, q_full[kStages], dout_full[kStages], rows_empty[kStages], ds_full[2],
       ds_empty[2];
   WorkItem item[2];
@@ -228,8 +228,10 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
           for (int i = 0; i < kRows / 32; ++i) {
             const int row = 32 * i + lane;
             const bool valid = row < min(a.tile_tokens * a.group, count - first);
-            ptx::cp_async_8(at(offsetof(Shared, rows)) + (ring.stage * kRows + row) * 8,
-                            source + (valid ? first + row : 0), valid);
+            const RowStatistics* const from = source + (valid ? first + row : 0);
+            const uint32_t target = uint32_t(ring.stage * kRows + row) * 4;
+            ptx::cp_async_4(at(offsetof(Shared, lse_log2)) + target, &from->lse_log2, valid);
+            ptx::cp_async_4(at(offsetof(Shared, c)) + target, &from->c, valid);
           }
           ptx::cp_async_mbarrier_arrive(q_full + 8 * ring.stage);
           ring.advance();
@@ -239,6 +241,7 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
   } else {  // ------------------------------------------------------------------------------------------- consumers
     ptx::setmaxnreg_increase<240>();
     const int warpgroup = __shfl_sync(kFullWarp, int(threadIdx.x) / 128, 0), thread = int(threadIdx.x) % 128;
+    const int own_turn = 1 + warpgroup, next_turn = 2 - warpgroup;
     const int lane = thread % 32, warp_row = thread / 32 * 16;  // of a warp in its warpgroup's 64 rows
     // Of dq, a warpgroup has 64 columns of 64 rows, or all columns of the second 64 rows.
     const int half = warpgroup * (kHeadDim == 128 ? 0 : 64), column = warpgroup * (kHeadDim == 128 ? 64 : 0);
@@ -284,12 +287,15 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
                                  y + i / 4 * (kRows * kRowBytes / 16) + i % 4 * 2, i > 0);
       ptx::wgmma_commit();
     };
-    const auto multiply_v = [&](int stage) {  // dp = v do^T
+    const auto multiply_v = [&](int stage, bool hand_over) {  // dp = v do^T
       const uint64_t y = dout_rows + uint64_t(stage) * (kTileBytes / 16);
 #pragma unroll
-      for (int i = 0; i < kHeadDim / 16; ++i)
+      for (int i = 0; i < kHeadDim / 16; ++i) {
+        // Before the last one is issued, so that no time is lost between the warpgroups.
+        if (hand_over && i == kHeadDim / 16 - 1) ptx::named_barrier_arrive(next_turn, 256);
         ptx::wgmma_k16<T, kRows>(dp, v_rows + i / 4 * (kScoreSlice / 16) + i % 4 * 2,
                                  y + i / 4 * (kRows * kRowBytes / 16) + i % 4 * 2, i > 0);
+      }
       ptx::wgmma_commit();
     };
     const auto multiply_rows = [&](float (&d)[kHeadDim / 2], const uint32_t (&x)[kRows / 16][4], uint64_t columns,
@@ -342,27 +348,27 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
     };
 
     // p^T from s^T, relative to the rows' own sums; columns of this lane: 8 j + lane % 4 * 2 + {0, 1}.
-    const auto statistics = [&](int stage, int j) {
-      return *reinterpret_cast<const float4*>(&shared.rows[stage][8 * j + lane % 4 * 2]);
+    const auto of_columns = [&](const float (&rows)[kRows], int j) {
+      return *reinterpret_cast<const float2*>(&rows[8 * j + lane % 4 * 2]);
     };
     const auto weigh = [&](int stage) {
 #pragma unroll
       for (int j = 0; j < kRows / 8; ++j) {
-        const float4 row = statistics(stage, j);
+        const float2 lse = of_columns(shared.lse_log2[stage], j);
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          s[4 * j + i] = ptx::exp2_approx(fmaf(s[4 * j + i], a.scale_log2, -(i % 2 ? row.z : row.x)));
+          s[4 * j + i] = ptx::exp2_approx(fmaf(s[4 * j + i], a.scale_log2, -(i % 2 ? lse.y : lse.x)));
       }
     };
     const auto differentiate = [&](int stage) {  // p and ds in 16 bits
 #pragma unroll
       for (int j = 0; j < kRows / 8; ++j) {
-        const float4 row = statistics(stage, j);
+        const float2 c = of_columns(shared.c[stage], j);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const float x = s[4 * j + 2 * i], y = s[4 * j + 2 * i + 1];
           p[j / 2][j % 2 * 2 + i] = pack2<T>(x, y);
-          ds[j / 2][j % 2 * 2 + i] = pack2<T>(x * (dp[4 * j + 2 * i] - row.y), y * (dp[4 * j + 2 * i + 1] - row.w));
+          ds[j / 2][j % 2 * 2 + i] = pack2<T>(x * (dp[4 * j + 2 * i] - c.x), y * (dp[4 * j + 2 * i + 1] - c.y));
         }
       }
     };
@@ -387,67 +393,81 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
     };
 
     if (open_item()) {
-      ptx::mbarrier_wait(q_full + 8 * ring.stage, ring.parity);
-      ptx::wgmma_fence();
-      multiply_k();
-      ptx::wgmma_wait<0>();
-      weigh(ring.stage);
-      bool fresh = true;  // first step of an item
-      while (true) {
-        // p^T is in s, in fp32; nothing is under way.
-        const int stage = ring.stage, key_buffer = (round - 1) % 2;
-        ptx::mbarrier_wait(v_full, uint32_t(key_buffer));
-        ptx::mbarrier_wait(dout_full + 8 * stage, ring.parity);
-        ptx::wgmma_fence();
-        multiply_v(stage);
-        if (fresh) open_keys();
-        ring.advance();
-        const int count = min(tokens, a.tile_tokens);
-        tokens -= count;
-        const bool is_last = tokens == 0;
-        ptx::wgmma_wait<0>();
-        ptx::mbarrier_arrive_if(thread == 0 && is_last, v_empty);
-        differentiate(stage);
-        if (kFused) share_ds();
-        if (is_last && !open_item()) break;
-
-        ptx::wgmma_fence();
-        multiply_rows(dv, p, dout_columns, stage, !fresh);
-        multiply_rows(dk, ds, q_columns, stage, !fresh);
-        ptx::wgmma_commit();
-        if (kFused) multiply_ds(step - 1, key_buffer ^ int(fresh));
-        ptx::wgmma_wait<kFused ? 1 : 0>();
-        ptx::wgmma_keep_operand(p, a.total_q < 0, ds_target);
-        ptx::wgmma_keep_operand(ds, a.total_q < 0, ds_target);
-        ptx::mbarrier_arrive_if(thread == 0, rows_empty + 8 * stage);
-        ptx::mbarrier_wait(q_full + 8 * ring.stage, ring.parity);
+      int stage = 0;         // of the step whose ds is next
+      bool fresh = true;     // is it the first step of its item,
+      bool is_last = false;  // the last one?
+      int count = 0;         // its tokens
+      const auto multiply_q = [&] {
+        stage = ring.stage;
+        ptx::mbarrier_wait(q_full + 8 * stage, ring.parity);
         ptx::wgmma_fence();
         multiply_k();
+      };
+      const auto multiply_dout = [&](bool hand_over) {
+        ptx::mbarrier_wait(v_full, uint32_t(round - 1) % 2);
+        ptx::mbarrier_wait(dout_full + 8 * stage, ring.parity);
+        ptx::wgmma_fence();
+        multiply_v(stage, hand_over);
+        ring.advance();
+      };
+      const auto finish_scores = [&] {
+        ptx::wgmma_wait<1>();
+        weigh(stage);
+        if (fresh) open_keys();
+        count = min(tokens, a.tile_tokens);
+        tokens -= count;
+        is_last = tokens == 0;
+        ptx::wgmma_wait<0>();
+        ptx::mbarrier_arrive_if(thread == 0 && is_last, v_empty);
+      };
+      if (warpgroup == 1) ptx::named_barrier_arrive(next_turn, 256);
+      multiply_q();
+      multiply_dout(false);
+      finish_scores();
+      while (true) {
+        // p^T is in s, in fp32, and dp^T in dp; nothing is under way.
+        const int key_buffer = (round - 1) % 2, old_stage = stage;
+        differentiate(stage);
+        if (kFused) share_ds();
+        const bool ends_item = is_last, begins_item = fresh;
+        if (ends_item && !open_item()) break;
+
+        ptx::named_barrier_sync(own_turn, 256);
+        if (kFused) multiply_ds(step - 1, key_buffer ^ int(begins_item));
+        ptx::wgmma_fence();
+        multiply_rows(dv, p, dout_columns, stage, !begins_item);
+        multiply_rows(dk, ds, q_columns, stage, !begins_item);
+        ptx::wgmma_commit();
         if (kFused) {
           ptx::wgmma_wait<1>();
           add_dq();
-          open_sums(count, fresh, key_buffer);
+          open_sums(count, begins_item, key_buffer);
         }
         __syncwarp();
-        ptx::mbarrier_arrive_if(lane == 0 && fresh && step > 0, k_empty + 8 * (key_buffer ^ 1));
-        if (is_last) write_keys(shared.item[key_buffer]);
-        ptx::wgmma_wait<0>();
-        weigh(ring.stage);
-        fresh = is_last;
+        ptx::mbarrier_arrive_if(lane == 0 && begins_item && step > 0, k_empty + 8 * (key_buffer ^ 1));
+        multiply_q();
+        ptx::wgmma_wait<1>();
+        ptx::wgmma_keep_operand(p, a.total_q < 0, ds_target);
+        ptx::wgmma_keep_operand(ds, a.total_q < 0, ds_target);
+        ptx::mbarrier_arrive_if(thread == 0, rows_empty + 8 * old_stage);
+        multiply_dout(true);
+        fresh = ends_item;
+        finish_scores();
+        if (ends_item) write_keys(shared.item[key_buffer]);
         ++step;
       }
-      const int stage = ring.stage ? ring.stage - 1 : kStages - 1, key_buffer = round % 2;
+      if (warpgroup == 0) ptx::named_barrier_sync(own_turn, 256);
+      const int key_buffer = round % 2;
       ptx::wgmma_fence();
       multiply_rows(dv, p, dout_columns, stage, !fresh);
       multiply_rows(dk, ds, q_columns, stage, !fresh);
       ptx::wgmma_commit();
       ptx::wgmma_wait<0>();
       if (kFused) {
-        const int count = shared.item[key_buffer].q_count;
         multiply_ds(step - 1, key_buffer ^ int(fresh));
         ptx::wgmma_wait<0>();
         add_dq();
-        open_sums((count - 1) % a.tile_tokens + 1, fresh, key_buffer);
+        open_sums(count, fresh, key_buffer);
         multiply_ds(step, key_buffer);
         ptx::wgmma_wait<0>();
         add_dq();

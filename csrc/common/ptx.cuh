@@ -33,9 +33,9 @@ __device__ __forceinline__ void cp_async_16(uint32_t smem, const void* global, b
                : "memory");
 }
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// The same of 8 bytes.
-__device__ __forceinline__ void cp_async_8(uint32_t smem, const void* global, bool valid = true) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(smem), "l"(global), "r"(valid ? 8 : 0) : "memory");
+// The same of 4 bytes.
+__device__ __forceinline__ void cp_async_4(uint32_t smem, const void* global, bool valid = true) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(smem), "l"(global), "r"(valid ? 4 : 0) : "memory");
 }
 template <int kPending>
 __device__ __forceinline__ void cp_async_wait() {
