@@ -73,6 +73,7 @@ struct KeysArguments {
   float* dq_sums;
   void *dk, *dv;
   int32_t total_q, total_k, num_heads, num_kv_heads, group, tile_tokens;
+  int32_t waste_row;  // of dq_sums: rows that nobody looks at
   uint32_t group_reciprocal;  // ceil(2^16 / group): row / group == row * group_reciprocal >> 16 for rows of a tile
   float scale, scale_log2;    // softmax_scale, and times log2(e)
 };
@@ -260,22 +261,15 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
     const uint64_t ds_columns = by_columns(offsetof(Shared, ds), 0) + half / 64 * (kScoreSlice / 16);
     const uint64_t k_columns = by_columns(offsetof(Shared, k), 0) + column / 64 * (kScoreSlice / 16);
     const uint32_t ds_target = at(offsetof(Shared, ds)) + uint32_t((warpgroup * 64 + warp_row + lane % 16) * kRowBytes);
-    int32_t dq_token[2], dq_offset[2];  // of this lane's two rows of dq
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int row = half + warp_row + lane / 4 + 8 * i;
-      dq_token[i] = int(row * a.group_reciprocal >> 16);
-      dq_offset[i] = (dq_token[i] * a.num_heads + row - dq_token[i] * a.group) * kHeadDim + column + lane % 4 * 2;
-      if (dq_token[i] >= a.tile_tokens) dq_token[i] = INT32_MAX;
-    }
-
     Ring<kStages> ring;       // of the step whose s is next
     float dk[kHeadDim / 2], dv[kHeadDim / 2], s[kRows / 2], dp[kRows / 2], dq[32];
     uint32_t p[kRows / 16][4], ds[kRows / 16][4];
     int round = 0, step = 0;    // items and steps that were begun
     int tokens = 0;             // of the item that are not yet in dp
-    float* dq_first = nullptr;  // sums of the first token of the step before, and how many tokens it has
-    int dq_count = 0;
+    // Of the step before: the first row of its sums, and where this lane's two rows are; those that there are not go
+    // where nobody looks.
+    int32_t dq_first = 0;
+    float* dq_row[2];
     uint32_t mask[2] = {};     // of this lane's two keys: are they the item's?
 
     const auto multiply_k = [&] {  // s = k q^T
@@ -292,18 +286,11 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
 #pragma unroll
       for (int i = 0; i < kHeadDim / 16; ++i) {
         // Before the last one is issued, so that no time is lost between the warpgroups.
-        if (hand_over && i == kHeadDim / 16 - 1) ptx::named_barrier_arrive(next_turn, 256);
+        if (hand_over && i == kHeadDim / 16 - 2) ptx::named_barrier_arrive(next_turn, 256);
         ptx::wgmma_k16<T, kRows>(dp, v_rows + i / 4 * (kScoreSlice / 16) + i % 4 * 2,
                                  y + i / 4 * (kRows * kRowBytes / 16) + i % 4 * 2, i > 0);
       }
       ptx::wgmma_commit();
-    };
-    const auto multiply_rows = [&](float (&d)[kHeadDim / 2], const uint32_t (&x)[kRows / 16][4], uint64_t columns,
-                                   int stage, bool accumulate) {
-      const uint64_t y = columns + uint64_t(stage) * (kTileBytes / 16);
-#pragma unroll
-      for (int i = 0; i < kRows / 16; ++i)
-        ptx::wgmma_k16_rs<T, kHeadDim>(d, x[i], y + i * (16 * kRowBytes / 16), accumulate || i > 0);
     };
     const auto multiply_ds = [&](int number, int key_buffer) {  // dq = ds k of a step
       ptx::mbarrier_wait(ds_full + 8 * (number & 1), uint32_t(number >> 1 & 1));
@@ -326,24 +313,26 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
 #pragma unroll
       for (int i = 0; i < 2; ++i) mask[i] = 8 * i < count ? 0xffffffffu : 0;
     };
-    const auto add_dq = [&] {  // of the step before; then its ds may be overwritten
-      ptx::mbarrier_arrive_if(thread == 0, ds_empty + 8 * ((step - 1) & 1));
+    const auto add_dq = [&](int first, int number) {  // some of 16 pairs, of the step before
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        if (dq_token[i] < dq_count) {
-#pragma unroll
-          for (int j = 0; j < 8; ++j)
-            ptx::red_add_v2(dq_first + dq_offset[i] + 8 * j, dq[4 * j + 2 * i], dq[4 * j + 2 * i + 1]);
-        }
+      for (int n = first; n < min(first + number, 16); ++n) {
+        const int i = n / 8, j = n % 8;
+        ptx::red_add_v2(dq_row[i] + 8 * j, dq[4 * j + 2 * i], dq[4 * j + 2 * i + 1]);
       }
     };
     const auto open_sums = [&](int count, bool fresh, int key_buffer) {  // of this step
-      dq_count = count;
       if (fresh) {
         const WorkItem& item = shared.item[key_buffer];
-        dq_first = a.dq_sums + (int64_t(item.q_start) * a.num_heads + item.kv_head * a.group) * kHeadDim;
+        dq_first = (item.q_start * a.num_heads + item.kv_head * a.group);
       } else {
-        dq_first += int64_t(a.tile_tokens) * a.num_heads * kHeadDim;
+        dq_first += a.tile_tokens * a.num_heads;
+      }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int row = half + warp_row + lane / 4 + 8 * i, token = int(row * a.group_reciprocal >> 16);
+        const bool valid = token < min(count, a.tile_tokens);
+        const int64_t target = valid ? dq_first + token * a.num_heads + row - token * a.group : a.waste_row + row;
+        dq_row[i] = a.dq_sums + target * kHeadDim + column + lane % 4 * 2;
       }
     };
 
@@ -420,7 +409,32 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
         ptx::wgmma_wait<0>();
         ptx::mbarrier_arrive_if(thread == 0 && is_last, v_empty);
       };
+      open_sums(0, true, 0);
       if (warpgroup == 1) ptx::named_barrier_arrive(next_turn, 256);
+      // dv, dk of the step whose ds is there; what dq there is leaves meanwhile, in the gaps between the products.
+      const auto multiply_gradients = [&](bool accumulate, bool adds) {
+        constexpr int kSteps = kRows / 16, kFirst = kSteps / 2;  // steps until dq is there
+        ptx::wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < 2 * kSteps; ++i) {
+          const uint64_t rows = uint64_t(stage) * (kTileBytes / 16) + i % kSteps * (16 * kRowBytes / 16);
+          if (i < kSteps) {
+            ptx::wgmma_k16_rs<T, kHeadDim>(dv, p[i % kSteps], dout_columns + rows, accumulate || i > 0);
+          } else {
+            ptx::wgmma_k16_rs<T, kHeadDim>(dk, ds[i % kSteps], q_columns + rows, accumulate || i > kSteps);
+          }
+          if (!kFused || !adds) continue;
+          if (i == kFirst - 1) {
+            ptx::wgmma_commit();
+            ptx::wgmma_wait<1>();
+            ptx::mbarrier_arrive_if(thread == 0, ds_empty + 8 * ((step - 1) & 1));
+          } else if (i >= kFirst) {
+            constexpr int kEach = (16 + 2 * kSteps - kFirst - 1) / (2 * kSteps - kFirst);
+            add_dq((i - kFirst) * kEach, kEach);
+          }
+        }
+        ptx::wgmma_commit();
+      };
       multiply_q();
       multiply_dout(false);
       finish_scores();
@@ -434,15 +448,8 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
 
         ptx::named_barrier_sync(own_turn, 256);
         if (kFused) multiply_ds(step - 1, key_buffer ^ int(begins_item));
-        ptx::wgmma_fence();
-        multiply_rows(dv, p, dout_columns, stage, !begins_item);
-        multiply_rows(dk, ds, q_columns, stage, !begins_item);
-        ptx::wgmma_commit();
-        if (kFused) {
-          ptx::wgmma_wait<1>();
-          add_dq();
-          open_sums(count, begins_item, key_buffer);
-        }
+        multiply_gradients(!begins_item, true);
+        if (kFused) open_sums(count, begins_item, key_buffer);
         __syncwarp();
         ptx::mbarrier_arrive_if(lane == 0 && begins_item && step > 0, k_empty + 8 * (key_buffer ^ 1));
         multiply_q();
@@ -458,19 +465,17 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
       }
       if (warpgroup == 0) ptx::named_barrier_sync(own_turn, 256);
       const int key_buffer = round % 2;
-      ptx::wgmma_fence();
-      multiply_rows(dv, p, dout_columns, stage, !fresh);
-      multiply_rows(dk, ds, q_columns, stage, !fresh);
-      ptx::wgmma_commit();
+      multiply_gradients(!fresh, false);
       ptx::wgmma_wait<0>();
       if (kFused) {
         multiply_ds(step - 1, key_buffer ^ int(fresh));
         ptx::wgmma_wait<0>();
-        add_dq();
+        ptx::mbarrier_arrive_if(thread == 0, ds_empty + 8 * ((step - 1) & 1));
+        add_dq(0, 16);
         open_sums(count, fresh, key_buffer);
         multiply_ds(step, key_buffer);
         ptx::wgmma_wait<0>();
-        add_dq();
+        add_dq(0, 16);
       }
       write_keys(shared.item[key_buffer]);
     }
@@ -517,6 +522,7 @@ void launch_backward_keys(const BackwardParams& p, const Device& device) {
   a.num_kv_heads = s.num_kv_heads;
   a.group = group;
   a.tile_tokens = tile_tokens;
+  a.waste_row = int32_t(s.total_q * s.num_heads);
   a.group_reciprocal = uint32_t(((1 << 16) + group - 1) / group);
   a.scale = p.softmax_scale;
   a.scale_log2 = p.softmax_scale * float(M_LOG2E);
