@@ -20,8 +20,8 @@
 // queue is long, so that each one's exponentials run beside the other one's products. The next item's first s^T runs
 // while this one's dk and dv leave.
 //
-// A step of 64 rows at D 128 is 5 * 2 * 64 * 128 * 128 flop, 2560 clocks of the tensor cores; it reads 304 KiB of shared
-// memory (2432 clocks), 32 KiB from L2 and adds 32 KiB there.
+// A step of 64 rows at D 128 is 5 * 2 * 64 * 128 * 128 flop, 2560 clocks of the tensor cores; it reads 304 KiB of
+// shared memory (2432 clocks), 32 KiB from L2 and adds 32 KiB there.
 #pragma once
 
 #include <cuda.h>
@@ -73,7 +73,7 @@ struct KeysArguments {
   float* dq_sums;
   void *dk, *dv;
   int32_t total_q, total_k, num_heads, num_kv_heads, group, tile_tokens;
-  int32_t waste_row;  // of dq_sums: rows that nobody looks at
+  int32_t waste_row;          // of dq_sums: rows that nobody looks at
   uint32_t group_reciprocal;  // ceil(2^16 / group): row / group == row * group_reciprocal >> 16 for rows of a tile
   float scale, scale_log2;    // softmax_scale, and times log2(e)
 };
@@ -97,8 +97,7 @@ __device__ __forceinline__ void write_gradient(const float (&x)[kHeadDim / 2], f
     for (int j = 0; j < kHeadDim / 8; j += 4) {
       uint32_t w[4];
 #pragma unroll
-      for (int b = 0; b < 4; ++b)
-        w[b] = pack2<T>(x[4 * (j + b) + 2 * i] * scale, x[4 * (j + b) + 2 * i + 1] * scale);
+      for (int b = 0; b < 4; ++b) w[b] = pack2<T>(x[4 * (j + b) + 2 * i] * scale, x[4 * (j + b) + 2 * i + 1] * scale);
 #pragma unroll
       for (int bit = 1; bit <= 2; bit *= 2) {  // transposes 2 x 2 words
 #pragma unroll
@@ -246,60 +245,62 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
     const int lane = thread % 32, warp_row = thread / 32 * 16;  // of a warp in its warpgroup's 64 rows
     // Of dq, a warpgroup has 64 columns of 64 rows, or all columns of the second 64 rows.
     const int half = warpgroup * (kHeadDim == 128 ? 0 : 64), column = warpgroup * (kHeadDim == 128 ? 64 : 0);
-    // Descriptors are this one and what the compiler knows: they need no registers of their own.
-    const uint64_t start = ptx::wgmma_descriptor_k128(aligned_start);
-    constexpr uint64_t kFirstKey = 64 * kRowBytes / 16;  // of the second warpgroup
-    const auto by_rows = [&](size_t offset) { return start + offset / 16; };
-    const auto by_columns = [&](size_t offset, uint32_t leading) {
-      return start + (ptx::wgmma_descriptor_mn128(0, leading) - ptx::wgmma_descriptor_k128(0)) + offset / 16;
-    };
-    const uint64_t k_rows = by_rows(offsetof(Shared, k)) + warpgroup * kFirstKey;
-    const uint64_t v_rows = by_rows(offsetof(Shared, v)) + warpgroup * kFirstKey;
-    const uint64_t q_rows = by_rows(offsetof(Shared, q)), dout_rows = by_rows(offsetof(Shared, dout));
-    const uint64_t q_columns = by_columns(offsetof(Shared, q), kRows * kRowBytes);
-    const uint64_t dout_columns = by_columns(offsetof(Shared, dout), kRows * kRowBytes);
-    const uint64_t ds_columns = by_columns(offsetof(Shared, ds), 0) + half / 64 * (kScoreSlice / 16);
-    const uint64_t k_columns = by_columns(offsetof(Shared, k), 0) + column / 64 * (kScoreSlice / 16);
+    // Lower words of descriptors; the upper ones are all the same.
+    const uint32_t start = aligned_start / 16, rows_kind = 1 << 16;
+    const auto columns_kind = [](uint32_t leading) { return leading / 16 << 16; };
+    constexpr uint32_t kFirstKey = 64 * kRowBytes / 16;  // of the second warpgroup
+    const uint32_t k_rows = start + rows_kind + uint32_t(offsetof(Shared, k) / 16) + warpgroup * kFirstKey;
+    const uint32_t v_rows = start + rows_kind + uint32_t(offsetof(Shared, v) / 16) + warpgroup * kFirstKey;
+    const uint32_t q_rows = start + rows_kind + uint32_t(offsetof(Shared, q) / 16);
+    const uint32_t dout_rows = start + rows_kind + uint32_t(offsetof(Shared, dout) / 16);
+    const uint32_t q_columns = start + columns_kind(kRows * kRowBytes) + uint32_t(offsetof(Shared, q) / 16);
+    const uint32_t dout_columns = start + columns_kind(kRows * kRowBytes) + uint32_t(offsetof(Shared, dout) / 16);
+    const uint32_t ds_columns = start + uint32_t(offsetof(Shared, ds) / 16) + half / 64 * (kScoreSlice / 16);
+    const uint32_t k_columns = start + uint32_t(offsetof(Shared, k) / 16) + column / 64 * (kScoreSlice / 16);
+    const auto descriptor = [](uint32_t low) { return ptx::wgmma_descriptor_k128(0) >> 32 << 32 | low; };
     const uint32_t ds_target = at(offsetof(Shared, ds)) + uint32_t((warpgroup * 64 + warp_row + lane % 16) * kRowBytes);
-    Ring<kStages> ring;       // of the step whose s is next
+    Ring<kStages> ring;  // of the step whose s is next
     float dk[kHeadDim / 2], dv[kHeadDim / 2], s[kRows / 2], dp[kRows / 2], dq[32];
     uint32_t p[kRows / 16][4], ds[kRows / 16][4];
-    int round = 0, step = 0;    // items and steps that were begun
-    int tokens = 0;             // of the item that are not yet in dp
+    int round = 0, step = 0;  // items and steps that were begun
+    int tokens = 0;           // of the item that are not yet in dp
     // Of the step before: the first row of its sums, and where this lane's two rows are; those that there are not go
     // where nobody looks.
     int32_t dq_first = 0;
-    float* dq_row[2];
-    uint32_t mask[2] = {};     // of this lane's two keys: are they the item's?
+    float* dq_row;
+    int32_t dq_second;
+    int keys = 0;  // from this lane's first key to the item's end
 
     const auto multiply_k = [&] {  // s = k q^T
-      const uint64_t x = k_rows + uint64_t((round - 1) % 2) * (kKeyBytes / 16);
-      const uint64_t y = q_rows + uint64_t(ring.stage) * (kTileBytes / 16);
+      const uint32_t x = k_rows + uint32_t((round - 1) % 2) * (kKeyBytes / 16);
+      const uint32_t y = q_rows + uint32_t(ring.stage) * (kTileBytes / 16);
 #pragma unroll
       for (int i = 0; i < kHeadDim / 16; ++i)
-        ptx::wgmma_k16<T, kRows>(s, x + i / 4 * (kScoreSlice / 16) + i % 4 * 2,
-                                 y + i / 4 * (kRows * kRowBytes / 16) + i % 4 * 2, i > 0);
+        ptx::wgmma_k16<T, kRows>(s, descriptor(x + i / 4 * (kScoreSlice / 16) + i % 4 * 2),
+                                 descriptor(y + i / 4 * (kRows * kRowBytes / 16) + i % 4 * 2), i > 0);
       ptx::wgmma_commit();
     };
     const auto multiply_v = [&](int stage, bool hand_over) {  // dp = v do^T
-      const uint64_t y = dout_rows + uint64_t(stage) * (kTileBytes / 16);
+      // The compiler must not know that x is the same in every step: it would keep each of its sums in a register.
+      const uint32_t x = v_rows + uint32_t(stage) * uint32_t(a.waste_row < 0);
+      const uint32_t y = dout_rows + uint32_t(stage) * (kTileBytes / 16);
 #pragma unroll
       for (int i = 0; i < kHeadDim / 16; ++i) {
         // Before the last one is issued, so that no time is lost between the warpgroups.
         if (hand_over && i == kHeadDim / 16 - 2) ptx::named_barrier_arrive(next_turn, 256);
-        ptx::wgmma_k16<T, kRows>(dp, v_rows + i / 4 * (kScoreSlice / 16) + i % 4 * 2,
-                                 y + i / 4 * (kRows * kRowBytes / 16) + i % 4 * 2, i > 0);
+        ptx::wgmma_k16<T, kRows>(dp, descriptor(x + i / 4 * (kScoreSlice / 16) + i % 4 * 2),
+                                 descriptor(y + i / 4 * (kRows * kRowBytes / 16) + i % 4 * 2), i > 0);
       }
       ptx::wgmma_commit();
     };
     const auto multiply_ds = [&](int number, int key_buffer) {  // dq = ds k of a step
       ptx::mbarrier_wait(ds_full + 8 * (number & 1), uint32_t(number >> 1 & 1));
-      const uint64_t x = ds_columns + uint64_t(number & 1) * (kScoreBytes / 16);
-      const uint64_t y = k_columns + uint64_t(key_buffer) * (kKeyBytes / 16);
+      const uint32_t x = ds_columns + uint32_t(number & 1) * (kScoreBytes / 16);
+      const uint32_t y = k_columns + uint32_t(key_buffer) * (kKeyBytes / 16);
       ptx::wgmma_fence();
 #pragma unroll
       for (int i = 0; i < kBackwardKeys / 16; ++i)
-        ptx::wgmma_k16_mn<T, 64>(dq, x + i * (16 * kRowBytes / 16), y + i * (16 * kRowBytes / 16), i > 0);
+        ptx::wgmma_k16_mn<T, 64>(dq, descriptor(x + i * kRowBytes), descriptor(y + i * kRowBytes), i > 0);
       ptx::wgmma_commit();
     };
     const auto open_item = [&] {
@@ -309,15 +310,13 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
       return tokens > 0;
     };
     const auto open_keys = [&] {
-      const int count = shared.item[(round - 1) % 2].k_count - (warpgroup * 64 + warp_row + lane / 4);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) mask[i] = 8 * i < count ? 0xffffffffu : 0;
+      keys = shared.item[(round - 1) % 2].k_count - (warpgroup * 64 + warp_row + lane / 4);
     };
     const auto add_dq = [&](int first, int number) {  // some of 16 pairs, of the step before
 #pragma unroll
       for (int n = first; n < min(first + number, 16); ++n) {
         const int i = n / 8, j = n % 8;
-        ptx::red_add_v2(dq_row[i] + 8 * j, dq[4 * j + 2 * i], dq[4 * j + 2 * i + 1]);
+        ptx::red_add_v2(dq_row + (i ? dq_second : 0) + 8 * j, dq[4 * j + 2 * i], dq[4 * j + 2 * i + 1]);
       }
     };
     const auto open_sums = [&](int count, bool fresh, int key_buffer) {  // of this step
@@ -327,13 +326,15 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
       } else {
         dq_first += a.tile_tokens * a.num_heads;
       }
+      int target[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int row = half + warp_row + lane / 4 + 8 * i, token = int(row * a.group_reciprocal >> 16);
         const bool valid = token < min(count, a.tile_tokens);
-        const int64_t target = valid ? dq_first + token * a.num_heads + row - token * a.group : a.waste_row + row;
-        dq_row[i] = a.dq_sums + target * kHeadDim + column + lane % 4 * 2;
+        target[i] = valid ? dq_first + token * a.num_heads + row - token * a.group : a.waste_row + row;
       }
+      dq_row = a.dq_sums + int64_t(target[0]) * kHeadDim + column + lane % 4 * 2;
+      dq_second = (target[1] - target[0]) * kHeadDim;
     };
 
     // p^T from s^T, relative to the rows' own sums; columns of this lane: 8 j + lane % 4 * 2 + {0, 1}.
@@ -366,6 +367,7 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
       ptx::mbarrier_wait(ds_empty + 8 * buffer, uint32_t(step / 2 + buffer + 1) % 2);
 #pragma unroll
       for (int i = 0; i < kRows / 16; ++i) {  // 16 keys x 16 rows; no key of anybody else has a part in dq
+        const uint32_t mask[2] = {keys > 0 ? 0xffffffffu : 0, keys > 8 ? 0xffffffffu : 0};
         const uint32_t target = ds_target + buffer * kScoreBytes + i / 4 * kScoreSlice;
         ptx::stmatrix_x4(target + uint32_t(((i % 4 * 2 + lane / 16) ^ lane % 8) * 16), ds[i][0] & mask[0],
                          ds[i][1] & mask[1], ds[i][2] & mask[0], ds[i][3] & mask[1]);
@@ -413,15 +415,15 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
       if (warpgroup == 1) ptx::named_barrier_arrive(next_turn, 256);
       // dv, dk of the step whose ds is there; what dq there is leaves meanwhile, in the gaps between the products.
       const auto multiply_gradients = [&](bool accumulate, bool adds) {
-        constexpr int kSteps = kRows / 16, kFirst = kSteps / 2;  // steps until dq is there
+        constexpr int kSteps = kRows / 16, kFirst = kHeadDim == 128 ? 2 : 6;  // steps until dq is there
         ptx::wgmma_fence();
 #pragma unroll
         for (int i = 0; i < 2 * kSteps; ++i) {
-          const uint64_t rows = uint64_t(stage) * (kTileBytes / 16) + i % kSteps * (16 * kRowBytes / 16);
+          const uint32_t rows = uint32_t(stage) * (kTileBytes / 16) + i % kSteps * kRowBytes;
           if (i < kSteps) {
-            ptx::wgmma_k16_rs<T, kHeadDim>(dv, p[i % kSteps], dout_columns + rows, accumulate || i > 0);
+            ptx::wgmma_k16_rs<T, kHeadDim>(dv, p[i % kSteps], descriptor(dout_columns + rows), accumulate || i > 0);
           } else {
-            ptx::wgmma_k16_rs<T, kHeadDim>(dk, ds[i % kSteps], q_columns + rows, accumulate || i > kSteps);
+            ptx::wgmma_k16_rs<T, kHeadDim>(dk, ds[i % kSteps], descriptor(q_columns + rows), accumulate || i > kSteps);
           }
           if (!kFused || !adds) continue;
           if (i == kFirst - 1) {
@@ -501,8 +503,13 @@ void launch_backward_keys(const BackwardParams& p, const Device& device) {
   const int group = s.num_heads / s.num_kv_heads, tile_tokens = Shared::kRows / group;
   const auto view = [&](const PackedView& x, int64_t tokens, int heads) {
     // A pack without queries is never read, but a map of nothing cannot be made.
-    return RaggedView{tokens ? x.data : p.k.data, p.dtype,        std::max<int64_t>(tokens, 1), heads, kHeadDim,
-                      x.token_stride,             x.head_stride};
+    return RaggedView{tokens ? x.data : p.k.data,
+                      p.dtype,
+                      std::max<int64_t>(tokens, 1),
+                      heads,
+                      kHeadDim,
+                      x.token_stride,
+                      x.head_stride};
   };
   const CUtensorMap q_map = tensor_map_ragged(kOp, view(p.q, s.total_q, s.num_heads), group, tile_tokens);
   const CUtensorMap dout_map = tensor_map_ragged(kOp, view(p.dout, s.total_q, s.num_heads), group, tile_tokens);

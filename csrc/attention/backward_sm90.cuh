@@ -6,12 +6,14 @@ namespace illada::attention {
 namespace {
 
 template <typename T, int kHeadDim>
-void launch_backward(const BackwardParams& p, const Device& device, const Tiling& tiling, const BackwardMethod& method) {
+void launch_backward(const BackwardParams& p, const Device& device, const Tiling& tiling,
+                     const BackwardMethod& method) {
   launch_backward_keys<T, kHeadDim, true>(p, device);
 }
 
 template <int kHeadDim>
-void launch_backward(const BackwardParams& p, const Device& device, const Tiling& tiling, const BackwardMethod& method) {
+void launch_backward(const BackwardParams& p, const Device& device, const Tiling& tiling,
+                     const BackwardMethod& method) {
   p.dtype == DType::kBFloat16 ? launch_backward<BFloat16, kHeadDim>(p, device, tiling, method)
                               : launch_backward<Half, kHeadDim>(p, device, tiling, method);
 }
