@@ -30,6 +30,7 @@
 #include <cmath>
 #include <cstddef>
 
+#include "attention/gradient_rows.cuh"
 #include "attention/launch.h"
 #include "common/dtype.cuh"
 #include "common/ptx.cuh"
@@ -81,36 +82,6 @@ struct KeysArguments {
 // The item of a CTA in a round: back and forth, because the list is sorted by length.
 __device__ __forceinline__ int keys_item_index(int round) {
   return round * int(gridDim.x) + (round % 2 ? int(gridDim.x) - 1 - int(blockIdx.x) : int(blockIdx.x));
-}
-
-// Rows of a gradient from a warpgroup's accumulators, in 16 bits. `out` is the tile's first row, `rows` of which count.
-// Four lanes to a row exchange words until each has 16 bytes of it.
-template <typename T, int kHeadDim>
-__device__ __forceinline__ void write_gradient(const float (&x)[kHeadDim / 2], float scale, T* out, int64_t stride,
-                                               int rows) {
-  const int lane = int(threadIdx.x) % 32, quad = lane % 4;
-  const int row = int(threadIdx.x) % 128 / 32 * 16 + lane / 4;
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    T* const target = out + (row + 8 * i) * stride + 8 * quad;
-#pragma unroll
-    for (int j = 0; j < kHeadDim / 8; j += 4) {
-      uint32_t w[4];
-#pragma unroll
-      for (int b = 0; b < 4; ++b) w[b] = pack2<T>(x[4 * (j + b) + 2 * i] * scale, x[4 * (j + b) + 2 * i + 1] * scale);
-#pragma unroll
-      for (int bit = 1; bit <= 2; bit *= 2) {  // transposes 2 x 2 words
-#pragma unroll
-        for (int b = 0; b < 4; ++b) {
-          if (b & bit) continue;
-          const bool upper = quad & bit;
-          const uint32_t got = __shfl_xor_sync(kFullWarp, upper ? w[b] : w[b | bit], bit);
-          (upper ? w[b] : w[b | bit]) = got;
-        }
-      }
-      if (row + 8 * i < rows) *reinterpret_cast<uint4*>(target + 8 * j) = make_uint4(w[0], w[1], w[2], w[3]);
-    }
-  }
 }
 
 template <typename T, int kHeadDim, bool kFused>
@@ -377,10 +348,18 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
       ptx::mbarrier_arrive_if(lane == 0, ds_full + 8 * buffer);
     };
     const auto write_keys = [&](const WorkItem& item) {
-      const int64_t offset = (int64_t(item.k_start + warpgroup * 64) * a.num_kv_heads + item.kv_head) * kHeadDim;
+      const int key = warpgroup * 64 + warp_row + lane / 4;
       const int64_t stride = int64_t(a.num_kv_heads) * kHeadDim;
-      write_gradient<T, kHeadDim>(dv, 1.0f, static_cast<T*>(a.dv) + offset, stride, item.k_count - warpgroup * 64);
-      write_gradient<T, kHeadDim>(dk, a.scale, static_cast<T*>(a.dk) + offset, stride, item.k_count - warpgroup * 64);
+      const int64_t offset = (item.k_start + key) * stride + item.kv_head * kHeadDim;
+      T *dk_row[2], *dv_row[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const bool valid = key + 8 * i < item.k_count;
+        dk_row[i] = valid ? static_cast<T*>(a.dk) + offset + 8 * i * stride : nullptr;
+        dv_row[i] = valid ? static_cast<T*>(a.dv) + offset + 8 * i * stride : nullptr;
+      }
+      write_gradient<T, kHeadDim>(dv, 1.0f, dv_row);
+      write_gradient<T, kHeadDim>(dk, a.scale, dk_row);
     };
 
     if (open_item()) {

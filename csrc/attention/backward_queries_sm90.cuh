@@ -1,0 +1,346 @@
+// dq on sm_90a, where it is not summed up beside dk and dv: in a fixed order, and without sums in memory.
+//
+// CTAs walk over the forward items of the plan, like the forward: two consumer warpgroups have 64 rows (tokens x heads
+// of the group) each, a producer warp loads tiles of 128 keys and values for both. With rows on the M side the scores
+// and their gradients are operands straight from registers, and the rows' statistics two registers a row:
+//
+//   s = q k^T,   dp = do v^T,   dq += ds k.
+//
+//   q_full, q_empty [w]   queries and gradients of warpgroup w, and the item
+//   k_full, k_empty [s]   keys; v_full, v_empty [s]: values
+//   turns                 named barriers: a warpgroup's three products are queued in one go, so that the exponentials of
+//                         the other one run beside them
+//
+// The keys' partial tile comes first; no other is masked. The next item's first products follow this one's last ones,
+// and its dq leaves meanwhile.
+//
+// 128 rows and 128 keys at D 128 are 3 * 2 * 128^3 flop, 3072 clocks of the tensor cores.
+#pragma once
+
+#include <cuda.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+
+#include "attention/gradient_rows.cuh"
+#include "attention/launch.h"
+#include "attention/row_pair.cuh"
+#include "common/dtype.cuh"
+#include "common/ptx.cuh"
+#include "common/reduce.cuh"
+#include "common/ring.cuh"
+#include "common/tensor_map.h"
+#include "common/wgmma.cuh"
+
+namespace illada::attention {
+namespace {
+
+template <int kHeadDim>
+struct QueriesShared {
+  static constexpr int kKeys = 128, kSlices = kHeadDim / 64, kStages = 2, kThreads = 384, kRowBytes = 128;
+  // Slices of 64 columns: rows of 128 bytes in the 128-byte swizzle.
+  struct alignas(1024) KeyTile {
+    char slice[kSlices][kKeys * kRowBytes];
+  };
+  struct alignas(1024) RowTile {
+    char slice[kSlices][kBlockRows * kRowBytes];
+  };
+  RowTile q[2], dout[2];  // of each warpgroup
+  KeyTile k[kStages], v[kStages];
+  uint64_t q_full[2], q_empty[2], k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
+  WorkItem item[2][2];  // of each warpgroup: the one whose dq leaves, and the one that is worked on
+};
+
+struct QueriesArguments {
+  const int32_t* plan;
+  const RowStatistics* rows;
+  void* dq;
+  int32_t total_q, total_k, num_heads, group, block_tokens, parts;  // parts of two blocks to a forward item
+  uint32_t group_reciprocal;  // ceil(2^16 / group): row / group == row * group_reciprocal >> 16 for rows of a tile
+  float scale, scale_log2;    // softmax_scale, and times log2(e)
+};
+
+// The next piece of work of a CTA, from `round` on, which becomes its round: two blocks of queries against all of their
+// keys. q_count 0: there is none.
+__device__ __forceinline__ WorkItem next_queries(const QueriesArguments& a, int& round) {
+  const int items = plan_header(a.plan).forward_items * a.parts, grid = int(gridDim.x);
+  for (;; ++round) {  // back and forth, because the list is sorted by length
+    const int index = round * grid + (round % 2 ? grid - 1 - int(blockIdx.x) : int(blockIdx.x));
+    if (round * grid >= items) return {};
+    if (index >= items) continue;
+    const int number = index / a.parts, first = (index - number * a.parts) * 2 * a.block_tokens;
+    WorkItem item = forward_items(a.plan)[number];
+    item.q_start += first;
+    item.q_count = min(item.q_count - first, 2 * a.block_tokens);
+    if (item.q_count <= 0 || item.piece > 0) continue;
+    if (item.pieces > 1) {  // the others follow
+      const WorkItem last = forward_items(a.plan)[number + item.pieces - 1];
+      item.k_count = last.k_start + last.k_count - item.k_start;
+    }
+    return item;
+  }
+}
+
+template <typename T, int kHeadDim>
+__global__ __launch_bounds__(QueriesShared<kHeadDim>::kThreads, 1) void illada_attention_backward_queries_sm90(
+    const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap dout_map,
+    const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map,
+    const __grid_constant__ QueriesArguments a) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  using Shared = QueriesShared<kHeadDim>;
+  constexpr int kKeys = Shared::kKeys, kSlices = Shared::kSlices, kStages = Shared::kStages;
+  constexpr int kRowBytes = Shared::kRowBytes;
+  constexpr uint32_t kKeyBytes = sizeof(typename Shared::KeyTile), kRowTileBytes = sizeof(typename Shared::RowTile);
+  extern __shared__ char raw_shared[];
+  const uint32_t shared_start = ptx::smem_address(raw_shared), aligned_start = (shared_start + 1023) / 1024 * 1024;
+  Shared& shared = *reinterpret_cast<Shared*>(raw_shared + (aligned_start - shared_start));
+  const auto at = [&](size_t offset) { return aligned_start + uint32_t(offset); };
+  const uint32_t q_full = at(offsetof(Shared, q_full)), q_empty = at(offsetof(Shared, q_empty));
+  const uint32_t k_full = at(offsetof(Shared, k_full)), k_empty = at(offsetof(Shared, k_empty));
+  const uint32_t v_full = at(offsetof(Shared, v_full)), v_empty = at(offsetof(Shared, v_empty));
+
+  if (threadIdx.x == 0) {
+    ptx::prefetch_tensormap(&q_map);
+    ptx::prefetch_tensormap(&dout_map);
+    ptx::prefetch_tensormap(&k_map);
+    ptx::prefetch_tensormap(&v_map);
+    for (int i = 0; i < 2; ++i) {
+      ptx::mbarrier_init(q_full + 8 * i, 1);
+      ptx::mbarrier_init(q_empty + 8 * i, 1);
+    }
+    for (int s = 0; s < kStages; ++s) {
+      ptx::mbarrier_init(k_full + 8 * s, 1);
+      ptx::mbarrier_init(k_empty + 8 * s, 2);
+      ptx::mbarrier_init(v_full + 8 * s, 1);
+      ptx::mbarrier_init(v_empty + 8 * s, 2);
+    }
+    ptx::fence_mbarrier_init();
+  }
+  __syncthreads();
+  ptx::griddepcontrol_wait();
+  ptx::griddepcontrol_launch_dependents();
+
+  if (threadIdx.x >= 256) {  // -------------------------------------------------------------------------- producer
+    ptx::setmaxnreg_decrease<32>();
+    if (threadIdx.x == 256) {
+      Ring<kStages> ring;
+      const auto load_keys = [&](const CUtensorMap* map, uint32_t tile, uint32_t full, uint32_t empty,
+                                 const WorkItem& item, int row) {
+        ptx::mbarrier_wait(empty + 8 * ring.stage, ring.parity ^ 1);
+        ptx::mbarrier_arrive_expect_tx(full + 8 * ring.stage, kKeyBytes);
+#pragma unroll
+        for (int slice = 0; slice < kSlices; ++slice)
+          ptx::tma_load_4d(tile + ring.stage * kKeyBytes + slice * (kKeys * kRowBytes), map, full + 8 * ring.stage,
+                           64 * slice, item.kv_head, a.total_k - item.k_count + row, item.k_start + item.k_count);
+      };
+      int round = 0, number = 0;
+      for (WorkItem item = next_queries(a, round); item.k_count > 0; ++number, ++round, item = next_queries(a, round)) {
+#pragma unroll
+        for (int w = 0; w < 2; ++w) {
+          ptx::mbarrier_wait(q_empty + 8 * w, uint32_t(number) % 2 ^ 1);
+          shared.item[w][number % 2] = item;
+          ptx::mbarrier_arrive_expect_tx(q_full + 8 * w, uint32_t(2 * kSlices * a.block_tokens * a.group * kRowBytes));
+#pragma unroll
+          for (int slice = 0; slice < kSlices; ++slice) {
+            const uint32_t target = w * kRowTileBytes + slice * (kBlockRows * kRowBytes);
+            const int z = a.total_q - item.q_count + w * a.block_tokens, end = item.q_start + item.q_count;
+            ptx::tma_load_4d(at(offsetof(Shared, q)) + target, &q_map, q_full + 8 * w, 64 * slice,
+                             item.kv_head * a.group, z, end);
+            ptx::tma_load_4d(at(offsetof(Shared, dout)) + target, &dout_map, q_full + 8 * w, 64 * slice,
+                             item.kv_head * a.group, z, end);
+          }
+        }
+        for (int row = (item.k_count - 1) / kKeys * kKeys; row >= 0; row -= kKeys) {
+          load_keys(&k_map, at(offsetof(Shared, k)), k_full, k_empty, item, row);
+          load_keys(&v_map, at(offsetof(Shared, v)), v_full, v_empty, item, row);
+          ring.advance();
+        }
+      }
+#pragma unroll
+      for (int w = 0; w < 2; ++w) {  // an item without keys: the end
+        ptx::mbarrier_wait(q_empty + 8 * w, uint32_t(number) % 2 ^ 1);
+        shared.item[w][number % 2] = WorkItem{};
+        ptx::mbarrier_arrive(q_full + 8 * w);
+      }
+    }
+  } else {  // ------------------------------------------------------------------------------------------- consumers
+    ptx::setmaxnreg_increase<240>();
+    const int warpgroup = __shfl_sync(kFullWarp, int(threadIdx.x) / 128, 0), thread = int(threadIdx.x) % 128;
+    const int own_turn = 1 + warpgroup, next_turn = 2 - warpgroup;
+    const int lane = thread % 32;
+    const uint64_t q_rows = ptx::wgmma_descriptor_k128(at(offsetof(Shared, q)) + warpgroup * kRowTileBytes);
+    const uint64_t dout_rows = q_rows + (offsetof(Shared, dout) - offsetof(Shared, q)) / 16;
+    const uint64_t k_rows = ptx::wgmma_descriptor_k128(at(offsetof(Shared, k)));
+    const uint64_t v_rows = k_rows + (offsetof(Shared, v) - offsetof(Shared, k)) / 16;
+    const uint64_t k_columns = ptx::wgmma_descriptor_mn128(at(offsetof(Shared, k)), kKeys * kRowBytes);
+
+    Ring<kStages> ring;  // of the tile whose s is next
+    float dq[kHeadDim / 2], s[kKeys / 2], dp[kKeys / 2];
+    uint32_t ds[kKeys / 16][4];
+    RowStatistics rows[2];           // of the item
+    int number = 0;                  // of items that were begun
+    int tiles = 0, valid = 0;        // of the item that are not yet in s; keys of its first one
+    const int row = thread / 32 * 16 + lane / 4;  // and 8 more
+
+    const auto multiply_scores = [&](float (&d)[kKeys / 2], uint64_t x, uint64_t keys, int stage, bool hand_over) {
+      const uint64_t y = keys + uint64_t(stage) * (kKeyBytes / 16);
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 16; ++i) {
+        // Before the last one is issued, so that no time is lost between the warpgroups.
+        if (hand_over && i == kHeadDim / 16 - 1) ptx::named_barrier_arrive(next_turn, 256);
+        ptx::wgmma_k16<T, kKeys>(d, x + i / 4 * (kBlockRows * kRowBytes / 16) + i % 4 * 2,
+                                 y + i / 4 * (kKeys * kRowBytes / 16) + i % 4 * 2, i > 0);
+      }
+      ptx::wgmma_commit();
+    };
+    const auto multiply_ds = [&](int stage, bool accumulate) {
+      const uint64_t y = k_columns + uint64_t(stage) * (kKeyBytes / 16);
+#pragma unroll
+      for (int i = 0; i < kKeys / 16; ++i)
+        ptx::wgmma_k16_rs<T, kHeadDim>(dq, ds[i], y + i * (16 * kRowBytes / 16), accumulate || i > 0);
+      ptx::wgmma_commit();
+    };
+    // Token of the item and head of the group of this lane's row i, and where its dq goes; null: there is no such row.
+    const auto target = [&](const WorkItem& item, int i) -> T* {
+      const int token = int((row + 8 * i) * a.group_reciprocal >> 16), head = row + 8 * i - token * a.group;
+      const int in_item = warpgroup * a.block_tokens + token;
+      if (token >= a.block_tokens || in_item >= item.q_count) return nullptr;
+      return static_cast<T*>(a.dq) +
+             (int64_t(item.q_start + in_item) * a.num_heads + item.kv_head * a.group + head) * kHeadDim;
+    };
+    const auto open_item = [&] {
+      ptx::mbarrier_wait(q_full + 8 * warpgroup, uint32_t(number) % 2);
+      const WorkItem& item = shared.item[warpgroup][number % 2];
+      const int count = __shfl_sync(kFullWarp, item.k_count, 0);
+      ++number;
+      tiles = (count + kKeys - 1) / kKeys;
+      valid = count - (tiles - 1) * kKeys;
+      if (tiles == 0) return false;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int token = min(warpgroup * a.block_tokens + int((row + 8 * i) * a.group_reciprocal >> 16), item.q_count - 1);
+        const int head = (row + 8 * i) % a.group;
+        rows[i] = a.rows[(int64_t(item.kv_head) * a.total_q + item.q_start + token) * a.group + head];
+      }
+      return true;
+    };
+    const auto write_queries = [&](const WorkItem& item) {
+      T* const targets[2] = {target(item, 0), target(item, 1)};
+      write_gradient<T, kHeadDim>(dq, a.scale, targets);
+    };
+
+    if (open_item()) {
+      bool fresh = true;    // is the tile of s the first one of its item?
+      bool is_last = false;  // the last one?
+      int stage = 0;        // its stage
+      const auto multiply_k = [&] {
+        stage = ring.stage;
+        ptx::mbarrier_wait(k_full + 8 * stage, ring.parity);
+        ptx::wgmma_fence();
+        multiply_scores(s, q_rows, k_rows, stage, false);
+      };
+      const auto multiply_v = [&](bool hand_over) {
+        ptx::mbarrier_wait(v_full + 8 * stage, ring.parity);
+        ptx::wgmma_fence();
+        multiply_scores(dp, dout_rows, v_rows, stage, hand_over);
+        ring.advance();
+      };
+      const auto finish_scores = [&] {
+        ptx::wgmma_wait<1>();
+        if (fresh && valid < kKeys) mask_scores(s, valid);
+#pragma unroll
+        for (int j = 0; j < kKeys / 2; ++j)
+          s[j] = ptx::exp2_approx(fmaf(s[j], a.scale_log2, -rows[j / 2 % 2].lse_log2));
+        is_last = --tiles == 0;
+        ptx::wgmma_wait<0>();
+        ptx::mbarrier_arrive_if(thread == 0, v_empty + 8 * stage);
+        ptx::mbarrier_arrive_if(thread == 0 && is_last, q_empty + 8 * warpgroup);
+      };
+      if (warpgroup == 1) ptx::named_barrier_arrive(next_turn, 256);
+      multiply_k();
+      multiply_v(false);
+      finish_scores();
+      while (true) {
+        // p is in s, in fp32, and dp is there; nothing is under way.
+        const int old_stage = stage;
+#pragma unroll
+        for (int j = 0; j < kKeys / 2; j += 2) {
+          const float c = rows[j / 2 % 2].c;
+          ds[j / 8][j / 2 % 4] = pack2<T>(s[j] * (dp[j] - c), s[j + 1] * (dp[j + 1] - c));
+        }
+        const bool ends_item = is_last, begins_item = fresh;
+        if (ends_item && !open_item()) break;
+        ptx::named_barrier_sync(own_turn, 256);
+        ptx::wgmma_fence();
+        multiply_ds(old_stage, !begins_item);
+        multiply_k();
+        ptx::wgmma_wait<1>();
+        ptx::wgmma_keep_operand(ds, a.total_q < 0, aligned_start);
+        ptx::mbarrier_arrive_if(thread == 0, k_empty + 8 * old_stage);
+        multiply_v(true);
+        fresh = ends_item;
+        finish_scores();
+        if (ends_item) write_queries(shared.item[warpgroup][number % 2]);
+      }
+      if (warpgroup == 0) ptx::named_barrier_sync(own_turn, 256);
+      ptx::wgmma_fence();
+      multiply_ds(stage, !fresh);
+      ptx::wgmma_wait<0>();
+      write_queries(shared.item[warpgroup][number % 2]);
+    }
+    // Queries without keys, which are the last ones of the list.
+    int round = 0;
+    for (WorkItem item = next_queries(a, round); item.q_count > 0; ++round, item = next_queries(a, round)) {
+      if (item.k_count > 0) continue;
+      constexpr int kWords = kHeadDim / 8;
+      for (int i = int(threadIdx.x); i < item.q_count * a.group * kWords; i += 256) {
+        const int r = i / kWords;
+        const int64_t at = int64_t(item.q_start + r / a.group) * a.num_heads + item.kv_head * a.group + r % a.group;
+        static_cast<uint4*>(a.dq)[at * kWords + i % kWords] = make_uint4(0, 0, 0, 0);
+      }
+    }
+  }
+#endif
+}
+
+template <typename T, int kHeadDim>
+void launch_backward_queries(const BackwardParams& p, const Device& device, const Tiling& tiling) {
+  constexpr const char* kOp = "varlen_attention_backward";
+  using Shared = QueriesShared<kHeadDim>;
+  const PackShape& s = p.shape;
+  const int group = s.num_heads / s.num_kv_heads;
+  const auto view = [&](const PackedView& x, int64_t tokens, int heads) {
+    // A pack without keys is never read, but a map of nothing cannot be made.
+    return RaggedView{tokens ? x.data : p.q.data, p.dtype,        std::max<int64_t>(tokens, 1), heads, kHeadDim,
+                      x.token_stride,             x.head_stride};
+  };
+  const CUtensorMap q_map = tensor_map_ragged(kOp, view(p.q, s.total_q, s.num_heads), group, block_tokens(s));
+  const CUtensorMap dout_map = tensor_map_ragged(kOp, view(p.dout, s.total_q, s.num_heads), group, block_tokens(s));
+  const CUtensorMap k_map = tensor_map_ragged(kOp, view(p.k, s.total_k, s.num_kv_heads), 1, Shared::kKeys);
+  const CUtensorMap v_map = tensor_map_ragged(kOp, view(p.v, s.total_k, s.num_kv_heads), 1, Shared::kKeys);
+  QueriesArguments a{};
+  a.plan = p.plan;
+  a.rows = scratch_of(p).rows;
+  a.dq = p.dq;
+  a.total_q = int32_t(s.total_q);
+  a.total_k = int32_t(s.total_k);
+  a.num_heads = s.num_heads;
+  a.group = group;
+  a.block_tokens = block_tokens(s);
+  a.parts = (tiling.item_tokens() / block_tokens(s) + 1) / 2;
+  a.group_reciprocal = uint32_t(((1 << 16) + group - 1) / group);
+  a.scale = p.softmax_scale;
+  a.scale_log2 = p.softmax_scale * float(M_LOG2E);
+  LaunchShape shape;
+  shape.grid = dim3(unsigned(std::min<int64_t>(device.sm_count, max_forward_items(s) * a.parts)));
+  shape.block = dim3(Shared::kThreads);
+  shape.smem_bytes = int(sizeof(Shared)) + 1024;  // what is aligned by hand
+  shape.dependent = true;
+  static_assert(sizeof(Shared) + 1024 <= 227 * 1024);
+  launch_kernel(kOp, device, p.launch.stream, shape, illada_attention_backward_queries_sm90<T, kHeadDim>, q_map,
+                dout_map, k_map, v_map, a);
+}
+
+}  // namespace
+}  // namespace illada::attention

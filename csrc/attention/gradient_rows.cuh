@@ -1,0 +1,38 @@
+// Rows of a gradient on their way from a warpgroup's accumulators to memory.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.cuh"
+#include "common/reduce.cuh"
+
+namespace illada::attention {
+
+// This lane's part of two rows of `x`, as wgmma leaves them, times `scale` in 16 bits to row[0] and row[1] (null: not
+// wanted), which are contiguous and 16-byte aligned. Four lanes to a row exchange words until each has 16 bytes of it.
+template <typename T, int kColumns>
+__device__ __forceinline__ void write_gradient(const float (&x)[kColumns / 2], float scale, T* const (&row)[2]) {
+  const int quad = int(threadIdx.x) % 4;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+#pragma unroll
+    for (int j = 0; j < kColumns / 8; j += 4) {
+      uint32_t w[4];
+#pragma unroll
+      for (int b = 0; b < 4; ++b) w[b] = pack2<T>(x[4 * (j + b) + 2 * i] * scale, x[4 * (j + b) + 2 * i + 1] * scale);
+#pragma unroll
+      for (int bit = 1; bit <= 2; bit *= 2) {  // transposes 2 x 2 words
+#pragma unroll
+        for (int b = 0; b < 4; ++b) {
+          if (b & bit) continue;
+          const bool upper = quad & bit;
+          const uint32_t got = __shfl_xor_sync(kFullWarp, upper ? w[b] : w[b | bit], bit);
+          (upper ? w[b] : w[b | bit]) = got;
+        }
+      }
+      if (row[i]) *reinterpret_cast<uint4*>(row[i] + 8 * (j + quad)) = make_uint4(w[0], w[1], w[2], w[3]);
+    }
+  }
+}
+
+}  // namespace illada::attention
