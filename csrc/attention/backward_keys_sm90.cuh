@@ -265,7 +265,6 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
       ptx::wgmma_commit();
     };
     const auto multiply_ds = [&](int number, int key_buffer) {  // dq = ds k of a step
-      ptx::mbarrier_wait(ds_full + 8 * (number & 1), uint32_t(number >> 1 & 1));
       const uint32_t x = ds_columns + uint32_t(number & 1) * (kScoreBytes / 16);
       const uint32_t y = k_columns + uint32_t(key_buffer) * (kKeyBytes / 16);
       ptx::wgmma_fence();
@@ -351,15 +350,9 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
       const int key = warpgroup * 64 + warp_row + lane / 4;
       const int64_t stride = int64_t(a.num_kv_heads) * kHeadDim;
       const int64_t offset = (item.k_start + key) * stride + item.kv_head * kHeadDim;
-      T *dk_row[2], *dv_row[2];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const bool valid = key + 8 * i < item.k_count;
-        dk_row[i] = valid ? static_cast<T*>(a.dk) + offset + 8 * i * stride : nullptr;
-        dv_row[i] = valid ? static_cast<T*>(a.dv) + offset + 8 * i * stride : nullptr;
-      }
-      write_gradient<T, kHeadDim>(dv, 1.0f, dv_row);
-      write_gradient<T, kHeadDim>(dk, a.scale, dk_row);
+      const int rows = (item.k_count - key + 7) / 8;
+      write_gradient<T, kHeadDim>(dv, 1.0f, static_cast<T*>(a.dv) + offset, 8 * stride, rows);
+      write_gradient<T, kHeadDim>(dk, a.scale, static_cast<T*>(a.dk) + offset, 8 * stride, rows);
     };
 
     if (open_item()) {
@@ -369,7 +362,6 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
       int count = 0;         // its tokens
       const auto multiply_q = [&] {
         stage = ring.stage;
-        ptx::mbarrier_wait(q_full + 8 * stage, ring.parity);
         ptx::wgmma_fence();
         multiply_k();
       };
@@ -411,11 +403,13 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
             ptx::mbarrier_arrive_if(thread == 0, ds_empty + 8 * ((step - 1) & 1));
           } else if (i >= kFirst) {
             constexpr int kEach = (16 + 2 * kSteps - kFirst - 1) / (2 * kSteps - kFirst);
+            __syncwarp();
             add_dq((i - kFirst) * kEach, kEach);
           }
         }
         ptx::wgmma_commit();
       };
+      ptx::mbarrier_wait(q_full, 0);
       multiply_q();
       multiply_dout(false);
       finish_scores();
@@ -427,6 +421,8 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
         const bool ends_item = is_last, begins_item = fresh;
         if (ends_item && !open_item()) break;
 
+        ptx::mbarrier_wait(q_full + 8 * ring.stage, ring.parity);
+        if (kFused) ptx::mbarrier_wait(ds_full + 8 * ((step - 1) & 1), uint32_t((step - 1) >> 1 & 1));
         ptx::named_barrier_sync(own_turn, 256);
         if (kFused) multiply_ds(step - 1, key_buffer ^ int(begins_item));
         multiply_gradients(!begins_item, true);
@@ -449,11 +445,13 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
       multiply_gradients(!fresh, false);
       ptx::wgmma_wait<0>();
       if (kFused) {
+        ptx::mbarrier_wait(ds_full + 8 * ((step - 1) & 1), uint32_t((step - 1) >> 1 & 1));
         multiply_ds(step - 1, key_buffer ^ int(fresh));
         ptx::wgmma_wait<0>();
         ptx::mbarrier_arrive_if(thread == 0, ds_empty + 8 * ((step - 1) & 1));
         add_dq(0, 16);
         open_sums(count, fresh, key_buffer);
+        ptx::mbarrier_wait(ds_full + 8 * (step & 1), uint32_t(step >> 1 & 1));
         multiply_ds(step, key_buffer);
         ptx::wgmma_wait<0>();
         add_dq(0, 16);

@@ -201,14 +201,6 @@ __global__ __launch_bounds__(QueriesShared<kHeadDim>::kThreads, 1) void illada_a
         ptx::wgmma_k16_rs<T, kHeadDim>(dq, ds[i], y + i * (16 * kRowBytes / 16), accumulate || i > 0);
       ptx::wgmma_commit();
     };
-    // Token of the item and head of the group of this lane's row i, and where its dq goes; null: there is no such row.
-    const auto target = [&](const WorkItem& item, int i) -> T* {
-      const int token = int((row + 8 * i) * a.group_reciprocal >> 16), head = row + 8 * i - token * a.group;
-      const int in_item = warpgroup * a.block_tokens + token;
-      if (token >= a.block_tokens || in_item >= item.q_count) return nullptr;
-      return static_cast<T*>(a.dq) +
-             (int64_t(item.q_start + in_item) * a.num_heads + item.kv_head * a.group + head) * kHeadDim;
-    };
     const auto open_item = [&] {
       ptx::mbarrier_wait(q_full + 8 * warpgroup, uint32_t(number) % 2);
       const WorkItem& item = shared.item[warpgroup][number % 2];
@@ -226,10 +218,14 @@ __global__ __launch_bounds__(QueriesShared<kHeadDim>::kThreads, 1) void illada_a
       return true;
     };
     const auto write_queries = [&](const WorkItem& item) {
-      T* const targets[2] = {target(item, 0), target(item, 1)};
-      write_gradient<T, kHeadDim>(dq, a.scale, targets);
+      const auto target = [&](int r) {
+        const int token = int(r * a.group_reciprocal >> 16);
+        return static_cast<T*>(a.dq) + (int64_t(item.q_start + warpgroup * a.block_tokens + token) * a.num_heads +
+                                        item.kv_head * a.group + r - token * a.group) * kHeadDim;
+      };
+      const int rows = min(item.q_count - warpgroup * a.block_tokens, a.block_tokens) * a.group;
+      write_gradient<T, kHeadDim>(dq, a.scale, target(row), target(row + 8) - target(row), (rows - row + 7) / 8);
     };
-
     if (open_item()) {
       bool fresh = true;    // is the tile of s the first one of its item?
       bool is_last = false;  // the last one?

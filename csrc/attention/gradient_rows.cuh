@@ -8,10 +8,12 @@
 
 namespace illada::attention {
 
-// This lane's part of two rows of `x`, as wgmma leaves them, times `scale` in 16 bits to row[0] and row[1] (null: not
-// wanted), which are contiguous and 16-byte aligned. Four lanes to a row exchange words until each has 16 bytes of it.
+// This lane's part of two rows of `x`, as wgmma leaves them, times `scale` in 16 bits to `row` and `row + stride`, of
+// which the first `count` are wanted; rows are contiguous and 16-byte aligned. Four lanes to a row exchange words until
+// each has 16 bytes of it.
 template <typename T, int kColumns>
-__device__ __forceinline__ void write_gradient(const float (&x)[kColumns / 2], float scale, T* const (&row)[2]) {
+__device__ __forceinline__ void write_gradient(const float (&x)[kColumns / 2], float scale, T* row, int64_t stride,
+                                               int count) {
   const int quad = int(threadIdx.x) % 4;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -30,7 +32,7 @@ __device__ __forceinline__ void write_gradient(const float (&x)[kColumns / 2], f
           (upper ? w[b] : w[b | bit]) = got;
         }
       }
-      if (row[i]) *reinterpret_cast<uint4*>(row[i] + 8 * (j + quad)) = make_uint4(w[0], w[1], w[2], w[3]);
+      if (i < count) *reinterpret_cast<uint4*>(row + i * stride + 8 * (j + quad)) = make_uint4(w[0], w[1], w[2], w[3]);
     }
   }
 }
