@@ -49,6 +49,7 @@ struct BackwardStorage {
   using Tiles = BackwardTiles<kHeadDim>;
   alignas(128) char stage[2][Tiles::kStageBytes];  // a tile of q and one of dout, or of k and of v
   alignas(16) RowStatistics rows[2][Tiles::kTile];
+  WorkItem item;  // this CTA's part of it; read anew where it is needed
 };
 
 struct BackwardArguments {
@@ -151,55 +152,61 @@ __global__ __launch_bounds__(kThreads,
   BackwardStorage<kHeadDim>& shared = *reinterpret_cast<BackwardStorage<kHeadDim>*>(raw_shared);
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
-  const int index = int(blockIdx.x / kParts), first_key = int(blockIdx.x % kParts) * kOwn;
+  const int index = int(blockIdx.x / kParts);
   if (index >= plan_header(a.plan).backward_items) return;
-  const WorkItem item = backward_items(a.plan, a.first_backward_row)[index];
-  const int keys = min(item.k_count - first_key, kOwn);
-  if (keys <= 0) return;
+  WorkItem part = backward_items(a.plan, a.first_backward_row)[index];
+  const int first_key = int(blockIdx.x % kParts) * kOwn;
+  part.k_start += first_key;
+  part.k_count = min(part.k_count - first_key, kOwn);
+  if (part.k_count <= 0) return;
+  const WorkItem& item = shared.item;
+  if (threadIdx.x == 0) shared.item = part;
+  __syncthreads();
 
   const uint32_t ring = ptx::smem_address(shared.stage);
-  const int lane = int(threadIdx.x % 32), warp = int(threadIdx.x / 32);
-  const Fragments<kRowBytes> at(threadIdx.x);
-  const uint32_t own = ring + warp * (Tiles::kWarpRows * kRowBytes) + at.columns;
-  const Copier<kHeadDim> copier(threadIdx.x);
   const auto load_keys = [&](int stage, const void* source, int64_t token_bytes, int64_t head_bytes) {
-    copier.template keys<kOwn, true>(
-        ring + stage * Tiles::kStageBytes,
-        static_cast<const char*>(source) + (item.k_start + first_key) * token_bytes + item.kv_head * head_bytes,
-        token_bytes, 0, keys);
+    Copier<kHeadDim>(threadIdx.x)
+        .template keys<kOwn, true>(
+            ring + stage * Tiles::kStageBytes,
+            static_cast<const char*>(source) + item.k_start * token_bytes + item.kv_head * head_bytes, token_bytes, 0,
+            item.k_count);
     ptx::cp_async_commit();
   };
   load_keys(0, a.k, a.k_token_bytes, a.k_head_bytes);
   load_keys(1, a.v, a.v_token_bytes, a.v_head_bytes);
 
-  const int rows = item.q_count * a.group, tiles = (rows + kTile - 1) / kTile;
-  RowWalk walk(copier.row, a.group);
-  const auto load_tile = [&](int tile) {  // q, dout and the statistics; tiles in their order
-    const int head = item.kv_head * a.group;
-    const char* const q = static_cast<const char*>(a.q) + item.q_start * a.q_token_bytes + head * a.q_head_bytes;
+  const auto load_tile = [&](int tile) {  // q, dout and the statistics
+    const uint32_t thread = thread_again();
+    const Copier<kHeadDim> copier(thread);
+    RowWalk walk(tile * kTile + copier.row, a.group);
+    const int q_start = item.q_start, tokens = item.q_count, kv_head = item.kv_head;
+    const char* const q =
+        static_cast<const char*>(a.q) + q_start * a.q_token_bytes + kv_head * a.group * a.q_head_bytes;
     const char* const dout =
-        static_cast<const char*>(a.dout) + item.q_start * a.dout_token_bytes + head * a.dout_head_bytes;
+        static_cast<const char*>(a.dout) + q_start * a.dout_token_bytes + kv_head * a.group * a.dout_head_bytes;
     uint32_t target = ring + (tile & 1) * Tiles::kStageBytes;
 #pragma unroll
     for (int i = 0; i < kTile / copier.kRows; ++i) {
-      copy_row(copier, target, q, a.q_token_bytes, a.q_head_bytes, walk, item.q_count);
-      copy_row(copier, target + Tiles::kTileBytes, dout, a.dout_token_bytes, a.dout_head_bytes, walk, item.q_count);
+      copy_row(copier, target, q, a.q_token_bytes, a.q_head_bytes, walk, tokens);
+      copy_row(copier, target + Tiles::kTileBytes, dout, a.dout_token_bytes, a.dout_head_bytes, walk, tokens);
       walk.advance(a);
       target += copier.kRows * kRowBytes;
     }
-    if (threadIdx.x < kTile) {
-      const int row = tile * kTile + int(threadIdx.x);
-      const RowStatistics* const first = a.rows + (int64_t(item.kv_head) * a.total_q + item.q_start) * a.group;
-      ptx::cp_async_8(ptx::smem_address(&shared.rows[tile & 1][threadIdx.x]), first + min(row, rows - 1), row < rows);
+    if (thread < kTile) {
+      const int row = tile * kTile + int(thread), rows = tokens * a.group;
+      const RowStatistics* const first = a.rows + (int64_t(kv_head) * a.total_q + q_start) * a.group;
+      ptx::cp_async_8(ptx::smem_address(&shared.rows[tile & 1][thread]), first + min(row, rows - 1), row < rows);
     }
   };
 
   uint32_t k[kBlocks][kHeadDim / 16][4], v[kBlocks][kHeadDim / 16][4];
+  const uint32_t own =
+      ring + threadIdx.x / 32 * (Tiles::kWarpRows * kRowBytes) + Fragments<kRowBytes>(threadIdx.x).columns;
   ptx::cp_async_wait<1>();
   __syncthreads();
   load_operand<kHeadDim>(k, own);
   __syncthreads();
-  if (tiles > 0) load_tile(0);
+  if (item.q_count > 0) load_tile(0);
   ptx::cp_async_commit();
   ptx::cp_async_wait<1>();
   __syncthreads();
@@ -211,50 +218,52 @@ __global__ __launch_bounds__(kThreads,
 #pragma unroll
     for (int j = 0; j < kHeadDim / 2; ++j) dk[m][j] = dv[m][j] = 0;
   }
+  // Rows behind the item's last one are zeros with statistics of 0, and keys behind its last one have sums of their
+  // own, which nobody stores: nothing is masked.
+  const int rows = item.q_count * a.group;
 #pragma unroll 1
-  for (int tile = 0; tile < tiles; ++tile) {
-    ptx::cp_async_wait<0>();
-    __syncthreads();
-    if (tile + 1 < tiles) load_tile(tile + 1);
-    ptx::cp_async_commit();
-    uint32_t q_tile = ring + (tile & 1) * Tiles::kStageBytes;
-    const RowStatistics* statistics = &shared.rows[tile & 1][lane % 4 * 2];
-    // Rows behind the item's last one are zeros with statistics of 0, and keys behind its last one have sums of their
-    // own, which nobody stores: nothing is masked.
-#pragma unroll 1
-    for (int left = min(rows - tile * kTile, kTile); left > 0; left -= 16) {
-      float s[kBlocks][8], dp[kBlocks][8];
-      multiply_pair<kIsBFloat16, kHeadDim>(s, k, q_tile + at.rows, dp, v, q_tile + Tiles::kTileBytes + at.rows);
-      uint32_t p[kBlocks][4], ds[kBlocks][4];
+  for (int row = 0; row < rows; row += 16) {
+    if (row % kTile == 0) {
+      ptx::cp_async_wait<0>();
+      __syncthreads();
+      if (row + kTile < rows) load_tile(row / kTile + 1);
+      ptx::cp_async_commit();
+    }
+    const uint32_t thread = thread_again();
+    const Fragments<kRowBytes> at(thread);
+    const int stage = row / kTile % 2;
+    const uint32_t q_rows = ring + stage * Tiles::kStageBytes + row % kTile * kRowBytes;
+    const uint32_t dout_rows = q_rows + Tiles::kTileBytes;
+    float s[kBlocks][8], dp[kBlocks][8];
+    multiply_pair<kIsBFloat16, kHeadDim>(s, k, q_rows + at.rows, dp, v, dout_rows + at.rows);
+    uint32_t p[kBlocks][4], ds[kBlocks][4];
 #pragma unroll
-      for (int n = 0; n < 2; ++n) {
-        const float4 two = *reinterpret_cast<const float4*>(statistics + 8 * n);  // rows
+    for (int n = 0; n < 2; ++n) {
+      const float4 two = *reinterpret_cast<const float4*>(&shared.rows[stage][row % kTile + 8 * n + thread % 4 * 2]);
 #pragma unroll
-        for (int m = 0; m < kBlocks; ++m) {
+      for (int m = 0; m < kBlocks; ++m) {
 #pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const float *const score = &s[m][4 * n + 2 * i], *const product = &dp[m][4 * n + 2 * i];
-            const float p0 = ptx::exp2_approx(fmaf(score[0], a.scale_log2, -two.x));
-            const float p1 = ptx::exp2_approx(fmaf(score[1], a.scale_log2, -two.z));
-            p[m][2 * n + i] = pack2<T>(p0, p1);
-            ds[m][2 * n + i] = pack2<T>(p0 * (product[0] - two.y), p1 * (product[1] - two.w));
-          }
+        for (int i = 0; i < 2; ++i) {
+          const float *const score = &s[m][4 * n + 2 * i], *const product = &dp[m][4 * n + 2 * i];
+          const float p0 = ptx::exp2_approx(fmaf(score[0], a.scale_log2, -two.x));
+          const float p1 = ptx::exp2_approx(fmaf(score[1], a.scale_log2, -two.z));
+          p[m][2 * n + i] = pack2<T>(p0, p1);
+          ds[m][2 * n + i] = pack2<T>(p0 * (product[0] - two.y), p1 * (product[1] - two.w));
         }
       }
-      add_product<kIsBFloat16, kHeadDim>(dv, p, q_tile + Tiles::kTileBytes + at.columns);
-      add_product<kIsBFloat16, kHeadDim>(dk, ds, q_tile + at.columns);
-      q_tile += 16 * kRowBytes;
-      statistics += 16;
     }
+    add_product<kIsBFloat16, kHeadDim>(dv, p, dout_rows + at.columns);
+    add_product<kIsBFloat16, kHeadDim>(dk, ds, q_rows + at.columns);
   }
+  const int thread = int(thread_again()), lane = thread % 32;
 #pragma unroll
   for (int m = 0; m < kBlocks; ++m) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int key = warp * Tiles::kWarpRows + lane / 4 + m * 16 + i * 8;
-      const int64_t place = (int64_t(item.k_start + first_key + key) * a.num_kv_heads + item.kv_head) * kHeadDim;
-      store_row<T, kHeadDim>(static_cast<T*>(a.dk) + place, dk[m], i, a.softmax_scale, key < keys, lane);
-      store_row<T, kHeadDim>(static_cast<T*>(a.dv) + place, dv[m], i, 1.0f, key < keys, lane);
+      const int key = thread / 32 * Tiles::kWarpRows + lane / 4 + m * 16 + i * 8;
+      const int64_t place = (int64_t(item.k_start + key) * a.num_kv_heads + item.kv_head) * kHeadDim;
+      store_row<T, kHeadDim>(static_cast<T*>(a.dk) + place, dk[m], i, a.softmax_scale, key < item.k_count, lane);
+      store_row<T, kHeadDim>(static_cast<T*>(a.dv) + place, dv[m], i, 1.0f, key < item.k_count, lane);
     }
   }
 }
@@ -270,30 +279,30 @@ __global__ __launch_bounds__(kThreads, kHeadDim == 128 ? 3 : 2) void illada_atte
   BackwardStorage<kHeadDim>& shared = *reinterpret_cast<BackwardStorage<kHeadDim>*>(raw_shared);
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
-  const int index = int(blockIdx.x / kParts), first_token = int(blockIdx.x % kParts) * a.own_tokens;
-  const int items = plan_header(a.plan).forward_items;
+  const int index = int(blockIdx.x / kParts), items = plan_header(a.plan).forward_items;
   if (index >= items) return;
-  const WorkItem item = forward_items(a.plan)[index];
-  const int tokens = min(item.q_count - first_token, a.own_tokens);
-  if (item.piece != 0 || tokens <= 0) return;
+  WorkItem part = forward_items(a.plan)[index];
+  const int first_token = int(blockIdx.x % kParts) * a.own_tokens;
+  part.q_start += first_token;
+  part.q_count = min(part.q_count - first_token, a.own_tokens);
+  if (part.piece != 0 || part.q_count <= 0) return;
   // A sum over all keys, which the forward may have split: pieces are neighbours in the list.
-  const WorkItem& last = forward_items(a.plan)[min(index + item.pieces, items) - 1];
-  const int keys = last.k_start + last.k_count - item.k_start, tiles = (keys + kTile - 1) / kTile;
+  const WorkItem& last = forward_items(a.plan)[min(index + part.pieces, items) - 1];
+  part.k_count = last.k_start + last.k_count - part.k_start;
+  const WorkItem& item = shared.item;
+  if (threadIdx.x == 0) shared.item = part;
+  __syncthreads();
 
   const uint32_t ring = ptx::smem_address(shared.stage);
-  const int lane = int(threadIdx.x % 32), warp = int(threadIdx.x / 32);
-  const Fragments<kRowBytes> at(threadIdx.x);
-  const uint32_t own = ring + warp * (Tiles::kWarpRows * kRowBytes) + at.columns;
-  const Copier<kHeadDim> copier(threadIdx.x);
-  const int q_start = item.q_start + first_token;
   const auto load_rows = [&](int stage, const void* source, int64_t token_bytes, int64_t head_bytes) {
+    const Copier<kHeadDim> copier(threadIdx.x);
     const char* const first =
-        static_cast<const char*>(source) + q_start * token_bytes + item.kv_head * a.group * head_bytes;
+        static_cast<const char*>(source) + item.q_start * token_bytes + item.kv_head * a.group * head_bytes;
     uint32_t target = ring + stage * Tiles::kStageBytes;
     RowWalk walk(copier.row, a.group);
 #pragma unroll 4
     for (int i = 0; i < kOwn / copier.kRows; ++i) {
-      copy_row(copier, target, first, token_bytes, head_bytes, walk, tokens);
+      copy_row(copier, target, first, token_bytes, head_bytes, walk, item.q_count);
       walk.advance(a);
       target += copier.kRows * kRowBytes;
     }
@@ -302,34 +311,39 @@ __global__ __launch_bounds__(kThreads, kHeadDim == 128 ? 3 : 2) void illada_atte
   load_rows(0, a.q, a.q_token_bytes, a.q_head_bytes);
   load_rows(1, a.dout, a.dout_token_bytes, a.dout_head_bytes);
 
+  const auto row_of = [&](int thread, int m, int i) {  // of the CTA's rows
+    return thread / 32 * Tiles::kWarpRows + thread % 32 / 4 + m * 16 + i * 8;
+  };
   RowStatistics statistics[kBlocks][2];
-  const int64_t first_row = (int64_t(item.kv_head) * a.total_q + q_start) * a.group;
-  const auto row_of = [&](int m, int i) { return warp * Tiles::kWarpRows + lane / 4 + m * 16 + i * 8; };
 #pragma unroll
   for (int m = 0; m < kBlocks; ++m) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int row = row_of(m, i);
-      statistics[m][i] = row < tokens * a.group ? a.rows[first_row + row] : RowStatistics{0, 0};
+      const int row = row_of(int(threadIdx.x), m, i);
+      const int64_t first = (int64_t(item.kv_head) * a.total_q + item.q_start) * a.group;
+      statistics[m][i] = row < item.q_count * a.group ? a.rows[first + row] : RowStatistics{0, 0};
     }
   }
   const auto load_tile = [&](int tile) {
+    const Copier<kHeadDim> copier(thread_again());
     const uint32_t target = ring + (tile & 1) * Tiles::kStageBytes;
+    const int first = tile * kTile, keys = item.k_count - first;
     const char* const k =
         static_cast<const char*>(a.k) + item.k_start * a.k_token_bytes + item.kv_head * a.k_head_bytes;
     const char* const v =
         static_cast<const char*>(a.v) + item.k_start * a.v_token_bytes + item.kv_head * a.v_head_bytes;
-    copier.template keys<kTile, true>(target, k, a.k_token_bytes, tile * kTile, keys - tile * kTile);
-    copier.template keys<kTile, true>(target + Tiles::kTileBytes, v, a.v_token_bytes, tile * kTile,
-                                      keys - tile * kTile);
+    copier.template keys<kTile, true>(target, k, a.k_token_bytes, first, keys);
+    copier.template keys<kTile, true>(target + Tiles::kTileBytes, v, a.v_token_bytes, first, keys);
   };
 
   uint32_t q[kBlocks][kHeadDim / 16][4], dout[kBlocks][kHeadDim / 16][4];
+  const uint32_t own =
+      ring + threadIdx.x / 32 * (Tiles::kWarpRows * kRowBytes) + Fragments<kRowBytes>(threadIdx.x).columns;
   ptx::cp_async_wait<1>();
   __syncthreads();
   load_operand<kHeadDim>(q, own);
   __syncthreads();
-  if (tiles > 0) load_tile(0);
+  if (item.k_count > 0) load_tile(0);
   ptx::cp_async_commit();
   ptx::cp_async_wait<1>();
   __syncthreads();
@@ -341,40 +355,42 @@ __global__ __launch_bounds__(kThreads, kHeadDim == 128 ? 3 : 2) void illada_atte
 #pragma unroll
     for (int j = 0; j < kHeadDim / 2; ++j) dq[m][j] = 0;
   }
+  const int keys = item.k_count;
 #pragma unroll 1
-  for (int tile = 0; tile < tiles; ++tile) {
-    ptx::cp_async_wait<0>();
-    __syncthreads();
-    if (tile + 1 < tiles) load_tile(tile + 1);
-    ptx::cp_async_commit();
-    uint32_t k_tile = ring + (tile & 1) * Tiles::kStageBytes;
-#pragma unroll 1
-    for (int left = min(keys - tile * kTile, kTile); left > 0; left -= 16) {
-      float s[kBlocks][8], dp[kBlocks][8];
-      multiply_pair<kIsBFloat16, kHeadDim>(s, q, k_tile + at.rows, dp, dout, k_tile + Tiles::kTileBytes + at.rows);
-      uint32_t ds[kBlocks][4];
-#pragma unroll
-      for (int m = 0; m < kBlocks; ++m) {
-        if (left < 16) mask_scores(s[m], left);  // a score of 0 may be anything next to the others
-#pragma unroll
-        for (int j = 0; j < 8; j += 2) {
-          const RowStatistics& row = statistics[m][j / 2 % 2];
-          const float p0 = ptx::exp2_approx(fmaf(s[m][j], a.scale_log2, -row.lse_log2));
-          const float p1 = ptx::exp2_approx(fmaf(s[m][j + 1], a.scale_log2, -row.lse_log2));
-          ds[m][j / 2] = pack2<T>(p0 * (dp[m][j] - row.c), p1 * (dp[m][j + 1] - row.c));
-        }
-      }
-      add_product<kIsBFloat16, kHeadDim>(dq, ds, k_tile + at.columns);
-      k_tile += 16 * kRowBytes;
+  for (int key = 0; key < keys; key += 16) {
+    if (key % kTile == 0) {
+      ptx::cp_async_wait<0>();
+      __syncthreads();
+      if (key + kTile < keys) load_tile(key / kTile + 1);
+      ptx::cp_async_commit();
     }
+    const Fragments<kRowBytes> at(thread_again());
+    const uint32_t k_rows = ring + key / kTile % 2 * Tiles::kStageBytes + key % kTile * kRowBytes;
+    float s[kBlocks][8], dp[kBlocks][8];
+    multiply_pair<kIsBFloat16, kHeadDim>(s, q, k_rows + at.rows, dp, dout, k_rows + Tiles::kTileBytes + at.rows);
+    uint32_t ds[kBlocks][4];
+#pragma unroll
+    for (int m = 0; m < kBlocks; ++m) {
+      if (keys - key < 16) mask_scores(s[m], keys - key);  // next to very small scores, one of 0 is infinitely large
+#pragma unroll
+      for (int j = 0; j < 8; j += 2) {
+        const RowStatistics& row = statistics[m][j / 2 % 2];
+        const float p0 = ptx::exp2_approx(fmaf(s[m][j], a.scale_log2, -row.lse_log2));
+        const float p1 = ptx::exp2_approx(fmaf(s[m][j + 1], a.scale_log2, -row.lse_log2));
+        ds[m][j / 2] = pack2<T>(p0 * (dp[m][j] - row.c), p1 * (dp[m][j + 1] - row.c));
+      }
+    }
+    add_product<kIsBFloat16, kHeadDim>(dq, ds, k_rows + at.columns);
   }
+  const int thread = int(thread_again());
 #pragma unroll
   for (int m = 0; m < kBlocks; ++m) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int row = row_of(m, i), token = row / a.group, head = item.kv_head * a.group + row - token * a.group;
-      store_row<T, kHeadDim>(static_cast<T*>(a.dq) + (int64_t(q_start + token) * a.num_heads + head) * kHeadDim, dq[m],
-                             i, a.softmax_scale, token < tokens, lane);
+      const int row = row_of(thread, m, i), token = row / a.group;
+      const int head = item.kv_head * a.group + row - token * a.group;
+      store_row<T, kHeadDim>(static_cast<T*>(a.dq) + (int64_t(item.q_start + token) * a.num_heads + head) * kHeadDim,
+                             dq[m], i, a.softmax_scale, token < item.q_count, thread % 32);
     }
   }
 }
