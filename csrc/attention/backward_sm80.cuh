@@ -275,7 +275,8 @@ __global__ __launch_bounds__(kThreads, kHeadDim == 128 ? 3 : 2) void illada_atte
   using Tiles = BackwardTiles<kHeadDim>;
   constexpr bool kIsBFloat16 = std::is_same_v<T, BFloat16>;
   constexpr int kBlocks = Tiles::kBlocks, kOwn = Tiles::kOwn, kTile = Tiles::kTile, kRowBytes = Tiles::kRowBytes;
-  constexpr int kParts = kItemRows / kOwn;  // CTAs of an item
+  constexpr int kParts = kItemRows / kOwn;        // CTAs of an item
+  constexpr int kSteps = kHeadDim == 64 ? 4 : 1;  // of 16 keys side by side, where there are registers for it
   extern __shared__ __align__(1024) char raw_shared[];
   BackwardStorage<kHeadDim>& shared = *reinterpret_cast<BackwardStorage<kHeadDim>*>(raw_shared);
   ptx::griddepcontrol_wait();
@@ -358,30 +359,34 @@ __global__ __launch_bounds__(kThreads, kHeadDim == 128 ? 3 : 2) void illada_atte
   }
   const int keys = item.k_count;
 #pragma unroll 1
-  for (int key = 0; key < keys; key += 16) {
-    if (key % kTile == 0) {
+  for (int first = 0; first < keys; first += 16 * kSteps) {
+    if (first % kTile == 0) {
       ptx::cp_async_wait<0>();
       __syncthreads();
-      if (key + kTile < keys) load_tile(key / kTile + 1);
+      if (first + kTile < keys) load_tile(first / kTile + 1);
       ptx::cp_async_commit();
     }
     const Fragments<kRowBytes> at(thread_again());
-    const uint32_t k_rows = ring + key / kTile % 2 * Tiles::kStageBytes + key % kTile * kRowBytes;
-    float s[kBlocks][8], dp[kBlocks][8];
-    multiply_pair<kIsBFloat16, kHeadDim>(s, dp, q, dout, k_rows, Tiles::kTileBytes, at);
-    uint32_t ds[kBlocks][4];
 #pragma unroll
-    for (int m = 0; m < kBlocks; ++m) {
-      if (keys - key < 16) mask_scores(s[m], keys - key);  // next to very small scores, one of 0 is infinitely large
+    for (int step = 0; step < kSteps; ++step) {
+      const int left = keys - first - step * 16;
+      const uint32_t k_rows = ring + first / kTile % 2 * Tiles::kStageBytes + (first % kTile + step * 16) * kRowBytes;
+      float s[kBlocks][8], dp[kBlocks][8];
+      multiply_pair<kIsBFloat16, kHeadDim>(s, dp, q, dout, k_rows, Tiles::kTileBytes, at);
+      uint32_t ds[kBlocks][4];
 #pragma unroll
-      for (int j = 0; j < 8; j += 2) {
-        const RowStatistics& row = statistics[m][j / 2 % 2];
-        const float p0 = ptx::exp2_approx(fmaf(s[m][j], a.scale_log2, -row.lse_log2));
-        const float p1 = ptx::exp2_approx(fmaf(s[m][j + 1], a.scale_log2, -row.lse_log2));
-        ds[m][j / 2] = pack2<T>(p0 * (dp[m][j] - row.c), p1 * (dp[m][j + 1] - row.c));
+      for (int m = 0; m < kBlocks; ++m) {
+        if (left < 16) mask_scores(s[m], left);  // next to very small scores, one of 0 is infinitely large
+#pragma unroll
+        for (int j = 0; j < 8; j += 2) {
+          const RowStatistics& row = statistics[m][j / 2 % 2];
+          const float p0 = ptx::exp2_approx(fmaf(s[m][j], a.scale_log2, -row.lse_log2));
+          const float p1 = ptx::exp2_approx(fmaf(s[m][j + 1], a.scale_log2, -row.lse_log2));
+          ds[m][j / 2] = pack2<T>(p0 * (dp[m][j] - row.c), p1 * (dp[m][j + 1] - row.c));
+        }
       }
+      add_product<kIsBFloat16, kHeadDim>(dq, ds, k_rows, at);
     }
-    add_product<kIsBFloat16, kHeadDim>(dq, ds, k_rows, at);
   }
   const int thread = int(thread_again());
 #pragma unroll
