@@ -100,12 +100,11 @@ __device__ __forceinline__ void load_operand(uint32_t (&a)[kBlocks][kHeadDim / 1
   }
 }
 
-// s = a . x^T and t = b . y^T with 16 rows of each of two tiles, of which y is `apart` bytes behind x.
+// s = a . x^T and t = b . y^T with 16 rows of each of two tiles. Addresses have the lane's offset.
 template <bool kIsBFloat16, int kHeadDim, int kBlocks>
 __device__ __forceinline__ void multiply_pair(float (&s)[kBlocks][8], float (&t)[kBlocks][8],
                                               const uint32_t (&a)[kBlocks][kHeadDim / 16][4],
-                                              const uint32_t (&b)[kBlocks][kHeadDim / 16][4], uint32_t x,
-                                              uint32_t apart, const Fragments<kHeadDim * 2>& at) {
+                                              const uint32_t (&b)[kBlocks][kHeadDim / 16][4], uint32_t x, uint32_t y) {
 #pragma unroll
   for (int m = 0; m < kBlocks; ++m) {
 #pragma unroll
@@ -113,10 +112,9 @@ __device__ __forceinline__ void multiply_pair(float (&s)[kBlocks][8], float (&t)
   }
 #pragma unroll
   for (int step = 0; step < kHeadDim / 16; ++step) {
-    const uint32_t from = x + (at.rows ^ (step % 4 * 32)) + step / 4 * 128;
     uint32_t u[4], w[4];
-    ptx::ldmatrix_x4(u, from);
-    ptx::ldmatrix_x4(w, from + apart);
+    ptx::ldmatrix_x4(u, (x ^ (step % 4 * 32)) + step / 4 * 128);
+    ptx::ldmatrix_x4(w, (y ^ (step % 4 * 32)) + step / 4 * 128);
 #pragma unroll
     for (int m = 0; m < kBlocks; ++m) {
       ptx::mma_m16n8k16<kIsBFloat16>(&s[m][0], a[m][step], u[0], u[1]);
@@ -130,11 +128,11 @@ __device__ __forceinline__ void multiply_pair(float (&s)[kBlocks][8], float (&t)
 // sum += p . x with 16 rows of a tile.
 template <bool kIsBFloat16, int kHeadDim, int kBlocks>
 __device__ __forceinline__ void add_product(float (&sum)[kBlocks][kHeadDim / 2], const uint32_t (&p)[kBlocks][4],
-                                            uint32_t x, const Fragments<kHeadDim * 2>& at) {
+                                            uint32_t x) {
 #pragma unroll
   for (int n = 0; n < kHeadDim / 16; ++n) {
     uint32_t w[4];
-    ptx::ldmatrix_x4_trans(w, x + (at.columns ^ (n % 4 * 32)) + n / 4 * 128);
+    ptx::ldmatrix_x4_trans(w, (x ^ (n % 4 * 32)) + n / 4 * 128);
 #pragma unroll
     for (int m = 0; m < kBlocks; ++m) {
       ptx::mma_m16n8k16<kIsBFloat16>(&sum[m][8 * n], p[m], w[0], w[1]);
@@ -235,8 +233,9 @@ __global__ __launch_bounds__(kThreads,
     const Fragments<kRowBytes> at(thread);
     const int stage = row / kTile % 2;
     const uint32_t q_rows = ring + stage * Tiles::kStageBytes + row % kTile * kRowBytes;
+    const uint32_t dout_rows = q_rows + Tiles::kTileBytes;
     float s[kBlocks][8], dp[kBlocks][8];
-    multiply_pair<kIsBFloat16, kHeadDim>(s, dp, k, v, q_rows, Tiles::kTileBytes, at);
+    multiply_pair<kIsBFloat16, kHeadDim>(s, dp, k, v, q_rows + at.rows, dout_rows + at.rows);
     uint32_t p[kBlocks][4], ds[kBlocks][4];
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
@@ -253,8 +252,8 @@ __global__ __launch_bounds__(kThreads,
         }
       }
     }
-    add_product<kIsBFloat16, kHeadDim>(dv, p, q_rows + Tiles::kTileBytes, at);
-    add_product<kIsBFloat16, kHeadDim>(dk, ds, q_rows, at);
+    add_product<kIsBFloat16, kHeadDim>(dv, p, dout_rows + at.columns);
+    add_product<kIsBFloat16, kHeadDim>(dk, ds, q_rows + at.columns);
   }
   const int thread = int(thread_again()), lane = thread % 32;
 #pragma unroll
@@ -372,7 +371,7 @@ __global__ __launch_bounds__(kThreads, kHeadDim == 128 ? 3 : 2) void illada_atte
       const int left = keys - first - step * 16;
       const uint32_t k_rows = ring + first / kTile % 2 * Tiles::kStageBytes + (first % kTile + step * 16) * kRowBytes;
       float s[kBlocks][8], dp[kBlocks][8];
-      multiply_pair<kIsBFloat16, kHeadDim>(s, dp, q, dout, k_rows, Tiles::kTileBytes, at);
+      multiply_pair<kIsBFloat16, kHeadDim>(s, dp, q, dout, k_rows + at.rows, k_rows + Tiles::kTileBytes + at.rows);
       uint32_t ds[kBlocks][4];
 #pragma unroll
       for (int m = 0; m < kBlocks; ++m) {
@@ -385,7 +384,7 @@ __global__ __launch_bounds__(kThreads, kHeadDim == 128 ? 3 : 2) void illada_atte
           ds[m][j / 2] = pack2<T>(p0 * (dp[m][j] - row.c), p1 * (dp[m][j + 1] - row.c));
         }
       }
-      add_product<kIsBFloat16, kHeadDim>(dq, ds, k_rows, at);
+      add_product<kIsBFloat16, kHeadDim>(dq, ds, k_rows + at.columns);
     }
   }
   const int thread = int(thread_again());
