@@ -11,13 +11,14 @@
 // have the layout that the A operands p and ds need in the products that follow, so that nothing but the tiles is ever
 // in shared memory. A stage is as large as an operand, which is how the CTA's own ones come in.
 //
-// An item of n keys and m rows is 14 n m D flop, of which 4 are the second s and dp, the price of a fixed order. Bound
-// by the tensor cores and, at D 128, as much by the reads of shared memory: each 512 bytes of ldmatrix are 4 cycles of
-// it and feed 4 cycles of products (8 at D 64, where a warp has twice as many rows). Two CTAs an SM (three of `queries`
-// at D 128) have products while another one has exponentials. Tiles come from the L2 cache at 16 to 21 bytes a cycle
-// and SM; from memory each sequence's rows come once, 12 T H D + 8 Tk G D bytes with those that leave.
+// n keys and m rows are 14 n m D flop, 4 of them for the second s and dp, which is the price of a fixed order; from
+// memory 6 T H D + 8 Tk G D bytes, each element once. Bound by the tensor cores, and at D 128 as much by shared memory:
+// 512 bytes of ldmatrix are 4 cycles of it and feed 4 cycles of products (8 at D 64, where a warp has twice as many
+// rows). Other CTAs have products while one has exponentials: two an SM, three of `queries` at D 128. Tiles come from
+// the L2 cache at 8 to 21 bytes a cycle and SM.
 //
-// Registers are what limits the tiles: at D 128 a lane of `keys` holds 128 of sums and 64 of operands.
+// Registers are what limits the tiles: a lane of `keys` holds 128 of sums and 64 of operands. What is cheap to make
+// again (all that comes from the thread index and the item) is not kept over a step.
 #pragma once
 
 #include <algorithm>
@@ -276,6 +277,7 @@ __global__ __launch_bounds__(kThreads, kHeadDim == 128 ? 3 : 2) void illada_atte
   constexpr int kBlocks = Tiles::kBlocks, kOwn = Tiles::kOwn, kTile = Tiles::kTile, kRowBytes = Tiles::kRowBytes;
   constexpr int kParts = kItemRows / kOwn;        // CTAs of an item
   constexpr int kSteps = kHeadDim == 64 ? 4 : 1;  // of 16 keys side by side, where there are registers for it
+  static_assert(kTile % (16 * kSteps) == 0);
   extern __shared__ __align__(1024) char raw_shared[];
   BackwardStorage<kHeadDim>& shared = *reinterpret_cast<BackwardStorage<kHeadDim>*>(raw_shared);
   ptx::griddepcontrol_wait();

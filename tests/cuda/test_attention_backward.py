@@ -84,7 +84,7 @@ def test_one_sequence(length, dim, device):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("length", [*TILE_EDGES, 1025])
+@pytest.mark.parametrize("length", [*TILE_EDGES[1:], 1025])
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_length(length, dim, dtype, device):
@@ -125,7 +125,7 @@ def test_more_sequences_than_multiprocessors(device):
 @pytest.mark.parametrize("dim", [64, 128])
 def test_pairs_of_tiles(dim, device):
     """So many tiles that the forward's items are pairs of them where there are clusters."""
-    check(Pack([700], device, room=0, heads=96, kv_heads=96, dim=dim))
+    check(Pack([520], device, room=0, heads=52, kv_heads=52, dim=dim))
 
 
 @pytest.mark.parametrize("out, lse", [(True, False), (False, True)])
