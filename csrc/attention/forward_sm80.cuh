@@ -30,6 +30,7 @@
 
 #include "attention/launch.h"
 #include "attention/row_pair.cuh"
+#include "attention/tiles_sm80.cuh"
 #include "common/dtype.cuh"
 #include "common/ptx.cuh"
 #include "common/reduce.cuh"
@@ -37,7 +38,6 @@
 namespace illada::attention {
 namespace {
 
-constexpr int kWarps = 4, kThreads = 32 * kWarps;
 constexpr int kResident = 2;  // CTAs of an SM, where shared memory allows it
 constexpr int kTileRows = forward_blocks_sm80() * kBlockRows;
 constexpr int kWarpRows = kTileRows / kWarps, kPairs = kWarpRows / 16;  // RowPairs of a lane
@@ -82,53 +82,6 @@ struct TileRow {
   int token, head;  // of the item, of the group
   __device__ __forceinline__ TileRow(int row, const ForwardArguments& a)
       : token(int(uint32_t(row) * a.group_reciprocal >> 16)), head(row - token * a.group) {}
-};
-
-// threadIdx.x, read anew: what is made of it holds no registers while the main loop runs, which needs them all.
-__device__ __forceinline__ uint32_t thread_again() {
-  uint32_t thread;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-  return thread;
-}
-
-// How the threads of a CTA copy tiles: a chunk of 16 bytes each, kRows rows at a time.
-template <int kHeadDim>
-struct Copier {
-  static constexpr int kChunks = kHeadDim / 8, kRows = kThreads / kChunks, kRowBytes = kHeadDim * 2;
-  static_assert(kRows % 8 == 0);  // a thread's chunk stays at its place
-  int row, column;                // of the first chunk; the column in bytes
-  uint32_t target;                // in any tile
-
-  __device__ __forceinline__ explicit Copier(uint32_t thread) {
-    row = int(thread / kChunks);
-    column = int(thread % kChunks * 16);
-    target = thread / kChunks * kRowBytes + (thread % kChunks ^ thread / kChunks % 8) * 16;
-  }
-  // Rows `first` .. of `source`. Those from `rows` of the tile on become zeros: what lies there may be anything, and
-  // 0 * NaN is NaN.
-  template <int kTile, bool kPartial>
-  __device__ __forceinline__ void keys(uint32_t tile, const char* source, int64_t stride, int first, int rows) const {
-    source += (first + row) * stride + column;
-#pragma unroll
-    for (int i = 0; i < kTile / kRows; ++i) {
-      const int next = kPartial ? min(i * kRows, rows - 1 - row) : i * kRows;
-      ptx::cp_async_16(tile + target + i * kRows * kRowBytes, source + next * stride,
-                       !kPartial || row + i * kRows < rows);
-    }
-  }
-};
-
-// What ldmatrix takes from a lane, in any tile. The A operand and V: lanes 0 .. 15 have the rows of the first 8
-// columns, the others those of the next 8. K, for pairs of registers to be B operands: every other 8 lanes.
-template <int kRowBytes>
-struct Fragments {
-  uint32_t q, k, v;  // q: of the warp's rows
-  __device__ __forceinline__ explicit Fragments(uint32_t thread) {
-    const uint32_t row = thread % 8;
-    v = thread % 16 * kRowBytes + (thread / 16 % 2 ^ row) * 16;
-    k = (thread / 16 % 2 * 8 + row) * kRowBytes + (thread / 8 % 2 ^ row) * 16;
-    q = thread / 32 * (kWarpRows * kRowBytes) + v;
-  }
 };
 
 template <typename T, int kHeadDim>
@@ -210,7 +163,9 @@ __global__ __launch_bounds__(kThreads,
     }
     // next = q . k, 16 columns at a time; `beside` does something else in between.
     const auto multiply_k = [&](auto& next, uint32_t k_tile, const auto& beside) {
-      const Fragments<kRowBytes> at(thread_again());
+      const uint32_t thread = thread_again();
+      const Fragments<kRowBytes> at(thread);
+      const uint32_t q_rows = q_tile + thread / 32 * (kWarpRows * kRowBytes) + at.columns;
 #pragma unroll
       for (int m = 0; m < kPairs; ++m) {
 #pragma unroll
@@ -221,11 +176,11 @@ __global__ __launch_bounds__(kThreads,
         uint32_t q[kPairs][4];
 #pragma unroll
         for (int m = 0; m < kPairs; ++m)
-          ptx::ldmatrix_x4(q[m], ((q_tile + at.q) ^ (step % 4 * 32)) + step / 4 * 128 + m * 16 * kRowBytes);
+          ptx::ldmatrix_x4(q[m], (q_rows ^ (step % 4 * 32)) + step / 4 * 128 + m * 16 * kRowBytes);
 #pragma unroll
         for (int n = 0; n < kKeys / 16; ++n) {
           uint32_t k[4];
-          ptx::ldmatrix_x4(k, ((k_tile + at.k) ^ (step % 4 * 32)) + step / 4 * 128 + n * 16 * kRowBytes);
+          ptx::ldmatrix_x4(k, ((k_tile + at.rows) ^ (step % 4 * 32)) + step / 4 * 128 + n * 16 * kRowBytes);
 #pragma unroll
           for (int m = 0; m < kPairs; ++m) {
             ptx::mma_m16n8k16<kIsBFloat16>(&next[m][8 * n], q[m], k[0], k[1]);
@@ -242,7 +197,7 @@ __global__ __launch_bounds__(kThreads,
 #pragma unroll
         for (int n = 0; n < kHeadDim / 16; ++n) {
           uint32_t v[4];
-          ptx::ldmatrix_x4_trans(v, ((v_tile + at.v) ^ (n % 4 * 32)) + n / 4 * 128 + step * 16 * kRowBytes);
+          ptx::ldmatrix_x4_trans(v, ((v_tile + at.columns) ^ (n % 4 * 32)) + n / 4 * 128 + step * 16 * kRowBytes);
 #pragma unroll
           for (int m = 0; m < kPairs; ++m) {
             ptx::mma_m16n8k16<kIsBFloat16>(&o[m][8 * n], p[m][step], v[0], v[1]);
@@ -353,26 +308,8 @@ __global__ __launch_bounds__(kThreads,
           const int64_t token = item.q_start + row.token;
           const int head = item.kv_head * a.group + row.head;
           if (whole) {
-            T* out = static_cast<T*>(a.out) + (token * a.num_heads + head) * kHeadDim + lane % 4 * 8;
-#pragma unroll
-            for (int j = 0; j < kHeadDim / 32; ++j) {
-              // 32 columns of the row, 2 of every 8 in a lane; lane l of the four is to have the l-th 8 of them.
-              uint32_t w[4];
-#pragma unroll
-              for (int n = 0; n < 4; ++n)
-                w[n] = pack2<T>(o[m][16 * j + 4 * n + 2 * i] * inverse, o[m][16 * j + 4 * n + 2 * i + 1] * inverse);
-#pragma unroll
-              for (int bit = 1; bit <= 2; bit *= 2) {
-                const bool upper = lane & bit;
-#pragma unroll
-                for (int n = 0; n < 4; ++n) {
-                  if (n & bit) continue;
-                  const uint32_t got = __shfl_xor_sync(kFullWarp, upper ? w[n] : w[n | bit], bit);
-                  (upper ? w[n] : w[n | bit]) = got;
-                }
-              }
-              if (is_real) *reinterpret_cast<uint4*>(out + 32 * j) = make_uint4(w[0], w[1], w[2], w[3]);
-            }
+            store_row<T, kHeadDim>(static_cast<T*>(a.out) + (token * a.num_heads + head) * kHeadDim, o[m], i, inverse,
+                                   is_real, lane);
             if (is_real && lane % 4 == 0) a.lse[int64_t(head) * a.total_q + token] = lse_log2 * float(M_LN2);
           } else if (is_real) {
             const int64_t slot_row =

@@ -27,10 +27,13 @@ __device__ __forceinline__ void griddepcontrol_launch_dependents() {
 
 // -------------------------------------------------------------------------------------------------- sm_80: cp.async
 
-// 16 bytes from global to shared memory; zeros where `valid` is false (the address must be legal all the same).
+// 16 bytes (8) from global to shared memory; zeros where `valid` is false (the address must be legal all the same).
 __device__ __forceinline__ void cp_async_16(uint32_t smem, const void* global, bool valid = true) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem), "l"(global), "r"(valid ? 16 : 0)
                : "memory");
+}
+__device__ __forceinline__ void cp_async_8(uint32_t smem, const void* global, bool valid = true) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(smem), "l"(global), "r"(valid ? 8 : 0) : "memory");
 }
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // The same of 4 bytes.

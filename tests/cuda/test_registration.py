@@ -7,7 +7,14 @@ from torch.utils._python_dispatch import _disable_current_modes, _get_current_di
 
 import illada
 
-OPS = ["sample_tokens", "linear_sample_tokens", "remask", "attention_plan", "varlen_attention_fwd"]
+OPS = [
+    "sample_tokens",
+    "linear_sample_tokens",
+    "remask",
+    "attention_plan",
+    "varlen_attention_fwd",
+    "varlen_attention_bwd",
+]
 ARGUMENTS = (0.7, 3, 2, None, None, None, None, None, None, 0, True, False)
 
 
@@ -33,11 +40,13 @@ def op_calls(device, generator):
     k, v = q[:, :2].clone(), q[:, 2:].clone()
     starts = torch.tensor([0, 2, 6], dtype=torch.int32, device=device)
     plan = illada.attention_plan(starts, num_heads=4, num_kv_heads=2, head_dim=64, total_q=6)
+    out, lse = illada.varlen_attention(q, k, v, starts, plan=plan, return_lse=True)
     return {
         "sample_tokens": (logits, *ARGUMENTS),
         "linear_sample_tokens": (hidden, weight, rows % 6, *ARGUMENTS),
         "attention_plan": (starts, None, None, 6, 6, 4, 2, 64),
         "varlen_attention_fwd": (q, k, v, plan.work, 2, 0.125, False),
+        "varlen_attention_bwd": (q, lse, q, k, v, out, lse, plan.work, 2, 0.125, True),
         "remask": (tokens, rows, cu_rows, token, confidence, entropy, 1, 0.0, limits, 5, 1, end_ids),
     }
 

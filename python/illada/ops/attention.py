@@ -215,8 +215,9 @@ def _bwd_cuda(
     # Gradients come in any layout: broadcast (of a sum, with strides of 0), transposed, from elsewhere.
     strides = dout.stride()
     if strides[2] != 1 or min(strides) <= 0 or strides[0] % 8 or strides[1] % 8 or dout.data_ptr() % 16:
-        dout = dout.contiguous()
-    dlse = None if dlse is None else dlse.contiguous()
+        dout = dout.clone(memory_format=torch.contiguous_format)
+    if dlse is not None and not dlse.is_contiguous():
+        dlse = dlse.clone(memory_format=torch.contiguous_format)
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     size = raw.varlen_attention_backward_workspace(
         q.shape[0], k.shape[0], num_sequences, q.shape[1], k.shape[1], q.shape[2], deterministic, q.device.index

@@ -1,0 +1,458 @@
+// The attention backward on sm_80, and on what has no kernel of its own; included by one file per head dim. Two
+// kernels, both of them without atomics, so that every sum has its order:
+//
+//   keys      a CTA has 64 (D 128) or 128 (D 64) keys of a backward item and walks over all rows (tokens x heads of the
+//             group) of its sequence: dk and dv, 4 products
+//   queries   a CTA has 64 or 128 rows of a forward item and walks over all keys: dq, 3 products
+//
+// They mirror each other. A CTA's own two operands (k and v, or q and dout) lie in registers for good, 16 or 32 rows to
+// each of four warps, as does what it sums up; the other two come in tiles of 32 or 64 rows through a ring of two
+// stages (cp.async, a tile ahead, one barrier a tile). A step takes 16 rows of the tile: s and dp, whose accumulators
+// have the layout that the A operands p and ds need in the products that follow, so that nothing but the tiles is ever
+// in shared memory. A stage is as large as an operand, which is how the CTA's own ones come in.
+//
+// n keys and m rows are 14 n m D flop, 4 of them for the second s and dp, which is the price of a fixed order; from
+// memory 6 T H D + 8 Tk G D bytes, each element once. Bound by the tensor cores, and at D 128 as much by shared memory:
+// 512 bytes of ldmatrix are 4 cycles of it and feed 4 cycles of products (8 at D 64, where a warp has twice as many
+// rows). Other CTAs have products while one has exponentials: two an SM, three of `queries` at D 128. Tiles come from
+// the L2 cache at 8 to 21 bytes a cycle and SM.
+//
+// Registers are what limits the tiles: a lane of `keys` holds 128 of sums and 64 of operands. What is cheap to make
+// again (all that comes from the thread index and the item) is not kept over a step.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <type_traits>
+
+#include "attention/launch.h"
+#include "attention/row_pair.cuh"
+#include "attention/tiles_sm80.cuh"
+#include "common/dtype.cuh"
+#include "common/ptx.cuh"
+
+namespace illada::attention {
+namespace {
+
+constexpr int kItemRows = forward_blocks_sm80() * kBlockRows;  // of an item of `queries`
+
+template <int kHeadDim>
+struct BackwardTiles {
+  static constexpr int kBlocks = 128 / kHeadDim;  // of 16 rows of a warp
+  static constexpr int kWarpRows = 16 * kBlocks, kOwn = kWarps * kWarpRows;
+  static constexpr int kTile = kOwn / 2;  // rows of a step of the ring
+  static constexpr int kRowBytes = kHeadDim * 2;
+  static constexpr uint32_t kTileBytes = kTile * kRowBytes, kStageBytes = 2 * kTileBytes;
+};
+
+template <int kHeadDim>
+struct BackwardStorage {
+  using Tiles = BackwardTiles<kHeadDim>;
+  alignas(128) char stage[2][Tiles::kStageBytes];  // a tile of q and one of dout, or of k and of v
+  alignas(16) RowStatistics rows[2][Tiles::kTile];
+  WorkItem item;  // this CTA's part of it; read anew where it is needed
+};
+
+struct BackwardArguments {
+  const int32_t* plan;
+  int64_t first_backward_row;
+  const void *q, *dout, *k, *v;
+  int64_t q_token_bytes, q_head_bytes, dout_token_bytes, dout_head_bytes;
+  int64_t k_token_bytes, k_head_bytes, v_token_bytes, v_head_bytes;
+  const RowStatistics* rows;
+  void *dq, *dk, *dv;
+  int32_t total_q, num_heads, num_kv_heads, group;
+  int32_t own_tokens;               // of a CTA of `queries`
+  int32_t walk_tokens, walk_heads;  // Copier::kRows rows further
+  float softmax_scale, scale_log2;  // scale_log2: softmax_scale * log2(e)
+};
+
+// Every Copier::kRows-th row of an item, as it lies in the pack.
+struct RowWalk {
+  int token, head;  // of the item, of the group
+  __device__ __forceinline__ RowWalk(int row, int group) : token(row / group), head(row - token * group) {}
+  __device__ __forceinline__ void advance(const BackwardArguments& a) {
+    token += a.walk_tokens;
+    head += a.walk_heads;
+    if (head >= a.group) {
+      head -= a.group;
+      ++token;
+    }
+  }
+};
+
+// The next kRows rows (tokens x heads) to a tile, zeros beyond the item's `tokens`.
+template <int kHeadDim>
+__device__ __forceinline__ void copy_row(const Copier<kHeadDim>& copier, uint32_t target, const char* source,
+                                         int64_t token_bytes, int64_t head_bytes, const RowWalk& at, int tokens) {
+  ptx::cp_async_16(target + copier.target,
+                   source + min(at.token, tokens - 1) * token_bytes + at.head * head_bytes + copier.column,
+                   at.token < tokens);
+}
+
+// A warp's own rows as A operands; `tile` has the offset of the lane.
+template <int kHeadDim, int kBlocks>
+__device__ __forceinline__ void load_operand(uint32_t (&a)[kBlocks][kHeadDim / 16][4], uint32_t tile) {
+#pragma unroll
+  for (int m = 0; m < kBlocks; ++m) {
+#pragma unroll
+    for (int step = 0; step < kHeadDim / 16; ++step)
+      ptx::ldmatrix_x4(a[m][step], (tile ^ (step % 4 * 32)) + step / 4 * 128 + m * 16 * kHeadDim * 2);
+  }
+}
+
+// s = a . x^T and t = b . y^T with 16 rows of each of two tiles. Addresses have the lane's offset.
+template <bool kIsBFloat16, int kHeadDim, int kBlocks>
+__device__ __forceinline__ void multiply_pair(float (&s)[kBlocks][8], float (&t)[kBlocks][8],
+                                              const uint32_t (&a)[kBlocks][kHeadDim / 16][4],
+                                              const uint32_t (&b)[kBlocks][kHeadDim / 16][4], uint32_t x, uint32_t y) {
+#pragma unroll
+  for (int m = 0; m < kBlocks; ++m) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) s[m][j] = t[m][j] = 0;
+  }
+#pragma unroll
+  for (int step = 0; step < kHeadDim / 16; ++step) {
+    uint32_t u[4], w[4];
+    ptx::ldmatrix_x4(u, (x ^ (step % 4 * 32)) + step / 4 * 128);
+    ptx::ldmatrix_x4(w, (y ^ (step % 4 * 32)) + step / 4 * 128);
+#pragma unroll
+    for (int m = 0; m < kBlocks; ++m) {
+      ptx::mma_m16n8k16<kIsBFloat16>(&s[m][0], a[m][step], u[0], u[1]);
+      ptx::mma_m16n8k16<kIsBFloat16>(&t[m][0], b[m][step], w[0], w[1]);
+      ptx::mma_m16n8k16<kIsBFloat16>(&s[m][4], a[m][step], u[2], u[3]);
+      ptx::mma_m16n8k16<kIsBFloat16>(&t[m][4], b[m][step], w[2], w[3]);
+    }
+  }
+}
+
+// sum += p . x with 16 rows of a tile.
+template <bool kIsBFloat16, int kHeadDim, int kBlocks>
+__device__ __forceinline__ void add_product(float (&sum)[kBlocks][kHeadDim / 2], const uint32_t (&p)[kBlocks][4],
+                                            uint32_t x) {
+#pragma unroll
+  for (int n = 0; n < kHeadDim / 16; ++n) {
+    uint32_t w[4];
+    ptx::ldmatrix_x4_trans(w, (x ^ (n % 4 * 32)) + n / 4 * 128);
+#pragma unroll
+    for (int m = 0; m < kBlocks; ++m) {
+      ptx::mma_m16n8k16<kIsBFloat16>(&sum[m][8 * n], p[m], w[0], w[1]);
+      ptx::mma_m16n8k16<kIsBFloat16>(&sum[m][8 * n + 4], p[m], w[2], w[3]);
+    }
+  }
+}
+
+template <typename T, int kHeadDim>
+__global__ __launch_bounds__(kThreads,
+                             2) void illada_attention_backward_keys_sm80(const __grid_constant__ BackwardArguments a) {
+  using Tiles = BackwardTiles<kHeadDim>;
+  constexpr bool kIsBFloat16 = std::is_same_v<T, BFloat16>;
+  constexpr int kBlocks = Tiles::kBlocks, kOwn = Tiles::kOwn, kTile = Tiles::kTile, kRowBytes = Tiles::kRowBytes;
+  constexpr int kParts = kBackwardKeys / kOwn;  // CTAs of an item
+  extern __shared__ __align__(1024) char raw_shared[];
+  BackwardStorage<kHeadDim>& shared = *reinterpret_cast<BackwardStorage<kHeadDim>*>(raw_shared);
+  ptx::griddepcontrol_wait();
+  ptx::griddepcontrol_launch_dependents();
+  const int index = int(blockIdx.x / kParts);
+  if (index >= plan_header(a.plan).backward_items) return;
+  WorkItem part = backward_items(a.plan, a.first_backward_row)[index];
+  const int first_key = int(blockIdx.x % kParts) * kOwn;
+  part.k_start += first_key;
+  part.k_count = min(part.k_count - first_key, kOwn);
+  if (part.k_count <= 0) return;
+  const WorkItem& item = shared.item;
+  if (threadIdx.x == 0) shared.item = part;
+  __syncthreads();
+
+  const uint32_t ring = ptx::smem_address(shared.stage);
+  const auto load_keys = [&](int stage, const void* source, int64_t token_bytes, int64_t head_bytes) {
+    Copier<kHeadDim>(threadIdx.x)
+        .template keys<kOwn, true>(
+            ring + stage * Tiles::kStageBytes,
+            static_cast<const char*>(source) + item.k_start * token_bytes + item.kv_head * head_bytes, token_bytes, 0,
+            item.k_count);
+    ptx::cp_async_commit();
+  };
+  load_keys(0, a.k, a.k_token_bytes, a.k_head_bytes);
+  load_keys(1, a.v, a.v_token_bytes, a.v_head_bytes);
+
+  const auto load_tile = [&](int tile) {  // q, dout and the statistics
+    const uint32_t thread = thread_again();
+    const Copier<kHeadDim> copier(thread);
+    RowWalk walk(tile * kTile + copier.row, a.group);
+    const int q_start = item.q_start, tokens = item.q_count, kv_head = item.kv_head;
+    const char* const q =
+        static_cast<const char*>(a.q) + q_start * a.q_token_bytes + kv_head * a.group * a.q_head_bytes;
+    const char* const dout =
+        static_cast<const char*>(a.dout) + q_start * a.dout_token_bytes + kv_head * a.group * a.dout_head_bytes;
+    uint32_t target = ring + (tile & 1) * Tiles::kStageBytes;
+#pragma unroll
+    for (int i = 0; i < kTile / copier.kRows; ++i) {
+      copy_row(copier, target, q, a.q_token_bytes, a.q_head_bytes, walk, tokens);
+      copy_row(copier, target + Tiles::kTileBytes, dout, a.dout_token_bytes, a.dout_head_bytes, walk, tokens);
+      walk.advance(a);
+      target += copier.kRows * kRowBytes;
+    }
+    if (thread < kTile) {
+      const int row = tile * kTile + int(thread), rows = tokens * a.group;
+      const RowStatistics* const first = a.rows + (int64_t(kv_head) * a.total_q + q_start) * a.group;
+      ptx::cp_async_8(ptx::smem_address(&shared.rows[tile & 1][thread]), first + min(row, rows - 1), row < rows);
+    }
+  };
+
+  uint32_t k[kBlocks][kHeadDim / 16][4], v[kBlocks][kHeadDim / 16][4];
+  const uint32_t own =
+      ring + threadIdx.x / 32 * (Tiles::kWarpRows * kRowBytes) + Fragments<kRowBytes>(threadIdx.x).columns;
+  ptx::cp_async_wait<1>();
+  __syncthreads();
+  load_operand<kHeadDim>(k, own);
+  __syncthreads();
+  if (item.q_count > 0) load_tile(0);
+  ptx::cp_async_commit();
+  ptx::cp_async_wait<1>();
+  __syncthreads();
+  load_operand<kHeadDim>(v, own + Tiles::kStageBytes);
+
+  float dk[kBlocks][kHeadDim / 2], dv[kBlocks][kHeadDim / 2];
+#pragma unroll
+  for (int m = 0; m < kBlocks; ++m) {
+#pragma unroll
+    for (int j = 0; j < kHeadDim / 2; ++j) dk[m][j] = dv[m][j] = 0;
+  }
+  // Rows behind the item's last one are zeros with statistics of 0, and keys behind its last one have sums of their
+  // own, which nobody stores: nothing is masked.
+  const int rows = item.q_count * a.group;
+#pragma unroll 1
+  for (int row = 0; row < rows; row += 16) {
+    if (row % kTile == 0) {
+      ptx::cp_async_wait<0>();
+      __syncthreads();
+      if (row + kTile < rows) load_tile(row / kTile + 1);
+      ptx::cp_async_commit();
+    }
+    const uint32_t thread = thread_again();
+    const Fragments<kRowBytes> at(thread);
+    const int stage = row / kTile % 2;
+    const uint32_t q_rows = ring + stage * Tiles::kStageBytes + row % kTile * kRowBytes;
+    const uint32_t dout_rows = q_rows + Tiles::kTileBytes;
+    float s[kBlocks][8], dp[kBlocks][8];
+    multiply_pair<kIsBFloat16, kHeadDim>(s, dp, k, v, q_rows + at.rows, dout_rows + at.rows);
+    uint32_t p[kBlocks][4], ds[kBlocks][4];
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      const float4 two = *reinterpret_cast<const float4*>(&shared.rows[stage][row % kTile + 8 * n + thread % 4 * 2]);
+#pragma unroll
+      for (int m = 0; m < kBlocks; ++m) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const float *const score = &s[m][4 * n + 2 * i], *const product = &dp[m][4 * n + 2 * i];
+          const float p0 = ptx::exp2_approx(fmaf(score[0], a.scale_log2, -two.x));
+          const float p1 = ptx::exp2_approx(fmaf(score[1], a.scale_log2, -two.z));
+          p[m][2 * n + i] = pack2<T>(p0, p1);
+          ds[m][2 * n + i] = pack2<T>(p0 * (product[0] - two.y), p1 * (product[1] - two.w));
+        }
+      }
+    }
+    add_product<kIsBFloat16, kHeadDim>(dv, p, dout_rows + at.columns);
+    add_product<kIsBFloat16, kHeadDim>(dk, ds, q_rows + at.columns);
+  }
+  const int thread = int(thread_again()), lane = thread % 32;
+#pragma unroll
+  for (int m = 0; m < kBlocks; ++m) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int key = thread / 32 * Tiles::kWarpRows + lane / 4 + m * 16 + i * 8;
+      const int64_t place = (int64_t(item.k_start + key) * a.num_kv_heads + item.kv_head) * kHeadDim;
+      store_row<T, kHeadDim>(static_cast<T*>(a.dk) + place, dk[m], i, a.softmax_scale, key < item.k_count, lane);
+      store_row<T, kHeadDim>(static_cast<T*>(a.dv) + place, dv[m], i, 1.0f, key < item.k_count, lane);
+    }
+  }
+}
+
+template <typename T, int kHeadDim>
+__global__ __launch_bounds__(kThreads, kHeadDim == 128 ? 3 : 2) void illada_attention_backward_queries_sm80(
+    const __grid_constant__ BackwardArguments a) {
+  using Tiles = BackwardTiles<kHeadDim>;
+  constexpr bool kIsBFloat16 = std::is_same_v<T, BFloat16>;
+  constexpr int kBlocks = Tiles::kBlocks, kOwn = Tiles::kOwn, kTile = Tiles::kTile, kRowBytes = Tiles::kRowBytes;
+  constexpr int kParts = kItemRows / kOwn;        // CTAs of an item
+  constexpr int kSteps = kHeadDim == 64 ? 4 : 1;  // of 16 keys side by side, where there are registers for it
+  static_assert(kTile % (16 * kSteps) == 0);
+  extern __shared__ __align__(1024) char raw_shared[];
+  BackwardStorage<kHeadDim>& shared = *reinterpret_cast<BackwardStorage<kHeadDim>*>(raw_shared);
+  ptx::griddepcontrol_wait();
+  ptx::griddepcontrol_launch_dependents();
+  const int index = int(blockIdx.x / kParts), items = plan_header(a.plan).forward_items;
+  if (index >= items) return;
+  WorkItem part = forward_items(a.plan)[index];
+  const int first_token = int(blockIdx.x % kParts) * a.own_tokens;
+  part.q_start += first_token;
+  part.q_count = min(part.q_count - first_token, a.own_tokens);
+  if (part.piece != 0 || part.q_count <= 0) return;
+  // A sum over all keys, which the forward may have split: pieces are neighbours in the list.
+  const WorkItem& last = forward_items(a.plan)[min(index + part.pieces, items) - 1];
+  part.k_count = last.k_start + last.k_count - part.k_start;
+  const WorkItem& item = shared.item;
+  if (threadIdx.x == 0) shared.item = part;
+  __syncthreads();
+
+  const uint32_t ring = ptx::smem_address(shared.stage);
+  const auto load_rows = [&](int stage, const void* source, int64_t token_bytes, int64_t head_bytes) {
+    const Copier<kHeadDim> copier(threadIdx.x);
+    const char* const first =
+        static_cast<const char*>(source) + item.q_start * token_bytes + item.kv_head * a.group * head_bytes;
+    uint32_t target = ring + stage * Tiles::kStageBytes;
+    RowWalk walk(copier.row, a.group);
+#pragma unroll 4
+    for (int i = 0; i < kOwn / copier.kRows; ++i) {
+      copy_row(copier, target, first, token_bytes, head_bytes, walk, item.q_count);
+      walk.advance(a);
+      target += copier.kRows * kRowBytes;
+    }
+    ptx::cp_async_commit();
+  };
+  load_rows(0, a.q, a.q_token_bytes, a.q_head_bytes);
+  load_rows(1, a.dout, a.dout_token_bytes, a.dout_head_bytes);
+
+  const auto row_of = [&](int thread, int m, int i) {  // of the CTA's rows
+    return thread / 32 * Tiles::kWarpRows + thread % 32 / 4 + m * 16 + i * 8;
+  };
+  RowStatistics statistics[kBlocks][2];
+#pragma unroll
+  for (int m = 0; m < kBlocks; ++m) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = row_of(int(threadIdx.x), m, i);
+      const int64_t first = (int64_t(item.kv_head) * a.total_q + item.q_start) * a.group;
+      statistics[m][i] = row < item.q_count * a.group ? a.rows[first + row] : RowStatistics{0, 0};
+    }
+  }
+  const auto load_tile = [&](int tile) {
+    const Copier<kHeadDim> copier(thread_again());
+    const uint32_t target = ring + (tile & 1) * Tiles::kStageBytes;
+    const int first = tile * kTile, keys = item.k_count - first;
+    const char* const k =
+        static_cast<const char*>(a.k) + item.k_start * a.k_token_bytes + item.kv_head * a.k_head_bytes;
+    const char* const v =
+        static_cast<const char*>(a.v) + item.k_start * a.v_token_bytes + item.kv_head * a.v_head_bytes;
+    copier.template keys<kTile, true>(target, k, a.k_token_bytes, first, keys);
+    copier.template keys<kTile, true>(target + Tiles::kTileBytes, v, a.v_token_bytes, first, keys);
+  };
+
+  uint32_t q[kBlocks][kHeadDim / 16][4], dout[kBlocks][kHeadDim / 16][4];
+  const uint32_t own =
+      ring + threadIdx.x / 32 * (Tiles::kWarpRows * kRowBytes) + Fragments<kRowBytes>(threadIdx.x).columns;
+  ptx::cp_async_wait<1>();
+  __syncthreads();
+  load_operand<kHeadDim>(q, own);
+  __syncthreads();
+  if (item.k_count > 0) load_tile(0);
+  ptx::cp_async_commit();
+  ptx::cp_async_wait<1>();
+  __syncthreads();
+  load_operand<kHeadDim>(dout, own + Tiles::kStageBytes);
+
+  float dq[kBlocks][kHeadDim / 2];
+#pragma unroll
+  for (int m = 0; m < kBlocks; ++m) {
+#pragma unroll
+    for (int j = 0; j < kHeadDim / 2; ++j) dq[m][j] = 0;
+  }
+  const int keys = item.k_count;
+#pragma unroll 1
+  for (int first = 0; first < keys; first += 16 * kSteps) {
+    if (first % kTile == 0) {
+      ptx::cp_async_wait<0>();
+      __syncthreads();
+      if (first + kTile < keys) load_tile(first / kTile + 1);
+      ptx::cp_async_commit();
+    }
+    const Fragments<kRowBytes> at(thread_again());
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      const int left = keys - first - step * 16;
+      const uint32_t k_rows = ring + first / kTile % 2 * Tiles::kStageBytes + (first % kTile + step * 16) * kRowBytes;
+      float s[kBlocks][8], dp[kBlocks][8];
+      multiply_pair<kIsBFloat16, kHeadDim>(s, dp, q, dout, k_rows + at.rows, k_rows + Tiles::kTileBytes + at.rows);
+      uint32_t ds[kBlocks][4];
+#pragma unroll
+      for (int m = 0; m < kBlocks; ++m) {
+        if (left < 16) mask_scores(s[m], left);  // next to very small scores, one of 0 is infinitely large
+#pragma unroll
+        for (int j = 0; j < 8; j += 2) {
+          const RowStatistics& row = statistics[m][j / 2 % 2];
+          const float p0 = ptx::exp2_approx(fmaf(s[m][j], a.scale_log2, -row.lse_log2));
+          const float p1 = ptx::exp2_approx(fmaf(s[m][j + 1], a.scale_log2, -row.lse_log2));
+          ds[m][j / 2] = pack2<T>(p0 * (dp[m][j] - row.c), p1 * (dp[m][j + 1] - row.c));
+        }
+      }
+      add_product<kIsBFloat16, kHeadDim>(dq, ds, k_rows + at.columns);
+    }
+  }
+  const int thread = int(thread_again());
+#pragma unroll
+  for (int m = 0; m < kBlocks; ++m) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = row_of(thread, m, i), token = row / a.group;
+      const int head = item.kv_head * a.group + row - token * a.group;
+      store_row<T, kHeadDim>(static_cast<T*>(a.dq) + (int64_t(item.q_start + token) * a.num_heads + head) * kHeadDim,
+                             dq[m], i, a.softmax_scale, token < item.q_count, thread % 32);
+    }
+  }
+}
+
+template <typename T, int kHeadDim>
+void launch_backward(const BackwardParams& p, const Device& device, const Tiling& tiling) {
+  constexpr const char* kOp = "varlen_attention_backward";
+  using Tiles = BackwardTiles<kHeadDim>;
+  const PackShape& s = p.shape;
+  BackwardArguments a{};
+  a.plan = p.plan;
+  a.first_backward_row = first_backward_row(s);
+  a.q = p.q.data;
+  a.dout = p.dout.data;
+  a.k = p.k.data;
+  a.v = p.v.data;
+  a.q_token_bytes = p.q.token_stride * 2;
+  a.q_head_bytes = p.q.head_stride * 2;
+  a.dout_token_bytes = p.dout.token_stride * 2;
+  a.dout_head_bytes = p.dout.head_stride * 2;
+  a.k_token_bytes = p.k.token_stride * 2;
+  a.k_head_bytes = p.k.head_stride * 2;
+  a.v_token_bytes = p.v.token_stride * 2;
+  a.v_head_bytes = p.v.head_stride * 2;
+  a.rows = scratch_of(p).rows;
+  a.dq = p.dq;
+  a.dk = p.dk;
+  a.dv = p.dv;
+  a.total_q = int32_t(s.total_q);
+  a.num_heads = s.num_heads;
+  a.num_kv_heads = s.num_kv_heads;
+  a.group = group_of(s);
+  a.own_tokens = tiling.item_tokens() * Tiles::kOwn / kItemRows;
+  a.walk_tokens = Copier<kHeadDim>::kRows / a.group;
+  a.walk_heads = Copier<kHeadDim>::kRows % a.group;
+  a.softmax_scale = p.softmax_scale;
+  a.scale_log2 = p.softmax_scale * float(M_LOG2E);
+  // Items are sorted by length, so CTAs start in that order and those without one leave at once.
+  const auto launch = [&](auto kernel, int64_t items, int item_rows) {
+    LaunchShape shape;
+    shape.grid = dim3(unsigned(items * (item_rows / Tiles::kOwn)));
+    shape.block = dim3(kThreads);
+    shape.smem_bytes = int(sizeof(BackwardStorage<kHeadDim>));
+    shape.dependent = true;
+    if (items) launch_kernel(kOp, device, p.launch.stream, shape, kernel, a);
+  };
+  launch(illada_attention_backward_keys_sm80<T, kHeadDim>, max_backward_items(s), kBackwardKeys);
+  launch(illada_attention_backward_queries_sm80<T, kHeadDim>, max_forward_items(s), kItemRows);
+}
+
+template <int kHeadDim>
+void launch_backward(const BackwardParams& p, const Device& device, const Tiling& tiling) {
+  p.dtype == DType::kBFloat16 ? launch_backward<BFloat16, kHeadDim>(p, device, tiling)
+                              : launch_backward<Half, kHeadDim>(p, device, tiling);
+}
+
+}  // namespace
+}  // namespace illada::attention
