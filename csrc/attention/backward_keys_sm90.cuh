@@ -20,6 +20,9 @@
 // queue is long, so that each one's exponentials run beside the other one's products. The next item's first s^T runs
 // while this one's dk and dv leave.
 //
+// An item has two steps at least (the second one may have no rows): its keys are still read in the first step of the next
+// item, so that the keys after those can only come in the second one.
+//
 // A step of 64 rows at D 128 is 5 * 2 * 64 * 128 * 128 flop, 2560 clocks of the tensor cores; it reads 304 KiB of
 // shared memory (2432 clocks), 32 KiB from L2 and adds 32 KiB there.
 #pragma once
@@ -170,7 +173,7 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
         ptx::mbarrier_wait(k_empty + 8 * buffer, uint32_t(round / 2 % 2 ^ 1));
         shared.item[buffer] = item;
         load_keys(&k_map, at(offsetof(Shared, k)) + buffer * kKeyBytes, k_full + 8 * buffer, item);
-        for (int token = 0; token < item.q_count; token += a.tile_tokens) {
+        for (int token = 0; token < max(item.q_count, a.tile_tokens + 1); token += a.tile_tokens) {
           ptx::mbarrier_wait(rows_empty + 8 * ring.stage, ring.parity ^ 1);
           load_rows(&q_map, at(offsetof(Shared, q)) + ring.stage * kTileBytes, q_full + 8 * ring.stage, item, token);
           if (token == 0) {
@@ -193,7 +196,7 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
         if (item.q_count == 0) break;
         const int count = item.q_count * a.group;
         const RowStatistics* const source = a.rows + (int64_t(item.kv_head) * a.total_q + item.q_start) * a.group;
-        for (int first = 0; first < count; first += a.tile_tokens * a.group) {
+        for (int first = 0; first < max(count, a.tile_tokens * a.group + 1); first += a.tile_tokens * a.group) {
           ptx::mbarrier_wait(rows_empty + 8 * ring.stage, ring.parity ^ 1);
 #pragma unroll
           for (int i = 0; i < kRows / 32; ++i) {
@@ -376,9 +379,9 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
         ptx::wgmma_wait<1>();
         weigh(stage);
         if (fresh) open_keys();
-        count = min(tokens, a.tile_tokens);
-        tokens -= count;
-        is_last = tokens == 0;
+        count = max(min(tokens, a.tile_tokens), 0);
+        tokens -= a.tile_tokens;
+        is_last = tokens <= 0 && !fresh;
         ptx::wgmma_wait<0>();
         ptx::mbarrier_arrive_if(thread == 0 && is_last, v_empty);
       };

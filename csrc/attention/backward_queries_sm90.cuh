@@ -184,6 +184,8 @@ __global__ __launch_bounds__(QueriesShared<kHeadDim>::kThreads, 1) void illada_a
     const int row = thread / 32 * 16 + lane / 4;  // and 8 more
 
     const auto multiply_scores = [&](float (&d)[kKeys / 2], uint64_t x, uint64_t keys, int stage, bool hand_over) {
+      // The compiler must not know that x is the same in every step: it would keep each of its sums in a register.
+      x += uint64_t(stage) * uint64_t(a.total_q < 0);
       const uint64_t y = keys + uint64_t(stage) * (kKeyBytes / 16);
 #pragma unroll
       for (int i = 0; i < kHeadDim / 16; ++i) {

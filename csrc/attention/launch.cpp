@@ -76,7 +76,7 @@ int64_t rows_bytes(const PackShape& s) {
   return (s.total_q * s.num_heads * int64_t(sizeof(RowStatistics)) + 15) / 16 * 16;
 }
 
-BackwardMethod choose_backward(const PackShape& s, bool deterministic, const Device& gpu) {
+BackwardMethod choose_backward(bool deterministic, const Device& gpu) {
   BackwardMethod method;
   method.fused = has_sm90(gpu) && !deterministic;
   return method;
@@ -152,8 +152,9 @@ BackwardScratch scratch_of(const BackwardParams& p) {
 
 int64_t backward_workspace(const PackShape& s, bool deterministic, int device_index) {
   const Device& gpu = device("varlen_attention_backward", device_index);
-  const BackwardMethod method = choose_backward(s, deterministic, gpu);
-  return rows_bytes(s) + (method.fused ? s.total_q * s.num_heads * s.head_dim * int64_t(sizeof(float)) : 0);
+  const BackwardMethod method = choose_backward(deterministic, gpu);
+  const int64_t sums = method.fused ? s.total_q * s.num_heads + kWasteRows : 0;
+  return rows_bytes(s) + sums * s.head_dim * int64_t(sizeof(float));
 }
 
 void backward_cuda(const BackwardParams& given) {
@@ -191,7 +192,7 @@ void backward_cuda(const BackwardParams& given) {
                  {"dv", p.dv, rows_k * s.head_dim * 2},
                  {"workspace", p.workspace, workspace_bytes}});
   const Tiling cut = choose_tiling(s, gpu);
-  const BackwardMethod method = choose_backward(s, p.deterministic, gpu);
+  const BackwardMethod method = choose_backward(p.deterministic, gpu);
   launch_backward_rows(p, gpu, method);
   if (has_sm90(gpu)) {
 #if defined(ILLADA_BUILT_SM90A)

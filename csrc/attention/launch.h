@@ -36,10 +36,12 @@ struct alignas(8) RowStatistics {
   float c;         // do . out - dlse
 };
 
+constexpr int kWasteRows = 128;
+
 // The workspace.
 struct BackwardScratch {
   RowStatistics* rows;  // [G, T, H / G]: rows of a tile (tokens x heads of a group) are neighbours
-  float* dq;            // fused: [T, H, D], sums of ds k
+  float* dq;            // fused: [T, H, D], sums of ds k, and kWasteRows more that nobody reads
 };
 BackwardScratch scratch_of(const BackwardParams& params);
 
