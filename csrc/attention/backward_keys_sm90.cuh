@@ -427,7 +427,7 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
         ptx::mbarrier_wait(q_full + 8 * ring.stage, ring.parity);
         if (kFused) ptx::mbarrier_wait(ds_full + 8 * ((step - 1) & 1), uint32_t((step - 1) >> 1 & 1));
         ptx::named_barrier_sync(own_turn, 256);
-        if (kFused) multiply_ds(step - 1, key_buffer ^ int(begins_item));
+        if (kFused) multiply_ds(step - 1, key_buffer ^ int(begins_item && step > 0));
         multiply_gradients(!begins_item, true);
         if (kFused) open_sums(count, begins_item, key_buffer);
         __syncwarp();
@@ -449,7 +449,7 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
       ptx::wgmma_wait<0>();
       if (kFused) {
         ptx::mbarrier_wait(ds_full + 8 * ((step - 1) & 1), uint32_t((step - 1) >> 1 & 1));
-        multiply_ds(step - 1, key_buffer ^ int(fresh));
+        multiply_ds(step - 1, key_buffer ^ int(fresh && step > 0));
         ptx::wgmma_wait<0>();
         ptx::mbarrier_arrive_if(thread == 0, ds_empty + 8 * ((step - 1) & 1));
         add_dq(0, 16);

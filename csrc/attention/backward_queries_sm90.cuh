@@ -49,7 +49,10 @@ struct QueriesShared {
   RowTile q[2], dout[2];  // of each warpgroup
   KeyTile k[kStages], v[kStages];
   uint64_t q_full[2], q_empty[2], k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
-  WorkItem item[2][2];  // of each warpgroup: the one whose dq leaves, and the one that is worked on
+  // Of each warpgroup: the item whose dq leaves, the one that is worked on, and the next one, which may come while both
+  // are read.
+  static constexpr int kItems = 4;
+  WorkItem item[2][kItems];
 };
 
 struct QueriesArguments {
@@ -139,7 +142,7 @@ __global__ __launch_bounds__(QueriesShared<kHeadDim>::kThreads, 1) void illada_a
 #pragma unroll
         for (int w = 0; w < 2; ++w) {
           ptx::mbarrier_wait(q_empty + 8 * w, uint32_t(number) % 2 ^ 1);
-          shared.item[w][number % 2] = item;
+          shared.item[w][number % Shared::kItems] = item;
           ptx::mbarrier_arrive_expect_tx(q_full + 8 * w, uint32_t(2 * kSlices * a.block_tokens * a.group * kRowBytes));
 #pragma unroll
           for (int slice = 0; slice < kSlices; ++slice) {
@@ -160,7 +163,7 @@ __global__ __launch_bounds__(QueriesShared<kHeadDim>::kThreads, 1) void illada_a
 #pragma unroll
       for (int w = 0; w < 2; ++w) {  // an item without keys: the end
         ptx::mbarrier_wait(q_empty + 8 * w, uint32_t(number) % 2 ^ 1);
-        shared.item[w][number % 2] = WorkItem{};
+        shared.item[w][number % Shared::kItems] = WorkItem{};
         ptx::mbarrier_arrive(q_full + 8 * w);
       }
     }
@@ -205,7 +208,7 @@ __global__ __launch_bounds__(QueriesShared<kHeadDim>::kThreads, 1) void illada_a
     };
     const auto open_item = [&] {
       ptx::mbarrier_wait(q_full + 8 * warpgroup, uint32_t(number) % 2);
-      const WorkItem& item = shared.item[warpgroup][number % 2];
+      const WorkItem& item = shared.item[warpgroup][number % Shared::kItems];
       const int count = __shfl_sync(kFullWarp, item.k_count, 0);
       ++number;
       tiles = (count + kKeys - 1) / kKeys;
@@ -279,13 +282,13 @@ __global__ __launch_bounds__(QueriesShared<kHeadDim>::kThreads, 1) void illada_a
         multiply_v(true);
         fresh = ends_item;
         finish_scores();
-        if (ends_item) write_queries(shared.item[warpgroup][number % 2]);
+        if (ends_item) write_queries(shared.item[warpgroup][(number - 2) % Shared::kItems]);
       }
       if (warpgroup == 0) ptx::named_barrier_sync(own_turn, 256);
       ptx::wgmma_fence();
       multiply_ds(stage, !fresh);
       ptx::wgmma_wait<0>();
-      write_queries(shared.item[warpgroup][number % 2]);
+      write_queries(shared.item[warpgroup][(number - 2) % Shared::kItems]);
     }
     // Queries without keys, which are the last ones of the list.
     int round = 0;
