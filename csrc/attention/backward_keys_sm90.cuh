@@ -20,8 +20,8 @@
 // queue is long, so that each one's exponentials run beside the other one's products. The next item's first s^T runs
 // while this one's dk and dv leave.
 //
-// An item has two steps at least (the second one may have no rows): its keys are still read in the first step of the next
-// item, so that the keys after those can only come in the second one.
+// An item has two steps at least (the second one may have no rows): its keys are still read in the first step of the
+// next item, so that the keys after those can only come in the second one.
 //
 // A step of 64 rows at D 128 is 5 * 2 * 64 * 128 * 128 flop, 2560 clocks of the tensor cores; it reads 304 KiB of
 // shared memory (2432 clocks), 32 KiB from L2 and adds 32 KiB there.
@@ -74,17 +74,32 @@ struct KeysArguments {
   const int32_t* plan;
   int64_t first_item;  // row of the plan
   const RowStatistics* rows;
-  float* dq_sums;
+  float *dq_sums, *dk_sums, *dv_sums;
   void *dk, *dv;
+  int32_t pieces;  // of an item of the plan; more than one: dk and dv are summed up as dq is
   int32_t total_q, total_k, num_heads, num_kv_heads, group, tile_tokens;
   int32_t waste_row;          // of dq_sums: rows that nobody looks at
   uint32_t group_reciprocal;  // ceil(2^16 / group): row / group == row * group_reciprocal >> 16 for rows of a tile
   float scale, scale_log2;    // softmax_scale, and times log2(e)
 };
 
-// The item of a CTA in a round: back and forth, because the list is sorted by length.
-__device__ __forceinline__ int keys_item_index(int round) {
-  return round * int(gridDim.x) + (round % 2 ? int(gridDim.x) - 1 - int(blockIdx.x) : int(blockIdx.x));
+// The next item of a CTA, from `round` on, which becomes its round: a piece of one of the plan, if packs are so small
+// that items are cut into ranges of queries. k_count 0: there is none that has queries.
+__device__ __forceinline__ WorkItem next_keys(const KeysArguments& a, int& round) {
+  const int items = plan_header(a.plan).backward_items * a.pieces, grid = int(gridDim.x);
+  for (;; ++round) {  // back and forth, because the list is sorted by length
+    const int index = round * grid + (round % 2 ? grid - 1 - int(blockIdx.x) : int(blockIdx.x));
+    if (index >= items) return {};
+    const int number = index / a.pieces, piece = index - number * a.pieces;
+    WorkItem item = backward_items(a.plan, a.first_item)[number];
+    if (item.q_count == 0) return {};
+    if (a.pieces == 1) return item;
+    const int tiles = (item.q_count + a.tile_tokens - 1) / a.tile_tokens;
+    const int first = tiles * piece / a.pieces * a.tile_tokens, end = tiles * (piece + 1) / a.pieces * a.tile_tokens;
+    item.q_start += first;
+    item.q_count = min(end, item.q_count) - first;
+    if (item.q_count > 0) return item;
+  }
 }
 
 template <typename T, int kHeadDim, bool kFused>
@@ -142,8 +157,6 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
   __syncthreads();
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
-  const int items = plan_header(a.plan).backward_items;
-  const WorkItem* const list = backward_items(a.plan, a.first_item);
 
   if (threadIdx.x >= 256) {  // ------------------------------------------------------------------------- producers
     ptx::setmaxnreg_decrease<32>();
@@ -166,18 +179,17 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
                            a.total_q - item.q_count + token, item.q_start + item.q_count);
       };
       int round = 0;
-      for (int index; (index = keys_item_index(round)) < items; ++round) {
-        const WorkItem item = list[index];
-        if (item.q_count == 0) break;
-        const int buffer = round % 2;
-        ptx::mbarrier_wait(k_empty + 8 * buffer, uint32_t(round / 2 % 2 ^ 1));
+      int number = 0;
+      for (WorkItem item = next_keys(a, round); item.k_count > 0; ++number, ++round, item = next_keys(a, round)) {
+        const int buffer = number % 2;
+        ptx::mbarrier_wait(k_empty + 8 * buffer, uint32_t(number / 2 % 2 ^ 1));
         shared.item[buffer] = item;
         load_keys(&k_map, at(offsetof(Shared, k)) + buffer * kKeyBytes, k_full + 8 * buffer, item);
         for (int token = 0; token < max(item.q_count, a.tile_tokens + 1); token += a.tile_tokens) {
           ptx::mbarrier_wait(rows_empty + 8 * ring.stage, ring.parity ^ 1);
           load_rows(&q_map, at(offsetof(Shared, q)) + ring.stage * kTileBytes, q_full + 8 * ring.stage, item, token);
           if (token == 0) {
-            ptx::mbarrier_wait(v_empty, uint32_t(round % 2 ^ 1));
+            ptx::mbarrier_wait(v_empty, uint32_t(number % 2 ^ 1));
             load_keys(&v_map, at(offsetof(Shared, v)), v_full, item);
           }
           load_rows(&dout_map, at(offsetof(Shared, dout)) + ring.stage * kTileBytes, dout_full + 8 * ring.stage, item,
@@ -185,15 +197,14 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
           ring.advance();
         }
       }
-      ptx::mbarrier_wait(k_empty + 8 * (round % 2), uint32_t(round / 2 % 2 ^ 1));
-      shared.item[round % 2] = WorkItem{};  // an item without queries: the end
-      ptx::mbarrier_arrive(k_full + 8 * (round % 2));
+      ptx::mbarrier_wait(k_empty + 8 * (number % 2), uint32_t(number / 2 % 2 ^ 1));
+      shared.item[number % 2] = WorkItem{};  // an item without queries: the end
+      ptx::mbarrier_arrive(k_full + 8 * (number % 2));
     } else if (warp == 1) {  // statistics
       Ring<kStages> ring;
       const int lane = int(threadIdx.x) % 32;
-      for (int round = 0, index; (index = keys_item_index(round)) < items; ++round) {
-        const WorkItem item = list[index];
-        if (item.q_count == 0) break;
+      int round = 0;
+      for (WorkItem item = next_keys(a, round); item.k_count > 0; ++round, item = next_keys(a, round)) {
         const int count = item.q_count * a.group;
         const RowStatistics* const source = a.rows + (int64_t(item.kv_head) * a.total_q + item.q_start) * a.group;
         for (int first = 0; first < max(count, a.tile_tokens * a.group + 1); first += a.tile_tokens * a.group) {
@@ -354,8 +365,13 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
       const int64_t stride = int64_t(a.num_kv_heads) * kHeadDim;
       const int64_t offset = (item.k_start + key) * stride + item.kv_head * kHeadDim;
       const int rows = (item.k_count - key + 7) / 8;
-      write_gradient<T, kHeadDim>(dv, 1.0f, static_cast<T*>(a.dv) + offset, 8 * stride, rows);
-      write_gradient<T, kHeadDim>(dk, a.scale, static_cast<T*>(a.dk) + offset, 8 * stride, rows);
+      if (kFused && a.pieces > 1) {
+        add_gradient<kHeadDim>(dv, a.dv_sums + offset, 8 * stride, rows);
+        add_gradient<kHeadDim>(dk, a.dk_sums + offset, 8 * stride, rows);
+      } else {
+        write_gradient<T, kHeadDim>(dv, 1.0f, static_cast<T*>(a.dv) + offset, 8 * stride, rows);
+        write_gradient<T, kHeadDim>(dk, a.scale, static_cast<T*>(a.dk) + offset, 8 * stride, rows);
+      }
     };
 
     if (open_item()) {
@@ -461,9 +477,11 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
       }
       write_keys(shared.item[key_buffer]);
     }
-    // Keys that no query sees, which are the last ones of the list.
-    for (int index; (index = keys_item_index(round - 1)) < items; ++round) {
-      const WorkItem item = list[index];
+    // Keys that no query sees; where items are cut, their sums are zeros that the last pass turns into gradients.
+    const int items = a.pieces == 1 ? plan_header(a.plan).backward_items : 0;
+    for (int index = int(blockIdx.x); index < items; index += int(gridDim.x)) {
+      const WorkItem item = backward_items(a.plan, a.first_item)[index];
+      if (item.q_count > 0) continue;
       constexpr int kWords = kHeadDim / 8;
       for (int i = int(threadIdx.x); i < item.k_count * kWords; i += 256) {
         const int64_t offset = int64_t(item.k_start + i / kWords) * a.num_kv_heads + item.kv_head;
@@ -476,7 +494,7 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
 }
 
 template <typename T, int kHeadDim, bool kFused>
-void launch_backward_keys(const BackwardParams& p, const Device& device) {
+void launch_backward_keys(const BackwardParams& p, const Device& device, const BackwardMethod& method) {
   constexpr const char* kOp = "varlen_attention_backward";
   using Shared = KeysShared<kHeadDim>;
   const PackShape& s = p.shape;
@@ -495,12 +513,15 @@ void launch_backward_keys(const BackwardParams& p, const Device& device) {
   const CUtensorMap dout_map = tensor_map_ragged(kOp, view(p.dout, s.total_q, s.num_heads), group, tile_tokens);
   const CUtensorMap k_map = tensor_map_ragged(kOp, view(p.k, s.total_k, s.num_kv_heads), 1, kBackwardKeys);
   const CUtensorMap v_map = tensor_map_ragged(kOp, view(p.v, s.total_k, s.num_kv_heads), 1, kBackwardKeys);
-  const BackwardScratch scratch = scratch_of(p);
+  const BackwardScratch scratch = scratch_of(p, method);
   KeysArguments a{};
   a.plan = p.plan;
   a.first_item = first_backward_row(s);
   a.rows = scratch.rows;
   a.dq_sums = scratch.dq;
+  a.dk_sums = scratch.dk;
+  a.dv_sums = scratch.dv;
+  a.pieces = method.pieces;
   a.dk = p.dk;
   a.dv = p.dv;
   a.total_q = int32_t(s.total_q);
@@ -514,7 +535,7 @@ void launch_backward_keys(const BackwardParams& p, const Device& device) {
   a.scale = p.softmax_scale;
   a.scale_log2 = p.softmax_scale * float(M_LOG2E);
   LaunchShape shape;
-  shape.grid = dim3(unsigned(std::min<int64_t>(device.sm_count, max_backward_items(s))));
+  shape.grid = dim3(unsigned(std::min<int64_t>(device.sm_count, max_backward_items(s) * method.pieces)));
   shape.block = dim3(Shared::kThreads);
   shape.smem_bytes = int(sizeof(Shared)) + 1024;  // what is aligned by hand
   shape.dependent = true;

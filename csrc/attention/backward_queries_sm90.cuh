@@ -8,7 +8,8 @@
 //
 //   q_full, q_empty [w]   queries and gradients of warpgroup w, and the item
 //   k_full, k_empty [s]   keys; v_full, v_empty [s]: values
-//   turns                 named barriers: a warpgroup's three products are queued in one go, so that the exponentials of
+//   turns                 named barriers: a warpgroup's three products are queued in one go, so that the exponentials
+//   of
 //                         the other one run beside them
 //
 // The keys' partial tile comes first; no other is masked. The next item's first products follow this one's last ones,
@@ -181,9 +182,9 @@ __global__ __launch_bounds__(QueriesShared<kHeadDim>::kThreads, 1) void illada_a
     Ring<kStages> ring;  // of the tile whose s is next
     float dq[kHeadDim / 2], s[kKeys / 2], dp[kKeys / 2];
     uint32_t ds[kKeys / 16][4];
-    RowStatistics rows[2];           // of the item
-    int number = 0;                  // of items that were begun
-    int tiles = 0, valid = 0;        // of the item that are not yet in s; keys of its first one
+    RowStatistics rows[2];                        // of the item
+    int number = 0;                               // of items that were begun
+    int tiles = 0, valid = 0;                     // of the item that are not yet in s; keys of its first one
     const int row = thread / 32 * 16 + lane / 4;  // and 8 more
 
     const auto multiply_scores = [&](float (&d)[kKeys / 2], uint64_t x, uint64_t keys, int stage, bool hand_over) {
@@ -216,7 +217,8 @@ __global__ __launch_bounds__(QueriesShared<kHeadDim>::kThreads, 1) void illada_a
       if (tiles == 0) return false;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int token = min(warpgroup * a.block_tokens + int((row + 8 * i) * a.group_reciprocal >> 16), item.q_count - 1);
+        const int token =
+            min(warpgroup * a.block_tokens + int((row + 8 * i) * a.group_reciprocal >> 16), item.q_count - 1);
         const int head = (row + 8 * i) % a.group;
         rows[i] = a.rows[(int64_t(item.kv_head) * a.total_q + item.q_start + token) * a.group + head];
       }
@@ -226,15 +228,16 @@ __global__ __launch_bounds__(QueriesShared<kHeadDim>::kThreads, 1) void illada_a
       const auto target = [&](int r) {
         const int token = int(r * a.group_reciprocal >> 16);
         return static_cast<T*>(a.dq) + (int64_t(item.q_start + warpgroup * a.block_tokens + token) * a.num_heads +
-                                        item.kv_head * a.group + r - token * a.group) * kHeadDim;
+                                        item.kv_head * a.group + r - token * a.group) *
+                                           kHeadDim;
       };
       const int rows = min(item.q_count - warpgroup * a.block_tokens, a.block_tokens) * a.group;
       write_gradient<T, kHeadDim>(dq, a.scale, target(row), target(row + 8) - target(row), (rows - row + 7) / 8);
     };
     if (open_item()) {
-      bool fresh = true;    // is the tile of s the first one of its item?
+      bool fresh = true;     // is the tile of s the first one of its item?
       bool is_last = false;  // the last one?
-      int stage = 0;        // its stage
+      int stage = 0;         // its stage
       const auto multiply_k = [&] {
         stage = ring.stage;
         ptx::mbarrier_wait(k_full + 8 * stage, ring.parity);
@@ -313,8 +316,13 @@ void launch_backward_queries(const BackwardParams& p, const Device& device, cons
   const int group = s.num_heads / s.num_kv_heads;
   const auto view = [&](const PackedView& x, int64_t tokens, int heads) {
     // A pack without keys is never read, but a map of nothing cannot be made.
-    return RaggedView{tokens ? x.data : p.q.data, p.dtype,        std::max<int64_t>(tokens, 1), heads, kHeadDim,
-                      x.token_stride,             x.head_stride};
+    return RaggedView{tokens ? x.data : p.q.data,
+                      p.dtype,
+                      std::max<int64_t>(tokens, 1),
+                      heads,
+                      kHeadDim,
+                      x.token_stride,
+                      x.head_stride};
   };
   const CUtensorMap q_map = tensor_map_ragged(kOp, view(p.q, s.total_q, s.num_heads), group, block_tokens(s));
   const CUtensorMap dout_map = tensor_map_ragged(kOp, view(p.dout, s.total_q, s.num_heads), group, block_tokens(s));
@@ -322,7 +330,7 @@ void launch_backward_queries(const BackwardParams& p, const Device& device, cons
   const CUtensorMap v_map = tensor_map_ragged(kOp, view(p.v, s.total_k, s.num_kv_heads), 1, Shared::kKeys);
   QueriesArguments a{};
   a.plan = p.plan;
-  a.rows = scratch_of(p).rows;
+  a.rows = scratch_of(p, {}).rows;
   a.dq = p.dq;
   a.total_q = int32_t(s.total_q);
   a.total_k = int32_t(s.total_k);

@@ -24,6 +24,7 @@ struct RowsArguments {
   const float *lse, *dlse;
   RowStatistics* rows;
   float* dq_sums;                                         // null: there are none
+  float4* key_sums;                                       // of dk, then of dv; null: there are none
   uint4 *dk, *dv;                                         // as 16-byte words
   int64_t key_words;                                      // of each
   int64_t dout_token_stride, dout_head_stride, num_rows;  // of out: tokens x heads
@@ -72,26 +73,45 @@ __global__ __launch_bounds__(kThreads) void illada_attention_backward_rows_sm80(
       sums[0] = sums[kLanes] = make_float4(0, 0, 0, 0);
     }
   }
-  if (!plan_header(a.plan).unused_keys) return;
-  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < a.key_words; i += int64_t(gridDim.x) * kThreads)
-    a.dk[i] = a.dv[i] = make_uint4(0, 0, 0, 0);
+  const bool unused_keys = plan_header(a.plan).unused_keys;
+  if (!a.key_sums && !unused_keys) return;
+  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < a.key_words; i += int64_t(gridDim.x) * kThreads) {
+    if (a.key_sums) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) a.key_sums[4 * i + j] = make_float4(0, 0, 0, 0);
+    } else {
+      a.dk[i] = a.dv[i] = make_uint4(0, 0, 0, 0);
+    }
+  }
 }
 
+// dq, dk, dv and their sums.
+struct FinishArguments {
+  const float4* sums[3];
+  uint2* gradients[3];
+  int64_t counts[3];  // of float4
+  uint32_t ctas[3];
+  float scales[3];
+};
+
 template <typename T>
-__global__ __launch_bounds__(kThreads) void illada_attention_backward_finish_sm80(const float4* __restrict__ sums,
-                                                                                  uint2* __restrict__ dq, int64_t count,
-                                                                                  float scale) {
+__global__ __launch_bounds__(kThreads) void illada_attention_backward_finish_sm80(
+    const __grid_constant__ FinishArguments a) {
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
-  const int64_t first = int64_t(blockIdx.x) * (kThreads * kUnroll) + threadIdx.x;
+  const uint32_t behind_dq = blockIdx.x - a.ctas[0];
+  const int which = blockIdx.x < a.ctas[0] ? 0 : behind_dq < a.ctas[1] ? 1 : 2;
+  const uint32_t cta = which == 0 ? blockIdx.x : which == 1 ? behind_dq : behind_dq - a.ctas[1];
+  const int64_t first = int64_t(cta) * (kThreads * kUnroll) + threadIdx.x, count = a.counts[which];
+  const float scale = a.scales[which];
   float4 x[kUnroll];
 #pragma unroll
   for (int i = 0; i < kUnroll; ++i)
-    if (first + i * kThreads < count) x[i] = __ldcs(sums + first + i * kThreads);
+    if (first + i * kThreads < count) x[i] = __ldcs(a.sums[which] + first + i * kThreads);
 #pragma unroll
   for (int i = 0; i < kUnroll; ++i)
     if (first + i * kThreads < count)
-      dq[first + i * kThreads] =
+      a.gradients[which][first + i * kThreads] =
           make_uint2(pack2<T>(x[i].x * scale, x[i].y * scale), pack2<T>(x[i].z * scale, x[i].w * scale));
 }
 
@@ -99,7 +119,7 @@ template <typename T, int kHeadDim>
 void launch_rows(const BackwardParams& p, const Device& device, const BackwardMethod& method) {
   constexpr int kRows = kThreads / (kHeadDim / 8) * kUnroll;
   const PackShape& s = p.shape;
-  const BackwardScratch scratch = scratch_of(p);
+  const BackwardScratch scratch = scratch_of(p, method);
   RowsArguments a{};
   a.plan = p.plan;
   a.out = p.out;
@@ -110,6 +130,7 @@ void launch_rows(const BackwardParams& p, const Device& device, const BackwardMe
   a.dlse = p.dlse;
   a.rows = scratch.rows;
   a.dq_sums = method.fused ? scratch.dq : nullptr;
+  a.key_sums = method.pieces > 1 ? reinterpret_cast<float4*>(scratch.dk) : nullptr;
   a.dk = static_cast<uint4*>(p.dk);
   a.dv = static_cast<uint4*>(p.dv);
   a.key_words = s.total_k * s.num_kv_heads * (kHeadDim / 8);
@@ -131,16 +152,31 @@ void launch_rows(const BackwardParams& p, const Device& device, const BackwardMe
 }
 
 template <typename T>
-void launch_finish(const BackwardParams& p, const Device& device) {
+void launch_finish(const BackwardParams& p, const Device& device, const BackwardMethod& method) {
   const PackShape& s = p.shape;
-  const int64_t count = s.total_q * s.num_heads * (s.head_dim / 4);
+  const BackwardScratch scratch = scratch_of(p, method);
+  const int64_t queries = s.total_q * s.num_heads * (s.head_dim / 4);
+  const int64_t keys = method.pieces > 1 ? s.total_k * s.num_kv_heads * (s.head_dim / 4) : 0;
+  const float* const sums[3] = {scratch.dq, scratch.dk, scratch.dv};
+  void* const gradients[3] = {p.dq, p.dk, p.dv};
+  const int64_t counts[3] = {queries, keys, keys};
+  const float scales[3] = {p.softmax_scale, p.softmax_scale, 1.0f};
+  FinishArguments a{};
   LaunchShape shape;
-  shape.grid = dim3(unsigned((count + kThreads * kUnroll - 1) / (kThreads * kUnroll)));
+  shape.grid = dim3(0);
+  for (int i = 0; i < 3; ++i) {
+    a.sums[i] = reinterpret_cast<const float4*>(sums[i]);
+    a.gradients[i] = static_cast<uint2*>(gradients[i]);
+    a.counts[i] = counts[i];
+    a.ctas[i] = uint32_t((counts[i] + kThreads * kUnroll - 1) / (kThreads * kUnroll));
+    a.scales[i] = scales[i];
+    shape.grid.x += a.ctas[i];
+  }
   shape.block = dim3(kThreads);
   shape.dependent = true;
-  if (count)
+  if (shape.grid.x)
     launch_kernel("varlen_attention_backward", device, p.launch.stream, shape, illada_attention_backward_finish_sm80<T>,
-                  reinterpret_cast<const float4*>(scratch_of(p).dq), static_cast<uint2*>(p.dq), count, p.softmax_scale);
+                  a);
 }
 
 }  // namespace
@@ -149,8 +185,8 @@ void launch_backward_rows(const BackwardParams& p, const Device& device, const B
   p.dtype == DType::kBFloat16 ? launch_rows<BFloat16>(p, device, method) : launch_rows<Half>(p, device, method);
 }
 
-void launch_backward_finish(const BackwardParams& p, const Device& device) {
-  p.dtype == DType::kBFloat16 ? launch_finish<BFloat16>(p, device) : launch_finish<Half>(p, device);
+void launch_backward_finish(const BackwardParams& p, const Device& device, const BackwardMethod& method) {
+  p.dtype == DType::kBFloat16 ? launch_finish<BFloat16>(p, device, method) : launch_finish<Half>(p, device, method);
 }
 
 }  // namespace illada::attention

@@ -422,7 +422,7 @@ void launch_backward(const BackwardParams& p, const Device& device, const Tiling
   a.k_head_bytes = p.k.head_stride * 2;
   a.v_token_bytes = p.v.token_stride * 2;
   a.v_head_bytes = p.v.head_stride * 2;
-  a.rows = scratch_of(p).rows;
+  a.rows = scratch_of(p, {}).rows;
   a.dq = p.dq;
   a.dk = p.dk;
   a.dv = p.dv;

@@ -8,15 +8,17 @@ namespace illada::attention {
 namespace {
 
 template <typename T, int kHeadDim>
-void launch_backward(const BackwardParams& p, const Device& device, const Tiling& tiling, const BackwardMethod& method) {
-  if (p.shape.total_k) {
-    method.fused ? launch_backward_keys<T, kHeadDim, true>(p, device) : launch_backward_keys<T, kHeadDim, false>(p, device);
-  }
+void launch_backward(const BackwardParams& p, const Device& device, const Tiling& tiling,
+                     const BackwardMethod& method) {
+  if (p.shape.total_k)
+    method.fused ? launch_backward_keys<T, kHeadDim, true>(p, device, method)
+                 : launch_backward_keys<T, kHeadDim, false>(p, device, method);
   if (!method.fused && p.shape.total_q) launch_backward_queries<T, kHeadDim>(p, device, tiling);
 }
 
 template <int kHeadDim>
-void launch_backward(const BackwardParams& p, const Device& device, const Tiling& tiling, const BackwardMethod& method) {
+void launch_backward(const BackwardParams& p, const Device& device, const Tiling& tiling,
+                     const BackwardMethod& method) {
   p.dtype == DType::kBFloat16 ? launch_backward<BFloat16, kHeadDim>(p, device, tiling, method)
                               : launch_backward<Half, kHeadDim>(p, device, tiling, method);
 }

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "common/dtype.cuh"
+#include "common/ptx.cuh"
 #include "common/reduce.cuh"
 
 namespace illada::attention {
@@ -34,6 +35,18 @@ __device__ __forceinline__ void write_gradient(const float (&x)[kColumns / 2], f
       }
       if (i < count) *reinterpret_cast<uint4*>(row + i * stride + 8 * (j + quad)) = make_uint4(w[0], w[1], w[2], w[3]);
     }
+  }
+}
+
+// The same rows unscaled onto sums in fp32, in any order.
+template <int kColumns>
+__device__ __forceinline__ void add_gradient(const float (&x)[kColumns / 2], float* row, int64_t stride, int count) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    if (i >= count) continue;
+    float* const target = row + i * stride + int(threadIdx.x) % 4 * 2;
+#pragma unroll
+    for (int j = 0; j < kColumns / 8; ++j) ptx::red_add_v2(target + 8 * j, x[4 * j + 2 * i], x[4 * j + 2 * i + 1]);
   }
 }
 

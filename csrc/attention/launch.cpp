@@ -1,6 +1,7 @@
 // Validates a call, chooses how to carry it out, and enqueues it.
 #include "attention/launch.h"
 
+#include <algorithm>
 #include <cmath>
 #include <initializer_list>
 #include <limits>
@@ -76,10 +77,24 @@ int64_t rows_bytes(const PackShape& s) {
   return (s.total_q * s.num_heads * int64_t(sizeof(RowStatistics)) + 15) / 16 * 16;
 }
 
-BackwardMethod choose_backward(bool deterministic, const Device& gpu) {
+BackwardMethod choose_backward(const PackShape& s, bool deterministic, const Device& gpu) {
   BackwardMethod method;
   method.fused = has_sm90(gpu) && !deterministic;
+  if (method.fused && s.total_k > 0) {
+    const int64_t sequences = std::min<int64_t>(s.num_sequences, s.total_k);
+    const int64_t items =
+        s.num_kv_heads * ((s.total_k - sequences) / kBackwardKeys + sequences);  // the most there can be
+    method.pieces = int(std::clamp<int64_t>(gpu.sm_count / items, 1, 8));
+  }
   return method;
+}
+
+// Floats of dq, and of dk and dv each.
+int64_t query_sums(const PackShape& s, const BackwardMethod& method) {
+  return method.fused ? (s.total_q * s.num_heads + kWasteRows) * s.head_dim : 0;
+}
+int64_t key_sums(const PackShape& s, const BackwardMethod& method) {
+  return method.pieces > 1 ? s.total_k * s.num_kv_heads * s.head_dim : 0;
 }
 
 }  // namespace
@@ -145,16 +160,16 @@ void forward_cuda(const ForwardParams& given) {
   if (cut.may_split) launch_combine(p, gpu);
 }
 
-BackwardScratch scratch_of(const BackwardParams& p) {
+BackwardScratch scratch_of(const BackwardParams& p, const BackwardMethod& method) {
   char* const start = static_cast<char*>(p.workspace);
-  return {reinterpret_cast<RowStatistics*>(start), reinterpret_cast<float*>(start + rows_bytes(p.shape))};
+  float* const sums = reinterpret_cast<float*>(start + rows_bytes(p.shape));
+  float* const dk = sums + query_sums(p.shape, method);
+  return {reinterpret_cast<RowStatistics*>(start), sums, dk, dk + key_sums(p.shape, method)};
 }
 
 int64_t backward_workspace(const PackShape& s, bool deterministic, int device_index) {
-  const Device& gpu = device("varlen_attention_backward", device_index);
-  const BackwardMethod method = choose_backward(deterministic, gpu);
-  const int64_t sums = method.fused ? s.total_q * s.num_heads + kWasteRows : 0;
-  return rows_bytes(s) + sums * s.head_dim * int64_t(sizeof(float));
+  const BackwardMethod method = choose_backward(s, deterministic, device("varlen_attention_backward", device_index));
+  return rows_bytes(s) + (query_sums(s, method) + 2 * key_sums(s, method)) * int64_t(sizeof(float));
 }
 
 void backward_cuda(const BackwardParams& given) {
@@ -192,7 +207,7 @@ void backward_cuda(const BackwardParams& given) {
                  {"dv", p.dv, rows_k * s.head_dim * 2},
                  {"workspace", p.workspace, workspace_bytes}});
   const Tiling cut = choose_tiling(s, gpu);
-  const BackwardMethod method = choose_backward(p.deterministic, gpu);
+  const BackwardMethod method = choose_backward(s, p.deterministic, gpu);
   launch_backward_rows(p, gpu, method);
   if (has_sm90(gpu)) {
 #if defined(ILLADA_BUILT_SM90A)
@@ -201,7 +216,7 @@ void backward_cuda(const BackwardParams& given) {
   } else {
     s.head_dim == 64 ? launch_backward_d64_sm80(p, gpu, cut) : launch_backward_d128_sm80(p, gpu, cut);
   }
-  if (method.fused) launch_backward_finish(p, gpu);
+  if (method.fused) launch_backward_finish(p, gpu, method);
 }
 
 }  // namespace illada::attention

@@ -29,6 +29,8 @@ void launch_combine(const ForwardParams& params, const Device& device);
 struct BackwardMethod {
   // dq summed in fp32 by the CTAs of all keys (5 products); else by a kernel of its own (7), in a fixed order.
   bool fused = false;
+  // Of the queries of an item of the plan, if there would be fewer items than multiprocessors; only if fused.
+  int pieces = 1;
 };
 
 struct alignas(8) RowStatistics {
@@ -42,10 +44,11 @@ constexpr int kWasteRows = 128;
 struct BackwardScratch {
   RowStatistics* rows;  // [G, T, H / G]: rows of a tile (tokens x heads of a group) are neighbours
   float* dq;            // fused: [T, H, D], sums of ds k, and kWasteRows more that nobody reads
+  float *dk, *dv;       // pieces > 1: [Tk, G, D], sums of ds^T q and p^T do
 };
-BackwardScratch scratch_of(const BackwardParams& params);
+BackwardScratch scratch_of(const BackwardParams& params, const BackwardMethod& method);
 
-// First: the rows' statistics; zeros in scratch.dq if fused, and in dk and dv if some keys are unused.
+// First: the rows' statistics; zeros in all sums, and in dk and dv if some keys are unused.
 void launch_backward_rows(const BackwardParams& params, const Device& device, const BackwardMethod& method);
 // Then dk and dv over the backward items of the plan; and dq, into scratch.dq if fused, else over the forward items.
 void launch_backward_d64_sm80(const BackwardParams& params, const Device& device, const Tiling& tiling);
@@ -54,7 +57,7 @@ void launch_backward_d64_sm90(const BackwardParams& params, const Device& device
                               const BackwardMethod& method);
 void launch_backward_d128_sm90(const BackwardParams& params, const Device& device, const Tiling& tiling,
                                const BackwardMethod& method);
-// Last, if fused: dq from scratch.dq.
-void launch_backward_finish(const BackwardParams& params, const Device& device);
+// Last, if fused: gradients from the sums.
+void launch_backward_finish(const BackwardParams& params, const Device& device, const BackwardMethod& method);
 
 }  // namespace illada::attention

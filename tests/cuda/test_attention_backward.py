@@ -117,8 +117,16 @@ def test_block_against_a_long_cache(block, device):
     check(Pack([block, block, 2], device, keys=[1100, 129, 40], room=20))
 
 
-def test_more_sequences_than_multiprocessors(device):
-    check(Pack([1 + i % 5 for i in range(140)], device, room=1, dim=64, heads=2), ways=(False,))
+@pytest.mark.parametrize("dim", [64, 128])
+def test_more_sequences_than_multiprocessors(dim, device):
+    """Items of one tile of queries each; some multiprocessors have several."""
+    check(Pack([1 + i % 5 for i in range(140)], device, room=1, dim=dim, heads=2))
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_more_tiles_of_keys_than_multiprocessors(dim, device):
+    """In smaller packs the queries of a tile of keys are shared by several CTAs, and dk and dv are sums in memory."""
+    check(Pack([150, 0, 65, 129], device, heads=60, kv_heads=30, dim=dim))
 
 
 @pytest.mark.slow
