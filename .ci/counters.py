@@ -39,8 +39,10 @@ import torch, torch_on_cusim
 torch_on_cusim.enable()
 import illada
 generator = torch.Generator().manual_seed(0)
-q, k, v = (torch.randn(1024, n, 128, generator=generator).to(torch.bfloat16).cuda() for n in (32, 8, 8))
-illada.varlen_attention(q, k, v, torch.tensor([0, 1024], dtype=torch.int32).cuda())
+q, k, v, dout = (torch.randn(1024, n, 128, generator=generator).to(torch.bfloat16).cuda() for n in (32, 8, 8, 32))
+leaves = [x.requires_grad_() for x in (q, k, v)]
+out = illada.varlen_attention(*leaves, torch.tensor([0, 1024], dtype=torch.int32).cuda())
+torch.autograd.grad(out, leaves, dout)
 """
 
 
@@ -54,12 +56,12 @@ def run(code: str, *options: str) -> str:
     return done.stdout + done.stderr
 
 
-def counters(code: str, kernel: str) -> dict:
-    """The report of the first launch whose name contains `kernel`."""
+def counters(code: str, kernel: str) -> list[dict]:
+    """The reports of the launches whose names contain `kernel`."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report"
         run(code, "--report", str(report))
-        return next(r for r in map(json.loads, report.read_text().splitlines()) if kernel in r["kernel"])
+        return [r for r in map(json.loads, report.read_text().splitlines()) if kernel in r["kernel"]]
 
 
 def main() -> None:
@@ -73,7 +75,7 @@ def main() -> None:
 
     for temperature in (0, 1):
         name = f"sample_tokens, 16 x {VOCAB}, temperature {temperature}"
-        report = counters(SAMPLE.format(rows=16, vocab=VOCAB, temperature=temperature), "sample_tokens_sm80")
+        report, *_ = counters(SAMPLE.format(rows=16, vocab=VOCAB, temperature=temperature), "sample_tokens_sm80")
         memory, logits = report["global"], 16 * VOCAB * 2
         expect(f"{name}: bytes read / bytes of the logits", memory["load_bytes"] / logits, 1.0, 1.03)
         expect(
@@ -87,7 +89,7 @@ def main() -> None:
         conflicts = report["shared"]["conflict_excess"] / report["grid"][0]
         expect(f"{name}: bank conflicts a CTA", conflicts, 0, 8)
 
-    report = counters(REMASK, "remask")
+    report, *_ = counters(REMASK, "remask")
     expect("remask, 8192 candidates: bank conflicts", report["shared"]["conflict_excess"], 0, 0)
     expect("remask, 8192 candidates: local memory accesses", report["local_accesses"], 0, 0)
 
@@ -99,7 +101,7 @@ def main() -> None:
     expect("sample_tokens, 1024 rows, temperature 0: percent of the time that HBM is busy", hbm, 90, 100)
     rest = max(busy, key=busy.__getitem__)
     expect(f"... and the next busiest pipe ({rest})", busy[rest], 0, hbm)
-    report = counters(ATTENTION, "attention_forward_sm90")
+    _plan, report, *backward = counters(ATTENTION, "illada_attention")
     name, size = "attention forward, 1 x 1024, 32 / 8 heads of 128, bfloat16", 1024 * 128 * 2
     # Pairs of tiles of 32 tokens: each reads the keys and values of its head once, and its own queries.
     planned = 16 * 8 * 2 * size + 32 * size
@@ -112,6 +114,27 @@ def main() -> None:
     conflicts = report["shared"]["conflict_excess"] + report["shared"]["matrix_conflict_excess"]
     expect(f"{name}: bank conflicts", conflicts, 0, 0)
     expect(f"{name}: local memory accesses", report["local_accesses"], 0, 0)
+
+    name = name.replace("forward", "backward")
+    expect(f"{name}: launches", len(backward), 3, 3)
+    report = next(r for r in backward if "backward_keys_sm90" in r["kernel"])
+    # An item is 128 keys of a head against all rows, 64 in a step.
+    items, rows, row, key_tile = 8 * 1024 // 128, 1024 * 32 // 8, 128 * 2, 128 * 128 * 2
+    planned = items * (2 * rows * row + 2 * key_tile)  # q, dout; k, v
+    expect(f"{name}: bytes loaded in tiles / planned", report["global"]["tma_load_bytes"] / planned, 1.0, 1.0)
+    planned = items * rows * 8  # the rest are items of the list, read by every thread
+    expect(f"{name}: other bytes loaded / statistics of rows", report["global"]["load_bytes"] / planned, 1.0, 1.1)
+    planned = items * (rows * 2 * row + 2 * key_tile)  # dq in fp32; dk, dv
+    # A CTA's first step adds the dq of none before it, where nobody looks.
+    expect(f"{name}: bytes added or stored / planned", report["global"]["store_bytes"] / planned, 1.0, 1 + 1.1 / 64)
+    cycles = dict(report["min_cycles"])
+    tensor = cycles.pop("tensor")
+    other = max(cycles, key=cycles.__getitem__)
+    # Shared memory, because TMA fills it as well: the products alone read a little less than the tensor cores' time.
+    expect(f"{name}: cycles of the tensor cores / of the next busiest ({other})", tensor / cycles[other], 0.94, 10)
+    conflicts = report["shared"]["conflict_excess"] + report["shared"]["matrix_conflict_excess"]
+    expect(f"{name}: bank conflicts", conflicts, 0, 0)
+    expect(f"{name}: local memory accesses of all launches", sum(r["local_accesses"] for r in backward), 0, 0)
     if faults:
         raise SystemExit(f"{len(faults)} promises broken")
 

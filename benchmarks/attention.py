@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import timing
-from benchmarks.attention_ways import CPU_WAYS, WAYS, Job, Way, cached, equal, listed, make_plan, ragged
+from benchmarks.attention_ways import BACKWARD_WAYS, CPU_WAYS, WAYS, Job, Way, cached, equal, listed, make_plan, ragged
 from benchmarks.runner import Case, Goal, Provider, reason
 from benchmarks.timing import CPU
 from illada.ops import reference
@@ -52,13 +52,13 @@ def bind(way: Way, inputs: tuple[Tensor, ...], direction: str) -> Callable[[], t
     leaves = [x.detach().requires_grad_() for x in arranged]
     gradient = way.arrange(dout, False)
     if direction == "fwdbwd":
-        return lambda: torch.autograd.grad(way.attend(*leaves), leaves, gradient)
+        return lambda: way.differentiate(way.attend(*leaves), leaves, gradient)
     made: list[Tensor] = []
 
     def backward() -> tuple[Tensor, ...]:
         if not made:
             made.append(way.attend(*leaves))
-        return torch.autograd.grad(made[0], leaves, gradient, retain_graph=True)
+        return way.differentiate(made[0], leaves, gradient, retain_graph=True)
 
     return backward
 
@@ -126,7 +126,7 @@ def make_case(job: Job, direction: str = "fwd") -> Case:
             job.inputs(seed) for seed in range(timing.input_sets(job.bytes("fwd"), job.device) if in_graph else 1)
         ]
         want = exact(job, inputs[0], direction)
-        ways = WAYS if on_gpu else CPU_WAYS
+        ways = CPU_WAYS if not on_gpu else WAYS if direction == "fwd" else BACKWARD_WAYS
         return [provider(name, make_way, inputs, want) for name, make_way in ways.items()]
 
     return Case(

@@ -1,5 +1,9 @@
 """What attends to packed sequences of unequal lengths: illada, and its peers as their users call them.
 
+    illada                   the public op with its plan
+    illada raw               the kernels alone, into buffers that are there
+    illada deterministic     the op with gradients that are bitwise repeatable; where there are gradients
+
 Peers get for nothing what depends on the lengths alone (masks, host-side lengths), as illada gets its plan, and use
 grouped-query attention (GQA) natively unless it says otherwise here:
 
@@ -167,11 +171,13 @@ class Way:
 
     attend: (q, k, v) -> out, all as `arrange` makes them of packed tensors; `restore` makes packed ones again. Neither
         of the two is timed. Their second argument says whether the tensor is one of keys.
+    differentiate: (out, (q, k, v), dout, retain_graph=) -> (dq, dk, dv) of the last `attend`, as torch.autograd.grad.
     """
 
     attend: Callable[[Tensor, Tensor, Tensor], Tensor]
     arrange: Callable[[Tensor, bool], Tensor] = _as_is
     restore: Callable[[Tensor, bool], Tensor] = _as_is
+    differentiate: Callable[..., tuple[Tensor, ...]] = torch.autograd.grad
 
 
 # ------------------------------------------------------------------------------------------------------------ providers
@@ -183,24 +189,43 @@ def make_plan(job: Job) -> Any:
     return illada.attention_plan(**job.lengths, **shape)
 
 
-def illada_way(job: Job) -> Way:
+def illada_way(job: Job, deterministic: bool = False) -> Way:
     """The public op with its plan."""
-    return Way(partial(illada.varlen_attention, **job.lengths, plan=make_plan(job)))
+    plan = make_plan(job)
+    return Way(partial(illada.varlen_attention, **job.lengths, plan=plan, deterministic=deterministic))
 
 
 def illada_raw_way(job: Job) -> Way:
-    """The kernels alone: out-parameter calls into buffers that are there. The forward, on CUDA."""
-    plan, sequences = make_plan(job).work, len(job.pack.lengths)
-    sizes = (job.total_q, sequences, job.heads, job.kv_heads, job.dim)
-    workspace = torch.empty(raw.varlen_attention_workspace(*sizes), dtype=torch.uint8, device=job.device)
+    """The kernels alone: out-parameter calls into buffers that are there. On CUDA."""
+    plan, sequences, scale = make_plan(job).work, len(job.pack.lengths), job.dim**-0.5
+    shape = (sequences, job.heads, job.kv_heads, job.dim)
+
+    def bytes_of(size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.uint8, device=job.device)
+
+    workspace = bytes_of(raw.varlen_attention_workspace(job.total_q, *shape))
     out = torch.empty(job.total_q, job.heads, job.dim, dtype=job.dtype, device=job.device)
     lse = torch.empty(job.heads, job.total_q, device=job.device)
 
+    @lru_cache(maxsize=1)  # made by the first call: the forward of a large cache has no room for them
+    def backward_buffers() -> tuple[Tensor, ...]:
+        size = raw.varlen_attention_backward_workspace(job.total_q, job.total_k, *shape, False, job.device.index or 0)
+        dk, dv = (torch.empty(job.total_k, job.kv_heads, job.dim, dtype=job.dtype, device=job.device) for _ in "kv")
+        return torch.empty_like(out), dk, dv, bytes_of(size)
+
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        raw.varlen_attention(out, lse, q, k, v, plan, sequences, job.dim**-0.5, workspace=workspace)
+        raw.varlen_attention(out, lse, q, k, v, plan, sequences, scale, workspace=workspace)
         return out
 
-    return Way(attend)
+    def differentiate(
+        out: Tensor, inputs: Sequence[Tensor], dout: Tensor, retain_graph: bool = False
+    ) -> tuple[Tensor, ...]:
+        *grads, workspace = backward_buffers()
+        tensors = (*grads, dout, None, *inputs, out, lse)
+        raw.varlen_attention_backward(*tensors, plan, sequences, scale, workspace=workspace)
+        return tuple(grads)
+
+    return Way(attend, differentiate=differentiate)
 
 
 def sdpa_way(job: Job, backend: SDPBackend) -> Way:
@@ -353,3 +378,4 @@ WAYS = {
     "fa3": fa3_way,
     "fa4": fa4_way,
 }
+BACKWARD_WAYS = {**WAYS, "illada deterministic": partial(illada_way, deterministic=True)}

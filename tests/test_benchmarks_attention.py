@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if importlib.util.find_spec("benchmarks") is None:
     sys.path.insert(0, str(ROOT))
 
+import illada  # noqa: E402
 from benchmarks import __main__ as command  # noqa: E402
 from benchmarks import attention, attention_ways, report, runner, timing  # noqa: E402
 from benchmarks.attention_ways import Job, Pack, cached, equal, listed, ragged  # noqa: E402
@@ -21,8 +22,12 @@ PACKS = [equal(2, 7), listed(5, 0, 9), cached(3, 2, 4, 8)]
 GPU = torch.device("cuda", 0)
 
 
-def job(pack, kv_heads=2):
-    return Job(pack, 4, kv_heads, 16, torch.float32)
+def job(pack, kv_heads=2, **more):
+    return Job(pack, 4, kv_heads, 16, torch.float32, **more)
+
+
+def no_kernel(job):
+    raise NotImplementedError("varlen_attention: no CUDA kernel")
 
 
 def error(way, job, direction="fwd", tolerance=1e-4):
@@ -64,9 +69,6 @@ def test_direction_is_refused_where_there_is_none(capsys):
 
 
 def test_an_op_without_a_kernel_and_a_peer_that_is_not_installed_are_named(tmp_path, monkeypatch, capsys):
-    def no_kernel(job):
-        raise NotImplementedError("varlen_attention: no CUDA kernel")
-
     def no_backward(job):
         def attend(q, k, v):
             raise NotImplementedError("forward only")
@@ -160,6 +162,66 @@ def test_ways_agree(name, pack, kv_heads):
     way = attention.CPU_WAYS[name](job(pack, kv_heads))
     for direction in attention.DIRECTIONS if pack.used is None else ["fwd"]:
         assert error(way, job(pack, kv_heads), direction) < 1e-5
+
+
+@pytest.mark.parametrize("pack", PACKS, ids=lambda pack: pack.name)
+def test_illada_raw(monkeypatch, pack):
+    """Stand-ins for the native calls: which buffers they get, and that a backward has those of its own forward."""
+    seen = []
+
+    def forward(out, lse, q, k, v, plan, sequences, scale, *, workspace):
+        seen.append(("fwd", len(workspace), sequences))
+        for target, found in zip((out, lse), attend(q.detach(), k.detach(), v.detach()), strict=True):
+            target.copy_(found)
+
+    def backward(dq, dk, dv, dout, dlse, q, k, v, out, lse, plan, sequences, scale, *, workspace):
+        seen.append(("bwd", len(workspace), sequences))
+        want_out, want_lse = attend(q, k, v)
+        assert dlse is None and torch.equal(out, want_out) and torch.equal(lse, want_lse)
+        for target, found in zip((dq, dk, dv), torch.autograd.grad(want_out, (q, k, v), dout), strict=True):
+            target.copy_(found)
+
+    def attend(q, k, v):
+        return reference.varlen_attention(q, k, v, **this.lengths, return_lse=True)
+
+    this = job(pack)
+    raw = SimpleNamespace(
+        varlen_attention=forward, varlen_attention_workspace=lambda *sizes: 7,
+        varlen_attention_backward=backward, varlen_attention_backward_workspace=lambda *sizes: 9,
+    )  # fmt: skip
+    monkeypatch.setattr(attention_ways, "raw", raw)
+    call_forward, call_backward = ("fwd", 7, len(pack.lengths)), ("bwd", 9, len(pack.lengths))
+    way = attention_ways.illada_raw_way(this)
+    assert error(way, this) < 1e-5 and seen == [call_forward]
+    if pack.used:
+        return
+    for direction, calls in (("bwd", [call_backward] * 2), ("fwdbwd", [call_forward, call_backward] * 2)):
+        call = attention.bind(way, this.inputs(), direction)
+        assert attention.check(way, attention.exact(this, this.inputs(), direction), 1e-4, call()) < 1e-5
+        seen.clear()
+        call(), call()
+        assert seen == calls
+
+
+@pytest.mark.parametrize("direction", attention.DIRECTIONS)
+def test_repeatable_gradients_are_a_provider_of_the_backward(monkeypatch, direction):
+    monkeypatch.setattr(Job, "inputs", lambda self, seed=0: ())
+    monkeypatch.setattr(attention, "exact", lambda *arguments: ())
+    monkeypatch.setattr(timing, "input_sets", lambda *arguments: 1)
+    for ways in (attention.WAYS, attention.BACKWARD_WAYS):
+        for name in ways:
+            monkeypatch.setitem(ways, name, no_kernel)
+    names = [provider.name for provider in attention.make_case(job(PACKS[0], device=GPU), direction).make()]
+    assert names == [*attention.WAYS, *(["illada deterministic"] if direction != "fwd" else [])]
+
+
+def test_the_deterministic_way(monkeypatch):
+    assert error(attention.BACKWARD_WAYS["illada deterministic"](job(PACKS[1])), job(PACKS[1]), "bwd") < 1e-5
+    asked = []
+    monkeypatch.setattr(illada, "varlen_attention", lambda *x, deterministic, **more: asked.append(deterministic))
+    for name in ("illada", "illada deterministic"):
+        attention.BACKWARD_WAYS[name](job(PACKS[1])).attend(*job(PACKS[1]).inputs()[:3])
+    assert asked == [False, True]
 
 
 def flash(seen):
