@@ -15,16 +15,18 @@
 //   rows_empty [s]        both warpgroups have read all of the stage
 //   ds_full [2]           both warpgroups have written ds
 //
-// A warpgroup's step waits for s^T, which was asked for a step before; while dp^T runs the last step's dq leaves; then
-// ds, and dv, dk, the next s^T and dq are queued behind each other. The two warpgroups meet only at ds_full, where the
-// queue is long, so that each one's exponentials run beside the other one's products. The next item's first s^T runs
-// while this one's dk and dv leave.
+//   ds_empty [2]          both warpgroups have multiplied ds
+//   turns                 named barriers: a warpgroup queues its products of a step in one go
+//
+// A warpgroup's turn is dq of the step before (whose ds the other warpgroup has written long ago), dv and dk of this
+// step, s^T and dp^T of the next one. Its dq leaves between the products of dv and dk. Exponentials, ds and, at the end
+// of an item, dk and dv on their way to memory run beside the other warpgroup's turn.
 //
 // An item has two steps at least (the second one may have no rows): its keys are still read in the first step of the
 // next item, so that the keys after those can only come in the second one.
 //
-// A step of 64 rows at D 128 is 5 * 2 * 64 * 128 * 128 flop, 2560 clocks of the tensor cores; it reads 304 KiB of
-// shared memory (2432 clocks), 32 KiB from L2 and adds 32 KiB there.
+// A step of 64 rows at D 128 is 5 * 2 * 64 * 128 * 128 flop, 2560 clocks of the tensor cores; it reads 304 KiB of shared
+// memory and fills 33 (2700 clocks), reads 33 KiB of the L2 cache and adds 32 KiB there.
 #pragma once
 
 #include <cuda.h>

@@ -19,6 +19,12 @@ from illada.testing import assert_close_like, relative_error
 NAMES = ("dq", "dk", "dv")
 
 
+@pytest.fixture(autouse=True)
+def _sums_in_short_packs(monkeypatch):
+    """Packs this small would all go the deterministic way."""
+    monkeypatch.setattr(illada.ops.attention, "_REPEATABLE_LENGTH", 0)
+
+
 def gradients(attention, tensors, lengths, grads, **keywords) -> tuple[Tensor, ...]:
     """Of q, k and v, from those of out and lse, either of which may be None."""
     leaves = [x.detach().requires_grad_() for x in tensors]
@@ -236,6 +242,16 @@ def test_deterministic(device):
     for s in range(3):
         for got, expected in zip(call(s, s + 1), want, strict=True):
             assert torch.equal(got, expected[starts[s] : starts[s + 1]])
+
+
+@pytest.mark.parametrize("lengths, repeatable", [([512], True), ([513], False), ([700, 0, 1], True)])
+def test_short_sequences_are_repeatable_anyhow(lengths, repeatable, device, monkeypatch):
+    monkeypatch.undo()
+    asked = []
+    monkeypatch.setattr(raw, "varlen_attention_backward", lambda *_, deterministic, **__: asked.append(deterministic))
+    pack = Pack(lengths, device, room=0, dim=64)
+    gradients(illada.varlen_attention, pack.on_device(), pack.on_device_lengths(), to_device(pack, random_grads(pack)))
+    assert asked == [repeatable]
 
 
 class RawCall:

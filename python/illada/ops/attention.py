@@ -199,6 +199,10 @@ def _fwd_cuda(
     return out, lse
 
 
+# Up to so many queries a sequence, on average, it is not slower to multiply twice than to sum dq up in memory.
+_REPEATABLE_LENGTH = 512
+
+
 def _bwd_cuda(
     dout: Tensor,
     dlse: Tensor | None,
@@ -219,6 +223,7 @@ def _bwd_cuda(
     if dlse is not None and not dlse.is_contiguous():
         dlse = dlse.clone(memory_format=torch.contiguous_format)
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    deterministic = deterministic or q.shape[0] <= _REPEATABLE_LENGTH * num_sequences
     size = raw.varlen_attention_backward_workspace(
         q.shape[0], k.shape[0], num_sequences, q.shape[1], k.shape[1], q.shape[2], deterministic, q.device.index
     )
@@ -369,7 +374,8 @@ def varlen_attention(
         cu_seqlens_k, seqused_k: key slots and their used lengths; default: the keys of s are its own tokens.
         plan: from `attention_plan` with the same lengths; default: made here.
         softmax_scale: finite and > 0; default 1 / sqrt(D).
-        deterministic: gradients are bitwise repeatable (on a CPU they always are).
+        deterministic: gradients are bitwise repeatable, on CUDA at the price of some speed where sequences are long (on
+            a CPU, before compute capability 9.0 and in packs of short sequences they always are).
         return_lse: also return lse float32 [H, T], the natural log of the softmax's sum; differentiable.
 
     Returns:
@@ -378,7 +384,7 @@ def varlen_attention(
     Raises:
         TypeError, ValueError: naming the argument, what was got and what is allowed.
         NotImplementedError: no kernel was built for this device, dtype, head dim, group or layout (on CUDA: strides of
-            multiples of 8 elements, 16-byte aligned data); a gradient on CUDA.
+            multiples of 8 elements, 16-byte aligned data).
 
     Under autocast q, k and v are cast to its dtype. A second derivative raises.
     """
