@@ -14,7 +14,6 @@
 //   dout_full [s]         gradients of the rows
 //   rows_empty [s]        both warpgroups have read all of the stage
 //   ds_full [2]           both warpgroups have written ds
-//
 //   ds_empty [2]          both warpgroups have multiplied ds
 //   turns                 named barriers: a warpgroup queues its products of a step in one go
 //
@@ -25,8 +24,8 @@
 // An item has two steps at least (the second one may have no rows): its keys are still read in the first step of the
 // next item, so that the keys after those can only come in the second one.
 //
-// A step of 64 rows at D 128 is 5 * 2 * 64 * 128 * 128 flop, 2560 clocks of the tensor cores; it reads 304 KiB of shared
-// memory and fills 33 (2700 clocks), reads 33 KiB of the L2 cache and adds 32 KiB there.
+// A step of 64 rows at D 128 is 5 * 2 * 64 * 128 * 128 flop, 2560 clocks of the tensor cores; it reads 304 KiB of
+// shared memory and fills 33 (2700 clocks), reads 33 KiB of the L2 cache and adds 32 KiB there.
 #pragma once
 
 #include <cuda.h>
@@ -273,11 +272,10 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
       const uint32_t y = dout_rows + uint32_t(stage) * (kTileBytes / 16);
 #pragma unroll
       for (int i = 0; i < kHeadDim / 16; ++i) {
-        // Before the last one is issued, so that no time is lost between the warpgroups.
-        if (hand_over && i == kHeadDim / 16 - 2) ptx::named_barrier_arrive(next_turn, 256);
         ptx::wgmma_k16<T, kRows>(dp, descriptor(x + i / 4 * (kScoreSlice / 16) + i % 4 * 2),
                                  descriptor(y + i / 4 * (kRows * kRowBytes / 16) + i % 4 * 2), i > 0);
       }
+      if (hand_over) ptx::named_barrier_arrive(next_turn, 256);
       ptx::wgmma_commit();
     };
     const auto multiply_ds = [&](int number, int key_buffer) {  // dq = ds k of a step

@@ -193,11 +193,10 @@ __global__ __launch_bounds__(QueriesShared<kHeadDim>::kThreads, 1) void illada_a
       const uint64_t y = keys + uint64_t(stage) * (kKeyBytes / 16);
 #pragma unroll
       for (int i = 0; i < kHeadDim / 16; ++i) {
-        // Before the last one is issued, so that no time is lost between the warpgroups.
-        if (hand_over && i == kHeadDim / 16 - 1) ptx::named_barrier_arrive(next_turn, 256);
         ptx::wgmma_k16<T, kKeys>(d, x + i / 4 * (kBlockRows * kRowBytes / 16) + i % 4 * 2,
                                  y + i / 4 * (kKeys * kRowBytes / 16) + i % 4 * 2, i > 0);
       }
+      if (hand_over) ptx::named_barrier_arrive(next_turn, 256);
       ptx::wgmma_commit();
     };
     const auto multiply_ds = [&](int stage, bool accumulate) {

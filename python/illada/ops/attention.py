@@ -200,7 +200,7 @@ def _fwd_cuda(
 
 
 # Up to so many queries a sequence, on average, it is not slower to multiply twice than to sum dq up in memory.
-_REPEATABLE_LENGTH = 512
+_REPEATABLE_LENGTH = 256
 
 
 def _bwd_cuda(

@@ -283,7 +283,7 @@ def _optimizer(model: MaskedDiffusionModel, config: TrainConfig) -> torch.optim.
 
 def _device(name: str) -> torch.device:
     if name == "cuda":
-        raise ValueError("train.device is cuda, but this version trains on a CPU only: gradients have no CUDA kernels")
+        raise ValueError("train.device is cuda, but this version trains on a CPU only: the loss has no CUDA kernels")
     return torch.device("cpu" if name == "auto" else name)
 
 
