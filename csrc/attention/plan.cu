@@ -121,16 +121,18 @@ __device__ __forceinline__ void write_item(int32_t* items, int64_t index, const 
 }
 
 struct Sums {  // 64 bits: overlapping lengths may add up to anything
-  int64_t forward, slots, backward, rank, all_forward, all_backward, all_keys;
+  int64_t forward, slots, backward, rank, all_forward, all_backward;
 };
 constexpr int kSums = int(sizeof(Sums) / sizeof(int64_t));
 
 __global__ __launch_bounds__(kThreads) void illada_attention_plan_sm80(const __grid_constant__ PlanArguments a) {
+  __shared__ int32_t keys;  // in CTA 0: of all sequences, as far as 32 bits go
   __shared__ union {
     Sums sums;
     unsigned long long word[kSums];
   } shared;
   if (threadIdx.x < kSums) shared.word[threadIdx.x] = 0;
+  if (threadIdx.x == 0) keys = 0;
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
   const int chunk = a.may_split ? choose_chunk(a) : 0;
@@ -157,22 +159,24 @@ __global__ __launch_bounds__(kThreads) void illada_attention_plan_sm80(const __g
       if (is_before(s.k_count, own.k_count)) ++sums.rank;
       sums.all_forward += share.items();
       sums.all_backward += backward;
-      sums.all_keys += s.k_count;
     }
-    const int64_t mine[kSums] = {sums.forward,     sums.slots,        sums.backward, sums.rank,
-                                 sums.all_forward, sums.all_backward, sums.all_keys};
+    const int64_t mine[kSums] = {sums.forward, sums.slots,       sums.backward,
+                                 sums.rank,    sums.all_forward, sums.all_backward};
 #pragma unroll
     for (int i = 0; i < kSums; ++i) {
       const int64_t sum = warp_reduce<32>(mine[i], [](int64_t x, int64_t y) { return x + y; });
       if (threadIdx.x % 32 == 0) atomicAdd(&shared.word[i], static_cast<unsigned long long>(sum));
     }
   }
+  if (index == 0) {
+    for (int i = threadIdx.x; i < a.num_sequences; i += kThreads) atomicAdd(&keys, Sequence(a, i).k_count);
+  }
   __syncthreads();
   const Sums& sums = shared.sums;
   if (index == 0 && threadIdx.x == 0)
     *reinterpret_cast<int4*>(a.plan) =
         make_int4(int(min(sums.all_forward, int64_t(a.most_forward))),
-                  int(min(sums.all_backward, int64_t(a.most_backward))), a.num_sequences, sums.all_keys != a.key_limit);
+                  int(min(sums.all_backward, int64_t(a.most_backward))), a.num_sequences, keys != a.key_limit);
   if (!has_sequence) return;
 
   const Sequence s(a, index);
