@@ -179,8 +179,7 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
           ptx::tma_load_4d(tile + slice * (kRows * kRowBytes), map, barrier, 64 * slice, item.kv_head * a.group,
                            a.total_q - item.q_count + token, item.q_start + item.q_count);
       };
-      int round = 0;
-      int number = 0;
+      int round = 0, number = 0;
       for (WorkItem item = next_keys(a, round); item.k_count > 0; ++number, ++round, item = next_keys(a, round)) {
         const int buffer = number % 2;
         ptx::mbarrier_wait(k_empty + 8 * buffer, uint32_t(number / 2 % 2 ^ 1));
@@ -306,7 +305,7 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
     const auto open_sums = [&](int count, bool fresh, int key_buffer) {  // of this step
       if (fresh) {
         const WorkItem& item = shared.item[key_buffer];
-        dq_first = (item.q_start * a.num_heads + item.kv_head * a.group);
+        dq_first = item.q_start * a.num_heads + item.kv_head * a.group;
       } else {
         dq_first += a.tile_tokens * a.num_heads;
       }

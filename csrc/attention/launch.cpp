@@ -79,7 +79,9 @@ int64_t rows_bytes(const PackShape& s) {
 
 BackwardMethod choose_backward(const PackShape& s, bool deterministic, const Device& gpu) {
   BackwardMethod method;
-  method.fused = has_sm90(gpu) && !deterministic;
+  // Places in the sums are 32-bit numbers.
+  const int64_t sums = (s.total_q * s.num_heads + kWasteRows) * s.head_dim;
+  method.fused = has_sm90(gpu) && !deterministic && sums <= kMostRows;
   if (method.fused && s.total_k > 0) {
     const int64_t sequences = std::min<int64_t>(s.num_sequences, s.total_k);
     const int64_t items =
