@@ -257,33 +257,33 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
     int keys = 0;  // from this lane's first key to the item's end
 
     const auto multiply_k = [&] {  // s = k q^T
-      const uint32_t x = k_rows + uint32_t((round - 1) % 2) * (kKeyBytes / 16);
-      const uint32_t y = q_rows + uint32_t(ring.stage) * (kTileBytes / 16);
+      const uint64_t x = descriptor(k_rows + uint32_t((round - 1) % 2) * (kKeyBytes / 16));
+      const uint64_t y = descriptor(q_rows + uint32_t(ring.stage) * (kTileBytes / 16));
 #pragma unroll
       for (int i = 0; i < kHeadDim / 16; ++i)
-        ptx::wgmma_k16<T, kRows>(s, descriptor(x + i / 4 * (kScoreSlice / 16) + i % 4 * 2),
-                                 descriptor(y + i / 4 * (kRows * kRowBytes / 16) + i % 4 * 2), i > 0);
+        ptx::wgmma_k16<T, kRows>(s, x + i / 4 * (kScoreSlice / 16) + i % 4 * 2,
+                                 y + i / 4 * (kRows * kRowBytes / 16) + i % 4 * 2, i > 0);
       ptx::wgmma_commit();
     };
     const auto multiply_v = [&](int stage, bool hand_over) {  // dp = v do^T
       // The compiler must not know that x is the same in every step: it would keep each of its sums in a register.
-      const uint32_t x = v_rows + uint32_t(stage) * uint32_t(a.waste_row < 0);
-      const uint32_t y = dout_rows + uint32_t(stage) * (kTileBytes / 16);
+      const uint64_t x = descriptor(v_rows + uint32_t(stage) * uint32_t(a.waste_row < 0));
+      const uint64_t y = descriptor(dout_rows + uint32_t(stage) * (kTileBytes / 16));
 #pragma unroll
       for (int i = 0; i < kHeadDim / 16; ++i) {
-        ptx::wgmma_k16<T, kRows>(dp, descriptor(x + i / 4 * (kScoreSlice / 16) + i % 4 * 2),
-                                 descriptor(y + i / 4 * (kRows * kRowBytes / 16) + i % 4 * 2), i > 0);
+        ptx::wgmma_k16<T, kRows>(dp, x + i / 4 * (kScoreSlice / 16) + i % 4 * 2,
+                                 y + i / 4 * (kRows * kRowBytes / 16) + i % 4 * 2, i > 0);
       }
       if (hand_over) ptx::named_barrier_arrive(next_turn, 256);
       ptx::wgmma_commit();
     };
     const auto multiply_ds = [&](int number, int key_buffer) {  // dq = ds k of a step
-      const uint32_t x = ds_columns + uint32_t(number & 1) * (kScoreBytes / 16);
-      const uint32_t y = k_columns + uint32_t(key_buffer) * (kKeyBytes / 16);
+      const uint64_t x = descriptor(ds_columns + uint32_t(number & 1) * (kScoreBytes / 16));
+      const uint64_t y = descriptor(k_columns + uint32_t(key_buffer) * (kKeyBytes / 16));
       ptx::wgmma_fence();
 #pragma unroll
       for (int i = 0; i < kBackwardKeys / 16; ++i)
-        ptx::wgmma_k16_mn<T, 64>(dq, descriptor(x + i * kRowBytes), descriptor(y + i * kRowBytes), i > 0);
+        ptx::wgmma_k16_mn<T, 64>(dq, x + i * kRowBytes, y + i * kRowBytes, i > 0);
       ptx::wgmma_commit();
     };
     const auto open_item = [&] {
@@ -374,18 +374,21 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
     };
 
     if (open_item()) {
-      int stage = 0;         // of the step whose ds is next
-      bool fresh = true;     // is it the first step of its item,
-      bool is_last = false;  // the last one?
-      int count = 0;         // its tokens
+      int stage = 0;                    // of the step whose ds is next
+      bool fresh = true;                // is it the first step of its item,
+      bool is_last = false;             // the last one?
+      int count = 0;                    // its tokens
+      const auto wait_for_rows = [&] {  // before a turn, so that no time of it is lost
+        ptx::mbarrier_wait(q_full + 8 * ring.stage, ring.parity);
+        ptx::mbarrier_wait(dout_full + 8 * ring.stage, ring.parity);
+        ptx::mbarrier_wait(v_full, uint32_t(round - 1) % 2);
+      };
       const auto multiply_q = [&] {
         stage = ring.stage;
         ptx::wgmma_fence();
         multiply_k();
       };
       const auto multiply_dout = [&](bool hand_over) {
-        ptx::mbarrier_wait(v_full, uint32_t(round - 1) % 2);
-        ptx::mbarrier_wait(dout_full + 8 * stage, ring.parity);
         ptx::wgmma_fence();
         multiply_v(stage, hand_over);
         ring.advance();
@@ -404,15 +407,17 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
       if (warpgroup == 1) ptx::named_barrier_arrive(next_turn, 256);
       // dv, dk of the step whose ds is there; what dq there is leaves meanwhile, in the gaps between the products.
       const auto multiply_gradients = [&](bool accumulate, bool adds) {
-        constexpr int kSteps = kRows / 16, kFirst = kHeadDim == 128 ? 2 : 6;  // steps until dq is there
+        constexpr int kSteps = kRows / 16, kFirst = kHeadDim == 128 ? 1 : 6;  // steps until dq is there
+        const uint64_t of_dv = descriptor(dout_columns + uint32_t(stage) * (kTileBytes / 16)),
+                       of_dk = descriptor(q_columns + uint32_t(stage) * (kTileBytes / 16));
         ptx::wgmma_fence();
 #pragma unroll
         for (int i = 0; i < 2 * kSteps; ++i) {
-          const uint32_t rows = uint32_t(stage) * (kTileBytes / 16) + i % kSteps * kRowBytes;
           if (i < kSteps) {
-            ptx::wgmma_k16_rs<T, kHeadDim>(dv, p[i % kSteps], descriptor(dout_columns + rows), accumulate || i > 0);
+            ptx::wgmma_k16_rs<T, kHeadDim>(dv, p[i % kSteps], of_dv + i % kSteps * kRowBytes, accumulate || i > 0);
           } else {
-            ptx::wgmma_k16_rs<T, kHeadDim>(dk, ds[i % kSteps], descriptor(q_columns + rows), accumulate || i > kSteps);
+            ptx::wgmma_k16_rs<T, kHeadDim>(dk, ds[i % kSteps], of_dk + i % kSteps * kRowBytes,
+                                           accumulate || i > kSteps);
           }
           if (!kFused || !adds) continue;
           if (i == kFirst - 1) {
@@ -427,7 +432,7 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
         }
         ptx::wgmma_commit();
       };
-      ptx::mbarrier_wait(q_full, 0);
+      wait_for_rows();
       multiply_q();
       multiply_dout(false);
       finish_scores();
@@ -439,7 +444,7 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
         const bool ends_item = is_last, begins_item = fresh;
         if (ends_item && !open_item()) break;
 
-        ptx::mbarrier_wait(q_full + 8 * ring.stage, ring.parity);
+        wait_for_rows();
         if (kFused) ptx::mbarrier_wait(ds_full + 8 * ((step - 1) & 1), uint32_t((step - 1) >> 1 & 1));
         ptx::named_barrier_sync(own_turn, 256);
         if (kFused) multiply_ds(step - 1, key_buffer ^ int(begins_item && step > 0));
@@ -451,8 +456,8 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
         ptx::wgmma_wait<1>();
         ptx::wgmma_keep_operand(p, a.total_q < 0, ds_target);
         ptx::wgmma_keep_operand(ds, a.total_q < 0, ds_target);
-        ptx::mbarrier_arrive_if(thread == 0, rows_empty + 8 * old_stage);
         multiply_dout(true);
+        ptx::mbarrier_arrive_if(thread == 0, rows_empty + 8 * old_stage);
         fresh = ends_item;
         finish_scores();
         if (ends_item) write_keys(shared.item[key_buffer]);
