@@ -19,9 +19,11 @@ def forward(model: MaskedDiffusionModel, tokens: Tensor, key_mask: Tensor | None
     for layer in model.layers:
         attention = layer.self_attn
         h = layer.input_layernorm(x)
-        q = rotate(attention.q_proj(h).unflatten(-1, (attention.heads, -1)), cos, sin).transpose(1, 2)
-        k = rotate(attention.k_proj(h).unflatten(-1, (attention.kv_heads, -1)), cos, sin).transpose(1, 2)
-        v = attention.v_proj(h).unflatten(-1, (attention.kv_heads, -1)).transpose(1, 2)
+        q, k, v = (
+            y.unflatten(-1, (-1, model.config.head_size))
+            for y in attention.qkv_proj(h).split(model.config.qkv_sizes, dim=-1)
+        )
+        q, k, v = (y.transpose(1, 2) for y in (rotate(q, cos, sin), rotate(k, cos, sin), v))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask, enable_gqa=True)
         x = x + attention.o_proj(out.transpose(1, 2).flatten(2))
         x = x + layer.mlp(layer.post_attention_layernorm(x))

@@ -71,7 +71,7 @@ def test_dream(steps, measure):
     model = MaskedDiffusionModel(config, seed=3)
     with torch.no_grad():
         for layer in model.layers:
-            layer.self_attn.q_proj.bias.uniform_(-1, 1, generator=torch.Generator().manual_seed(1))
+            layer.self_attn.qkv_proj.bias[:28].uniform_(-1, 1, generator=torch.Generator().manual_seed(1))
     options = GenerationConfig(
         mode="fixed", gen_length=16, block_length=16, steps=steps, schedule="dream", measure=measure
     )

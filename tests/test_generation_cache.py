@@ -40,7 +40,7 @@ def plain_forward(model, x, frozen, start):
         attention = layer.self_attn
         n = F.rms_norm(h, (config.hidden_size,), layer.input_layernorm.weight, config.rms_norm_eps)
         q, k, v = (
-            p(n).unflatten(-1, (-1, config.head_size)) for p in (attention.q_proj, attention.k_proj, attention.v_proj)
+            y.unflatten(-1, (-1, config.head_size)) for y in attention.qkv_proj(n).split(config.qkv_sizes, dim=-1)
         )
         q, k = rope(q), rope(k)
         if frozen is not None:

@@ -56,7 +56,7 @@ def model(request):
         model.embed_tokens.weight.mul_(2.5)
         for layer in model.layers:  # biases that are not zero
             if CONFIGS[request.param].qkv_bias:
-                layer.self_attn.q_proj.bias.copy_(torch.linspace(-1, 1, 32))
+                layer.self_attn.qkv_proj.bias[:32].copy_(torch.linspace(-1, 1, 32))
     return model
 
 

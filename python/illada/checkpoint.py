@@ -88,12 +88,17 @@ def write_pretrained(
 
     shards: list[dict[str, Tensor]] = [{}]
     size = total = 0
-    for name, tensor in model.state_dict().items():
+    tensors_of_file = (
+        (key, parameter[rows])
+        for name, parameter in model.state_dict().items()
+        for key, rows in layout.file_parts(name, model.config).items()
+    )
+    for key, tensor in tensors_of_file:
         num_bytes = tensor.numel() * (dtype or tensor.dtype).itemsize
         if shards[-1] and size + num_bytes > max_shard_bytes:
             shards.append({})
             size = 0
-        shards[-1][layout.file_name(name)] = tensor
+        shards[-1][key] = tensor
         size += num_bytes
         total += num_bytes
     show = progress and sys.stderr.isatty()
@@ -139,7 +144,8 @@ def load_pretrained(
 ) -> MaskedDiffusionModel:
     """The model of a checkpoint folder in any layout of `illada.layouts`.
 
-    Weights are memory-mapped: on a CPU, in the file's own dtype, no second copy is made.
+    Weights are memory-mapped: on a CPU, in the file's own dtype, no second copy is made. (Queries', keys' and values'
+    projections are copied into the one that the model has, and their part of the file is let go.)
 
     Args:
         path: the folder. device: where to put the weights. dtype: default that of the file.
@@ -160,32 +166,48 @@ def load_weights(
 ) -> None:
     """Replace the parameters of `model` by those of a checkpoint folder; its keys must fit exactly."""
     layout = LAYOUTS[model.config.model_type]
-    expected = {layout.file_name(name): (name, p) for name, p in model.named_parameters()}
+    parameters = dict(model.named_parameters())
+    expected = {key: (n, rows) for n in parameters for key, rows in layout.file_parts(n, model.config).items()}
     tied_head = layout.file_name("lm_head.weight") if model.config.tie_word_embeddings else None
     state: dict[str, Tensor] = {}
+    found: set[str] = set()
     unexpected: list[str] = []
     wrong: list[str] = []
     for file in _weight_files(path):
         try:
-            with safe_open(file, framework="pt", device=str(device)) as tensors:
+            # What is copied has a mapping of its own, which ends with the file: its pages do not stay beside the copy.
+            with (
+                safe_open(file, framework="pt", device=str(device)) as tensors,
+                safe_open(file, framework="pt", device=str(device)) as copied,
+            ):
                 for key in tensors.keys():
                     if key in expected:
-                        name, parameter = expected[key]
-                        tensor = tensors.get_tensor(key)
-                        if tensor.shape != parameter.shape:
-                            wrong.append(f"{key} is {list(tensor.shape)}, expected {list(parameter.shape)}")
+                        name, rows = expected[key]
+                        whole, shape = rows == slice(None), parameters[name][rows].shape
+                        tensor = (tensors if whole else copied).get_tensor(key)
+                        kept = dtype or tensor.dtype
+                        if tensor.shape != shape:
+                            wrong.append(f"{key} is {list(tensor.shape)}, expected {list(shape)}")
                         elif tensor.dtype not in _DTYPES:
                             wrong.append(f"{key} is {tensor.dtype}, expected float32, bfloat16 or float16")
-                        elif name in state:
+                        elif key in found:
                             wrong.append(f"{key} is in two files")
-                        state[name] = tensor.to(dtype or tensor.dtype)
+                        elif whole:
+                            state[name] = tensor.to(kept)
+                        else:
+                            if name not in state:
+                                state[name] = torch.empty(parameters[name].shape, dtype=kept, device=device)
+                            if state[name].dtype != kept:
+                                wrong.append(f"{key} is {kept}, but another of q, k and v is {state[name].dtype}")
+                            state[name][rows] = tensor
+                        found.add(key)
                     elif key == tied_head:
                         _check_tie(tensors.get_tensor(key), path, layout)
                     else:
                         unexpected.append(key)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file} is damaged or not a safetensors file: {error}") from None
-    missing = [key for key, (name, _) in expected.items() if name not in state]
+    missing = [key for key in expected if key not in found]
     problems = [
         f"{kind}: {', '.join(keys)}"
         for kind, keys in (("missing", missing), ("unexpected", unexpected), ("wrong", wrong))

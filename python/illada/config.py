@@ -89,6 +89,12 @@ class ModelConfig:
         return self.head_dim
 
     @property
+    def qkv_sizes(self) -> tuple[int, int, int]:
+        """Rows of the fused projection that are the queries', the keys' and the values'."""
+        keys = self.num_key_value_heads * self.head_size
+        return self.num_attention_heads * self.head_size, keys, keys
+
+    @property
     def embedding_rows(self) -> int:
         """embedding_size, resolved."""
         assert self.embedding_size is not None
@@ -97,9 +103,8 @@ class ModelConfig:
     @property
     def num_parameters(self) -> int:
         """Of the whole model, a tied head counted once."""
-        c, d = self.hidden_size, self.head_size
-        qkv = (self.num_attention_heads + 2 * self.num_key_value_heads) * d
-        layer = qkv * c + (qkv if self.qkv_bias else 0) + self.num_attention_heads * d * c
+        c, qkv = self.hidden_size, sum(self.qkv_sizes)
+        layer = qkv * c + (qkv if self.qkv_bias else 0) + self.qkv_sizes[0] * c
         layer += 3 * c * self.intermediate_size + 2 * c
         head = 0 if self.tie_word_embeddings else self.embedding_rows * c
         return self.embedding_rows * c + self.num_hidden_layers * layer + c + head

@@ -7,6 +7,7 @@ or ignored for a stated reason; any other key is an error. No special id of one 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,8 +67,20 @@ class Layout:
     unnamed_ids: Mapping[str, int] = field(default_factory=dict)
     unnamed_ids_vocabularies: tuple[int, ...] = ()
 
+    def file_parts(self, parameter: str, config: ModelConfig) -> dict[str, slice]:
+        """Which tensors of a file a parameter of `MaskedDiffusionModel` consists of: name -> its rows of the parameter.
+
+        One with all rows, but of a fused projection three: files have q_proj, k_proj and v_proj.
+        """
+        before, fused, after = parameter.partition("qkv_proj")
+        if not fused:
+            return {self.file_name(parameter): slice(None)}
+        bounds = itertools.pairwise(itertools.accumulate(config.qkv_sizes, initial=0))
+        names = (self.file_name(f"{before}{which}_proj{after}") for which in "qkv")
+        return {name: slice(*rows) for name, rows in zip(names, bounds, strict=True)}
+
     def file_name(self, parameter: str) -> str:
-        """The name in a file of a parameter of `MaskedDiffusionModel`."""
+        """The name in a file of a parameter of `MaskedDiffusionModel`, or of a part of its fused projection."""
         module, _, leaf = parameter.rpartition(".")
         if module.startswith("layers."):
             _, index, inner = module.split(".", 2)

@@ -2,7 +2,7 @@
 
 A pre-norm Transformer whose attention is bidirectional: x += o(attention(q, k, v)), x += down(silu(gate) * up).
 Sequences of a pack never see each other; there is no padding and no attention mask. Parameter names are those of
-Hugging Face checkpoints without the leading "model.".
+Hugging Face checkpoints without the leading "model.", but q_proj, k_proj and v_proj are the rows of one qkv_proj.
 """
 
 from __future__ import annotations
@@ -85,16 +85,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Bidirectional grouped-query attention over packed sequences."""
+    """Bidirectional grouped-query attention over packed sequences; queries, keys and values are one projection's."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        width, dim = config.hidden_size, config.head_size
-        self.q_proj = nn.Linear(width, self.heads * dim, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(width, self.kv_heads * dim, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(width, self.kv_heads * dim, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(self.heads * dim, width, bias=False)
+        width, sizes = config.hidden_size, config.qkv_sizes
+        self.qkv_proj = nn.Linear(width, sum(sizes), bias=config.qkv_bias)
+        self.o_proj = nn.Linear(sizes[0], width, bias=False)
 
     def forward(
         self,
@@ -106,16 +104,7 @@ class Attention(nn.Module):
         cache: CachedKeys | None = None,
         queries: Queries | None = None,
     ) -> Tensor:
-        asking, q_cos, q_sin = (t if queries is None else t[queries.rows] for t in (x, cos, sin))
-        q, k, v = (
-            project(source).unflatten(-1, (heads, -1))
-            for project, source, heads in (
-                (self.q_proj, asking, self.heads),
-                (self.k_proj, x, self.kv_heads),
-                (self.v_proj, x, self.kv_heads),
-            )
-        )
-        q, k = rotate(q, q_cos, q_sin), rotate(k, cos, sin)
+        q, k, v = self._project(x, cos, sin, None if queries is None else queries.rows)
         cu_seqlens_k, seqused_k = None if queries is None else cu_seqlens, None
         if cache is not None:  # k and v are this layer's
             k, v = cache.k.index_copy_(0, cache.rows, k), cache.v.index_copy_(0, cache.rows, v)
@@ -124,6 +113,22 @@ class Attention(nn.Module):
         out = varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k, plan=plan)
         assert isinstance(out, Tensor)
         return self.o_proj(out.flatten(1))
+
+    def _project(self, x: Tensor, cos: Tensor, sin: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """q [T, H, D] (or [N, H, D] of `rows` alone), k and v [T, G, D], rotated and without a copy: v is a view of the
+        projection [T, H + 2 G, D], q and k are views of its rotated heads [T, H + G, D]."""
+        heads, kv_heads = self.heads, self.kv_heads
+        if rows is None:
+            qkv = self.qkv_proj(x).unflatten(-1, (heads + 2 * kv_heads, -1))
+            # split and not slices: their gradients would each be padded with zeros and added.
+            qk, v = qkv.split([heads + kv_heads, kv_heads], dim=1)
+            q, k = rotate(qk, cos, sin).split([heads, kv_heads], dim=1)
+            return q, k, v
+        weight, bias, size = self.qkv_proj.weight, self.qkv_proj.bias, self.o_proj.in_features
+        q_bias, kv_bias = (None, None) if bias is None else (bias[:size], bias[size:])
+        q = F.linear(x[rows], weight[:size], q_bias).unflatten(-1, (heads, -1))
+        k, v = F.linear(x, weight[size:], kv_bias).unflatten(-1, (2 * kv_heads, -1)).chunk(2, dim=1)
+        return rotate(q, cos[rows], sin[rows]), rotate(k, cos, sin), v
 
 
 class MLP(nn.Module):
