@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from illada import attention_plan, pack
+from illada import attention_plan, pack, varlen_attention
 from illada.config import PRESETS, ModelConfig
 from illada.diffusion import Batch, make_batch
-from illada.model import MaskedDiffusionModel, positions
+from illada.model import Layer, MaskedDiffusionModel, Queries, positions, rotary_tables, rotate
 from illada.testing import relative_error
 
 TINY = ModelConfig.preset(
@@ -36,6 +36,10 @@ def twin_logits(model: MaskedDiffusionModel, sequence: torch.Tensor) -> torch.Te
 
     def norm(x, name):
         return x / (x.pow(2).mean(-1, keepdim=True) + c.rms_norm_eps).sqrt() * p[name]
+
+    for name in [name for name in p if "qkv_proj" in name]:
+        parts = zip("qkv", p.pop(name).split(c.qkv_sizes), strict=True)
+        p |= {name.replace("qkv", which): part for which, part in parts}
 
     def linear(x, name):
         y = x @ p[f"{name}.weight"].T
@@ -136,8 +140,6 @@ def test_bfloat16_and_autocast_are_close():
 
 
 def test_layer_compiles_in_one_graph():
-    from illada.model import Layer, rotary_tables
-
     model, batch = MaskedDiffusionModel(TINY), some_batch(TINY)
     plan = attention_plan(batch.cu_seqlens, num_heads=7, num_kv_heads=7, head_dim=8, total_q=batch.num_tokens)
     layer: Layer = model.layers[0]
@@ -168,6 +170,78 @@ def test_initial_weights_come_from_the_seed_alone():
     assert not torch.equal(one.embed_tokens.weight, other.embed_tokens.weight)
     assert (one.embed_tokens.weight[TINY.pad_token_id] == 0).all()
     assert float(one.layers[0].mlp.down_proj.weight.detach().std()) == pytest.approx(0.2 / 2, rel=0.05)
+
+
+def test_initial_weights_are_those_of_three_projections():
+    """Drawn one after the other: what a seed gives does not depend on how they are stored."""
+    generator = torch.Generator().manual_seed(1)
+    torch.empty(50, 56).normal_(generator=generator)  # the embedding
+    parts = [torch.empty(rows, 56).normal_(0.0, 0.2, generator=generator) for rows in (56, 8, 8)]
+    model = MaskedDiffusionModel(dataclasses.replace(TINY, num_key_value_heads=1, qkv_bias=True), seed=1)
+    assert torch.equal(model.layers[0].self_attn.qkv_proj.weight, torch.cat(parts))
+    assert not model.layers[0].self_attn.qkv_proj.bias.any()
+
+
+def attention_inputs(config, generator):
+    cu_seqlens = torch.tensor([0, 5, 5, 16], dtype=torch.int32)
+    x = torch.randn(16, config.hidden_size, generator=generator, requires_grad=True)
+    return x, *rotary_tables(positions(cu_seqlens, 16), config, torch.float32), cu_seqlens
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_reads_the_projection_where_it_is(name, dtype, generator, monkeypatch):
+    """v is a view of the one projection, q and k are views of its rotated heads: no copies, their rows' strides."""
+    config, seen, projected = VARIANTS[name], [], []
+    attention = MaskedDiffusionModel(config, dtype=dtype).layers[0].self_attn
+    attention.qkv_proj.register_forward_hook(lambda module, inputs, output: projected.append(output))
+
+    def spy(q, k, v, *args, **kwargs):
+        seen.extend((q, k, v))
+        return varlen_attention(q, k, v, *args, **kwargs)
+
+    monkeypatch.setattr("illada.model.varlen_attention", spy)
+    x, cos, sin, cu_seqlens = attention_inputs(config, generator)
+    attention(x.to(dtype), cos.to(dtype), sin.to(dtype), cu_seqlens, None)
+    (q, k, v), (fused,) = seen, projected
+    heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_size
+    assert fused.shape == (16, (heads + 2 * kv_heads) * dim) and v.shape == k.shape == (16, kv_heads, dim)
+    assert v.stride() == ((heads + 2 * kv_heads) * dim, dim, 1)
+    assert v.data_ptr() == fused.data_ptr() + (heads + kv_heads) * dim * fused.itemsize
+    assert v.untyped_storage().data_ptr() == fused.untyped_storage().data_ptr()
+    assert q.stride() == k.stride() == ((heads + kv_heads) * dim, dim, 1) and q.shape == (16, heads, dim)
+    assert k.data_ptr() == q.data_ptr() + heads * dim * q.itemsize
+    assert k.untyped_storage().data_ptr() == q.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("some_rows", [False, True])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_gradients_are_those_of_three_projections(name, some_rows, generator):
+    config = VARIANTS[name]
+    attention = MaskedDiffusionModel(config, seed=4).layers[0].self_attn
+    fused = [parameter for key, parameter in attention.named_parameters() if "qkv_proj" in key]
+    with torch.no_grad():
+        for parameter in fused[1:]:  # a bias that does something
+            parameter.normal_(generator=generator)
+    x, cos, sin, cu_seqlens = attention_inputs(config, generator)
+    rows, queries = torch.arange(16), None
+    if some_rows:
+        rows = torch.tensor([1, 4, 5, 14])
+        queries = Queries(rows, torch.tensor([0, 2, 2, 4], dtype=torch.int32))
+    got = attention(x, cos, sin, cu_seqlens, None, None, queries)
+    parts = [[part.detach().requires_grad_() for part in p.split(config.qkv_sizes)] for p in fused]
+    q, k, v = (
+        torch.nn.functional.linear(x, *part).unflatten(-1, (-1, config.head_size)) for part in zip(*parts, strict=True)
+    )
+    out = varlen_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, cu_seqlens)
+    want = attention.o_proj(out.flatten(1))[rows]
+    torch.testing.assert_close(got, want)
+    probe = torch.randn(got.shape, generator=generator)
+    got_grads = torch.autograd.grad((got * probe).sum(), [x, *fused])
+    dx, *want_grads = torch.autograd.grad((want * probe).sum(), [x, *(part for three in parts for part in three)])
+    torch.testing.assert_close(got_grads[0], dx, rtol=1e-4, atol=1e-5)
+    for i, grad in enumerate(got_grads[1:]):
+        torch.testing.assert_close(grad, torch.cat(want_grads[3 * i : 3 * i + 3]), rtol=1e-4, atol=1e-5)
 
 
 def test_positions():
@@ -207,8 +281,13 @@ def test_errors():
 @pytest.mark.parametrize("shift", [False, True])
 def test_hidden_states_of_some_rows(shift):
     """The last layer may leave the others out: the same numbers, and the same gradients."""
-    config = ModelConfig.preset("tiny", vocab_size=100, logits_shift=shift, model_type="dream" if shift else "illada")
+    config = ModelConfig.preset(
+        "tiny", vocab_size=100, logits_shift=shift, qkv_bias=shift, model_type="dream" if shift else "illada"
+    )
     model = MaskedDiffusionModel(config, seed=2)
+    with torch.no_grad():
+        for layer in model.layers if shift else ():
+            layer.self_attn.qkv_proj.bias.normal_(generator=torch.Generator().manual_seed(3))
     tokens = torch.arange(20) % 100
     cu_seqlens, rows = torch.tensor([0, 3, 3, 20], dtype=torch.int32), torch.tensor([0, 2, 3, 4, 19])
     want = model(tokens, cu_seqlens)[rows]

@@ -13,6 +13,7 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from illada.checkpoint import load_pretrained
 from illada.data import TokenDataset, prepare
@@ -286,6 +287,12 @@ def test_damaged_checkpoints(config):
         with pytest.raises(ValueError, match=match):
             train(config, progress=False)
         file.write_bytes(content)
+    # Moments of three projections, as they were before there was one, are another optimizer's.
+    file, name = result.checkpoint / "optimizer.safetensors", "layers.0.self_attn.qkv_proj.weight"
+    moments = load_file(file)
+    save_file({key.replace("qkv_proj", "q_proj"): tensor for key, tensor in moments.items()}, file)
+    with pytest.raises(ValueError, match=f"optimizer.safetensors lacks the state of {name}"):
+        train(config, progress=False)
     with pytest.raises(FileNotFoundError, match=r"not a training checkpoint \(no trainer.json\)"):
         train(config, resume=str(result.checkpoint.parent), progress=False)
 

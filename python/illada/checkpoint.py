@@ -144,8 +144,8 @@ def load_pretrained(
 ) -> MaskedDiffusionModel:
     """The model of a checkpoint folder in any layout of `illada.layouts`.
 
-    Weights are memory-mapped: on a CPU, in the file's own dtype, no second copy is made. (Queries', keys' and values'
-    projections are copied into the one that the model has, and their part of the file is let go.)
+    Weights are memory-mapped: on a CPU, in the file's own dtype, nothing is there twice. The projections of q, k and v
+    are copied into the model's one, and their part of the file does not stay mapped.
 
     Args:
         path: the folder. device: where to put the weights. dtype: default that of the file.
@@ -175,7 +175,7 @@ def load_weights(
     wrong: list[str] = []
     for file in _weight_files(path):
         try:
-            # What is copied has a mapping of its own, which ends with the file: its pages do not stay beside the copy.
+            # What is copied is read through a mapping of its own, which is given up: no page stays beside its copy.
             with (
                 safe_open(file, framework="pt", device=str(device)) as tensors,
                 safe_open(file, framework="pt", device=str(device)) as copied,
