@@ -34,7 +34,7 @@
 #include <cmath>
 #include <cstddef>
 
-#include "attention/gradient_rows.cuh"
+#include "attention/accumulator_rows.cuh"
 #include "attention/launch.h"
 #include "common/dtype.cuh"
 #include "common/ptx.cuh"
@@ -363,13 +363,19 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
       const int key = warpgroup * 64 + warp_row + lane / 4;
       const int64_t stride = int64_t(a.num_kv_heads) * kHeadDim;
       const int64_t offset = (item.k_start + key) * stride + item.kv_head * kHeadDim;
-      const int rows = (item.k_count - key + 7) / 8;
+      const auto is_real = [&](int i) { return key + 8 * i < item.k_count; };
       if (kFused && a.pieces > 1) {
-        add_gradient<kHeadDim>(dv, a.dv_sums + offset, 8 * stride, rows);
-        add_gradient<kHeadDim>(dk, a.dk_sums + offset, 8 * stride, rows);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) add_row<kHeadDim>(a.dv_sums + offset + 8 * i * stride, dv, i, is_real(i), lane);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) add_row<kHeadDim>(a.dk_sums + offset + 8 * i * stride, dk, i, is_real(i), lane);
       } else {
-        write_gradient<T, kHeadDim>(dv, 1.0f, static_cast<T*>(a.dv) + offset, 8 * stride, rows);
-        write_gradient<T, kHeadDim>(dk, a.scale, static_cast<T*>(a.dk) + offset, 8 * stride, rows);
+        T* const to_dv = static_cast<T*>(a.dv) + offset;
+        T* const to_dk = static_cast<T*>(a.dk) + offset;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) store_row<T, kHeadDim>(to_dv + 8 * i * stride, dv, i, 1.0f, is_real(i), lane);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) store_row<T, kHeadDim>(to_dk + 8 * i * stride, dk, i, a.scale, is_real(i), lane);
       }
     };
 
@@ -483,9 +489,9 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
     }
     // Keys that no query sees; where items are cut, their sums are zeros that the last pass turns into gradients.
     const int items = a.pieces == 1 ? plan_header(a.plan).backward_items : 0;
-    for (int index = int(blockIdx.x); index < items; index += int(gridDim.x)) {
+    for (int index = items - 1 - int(blockIdx.x); index >= 0; index -= int(gridDim.x)) {  // they are the last ones
       const WorkItem item = backward_items(a.plan, a.first_item)[index];
-      if (item.q_count > 0) continue;
+      if (item.q_count > 0) break;
       constexpr int kWords = kHeadDim / 8;
       for (int i = int(threadIdx.x); i < item.k_count * kWords; i += 256) {
         const int64_t offset = int64_t(item.k_start + i / kWords) * a.num_kv_heads + item.kv_head;

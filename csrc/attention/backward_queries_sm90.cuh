@@ -24,7 +24,7 @@
 #include <cmath>
 #include <cstddef>
 
-#include "attention/gradient_rows.cuh"
+#include "attention/accumulator_rows.cuh"
 #include "attention/launch.h"
 #include "attention/row_pair.cuh"
 #include "common/dtype.cuh"
@@ -224,14 +224,14 @@ __global__ __launch_bounds__(QueriesShared<kHeadDim>::kThreads, 1) void illada_a
       return true;
     };
     const auto write_queries = [&](const WorkItem& item) {
-      const auto target = [&](int r) {
-        const int token = int(r * a.group_reciprocal >> 16);
-        return static_cast<T*>(a.dq) + (int64_t(item.q_start + warpgroup * a.block_tokens + token) * a.num_heads +
-                                        item.kv_head * a.group + r - token * a.group) *
-                                           kHeadDim;
-      };
-      const int rows = min(item.q_count - warpgroup * a.block_tokens, a.block_tokens) * a.group;
-      write_gradient<T, kHeadDim>(dq, a.scale, target(row), target(row + 8) - target(row), (rows - row + 7) / 8);
+      const int tokens = min(item.q_count - warpgroup * a.block_tokens, a.block_tokens);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int token = int((row + 8 * i) * a.group_reciprocal >> 16), head = row + 8 * i - token * a.group;
+        const int64_t place = int64_t(item.q_start + warpgroup * a.block_tokens + token) * a.num_heads;
+        store_row<T, kHeadDim>(static_cast<T*>(a.dq) + (place + item.kv_head * a.group + head) * kHeadDim, dq, i,
+                               a.scale, token < tokens, lane);
+      }
     };
     if (open_item()) {
       bool fresh = true;     // is the tile of s the first one of its item?
@@ -293,9 +293,9 @@ __global__ __launch_bounds__(QueriesShared<kHeadDim>::kThreads, 1) void illada_a
       write_queries(shared.item[warpgroup][(number - 2) % Shared::kItems]);
     }
     // Queries without keys, which are the last ones of the list.
-    int round = 0;
-    for (WorkItem item = next_queries(a, round); item.q_count > 0; ++round, item = next_queries(a, round)) {
-      if (item.k_count > 0) continue;
+    for (int index = plan_header(a.plan).forward_items - 1 - int(blockIdx.x); index >= 0; index -= int(gridDim.x)) {
+      const WorkItem item = forward_items(a.plan)[index];
+      if (item.k_count > 0) break;
       constexpr int kWords = kHeadDim / 8;
       for (int i = int(threadIdx.x); i < item.q_count * a.group * kWords; i += 256) {
         const int r = i / kWords;

@@ -1,5 +1,5 @@
 // What the attention kernels of sm_80 share: tiles of 16-bit rows in shared memory, filled by cp.async and read by
-// ldmatrix, and rows that leave from the accumulators of mma.sync m16n8k16.
+// ldmatrix.
 //
 // In row r of a tile, the 16-byte chunk c stands where c ^ (r % 8) would: neither the copies nor the reads of 8 rows,
 // in either direction, meet in a bank.
@@ -7,9 +7,7 @@
 
 #include <cstdint>
 
-#include "common/dtype.cuh"
 #include "common/ptx.cuh"
-#include "common/reduce.cuh"
 
 namespace illada::attention {
 namespace {
@@ -62,33 +60,6 @@ struct Fragments {
     rows = (thread / 16 % 2 * 8 + row) * kRowBytes + (thread / 8 % 2 ^ row) * 16;
   }
 };
-
-// Row i (0: lane / 4, 1: 8 more) of an accumulator [16, kHeadDim] times `scale`, four lanes to a row, to the row at
-// `target`, if it is real.
-template <typename T, int kHeadDim>
-__device__ __forceinline__ void store_row(T* target, const float (&sum)[kHeadDim / 2], int i, float scale, bool is_real,
-                                          int lane) {
-  target += lane % 4 * 8;
-#pragma unroll
-  for (int j = 0; j < kHeadDim / 32; ++j) {
-    // 32 columns of the row, 2 of every 8 in a lane; lane l of the four is to have the l-th 8 of them.
-    uint32_t w[4];
-#pragma unroll
-    for (int n = 0; n < 4; ++n)
-      w[n] = pack2<T>(sum[16 * j + 4 * n + 2 * i] * scale, sum[16 * j + 4 * n + 2 * i + 1] * scale);
-#pragma unroll
-    for (int bit = 1; bit <= 2; bit *= 2) {
-      const bool upper = lane & bit;
-#pragma unroll
-      for (int n = 0; n < 4; ++n) {
-        if (n & bit) continue;
-        const uint32_t got = __shfl_xor_sync(kFullWarp, upper ? w[n] : w[n | bit], bit);
-        (upper ? w[n] : w[n | bit]) = got;
-      }
-    }
-    if (is_real) *reinterpret_cast<uint4*>(target + 32 * j) = make_uint4(w[0], w[1], w[2], w[3]);
-  }
-}
 
 }  // namespace
 }  // namespace illada::attention
