@@ -203,6 +203,11 @@ def _fwd_cuda(
 _REPEATABLE_LENGTH = 256
 
 
+def multiplies_twice(total_q: int, num_sequences: int) -> bool:
+    """Whether gradients on CUDA are made the deterministic way although nobody asks for it."""
+    return total_q <= _REPEATABLE_LENGTH * num_sequences
+
+
 def _bwd_cuda(
     dout: Tensor,
     dlse: Tensor | None,
@@ -223,7 +228,7 @@ def _bwd_cuda(
     if dlse is not None and not dlse.is_contiguous():
         dlse = dlse.clone(memory_format=torch.contiguous_format)
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    deterministic = deterministic or q.shape[0] <= _REPEATABLE_LENGTH * num_sequences
+    deterministic = deterministic or multiplies_twice(q.shape[0], num_sequences)
     size = raw.varlen_attention_backward_workspace(
         q.shape[0], k.shape[0], num_sequences, q.shape[1], k.shape[1], q.shape[2], deterministic, q.device.index
     )
