@@ -4,7 +4,8 @@
 """
 
 from illada.ops.attention import attention_plan, varlen_attention
-from illada.ops.loss import linear_masked_cross_entropy, masked_cross_entropy
+from illada.ops.linear_loss import linear_masked_cross_entropy
+from illada.ops.loss import masked_cross_entropy
 from illada.ops.remask import linear_sample_tokens, remask, sample_tokens
 from illada.ops.types import AttentionPlan, LogitBias, RemaskStatus, TokenSample
 
