@@ -179,12 +179,12 @@ def test_registration(generator):
         torch.ops.illada.linear_masked_ce_bwd.default, (torch.tensor(2.0), hidden.detach(), weight.detach())
     )
     logits = (hidden @ weight.T).detach().requires_grad_()
-    torch.library.opcheck(torch.ops.illada.masked_ce_fwd.default, (logits, targets, weights, None, 1.0))
-    lse = logits.detach().logsumexp(-1)
-    torch.library.opcheck(
-        torch.ops.illada.masked_ce_bwd.default,
-        (torch.tensor(2.0), logits.detach(), targets, weights, torch.tensor(3.0), 1.0, lse),
-    )
+    for inplace in (False, True):
+        torch.library.opcheck(torch.ops.illada.masked_ce_fwd.default, (logits, targets, weights, None, 1.0, inplace))
+    rest = (torch.tensor(3.0), 1.0, logits.detach().logsumexp(-1), torch.tensor(2.0), torch.ones(12), 5)
+    for op in (torch.ops.illada.masked_ce_bwd.default, torch.ops.illada.masked_ce_bwd_.default):
+        torch.library.opcheck(op, (logits.detach().clone(), targets, weights, *rest))
+    torch.library.opcheck(torch.ops.illada.masked_ce_shard_fwd.default, (logits.detach(), targets, weights, 5))
 
 
 @pytest.mark.parametrize("function", ["linear_masked_cross_entropy", "masked_cross_entropy"])
