@@ -4,6 +4,7 @@
 """
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -41,16 +42,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(scope="session")
-def device() -> torch.device:
-    return torch.device("cuda")
-
-
-def _addmm_wide(self, mat1, mat2, out_dtype, *, beta=1, alpha=1, out):
-    product = alpha * (mat1.float() @ mat2.float())
-    return out.copy_(product if beta == 0 else beta * self + product)
-
-
-if _get_current_dispatch_mode() is not None and hasattr(torch.ops.aten.addmm, "dtype_out"):
+def device() -> Iterator[torch.device]:
+    if _get_current_dispatch_mode() is None or not hasattr(torch.ops.aten.mm, "dtype"):
+        yield torch.device("cuda")
+        return
     # A mode computes torch's operators by their CPU kernels (a simulator), and of this one there is none.
-    _ATEN = torch.library.Library("aten", "IMPL")
-    _ATEN.impl("addmm.dtype_out", _addmm_wide, "CPU")
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("mm.dtype", lambda a, b, dtype: a.to(dtype) @ b.to(dtype), "CPU")
+    yield torch.device("cuda")

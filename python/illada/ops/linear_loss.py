@@ -67,7 +67,7 @@ def chunk_rows_of(count: int, vocab_size: int, dtype: torch.dtype, is_cuda: bool
         return max(128, _CHUNK_BYTES_CPU // row_bytes)
     most = max(128, _CHUNK_BYTES_CUDA // row_bytes // 128 * 128)
     chunks = max(1, -(-count // most))
-    return -(-count // (128 * chunks)) * 128
+    return max(128, -(-count // (128 * chunks)) * 128)
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:

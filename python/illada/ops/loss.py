@@ -100,10 +100,12 @@ def _shard_fwd(logits, targets, token_weights, vocab_start):
 
 def _bwd_into(grad, logits, targets, token_weights, normalizer, scale, lse, dloss, dlse, vocab_start):
     normalizer, scale = where_read(normalizer, scale)
+    if dlse is not None and not dlse.is_contiguous():
+        dlse = dlse.clone(memory_format=torch.contiguous_format)
     raw.masked_cross_entropy_backward(
         *(grad, logits, kernel_targets(targets), token_weights.contiguous(), lse.contiguous()),
         dloss=dloss,
-        dlse=None if dlse is None else dlse.contiguous(),
+        dlse=dlse,
         normalizer=normalizer,
         scale=scale,
         vocab_start=vocab_start,
@@ -233,7 +235,7 @@ def check_targets(
 def split_normalizer(
     op: str, normalizer: float | Tensor | None, name: str, like: Tensor
 ) -> tuple[Tensor | None, float]:
-    """(float32 scalar tensor or None, host factor): the loss is divided by one or the other. `like` is called `name`."""
+    """(float32 scalar or None, host factor): the loss is divided by one or the other. `like` is called `name`."""
     if isinstance(normalizer, Tensor):
         lib.check_shape(op, "normalizer", normalizer, ())
         if normalizer.device.type != "cpu":  # one on the CPU is as good as a number
