@@ -73,6 +73,7 @@ void masked_cross_entropy_cuda(const MaskedCrossEntropyParams& p) {
   const int64_t workspace = fused.vectors ? 0 : masked_cross_entropy_workspace(p.num_rows, p.vocab_size);
   ILLADA_CHECK(p.workspace_bytes >= workspace, kOp, "workspace must have ", workspace, " bytes, got ",
                p.workspace_bytes);
+  ILLADA_CHECK(reinterpret_cast<uintptr_t>(p.workspace) % 16 == 0, kOp, "workspace must be 16-byte aligned");
   ILLADA_CHECK(!p.grad || fused.vectors || p.lse, kOp, "a gradient of ", p.vocab_size,
                " ids takes a forward and a backward, which needs lse");
   check_memory(p, false, workspace);

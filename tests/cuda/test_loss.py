@@ -302,6 +302,70 @@ def test_raw_calls_in_a_graph(device, generator):
         torch.testing.assert_close(got[2].cpu(), want[3], rtol=1e-2, atol=1e-9)
 
 
+def wrong_raw_calls(logits, targets, weights, outputs):
+    host = torch.zeros(4)
+    nll, inside = outputs["nll"], logits.view(-1)
+    workspace = outputs["workspace"]
+    yield "targets must be device memory, got a pointer to host memory", (logits, targets.cpu(), weights), {}
+    yield "targets must not be null", (logits, targets[:0], weights), {}
+    yield "token_weights must be device memory", (logits, targets, host), {}
+    yield "rows must be device memory", (logits, targets, weights), {"rows": host.int()}
+    yield "normalizer must be device memory", (logits, targets, weights), {"normalizer": host[0]}
+    yield "nll must be device memory", (logits, targets, weights), {"nll": host}
+    yield "lse must be device memory", (logits, targets, weights), {"lse": host}
+    yield "target_logit must be device memory", (logits, targets, weights), {"target_logit": host}
+    yield "grad must be device memory", (logits, targets, weights), {"grad": logits.cpu()}
+    yield "nll overlaps lse", (logits, targets, weights), {"lse": nll}
+    yield "nll overlaps token_weights", (logits, targets, weights), {"nll": weights}
+    yield "target_logit overlaps logits", (logits, targets, weights), {"target_logit": inside[:8].view(torch.float32)}
+    yield "grad overlaps logits", (logits[:3], targets, weights), {"grad": logits[1:]}
+    yield (
+        "grad row stride 1 is less than vocab_size",
+        (logits, targets, weights),
+        {"grad": logits.as_strided((4, 20000), (1, 1))},
+    )
+    part = logits[:, :19000]
+    yield (
+        "grad is logits, but its row stride is 19500 and not 20000",
+        (part, targets, weights),
+        {"grad": logits.as_strided((4, 19000), (19500, 1))},
+    )
+    yield "logits have 4 rows, but there are 3 tokens", (logits, targets, weights[:3]), {}
+    yield "vocab_start must not be negative", (logits, targets, weights), {"vocab_start": -1}
+    yield "vocab_size must be positive", (logits[:, :0], targets, weights), {}
+    yield f"workspace must have {len(workspace)} bytes, got 8", (logits, targets, weights), {"workspace": workspace[:8]}
+    yield "workspace must have .* bytes, got 0", (logits, targets, weights), {"workspace": None}
+    yield "workspace must be 16-byte aligned", (logits, targets, weights), {"workspace": torch.cat([workspace] * 2)[8:]}
+    yield "workspace must be device memory", (logits, targets, weights), {"workspace": workspace.cpu()}
+    yield "workspace overlaps logits", (logits, targets, weights), {"workspace": inside.view(torch.uint8)}
+    yield "inputs are on the CPU, but the outputs are on cuda", (logits.cpu(), targets, weights), {}
+
+
+def test_wrong_raw_calls(device):
+    logits = torch.zeros(4, 20000, dtype=torch.bfloat16, device=device)
+    targets, weights = torch.zeros(4, dtype=torch.int64, device=device), torch.ones(4, device=device)
+    outputs = raw_buffers(logits, weights)
+    for message, arguments, keywords in wrong_raw_calls(logits, targets, weights, outputs):
+        with pytest.raises(ValueError, match=message):
+            raw.masked_cross_entropy(*arguments, **{**outputs, **keywords})
+        assert (outputs["nll"] == -7).all() and (outputs["lse"] == -7).all() and not logits.any(), message
+    lse, grad = outputs["lse"], torch.empty_like(logits)
+    for message, arguments, keywords in [
+        ("lse must not be null", (grad, logits, targets, weights, lse[:0]), {}),
+        ("grad must not be null", (grad[:0], logits, targets, weights, lse), {}),
+        ("dlse must be device memory", (grad, logits, targets, weights, lse), {"dlse": lse.cpu()}),
+        ("dloss must be device memory", (grad, logits, targets, weights, lse), {"dloss": lse.cpu()[0]}),
+        ("grad overlaps logits", (logits[1:], logits[:3], targets, weights, lse), {}),
+        ("grad overlaps lse", (lse.view(1, 4), weights.view(1, 4), targets[:1], weights[:1], lse), {}),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            raw.masked_cross_entropy_backward(*arguments, **keywords)
+    with pytest.raises(ValueError, match="loss overlaps nll"):
+        raw.weighted_sum(lse[:1], lse, weights)
+    raw.masked_cross_entropy(logits, targets, weights, **outputs)  # and no error was left behind
+    torch.testing.assert_close(outputs["nll"].cpu(), torch.full((4,), 20000.0).log())
+
+
 # ------------------------------------------------------------------------------------------------ shards
 
 

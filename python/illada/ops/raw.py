@@ -178,10 +178,11 @@ def masked_cross_entropy(
     being what the sum is multiplied by, normalizer a float32 scalar; workspace: uint8, as
     `masked_cross_entropy_workspace` says.
     """
+    outputs = [out for out in (nll, lse, target_logit, grad) if out is not None] or [logits]
     native().masked_cross_entropy(
         _cross_entropy_arguments(logits, targets, token_weights, rows, normalizer, scale, vocab_start),
         *(address(nll), address(lse), address(target_logit), address(grad), 0 if grad is None else grad.stride(0)),
-        *(torch.get_num_threads(), _launch(logits, logits, workspace)),
+        *(torch.get_num_threads(), _launch(outputs[0], logits, workspace)),
     )
 
 
