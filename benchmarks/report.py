@@ -17,9 +17,15 @@ from benchmarks.runner import KEYS, Goal, copy_share, ratio
 Records = Sequence[dict[str, Any]]
 
 
+def _rate(r: dict[str, Any]) -> float:
+    """Floating-point operations a second."""
+    return 1e3 * (r["flops"] or 0) / r["median_ms"]
+
+
 def _cells(records: Records, r: dict[str, Any]) -> dict[str, str]:
     """The columns of one record; "-" where something does not apply."""
     seconds = r["median_ms"] / 1e3
+    prefix, digits = ("T", 1) if any(_rate(other) >= 1e13 for other in records) else ("G", 0)
     share, times = copy_share(records, r), ratio(records, r["case"], r["provider"], timing=r["timing"])
     cells = {
         "case": r["case"],
@@ -30,21 +36,22 @@ def _cells(records: Records, r: dict[str, Any]) -> dict[str, str]:
         "p80": f"{r['p80_ms']:.4f}",
         "GB/s": f"{r['bytes'] / seconds / 1e9:.1f}" if r["bytes"] else "-",
         "of copy": "-" if share is None else f"{share:.0%}",
-        "GFLOP/s": f"{r['flops'] / seconds / 1e9:.0f}" if r["flops"] else "-",
+        f"{prefix}FLOP/s": f"{_rate(r) / {'G': 1e9, 'T': 1e12}[prefix]:.{digits}f}" if r["flops"] else "-",
         "MiB": f"{r['peak_memory_bytes'] / 2**20:.1f}" if r["peak_memory_bytes"] is not None else "-",
         "error": f"{r['error']:.1e}" if r["error"] is not None else "-",
         "ratio": "-" if times is None else f"{times:.2f}x",
     }
     counted = dict.fromkeys(name for other in records for name in other.get("counts") or ())
     if "tokens" in counted:  # a job, not a kernel: what it did per second
-        for name in ("GB/s", "of copy", "GFLOP/s", "MiB"):
+        for name in ("GB/s", "of copy", f"{prefix}FLOP/s", "MiB"):
             del cells[name]
         for name, count in (r.get("counts") or {}).items():
             cells[f"{name}/s"] = f"{count / seconds:.1f}"
         for name in counted:
             cells.setdefault(f"{name}/s", "-")
     else:  # what it was given, and needed
-        cells |= {name: str((r.get("counts") or {}).get(name, "-")) for name in counted}
+        found = r.get("counts") or {}
+        cells |= {name: f"{x:.1e}" if isinstance(x := found.get(name, "-"), float) else str(x) for name in counted}
     return cells
 
 

@@ -8,7 +8,7 @@ usage: bash benchmarks/run_on_gpu.sh [MINUTES] [OUT]
 Builds illada on this machine, runs its CUDA tests, compute-sanitizer and the benchmarks, and leaves the numbers in a
 folder. Needs an NVIDIA GPU, nvcc, cmake, ninja, and a Python with torch, pybind11, setuptools and pytest; no network,
 no root. The checkout is only read, and nothing stays behind but OUT. Attention is compared with fa3-fwd and
-flash-attn-4 as well where the Python has them.
+flash-attn-4 as well, and the loss with liger-kernel, cut-cross-entropy and quack-kernels, where the Python has them.
 
   MINUTES  for everything, build included (default 10). What does not fit is left out and listed.
   OUT      folder for the results (default runs/gpu); files of an earlier run are replaced.
@@ -31,7 +31,8 @@ examples:
   bash benchmarks/run_on_gpu.sh                            # ten minutes, into runs/gpu
   bash benchmarks/run_on_gpu.sh 30 out >out.log 2>&1
   python -m benchmarks remask --only "step 128"            # one case by hand, with an installed illada
-  python -m benchmarks attention --direction bwd           # what this script leaves out: gradients
+  python -m benchmarks attention --direction bwd           # what this script leaves out: gradients,
+  python -m benchmarks loss --only 2048x --spread 8        # other heads, and logits as after training
 HELP
 }
 
@@ -207,6 +208,9 @@ for kind in sample linear commit step; do
 done
 for kind in "32/8 D128" "32/32 D128" D64; do
   run_bench attention cuda "$kind"
+done
+for kind in t=0.5 t=0.1 t=0.9 "t=1 4096x155136"; do # other heads by hand
+  run_bench loss cuda "$kind"
 done
 run_bench train-step cpu ""
 if [ ${#left_out[@]} -gt 0 ]; then

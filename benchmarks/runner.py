@@ -37,7 +37,9 @@ class Provider:
     call: does it once; what it returns is handed to `error`.
     unavailable: why it cannot run here, or None.
     error: how wrong the result is, in the bench's own terms.
-    counts: how much of what one call did, such as tokens and forwards; the table shows them per second.
+    counts: how much of what one call did, such as tokens and forwards (the table shows them per second), or of what the
+        job consists; anything else that is worth a column.
+    memory: bytes that one call needs, as the bench defines them; default: on a GPU all that it allocates.
     rotating: the same call on each of several inputs, too large together for the L2 cache. On a GPU these are also
         timed in a CUDA graph; none of them may wait for the device.
     """
@@ -46,7 +48,8 @@ class Provider:
     call: Callable[[], Any]
     unavailable: str | None = None
     error: Callable[[Any], float] | None = None
-    counts: Callable[[Any], dict[str, int]] | None = None
+    counts: Callable[[Any], dict[str, float]] | None = None
+    memory: Callable[[], int] | None = None
     rotating: Sequence[Callable[[], Any]] = ()
 
 
@@ -138,7 +141,9 @@ def _run_case(
                 errors[provider.name] = None if provider.error is None else provider.error(result)
                 counts[provider.name] = None if provider.counts is None else provider.counts(result)
                 del result
-                if on_gpu:
+                if provider.memory is not None:
+                    memory[provider.name] = provider.memory()
+                elif on_gpu:
                     memory[provider.name] = timing.peak_memory(provider.call, device)
                 timed.append(Timed(provider, timer.timing, provider.call))
             except Exception as error:  # a peer that does not run here is no reason to stop

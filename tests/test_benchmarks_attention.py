@@ -65,7 +65,7 @@ def test_records(tmp_path, monkeypatch, direction, capsys):
 def test_direction_is_refused_where_there_is_none(capsys):
     with pytest.raises(SystemExit):
         command.main(["remask", "--device", "cpu", "--direction", "bwd"])
-    assert "remask has no --direction; attention has" in capsys.readouterr().err
+    assert "remask has no --direction; attention and loss have" in capsys.readouterr().err
 
 
 def test_an_op_without_a_kernel_and_a_peer_that_is_not_installed_are_named(tmp_path, monkeypatch, capsys):

@@ -34,7 +34,7 @@
 #include <cmath>
 #include <cstddef>
 
-#include "attention/accumulator_rows.cuh"
+#include "common/accumulator_rows.cuh"
 #include "attention/launch.h"
 #include "common/dtype.cuh"
 #include "common/ptx.cuh"
@@ -283,7 +283,7 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
       ptx::wgmma_fence();
 #pragma unroll
       for (int i = 0; i < kBackwardKeys / 16; ++i)
-        ptx::wgmma_k16_mn<T, 64>(dq, x + i * kRowBytes, y + i * kRowBytes, i > 0);
+        ptx::wgmma_k16<T, 64, Major::kMN, Major::kMN>(dq, x + i * kRowBytes, y + i * kRowBytes, i > 0);
       ptx::wgmma_commit();
     };
     const auto open_item = [&] {

@@ -24,7 +24,7 @@
 #include <cmath>
 #include <cstddef>
 
-#include "attention/accumulator_rows.cuh"
+#include "common/accumulator_rows.cuh"
 #include "attention/launch.h"
 #include "attention/row_pair.cuh"
 #include "common/dtype.cuh"

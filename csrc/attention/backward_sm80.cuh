@@ -25,7 +25,7 @@
 #include <cmath>
 #include <type_traits>
 
-#include "attention/accumulator_rows.cuh"
+#include "common/accumulator_rows.cuh"
 #include "attention/launch.h"
 #include "attention/row_pair.cuh"
 #include "attention/tiles_sm80.cuh"

@@ -188,6 +188,53 @@ void linear_sample_tokens(uintptr_t hidden, int64_t hidden_row_stride, int64_t n
   remask::linear_sample_tokens_cuda(p);
 }
 
+// Of the fused head's loss: hidden, hidden_dtype, hidden_row_stride, num_tokens, weight, weight_row_stride, vocab_size,
+// width, targets, targets_are_int64, weights, rows, num_rows, scale, normalizer, chunk_rows, nll, hidden_grad,
+// weight_grad, weight_grad_dtype, add_to_weight_grad.
+using LinearLossArguments =
+    std::tuple<uintptr_t, int, int64_t, int64_t, uintptr_t, int64_t, int64_t, int64_t, uintptr_t, bool, uintptr_t,
+               uintptr_t, int64_t, float, uintptr_t, int64_t, uintptr_t, uintptr_t, uintptr_t, int, bool>;
+
+loss::LinearMaskedCrossEntropyParams linear_loss_params(const LinearLossArguments& arguments,
+                                                        const LaunchArguments& launch) {
+  loss::LinearMaskedCrossEntropyParams p;
+  p.hidden = pointer<const void>(std::get<0>(arguments));
+  p.hidden_dtype = DType(std::get<1>(arguments));
+  p.hidden_row_stride = std::get<2>(arguments);
+  p.num_tokens = std::get<3>(arguments);
+  p.weight = pointer<const void>(std::get<4>(arguments));
+  p.weight_row_stride = std::get<5>(arguments);
+  p.vocab_size = std::get<6>(arguments);
+  p.width = std::get<7>(arguments);
+  p.targets = pointer<const void>(std::get<8>(arguments));
+  p.targets_are_int64 = std::get<9>(arguments);
+  p.weights = pointer<const float>(std::get<10>(arguments));
+  p.rows = pointer<const int32_t>(std::get<11>(arguments));
+  p.num_rows = std::get<12>(arguments);
+  p.scale = std::get<13>(arguments);
+  p.normalizer = pointer<const float>(std::get<14>(arguments));
+  p.chunk_rows = std::get<15>(arguments);
+  p.nll = pointer<float>(std::get<16>(arguments));
+  p.hidden_grad = pointer<void>(std::get<17>(arguments));
+  p.weight_grad = pointer<void>(std::get<18>(arguments));
+  p.weight_grad_dtype = DType(std::get<19>(arguments));
+  p.add_to_weight_grad = std::get<20>(arguments);
+  p.launch = {std::get<0>(launch), pointer<void>(std::get<1>(launch))};
+  p.workspace = pointer<void>(std::get<2>(launch));
+  p.workspace_bytes = std::get<3>(launch);
+  return p;
+}
+
+int64_t linear_masked_cross_entropy_workspace(const LinearLossArguments& arguments, int device) {
+  return loss::linear_masked_cross_entropy_workspace(linear_loss_params(arguments, {device, 0, 0, 0}));
+}
+
+void linear_masked_cross_entropy(const LinearLossArguments& arguments, const LaunchArguments& launch) {
+  const auto p = linear_loss_params(arguments, launch);
+  py::gil_scoped_release release;
+  loss::linear_masked_cross_entropy_cuda(p);
+}
+
 // Of a pack: total_q, total_k, num_sequences, num_heads, num_kv_heads, head_dim.
 using PackArguments = std::tuple<int64_t, int64_t, int, int, int, int>;
 // Of a packed tensor: address, token_stride, head_stride.
@@ -341,6 +388,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("sample_tokens_workspace", &remask::sample_tokens_workspace);
   m.def("linear_sample_tokens", &linear_sample_tokens);
   m.def("linear_sample_tokens_workspace", &linear_sample_tokens_workspace);
+  m.def("linear_masked_cross_entropy", &linear_masked_cross_entropy);
+  m.def("linear_masked_cross_entropy_workspace", &linear_masked_cross_entropy_workspace);
   m.def("attention_plan", &attention_plan);
   m.def("attention_plan_rows", &attention_plan_rows);
   m.def("varlen_attention", &varlen_attention);

@@ -11,6 +11,13 @@
 #include "common/dtype.cuh"
 #include "common/ptx.cuh"
 
+namespace illada {
+
+// Which dimension of an operand is contiguous.
+enum class Major { kK, kMN };
+
+}  // namespace illada
+
 namespace illada::ptx {
 
 // The registers of d as operands, and as asm constraints; each list begins with the one before it.
@@ -78,33 +85,32 @@ namespace illada::ptx {
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)))
 // clang-format on
 
-// a and b K-major in shared memory (wgmma_descriptor_k128).
-template <typename T, int kN>
+// a and b in shared memory, each with its K (wgmma_descriptor_k128) or its M or N contiguous (wgmma_descriptor_mn128).
+template <typename T, int kN, Major kMajorA = Major::kK, Major kMajorB = Major::kK>
 __device__ __forceinline__ void wgmma_k16(float (&d)[kN / 2], uint64_t a, uint64_t b, bool accumulate) {
   static_assert(std::is_same_v<T, BFloat16> || std::is_same_v<T, Half>);
   static_assert(kN == 64 || kN == 96 || kN == 128 || kN == 256);
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    if constexpr (kN == 64) ILLADA_WGMMA_SS(64, 32, 32, 33, 34, "bf16", "0, 0");
-    if constexpr (kN == 96) ILLADA_WGMMA_SS(96, 48, 48, 49, 50, "bf16", "0, 0");
-    if constexpr (kN == 128) ILLADA_WGMMA_SS(128, 64, 64, 65, 66, "bf16", "0, 0");
-    if constexpr (kN == 256) ILLADA_WGMMA_SS(256, 128, 128, 129, 130, "bf16", "0, 0");
+  constexpr bool kBf16 = std::is_same_v<T, BFloat16>;
+  if constexpr (kMajorA == Major::kK && kMajorB == Major::kK) {
+    if constexpr (kBf16) {
+      if constexpr (kN == 64) ILLADA_WGMMA_SS(64, 32, 32, 33, 34, "bf16", "0, 0");
+      if constexpr (kN == 96) ILLADA_WGMMA_SS(96, 48, 48, 49, 50, "bf16", "0, 0");
+      if constexpr (kN == 128) ILLADA_WGMMA_SS(128, 64, 64, 65, 66, "bf16", "0, 0");
+      if constexpr (kN == 256) ILLADA_WGMMA_SS(256, 128, 128, 129, 130, "bf16", "0, 0");
+    } else {
+      if constexpr (kN == 64) ILLADA_WGMMA_SS(64, 32, 32, 33, 34, "f16", "0, 0");
+      if constexpr (kN == 96) ILLADA_WGMMA_SS(96, 48, 48, 49, 50, "f16", "0, 0");
+      if constexpr (kN == 128) ILLADA_WGMMA_SS(128, 64, 64, 65, 66, "f16", "0, 0");
+      if constexpr (kN == 256) ILLADA_WGMMA_SS(256, 128, 128, 129, 130, "f16", "0, 0");
+    }
+  } else if constexpr (kMajorA == Major::kK) {
+    static_assert(kN == 256 && kBf16, "not built");
+    ILLADA_WGMMA_SS(256, 128, 128, 129, 130, "bf16", "0, 1");
   } else {
-    if constexpr (kN == 64) ILLADA_WGMMA_SS(64, 32, 32, 33, 34, "f16", "0, 0");
-    if constexpr (kN == 96) ILLADA_WGMMA_SS(96, 48, 48, 49, 50, "f16", "0, 0");
-    if constexpr (kN == 128) ILLADA_WGMMA_SS(128, 64, 64, 65, 66, "f16", "0, 0");
-    if constexpr (kN == 256) ILLADA_WGMMA_SS(256, 128, 128, 129, 130, "f16", "0, 0");
-  }
-}
-
-// a and b in shared memory with their M and N contiguous (wgmma_descriptor_mn128).
-template <typename T, int kN>
-__device__ __forceinline__ void wgmma_k16_mn(float (&d)[kN / 2], uint64_t a, uint64_t b, bool accumulate) {
-  static_assert(std::is_same_v<T, BFloat16> || std::is_same_v<T, Half>);
-  static_assert(kN == 64);
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    ILLADA_WGMMA_SS(64, 32, 32, 33, 34, "bf16", "1, 1");
-  } else {
-    ILLADA_WGMMA_SS(64, 32, 32, 33, 34, "f16", "1, 1");
+    static_assert(kMajorB == Major::kMN && (kN == 64 || (kN == 256 && kBf16)), "not built");
+    if constexpr (kN == 256) ILLADA_WGMMA_SS(256, 128, 128, 129, 130, "bf16", "1, 1");
+    if constexpr (kN == 64 && kBf16) ILLADA_WGMMA_SS(64, 32, 32, 33, 34, "bf16", "1, 1");
+    if constexpr (kN == 64 && !kBf16) ILLADA_WGMMA_SS(64, 32, 32, 33, 34, "f16", "1, 1");
   }
 }
 

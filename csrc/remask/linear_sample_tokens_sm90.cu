@@ -1,13 +1,9 @@
 // linear_sample_tokens on sm_90a: logits[n, v] = hidden[n] . weight[v], reduced where they are, in the accumulators.
 //
-// A CTA owns a tile of 128 rows and a range of the vocabulary, and walks over the range in tiles of 256 ids: one
-// producer warp fills a ring of stages (64 columns of hidden and weight each) by TMA, two warpgroups multiply 64 rows
-// each (wgmma m64n256k16) and reduce their tile into per-row states in registers (row_sample.cuh). At the end of the
-// range the four lanes that share a row merge, leave their records in the workspace, and illada_sample_tokens_combine
-// finishes.
-//
-//   full[s]   the producer's TMA bytes have landed in stage s             -> consumers
-//   empty[s]  both warpgroups (of both CTAs of a cluster) have read it    -> producer
+// A CTA owns a tile of 128 rows and a range of the vocabulary, and walks over the range in tiles of 256 ids (the main
+// loop is common/gemm_sm90.cuh's). The two warpgroups reduce their tile into per-row states in registers
+// (row_sample.cuh). At the end of the range the four lanes that share a row merge, leave their records in the
+// workspace, and illada_sample_tokens_combine finishes.
 //
 // Few rows: rows beyond N are not loaded and not multiplied, and the weight passes once through the chip at memory
 // speed: 2 V C bytes (424 us at 3 TB/s for V 155,136, C 4096). The tensor cores need 2 * 64 V C flop for up to 64 rows,
@@ -18,10 +14,9 @@
 
 #include <type_traits>
 
+#include "common/gemm_sm90.cuh"
 #include "common/ptx.cuh"
-#include "common/ring.cuh"
 #include "common/tensor_map.h"
-#include "common/wgmma.cuh"
 #include "remask/head_tile.cuh"
 #include "remask/launch.h"
 #include "remask/row_sample.cuh"
@@ -29,122 +24,53 @@
 namespace illada::remask {
 namespace {
 
-constexpr int kTileM = HeadPlan::kTileRows, kTileN = 256, kTileK = 64, kStages = 4;
-constexpr int kChunk = HeadPlan::kChunkIds, kChunks = kTileN / kChunk;
-constexpr int kConsumers = 2, kThreads = 128 * (kConsumers + 1);
-constexpr int kRowBytesK = kTileK * 2;
-
-struct SharedStorage {
-  struct alignas(1024) Stage {
-    char hidden[kTileM * kRowBytesK];
-    char weight[kTileN * kRowBytesK];
-  } stage[kStages];
-  uint64_t full[kStages], empty[kStages];
-};
-static_assert(sizeof(SharedStorage) + 1024 <= 227 * 1024);
+constexpr int kChunk = HeadPlan::kChunkIds;
+template <typename T>
+using Gemm = GemmSm90<T, Major::kK, Major::kK, kChunk>;
 
 template <typename T, bool kWantExtras>
-__global__ __launch_bounds__(kThreads, 1) void illada_linear_sample_tokens_sm90(
+__global__ __launch_bounds__(Gemm<T>::kThreads, 1) void illada_linear_sample_tokens_sm90(
     const __grid_constant__ CUtensorMap hidden_map, const __grid_constant__ CUtensorMap weight_map,
     const __grid_constant__ SampleTokensParams p, const __grid_constant__ HeadPlan plan, int k_tiles) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ char raw_shared[];
-  const uint32_t shared_start = ptx::smem_address(raw_shared), aligned_start = (shared_start + 1023) / 1024 * 1024;
-  SharedStorage& shared = *reinterpret_cast<SharedStorage*>(raw_shared + (aligned_start - shared_start));
-  const auto full = [&](int s) { return ptx::smem_address(&shared.full[s]); };
-  const auto empty = [&](int s) { return ptx::smem_address(&shared.empty[s]); };
-
+  constexpr int kTileM = Gemm<T>::kTileM, kTileN = Gemm<T>::kTileN;
+  static_assert(kTileM == HeadPlan::kTileRows);
   const int row_tile = int(blockIdx.x) % plan.row_tiles, slot = int(blockIdx.x) / plan.row_tiles;
   const int first_row = row_tile * kTileM, rows = int(min(p.num_rows - first_row, int64_t(kTileM)));
   const int64_t first_id = int64_t(slot) * plan.chunks * kChunk;
   const int64_t end_id = min(first_id + int64_t(plan.chunks) * kChunk, p.vocab_size);
   const int tiles = int((end_id - first_id + kTileN - 1) / kTileN);
 
-  if (threadIdx.x == 0) {
-    ptx::prefetch_tensormap(&hidden_map);
-    ptx::prefetch_tensormap(&weight_map);
-    for (int s = 0; s < kStages; ++s) {
-      ptx::mbarrier_init(full(s), 1);
-      ptx::mbarrier_init(empty(s), uint32_t(kConsumers * plan.cluster));
-    }
-    ptx::fence_mbarrier_init();
-  }
-  if (plan.cluster > 1) {
-    ptx::cluster_sync();
-  } else {
-    __syncthreads();
-  }
+  Gemm<T> gemm(raw_shared, &hidden_map, &weight_map, plan.cluster);
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
 
-  if (threadIdx.x >= 128 * kConsumers) {  // ------------------------------------------------------------ producer
-    ptx::setmaxnreg_decrease<40>();
-    if (threadIdx.x == 128 * kConsumers) {
-      const int rank = plan.cluster > 1 ? int(ptx::cluster_cta_rank()) : 0;
-      Ring<kStages> ring;
+  if (threadIdx.x >= Gemm<T>::kProducerThread) {  // ----------------------------------------------------- producer
+    ptx::setmaxnreg_decrease<Gemm<T>::kProducerRegisters>();
+    if (threadIdx.x == Gemm<T>::kProducerThread) {
       for (int tile = 0; tile < tiles; ++tile) {
         const int64_t tile_id = first_id + int64_t(tile) * kTileN;
-        const int chunks = int(min((end_id - tile_id + kChunk - 1) / kChunk, int64_t(kChunks)));
-        for (int k = 0; k < k_tiles; ++k, ring.advance()) {
-          ptx::mbarrier_wait(empty(ring.stage), ring.parity ^ 1);
-          const uint32_t barrier = full(ring.stage);
-          ptx::mbarrier_arrive_expect_tx(barrier, uint32_t((kTileM + chunks * kChunk) * kRowBytesK));
-          ptx::tma_load_2d(ptx::smem_address(shared.stage[ring.stage].hidden), &hidden_map, barrier, k * kTileK,
-                           first_row);
-          const uint32_t weight = ptx::smem_address(shared.stage[ring.stage].weight);
-          for (int c = rank; c < chunks; c += plan.cluster) {
-            const uint32_t target = weight + uint32_t(c * kChunk * kRowBytesK);
-            const int id = int(tile_id) + c * kChunk;
-            if (plan.cluster > 1) {
-              ptx::tma_load_2d_multicast(target, &weight_map, barrier, k * kTileK, id, 3);
-            } else {
-              ptx::tma_load_2d(target, &weight_map, barrier, k * kTileK, id);
-            }
-          }
-        }
+        const int chunks = int(min((end_id - tile_id + kChunk - 1) / kChunk, int64_t(kTileN / kChunk)));
+        gemm.load(first_row, int(tile_id), 0, k_tiles, chunks);
       }
     }
   } else {  // ------------------------------------------------------------------------------------------- consumers
-    ptx::setmaxnreg_increase<232>();
+    ptx::setmaxnreg_increase<Gemm<T>::kConsumerRegisters>();
     const int warpgroup = int(threadIdx.x) / 128, lane = int(threadIdx.x) % 32;
     const int my_row = first_row + warpgroup * 64 + int(threadIdx.x) % 128 / 32 * 16 + lane / 4;
     const bool has_rows = warpgroup * 64 < rows;  // the same for the whole warpgroup
     // Rows past the end repeat the last one: harmless, and not written.
     const int64_t row[2] = {min(int64_t(my_row), p.num_rows - 1), min(int64_t(my_row) + 8, p.num_rows - 1)};
     RowPair<kWantExtras> pair(p, row);
-    const auto release = [&](int stage,
-                             bool really) {  // one thread for each CTA of the cluster, which may be just this one
-      const int cta = int(threadIdx.x) % 128;
-      ptx::mbarrier_arrive_cluster_if(really && cta < plan.cluster, empty(stage), uint32_t(cta));
-    };
 
-    Ring<kStages> ring;
-    float d[128];
+    float d[kTileN / 2];
     for (int tile = 0; tile < tiles; ++tile) {
       if (has_rows) {
-#pragma unroll 1
-        for (int k = 0; k < k_tiles; ++k, ring.advance()) {
-          ptx::mbarrier_wait(full(ring.stage), ring.parity);
-          const uint64_t a = ptx::wgmma_descriptor_k128(ptx::smem_address(shared.stage[ring.stage].hidden) +
-                                                        uint32_t(warpgroup * 64 * kRowBytesK));
-          const uint64_t b = ptx::wgmma_descriptor_k128(ptx::smem_address(shared.stage[ring.stage].weight));
-          ptx::wgmma_fence();
-#pragma unroll
-          for (int step = 0; step < kTileK / 16; ++step)
-            ptx::wgmma_k16<T, kTileN>(d, a + uint64_t(step * 2), b + uint64_t(step * 2), k > 0 || step > 0);
-          ptx::wgmma_commit();
-          ptx::wgmma_wait<1>();  // the stage before this one has been read
-          release((ring.stage + kStages - 1) % kStages, k > 0);
-        }
-        ptx::wgmma_wait<0>();
-        release((ring.stage + kStages - 1) % kStages, true);
+        gemm.multiply(d, warpgroup, k_tiles);
         pair.reduce(d, p, row, first_id + int64_t(tile) * kTileN, end_id);
       } else {
-#pragma unroll 1
-        for (int k = 0; k < k_tiles; ++k, ring.advance()) {
-          ptx::mbarrier_wait(full(ring.stage), ring.parity);
-          release(ring.stage, true);
-        }
+        gemm.skip(k_tiles);
       }
     }
     if (has_rows) {
@@ -163,9 +89,7 @@ __global__ __launch_bounds__(kThreads, 1) void illada_linear_sample_tokens_sm90(
       }
     }
   }
-  // No CTA leaves while its neighbour may still write into it or arrive at its barriers.
-  __syncwarp();  // the barrier is for whole warps, and one lane of the producer comes late
-  if (plan.cluster > 1) ptx::cluster_sync();
+  gemm.finish();
 #endif
 }
 
@@ -197,17 +121,17 @@ void launch(const LinearSampleTokensParams& p, const Device& device, const HeadP
                   p.hidden_row_stride / 8, p.num_tokens, p.rows, static_cast<uint4*>(gathered), int(p.width / 8));
     hidden = {gathered, s.dtype, s.num_rows, p.width, p.width};
   }
-  const CUtensorMap hidden_map = tensor_map_k128(kOp, hidden, kTileM);
+  const CUtensorMap hidden_map = tensor_map_k128(kOp, hidden, Gemm<T>::kTileM);
   const CUtensorMap weight_map =
       tensor_map_k128(kOp, {p.weight, s.dtype, s.vocab_size, p.width, p.weight_row_stride}, kChunk);
   LaunchShape shape;
   shape.grid = dim3(unsigned(plan.row_tiles * plan.slots));
-  shape.block = dim3(kThreads);
-  shape.smem_bytes = int(sizeof(SharedStorage)) + 1024;  // what is aligned by hand
+  shape.block = dim3(Gemm<T>::kThreads);
+  shape.smem_bytes = Gemm<T>::kSmemBytes;
   shape.cluster = plan.cluster;
   shape.dependent = true;
   launch_kernel(kOp, device, s.launch.stream, shape, illada_linear_sample_tokens_sm90<T, kWantExtras>, hidden_map,
-                weight_map, s, plan, int((p.width + kTileK - 1) / kTileK));
+                weight_map, s, plan, int((p.width + Gemm<T>::kTileK - 1) / Gemm<T>::kTileK));
   launch_sample_tokens_combine(s, device, records_of(plan));
 }
 

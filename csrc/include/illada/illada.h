@@ -7,6 +7,7 @@
 #include "illada/attention.h"
 #include "illada/dtype.h"
 #include "illada/error.h"
+#include "illada/linear_loss.h"
 #include "illada/loss.h"
 #include "illada/remask.h"
 

@@ -263,7 +263,7 @@ def linear_masked_cross_entropy(
             weight is not zero. NotImplementedError: no kernel was built for this device.
 
     On CUDA nothing waits for the device. Values are not checked there but under ILLADA_DEBUG=1: a target out of range
-    makes its nll, and so the loss, NaN, and its gradient that of the lse alone; rows out of range are torch's
+    makes its nll, and so the loss, NaN, and its gradient meaningless, but finite; rows out of range are torch's
     device-side assertion.
 
     Under autocast the GEMMs run in its dtype; the gradients come back in the dtypes of hidden and weight. Gradients

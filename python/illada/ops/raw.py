@@ -222,6 +222,80 @@ def weighted_sum(
     )
 
 
+def _linear_loss_arguments(
+    nll: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor, rows: Tensor | None,
+    normalizer: Tensor | None, scale: float, chunk_rows: int, hidden_grad: Tensor | None, weight_grad: Tensor | None,
+    add_to_weight_grad: bool,
+) -> tuple:  # fmt: skip
+    """LinearLossArguments of csrc/bindings."""
+    grad_dtype = torch.float32 if weight_grad is None else weight_grad.dtype
+    return (
+        *(address(hidden), DTYPES[hidden.dtype], hidden.stride(0), hidden.shape[0]),
+        *(address(weight), weight.stride(0), weight.shape[0], weight.shape[1]),
+        *(address(targets), targets.dtype == torch.int64, address(token_weights)),
+        *(address(rows), 0 if rows is None else rows.shape[0], scale, address(normalizer), chunk_rows),
+        *(address(nll), address(hidden_grad), address(weight_grad), DTYPES[grad_dtype], add_to_weight_grad),
+    )
+
+
+def linear_masked_cross_entropy_workspace(
+    hidden: Tensor,
+    weight: Tensor,
+    rows: Tensor | None = None,
+    *,
+    chunk_rows: int = 0,
+    hidden_grad: bool = True,
+    weight_grad: bool = True,
+) -> int | None:
+    """Bytes of workspace that `linear_masked_cross_entropy` needs; None where it has no kernel for these tensors.
+
+    It has one on sm_90a for a bfloat16 weight, bfloat16 or float32 hidden, and 16-byte aligned rows.
+    """
+    if not hidden.is_cuda or weight.dtype != torch.bfloat16 or hidden.dtype not in DTYPES:
+        return None
+    arguments = (
+        *(address(hidden), DTYPES[hidden.dtype], hidden.stride(0), hidden.shape[0]),
+        *(address(weight), weight.stride(0), weight.shape[0], weight.shape[1]),
+        # Of what is only looked at for being there, the workspace must have some address: any.
+        *(0, True, 0, int(rows is not None), 0 if rows is None else rows.shape[0], 1.0, 0, chunk_rows),
+        *(0, int(hidden_grad), int(weight_grad), 0, False),
+    )
+    size = native().linear_masked_cross_entropy_workspace(arguments, hidden.device.index)
+    return None if size < 0 else size
+
+
+def linear_masked_cross_entropy(
+    nll: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    token_weights: Tensor,
+    rows: Tensor | None = None,
+    *,
+    normalizer: Tensor | None = None,
+    scale: float = 1.0,
+    chunk_rows: int = 0,
+    hidden_grad: Tensor | None = None,
+    weight_grad: Tensor | None = None,
+    add_to_weight_grad: bool = False,
+    workspace: Tensor,
+) -> None:
+    """The kernels of `illada.ops.linear_masked_cross_entropy` on sm_90a: nll float32 [T] and the gradients of
+    sum_i w_i nll_i * scale / normalizer, each of tokens with a weight (of `rows`) alone.
+
+    Other tokens' nll and hidden_grad are left as they are. hidden_grad: [T, C], of hidden's dtype; weight_grad: [V, C],
+    float32 or bfloat16, added to if asked for; both contiguous. normalizer: float32 scalar on the device. workspace:
+    uint8, of the size that `linear_masked_cross_entropy_workspace` says.
+    """
+    arguments = _linear_loss_arguments(
+        nll, hidden, weight, targets, token_weights, rows, normalizer, scale, chunk_rows, hidden_grad, weight_grad,
+        add_to_weight_grad,
+    )  # fmt: skip
+    native().linear_masked_cross_entropy(
+        arguments, _cuda_launch("linear_masked_cross_entropy", hidden, workspace)
+    )
+
+
 def attention_plan_rows(
     total_q: int, total_k: int | None, num_sequences: int, num_heads: int, num_kv_heads: int, head_dim: int
 ) -> int:

@@ -1,0 +1,57 @@
+// Linear masked cross-entropy: a head's GEMM, the loss of its logits and both gradients, without the logits in memory.
+#pragma once
+
+#include <cstdint>
+
+#include "illada/cuda.h"
+#include "illada/dtype.h"
+
+namespace illada::loss {
+
+// With the listed tokens i (rows[0 .. num_rows), or those with weights[i] != 0), x_i = hidden_i . weight^T
+// [vocab_size], p_i = softmax(x_i) and g_i = weights[i] * scale / normalizer:
+//   nll[i]        = logsumexp(x_i) - x_i[targets[i]]                       in nats; other tokens are not written
+//   hidden_grad_i = g_i (p_i - onehot(targets[i])) . weight                other tokens are not written
+//   weight_grad   = sum_i g_i (p_i - onehot(targets[i]))^T hidden_i        fp32 sums; added to what is there if asked
+//   for
+// Sums are in fp32, p_i is kept in bfloat16 (2^-9 of each value, not of the largest). Every call with the same input
+// gives the same bits. A target outside of [0, vocab_size) makes nll[i] NaN and leaves the token out of both gradients.
+struct LinearMaskedCrossEntropyParams {
+  const void* hidden = nullptr;           // [num_tokens, width], hidden_dtype
+  DType hidden_dtype = DType::kBFloat16;  // kBFloat16, or kFloat32, which is rounded to bfloat16
+  int64_t hidden_row_stride = 0;
+  int64_t num_tokens = 0;         // less than 2^31
+  const void* weight = nullptr;   // [vocab_size, width], bfloat16, 16-byte aligned
+  int64_t weight_row_stride = 0;  // a multiple of 8
+  int64_t vocab_size = 0;         // less than 2^31
+  int64_t width = 0;              // a multiple of 8
+  const void* targets = nullptr;  // [num_tokens], int64 or int32
+  bool targets_are_int64 = true;
+  const float* weights = nullptr;  // [num_tokens]
+  const int32_t* rows = nullptr;   // [num_rows], or null: tokens whose weight is not 0, found on the device
+  int64_t num_rows = 0;            // with `rows`
+  float scale = 1.0f;
+  const float* normalizer = nullptr;  // a scalar on the device, or null: 1
+  int64_t chunk_rows = 0;             // tokens whose probabilities exist at a time; 0: kDefaultLogitsBytes of them
+  float* nll = nullptr;               // [num_tokens]
+  void* hidden_grad = nullptr;        // [num_tokens, width], contiguous, hidden_dtype; or null
+  void* weight_grad = nullptr;        // [vocab_size, width], contiguous, weight_grad_dtype; or null
+  DType weight_grad_dtype = DType::kFloat32;  // or kBFloat16, in which chunks are then summed
+  bool add_to_weight_grad = false;            // else it is overwritten
+  CudaLaunch launch;
+  void* workspace = nullptr;  // 1024-byte aligned; contents need not be kept or set
+  int64_t workspace_bytes = 0;
+};
+
+// Probabilities of one chunk, where chunk_rows does not say otherwise.
+constexpr int64_t kDefaultLogitsBytes = 1400000000;
+
+// On compute capability 9.0 (sm_90a: wgmma, TMA). Nothing waits for the device; the number of launches depends on
+// num_tokens (or num_rows) and chunk_rows alone.
+void linear_masked_cross_entropy_cuda(const LinearMaskedCrossEntropyParams& params);
+
+// Bytes of workspace that it needs, or -1 where there is no such kernel for these params: another GPU or build, dtype
+// or alignment. Pointers of outputs (but for which are null) and the workspace itself are not looked at.
+int64_t linear_masked_cross_entropy_workspace(const LinearMaskedCrossEntropyParams& params);
+
+}  // namespace illada::loss

@@ -1,0 +1,167 @@
+// Validates a call of the fused head's loss, plans its chunks, and enqueues them.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "common/check.h"
+#include "illada/illada.h"
+#include "loss/linear.h"
+
+namespace illada::loss {
+namespace {
+
+constexpr const char* kOp = "linear_masked_cross_entropy";
+
+int64_t round_up(int64_t size, int64_t step) { return (size + step - 1) / step * step; }
+
+bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
+
+bool has_kernel(const LinearMaskedCrossEntropyParams& p, const Device& gpu) {
+#if defined(ILLADA_BUILT_SM90A)
+  const int vector = p.hidden_dtype == DType::kFloat32 ? 4 : 8;
+  return gpu.compute_capability == 90 && p.hidden_dtype != DType::kFloat16 && p.width > 0 && p.width % 8 == 0 &&
+         p.hidden_row_stride % vector == 0 && p.hidden_row_stride >= p.width && p.weight_row_stride % 8 == 0 &&
+         p.weight_row_stride >= p.width && is_aligned(p.hidden) && is_aligned(p.weight);
+#else
+  return false && p.width && gpu.index;
+#endif
+}
+
+int64_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+int64_t bytes_of(int64_t rows, int64_t row_stride, int64_t columns, int64_t element) {
+  return rows == 0 ? 0 : ((rows - 1) * row_stride + columns) * element;
+}
+
+void validate(const LinearMaskedCrossEntropyParams& p) {
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max() - kPairRows;
+  ILLADA_CHECK(p.num_tokens >= 0 && p.num_tokens <= kMost, kOp, "num_tokens must be in [0, 2^31 - 257], got ",
+               p.num_tokens);
+  ILLADA_CHECK(p.vocab_size > 0 && p.vocab_size <= kMost, kOp, "vocab_size must be in [1, 2^31 - 257], got ",
+               p.vocab_size);
+  ILLADA_CHECK(p.width <= kMost, kOp, "width must be less than 2^31 - 256, got ", p.width);
+  ILLADA_CHECK(p.num_rows >= 0 && p.num_rows <= kMost, kOp, "num_rows must be in [0, 2^31 - 257], got ", p.num_rows);
+  ILLADA_CHECK(std::isfinite(p.scale), kOp, "scale must be finite, got ", p.scale);
+  ILLADA_CHECK(p.chunk_rows >= 0, kOp, "chunk_rows must not be negative, got ", p.chunk_rows);
+  ILLADA_CHECK(p.weight_grad_dtype != DType::kFloat16, kOp, "the weight's gradient must be float32 or bfloat16");
+  ILLADA_CHECK(reinterpret_cast<uintptr_t>(p.workspace) % 1024 == 0, kOp, "workspace must be 1024-byte aligned");
+  ILLADA_CHECK(reinterpret_cast<uintptr_t>(p.weight_grad) % 8 == 0 && is_aligned(p.hidden_grad), kOp,
+               "gradients must be aligned: hidden's to 16 bytes, the weight's to 8");
+}
+
+}  // namespace
+
+LinearPlan plan_linear(const LinearMaskedCrossEntropyParams& p, const Device& gpu) {
+  const bool gradients = p.hidden_grad || p.weight_grad;
+  LinearPlan plan;
+  plan.tokens = p.rows ? p.num_rows : p.num_tokens;
+  plan.id_tiles = int((p.vocab_size + kTileIds - 1) / kTileIds);
+  plan.prob_stride = int64_t(plan.id_tiles) * kTileIds;
+  // Without gradients nothing is kept of the logits, and rows cost next to nothing.
+  int64_t rows = p.chunk_rows;
+  if (rows == 0) rows = gradients ? std::max<int64_t>(kDefaultLogitsBytes / (2 * plan.prob_stride), kPairRows) : 16384;
+  rows = p.chunk_rows ? round_up(rows, kPairRows) : rows / kPairRows * kPairRows;
+  plan.rows = int(std::min(rows, std::max<int64_t>(round_up(plan.tokens, kPairRows), kPairRows)));
+  plan.chunks = int((plan.tokens + plan.rows - 1) / plan.rows);
+
+  const auto place = [&](int64_t bytes) {
+    const int64_t at = plan.bytes;
+    plan.bytes += round_up(bytes, 1024);
+    return at;
+  };
+  if (!p.rows) {
+    plan.list = place(4 * p.num_tokens);
+    plan.count = place(4);
+  }
+  plan.hidden = place(plan.rows * p.width * 2);
+  plan.sums = place(int64_t(plan.id_tiles) * plan.rows * 4);
+  plan.maxima = place(int64_t(plan.id_tiles) * plan.rows * 4);
+  plan.target_logits = place(4 * plan.rows);
+  plan.references = place(4 * plan.rows);
+  plan.factors = place(4 * plan.rows);
+  plan.again = place(4 * plan.rows / kPairRows);
+  if (gradients) plan.probs = place(plan.rows * plan.prob_stride * 2);
+  if (p.hidden_grad) {
+    // Where the rows fill few clusters, there is room to split the vocabulary over the others.
+    const int64_t columns = (p.width + 255) / 256, spare = std::max<int64_t>(gpu.sm_count / 2 / columns, 1);
+    plan.slab_rows =
+        int(std::max<int64_t>(plan.rows, std::min<int64_t>(spare, kMostSplits * plan.rows / kPairRows) * kPairRows));
+    plan.slabs = place(plan.slab_rows * p.width * 4);
+  }
+  return plan;
+}
+
+int64_t linear_masked_cross_entropy_workspace(const LinearMaskedCrossEntropyParams& p) {
+  const Device& gpu = device(kOp, p.launch.device);
+  if (!has_kernel(p, gpu)) return -1;
+  if (p.vocab_size <= 0 || p.num_tokens < 0) return 0;
+  return plan_linear(p, gpu).bytes;
+}
+
+void linear_masked_cross_entropy_cuda(const LinearMaskedCrossEntropyParams& p) {
+  validate(p);
+  const DeviceGuard guard(kOp, p.launch.device);
+  const Device& gpu = device(kOp, p.launch.device);
+  if (!has_kernel(p, gpu))
+    detail::fail<NotSupported>(kOp, "the fused kernels need compute capability 9.0 and a build with 90a, bfloat16 ",
+                               "weights, 16-byte aligned rows and a width that is a multiple of 8; got ", gpu.name,
+                               ", built archs ", build_info().cuda_archs, ", hidden in ", name(p.hidden_dtype),
+                               ", width ", p.width);
+  const LinearPlan plan = plan_linear(p, gpu);
+  ILLADA_CHECK(p.workspace_bytes >= plan.bytes, kOp, "workspace must have ", plan.bytes, " bytes, got ",
+               p.workspace_bytes);
+  const int64_t t = p.num_tokens, element = size_of(p.hidden_dtype);
+  const int64_t weight_grad_bytes = p.vocab_size * p.width * size_of(p.weight_grad_dtype);
+  check_regions(kOp, p.launch,
+                {{"hidden", p.hidden, bytes_of(t, p.hidden_row_stride, p.width, element)},
+                 {"weight", p.weight, bytes_of(p.vocab_size, p.weight_row_stride, p.width, 2)},
+                 {"targets", p.targets, t * (p.targets_are_int64 ? 8 : 4)},
+                 {"token_weights", p.weights, 4 * t},
+                 {"rows", p.rows, 4 * p.num_rows, true},
+                 {"normalizer", p.normalizer, 4, true}},
+                {{"nll", p.nll, 4 * t},
+                 {"hidden_grad", p.hidden_grad, t * p.width * element, true},
+                 {"weight_grad", p.weight_grad, weight_grad_bytes, true},
+                 {"workspace", p.workspace, plan.bytes}});
+#if defined(ILLADA_BUILT_SM90A)
+  char* const base = static_cast<char*>(p.workspace);
+  const auto floats = [&](int64_t offset) { return reinterpret_cast<float*>(base + offset); };
+  LinearChunk chunk{};
+  chunk.list = p.rows ? p.rows : reinterpret_cast<int32_t*>(base + plan.list);
+  chunk.count = p.rows ? nullptr : reinterpret_cast<int32_t*>(base + plan.count);
+  chunk.listed = int(plan.tokens);
+  chunk.rows = plan.rows;
+  chunk.vocab_size = int(p.vocab_size);
+  chunk.width = int(p.width);
+  chunk.id_tiles = plan.id_tiles;
+  chunk.hidden = reinterpret_cast<uint16_t*>(base + plan.hidden);
+  chunk.probs = reinterpret_cast<uint16_t*>(base + plan.probs);
+  chunk.prob_stride = plan.prob_stride;
+  chunk.sums = floats(plan.sums);
+  chunk.maxima = floats(plan.maxima);
+  chunk.target_logits = floats(plan.target_logits);
+  chunk.references = floats(plan.references);
+  chunk.factors = floats(plan.factors);
+  chunk.again = reinterpret_cast<int32_t*>(base + plan.again);
+  chunk.slabs = floats(plan.slabs);
+  chunk.slab_rows = plan.slab_rows;
+  if (!p.rows)
+    launch_linear_select(p, gpu, reinterpret_cast<int32_t*>(base + plan.list),
+                         reinterpret_cast<int32_t*>(base + plan.count));
+  // Without a token the weight's gradient is still to be set to zeros.
+  for (int i = 0; i < std::max(plan.chunks, 1); ++i, chunk.first += plan.rows) {
+    launch_linear_gather(p, gpu, chunk);
+    launch_linear_logits_sm90(p, gpu, chunk, false);
+    launch_linear_statistics(p, gpu, chunk, false);
+    launch_linear_logits_sm90(p, gpu, chunk, true);
+    launch_linear_statistics(p, gpu, chunk, true);
+    if (p.hidden_grad) {
+      launch_linear_hidden_grad_sm90(p, gpu, chunk);
+      launch_linear_scatter(p, gpu, chunk);
+    }
+    if (p.weight_grad) launch_linear_weight_grad_sm90(p, gpu, chunk);
+  }
+#endif
+}
+
+}  // namespace illada::loss

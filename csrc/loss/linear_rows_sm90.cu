@@ -1,0 +1,249 @@
+// The row-wise steps between the GEMMs of the fused head's loss (linear_gemm_sm90.cu): which tokens, their hidden rows
+// side by side, what a row's sums mean, and hidden's gradient back at the tokens' places.
+//
+// References. The logits kernel keeps 2^(x - reference) in bfloat16 and wants references before it knows any logit x
+// (here and below in log2). The target's own logit y is a dot product that can be had beforehand: with y + 30 as
+// reference no probability from 2^-96 on is lost (bfloat16 ends at 2^-126), and nothing overflows while the row's sum
+// is below 2^64, that is while the target's nll is below 94 in log2, 65 nats. Rows beyond that take their largest
+// logit, which the logits kernel finds on the way, and their tiles are multiplied once more: the launch is always
+// there, and ends at once where nothing is to be done.
+#include "common/dtype.cuh"
+#include "common/online_softmax.cuh"
+#include "common/ptx.cuh"
+#include "common/reduce.cuh"
+#include "loss/linear.h"
+#include "loss/linear_split.cuh"
+
+namespace illada::loss {
+namespace {
+
+constexpr const char* kOp = "linear_masked_cross_entropy";
+constexpr float kReferenceAboveTarget = 30.0f, kMostSum = 18446744073709551616.0f;  // 2^64
+constexpr float kLn2F = 0.69314718056f;
+
+// ------------------------------------------------------------------------------------------------------------ select
+
+// The tokens with a weight, in order. One CTA: a token takes a fraction of a nanosecond.
+constexpr int kSelectThreads = 1024;
+__global__ __launch_bounds__(kSelectThreads) void illada_linear_masked_cross_entropy_select(const float* weights,
+                                                                                            int tokens, int32_t* list,
+                                                                                            int32_t* count) {
+  __shared__ int warp_counts[2][kSelectThreads / 32];
+  ptx::griddepcontrol_wait();
+  ptx::griddepcontrol_launch_dependents();
+  const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
+  int before = 0;
+  for (int first = 0, turn = 0; first < tokens; first += kSelectThreads, turn ^= 1) {
+    const int token = first + int(threadIdx.x);
+    const bool listed = token < tokens && weights[token] != 0;
+    const unsigned ballot = __ballot_sync(kFullWarp, listed);
+    if (lane == 0) warp_counts[turn][warp] = __popc(ballot);
+    __syncthreads();
+    const int of_lane = warp_counts[turn][lane];
+    const int of_warps = __reduce_add_sync(kFullWarp, lane < warp ? of_lane : 0);
+    if (listed) list[before + of_warps + __popc(ballot & ((1u << lane) - 1))] = token;
+    before += __reduce_add_sync(kFullWarp, of_lane);
+  }
+  if (threadIdx.x == 0) *count = before;
+}
+
+// ------------------------------------------------------------------------------------------------------------ gather
+
+// The token of row r of the chunk, -1 where the list names none.
+__device__ __forceinline__ int token_of(const LinearChunk& c, int r, int64_t tokens) {
+  const int token = c.list[c.first + r];
+  return token >= 0 && token < tokens ? token : -1;
+}
+
+// A CTA a row: hidden's row in bfloat16, zeros to the end of the pair of tiles, and the target's logit.
+constexpr int kRowThreads = 128;
+template <typename T>
+__global__ __launch_bounds__(kRowThreads) void illada_linear_masked_cross_entropy_gather(
+    const __grid_constant__ LinearMaskedCrossEntropyParams p, const __grid_constant__ LinearChunk c) {
+  __shared__ float warp_sums[kRowThreads / 32];
+  ptx::griddepcontrol_wait();
+  ptx::griddepcontrol_launch_dependents();
+  const int r = int(blockIdx.x), used = c.used();
+  if (r >= (used + kPairRows - 1) / kPairRows * kPairRows) return;
+  if (r % kPairRows == 0 && threadIdx.x == 0) c.again[r / kPairRows] = 0;
+  const int token = r < used ? token_of(c, r, p.num_tokens) : -1;
+  int64_t target = -1;
+  if (token >= 0)
+    target = p.targets_are_int64 ? static_cast<const int64_t*>(p.targets)[token]
+                                 : static_cast<const int32_t*>(p.targets)[token];
+  const bool has_target = target >= 0 && target < p.vocab_size;
+
+  const T* hidden = static_cast<const T*>(p.hidden) + int64_t(max(token, 0)) * p.hidden_row_stride;
+  const BFloat16* weight =
+      static_cast<const BFloat16*>(p.weight) + (has_target ? target : int64_t(0)) * p.weight_row_stride;
+  uint4* out = reinterpret_cast<uint4*>(c.hidden + int64_t(r) * c.width);
+  float dot = 0;
+  for (int i = int(threadIdx.x); i < c.width / 8; i += kRowThreads) {
+    uint4 packed = make_uint4(0, 0, 0, 0);
+    if (token >= 0) {
+      float x[8], w[8];
+      unpack8(load8(hidden + 8 * i), x);
+      packed = make_uint4(pack2<BFloat16>(x[0], x[1]), pack2<BFloat16>(x[2], x[3]), pack2<BFloat16>(x[4], x[5]),
+                          pack2<BFloat16>(x[6], x[7]));
+      unpack8(Raw8<BFloat16>{{packed}}, x);
+      unpack8(load8(weight + 8 * i), w);
+#pragma unroll
+      for (int e = 0; e < 8; ++e) dot = fmaf(x[e], w[e], dot);
+    }
+    out[i] = packed;
+  }
+  dot = warp_reduce(dot, [](float a, float b) { return a + b; });
+  if (threadIdx.x % 32 == 0) warp_sums[threadIdx.x / 32] = dot;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    float logit = 0;
+    for (float sum : warp_sums) logit += sum;
+    logit = has_target ? logit * kLog2eF : 0.0f;
+    c.target_logits[r] = logit;
+    c.references[r] = logit + kReferenceAboveTarget;
+  }
+}
+
+// -------------------------------------------------------------------------------------------------------- statistics
+
+// A CTA has 32 rows; 8 warps share out the tiles of the vocabulary, a lane to a row. The first launch reads all sums.
+// The second one those of the pairs that had to be done again, and multiplies hidden's rows with their factors.
+constexpr int kStatisticsRows = 32, kStatisticsWarps = 8;
+static_assert(kPairRows % kStatisticsRows == 0);
+
+// What the sums of row r mean; true where they are worth nothing, for lack of range.
+__device__ __forceinline__ bool finish_row(const LinearMaskedCrossEntropyParams& p, const LinearChunk& c, int r,
+                                           float sum, float top, bool again, bool keep) {
+  const int token = token_of(c, r, p.num_tokens);
+  c.factors[r] = 0;
+  if (token < 0) return false;
+  const int64_t target = p.targets_are_int64 ? static_cast<const int64_t*>(p.targets)[token]
+                                             : static_cast<const int32_t*>(p.targets)[token];
+  if (target < 0 || target >= p.vocab_size) {
+    p.nll[token] = NAN;
+    return false;
+  }
+  if (!again && !(sum < kMostSum)) {
+    c.references[r] = top;
+    return true;
+  }
+  const float logit = c.target_logits[r], reference = c.references[r];
+  const float nll = (reference - logit + log2f(sum)) * kLn2F;
+  p.nll[token] = nll < 0 ? 0.0f : nll;  // the logit and the sum were rounded differently
+  const float normalizer = p.normalizer ? *p.normalizer : 1.0f;
+  c.factors[r] = p.weights[token] * p.scale / normalizer / sum;
+  // p - 1 of the target, from its fp32 logit: what bfloat16 has kept of it would not do where p is almost 1.
+  if (keep)
+    reinterpret_cast<BFloat16*>(c.probs)[r * c.prob_stride + target].bits =
+        uint16_t(pack2<BFloat16>(exp2f(logit - reference) - sum, 0));
+  return false;
+}
+
+__global__ __launch_bounds__(32 * kStatisticsWarps) void illada_linear_masked_cross_entropy_statistics(
+    const __grid_constant__ LinearMaskedCrossEntropyParams p, const __grid_constant__ LinearChunk c, bool again) {
+  __shared__ float sums[kStatisticsWarps][kStatisticsRows], tops[kStatisticsWarps][kStatisticsRows];
+  ptx::griddepcontrol_wait();
+  ptx::griddepcontrol_launch_dependents();
+  const bool keep = p.hidden_grad || p.weight_grad;
+  const int first = int(blockIdx.x) * kStatisticsRows, used = c.used();
+  if (first >= used) return;
+  const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32, r = first + lane;
+  if (!again || c.again[first / kPairRows]) {
+    float sum = 0, top = -INFINITY;
+    for (int tile = warp; tile < c.id_tiles; tile += kStatisticsWarps) {
+      sum += c.sums[int64_t(tile) * c.rows + r];
+      top = fmaxf(top, c.maxima[int64_t(tile) * c.rows + r]);
+    }
+    sums[warp][lane] = sum;
+    tops[warp][lane] = top;
+    __syncthreads();
+    if (warp == 0 && r < used) {
+      for (int w = 1; w < kStatisticsWarps; ++w) {
+        sum += sums[w][lane];
+        top = fmaxf(top, tops[w][lane]);
+      }
+      if (finish_row(p, c, r, sum, top, again, keep)) c.again[first / kPairRows] = 1;
+    }
+    __syncthreads();
+  }
+  if (!again || !p.weight_grad) return;
+  for (int row = first; row < min(first + kStatisticsRows, used); ++row) {
+    const float factor = c.factors[row];
+    uint4* hidden = reinterpret_cast<uint4*>(c.hidden + int64_t(row) * c.width);
+    for (int i = int(threadIdx.x); i < c.width / 8; i += 32 * kStatisticsWarps) {
+      float x[8];
+      unpack8(Raw8<BFloat16>{{hidden[i]}}, x);
+      hidden[i] =
+          make_uint4(pack2<BFloat16>(x[0] * factor, x[1] * factor), pack2<BFloat16>(x[2] * factor, x[3] * factor),
+                     pack2<BFloat16>(x[4] * factor, x[5] * factor), pack2<BFloat16>(x[6] * factor, x[7] * factor));
+    }
+  }
+}
+
+// ----------------------------------------------------------------------------------------------------------- scatter
+
+// A CTA a row: the slabs' sum times the row's factor, to the token's place.
+template <typename T>
+__global__ __launch_bounds__(kRowThreads) void illada_linear_masked_cross_entropy_scatter(
+    const __grid_constant__ LinearMaskedCrossEntropyParams p, const __grid_constant__ LinearChunk c, int clusters) {
+  ptx::griddepcontrol_wait();
+  ptx::griddepcontrol_launch_dependents();
+  const int r = int(blockIdx.x);
+  if (r >= c.used()) return;
+  const int token = token_of(c, r, p.num_tokens);
+  if (token < 0) return;
+  const HiddenGradSplit split = hidden_grad_split(c, clusters);
+  const float factor = c.factors[r];
+  T* out = static_cast<T*>(p.hidden_grad) + int64_t(token) * c.width;
+  for (int i = int(threadIdx.x); i < c.width / 4; i += kRowThreads) {
+    float4 sum = make_float4(0, 0, 0, 0);
+    for (int s = 0; s < split.splits; ++s) {
+      const int64_t row = int64_t(s) * split.row_pairs * kPairRows + r;
+      const float4 x = reinterpret_cast<const float4*>(c.slabs + row * c.width)[i];
+      sum = make_float4(sum.x + x.x, sum.y + x.y, sum.z + x.z, sum.w + x.w);
+    }
+    if constexpr (sizeof(T) == 4) {
+      reinterpret_cast<float4*>(out)[i] = make_float4(sum.x * factor, sum.y * factor, sum.z * factor, sum.w * factor);
+    } else {
+      reinterpret_cast<uint2*>(out)[i] =
+          make_uint2(pack2<T>(sum.x * factor, sum.y * factor), pack2<T>(sum.z * factor, sum.w * factor));
+    }
+  }
+}
+
+LaunchShape shape_of(int blocks, int threads) {
+  LaunchShape shape;
+  shape.grid = dim3(unsigned(blocks));
+  shape.block = dim3(unsigned(threads));
+  shape.dependent = true;
+  return shape;
+}
+
+}  // namespace
+
+void launch_linear_select(const LinearMaskedCrossEntropyParams& p, const Device& device, int32_t* list,
+                          int32_t* count) {
+  launch_kernel(kOp, device, p.launch.stream, shape_of(1, kSelectThreads), illada_linear_masked_cross_entropy_select,
+                p.weights, int(p.num_tokens), list, count);
+}
+
+void launch_linear_gather(const LinearMaskedCrossEntropyParams& p, const Device& device, const LinearChunk& chunk) {
+  const auto kernel = p.hidden_dtype == DType::kFloat32 ? illada_linear_masked_cross_entropy_gather<float>
+                                                        : illada_linear_masked_cross_entropy_gather<BFloat16>;
+  launch_kernel(kOp, device, p.launch.stream, shape_of(chunk.rows, kRowThreads), kernel, p, chunk);
+}
+
+void launch_linear_statistics(const LinearMaskedCrossEntropyParams& p, const Device& device, const LinearChunk& chunk,
+                              bool again) {
+  launch_kernel(kOp, device, p.launch.stream, shape_of(chunk.rows / kStatisticsRows, 32 * kStatisticsWarps),
+                illada_linear_masked_cross_entropy_statistics, p, chunk, again);
+}
+
+void launch_linear_scatter(const LinearMaskedCrossEntropyParams& p, const Device& device, const LinearChunk& chunk) {
+  const auto kernel = p.hidden_dtype == DType::kFloat32 ? illada_linear_masked_cross_entropy_scatter<float>
+                                                        : illada_linear_masked_cross_entropy_scatter<BFloat16>;
+  launch_kernel(kOp, device, p.launch.stream, shape_of(chunk.rows, kRowThreads), kernel, p, chunk,
+                linear_clusters(device.sm_count));
+}
+
+}  // namespace illada::loss

@@ -1,0 +1,37 @@
+// How the vocabulary is split in hidden's gradient: the kernel that multiplies and the one that sums must agree.
+#pragma once
+
+#include "loss/linear.h"
+
+namespace illada::loss {
+
+// Clusters of two CTAs that run at a time.
+inline int linear_clusters(int sm_count) { return sm_count > 1 ? sm_count / 2 : 1; }
+
+struct HiddenGradSplit {
+  int row_pairs, splits, k_tiles;  // k_tiles: of 64 ids, in a split; the last one may have fewer
+};
+
+// Of the splits for which there is room, the one that ends first: rounds of all clusters x steps of each.
+__device__ __forceinline__ HiddenGradSplit hidden_grad_split(const LinearChunk& c, int clusters) {
+  constexpr int kOverhead = 12;  // steps that a tile's beginning and end, and a slab to sum, are worth
+  HiddenGradSplit best;
+  best.row_pairs = (c.used() + kPairRows - 1) / kPairRows;
+  best.splits = 1;
+  const int all = (c.vocab_size + 63) / 64, tiles = best.row_pairs * ((c.width + 255) / 256);
+  best.k_tiles = all;
+  int cost = 0x7fffffff;
+  for (int splits = 1; splits <= kMostSplits; ++splits) {
+    const int k_tiles = (all + splits - 1) / splits;
+    if (splits > 1 && (splits * best.row_pairs * kPairRows > c.slab_rows || (splits - 1) * k_tiles >= all)) break;
+    const int found = (tiles * splits + clusters - 1) / clusters * (k_tiles + kOverhead);
+    if (found < cost) {
+      cost = found;
+      best.splits = splits;
+      best.k_tiles = k_tiles;
+    }
+  }
+  return best;
+}
+
+}  // namespace illada::loss
