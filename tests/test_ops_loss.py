@@ -66,6 +66,52 @@ def test_logits_match_fp64(case, dtype, generator):
         assert_close_like(g.to(b.dtype), w, b)
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_lse_has_a_gradient(dtype, inplace, generator):
+    hidden, weight, targets, weights = make(37, 16, 1001, 0.5, 1.0, dtype, generator)
+    logits = hidden @ weight.T
+
+    def results(function, x, **keywords):
+        leaf = x.detach().clone().requires_grad_()
+        loss, nll, lse = function(leaf, targets, weights, return_nll=True, return_lse=True, **keywords)
+        (grad,) = torch.autograd.grad(loss + 0.125 * lse.square().sum(), leaf)
+        assert not keywords or (grad.data_ptr() == leaf.data_ptr()) == inplace
+        return loss, nll, lse, grad
+
+    got = results(illada.masked_cross_entropy, logits, inplace_backward=inplace)
+    want = results(reference.masked_cross_entropy, logits.double())
+    baseline = results(reference.masked_cross_entropy, logits)
+    for g, w, b in zip(got, want, baseline, strict=True):
+        assert_close_like(g.to(b.dtype), w, b)
+    (lse,) = illada.masked_cross_entropy(logits.requires_grad_(), targets, weights, return_lse=True)[1:]
+    (alone,) = torch.autograd.grad(lse.sum(), logits)  # without a loss
+    torch.testing.assert_close(alone.float().sum(1), (weights != 0).float(), rtol=0.02, atol=0)
+
+
+def test_backward_in_place_runs_once(generator):
+    leaf = torch.randn(3, 8, generator=generator, requires_grad=True)
+    targets, weights = torch.zeros(3, dtype=torch.int64), torch.ones(3)
+    loss = illada.masked_cross_entropy(leaf, targets, weights, inplace_backward=True)
+    with pytest.raises(RuntimeError, match="inplace_backward=True has no second derivative"):
+        torch.autograd.grad(loss, leaf, create_graph=True)
+    torch.autograd.grad(loss, leaf, retain_graph=True)
+    with pytest.raises(RuntimeError, match="the backward runs once; it has overwritten the logits"):
+        torch.autograd.grad(loss, leaf)
+    row = leaf[:1].expand(3, 8)
+    with pytest.raises(
+        ValueError, match=r"rows of logits that do not overlap, got strides \(0, 1\) for shape \[3, 8\]"
+    ):
+        illada.masked_cross_entropy(row, targets, weights, inplace_backward=True)
+    whole = torch.compile(
+        lambda x: illada.masked_cross_entropy(x * 2, targets, weights, inplace_backward=True),
+        fullgraph=True, backend="aot_eager",
+    )  # fmt: skip
+    (got,) = torch.autograd.grad(whole(leaf), leaf)
+    (want,) = torch.autograd.grad(illada.masked_cross_entropy(leaf * 2, targets, weights), leaf)
+    torch.testing.assert_close(got, want)
+
+
 def test_every_instruction_set_agrees(generator):
     # In processes of their own: the choice is made once.
     code = (
@@ -179,12 +225,12 @@ def test_registration(generator):
         torch.ops.illada.linear_masked_ce_bwd.default, (torch.tensor(2.0), hidden.detach(), weight.detach())
     )
     logits = (hidden @ weight.T).detach().requires_grad_()
-    torch.library.opcheck(torch.ops.illada.masked_ce_fwd.default, (logits, targets, weights, None, 1.0))
-    lse = logits.detach().logsumexp(-1)
-    torch.library.opcheck(
-        torch.ops.illada.masked_ce_bwd.default,
-        (torch.tensor(2.0), logits.detach(), targets, weights, torch.tensor(3.0), 1.0, lse),
-    )
+    for inplace in (False, True):
+        torch.library.opcheck(torch.ops.illada.masked_ce_fwd.default, (logits, targets, weights, None, 1.0, inplace))
+    rest = (torch.tensor(3.0), 1.0, logits.detach().logsumexp(-1), torch.tensor(2.0), torch.ones(12), 5)
+    for op in (torch.ops.illada.masked_ce_bwd.default, torch.ops.illada.masked_ce_bwd_.default):
+        torch.library.opcheck(op, (logits.detach().clone(), targets, weights, *rest))
+    torch.library.opcheck(torch.ops.illada.masked_ce_shard_fwd.default, (logits.detach(), targets, weights, 5))
 
 
 @pytest.mark.parametrize("function", ["linear_masked_cross_entropy", "masked_cross_entropy"])
@@ -244,6 +290,8 @@ def test_errors(generator):
         (ValueError, "chunk_rows must be at least 1, got 0", lambda: linear(hidden, weight, targets, weights, chunk_rows=0)),
         (TypeError, "grad_weight_dtype must be", lambda: linear(hidden, weight, targets, weights, grad_weight_dtype=torch.float64)),
         (ValueError, r"targets\[3\] is 50, outside of \[0, 50\)", lambda: linear(hidden, weight, bad, weights)),
+        (ValueError, "normalizer is on meta, but hidden is on cpu", lambda: linear(hidden, weight, targets, weights, normalizer=torch.ones((), device="meta"))),
+        (TypeError, "logits must be float32, bfloat16, got float16", lambda: plain(hidden.half(), targets, weights)),
         (ValueError, "targets is on meta, but hidden is on cpu", lambda: linear(hidden, weight, targets.to("meta"), weights)),
         (ValueError, "last dimension of logits must be contiguous", lambda: plain(weight[:8].T, targets[:8], weights)),
     ]  # fmt: skip

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from illada.checkpoint import load_pretrained
 from illada.data import TokenDataset, prepare
 from illada.files import write_text
-from illada.train import checkpoint, evaluate, load_config, train
+from illada.train import checkpoint, evaluate, load_config, loop, train
 from illada.train.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from illada.train.schedule import learning_rate
 
@@ -312,8 +312,32 @@ def test_corpora_that_do_not_fit(config):
     other = dataclasses.replace(config, model={**config.model, "mask_token_id": 4})
     with pytest.raises(ValueError, match="model.mask_token_id is 4, the corpus has 5"):
         train(other, progress=False)
-    with pytest.raises(ValueError, match="train.device is cuda, but this version trains on a CPU only"):
+
+
+def test_devices(config, monkeypatch):
+    def device_of(device, dtype, head_dim):
+        return loop._device(dataclasses.replace(config.train, device=device, dtype=dtype), head_dim).type
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert device_of("auto", "bfloat16", 64) == "cpu"
+    with pytest.raises(ValueError, match="train.device is cuda, but torch sees no CUDA device"):
         train(change(config, train={"device": "cuda"}), progress=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(loop, "has_cuda", lambda: False)
+    assert device_of("auto", "bfloat16", 64) == "cpu"
+    with pytest.raises(ValueError, match="but illada was built without CUDA kernels"):
+        device_of("cuda", "bfloat16", 64)
+    monkeypatch.setattr(loop, "has_cuda", lambda: True)
+    assert device_of("cuda", "bfloat16", 128) == device_of("auto", "bfloat16", 64) == "cuda"
+    assert (
+        device_of("cpu", "bfloat16", 64)
+        == device_of("auto", "float32", 64)
+        == device_of("auto", "bfloat16", 8)
+        == "cpu"
+    )
+    for dtype, head_dim in (("float32", 64), ("bfloat16", 8)):
+        with pytest.raises(ValueError, match=f"need train.dtype bfloat16 .* 64 or 128, got {dtype} and {head_dim}"):
+            device_of("cuda", dtype, head_dim)
 
 
 def test_more_than_one_process_is_refused(config, monkeypatch):

@@ -33,44 +33,85 @@ void on_gpu(const Params& params) {
   }
 }
 
-loss::MaskedCrossEntropyParams cross_entropy_params(uintptr_t logits, int64_t logits_row_stride, uintptr_t rows,
-                                                    uintptr_t targets, uintptr_t weights, uintptr_t nll, uintptr_t lse,
-                                                    uintptr_t grad, int64_t grad_row_stride, int64_t num_rows,
-                                                    int64_t num_tokens, int64_t vocab_size, float scale, int dtype,
-                                                    int num_threads) {
+// Of a CUDA call: device, stream, workspace, workspace_bytes. A negative device is the CPU.
+using LaunchArguments = std::tuple<int, uintptr_t, uintptr_t, int64_t>;
+
+// What both directions of masked_cross_entropy share: logits, logits_row_stride, num_rows, vocab_size, dtype, rows,
+// targets, targets_are_int64, weights, num_tokens, vocab_start, scale, normalizer.
+using CrossEntropyArguments = std::tuple<uintptr_t, int64_t, int64_t, int64_t, int, uintptr_t, uintptr_t, bool,
+                                         uintptr_t, int64_t, int64_t, float, uintptr_t>;
+
+loss::MaskedCrossEntropyParams cross_entropy_params(const CrossEntropyArguments& rows, int num_threads,
+                                                    const LaunchArguments& launch) {
   loss::MaskedCrossEntropyParams p;
-  p.logits = pointer<const void>(logits);
-  p.logits_row_stride = logits_row_stride;
-  p.rows = pointer<const int32_t>(rows);
-  p.targets = pointer<const int64_t>(targets);
-  p.weights = pointer<const float>(weights);
-  p.nll = pointer<float>(nll);
-  p.lse = pointer<float>(lse);
-  p.grad = pointer<void>(grad);
-  p.grad_row_stride = grad_row_stride;
-  p.num_rows = num_rows;
-  p.num_tokens = num_tokens;
-  p.vocab_size = vocab_size;
-  p.scale = scale;
-  p.dtype = DType(dtype);
+  p.logits = pointer<const void>(std::get<0>(rows));
+  p.logits_row_stride = std::get<1>(rows);
+  p.num_rows = std::get<2>(rows);
+  p.vocab_size = std::get<3>(rows);
+  p.dtype = DType(std::get<4>(rows));
+  p.rows = pointer<const int32_t>(std::get<5>(rows));
+  p.targets = pointer<const void>(std::get<6>(rows));
+  p.targets_are_int64 = std::get<7>(rows);
+  p.weights = pointer<const float>(std::get<8>(rows));
+  p.num_tokens = std::get<9>(rows);
+  p.vocab_start = std::get<10>(rows);
+  p.scale = std::get<11>(rows);
+  p.normalizer = pointer<const float>(std::get<12>(rows));
   p.num_threads = num_threads;
+  p.launch = {std::get<0>(launch), pointer<void>(std::get<1>(launch))};
+  p.workspace = pointer<void>(std::get<2>(launch));
+  p.workspace_bytes = std::get<3>(launch);
   return p;
 }
 
-template <void (*launch)(const loss::MaskedCrossEntropyParams&), typename... Args>
-void cross_entropy(Args... args) {
-  const auto params = cross_entropy_params(args...);
+void masked_cross_entropy(const CrossEntropyArguments& rows, uintptr_t nll, uintptr_t lse, uintptr_t target_logit,
+                          uintptr_t grad, int64_t grad_row_stride, int num_threads, const LaunchArguments& launch) {
+  auto p = cross_entropy_params(rows, num_threads, launch);
+  p.nll = pointer<float>(nll);
+  p.lse = pointer<float>(lse);
+  p.target_logit = pointer<float>(target_logit);
+  p.grad = pointer<void>(grad);
+  p.grad_row_stride = grad_row_stride;
   py::gil_scoped_release release;
-  launch(params);
+  if (p.launch.device < 0) return loss::masked_cross_entropy_cpu(p);
+  on_gpu<loss::masked_cross_entropy_cuda>(p);
 }
+
+void masked_cross_entropy_backward(const CrossEntropyArguments& rows, uintptr_t lse, uintptr_t dlse, uintptr_t dloss,
+                                   uintptr_t grad, int64_t grad_row_stride, int num_threads,
+                                   const LaunchArguments& launch) {
+  auto p = cross_entropy_params(rows, num_threads, launch);
+  p.lse = pointer<float>(lse);
+  p.dlse = pointer<const float>(dlse);
+  p.dloss = pointer<const float>(dloss);
+  p.grad = pointer<void>(grad);
+  p.grad_row_stride = grad_row_stride;
+  py::gil_scoped_release release;
+  if (p.launch.device < 0) return loss::masked_cross_entropy_backward_cpu(p);
+  on_gpu<loss::masked_cross_entropy_backward_cuda>(p);
+}
+
+#if defined(ILLADA_WITH_CUDA)
+void weighted_sum(uintptr_t nll, uintptr_t weights, int64_t num_rows, float scale, uintptr_t normalizer, uintptr_t loss,
+                  int device, uintptr_t stream) {
+  loss::WeightedSumParams p;
+  p.nll = pointer<const float>(nll);
+  p.weights = pointer<const float>(weights);
+  p.num_rows = num_rows;
+  p.scale = scale;
+  p.normalizer = pointer<const float>(normalizer);
+  p.loss = pointer<float>(loss);
+  p.launch = {device, pointer<void>(stream)};
+  py::gil_scoped_release release;
+  loss::weighted_sum_cuda(p);
+}
+#endif
 
 // What sample_tokens and linear_sample_tokens share, as one tuple: temperature, seed, step, temperatures, seeds, steps,
 // row_ids, bias_ids, bias_values, bias_count, bias_row_stride, measure, token, confidence, logprob, entropy, margin.
 using SampleArguments =
     std::tuple<float, int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t,
                int64_t, int, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t>;
-// Of a CUDA call: device, stream, workspace, workspace_bytes. A negative device is the CPU.
-using LaunchArguments = std::tuple<int, uintptr_t, uintptr_t, int64_t>;
 
 remask::SampleTokensParams sample_params(int64_t num_rows, int64_t vocab_size, int dtype, const SampleArguments& sample,
                                          const LaunchArguments& launch) {
@@ -330,13 +371,9 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Native ops of illada; use illada.ops, which checks what this module does not.";
   m.attr("__version__") = ILLADA_VERSION;
   m.def("build_info", &info);
-  // The signature is that of cross_entropy_params above, all positional: keywords would cost 0.7 us a call.
-  m.def("masked_cross_entropy",
-        &cross_entropy<&loss::masked_cross_entropy_cpu, uintptr_t, int64_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t,
-                       uintptr_t, uintptr_t, int64_t, int64_t, int64_t, int64_t, float, int, int>);
-  m.def("masked_cross_entropy_backward",
-        &cross_entropy<&loss::masked_cross_entropy_backward_cpu, uintptr_t, int64_t, uintptr_t, uintptr_t, uintptr_t,
-                       uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t, int64_t, float, int, int>);
+  // All arguments are positional: keywords would cost 0.7 us a call.
+  m.def("masked_cross_entropy", &masked_cross_entropy);
+  m.def("masked_cross_entropy_backward", &masked_cross_entropy_backward);
   py::register_exception_translator([](std::exception_ptr thrown) {
     try {
       if (thrown) std::rethrow_exception(thrown);
@@ -346,6 +383,8 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("sample_tokens", &sample_tokens);
 #if defined(ILLADA_WITH_CUDA)
+  m.def("masked_cross_entropy_workspace", &loss::masked_cross_entropy_workspace);
+  m.def("weighted_sum", &weighted_sum);
   m.def("sample_tokens_workspace", &remask::sample_tokens_workspace);
   m.def("linear_sample_tokens", &linear_sample_tokens);
   m.def("linear_sample_tokens_workspace", &linear_sample_tokens_workspace);

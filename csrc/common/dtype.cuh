@@ -71,6 +71,30 @@ __device__ __forceinline__ Raw8<T> minus_infinity8() {
   return raw;
 }
 
+// Eight neighbours, 16-byte aligned, or eight times -inf where `valid` is false; memory that this kernel also writes
+// may be read this way. No branch: loads that follow each other wait for memory together.
+template <typename T>
+__device__ __forceinline__ Raw8<T> load8_if(bool valid, const T* address) {
+  Raw8<T> raw = minus_infinity8<T>();
+#pragma unroll
+  for (int i = 0; i < Raw8<T>::kLoads; ++i)
+    asm volatile(
+        "{\n"
+        ".reg .pred valid;\n"
+        "setp.ne.u32 valid, %4, 0;\n"
+        "@valid ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%5];\n"
+        "}"
+        : "+r"(raw.part[i].x), "+r"(raw.part[i].y), "+r"(raw.part[i].z), "+r"(raw.part[i].w)
+        : "r"(uint32_t(valid)), "l"(reinterpret_cast<const uint4*>(address) + i));
+  return raw;
+}
+
+template <typename T>
+__device__ __forceinline__ void store8(T* address, const Raw8<T>& raw) {  // 16-byte aligned
+#pragma unroll
+  for (int i = 0; i < Raw8<T>::kLoads; ++i) reinterpret_cast<uint4*>(address)[i] = raw.part[i];
+}
+
 __device__ __forceinline__ void unpack2(uint32_t word, float& low, float& high, BFloat16) {
   low = __uint_as_float(word << 16);
   high = __uint_as_float(word & 0xffff0000u);
@@ -108,6 +132,30 @@ __device__ __forceinline__ void unpack8(const Raw8<T>& raw, float (&x)[8]) {
     unpack2(raw.part[0].y, x[2], x[3], T{});
     unpack2(raw.part[0].z, x[4], x[5], T{});
     unpack2(raw.part[0].w, x[6], x[7], T{});
+  }
+}
+
+// Eight floats, rounded to T.
+template <typename T>
+__device__ __forceinline__ Raw8<T> pack8(const float (&x)[8]) {
+  Raw8<T> raw;
+  if constexpr (sizeof(T) == 4) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      raw.part[i] = make_uint4(__float_as_uint(x[4 * i]), __float_as_uint(x[4 * i + 1]), __float_as_uint(x[4 * i + 2]),
+                               __float_as_uint(x[4 * i + 3]));
+  } else {
+    raw.part[0] = make_uint4(pack2<T>(x[0], x[1]), pack2<T>(x[2], x[3]), pack2<T>(x[4], x[5]), pack2<T>(x[6], x[7]));
+  }
+  return raw;
+}
+
+template <typename T>
+__device__ __forceinline__ void store_float(T* address, float x) {
+  if constexpr (sizeof(T) == 4) {
+    *address = x;
+  } else {
+    *address = T{uint16_t(pack2<T>(x, 0.0f))};
   }
 }
 

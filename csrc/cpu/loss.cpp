@@ -13,23 +13,36 @@ constexpr const char* kOp = "masked_cross_entropy";
 
 int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
+// The target of token i in this shard, or -1.
+int64_t target_of(const MaskedCrossEntropyParams& p, int64_t i) {
+  const int64_t id = static_cast<const int64_t*>(p.targets)[i];
+  return id >= p.vocab_start && id - p.vocab_start < p.vocab_size ? id - p.vocab_start : -1;
+}
+
 void validate(const MaskedCrossEntropyParams& p) {
   ILLADA_CHECK(p.dtype == DType::kFloat32 || p.dtype == DType::kBFloat16, kOp,
                "logits on a CPU must be float32 or bfloat16, got ", name(p.dtype));
   ILLADA_CHECK(p.num_rows >= 0 && p.num_tokens >= 0, kOp, "negative size: ", p.num_rows, " rows, ", p.num_tokens,
                " tokens");
   ILLADA_CHECK(p.vocab_size > 0, kOp, "vocab_size must be positive, got ", p.vocab_size);
-  ILLADA_CHECK(p.num_rows == 0 || (p.logits && p.targets && p.weights && p.nll), kOp,
-               "logits, targets, weights and nll must not be null");
+  ILLADA_CHECK(p.num_rows == 0 || (p.logits && p.targets && p.weights), kOp,
+               "logits, targets and weights must not be null");
+  ILLADA_CHECK(p.targets_are_int64, kOp, "targets on a CPU must be int64");
+  ILLADA_CHECK(p.vocab_start >= 0, kOp, "vocab_start must not be negative, got ", p.vocab_start);
   ILLADA_CHECK(p.logits_row_stride >= 0, kOp, "logits row stride must not be negative, got ", p.logits_row_stride);
   ILLADA_CHECK(!p.grad || p.grad_row_stride >= p.vocab_size || p.num_rows <= 1, kOp, "grad row stride ",
                p.grad_row_stride, " is less than vocab_size ", p.vocab_size);
   for (int64_t n = 0; n < p.num_rows; ++n) {
     const int64_t i = p.rows ? p.rows[n] : n;
     ILLADA_CHECK(i >= 0 && i < p.num_tokens, kOp, "rows[", n, "] is ", i, ", outside of [0, ", p.num_tokens, ")");
-    ILLADA_CHECK(p.weights[i] == 0 || (p.targets[i] >= 0 && p.targets[i] < p.vocab_size), kOp, "targets[", i, "] is ",
-                 p.targets[i], ", outside of [0, ", p.vocab_size, "), and its weight is not zero");
+    ILLADA_CHECK(!p.nll || p.weights[i] == 0 || target_of(p, i) >= 0, kOp, "targets[", i, "] is ",
+                 static_cast<const int64_t*>(p.targets)[i], ", outside of [", p.vocab_start, ", ",
+                 p.vocab_start + p.vocab_size, "), and its weight is not zero");
   }
+}
+
+float factor_of(const MaskedCrossEntropyParams& p) {
+  return p.scale / (p.normalizer ? *p.normalizer : 1.0f) * (p.dloss ? *p.dloss : 1.0f);
 }
 
 // Calls f(n, i, row of logits, row of grad or null) for every row with a weight; the others get zeros.
@@ -57,15 +70,20 @@ void masked_cross_entropy_cpu(const MaskedCrossEntropyParams& p) {
   const auto row_lse = bf16 ? kernels.lse_bf16 : kernels.lse_f32;
   const auto softmax_grad = bf16 ? kernels.softmax_grad_bf16 : kernels.softmax_grad_f32;
   const auto logit = bf16 ? kernels.logit_bf16 : kernels.logit_f32;
+  const float factor = factor_of(p);
   for (int64_t n = 0; n < p.num_rows; ++n) {
-    p.nll[n] = 0;
+    if (p.nll) p.nll[n] = 0;
+    if (p.target_logit) p.target_logit[n] = 0;
     if (p.lse) p.lse[n] = 0;
   }
   for_rows(p, [&](int64_t n, int64_t i, const void* x, void* grad) {
     const float lse = row_lse(x, p.vocab_size);
-    p.nll[n] = lse - logit(x, p.targets[i]);
+    const int64_t target = target_of(p, i);
+    const float target_logit = target >= 0 ? logit(x, target) : 0.0f;
+    if (p.nll) p.nll[n] = lse - target_logit;
     if (p.lse) p.lse[n] = lse;
-    if (grad) softmax_grad(x, grad, p.vocab_size, lse, p.weights[i] * p.scale, p.targets[i]);
+    if (p.target_logit) p.target_logit[n] = target_logit;
+    if (grad) softmax_grad(x, grad, p.vocab_size, lse, p.weights[i] * factor, 0.0f, target);
   });
 }
 
@@ -74,8 +92,9 @@ void masked_cross_entropy_backward_cpu(const MaskedCrossEntropyParams& p) {
   ILLADA_CHECK(p.num_rows == 0 || (p.grad && p.lse), kOp, "the backward needs grad and lse");
   const cpu::RowKernels& kernels = cpu::row_kernels();
   const auto softmax_grad = p.dtype == DType::kBFloat16 ? kernels.softmax_grad_bf16 : kernels.softmax_grad_f32;
+  const float factor = factor_of(p);
   for_rows(p, [&](int64_t n, int64_t i, const void* x, void* grad) {
-    softmax_grad(x, grad, p.vocab_size, p.lse[n], p.weights[i] * p.scale, p.targets[i]);
+    softmax_grad(x, grad, p.vocab_size, p.lse[n], p.weights[i] * factor, p.dlse ? p.dlse[n] : 0.0f, target_of(p, i));
   });
 }
 

@@ -38,10 +38,11 @@ struct RowKernels {
   float (*lse_bf16)(const void* logits, int64_t vocab_size);
   float (*logit_f32)(const void* logits, int64_t index);
   float (*logit_bf16)(const void* logits, int64_t index);
-  // grad = factor * (softmax(x) - onehot(target)); grad may be x itself.
-  void (*softmax_grad_f32)(const void* logits, void* grad, int64_t vocab_size, float lse, float factor, int64_t target);
-  void (*softmax_grad_bf16)(const void* logits, void* grad, int64_t vocab_size, float lse, float factor,
-                            int64_t target);
+  // grad = (onehot_factor + dlse) softmax(x) - onehot_factor onehot(target); grad may be x itself, target -1: none.
+  void (*softmax_grad_f32)(const void* logits, void* grad, int64_t vocab_size, float lse, float onehot_factor,
+                           float dlse, int64_t target);
+  void (*softmax_grad_bf16)(const void* logits, void* grad, int64_t vocab_size, float lse, float onehot_factor,
+                            float dlse, int64_t target);
 };
 
 // The best table for the processor this runs on, chosen once. ILLADA_CPU_ISA=baseline|avx2|avx512 lowers the choice.

@@ -327,10 +327,16 @@ float logit(const void* logits, int64_t index) {
 }
 
 template <typename T>
-void softmax_grad(const void* logits, void* grad, int64_t vocab_size, float lse, float factor, int64_t target) {
+void softmax_grad(const void* logits, void* grad, int64_t vocab_size, float lse, float onehot_factor, float dlse,
+                  int64_t target) {
   const T* x = static_cast<const T*>(logits);
   T* g = static_cast<T*>(grad);
-  const float target_grad = factor * (std::exp(to_float(x[target]) - lse) - 1.0f);  // before x is overwritten
+  const float factor = onehot_factor + dlse;
+  float target_grad = 0;  // before x is overwritten
+  if (target >= 0) {
+    const float p = std::exp(to_float(x[target]) - lse);
+    target_grad = onehot_factor * (p - 1.0f) + dlse * p;
+  }
   // Below 2^-100 a probability counts as 0: times the factor it could be denormal, and the GEMMs that read the gradient
   // are many times slower on denormals.
   constexpr float kSmallest = -100.0f;
@@ -345,7 +351,7 @@ void softmax_grad(const void* logits, void* grad, int64_t vocab_size, float lse,
     const float d = to_float(x[i]) - lse;
     store_scalar(g + i, d * kLog2eF < kSmallest ? 0.0f : factor * std::exp(d));
   }
-  store_scalar(g + target, target_grad);
+  if (target >= 0) store_scalar(g + target, target_grad);
 }
 
 constexpr RowKernels kTable{ILLADA_ISA_NAME, sample<float>,       sample<BFloat16>,

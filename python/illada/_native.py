@@ -56,8 +56,3 @@ def require_cuda_build(op: str) -> None:
             f"{op}: this build has no CUDA kernels; supported here: CPU tensors. "
             "Install again where there is an nvcc (`illada info` says what was built)"
         )
-
-
-def refuse_cuda(op: str) -> None:
-    """NotImplementedError for an op that has no CUDA kernel in this version."""
-    raise NotImplementedError(f"{op}: this version has no CUDA kernel for this op; supported: CPU tensors")

@@ -4,10 +4,12 @@
 """
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from illada import _native
 
@@ -40,5 +42,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(scope="session")
-def device() -> torch.device:
-    return torch.device("cuda")
+def device() -> Iterator[torch.device]:
+    if _get_current_dispatch_mode() is None or not hasattr(torch.ops.aten.mm, "dtype"):
+        yield torch.device("cuda")
+        return
+    # A mode computes torch's operators by their CPU kernels (a simulator), and of this one there is none.
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("mm.dtype", lambda a, b, dtype: a.to(dtype) @ b.to(dtype), "CPU")
+    yield torch.device("cuda")

@@ -14,6 +14,11 @@ OPS = [
     "attention_plan",
     "varlen_attention_fwd",
     "varlen_attention_bwd",
+    "masked_ce_fwd",
+    "masked_ce_bwd",
+    "masked_ce_shard_fwd",
+    "linear_masked_ce_fwd",
+    "linear_masked_ce_bwd",
 ]
 ARGUMENTS = (0.7, 3, 2, None, None, None, None, None, None, 0, True, False)
 
@@ -41,7 +46,20 @@ def op_calls(device, generator):
     starts = torch.tensor([0, 2, 6], dtype=torch.int32, device=device)
     plan = illada.attention_plan(starts, num_heads=4, num_kv_heads=2, head_dim=64, total_q=6)
     out, lse = illada.varlen_attention(q, k, v, starts, plan=plan, return_lse=True)
+    weights, scalar, fp32 = (
+        torch.rand(4, generator=generator).to(device),
+        torch.tensor(2.0, device=device),
+        torch.float32,
+    )
     return {
+        "masked_ce_fwd": (logits.clone().requires_grad_(), token, weights, scalar, 0.5, False),
+        "masked_ce_bwd": (logits, token, weights, scalar, 0.5, confidence, scalar, entropy, 0),
+        "masked_ce_shard_fwd": (logits, token, weights, 2),
+        "linear_masked_ce_fwd": (
+            *(hidden.clone().requires_grad_(), weight.clone().requires_grad_(), tokens[:6], confidence.repeat(2)[:6]),
+            *(rows % 6, scalar, 0.5, 3, True, True, fp32, fp32),
+        ),
+        "linear_masked_ce_bwd": (scalar, hidden, weight),
         "sample_tokens": (logits, *ARGUMENTS),
         "linear_sample_tokens": (hidden, weight, rows % 6, *ARGUMENTS),
         "attention_plan": (starts, None, None, 6, 6, 4, 2, 64),
@@ -53,6 +71,8 @@ def op_calls(device, generator):
 
 @pytest.mark.parametrize("op", OPS)
 def test_schema(op, device, generator):
+    if op == "linear_masked_ce_bwd":  # nothing but aten operators
+        tracing()
     call = getattr(torch.ops.illada, op).default
     torch.library.opcheck(
         call, op_calls(device, generator)[op], test_utils=("test_schema", "test_autograd_registration")
@@ -108,6 +128,16 @@ def test_step_compiles_in_one_graph(device, generator):
     want = step(want_tokens, hidden, weight, rows, cu_rows)
     got = torch.compile(step, fullgraph=True, backend="aot_eager")(got_tokens, hidden, weight, rows, cu_rows)
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1]) and torch.equal(got_tokens, want_tokens)
+
+
+def test_loss_of_logits_compiles_in_one_graph(device, generator):
+    logits, targets = torch.randn(4, 33, generator=generator).to(device), torch.arange(4, device=device)
+    weights = torch.ones(4, device=device)
+    want = illada.masked_cross_entropy(logits, targets, weights, return_nll=True, return_lse=True)
+    compiled = torch.compile(illada.masked_cross_entropy, fullgraph=True, backend="aot_eager")
+    with _disable_current_modes():  # nothing but our own kernels run
+        got = compiled(logits, targets, weights, return_nll=True, return_lse=True)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 def test_attention_compiles_once_for_all_sizes(device):

@@ -1,6 +1,6 @@
 """A training step on CUDA tensors: loss, gradients and what AdamW makes of them, against the CPU and float64.
 
-The loss is in plain torch on both devices: what is judged here is what the model asks of attention.
+The loss is in plain torch on both devices where what is judged is what the model asks of attention.
 """
 
 from types import SimpleNamespace
@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from test_generate import make_models, reference_forward
 
 from illada.config import ModelConfig
+from illada.data import prepare
 from illada.diffusion import Batch
 from illada.model import MaskedDiffusionModel
 from illada.testing import assert_close_like, relative_error
+from illada.train import load_config, train
 
 LENGTHS = [70, 1, 33, 130]
 MASK_ID = 5
@@ -94,3 +96,40 @@ def test_step_of_the_cpu(dim, group, checkpointing, all_rows, device):
             except AssertionError as error:
                 raise AssertionError(f"{of} of {name}: {error}") from None
     assert got.grads.keys() == baseline.grads.keys() == dict(exact.named_parameters()).keys()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_loss_of_the_cpu(dtype, device):
+    """`MaskedDiffusionModel.loss` and its gradients, of a model in 16 bits and of a float32 one under autocast."""
+    on_cpu, on_gpu = make_models(make_config(64, 4), dtype, device)
+    batch = make_batch()
+    grads = []
+    for model in (on_cpu, on_gpu):
+        where = next(model.parameters()).device
+        with torch.autocast(where.type, torch.bfloat16, enabled=dtype == torch.float32):
+            loss = model.loss(batch.to(where))
+        loss.backward()
+        grads.append({"loss": loss.detach().cpu()} | {n: p.grad.cpu() for n, p in model.named_parameters()})
+    for name, want in grads[0].items():
+        assert grads[1][name].dtype == want.dtype and relative_error(grads[1][name], want) < 0.03, name
+
+
+def test_trainer(tmp_path, device):
+    """The trainer learns on a GPU what it learns on a CPU."""
+    (tmp_path / "text").mkdir()
+    for i in range(20):
+        (tmp_path / "text" / f"{i}.txt").write_text(f"a b c d e f g h {i} " * 40)
+    prepare(f"dir:{tmp_path / 'text'}", tmp_path / "corpus", vocab_size=300, validation_fraction=0.2)
+    bounds = {}
+    for where in ("cpu", "auto"):
+        values = {
+            "model.preset": '"tiny"', "model.hidden_size": 64, "model.intermediate_size": 48, "model.head_dim": 64,
+            "model.num_hidden_layers": 1, "model.num_attention_heads": 1, "model.num_key_value_heads": 1,
+            "data.path": f'"{tmp_path / "corpus"}"', "data.window": 32, "train.out_dir": f'"{tmp_path / where}"',
+            "train.steps": 3, "train.windows_per_step": 4, "train.windows_per_micro_batch": 2,
+            "train.dtype": '"bfloat16"', "train.device": f'"{where}"', "optimizer.learning_rate": 1e-2,
+            "schedule.warmup_steps": 1, "validation.windows": 4, "validation.strata": 2,
+        }  # fmt: skip
+        result = train(load_config(None, [f"--{key}={value}" for key, value in values.items()]), progress=False)
+        bounds[where] = result.validation_bound
+    assert bounds["auto"] == pytest.approx(bounds["cpu"], rel=0.02)

@@ -36,7 +36,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--apply-chat-template", action="store_true", help="prompts as the checkpoint's chats")
     parser.add_argument("--fewshot-as-multiturn", action="store_true", help="examples as turns of the chat")
     parser.add_argument("--tokenizer", metavar="PATH", help="default: the checkpoint's own")
-    parser.add_argument("--device", help="default: cpu; the loss, which scores candidates, has no CUDA kernels yet")
+    parser.add_argument("--device", help="cpu (default), or cuda for a 16-bit model")
     parser.add_argument("--dtype", help="of the model, as in bfloat16; default: as stored")
     parser.add_argument("--batch-size", default="auto", help="prompts generated together (%(default)s: by max_tokens)")
     parser.add_argument("--seed", type=int, default=0, help="of noise and of Monte Carlo's masks (%(default)s)")

@@ -46,8 +46,8 @@ class IlladaLM(LM):
     Args:
         pretrained: a checkpoint, a training run, or a `MaskedDiffusionModel` (then `tokenizer` is a `Tokenizer`).
         tokenizer: a tokenizer.json or a folder with one; default the checkpoint's.
-        device, dtype: where and in what the model runs; default the CPU (the loss has no CUDA kernels
-            yet) and the checkpoint's dtype.
+        device, dtype: where and in what the model runs; default the CPU and the checkpoint's dtype. "cuda" takes a
+            16-bit one.
         journal: a JSONL file that keeps finished requests; what it holds of this model with these settings is reused.
         settings: the fields of `EvaluationSettings`, or their published names.
 

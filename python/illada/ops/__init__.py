@@ -4,9 +4,15 @@
 """
 
 from illada.ops.attention import attention_plan, varlen_attention
-from illada.ops.loss import linear_masked_cross_entropy, masked_cross_entropy
+from illada.ops.linear_loss import linear_masked_cross_entropy
+from illada.ops.loss import masked_cross_entropy
 from illada.ops.remask import linear_sample_tokens, remask, sample_tokens
 from illada.ops.types import AttentionPlan, LogitBias, RemaskStatus, TokenSample
+from illada.ops.vocab_parallel import (
+    linear_masked_cross_entropy_vocab_parallel,
+    masked_cross_entropy_shard,
+    masked_cross_entropy_shard_grad,
+)
 
 __all__ = [
     "AttentionPlan",
@@ -15,8 +21,11 @@ __all__ = [
     "TokenSample",
     "attention_plan",
     "linear_masked_cross_entropy",
+    "linear_masked_cross_entropy_vocab_parallel",
     "linear_sample_tokens",
     "masked_cross_entropy",
+    "masked_cross_entropy_shard",
+    "masked_cross_entropy_shard_grad",
     "remask",
     "sample_tokens",
     "varlen_attention",

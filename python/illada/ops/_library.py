@@ -105,6 +105,13 @@ def implement(op: str, fake: Callable, *, cpu: Callable, cuda: Callable | None =
     torch.library.register_fake(f"illada::{op}", fake, lib=LIBRARY)
 
 
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor` in `dtype`, itself where it has it. For an op's kernel: `Tensor.to`, which is called a view, would not
+    reach a torch dispatch mode that stands in for torch's own kernels there.
+    """
+    return tensor if tensor.dtype == dtype else torch.empty_like(tensor, dtype=dtype).copy_(tensor)
+
+
 def address(tensor: Tensor | None) -> int:
     """The address of the first element, 0 for None or an empty tensor."""
     return 0 if tensor is None else tensor.data_ptr()

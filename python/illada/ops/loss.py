@@ -1,14 +1,15 @@
-"""Masked cross-entropy with a weight for each token, with and without the head's GEMM.
+"""Masked cross-entropy with a weight for each token, from logits that are already there.
 
-    loss = sum_i w_i (logsumexp_v(x_i) - x_i[y_i]) / normalizer        x_i = hidden_i @ weight^T
+    loss = sum_i w_i (lse_i - x_i[y_i]) / normalizer,   lse_i = logsumexp_v(x_i)
 
 Eq. 1 of the iLLaDA paper is this with w_i = 1 / p where token i is masked and 0 elsewhere, and the number of tokens
-as normalizer. Only rows with w_i != 0 meet the head, a chunk of them at a time, and the gradients are made while the
-chunk's logits are there: three GEMMs instead of four, and never an [N, V] tensor.
+as normalizer. `illada.ops.linear_loss` has the same with the head's GEMM, `illada.ops.vocab_parallel` over shards of
+the vocabulary.
 
-| device | dtypes            | kernel                                                              |
-|--------|-------------------|---------------------------------------------------------------------|
-| CPU    | float32, bfloat16 | torch.mm on chunks of rows, native row loop (csrc/cpu) in between   |
+| device          | logits                     | kernel                                                               |
+|-----------------|----------------------------|----------------------------------------------------------------------|
+| CPU             | float32, bfloat16          | native row loop (csrc/cpu)                                           |
+| sm_80 and newer | float32, bfloat16, float16 | csrc/loss: one read forward, one read and one write backward         |
 """
 
 from __future__ import annotations
@@ -17,239 +18,197 @@ import math
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-from illada._native import native, refuse_cuda
 from illada.ops import _library as lib
+from illada.ops import raw
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # illada::DType
+_DTYPES_CPU = (torch.float32, torch.bfloat16)
 _TOKEN_DTYPES = (torch.int64, torch.int32)
 
-#: Logits of one chunk on a CPU. Small enough to be forgotten beside the model's activations, large enough for the
-#: GEMMs to run at full speed.
-_CHUNK_BYTES_CPU = 32 << 20
-
 lib.LIBRARY.define(
-    "linear_masked_ce_fwd(Tensor hidden, Tensor weight, Tensor targets, Tensor token_weights, Tensor? rows, "
-    "Tensor? normalizer, float scale, int chunk_rows, bool hidden_grad, bool weight_grad, ScalarType compute_dtype, "
-    "ScalarType grad_weight_dtype) -> (Tensor, Tensor, Tensor, Tensor)",
+    "masked_ce_fwd(Tensor logits, Tensor targets, Tensor token_weights, Tensor? normalizer, float scale, "
+    "bool inplace_backward) -> (Tensor, Tensor, Tensor)",
     tags=lib.TAGS,
 )
-lib.LIBRARY.define(
-    "linear_masked_ce_bwd(Tensor dloss, Tensor hidden_grad, Tensor weight_grad) -> (Tensor, Tensor)", tags=lib.TAGS
+_BACKWARD_ARGUMENTS = (
+    "Tensor targets, Tensor token_weights, Tensor? normalizer, float scale, Tensor lse, Tensor? dloss, Tensor? dlse, "
+    "int vocab_start"
 )
+lib.LIBRARY.define(f"masked_ce_bwd(Tensor logits, {_BACKWARD_ARGUMENTS}) -> Tensor", tags=lib.TAGS)
+lib.LIBRARY.define(f"masked_ce_bwd_(Tensor(a!) logits, {_BACKWARD_ARGUMENTS}) -> ()", tags=lib.TAGS)
 lib.LIBRARY.define(
-    "masked_ce_fwd(Tensor logits, Tensor targets, Tensor token_weights, Tensor? normalizer, float scale) "
-    "-> (Tensor, Tensor, Tensor)",
-    tags=lib.TAGS,
-)
-lib.LIBRARY.define(
-    "masked_ce_bwd(Tensor dloss, Tensor logits, Tensor targets, Tensor token_weights, Tensor? normalizer, "
-    "float scale, Tensor lse) -> Tensor",
+    "masked_ce_shard_fwd(Tensor logits, Tensor targets, Tensor token_weights, int vocab_start) -> (Tensor, Tensor)",
     tags=lib.TAGS,
 )
 
 
-# ---------------------------------------------------------------------------------------------------- kernels (CPU)
+# ---------------------------------------------------------------------------------------------------------- kernels
 
 
-def _full_scale(normalizer: Tensor | None, scale: float) -> float:
-    """scale / normalizer as a host number, which on a CPU costs nothing."""
-    if normalizer is None:
-        return scale
+def full_scale(normalizer: Tensor, scale: float) -> float:
+    """scale / normalizer as a host number, which on a CPU costs nothing. ValueError: not finite and positive."""
     value = float(normalizer)
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"masked_cross_entropy: normalizer must be finite and positive, got {value}")
     return scale / value
 
 
-def _row_loop(
-    logits: Tensor,
-    rows: Tensor | None,
-    targets: Tensor,
-    token_weights: Tensor,
-    nll: Tensor,
-    lse: Tensor | None,
-    grad: Tensor | None,
-    scale: float,
-    backward_only: bool = False,
-) -> None:
-    """The native loop: nll and lse of each row of logits, and its gradient, which may be the logits themselves."""
-    function = native().masked_cross_entropy_backward if backward_only else native().masked_cross_entropy
-    function(
-        *(lib.address(logits), logits.stride(0), lib.address(rows), lib.address(targets)),
-        *(lib.address(token_weights), lib.address(nll), lib.address(lse)),
-        *(lib.address(grad), 0 if grad is None else grad.stride(0)),
-        *(logits.shape[0], token_weights.shape[0], logits.shape[1]),
-        *(scale, _DTYPES[logits.dtype], torch.get_num_threads()),
+def where_read(normalizer: Tensor | None, scale: float) -> tuple[Tensor | None, float]:
+    """(normalizer, scale) as the kernels take them: on CUDA the device divides, so that the host need not wait."""
+    if normalizer is None:
+        return None, scale
+    if normalizer.is_cuda:
+        return normalizer, scale
+    return None, full_scale(normalizer, scale)
+
+
+def kernel_targets(targets: Tensor) -> Tensor:
+    return (targets if targets.is_cuda else targets.long()).contiguous()
+
+
+def workspace_for(logits: Tensor) -> Tensor | None:
+    size = raw.masked_cross_entropy_workspace(logits.shape[0], logits.shape[1], logits.device)
+    return logits.new_empty(size, dtype=torch.uint8) if size else None
+
+
+def weighted_sum(nll: Tensor, token_weights: Tensor, normalizer: Tensor | None, scale: float) -> Tensor:
+    """The loss, from the nll of each token and what `where_read` gave."""
+    if not nll.is_cuda:
+        return (nll.double().dot(token_weights.double()) * scale).float()
+    loss = nll.new_empty(())
+    raw.weighted_sum(loss, nll, token_weights, normalizer=normalizer, scale=scale)
+    return loss
+
+
+def _fwd(logits, targets, token_weights, normalizer, scale, inplace_backward):
+    nll, lse = (token_weights.new_empty(len(logits)) for _ in range(2))
+    token_weights = token_weights.contiguous()
+    normalizer, scale = where_read(normalizer, scale)
+    workspace = workspace_for(logits)
+    raw.masked_cross_entropy(logits, kernel_targets(targets), token_weights, nll=nll, lse=lse, workspace=workspace)
+    return weighted_sum(nll, token_weights, normalizer, scale), nll, lse
+
+
+def _shard_fwd(logits, targets, token_weights, vocab_start):
+    lse, target_logit = (token_weights.new_empty(len(logits)) for _ in range(2))
+    raw.masked_cross_entropy(
+        *(logits, kernel_targets(targets), token_weights.contiguous()), lse=lse, target_logit=target_logit,
+        vocab_start=vocab_start, workspace=workspace_for(logits),
+    )  # fmt: skip
+    return lse, target_logit
+
+
+def _bwd_into(grad, logits, targets, token_weights, normalizer, scale, lse, dloss, dlse, vocab_start):
+    normalizer, scale = where_read(normalizer, scale)
+    if dlse is not None and not dlse.is_contiguous():
+        dlse = dlse.clone(memory_format=torch.contiguous_format)
+    raw.masked_cross_entropy_backward(
+        *(grad, logits, kernel_targets(targets), token_weights.contiguous(), lse.contiguous()),
+        dloss=dloss,
+        dlse=dlse,
+        normalizer=normalizer,
+        scale=scale,
+        vocab_start=vocab_start,
     )
 
 
-def _linear_fwd_cpu(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    token_weights: Tensor,
-    rows: Tensor | None,
-    normalizer: Tensor | None,
-    scale: float,
-    chunk_rows: int,
-    hidden_grad: bool,
-    weight_grad: bool,
-    compute_dtype: torch.dtype,
-    grad_weight_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    scale = _full_scale(normalizer, scale)
-    targets, token_weights = targets.long().contiguous(), token_weights.contiguous()
-    if rows is None:
-        rows = token_weights.nonzero().squeeze(-1).int()
-    elif len(rows) and not (0 <= int(rows.min()) and int(rows.max()) < len(hidden)):
-        raise ValueError(f"linear_masked_cross_entropy: rows must be in [0, {len(hidden)}), got {rows.tolist()}")
-    rows = rows.contiguous()
-    head = weight.to(compute_dtype)
-    vocab_size = weight.shape[0]
-    if chunk_rows <= 0:
-        chunk_rows = max(128, _CHUNK_BYTES_CPU // (vocab_size * head.element_size()))
-
-    nll = token_weights.new_zeros(len(hidden))
-    d_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if hidden_grad else hidden.new_empty(0)
-    d_weight = weight.new_zeros(weight.shape if weight_grad else (0,), dtype=grad_weight_dtype)
-    buffer = head.new_empty(min(chunk_rows, len(rows)), vocab_size)
-    for chunk in rows.split(chunk_rows):
-        index = chunk.long()
-        selected = hidden[index].to(compute_dtype)
-        logits = torch.mm(selected, head.t(), out=buffer[: len(chunk)])
-        chunk_nll = nll.new_empty(len(chunk))
-        wants_grad = hidden_grad or weight_grad
-        _row_loop(logits, chunk, targets, token_weights, chunk_nll, None, logits if wants_grad else None, scale)
-        nll[index] = chunk_nll
-        if hidden_grad:
-            d_hidden[index] = torch.mm(logits, head).to(hidden.dtype)
-        if weight_grad and compute_dtype == grad_weight_dtype:
-            d_weight.addmm_(logits.t(), selected)
-        elif weight_grad:
-            d_weight.add_(torch.mm(logits.t(), selected))
-    loss = (nll.double().dot(token_weights.double()) * scale).float()
-    return loss, nll, d_hidden, d_weight
-
-
-def _linear_bwd(dloss: Tensor, hidden_grad: Tensor, weight_grad: Tensor) -> tuple[Tensor, Tensor]:
-    return hidden_grad * dloss.to(hidden_grad.dtype), weight_grad * dloss.to(weight_grad.dtype)
-
-
-def _fwd_cpu(
-    logits: Tensor, targets: Tensor, token_weights: Tensor, normalizer: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    nll, lse = (token_weights.new_empty(len(logits)) for _ in range(2))
-    token_weights = token_weights.contiguous()
-    _row_loop(logits, None, targets.long().contiguous(), token_weights, nll, lse, None, 1.0)
-    loss = nll.double().dot(token_weights.double()) * _full_scale(normalizer, scale)
-    return loss.float(), nll, lse
-
-
-def _bwd_cpu(
-    dloss: Tensor,
-    logits: Tensor,
-    targets: Tensor,
-    token_weights: Tensor,
-    normalizer: Tensor | None,
-    scale: float,
-    lse: Tensor,
-) -> Tensor:
+def _bwd(logits, *arguments):
     grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    scale = _full_scale(normalizer, scale) * float(dloss)
-    targets, token_weights = targets.long().contiguous(), token_weights.contiguous()
-    _row_loop(logits, None, targets, token_weights, lse, lse, grad, scale, backward_only=True)
+    _bwd_into(grad, logits, *arguments)
     return grad
 
 
-# --------------------------------------------------------------------------------------- fakes, autograd, FLOP counts
+def _bwd_inplace(logits, *arguments):
+    _bwd_into(logits, logits, *arguments)
 
 
-def _linear_fwd_fake(
-    hidden, weight, targets, token_weights, rows, normalizer, scale, chunk_rows, hidden_grad, weight_grad,
-    compute_dtype, grad_weight_dtype,
-):  # fmt: skip
-    return (
-        token_weights.new_empty(()),
-        token_weights.new_empty(hidden.shape[0]),
-        hidden.new_empty(hidden.shape if hidden_grad else (0,)),
-        weight.new_empty(weight.shape if weight_grad else (0,), dtype=grad_weight_dtype),
-    )
+# -------------------------------------------------------------------------------------------------- fakes and autograd
 
 
-def _linear_bwd_fake(dloss, hidden_grad, weight_grad):
-    return hidden_grad.new_empty(hidden_grad.shape), weight_grad.new_empty(weight_grad.shape)
-
-
-def _linear_setup_context(ctx, inputs, output):
-    loss, nll, hidden_grad, weight_grad = output
-    ctx.mark_non_differentiable(nll, hidden_grad, weight_grad)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden_grad, weight_grad)
-    ctx.needs = inputs[8], inputs[9]
-
-
-def _linear_backward(ctx, dloss, *unused):
-    if dloss is None:
-        return (None,) * 12
-    d_hidden, d_weight = torch.ops.illada.linear_masked_ce_bwd(dloss, *ctx.saved_tensors)
-    wants_hidden, wants_weight = ctx.needs
-    return (d_hidden if wants_hidden else None, d_weight if wants_weight else None) + (None,) * 10
-
-
-def _fwd_fake(logits, targets, token_weights, normalizer, scale):
+def _fwd_fake(logits, targets, token_weights, normalizer, scale, inplace_backward):
     return token_weights.new_empty(()), *(token_weights.new_empty(logits.shape[0]) for _ in range(2))
 
 
-def _bwd_fake(dloss, logits, targets, token_weights, normalizer, scale, lse):
+def _shard_fwd_fake(logits, targets, token_weights, vocab_start):
+    return tuple(token_weights.new_empty(logits.shape[0]) for _ in range(2))
+
+
+def _bwd_fake(logits, *arguments):
     return logits.new_empty(logits.shape)
 
 
+def _bwd_inplace_fake(logits, *arguments):
+    return None
+
+
 def _setup_context(ctx, inputs, output):
-    logits, targets, token_weights, normalizer, ctx.scale = inputs
+    logits, targets, token_weights, normalizer, ctx.scale, ctx.inplace = inputs
     loss, nll, lse = output
-    ctx.mark_non_differentiable(nll, lse)
+    ctx.mark_non_differentiable(nll)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(logits, targets, token_weights, normalizer, lse)
+    ctx.overwritten = False
 
 
-def _backward(ctx, dloss, *unused):
-    if dloss is None:
-        return (None,) * 5
+def _backward(ctx, dloss, _, dlse):
+    if dloss is None and dlse is None:
+        return (None,) * 6
+    if ctx.overwritten:
+        raise RuntimeError(
+            "masked_cross_entropy: with inplace_backward=True the backward runs once; it has overwritten the logits "
+            "with their gradient"
+        )
     logits, targets, token_weights, normalizer, lse = ctx.saved_tensors
-    grad = torch.ops.illada.masked_ce_bwd(dloss, logits, targets, token_weights, normalizer, ctx.scale, lse)
-    return grad, None, None, None, None
+    if dloss is None:
+        dloss = dlse.new_zeros(())
+    arguments = (targets, token_weights, normalizer, ctx.scale, lse, dloss, dlse, 0)
+    if not ctx.inplace:
+        return torch.ops.illada.masked_ce_bwd(logits, *arguments), *(None,) * 5
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "masked_cross_entropy: inplace_backward=True has no second derivative; do without create_graph=True"
+        )
+    ctx.overwritten = True
+    grad = logits.detach()
+    torch.ops.illada.masked_ce_bwd_(grad, *arguments)
+    return grad, *(None,) * 5
 
 
-lib.implement("linear_masked_ce_fwd", _linear_fwd_fake, cpu=_linear_fwd_cpu)
-lib.implement("linear_masked_ce_bwd", _linear_bwd_fake, cpu=_linear_bwd)
-lib.implement("masked_ce_fwd", _fwd_fake, cpu=_fwd_cpu)
-lib.implement("masked_ce_bwd", _bwd_fake, cpu=_bwd_cpu)
-torch.library.register_autograd(
-    "illada::linear_masked_ce_fwd", _linear_backward, setup_context=_linear_setup_context, lib=lib.LIBRARY
-)
+lib.implement("masked_ce_fwd", _fwd_fake, cpu=_fwd, cuda=_fwd)
+lib.implement("masked_ce_bwd", _bwd_fake, cpu=_bwd, cuda=_bwd)
+lib.implement("masked_ce_bwd_", _bwd_inplace_fake, cpu=_bwd_inplace, cuda=_bwd_inplace)
+lib.implement("masked_ce_shard_fwd", _shard_fwd_fake, cpu=_shard_fwd, cuda=_shard_fwd)
 torch.library.register_autograd("illada::masked_ce_fwd", _backward, setup_context=_setup_context, lib=lib.LIBRARY)
-lib.raise_on_double_backward("linear_masked_ce_bwd")
 lib.raise_on_double_backward("masked_ce_bwd")
-
-
-@register_flop_formula(torch.ops.illada.linear_masked_ce_fwd, get_raw=True)
-def _linear_fwd_flops(hidden, weight, targets, token_weights, rows, *args, out_val=None, **kwargs) -> int:
-    """2 N V C for the logits and as much for each gradient; N from `rows`, the weights, or (unreadable) all T."""
-    count = hidden.shape[0]
-    if rows is not None:
-        count = rows.shape[0]
-    elif lib.may_read(token_weights):
-        count = int(token_weights.count_nonzero())
-    gemms = 1 + int(args[3]) + int(args[4])  # hidden_grad, weight_grad
-    return 2 * gemms * count * weight.shape[0] * weight.shape[1]
 
 
 # --------------------------------------------------------------------------------------------------- public functions
 
 
-def _check_targets(op: str, total: int, targets: Tensor, token_weights: Tensor, rows: Tensor | None) -> None:
+def logits_dtypes(tensor: Tensor) -> tuple[torch.dtype, ...]:
+    """What the kernels of this device take."""
+    return tuple(raw.DTYPES) if tensor.is_cuda else _DTYPES_CPU
+
+
+def check_logits(op: str, logits: Tensor) -> None:
+    lib.check_shape(op, "logits", logits, ("T", "V"))
+    lib.check_dtype(op, "logits", logits, logits_dtypes(logits))
+    lib.check_last_contiguous(op, "logits", logits)
+
+
+def check_targets(
+    op: str,
+    total: int,
+    vocab_size: int | None,
+    targets: Tensor,
+    token_weights: Tensor,
+    rows: Tensor | None,
+    normalizer: Tensor | None = None,
+) -> None:
+    """Shapes and dtypes, and under ILLADA_DEBUG=1 the values on a GPU (those on a CPU are looked at by the kernel).
+
+    vocab_size None: a shard, of whose targets nothing is known.
+    """
     lib.check_shape(op, "targets", targets, (total,))
     lib.check_dtype(op, "targets", targets, _TOKEN_DTYPES)
     lib.check_shape(op, "token_weights", token_weights, (total,))
@@ -257,98 +216,36 @@ def _check_targets(op: str, total: int, targets: Tensor, token_weights: Tensor, 
     if rows is not None:
         lib.check_shape(op, "rows", rows, ("N",))
         lib.check_dtype(op, "rows", rows, (torch.int32,))
+    if not (targets.is_cuda and lib.may_read(targets)):
+        return
+    if rows is not None and len(rows) and not (0 <= int(rows.min()) and int(rows.max()) < total):
+        raise ValueError(f"{op}: rows must be in [0, {total}), got {int(rows.min())} .. {int(rows.max())}")
+    wrong = token_weights != 0
+    if rows is not None:
+        wrong &= torch.zeros_like(wrong).index_fill(0, rows.long(), True)
+    if vocab_size is not None and (wrong := wrong & ((targets < 0) | (targets >= vocab_size))).any():
+        i = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"{op}: targets[{i}] is {int(targets[i])}, outside of [0, {vocab_size}), and its weight is not zero"
+        )
+    if normalizer is not None:
+        full_scale(normalizer, 1.0)
 
 
-def _split_normalizer(op: str, normalizer: float | Tensor | None) -> tuple[Tensor | None, float]:
-    """(device scalar or None, host factor) such that the loss is divided by one or the other."""
+def split_normalizer(
+    op: str, normalizer: float | Tensor | None, name: str, like: Tensor
+) -> tuple[Tensor | None, float]:
+    """(float32 scalar or None, host factor): the loss is divided by one or the other. `like` is called `name`."""
     if isinstance(normalizer, Tensor):
         lib.check_shape(op, "normalizer", normalizer, ())
-        return normalizer, 1.0
+        if normalizer.device.type != "cpu":  # one on the CPU is as good as a number
+            lib.check_same_device(op, (name, like), ("normalizer", normalizer))
+        return normalizer.float(), 1.0
     if normalizer is None:
         return None, 1.0
     if not (math.isfinite(normalizer) and normalizer > 0):
         raise ValueError(f"{op}: normalizer must be finite and positive, got {normalizer}")
     return None, 1.0 / normalizer
-
-
-def linear_masked_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    token_weights: Tensor,
-    *,
-    rows: Tensor | None = None,
-    normalizer: float | Tensor | None = None,
-    chunk_rows: int | None = None,
-    return_nll: bool = False,
-    grad_weight_dtype: torch.dtype | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """sum_i w_i * CE(hidden_i @ weight^T, y_i) / normalizer, without ever holding all logits.
-
-    Args:
-        hidden: [T, C], float32 or bfloat16. weight: [V, C], the head (or the tied embedding).
-        targets: int64 or int32 [T]; must be in [0, V) where the weight is not zero.
-        token_weights: float32 [T], 1 / p where masked, 0 elsewhere. Not differentiable.
-        rows: int32 [N], the rows to look at, sorted (default: those with a weight); saves the search for them.
-        normalizer: positive number or 0-dim tensor that divides the sum, such as the number of tokens of the global
-            batch (so that gradient accumulation and data parallelism add up). Default 1.
-        chunk_rows: rows whose logits exist at a time; default: as many as fit a fixed small buffer.
-        return_nll: also return the negative log-likelihood of each target, float32 [T], nats, 0 where not selected,
-            not differentiable.
-        grad_weight_dtype: dtype in which the weight's gradient is summed over chunks; default float32.
-
-    Returns:
-        loss, a float32 scalar; with `return_nll` (loss, nll). No selected rows: loss 0 and zero gradients.
-
-    Raises:
-        TypeError, ValueError: naming the argument, what was got and what is allowed; a target out of range where its
-            weight is not zero. NotImplementedError: no kernel was built for this device.
-
-    Under autocast the GEMMs run in its dtype; the gradients come back in the dtypes of hidden and weight. Gradients
-    are computed in the forward pass when they will be needed. A second derivative raises.
-    """
-    op = "linear_masked_cross_entropy"
-    lib.check_shape(op, "hidden", hidden, ("T", "C"))
-    lib.check_shape(op, "weight", weight, ("V", hidden.shape[1]))
-    lib.check_last_contiguous(op, "hidden", hidden)
-    lib.check_last_contiguous(op, "weight", weight)
-    device_type = hidden.device.type
-    if torch.is_autocast_enabled(device_type):
-        compute_dtype = torch.get_autocast_dtype(device_type)
-        if compute_dtype not in _DTYPES:
-            raise TypeError(f"{op}: autocast to {compute_dtype} is not supported; use bfloat16")
-        lib.check_dtype(op, "weight", weight, _DTYPES)
-        lib.check_dtype(op, "hidden", hidden, _DTYPES)
-    else:
-        compute_dtype = hidden.dtype
-        lib.check_dtype(op, "hidden", hidden, _DTYPES)
-        lib.check_dtype(op, "weight", weight, (hidden.dtype,))
-    _check_targets(op, hidden.shape[0], targets, token_weights, rows)
-    others = {"weight": weight, "targets": targets, "token_weights": token_weights, "rows": rows}
-    lib.check_same_device(op, ("hidden", hidden), *others.items())
-    if chunk_rows is not None and chunk_rows < 1:
-        raise ValueError(f"{op}: chunk_rows must be at least 1, got {chunk_rows}")
-    if grad_weight_dtype not in (None, torch.float32, torch.bfloat16):
-        raise TypeError(f"{op}: grad_weight_dtype must be float32 or bfloat16, got {grad_weight_dtype}")
-    if hidden.is_cuda:
-        refuse_cuda(op)
-    normalizer, scale = _split_normalizer(op, normalizer)
-    grad_enabled = torch.is_grad_enabled()
-    loss, nll, _, _ = torch.ops.illada.linear_masked_ce_fwd(
-        hidden,
-        weight,
-        targets,
-        token_weights,
-        rows,
-        normalizer,
-        scale,
-        chunk_rows or 0,
-        grad_enabled and hidden.requires_grad,
-        grad_enabled and weight.requires_grad,
-        compute_dtype,
-        grad_weight_dtype or torch.float32,
-    )
-    return (loss, nll) if return_nll else loss
 
 
 def masked_cross_entropy(
@@ -359,33 +256,44 @@ def masked_cross_entropy(
     rows: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     return_nll: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+    return_lse: bool = False,
+    inplace_backward: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
     """sum_i w_i * CE(logits_i, y_i) / normalizer from logits that are already there.
 
     Args:
-        logits: [T, V], float32 or bfloat16, any row stride. Rows without a weight are never read.
+        logits: [T, V], float32, bfloat16 or (on CUDA) float16, any row stride. Rows without a weight are never read.
         targets, token_weights, normalizer, return_nll: as in `linear_masked_cross_entropy`.
         rows: int32 [N]; default: all rows with a weight. Other rows count as if their weight were 0.
+        return_lse: also return log sum exp of each row, float32 [T], nats, 0 for rows without a weight. It has a
+            gradient, so that a z-loss costs nothing more: loss + 1e-4 * (lse**2).sum().
+        inplace_backward: the backward writes the gradient over the logits instead of into new memory. Nobody may use
+            the logits after it, and it runs once. Their rows must not overlap. Ignored under torch.compile.
 
     Returns:
-        loss, a float32 scalar; with `return_nll` (loss, nll). The gradient is dense [T, V] in the logits' dtype.
+        loss, a float32 scalar; with `return_nll` and `return_lse` a tuple (loss, nll, lse) of what was asked for. The
+        gradient is dense [T, V] in the logits' dtype, 0 in rows without a weight.
 
     Raises:
-        As `linear_masked_cross_entropy`.
+        As `linear_masked_cross_entropy`. RuntimeError: a second backward through `inplace_backward`.
     """
     op = "masked_cross_entropy"
-    lib.check_shape(op, "logits", logits, ("T", "V"))
-    lib.check_dtype(op, "logits", logits, _DTYPES)
-    lib.check_last_contiguous(op, "logits", logits)
-    _check_targets(op, logits.shape[0], targets, token_weights, rows)
+    check_logits(op, logits)
     lib.check_same_device(
         op, ("logits", logits), ("targets", targets), ("token_weights", token_weights), ("rows", rows)
     )
-    if logits.is_cuda:
-        refuse_cuda(op)
-    normalizer, scale = _split_normalizer(op, normalizer)
+    if inplace_backward and logits.shape[0] > 1 and logits.stride(0) < logits.shape[1]:
+        raise ValueError(
+            f"{op}: inplace_backward needs rows of logits that do not overlap, got strides {logits.stride()} for "
+            f"shape {list(logits.shape)}"
+        )
+    normalizer, scale = split_normalizer(op, normalizer, "logits", logits)
+    check_targets(op, logits.shape[0], logits.shape[1], targets, token_weights, rows, normalizer)
     if rows is not None:
         index = rows.long()
         token_weights = torch.zeros_like(token_weights).index_copy(0, index, token_weights[index])
-    loss, nll, _ = torch.ops.illada.masked_ce_fwd(logits, targets, token_weights, normalizer, scale)
-    return (loss, nll) if return_nll else loss
+    inplace = inplace_backward and not torch.compiler.is_compiling()
+    loss, nll, lse = torch.ops.illada.masked_ce_fwd(logits, targets, token_weights, normalizer, scale, inplace)
+    if not (return_nll or return_lse):
+        return loss
+    return loss, *((nll,) if return_nll else ()), *((lse,) if return_lse else ())

@@ -139,6 +139,89 @@ def linear_sample_tokens(
     )
 
 
+def _cross_entropy_arguments(
+    logits: Tensor, targets: Tensor, token_weights: Tensor, rows: Tensor | None, normalizer: Tensor | None,
+    scale: float, vocab_start: int,
+) -> tuple:  # fmt: skip
+    """CrossEntropyArguments of csrc/bindings."""
+    return (
+        *(address(logits), logits.stride(0), *logits.shape, DTYPES[logits.dtype], address(rows)),
+        *(address(targets), targets.dtype == torch.int64, address(token_weights), token_weights.shape[0]),
+        *(vocab_start, scale, address(normalizer)),
+    )
+
+
+def masked_cross_entropy_workspace(rows: int, vocab_size: int, device: torch.device) -> int:
+    """Bytes of workspace that `masked_cross_entropy` needs for so many rows; 0 on a CPU."""
+    return native().masked_cross_entropy_workspace(rows, vocab_size) if device.type == "cuda" else 0
+
+
+def masked_cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    token_weights: Tensor,
+    *,
+    rows: Tensor | None = None,
+    nll: Tensor | None = None,
+    lse: Tensor | None = None,
+    target_logit: Tensor | None = None,
+    grad: Tensor | None = None,
+    normalizer: Tensor | None = None,
+    scale: float = 1.0,
+    vocab_start: int = 0,
+    workspace: Tensor | None = None,
+) -> None:
+    """What `csrc/include/illada/loss.h` defines of each row of logits, into those of the outputs that are given.
+
+    logits [N, V]; targets int64 (or, on CUDA, int32) [T], token_weights float32 [T] and rows int32 [N] (None: row n is
+    token n); nll, lse, target_logit: float32 [N]; grad [N, V], which may be the logits: of the loss, scale / normalizer
+    being what the sum is multiplied by, normalizer a float32 scalar; workspace: uint8, as
+    `masked_cross_entropy_workspace` says.
+    """
+    outputs = [out for out in (nll, lse, target_logit, grad) if out is not None] or [logits]
+    native().masked_cross_entropy(
+        _cross_entropy_arguments(logits, targets, token_weights, rows, normalizer, scale, vocab_start),
+        *(address(nll), address(lse), address(target_logit), address(grad), 0 if grad is None else grad.stride(0)),
+        *(torch.get_num_threads(), _launch(outputs[0], logits, workspace)),
+    )
+
+
+def masked_cross_entropy_backward(
+    grad: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    token_weights: Tensor,
+    lse: Tensor,
+    *,
+    rows: Tensor | None = None,
+    dloss: Tensor | None = None,
+    dlse: Tensor | None = None,
+    normalizer: Tensor | None = None,
+    scale: float = 1.0,
+    vocab_start: int = 0,
+) -> None:
+    """The gradient of the logits into `grad` [N, V], which may be the logits, from the lse of an earlier call.
+
+    dloss: float32 scalar that multiplies, or None: 1; dlse: float32 [N], or None: 0. Others as in
+    `masked_cross_entropy` of this module.
+    """
+    native().masked_cross_entropy_backward(
+        _cross_entropy_arguments(logits, targets, token_weights, rows, normalizer, scale, vocab_start),
+        *(address(lse), address(dlse), address(dloss), address(grad), grad.stride(0)),
+        *(torch.get_num_threads(), _launch(grad, logits)),
+    )
+
+
+def weighted_sum(
+    loss: Tensor, nll: Tensor, token_weights: Tensor, *, normalizer: Tensor | None = None, scale: float = 1.0
+) -> None:
+    """scale / normalizer * sum_i token_weights[i] nll[i] into `loss`, float32 []; the others float32 [T]. CUDA only."""
+    launch = _cuda_launch("weighted_sum", nll)
+    native().weighted_sum(
+        *(address(nll), address(token_weights), nll.shape[0], scale, address(normalizer), address(loss)), *launch[:2]
+    )
+
+
 def _linear_loss_arguments(
     nll: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor, rows: Tensor | None,
     normalizer: Tensor | None, scale: float, chunk_rows: int, hidden_grad: Tensor | None, weight_grad: Tensor | None,

@@ -67,7 +67,7 @@ def linear_masked_cross_entropy(
     rows: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     return_nll: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """`masked_cross_entropy` of the logits hidden @ weight^T."""
     return masked_cross_entropy(
         hidden @ weight.T, targets, token_weights, rows=rows, normalizer=normalizer, return_nll=return_nll
@@ -82,16 +82,19 @@ def masked_cross_entropy(
     rows: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     return_nll: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
     """loss = sum_i w_i (lse_i - logits[i, y_i]) / normalizer over the rows with w_i != 0 (Eq. 1 with w = 1/p)."""
     selected = token_weights.nonzero().squeeze(-1) if rows is None else rows.long()
     x, w = logits[selected], token_weights[selected].to(logits.dtype)
-    nll = x.logsumexp(-1) - x.gather(-1, targets[selected].long().unsqueeze(-1)).squeeze(-1)
-    nll = torch.where(w != 0, nll, torch.zeros_like(nll))
+    lse = x.logsumexp(-1)
+    nll = lse - x.gather(-1, targets[selected].long().unsqueeze(-1)).squeeze(-1)
+    nll, lse = (torch.where(w != 0, value, torch.zeros_like(value)) for value in (nll, lse))
     loss = (w * nll).sum() / (1.0 if normalizer is None else normalizer)
-    if not return_nll:
+    if not (return_nll or return_lse):
         return loss
-    return loss, logits.new_zeros(len(logits)).index_copy(0, selected, nll.detach())
+    nll, lse = (logits.new_zeros(len(logits)).index_copy(0, selected, value) for value in (nll.detach(), lse))
+    return loss, *((nll,) if return_nll else ()), *((lse,) if return_lse else ())
 
 
 def uniform64(seed: int, row_id: int, step: int, vocab_size: int) -> np.ndarray:

@@ -45,7 +45,7 @@ class RunConfig:
     windows_per_step: int = 32  # windows of a step, over all micro-batches
     windows_per_micro_batch: int = 32  # windows of one forward and backward; divides windows_per_step
     seed: int = 0  # of the initial weights, the order of the data, the splits and the masks
-    device: str = "auto"  # "cpu" or "auto"; "cuda" is refused until the loss has CUDA kernels
+    device: str = "auto"  # "cpu", "cuda" (bfloat16, head dim 64 or 128), or "auto": a GPU where all that is given
     dtype: str = "float32"  # of the computation, "float32" or "bfloat16"; weights and optimizer stay float32
     compile: bool = False  # torch.compile each layer
     activation_checkpointing: bool = False  # recompute layers in the backward pass: less memory, a third slower

@@ -20,12 +20,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from illada._native import has_cuda
 from illada.data import TokenDataset
 from illada.diffusion import Batch, make_batch, make_validation_batch, window_of_sample
 from illada.files import remove_stale, write_text
 from illada.model import MaskedDiffusionModel
 from illada.train import checkpoint
-from illada.train.config import TrainConfig
+from illada.train.config import RunConfig, TrainConfig
 from illada.train.log import Log
 from illada.train.schedule import learning_rate
 
@@ -67,11 +68,12 @@ def train(
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("this trainer runs in one process; start it without torchrun")
-    device = _device(config.train.device)
     corpus, held_out = TokenDataset(config.data.path), TokenDataset(config.data.path, "validation")
     num_windows, window = corpus.num_windows(config.data.window), config.data.window
     held_out.num_windows(window)
-    model = MaskedDiffusionModel(config.model_config(corpus.header), seed=config.train.seed, device=device)
+    model_config = config.model_config(corpus.header)
+    device = _device(config.train, model_config.head_dim)
+    model = MaskedDiffusionModel(model_config, seed=config.train.seed, device=device)
     model.activation_checkpointing = config.train.activation_checkpointing
     optimizer = _optimizer(model, config)
 
@@ -281,10 +283,20 @@ def _optimizer(model: MaskedDiffusionModel, config: TrainConfig) -> torch.optim.
     return optimizer
 
 
-def _device(name: str) -> torch.device:
-    if name == "cuda":
-        raise ValueError("train.device is cuda, but this version trains on a CPU only: the loss has no CUDA kernels")
-    return torch.device("cpu" if name == "auto" else name)
+def _device(run: RunConfig, head_dim: int) -> torch.device:
+    """Where a run goes; "auto" is a GPU where there is one whose kernels can compute it, else the CPU."""
+    missing = None
+    if not torch.cuda.is_available():
+        missing = "torch sees no CUDA device"
+    elif not has_cuda():
+        missing = "illada was built without CUDA kernels (`illada info`)"
+    elif run.dtype != "bfloat16" or head_dim not in (64, 128):
+        missing = (
+            f"attention's kernels need train.dtype bfloat16 and a head dim of 64 or 128, got {run.dtype} and {head_dim}"
+        )
+    if run.device == "cuda" and missing:
+        raise ValueError(f"train.device is cuda, but {missing}")
+    return torch.device("cpu" if run.device == "cpu" or missing else "cuda")
 
 
 def _autocast(config: TrainConfig, device: torch.device | str) -> contextlib.AbstractContextManager:

@@ -1,0 +1,435 @@
+// Masked cross-entropy from logits: forward, backward, and both at once where a row fits the registers of a cluster.
+//
+//   lse = log sum_v e^x_v,   nll = lse - x_y,   dx = (w f + dlse) e^(x - lse) - w f onehot(y)
+//
+// Forward and backward cut a row into pieces of kPieceVectors vectors of 8 ids, a CTA each, all of whose loads are
+// under way together; so few rows fill a GPU, and many rows need no loop. The forward leaves (reference, sum) of each
+// piece in the workspace, and one warp a row merges them, always in the same order. The fused kernel takes a row by a
+// cluster of up to 8 CTAs: each thread keeps its vectors in registers while the CTAs exchange their (reference, sum)
+// through distributed shared memory, so the row is read once and written once.
+//
+// Rows start anywhere: vectors begin at the row's first multiple of 16 bytes, and what is before and after them are
+// `single` ids, a thread of the first piece each. In the backward the gradient's row decides.
+//
+// Floor: bytes = rows x vocab x sizeof(T), each read once and, with a gradient, written once. Work an element of bf16:
+// forward 6 instructions, backward 5, of the 20 (10 with the write) that an H100 issues while memory delivers it.
+#include "common/dtype.cuh"
+#include "common/online_softmax.cuh"
+#include "common/ptx.cuh"
+#include "loss/launch.h"
+
+namespace illada::loss {
+namespace {
+
+constexpr int kVector = 8;
+constexpr int kThreads = 256, kWarps = kThreads / 32;  // of forward and backward
+constexpr int kFusedThreads = FusedShape::kThreads, kFusedWarps = kFusedThreads / 32;
+constexpr int kSingles = 16;  // up to 7 ids before the vectors, up to 7 after them
+
+// A thread's vectors of one step, all loaded before the first is used.
+template <typename T>
+constexpr int kUnroll = sizeof(T) == 2 ? 8 : 4;
+
+using Softmax = OnlineSoftmax<false>;
+
+// The token of a row: what its loss is multiplied by, and its target in this shard, or -1.
+struct RowToken {
+  float weight = 0.0f;
+  int target = -1;
+
+  __device__ __forceinline__ RowToken(const MaskedCrossEntropyParams& p, int64_t n) {
+    const int64_t i = p.rows ? p.rows[n] : n;
+    if (i < 0 || i >= p.num_tokens) return;
+    weight = p.weights[i];
+    const int64_t id = p.targets_are_int64 ? static_cast<const int64_t*>(p.targets)[i]
+                                           : int64_t(static_cast<const int32_t*>(p.targets)[i]);
+    if (id >= p.vocab_start && id - p.vocab_start < p.vocab_size) target = int(id - p.vocab_start);
+  }
+};
+
+// dx = softmax e^(x - lse) - onehot [v == y].
+struct RowGradient {
+  float lse, softmax, onehot;
+  int target;
+
+  __device__ __forceinline__ RowGradient(const MaskedCrossEntropyParams& p, int64_t n, const RowToken& token, float lse)
+      : lse(lse), target(token.target) {
+    float factor = p.scale;
+    if (p.normalizer) factor /= *p.normalizer;
+    if (p.dloss) factor *= *p.dloss;
+    onehot = token.weight * factor;
+    softmax = onehot + (p.dlse ? p.dlse[n] : 0.0f);
+  }
+
+  __device__ __forceinline__ float of(float x, bool is_target) const {
+    return fmaf(softmax, exp2_approx((x - lse) * kLog2eF), is_target ? -onehot : 0.0f);
+  }
+
+  template <typename T>
+  __device__ __forceinline__ Raw8<T> of(const Raw8<T>& raw, int first_id) const {
+    float x[kVector];
+    unpack8(raw, x);
+    const int at = target - first_id;
+    if (at >= 0 && at < kVector) {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) x[i] = of(x[i], i == at);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) x[i] = softmax * exp2_approx((x[i] - lse) * kLog2eF);
+    }
+    return pack8<T>(x);
+  }
+};
+
+// Where the vectors of a row begin and how many there are.
+struct RowShape {
+  int head, vectors, vocab_size;
+
+  template <typename T>
+  __device__ __forceinline__ RowShape(const T* row, int64_t vocab)
+      : head(int((16 - reinterpret_cast<uintptr_t>(row) % 16) % 16 / sizeof(T))), vocab_size(int(vocab)) {
+    head = min(head, vocab_size);
+    vectors = (vocab_size - head) / kVector;
+  }
+
+  __device__ __forceinline__ int id_of(int vector) const { return head + vector * kVector; }
+  // The id of single `i`, or -1.
+  __device__ __forceinline__ int single(int i) const {
+    const int id = i < kSingles / 2 ? i : id_of(vectors) + i - kSingles / 2;
+    return id < (i < kSingles / 2 ? head : vocab_size) && i < kSingles ? id : -1;
+  }
+};
+
+template <typename T>
+__device__ __forceinline__ bool aligned_alike(const T* a, const T* b) {
+  return (reinterpret_cast<uintptr_t>(a) - reinterpret_cast<uintptr_t>(b)) % 16 == 0;
+}
+
+// Vectors first, first + stride, ... below `end`; -inf beyond.
+template <typename T, int kCount>
+__device__ __forceinline__ void load_vectors(Raw8<T> (&raw)[kCount], const T* row, const RowShape& shape, bool aligned,
+                                             int first, int stride, int end) {
+  if (aligned) {
+#pragma unroll
+    for (int u = 0; u < kCount; ++u) raw[u] = load8_if(first + u * stride < end, row + shape.id_of(first + u * stride));
+  } else {
+#pragma unroll
+    for (int u = 0; u < kCount; ++u) {
+      raw[u] = minus_infinity8<T>();
+      if (first + u * stride < end) raw[u] = load8_unaligned(row + shape.id_of(first + u * stride));
+    }
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ void add_vector(Softmax& softmax, const Raw8<T>& raw) {
+  float x[kVector];
+  unpack8(raw, x);
+  softmax.raise(fmaxf(fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3])), fmaxf(fmaxf(x[4], x[5]), fmaxf(x[6], x[7]))));
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) softmax.add(x[i]);
+}
+
+__device__ __forceinline__ void add_single(Softmax& softmax, float x) {
+  softmax.raise(x);
+  softmax.add(x);
+}
+
+__device__ __forceinline__ float2 part_of(const Softmax& softmax) { return {softmax.reference, softmax.sum}; }
+__device__ __forceinline__ Softmax softmax_of(float2 part) {
+  Softmax softmax;
+  softmax.reference = part.x;
+  softmax.sum = part.y;
+  return softmax;
+}
+
+// The softmax of all threads of a CTA together; every thread has the result.
+template <int kWarpsOfCta>
+__device__ __forceinline__ Softmax merge_block(Softmax softmax, float2* shared) {
+  softmax.merge_lanes();
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = part_of(softmax);
+  __syncthreads();
+  softmax = softmax_of(shared[threadIdx.x % kWarpsOfCta]);
+  softmax.merge_lanes<kWarpsOfCta>();
+  return softmax;
+}
+
+__device__ __forceinline__ float lse_of(const Softmax& softmax) { return softmax.reference + logf(softmax.sum); }
+
+// By one thread.
+__device__ __forceinline__ void write_row(const MaskedCrossEntropyParams& p, int64_t n, const RowToken& token,
+                                          const Softmax& softmax, float target_logit) {
+  const bool here = token.target >= 0;
+  // Where the target is the likeliest id, its logit is the reference: the small nll does not come from large numbers.
+  if (p.nll) p.nll[n] = here ? softmax.reference - target_logit + logf(softmax.sum) : NAN;
+  if (p.lse) p.lse[n] = lse_of(softmax);
+  if (p.target_logit) p.target_logit[n] = here ? target_logit : 0.0f;
+}
+__device__ __forceinline__ void write_no_row(const MaskedCrossEntropyParams& p, int64_t n) {
+  if (p.nll) p.nll[n] = 0.0f;
+  if (p.lse) p.lse[n] = 0.0f;
+  if (p.target_logit) p.target_logit[n] = 0.0f;
+}
+
+template <typename T>
+__device__ __forceinline__ const T* logits_row(const MaskedCrossEntropyParams& p, int64_t n) {
+  return static_cast<const T*>(p.logits) + n * p.logits_row_stride;
+}
+template <typename T>
+__device__ __forceinline__ float target_logit_of(const T* row, const RowToken& token) {
+  return token.target >= 0 ? to_float(row[token.target]) : 0.0f;
+}
+
+template <typename T>
+__global__ __launch_bounds__(kThreads, 4) void illada_masked_cross_entropy_forward_sm80(
+    const __grid_constant__ MaskedCrossEntropyParams p, int pieces) {
+  __shared__ float2 shared[kWarps];
+  ptx::griddepcontrol_wait();
+  ptx::griddepcontrol_launch_dependents();
+  const int64_t n = blockIdx.x / unsigned(pieces);
+  const int piece = int(blockIdx.x % unsigned(pieces)), tid = int(threadIdx.x);
+  const RowToken token(p, n);
+  if (token.weight == 0.0f) {
+    if (pieces == 1 && tid == 0) write_no_row(p, n);
+    return;
+  }
+  const T* const row = logits_row<T>(p, n);
+  const RowShape shape(row, p.vocab_size);
+  const int end = min((piece + 1) * kPieceVectors, shape.vectors);
+  Softmax softmax;
+#pragma unroll
+  for (int step = 0; step < kPieceVectors; step += kThreads * kUnroll<T>) {
+    Raw8<T> raw[kUnroll<T>];
+    load_vectors(raw, row, shape, true, piece * kPieceVectors + step + tid, kThreads, end);
+#pragma unroll
+    for (int u = 0; u < kUnroll<T>; ++u) add_vector(softmax, raw[u]);
+  }
+  if (piece == 0 && shape.single(tid) >= 0) add_single(softmax, to_float(row[shape.single(tid)]));
+  softmax = merge_block<kWarps>(softmax, shared);
+  if (tid > 0) return;
+  if (pieces == 1) {
+    write_row(p, n, token, softmax, target_logit_of(row, token));
+  } else {
+    static_cast<float2*>(p.workspace)[n * pieces + piece] = part_of(softmax);
+  }
+}
+
+constexpr int kCombineThreads = 128;
+
+template <typename T>
+__global__ __launch_bounds__(kCombineThreads) void illada_masked_cross_entropy_combine_sm80(
+    const __grid_constant__ MaskedCrossEntropyParams p, int pieces) {
+  ptx::griddepcontrol_wait();
+  ptx::griddepcontrol_launch_dependents();
+  const int64_t n = int64_t(blockIdx.x) * (kCombineThreads / 32) + threadIdx.x / 32;
+  const int lane = int(threadIdx.x % 32);
+  if (n >= p.num_rows) return;  // whole warps
+  const RowToken token(p, n);
+  if (token.weight == 0.0f) {
+    if (lane == 0) write_no_row(p, n);
+    return;
+  }
+  const float2* const parts = static_cast<const float2*>(p.workspace) + n * pieces;
+  Softmax total;
+  for (int i = lane; i < pieces; i += 32) {
+    Softmax part = softmax_of(parts[i]);
+    total.raise(part.reference);
+    part.rebase(total.reference);
+    total.sum += part.sum;
+  }
+  total.merge_lanes();
+  if (lane == 0) write_row(p, n, token, total, target_logit_of(logits_row<T>(p, n), token));
+}
+
+// A row's vectors in grad, or one thread's share of them, become zeros.
+template <typename T>
+__device__ __forceinline__ void clear_vectors(T* row, const RowShape& shape, int first, int stride, int end) {
+  for (int vector = first; vector < end; vector += stride) store8(row + shape.id_of(vector), Raw8<T>{});
+}
+
+template <typename T>
+__global__ __launch_bounds__(kThreads, 4) void illada_masked_cross_entropy_backward_sm80(
+    const __grid_constant__ MaskedCrossEntropyParams p, int pieces) {
+  ptx::griddepcontrol_wait();
+  ptx::griddepcontrol_launch_dependents();
+  const int64_t n = blockIdx.x / unsigned(pieces);
+  const int piece = int(blockIdx.x % unsigned(pieces)), tid = int(threadIdx.x);
+  const RowToken token(p, n);
+  T* const grad = static_cast<T*>(p.grad) + n * p.grad_row_stride;
+  const RowShape shape(grad, p.vocab_size);
+  const int end = min((piece + 1) * kPieceVectors, shape.vectors), single = piece == 0 ? shape.single(tid) : -1;
+  if (token.weight == 0.0f) {
+    clear_vectors(grad, shape, piece * kPieceVectors + tid, kThreads, end);
+    if (single >= 0) store_float(grad + single, 0.0f);
+    return;
+  }
+  const T* const row = logits_row<T>(p, n);
+  const bool aligned = aligned_alike(row, grad);
+  const RowGradient gradient(p, n, token, p.lse[n]);
+#pragma unroll
+  for (int step = 0; step < kPieceVectors; step += kThreads * kUnroll<T>) {
+    const int first = piece * kPieceVectors + step + tid;
+    Raw8<T> raw[kUnroll<T>];
+    load_vectors(raw, row, shape, aligned, first, kThreads, end);
+#pragma unroll
+    for (int u = 0; u < kUnroll<T>; ++u) {
+      const int id = shape.id_of(first + u * kThreads);
+      if (first + u * kThreads < end) store8(grad + id, gradient.of(raw[u], id));
+    }
+  }
+  if (single >= 0) store_float(grad + single, gradient.of(to_float(row[single]), single == token.target));
+}
+
+// The softmax of the CTAs of a cluster together; every thread has the result. `part` is read by the other CTAs until
+// the cluster's next barrier, at which this function has arrived and the caller has to wait.
+__device__ __forceinline__ Softmax merge_cluster(Softmax softmax, float2* part, int cluster) {
+#if __CUDA_ARCH__ >= 900
+  if (threadIdx.x == 0) *part = part_of(softmax);
+  ptx::cluster_sync();
+  const int cta = int(threadIdx.x % 8);
+  softmax = {};
+  if (cta < cluster) softmax = softmax_of(ptx::load_cluster(ptx::smem_address(part), uint32_t(cta)));
+  ptx::cluster_arrive();
+  softmax.merge_lanes<8>();
+#endif
+  return softmax;
+}
+
+// Launched as clusters of `cluster` CTAs, 1 before sm_90.
+template <typename T, int kVectors>
+__global__ __launch_bounds__(kFusedThreads, sizeof(T) == 2 ? 2 : 1) void illada_masked_cross_entropy_fused_sm80(
+    const __grid_constant__ MaskedCrossEntropyParams p, int cluster) {
+  __shared__ float2 shared[kFusedWarps], part;
+  ptx::griddepcontrol_wait();
+  ptx::griddepcontrol_launch_dependents();
+  const int64_t n = blockIdx.x / unsigned(cluster);
+  const int rank = int(blockIdx.x % unsigned(cluster)), tid = int(threadIdx.x);
+  const int first = rank * kFusedThreads + tid, stride = cluster * kFusedThreads;
+  const RowToken token(p, n);
+  T* const grad = static_cast<T*>(p.grad) + n * p.grad_row_stride;
+  const RowShape shape(grad, p.vocab_size);
+  const int single = rank == 0 ? shape.single(tid) : -1;
+  if (token.weight == 0.0f) {  // all CTAs of the cluster
+    clear_vectors(grad, shape, first, stride, shape.vectors);
+    if (single >= 0) store_float(grad + single, 0.0f);
+    if (first == 0) write_no_row(p, n);
+    return;
+  }
+  const T* const row = logits_row<T>(p, n);
+  Raw8<T> raw[kVectors];
+  load_vectors(raw, row, shape, aligned_alike(row, grad), first, stride, shape.vectors);
+  const float single_logit = single >= 0 ? to_float(row[single]) : -INFINITY;
+  const float target_logit = first == 0 ? target_logit_of(row, token) : 0.0f;  // before somebody overwrites it
+  Softmax softmax;
+#pragma unroll
+  for (int u = 0; u < kVectors; ++u) add_vector(softmax, raw[u]);
+  if (single >= 0) add_single(softmax, single_logit);
+  softmax = merge_block<kFusedWarps>(softmax, shared);
+  if (cluster > 1) softmax = merge_cluster(softmax, &part, cluster);
+  if (first == 0) write_row(p, n, token, softmax, target_logit);
+
+  const RowGradient gradient(p, n, token, lse_of(softmax));
+#pragma unroll
+  for (int u = 0; u < kVectors; ++u) {
+    const int vector = first + u * stride, id = shape.id_of(vector);
+    if (vector < shape.vectors) store8(grad + id, gradient.of(raw[u], id));
+  }
+  if (single >= 0) store_float(grad + single, gradient.of(single_logit, single == token.target));
+#if __CUDA_ARCH__ >= 900
+  if (cluster > 1) ptx::cluster_wait();
+#endif
+}
+
+constexpr int kSumThreads = 1024;
+
+__global__ __launch_bounds__(kSumThreads) void illada_masked_cross_entropy_sum_sm80(
+    const __grid_constant__ WeightedSumParams p) {
+  __shared__ double shared[kSumThreads / 32];
+  ptx::griddepcontrol_wait();
+  ptx::griddepcontrol_launch_dependents();
+  const auto add = [](double a, double b) { return a + b; };
+  double sum = 0;
+  for (int64_t n = threadIdx.x; n < p.num_rows; n += kSumThreads)
+    if (p.weights[n] != 0.0f) sum += double(p.weights[n]) * double(p.nll[n]);
+  sum = warp_reduce(sum, add);
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = sum;
+  __syncthreads();
+  if (threadIdx.x >= 32) return;
+  sum = warp_reduce(shared[threadIdx.x], add);
+  if (threadIdx.x == 0) *p.loss = float(sum * double(p.scale) / (p.normalizer ? double(*p.normalizer) : 1.0));
+}
+
+// f(T{}) of the dtype's element type.
+template <typename F>
+void dispatch(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return f(float{});
+    case DType::kBFloat16:
+      return f(BFloat16{});
+    case DType::kFloat16:
+      return f(Half{});
+  }
+}
+
+LaunchShape launch_shape(int64_t ctas, int threads) {
+  LaunchShape shape;
+  shape.grid = dim3(unsigned(ctas));
+  shape.block = dim3(unsigned(threads));
+  shape.dependent = true;
+  return shape;
+}
+
+constexpr const char* kOp = "masked_cross_entropy";
+
+}  // namespace
+
+void launch_forward(const MaskedCrossEntropyParams& p, const Device& device) {
+  const int pieces = pieces_of(p.vocab_size);
+  dispatch(p.dtype, [&](auto element) {
+    using T = decltype(element);
+    launch_kernel(kOp, device, p.launch.stream, launch_shape(p.num_rows * pieces, kThreads),
+                  illada_masked_cross_entropy_forward_sm80<T>, p, pieces);
+    if (pieces == 1) return;
+    constexpr int kRows = kCombineThreads / 32;
+    launch_kernel(kOp, device, p.launch.stream, launch_shape((p.num_rows + kRows - 1) / kRows, kCombineThreads),
+                  illada_masked_cross_entropy_combine_sm80<T>, p, pieces);
+  });
+}
+
+void launch_backward(const MaskedCrossEntropyParams& p, const Device& device) {
+  const int pieces = pieces_of(p.vocab_size);
+  dispatch(p.dtype, [&](auto element) {
+    launch_kernel(kOp, device, p.launch.stream, launch_shape(p.num_rows * pieces, kThreads),
+                  illada_masked_cross_entropy_backward_sm80<decltype(element)>, p, pieces);
+  });
+}
+
+FusedShape fused_shape(int64_t vocab_size, const Device& device) {
+  // Of a row, a CTA holds 16,384 ids with 4 vectors a thread; with 5 vectors a cluster of 8, which every GPU with
+  // clusters allows, holds the vocabularies of all models that we know of.
+  FusedShape shape;
+  const int64_t most = device.compute_capability >= 90 ? 8 : 1;
+  for (shape.vectors = 4; shape.vectors <= 5; ++shape.vectors)
+    for (shape.cluster = 1; shape.cluster <= most; shape.cluster *= 2)
+      if (vocab_size <= int64_t(shape.vectors) * shape.cluster * kFusedThreads * kVector) return shape;
+  return {0, 1};
+}
+
+void launch_fused(const MaskedCrossEntropyParams& p, const Device& device, const FusedShape& fused) {
+  LaunchShape shape = launch_shape(p.num_rows * fused.cluster, kFusedThreads);
+  shape.cluster = fused.cluster;
+  dispatch(p.dtype, [&](auto element) {
+    using T = decltype(element);
+    launch_kernel(kOp, device, p.launch.stream, shape,
+                  fused.vectors == 4 ? illada_masked_cross_entropy_fused_sm80<T, 4>
+                                     : illada_masked_cross_entropy_fused_sm80<T, 5>,
+                  p, fused.cluster);
+  });
+}
+
+void launch_weighted_sum(const WeightedSumParams& p, const Device& device) {
+  launch_kernel(kOp, device, p.launch.stream, launch_shape(1, kSumThreads), illada_masked_cross_entropy_sum_sm80, p);
+}
+
+}  // namespace illada::loss

@@ -1,0 +1,299 @@
+"""Masked cross-entropy of the logits hidden @ weight^T, which never exist all at once.
+
+    loss = sum_i w_i (logsumexp_v(x_i) - x_i[y_i]) / normalizer        x_i = hidden_i @ weight^T
+
+Only rows with w_i != 0 meet the head, a chunk of them at a time, and the gradients are made while the chunk's logits
+are there: three GEMMs instead of four, and never an [N, V] tensor.
+
+| device          | dtypes                     | kernel                                                            |
+|-----------------|----------------------------|-------------------------------------------------------------------|
+| CPU             | float32, bfloat16          | torch.mm on chunks of rows, native row loop (csrc/cpu) in between |
+| sm_80 and newer | float32, bfloat16, float16 | the same, one fused kernel (csrc/loss) in between                 |
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from illada.ops import _library as lib
+from illada.ops import raw
+from illada.ops.loss import (
+    check_targets,
+    kernel_targets,
+    logits_dtypes,
+    split_normalizer,
+    weighted_sum,
+    where_read,
+    workspace_for,
+)
+
+#: Logits of one chunk on a CPU. Small enough to be forgotten beside the model's activations, large enough for the
+#: GEMMs to run at full speed.
+_CHUNK_BYTES_CPU = 32 << 20
+#: The same on CUDA: 4480 rows of 155,136 ids in 16 bits, enough to keep the GEMMs at full speed.
+_CHUNK_BYTES_CUDA = 1_400_000_000
+
+lib.LIBRARY.define(
+    "linear_masked_ce_fwd(Tensor hidden, Tensor weight, Tensor targets, Tensor token_weights, Tensor? rows, "
+    "Tensor? normalizer, float scale, int chunk_rows, bool hidden_grad, bool weight_grad, ScalarType compute_dtype, "
+    "ScalarType grad_weight_dtype) -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=lib.TAGS,
+)
+lib.LIBRARY.define(
+    "linear_masked_ce_bwd(Tensor dloss, Tensor hidden_grad, Tensor weight_grad) -> (Tensor, Tensor)", tags=lib.TAGS
+)
+
+# ---------------------------------------------------------------------------------------------------------- kernels
+
+
+def _fwd_cpu(hidden, weight, targets, token_weights, rows, *arguments):
+    if rows is None:
+        rows = token_weights.nonzero().squeeze(-1).int()  # on a CPU the host may look
+    elif len(rows) and not (0 <= int(rows.min()) and int(rows.max()) < len(hidden)):
+        raise ValueError(f"linear_masked_cross_entropy: rows must be in [0, {len(hidden)}), got {rows.tolist()}")
+    return _fwd_portable(hidden, weight, targets, token_weights, rows, *arguments)
+
+
+def _fwd_cuda(*arguments):
+    return _fwd_portable(*arguments)  # kernels for one kind of GPU are to be chosen here
+
+
+def chunk_rows_of(count: int, vocab_size: int, dtype: torch.dtype, is_cuda: bool) -> int:
+    """Rows of a chunk of `count` rows: as many as the buffer holds; on CUDA whole tiles, about the same in each."""
+    row_bytes = vocab_size * dtype.itemsize
+    if not is_cuda:
+        return max(128, _CHUNK_BYTES_CPU // row_bytes)
+    most = max(128, _CHUNK_BYTES_CUDA // row_bytes // 128 * 128)
+    chunks = max(1, -(-count // most))
+    return max(128, -(-count // (128 * chunks)) * 128)
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
+    """total += a @ b, or total = a @ b, in the dtype of `total`; rounded to that of a and b where torch knows no GEMM
+    with such a result."""
+    beta = 0 if first else 1
+    if total.dtype == a.dtype:
+        torch.addmm(total, a, b, beta=beta, out=total)
+    elif a.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):  # torch 2.8
+        torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, beta=beta, out=total)
+    elif first:
+        total.copy_(torch.mm(a, b))
+    else:
+        total.add_(torch.mm(a, b))
+
+
+def _fwd_portable(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    token_weights: Tensor,
+    rows: Tensor | None,
+    normalizer: Tensor | None,
+    scale: float,
+    chunk_rows: int,
+    hidden_grad: bool,
+    weight_grad: bool,
+    compute_dtype: torch.dtype,
+    grad_weight_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """torch.mm on chunks of rows, each turned into its gradient in place. Without `rows`, all T rows meet the head."""
+    normalizer, scale = where_read(normalizer, scale)
+    targets, token_weights = kernel_targets(targets), token_weights.contiguous()
+    head = lib.cast(weight, compute_dtype)
+    vocab_size, count = weight.shape[0], len(hidden) if rows is None else len(rows)
+    chunk_rows = chunk_rows or chunk_rows_of(count, vocab_size, compute_dtype, hidden.is_cuda)
+    # The smallest gradients would be lost in float16, and a gradient scaler comes too late: scaled after the GEMMs.
+    scale_late = compute_dtype == torch.float16
+    early_normalizer, early_scale = (None, 1.0) if scale_late else (normalizer, scale)
+
+    nll = token_weights.new_zeros(len(hidden))
+    d_hidden = hidden.new_empty(0)
+    if hidden_grad:  # every row is written without `rows`
+        d_hidden = (torch.empty_like if rows is None else torch.zeros_like)(
+            hidden, memory_format=torch.contiguous_format
+        )
+    d_weight_shape = weight.shape if weight_grad else (0,)
+    d_weight = (weight.new_empty if count else weight.new_zeros)(d_weight_shape, dtype=grad_weight_dtype)
+    buffer = head.new_empty(min(chunk_rows, count), vocab_size)
+    workspace = workspace_for(buffer)
+    chunk_lse = nll.new_empty(len(buffer))
+    for start in range(0, count, chunk_rows):
+        part = slice(start, min(start + chunk_rows, count))
+        size = part.stop - part.start
+        index: slice | Tensor = part
+        chunk, of_targets, of_weights = None, targets, token_weights
+        if rows is None:  # the chunk's tokens are neighbours
+            of_targets, of_weights = targets[part], token_weights[part]
+        else:
+            index = chunk = rows[part].contiguous()
+        # What is in a row without a weight must not reach the weight's gradient: 0 * NaN is NaN.
+        selected = hidden[index].masked_fill((token_weights[index] == 0).unsqueeze(-1), 0)
+        selected = lib.cast(selected, compute_dtype)
+        logits = torch.mm(selected, head.t(), out=buffer[:size])
+        chunk_nll = nll.new_empty(size)
+        raw.masked_cross_entropy(
+            *(logits, of_targets, of_weights), rows=chunk, nll=chunk_nll, lse=chunk_lse[:size],
+            grad=logits if hidden_grad or weight_grad else None, normalizer=early_normalizer, scale=early_scale,
+            workspace=workspace,
+        )  # fmt: skip
+        nll[index] = chunk_nll
+        if hidden_grad:
+            d_hidden[index] = lib.cast(torch.mm(logits, head), hidden.dtype)
+        if weight_grad:
+            add_product(d_weight, logits.t(), selected, first=start == 0)
+    if scale_late:
+        factor = scale if normalizer is None else scale / normalizer
+        d_hidden.mul_(factor)
+        d_weight.mul_(factor)
+    return weighted_sum(nll, token_weights, normalizer, scale), nll, d_hidden, d_weight
+
+
+def _bwd(dloss: Tensor, hidden_grad: Tensor, weight_grad: Tensor) -> tuple[Tensor, Tensor]:
+    return hidden_grad * dloss, weight_grad * dloss  # a scalar: the dtypes stay
+
+
+# --------------------------------------------------------------------------------------- fakes, autograd, FLOP counts
+
+
+def _fwd_fake(
+    hidden, weight, targets, token_weights, rows, normalizer, scale, chunk_rows, hidden_grad, weight_grad,
+    compute_dtype, grad_weight_dtype,
+):  # fmt: skip
+    return (
+        token_weights.new_empty(()),
+        token_weights.new_empty(hidden.shape[0]),
+        hidden.new_empty(hidden.shape if hidden_grad else (0,)),
+        weight.new_empty(weight.shape if weight_grad else (0,), dtype=grad_weight_dtype),
+    )
+
+
+def _bwd_fake(dloss, hidden_grad, weight_grad):
+    return hidden_grad.new_empty(hidden_grad.shape), weight_grad.new_empty(weight_grad.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    loss, nll, hidden_grad, weight_grad = output
+    ctx.mark_non_differentiable(nll, hidden_grad, weight_grad)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(hidden_grad, weight_grad)
+    ctx.needs = inputs[8], inputs[9]
+
+
+def _backward(ctx, dloss, *unused):
+    if dloss is None:
+        return (None,) * 12
+    d_hidden, d_weight = torch.ops.illada.linear_masked_ce_bwd(dloss, *ctx.saved_tensors)
+    wants_hidden, wants_weight = ctx.needs
+    return (d_hidden if wants_hidden else None, d_weight if wants_weight else None) + (None,) * 10
+
+
+lib.implement("linear_masked_ce_fwd", _fwd_fake, cpu=_fwd_cpu, cuda=_fwd_cuda)
+lib.implement("linear_masked_ce_bwd", _bwd_fake, cpu=_bwd, cuda=_bwd)
+torch.library.register_autograd(
+    "illada::linear_masked_ce_fwd", _backward, setup_context=_setup_context, lib=lib.LIBRARY
+)
+lib.raise_on_double_backward("linear_masked_ce_bwd")
+
+
+@register_flop_formula(torch.ops.illada.linear_masked_ce_fwd, get_raw=True)
+def _fwd_flops(hidden, weight, targets, token_weights, rows, *args, out_val=None, **kwargs) -> int:
+    """2 N V C for the logits and as much for each gradient; N from `rows`, the weights, or (unreadable) all T."""
+    count = hidden.shape[0]
+    if rows is not None:
+        count = rows.shape[0]
+    elif lib.may_read(token_weights):
+        count = int(token_weights.count_nonzero())
+    gemms = 1 + int(args[3]) + int(args[4])  # hidden_grad, weight_grad
+    return 2 * gemms * count * weight.shape[0] * weight.shape[1]
+
+
+# --------------------------------------------------------------------------------------------------- public functions
+
+
+def compute_dtype_of(op: str, hidden: Tensor, name: str, weight: Tensor) -> torch.dtype:
+    """What the GEMMs of hidden and the weight `name` run in: autocast's dtype or their own. TypeError, ValueError."""
+    lib.check_last_contiguous(op, "hidden", hidden)
+    lib.check_last_contiguous(op, name, weight)
+    device_type, dtypes = hidden.device.type, logits_dtypes(hidden)
+    lib.check_dtype(op, "hidden", hidden, dtypes)
+    if not torch.is_autocast_enabled(device_type):
+        lib.check_dtype(op, name, weight, (hidden.dtype,))
+        return hidden.dtype
+    lib.check_dtype(op, name, weight, dtypes)
+    compute_dtype = torch.get_autocast_dtype(device_type)
+    if compute_dtype not in dtypes:
+        raise TypeError(f"{op}: autocast to {compute_dtype} is not supported; use bfloat16")
+    return compute_dtype
+
+
+def linear_masked_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    token_weights: Tensor,
+    *,
+    rows: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    chunk_rows: int | None = None,
+    return_nll: bool = False,
+    grad_weight_dtype: torch.dtype | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """sum_i w_i * CE(hidden_i @ weight^T, y_i) / normalizer, without ever holding all logits.
+
+    Args:
+        hidden: [T, C], float32, bfloat16 or (on CUDA) float16. weight: [V, C], the head (or the tied embedding).
+        targets: int64 or int32 [T]; must be in [0, V) where the weight is not zero.
+        token_weights: float32 [T], 1 / p where masked, 0 elsewhere. Not differentiable.
+        rows: int32 [N], the rows to look at, sorted and distinct (default: those with a weight). On CUDA they cannot be
+            found without waiting for the device, so without `rows` all T rows are multiplied by the head: give them.
+        normalizer: positive number or 0-dim tensor (read on its device) that divides the sum, such as the number of
+            tokens of the global batch (so that gradient accumulation and data parallelism add up). Default 1.
+        chunk_rows: rows whose logits exist at a time; default: as many as fit 32 MiB on a CPU, 1.4 GB on CUDA.
+        return_nll: also return the negative log-likelihood of each target, float32 [T], nats, 0 where not selected,
+            not differentiable.
+        grad_weight_dtype: dtype in which the weight's gradient is summed over chunks; default float32.
+
+    Returns:
+        loss, a float32 scalar; with `return_nll` (loss, nll). No selected rows: loss 0 and zero gradients.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was got and what is allowed; a target out of range where its
+            weight is not zero. NotImplementedError: no kernel was built for this device.
+
+    On CUDA nothing waits for the device. Values are not checked there but under ILLADA_DEBUG=1: a target out of range
+    makes its nll, and so the loss, NaN, and its gradient meaningless, but finite; rows out of range are torch's
+    device-side assertion.
+
+    Under autocast the GEMMs run in its dtype; the gradients come back in the dtypes of hidden and weight. Gradients
+    are computed in the forward pass when they will be needed. A second derivative raises.
+    """
+    op = "linear_masked_cross_entropy"
+    lib.check_shape(op, "hidden", hidden, ("T", "C"))
+    lib.check_shape(op, "weight", weight, ("V", hidden.shape[1]))
+    compute_dtype = compute_dtype_of(op, hidden, "weight", weight)
+    others = {"weight": weight, "targets": targets, "token_weights": token_weights, "rows": rows}
+    lib.check_same_device(op, ("hidden", hidden), *others.items())
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(f"{op}: chunk_rows must be at least 1, got {chunk_rows}")
+    if grad_weight_dtype not in (None, torch.float32, torch.bfloat16):
+        raise TypeError(f"{op}: grad_weight_dtype must be float32 or bfloat16, got {grad_weight_dtype}")
+    normalizer, scale = split_normalizer(op, normalizer, "hidden", hidden)
+    check_targets(op, hidden.shape[0], weight.shape[0], targets, token_weights, rows, normalizer)
+    grad_enabled = torch.is_grad_enabled()
+    loss, nll, _, _ = torch.ops.illada.linear_masked_ce_fwd(
+        hidden,
+        weight,
+        targets,
+        token_weights,
+        rows,
+        normalizer,
+        scale,
+        chunk_rows or 0,
+        grad_enabled and hidden.requires_grad,
+        grad_enabled and weight.requires_grad,
+        compute_dtype,
+        grad_weight_dtype or torch.float32,
+    )
+    return (loss, nll) if return_nll else loss

@@ -1,0 +1,207 @@
+"""Masked cross-entropy where each process holds a shard of the vocabulary: rows [vocab_start, vocab_start + V_shard) of
+the head, or those columns of the logits.
+
+    lse = logsumexp over shards of lse_shard,   x[y] = sum over shards of target_logit (0 where y is elsewhere)
+
+so a shard gives two numbers a row, and with the row's lse its part of the gradient needs nobody else. The two halves
+are functions of their own, for who has his own collectives; the last function is the whole loss on a process group.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from illada.ops import _library as lib
+from illada.ops.linear_loss import add_product, compute_dtype_of
+from illada.ops.loss import check_logits, check_targets, split_normalizer, weighted_sum, where_read
+
+#: Every process must cut the rows alike, whatever the size of its shard.
+_CHUNK_ROWS_CPU, _CHUNK_ROWS_CUDA = 256, 4096
+
+
+def _check_shard(op: str, logits: Tensor, targets: Tensor, token_weights: Tensor, vocab_start: int) -> None:
+    check_logits(op, logits)
+    lib.check_same_device(op, ("logits", logits), ("targets", targets), ("token_weights", token_weights))
+    check_targets(op, logits.shape[0], None, targets, token_weights, None)
+    if vocab_start < 0:
+        raise ValueError(f"{op}: vocab_start must not be negative, got {vocab_start}")
+
+
+def masked_cross_entropy_shard(
+    logits: Tensor, targets: Tensor, token_weights: Tensor, *, vocab_start: int
+) -> tuple[Tensor, Tensor]:
+    """What a shard says of each row: (lse, target_logit), both float32 [T]; no gradient.
+
+    Args:
+        logits: [T, V_shard], of the ids vocab_start, vocab_start + 1, ...; dtypes as in `masked_cross_entropy`.
+        targets, token_weights: int64 or int32 [T], float32 [T]; the targets count in the whole vocabulary.
+
+    Returns:
+        lse: log sum exp over the shard, nats. target_logit: the target's logit, 0 where it is in another shard.
+        Both 0 where the weight is 0; such rows are not read.
+    """
+    _check_shard("masked_cross_entropy_shard", logits, targets, token_weights, vocab_start)
+    return torch.ops.illada.masked_ce_shard_fwd(logits.detach(), targets, token_weights, vocab_start)
+
+
+def masked_cross_entropy_shard_grad(
+    logits: Tensor,
+    targets: Tensor,
+    token_weights: Tensor,
+    lse: Tensor,
+    *,
+    vocab_start: int,
+    normalizer: float | Tensor | None = None,
+    dloss: Tensor | None = None,
+    dlse: Tensor | None = None,
+    inplace: bool = False,
+) -> Tensor:
+    """The shard's part of the gradient, [T, V_shard]: (w dloss / normalizer + dlse) e^(x - lse) - w dloss / normalizer
+    at the target, where it is in this shard.
+
+    Args:
+        logits, targets, token_weights, vocab_start: as in `masked_cross_entropy_shard`.
+        lse: float32 [T], over the whole vocabulary.
+        dloss: float32 scalar tensor, default 1; dlse: float32 [T], default 0.
+        inplace: write over the logits.
+    """
+    op = "masked_cross_entropy_shard_grad"
+    _check_shard(op, logits, targets, token_weights, vocab_start)
+    for name, tensor, shape in (("lse", lse, token_weights.shape), ("dloss", dloss, ()), ("dlse", dlse, lse.shape)):
+        if tensor is not None:
+            lib.check_shape(op, name, tensor, tuple(shape))
+            lib.check_dtype(op, name, tensor, (torch.float32,))
+    lib.check_same_device(op, ("logits", logits), ("lse", lse), ("dloss", dloss), ("dlse", dlse))
+    normalizer, scale = split_normalizer(op, normalizer, "logits", logits)
+    logits = logits.detach()
+    arguments = (targets, token_weights, normalizer, scale, lse, dloss, dlse, vocab_start)
+    if not inplace:
+        return torch.ops.illada.masked_ce_bwd(logits, *arguments)
+    torch.ops.illada.masked_ce_bwd_(logits, *arguments)
+    return logits
+
+
+def _whole_rows(
+    halves: tuple[Tensor, Tensor], targets: Tensor, token_weights: Tensor, vocab_start: int, size: int, group
+) -> tuple[Tensor, Tensor]:
+    """(nll, lse) over the whole vocabulary from every shard's halves: two collectives of a few numbers a row."""
+    lse, target_logit = halves
+    largest = lse.clone()
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+    here = (targets >= vocab_start) & (targets < vocab_start + size)
+    sums = torch.stack([(lse - largest).exp(), target_logit, here.float()])
+    dist.all_reduce(sums, group=group)
+    has_weight = token_weights != 0
+    lse = torch.where(has_weight, largest + sums[0].log(), 0)
+    nowhere = has_weight & (sums[2] == 0)
+    if not nowhere.is_cuda and nowhere.any():  # every process sees it
+        target = int(targets[nowhere][0])
+        raise ValueError(
+            f"linear_masked_cross_entropy_vocab_parallel: target {target} is in no shard, and its weight is not zero"
+        )
+    return torch.where(has_weight, lse - sums[1], 0).masked_fill(nowhere, torch.nan), lse
+
+
+class _VocabParallelLoss(torch.autograd.Function):
+    """Gradients are made in the forward pass, chunk by chunk, as in `linear_masked_cross_entropy`."""
+
+    @staticmethod
+    def forward(
+        ctx, hidden, weight, targets, token_weights, rows, normalizer, scale, vocab_start, group, chunk_rows, dtype
+    ):
+        hidden_grad, weight_grad = ctx.needs_input_grad[:2]
+        count = len(hidden) if rows is None else len(rows)
+        head = lib.cast(weight, dtype)
+        scale_late = dtype == torch.float16  # as in linear_loss
+        early = (None, 1.0) if scale_late else (normalizer, scale)
+        nll = token_weights.new_zeros(len(hidden))
+        d_hidden = hidden.new_zeros(hidden.shape if hidden_grad else (0,))
+        d_weight = weight.new_zeros(weight.shape if weight_grad else (0,), dtype=torch.float32)
+        buffer = head.new_empty(min(chunk_rows, count), len(weight))
+        for start in range(0, count, chunk_rows):
+            part = slice(start, min(start + chunk_rows, count))
+            index = part if rows is None else rows[part]
+            its_targets, its_weights = targets[index], token_weights[index]
+            selected = lib.cast(hidden[index].masked_fill((its_weights == 0).unsqueeze(-1), 0), dtype)
+            logits = torch.mm(selected, head.t(), out=buffer[: part.stop - part.start])
+            halves = torch.ops.illada.masked_ce_shard_fwd(logits, its_targets, its_weights, vocab_start)
+            nll[index], lse = _whole_rows(halves, its_targets, its_weights, vocab_start, len(weight), group)
+            if not (hidden_grad or weight_grad):
+                continue
+            torch.ops.illada.masked_ce_bwd_(logits, its_targets, its_weights, *early, lse, None, None, vocab_start)
+            if hidden_grad:
+                d_hidden[index] = lib.cast(torch.mm(logits, head), hidden.dtype)
+            if weight_grad:
+                add_product(d_weight, logits.t(), selected, first=False)
+        normalizer, scale = where_read(normalizer, scale)
+        if scale_late:
+            factor = scale if normalizer is None else scale / normalizer
+            d_hidden.mul_(factor)
+            d_weight.mul_(factor)
+        if hidden_grad:
+            dist.all_reduce(d_hidden, group=group)
+        ctx.save_for_backward(d_hidden, d_weight)
+        ctx.mark_non_differentiable(nll)
+        return weighted_sum(nll, token_weights, normalizer, scale), nll
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dloss, _):
+        grads = (grad * dloss for grad in ctx.saved_tensors)  # a scalar: the dtypes stay
+        needed = (grad if needs else None for grad, needs in zip(grads, ctx.needs_input_grad, strict=False))
+        return *needed, *(None,) * 9
+
+
+def linear_masked_cross_entropy_vocab_parallel(
+    hidden: Tensor,
+    weight_shard: Tensor,
+    targets: Tensor,
+    token_weights: Tensor,
+    *,
+    vocab_start: int,
+    group: dist.ProcessGroup | None = None,
+    rows: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    chunk_rows: int | None = None,
+    return_nll: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`linear_masked_cross_entropy` where each process of `group` holds some rows of the head.
+
+    Args:
+        hidden: [T, C], the same in all processes, as are targets, token_weights, rows, normalizer and chunk_rows.
+        weight_shard: [V_shard, C], rows vocab_start .. vocab_start + V_shard - 1 of the head; sizes may differ.
+        group: default: all processes.
+        chunk_rows: rows whose logits exist at a time, default 256 on a CPU, 4096 on CUDA.
+        Others as in `linear_masked_cross_entropy`; targets count in the whole vocabulary.
+
+    Returns:
+        The whole loss, in every process; with `return_nll` (loss, nll). Call backward in every process: hidden's
+        gradient is the whole one everywhere (summed over the group here, not by the caller), weight_shard's stays with
+        its shard. Whether each of the two needs a gradient must be the same in all processes.
+
+    Communicates 4 numbers a row in 2 collectives a chunk, and hidden's gradient once.
+    """
+    op = "linear_masked_cross_entropy_vocab_parallel"
+    lib.check_shape(op, "hidden", hidden, ("T", "C"))
+    lib.check_shape(op, "weight_shard", weight_shard, ("V", hidden.shape[1]))
+    dtype = compute_dtype_of(op, hidden, "weight_shard", weight_shard)
+    lib.check_same_device(
+        op, ("hidden", hidden), ("weight_shard", weight_shard), ("targets", targets), ("token_weights", token_weights),
+        ("rows", rows),
+    )  # fmt: skip
+    normalizer, scale = split_normalizer(op, normalizer, "hidden", hidden)
+    check_targets(op, hidden.shape[0], None, targets, token_weights, rows)
+    if vocab_start < 0:
+        raise ValueError(f"{op}: vocab_start must not be negative, got {vocab_start}")
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(f"{op}: chunk_rows must be at least 1, got {chunk_rows}")
+    if rows is None and not hidden.is_cuda:
+        rows = token_weights.nonzero().squeeze(-1)
+    chunk_rows = chunk_rows or (_CHUNK_ROWS_CUDA if hidden.is_cuda else _CHUNK_ROWS_CPU)
+    with torch.autocast(hidden.device.type, enabled=False):
+        loss, nll = _VocabParallelLoss.apply(
+            hidden, weight_shard, targets, token_weights, rows, normalizer, scale, vocab_start, group, chunk_rows, dtype
+        )
+    return (loss, nll) if return_nll else loss

@@ -1,0 +1,393 @@
+"""masked_cross_entropy on the device against its specification in float64: values, gradients, layouts, shards, errors."""
+
+import pytest
+import torch
+
+import illada
+from illada.ops import raw, reference
+from illada.testing import assert_close_like
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+CASES = [  # T, V, share of masked rows, spread: what the row is for
+    (1, 1, 1.0, 1.0),  # one word: loss 0, gradient 0
+    (2, 7, 1.0, 1.0),  # less than a vector
+    (0, 50, 1.0, 1.0),  # no tokens
+    (127, 129, 0.5, 1.0),
+    (128, 1000, 1.0, 0.02),  # flat, as at initialisation
+    (129, 1001, 0.3, 30.0),  # peaked, rows that start anywhere
+    (300, 264, 0.5, 1.0),
+    (5, 4096, 1.0, 3.0),
+    (3, 16385, 1.0, 1.0),  # an id more than a piece
+    (2, 155136, 1.0, 2.0),  # iLLaDA
+]
+
+
+def make_rows(case, dtype, device, generator, token_dtype=torch.int64):
+    """Logits strided, misaligned, with NaNs around every row and in rows without a weight; targets at both ends."""
+    tokens, vocab, share, spread = case
+    wide = torch.full((tokens, vocab + 5), torch.nan, dtype=dtype)
+    wide[:, 1 : vocab + 1] = (torch.randn(tokens, vocab, generator=generator) * spread).to(dtype)
+    targets = torch.randint(vocab, (tokens,), generator=generator).to(token_dtype)
+    targets[:1], targets[-1:] = 0, vocab - 1
+    masked = torch.rand(tokens, generator=generator) < share
+    weights = torch.where(masked, 10 ** (3 * torch.rand(tokens, generator=generator)), 0.0)  # 1 / t at t = 1e-3
+    wide[weights == 0] = torch.nan
+    return wide.to(device)[:, 1 : vocab + 1], targets.to(device), weights.to(device)
+
+
+def results_of(function, logits, *args, lse_factor=0.0, **keywords):
+    """loss, nll, lse and the gradient of loss + lse_factor * sum(lse^2), on the host."""
+    leaf = logits.detach().requires_grad_()
+    loss, nll, lse = function(leaf, *args, return_nll=True, return_lse=True, **keywords)
+    total = loss + lse_factor * lse.square().sum() if lse_factor else loss
+    (grad,) = torch.autograd.grad(total, leaf)
+    return tuple(t.detach().cpu() for t in (loss, nll, lse, grad))
+
+
+def plain_results(logits, targets, weights, **keywords):
+    """The same in float64 and in plain torch (in float32, the gradient rounded to the logits' dtype), with zeros in
+    place of what nobody may read."""
+
+    def upcast(x, *args, **keywords):
+        return reference.masked_cross_entropy(x.float(), *args, **keywords)
+
+    clean = torch.where(weights[:, None] != 0, logits, 0).cpu()
+    arguments = (targets.cpu(), weights.cpu())
+    want = results_of(reference.masked_cross_entropy, clean.double(), *arguments, **keywords)
+    return want, results_of(upcast, clean, *arguments, **keywords)
+
+
+def assert_like_plain(got, want, baseline):
+    for name, g, w, b in zip(("loss", "nll", "lse", "gradient"), got, want, baseline, strict=True):
+        try:
+            assert_close_like(g.to(b.dtype), w, b)
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES)
+def test_matches_fp64(case, dtype, device, generator):
+    token_dtype = torch.int32 if case[0] % 2 else torch.int64
+    logits, targets, weights = make_rows(case, dtype, device, generator, token_dtype)
+    arguments = {"normalizer": 12.5, "lse_factor": 0.0 if case[0] % 3 else 0.125}
+    got = results_of(illada.masked_cross_entropy, logits, targets, weights, **arguments)
+    assert_like_plain(got, *plain_results(logits, targets, weights, **arguments))
+    for field in got[1:]:
+        assert (field[weights.cpu() == 0] == 0).all()
+    assert got[3].is_contiguous()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", [(40, 126464, 0.5, 1.0), (3, 2**20 + 1, 1.0, 5.0), (1, 2**22 - 1, 1.0, 1.0)])
+def test_large_vocabularies_match_fp64(case, dtype, device, generator):
+    logits, targets, weights = make_rows(case, dtype, device, generator)
+    got = results_of(illada.masked_cross_entropy, logits, targets, weights)
+    assert_like_plain(got, *plain_results(logits, targets, weights))
+
+
+@pytest.mark.parametrize("kind", ["rows", "normalizer", "host normalizer", "nothing masked"])
+def test_arguments(kind, device, generator):
+    logits, targets, weights = make_rows((40, 333, 0.5, 1.0), torch.float32, device, generator)
+    keywords = {}
+    only = weights
+    if kind == "rows":
+        keywords["rows"] = torch.arange(0, 40, 3, dtype=torch.int32, device=device)
+        only = torch.zeros_like(weights).index_copy(0, keywords["rows"].long(), weights[::3])
+    elif kind == "nothing masked":
+        only = weights = torch.zeros_like(weights)
+    else:
+        keywords["normalizer"] = torch.tensor(7, device=device if kind == "normalizer" else "cpu")
+    got = results_of(illada.masked_cross_entropy, logits, targets, weights, **keywords)
+    assert_like_plain(got, *plain_results(logits, targets, only, normalizer=keywords.get("normalizer", 1.0)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("start", range(0, 8, 3))
+def test_every_alignment(start, dtype, device, generator):
+    """Rows of logits and of the gradient start at different places between two multiples of 16 bytes."""
+    for stride in (57, 60, 64):
+        memory = torch.randn(8 * 64, generator=generator).to(dtype).to(device)
+        logits = memory.as_strided((7, 50), (stride, 1), start)
+        targets, weights = torch.arange(7, device=device) * 8, torch.arange(7.0, device=device)
+        got = results_of(illada.masked_cross_entropy, logits, targets, weights)
+        assert_like_plain(got, *plain_results(logits, targets, weights))
+
+
+def test_rows_may_be_one_in_memory(device, generator):
+    row = torch.randn(1, 700, generator=generator).to(device)
+    targets, weights = torch.arange(9, device=device), torch.ones(9, device=device)
+    got = illada.masked_cross_entropy(row.expand(9, -1), targets, weights, return_nll=True)
+    want = reference.masked_cross_entropy(row.double().expand(9, -1), targets, weights, return_nll=True)
+    torch.testing.assert_close(got[1].double(), want[1], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("vocab", [1000, 40001])
+def test_results_depend_on_the_row_alone(vocab, device, generator):
+    logits, targets, weights = make_rows((1, vocab, 1.0, 3.0), torch.bfloat16, device, generator)
+    alone = results_of(illada.masked_cross_entropy, logits, targets, weights)
+    many = results_of(
+        *(illada.masked_cross_entropy, logits.repeat(70, 1), targets.repeat(70), weights.repeat(70)), normalizer=1.0
+    )
+    for got, want in zip(many[1:3], alone[1:3], strict=True):
+        assert (got == want).all()  # to the bit
+    again = results_of(illada.masked_cross_entropy, logits.repeat(70, 1), targets.repeat(70), weights.repeat(70))
+    assert all(torch.equal(a, b) for a, b in zip(many, again, strict=True))
+
+
+# -------------------------------------------------------------------------------------------- targets out of range
+
+
+@pytest.mark.parametrize("bad", [-1, 1000, 2**40, -(2**31)])
+def test_targets_out_of_range(bad, device, generator, monkeypatch):
+    logits = torch.randn(4, 1000, generator=generator).to(device)
+    targets, weights = torch.tensor([3, bad, 999, bad], device=device), torch.tensor([1.0, 2.0, 3.0, 0.0]).to(device)
+    loss, nll, lse, grad = results_of(illada.masked_cross_entropy, logits, targets, weights)
+    assert loss.isnan() and nll.isnan().tolist() == [False, True, False, False] and nll[3] == 0
+    torch.testing.assert_close(grad[1], 2 * logits[1].softmax(-1).cpu(), rtol=1e-5, atol=1e-8)  # without the one-hot
+    assert lse[:3].isfinite().all() and (grad[3] == 0).all()
+    monkeypatch.setenv("ILLADA_DEBUG", "1")
+    with pytest.raises(ValueError, match=rf"targets\[1\] is {bad}, outside of \[0, 1000\), and its weight is not zero"):
+        illada.masked_cross_entropy(logits, targets, weights)
+    with pytest.raises(ValueError, match=r"rows must be in \[0, 4\), got 0 .. 4"):
+        illada.masked_cross_entropy(logits, targets, weights, rows=torch.tensor([0, 4]).int().to(device))
+    with pytest.raises(ValueError, match="normalizer must be finite and positive, got 0"):
+        illada.masked_cross_entropy(logits, targets.clamp(0, 5), weights, normalizer=torch.zeros((), device=device))
+    weights[1] = 0  # now nobody asks for that target
+    assert illada.masked_cross_entropy(logits, targets, weights).isfinite()
+    only = torch.tensor([0, 2], dtype=torch.int32, device=device)
+    assert illada.masked_cross_entropy(logits, targets, weights + 1, rows=only).isfinite()
+
+
+def test_nan_and_infinities_stay_in_their_rows(device):
+    logits = torch.zeros(5, 20000, device=device)
+    logits[0, 19999], logits[1, 7], logits[2, :], logits[3, 5:] = torch.nan, torch.inf, -torch.inf, -torch.inf
+    _, nll, lse, grad = results_of(
+        *(illada.masked_cross_entropy, logits, torch.tensor([0, 0, 0, 4, 1], device=device)),
+        torch.ones(5, device=device),
+    )
+    assert nll.isnan().tolist() == [True, True, True, False, False] and lse[2] == -torch.inf
+    assert grad[3:].isfinite().all()
+    torch.testing.assert_close(nll[3:], torch.tensor([5.0, 20000.0]).log())
+
+
+# ------------------------------------------------------------------------------------------------ backward in place
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", [(9, 1001, 0.5, 1.0), (3, 40000, 1.0, 1.0)])
+def test_backward_in_place(case, dtype, device, generator):
+    logits, targets, weights = make_rows(case, dtype, device, generator)
+    want = results_of(illada.masked_cross_entropy, logits, targets, weights, lse_factor=0.5)
+    leaf = logits.detach().requires_grad_()
+    loss, lse = illada.masked_cross_entropy(leaf, targets, weights, return_lse=True, inplace_backward=True)
+    total = loss + 0.5 * lse.square().sum()
+    (grad,) = torch.autograd.grad(total, leaf, retain_graph=True)
+    assert grad.data_ptr() == logits.data_ptr() and torch.equal(grad.cpu(), want[3])
+    assert not logits.isnan().any()
+    with pytest.raises(RuntimeError, match="the backward runs once; it has overwritten the logits"):
+        torch.autograd.grad(total, leaf)
+
+
+def test_backward_in_place_refuses(device):
+    targets, weights = torch.zeros(3, dtype=torch.int64, device=device), torch.ones(3, device=device)
+    with pytest.raises(ValueError, match=r"rows of logits that do not overlap, got strides \(0, 1\)"):
+        illada.masked_cross_entropy(
+            torch.zeros(1, 8, device=device).expand(3, 8), targets, weights, inplace_backward=True
+        )
+    leaf = torch.zeros(3, 8, device=device, requires_grad=True)
+    loss = illada.masked_cross_entropy(leaf, targets, weights, inplace_backward=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss, leaf, create_graph=True)
+
+
+# ------------------------------------------------------------------------------------------------ raw calls
+
+
+def raw_buffers(logits, weights, **extra):
+    size = raw.masked_cross_entropy_workspace(logits.shape[0], logits.shape[1], logits.device)
+    nll, lse = torch.full((2, len(logits)), -7.0, device=logits.device)
+    return {"nll": nll, "lse": lse, "workspace": logits.new_empty(size, dtype=torch.uint8), **extra}
+
+
+FUSED = [  # rows, V: how a row is held
+    (6, 16384),  # by one CTA
+    (5, 20001),  # by a cluster of two
+    (3, 65000),  # of four
+    (2, 131072),  # of eight
+    (2, 155136),  # of eight with five vectors a thread
+    (2, 163841),  # not at all: a forward and a backward
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", FUSED)
+def test_forward_and_gradient_at_once(case, dtype, device, generator):
+    rows, vocab = case
+    tokens = rows + 4
+    logits = (3 * torch.randn(rows, vocab + 3, generator=generator)).to(dtype).to(device)[:, 2 : vocab + 2]
+    targets = torch.randint(vocab, (tokens,), generator=generator, dtype=torch.int32).to(device)
+    weights = torch.rand(tokens, generator=generator).to(device)
+    order = torch.randperm(tokens, generator=generator)[:rows].int().to(device)
+    if rows > 2:
+        weights[order[1].long()] = 0
+        order[2] = tokens  # outside: as if without a weight
+    normalizer = torch.tensor(3.0, device=device)
+    arguments = {"rows": order, "normalizer": normalizer, "scale": 0.5}
+
+    apart = raw_buffers(logits, weights)
+    raw.masked_cross_entropy(logits, targets, weights, rows=order, **apart)
+    want = torch.empty(rows, vocab, dtype=dtype, device=device)
+    raw.masked_cross_entropy_backward(want, logits, targets, weights, apart["lse"], **arguments)
+    other = torch.full((rows, vocab), torch.nan, dtype=dtype, device=device)
+    raw.masked_cross_entropy(logits, targets, weights, **raw_buffers(logits, weights, grad=other), **arguments)
+    inside = raw_buffers(logits, weights, grad=logits)
+    raw.masked_cross_entropy(logits, targets, weights, **inside, **arguments)
+
+    torch.testing.assert_close(inside["nll"], apart["nll"], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(inside["lse"], apart["lse"], rtol=1e-6, atol=1e-6)
+    tolerance = {"rtol": torch.finfo(dtype).eps, "atol": 1e-7}
+    torch.testing.assert_close(logits, want, **tolerance)
+    torch.testing.assert_close(other, want, **tolerance)
+    if rows > 2:
+        assert not inside["nll"][1:3].any() and not logits[1:3].any()
+
+
+def test_sum_of_many_rows(device, generator):
+    nll, weights = torch.rand(2, 5000, generator=generator).to(device)
+    weights[::3], nll[::3] = 0, torch.nan
+    loss = torch.empty((), device=device)
+    raw.weighted_sum(loss, nll, weights, normalizer=torch.tensor(4.0, device=device), scale=3.0)
+    want = (weights.double() * nll.nan_to_num().double()).sum() * 0.75
+    torch.testing.assert_close(loss.double(), want, rtol=1e-7, atol=0)
+    with pytest.raises(ValueError, match="takes CUDA tensors"):
+        raw.weighted_sum(loss, nll.cpu(), weights)
+
+
+def test_raw_calls_in_a_graph(device, generator):
+    logits = torch.empty(4, 20000, dtype=torch.bfloat16, device=device)
+    targets, weights = torch.zeros(4, dtype=torch.int64, device=device), torch.ones(4, device=device)
+    loss, dloss, grad = torch.empty((), device=device), torch.empty((), device=device), torch.empty_like(logits)
+    chunk = torch.empty_like(logits)
+    outputs = raw_buffers(logits, weights)
+    inside = raw_buffers(logits, weights, grad=chunk)
+
+    def run():
+        raw.masked_cross_entropy(logits, targets, weights, **outputs)
+        raw.weighted_sum(loss, outputs["nll"], weights)
+        raw.masked_cross_entropy_backward(grad, logits, targets, weights, outputs["lse"], dloss=dloss)
+        raw.masked_cross_entropy(chunk, targets, weights, **inside)
+
+    def refill(seed):
+        host = torch.Generator().manual_seed(seed)
+        logits.copy_(torch.randn(logits.shape, generator=host))
+        chunk.copy_(logits)
+        targets.copy_(torch.randint(20000, (4,), generator=host))
+        weights.copy_(torch.rand(4, generator=host).round(decimals=1))
+        dloss.fill_(seed)
+
+    refill(0)
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    for seed in (1, 2):
+        refill(seed)
+        graph.replay()
+        got = [t.clone() for t in (loss, grad, chunk)]
+        want = results_of(illada.masked_cross_entropy, logits, targets, weights)
+        torch.testing.assert_close(got[0].cpu(), want[0], rtol=1e-6, atol=0)
+        torch.testing.assert_close(got[1].cpu(), seed * want[3], rtol=1e-2, atol=1e-9)
+        torch.testing.assert_close(got[2].cpu(), want[3], rtol=1e-2, atol=1e-9)
+
+
+def wrong_raw_calls(logits, targets, weights, outputs):
+    host = torch.zeros(4)
+    nll, inside = outputs["nll"], logits.view(-1)
+    workspace = outputs["workspace"]
+    yield "targets must be device memory, got a pointer to host memory", (logits, targets.cpu(), weights), {}
+    yield "targets must not be null", (logits, targets[:0], weights), {}
+    yield "token_weights must be device memory", (logits, targets, host), {}
+    yield "rows must be device memory", (logits, targets, weights), {"rows": host.int()}
+    yield "normalizer must be device memory", (logits, targets, weights), {"normalizer": host[0]}
+    yield "nll must be device memory", (logits, targets, weights), {"nll": host}
+    yield "lse must be device memory", (logits, targets, weights), {"lse": host}
+    yield "target_logit must be device memory", (logits, targets, weights), {"target_logit": host}
+    yield "grad must be device memory", (logits, targets, weights), {"grad": logits.cpu()}
+    yield "nll overlaps lse", (logits, targets, weights), {"lse": nll}
+    yield "nll overlaps token_weights", (logits, targets, weights), {"nll": weights}
+    yield "target_logit overlaps logits", (logits, targets, weights), {"target_logit": inside[:8].view(torch.float32)}
+    yield "grad overlaps logits", (logits[:3], targets, weights), {"grad": logits[1:]}
+    yield (
+        "grad row stride 1 is less than vocab_size",
+        (logits, targets, weights),
+        {"grad": logits.as_strided((4, 20000), (1, 1))},
+    )
+    part = logits[:, :19000]
+    yield (
+        "grad is logits, but its row stride is 19500 and not 20000",
+        (part, targets, weights),
+        {"grad": logits.as_strided((4, 19000), (19500, 1))},
+    )
+    yield "logits have 4 rows, but there are 3 tokens", (logits, targets, weights[:3]), {}
+    yield "vocab_start must not be negative", (logits, targets, weights), {"vocab_start": -1}
+    yield "vocab_size must be positive", (logits[:, :0], targets, weights), {}
+    yield f"workspace must have {len(workspace)} bytes, got 8", (logits, targets, weights), {"workspace": workspace[:8]}
+    yield "workspace must have .* bytes, got 0", (logits, targets, weights), {"workspace": None}
+    yield "workspace must be 16-byte aligned", (logits, targets, weights), {"workspace": torch.cat([workspace] * 2)[8:]}
+    yield "workspace must be device memory", (logits, targets, weights), {"workspace": workspace.cpu()}
+    yield "workspace overlaps logits", (logits, targets, weights), {"workspace": inside.view(torch.uint8)}
+    yield "inputs are on the CPU, but the outputs are on cuda", (logits.cpu(), targets, weights), {}
+
+
+def test_wrong_raw_calls(device):
+    logits = torch.zeros(4, 20000, dtype=torch.bfloat16, device=device)
+    targets, weights = torch.zeros(4, dtype=torch.int64, device=device), torch.ones(4, device=device)
+    outputs = raw_buffers(logits, weights)
+    for message, arguments, keywords in wrong_raw_calls(logits, targets, weights, outputs):
+        with pytest.raises(ValueError, match=message):
+            raw.masked_cross_entropy(*arguments, **{**outputs, **keywords})
+        assert (outputs["nll"] == -7).all() and (outputs["lse"] == -7).all() and not logits.any(), message
+    lse, grad = outputs["lse"], torch.empty_like(logits)
+    for message, arguments, keywords in [
+        ("lse must not be null", (grad, logits, targets, weights, lse[:0]), {}),
+        ("grad must not be null", (grad[:0], logits, targets, weights, lse), {}),
+        ("dlse must be device memory", (grad, logits, targets, weights, lse), {"dlse": lse.cpu()}),
+        ("dloss must be device memory", (grad, logits, targets, weights, lse), {"dloss": lse.cpu()[0]}),
+        ("grad overlaps logits", (logits[1:], logits[:3], targets, weights, lse), {}),
+        ("grad overlaps lse", (lse.view(1, 4), weights.view(1, 4), targets[:1], weights[:1], lse), {}),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            raw.masked_cross_entropy_backward(*arguments, **keywords)
+    with pytest.raises(ValueError, match="loss overlaps nll"):
+        raw.weighted_sum(lse[:1], lse, weights)
+    raw.masked_cross_entropy(logits, targets, weights, **outputs)  # and no error was left behind
+    torch.testing.assert_close(outputs["nll"].cpu(), torch.full((4,), 20000.0).log())
+
+
+# ------------------------------------------------------------------------------------------------ shards
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_shards_together_are_the_whole(dtype, device, generator):
+    logits, targets, weights = make_rows((20, 30000, 0.7, 3.0), dtype, device, generator)
+    bounds = [0, 1000, 17500, 30000]
+    targets[2:5] = torch.tensor([999, 1000, 17499], device=device)
+    parts = [logits[:, a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    starts = bounds[:-1]
+    halves = [illada.masked_cross_entropy_shard(x, targets, weights, vocab_start=a) for x, a in zip(parts, starts, strict=True)]  # fmt: skip
+    lse = torch.where(weights != 0, torch.stack([h[0] for h in halves]).logsumexp(0), 0)
+    target_logit = torch.stack([h[1] for h in halves]).sum(0)
+    grads = [
+        illada.masked_cross_entropy_shard_grad(x, targets, weights, lse, vocab_start=a, normalizer=7.0)
+        for x, a in zip(parts, starts, strict=True)
+    ]
+    nll = (lse - target_logit).cpu()
+    loss = nll @ weights.cpu() / 7.0
+    got = (loss, nll, lse.cpu(), torch.cat([g.cpu() for g in grads], 1))
+    assert_like_plain(got, *plain_results(logits, targets, weights, normalizer=7.0))
+    inside = illada.masked_cross_entropy_shard_grad(
+        parts[1], targets, weights, lse, vocab_start=1000, normalizer=7.0, inplace=True
+    )
+    assert inside.data_ptr() == parts[1].data_ptr() and torch.equal(inside, grads[1])
