@@ -105,6 +105,17 @@ void weighted_sum(uintptr_t nll, uintptr_t weights, int64_t num_rows, float scal
   py::gil_scoped_release release;
   loss::weighted_sum_cuda(p);
 }
+
+void scale(uintptr_t data, int64_t count, int dtype, uintptr_t factor, int device, uintptr_t stream) {
+  loss::ScaleParams p;
+  p.data = pointer<void>(data);
+  p.count = count;
+  p.dtype = DType(dtype);
+  p.factor = pointer<const float>(factor);
+  p.launch = {device, pointer<void>(stream)};
+  py::gil_scoped_release release;
+  loss::scale_cuda(p);
+}
 #endif
 
 // What sample_tokens and linear_sample_tokens share, as one tuple: temperature, seed, step, temperatures, seeds, steps,
@@ -385,6 +396,7 @@ PYBIND11_MODULE(_C, m) {
 #if defined(ILLADA_WITH_CUDA)
   m.def("masked_cross_entropy_workspace", &loss::masked_cross_entropy_workspace);
   m.def("weighted_sum", &weighted_sum);
+  m.def("scale", &scale);
   m.def("sample_tokens_workspace", &remask::sample_tokens_workspace);
   m.def("linear_sample_tokens", &linear_sample_tokens);
   m.def("linear_sample_tokens_workspace", &linear_sample_tokens_workspace);

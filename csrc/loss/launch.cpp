@@ -101,4 +101,13 @@ void weighted_sum_cuda(const WeightedSumParams& p) {
   launch_weighted_sum(p, device(kOp, p.launch.device));
 }
 
+void scale_cuda(const ScaleParams& p) {
+  ILLADA_CHECK(p.count >= 0, kOp, "negative number of elements: ", p.count);
+  if (p.count == 0) return;
+  const DeviceGuard guard(kOp, p.launch.device);
+  check_regions(kOp, p.launch, {{"factor", p.factor, 4}},
+                {{"data", p.data, p.count * (p.dtype == DType::kFloat32 ? 4 : 2)}});
+  launch_scale(p, device(kOp, p.launch.device));
+}
+
 }  // namespace illada::loss

@@ -1,4 +1,4 @@
-// Between launch.cpp, which validates and chooses, and masked_cross_entropy.cu, which launches.
+// Between launch.cpp, which validates and chooses, and masked_cross_entropy.cu and scalars.cu, which launch.
 #pragma once
 
 #include "common/device.h"
@@ -28,5 +28,6 @@ void launch_forward(const MaskedCrossEntropyParams& params, const Device& device
 void launch_backward(const MaskedCrossEntropyParams& params, const Device& device);
 void launch_fused(const MaskedCrossEntropyParams& params, const Device& device, const FusedShape& shape);
 void launch_weighted_sum(const WeightedSumParams& params, const Device& device);
+void launch_scale(const ScaleParams& params, const Device& device);
 
 }  // namespace illada::loss

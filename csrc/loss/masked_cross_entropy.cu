@@ -340,25 +340,6 @@ __global__ __launch_bounds__(kFusedThreads, sizeof(T) == 2 ? 2 : 1) void illada_
 #endif
 }
 
-constexpr int kSumThreads = 1024;
-
-__global__ __launch_bounds__(kSumThreads) void illada_masked_cross_entropy_sum_sm80(
-    const __grid_constant__ WeightedSumParams p) {
-  __shared__ double shared[kSumThreads / 32];
-  ptx::griddepcontrol_wait();
-  ptx::griddepcontrol_launch_dependents();
-  const auto add = [](double a, double b) { return a + b; };
-  double sum = 0;
-  for (int64_t n = threadIdx.x; n < p.num_rows; n += kSumThreads)
-    if (p.weights[n] != 0.0f) sum += double(p.weights[n]) * double(p.nll[n]);
-  sum = warp_reduce(sum, add);
-  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = sum;
-  __syncthreads();
-  if (threadIdx.x >= 32) return;
-  sum = warp_reduce(shared[threadIdx.x], add);
-  if (threadIdx.x == 0) *p.loss = float(sum * double(p.scale) / (p.normalizer ? double(*p.normalizer) : 1.0));
-}
-
 // f(T{}) of the dtype's element type.
 template <typename F>
 void dispatch(DType dtype, F&& f) {
@@ -426,10 +407,6 @@ void launch_fused(const MaskedCrossEntropyParams& p, const Device& device, const
                                      : illada_masked_cross_entropy_fused_sm80<T, 5>,
                   p, fused.cluster);
   });
-}
-
-void launch_weighted_sum(const WeightedSumParams& p, const Device& device) {
-  launch_kernel(kOp, device, p.launch.stream, launch_shape(1, kSumThreads), illada_masked_cross_entropy_sum_sm80, p);
 }
 
 }  // namespace illada::loss

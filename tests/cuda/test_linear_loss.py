@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.checkpoint import checkpoint
 
 import illada
-from illada.ops import linear_loss, reference
+from illada.ops import linear_loss, raw, reference
 from illada.testing import assert_close_like
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -141,6 +141,36 @@ def test_partial_gradients_and_upstream_factor(device, generator):
         loss, nll = illada.linear_masked_cross_entropy(hidden, weight, targets, weights, return_nll=True)
     torch.testing.assert_close(loss.cpu(), whole[0])
     torch.testing.assert_close(nll.cpu(), whole[1])
+
+
+def test_backward_of_the_head_runs_once(device, generator):
+    (hidden, weight, targets, weights, _), width = make_head((9, 8, 50, 1.0, 1.0), torch.float32, device, generator)
+    leaf = hidden[:, :width].contiguous().requires_grad_()
+    loss = illada.linear_masked_cross_entropy(leaf, weight, targets, weights)
+    torch.autograd.grad(loss, leaf, retain_graph=True)
+    with pytest.raises(RuntimeError, match="the backward runs once; the gradients .* given away"):
+        torch.autograd.grad(loss, leaf)
+    (grad,) = torch.autograd.grad(
+        illada.linear_masked_cross_entropy(leaf, weight, targets, weights) ** 2, leaf, create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("start", [0, 1])
+def test_scale_in_place(start, dtype, device, generator):
+    memory = torch.randn(70001, generator=generator).to(dtype).to(device)
+    data, want = memory[start:-1], memory.clone()
+    for factor in (1.0, -2.5):
+        raw.scale(data, torch.tensor(factor, device=device))
+        want[start:-1] *= factor
+        assert torch.equal(memory, want)
+    raw.scale(data[:0], torch.tensor(3.0, device=device))
+    with pytest.raises(ValueError, match="factor must be device memory"):
+        raw.scale(data, torch.tensor(3.0))
+    with pytest.raises(ValueError, match="takes CUDA tensors"):
+        raw.scale(data.cpu(), torch.tensor(3.0))
 
 
 def test_head_weight_gradient_in_bfloat16(device, generator):

@@ -77,4 +77,14 @@ struct WeightedSumParams {
 };
 void weighted_sum_cuda(const WeightedSumParams& params);
 
+// data[i] *= factor[0]. Where the factor is 1, as it is when a loss is differentiated by itself, nothing is read.
+struct ScaleParams {
+  void* data = nullptr;  // [count], dtype
+  int64_t count = 0;
+  DType dtype = DType::kFloat32;
+  const float* factor = nullptr;  // a number on the device
+  CudaLaunch launch;
+};
+void scale_cuda(const ScaleParams& params);
+
 }  // namespace illada::loss

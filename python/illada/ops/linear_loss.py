@@ -44,6 +44,9 @@ lib.LIBRARY.define(
 lib.LIBRARY.define(
     "linear_masked_ce_bwd(Tensor dloss, Tensor hidden_grad, Tensor weight_grad) -> (Tensor, Tensor)", tags=lib.TAGS
 )
+lib.LIBRARY.define(
+    "linear_masked_ce_bwd_(Tensor dloss, Tensor(a!) hidden_grad, Tensor(b!) weight_grad) -> ()", tags=lib.TAGS
+)
 
 # ---------------------------------------------------------------------------------------------------------- kernels
 
@@ -154,6 +157,16 @@ def _bwd(dloss: Tensor, hidden_grad: Tensor, weight_grad: Tensor) -> tuple[Tenso
     return hidden_grad * dloss, weight_grad * dloss  # a scalar: the dtypes stay
 
 
+def _bwd_inplace_cpu(dloss: Tensor, hidden_grad: Tensor, weight_grad: Tensor) -> None:
+    hidden_grad.mul_(dloss)
+    weight_grad.mul_(dloss)
+
+
+def _bwd_inplace_cuda(dloss: Tensor, hidden_grad: Tensor, weight_grad: Tensor) -> None:
+    raw.scale(hidden_grad, dloss)
+    raw.scale(weight_grad, dloss)
+
+
 # --------------------------------------------------------------------------------------- fakes, autograd, FLOP counts
 
 
@@ -173,24 +186,41 @@ def _bwd_fake(dloss, hidden_grad, weight_grad):
     return hidden_grad.new_empty(hidden_grad.shape), weight_grad.new_empty(weight_grad.shape)
 
 
+def _bwd_inplace_fake(dloss, hidden_grad, weight_grad):
+    return None
+
+
 def _setup_context(ctx, inputs, output):
     loss, nll, hidden_grad, weight_grad = output
     ctx.mark_non_differentiable(nll, hidden_grad, weight_grad)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(hidden_grad, weight_grad)
     ctx.needs = inputs[8], inputs[9]
+    ctx.scaled = False
 
 
 def _backward(ctx, dloss, *unused):
     if dloss is None:
         return (None,) * 12
-    d_hidden, d_weight = torch.ops.illada.linear_masked_ce_bwd(dloss, *ctx.saved_tensors)
+    if ctx.scaled:
+        raise RuntimeError(
+            "linear_masked_cross_entropy: on CUDA the backward runs once; the gradients that the forward pass made "
+            "have been given away"
+        )
+    if dloss.is_cuda and type(dloss) is Tensor and not torch.is_grad_enabled():
+        # The weight's gradient is as large as the weight: no copy of it, and no pass over it where dloss is 1.
+        ctx.scaled = True
+        d_hidden, d_weight = ctx.saved_tensors
+        torch.ops.illada.linear_masked_ce_bwd_(dloss, d_hidden, d_weight)
+    else:
+        d_hidden, d_weight = torch.ops.illada.linear_masked_ce_bwd(dloss, *ctx.saved_tensors)
     wants_hidden, wants_weight = ctx.needs
     return (d_hidden if wants_hidden else None, d_weight if wants_weight else None) + (None,) * 10
 
 
 lib.implement("linear_masked_ce_fwd", _fwd_fake, cpu=_fwd_cpu, cuda=_fwd_cuda)
 lib.implement("linear_masked_ce_bwd", _bwd_fake, cpu=_bwd, cuda=_bwd)
+lib.implement("linear_masked_ce_bwd_", _bwd_inplace_fake, cpu=_bwd_inplace_cpu, cuda=_bwd_inplace_cuda)
 torch.library.register_autograd(
     "illada::linear_masked_ce_fwd", _backward, setup_context=_setup_context, lib=lib.LIBRARY
 )
@@ -267,7 +297,8 @@ def linear_masked_cross_entropy(
     device-side assertion.
 
     Under autocast the GEMMs run in its dtype; the gradients come back in the dtypes of hidden and weight. Gradients
-    are computed in the forward pass when they will be needed. A second derivative raises.
+    are computed in the forward pass when they will be needed, so on CUDA the backward runs once (retain_graph=True or
+    not). A second derivative raises.
     """
     op = "linear_masked_cross_entropy"
     lib.check_shape(op, "hidden", hidden, ("T", "C"))

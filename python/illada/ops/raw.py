@@ -222,6 +222,12 @@ def weighted_sum(
     )
 
 
+def scale(data: Tensor, factor: Tensor) -> None:
+    """data *= factor, a float32 scalar; nothing is read or written where that is 1. data: contiguous. CUDA only."""
+    launch = _cuda_launch("scale", data)
+    native().scale(address(data), data.numel(), DTYPES[data.dtype], address(factor), *launch[:2])
+
+
 def _linear_loss_arguments(
     nll: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor, rows: Tensor | None,
     normalizer: Tensor | None, scale: float, chunk_rows: int, hidden_grad: Tensor | None, weight_grad: Tensor | None,
@@ -291,9 +297,7 @@ def linear_masked_cross_entropy(
         nll, hidden, weight, targets, token_weights, rows, normalizer, scale, chunk_rows, hidden_grad, weight_grad,
         add_to_weight_grad,
     )  # fmt: skip
-    native().linear_masked_cross_entropy(
-        arguments, _cuda_launch("linear_masked_cross_entropy", hidden, workspace)
-    )
+    native().linear_masked_cross_entropy(arguments, _cuda_launch("linear_masked_cross_entropy", hidden, workspace))
 
 
 def attention_plan_rows(

@@ -1,0 +1,88 @@
+// What stands before and after the passes over logits: the loss from the nll of each token, and the factor that arrives
+// with the backward.
+#include <algorithm>
+
+#include "common/dtype.cuh"
+#include "common/ptx.cuh"
+#include "common/reduce.cuh"
+#include "loss/launch.h"
+
+namespace illada::loss {
+namespace {
+
+constexpr const char* kOp = "masked_cross_entropy";
+constexpr int kSumThreads = 1024;
+
+__global__ __launch_bounds__(kSumThreads) void illada_masked_cross_entropy_sum_sm80(
+    const __grid_constant__ WeightedSumParams p) {
+  __shared__ double shared[kSumThreads / 32];
+  ptx::griddepcontrol_wait();
+  ptx::griddepcontrol_launch_dependents();
+  const auto add = [](double a, double b) { return a + b; };
+  double sum = 0;
+  for (int64_t n = threadIdx.x; n < p.num_rows; n += kSumThreads)
+    if (p.weights[n] != 0.0f) sum += double(p.weights[n]) * double(p.nll[n]);
+  sum = warp_reduce(sum, add);
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = sum;
+  __syncthreads();
+  if (threadIdx.x >= 32) return;
+  sum = warp_reduce(shared[threadIdx.x], add);
+  if (threadIdx.x == 0) *p.loss = float(sum * double(p.scale) / (p.normalizer ? double(*p.normalizer) : 1.0));
+}
+
+constexpr int kScaleThreads = 256, kVector = 8;
+
+template <typename T>
+__global__ __launch_bounds__(kScaleThreads) void illada_masked_cross_entropy_scale_sm80(
+    const __grid_constant__ ScaleParams p) {
+  ptx::griddepcontrol_wait();
+  ptx::griddepcontrol_launch_dependents();
+  const float factor = *p.factor;
+  if (factor == 1.0f) return;
+  T* const data = static_cast<T*>(p.data);
+  const int64_t first = int64_t(blockIdx.x) * kScaleThreads + threadIdx.x, stride = int64_t(gridDim.x) * kScaleThreads;
+  const int64_t vectors = reinterpret_cast<uintptr_t>(data) % 16 ? 0 : p.count / kVector;
+  for (int64_t i = first; i < vectors; i += stride) {
+    float x[kVector];
+    unpack8(load8_if(true, data + i * kVector), x);
+#pragma unroll
+    for (int k = 0; k < kVector; ++k) x[k] *= factor;
+    store8(data + i * kVector, pack8<T>(x));
+  }
+  for (int64_t i = vectors * kVector + first; i < p.count; i += stride)
+    store_float(data + i, to_float(data[i]) * factor);
+}
+
+template <typename T>
+void launch(const ScaleParams& p, const Device& device) {
+  constexpr int64_t kCtasAnSm = 8;
+  const int64_t ctas = (p.count + kScaleThreads * kVector - 1) / (kScaleThreads * kVector);
+  LaunchShape shape;
+  shape.grid = dim3(unsigned(std::min(ctas, kCtasAnSm * device.sm_count)));
+  shape.block = dim3(kScaleThreads);
+  shape.dependent = true;
+  launch_kernel(kOp, device, p.launch.stream, shape, illada_masked_cross_entropy_scale_sm80<T>, p);
+}
+
+}  // namespace
+
+void launch_weighted_sum(const WeightedSumParams& p, const Device& device) {
+  LaunchShape shape;
+  shape.grid = dim3(1);
+  shape.block = dim3(kSumThreads);
+  shape.dependent = true;
+  launch_kernel(kOp, device, p.launch.stream, shape, illada_masked_cross_entropy_sum_sm80, p);
+}
+
+void launch_scale(const ScaleParams& p, const Device& device) {
+  switch (p.dtype) {
+    case DType::kFloat32:
+      return launch<float>(p, device);
+    case DType::kBFloat16:
+      return launch<BFloat16>(p, device);
+    case DType::kFloat16:
+      return launch<Half>(p, device);
+  }
+}
+
+}  // namespace illada::loss
