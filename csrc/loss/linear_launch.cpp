@@ -44,7 +44,7 @@ void validate(const LinearMaskedCrossEntropyParams& p) {
   ILLADA_CHECK(std::isfinite(p.scale), kOp, "scale must be finite, got ", p.scale);
   ILLADA_CHECK(p.chunk_rows >= 0, kOp, "chunk_rows must not be negative, got ", p.chunk_rows);
   ILLADA_CHECK(p.weight_grad_dtype != DType::kFloat16, kOp, "the weight's gradient must be float32 or bfloat16");
-  ILLADA_CHECK(reinterpret_cast<uintptr_t>(p.workspace) % 1024 == 0, kOp, "workspace must be 1024-byte aligned");
+  ILLADA_CHECK(reinterpret_cast<uintptr_t>(p.workspace) % 16 == 0, kOp, "workspace must be 16-byte aligned");
   ILLADA_CHECK(is_aligned(p.weight_grad) && is_aligned(p.hidden_grad), kOp, "gradients must be 16-byte aligned");
 }
 
@@ -65,7 +65,7 @@ LinearPlan plan_linear(const LinearMaskedCrossEntropyParams& p, const Device& gp
 
   const auto place = [&](int64_t bytes) {
     const int64_t at = plan.bytes;
-    plan.bytes += round_up(bytes, 1024);
+    plan.bytes += round_up(bytes, 256);
     return at;
   };
   if (!p.rows) {

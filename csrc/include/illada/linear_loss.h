@@ -8,14 +8,15 @@
 
 namespace illada::loss {
 
-// With the listed tokens i (rows[0 .. num_rows), or those with weights[i] != 0), x_i = hidden_i . weight^T
-// [vocab_size], p_i = softmax(x_i) and g_i = weights[i] * scale / normalizer:
-//   nll[i]        = logsumexp(x_i) - x_i[targets[i]]                       in nats; other tokens are not written
-//   hidden_grad_i = g_i (p_i - onehot(targets[i])) . weight                other tokens are not written
+// Of the tokens i whose weights[i] is not 0 (of those that `rows` lists, where it is given), with
+// x_i = hidden_i . weight^T [vocab_size], p_i = softmax(x_i) and g_i = weights[i] * scale / normalizer:
+//   nll[i]        = logsumexp(x_i) - x_i[targets[i]]                       in nats; other tokens' is not written
+//   hidden_grad_i = g_i (p_i - onehot(targets[i])) . weight                other tokens' is not written
 //   weight_grad   = sum_i g_i (p_i - onehot(targets[i]))^T hidden_i        fp32 sums; added to what is there if asked
 //   for
-// Sums are in fp32, p_i is kept in bfloat16 (2^-9 of each value, not of the largest). Every call with the same input
-// gives the same bits. A target outside of [0, vocab_size) makes nll[i] NaN and leaves the token out of both gradients.
+// Nothing of other tokens is read but their weights. Sums are in fp32, p_i is kept in bfloat16 (2^-9 of each value, not
+// of the largest). Calls with the same input give the same bits. A target outside of [0, vocab_size) makes nll[i] NaN
+// and leaves the token out of both gradients.
 struct LinearMaskedCrossEntropyParams {
   const void* hidden = nullptr;           // [num_tokens, width], hidden_dtype
   DType hidden_dtype = DType::kBFloat16;  // kBFloat16, or kFloat32, which is rounded to bfloat16
@@ -39,7 +40,7 @@ struct LinearMaskedCrossEntropyParams {
   DType weight_grad_dtype = DType::kFloat32;  // or kBFloat16, in which chunks are then summed
   bool add_to_weight_grad = false;            // else it is overwritten
   CudaLaunch launch;
-  void* workspace = nullptr;  // 1024-byte aligned; contents need not be kept or set
+  void* workspace = nullptr;  // 16-byte aligned; contents need not be kept or set
   int64_t workspace_bytes = 0;
 };
 
