@@ -29,8 +29,8 @@ struct LinearMaskedCrossEntropyParams {
   const void* targets = nullptr;  // [num_tokens], int64 or int32
   bool targets_are_int64 = true;
   const float* weights = nullptr;  // [num_tokens]
-  const int32_t* rows = nullptr;   // [num_rows], or null: tokens whose weight is not 0, found on the device
-  int64_t num_rows = 0;            // with `rows`
+  const int32_t* rows = nullptr;   // [num_rows], distinct; others than [0, num_tokens) are ignored
+  int64_t num_rows = -1;           // or -1: tokens whose weight is not 0, found on the device
   float scale = 1.0f;
   const float* normalizer = nullptr;  // a scalar on the device, or null: 1
   int64_t chunk_rows = 0;             // tokens whose probabilities exist at a time; 0: kDefaultLogitsBytes of them

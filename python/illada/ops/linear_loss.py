@@ -83,9 +83,10 @@ def _fwd_sm90(
         return None
     if hidden.stride(0) % 8 or hidden.data_ptr() % 16:
         hidden = hidden.clone(memory_format=torch.contiguous_format)
-    wanted = {"chunk_rows": chunk_rows, "hidden_grad": hidden_grad, "weight_grad": weight_grad}
     # Asked for the weight as it is: there is no use in a copy in 16 bits where there is no kernel.
-    size = raw.linear_masked_cross_entropy_workspace(hidden, weight, rows, **wanted)
+    size = raw.linear_masked_cross_entropy_workspace(
+        hidden, weight, rows, chunk_rows=chunk_rows, hidden_grad=hidden_grad, weight_grad=weight_grad
+    )
     if size is None:
         return None
     normalizer, scale = where_read(normalizer, scale)
