@@ -68,6 +68,8 @@ class GemmSm90 {
   }
 
   __device__ __forceinline__ int rank() const { return rank_; }
+  // Where shared memory of the kernel's own may begin, 1024-byte aligned, behind kSmemBytes.
+  __device__ __forceinline__ uint32_t end_of_storage() const { return storage_ + uint32_t(sizeof(Storage)); }
 
   // By the producer's thread: a from row a_first, b from row b_first and of it `boxes_b` boxes, for `k_tiles` steps of
   // K from step k_first. What lies outside of the maps is 0.

@@ -45,6 +45,15 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// ------------------------------------------------------------------------------------------ shared memory by address
+
+__device__ __forceinline__ void store_shared(uint32_t smem, uint32_t x) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(smem), "r"(x) : "memory");
+}
+__device__ __forceinline__ void store_shared_v2(uint32_t smem, float x, float y) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(smem), "f"(x), "f"(y) : "memory");
+}
+
 // -------------------------------------------------------------------------------------------------------- arithmetic
 
 __device__ __forceinline__ float exp2_approx(float x) {  // 2 ulp; 0 for results below 2^-126, and for -inf
@@ -232,6 +241,28 @@ __device__ __forceinline__ void tma_load_4d_multicast(uint32_t smem, const void*
       "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, "
       "{%2, %3, %4, %5}], [%6], %7;" ::"r"(smem),
       "l"(map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(barrier), "h"(cta_mask)
+      : "memory");
+}
+// The box at (x, y), as far as it is inside of the map, from shared memory, by those threads that say so; part of the
+// thread's next bulk group. Or added to what is there.
+__device__ __forceinline__ void tma_store_2d_if(bool stores, const void* map, uint32_t smem, int32_t x, int32_t y) {
+  asm volatile(
+      "{\n"
+      ".reg .pred stores;\n"
+      "setp.ne.u32 stores, %4, 0;\n"
+      "@stores cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3];\n"
+      "}" ::"l"(map),
+      "r"(x), "r"(y), "r"(smem), "r"(uint32_t(stores))
+      : "memory");
+}
+__device__ __forceinline__ void tma_reduce_add_2d_if(bool adds, const void* map, uint32_t smem, int32_t x, int32_t y) {
+  asm volatile(
+      "{\n"
+      ".reg .pred adds;\n"
+      "setp.ne.u32 adds, %4, 0;\n"
+      "@adds cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.tile.bulk_group [%0, {%1, %2}], [%3];\n"
+      "}" ::"l"(map),
+      "r"(x), "r"(y), "r"(smem), "r"(uint32_t(adds))
       : "memory");
 }
 // The box at (x, y, z, w), as far as it is inside of the map, from shared memory, by those threads that say so; part of

@@ -28,10 +28,18 @@ Encode find_encode(const char* op) {
 }
 
 CUtensorMapDataType type_of(DType dtype) {
-  return dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  switch (dtype) {
+    case DType::kFloat32:
+      return CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
+    case DType::kBFloat16:
+      return CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+    case DType::kFloat16:
+      break;
+  }
+  return CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
 }
 
-// 16-bit elements in boxes of 128-byte rows, swizzled; `strides` in bytes, of all dimensions but the first.
+// Boxes of 128-byte rows, swizzled; `strides` in bytes, of all dimensions but the first.
 template <int kRank>
 CUtensorMap encode(const char* op, DType dtype, const void* data, const cuuint64_t (&sizes)[kRank],
                    const cuuint64_t (&strides)[kRank - 1], const cuuint32_t (&box)[kRank]) {
@@ -54,8 +62,9 @@ CUtensorMap encode(const char* op, DType dtype, const void* data, const cuuint64
 }  // namespace
 
 CUtensorMap tensor_map_k128(const char* op, const MatrixView& matrix, int box_rows) {
+  const cuuint32_t element = matrix.dtype == DType::kFloat32 ? 4 : 2;
   return encode<2>(op, matrix.dtype, matrix.data, {cuuint64_t(matrix.columns), cuuint64_t(matrix.rows)},
-                   {cuuint64_t(matrix.row_stride) * 2}, {64, cuuint32_t(box_rows)});
+                   {cuuint64_t(matrix.row_stride) * element}, {128 / element, cuuint32_t(box_rows)});
 }
 
 CUtensorMap tensor_map_ragged(const char* op, const RaggedView& view, int box_heads, int box_tokens) {

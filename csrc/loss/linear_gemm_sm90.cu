@@ -13,17 +13,17 @@
 // [rows, V] lies between the GEMMs.
 #include <cuda.h>
 
-#include "common/accumulator_rows.cuh"
 #include "common/gemm_sm90.cuh"
 #include "common/online_softmax.cuh"
 #include "common/tensor_map.h"
+#include "common/tile_store_sm90.cuh"
 #include "loss/linear.h"
 #include "loss/linear_split.cuh"
 
 namespace illada::loss {
 namespace {
 
-constexpr int kTileM = 128, kTileN = 256, kTileK = 64;
+constexpr int kTileM = 128, kTileN = 256, kTileK = 64, kThreads = 384;
 static_assert(kPairRows == 2 * kTileM && kTileIds == kTileN);
 
 __host__ __device__ constexpr int tiles_of(int size, int tile) { return (size + tile - 1) / tile; }
@@ -33,17 +33,19 @@ struct Tile {
   int m, n, k_first, k_tiles;
 };
 
-// Where this lane's rows are in a warpgroup's share of a tile: this one and the one 8 below.
-__device__ __forceinline__ int lane_row(int warpgroup) {
-  return warpgroup * 64 + int(threadIdx.x) % 128 / 32 * 16 + int(threadIdx.x) % 32 / 4;
-}
-
-// Walks over a job's tiles, pair by pair of CTAs; neighbouring pairs have neighbouring tiles at the same time.
+// Shared memory: what the main loop has, then the buffers of the eight warps that store.
 template <typename Job>
-__device__ __forceinline__ void run(const CUtensorMap& a_map, const CUtensorMap& b_map, const LinearChunk& chunk,
-                                    Job& job) {
+constexpr int kSmemBytes = Job::Gemm::kSmemBytes + 8 * Job::Store::kBytes;
+
+// Walks over a job's tiles, pair by pair of CTAs; neighbouring pairs have neighbouring tiles at the same time. `out`:
+// where the products go, in boxes of a warp's rows.
+template <typename Job>
+__device__ __forceinline__ void run(const CUtensorMap& a_map, const CUtensorMap& b_map, const CUtensorMap& out_map,
+                                    const LinearChunk& chunk, Job& job) {
   extern __shared__ char raw_shared[];
   using Gemm = typename Job::Gemm;
+  static_assert(Gemm::kThreads == kThreads && Gemm::kTileM == kTileM && Gemm::kTileN == kTileN &&
+                Gemm::kTileK == kTileK);
   Gemm gemm(raw_shared, &a_map, &b_map, 2);
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
@@ -60,14 +62,16 @@ __device__ __forceinline__ void run(const CUtensorMap& a_map, const CUtensorMap&
     }
   } else {
     ptx::setmaxnreg_increase<Gemm::kConsumerRegisters>();
-    const int warpgroup = int(threadIdx.x) / 128;
+    const int warp = int(threadIdx.x) / 32;
+    typename Job::Store store(gemm.end_of_storage() + uint32_t(warp * Job::Store::kBytes));
     float d[kTileN / 2];
     for (int i = pair; i < job.count; i += pairs) {
       if (!job.wanted(chunk, i)) continue;
       const Tile tile = job.tile(chunk, i, gemm.rank());
-      gemm.multiply(d, warpgroup, tile.k_tiles);
-      job.store(chunk, i, tile, lane_row(warpgroup), d);
+      gemm.multiply(d, warp / 4, tile.k_tiles);
+      job.finish(chunk, i, tile, tile.m + warp * Job::Store::kRows, d, store, &out_map);
     }
+    store.finish();
   }
   gemm.finish();
 }
@@ -76,6 +80,7 @@ __device__ __forceinline__ void run(const CUtensorMap& a_map, const CUtensorMap&
 
 struct LogitsJob {
   using Gemm = GemmSm90<BFloat16, Major::kK, Major::kK, 64>;
+  using Store = TileStoreSm90<BFloat16>;
   bool keep;   // the probabilities, for gradients
   bool again;  // only the pairs that are marked
   int count, row_pairs;
@@ -91,8 +96,8 @@ struct LogitsJob {
   __device__ __forceinline__ Tile tile(const LinearChunk& c, int i, int rank) const {
     return {i % row_pairs * kPairRows + rank * kTileM, i / row_pairs * kTileN, 0, tiles_of(c.width, kTileK)};
   }
-  __device__ __forceinline__ void store(const LinearChunk& c, int i, const Tile& tile, int lane_row,
-                                        float (&d)[kTileN / 2]) const {
+  __device__ __forceinline__ void finish(const LinearChunk& c, int i, const Tile& tile, int warp_row,
+                                         float (&d)[kTileN / 2], Store& store, const void* out_map) const {
     const int lane = int(threadIdx.x) % 32, left = c.vocab_size - tile.n;
     if (left < kTileN) {  // ids past the end are no part of any sum, and what is kept of them is not read
 #pragma unroll
@@ -102,42 +107,48 @@ struct LogitsJob {
           if (8 * j + lane % 4 * 2 + e >= left) d[4 * j + e] = d[4 * j + 2 + e] = -INFINITY;
       }
     }
+    const int row = warp_row + lane / 4;
+    const float reference[2] = {c.references[row], c.references[row + 8]};
+    float top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
+    boxes<0>(tile, warp_row, d, store, out_map, reference, top, sum);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = tile.m + lane_row + 8 * half;
-      const float reference = c.references[row];
-      float top = -INFINITY, sum = 0;
-#pragma unroll
-      for (int j = 0; j < kTileN / 8; ++j) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          float& x = d[4 * j + 2 * half + e];
-          top = fmaxf(top, x);
-          x = exp2_approx(fmaf(x, kLog2eF, -reference));
-          sum += x;
-        }
-      }
-      top = warp_reduce<4>(top, [](float a, float b) { return fmaxf(a, b); });
-      sum = warp_reduce<4>(sum, [](float a, float b) { return a + b; });
+      top[half] = warp_reduce<4>(top[half], [](float a, float b) { return fmaxf(a, b); });
+      sum[half] = warp_reduce<4>(sum[half], [](float a, float b) { return a + b; });
       if (lane % 4 == 0) {
-        const int64_t at = int64_t(i / row_pairs) * c.rows + row;
-        c.maxima[at] = top * kLog2eF;
-        c.sums[at] = sum;
-      }
-      if (keep) {
-        BFloat16* target = reinterpret_cast<BFloat16*>(c.probs) + row * c.prob_stride + tile.n;
-        store_row<BFloat16, kTileN>(target, d, half, 1.0f, true, lane);
+        const int64_t at = int64_t(i / row_pairs) * c.rows + row + 8 * half;
+        c.maxima[at] = top[half] * kLog2eF;
+        c.sums[at] = sum[half];
       }
     }
   }
+
+ private:
+  // Box by box, so that one is stored while the next is on its way through the exponentials.
+  template <int kBox>
+  __device__ __forceinline__ void boxes(const Tile& tile, int warp_row, float (&d)[kTileN / 2], Store& store,
+                                        const void* out_map, const float (&reference)[2], float (&top)[2],
+                                        float (&sum)[2]) const {
+#pragma unroll
+    for (int n = 0; n < Store::kColumns / 2; ++n) {
+      float& x = d[kBox * Store::kColumns / 2 + n];
+      const int half = n / 2 % 2;
+      top[half] = fmaxf(top[half], x);
+      x = exp2_approx(fmaf(x, kLog2eF, -reference[half]));
+      sum[half] += x;
+    }
+    if (keep) store.store_box<kBox>(d, out_map, tile.n, warp_row, false);
+    if constexpr ((kBox + 1) * Store::kColumns < kTileN)
+      boxes<kBox + 1>(tile, warp_row, d, store, out_map, reference, top, sum);
+  }
 };
 
-__global__ __launch_bounds__(LogitsJob::Gemm::kThreads, 1) void illada_linear_masked_cross_entropy_logits_sm90(
+__global__ __launch_bounds__(kThreads, 1) void illada_linear_masked_cross_entropy_logits_sm90(
     const __grid_constant__ CUtensorMap hidden_map, const __grid_constant__ CUtensorMap weight_map,
-    const __grid_constant__ LinearChunk chunk, bool keep, bool again) {
+    const __grid_constant__ CUtensorMap probs_map, const __grid_constant__ LinearChunk chunk, bool keep, bool again) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   LogitsJob job{keep, again};
-  run(hidden_map, weight_map, chunk, job);
+  run(hidden_map, weight_map, probs_map, chunk, job);
 #endif
 }
 
@@ -145,6 +156,7 @@ __global__ __launch_bounds__(LogitsJob::Gemm::kThreads, 1) void illada_linear_ma
 
 struct HiddenGradJob {
   using Gemm = GemmSm90<BFloat16, Major::kK, Major::kMN, 64>;
+  using Store = TileStoreSm90<float>;
   int count, columns;
   HiddenGradSplit split;
 
@@ -160,38 +172,30 @@ struct HiddenGradJob {
     return {tile % split.row_pairs * kPairRows + rank * kTileM, tile / split.row_pairs * kTileN, k_first,
             min(split.k_tiles, tiles_of(c.vocab_size, kTileK) - k_first)};
   }
-  __device__ __forceinline__ void store(const LinearChunk& c, int i, const Tile& tile, int lane_row,
-                                        float (&d)[kTileN / 2]) const {
+  __device__ __forceinline__ void finish(const LinearChunk&, int i, const Tile& tile, int warp_row,
+                                         float (&d)[kTileN / 2], Store& store, const void* out_map) const {
     const int slab = i / (split.row_pairs * columns) * split.row_pairs * kPairRows;
-    const int column = tile.n + int(threadIdx.x) % 4 * 2;
-    float* target = c.slabs + int64_t(slab + tile.m + lane_row) * c.width + column;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-#pragma unroll
-      for (int j = 0; j < kTileN / 8; ++j)
-        if (column + 8 * j < c.width)
-          *reinterpret_cast<float2*>(target + half * 8 * int64_t(c.width) + 8 * j) =
-              make_float2(d[4 * j + 2 * half], d[4 * j + 2 * half + 1]);
-    }
+    store.store(d, out_map, tile.n, slab + warp_row, false);
   }
 };
 
-__global__ __launch_bounds__(HiddenGradJob::Gemm::kThreads, 1) void illada_linear_masked_cross_entropy_hidden_grad_sm90(
+__global__ __launch_bounds__(kThreads, 1) void illada_linear_masked_cross_entropy_hidden_grad_sm90(
     const __grid_constant__ CUtensorMap probs_map, const __grid_constant__ CUtensorMap weight_map,
-    const __grid_constant__ LinearChunk chunk) {
+    const __grid_constant__ CUtensorMap slabs_map, const __grid_constant__ LinearChunk chunk) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   HiddenGradJob job;
-  run(probs_map, weight_map, chunk, job);
+  run(probs_map, weight_map, slabs_map, chunk, job);
 #endif
 }
 
 // ------------------------------------------------------------------------------------------------- weight's gradient
 
-// Out: float or BFloat16. kAdd: onto what is there.
-template <typename Out, bool kAdd>
+// Out: float or BFloat16.
+template <typename Out>
 struct WeightGradJob {
   using Gemm = GemmSm90<BFloat16, Major::kMN, Major::kMN, 64>;
-  Out* target;
+  using Store = TileStoreSm90<Out>;
+  bool add;  // onto what is there, by one CTA and once for each element: there is no order that could matter
   int count, columns, k_tiles;
 
   __device__ __forceinline__ void begin(const LinearChunk& c, int) {
@@ -204,45 +208,19 @@ struct WeightGradJob {
   __device__ __forceinline__ Tile tile(const LinearChunk&, int i, int rank) const {
     return {i / columns * kTileIds + rank * kTileM, i % columns * kTileN, 0, k_tiles};
   }
-  __device__ __forceinline__ void store(const LinearChunk& c, int, const Tile& tile, int lane_row,
-                                        float (&d)[kTileN / 2]) const {
-    const int lane = int(threadIdx.x) % 32;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int id = tile.m + lane_row + 8 * half;
-      const bool is_real = id < c.vocab_size;
-      Out* row = target + int64_t(id) * c.width + tile.n + lane % 4 * 2;
-#pragma unroll
-      for (int j = 0; j < kTileN / 8; ++j) {
-        if (!is_real || tile.n + lane % 4 * 2 + 8 * j >= c.width) continue;
-        const float x = d[4 * j + 2 * half], y = d[4 * j + 2 * half + 1];
-        if constexpr (sizeof(Out) == 4) {
-          // One CTA adds to an element, once: the order of a reduction in the L2 cache does not matter.
-          if constexpr (kAdd) {
-            ptx::red_add_v2(row + 8 * j, x, y);
-          } else {
-            *reinterpret_cast<float2*>(row + 8 * j) = make_float2(x, y);
-          }
-        } else {
-          float before[2] = {0, 0};
-          if constexpr (kAdd) unpack2(*reinterpret_cast<uint32_t*>(row + 8 * j), before[0], before[1], BFloat16{});
-          *reinterpret_cast<uint32_t*>(row + 8 * j) = pack2<BFloat16>(before[0] + x, before[1] + y);
-        }
-      }
-    }
+  __device__ __forceinline__ void finish(const LinearChunk&, int, const Tile& tile, int warp_row,
+                                         float (&d)[kTileN / 2], Store& store, const void* out_map) const {
+    store.store(d, out_map, tile.n, warp_row, add);
   }
 };
 
-template <typename Out, bool kAdd>
-__global__ __launch_bounds__(
-    WeightGradJob<Out, kAdd>::Gemm::kThreads,
-    1) void illada_linear_masked_cross_entropy_weight_grad_sm90(const __grid_constant__ CUtensorMap probs_map,
-                                                                const __grid_constant__ CUtensorMap hidden_map,
-                                                                const __grid_constant__ LinearChunk chunk,
-                                                                Out* target) {
+template <typename Out>
+__global__ __launch_bounds__(kThreads, 1) void illada_linear_masked_cross_entropy_weight_grad_sm90(
+    const __grid_constant__ CUtensorMap probs_map, const __grid_constant__ CUtensorMap hidden_map,
+    const __grid_constant__ CUtensorMap grad_map, const __grid_constant__ LinearChunk chunk, Out* target, bool add) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   ptx::griddepcontrol_wait();
-  if (!kAdd && chunk.used() == 0) {  // a gradient of zeros
+  if (!add && chunk.used() == 0) {  // a gradient of zeros
     const int64_t size = int64_t(chunk.vocab_size) * chunk.width, step = int64_t(gridDim.x) * blockDim.x * 2;
     for (int64_t i = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * 2; i < size; i += step) {
       if constexpr (sizeof(Out) == 4) {
@@ -253,8 +231,8 @@ __global__ __launch_bounds__(
     }
     return;
   }
-  WeightGradJob<Out, kAdd> job{target};
-  run(probs_map, hidden_map, chunk, job);
+  WeightGradJob<Out> job{add};
+  run(probs_map, hidden_map, grad_map, chunk, job);
 #endif
 }
 
@@ -266,7 +244,7 @@ LaunchShape shape_of(const Device& device, int smem_bytes) {
   LaunchShape shape;
   shape.cluster = 2;
   shape.grid = dim3(unsigned(linear_clusters(device.sm_count) * shape.cluster));
-  shape.block = dim3(LogitsJob::Gemm::kThreads);
+  shape.block = dim3(kThreads);
   shape.smem_bytes = smem_bytes;
   shape.dependent = true;
   return shape;
@@ -278,38 +256,40 @@ MatrixView weight_of(const LinearMaskedCrossEntropyParams& p) {
 MatrixView hidden_of(const LinearChunk& c) { return {c.hidden, DType::kBFloat16, c.rows, c.width, c.width}; }
 MatrixView probs_of(const LinearChunk& c) { return {c.probs, DType::kBFloat16, c.rows, c.vocab_size, c.prob_stride}; }
 
-template <typename Out, bool kAdd>
+template <typename Out>
 void launch_weight_grad(const LinearMaskedCrossEntropyParams& p, const Device& device, const LinearChunk& chunk) {
-  launch_kernel(kOp, device, p.launch.stream, shape_of(device, WeightGradJob<Out, kAdd>::Gemm::kSmemBytes),
-                illada_linear_masked_cross_entropy_weight_grad_sm90<Out, kAdd>,
-                tensor_map_k128(kOp, probs_of(chunk), kTileK), tensor_map_k128(kOp, hidden_of(chunk), kTileK), chunk,
-                static_cast<Out*>(p.weight_grad));
+  using Job = WeightGradJob<Out>;
+  const MatrixView grad{p.weight_grad, p.weight_grad_dtype, p.vocab_size, p.width, p.width};
+  launch_kernel(kOp, device, p.launch.stream, shape_of(device, kSmemBytes<Job>),
+                illada_linear_masked_cross_entropy_weight_grad_sm90<Out>, tensor_map_k128(kOp, probs_of(chunk), kTileK),
+                tensor_map_k128(kOp, hidden_of(chunk), kTileK), tensor_map_k128(kOp, grad, Job::Store::kRows), chunk,
+                static_cast<Out*>(p.weight_grad), p.add_to_weight_grad || chunk.first > 0);
 }
 
 }  // namespace
 
 void launch_linear_logits_sm90(const LinearMaskedCrossEntropyParams& p, const Device& device, const LinearChunk& chunk,
                                bool again) {
-  launch_kernel(kOp, device, p.launch.stream, shape_of(device, LogitsJob::Gemm::kSmemBytes),
-                illada_linear_masked_cross_entropy_logits_sm90, tensor_map_k128(kOp, hidden_of(chunk), kTileM),
-                tensor_map_k128(kOp, weight_of(p), 64), chunk, p.hidden_grad || p.weight_grad, again);
+  const bool keep = p.hidden_grad || p.weight_grad;
+  const CUtensorMap hidden_map = tensor_map_k128(kOp, hidden_of(chunk), kTileM);
+  launch_kernel(kOp, device, p.launch.stream, shape_of(device, kSmemBytes<LogitsJob>),
+                illada_linear_masked_cross_entropy_logits_sm90, hidden_map, tensor_map_k128(kOp, weight_of(p), 64),
+                keep ? tensor_map_k128(kOp, probs_of(chunk), LogitsJob::Store::kRows) : hidden_map, chunk, keep, again);
 }
 
 void launch_linear_hidden_grad_sm90(const LinearMaskedCrossEntropyParams& p, const Device& device,
                                     const LinearChunk& chunk) {
-  launch_kernel(kOp, device, p.launch.stream, shape_of(device, HiddenGradJob::Gemm::kSmemBytes),
+  using Job = HiddenGradJob;
+  const MatrixView slabs{chunk.slabs, DType::kFloat32, chunk.slab_rows, chunk.width, chunk.width};
+  launch_kernel(kOp, device, p.launch.stream, shape_of(device, kSmemBytes<Job>),
                 illada_linear_masked_cross_entropy_hidden_grad_sm90, tensor_map_k128(kOp, probs_of(chunk), kTileM),
-                tensor_map_k128(kOp, weight_of(p), kTileK), chunk);
+                tensor_map_k128(kOp, weight_of(p), kTileK), tensor_map_k128(kOp, slabs, Job::Store::kRows), chunk);
 }
 
 void launch_linear_weight_grad_sm90(const LinearMaskedCrossEntropyParams& p, const Device& device,
                                     const LinearChunk& chunk) {
-  const bool add = p.add_to_weight_grad || chunk.first > 0;
-  if (p.weight_grad_dtype == DType::kFloat32) {
-    add ? launch_weight_grad<float, true>(p, device, chunk) : launch_weight_grad<float, false>(p, device, chunk);
-  } else {
-    add ? launch_weight_grad<BFloat16, true>(p, device, chunk) : launch_weight_grad<BFloat16, false>(p, device, chunk);
-  }
+  p.weight_grad_dtype == DType::kFloat32 ? launch_weight_grad<float>(p, device, chunk)
+                                         : launch_weight_grad<BFloat16>(p, device, chunk);
 }
 
 }  // namespace illada::loss

@@ -78,6 +78,7 @@ __global__ __launch_bounds__(kRowThreads) void illada_linear_masked_cross_entrop
       static_cast<const BFloat16*>(p.weight) + (has_target ? target : int64_t(0)) * p.weight_row_stride;
   uint4* out = reinterpret_cast<uint4*>(c.hidden + int64_t(r) * c.width);
   float dot = 0;
+#pragma unroll 1
   for (int i = int(threadIdx.x); i < c.width / 8; i += kRowThreads) {
     uint4 packed = make_uint4(0, 0, 0, 0);
     if (token >= 0) {
