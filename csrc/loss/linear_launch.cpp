@@ -40,11 +40,11 @@ void validate(const LinearMaskedCrossEntropyParams& p) {
   ILLADA_CHECK(p.vocab_size > 0 && p.vocab_size <= kMost, kOp, "vocab_size must be in [1, 2^31 - 257], got ",
                p.vocab_size);
   ILLADA_CHECK(p.width <= kMost, kOp, "width must be less than 2^31 - 256, got ", p.width);
-  ILLADA_CHECK(p.num_rows >= 0 && p.num_rows <= kMost, kOp, "num_rows must be in [0, 2^31 - 257], got ", p.num_rows);
+  ILLADA_CHECK(p.num_rows >= -1 && p.num_rows <= kMost, kOp, "num_rows must be in [-1, 2^31 - 257], got ", p.num_rows);
   ILLADA_CHECK(std::isfinite(p.scale), kOp, "scale must be finite, got ", p.scale);
   ILLADA_CHECK(p.chunk_rows >= 0, kOp, "chunk_rows must not be negative, got ", p.chunk_rows);
   ILLADA_CHECK(p.weight_grad_dtype != DType::kFloat16, kOp, "the weight's gradient must be float32 or bfloat16");
-  ILLADA_CHECK(reinterpret_cast<uintptr_t>(p.workspace) % 1024 == 0, kOp, "workspace must be 1024-byte aligned");
+  ILLADA_CHECK(reinterpret_cast<uintptr_t>(p.workspace) % 16 == 0, kOp, "workspace must be 16-byte aligned");
   ILLADA_CHECK(is_aligned(p.weight_grad) && is_aligned(p.hidden_grad), kOp, "gradients must be 16-byte aligned");
 }
 
@@ -53,7 +53,7 @@ void validate(const LinearMaskedCrossEntropyParams& p) {
 LinearPlan plan_linear(const LinearMaskedCrossEntropyParams& p, const Device& gpu) {
   const bool gradients = p.hidden_grad || p.weight_grad;
   LinearPlan plan;
-  plan.tokens = p.rows ? p.num_rows : p.num_tokens;
+  plan.tokens = p.num_rows < 0 ? p.num_tokens : p.num_rows;
   plan.id_tiles = int((p.vocab_size + kTileIds - 1) / kTileIds);
   plan.prob_stride = int64_t(plan.id_tiles) * kTileIds;
   // Without gradients nothing is kept of the logits, and rows cost next to nothing.
@@ -65,10 +65,10 @@ LinearPlan plan_linear(const LinearMaskedCrossEntropyParams& p, const Device& gp
 
   const auto place = [&](int64_t bytes) {
     const int64_t at = plan.bytes;
-    plan.bytes += round_up(bytes, 1024);
+    plan.bytes += round_up(bytes, 256);
     return at;
   };
-  if (!p.rows) {
+  if (p.num_rows < 0) {
     plan.list = place(4 * p.num_tokens);
     plan.count = place(4);
   }
@@ -116,7 +116,7 @@ void linear_masked_cross_entropy_cuda(const LinearMaskedCrossEntropyParams& p) {
                  {"weight", p.weight, bytes_of(p.vocab_size, p.weight_row_stride, p.width, 2)},
                  {"targets", p.targets, t * (p.targets_are_int64 ? 8 : 4)},
                  {"token_weights", p.weights, 4 * t},
-                 {"rows", p.rows, 4 * p.num_rows, true},
+                 {"rows", p.rows, 4 * std::max<int64_t>(p.num_rows, 0)},
                  {"normalizer", p.normalizer, 4, true}},
                 {{"nll", p.nll, 4 * t},
                  {"hidden_grad", p.hidden_grad, t * p.width * element, true},
@@ -126,8 +126,8 @@ void linear_masked_cross_entropy_cuda(const LinearMaskedCrossEntropyParams& p) {
   char* const base = static_cast<char*>(p.workspace);
   const auto floats = [&](int64_t offset) { return reinterpret_cast<float*>(base + offset); };
   LinearChunk chunk{};
-  chunk.list = p.rows ? p.rows : reinterpret_cast<int32_t*>(base + plan.list);
-  chunk.count = p.rows ? nullptr : reinterpret_cast<int32_t*>(base + plan.count);
+  chunk.list = p.num_rows >= 0 ? p.rows : reinterpret_cast<int32_t*>(base + plan.list);
+  chunk.count = p.num_rows >= 0 ? nullptr : reinterpret_cast<int32_t*>(base + plan.count);
   chunk.listed = int(plan.tokens);
   chunk.rows = plan.rows;
   chunk.vocab_size = int(p.vocab_size);
@@ -144,7 +144,7 @@ void linear_masked_cross_entropy_cuda(const LinearMaskedCrossEntropyParams& p) {
   chunk.again = reinterpret_cast<int32_t*>(base + plan.again);
   chunk.slabs = floats(plan.slabs);
   chunk.slab_rows = plan.slab_rows;
-  if (!p.rows)
+  if (p.num_rows < 0)
     launch_linear_select(p, gpu, reinterpret_cast<int32_t*>(base + plan.list),
                          reinterpret_cast<int32_t*>(base + plan.count));
   // Without a token the weight's gradient is still to be set to zeros.

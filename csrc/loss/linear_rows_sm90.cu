@@ -49,10 +49,10 @@ __global__ __launch_bounds__(kSelectThreads) void illada_linear_masked_cross_ent
 
 // ------------------------------------------------------------------------------------------------------------ gather
 
-// The token of row r of the chunk, -1 where the list names none.
-__device__ __forceinline__ int token_of(const LinearChunk& c, int r, int64_t tokens) {
+// The token of row r of the chunk, -1 where the list names none, or one without a weight.
+__device__ __forceinline__ int token_of(const LinearMaskedCrossEntropyParams& p, const LinearChunk& c, int r) {
   const int token = c.list[c.first + r];
-  return token >= 0 && token < tokens ? token : -1;
+  return token >= 0 && token < p.num_tokens && p.weights[token] != 0 ? token : -1;
 }
 
 // A CTA a row: hidden's row in bfloat16, zeros to the end of the pair of tiles, and the target's logit.
@@ -66,7 +66,7 @@ __global__ __launch_bounds__(kRowThreads) void illada_linear_masked_cross_entrop
   const int r = int(blockIdx.x), used = c.used();
   if (r >= (used + kPairRows - 1) / kPairRows * kPairRows) return;
   if (r % kPairRows == 0 && threadIdx.x == 0) c.again[r / kPairRows] = 0;
-  const int token = r < used ? token_of(c, r, p.num_tokens) : -1;
+  const int token = r < used ? token_of(p, c, r) : -1;
   int64_t target = -1;
   if (token >= 0)
     target = p.targets_are_int64 ? static_cast<const int64_t*>(p.targets)[token]
@@ -115,7 +115,7 @@ static_assert(kPairRows % kStatisticsRows == 0);
 // What the sums of row r mean; true where they are worth nothing, for lack of range.
 __device__ __forceinline__ bool finish_row(const LinearMaskedCrossEntropyParams& p, const LinearChunk& c, int r,
                                            float sum, float top, bool again, bool keep) {
-  const int token = token_of(c, r, p.num_tokens);
+  const int token = token_of(p, c, r);
   c.factors[r] = 0;
   if (token < 0) return false;
   const int64_t target = p.targets_are_int64 ? static_cast<const int64_t*>(p.targets)[token]
@@ -191,7 +191,7 @@ __global__ __launch_bounds__(kRowThreads) void illada_linear_masked_cross_entrop
   ptx::griddepcontrol_launch_dependents();
   const int r = int(blockIdx.x);
   if (r >= c.used()) return;
-  const int token = token_of(c, r, p.num_tokens);
+  const int token = token_of(p, c, r);
   if (token < 0) return;
   const HiddenGradSplit split = hidden_grad_split(c, clusters);
   const float factor = c.factors[r];

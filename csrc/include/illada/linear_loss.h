@@ -8,14 +8,15 @@
 
 namespace illada::loss {
 
-// With the listed tokens i (rows[0 .. num_rows), or those with weights[i] != 0), x_i = hidden_i . weight^T
-// [vocab_size], p_i = softmax(x_i) and g_i = weights[i] * scale / normalizer:
-//   nll[i]        = logsumexp(x_i) - x_i[targets[i]]                       in nats; other tokens are not written
-//   hidden_grad_i = g_i (p_i - onehot(targets[i])) . weight                other tokens are not written
+// Of the tokens i whose weights[i] is not 0 (of those that `rows` lists, where it is given), with
+// x_i = hidden_i . weight^T [vocab_size], p_i = softmax(x_i) and g_i = weights[i] * scale / normalizer:
+//   nll[i]        = logsumexp(x_i) - x_i[targets[i]]                       in nats; other tokens' is not written
+//   hidden_grad_i = g_i (p_i - onehot(targets[i])) . weight                other tokens' is not written
 //   weight_grad   = sum_i g_i (p_i - onehot(targets[i]))^T hidden_i        fp32 sums; added to what is there if asked
 //   for
-// Sums are in fp32, p_i is kept in bfloat16 (2^-9 of each value, not of the largest). Every call with the same input
-// gives the same bits. A target outside of [0, vocab_size) makes nll[i] NaN and leaves the token out of both gradients.
+// Nothing of other tokens is read but their weights. Sums are in fp32, p_i is kept in bfloat16 (2^-9 of each value, not
+// of the largest). Calls with the same input give the same bits. A target outside of [0, vocab_size) makes nll[i] NaN
+// and leaves the token out of both gradients.
 struct LinearMaskedCrossEntropyParams {
   const void* hidden = nullptr;           // [num_tokens, width], hidden_dtype
   DType hidden_dtype = DType::kBFloat16;  // kBFloat16, or kFloat32, which is rounded to bfloat16
@@ -28,8 +29,8 @@ struct LinearMaskedCrossEntropyParams {
   const void* targets = nullptr;  // [num_tokens], int64 or int32
   bool targets_are_int64 = true;
   const float* weights = nullptr;  // [num_tokens]
-  const int32_t* rows = nullptr;   // [num_rows], or null: tokens whose weight is not 0, found on the device
-  int64_t num_rows = 0;            // with `rows`
+  const int32_t* rows = nullptr;   // [num_rows], distinct; others than [0, num_tokens) are ignored
+  int64_t num_rows = -1;           // or -1: tokens whose weight is not 0, found on the device
   float scale = 1.0f;
   const float* normalizer = nullptr;  // a scalar on the device, or null: 1
   int64_t chunk_rows = 0;             // tokens whose probabilities exist at a time; 0: kDefaultLogitsBytes of them
@@ -39,7 +40,7 @@ struct LinearMaskedCrossEntropyParams {
   DType weight_grad_dtype = DType::kFloat32;  // or kBFloat16, in which chunks are then summed
   bool add_to_weight_grad = false;            // else it is overwritten
   CudaLaunch launch;
-  void* workspace = nullptr;  // 1024-byte aligned; contents need not be kept or set
+  void* workspace = nullptr;  // 16-byte aligned; contents need not be kept or set
   int64_t workspace_bytes = 0;
 };
 

@@ -9,6 +9,7 @@ are there: three GEMMs instead of four, and never an [N, V] tensor.
 |-----------------|----------------------------|-------------------------------------------------------------------|
 | CPU             | float32, bfloat16          | torch.mm on chunks of rows, native row loop (csrc/cpu) in between |
 | sm_80 and newer | float32, bfloat16, float16 | the same, one fused kernel (csrc/loss) in between                 |
+| sm_90a          | bfloat16                   | GEMMs of our own, which make and take softmax's terms (csrc/loss) |
 """
 
 from __future__ import annotations
@@ -60,7 +61,50 @@ def _fwd_cpu(hidden, weight, targets, token_weights, rows, *arguments):
 
 
 def _fwd_cuda(*arguments):
-    return _fwd_portable(*arguments)  # kernels for one kind of GPU are to be chosen here
+    return _fwd_sm90(*arguments) or _fwd_portable(*arguments)
+
+
+def _fwd_sm90(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    token_weights: Tensor,
+    rows: Tensor | None,
+    normalizer: Tensor | None,
+    scale: float,
+    chunk_rows: int,
+    hidden_grad: bool,
+    weight_grad: bool,
+    compute_dtype: torch.dtype,
+    grad_weight_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """The fused kernels, which find the rows with a weight by themselves; None where they do not apply."""
+    if compute_dtype != torch.bfloat16 or hidden.shape[1] % 8:
+        return None
+    if hidden.stride(0) % 8 or hidden.data_ptr() % 16:
+        hidden = hidden.clone(memory_format=torch.contiguous_format)
+    # Asked for the weight as it is: there is no use in a copy in 16 bits where there is no kernel.
+    size = raw.linear_masked_cross_entropy_workspace(
+        hidden, weight, rows, chunk_rows=chunk_rows, hidden_grad=hidden_grad, weight_grad=weight_grad
+    )
+    if size is None:
+        return None
+    normalizer, scale = where_read(normalizer, scale)
+    head = lib.cast(weight, torch.bfloat16)
+    nll = token_weights.new_zeros(len(hidden))
+    d_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if hidden_grad else hidden.new_empty(0)
+    d_weight = weight.new_empty(weight.shape if weight_grad else (0,), dtype=grad_weight_dtype)
+    raw.linear_masked_cross_entropy(
+        *(nll, hidden, head, kernel_targets(targets), token_weights.contiguous()),
+        None if rows is None else rows.contiguous(),
+        normalizer=normalizer,
+        scale=scale,
+        chunk_rows=chunk_rows,
+        hidden_grad=d_hidden if hidden_grad else None,
+        weight_grad=d_weight if weight_grad else None,
+        workspace=torch.empty(size, dtype=torch.uint8, device=hidden.device),
+    )
+    return weighted_sum(nll, token_weights, normalizer, scale), nll, d_hidden, d_weight
 
 
 def chunk_rows_of(count: int, vocab_size: int, dtype: torch.dtype, is_cuda: bool) -> int:
@@ -277,7 +321,8 @@ def linear_masked_cross_entropy(
         targets: int64 or int32 [T]; must be in [0, V) where the weight is not zero.
         token_weights: float32 [T], 1 / p where masked, 0 elsewhere. Not differentiable.
         rows: int32 [N], the rows to look at, sorted and distinct (default: those with a weight). On CUDA they cannot be
-            found without waiting for the device, so without `rows` all T rows are multiplied by the head: give them.
+            found without waiting for the device, so without `rows` all T rows are multiplied by the head, but for
+            bfloat16 on sm_90a: give them elsewhere.
         normalizer: positive number or 0-dim tensor (read on its device) that divides the sum, such as the number of
             tokens of the global batch (so that gradient accumulation and data parallelism add up). Default 1.
         chunk_rows: rows whose logits exist at a time; default: as many as fit 32 MiB on a CPU, 1.4 GB on CUDA.
@@ -293,8 +338,8 @@ def linear_masked_cross_entropy(
             weight is not zero. NotImplementedError: no kernel was built for this device.
 
     On CUDA nothing waits for the device. Values are not checked there but under ILLADA_DEBUG=1: a target out of range
-    makes its nll, and so the loss, NaN, and its gradient meaningless, but finite; rows out of range are torch's
-    device-side assertion.
+    makes its nll, and so the loss, NaN, and its gradient meaningless, but finite; rows out of range are ignored, or
+    torch's device-side assertion.
 
     Under autocast the GEMMs run in its dtype; the gradients come back in the dtypes of hidden and weight. Gradients
     are computed in the forward pass when they will be needed, so on CUDA the backward runs once (retain_graph=True or

@@ -239,7 +239,7 @@ def _linear_loss_arguments(
         *(address(hidden), DTYPES[hidden.dtype], hidden.stride(0), hidden.shape[0]),
         *(address(weight), weight.stride(0), weight.shape[0], weight.shape[1]),
         *(address(targets), targets.dtype == torch.int64, address(token_weights)),
-        *(address(rows), 0 if rows is None else rows.shape[0], scale, address(normalizer), chunk_rows),
+        *(address(rows), -1 if rows is None else rows.shape[0], scale, address(normalizer), chunk_rows),
         *(address(nll), address(hidden_grad), address(weight_grad), DTYPES[grad_dtype], add_to_weight_grad),
     )
 
@@ -255,15 +255,18 @@ def linear_masked_cross_entropy_workspace(
 ) -> int | None:
     """Bytes of workspace that `linear_masked_cross_entropy` needs; None where it has no kernel for these tensors.
 
-    It has one on sm_90a for a bfloat16 weight, bfloat16 or float32 hidden, and 16-byte aligned rows.
+    It has one on sm_90a for bfloat16 or float32 hidden and 16-byte aligned rows. The weight may have another dtype
+    here, if the call gets it in bfloat16 and contiguous.
     """
-    if not hidden.is_cuda or weight.dtype != torch.bfloat16 or hidden.dtype not in DTYPES:
+    if not hidden.is_cuda or hidden.dtype not in DTYPES:
         return None
+    is_bfloat16 = weight.dtype == torch.bfloat16
     arguments = (
         *(address(hidden), DTYPES[hidden.dtype], hidden.stride(0), hidden.shape[0]),
-        *(address(weight), weight.stride(0), weight.shape[0], weight.shape[1]),
-        # Of what is only looked at for being there, the workspace must have some address: any.
-        *(0, True, 0, int(rows is not None), 0 if rows is None else rows.shape[0], 1.0, 0, chunk_rows),
+        *((address(weight), weight.stride(0)) if is_bfloat16 else (0, weight.shape[1])),
+        *(weight.shape[0], weight.shape[1]),
+        # Gradients are only looked at for being there: any address.
+        *(0, True, 0, 0, -1 if rows is None else rows.shape[0], 1.0, 0, chunk_rows),
         *(0, int(hidden_grad), int(weight_grad), 0, False),
     )
     size = native().linear_masked_cross_entropy_workspace(arguments, hidden.device.index)
