@@ -123,7 +123,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
     beta = 0 if first else 1
     if total.dtype == a.dtype:
         torch.addmm(total, a, b, beta=beta, out=total)
-    elif a.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):  # torch 2.8
+    elif total.dtype == torch.float32 and a.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):  # torch 2.8
         torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, beta=beta, out=total)
     elif first:
         total.copy_(torch.mm(a, b))

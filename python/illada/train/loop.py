@@ -72,7 +72,7 @@ def train(
     num_windows, window = corpus.num_windows(config.data.window), config.data.window
     held_out.num_windows(window)
     model_config = config.model_config(corpus.header)
-    device = _device(config.train, model_config.head_dim)
+    device = _device(config.train, model_config.head_size)
     model = MaskedDiffusionModel(model_config, seed=config.train.seed, device=device)
     model.activation_checkpointing = config.train.activation_checkpointing
     optimizer = _optimizer(model, config)
