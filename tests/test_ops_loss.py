@@ -184,6 +184,29 @@ def test_upstream_gradient_and_partial_requirements(generator):
         assert illada.linear_masked_cross_entropy(leaf, weight, targets, weights).grad_fn is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_added_to_a_buffer(dtype, generator):
+    hidden, weight, targets, weights = make(60, 16, 300, 0.5, 1.0, torch.float32, generator)
+    want = grads_of(illada.linear_masked_cross_entropy, (hidden, weight), targets, weights, normalizer=9.0)
+    leaves = [x.detach().requires_grad_() for x in (hidden, weight)]
+    before = torch.randn(weight.shape, generator=generator).to(dtype)
+    buffer = before.clone()
+    keywords = {"normalizer": 9.0, "chunk_rows": 7, "grad_weight": buffer}
+    loss, nll = illada.linear_masked_cross_entropy(*leaves, targets, weights, return_nll=True, **keywords)
+    (loss + leaves[0].sum()).backward()  # a sum that it is part of
+    torch.testing.assert_close(loss.detach(), want[0].detach())
+    torch.testing.assert_close(nll, want[1])
+    torch.testing.assert_close(leaves[0].grad - 1, want[2], rtol=1e-5, atol=1e-5)
+    assert leaves[1].grad is None
+    torch.testing.assert_close(
+        buffer.float(), before.float() + want[3], **({"rtol": 0.02, "atol": 0.02} if dtype == torch.bfloat16 else {})
+    )
+    again = buffer.clone()
+    with torch.no_grad():
+        assert illada.linear_masked_cross_entropy(*leaves, targets, weights, **keywords) == loss
+    assert torch.equal(buffer, again)
+
+
 def test_autocast_keeps_fp32_gradients(generator):
     hidden, weight, targets, weights = make(60, 64, 500, 0.5, 1.0, torch.float32, generator)
     want = grads_of(illada.linear_masked_cross_entropy, (hidden, weight), targets, weights)
@@ -219,7 +242,12 @@ def test_registration(generator):
     fp32 = torch.float32
     torch.library.opcheck(
         torch.ops.illada.linear_masked_ce_fwd.default,
-        (*leaves, targets, weights, None, None, 1.0, 0, True, True, fp32, fp32),
+        (*leaves, targets, weights, None, None, 1.0, 0, True, True, fp32, fp32, 0.0),
+    )
+    torch.library.opcheck(
+        torch.ops.illada.linear_masked_ce_fwd_.default,
+        (*(x.detach() for x in leaves), targets, weights, None, None, 1.0, 0, True, True, fp32, fp32, 0.0, weight * 0),
+        test_utils=("test_schema", "test_faketensor"),
     )
     torch.library.opcheck(
         torch.ops.illada.linear_masked_ce_bwd.default, (torch.tensor(2.0), hidden.detach(), weight.detach())
@@ -289,6 +317,13 @@ def test_errors(generator):
         (ValueError, r"normalizer must have shape \[\], got \[1\]", lambda: plain(hidden, targets, weights, normalizer=torch.ones(1))),
         (ValueError, "chunk_rows must be at least 1, got 0", lambda: linear(hidden, weight, targets, weights, chunk_rows=0)),
         (TypeError, "grad_weight_dtype must be", lambda: linear(hidden, weight, targets, weights, grad_weight_dtype=torch.float64)),
+        (ValueError, r"filter_eps must be in \[0, 1\), got 1", lambda: linear(hidden, weight, targets, weights, filter_eps=1)),
+        (ValueError, r"grad_weight must have shape \[50, 8\], got \[8, 50\]", lambda: linear(hidden, weight, targets, weights, grad_weight=weight.t())),
+        (ValueError, "grad_weight must be contiguous", lambda: linear(hidden, weight, targets, weights, grad_weight=weight.t().contiguous().t())),
+        (TypeError, "grad_weight must be float32, bfloat16, got float64", lambda: linear(hidden, weight, targets, weights, grad_weight=weight.double())),
+        (ValueError, "grad_weight is on meta", lambda: linear(hidden, weight, targets, weights, grad_weight=weight.to("meta"))),
+        (ValueError, "grad_weight must not require grad", lambda: linear(hidden, weight, targets, weights, grad_weight=weight.clone().requires_grad_())),
+        (ValueError, "grad_weight brings its own dtype", lambda: linear(hidden, weight, targets, weights, grad_weight=weight.clone(), grad_weight_dtype=torch.float32)),
         (ValueError, r"targets\[3\] is 50, outside of \[0, 50\)", lambda: linear(hidden, weight, bad, weights)),
         (ValueError, "normalizer is on meta, but hidden is on cpu", lambda: linear(hidden, weight, targets, weights, normalizer=torch.ones((), device="meta"))),
         (TypeError, "logits must be float32, bfloat16, got float16", lambda: plain(hidden.half(), targets, weights)),

@@ -139,8 +139,9 @@ __device__ __forceinline__ bool finish_row(const LinearMaskedCrossEntropyParams&
   }
   const float logit = c.target_logits[r], reference = c.references[r];
   if (c.lse) c.lse[r] = reference + log2f(sum);
-  const float nll = (reference - logit + log2f(sum)) * kLn2F;
-  p.nll[token] = nll < 0 ? 0.0f : nll;  // the logit and the sum were rounded differently
+  float nll = reference - logit + log2f(sum);
+  if (nll < 1) nll = log2f(exp2f(reference - logit) * sum);  // where p is almost 1, without the digits that cancel
+  p.nll[token] = nll < 0 ? 0.0f : nll * kLn2F;               // the logit and the sum were rounded differently
   const float normalizer = p.normalizer ? *p.normalizer : 1.0f;
   c.factors[r] = p.weights[token] * p.scale / normalizer / sum;
   // p - 1 of the target, from its fp32 logit: what bfloat16 has kept of it would not do where p is almost 1.

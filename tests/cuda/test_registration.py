@@ -57,7 +57,7 @@ def op_calls(device, generator):
         "masked_ce_shard_fwd": (logits, token, weights, 2),
         "linear_masked_ce_fwd": (
             *(hidden.clone().requires_grad_(), weight.clone().requires_grad_(), tokens[:6], confidence.repeat(2)[:6]),
-            *(rows % 6, scalar, 0.5, 3, True, True, fp32, fp32),
+            *(rows % 6, scalar, 0.5, 3, True, True, fp32, fp32, 0.0),
         ),
         "linear_masked_ce_bwd": (scalar, hidden, weight),
         "sample_tokens": (logits, *ARGUMENTS),

@@ -36,11 +36,14 @@ _CHUNK_BYTES_CPU = 32 << 20
 #: The same on CUDA: 4480 rows of 155,136 ids in 16 bits, enough to keep the GEMMs at full speed.
 _CHUNK_BYTES_CUDA = 1_400_000_000
 
-lib.LIBRARY.define(
-    "linear_masked_ce_fwd(Tensor hidden, Tensor weight, Tensor targets, Tensor token_weights, Tensor? rows, "
-    "Tensor? normalizer, float scale, int chunk_rows, bool hidden_grad, bool weight_grad, ScalarType compute_dtype, "
-    "ScalarType grad_weight_dtype) -> (Tensor, Tensor, Tensor, Tensor)",
-    tags=lib.TAGS,
+_FORWARD_ARGUMENTS = (
+    "Tensor hidden, Tensor weight, Tensor targets, Tensor token_weights, Tensor? rows, Tensor? normalizer, "
+    "float scale, int chunk_rows, bool hidden_grad, bool weight_grad, ScalarType compute_dtype, "
+    "ScalarType grad_weight_dtype, float filter_eps"
+)
+lib.LIBRARY.define(f"linear_masked_ce_fwd({_FORWARD_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)", tags=lib.TAGS)
+lib.LIBRARY.define(  # the weight's gradient is added to `grad_weight`
+    f"linear_masked_ce_fwd_({_FORWARD_ARGUMENTS}, Tensor(a!) grad_weight) -> (Tensor, Tensor, Tensor)", tags=lib.TAGS
 )
 lib.LIBRARY.define(
     "linear_masked_ce_bwd(Tensor dloss, Tensor hidden_grad, Tensor weight_grad) -> (Tensor, Tensor)", tags=lib.TAGS
@@ -52,16 +55,24 @@ lib.LIBRARY.define(
 # ---------------------------------------------------------------------------------------------------------- kernels
 
 
-def _fwd_cpu(hidden, weight, targets, token_weights, rows, *arguments):
+def _fwd_cpu(hidden, weight, targets, token_weights, rows, *arguments, **keywords):
     if rows is None:
         rows = token_weights.nonzero().squeeze(-1).int()  # on a CPU the host may look
     elif len(rows) and not (0 <= int(rows.min()) and int(rows.max()) < len(hidden)):
         raise ValueError(f"linear_masked_cross_entropy: rows must be in [0, {len(hidden)}), got {rows.tolist()}")
-    return _fwd_portable(hidden, weight, targets, token_weights, rows, *arguments)
+    return _fwd_portable(hidden, weight, targets, token_weights, rows, *arguments, **keywords)
 
 
-def _fwd_cuda(*arguments):
-    return _fwd_sm90(*arguments) or _fwd_portable(*arguments)
+def _fwd_cuda(*arguments, **keywords):
+    return _fwd_sm90(*arguments, **keywords) or _fwd_portable(*arguments, **keywords)
+
+
+def _fwd_into_cpu(*arguments):
+    return _fwd_cpu(*arguments[:-1], into=arguments[-1])[:3]
+
+
+def _fwd_into_cuda(*arguments):
+    return _fwd_cuda(*arguments[:-1], into=arguments[-1])[:3]
 
 
 def _fwd_sm90(
@@ -77,15 +88,19 @@ def _fwd_sm90(
     weight_grad: bool,
     compute_dtype: torch.dtype,
     grad_weight_dtype: torch.dtype,
+    filter_eps: float,
+    into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-    """The fused kernels, which find the rows with a weight by themselves; None where they do not apply."""
+    """The fused kernels, which find the rows with a weight by themselves; None where they do not apply. `into`: the
+    weight's gradient is added to it."""
     if compute_dtype != torch.bfloat16 or hidden.shape[1] % 8:
         return None
     if hidden.stride(0) % 8 or hidden.data_ptr() % 16:
         hidden = hidden.clone(memory_format=torch.contiguous_format)
     # Asked for the weight as it is: there is no use in a copy in 16 bits where there is no kernel.
+    wanted = {"hidden_grad": hidden_grad, "weight_grad": weight_grad}
     size = raw.linear_masked_cross_entropy_workspace(
-        hidden, weight, rows, chunk_rows=chunk_rows, hidden_grad=hidden_grad, weight_grad=weight_grad
+        hidden, weight, rows, chunk_rows=chunk_rows, filter_eps=filter_eps, **wanted
     )
     if size is None:
         return None
@@ -93,7 +108,9 @@ def _fwd_sm90(
     head = lib.cast(weight, torch.bfloat16)
     nll = token_weights.new_zeros(len(hidden))
     d_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if hidden_grad else hidden.new_empty(0)
-    d_weight = weight.new_empty(weight.shape if weight_grad else (0,), dtype=grad_weight_dtype)
+    d_weight = (
+        weight.new_empty(weight.shape if weight_grad else (0,), dtype=grad_weight_dtype) if into is None else into
+    )
     raw.linear_masked_cross_entropy(
         *(nll, hidden, head, kernel_targets(targets), token_weights.contiguous()),
         None if rows is None else rows.contiguous(),
@@ -102,6 +119,8 @@ def _fwd_sm90(
         chunk_rows=chunk_rows,
         hidden_grad=d_hidden if hidden_grad else None,
         weight_grad=d_weight if weight_grad else None,
+        add_to_weight_grad=into is not None,
+        filter_eps=filter_eps,
         workspace=torch.empty(size, dtype=torch.uint8, device=hidden.device),
     )
     return weighted_sum(nll, token_weights, normalizer, scale), nll, d_hidden, d_weight
@@ -144,8 +163,11 @@ def _fwd_portable(
     weight_grad: bool,
     compute_dtype: torch.dtype,
     grad_weight_dtype: torch.dtype,
+    filter_eps: float,
+    into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """torch.mm on chunks of rows, each turned into its gradient in place. Without `rows`, all T rows meet the head."""
+    """torch.mm on chunks of rows, each turned into its gradient in place. Without `rows`, all T rows meet the head.
+    Always exact: no filter_eps."""
     normalizer, scale = where_read(normalizer, scale)
     targets, token_weights = kernel_targets(targets), token_weights.contiguous()
     head = lib.cast(weight, compute_dtype)
@@ -162,7 +184,13 @@ def _fwd_portable(
             hidden, memory_format=torch.contiguous_format
         )
     d_weight_shape = weight.shape if weight_grad else (0,)
-    d_weight = (weight.new_empty if count else weight.new_zeros)(d_weight_shape, dtype=grad_weight_dtype)
+    if into is None or scale_late:
+        d_weight, is_given = (
+            (weight.new_empty if count else weight.new_zeros)(d_weight_shape, dtype=grad_weight_dtype),
+            False,
+        )
+    else:
+        d_weight, is_given = into, True
     buffer = head.new_empty(min(chunk_rows, count), vocab_size)
     workspace = workspace_for(buffer)
     chunk_lse = nll.new_empty(len(buffer))
@@ -189,11 +217,13 @@ def _fwd_portable(
         if hidden_grad:
             d_hidden[index] = lib.cast(torch.mm(logits, head), hidden.dtype)
         if weight_grad:
-            add_product(d_weight, logits.t(), selected, first=start == 0)
+            add_product(d_weight, logits.t(), selected, first=start == 0 and not is_given)
     if scale_late:
         factor = scale if normalizer is None else scale / normalizer
         d_hidden.mul_(factor)
         d_weight.mul_(factor)
+        if into is not None:
+            into.add_(d_weight)
     return weighted_sum(nll, token_weights, normalizer, scale), nll, d_hidden, d_weight
 
 
@@ -216,7 +246,7 @@ def _bwd_inplace_cuda(dloss: Tensor, hidden_grad: Tensor, weight_grad: Tensor) -
 
 def _fwd_fake(
     hidden, weight, targets, token_weights, rows, normalizer, scale, chunk_rows, hidden_grad, weight_grad,
-    compute_dtype, grad_weight_dtype,
+    compute_dtype, grad_weight_dtype, filter_eps,
 ):  # fmt: skip
     return (
         token_weights.new_empty(()),
@@ -224,6 +254,10 @@ def _fwd_fake(
         hidden.new_empty(hidden.shape if hidden_grad else (0,)),
         weight.new_empty(weight.shape if weight_grad else (0,), dtype=grad_weight_dtype),
     )
+
+
+def _fwd_into_fake(*arguments):
+    return _fwd_fake(*arguments[:-1])[:3]
 
 
 def _bwd_fake(dloss, hidden_grad, weight_grad):
@@ -245,7 +279,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, dloss, *unused):
     if dloss is None:
-        return (None,) * 12
+        return (None,) * 13
     if ctx.scaled:
         raise RuntimeError(
             "linear_masked_cross_entropy: on CUDA the backward runs once; the gradients that the forward pass made "
@@ -259,10 +293,11 @@ def _backward(ctx, dloss, *unused):
     else:
         d_hidden, d_weight = torch.ops.illada.linear_masked_ce_bwd(dloss, *ctx.saved_tensors)
     wants_hidden, wants_weight = ctx.needs
-    return (d_hidden if wants_hidden else None, d_weight if wants_weight else None) + (None,) * 10
+    return (d_hidden if wants_hidden else None, d_weight if wants_weight else None) + (None,) * 11
 
 
 lib.implement("linear_masked_ce_fwd", _fwd_fake, cpu=_fwd_cpu, cuda=_fwd_cuda)
+lib.implement("linear_masked_ce_fwd_", _fwd_into_fake, cpu=_fwd_into_cpu, cuda=_fwd_into_cuda)
 lib.implement("linear_masked_ce_bwd", _bwd_fake, cpu=_bwd, cuda=_bwd)
 lib.implement("linear_masked_ce_bwd_", _bwd_inplace_fake, cpu=_bwd_inplace_cpu, cuda=_bwd_inplace_cuda)
 torch.library.register_autograd(
@@ -271,6 +306,26 @@ torch.library.register_autograd(
 lib.raise_on_double_backward("linear_masked_ce_bwd")
 
 
+class _IntoGradient(torch.autograd.Function):
+    """linear_masked_ce_fwd_, for whose like torch.library has no autograd: an op that writes to an argument."""
+
+    @staticmethod
+    def forward(ctx, hidden, *arguments):
+        loss, nll, hidden_grad = torch.ops.illada.linear_masked_ce_fwd_(hidden, *arguments)
+        ctx.mark_non_differentiable(nll)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(hidden_grad)
+        return loss, nll
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dloss, *unused):
+        (hidden_grad,) = ctx.saved_tensors
+        wants_hidden = dloss is not None and ctx.needs_input_grad[0]
+        return (hidden_grad * dloss if wants_hidden else None,) + (None,) * 13
+
+
+@register_flop_formula(torch.ops.illada.linear_masked_ce_fwd_, get_raw=True)
 @register_flop_formula(torch.ops.illada.linear_masked_ce_fwd, get_raw=True)
 def _fwd_flops(hidden, weight, targets, token_weights, rows, *args, out_val=None, **kwargs) -> int:
     """2 N V C for the logits and as much for each gradient; N from `rows`, the weights, or (unreadable) all T."""
@@ -313,6 +368,8 @@ def linear_masked_cross_entropy(
     chunk_rows: int | None = None,
     return_nll: bool = False,
     grad_weight_dtype: torch.dtype | None = None,
+    grad_weight: Tensor | None = None,
+    filter_eps: float = 0.0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """sum_i w_i * CE(hidden_i @ weight^T, y_i) / normalizer, without ever holding all logits.
 
@@ -329,6 +386,14 @@ def linear_masked_cross_entropy(
         return_nll: also return the negative log-likelihood of each target, float32 [T], nats, 0 where not selected,
             not differentiable.
         grad_weight_dtype: dtype in which the weight's gradient is summed over chunks; default float32.
+        grad_weight: float32 or bfloat16 [V, C], contiguous (say, weight.grad): the weight's gradient is added to it, in
+            the forward pass, and autograd sees none of it, which saves writing, reading and adding another [V, C].
+            It is the gradient of this loss as it is: scale that by `normalizer`, and call backward() on it or on a sum
+            that it is part of, not on a multiple. Nothing is added under torch.no_grad().
+        filter_eps: the gradients may leave out blocks of 256 rows x 256 ids where each probability is below it and
+            none is a target's (on sm_90a; other kernels stay exact). Gradients of hidden_i are then wrong by at most
+            g_i filter_eps sum_v |weight_v|, of weight_v by filter_eps sum_i g_i |hidden_i|, with g_i = w_i / normalizer
+            and sums over what was left out. Default 0: exact.
 
     Returns:
         loss, a float32 scalar; with `return_nll` (loss, nll). No selected rows: loss 0 and zero gradients.
@@ -355,21 +420,35 @@ def linear_masked_cross_entropy(
         raise ValueError(f"{op}: chunk_rows must be at least 1, got {chunk_rows}")
     if grad_weight_dtype not in (None, torch.float32, torch.bfloat16):
         raise TypeError(f"{op}: grad_weight_dtype must be float32 or bfloat16, got {grad_weight_dtype}")
+    if not 0 <= filter_eps < 1:
+        raise ValueError(f"{op}: filter_eps must be in [0, 1), got {filter_eps}")
     normalizer, scale = split_normalizer(op, normalizer, "hidden", hidden)
     check_targets(op, hidden.shape[0], weight.shape[0], targets, token_weights, rows, normalizer)
-    grad_enabled = torch.is_grad_enabled()
-    loss, nll, _, _ = torch.ops.illada.linear_masked_ce_fwd(
-        hidden,
-        weight,
-        targets,
-        token_weights,
-        rows,
-        normalizer,
-        scale,
-        chunk_rows or 0,
-        grad_enabled and hidden.requires_grad,
-        grad_enabled and weight.requires_grad,
+    if grad_weight is not None:
+        _check_grad_weight(op, grad_weight, weight, grad_weight_dtype)
+    needs_grad = torch.is_grad_enabled()
+    arguments = (
+        *(hidden, weight, targets, token_weights, rows, normalizer, scale, chunk_rows or 0),
+        needs_grad and hidden.requires_grad,
+        needs_grad and (weight.requires_grad or grad_weight is not None),
         compute_dtype,
-        grad_weight_dtype or torch.float32,
     )
+    if grad_weight is not None and needs_grad:
+        loss, nll = _IntoGradient.apply(*arguments, grad_weight.dtype, filter_eps, grad_weight)
+    else:
+        loss, nll, _, _ = torch.ops.illada.linear_masked_ce_fwd(
+            *arguments, grad_weight_dtype or torch.float32, filter_eps
+        )
     return (loss, nll) if return_nll else loss
+
+
+def _check_grad_weight(op: str, grad_weight: Tensor, weight: Tensor, grad_weight_dtype: torch.dtype | None) -> None:
+    lib.check_shape(op, "grad_weight", grad_weight, tuple(weight.shape))
+    lib.check_dtype(op, "grad_weight", grad_weight, (torch.float32, torch.bfloat16))
+    lib.check_same_device(op, ("weight", weight), ("grad_weight", grad_weight))
+    if not grad_weight.is_contiguous():
+        raise ValueError(f"{op}: grad_weight must be contiguous, got strides {grad_weight.stride()}")
+    if grad_weight.requires_grad:
+        raise ValueError(f"{op}: grad_weight must not require grad; pass a buffer such as weight.grad")
+    if grad_weight_dtype is not None:
+        raise ValueError(f"{op}: grad_weight brings its own dtype; leave grad_weight_dtype away")

@@ -296,7 +296,8 @@ def linear_masked_cross_entropy(
 
     Other tokens' nll and hidden_grad are left as they are. hidden_grad: [T, C], of hidden's dtype; weight_grad: [V, C],
     float32 or bfloat16, added to if asked for; both contiguous. normalizer: float32 scalar on the device. filter_eps:
-    as in `illada.ops.linear_masked_cross_entropy`. workspace: uint8, of the size that `linear_masked_cross_entropy_workspace` says.
+    as in `illada.ops.linear_masked_cross_entropy`. workspace: uint8, of the size that
+    `linear_masked_cross_entropy_workspace` says.
     """
     arguments = _linear_loss_arguments(
         nll, hidden, weight, targets, token_weights, rows, normalizer, scale, chunk_rows, hidden_grad, weight_grad,

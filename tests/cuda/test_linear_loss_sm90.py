@@ -1,0 +1,248 @@
+"""The fused kernels of linear_masked_cross_entropy: tile edges, range, accumulation, what is left out, launches."""
+
+import pytest
+import torch
+
+import illada
+from illada.ops import linear_loss, raw, reference
+from illada.testing import assert_close_like, relative_error
+
+BF16 = torch.bfloat16
+CASES = [  # N, C, V, spread of the logits, chunk_rows: what the row is for
+    (127, 64, 1000, 1.0, 0),  # one row less than a tile
+    (128, 72, 1000, 0.02, 0),  # flat, as at initialisation
+    (129, 136, 1001, 30.0, 0),  # peaked: most of a row's bits are in a few probabilities
+    (300, 264, 4096, 3.0, 0),  # more columns than a tile
+    (257, 8, 257, 1.0, 0),  # one more than tiles in all directions
+    (600, 64, 700, 1.0, 256),  # three chunks
+    (140, 64, 777, 300.0, 0),  # targets further below the largest logit than the first reference allows
+    (3, 4096, 300, 1.0, 0),  # iLLaDA's width
+    (2, 64, 155136, 1.0, 0),  # iLLaDA's vocabulary
+]
+
+
+@pytest.fixture(autouse=True)
+def fused(device, request):
+    """Skips where the kernels are not built or not for this GPU; then nothing may fall back on the portable path."""
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        pytest.skip("the fused kernels need compute capability 9.0")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear_loss, "_fwd_portable", None)
+        yield
+
+
+def make(case, device, generator, dtype=BF16):
+    """Strided hidden and weight with NaNs around every row, targets, weights. The first and last token have one."""
+    count, width, vocab, spread, _ = case
+
+    def strided(rows, scale, dtype):
+        wide = torch.full((rows + 2, width + 16), torch.nan, dtype=dtype)
+        wide[1:-1, 8 : width + 8] = (torch.randn(rows, width, generator=generator) * scale).to(dtype)
+        return wide.to(device)[1:-1, 8 : width + 8]
+
+    targets = torch.randint(vocab, (count,), generator=generator)
+    targets[0], targets[-1] = 0, vocab - 1
+    weights = 10 ** (3 * torch.rand(count, generator=generator))  # 1 / t down to t = 1e-3
+    return strided(count, spread / width**0.5, dtype), strided(vocab, 1.0, BF16), targets.to(device), weights.to(device)
+
+
+def results(function, hidden, weight, *args, **keywords):
+    leaves = [x.detach().requires_grad_() for x in (hidden, weight)]
+    loss, nll = function(*leaves, *args, return_nll=True, **keywords)
+    return tuple(x.detach().cpu() for x in (loss, nll, *torch.autograd.grad(loss, leaves)))
+
+
+def plain(hidden, weight, *args, **keywords):
+    return reference.masked_cross_entropy((hidden @ weight.T).float(), *args, **keywords)
+
+
+def expected(hidden, weight, targets, weights, **keywords):
+    """(float64, plain torch in bfloat16) on the host."""
+    host = [x.cpu() for x in (hidden, weight, targets, weights)]
+    want = results(reference.linear_masked_cross_entropy, host[0].double(), host[1].double(), *host[2:], **keywords)
+    return want, results(plain, host[0], host[1], *host[2:], **keywords)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_fused_matches_fp64(case, device, generator):
+    inputs = make(case, device, generator)
+    got = results(illada.linear_masked_cross_entropy, *inputs, normalizer=12.5, chunk_rows=case[-1] or None)
+    for name, g, w, b in zip(("loss", "nll", "dX", "dW"), got, *expected(*inputs, normalizer=12.5), strict=True):
+        try:
+            assert_close_like(g, w, b)
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from None
+    assert got[1].min() >= 0
+
+
+def test_sure_rows_keep_their_gradient(device, generator):
+    # The target's probability is 1 - 1e-3 .. 1 - 1e-7: in bfloat16 it would be 1, and the gradient gone.
+    vocab, width = 500, 64
+    weight = torch.nn.functional.normalize(torch.randn(vocab, width, generator=generator)).to(BF16)
+    targets = torch.randint(vocab, (40,), generator=generator)
+    hidden = (weight[targets].float() * torch.linspace(18, 30, 40)[:, None]).to(BF16)
+    inputs = [x.to(device) for x in (hidden, weight, targets, torch.ones(40))]
+    got = results(illada.linear_masked_cross_entropy, *inputs)
+    want, _ = expected(*inputs)
+    assert 1e-8 < want[1].min() < want[1].max() < 0.1
+    assert (got[1] - want[1]).abs().max() < 5e-6  # lse and logit are sums in float32, of 25 nats
+    assert ((got[2].double() - want[2]).norm(dim=1) < 5e-6 + 0.02 * want[2].norm(dim=1)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_fused_adds_to_a_buffer(dtype, device, generator):
+    hidden, weight, targets, weights = make((300, 72, 600, 1.0, 0), device, generator)
+    want, _ = expected(hidden, weight, targets, weights, normalizer=9.0)
+    before = torch.randn(weight.shape, generator=generator).to(dtype).to(device)
+    added = []
+    for start in (torch.zeros_like(before), before):
+        buffer, leaf = start.clone(), hidden.detach().requires_grad_()
+        keywords = {"normalizer": 9.0, "grad_weight": buffer, "chunk_rows": 256}
+        illada.linear_masked_cross_entropy(leaf, weight, targets, weights, **keywords).backward()
+        assert relative_error(leaf.grad.cpu(), want[2]) < 1e-2
+        added.append(buffer.cpu().double() - start.cpu().double())
+    assert relative_error(added[0], want[3]) < 1e-2
+    assert relative_error(added[1], added[0]) < (1e-2 if dtype == BF16 else 1e-6)
+
+
+def test_fused_is_repeatable_and_independent_of_chunks(device, generator):
+    inputs = make((520, 64, 1000, 1.0, 0), device, generator)
+    first, again, chunks = (
+        results(illada.linear_masked_cross_entropy, *inputs, chunk_rows=rows) for rows in (None, None, 256)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert torch.equal(first[1], chunks[1]) and torch.equal(first[2], chunks[2])
+    torch.testing.assert_close(first[3], chunks[3], rtol=1e-2, atol=1e-2)  # bfloat16, summed in another order
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_sparse_tokens_in_a_long_pack(dtype, device, generator):
+    # Several rounds of the search for tokens; hidden in float32 under autocast is rounded on the way.
+    tokens, width, vocab = 2500, 64, 300
+    hidden = torch.full((tokens, width), torch.nan)
+    weights = torch.zeros(tokens)
+    chosen = torch.randperm(tokens, generator=generator)[:70].sort().values
+    chosen[-1] = tokens - 1
+    hidden[chosen] = torch.randn(70, width, generator=generator)
+    weights[chosen] = 1 + torch.rand(70, generator=generator)
+    weight, targets = (
+        torch.randn(vocab, width, generator=generator),
+        torch.randint(vocab, (tokens,), generator=generator),
+    )
+    inputs = [x.to(device) for x in (hidden.to(dtype), weight.to(dtype), targets.int(), weights)]
+    with torch.autocast("cuda", BF16):
+        got = results(illada.linear_masked_cross_entropy, *inputs)
+        named = results(illada.linear_masked_cross_entropy, *inputs, rows=chosen.int().to(device))
+    assert all(torch.equal(a, b) for a, b in zip(got, named, strict=True))
+    part = [hidden[chosen].to(BF16), weight.to(BF16), targets[chosen], weights[chosen]]
+    want, baseline = expected(*part)
+    assert_close_like(got[3].to(baseline[3].dtype), want[3], baseline[3])
+    assert_close_like(got[2][chosen].to(BF16), want[2], baseline[2])
+    assert (got[2][weights == 0] == 0).all() and (got[1][weights == 0] == 0).all()
+
+
+def test_rows_that_are_no_tokens_are_ignored(device, generator):
+    hidden, weight, targets, weights = make((40, 64, 300, 1.0, 0), device, generator)
+    rows = torch.tensor([-1, 3, 7, 40, 2**31 - 1], dtype=torch.int32, device=device)
+    got = results(illada.linear_masked_cross_entropy, hidden, weight, targets, weights, rows=rows)
+    want = results(illada.linear_masked_cross_entropy, hidden, weight, targets, weights, rows=rows[1:3].contiguous())
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w)
+
+
+def test_bad_targets_leave_the_gradients_whole(device, generator):
+    hidden, weight, targets, weights = make((40, 64, 300, 1.0, 0), device, generator)
+    rest = torch.arange(40, dtype=torch.int32, device=device)
+    want = results(illada.linear_masked_cross_entropy, hidden, weight, targets, weights, rows=rest[rest != 3])
+    targets[3] = 300
+    got = results(illada.linear_masked_cross_entropy, hidden, weight, targets, weights)
+    assert got[0].isnan() and got[1].isnan().nonzero().flatten().tolist() == [3]
+    torch.testing.assert_close(got[2], want[2])
+    torch.testing.assert_close(got[3], want[3])
+
+
+# --------------------------------------------------------------------------------------------------------- filter_eps
+
+
+def test_filter_stays_within_its_bound(device, generator):
+    """Two groups of 256 rows, each of which believes in one group of 256 ids."""
+    width, eps = 128, 2.0**-12
+    axes = torch.linalg.qr(torch.randn(width, 3, generator=generator)).Q.T
+    group = torch.arange(512) // 256
+    hidden = (14 * axes[group] + 0.3 * torch.randn(512, width, generator=generator)).to(BF16)
+    weight = (axes[torch.arange(768) // 256] + 0.1 * torch.randn(768, width, generator=generator)).to(BF16)
+    targets = 256 * group + torch.randint(256, (512,), generator=generator)
+    weights = 1 + torch.rand(512, generator=generator)
+    inputs = [x.to(device) for x in (hidden, weight, targets, weights)]
+    exact = results(illada.linear_masked_cross_entropy, *inputs, normalizer=10.0)
+    got = results(illada.linear_masked_cross_entropy, *inputs, normalizer=10.0, filter_eps=eps)
+    assert torch.equal(got[0], exact[0]) and torch.equal(got[1], exact[1])  # the loss is exact
+
+    probabilities = (hidden.double() @ weight.double().T).softmax(-1)
+    top = probabilities.view(2, 256, 3, 256).amax((1, 3))
+    assert (top >= eps).tolist() == [[True, False, False], [False, True, False]]
+    g = weights.double() / 10
+    # 2^-7: bfloat16 results.
+    left_out = [(256, 768), (0, 256), (512, 768)]
+    first = (got[2].double() - exact[2].double())[:256].norm(dim=1)
+    bound = g[:256] * eps * weight[slice(*left_out[0])].double().norm(dim=1).sum()
+    assert (first <= bound + 2**-7 * exact[2][:256].double().norm(dim=1)).all()
+    error = (got[3].double() - exact[3].double()).norm(dim=1)
+    assert (error <= eps * (g * hidden.double().norm(dim=1)).sum() + 1e-6).all()
+    # And it does leave them out: nothing of the second group of rows in the first group of ids.
+    rows = torch.arange(256, dtype=torch.int32, device=device)
+    alone = results(illada.linear_masked_cross_entropy, *inputs, rows=rows, normalizer=10.0)
+    torch.testing.assert_close(got[3][:256], alone[3][:256], rtol=1e-6, atol=1e-9)
+    assert not torch.equal(got[3][:256], exact[3][:256])
+
+
+# ------------------------------------------------------------------------------------------------- memory and errors
+
+
+def test_workspace_of_the_papers_case(device):
+    """8192 tokens, half of them masked: one chunk of probabilities, and little beside it; a quarter in memory mode."""
+    hidden = torch.empty(8192, 4096, dtype=BF16, device="meta")
+    weight = torch.empty(155136, 4096, dtype=BF16, device="meta")
+
+    class Stand:  # the sizes of a tensor on the device, without its 1.3 GB
+        def __init__(self, meta):
+            self.shape, self.dtype, self.is_cuda, self.device = meta.shape, meta.dtype, True, torch.device("cuda", 0)
+            self.stride, self.data_ptr = meta.stride, lambda: 0
+
+    stands = (Stand(hidden), Stand(weight))
+    rows = Stand(torch.empty(4096, device="meta"))
+    logits = 4096 * 155136 * 2
+    assert logits < raw.linear_masked_cross_entropy_workspace(*stands, rows) < logits + 0.15e9
+    assert raw.linear_masked_cross_entropy_workspace(*stands) < 1.4e9 + 0.15e9
+    assert raw.linear_masked_cross_entropy_workspace(*stands, chunk_rows=1024) < 0.4e9
+    no_gradients = {"hidden_grad": False, "weight_grad": False}
+    assert raw.linear_masked_cross_entropy_workspace(*stands, rows, **no_gradients) < 0.06e9
+
+
+def test_raw_errors(device, generator):
+    hidden, weight, targets, weights = make((20, 64, 300, 1.0, 0), device, generator)
+    size = raw.linear_masked_cross_entropy_workspace(hidden, weight)
+    workspace = torch.empty(size, dtype=torch.uint8, device=device)
+    nll, d_weight = torch.zeros(20, device=device), torch.zeros(300, 64, device=device)
+
+    def call(**changes):
+        keywords = {"workspace": workspace, **changes}
+        raw.linear_masked_cross_entropy(keywords.pop("nll", nll), keywords.pop("hidden", hidden), weight, targets, weights, **keywords)  # fmt: skip
+
+    call(weight_grad=d_weight)
+    for error, match, changes in [
+        (ValueError, f"workspace must have {size} bytes, got {size - 1}", {"weight_grad": d_weight, "hidden_grad": torch.empty_like(hidden).contiguous(), "workspace": workspace[:-1]}),
+        (ValueError, "workspace must be 16-byte aligned", {"workspace": workspace[1:]}),
+        (ValueError, "gradients must be 16-byte aligned", {"weight_grad": torch.zeros(300 * 64 + 1, device=device)[1:].view(300, 64)}),
+        (ValueError, "the weight's gradient must be float32 or bfloat16", {"weight_grad": d_weight.half()}),
+        (ValueError, r"filter_eps must be in \[0, 1\), got 1", {"filter_eps": 1.0}),
+        (ValueError, "chunk_rows must not be negative, got -1", {"chunk_rows": -1}),
+        (ValueError, "scale must be finite", {"scale": float("inf")}),
+        (ValueError, "overlap", {"nll": weights}),
+        (NotImplementedError, "compute capability 9.0 .* width that is a multiple of 8", {"hidden": hidden[:, 1:]}),
+    ]:  # fmt: skip
+        with pytest.raises(error, match=match):
+            call(**changes)
+    assert raw.linear_masked_cross_entropy_workspace(hidden[:, 1:], weight[:, 1:]) is None
+    assert raw.linear_masked_cross_entropy_workspace(hidden.half(), weight) is None
+    assert raw.linear_masked_cross_entropy_workspace(hidden.cpu(), weight.cpu()) is None
