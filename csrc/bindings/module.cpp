@@ -201,10 +201,10 @@ void linear_sample_tokens(uintptr_t hidden, int64_t hidden_row_stride, int64_t n
 
 // Of the fused head's loss: hidden, hidden_dtype, hidden_row_stride, num_tokens, weight, weight_row_stride, vocab_size,
 // width, targets, targets_are_int64, weights, rows, num_rows, scale, normalizer, chunk_rows, nll, hidden_grad,
-// weight_grad, weight_grad_dtype, add_to_weight_grad.
+// weight_grad, weight_grad_dtype, add_to_weight_grad, filter_eps.
 using LinearLossArguments =
     std::tuple<uintptr_t, int, int64_t, int64_t, uintptr_t, int64_t, int64_t, int64_t, uintptr_t, bool, uintptr_t,
-               uintptr_t, int64_t, float, uintptr_t, int64_t, uintptr_t, uintptr_t, uintptr_t, int, bool>;
+               uintptr_t, int64_t, float, uintptr_t, int64_t, uintptr_t, uintptr_t, uintptr_t, int, bool, float>;
 
 loss::LinearMaskedCrossEntropyParams linear_loss_params(const LinearLossArguments& arguments,
                                                         const LaunchArguments& launch) {
@@ -230,6 +230,7 @@ loss::LinearMaskedCrossEntropyParams linear_loss_params(const LinearLossArgument
   p.weight_grad = pointer<void>(std::get<18>(arguments));
   p.weight_grad_dtype = DType(std::get<19>(arguments));
   p.add_to_weight_grad = std::get<20>(arguments);
+  p.filter_eps = std::get<21>(arguments);
   p.launch = {std::get<0>(launch), pointer<void>(std::get<1>(launch))};
   p.workspace = pointer<void>(std::get<2>(launch));
   p.workspace_bytes = std::get<3>(launch);

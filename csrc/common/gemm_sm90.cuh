@@ -71,10 +71,15 @@ class GemmSm90 {
   // Where shared memory of the kernel's own may begin, 1024-byte aligned, behind kSmemBytes.
   __device__ __forceinline__ uint32_t end_of_storage() const { return storage_ + uint32_t(sizeof(Storage)); }
 
-  // By the producer's thread: a from row a_first, b from row b_first and of it `boxes_b` boxes, for `k_tiles` steps of
-  // K from step k_first. What lies outside of the maps is 0.
+  // By the producer's thread: a from row a_first, b from row b_first and of it `boxes_b` boxes, for those of `k_tiles`
+  // steps of K from step k_first that are wanted. What lies outside of the maps is 0.
   __device__ __forceinline__ void load(int a_first, int b_first, int k_first, int k_tiles, int boxes_b = kBoxesB) {
-    for (int k = k_first; k < k_first + k_tiles; ++k, ring_.advance()) {
+    load(a_first, b_first, k_first, k_tiles, boxes_b, [](int) { return true; });
+  }
+  template <typename Wanted>
+  __device__ __forceinline__ void load(int a_first, int b_first, int k_first, int k_tiles, int boxes_b, Wanted wanted) {
+    for (int k = k_first; k < k_first + k_tiles; ++k) {
+      if (!wanted(k)) continue;
       ptx::mbarrier_wait(empty(ring_.stage), ring_.parity ^ 1);
       const uint32_t barrier = full(ring_.stage);
       ptx::mbarrier_arrive_expect_tx(barrier, uint32_t((kTileM + boxes_b * kBoxB) * kTileK * 2));
@@ -94,6 +99,7 @@ class GemmSm90 {
           ptx::tma_load_2d(target, b_map_, barrier, x, y);
         }
       }
+      ring_.advance();
     }
   }
 

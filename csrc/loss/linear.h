@@ -23,9 +23,10 @@ struct LinearPlan {
   int64_t list = 0, count = 0;
   // Of a chunk: rows of hidden [rows, width], 2^(logit - reference) [rows, prob_stride], their sums and the largest
   // logit [id_tiles, rows] in log2; of each row the target's logit in log2, the reference, and the factor that makes a
-  // gradient of its probabilities; which pairs of tiles have to be done again; slabs [slab_rows, width].
+  // gradient of its probabilities; which pairs of tiles have to be done again; slabs [slab_rows, width]; with
+  // filter_eps the lse in log2 [rows] and which pairs of row tiles x tiles of the vocabulary matter.
   int64_t hidden = 0, probs = 0, sums = 0, maxima = 0, target_logits = 0, references = 0, factors = 0, again = 0,
-          slabs = 0;
+          slabs = 0, lse = 0, live = 0;
   int64_t bytes = 0;
 };
 LinearPlan plan_linear(const LinearMaskedCrossEntropyParams& params, const Device& device);
@@ -42,6 +43,8 @@ struct LinearChunk {
   int64_t prob_stride;
   float *sums, *maxima, *target_logits, *references, *factors;
   int32_t* again;
+  float* lse;     // with `live` alone
+  uint8_t* live;  // [rows / kPairRows, id_tiles], or null: all are
   float* slabs;
   int slab_rows;
 

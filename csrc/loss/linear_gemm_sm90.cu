@@ -25,12 +25,29 @@ namespace {
 
 constexpr int kTileM = 128, kTileN = 256, kTileK = 64, kThreads = 384;
 static_assert(kPairRows == 2 * kTileM && kTileIds == kTileN);
+constexpr int kStepsOfFlag = 4;
+static_assert(kStepsOfFlag * kTileK == kPairRows && kStepsOfFlag * kTileK == kTileIds);
 
 __host__ __device__ constexpr int tiles_of(int size, int tile) { return (size + tile - 1) / tile; }
 
-// A tile: where in a and b it begins, and which steps of K.
+// A tile: where in a and b it begins, and which steps of K. Where dead probabilities are left out (filter_eps), `live`
+// says of each four steps from 0 on, `live_stride` flags apart, whether one of them matters; the first step is always
+// taken, so that there is a product.
 struct Tile {
   int m, n, k_first, k_tiles;
+  const uint8_t* live = nullptr;
+  int live_stride = 0;
+
+  __device__ __forceinline__ bool wants(int k) const {
+    return !live || k == k_first || live[int64_t(k / kStepsOfFlag) * live_stride];
+  }
+  // How many steps are wanted; by whole warps.
+  __device__ __forceinline__ int steps() const {
+    if (!live) return k_tiles;
+    int count = 0;
+    for (int k = int(threadIdx.x) % 32; k < k_tiles; k += 32) count += wants(k_first + k);
+    return __reduce_add_sync(kFullWarp, count);
+  }
 };
 
 // Shared memory: what the main loop has, then the buffers of the eight warps that store.
@@ -57,7 +74,7 @@ __device__ __forceinline__ void run(const CUtensorMap& a_map, const CUtensorMap&
       for (int i = pair; i < job.count; i += pairs) {
         if (!job.wanted(chunk, i)) continue;
         const Tile tile = job.tile(chunk, i, gemm.rank());
-        gemm.load(tile.m, tile.n, tile.k_first, tile.k_tiles);
+        gemm.load(tile.m, tile.n, tile.k_first, tile.k_tiles, Gemm::kBoxesB, [&](int k) { return tile.wants(k); });
       }
     }
   } else {
@@ -68,7 +85,7 @@ __device__ __forceinline__ void run(const CUtensorMap& a_map, const CUtensorMap&
     for (int i = pair; i < job.count; i += pairs) {
       if (!job.wanted(chunk, i)) continue;
       const Tile tile = job.tile(chunk, i, gemm.rank());
-      gemm.multiply(d, warp / 4, tile.k_tiles);
+      gemm.multiply(d, warp / 4, tile.steps());
       job.finish(chunk, i, tile, tile.m + warp * Job::Store::kRows, d, store, &out_map);
     }
     store.finish();
@@ -169,8 +186,13 @@ struct HiddenGradJob {
   // A split's tiles one after the other: those that run at the same time read the same stretch of the vocabulary.
   __device__ __forceinline__ Tile tile(const LinearChunk& c, int i, int rank) const {
     const int tile = i % (split.row_pairs * columns), k_first = i / (split.row_pairs * columns) * split.k_tiles;
-    return {tile % split.row_pairs * kPairRows + rank * kTileM, tile / split.row_pairs * kTileN, k_first,
-            min(split.k_tiles, tiles_of(c.vocab_size, kTileK) - k_first)};
+    const int row_pair = tile % split.row_pairs, k_tiles = min(split.k_tiles, tiles_of(c.vocab_size, kTileK) - k_first);
+    return {row_pair * kPairRows + rank * kTileM,
+            tile / split.row_pairs * kTileN,
+            k_first,
+            k_tiles,
+            c.live ? c.live + int64_t(row_pair) * c.id_tiles : nullptr,
+            1};
   }
   __device__ __forceinline__ void finish(const LinearChunk&, int i, const Tile& tile, int warp_row,
                                          float (&d)[kTileN / 2], Store& store, const void* out_map) const {
@@ -205,8 +227,14 @@ struct WeightGradJob {
   }
   __device__ __forceinline__ bool wanted(const LinearChunk&, int) const { return true; }
   // All columns of a stretch of the vocabulary before the next: the probabilities come from memory once.
-  __device__ __forceinline__ Tile tile(const LinearChunk&, int i, int rank) const {
-    return {i / columns * kTileIds + rank * kTileM, i % columns * kTileN, 0, k_tiles};
+  __device__ __forceinline__ Tile tile(const LinearChunk& c, int i, int rank) const {
+    const int id_tile = i / columns;
+    return {id_tile * kTileIds + rank * kTileM,
+            i % columns * kTileN,
+            0,
+            k_tiles,
+            c.live ? c.live + id_tile : nullptr,
+            c.id_tiles};
   }
   __device__ __forceinline__ void finish(const LinearChunk&, int, const Tile& tile, int warp_row,
                                          float (&d)[kTileN / 2], Store& store, const void* out_map) const {

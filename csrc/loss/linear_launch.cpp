@@ -42,6 +42,7 @@ void validate(const LinearMaskedCrossEntropyParams& p) {
   ILLADA_CHECK(p.width <= kMost, kOp, "width must be less than 2^31 - 256, got ", p.width);
   ILLADA_CHECK(p.num_rows >= -1 && p.num_rows <= kMost, kOp, "num_rows must be in [-1, 2^31 - 257], got ", p.num_rows);
   ILLADA_CHECK(std::isfinite(p.scale), kOp, "scale must be finite, got ", p.scale);
+  ILLADA_CHECK(p.filter_eps >= 0 && p.filter_eps < 1, kOp, "filter_eps must be in [0, 1), got ", p.filter_eps);
   ILLADA_CHECK(p.chunk_rows >= 0, kOp, "chunk_rows must not be negative, got ", p.chunk_rows);
   ILLADA_CHECK(p.weight_grad_dtype != DType::kFloat16, kOp, "the weight's gradient must be float32 or bfloat16");
   ILLADA_CHECK(reinterpret_cast<uintptr_t>(p.workspace) % 16 == 0, kOp, "workspace must be 16-byte aligned");
@@ -79,6 +80,10 @@ LinearPlan plan_linear(const LinearMaskedCrossEntropyParams& p, const Device& gp
   plan.references = place(4 * plan.rows);
   plan.factors = place(4 * plan.rows);
   plan.again = place(4 * plan.rows / kPairRows);
+  if (gradients && p.filter_eps > 0) {
+    plan.lse = place(4 * plan.rows);
+    plan.live = place(plan.rows / kPairRows * plan.id_tiles);
+  }
   if (gradients) plan.probs = place(plan.rows * plan.prob_stride * 2);
   if (p.hidden_grad) {
     // Where the rows fill few clusters, there is room to split the vocabulary over the others.
@@ -142,6 +147,10 @@ void linear_masked_cross_entropy_cuda(const LinearMaskedCrossEntropyParams& p) {
   chunk.references = floats(plan.references);
   chunk.factors = floats(plan.factors);
   chunk.again = reinterpret_cast<int32_t*>(base + plan.again);
+  if (plan.live) {
+    chunk.lse = floats(plan.lse);
+    chunk.live = reinterpret_cast<uint8_t*>(base + plan.live);
+  }
   chunk.slabs = floats(plan.slabs);
   chunk.slab_rows = plan.slab_rows;
   if (p.num_rows < 0)

@@ -55,6 +55,11 @@ __device__ __forceinline__ int token_of(const LinearMaskedCrossEntropyParams& p,
   return token >= 0 && token < p.num_tokens && p.weights[token] != 0 ? token : -1;
 }
 
+__device__ __forceinline__ int64_t target_of(const LinearMaskedCrossEntropyParams& p, int token) {
+  return p.targets_are_int64 ? static_cast<const int64_t*>(p.targets)[token]
+                             : static_cast<const int32_t*>(p.targets)[token];
+}
+
 // A CTA a row: hidden's row in bfloat16, zeros to the end of the pair of tiles, and the target's logit.
 constexpr int kRowThreads = 128;
 template <typename T>
@@ -65,12 +70,14 @@ __global__ __launch_bounds__(kRowThreads) void illada_linear_masked_cross_entrop
   ptx::griddepcontrol_launch_dependents();
   const int r = int(blockIdx.x), used = c.used();
   if (r >= (used + kPairRows - 1) / kPairRows * kPairRows) return;
-  if (r % kPairRows == 0 && threadIdx.x == 0) c.again[r / kPairRows] = 0;
+  if (r % kPairRows == 0) {
+    if (threadIdx.x == 0) c.again[r / kPairRows] = 0;
+    if (c.live)
+      for (int i = int(threadIdx.x); i < c.id_tiles; i += kRowThreads)
+        c.live[int64_t(r / kPairRows) * c.id_tiles + i] = 0;
+  }
   const int token = r < used ? token_of(p, c, r) : -1;
-  int64_t target = -1;
-  if (token >= 0)
-    target = p.targets_are_int64 ? static_cast<const int64_t*>(p.targets)[token]
-                                 : static_cast<const int32_t*>(p.targets)[token];
+  const int64_t target = token >= 0 ? target_of(p, token) : -1;
   const bool has_target = target >= 0 && target < p.vocab_size;
 
   const T* hidden = static_cast<const T*>(p.hidden) + int64_t(max(token, 0)) * p.hidden_row_stride;
@@ -108,7 +115,9 @@ __global__ __launch_bounds__(kRowThreads) void illada_linear_masked_cross_entrop
 // -------------------------------------------------------------------------------------------------------- statistics
 
 // A CTA has 32 rows; 8 warps share out the tiles of the vocabulary, a lane to a row. The first launch reads all sums.
-// The second one those of the pairs that had to be done again, and multiplies hidden's rows with their factors.
+// The
+// second one those of the pairs that had to be done again; it marks what matters, and multiplies hidden's rows with
+// their factors.
 constexpr int kStatisticsRows = 32, kStatisticsWarps = 8;
 static_assert(kPairRows % kStatisticsRows == 0);
 
@@ -117,9 +126,9 @@ __device__ __forceinline__ bool finish_row(const LinearMaskedCrossEntropyParams&
                                            float sum, float top, bool again, bool keep) {
   const int token = token_of(p, c, r);
   c.factors[r] = 0;
+  if (c.lse) c.lse[r] = INFINITY;
   if (token < 0) return false;
-  const int64_t target = p.targets_are_int64 ? static_cast<const int64_t*>(p.targets)[token]
-                                             : static_cast<const int32_t*>(p.targets)[token];
+  const int64_t target = target_of(p, token);
   if (target < 0 || target >= p.vocab_size) {
     p.nll[token] = NAN;
     return false;
@@ -129,6 +138,7 @@ __device__ __forceinline__ bool finish_row(const LinearMaskedCrossEntropyParams&
     return true;
   }
   const float logit = c.target_logits[r], reference = c.references[r];
+  if (c.lse) c.lse[r] = reference + log2f(sum);
   const float nll = (reference - logit + log2f(sum)) * kLn2F;
   p.nll[token] = nll < 0 ? 0.0f : nll;  // the logit and the sum were rounded differently
   const float normalizer = p.normalizer ? *p.normalizer : 1.0f;
@@ -166,6 +176,15 @@ __global__ __launch_bounds__(32 * kStatisticsWarps) void illada_linear_masked_cr
       if (finish_row(p, c, r, sum, top, again, keep)) c.again[first / kPairRows] = 1;
     }
     __syncthreads();
+  }
+  if (again && c.live) {
+    const float lse = r < used ? c.lse[r] : INFINITY;
+    const int64_t target = lse < INFINITY ? target_of(p, token_of(p, c, r)) : -1;
+    for (int tile = warp; tile < c.id_tiles; tile += kStatisticsWarps) {
+      const float top = lse < INFINITY ? c.maxima[int64_t(tile) * c.rows + r] : -INFINITY;
+      const bool matters = exp2f(top - lse) >= p.filter_eps || (target >= 0 && target / kTileIds == tile);
+      if (__any_sync(kFullWarp, matters) && lane == 0) c.live[int64_t(first / kPairRows) * c.id_tiles + tile] = 1;
+    }
   }
   if (!again || !p.weight_grad) return;
   for (int row = first; row < min(first + kStatisticsRows, used); ++row) {

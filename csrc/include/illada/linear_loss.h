@@ -34,9 +34,13 @@ struct LinearMaskedCrossEntropyParams {
   float scale = 1.0f;
   const float* normalizer = nullptr;  // a scalar on the device, or null: 1
   int64_t chunk_rows = 0;             // tokens whose probabilities exist at a time; 0: kDefaultLogitsBytes of them
-  float* nll = nullptr;               // [num_tokens]
-  void* hidden_grad = nullptr;        // [num_tokens, width], contiguous, hidden_dtype; or null
-  void* weight_grad = nullptr;        // [vocab_size, width], contiguous, weight_grad_dtype; or null
+  // 0: exact. Else blocks of 256 rows x 256 ids whose every p is below it and which hold no target are left out of the
+  // gradients: hidden_grad_i is wrong by less than g_i filter_eps sum_v |weight_v|, weight_grad_v by less than
+  // filter_eps sum_i g_i |hidden_i|, sums over what was left out.
+  float filter_eps = 0.0f;
+  float* nll = nullptr;                       // [num_tokens]
+  void* hidden_grad = nullptr;                // [num_tokens, width], contiguous, hidden_dtype; or null
+  void* weight_grad = nullptr;                // [vocab_size, width], contiguous, weight_grad_dtype; or null
   DType weight_grad_dtype = DType::kFloat32;  // or kBFloat16, in which chunks are then summed
   bool add_to_weight_grad = false;            // else it is overwritten
   CudaLaunch launch;

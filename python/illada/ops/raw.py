@@ -231,7 +231,7 @@ def scale(data: Tensor, factor: Tensor) -> None:
 def _linear_loss_arguments(
     nll: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor, rows: Tensor | None,
     normalizer: Tensor | None, scale: float, chunk_rows: int, hidden_grad: Tensor | None, weight_grad: Tensor | None,
-    add_to_weight_grad: bool,
+    add_to_weight_grad: bool, filter_eps: float,
 ) -> tuple:  # fmt: skip
     """LinearLossArguments of csrc/bindings."""
     grad_dtype = torch.float32 if weight_grad is None else weight_grad.dtype
@@ -240,7 +240,7 @@ def _linear_loss_arguments(
         *(address(weight), weight.stride(0), weight.shape[0], weight.shape[1]),
         *(address(targets), targets.dtype == torch.int64, address(token_weights)),
         *(address(rows), -1 if rows is None else rows.shape[0], scale, address(normalizer), chunk_rows),
-        *(address(nll), address(hidden_grad), address(weight_grad), DTYPES[grad_dtype], add_to_weight_grad),
+        *(address(nll), address(hidden_grad), address(weight_grad), DTYPES[grad_dtype], add_to_weight_grad, filter_eps),
     )
 
 
@@ -252,6 +252,7 @@ def linear_masked_cross_entropy_workspace(
     chunk_rows: int = 0,
     hidden_grad: bool = True,
     weight_grad: bool = True,
+    filter_eps: float = 0.0,
 ) -> int | None:
     """Bytes of workspace that `linear_masked_cross_entropy` needs; None where it has no kernel for these tensors.
 
@@ -267,7 +268,7 @@ def linear_masked_cross_entropy_workspace(
         *(weight.shape[0], weight.shape[1]),
         # Gradients are only looked at for being there: any address.
         *(0, True, 0, 0, -1 if rows is None else rows.shape[0], 1.0, 0, chunk_rows),
-        *(0, int(hidden_grad), int(weight_grad), 0, False),
+        *(0, int(hidden_grad), int(weight_grad), 0, False, filter_eps),
     )
     size = native().linear_masked_cross_entropy_workspace(arguments, hidden.device.index)
     return None if size < 0 else size
@@ -287,18 +288,19 @@ def linear_masked_cross_entropy(
     hidden_grad: Tensor | None = None,
     weight_grad: Tensor | None = None,
     add_to_weight_grad: bool = False,
+    filter_eps: float = 0.0,
     workspace: Tensor,
 ) -> None:
     """The kernels of `illada.ops.linear_masked_cross_entropy` on sm_90a: nll float32 [T] and the gradients of
     sum_i w_i nll_i * scale / normalizer, each of tokens with a weight (of `rows`) alone.
 
     Other tokens' nll and hidden_grad are left as they are. hidden_grad: [T, C], of hidden's dtype; weight_grad: [V, C],
-    float32 or bfloat16, added to if asked for; both contiguous. normalizer: float32 scalar on the device. workspace:
-    uint8, of the size that `linear_masked_cross_entropy_workspace` says.
+    float32 or bfloat16, added to if asked for; both contiguous. normalizer: float32 scalar on the device. filter_eps:
+    as in `illada.ops.linear_masked_cross_entropy`. workspace: uint8, of the size that `linear_masked_cross_entropy_workspace` says.
     """
     arguments = _linear_loss_arguments(
         nll, hidden, weight, targets, token_weights, rows, normalizer, scale, chunk_rows, hidden_grad, weight_grad,
-        add_to_weight_grad,
+        add_to_weight_grad, filter_eps,
     )  # fmt: skip
     native().linear_masked_cross_entropy(arguments, _cuda_launch("linear_masked_cross_entropy", hidden, workspace))
 
