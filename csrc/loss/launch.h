@@ -18,7 +18,7 @@ inline int pieces_of(int64_t vocab_size) {
 // How the kernel that makes nll and gradient at once holds a row: `vectors` vectors of 8 ids a thread in a cluster of
 // `cluster` CTAs; 0: the row is too long for it.
 struct FusedShape {
-  static constexpr int kThreads = 512;
+  static constexpr int kThreads = 256;
   int vectors = 0;
   int cluster = 1;
 };

@@ -295,9 +295,19 @@ __device__ __forceinline__ Softmax merge_cluster(Softmax softmax, float2* part, 
   return softmax;
 }
 
+// CTAs of the fused kernel on an SM at a time: while some wait for memory or for their cluster, others compute. As many
+// as ptxas finds registers for without spilling.
+template <typename T, int kVectors>
+constexpr int kFusedCtas =
+#if __CUDA_ARCH__ == 900
+    sizeof(T) == 2 ? (kVectors == 8 ? 4 : 3) : 2;
+#else
+    2;
+#endif
+
 // Launched as clusters of `cluster` CTAs, 1 before sm_90.
 template <typename T, int kVectors>
-__global__ __launch_bounds__(kFusedThreads, sizeof(T) == 2 ? 2 : 1) void illada_masked_cross_entropy_fused_sm80(
+__global__ __launch_bounds__(kFusedThreads, kFusedCtas<T, kVectors>) void illada_masked_cross_entropy_fused_sm80(
     const __grid_constant__ MaskedCrossEntropyParams p, int cluster) {
   __shared__ float2 shared[kFusedWarps], part;
   ptx::griddepcontrol_wait();
@@ -387,11 +397,11 @@ void launch_backward(const MaskedCrossEntropyParams& p, const Device& device) {
 }
 
 FusedShape fused_shape(int64_t vocab_size, const Device& device) {
-  // Of a row, a CTA holds 16,384 ids with 4 vectors a thread; with 5 vectors a cluster of 8, which every GPU with
-  // clusters allows, holds the vocabularies of all models that we know of.
+  // Of a row, a CTA holds 16,384 ids with 8 vectors a thread; with 10 vectors a cluster of 8, which every GPU with
+  // clusters allows, holds the vocabularies of the models that this is for.
   FusedShape shape;
   const int64_t most = device.compute_capability >= 90 ? 8 : 1;
-  for (shape.vectors = 4; shape.vectors <= 5; ++shape.vectors)
+  for (shape.vectors = 8; shape.vectors <= 10; shape.vectors += 2)
     for (shape.cluster = 1; shape.cluster <= most; shape.cluster *= 2)
       if (vocab_size <= int64_t(shape.vectors) * shape.cluster * kFusedThreads * kVector) return shape;
   return {0, 1};
@@ -403,8 +413,8 @@ void launch_fused(const MaskedCrossEntropyParams& p, const Device& device, const
   dispatch(p.dtype, [&](auto element) {
     using T = decltype(element);
     launch_kernel(kOp, device, p.launch.stream, shape,
-                  fused.vectors == 4 ? illada_masked_cross_entropy_fused_sm80<T, 4>
-                                     : illada_masked_cross_entropy_fused_sm80<T, 5>,
+                  fused.vectors == 8 ? illada_masked_cross_entropy_fused_sm80<T, 8>
+                                     : illada_masked_cross_entropy_fused_sm80<T, 10>,
                   p, fused.cluster);
   });
 }

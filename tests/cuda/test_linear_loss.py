@@ -336,3 +336,28 @@ def test_checkpointing_changes_nothing(device, generator):
     want = head_results(illada.linear_masked_cross_entropy, hidden, weight, targets, weights, rows=rows)
     got = head_results(checkpointed, hidden, weight, targets, weights, rows=rows)
     assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("with_rows", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_group_of_one(dtype, with_rows, one_process, device, generator):
+    """Two processes are in tests/test_vocab_parallel.py, shards of logits in test_loss.py."""
+    (hidden, weight, targets, weights, rows), width = make_head(CASES[1], dtype, device, generator)
+    hidden = hidden[:, :width]
+    got = head_results(
+        *(illada.linear_masked_cross_entropy_vocab_parallel, hidden, weight, targets, weights),
+        vocab_start=0, rows=rows if with_rows else None, chunk_rows=7, normalizer=torch.tensor(12.5, device=device),
+    )  # fmt: skip
+    assert_head_like_plain(got, *expected(hidden, weight, targets, weights, 12.5))
+    targets[0] = weight.shape[0]  # in no shard
+    nll = illada.linear_masked_cross_entropy_vocab_parallel(
+        hidden, weight, targets, weights, vocab_start=0, return_nll=True
+    )[1]
+    assert nll.isnan().nonzero().tolist() == [[0]]

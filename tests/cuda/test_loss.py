@@ -216,7 +216,7 @@ FUSED = [  # rows, V: how a row is held
     (5, 20001),  # by a cluster of two
     (3, 65000),  # of four
     (2, 131072),  # of eight
-    (2, 155136),  # of eight with five vectors a thread
+    (2, 155136),  # of eight with ten vectors a thread
     (2, 163841),  # not at all: a forward and a backward
 ]
 

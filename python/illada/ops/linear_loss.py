@@ -202,7 +202,8 @@ def _fwd_portable(
         if rows is None:  # the chunk's tokens are neighbours
             of_targets, of_weights = targets[part], token_weights[part]
         else:
-            index = chunk = rows[part].contiguous()
+            chunk = rows[part].contiguous()
+            index = lib.cast(chunk, torch.int64)
         # What is in a row without a weight must not reach the weight's gradient: 0 * NaN is NaN.
         selected = hidden[index].masked_fill((token_weights[index] == 0).unsqueeze(-1), 0)
         selected = lib.cast(selected, compute_dtype)

@@ -122,7 +122,7 @@ class _VocabParallelLoss(torch.autograd.Function):
         buffer = head.new_empty(min(chunk_rows, count), len(weight))
         for start in range(0, count, chunk_rows):
             part = slice(start, min(start + chunk_rows, count))
-            index = part if rows is None else rows[part]
+            index = part if rows is None else rows[part].long()
             its_targets, its_weights = targets[index], token_weights[index]
             selected = lib.cast(hidden[index].masked_fill((its_weights == 0).unsqueeze(-1), 0), dtype)
             logits = torch.mm(selected, head.t(), out=buffer[: part.stop - part.start])
