@@ -2,7 +2,7 @@
 
     CUSIM=../shared/cusim python .ci/counters.py     (a Python with a CUDA build of torch and the `sim` build of illada)
 
-Fails where a promise of docs/design-remask.md or docs/design-attention.md is broken.
+Fails where a promise of docs/design-remask.md, docs/design-attention.md or docs/design-loss.md is broken.
 """
 
 import json
@@ -44,6 +44,17 @@ q, k, v, dout = (torch.randn(1024, n, 128, generator=generator).to(torch.bfloat1
 leaves = [x.requires_grad_() for x in (q, k, v)]
 out = illada.varlen_attention(*leaves, torch.tensor([0, 1024], dtype=torch.int32).cuda())
 torch.autograd.grad(out, leaves, dout)
+"""
+LOSS = """
+import torch, torch_on_cusim
+torch_on_cusim.enable()
+import illada
+generator = torch.Generator().manual_seed(0)
+hidden, weight = (torch.randn(n, {width}, generator=generator) for n in ({rows}, {vocab}))
+leaves = [x.to(torch.bfloat16).cuda().requires_grad_() for x in (hidden / {width}**0.5, weight)]
+targets = torch.randint({vocab}, ({rows},), generator=generator).cuda()
+loss = illada.linear_masked_cross_entropy(*leaves, targets, torch.ones({rows}).cuda())
+torch.autograd.grad(loss, leaves)
 """
 
 
@@ -142,6 +153,30 @@ def main() -> None:
     other = max(cycles, key=cycles.__getitem__)
     # Shared memory, because TMA fills it as well: the products alone read a little less than the tensor cores' time.
     expect(f"{name}: cycles of the tensor cores / of the next busiest ({other})", tensor / cycles[other], 0.94, 10)
+    rows, vocab, width = 512, 2048, 1024
+    reports = counters(LOSS.format(rows=rows, vocab=vocab, width=width), "illada_linear_masked_cross_entropy")
+    name = f"linear_masked_cross_entropy, {rows} x {width} x {vocab}, bfloat16"
+    expect(f"{name}: launches", len(reports), 9, 9)
+    logits, again, hidden_grad, weight_grad = (r for r in reports if "linear_gemm" in r["kernel"])
+    # A pair of CTAs has a tile of 256 x 256, and reads 64 KB for 64 of K.
+    tile = 64 * 1024
+    planned = (rows // 256) * (vocab // 256) * (width // 64) * tile  # as much for each GEMM
+    for gemm, report, stored in (
+        ("logits", logits, rows * vocab * 2),
+        ("gradient of hidden", hidden_grad, 8 * rows * width * 4),  # eight splits of the vocabulary
+        ("gradient of the weight", weight_grad, vocab * width * 4),
+    ):
+        memory = report["global"]
+        expect(f"{name}, {gemm}: bytes loaded in tiles / planned", memory["tma_load_bytes"] / planned, 1.0, 1.0)
+        expect(f"{name}, {gemm}: bytes stored in tiles / of the result", memory["tma_store_bytes"] / stored, 1.0, 1.0)
+    expect(f"{name}: bytes moved to do again what needs no second time", again["global"]["tma_load_bytes"], 0, 0)
+    conflicts = sum(r["shared"]["conflict_excess"] + r["shared"]["matrix_conflict_excess"] for r in reports)
+    expect(f"{name}: bank conflicts of all launches", conflicts, 0, 0)
+    expect(f"{name}: local memory accesses of all launches", sum(r["local_accesses"] for r in reports), 0, 0)
+    cycles = {pipe: count for pipe, count in logits["min_cycles"].items() if pipe not in ("L2", "HBM")}
+    tensor = cycles.pop("tensor")
+    other = max(cycles, key=cycles.__getitem__)
+    expect(f"{name}: cycles of the tensor cores / of the next busiest pipe ({other})", tensor / cycles[other], 1.0, 10)
     if faults:
         raise SystemExit(f"{len(faults)} promises broken")
 
