@@ -85,8 +85,10 @@ __device__ __forceinline__ void run(const CUtensorMap& a_map, const CUtensorMap&
     for (int i = pair; i < job.count; i += pairs) {
       if (!job.wanted(chunk, i)) continue;
       const Tile tile = job.tile(chunk, i, gemm.rank());
+      const int warp_row = tile.m + warp * Job::Store::kRows;
+      job.prepare(chunk, warp_row);
       gemm.multiply(d, warp / 4, tile.steps());
-      job.finish(chunk, i, tile, tile.m + warp * Job::Store::kRows, d, store, &out_map);
+      job.finish(chunk, i, tile, warp_row, d, store, &out_map);
     }
     store.finish();
   }
@@ -101,6 +103,7 @@ struct LogitsJob {
   bool keep;   // the probabilities, for gradients
   bool again;  // only the pairs that are marked
   int count, row_pairs;
+  float reference[2];  // of the lane's two rows, loaded before the product: nothing else of the tile waits for memory
 
   __device__ __forceinline__ void begin(const LinearChunk& c, int) {
     row_pairs = tiles_of(c.used(), kPairRows);
@@ -112,6 +115,11 @@ struct LogitsJob {
   }
   __device__ __forceinline__ Tile tile(const LinearChunk& c, int i, int rank) const {
     return {i % row_pairs * kPairRows + rank * kTileM, i / row_pairs * kTileN, 0, tiles_of(c.width, kTileK)};
+  }
+  __device__ __forceinline__ void prepare(const LinearChunk& c, int warp_row) {
+    const int row = warp_row + int(threadIdx.x) % 32 / 4;
+    reference[0] = c.references[row];
+    reference[1] = c.references[row + 8];
   }
   __device__ __forceinline__ void finish(const LinearChunk& c, int i, const Tile& tile, int warp_row,
                                          float (&d)[kTileN / 2], Store& store, const void* out_map) const {
@@ -125,9 +133,8 @@ struct LogitsJob {
       }
     }
     const int row = warp_row + lane / 4;
-    const float reference[2] = {c.references[row], c.references[row + 8]};
     float top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
-    boxes<0>(tile, warp_row, d, store, out_map, reference, top, sum);
+    boxes<0>(tile, warp_row, d, store, out_map, top, sum);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       top[half] = warp_reduce<4>(top[half], [](float a, float b) { return fmaxf(a, b); });
@@ -144,8 +151,7 @@ struct LogitsJob {
   // Box by box, so that one is stored while the next is on its way through the exponentials.
   template <int kBox>
   __device__ __forceinline__ void boxes(const Tile& tile, int warp_row, float (&d)[kTileN / 2], Store& store,
-                                        const void* out_map, const float (&reference)[2], float (&top)[2],
-                                        float (&sum)[2]) const {
+                                        const void* out_map, float (&top)[2], float (&sum)[2]) const {
 #pragma unroll
     for (int n = 0; n < Store::kColumns / 2; ++n) {
       float& x = d[kBox * Store::kColumns / 2 + n];
@@ -155,8 +161,7 @@ struct LogitsJob {
       sum[half] += x;
     }
     if (keep) store.store_box<kBox>(d, out_map, tile.n, warp_row, false);
-    if constexpr ((kBox + 1) * Store::kColumns < kTileN)
-      boxes<kBox + 1>(tile, warp_row, d, store, out_map, reference, top, sum);
+    if constexpr ((kBox + 1) * Store::kColumns < kTileN) boxes<kBox + 1>(tile, warp_row, d, store, out_map, top, sum);
   }
 };
 
@@ -194,6 +199,7 @@ struct HiddenGradJob {
             c.live ? c.live + int64_t(row_pair) * c.id_tiles : nullptr,
             1};
   }
+  __device__ __forceinline__ void prepare(const LinearChunk&, int) {}
   __device__ __forceinline__ void finish(const LinearChunk&, int i, const Tile& tile, int warp_row,
                                          float (&d)[kTileN / 2], Store& store, const void* out_map) const {
     const int slab = i / (split.row_pairs * columns) * split.row_pairs * kPairRows;
@@ -236,6 +242,7 @@ struct WeightGradJob {
             c.live ? c.live + id_tile : nullptr,
             c.id_tiles};
   }
+  __device__ __forceinline__ void prepare(const LinearChunk&, int) {}
   __device__ __forceinline__ void finish(const LinearChunk&, int, const Tile& tile, int warp_row,
                                          float (&d)[kTileN / 2], Store& store, const void* out_map) const {
     store.store(d, out_map, tile.n, warp_row, add);
