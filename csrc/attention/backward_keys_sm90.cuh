@@ -15,11 +15,18 @@
 //   rows_empty [s]        both warpgroups have read all of the stage
 //   ds_full [2]           both warpgroups have written ds
 //   ds_empty [2]          both warpgroups have multiplied ds
+//   job_full, job_empty   sums that are complete
+//   all_added             the consumers have added all their dq
+//   last_jobs_full        sums that turned out to be complete then, in the place of the statistics
 //   turns                 named barriers: a warpgroup queues its products of a step in one go
 //
 // A warpgroup's turn is dq of the step before (whose ds the other warpgroup has written long ago), dv and dk of this
 // step, s^T and dp^T of the next one. Its dq leaves between the products of dv and dk. Exponentials, ds and, at the end
 // of an item, dk and dv on their way to memory run beside the other warpgroup's turn.
+//
+// Rows of dq are complete when all tiles of keys of the sequence have added to them. Each CTA counts its own additions
+// in global memory, once they are done and after a fence; the last one to do so turns the sums into dq. Warp 1 counts,
+// for it sees steps end; warps 2 and 3 convert. Nobody waits for another CTA.
 //
 // An item has two steps at least (the second one may have no rows): its keys are still read in the first step of the
 // next item, so that the keys after those can only come in the second one.
@@ -47,11 +54,23 @@ namespace illada::attention {
 namespace {
 
 constexpr int kRowBytes = 128;  // of a slice of 64 columns
+// Of the steps for which warp 1 has filled a stage, all but the last 4 have added their dq: a stage is free when both
+// warpgroups have left it, 3 steps after it was filled, and before they leave it they add dq of the step before.
+constexpr int kUnadded = 4;
+// Of the `tiles` CTAs that add to the same sums, each calls every `tiles`-th of them its own, and of those it does not
+// yet report so many. So it is the last one to report them and has its share of conversions, even where others are
+// slower; whoever is slower would convert everything and become slower still.
+constexpr int kHeldBack = 4, kFirstHeld = 8;
+
+// Rows of one step whose sums are complete: of the heads of a group, from row `first` of dq on. No rows: the end.
+struct SumsJob {
+  int32_t first, rows;
+};
 
 template <int kHeadDim>
 struct KeysShared {
   static constexpr int kRows = kHeadDim == 128 ? 64 : 128;
-  static constexpr int kSlices = kHeadDim / 64, kStages = 3, kThreads = 384;
+  static constexpr int kSlices = kHeadDim / 64, kStages = 3, kThreads = 384, kJobs = 4;
   // Slices of 64 columns: rows of 128 bytes in the 128-byte swizzle.
   struct alignas(1024) KeyTile {
     char slice[kSlices][kBackwardKeys * kRowBytes];
@@ -67,18 +86,22 @@ struct KeysShared {
   ScoreTile ds[2];
   alignas(16) float lse_log2[kStages][kRows], c[kStages][kRows];
   uint64_t k_full[2], k_empty[2], v_full, v_empty, q_full[kStages], dout_full[kStages], rows_empty[kStages], ds_full[2],
-      ds_empty[2];
+      ds_empty[2], job_full[kJobs], job_empty[kJobs], all_added, last_jobs_full;
   WorkItem item[2];
+  SumsJob job[kJobs];
+  __device__ __forceinline__ SumsJob* last_jobs() { return reinterpret_cast<SumsJob*>(lse_log2); }  // when all is over
 };
 
 struct KeysArguments {
   const int32_t* plan;
   int64_t first_item;  // row of the plan
   const RowStatistics* rows;
+  uint32_t* arrivals;
   float *dq_sums, *dk_sums, *dv_sums;
-  void *dk, *dv;
+  void *dq, *dk, *dv;
   int32_t pieces;  // of an item of the plan; more than one: dk and dv are summed up as dq is
   int32_t total_q, total_k, num_heads, num_kv_heads, group, tile_tokens;
+  int32_t skipped;            // elements between the group's heads of one token and the next, (H - H / G) D
   int32_t waste_row;          // of dq_sums: rows that nobody looks at
   uint32_t group_reciprocal;  // ceil(2^16 / group): row / group == row * group_reciprocal >> 16 for rows of a tile
   float scale, scale_log2;    // softmax_scale, and times log2(e)
@@ -103,6 +126,35 @@ __device__ __forceinline__ WorkItem next_keys(const KeysArguments& a, int& round
   }
 }
 
+// dq from sums that are complete, by warp `part` of `parts`, kUnroll loads at a time.
+template <typename T, int kHeadDim, int kUnroll>
+__device__ __forceinline__ void write_queries(const KeysArguments& a, const SumsJob& job, int part, int parts) {
+  constexpr int kLanes = kHeadDim / 4, kRows = 32 / kLanes;  // lanes of a row; rows of a load
+  const int lane = int(threadIdx.x) % 32, start = job.first * kHeadDim + lane % kLanes * 4;
+  const auto offset = [&](int row) {  // in dq and its sums
+    return start + int(row * a.group_reciprocal >> 16) * a.skipped + row * kHeadDim;
+  };
+#pragma unroll 1
+  for (int row = part * kRows + lane / kLanes; row < job.rows; row += kUnroll * parts * kRows) {
+    // The producers' registers hold four loads and little beside: what follows is kept in this order.
+    float4 x[kUnroll];
+    uint2 words[kUnroll];
+    asm volatile("" : "+r"(row));
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i)
+      x[i] = ptx::load_relaxed_v4(a.dq_sums + offset(min(row + i * parts * kRows, job.rows - 1)));
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i) {
+      words[i] = make_uint2(pack2<T>(x[i].x * a.scale, x[i].y * a.scale), pack2<T>(x[i].z * a.scale, x[i].w * a.scale));
+      asm volatile("" : "+r"(words[i].x), "+r"(words[i].y), "+r"(row));
+    }
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i)
+      if (row + i * parts * kRows < job.rows)
+        *reinterpret_cast<uint2*>(static_cast<T*>(a.dq) + offset(row + i * parts * kRows)) = words[i];
+  }
+}
+
 template <typename T, int kHeadDim, bool kFused>
 __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
                              1) void illada_attention_backward_keys_sm90(const __grid_constant__ CUtensorMap q_map,
@@ -112,7 +164,9 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
                                                                          const __grid_constant__ KeysArguments a) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Shared = KeysShared<kHeadDim>;
-  constexpr int kRows = Shared::kRows, kSlices = Shared::kSlices, kStages = Shared::kStages;
+  static_assert(kUnadded == Shared::kStages + 1 && kUnadded < kFirstHeld && kFirstHeld + kHeldBack < 32);
+  static_assert(sizeof(SumsJob) * (kUnadded + kHeldBack + 1) <= sizeof(Shared::lse_log2));  // last_jobs
+  constexpr int kRows = Shared::kRows, kSlices = Shared::kSlices, kStages = Shared::kStages, kJobs = Shared::kJobs;
   constexpr uint32_t kKeyBytes = sizeof(typename Shared::KeyTile), kTileBytes = sizeof(typename Shared::RowTile);
   constexpr uint32_t kScoreBytes = sizeof(typename Shared::ScoreTile), kScoreSlice = kBackwardKeys * kRowBytes;
   extern __shared__ char raw_shared[];
@@ -124,6 +178,8 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
   const uint32_t q_full = at(offsetof(Shared, q_full)), dout_full = at(offsetof(Shared, dout_full));
   const uint32_t rows_empty = at(offsetof(Shared, rows_empty)), ds_full = at(offsetof(Shared, ds_full));
   const uint32_t ds_empty = at(offsetof(Shared, ds_empty));
+  const uint32_t all_added = at(offsetof(Shared, all_added)), last_jobs_full = at(offsetof(Shared, last_jobs_full));
+  const uint32_t job_full = at(offsetof(Shared, job_full)), job_empty = at(offsetof(Shared, job_empty));
 
   if (threadIdx.x == 0) {
     ptx::prefetch_tensormap(&q_map);
@@ -136,12 +192,18 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
       ptx::mbarrier_init(ds_full + 8 * i, 8);
       ptx::mbarrier_init(ds_empty + 8 * i, 2);
     }
+    ptx::mbarrier_init(all_added, 8);
+    ptx::mbarrier_init(last_jobs_full, 32);
     ptx::mbarrier_init(v_full, 1);
     ptx::mbarrier_init(v_empty, 2);
     for (int s = 0; s < kStages; ++s) {
       ptx::mbarrier_init(q_full + 8 * s, 1 + 32);
       ptx::mbarrier_init(dout_full + 8 * s, 1);
-      ptx::mbarrier_init(rows_empty + 8 * s, 2);
+      ptx::mbarrier_init(rows_empty + 8 * s, 8);
+    }
+    for (int i = 0; i < kJobs; ++i) {
+      ptx::mbarrier_init(job_full + 8 * i, 1);
+      ptx::mbarrier_init(job_empty + 8 * i, 1);
     }
     ptx::fence_mbarrier_init();
   }
@@ -203,24 +265,85 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
     } else if (warp == 1) {  // statistics
       Ring<kStages> ring;
       const int lane = int(threadIdx.x) % 32;
+      // Steps whose sums this CTA has not yet reported, one a lane: the last ones, the very last in lane 0, and from
+      // lane kFirstHeld on those held back. Where they are counted, how many rows they have (negative: they are this
+      // CTA's own), how many tiles of keys add to them.
+      int32_t place = 0, rows = 0, tiles = 0;
+      int jobs = 0;
+      const auto report = [&](bool reports) {  // by those lanes; is it the last report?
+        return reports && ptx::atomic_increment_acq_rel(a.arrivals + place) + 1 == uint32_t(tiles);
+      };
+      const auto own_job = [&] { return SumsJob{place * a.group, abs(rows)}; };
+      const auto push_job = [&](int number, const SumsJob& job) {
+        const int slot = number % kJobs;
+        ptx::mbarrier_wait(job_empty + 8 * slot, uint32_t(number / kJobs % 2 ^ 1));
+        shared.job[slot] = job;
+        ptx::mbarrier_arrive(job_full + 8 * slot);
+      };
+      const auto count_step = [&](int32_t its_place, int32_t its_rows, int32_t its_tiles) {
+        const bool holds = __shfl_sync(kFullWarp, rows, kUnadded - 1) < 0;
+        const auto move = [&](int32_t& value, int32_t first) {
+          const int32_t moved = __shfl_sync(kFullWarp, value, lane == kFirstHeld ? kUnadded - 1 : lane - 1);
+          if (holds || lane < kFirstHeld) value = lane ? moved : first;
+        };
+        move(place, its_place);
+        move(rows, its_rows);
+        move(tiles, its_tiles);
+        const bool complete = report(lane == kUnadded ? rows > 0 : holds && lane == kFirstHeld + kHeldBack && rows < 0);
+        const uint32_t all = __ballot_sync(kFullWarp, complete);
+        if (complete) push_job(jobs + (lane > kUnadded && all >> kUnadded & 1), own_job());
+        __syncwarp();
+        jobs += __popc(all);
+      };
       int round = 0;
       for (WorkItem item = next_keys(a, round); item.k_count > 0; ++round, item = next_keys(a, round)) {
-        const int count = item.q_count * a.group;
-        const RowStatistics* const source = a.rows + (int64_t(item.kv_head) * a.total_q + item.q_start) * a.group;
-        for (int first = 0; first < max(count, a.tile_tokens * a.group + 1); first += a.tile_tokens * a.group) {
+        const int tile_rows = a.tile_tokens * a.group;
+        const RowStatistics* source = a.rows + (int64_t(item.kv_head) * a.total_q + item.q_start) * a.group;
+        int its_place = item.q_start * a.num_kv_heads + item.kv_head, until_own = item.piece;
+        int count = item.q_count * a.group;
+        for (const int last = min(0, count - tile_rows - 1); count > last; count -= tile_rows) {
           ptx::mbarrier_wait(rows_empty + 8 * ring.stage, ring.parity ^ 1);
 #pragma unroll
           for (int i = 0; i < kRows / 32; ++i) {
             const int row = 32 * i + lane;
-            const bool valid = row < min(a.tile_tokens * a.group, count - first);
-            const RowStatistics* const from = source + (valid ? first + row : 0);
+            const bool valid = row < min(tile_rows, count);
+            const RowStatistics* const from = valid ? source + row : a.rows;
             const uint32_t target = uint32_t(ring.stage * kRows + row) * 4;
             ptx::cp_async_4(at(offsetof(Shared, lse_log2)) + target, &from->lse_log2, valid);
             ptx::cp_async_4(at(offsetof(Shared, c)) + target, &from->c, valid);
           }
           ptx::cp_async_mbarrier_arrive(q_full + 8 * ring.stage);
           ring.advance();
+          source += tile_rows;
+          if (kFused) {
+            const int its_rows = max(min(tile_rows, count), 0);
+            count_step(its_place, until_own ? its_rows : -its_rows, item.pieces);
+            its_place += a.tile_tokens * a.num_kv_heads;
+            until_own = (until_own ? until_own : item.pieces) - 1;
+          }
         }
+      }
+      if (kFused && lane < 2) push_job(jobs + lane, {});
+      if (kFused && __shfl_sync(kFullWarp, tiles, 0) > 0) {  // there was a step
+        // All that is left, at once; the consumers convert it, because they have nothing else to do and many registers.
+        ptx::mbarrier_wait(all_added, 0);
+        const bool complete =
+            report(lane < kUnadded ? rows != 0 : lane >= kFirstHeld && lane < kFirstHeld + kHeldBack && rows < 0);
+        const uint32_t all = __ballot_sync(kFullWarp, complete);
+        if (complete) shared.last_jobs()[__popc(all & ((1u << lane) - 1))] = own_job();
+        if (lane == 0) shared.last_jobs()[__popc(all)] = {};
+        ptx::mbarrier_arrive(last_jobs_full);
+      }
+    } else if (kFused && warp > 1) {  // dq from sums that are complete: each warp has every other job
+      const int lane = int(threadIdx.x) % 32;
+      for (int number = warp - 2;; number += 2) {
+        const int slot = number % kJobs;
+        ptx::mbarrier_wait(job_full + 8 * slot, uint32_t(number / kJobs % 2));
+        const SumsJob job = shared.job[slot];
+        __syncwarp();
+        ptx::mbarrier_arrive_if(lane == 0, job_empty + 8 * slot);
+        if (job.rows == 0) break;
+        write_queries<T, kHeadDim, 4>(a, job, 0, 1);
       }
     }
   } else {  // ------------------------------------------------------------------------------------------- consumers
@@ -463,7 +586,7 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
         ptx::wgmma_keep_operand(p, a.total_q < 0, ds_target);
         ptx::wgmma_keep_operand(ds, a.total_q < 0, ds_target);
         multiply_dout(true);
-        ptx::mbarrier_arrive_if(thread == 0, rows_empty + 8 * old_stage);
+        ptx::mbarrier_arrive_if(lane == 0, rows_empty + 8 * old_stage);
         fresh = ends_item;
         finish_scores();
         if (ends_item) write_keys(shared.item[key_buffer]);
@@ -486,6 +609,13 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
         add_dq(0, 16);
       }
       write_keys(shared.item[key_buffer]);
+      if (kFused) {  // here and not before the keys leave, where it would cost registers in the loop
+        __syncwarp();
+        ptx::mbarrier_arrive_if(lane == 0, all_added);
+        ptx::mbarrier_wait(last_jobs_full, 0);
+        for (const SumsJob* job = shared.last_jobs(); job->rows; ++job)
+          write_queries<T, kHeadDim, 8>(a, *job, int(threadIdx.x) / 32, 8);
+      }
     }
     // Keys that no query sees; where items are cut, their sums are zeros that the last pass turns into gradients.
     const int items = a.pieces == 1 ? plan_header(a.plan).backward_items : 0;
@@ -528,10 +658,12 @@ void launch_backward_keys(const BackwardParams& p, const Device& device, const B
   a.plan = p.plan;
   a.first_item = first_backward_row(s);
   a.rows = scratch.rows;
+  a.arrivals = scratch.arrivals;
   a.dq_sums = scratch.dq;
   a.dk_sums = scratch.dk;
   a.dv_sums = scratch.dv;
   a.pieces = method.pieces;
+  a.dq = p.dq;
   a.dk = p.dk;
   a.dv = p.dv;
   a.total_q = int32_t(s.total_q);
@@ -540,6 +672,7 @@ void launch_backward_keys(const BackwardParams& p, const Device& device, const B
   a.num_kv_heads = s.num_kv_heads;
   a.group = group;
   a.tile_tokens = tile_tokens;
+  a.skipped = (s.num_heads - group) * kHeadDim;
   a.waste_row = int32_t(s.total_q * s.num_heads);
   a.group_reciprocal = uint32_t(((1 << 16) + group - 1) / group);
   a.scale = p.softmax_scale;

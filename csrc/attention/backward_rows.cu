@@ -1,9 +1,9 @@
 // The backward's first and last pass, both one read and one write of memory.
 //
 // First: c = do . out - dlse and lse * log2(e) of each query and head, laid out as the main kernels read them; zeros
-// where sums in fp32 begin, and in the gradients of keys that no sequence uses. Last: dq from those sums.
+// where sums in fp32 begin, and in the gradients of what has no counterpart. Last: dk and dv, where they are sums.
 //
-// Floor: first T H (4 D + 16) bytes, and 4 T H D more of zeros if fused; last 6 T H D.
+// Floor: first T H (4 D + 16) bytes, and 4 T H D more of zeros if fused; last 12 Tk G D.
 #include <algorithm>
 #include <cmath>
 
@@ -23,9 +23,10 @@ struct RowsArguments {
   const void *out, *dout;
   const float *lse, *dlse;
   RowStatistics* rows;
-  float* dq_sums;                                         // null: there are none
+  uint32_t* arrivals;  // null, as dq_sums: there are none
+  float* dq_sums;
   float4* key_sums;                                       // of dk, then of dv; null: there are none
-  uint4 *dk, *dv;                                         // as 16-byte words
+  uint4 *dq, *dk, *dv;                                    // as 16-byte words
   int64_t key_words;                                      // of each
   int64_t dout_token_stride, dout_head_stride, num_rows;  // of out: tokens x heads
   int32_t total_q, num_heads, group;
@@ -37,6 +38,7 @@ __global__ __launch_bounds__(kThreads) void illada_attention_backward_rows_sm80(
   constexpr int kLanes = kHeadDim / 8, kRows = kThreads / kLanes;  // lanes of a row, rows of a CTA at a time
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
+  const int idle = plan_header(a.plan).idle;
   const int column = int(threadIdx.x) % kLanes * 8;
   const int64_t first = (int64_t(blockIdx.x) * kUnroll) * kRows + int(threadIdx.x) / kLanes;
   Raw8<T> out[kUnroll], dout[kUnroll];
@@ -67,14 +69,15 @@ __global__ __launch_bounds__(kThreads) void illada_attention_backward_rows_sm80(
       const int kv_head = head / a.group;
       a.rows[(int64_t(kv_head) * a.total_q + token) * a.group + head - kv_head * a.group] = {lse[i] * float(M_LOG2E),
                                                                                              c - dlse[i]};
+      if (a.arrivals && head == kv_head * a.group) a.arrivals[row / a.group] = 0;
     }
     if (a.dq_sums) {
       float4* const sums = reinterpret_cast<float4*>(a.dq_sums + row * kHeadDim) + column / 8;
       sums[0] = sums[kLanes] = make_float4(0, 0, 0, 0);
+      if (idle & kIdleQueries) a.dq[row * kLanes + column / 8] = make_uint4(0, 0, 0, 0);
     }
   }
-  const bool unused_keys = plan_header(a.plan).unused_keys;
-  if (!a.key_sums && !unused_keys) return;
+  if (!a.key_sums && !(idle & kIdleKeys)) return;
   for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < a.key_words; i += int64_t(gridDim.x) * kThreads) {
     if (a.key_sums) {
 #pragma unroll
@@ -85,13 +88,13 @@ __global__ __launch_bounds__(kThreads) void illada_attention_backward_rows_sm80(
   }
 }
 
-// dq, dk, dv and their sums.
+// dk, dv and their sums.
 struct FinishArguments {
-  const float4* sums[3];
-  uint2* gradients[3];
-  int64_t counts[3];  // of float4
-  uint32_t ctas[3];
-  float scales[3];
+  const float4* sums[2];
+  uint2* gradients[2];
+  int64_t count;  // of float4, each
+  uint32_t ctas;
+  float scales[2];
 };
 
 template <typename T>
@@ -99,10 +102,9 @@ __global__ __launch_bounds__(kThreads) void illada_attention_backward_finish_sm8
     const __grid_constant__ FinishArguments a) {
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
-  const uint32_t behind_dq = blockIdx.x - a.ctas[0];
-  const int which = blockIdx.x < a.ctas[0] ? 0 : behind_dq < a.ctas[1] ? 1 : 2;
-  const uint32_t cta = which == 0 ? blockIdx.x : which == 1 ? behind_dq : behind_dq - a.ctas[1];
-  const int64_t first = int64_t(cta) * (kThreads * kUnroll) + threadIdx.x, count = a.counts[which];
+  const int which = blockIdx.x < a.ctas ? 0 : 1;
+  const uint32_t cta = blockIdx.x - (which ? a.ctas : 0);
+  const int64_t first = int64_t(cta) * (kThreads * kUnroll) + threadIdx.x, count = a.count;
   const float scale = a.scales[which];
   float4 x[kUnroll];
 #pragma unroll
@@ -129,8 +131,10 @@ void launch_rows(const BackwardParams& p, const Device& device, const BackwardMe
   a.lse = p.lse;
   a.dlse = p.dlse;
   a.rows = scratch.rows;
+  a.arrivals = method.fused ? scratch.arrivals : nullptr;
   a.dq_sums = method.fused ? scratch.dq : nullptr;
   a.key_sums = method.pieces > 1 ? reinterpret_cast<float4*>(scratch.dk) : nullptr;
+  a.dq = static_cast<uint4*>(p.dq);
   a.dk = static_cast<uint4*>(p.dk);
   a.dv = static_cast<uint4*>(p.dv);
   a.key_words = s.total_k * s.num_kv_heads * (kHeadDim / 8);
@@ -155,28 +159,21 @@ template <typename T>
 void launch_finish(const BackwardParams& p, const Device& device, const BackwardMethod& method) {
   const PackShape& s = p.shape;
   const BackwardScratch scratch = scratch_of(p, method);
-  const int64_t queries = s.total_q * s.num_heads * (s.head_dim / 4);
-  const int64_t keys = method.pieces > 1 ? s.total_k * s.num_kv_heads * (s.head_dim / 4) : 0;
-  const float* const sums[3] = {scratch.dq, scratch.dk, scratch.dv};
-  void* const gradients[3] = {p.dq, p.dk, p.dv};
-  const int64_t counts[3] = {queries, keys, keys};
-  const float scales[3] = {p.softmax_scale, p.softmax_scale, 1.0f};
   FinishArguments a{};
+  a.sums[0] = reinterpret_cast<const float4*>(scratch.dk);
+  a.sums[1] = reinterpret_cast<const float4*>(scratch.dv);
+  a.gradients[0] = static_cast<uint2*>(p.dk);
+  a.gradients[1] = static_cast<uint2*>(p.dv);
+  a.count = s.total_k * s.num_kv_heads * (s.head_dim / 4);
+  a.ctas = uint32_t((a.count + kThreads * kUnroll - 1) / (kThreads * kUnroll));
+  a.scales[0] = p.softmax_scale;
+  a.scales[1] = 1.0f;
   LaunchShape shape;
-  shape.grid = dim3(0);
-  for (int i = 0; i < 3; ++i) {
-    a.sums[i] = reinterpret_cast<const float4*>(sums[i]);
-    a.gradients[i] = static_cast<uint2*>(gradients[i]);
-    a.counts[i] = counts[i];
-    a.ctas[i] = uint32_t((counts[i] + kThreads * kUnroll - 1) / (kThreads * kUnroll));
-    a.scales[i] = scales[i];
-    shape.grid.x += a.ctas[i];
-  }
+  shape.grid = dim3(2 * a.ctas);
   shape.block = dim3(kThreads);
   shape.dependent = true;
-  if (shape.grid.x)
-    launch_kernel("varlen_attention_backward", device, p.launch.stream, shape, illada_attention_backward_finish_sm80<T>,
-                  a);
+  launch_kernel("varlen_attention_backward", device, p.launch.stream, shape, illada_attention_backward_finish_sm80<T>,
+                a);
 }
 
 }  // namespace

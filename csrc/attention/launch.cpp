@@ -91,6 +91,9 @@ BackwardMethod choose_backward(const PackShape& s, bool deterministic, const Dev
   return method;
 }
 
+int64_t arrivals_bytes(const PackShape& s, const BackwardMethod& method) {
+  return method.fused ? (s.total_q * s.num_kv_heads * int64_t(sizeof(uint32_t)) + 15) / 16 * 16 : 0;
+}
 // Floats of dq, and of dk and dv each.
 int64_t query_sums(const PackShape& s, const BackwardMethod& method) {
   return method.fused ? (s.total_q * s.num_heads + kWasteRows) * s.head_dim : 0;
@@ -164,14 +167,17 @@ void forward_cuda(const ForwardParams& given) {
 
 BackwardScratch scratch_of(const BackwardParams& p, const BackwardMethod& method) {
   char* const start = static_cast<char*>(p.workspace);
-  float* const sums = reinterpret_cast<float*>(start + rows_bytes(p.shape));
+  char* const arrivals = start + rows_bytes(p.shape);
+  float* const sums = reinterpret_cast<float*>(arrivals + arrivals_bytes(p.shape, method));
   float* const dk = sums + query_sums(p.shape, method);
-  return {reinterpret_cast<RowStatistics*>(start), sums, dk, dk + key_sums(p.shape, method)};
+  return {reinterpret_cast<RowStatistics*>(start), reinterpret_cast<uint32_t*>(arrivals), sums, dk,
+          dk + key_sums(p.shape, method)};
 }
 
 int64_t backward_workspace(const PackShape& s, bool deterministic, int device_index) {
   const BackwardMethod method = choose_backward(s, deterministic, device("varlen_attention_backward", device_index));
-  return rows_bytes(s) + (query_sums(s, method) + 2 * key_sums(s, method)) * int64_t(sizeof(float));
+  return rows_bytes(s) + arrivals_bytes(s, method) +
+         (query_sums(s, method) + 2 * key_sums(s, method)) * int64_t(sizeof(float));
 }
 
 void backward_cuda(const BackwardParams& given) {
@@ -218,7 +224,7 @@ void backward_cuda(const BackwardParams& given) {
   } else {
     s.head_dim == 64 ? launch_backward_d64_sm80(p, gpu, cut) : launch_backward_d128_sm80(p, gpu, cut);
   }
-  if (method.fused) launch_backward_finish(p, gpu, method);
+  if (method.pieces > 1) launch_backward_finish(p, gpu, method);
 }
 
 }  // namespace illada::attention

@@ -43,21 +43,24 @@ constexpr int kWasteRows = 128;
 // The workspace.
 struct BackwardScratch {
   RowStatistics* rows;  // [G, T, H / G]: rows of a tile (tokens x heads of a group) are neighbours
+  uint32_t* arrivals;   // fused: [T, G], at a tile's first token: how many tiles of keys have added to its sums
   float* dq;            // fused: [T, H, D], sums of ds k, and kWasteRows more that nobody reads
   float *dk, *dv;       // pieces > 1: [Tk, G, D], sums of ds^T q and p^T do
 };
 BackwardScratch scratch_of(const BackwardParams& params, const BackwardMethod& method);
 
-// First: the rows' statistics; zeros in all sums, and in dk and dv if some keys are unused.
+// First: the rows' statistics; zeros in all sums, in dk and dv if some keys are unused, in dq if some queries have
+// none.
 void launch_backward_rows(const BackwardParams& params, const Device& device, const BackwardMethod& method);
-// Then dk and dv over the backward items of the plan; and dq, into scratch.dq if fused, else over the forward items.
+// Then dk and dv over the backward items of the plan, and dq, if fused by way of scratch.dq, else over the forward
+// items.
 void launch_backward_d64_sm80(const BackwardParams& params, const Device& device, const Tiling& tiling);
 void launch_backward_d128_sm80(const BackwardParams& params, const Device& device, const Tiling& tiling);
 void launch_backward_d64_sm90(const BackwardParams& params, const Device& device, const Tiling& tiling,
                               const BackwardMethod& method);
 void launch_backward_d128_sm90(const BackwardParams& params, const Device& device, const Tiling& tiling,
                                const BackwardMethod& method);
-// Last, if fused: gradients from the sums.
+// Last, if pieces > 1: dk and dv from the sums.
 void launch_backward_finish(const BackwardParams& params, const Device& device, const BackwardMethod& method);
 
 }  // namespace illada::attention

@@ -126,13 +126,13 @@ struct Sums {  // 64 bits: overlapping lengths may add up to anything
 constexpr int kSums = int(sizeof(Sums) / sizeof(int64_t));
 
 __global__ __launch_bounds__(kThreads) void illada_attention_plan_sm80(const __grid_constant__ PlanArguments a) {
-  __shared__ int32_t keys;  // in CTA 0: of all sequences, as far as 32 bits go
+  __shared__ int32_t keys, queries;  // in CTA 0: of all sequences, as far as 32 bits go; those that have keys
   __shared__ union {
     Sums sums;
     unsigned long long word[kSums];
   } shared;
   if (threadIdx.x < kSums) shared.word[threadIdx.x] = 0;
-  if (threadIdx.x == 0) keys = 0;
+  if (threadIdx.x == 0) keys = queries = 0;
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
   const int chunk = a.may_split ? choose_chunk(a) : 0;
@@ -169,14 +169,18 @@ __global__ __launch_bounds__(kThreads) void illada_attention_plan_sm80(const __g
     }
   }
   if (index == 0) {
-    for (int i = threadIdx.x; i < a.num_sequences; i += kThreads) atomicAdd(&keys, Sequence(a, i).k_count);
+    for (int i = threadIdx.x; i < a.num_sequences; i += kThreads) {
+      const Sequence s(a, i);
+      atomicAdd(&keys, s.k_count);
+      if (s.k_count) atomicAdd(&queries, s.q_count);
+    }
   }
   __syncthreads();
   const Sums& sums = shared.sums;
   if (index == 0 && threadIdx.x == 0)
-    *reinterpret_cast<int4*>(a.plan) =
-        make_int4(int(min(sums.all_forward, int64_t(a.most_forward))),
-                  int(min(sums.all_backward, int64_t(a.most_backward))), a.num_sequences, keys != a.key_limit);
+    *reinterpret_cast<int4*>(a.plan) = make_int4(
+        int(min(sums.all_forward, int64_t(a.most_forward))), int(min(sums.all_backward, int64_t(a.most_backward))),
+        a.num_sequences, (keys != a.key_limit ? kIdleKeys : 0) | (queries != a.total_q ? kIdleQueries : 0));
   if (!has_sequence) return;
 
   const Sequence s(a, index);
@@ -200,9 +204,10 @@ __global__ __launch_bounds__(kThreads) void illada_attention_plan_sm80(const __g
   const int key_tiles = ceil_div(s.k_count, kBackwardKeys);
   const int64_t backward = min(int64_t(a.num_kv_heads) * key_tiles, a.most_backward - sums.backward);
   for (int i = threadIdx.x; i < backward; i += kThreads) {
-    const int kv_head = i / key_tiles, first = (i - kv_head * key_tiles) * kBackwardKeys;
-    write_item(a.plan + 4 * a.first_backward, sums.backward + i,
-               {s.q_start, s.q_count, s.k_start + first, min(kBackwardKeys, s.k_count - first), kv_head, 0, 1, -1});
+    const int kv_head = i / key_tiles, tile = i - kv_head * key_tiles, first = tile * kBackwardKeys;
+    write_item(
+        a.plan + 4 * a.first_backward, sums.backward + i,
+        {s.q_start, s.q_count, s.k_start + first, min(kBackwardKeys, s.k_count - first), kv_head, tile, key_tiles, -1});
   }
 }
 

@@ -12,7 +12,8 @@ namespace illada::attention {
 // One tile of work. Forward: queries q_start .. q_start + q_count - 1 (at most Tiling::item_tokens) of the H / G heads
 // of one key-value head, against the keys k_start .. k_start + k_count - 1 (which may be none). Where a sequence's keys
 // are split, `pieces` > 1 items have the same queries and each a part of the keys; piece `piece` leaves its result in
-// slot first_slot + piece of the workspace. Backward: keys k_start .. (at most kBackwardKeys) against all queries.
+// slot first_slot + piece of the workspace. Backward: keys k_start .. (at most kBackwardKeys) against all queries, the
+// piece-th of the `pieces` tiles of its sequence's keys.
 struct alignas(16) WorkItem {
   int32_t q_start, q_count, k_start, k_count;
   int32_t kv_head, piece, pieces, first_slot;
@@ -22,9 +23,10 @@ struct alignas(16) WorkItem {
 // shape allows), and from rows - S on the sequences, (query start, query end, key start, key end), longest first.
 struct PlanHeader {
   int32_t forward_items, backward_items, sequences;
-  int32_t unused_keys;  // not 0: there are keys, of total_k, that no sequence uses
+  int32_t idle;  // kIdleKeys: there are keys, of total_k, that no sequence uses; kIdleQueries: queries without keys
 };
 
+constexpr int kIdleKeys = 1, kIdleQueries = 2;
 constexpr int kBlockRows = 64;   // tokens x heads of a group that stay together: whole tokens, so H / G <= 64
 constexpr int kLeastBlocks = 2;  // of a CTA's tile
 constexpr int kMostBlocks = 3;

@@ -68,6 +68,21 @@ __device__ __forceinline__ float exp2_approx(float x) {  // 2 ulp; 0 for results
 __device__ __forceinline__ void red_add_v2(float* address, float x, float y) {
   asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(address), "f"(x), "f"(y) : "memory");
 }
+// ++*address, what it was before: after all that this thread knows to be done, before all that it does next.
+__device__ __forceinline__ uint32_t atomic_increment_acq_rel(uint32_t* address) {
+  uint32_t old;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(old) : "l"(address) : "memory");
+  return old;
+}
+// What other CTAs have written or added: never from the L1 cache.
+__device__ __forceinline__ float4 load_relaxed_v4(const float* address) {
+  float4 x;
+  asm volatile("ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+               : "l"(address)
+               : "memory");
+  return x;
+}
 
 // ----------------------------------------------------------------------------------------- sm_80: ldmatrix, mma.sync
 

@@ -135,6 +135,12 @@ def test_more_tiles_of_keys_than_multiprocessors(dim, device):
     check(Pack([150, 0, 65, 129], device, heads=60, kv_heads=30, dim=dim))
 
 
+@pytest.mark.parametrize("dim", [64, 128])
+def test_sums_that_are_held_back(dim, device):
+    """So many steps of few tiles of keys that a multiprocessor has more sums of its own than it reports late."""
+    check(Pack([257], device, room=0, heads=184, kv_heads=23, dim=dim), ways=(False,))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dim", [64, 128])
 def test_pairs_of_tiles(dim, device):
@@ -308,6 +314,24 @@ def test_nothing_is_written_beside_the_results(deterministic, dim, device):
         assert x.isfinite().all()  # all of it is written
     for name, x in call.inputs.items():
         assert torch.equal(x.nan_to_num(nan=7), inputs[name].nan_to_num(nan=7))
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_calls_share_a_workspace(dim, device):
+    """What one call has counted and summed up there is nothing to the next one, whose sequences lie elsewhere."""
+    packs = [Pack([70, 200, 5], device, keys=[300, 3, 0], dim=dim), Pack([300, 1, 65], device, dim=dim)]
+    calls = [RawCall(pack) for pack in packs]
+    workspace = torch.full((max(len(call.workspace) for call in calls),), 255, dtype=torch.uint8).to(device)
+    for pack, call in [*zip(packs, calls, strict=True), (packs[0], calls[0])]:
+        call.workspace = workspace
+        for x in call.outputs.values():
+            x.fill_(torch.nan)
+        call()
+        tensors, grads = (pack.q, pack.k, pack.v), random_grads(pack)
+        want = gradients(reference.varlen_attention, [x.double() for x in tensors], pack.lengths, grads)
+        baseline = gradients(reference.varlen_attention, tensors, pack.lengths, grads)
+        for name, w, b in zip(NAMES, want, baseline, strict=True):
+            assert_close_like(call.outputs[name].cpu(), w, b)
 
 
 def misaligned(x: Tensor) -> Tensor:
