@@ -172,6 +172,8 @@ def test_a_recomputed_forward_adds_twice():
 
 # ----------------------------------------------------------------------------------------------------- two processes
 
+HAS_FSDP = torch.__version__ >= (2, 13)  # before, gloo could not average, or summed (pytorch#162338)
+
 # name: wrapper, model, options of `distributed_result`
 CASES = {
     **{f"DDP, {name}": ("ddp", name, {}) for name in MODELS},
@@ -219,11 +221,9 @@ def distributed_result(
         last = i == len(batches) - 1
         if wrapper == "fsdp":
             module.set_requires_gradient_sync(last)
-        with (
-            module.no_sync() if wrapper == "ddp" and not last else contextlib.nullcontext(),
-            torch.autocast("cpu", torch.bfloat16, enabled=autocast),
-        ):
-            loss = called(batch, normalizer=normalizer)
+        with module.no_sync() if wrapper == "ddp" and not last else contextlib.nullcontext():
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                loss = called(batch, normalizer=normalizer)
             loss.backward()
         total += float(loss.detach())
     mean = torch.tensor(total)
@@ -235,9 +235,15 @@ def run_process(folder, rank):
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=int(rank), world_size=2)
     results = {}
     for case, (wrapper, name, options) in CASES.items():
-        results[case] = distributed_result(wrapper, name, **options)
+        if wrapper == "ddp" or HAS_FSDP:
+            results[case] = distributed_result(wrapper, name, **options)
     torch.save(results, f"{folder}/{rank}.pt")
+    if HAS_FSDP:
+        check_errors_of_fsdp()
+    dist.destroy_process_group()
 
+
+def check_errors_of_fsdp():
     module, batch = LossModule(make_model()), make_batches()[0]
     shard(module, cast_forward_inputs=True)
     with pytest.raises(TypeError, match="token_weights must be float32, got bfloat16"):
@@ -247,7 +253,6 @@ def run_process(folder, rank):
     hidden = torch.zeros(batch.num_tokens, TIED.hidden_size)
     with pytest.raises(TypeError, match="weight is a DTensor.*inside the forward of the module that FSDP2"):
         illada.linear_masked_cross_entropy(hidden, module.model.head_weight, batch.targets, batch.token_weights)
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -265,7 +270,9 @@ def two_processes(tmp_path_factory):
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_make_the_whole(case, two_processes):
-    _, name, options = CASES[case]
+    wrapper, name, options = CASES[case]
+    if wrapper == "fsdp" and not HAS_FSDP:
+        pytest.skip("FSDP2 on gloo needs torch 2.13")
     want = plain(name)
     for got in two_processes:
         assert_same(got[case], want, 4e-2 if {"autocast", "mixed"} & options.keys() else 1e-5)
