@@ -3,6 +3,8 @@
     illada                   the public op on all tokens; it finds the rows with a weight itself
     illada rows              the same, given them, as a data loader would
     illada chunk_rows=1024   the same, with the logits of 1024 rows at a time: least memory
+    illada grad_weight       the same, adding the weight's gradient to a given float32 buffer, which is not its memory
+    illada filter_eps=2^-12  the same, inexact: without gradients of blocks of small probabilities; fused kernels alone
     eager, compile           F.linear and F.cross_entropy in float32, and the same under torch.compile
     torch chunked            F.linear_cross_entropy with its default chunks; torch 2.13 and newer
     liger                    Liger's fused linear cross-entropy, its logits in as many rows as it likes
@@ -37,7 +39,9 @@ from benchmarks.timing import CPU
 IGNORED = -100  # the target that all peers skip
 TUNED_ROWS = 4096
 
-Loss = Callable[[Tensor, Tensor], Tensor]  # (hidden, weight) -> scalar
+FILTER_EPS = 2.0**-12  # as cut-cross-entropy's for bfloat16
+
+Loss = Callable[..., Tensor]  # (hidden, weight) -> scalar
 
 
 @dataclass(frozen=True)
@@ -126,11 +130,15 @@ class Way:
     """make: inputs -> the loss as a function of (hidden, weight); raises where it cannot.
 
     everything: it gets all tokens, not the rows with a weight alone. weighted: it weighs tokens.
+    straight: the loss takes grad_weight=, a buffer to which it adds the weight's gradient.
+    gradients_alone: it differs from another way in its gradients alone, and is not offered without them.
     """
 
     make: Callable[[Inputs], Loss]
     everything: bool = False
     weighted: bool = True
+    straight: bool = False
+    gradients_alone: bool = False
 
 
 # ------------------------------------------------------------------------------------------------------------ providers
@@ -140,7 +148,14 @@ def illada_loss(inputs: Inputs, given_rows: bool = False, **more: Any) -> Loss:
     """The public op."""
     more |= {"rows": inputs.rows if given_rows else None, "normalizer": float(inputs.normalizer)}
     function: Callable[..., Any] = partial(illada.linear_masked_cross_entropy, **more)
-    return lambda hidden, weight: function(hidden, weight, inputs.targets, inputs.token_weights)
+    return lambda hidden, weight, **into: function(hidden, weight, inputs.targets, inputs.token_weights, **into)
+
+
+def filtered_loss(inputs: Inputs) -> Loss:
+    """The public op with FILTER_EPS. Only where it filters: other kernels are exact and would be timed as filters."""
+    if illada.ops.raw.linear_masked_cross_entropy_workspace(inputs.hidden, inputs.weight) is None:
+        raise NotImplementedError("filter_eps needs the fused kernels: bfloat16 on sm_90a")
+    return illada_loss(inputs, filter_eps=FILTER_EPS)
 
 
 def eager_loss(inputs: Inputs) -> Loss:
@@ -223,6 +238,8 @@ WAYS: dict[str, Way] = {
     "illada": Way(illada_loss, everything=True),
     "illada rows": Way(partial(illada_loss, given_rows=True), everything=True),
     "illada chunk_rows=1024": Way(partial(illada_loss, chunk_rows=1024), everything=True),
+    "illada grad_weight": Way(illada_loss, everything=True, straight=True, gradients_alone=True),
+    "illada filter_eps=2^-12": Way(filtered_loss, everything=True, gradients_alone=True),
     "eager": Way(eager_loss),
     "eager all": Way(eager_loss, everything=True),
     "compile": Way(compiled_loss),

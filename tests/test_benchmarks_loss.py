@@ -15,12 +15,14 @@ ROOT = Path(__file__).resolve().parent.parent
 if importlib.util.find_spec("benchmarks") is None:
     sys.path.insert(0, str(ROOT))
 
+import illada  # noqa: E402
 from benchmarks import __main__ as command  # noqa: E402
 from benchmarks import loss, loss_ways, report, runner, timing  # noqa: E402
 from benchmarks.loss_ways import IGNORED, WAYS, Job, Way  # noqa: E402
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
-HERE = [name for name in WAYS if name.split()[0] in ("illada", "eager", "torch")]  # without a GPU or a compiler
+FILTER = "illada filter_eps=2^-12"
+HERE = [name for name in WAYS if name.split()[0] in ("illada", "eager", "torch") and name != FILTER]  # no GPU, compiler
 
 
 def job(masked=0.5, spread=1.0, total=48, width=16, vocab=101):
@@ -45,10 +47,12 @@ def test_records(tmp_path, monkeypatch, capsys, direction):
     lines = report.read_json(out)
     assert all(list(line) == list(runner.KEYS) and line["bench"] == "loss" for line in lines)
     names = [f"{direction or 'fwdbwd'} {shape}" for shape in ("48 t=0.5 16x101", "30 t=1 16x101")]
-    assert {line["provider"] for line in lines if line["case"] == names[0]} == set(WAYS)
-    assert {line["provider"] for line in lines if line["case"] == names[1]} == {n for n in WAYS if " all" not in n}
+    offered = {n for n in WAYS if direction is None or n not in ("illada grad_weight", FILTER)}
+    assert {line["provider"] for line in lines if line["case"] == names[0]} == offered
+    assert {line["provider"] for line in lines if line["case"] == names[1]} == {n for n in offered if " all" not in n}
     done = {(line["case"], line["provider"]): line for line in lines if line["median_ms"]}
-    assert set(HERE) - {p for c, p in done if c == names[0]} <= {"torch chunked", "torch chunked unweighted"}
+    left = offered.intersection(HERE) - {p for c, p in done if c == names[0]}
+    assert left <= {"torch chunked", "torch chunked unweighted"}
     for (case, _), line in done.items():
         rows = 24 if case == names[0] else 30
         assert line["flops"] == (2 if direction else 6) * rows * 16 * 101 and line["bytes"] is None
@@ -59,6 +63,9 @@ def test_records(tmp_path, monkeypatch, capsys, direction):
     left_out = {line["provider"]: line["error"] for line in lines if line["median_ms"] is None}
     assert left_out["cce exact"] == left_out["quack unweighted"] == "NotImplementedError: runs on GPUs alone"
     assert left_out["compile"] == "NotImplementedError: no compiler"
+    assert (
+        direction or left_out[FILTER] == "NotImplementedError: filter_eps needs the fused kernels: bfloat16 on sm_90a"
+    )
     assert plot.stat().st_size > 1000
     printed = capsys.readouterr()
     head = printed.out.splitlines()[1].split()
@@ -187,6 +194,37 @@ def test_ways_agree(name, masked, spread):
         return
     for direction in loss.DIRECTIONS:
         assert max(errors(WAYS[name], job(masked, spread), direction).values()) < 1e-5
+
+
+def test_straight_into_a_buffer():
+    inputs = job().inputs()
+    way, exact = WAYS["illada grad_weight"], loss.Exact(inputs, "fwdbwd")
+    call = loss.bind(way, inputs, "fwdbwd")
+    added = call()[2].clone()
+    assert max(exact.errors(way, (*call()[:2], added)).values()) < 1e-5
+    torch.testing.assert_close(call()[2], 3 * added)  # and not written anew
+
+    def memory(name):
+        provider = next(p for p in loss.make_case(job(total=64, vocab=9000, width=64)).make() if p.name == name)
+        return provider.memory()
+
+    gradient = 9000 * 64 * 4
+    assert memory("illada grad_weight") == pytest.approx(memory("illada"), abs=gradient / 2)  # beyond the results
+
+
+def test_filter_is_offered_where_it_filters(monkeypatch):
+    seen = []
+
+    def function(hidden, weight, targets, token_weights, **keywords):
+        seen.append(keywords)
+        return hidden.sum() + weight.sum()
+
+    with pytest.raises(NotImplementedError, match="filter_eps needs the fused kernels"):
+        WAYS[FILTER].make(job().inputs())
+    monkeypatch.setattr(illada.ops.raw, "linear_masked_cross_entropy_workspace", lambda *tensors: 1)
+    monkeypatch.setattr(illada, "linear_masked_cross_entropy", function)
+    loss.bind(WAYS[FILTER], job().inputs(), "fwdbwd")()
+    assert seen == [{"filter_eps": 2**-12, "rows": None, "normalizer": 48.0}]
 
 
 def test_compiled(monkeypatch):
@@ -327,6 +365,7 @@ def test_goals_of_a_gpu():
         record("liger", 60.0), record("liger scaled", 25.0), record("liger tuned unweighted", 24.0),
         record("quack unweighted", 20.2), record("eager", 9.0, case="fwdbwd 1024 t=1 4096x155136"),
         record("illada", 9.0, case="fwd 1024 t=1 4096x155136", counts={"rows": 1024, "loss error": 1.0}),
+        record(FILTER, 15.0, rest=1.0), record("cce", 50.0, rest=1.0),  # inexact, and no goal is about them
     ]  # fmt: skip
     assert [(goal.text.removeprefix(f"{loss.PAPER}: "), goal.met) for goal in loss.goals(records)] == [
         ("2.5 times the error of eager (goal 2)", False),

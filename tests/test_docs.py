@@ -1,15 +1,24 @@
-"""What the README tells people to type."""
+"""What the README and the pages that it links tell people to type."""
 
+import contextlib
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
+import illada
 from illada import cli
 from illada.checkpoint import save_pretrained
 from illada.config import ModelConfig
 from illada.data import train_tokenizer
+from illada.diffusion import make_batch
 from illada.model import MaskedDiffusionModel
+from illada.testing import relative_error
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -31,6 +40,34 @@ def test_model_example_runs(page, tmp_path, capsys):
     save_pretrained(MaskedDiffusionModel(config), tmp_path / "m", tokenizer=tmp_path / "tokenizer.json")
     exec(re.sub(r'"runs/demo/[^"]*"', repr(str(tmp_path / "m")), block), {})
     assert capsys.readouterr().out
+
+
+def test_trainer_examples_run():
+    blocks = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs/training.md").read_text(encoding="utf-8"), flags=re.DOTALL
+    )
+    assert len(blocks) == 4
+    config = ModelConfig.preset("tiny", hidden_size=32, intermediate_size=48, num_attention_heads=4, vocab_size=300)
+    windows = np.random.default_rng(0).integers(6, 300, (4, 12))
+    batches = [
+        make_batch(windows[i : i + 2], np.arange(i, i + 2), seed=1, mask_id=config.mask_token_id) for i in (0, 2)
+    ]
+    want = None
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for block in blocks:
+            if "fully_shard" in block and torch.__version__ < (2, 13):
+                continue  # gloo did not average
+            names = {"model": MaskedDiffusionModel(config), "batches": batches, "torch": torch, "illada": illada}
+            names |= {"contextlib": contextlib, "dist": dist, "DistributedDataParallel": DistributedDataParallel}
+            names |= {"fully_shard": fully_shard, "MixedPrecisionPolicy": MixedPrecisionPolicy}
+            exec(block, names)
+            grad = names["model"].embed_tokens.weight.grad
+            grad = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+            want = grad if want is None else want
+            assert relative_error(grad, want) < 0.05  # some in bfloat16
+    finally:
+        dist.destroy_process_group()
 
 
 def test_commands_exist():

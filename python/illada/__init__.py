@@ -7,7 +7,7 @@ from illada._native import build_info, package_version
 from illada.checkpoint import load_pretrained, save_pretrained
 from illada.config import ModelConfig
 from illada.generation import GenerationConfig, GenerationResult, generate
-from illada.model import MaskedDiffusionModel
+from illada.model import LossModule, MaskedDiffusionModel
 from illada.ops import (
     AttentionPlan,
     RemaskStatus,
@@ -33,6 +33,7 @@ __all__ = [
     "AttentionPlan",
     "GenerationConfig",
     "GenerationResult",
+    "LossModule",
     "MaskedDiffusionModel",
     "ModelConfig",
     "RemaskStatus",

@@ -342,6 +342,22 @@ class MaskedDiffusionModel(nn.Module):
                 raise ValueError(f"rows must ascend within [0, {len(tokens)}), got {rows.tolist()[:20]}")
 
 
+class LossModule(nn.Module):
+    """`model.loss` as a forward of its own: DDP and FSDP2 hook a module's call.
+
+    Its parameters are the model's. The head's weight is looked up inside the call, where FSDP2 has it whole; a tied one
+    is the embedding's and belongs to the same group, that of this root module.
+    """
+
+    def __init__(self, model: MaskedDiffusionModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch, *, normalizer: float | Tensor | None = None) -> Tensor:
+        """See `MaskedDiffusionModel.loss`."""
+        return self.model.loss(batch, normalizer=normalizer)
+
+
 def positions(cu_seqlens: Tensor, total: int) -> Tensor:
     """int64 [T], counting from 0 in each sequence; no host sync."""
     index = torch.arange(total, device=cu_seqlens.device)

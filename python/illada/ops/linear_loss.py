@@ -390,7 +390,8 @@ def linear_masked_cross_entropy(
         grad_weight: float32 or bfloat16 [V, C], contiguous (say, weight.grad): the weight's gradient is added to it, in
             the forward pass, and autograd sees none of it, which saves writing, reading and adding another [V, C].
             It is the gradient of this loss as it is: scale that by `normalizer`, and call backward() on it or on a sum
-            that it is part of, not on a multiple. Nothing is added under torch.no_grad().
+            that it is part of, not on a multiple. Nothing is added under torch.no_grad(), and twice where activation
+            checkpointing runs this call again.
         filter_eps: the gradients may leave out blocks of 256 rows x 256 ids where each probability is below it and
             none is a target's (on sm_90a; other kernels stay exact). Gradients of hidden_i are then wrong by at most
             g_i filter_eps sum_v |weight_v|, of weight_v by filter_eps sum_i g_i |hidden_i|, with g_i = w_i / normalizer
@@ -414,6 +415,11 @@ def linear_masked_cross_entropy(
     op = "linear_masked_cross_entropy"
     lib.check_shape(op, "hidden", hidden, ("T", "C"))
     lib.check_shape(op, "weight", weight, ("V", hidden.shape[1]))
+    if hasattr(weight, "full_tensor"):
+        raise TypeError(
+            f"{op}: weight is a DTensor, of which this process holds a shard; compute the loss inside the forward of "
+            "the module that FSDP2 shards it with (illada.LossModule), or pass weight.full_tensor()"
+        )
     compute_dtype = compute_dtype_of(op, hidden, "weight", weight)
     others = {"weight": weight, "targets": targets, "token_weights": token_weights, "rows": rows}
     lib.check_same_device(op, ("hidden", hidden), *others.items())
