@@ -41,8 +41,8 @@
 #include <cmath>
 #include <cstddef>
 
-#include "common/accumulator_rows.cuh"
 #include "attention/launch.h"
+#include "common/accumulator_rows.cuh"
 #include "common/dtype.cuh"
 #include "common/ptx.cuh"
 #include "common/reduce.cuh"
