@@ -161,6 +161,42 @@ def test_bad_targets_leave_the_gradients_whole(device, generator):
     torch.testing.assert_close(got[3], want[3])
 
 
+def test_one_graph_for_any_number_of_masked_tokens(device, generator):
+    """Capture fails where somebody waits; the tokens with a weight are counted anew in every replay."""
+    hidden, weight, targets, weights = make((600, 64, 700, 1.0, 0), device, generator)
+    size = raw.linear_masked_cross_entropy_workspace(hidden, weight, chunk_rows=256)
+    workspace = torch.empty(size, dtype=torch.uint8, device=device)
+    d_hidden, d_weight = torch.zeros_like(hidden).contiguous(), torch.zeros(700, 64, device=device)
+    nll, normalizer = torch.zeros(600, device=device), torch.tensor(3.0, device=device)
+    given = weights.clone()
+
+    def launch():
+        raw.linear_masked_cross_entropy(
+            *(nll, hidden, weight, targets, given), normalizer=normalizer, chunk_rows=256, hidden_grad=d_hidden,
+            weight_grad=d_weight, workspace=workspace,
+        )  # fmt: skip
+
+    def clear():
+        nll.zero_()
+        d_hidden.zero_()
+
+    launch()  # the kernels are loaded
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        launch()
+    for share in (0.2, 1.0, 0.0, 0.6):  # one chunk, three, none, two
+        given.copy_(torch.where(torch.rand(600, generator=generator).to(device) < share, weights, 0))
+        clear()
+        graph.replay()
+        replayed = [x.clone() for x in (nll, d_hidden, d_weight)]
+        clear()
+        launch()
+        assert all(torch.equal(a, b) for a, b in zip(replayed, (nll, d_hidden, d_weight), strict=True))
+        assert ((nll != 0) == (given != 0)).all() and (d_weight.count_nonzero() > 0) == (share > 0)
+
+
 # --------------------------------------------------------------------------------------------------------- filter_eps
 
 
