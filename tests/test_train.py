@@ -328,6 +328,12 @@ def test_devices(config, monkeypatch):
     with pytest.raises(ValueError, match="but illada was built without CUDA kernels"):
         device_of("cuda", "bfloat16", 64)
     monkeypatch.setattr(loop, "has_cuda", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    assert device_of("auto", "bfloat16", 64) == "cpu"
+    with pytest.raises(ValueError, match="the kernels need compute capability 8.0, and Tesla T4 has less"):
+        device_of("cuda", "bfloat16", 64)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     assert device_of("cuda", "bfloat16", 128) == device_of("auto", "bfloat16", 64) == "cuda"
     assert (
         device_of("cpu", "bfloat16", 64)

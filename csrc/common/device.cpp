@@ -70,16 +70,20 @@ DeviceGuard::~DeviceGuard() {
   if (previous_ >= 0) cudaSetDevice(previous_);
 }
 
-void prepare_kernel(const char* op, const void* kernel, const Device& device, int smem_bytes) {
+int prepare_kernel(const char* op, const void* kernel, const Device& device, int smem_bytes) {
+  struct Prepared {
+    int code = 0;        // compute capability that the code was compiled for
+    int smem_bytes = 0;  // shared memory asked for so far
+  };
   static std::mutex mutex;
-  static std::map<std::pair<const void*, int>, int> allowed;  // shared memory asked for so far
+  static std::map<std::pair<const void*, int>, Prepared> prepared;
   const std::lock_guard<std::mutex> lock(mutex);
-  const auto [entry, is_new] = allowed.try_emplace({kernel, device.index}, 0);
+  const auto [entry, is_new] = prepared.try_emplace({kernel, device.index});
   if (is_new) {
     cudaFuncAttributes attributes{};
     const cudaError_t status = cudaFuncGetAttributes(&attributes, kernel);
     if (status != cudaSuccess) {
-      allowed.erase(entry);
+      prepared.erase(entry);
       cudaGetLastError();  // the error is told here, not by whoever asks CUDA next
       if (status == cudaErrorNoKernelImageForDevice || status == cudaErrorInvalidDeviceFunction ||
           status == cudaErrorUnsupportedPtxVersion)
@@ -89,11 +93,13 @@ void prepare_kernel(const char* op, const void* kernel, const Device& device, in
                                    "; build with ILLADA_CUDA_ARCHS=", device.compute_capability, "-real");
       ILLADA_CUDA_CHECK(op, status);
     }
+    entry->second.code = attributes.ptxVersion;
   }
-  if (smem_bytes > 48 * 1024 && smem_bytes > entry->second) {
+  if (smem_bytes > 48 * 1024 && smem_bytes > entry->second.smem_bytes) {
     ILLADA_CUDA_CHECK(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes));
-    entry->second = smem_bytes;
+    entry->second.smem_bytes = smem_bytes;
   }
+  return entry->second.code;
 }
 
 int resident_ctas(const char* op, const void* kernel, const Device& device, int threads, int smem_bytes) {

@@ -34,7 +34,9 @@ class DeviceGuard {
 };
 
 // Once a kernel and device: is there code for this GPU (else NotSupported, naming both), and may it use `smem_bytes`?
-void prepare_kernel(const char* op, const void* kernel, const Device& device, int smem_bytes);
+// The compute capability that its code was compiled for, which may be older than the GPU's (PTX for 80 on 90): from 90
+// on it may use clusters, and waits for the kernel before it by itself.
+int prepare_kernel(const char* op, const void* kernel, const Device& device, int smem_bytes);
 // How many CTAs of the kernel an SM holds at a time, asked of the runtime once a kernel and device.
 int resident_ctas(const char* op, const void* kernel, const Device& device, int threads, int smem_bytes);
 
@@ -50,7 +52,7 @@ struct LaunchShape {
 template <typename... Parameters, typename... Arguments>
 void launch_kernel(const char* op, const Device& device, void* stream, const LaunchShape& shape,
                    void (*kernel)(Parameters...), Arguments&&... arguments) {
-  prepare_kernel(op, reinterpret_cast<const void*>(kernel), device, shape.smem_bytes);
+  const int code = prepare_kernel(op, reinterpret_cast<const void*>(kernel), device, shape.smem_bytes);
   cudaLaunchConfig_t config{};
   config.gridDim = shape.grid;
   config.blockDim = shape.block;
@@ -63,7 +65,7 @@ void launch_kernel(const char* op, const Device& device, void* stream, const Lau
     attributes[count].val.clusterDim = {unsigned(shape.cluster), 1, 1};
     ++count;
   }
-  if (shape.dependent && device.compute_capability >= 90) {
+  if (shape.dependent && code >= 90) {
     attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[count].val.programmaticStreamSerializationAllowed = 1;
     ++count;

@@ -16,14 +16,14 @@ int64_t round_up(int64_t size, int64_t step) { return (size + step - 1) / step *
 
 bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
 
-bool has_kernel(const LinearMaskedCrossEntropyParams& p, const Device& gpu) {
+bool has_kernel([[maybe_unused]] const LinearMaskedCrossEntropyParams& p, [[maybe_unused]] const Device& gpu) {
 #if defined(ILLADA_BUILT_SM90A)
   const int vector = p.hidden_dtype == DType::kFloat32 ? 4 : 8;
   return gpu.compute_capability == 90 && p.hidden_dtype != DType::kFloat16 && p.width > 0 && p.width % 8 == 0 &&
          p.hidden_row_stride % vector == 0 && p.hidden_row_stride >= p.width && p.weight_row_stride % 8 == 0 &&
          p.weight_row_stride >= p.width && is_aligned(p.hidden) && is_aligned(p.weight);
 #else
-  return false && p.width && gpu.index;
+  return false;
 #endif
 }
 
@@ -58,11 +58,16 @@ LinearPlan plan_linear(const LinearMaskedCrossEntropyParams& p, const Device& gp
   plan.id_tiles = int((p.vocab_size + kTileIds - 1) / kTileIds);
   plan.prob_stride = int64_t(plan.id_tiles) * kTileIds;
   // Without gradients nothing is kept of the logits, and rows cost next to nothing.
-  int64_t rows = p.chunk_rows;
-  if (rows == 0) rows = gradients ? std::max<int64_t>(kDefaultLogitsBytes / (2 * plan.prob_stride), kPairRows) : 16384;
-  rows = p.chunk_rows ? round_up(rows, kPairRows) : rows / kPairRows * kPairRows;
-  plan.rows = int(std::min(rows, std::max<int64_t>(round_up(plan.tokens, kPairRows), kPairRows)));
-  plan.chunks = int((plan.tokens + plan.rows - 1) / plan.rows);
+  const int64_t all = std::max<int64_t>(round_up(plan.tokens, kPairRows), kPairRows);
+  int64_t rows = 16384;
+  if (p.chunk_rows > 0) {
+    rows = round_up(std::min(p.chunk_rows, all), kPairRows);
+  } else if (gradients) {
+    rows = std::max<int64_t>(kDefaultLogitsBytes / (2 * plan.prob_stride) / kPairRows, 1) * kPairRows;
+  }
+  rows = std::min(rows, all);
+  plan.rows = int(rows);
+  plan.chunks = int((plan.tokens + rows - 1) / rows);
 
   const auto place = [&](int64_t bytes) {
     const int64_t at = plan.bytes;
@@ -73,24 +78,24 @@ LinearPlan plan_linear(const LinearMaskedCrossEntropyParams& p, const Device& gp
     plan.list = place(4 * p.num_tokens);
     plan.count = place(4);
   }
-  plan.hidden = place(plan.rows * p.width * 2);
-  plan.sums = place(int64_t(plan.id_tiles) * plan.rows * 4);
-  plan.maxima = place(int64_t(plan.id_tiles) * plan.rows * 4);
-  plan.target_logits = place(4 * plan.rows);
-  plan.references = place(4 * plan.rows);
-  plan.factors = place(4 * plan.rows);
-  plan.again = place(4 * plan.rows / kPairRows);
+  plan.hidden = place(rows * p.width * 2);
+  plan.sums = place(plan.id_tiles * rows * 4);
+  plan.maxima = place(plan.id_tiles * rows * 4);
+  plan.target_logits = place(4 * rows);
+  plan.references = place(4 * rows);
+  plan.factors = place(4 * rows);
+  plan.again = place(4 * rows / kPairRows);
   if (gradients && p.filter_eps > 0) {
-    plan.lse = place(4 * plan.rows);
-    plan.live = place(plan.rows / kPairRows * plan.id_tiles);
+    plan.lse = place(4 * rows);
+    plan.live = place(rows / kPairRows * plan.id_tiles);
   }
-  if (gradients) plan.probs = place(plan.rows * plan.prob_stride * 2);
+  if (gradients) plan.probs = place(rows * plan.prob_stride * 2);
   if (p.hidden_grad) {
     // Where the rows fill few clusters, there is room to split the vocabulary over the others.
     const int64_t columns = (p.width + 255) / 256, spare = std::max<int64_t>(gpu.sm_count / 2 / columns, 1);
     plan.slab_rows =
         int(std::max<int64_t>(plan.rows, std::min<int64_t>(spare, kMostSplits * plan.rows / kPairRows) * kPairRows));
-    plan.slabs = place(plan.slab_rows * p.width * 4);
+    plan.slabs = place(int64_t(plan.slab_rows) * p.width * 4);
   }
   return plan;
 }

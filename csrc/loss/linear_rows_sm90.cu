@@ -114,9 +114,8 @@ __global__ __launch_bounds__(kRowThreads) void illada_linear_masked_cross_entrop
 
 // -------------------------------------------------------------------------------------------------------- statistics
 
-// A CTA has 32 rows; 8 warps share out the tiles of the vocabulary, a lane to a row. The first launch reads all sums.
-// The
-// second one those of the pairs that had to be done again; it marks what matters, and multiplies hidden's rows with
+// A CTA has 32 rows; 8 warps share out the tiles of the vocabulary, a lane to a row. The first launch reads all sums,
+// the second one those of the pairs that had to be done again; it marks what matters, and multiplies hidden's rows with
 // their factors.
 constexpr int kStatisticsRows = 32, kStatisticsWarps = 8;
 static_assert(kPairRows % kStatisticsRows == 0);
@@ -128,14 +127,14 @@ __device__ __forceinline__ bool finish_row(const LinearMaskedCrossEntropyParams&
   c.factors[r] = 0;
   if (c.lse) c.lse[r] = INFINITY;
   if (token < 0) return false;
+  if (!again && !(sum < kMostSum)) {
+    c.references[r] = top;
+    return true;
+  }
   const int64_t target = target_of(p, token);
   if (target < 0 || target >= p.vocab_size) {
     p.nll[token] = NAN;
     return false;
-  }
-  if (!again && !(sum < kMostSum)) {
-    c.references[r] = top;
-    return true;
   }
   const float logit = c.target_logits[r], reference = c.references[r];
   if (c.lse) c.lse[r] = reference + log2f(sum);

@@ -400,7 +400,8 @@ FusedShape fused_shape(int64_t vocab_size, const Device& device) {
   // Of a row, a CTA holds 16,384 ids with 8 vectors a thread; with 10 vectors a cluster of 8, which every GPU with
   // clusters allows, holds the vocabularies of the models that this is for.
   FusedShape shape;
-  const int64_t most = device.compute_capability >= 90 ? 8 : 1;
+  const auto any = reinterpret_cast<const void*>(&illada_masked_cross_entropy_fused_sm80<float, 8>);
+  const int64_t most = prepare_kernel(kOp, any, device, 0) >= 90 ? 8 : 1;
   for (shape.vectors = 8; shape.vectors <= 10; shape.vectors += 2)
     for (shape.cluster = 1; shape.cluster <= most; shape.cluster *= 2)
       if (vocab_size <= int64_t(shape.vectors) * shape.cluster * kFusedThreads * kVector) return shape;

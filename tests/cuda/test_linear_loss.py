@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import illada
 from illada.ops import linear_loss, raw, reference
-from illada.testing import assert_close_like
+from illada.testing import assert_close_like, relative_error
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CASES = [  # T, C, V, share of masked rows, spread of the logits: what the row is for
@@ -26,7 +26,7 @@ CASES = [  # T, C, V, share of masked rows, spread of the logits: what the row i
 def _path(request, monkeypatch):
     """Where this GPU has kernels of its own, both they and what runs without them."""
     if request.param == "portable":
-        monkeypatch.setattr(linear_loss, "_fwd_sm90", lambda *arguments: None)
+        monkeypatch.setattr(linear_loss, "_fwd_sm90", lambda *arguments, **keywords: None)
 
 
 def make_head(case, dtype, device, generator):
@@ -134,6 +134,63 @@ def test_head_with_nothing_masked(with_rows, device, generator):
         illada.linear_masked_cross_entropy, hidden[:, :width], weight, targets, torch.zeros_like(weights), rows=rows
     )
     assert all((field == 0).all() for field in got)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_and_targets_of_any_stride(dtype, device, generator):
+    (hidden, weight, targets, weights, rows), width = make_head((70, 16, 300, 0.5, 1.0), dtype, device, generator)
+    hidden = hidden[:, :width]
+    want = head_results(illada.linear_masked_cross_entropy, hidden, weight, targets, weights, rows=rows)
+
+    def strided(x):
+        wide = torch.zeros(*x.shape, 3, dtype=x.dtype, device=device)
+        wide[..., 0] = x
+        return wide[..., 0]
+
+    for keywords in ({"rows": strided(rows)}, {}):
+        arguments = (hidden, weight, strided(targets), strided(weights))
+        got = head_results(illada.linear_masked_cross_entropy, *arguments, **keywords)
+        for g, w in zip(got, want, strict=True):
+            torch.testing.assert_close(g, w, rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(got[0], want[0])
+    hidden = hidden.nan_to_num()
+    ones = head_results(illada.linear_masked_cross_entropy, hidden, weight, targets, torch.ones(70, device=device))
+    got = head_results(
+        illada.linear_masked_cross_entropy, hidden, weight, targets, torch.ones(1, device=device).expand(70)
+    )
+    torch.testing.assert_close(got[0], ones[0])
+
+
+def test_float16_gradients_wait_for_their_scaler(device, generator):
+    (hidden, weight, targets, weights, rows), width = make_head(
+        (70, 16, 300, 0.5, 1.0), torch.float16, device, generator
+    )
+    hidden, weights = hidden[:, :width].contiguous(), weights.clamp(max=1)
+    want, _ = expected(hidden, weight, targets, weights, None)
+    for normalizer in (1e6, torch.tensor(1e6, device=device)):  # the tokens of a global batch
+        leaf = hidden.detach().requires_grad_()
+        buffer = torch.zeros(weight.shape, device=device)
+        for keywords in ({}, {"grad_weight": buffer}):
+            leaf.grad = None
+            head = weight.detach().requires_grad_()
+            loss = illada.linear_masked_cross_entropy(
+                leaf, head, targets, weights, rows=rows, normalizer=normalizer, grad_weight_dtype=None, **keywords
+            )
+            scale = 1.0 if keywords else 65536.0
+            (loss * scale).backward()
+            if keywords:
+                assert relative_error(buffer.cpu() * 1e6, want[3]) < 5e-3
+            else:
+                assert relative_error(leaf.grad.cpu().double() * 1e6 / scale, want[2]) < 5e-3
+                assert relative_error(head.grad.cpu().double() * 1e6 / scale, want[3]) < 5e-3
+
+
+def test_scaled_loss_with_a_buffer_is_not_silent(device, generator):
+    (hidden, weight, targets, weights, _), width = make_head((20, 16, 90, 1.0, 1.0), torch.bfloat16, device, generator)
+    leaf, buffer = hidden[:, :width].contiguous().requires_grad_(), torch.zeros(90, 16, device=device)
+    loss = illada.linear_masked_cross_entropy(leaf, weight, targets, weights, grad_weight=buffer)
+    (loss / 2).backward()
+    assert leaf.grad.isnan().all()
 
 
 def test_partial_gradients_and_upstream_factor(device, generator):

@@ -14,9 +14,9 @@ namespace illada::loss {
 //   hidden_grad_i = g_i (p_i - onehot(targets[i])) . weight                other tokens' is not written
 //   weight_grad   = sum_i g_i (p_i - onehot(targets[i]))^T hidden_i        fp32 sums; added to what is there if asked
 //   for
-// Nothing of other tokens is read but their weights. Sums are in fp32, p_i is kept in bfloat16 (2^-9 of each value, not
-// of the largest). Calls with the same input give the same bits. A target outside of [0, vocab_size) makes nll[i] NaN
-// and leaves the token out of both gradients.
+// Nothing of other tokens is read but their weights. Sums are in fp32; p_i and g_i hidden_i are kept in bfloat16 (2^-9
+// of each value, not of the largest). Calls with the same input give the same bits. A target outside of [0, vocab_size)
+// makes nll[i] NaN and leaves the token out of both gradients.
 struct LinearMaskedCrossEntropyParams {
   const void* hidden = nullptr;           // [num_tokens, width], hidden_dtype
   DType hidden_dtype = DType::kBFloat16;  // kBFloat16, or kFloat32, which is rounded to bfloat16

@@ -66,6 +66,19 @@ def check_last_contiguous(op: str, name: str, tensor: Tensor) -> None:
         )
 
 
+def overlap(a: Tensor, b: Tensor) -> bool:
+    """Do the two share memory, as far as addresses are known (not while tracing)?"""
+    if torch.compiler.is_compiling() or any(type(t) not in (Tensor, torch.nn.Parameter) or t.is_meta for t in (a, b)):
+        return False
+
+    def span(t: Tensor) -> tuple[int, int]:
+        last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+        return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size() if t.numel() else t.data_ptr()
+
+    (a_first, a_end), (b_first, b_end) = span(a), span(b)
+    return a_first < b_end and b_first < a_end
+
+
 def check_cumulative(op: str, name: str, cumulative: Tensor, total: int | None) -> None:
     """ValueError unless `cumulative` starts at 0, ascends, and ends at `total` (where the values may be read).
 
@@ -110,6 +123,15 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     reach a torch dispatch mode that stands in for torch's own kernels there.
     """
     return tensor if tensor.dtype == dtype else torch.empty_like(tensor, dtype=dtype).copy_(tensor)
+
+
+def contiguous(tensor: Tensor) -> Tensor:
+    """`tensor.contiguous()`, in the way of `cast`."""
+    return (
+        tensor
+        if tensor.is_contiguous()
+        else torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+    )
 
 
 def address(tensor: Tensor | None) -> int:

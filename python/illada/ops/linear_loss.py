@@ -60,6 +60,8 @@ def _fwd_cpu(hidden, weight, targets, token_weights, rows, *arguments, **keyword
         rows = token_weights.nonzero().squeeze(-1).int()  # on a CPU the host may look
     elif len(rows) and not (0 <= int(rows.min()) and int(rows.max()) < len(hidden)):
         raise ValueError(f"linear_masked_cross_entropy: rows must be in [0, {len(hidden)}), got {rows.tolist()}")
+    elif (rows[1:] <= rows[:-1]).any():
+        raise ValueError(f"linear_masked_cross_entropy: rows must ascend, each of them once, got {rows.tolist()}")
     return _fwd_portable(hidden, weight, targets, token_weights, rows, *arguments, **keywords)
 
 
@@ -93,7 +95,7 @@ def _fwd_sm90(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
     """The fused kernels, which find the rows with a weight by themselves; None where they do not apply. `into`: the
     weight's gradient is added to it."""
-    if compute_dtype != torch.bfloat16 or hidden.shape[1] % 8:
+    if compute_dtype != torch.bfloat16 or hidden.shape[1] % 8 or (into is not None and into.data_ptr() % 16):
         return None
     if hidden.stride(0) % 8 or hidden.data_ptr() % 16:
         hidden = hidden.clone(memory_format=torch.contiguous_format)
@@ -112,8 +114,8 @@ def _fwd_sm90(
         weight.new_empty(weight.shape if weight_grad else (0,), dtype=grad_weight_dtype) if into is None else into
     )
     raw.linear_masked_cross_entropy(
-        *(nll, hidden, head, kernel_targets(targets), token_weights.contiguous()),
-        None if rows is None else rows.contiguous(),
+        *(nll, hidden, head, kernel_targets(targets), lib.contiguous(token_weights)),
+        None if rows is None else lib.contiguous(rows),
         normalizer=normalizer,
         scale=scale,
         chunk_rows=chunk_rows,
@@ -169,12 +171,11 @@ def _fwd_portable(
     """torch.mm on chunks of rows, each turned into its gradient in place. Without `rows`, all T rows meet the head.
     Always exact: no filter_eps."""
     normalizer, scale = where_read(normalizer, scale)
-    targets, token_weights = kernel_targets(targets), token_weights.contiguous()
+    targets, token_weights = kernel_targets(targets), lib.contiguous(token_weights)
     head = lib.cast(weight, compute_dtype)
     vocab_size, count = weight.shape[0], len(hidden) if rows is None else len(rows)
     chunk_rows = chunk_rows or chunk_rows_of(count, vocab_size, compute_dtype, hidden.is_cuda)
-    # The smallest gradients would be lost in float16, and a gradient scaler comes too late: scaled after the GEMMs.
-    scale_late = compute_dtype == torch.float16
+    scale_late = scales_late(compute_dtype)
     early_normalizer, early_scale = (None, 1.0) if scale_late else (normalizer, scale)
 
     nll = token_weights.new_zeros(len(hidden))
@@ -202,7 +203,7 @@ def _fwd_portable(
         if rows is None:  # the chunk's tokens are neighbours
             of_targets, of_weights = targets[part], token_weights[part]
         else:
-            chunk = rows[part].contiguous()
+            chunk = lib.contiguous(rows[part])
             index = lib.cast(chunk, torch.int64)
         # What is in a row without a weight must not reach the weight's gradient: 0 * NaN is NaN.
         selected = hidden[index].masked_fill((token_weights[index] == 0).unsqueeze(-1), 0)
@@ -219,13 +220,20 @@ def _fwd_portable(
             d_hidden[index] = lib.cast(torch.mm(logits, head), hidden.dtype)
         if weight_grad:
             add_product(d_weight, logits.t(), selected, first=start == 0 and not is_given)
-    if scale_late:
-        factor = scale if normalizer is None else scale / normalizer
-        d_hidden.mul_(factor)
-        d_weight.mul_(factor)
-        if into is not None:
-            into.add_(d_weight)
+    if scale_late and into is not None:  # where no backward will scale it
+        into.add_(late_factor(d_weight, normalizer, scale))
     return weighted_sum(nll, token_weights, normalizer, scale), nll, d_hidden, d_weight
+
+
+def scales_late(compute_dtype: torch.dtype) -> bool:
+    """The smallest gradients would be lost in float16, and a gradient scaler helps in the backward only: until then
+    gradients wait without scale and normalizer."""
+    return compute_dtype == torch.float16
+
+
+def late_factor(x: Tensor, normalizer: Tensor | None, scale: float) -> Tensor:
+    """x times what had to wait."""
+    return x * scale if normalizer is None else x * (scale / normalizer)
 
 
 def _bwd(dloss: Tensor, hidden_grad: Tensor, weight_grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -273,7 +281,8 @@ def _setup_context(ctx, inputs, output):
     loss, nll, hidden_grad, weight_grad = output
     ctx.mark_non_differentiable(nll, hidden_grad, weight_grad)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden_grad, weight_grad)
+    ctx.scale, ctx.scale_late, normalizer = inputs[6], scales_late(inputs[10]), inputs[5]
+    ctx.save_for_backward(hidden_grad, weight_grad, normalizer if ctx.scale_late else None)
     ctx.needs = inputs[8], inputs[9]
     ctx.scaled = False
 
@@ -286,13 +295,15 @@ def _backward(ctx, dloss, *unused):
             "linear_masked_cross_entropy: on CUDA the backward runs once; the gradients that the forward pass made "
             "have been given away"
         )
+    d_hidden, d_weight, normalizer = ctx.saved_tensors
+    if ctx.scale_late:
+        dloss = late_factor(dloss, normalizer, ctx.scale)
     if dloss.is_cuda and type(dloss) is Tensor and not torch.is_grad_enabled():
         # The weight's gradient is as large as the weight: no copy of it, and no pass over it where dloss is 1.
         ctx.scaled = True
-        d_hidden, d_weight = ctx.saved_tensors
         torch.ops.illada.linear_masked_ce_bwd_(dloss, d_hidden, d_weight)
     else:
-        d_hidden, d_weight = torch.ops.illada.linear_masked_ce_bwd(dloss, *ctx.saved_tensors)
+        d_hidden, d_weight = torch.ops.illada.linear_masked_ce_bwd(dloss, d_hidden, d_weight)
     wants_hidden, wants_weight = ctx.needs
     return (d_hidden if wants_hidden else None, d_weight if wants_weight else None) + (None,) * 11
 
@@ -311,19 +322,29 @@ class _IntoGradient(torch.autograd.Function):
     """linear_masked_ce_fwd_, for whose like torch.library has no autograd: an op that writes to an argument."""
 
     @staticmethod
-    def forward(ctx, hidden, *arguments):
-        loss, nll, hidden_grad = torch.ops.illada.linear_masked_ce_fwd_(hidden, *arguments)
+    def forward(ctx, *inputs):
+        loss, nll, hidden_grad = torch.ops.illada.linear_masked_ce_fwd_(*inputs)
         ctx.mark_non_differentiable(nll)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(hidden_grad)
+        ctx.scale, ctx.scale_late, normalizer = inputs[6], scales_late(inputs[10]), inputs[5]
+        ctx.save_for_backward(hidden_grad, normalizer if ctx.scale_late else None)
         return loss, nll
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dloss, *unused):
-        (hidden_grad,) = ctx.saved_tensors
-        wants_hidden = dloss is not None and ctx.needs_input_grad[0]
-        return (hidden_grad * dloss if wants_hidden else None,) + (None,) * 13
+        hidden_grad, normalizer = ctx.saved_tensors
+        if dloss is None or not ctx.needs_input_grad[0]:
+            return (None,) * 14
+        if lib.may_read(dloss) and float(dloss) != 1:
+            raise RuntimeError(
+                "linear_masked_cross_entropy: with grad_weight the loss must arrive in the total unscaled, because the "
+                f"weight's gradient has been added already; got a gradient of {float(dloss)}; use normalizer"
+            )
+        dloss = torch.where(dloss == 1, dloss, torch.nan)  # where nobody may look: not silently
+        if ctx.scale_late:
+            dloss = late_factor(dloss, normalizer, ctx.scale)
+        return hidden_grad * dloss, *(None,) * 13
 
 
 @register_flop_formula(torch.ops.illada.linear_masked_ce_fwd_, get_raw=True)
@@ -390,8 +411,8 @@ def linear_masked_cross_entropy(
         grad_weight: float32 or bfloat16 [V, C], contiguous (say, weight.grad): the weight's gradient is added to it, in
             the forward pass, and autograd sees none of it, which saves writing, reading and adding another [V, C].
             It is the gradient of this loss as it is: scale that by `normalizer`, and call backward() on it or on a sum
-            that it is part of, not on a multiple. Nothing is added under torch.no_grad(), and twice where activation
-            checkpointing runs this call again.
+            that it is part of, not on a multiple (an error on a CPU; on CUDA hidden's gradient becomes NaN). Nothing is
+            added under torch.no_grad(), and twice where activation checkpointing recomputes this call.
         filter_eps: the gradients may leave out blocks of 256 rows x 256 ids where each probability is below it and
             none is a target's (on sm_90a; other kernels stay exact). Gradients of hidden_i are then wrong by at most
             g_i filter_eps sum_v |weight_v|, of weight_v by filter_eps sum_i g_i |hidden_i|, with g_i = w_i / normalizer
@@ -420,6 +441,8 @@ def linear_masked_cross_entropy(
             f"{op}: weight is a DTensor, of which this process holds a shard; compute the loss inside the forward of "
             "the module that FSDP2 shards it with (illada.LossModule), or pass weight.full_tensor()"
         )
+    if weight.shape[0] < 1:
+        raise ValueError(f"{op}: weight must have at least one row, got {list(weight.shape)}")
     compute_dtype = compute_dtype_of(op, hidden, "weight", weight)
     others = {"weight": weight, "targets": targets, "token_weights": token_weights, "rows": rows}
     lib.check_same_device(op, ("hidden", hidden), *others.items())
@@ -432,7 +455,7 @@ def linear_masked_cross_entropy(
     normalizer, scale = split_normalizer(op, normalizer, "hidden", hidden)
     check_targets(op, hidden.shape[0], weight.shape[0], targets, token_weights, rows, normalizer)
     if grad_weight is not None:
-        _check_grad_weight(op, grad_weight, weight, grad_weight_dtype)
+        _check_grad_weight(op, grad_weight, hidden, weight, grad_weight_dtype)
     needs_grad = torch.is_grad_enabled()
     arguments = (
         *(hidden, weight, targets, token_weights, rows, normalizer, scale, chunk_rows or 0),
@@ -449,7 +472,9 @@ def linear_masked_cross_entropy(
     return (loss, nll) if return_nll else loss
 
 
-def _check_grad_weight(op: str, grad_weight: Tensor, weight: Tensor, grad_weight_dtype: torch.dtype | None) -> None:
+def _check_grad_weight(
+    op: str, grad_weight: Tensor, hidden: Tensor, weight: Tensor, grad_weight_dtype: torch.dtype | None
+) -> None:
     lib.check_shape(op, "grad_weight", grad_weight, tuple(weight.shape))
     lib.check_dtype(op, "grad_weight", grad_weight, (torch.float32, torch.bfloat16))
     lib.check_same_device(op, ("weight", weight), ("grad_weight", grad_weight))
@@ -459,3 +484,6 @@ def _check_grad_weight(op: str, grad_weight: Tensor, weight: Tensor, grad_weight
         raise ValueError(f"{op}: grad_weight must not require grad; pass a buffer such as weight.grad")
     if grad_weight_dtype is not None:
         raise ValueError(f"{op}: grad_weight brings its own dtype; leave grad_weight_dtype away")
+    for name, tensor in (("hidden", hidden), ("weight", weight)):
+        if lib.overlap(grad_weight, tensor):
+            raise ValueError(f"{op}: grad_weight shares memory with {name}")

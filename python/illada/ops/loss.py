@@ -45,11 +45,11 @@ lib.LIBRARY.define(
 # ---------------------------------------------------------------------------------------------------------- kernels
 
 
-def full_scale(normalizer: Tensor, scale: float) -> float:
+def full_scale(normalizer: Tensor, scale: float, op: str = "masked_cross_entropy") -> float:
     """scale / normalizer as a host number, which on a CPU costs nothing. ValueError: not finite and positive."""
     value = float(normalizer)
     if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"masked_cross_entropy: normalizer must be finite and positive, got {value}")
+        raise ValueError(f"{op}: normalizer must be finite and positive, got {value}")
     return scale / value
 
 
@@ -63,7 +63,7 @@ def where_read(normalizer: Tensor | None, scale: float) -> tuple[Tensor | None, 
 
 
 def kernel_targets(targets: Tensor) -> Tensor:
-    return (targets if targets.is_cuda else targets.long()).contiguous()
+    return lib.contiguous(targets if targets.is_cuda else targets.long())
 
 
 def workspace_for(logits: Tensor) -> Tensor | None:
@@ -76,13 +76,13 @@ def weighted_sum(nll: Tensor, token_weights: Tensor, normalizer: Tensor | None, 
     if not nll.is_cuda:
         return (nll.double().dot(token_weights.double()) * scale).float()
     loss = nll.new_empty(())
-    raw.weighted_sum(loss, nll, token_weights, normalizer=normalizer, scale=scale)
+    raw.weighted_sum(loss, lib.contiguous(nll), lib.contiguous(token_weights), normalizer=normalizer, scale=scale)
     return loss
 
 
 def _fwd(logits, targets, token_weights, normalizer, scale, inplace_backward):
     nll, lse = (token_weights.new_empty(len(logits)) for _ in range(2))
-    token_weights = token_weights.contiguous()
+    token_weights = lib.contiguous(token_weights)
     normalizer, scale = where_read(normalizer, scale)
     workspace = workspace_for(logits)
     raw.masked_cross_entropy(logits, kernel_targets(targets), token_weights, nll=nll, lse=lse, workspace=workspace)
@@ -92,7 +92,7 @@ def _fwd(logits, targets, token_weights, normalizer, scale, inplace_backward):
 def _shard_fwd(logits, targets, token_weights, vocab_start):
     lse, target_logit = (token_weights.new_empty(len(logits)) for _ in range(2))
     raw.masked_cross_entropy(
-        *(logits, kernel_targets(targets), token_weights.contiguous()), lse=lse, target_logit=target_logit,
+        *(logits, kernel_targets(targets), lib.contiguous(token_weights)), lse=lse, target_logit=target_logit,
         vocab_start=vocab_start, workspace=workspace_for(logits),
     )  # fmt: skip
     return lse, target_logit
@@ -103,7 +103,7 @@ def _bwd_into(grad, logits, targets, token_weights, normalizer, scale, lse, dlos
     if dlse is not None and not dlse.is_contiguous():
         dlse = dlse.clone(memory_format=torch.contiguous_format)
     raw.masked_cross_entropy_backward(
-        *(grad, logits, kernel_targets(targets), token_weights.contiguous(), lse.contiguous()),
+        *(grad, logits, kernel_targets(targets), lib.contiguous(token_weights), lib.contiguous(lse)),
         dloss=dloss,
         dlse=dlse,
         normalizer=normalizer,
@@ -229,7 +229,7 @@ def check_targets(
             f"{op}: targets[{i}] is {int(targets[i])}, outside of [0, {vocab_size}), and its weight is not zero"
         )
     if normalizer is not None:
-        full_scale(normalizer, 1.0)
+        full_scale(normalizer, 1.0, op)
 
 
 def split_normalizer(
@@ -240,6 +240,8 @@ def split_normalizer(
         lib.check_shape(op, "normalizer", normalizer, ())
         if normalizer.device.type != "cpu":  # one on the CPU is as good as a number
             lib.check_same_device(op, (name, like), ("normalizer", normalizer))
+        elif lib.may_read(normalizer):
+            full_scale(normalizer, 1.0, op)
         return normalizer.float(), 1.0
     if normalizer is None:
         return None, 1.0

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from illada.ops import _library as lib
-from illada.ops.linear_loss import add_product, compute_dtype_of
+from illada.ops.linear_loss import add_product, compute_dtype_of, late_factor, scales_late
 from illada.ops.loss import check_logits, check_targets, split_normalizer, weighted_sum, where_read
 
 #: Every process must cut the rows alike, whatever the size of its shard.
@@ -109,12 +109,13 @@ class _VocabParallelLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, hidden, weight, targets, token_weights, rows, normalizer, scale, vocab_start, group, chunk_rows, dtype
-    ):
-        hidden_grad, weight_grad = ctx.needs_input_grad[:2]
+        ctx, hidden, weight, targets, token_weights, rows, normalizer, scale, vocab_start, group, chunk_rows, dtype,
+        needs_grad,
+    ):  # fmt: skip
+        hidden_grad, weight_grad = (needs_grad and needed for needed in ctx.needs_input_grad[:2])
         count = len(hidden) if rows is None else len(rows)
         head = lib.cast(weight, dtype)
-        scale_late = dtype == torch.float16  # as in linear_loss
+        scale_late = scales_late(dtype)
         early = (None, 1.0) if scale_late else (normalizer, scale)
         nll = token_weights.new_zeros(len(hidden))
         d_hidden = hidden.new_zeros(hidden.shape if hidden_grad else (0,))
@@ -136,22 +137,22 @@ class _VocabParallelLoss(torch.autograd.Function):
             if weight_grad:
                 add_product(d_weight, logits.t(), selected, first=False)
         normalizer, scale = where_read(normalizer, scale)
-        if scale_late:
-            factor = scale if normalizer is None else scale / normalizer
-            d_hidden.mul_(factor)
-            d_weight.mul_(factor)
         if hidden_grad:
             dist.all_reduce(d_hidden, group=group)
-        ctx.save_for_backward(d_hidden, d_weight)
+        ctx.scale, ctx.scale_late = scale, scale_late
+        ctx.save_for_backward(d_hidden, d_weight, normalizer if scale_late else None)
         ctx.mark_non_differentiable(nll)
         return weighted_sum(nll, token_weights, normalizer, scale), nll
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dloss, _):
-        grads = (grad * dloss for grad in ctx.saved_tensors)  # a scalar: the dtypes stay
-        needed = (grad if needs else None for grad, needs in zip(grads, ctx.needs_input_grad, strict=False))
-        return *needed, *(None,) * 9
+        *grads, normalizer = ctx.saved_tensors
+        if ctx.scale_late:
+            dloss = late_factor(dloss, normalizer, ctx.scale)
+        # A scalar: the dtypes stay.
+        needed = (grad * dloss if needs else None for grad, needs in zip(grads, ctx.needs_input_grad, strict=False))
+        return *needed, *(None,) * 10
 
 
 def linear_masked_cross_entropy_vocab_parallel(
@@ -171,7 +172,8 @@ def linear_masked_cross_entropy_vocab_parallel(
 
     Args:
         hidden: [T, C], the same in all processes, as are targets, token_weights, rows, normalizer and chunk_rows.
-        weight_shard: [V_shard, C], rows vocab_start .. vocab_start + V_shard - 1 of the head; sizes may differ.
+        weight_shard: [V_shard, C], rows vocab_start .. vocab_start + V_shard - 1 of the head, at least one; sizes may
+            differ.
         group: default: all processes.
         chunk_rows: rows whose logits exist at a time, default 256 on a CPU, 4096 on CUDA.
         Others as in `linear_masked_cross_entropy`; targets count in the whole vocabulary.
@@ -186,6 +188,8 @@ def linear_masked_cross_entropy_vocab_parallel(
     op = "linear_masked_cross_entropy_vocab_parallel"
     lib.check_shape(op, "hidden", hidden, ("T", "C"))
     lib.check_shape(op, "weight_shard", weight_shard, ("V", hidden.shape[1]))
+    if weight_shard.shape[0] < 1:
+        raise ValueError(f"{op}: weight_shard must have at least one row, got {list(weight_shard.shape)}")
     dtype = compute_dtype_of(op, hidden, "weight_shard", weight_shard)
     lib.check_same_device(
         op, ("hidden", hidden), ("weight_shard", weight_shard), ("targets", targets), ("token_weights", token_weights),
@@ -202,6 +206,7 @@ def linear_masked_cross_entropy_vocab_parallel(
     chunk_rows = chunk_rows or (_CHUNK_ROWS_CUDA if hidden.is_cuda else _CHUNK_ROWS_CPU)
     with torch.autocast(hidden.device.type, enabled=False):
         loss, nll = _VocabParallelLoss.apply(
-            hidden, weight_shard, targets, token_weights, rows, normalizer, scale, vocab_start, group, chunk_rows, dtype
+            *(hidden, weight_shard, targets, token_weights, rows, normalizer, scale, vocab_start, group, chunk_rows),
+            *(dtype, torch.is_grad_enabled()),
         )
     return (loss, nll) if return_nll else loss

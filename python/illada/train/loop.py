@@ -290,6 +290,8 @@ def _device(run: RunConfig, head_dim: int) -> torch.device:
         missing = "torch sees no CUDA device"
     elif not has_cuda():
         missing = "illada was built without CUDA kernels (`illada info`)"
+    elif torch.cuda.get_device_capability() < (8, 0):
+        missing = f"the kernels need compute capability 8.0, and {torch.cuda.get_device_name()} has less"
     elif run.dtype != "bfloat16" or head_dim not in (64, 128):
         missing = (
             f"attention's kernels need train.dtype bfloat16 and a head dim of 64 or 128, got {run.dtype} and {head_dim}"
