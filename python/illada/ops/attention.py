@@ -379,7 +379,7 @@ def varlen_attention(
         cu_seqlens_k, seqused_k: key slots and their used lengths; default: the keys of s are its own tokens.
         plan: from `attention_plan` with the same lengths; default: made here.
         softmax_scale: finite and > 0; default 1 / sqrt(D).
-        deterministic: gradients are bitwise repeatable, on CUDA at the price of a little speed where sequences are long (on
+        deterministic: gradients are bitwise repeatable, on CUDA at the price of some speed where sequences are long (on
             a CPU, before compute capability 9.0 and in packs of short sequences they always are).
         return_lse: also return lse float32 [H, T], the natural log of the softmax's sum; differentiable.
 
