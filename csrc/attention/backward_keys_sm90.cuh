@@ -247,14 +247,14 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
     }
     ptx::mbarrier_init(all_added, 8);
     ptx::mbarrier_init(last_jobs_full, 32);
-    ptx::mbarrier_init(last_turns, 1);
+    if (kOrdered) ptx::mbarrier_init(last_turns, 1);
     ptx::mbarrier_init(v_full, 1);
     ptx::mbarrier_init(v_empty, 2);
     for (int s = 0; s < kStages; ++s) {
       ptx::mbarrier_init(q_full + 8 * s, 1 + 32);
       ptx::mbarrier_init(dout_full + 8 * s, 1);
       ptx::mbarrier_init(rows_empty + 8 * s, 8);
-      for (int i = 0; i < 2; ++i) {
+      for (int i = 0; kOrdered && i < 2; ++i) {
         ptx::mbarrier_init(turn_full(i) + 8 * s, 1);
         ptx::mbarrier_init(added(i) + 8 * s, 4);
       }
