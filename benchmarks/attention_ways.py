@@ -200,7 +200,7 @@ def illada_raw_way(job: Job) -> Way:
     """The kernels alone: out-parameter calls into buffers that are there. On CUDA."""
     plan, sequences, scale = make_plan(job).work, len(job.pack.lengths), job.dim**-0.5
     shape = (sequences, job.heads, job.kv_heads, job.dim)
-    deterministic = multiplies_twice(job.total_q, sequences)  # as the op does
+    twice = multiplies_twice(job.total_q, sequences)  # as the op does
 
     def bytes_of(size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8, device=job.device)
@@ -212,7 +212,7 @@ def illada_raw_way(job: Job) -> Way:
     @lru_cache(maxsize=1)  # made by the first call: the forward of a large cache has no room for them
     def backward_buffers() -> tuple[Tensor, ...]:
         index = job.device.index or 0
-        size = raw.varlen_attention_backward_workspace(job.total_q, job.total_k, *shape, deterministic, index)
+        size = raw.varlen_attention_backward_workspace(job.total_q, job.total_k, *shape, False, twice, index)
         dk, dv = (torch.empty(job.total_k, job.kv_heads, job.dim, dtype=job.dtype, device=job.device) for _ in "kv")
         return torch.empty_like(out), dk, dv, bytes_of(size)
 
@@ -225,9 +225,7 @@ def illada_raw_way(job: Job) -> Way:
     ) -> tuple[Tensor, ...]:
         *grads, workspace = backward_buffers()
         tensors = (*grads, dout, None, *inputs, out, lse)
-        raw.varlen_attention_backward(
-            *tensors, plan, sequences, scale, workspace=workspace, deterministic=deterministic
-        )
+        raw.varlen_attention_backward(*tensors, plan, sequences, scale, workspace=workspace, multiplies_twice=twice)
         return tuple(grads)
 
     return Way(attend, differentiate=differentiate)

@@ -18,6 +18,8 @@
 //   job_full, job_empty   sums that are complete
 //   all_added             the consumers have added all their dq
 //   last_jobs_full        sums that turned out to be complete then, in the place of the statistics
+//   turn_full, added [s]  in order, for each warpgroup: dq of two steps before may be added; dq of the step before is
+//   last_turns            in order: it is this CTA's turn to add the last two dq
 //   turns                 named barriers: a warpgroup queues its products of a step in one go
 //
 // A warpgroup's turn is dq of the step before (whose ds the other warpgroup has written long ago), dv and dk of this
@@ -27,6 +29,23 @@
 // Rows of dq are complete when all tiles of keys of the sequence have added to them. Each CTA counts its own additions
 // in global memory, once they are done and after a fence; the last one to do so turns the sums into dq. Warp 1 counts,
 // for it sees steps end; warps 2 and 3 convert. Nobody waits for another CTA.
+//
+// Or in order, so that every run gives the same bits: to the same rows tile k of a sequence's keys adds after tiles
+// 0 .. k-1, once the counter says k. The warpgroups have halves of dq and of the counters of their own, because one has
+// its turn half a step after the other one. Thread 0 of the producers waits for the counter: turn_full of step n, which
+// a warpgroup looks at before its turn of step n-1, says that dq of step n-2 may be added, which happens in that turn.
+// Warp 1 reports every half of a step once it is added. The last tile is always the last one to add, and would convert
+// everything; so warps 2 and 3 wait for the sums that are their CTA's own. Of pieces, each has rows of its own; dk and
+// dv are sums of at most two of them, which have no order.
+//
+// That ends, because whoever waits to add does so for items before its own, as `next_keys` counts them. Say that all
+// items before item i are added and reported some day. A CTA goes through its items in this order, so it comes to i;
+// what it does for the steps up to n-3, reports included, needs nothing that thread 0 does after it began to wait for
+// dq of step n-2: the rows of step n-1 and the keys of their item are under way by then. (Warp 1 must not wait for a
+// turn: the report of an item's last steps comes in the middle of the next item, which may be behind others that wait
+// for these very steps.) So the steps of i get their turns, for which they need items before i alone, and are added and
+// reported. All of this with all CTAs of the grid there from the beginning: a cooperative launch. Warps 2 and 3 wait
+// for items behind their own, but nobody waits for them.
 //
 // An item has two steps at least (the second one may have no rows): its keys are still read in the first step of the
 // next item, so that the keys after those can only come in the second one.
@@ -40,6 +59,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
+#include <type_traits>
 
 #include "attention/launch.h"
 #include "common/accumulator_rows.cuh"
@@ -53,7 +73,8 @@
 namespace illada::attention {
 namespace {
 
-constexpr int kRowBytes = 128;  // of a slice of 64 columns
+constexpr int kIncomplete = -2;  // first_slot of an item whose sums are never complete
+constexpr int kRowBytes = 128;   // of a slice of 64 columns
 // Of the steps for which warp 1 has filled a stage, all but the last 4 have added their dq: a stage is free when both
 // warpgroups have left it, 3 steps after it was filled, and before they leave it they add dq of the step before.
 constexpr int kUnadded = 4;
@@ -86,9 +107,12 @@ struct KeysShared {
   ScoreTile ds[2];
   alignas(16) float lse_log2[kStages][kRows], c[kStages][kRows];
   uint64_t k_full[2], k_empty[2], v_full, v_empty, q_full[kStages], dout_full[kStages], rows_empty[kStages], ds_full[2],
-      ds_empty[2], job_full[kJobs], job_empty[kJobs], all_added, last_jobs_full;
+      ds_empty[2], job_full[kJobs], job_empty[kJobs], all_added, last_jobs_full, last_turns, turn_full[2][kStages],
+      added[2][kStages];
   WorkItem item[2];
   SumsJob job[kJobs];
+  int begun[2];        // in order: rounds and items whose loads have begun
+  int2 turn[kStages];  // in order: where the sums of a step are counted, and the CTA's place in the order
   __device__ __forceinline__ SumsJob* last_jobs() { return reinterpret_cast<SumsJob*>(lse_log2); }  // when all is over
 };
 
@@ -109,17 +133,35 @@ struct KeysArguments {
 
 // The next item of a CTA, from `round` on, which becomes its round: a piece of one of the plan, if packs are so small
 // that items are cut into ranges of queries. k_count 0: there is none that has queries.
+//
+// In order, the tiles of a sequence come after each other, each with all its heads: the CTAs that wait for each other
+// are then few. And always forth: back and forth, the one that has waited longest in a round would be the one that all
+// wait for in the next.
+template <bool kOrdered>
 __device__ __forceinline__ WorkItem next_keys(const KeysArguments& a, int& round) {
   const int items = plan_header(a.plan).backward_items * a.pieces, grid = int(gridDim.x);
-  for (;; ++round) {  // back and forth, because the list is sorted by length
-    const int index = round * grid + (round % 2 ? grid - 1 - int(blockIdx.x) : int(blockIdx.x));
+  for (;; ++round) {  // else back and forth, because the list is sorted by length
+    const int index = round * grid + (!kOrdered && round % 2 ? grid - 1 - int(blockIdx.x) : int(blockIdx.x));
     if (index >= items) return {};
-    const int number = index / a.pieces, piece = index - number * a.pieces;
-    WorkItem item = backward_items(a.plan, a.first_item)[number];
+    const int pieces = kOrdered ? 2 : a.pieces;  // in order there are one or two, and few registers for divisions
+    int number = kOrdered ? index >> (a.pieces - 1) : index / pieces;
+    const int piece = index - number * a.pieces;
+    const WorkItem* const list = backward_items(a.plan, a.first_item);
+    bool is_whole = true;
+    if (kOrdered) {
+      const int tiles = list[number].pieces, first = number - list[number].kv_head * tiles - list[number].piece;
+      // Lengths that overlap may have more tiles than the plan has room for: where some are missing, list order it is,
+      // and no sums are waited for that may never be complete.
+      is_whole = first + tiles * a.num_kv_heads <= plan_header(a.plan).backward_items;
+      const uint32_t place = uint32_t(number - first), tile = place / uint32_t(a.num_kv_heads);
+      if (is_whole) number = first + int(place - tile * a.num_kv_heads) * tiles + int(tile);
+    }
+    WorkItem item = list[number];
     if (item.q_count == 0) return {};
+    if (!is_whole) item.first_slot = kIncomplete;
     if (a.pieces == 1) return item;
     const int tiles = (item.q_count + a.tile_tokens - 1) / a.tile_tokens;
-    const int first = tiles * piece / a.pieces * a.tile_tokens, end = tiles * (piece + 1) / a.pieces * a.tile_tokens;
+    const int first = tiles * piece / pieces * a.tile_tokens, end = tiles * (piece + 1) / pieces * a.tile_tokens;
     item.q_start += first;
     item.q_count = min(end, item.q_count) - first;
     if (item.q_count > 0) return item;
@@ -155,7 +197,14 @@ __device__ __forceinline__ void write_queries(const KeysArguments& a, const Sums
   }
 }
 
-template <typename T, int kHeadDim, bool kFused>
+// In order, a counter has 16 bits for each warpgroup. Until `count` tiles have added to a warpgroup's half of the sums
+// that are counted there.
+template <int kHalf, int kNanoseconds>
+__device__ __forceinline__ void wait_for_tiles(const uint32_t* arrivals, uint32_t count) {
+  while ((ptx::load_acquire(arrivals) >> 16 * kHalf & 0xffff) < count) ptx::sleep_some(kNanoseconds);
+}
+
+template <typename T, int kHeadDim, bool kFused, bool kOrdered>
 __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
                              1) void illada_attention_backward_keys_sm90(const __grid_constant__ CUtensorMap q_map,
                                                                          const __grid_constant__ CUtensorMap dout_map,
@@ -164,6 +213,7 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
                                                                          const __grid_constant__ KeysArguments a) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Shared = KeysShared<kHeadDim>;
+  static_assert(kFused || !kOrdered);
   static_assert(kUnadded == Shared::kStages + 1 && kUnadded < kFirstHeld && kFirstHeld + kHeldBack < 32);
   static_assert(sizeof(SumsJob) * (kUnadded + kHeldBack + 1) <= sizeof(Shared::lse_log2));  // last_jobs
   constexpr int kRows = Shared::kRows, kSlices = Shared::kSlices, kStages = Shared::kStages, kJobs = Shared::kJobs;
@@ -179,6 +229,9 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
   const uint32_t rows_empty = at(offsetof(Shared, rows_empty)), ds_full = at(offsetof(Shared, ds_full));
   const uint32_t ds_empty = at(offsetof(Shared, ds_empty));
   const uint32_t all_added = at(offsetof(Shared, all_added)), last_jobs_full = at(offsetof(Shared, last_jobs_full));
+  const uint32_t last_turns = at(offsetof(Shared, last_turns));
+  const auto turn_full = [&](int warpgroup) { return at(offsetof(Shared, turn_full)) + 8 * kStages * warpgroup; };
+  const auto added = [&](int warpgroup) { return at(offsetof(Shared, added)) + 8 * kStages * warpgroup; };
   const uint32_t job_full = at(offsetof(Shared, job_full)), job_empty = at(offsetof(Shared, job_empty));
 
   if (threadIdx.x == 0) {
@@ -194,12 +247,17 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
     }
     ptx::mbarrier_init(all_added, 8);
     ptx::mbarrier_init(last_jobs_full, 32);
+    if (kOrdered) ptx::mbarrier_init(last_turns, 1);
     ptx::mbarrier_init(v_full, 1);
     ptx::mbarrier_init(v_empty, 2);
     for (int s = 0; s < kStages; ++s) {
       ptx::mbarrier_init(q_full + 8 * s, 1 + 32);
       ptx::mbarrier_init(dout_full + 8 * s, 1);
       ptx::mbarrier_init(rows_empty + 8 * s, 8);
+      for (int i = 0; kOrdered && i < 2; ++i) {
+        ptx::mbarrier_init(turn_full(i) + 8 * s, 1);
+        ptx::mbarrier_init(added(i) + 8 * s, 4);
+      }
     }
     for (int i = 0; i < kJobs; ++i) {
       ptx::mbarrier_init(job_full + 8 * i, 1);
@@ -241,27 +299,59 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
           ptx::tma_load_4d(tile + slice * (kRows * kRowBytes), map, barrier, 64 * slice, item.kv_head * a.group,
                            a.total_q - item.q_count + token, item.q_start + item.q_count);
       };
-      int round = 0, number = 0;
-      for (WorkItem item = next_keys(a, round); item.k_count > 0; ++number, ++round, item = next_keys(a, round)) {
+      const auto wait_for_turn = [&](auto half) {  // to add dq of two steps before
+        const int2 turn = shared.turn[ring.stage == kStages - 1 ? 0 : ring.stage + 1];
+        if (turn.y) wait_for_tiles<decltype(half)::value, 40>(a.arrivals + turn.x, uint32_t(turn.y));
+      };
+      const auto first = std::integral_constant<int, 0>{};
+      const auto second = std::integral_constant<int, 1>{};
+      static_assert(kStages == 3);
+      if (kOrdered)
+        for (int s = 0; s < kStages; ++s) shared.turn[s] = {};
+      int here[2] = {};
+      int& round = kOrdered ? shared.begun[0] : here[0];  // in order, registers are few
+      int& number = kOrdered ? shared.begun[1] : here[1];
+      round = number = 0;
+      for (;; ++number, ++round) {
+        const WorkItem item = next_keys<kOrdered>(a, round);
+        if (item.k_count == 0) break;
         const int buffer = number % 2;
         ptx::mbarrier_wait(k_empty + 8 * buffer, uint32_t(number / 2 % 2 ^ 1));
         shared.item[buffer] = item;
         load_keys(&k_map, at(offsetof(Shared, k)) + buffer * kKeyBytes, k_full + 8 * buffer, item);
-        for (int token = 0; token < max(item.q_count, a.tile_tokens + 1); token += a.tile_tokens) {
+        const auto kept = [&]() -> WorkItem { return kOrdered ? shared.item[buffer] : item; };
+        for (int token = 0; token < max(kept().q_count, a.tile_tokens + 1); token += a.tile_tokens) {
           ptx::mbarrier_wait(rows_empty + 8 * ring.stage, ring.parity ^ 1);
-          load_rows(&q_map, at(offsetof(Shared, q)) + ring.stage * kTileBytes, q_full + 8 * ring.stage, item, token);
+          load_rows(&q_map, at(offsetof(Shared, q)) + ring.stage * kTileBytes, q_full + 8 * ring.stage, kept(), token);
           if (token == 0) {
             ptx::mbarrier_wait(v_empty, uint32_t(number % 2 ^ 1));
-            load_keys(&v_map, at(offsetof(Shared, v)), v_full, item);
+            load_keys(&v_map, at(offsetof(Shared, v)), v_full, kept());
           }
-          load_rows(&dout_map, at(offsetof(Shared, dout)) + ring.stage * kTileBytes, dout_full + 8 * ring.stage, item,
+          load_rows(&dout_map, at(offsetof(Shared, dout)) + ring.stage * kTileBytes, dout_full + 8 * ring.stage, kept(),
                     token);
+          if (kOrdered) {
+            const WorkItem own = kept();
+            shared.turn[ring.stage] = {(own.q_start + token) * a.num_kv_heads + own.kv_head,
+                                       token < own.q_count ? own.piece : 0};
+            wait_for_turn(first);
+            ptx::mbarrier_arrive(turn_full(0) + 8 * ring.stage);
+            wait_for_turn(second);
+            ptx::mbarrier_arrive(turn_full(1) + 8 * ring.stage);
+          }
           ring.advance();
         }
       }
       ptx::mbarrier_wait(k_empty + 8 * (number % 2), uint32_t(number / 2 % 2 ^ 1));
       shared.item[number % 2] = WorkItem{};  // an item without queries: the end
       ptx::mbarrier_arrive(k_full + 8 * (number % 2));
+      if (kOrdered) {
+#pragma unroll 1
+        for (int i = 0; i < 2; ++i, ring.advance()) {
+          wait_for_turn(first);
+          wait_for_turn(second);
+        }
+        ptx::mbarrier_arrive(last_turns);
+      }
     } else if (warp == 1) {  // statistics
       Ring<kStages> ring;
       const int lane = int(threadIdx.x) % 32;
@@ -281,6 +371,18 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
         ptx::mbarrier_arrive(job_full + 8 * slot);
       };
       const auto count_step = [&](int32_t its_place, int32_t its_rows, int32_t its_tiles) {
+        if (kOrdered) {
+          const int32_t old_place = __shfl_sync(kFullWarp, place, lane - 1);
+          const int32_t old_rows = __shfl_sync(kFullWarp, rows, lane - 1);
+          place = lane ? old_place : its_place;
+          rows = lane ? old_rows : its_rows;
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            ptx::mbarrier_wait(added(i) + 8 * ring.stage, ring.parity ^ 1);
+            if (lane == kUnadded && rows) ptx::red_add_release(a.arrivals + place, 1u << 16 * i);
+          }
+          return;
+        }
         const bool holds = __shfl_sync(kFullWarp, rows, kUnadded - 1) < 0;
         const auto move = [&](int32_t& value, int32_t first) {
           const int32_t moved = __shfl_sync(kFullWarp, value, lane == kFirstHeld ? kUnadded - 1 : lane - 1);
@@ -296,12 +398,17 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
         jobs += __popc(all);
       };
       int round = 0;
-      for (WorkItem item = next_keys(a, round); item.k_count > 0; ++round, item = next_keys(a, round)) {
+      for (WorkItem item = next_keys<kOrdered>(a, round); item.k_count > 0;
+           ++round, item = next_keys<kOrdered>(a, round)) {
         const int tile_rows = a.tile_tokens * a.group;
         const RowStatistics* source = a.rows + (int64_t(item.kv_head) * a.total_q + item.q_start) * a.group;
         int its_place = item.q_start * a.num_kv_heads + item.kv_head, until_own = item.piece;
         int count = item.q_count * a.group;
         for (const int last = min(0, count - tile_rows - 1); count > last; count -= tile_rows) {
+          if (kOrdered) {
+            count_step(its_place, max(min(tile_rows, count), 0), 0);
+            its_place += a.tile_tokens * a.num_kv_heads;
+          }
           ptx::mbarrier_wait(rows_empty + 8 * ring.stage, ring.parity ^ 1);
 #pragma unroll
           for (int i = 0; i < kRows / 32; ++i) {
@@ -315,7 +422,7 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
           ptx::cp_async_mbarrier_arrive(q_full + 8 * ring.stage);
           ring.advance();
           source += tile_rows;
-          if (kFused) {
+          if (kFused && !kOrdered) {
             const int its_rows = max(min(tile_rows, count), 0);
             count_step(its_place, until_own ? its_rows : -its_rows, item.pieces);
             its_place += a.tile_tokens * a.num_kv_heads;
@@ -323,8 +430,13 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
           }
         }
       }
-      if (kFused && lane < 2) push_job(jobs + lane, {});
-      if (kFused && __shfl_sync(kFullWarp, tiles, 0) > 0) {  // there was a step
+      if (kOrdered) {  // the last four, two of them at once
+        for (int i = 0; i < 2; ++i, ring.advance()) count_step(0, 0, 0);
+        if (__any_sync(kFullWarp, lane < kUnadded && rows)) ptx::mbarrier_wait(all_added, 0);
+        if (lane < kUnadded && rows) ptx::red_add_release(a.arrivals + place, 1u + (1u << 16));
+      }
+      if (kFused && !kOrdered && lane < 2) push_job(jobs + lane, {});
+      if (kFused && !kOrdered && __shfl_sync(kFullWarp, tiles, 0) > 0) {  // there was a step
         // All that is left, at once; the consumers convert it, because they have nothing else to do and many registers.
         ptx::mbarrier_wait(all_added, 0);
         const bool complete =
@@ -333,6 +445,24 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
         if (complete) shared.last_jobs()[__popc(all & ((1u << lane) - 1))] = own_job();
         if (lane == 0) shared.last_jobs()[__popc(all)] = {};
         ptx::mbarrier_arrive(last_jobs_full);
+      }
+    } else if (kOrdered && warp > 1) {  // dq from the CTA's own sums: each warp has every other block
+      int number = warp;
+      for (int round = 0, block = 0;; ++block) {
+        const WorkItem item = next_keys<kOrdered>(a, round);  // again and again, for there are no registers to keep it
+        if (item.k_count == 0) break;
+        const int token = (block * item.pieces + item.piece) * a.tile_tokens;
+        if (token >= item.q_count || item.first_slot == kIncomplete) {
+          ++round;
+          block = -1;
+          continue;
+        }
+        if (++number & 1) continue;
+        const int place = (item.q_start + token) * a.num_kv_heads + item.kv_head;
+        wait_for_tiles<0, 500>(a.arrivals + place, uint32_t(item.pieces));
+        wait_for_tiles<1, 500>(a.arrivals + place, uint32_t(item.pieces));
+        const int count = min(item.q_count - token, a.tile_tokens) * a.group;
+        write_queries<T, kHeadDim, 4>(a, {place * a.group, count}, 0, 1);
       }
     } else if (kFused && warp > 1) {  // dq from sums that are complete: each warp has every other job
       const int lane = int(threadIdx.x) % 32;
@@ -575,12 +705,14 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
 
         wait_for_rows();
         if (kFused) ptx::mbarrier_wait(ds_full + 8 * ((step - 1) & 1), uint32_t((step - 1) >> 1 & 1));
+        if (kOrdered) ptx::mbarrier_wait(turn_full(warpgroup) + 8 * ring.stage, ring.parity);
         ptx::named_barrier_sync(own_turn, 256);
         if (kFused) multiply_ds(step - 1, key_buffer ^ int(begins_item && step > 0));
         multiply_gradients(!begins_item, true);
         if (kFused) open_sums(count, begins_item, key_buffer);
         __syncwarp();
         ptx::mbarrier_arrive_if(lane == 0 && begins_item && step > 0, k_empty + 8 * (key_buffer ^ 1));
+        if (kOrdered) ptx::mbarrier_arrive_if(lane == 0, added(warpgroup) + 8 * old_stage);
         multiply_q();
         ptx::wgmma_wait<1>();
         ptx::wgmma_keep_operand(p, a.total_q < 0, ds_target);
@@ -601,15 +733,20 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
         multiply_ds(step - 1, key_buffer ^ int(fresh && step > 0));
         ptx::wgmma_wait<0>();
         ptx::mbarrier_arrive_if(thread == 0, ds_empty + 8 * ((step - 1) & 1));
+        if (kOrdered) ptx::mbarrier_wait(last_turns, 0);
         add_dq(0, 16);
         open_sums(count, fresh, key_buffer);
         ptx::mbarrier_wait(ds_full + 8 * (step & 1), uint32_t(step >> 1 & 1));
         multiply_ds(step, key_buffer);
         ptx::wgmma_wait<0>();
         add_dq(0, 16);
+        if (kOrdered) {
+          __syncwarp();
+          ptx::mbarrier_arrive_if(lane == 0, all_added);
+        }
       }
       write_keys(shared.item[key_buffer]);
-      if (kFused) {  // here and not before the keys leave, where it would cost registers in the loop
+      if (kFused && !kOrdered) {  // here and not before the keys leave, where it would cost registers in the loop
         __syncwarp();
         ptx::mbarrier_arrive_if(lane == 0, all_added);
         ptx::mbarrier_wait(last_jobs_full, 0);
@@ -633,7 +770,7 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
 #endif
 }
 
-template <typename T, int kHeadDim, bool kFused>
+template <typename T, int kHeadDim, bool kFused, bool kOrdered>
 void launch_backward_keys(const BackwardParams& p, const Device& device, const BackwardMethod& method) {
   constexpr const char* kOp = "varlen_attention_backward";
   using Shared = KeysShared<kHeadDim>;
@@ -681,10 +818,12 @@ void launch_backward_keys(const BackwardParams& p, const Device& device, const B
   shape.grid = dim3(unsigned(std::min<int64_t>(device.sm_count, max_backward_items(s) * method.pieces)));
   shape.block = dim3(Shared::kThreads);
   shape.smem_bytes = int(sizeof(Shared)) + 1024;  // what is aligned by hand
-  shape.dependent = true;
+  // Together the two may not be: the order costs the overlap with the end of the first pass.
+  shape.dependent = !kOrdered;
+  shape.cooperative = kOrdered;
   static_assert(sizeof(Shared) + 1024 <= 227 * 1024);
-  launch_kernel(kOp, device, p.launch.stream, shape, illada_attention_backward_keys_sm90<T, kHeadDim, kFused>, q_map,
-                dout_map, k_map, v_map, a);
+  launch_kernel(kOp, device, p.launch.stream, shape, illada_attention_backward_keys_sm90<T, kHeadDim, kFused, kOrdered>,
+                q_map, dout_map, k_map, v_map, a);
 }
 
 }  // namespace

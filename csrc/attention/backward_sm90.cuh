@@ -11,8 +11,9 @@ template <typename T, int kHeadDim>
 void launch_backward(const BackwardParams& p, const Device& device, const Tiling& tiling,
                      const BackwardMethod& method) {
   if (p.shape.total_k)
-    method.fused ? launch_backward_keys<T, kHeadDim, true>(p, device, method)
-                 : launch_backward_keys<T, kHeadDim, false>(p, device, method);
+    method.ordered ? launch_backward_keys<T, kHeadDim, true, true>(p, device, method)
+    : method.fused ? launch_backward_keys<T, kHeadDim, true, false>(p, device, method)
+                   : launch_backward_keys<T, kHeadDim, false, false>(p, device, method);
   if (!method.fused && p.shape.total_q) launch_backward_queries<T, kHeadDim>(p, device, tiling);
 }
 

@@ -77,16 +77,20 @@ int64_t rows_bytes(const PackShape& s) {
   return (s.total_q * s.num_heads * int64_t(sizeof(RowStatistics)) + 15) / 16 * 16;
 }
 
-BackwardMethod choose_backward(const PackShape& s, bool deterministic, const Device& gpu) {
+BackwardMethod choose_backward(const PackShape& s, bool deterministic, bool multiplies_twice, const Device& gpu) {
   BackwardMethod method;
   // Places in the sums are 32-bit numbers.
   const int64_t sums = (s.total_q * s.num_heads + kWasteRows) * s.head_dim;
-  method.fused = has_sm90(gpu) && !deterministic && sums <= kMostRows;
+  method.fused = has_sm90(gpu) && !multiplies_twice && sums <= kMostRows;
+  if (method.fused && deterministic) {
+    method.ordered = s.total_k / kBackwardKeys + s.num_sequences <= kMostOrdered;
+    method.fused = method.ordered;
+  }
   if (method.fused && s.total_k > 0) {
     const int64_t sequences = std::min<int64_t>(s.num_sequences, s.total_k);
     const int64_t items =
         s.num_kv_heads * ((s.total_k - sequences) / kBackwardKeys + sequences);  // the most there can be
-    method.pieces = int(std::clamp<int64_t>(gpu.sm_count / items, 1, 8));
+    method.pieces = int(std::clamp<int64_t>(gpu.sm_count / items, 1, method.ordered ? 2 : 8));
   }
   return method;
 }
@@ -174,8 +178,9 @@ BackwardScratch scratch_of(const BackwardParams& p, const BackwardMethod& method
           dk + key_sums(p.shape, method)};
 }
 
-int64_t backward_workspace(const PackShape& s, bool deterministic, int device_index) {
-  const BackwardMethod method = choose_backward(s, deterministic, device("varlen_attention_backward", device_index));
+int64_t backward_workspace(const PackShape& s, bool deterministic, bool multiplies_twice, int device_index) {
+  const Device& gpu = device("varlen_attention_backward", device_index);
+  const BackwardMethod method = choose_backward(s, deterministic, multiplies_twice, gpu);
   return rows_bytes(s) + arrivals_bytes(s, method) +
          (query_sums(s, method) + 2 * key_sums(s, method)) * int64_t(sizeof(float));
 }
@@ -190,7 +195,7 @@ void backward_cuda(const BackwardParams& given) {
   validate_call(kOp, p.dtype, p.softmax_scale, gpu);
   ILLADA_CHECK(p.plan_rows >= plan_rows(s), kOp, "plan must have at least ", plan_rows(s),
                " rows for the gradients of this pack, got ", p.plan_rows, "; was it made with total_k?");
-  const int64_t workspace_bytes = backward_workspace(s, p.deterministic, p.launch.device);
+  const int64_t workspace_bytes = backward_workspace(s, p.deterministic, p.multiplies_twice, p.launch.device);
   ILLADA_CHECK(p.workspace_bytes >= workspace_bytes, kOp, "workspace must have ", workspace_bytes, " bytes, got ",
                p.workspace_bytes);
   ILLADA_CHECK(is_aligned({p.plan, p.out, p.dq, p.dk, p.dv, p.workspace}), kOp,
@@ -215,7 +220,7 @@ void backward_cuda(const BackwardParams& given) {
                  {"dv", p.dv, rows_k * s.head_dim * 2},
                  {"workspace", p.workspace, workspace_bytes}});
   const Tiling cut = choose_tiling(s, gpu);
-  const BackwardMethod method = choose_backward(s, p.deterministic, gpu);
+  const BackwardMethod method = choose_backward(s, p.deterministic, p.multiplies_twice, gpu);
   launch_backward_rows(p, gpu, method);
   if (has_sm90(gpu)) {
 #if defined(ILLADA_BUILT_SM90A)

@@ -29,6 +29,9 @@ void launch_combine(const ForwardParams& params, const Device& device);
 struct BackwardMethod {
   // dq summed in fp32 by the CTAs of all keys (5 products); else by a kernel of its own (7), in a fixed order.
   bool fused = false;
+  // fused: tiles of keys add to dq in their order, and dk and dv are sums of two pieces at most, so that every run
+  // gives the same bits.
+  bool ordered = false;
   // Of the queries of an item of the plan, if there would be fewer items than multiprocessors; only if fused.
   int pieces = 1;
 };
@@ -39,6 +42,7 @@ struct alignas(8) RowStatistics {
 };
 
 constexpr int kWasteRows = 128;
+constexpr int kMostOrdered = 0xffff;  // tiles of keys that a counter of arrivals can tell apart
 
 // The workspace.
 struct BackwardScratch {

@@ -298,14 +298,15 @@ void varlen_attention(const PackArguments& pack, int dtype, const ViewArguments&
   attention::forward_cuda(p);
 }
 
-int64_t varlen_attention_backward_workspace(const PackArguments& pack, bool deterministic, int device) {
-  return attention::backward_workspace(pack_shape(pack), deterministic, device);
+int64_t varlen_attention_backward_workspace(const PackArguments& pack, bool deterministic, bool multiplies_twice,
+                                            int device) {
+  return attention::backward_workspace(pack_shape(pack), deterministic, multiplies_twice, device);
 }
 
 void varlen_attention_backward(const PackArguments& pack, int dtype, const ViewArguments& dout, const ViewArguments& q,
                                const ViewArguments& k, const ViewArguments& v, uintptr_t out, uintptr_t lse,
                                uintptr_t dlse, float softmax_scale, uintptr_t plan, int64_t plan_rows,
-                               bool deterministic, uintptr_t dq, uintptr_t dk, uintptr_t dv,
+                               bool deterministic, bool multiplies_twice, uintptr_t dq, uintptr_t dk, uintptr_t dv,
                                const LaunchArguments& launch) {
   attention::BackwardParams p;
   p.shape = pack_shape(pack);
@@ -321,6 +322,7 @@ void varlen_attention_backward(const PackArguments& pack, int dtype, const ViewA
   p.plan = pointer<const int32_t>(plan);
   p.plan_rows = plan_rows;
   p.deterministic = deterministic;
+  p.multiplies_twice = multiplies_twice;
   p.dq = pointer<void>(dq);
   p.dk = pointer<void>(dk);
   p.dv = pointer<void>(dv);

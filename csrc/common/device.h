@@ -46,6 +46,8 @@ struct LaunchShape {
   int cluster = 1;  // CTAs of a cluster, along x
   // The kernel begins with griddepcontrol.wait: its launch may overlap the end of the kernel before it (sm_90+).
   bool dependent = false;
+  // All CTAs at a time, or an error: they may wait for each other.
+  bool cooperative = false;
 };
 
 // kernel<<<...>>>(arguments...) with the checks above. The caller holds a DeviceGuard.
@@ -58,7 +60,7 @@ void launch_kernel(const char* op, const Device& device, void* stream, const Lau
   config.blockDim = shape.block;
   config.dynamicSmemBytes = size_t(shape.smem_bytes);
   config.stream = static_cast<cudaStream_t>(stream);
-  cudaLaunchAttribute attributes[2];
+  cudaLaunchAttribute attributes[3];
   unsigned count = 0;
   if (shape.cluster > 1) {
     attributes[count].id = cudaLaunchAttributeClusterDimension;
@@ -68,6 +70,11 @@ void launch_kernel(const char* op, const Device& device, void* stream, const Lau
   if (shape.dependent && code >= 90) {
     attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[count].val.programmaticStreamSerializationAllowed = 1;
+    ++count;
+  }
+  if (shape.cooperative) {
+    attributes[count].id = cudaLaunchAttributeCooperative;
+    attributes[count].val.cooperative = 1;
     ++count;
   }
   config.attrs = attributes;

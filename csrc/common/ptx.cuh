@@ -74,6 +74,18 @@ __device__ __forceinline__ uint32_t atomic_increment_acq_rel(uint32_t* address) 
   asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(old) : "l"(address) : "memory");
   return old;
 }
+// *address += x after all that this thread knows to be done; and what it is, before all that the thread does next.
+__device__ __forceinline__ void red_add_release(uint32_t* address, uint32_t x) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(address), "r"(x) : "memory");
+}
+__device__ __forceinline__ uint32_t load_acquire(const uint32_t* address) {
+  uint32_t x;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(address) : "memory");
+  return x;
+}
+__device__ __forceinline__ void sleep_some(uint32_t nanoseconds) {
+  asm volatile("nanosleep.u32 %0;" ::"r"(nanoseconds) : "memory");
+}
 // What other CTAs have written or added: never from the L1 cache.
 __device__ __forceinline__ float4 load_relaxed_v4(const float* address) {
   float4 x;

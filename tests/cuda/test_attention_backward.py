@@ -1,8 +1,10 @@
 """The attention backward on CUDA tensors against float64, in units of the error of plain torch at the same dtype.
 
-As in the tests of the forward, every key, value and query that a sequence must not see is NaN. Each pack goes both ways:
-deterministic or not, which on compute capability 9.0 are two methods.
+As in the tests of the forward, every key, value and query that a sequence must not see is NaN. Each pack goes all ways
+that there are on compute capability 9.0.
 """
+
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -17,12 +19,25 @@ from illada.ops import raw, reference
 from illada.testing import assert_close_like, relative_error
 
 NAMES = ("dq", "dk", "dv")
+# How dq is made: sums in any order or in that of the tiles, or scores once more. Is it deterministic, does it multiply
+# twice?
+WAYS = {"any order": (False, False), "in order": (True, False), "twice": (True, True)}
 
 
 @pytest.fixture(autouse=True)
 def _sums_in_short_packs(monkeypatch):
-    """Packs this small would all go the deterministic way."""
+    """Packs this small would all multiply twice."""
     monkeypatch.setattr(illada.ops.attention, "_REPEATABLE_LENGTH", 0)
+
+
+@contextmanager
+def going(way: str):
+    """Gives the argument `deterministic` for this way."""
+    deterministic, twice = WAYS[way]
+    with pytest.MonkeyPatch.context() as patch:
+        if twice:
+            patch.setattr(illada.ops.attention, "_REPEATABLE_LENGTH", 1 << 20)
+        yield deterministic
 
 
 def gradients(attention, tensors, lengths, grads, **keywords) -> tuple[Tensor, ...]:
@@ -59,21 +74,24 @@ def idle(pack: Pack) -> tuple[Tensor, Tensor]:
     return queries, keys
 
 
-def check(pack: Pack, *, out=True, lse=True, ways=(False, True), softmax_scale=None) -> None:
+def check(pack: Pack, *, out=True, lse=True, ways=tuple(WAYS), softmax_scale=None) -> None:
     grads = random_grads(pack, out=out, lse=lse)
     tensors, keywords = (pack.q, pack.k, pack.v), {"softmax_scale": softmax_scale}
     exact = [x.double() for x in tensors]
     want = gradients(reference.varlen_attention, exact, pack.lengths, grads, **keywords)
     baseline = gradients(reference.varlen_attention, tensors, pack.lengths, grads, **keywords)
     on_device = (pack.on_device(), pack.on_device_lengths(), to_device(pack, grads))
-    for deterministic in ways:
-        got = gradients(illada.varlen_attention, *on_device, deterministic=deterministic, **keywords)
+    if torch.cuda.get_device_capability() != (9, 0):
+        ways = ("twice",)  # there is no other one
+    for way in ways:
+        with going(way) as deterministic:
+            got = gradients(illada.varlen_attention, *on_device, deterministic=deterministic, **keywords)
         queries, keys = idle(pack)
         for name, g, w, b, none in zip(NAMES, got, want, baseline, (queries, keys, keys), strict=True):
             try:
                 assert_close_like(g.cpu(), w, b)
             except AssertionError as error:
-                raise AssertionError(f"{name}, deterministic={deterministic}: {error}") from None
+                raise AssertionError(f"{name}, {way}: {error}") from None
             assert (g.cpu()[none] == 0).all(), f"{name} of what has no counterpart"
 
 
@@ -138,7 +156,7 @@ def test_more_tiles_of_keys_than_multiprocessors(dim, device):
 @pytest.mark.parametrize("dim", [64, 128])
 def test_sums_that_are_held_back(dim, device):
     """So many steps of few tiles of keys that a multiprocessor has more sums of its own than it reports late."""
-    check(Pack([257], device, room=0, heads=184, kv_heads=23, dim=dim), ways=(False,))
+    check(Pack([257], device, room=0, heads=184, kv_heads=23, dim=dim), ways=("any order",))
 
 
 @pytest.mark.slow
@@ -206,12 +224,14 @@ def test_layouts_of_the_gradient(device):
     assert all(map(torch.equal, torch.autograd.grad(total, leaves), call(ones, None)))
 
 
+@pytest.mark.parametrize("way", ["in order", "twice"])
 @pytest.mark.parametrize("dim", [64, 128])
-def test_neighbours_in_the_pack_are_not_seen(dim, device):
+def test_neighbours_in_the_pack_are_not_seen(dim, way, device):
     """One sequence keeps its numbers while all others are NaN, on both sides; and its results are the same to the bit."""
     pack = Pack([65, 130, 33], device, room=0, dim=dim)
     lengths, grads = pack.on_device_lengths(), to_device(pack, random_grads(pack))
-    want = gradients(illada.varlen_attention, pack.on_device(), lengths, grads, deterministic=True)
+    with going(way):
+        want = gradients(illada.varlen_attention, pack.on_device(), lengths, grads, deterministic=True)
     for start, end in ((0, 65), (65, 195), (195, 228)):
 
         def poisoned(x, tokens, start=start, end=end):
@@ -221,14 +241,60 @@ def test_neighbours_in_the_pack_are_not_seen(dim, device):
 
         tensors = [poisoned(x, 0) for x in pack.on_device()]
         call = (tensors, lengths, (poisoned(grads[0], 0), poisoned(grads[1], 1)))
-        for got, expected in zip(gradients(illada.varlen_attention, *call, deterministic=True), want, strict=True):
+        with going(way):
+            alone = gradients(illada.varlen_attention, *call, deterministic=True)
+        for got, expected in zip(alone, want, strict=True):
             assert torch.equal(got[start:end], expected[start:end])
         for got in gradients(illada.varlen_attention, *call):
             assert got[start:end].isfinite().all()
 
 
-def test_deterministic(device):
-    """Two runs agree to the bit, and neither knows what else is in the pack."""
+@pytest.mark.parametrize("heads, kv_heads, dim", [(2, 2, 128), (4, 1, 64), (8, 2, 128), (7, 1, 64), (60, 30, 64)])
+def test_order_of_the_tiles(heads, kv_heads, dim, device):
+    """The same bits in every run, wherever in the pack a sequence lies. With 30 key-value heads a multiprocessor has more
+    than one tile of keys; with fewer, two share the rows of one."""
+    lengths = [300, 0, 1, 65, 176, 150, 64, 31]
+    pack = Pack(lengths, device, room=0, heads=heads, kv_heads=kv_heads, dim=dim)
+    q, k, v = pack.on_device()
+    dout, dlse = to_device(pack, random_grads(pack))
+    out, lse = illada.varlen_attention(q, k, v, pack.lengths["cu_seqlens"].to(device), return_lse=True)
+    sizes = {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": dim, "total_q": len(q)}
+
+    def call(order):
+        """By sequence, in the order of `lengths`."""
+
+        def moved(x, axis=0):
+            parts = x.split(lengths, axis)
+            return torch.cat([parts[s] for s in order], axis).contiguous()
+
+        moved_lengths = [lengths[s] for s in order]
+        starts = torch.tensor([0, *moved_lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
+        plan = illada.attention_plan(starts, **sizes)
+        grads = torch.ops.illada.varlen_attention_bwd(
+            *(moved(dout), moved(dlse, 1), moved(q), moved(k), moved(v), moved(out), moved(lse, 1)),
+            *(plan.work, len(lengths), dim**-0.5, True),
+        )
+        parts = [x.split(moved_lengths) for x in grads]
+        return [torch.cat([x[order.index(s)] for s in range(len(lengths))]) for x in parts]
+
+    order = list(range(len(lengths)))
+    want = call(order)
+    for other in (order, order[::-1], [3, 7, 0, 1, 6, 4, 5, 2]):
+        assert all(map(torch.equal, call(other), want))
+
+
+def test_order_of_lengths_that_overlap(device):
+    """They end: a tile that the plan has no room for is not waited for. What comes out is nobody's business."""
+    pack = Pack([300], device, room=0, heads=8, kv_heads=2, dim=64)
+    starts = torch.tensor([0, 300, 0, 300, 100, 300, 100, 300, 0, 300], dtype=torch.int32).to(device)
+    grads = to_device(pack, random_grads(pack))
+    for got in gradients(illada.varlen_attention, pack.on_device(), {"cu_seqlens": starts}, grads, deterministic=True):
+        assert got.shape[0] == 300
+
+
+@pytest.mark.parametrize("way", ["in order", "twice"])
+def test_deterministic(way, device):
+    """Two runs agree to the bit, and neither knows what else is in the pack (as long as the way is the same)."""
     pack = Pack([200, 40, 131], device, room=0, heads=8, kv_heads=2)
     (q, k, v), starts = pack.on_device(), pack.lengths["cu_seqlens"]
     dout, dlse = to_device(pack, random_grads(pack))
@@ -243,40 +309,46 @@ def test_deterministic(device):
             *(plan.work, last - first, 128**-0.5, True),
         )
 
-    want = call(0, 3)
-    assert all(map(torch.equal, call(0, 3), want))
-    for s in range(3):
-        for got, expected in zip(call(s, s + 1), want, strict=True):
-            assert torch.equal(got, expected[starts[s] : starts[s + 1]])
+    with going(way):
+        want = call(0, 3)
+        assert all(map(torch.equal, call(0, 3), want))
+        for s in range(3):
+            for got, expected in zip(call(s, s + 1), want, strict=True):
+                assert torch.equal(got, expected[starts[s] : starts[s + 1]])
 
 
-@pytest.mark.parametrize("lengths, repeatable", [([256], True), ([257], False), ([500, 0, 1], True)])
-def test_short_sequences_are_repeatable_anyhow(lengths, repeatable, device, monkeypatch):
+@pytest.mark.parametrize("lengths, twice", [([256], True), ([257], False), ([500, 0, 1], True)])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_short_sequences_are_multiplied_twice(lengths, twice, deterministic, device, monkeypatch):
     monkeypatch.undo()
     asked = []
-    monkeypatch.setattr(raw, "varlen_attention_backward", lambda *_, deterministic, **__: asked.append(deterministic))
+
+    def backward(*_, deterministic, multiplies_twice, **__):
+        asked.append((deterministic, multiplies_twice))
+
+    monkeypatch.setattr(raw, "varlen_attention_backward", backward)
     pack = Pack(lengths, device, room=0, dim=64)
-    gradients(illada.varlen_attention, pack.on_device(), pack.on_device_lengths(), to_device(pack, random_grads(pack)))
-    assert asked == [repeatable]
+    call = (pack.on_device(), pack.on_device_lengths(), to_device(pack, random_grads(pack)))
+    gradients(illada.varlen_attention, *call, deterministic=deterministic)
+    assert asked == [(deterministic, twice)]
 
 
 class RawCall:
     """Arguments of the raw call for one pack, ready to be changed."""
 
-    def __init__(self, pack: Pack, *, total_k=True, deterministic=False):
+    def __init__(self, pack: Pack, *, way="any order"):
         device, (tokens, heads, dim), (keys, kv_heads, _) = pack.device, pack.q.shape, pack.k.shape
         lengths = pack.on_device_lengths()
         sizes = {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": dim, "total_q": tokens}
-        plan = illada.attention_plan(**lengths, **sizes, total_k=keys if total_k else None)
+        plan = illada.attention_plan(**lengths, **sizes, total_k=keys)
         q, k, v = pack.on_device()
         out, lse = illada.varlen_attention(q, k, v, **lengths, return_lse=True)
         dout, dlse = to_device(pack, random_grads(pack))
-        size = raw.varlen_attention_backward_workspace(
-            tokens, keys, plan.num_sequences, heads, kv_heads, dim, deterministic, q.device.index
-        )
+        shape = (tokens, keys, plan.num_sequences, heads, kv_heads, dim)
+        size = raw.varlen_attention_backward_workspace(*shape, *WAYS[way], q.device.index)
         self.inputs = {"dout": dout, "dlse": dlse, "q": q, "k": k, "v": v, "out": out, "lse": lse}
         self.plan, self.num_sequences = plan.work, plan.num_sequences
-        self.deterministic = deterministic
+        self.deterministic, self.multiplies_twice = WAYS[way]
         self.outputs = {
             name: torch.full(shape, torch.nan, dtype=q.dtype).to(device)
             for name, shape in (("dq", q.shape), ("dk", k.shape), ("dv", v.shape))
@@ -287,14 +359,14 @@ class RawCall:
         raw.varlen_attention_backward(
             **self.outputs, **self.inputs, plan=self.plan, num_sequences=self.num_sequences,
             softmax_scale=self.inputs["q"].shape[-1] ** -0.5, workspace=self.workspace,
-            deterministic=self.deterministic,
+            deterministic=self.deterministic, multiplies_twice=self.multiplies_twice,
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("dim", [64, 128])
-def test_nothing_is_written_beside_the_results(deterministic, dim, device):
-    call = RawCall(Pack([70, 3, 9], device, keys=[200, 30, 0], dim=dim), deterministic=deterministic)
+def test_nothing_is_written_beside_the_results(way, dim, device):
+    call = RawCall(Pack([70, 3, 9], device, keys=[200, 30, 0], dim=dim), way=way)
     inputs = {name: x.clone() for name, x in call.inputs.items()}
     guarded = {}
     for name, x in [*call.outputs.items(), ("workspace", call.workspace)]:
@@ -316,11 +388,12 @@ def test_nothing_is_written_beside_the_results(deterministic, dim, device):
         assert torch.equal(x.nan_to_num(nan=7), inputs[name].nan_to_num(nan=7))
 
 
+@pytest.mark.parametrize("way", ["any order", "in order"])
 @pytest.mark.parametrize("dim", [64, 128])
-def test_calls_share_a_workspace(dim, device):
+def test_calls_share_a_workspace(dim, way, device):
     """What one call has counted and summed up there is nothing to the next one, whose sequences lie elsewhere."""
     packs = [Pack([70, 200, 5], device, keys=[300, 3, 0], dim=dim), Pack([300, 1, 65], device, dim=dim)]
-    calls = [RawCall(pack) for pack in packs]
+    calls = [RawCall(pack, way=way) for pack in packs]
     workspace = torch.full((max(len(call.workspace) for call in calls),), 255, dtype=torch.uint8).to(device)
     for pack, call in [*zip(packs, calls, strict=True), (packs[0], calls[0])]:
         call.workspace = workspace
@@ -412,11 +485,14 @@ def test_empty_packs(device):
             "cu_seqlens_k": torch.tensor([0, keys], dtype=torch.int32).to(device),
         }
         grads = (torch.ones(queries, 4, 64).to(device), torch.ones(4, queries).to(device))
-        for got, x in zip(gradients(illada.varlen_attention, tensors, lengths, grads), tensors, strict=True):
-            assert got.shape == x.shape and (got == 0).all()
+        for deterministic in (False, True):
+            call = gradients(illada.varlen_attention, tensors, lengths, grads, deterministic=deterministic)
+            for got, x in zip(call, tensors, strict=True):
+                assert got.shape == x.shape and (got == 0).all()
 
 
-def test_in_a_graph_with_other_lengths(device):
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_in_a_graph_with_other_lengths(deterministic, device):
     """What depends on the lengths is on the device: replays see what they have become."""
     packs = [
         Pack(lengths, device, keys=keys)
@@ -426,7 +502,7 @@ def test_in_a_graph_with_other_lengths(device):
     lengths, grads = packs[0].on_device_lengths(), to_device(packs[0], random_grads(packs[0]))
 
     def call():
-        return gradients(illada.varlen_attention, tensors, lengths, grads)
+        return gradients(illada.varlen_attention, tensors, lengths, grads, deterministic=deterministic)
 
     call()
     graph = torch.cuda.CUDAGraph()

@@ -75,6 +75,7 @@ struct BackwardParams {
   const int32_t* plan = nullptr;  // of plan_cuda with total_k known
   int64_t plan_rows = 0;
   bool deterministic = false;         // the same bits in every run, at the price of some speed in long sequences
+  bool multiplies_twice = false;      // dq by a kernel of its own: faster in short ones, and deterministic as well
   void* dq = nullptr;                 // [T, H, D], contiguous
   void *dk = nullptr, *dv = nullptr;  // [Tk, G, D], contiguous; 0 for keys that no sequence uses
   void* workspace = nullptr;          // 16-byte aligned; contents need not be kept or set
@@ -83,6 +84,6 @@ struct BackwardParams {
 };
 // The same support as forward_cuda.
 void backward_cuda(const BackwardParams& params);
-int64_t backward_workspace(const PackShape& shape, bool deterministic, int device);  // bytes
+int64_t backward_workspace(const PackShape& shape, bool deterministic, bool multiplies_twice, int device);  // bytes
 
 }  // namespace illada::attention

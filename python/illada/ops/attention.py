@@ -204,7 +204,7 @@ _REPEATABLE_LENGTH = 256
 
 
 def multiplies_twice(total_q: int, num_sequences: int) -> bool:
-    """Whether gradients on CUDA are made the deterministic way although nobody asks for it."""
+    """Whether scores are computed twice for gradients on CUDA, once more for dq: always repeatable."""
     return total_q <= _REPEATABLE_LENGTH * num_sequences
 
 
@@ -228,14 +228,14 @@ def _bwd_cuda(
     if dlse is not None and not dlse.is_contiguous():
         dlse = dlse.clone(memory_format=torch.contiguous_format)
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    deterministic = deterministic or multiplies_twice(q.shape[0], num_sequences)
-    size = raw.varlen_attention_backward_workspace(
-        q.shape[0], k.shape[0], num_sequences, q.shape[1], k.shape[1], q.shape[2], deterministic, q.device.index
-    )
+    twice = multiplies_twice(q.shape[0], num_sequences)
+    sizes = (q.shape[0], k.shape[0], num_sequences, q.shape[1], k.shape[1], q.shape[2])
+    size = raw.varlen_attention_backward_workspace(*sizes, deterministic, twice, q.device.index)
     raw.varlen_attention_backward(
         *(dq, dk, dv, dout, dlse, q, k, v, out, lse, plan, num_sequences, softmax_scale),
         workspace=q.new_empty(size, dtype=torch.uint8),
         deterministic=deterministic,
+        multiplies_twice=twice,
     )
     return dq, dk, dv
 

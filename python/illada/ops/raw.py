@@ -372,11 +372,11 @@ def varlen_attention(
 
 def varlen_attention_backward_workspace(
     total_q: int, total_k: int, num_sequences: int, num_heads: int, num_kv_heads: int, head_dim: int,
-    deterministic: bool, device: int,
+    deterministic: bool, multiplies_twice: bool, device: int,
 ) -> int:  # fmt: skip
     """Bytes of workspace that `varlen_attention_backward` needs on the CUDA device of this index."""
     pack = (total_q, total_k, num_sequences, num_heads, num_kv_heads, head_dim)
-    return native().varlen_attention_backward_workspace(pack, deterministic, device)
+    return native().varlen_attention_backward_workspace(pack, deterministic, multiplies_twice, device)
 
 
 def varlen_attention_backward(
@@ -396,20 +396,22 @@ def varlen_attention_backward(
     *,
     workspace: Tensor,
     deterministic: bool = False,
+    multiplies_twice: bool = False,
 ) -> None:
     """The gradients of `illada.ops.varlen_attention` into `dq` [T, H, D], `dk` and `dv` [Tk, G, D]. CUDA only.
 
     dq, dk, dv, out and lse (float32 [H, T]) are contiguous, as is dlse, float32 [H, T] (None: 0); dout may be strided.
     plan: of `attention_plan` with the same numbers, total_k among them; workspace: uint8, as
-    `varlen_attention_backward_workspace` says.
+    `varlen_attention_backward_workspace` says. deterministic: the same bits in every run. multiplies_twice: dq by a
+    kernel of its own, which is faster where sequences are short and deterministic as well; before sm_90 always.
     """
     launch = _cuda_launch("varlen_attention_backward", q, workspace)
     native().varlen_attention_backward(
         (q.shape[0], k.shape[0], num_sequences, q.shape[1], k.shape[1], q.shape[2]),
         DTYPES[q.dtype],
         *((address(x), x.stride(0), x.stride(1)) for x in (dout, q, k, v)),
-        *(address(out), address(lse), address(dlse), softmax_scale, address(plan), plan.shape[0], deterministic),
-        *(address(dq), address(dk), address(dv)),
+        *(address(out), address(lse), address(dlse), softmax_scale, address(plan), plan.shape[0]),
+        *(deterministic, multiplies_twice, address(dq), address(dk), address(dv)),
         launch,
     )
 
