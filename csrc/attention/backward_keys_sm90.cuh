@@ -61,8 +61,8 @@
 #include <cstddef>
 #include <type_traits>
 
+#include "attention/accumulator_rows.cuh"
 #include "attention/launch.h"
-#include "common/accumulator_rows.cuh"
 #include "common/dtype.cuh"
 #include "common/ptx.cuh"
 #include "common/reduce.cuh"

@@ -24,9 +24,9 @@
 #include <cmath>
 #include <cstddef>
 
+#include "attention/accumulator_rows.cuh"
 #include "attention/launch.h"
 #include "attention/row_pair.cuh"
-#include "common/accumulator_rows.cuh"
 #include "common/dtype.cuh"
 #include "common/ptx.cuh"
 #include "common/reduce.cuh"

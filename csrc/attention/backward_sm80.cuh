@@ -25,10 +25,10 @@
 #include <cmath>
 #include <type_traits>
 
+#include "attention/accumulator_rows.cuh"
 #include "attention/launch.h"
 #include "attention/row_pair.cuh"
 #include "attention/tiles_sm80.cuh"
-#include "common/accumulator_rows.cuh"
 #include "common/dtype.cuh"
 #include "common/ptx.cuh"
 

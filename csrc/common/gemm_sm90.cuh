@@ -8,8 +8,8 @@
 //   full[s]   the TMA bytes of stage s have landed                         -> consumers
 //   empty[s]  both warpgroups (of both CTAs of a cluster) have read it     -> producer
 //
-// The warpgroups need not keep step: while one is busy with the sums of its tile, the other has the tensor cores to
-// itself, for as long as the ring allows: four stages, 2048 cycles. So much of a tile's epilogue costs nothing.
+// The warpgroups are half a step apart, no more: both wait for the same stages. So what they do with a tile's products
+// is hidden from neither, and should be short.
 #pragma once
 
 #include <cuda.h>
@@ -68,7 +68,7 @@ class GemmSm90 {
   }
 
   __device__ __forceinline__ int rank() const { return rank_; }
-  // Where shared memory of the kernel's own may begin, 1024-byte aligned, behind kSmemBytes.
+  // Where shared memory of the kernel's own may begin, 1024-byte aligned; it asks for kSmemBytes and as much more.
   __device__ __forceinline__ uint32_t end_of_storage() const { return storage_ + uint32_t(sizeof(Storage)); }
 
   // By the producer's thread: a from row a_first, b from row b_first and of it `boxes_b` boxes, for those of `k_tiles`
@@ -103,8 +103,7 @@ class GemmSm90 {
     }
   }
 
-  // By a warpgroup, on the rows 64 * warpgroup of the tile: d, in wgmma's layout (wgmma.cuh). At least
-  // one step.
+  // By a warpgroup, on the rows 64 * warpgroup of the tile: d, in wgmma's layout (wgmma.cuh). At least one step.
   __device__ __forceinline__ void multiply(float (&d)[kTileN / 2], int warpgroup, int k_tiles) {
 #pragma unroll 1
     for (int k = 0; k < k_tiles; ++k, ring_.advance()) {

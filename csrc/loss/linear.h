@@ -2,7 +2,6 @@
 #pragma once
 
 #include "common/device.h"
-#include "common/host_device.h"
 #include "illada/linear_loss.h"
 
 namespace illada::loss {

@@ -255,6 +255,17 @@ def test_workspace_of_the_papers_case(device):
     assert raw.linear_masked_cross_entropy_workspace(*stands, rows, **no_gradients) < 0.06e9
 
 
+def test_allocations_of_a_call(device, generator):
+    hidden, weight, targets, weights = make((1024, 64, 5000, 1.0, 0), device, generator)
+    leaves = [x.contiguous().requires_grad_() for x in (hidden, weight)]
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    loss = illada.linear_masked_cross_entropy(*leaves, targets, weights, chunk_rows=256)
+    chunk, d_weight, all_logits = 256 * 5120 * 2, 5000 * 64 * 4, 1024 * 5000 * 2
+    assert torch.cuda.max_memory_allocated() - before < chunk + d_weight + 1_000_000 < all_logits / 2
+    assert loss.isfinite()
+
+
 def test_raw_errors(device, generator):
     hidden, weight, targets, weights = make((20, 64, 300, 1.0, 0), device, generator)
     size = raw.linear_masked_cross_entropy_workspace(hidden, weight)

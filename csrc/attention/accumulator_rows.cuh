@@ -8,7 +8,7 @@
 #include "common/ptx.cuh"
 #include "common/reduce.cuh"
 
-namespace illada {
+namespace illada::attention {
 
 // Row i (0 or 1) times `scale`, in 16 bits, to the row at `target` (contiguous, 16-byte aligned), if it is real. The
 // lanes of a row exchange words until each has 16 bytes of it.
@@ -47,4 +47,4 @@ __device__ __forceinline__ void add_row(float* target, const float (&sum)[kColum
   for (int j = 0; j < kColumns / 8; ++j) ptx::red_add_v2(target + 8 * j, sum[4 * j + 2 * i], sum[4 * j + 2 * i + 1]);
 }
 
-}  // namespace illada
+}  // namespace illada::attention
