@@ -152,7 +152,7 @@ def test_steps_of_a_graph(model, cache, options, monkeypatch):
 
         return replay, out
 
-    monkeypatch.setattr(graphs, "capture_cuda", capture)
+    monkeypatch.setattr(graphs, "CudaCapture", lambda: capture)
     monkeypatch.setattr(graphs, "available", lambda model, cache: cache is not None)
     with torch.inference_mode():
         got = [r.tokens for r in generate(model, [*PROMPTS, [3]], config, seed=[1, 2, 3, 4, 5])]
@@ -184,11 +184,27 @@ def test_blanks_see_nothing(model):
     request.step = 1
     cache = KeyValueCache(model.config, 1, 11, spare=9)
     layout = lay_out(model, [request], cache, whole_blocks=True, sequences=4)
-    inputs, shift = layout.inputs, int(model.config.logits_shift)
+    inputs, shift = layout.unpack(layout.pack(pin_memory=False)), int(model.config.logits_shift)
     assert inputs.cu_seqlens.tolist() == [i * (8 + shift) for i in range(5)]
     assert inputs.cache.seqused_k.tolist() == [11, 0, 0, 0]
     assert inputs.groups[0].limits.tolist() == [2, 0, 0, 0]
     assert MASK not in inputs.tokens[8 + shift :].tolist()
+
+
+def test_arrays_share_a_buffer(model):
+    config = GenerationConfig(gen_length=8, block_length=8, steps=4, cache="prefix", forbid_tokens=(3, 4, 5))
+    request = Request(0, np.array([7, 8, 9]), config, 0, model.config, slots=(0,))
+    layout = lay_out(model, [request], KeyValueCache(model.config, 1, 11))
+    buffer = layout.pack(pin_memory=False)
+    inputs, group = layout.unpack(buffer), layout.unpack(buffer).groups[0]
+    tensors = [inputs.tokens, inputs.cache.rows, inputs.cache.seqused_k, group.row_ids, group.temperatures, *group.bias]
+    assert {t.untyped_storage().data_ptr() for t in tensors} == {buffer.data_ptr()}
+    assert all(t.data_ptr() % 16 == buffer.data_ptr() % 16 for t in tensors)
+    assert inputs.tokens.tolist() == [7, 8, 9, *[MASK] * 8] and inputs.tokens.dtype == torch.int64
+    assert group.bias[0].tolist() == [[3, 4, 5]] * 8 and group.bias[1].dtype == torch.float32
+    assert inputs.cache.k is layout.arrays.cache.k and group.order is None
+    inputs.tokens[3] = 1
+    assert layout.unpack(buffer).tokens[3] == 1  # the step writes where the next one is laid out
 
 
 def test_configs_share_a_cache(model):

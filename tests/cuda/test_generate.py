@@ -7,12 +7,13 @@ import dataclasses
 
 import pytest
 import torch
+from recorded_graph import RecordedGraph
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 import illada.model
 from illada.config import ModelConfig
 from illada.generation import GenerationConfig, generate
-from illada.generation.graphs import available
+from illada.generation.graphs import CudaCapture, available
 from illada.model import MaskedDiffusionModel
 from illada.ops import reference
 from illada.testing import assert_close_like
@@ -91,14 +92,52 @@ def reference_forward(model, tokens, cu_seqlens):
         return model(tokens, cu_seqlens)
 
 
-def test_graphs_change_nothing(device, monkeypatch):
-    if _get_current_dispatch_mode() is not None:
-        pytest.skip("a graph records no aten operators where a torch dispatch mode stands in for their kernels")
+@pytest.fixture
+def graphs_made(monkeypatch):
+    """The graphs that are captured: CUDA's, or recorded ones where a dispatch mode stands in for torch's kernels."""
+    made = []
+    kind = torch.cuda.CUDAGraph if _get_current_dispatch_mode() is None else RecordedGraph
+
+    class Counted(kind):
+        replays = 0
+
+        def replay(self):
+            self.replays += 1
+            super().replay()
+
+    def make(*arguments, **keywords):
+        made.append(Counted(*arguments, **keywords))
+        return made[-1]
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", make)
+    return made
+
+
+@pytest.mark.parametrize("cache", ["prefix", "block"])
+@pytest.mark.parametrize("options", [
+    {},
+    {"temperature": 0.7, "rule": "threshold", "threshold": 0.1, "measure": "margin"},
+    {"rule": "entropy_bound", "forbid_tokens": (8,), "delay_tokens": (3, 4), "end_think": (50, 51), "end_think_boost": 20.0},
+    {"alg_temp": 0.5, "take_back": 0.5},
+], ids=lambda o: o.get("rule", "take_back" if o else "quota"))  # fmt: skip
+def test_graphs_change_nothing(cache, options, device, graphs_made):
+    """Captured whole and replayed with other tokens, positions, cache slots, limits and numbers of sequences."""
     _, model = make_models(CONFIG, torch.bfloat16, device)
-    config = dataclasses.replace(BASE, cache="prefix")
+    config = dataclasses.replace(BASE, cache=cache, gen_length=32, **options)
     assert not available(model, None)  # without a cache there is nothing to capture
-    want = run(model, PROMPTS, config, cuda_graphs=False)
-    replayed = []
-    replay = torch.cuda.CUDAGraph.replay
-    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: (replayed.append(graph), replay(graph)))
-    assert run(model, PROMPTS, config) == want and replayed
+    want = run(model, PROMPTS, config, seed=[1, 2, 3], cuda_graphs=False)
+    assert not graphs_made
+    assert run(model, PROMPTS, config, seed=[1, 2, 3]) == want
+    assert sum(graph.replays for graph in graphs_made) > len(graphs_made) > 0
+    assert len({len(result.tokens) for result in want}) == 1
+
+
+def test_a_graph_must_not_wait(device, graphs_made):
+    """What a step must not do is refused while it is recorded, so that the tests above say something."""
+    if _get_current_dispatch_mode() is None:
+        pytest.skip("CUDA itself refuses these; its allocator is not fit for more captures after that")
+    x = torch.arange(4, device=device)
+    for wait in (lambda: x.sum().item(), lambda: x[x > 1], lambda: x.cpu(), lambda: torch.ones(2).to(device) + 1):
+        with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
+            CudaCapture()(lambda wait=wait: wait())
+        torch.cuda.synchronize()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from illada.config import ModelConfig
 from illada.model import CachedKeys
@@ -43,20 +44,17 @@ class KeyValueCache:
         return 2 * self.k.numel() * self.k.element_size()
 
     def view(self, slots: Sequence[int], starts: Sequence[int], ends: Sequence[int], *, blanks: int = 0) -> CachedKeys:
-        """What a forward of tokens starts[i] .. ends[i] - 1 of the sequences in `slots` (ascending) needs.
+        """What a forward of tokens starts[i] .. ends[i] - 1 of the sequences in `slots` (ascending) needs; of
+        `CachedKeys` the rows and lengths as arrays, for the caller to put beside the keys.
 
         `blanks` more sequences, as long as the first, see nothing; their keys and values go to the spare rows.
         """
         rows = [
-            torch.arange(slot * self.slot_length + start, slot * self.slot_length + end)
+            np.arange(slot * self.slot_length + start, slot * self.slot_length + end)
             for slot, start, end in zip(slots, starts, ends, strict=True)
         ]
-        rows += [torch.arange(self.end, self.end + len(rows[0]))] * blanks
+        rows += [np.arange(self.end, self.end + len(rows[0]))] * blanks
         bounds = [slot * self.slot_length for slot in slots] + [self.end] * (1 + blanks)
-        device = self.k.device
-
-        def integers(values: Sequence[int]) -> Tensor:
-            return torch.tensor(values, dtype=torch.int32, device=device)
-
-        used = integers([*ends, *[0] * blanks])
-        return CachedKeys(self.k, self.v, torch.cat(rows).to(device), integers(bounds), used)
+        used = [*ends, *[0] * blanks]
+        arrays: Any = np.concatenate(rows), np.asarray(bounds, dtype=np.int32), np.asarray(used, dtype=np.int32)
+        return CachedKeys(self.k, self.v, *arrays)

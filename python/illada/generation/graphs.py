@@ -39,7 +39,7 @@ def bucket(sequences: int) -> int:
 
 
 class GraphedSteps:
-    """Runs steps by replaying captured graphs, each with its own input tensors.
+    """Runs steps by replaying captured graphs, each with an input buffer of its own.
 
     Args:
         capture: runs a function once while recording it and returns what runs it again and what it returned.
@@ -47,57 +47,37 @@ class GraphedSteps:
 
     def __init__(self, capture: Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]) -> None:
         self._capture = capture
-        self._graphs: dict[Any, tuple[step.StepInputs, Callable[[], None], Tensor]] = {}
+        self._graphs: dict[Any, tuple[Tensor, Callable[[], None], Tensor]] = {}
 
     def run(self, model: MaskedDiffusionModel, layout: step.Layout) -> Tensor:
         """As `step.run`; the result is overwritten by the next step of the same shape."""
-        fresh = _tensors(layout.inputs)
-        key = (layout.calls, tuple(t.shape for t in fresh))
+        buffer = layout.pack(pin_memory=model.embed_tokens.weight.is_cuda)
+        key = (layout.calls, layout.shapes)
         if key not in self._graphs:
-            own = _clone(layout.inputs)
-            replay, out = self._capture(lambda: step.run(model, own, layout.calls))
-            self._graphs[key] = (own, replay, out)
+            own = torch.empty_like(buffer, device=model.embed_tokens.weight.device, pin_memory=False)
+            own.copy_(buffer)
+            inputs = layout.unpack(own)
+            self._graphs[key] = (own, *self._capture(lambda: step.run(model, inputs, layout.calls)))
         own, replay, out = self._graphs[key]
-        for mine, theirs in zip(_tensors(own), fresh, strict=True):
-            if mine is not theirs:  # the cache is shared
-                mine.copy_(theirs, non_blocking=True)
+        own.copy_(buffer, non_blocking=True)
         replay()
         return out
 
 
-def capture_cuda(function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """Record `function` as a CUDA graph, after a run that lets the libraries allocate what they keep."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        function()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = function()
-    return graph.replay, out
+class CudaCapture:
+    """Records functions as CUDA graphs that share their memory: no two of them run at a time."""
 
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
 
-def _tensors(tree: Any) -> list[Tensor]:
-    if isinstance(tree, Tensor):
-        return [tree]
-    return [] if tree is None else [t for part in tree for t in _tensors(part)]
-
-
-def _clone(inputs: step.StepInputs) -> step.StepInputs:
-    """A copy of all but the cache's keys and values."""
-
-    def clone(tree: Any) -> Any:
-        if tree is None:
-            return None
-        if isinstance(tree, Tensor):
-            return tree.clone()
-        parts = [clone(part) for part in tree]
-        return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
-
-    cache = inputs.cache
-    cloned = clone(inputs._replace(cache=None))
-    if cache is None:
-        return cloned
-    slots = (cache.rows.clone(), cache.cu_seqlens_k.clone(), cache.seqused_k.clone())
-    return cloned._replace(cache=cache.__class__(cache.k, cache.v, *slots))
+    def __call__(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        """What runs `function` again, and what it returns each time."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            function()  # lets the libraries allocate what they keep
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            out = function()
+        return graph.replay, out

@@ -71,7 +71,7 @@ def generate(
     )
     size = min(batch_size or len(prompts), len(prompts))
     cache, free = _make_cache(model, list(waiting), size)
-    graphed = graphs.GraphedSteps(graphs.capture_cuda) if cuda_graphs and graphs.available(model, cache) else None
+    graphed = graphs.GraphedSteps(graphs.CudaCapture()) if cuda_graphs and graphs.available(model, cache) else None
 
     active: list[Request] = []
     results: list[GenerationResult | None] = [None] * len(prompts)
@@ -123,10 +123,12 @@ def _advance(
         tokens = graphed.run(model, layout)
     else:
         layout = step.lay_out(model, active, cache)
-        tokens = step.run(model, layout.inputs, layout.calls)
+        device = model.embed_tokens.weight.device
+        buffer = layout.pack(pin_memory=device.type == "cuda").to(device, non_blocking=True)
+        tokens = step.run(model, layout.unpack(buffer), layout.calls)
     now = tokens.cpu().numpy()  # the one wait for the device in a step
     done, at = [], 0
-    for group, members in zip(layout.inputs.groups, layout.members, strict=True):
+    for group, members in zip(layout.arrays.groups, layout.members, strict=True):
         end = at + len(group.rows)
         for request, positions in members:
             done.append((request, request.advance(positions, now[at : at + len(positions)])))

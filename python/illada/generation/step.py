@@ -1,6 +1,7 @@
 """One step of all active sequences: the host lays the pack out, the device computes it.
 
-What the device needs is in `StepInputs`, a tree of tensors, so that a CUDA graph can own a copy of it.
+What the device needs is in `StepInputs`, a tree of tensors. They share one buffer, so that a step costs one copy to the
+device, and a CUDA graph can own a buffer that is filled anew.
 """
 
 from __future__ import annotations
@@ -70,13 +71,68 @@ class StepInputs(NamedTuple):
 class Layout(NamedTuple):
     """The host's side of a step.
 
-    inputs: for the device. calls: the rule of each group. members: the requests of each group with their candidates'
-    positions, in the order of the group's rows.
+    arrays: `StepInputs` with arrays for its tensors, but for the cache's keys and values. calls: the rule of each
+    group. members: the requests of each group with their candidates' positions, in the order of the group's rows.
     """
 
-    inputs: StepInputs
+    arrays: StepInputs
     calls: tuple[RuleCall, ...]
     members: list[list[tuple[Request, NDArray]]]
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of all arrays, in order."""
+        shapes: list[tuple[int, ...]] = []
+        _map(self.arrays, lambda array: shapes.append(array.shape))
+        return tuple(shapes)
+
+    def pack(self, *, pin_memory: bool) -> Tensor:
+        """All arrays in one buffer, uint8; pinned, a copy to the device waits for nothing."""
+        offsets = _offsets(self.arrays)
+        buffer = torch.empty(offsets.pop(), dtype=torch.uint8, pin_memory=pin_memory)
+        data, starts = buffer.numpy(), iter(offsets)
+
+        def write(array: NDArray) -> None:
+            start = next(starts)
+            data[start : start + array.nbytes] = array.reshape(-1).view(np.uint8)
+
+        _map(self.arrays, write)
+        return buffer
+
+    def unpack(self, buffer: Tensor) -> StepInputs:
+        """The arrays as tensors that are views of `buffer`, a copy of what `pack` made."""
+        starts = iter(_offsets(self.arrays))
+
+        def view(array: NDArray) -> Tensor:
+            start = next(starts)
+            return buffer[start : start + array.nbytes].view(_DTYPES[array.dtype]).view(array.shape)
+
+        return _map(self.arrays, view)
+
+
+_ALIGNMENT = 16  # bytes, of each array in the buffer
+_DTYPES = {
+    np.dtype(np.int32): torch.int32,
+    np.dtype(np.int64): torch.int64,
+    np.dtype(np.float32): torch.float32,
+}  # fmt: skip
+
+
+def _map(tree: Any, function: Callable[[NDArray], Any]) -> Any:
+    """`function` of every array; tensors stay as they are."""
+    if isinstance(tree, np.ndarray):
+        return function(tree)
+    if not isinstance(tree, tuple):
+        return tree
+    parts = [_map(part, function) for part in tree]
+    return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
+
+
+def _offsets(tree: Any) -> list[int]:
+    """Where each array begins in the buffer, and how long that is; in bytes."""
+    offsets = [0]
+    _map(tree, lambda array: offsets.append(offsets[-1] + -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT))
+    return offsets
 
 
 # ------------------------------------------------------------------------------------------------------------- host
@@ -96,7 +152,6 @@ def lay_out(
         whole_blocks: all rows of a block are candidates, not its masks alone: the shapes are those of the next step.
         sequences: fill the pack up to as many sequences with ones that see nothing and commit nothing.
     """
-    device = model.embed_tokens.weight.device
     shift = model.config.logits_shift
     streams = [(r, twin) for r in active for twin in range(1 + r.guided)]
     if cache is not None:
@@ -121,23 +176,24 @@ def lay_out(
     wanted = np.cumsum([0, *map(len, rows.values())])
     hidden = {stream: start + np.arange(len(rows[stream])) for stream, start in zip(rows, wanted[:-1], strict=True)}
 
-    def put(values: NDArray | list, dtype: type = np.int32) -> Tensor:
-        return torch.from_numpy(np.asarray(values, dtype=dtype)).to(device, non_blocking=True)
-
     by_call: dict[RuleCall, list[tuple[Request, NDArray]]] = {}
     for request in active:
         by_call.setdefault(request.call, []).append((request, candidates[request.index]))
-    groups = tuple(_group(call, members, rows, hidden, put, blanks=blanks) for call, members in by_call.items())
+    groups = tuple(_group(call, members, rows, hidden, blanks=blanks) for call, members in by_call.items())
     slots = [request.slots[twin] for request, twin in streams] if cache is not None else []
-    inputs = StepInputs(
-        put(np.concatenate(tokens), np.int64),
-        put(starts),
-        put(np.concatenate(position_ids), np.int64),
+    arrays: Any = StepInputs(
+        _array(np.concatenate(tokens), np.int64),
+        _array(starts),
+        _array(np.concatenate(position_ids), np.int64),
         None if cache is None else cache.view(slots, begins, ends, blanks=blanks),
-        put(np.concatenate(list(rows.values()))),
+        _array(np.concatenate(list(rows.values()))),
         groups,
     )
-    return Layout(inputs, tuple(by_call), list(by_call.values()))
+    return Layout(arrays, tuple(by_call), list(by_call.values()))
+
+
+def _array(values: NDArray | list, dtype: type = np.int32) -> Any:
+    return np.ascontiguousarray(values, dtype=dtype)
 
 
 def _group(
@@ -145,7 +201,6 @@ def _group(
     members: list[tuple[Request, NDArray]],
     rows: dict[tuple[int, int], NDArray],
     hidden: dict[tuple[int, int], NDArray],
-    put: Callable[..., Tensor],
     *,
     blanks: int,
 ) -> Group:
@@ -160,27 +215,29 @@ def _group(
     def each(value: Callable[[Request], float], blank: float = 0) -> NDArray:
         return np.repeat([*(value(r) for r, _ in members), *[blank] * blanks], counts)
 
-    bias, delay, order, guidance = _bias(members, blank_rows, put), None, None, None
+    bias, delay, order, guidance = _bias(members, blank_rows), None, None, None
     if call.delayed:
         width = max(len(r.config.delay_tokens) for r, _ in members)
         ids = [[*r.config.delay_tokens, *[-1] * (width - len(r.config.delay_tokens))] for r, _ in members]
         per_row = np.repeat([*ids, *[[-1] * width] * blanks], counts, axis=0)
-        delay = put(per_row), put(np.full(per_row.shape, -np.inf), np.float32)
+        delay = _array(per_row), _array(np.full(per_row.shape, -np.inf), np.float32)
     if call.ordered:
         noise = [order_noise(r.seed, positions, r.forwards) for r, positions in members]
         noise.append(np.zeros(blank_rows, dtype=np.float32))
-        order = Order(put(np.concatenate(noise), np.float32), put(each(lambda r: r.config.alg_temp, 1), np.float32))
+        order = Order(
+            _array(np.concatenate(noise), np.float32), _array(each(lambda r: r.config.alg_temp, 1), np.float32)
+        )
     if any(r.guided for r, _ in members):
-        guidance = Guidance(put(of(hidden, 1)), put(each(lambda r: r.config.cfg_scale)[:, None], np.float32))
+        guidance = Guidance(_array(of(hidden, 1)), _array(each(lambda r: r.config.cfg_scale)[:, None], np.float32))
     return Group(
-        rows=put(of(rows)),
-        hidden=put(of(hidden)),
-        cu_rows=put(np.cumsum([0, *counts])),
-        limits=put([r.limit() for r, _ in members] + [0] * blanks, np.int32 if call.rule == "quota" else np.float32),
-        row_ids=put(np.concatenate([*(positions for _, positions in members), np.zeros(blank_rows)]), np.int64),
-        seeds=put(each(lambda r: r.seed), np.int64),
-        steps=put(each(lambda r: r.forwards)),
-        temperatures=put(each(lambda r: r.config.temperature), np.float32),
+        rows=_array(of(rows)),
+        hidden=_array(of(hidden)),
+        cu_rows=_array(np.cumsum([0, *counts])),
+        limits=_array([r.limit() for r, _ in members] + [0] * blanks, np.int32 if call.rule == "quota" else np.float32),
+        row_ids=_array(np.concatenate([*(positions for _, positions in members), np.zeros(blank_rows)]), np.int64),
+        seeds=_array(each(lambda r: r.seed), np.int64),
+        steps=_array(each(lambda r: r.forwards)),
+        temperatures=_array(each(lambda r: r.config.temperature), np.float32),
         bias=bias,
         delay=delay,
         order=order,
@@ -188,19 +245,22 @@ def _group(
     )
 
 
-def _bias(members: list[tuple[Request, NDArray]], blank_rows: int, put: Callable[..., Tensor]) -> LogitBias | None:
+def _bias(members: list[tuple[Request, NDArray]], blank_rows: int) -> LogitBias | None:
     """The logit biases of all rows as [N, K]; -1 is no id. K is that of the configs: it stays from step to step."""
     width = max(len(r.config.forbid_tokens) + (r.config.end_think_boost > 0) for r, _ in members)
     if width == 0:
         return None
-    rows: list[list[tuple[int, float]]] = []
+    count = sum(len(positions) for _, positions in members) + blank_rows
+    ids, values = np.full((count, width), -1, dtype=np.int32), np.zeros((count, width), dtype=np.float32)
+    at = 0
     for request, positions in members:
         everywhere, single = request.biases()
-        rows += [everywhere + ([single[p]] if p in single else []) for p in positions.tolist()]
-    rows += [[]] * blank_rows
-    ids = [[token for token, _ in row] + [-1] * (width - len(row)) for row in rows]
-    values = [[value for _, value in row] + [0.0] * (width - len(row)) for row in rows]
-    return put(ids), put(values, np.float32)
+        entries = [(column, at + np.arange(len(positions)), entry) for column, entry in enumerate(everywhere)]
+        entries += [(len(everywhere), at + np.flatnonzero(positions == p), entry) for p, entry in single.items()]
+        for column, rows, (token, value) in entries:
+            ids[rows, column], values[rows, column] = token, value
+        at += len(positions)
+    return _array(ids), _array(values, np.float32)
 
 
 # ----------------------------------------------------------------------------------------------------------- device
