@@ -5,8 +5,8 @@
 // Then they write the sequence's items side by side. CTA 0 writes the header as well. Nothing depends on which CTA is
 // first, and the grid depends on the number of sequences alone.
 //
-// Where tiles are so few that they leave SMs idle, sequences are split over their keys: every CTA tries all sizes of a
-// piece and comes to the same one.
+// Where tiles are so few that they may leave SMs idle, sequences are split over their keys: every CTA tries all sizes
+// of a piece and comes to the same one.
 //
 // Floor: the items, 32 bytes each, and S^2 / 2 comparisons, which are nothing up to some thousand sequences.
 #include <algorithm>
@@ -20,6 +20,8 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kMostChunks = 2048;  // sizes of a piece that are tried, however long the keys are said to be
+// What splits cost, in keys: an item more, and a launch that merges pieces.
+constexpr int kItemKeys = 256, kMergeKeys = 640;
 
 struct PlanArguments {
   const int32_t *cu_seqlens, *cu_seqlens_k, *seqused_k;
@@ -65,13 +67,15 @@ struct ForwardShare {
   __device__ __forceinline__ int64_t slots() const { return pieces > 1 ? items() : 0; }
 };
 
-// The number of key tiles that pieces have at most: an item costs as much as two key tiles more, and so does merging.
+// The number of key tiles that pieces have at most. The time of a size is that of the longest item or, if that is
+// longer, of as many items of mean length as the busiest SM has: items that differ in length are dealt out evenly.
 __device__ int choose_chunk(const PlanArguments& a) {
   __shared__ int32_t tiles[kSplitItems], key_tiles[kSplitItems];  // a sequence has a tile at least, or no part in this
   __shared__ int32_t most_key_tiles;
-  __shared__ unsigned long long best;
+  __shared__ unsigned long long work, best;  // work: key tiles of all tiles
   if (threadIdx.x == 0) {
     most_key_tiles = 1;
+    work = 0;
     best = ~0ull;
   }
   __syncthreads();
@@ -79,7 +83,9 @@ __device__ int choose_chunk(const PlanArguments& a) {
     const Sequence s(a, i);
     tiles[i] = a.num_kv_heads * ceil_div(s.q_count, a.item_tokens);
     key_tiles[i] = ceil_div(s.k_count, a.key_tile);
-    if (tiles[i]) atomicMax(&most_key_tiles, key_tiles[i]);
+    if (tiles[i] == 0) continue;
+    atomicMax(&most_key_tiles, key_tiles[i]);
+    atomicAdd(&work, static_cast<unsigned long long>(tiles[i]) * key_tiles[i]);
   }
   __syncthreads();
   // As many lanes to a size as there are sequences, up to a warp.
@@ -87,6 +93,7 @@ __device__ int choose_chunk(const PlanArguments& a) {
   while (lanes < 32 && lanes < a.num_sequences) lanes *= 2;
   const int step = kThreads / lanes, last = most_key_tiles;
   const int grain = ceil_div(last, kMostChunks), chunks = ceil_div(last, grain);
+  const int item_cost = ceil_div(kItemKeys, a.key_tile), merge_cost = ceil_div(kMergeKeys, a.key_tile);
   unsigned long long mine = ~0ull;
   for (int base = 1; base <= chunks; base += step) {
     const int number = base + int(threadIdx.x) / lanes, chunk = min(number * grain, last);
@@ -105,8 +112,10 @@ __device__ int choose_chunk(const PlanArguments& a) {
       slots += __shfl_xor_sync(kFullWarp, slots, mask);
     }
     if (number > chunks || slots > kSplitSlots) continue;
+    const unsigned long long several =
+        items ? ceil_div(items, a.sm_count) * (work + static_cast<unsigned long long>(items) * item_cost) / items : 0;
     const unsigned long long cost =
-        (unsigned long long)(ceil_div(items, a.sm_count)) * (unsigned long long)(chunk + 2) + (slots ? 2 : 0);
+        max(static_cast<unsigned long long>(chunk + item_cost), several) + (slots ? merge_cost : 0);
     mine = min(mine, cost << 32 | (0xffffffffu - unsigned(chunk)));  // of equal ones the largest
   }
   if (mine != ~0ull) atomicMin(&best, mine);

@@ -149,6 +149,22 @@ def test_few_queries_and_many_keys_are_split(device):
     assert all(item.pieces == 1 for item in plan.forward)
 
 
+def test_splits_follow_the_lengths(device):
+    """Where every multiprocessor has two tiles, long with short ones, nothing is split; one that outweighs all is."""
+
+    def made(used):
+        starts = list(itertools.accumulate(used, initial=0))
+        plan = make([32] * len(used), device, heads=4, kv_heads=1, cu_seqlens_k=starts, seqused_k=used)
+        check(plan, cut([32] * len(used), used), 1)
+        return plan.forward
+
+    count = 2 * torch.cuda.get_device_properties(device).multi_processor_count - 8
+    assert all(item.pieces == 1 for item in made([1024 + 7168 * i // count for i in range(count)]))
+    items = made([100] * 40 + [30_000] + [130] * 40)
+    pieces = [item for item in items if item.pieces > 1]
+    assert len(items) - len(pieces) == 80 and max(item.k_count for item in pieces) < 2000
+
+
 def test_lengths_that_make_no_sense_stay_inside(device):
     """They are cut, never followed: no item reaches beyond the tensors, and no more items than there is room for."""
     total, heads, kv_heads = 50, 8, 2
