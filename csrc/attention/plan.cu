@@ -31,6 +31,7 @@ struct PlanArguments {
   int32_t most_forward, most_backward;  // what the plan has room for
   int32_t item_tokens, key_tile, sm_count;
   bool may_split;
+  float item_cost, merge_cost;  // of kItemKeys, kMergeKeys, in key tiles
 };
 
 __device__ __forceinline__ int32_t ceil_div(int32_t x, int32_t y) { return int32_t((uint32_t(x) + y - 1) / y); }
@@ -93,7 +94,6 @@ __device__ int choose_chunk(const PlanArguments& a) {
   while (lanes < 32 && lanes < a.num_sequences) lanes *= 2;
   const int step = kThreads / lanes, last = most_key_tiles;
   const int grain = ceil_div(last, kMostChunks), chunks = ceil_div(last, grain);
-  const int item_cost = ceil_div(kItemKeys, a.key_tile), merge_cost = ceil_div(kMergeKeys, a.key_tile);
   unsigned long long mine = ~0ull;
   for (int base = 1; base <= chunks; base += step) {
     const int number = base + int(threadIdx.x) / lanes, chunk = min(number * grain, last);
@@ -112,10 +112,9 @@ __device__ int choose_chunk(const PlanArguments& a) {
       slots += __shfl_xor_sync(kFullWarp, slots, mask);
     }
     if (number > chunks || slots > kSplitSlots) continue;
-    const unsigned long long several =
-        items ? ceil_div(items, a.sm_count) * (work + static_cast<unsigned long long>(items) * item_cost) / items : 0;
-    const unsigned long long cost =
-        max(static_cast<unsigned long long>(chunk + item_cost), several) + (slots ? merge_cost : 0);
+    const float mean = __fdividef(float(work), float(max(items, 1))) + a.item_cost;
+    const float longest = float(chunk) + a.item_cost, several = float(ceil_div(items, a.sm_count)) * mean;
+    const unsigned long long cost = __float_as_uint(fmaxf(longest, several) + (slots ? a.merge_cost : 0));
     mine = min(mine, cost << 32 | (0xffffffffu - unsigned(chunk)));  // of equal ones the largest
   }
   if (mine != ~0ull) atomicMin(&best, mine);
@@ -242,6 +241,8 @@ void launch_plan(const PlanParams& p, const Device& device, const Tiling& tiling
   a.key_tile = tiling.key_tile;
   a.sm_count = device.sm_count;
   a.may_split = tiling.may_split;
+  a.item_cost = float(kItemKeys) / float(tiling.key_tile);
+  a.merge_cost = float(kMergeKeys) / float(tiling.key_tile);
   LaunchShape shape;
   shape.grid = dim3(unsigned(std::max(s.num_sequences, 1)));
   shape.block = dim3(kThreads);
