@@ -51,6 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
         "  python -m benchmarks attention --direction fwdbwd --only 8/2\n"
         "  python -m benchmarks loss --only t=0.5 --plot loss.png\n"
         "  python -m benchmarks loss --direction fwd --spread 8\n"
+        "  python -m benchmarks generate --device cuda --only '8b var' --provider 'illada block'\n"
         "  python -m benchmarks train-step --provider illada --repeats 3",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -14,7 +14,9 @@ from illada.model import MaskedDiffusionModel, rotary_tables, rotate
 
 def forward(model: MaskedDiffusionModel, tokens: Tensor, key_mask: Tensor | None = None) -> Tensor:
     """All logits [B, L, V] of padded rows [B, L]: torch's attention under a mask of keys [B, 1, 1, L]."""
-    cos, sin = rotary_tables(torch.arange(tokens.shape[1], device=tokens.device), model.config, torch.float32)
+    cos, sin = rotary_tables(
+        torch.arange(tokens.shape[1], device=tokens.device), model.config, model.embed_tokens.weight.dtype
+    )
     x = model.embed_tokens(tokens)
     for layer in model.layers:
         attention = layer.self_attn
@@ -89,22 +91,22 @@ def generate(
     Prompts of unequal lengths are padded on the left and masked. steps: of a block with `var`, else of all together.
     Temperature 0; nothing stops early.
     """  # fmt: skip
-    mask_id, longest = model.config.mask_token_id, max(map(len, prompts))
+    mask_id, longest, device = model.config.mask_token_id, max(map(len, prompts)), model.embed_tokens.weight.device
     if var and len(prompts) > 1:
         raise ValueError(f"the published loop with growing blocks takes one prompt, got {len(prompts)}")
     lengths = torch.tensor([len(p) for p in prompts])
-    canvas = torch.full((len(prompts), longest + (0 if var else gen_length)), mask_id)
+    canvas = torch.full((len(prompts), longest + (0 if var else gen_length)), mask_id, device=device)
     for row, prompt in zip(canvas, prompts, strict=True):
-        row[longest - len(prompt) : longest] = torch.tensor(prompt)
+        row[longest - len(prompt) : longest] = torch.tensor(prompt, device=device)
     blocks, forwards = gen_length // block_length, 0
     steps = steps if var else steps // blocks
     for block in range(blocks):
         if var:
-            canvas = torch.cat([canvas, torch.full((1, block_length), mask_id)], dim=1)
+            canvas = torch.cat([canvas, torch.full((1, block_length), mask_id, device=device)], dim=1)
         end = longest + (block + 1) * block_length
         key_mask = None
         if int(lengths.min()) < longest:
-            key_mask = (torch.arange(canvas.shape[1]) >= (longest - lengths)[:, None])[:, None, None, :]
+            key_mask = (torch.arange(canvas.shape[1]) >= (longest - lengths)[:, None])[:, None, None, :].to(device)
         for step in range(steps):
             logits = forward(model, canvas, key_mask)
             forwards += 1

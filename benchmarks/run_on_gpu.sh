@@ -212,6 +212,9 @@ done
 for kind in t=0.5 t=0.1 t=0.9 "t=1 4096x155136"; do # other heads by hand
   run_bench loss cuda "$kind"
 done
+for kind in 8b 8b-batch; do
+  run_bench generate cuda "$kind var"
+done
 run_bench train-step cpu ""
 if [ ${#left_out[@]} -gt 0 ]; then
   note "- Cases without a result, for lack of time or after a failure: $(printf '%s\n' "${left_out[@]}" | sort -u | paste -sd ';' | sed 's/;/; /g')"

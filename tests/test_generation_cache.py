@@ -158,7 +158,7 @@ def test_steps_of_a_graph(model, cache, options, monkeypatch):
         got = [r.tokens for r in generate(model, [*PROMPTS, [3]], config, seed=[1, 2, 3, 4, 5])]
     assert got == want
     # five sequences are a bucket of eight; with a threshold some leave a block early and others are captured
-    assert captured and len(replayed) >= 6 and (len(captured) == 1 or config.rule == "threshold")
+    assert captured and len(replayed) >= 5 and (len(captured) == 1 or config.rule == "threshold")
     assert generate(model, PROMPTS, config, cuda_graphs=False) == generate(model, PROMPTS, config)
 
 
@@ -184,7 +184,7 @@ def test_blanks_see_nothing(model):
     request.step = 1
     cache = KeyValueCache(model.config, 1, 11, spare=9)
     layout = lay_out(model, [request], cache, whole_blocks=True, sequences=4)
-    inputs, shift = layout.unpack(layout.pack(pin_memory=False)), int(model.config.logits_shift)
+    inputs, shift = layout.upload(model.device), int(model.config.logits_shift)
     assert inputs.cu_seqlens.tolist() == [i * (8 + shift) for i in range(5)]
     assert inputs.cache.seqused_k.tolist() == [11, 0, 0, 0]
     assert inputs.groups[0].limits.tolist() == [2, 0, 0, 0]
@@ -195,7 +195,7 @@ def test_arrays_share_a_buffer(model):
     config = GenerationConfig(gen_length=8, block_length=8, steps=4, cache="prefix", forbid_tokens=(3, 4, 5))
     request = Request(0, np.array([7, 8, 9]), config, 0, model.config, slots=(0,))
     layout = lay_out(model, [request], KeyValueCache(model.config, 1, 11))
-    buffer = layout.pack(pin_memory=False)
+    buffer = layout.pack(model.device)
     inputs, group = layout.unpack(buffer), layout.unpack(buffer).groups[0]
     tensors = [inputs.tokens, inputs.cache.rows, inputs.cache.seqused_k, group.row_ids, group.temperatures, *group.bias]
     assert {t.untyped_storage().data_ptr() for t in tensors} == {buffer.data_ptr()}

@@ -235,6 +235,11 @@ class MaskedDiffusionModel(nn.Module):
             self.embed_tokens.weight[self.config.pad_token_id] = 0
 
     @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embed_tokens.weight.device
+
+    @property
     def head_weight(self) -> Tensor:
         """[V, C]: the head, or the embedding it is tied to, without the rows that only pad it."""
         weight = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight

@@ -2,7 +2,7 @@
 
 With a cache the queries of a step are the block's tokens alone, so the shapes of the steps are equal but for how many
 sequences there are: that is rounded up to a power of two with blank sequences, and a graph is captured for each
-(sequences, block length) that comes up.
+(sequences, block length) that comes up more than once.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from illada.model import MaskedDiffusionModel
 
 def available(model: MaskedDiffusionModel, cache: KeyValueCache | None) -> bool:
     """On CUDA, with a cache."""
-    return cache is not None and model.embed_tokens.weight.is_cuda
+    return cache is not None and model.device.type == "cuda"
 
 
 def suitable(active: Sequence[Request]) -> bool:
@@ -47,18 +47,22 @@ class GraphedSteps:
 
     def __init__(self, capture: Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]) -> None:
         self._capture = capture
-        self._graphs: dict[Any, tuple[Tensor, Callable[[], None], Tensor]] = {}
+        self._graphs: dict[Any, tuple[Tensor, Callable[[], None], Tensor] | None] = {}
 
     def run(self, model: MaskedDiffusionModel, layout: step.Layout) -> Tensor:
         """As `step.run`; the result is overwritten by the next step of the same shape."""
-        buffer = layout.pack(pin_memory=model.embed_tokens.weight.is_cuda)
         key = (layout.calls, layout.shapes)
         if key not in self._graphs:
-            own = torch.empty_like(buffer, device=model.embed_tokens.weight.device, pin_memory=False)
-            own.copy_(buffer)
+            # Launched the first time: libraries load and allocate what they keep, which a capture must not see, and
+            # what comes once is not worth one.
+            self._graphs[key] = None
+            return step.run(model, layout.upload(model.device), layout.calls)
+        buffer = layout.pack(model.device)
+        if (graph := self._graphs[key]) is None:
+            own = buffer.to(model.device, copy=True)
             inputs = layout.unpack(own)
-            self._graphs[key] = (own, *self._capture(lambda: step.run(model, inputs, layout.calls)))
-        own, replay, out = self._graphs[key]
+            graph = self._graphs[key] = (own, *self._capture(lambda: step.run(model, inputs, layout.calls)))
+        own, replay, out = graph
         own.copy_(buffer, non_blocking=True)
         replay()
         return out
@@ -71,12 +75,7 @@ class CudaCapture:
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        """What runs `function` again, and what it returns each time."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            function()  # lets the libraries allocate what they keep
-        torch.cuda.current_stream().wait_stream(side)
+        """What runs `function`, and what it returns each time; as yet it has not run."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             out = function()

@@ -123,9 +123,7 @@ def _advance(
         tokens = graphed.run(model, layout)
     else:
         layout = step.lay_out(model, active, cache)
-        device = model.embed_tokens.weight.device
-        buffer = layout.pack(pin_memory=device.type == "cuda").to(device, non_blocking=True)
-        tokens = step.run(model, layout.unpack(buffer), layout.calls)
+        tokens = step.run(model, layout.upload(model.device), layout.calls)
     now = tokens.cpu().numpy()  # the one wait for the device in a step
     done, at = [], 0
     for group, members in zip(layout.arrays.groups, layout.members, strict=True):

@@ -86,10 +86,10 @@ class Layout(NamedTuple):
         _map(self.arrays, lambda array: shapes.append(array.shape))
         return tuple(shapes)
 
-    def pack(self, *, pin_memory: bool) -> Tensor:
-        """All arrays in one buffer, uint8; pinned, a copy to the device waits for nothing."""
+    def pack(self, device: torch.device) -> Tensor:
+        """All arrays in one buffer of the host's, uint8; pinned for a GPU, so that a copy waits for nothing."""
         offsets = _offsets(self.arrays)
-        buffer = torch.empty(offsets.pop(), dtype=torch.uint8, pin_memory=pin_memory)
+        buffer = torch.empty(offsets.pop(), dtype=torch.uint8, pin_memory=device.type == "cuda")
         data, starts = buffer.numpy(), iter(offsets)
 
         def write(array: NDArray) -> None:
@@ -108,6 +108,10 @@ class Layout(NamedTuple):
             return buffer[start : start + array.nbytes].view(_DTYPES[array.dtype]).view(array.shape)
 
         return _map(self.arrays, view)
+
+    def upload(self, device: torch.device) -> StepInputs:
+        """All tensors, on the device."""
+        return self.unpack(self.pack(device).to(device, non_blocking=True))
 
 
 _ALIGNMENT = 16  # bytes, of each array in the buffer

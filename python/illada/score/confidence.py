@@ -79,7 +79,7 @@ def confidence_score(
     """
     items = make_items(model.config, contexts, continuations, append_eos)
     check_options(cfg_scale, max_tokens)
-    scores = torch.zeros(len(contexts), dtype=torch.float64, device=model.head_weight.device)
+    scores = torch.zeros(len(contexts), dtype=torch.float64, device=model.device)
     with progress_bar(len(contexts), progress) as bar:
         bar.update(len(contexts) - len(items))
         for pack in _packs(items, max_tokens, guided=cfg_scale > 0):
@@ -142,7 +142,7 @@ class _Canvas:
 
     def __init__(self, model: MaskedDiffusionModel, items: list[Item], cfg_scale: float) -> None:
         self.model, self.items, self.cfg_scale = model, items, cfg_scale
-        self.device = model.head_weight.device
+        self.device = model.device
         self.step = 0
         self.sizes = np.array([item.size for item in items])
         lengths = np.array([item.length for item in items])

@@ -131,7 +131,7 @@ def _estimate(
     max_tokens: int,
 ) -> list[float]:
     """For each of `count` items sum_s weight_s L / x_s sum_{i masked in s} CE_i, given its masks [P, L] and weights."""
-    config, device = model.config, model.head_weight.device
+    config, device = model.config, model.device
     losses = torch.zeros(count, dtype=torch.float64, device=device)
     sequences: dict[bytes, int] = {}  # the pack's: bytes of the tokens, to where they start
     tokens: list[NDArray[np.int64]] = []
