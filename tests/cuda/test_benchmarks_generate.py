@@ -54,6 +54,7 @@ def test_every_way_runs(batch, device, small):
     assert providers[-1].error(providers[-1].call()) == 0
 
 
+@pytest.mark.slow
 def test_records(device, small):
     case = generate.make_case("8b", 1, "var", torch.device("cuda", 0), **small)
     names = ["illada", "illada launched", "one by one"]

@@ -113,17 +113,17 @@ def graphs_made(monkeypatch):
     return made
 
 
-@pytest.mark.parametrize("cache", ["prefix", "block"])
-@pytest.mark.parametrize("options", [
-    {},
-    {"temperature": 0.7, "rule": "threshold", "threshold": 0.1, "measure": "margin"},
-    {"rule": "entropy_bound", "forbid_tokens": (8,), "delay_tokens": (3, 4), "end_think": (50, 51), "end_think_boost": 20.0},
-    {"alg_temp": 0.5, "take_back": 0.5},
-], ids=lambda o: o.get("rule", "take_back" if o else "quota"))  # fmt: skip
+@pytest.mark.parametrize("cache, options", [
+    ("prefix", {}),
+    ("block", {"temperature": 0.7, "rule": "threshold", "threshold": 0.1, "measure": "margin"}),
+    ("prefix", {"rule": "entropy_bound", "forbid_tokens": (8,), "delay_tokens": (3, 4), "end_think": (50, 51),
+                "end_think_boost": 20.0}),
+    ("block", {"alg_temp": 0.5, "take_back": 0.5}),
+], ids=["quota", "threshold", "entropy_bound", "take_back"])  # fmt: skip
 def test_graphs_change_nothing(cache, options, device, graphs_made):
     """Captured whole and replayed with other tokens, positions, cache slots, limits and numbers of sequences."""
     _, model = make_models(CONFIG, torch.bfloat16, device)
-    config = dataclasses.replace(BASE, cache=cache, gen_length=32, **options)
+    config = dataclasses.replace(BASE, cache=cache, **options)
     assert not available(model, None)  # without a cache there is nothing to capture
     want = run(model, PROMPTS, config, seed=[1, 2, 3], cuda_graphs=False)
     assert not graphs_made
