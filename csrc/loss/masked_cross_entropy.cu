@@ -199,10 +199,12 @@ __global__ __launch_bounds__(kThreads, 4) void illada_masked_cross_entropy_forwa
   Softmax softmax;
 #pragma unroll
   for (int step = 0; step < kPieceVectors; step += kThreads * kUnroll<T>) {
+    const int first = piece * kPieceVectors + step + tid;
     Raw8<T> raw[kUnroll<T>];
-    load_vectors(raw, row, shape, true, piece * kPieceVectors + step + tid, kThreads, end);
+    load_vectors(raw, row, shape, true, first, kThreads, end);
 #pragma unroll
-    for (int u = 0; u < kUnroll<T>; ++u) add_vector(softmax, raw[u]);
+    for (int u = 0; u < kUnroll<T>; ++u)
+      if (first + u * kThreads < end) add_vector(softmax, raw[u]);
   }
   if (piece == 0 && shape.single(tid) >= 0) add_single(softmax, to_float(row[shape.single(tid)]));
   softmax = merge_block<kWarps>(softmax, shared);
