@@ -318,6 +318,12 @@ def test_errors(model):
         ({"rule": "factor", "take_back": 0.5}, "belong to rule quota, got rule 'factor'"),
         ({"rule": "origin", "schedule": "dream"}, "belong to rule quota"),
         ({"end_think_boost": 1.0}, "needs the ids of end_think"),
+        ({"end_think_boost": math.nan, "end_think": (5,)}, "must be finite and >= 0"),
+        (
+            {"threshold": math.nan, "measure": "entropy"},
+            r"threshold must be in \[0, 1\] \(finite, with measure entropy",
+        ),
+        ({"stop_strings": ("x", "")}, "stop_strings holds an empty text"),
         ({"mode": "infill", "end_think": (5,), "end_think_boost": 1.0}, "goes with modes var and fixed"),
     ):
         with pytest.raises(ValueError, match=match):
@@ -326,7 +332,7 @@ def test_errors(model):
     for prompts, config, keywords, match in (
         ([[1]], dataclasses.replace(BASE, mode="infill"), {}, r"prompts\[0\] holds no mask \(id 5\)"),
         ([[1]], [BASE, BASE], {}, "one for each of the 1 prompts, got 2"),
-        ([[1]], BASE, {"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ([[1]], BASE, {"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
         ([[1]], BASE, {"seed": 2**63}, "seed must fit 64 bits"),
         ([[1] * 70], dataclasses.replace(BASE, mode="infill"), {}, "holds no mask|6 over"),
         ([[MASK] * 70], dataclasses.replace(BASE, mode="infill"), {}, "with 0 more it is 6 over"),
@@ -334,3 +340,32 @@ def test_errors(model):
     ):
         with pytest.raises(ValueError, match=match):
             generate(model, prompts, config, **keywords)
+
+
+def test_wrong_types(model, tokenizer):
+    """Named where they are given. A text is a sequence of texts too: as prompts or stop strings it is a mistake."""
+    for options, match in (
+        ({"stop_strings": "end"}, "stop_strings must be a tuple of texts, got 'end'"),
+        ({"stop_tokens": 7}, "stop_tokens must be a tuple of token ids, got 7"),
+        ({"forbid_tokens": ("a",)}, "forbid_tokens must be a tuple of token ids"),
+        ({"gen_length": 16.0}, "gen_length must be an integer, got 16.0"),
+        ({"steps": True}, "steps must be an integer, got True"),
+        ({"temperature": "hot"}, "temperature must be a number, got 'hot'"),
+    ):
+        with pytest.raises(TypeError, match=match):
+            GenerationConfig(**options)
+    for prompts, keywords, match in (
+        ("some text", {}, "prompts must be a list, got one text, 'some text'"),
+        ([7, 8], {}, r"prompts\[0\] must be a text or a list of token ids, got 7"),
+        ([[7], [8.5]], {}, r"prompts\[1\] must be a text or a list of token ids, got \[8.5\]"),
+        ([[7]], {"config": {"steps": 4}}, "config must be a GenerationConfig"),
+        ([[7]], {"config": [None]}, "config must be a GenerationConfig"),
+        ([[7]], {"seed": [1.5]}, "seed must be an integer, or one for each prompt, got 1.5"),
+    ):
+        with pytest.raises(TypeError, match=match):
+            generate(model, prompts, tokenizer=tokenizer, **keywords)
+    with pytest.raises(ValueError, match="batch_size must be an integer of at least 1, got 1.5"):
+        generate(model, [[7]], BASE, batch_size=1.5)
+    want = generate(model, [[7, 8]], dataclasses.replace(BASE, temperature=1.0), seed=3)
+    numbers = dataclasses.replace(BASE, steps=np.int64(8), temperature=np.float32(1.0))
+    assert generate(model, torch.tensor([[7, 8]]), numbers, seed=np.int64(3)) == want
