@@ -13,7 +13,7 @@ from oracle import CONFIG, WITH_TEXT
 from illada.data import train_tokenizer
 from illada.generation import GenerationConfig, generate
 from illada.generation.request import Request
-from illada.generation.rules import dream_transfer, end_think_bias, order_noise, taken_back
+from illada.generation.rules import dream_quota, dream_transfer, end_think_bias, order_noise, taken_back
 from illada.tokenizer import Tokenizer
 
 MASK = CONFIG.mask_token_id
@@ -81,6 +81,25 @@ def test_alg_temp_between_greedy_and_random(model):
     hot = dataclasses.replace(BASE, alg_temp=100.0, schedule="dream")
     runs = [[r.tokens for r in generate(model, WITH_TEXT, hot, seed=s)] for s in (1, 2, 1)]
     assert runs[0] == runs[2] != runs[1]
+
+
+def test_dream_counts_in_float32():
+    """As published; float64 commits another number of 2000 masks in the first of 2, 3 or 9 steps."""
+    assert dream_quota(2000, 0, 2) == 998 != int(2000 * (1 - np.linspace(1, 1e-3, 3)[1]))
+    for steps in (*range(1, 41), 64, 128, 512):
+        times = torch.linspace(1, 1e-3, steps + 1)
+        for masks in (1, 7, 32, 256, 2000):
+            got = [dream_quota(masks, step, steps) for step in range(steps)]
+            assert got[:-1] == [int(masks * (1 - s / t)) for t, s in zip(times[:-2], times[1:-1], strict=True)]
+            assert got[-1] == masks
+
+
+@pytest.mark.parametrize("alg_temp", [1.0, 0.5, 0.01, 1e-38])
+@pytest.mark.parametrize("measure", ["probability", "entropy"])
+def test_what_comes_last_is_committed_at_any_alg_temp(model, alg_temp, measure):
+    """Delayed tokens have the lowest confidence there is, which a division must not make one that is never kept."""
+    config = dataclasses.replace(BASE, alg_temp=alg_temp, measure=measure, delay_tokens=tuple(range(CONFIG.vocab_size)))
+    assert all(MASK not in result.tokens for result in generate(model, WITH_TEXT, config))
 
 
 def test_origin_reveals_each_mask_with_its_probability(model):

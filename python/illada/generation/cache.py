@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from illada.config import ModelConfig
@@ -48,15 +50,14 @@ class KeyValueCache:
         `blanks` more sequences, as long as the first, see nothing; their keys and values go to the spare rows.
         """
         rows = [
-            torch.arange(slot * self.slot_length + start, slot * self.slot_length + end)
+            slot * self.slot_length + np.arange(start, end)
             for slot, start, end in zip(slots, starts, ends, strict=True)
         ]
-        rows += [torch.arange(self.end, self.end + len(rows[0]))] * blanks
+        rows += [self.end + np.arange(len(rows[0]))] * blanks
         bounds = [slot * self.slot_length for slot in slots] + [self.end] * (1 + blanks)
-        device = self.k.device
 
-        def integers(values: Sequence[int]) -> Tensor:
-            return torch.tensor(values, dtype=torch.int32, device=device)
+        def put(values: Sequence[int] | NDArray, dtype: type) -> Tensor:  # without waiting for the device
+            return torch.from_numpy(np.asarray(values, dtype=dtype)).to(self.k.device, non_blocking=True)
 
-        used = integers([*ends, *[0] * blanks])
-        return CachedKeys(self.k, self.v, torch.cat(rows).to(device), integers(bounds), used)
+        used = put([*ends, *[0] * blanks], np.int32)
+        return CachedKeys(self.k, self.v, put(np.concatenate(rows), np.int64), put(bounds, np.int32), used)
