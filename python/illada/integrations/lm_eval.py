@@ -370,8 +370,8 @@ def _load(
         return pretrained.to(device=device, dtype=dtype), tokenizer, type(pretrained).__name__
     if pretrained is None or isinstance(tokenizer, Tokenizer):
         raise TypeError("pretrained must be a checkpoint folder or a training run, as in pretrained=runs/demo")
-    model, loaded = load(pretrained, tokenizer)
-    return model.to(device=device, dtype=dtype).eval(), loaded, str(pretrained)
+    model, loaded = load(pretrained, tokenizer, device=device, dtype=dtype)
+    return model.eval(), loaded, str(pretrained)
 
 
 def _plain(job: Any) -> Any:
