@@ -217,7 +217,14 @@ def test_progress_only_on_a_terminal(model, capsys, monkeypatch):
     assert capsys.readouterr().err == ""
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     generate(model, WITH_TEXT, BASE, progress=True)
-    assert "tokens/forward" in capsys.readouterr().err
+    assert "48/48" in (shown := capsys.readouterr().err) and "tokens/forward" in shown
+    # Tokens that an early end spares, or that were taken back, are not counted as generated.
+    stop = generate(model, WITH_TEXT[:1], BASE)[0].tokens[2]
+    generate(model, WITH_TEXT[:1], dataclasses.replace(BASE, stop_tokens=(stop,)), progress=True)
+    assert "8/8" in (shown := capsys.readouterr().err) and "1.0 tokens/forward" in shown and "16/16" not in shown
+    config = dataclasses.replace(BASE, block_length=16, take_back=0.5)
+    assert generate(model, WITH_TEXT[:1], config, progress=True)[0].forwards == 8
+    assert "16/16" in (shown := capsys.readouterr().err) and "2.0 tokens/forward" in shown
 
 
 # -------------------------------------------------------------------------------------------------------------- texts

@@ -25,7 +25,7 @@ class CacheAgreement:
     first_difference: mean position of the first other token, where there is one; None without.
     score: Eq. 2 of what was generated, by the model without a cache, in nats a token (see `illada.confidence_score`).
     score_gap: score minus that of "none"; below 0 the model likes the cached text less.
-    forwards: passes of the batch. seconds: of the generation.
+    forwards: the most that one prompt took. seconds: of the generation.
     """
 
     cache: str

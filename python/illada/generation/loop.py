@@ -51,7 +51,7 @@ def generate(
             `text`, and is needed by texts and stop_strings.
         batch_size: most sequences in the pack at a time; the others wait until one leaves. Default all.
         cuda_graphs: on CUDA and with a cache, replay the steps within a block as a graph.
-        progress: a bar on a terminal: tokens, tokens per second, tokens per forward.
+        progress: a bar on a terminal: tokens, tokens per second, tokens per forward; of tokens that stand.
         on_commit: called as on_commit(prompt index, positions, tokens) after each step that committed something;
             positions count from the start of the prompt. With `take_back` a position can come again.
         on_block: called as on_block(prompt index, new tokens) whenever a sequence has finished a block.
@@ -94,10 +94,10 @@ def generate(
                 active.append(request)
             committed = _advance(model, active, cache, graphed)
             forwards += 1
-            for request, positions in committed:
+            for request, positions, _ in committed:
                 if on_commit is not None and len(positions):
                     on_commit(request.index, positions.tolist(), request.canvas[positions].tolist())
-            count = sum(len(positions) for _, positions in committed)
+            count = sum(gain for _, _, gain in committed)
             committed_total += count
             bar.update(count)
             bar.set_postfix_str(f"{committed_total / forwards:.1f} tokens/forward", refresh=False)
@@ -108,7 +108,7 @@ def generate(
                 request.finish_reason = _why_finished(request, model, tokenizer)
                 if request.finish_reason is not None:
                     results[request.index] = _result(request, model, tokenizer)
-                    bar.update(sum(map(len, request.blocks[request.block :])))  # what will not be generated
+                    bar.total -= sum(map(len, request.blocks[request.block :]))  # what will not be generated
                     free = sorted([*free, *request.slots])
                     active.remove(request)
     return [result for result in results if result is not None]
@@ -124,8 +124,8 @@ def encode(tokenizer: Any, text: str, name: str) -> list[int]:
 
 def _advance(
     model: MaskedDiffusionModel, active: list[Request], cache: KeyValueCache | None, graphed: graphs.GraphedSteps | None
-) -> list[tuple[Request, np.ndarray]]:
-    """One step of all active requests: (request, positions it committed)."""
+) -> list[tuple[Request, np.ndarray, int]]:
+    """One step of all active requests: (request, positions it committed, how many tokens more it has now)."""
     if graphed is not None and graphs.suitable(active):
         layout = step.lay_out(model, active, cache, whole_blocks=True, sequences=graphs.bucket(len(active)))
         tokens = graphed.run(model, layout)
@@ -137,7 +137,9 @@ def _advance(
     for group, members in zip(layout.inputs.groups, layout.members, strict=True):
         end = at + len(group.rows)
         for request, positions in members:
-            done.append((request, request.advance(positions, now[at : at + len(positions)])))
+            taken = len(request.taken)
+            committed = request.advance(positions, now[at : at + len(positions)])
+            done.append((request, committed, len(committed) - taken))
             at += len(positions)
         at = end  # past the blanks
     return done
