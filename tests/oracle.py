@@ -114,7 +114,7 @@ def fill(model, x, given, begin, end, steps, total, prompt_length, config):
         confidence = measured(logits, x0, config.measure)
         last = step == steps - 1
         if config.schedule == "dream":
-            times = torch.linspace(1, 1e-3, steps + 1, dtype=torch.float64)
+            times = torch.linspace(1, 1e-3, steps + 1)
             quota = len(candidates) if last else int(len(candidates) * (1 - times[step + 1] / times[step]))
             chosen = choose("quota", confidence, None, quota, None)
         elif config.rule == "quota":

@@ -65,17 +65,20 @@ def test_score(world):
     assert repr(" three four") in plain[0] and f"{first['scores'][0]:.4f}" in plain[0]
     questions = [
         {"context": "one two", "candidates": [" three four", " two one zzz"]},
-        {"context": "", "candidates": ["x"]},
+        {"context": "one\u2028two", "candidates": ["x"]},  # an end of the line for Unicode, but not for JSON
     ]
-    (world / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)) + "\n\n")
+    lines = [json.dumps(question, ensure_ascii=False) for question in questions]
+    (world / "questions.jsonl").write_text("\n".join(lines) + "\n\n", encoding="utf-8")
     status, out, err = run("score", world / "run", "--file", world / "questions.jsonl", "--json", "--max-tokens", 8)
-    records = [json.loads(line) for line in out.splitlines()]
+    records = [json.loads(line) for line in out.split("\n")[:-1]]
     assert status == 0 and records[0]["scores"] == pytest.approx(first["scores"], abs=1e-4) and records[1]["best"] == 0
     monte_carlo = ("--method", "monte-carlo", "--num-samples", 32, "--append-eos", "--cfg-scale", 0.5, "--json")
     status, out, err = run("score", world / "run", *pair, *monte_carlo)
     assert status == 0 and json.loads(out)["scores"] != first["scores"]
     long = ("--context", "one two " * 600, "--candidate", " three", "--truncate-left")
     assert run("score", world / "run", *long)[0] == 0
+    rounded = json.loads(run("score", world / "run", *pair, "--json", "--dtype", "bfloat16", "--device", "cpu")[1])
+    assert rounded["scores"] != first["scores"] and rounded["scores"] == pytest.approx(first["scores"], rel=0.05)
 
 
 def test_info():
@@ -116,7 +119,7 @@ def test_user_errors_are_one_line(world, capsys, monkeypatch):
         (["train", str(world / "run.toml"), "--resume", "never"], "exists; resume it"),
         (["prepare", "--source", "web", "--out", str(world / "x")], "source must be"),
         (["prepare", "--source", "stdlib", "--out", str(world / "corpus")], "exists; overwrite it"),
-        (["generate", str(world / "nothing")], "no tokenizer at"),
+        (["generate", str(world / "nothing")], "nothing is not a checkpoint (no config.json)"),
         (["generate", str(world / "run"), "--prompt", "x", "--mode", "ar"], "mode must be one of var, fixed, infill"),
         (["generate", str(world / "run"), "--prompt", "x" * 2000], "over the model's max_position_embeddings"),
         (["generate", str(world / "run"), "--tokenizer", str(world / "other.json"), "--prompt", "x"], "is not the tokenizer that"),

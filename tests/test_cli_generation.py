@@ -4,9 +4,11 @@ import io
 import json
 
 import pytest
+import torch
 
 from illada import cli
 from illada.checkpoint import save_pretrained
+from illada.cli.checkpoints import parse_device
 from illada.config import ModelConfig
 from illada.data import train_tokenizer
 from illada.model import MaskedDiffusionModel
@@ -46,7 +48,7 @@ SHORT = ("--gen-length", 8, "--block-length", 4, "--steps", 4)
     ("--take-back", 0.3), ("--cfg-scale", 1.0), ("--cache", "prefix"), ("--cache", "block", "--no-cuda-graphs"),
     ("--measure", "margin"), ("--temperature", 1.0, "--seed", 3), ("--stop", "import"), ("--dtype", "bfloat16"),
     ("--end-think", "os", "--end-think-boost", 50, "--end-think-power", 1), ("--apply-chat-template",),
-    ("--batch-size", 1),
+    ("--batch-size", 1), ("--device", "cpu"),
 ], ids=lambda o: " ".join(map(str, o)) or "published")  # fmt: skip
 def test_generate_takes_every_option(capsys, path, options):
     status, out, _ = run(capsys, "generate", path, "--prompt", "import", "--prompt", "def", "--json", *SHORT, *options)
@@ -74,6 +76,39 @@ def test_generate_fills_masks(capsys, path):
     assert status == 0 and record["finish_reason"] == "filled" and record["text"].endswith(" def")
     status, _, err = run(capsys, "generate", path, *infill)  # as text it is no mask
     assert status == 2 and "holds no mask (id 5)" in err
+
+
+def test_prompts_of_a_file(capsys, path, tmp_path):
+    """One a line, and U+2028 or a form feed end none."""
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("im\u2028port\r\n\ndef\x0cx\n".encode())
+    status, out, _ = run(capsys, "generate", path, "--prompt-file", file, "--json", *SHORT)
+    assert status == 0
+    assert [json.loads(line)["prompt"] for line in out.split("\n")[:-1]] == ["im\u2028port", "", "def\x0cx"]
+    for content, match in ((b"", "holds no prompt"), (b"\xff", "prompts.txt is not UTF-8 text")):
+        file.write_bytes(content)
+        status, _, err = run(capsys, "generate", path, "--prompt-file", file, *SHORT)
+        assert status == 2 and match in err and err.count("\n") == 1
+
+
+def test_device(capsys, path, monkeypatch):
+    """All commands that take a model take it, and say in one line what is wrong with it."""
+    arguments = {
+        "generate": ("--prompt", "x"), "chat": (), "agreement": ("--prompt", "x"), "score": ("--candidate", "x"),
+        "eval": ("--tasks", "any"),
+    }  # fmt: skip
+    for command, more in arguments.items():
+        for device, gpus, match in (
+            ("gpu", 0, "--device must be cpu or cuda (cuda:0, ...), got 'gpu'"),
+            ("mps", 0, "--device must be cpu or cuda"),
+            ("cuda", 0, "finds no GPU here"),
+            ("cuda:2", 2, "finds 2 GPUs here"),
+        ):
+            monkeypatch.setattr("torch.cuda.device_count", lambda gpus=gpus: gpus)
+            status, _, err = run(capsys, command, path, *more, "--device", device)
+            assert status == 2 and match in err and err.count("\n") == 1, err
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert parse_device("cuda:1") == torch.device("cuda", 1) and parse_device(None) == torch.device("cpu")
 
 
 def test_chat(capsys, path, monkeypatch):
@@ -135,6 +170,8 @@ def test_errors_are_one_line(capsys, path):
         ),
         (("generate", path, "--prompt", "x", "--cache", "dual"), "cache must be one of none, prefix, block"),
         (("generate", path, "--prompt", "x", "--mask-token-id", 9), "mask"),
+        (("generate", path, "--prompt", "x", "--stop", ""), "stop_strings holds an empty text"),
+        (("generate", path.parent / "nowhere", "--prompt", "x"), "nowhere is not a checkpoint (no config.json)"),
     ):
         status, _, err = run(capsys, *arguments)
         assert status == 2 and match in err and err.count("\n") == 1, err

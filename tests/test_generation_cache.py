@@ -1,6 +1,7 @@
 """Caches of generation against a plain-torch forward with frozen keys; graphs of the step; what agreement reports."""
 
 import dataclasses
+import math
 
 import numpy as np
 import oracle
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from oracle import CONFIG, WITH_TEXT
 
 from illada.generation import GenerationConfig, generate, graphs
+from illada.generation.agreement import cache_agreement
 from illada.generation.cache import KeyValueCache
 from illada.generation.request import Request
 from illada.generation.step import lay_out
@@ -205,6 +207,24 @@ def test_arrays_share_a_buffer(model):
     assert inputs.cache.k is layout.arrays.cache.k and group.order is None
     inputs.tokens[3] = 1
     assert layout.unpack(buffer).tokens[3] == 1  # the step writes where the next one is laid out
+
+
+def test_agreement_of_texts_with_masks(model):
+    """They are compared like others, and have no score."""
+    weight = model.embed_tokens.weight
+    kept = weight[MASK].clone()
+    config = GenerationConfig(gen_length=16, block_length=8, steps=4)
+    with torch.no_grad():
+        weight[MASK] = 30 * weight[40]
+    try:
+        reports = cache_agreement(model, WITH_TEXT, config, caches=["prefix"])
+    finally:
+        with torch.no_grad():
+            weight[MASK] = kept
+    assert [r.cache for r in reports] == ["none", "prefix"] and reports[0].token_match == 1.0
+    assert all(math.isnan(r.score) for r in reports) and 0 <= reports[1].token_match <= 1
+    with pytest.raises(ValueError, match="prompts is empty"):
+        cache_agreement(model, [], config)
 
 
 def test_configs_share_a_cache(model):

@@ -13,7 +13,7 @@ from oracle import CONFIG, WITH_TEXT
 from illada.data import train_tokenizer
 from illada.generation import GenerationConfig, generate
 from illada.generation.request import Request
-from illada.generation.rules import dream_transfer, end_think_bias, order_noise, taken_back
+from illada.generation.rules import dream_quota, dream_transfer, end_think_bias, order_noise, taken_back
 from illada.tokenizer import Tokenizer
 
 MASK = CONFIG.mask_token_id
@@ -81,6 +81,25 @@ def test_alg_temp_between_greedy_and_random(model):
     hot = dataclasses.replace(BASE, alg_temp=100.0, schedule="dream")
     runs = [[r.tokens for r in generate(model, WITH_TEXT, hot, seed=s)] for s in (1, 2, 1)]
     assert runs[0] == runs[2] != runs[1]
+
+
+def test_dream_counts_in_float32():
+    """As published; float64 commits another number of 2000 masks in the first of 2, 3 or 9 steps."""
+    assert dream_quota(2000, 0, 2) == 998 != int(2000 * (1 - np.linspace(1, 1e-3, 3)[1]))
+    for steps in (*range(1, 41), 64, 128, 512):
+        times = torch.linspace(1, 1e-3, steps + 1)
+        for masks in (1, 7, 32, 256, 2000):
+            got = [dream_quota(masks, step, steps) for step in range(steps)]
+            assert got[:-1] == [int(masks * (1 - s / t)) for t, s in zip(times[:-2], times[1:-1], strict=True)]
+            assert got[-1] == masks
+
+
+@pytest.mark.parametrize("alg_temp", [1.0, 0.5, 0.01, 1e-38])
+@pytest.mark.parametrize("measure", ["probability", "entropy"])
+def test_what_comes_last_is_committed_at_any_alg_temp(model, alg_temp, measure):
+    """Delayed tokens have the lowest confidence there is, which a division must not make one that is never kept."""
+    config = dataclasses.replace(BASE, alg_temp=alg_temp, measure=measure, delay_tokens=tuple(range(CONFIG.vocab_size)))
+    assert all(MASK not in result.tokens for result in generate(model, WITH_TEXT, config))
 
 
 def test_origin_reveals_each_mask_with_its_probability(model):
@@ -198,7 +217,14 @@ def test_progress_only_on_a_terminal(model, capsys, monkeypatch):
     assert capsys.readouterr().err == ""
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     generate(model, WITH_TEXT, BASE, progress=True)
-    assert "tokens/forward" in capsys.readouterr().err
+    assert "48/48" in (shown := capsys.readouterr().err) and "tokens/forward" in shown
+    # Tokens that an early end spares, or that were taken back, are not counted as generated.
+    stop = generate(model, WITH_TEXT[:1], BASE)[0].tokens[2]
+    generate(model, WITH_TEXT[:1], dataclasses.replace(BASE, stop_tokens=(stop,)), progress=True)
+    assert "8/8" in (shown := capsys.readouterr().err) and "1.0 tokens/forward" in shown and "16/16" not in shown
+    config = dataclasses.replace(BASE, block_length=16, take_back=0.5)
+    assert generate(model, WITH_TEXT[:1], config, progress=True)[0].forwards == 8
+    assert "16/16" in (shown := capsys.readouterr().err) and "2.0 tokens/forward" in shown
 
 
 # -------------------------------------------------------------------------------------------------------------- texts
@@ -318,6 +344,12 @@ def test_errors(model):
         ({"rule": "factor", "take_back": 0.5}, "belong to rule quota, got rule 'factor'"),
         ({"rule": "origin", "schedule": "dream"}, "belong to rule quota"),
         ({"end_think_boost": 1.0}, "needs the ids of end_think"),
+        ({"end_think_boost": math.nan, "end_think": (5,)}, "must be finite and >= 0"),
+        (
+            {"threshold": math.nan, "measure": "entropy"},
+            r"threshold must be in \[0, 1\] \(finite, with measure entropy",
+        ),
+        ({"stop_strings": ("x", "")}, "stop_strings holds an empty text"),
         ({"mode": "infill", "end_think": (5,), "end_think_boost": 1.0}, "goes with modes var and fixed"),
     ):
         with pytest.raises(ValueError, match=match):
@@ -326,7 +358,7 @@ def test_errors(model):
     for prompts, config, keywords, match in (
         ([[1]], dataclasses.replace(BASE, mode="infill"), {}, r"prompts\[0\] holds no mask \(id 5\)"),
         ([[1]], [BASE, BASE], {}, "one for each of the 1 prompts, got 2"),
-        ([[1]], BASE, {"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ([[1]], BASE, {"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
         ([[1]], BASE, {"seed": 2**63}, "seed must fit 64 bits"),
         ([[1] * 70], dataclasses.replace(BASE, mode="infill"), {}, "holds no mask|6 over"),
         ([[MASK] * 70], dataclasses.replace(BASE, mode="infill"), {}, "with 0 more it is 6 over"),
@@ -334,3 +366,32 @@ def test_errors(model):
     ):
         with pytest.raises(ValueError, match=match):
             generate(model, prompts, config, **keywords)
+
+
+def test_wrong_types(model, tokenizer):
+    """Named where they are given. A text is a sequence of texts too: as prompts or stop strings it is a mistake."""
+    for options, match in (
+        ({"stop_strings": "end"}, "stop_strings must be a tuple of texts, got 'end'"),
+        ({"stop_tokens": 7}, "stop_tokens must be a tuple of token ids, got 7"),
+        ({"forbid_tokens": ("a",)}, "forbid_tokens must be a tuple of token ids"),
+        ({"gen_length": 16.0}, "gen_length must be an integer, got 16.0"),
+        ({"steps": True}, "steps must be an integer, got True"),
+        ({"temperature": "hot"}, "temperature must be a number, got 'hot'"),
+    ):
+        with pytest.raises(TypeError, match=match):
+            GenerationConfig(**options)
+    for prompts, keywords, match in (
+        ("some text", {}, "prompts must be a list, got one text, 'some text'"),
+        ([7, 8], {}, r"prompts\[0\] must be a text or a list of token ids, got 7"),
+        ([[7], [8.5]], {}, r"prompts\[1\] must be a text or a list of token ids, got \[8.5\]"),
+        ([[7]], {"config": {"steps": 4}}, "config must be a GenerationConfig"),
+        ([[7]], {"config": [None]}, "config must be a GenerationConfig"),
+        ([[7]], {"seed": [1.5]}, "seed must be an integer, or one for each prompt, got 1.5"),
+    ):
+        with pytest.raises(TypeError, match=match):
+            generate(model, prompts, tokenizer=tokenizer, **keywords)
+    with pytest.raises(ValueError, match="batch_size must be an integer of at least 1, got 1.5"):
+        generate(model, [[7]], BASE, batch_size=1.5)
+    want = generate(model, [[7, 8]], dataclasses.replace(BASE, temperature=1.0), seed=3)
+    numbers = dataclasses.replace(BASE, steps=np.int64(8), temperature=np.float32(1.0))
+    assert generate(model, torch.tensor([[7, 8]]), numbers, seed=np.int64(3)) == want

@@ -155,6 +155,7 @@ REFUSED = [
     ("illada", {"hidden_size": True}, "hidden_size=True (must be int)"),
     ("illada", {"eos_token_id": [1, 2, 3]}, "eos_token_id must be one id, or two (end of text, of turn), got [1, 2, 3]"),
     ("illada", {"mask_token_id": 90}, "mask_token_id must be in [0, 90), got 90"),
+    ("illada", {"mask_token_id": 2}, "mask_token_id (2) is model.eos_token_id as well; no text may contain the mask"),
     ("illada", {"quantization_config": {"bits": 4}}, "quantization_config={'bits': 4} (unknown)"),
     ("illada", {"num_key_value_heads": 3}, "num_attention_heads (8) must be a multiple"),
     ("dream", {"use_sliding_window": True}, "use_sliding_window=True (supported: False)"),

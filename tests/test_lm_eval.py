@@ -296,10 +296,17 @@ def test_errors_name_the_argument(checkpoint):
         ({"batch_size": "many"}, ValueError, "batch_size must be"),
         ({"mode": "fixed", "gen_length": 10, "block_length": 4}, ValueError, "must be a multiple of block_length"),
         ({"dtype": "float8"}, ValueError, "dtype must be auto or one of torch's"),
+        ({"mc_num": 20}, ValueError, r"mc_num must be a multiple of mc_stratum \(16\) or smaller than it, got 20"),
+        ({"llh": "mc", "mc_stratum": 48}, ValueError, r"mc_num must be a multiple of mc_stratum \(48\) .*, got 128"),
+        ({"cache": "dual"}, ValueError, "cache must be one of none, prefix, block, got 'dual'"),
+        ({"rule": "best"}, ValueError, "rule must be one of quota"),
     ]
     for arguments, kind, message in cases:
         with pytest.raises(kind, match=message):
             IlladaLM(checkpoint, device="cpu", **arguments)
+    for arguments, kind, message in cases[-4:]:  # nothing is loaded for a setting that cannot be
+        with pytest.raises(kind, match=message):
+            IlladaLM("nowhere", device="cpu", **arguments)
     with pytest.raises(TypeError, match="pretrained must be a checkpoint folder"):
         IlladaLM(device="cpu")
     with pytest.raises(FileNotFoundError):
@@ -452,6 +459,7 @@ def test_eval_command_errors(checkpoint, task_folder, capsys, monkeypatch):
         (["--tasks", "pick", "--preset", "illada-base"], "preset illada-base has no task 'pick'; it has arc_challenge"),
         (["--tasks", "pick", "--resume"], "--resume needs --output"),
         (["--tasks", ","], "--tasks names no task"),
+        (["--tasks", "pick", "--limit", "-5"], "--limit must be above 0, got -5"),
         (["--tasks", "pick", "--apply-chat-template"], "has no chat template"),
         (["--tasks", "pick", "--model-args", "stepz=3"], "unknown model argument 'stepz'"),
         (["--tasks", "pick", "--include-path", "nowhere"], "nowhere is not a folder; make one with illada prepare"),

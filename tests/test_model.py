@@ -278,6 +278,30 @@ def test_errors():
     assert ModelConfig.from_dict(TINY.to_dict()) == TINY
 
 
+@pytest.mark.parametrize("device,rows,parts", [
+    ("cpu", 2500, [1024, 1024, 452]), ("meta", 2500, [2500]), ("meta", 40000, [16384, 16384, 7232]),
+])  # fmt: skip
+def test_mlp_takes_few_rows_at_a_time(device, rows, parts):
+    """Without gradients what it needs does not grow with the pack; "meta" goes the way of a GPU."""
+
+    class Attended(torch.nn.Module):
+        def forward(self, x, *arguments):
+            return x
+
+    layer, seen = Layer(TINY).to(device), []
+    layer.self_attn = Attended()
+    x = torch.randn(rows, TINY.hidden_size, generator=torch.Generator().manual_seed(1)).to(device)
+    before = x.clone()
+    want = layer(x, *[None] * 4)
+    layer.mlp.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    with torch.no_grad():
+        got = layer(x, *[None] * 4)
+    assert seen == parts and got.shape == want.shape
+    if device == "cpu":
+        torch.testing.assert_close(got, want)
+        assert torch.equal(x, before)
+
+
 @pytest.mark.parametrize("shift", [False, True])
 def test_hidden_states_of_some_rows(shift):
     """The last layer may leave the others out: the same numbers, and the same gradients."""

@@ -365,8 +365,9 @@ def test_errors(gqa, call):
 def test_errors_of_sample_counts(gqa):
     for options, match in (
         ({"num_samples": 20}, r"must be a multiple of stratum \(16\) or smaller than it, got 20; .* are 16 and 32"),
-        ({"num_samples": 0}, "num_samples must be at least 1, got 0"),
-        ({"stratum": 0}, "stratum must be at least 1"),
+        ({"num_samples": 0}, "num_samples must be an integer of at least 1, got 0"),
+        ({"stratum": 0}, "stratum must be an integer of at least 1"),
+        ({"num_samples": 2.0}, "num_samples must be an integer of at least 1, got 2.0"),
     ):
         with pytest.raises(ValueError, match=match):
             monte_carlo_likelihood(gqa, [[1]], [[2]], **options)

@@ -26,7 +26,8 @@ def module(number):
     """A Python file with two functions, a class and running text of its own."""
     words = [f"w{chr(97 + i % 26)}{chr(97 + (number * 7 + i * i) % 26)}{number}" for i in range(120)]
     words = [re.sub(r"\d", lambda digit: "qrstuvwxyz"[int(digit[0])], word) for word in words]
-    prose = "\n".join("# " + " ".join(words[i : i + 12]) for i in range(0, 120, 12))
+    lines = [" ".join(words[i : i + 4]) + "\u2028" + " ".join(words[i + 4 : i + 12]) for i in range(0, 120, 12)]
+    prose = "\n".join("# " + line for line in lines)  # U+2028 ends a line for Unicode, but not in JSON
     return (
         f'def open_{number}_gate(x):\n    """Swing gate number {number} wide {words[3]}.\n\n    More."""\n'
         f'def shut_{number}_gate(x):\n    """Pull gate number {number} to {words[4]}."""\n'
@@ -51,7 +52,7 @@ def tasks(corpus):
 
 
 def rows(folder, name):
-    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 def test_same_corpus_same_bytes(corpus, tasks, tmp_path):
@@ -207,6 +208,7 @@ def test_cloze_passages():
 
 
 def test_lm_eval_reads_the_folder_wherever_it_is(tasks, tmp_path):
+    assert any("\u2028" in row["text"] for row in rows(tasks, "cloze"))
     moved = tmp_path / "moved to here" / "tasks"
     shutil.copytree(tasks, moved)
     code = (

@@ -79,6 +79,8 @@ class ModelConfig:
                 continue
             if not isinstance(token, int) or not 0 <= token < self.embedding_rows:
                 raise ValueError(f"model.{name} must be in [0, {self.embedding_rows}), got {token!r}")
+            if token == self.mask_token_id and name != "mask_token_id":
+                raise ValueError(f"model.mask_token_id ({token}) is model.{name} as well; no text may contain the mask")
         if self.model_type not in ("illada", "llada", "dream", "qwen2"):
             raise ValueError(f"model.model_type must be illada, llada, dream or qwen2, got {self.model_type!r}")
 

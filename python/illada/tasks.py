@@ -425,7 +425,8 @@ import datasets
 
 
 def read(file, **_):
-    rows = [json.loads(line) for line in (Path(__file__).parent / file).read_text(encoding="utf-8").splitlines()]
+    lines = (Path(__file__).parent / file).read_text(encoding="utf-8").split("\\n")  # texts hold other ends of lines
+    rows = [json.loads(line) for line in lines if line]
     splits = {row["split"]: [] for row in rows}
     for row in rows:
         splits[row.pop("split")].append(row)

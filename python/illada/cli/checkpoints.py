@@ -32,10 +32,29 @@ def parse_dtype(name: str | None) -> torch.dtype | None:
     return None if name is None else dtypes[name]
 
 
+def parse_device(name: str | None) -> torch.device:
+    """The torch device of --device, default the CPU; ValueError: no such kind, or a GPU that is not here."""
+    import torch
+
+    try:
+        device = torch.device(name or "cpu")
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be cpu or cuda (cuda:0, ...), got {name!r}")
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    if (device.index or 0) >= count:
+        raise ValueError(
+            f"--device {name}: torch {torch.__version__} finds {count or 'no'} GPU{'s' * (count > 1)} here"
+        )
+    return device
+
+
 def load(
     path: str | Path,
     tokenizer: str | Path | None = None,
     *,
+    device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     mask_token_id: int | None = None,
 ) -> tuple[MaskedDiffusionModel, Tokenizer]:
@@ -46,8 +65,16 @@ def load(
 
     folder = find_checkpoint(path)
     tokenizer_path = Path(tokenizer or folder)
-    loaded = Tokenizer.from_pretrained(tokenizer_path)
     expected = read_config(folder).get("tokenizer_sha256")
+    loaded = Tokenizer.from_pretrained(tokenizer_path)
     if expected is not None and tokenizer_sha256(tokenizer_path) != expected:
         raise ValueError(f"{tokenizer_path} is not the tokenizer that {folder} was trained with")
-    return load_pretrained(folder, dtype=dtype, mask_token_id=mask_token_id), loaded
+    return load_pretrained(folder, device=device, dtype=dtype, mask_token_id=mask_token_id), loaded
+
+
+def read_text(path: str | Path) -> str:
+    """A text file; a ValueError that names it where it is not UTF-8."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from None

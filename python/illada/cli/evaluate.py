@@ -52,8 +52,12 @@ def _run(options: argparse.Namespace) -> int:
     names = [name.strip() for name in options.tasks.split(",") if name.strip()]
     if not names:
         raise ValueError("--tasks names no task")
+    if options.limit is not None and not options.limit > 0:
+        raise ValueError(f"--limit must be above 0, got {options.limit:g}")
+    from illada.cli.checkpoints import parse_device
     from illada.integrations.presets import settings_of
 
+    parse_device(options.device)  # each process of several takes its own GPU
     groups: dict[str, tuple[Any, list[str]]] = {}  # tasks with the same settings run together
     for name in dict.fromkeys(names):
         settings = settings_of(options.preset, name)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,6 +15,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Which model."""
     parser.add_argument("checkpoint", help="checkpoint folder, or a training run (its newest checkpoint)")
     parser.add_argument("--tokenizer", metavar="PATH", help="default: the checkpoint's own")
+    parser.add_argument("--device", help="cpu (default), or cuda for a 16-bit model")
     parser.add_argument("--dtype", help="bfloat16, float16 or float32 (default: the checkpoint's)")
     parser.add_argument("--mask-token-id", type=int, metavar="N", help="where config.json does not name the mask")
 
@@ -66,10 +66,10 @@ def add_sampling_options(parser: argparse.ArgumentParser, *, gen_length: int = 6
 
 def load(options: argparse.Namespace) -> tuple[Any, Tokenizer]:
     """(model, tokenizer) of `add_model_options`."""
-    from illada.cli.checkpoints import load, parse_dtype
+    from illada.cli.checkpoints import load, parse_device, parse_dtype
 
-    dtype = parse_dtype(options.dtype)
-    return load(options.checkpoint, options.tokenizer, dtype=dtype, mask_token_id=options.mask_token_id)
+    device, dtype = parse_device(options.device), parse_dtype(options.dtype)
+    return load(options.checkpoint, options.tokenizer, device=device, dtype=dtype, mask_token_id=options.mask_token_id)
 
 
 def read_prompts(
@@ -78,7 +78,13 @@ def read_prompts(
     """(texts, token ids) of `add_prompt_options`; `stdin` is the prompt where none is given."""
     prompts = list(options.prompt or [])
     if options.prompt_file:
-        prompts += Path(options.prompt_file).read_text(encoding="utf-8").splitlines()
+        from illada.cli.checkpoints import read_text
+
+        lines = read_text(options.prompt_file).split("\n")  # and at nothing else that Unicode calls the end of a line
+        lines = lines[:-1] if lines[-1] == "" else lines
+        if not lines:
+            raise ValueError(f"--prompt-file: {options.prompt_file} holds no prompt")
+        prompts += lines
     if not prompts:
         prompts = [stdin or ""]
     if options.apply_chat_template:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 from typing import Any
+
+from illada.cli import sampling
 
 
 def add_parser(commands: Any) -> None:
@@ -21,11 +22,10 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("checkpoint", help="checkpoint folder, or a training run (its newest checkpoint)")
+    sampling.add_model_options(parser)
     parser.add_argument("--context", metavar="TEXT", default="", help="what the candidates follow (default: nothing)")
     parser.add_argument("--candidate", action="append", metavar="TEXT", help="may be given several times")
     parser.add_argument("--file", metavar="PATH", help="JSON lines with context and candidates")
-    parser.add_argument("--tokenizer", metavar="PATH", help="default: the checkpoint's own")
     parser.add_argument(
         "--method",
         choices=["confidence", "monte-carlo"],
@@ -48,11 +48,10 @@ def add_parser(commands: Any) -> None:
 def _run(options: argparse.Namespace) -> int:
     import time
 
-    from illada.cli.checkpoints import load
     from illada.score import confidence_score, monte_carlo_likelihood, truncate_context
 
     questions = _questions(options)
-    model, tokenizer = load(options.checkpoint, options.tokenizer)
+    model, tokenizer = sampling.load(options)
     contexts: list[list[int]] = []
     continuations: list[list[int]] = []
     for context, candidates in questions:
@@ -99,7 +98,10 @@ def _questions(options: argparse.Namespace) -> list[tuple[str, list[str]]]:
     elif options.context or not options.file:
         raise ValueError("score needs a --candidate after the --context, or a --file of questions")
     if options.file:
-        for number, line in enumerate(Path(options.file).read_text(encoding="utf-8").splitlines(), 1):
+        from illada.cli.checkpoints import read_text
+
+        # A JSON text may hold what Unicode calls the end of a line.
+        for number, line in enumerate(read_text(options.file).split("\n"), 1):
             if line.strip():
                 found.append(_question(line, f"{options.file}, line {number}"))
     return found

@@ -4,6 +4,7 @@ is bidirectional, so each new token changes all keys and values before it."""
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,9 +24,10 @@ class CacheAgreement:
     token_match: share of positions with the token that no cache gives; a length that differs counts as a mismatch.
     identical: how many prompts get the very same tokens. prompts: of how many.
     first_difference: mean position of the first other token, where there is one; None without.
-    score: Eq. 2 of what was generated, by the model without a cache, in nats a token (see `illada.confidence_score`).
+    score: Eq. 2 of what was generated, by the model without a cache, in nats a token (see `illada.confidence_score`);
+        NaN where masks are left in a text (the model predicted them, or NaN), which have no score.
     score_gap: score minus that of "none"; below 0 the model likes the cached text less.
-    forwards: passes of the batch. seconds: of the generation.
+    forwards: the most that one prompt took. seconds: of the generation.
     """
 
     cache: str
@@ -69,8 +71,10 @@ def cache_agreement(
         seconds = time.monotonic() - began
         texts = [r.tokens for r in results]
         exact = exact or texts
-        scores = confidence_score(model, prompts, texts, progress=progress)
-        score = sum(s.score for s in scores) / max(1, sum(map(len, texts)))
+        score = math.nan
+        if not any(model.config.mask_token_id in text for text in texts):
+            scores = confidence_score(model, prompts, texts, progress=progress)
+            score = sum(s.score for s in scores) / max(1, sum(map(len, texts)))
         firsts = [first for a, b in zip(exact, texts, strict=True) if (first := _first_difference(a, b)) is not None]
         longest = sum(max(len(a), len(b)) for a, b in zip(exact, texts, strict=True))
         same = sum(x == y for a, b in zip(exact, texts, strict=True) for x, y in zip(a, b, strict=False))

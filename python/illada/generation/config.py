@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 from illada.ops.types import MEASURES
 
@@ -10,6 +13,12 @@ MODES = ("var", "fixed", "infill")
 RULES = ("quota", "threshold", "factor", "entropy_bound", "origin")
 SCHEDULES = ("even", "dream")
 CACHES = ("none", "prefix", "block")
+
+_COUNTS = ("gen_length", "block_length", "steps")
+_NUMBERS = (
+    "temperature", "threshold", "factor", "entropy_bound", "alg_temp", "take_back", "cfg_scale", "end_think_boost",
+    "end_think_power",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -88,7 +97,8 @@ class GenerationConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        for name in ("gen_length", "block_length", "steps"):
+        self._check_types()
+        for name in _COUNTS:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.mode != "infill" and self.gen_length % self.block_length:
@@ -105,18 +115,38 @@ class GenerationConfig:
         for name in ("temperature", "factor", "entropy_bound", "alg_temp", "cfg_scale", "end_think_power"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be finite and >= 0, got {getattr(self, name)}")
-        if not 0 <= self.threshold <= 1 and self.measure != "entropy":
-            raise ValueError(f"threshold must be in [0, 1], got {self.threshold}")
+        if not (0 <= self.threshold <= 1 or (self.measure == "entropy" and math.isfinite(self.threshold))):
+            raise ValueError(f"threshold must be in [0, 1] (finite, with measure entropy), got {self.threshold}")
         if not 0 <= self.take_back <= 1:
             raise ValueError(f"take_back must be a probability, in [0, 1], got {self.take_back}")
         if self.rule != "quota" and (self.alg_temp or self.take_back or self.schedule != "even"):
             raise ValueError(f"schedule, alg_temp and take_back belong to rule quota, got rule {self.rule!r}")
         if self.mode == "infill" and self.cache != "none":
             raise ValueError(f"mode infill has no caches: its masks are anywhere; got cache {self.cache!r}")
-        if self.end_think_boost < 0 or (self.end_think_boost > 0 and not self.end_think):
-            raise ValueError(f"end_think_boost ({self.end_think_boost}) must be >= 0, and needs the ids of end_think")
+        if not 0 <= self.end_think_boost < math.inf or (self.end_think_boost > 0 and not self.end_think):
+            raise ValueError(
+                f"end_think_boost ({self.end_think_boost}) must be finite and >= 0, and needs the ids of end_think"
+            )
+        if "" in self.stop_strings:
+            raise ValueError("stop_strings holds an empty text, which would end every sequence at once")
         if self.end_think_boost and self.mode == "infill":
             raise ValueError("end_think_boost goes with modes var and fixed, where text follows the prompt; got infill")
+
+    def _check_types(self) -> None:
+        """TypeError for what would fail far from here, or silently mean something else: a text is a list of texts."""
+        for names, kind, wanted in ((_COUNTS, Integral, "an integer"), (_NUMBERS, Real, "a number")):
+            for name in names:
+                value = getattr(self, name)
+                if not isinstance(value, kind) or isinstance(value, bool):
+                    raise TypeError(f"{name} must be {wanted}, got {value!r}")
+        for name in ("forbid_tokens", "delay_tokens", "end_think", "stop_tokens", "stop_strings"):
+            values = getattr(self, name)
+            if values is None and name == "stop_tokens":
+                continue
+            wanted = "texts" if name == "stop_strings" else "token ids"
+            listed = isinstance(values, Collection) and not isinstance(values, str)
+            if not listed or not all(isinstance(value, str if wanted == "texts" else Integral) for value in values):
+                raise TypeError(f"{name} must be a tuple of {wanted}, got {values!r}")
 
     @property
     def num_blocks(self) -> int:

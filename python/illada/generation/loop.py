@@ -7,9 +7,11 @@ that waits takes its place.
 
 from __future__ import annotations
 
+import bisect
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -49,7 +51,7 @@ def generate(
             `text`, and is needed by texts and stop_strings.
         batch_size: most sequences in the pack at a time; the others wait until one leaves. Default all.
         cuda_graphs: on CUDA and with a cache, replay the steps within a block as a graph.
-        progress: a bar on a terminal: tokens, tokens per second, tokens per forward.
+        progress: a bar on a terminal: tokens, tokens per second, tokens per forward; of tokens that stand.
         on_commit: called as on_commit(prompt index, positions, tokens) after each step that committed something;
             positions count from the start of the prompt. With `take_back` a position can come again.
         on_block: called as on_block(prompt index, new tokens) whenever a sequence has finished a block.
@@ -60,10 +62,16 @@ def generate(
     Raises:
         ValueError: token ids out of range, prompts without room for a block or without masks to fill, bad seeds, no
             tokenizer where one is needed, configs with different caches.
+        TypeError: prompts that are one prompt, not a list of them; ids, seeds or configs of another type.
     """
+    if isinstance(prompts, str):  # a sequence of texts, too, of one letter each
+        raise TypeError(f"prompts must be a list, got one text, {prompts!r:.80}; give [text]")
     configs = _configs(config, len(prompts))
-    seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
-    ids = [encode(tokenizer, p, f"prompts[{i}]") if isinstance(p, str) else list(p) for i, p in enumerate(prompts)]
+    seeds = [int(seed)] * len(prompts) if isinstance(seed, (int, np.integer)) else list(seed)
+    ids = [
+        encode(tokenizer, p, f"prompts[{i}]") if isinstance(p, str) else _token_ids(p, f"prompts[{i}]")
+        for i, p in enumerate(prompts)
+    ]
     _check(model, ids, configs, seeds, tokenizer, batch_size)
     waiting = deque(
         Request(i, np.asarray(p, dtype=np.int64), c, s, model.config)
@@ -86,10 +94,10 @@ def generate(
                 active.append(request)
             committed = _advance(model, active, cache, graphed)
             forwards += 1
-            for request, positions in committed:
+            for request, positions, _ in committed:
                 if on_commit is not None and len(positions):
                     on_commit(request.index, positions.tolist(), request.canvas[positions].tolist())
-            count = sum(len(positions) for _, positions in committed)
+            count = sum(gain for _, _, gain in committed)
             committed_total += count
             bar.update(count)
             bar.set_postfix_str(f"{committed_total / forwards:.1f} tokens/forward", refresh=False)
@@ -100,7 +108,7 @@ def generate(
                 request.finish_reason = _why_finished(request, model, tokenizer)
                 if request.finish_reason is not None:
                     results[request.index] = _result(request, model, tokenizer)
-                    bar.update(sum(map(len, request.blocks[request.block :])))  # what will not be generated
+                    bar.total -= sum(map(len, request.blocks[request.block :]))  # what will not be generated
                     free = sorted([*free, *request.slots])
                     active.remove(request)
     return [result for result in results if result is not None]
@@ -116,8 +124,8 @@ def encode(tokenizer: Any, text: str, name: str) -> list[int]:
 
 def _advance(
     model: MaskedDiffusionModel, active: list[Request], cache: KeyValueCache | None, graphed: graphs.GraphedSteps | None
-) -> list[tuple[Request, np.ndarray]]:
-    """One step of all active requests: (request, positions it committed)."""
+) -> list[tuple[Request, np.ndarray, int]]:
+    """One step of all active requests: (request, positions it committed, how many tokens more it has now)."""
     if graphed is not None and graphs.suitable(active):
         layout = step.lay_out(model, active, cache, whole_blocks=True, sequences=graphs.bucket(len(active)))
         tokens = graphed.run(model, layout)
@@ -129,7 +137,9 @@ def _advance(
     for group, members in zip(layout.arrays.groups, layout.members, strict=True):
         end = at + len(group.rows)
         for request, positions in members:
-            done.append((request, request.advance(positions, now[at : at + len(positions)])))
+            taken = len(request.taken)
+            committed = request.advance(positions, now[at : at + len(positions)])
+            done.append((request, committed, len(committed) - taken))
             at += len(positions)
         at = end  # past the blanks
     return done
@@ -203,12 +213,15 @@ def cut_at_stop(tokenizer: Any, tokens: list[int], stop_strings: Sequence[str]) 
         return text[:at]
     if first(tokenizer.decode(tokens, skip_special_tokens=False)) is None:
         return None
-    for count in range(len(tokens) + 1):  # up to the token with which the stop string is complete
-        raw = tokenizer.decode(tokens[:count], skip_special_tokens=False)
-        if (at := first(raw)) is not None:
-            break
+
+    def raw(count: int) -> str:
+        return tokenizer.decode(tokens[:count], skip_special_tokens=False)
+
+    # Up to the token with which the stop string is complete; from there on every longer text has it.
+    count = bisect.bisect_left(range(len(tokens)), True, key=lambda n: first(raw(n)) is not None)
+    at = first(raw(count))
     kept = count
-    while kept and len(tokenizer.decode(tokens[:kept], skip_special_tokens=False)) > (at or 0):
+    while kept and len(raw(kept)) > (at or 0):
         kept -= 1
     return tokenizer.decode(tokens[:kept])
 
@@ -216,9 +229,18 @@ def cut_at_stop(tokenizer: Any, tokens: list[int], stop_strings: Sequence[str]) 
 # -------------------------------------------------------------------------------------------------------------- checks
 
 
+def _token_ids(prompt: Sequence[int], name: str) -> list[int]:
+    ids = np.asarray(prompt.cpu() if isinstance(prompt, torch.Tensor) else prompt)
+    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+        raise TypeError(f"{name} must be a text or a list of token ids, got {prompt!r:.80}")
+    return ids.tolist()
+
+
 def _configs(config: GenerationConfig | Sequence[GenerationConfig] | None, count: int) -> list[GenerationConfig]:
     if config is None or isinstance(config, GenerationConfig):
         return [config or GenerationConfig()] * count
+    if not isinstance(config, Sequence) or not all(isinstance(c, GenerationConfig) for c in config):
+        raise TypeError(f"config must be a GenerationConfig, or a list of them, got {config!r:.80}")
     if len(config) != count:
         raise ValueError(f"config must be one, or one for each of the {count} prompts, got {len(config)}")
     if len(caches := sorted({c.cache for c in config})) > 1:
@@ -234,10 +256,12 @@ def _check(
     tokenizer: Any,
     batch_size: int | None,
 ) -> None:
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if batch_size is not None and (not isinstance(batch_size, Integral) or batch_size < 1):
+        raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
     if len(seeds) != len(prompts):
         raise ValueError(f"seed must be one integer or one for each of the {len(prompts)} prompts, got {len(seeds)}")
+    if wrong := [s for s in seeds if not isinstance(s, Integral)]:
+        raise TypeError(f"seed must be an integer, or one for each prompt, got {wrong[0]!r}")
     if wrong := [s for s in seeds if not -(2**63) <= s < 2**63]:
         raise ValueError(f"seed must fit 64 bits, got {wrong[0]}")
     size, limit, mask_id = model.config.embedding_rows, model.config.max_position_embeddings, model.config.mask_token_id

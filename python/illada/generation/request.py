@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from illada.config import ModelConfig
 from illada.generation.config import GenerationConfig
-from illada.generation.rules import dream_transfer, end_think_bias, quota_schedule, taken_back
+from illada.generation.rules import dream_quota, dream_transfer, end_think_bias, quota_schedule, taken_back
 
 
 class RuleCall(NamedTuple):
@@ -124,7 +124,7 @@ class Request:
         last = step == steps - 1
         if config.rule == "quota":
             if config.schedule == "dream":
-                return int(len(self.masked()) * dream_transfer(step, steps))
+                return dream_quota(len(self.masked()), step, steps)
             return self._quota_with_take_back() if config.take_back else self.quotas[step]
         if config.rule == "origin":
             return -np.inf if last else 1 - dream_transfer(step, steps)
@@ -143,18 +143,17 @@ class Request:
             self.taken = taken_back(self.seed, committed, self.forwards, probability)
         return min(max(masks - after + len(self.taken), 0), masks)
 
-    def biases(self) -> tuple[list[tuple[int, float]], dict[int, tuple[int, float]]]:
-        """What is added to the logits: (on all rows, on single positions)."""
+    def end_think(self) -> tuple[int, int, float] | None:
+        """(position, id, what its logit gains) of this step, if anything encourages the end of thinking."""
         config = self.config
-        everywhere = [(token, -np.inf) for token in config.forbid_tokens]
         if not config.end_think_boost:
-            return everywhere, {}
+            return None
         at = int(self.masked()[0])
         found = end_think_bias(
-            self.canvas[self.prompt_length : self.end].tolist(), at - self.prompt_length, config.gen_length,
+            self.canvas[self.prompt_length : self.end], at - self.prompt_length, config.gen_length,
             config.end_think, config.end_think_boost, config.end_think_power,
         )  # fmt: skip
-        return everywhere, {} if found is None else {at: found}
+        return None if found is None else (at, *found)
 
     def advance(self, positions: NDArray, tokens: NDArray) -> NDArray:
         """Take over what the step left at `positions`; those that were masks and are none now."""

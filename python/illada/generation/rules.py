@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from illada.ops.philox import philox4x32
@@ -24,29 +26,41 @@ def quota_schedule(masks: int, steps: int) -> list[int]:
 
 def dream_transfer(step: int, steps: int) -> float:
     """1 - s/t of Dream's step: t falls evenly from 1 to 0.001 over `steps`; 1 at the last step."""
-    if step >= steps - 1:
-        return 1.0
-    times = np.linspace(1, DREAM_EPSILON, steps + 1)
-    return float(1 - times[step + 1] / times[step])
+    return 1.0 if step >= steps - 1 else float(_dream_transfers(steps)[step])
+
+
+def dream_quota(masks: int, step: int, steps: int) -> int:
+    """How many of the `masks` that are left Dream's step commits: the whole part of masks (1 - s/t)."""
+    return masks if step >= steps - 1 else int(np.float32(masks) * _dream_transfers(steps)[step])
+
+
+@functools.lru_cache(maxsize=64)
+def _dream_transfers(steps: int) -> NDArray[np.float32]:
+    # torch's float32, as published: where masks (1 - s/t) is nearly whole, other roundings commit one more or less.
+    times = torch.linspace(1, DREAM_EPSILON, steps + 1, dtype=torch.float32)
+    return (1 - times[1:] / times[:-1]).numpy()
 
 
 def end_think_bias(
-    generated: Sequence[int], position: int, total: int, ids: Sequence[int], boost: float, power: float
+    generated: NDArray | Sequence[int], position: int, total: int, ids: Sequence[int], boost: float, power: float
 ) -> tuple[int, float] | None:
     """(id, what its logit gains) at the block's first mask, or None once `generated` contains `ids`.
 
     Args:
         generated: all that follows the prompt, masks included. position: of the first mask in it. total: gen_length.
     """
-    sequence, window = list(ids), list(generated)
-    if any(window[i : i + len(sequence)] == sequence for i in range(len(window) - len(sequence) + 1)):
+    window = np.asarray(generated)
+    places = max(0, len(window) - len(ids) + 1)
+    found = np.ones(places, dtype=bool)
+    for i, token in enumerate(ids):
+        found &= window[i : i + places] == token
+    if found.any():
         return None
     progress = min((position + 1) / total, 1.0)
-    matched = next(
-        (n for n in range(min(len(sequence) - 1, position), 0, -1) if window[position - n : position] == sequence[:n]),
-        0,
-    )
-    return sequence[matched], boost * progress**power
+    longest = min(len(ids) - 1, position)
+    before = window[position - longest : position].tolist()
+    matched = next((n for n in range(longest, 0, -1) if before[longest - n :] == list(ids[:n])), 0)
+    return ids[matched], boost * progress**power
 
 
 def order_noise(seed: int, positions: NDArray, step: int) -> NDArray:

@@ -256,14 +256,15 @@ def _bias(members: list[tuple[Request, NDArray]], blank_rows: int) -> LogitBias 
         return None
     count = sum(len(positions) for _, positions in members) + blank_rows
     ids, values = np.full((count, width), -1, dtype=np.int32), np.zeros((count, width), dtype=np.float32)
-    at = 0
+    start = 0
     for request, positions in members:
-        everywhere, single = request.biases()
-        entries = [(column, at + np.arange(len(positions)), entry) for column, entry in enumerate(everywhere)]
-        entries += [(len(everywhere), at + np.flatnonzero(positions == p), entry) for p, entry in single.items()]
-        for column, rows, (token, value) in entries:
-            ids[rows, column], values[rows, column] = token, value
-        at += len(positions)
+        forbidden, rows = request.config.forbid_tokens, slice(start, start + len(positions))
+        ids[rows, : len(forbidden)], values[rows, : len(forbidden)] = forbidden, -np.inf
+        if (boosted := request.end_think()) is not None:
+            position, token, gain = boosted
+            row = start + np.flatnonzero(positions == position)
+            ids[row, len(forbidden)], values[row, len(forbidden)] = token, gain
+        start += len(positions)
     return _array(ids), _array(values, np.float32)
 
 
@@ -307,9 +308,12 @@ def _commit(model: MaskedDiffusionModel, hidden: Tensor, tokens: Tensor, group: 
         )
     if group.order is not None:
         ordered = sample.confidence / group.order.temperature + group.order.noise
+        # What the division overflows is still finite, and committed when its turn comes; NaN's -inf never is.
+        bounds = torch.finfo(torch.float32)
+        ordered = torch.where(sample.confidence.isfinite(), ordered.clamp(bounds.min, bounds.max), -torch.inf)
         sample = sample._replace(confidence=ordered)
-    limits: Any = {call.rule: group.limits}
+    rule: Any = {call.rule: group.limits}
     remask(
-        tokens, group.rows, group.cu_rows, sample, **limits, mask_id=model.config.mask_token_id,
+        tokens, group.rows, group.cu_rows, sample, **rule, mask_id=model.config.mask_token_id,
         min_commit=call.min_commit,
     )  # fmt: skip

@@ -28,7 +28,7 @@ import illada
 from illada.cli.checkpoints import load
 from illada.generation import GenerationConfig, generate
 from illada.integrations.journal import Journal, fingerprint, request_key
-from illada.integrations.settings import ALIASES, PUBLISHED_DEFAULTS, EvaluationSettings
+from illada.integrations.settings import ALIASES, MC_NUM, PUBLISHED_DEFAULTS, EvaluationSettings
 from illada.model import MaskedDiffusionModel
 from illada.score import confidence_score, is_greedy, monte_carlo_likelihood
 from illada.tokenizer import Tokenizer
@@ -146,7 +146,7 @@ class IlladaLM(LM):
                 self.model,
                 contexts,
                 continuations,
-                num_samples=settings.mc_num or 128,
+                num_samples=settings.mc_num or MC_NUM,
                 stratum=settings.mc_stratum,
                 seed=settings.seed,
                 **shared,
@@ -370,8 +370,8 @@ def _load(
         return pretrained.to(device=device, dtype=dtype), tokenizer, type(pretrained).__name__
     if pretrained is None or isinstance(tokenizer, Tokenizer):
         raise TypeError("pretrained must be a checkpoint folder or a training run, as in pretrained=runs/demo")
-    model, loaded = load(pretrained, tokenizer)
-    return model.to(device=device, dtype=dtype).eval(), loaded, str(pretrained)
+    model, loaded = load(pretrained, tokenizer, device=device, dtype=dtype)
+    return model.eval(), loaded, str(pretrained)
 
 
 def _plain(job: Any) -> Any:

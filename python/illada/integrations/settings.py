@@ -8,6 +8,9 @@ from typing import Any
 
 from illada.generation import GenerationConfig
 
+#: Monte Carlo samples where none are asked for, as published.
+MC_NUM = 128
+
 #: Published names of settings, and how they are called here.
 ALIASES = {
     "padd_eos": "append_eos",
@@ -101,8 +104,14 @@ class EvaluationSettings:
         batch_size = self.batch_size
         if batch_size != "auto" and (not str(batch_size).isdigit() or int(batch_size) < 1):
             raise ValueError(f"batch_size must be an integer of at least 1, or auto, got {batch_size!r}")
-        if self.mode == "fixed" and self.gen_length is not None:
-            self.generation(self.gen_length, end_think=(0,))  # its own checks, before any model is loaded
+        samples = self.mc_num or MC_NUM
+        if self.llh == "mc" and samples > self.mc_stratum and samples % self.mc_stratum:
+            raise ValueError(
+                f"mc_num must be a multiple of mc_stratum ({self.mc_stratum}) or smaller than it, got {samples}"
+            )
+        # The generator's own checks, before any model is loaded; mode "var" floors gen_length to whole blocks.
+        length = self.gen_length if self.mode == "fixed" else None
+        self.generation(length or self.block_length, end_think=(0,))
 
     @classmethod
     def from_arguments(cls, arguments: dict[str, Any]) -> EvaluationSettings:

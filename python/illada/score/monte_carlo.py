@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -185,8 +186,8 @@ def _estimate(
 
 def _check_samples(num_samples: int, stratum: int) -> None:
     for name, value in (("num_samples", num_samples), ("stratum", stratum)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+        if not isinstance(value, Integral) or value < 1:
+            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
     if num_samples > stratum and num_samples % stratum:
         below = num_samples // stratum * stratum
         raise ValueError(
