@@ -23,9 +23,9 @@ import numpy as np
 import torch
 
 from benchmarks import published
-from benchmarks.models import random_model
 from benchmarks.runner import Case, Goal, Provider, copy_case, copy_share, ratio
 from benchmarks.timing import CPU
+from benchmarks.weights import random_model
 from illada.config import PRESETS, ModelConfig
 from illada.generation import GenerationConfig, generate
 from illada.model import MaskedDiffusionModel

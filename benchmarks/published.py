@@ -8,28 +8,40 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from illada.model import MaskedDiffusionModel, rotary_tables, rotate
+from illada.config import ModelConfig
+from illada.model import Layer, MaskedDiffusionModel, rotary_tables, rotate
 
 
 def forward(model: MaskedDiffusionModel, tokens: Tensor, key_mask: Tensor | None = None) -> Tensor:
-    """All logits [B, L, V] of padded rows [B, L]: torch's attention under a mask of keys [B, 1, 1, L]."""
+    """All logits [B, L, V] of padded rows [B, L]: torch's attention under a mask of keys [B, 1, 1, L].
+
+    Layers are recomputed in the backward pass where `activation_checkpointing` of the model says so.
+    """
     cos, sin = rotary_tables(
         torch.arange(tokens.shape[1], device=tokens.device), model.config, model.embed_tokens.weight.dtype
     )
     x = model.embed_tokens(tokens)
     for layer in model.layers:
-        attention = layer.self_attn
-        h = layer.input_layernorm(x)
-        q, k, v = (
-            y.unflatten(-1, (-1, model.config.head_size))
-            for y in attention.qkv_proj(h).split(model.config.qkv_sizes, dim=-1)
-        )
-        q, k, v = (y.transpose(1, 2) for y in (rotate(q, cos, sin), rotate(k, cos, sin), v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask, enable_gqa=True)
-        x = x + attention.o_proj(out.transpose(1, 2).flatten(2))
-        x = x + layer.mlp(layer.post_attention_layernorm(x))
+        if model.activation_checkpointing and torch.is_grad_enabled():
+            x = checkpoint(_layer, model.config, layer, x, cos, sin, key_mask, use_reentrant=False)
+        else:
+            x = _layer(model.config, layer, x, cos, sin, key_mask)
     return F.linear(model.norm(x), model.head_weight)
+
+
+def _layer(config: ModelConfig, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor, key_mask: Tensor | None) -> Tensor:
+    """x [B, L, C] after one layer."""
+    attention = layer.self_attn
+    h = layer.input_layernorm(x)
+    q, k, v = (y.unflatten(-1, (-1, config.head_size)) for y in attention.qkv_proj(h).split(config.qkv_sizes, dim=-1))
+    q, k, v = (y.transpose(1, 2) for y in (rotate(q, cos, sin), rotate(k, cos, sin), v))
+    if key_mask is not None and x.is_cuda:  # there no fused kernel of torch takes a mask and shared keys
+        k, v = (y.repeat_interleave(q.shape[1] // y.shape[1], dim=1) for y in (k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask, enable_gqa=True)
+    x = x + attention.o_proj(out.transpose(1, 2).flatten(2))
+    return x + layer.mlp(layer.post_attention_layernorm(x))
 
 
 def sample(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

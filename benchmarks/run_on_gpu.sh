@@ -9,6 +9,7 @@ Builds illada on this machine, runs its CUDA tests, compute-sanitizer and the be
 folder. Needs an NVIDIA GPU, nvcc, cmake, ninja, and a Python with torch, pybind11, setuptools and pytest; no network,
 no root. The checkout is only read, and nothing stays behind but OUT. Attention is compared with fa3-fwd and
 flash-attn-4 as well, and the loss with liger-kernel, cut-cross-entropy and quack-kernels, where the Python has them.
+The last benchmarks are training steps of 8e9 parameters, which take 40 to 80 GB, and scoring.
 
   MINUTES  for everything, build included (default 10). What does not fit is left out and listed.
   OUT      folder for the results (default runs/gpu); files of an earlier run are replaced.
@@ -32,7 +33,8 @@ examples:
   bash benchmarks/run_on_gpu.sh 30 out >out.log 2>&1
   python -m benchmarks remask --only "step 128"            # one case by hand, with an installed illada
   python -m benchmarks attention --direction bwd           # what this script leaves out: gradients,
-  python -m benchmarks loss --only 2048x --spread 8        # other heads, and logits as after training
+  python -m benchmarks loss --only 2048x --spread 8        # other heads, logits as after training,
+  python -m benchmarks train-step --only "4 layers"        # and a training step for GPUs with less memory
 HELP
 }
 
@@ -161,8 +163,9 @@ esac
 
 step "compute-sanitizer"
 sanitizer="$(command -v compute-sanitizer || echo "$(dirname "$CUDACXX")/compute-sanitizer")"
-# Graphs need the caching allocator, which hides overruns and is off here; compilers take too long under it.
-"${pytest[@]}" --collect-only tests/cuda -k "not graph and not compile and not opcheck" >"$work/collected" 2>/dev/null ||
+# Graphs, and memory that benchmarks count, need the caching allocator, which hides overruns and is off here; compilers
+# take too long under it.
+"${pytest[@]}" --collect-only tests/cuda -k "not graph and not benchmarks and not compile and not opcheck" >"$work/collected" 2>/dev/null ||
   true
 # Twelve of them, from all over.
 mapfile -t tests < <(grep '^tests/cuda/.*::' "$work/collected" |
@@ -215,7 +218,9 @@ done
 for kind in 8b 8b-batch; do
   run_bench generate cuda "$kind var"
 done
-run_bench train-step cpu ""
+# The longest ones, and one that fills the memory of an H100; blocks that grow leave no gaps between cases.
+PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True run_bench train-step cuda "8b "
+run_bench score cuda ""
 if [ ${#left_out[@]} -gt 0 ]; then
   note "- Cases without a result, for lack of time or after a failure: $(printf '%s\n' "${left_out[@]}" | sort -u | paste -sd ';' | sed 's/;/; /g')"
 fi

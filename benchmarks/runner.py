@@ -147,10 +147,13 @@ def _run_case(
                     memory[provider.name] = timing.peak_memory(provider.call, device)
                 timed.append(Timed(provider, timer.timing, provider.call))
             except Exception as error:  # a peer that does not run here is no reason to stop
-                # nor is an op of ours without a kernel for this device; anything else of ours is
-                if provider.name == "illada" and not isinstance(error, NotImplementedError):
+                # nor is an op of ours without a kernel for this device, or too little memory; anything else of ours is
+                if provider.name == "illada" and not isinstance(error, NotImplementedError | torch.OutOfMemoryError):
                     raise
                 provider.unavailable = reason(error)
+            if on_gpu and provider.unavailable:  # what it had allocated is not to be missing to the next one
+                gc.collect()
+                torch.cuda.empty_cache()
         if on_gpu and provider.rotating and not provider.unavailable:
             try:
                 graph, count = timing.capture(provider.rotating, device)

@@ -16,8 +16,11 @@ if importlib.util.find_spec("benchmarks") is None:
 
 from benchmarks import __main__ as command  # noqa: E402
 from benchmarks import published, remask, report, runner, score, timing, train_step  # noqa: E402
+from benchmarks.weights import random_model  # noqa: E402
+from illada.config import ModelConfig  # noqa: E402
+from illada.model import MaskedDiffusionModel  # noqa: E402
 
-CPU = torch.device("cpu")
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
 def record(**changes):
@@ -75,9 +78,21 @@ def test_bad_usage(capsys):
     with pytest.raises(SystemExit):
         command.main(["remask", "--device", "cpu", "--only", "nothing like it"])
     assert "no case of remask contains" in capsys.readouterr().err
+
+
+def test_a_bench_of_one_device(monkeypatch, capsys):
+    monkeypatch.setattr(score, "DEVICES", ("cpu",))
     with pytest.raises(SystemExit):
-        command.main(["train-step", "--device", "cuda"])
+        command.main(["score", "--device", "cuda"])
     assert "this bench runs on cpu, not on cuda" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("bench", ["train-step", "score"])
+def test_no_gpu(bench, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        command.main([bench, "--device", "cuda"])
+    assert "--device cuda: torch sees no GPU" in capsys.readouterr().err
 
 
 def test_choose_device(monkeypatch):
@@ -152,7 +167,7 @@ def test_published_linear_sample(generator):
 
 
 def test_train_step_providers_agree():
-    case = train_step.make_case("tiny 2x64")
+    case = train_step.make_case(train_step.CPU_JOBS["tiny 2x64"])
     records = runner.run("train-step", [case], repeats=1)
     errors = {r["provider"]: r["error"] for r in records}
     assert errors["padded"] == 0 and errors["illada"] < 1e-5
@@ -160,15 +175,86 @@ def test_train_step_providers_agree():
     assert [goal.text.split(":")[0] for goal in train_step.goals(records)] == ["tiny 2x64"] * 2
 
 
+def tiny_model(seed=0, **options):
+    sizes = {"hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = ModelConfig.preset("tiny", num_key_value_heads=2, vocab_size=301, **sizes, **options)
+    return random_model(config, CPU, torch.float32, seed)
+
+
+@pytest.mark.parametrize("lengths", [[40], [9, 31]])
+def test_train_step_recomputed(lengths):
+    """The padded loop with and without padding, layers kept and recomputed."""
+    model, batches = tiny_model(), []
+    batch = train_step.one_window(lengths, model.config)
+    error = train_step.GradientError(model, batch)
+    names = [name for name, _ in model.named_parameters()]
+    assert [names[i].split(".layers.1.")[0] for i in error.reference] == [n for n in names if "layers.1." not in n]
+    forward = published.forward
+
+    def seen(model, tokens, key_mask):
+        batches.append((tokens.shape, key_mask is None))
+        return forward(model, tokens, key_mask)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(published, "forward", seen)
+        for model.activation_checkpointing in (False, True):
+            for bind in train_step.LOSSES.values():
+                result = train_step.gradients(model, bind(model, batch))
+                assert error(result) < 1e-5 and all(p.grad is None for p in model.parameters())
+    assert batches == [((len(lengths), max(lengths)), len(lengths) == 1)] * 2
+    result[-1] = result[-1] * 1.5
+    assert error(result) > 1e-3
+
+
+def test_train_step_window():
+    config = ModelConfig.preset("illada_8b")
+    (whole, split), tokens = (train_step.one_window(n, config) for n in ([8192], [5120, 3072])), 8192
+    assert torch.equal(whole.tokens, split.tokens) and torch.equal(whole.rows, split.rows)
+    assert whole.cu_seqlens.tolist() == [0, tokens] and split.cu_seqlens.tolist() == [0, 5120, tokens]
+    assert split.position_ids[[5119, 5120, 8191]].tolist() == [5119, 0, 3071]
+    assert len(whole.rows) / tokens == pytest.approx(0.5, abs=0.01)
+    assert whole.token_weights[whole.rows.long()].unique().tolist() == pytest.approx([1 / 0.5005])
+
+
+def test_train_step_flops_by_hand():
+    config = ModelConfig.preset("illada_8b")
+    batch = train_step.one_window([5120, 3072], config)
+    layer = 4096 * (4096 + 2 * 1024) + 4096 * 4096 + 3 * 4096 * 14336 + 2 * 4096
+    pairs = 12 * 32 * 128 * (5120**2 + 3072**2)
+    want = 6 * 8192 * (32 * layer + 4096) + 6 * len(batch.rows) * 4096 * 155136 + 32 * pairs
+    assert train_step.flops(config, batch) == want
+    untied = ModelConfig.preset("illada_8b", tie_word_embeddings=False)
+    assert train_step.flops(untied, batch) == want
+
+
+def test_random_model():
+    model, again, other = tiny_model(), tiny_model(), tiny_model(1)
+    drawn = MaskedDiffusionModel(model.config)
+    assert [(n, p.shape) for n, p in model.named_parameters()] == [(n, p.shape) for n, p in drawn.named_parameters()]
+    assert not list(model.buffers()) and model.head_weight.data_ptr() == model.embed_tokens.weight.data_ptr()
+    state = torch.get_rng_state()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, again.get_parameter(name))
+        if name.endswith("norm.weight"):
+            assert (parameter == 1).all()
+        else:
+            assert not torch.equal(parameter, other.get_parameter(name))
+            assert float(parameter.detach().std()) == pytest.approx(model.config.initializer_range, rel=0.1), name
+    tiny_model()
+    assert torch.equal(state, torch.get_rng_state())
+    biased = tiny_model(qkv_bias=True, tie_word_embeddings=False)
+    assert not biased.layers[0].self_attn.qkv_proj.bias.any() and biased.lm_head.weight.std() > 0
+
+
 def test_score_records_and_goals(tmp_path, monkeypatch):
     text = " ".join(f"word{i % 37} of {i}" for i in range(400))
     sources = [f'"""{text[i:]}"""\n' for i in range(9)] + ["def broken("]
     monkeypatch.setattr(score, "read_source", lambda source: iter(sources))
     score.passages.cache_clear()
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "vocab_size": 300}
-    monkeypatch.setattr(score, "cases", lambda device: [score.make_case("tiny", 2, **sizes)])
+    config = ModelConfig.preset("tiny", hidden_size=32, intermediate_size=48, num_attention_heads=4, vocab_size=300)
+    monkeypatch.setattr(score, "cases", lambda device: [score.make_case("tiny", config, 2)])
     out = tmp_path / "o.jsonl"
-    assert command.main(["score", "--json", str(out), "--repeats", "1"]) == 0
+    assert command.main(["score", "--device", "cpu", "--json", str(out), "--repeats", "1"]) == 0
     score.passages.cache_clear()
     lines = report.read_json(out)
     assert [line["provider"] for line in lines] == ["illada", "one by one"] and lines[0]["error"] < 1e-4
@@ -178,8 +264,21 @@ def test_score_records_and_goals(tmp_path, monkeypatch):
         ("tiny 2 questions: 6.0x faster than one by one (goal 5x)", True),
         ("tiny 2 questions: DIFFERENT answers, scores within inf", False),
     ]
-    assert score.difference([1.0, 2, 3, 4], [1.0, 2, 3, 4.5]) == 0.5
-    assert score.difference([1.0, 2, 3, 4], [1.0, 2, 5, 4]) == float("inf")
+    on_gpu = [dict(r, case="4 layers 20 questions", timing="events") for r in (dict(lines[0], error=0.05), slow)]
+    on_gpu[0]["median_ms"] = 2e4
+    assert [(g.text, g.met) for g in score.goals(on_gpu)] == [
+        ("4 layers 20 questions: 3.0x faster than one by one (goal 4x)", False),
+        ("4 layers 20 questions: same answers, scores within 5.0e-02", True),
+    ]
+
+
+def test_score_difference():
+    want = [1.0, 2, 3, 4]
+    assert score.difference([1.0, 2, 3, 4.5], want, 0.1) == 0.5
+    assert score.difference([1.0, 2, 5, 4], want, 0.1) == float("inf")
+    assert score.difference([1.0, 2, 4.25, 4], want, 1.5) == 1.25  # another answer, as good as the true one
+    assert score.difference([1.0, 2, float("nan"), 4], want, 1.5) == float("inf")
+    assert score.difference([*want, 1.0, 0, 0, 0], [*want, 1.0, 3, 0, 0], 0.1) == float("inf")
 
 
 def test_confidence_error_looks_at_every_row(generator):
@@ -211,6 +310,26 @@ def test_a_peer_that_fails_is_left_out_and_ours_is_not(capsys):
     assert "c: peer! left out: RuntimeError: no compiler\n" in capsys.readouterr().err
     with pytest.raises(RuntimeError, match="no compiler"):
         runner.run("b", [runner.Case("c", lambda: [runner.Provider("illada", fail)])], repeats=1)
+
+
+def test_too_little_memory_leaves_any_provider_out(capsys, monkeypatch):
+    def fail():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nmore")
+
+    providers = [runner.Provider(*p) for p in (("illada", fail), ("padded", fail), ("other", lambda: 1))]
+    after = []
+    records = runner.run("b", [runner.Case("c", lambda: providers)], repeats=1, after_case=after.extend)
+    assert [r["provider"] for r in records] == ["other"]
+    why = "OutOfMemoryError: CUDA out of memory. Tried to allocate 9 GiB."
+    assert {r["provider"]: r["error"] for r in after if r["median_ms"] is None} == {"illada": why, "padded": why}
+    assert f"c: illada left out: {why}\n" in capsys.readouterr().err
+    # nor a model, nor what it is compared with
+    job = train_step.CPU_JOBS["tiny 2x64"]
+    with monkeypatch.context() as patch:
+        patch.setattr(train_step, "GradientError", lambda *arguments: fail())
+        assert [(p.unavailable, p.error) for p in train_step.make_case(job).make()] == [(None, None)] * 2
+    monkeypatch.setattr(train_step.Job, "model", lambda job: fail())
+    assert [(p.name, p.unavailable) for p in train_step.make_case(job).make()] == [("illada", why), ("padded", why)]
 
 
 def test_slow_providers_are_called_a_third_as_often():
@@ -285,6 +404,40 @@ def test_cases_of_a_gpu(monkeypatch):
     assert {case.name for case in remask.cases()} == {
         f"{shape} T={t}" for shape in ("256x126464", "128x155136", "32x155136") for t in (0, 1)
     }
+
+
+def test_cases_of_train_step_and_score():
+    jobs = train_step.gpu_jobs(GPU)
+    assert [case.name for case in train_step.cases(GPU)] == [job.name for job in jobs]
+    assert [(job.name, job.config.num_hidden_layers, job.recompute) for job in jobs] == [
+        ("8b 8192", 32, True), ("8b 5120+3072", 32, True), ("4 layers 8192", 4, True), ("8b 8192 kept", 32, False),
+    ]  # fmt: skip
+    assert all(job.device == GPU and job.config.head_size == 128 for job in jobs)
+    assert [case.name for case in train_step.cases()] == ["small 8x1024"]
+    assert [case.name for case in score.cases(GPU)] == ["small 20 questions", "4 layers 20 questions"]
+    assert [case.name for case in score.cases()] == ["tiny 200 questions", "small 20 questions"]
+    for timing_of, device in (("events", GPU), ("clock", CPU)):
+        assert {case.name.rsplit(" ", 2)[0] for case in score.cases(device)} == set(score.GOALS[timing_of])
+
+
+@pytest.mark.parametrize("device,peak", [
+    ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA L4", None),
+])  # fmt: skip
+def test_goals_of_a_train_step_on_a_gpu(device, peak):
+    def step(case, ms, provider="illada"):
+        return record(case=case, provider=provider, median_ms=ms, flops=4e14, device=device)
+
+    records = [
+        step("8b 8192", 1000.0), step("8b 8192", 1200.0, "padded"), step("8b 8192 kept", 500.0),
+        step("4 layers 8192", 200.0), step("4 layers 8192", 180.0, "padded"),
+    ]  # fmt: skip
+    shares = {989: ("40%", "81%"), 756: ("53%", "106%"), 312: ("128%", "256%")}.get(peak)
+    want = [("8b 8192: 1.20x as fast as padded (goal 1x)", True)]
+    if shares:
+        want.insert(0, (f"8b 8192: {shares[0]} of {peak} TFLOP/s (goal 50%)", peak != 989))
+        want.append((f"8b 8192 kept: {shares[1]} of {peak} TFLOP/s (goal 50%)", True))
+    want.append(("4 layers 8192: 0.90x as fast as padded (goal 1x)", False))
+    assert [(goal.text, goal.met) for goal in train_step.goals(records)] == want
 
 
 def test_goals_of_a_gpu():

@@ -11,7 +11,6 @@ if importlib.util.find_spec("benchmarks") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from benchmarks import generate, published, runner
-from illada.model import MaskedDiffusionModel
 
 
 def without_inference_mode(function):
@@ -27,11 +26,6 @@ def without_inference_mode(function):
 @pytest.fixture
 def small(monkeypatch):
     monkeypatch.setitem(generate.SIZES, "8b", (16, 8, 4, 24))
-    # a simulator has no generators of its own
-    monkeypatch.setattr(
-        generate, "random_model",
-        lambda config, device: MaskedDiffusionModel(config, seed=1, dtype=torch.bfloat16).to(device),
-    )  # fmt: skip
     monkeypatch.setattr(generate, "generate", without_inference_mode(generate.generate))
     monkeypatch.setattr(published, "generate", without_inference_mode(published.generate))
     return {
