@@ -124,6 +124,7 @@ def test_user_errors_are_one_line(world, capsys, monkeypatch):
         (["generate", str(world / "run"), "--prompt", "x" * 2000], "over the model's max_position_embeddings"),
         (["generate", str(world / "run"), "--tokenizer", str(world / "other.json"), "--prompt", "x"], "is not the tokenizer that"),
         (["score", str(world / "run")], "score needs a --candidate"),
+        (["score", str(world / "run"), "--candidate", "y", "--candidate", ""], "--candidate is empty"),
         (["score", str(world / "run"), "--file", str(world / "bad.jsonl")], 'bad.jsonl, line 2: expected {"context"'),
         (["score", str(world / "run"), "--context", "x" * 2000, "--candidate", "y"], "over the model's max_position"),
         (["score", str(world / "run"), "--candidate", "y", "--method", "monte-carlo", "--num-samples", "20"], "num_samples must be a multiple"),

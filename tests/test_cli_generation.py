@@ -159,6 +159,8 @@ def test_agreement(capsys, path):
     assert "100.0%" in table and "2 of 2" in table and "block" not in table  # one step a block is always fresh
     status, _, err = run(capsys, "agreement", path, *prompts, "--caches", "dual")
     assert status == 2 and "caches must be among none, prefix, block, got 'dual'" in err
+    with pytest.raises(SystemExit):  # it would say nothing
+        cli.main(["agreement", str(path), "--prompt", "x", "--cache", "prefix"])
 
 
 def test_errors_are_one_line(capsys, path):

@@ -126,6 +126,12 @@ def test_stop_strings_and_text(model):
     cut = generate(model, PROMPTS[:1], dataclasses.replace(config, stop_strings=(stop,)), tokenizer=tokenizer)[0]
     assert cut.finish_reason == "stop_string" and cut.text == whole.text[: whole.text.index(stop)]
     assert cut.forwards <= whole.forwards
+    last = next(n for n in range(1, 25) if stop in tokenizer.decode(whole.tokens[:n]))
+    after = set(whole.tokens[last : -(-last // 8) * 8]) - set(whole.tokens[:last])  # in the same block
+    assert after
+    for ends, reason in ((after, "stop_string"), (whole.tokens[:1], "stop_token")):  # whichever comes first
+        both = dataclasses.replace(config, stop_strings=(stop,), stop_tokens=tuple(ends))
+        assert generate(model, PROMPTS[:1], both, tokenizer=tokenizer)[0].finish_reason == reason
 
 
 def test_length_is_clipped_to_the_context(model):

@@ -165,7 +165,7 @@ def test_steps_of_a_graph(model, cache, options, monkeypatch):
 
 
 def test_which_steps_are_a_graph(model):
-    assert [graphs.bucket(n) for n in (1, 2, 3, 5, 8, 9)] == [1, 2, 4, 8, 8, 16]
+    assert [graphs.bucket(n) for n in (1, 2, 3, 5, 7, 8, 9, 17, 33)] == [1, 2, 4, 8, 8, 8, 16, 24, 40]
     assert not graphs.available(model, KeyValueCache(model.config, 1, 8))  # not on a CPU
 
     def at(step, **options):

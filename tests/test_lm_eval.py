@@ -354,6 +354,9 @@ def test_journal_survives_a_torn_line(tmp_path):
     assert Journal(file)["c"] == math.inf
     Journal(file, rank=1).add([("d", 1)])
     assert "d" in Journal(file) and (tmp_path / "deep" / "j.rank1").exists()
+    odd = tmp_path / "run[1]*.journal"  # a name is no pattern
+    Journal(odd, rank=1).add([("e", 1)])
+    assert "e" in Journal(odd)
 
 
 def test_journal_knows_model_and_settings(checkpoint, tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ def add_parser(commands: Any) -> None:
     )
     sampling.add_model_options(parser)
     sampling.add_prompt_options(parser)
-    sampling.add_sampling_options(parser)
+    sampling.add_sampling_options(parser, cache=False)
     parser.add_argument("--caches", default="prefix,block", metavar="NAME,...", help="(%(default)s)")
     parser.add_argument("--batch-size", type=int, metavar="N", help="most sequences at a time (default: all)")
     parser.add_argument("--json", action="store_true", help="one JSON object a cache")

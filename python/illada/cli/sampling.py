@@ -30,8 +30,8 @@ def add_prompt_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--apply-chat-template", action="store_true", help="each prompt is a user's message")
 
 
-def add_sampling_options(parser: argparse.ArgumentParser, *, gen_length: int = 64) -> None:
-    """How to generate."""
+def add_sampling_options(parser: argparse.ArgumentParser, *, gen_length: int = 64, cache: bool = True) -> None:
+    """How to generate; without `cache`, on what cache is up to the command."""
     where = parser.add_argument_group("where the masks are")
     where.add_argument(
         "--mode",
@@ -60,8 +60,9 @@ def add_sampling_options(parser: argparse.ArgumentParser, *, gen_length: int = 6
     which.add_argument("--seed", type=int, default=0)
     other = parser.add_argument_group("stopping and speed")
     other.add_argument("--stop", action="append", metavar="TEXT", help="stop string; may be given several times")
-    other.add_argument("--cache", default="none", help="none (exact), prefix or block: see `illada agreement`")
-    other.add_argument("--no-cuda-graphs", action="store_true", help="launch each kernel of a step by itself")
+    if cache:
+        other.add_argument("--cache", default="none", help="none (exact), prefix or block: see `illada agreement`")
+        other.add_argument("--no-cuda-graphs", action="store_true", help="launch each kernel of a step by itself")
 
 
 def load(options: argparse.Namespace) -> tuple[Any, Tokenizer]:

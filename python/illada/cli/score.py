@@ -94,6 +94,8 @@ def _questions(options: argparse.Namespace) -> list[tuple[str, list[str]]]:
     """(context, candidates) of each question, of the options and of the file."""
     found: list[tuple[str, list[str]]] = []
     if options.candidate:
+        if "" in options.candidate:
+            raise ValueError("--candidate is empty; an empty text has no score")
         found.append((options.context, options.candidate))
     elif options.context or not options.file:
         raise ValueError("score needs a --candidate after the --context, or a --file of questions")
@@ -117,7 +119,7 @@ def _question(line: str, where: str) -> tuple[str, list[str]]:
         isinstance(context, str)
         and isinstance(candidates, list)
         and candidates
-        and all(isinstance(candidate, str) for candidate in candidates)
+        and all(isinstance(candidate, str) and candidate for candidate in candidates)
     ):
-        raise ValueError(f'{where}: expected {{"context": "...", "candidates": ["...", "..."]}}')
+        raise ValueError(f'{where}: expected {{"context": "...", "candidates": ["...", "..."]}}, no candidate empty')
     return context, candidates

@@ -1,7 +1,7 @@
 """CUDA graphs of the steps within a block: one launch instead of some hundred.
 
 With a cache the queries of a step are the block's tokens alone, so the shapes of the steps are equal but for how many
-sequences there are: that is rounded up to a power of two with blank sequences, and a graph is captured for each
+sequences there are: that is rounded up with blank sequences (`bucket`), and a graph is captured for each
 (sequences, block length) that comes up more than once.
 """
 
@@ -34,8 +34,8 @@ def suitable(active: Sequence[Request]) -> bool:
 
 
 def bucket(sequences: int) -> int:
-    """The next power of two."""
-    return 1 << (sequences - 1).bit_length()
+    """1, 2, 4 or a multiple of 8: some hundred tokens take as long as their weights, more as long as they are many."""
+    return 1 << (sequences - 1).bit_length() if sequences < 8 else -(-sequences // 8) * 8
 
 
 class GraphedSteps:

@@ -177,11 +177,12 @@ def _why_finished(request: Request, model: MaskedDiffusionModel, tokenizer: Any)
     if config.mode == "infill":
         return "filled" if request.block == len(request.blocks) else None
     done = request.blocks[request.block - 1]
-    if stop_ids(config, model).intersection(request.canvas[done].tolist()):
-        return "stop_token"
     generated = request.canvas[request.prompt_length : done[-1] + 1].tolist()
-    if config.stop_strings and cut_at_stop(tokenizer, generated, config.stop_strings) is not None:
+    kept = _before_stop(generated, stop_ids(config, model))
+    if config.stop_strings and cut_at_stop(tokenizer, kept, config.stop_strings) is not None:
         return "stop_string"
+    if len(kept) < len(generated):
+        return "stop_token"
     return "length" if request.block == len(request.blocks) else None
 
 
@@ -191,13 +192,16 @@ def _result(request: Request, model: MaskedDiffusionModel, tokenizer: Any) -> Ge
         tokens = request.canvas.tolist()
     else:
         tokens = request.canvas[request.prompt_length : request.blocks[request.block - 1][-1] + 1].tolist()
-        ends = stop_ids(request.config, model)
-        tokens = tokens[: next((i for i, token in enumerate(tokens) if token in ends), len(tokens))]
+        tokens = _before_stop(tokens, stop_ids(request.config, model))
     result = GenerationResult(tokens, request.finish_reason, request.forwards)
     if tokenizer is not None:
         cut = cut_at_stop(tokenizer, tokens, request.config.stop_strings)
         result.text = tokenizer.decode(tokens) if cut is None else cut
     return result
+
+
+def _before_stop(tokens: list[int], ends: set[int]) -> list[int]:
+    return tokens[: next((i for i, token in enumerate(tokens) if token in ends), len(tokens))]
 
 
 def cut_at_stop(tokenizer: Any, tokens: list[int], stop_strings: Sequence[str]) -> str | None:

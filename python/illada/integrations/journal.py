@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -65,7 +66,7 @@ class Journal:
 def journal_files(path: str | Path) -> list[Path]:
     """The files of the journal at `path` that exist: of all ranks."""
     path = Path(path)
-    ranks = sorted(path.parent.glob(f"{path.name}.rank*")) if path.parent.is_dir() else []
+    ranks = sorted(path.parent.glob(f"{glob.escape(path.name)}.rank*")) if path.parent.is_dir() else []
     return [file for file in (path, *ranks) if file.is_file()]
 
 
