@@ -63,6 +63,7 @@
 
 #include "attention/accumulator_rows.cuh"
 #include "attention/launch.h"
+#include "attention/tiles_sm90.cuh"
 #include "common/dtype.cuh"
 #include "common/ptx.cuh"
 #include "common/reduce.cuh"
@@ -74,7 +75,6 @@ namespace illada::attention {
 namespace {
 
 constexpr int kIncomplete = -2;  // first_slot of an item whose sums are never complete
-constexpr int kRowBytes = 128;   // of a slice of 64 columns
 // Of the steps for which warp 1 has filled a stage, all but the last 4 have added their dq: a stage is free when both
 // warpgroups have left it, 3 steps after it was filled, and before they leave it they add dq of the step before.
 constexpr int kUnadded = 4;
@@ -92,16 +92,9 @@ template <int kHeadDim>
 struct KeysShared {
   static constexpr int kRows = kHeadDim == 128 ? 64 : 128;
   static constexpr int kSlices = kHeadDim / 64, kStages = 3, kThreads = 384, kJobs = 4;
-  // Slices of 64 columns: rows of 128 bytes in the 128-byte swizzle.
-  struct alignas(1024) KeyTile {
-    char slice[kSlices][kBackwardKeys * kRowBytes];
-  };
-  struct alignas(1024) RowTile {
-    char slice[kSlices][kRows * kRowBytes];
-  };
-  struct alignas(1024) ScoreTile {  // [keys, rows]
-    char slice[kRows / 64][kBackwardKeys * kRowBytes];
-  };
+  using KeyTile = Tile<kBackwardKeys, kHeadDim>;
+  using RowTile = Tile<kRows, kHeadDim>;
+  using ScoreTile = Tile<kBackwardKeys, kRows>;
   KeyTile k[2], v;
   RowTile q[kStages], dout[kStages];
   ScoreTile ds[2];
@@ -125,10 +118,10 @@ struct KeysArguments {
   void *dq, *dk, *dv;
   int32_t pieces;  // of an item of the plan; more than one: dk and dv are summed up as dq is
   int32_t total_q, total_k, num_heads, num_kv_heads, group, tile_tokens;
-  int32_t skipped;            // elements between the group's heads of one token and the next, (H - H / G) D
-  int32_t waste_row;          // of dq_sums: rows that nobody looks at
-  uint32_t group_reciprocal;  // ceil(2^16 / group): row / group == row * group_reciprocal >> 16 for rows of a tile
-  float scale, scale_log2;    // softmax_scale, and times log2(e)
+  int32_t skipped;    // elements between the group's heads of one token and the next, (H - H / G) D
+  int32_t waste_row;  // of dq_sums: rows that nobody looks at
+  uint32_t group_reciprocal;
+  float scale, scale_log2;  // softmax_scale, and times log2(e)
 };
 
 // The next item of a CTA, from `round` on, which becomes its round: a piece of one of the plan, if packs are so small
@@ -140,8 +133,8 @@ struct KeysArguments {
 template <bool kOrdered>
 __device__ __forceinline__ WorkItem next_keys(const KeysArguments& a, int& round) {
   const int items = plan_header(a.plan).backward_items * a.pieces, grid = int(gridDim.x);
-  for (;; ++round) {  // else back and forth, because the list is sorted by length
-    const int index = round * grid + (!kOrdered && round % 2 ? grid - 1 - int(blockIdx.x) : int(blockIdx.x));
+  for (;; ++round) {
+    const int index = kOrdered ? round * grid + int(blockIdx.x) : back_and_forth(round, int(blockIdx.x), grid);
     if (index >= items) return {};
     const int pieces = kOrdered ? 2 : a.pieces;  // in order there are one or two, and few registers for divisions
     int number = kOrdered ? index >> (a.pieces - 1) : index / pieces;
@@ -286,18 +279,13 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
       Ring<kStages> ring;
       const auto load_keys = [&](const CUtensorMap* map, uint32_t tile, uint32_t barrier, const WorkItem& item) {
         ptx::mbarrier_arrive_expect_tx(barrier, kKeyBytes);
-#pragma unroll
-        for (int slice = 0; slice < kSlices; ++slice)
-          ptx::tma_load_4d(tile + slice * (kBackwardKeys * kRowBytes), map, barrier, 64 * slice, item.kv_head,
-                           a.total_k - item.k_count, item.k_start + item.k_count);
+        load_tile<typename Shared::KeyTile>(tile, map, barrier, item.kv_head, a.total_k, item.k_start, item.k_count, 0);
       };
       const auto load_rows = [&](const CUtensorMap* map, uint32_t tile, uint32_t barrier, const WorkItem& item,
                                  int token) {
         ptx::mbarrier_arrive_expect_tx(barrier, uint32_t(kSlices * a.tile_tokens * a.group * kRowBytes));
-#pragma unroll
-        for (int slice = 0; slice < kSlices; ++slice)
-          ptx::tma_load_4d(tile + slice * (kRows * kRowBytes), map, barrier, 64 * slice, item.kv_head * a.group,
-                           a.total_q - item.q_count + token, item.q_start + item.q_count);
+        load_tile<typename Shared::RowTile>(tile, map, barrier, item.kv_head * a.group, a.total_q, item.q_start,
+                                            item.q_count, token);
       };
       const auto wait_for_turn = [&](auto half) {  // to add dq of two steps before
         const int2 turn = shared.turn[ring.stage == kStages - 1 ? 0 : ring.stage + 1];
@@ -512,21 +500,14 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
     const auto multiply_k = [&] {  // s = k q^T
       const uint64_t x = descriptor(k_rows + uint32_t((round - 1) % 2) * (kKeyBytes / 16));
       const uint64_t y = descriptor(q_rows + uint32_t(ring.stage) * (kTileBytes / 16));
-#pragma unroll
-      for (int i = 0; i < kHeadDim / 16; ++i)
-        ptx::wgmma_k16<T, kRows>(s, x + i / 4 * (kScoreSlice / 16) + i % 4 * 2,
-                                 y + i / 4 * (kRows * kRowBytes / 16) + i % 4 * 2, i > 0);
+      multiply_rows<T, typename Shared::KeyTile, typename Shared::RowTile, kRows>(s, x, y);
       ptx::wgmma_commit();
     };
     const auto multiply_v = [&](int stage, bool hand_over) {  // dp = v do^T
       // The compiler must not know that x is the same in every step: it would keep each of its sums in a register.
       const uint64_t x = descriptor(v_rows + uint32_t(stage) * uint32_t(a.waste_row < 0));
       const uint64_t y = descriptor(dout_rows + uint32_t(stage) * (kTileBytes / 16));
-#pragma unroll
-      for (int i = 0; i < kHeadDim / 16; ++i) {
-        ptx::wgmma_k16<T, kRows>(dp, x + i / 4 * (kScoreSlice / 16) + i % 4 * 2,
-                                 y + i / 4 * (kRows * kRowBytes / 16) + i % 4 * 2, i > 0);
-      }
+      multiply_rows<T, typename Shared::KeyTile, typename Shared::RowTile, kRows>(dp, x, y);
       if (hand_over) ptx::named_barrier_arrive(next_turn, 256);
       ptx::wgmma_commit();
     };
@@ -776,20 +757,10 @@ void launch_backward_keys(const BackwardParams& p, const Device& device, const B
   using Shared = KeysShared<kHeadDim>;
   const PackShape& s = p.shape;
   const int group = s.num_heads / s.num_kv_heads, tile_tokens = Shared::kRows / group;
-  const auto view = [&](const PackedView& x, int64_t tokens, int heads) {
-    // A pack without queries is never read, but a map of nothing cannot be made.
-    return RaggedView{tokens ? x.data : p.k.data,
-                      p.dtype,
-                      std::max<int64_t>(tokens, 1),
-                      heads,
-                      kHeadDim,
-                      x.token_stride,
-                      x.head_stride};
-  };
-  const CUtensorMap q_map = tensor_map_ragged(kOp, view(p.q, s.total_q, s.num_heads), group, tile_tokens);
-  const CUtensorMap dout_map = tensor_map_ragged(kOp, view(p.dout, s.total_q, s.num_heads), group, tile_tokens);
-  const CUtensorMap k_map = tensor_map_ragged(kOp, view(p.k, s.total_k, s.num_kv_heads), 1, kBackwardKeys);
-  const CUtensorMap v_map = tensor_map_ragged(kOp, view(p.v, s.total_k, s.num_kv_heads), 1, kBackwardKeys);
+  const CUtensorMap q_map = queries_map(kOp, p, p.q, tile_tokens);
+  const CUtensorMap dout_map = queries_map(kOp, p, p.dout, tile_tokens);
+  const CUtensorMap k_map = keys_map(kOp, p, p.k, kBackwardKeys);
+  const CUtensorMap v_map = keys_map(kOp, p, p.v, kBackwardKeys);
   const BackwardScratch scratch = scratch_of(p, method);
   KeysArguments a{};
   a.plan = p.plan;
@@ -811,17 +782,16 @@ void launch_backward_keys(const BackwardParams& p, const Device& device, const B
   a.tile_tokens = tile_tokens;
   a.skipped = (s.num_heads - group) * kHeadDim;
   a.waste_row = int32_t(s.total_q * s.num_heads);
-  a.group_reciprocal = uint32_t(((1 << 16) + group - 1) / group);
+  a.group_reciprocal = group_reciprocal(group);
   a.scale = p.softmax_scale;
   a.scale_log2 = p.softmax_scale * float(M_LOG2E);
   LaunchShape shape;
   shape.grid = dim3(unsigned(std::min<int64_t>(device.sm_count, max_backward_items(s) * method.pieces)));
   shape.block = dim3(Shared::kThreads);
-  shape.smem_bytes = int(sizeof(Shared)) + 1024;  // what is aligned by hand
+  shape.smem_bytes = shared_bytes<Shared>();
   // Together the two may not be: the order costs the overlap with the end of the first pass.
   shape.dependent = !kOrdered;
   shape.cooperative = kOrdered;
-  static_assert(sizeof(Shared) + 1024 <= 227 * 1024);
   launch_kernel(kOp, device, p.launch.stream, shape, illada_attention_backward_keys_sm90<T, kHeadDim, kFused, kOrdered>,
                 q_map, dout_map, k_map, v_map, a);
 }

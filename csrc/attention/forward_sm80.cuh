@@ -350,7 +350,7 @@ void launch_forward(const ForwardParams& p, const Device& device) {
   a.total_q = int32_t(s.total_q);
   a.num_heads = s.num_heads;
   a.group = group;
-  a.group_reciprocal = uint32_t(((1 << 16) + group - 1) / group);
+  a.group_reciprocal = group_reciprocal(group);
   a.scale_log2 = p.softmax_scale * float(M_LOG2E);
   const auto kernel = illada_attention_forward_sm80<T, kHeadDim>;
   LaunchShape shape;

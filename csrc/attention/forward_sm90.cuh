@@ -30,6 +30,7 @@
 
 #include "attention/launch.h"
 #include "attention/row_pair.cuh"
+#include "attention/tiles_sm90.cuh"
 #include "common/dtype.cuh"
 #include "common/ptx.cuh"
 #include "common/reduce.cuh"
@@ -40,21 +41,14 @@
 namespace illada::attention {
 namespace {
 
-constexpr int kRowBytes = 128;  // of a slice of 64 columns
-
 template <int kHeadDim>
 struct SharedStorage {
   static constexpr int kKeys = forward_key_tile_sm90(kHeadDim), kSlices = kHeadDim / 64;
   static constexpr int kStagesK = kHeadDim == 128 ? 2 : 4, kStagesV = kHeadDim == 128 ? 3 : 4;
   static constexpr int kItems = 4;
   static constexpr int kConsumers = forward_blocks_sm90(kHeadDim), kThreads = 128 * (kConsumers + 1);
-  // Slices of 64 columns: rows of 128 bytes in the 128-byte swizzle.
-  struct alignas(1024) KeyTile {
-    char slice[kSlices][kKeys * kRowBytes];
-  };
-  struct alignas(1024) QueryTile {
-    char slice[kSlices][kBlockRows * kRowBytes];
-  };
+  using KeyTile = Tile<kKeys, kHeadDim>;
+  using QueryTile = Tile<kBlockRows, kHeadDim>;
   QueryTile q[kConsumers], out[kConsumers];  // of each warpgroup
   KeyTile k[kStagesK], v[kStagesV];
   uint64_t q_full[kConsumers], q_empty[kConsumers], k_full[kStagesK], k_empty[kStagesK], v_full[kStagesV],
@@ -69,15 +63,14 @@ struct ForwardArguments {
   float* lse;
   Slots slots;
   int32_t total_q, total_k, num_heads, group, tile_tokens, block_tokens;
-  uint32_t group_reciprocal;  // ceil(2^16 / group): row / group == row * group_reciprocal >> 16 for rows of a tile
-  float scale_log2;           // softmax_scale * log2(e)
+  uint32_t group_reciprocal;
+  float scale_log2;  // softmax_scale * log2(e)
 };
 
-// The item of a cluster in a round: back and forth, because the list is sorted by length.
+// The item of a cluster in a round.
 template <int kCluster>
 __device__ __forceinline__ int item_index(int round) {
-  const int position = int(blockIdx.x) / kCluster, positions = int(gridDim.x) / kCluster;
-  return round * positions + (round % 2 ? positions - 1 - position : position);
+  return back_and_forth(round, int(blockIdx.x) / kCluster, int(gridDim.x) / kCluster);
 }
 
 // Two rows of scores in wgmma's layout, four neighbouring lanes to a row: the online softmax in base 2. Probabilities
@@ -341,12 +334,9 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim>::kThreads,
         for (int w = 0; w < kConsumers; ++w) {
           hand_over(w, round);
           ptx::mbarrier_arrive_expect_tx(q_full + 8 * w, uint32_t(kSlices * a.block_tokens * a.group * kRowBytes));
-#pragma unroll
-          for (int slice = 0; slice < kSlices; ++slice)
-            ptx::tma_load_4d(at(offsetof(Shared, q)) + (w * kSlices + slice) * kBlockRows * kRowBytes, &q_map,
-                             q_full + 8 * w, 64 * slice, item.kv_head * a.group,
-                             a.total_q - item.q_count + (rank * kConsumers + w) * a.block_tokens,
-                             item.q_start + item.q_count);
+          load_tile<typename Shared::QueryTile>(at(offsetof(Shared, q)) + w * sizeof(typename Shared::QueryTile),
+                                                &q_map, q_full + 8 * w, item.kv_head * a.group, a.total_q, item.q_start,
+                                                item.q_count, (rank * kConsumers + w) * a.block_tokens);
         }
         ask_for_item(round + 1);
         for (; row >= 0; row -= kKeys) {
@@ -381,10 +371,7 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim>::kThreads,
 
     const auto multiply_k = [&] {  // s = q . k
       const uint64_t b = k_descriptor + uint64_t(k_ring.stage) * (kTileBytes / 16);
-#pragma unroll
-      for (int step = 0; step < kHeadDim / 16; ++step)
-        ptx::wgmma_k16<T, kKeys>(s, q_descriptor + step / 4 * (kBlockRows * kRowBytes / 16) + step % 4 * 2,
-                                 b + step / 4 * (kKeys * kRowBytes / 16) + step % 4 * 2, step > 0);
+      multiply_rows<T, typename Shared::QueryTile, typename Shared::KeyTile, kKeys>(s, q_descriptor, b);
       ptx::wgmma_commit();
     };
     const auto multiply_v = [&](bool accumulate, bool hand_over) {  // o (+)= p . v
@@ -494,22 +481,12 @@ void launch_forward(const ForwardParams& p, const Device& device, const Tiling& 
   const PackShape& s = p.shape;
   const int group = s.num_heads / s.num_kv_heads;
   using Shared = SharedStorage<kHeadDim>;
-  const auto view = [&](const PackedView& x, int64_t tokens, int heads) {
-    // A pack without keys is never read, but a map of nothing cannot be made.
-    return RaggedView{tokens ? x.data : p.q.data,
-                      p.dtype,
-                      std::max<int64_t>(tokens, 1),
-                      heads,
-                      kHeadDim,
-                      x.token_stride,
-                      x.head_stride};
-  };
   const int box_keys = Shared::kKeys / kCluster;
-  const CUtensorMap q_map = tensor_map_ragged(kOp, view(p.q, s.total_q, s.num_heads), group, block_tokens(s));
+  const CUtensorMap q_map = queries_map(kOp, p, p.q, block_tokens(s));
   const PackedView out{p.out, int64_t(s.num_heads) * kHeadDim, kHeadDim};
-  const CUtensorMap out_map = tensor_map_ragged(kOp, view(out, s.total_q, s.num_heads), group, block_tokens(s));
-  const CUtensorMap k_map = tensor_map_ragged(kOp, view(p.k, s.total_k, s.num_kv_heads), 1, box_keys);
-  const CUtensorMap v_map = tensor_map_ragged(kOp, view(p.v, s.total_k, s.num_kv_heads), 1, box_keys);
+  const CUtensorMap out_map = queries_map(kOp, p, out, block_tokens(s));
+  const CUtensorMap k_map = keys_map(kOp, p, p.k, box_keys);
+  const CUtensorMap v_map = keys_map(kOp, p, p.v, box_keys);
   ForwardArguments a{};
   a.plan = p.plan;
   a.out = p.out;
@@ -519,17 +496,16 @@ void launch_forward(const ForwardParams& p, const Device& device, const Tiling& 
   a.total_k = int32_t(s.total_k);
   a.num_heads = s.num_heads;
   a.group = group;
-  a.group_reciprocal = uint32_t(((1 << 16) + group - 1) / group);
+  a.group_reciprocal = group_reciprocal(group);
   a.tile_tokens = tiling.tile_tokens;
   a.block_tokens = block_tokens(s);
   a.scale_log2 = p.softmax_scale * float(M_LOG2E);
   LaunchShape shape;
   shape.grid = dim3(unsigned(std::min<int64_t>(device.sm_count / kCluster, max_forward_items(s)) * kCluster));
   shape.block = dim3(Shared::kThreads);
-  shape.smem_bytes = int(sizeof(Shared)) + 1024;  // what is aligned by hand
+  shape.smem_bytes = shared_bytes<Shared>();
   shape.cluster = kCluster;
   shape.dependent = true;
-  static_assert(sizeof(Shared) + 1024 <= 227 * 1024);
   launch_kernel(kOp, device, p.launch.stream, shape, illada_attention_forward_sm90<T, kHeadDim, kCluster>, q_map, k_map,
                 v_map, out_map, a);
 }
