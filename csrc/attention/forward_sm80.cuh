@@ -73,9 +73,9 @@ struct ForwardArguments {
   float scale_log2;           // softmax_scale * log2(e)
 };
 
-// The item of a CTA in a round: back and forth, because the list is sorted by length.
+// The item of a CTA in a round.
 __device__ __forceinline__ int item_index(int round) {
-  return round * int(gridDim.x) + int(round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+  return back_and_forth(round, int(blockIdx.x), int(gridDim.x));
 }
 
 // A row of a tile, as it lies in the pack.
