@@ -1,4 +1,7 @@
 // How tiles come into the shared memory of the keys kernel (backward_keys_sm90.cuh): by TMA, one thread's work.
+//
+// An item has two steps at least (the second one may have no rows): its keys are still read in the first step of the
+// next item, so that the keys after those can only come in the second one.
 #pragma once
 
 #include <cuda.h>
@@ -41,10 +44,9 @@ __device__ __forceinline__ void load_tiles(const KeysArguments& a, KeysShared<kH
   using KeyTile = typename Shared::KeyTile;
   using RowTile = typename Shared::RowTile;
   constexpr int kStages = Shared::kStages;
-  constexpr uint32_t kKeyBytes = sizeof(KeyTile), kTileBytes = sizeof(RowTile);
   Ring<kStages> ring;
   const auto load_keys = [&](const CUtensorMap* map, uint32_t tile, uint32_t barrier, const WorkItem& item) {
-    ptx::mbarrier_arrive_expect_tx(barrier, kKeyBytes);
+    ptx::mbarrier_arrive_expect_tx(barrier, uint32_t(sizeof(KeyTile)));
     load_tile<KeyTile>(tile, map, barrier, item.kv_head, a.total_k, item.k_start, item.k_count, 0);
   };
   const auto load_rows = [&](const CUtensorMap* map, uint32_t tile, uint32_t barrier, const WorkItem& item, int token) {

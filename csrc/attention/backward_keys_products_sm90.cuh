@@ -1,5 +1,10 @@
 // The warpgroups of the keys kernel (backward_keys_sm90.cuh) that multiply: dk and dv of 64 keys each, and their half
 // of dq.
+//
+// A warpgroup's turn (a named barrier) queues its products of a step in one go: dq of the step before (whose ds the
+// other warpgroup has written long ago), dv and dk of this step, s^T and dp^T of the next one. Its dq leaves between
+// the products of dv and dk. Exponentials, ds and, at the end of an item, dk and dv on their way to memory run beside
+// the other warpgroup's turn.
 #pragma once
 
 #include <algorithm>
@@ -19,6 +24,74 @@
 namespace illada::attention {
 namespace {
 
+// s^T of 64 keys and the kRows rows of a step (columns of this lane: 8 j + lane % 4 * 2 + {0, 1}) becomes p^T, relative
+// to the rows' own sums.
+template <int kRows>
+__device__ __forceinline__ void weigh(float (&s)[kRows / 2], const float (&lse_log2)[kRows], float scale_log2,
+                                      int lane) {
+#pragma unroll
+  for (int j = 0; j < kRows / 8; ++j) {
+    const float2 lse = *reinterpret_cast<const float2*>(&lse_log2[8 * j + lane % 4 * 2]);
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      s[4 * j + i] = ptx::exp2_approx(fmaf(s[4 * j + i], scale_log2, -(i % 2 ? lse.y : lse.x)));
+  }
+}
+
+// p^T and ds^T in 16 bits, as operands, from p^T and dp^T.
+template <typename T, int kRows>
+__device__ __forceinline__ void differentiate(const float (&s)[kRows / 2], const float (&dp)[kRows / 2],
+                                              const float (&c_of_rows)[kRows], uint32_t (&p)[kRows / 16][4],
+                                              uint32_t (&ds)[kRows / 16][4], int lane) {
+#pragma unroll
+  for (int j = 0; j < kRows / 8; ++j) {
+    const float2 c = *reinterpret_cast<const float2*>(&c_of_rows[8 * j + lane % 4 * 2]);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float x = s[4 * j + 2 * i], y = s[4 * j + 2 * i + 1];
+      p[j / 2][j % 2 * 2 + i] = pack2<T>(x, y);
+      ds[j / 2][j % 2 * 2 + i] = pack2<T>(x * (dp[4 * j + 2 * i] - c.x), y * (dp[4 * j + 2 * i + 1] - c.y));
+    }
+  }
+}
+
+// dk and dv of an item leave, of this lane's keys `key` and key + 8.
+template <typename T, int kHeadDim, bool kFused>
+__device__ __forceinline__ void write_keys(const KeysArguments& a, const WorkItem& item,
+                                           const float (&dk)[kHeadDim / 2], const float (&dv)[kHeadDim / 2], int key,
+                                           int lane) {
+  const int64_t stride = int64_t(a.num_kv_heads) * kHeadDim;
+  const int64_t offset = (item.k_start + key) * stride + item.kv_head * kHeadDim;
+  const auto is_real = [&](int i) { return key + 8 * i < item.k_count; };
+  if (kFused && a.pieces > 1) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) add_row<kHeadDim>(a.dv_sums + offset + 8 * i * stride, dv, i, is_real(i), lane);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) add_row<kHeadDim>(a.dk_sums + offset + 8 * i * stride, dk, i, is_real(i), lane);
+  } else {
+    T* const to_dv = static_cast<T*>(a.dv) + offset;
+    T* const to_dk = static_cast<T*>(a.dk) + offset;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) store_row<T, kHeadDim>(to_dv + 8 * i * stride, dv, i, 1.0f, is_real(i), lane);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) store_row<T, kHeadDim>(to_dk + 8 * i * stride, dk, i, a.scale, is_real(i), lane);
+  }
+}
+
+// ds^T of 16 keys to shared memory, in blocks of 16 keys x 16 rows. No key of anybody else has a part in dq: only those
+// of the item, which are `keys` from this lane's first one on.
+template <int kRows>
+__device__ __forceinline__ void store_scores(uint32_t target, const uint32_t (&ds)[kRows / 16][4], int keys, int lane) {
+#pragma unroll
+  for (int i = 0; i < kRows / 16; ++i) {
+    const uint32_t mask[2] = {keys > 0 ? 0xffffffffu : 0, keys > 8 ? 0xffffffffu : 0};
+    const uint32_t block = target + i / 4 * (kBackwardKeys * kRowBytes);
+    ptx::stmatrix_x4(block + uint32_t(((i % 4 * 2 + lane / 16) ^ lane % 8) * 16), ds[i][0] & mask[0],
+                     ds[i][1] & mask[1], ds[i][2] & mask[0], ds[i][3] & mask[1]);
+  }
+}
+
+// By both warpgroups: all items of the CTA.
 template <typename T, int kHeadDim, bool kFused, bool kOrdered>
 __device__ __forceinline__ void multiply_keys(const KeysArguments& a, KeysShared<kHeadDim>& shared,
                                               const KeysAddresses<kHeadDim>& at) {
@@ -112,65 +185,14 @@ __device__ __forceinline__ void multiply_keys(const KeysArguments& a, KeysShared
     dq_second = (target[1] - target[0]) * kHeadDim;
   };
 
-  // p^T from s^T, relative to the rows' own sums; columns of this lane: 8 j + lane % 4 * 2 + {0, 1}.
-  const auto of_columns = [&](const float (&rows)[kRows], int j) {
-    return *reinterpret_cast<const float2*>(&rows[8 * j + lane % 4 * 2]);
-  };
-  const auto weigh = [&](int stage) {
-#pragma unroll
-    for (int j = 0; j < kRows / 8; ++j) {
-      const float2 lse = of_columns(shared.lse_log2[stage], j);
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        s[4 * j + i] = ptx::exp2_approx(fmaf(s[4 * j + i], a.scale_log2, -(i % 2 ? lse.y : lse.x)));
-    }
-  };
-  const auto differentiate = [&](int stage) {  // p and ds in 16 bits
-#pragma unroll
-    for (int j = 0; j < kRows / 8; ++j) {
-      const float2 c = of_columns(shared.c[stage], j);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const float x = s[4 * j + 2 * i], y = s[4 * j + 2 * i + 1];
-        p[j / 2][j % 2 * 2 + i] = pack2<T>(x, y);
-        ds[j / 2][j % 2 * 2 + i] = pack2<T>(x * (dp[4 * j + 2 * i] - c.x), y * (dp[4 * j + 2 * i + 1] - c.y));
-      }
-    }
-  };
   const auto share_ds = [&] {
     const int buffer = step % 2;
     ptx::mbarrier_wait(at.ds_empty(buffer), uint32_t(step / 2 + buffer + 1) % 2);
-#pragma unroll
-    for (int i = 0; i < kRows / 16; ++i) {  // 16 keys x 16 rows; no key of anybody else has a part in dq
-      const uint32_t mask[2] = {keys > 0 ? 0xffffffffu : 0, keys > 8 ? 0xffffffffu : 0};
-      const uint32_t target = ds_target + buffer * kScoreBytes + i / 4 * kScoreSlice;
-      ptx::stmatrix_x4(target + uint32_t(((i % 4 * 2 + lane / 16) ^ lane % 8) * 16), ds[i][0] & mask[0],
-                       ds[i][1] & mask[1], ds[i][2] & mask[0], ds[i][3] & mask[1]);
-    }
+    store_scores<kRows>(ds_target + buffer * kScoreBytes, ds, keys, lane);
     ptx::fence_proxy_async();
     __syncwarp();
     ptx::mbarrier_arrive_if(lane == 0, at.ds_full(buffer));
   };
-  const auto write_keys = [&](const WorkItem& item) {
-    const int key = warpgroup * 64 + warp_row + lane / 4;
-    const int64_t stride = int64_t(a.num_kv_heads) * kHeadDim;
-    const int64_t offset = (item.k_start + key) * stride + item.kv_head * kHeadDim;
-    const auto is_real = [&](int i) { return key + 8 * i < item.k_count; };
-    if (kFused && a.pieces > 1) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) add_row<kHeadDim>(a.dv_sums + offset + 8 * i * stride, dv, i, is_real(i), lane);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) add_row<kHeadDim>(a.dk_sums + offset + 8 * i * stride, dk, i, is_real(i), lane);
-    } else {
-      T* const to_dv = static_cast<T*>(a.dv) + offset;
-      T* const to_dk = static_cast<T*>(a.dk) + offset;
-#pragma unroll
-      for (int i = 0; i < 2; ++i) store_row<T, kHeadDim>(to_dv + 8 * i * stride, dv, i, 1.0f, is_real(i), lane);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) store_row<T, kHeadDim>(to_dk + 8 * i * stride, dk, i, a.scale, is_real(i), lane);
-    }
-  };
-
   if (open_item()) {
     int stage = 0;                    // of the step whose ds is next
     bool fresh = true;                // is it the first step of its item,
@@ -193,7 +215,7 @@ __device__ __forceinline__ void multiply_keys(const KeysArguments& a, KeysShared
     };
     const auto finish_scores = [&] {
       ptx::wgmma_wait<1>();
-      weigh(stage);
+      weigh<kRows>(s, shared.lse_log2[stage], a.scale_log2, lane);
       if (fresh) open_keys();
       count = max(min(tokens, a.tile_tokens), 0);
       tokens -= a.tile_tokens;
@@ -236,7 +258,7 @@ __device__ __forceinline__ void multiply_keys(const KeysArguments& a, KeysShared
     while (true) {
       // p^T is in s, in fp32, and dp^T in dp; nothing is under way.
       const int key_buffer = (round - 1) % 2, old_stage = stage;
-      differentiate(stage);
+      differentiate<T, kRows>(s, dp, shared.c[stage], p, ds, lane);
       if (kFused) share_ds();
       const bool ends_item = is_last, begins_item = fresh;
       if (ends_item && !open_item()) break;
@@ -259,7 +281,8 @@ __device__ __forceinline__ void multiply_keys(const KeysArguments& a, KeysShared
       ptx::mbarrier_arrive_if(lane == 0, at.rows_empty(old_stage));
       fresh = ends_item;
       finish_scores();
-      if (ends_item) write_keys(shared.item[key_buffer]);
+      if (ends_item)
+        write_keys<T, kHeadDim, kFused>(a, shared.item[key_buffer], dk, dv, warpgroup * 64 + warp_row + lane / 4, lane);
       ++step;
     }
     if (warpgroup == 0) ptx::named_barrier_sync(own_turn, 256);
@@ -283,7 +306,7 @@ __device__ __forceinline__ void multiply_keys(const KeysArguments& a, KeysShared
         ptx::mbarrier_arrive_if(lane == 0, at.all_added());
       }
     }
-    write_keys(shared.item[key_buffer]);
+    write_keys<T, kHeadDim, kFused>(a, shared.item[key_buffer], dk, dv, warpgroup * 64 + warp_row + lane / 4, lane);
     if (kFused && !kOrdered) {  // here and not before the keys leave, where it would cost registers in the loop
       __syncwarp();
       ptx::mbarrier_arrive_if(lane == 0, at.all_added());

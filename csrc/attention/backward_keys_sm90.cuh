@@ -8,47 +8,10 @@
 //   dv += p^T do,   dk += ds^T q,   dq = ds k over all 128 keys: ds goes through shared memory, and each warpgroup
 //   multiplies half of dq (columns for D 128, rows for D 64) and adds it to fp32 sums in L2.
 //
-//   k_full, k_empty [2]   keys of the item and the item itself; one ahead
-//   v_full, v_empty       values
-//   q_full [s]            queries and statistics of the rows are there (TMA, and 32 lanes with cp.async)
-//   dout_full [s]         gradients of the rows
-//   rows_empty [s]        both warpgroups have read all of the stage
-//   ds_full [2]           both warpgroups have written ds
-//   ds_empty [2]          both warpgroups have multiplied ds
-//   job_full, job_empty   sums that are complete
-//   all_added             the consumers have added all their dq
-//   last_jobs_full        sums that turned out to be complete then, in the place of the statistics
-//   turn_full, added [s]  in order, for each warpgroup: dq of two steps before may be added; dq of the step before is
-//   last_turns            in order: it is this CTA's turn to add the last two dq
-//   turns                 named barriers: a warpgroup queues its products of a step in one go
-//
-// A warpgroup's turn is dq of the step before (whose ds the other warpgroup has written long ago), dv and dk of this
-// step, s^T and dp^T of the next one. Its dq leaves between the products of dv and dk. Exponentials, ds and, at the end
-// of an item, dk and dv on their way to memory run beside the other warpgroup's turn.
-//
-// Rows of dq are complete when all tiles of keys of the sequence have added to them. Each CTA counts its own additions
-// in global memory, once they are done and after a fence; the last one to do so turns the sums into dq. Warp 1 counts,
-// for it sees steps end; warps 2 and 3 convert. Nobody waits for another CTA.
-//
-// Or in order, so that every run gives the same bits: to the same rows tile k of a sequence's keys adds after tiles
-// 0 .. k-1, once the counter says k. The warpgroups have halves of dq and of the counters of their own, because one has
-// its turn half a step after the other one. Thread 0 of the producers waits for the counter: turn_full of step n, which
-// a warpgroup looks at before its turn of step n-1, says that dq of step n-2 may be added, which happens in that turn.
-// Warp 1 reports every half of a step once it is added. The last tile is always the last one to add, and would convert
-// everything; so warps 2 and 3 wait for the sums that are their CTA's own. Of pieces, each has rows of its own; dk and
-// dv are sums of at most two of them, which have no order.
-//
-// That ends, because whoever waits to add does so for items before its own, as `next_keys` counts them. Say that all
-// items before item i are added and reported some day. A CTA goes through its items in this order, so it comes to i;
-// what it does for the steps up to n-3, reports included, needs nothing that thread 0 does after it began to wait for
-// dq of step n-2: the rows of step n-1 and the keys of their item are under way by then. (Warp 1 must not wait for a
-// turn: the report of an item's last steps comes in the middle of the next item, which may be behind others that wait
-// for these very steps.) So the steps of i get their turns, for which they need items before i alone, and are added and
-// reported. All of this with all CTAs of the grid there from the beginning: a cooperative launch. Warps 2 and 3 wait
-// for items behind their own, but nobody waits for them.
-//
-// An item has two steps at least (the second one may have no rows): its keys are still read in the first step of the
-// next item, so that the keys after those can only come in the second one.
+//   backward_keys_shared_sm90.cuh     what all warps share: arguments, order of items, shared memory, barriers
+//   backward_keys_loads_sm90.cuh      thread 0 of the producers: tiles by TMA
+//   query_sums_sm90.cuh               the other producers: statistics, reports of what was added to dq, conversions
+//   backward_keys_products_sm90.cuh   the consumers
 //
 // A step of 64 rows at D 128 is 5 * 2 * 64 * 128 * 128 flop, 2560 clocks of the tensor cores; it reads 304 KiB of
 // shared memory and fills 33 (2700 clocks), reads 33 KiB of the L2 cache and adds 32 KiB there.
@@ -58,22 +21,15 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstddef>
-#include <type_traits>
 
-#include "attention/accumulator_rows.cuh"
 #include "attention/backward_keys_loads_sm90.cuh"
 #include "attention/backward_keys_products_sm90.cuh"
 #include "attention/backward_keys_shared_sm90.cuh"
 #include "attention/launch.h"
 #include "attention/query_sums_sm90.cuh"
 #include "attention/tiles_sm90.cuh"
-#include "common/dtype.cuh"
 #include "common/ptx.cuh"
 #include "common/reduce.cuh"
-#include "common/ring.cuh"
-#include "common/tensor_map.h"
-#include "common/wgmma.cuh"
 
 namespace illada::attention {
 namespace {

@@ -9,8 +9,7 @@
 //   q_full, q_empty [w]   queries and gradients of warpgroup w, and the item
 //   k_full, k_empty [s]   keys; v_full, v_empty [s]: values
 //   turns                 named barriers: a warpgroup's three products are queued in one go, so that the exponentials
-//   of
-//                         the other one run beside them
+//                         of the other one run beside them
 //
 // The keys' partial tile comes first; no other is masked. The next item's first products follow this one's last ones,
 // and its dq leaves meanwhile.

@@ -74,9 +74,7 @@ struct ForwardArguments {
 };
 
 // The item of a CTA in a round.
-__device__ __forceinline__ int item_index(int round) {
-  return back_and_forth(round, int(blockIdx.x), int(gridDim.x));
-}
+__device__ __forceinline__ int item_index(int round) { return back_and_forth(round, int(blockIdx.x), int(gridDim.x)); }
 
 // A row of a tile, as it lies in the pack.
 struct TileRow {

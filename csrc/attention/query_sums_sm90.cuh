@@ -22,6 +22,7 @@
 // for items behind their own, but nobody waits for them.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "attention/backward_keys_shared_sm90.cuh"
@@ -48,8 +49,7 @@ __device__ __forceinline__ void wait_for_tiles(const uint32_t* arrivals, uint32_
   while ((ptx::load_acquire(arrivals) >> 16 * kHalf & 0xffff) < count) ptx::sleep_some(kNanoseconds);
 }
 
-// -------------------------------------------------------------------------------------------- warp 1: statistics,
-// counts
+// ----------------------------------------------------------------------------------- statistics and reports, by warp 1
 
 // lse and c of the rows, with cp.async. And since this warp sees steps end, it reports what they have added to dq.
 template <int kHeadDim, bool kFused, bool kOrdered>

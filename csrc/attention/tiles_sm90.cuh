@@ -24,12 +24,12 @@ struct alignas(1024) Tile {
 
 // By one thread: the tile from row `row` on of the sequence start .. start + count - 1 of `total` tokens, by a map of
 // tensor_map_ragged. What lies behind the end of the sequence reads as 0.
-template <typename Tile>
+template <typename AnyTile>
 __device__ __forceinline__ void load_tile(uint32_t target, const CUtensorMap* map, uint32_t barrier, int head,
                                           int total, int start, int count, int row) {
 #pragma unroll
-  for (int slice = 0; slice < Tile::kSlices; ++slice)
-    ptx::tma_load_4d(target + slice * Tile::kSliceBytes, map, barrier, 64 * slice, head, total - count + row,
+  for (int slice = 0; slice < AnyTile::kSlices; ++slice)
+    ptx::tma_load_4d(target + slice * AnyTile::kSliceBytes, map, barrier, 64 * slice, head, total - count + row,
                      start + count);
 }
 
@@ -44,8 +44,8 @@ __device__ __forceinline__ void multiply_rows(float (&d)[kRowsB / 2], uint64_t a
 
 // ------------------------------------------------------------------------------------------------------------ launches
 
-// What a kernel asks for: its shared memory is aligned by hand, because the swizzle counts from multiples of 1024
-// bytes.
+// Shared memory that a kernel asks for: it aligns it by hand, because the swizzle counts from multiples of 1024 bytes.
+// (Two lines that every kernel has: moved into a function, they made the backward's fullest one spill.)
 template <typename Shared>
 constexpr int shared_bytes() {
   constexpr int kBytes = int(sizeof(Shared)) + 1024;
