@@ -9,8 +9,7 @@
 //   q_full, q_empty [w]   queries and gradients of warpgroup w, and the item
 //   k_full, k_empty [s]   keys; v_full, v_empty [s]: values
 //   turns                 named barriers: a warpgroup's three products are queued in one go, so that the exponentials
-//   of
-//                         the other one run beside them
+//                         of the other one run beside them
 //
 // The keys' partial tile comes first; no other is masked. The next item's first products follow this one's last ones,
 // and its dq leaves meanwhile.
@@ -27,6 +26,7 @@
 #include "attention/accumulator_rows.cuh"
 #include "attention/launch.h"
 #include "attention/row_pair.cuh"
+#include "attention/tiles_sm90.cuh"
 #include "common/dtype.cuh"
 #include "common/ptx.cuh"
 #include "common/reduce.cuh"
@@ -39,14 +39,9 @@ namespace {
 
 template <int kHeadDim>
 struct QueriesShared {
-  static constexpr int kKeys = 128, kSlices = kHeadDim / 64, kStages = 2, kThreads = 384, kRowBytes = 128;
-  // Slices of 64 columns: rows of 128 bytes in the 128-byte swizzle.
-  struct alignas(1024) KeyTile {
-    char slice[kSlices][kKeys * kRowBytes];
-  };
-  struct alignas(1024) RowTile {
-    char slice[kSlices][kBlockRows * kRowBytes];
-  };
+  static constexpr int kKeys = 128, kSlices = kHeadDim / 64, kStages = 2, kThreads = 384;
+  using KeyTile = Tile<kKeys, kHeadDim>;
+  using RowTile = Tile<kBlockRows, kHeadDim>;
   RowTile q[2], dout[2];  // of each warpgroup
   KeyTile k[kStages], v[kStages];
   uint64_t q_full[2], q_empty[2], k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
@@ -61,16 +56,16 @@ struct QueriesArguments {
   const RowStatistics* rows;
   void* dq;
   int32_t total_q, total_k, num_heads, group, block_tokens, parts;  // parts of two blocks to a forward item
-  uint32_t group_reciprocal;  // ceil(2^16 / group): row / group == row * group_reciprocal >> 16 for rows of a tile
-  float scale, scale_log2;    // softmax_scale, and times log2(e)
+  uint32_t group_reciprocal;
+  float scale, scale_log2;  // softmax_scale, and times log2(e)
 };
 
 // The next piece of work of a CTA, from `round` on, which becomes its round: two blocks of queries against all of their
 // keys. q_count 0: there is none.
 __device__ __forceinline__ WorkItem next_queries(const QueriesArguments& a, int& round) {
   const int items = plan_header(a.plan).forward_items * a.parts, grid = int(gridDim.x);
-  for (;; ++round) {  // back and forth, because the list is sorted by length
-    const int index = round * grid + (round % 2 ? grid - 1 - int(blockIdx.x) : int(blockIdx.x));
+  for (;; ++round) {
+    const int index = back_and_forth(round, int(blockIdx.x), grid);
     if (round * grid >= items) return {};
     if (index >= items) continue;
     const int number = index / a.parts, first = (index - number * a.parts) * 2 * a.block_tokens;
@@ -94,7 +89,6 @@ __global__ __launch_bounds__(QueriesShared<kHeadDim>::kThreads, 1) void illada_a
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Shared = QueriesShared<kHeadDim>;
   constexpr int kKeys = Shared::kKeys, kSlices = Shared::kSlices, kStages = Shared::kStages;
-  constexpr int kRowBytes = Shared::kRowBytes;
   constexpr uint32_t kKeyBytes = sizeof(typename Shared::KeyTile), kRowTileBytes = sizeof(typename Shared::RowTile);
   extern __shared__ char raw_shared[];
   const uint32_t shared_start = ptx::smem_address(raw_shared), aligned_start = (shared_start + 1023) / 1024 * 1024;
@@ -133,10 +127,8 @@ __global__ __launch_bounds__(QueriesShared<kHeadDim>::kThreads, 1) void illada_a
                                  const WorkItem& item, int row) {
         ptx::mbarrier_wait(empty + 8 * ring.stage, ring.parity ^ 1);
         ptx::mbarrier_arrive_expect_tx(full + 8 * ring.stage, kKeyBytes);
-#pragma unroll
-        for (int slice = 0; slice < kSlices; ++slice)
-          ptx::tma_load_4d(tile + ring.stage * kKeyBytes + slice * (kKeys * kRowBytes), map, full + 8 * ring.stage,
-                           64 * slice, item.kv_head, a.total_k - item.k_count + row, item.k_start + item.k_count);
+        load_tile<typename Shared::KeyTile>(tile + ring.stage * kKeyBytes, map, full + 8 * ring.stage, item.kv_head,
+                                            a.total_k, item.k_start, item.k_count, row);
       };
       int round = 0, number = 0;
       for (WorkItem item = next_queries(a, round); item.k_count > 0; ++number, ++round, item = next_queries(a, round)) {
@@ -191,11 +183,7 @@ __global__ __launch_bounds__(QueriesShared<kHeadDim>::kThreads, 1) void illada_a
       // The compiler must not know that x is the same in every step: it would keep each of its sums in a register.
       x += uint64_t(stage) * uint64_t(a.total_q < 0);
       const uint64_t y = keys + uint64_t(stage) * (kKeyBytes / 16);
-#pragma unroll
-      for (int i = 0; i < kHeadDim / 16; ++i) {
-        ptx::wgmma_k16<T, kKeys>(d, x + i / 4 * (kBlockRows * kRowBytes / 16) + i % 4 * 2,
-                                 y + i / 4 * (kKeys * kRowBytes / 16) + i % 4 * 2, i > 0);
-      }
+      multiply_rows<T, typename Shared::RowTile, typename Shared::KeyTile, kKeys>(d, x, y);
       if (hand_over) ptx::named_barrier_arrive(next_turn, 256);
       ptx::wgmma_commit();
     };
@@ -313,20 +301,10 @@ void launch_backward_queries(const BackwardParams& p, const Device& device, cons
   using Shared = QueriesShared<kHeadDim>;
   const PackShape& s = p.shape;
   const int group = s.num_heads / s.num_kv_heads;
-  const auto view = [&](const PackedView& x, int64_t tokens, int heads) {
-    // A pack without keys is never read, but a map of nothing cannot be made.
-    return RaggedView{tokens ? x.data : p.q.data,
-                      p.dtype,
-                      std::max<int64_t>(tokens, 1),
-                      heads,
-                      kHeadDim,
-                      x.token_stride,
-                      x.head_stride};
-  };
-  const CUtensorMap q_map = tensor_map_ragged(kOp, view(p.q, s.total_q, s.num_heads), group, block_tokens(s));
-  const CUtensorMap dout_map = tensor_map_ragged(kOp, view(p.dout, s.total_q, s.num_heads), group, block_tokens(s));
-  const CUtensorMap k_map = tensor_map_ragged(kOp, view(p.k, s.total_k, s.num_kv_heads), 1, Shared::kKeys);
-  const CUtensorMap v_map = tensor_map_ragged(kOp, view(p.v, s.total_k, s.num_kv_heads), 1, Shared::kKeys);
+  const CUtensorMap q_map = queries_map(kOp, p, p.q, block_tokens(s));
+  const CUtensorMap dout_map = queries_map(kOp, p, p.dout, block_tokens(s));
+  const CUtensorMap k_map = keys_map(kOp, p, p.k, Shared::kKeys);
+  const CUtensorMap v_map = keys_map(kOp, p, p.v, Shared::kKeys);
   QueriesArguments a{};
   a.plan = p.plan;
   a.rows = scratch_of(p, {}).rows;
@@ -337,15 +315,14 @@ void launch_backward_queries(const BackwardParams& p, const Device& device, cons
   a.group = group;
   a.block_tokens = block_tokens(s);
   a.parts = (tiling.item_tokens() / block_tokens(s) + 1) / 2;
-  a.group_reciprocal = uint32_t(((1 << 16) + group - 1) / group);
+  a.group_reciprocal = group_reciprocal(group);
   a.scale = p.softmax_scale;
   a.scale_log2 = p.softmax_scale * float(M_LOG2E);
   LaunchShape shape;
   shape.grid = dim3(unsigned(std::min<int64_t>(device.sm_count, max_forward_items(s) * a.parts)));
   shape.block = dim3(Shared::kThreads);
-  shape.smem_bytes = int(sizeof(Shared)) + 1024;  // what is aligned by hand
+  shape.smem_bytes = shared_bytes<Shared>();
   shape.dependent = true;
-  static_assert(sizeof(Shared) + 1024 <= 227 * 1024);
   launch_kernel(kOp, device, p.launch.stream, shape, illada_attention_backward_queries_sm90<T, kHeadDim>, q_map,
                 dout_map, k_map, v_map, a);
 }

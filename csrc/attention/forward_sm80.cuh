@@ -73,10 +73,8 @@ struct ForwardArguments {
   float scale_log2;           // softmax_scale * log2(e)
 };
 
-// The item of a CTA in a round: back and forth, because the list is sorted by length.
-__device__ __forceinline__ int item_index(int round) {
-  return round * int(gridDim.x) + int(round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
-}
+// The item of a CTA in a round.
+__device__ __forceinline__ int item_index(int round) { return back_and_forth(round, int(blockIdx.x), int(gridDim.x)); }
 
 // A row of a tile, as it lies in the pack.
 struct TileRow {
@@ -350,7 +348,7 @@ void launch_forward(const ForwardParams& p, const Device& device) {
   a.total_q = int32_t(s.total_q);
   a.num_heads = s.num_heads;
   a.group = group;
-  a.group_reciprocal = uint32_t(((1 << 16) + group - 1) / group);
+  a.group_reciprocal = group_reciprocal(group);
   a.scale_log2 = p.softmax_scale * float(M_LOG2E);
   const auto kernel = illada_attention_forward_sm80<T, kHeadDim>;
   LaunchShape shape;

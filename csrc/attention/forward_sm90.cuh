@@ -30,6 +30,8 @@
 
 #include "attention/launch.h"
 #include "attention/row_pair.cuh"
+#include "attention/softmax_rows_sm90.cuh"
+#include "attention/tiles_sm90.cuh"
 #include "common/dtype.cuh"
 #include "common/ptx.cuh"
 #include "common/reduce.cuh"
@@ -40,21 +42,14 @@
 namespace illada::attention {
 namespace {
 
-constexpr int kRowBytes = 128;  // of a slice of 64 columns
-
 template <int kHeadDim>
 struct SharedStorage {
   static constexpr int kKeys = forward_key_tile_sm90(kHeadDim), kSlices = kHeadDim / 64;
   static constexpr int kStagesK = kHeadDim == 128 ? 2 : 4, kStagesV = kHeadDim == 128 ? 3 : 4;
   static constexpr int kItems = 4;
   static constexpr int kConsumers = forward_blocks_sm90(kHeadDim), kThreads = 128 * (kConsumers + 1);
-  // Slices of 64 columns: rows of 128 bytes in the 128-byte swizzle.
-  struct alignas(1024) KeyTile {
-    char slice[kSlices][kKeys * kRowBytes];
-  };
-  struct alignas(1024) QueryTile {
-    char slice[kSlices][kBlockRows * kRowBytes];
-  };
+  using KeyTile = Tile<kKeys, kHeadDim>;
+  using QueryTile = Tile<kBlockRows, kHeadDim>;
   QueryTile q[kConsumers], out[kConsumers];  // of each warpgroup
   KeyTile k[kStagesK], v[kStagesV];
   uint64_t q_full[kConsumers], q_empty[kConsumers], k_full[kStagesK], k_empty[kStagesK], v_full[kStagesV],
@@ -69,91 +64,15 @@ struct ForwardArguments {
   float* lse;
   Slots slots;
   int32_t total_q, total_k, num_heads, group, tile_tokens, block_tokens;
-  uint32_t group_reciprocal;  // ceil(2^16 / group): row / group == row * group_reciprocal >> 16 for rows of a tile
-  float scale_log2;           // softmax_scale * log2(e)
+  uint32_t group_reciprocal;
+  float scale_log2;  // softmax_scale * log2(e)
 };
 
-// The item of a cluster in a round: back and forth, because the list is sorted by length.
+// The item of a cluster in a round.
 template <int kCluster>
 __device__ __forceinline__ int item_index(int round) {
-  const int position = int(blockIdx.x) / kCluster, positions = int(gridDim.x) / kCluster;
-  return round * positions + (round % 2 ? positions - 1 - position : position);
+  return back_and_forth(round, int(blockIdx.x) / kCluster, int(gridDim.x) / kCluster);
 }
-
-// Two rows of scores in wgmma's layout, four neighbouring lanes to a row: the online softmax in base 2. Probabilities
-// are relative to a score that need not be the largest one, as long as a lane's share of a tile sums to no more than
-// kMost, which is as exact as 1 in either dtype. So the exponentials wait for no maximum and no other lane, and nobody
-// looks for a maximum but in the first tile, and when a row has outgrown its reference, which is rare.
-struct SoftmaxRows {
-  static constexpr float kMost = 256;
-  float reference[2], sum[2];  // of this lane's probabilities
-
-  // The first tile of an item.
-  template <int kCount>
-  __device__ __forceinline__ void start(const float (&s)[kCount]) {
-    reference[0] = reference[1] = -INFINITY;
-    raise_reference(s);
-    sum[0] = sum[1] = 0;
-  }
-
-  // Scores to probabilities, packed as the A operand of the second product. True: the reference has moved, and what
-  // came before is to be multiplied by `rescale`.
-  template <typename T, int kCount>
-  __device__ __forceinline__ bool update(const float (&s)[kCount], float scale_log2, uint32_t (&p)[kCount / 8][4],
-                                         float (&rescale)[2]) {
-    float total[2];
-    exponentials<T>(s, scale_log2, p, total);
-    const bool moves = __any_sync(kFullWarp, fmaxf(total[0], total[1]) > kMost);
-    if (moves) {
-      rescale[0] = reference[0];
-      rescale[1] = reference[1];
-      raise_reference(s);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        rescale[i] = ptx::exp2_approx((rescale[i] - reference[i]) * scale_log2);
-        sum[i] *= rescale[i];
-      }
-      exponentials<T>(s, scale_log2, p, total);
-    }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) sum[i] += total[i];
-    return moves;
-  }
-
- private:
-  template <int kCount>
-  __device__ __forceinline__ void raise_reference(const float (&s)[kCount]) {
-    float top[4] = {reference[0], reference[0], reference[1], reference[1]};
-#pragma unroll
-    for (int j = 0; j < kCount; ++j) top[j % 4] = fmaxf(top[j % 4], s[j]);
-    reference[0] = fmaxf(top[0], top[1]);
-    reference[1] = fmaxf(top[2], top[3]);
-#pragma unroll
-    for (int lanes = 2; lanes; lanes /= 2) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) reference[i] = fmaxf(reference[i], __shfl_xor_sync(kFullWarp, reference[i], lanes));
-    }
-  }
-
-  template <typename T, int kCount>
-  __device__ __forceinline__ void exponentials(const float (&s)[kCount], float scale_log2, uint32_t (&p)[kCount / 8][4],
-                                               float (&total)[2]) const {
-    const float offset[2] = {reference[0] * scale_log2, reference[1] * scale_log2};
-    float part[4] = {};
-#pragma unroll
-    for (int j = 0; j < kCount; j += 2) {
-      float x[2];
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        x[e] = ptx::exp2_approx(fmaf(s[j + e], scale_log2, -offset[j / 2 % 2]));
-        part[j % 4 + e] += x[e];
-      }
-      p[j / 8][j / 2 % 4] = pack2<T>(x[0], x[1]);
-    }
-    total[0] = part[0] + part[1];
-    total[1] = part[2] + part[3];
-  }
-};
 
 // The finished rows of a warpgroup leave: to out, by way of shared memory and TMA, which ends with the item's queries,
 // and to lse; or, where the item's keys are split, to its slot. The item's queries from `first_token` on are the
@@ -341,12 +260,9 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim>::kThreads,
         for (int w = 0; w < kConsumers; ++w) {
           hand_over(w, round);
           ptx::mbarrier_arrive_expect_tx(q_full + 8 * w, uint32_t(kSlices * a.block_tokens * a.group * kRowBytes));
-#pragma unroll
-          for (int slice = 0; slice < kSlices; ++slice)
-            ptx::tma_load_4d(at(offsetof(Shared, q)) + (w * kSlices + slice) * kBlockRows * kRowBytes, &q_map,
-                             q_full + 8 * w, 64 * slice, item.kv_head * a.group,
-                             a.total_q - item.q_count + (rank * kConsumers + w) * a.block_tokens,
-                             item.q_start + item.q_count);
+          load_tile<typename Shared::QueryTile>(at(offsetof(Shared, q)) + w * sizeof(typename Shared::QueryTile),
+                                                &q_map, q_full + 8 * w, item.kv_head * a.group, a.total_q, item.q_start,
+                                                item.q_count, (rank * kConsumers + w) * a.block_tokens);
         }
         ask_for_item(round + 1);
         for (; row >= 0; row -= kKeys) {
@@ -381,10 +297,7 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim>::kThreads,
 
     const auto multiply_k = [&] {  // s = q . k
       const uint64_t b = k_descriptor + uint64_t(k_ring.stage) * (kTileBytes / 16);
-#pragma unroll
-      for (int step = 0; step < kHeadDim / 16; ++step)
-        ptx::wgmma_k16<T, kKeys>(s, q_descriptor + step / 4 * (kBlockRows * kRowBytes / 16) + step % 4 * 2,
-                                 b + step / 4 * (kKeys * kRowBytes / 16) + step % 4 * 2, step > 0);
+      multiply_rows<T, typename Shared::QueryTile, typename Shared::KeyTile, kKeys>(s, q_descriptor, b);
       ptx::wgmma_commit();
     };
     const auto multiply_v = [&](bool accumulate, bool hand_over) {  // o (+)= p . v
@@ -494,22 +407,12 @@ void launch_forward(const ForwardParams& p, const Device& device, const Tiling& 
   const PackShape& s = p.shape;
   const int group = s.num_heads / s.num_kv_heads;
   using Shared = SharedStorage<kHeadDim>;
-  const auto view = [&](const PackedView& x, int64_t tokens, int heads) {
-    // A pack without keys is never read, but a map of nothing cannot be made.
-    return RaggedView{tokens ? x.data : p.q.data,
-                      p.dtype,
-                      std::max<int64_t>(tokens, 1),
-                      heads,
-                      kHeadDim,
-                      x.token_stride,
-                      x.head_stride};
-  };
   const int box_keys = Shared::kKeys / kCluster;
-  const CUtensorMap q_map = tensor_map_ragged(kOp, view(p.q, s.total_q, s.num_heads), group, block_tokens(s));
+  const CUtensorMap q_map = queries_map(kOp, p, p.q, block_tokens(s));
   const PackedView out{p.out, int64_t(s.num_heads) * kHeadDim, kHeadDim};
-  const CUtensorMap out_map = tensor_map_ragged(kOp, view(out, s.total_q, s.num_heads), group, block_tokens(s));
-  const CUtensorMap k_map = tensor_map_ragged(kOp, view(p.k, s.total_k, s.num_kv_heads), 1, box_keys);
-  const CUtensorMap v_map = tensor_map_ragged(kOp, view(p.v, s.total_k, s.num_kv_heads), 1, box_keys);
+  const CUtensorMap out_map = queries_map(kOp, p, out, block_tokens(s));
+  const CUtensorMap k_map = keys_map(kOp, p, p.k, box_keys);
+  const CUtensorMap v_map = keys_map(kOp, p, p.v, box_keys);
   ForwardArguments a{};
   a.plan = p.plan;
   a.out = p.out;
@@ -519,17 +422,16 @@ void launch_forward(const ForwardParams& p, const Device& device, const Tiling& 
   a.total_k = int32_t(s.total_k);
   a.num_heads = s.num_heads;
   a.group = group;
-  a.group_reciprocal = uint32_t(((1 << 16) + group - 1) / group);
+  a.group_reciprocal = group_reciprocal(group);
   a.tile_tokens = tiling.tile_tokens;
   a.block_tokens = block_tokens(s);
   a.scale_log2 = p.softmax_scale * float(M_LOG2E);
   LaunchShape shape;
   shape.grid = dim3(unsigned(std::min<int64_t>(device.sm_count / kCluster, max_forward_items(s)) * kCluster));
   shape.block = dim3(Shared::kThreads);
-  shape.smem_bytes = int(sizeof(Shared)) + 1024;  // what is aligned by hand
+  shape.smem_bytes = shared_bytes<Shared>();
   shape.cluster = kCluster;
   shape.dependent = true;
-  static_assert(sizeof(Shared) + 1024 <= 227 * 1024);
   launch_kernel(kOp, device, p.launch.stream, shape, illada_attention_forward_sm90<T, kHeadDim, kCluster>, q_map, k_map,
                 v_map, out_map, a);
 }

@@ -37,6 +37,8 @@ constexpr int kSplitSlots = 320;    // pieces of split tiles
 // Sizes that launch.cpp refuses must not divide by 0 here, where nothing has looked at them yet.
 inline int group_of(const PackShape& s) { return std::max(s.num_heads / std::max(s.num_kv_heads, 1), 1); }
 inline int block_tokens(const PackShape& s) { return std::max(kBlockRows / group_of(s), 1); }
+// Rows of a tile are tokens x heads of a group: row / group == row * group_reciprocal >> 16.
+inline uint32_t group_reciprocal(int group) { return uint32_t(((1 << 16) + group - 1) / group); }
 
 // How a kernel cuts a pack into forward items.
 struct Tiling {
@@ -96,6 +98,11 @@ ILLADA_HOST_DEVICE const WorkItem* forward_items(const int32_t* plan) {
   return reinterpret_cast<const WorkItem*>(plan + 4);
 }
 
+// The item that the place-th of `places` CTAs (or clusters) takes in a round: back and forth, because the lists are
+// sorted by length.
+ILLADA_HOST_DEVICE int back_and_forth(int round, int place, int places) {
+  return round * places + (round % 2 ? places - 1 - place : place);
+}
 ILLADA_HOST_DEVICE const WorkItem* backward_items(const int32_t* plan, int64_t first_row) {
   return reinterpret_cast<const WorkItem*>(plan + 4 * first_row);
 }

@@ -1,0 +1,236 @@
+// Sums of dq in fp32 and how they become gradients, where the keys kernel (backward_keys_sm90.cuh) adds dq up in L2.
+//
+// Rows of dq are complete when all tiles of keys of the sequence have added to them. Each CTA counts its own additions
+// in global memory, once they are done and after a fence; the last one to do so turns the sums into dq. Warp 1 counts,
+// for it sees steps end; warps 2 and 3 convert. Nobody waits for another CTA.
+//
+// Or in order, so that every run gives the same bits: to the same rows tile k of a sequence's keys adds after tiles
+// 0 .. k-1, once the counter says k. The warpgroups have halves of dq and of the counters of their own, because one has
+// its turn half a step after the other one. Thread 0 of the producers waits for the counter: turn_full of step n, which
+// a warpgroup looks at before its turn of step n-1, says that dq of step n-2 may be added, which happens in that turn.
+// Warp 1 reports every half of a step once it is added. The last tile is always the last one to add, and would convert
+// everything; so warps 2 and 3 wait for the sums that are their CTA's own. Of pieces, each has rows of its own; dk and
+// dv are sums of at most two of them, which have no order.
+//
+// That ends, because whoever waits to add does so for items before its own, as `next_keys` counts them. Say that all
+// items before item i are added and reported some day. A CTA goes through its items in this order, so it comes to i;
+// what it does for the steps up to n-3, reports included, needs nothing that thread 0 does after it began to wait for
+// dq of step n-2: the rows of step n-1 and the keys of their item are under way by then. (Warp 1 must not wait for a
+// turn: the report of an item's last steps comes in the middle of the next item, which may be behind others that wait
+// for these very steps.) So the steps of i get their turns, for which they need items before i alone, and are added and
+// reported. All of this with all CTAs of the grid there from the beginning: a cooperative launch. Warps 2 and 3 wait
+// for items behind their own, but nobody waits for them.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "attention/backward_keys_shared_sm90.cuh"
+#include "common/dtype.cuh"
+#include "common/ptx.cuh"
+#include "common/reduce.cuh"
+#include "common/ring.cuh"
+
+namespace illada::attention {
+namespace {
+
+// Of the steps for which warp 1 has filled a stage, all but the last 4 have added their dq: a stage is free when both
+// warpgroups have left it, 3 steps after it was filled, and before they leave it they add dq of the step before.
+constexpr int kUnadded = 4;
+// Of the `tiles` CTAs that add to the same sums, each calls every `tiles`-th of them its own, and of those it does not
+// yet report so many. So it is the last one to report them and has its share of conversions, even where others are
+// slower; whoever is slower would convert everything and become slower still.
+constexpr int kHeldBack = 4, kFirstHeld = 8;
+
+// In order, a counter has 16 bits for each warpgroup. Until `count` tiles have added to a warpgroup's half of the sums
+// that are counted there.
+template <int kHalf, int kNanoseconds>
+__device__ __forceinline__ void wait_for_tiles(const uint32_t* arrivals, uint32_t count) {
+  while ((ptx::load_acquire(arrivals) >> 16 * kHalf & 0xffff) < count) ptx::sleep_some(kNanoseconds);
+}
+
+// ----------------------------------------------------------------------------------- statistics and reports, by warp 1
+
+// lse and c of the rows, with cp.async. And since this warp sees steps end, it reports what they have added to dq.
+template <int kHeadDim, bool kFused, bool kOrdered>
+__device__ __forceinline__ void load_statistics(const KeysArguments& a, KeysShared<kHeadDim>& shared,
+                                                const KeysAddresses<kHeadDim>& at) {
+  using Shared = KeysShared<kHeadDim>;
+  constexpr int kRows = Shared::kRows, kJobs = Shared::kJobs;
+  static_assert(kUnadded == Shared::kStages + 1 && kUnadded < kFirstHeld && kFirstHeld + kHeldBack < 32);
+  static_assert(sizeof(SumsJob) * (kUnadded + kHeldBack + 1) <= sizeof(Shared::lse_log2));  // last_jobs
+  Ring<Shared::kStages> ring;
+  const int lane = int(threadIdx.x) % 32;
+  // Steps whose sums this CTA has not yet reported, one a lane: the last ones, the very last in lane 0, and from
+  // lane kFirstHeld on those held back. Where they are counted, how many rows they have (negative: they are this
+  // CTA's own), how many tiles of keys add to them.
+  int32_t place = 0, rows = 0, tiles = 0;
+  int jobs = 0;
+  const auto report = [&](bool reports) {  // by those lanes; is it the last report?
+    return reports && ptx::atomic_increment_acq_rel(a.arrivals + place) + 1 == uint32_t(tiles);
+  };
+  const auto own_job = [&] { return SumsJob{place * a.group, abs(rows)}; };
+  const auto push_job = [&](int number, const SumsJob& job) {
+    const int slot = number % kJobs;
+    ptx::mbarrier_wait(at.job_empty(slot), uint32_t(number / kJobs % 2 ^ 1));
+    shared.job[slot] = job;
+    ptx::mbarrier_arrive(at.job_full(slot));
+  };
+  const auto count_step = [&](int32_t its_place, int32_t its_rows, int32_t its_tiles) {
+    if (kOrdered) {  // nothing is held back
+      const int32_t old_place = __shfl_sync(kFullWarp, place, lane - 1);
+      const int32_t old_rows = __shfl_sync(kFullWarp, rows, lane - 1);
+      place = lane ? old_place : its_place;
+      rows = lane ? old_rows : its_rows;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        ptx::mbarrier_wait(at.added(i, ring.stage), ring.parity ^ 1);
+        if (lane == kUnadded && rows) ptx::red_add_release(a.arrivals + place, 1u << 16 * i);
+      }
+      return;
+    }
+    const bool holds = __shfl_sync(kFullWarp, rows, kUnadded - 1) < 0;
+    const auto move = [&](int32_t& value, int32_t first) {
+      const int32_t moved = __shfl_sync(kFullWarp, value, lane == kFirstHeld ? kUnadded - 1 : lane - 1);
+      if (holds || lane < kFirstHeld) value = lane ? moved : first;
+    };
+    move(place, its_place);
+    move(rows, its_rows);
+    move(tiles, its_tiles);
+    const bool complete = report(lane == kUnadded ? rows > 0 : holds && lane == kFirstHeld + kHeldBack && rows < 0);
+    const uint32_t all = __ballot_sync(kFullWarp, complete);
+    if (complete) push_job(jobs + (lane > kUnadded && all >> kUnadded & 1), own_job());
+    __syncwarp();
+    jobs += __popc(all);
+  };
+  int round = 0;
+  for (WorkItem item = next_keys<kOrdered>(a, round); item.k_count > 0; ++round, item = next_keys<kOrdered>(a, round)) {
+    const int tile_rows = a.tile_tokens * a.group;
+    const RowStatistics* source = a.rows + (int64_t(item.kv_head) * a.total_q + item.q_start) * a.group;
+    int its_place = item.q_start * a.num_kv_heads + item.kv_head, until_own = item.piece;
+    int count = item.q_count * a.group;
+    for (const int last = min(0, count - tile_rows - 1); count > last; count -= tile_rows) {
+      if (kOrdered) {
+        count_step(its_place, max(min(tile_rows, count), 0), 0);
+        its_place += a.tile_tokens * a.num_kv_heads;
+      }
+      ptx::mbarrier_wait(at.rows_empty(ring.stage), ring.parity ^ 1);
+#pragma unroll
+      for (int i = 0; i < kRows / 32; ++i) {
+        const int row = 32 * i + lane;
+        const bool valid = row < min(tile_rows, count);
+        const RowStatistics* const from = valid ? source + row : a.rows;
+        const uint32_t target = uint32_t(ring.stage * kRows + row) * 4;
+        ptx::cp_async_4(at.lse_log2() + target, &from->lse_log2, valid);
+        ptx::cp_async_4(at.c() + target, &from->c, valid);
+      }
+      ptx::cp_async_mbarrier_arrive(at.q_full(ring.stage));
+      ring.advance();
+      source += tile_rows;
+      if (kFused && !kOrdered) {
+        const int its_rows = max(min(tile_rows, count), 0);
+        count_step(its_place, until_own ? its_rows : -its_rows, item.pieces);
+        its_place += a.tile_tokens * a.num_kv_heads;
+        until_own = (until_own ? until_own : item.pieces) - 1;
+      }
+    }
+  }
+  if (kOrdered) {  // the last four, two of them at once
+    for (int i = 0; i < 2; ++i, ring.advance()) count_step(0, 0, 0);
+    if (__any_sync(kFullWarp, lane < kUnadded && rows)) ptx::mbarrier_wait(at.all_added(), 0);
+    if (lane < kUnadded && rows) ptx::red_add_release(a.arrivals + place, 1u + (1u << 16));
+  }
+  if (kFused && !kOrdered && lane < 2) push_job(jobs + lane, {});
+  if (kFused && !kOrdered && __shfl_sync(kFullWarp, tiles, 0) > 0) {  // there was a step
+    // All that is left, at once; the consumers convert it, because they have nothing else to do and many registers.
+    ptx::mbarrier_wait(at.all_added(), 0);
+    const bool complete =
+        report(lane < kUnadded ? rows != 0 : lane >= kFirstHeld && lane < kFirstHeld + kHeldBack && rows < 0);
+    const uint32_t all = __ballot_sync(kFullWarp, complete);
+    if (complete) shared.last_jobs()[__popc(all & ((1u << lane) - 1))] = own_job();
+    if (lane == 0) shared.last_jobs()[__popc(all)] = {};
+    ptx::mbarrier_arrive(at.last_jobs_full());
+  }
+}
+
+// --------------------------------------------------------------------------------------------------------- conversions
+
+// dq from sums that are complete, by warp `part` of `parts`, kUnroll loads at a time.
+template <typename T, int kHeadDim, int kUnroll>
+__device__ __forceinline__ void write_queries(const KeysArguments& a, const SumsJob& job, int part, int parts) {
+  constexpr int kLanes = kHeadDim / 4, kRows = 32 / kLanes;  // lanes of a row; rows of a load
+  const int lane = int(threadIdx.x) % 32, start = job.first * kHeadDim + lane % kLanes * 4;
+  const auto offset = [&](int row) {  // in dq and its sums
+    return start + int(row * a.group_reciprocal >> 16) * a.skipped + row * kHeadDim;
+  };
+#pragma unroll 1
+  for (int row = part * kRows + lane / kLanes; row < job.rows; row += kUnroll * parts * kRows) {
+    // The producers' registers hold four loads and little beside: what follows is kept in this order.
+    float4 x[kUnroll];
+    uint2 words[kUnroll];
+    asm volatile("" : "+r"(row));
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i)
+      x[i] = ptx::load_relaxed_v4(a.dq_sums + offset(min(row + i * parts * kRows, job.rows - 1)));
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i) {
+      words[i] = make_uint2(pack2<T>(x[i].x * a.scale, x[i].y * a.scale), pack2<T>(x[i].z * a.scale, x[i].w * a.scale));
+      asm volatile("" : "+r"(words[i].x), "+r"(words[i].y), "+r"(row));
+    }
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i)
+      if (row + i * parts * kRows < job.rows)
+        *reinterpret_cast<uint2*>(static_cast<T*>(a.dq) + offset(row + i * parts * kRows)) = words[i];
+  }
+}
+
+// By warps 2 and 3, in any order: each warp has every other job.
+template <typename T, int kHeadDim>
+__device__ __forceinline__ void convert_jobs(const KeysArguments& a, const KeysShared<kHeadDim>& shared,
+                                             const KeysAddresses<kHeadDim>& at, int warp) {
+  constexpr int kJobs = KeysShared<kHeadDim>::kJobs;
+  const int lane = int(threadIdx.x) % 32;
+  for (int number = warp - 2;; number += 2) {
+    const int slot = number % kJobs;
+    ptx::mbarrier_wait(at.job_full(slot), uint32_t(number / kJobs % 2));
+    const SumsJob job = shared.job[slot];
+    __syncwarp();
+    ptx::mbarrier_arrive_if(lane == 0, at.job_empty(slot));
+    if (job.rows == 0) break;
+    write_queries<T, kHeadDim, 4>(a, job, 0, 1);
+  }
+}
+
+// By warps 2 and 3, in order: the CTA's own sums, each warp every other block.
+template <typename T, int kHeadDim>
+__device__ __forceinline__ void convert_own_sums(const KeysArguments& a, int warp) {
+  int number = warp;
+  for (int round = 0, block = 0;; ++block) {
+    const WorkItem item = next_keys<true>(a, round);  // again and again, for there are no registers to keep it
+    if (item.k_count == 0) break;
+    const int token = (block * item.pieces + item.piece) * a.tile_tokens;
+    if (token >= item.q_count || item.first_slot == kIncomplete) {
+      ++round;
+      block = -1;
+      continue;
+    }
+    if (++number & 1) continue;
+    const int place = (item.q_start + token) * a.num_kv_heads + item.kv_head;
+    wait_for_tiles<0, 500>(a.arrivals + place, uint32_t(item.pieces));
+    wait_for_tiles<1, 500>(a.arrivals + place, uint32_t(item.pieces));
+    const int count = min(item.q_count - token, a.tile_tokens) * a.group;
+    write_queries<T, kHeadDim, 4>(a, {place * a.group, count}, 0, 1);
+  }
+}
+
+// By the consumers, in any order, when they have added all their dq: what turned out to be complete then.
+template <typename T, int kHeadDim>
+__device__ __forceinline__ void convert_last_jobs(const KeysArguments& a, KeysShared<kHeadDim>& shared,
+                                                  const KeysAddresses<kHeadDim>& at) {
+  ptx::mbarrier_wait(at.last_jobs_full(), 0);
+  for (const SumsJob* job = shared.last_jobs(); job->rows; ++job)
+    write_queries<T, kHeadDim, 8>(a, *job, int(threadIdx.x) / 32, 8);
+}
+
+}  // namespace
+}  // namespace illada::attention
