@@ -1,5 +1,9 @@
 """varlen_attention against its specification: values, gradients, strides, poison, registration, errors."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -125,15 +129,83 @@ def test_denormal_probabilities_are_flushed_and_the_mode_restored(generator):
     for g, w, b in zip(got, want, baseline, strict=True):
         assert_close_like(g, w, b)
     assert (many * 1.0 > 0).all()
-    with pytest.raises(TypeError):  # also after an error inside the op
+    with pytest.raises(ValueError, match=r"the plan must be \[1, 4\], got \[3\]"):  # also after an error inside the op
         torch.ops.illada.varlen_attention_fwd(q, k, v, torch.zeros(3, dtype=torch.int32), 1, 1.0, False)
     assert (many * 1.0 > 0).all()
 
 
-def test_raw_calls_are_for_cuda(generator):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("group, dim", [(1, 3), (2, 32), (3, 20), (7, 64), (70, 16), (1, 250), (1, 256), (1, 257)])
+def test_edges_of_the_cpu_s_tiles(group, dim, dtype, generator):
+    """Rows, keys and columns around the sizes of tiles and blocks; the last head dim is for torch, as are many keys
+    in bfloat16."""
+    lengths, keys = [1, 0, 2, 5, 16, 17, 9, 64, 3], [1, 5, 63, 64, 65, 0, 128, 200, 3]
+    q, k, v, cu = make(lengths, 2 * group, 2, dim, dtype, generator, keys=keys)
+    arguments = {"cu_seqlens_k": cumulative(keys), "softmax_scale": 0.7, "return_lse": True}
+    got = illada.varlen_attention(q, k, v, cu, **arguments)
+    baseline = reference.varlen_attention(q, k, v, cu, **arguments)
+    want = reference.varlen_attention(q.double(), k.double(), v.double(), cu, **arguments)
+    for g, w, b in zip(got, want, baseline, strict=True):
+        assert g.is_contiguous()
+        assert_close_like(g.to(b.dtype), w, b)
+    assert got[0].dtype == dtype and got[1].dtype == torch.float32
+
+
+def test_nan_and_infinity_stay_in_their_rows(generator):
+    q, k, v, cu = make([40, 30], 4, 2, 32, torch.float32, generator)
+    clean = illada.varlen_attention(q, k, v, cu)
+    q, v = q.clone(), v.clone()
+    q[3, 1], v[50, 0, 5] = torch.nan, torch.inf
+    out, lse = illada.varlen_attention(q, k, v, cu, return_lse=True)
+    assert out[3, 1].isnan().all() and lse[1, 3].isnan() and lse.isnan().sum() == 1
+    assert out[40:, :2, 5].isinf().all() and out.isinf().sum() == 60
+    same = out.isfinite()
+    assert torch.equal(out[same], clean[same]) and same.sum() == out.numel() - 60 - 32
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set(isa, generator, tmp_path):
+    """In a process of its own, which chooses once."""
+    q, k, v, cu = make([70, 1, 33], 6, 2, 48, torch.float32, generator)
+    torch.save((q, k, v, cu), tmp_path / "in.pt")
+    code = "import illada, sys, torch; q, k, v, cu = torch.load(sys.argv[1]); " + (
+        "torch.save([illada.varlen_attention(x, y, z, cu) for x, y, z in ((q, k, v), [t.bfloat16() for t in (q, k, v)])]"
+        ", sys.argv[2])"
+    )
+    files = [str(tmp_path / name) for name in ("in.pt", "out.pt")]
+    subprocess.run([sys.executable, "-c", code, *files], check=True, env={**os.environ, "ILLADA_CPU_ISA": isa})
+    for got, dtype in zip(torch.load(tmp_path / "out.pt"), (torch.float32, torch.bfloat16), strict=True):
+        inputs = [x.to(dtype) for x in (q, k, v)]
+        want = reference.varlen_attention(*(x.double() for x in inputs), cu)
+        assert_close_like(got, want, reference.varlen_attention(*inputs, cu))
+
+
+def test_raw_calls(generator):
     q, k, v, cu = make([5, 3], 4, 2, 64, torch.float32, generator)
-    with pytest.raises(ValueError, match="varlen_attention: the raw call takes CUDA tensors, got one on cpu"):
-        raw.varlen_attention(q, q, q, k, v, cu, 2, 0.125)
+    plan = illada.attention_plan(cu, num_heads=4, num_kv_heads=2, head_dim=64, total_q=8).work
+    out, lse = torch.full((8, 4, 64), 7.0), torch.full((4, 8), 7.0)
+    raw.varlen_attention(out, lse, q, k, v, plan[:1], 2, 0.125)  # what the plan leaves out is left alone
+    want, want_lse = illada.varlen_attention(q, k, v, cu, return_lse=True)
+    assert torch.equal(out[:5], want[:5]) and (out[5:] == 7).all()
+    assert torch.equal(lse[:, :5], want_lse[:, :5]) and (lse[:, 5:] == 7).all()
+    for change, kind, match in (
+        ({"plan": torch.tensor([[0, 5, 0, 9]], dtype=torch.int32)}, ValueError, "plan has keys 0 to 9 of 8"),
+        ({"plan": torch.tensor([[4, 3, 0, 8]], dtype=torch.int32)}, ValueError, "plan has queries 4 to 3 of 8"),
+        ({"softmax_scale": 0.0}, ValueError, "softmax_scale must be finite and > 0, got 0"),
+        ({"q": q.half()}, NotImplementedError, "float32 and bfloat16 and head dims up to 256; got float16 and 64"),
+        ({"v": v[:0]}, ValueError, "k and v must not be null"),
+        ({"out": out[:0]}, ValueError, "q, plan, out and lse must not be null"),
+        ({"k": k[:, :1].expand(-1, 3, -1), "v": v}, ValueError, "num_heads 4 must be a multiple of num_kv_heads 3"),
+    ):
+        arguments = {"out": out, "lse": lse, "q": q, "k": k, "v": v, "plan": plan, "softmax_scale": 0.125}
+        with pytest.raises(kind, match=match):
+            raw.varlen_attention(num_sequences=2, **{**arguments, **change})
+
+
+def test_gradients_by_raw_calls_are_for_cuda(generator):
+    q, k, v, cu = make([5, 3], 4, 2, 64, torch.float32, generator)
+    with pytest.raises(ValueError, match="varlen_attention_backward: the raw call takes CUDA tensors, got one on cpu"):
+        raw.varlen_attention_backward(q, k, v, q, None, q, k, v, q, q, cu, 2, 0.125, workspace=cu)
 
 
 def test_scale_must_be_positive(generator):

@@ -91,6 +91,43 @@ void masked_cross_entropy_backward(const CrossEntropyArguments& rows, uintptr_t 
   on_gpu<loss::masked_cross_entropy_backward_cuda>(p);
 }
 
+// Of a pack: total_q, total_k, num_sequences, num_heads, num_kv_heads, head_dim.
+using PackArguments = std::tuple<int64_t, int64_t, int, int, int, int>;
+// Of a packed tensor: address, token_stride, head_stride.
+using ViewArguments = std::tuple<uintptr_t, int64_t, int64_t>;
+
+attention::PackShape pack_shape(const PackArguments& pack) {
+  return {std::get<0>(pack), std::get<1>(pack), std::get<2>(pack),
+          std::get<3>(pack), std::get<4>(pack), std::get<5>(pack)};
+}
+
+attention::PackedView packed_view(const ViewArguments& view) {
+  return {pointer<const void>(std::get<0>(view)), std::get<1>(view), std::get<2>(view)};
+}
+
+void varlen_attention(const PackArguments& pack, int dtype, const ViewArguments& q, const ViewArguments& k,
+                      const ViewArguments& v, float softmax_scale, uintptr_t plan, int64_t plan_rows, uintptr_t out,
+                      uintptr_t lse, int num_threads, const LaunchArguments& launch) {
+  attention::ForwardParams p;
+  p.shape = pack_shape(pack);
+  p.dtype = DType(dtype);
+  p.q = packed_view(q);
+  p.k = packed_view(k);
+  p.v = packed_view(v);
+  p.softmax_scale = softmax_scale;
+  p.plan = pointer<const int32_t>(plan);
+  p.plan_rows = plan_rows;
+  p.out = pointer<void>(out);
+  p.lse = pointer<float>(lse);
+  p.num_threads = num_threads;
+  p.launch = {std::get<0>(launch), pointer<void>(std::get<1>(launch))};
+  p.workspace = pointer<void>(std::get<2>(launch));
+  p.workspace_bytes = std::get<3>(launch);
+  py::gil_scoped_release release;
+  if (p.launch.device < 0) return attention::forward_cpu(p);
+  on_gpu<attention::forward_cuda>(p);
+}
+
 #if defined(ILLADA_WITH_CUDA)
 void weighted_sum(uintptr_t nll, uintptr_t weights, int64_t num_rows, float scale, uintptr_t normalizer, uintptr_t loss,
                   int device, uintptr_t stream) {
@@ -247,20 +284,6 @@ void linear_masked_cross_entropy(const LinearLossArguments& arguments, const Lau
   loss::linear_masked_cross_entropy_cuda(p);
 }
 
-// Of a pack: total_q, total_k, num_sequences, num_heads, num_kv_heads, head_dim.
-using PackArguments = std::tuple<int64_t, int64_t, int, int, int, int>;
-// Of a packed tensor: address, token_stride, head_stride.
-using ViewArguments = std::tuple<uintptr_t, int64_t, int64_t>;
-
-attention::PackShape pack_shape(const PackArguments& pack) {
-  return {std::get<0>(pack), std::get<1>(pack), std::get<2>(pack),
-          std::get<3>(pack), std::get<4>(pack), std::get<5>(pack)};
-}
-
-attention::PackedView packed_view(const ViewArguments& view) {
-  return {pointer<const void>(std::get<0>(view)), std::get<1>(view), std::get<2>(view)};
-}
-
 int64_t attention_plan_rows(const PackArguments& pack) { return attention::plan_rows(pack_shape(pack)); }
 int64_t varlen_attention_workspace(const PackArguments& pack) { return attention::forward_workspace(pack_shape(pack)); }
 
@@ -275,27 +298,6 @@ void attention_plan(const PackArguments& pack, uintptr_t cu_seqlens, uintptr_t c
   p.launch = {device, pointer<void>(stream)};
   py::gil_scoped_release release;
   attention::plan_cuda(p);
-}
-
-void varlen_attention(const PackArguments& pack, int dtype, const ViewArguments& q, const ViewArguments& k,
-                      const ViewArguments& v, float softmax_scale, uintptr_t plan, int64_t plan_rows, uintptr_t out,
-                      uintptr_t lse, const LaunchArguments& launch) {
-  attention::ForwardParams p;
-  p.shape = pack_shape(pack);
-  p.dtype = DType(dtype);
-  p.q = packed_view(q);
-  p.k = packed_view(k);
-  p.v = packed_view(v);
-  p.softmax_scale = softmax_scale;
-  p.plan = pointer<const int32_t>(plan);
-  p.plan_rows = plan_rows;
-  p.out = pointer<void>(out);
-  p.lse = pointer<float>(lse);
-  p.launch = {std::get<0>(launch), pointer<void>(std::get<1>(launch))};
-  p.workspace = pointer<void>(std::get<2>(launch));
-  p.workspace_bytes = std::get<3>(launch);
-  py::gil_scoped_release release;
-  attention::forward_cuda(p);
 }
 
 int64_t varlen_attention_backward_workspace(const PackArguments& pack, bool deterministic, bool multiplies_twice,
@@ -407,11 +409,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("linear_masked_cross_entropy_workspace", &linear_masked_cross_entropy_workspace);
   m.def("attention_plan", &attention_plan);
   m.def("attention_plan_rows", &attention_plan_rows);
-  m.def("varlen_attention", &varlen_attention);
   m.def("varlen_attention_backward", &varlen_attention_backward);
   m.def("varlen_attention_backward_workspace", &varlen_attention_backward_workspace);
   m.def("varlen_attention_workspace", &varlen_attention_workspace);
 #endif
   m.def("remask", &remask_tokens);
+  m.def("varlen_attention", &varlen_attention);
   m.def("flush_denormals", &cpu::flush_denormals);
 }

@@ -1,8 +1,10 @@
-// The loops over one row of logits, one copy per instruction set (see vec.h), reached through a table of pointers.
+// The loops over one row of logits, and over a tile of attention's rows, one copy per instruction set (see vec.h),
+// reached through a table of pointers.
 #pragma once
 
 #include <cstdint>
 
+#include "cpu/attention_tile.h"
 #include "illada/dtype.h"
 
 namespace illada::cpu {
@@ -43,6 +45,9 @@ struct RowKernels {
                            float dlse, int64_t target);
   void (*softmax_grad_bf16)(const void* logits, void* grad, int64_t vocab_size, float lse, float onehot_factor,
                             float dlse, int64_t target);
+  int tile_rows;  // of `attend`
+  void (*attend_f32)(const AttentionTile&);
+  void (*attend_bf16)(const AttentionTile&);
 };
 
 // The best table for the processor this runs on, chosen once. ILLADA_CPU_ISA=baseline|avx2|avx512 lowers the choice.

@@ -1,4 +1,5 @@
-// Loops over one row of logits. Included by row_kernels_{avx512,avx2,baseline}.cpp with ILLADA_ISA set.
+// Loops over one row of logits, and the table of all loops. Included by row_kernels_{avx512,avx2,baseline}.cpp with
+// ILLADA_ISA set.
 //
 // A row is read once, in blocks of kBlock elements that stay in the first-level cache: the first look at a block
 // finds its maximum, the second adds up exp2((x - reference) * log2 e). The reference is the running maximum and is
@@ -9,13 +10,13 @@
 #include <limits>
 
 #include "common/philox.h"
+#include "cpu/attention_impl.h"
 #include "cpu/row_kernels.h"
 #include "cpu/vec.h"
 
 namespace illada::cpu::ILLADA_ISA {
 
 constexpr int64_t kBlock = 2048;
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLog2eF = float(kLog2e);
 
 // Online softmax terms of a row, in base 2 and relative to `reference`:
@@ -354,8 +355,8 @@ void softmax_grad(const void* logits, void* grad, int64_t vocab_size, float lse,
   if (target >= 0) store_scalar(g + target, target_grad);
 }
 
-constexpr RowKernels kTable{ILLADA_ISA_NAME, sample<float>,       sample<BFloat16>,
-                            row_lse<float>,  row_lse<BFloat16>,   logit<float>,
-                            logit<BFloat16>, softmax_grad<float>, softmax_grad<BFloat16>};
+constexpr RowKernels kTable{ILLADA_ISA_NAME,        sample<float>, sample<BFloat16>, row_lse<float>,
+                            row_lse<BFloat16>,      logit<float>,  logit<BFloat16>,  softmax_grad<float>,
+                            softmax_grad<BFloat16>, kTile,         attend<float>,    attend<BFloat16>};
 
 }  // namespace illada::cpu::ILLADA_ISA

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 namespace illada::cpu::ILLADA_ISA {
 
@@ -24,6 +25,8 @@ typedef int32_t VecI __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t VecU __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t VecH __attribute__((vector_size(2 * kLanes)));
 typedef uint64_t VecL __attribute__((vector_size(4 * kLanes)));  // kLanes / 2 words of 64 bits
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 struct BFloat16 {
   uint16_t bits;

@@ -37,8 +37,8 @@ struct PlanParams {
 int64_t plan_rows(const PackShape& shape);
 void plan_cuda(const PlanParams& params);
 
-// A packed tensor [tokens, heads, D] of 16-bit elements, contiguous in D. Strides in elements, multiples of 8; data
-// 16-byte aligned.
+// A packed tensor [tokens, heads, D], contiguous in D. Strides in elements; on a GPU multiples of 8, the data 16-byte
+// aligned.
 struct PackedView {
   const void* data = nullptr;
   int64_t token_stride = 0, head_stride = 0;
@@ -46,7 +46,7 @@ struct PackedView {
 
 struct ForwardParams {
   PackShape shape;
-  DType dtype = DType::kBFloat16;  // or kFloat16
+  DType dtype = DType::kBFloat16;  // or kFloat16; on a CPU kFloat32 or kBFloat16
   PackedView q, k, v;
   float softmax_scale = 1.0f;     // finite and > 0
   const int32_t* plan = nullptr;  // of plan_cuda, of the same shape (total_k apart) and on the same device
@@ -55,10 +55,14 @@ struct ForwardParams {
   float* lse = nullptr;         // [H, T], natural log of the softmax's sum; -inf without keys
   void* workspace = nullptr;    // 16-byte aligned; contents need not be kept or set
   int64_t workspace_bytes = 0;  // at least forward_workspace(shape)
+  int num_threads = 1;          // CPU
   CudaLaunch launch;
 };
 // On compute capability 8.0 and newer, D 64 and 128, H / G <= 64. NotSupported for anything else.
 void forward_cuda(const ForwardParams& params);
+// D up to 256, any strides and alignment, no workspace. There a plan is a row (query start, query end, key start, key
+// end) for each sequence, in the order in which they are to be taken; sequences that it leaves out are not touched.
+void forward_cpu(const ForwardParams& params);
 // Bytes; 0 unless the pack is so small that sequences may be split over their keys.
 int64_t forward_workspace(const PackShape& shape);
 

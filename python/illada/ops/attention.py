@@ -7,7 +7,9 @@ with j over all keys of token i's own sequence: no causal mask, no dropout, no p
 
 | device | dtypes                     | head dim | kernel                                                     |
 |--------|----------------------------|----------|------------------------------------------------------------|
-| CPU    | float32, bfloat16, float16 | any      | torch's CPU flash attention, one call per sequence         |
+| CPU    | float32, bfloat16          | to 256   | csrc/cpu, all sequences at once (bfloat16: up to 64 keys)  |
+|        | float32, bfloat16, float16 | any      | torch's CPU flash attention, one call per sequence;        |
+|        |                            |          | gradients                                                  |
 | CUDA   | bfloat16, float16          | 64, 128  | sm_90a (wgmma, TMA), sm_80 and newer (mma.sync);           |
 |        |                            |          | H / G up to 64                                             |
 
@@ -101,6 +103,10 @@ def _sequences(plan: Tensor, group: int) -> Iterator[tuple[slice, slice]]:
             yield slice(q_start * group, q_end * group), slice(k_start, k_end)
 
 
+_MOST_HEAD_DIM = 256  # of csrc/cpu
+_BFLOAT16_KEYS = 64  # with more, torch is faster: it multiplies in bfloat16 where the processor can
+
+
 @contextlib.contextmanager
 def _without_denormals() -> Iterator[None]:
     """The probabilities of keys that nobody looks at are denormal numbers, on which torch's GEMMs slow down tenfold."""
@@ -116,15 +122,29 @@ def _without_denormals() -> Iterator[None]:
 def _fwd_cpu(
     q: Tensor, k: Tensor, v: Tensor, plan: Tensor, num_sequences: int, softmax_scale: float, deterministic: bool
 ) -> tuple[Tensor, Tensor]:
+    if plan.shape != (num_sequences, 4):
+        raise ValueError(f"varlen_attention: the plan must be [{num_sequences}, 4], got {list(plan.shape)}")
+    out, lse = q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+    others = None  # sequences for torch
+    if q.dtype == torch.float16 or q.shape[2] > _MOST_HEAD_DIM:
+        plan, others = plan[:0], plan
+    elif q.dtype == torch.bfloat16:
+        many = plan[:, 3] - plan[:, 2] > _BFLOAT16_KEYS
+        plan, others = plan[~many], plan[many]
+    if len(plan):
+        raw.varlen_attention(out, lse, q, k, v, plan, num_sequences, softmax_scale)
     groups, group = k.shape[1], q.shape[1] // k.shape[1]
-    q_g, k_g, v_g = (_by_group(x, groups) for x in (q, k, v))
-    out = q_g.new_zeros(q_g.shape)
-    lse = q.new_full(q_g.shape[:-1], -torch.inf, dtype=torch.float32)
-    for rows, keys in _sequences(plan, group):
-        out[:, :, rows], lse[:, :, rows] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q_g[:, :, rows], k_g[:, :, keys], v_g[:, :, keys], scale=softmax_scale
-        )
-    return _from_group(out, group), lse[0].unflatten(1, (-1, group)).transpose(1, 2).flatten(0, 1).contiguous()
+    for q_start, q_end, k_start, k_end in [] if others is None else others.tolist():
+        if k_end == k_start:
+            out[q_start:q_end], lse[:, q_start:q_end] = 0, -torch.inf
+        elif q_end > q_start:
+            x, its_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                _by_group(q[q_start:q_end], groups), _by_group(k[k_start:k_end], groups),
+                _by_group(v[k_start:k_end], groups), scale=softmax_scale,
+            )  # fmt: skip
+            out[q_start:q_end] = _from_group(x, group)
+            lse[:, q_start:q_end] = its_lse[0].unflatten(1, (-1, group)).transpose(1, 2).flatten(0, 1)
+    return out, lse
 
 
 @_without_denormals()

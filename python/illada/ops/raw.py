@@ -356,17 +356,17 @@ def varlen_attention(
     *,
     workspace: Tensor | None = None,
 ) -> None:
-    """`illada.ops.varlen_attention` into `out` [T, H, D] and `lse` float32 [H, T], both contiguous. CUDA only.
+    """`illada.ops.varlen_attention` into `out` [T, H, D] and `lse` float32 [H, T], both contiguous.
 
-    plan: of `attention_plan` with the same numbers; workspace: uint8, as `varlen_attention_workspace` says.
+    plan: of `attention_plan` with the same numbers; on a CPU rows (query start, query end, key start, key end), and
+    sequences that it leaves out are not touched. workspace: uint8, as `varlen_attention_workspace` says.
     """
-    launch = _cuda_launch("varlen_attention", q, workspace)
     native().varlen_attention(
         (q.shape[0], k.shape[0], num_sequences, q.shape[1], k.shape[1], q.shape[2]),
         DTYPES[q.dtype],
         *((address(x), x.stride(0), x.stride(1)) for x in (q, k, v)),
         *(softmax_scale, address(plan), plan.shape[0], address(out), address(lse)),
-        launch,
+        *(torch.get_num_threads(), _launch(out, q, workspace)),
     )
 
 
