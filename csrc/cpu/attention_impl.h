@@ -111,7 +111,7 @@ void attend(const AttentionTile& a) {
     T* const to = static_cast<T*>(a.out) + (token_of(row) * a.num_heads + head_of(row)) * dim;
     for (int d = 0; d < dim; ++d) store_scalar(to + d, out[d * kTile + row] * inverse);
     a.lse[head_of(row) * a.total_q + token_of(row)] =
-        float(double(reference[row / kLanes][row % kLanes]) + std::log(double(row_sum[row])));
+        float(double(reference[row / kLanes][row % kLanes]) + std::log(row_sum[row]));
   }
 }
 
