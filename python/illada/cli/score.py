@@ -39,7 +39,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of monte-carlo's masks")
     parser.add_argument("--append-eos", action="store_true", help="the model sees an eos after each candidate")
     parser.add_argument("--cfg-scale", type=float, default=0.0, help="classifier-free guidance, 0 is none")
-    parser.add_argument("--max-tokens", type=int, default=8192, help="of a pack (%(default)s)")
+    parser.add_argument("--max-tokens", type=int, default=4096, help="of a pack (%(default)s)")
     parser.add_argument("--truncate-left", action="store_true", help="cut the start of contexts that are too long")
     parser.add_argument("--json", action="store_true", help="one JSON object a question")
     parser.set_defaults(run=_run)

@@ -77,7 +77,7 @@ class EvaluationSettings:
     mask_id: int | None = None
     seed: int = 0
     batch_size: int | str = "auto"
-    max_tokens: int = 8192
+    max_tokens: int = 4096
     chunk_size: int = 128
 
     def __post_init__(self) -> None:

@@ -18,7 +18,7 @@ from illada.model import MaskedDiffusionModel
 from illada.ops import AttentionPlan, attention_plan, linear_masked_cross_entropy
 
 #: Packed tokens of one forward pass, both sequences of guidance counted.
-MAX_TOKENS = 8192
+MAX_TOKENS = 4096  # keeps a GPU busy with 8B; larger packs of small models leave a CPU's caches
 
 Layout = tuple[Tensor, Tensor, AttentionPlan]  # cu_seqlens, position_ids, plan
 
