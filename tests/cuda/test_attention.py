@@ -229,15 +229,17 @@ def test_pairs_are_counted_from_the_plan(device, monkeypatch):
     assert _pairs(q, k, plan, 3) == 45 * len(k) // 3
 
 
-def test_raw_calls_refuse_the_host(device):
+def test_raw_calls_refuse_what_is_wrong(device):
     x = torch.zeros(6, 2, 128, dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match="varlen_attention: the raw call takes CUDA tensors"):
-        raw.varlen_attention(x, x, x, x, x, x, 1, 1.0)
     on_gpu = x.to(device)
     plan = illada.attention_plan(
         torch.tensor([0, 6], dtype=torch.int32).to(device), num_heads=2, num_kv_heads=2, head_dim=128, total_q=6
     ).work
     lse = torch.zeros(2, 6).to(device)
+    with pytest.raises(ValueError, match="the inputs are on the CPU, but the outputs are on cuda"):
+        raw.varlen_attention(on_gpu.clone(), lse, x, x, x, plan, 1, 1.0)
+    with pytest.raises(ValueError, match="q is on the CPU, but the plan is on cuda"):
+        raw.varlen_attention(x.clone(), lse.cpu(), x, x, x, plan, 1, 1.0)
     with pytest.raises(ValueError, match="workspace must have"):
         raw.varlen_attention(on_gpu.clone(), lse, on_gpu, on_gpu, on_gpu, plan, 1, 1.0)
     workspace = torch.empty(raw.varlen_attention_workspace(6, 1, 2, 2, 128), dtype=torch.uint8).to(device)

@@ -361,6 +361,8 @@ def varlen_attention(
     plan: of `attention_plan` with the same numbers; on a CPU rows (query start, query end, key start, key end), and
     sequences that it leaves out are not touched. workspace: uint8, as `varlen_attention_workspace` says.
     """
+    if plan.is_cuda and not q.is_cuda:  # which the host would read
+        raise ValueError(f"varlen_attention: q is on the CPU, but the plan is on {plan.device}; they must agree")
     native().varlen_attention(
         (q.shape[0], k.shape[0], num_sequences, q.shape[1], k.shape[1], q.shape[2]),
         DTYPES[q.dtype],
