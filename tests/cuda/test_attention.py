@@ -237,7 +237,7 @@ def test_raw_calls_refuse_what_is_wrong(device):
     ).work
     lse = torch.zeros(2, 6).to(device)
     with pytest.raises(ValueError, match="the inputs are on the CPU, but the outputs are on cuda"):
-        raw.varlen_attention(on_gpu.clone(), lse, x, x, x, plan, 1, 1.0)
+        raw.varlen_attention(on_gpu.clone(), lse, x, x, x, plan.cpu(), 1, 1.0)
     with pytest.raises(ValueError, match="q is on the CPU, but the plan is on cuda"):
         raw.varlen_attention(x.clone(), lse.cpu(), x, x, x, plan, 1, 1.0)
     with pytest.raises(ValueError, match="workspace must have"):
