@@ -12,6 +12,8 @@ if importlib.util.find_spec("benchmarks") is None:
 
 from benchmarks import generate, published, runner
 
+pytestmark = pytest.mark.slow
+
 
 def without_inference_mode(function):
     """In it operators reach a dispatch mode (that of a simulator) whole."""
@@ -48,7 +50,6 @@ def test_every_way_runs(batch, device, small):
     assert providers[-1].error(providers[-1].call()) == 0
 
 
-@pytest.mark.slow
 def test_records(device, small):
     case = generate.make_case("8b", 1, "var", torch.device("cuda", 0), **small)
     names = ["illada", "illada launched", "one by one"]

@@ -18,6 +18,8 @@ from benchmarks import report, score, timing, train_step  # noqa: E402
 from benchmarks.weights import random_model  # noqa: E402
 from illada.config import ModelConfig  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 SMALL = {"hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 600}
 
 
