@@ -5,7 +5,7 @@
 # With an nvcc (CUDA 12.3 or newer), no GPU needed:
 #   make ptxas      registers, spills and shared memory of each kernel against csrc/ptxas_budget.json (UPDATE=1 writes it)
 #   make test-cuda  tests/cuda with a CUDA build of torch (5.5 GB, in VENV_CUDA): on a GPU, else on the simulator CUSIM.
-#                   ARGS="-k remask" goes to pytest; of the simulator MODES="lazy" and DEVICE=a100 are options
+#                   ARGS="-k remask" goes to pytest; of the simulator MODES="lazy", DEVICE=a100 and CHECKS= are options
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,6 +14,7 @@ VENV_CUDA ?= .venv-cuda
 BIN_CUDA := $(VENV_CUDA)/bin
 CUSIM ?= ../shared/cusim
 MODES ?= eager lazy
+CHECKS ?= race,proxy
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Sources of the installed package: it is built again when one of them changes.
 SOURCES := $(shell find csrc cmake python -type f -not -name '*.so' -not -name 'ptxas*' -not -path '*__pycache__*' 2>/dev/null | grep -v ' ') \
@@ -82,7 +83,7 @@ test-gpu: .cache/installed-gpu
 test-simulator: .cache/installed-simulator
 	@cusim="$$(cd "$(CUSIM)" && pwd)"; for mode in $(MODES); do \
 	  echo "tests/cuda on the simulator: $$mode$(if $(DEVICE), as $(DEVICE))"; \
-	  ILLADA_REQUIRE_CUDA=1 PYTHONPATH="$$cusim" "$$cusim/cusim" run --async "$$mode" --check race,proxy \
+	  ILLADA_REQUIRE_CUDA=1 PYTHONPATH="$$cusim" "$$cusim/cusim" run --async "$$mode" $(if $(CHECKS),--check "$(CHECKS)") \
 	    $(if $(DEVICE),--device "$(DEVICE)") -- "$(BIN_CUDA)/python" -m pytest -q -p torch_on_cusim tests/cuda $(ARGS) \
 	    || exit 1; \
 	done
