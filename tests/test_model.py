@@ -202,7 +202,7 @@ def test_attention_reads_the_projection_where_it_is(name, dtype, generator, monk
 
     monkeypatch.setattr("illada.model.varlen_attention", spy)
     x, cos, sin, cu_seqlens = attention_inputs(config, generator)
-    attention(x.to(dtype), cos.to(dtype), sin.to(dtype), cu_seqlens, None)
+    attention(*attention.project(x.to(dtype), cos.to(dtype), sin.to(dtype)), cu_seqlens, None)
     (q, k, v), (fused,) = seen, projected
     heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_size
     assert fused.shape == (16, (heads + 2 * kv_heads) * dim) and v.shape == k.shape == (16, kv_heads, dim)
@@ -228,7 +228,7 @@ def test_gradients_are_those_of_three_projections(name, some_rows, generator):
     if some_rows:
         rows = torch.tensor([1, 4, 5, 14])
         queries = Queries(rows, torch.tensor([0, 2, 2, 4], dtype=torch.int32))
-    got = attention(x, cos, sin, cu_seqlens, None, None, queries)
+    got = attention(*attention.project(x, cos, sin, rows if some_rows else None), cu_seqlens, None, None, queries)
     parts = [[part.detach().requires_grad_() for part in p.split(config.qkv_sizes)] for p in fused]
     q, k, v = (
         torch.nn.functional.linear(x, *part).unflatten(-1, (-1, config.head_size)) for part in zip(*parts, strict=True)
@@ -285,6 +285,9 @@ def test_mlp_takes_few_rows_at_a_time(device, rows, parts):
     """Without gradients what it needs does not grow with the pack; "meta" goes the way of a GPU."""
 
     class Attended(torch.nn.Module):
+        def project(self, x, *arguments):
+            return x, x, x
+
         def forward(self, x, *arguments):
             return x
 
@@ -331,6 +334,40 @@ def test_hidden_states_of_some_rows(shift):
         assert relative_error(a, b) < 1e-5
     with pytest.raises(ValueError, match=r"rows must ascend within \[0, 20\), got \[3, 2\]"):
         model(tokens, cu_seqlens, rows=torch.tensor([3, 2]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("name", VARIANTS)
+@torch.no_grad()
+def test_first_layer_is_kept_where_tokens_stay(name, layers, dtype, generator):
+    """Only what changes is projected again, and a part of the tokens goes on as if the others had never been there."""
+    model = MaskedDiffusionModel(dataclasses.replace(VARIANTS[name], num_hidden_layers=layers), seed=3, dtype=dtype)
+    projected = []
+    model.layers[0].self_attn.qkv_proj.register_forward_hook(lambda module, inputs, out: projected.append(len(out)))
+    cu_seqlens = torch.tensor([0, 5, 5, 16], dtype=torch.int32)
+    position_ids, rows = positions(cu_seqlens, 16), torch.tensor([0, 4, 5, 14])
+    tokens = torch.randint(50, (16,), generator=generator)
+    first = model.first_layer(tokens, position_ids)
+    changed = torch.tensor([2, 15])
+    tokens[changed] = (tokens[changed] + 1) % 50
+    first.put(changed, model.first_layer(tokens[changed], position_ids[changed]))
+    embeddings = first.x.clone()
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.05}
+    for wanted in (None, rows):
+        projected.clear()
+        got = model(tokens, cu_seqlens, first=first, rows=wanted)
+        assert not projected
+        torch.testing.assert_close(got, model(tokens, cu_seqlens, rows=wanted), **tolerance)
+    assert torch.equal(first.x, embeddings)
+    part = torch.arange(5, 16)
+    cu_seqlens = torch.tensor([0, 11], dtype=torch.int32)
+    got = model(tokens[part], cu_seqlens, first=first.take(part))
+    torch.testing.assert_close(got, model(tokens[part], cu_seqlens), **tolerance)
+    with pytest.raises(ValueError, match="first is of 16 tokens, there are 11"):
+        model(tokens[part], cu_seqlens, first=first)
+    with pytest.raises(ValueError, match=r"tokens must be in \[0, "):
+        model.first_layer(tokens + 60, position_ids)
 
 
 @pytest.mark.parametrize("shift", [False, True])

@@ -9,7 +9,8 @@
 // torch's kernels make of the same numbers. Its backward makes the scores again and relies on lse for probabilities
 // whose sum is 1; more exact scores here would make gradients worse where scores are large.
 //
-// Work: 4 rows keys D flop. The products hold 4 x kVectors sums in registers: 8 (4) loads for 16 (8) multiply-adds.
+// Work: 4 rows keys D flop. The products hold 4 x kVectors sums in registers: 8 (4) loads for 16 (8) multiply-adds. A
+// tile of fewer rows has fewer vectors, and then 8 sums of each, so that enough of them are on their way at a time.
 #pragma once
 
 #include <algorithm>
@@ -20,18 +21,18 @@
 
 namespace illada::cpu::ILLADA_ISA {
 
-constexpr int kVectors = kLanes == 16 ? 4 : 2;  // what the registers hold four times
-constexpr int kTile = kVectors * kLanes;
+constexpr int kMostVectors = kLanes == 16 ? 4 : 2;  // what the registers hold four times
+constexpr int kTileRows = kMostVectors * kLanes;
 constexpr int kKeys = 64;
-static_assert(kTile <= kMostTileRows);
+static_assert(kTileRows <= kMostTileRows);
 
 // sums[m] += sum_k a[m * next + k * step] b[k]
-template <int kSums, typename T>
+template <int kSums, int kVectors, typename T>
 inline void multiply_add(const T* a, int64_t next, int64_t step, int count, const float* b,
                          VecF (&sums)[kSums][kVectors]) {
   for (int k = 0; k < count; ++k) {
     VecF x[kVectors];
-    for (int v = 0; v < kVectors; ++v) x[v] = load(b + k * kTile + v * kLanes);
+    for (int v = 0; v < kVectors; ++v) x[v] = load(b + (k * kVectors + v) * kLanes);
     for (int m = 0; m < kSums; ++m) {
       const VecF y = splat(to_float(a[m * next + k * step]));
       for (int v = 0; v < kVectors; ++v) sums[m][v] += y * x[v];
@@ -39,29 +40,39 @@ inline void multiply_add(const T* a, int64_t next, int64_t step, int count, cons
   }
 }
 
-// f(Int<4>, 0), f(Int<4>, 4), ..., and f(Int<1>, i) of those that are left.
+// f(Int<kMany>, 0), f(Int<kMany>, kMany), ..., and f(Int<1>, i) of those that are left.
 template <int kValue>
 struct Int {
   static constexpr int value = kValue;
 };
-template <typename F>
-inline void in_fours(int count, F&& f) {
+template <int kMany, typename F>
+inline void many_at_a_time(int count, F&& f) {
   int i = 0;
-  for (; i + 4 <= count; i += 4) f(Int<4>{}, i);
+  for (; i + kMany <= count; i += kMany) f(Int<kMany>{}, i);
   for (; i < count; ++i) f(Int<1>{}, i);
 }
 
-template <typename T>
-void attend(const AttentionTile& a) {
+template <int kVectors, typename T>
+void attend_rows(const AttentionTile& a) {
+  constexpr int kTile = kVectors * kLanes, kSums = 2 * kVectors <= kMostVectors ? 8 : 4;
   alignas(64) float q[kMostHeadDim * kTile], out[kMostHeadDim * kTile], scores[kKeys * kTile], row_sum[kTile];
-  const int dim = a.head_dim;
+  const int dim = a.head_dim, whole_dim = dim - dim % kLanes;  // what vectors of a row's elements reach
   const auto token_of = [&](int row) { return (a.first_row + row) / a.group; };
   const auto head_of = [&](int row) { return (a.first_row + row) % a.group; };
-  for (int row = 0; row < kTile; ++row) {
-    const bool is_real = row < a.rows;
-    const T* const x =
-        static_cast<const T*>(a.q) + (is_real ? token_of(row) * a.q_token_stride + head_of(row) * a.q_head_stride : 0);
-    for (int d = 0; d < dim; ++d) q[d * kTile + row] = is_real ? to_float(x[d]) : 0.0f;
+  for (int first = 0; first < kTile; first += kLanes) {
+    const T* from[kLanes];
+    for (int i = 0; i < kLanes; ++i) {
+      const int row = std::min(first + i, a.rows - 1);  // what is past the last one is never looked at
+      from[i] = static_cast<const T*>(a.q) + token_of(row) * a.q_token_stride + head_of(row) * a.q_head_stride;
+    }
+    for (int d = 0; d < whole_dim; d += kLanes) {
+      VecF square[kLanes];
+      for (int i = 0; i < kLanes; ++i) square[i] = load(from[i] + d);
+      transpose(square);
+      for (int i = 0; i < kLanes; ++i) store(q + (d + i) * kTile + first, square[i]);
+    }
+    for (int d = whole_dim; d < dim; ++d)
+      for (int i = 0; i < kLanes; ++i) q[d * kTile + first + i] = to_float(from[i][d]);
   }
   std::fill_n(out, dim * kTile, 0.0f);
   VecF reference[kVectors], sum[kVectors]{};
@@ -73,7 +84,7 @@ void attend(const AttentionTile& a) {
     const T* const v = static_cast<const T*>(a.v) + first * a.v_token_stride;
     VecF top[kVectors], shrink[kVectors];
     for (int i = 0; i < kVectors; ++i) top[i] = reference[i];
-    in_fours(count, [&](auto number, int key) {
+    many_at_a_time<kSums>(count, [&](auto number, int key) {
       VecF s[number.value][kVectors]{};
       multiply_add(k + key * a.k_token_stride, a.k_token_stride, 1, dim, q, s);
       for (int m = 0; m < number.value; ++m)
@@ -95,7 +106,7 @@ void attend(const AttentionTile& a) {
         store(at, p);
         sum[i] += p;
       }
-    in_fours(dim, [&](auto number, int d) {
+    many_at_a_time<kSums>(dim, [&](auto number, int d) {
       VecF x[number.value][kVectors];
       for (int m = 0; m < number.value; ++m)
         for (int i = 0; i < kVectors; ++i) x[m][i] = load(out + (d + m) * kTile + i * kLanes) * shrink[i];
@@ -106,13 +117,36 @@ void attend(const AttentionTile& a) {
   }
 
   for (int i = 0; i < kVectors; ++i) store(row_sum + i * kLanes, sum[i]);
-  for (int row = 0; row < a.rows; ++row) {
-    const float inverse = a.keys ? 1.0f / row_sum[row] : 0.0f;
-    T* const to = static_cast<T*>(a.out) + (token_of(row) * a.num_heads + head_of(row)) * dim;
-    for (int d = 0; d < dim; ++d) store_scalar(to + d, out[d * kTile + row] * inverse);
-    a.lse[head_of(row) * a.total_q + token_of(row)] =
-        float(double(reference[row / kLanes][row % kLanes]) + std::log(row_sum[row]));
+  for (int first = 0; first < a.rows; first += kLanes) {
+    const int count = std::min(a.rows - first, kLanes);
+    T* to[kLanes];
+    float inverse[kLanes];
+    for (int i = 0; i < count; ++i) {
+      const int64_t token = token_of(first + i), head = head_of(first + i);
+      to[i] = static_cast<T*>(a.out) + (token * a.num_heads + head) * dim;
+      inverse[i] = a.keys ? 1.0f / row_sum[first + i] : 0.0f;
+      a.lse[head * a.total_q + token] = float(double(reference[first / kLanes][i]) + std::log(row_sum[first + i]));
+    }
+    for (int d = 0; d < whole_dim; d += kLanes) {
+      VecF square[kLanes];
+      for (int i = 0; i < kLanes; ++i) square[i] = load(out + (d + i) * kTile + first);
+      transpose(square);
+      for (int i = 0; i < count; ++i) store(to[i] + d, square[i] * inverse[i]);
+    }
+    for (int d = whole_dim; d < dim; ++d)
+      for (int i = 0; i < count; ++i) store_scalar(to[i] + d, out[d * kTile + first + i] * inverse[i]);
   }
+}
+
+template <typename T>
+void attend(const AttentionTile& a) {
+  const int vectors = (a.rows + kLanes - 1) / kLanes;
+  if (vectors == 1) return attend_rows<1, T>(a);
+  if constexpr (kMostVectors == 4) {
+    if (vectors == 3) return attend_rows<3, T>(a);
+    if (vectors == 4) return attend_rows<4, T>(a);
+  }
+  attend_rows<2, T>(a);
 }
 
 }  // namespace illada::cpu::ILLADA_ISA

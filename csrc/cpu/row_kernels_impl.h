@@ -357,6 +357,6 @@ void softmax_grad(const void* logits, void* grad, int64_t vocab_size, float lse,
 
 constexpr RowKernels kTable{ILLADA_ISA_NAME,        sample<float>, sample<BFloat16>, row_lse<float>,
                             row_lse<BFloat16>,      logit<float>,  logit<BFloat16>,  softmax_grad<float>,
-                            softmax_grad<BFloat16>, kTile,         attend<float>,    attend<BFloat16>};
+                            softmax_grad<BFloat16>, kTileRows,     attend<float>,    attend<BFloat16>};
 
 }  // namespace illada::cpu::ILLADA_ISA

@@ -179,4 +179,39 @@ inline void interleave(VecL a, VecL b, VecL& low, VecL& high) {
 #endif
 }
 
+// (a0, b0, a1, b1, ...) of two vectors of floats.
+inline void interleave(VecF a, VecF b, VecF& low, VecF& high) {
+#if defined(__AVX512F__)
+  const __m512i low_index = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i high_index = _mm512_set_epi32(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8);
+  low = bit_cast<VecF>(_mm512_permutex2var_ps(bit_cast<__m512>(a), low_index, bit_cast<__m512>(b)));
+  high = bit_cast<VecF>(_mm512_permutex2var_ps(bit_cast<__m512>(a), high_index, bit_cast<__m512>(b)));
+#elif defined(__AVX2__)
+  const __m256 near = _mm256_unpacklo_ps(bit_cast<__m256>(a), bit_cast<__m256>(b));  // a0 b0 a1 b1 | a4 b4 a5 b5
+  const __m256 far = _mm256_unpackhi_ps(bit_cast<__m256>(a), bit_cast<__m256>(b));   // a2 b2 a3 b3 | a6 b6 a7 b7
+  low = bit_cast<VecF>(_mm256_permute2f128_ps(near, far, 0x20));
+  high = bit_cast<VecF>(_mm256_permute2f128_ps(near, far, 0x31));
+#elif defined(__SSE2__)
+  low = bit_cast<VecF>(_mm_unpacklo_ps(bit_cast<__m128>(a), bit_cast<__m128>(b)));
+  high = bit_cast<VecF>(_mm_unpackhi_ps(bit_cast<__m128>(a), bit_cast<__m128>(b)));
+#else
+  for (int i = 0; i < kLanes / 2; ++i) {
+    low[2 * i] = a[i];
+    low[2 * i + 1] = b[i];
+    high[2 * i] = a[i + kLanes / 2];
+    high[2 * i + 1] = b[i + kLanes / 2];
+  }
+#endif
+}
+
+// A square of kLanes x kLanes, in place. An element's place is (row bits, column bits); to shuffle the halves of the
+// whole square into each other turns these bits by one, and log2(kLanes) turns swap rows and columns.
+inline void transpose(VecF (&rows)[kLanes]) {
+  for (int turn = 1; turn < kLanes; turn *= 2) {
+    VecF turned[kLanes];
+    for (int i = 0; i < kLanes / 2; ++i) interleave(rows[i], rows[i + kLanes / 2], turned[2 * i], turned[2 * i + 1]);
+    for (int i = 0; i < kLanes; ++i) rows[i] = turned[i];
+  }
+}
+
 }  // namespace illada::cpu::ILLADA_ISA

@@ -55,6 +55,27 @@ class Queries(NamedTuple):
     cu_seqlens: Tensor
 
 
+class FirstLayer(NamedTuple):
+    """What the first layer makes of each token before it looks at others: of its id and position alone.
+
+    x: [T, C], embeddings. q: [T, H, D], k, v: [T, G, D], the attention's, q and k rotated.
+    """
+
+    x: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+    def take(self, index: Tensor) -> FirstLayer:
+        """The same of tokens `index`, a copy."""
+        return FirstLayer(*(tensor[index] for tensor in self))
+
+    def put(self, index: Tensor, tokens: FirstLayer) -> None:
+        """Tokens `index` become `tokens`, in place."""
+        for tensor, new in zip(self, tokens, strict=True):
+            tensor[index] = new
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, statistics in float32, cast back before the weight (as in Hugging Face models)."""
 
@@ -97,15 +118,15 @@ class Attention(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
         cu_seqlens: Tensor,
         plan: AttentionPlan | None,
         cache: CachedKeys | None = None,
         queries: Queries | None = None,
     ) -> Tensor:
-        q, k, v = self._project(x, cos, sin, None if queries is None else queries.rows)
+        """What goes back into the residual stream, [T, C] or [N, C] of `queries`; q, k and v are `project`'s."""
         cu_seqlens_k, seqused_k = None if queries is None else cu_seqlens, None
         if cache is not None:  # k and v are this layer's
             k, v = cache.k.index_copy_(0, cache.rows, k), cache.v.index_copy_(0, cache.rows, v)
@@ -115,7 +136,7 @@ class Attention(nn.Module):
         assert isinstance(out, Tensor)
         return self.o_proj(out.flatten(1))
 
-    def _project(self, x: Tensor, cos: Tensor, sin: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """q [T, H, D] (or [N, H, D] of `rows` alone), k and v [T, G, D], rotated and without a copy: v is a view of the
         projection [T, H + 2 G, D], q and k are views of its rotated heads [T, H + G, D]."""
         heads, kv_heads = self.heads, self.kv_heads
@@ -165,15 +186,27 @@ class Layer(nn.Module):
         plan: AttentionPlan | None,
         cache: CachedKeys | None = None,
         queries: Queries | None = None,
+        projected: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """With `queries` the output of these alone [N, C]: the others only give keys and values."""
-        attended = self.self_attn(self.input_layernorm(x), cos, sin, cu_seqlens, plan, cache, queries)
+        """With `queries` the output of these alone [N, C]: the others only give keys and values.
+
+        projected: what `project` gives, where it is known.
+        """
+        if projected is None:
+            projected = self.project(x, cos, sin, queries)
+        attended = self.self_attn(*projected, cu_seqlens, plan, cache, queries)
         x = (x if queries is None else x[queries.rows]) + attended
         if torch.is_grad_enabled():
             return x + self.mlp(self.post_attention_layernorm(x))
         for part in x.split(_CPU_ROWS if x.device.type == "cpu" else _GPU_ROWS):  # x is this layer's own
             part += self.mlp(self.post_attention_layernorm(part))
         return x
+
+    def project(
+        self, x: Tensor, cos: Tensor, sin: Tensor, queries: Queries | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The attention's q (with `queries` of these alone), k and v."""
+        return self.self_attn.project(self.input_layernorm(x), cos, sin, None if queries is None else queries.rows)
 
 
 class MaskedDiffusionModel(nn.Module):
@@ -255,6 +288,7 @@ class MaskedDiffusionModel(nn.Module):
         plan: AttentionPlan | None = None,
         cache: CachedKeys | None = None,
         rows: Tensor | None = None,
+        first: FirstLayer | None = None,
     ) -> Tensor:
         """Hidden states that, times the head, give the logits of each token's own position.
 
@@ -267,15 +301,19 @@ class MaskedDiffusionModel(nn.Module):
                 Needs `position_ids`, and no gradients.
             rows: int32 or int64 [N], ascending: the tokens whose hidden states are wanted, default all. The last layer
                 then makes the keys and values of all tokens and the rest of these alone.
+            first: what `first_layer` made of these tokens, so that it is not made again.
 
         Returns:
             [T, C], or [N, C] with `rows`, after the final norm (and shifted by one position inside each sequence for
             Dream's models).
 
         Raises:
-            ValueError: wrong shapes; token ids or cu_seqlens out of range (on a CPU, where looking costs no sync).
+            ValueError: wrong shapes, `first` of another number of tokens; token ids or cu_seqlens out of range (on a
+                CPU, where looking costs no sync).
         """
         self._check(tokens, rows)
+        if first is not None and first.x.shape[0] != tokens.shape[0]:
+            raise ValueError(f"first is of {first.x.shape[0]} tokens, there are {tokens.shape[0]}")
         config = self.config
         if position_ids is None:
             if cache is not None:
@@ -291,22 +329,40 @@ class MaskedDiffusionModel(nn.Module):
                 head_dim=config.head_size,
                 total_q=tokens.shape[0],
             )
-        x = self.embed_tokens(tokens)
-        dtype = x.dtype
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-        cos, sin = rotary_tables(position_ids, config, dtype)
+        x = self.embed_tokens(tokens) if first is None else first.x
+        cos, sin = self._rotary_tables(position_ids, x.dtype)
         queries = None if rows is None else self._queries(rows, cu_seqlens, tokens.shape[0])
         for i, layer in enumerate(self.layers):
-            inputs = [x, cos, sin, cu_seqlens, plan, None if cache is None else cache.layer(i), None]
-            if queries is not None and i == len(self.layers) - 1:
+            inputs = [x, cos, sin, cu_seqlens, plan, None if cache is None else cache.layer(i), None, None]
+            last = i == len(self.layers) - 1
+            if queries is not None and last:
                 inputs[4], inputs[6] = None, queries  # a plan of their own
+            if first is not None and i == 0:
+                inputs[7] = (first.q if queries is None or not last else first.q[queries.rows], first.k, first.v)
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, *inputs, use_reentrant=False)
             else:
                 x = layer(*inputs)
         hidden = self.norm(x)
         return hidden[shifted(cu_seqlens, tokens.shape[0])] if config.logits_shift and rows is None else hidden
+
+    def first_layer(self, tokens: Tensor, position_ids: Tensor) -> FirstLayer:
+        """What the first layer makes of tokens [T] before they see each other; for `forward`, without gradients.
+
+        Worth keeping where few tokens change from one forward to the next: `FirstLayer.put` updates those.
+
+        Args, Raises: as in `forward`.
+        """
+        self._check(tokens, None)
+        x, layer = self.embed_tokens(tokens), self.layers[0]
+        assert isinstance(layer, Layer)
+        return FirstLayer(x, *layer.project(x, *self._rotary_tables(position_ids, x.dtype)))
+
+    def _rotary_tables(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """For activations of `dtype`, which is autocast's where that is on."""
+        if torch.is_autocast_enabled(position_ids.device.type):
+            dtype = torch.get_autocast_dtype(position_ids.device.type)
+        return rotary_tables(position_ids, self.config, dtype)
 
     def _queries(self, rows: Tensor, cu_seqlens: Tensor, total: int) -> Queries:
         """What the last layer computes: `rows`, or the ones before them where hidden states are shifted."""

@@ -155,28 +155,29 @@ class _Canvas:
         unique: dict[tuple[bytes, int], int] = {}
         which = np.array([unique.setdefault((item.context.tobytes(), item.length), len(unique)) for item in items])
         firsts = [items[i] for i in np.unique(which, return_index=True)[1]]
-        self._lay_out(np.array([item.size for item in firsts]))
+        first_sizes = np.array([item.size for item in firsts])
+        self._lay_out(first_sizes)
         self.tokens = self._put(self._all_masked(firsts))
+        self._first_layer = model.first_layer(self.tokens, self._position_ids)
         self.rows = self._put(ranges(starts_of(self.sizes)[:-1] + offsets, lengths).astype(np.int32))
         self._shared = len(firsts) < len(items)
         if self._shared:
-            starts = starts_of(np.array([item.size for item in firsts]))[:-1]
-            rows, inverse = np.unique(ranges(starts[which] + offsets, lengths), return_inverse=True)
+            self._starts = starts_of(first_sizes)[which]
+            rows, inverse = np.unique(ranges(self._starts + offsets, lengths), return_inverse=True)
             self._first_rows, self._inverse = self._put(rows.astype(np.int32)), self._put(inverse)
 
     def hidden(self) -> Tensor:
         """[N, C]: what, times the head, gives the logits of the N masks that are left; item by item, ascending."""
         rows = self._first_rows if self._shared else self.rows
         layout = (self._cu_seqlens, self._position_ids, self._plan)
-        hidden = hidden_states(self.model, self.tokens, rows, layout, self.cfg_scale)
+        hidden = hidden_states(self.model, self.tokens, rows, layout, self.cfg_scale, self._first_layer)
         return hidden[self._inverse] if self._shared else hidden
 
     def reveal(self, confidence: Tensor) -> Tensor:
         """Write each item's true token where `confidence` [N] is largest; int64 [S], which of the N rows it was."""
         if self._shared:  # from here on every item has a sequence of its own
             self._shared = False
-            self._lay_out(self.sizes)
-            self.tokens = self._put(self._all_masked(self.items))
+            self._take(self._starts, self.sizes)
         # -inf and NaN are never committed, but each item has to go on: they come last instead.
         finite = confidence.float().nan_to_num(nan=_LOWEST, neginf=_LOWEST)
         mask_id = self.model.config.mask_token_id
@@ -185,8 +186,13 @@ class _Canvas:
         # One row of each item is revealed, so a stable sort by "still masked" puts those first, in the items' order.
         order = (self.tokens[self.rows] == mask_id).to(torch.uint8).argsort(stable=True)
         chosen, rest = order[: len(self.items)], order[len(self.items) :]
+        revealed = self.rows[chosen].long()
         if self.cfg_scale:
-            self.tokens[self.rows[chosen] + len(self.tokens) // 2] = self.targets[chosen]
+            twins = revealed + len(self.tokens) // 2
+            self.tokens[twins] = self.tokens[revealed]
+            revealed = torch.cat([revealed, twins])
+        # The first layer sees these tokens change and no other.
+        self._first_layer.put(revealed, self.model.first_layer(self.tokens[revealed], self._position_ids[revealed]))
         self.rows, self.targets = self.rows[rest], self.targets[rest]
         self.cu_rows = self.cu_rows - torch.arange(len(self.cu_rows), dtype=torch.int32, device=self.device)
         self.step += 1
@@ -198,9 +204,6 @@ class _Canvas:
             return
         starts, counts = starts_of(self.sizes)[:-1], np.array([item.length - self.step for item in self.items])
         row_starts = starts_of(counts)[:-1]
-        index = self._put(ranges(starts[left], self.sizes[left]))
-        tokens = self.tokens[index]
-        self.tokens = torch.cat([tokens, self.tokens[index + len(self.tokens) // 2]]) if self.cfg_scale else tokens
         moved = starts_of(self.sizes[left])[:-1] - starts[left]
         rows = self._put(ranges(row_starts[left], counts[left]))
         self.rows = self.rows[rows] + self._put(np.repeat(moved, counts[left]).astype(np.int32))
@@ -209,7 +212,7 @@ class _Canvas:
         self.items, self.sizes = [self.items[i] for i in left], self.sizes[left]
         self.indices = self._put(np.array([item.index for item in self.items], dtype=np.int64))
         if self.items:
-            self._lay_out(self.sizes)
+            self._take(starts[left], self.sizes)
 
     def _all_masked(self, items: list[Item]) -> NDArray[np.int64]:
         mask_id = self.model.config.mask_token_id
@@ -217,6 +220,14 @@ class _Canvas:
         if self.cfg_scale:
             sequences += [without_context(s, len(i.context), mask_id) for s, i in zip(sequences, items, strict=True)]
         return np.concatenate(sequences)
+
+    def _take(self, starts: NDArray[np.int64], sizes: NDArray[np.int64]) -> None:
+        """The sequences that start there now are all, in this order."""
+        index = self._put(ranges(starts, sizes))
+        if self.cfg_scale:
+            index = torch.cat([index, index + len(self.tokens) // 2])
+        self.tokens, self._first_layer = self.tokens[index], self._first_layer.take(index)
+        self._lay_out(sizes)
 
     def _lay_out(self, sizes: NDArray[np.int64]) -> None:
         """What depends on the sequences' lengths alone, made once for all steps until one of them leaves."""

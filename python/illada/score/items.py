@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from illada.config import ModelConfig
-from illada.model import MaskedDiffusionModel
+from illada.model import FirstLayer, MaskedDiffusionModel
 from illada.ops import AttentionPlan, attention_plan, linear_masked_cross_entropy
 
 #: Packed tokens of one forward pass, both sequences of guidance counted.
@@ -117,13 +117,18 @@ def truncate_context(
 
 
 def hidden_states(
-    model: MaskedDiffusionModel, tokens: Tensor, rows: Tensor, layout: Layout, cfg_scale: float
+    model: MaskedDiffusionModel,
+    tokens: Tensor,
+    rows: Tensor,
+    layout: Layout,
+    cfg_scale: float,
+    first: FirstLayer | None = None,
 ) -> Tensor:
     """[N, C] of ascending `rows`. With guidance `tokens` are twice as many, and un + (w + 1) (cond - un) of the hidden
     states has the logits of the guided model: the head is linear, so it runs once."""
     cu_seqlens, position_ids, plan = layout
     wanted = torch.cat([rows, rows + len(tokens) // 2]) if cfg_scale else rows
-    hidden = model(tokens, cu_seqlens, position_ids=position_ids, plan=plan, rows=wanted)
+    hidden = model(tokens, cu_seqlens, position_ids=position_ids, plan=plan, rows=wanted, first=first)
     if not cfg_scale:
         return hidden
     conditional, unconditional = hidden.float().chunk(2)
