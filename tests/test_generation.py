@@ -21,6 +21,12 @@ def model():
     return oracle.make_model()
 
 
+@pytest.fixture(autouse=True, params=[0, 256], ids=["kept", "short"])
+def few_tokens(request, monkeypatch):
+    """Short packs do not keep the first layer's part from step to step; here they do, too, or they do not."""
+    monkeypatch.setattr("illada.generation.step._FEW_TOKENS", request.param)
+
+
 def equals_the_oracle(model, config, prompts=WITH_TEXT):
     config = dataclasses.replace(config, stop_tokens=())
     for prompt, result in zip(prompts, generate(model, prompts, config), strict=True):

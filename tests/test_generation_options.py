@@ -188,14 +188,32 @@ MIXED = [
 MIXED_PROMPTS = [[7, 8, 9], [11], [20, 21, 22], [30] * 9, [8], [7, MASK, 9, MASK], [40, 2]]
 
 
+@pytest.mark.parametrize("few_tokens", [0, 256])
 @pytest.mark.parametrize("batch_size", [None, 2, 3])
-def test_unequal_requests_in_one_batch(model, batch_size):
+def test_unequal_requests_in_one_batch(model, batch_size, few_tokens, monkeypatch):
     """Lengths, blocks, rules, temperatures, guidance and seeds of their own: as each alone, in any order."""
+    monkeypatch.setattr("illada.generation.step._FEW_TOKENS", few_tokens)
     seeds = [5, 2**62, -3, 0, 1, 7, 7]
     alone = [generate(model, [p], c, seed=s)[0] for p, c, s in zip(MIXED_PROMPTS, MIXED, seeds, strict=True)]
     assert generate(model, MIXED_PROMPTS, MIXED, seed=seeds, batch_size=batch_size) == alone
     back = generate(model, MIXED_PROMPTS[::-1], MIXED[::-1], seed=seeds[::-1], batch_size=batch_size)
     assert back[::-1] == alone
+
+
+@pytest.mark.parametrize(
+    "cache,few_tokens,want", [("none", 0, [40] + [2] * 7), ("none", 256, [40] * 8), ("prefix", 0, [40] + [16] * 7)]
+)
+def test_first_layer_is_kept_between_steps(model, cache, few_tokens, want, monkeypatch):
+    """Two sequences of 12 and 28 tokens change by one token each in a step; with a cache there are the blocks alone."""
+    monkeypatch.setattr("illada.generation.step._FEW_TOKENS", few_tokens)
+    config = GenerationConfig(gen_length=8, block_length=8, steps=8, cache=cache, stop_tokens=())
+    projected = []
+    hook = model.layers[0].self_attn.qkv_proj.register_forward_hook(
+        lambda module, inputs, out: projected.append(len(out))
+    )
+    generate(model, [[7, 8, 9, 10], [30] * 20], config)
+    hook.remove()
+    assert projected == want
 
 
 def test_callbacks_tell_it_all(model):

@@ -81,6 +81,7 @@ def generate(
     cache, free = _make_cache(model, list(waiting), size)
     graphed = graphs.GraphedSteps(graphs.CudaCapture()) if cuda_graphs and graphs.available(model, cache) else None
 
+    first_layers = step.FirstLayers(model)
     active: list[Request] = []
     results: list[GenerationResult | None] = [None] * len(prompts)
     total = sum(sum(map(len, r.blocks)) for r in waiting)
@@ -92,7 +93,7 @@ def generate(
                 request = waiting.popleft()
                 request.slots = tuple(free.pop(0) for _ in range(1 + request.guided)) if cache is not None else ()
                 active.append(request)
-            committed = _advance(model, active, cache, graphed)
+            committed = _advance(model, active, cache, graphed, first_layers)
             forwards += 1
             for request, positions, _ in committed:
                 if on_commit is not None and len(positions):
@@ -123,7 +124,11 @@ def encode(tokenizer: Any, text: str, name: str) -> list[int]:
 
 
 def _advance(
-    model: MaskedDiffusionModel, active: list[Request], cache: KeyValueCache | None, graphed: graphs.GraphedSteps | None
+    model: MaskedDiffusionModel,
+    active: list[Request],
+    cache: KeyValueCache | None,
+    graphed: graphs.GraphedSteps | None,
+    first_layers: step.FirstLayers,
 ) -> list[tuple[Request, np.ndarray, int]]:
     """One step of all active requests: (request, positions it committed, how many tokens more it has now)."""
     if graphed is not None and graphs.suitable(active):
@@ -131,7 +136,8 @@ def _advance(
         tokens = graphed.run(model, layout)
     else:
         layout = step.lay_out(model, active, cache)
-        tokens = step.run(model, layout.upload(model.device), layout.calls)
+        inputs = layout.upload(model.device)
+        tokens = step.run(model, inputs, layout.calls, first_layers.of(layout, inputs))
     now = tokens.cpu().numpy()  # the one wait for the device in a step
     done, at = [], 0
     for group, members in zip(layout.arrays.groups, layout.members, strict=True):

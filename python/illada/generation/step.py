@@ -17,7 +17,7 @@ from torch import Tensor
 from illada.generation.cache import KeyValueCache
 from illada.generation.request import Request, RuleCall
 from illada.generation.rules import order_noise
-from illada.model import CachedKeys, MaskedDiffusionModel
+from illada.model import CachedKeys, FirstLayer, MaskedDiffusionModel
 from illada.ops import linear_sample_tokens, remask
 from illada.ops.types import LogitBias
 
@@ -271,11 +271,43 @@ def _bias(members: list[tuple[Request, NDArray]], blank_rows: int) -> LogitBias 
 # ----------------------------------------------------------------------------------------------------------- device
 
 
-def run(model: MaskedDiffusionModel, inputs: StepInputs, calls: Sequence[RuleCall]) -> Tensor:
+#: A pack of fewer is projected whole: the calls that pick what changed cost more than they save.
+_FEW_TOKENS = 256
+
+
+class FirstLayers:
+    """The first layer's part of each step, kept from the one before for the tokens that are where they were.
+
+    Only on a CPU, where models have few layers, and without a cache, with which a step has few tokens.
+    """
+
+    def __init__(self, model: MaskedDiffusionModel) -> None:
+        self._model = model
+        self._known: tuple[NDArray, FirstLayer] | None = None
+
+    def of(self, layout: Layout, inputs: StepInputs) -> FirstLayer | None:
+        """For `run` of these inputs, which it has not changed yet; None where it is not worth it."""
+        if inputs.cache is not None or self._model.device.type != "cpu" or len(inputs.tokens) < _FEW_TOKENS:
+            return None
+        tokens = np.stack([layout.arrays.tokens, layout.arrays.position_ids], axis=1)
+        if self._known is not None and self._known[0].shape == tokens.shape:
+            before, first = self._known
+            changed = torch.from_numpy((before != tokens).any(axis=1).nonzero()[0])
+            first.put(changed, self._model.first_layer(inputs.tokens[changed], inputs.position_ids[changed]))
+        else:
+            first = self._model.first_layer(inputs.tokens, inputs.position_ids)
+        self._known = (tokens, first)
+        return first
+
+
+def run(
+    model: MaskedDiffusionModel, inputs: StepInputs, calls: Sequence[RuleCall], first: FirstLayer | None = None
+) -> Tensor:
     """One forward pass and its commits; the tokens int64 [N] that the candidates of all groups hold then. No sync."""
     hidden = model(
-        inputs.tokens, inputs.cu_seqlens, position_ids=inputs.position_ids, cache=inputs.cache, rows=inputs.wanted
-    )
+        inputs.tokens, inputs.cu_seqlens, position_ids=inputs.position_ids, cache=inputs.cache, rows=inputs.wanted,
+        first=first,
+    )  # fmt: skip
     for group, call in zip(inputs.groups, calls, strict=True):
         _commit(model, hidden, inputs.tokens, group, call)
     return inputs.tokens[torch.cat([group.rows for group in inputs.groups])]
