@@ -58,22 +58,25 @@ class Queries(NamedTuple):
 class FirstLayer(NamedTuple):
     """What the first layer makes of each token before it looks at others: of its id and position alone.
 
-    x: [T, C], embeddings. q: [T, H, D], k, v: [T, G, D], the attention's, q and k rotated.
+    x: [T, C], embeddings. cos, sin: [T, 1, D], of RoPE, for all layers. q: [T, H, D], k, v: [T, G, D], the first
+    layer's, q and k rotated.
     """
 
     x: Tensor
+    cos: Tensor
+    sin: Tensor
     q: Tensor
     k: Tensor
     v: Tensor
 
     def take(self, index: Tensor) -> FirstLayer:
-        """The same of tokens `index`, a copy."""
-        return FirstLayer(*(tensor[index] for tensor in self))
+        """The same of tokens `index`, int64 [n]; a copy."""
+        return FirstLayer(*(tensor.index_select(0, index) for tensor in self))
 
     def put(self, index: Tensor, tokens: FirstLayer) -> None:
-        """Tokens `index` become `tokens`, in place."""
+        """Tokens `index`, int64 [n], become `tokens`; in place."""
         for tensor, new in zip(self, tokens, strict=True):
-            tensor[index] = new
+            tensor.index_copy_(0, index, new)
 
 
 class RMSNorm(nn.Module):
@@ -329,8 +332,11 @@ class MaskedDiffusionModel(nn.Module):
                 head_dim=config.head_size,
                 total_q=tokens.shape[0],
             )
-        x = self.embed_tokens(tokens) if first is None else first.x
-        cos, sin = self._rotary_tables(position_ids, x.dtype)
+        if first is None:
+            x = self.embed_tokens(tokens)
+            cos, sin = self._rotary_tables(position_ids, x.dtype)
+        else:
+            x, cos, sin = first.x, first.cos, first.sin
         queries = None if rows is None else self._queries(rows, cu_seqlens, tokens.shape[0])
         for i, layer in enumerate(self.layers):
             inputs = [x, cos, sin, cu_seqlens, plan, None if cache is None else cache.layer(i), None, None]
@@ -356,7 +362,8 @@ class MaskedDiffusionModel(nn.Module):
         self._check(tokens, None)
         x, layer = self.embed_tokens(tokens), self.layers[0]
         assert isinstance(layer, Layer)
-        return FirstLayer(x, *layer.project(x, *self._rotary_tables(position_ids, x.dtype)))
+        cos, sin = self._rotary_tables(position_ids, x.dtype)
+        return FirstLayer(x, cos, sin, *layer.project(x, cos, sin))
 
     def _rotary_tables(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """For activations of `dtype`, which is autocast's where that is on."""

@@ -289,10 +289,10 @@ class FirstLayers:
         """For `run` of these inputs, which it has not changed yet; None where it is not worth it."""
         if inputs.cache is not None or self._model.device.type != "cpu" or len(inputs.tokens) < _FEW_TOKENS:
             return None
-        tokens = np.stack([layout.arrays.tokens, layout.arrays.position_ids], axis=1)
+        tokens = np.stack([layout.arrays.tokens, layout.arrays.position_ids])
         if self._known is not None and self._known[0].shape == tokens.shape:
             before, first = self._known
-            changed = torch.from_numpy((before != tokens).any(axis=1).nonzero()[0])
+            changed = torch.from_numpy(np.flatnonzero((before != tokens).any(axis=0)))
             first.put(changed, self._model.first_layer(inputs.tokens[changed], inputs.position_ids[changed]))
         else:
             first = self._model.first_layer(inputs.tokens, inputs.position_ids)
