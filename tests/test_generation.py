@@ -21,10 +21,10 @@ def model():
     return oracle.make_model()
 
 
-@pytest.fixture(autouse=True, params=[0, 256], ids=["kept", "short"])
-def few_tokens(request, monkeypatch):
-    """Short packs do not keep the first layer's part from step to step; here they do, too, or they do not."""
-    monkeypatch.setattr("illada.generation.step._FEW_TOKENS", request.param)
+@pytest.fixture(autouse=True)
+def kept_first_layer(monkeypatch):
+    """Packs as short as these do what long ones do: keep the first layer's part from step to step."""
+    monkeypatch.setattr("illada.generation.step._FEW_TOKENS", 0)
 
 
 def equals_the_oracle(model, config, prompts=WITH_TEXT):
@@ -63,6 +63,13 @@ def test_published_options(model, mode, length, block, steps, options):
         for a, b in zip(generate(model, WITH_TEXT, config), generate(model, WITH_TEXT, plain), strict=True)
     ]
     assert any(changed)  # the option does something here
+
+
+@pytest.mark.parametrize("mode", ["var", "fixed"])
+def test_short_packs(model, mode, monkeypatch):
+    """They project all tokens in each step."""
+    monkeypatch.setattr("illada.generation.step._FEW_TOKENS", 256)
+    equals_the_oracle(model, GenerationConfig(mode=mode, gen_length=16, block_length=8, steps=8))
 
 
 @pytest.mark.parametrize("measure", ["probability", "margin", "entropy"])
