@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import illada
 from illada.config import ModelConfig
-from illada.model import MaskedDiffusionModel
+from illada.model import FirstLayer, MaskedDiffusionModel
 from illada.score import confidence_score, is_greedy, monte_carlo_likelihood, monte_carlo_masks, truncate_context
 from illada.score.items import make_items
 from illada.score.monte_carlo import _estimate
@@ -218,6 +218,23 @@ def test_equal_sequences_are_run_once(gqa, monkeypatch):
     seen.clear()
     monte_carlo_likelihood(gqa, [QUESTION], [[40, 41, 42]], num_samples=128)
     assert sum(sequences for sequences, _ in seen) <= 7
+
+
+@pytest.mark.parametrize("cfg_scale", [0.0, 0.7])
+def test_first_layer_is_kept_between_steps(gqa, cfg_scale, monkeypatch):
+    """What is revealed is projected again, for those that go on alone; what a context's last candidates share stays so."""
+    projected, taken, take = [], [], FirstLayer.take
+    monkeypatch.setattr(FirstLayer, "take", lambda first, index: taken.append(len(index)) or take(first, index))
+    layer = gqa.layers[0].self_attn.qkv_proj
+    hook = layer.register_forward_hook(lambda module, inputs, out: projected.append(len(out)))
+    half = 2 if cfg_scale else 1
+    confidence_score(gqa, [QUESTION] * 50, [[i] for i in range(20, 70)], cfg_scale=cfg_scale)
+    assert projected == [half * (len(QUESTION) + 1)] and not taken
+    projected.clear()
+    confidence_score(gqa, [QUESTION] * 4, [[20, 21, 22], [23, 24, 25], [26], [27]], cfg_scale=cfg_scale)
+    hook.remove()
+    assert projected == [half * n for n in (2 * len(QUESTION) + 4, 2, 2)]
+    assert taken == [half * 2 * (len(QUESTION) + 3)]
 
 
 def test_packs_stay_below_max_tokens(gqa, monkeypatch):

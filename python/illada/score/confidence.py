@@ -138,6 +138,7 @@ class _Canvas:
 
     Sequences lie end to end in `tokens`; with guidance a second time behind all of them, contexts masked. How many
     masks each item has left is known on the host, which of them is known on the device alone, so nothing waits for it.
+    A step is `hidden`, `reveal`, `keep`; the first layer sees the revealed tokens change and no other, and is kept.
     """
 
     def __init__(self, model: MaskedDiffusionModel, items: list[Item], cfg_scale: float) -> None:
@@ -159,6 +160,7 @@ class _Canvas:
         self._lay_out(first_sizes)
         self.tokens = self._put(self._all_masked(firsts))
         self._first_layer = model.first_layer(self.tokens, self._position_ids)
+        self._sources: Tensor | None = None  # where in it what `tokens` holds now was; None: it is up to date
         self.rows = self._put(ranges(starts_of(self.sizes)[:-1] + offsets, lengths).astype(np.int32))
         self._shared = len(firsts) < len(items)
         if self._shared:
@@ -177,7 +179,8 @@ class _Canvas:
         """Write each item's true token where `confidence` [N] is largest; int64 [S], which of the N rows it was."""
         if self._shared:  # from here on every item has a sequence of its own
             self._shared = False
-            self._take(self._starts, self.sizes)
+            self._sources = self._with_twins(self._put(ranges(self._starts, self.sizes)))
+            self.tokens = self.tokens[self._sources]
         # -inf and NaN are never committed, but each item has to go on: they come last instead.
         finite = confidence.float().nan_to_num(nan=_LOWEST, neginf=_LOWEST)
         mask_id = self.model.config.mask_token_id
@@ -186,13 +189,9 @@ class _Canvas:
         # One row of each item is revealed, so a stable sort by "still masked" puts those first, in the items' order.
         order = (self.tokens[self.rows] == mask_id).to(torch.uint8).argsort(stable=True)
         chosen, rest = order[: len(self.items)], order[len(self.items) :]
-        revealed = self.rows[chosen].long()
+        self._revealed = self.rows[chosen]
         if self.cfg_scale:
-            twins = revealed + len(self.tokens) // 2
-            self.tokens[twins] = self.tokens[revealed]
-            revealed = torch.cat([revealed, twins])
-        # The first layer sees these tokens change and no other.
-        self._first_layer.put(revealed, self.model.first_layer(self.tokens[revealed], self._position_ids[revealed]))
+            self.tokens[self._revealed + len(self.tokens) // 2] = self.targets[chosen]
         self.rows, self.targets = self.rows[rest], self.targets[rest]
         self.cu_rows = self.cu_rows - torch.arange(len(self.cu_rows), dtype=torch.int32, device=self.device)
         self.step += 1
@@ -200,19 +199,30 @@ class _Canvas:
 
     def keep(self, left: list[int]) -> None:
         """Go on with these items only, given by their ascending places in `items`."""
-        if len(left) == len(self.items):
+        if len(left) < len(self.items):
+            self._drop_others(left)
+        if not self.items:
             return
+        if self._sources is not None:
+            self._first_layer, self._sources = self._first_layer.take(self._sources), None
+            self._lay_out(self.sizes)
+        revealed = self._with_twins(self._revealed.long())
+        self._first_layer.put(revealed, self.model.first_layer(self.tokens[revealed], self._position_ids[revealed]))
+
+    def _drop_others(self, left: list[int]) -> None:
         starts, counts = starts_of(self.sizes)[:-1], np.array([item.length - self.step for item in self.items])
         row_starts = starts_of(counts)[:-1]
-        moved = starts_of(self.sizes[left])[:-1] - starts[left]
+        index = self._with_twins(self._put(ranges(starts[left], self.sizes[left])))
+        self.tokens = self.tokens[index]
+        self._sources = index if self._sources is None else self._sources[index]
+        moved = (starts_of(self.sizes[left])[:-1] - starts[left]).astype(np.int32)
+        self._revealed = self._revealed[self._put(np.array(left, dtype=np.int64))] + self._put(moved)
         rows = self._put(ranges(row_starts[left], counts[left]))
-        self.rows = self.rows[rows] + self._put(np.repeat(moved, counts[left]).astype(np.int32))
+        self.rows = self.rows[rows] + self._put(np.repeat(moved, counts[left]))
         self.targets = self.targets[rows]
         self.cu_rows = self._put(starts_of(counts[left]).astype(np.int32))
         self.items, self.sizes = [self.items[i] for i in left], self.sizes[left]
         self.indices = self._put(np.array([item.index for item in self.items], dtype=np.int64))
-        if self.items:
-            self._take(starts[left], self.sizes)
 
     def _all_masked(self, items: list[Item]) -> NDArray[np.int64]:
         mask_id = self.model.config.mask_token_id
@@ -221,13 +231,9 @@ class _Canvas:
             sequences += [without_context(s, len(i.context), mask_id) for s, i in zip(sequences, items, strict=True)]
         return np.concatenate(sequences)
 
-    def _take(self, starts: NDArray[np.int64], sizes: NDArray[np.int64]) -> None:
-        """The sequences that start there now are all, in this order."""
-        index = self._put(ranges(starts, sizes))
-        if self.cfg_scale:
-            index = torch.cat([index, index + len(self.tokens) // 2])
-        self.tokens, self._first_layer = self.tokens[index], self._first_layer.take(index)
-        self._lay_out(sizes)
+    def _with_twins(self, index: Tensor) -> Tensor:
+        """int64 places in `tokens`, with guidance those of the second half behind them."""
+        return torch.cat([index, index + len(self.tokens) // 2]) if self.cfg_scale else index
 
     def _lay_out(self, sizes: NDArray[np.int64]) -> None:
         """What depends on the sequences' lengths alone, made once for all steps until one of them leaves."""
