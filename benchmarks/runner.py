@@ -23,10 +23,11 @@ from tqdm import tqdm
 
 from benchmarks import timing
 from benchmarks.timing import CPU
+from illada.ops import variants
 
 KEYS = (
     "bench", "case", "provider", "median_ms", "p20_ms", "p80_ms", "flops", "bytes", "peak_memory_bytes", "error",
-    "counts", "device", "torch", "commit", "timing", "date",
+    "counts", "device", "torch", "commit", "timing", "variants", "date",
 )  # fmt: skip
 
 
@@ -109,6 +110,7 @@ def run(
         "device": timing.device_name(device),
         "torch": torch.__version__,
         "commit": commit(),
+        "variants": variants.describe() if device.type == "cuda" else None,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     records = []

@@ -7,6 +7,7 @@
 
 #include "attention/launch.h"
 #include "attention/tiles_sm90.cuh"
+#include "common/registers_sm90.cuh"
 
 namespace illada::attention {
 namespace {
@@ -73,7 +74,9 @@ struct SumsJob {
 template <int kHeadDim>
 struct KeysShared {
   static constexpr int kRows = kHeadDim == 128 ? 64 : 128;  // of a step
-  static constexpr int kStages = 3, kThreads = 384, kJobs = 4;
+  static constexpr int kStages = 3, kJobs = 4;
+  using Registers = RegisterSplit<2, 40, 232>;
+  static constexpr int kThreads = Registers::kThreads;
   using KeyTile = Tile<kBackwardKeys, kHeadDim>;
   using RowTile = Tile<kRows, kHeadDim>;
   using ScoreTile = Tile<kBackwardKeys, kRows>;

@@ -28,6 +28,7 @@
 #include "attention/launch.h"
 #include "attention/query_sums_sm90.cuh"
 #include "attention/tiles_sm90.cuh"
+#include "common/dependent_launch.h"
 #include "common/ptx.cuh"
 #include "common/reduce.cuh"
 
@@ -35,12 +36,10 @@ namespace illada::attention {
 namespace {
 
 template <typename T, int kHeadDim, bool kFused, bool kOrdered>
-__global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
-                             1) void illada_attention_backward_keys_sm90(const __grid_constant__ CUtensorMap q_map,
-                                                                         const __grid_constant__ CUtensorMap dout_map,
-                                                                         const __grid_constant__ CUtensorMap k_map,
-                                                                         const __grid_constant__ CUtensorMap v_map,
-                                                                         const __grid_constant__ KeysArguments a) {
+__global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads, 1) void illada_attention_backward_keys_sm90(
+    const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap dout_map,
+    const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map,
+    const __grid_constant__ KeysArguments a, const __grid_constant__ DependentLaunch launch) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Shared = KeysShared<kHeadDim>;
   static_assert(kFused || !kOrdered);
@@ -58,11 +57,10 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
   }
   clear_missing_rows(a, shared);
   __syncthreads();
-  ptx::griddepcontrol_wait();
-  ptx::griddepcontrol_launch_dependents();
+  wait_for_previous_kernel(launch);
 
   if (threadIdx.x >= 256) {  // ------------------------------------------------------------------------- producers
-    ptx::setmaxnreg_decrease<32>();
+    Shared::Registers::as_producer();
     const int warp = __shfl_sync(kFullWarp, int(threadIdx.x) / 32 - 8, 0);
     if (threadIdx.x == 256) {
       load_tiles<kHeadDim, kOrdered>(a, shared, at, q_map, dout_map, k_map, v_map);
@@ -74,7 +72,7 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads,
       convert_jobs<T, kHeadDim>(a, shared, at, warp);
     }
   } else {  // ------------------------------------------------------------------------------------------- consumers
-    ptx::setmaxnreg_increase<240>();
+    Shared::Registers::as_consumer();
     multiply_keys<T, kHeadDim, kFused, kOrdered>(a, shared, at);
     write_unseen_keys<kHeadDim>(a);
   }

@@ -27,9 +27,11 @@
 #include "attention/launch.h"
 #include "attention/row_pair.cuh"
 #include "attention/tiles_sm90.cuh"
+#include "common/dependent_launch.h"
 #include "common/dtype.cuh"
 #include "common/ptx.cuh"
 #include "common/reduce.cuh"
+#include "common/registers_sm90.cuh"
 #include "common/ring.cuh"
 #include "common/tensor_map.h"
 #include "common/wgmma.cuh"
@@ -39,7 +41,9 @@ namespace {
 
 template <int kHeadDim>
 struct QueriesShared {
-  static constexpr int kKeys = 128, kSlices = kHeadDim / 64, kStages = 2, kThreads = 384;
+  static constexpr int kKeys = 128, kSlices = kHeadDim / 64, kStages = 2;
+  using Registers = RegisterSplit<2, 40, 232>;
+  static constexpr int kThreads = Registers::kThreads;
   using KeyTile = Tile<kKeys, kHeadDim>;
   using RowTile = Tile<kBlockRows, kHeadDim>;
   RowTile q[2], dout[2];  // of each warpgroup
@@ -85,7 +89,7 @@ template <typename T, int kHeadDim>
 __global__ __launch_bounds__(QueriesShared<kHeadDim>::kThreads, 1) void illada_attention_backward_queries_sm90(
     const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap dout_map,
     const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map,
-    const __grid_constant__ QueriesArguments a) {
+    const __grid_constant__ QueriesArguments a, const __grid_constant__ DependentLaunch launch) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Shared = QueriesShared<kHeadDim>;
   constexpr int kKeys = Shared::kKeys, kSlices = Shared::kSlices, kStages = Shared::kStages;
@@ -116,11 +120,10 @@ __global__ __launch_bounds__(QueriesShared<kHeadDim>::kThreads, 1) void illada_a
     ptx::fence_mbarrier_init();
   }
   __syncthreads();
-  ptx::griddepcontrol_wait();
-  ptx::griddepcontrol_launch_dependents();
+  wait_for_previous_kernel(launch);
 
   if (threadIdx.x >= 256) {  // -------------------------------------------------------------------------- producer
-    ptx::setmaxnreg_decrease<32>();
+    Shared::Registers::as_producer();
     if (threadIdx.x == 256) {
       Ring<kStages> ring;
       const auto load_keys = [&](const CUtensorMap* map, uint32_t tile, uint32_t full, uint32_t empty,
@@ -161,7 +164,7 @@ __global__ __launch_bounds__(QueriesShared<kHeadDim>::kThreads, 1) void illada_a
       }
     }
   } else {  // ------------------------------------------------------------------------------------------- consumers
-    ptx::setmaxnreg_increase<240>();
+    Shared::Registers::as_consumer();
     const int warpgroup = __shfl_sync(kFullWarp, int(threadIdx.x) / 128, 0), thread = int(threadIdx.x) % 128;
     const int own_turn = 1 + warpgroup, next_turn = 2 - warpgroup;
     const int lane = thread % 32;

@@ -8,6 +8,7 @@
 #include <cmath>
 
 #include "attention/launch.h"
+#include "common/dependent_launch.h"
 #include "common/dtype.cuh"
 #include "common/ptx.cuh"
 #include "common/reduce.cuh"
@@ -34,10 +35,9 @@ struct RowsArguments {
 
 template <typename T, int kHeadDim>
 __global__ __launch_bounds__(kThreads) void illada_attention_backward_rows_sm80(
-    const __grid_constant__ RowsArguments a) {
+    const __grid_constant__ RowsArguments a, const __grid_constant__ DependentLaunch launch) {
   constexpr int kLanes = kHeadDim / 8, kRows = kThreads / kLanes;  // lanes of a row, rows of a CTA at a time
-  ptx::griddepcontrol_wait();
-  ptx::griddepcontrol_launch_dependents();
+  wait_for_previous_kernel(launch);
   const int idle = plan_header(a.plan).idle;
   const int column = int(threadIdx.x) % kLanes * 8;
   const int64_t first = (int64_t(blockIdx.x) * kUnroll) * kRows + int(threadIdx.x) / kLanes;
@@ -99,9 +99,8 @@ struct FinishArguments {
 
 template <typename T>
 __global__ __launch_bounds__(kThreads) void illada_attention_backward_finish_sm80(
-    const __grid_constant__ FinishArguments a) {
-  ptx::griddepcontrol_wait();
-  ptx::griddepcontrol_launch_dependents();
+    const __grid_constant__ FinishArguments a, const __grid_constant__ DependentLaunch launch) {
+  wait_for_previous_kernel(launch);
   const int which = blockIdx.x < a.ctas ? 0 : 1;
   const uint32_t cta = blockIdx.x - (which ? a.ctas : 0);
   const int64_t first = int64_t(cta) * (kThreads * kUnroll) + threadIdx.x, count = a.count;

@@ -29,6 +29,7 @@
 #include "attention/launch.h"
 #include "attention/row_pair.cuh"
 #include "attention/tiles_sm80.cuh"
+#include "common/dependent_launch.h"
 #include "common/dtype.cuh"
 #include "common/ptx.cuh"
 
@@ -144,16 +145,15 @@ __device__ __forceinline__ void add_product(float (&sum)[kBlocks][kHeadDim / 2],
 }
 
 template <typename T, int kHeadDim>
-__global__ __launch_bounds__(kThreads,
-                             2) void illada_attention_backward_keys_sm80(const __grid_constant__ BackwardArguments a) {
+__global__ __launch_bounds__(kThreads, 2) void illada_attention_backward_keys_sm80(
+    const __grid_constant__ BackwardArguments a, const __grid_constant__ DependentLaunch launch) {
   using Tiles = BackwardTiles<kHeadDim>;
   constexpr bool kIsBFloat16 = std::is_same_v<T, BFloat16>;
   constexpr int kBlocks = Tiles::kBlocks, kOwn = Tiles::kOwn, kTile = Tiles::kTile, kRowBytes = Tiles::kRowBytes;
   constexpr int kParts = kBackwardKeys / kOwn;  // CTAs of an item
   extern __shared__ __align__(1024) char raw_shared[];
   BackwardStorage<kHeadDim>& shared = *reinterpret_cast<BackwardStorage<kHeadDim>*>(raw_shared);
-  ptx::griddepcontrol_wait();
-  ptx::griddepcontrol_launch_dependents();
+  wait_for_previous_kernel(launch);
   const int index = int(blockIdx.x / kParts);
   if (index >= plan_header(a.plan).backward_items) return;
   WorkItem part = backward_items(a.plan, a.first_backward_row)[index];
@@ -272,7 +272,7 @@ __global__ __launch_bounds__(kThreads,
 
 template <typename T, int kHeadDim>
 __global__ __launch_bounds__(kThreads, kHeadDim == 128 ? 3 : 2) void illada_attention_backward_queries_sm80(
-    const __grid_constant__ BackwardArguments a) {
+    const __grid_constant__ BackwardArguments a, const __grid_constant__ DependentLaunch launch) {
   using Tiles = BackwardTiles<kHeadDim>;
   constexpr bool kIsBFloat16 = std::is_same_v<T, BFloat16>;
   constexpr int kBlocks = Tiles::kBlocks, kOwn = Tiles::kOwn, kTile = Tiles::kTile, kRowBytes = Tiles::kRowBytes;
@@ -281,8 +281,7 @@ __global__ __launch_bounds__(kThreads, kHeadDim == 128 ? 3 : 2) void illada_atte
   static_assert(kTile % (16 * kSteps) == 0);
   extern __shared__ __align__(1024) char raw_shared[];
   BackwardStorage<kHeadDim>& shared = *reinterpret_cast<BackwardStorage<kHeadDim>*>(raw_shared);
-  ptx::griddepcontrol_wait();
-  ptx::griddepcontrol_launch_dependents();
+  wait_for_previous_kernel(launch);
   const int index = int(blockIdx.x / kParts), items = plan_header(a.plan).forward_items;
   if (index >= items) return;
   WorkItem part = forward_items(a.plan)[index];

@@ -8,6 +8,7 @@
 #include <cmath>
 
 #include "attention/launch.h"
+#include "common/dependent_launch.h"
 #include "common/dtype.cuh"
 #include "common/ptx.cuh"
 
@@ -25,10 +26,10 @@ struct CombineArguments {
 };
 
 template <typename T, int kHeadDim>
-__global__ __launch_bounds__(kThreads) void illada_attention_combine_sm80(const __grid_constant__ CombineArguments a) {
+__global__ __launch_bounds__(kThreads) void illada_attention_combine_sm80(
+    const __grid_constant__ CombineArguments a, const __grid_constant__ DependentLaunch launch) {
   constexpr int kColumns = kHeadDim / 8, kRows = kThreads / kColumns;
-  ptx::griddepcontrol_wait();
-  ptx::griddepcontrol_launch_dependents();
+  wait_for_previous_kernel(launch);
   const int units = plan_header(a.plan).forward_items * a.row_chunks;
   const int column = int(threadIdx.x) % kColumns * 8;
   for (int unit = int(blockIdx.x); unit < units; unit += int(gridDim.x)) {

@@ -32,6 +32,7 @@
 #include "attention/launch.h"
 #include "attention/row_pair.cuh"
 #include "attention/tiles_sm80.cuh"
+#include "common/dependent_launch.h"
 #include "common/dtype.cuh"
 #include "common/ptx.cuh"
 #include "common/reduce.cuh"
@@ -84,8 +85,8 @@ struct TileRow {
 };
 
 template <typename T, int kHeadDim>
-__global__ __launch_bounds__(kThreads,
-                             kResident) void illada_attention_forward_sm80(const __grid_constant__ ForwardArguments a) {
+__global__ __launch_bounds__(kThreads, kResident) void illada_attention_forward_sm80(
+    const __grid_constant__ ForwardArguments a, const __grid_constant__ DependentLaunch launch) {
   using Shared = SharedStorage<kHeadDim>;
   constexpr bool kIsBFloat16 = std::is_same_v<T, BFloat16>;
   constexpr int kKeys = Shared::kKeys, kRowBytes = Shared::kRowBytes;
@@ -94,8 +95,7 @@ __global__ __launch_bounds__(kThreads,
   extern __shared__ __align__(1024) char raw_shared[];
   Shared& shared = *reinterpret_cast<Shared*>(raw_shared);
   const uint32_t q_tile = ptx::smem_address(shared.q), ring = ptx::smem_address(shared.stage);
-  ptx::griddepcontrol_wait();
-  ptx::griddepcontrol_launch_dependents();
+  wait_for_previous_kernel(launch);
   const int items = reinterpret_cast<const PlanHeader*>(a.plan)->forward_items;
   if (item_index(0) >= items) return;
   if (threadIdx.x == 0) {

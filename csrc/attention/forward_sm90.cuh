@@ -32,9 +32,11 @@
 #include "attention/row_pair.cuh"
 #include "attention/softmax_rows_sm90.cuh"
 #include "attention/tiles_sm90.cuh"
+#include "common/dependent_launch.h"
 #include "common/dtype.cuh"
 #include "common/ptx.cuh"
 #include "common/reduce.cuh"
+#include "common/registers_sm90.cuh"
 #include "common/ring.cuh"
 #include "common/tensor_map.h"
 #include "common/wgmma.cuh"
@@ -47,7 +49,9 @@ struct SharedStorage {
   static constexpr int kKeys = forward_key_tile_sm90(kHeadDim), kSlices = kHeadDim / 64;
   static constexpr int kStagesK = kHeadDim == 128 ? 2 : 4, kStagesV = kHeadDim == 128 ? 3 : 4;
   static constexpr int kItems = 4;
-  static constexpr int kConsumers = forward_blocks_sm90(kHeadDim), kThreads = 128 * (kConsumers + 1);
+  static constexpr int kConsumers = forward_blocks_sm90(kHeadDim);
+  using Registers = RegisterSplit<kConsumers, kConsumers == 2 ? 40 : 56, kConsumers == 2 ? 232 : 152>;
+  static constexpr int kThreads = Registers::kThreads;
   using KeyTile = Tile<kKeys, kHeadDim>;
   using QueryTile = Tile<kBlockRows, kHeadDim>;
   QueryTile q[kConsumers], out[kConsumers];  // of each warpgroup
@@ -151,12 +155,10 @@ __device__ __forceinline__ void write_empty_items(const ForwardArguments& a, int
 }
 
 template <typename T, int kHeadDim, int kCluster>
-__global__ __launch_bounds__(SharedStorage<kHeadDim>::kThreads,
-                             1) void illada_attention_forward_sm90(const __grid_constant__ CUtensorMap q_map,
-                                                                   const __grid_constant__ CUtensorMap k_map,
-                                                                   const __grid_constant__ CUtensorMap v_map,
-                                                                   const __grid_constant__ CUtensorMap out_map,
-                                                                   const __grid_constant__ ForwardArguments a) {
+__global__ __launch_bounds__(SharedStorage<kHeadDim>::kThreads, 1) void illada_attention_forward_sm90(
+    const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
+    const __grid_constant__ CUtensorMap v_map, const __grid_constant__ CUtensorMap out_map,
+    const __grid_constant__ ForwardArguments a, const __grid_constant__ DependentLaunch launch) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Shared = SharedStorage<kHeadDim>;
   constexpr int kKeys = Shared::kKeys, kSlices = Shared::kSlices;
@@ -196,11 +198,10 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim>::kThreads,
   } else {
     __syncthreads();
   }
-  ptx::griddepcontrol_wait();
-  ptx::griddepcontrol_launch_dependents();
+  wait_for_previous_kernel(launch);
 
   if (threadIdx.x >= 128 * kConsumers) {  // ------------------------------------------------------------ producer
-    ptx::setmaxnreg_decrease<kConsumers == 2 ? 40 : 56>();
+    Shared::Registers::as_producer();
     if (threadIdx.x == 128 * kConsumers) {
       const int items = plan_header(a.plan).forward_items;
       Ring<kStagesK> k_ring;
@@ -278,7 +279,7 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim>::kThreads,
       }
     }
   } else {  // ------------------------------------------------------------------------------------------- consumers
-    ptx::setmaxnreg_increase<kConsumers == 2 ? 232 : 152>();
+    Shared::Registers::as_consumer();
     const int warpgroup = __shfl_sync(kFullWarp, int(threadIdx.x) / 128, 0), lane = int(threadIdx.x) % 128;
     const int own_turn = 1 + warpgroup, next_turn = 1 + (warpgroup + 1) % kConsumers;
     const int own_barrier = 1 + kConsumers + warpgroup;

@@ -12,6 +12,7 @@
 #include <algorithm>
 
 #include "attention/launch.h"
+#include "common/dependent_launch.h"
 #include "common/ptx.cuh"
 #include "common/reduce.cuh"
 
@@ -133,7 +134,8 @@ struct Sums {  // 64 bits: overlapping lengths may add up to anything
 };
 constexpr int kSums = int(sizeof(Sums) / sizeof(int64_t));
 
-__global__ __launch_bounds__(kThreads) void illada_attention_plan_sm80(const __grid_constant__ PlanArguments a) {
+__global__ __launch_bounds__(kThreads) void illada_attention_plan_sm80(const __grid_constant__ PlanArguments a,
+                                                                       const __grid_constant__ DependentLaunch launch) {
   __shared__ int32_t keys, queries;  // in CTA 0: of all sequences, as far as 32 bits go; those that have keys
   __shared__ union {
     Sums sums;
@@ -141,8 +143,7 @@ __global__ __launch_bounds__(kThreads) void illada_attention_plan_sm80(const __g
   } shared;
   if (threadIdx.x < kSums) shared.word[threadIdx.x] = 0;
   if (threadIdx.x == 0) keys = queries = 0;
-  ptx::griddepcontrol_wait();
-  ptx::griddepcontrol_launch_dependents();
+  wait_for_previous_kernel(launch);
   const int chunk = a.may_split ? choose_chunk(a) : 0;
   __syncthreads();
 

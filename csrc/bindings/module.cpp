@@ -1,6 +1,7 @@
 // illada._C: addresses and sizes in, Params structs built, launch functions called without the GIL. Nothing else: the
 // checks of shapes and dtypes and all allocation are in illada.ops, the checks of values in the launch functions.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <tuple>
 
@@ -284,6 +285,15 @@ void linear_masked_cross_entropy(const LinearLossArguments& arguments, const Lau
   loss::linear_masked_cross_entropy_cuda(p);
 }
 
+// Of each choice: name, environment, description, values (the first one is the default), value in use.
+py::list list_variants() {
+  py::list all;
+  for (const Variant& choice : variants())
+    all.append(py::make_tuple(choice.name, choice.environment, choice.description, py::tuple(py::cast(choice.values)),
+                              choice.value));
+  return all;
+}
+
 int64_t attention_plan_rows(const PackArguments& pack) { return attention::plan_rows(pack_shape(pack)); }
 int64_t varlen_attention_workspace(const PackArguments& pack) { return attention::forward_workspace(pack_shape(pack)); }
 
@@ -407,6 +417,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("linear_sample_tokens_workspace", &linear_sample_tokens_workspace);
   m.def("linear_masked_cross_entropy", &linear_masked_cross_entropy);
   m.def("linear_masked_cross_entropy_workspace", &linear_masked_cross_entropy_workspace);
+  m.def("variants", &list_variants);
+  m.def("set_variant", &set_variant);
   m.def("attention_plan", &attention_plan);
   m.def("attention_plan_rows", &attention_plan_rows);
   m.def("varlen_attention_backward", &varlen_attention_backward);

@@ -8,6 +8,8 @@
 #include <utility>
 
 #include "common/check.h"
+#include "common/dependent_launch.h"
+#include "common/variants.h"
 
 namespace illada {
 
@@ -44,13 +46,13 @@ struct LaunchShape {
   dim3 grid, block;
   int smem_bytes = 0;
   int cluster = 1;  // CTAs of a cluster, along x
-  // The kernel begins with griddepcontrol.wait: its launch may overlap the end of the kernel before it (sm_90+).
+  // The kernel begins with wait_for_previous_kernel: its launch may overlap the end of the kernel before it (sm_90+).
   bool dependent = false;
   // All CTAs at a time, or an error: they may wait for each other.
   bool cooperative = false;
 };
 
-// kernel<<<...>>>(arguments...) with the checks above. The caller holds a DeviceGuard.
+// kernel<<<...>>>(arguments..., DependentLaunch) with the checks above. The caller holds a DeviceGuard.
 template <typename... Parameters, typename... Arguments>
 void launch_kernel(const char* op, const Device& device, void* stream, const LaunchShape& shape,
                    void (*kernel)(Parameters...), Arguments&&... arguments) {
@@ -67,7 +69,8 @@ void launch_kernel(const char* op, const Device& device, void* stream, const Lau
     attributes[count].val.clusterDim = {unsigned(shape.cluster), 1, 1};
     ++count;
   }
-  if (shape.dependent && code >= 90) {
+  const auto overlap = variant<ProgrammaticLaunch>();
+  if (shape.dependent && code >= 90 && overlap != ProgrammaticLaunch::kOff) {
     attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[count].val.programmaticStreamSerializationAllowed = 1;
     ++count;
@@ -79,7 +82,8 @@ void launch_kernel(const char* op, const Device& device, void* stream, const Lau
   }
   config.attrs = attributes;
   config.numAttrs = count;
-  ILLADA_CUDA_CHECK(op, cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...));
+  ILLADA_CUDA_CHECK(op, cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...,
+                                           DependentLaunch{overlap == ProgrammaticLaunch::kEarly}));
 }
 
 }  // namespace illada

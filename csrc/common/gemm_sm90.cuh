@@ -15,6 +15,7 @@
 #include <cuda.h>
 
 #include "common/ptx.cuh"
+#include "common/registers_sm90.cuh"
 #include "common/ring.cuh"
 #include "common/wgmma.cuh"
 
@@ -27,7 +28,7 @@ class GemmSm90 {
  public:
   static constexpr int kTileM = 128, kTileN = 256, kTileK = 64, kStages = 4;
   static constexpr int kConsumers = 2, kThreads = 128 * (kConsumers + 1), kProducerThread = 128 * kConsumers;
-  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+  using Registers = RegisterSplit<kConsumers, 40, 232>;
   static constexpr int kBoxA = kMajorA == Major::kK ? kTileM : 64, kBoxesB = kTileN / kBoxB;
   static_assert(kMajorB == Major::kK || kBoxB == 64);
 

@@ -13,6 +13,7 @@
 // [rows, V] lies between the GEMMs.
 #include <cuda.h>
 
+#include "common/dependent_launch.h"
 #include "common/gemm_sm90.cuh"
 #include "common/online_softmax.cuh"
 #include "common/tensor_map.h"
@@ -58,18 +59,17 @@ constexpr int kSmemBytes = Job::Gemm::kSmemBytes + 8 * Job::Store::kBytes;
 // where the products go, in boxes of a warp's rows.
 template <typename Job>
 __device__ __forceinline__ void run(const CUtensorMap& a_map, const CUtensorMap& b_map, const CUtensorMap& out_map,
-                                    const LinearChunk& chunk, Job& job) {
+                                    const LinearChunk& chunk, const DependentLaunch& launch, Job& job) {
   extern __shared__ char raw_shared[];
   using Gemm = typename Job::Gemm;
   static_assert(Gemm::kThreads == kThreads && Gemm::kTileM == kTileM && Gemm::kTileN == kTileN &&
                 Gemm::kTileK == kTileK);
   Gemm gemm(raw_shared, &a_map, &b_map, 2);
-  ptx::griddepcontrol_wait();
-  ptx::griddepcontrol_launch_dependents();
+  wait_for_previous_kernel(launch);
   const int pair = int(blockIdx.x) / 2, pairs = int(gridDim.x) / 2;
   job.begin(chunk, pairs);
   if (threadIdx.x >= Gemm::kProducerThread) {
-    ptx::setmaxnreg_decrease<Gemm::kProducerRegisters>();
+    Gemm::Registers::as_producer();
     if (threadIdx.x == Gemm::kProducerThread) {
       for (int i = pair; i < job.count; i += pairs) {
         if (!job.wanted(chunk, i)) continue;
@@ -78,7 +78,7 @@ __device__ __forceinline__ void run(const CUtensorMap& a_map, const CUtensorMap&
       }
     }
   } else {
-    ptx::setmaxnreg_increase<Gemm::kConsumerRegisters>();
+    Gemm::Registers::as_consumer();
     const int warp = int(threadIdx.x) / 32;
     typename Job::Store store(gemm.end_of_storage() + uint32_t(warp * Job::Store::kBytes));
     float d[kTileN / 2];
@@ -167,10 +167,11 @@ struct LogitsJob {
 
 __global__ __launch_bounds__(kThreads, 1) void illada_linear_masked_cross_entropy_logits_sm90(
     const __grid_constant__ CUtensorMap hidden_map, const __grid_constant__ CUtensorMap weight_map,
-    const __grid_constant__ CUtensorMap probs_map, const __grid_constant__ LinearChunk chunk, bool keep, bool again) {
+    const __grid_constant__ CUtensorMap probs_map, const __grid_constant__ LinearChunk chunk, bool keep, bool again,
+    const __grid_constant__ DependentLaunch launch) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   LogitsJob job{keep, again};
-  run(hidden_map, weight_map, probs_map, chunk, job);
+  run(hidden_map, weight_map, probs_map, chunk, launch, job);
 #endif
 }
 
@@ -209,10 +210,11 @@ struct HiddenGradJob {
 
 __global__ __launch_bounds__(kThreads, 1) void illada_linear_masked_cross_entropy_hidden_grad_sm90(
     const __grid_constant__ CUtensorMap probs_map, const __grid_constant__ CUtensorMap weight_map,
-    const __grid_constant__ CUtensorMap slabs_map, const __grid_constant__ LinearChunk chunk) {
+    const __grid_constant__ CUtensorMap slabs_map, const __grid_constant__ LinearChunk chunk,
+    const __grid_constant__ DependentLaunch launch) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   HiddenGradJob job;
-  run(probs_map, weight_map, slabs_map, chunk, job);
+  run(probs_map, weight_map, slabs_map, chunk, launch, job);
 #endif
 }
 
@@ -252,9 +254,10 @@ struct WeightGradJob {
 template <typename Out>
 __global__ __launch_bounds__(kThreads, 1) void illada_linear_masked_cross_entropy_weight_grad_sm90(
     const __grid_constant__ CUtensorMap probs_map, const __grid_constant__ CUtensorMap hidden_map,
-    const __grid_constant__ CUtensorMap grad_map, const __grid_constant__ LinearChunk chunk, Out* target, bool add) {
+    const __grid_constant__ CUtensorMap grad_map, const __grid_constant__ LinearChunk chunk, Out* target, bool add,
+    const __grid_constant__ DependentLaunch launch) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  ptx::griddepcontrol_wait();
+  wait_for_previous_kernel(launch);
   if (!add && chunk.used() == 0) {  // a gradient of zeros
     const int64_t size = int64_t(chunk.vocab_size) * chunk.width, step = int64_t(gridDim.x) * blockDim.x * 2;
     for (int64_t i = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * 2; i < size; i += step) {
@@ -267,7 +270,7 @@ __global__ __launch_bounds__(kThreads, 1) void illada_linear_masked_cross_entrop
     return;
   }
   WeightGradJob<Out> job{add};
-  run(probs_map, hidden_map, grad_map, chunk, job);
+  run(probs_map, hidden_map, grad_map, chunk, launch, job);
 #endif
 }
 

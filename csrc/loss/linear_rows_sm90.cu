@@ -7,6 +7,7 @@
 // is below 2^64, that is while the target's nll is below 94 in log2, 65 nats. Rows beyond that take their largest
 // logit, which the logits kernel finds on the way, and their tiles are multiplied once more: the launch is always
 // there, and ends at once where nothing is to be done.
+#include "common/dependent_launch.h"
 #include "common/dtype.cuh"
 #include "common/online_softmax.cuh"
 #include "common/ptx.cuh"
@@ -25,12 +26,10 @@ constexpr float kLn2F = 0.69314718056f;
 
 // The tokens with a weight, in order. One CTA: a token takes a fraction of a nanosecond.
 constexpr int kSelectThreads = 1024;
-__global__ __launch_bounds__(kSelectThreads) void illada_linear_masked_cross_entropy_select(const float* weights,
-                                                                                            int tokens, int32_t* list,
-                                                                                            int32_t* count) {
+__global__ __launch_bounds__(kSelectThreads) void illada_linear_masked_cross_entropy_select(
+    const float* weights, int tokens, int32_t* list, int32_t* count, const __grid_constant__ DependentLaunch launch) {
   __shared__ int warp_counts[2][kSelectThreads / 32];
-  ptx::griddepcontrol_wait();
-  ptx::griddepcontrol_launch_dependents();
+  wait_for_previous_kernel(launch);
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
   int before = 0;
   for (int first = 0, turn = 0; first < tokens; first += kSelectThreads, turn ^= 1) {
@@ -64,10 +63,10 @@ __device__ __forceinline__ int64_t target_of(const LinearMaskedCrossEntropyParam
 constexpr int kRowThreads = 128;
 template <typename T>
 __global__ __launch_bounds__(kRowThreads) void illada_linear_masked_cross_entropy_gather(
-    const __grid_constant__ LinearMaskedCrossEntropyParams p, const __grid_constant__ LinearChunk c) {
+    const __grid_constant__ LinearMaskedCrossEntropyParams p, const __grid_constant__ LinearChunk c,
+    const __grid_constant__ DependentLaunch launch) {
   __shared__ float warp_sums[kRowThreads / 32];
-  ptx::griddepcontrol_wait();
-  ptx::griddepcontrol_launch_dependents();
+  wait_for_previous_kernel(launch);
   const int r = int(blockIdx.x), used = c.used();
   if (r >= (used + kPairRows - 1) / kPairRows * kPairRows) return;
   if (r % kPairRows == 0) {
@@ -151,10 +150,10 @@ __device__ __forceinline__ bool finish_row(const LinearMaskedCrossEntropyParams&
 }
 
 __global__ __launch_bounds__(32 * kStatisticsWarps) void illada_linear_masked_cross_entropy_statistics(
-    const __grid_constant__ LinearMaskedCrossEntropyParams p, const __grid_constant__ LinearChunk c, bool again) {
+    const __grid_constant__ LinearMaskedCrossEntropyParams p, const __grid_constant__ LinearChunk c, bool again,
+    const __grid_constant__ DependentLaunch launch) {
   __shared__ float sums[kStatisticsWarps][kStatisticsRows], tops[kStatisticsWarps][kStatisticsRows];
-  ptx::griddepcontrol_wait();
-  ptx::griddepcontrol_launch_dependents();
+  wait_for_previous_kernel(launch);
   const bool keep = p.hidden_grad || p.weight_grad;
   const int first = int(blockIdx.x) * kStatisticsRows, used = c.used();
   if (first >= used) return;
@@ -205,9 +204,9 @@ __global__ __launch_bounds__(32 * kStatisticsWarps) void illada_linear_masked_cr
 // A CTA a row: the slabs' sum times the row's factor, to the token's place.
 template <typename T>
 __global__ __launch_bounds__(kRowThreads) void illada_linear_masked_cross_entropy_scatter(
-    const __grid_constant__ LinearMaskedCrossEntropyParams p, const __grid_constant__ LinearChunk c, int clusters) {
-  ptx::griddepcontrol_wait();
-  ptx::griddepcontrol_launch_dependents();
+    const __grid_constant__ LinearMaskedCrossEntropyParams p, const __grid_constant__ LinearChunk c, int clusters,
+    const __grid_constant__ DependentLaunch launch) {
+  wait_for_previous_kernel(launch);
   const int r = int(blockIdx.x);
   if (r >= c.used()) return;
   const int token = token_of(p, c, r);

@@ -13,6 +13,7 @@
 //
 // Floor: bytes = rows x vocab x sizeof(T), each read once and, with a gradient, written once. Work an element of bf16:
 // forward 6 instructions, backward 5, of the 20 (10 with the write) that an H100 issues while memory delivers it.
+#include "common/dependent_launch.h"
 #include "common/dtype.cuh"
 #include "common/online_softmax.cuh"
 #include "common/ptx.cuh"
@@ -182,10 +183,9 @@ __device__ __forceinline__ float target_logit_of(const T* row, const RowToken& t
 
 template <typename T>
 __global__ __launch_bounds__(kThreads, 4) void illada_masked_cross_entropy_forward_sm80(
-    const __grid_constant__ MaskedCrossEntropyParams p, int pieces) {
+    const __grid_constant__ MaskedCrossEntropyParams p, int pieces, const __grid_constant__ DependentLaunch launch) {
   __shared__ float2 shared[kWarps];
-  ptx::griddepcontrol_wait();
-  ptx::griddepcontrol_launch_dependents();
+  wait_for_previous_kernel(launch);
   const int64_t n = blockIdx.x / unsigned(pieces);
   const int piece = int(blockIdx.x % unsigned(pieces)), tid = int(threadIdx.x);
   const RowToken token(p, n);
@@ -220,9 +220,8 @@ constexpr int kCombineThreads = 128;
 
 template <typename T>
 __global__ __launch_bounds__(kCombineThreads) void illada_masked_cross_entropy_combine_sm80(
-    const __grid_constant__ MaskedCrossEntropyParams p, int pieces) {
-  ptx::griddepcontrol_wait();
-  ptx::griddepcontrol_launch_dependents();
+    const __grid_constant__ MaskedCrossEntropyParams p, int pieces, const __grid_constant__ DependentLaunch launch) {
+  wait_for_previous_kernel(launch);
   const int64_t n = int64_t(blockIdx.x) * (kCombineThreads / 32) + threadIdx.x / 32;
   const int lane = int(threadIdx.x % 32);
   if (n >= p.num_rows) return;  // whole warps
@@ -251,9 +250,8 @@ __device__ __forceinline__ void clear_vectors(T* row, const RowShape& shape, int
 
 template <typename T>
 __global__ __launch_bounds__(kThreads, 4) void illada_masked_cross_entropy_backward_sm80(
-    const __grid_constant__ MaskedCrossEntropyParams p, int pieces) {
-  ptx::griddepcontrol_wait();
-  ptx::griddepcontrol_launch_dependents();
+    const __grid_constant__ MaskedCrossEntropyParams p, int pieces, const __grid_constant__ DependentLaunch launch) {
+  wait_for_previous_kernel(launch);
   const int64_t n = blockIdx.x / unsigned(pieces);
   const int piece = int(blockIdx.x % unsigned(pieces)), tid = int(threadIdx.x);
   const RowToken token(p, n);
@@ -310,10 +308,9 @@ constexpr int kFusedCtas =
 // Launched as clusters of `cluster` CTAs, 1 before sm_90.
 template <typename T, int kVectors>
 __global__ __launch_bounds__(kFusedThreads, kFusedCtas<T, kVectors>) void illada_masked_cross_entropy_fused_sm80(
-    const __grid_constant__ MaskedCrossEntropyParams p, int cluster) {
+    const __grid_constant__ MaskedCrossEntropyParams p, int cluster, const __grid_constant__ DependentLaunch launch) {
   __shared__ float2 shared[kFusedWarps], part;
-  ptx::griddepcontrol_wait();
-  ptx::griddepcontrol_launch_dependents();
+  wait_for_previous_kernel(launch);
   const int64_t n = blockIdx.x / unsigned(cluster);
   const int rank = int(blockIdx.x % unsigned(cluster)), tid = int(threadIdx.x);
   const int first = rank * kFusedThreads + tid, stride = cluster * kFusedThreads;

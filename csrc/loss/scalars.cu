@@ -2,6 +2,7 @@
 // with the backward.
 #include <algorithm>
 
+#include "common/dependent_launch.h"
 #include "common/dtype.cuh"
 #include "common/ptx.cuh"
 #include "common/reduce.cuh"
@@ -14,10 +15,9 @@ constexpr const char* kOp = "masked_cross_entropy";
 constexpr int kSumThreads = 1024;
 
 __global__ __launch_bounds__(kSumThreads) void illada_masked_cross_entropy_sum_sm80(
-    const __grid_constant__ WeightedSumParams p) {
+    const __grid_constant__ WeightedSumParams p, const __grid_constant__ DependentLaunch launch) {
   __shared__ double shared[kSumThreads / 32];
-  ptx::griddepcontrol_wait();
-  ptx::griddepcontrol_launch_dependents();
+  wait_for_previous_kernel(launch);
   const auto add = [](double a, double b) { return a + b; };
   double sum = 0;
   for (int64_t n = threadIdx.x; n < p.num_rows; n += kSumThreads)
@@ -34,9 +34,8 @@ constexpr int kScaleThreads = 256, kVector = 8;
 
 template <typename T>
 __global__ __launch_bounds__(kScaleThreads) void illada_masked_cross_entropy_scale_sm80(
-    const __grid_constant__ ScaleParams p) {
-  ptx::griddepcontrol_wait();
-  ptx::griddepcontrol_launch_dependents();
+    const __grid_constant__ ScaleParams p, const __grid_constant__ DependentLaunch launch) {
+  wait_for_previous_kernel(launch);
   const float factor = *p.factor;
   if (factor == 1.0f) return;
   T* const data = static_cast<T*>(p.data);

@@ -14,6 +14,7 @@
 
 #include <type_traits>
 
+#include "common/dependent_launch.h"
 #include "common/gemm_sm90.cuh"
 #include "common/ptx.cuh"
 #include "common/tensor_map.h"
@@ -31,7 +32,8 @@ using Gemm = GemmSm90<T, Major::kK, Major::kK, kChunk>;
 template <typename T, bool kWantExtras>
 __global__ __launch_bounds__(Gemm<T>::kThreads, 1) void illada_linear_sample_tokens_sm90(
     const __grid_constant__ CUtensorMap hidden_map, const __grid_constant__ CUtensorMap weight_map,
-    const __grid_constant__ SampleTokensParams p, const __grid_constant__ HeadPlan plan, int k_tiles) {
+    const __grid_constant__ SampleTokensParams p, const __grid_constant__ HeadPlan plan, int k_tiles,
+    const __grid_constant__ DependentLaunch launch) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ char raw_shared[];
   constexpr int kTileM = Gemm<T>::kTileM, kTileN = Gemm<T>::kTileN;
@@ -43,11 +45,10 @@ __global__ __launch_bounds__(Gemm<T>::kThreads, 1) void illada_linear_sample_tok
   const int tiles = int((end_id - first_id + kTileN - 1) / kTileN);
 
   Gemm<T> gemm(raw_shared, &hidden_map, &weight_map, plan.cluster);
-  ptx::griddepcontrol_wait();
-  ptx::griddepcontrol_launch_dependents();
+  wait_for_previous_kernel(launch);
 
   if (threadIdx.x >= Gemm<T>::kProducerThread) {  // ----------------------------------------------------- producer
-    ptx::setmaxnreg_decrease<Gemm<T>::kProducerRegisters>();
+    Gemm<T>::Registers::as_producer();
     if (threadIdx.x == Gemm<T>::kProducerThread) {
       for (int tile = 0; tile < tiles; ++tile) {
         const int64_t tile_id = first_id + int64_t(tile) * kTileN;
@@ -56,7 +57,7 @@ __global__ __launch_bounds__(Gemm<T>::kThreads, 1) void illada_linear_sample_tok
       }
     }
   } else {  // ------------------------------------------------------------------------------------------- consumers
-    ptx::setmaxnreg_increase<Gemm<T>::kConsumerRegisters>();
+    Gemm<T>::Registers::as_consumer();
     const int warpgroup = int(threadIdx.x) / 128, lane = int(threadIdx.x) % 32;
     const int my_row = first_row + warpgroup * 64 + int(threadIdx.x) % 128 / 32 * 16 + lane / 4;
     const bool has_rows = warpgroup * 64 < rows;  // the same for the whole warpgroup
@@ -95,11 +96,10 @@ __global__ __launch_bounds__(Gemm<T>::kThreads, 1) void illada_linear_sample_tok
 
 // The rows that are listed, one after the other. One CTA a row.
 constexpr int kGatherThreads = 128;
-__global__ __launch_bounds__(kGatherThreads) void illada_gather_rows_sm90(const uint4* source, int64_t source_stride,
-                                                                          int64_t source_rows, const int32_t* rows,
-                                                                          uint4* target, int width) {
-  ptx::griddepcontrol_wait();
-  ptx::griddepcontrol_launch_dependents();
+__global__ __launch_bounds__(kGatherThreads) void illada_gather_rows_sm90(
+    const uint4* source, int64_t source_stride, int64_t source_rows, const int32_t* rows, uint4* target, int width,
+    const __grid_constant__ DependentLaunch launch) {
+  wait_for_previous_kernel(launch);
   const int64_t row = rows[blockIdx.x];
   const bool inside = row >= 0 && row < source_rows;
   for (int i = threadIdx.x; i < width; i += kGatherThreads)

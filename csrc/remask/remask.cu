@@ -8,6 +8,7 @@
 // passes. Ties at the cut continue on the bits of the row.
 //
 // Floor: 28 bytes a candidate, negligible; what limits it is latency: three dependent loads and some eight barriers.
+#include "common/dependent_launch.h"
 #include "common/ptx.cuh"
 #include "common/reduce.cuh"
 #include "remask/launch.h"
@@ -279,11 +280,11 @@ struct SequenceRanker {
 };
 
 template <int kThreads, int kKeys, typename Token>
-__global__ __launch_bounds__(kThreads, 1) void illada_remask_sm80(const __grid_constant__ RemaskParams p) {
+__global__ __launch_bounds__(kThreads, 1) void illada_remask_sm80(const __grid_constant__ RemaskParams p,
+                                                                  const __grid_constant__ DependentLaunch launch) {
   using Ranker = SequenceRanker<kThreads, kKeys, Token>;
   __shared__ typename Ranker::SharedStorage shared;
-  ptx::griddepcontrol_wait();
-  ptx::griddepcontrol_launch_dependents();
+  wait_for_previous_kernel(launch);
 
   const int64_t s = blockIdx.x;
   const int begin = max(p.cu_rows[s], 0), end = min(p.cu_rows[s + 1], int(p.num_rows));

@@ -8,6 +8,7 @@
 // Floor: bytes = rows x vocab x sizeof(T), each read once. Work an element of bf16: convert 1, maximum 1, exponential 4
 // (one of them on the special-function unit), with noise 9.3 for Philox and 2 for the comparison: with noise about the
 // 20 instructions that an H100 can issue while the memory delivers an element, without it a third of them.
+#include "common/dependent_launch.h"
 #include "common/dtype.cuh"
 #include "common/ptx.cuh"
 #include "remask/launch.h"
@@ -86,8 +87,10 @@ struct SharedBound {
 };
 
 template <typename T, bool kWantExtras, bool kAligned>
-__global__ __launch_bounds__(kThreads, 2) void illada_sample_tokens_sm80(const __grid_constant__ SampleTokensParams p,
-                                                                         const __grid_constant__ RowSplit split) {
+__global__ __launch_bounds__(kThreads,
+                             2) void illada_sample_tokens_sm80(const __grid_constant__ SampleTokensParams p,
+                                                               const __grid_constant__ RowSplit split,
+                                                               const __grid_constant__ DependentLaunch launch) {
   constexpr int kUnroll = sizeof(T) == 2 ? 4 : 2, kStep = kThreads * kUnroll;
   static_assert(kPieceVectors % kStep == 0);
   __shared__ SharedStorage shared;
@@ -100,8 +103,7 @@ __global__ __launch_bounds__(kThreads, 2) void illada_sample_tokens_sm80(const _
   if (threadIdx.x == 0) {
     shared.bound = shared.maximum = ordered(-FLT_MAX);
   }
-  ptx::griddepcontrol_wait();
-  ptx::griddepcontrol_launch_dependents();
+  wait_for_previous_kernel(launch);
 
   const RowNoise noise(p, row);
   RowReader<T, kAligned> reader{static_cast<const T*>(p.logits) + row * p.logits_row_stride, nullptr, first,
@@ -288,9 +290,9 @@ constexpr int kCombineThreads = 128;
 
 template <bool kWantExtras>
 __global__ __launch_bounds__(kCombineThreads) void illada_sample_tokens_combine_sm80(
-    const __grid_constant__ SampleTokensParams p, const __grid_constant__ RowRecords records) {
-  ptx::griddepcontrol_wait();
-  ptx::griddepcontrol_launch_dependents();
+    const __grid_constant__ SampleTokensParams p, const __grid_constant__ RowRecords records,
+    const __grid_constant__ DependentLaunch launch) {
+  wait_for_previous_kernel(launch);
   const int64_t row = int64_t(blockIdx.x) * (kCombineThreads / 32) + threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   if (row >= p.num_rows) return;  // whole warps

@@ -25,6 +25,17 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
+def _variants() -> str | None:
+    """The choices among kernels that differ from the default, or why they cannot be made."""
+    from illada import _native
+    from illada.ops import variants
+
+    try:
+        return variants.describe() if _native.has_cuda() else None
+    except ValueError as error:
+        return str(error)
+
+
 def _facts() -> dict[str, Any]:
     """What is installed and what was built; missing parts are said, not raised."""
     import illada
@@ -36,6 +47,7 @@ def _facts() -> dict[str, Any]:
         facts["cpu kernels"] = build["cpu_isa"]
         facts["cuda toolkit"] = build["cuda_version"] or "none: this build has no CUDA kernels"
         facts["cuda archs"] = build["cuda_archs"]
+        facts["cuda variants"] = _variants()
     except ImportError as error:
         facts["native module"] = str(error).splitlines()[0]
     import torch
