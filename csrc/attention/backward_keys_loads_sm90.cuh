@@ -54,38 +54,41 @@ __device__ __forceinline__ void load_tiles(const KeysArguments& a, KeysShared<kH
     load_tile<RowTile>(tile, map, barrier, item.kv_head * a.group, a.total_q, item.q_start, item.q_count, token);
   };
   const auto wait_for_turn = [&](auto half) {  // to add dq of two steps before
-    const int2 turn = shared.turn[ring.stage == kStages - 1 ? 0 : ring.stage + 1];
-    if (turn.y) wait_for_tiles<decltype(half)::value, 40>(a.arrivals + turn.x, uint32_t(turn.y));
+    const KeysStep& step = shared.step[(ring.stage + 1) % kStages];
+    if (step.turn)
+      wait_for_tiles<decltype(half)::value, 40>(a.arrivals + step.token * a.num_kv_heads + step.kv_head, step.turn);
   };
   const auto first = std::integral_constant<int, 0>{};
   const auto second = std::integral_constant<int, 1>{};
-  static_assert(kStages == 3);
+  static_assert(!kOrdered || kStages == 3);
   if (kOrdered)
-    for (int s = 0; s < kStages; ++s) shared.turn[s] = {};
-  int here[2] = {};
-  int& round = kOrdered ? shared.begun[0] : here[0];  // in order, registers are few
-  int& number = kOrdered ? shared.begun[1] : here[1];
-  round = number = 0;
+    for (int s = 0; s < kStages; ++s) shared.step[s] = {};
+  int round = 0, number = 0;
   for (;; ++number, ++round) {
-    const WorkItem item = next_keys<kOrdered>(a, round);
-    if (item.k_count == 0) break;
     const int buffer = number % 2;
     ptx::mbarrier_wait(at.k_empty(buffer), uint32_t(number / 2 % 2 ^ 1));
-    shared.item[buffer] = item;
+    shared.item[buffer] = next_keys<kOrdered>(a, round);
+    const WorkItem& item = shared.item[buffer];  // read again for each step: registers are few
+    if (item.k_count == 0) break;
     load_keys(&k_map, at.k(buffer), at.k_full(buffer), item);
-    const auto kept = [&]() -> WorkItem { return kOrdered ? shared.item[buffer] : item; };
-    for (int token = 0; token < max(kept().q_count, a.tile_tokens + 1); token += a.tile_tokens) {
+    bool is_first = true;
+    for (KeysSteps steps(a, item, !kOrdered && a.staggered); steps.left > 0; steps.advance()) {
+      const int token = steps.tile * a.tile_tokens;
       ptx::mbarrier_wait(at.rows_empty(ring.stage), ring.parity ^ 1);
-      load_rows(&q_map, at.q(ring.stage), at.q_full(ring.stage), kept(), token);
-      if (token == 0) {
+      KeysStep& step = shared.step[ring.stage];  // q_full, on which this thread arrives, makes it visible
+      step.token = item.q_start + token;
+      step.tokens = max(min(item.q_count - token, a.tile_tokens), 0);
+      step.kv_head = item.kv_head;
+      step.is_last = steps.left == 1;
+      step.turn = kOrdered && token < item.q_count ? item.piece : 0;
+      load_rows(&q_map, at.q(ring.stage), at.q_full(ring.stage), item, token);
+      if (is_first) {
         ptx::mbarrier_wait(at.v_empty(), uint32_t(number % 2 ^ 1));
-        load_keys(&v_map, at.v(), at.v_full(), kept());
+        load_keys(&v_map, at.v(), at.v_full(), item);
+        is_first = false;
       }
-      load_rows(&dout_map, at.dout(ring.stage), at.dout_full(ring.stage), kept(), token);
+      load_rows(&dout_map, at.dout(ring.stage), at.dout_full(ring.stage), item, token);
       if (kOrdered) {
-        const WorkItem own = kept();
-        shared.turn[ring.stage] = {(own.q_start + token) * a.num_kv_heads + own.kv_head,
-                                   token < own.q_count ? own.piece : 0};
         wait_for_turn(first);
         ptx::mbarrier_arrive(at.turn_full(0, ring.stage));
         wait_for_turn(second);
@@ -94,9 +97,7 @@ __device__ __forceinline__ void load_tiles(const KeysArguments& a, KeysShared<kH
       ring.advance();
     }
   }
-  ptx::mbarrier_wait(at.k_empty(number % 2), uint32_t(number / 2 % 2 ^ 1));
-  shared.item[number % 2] = WorkItem{};  // an item without queries: the end
-  ptx::mbarrier_arrive(at.k_full(number % 2));
+  ptx::mbarrier_arrive(at.k_full(number % 2));  // an item without keys and queries: the end
   if (kOrdered) {
 #pragma unroll 1
     for (int i = 0; i < 2; ++i, ring.advance()) {

@@ -122,10 +122,7 @@ __device__ __forceinline__ void multiply_keys(const KeysArguments& a, KeysShared
   float dk[kHeadDim / 2], dv[kHeadDim / 2], s[kRows / 2], dp[kRows / 2], dq[32];
   uint32_t p[kRows / 16][4], ds[kRows / 16][4];
   int round = 0, step = 0;  // items and steps that were begun
-  int tokens = 0;           // of the item that are not yet in dp
-  // Of the step before: the first row of its sums, and where this lane's two rows are; those that there are not go
-  // where nobody looks.
-  int32_t dq_first = 0;
+  // Where this lane's two rows of the sums of the step before are; those that there are not go where nobody looks.
   float* dq_row;
   int32_t dq_second;
   int keys = 0;  // from this lane's first key to the item's end
@@ -155,9 +152,9 @@ __device__ __forceinline__ void multiply_keys(const KeysArguments& a, KeysShared
   };
   const auto open_item = [&] {
     ptx::mbarrier_wait(at.k_full(round % 2), uint32_t(round / 2 % 2));
-    tokens = __shfl_sync(kFullWarp, shared.item[round % 2].q_count, 0);
+    const bool has_queries = __shfl_sync(kFullWarp, shared.item[round % 2].q_count, 0) > 0;
     ++round;
-    return tokens > 0;
+    return has_queries;
   };
   const auto open_keys = [&] { keys = shared.item[(round - 1) % 2].k_count - (warpgroup * 64 + warp_row + lane / 4); };
   const auto add_dq = [&](int first, int number) {  // some of 16 pairs, of the step before
@@ -167,22 +164,22 @@ __device__ __forceinline__ void multiply_keys(const KeysArguments& a, KeysShared
       ptx::red_add_v2(dq_row + (i ? dq_second : 0) + 8 * j, dq[4 * j + 2 * i], dq[4 * j + 2 * i + 1]);
     }
   };
-  const auto open_sums = [&](int count, bool fresh, int key_buffer) {  // of this step
-    if (fresh) {
-      const WorkItem& item = shared.item[key_buffer];
-      dq_first = item.q_start * a.num_heads + item.kv_head * a.group;
-    } else {
-      dq_first += a.tile_tokens * a.num_heads;
-    }
+  const auto open_sums = [&](int stage) {  // of the step there
+    const KeysStep step = shared.step[stage];
+    const int dq_first = step.token * a.num_heads + step.kv_head * a.group;
     int target[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = half + warp_row + lane / 4 + 8 * i, token = int(row * a.group_reciprocal >> 16);
-      const bool valid = token < min(count, a.tile_tokens);
+      const bool valid = token < step.tokens;
       target[i] = valid ? dq_first + token * a.num_heads + row - token * a.group : a.waste_row + row;
     }
     dq_row = a.dq_sums + int64_t(target[0]) * kHeadDim + column + lane % 4 * 2;
     dq_second = (target[1] - target[0]) * kHeadDim;
+  };
+  const auto open_waste = [&] {  // for the step before the first one
+    dq_row = a.dq_sums + int64_t(a.waste_row + half + warp_row + lane / 4) * kHeadDim + column + lane % 4 * 2;
+    dq_second = 8 * kHeadDim;
   };
 
   const auto share_ds = [&] {
@@ -197,7 +194,6 @@ __device__ __forceinline__ void multiply_keys(const KeysArguments& a, KeysShared
     int stage = 0;                    // of the step whose ds is next
     bool fresh = true;                // is it the first step of its item,
     bool is_last = false;             // the last one?
-    int count = 0;                    // its tokens
     const auto wait_for_rows = [&] {  // before a turn, so that no time of it is lost
       ptx::mbarrier_wait(at.q_full(ring.stage), ring.parity);
       ptx::mbarrier_wait(at.dout_full(ring.stage), ring.parity);
@@ -217,13 +213,11 @@ __device__ __forceinline__ void multiply_keys(const KeysArguments& a, KeysShared
       ptx::wgmma_wait<1>();
       weigh<kRows>(s, shared.lse_log2[stage], a.scale_log2, lane);
       if (fresh) open_keys();
-      count = max(min(tokens, a.tile_tokens), 0);
-      tokens -= a.tile_tokens;
-      is_last = tokens <= 0 && !fresh;
+      is_last = __shfl_sync(kFullWarp, int(shared.step[stage].is_last), 0) != 0;
       ptx::wgmma_wait<0>();
       ptx::mbarrier_arrive_if(thread == 0 && is_last, at.v_empty());
     };
-    open_sums(0, true, 0);
+    open_waste();
     if (warpgroup == 1) ptx::named_barrier_arrive(next_turn, 256);
     // dv, dk of the step whose ds is there; what dq there is leaves meanwhile, in the gaps between the products.
     const auto multiply_gradients = [&](bool accumulate, bool adds) {
@@ -269,7 +263,7 @@ __device__ __forceinline__ void multiply_keys(const KeysArguments& a, KeysShared
       ptx::named_barrier_sync(own_turn, 256);
       if (kFused) multiply_ds(step - 1, key_buffer ^ int(begins_item && step > 0));
       multiply_gradients(!begins_item, true);
-      if (kFused) open_sums(count, begins_item, key_buffer);
+      if (kFused) open_sums(old_stage);
       __syncwarp();
       ptx::mbarrier_arrive_if(lane == 0 && begins_item && step > 0, at.k_empty(key_buffer ^ 1));
       if (kOrdered) ptx::mbarrier_arrive_if(lane == 0, at.added(warpgroup, old_stage));
@@ -296,7 +290,7 @@ __device__ __forceinline__ void multiply_keys(const KeysArguments& a, KeysShared
       ptx::mbarrier_arrive_if(thread == 0, at.ds_empty((step - 1) & 1));
       if (kOrdered) ptx::mbarrier_wait(at.last_turns(), 0);
       add_dq(0, 16);
-      open_sums(count, fresh, key_buffer);
+      open_sums(stage);
       ptx::mbarrier_wait(at.ds_full(step & 1), uint32_t(step >> 1 & 1));
       multiply_ds(step, key_buffer);
       ptx::wgmma_wait<0>();

@@ -20,6 +20,7 @@ struct KeysArguments {
   float *dq_sums, *dk_sums, *dv_sums;
   void *dq, *dk, *dv;
   int32_t pieces;  // of an item of the plan; more than one: dk and dv are summed up as dq is
+  bool staggered;  // see KeysSteps
   int32_t total_q, total_k, num_heads, num_kv_heads, group, tile_tokens;
   int32_t skipped;    // elements between the group's heads of one token and the next, (H - H / G) D
   int32_t waste_row;  // of dq_sums: rows that nobody looks at
@@ -66,6 +67,33 @@ __device__ __forceinline__ WorkItem next_keys(const KeysArguments& a, int& round
   }
 }
 
+// One step of an item: some rows of its queries. Written by the thread that loads them.
+struct alignas(16) KeysStep {
+  int32_t token, tokens;  // the first one, and how many there are; a step may have none
+  int32_t kv_head;
+  uint16_t is_last;  // of its item
+  uint16_t turn;     // in order: how many tiles of keys add to these rows before
+};
+
+// The steps of an item, in the order in which a CTA takes them: tiles of `tile_tokens` queries from `tile` on, round
+// and round. An item has at least two steps; the second one may have no rows.
+struct KeysSteps {
+  int left;   // of the steps
+  int tile;   // the next one's
+  int tiles;  // the number of steps
+
+  // Where tiles of keys are staggered, each begins elsewhere, so that the CTAs of a head do not all add to the same
+  // rows of dq at the same time.
+  __device__ __forceinline__ KeysSteps(const KeysArguments& a, const WorkItem& item, bool staggered)
+      : left(max((item.q_count + a.tile_tokens - 1) / a.tile_tokens, 2)), tile(0), tiles(left) {
+    if (staggered) tile = min(int(float(tiles) * float(item.piece) / float(item.pieces)), tiles - 1);
+  }
+  __device__ __forceinline__ void advance() {
+    --left;
+    if (++tile == tiles) tile = 0;
+  }
+};
+
 // Rows of one step whose sums are complete: of the heads of a group, from row `first` of dq on. No rows: the end.
 struct SumsJob {
   int32_t first, rows;
@@ -87,10 +115,9 @@ struct KeysShared {
   uint64_t k_full[2], k_empty[2], v_full, v_empty, q_full[kStages], dout_full[kStages], rows_empty[kStages], ds_full[2],
       ds_empty[2], job_full[kJobs], job_empty[kJobs], all_added, last_jobs_full, last_turns, turn_full[2][kStages],
       added[2][kStages];
-  WorkItem item[2];
+  WorkItem item[2], counted_item;  // of the tiles; of the statistics and reports
   SumsJob job[kJobs];
-  int begun[2];        // in order: rounds and items whose loads have begun
-  int2 turn[kStages];  // in order: where the sums of a step are counted, and the CTA's place in the order
+  KeysStep step[kStages];
   __device__ __forceinline__ SumsJob* last_jobs() { return reinterpret_cast<SumsJob*>(lse_log2); }  // when all is over
 };
 

@@ -24,6 +24,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "attention/backward_keys_shared_sm90.cuh"
 #include "common/dtype.cuh"
@@ -103,36 +104,40 @@ __device__ __forceinline__ void load_statistics(const KeysArguments& a, KeysShar
     __syncwarp();
     jobs += __popc(all);
   };
-  int round = 0;
-  for (WorkItem item = next_keys<kOrdered>(a, round); item.k_count > 0; ++round, item = next_keys<kOrdered>(a, round)) {
-    const int tile_rows = a.tile_tokens * a.group;
-    const RowStatistics* source = a.rows + (int64_t(item.kv_head) * a.total_q + item.q_start) * a.group;
-    int its_place = item.q_start * a.num_kv_heads + item.kv_head, until_own = item.piece;
-    int count = item.q_count * a.group;
-    for (const int last = min(0, count - tile_rows - 1); count > last; count -= tile_rows) {
-      if (kOrdered) {
-        count_step(its_place, max(min(tile_rows, count), 0), 0);
-        its_place += a.tile_tokens * a.num_kv_heads;
-      }
+  const int tile_rows = a.tile_tokens * a.group;
+  for (int round = 0;; ++round) {
+    __syncwarp();
+    shared.counted_item = next_keys<kOrdered>(a, round);
+    const WorkItem& item = shared.counted_item;  // read again for each step: registers are few
+    __syncwarp();
+    if (item.k_count == 0) break;
+    KeysSteps steps(a, item, !kOrdered && a.staggered);
+    int until_own = item.piece - steps.tile % item.pieces;  // steps
+    if (until_own < 0) until_own += item.pieces;
+    while (steps.left > 0) {
+      const int first_row = steps.tile * tile_rows;
+      const int rows_here = max(min(item.q_count * a.group - first_row, tile_rows), 0);
+      const int32_t its_place = (item.q_start + steps.tile * a.tile_tokens) * a.num_kv_heads + item.kv_head;
+      if (kOrdered) count_step(its_place, rows_here, 0);
+      // Sums of dq have 32-bit places, and so have rows.
+      using Index = std::conditional_t<kFused, int32_t, int64_t>;
+      const RowStatistics* const source =
+          a.rows + (Index(item.kv_head) * a.total_q + item.q_start) * a.group + first_row + lane;
       ptx::mbarrier_wait(at.rows_empty(ring.stage), ring.parity ^ 1);
 #pragma unroll
-      for (int i = 0; i < kRows / 32; ++i) {
-        const int row = 32 * i + lane;
-        const bool valid = row < min(tile_rows, count);
-        const RowStatistics* const from = valid ? source + row : a.rows;
+      for (int block = 0; block < kRows / 32; ++block) {
+        const int row = 32 * block + lane;
+        const bool valid = row < rows_here;
+        const RowStatistics* const from = valid ? source + 32 * block : a.rows;
         const uint32_t target = uint32_t(ring.stage * kRows + row) * 4;
         ptx::cp_async_4(at.lse_log2() + target, &from->lse_log2, valid);
         ptx::cp_async_4(at.c() + target, &from->c, valid);
       }
       ptx::cp_async_mbarrier_arrive(at.q_full(ring.stage));
       ring.advance();
-      source += tile_rows;
-      if (kFused && !kOrdered) {
-        const int its_rows = max(min(tile_rows, count), 0);
-        count_step(its_place, until_own ? its_rows : -its_rows, item.pieces);
-        its_place += a.tile_tokens * a.num_kv_heads;
-        until_own = (until_own ? until_own : item.pieces) - 1;
-      }
+      if (kFused && !kOrdered) count_step(its_place, until_own ? rows_here : -rows_here, item.pieces);
+      steps.advance();
+      until_own = (steps.tile == 0 ? item.piece + 1 : until_own ? until_own : item.pieces) - 1;
     }
   }
   if (kOrdered) {  // the last four, two of them at once
