@@ -10,6 +10,7 @@
 #include <type_traits>
 
 #include "attention/backward_keys_shared_sm90.cuh"
+#include "attention/query_sums_add_sm90.cuh"
 #include "attention/query_sums_sm90.cuh"
 #include "common/ptx.cuh"
 #include "common/reduce.cuh"
@@ -35,7 +36,7 @@ __device__ __forceinline__ void clear_missing_rows(const KeysArguments& a, KeysS
 }
 
 // By thread 0 of the producers: keys, values, queries and gradients; and, in order, the turns of the warpgroups.
-template <int kHeadDim, bool kOrdered>
+template <int kHeadDim, QuerySums kSums, bool kOrdered>
 __device__ __forceinline__ void load_tiles(const KeysArguments& a, KeysShared<kHeadDim>& shared,
                                            const KeysAddresses<kHeadDim>& at, const CUtensorMap& q_map,
                                            const CUtensorMap& dout_map, const CUtensorMap& k_map,
@@ -43,7 +44,7 @@ __device__ __forceinline__ void load_tiles(const KeysArguments& a, KeysShared<kH
   using Shared = KeysShared<kHeadDim>;
   using KeyTile = typename Shared::KeyTile;
   using RowTile = typename Shared::RowTile;
-  constexpr int kStages = Shared::kStages;
+  constexpr int kStages = kRowStages<kSums, Shared>;
   Ring<kStages> ring;
   const auto load_keys = [&](const CUtensorMap* map, uint32_t tile, uint32_t barrier, const WorkItem& item) {
     ptx::mbarrier_arrive_expect_tx(barrier, uint32_t(sizeof(KeyTile)));

@@ -13,6 +13,7 @@
 
 #include "attention/accumulator_rows.cuh"
 #include "attention/backward_keys_shared_sm90.cuh"
+#include "attention/query_sums_add_sm90.cuh"
 #include "attention/query_sums_sm90.cuh"
 #include "attention/tiles_sm90.cuh"
 #include "common/dtype.cuh"
@@ -92,11 +93,12 @@ __device__ __forceinline__ void store_scores(uint32_t target, const uint32_t (&d
 }
 
 // By both warpgroups: all items of the CTA.
-template <typename T, int kHeadDim, bool kFused, bool kOrdered>
+template <typename T, int kHeadDim, QuerySums kSums, bool kOrdered>
 __device__ __forceinline__ void multiply_keys(const KeysArguments& a, KeysShared<kHeadDim>& shared,
-                                              const KeysAddresses<kHeadDim>& at) {
+                                              const KeysAddresses<kHeadDim>& at, const CUtensorMap& dq_map) {
   using Shared = KeysShared<kHeadDim>;
-  constexpr int kRows = Shared::kRows, kStages = Shared::kStages;
+  constexpr bool kFused = kSums != QuerySums::kNone;
+  constexpr int kRows = Shared::kRows, kStages = kRowStages<kSums, Shared>;
   constexpr uint32_t kKeyBytes = sizeof(typename Shared::KeyTile), kTileBytes = sizeof(typename Shared::RowTile);
   constexpr uint32_t kScoreBytes = sizeof(typename Shared::ScoreTile), kScoreSlice = kBackwardKeys * kRowBytes;
   const int warpgroup = __shfl_sync(kFullWarp, int(threadIdx.x) / 128, 0), thread = int(threadIdx.x) % 128;
@@ -105,7 +107,7 @@ __device__ __forceinline__ void multiply_keys(const KeysArguments& a, KeysShared
   // Of dq, a warpgroup has 64 columns of 64 rows, or all columns of the second 64 rows.
   const int half = warpgroup * (kHeadDim == 128 ? 0 : 64), column = warpgroup * (kHeadDim == 128 ? 64 : 0);
   // Lower words of descriptors; the upper ones are all the same.
-  const uint32_t start = at.start / 16, rows_kind = 1 << 16;
+  const uint32_t start = (at.start & 0x3ffff) / 16, rows_kind = 1 << 16;
   const auto columns_kind = [](uint32_t leading) { return leading / 16 << 16; };
   constexpr uint32_t kFirstKey = 64 * kRowBytes / 16;  // of the second warpgroup
   const uint32_t k_rows = start + rows_kind + uint32_t(offsetof(Shared, k) / 16) + warpgroup * kFirstKey;
@@ -121,11 +123,8 @@ __device__ __forceinline__ void multiply_keys(const KeysArguments& a, KeysShared
   Ring<kStages> ring;  // of the step whose s is next
   float dk[kHeadDim / 2], dv[kHeadDim / 2], s[kRows / 2], dp[kRows / 2], dq[32];
   uint32_t p[kRows / 16][4], ds[kRows / 16][4];
-  int round = 0, step = 0;  // items and steps that were begun
-  // Where this lane's two rows of the sums of the step before are; those that there are not go where nobody looks.
-  float* dq_row;
-  int32_t dq_second;
-  int keys = 0;  // from this lane's first key to the item's end
+  int round = 0, step = 0;                                                 // items and steps that were begun
+  DqAdder<kSums, kHeadDim> adder(a, dq_map, at, half + warp_row, column);  // of dq of the step before
 
   const auto multiply_k = [&] {  // s = k q^T
     const uint64_t x = descriptor(k_rows + uint32_t((round - 1) % 2) * (kKeyBytes / 16));
@@ -156,34 +155,10 @@ __device__ __forceinline__ void multiply_keys(const KeysArguments& a, KeysShared
     ++round;
     return has_queries;
   };
-  const auto open_keys = [&] { keys = shared.item[(round - 1) % 2].k_count - (warpgroup * 64 + warp_row + lane / 4); };
-  const auto add_dq = [&](int first, int number) {  // some of 16 pairs, of the step before
-#pragma unroll
-    for (int n = first; n < min(first + number, 16); ++n) {
-      const int i = n / 8, j = n % 8;
-      ptx::red_add_v2(dq_row + (i ? dq_second : 0) + 8 * j, dq[4 * j + 2 * i], dq[4 * j + 2 * i + 1]);
-    }
-  };
-  const auto open_sums = [&](int stage) {  // of the step there
-    const KeysStep step = shared.step[stage];
-    const int dq_first = step.token * a.num_heads + step.kv_head * a.group;
-    int target[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int row = half + warp_row + lane / 4 + 8 * i, token = int(row * a.group_reciprocal >> 16);
-      const bool valid = token < step.tokens;
-      target[i] = valid ? dq_first + token * a.num_heads + row - token * a.group : a.waste_row + row;
-    }
-    dq_row = a.dq_sums + int64_t(target[0]) * kHeadDim + column + lane % 4 * 2;
-    dq_second = (target[1] - target[0]) * kHeadDim;
-  };
-  const auto open_waste = [&] {  // for the step before the first one
-    dq_row = a.dq_sums + int64_t(a.waste_row + half + warp_row + lane / 4) * kHeadDim + column + lane % 4 * 2;
-    dq_second = 8 * kHeadDim;
-  };
-
   const auto share_ds = [&] {
     const int buffer = step % 2;
+    // From this lane's first key to the item's end.
+    const int keys = shared.item[(round - 1) % 2].k_count - (warpgroup * 64 + warp_row + lane / 4);
     ptx::mbarrier_wait(at.ds_empty(buffer), uint32_t(step / 2 + buffer + 1) % 2);
     store_scores<kRows>(ds_target + buffer * kScoreBytes, ds, keys, lane);
     ptx::fence_proxy_async();
@@ -212,12 +187,11 @@ __device__ __forceinline__ void multiply_keys(const KeysArguments& a, KeysShared
     const auto finish_scores = [&] {
       ptx::wgmma_wait<1>();
       weigh<kRows>(s, shared.lse_log2[stage], a.scale_log2, lane);
-      if (fresh) open_keys();
       is_last = __shfl_sync(kFullWarp, int(shared.step[stage].is_last), 0) != 0;
       ptx::wgmma_wait<0>();
       ptx::mbarrier_arrive_if(thread == 0 && is_last, at.v_empty());
     };
-    open_waste();
+    if (kFused) adder.open_nowhere();
     if (warpgroup == 1) ptx::named_barrier_arrive(next_turn, 256);
     // dv, dk of the step whose ds is there; what dq there is leaves meanwhile, in the gaps between the products.
     const auto multiply_gradients = [&](bool accumulate, bool adds) {
@@ -238,9 +212,9 @@ __device__ __forceinline__ void multiply_keys(const KeysArguments& a, KeysShared
           ptx::wgmma_wait<1>();
           ptx::mbarrier_arrive_if(thread == 0, at.ds_empty((step - 1) & 1));
         } else if (i >= kFirst) {
-          constexpr int kEach = (16 + 2 * kSteps - kFirst - 1) / (2 * kSteps - kFirst);
+          constexpr int kGaps = 2 * kSteps - kFirst, kEach = (adder.kParts + kGaps - 1) / kGaps;
           __syncwarp();
-          add_dq((i - kFirst) * kEach, kEach);
+          adder.add(dq, (i - kFirst) * kEach, kEach);
         }
       }
       ptx::wgmma_commit();
@@ -263,7 +237,7 @@ __device__ __forceinline__ void multiply_keys(const KeysArguments& a, KeysShared
       ptx::named_barrier_sync(own_turn, 256);
       if (kFused) multiply_ds(step - 1, key_buffer ^ int(begins_item && step > 0));
       multiply_gradients(!begins_item, true);
-      if (kFused) open_sums(old_stage);
+      if (kFused) adder.open(shared.step[old_stage]);
       __syncwarp();
       ptx::mbarrier_arrive_if(lane == 0 && begins_item && step > 0, at.k_empty(key_buffer ^ 1));
       if (kOrdered) ptx::mbarrier_arrive_if(lane == 0, at.added(warpgroup, old_stage));
@@ -272,6 +246,7 @@ __device__ __forceinline__ void multiply_keys(const KeysArguments& a, KeysShared
       ptx::wgmma_keep_operand(p, a.total_q < 0, ds_target);
       ptx::wgmma_keep_operand(ds, a.total_q < 0, ds_target);
       multiply_dout(true);
+      if (kFused) adder.wait_for_previous();
       ptx::mbarrier_arrive_if(lane == 0, at.rows_empty(old_stage));
       fresh = ends_item;
       finish_scores();
@@ -289,12 +264,13 @@ __device__ __forceinline__ void multiply_keys(const KeysArguments& a, KeysShared
       ptx::wgmma_wait<0>();
       ptx::mbarrier_arrive_if(thread == 0, at.ds_empty((step - 1) & 1));
       if (kOrdered) ptx::mbarrier_wait(at.last_turns(), 0);
-      add_dq(0, 16);
-      open_sums(stage);
+      adder.add(dq, 0, adder.kParts);
+      adder.open(shared.step[stage]);
       ptx::mbarrier_wait(at.ds_full(step & 1), uint32_t(step >> 1 & 1));
       multiply_ds(step, key_buffer);
       ptx::wgmma_wait<0>();
-      add_dq(0, 16);
+      adder.add(dq, 0, adder.kParts);
+      adder.wait_for_all();
       if (kOrdered) {
         __syncwarp();
         ptx::mbarrier_arrive_if(lane == 0, at.all_added());

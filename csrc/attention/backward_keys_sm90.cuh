@@ -35,14 +35,16 @@
 namespace illada::attention {
 namespace {
 
-template <typename T, int kHeadDim, bool kFused, bool kOrdered>
+template <typename T, int kHeadDim, QuerySums kSums, bool kOrdered>
 __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads, 1) void illada_attention_backward_keys_sm90(
     const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap dout_map,
     const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map,
-    const __grid_constant__ KeysArguments a, const __grid_constant__ DependentLaunch launch) {
+    const __grid_constant__ CUtensorMap dq_map, const __grid_constant__ KeysArguments a,
+    const __grid_constant__ DependentLaunch launch) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Shared = KeysShared<kHeadDim>;
-  static_assert(kFused || !kOrdered);
+  constexpr bool kFused = kSums != QuerySums::kNone;
+  static_assert(!kOrdered || kSums == QuerySums::kRed2);
   extern __shared__ char raw_shared[];
   const uint32_t shared_start = ptx::smem_address(raw_shared), aligned_start = (shared_start + 1023) / 1024 * 1024;
   Shared& shared = *reinterpret_cast<Shared*>(raw_shared + (aligned_start - shared_start));
@@ -63,9 +65,9 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads, 1) void illada_atte
     Shared::Registers::as_producer();
     const int warp = __shfl_sync(kFullWarp, int(threadIdx.x) / 32 - 8, 0);
     if (threadIdx.x == 256) {
-      load_tiles<kHeadDim, kOrdered>(a, shared, at, q_map, dout_map, k_map, v_map);
+      load_tiles<kHeadDim, kSums, kOrdered>(a, shared, at, q_map, dout_map, k_map, v_map);
     } else if (warp == 1) {
-      load_statistics<kHeadDim, kFused, kOrdered>(a, shared, at);
+      load_statistics<kHeadDim, kSums, kOrdered>(a, shared, at);
     } else if (kOrdered && warp > 1) {
       convert_own_sums<T, kHeadDim>(a, warp);
     } else if (kFused && warp > 1) {
@@ -73,13 +75,13 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads, 1) void illada_atte
     }
   } else {  // ------------------------------------------------------------------------------------------- consumers
     Shared::Registers::as_consumer();
-    multiply_keys<T, kHeadDim, kFused, kOrdered>(a, shared, at);
+    multiply_keys<T, kHeadDim, kSums, kOrdered>(a, shared, at, dq_map);
     write_unseen_keys<kHeadDim>(a);
   }
 #endif
 }
 
-template <typename T, int kHeadDim, bool kFused, bool kOrdered>
+template <typename T, int kHeadDim, QuerySums kSums, bool kOrdered>
 void launch_backward_keys(const BackwardParams& p, const Device& device, const BackwardMethod& method) {
   constexpr const char* kOp = "varlen_attention_backward";
   using Shared = KeysShared<kHeadDim>;
@@ -90,6 +92,12 @@ void launch_backward_keys(const BackwardParams& p, const Device& device, const B
   const CUtensorMap k_map = keys_map(kOp, p, p.k, kBackwardKeys);
   const CUtensorMap v_map = keys_map(kOp, p, p.v, kBackwardKeys);
   const BackwardScratch scratch = scratch_of(p, method);
+  CUtensorMap dq_map = q_map;  // used in bulk alone
+  if (kSums == QuerySums::kBulk)
+    dq_map = tensor_map_ragged(kOp,
+                               {scratch.dq, DType::kFloat32, std::max<int64_t>(s.total_q, 1), s.num_heads, kHeadDim,
+                                int64_t(s.num_heads) * kHeadDim, kHeadDim},
+                               std::min(group, 16), std::max(16 / group, 1));
   KeysArguments a{};
   a.plan = p.plan;
   a.first_item = first_backward_row(s);
@@ -99,6 +107,9 @@ void launch_backward_keys(const BackwardParams& p, const Device& device, const B
   a.dk_sums = scratch.dk;
   a.dv_sums = scratch.dv;
   a.pieces = method.pieces;
+  a.staggered = method.staggered;
+  a.l2_hints = variant<L2Hints>() == L2Hints::kOn;
+  a.report_every = method.report_every;
   a.dq = p.dq;
   a.dk = p.dk;
   a.dv = p.dv;
@@ -120,8 +131,8 @@ void launch_backward_keys(const BackwardParams& p, const Device& device, const B
   // Together the two may not be: the order costs the overlap with the end of the first pass.
   shape.dependent = !kOrdered;
   shape.cooperative = kOrdered;
-  launch_kernel(kOp, device, p.launch.stream, shape, illada_attention_backward_keys_sm90<T, kHeadDim, kFused, kOrdered>,
-                q_map, dout_map, k_map, v_map, a);
+  launch_kernel(kOp, device, p.launch.stream, shape, illada_attention_backward_keys_sm90<T, kHeadDim, kSums, kOrdered>,
+                q_map, dout_map, k_map, v_map, dq_map, a);
 }
 
 }  // namespace

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "common/check.h"
+#include "common/variants.h"
 #include "illada/illada.h"
 
 namespace illada::attention {
@@ -77,15 +78,31 @@ int64_t rows_bytes(const PackShape& s) {
   return (s.total_q * s.num_heads * int64_t(sizeof(RowStatistics)) + 15) / 16 * 16;
 }
 
+// What only a GPU can tell to be fast. In order there is one way.
+void choose_sums(const PackShape& s, BackwardMethod& method) {
+  const bool kept = variant<L2Hints>() == L2Hints::kOn && !method.ordered;
+  method.sums = kept ? QuerySums::kRed2Kept : QuerySums::kRed2;
+  if (method.ordered) return;
+  const auto wanted = variant<AttentionBackwardSums>();
+  const int group = group_of(s);
+  if (wanted == AttentionBackwardSums::kRed4) method.sums = kept ? QuerySums::kRed4Kept : QuerySums::kRed4;
+  // A warp's 16 rows must be whole tokens, or heads of one.
+  if (wanted == AttentionBackwardSums::kBulk && (16 % group == 0 || group % 16 == 0)) method.sums = QuerySums::kBulk;
+  method.staggered = variant<AttentionBackwardStart>() == AttentionBackwardStart::kStaggered;
+  method.report_every = 1 << int(variant<AttentionBackwardReports>());
+}
+
 BackwardMethod choose_backward(const PackShape& s, bool deterministic, bool multiplies_twice, const Device& gpu) {
   BackwardMethod method;
   // Places in the sums are 32-bit numbers.
   const int64_t sums = (s.total_q * s.num_heads + kWasteRows) * s.head_dim;
-  method.fused = has_sm90(gpu) && !multiplies_twice && sums <= kMostRows;
+  method.fused = has_sm90(gpu) && !multiplies_twice && sums <= kMostRows &&
+                 variant<AttentionBackwardSums>() != AttentionBackwardSums::kTwice;
   if (method.fused && deterministic) {
     method.ordered = s.total_k / kBackwardKeys + s.num_sequences <= kMostOrdered;
     method.fused = method.ordered;
   }
+  if (method.fused) choose_sums(s, method);
   if (method.fused && s.total_k > 0) {
     const int64_t sequences = std::min<int64_t>(s.num_sequences, s.total_k);
     const int64_t items =

@@ -25,10 +25,16 @@ void launch_combine(const ForwardParams& params, const Device& device);
 
 // ---------------------------------------------------------------------------------------------------------- backward
 
-// How a backward is carried out; the caller's sizes alone decide.
+// How the CTAs of all keys sum dq up in fp32 (query_sums_add_sm90.cuh). Kept: with a hint that the sums stay in L2.
+enum class QuerySums { kNone, kRed2, kRed2Kept, kRed4, kRed4Kept, kBulk };
+
+// How a backward is carried out; the caller's sizes and the choices of common/variants.h decide.
 struct BackwardMethod {
   // dq summed in fp32 by the CTAs of all keys (5 products); else by a kernel of its own (7), in a fixed order.
   bool fused = false;
+  QuerySums sums = QuerySums::kNone;  // kNone if not fused
+  bool staggered = false;             // tiles of keys begin at different rows
+  int report_every = 1;               // steps: 1, 2 or 4
   // fused: tiles of keys add to dq in their order, and dk and dv are sums of two pieces at most, so that every run
   // gives the same bits.
   bool ordered = false;
@@ -64,6 +70,9 @@ void launch_backward_d64_sm90(const BackwardParams& params, const Device& device
                               const BackwardMethod& method);
 void launch_backward_d128_sm90(const BackwardParams& params, const Device& device, const Tiling& tiling,
                                const BackwardMethod& method);
+// Of these, dk, dv and dq where the sums are added in another way than kRed2.
+void launch_backward_sums_d64_sm90(const BackwardParams& params, const Device& device, const BackwardMethod& method);
+void launch_backward_sums_d128_sm90(const BackwardParams& params, const Device& device, const BackwardMethod& method);
 // Last, if pieces > 1: dk and dv from the sums.
 void launch_backward_finish(const BackwardParams& params, const Device& device, const BackwardMethod& method);
 

@@ -27,6 +27,7 @@
 #include <type_traits>
 
 #include "attention/backward_keys_shared_sm90.cuh"
+#include "attention/query_sums_add_sm90.cuh"
 #include "common/dtype.cuh"
 #include "common/ptx.cuh"
 #include "common/reduce.cuh"
@@ -35,13 +36,14 @@
 namespace illada::attention {
 namespace {
 
-// Of the steps for which warp 1 has filled a stage, all but the last 4 have added their dq: a stage is free when both
-// warpgroups have left it, 3 steps after it was filled, and before they leave it they add dq of the step before.
+// See kUnaddedSteps: the same for all ways of adding.
 constexpr int kUnadded = 4;
 // Of the `tiles` CTAs that add to the same sums, each calls every `tiles`-th of them its own, and of those it does not
 // yet report so many. So it is the last one to report them and has its share of conversions, even where others are
 // slower; whoever is slower would convert everything and become slower still.
 constexpr int kHeldBack = 4, kFirstHeld = 8;
+// What is due is reported every 1, 2 or 4 steps; until then it stays behind.
+constexpr int kMostDue = 4;
 
 // In order, a counter has 16 bits for each warpgroup. Until `count` tiles have added to a warpgroup's half of the sums
 // that are counted there.
@@ -53,20 +55,26 @@ __device__ __forceinline__ void wait_for_tiles(const uint32_t* arrivals, uint32_
 // ----------------------------------------------------------------------------------- statistics and reports, by warp 1
 
 // lse and c of the rows, with cp.async. And since this warp sees steps end, it reports what they have added to dq.
-template <int kHeadDim, bool kFused, bool kOrdered>
+template <int kHeadDim, QuerySums kSums, bool kOrdered>
 __device__ __forceinline__ void load_statistics(const KeysArguments& a, KeysShared<kHeadDim>& shared,
                                                 const KeysAddresses<kHeadDim>& at) {
   using Shared = KeysShared<kHeadDim>;
-  constexpr int kRows = Shared::kRows, kJobs = Shared::kJobs;
-  static_assert(kUnadded == Shared::kStages + 1 && kUnadded < kFirstHeld && kFirstHeld + kHeldBack < 32);
-  static_assert(sizeof(SumsJob) * (kUnadded + kHeldBack + 1) <= sizeof(Shared::lse_log2));  // last_jobs
-  Ring<Shared::kStages> ring;
+  constexpr bool kFused = kSums != QuerySums::kNone;
+  constexpr int kRows = Shared::kRows, kJobs = Shared::kJobs, kStages = kRowStages<kSums, Shared>;
+  constexpr int kFirstDue = kFirstHeld + kHeldBack;  // of those held back
+  static_assert(kUnadded == kUnaddedSteps<kSums, Shared>);
+  static_assert(kUnadded + kMostDue <= kFirstHeld && kFirstDue + kMostDue <= 32);
+  static_assert(sizeof(SumsJob) * (32 + 1) <= sizeof(Shared::lse_log2));  // last_jobs
+  Ring<kStages> ring;
   const int lane = int(threadIdx.x) % 32;
-  // Steps whose sums this CTA has not yet reported, one a lane: the last ones, the very last in lane 0, and from
-  // lane kFirstHeld on those held back. Where they are counted, how many rows they have (negative: they are this
-  // CTA's own), how many tiles of keys add to them.
+  // Steps whose sums this CTA has not yet reported, one a lane: the last ones, the very last in lane 0, and from lane
+  // kFirstHeld on those held back. Due are those from lanes kUnadded and kFirstDue on. Where they are counted, how many
+  // rows they have (negative: they are this CTA's own), how many tiles of keys add to them.
   int32_t place = 0, rows = 0, tiles = 0;
-  int jobs = 0;
+  int jobs = 0, unreported = 0;         // steps since the last reports
+  const auto is_due = [&](int first) {  // of those held back, from this lane on
+    return lane < kFirstHeld ? lane >= kUnadded && lane < kUnadded + unreported && rows > 0 : lane >= first && rows < 0;
+  };
   const auto report = [&](bool reports) {  // by those lanes; is it the last report?
     return reports && ptx::atomic_increment_acq_rel(a.arrivals + place) + 1 == uint32_t(tiles);
   };
@@ -98,11 +106,16 @@ __device__ __forceinline__ void load_statistics(const KeysArguments& a, KeysShar
     move(place, its_place);
     move(rows, its_rows);
     move(tiles, its_tiles);
-    const bool complete = report(lane == kUnadded ? rows > 0 : holds && lane == kFirstHeld + kHeldBack && rows < 0);
-    const uint32_t all = __ballot_sync(kFullWarp, complete);
-    if (complete) push_job(jobs + (lane > kUnadded && all >> kUnadded & 1), own_job());
-    __syncwarp();
-    jobs += __popc(all);
+    if (++unreported < a.report_every) return;
+    uint32_t complete = __ballot_sync(kFullWarp, report(is_due(kFirstDue)));
+    for (; complete; complete &= complete - 1, ++jobs) {
+      const int from = __ffs(int(complete)) - 1;
+      const int32_t its_first = __shfl_sync(kFullWarp, place, from), its_count = __shfl_sync(kFullWarp, rows, from);
+      if (lane == 0) push_job(jobs, {its_first * a.group, abs(its_count)});
+      __syncwarp();
+    }
+    if (lane >= kFirstDue) rows = 0;
+    unreported = 0;
   };
   const int tile_rows = a.tile_tokens * a.group;
   for (int round = 0;; ++round) {
@@ -149,8 +162,7 @@ __device__ __forceinline__ void load_statistics(const KeysArguments& a, KeysShar
   if (kFused && !kOrdered && __shfl_sync(kFullWarp, tiles, 0) > 0) {  // there was a step
     // All that is left, at once; the consumers convert it, because they have nothing else to do and many registers.
     ptx::mbarrier_wait(at.all_added(), 0);
-    const bool complete =
-        report(lane < kUnadded ? rows != 0 : lane >= kFirstHeld && lane < kFirstHeld + kHeldBack && rows < 0);
+    const bool complete = report(lane < kUnadded ? rows != 0 : is_due(kFirstHeld));
     const uint32_t all = __ballot_sync(kFullWarp, complete);
     if (complete) shared.last_jobs()[__popc(all & ((1u << lane) - 1))] = own_job();
     if (lane == 0) shared.last_jobs()[__popc(all)] = {};

@@ -95,6 +95,23 @@ __device__ __forceinline__ float exp2_approx(float x) {  // 2 ulp; 0 for results
 __device__ __forceinline__ void red_add_v2(float* address, float x, float y) {
   asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(address), "f"(x), "f"(y) : "memory");
 }
+// address[0 .. 3] += {x, y, z, w}, in any order; 16-byte aligned.
+__device__ __forceinline__ void red_add_v4(float* address, float x, float y, float z, float w) {
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(address), "f"(x), "f"(y), "f"(z),
+               "f"(w)
+               : "memory");
+}
+// The same with a cache policy of the L2 cache.
+__device__ __forceinline__ void red_add_v2_hinted(float* address, float x, float y, uint64_t policy) {
+  asm volatile("red.relaxed.gpu.global.add.L2::cache_hint.v2.f32 [%0], {%1, %2}, %3;" ::"l"(address), "f"(x), "f"(y),
+               "l"(policy)
+               : "memory");
+}
+__device__ __forceinline__ void red_add_v4_hinted(float* address, float x, float y, float z, float w, uint64_t policy) {
+  asm volatile("red.relaxed.gpu.global.add.L2::cache_hint.v4.f32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(address), "f"(x),
+               "f"(y), "f"(z), "f"(w), "l"(policy)
+               : "memory");
+}
 // ++*address, what it was before: after all that this thread knows to be done, before all that it does next.
 __device__ __forceinline__ uint32_t atomic_increment_acq_rel(uint32_t* address) {
   uint32_t old;
@@ -360,6 +377,19 @@ __device__ __forceinline__ void tma_store_4d_if_hinted(bool stores, const void* 
       "%7;\n"
       "}" ::"l"(map),
       "r"(x), "r"(y), "r"(z), "r"(w), "r"(smem), "r"(uint32_t(stores)), "l"(policy)
+      : "memory");
+}
+// The box of shared memory is added to the box at (x, y, z, w), as far as that is inside of the map.
+__device__ __forceinline__ void tma_reduce_add_4d_if_hinted(bool adds, const void* map, uint32_t smem, int32_t x,
+                                                            int32_t y, int32_t z, int32_t w, uint64_t policy) {
+  asm volatile(
+      "{\n"
+      ".reg .pred adds;\n"
+      "setp.ne.u32 adds, %6, 0;\n"
+      "@adds cp.reduce.async.bulk.tensor.4d.global.shared::cta.add.tile.bulk_group.L2::cache_hint [%0, {%1, %2, %3, "
+      "%4}], [%5], %7;\n"
+      "}" ::"l"(map),
+      "r"(x), "r"(y), "r"(z), "r"(w), "r"(smem), "r"(uint32_t(adds)), "l"(policy)
       : "memory");
 }
 __device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }

@@ -68,12 +68,13 @@ CUtensorMap tensor_map_k128(const char* op, const MatrixView& matrix, int box_ro
 }
 
 CUtensorMap tensor_map_ragged(const char* op, const RaggedView& view, int box_heads, int box_tokens) {
-  const cuuint64_t tokens = cuuint64_t(view.tokens), stride = cuuint64_t(view.token_stride) * 2;
+  const cuuint32_t element = view.dtype == DType::kFloat32 ? 4 : 2;
+  const cuuint64_t tokens = cuuint64_t(view.tokens), stride = cuuint64_t(view.token_stride) * element;
   const auto address = reinterpret_cast<uintptr_t>(view.data) - tokens * stride;
   return encode<4>(op, view.dtype, reinterpret_cast<const void*>(address),
                    {cuuint64_t(view.columns), cuuint64_t(view.heads), tokens, tokens + 1},
-                   {cuuint64_t(view.head_stride) * 2, stride, stride},
-                   {64, cuuint32_t(box_heads), cuuint32_t(box_tokens), 1});
+                   {cuuint64_t(view.head_stride) * element, stride, stride},
+                   {128 / element, cuuint32_t(box_heads), cuuint32_t(box_tokens), 1});
 }
 
 }  // namespace illada

@@ -18,8 +18,8 @@ struct MatrixView {
 };
 CUtensorMap tensor_map_k128(const char* op, const MatrixView& matrix, int box_rows);
 
-// Packed sequences [tokens, heads, columns] of 16-bit elements, read in boxes of 64 columns x heads x tokens (rows of
-// 128 bytes, swizzled over 8 rows), whose tokens end with their sequence: what lies behind the end of sequence `start`
+// Packed sequences [tokens, heads, columns], read in boxes of 128 bytes of columns x heads x tokens (swizzled over 8
+// rows), whose tokens end with their sequence: what lies behind the end of sequence `start`
 // .. `start + count - 1` reads as 0, although other sequences are there. Box (x, head, token `row` of the sequence) has
 // the coordinates (x, head, tokens - count + row, start + count): the third dimension ends where the sequence does, the
 // fourth moves along the same stride, and the address of the map is `tokens` before the data.
@@ -27,7 +27,7 @@ struct RaggedView {
   const void* data;
   DType dtype;
   int64_t tokens, heads, columns, token_stride,
-      head_stride;  // strides in elements, multiples of 8 as is data's address
+      head_stride;  // strides in elements, multiples of 16 bytes as is data's address
 };
 CUtensorMap tensor_map_ragged(const char* op, const RaggedView& view, int box_heads, int box_tokens);
 

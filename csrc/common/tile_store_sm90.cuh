@@ -21,20 +21,26 @@ class TileStoreSm90 {
   // warps, and boxes in turn.
   template <int kBox>
   __device__ __forceinline__ void store_box(const float (&d)[128], const void* map, int x, int y, bool add) {
-    const int lane = int(threadIdx.x) % 32;
     ptx::bulk_wait_read<1>();  // of the lane that stores: its store before the last has left this buffer
     __syncwarp();
     const uint32_t buffer = smem_ + uint32_t(kBox % 2 * kBufferBytes);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) put(d, buffer, kBox, half, lane);
-    ptx::fence_proxy_async();
-    __syncwarp();
+    fill_box(d, kBox, buffer);
     if (add) {
-      ptx::tma_reduce_add_2d_if(lane == 0, map, buffer, x + kBox * kColumns, y);
+      ptx::tma_reduce_add_2d_if(threadIdx.x % 32 == 0, map, buffer, x + kBox * kColumns, y);
     } else {
-      ptx::tma_store_2d_if(lane == 0, map, buffer, x + kBox * kColumns, y);
+      ptx::tma_store_2d_if(threadIdx.x % 32 == 0, map, buffer, x + kBox * kColumns, y);
     }
     ptx::bulk_commit();
+  }
+
+  // Box `box` of d into a buffer that nobody reads; afterwards TMA may read it.
+  template <int kValues>
+  static __device__ __forceinline__ void fill_box(const float (&d)[kValues], int box, uint32_t buffer) {
+    const int lane = int(threadIdx.x) % 32;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) put(d, buffer, box, half, lane);
+    ptx::fence_proxy_async();
+    __syncwarp();
   }
 
   // All of d.
@@ -49,7 +55,8 @@ class TileStoreSm90 {
 
  private:
   // The lane's part of row lane / 4 + 8 * half, where the 128-byte swizzle wants it: 16-byte chunk i of row r at i ^ r.
-  static __device__ __forceinline__ void put(const float (&d)[128], uint32_t buffer, int box, int half, int lane) {
+  template <int kValues>
+  static __device__ __forceinline__ void put(const float (&d)[kValues], uint32_t buffer, int box, int half, int lane) {
     const uint32_t r = uint32_t(lane) / 4, row = buffer + (r + 8 * uint32_t(half)) * 128;
     if constexpr (sizeof(Out) == 2) {  // four lanes write a chunk, eight rows eight different ones
 #pragma unroll

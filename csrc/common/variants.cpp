@@ -46,8 +46,8 @@ template <>
 Entry& entry<ProgrammaticLaunch>() {
   static Entry it{"pdl",
                   "ILLADA_PDL",
-                  "programmatic dependent launch: the next kernel is scheduled early, when this one ends, or never",
-                  {"early", "wait", "0"}};
+                  "programmatic dependent launch: the next kernel is scheduled when this one ends, early, or without overlap",
+                  {"wait", "early", "0"}};
   return it;
 }
 
@@ -60,7 +60,37 @@ Entry& entry<L2Hints>() {
   return it;
 }
 
-std::vector<Entry*> entries() { return {&entry<ProgrammaticLaunch>(), &entry<L2Hints>()}; }
+template <>
+Entry& entry<AttentionBackwardSums>() {
+  static Entry it{"attention_backward_sums",
+                  "ILLADA_VARIANT_ATTENTION_BACKWARD_SUMS",
+                  "sm_90a, dq: fp32 sums by 8- or 16-byte reductions or by TMA, or no sums but two more products",
+                  {"red2", "red4", "bulk", "twice"}};
+  return it;
+}
+
+template <>
+Entry& entry<AttentionBackwardStart>() {
+  static Entry it{"attention_backward_start",
+                  "ILLADA_VARIANT_ATTENTION_BACKWARD_START",
+                  "sm_90a: tiles of keys begin at the same rows, or each elsewhere, so that they add to other lines",
+                  {"together", "staggered"}};
+  return it;
+}
+
+template <>
+Entry& entry<AttentionBackwardReports>() {
+  static Entry it{"attention_backward_reports",
+                  "ILLADA_VARIANT_ATTENTION_BACKWARD_REPORTS",
+                  "sm_90a: after how many steps a CTA reports what it has added to dq",
+                  {"1", "2", "4"}};
+  return it;
+}
+
+std::vector<Entry*> entries() {
+  return {&entry<ProgrammaticLaunch>(), &entry<L2Hints>(), &entry<AttentionBackwardSums>(),
+          &entry<AttentionBackwardStart>(), &entry<AttentionBackwardReports>()};
+}
 
 }  // namespace
 
@@ -70,6 +100,9 @@ Choice variant() {
 }
 template ProgrammaticLaunch variant<ProgrammaticLaunch>();
 template L2Hints variant<L2Hints>();
+template AttentionBackwardSums variant<AttentionBackwardSums>();
+template AttentionBackwardStart variant<AttentionBackwardStart>();
+template AttentionBackwardReports variant<AttentionBackwardReports>();
 
 std::vector<Variant> variants() {
   std::vector<Variant> all;

@@ -6,8 +6,11 @@
 
 namespace illada {
 
-enum class ProgrammaticLaunch { kEarly, kWait, kOff };
+enum class ProgrammaticLaunch { kWait, kEarly, kOff };
 enum class L2Hints { kOff, kOn };
+enum class AttentionBackwardSums { kRed2, kRed4, kBulk, kTwice };
+enum class AttentionBackwardStart { kTogether, kStaggered };
+enum class AttentionBackwardReports { k1, k2, k4 };
 
 // The value in use.
 template <typename Choice>

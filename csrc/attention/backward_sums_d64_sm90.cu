@@ -1,0 +1,9 @@
+#include "attention/backward_sm90.cuh"
+
+namespace illada::attention {
+
+void launch_backward_sums_d64_sm90(const BackwardParams& params, const Device& device, const BackwardMethod& method) {
+  launch_backward_sums<64>(params, device, method);
+}
+
+}  // namespace illada::attention

@@ -1,0 +1,163 @@
+// The ways in which a warp of the keys kernel adds its 16 rows x 64 columns of dq to the sums in fp32.
+//
+// red.v2   a lane adds two neighbouring columns: 8 rows of 32 bytes an instruction
+// red.v4   lanes trade pairs first: 8 rows of 64 bytes, half as many instructions
+// bulk     through shared memory, in boxes of 32 columns that TMA adds; the boxes use the third stage of rows, so that
+//          two are left for rows
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+
+#include "attention/backward_keys_shared_sm90.cuh"
+#include "attention/launch.h"
+#include "common/ptx.cuh"
+#include "common/reduce.cuh"
+#include "common/tile_store_sm90.cuh"
+
+namespace illada::attention {
+namespace {
+
+template <QuerySums kSums>
+constexpr bool kIsBulk = kSums == QuerySums::kBulk;
+template <QuerySums kSums>
+constexpr bool kIsRed4 = kSums == QuerySums::kRed4 || kSums == QuerySums::kRed4Kept;
+template <QuerySums kSums>
+constexpr bool kIsKept = kSums == QuerySums::kRed2Kept || kSums == QuerySums::kRed4Kept;
+
+// Stages of rows that loads use.
+template <QuerySums kSums, typename Shared>
+constexpr int kRowStages = Shared::kStages - (kIsBulk<kSums> ? 1 : 0);
+// Of the steps for which warp 1 has filled a stage, all but the last so many have added their dq. A stage is free when
+// both warpgroups have left it, and before they leave it they add dq of the step before; in bulk, what they added the
+// step before that has arrived.
+template <QuerySums kSums, typename Shared>
+constexpr int kUnaddedSteps = kRowStages<kSums, Shared> + (kIsBulk<kSums> ? 2 : 1);
+
+template <QuerySums kSums, int kHeadDim>
+class DqAdder {
+ public:
+  // Parts in which dq may be added, one after the other.
+  static constexpr int kParts = kIsBulk<kSums> ? 2 : kIsRed4<kSums> ? 8 : 16;
+
+  // `first_row`: of the warp's rows in a step; `column`: its first column.
+  __device__ __forceinline__ DqAdder(const KeysArguments& a, const CUtensorMap& map, const KeysAddresses<kHeadDim>& at,
+                                     int first_row, int column)
+      : a_(a), first_row_(first_row), column_(column) {
+    if constexpr (kIsBulk<kSums>) map_ = &map, at_ = &at;
+    if constexpr (kIsKept<kSums>) policy_ = ptx::l2_policy_evict_last();
+  }
+
+  // From now on, of this step. Rows that there are not go where nobody looks.
+  __device__ __forceinline__ void open(const KeysStep& step) {
+    const int lane = int(threadIdx.x) % 32;
+    if constexpr (kIsBulk<kSums>) {
+      const int token = int(first_row_ * a_.group_reciprocal >> 16);
+      head_ = step.kv_head * a_.group + first_row_ - token * a_.group;
+      from_end_ = a_.total_q - step.tokens + token;
+      end_ = step.token + step.tokens;
+    } else {
+      const int dq_first = step.token * a_.num_heads + step.kv_head * a_.group;
+      int target[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int row = first_row_ + lane / 4 + 8 * i, token = int(row * a_.group_reciprocal >> 16);
+        const bool valid = token < step.tokens;
+        target[i] = valid ? dq_first + token * a_.num_heads + row - token * a_.group : a_.waste_row + row;
+      }
+      row_ = a_.dq_sums + int64_t(target[0]) * kHeadDim + lane_column(lane);
+      second_ = (target[1] - target[0]) * kHeadDim;
+    }
+  }
+  // Of the step before the first one, whose dq is anything.
+  __device__ __forceinline__ void open_nowhere() {
+    const int lane = int(threadIdx.x) % 32;
+    if constexpr (kIsBulk<kSums>) {
+      head_ = end_ = 0;
+      from_end_ = a_.total_q;  // outside of the map
+    } else {
+      row_ = a_.dq_sums + int64_t(a_.waste_row + first_row_ + lane / 4) * kHeadDim + lane_column(lane);
+      second_ = 8 * kHeadDim;
+    }
+  }
+
+  // Some of the parts; by whole warps.
+  __device__ __forceinline__ void add(const float (&dq)[32], int first, int number) {
+#pragma unroll
+    for (int n = first; n < min(first + number, kParts); ++n) add(dq, n);
+  }
+
+  // Until the dq of all steps but the last one has arrived.
+  __device__ __forceinline__ void wait_for_previous() const {
+    if constexpr (kIsBulk<kSums>) ptx::bulk_wait<kParts>();
+  }
+  __device__ __forceinline__ void wait_for_all() const {
+    if constexpr (kIsBulk<kSums>) ptx::bulk_wait<0>();
+  }
+
+ private:
+  using Box = TileStoreSm90<float>;
+
+  __device__ __forceinline__ int lane_column(int lane) const {
+    return column_ + (kIsRed4<kSums> ? lane % 2 * 8 + lane % 4 / 2 * 4 : lane % 4 * 2);
+  }
+
+  // The warp's box `n` in shared memory; not kept, for registers are few.
+  __device__ __forceinline__ uint32_t box(int n) const {
+    constexpr int kUnused = KeysShared<kHeadDim>::kStages - 1;
+    static_assert(4 * Box::kBytes <= sizeof(typename KeysShared<kHeadDim>::RowTile));
+    const int warp = int(threadIdx.x) / 32;
+    return (warp < 4 ? at_->q(kUnused) : at_->dout(kUnused)) + uint32_t(warp % 4 * Box::kBytes + n * Box::kBufferBytes);
+  }
+
+  __device__ __forceinline__ void add(const float (&dq)[32], int n) {
+    if constexpr (kIsBulk<kSums>) {
+      ptx::bulk_wait_read<kParts - 1>();  // of the lane that stores: what it sent of this box before has left
+      __syncwarp();
+      Box::fill_box(dq, n, box(n));
+      ptx::tma_reduce_add_4d_if_hinted(threadIdx.x % 32 == 0, map_, box(n), column_ + n * Box::kColumns, head_,
+                                       from_end_, end_,
+                                       a_.l2_hints ? ptx::l2_policy_evict_last() : ptx::l2_policy_evict_normal());
+      ptx::bulk_commit();
+    } else if constexpr (kIsRed4<kSums>) {
+      // Blocks 2 m and 2 m + 1 of 8 columns: an even lane gets four columns of the first, an odd one of the second.
+      const int i = n / 4, m = n % 4;
+      const bool odd = threadIdx.x % 2;
+      const float (&even_pair)[2] = reinterpret_cast<const float (&)[2]>(dq[8 * m + 2 * i]);
+      const float (&odd_pair)[2] = reinterpret_cast<const float (&)[2]>(dq[8 * m + 4 + 2 * i]);
+      const float x = __shfl_xor_sync(kFullWarp, odd ? even_pair[0] : odd_pair[0], 1);
+      const float y = __shfl_xor_sync(kFullWarp, odd ? even_pair[1] : odd_pair[1], 1);
+      float* const to = row_ + (i ? second_ : 0) + 16 * m;
+      const float4 sum =
+          odd ? make_float4(x, y, odd_pair[0], odd_pair[1]) : make_float4(even_pair[0], even_pair[1], x, y);
+      if constexpr (kIsKept<kSums>) {
+        ptx::red_add_v4_hinted(to, sum.x, sum.y, sum.z, sum.w, policy_);
+      } else {
+        ptx::red_add_v4(to, sum.x, sum.y, sum.z, sum.w);
+      }
+    } else {
+      const int i = n / 8, j = n % 8;
+      float* const to = row_ + (i ? second_ : 0) + 8 * j;
+      if constexpr (kIsKept<kSums>) {
+        ptx::red_add_v2_hinted(to, dq[4 * j + 2 * i], dq[4 * j + 2 * i + 1], policy_);
+      } else {
+        ptx::red_add_v2(to, dq[4 * j + 2 * i], dq[4 * j + 2 * i + 1]);
+      }
+    }
+  }
+
+  const KeysArguments& a_;
+  int first_row_, column_;
+  uint64_t policy_;
+  // red: where this lane's first row of the sums is, and how far away its second one.
+  float* row_;
+  int32_t second_;
+  // bulk: where the warp's boxes go (tensor_map_ragged).
+  const CUtensorMap* map_;
+  const KeysAddresses<kHeadDim>* at_;
+  int32_t head_, from_end_, end_;
+};
+
+}  // namespace
+}  // namespace illada::attention
