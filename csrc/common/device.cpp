@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <map>
 #include <mutex>
+#include <stdexcept>
 
 #include "illada/illada.h"
 
@@ -68,6 +69,17 @@ DeviceGuard::DeviceGuard(const char* op, int index) {
 
 DeviceGuard::~DeviceGuard() {
   if (previous_ >= 0) cudaSetDevice(previous_);
+}
+
+void check_launch_shape(const char* op, const LaunchShape& shape) {
+  const dim3 &grid = shape.grid, &block = shape.block;
+  if (grid.x && grid.y && grid.z && block.x && block.y && block.z) return;
+  detail::fail<std::logic_error>(op, "internal error: a launch of ", grid.x, " x ", grid.y, " x ", grid.z, " CTAs of ",
+                                 block.x, " x ", block.y, " x ", block.z, " threads; please report it");
+}
+
+void fill_zeros(const char* op, const CudaLaunch& launch, void* data, int64_t bytes) {
+  if (bytes) ILLADA_CUDA_CHECK(op, cudaMemsetAsync(data, 0, size_t(bytes), static_cast<cudaStream_t>(launch.stream)));
 }
 
 int prepare_kernel(const char* op, const void* kernel, const Device& device, int smem_bytes) {
