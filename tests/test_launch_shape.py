@@ -16,7 +16,8 @@ pytestmark = pytest.mark.skipif(not (ROOT / "csrc").exists(), reason="needs a so
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc: set CUDACXX or PATH")
 def test_an_empty_grid_is_an_internal_error(tmp_path):
     program, common = tmp_path / "launch_shape", ROOT / "csrc" / "common"
-    sources = (ROOT / "tests" / "cpp" / "launch_shape.cu", common / "device.cpp", common / "variants.cpp")
+    sources = [ROOT / "tests" / "cpp" / "launch_shape.cu"]
+    sources += [common / name for name in ("device.cpp", "driver_calls.cpp", "variants.cpp")]
     folders = (f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'include'}")
     subprocess.run([NVCC, "-std=c++17", "-O0", *folders, *sources, "-o", program], check=True)
     said = subprocess.run([program], check=True, capture_output=True, text=True).stdout.splitlines()

@@ -5,6 +5,7 @@
 #include <mutex>
 #include <stdexcept>
 
+#include "common/driver_calls.h"
 #include "illada/illada.h"
 
 namespace illada {
@@ -16,9 +17,11 @@ bool overlap(const Region& a, const Region& b) {
   return a.data && b.data && begin_a < begin_b + uintptr_t(b.bytes) && begin_b < begin_a + uintptr_t(a.bytes);
 }
 
-void check_region(const char* op, const Region& region, int device_index) {
+void check_region(const char* op, const Region& region, int device_index, bool ask) {
   if (region.bytes == 0 || (region.optional && !region.data)) return;
   ILLADA_CHECK(region.data, op, region.name, " must not be null");
+  if (!ask) return;
+  count_call(DriverCall::kQueryPointer);
   cudaPointerAttributes attributes{};
   ILLADA_CUDA_CHECK(op, cudaPointerGetAttributes(&attributes, region.data));
   ILLADA_CHECK(attributes.type == cudaMemoryTypeDevice || attributes.type == cudaMemoryTypeManaged, op, region.name,
@@ -27,12 +30,22 @@ void check_region(const char* op, const Region& region, int device_index) {
                " is memory of device ", attributes.device, ", but the launch is on device ", device_index);
 }
 
+bool is_capturing(const CudaLaunch& launch) {
+  count_call(DriverCall::kQueryCapture);
+  cudaStreamCaptureStatus status{};
+  if (cudaStreamIsCapturing(static_cast<cudaStream_t>(launch.stream), &status) == cudaSuccess)
+    return status != cudaStreamCaptureStatusNone;
+  cudaGetLastError();  // the default stream, while another one is captured: the launch says so
+  return false;
+}
+
 }  // namespace
 
 void check_regions(const char* op, const CudaLaunch& launch, const std::vector<Region>& inputs,
                    const std::vector<Region>& outputs) {
-  for (const Region& region : inputs) check_region(op, region, launch.device);
-  for (const Region& region : outputs) check_region(op, region, launch.device);
+  const bool ask = !launch.pointers_checked && !is_capturing(launch);
+  for (const Region& region : inputs) check_region(op, region, launch.device, ask);
+  for (const Region& region : outputs) check_region(op, region, launch.device, ask);
   for (size_t i = 0; i < outputs.size(); ++i) {
     for (const Region& in : inputs)
       ILLADA_CHECK(!overlap(outputs[i], in), op, outputs[i].name, " overlaps ", in.name,

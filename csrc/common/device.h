@@ -9,6 +9,7 @@
 
 #include "common/check.h"
 #include "common/dependent_launch.h"
+#include "common/driver_calls.h"
 #include "common/variants.h"
 
 namespace illada {
@@ -90,6 +91,7 @@ void launch_kernel(const char* op, const Device& device, void* stream, const Lau
   }
   config.attrs = attributes;
   config.numAttrs = count;
+  count_call(DriverCall::kLaunch);
   ILLADA_CUDA_CHECK(op, cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...,
                                            DependentLaunch{overlap == ProgrammaticLaunch::kEarly}));
 }
