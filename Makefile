@@ -94,13 +94,13 @@ ptxas:
 lint: .cache/requirements
 	"$(BIN)/ruff" check .
 	"$(BIN)/ruff" format --check .
-	find csrc examples -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs "$(BIN)/clang-format" --dry-run --Werror
+	find csrc examples tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs "$(BIN)/clang-format" --dry-run --Werror
 	"$(BIN)/mypy"
 
 format: .cache/requirements
 	"$(BIN)/ruff" check --fix .
 	"$(BIN)/ruff" format .
-	find csrc examples -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs "$(BIN)/clang-format" -i
+	find csrc examples tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs "$(BIN)/clang-format" -i
 
 bench: install
 	@mkdir -p runs/bench

@@ -442,7 +442,7 @@ void launch_backward(const BackwardParams& p, const Device& device, const Tiling
     shape.block = dim3(kThreads);
     shape.smem_bytes = int(sizeof(BackwardStorage<kHeadDim>));
     shape.dependent = true;
-    if (items) launch_kernel(kOp, device, p.launch.stream, shape, kernel, a);
+    launch_kernel(kOp, device, p.launch.stream, shape, kernel, a);
   };
   launch(illada_attention_backward_keys_sm80<T, kHeadDim>, max_backward_items(s), kBackwardKeys);
   launch(illada_attention_backward_queries_sm80<T, kHeadDim>, max_forward_items(s), kItemRows);

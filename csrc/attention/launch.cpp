@@ -94,6 +94,7 @@ void choose_sums(const PackShape& s, BackwardMethod& method) {
 
 BackwardMethod choose_backward(const PackShape& s, bool deterministic, bool multiplies_twice, const Device& gpu) {
   BackwardMethod method;
+  if (s.total_q <= 0 || s.total_k <= 0) return method;  // nothing is multiplied
   // Places in the sums are 32-bit numbers.
   const int64_t sums = (s.total_q * s.num_heads + kWasteRows) * s.head_dim;
   method.fused = has_sm90(gpu) && !multiplies_twice && sums <= kMostRows &&
@@ -103,7 +104,7 @@ BackwardMethod choose_backward(const PackShape& s, bool deterministic, bool mult
     method.fused = method.ordered;
   }
   if (method.fused) choose_sums(s, method);
-  if (method.fused && s.total_k > 0) {
+  if (method.fused && s.num_sequences > 0 && s.num_kv_heads > 0) {
     const int64_t sequences = std::min<int64_t>(s.num_sequences, s.total_k);
     const int64_t items =
         s.num_kv_heads * ((s.total_k - sequences) / kBackwardKeys + sequences);  // the most there can be
@@ -236,6 +237,11 @@ void backward_cuda(const BackwardParams& given) {
                  {"dk", p.dk, rows_k * s.head_dim * 2},
                  {"dv", p.dv, rows_k * s.head_dim * 2},
                  {"workspace", p.workspace, workspace_bytes}});
+  if (s.total_q == 0 || s.total_k == 0) {  // no query meets a key; of no sequences there is no work list either
+    fill_zeros(kOp, p.launch, p.dq, rows_q * s.head_dim * 2);
+    fill_zeros(kOp, p.launch, p.dk, rows_k * s.head_dim * 2);
+    return fill_zeros(kOp, p.launch, p.dv, rows_k * s.head_dim * 2);
+  }
   const Tiling cut = choose_tiling(s, gpu);
   const BackwardMethod method = choose_backward(s, p.deterministic, p.multiplies_twice, gpu);
   launch_backward_rows(p, gpu, method);

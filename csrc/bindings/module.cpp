@@ -5,6 +5,7 @@
 
 #include <tuple>
 
+#include "common/driver_calls.h"
 #include "cpu/denormals.h"
 #include "illada/illada.h"
 
@@ -34,8 +35,15 @@ void on_gpu(const Params& params) {
   }
 }
 
-// Of a CUDA call: device, stream, workspace, workspace_bytes. A negative device is the CPU.
-using LaunchArguments = std::tuple<int, uintptr_t, uintptr_t, int64_t>;
+// Of a CUDA call: device, stream, pointers_checked, workspace, workspace_bytes. A negative device is the CPU.
+using LaunchArguments = std::tuple<int, uintptr_t, bool, uintptr_t, int64_t>;
+
+template <typename Params>
+void set_launch(Params& p, const LaunchArguments& launch) {
+  p.launch = {std::get<0>(launch), pointer<void>(std::get<1>(launch)), std::get<2>(launch)};
+  p.workspace = pointer<void>(std::get<3>(launch));
+  p.workspace_bytes = std::get<4>(launch);
+}
 
 // What both directions of masked_cross_entropy share: logits, logits_row_stride, num_rows, vocab_size, dtype, rows,
 // targets, targets_are_int64, weights, num_tokens, vocab_start, scale, normalizer.
@@ -59,9 +67,7 @@ loss::MaskedCrossEntropyParams cross_entropy_params(const CrossEntropyArguments&
   p.scale = std::get<11>(rows);
   p.normalizer = pointer<const float>(std::get<12>(rows));
   p.num_threads = num_threads;
-  p.launch = {std::get<0>(launch), pointer<void>(std::get<1>(launch))};
-  p.workspace = pointer<void>(std::get<2>(launch));
-  p.workspace_bytes = std::get<3>(launch);
+  set_launch(p, launch);
   return p;
 }
 
@@ -121,9 +127,7 @@ void varlen_attention(const PackArguments& pack, int dtype, const ViewArguments&
   p.out = pointer<void>(out);
   p.lse = pointer<float>(lse);
   p.num_threads = num_threads;
-  p.launch = {std::get<0>(launch), pointer<void>(std::get<1>(launch))};
-  p.workspace = pointer<void>(std::get<2>(launch));
-  p.workspace_bytes = std::get<3>(launch);
+  set_launch(p, launch);
   py::gil_scoped_release release;
   if (p.launch.device < 0) return attention::forward_cpu(p);
   on_gpu<attention::forward_cuda>(p);
@@ -131,7 +135,7 @@ void varlen_attention(const PackArguments& pack, int dtype, const ViewArguments&
 
 #if defined(ILLADA_WITH_CUDA)
 void weighted_sum(uintptr_t nll, uintptr_t weights, int64_t num_rows, float scale, uintptr_t normalizer, uintptr_t loss,
-                  int device, uintptr_t stream) {
+                  int device, uintptr_t stream, bool pointers_checked) {
   loss::WeightedSumParams p;
   p.nll = pointer<const float>(nll);
   p.weights = pointer<const float>(weights);
@@ -139,18 +143,19 @@ void weighted_sum(uintptr_t nll, uintptr_t weights, int64_t num_rows, float scal
   p.scale = scale;
   p.normalizer = pointer<const float>(normalizer);
   p.loss = pointer<float>(loss);
-  p.launch = {device, pointer<void>(stream)};
+  p.launch = {device, pointer<void>(stream), pointers_checked};
   py::gil_scoped_release release;
   loss::weighted_sum_cuda(p);
 }
 
-void scale(uintptr_t data, int64_t count, int dtype, uintptr_t factor, int device, uintptr_t stream) {
+void scale(uintptr_t data, int64_t count, int dtype, uintptr_t factor, int device, uintptr_t stream,
+           bool pointers_checked) {
   loss::ScaleParams p;
   p.data = pointer<void>(data);
   p.count = count;
   p.dtype = DType(dtype);
   p.factor = pointer<const float>(factor);
-  p.launch = {device, pointer<void>(stream)};
+  p.launch = {device, pointer<void>(stream), pointers_checked};
   py::gil_scoped_release release;
   loss::scale_cuda(p);
 }
@@ -185,9 +190,7 @@ remask::SampleTokensParams sample_params(int64_t num_rows, int64_t vocab_size, i
   p.logprob = pointer<float>(std::get<14>(sample));
   p.entropy = pointer<float>(std::get<15>(sample));
   p.margin = pointer<float>(std::get<16>(sample));
-  p.launch = {std::get<0>(launch), pointer<void>(std::get<1>(launch))};
-  p.workspace = pointer<void>(std::get<2>(launch));
-  p.workspace_bytes = std::get<3>(launch);
+  set_launch(p, launch);
   return p;
 }
 
@@ -269,20 +272,28 @@ loss::LinearMaskedCrossEntropyParams linear_loss_params(const LinearLossArgument
   p.weight_grad_dtype = DType(std::get<19>(arguments));
   p.add_to_weight_grad = std::get<20>(arguments);
   p.filter_eps = std::get<21>(arguments);
-  p.launch = {std::get<0>(launch), pointer<void>(std::get<1>(launch))};
-  p.workspace = pointer<void>(std::get<2>(launch));
-  p.workspace_bytes = std::get<3>(launch);
+  set_launch(p, launch);
   return p;
 }
 
 int64_t linear_masked_cross_entropy_workspace(const LinearLossArguments& arguments, int device) {
-  return loss::linear_masked_cross_entropy_workspace(linear_loss_params(arguments, {device, 0, 0, 0}));
+  return loss::linear_masked_cross_entropy_workspace(linear_loss_params(arguments, {device, 0, false, 0, 0}));
 }
 
 void linear_masked_cross_entropy(const LinearLossArguments& arguments, const LaunchArguments& launch) {
   const auto p = linear_loss_params(arguments, launch);
   py::gil_scoped_release release;
   loss::linear_masked_cross_entropy_cuda(p);
+}
+
+// How often CUDA has been called, by what for.
+py::dict driver_calls() {
+  py::dict d;
+  d["pointer_queries"] = calls_of(DriverCall::kQueryPointer);
+  d["capture_queries"] = calls_of(DriverCall::kQueryCapture);
+  d["tensor_maps"] = calls_of(DriverCall::kEncodeTensorMap);
+  d["launches"] = calls_of(DriverCall::kLaunch);
+  return d;
 }
 
 // Of each choice: name, environment, description, values (the first one is the default), value in use.
@@ -298,14 +309,14 @@ int64_t attention_plan_rows(const PackArguments& pack) { return attention::plan_
 int64_t varlen_attention_workspace(const PackArguments& pack) { return attention::forward_workspace(pack_shape(pack)); }
 
 void attention_plan(const PackArguments& pack, uintptr_t cu_seqlens, uintptr_t cu_seqlens_k, uintptr_t seqused_k,
-                    uintptr_t plan, int device, uintptr_t stream) {
+                    uintptr_t plan, int device, uintptr_t stream, bool pointers_checked) {
   attention::PlanParams p;
   p.shape = pack_shape(pack);
   p.cu_seqlens = pointer<const int32_t>(cu_seqlens);
   p.cu_seqlens_k = pointer<const int32_t>(cu_seqlens_k);
   p.seqused_k = pointer<const int32_t>(seqused_k);
   p.plan = pointer<int32_t>(plan);
-  p.launch = {device, pointer<void>(stream)};
+  p.launch = {device, pointer<void>(stream), pointers_checked};
   py::gil_scoped_release release;
   attention::plan_cuda(p);
 }
@@ -338,9 +349,7 @@ void varlen_attention_backward(const PackArguments& pack, int dtype, const ViewA
   p.dq = pointer<void>(dq);
   p.dk = pointer<void>(dk);
   p.dv = pointer<void>(dv);
-  p.launch = {std::get<0>(launch), pointer<void>(std::get<1>(launch))};
-  p.workspace = pointer<void>(std::get<2>(launch));
-  p.workspace_bytes = std::get<3>(launch);
+  set_launch(p, launch);
   py::gil_scoped_release release;
   attention::backward_cuda(p);
 }
@@ -350,7 +359,7 @@ void remask_tokens(uintptr_t tokens, bool tokens_are_int64, int64_t num_tokens, 
                    int64_t num_rows, int64_t num_sequences, uintptr_t token, uintptr_t confidence, uintptr_t entropy,
                    int rule, float limit, uintptr_t limits, int64_t mask_id, int64_t min_commit, uintptr_t end_ids,
                    int64_t num_end_ids, uintptr_t committed, uintptr_t remaining, uintptr_t finished, uintptr_t ended,
-                   int device, uintptr_t stream) {
+                   int device, uintptr_t stream, bool pointers_checked) {
   remask::RemaskParams p;
   p.tokens = pointer<void>(tokens);
   p.tokens_are_int64 = tokens_are_int64;
@@ -373,7 +382,7 @@ void remask_tokens(uintptr_t tokens, bool tokens_are_int64, int64_t num_tokens, 
   p.remaining = pointer<int32_t>(remaining);
   p.finished = pointer<bool>(finished);
   p.ended = pointer<bool>(ended);
-  p.launch = {device, pointer<void>(stream)};
+  p.launch = {device, pointer<void>(stream), pointers_checked};
   py::gil_scoped_release release;
   if (device < 0) return remask::remask_cpu(p);
   on_gpu<remask::remask_cuda>(p);
@@ -417,6 +426,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("linear_sample_tokens_workspace", &linear_sample_tokens_workspace);
   m.def("linear_masked_cross_entropy", &linear_masked_cross_entropy);
   m.def("linear_masked_cross_entropy_workspace", &linear_masked_cross_entropy_workspace);
+  m.def("driver_calls", &driver_calls);
   m.def("variants", &list_variants);
   m.def("set_variant", &set_variant);
   m.def("attention_plan", &attention_plan);

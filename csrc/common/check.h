@@ -28,7 +28,8 @@ struct Region {
   bool optional = false;
 };
 
-// Every region is memory of launch.device; no output shares a byte with another output or with an input.
+// Every region is memory of launch.device; no output shares a byte with another output or with an input. CUDA is asked
+// about a region once, and about none where launch.pointers_checked says that the caller knows, or during capture.
 void check_regions(const char* op, const CudaLaunch& launch, const std::vector<Region>& inputs,
                    const std::vector<Region>& outputs);
 

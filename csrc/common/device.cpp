@@ -3,7 +3,9 @@
 #include <cstdint>
 #include <map>
 #include <mutex>
+#include <stdexcept>
 
+#include "common/driver_calls.h"
 #include "illada/illada.h"
 
 namespace illada {
@@ -15,9 +17,11 @@ bool overlap(const Region& a, const Region& b) {
   return a.data && b.data && begin_a < begin_b + uintptr_t(b.bytes) && begin_b < begin_a + uintptr_t(a.bytes);
 }
 
-void check_region(const char* op, const Region& region, int device_index) {
+void check_region(const char* op, const Region& region, int device_index, bool ask) {
   if (region.bytes == 0 || (region.optional && !region.data)) return;
   ILLADA_CHECK(region.data, op, region.name, " must not be null");
+  if (!ask) return;
+  count_call(DriverCall::kQueryPointer);
   cudaPointerAttributes attributes{};
   ILLADA_CUDA_CHECK(op, cudaPointerGetAttributes(&attributes, region.data));
   ILLADA_CHECK(attributes.type == cudaMemoryTypeDevice || attributes.type == cudaMemoryTypeManaged, op, region.name,
@@ -26,12 +30,22 @@ void check_region(const char* op, const Region& region, int device_index) {
                " is memory of device ", attributes.device, ", but the launch is on device ", device_index);
 }
 
+bool is_capturing(const CudaLaunch& launch) {
+  count_call(DriverCall::kQueryCapture);
+  cudaStreamCaptureStatus status{};
+  if (cudaStreamIsCapturing(static_cast<cudaStream_t>(launch.stream), &status) == cudaSuccess)
+    return status != cudaStreamCaptureStatusNone;
+  cudaGetLastError();  // the default stream, while another one is captured: the launch says so
+  return false;
+}
+
 }  // namespace
 
 void check_regions(const char* op, const CudaLaunch& launch, const std::vector<Region>& inputs,
                    const std::vector<Region>& outputs) {
-  for (const Region& region : inputs) check_region(op, region, launch.device);
-  for (const Region& region : outputs) check_region(op, region, launch.device);
+  const bool ask = !launch.pointers_checked && !is_capturing(launch);
+  for (const Region& region : inputs) check_region(op, region, launch.device, ask);
+  for (const Region& region : outputs) check_region(op, region, launch.device, ask);
   for (size_t i = 0; i < outputs.size(); ++i) {
     for (const Region& in : inputs)
       ILLADA_CHECK(!overlap(outputs[i], in), op, outputs[i].name, " overlaps ", in.name,
@@ -68,6 +82,17 @@ DeviceGuard::DeviceGuard(const char* op, int index) {
 
 DeviceGuard::~DeviceGuard() {
   if (previous_ >= 0) cudaSetDevice(previous_);
+}
+
+void check_launch_shape(const char* op, const LaunchShape& shape) {
+  const dim3 &grid = shape.grid, &block = shape.block;
+  if (grid.x && grid.y && grid.z && block.x && block.y && block.z) return;
+  detail::fail<std::logic_error>(op, "internal error: a launch of ", grid.x, " x ", grid.y, " x ", grid.z, " CTAs of ",
+                                 block.x, " x ", block.y, " x ", block.z, " threads; please report it");
+}
+
+void fill_zeros(const char* op, const CudaLaunch& launch, void* data, int64_t bytes) {
+  if (bytes) ILLADA_CUDA_CHECK(op, cudaMemsetAsync(data, 0, size_t(bytes), static_cast<cudaStream_t>(launch.stream)));
 }
 
 int prepare_kernel(const char* op, const void* kernel, const Device& device, int smem_bytes) {

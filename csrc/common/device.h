@@ -9,6 +9,7 @@
 
 #include "common/check.h"
 #include "common/dependent_launch.h"
+#include "common/driver_calls.h"
 #include "common/variants.h"
 
 namespace illada {
@@ -52,10 +53,18 @@ struct LaunchShape {
   bool cooperative = false;
 };
 
+// Throws std::logic_error where there would be no CTA or no thread: an empty grid is a mistake of the library, whoever
+// called it, and CUDA's error for it says neither which launch nor why.
+void check_launch_shape(const char* op, const LaunchShape& shape);
+
+// Zeros in `bytes` of device memory, enqueued as a launch is. The caller holds a DeviceGuard.
+void fill_zeros(const char* op, const CudaLaunch& launch, void* data, int64_t bytes);
+
 // kernel<<<...>>>(arguments..., DependentLaunch) with the checks above. The caller holds a DeviceGuard.
 template <typename... Parameters, typename... Arguments>
 void launch_kernel(const char* op, const Device& device, void* stream, const LaunchShape& shape,
                    void (*kernel)(Parameters...), Arguments&&... arguments) {
+  check_launch_shape(op, shape);
   const int code = prepare_kernel(op, reinterpret_cast<const void*>(kernel), device, shape.smem_bytes);
   cudaLaunchConfig_t config{};
   config.gridDim = shape.grid;
@@ -82,6 +91,7 @@ void launch_kernel(const char* op, const Device& device, void* stream, const Lau
   }
   config.attrs = attributes;
   config.numAttrs = count;
+  count_call(DriverCall::kLaunch);
   ILLADA_CUDA_CHECK(op, cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...,
                                            DependentLaunch{overlap == ProgrammaticLaunch::kEarly}));
 }

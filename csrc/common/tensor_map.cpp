@@ -3,9 +3,13 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <atomic>
+#include <cstring>
 #include <sstream>
+#include <type_traits>
 
 #include "common/check.h"
+#include "common/driver_calls.h"
 
 namespace illada {
 namespace {
@@ -39,42 +43,140 @@ CUtensorMapDataType type_of(DType dtype) {
   return CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
 }
 
-// Boxes of 128-byte rows, swizzled; `strides` in bytes, of all dimensions but the first.
-template <int kRank>
-CUtensorMap encode(const char* op, DType dtype, const void* data, const cuuint64_t (&sizes)[kRank],
-                   const cuuint64_t (&strides)[kRank - 1], const cuuint32_t (&box)[kRank]) {
-  alignas(64) CUtensorMap map;
-  cuuint32_t steps[kRank];
-  std::fill(steps, steps + kRank, 1);
+constexpr int kMostRank = 5;
+
+// All that a map here depends on; what is beyond `rank` is 0.
+struct Key {
+  uint64_t address = 0;
+  uint64_t sizes[kMostRank] = {};
+  uint64_t strides[kMostRank - 1] = {};  // in bytes, of all dimensions but the first
+  uint32_t box[kMostRank] = {};
+  uint32_t rank = 0, type = 0;
+
+  bool operator==(const Key& other) const { return std::memcmp(this, &other, sizeof(Key)) == 0; }
+};
+static_assert(std::has_unique_object_representations_v<Key>);
+
+// Boxes of 128-byte rows, swizzled.
+CUtensorMap encode(const char* op, const Key& key) {
+  // A member, so that it is not made at the caller's place for the result: GCC 12 aligns some of these places to 16
+  // bytes, and the driver refuses a map that is not aligned to 64.
+  struct {
+    CUtensorMap map;
+  } made;
+  cuuint64_t sizes[kMostRank], strides[kMostRank];
+  cuuint32_t steps[kMostRank];
+  std::copy(key.sizes, key.sizes + kMostRank, sizes);
+  std::copy(key.strides, key.strides + kMostRank - 1, strides);
+  std::fill(steps, steps + kMostRank, 1);
   static const Encode encode_tiled = find_encode(op);
-  const CUresult result = encode_tiled(&map, type_of(dtype), kRank, const_cast<void*>(data), sizes, strides, box, steps,
-                                       CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                       CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  count_call(DriverCall::kEncodeTensorMap);
+  const CUresult result =
+      encode_tiled(&made.map, CUtensorMapDataType(key.type), key.rank, reinterpret_cast<void*>(key.address), sizes,
+                   strides, key.box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                   CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
+    const int rank = int(key.rank);
     std::ostringstream shape;
-    for (int i = kRank - 1; i >= 0; --i) shape << sizes[i] << (i ? " x " : ", row strides in bytes");
-    for (int i = kRank - 2; i >= 0; --i) shape << " " << strides[i];
+    for (int i = rank - 1; i >= 0; --i) shape << sizes[i] << (i ? " x " : ", row strides in bytes");
+    for (int i = rank - 2; i >= 0; --i) shape << " " << strides[i];
     detail::fail(op, "cuTensorMapEncodeTiled failed with ", int(result), " for a tensor of ", shape.str());
   }
-  return map;
+  return made.map;
+}
+
+// Maps made before. A map is its key's numbers in another form: it says nothing of the memory that lies at its address,
+// nor of a device (those with TMA kernels here are all of compute capability 9.0), so that it never goes stale. Calls
+// of a model repeat with the same addresses: a training step has about 8 maps a layer.
+//
+// Sets of kWays; in a full set the oldest one makes room. 256 KiB in all, of which pages that hold nothing are never
+// touched. Nobody waits for a set: who finds another thread at it encodes the map.
+class Cache {
+ public:
+  CUtensorMap find_or_encode(const char* op, const Key& key) {
+    const uint64_t hash = hash_of(key);
+    Set& set = sets_[hash >> 32 & (kSets - 1)];
+    if (set.busy.test_and_set(std::memory_order_acquire)) return encode(op, key);
+    for (int way = 0; way < kWays; ++way)
+      if (set.hashes[way] == hash && set.keys[way] == key) {
+        const CUtensorMap map = set.maps[way];
+        set.busy.clear(std::memory_order_release);
+        return map;
+      }
+    set.busy.clear(std::memory_order_release);
+
+    const CUtensorMap map = encode(op, key);  // may throw
+    if (set.busy.test_and_set(std::memory_order_acquire)) return map;
+    const unsigned way = set.next++ % kWays;
+    set.hashes[way] = hash;
+    set.keys[way] = key;
+    set.maps[way] = map;
+    set.busy.clear(std::memory_order_release);
+    return map;
+  }
+
+ private:
+  static constexpr int kSets = 256, kWays = 4;
+  struct Set {
+    std::atomic_flag busy = ATOMIC_FLAG_INIT;
+    unsigned next = 0;
+    uint64_t hashes[kWays] = {};
+    Key keys[kWays] = {};  // rank 0: none yet
+    CUtensorMap maps[kWays] = {};
+  };
+
+  // The products do not depend on each other; their upper halves have something of every bit.
+  static uint64_t hash_of(const Key& key) {
+    uint64_t words[sizeof(Key) / sizeof(uint64_t)], sum = 0, factor = 0x9e3779b97f4a7c15u;
+    std::memcpy(words, &key, sizeof(words));
+    for (const uint64_t word : words) {
+      sum += (word ^ word >> 32) * factor;
+      factor = factor * 0xd1342543de82ef95u + 2;  // known to the compiler
+    }
+    return sum ^ sum >> 29;
+  }
+
+  Set sets_[kSets];
+};
+
+Cache cache;  // zeros: nothing runs before main
+
+template <int kRank>
+CUtensorMap tensor_map(const char* op, DType dtype, const void* data, const uint64_t (&sizes)[kRank],
+                       const uint64_t (&strides)[kRank - 1], const uint32_t (&box)[kRank]) {
+  static_assert(kRank <= kMostRank);
+  Key key;
+  key.address = reinterpret_cast<uintptr_t>(data);
+  std::copy(sizes, sizes + kRank, key.sizes);
+  std::copy(strides, strides + kRank - 1, key.strides);
+  std::copy(box, box + kRank, key.box);
+  key.rank = kRank;
+  key.type = uint32_t(type_of(dtype));
+  return cache.find_or_encode(op, key);
 }
 
 }  // namespace
 
 CUtensorMap tensor_map_k128(const char* op, const MatrixView& matrix, int box_rows) {
-  const cuuint32_t element = matrix.dtype == DType::kFloat32 ? 4 : 2;
-  return encode<2>(op, matrix.dtype, matrix.data, {cuuint64_t(matrix.columns), cuuint64_t(matrix.rows)},
-                   {cuuint64_t(matrix.row_stride) * element}, {128 / element, cuuint32_t(box_rows)});
+  const uint32_t element = matrix.dtype == DType::kFloat32 ? 4 : 2;
+  return tensor_map<2>(op, matrix.dtype, matrix.data, {uint64_t(matrix.columns), uint64_t(matrix.rows)},
+                       {uint64_t(matrix.row_stride) * element}, {128 / element, uint32_t(box_rows)});
 }
 
 CUtensorMap tensor_map_ragged(const char* op, const RaggedView& view, int box_heads, int box_tokens) {
-  const cuuint32_t element = view.dtype == DType::kFloat32 ? 4 : 2;
-  const cuuint64_t tokens = cuuint64_t(view.tokens), stride = cuuint64_t(view.token_stride) * element;
-  const auto address = reinterpret_cast<uintptr_t>(view.data) - tokens * stride;
-  return encode<4>(op, view.dtype, reinterpret_cast<const void*>(address),
-                   {cuuint64_t(view.columns), cuuint64_t(view.heads), tokens, tokens + 1},
-                   {cuuint64_t(view.head_stride) * element, stride, stride},
-                   {128 / element, cuuint32_t(box_heads), cuuint32_t(box_tokens), 1});
+  const uint64_t element = view.dtype == DType::kFloat32 ? 4 : 2;
+  const uint64_t stride = uint64_t(view.token_stride) * element;
+  // The second and third strides of tokens add up to 2^34, and kRaggedTokens times that is 2^64, which is 0.
+  constexpr uint64_t kBoth = uint64_t(1) << 34;
+  static_assert(uint64_t(kRaggedTokens) * kBoth == 0);
+  ILLADA_CHECK(view.tokens <= kRaggedTokens && stride < kBoth, op, "TMA needs at most ", kRaggedTokens,
+               " tokens, less than 2^34 bytes apart; got ", view.tokens, " tokens, ", stride, " bytes apart");
+  return tensor_map<5>(
+      op, view.dtype, view.data,
+      {uint64_t(view.columns), uint64_t(view.heads), uint64_t(kRaggedTokens), uint64_t(kRaggedTokens) + 1,
+       uint64_t(view.tokens) + 1},
+      {uint64_t(view.head_stride) * element, stride, kBoth - stride, stride},
+      {uint32_t(128 / element), uint32_t(box_heads), uint32_t(box_tokens), 1, 1});
 }
 
 }  // namespace illada

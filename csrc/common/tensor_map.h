@@ -1,4 +1,5 @@
-// TMA descriptors, made on the host for each launch and passed by value as kernel parameters.
+// TMA descriptors, made on the host and passed by value as kernel parameters. Those made before are kept: a launch
+// whose tensors are where they were encodes none.
 #pragma once
 
 #include <cuda.h>

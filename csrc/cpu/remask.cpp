@@ -23,7 +23,8 @@ void validate(const SampleTokensParams& p) {
   ILLADA_CHECK(p.logits_row_stride >= 0, kOp, "logits row stride must not be negative, got ", p.logits_row_stride);
   ILLADA_CHECK(p.num_rows == 0 || (p.logits && p.token && p.confidence && p.logprob), kOp,
                "logits, token, confidence and logprob must not be null");
-  ILLADA_CHECK(p.bias_count == 0 || (p.bias_ids && p.bias_values), kOp, "logit_bias ids and values must not be null");
+  ILLADA_CHECK(p.num_rows == 0 || p.bias_count == 0 || (p.bias_ids && p.bias_values), kOp,
+               "logit_bias ids and values must not be null");
   for (int64_t n = 0; n < p.num_rows; ++n) {
     const float temperature = p.temperatures ? p.temperatures[n] : p.temperature;
     ILLADA_CHECK(temperature >= 0 && std::isfinite(temperature), kOp, "temperature must be finite and >= 0, got ",

@@ -158,11 +158,12 @@ void linear_masked_cross_entropy_cuda(const LinearMaskedCrossEntropyParams& p) {
   }
   chunk.slabs = floats(plan.slabs);
   chunk.slab_rows = plan.slab_rows;
-  if (p.num_rows < 0)
+  if (p.num_rows < 0 && plan.chunks)
     launch_linear_select(p, gpu, reinterpret_cast<int32_t*>(base + plan.list),
                          reinterpret_cast<int32_t*>(base + plan.count));
-  // Without a token the weight's gradient is still to be set to zeros.
-  for (int i = 0; i < std::max(plan.chunks, 1); ++i, chunk.first += plan.rows) {
+  if (plan.chunks == 0 && p.weight_grad && !p.add_to_weight_grad)  // the sum over no tokens
+    fill_zeros(kOp, p.launch, p.weight_grad, weight_grad_bytes);
+  for (int i = 0; i < plan.chunks; ++i, chunk.first += plan.rows) {
     launch_linear_gather(p, gpu, chunk);
     launch_linear_logits_sm90(p, gpu, chunk, false);
     launch_linear_statistics(p, gpu, chunk, false);

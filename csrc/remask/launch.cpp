@@ -133,6 +133,8 @@ void linear_sample_tokens_cuda(const LinearSampleTokensParams& p) {
   if (p.sample.num_rows == 0) return;
   ILLADA_CHECK(p.rows || p.sample.num_rows == p.num_tokens, kOp, "num_rows is ", p.sample.num_rows, " but hidden has ",
                p.num_tokens, " rows and no rows are given");
+  ILLADA_CHECK(p.sample.num_rows <= std::numeric_limits<int32_t>::max() - HeadPlan::kTileRows, kOp,
+               "too many rows: ", p.sample.num_rows);
   const DeviceGuard guard(kOp, p.sample.launch.device);
   const Device& gpu = device(kOp, p.sample.launch.device);
   if (!has_fused_head(p, gpu))
@@ -158,6 +160,7 @@ void remask_cuda(const RemaskParams& p) {
   ILLADA_CHECK(p.num_rows >= 0 && p.num_sequences >= 0 && p.num_tokens >= 0, kOp, "negative size: ", p.num_rows,
                " rows, ", p.num_sequences, " sequences, ", p.num_tokens, " tokens");
   ILLADA_CHECK(p.num_rows <= std::numeric_limits<int32_t>::max(), kOp, "too many rows: ", p.num_rows);
+  ILLADA_CHECK(p.num_sequences < std::numeric_limits<int32_t>::max(), kOp, "too many sequences: ", p.num_sequences);
   ILLADA_CHECK(p.rule != Rule::kEntropyBound || p.entropy || p.num_rows == 0, kOp,
                "entropy_bound needs a sample with entropies");
   ILLADA_CHECK(p.min_commit >= 0, kOp, "min_commit must not be negative, got ", p.min_commit);

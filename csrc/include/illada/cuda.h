@@ -8,6 +8,9 @@ namespace illada {
 struct CudaLaunch {
   int device = 0;          // ordinal; every pointer of the call belongs to it
   void* stream = nullptr;  // a cudaStream_t of that device; null is its default stream
+  // False: CUDA is asked about each pointer once, except during stream capture; host memory and memory of another
+  // device are refused. True: the caller guarantees that all pointers are memory of `device`, and CUDA is not asked.
+  bool pointers_checked = false;
 };
 
 }  // namespace illada

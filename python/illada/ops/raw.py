@@ -17,23 +17,31 @@ from illada.ops._library import address, stream
 from illada.ops.types import RemaskStatus, TokenSample
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # illada::DType
-_CPU = (-1, 0, 0, 0)  # LaunchArguments of csrc/bindings
+_CPU = (-1, 0, False, 0, 0)  # LaunchArguments of csrc/bindings
 
 
-def _launch(out: Tensor, tensor: Tensor, workspace: Tensor | None = None) -> tuple[int, int, int, int]:
-    """Where a call on `tensor` goes. ValueError: on a CPU, but to write to a GPU (the reverse is refused natively)."""
+def _launch(out: Tensor, tensor: Tensor, *others: Tensor | None, workspace: Tensor | None = None) -> tuple:
+    """Where a call on `tensor` goes. ValueError: on a CPU, but to write to a GPU (the reverse is refused natively).
+
+    `out`, `others` and `workspace` are all other tensors of the call. If they are on the device of `tensor`, the native
+    side does not ask CUDA about their addresses; else it does, and its error names the wrong one.
+    """
     if not tensor.is_cuda:
         if out.is_cuda:
             raise ValueError(f"the inputs are on the CPU, but the outputs are on {out.device}; they must agree")
         return _CPU
+    index, checked = tensor.get_device(), True
+    for other in (out, workspace, *others):
+        if other is not None and other.get_device() != index:
+            checked = False
     size = 0 if workspace is None else workspace.numel() * workspace.element_size()
-    return tensor.device.index, stream(tensor.device), address(workspace), size
+    return index, stream(tensor.device), checked, address(workspace), size
 
 
-def _cuda_launch(op: str, tensor: Tensor, workspace: Tensor | None = None) -> tuple[int, int, int, int]:
+def _cuda_launch(op: str, tensor: Tensor, *others: Tensor | None, workspace: Tensor | None = None) -> tuple:
     if not tensor.is_cuda:
         raise ValueError(f"{op}: the raw call takes CUDA tensors, got one on {tensor.device}")
-    return _launch(tensor, tensor, workspace)
+    return _launch(tensor, tensor, *others, workspace=workspace)
 
 
 def _sample_arguments(
@@ -84,9 +92,12 @@ def sample_tokens(
     arguments = _sample_arguments(
         out, temperature, seed, step, temperatures, seeds, steps, row_ids, bias_ids, bias_values, measure
     )
+    launch = _launch(
+        out.token, logits, *out[1:], temperatures, seeds, steps, row_ids, bias_ids, bias_values, workspace=workspace
+    )
     native().sample_tokens(
         *(address(logits), logits.stride(0), *logits.shape, DTYPES[logits.dtype]),
-        *(arguments, torch.get_num_threads(), _launch(out.token, logits, workspace)),
+        *(arguments, torch.get_num_threads(), launch),
     )
 
 
@@ -134,9 +145,11 @@ def linear_sample_tokens(
     arguments = _sample_arguments(
         out, temperature, seed, step, temperatures, seeds, steps, row_ids, bias_ids, bias_values, measure
     )
-    native().linear_sample_tokens(
-        *_linear_arguments(hidden, weight, rows), arguments, _launch(out.token, hidden, workspace)
-    )
+    launch = _launch(
+        out.token, hidden, *out[1:], weight, rows, temperatures, seeds, steps, row_ids, bias_ids, bias_values,
+        workspace=workspace,
+    )  # fmt: skip
+    native().linear_sample_tokens(*_linear_arguments(hidden, weight, rows), arguments, launch)
 
 
 def _cross_entropy_arguments(
@@ -179,10 +192,11 @@ def masked_cross_entropy(
     `masked_cross_entropy_workspace` says.
     """
     outputs = [out for out in (nll, lse, target_logit, grad) if out is not None] or [logits]
+    launch = _launch(outputs[0], logits, *outputs[1:], targets, token_weights, rows, normalizer, workspace=workspace)
     native().masked_cross_entropy(
         _cross_entropy_arguments(logits, targets, token_weights, rows, normalizer, scale, vocab_start),
         *(address(nll), address(lse), address(target_logit), address(grad), 0 if grad is None else grad.stride(0)),
-        *(torch.get_num_threads(), _launch(outputs[0], logits, workspace)),
+        *(torch.get_num_threads(), launch),
     )
 
 
@@ -208,7 +222,8 @@ def masked_cross_entropy_backward(
     native().masked_cross_entropy_backward(
         _cross_entropy_arguments(logits, targets, token_weights, rows, normalizer, scale, vocab_start),
         *(address(lse), address(dlse), address(dloss), address(grad), grad.stride(0)),
-        *(torch.get_num_threads(), _launch(grad, logits)),
+        torch.get_num_threads(),
+        _launch(grad, logits, targets, token_weights, lse, rows, dloss, dlse, normalizer),
     )
 
 
@@ -216,16 +231,16 @@ def weighted_sum(
     loss: Tensor, nll: Tensor, token_weights: Tensor, *, normalizer: Tensor | None = None, scale: float = 1.0
 ) -> None:
     """scale / normalizer * sum_i token_weights[i] nll[i] into `loss`, float32 []; the others float32 [T]. CUDA only."""
-    launch = _cuda_launch("weighted_sum", nll)
+    launch = _cuda_launch("weighted_sum", nll, loss, token_weights, normalizer)
     native().weighted_sum(
-        *(address(nll), address(token_weights), nll.shape[0], scale, address(normalizer), address(loss)), *launch[:2]
+        *(address(nll), address(token_weights), nll.shape[0], scale, address(normalizer), address(loss)), *launch[:3]
     )
 
 
 def scale(data: Tensor, factor: Tensor) -> None:
     """data *= factor, a float32 scalar; nothing is read or written where that is 1. data: contiguous. CUDA only."""
-    launch = _cuda_launch("scale", data)
-    native().scale(address(data), data.numel(), DTYPES[data.dtype], address(factor), *launch[:2])
+    launch = _cuda_launch("scale", data, factor)
+    native().scale(address(data), data.numel(), DTYPES[data.dtype], address(factor), *launch[:3])
 
 
 def _linear_loss_arguments(
@@ -303,7 +318,11 @@ def linear_masked_cross_entropy(
         nll, hidden, weight, targets, token_weights, rows, normalizer, scale, chunk_rows, hidden_grad, weight_grad,
         add_to_weight_grad, filter_eps,
     )  # fmt: skip
-    native().linear_masked_cross_entropy(arguments, _cuda_launch("linear_masked_cross_entropy", hidden, workspace))
+    launch = _cuda_launch(
+        "linear_masked_cross_entropy", hidden, nll, weight, targets, token_weights, rows, normalizer, hidden_grad,
+        weight_grad, workspace=workspace,
+    )  # fmt: skip
+    native().linear_masked_cross_entropy(arguments, launch)
 
 
 def attention_plan_rows(
@@ -327,13 +346,13 @@ def attention_plan(
     head_dim: int,
 ) -> None:
     """`illada.ops.attention_plan` into `out`, int32 of the rows that `attention_plan_rows` says. CUDA only."""
-    launch = _cuda_launch("attention_plan", cu_seqlens)
+    launch = _cuda_launch("attention_plan", cu_seqlens, cu_seqlens_k, seqused_k, out)
     sequences = cu_seqlens.shape[0] - 1
     pack = (total_q, -1 if total_k is None else total_k, sequences, num_heads, num_kv_heads, head_dim)
     if out.shape[0] != native().attention_plan_rows(pack):
         raise ValueError(f"attention_plan: out must have {native().attention_plan_rows(pack)} rows, got {len(out)}")
     native().attention_plan(
-        *(pack, address(cu_seqlens), address(cu_seqlens_k), address(seqused_k), address(out)), *launch[:2]
+        *(pack, address(cu_seqlens), address(cu_seqlens_k), address(seqused_k), address(out)), *launch[:3]
     )
 
 
@@ -368,7 +387,7 @@ def varlen_attention(
         DTYPES[q.dtype],
         *((address(x), x.stride(0), x.stride(1)) for x in (q, k, v)),
         *(softmax_scale, address(plan), plan.shape[0], address(out), address(lse)),
-        *(torch.get_num_threads(), _launch(out, q, workspace)),
+        *(torch.get_num_threads(), _launch(out, q, k, v, plan, lse, workspace=workspace)),
     )
 
 
@@ -407,7 +426,9 @@ def varlen_attention_backward(
     `varlen_attention_backward_workspace` says. deterministic: the same bits in every run. multiplies_twice: dq by a
     kernel of its own, which is faster where sequences are short and deterministic as well; before sm_90 always.
     """
-    launch = _cuda_launch("varlen_attention_backward", q, workspace)
+    launch = _cuda_launch(
+        "varlen_attention_backward", q, dq, dk, dv, dout, dlse, k, v, out, lse, plan, workspace=workspace
+    )
     native().varlen_attention_backward(
         (q.shape[0], k.shape[0], num_sequences, q.shape[1], k.shape[1], q.shape[2]),
         DTYPES[q.dtype],
@@ -440,5 +461,5 @@ def remask(
         *(rule, limit, address(limits), mask_id, min_commit),
         *(address(end_ids), 0 if end_ids is None else end_ids.shape[0]),
         *(address(out.committed), address(out.remaining), address(out.finished), address(out.ended)),
-        *_launch(out.committed, tokens)[:2],
+        *_launch(out.committed, tokens, *out[1:], rows, cu_rows, token, confidence, entropy, limits, end_ids)[:3],
     )
