@@ -54,6 +54,33 @@ __device__ __forceinline__ void store_shared_v2(uint32_t smem, float x, float y)
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(smem), "f"(x), "f"(y) : "memory");
 }
 
+// ------------------------------------------------------------------------------------------- sm_80: hints to the L2
+// cache
+
+// Policies for accesses with a cache hint: what is kept longest, what leaves first, and what an access without a hint
+// has.
+__device__ __forceinline__ uint64_t l2_policy_evict_last() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_last.b64 %0;" : "=l"(policy));
+  return policy;
+}
+__device__ __forceinline__ uint64_t l2_policy_evict_first() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0;" : "=l"(policy));
+  return policy;
+}
+__device__ __forceinline__ uint64_t l2_policy_evict_normal() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_normal.b64 %0;" : "=l"(policy));
+  return policy;
+}
+// 16 bytes to global memory.
+__device__ __forceinline__ void store_global_v4_hinted(void* global, uint4 x, uint64_t policy) {
+  asm volatile("st.global.L2::cache_hint.v4.b32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(global), "r"(x.x), "r"(x.y),
+               "r"(x.z), "r"(x.w), "l"(policy)
+               : "memory");
+}
+
 // -------------------------------------------------------------------------------------------------------- arithmetic
 
 __device__ __forceinline__ float exp2_approx(float x) {  // 2 ulp; 0 for results below 2^-126, and for -inf
@@ -270,6 +297,24 @@ __device__ __forceinline__ void tma_load_4d_multicast(uint32_t smem, const void*
       "l"(map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(barrier), "h"(cta_mask)
       : "memory");
 }
+// The same with a cache policy of the L2 cache.
+__device__ __forceinline__ void tma_load_4d_hinted(uint32_t smem, const void* map, uint32_t barrier, int32_t x,
+                                                   int32_t y, int32_t z, int32_t w, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, "
+      "{%2, %3, %4, %5}], [%6], %7;" ::"r"(smem),
+      "l"(map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(barrier), "l"(policy)
+      : "memory");
+}
+__device__ __forceinline__ void tma_load_4d_multicast_hinted(uint32_t smem, const void* map, uint32_t barrier,
+                                                             int32_t x, int32_t y, int32_t z, int32_t w,
+                                                             uint16_t cta_mask, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
+      ".L2::cache_hint [%0], [%1, {%2, %3, %4, %5}], [%6], %7, %8;" ::"r"(smem),
+      "l"(map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(barrier), "h"(cta_mask), "l"(policy)
+      : "memory");
+}
 // The box at (x, y), as far as it is inside of the map, from shared memory, by those threads that say so; part of the
 // thread's next bulk group. Or added to what is there.
 __device__ __forceinline__ void tma_store_2d_if(bool stores, const void* map, uint32_t smem, int32_t x, int32_t y) {
@@ -303,6 +348,18 @@ __device__ __forceinline__ void tma_store_4d_if(bool stores, const void* map, ui
       "@stores cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3, %4}], [%5];\n"
       "}" ::"l"(map),
       "r"(x), "r"(y), "r"(z), "r"(w), "r"(smem), "r"(uint32_t(stores))
+      : "memory");
+}
+__device__ __forceinline__ void tma_store_4d_if_hinted(bool stores, const void* map, uint32_t smem, int32_t x,
+                                                       int32_t y, int32_t z, int32_t w, uint64_t policy) {
+  asm volatile(
+      "{\n"
+      ".reg .pred stores;\n"
+      "setp.ne.u32 stores, %6, 0;\n"
+      "@stores cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group.L2::cache_hint [%0, {%1, %2, %3, %4}], [%5], "
+      "%7;\n"
+      "}" ::"l"(map),
+      "r"(x), "r"(y), "r"(z), "r"(w), "r"(smem), "r"(uint32_t(stores)), "l"(policy)
       : "memory");
 }
 __device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }

@@ -51,7 +51,16 @@ Entry& entry<ProgrammaticLaunch>() {
   return it;
 }
 
-std::vector<Entry*> entries() { return {&entry<ProgrammaticLaunch>()}; }
+template <>
+Entry& entry<L2Hints>() {
+  static Entry it{"l2_hints",
+                  "ILLADA_VARIANT_L2_HINTS",
+                  "attention: cache hints that keep in L2 what is read again and let go what is not",
+                  {"off", "on"}};
+  return it;
+}
+
+std::vector<Entry*> entries() { return {&entry<ProgrammaticLaunch>(), &entry<L2Hints>()}; }
 
 }  // namespace
 
@@ -60,6 +69,7 @@ Choice variant() {
   return Choice(entry<Choice>().value());
 }
 template ProgrammaticLaunch variant<ProgrammaticLaunch>();
+template L2Hints variant<L2Hints>();
 
 std::vector<Variant> variants() {
   std::vector<Variant> all;

@@ -7,6 +7,7 @@
 namespace illada {
 
 enum class ProgrammaticLaunch { kEarly, kWait, kOff };
+enum class L2Hints { kOff, kOn };
 
 // The value in use.
 template <typename Choice>
