@@ -33,7 +33,7 @@ def test_values_hold_within_the_context_alone():
 
 
 def test_what_there_is_not_is_refused():
-    with pytest.raises(ValueError, match='set_variant: there is no choice "speed"; there are pdl, l2_hints'):
+    with pytest.raises(ValueError, match='set_variant: there is no choice "speed"; there are pdl'):
         set_variant("speed", "high")
     with pytest.raises(ValueError, match='pdl: got "late"; allowed are early, wait, 0'):
         set_variant("pdl", "late")
