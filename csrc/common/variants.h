@@ -8,6 +8,9 @@ namespace illada {
 
 enum class ProgrammaticLaunch { kEarly, kWait, kOff };
 enum class L2Hints { kOff, kOn };
+enum class AttentionForwardD128 { k128x2x3, k128x2x2, k176x2x2 };
+enum class AttentionForwardD64 { k192x96, k192x128 };
+enum class AttentionCluster { kAuto, k1 };
 
 // The value in use.
 template <typename Choice>
