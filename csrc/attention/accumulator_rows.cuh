@@ -11,10 +11,13 @@
 namespace illada::attention {
 
 // Row i (0 or 1) times `scale`, in 16 bits, to the row at `target` (contiguous, 16-byte aligned), if it is real. The
-// lanes of a row exchange words until each has 16 bytes of it.
-template <typename T, int kColumns>
+// lanes of a row exchange words until each has 16 bytes of it. `store`: how 16 bytes are stored.
+struct StorePlain {
+  __device__ __forceinline__ void operator()(uint4* at, const uint4& x) const { *at = x; }
+};
+template <typename T, int kColumns, typename Store = StorePlain>
 __device__ __forceinline__ void store_row(T* target, const float (&sum)[kColumns / 2], int i, float scale, bool is_real,
-                                          int lane) {
+                                          int lane, const Store& store = {}) {
   target += lane % 4 * 8;
 #pragma unroll
   for (int j = 0; j < kColumns / 32; ++j) {
@@ -33,7 +36,7 @@ __device__ __forceinline__ void store_row(T* target, const float (&sum)[kColumns
         (upper ? w[n] : w[n | bit]) = got;
       }
     }
-    if (is_real) *reinterpret_cast<uint4*>(target + 32 * j) = make_uint4(w[0], w[1], w[2], w[3]);
+    if (is_real) store(reinterpret_cast<uint4*>(target + 32 * j), make_uint4(w[0], w[1], w[2], w[3]));
   }
 }
 

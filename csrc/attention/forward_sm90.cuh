@@ -27,7 +27,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
+#include <type_traits>
 
+#include "attention/accumulator_rows.cuh"
 #include "attention/launch.h"
 #include "attention/row_pair.cuh"
 #include "attention/softmax_rows_sm90.cuh"
@@ -39,23 +41,34 @@
 #include "common/registers_sm90.cuh"
 #include "common/ring.cuh"
 #include "common/tensor_map.h"
+#include "common/variants.h"
 #include "common/wgmma.cuh"
 
 namespace illada::attention {
 namespace {
 
-template <int kHeadDim>
+// What an instance has in shared memory, and what it does otherwise for want of registers or shared memory.
+template <int kHeadDim, int kKeys_, int kStagesV_>
 struct SharedStorage {
-  static constexpr int kKeys = forward_key_tile_sm90(kHeadDim), kSlices = kHeadDim / 64;
-  static constexpr int kStagesK = kHeadDim == 128 ? 2 : 4, kStagesV = kHeadDim == 128 ? 3 : 4;
+  static constexpr int kKeys = kKeys_, kSlices = kHeadDim / 64;
+  static constexpr int kStagesK = kHeadDim == 128 ? 2 : 4, kStagesV = kStagesV_;
   static constexpr int kItems = 4;
   static constexpr int kConsumers = forward_blocks_sm90(kHeadDim);
-  using Registers = RegisterSplit<kConsumers, kConsumers == 2 ? 40 : 56, kConsumers == 2 ? 232 : 152>;
+  static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 152;
+  using Registers = RegisterSplit<kConsumers, kConsumers == 2 ? 40 : 56, kConsumerRegisters>;
   static constexpr int kThreads = Registers::kThreads;
   using KeyTile = Tile<kKeys, kHeadDim>;
   using QueryTile = Tile<kBlockRows, kHeadDim>;
-  QueryTile q[kConsumers], out[kConsumers];  // of each warpgroup
+  // Scores, sums, two sets of probabilities and 24 more are too many registers: the next probabilities stay in those of
+  // the scores, in fp32, until the product that reads the old ones is done.
+  static constexpr bool kPacksLate = kKeys / 2 + kHeadDim / 2 + 2 * (kKeys / 4) + 24 > kConsumerRegisters;
+  // Room for the rows on their way out; else they are stored from registers.
+  static constexpr bool kStagesOut =
+      (kStagesK + kStagesV) * sizeof(KeyTile) + 2 * kConsumers * sizeof(QueryTile) <= 225 * 1024;
+  struct None {};
+  QueryTile q[kConsumers];  // of each warpgroup
   KeyTile k[kStagesK], v[kStagesV];
+  std::conditional_t<kStagesOut, QueryTile, None> out[kConsumers];
   uint64_t q_full[kConsumers], q_empty[kConsumers], k_full[kStagesK], k_empty[kStagesK], v_full[kStagesV],
       v_empty[kStagesV];
   // Of the item that leaves, of the one that is worked on, and of the next one, which may come while both are read.
@@ -69,8 +82,14 @@ struct ForwardArguments {
   Slots slots;
   int32_t total_q, total_k, num_heads, group, tile_tokens, block_tokens;
   uint32_t group_reciprocal;
-  float scale_log2;  // softmax_scale * log2(e)
+  float scale_log2;        // softmax_scale * log2(e)
+  bool hints, keeps_keys;  // for the L2 cache: are there any? also for keys, which several items read?
 };
+
+// What is read or written once.
+__device__ __forceinline__ uint64_t evict_first_if(bool hints) {
+  return hints ? ptx::l2_policy_evict_first() : ptx::l2_policy_evict_normal();
+}
 
 // The item of a cluster in a round.
 template <int kCluster>
@@ -81,23 +100,30 @@ __device__ __forceinline__ int item_index(int round) {
 // The finished rows of a warpgroup leave: to out, by way of shared memory and TMA, which ends with the item's queries,
 // and to lse; or, where the item's keys are split, to its slot. The item's queries from `first_token` on are the
 // warpgroup's.
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, typename Shared>
 __device__ __forceinline__ void write_rows(float (&o)[kHeadDim / 2], const SoftmaxRows& rows, const WorkItem& item,
                                            const ForwardArguments& a, const CUtensorMap& out_map, uint32_t staging,
                                            int barrier, int first_token) {
   const int lane = int(threadIdx.x) % 32, row = int(threadIdx.x) % 128 / 32 * 16 + lane / 4;
   const int tokens = min(item.q_count - first_token, a.block_tokens);
   const bool whole = item.pieces == 1;
+  const uint64_t policy = evict_first_if(a.hints);
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const float sum = warp_reduce<4>(rows.sum[i], [](float x, float y) { return x + y; });
     const float inverse = 1.0f / sum, lse_log2 = fmaf(rows.reference[i], a.scale_log2, log2f(sum));
-#pragma unroll
-    for (int j = 0; j < kHeadDim / 8; ++j) {
-      o[4 * j + 2 * i] *= inverse;
-      o[4 * j + 2 * i + 1] *= inverse;
-    }
     const int token = int((row + 8 * i) * a.group_reciprocal >> 16), head = row + 8 * i - token * a.group;
+    if (!Shared::kStagesOut && whole) {
+      const int64_t place = int64_t(item.q_start + first_token + token) * a.num_heads + item.kv_head * a.group + head;
+      store_row<T, kHeadDim>(static_cast<T*>(a.out) + place * kHeadDim, o, i, inverse, token < tokens, lane,
+                             [&](uint4* at, const uint4& x) { ptx::store_global_v4_hinted(at, x, policy); });
+    } else {
+#pragma unroll
+      for (int j = 0; j < kHeadDim / 8; ++j) {
+        o[4 * j + 2 * i] *= inverse;
+        o[4 * j + 2 * i + 1] *= inverse;
+      }
+    }
     if (token < tokens) {
       if (whole) {
         if (lane % 4 == 0)
@@ -114,7 +140,7 @@ __device__ __forceinline__ void write_rows(float (&o)[kHeadDim / 2], const Softm
       }
     }
   }
-  if (whole) {
+  if (Shared::kStagesOut && whole) {
     ptx::bulk_wait_read<0>();  // what the leader sent before has left
     ptx::named_barrier_sync(barrier, 128);
     const int swizzle = lane % 8;
@@ -130,22 +156,30 @@ __device__ __forceinline__ void write_rows(float (&o)[kHeadDim / 2], const Softm
     ptx::named_barrier_sync(barrier, 128);
 #pragma unroll
     for (int slice = 0; slice < kHeadDim / 64; ++slice)
-      ptx::tma_store_4d_if(threadIdx.x % 128 == 0, &out_map, staging + slice * (kBlockRows * kRowBytes), 64 * slice,
-                           item.kv_head * a.group, a.total_q - item.q_count + first_token, item.q_start + item.q_count);
+      ptx::tma_store_4d_if_hinted(threadIdx.x % 128 == 0, &out_map, staging + slice * (kBlockRows * kRowBytes),
+                                  64 * slice, item.kv_head * a.group, a.total_q - item.q_count + first_token,
+                                  item.q_start + item.q_count, policy);
     ptx::bulk_commit();
   }
 }
 
+// Whether the kernel divides the plan's items in two: one that was made for pairs has items of two tiles, and a CTA
+// without a neighbour takes one of them at a time.
+template <int kCluster>
+__device__ __forceinline__ int halves_items(const int32_t* plan) {
+  return kCluster == 1 ? plan_header(plan).cluster - 1 : 0;
+}
+
 // Items without keys, which are the last ones of the list, from `round` on.
-template <typename T, int kHeadDim, int kCluster>
+template <typename T, int kHeadDim, typename Shared, int kCluster>
 __device__ __forceinline__ void write_empty_items(const ForwardArguments& a, int round, int rank) {
-  const int items = plan_header(a.plan).forward_items;
+  const int halves = halves_items<kCluster>(a.plan), items = plan_header(a.plan).forward_items << halves;
   for (int index; (index = item_index<kCluster>(round)) < items; ++round) {
-    const WorkItem item = forward_items(a.plan)[index];
-    const int tokens = min(item.q_count - rank * a.tile_tokens, a.tile_tokens);
-    for (int row = int(threadIdx.x) / 8; row < tokens * a.group;
-         row += int(128 * SharedStorage<kHeadDim>::kConsumers) / 8) {
-      const int64_t q = item.q_start + rank * a.tile_tokens + row / a.group, h = item.kv_head * a.group + row % a.group;
+    const WorkItem item = forward_items(a.plan)[index >> halves];
+    const int first = (kCluster == 1 ? index & halves : rank) * a.tile_tokens;
+    const int tokens = min(item.q_count - first, a.tile_tokens);
+    for (int row = int(threadIdx.x) / 8; row < tokens * a.group; row += 128 * Shared::kConsumers / 8) {
+      const int64_t q = item.q_start + first + row / a.group, h = item.kv_head * a.group + row % a.group;
       uint4* out = reinterpret_cast<uint4*>(static_cast<T*>(a.out) + (q * a.num_heads + h) * kHeadDim);
 #pragma unroll
       for (int i = 0; i < kHeadDim / 64; ++i) out[8 * i + threadIdx.x % 8] = make_uint4(0, 0, 0, 0);
@@ -154,15 +188,14 @@ __device__ __forceinline__ void write_empty_items(const ForwardArguments& a, int
   }
 }
 
-template <typename T, int kHeadDim, int kCluster>
-__global__ __launch_bounds__(SharedStorage<kHeadDim>::kThreads, 1) void illada_attention_forward_sm90(
+template <typename T, int kHeadDim, int kKeys, int kStagesV, int kCluster>
+__global__ __launch_bounds__(SharedStorage<kHeadDim, kKeys, kStagesV>::kThreads, 1) void illada_attention_forward_sm90(
     const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
     const __grid_constant__ CUtensorMap v_map, const __grid_constant__ CUtensorMap out_map,
     const __grid_constant__ ForwardArguments a, const __grid_constant__ DependentLaunch launch) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  using Shared = SharedStorage<kHeadDim>;
-  constexpr int kKeys = Shared::kKeys, kSlices = Shared::kSlices;
-  constexpr int kStagesK = Shared::kStagesK, kStagesV = Shared::kStagesV;
+  using Shared = SharedStorage<kHeadDim, kKeys, kStagesV>;
+  constexpr int kSlices = Shared::kSlices, kStagesK = Shared::kStagesK;
   constexpr int kConsumers = Shared::kConsumers, kItems = Shared::kItems;
   constexpr uint32_t kTileBytes = sizeof(typename Shared::KeyTile);
   extern __shared__ char raw_shared[];
@@ -203,21 +236,23 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim>::kThreads, 1) void illada_a
   if (threadIdx.x >= 128 * kConsumers) {  // ------------------------------------------------------------ producer
     Shared::Registers::as_producer();
     if (threadIdx.x == 128 * kConsumers) {
-      const int items = plan_header(a.plan).forward_items;
+      const int halves = halves_items<kCluster>(a.plan), items = plan_header(a.plan).forward_items << halves;
       Ring<kStagesK> k_ring;
       Ring<kStagesV> v_ring;
       // Keys `row` .. of the item: the CTAs of a cluster load a part of the tile each, for all of them.
       const auto load = [&](const CUtensorMap* map, uint32_t tile, uint32_t barrier, const WorkItem& item, int row) {
         constexpr int kPart = kKeys / kCluster;
+        const uint64_t policy = a.keeps_keys ? ptx::l2_policy_evict_last() : ptx::l2_policy_evict_normal();
         ptx::mbarrier_arrive_expect_tx(barrier, kTileBytes);
 #pragma unroll
         for (int slice = 0; slice < kSlices; ++slice) {
           const uint32_t target = tile + uint32_t(slice * kKeys + rank * kPart) * kRowBytes;
           const int z = a.total_k - item.k_count + row + rank * kPart, w = item.k_start + item.k_count;
           if (kCluster > 1) {
-            ptx::tma_load_4d_multicast(target, map, barrier, 64 * slice, item.kv_head, z, w, (1 << kCluster) - 1);
+            ptx::tma_load_4d_multicast_hinted(target, map, barrier, 64 * slice, item.kv_head, z, w, (1 << kCluster) - 1,
+                                              policy);
           } else {
-            ptx::tma_load_4d(target, map, barrier, 64 * slice, item.kv_head, z, w);
+            ptx::tma_load_4d_hinted(target, map, barrier, 64 * slice, item.kv_head, z, w, policy);
           }
         }
       };
@@ -235,7 +270,7 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim>::kThreads, 1) void illada_a
       const auto ask_for_item = [&](int round) {
         const int index = item_index<kCluster>(round);
         if (index < items) {
-          const WorkItem* source = forward_items(a.plan) + index;
+          const WorkItem* source = forward_items(a.plan) + (index >> halves);
           ptx::cp_async_16(at(offsetof(Shared, next_item)), source);
           ptx::cp_async_16(at(offsetof(Shared, next_item)) + 16, reinterpret_cast<const char*>(source) + 16);
         } else {
@@ -243,8 +278,13 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim>::kThreads, 1) void illada_a
         }
         ptx::cp_async_commit();
       };
-      const auto next_item = [&] {
+      const auto next_item = [&](int round) {
         ptx::cp_async_wait<0>();
+        if (halves) {  // where the item has no second tile, the CTA does a tile's work for nothing
+          const int first = (item_index<kCluster>(round) & 1) * a.tile_tokens;
+          shared.next_item.q_start += first;
+          shared.next_item.q_count -= first;
+        }
         return shared.next_item;
       };
       const auto hand_over = [&](int w, int round) {  // to warpgroup w
@@ -252,7 +292,7 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim>::kThreads, 1) void illada_a
         shared.item[w][round % kItems] = shared.next_item;
       };
       ask_for_item(0);
-      WorkItem item = next_item();
+      WorkItem item = next_item(0);
       int round = 0;
       for (; item.k_count > 0; ++round) {
         int row = (item.k_count - 1) / kKeys * kKeys;  // the partial tile first: no mask is needed after it
@@ -263,14 +303,15 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim>::kThreads, 1) void illada_a
           ptx::mbarrier_arrive_expect_tx(q_full + 8 * w, uint32_t(kSlices * a.block_tokens * a.group * kRowBytes));
           load_tile<typename Shared::QueryTile>(at(offsetof(Shared, q)) + w * sizeof(typename Shared::QueryTile),
                                                 &q_map, q_full + 8 * w, item.kv_head * a.group, a.total_q, item.q_start,
-                                                item.q_count, (rank * kConsumers + w) * a.block_tokens);
+                                                item.q_count, (rank * kConsumers + w) * a.block_tokens,
+                                                evict_first_if(a.hints));
         }
         ask_for_item(round + 1);
         for (; row >= 0; row -= kKeys) {
           if (row > 0) load_k(item, row - kKeys);
           load_v(item, row);
         }
-        item = next_item();
+        item = next_item(round + 1);
       }
 #pragma unroll
       for (int w = 0; w < kConsumers; ++w) {  // an item without keys: the end
@@ -292,7 +333,7 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim>::kThreads, 1) void illada_a
     Ring<kStagesK> k_ring;
     Ring<kStagesV> v_ring;
     float s[kKeys / 2], o[kHeadDim / 2];
-    uint32_t p[kKeys / 16][4], next_p[kKeys / 16][4];
+    uint32_t p[kKeys / 16][4], next_p[Shared::kPacksLate ? 1 : kKeys / 16][4];
     SoftmaxRows rows;
     float rescale[2];
 
@@ -338,12 +379,22 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim>::kThreads, 1) void illada_a
         if (valid < kKeys) mask_scores(s, valid);
         rows.start(s);
       }
-      return rows.update<T>(s, a.scale_log2, next_p, rescale);
+      if constexpr (Shared::kPacksLate) {
+        return rows.update_in_place(s, a.scale_log2, rescale);
+      } else {
+        return rows.update<T>(s, a.scale_log2, next_p, rescale);
+      }
     };
 
     const auto take_next_p = [&] {
 #pragma unroll
-      for (int i = 0; i < kKeys / 4; ++i) p[i / 4][i % 4] = next_p[i / 4][i % 4];
+      for (int i = 0; i < kKeys / 4; ++i) {
+        if constexpr (Shared::kPacksLate) {
+          p[i / 4][i % 4] = pack2<T>(s[2 * i], s[2 * i + 1]);
+        } else {
+          p[i / 4][i % 4] = next_p[i / 4][i % 4];
+        }
+      }
     };
 
     if (open_item()) {
@@ -374,8 +425,8 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim>::kThreads, 1) void illada_a
         release(v_empty + 8 * v_ring.stage);
         v_ring.advance();
         if (is_first) {
-          write_rows<T, kHeadDim>(o, finished, shared.item[warpgroup][(round - 2) % kItems], a, out_map, staging,
-                                  own_barrier, first_token);
+          write_rows<T, kHeadDim, Shared>(o, finished, shared.item[warpgroup][(round - 2) % kItems], a, out_map,
+                                          staging, own_barrier, first_token);
         } else if (moved) {
 #pragma unroll
           for (int j = 0; j < kHeadDim / 2; ++j) o[j] *= rescale[j / 2 % 2];
@@ -390,11 +441,11 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim>::kThreads, 1) void illada_a
       multiply_v(!fresh, false);
       ptx::wgmma_wait<0>();
       release(v_empty + 8 * v_ring.stage);
-      write_rows<T, kHeadDim>(o, rows, shared.item[warpgroup][(round - 2) % kItems], a, out_map, staging, own_barrier,
-                              first_token);
+      write_rows<T, kHeadDim, Shared>(o, rows, shared.item[warpgroup][(round - 2) % kItems], a, out_map, staging,
+                                      own_barrier, first_token);
       ptx::bulk_wait<0>();
     }
-    write_empty_items<T, kHeadDim, kCluster>(a, round - 1, rank);
+    write_empty_items<T, kHeadDim, Shared, kCluster>(a, round - 1, rank);
   }
   // No CTA leaves while its neighbour may still write into it or arrive at its barriers.
   __syncwarp();
@@ -402,13 +453,13 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim>::kThreads, 1) void illada_a
 #endif
 }
 
-template <typename T, int kHeadDim, int kCluster>
+template <typename T, int kHeadDim, int kKeys, int kStagesV, int kCluster>
 void launch_forward(const ForwardParams& p, const Device& device, const Tiling& tiling) {
   constexpr const char* kOp = "varlen_attention";
   const PackShape& s = p.shape;
   const int group = s.num_heads / s.num_kv_heads;
-  using Shared = SharedStorage<kHeadDim>;
-  const int box_keys = Shared::kKeys / kCluster;
+  using Shared = SharedStorage<kHeadDim, kKeys, kStagesV>;
+  const int box_keys = kKeys / kCluster;
   const CUtensorMap q_map = queries_map(kOp, p, p.q, block_tokens(s));
   const PackedView out{p.out, int64_t(s.num_heads) * kHeadDim, kHeadDim};
   const CUtensorMap out_map = queries_map(kOp, p, out, block_tokens(s));
@@ -427,26 +478,28 @@ void launch_forward(const ForwardParams& p, const Device& device, const Tiling& 
   a.tile_tokens = tiling.tile_tokens;
   a.block_tokens = block_tokens(s);
   a.scale_log2 = p.softmax_scale * float(M_LOG2E);
+  a.hints = variant<L2Hints>() == L2Hints::kOn;
+  a.keeps_keys = a.hints && s.total_q > int64_t(s.num_sequences) * tiling.item_tokens();
   LaunchShape shape;
   shape.grid = dim3(unsigned(std::min<int64_t>(device.sm_count / kCluster, max_forward_items(s)) * kCluster));
   shape.block = dim3(Shared::kThreads);
   shape.smem_bytes = shared_bytes<Shared>();
   shape.cluster = kCluster;
   shape.dependent = true;
-  launch_kernel(kOp, device, p.launch.stream, shape, illada_attention_forward_sm90<T, kHeadDim, kCluster>, q_map, k_map,
-                v_map, out_map, a);
+  launch_kernel(kOp, device, p.launch.stream, shape,
+                illada_attention_forward_sm90<T, kHeadDim, kKeys, kStagesV, kCluster>, q_map, k_map, v_map, out_map, a);
 }
 
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, int kKeys, int kStagesV>
 void launch_forward(const ForwardParams& p, const Device& device, const Tiling& tiling) {
-  tiling.cluster == 2 ? launch_forward<T, kHeadDim, 2>(p, device, tiling)
-                      : launch_forward<T, kHeadDim, 1>(p, device, tiling);
+  tiling.cluster == 2 ? launch_forward<T, kHeadDim, kKeys, kStagesV, 2>(p, device, tiling)
+                      : launch_forward<T, kHeadDim, kKeys, kStagesV, 1>(p, device, tiling);
 }
 
-template <int kHeadDim>
+template <int kHeadDim, int kKeys, int kStagesV>
 void launch_forward(const ForwardParams& p, const Device& device, const Tiling& tiling) {
-  p.dtype == DType::kBFloat16 ? launch_forward<BFloat16, kHeadDim>(p, device, tiling)
-                              : launch_forward<Half, kHeadDim>(p, device, tiling);
+  p.dtype == DType::kBFloat16 ? launch_forward<BFloat16, kHeadDim, kKeys, kStagesV>(p, device, tiling)
+                              : launch_forward<Half, kHeadDim, kKeys, kStagesV>(p, device, tiling);
 }
 
 }  // namespace

@@ -26,9 +26,36 @@ bool has_sm90(const Device& gpu) {
 
 // total_k has no part in it: a plan need not know it.
 Tiling choose_tiling(const PackShape& s, const Device& gpu) {
-  return has_sm90(gpu) ? tiling(s, forward_blocks_sm90(s.head_dim), forward_key_tile_sm90(s.head_dim), true)
+  const bool pairs = variant<AttentionCluster>() == AttentionCluster::kAuto;
+  return has_sm90(gpu) ? tiling(s, forward_blocks_sm90(s.head_dim), forward_key_tile_sm90(s.head_dim), pairs)
                        : tiling(s, forward_blocks_sm80(), forward_key_tile_sm80(s.head_dim), false);
 }
+// The longest items that a plan may have, whatever was chosen when it was made.
+Tiling longest_tiling(const PackShape& s, const Device& gpu) {
+  return has_sm90(gpu) ? tiling(s, forward_blocks_sm90(s.head_dim), forward_key_tile_sm90(s.head_dim), true)
+                       : choose_tiling(s, gpu);
+}
+
+#if defined(ILLADA_BUILT_SM90A)
+void launch_forward_sm90(const ForwardParams& p, const Device& gpu, const Tiling& cut) {
+  if (p.shape.head_dim == 64) {
+    switch (variant<AttentionForwardD64>()) {
+      case AttentionForwardD64::k192x96:
+        return launch_forward_d64_sm90(p, gpu, cut);
+      case AttentionForwardD64::k192x128:
+        return launch_forward_d64_192x128_sm90(p, gpu, cut);
+    }
+  }
+  switch (variant<AttentionForwardD128>()) {
+    case AttentionForwardD128::k128x2x3:
+      return launch_forward_d128_sm90(p, gpu, cut);
+    case AttentionForwardD128::k128x2x2:
+      return launch_forward_d128_128x2x2_sm90(p, gpu, cut);
+    case AttentionForwardD128::k176x2x2:
+      return launch_forward_d128_176x2x2_sm90(p, gpu, cut);
+  }
+}
+#endif
 
 void validate_shape(const char* op, const PackShape& s, const Device& gpu, bool knows_keys) {
   ILLADA_CHECK(s.total_q >= 0 && s.total_q <= kMostRows, op, "total_q must be in [0, 2^31), got ", s.total_q);
@@ -126,6 +153,11 @@ int64_t key_sums(const PackShape& s, const BackwardMethod& method) {
 
 }  // namespace
 
+int forward_key_tile_sm90(int head_dim) {
+  if (head_dim == 64) return variant<AttentionForwardD64>() == AttentionForwardD64::k192x128 ? 128 : 96;
+  return variant<AttentionForwardD128>() == AttentionForwardD128::k176x2x2 ? 176 : 128;
+}
+
 int64_t plan_rows(const PackShape& s) {
   return 1 + 2 * max_forward_items(s) + 2 * max_backward_items(s) + s.num_sequences;
 }
@@ -179,7 +211,7 @@ void forward_cuda(const ForwardParams& given) {
   const Tiling cut = choose_tiling(s, gpu);
   if (has_sm90(gpu)) {
 #if defined(ILLADA_BUILT_SM90A)
-    s.head_dim == 64 ? launch_forward_d64_sm90(p, gpu, cut) : launch_forward_d128_sm90(p, gpu, cut);
+    launch_forward_sm90(p, gpu, cut);
 #endif
   } else {
     s.head_dim == 64 ? launch_forward_d64_sm80(p, gpu, cut) : launch_forward_d128_sm80(p, gpu, cut);
@@ -242,7 +274,7 @@ void backward_cuda(const BackwardParams& given) {
     fill_zeros(kOp, p.launch, p.dk, rows_k * s.head_dim * 2);
     return fill_zeros(kOp, p.launch, p.dv, rows_k * s.head_dim * 2);
   }
-  const Tiling cut = choose_tiling(s, gpu);
+  const Tiling cut = longest_tiling(s, gpu);
   const BackwardMethod method = choose_backward(s, p.deterministic, p.multiplies_twice, gpu);
   launch_backward_rows(p, gpu, method);
   if (has_sm90(gpu)) {

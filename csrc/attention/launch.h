@@ -12,13 +12,16 @@ void launch_plan(const PlanParams& params, const Device& device, const Tiling& t
 constexpr int forward_blocks_sm80() { return 2; }
 constexpr int forward_key_tile_sm80(int head_dim) { return head_dim == 128 ? 32 : 48; }
 constexpr int forward_blocks_sm90(int head_dim) { return head_dim == 128 ? 2 : 3; }
-constexpr int forward_key_tile_sm90(int head_dim) { return head_dim == 128 ? 128 : 96; }
+int forward_key_tile_sm90(int head_dim);  // of the instance in use
 
-// Walks over the forward items of the plan. One function per (arch, head dim), each in a file of its own.
+// Walks over the forward items of the plan. One function per (arch, head dim) and choice.
 void launch_forward_d64_sm80(const ForwardParams& params, const Device& device, const Tiling& tiling);
 void launch_forward_d128_sm80(const ForwardParams& params, const Device& device, const Tiling& tiling);
 void launch_forward_d64_sm90(const ForwardParams& params, const Device& device, const Tiling& tiling);
+void launch_forward_d64_192x128_sm90(const ForwardParams& params, const Device& device, const Tiling& tiling);
 void launch_forward_d128_sm90(const ForwardParams& params, const Device& device, const Tiling& tiling);
+void launch_forward_d128_128x2x2_sm90(const ForwardParams& params, const Device& device, const Tiling& tiling);
+void launch_forward_d128_176x2x2_sm90(const ForwardParams& params, const Device& device, const Tiling& tiling);
 
 // Where tiling.may_split: merges the pieces that the forward left in the workspace into out and lse.
 void launch_combine(const ForwardParams& params, const Device& device);

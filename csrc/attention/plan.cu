@@ -30,7 +30,7 @@ struct PlanArguments {
   int64_t rows, first_backward;  // in rows of the plan
   int32_t total_q, key_limit, num_sequences, num_kv_heads;
   int32_t most_forward, most_backward;  // what the plan has room for
-  int32_t item_tokens, key_tile, sm_count;
+  int32_t item_tokens, cluster, key_tile, sm_count;
   bool may_split;
   float item_cost, merge_cost;  // of kItemKeys, kMergeKeys, in key tiles
 };
@@ -187,9 +187,10 @@ __global__ __launch_bounds__(kThreads) void illada_attention_plan_sm80(const __g
   __syncthreads();
   const Sums& sums = shared.sums;
   if (index == 0 && threadIdx.x == 0)
-    *reinterpret_cast<int4*>(a.plan) = make_int4(
-        int(min(sums.all_forward, int64_t(a.most_forward))), int(min(sums.all_backward, int64_t(a.most_backward))),
-        a.num_sequences, (keys != a.key_limit ? kIdleKeys : 0) | (queries != a.total_q ? kIdleQueries : 0));
+    *reinterpret_cast<int4*>(a.plan) =
+        make_int4(int(min(sums.all_forward, int64_t(a.most_forward))),
+                  int(min(sums.all_backward, int64_t(a.most_backward))), a.num_sequences,
+                  (keys != a.key_limit ? kIdleKeys : 0) | (queries != a.total_q ? kIdleQueries : 0) | a.cluster << 16);
   if (!has_sequence) return;
 
   const Sequence s(a, index);
@@ -239,6 +240,7 @@ void launch_plan(const PlanParams& p, const Device& device, const Tiling& tiling
   a.most_forward = int32_t(max_forward_items(s));
   a.most_backward = int32_t(max_backward_items(s));
   a.item_tokens = tiling.item_tokens();
+  a.cluster = tiling.cluster;
   a.key_tile = tiling.key_tile;
   a.sm_count = device.sm_count;
   a.may_split = tiling.may_split;

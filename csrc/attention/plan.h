@@ -23,7 +23,8 @@ struct alignas(16) WorkItem {
 // shape allows), and from rows - S on the sequences, (query start, query end, key start, key end), longest first.
 struct PlanHeader {
   int32_t forward_items, backward_items, sequences;
-  int32_t idle;  // kIdleKeys: there are keys, of total_k, that no sequence uses; kIdleQueries: queries without keys
+  int16_t idle;     // kIdleKeys: there are keys, of total_k, that no sequence uses; kIdleQueries: queries without keys
+  int16_t cluster;  // Tiling::cluster
 };
 
 constexpr int kIdleKeys = 1, kIdleQueries = 2;

@@ -16,7 +16,7 @@ namespace {
 // kMost, which is as exact as 1 in either dtype. So the exponentials wait for no maximum and no other lane, and nobody
 // looks for a maximum but in the first tile, and when a row has outgrown its reference, which is rare.
 struct SoftmaxRows {
-  static constexpr float kMost = 256;
+  static constexpr float kMost = 256, kMostLog2 = 8;
   float reference[2], sum[2];  // of this lane's probabilities
 
   // The first tile of an item.
@@ -36,14 +36,7 @@ struct SoftmaxRows {
     exponentials<T>(s, scale_log2, p, total);
     const bool moves = __any_sync(kFullWarp, fmaxf(total[0], total[1]) > kMost);
     if (moves) {
-      rescale[0] = reference[0];
-      rescale[1] = reference[1];
-      raise_reference(s);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        rescale[i] = ptx::exp2_approx((rescale[i] - reference[i]) * scale_log2);
-        sum[i] *= rescale[i];
-      }
+      move_reference(s, scale_log2, rescale);
       exponentials<T>(s, scale_log2, p, total);
     }
 #pragma unroll
@@ -51,7 +44,41 @@ struct SoftmaxRows {
     return moves;
   }
 
+  // The same with the probabilities in the place of the scores. As those are gone afterwards, each lane looks for its
+  // own maximum first: the reference moves before a probability of some row exceeds kMost.
+  template <int kCount>
+  __device__ __forceinline__ bool update_in_place(float (&s)[kCount], float scale_log2, float (&rescale)[2]) {
+    float top[4] = {s[0], s[1], s[2], s[3]};
+#pragma unroll
+    for (int j = 4; j < kCount; ++j) top[j % 4] = fmaxf(top[j % 4], s[j]);
+    const float growth = fmaxf(fmaxf(top[0], top[1]) - reference[0], fmaxf(top[2], top[3]) - reference[1]);
+    const bool moves = __any_sync(kFullWarp, growth * scale_log2 > kMostLog2);
+    if (moves) move_reference(s, scale_log2, rescale);
+    const float offset[2] = {reference[0] * scale_log2, reference[1] * scale_log2};
+    float part[4] = {};
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      s[j] = ptx::exp2_approx(fmaf(s[j], scale_log2, -offset[j / 2 % 2]));
+      part[j % 4] += s[j];
+    }
+    sum[0] += part[0] + part[1];
+    sum[1] += part[2] + part[3];
+    return moves;
+  }
+
  private:
+  template <int kCount>
+  __device__ __forceinline__ void move_reference(const float (&s)[kCount], float scale_log2, float (&rescale)[2]) {
+    rescale[0] = reference[0];
+    rescale[1] = reference[1];
+    raise_reference(s);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      rescale[i] = ptx::exp2_approx((rescale[i] - reference[i]) * scale_log2);
+      sum[i] *= rescale[i];
+    }
+  }
+
   template <int kCount>
   __device__ __forceinline__ void raise_reference(const float (&s)[kCount]) {
     float top[4] = {reference[0], reference[0], reference[1], reference[1]};

@@ -23,7 +23,7 @@ struct alignas(1024) Tile {
 };
 
 // By one thread: the tile from row `row` on of the sequence start .. start + count - 1 of `total` tokens, by a map of
-// tensor_map_ragged. What lies behind the end of the sequence reads as 0.
+// tensor_map_ragged. What lies behind the end of the sequence reads as 0. `policy`: a hint for the L2 cache.
 template <typename AnyTile>
 __device__ __forceinline__ void load_tile(uint32_t target, const CUtensorMap* map, uint32_t barrier, int head,
                                           int total, int start, int count, int row) {
@@ -31,6 +31,14 @@ __device__ __forceinline__ void load_tile(uint32_t target, const CUtensorMap* ma
   for (int slice = 0; slice < AnyTile::kSlices; ++slice)
     ptx::tma_load_4d(target + slice * AnyTile::kSliceBytes, map, barrier, 64 * slice, head, total - count + row,
                      start + count);
+}
+template <typename AnyTile>
+__device__ __forceinline__ void load_tile(uint32_t target, const CUtensorMap* map, uint32_t barrier, int head,
+                                          int total, int start, int count, int row, uint64_t policy) {
+#pragma unroll
+  for (int slice = 0; slice < AnyTile::kSlices; ++slice)
+    ptx::tma_load_4d_hinted(target + slice * AnyTile::kSliceBytes, map, barrier, 64 * slice, head, total - count + row,
+                            start + count, policy);
 }
 
 // d = a b^T of rows of two tiles, over all columns; a, b: descriptors of their first rows (wgmma_descriptor_k128).

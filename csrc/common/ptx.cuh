@@ -58,20 +58,21 @@ __device__ __forceinline__ void store_shared_v2(uint32_t smem, float x, float y)
 // cache
 
 // Policies for accesses with a cache hint: what is kept longest, what leaves first, and what an access without a hint
-// has.
+// has. They are constants of some instructions, made where the call stands (volatile): a kernel that is short of
+// registers asks for one at each use.
 __device__ __forceinline__ uint64_t l2_policy_evict_last() {
   uint64_t policy;
-  asm("createpolicy.fractional.L2::evict_last.b64 %0;" : "=l"(policy));
+  asm volatile("createpolicy.fractional.L2::evict_last.b64 %0;" : "=l"(policy));
   return policy;
 }
 __device__ __forceinline__ uint64_t l2_policy_evict_first() {
   uint64_t policy;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0;" : "=l"(policy));
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0;" : "=l"(policy));
   return policy;
 }
 __device__ __forceinline__ uint64_t l2_policy_evict_normal() {
   uint64_t policy;
-  asm("createpolicy.fractional.L2::evict_normal.b64 %0;" : "=l"(policy));
+  asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0;" : "=l"(policy));
   return policy;
 }
 // 16 bytes to global memory.

@@ -61,6 +61,33 @@ Entry& entry<L2Hints>() {
 }
 
 template <>
+Entry& entry<AttentionForwardD128>() {
+  static Entry it{"attention_forward_d128",
+                  "ILLADA_VARIANT_ATTENTION_FORWARD_D128",
+                  "attention forward, sm_90a, head dim 128: keys of a tile x stages of keys x stages of values",
+                  {"128x2x3", "128x2x2", "176x2x2"}};
+  return it;
+}
+
+template <>
+Entry& entry<AttentionForwardD64>() {
+  static Entry it{"attention_forward_d64",
+                  "ILLADA_VARIANT_ATTENTION_FORWARD_D64",
+                  "attention forward, sm_90a, head dim 64: rows x keys of a tile",
+                  {"192x96", "192x128"}};
+  return it;
+}
+
+template <>
+Entry& entry<AttentionCluster>() {
+  static Entry it{"attention_cluster",
+                  "ILLADA_VARIANT_ATTENTION_CLUSTER",
+                  "attention forward, sm_90a: pairs of CTAs share loads of keys where there are tiles enough, or never",
+                  {"auto", "1"}};
+  return it;
+}
+
+template <>
 Entry& entry<AttentionBackwardSums>() {
   static Entry it{"attention_backward_sums",
                   "ILLADA_VARIANT_ATTENTION_BACKWARD_SUMS",
@@ -88,7 +115,8 @@ Entry& entry<AttentionBackwardReports>() {
 }
 
 std::vector<Entry*> entries() {
-  return {&entry<ProgrammaticLaunch>(), &entry<L2Hints>(), &entry<AttentionBackwardSums>(),
+  return {&entry<ProgrammaticLaunch>(), &entry<L2Hints>(), &entry<AttentionForwardD128>(),
+          &entry<AttentionForwardD64>(), &entry<AttentionCluster>(), &entry<AttentionBackwardSums>(),
           &entry<AttentionBackwardStart>(), &entry<AttentionBackwardReports>()};
 }
 
@@ -100,6 +128,9 @@ Choice variant() {
 }
 template ProgrammaticLaunch variant<ProgrammaticLaunch>();
 template L2Hints variant<L2Hints>();
+template AttentionForwardD128 variant<AttentionForwardD128>();
+template AttentionForwardD64 variant<AttentionForwardD64>();
+template AttentionCluster variant<AttentionCluster>();
 template AttentionBackwardSums variant<AttentionBackwardSums>();
 template AttentionBackwardStart variant<AttentionBackwardStart>();
 template AttentionBackwardReports variant<AttentionBackwardReports>();

@@ -11,6 +11,9 @@ enum class L2Hints { kOff, kOn };
 enum class AttentionBackwardSums { kRed2, kRed4, kBulk, kTwice };
 enum class AttentionBackwardStart { kTogether, kStaggered };
 enum class AttentionBackwardReports { k1, k2, k4 };
+enum class AttentionForwardD128 { k128x2x3, k128x2x2, k176x2x2 };
+enum class AttentionForwardD64 { k192x96, k192x128 };
+enum class AttentionCluster { kAuto, k1 };
 
 // The value in use.
 template <typename Choice>

@@ -20,7 +20,7 @@ enum class Major { kK, kMN };
 
 namespace illada::ptx {
 
-// The registers of d as operands, and as asm constraints; each list begins with the one before it.
+// The registers of d as operands, and as asm constraints; each list begins with a shorter one.
 // clang-format off
 #define ILLADA_WGMMA_D32 \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
@@ -44,6 +44,15 @@ namespace illada::ptx {
   ILLADA_WGMMA_IO48(d), \
   "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), \
   "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
+#define ILLADA_WGMMA_D88 \
+  ILLADA_WGMMA_D64 ", " \
+  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
+  "%80, %81, %82, %83, %84, %85, %86, %87"
+#define ILLADA_WGMMA_IO88(d) \
+  ILLADA_WGMMA_IO64(d), \
+  "+f"(d[64]), "+f"(d[65]), "+f"(d[66]), "+f"(d[67]), "+f"(d[68]), "+f"(d[69]), "+f"(d[70]), "+f"(d[71]), \
+  "+f"(d[72]), "+f"(d[73]), "+f"(d[74]), "+f"(d[75]), "+f"(d[76]), "+f"(d[77]), "+f"(d[78]), "+f"(d[79]), \
+  "+f"(d[80]), "+f"(d[81]), "+f"(d[82]), "+f"(d[83]), "+f"(d[84]), "+f"(d[85]), "+f"(d[86]), "+f"(d[87])
 #define ILLADA_WGMMA_D128 \
   ILLADA_WGMMA_D64 ", " \
   "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
@@ -89,18 +98,20 @@ namespace illada::ptx {
 template <typename T, int kN, Major kMajorA = Major::kK, Major kMajorB = Major::kK>
 __device__ __forceinline__ void wgmma_k16(float (&d)[kN / 2], uint64_t a, uint64_t b, bool accumulate) {
   static_assert(std::is_same_v<T, BFloat16> || std::is_same_v<T, Half>);
-  static_assert(kN == 64 || kN == 96 || kN == 128 || kN == 256);
+  static_assert(kN == 64 || kN == 96 || kN == 128 || kN == 176 || kN == 256);
   constexpr bool kBf16 = std::is_same_v<T, BFloat16>;
   if constexpr (kMajorA == Major::kK && kMajorB == Major::kK) {
     if constexpr (kBf16) {
       if constexpr (kN == 64) ILLADA_WGMMA_SS(64, 32, 32, 33, 34, "bf16", "0, 0");
       if constexpr (kN == 96) ILLADA_WGMMA_SS(96, 48, 48, 49, 50, "bf16", "0, 0");
       if constexpr (kN == 128) ILLADA_WGMMA_SS(128, 64, 64, 65, 66, "bf16", "0, 0");
+      if constexpr (kN == 176) ILLADA_WGMMA_SS(176, 88, 88, 89, 90, "bf16", "0, 0");
       if constexpr (kN == 256) ILLADA_WGMMA_SS(256, 128, 128, 129, 130, "bf16", "0, 0");
     } else {
       if constexpr (kN == 64) ILLADA_WGMMA_SS(64, 32, 32, 33, 34, "f16", "0, 0");
       if constexpr (kN == 96) ILLADA_WGMMA_SS(96, 48, 48, 49, 50, "f16", "0, 0");
       if constexpr (kN == 128) ILLADA_WGMMA_SS(128, 64, 64, 65, 66, "f16", "0, 0");
+      if constexpr (kN == 176) ILLADA_WGMMA_SS(176, 88, 88, 89, 90, "f16", "0, 0");
       if constexpr (kN == 256) ILLADA_WGMMA_SS(256, 128, 128, 129, 130, "f16", "0, 0");
     }
   } else if constexpr (kMajorA == Major::kK) {
@@ -136,6 +147,8 @@ __device__ __forceinline__ void wgmma_k16_rs(float (&d)[kN / 2], const uint32_t 
 #undef ILLADA_WGMMA_IO48
 #undef ILLADA_WGMMA_D64
 #undef ILLADA_WGMMA_IO64
+#undef ILLADA_WGMMA_D88
+#undef ILLADA_WGMMA_IO88
 #undef ILLADA_WGMMA_D128
 #undef ILLADA_WGMMA_IO128
 
