@@ -62,6 +62,7 @@ struct QueriesArguments {
   int32_t total_q, total_k, num_heads, group, block_tokens, parts;  // parts of two blocks to a forward item
   uint32_t group_reciprocal;
   float scale, scale_log2;  // softmax_scale, and times log2(e)
+  bool l2_hints;            // keep in L2 what other CTAs read again
 };
 
 // The next piece of work of a CTA, from `round` on, which becomes its round: two blocks of queries against all of their
@@ -131,7 +132,7 @@ __global__ __launch_bounds__(QueriesShared<kHeadDim>::kThreads, 1) void illada_a
         ptx::mbarrier_wait(empty + 8 * ring.stage, ring.parity ^ 1);
         ptx::mbarrier_arrive_expect_tx(full + 8 * ring.stage, kKeyBytes);
         load_tile<typename Shared::KeyTile>(tile + ring.stage * kKeyBytes, map, full + 8 * ring.stage, item.kv_head,
-                                            a.total_k, item.k_start, item.k_count, row);
+                                            item.k_start, item.k_count, row, evict_last_if(a.l2_hints));
       };
       int round = 0, number = 0;
       for (WorkItem item = next_queries(a, round); item.k_count > 0; ++number, ++round, item = next_queries(a, round)) {
@@ -140,15 +141,13 @@ __global__ __launch_bounds__(QueriesShared<kHeadDim>::kThreads, 1) void illada_a
           ptx::mbarrier_wait(q_empty + 8 * w, uint32_t(number) % 2 ^ 1);
           shared.item[w][number % Shared::kItems] = item;
           ptx::mbarrier_arrive_expect_tx(q_full + 8 * w, uint32_t(2 * kSlices * a.block_tokens * a.group * kRowBytes));
-#pragma unroll
-          for (int slice = 0; slice < kSlices; ++slice) {
-            const uint32_t target = w * kRowTileBytes + slice * (kBlockRows * kRowBytes);
-            const int z = a.total_q - item.q_count + w * a.block_tokens, end = item.q_start + item.q_count;
-            ptx::tma_load_4d(at(offsetof(Shared, q)) + target, &q_map, q_full + 8 * w, 64 * slice,
-                             item.kv_head * a.group, z, end);
-            ptx::tma_load_4d(at(offsetof(Shared, dout)) + target, &dout_map, q_full + 8 * w, 64 * slice,
-                             item.kv_head * a.group, z, end);
-          }
+          const auto load_rows = [&](const CUtensorMap* map, uint32_t tiles) {
+            load_tile<typename Shared::RowTile>(tiles + w * kRowTileBytes, map, q_full + 8 * w, item.kv_head * a.group,
+                                                item.q_start, item.q_count, w * a.block_tokens,
+                                                evict_first_if(a.l2_hints));
+          };
+          load_rows(&q_map, at(offsetof(Shared, q)));
+          load_rows(&dout_map, at(offsetof(Shared, dout)));
         }
         for (int row = (item.k_count - 1) / kKeys * kKeys; row >= 0; row -= kKeys) {
           load_keys(&k_map, at(offsetof(Shared, k)), k_full, k_empty, item, row);
@@ -319,6 +318,7 @@ void launch_backward_queries(const BackwardParams& p, const Device& device, cons
   a.block_tokens = block_tokens(s);
   a.parts = (tiling.item_tokens() / block_tokens(s) + 1) / 2;
   a.group_reciprocal = group_reciprocal(group);
+  a.l2_hints = variant<L2Hints>() == L2Hints::kOn;
   a.scale = p.softmax_scale;
   a.scale_log2 = p.softmax_scale * float(M_LOG2E);
   LaunchShape shape;

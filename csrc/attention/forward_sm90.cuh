@@ -86,11 +86,6 @@ struct ForwardArguments {
   bool hints, keeps_keys;  // for the L2 cache: are there any? also for keys, which several items read?
 };
 
-// What is read or written once.
-__device__ __forceinline__ uint64_t evict_first_if(bool hints) {
-  return hints ? ptx::l2_policy_evict_first() : ptx::l2_policy_evict_normal();
-}
-
 // The item of a cluster in a round.
 template <int kCluster>
 __device__ __forceinline__ int item_index(int round) {
@@ -156,9 +151,9 @@ __device__ __forceinline__ void write_rows(float (&o)[kHeadDim / 2], const Softm
     ptx::named_barrier_sync(barrier, 128);
 #pragma unroll
     for (int slice = 0; slice < kHeadDim / 64; ++slice)
-      ptx::tma_store_4d_if_hinted(threadIdx.x % 128 == 0, &out_map, staging + slice * (kBlockRows * kRowBytes),
-                                  64 * slice, item.kv_head * a.group, a.total_q - item.q_count + first_token,
-                                  item.q_start + item.q_count, policy);
+      ptx::tma_store_ragged_if(threadIdx.x % 128 == 0, &out_map, staging + slice * (kBlockRows * kRowBytes), 64 * slice,
+                               item.kv_head * a.group, kRaggedTokens - item.q_count + first_token,
+                               item.q_start + item.q_count, policy);
     ptx::bulk_commit();
   }
 }
@@ -247,12 +242,12 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim, kKeys, kStagesV>::kThreads,
 #pragma unroll
         for (int slice = 0; slice < kSlices; ++slice) {
           const uint32_t target = tile + uint32_t(slice * kKeys + rank * kPart) * kRowBytes;
-          const int z = a.total_k - item.k_count + row + rank * kPart, w = item.k_start + item.k_count;
+          const int from_end = kRaggedTokens - item.k_count + row + rank * kPart, end = item.k_start + item.k_count;
           if (kCluster > 1) {
-            ptx::tma_load_4d_multicast_hinted(target, map, barrier, 64 * slice, item.kv_head, z, w, (1 << kCluster) - 1,
-                                              policy);
+            ptx::tma_load_ragged_multicast(target, map, barrier, 64 * slice, item.kv_head, from_end, end,
+                                           (1 << kCluster) - 1, policy);
           } else {
-            ptx::tma_load_4d_hinted(target, map, barrier, 64 * slice, item.kv_head, z, w, policy);
+            ptx::tma_load_ragged(target, map, barrier, 64 * slice, item.kv_head, from_end, end, policy);
           }
         }
       };
@@ -302,7 +297,7 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim, kKeys, kStagesV>::kThreads,
           hand_over(w, round);
           ptx::mbarrier_arrive_expect_tx(q_full + 8 * w, uint32_t(kSlices * a.block_tokens * a.group * kRowBytes));
           load_tile<typename Shared::QueryTile>(at(offsetof(Shared, q)) + w * sizeof(typename Shared::QueryTile),
-                                                &q_map, q_full + 8 * w, item.kv_head * a.group, a.total_q, item.q_start,
+                                                &q_map, q_full + 8 * w, item.kv_head * a.group, item.q_start,
                                                 item.q_count, (rank * kConsumers + w) * a.block_tokens,
                                                 evict_first_if(a.hints));
         }

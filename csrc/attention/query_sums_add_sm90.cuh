@@ -55,7 +55,7 @@ class DqAdder {
     if constexpr (kIsBulk<kSums>) {
       const int token = int(first_row_ * a_.group_reciprocal >> 16);
       head_ = step.kv_head * a_.group + first_row_ - token * a_.group;
-      from_end_ = a_.total_q - step.tokens + token;
+      from_end_ = kRaggedTokens - step.tokens + token;
       end_ = step.token + step.tokens;
     } else {
       const int dq_first = step.token * a_.num_heads + step.kv_head * a_.group;
@@ -75,7 +75,7 @@ class DqAdder {
     const int lane = int(threadIdx.x) % 32;
     if constexpr (kIsBulk<kSums>) {
       head_ = end_ = 0;
-      from_end_ = a_.total_q;  // outside of the map
+      from_end_ = kRaggedTokens;  // outside of the map
     } else {
       row_ = a_.dq_sums + int64_t(a_.waste_row + first_row_ + lane / 4) * kHeadDim + lane_column(lane);
       second_ = 8 * kHeadDim;
@@ -116,9 +116,8 @@ class DqAdder {
       ptx::bulk_wait_read<kParts - 1>();  // of the lane that stores: what it sent of this box before has left
       __syncwarp();
       Box::fill_box(dq, n, box(n));
-      ptx::tma_reduce_add_4d_if_hinted(threadIdx.x % 32 == 0, map_, box(n), column_ + n * Box::kColumns, head_,
-                                       from_end_, end_,
-                                       a_.l2_hints ? ptx::l2_policy_evict_last() : ptx::l2_policy_evict_normal());
+      ptx::tma_reduce_add_ragged_if(threadIdx.x % 32 == 0, map_, box(n), column_ + n * Box::kColumns, head_, from_end_,
+                                    end_, evict_last_if(a_.l2_hints));
       ptx::bulk_commit();
     } else if constexpr (kIsRed4<kSums>) {
       // Blocks 2 m and 2 m + 1 of 8 columns: an even lane gets four columns of the first, an odd one of the second.

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "common/ragged.h"
+
 namespace illada::ptx {
 
 __device__ __forceinline__ uint32_t smem_address(const void* pointer) {
@@ -298,41 +300,6 @@ __device__ __forceinline__ void tma_load_2d_multicast(uint32_t smem, const void*
       "l"(map), "r"(x), "r"(y), "r"(barrier), "h"(cta_mask)
       : "memory");
 }
-// The box at (x, y, z, w).
-__device__ __forceinline__ void tma_load_4d(uint32_t smem, const void* map, uint32_t barrier, int32_t x, int32_t y,
-                                            int32_t z, int32_t w) {
-  asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], "
-      "[%6];" ::"r"(smem),
-      "l"(map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(barrier)
-      : "memory");
-}
-__device__ __forceinline__ void tma_load_4d_multicast(uint32_t smem, const void* map, uint32_t barrier, int32_t x,
-                                                      int32_t y, int32_t z, int32_t w, uint16_t cta_mask) {
-  asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, "
-      "{%2, %3, %4, %5}], [%6], %7;" ::"r"(smem),
-      "l"(map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(barrier), "h"(cta_mask)
-      : "memory");
-}
-// The same with a cache policy of the L2 cache.
-__device__ __forceinline__ void tma_load_4d_hinted(uint32_t smem, const void* map, uint32_t barrier, int32_t x,
-                                                   int32_t y, int32_t z, int32_t w, uint64_t policy) {
-  asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, "
-      "{%2, %3, %4, %5}], [%6], %7;" ::"r"(smem),
-      "l"(map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(barrier), "l"(policy)
-      : "memory");
-}
-__device__ __forceinline__ void tma_load_4d_multicast_hinted(uint32_t smem, const void* map, uint32_t barrier,
-                                                             int32_t x, int32_t y, int32_t z, int32_t w,
-                                                             uint16_t cta_mask, uint64_t policy) {
-  asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
-      ".L2::cache_hint [%0], [%1, {%2, %3, %4, %5}], [%6], %7, %8;" ::"r"(smem),
-      "l"(map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(barrier), "h"(cta_mask), "l"(policy)
-      : "memory");
-}
 // The box at (x, y), as far as it is inside of the map, from shared memory, by those threads that say so; part of the
 // thread's next bulk group. Or added to what is there.
 __device__ __forceinline__ void tma_store_2d_if(bool stores, const void* map, uint32_t smem, int32_t x, int32_t y) {
@@ -355,42 +322,48 @@ __device__ __forceinline__ void tma_reduce_add_2d_if(bool adds, const void* map,
       "r"(x), "r"(y), "r"(smem), "r"(uint32_t(adds))
       : "memory");
 }
-// The box at (x, y, z, w), as far as it is inside of the map, from shared memory, by those threads that say so; part of
-// the thread's next bulk group.
-__device__ __forceinline__ void tma_store_4d_if(bool stores, const void* map, uint32_t smem, int32_t x, int32_t y,
-                                                int32_t z, int32_t w) {
+// Boxes of a map of tensor_map_ragged, at (x, head, row, end): common/ragged.h says where a token is. `policy`: of the
+// L2 cache. Loads: to one CTA, or into the same place of every CTA in `cta_mask`.
+__device__ __forceinline__ void tma_load_ragged(uint32_t smem, const void* map, uint32_t barrier, int32_t x,
+                                                int32_t head, int32_t row, int32_t end, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, "
+      "{%2, %3, %4, %5, %6}], [%7], %8;" ::"r"(smem),
+      "l"(map), "r"(x), "r"(head), "r"(row), "r"(kRaggedTokens), "r"(end), "r"(barrier), "l"(policy)
+      : "memory");
+}
+__device__ __forceinline__ void tma_load_ragged_multicast(uint32_t smem, const void* map, uint32_t barrier, int32_t x,
+                                                          int32_t head, int32_t row, int32_t end, uint16_t cta_mask,
+                                                          uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
+      ".L2::cache_hint [%0], [%1, {%2, %3, %4, %5, %6}], [%7], %8, %9;" ::"r"(smem),
+      "l"(map), "r"(x), "r"(head), "r"(row), "r"(kRaggedTokens), "r"(end), "r"(barrier), "h"(cta_mask), "l"(policy)
+      : "memory");
+}
+// Stored, or added to what is there, by those threads that say so; part of the thread's next bulk group.
+__device__ __forceinline__ void tma_store_ragged_if(bool stores, const void* map, uint32_t smem, int32_t x,
+                                                    int32_t head, int32_t row, int32_t end, uint64_t policy) {
   asm volatile(
       "{\n"
       ".reg .pred stores;\n"
-      "setp.ne.u32 stores, %6, 0;\n"
-      "@stores cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3, %4}], [%5];\n"
+      "setp.ne.u32 stores, %7, 0;\n"
+      "@stores cp.async.bulk.tensor.5d.global.shared::cta.tile.bulk_group.L2::cache_hint [%0, {%1, %2, %3, %4, %5}], "
+      "[%6], %8;\n"
       "}" ::"l"(map),
-      "r"(x), "r"(y), "r"(z), "r"(w), "r"(smem), "r"(uint32_t(stores))
+      "r"(x), "r"(head), "r"(row), "r"(kRaggedTokens), "r"(end), "r"(smem), "r"(uint32_t(stores)), "l"(policy)
       : "memory");
 }
-__device__ __forceinline__ void tma_store_4d_if_hinted(bool stores, const void* map, uint32_t smem, int32_t x,
-                                                       int32_t y, int32_t z, int32_t w, uint64_t policy) {
-  asm volatile(
-      "{\n"
-      ".reg .pred stores;\n"
-      "setp.ne.u32 stores, %6, 0;\n"
-      "@stores cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group.L2::cache_hint [%0, {%1, %2, %3, %4}], [%5], "
-      "%7;\n"
-      "}" ::"l"(map),
-      "r"(x), "r"(y), "r"(z), "r"(w), "r"(smem), "r"(uint32_t(stores)), "l"(policy)
-      : "memory");
-}
-// The box of shared memory is added to the box at (x, y, z, w), as far as that is inside of the map.
-__device__ __forceinline__ void tma_reduce_add_4d_if_hinted(bool adds, const void* map, uint32_t smem, int32_t x,
-                                                            int32_t y, int32_t z, int32_t w, uint64_t policy) {
+__device__ __forceinline__ void tma_reduce_add_ragged_if(bool adds, const void* map, uint32_t smem, int32_t x,
+                                                         int32_t head, int32_t row, int32_t end, uint64_t policy) {
   asm volatile(
       "{\n"
       ".reg .pred adds;\n"
-      "setp.ne.u32 adds, %6, 0;\n"
-      "@adds cp.reduce.async.bulk.tensor.4d.global.shared::cta.add.tile.bulk_group.L2::cache_hint [%0, {%1, %2, %3, "
-      "%4}], [%5], %7;\n"
+      "setp.ne.u32 adds, %7, 0;\n"
+      "@adds cp.reduce.async.bulk.tensor.5d.global.shared::cta.add.tile.bulk_group.L2::cache_hint [%0, {%1, %2, %3, "
+      "%4, %5}], [%6], %8;\n"
       "}" ::"l"(map),
-      "r"(x), "r"(y), "r"(z), "r"(w), "r"(smem), "r"(uint32_t(adds)), "l"(policy)
+      "r"(x), "r"(head), "r"(row), "r"(kRaggedTokens), "r"(end), "r"(smem), "r"(uint32_t(adds)), "l"(policy)
       : "memory");
 }
 __device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }

@@ -171,12 +171,11 @@ CUtensorMap tensor_map_ragged(const char* op, const RaggedView& view, int box_he
   static_assert(uint64_t(kRaggedTokens) * kBoth == 0);
   ILLADA_CHECK(view.tokens <= kRaggedTokens && stride < kBoth, op, "TMA needs at most ", kRaggedTokens,
                " tokens, less than 2^34 bytes apart; got ", view.tokens, " tokens, ", stride, " bytes apart");
-  return tensor_map<5>(
-      op, view.dtype, view.data,
-      {uint64_t(view.columns), uint64_t(view.heads), uint64_t(kRaggedTokens), uint64_t(kRaggedTokens) + 1,
-       uint64_t(view.tokens) + 1},
-      {uint64_t(view.head_stride) * element, stride, kBoth - stride, stride},
-      {uint32_t(128 / element), uint32_t(box_heads), uint32_t(box_tokens), 1, 1});
+  return tensor_map<5>(op, view.dtype, view.data,
+                       {uint64_t(view.columns), uint64_t(view.heads), uint64_t(kRaggedTokens),
+                        uint64_t(kRaggedTokens) + 1, uint64_t(view.tokens) + 1},
+                       {uint64_t(view.head_stride) * element, stride, kBoth - stride, stride},
+                       {uint32_t(128 / element), uint32_t(box_heads), uint32_t(box_tokens), 1, 1});
 }
 
 }  // namespace illada

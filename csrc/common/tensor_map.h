@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "common/ragged.h"
 #include "illada/dtype.h"
 
 namespace illada {
@@ -19,16 +20,15 @@ struct MatrixView {
 };
 CUtensorMap tensor_map_k128(const char* op, const MatrixView& matrix, int box_rows);
 
-// Packed sequences [tokens, heads, columns], read in boxes of 128 bytes of columns x heads x tokens (swizzled over 8
-// rows), whose tokens end with their sequence: what lies behind the end of sequence `start`
-// .. `start + count - 1` reads as 0, although other sequences are there. Box (x, head, token `row` of the sequence) has
-// the coordinates (x, head, tokens - count + row, start + count): the third dimension ends where the sequence does, the
-// fourth moves along the same stride, and the address of the map is `tokens` before the data.
+// Packed sequences [tokens, heads, columns], read or written in boxes of 128 bytes of columns x heads x tokens
+// (swizzled over 8 rows) that end with their sequence: what lies behind its end reads as 0 and is not written, although
+// other sequences are there. Coordinates of a box: common/ragged.h. At most kRaggedTokens tokens, less than 2^34 bytes
+// apart.
 struct RaggedView {
   const void* data;
   DType dtype;
-  int64_t tokens, heads, columns, token_stride,
-      head_stride;  // strides in elements, multiples of 16 bytes as is data's address
+  // Strides in elements; they and data's address are multiples of 16 bytes.
+  int64_t tokens, heads, columns, token_stride, head_stride;
 };
 CUtensorMap tensor_map_ragged(const char* op, const RaggedView& view, int box_heads, int box_tokens);
 

@@ -44,10 +44,11 @@ Entry& entry();
 
 template <>
 Entry& entry<ProgrammaticLaunch>() {
-  static Entry it{"pdl",
-                  "ILLADA_PDL",
-                  "programmatic dependent launch: the next kernel is scheduled when this one ends, early, or without overlap",
-                  {"wait", "early", "0"}};
+  static Entry it{
+      "pdl",
+      "ILLADA_PDL",
+      "programmatic dependent launch: the next kernel is scheduled when this one ends, early, or without overlap",
+      {"wait", "early", "0"}};
   return it;
 }
 
@@ -115,8 +116,9 @@ Entry& entry<AttentionBackwardReports>() {
 }
 
 std::vector<Entry*> entries() {
-  return {&entry<ProgrammaticLaunch>(), &entry<L2Hints>(), &entry<AttentionForwardD128>(),
-          &entry<AttentionForwardD64>(), &entry<AttentionCluster>(), &entry<AttentionBackwardSums>(),
+  return {&entry<ProgrammaticLaunch>(),     &entry<L2Hints>(),
+          &entry<AttentionForwardD128>(),   &entry<AttentionForwardD64>(),
+          &entry<AttentionCluster>(),       &entry<AttentionBackwardSums>(),
           &entry<AttentionBackwardStart>(), &entry<AttentionBackwardReports>()};
 }
 
