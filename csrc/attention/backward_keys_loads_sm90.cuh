@@ -48,12 +48,11 @@ __device__ __forceinline__ void load_tiles(const KeysArguments& a, KeysShared<kH
   Ring<kStages> ring;
   const auto load_keys = [&](const CUtensorMap* map, uint32_t tile, uint32_t barrier, const WorkItem& item) {
     ptx::mbarrier_arrive_expect_tx(barrier, uint32_t(sizeof(KeyTile)));
-    load_tile<KeyTile>(tile, map, barrier, item.kv_head, item.k_start, item.k_count, 0, evict_first_if(a.l2_hints));
+    load_tile<KeyTile>(tile, map, barrier, item.kv_head, item.k_start, item.k_count, 0, a.keys_policy);
   };
   const auto load_rows = [&](const CUtensorMap* map, uint32_t tile, uint32_t barrier, const WorkItem& item, int token) {
     ptx::mbarrier_arrive_expect_tx(barrier, uint32_t(RowTile::kSlices * a.tile_tokens * a.group * kRowBytes));
-    load_tile<RowTile>(tile, map, barrier, item.kv_head * a.group, item.q_start, item.q_count, token,
-                       evict_last_if(a.l2_hints));
+    load_tile<RowTile>(tile, map, barrier, item.kv_head * a.group, item.q_start, item.q_count, token, a.rows_policy);
   };
   const auto wait_for_turn = [&](auto half) {  // to add dq of two steps before
     const KeysStep& step = shared.step[(ring.stage + 1) % kStages];

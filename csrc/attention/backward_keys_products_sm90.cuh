@@ -185,10 +185,10 @@ __device__ __forceinline__ void multiply_keys(const KeysArguments& a, KeysShared
       ring.advance();
     };
     const auto finish_scores = [&] {
-      ptx::wgmma_wait<1>();
+      ptx::wgmma_wait<1>(s);
       weigh<kRows>(s, shared.lse_log2[stage], a.scale_log2, lane);
       is_last = __shfl_sync(kFullWarp, int(shared.step[stage].is_last), 0) != 0;
-      ptx::wgmma_wait<0>();
+      ptx::wgmma_wait<0>(dp);
       ptx::mbarrier_arrive_if(thread == 0 && is_last, at.v_empty());
     };
     if (kFused) adder.open_nowhere();
@@ -209,7 +209,7 @@ __device__ __forceinline__ void multiply_keys(const KeysArguments& a, KeysShared
         if (!kFused || !adds) continue;
         if (i == kFirst - 1) {
           ptx::wgmma_commit();
-          ptx::wgmma_wait<1>();
+          ptx::wgmma_wait<1>(dq);
           ptx::mbarrier_arrive_if(thread == 0, at.ds_empty((step - 1) & 1));
         } else if (i >= kFirst) {
           constexpr int kGaps = 2 * kSteps - kFirst, kEach = (adder.kParts + kGaps - 1) / kGaps;
@@ -242,7 +242,7 @@ __device__ __forceinline__ void multiply_keys(const KeysArguments& a, KeysShared
       ptx::mbarrier_arrive_if(lane == 0 && begins_item && step > 0, at.k_empty(key_buffer ^ 1));
       if (kOrdered) ptx::mbarrier_arrive_if(lane == 0, at.added(warpgroup, old_stage));
       multiply_q();
-      ptx::wgmma_wait<1>();
+      ptx::wgmma_wait<1>(dk, dv);
       ptx::wgmma_keep_operand(p, a.total_q < 0, ds_target);
       ptx::wgmma_keep_operand(ds, a.total_q < 0, ds_target);
       multiply_dout(true);
@@ -257,18 +257,18 @@ __device__ __forceinline__ void multiply_keys(const KeysArguments& a, KeysShared
     if (warpgroup == 0) ptx::named_barrier_sync(own_turn, 256);
     const int key_buffer = round % 2;
     multiply_gradients(!fresh, false);
-    ptx::wgmma_wait<0>();
+    ptx::wgmma_wait<0>(dk, dv);
     if (kFused) {
       ptx::mbarrier_wait(at.ds_full((step - 1) & 1), uint32_t((step - 1) >> 1 & 1));
       multiply_ds(step - 1, key_buffer ^ int(fresh && step > 0));
-      ptx::wgmma_wait<0>();
+      ptx::wgmma_wait<0>(dq);
       ptx::mbarrier_arrive_if(thread == 0, at.ds_empty((step - 1) & 1));
       if (kOrdered) ptx::mbarrier_wait(at.last_turns(), 0);
       adder.add(dq, 0, adder.kParts);
       adder.open(shared.step[stage]);
       ptx::mbarrier_wait(at.ds_full(step & 1), uint32_t(step >> 1 & 1));
       multiply_ds(step, key_buffer);
-      ptx::wgmma_wait<0>();
+      ptx::wgmma_wait<0>(dq);
       adder.add(dq, 0, adder.kParts);
       adder.wait_for_all();
       if (kOrdered) {

@@ -21,13 +21,13 @@ struct KeysArguments {
   void *dq, *dk, *dv;
   int32_t pieces;    // of an item of the plan; more than one: dk and dv are summed up as dq is
   bool staggered;    // see KeysSteps
-  bool l2_hints;     // keep in L2 what is read or added to again
   int report_every;  // steps
   int32_t total_q, total_k, num_heads, num_kv_heads, group, tile_tokens;
   int32_t skipped;    // elements between the group's heads of one token and the next, (H - H / G) D
   int32_t waste_row;  // of dq_sums: rows that nobody looks at
   uint32_t group_reciprocal;
-  float scale, scale_log2;  // softmax_scale, and times log2(e)
+  float scale, scale_log2;                         // softmax_scale, and times log2(e)
+  L2Policy rows_policy, keys_policy, sums_policy;  // of what is read or added to again, of keys and values
 };
 
 constexpr int kIncomplete = -2;  // first_slot of an item whose sums are never complete

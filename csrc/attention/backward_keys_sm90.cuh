@@ -108,7 +108,9 @@ void launch_backward_keys(const BackwardParams& p, const Device& device, const B
   a.dv_sums = scratch.dv;
   a.pieces = method.pieces;
   a.staggered = method.staggered;
-  a.l2_hints = variant<L2Hints>() == L2Hints::kOn;
+  const bool hints = variant<L2Hints>() == L2Hints::kOn;
+  a.rows_policy = a.sums_policy = l2_policy_if(hints, L2Policy::kEvictLast);
+  a.keys_policy = l2_policy_if(hints, L2Policy::kEvictFirst);
   a.report_every = method.report_every;
   a.dq = p.dq;
   a.dk = p.dk;

@@ -62,7 +62,7 @@ struct QueriesArguments {
   int32_t total_q, total_k, num_heads, group, block_tokens, parts;  // parts of two blocks to a forward item
   uint32_t group_reciprocal;
   float scale, scale_log2;  // softmax_scale, and times log2(e)
-  bool l2_hints;            // keep in L2 what other CTAs read again
+  L2Policy rows_policy, keys_policy;
 };
 
 // The next piece of work of a CTA, from `round` on, which becomes its round: two blocks of queries against all of their
@@ -132,7 +132,7 @@ __global__ __launch_bounds__(QueriesShared<kHeadDim>::kThreads, 1) void illada_a
         ptx::mbarrier_wait(empty + 8 * ring.stage, ring.parity ^ 1);
         ptx::mbarrier_arrive_expect_tx(full + 8 * ring.stage, kKeyBytes);
         load_tile<typename Shared::KeyTile>(tile + ring.stage * kKeyBytes, map, full + 8 * ring.stage, item.kv_head,
-                                            item.k_start, item.k_count, row, evict_last_if(a.l2_hints));
+                                            item.k_start, item.k_count, row, a.keys_policy);
       };
       int round = 0, number = 0;
       for (WorkItem item = next_queries(a, round); item.k_count > 0; ++number, ++round, item = next_queries(a, round)) {
@@ -143,8 +143,7 @@ __global__ __launch_bounds__(QueriesShared<kHeadDim>::kThreads, 1) void illada_a
           ptx::mbarrier_arrive_expect_tx(q_full + 8 * w, uint32_t(2 * kSlices * a.block_tokens * a.group * kRowBytes));
           const auto load_rows = [&](const CUtensorMap* map, uint32_t tiles) {
             load_tile<typename Shared::RowTile>(tiles + w * kRowTileBytes, map, q_full + 8 * w, item.kv_head * a.group,
-                                                item.q_start, item.q_count, w * a.block_tokens,
-                                                evict_first_if(a.l2_hints));
+                                                item.q_start, item.q_count, w * a.block_tokens, a.rows_policy);
           };
           load_rows(&q_map, at(offsetof(Shared, q)));
           load_rows(&dout_map, at(offsetof(Shared, dout)));
@@ -240,13 +239,13 @@ __global__ __launch_bounds__(QueriesShared<kHeadDim>::kThreads, 1) void illada_a
         ring.advance();
       };
       const auto finish_scores = [&] {
-        ptx::wgmma_wait<1>();
+        ptx::wgmma_wait<1>(s);
         if (fresh && valid < kKeys) mask_scores(s, valid);
 #pragma unroll
         for (int j = 0; j < kKeys / 2; ++j)
           s[j] = ptx::exp2_approx(fmaf(s[j], a.scale_log2, -rows[j / 2 % 2].lse_log2));
         is_last = --tiles == 0;
-        ptx::wgmma_wait<0>();
+        ptx::wgmma_wait<0>(dp);
         ptx::mbarrier_arrive_if(thread == 0, v_empty + 8 * stage);
         ptx::mbarrier_arrive_if(thread == 0 && is_last, q_empty + 8 * warpgroup);
       };
@@ -268,7 +267,7 @@ __global__ __launch_bounds__(QueriesShared<kHeadDim>::kThreads, 1) void illada_a
         ptx::wgmma_fence();
         multiply_ds(old_stage, !begins_item);
         multiply_k();
-        ptx::wgmma_wait<1>();
+        ptx::wgmma_wait<1>(dq);
         ptx::wgmma_keep_operand(ds, a.total_q < 0, aligned_start);
         ptx::mbarrier_arrive_if(thread == 0, k_empty + 8 * old_stage);
         multiply_v(true);
@@ -279,7 +278,7 @@ __global__ __launch_bounds__(QueriesShared<kHeadDim>::kThreads, 1) void illada_a
       if (warpgroup == 0) ptx::named_barrier_sync(own_turn, 256);
       ptx::wgmma_fence();
       multiply_ds(stage, !fresh);
-      ptx::wgmma_wait<0>();
+      ptx::wgmma_wait<0>(dq);
       write_queries(shared.item[warpgroup][(number - 2) % Shared::kItems]);
     }
     // Queries without keys, which are the last ones of the list.
@@ -318,7 +317,9 @@ void launch_backward_queries(const BackwardParams& p, const Device& device, cons
   a.block_tokens = block_tokens(s);
   a.parts = (tiling.item_tokens() / block_tokens(s) + 1) / 2;
   a.group_reciprocal = group_reciprocal(group);
-  a.l2_hints = variant<L2Hints>() == L2Hints::kOn;
+  const bool hints = variant<L2Hints>() == L2Hints::kOn;
+  a.rows_policy = l2_policy_if(hints, L2Policy::kEvictFirst);
+  a.keys_policy = l2_policy_if(hints, L2Policy::kEvictLast);
   a.scale = p.softmax_scale;
   a.scale_log2 = p.softmax_scale * float(M_LOG2E);
   LaunchShape shape;

@@ -82,8 +82,8 @@ struct ForwardArguments {
   Slots slots;
   int32_t total_q, total_k, num_heads, group, tile_tokens, block_tokens;
   uint32_t group_reciprocal;
-  float scale_log2;        // softmax_scale * log2(e)
-  bool hints, keeps_keys;  // for the L2 cache: are there any? also for keys, which several items read?
+  float scale_log2;  // softmax_scale * log2(e)
+  L2Policy rows_policy, keys_policy;
 };
 
 // The item of a cluster in a round.
@@ -102,7 +102,6 @@ __device__ __forceinline__ void write_rows(float (&o)[kHeadDim / 2], const Softm
   const int lane = int(threadIdx.x) % 32, row = int(threadIdx.x) % 128 / 32 * 16 + lane / 4;
   const int tokens = min(item.q_count - first_token, a.block_tokens);
   const bool whole = item.pieces == 1;
-  const uint64_t policy = evict_first_if(a.hints);
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const float sum = warp_reduce<4>(rows.sum[i], [](float x, float y) { return x + y; });
@@ -111,7 +110,7 @@ __device__ __forceinline__ void write_rows(float (&o)[kHeadDim / 2], const Softm
     if (!Shared::kStagesOut && whole) {
       const int64_t place = int64_t(item.q_start + first_token + token) * a.num_heads + item.kv_head * a.group + head;
       store_row<T, kHeadDim>(static_cast<T*>(a.out) + place * kHeadDim, o, i, inverse, token < tokens, lane,
-                             [&](uint4* at, const uint4& x) { ptx::store_global_v4_hinted(at, x, policy); });
+                             [&](uint4* at, const uint4& x) { ptx::store_global_v4_hinted(at, x, a.rows_policy); });
     } else {
 #pragma unroll
       for (int j = 0; j < kHeadDim / 8; ++j) {
@@ -153,7 +152,7 @@ __device__ __forceinline__ void write_rows(float (&o)[kHeadDim / 2], const Softm
     for (int slice = 0; slice < kHeadDim / 64; ++slice)
       ptx::tma_store_ragged_if(threadIdx.x % 128 == 0, &out_map, staging + slice * (kBlockRows * kRowBytes), 64 * slice,
                                item.kv_head * a.group, kRaggedTokens - item.q_count + first_token,
-                               item.q_start + item.q_count, policy);
+                               item.q_start + item.q_count, a.rows_policy);
     ptx::bulk_commit();
   }
 }
@@ -237,7 +236,6 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim, kKeys, kStagesV>::kThreads,
       // Keys `row` .. of the item: the CTAs of a cluster load a part of the tile each, for all of them.
       const auto load = [&](const CUtensorMap* map, uint32_t tile, uint32_t barrier, const WorkItem& item, int row) {
         constexpr int kPart = kKeys / kCluster;
-        const uint64_t policy = a.keeps_keys ? ptx::l2_policy_evict_last() : ptx::l2_policy_evict_normal();
         ptx::mbarrier_arrive_expect_tx(barrier, kTileBytes);
 #pragma unroll
         for (int slice = 0; slice < kSlices; ++slice) {
@@ -245,9 +243,9 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim, kKeys, kStagesV>::kThreads,
           const int from_end = kRaggedTokens - item.k_count + row + rank * kPart, end = item.k_start + item.k_count;
           if (kCluster > 1) {
             ptx::tma_load_ragged_multicast(target, map, barrier, 64 * slice, item.kv_head, from_end, end,
-                                           (1 << kCluster) - 1, policy);
+                                           (1 << kCluster) - 1, a.keys_policy);
           } else {
-            ptx::tma_load_ragged(target, map, barrier, 64 * slice, item.kv_head, from_end, end, policy);
+            ptx::tma_load_ragged(target, map, barrier, 64 * slice, item.kv_head, from_end, end, a.keys_policy);
           }
         }
       };
@@ -298,8 +296,7 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim, kKeys, kStagesV>::kThreads,
           ptx::mbarrier_arrive_expect_tx(q_full + 8 * w, uint32_t(kSlices * a.block_tokens * a.group * kRowBytes));
           load_tile<typename Shared::QueryTile>(at(offsetof(Shared, q)) + w * sizeof(typename Shared::QueryTile),
                                                 &q_map, q_full + 8 * w, item.kv_head * a.group, item.q_start,
-                                                item.q_count, (rank * kConsumers + w) * a.block_tokens,
-                                                evict_first_if(a.hints));
+                                                item.q_count, (rank * kConsumers + w) * a.block_tokens, a.rows_policy);
         }
         ask_for_item(round + 1);
         for (; row >= 0; row -= kKeys) {
@@ -473,8 +470,10 @@ void launch_forward(const ForwardParams& p, const Device& device, const Tiling& 
   a.tile_tokens = tiling.tile_tokens;
   a.block_tokens = block_tokens(s);
   a.scale_log2 = p.softmax_scale * float(M_LOG2E);
-  a.hints = variant<L2Hints>() == L2Hints::kOn;
-  a.keeps_keys = a.hints && s.total_q > int64_t(s.num_sequences) * tiling.item_tokens();
+  const bool hints = variant<L2Hints>() == L2Hints::kOn;
+  a.rows_policy = l2_policy_if(hints, L2Policy::kEvictFirst);
+  const bool keys_are_shared = s.total_q > int64_t(s.num_sequences) * tiling.item_tokens();
+  a.keys_policy = l2_policy_if(hints && keys_are_shared, L2Policy::kEvictLast);
   LaunchShape shape;
   shape.grid = dim3(unsigned(std::min<int64_t>(device.sm_count / kCluster, max_forward_items(s)) * kCluster));
   shape.block = dim3(Shared::kThreads);

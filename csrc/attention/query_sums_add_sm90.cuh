@@ -46,7 +46,6 @@ class DqAdder {
                                      int first_row, int column)
       : a_(a), first_row_(first_row), column_(column) {
     if constexpr (kIsBulk<kSums>) map_ = &map, at_ = &at;
-    if constexpr (kIsKept<kSums>) policy_ = ptx::l2_policy_evict_last();
   }
 
   // From now on, of this step. Rows that there are not go where nobody looks.
@@ -117,7 +116,7 @@ class DqAdder {
       __syncwarp();
       Box::fill_box(dq, n, box(n));
       ptx::tma_reduce_add_ragged_if(threadIdx.x % 32 == 0, map_, box(n), column_ + n * Box::kColumns, head_, from_end_,
-                                    end_, evict_last_if(a_.l2_hints));
+                                    end_, a_.sums_policy);
       ptx::bulk_commit();
     } else if constexpr (kIsRed4<kSums>) {
       // Blocks 2 m and 2 m + 1 of 8 columns: an even lane gets four columns of the first, an odd one of the second.
@@ -131,7 +130,7 @@ class DqAdder {
       const float4 sum =
           odd ? make_float4(x, y, odd_pair[0], odd_pair[1]) : make_float4(even_pair[0], even_pair[1], x, y);
       if constexpr (kIsKept<kSums>) {
-        ptx::red_add_v4_hinted(to, sum.x, sum.y, sum.z, sum.w, policy_);
+        ptx::red_add_v4_hinted(to, sum.x, sum.y, sum.z, sum.w, a_.sums_policy);
       } else {
         ptx::red_add_v4(to, sum.x, sum.y, sum.z, sum.w);
       }
@@ -139,7 +138,7 @@ class DqAdder {
       const int i = n / 8, j = n % 8;
       float* const to = row_ + (i ? second_ : 0) + 8 * j;
       if constexpr (kIsKept<kSums>) {
-        ptx::red_add_v2_hinted(to, dq[4 * j + 2 * i], dq[4 * j + 2 * i + 1], policy_);
+        ptx::red_add_v2_hinted(to, dq[4 * j + 2 * i], dq[4 * j + 2 * i + 1], a_.sums_policy);
       } else {
         ptx::red_add_v2(to, dq[4 * j + 2 * i], dq[4 * j + 2 * i + 1]);
       }
@@ -148,7 +147,6 @@ class DqAdder {
 
   const KeysArguments& a_;
   int first_row_, column_;
-  uint64_t policy_;
   // red: where this lane's first row of the sums is, and how far away its second one.
   float* row_;
   int32_t second_;

@@ -22,19 +22,11 @@ struct alignas(1024) Tile {
   char slice[kSlices][kSliceBytes];
 };
 
-// Policies of the L2 cache for what this CTA alone reads or writes, and for what others read or add to again.
-__device__ __forceinline__ uint64_t evict_first_if(bool hints) {
-  return hints ? ptx::l2_policy_evict_first() : ptx::l2_policy_evict_normal();
-}
-__device__ __forceinline__ uint64_t evict_last_if(bool hints) {
-  return hints ? ptx::l2_policy_evict_last() : ptx::l2_policy_evict_normal();
-}
-
 // By one thread: the tile from row `row` on of the sequence start .. start + count - 1, by a map of tensor_map_ragged.
 // What lies behind the end of the sequence reads as 0. `policy`: of the L2 cache.
 template <typename AnyTile>
 __device__ __forceinline__ void load_tile(uint32_t target, const CUtensorMap* map, uint32_t barrier, int head,
-                                          int start, int count, int row, uint64_t policy) {
+                                          int start, int count, int row, L2Policy policy) {
 #pragma unroll
   for (int slice = 0; slice < AnyTile::kSlices; ++slice)
     ptx::tma_load_ragged(target + slice * AnyTile::kSliceBytes, map, barrier, 64 * slice, head,

@@ -122,7 +122,7 @@ class GemmSm90 {
       ptx::wgmma_wait<1>();  // the stage before this one has been read
       release((ring_.stage + kStages - 1) % kStages, k > 0);
     }
-    ptx::wgmma_wait<0>();
+    ptx::wgmma_wait<0>(d);
     release((ring_.stage + kStages - 1) % kStages, true);
   }
 

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "common/l2_policy.h"
 #include "common/ragged.h"
 
 namespace illada::ptx {
@@ -56,31 +57,12 @@ __device__ __forceinline__ void store_shared_v2(uint32_t smem, float x, float y)
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(smem), "f"(x), "f"(y) : "memory");
 }
 
-// ------------------------------------------------------------------------------------------- sm_80: hints to the L2
-// cache
+// ------------------------------------------------------------------------------------- sm_80: hints to the L2 cache
 
-// Policies for accesses with a cache hint: what is kept longest, what leaves first, and what an access without a hint
-// has. They are constants of some instructions, made where the call stands (volatile): a kernel that is short of
-// registers asks for one at each use.
-__device__ __forceinline__ uint64_t l2_policy_evict_last() {
-  uint64_t policy;
-  asm volatile("createpolicy.fractional.L2::evict_last.b64 %0;" : "=l"(policy));
-  return policy;
-}
-__device__ __forceinline__ uint64_t l2_policy_evict_first() {
-  uint64_t policy;
-  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0;" : "=l"(policy));
-  return policy;
-}
-__device__ __forceinline__ uint64_t l2_policy_evict_normal() {
-  uint64_t policy;
-  asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0;" : "=l"(policy));
-  return policy;
-}
 // 16 bytes to global memory.
-__device__ __forceinline__ void store_global_v4_hinted(void* global, uint4 x, uint64_t policy) {
+__device__ __forceinline__ void store_global_v4_hinted(void* global, uint4 x, L2Policy policy) {
   asm volatile("st.global.L2::cache_hint.v4.b32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(global), "r"(x.x), "r"(x.y),
-               "r"(x.z), "r"(x.w), "l"(policy)
+               "r"(x.z), "r"(x.w), "l"(uint64_t(policy))
                : "memory");
 }
 
@@ -105,14 +87,14 @@ __device__ __forceinline__ void red_add_v4(float* address, float x, float y, flo
                : "memory");
 }
 // The same with a cache policy of the L2 cache.
-__device__ __forceinline__ void red_add_v2_hinted(float* address, float x, float y, uint64_t policy) {
+__device__ __forceinline__ void red_add_v2_hinted(float* address, float x, float y, L2Policy policy) {
   asm volatile("red.relaxed.gpu.global.add.L2::cache_hint.v2.f32 [%0], {%1, %2}, %3;" ::"l"(address), "f"(x), "f"(y),
-               "l"(policy)
+               "l"(uint64_t(policy))
                : "memory");
 }
-__device__ __forceinline__ void red_add_v4_hinted(float* address, float x, float y, float z, float w, uint64_t policy) {
+__device__ __forceinline__ void red_add_v4_hinted(float* address, float x, float y, float z, float w, L2Policy policy) {
   asm volatile("red.relaxed.gpu.global.add.L2::cache_hint.v4.f32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(address), "f"(x),
-               "f"(y), "f"(z), "f"(w), "l"(policy)
+               "f"(y), "f"(z), "f"(w), "l"(uint64_t(policy))
                : "memory");
 }
 // ++*address, what it was before: after all that this thread knows to be done, before all that it does next.
@@ -325,25 +307,26 @@ __device__ __forceinline__ void tma_reduce_add_2d_if(bool adds, const void* map,
 // Boxes of a map of tensor_map_ragged, at (x, head, row, end): common/ragged.h says where a token is. `policy`: of the
 // L2 cache. Loads: to one CTA, or into the same place of every CTA in `cta_mask`.
 __device__ __forceinline__ void tma_load_ragged(uint32_t smem, const void* map, uint32_t barrier, int32_t x,
-                                                int32_t head, int32_t row, int32_t end, uint64_t policy) {
+                                                int32_t head, int32_t row, int32_t end, L2Policy policy) {
   asm volatile(
       "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, "
       "{%2, %3, %4, %5, %6}], [%7], %8;" ::"r"(smem),
-      "l"(map), "r"(x), "r"(head), "r"(row), "r"(kRaggedTokens), "r"(end), "r"(barrier), "l"(policy)
+      "l"(map), "r"(x), "r"(head), "r"(row), "r"(kRaggedTokens), "r"(end), "r"(barrier), "l"(uint64_t(policy))
       : "memory");
 }
 __device__ __forceinline__ void tma_load_ragged_multicast(uint32_t smem, const void* map, uint32_t barrier, int32_t x,
                                                           int32_t head, int32_t row, int32_t end, uint16_t cta_mask,
-                                                          uint64_t policy) {
+                                                          L2Policy policy) {
   asm volatile(
       "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
       ".L2::cache_hint [%0], [%1, {%2, %3, %4, %5, %6}], [%7], %8, %9;" ::"r"(smem),
-      "l"(map), "r"(x), "r"(head), "r"(row), "r"(kRaggedTokens), "r"(end), "r"(barrier), "h"(cta_mask), "l"(policy)
+      "l"(map), "r"(x), "r"(head), "r"(row), "r"(kRaggedTokens), "r"(end), "r"(barrier), "h"(cta_mask),
+      "l"(uint64_t(policy))
       : "memory");
 }
 // Stored, or added to what is there, by those threads that say so; part of the thread's next bulk group.
 __device__ __forceinline__ void tma_store_ragged_if(bool stores, const void* map, uint32_t smem, int32_t x,
-                                                    int32_t head, int32_t row, int32_t end, uint64_t policy) {
+                                                    int32_t head, int32_t row, int32_t end, L2Policy policy) {
   asm volatile(
       "{\n"
       ".reg .pred stores;\n"
@@ -351,11 +334,11 @@ __device__ __forceinline__ void tma_store_ragged_if(bool stores, const void* map
       "@stores cp.async.bulk.tensor.5d.global.shared::cta.tile.bulk_group.L2::cache_hint [%0, {%1, %2, %3, %4, %5}], "
       "[%6], %8;\n"
       "}" ::"l"(map),
-      "r"(x), "r"(head), "r"(row), "r"(kRaggedTokens), "r"(end), "r"(smem), "r"(uint32_t(stores)), "l"(policy)
+      "r"(x), "r"(head), "r"(row), "r"(kRaggedTokens), "r"(end), "r"(smem), "r"(uint32_t(stores)), "l"(uint64_t(policy))
       : "memory");
 }
 __device__ __forceinline__ void tma_reduce_add_ragged_if(bool adds, const void* map, uint32_t smem, int32_t x,
-                                                         int32_t head, int32_t row, int32_t end, uint64_t policy) {
+                                                         int32_t head, int32_t row, int32_t end, L2Policy policy) {
   asm volatile(
       "{\n"
       ".reg .pred adds;\n"
@@ -363,7 +346,7 @@ __device__ __forceinline__ void tma_reduce_add_ragged_if(bool adds, const void* 
       "@adds cp.reduce.async.bulk.tensor.5d.global.shared::cta.add.tile.bulk_group.L2::cache_hint [%0, {%1, %2, %3, "
       "%4, %5}], [%6], %8;\n"
       "}" ::"l"(map),
-      "r"(x), "r"(head), "r"(row), "r"(kRaggedTokens), "r"(end), "r"(smem), "r"(uint32_t(adds)), "l"(policy)
+      "r"(x), "r"(head), "r"(row), "r"(kRaggedTokens), "r"(end), "r"(smem), "r"(uint32_t(adds)), "l"(uint64_t(policy))
       : "memory");
 }
 __device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
@@ -386,6 +369,19 @@ __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_grou
 template <int kPending>
 __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// The same, and the accumulators `d` are those of products that have ended: the compiler moves no arithmetic on them to
+// before the wait, of which it would otherwise know nothing.
+template <int kSize>
+__device__ __forceinline__ void wgmma_keep_behind_wait(float (&d)[kSize]) {
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+template <int kPending, int... kSizes>
+__device__ __forceinline__ void wgmma_wait(float (&... d)[kSizes]) {
+  wgmma_wait<kPending>();
+  (wgmma_keep_behind_wait(d), ...);
 }
 
 // After the wait for products that read `a` from registers: until here the compiler may use them for nothing else. It

@@ -51,7 +51,7 @@ struct Key {
   uint64_t sizes[kMostRank] = {};
   uint64_t strides[kMostRank - 1] = {};  // in bytes, of all dimensions but the first
   uint32_t box[kMostRank] = {};
-  uint32_t rank = 0, type = 0;
+  uint32_t rank = 0, type = 0, padding = 0;
 
   bool operator==(const Key& other) const { return std::memcmp(this, &other, sizeof(Key)) == 0; }
 };
