@@ -1,4 +1,4 @@
-"""A dry run: the stages of `run_on_gpu.sh` on a simulator, small enough for two cores. It proves the script, not the speed.
+"""A dry run: the stages of `run_on_gpu.sh` on a simulator, small enough for two cores. It proves the script alone.
 
 ILLADA_DRY_RUN=1 says that this process is part of one; the script sets it.
 """

@@ -80,13 +80,15 @@ def run(
     at_once: int = 1,
     limit: float = 20.0,
     deadline: float = math.inf,
+    most_hangs: int = 3,
     prepare: Callable[[], None] = lambda: None,
     report: Callable[[Outcome], None] = lambda outcome: None,
 ) -> list[Outcome]:
     """Carry out all tasks. Returns the outcomes; `report` gets each of them as soon as it is known.
 
     limit: seconds that a step may take, with the start of its process. deadline, of time.monotonic(): steps that have
-    not ended by then are SKIPPED. prepare: called first in each child.
+    not ended by then are SKIPPED. most_hangs: of a task, whose other steps are then SKIPPED. prepare: called first in
+    each child.
     """
     waiting, running, outcomes = list(tasks)[::-1], [], []
 
@@ -102,9 +104,10 @@ def run(
         def start(task: Task, step: int, known: dict[str, Any]) -> None:
             nonlocal started
             child = _Child(task, step, known, Path(folder) / str(started))
-            if time.monotonic() >= deadline:
+            hangs = sum(o.task == task.name and o.status == HANG for o in outcomes)
+            if time.monotonic() >= deadline or hangs >= most_hangs:
                 while child.step < len(task.steps):
-                    tell(child, SKIPPED, 0.0, message="no time left")
+                    tell(child, SKIPPED, 0.0, message="after other hangs" if hangs >= most_hangs else "no time left")
             elif step < len(task.steps):
                 started += 1
                 _fork(child, prepare, limit)

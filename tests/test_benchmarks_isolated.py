@@ -61,7 +61,9 @@ def test_every_kind_of_end_is_recorded_and_the_rest_is_done():
     assert time.monotonic() - began < 5
     assert [o.status for o in found] == ["OK", "ERROR", "OK", "WRONG", "OK", "ERROR", "ERROR", "HANG", "OK"]
     first, error, second, bad, third, died, left, hung, last = found
-    assert error.message == "RuntimeError: an illegal address" and bad.message == "off by 3" and bad.value == {"error": 3}
+    assert (
+        error.message == "RuntimeError: an illegal address" and bad.message == "off by 3" and bad.value == {"error": 3}
+    )
     assert died.message.startswith("killed by SIGSEGV") and left.message == "exit status 3: out of luck"
     assert hung.message.startswith("no result after")
     # A wrong result leaves the process as it is; after an error it may not be used again.
@@ -75,6 +77,11 @@ def test_who_ignores_a_request_to_end_is_ended(monkeypatch):
     began = time.monotonic()
     assert [o.status for o in outcomes(hang_stubbornly, process, limit=0.3)] == ["HANG", "OK"]
     assert time.monotonic() - began < 5
+
+
+def test_a_task_that_hangs_again_and_again_is_left():
+    found = outcomes(hang, process, hang, process, limit=0.3, most_hangs=2)
+    assert [o.status for o in found] == ["HANG", "OK", "HANG", "SKIPPED"] and found[3].message == "after other hangs"
 
 
 def test_nothing_is_begun_after_the_deadline():
