@@ -88,6 +88,21 @@ def line(outcome: Outcome) -> str:
     return f"{outcome.status:<7} {outcome.seconds:5.1f} s  {outcome.step}{under}: {about}"
 
 
+def in_process(name: str) -> int:
+    """One job where it stands, whatever becomes of the process. 1: wrong, 2: there is no such job."""
+    job = next((job for job in smoke_jobs.jobs() if job.name == name), None)
+    if job is None:
+        print(f"there is no job {name!r}; --list names them", file=sys.stderr)
+        return 2
+    dry_run.prepare()
+    try:
+        print(checked(job, {}))
+    except WrongError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     """0: all that ran is right. 1: something is not."""
     parser = argparse.ArgumentParser(
@@ -102,8 +117,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--at-once", type=int, default=8, metavar="N", help="processes side by side (default 8)")
     parser.add_argument("--only", metavar="TEXT", help="jobs whose name contains TEXT")
     parser.add_argument("--defaults", action="store_true", help="without the second pass over the choices")
+    parser.add_argument("--in-process", metavar="JOB", help="this job alone, in this process: for debuggers")
     parser.add_argument("--list", action="store_true", help="print the jobs with their kernels and stop")
     options = parser.parse_args(arguments)
+    if options.in_process:
+        return in_process(options.in_process)
     jobs = [job for job in smoke_jobs.jobs() if options.only is None or options.only in job.name]
     if not jobs:
         parser.error(f"no job contains {options.only!r}; --list names them")
