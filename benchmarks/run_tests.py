@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import re
 import sys
 import tempfile
 import time
@@ -53,25 +54,31 @@ def command(path: Path, xml: Path, workers: int, limit: float, has: Sequence[str
     return parts
 
 
-def counts(xml: Path) -> dict[str, Any] | None:
-    """passed, failed, skipped and the failures' names, of a JUnit report; None where there is none."""
+def counts(output: str) -> dict[str, int]:
+    """passed, failed (errors among them) and skipped, of the last line of pytest's that has numbers."""
+    lines = [line for line in output.splitlines() if re.search(r"\d+ (passed|failed|skipped|error)", line)]
+    numbers = {key: int(n) for n, key in re.findall(r"(\d+) (passed|failed|skipped|error)", lines[-1] if lines else "")}
+    failed = numbers.get("failed", 0) + numbers.get("error", 0)
+    return {"passed": numbers.get("passed", 0), "failed": failed, "skipped": numbers.get("skipped", 0)}
+
+
+def failures(xml: Path) -> list[str]:
+    """Names and messages, of a JUnit report; none where there is no report."""
     try:
         cases = list(ElementTree.parse(xml).iter("testcase"))
     except (OSError, ElementTree.ParseError):
-        return None
-    bad = [c for c in cases if c.find("failure") is not None or c.find("error") is not None]
-    skipped = sum(c.find("skipped") is not None for c in cases)
-    failures = []
-    for case in bad:
-        what = case.find("failure") if case.find("failure") is not None else case.find("error")
-        message = (what.get("message") or "").partition("\n")[0][:200] if what is not None else ""
-        failures.append(f"{case.get('name')}: {message}")
-    return {"passed": len(cases) - len(bad) - skipped, "failed": len(bad), "skipped": skipped, "failures": failures}
+        return []
+    found = []
+    for case in cases:
+        for what in (*case.iter("failure"), *case.iter("error")):
+            message = (what.get("message") or "").partition("\n")[0][:200]
+            found.append(f"{case.get('name')}: {message}")
+    return found
 
 
 def judge(ended: Ended, xml: Path) -> dict[str, Any]:
     """One file's entry of the JSON."""
-    found = counts(xml) or {"passed": 0, "failed": 0, "skipped": 0, "failures": []}
+    names = failures(xml)
     if ended.code is None:
         status = "OUT OF TIME"
     elif ended.code in (0, 5):  # 5: no test was selected
@@ -79,8 +86,10 @@ def judge(ended: Ended, xml: Path) -> dict[str, Any]:
     else:
         status = "FAILED"
     words = [line for line in ended.output.splitlines() if line.strip()]
-    message = words[-1][:200] if words and status == "FAILED" and not found["failures"] else ""
-    return {"file": ended.name, "status": status, "seconds": round(ended.seconds, 1), **found, "message": message}
+    message = words[-1][:200] if words and status == "FAILED" and not names else ""
+    numbers = counts(ended.output)
+    return {"file": ended.name, "status": status, "seconds": round(ended.seconds, 1), **numbers, "failures": names,
+            "message": message}  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
