@@ -11,6 +11,7 @@ import argparse
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -146,8 +147,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     deadline = time.monotonic() + options.seconds
     failed = False
+    outcomes: list[Outcome] = []
 
     def tell(outcome: Outcome) -> None:
+        outcomes.append(outcome)
         print(line(outcome), flush=True)
         if options.outcomes:
             with Path(options.outcomes).open("a", encoding="utf-8") as file:
@@ -169,6 +172,8 @@ def main(arguments: list[str] | None = None) -> int:
         if outcome.status not in (OK, SKIPPED):
             failed = True
             carry_out(group, False)
+    counts = Counter(outcome.status for outcome in outcomes)
+    print("cases: " + ", ".join(f"{count} {status}" for status, count in counts.items()))
     return 1 if failed else 0
 
 

@@ -42,7 +42,7 @@ def parse(text: str) -> list[Launch]:
     """The launches that `cusim time` prints."""
     found = []
     for block in re.split(r"^== ", text, flags=re.MULTILINE)[1:]:
-        name = re.search(r"illada_(\w+)", block)
+        name = re.search(r"illada_([a-z0-9_]+)", block)
         us = re.search(r"predicted ([\d.]+) us", block)
         if not name or not us:
             raise ValueError(f"not what the timing model prints: {block[:200]!r}")
@@ -154,6 +154,12 @@ def predict(case: Case, cusim: Path, machine: str) -> dict[str, Any]:
     return entry(case, *(busiest(ends[end]) for end in ("expected", "fast", "slow")), machine)
 
 
+def pretty(predicted: Mapping[str, Any]) -> str:
+    """JSON whose ranges stand in one line."""
+    text = json.dumps(predicted, indent=1)
+    return re.sub(r"\[\s+([\d.]+),\s+([\d.]+)\s+\]", r"[\1, \2]", text) + "\n"
+
+
 def inside(name: str) -> None:
     """Under the simulator: the case's kernels."""
     import torch_on_cusim
@@ -212,7 +218,7 @@ def main(arguments: list[str] | None = None) -> int:
             whole = {**whole, case.name: found}
             order = {case.name: i for i, case in enumerate(predict_cases.cases())}
             whole = dict(sorted(whole.items(), key=lambda item: order.get(item[0], len(order))))
-            out.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+            out.write_text(pretty(whole), encoding="utf-8")
             rate = f", {found['expected_tflops']} TFLOP/s" if "expected_tflops" in found else ""
             low, high = found["range_us"]
             text = f"{found['expected_us']} us ({low} to {high}){rate}; {found['bound']}"

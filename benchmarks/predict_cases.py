@@ -32,7 +32,7 @@ class Estimate:
 # measured.
 ESTIMATES = {
     "forward": Estimate({}, {}, (0.95, 1.12), "the model's errors on FlashAttention-3's forward, and 4% for power"),
-    "backward": Estimate({"red_bw": 12}, {"red_bw": 8}, (0.97, 1.12),
+    "backward": Estimate({}, {"red_bw": 8}, (0.97, 1.12),
                          "8 to 12 bytes of fp32 reductions a clock and SM; conversions of dq not included (1%)"),
     "gemm": Estimate({}, {}, (0.94, 1.10), "the clock that tensor cores hold: 1.4 to 1.6 GHz"),
     "memory": Estimate({"hbm_gbs": 4500}, {"hbm_gbs": 3900}, (1.0, 1.05), "3.9 to 4.5 TB/s of memory"),

@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--log", metavar="PATH", help="append the output of what was not clean")
     parser.add_argument("--seconds", type=float, default=120, metavar="S", help="for all of it (default 120)")
     parser.add_argument("--limit", type=float, default=100, metavar="S", help="for a tool on a job (default 100)")
-    parser.add_argument("--at-once", type=int, default=4, metavar="N", help="processes side by side (default 4)")
+    parser.add_argument("--at-once", type=int, default=8, metavar="N", help="processes side by side (default 8)")
     parser.add_argument("--only", metavar="TEXT", help="jobs whose name contains TEXT (default: one for each kernel)")
     parser.add_argument("--tool", action="append", choices=TOOLS, help="may be repeated (default: all)")
     parser.add_argument("--program", metavar="PATH", help="compute-sanitizer (default: on PATH, or beside nvcc)")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections import Counter
@@ -140,13 +141,17 @@ def main(arguments: list[str] | None = None) -> int:
             with Path(options.json).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(vars(outcome)) + "\n")
 
+    def prepare() -> None:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // options.at_once))  # the references share the host
+        dry_run.prepare()
+
     first, second = passes(jobs)
     if dry_run.ACTIVE:
         second = [Task(t.name, t.steps[-1:]) for t in second[:2]]
     outcomes = []
     for tasks in (first,) if options.defaults else (first, second):
         outcomes += isolated.run(
-            tasks, at_once=options.at_once, limit=options.limit, deadline=deadline, prepare=dry_run.prepare,
+            tasks, at_once=options.at_once, limit=options.limit, deadline=deadline, prepare=prepare,
             report=report,
         )  # fmt: skip
     counts = Counter(outcome.status for outcome in outcomes)

@@ -313,7 +313,7 @@ def jobs() -> list[Job]:
         found.append(Job(name, kind, run, tuple(kernels.split()), tuple((portable or kernels).split()), dim))
 
     names = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
-    rows_kernel = "attention_backward_rows_sm80"
+    rows_kernel = "attention_plan_sm80 attention_backward_rows_sm80"
     keys_sm90, queries_sm90 = "attention_backward_keys_sm90", "attention_backward_queries_sm90"
     sm80 = f"{rows_kernel} attention_backward_keys_sm80 attention_backward_queries_sm80"
     for dtype in (BF16, FP16):
@@ -340,8 +340,8 @@ def jobs() -> list[Job]:
 
     ce, linear = "masked_cross_entropy", "linear_masked_cross_entropy"
     logits = f"{linear}_select {linear}_gather {linear}_logits_sm90 {linear}_statistics {ce}_sum_sm80"
-    fused = f"{logits} {linear}_hidden_grad_sm90 {linear}_scatter {linear}_weight_grad_sm90"
-    portable = f"{ce}_fused_sm80 {ce}_sum_sm80"
+    fused = f"{logits} {linear}_hidden_grad_sm90 {linear}_scatter {linear}_weight_grad_sm90 {ce}_scale_sm80"
+    portable = f"{ce}_forward_sm80 {ce}_backward_sm80 {ce}_sum_sm80 {ce}_scale_sm80"
     for text, options, kernels in (
         ("", {}, fused),
         (" without gradients", {"gradients": False}, logits),

@@ -168,7 +168,7 @@ def kernels(call: Callable[[], Any], device: torch.device) -> dict[str, tuple[fl
         return {}
     found: dict[str, tuple[float, int]] = {}
     for event in seen.events():
-        name = re.search(r"illada_(\w+)", event.name)
+        name = re.search(r"illada_([a-z0-9_]+)", event.name)
         if event.device_type == torch.autograd.DeviceType.CUDA and name:
             us, count = found.get(name[1], (0.0, 0))
             found[name[1]] = (us + event.time_range.elapsed_us(), count + 1)

@@ -130,8 +130,8 @@ def test_smoke_tells_right_wrong_hanging_and_broken_kernels(monkeypatch, tmp_pat
     monkeypatch.setattr(smoke, "variants", lambda: [choice("pdl", "early", "0"), choice("remask_way", "a", "b")])
     path = tmp_path / "smoke.jsonl"
     began = time.monotonic()
-    assert smoke.main(["--json", str(path), "--limit", "0.7", "--at-once", "4"]) == 1
-    assert time.monotonic() - began < 15
+    assert smoke.main(["--json", str(path), "--limit", "2", "--at-once", "4"]) == 1
+    assert time.monotonic() - began < 25
     found = {(x["task"], x["step"]): x for x in map(json.loads, path.read_text().splitlines())}
     statuses = {"fine": "OK", "bad": "WRONG", "stuck": "HANG", "broken": "ERROR"}
     for under in ("default", "pdl=0"):
@@ -201,7 +201,7 @@ def test_tune_finds_the_fastest_right_values(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(tune, "variants", lambda: choices)
     paths = [str(tmp_path / name) for name in ("t.json", "t.jsonl")]
     began = time.monotonic()
-    assert tune.main(["--json", paths[0], "--records", paths[1], "--limit", "1"]) == 0
+    assert tune.main(["--json", paths[0], "--records", paths[1], "--limit", "2"]) == 0
     assert time.monotonic() - began < 30
     found = json.loads(Path(paths[0]).read_text())
     assert found["device"] == "a GPU" and [job["job"] for job in found["jobs"]] == ["fwd 1", "fwd 2"]
@@ -314,7 +314,9 @@ def test_peers_are_timed_alone_where_ours_hangs(monkeypatch, tmp_path, capsys):
     assert [(o["task"], o["status"]) for o in outcomes] == [
         ("stuck", "HANG"), ("stuck, peers alone", "OK"), ("broken", "OK"), ("fine", "OK"),
     ]  # fmt: skip
-    assert "broken: illada: RuntimeError: no kernel image; other: RuntimeError" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "broken: illada: RuntimeError: no kernel image; other: RuntimeError" in out
+    assert out.splitlines()[-1] == "cases: 1 HANG, 3 OK"
 
 
 def test_peers_cover_what_is_wanted_and_flex_comes_last():
