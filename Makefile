@@ -6,6 +6,9 @@
 #   make ptxas      registers, spills and shared memory of each kernel against csrc/ptxas_budget.json (UPDATE=1 writes it)
 #   make test-cuda  tests/cuda with a CUDA build of torch (5.5 GB, in VENV_CUDA): on a GPU, else on the simulator CUSIM.
 #                   ARGS="-k remask" goes to pytest; of the simulator MODES="lazy", DEVICE=a100 and CHECKS= are options
+#   make predict    benchmarks/predicted.json: the simulator's times for what `python -m benchmarks compare` compares;
+#                   ONLY=backward predicts some cases again and keeps the others
+#   make dry-run    benchmarks/run_on_gpu.sh on the simulator, with small shapes
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -20,7 +23,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 SOURCES := $(shell find csrc cmake python -type f -not -name '*.so' -not -name 'ptxas*' -not -path '*__pycache__*' 2>/dev/null | grep -v ' ') \
 	CMakeLists.txt CMakePresets.json setup.py pyproject.toml
 
-.PHONY: demo test test-slow test-cuda test-gpu test-simulator ptxas lint format bench clean install
+.PHONY: demo test test-slow test-cuda test-gpu test-simulator predict dry-run ptxas lint format bench clean install
 
 install: .cache/installed
 
@@ -87,6 +90,12 @@ test-simulator: .cache/installed-simulator
 	    $(if $(DEVICE),--device "$(DEVICE)") -- "$(BIN_CUDA)/python" -m pytest -q -p torch_on_cusim tests/cuda $(ARGS) \
 	    || exit 1; \
 	done
+
+predict: .cache/installed-simulator
+	CUSIM="$(CUSIM)" "$(BIN_CUDA)/python" -m benchmarks.predict $(if $(ONLY),--only "$(ONLY)") $(ARGS)
+
+dry-run: .cache/installed-simulator
+	CUSIM="$(CUSIM)" PYTHON="$(BIN_CUDA)/python" bash benchmarks/run_on_gpu.sh --dry-run 10 runs/dry-run
 
 ptxas:
 	"$(PYTHON)" cmake/ptxas.py $(if $(UPDATE),--update) $(ARGS)

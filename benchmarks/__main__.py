@@ -42,6 +42,11 @@ def choose_device(supported: Sequence[str], wanted: str | None = None):
 
 def main(arguments: list[str] | None = None) -> int:
     """0: done. 1: --check and a goal was missed."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["compare"]:
+        from benchmarks import compare
+
+        return compare.main(arguments[1:])
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Time illada against its peers in one process, interleaved, and compare errors and memory. On a "
@@ -52,7 +57,8 @@ def main(arguments: list[str] | None = None) -> int:
         "  python -m benchmarks loss --only t=0.5 --plot loss.png\n"
         "  python -m benchmarks loss --direction fwd --spread 8\n"
         "  python -m benchmarks generate --device cuda --only '8b var' --provider 'illada block'\n"
-        "  python -m benchmarks train-step --provider illada --repeats 3",
+        "  python -m benchmarks train-step --provider illada --repeats 3\n"
+        "  python -m benchmarks compare out.jsonl    # predicted against measured; compare --help",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("bench", choices=BENCHES)
@@ -72,8 +78,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="exit 1 where a goal of the bench is missed")
     parser.add_argument("--list", action="store_true", help="print the names of the cases and stop")
     options = parser.parse_args(arguments)
-    from benchmarks import report, runner
+    from benchmarks import dry_run, report, runner
 
+    dry_run.prepare()
     bench = importlib.import_module(BENCHES[options.bench])
     try:
         device = choose_device(bench.DEVICES, options.device)

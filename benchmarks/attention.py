@@ -101,8 +101,8 @@ def count(job: Job, call: Callable[[], Any], result: Any = None) -> dict[str, in
     return found if launches is None else {**found, "launches": launches}
 
 
-def make_case(job: Job, direction: str = "fwd") -> Case:
-    """One job in one direction by all providers of its device."""
+def make_case(job: Job, direction: str = "fwd", names: Sequence[str] | None = None) -> Case:
+    """One job in one direction by all providers of its device, or by those of these names."""
     on_gpu = job.device.type == "cuda"
     flops = job.flops(direction)
     tolerance = TOLERANCE[job.dtype]
@@ -127,7 +127,9 @@ def make_case(job: Job, direction: str = "fwd") -> Case:
         ]
         want = exact(job, inputs[0], direction)
         ways = CPU_WAYS if not on_gpu else WAYS if direction == "fwd" else BACKWARD_WAYS
-        return [provider(name, make_way, inputs, want) for name, make_way in ways.items()]
+        return [
+            provider(name, make_way, inputs, want) for name, make_way in ways.items() if names is None or name in names
+        ]
 
     return Case(
         name=f"{direction} {job.name}",

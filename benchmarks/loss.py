@@ -148,8 +148,8 @@ def relative(got: Tensor, want: Tensor) -> float:
 # ---------------------------------------------------------------------------------------------------------------- cases
 
 
-def make_case(job: Job, direction: str = "fwdbwd") -> Case:
-    """One job in one direction by all providers."""
+def make_case(job: Job, direction: str = "fwdbwd", names: Sequence[str] | None = None) -> Case:
+    """One job in one direction by all providers, or by those of these names."""
 
     def provider(name: str, way: Way, inputs: Inputs, exact: Exact) -> Provider:
         try:
@@ -179,7 +179,7 @@ def make_case(job: Job, direction: str = "fwdbwd") -> Case:
         return [
             provider(name, way, inputs, exact)
             for name, way in offered.items()
-            if direction == "fwdbwd" or not way.gradients_alone
+            if (direction == "fwdbwd" or not way.gradients_alone) and (names is None or name in names)
         ]
 
     return Case(

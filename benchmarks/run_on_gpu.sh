@@ -3,53 +3,96 @@ set -euo pipefail
 
 usage() {
   cat <<'HELP'
-usage: bash benchmarks/run_on_gpu.sh [MINUTES] [OUT]
+usage: bash benchmarks/run_on_gpu.sh [MINUTES] [OUT] [--stages LIST] [--prebuilt FOLDER] [--keep FOLDER] [--dry-run]
 
-Builds illada on this machine, runs its CUDA tests, compute-sanitizer and the benchmarks, and leaves the numbers in a
-folder. Needs an NVIDIA GPU, nvcc, cmake, ninja, and a Python with torch, pybind11, setuptools and pytest; no network,
-no root. The checkout is only read, and nothing stays behind but OUT. Attention is compared with fa3-fwd and
-flash-attn-4 as well, and the loss with liger-kernel, cut-cross-entropy and quack-kernels, where the Python has them.
-The last benchmarks are training steps of 8e9 parameters, which take 40 to 80 GB, and scoring.
+Builds illada on this machine, and then by what one wants to know most: does each kernel run and is it right; which of
+its variants is the fastest; how it compares with its peers; whether the tests pass. Needs an NVIDIA GPU, nvcc, cmake,
+ninja, and a Python with torch, pybind11, setuptools and pytest; no network, no root. The checkout is only read, and
+nothing stays behind but OUT. Kernels run in processes of their own with time limits: one that hangs costs seconds.
 
   MINUTES  for everything, build included (default 10). What does not fit is left out and listed.
   OUT      folder for the results (default runs/gpu); files of an earlier run are replaced.
+  --stages LIST      of smoke,tune,peers,tests,models,sanitizer, separated by commas (default: all, in this order)
+  --prebuilt FOLDER  use the illada in this folder (it goes on PYTHONPATH) and build nothing
+  --keep FOLDER      build into this folder and leave it there, as --prebuilt of a later run
+  --dry-run          the same on the simulator CUSIM, with the illada that PYTHON finds or --prebuilt has, and small
+                     shapes: it shows that the script works, and nothing about speed
 
-  OUT/summary.md      start here: tests, sanitizer, what was left out, table of results, goals met and missed, peers
-                      that did not run and why
-  OUT/results.jsonl   one line for each case, provider and way of timing (python -m benchmarks.report reads it)
-  OUT/machine.txt     GPU, driver, clocks, versions, commit, date
-  OUT/build.log  OUT/tests.log  OUT/sanitizer.log  OUT/benchmarks.log
+The stages, each with a module that may be run by itself (`python -m benchmarks.smoke --help`):
+  smoke      each kernel once at a small shape, against float64, then each value of each choice between kernels: a line
+             OK, WRONG, HANG or ERROR for each, at once                        up to 3 minutes, the build not counted
+  tune       these values timed at the shapes that count; the fastest right one, and what to write into the defaults
+                                                                               up to 4 minutes
+  peers      cuDNN and flash attention of torch, fa3-fwd, Liger, cuBLAS, forward and backward, taking turns with ours;
+             a compiled flex_attention last                                    up to 4 minutes
+  tests      tests/cuda by file; faster with pytest-xdist, safer with pytest-timeout         up to 4 minutes
+  models     the other benchmarks: whole steps of remasking, generation, training (40 to 80 GB) and scoring
+  sanitizer  memcheck, racecheck and synccheck on the smoke jobs; reported, never a failure  up to 2 minutes
+With more than 10 minutes each limit is longer in proportion.
 
-Exit status: 0 all ran or was left out for lack of time; 1 a test, the sanitizer or a benchmark failed; 2 something is
+  OUT/summary.md       start here: what became of the stages, tables, goals met and missed, measured against predicted
+  OUT/smoke.jsonl  tune.json  tune.jsonl  tests.json  sanitizer.json  peers.jsonl  as the stages' modules say
+  OUT/results.jsonl    one line for each case, provider and way of timing (python -m benchmarks.report reads it)
+  OUT/kernels.jsonl    the time of each kernel in each case of peers (python -m benchmarks compare reads it)
+  OUT/machine.txt      GPU, driver, clocks, versions, commit, date
+  OUT/build.log  and for each stage OUT/STAGE.txt, what it printed
+
+Exit status: 0 all ran or was left out for lack of time; 1 a kernel, a test or a benchmark failed; 2 something is
 missing or the build failed. A missed goal is no failure: the summary says so.
 
 Environment:
   PYTHON          the Python to use (default python3)
   CUDACXX         the nvcc to use (default: on PATH, else /usr/local/cuda/bin/nvcc)
+  CUSIM           the simulator's folder, of a dry run (default ../shared/cusim)
   ILLADA_COMMIT   what to call the commit where the checkout has no .git
 
 examples:
   bash benchmarks/run_on_gpu.sh                            # ten minutes, into runs/gpu
-  bash benchmarks/run_on_gpu.sh 30 out >out.log 2>&1
+  bash benchmarks/run_on_gpu.sh 9 out --stages smoke,tune,peers --keep build/gpu   # a quarter of an hour in two calls:
+  bash benchmarks/run_on_gpu.sh 5 out2 --stages tests,sanitizer --prebuilt build/gpu
   python -m benchmarks remask --only "step 128"            # one case by hand, with an installed illada
-  python -m benchmarks attention --direction bwd           # what this script leaves out: gradients,
-  python -m benchmarks loss --only 2048x --spread 8        # other heads, logits as after training,
-  python -m benchmarks train-step --only "4 layers"        # and a training step for GPUs with less memory
+  python -m benchmarks train-step --only "4 layers"        # a training step for GPUs with less memory
+  python -m benchmarks compare out/kernels.jsonl           # predicted against measured
 HELP
 }
 
-for argument in "$@"; do
-  case "$argument" in
-    -h | --help) usage && exit 0 ;;
-  esac
-done
-minutes="${1:-10}"
-if [ $# -gt 2 ] || ! [[ "$minutes" =~ ^[1-9][0-9]*$ ]]; then
+fault() {
+  printf 'run_on_gpu.sh: %s\n\n' "$1" >&2
   usage >&2
   exit 2
-fi
-mkdir -p "${2:-runs/gpu}"
-out="$(cd "${2:-runs/gpu}" && pwd)"
+}
+
+known=smoke,tune,peers,tests,models,sanitizer
+stages="$known" prebuilt="" keep="" dry="" places=()
+while [ $# -gt 0 ]; do
+  case "$1" in
+    -h | --help) usage && exit 0 ;;
+    --dry-run) dry=1 ;;
+    --stages | --prebuilt | --keep)
+      [ $# -gt 1 ] || fault "$1 needs a value"
+      case "$1" in
+        --stages) stages="$2" ;;
+        --prebuilt) prebuilt="$2" ;;
+        --keep) keep="$2" ;;
+      esac
+      shift
+      ;;
+    -*) fault "unknown option $1" ;;
+    *) places+=("$1") ;;
+  esac
+  shift
+done
+minutes="${places[0]:-10}"
+[ ${#places[@]} -le 2 ] || fault "at most MINUTES and OUT, got ${places[*]}"
+[[ "$minutes" =~ ^[1-9][0-9]*$ ]] || fault "MINUTES must be a positive whole number, got $minutes"
+for stage in ${stages//,/ }; do
+  [[ ",$known," == *",$stage,"* ]] || fault "there is no stage $stage; there are $known"
+done
+absolute() { case "$1" in /*) printf '%s' "$1" ;; *) printf '%s/%s' "$PWD" "$1" ;; esac; }
+[ -z "$prebuilt" ] || prebuilt="$(absolute "$prebuilt")"
+[ -z "$keep" ] || keep="$(absolute "$keep")"
+mkdir -p "${places[1]:-runs/gpu}"
+out="$(cd "${places[1]:-runs/gpu}" && pwd)"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 deadline=$((SECONDS + 60 * minutes - 20)) # 20 s: to stop what overstays, and for the summary
 
@@ -62,51 +105,56 @@ note() {
   notes+=("$1")
   printf '%s\n' "$1"
 }
-fail() {
-  failed=1
-  note "$1"
-}
-
-# Runs a command, output to LOG, for at most SHARE percent of what is left. Returns its status, 124 or 137: out of time.
-limited() { # limited SHARE LOG COMMAND...
-  local seconds=$(((deadline - SECONDS) * $1 / 100)) log="$2"
-  shift 2
-  [ "$seconds" -ge 5 ] || return 124
-  # INT: pytest still prints what it has
-  timeout --signal=INT --kill-after=10 "$seconds" "$@" >>"$log" 2>&1 </dev/null
-}
 
 # --------------------------------------------------------------------------------------------------- what is needed
 
 missing=()
+run=("$python")
+if [ -n "$dry" ]; then
+  cusim="$(cd "${CUSIM:-../shared/cusim}" 2>/dev/null && pwd || true)"
+  [ -n "$cusim" ] && [ -x "$cusim/cusim" ] || missing+=("the simulator; CUSIM names its folder")
+  export ILLADA_DRY_RUN=1 PYTHONPATH="$cusim${PYTHONPATH:+:$PYTHONPATH}"
+  run=("$cusim/cusim" run -- "$python")
+fi
+if [ -n "$prebuilt" ]; then
+  [ -e "$prebuilt/illada/__init__.py" ] || missing+=("illada in $prebuilt, the folder of --prebuilt")
+  export PYTHONPATH="$prebuilt${PYTHONPATH:+:$PYTHONPATH}"
+fi
 if ! command -v "$python" >/dev/null; then
   missing+=("$python: Python 3.11 or newer; PYTHON names another")
 else
   # cmake and ninja that pip installed lie beside the Python, which need not be on PATH
   PATH="$("$python" -c 'import os, sys; print(os.path.dirname(sys.executable))'):$PATH"
-  for module in torch pybind11 setuptools pip pytest numpy safetensors tokenizers tqdm; do
+  modules=(torch pytest numpy safetensors tokenizers tqdm)
+  [ -n "$dry$prebuilt" ] || modules+=(pybind11 setuptools pip)
+  [ -z "$dry" ] || modules+=(illada)
+  for module in "${modules[@]}"; do
     "$python" -c "import $module" 2>/dev/null || missing+=("Python package $module, for $python")
   done
-  "$python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())' 2>/dev/null ||
+  [ -n "$dry" ] || "$python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())' 2>/dev/null ||
     missing+=("a GPU that torch can use (torch.cuda.is_available() is False)")
 fi
 if [ -z "${CUDACXX:-}" ]; then
   CUDACXX="$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)"
 fi
 export CUDACXX
-[ -x "$CUDACXX" ] || missing+=("nvcc (CUDA 12.3 or newer); CUDACXX names one that is not on PATH")
-for tool in cmake ninja timeout; do
-  command -v "$tool" >/dev/null || missing+=("$tool")
-done
-command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null ||
-  missing+=("a C++17 compiler")
+command -v timeout >/dev/null || missing+=("timeout")
+if [ -z "$dry$prebuilt" ]; then
+  [ -x "$CUDACXX" ] || missing+=("nvcc (CUDA 12.3 or newer); CUDACXX names one that is not on PATH")
+  for tool in cmake ninja; do
+    command -v "$tool" >/dev/null || missing+=("$tool")
+  done
+  command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null ||
+    missing+=("a C++17 compiler")
+fi
 if [ ${#missing[@]} -gt 0 ]; then
   echo "run_on_gpu.sh: missing on this machine:" >&2
   printf '  %s\n' "${missing[@]}" >&2
   exit 2
 fi
 
-rm -f "$out"/{summary.md,results.jsonl,machine.txt,build.log,tests.log,sanitizer.log,benchmarks.log}
+rm -f "$out"/{summary.md,results.jsonl,kernels.jsonl,machine.txt,build.log,compare.txt} \
+  "$out"/{smoke,tune,peers,tests,models,sanitizer}.{txt,json,jsonl,log}
 work="$(mktemp -d)"
 trap 'rm -rf "$work"' EXIT
 
@@ -124,114 +172,146 @@ export TORCHINDUCTOR_CACHE_DIR="$work/inductor" TRITON_CACHE_DIR="$work/triton"
     echo "nvidia-smi: not found"
   fi
   "$python" -c 'import sys, torch; print("python", sys.version.split()[0], "torch", torch.__version__, "cuda", torch.version.cuda)'
-  "$CUDACXX" --version | tail -n 2
+  [ ! -x "$CUDACXX" ] || "$CUDACXX" --version | tail -n 2
   uname -srm
 } >"$out/machine.txt" 2>&1
 cat "$out/machine.txt"
 
 # ------------------------------------------------------------------------------------------------------------ build
 
-step "build"
-# pip writes beside setup.py, so it gets a copy; --target needs no root and changes no environment.
-mkdir "$work/source"
-cp -R CMakeLists.txt setup.py pyproject.toml README.md LICENSE MANIFEST.in cmake csrc python "$work/source"
-chmod -R u+w "$work/source"
-find "$work/source/python" -name '_C*.so' -delete
-began=$SECONDS
-if ! ILLADA_CUDA=on limited 100 "$out/build.log" \
-  "$python" -m pip install --no-build-isolation --no-deps --target "$work/site" -v "$work/source"; then
-  tail -n 30 "$out/build.log" >&2
-  echo "run_on_gpu.sh: the build failed or ran out of time; all of its output: $out/build.log" >&2
-  exit 2
-fi
-export PYTHONPATH="$work/site${PYTHONPATH:+:$PYTHONPATH}"
-note "- Build: $((SECONDS - began)) s"
-
-# ------------------------------------------------------------------------------------------------------------ tests
-
-pytest=("$python" -m pytest -p no:cacheprovider -q)
-
-step "tests/cuda"
-status=0
-limited 50 "$out/tests.log" "${pytest[@]}" tests/cuda || status=$?
-counts="$(grep -E '[0-9]+ (passed|failed|skipped|error)' "$out/tests.log" 2>/dev/null | tail -n 1 | sed 's/^[= ]*/ /; s/[= ]*$//' || true)"
-case "$status" in
-  0) note "- Tests:${counts:+ $counts}" ;;
-  124 | 137) note "- Tests: out of time,${counts:- none finished}" ;;
-  *) fail "- Tests: FAILED (exit $status),${counts:- see tests.log}" ;;
-esac
-
-step "compute-sanitizer"
-sanitizer="$(command -v compute-sanitizer || echo "$(dirname "$CUDACXX")/compute-sanitizer")"
-# Graphs, and memory that benchmarks count, need the caching allocator, which hides overruns and is off here; compilers
-# take too long under it.
-"${pytest[@]}" --collect-only tests/cuda -k "not graph and not benchmarks and not compile and not opcheck" >"$work/collected" 2>/dev/null ||
-  true
-# Twelve of them, from all over.
-mapfile -t tests < <(grep '^tests/cuda/.*::' "$work/collected" |
-  awk '{ line[NR] = $0 } END { n = NR < 12 ? NR : 12; for (i = 0; i < n; i++) print line[int(i * NR / n) + 1] }')
-if [ ! -x "$sanitizer" ]; then
-  note "- Sanitizer: skipped, compute-sanitizer was not found"
-elif [ ${#tests[@]} -eq 0 ]; then
-  note "- Sanitizer: skipped, no tests were collected"
-else
-  for tool in memcheck racecheck; do
-    status=0
-    # torch asks for things that fail and copes: errors of API calls say nothing
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 limited 20 "$out/sanitizer.log" \
-      "$sanitizer" --tool "$tool" --report-api-errors no --error-exitcode 99 "${pytest[@]}" "${tests[@]}" || status=$?
-    case "$status" in
-      0) note "- Sanitizer, $tool: nothing found in ${#tests[@]} tests" ;;
-      124 | 137) note "- Sanitizer, $tool: out of time" ;;
-      *) fail "- Sanitizer, $tool: FAILED (exit $status), see sanitizer.log" ;;
-    esac
-  done
+if [ -z "$dry$prebuilt" ]; then
+  step "build"
+  # pip writes beside setup.py, so it gets a copy; --target needs no root and changes no environment.
+  site="${keep:-$work/site}"
+  mkdir "$work/source"
+  cp -R CMakeLists.txt setup.py pyproject.toml README.md LICENSE MANIFEST.in cmake csrc python "$work/source"
+  chmod -R u+w "$work/source"
+  find "$work/source/python" -name '_C*.so' -delete
+  began=$SECONDS
+  left=$((deadline - SECONDS))
+  # INT, and a while later KILL: pip stops the compilers
+  if ! ILLADA_CUDA=on timeout --signal=INT --kill-after=10 "$((left > 1 ? left : 1))" "$python" -m pip install \
+    --no-build-isolation --no-deps --upgrade --target "$site" -v "$work/source" >"$out/build.log" 2>&1 </dev/null; then
+    tail -n 30 "$out/build.log" >&2
+    echo "run_on_gpu.sh: the build failed or ran out of time; all of its output: $out/build.log" >&2
+    exit 2
+  fi
+  export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
+  note "- build: $((SECONDS - began)) s"
 fi
 
-# ------------------------------------------------------------------------------------------------------- benchmarks
+# ----------------------------------------------------------------------------------------------------------- stages
 
-# A process for each kind of case: what breaks the device in one leaves the others alone. JSON is written after every
-# case, so a process that runs out of time keeps what it has.
-left_out=()
-run_bench() { # run_bench BENCH DEVICE TEXT
-  local bench="$1" device="$2" text="$3" status=0
-  step "benchmark $bench ${text% }"
-  limited 100 "$out/benchmarks.log" \
-    "$python" -m benchmarks "$bench" --device "$device" --only "$text" --json "$out/results.jsonl" || status=$?
+# Runs a stage's module, with at most SECONDS (more in proportion where there are more than 10 minutes) and what is left.
+# It ends by itself, and notes the last line that it printed; the limit around it is for a fault in the module.
+stage() { # stage NAME SECONDS MODULE ARGUMENT...
+  local name="$1" seconds="$2" status=0 left=$((deadline - SECONDS))
+  shift 2
+  [ "$minutes" -le 10 ] || seconds=$((seconds * minutes / 10))
+  [ "$seconds" -le "$left" ] || seconds="$left"
+  step "$name"
+  if [ "$seconds" -lt 15 ]; then
+    note "- $name: left out, no time"
+    return
+  fi
+  timeout --signal=INT --kill-after=10 $((seconds + 15)) "${run[@]}" -m "$@" --seconds "$seconds" </dev/null 2>&1 |
+    tee "$out/$name.txt" || status=$?
+  local last
+  last="$(grep -v '^ ' "$out/$name.txt" | tail -n 1 || true)"
   case "$status" in
-    0 | 124 | 137) ;;
-    *) fail "- Benchmark $bench ${text% }: FAILED (exit $status), see benchmarks.log" ;;
+    0) note "- $name: $last" ;;
+    124 | 137) note "- $name: out of time; $last" ;;
+    *)
+      failed=1
+      note "- $name: FAILED (exit $status); $last"
+      ;;
   esac
-  while IFS= read -r name; do
-    grep -qF "\"case\": \"$name\"" "$out/results.jsonl" 2>/dev/null || left_out+=("$name")
-  done < <("$python" -m benchmarks "$bench" --device "$device" --only "$text" --list 2>/dev/null)
 }
-for kind in sample linear commit step; do
-  run_bench remask cuda "$kind "
-done
-for kind in "32/8 D128" "32/32 D128" D64; do
-  run_bench attention cuda "$kind"
-done
-for kind in t=0.5 t=0.1 t=0.9 "t=1 4096x155136"; do # other heads by hand
-  run_bench loss cuda "$kind"
-done
-for kind in 8b 8b-batch; do
-  run_bench generate cuda "$kind var"
-done
-# The longest ones, and one that fills the memory of an H100; blocks that grow leave no gaps between cases.
-PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True run_bench train-step cuda "8b "
-run_bench score cuda ""
-if [ ${#left_out[@]} -gt 0 ]; then
-  note "- Cases without a result, for lack of time or after a failure: $(printf '%s\n' "${left_out[@]}" | sort -u | paste -sd ';' | sed 's/;/; /g')"
-fi
 
+# The other benchmarks, a process for each kind of case: what breaks the device in one leaves the others alone. JSON is
+# written after every case, so a process that runs out of time keeps what it has.
+left_out=()
+models() {
+  local bench text status left name listed=" "
+  while read -r bench text; do
+    if [ -n "$dry" ]; then # these have no small shapes: a look at the names of each bench
+      [[ "$listed" != *" $bench "* ]] || continue
+      listed+="$bench "
+    fi
+    step "models: $bench ${text:-}"
+    left=$((deadline - SECONDS)) status=0
+    if [ -n "$dry" ]; then
+      "${run[@]}" -m benchmarks "$bench" --device cuda --only "$text" --list >>"$out/models.txt" 2>&1 || status=$?
+    elif [ "$left" -ge 15 ]; then
+      # a case that fills the memory of an H100 needs blocks that grow
+      PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True timeout --signal=INT --kill-after=10 "$left" "${run[@]}" \
+        -m benchmarks "$bench" --device cuda --only "$text" --json "$out/results.jsonl" </dev/null >>"$out/models.txt" 2>&1 ||
+        status=$?
+    fi
+    case "$status" in
+      0 | 124 | 137) ;;
+      *)
+        failed=1
+        note "- models: $bench $text FAILED (exit $status), see models.txt"
+        ;;
+    esac
+    [ -n "$dry" ] || while IFS= read -r name; do
+      grep -qF "\"case\": \"$name\"" "$out/results.jsonl" 2>/dev/null || left_out+=("$name")
+    done < <("$python" -m benchmarks "$bench" --device cuda --only "$text" --list 2>/dev/null)
+  done <<'CASES'
+train-step 8b 8192
+remask step
+generate 8b var
+score 
+remask commit
+attention 32/8 D128
+loss t=0.1
+loss t=0.9
+generate 8b-batch var
+train-step 8b 5120
+CASES
+  if [ ${#left_out[@]} -gt 0 ]; then
+    note "- models: without a result, for lack of time or after a failure: $(printf '%s\n' "${left_out[@]}" | sort -u | paste -sd ';' | sed 's/;/; /g')"
+  fi
+}
+
+limit=()
+[ -z "$dry" ] || limit=(--limit 120) # a simulator takes its time
+few=()
+[ -z "$dry" ] || few=(--at-once 2)
+for stage in ${known//,/ }; do
+  [[ ",$stages," == *",$stage,"* ]] || continue
+  case "$stage" in
+    smoke) stage smoke 180 benchmarks.smoke --json "$out/smoke.jsonl" "${limit[@]}" "${few[@]}" ;;
+    tune) stage tune 240 benchmarks.tune --json "$out/tune.json" --records "$out/tune.jsonl" "${limit[@]}" ;;
+    peers)
+      stage peers 240 benchmarks.peers --json "$out/results.jsonl" --kernels "$out/kernels.jsonl" \
+        --outcomes "$out/peers.jsonl" "${limit[@]}"
+      ;;
+    tests) stage tests 240 benchmarks.run_tests --json "$out/tests.json" --log "$out/tests.log" "${few[@]}" ;;
+    models) models ;;
+    sanitizer) stage sanitizer 120 benchmarks.sanitizer --json "$out/sanitizer.json" --log "$out/sanitizer.log" ;;
+  esac
+done
+
+measured=()
+for file in kernels.jsonl tune.jsonl results.jsonl; do
+  [ ! -s "$out/$file" ] || measured+=("$out/$file")
+done
 {
   printf '# illada on a GPU\n\n```\n'
   cat "$out/machine.txt"
   printf '```\n\n'
   printf '%s\n' "${notes[@]}"
+  if [ -s "$out/tune.txt" ]; then
+    printf '\n## Choices between kernels\n\n'
+    sed -n '/^What to write/,$p' "$out/tune.txt"
+  fi
   printf '\n'
-  "$python" -m benchmarks.report "$out/results.jsonl"
+  "$python" -m benchmarks.report "$out/results.jsonl" || true
+  if [ ${#measured[@]} -gt 0 ]; then
+    "$python" -m benchmarks compare "${measured[@]}" | tee "$out/compare.txt" || true
+  fi
 } >"$out/summary.md"
 cat "$out/summary.md"
 exit "$failed"

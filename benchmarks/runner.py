@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks import timing
+from benchmarks import dry_run, timing
 from benchmarks.timing import CPU
 from illada.ops import variants
 
@@ -100,10 +100,12 @@ def run(
     repeats: int | None = None,
     device: torch.device = CPU,
     after_case: Callable[[list[dict[str, Any]]], None] | None = None,
+    keep_going: bool = False,
 ) -> list[dict[str, Any]]:
     """Time every provider of every case: warm-up calls, then calls in turn.
 
-    after_case: gets the records of each case as soon as they are there.
+    after_case: gets the records of each case as soon as they are there. keep_going: ours is left out for an error as
+    its peers are, where it would otherwise end the run.
     """
     timer = timing.timer(device)
     same = {
@@ -115,7 +117,10 @@ def run(
     }
     records = []
     for case in tqdm(cases, desc=bench, unit=" cases", disable=not sys.stderr.isatty()):
-        mine = [{**record, "bench": bench, **same} for record in _run_case(case, timer, providers, repeats, device)]
+        mine = [
+            {**record, "bench": bench, **same}
+            for record in _run_case(case, timer, providers, repeats, device, keep_going)
+        ]
         records += [record for record in mine if record["median_ms"] is not None]
         if after_case is not None:
             after_case(mine)
@@ -131,6 +136,7 @@ def _run_case(
     providers: Sequence[str] | None,
     repeats: int | None,
     device: torch.device,
+    keep_going: bool = False,
 ) -> list[dict[str, Any]]:
     """The records of one case, without what is the same for all."""
     on_gpu = device.type == "cuda"
@@ -150,7 +156,8 @@ def _run_case(
                 timed.append(Timed(provider, timer.timing, provider.call))
             except Exception as error:  # a peer that does not run here is no reason to stop
                 # nor is an op of ours without a kernel for this device, or too little memory; anything else of ours is
-                if provider.name == "illada" and not isinstance(error, NotImplementedError | torch.OutOfMemoryError):
+                legal = keep_going or isinstance(error, NotImplementedError | torch.OutOfMemoryError)
+                if provider.name == "illada" and not legal:
                     raise
                 provider.unavailable = reason(error)
             if on_gpu and provider.unavailable:  # what it had allocated is not to be missing to the next one
@@ -161,7 +168,7 @@ def _run_case(
                 graph, count = timing.capture(provider.rotating, device)
                 timed.append(Timed(provider, "graph", graph.replay, count))
             except Exception as error:  # its single calls still count
-                if provider.name == "illada":
+                if provider.name == "illada" and not keep_going:
                     raise
                 print(f"{case.name}: {provider.name} not in a graph: {reason(error)}", file=sys.stderr)
         if provider.unavailable:
@@ -195,9 +202,9 @@ def _run_case(
 
 
 def reason(error: Exception) -> str:
-    """The first line of an error, its class before it."""
+    """The first line of an error, its class before it; 200 characters of it."""
     first_line, _, _ = str(error).strip().partition("\n")
-    return f"{type(error).__name__}: {first_line}"
+    return f"{type(error).__name__}: {first_line}"[:200]
 
 
 def _interleave(timed: list[Timed], timer: Any, repeats: int, slow: set[str]) -> list[list[float]]:
@@ -226,7 +233,7 @@ def copy_case(device: torch.device, size: int = 1 << 30) -> Case:
 
 def generator(device: torch.device, seed: int = 0) -> torch.Generator:
     """Random numbers of a device, the same in every run."""
-    return torch.Generator(device).manual_seed(seed)
+    return torch.Generator(CPU if dry_run.ACTIVE else device).manual_seed(seed)  # a simulator draws on its CPU
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:

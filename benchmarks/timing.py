@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +21,12 @@ from typing import Any
 
 import torch
 
+from benchmarks import dry_run
+
 CPU = torch.device("cpu")
+
+#: What is written to throw everything else out of the L2 cache, and read.
+LEAST_COLD_BYTES = 256 << 20
 
 #: Calls of a graph: the gap before a replay's first kernel, some 5 us, is then shared by at least so many.
 GRAPH_CALLS = 20
@@ -80,14 +86,18 @@ def timer(device: torch.device) -> Clock | Events:
 
 
 def cold_bytes(device: torch.device) -> int:
-    """Bytes that push everything else out of the L2 cache: twice its size, and at least 256 MiB."""
-    return max(256 << 20, 2 * torch.cuda.get_device_properties(device).L2_cache_size)
+    """Bytes that push everything else out of the L2 cache: twice its size, and at least LEAST_COLD_BYTES."""
+    if dry_run.ACTIVE:
+        return LEAST_COLD_BYTES
+    return max(LEAST_COLD_BYTES, 2 * torch.cuda.get_device_properties(device).L2_cache_size)
 
 
 def input_sets(bytes_each: int, device: torch.device) -> int:
     """How many inputs of that size a graph must rotate over so that none is still cached when its turn comes."""
     if device.type != "cuda":
         return 1
+    if dry_run.ACTIVE:
+        return 2
     l2 = torch.cuda.get_device_properties(device).L2_cache_size
     return min(max(2, -(-2 * l2 // max(bytes_each, 1))), 512)  # 512: a graph of some thousand kernels at most
 
@@ -147,8 +157,28 @@ def _peak_on_cpu(call: Callable[[], Any]) -> int:
     return max(itertools.accumulate((size for _, size in changes), initial=0))
 
 
+def kernels(call: Callable[[], Any], device: torch.device) -> dict[str, tuple[float, int]]:
+    """Of each kernel of ours in one call, caches cold: microseconds in all, and launches. Empty without a profiler."""
+    timer = Events(device)
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+            timer.measure(call)
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return {}
+    found: dict[str, tuple[float, int]] = {}
+    for event in seen.events():
+        name = re.search(r"illada_([a-z0-9_]+)", event.name)
+        if event.device_type == torch.autograd.DeviceType.CUDA and name:
+            us, count = found.get(name[1], (0.0, 0))
+            found[name[1]] = (us + event.time_range.elapsed_us(), count + 1)
+    return found
+
+
 def launches(call: Callable[[], Any]) -> int | None:
     """Kernels, copies and fills that one call puts on a GPU; None where the profiler sees none, or may not look."""
+    if dry_run.ACTIVE:
+        return None
     try:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
             call()

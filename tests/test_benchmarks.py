@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -517,27 +516,3 @@ def test_read_json_skips_nothing(tmp_path):
     report.write_json([record(provider="peer")], path)
     assert [r["provider"] for r in report.read_json(path)] == ["illada", "peer"]
     assert list(json.loads(path.read_text().splitlines()[0])) == list(runner.KEYS)
-
-
-# ------------------------------------------------------------------------------------------------- run_on_gpu.sh
-
-
-def run_on_gpu(*arguments, **environment):
-    command = ["bash", str(ROOT / "benchmarks" / "run_on_gpu.sh"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
-
-
-def test_run_on_gpu_teaches():
-    done = run_on_gpu("--help")
-    assert done.returncode == 0 and "[MINUTES] [OUT]" in done.stdout and "OUT/summary.md" in done.stdout
-    for arguments in (["soon"], ["0"], [1, "a", "b"]):
-        done = run_on_gpu(*arguments)
-        assert done.returncode == 2 and "usage:" in done.stderr and not done.stdout
-
-
-def test_run_on_gpu_says_what_is_missing_and_touches_nothing(tmp_path):
-    (tmp_path / "summary.md").write_text("of an earlier run")
-    done = run_on_gpu(1, tmp_path, PYTHON="/no/python", CUDACXX="/no/nvcc")
-    assert done.returncode == 2
-    assert "  /no/python: Python 3.11 or newer" in done.stderr and "  nvcc (CUDA 12.3 or newer)" in done.stderr
-    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("summary.md", "of an earlier run")]

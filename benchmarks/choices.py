@@ -1,0 +1,37 @@
+"""Which kernels a choice of `illada.ops.variants` is about, by its name: new choices need no entry here."""
+
+from __future__ import annotations
+
+import re
+
+from illada.ops.variants import Variant
+
+#: The kinds of jobs, and the beginnings of the names of the choices that are about them.
+PREFIXES = {
+    "attention_forward": ("attention_forward", "attention_cluster"),
+    "attention_backward": ("attention_backward",),
+    "loss": ("loss", "masked_cross_entropy"),
+    "linear_loss": ("loss", "linear_loss", "linear_masked_cross_entropy"),
+    "sample_tokens": ("sample_tokens",),
+    "linear_sample_tokens": ("linear_sample",),
+    "remask": ("remask",),
+}
+
+
+def concerns(choice: str, kind: str, dim: int | None = None) -> bool:
+    """Whether `choice` may make a difference to jobs of `kind`, with heads of `dim`.
+
+    A name that begins like no kind's, such as "pdl" or "l2_hints", is about all of them; "attention_..." about both
+    directions.
+    """
+    if not any(choice.startswith(prefix) for prefixes in PREFIXES.values() for prefix in prefixes):
+        return kind.startswith("attention") or not choice.startswith("attention")
+    if not choice.startswith(PREFIXES[kind]):
+        return False
+    only = re.search(r"_d(\d+)(_|$)", choice)
+    return dim is None or only is None or int(only[1]) == dim
+
+
+def others(choices: list[Variant], kind: str, dim: int | None = None) -> list[tuple[str, str]]:
+    """(choice, value) of every value that is not the default and may make a difference."""
+    return [(c.name, value) for c in choices if concerns(c.name, kind, dim) for value in c.values if value != c.default]

@@ -1,0 +1,76 @@
+"""Commands with a time limit each, several at a time; what they start ends with them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+LEAST_SECONDS = 5.0  # with less left nothing is begun
+
+
+@dataclass
+class Ended:
+    """What became of a command."""
+
+    name: str
+    code: int | None  # None: it was ended for lack of time, or not begun
+    seconds: float
+    output: str  # stdout and stderr
+
+
+def run(
+    commands: Mapping[str, Sequence[str]],
+    *,
+    at_once: int,
+    limit: float,
+    deadline: float,
+    environment: Mapping[str, str] | None = None,
+    report: Callable[[Ended], None] = lambda ended: None,
+) -> list[Ended]:
+    """Carry out the commands by name, each for at most `limit` seconds, none beyond `deadline` of time.monotonic()."""
+
+    def one(name: str) -> Ended:
+        ended = _run_one(name, commands[name], min(limit, deadline - time.monotonic()), environment)
+        report(ended)
+        return ended
+
+    with ThreadPoolExecutor(at_once) as pool:
+        return list(pool.map(one, commands))
+
+
+def _run_one(name: str, command: Sequence[str], seconds: float, environment: Mapping[str, str] | None) -> Ended:
+    if seconds < LEAST_SECONDS:
+        return Ended(name, None, 0.0, "")
+    began = time.monotonic()
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        errors="replace", start_new_session=True, env={**os.environ, **(environment or {})},
+    )  # fmt: skip
+    try:
+        output, _ = process.communicate(timeout=seconds)
+        return Ended(name, process.returncode, time.monotonic() - began, output)
+    except subprocess.TimeoutExpired:
+        output = ""
+    # INT: pytest still writes what it has
+    for number, patience in ((signal.SIGINT, 10), (signal.SIGKILL, 10)):
+        try:
+            os.killpg(process.pid, number)
+            output, _ = process.communicate(timeout=patience)
+            break
+        except ProcessLookupError:
+            break
+        except subprocess.TimeoutExpired:
+            pass
+    return Ended(name, None, time.monotonic() - began, output)
+
+
+def append(path: str | Path, text: str) -> None:
+    """To a log."""
+    with Path(path).open("a", encoding="utf-8") as file:
+        file.write(text)

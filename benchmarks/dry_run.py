@@ -1,0 +1,19 @@
+"""A dry run: the stages of `run_on_gpu.sh` on a simulator, small enough for two cores. It proves the script alone.
+
+ILLADA_DRY_RUN=1 says that this process is part of one; the script sets it.
+"""
+
+from __future__ import annotations
+
+import os
+
+#: Shapes are small and calls are few.
+ACTIVE = os.environ.get("ILLADA_DRY_RUN") == "1"
+
+
+def prepare() -> None:
+    """To be called in every process before its first CUDA tensor; nothing unless this is a dry run."""
+    if ACTIVE:
+        import torch_on_cusim  # of the simulator, whose folder the script puts on PYTHONPATH
+
+        torch_on_cusim.enable()
