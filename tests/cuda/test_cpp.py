@@ -38,3 +38,9 @@ def test_a_late_warp_holds_the_stages_back(device, tmp_path):
     if torch.cuda.get_device_capability(device) != (9, 0):
         pytest.skip("the GEMM needs compute capability 9.0")
     assert run("gemm_sm90_skip", "90a", tmp_path) == ["512"] * 3
+
+
+def test_static_shared_memory_counts(device, tmp_path):
+    """A kernel is allowed what it has of both kinds together: without, 48 KB and a few bytes are refused."""
+    dynamic = 48 * 1024 - 136
+    assert run("static_shared_memory", "80", tmp_path) == [f"272 static, {dynamic} dynamic, at most {dynamic}; 62"]
