@@ -97,8 +97,9 @@ void fill_zeros(const char* op, const CudaLaunch& launch, void* data, int64_t by
 
 int prepare_kernel(const char* op, const void* kernel, const Device& device, int smem_bytes) {
   struct Prepared {
-    int code = 0;        // compute capability that the code was compiled for
-    int smem_bytes = 0;  // shared memory asked for so far
+    int code = 0;          // compute capability that the code was compiled for
+    int static_bytes = 0;  // shared memory that the kernel has by itself
+    int smem_bytes = 0;    // shared memory asked for so far
   };
   static std::mutex mutex;
   static std::map<std::pair<const void*, int>, Prepared> prepared;
@@ -119,8 +120,9 @@ int prepare_kernel(const char* op, const void* kernel, const Device& device, int
       ILLADA_CUDA_CHECK(op, status);
     }
     entry->second.code = attributes.ptxVersion;
+    entry->second.static_bytes = int(attributes.sharedSizeBytes);
   }
-  if (smem_bytes > 48 * 1024 && smem_bytes > entry->second.smem_bytes) {
+  if (entry->second.static_bytes + smem_bytes > 48 * 1024 && smem_bytes > entry->second.smem_bytes) {
     ILLADA_CUDA_CHECK(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes));
     entry->second.smem_bytes = smem_bytes;
   }

@@ -6,7 +6,10 @@
 // `multiply` in the consumers for each of them, in the same order.
 //
 //   full[s]   the TMA bytes of stage s have landed                         -> consumers
-//   empty[s]  both warpgroups (of both CTAs of a cluster) have read it     -> producer
+//   empty[s]  all eight warps (of both CTAs of a cluster) have read it     -> producer
+//
+// Each warp arrives at empty[s] for itself, after it has seen full[s]. A warp that others arrive for would hold nothing
+// back: full[s] could end two more phases before that warp looks, and it would then wait for a third one.
 //
 // The warpgroups are half a step apart, no more: both wait for the same stages. So what they do with a tile's products
 // is hidden from neither, and should be short.
@@ -51,7 +54,7 @@ class GemmSm90 {
       ptx::prefetch_tensormap(b_map);
       for (int s = 0; s < kStages; ++s) {
         ptx::mbarrier_init(full(s), 1);
-        ptx::mbarrier_init(empty(s), uint32_t(kConsumers * cluster));
+        ptx::mbarrier_init(empty(s), uint32_t(4 * kConsumers * cluster));
       }
       ptx::fence_mbarrier_init();
     }
@@ -131,6 +134,7 @@ class GemmSm90 {
 #pragma unroll 1
     for (int k = 0; k < k_tiles; ++k, ring_.advance()) {
       ptx::mbarrier_wait(full(ring_.stage), ring_.parity);
+      __syncwarp();  // the lane that arrives does so for all
       release(ring_.stage, true);
     }
   }
@@ -154,9 +158,9 @@ class GemmSm90 {
       return ptx::wgmma_descriptor_mn128(smem, 64 * kTileK * 2);
     }
   }
-  // One thread for each CTA of the cluster, which may be just this one.
+  // One lane of each warp for each CTA of the cluster, which may be just this one.
   __device__ __forceinline__ void release(int stage, bool really) const {
-    const int cta = int(threadIdx.x) % 128;
+    const int cta = int(threadIdx.x) % 32;
     ptx::mbarrier_arrive_cluster_if(really && cta < cluster_, empty(stage), uint32_t(cta));
   }
 

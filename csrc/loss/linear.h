@@ -21,11 +21,12 @@ struct LinearPlan {
   // Offsets in bytes. Of the call: the tokens listed, and how many.
   int64_t list = 0, count = 0;
   // Of a chunk: rows of hidden [rows, width], 2^(logit - reference) [rows, prob_stride], their sums and the largest
-  // logit [id_tiles, rows] in log2; of each row the target's logit in log2, the reference, and the factor that makes a
-  // gradient of its probabilities; which pairs of tiles have to be done again; slabs [slab_rows, width]; with
-  // filter_eps the lse in log2 [rows] and which pairs of row tiles x tiles of the vocabulary matter.
-  int64_t hidden = 0, probs = 0, sums = 0, maxima = 0, target_logits = 0, references = 0, factors = 0, again = 0,
-          slabs = 0, lse = 0, live = 0;
+  // logit [id_tiles, rows] in log2, all without the targets; of each row the target (-1: none), its logit (not in
+  // log2), the reference in log2, and the factor that makes a gradient of its probabilities; which pairs of tiles
+  // have to be done again; slabs [slab_rows, width]; with filter_eps the lse in log2 [rows] and which pairs of row
+  // tiles x tiles of the vocabulary matter.
+  int64_t hidden = 0, probs = 0, sums = 0, maxima = 0, targets = 0, target_logits = 0, references = 0, factors = 0,
+          again = 0, slabs = 0, lse = 0, live = 0;
   int64_t bytes = 0;
 };
 LinearPlan plan_linear(const LinearMaskedCrossEntropyParams& params, const Device& device);
@@ -40,6 +41,7 @@ struct LinearChunk {
   uint16_t* hidden;  // bfloat16
   uint16_t* probs;   // bfloat16
   int64_t prob_stride;
+  int32_t* targets;
   float *sums, *maxima, *target_logits, *references, *factors;
   int32_t* again;
   float* lse;     // with `live` alone

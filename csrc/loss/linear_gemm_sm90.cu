@@ -3,7 +3,8 @@
 //
 //                  a [M, K]                        b [K, N]           d [M, N]          what becomes of d
 //   logits         hidden's rows [rows, width]     weight^T           [rows, V]         2^(d - reference) in bfloat16,
-//                                                                                       its sum and the largest d
+//                                                                                       its sum and the largest d;
+//                                                                                       the target's d on its own
 //   hidden_grad    probabilities [rows, V]         weight             [rows, width]     fp32 slabs, one a split of K =
 //   V weight_grad    probabilities^T [V, rows]       hidden's rows      [V, width]        stored, or added
 //
@@ -103,7 +104,9 @@ struct LogitsJob {
   bool keep;   // the probabilities, for gradients
   bool again;  // only the pairs that are marked
   int count, row_pairs;
-  float reference[2];  // of the lane's two rows, loaded before the product: nothing else of the tile waits for memory
+  // Of the lane's two rows, loaded before the product: nothing else of the tile waits for memory.
+  float reference[2];
+  int target[2];
 
   __device__ __forceinline__ void begin(const LinearChunk& c, int) {
     row_pairs = tiles_of(c.used(), kPairRows);
@@ -120,6 +123,8 @@ struct LogitsJob {
     const int row = warp_row + int(threadIdx.x) % 32 / 4;
     reference[0] = c.references[row];
     reference[1] = c.references[row + 8];
+    target[0] = c.targets[row];
+    target[1] = c.targets[row + 8];
   }
   __device__ __forceinline__ void finish(const LinearChunk& c, int i, const Tile& tile, int warp_row,
                                          float (&d)[kTileN / 2], Store& store, const void* out_map) const {
@@ -134,7 +139,7 @@ struct LogitsJob {
     }
     const int row = warp_row + lane / 4;
     float top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
-    boxes<0>(tile, warp_row, d, store, out_map, top, sum);
+    boxes<0>(c, tile, warp_row, d, store, out_map, top, sum);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       top[half] = warp_reduce<4>(top[half], [](float a, float b) { return fmaxf(a, b); });
@@ -150,8 +155,12 @@ struct LogitsJob {
  private:
   // Box by box, so that one is stored while the next is on its way through the exponentials.
   template <int kBox>
-  __device__ __forceinline__ void boxes(const Tile& tile, int warp_row, float (&d)[kTileN / 2], Store& store,
-                                        const void* out_map, float (&top)[2], float (&sum)[2]) const {
+  __device__ __forceinline__ void boxes(const LinearChunk& c, const Tile& tile, int warp_row, float (&d)[kTileN / 2],
+                                        Store& store, const void* out_map, float (&top)[2], float (&sum)[2]) const {
+    const int first_id = tile.n + kBox * Store::kColumns;
+    const bool has_target = uint32_t(target[0] - first_id) < uint32_t(Store::kColumns) ||
+                            uint32_t(target[1] - first_id) < uint32_t(Store::kColumns);
+    if (__any_sync(kFullWarp, has_target)) take_targets<kBox>(c, first_id, warp_row, d);
 #pragma unroll
     for (int n = 0; n < Store::kColumns / 2; ++n) {
       float& x = d[kBox * Store::kColumns / 2 + n];
@@ -161,7 +170,34 @@ struct LogitsJob {
       sum[half] += x;
     }
     if (keep) store.store_box<kBox>(d, out_map, tile.n, warp_row, false);
-    if constexpr ((kBox + 1) * Store::kColumns < kTileN) boxes<kBox + 1>(tile, warp_row, d, store, out_map, top, sum);
+    if constexpr ((kBox + 1) * Store::kColumns < kTileN)
+      boxes<kBox + 1>(c, tile, warp_row, d, store, out_map, top, sum);
+  }
+
+  // The targets' logits of the box, which begins at first_id, go to memory and are no part of the sums: 1 - p is the
+  // sum of the other probabilities (linear_rows_sm90.cu). Rare: it is by whole warps, but few of them come here.
+  template <int kBox>
+  __device__ __forceinline__ void take_targets(const LinearChunk& c, int first_id, int warp_row,
+                                               float (&d)[kTileN / 2]) const {
+    const int lane = int(threadIdx.x) % 32;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int wanted = target[half] - first_id - lane % 4 * 2;  // of the lane's columns 0, 1, 8, 9, ..
+      float logit = 0;
+      bool found = false;
+#pragma unroll
+      for (int j = 0; j < Store::kColumns / 8; ++j) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& own = d[kBox * Store::kColumns / 2 + 4 * j + 2 * half + e];
+          if (wanted != 8 * j + e) continue;
+          logit = own;
+          own = -INFINITY;
+          found = true;
+        }
+      }
+      if (found) c.target_logits[warp_row + lane / 4 + 8 * half] = logit;
+    }
   }
 };
 

@@ -81,6 +81,7 @@ LinearPlan plan_linear(const LinearMaskedCrossEntropyParams& p, const Device& gp
   plan.hidden = place(rows * p.width * 2);
   plan.sums = place(plan.id_tiles * rows * 4);
   plan.maxima = place(plan.id_tiles * rows * 4);
+  plan.targets = place(4 * rows);
   plan.target_logits = place(4 * rows);
   plan.references = place(4 * rows);
   plan.factors = place(4 * rows);
@@ -148,6 +149,7 @@ void linear_masked_cross_entropy_cuda(const LinearMaskedCrossEntropyParams& p) {
   chunk.prob_stride = plan.prob_stride;
   chunk.sums = floats(plan.sums);
   chunk.maxima = floats(plan.maxima);
+  chunk.targets = reinterpret_cast<int32_t*>(base + plan.targets);
   chunk.target_logits = floats(plan.target_logits);
   chunk.references = floats(plan.references);
   chunk.factors = floats(plan.factors);

@@ -2,11 +2,16 @@
 // side by side, what a row's sums mean, and hidden's gradient back at the tokens' places.
 //
 // References. The logits kernel keeps 2^(x - reference) in bfloat16 and wants references before it knows any logit x
-// (here and below in log2). The target's own logit y is a dot product that can be had beforehand: with y + 30 as
-// reference no probability from 2^-96 on is lost (bfloat16 ends at 2^-126), and nothing overflows while the row's sum
-// is below 2^64, that is while the target's nll is below 94 in log2, 65 nats. Rows beyond that take their largest
+// (here and below in log2). The target's own logit y is a dot product that can be had beforehand, nearly: with y + 30
+// as reference no probability from 2^-96 on is lost (bfloat16 ends at 2^-126), and nothing overflows while the row's
+// sum is below 2^64, that is while the target's nll is below 94 in log2, 65 nats. Rows beyond that take their largest
 // logit, which the logits kernel finds on the way, and their tiles are multiplied once more: the launch is always
 // there, and ends at once where nothing is to be done.
+//
+// The target. wgmma rounds sums toward zero, once per 16 products, so that a logit of 20 with 4096 products is 1e-4 to
+// 4e-4 smaller than that of the dot product above. The loss and the gradients are made of wgmma's logits alone: the
+// logits kernel sets the target's apart and sums up the other probabilities. Their sum is 1 - p, also where p is almost
+// 1, and never negative.
 #include "common/dependent_launch.h"
 #include "common/dtype.cuh"
 #include "common/online_softmax.cuh"
@@ -59,7 +64,7 @@ __device__ __forceinline__ int64_t target_of(const LinearMaskedCrossEntropyParam
                              : static_cast<const int32_t*>(p.targets)[token];
 }
 
-// A CTA a row: hidden's row in bfloat16, zeros to the end of the pair of tiles, and the target's logit.
+// A CTA a row: hidden's row in bfloat16, zeros to the end of the pair of tiles, the target and the reference.
 constexpr int kRowThreads = 128;
 template <typename T>
 __global__ __launch_bounds__(kRowThreads) void illada_linear_masked_cross_entropy_gather(
@@ -105,9 +110,8 @@ __global__ __launch_bounds__(kRowThreads) void illada_linear_masked_cross_entrop
   if (threadIdx.x == 0) {
     float logit = 0;
     for (float sum : warp_sums) logit += sum;
-    logit = has_target ? logit * kLog2eF : 0.0f;
-    c.target_logits[r] = logit;
-    c.references[r] = logit + kReferenceAboveTarget;
+    c.targets[r] = has_target ? int32_t(target) : -1;
+    c.references[r] = (has_target ? logit * kLog2eF : 0.0f) + kReferenceAboveTarget;
   }
 }
 
@@ -119,33 +123,32 @@ __global__ __launch_bounds__(kRowThreads) void illada_linear_masked_cross_entrop
 constexpr int kStatisticsRows = 32, kStatisticsWarps = 8;
 static_assert(kPairRows % kStatisticsRows == 0);
 
-// What the sums of row r mean; true where they are worth nothing, for lack of range.
+// What the sum over all ids but the target means for row r; true where it is worth nothing, for lack of range.
 __device__ __forceinline__ bool finish_row(const LinearMaskedCrossEntropyParams& p, const LinearChunk& c, int r,
-                                           float sum, float top, bool again, bool keep) {
+                                           float others, float top, bool again, bool keep) {
   const int token = token_of(p, c, r);
   c.factors[r] = 0;
   if (c.lse) c.lse[r] = INFINITY;
   if (token < 0) return false;
+  const int target = c.targets[r];
+  const float reference = c.references[r];
+  // The target's term, as the logits kernel makes those of the others.
+  const float logit = target >= 0 ? c.target_logits[r] : -INFINITY;
+  const float exponent = fmaf(logit, kLog2eF, -reference), own = exp2_approx(exponent), sum = others + own;
   if (!again && !(sum < kMostSum)) {
-    c.references[r] = top;
+    c.references[r] = fmaxf(top, logit * kLog2eF);
     return true;
   }
-  const int64_t target = target_of(p, token);
-  if (target < 0 || target >= p.vocab_size) {
+  if (target < 0) {
     p.nll[token] = NAN;
     return false;
   }
-  const float logit = c.target_logits[r], reference = c.references[r];
   if (c.lse) c.lse[r] = reference + log2f(sum);
-  float nll = reference - logit + log2f(sum);
-  if (nll < 1) nll = log2f(exp2f(reference - logit) * sum);  // where p is almost 1, without the digits that cancel
-  p.nll[token] = nll < 0 ? 0.0f : nll * kLn2F;               // the logit and the sum were rounded differently
+  p.nll[token] = others < own ? log1pf(others / own) : (log2f(sum) - exponent) * kLn2F;
   const float normalizer = p.normalizer ? *p.normalizer : 1.0f;
   c.factors[r] = p.weights[token] * p.scale / normalizer / sum;
-  // p - 1 of the target, from its fp32 logit: what bfloat16 has kept of it would not do where p is almost 1.
-  if (keep)
-    reinterpret_cast<BFloat16*>(c.probs)[r * c.prob_stride + target].bits =
-        uint16_t(pack2<BFloat16>(exp2f(logit - reference) - sum, 0));
+  if (keep)  // p - 1
+    reinterpret_cast<BFloat16*>(c.probs)[r * c.prob_stride + target].bits = uint16_t(pack2<BFloat16>(-others, 0));
   return false;
 }
 
@@ -178,7 +181,7 @@ __global__ __launch_bounds__(32 * kStatisticsWarps) void illada_linear_masked_cr
   }
   if (again && c.live) {
     const float lse = r < used ? c.lse[r] : INFINITY;
-    const int64_t target = lse < INFINITY ? target_of(p, token_of(p, c, r)) : -1;
+    const int target = lse < INFINITY ? c.targets[r] : -1;
     for (int tile = warp; tile < c.id_tiles; tile += kStatisticsWarps) {
       const float top = lse < INFINITY ? c.maxima[int64_t(tile) * c.rows + r] : -INFINITY;
       const bool matters = exp2f(top - lse) >= p.filter_eps || (target >= 0 && target / kTileIds == tile);

@@ -75,18 +75,94 @@ def test_fused_matches_fp64(case, device, generator):
     assert got[1].min() >= 0
 
 
-def test_sure_rows_keep_their_gradient(device, generator):
-    # The target's probability is 1 - 1e-3 .. 1 - 1e-7: in bfloat16 it would be 1, and the gradient gone.
-    vocab, width = 500, 64
+# ------------------------------------------------------------------------------------------- rows the model is sure of
+
+SURE = [  # C, V, the targets' logits from .. to: what the row is for
+    (64, 500, 18, 30),  # p is 1 - 0.1 .. 1 - 1e-8
+    (4096, 500, 8, 24),  # iLLaDA's width: 256 sums that the tensor cores round toward zero
+    (4096, 257, 40, 60),  # 1 - p is 1e-24: fp32 and fp64 have nothing of it beside p
+]
+
+
+def make_sure(case, rows, generator):
+    """hidden, weight, targets: the target's logit goes over the range, the others are noise."""
+    width, vocab, low, high = case
     weight = torch.nn.functional.normalize(torch.randn(vocab, width, generator=generator)).to(BF16)
-    targets = torch.randint(vocab, (40,), generator=generator)
-    hidden = (weight[targets].float() * torch.linspace(18, 30, 40)[:, None]).to(BF16)
+    targets = torch.randint(vocab, (rows,), generator=generator)
+    hidden = (weight[targets].float() * torch.linspace(low, high, rows)[:, None]).to(BF16)
+    return hidden, weight, targets
+
+
+def exact_sure(hidden, weight, targets):
+    """nll, 1 - p and hidden's gradient in float64, without a difference of numbers that are almost the same."""
+    logits, row = hidden.double() @ weight.double().T, torch.arange(len(targets))
+    terms = (logits - logits[row, targets, None]).exp()
+    terms[row, targets] = 0
+    others = terms.sum(1)
+    rest = others / (1 + others)
+    terms /= (1 + others)[:, None]
+    terms[row, targets] = -rest
+    return others.log1p(), rest, terms @ weight.double()
+
+
+def error_of_logits(hidden, weight, targets):
+    """The most that sums rounded toward zero after each 16 products may be off, for each row: the largest one there is,
+    times fp32's 2^-23, at each of the steps; its logit and that of another id may be that far apart."""
+    return 2.0**-23 * (hidden.double() * weight[targets].double()).sum(1) * hidden.shape[1] / 16 + 1e-5
+
+
+@pytest.mark.parametrize("case", SURE)
+def test_sure_rows_keep_their_gradient(case, device, generator):
+    # In bfloat16 the target's probability would be 1, and the gradient gone; in fp32 it would be noise.
+    hidden, weight, targets = make_sure(case, 40, generator)
     inputs = [x.to(device) for x in (hidden, weight, targets, torch.ones(40))]
-    got = results(illada.linear_masked_cross_entropy, *inputs)
-    want, _ = expected(*inputs)
-    assert 1e-8 < want[1].min() < want[1].max() < 0.1
-    assert (got[1] - want[1]).abs().max() < 5e-6  # lse and logit are sums in float32, of 25 nats
-    assert ((got[2].double() - want[2]).norm(dim=1) < 5e-6 + 0.02 * want[2].norm(dim=1)).all()
+    nll, d_hidden = results(illada.linear_masked_cross_entropy, *inputs)[1:3]
+    with torch.no_grad():
+        assert torch.equal(illada.linear_masked_cross_entropy(*inputs, return_nll=True)[1].cpu(), nll)
+    want, _, gradient = exact_sure(hidden, weight, targets)
+    assert 0 < want.min() < 1e-6 and want.max() < 0.2
+    limit = error_of_logits(hidden, weight, targets)
+    assert ((nll - want).abs() <= limit * want).all()
+    # The other probabilities, p - 1 and the result are rounded to bfloat16, 2^-9 of each.
+    assert ((d_hidden.double() - gradient).norm(dim=1) <= (limit + 2**-7) * gradient.norm(dim=1)).all()
+    assert ((d_hidden.double() * weight[targets].double()).sum(1) < 0).all()  # a step down makes the target likelier
+
+
+def wgmma_logits(hidden, weight):
+    """hidden @ weight^T as the tensor cores of an H100 sum it: 16 products and the sum so far, each cut off 25 bits
+    below the largest exponent; their sum rounded to fp32 toward zero. [MMA-Sim, arXiv 2512.07004]"""
+    x, w = hidden.double(), weight.double()
+    total = torch.zeros(len(x), len(w), dtype=torch.float64)
+    for k in range(0, x.shape[1], 16):
+        terms = torch.cat([x[:, None, k : k + 16] * w[None, :, k : k + 16], total[..., None]], -1)
+        exponents = torch.frexp(x[:, k : k + 16])[1][:, None] + torch.frexp(w[:, k : k + 16])[1][None] - 2
+        exponents = torch.cat([exponents, torch.frexp(total)[1][..., None] - 1], -1)
+        largest = exponents.masked_fill(terms == 0, -200).amax(-1, keepdim=True)
+        cut = torch.ldexp(torch.ldexp(terms, 25 - largest).trunc(), largest - 25).sum(-1)
+        mantissa, exponent = torch.frexp(cut)
+        total = torch.ldexp(torch.ldexp(mantissa, torch.tensor(24)).trunc(), exponent - 24)
+    return total.float()
+
+
+def test_sums_rounded_toward_zero(generator):
+    """Why the logits kernel sets the target's logit apart. A dot product in fp32, rounded to nearest, less the sum over
+    all ids is the wrong p - 1: it moves tokens away from their targets."""
+    hidden, weight, targets = make_sure((4096, 48, 16, 24), 16, generator)
+    logits, row = wgmma_logits(hidden, weight), torch.arange(16)
+    error, limit = logits - hidden.double() @ weight.double().T, error_of_logits(hidden, weight, targets)
+    assert (error[row, targets] < -1e-5).all() and (error.abs().amax(1) <= limit).all()
+
+    log2e = torch.tensor(1.44269504)
+    dot = (hidden.float() * weight[targets].float()).view(16, 32, -1).sum(1).sum(1)
+    above = dot * log2e + 30
+    terms = (logits * log2e - above[:, None]).exp2()
+    assert ((dot * log2e - above).exp2() > terms.sum(1)).all()
+
+    own = terms[row, targets]
+    others = terms.index_put((row, targets), torch.tensor(0.0)).sum(1)
+    nll, rest, _ = exact_sure(hidden, weight, targets)
+    assert ((others / (others + own) - rest).abs() <= limit * rest).all()
+    assert (((others / own).log1p() - nll).abs() <= limit * nll).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])

@@ -1,0 +1,46 @@
+"""Programs of tests/cpp, which call parts of the library that Python does not reach. Needs an nvcc and the sources."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+NVCC = shutil.which(os.environ.get("CUDACXX") or "nvcc")
+pytestmark = [
+    pytest.mark.skipif(not (ROOT / "csrc").exists(), reason="needs a source checkout"),
+    pytest.mark.skipif(NVCC is None, reason="needs nvcc: set CUDACXX or PATH"),
+]
+
+
+def run(name: str, arch: str, folder: Path) -> list[str]:
+    """What tests/cpp/`name`.cu prints, a line each."""
+    program, csrc = folder / name, ROOT / "csrc"
+    subprocess.run(
+        # PTX and a shared runtime, as in the preset "sim": a GPU takes them as well.
+        [NVCC, "-std=c++17", "-O2", "-gencode", f"arch=compute_{arch},code=compute_{arch}", "--no-compress",
+         "-cudart", "shared", "-Xlinker", f"-rpath={Path(NVCC).resolve().parent.parent / 'lib64'}",
+         f"-I{csrc}", f"-I{csrc / 'include'}", ROOT / "tests" / "cpp" / f"{name}.cu",
+         *(csrc / "common" / f"{part}.cpp" for part in ("device", "tensor_map", "variants")), "-o", program],
+        check=True,
+    )  # fmt: skip
+    # A kernel that hangs ends with its process, and not with the tests.
+    said = subprocess.run([program], capture_output=True, text=True, timeout=120)
+    assert said.returncode == 0, said.stderr
+    return said.stdout.splitlines()
+
+
+def test_a_late_warp_holds_the_stages_back(device, tmp_path):
+    """A warp that only skips a tile must not miss two phases of a barrier: it would wait for a third one."""
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        pytest.skip("the GEMM needs compute capability 9.0")
+    assert run("gemm_sm90_skip", "90a", tmp_path) == ["512"] * 3
+
+
+def test_static_shared_memory_counts(device, tmp_path):
+    """A kernel is allowed what it has of both kinds together: without, 48 KB and a few bytes are refused."""
+    dynamic = 48 * 1024 - 136
+    assert run("static_shared_memory", "80", tmp_path) == [f"272 static, {dynamic} dynamic, at most {dynamic}; 62"]
