@@ -7,6 +7,9 @@
 
 #include "cpu/denormals.h"
 #include "illada/illada.h"
+#if defined(ILLADA_WITH_CUDA)
+#include "remask/launch.h"
+#endif
 
 namespace py = pybind11;
 using namespace illada;
@@ -285,6 +288,22 @@ void linear_masked_cross_entropy(const LinearLossArguments& arguments, const Lau
   loss::linear_masked_cross_entropy_cuda(p);
 }
 
+// How linear_sample_tokens shares out its work on a GPU of so many multiprocessors, for tests: (CTAs of a cluster,
+// ranges of the vocabulary, chunks of 32 ids in a range, tasks), a task being (CTA, row tile, range or one past the
+// last: none, tiles that it takes, tiles of its neighbour).
+py::tuple head_plan(int64_t num_rows, int64_t vocab_size, int sm_count) {
+  const remask::HeadPlan plan = remask::plan_head(num_rows, vocab_size, sm_count);
+  py::list tasks;
+  for (int item = 0; item < plan.items(); ++item) {
+    for (int rank = 0; rank < plan.cluster; ++rank) {
+      const remask::HeadTask task = plan.task(item, rank);
+      tasks.append(py::make_tuple(item % plan.clusters * plan.cluster + rank, task.row_tile, task.slot,
+                                  task.slot < plan.slots ? plan.tiles(task.slot) : 0, task.tiles));
+    }
+  }
+  return py::make_tuple(plan.cluster, plan.slots, plan.chunks, tasks);
+}
+
 // Of each choice: name, environment, description, values (the first one is the default), value in use.
 py::list list_variants() {
   py::list all;
@@ -415,6 +434,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("sample_tokens_workspace", &remask::sample_tokens_workspace);
   m.def("linear_sample_tokens", &linear_sample_tokens);
   m.def("linear_sample_tokens_workspace", &linear_sample_tokens_workspace);
+  m.def("head_plan", &head_plan);
   m.def("linear_masked_cross_entropy", &linear_masked_cross_entropy);
   m.def("linear_masked_cross_entropy_workspace", &linear_masked_cross_entropy_workspace);
   m.def("variants", &list_variants);

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "common/check.h"
@@ -93,13 +95,52 @@ void sample_tokens_cuda(const SampleTokensParams& p) {
 }
 
 HeadPlan plan_head(int64_t num_rows, int64_t vocab_size, int sm_count) {
+  // In tiles: an item's beginning and end (the rows' keys and temperatures, their records).
+  constexpr double kItemOverhead = 0.1;
+  // Records of a row, 48 bytes each, are read again by the kernel that merges them.
+  constexpr int64_t kMostSlots = 160;
+  constexpr int kMoreRounds = 48;
   HeadPlan plan;
   plan.row_tiles = int((num_rows + HeadPlan::kTileRows - 1) / HeadPlan::kTileRows);
-  plan.cluster = plan.row_tiles % 2 == 0 ? 2 : 1;
-  const int64_t chunks = (vocab_size + HeadPlan::kChunkIds - 1) / HeadPlan::kChunkIds;
-  const int64_t slots = std::clamp<int64_t>(sm_count / plan.row_tiles, 1, chunks);
-  plan.chunks = int((chunks + slots - 1) / slots);
-  plan.slots = int((chunks + plan.chunks - 1) / plan.chunks);
+  const int64_t all = (vocab_size + HeadPlan::kChunkIds - 1) / HeadPlan::kChunkIds;
+  const auto ranges_of = [&](int64_t most) {  // of equal size, the last one may be smaller
+    const int64_t chunks = (all + most - 1) / most;
+    return std::pair<int64_t, int64_t>((all + chunks - 1) / chunks, chunks);
+  };
+  plan.all_chunks = int(all);
+  int64_t slots = 0, chunks = 0;
+  if (plan.row_tiles == 1 || sm_count < 2) {  // memory-bound: the CTAs share out the weight to the chunk
+    std::tie(slots, chunks) = ranges_of(std::min<int64_t>(std::max(sm_count, 1), all));
+    plan.clusters = int(slots);
+  } else {
+    plan.cluster = 2;
+    const int64_t clusters = sm_count / 2, pairs = (plan.row_tiles + 1) / 2;
+    plan.groups = int(std::max<int64_t>((pairs + HeadPlan::kGroupPairs / 2) / HeadPlan::kGroupPairs, 1));
+    // With several groups, the clusters that run at the same time belong to one or two of them.
+    const int64_t whole_tiles = (all + HeadPlan::kTileChunks - 1) / HeadPlan::kTileChunks;
+    const int64_t least =
+        plan.groups == 1 ? 1 : std::min((clusters + HeadPlan::kGroupPairs - 1) / HeadPlan::kGroupPairs, whole_tiles);
+    const int64_t first = std::max<int64_t>((plan.row_tiles * least + 2 * clusters - 1) / (2 * clusters), 1);
+    double best_cost = std::numeric_limits<double>::infinity();
+    for (int64_t rounds = first; rounds < first + kMoreRounds; ++rounds) {
+      // The most ranges that the clusters finish in so many items each.
+      const int64_t most = std::min(2 * rounds * clusters / plan.row_tiles, all);
+      const auto [found, size] = ranges_of(most);
+      if (found > kMostSlots && chunks) break;
+      const int64_t items = (plan.row_tiles * found + 1) / 2;
+      const int64_t tiles = (size + HeadPlan::kTileChunks - 1) / HeadPlan::kTileChunks;
+      const double cost = double((items + clusters - 1) / clusters) * (double(tiles) + kItemOverhead);
+      if (cost < best_cost) {
+        best_cost = cost;
+        slots = found;
+        chunks = size;
+      }
+      if (most == all) break;
+    }
+  }
+  plan.slots = int(slots);
+  plan.chunks = int(chunks);
+  if (plan.cluster == 2) plan.clusters = std::min(plan.items(), sm_count / 2);
   return plan;
 }
 
@@ -140,6 +181,9 @@ void linear_sample_tokens_cuda(const LinearSampleTokensParams& p) {
                                "bfloat16, 16-byte aligned rows and a width that is a multiple of 8; got ", gpu.name,
                                ", built archs ", build_info().cuda_archs, ", ", name(p.sample.dtype), ", width ",
                                p.width);
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max() - 512;  // ids and rows of whole tiles are int32
+  ILLADA_CHECK(p.sample.num_rows <= kMost && p.sample.vocab_size <= kMost, kOp,
+               "more than 2^31 - 513 rows or ids: ", p.sample.num_rows, " rows, ", p.sample.vocab_size, " ids");
   const HeadPlan plan = plan_head(p.sample.num_rows, p.sample.vocab_size, gpu.sm_count);
   const int64_t needed = head_workspace(p, plan), n = p.sample.num_rows;
   ILLADA_CHECK(p.sample.workspace_bytes >= needed, kOp, "workspace must have ", needed, " bytes, got ",

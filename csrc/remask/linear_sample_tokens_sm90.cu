@@ -1,15 +1,16 @@
 // linear_sample_tokens on sm_90a: logits[n, v] = hidden[n] . weight[v], reduced where they are, in the accumulators.
 //
-// A CTA owns a tile of 128 rows and a range of the vocabulary, and walks over the range in tiles of 256 ids (the main
-// loop is common/gemm_sm90.cuh's). The two warpgroups reduce their tile into per-row states in registers
-// (row_sample.cuh). At the end of the range the four lanes that share a row merge, leave their records in the
-// workspace, and illada_sample_tokens_combine finishes.
+// A CTA takes a tile of 128 rows and a range of the vocabulary at a time (HeadPlan says which), and walks over the
+// range in tiles of 256 ids (the main loop is common/gemm_sm90.cuh's). The two warpgroups reduce their tile into
+// per-row states in registers (row_sample.cuh). At the end of the range the four lanes that share a row merge, leave
+// their records in the workspace, and illada_sample_tokens_combine finishes.
 //
 // Few rows: rows beyond N are not loaded and not multiplied, and the weight passes once through the chip at memory
 // speed: 2 V C bytes (424 us at 3 TB/s for V 155,136, C 4096). The tensor cores need 2 * 64 V C flop for up to 64 rows,
 // a fifth of that time, so nothing is gained by giving the weight the M side. Up to 128 rows: two fifths. Many rows:
-// 2 N V C flop; CTAs of neighbouring row tiles take the same range in step, so the weight comes from memory once and
-// from the L2 cache after that, and pairs of them (clusters) load each weight tile once, half each, for both.
+// 2 N V C flop; CTAs of neighbouring row tiles take the same range in step, so the weight comes from memory once for a
+// group of row tiles and from the L2 cache after that, and pairs of them (clusters) load each weight tile once, half
+// each, for both. The CTAs are persistent: a cluster's next item is on its way while the last one is reduced.
 #include <cuda.h>
 
 #include <type_traits>
@@ -37,44 +38,51 @@ __global__ __launch_bounds__(Gemm<T>::kThreads, 1) void illada_linear_sample_tok
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ char raw_shared[];
   constexpr int kTileM = Gemm<T>::kTileM, kTileN = Gemm<T>::kTileN;
-  static_assert(kTileM == HeadPlan::kTileRows);
-  const int row_tile = int(blockIdx.x) % plan.row_tiles, slot = int(blockIdx.x) / plan.row_tiles;
-  const int first_row = row_tile * kTileM, rows = int(min(p.num_rows - first_row, int64_t(kTileM)));
-  const int64_t first_id = int64_t(slot) * plan.chunks * kChunk;
-  const int64_t end_id = min(first_id + int64_t(plan.chunks) * kChunk, p.vocab_size);
-  const int tiles = int((end_id - first_id + kTileN - 1) / kTileN);
-
+  static_assert(kTileM == HeadPlan::kTileRows && kTileN == HeadPlan::kTileChunks * kChunk);
   Gemm<T> gemm(raw_shared, &hidden_map, &weight_map, plan.cluster);
   wait_for_previous_kernel(launch);
+  const int first_item = int(blockIdx.x) / plan.cluster, items = plan.items();
 
   if (threadIdx.x >= Gemm<T>::kProducerThread) {  // ----------------------------------------------------- producer
     Gemm<T>::Registers::as_producer();
     if (threadIdx.x == Gemm<T>::kProducerThread) {
-      for (int tile = 0; tile < tiles; ++tile) {
-        const int64_t tile_id = first_id + int64_t(tile) * kTileN;
-        const int chunks = int(min((end_id - tile_id + kChunk - 1) / kChunk, int64_t(kTileN / kChunk)));
-        gemm.load(first_row, int(tile_id), 0, k_tiles, chunks);
+      for (int item = first_item; item < items; item += plan.clusters) {
+        const HeadTask task = plan.task(item, gemm.rank());
+        const int first_chunk = task.slot * plan.chunks, end_chunk = min(first_chunk + plan.chunks, plan.all_chunks);
+        for (int tile = 0; tile < task.tiles; ++tile) {
+          const int chunk = first_chunk + tile * HeadPlan::kTileChunks;
+          // None where only the neighbour has a tile.
+          const int chunks = max(min(end_chunk - chunk, HeadPlan::kTileChunks), 0);
+          gemm.load(task.row_tile * kTileM, chunk * kChunk, 0, k_tiles, chunks, task.shares);
+        }
       }
     }
   } else {  // ------------------------------------------------------------------------------------------- consumers
     Gemm<T>::Registers::as_consumer();
     const int warpgroup = int(threadIdx.x) / 128, lane = int(threadIdx.x) % 32;
-    const int my_row = first_row + warpgroup * 64 + int(threadIdx.x) % 128 / 32 * 16 + lane / 4;
-    const bool has_rows = warpgroup * 64 < rows;  // the same for the whole warpgroup
-    // Rows past the end repeat the last one: harmless, and not written.
-    const int64_t row[2] = {min(int64_t(my_row), p.num_rows - 1), min(int64_t(my_row) + 8, p.num_rows - 1)};
-    RowPair<kWantExtras> pair(p, row);
-
-    float d[kTileN / 2];
-    for (int tile = 0; tile < tiles; ++tile) {
-      if (has_rows) {
-        gemm.multiply(d, warpgroup, k_tiles);
-        pair.reduce(d, p, row, first_id + int64_t(tile) * kTileN, end_id);
-      } else {
-        gemm.skip(k_tiles);
+    const int row_of_tile = int(threadIdx.x) / 32 * 16 + lane / 4;  // and 8 rows below it
+    for (int item = first_item; item < items; item += plan.clusters) {
+      HeadTask task = plan.task(item, gemm.rank());
+      const int first_row = task.row_tile * kTileM, last_row = int(p.num_rows) - 1;
+      // The same for the whole warpgroup: without rows, and where only the neighbour has a tile, stages are passed on.
+      const bool takes_part = first_row + warpgroup * 64 <= last_row && task.slot < plan.slots;
+      if (!takes_part) {
+        gemm.skip(task.tiles * k_tiles);
+        continue;
       }
-    }
-    if (has_rows) {
+      // Rows past the end repeat the last one: harmless, and not written.
+      const int row[2] = {min(first_row + row_of_tile, last_row), min(first_row + row_of_tile + 8, last_row)};
+      RowPair<kWantExtras> pair(p, row);
+
+      const int end_id = int(min(int64_t(task.slot + 1) * plan.chunks * kChunk, p.vocab_size));
+      float d[kTileN / 2];
+      for (int id = task.slot * plan.chunks * kChunk; id < end_id; id += kTileN) {
+        gemm.multiply(d, warpgroup, k_tiles);
+        pair.reduce(d, p, row, id, end_id);
+      }
+      asm volatile("" : "+r"(item));  // what follows from it is found anew, and takes no registers in the loop
+      task = plan.task(item, gemm.rank());
+      gemm.skip((task.tiles - plan.tiles(task.slot)) * k_tiles);
       const RowRecords records = records_of(plan);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -82,10 +90,10 @@ __global__ __launch_bounds__(Gemm<T>::kThreads, 1) void illada_linear_sample_tok
         state.merge_leader(1);
         state.merge_leader(2);
         state.softmax.template merge_lanes<4>();
-        const int64_t own = my_row + 8 * i;
+        const int64_t own = task.row_tile * kTileM + row_of_tile + 8 * i;
         if (lane % 4 == 0 && own < p.num_rows) {
-          static_cast<LeaderRecord*>(p.workspace)[own * records.leaders + slot] = state.leader_record();
-          softmax_records(p.workspace, p.num_rows, records, own)[slot] = record_of(state.softmax);
+          static_cast<LeaderRecord*>(p.workspace)[own * records.leaders + task.slot] = state.leader_record();
+          softmax_records(p.workspace, p.num_rows, records, own)[task.slot] = record_of(state.softmax);
         }
       }
     }
@@ -125,7 +133,7 @@ void launch(const LinearSampleTokensParams& p, const Device& device, const HeadP
   const CUtensorMap weight_map =
       tensor_map_k128(kOp, {p.weight, s.dtype, s.vocab_size, p.width, p.weight_row_stride}, kChunk);
   LaunchShape shape;
-  shape.grid = dim3(unsigned(plan.row_tiles * plan.slots));
+  shape.grid = dim3(unsigned(plan.clusters * plan.cluster));
   shape.block = dim3(Gemm<T>::kThreads);
   shape.smem_bytes = Gemm<T>::kSmemBytes;
   shape.cluster = plan.cluster;

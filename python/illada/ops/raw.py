@@ -109,6 +109,15 @@ def linear_sample_tokens_workspace(hidden: Tensor, weight: Tensor, rows: Tensor 
     return None if size < 0 else size
 
 
+def head_plan(rows: int, vocab_size: int, sm_count: int) -> tuple[int, int, int, list[tuple[int, int, int, int, int]]]:
+    """How `linear_sample_tokens` shares out its work on sm_90a, for tests: what each CTA takes, in its order.
+
+    Returns (CTAs of a cluster, ranges of the vocabulary, chunks of 32 ids in a range, tasks). A task is (CTA, row tile,
+    range, tiles of 128 rows x 256 ids, tiles of its cluster): the CTA waits while its neighbour has more of them.
+    """
+    return native().head_plan(rows, vocab_size, sm_count)
+
+
 def linear_sample_tokens(
     out: TokenSample,
     hidden: Tensor,
