@@ -51,7 +51,36 @@ Entry& entry<ProgrammaticLaunch>() {
   return it;
 }
 
-std::vector<Entry*> entries() { return {&entry<ProgrammaticLaunch>()}; }
+template <>
+Entry& entry<SampleTokensLoads>() {
+  static Entry it{"sample_tokens",
+                  "ILLADA_VARIANT_SAMPLE_TOKENS",
+                  "16-bit logits on their way to an SM: 32 KB to registers, or 64 or 128 KB to shared memory",
+                  {"registers_32k", "shared_64k", "shared_128k"}};
+  return it;
+}
+
+template <>
+Entry& entry<LossGradients>() {
+  static Entry it{"loss_gradients",
+                  "ILLADA_VARIANT_LOSS_GRADIENTS",
+                  "the gradient GEMMs of linear_masked_cross_entropy on sm_90a: our own, or torch.mm (from Python)",
+                  {"fused", "mm"}};
+  return it;
+}
+
+template <>
+Entry& entry<LossOrder>() {
+  static Entry it{"loss_order",
+                  "ILLADA_VARIANT_LOSS_ORDER",
+                  "which gradient of linear_masked_cross_entropy is made first from a chunk's probabilities",
+                  {"hidden_first", "weight_first"}};
+  return it;
+}
+
+std::vector<Entry*> entries() {
+  return {&entry<ProgrammaticLaunch>(), &entry<SampleTokensLoads>(), &entry<LossGradients>(), &entry<LossOrder>()};
+}
 
 }  // namespace
 
@@ -60,6 +89,9 @@ Choice variant() {
   return Choice(entry<Choice>().value());
 }
 template ProgrammaticLaunch variant<ProgrammaticLaunch>();
+template SampleTokensLoads variant<SampleTokensLoads>();
+template LossGradients variant<LossGradients>();
+template LossOrder variant<LossOrder>();
 
 std::vector<Variant> variants() {
   std::vector<Variant> all;

@@ -7,6 +7,9 @@
 namespace illada {
 
 enum class ProgrammaticLaunch { kEarly, kWait, kOff };
+enum class SampleTokensLoads { kRegisters, kShared64, kShared128 };
+enum class LossGradients { kFused, kMm };
+enum class LossOrder { kHiddenFirst, kWeightFirst };
 
 // The value in use.
 template <typename Choice>

@@ -33,9 +33,20 @@ struct RowPair {
     any_noise = __any_sync(kFullWarp, temperature[0] > 0 || temperature[1] > 0);
   }
 
+  // What other CTAs have found out about the rows: [num_rows] as ordered() makes it, or null. It prunes, no more.
+  __device__ __forceinline__ void read_bounds(const int32_t* bounds, const int (&row)[2], int32_t (&seen)[2]) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      seen[i] = bounds ? *static_cast<const volatile int32_t*>(bounds + row[i]) : ordered(-FLT_MAX);
+  }
+  __device__ __forceinline__ void apply_bounds(const int32_t (&seen)[2]) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) bound[i] = fmaxf(bound[i], from_ordered(seen[i]));
+  }
+
   // d[4 j + 2 i + e] is the logit of row i and id tile_id + 8 j + 2 (lane % 4) + e; ids from end_id on do not count.
   __device__ __forceinline__ void reduce(float (&d)[128], const SampleTokensParams& p, const int (&row)[2], int tile_id,
-                                         int end_id) {
+                                         int end_id, int32_t* bounds) {
     const int column = 2 * int(threadIdx.x % 4), left = min(end_id - tile_id, kIds);
     if (left < kIds) {
 #pragma unroll
@@ -78,7 +89,7 @@ struct RowPair {
         state[i].leader = {double(top), tile_id + column + found, top};
       }
     }
-    if (any_noise) race(d, maximum, p, row, tile_id);
+    if (any_noise) race(d, maximum, p, row, tile_id, bounds);
   }
 
  private:
@@ -111,15 +122,17 @@ struct RowPair {
     u[1][1] = odd ? w.word[3] : b;
   }
 
-  // The best of the four lanes that share a row.
-  __device__ __forceinline__ void raise_bound(int i, float score) {
+  // The best of the four lanes that share a row. One of them tells the other CTAs.
+  __device__ __forceinline__ void raise_bound(int i, float score, int row, int32_t* bounds) {
     score = fminf(fmaxf(score, -FLT_MAX), FLT_MAX);
-    bound[i] = fmaxf(bound[i], warp_reduce<4>(score, [](float a, float b) { return fmaxf(a, b); }));
+    const float best = warp_reduce<4>(score, [](float a, float b) { return fmaxf(a, b); });
+    if (bounds && best > bound[i] && threadIdx.x % 4 == 0) atomicMax(bounds + row, ordered(best));
+    bound[i] = fmaxf(bound[i], best);
   }
 
   // The noisy maximum; see row_sample.cuh.
   __device__ __forceinline__ void race(const float (&d)[128], const float (&maximum)[2][kGroups],
-                                       const SampleTokensParams& p, const int (&row)[2], int tile_id) {
+                                       const SampleTokensParams& p, const int (&row)[2], int tile_id, int32_t* bounds) {
     uint64_t candidates[2] = {0, 0};  // bit 2 j + e
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
@@ -139,7 +152,7 @@ struct RowPair {
             for (int e = 0; e < 2; ++e)
               sure = fmaxf(sure, RowNoise::sure_score(d[4 * j + 2 * i + e], u[j][i][e], temperature[i]));
           }
-          raise_bound(i, sure);
+          raise_bound(i, sure, row[i], bounds);
         }
       }
 #pragma unroll
@@ -176,7 +189,7 @@ struct RowPair {
           state[i].leader.offer({exact.score(x, bits, uint32_t(id)), id, x});
         }
         __syncwarp();
-        raise_bound(i, __double2float_rd(state[i].leader.score));
+        raise_bound(i, __double2float_rd(state[i].leader.score), row[i], bounds);
       }
     }
   }

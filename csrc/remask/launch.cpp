@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "common/check.h"
+#include "common/variants.h"
 #include "illada/illada.h"
 
 namespace illada::remask {
@@ -51,14 +52,26 @@ void check_sample_regions(const char* op, const SampleTokensParams& p, int64_t w
 
 }  // namespace
 
+int shared_sample_steps() {
+  switch (variant<SampleTokensLoads>()) {
+    case SampleTokensLoads::kShared64:
+      return 2;
+    case SampleTokensLoads::kShared128:
+      return 4;
+    case SampleTokensLoads::kRegisters:
+      break;
+  }
+  return 0;
+}
+
 RowSplit split_rows(int64_t num_rows, int64_t vocab_size, int sm_count) {
-  // Of all splits into whole pieces, the one that keeps the busiest SM (two CTAs at a time, taking turns) the shortest.
+  // Of all splits into whole pieces, the one that keeps the busiest SM (its CTAs at a time take turns) the shortest.
   // A CTA's beginning and end cost about as much as one and a half pieces, another kernel to combine as much again.
   constexpr double kOverhead = 1.5;
   constexpr int kMostPieces = 256;  // of a CTA: their records are in shared memory
   RowSplit split;
   split.row_pieces = int(std::max<int64_t>((vocab_size / 8 + kPieceVectors - 1) / kPieceVectors, 1));
-  const int64_t slots = 2 * int64_t(sm_count);
+  const int64_t slots = kSampleCtas * int64_t(sm_count);
   double best_cost = std::numeric_limits<double>::infinity();
   for (int pieces = 1; pieces <= std::min(split.row_pieces, kMostPieces); ++pieces) {
     const int splits = (split.row_pieces + pieces - 1) / pieces;
@@ -95,8 +108,9 @@ void sample_tokens_cuda(const SampleTokensParams& p) {
 }
 
 HeadPlan plan_head(int64_t num_rows, int64_t vocab_size, int sm_count) {
-  // In tiles: an item's beginning and end (the rows' keys and temperatures, their records).
-  constexpr double kItemOverhead = 0.1;
+  // In tiles of width 4096: what an item costs beside its tiles. The longer a row has been looked at, the fewer of its
+  // logits beat the best so far; each item begins anew. Predicted 0.16 without noise, 1.1 with noise.
+  constexpr double kItemOverhead = 0.3;
   // Records of a row, 48 bytes each, are read again by the kernel that merges them.
   constexpr int64_t kMostSlots = 160;
   constexpr int kMoreRounds = 48;
@@ -115,7 +129,7 @@ HeadPlan plan_head(int64_t num_rows, int64_t vocab_size, int sm_count) {
   } else {
     plan.cluster = 2;
     const int64_t clusters = sm_count / 2, pairs = (plan.row_tiles + 1) / 2;
-    plan.groups = int(std::max<int64_t>((pairs + HeadPlan::kGroupPairs / 2) / HeadPlan::kGroupPairs, 1));
+    plan.groups = int(std::max<int64_t>((pairs + HeadPlan::kGroupPairs - 4) / HeadPlan::kGroupPairs, 1));
     // With several groups, the clusters that run at the same time belong to one or two of them.
     const int64_t whole_tiles = (all + HeadPlan::kTileChunks - 1) / HeadPlan::kTileChunks;
     const int64_t least =
@@ -156,16 +170,21 @@ bool has_fused_head(const LinearSampleTokensParams& p, const Device& gpu) {
 #endif
 }
 
-int64_t head_workspace(const LinearSampleTokensParams& p, const HeadPlan& plan) {
-  return records_of(plan).bytes(p.sample.num_rows) + (p.rows ? p.sample.num_rows * p.width * 2 : 0);
-}
 }  // namespace
+
+HeadWorkspace head_workspace(const LinearSampleTokensParams& p, const HeadPlan& plan) {
+  HeadWorkspace it;
+  it.gathered = records_of(plan).bytes(p.sample.num_rows);
+  it.bounds = it.gathered + (p.rows ? p.sample.num_rows * p.width * 2 : 0);
+  it.bytes = it.bounds + 4 * p.sample.num_rows;
+  return it;
+}
 
 int64_t linear_sample_tokens_workspace(const LinearSampleTokensParams& p) {
   const Device& gpu = device("linear_sample_tokens", p.sample.launch.device);
   if (!has_fused_head(p, gpu)) return -1;
   if (p.sample.num_rows <= 0 || p.sample.vocab_size <= 0) return 0;
-  return head_workspace(p, plan_head(p.sample.num_rows, p.sample.vocab_size, gpu.sm_count));
+  return head_workspace(p, plan_head(p.sample.num_rows, p.sample.vocab_size, gpu.sm_count)).bytes;
 }
 
 void linear_sample_tokens_cuda(const LinearSampleTokensParams& p) {
@@ -185,7 +204,7 @@ void linear_sample_tokens_cuda(const LinearSampleTokensParams& p) {
   ILLADA_CHECK(p.sample.num_rows <= kMost && p.sample.vocab_size <= kMost, kOp,
                "more than 2^31 - 513 rows or ids: ", p.sample.num_rows, " rows, ", p.sample.vocab_size, " ids");
   const HeadPlan plan = plan_head(p.sample.num_rows, p.sample.vocab_size, gpu.sm_count);
-  const int64_t needed = head_workspace(p, plan), n = p.sample.num_rows;
+  const int64_t needed = head_workspace(p, plan).bytes, n = p.sample.num_rows;
   ILLADA_CHECK(p.sample.workspace_bytes >= needed, kOp, "workspace must have ", needed, " bytes, got ",
                p.sample.workspace_bytes);
   check_sample_regions(kOp, p.sample, needed,

@@ -17,6 +17,11 @@ struct RowSplit {
 };
 RowSplit split_rows(int64_t num_rows, int64_t vocab_size, int sm_count);
 
+// CTAs of an SM at a time. What the choice sample_tokens says: how many steps of a CTA's logits (16 KB) wait in shared
+// memory or are on their way there; 0: one, on its way to registers.
+constexpr int kSampleCtas = 2;
+int shared_sample_steps();
+
 // What a row has in the workspace: LeaderRecords [num_rows, leaders], then SoftmaxRecords [num_rows, parts].
 struct RowRecords {
   int leaders = 0, parts = 0;
@@ -54,7 +59,7 @@ struct HeadTask {
 
 struct HeadPlan {
   static constexpr int kTileRows = 128, kChunkIds = 32, kTileChunks = 8;
-  static constexpr int kGroupPairs = 8;  // of row tiles in a group; the last group has 4 to 11
+  static constexpr int kGroupPairs = 16;  // of row tiles in a group; the last group has 4 to 19, an only one less
   int row_tiles = 1;
   int all_chunks = 1;  // of the vocabulary
   int slots = 1;
@@ -88,8 +93,13 @@ struct HeadPlan {
   }
 };
 HeadPlan plan_head(int64_t num_rows, int64_t vocab_size, int sm_count);
-// sample.workspace: these, then the gathered hidden rows where params.rows is given.
 ILLADA_HOST_DEVICE RowRecords records_of(const HeadPlan& plan) { return {plan.slots, plan.slots}; }
+// What lies where in sample.workspace, in bytes: records_of(plan) first, then the gathered hidden rows where
+// params.rows is given, then a score for each row that it reaches for sure, which the CTAs tell each other.
+struct HeadWorkspace {
+  int64_t gathered, bounds, bytes;
+};
+HeadWorkspace head_workspace(const LinearSampleTokensParams& params, const HeadPlan& plan);
 void launch_linear_sample_tokens_sm90(const LinearSampleTokensParams& params, const Device& device,
                                       const HeadPlan& plan);
 

@@ -13,7 +13,7 @@
 // each, for both. The CTAs are persistent: a cluster's next item is on its way while the last one is reduced.
 #include <cuda.h>
 
-#include <type_traits>
+#include <cfloat>
 
 #include "common/dependent_launch.h"
 #include "common/gemm_sm90.cuh"
@@ -33,7 +33,7 @@ using Gemm = GemmSm90<T, Major::kK, Major::kK, kChunk>;
 template <typename T, bool kWantExtras>
 __global__ __launch_bounds__(Gemm<T>::kThreads, 1) void illada_linear_sample_tokens_sm90(
     const __grid_constant__ CUtensorMap hidden_map, const __grid_constant__ CUtensorMap weight_map,
-    const __grid_constant__ SampleTokensParams p, const __grid_constant__ HeadPlan plan, int k_tiles,
+    const __grid_constant__ SampleTokensParams p, const __grid_constant__ HeadPlan plan, int k_tiles, int32_t* bounds,
     const __grid_constant__ DependentLaunch launch) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ char raw_shared[];
@@ -77,8 +77,11 @@ __global__ __launch_bounds__(Gemm<T>::kThreads, 1) void illada_linear_sample_tok
       const int end_id = int(min(int64_t(task.slot + 1) * plan.chunks * kChunk, p.vocab_size));
       float d[kTileN / 2];
       for (int id = task.slot * plan.chunks * kChunk; id < end_id; id += kTileN) {
+        int32_t seen[2];
+        pair.read_bounds(bounds, row, seen);  // on the way while the products are made
         gemm.multiply(d, warpgroup, k_tiles);
-        pair.reduce(d, p, row, id, end_id);
+        pair.apply_bounds(seen);
+        pair.reduce(d, p, row, id, end_id, bounds);
       }
       asm volatile("" : "+r"(item));  // what follows from it is found anew, and takes no registers in the loop
       task = plan.task(item, gemm.rank());
@@ -102,12 +105,22 @@ __global__ __launch_bounds__(Gemm<T>::kThreads, 1) void illada_linear_sample_tok
 #endif
 }
 
-// The rows that are listed, one after the other. One CTA a row.
+// No row is known to reach any score.
+constexpr int kClearThreads = 256;
+__global__ __launch_bounds__(kClearThreads) void illada_clear_bounds_sm90(
+    int32_t* bounds, int64_t rows, const __grid_constant__ DependentLaunch launch) {
+  wait_for_previous_kernel(launch);
+  const int64_t row = int64_t(blockIdx.x) * kClearThreads + threadIdx.x;
+  if (row < rows) bounds[row] = ordered(-FLT_MAX);
+}
+
+// The rows that are listed, one after the other. One CTA a row, which clears the row's bound as well, if there is one.
 constexpr int kGatherThreads = 128;
 __global__ __launch_bounds__(kGatherThreads) void illada_gather_rows_sm90(
     const uint4* source, int64_t source_stride, int64_t source_rows, const int32_t* rows, uint4* target, int width,
-    const __grid_constant__ DependentLaunch launch) {
+    int32_t* bounds, const __grid_constant__ DependentLaunch launch) {
   wait_for_previous_kernel(launch);
+  if (bounds && threadIdx.x == 0) bounds[blockIdx.x] = ordered(-FLT_MAX);
   const int64_t row = rows[blockIdx.x];
   const bool inside = row >= 0 && row < source_rows;
   for (int i = threadIdx.x; i < width; i += kGatherThreads)
@@ -119,15 +132,26 @@ void launch(const LinearSampleTokensParams& p, const Device& device, const HeadP
   constexpr const char* kOp = "linear_sample_tokens";
   const SampleTokensParams& s = p.sample;
   MatrixView hidden{p.hidden, s.dtype, s.num_rows, p.width, p.hidden_row_stride};
+  const HeadWorkspace places = head_workspace(p, plan);
+  // Without noise there is no race to be won.
+  const bool noisy = s.temperatures || s.temperature > 0;
+  int32_t* const bounds = noisy ? reinterpret_cast<int32_t*>(static_cast<char*>(s.workspace) + places.bounds) : nullptr;
   if (p.rows) {
-    void* gathered = static_cast<char*>(s.workspace) + records_of(plan).bytes(s.num_rows);
+    void* gathered = static_cast<char*>(s.workspace) + places.gathered;
     LaunchShape shape;
     shape.grid = dim3(unsigned(s.num_rows));
     shape.block = dim3(kGatherThreads);
     shape.dependent = true;
     launch_kernel(kOp, device, s.launch.stream, shape, illada_gather_rows_sm90, static_cast<const uint4*>(p.hidden),
-                  p.hidden_row_stride / 8, p.num_tokens, p.rows, static_cast<uint4*>(gathered), int(p.width / 8));
+                  p.hidden_row_stride / 8, p.num_tokens, p.rows, static_cast<uint4*>(gathered), int(p.width / 8),
+                  bounds);
     hidden = {gathered, s.dtype, s.num_rows, p.width, p.width};
+  } else if (bounds) {
+    LaunchShape shape;
+    shape.grid = dim3(unsigned((s.num_rows + kClearThreads - 1) / kClearThreads));
+    shape.block = dim3(kClearThreads);
+    shape.dependent = true;
+    launch_kernel(kOp, device, s.launch.stream, shape, illada_clear_bounds_sm90, bounds, s.num_rows);
   }
   const CUtensorMap hidden_map = tensor_map_k128(kOp, hidden, Gemm<T>::kTileM);
   const CUtensorMap weight_map =
@@ -139,7 +163,7 @@ void launch(const LinearSampleTokensParams& p, const Device& device, const HeadP
   shape.cluster = plan.cluster;
   shape.dependent = true;
   launch_kernel(kOp, device, s.launch.stream, shape, illada_linear_sample_tokens_sm90<T, kWantExtras>, hidden_map,
-                weight_map, s, plan, int((p.width + Gemm<T>::kTileK - 1) / Gemm<T>::kTileK));
+                weight_map, s, plan, int((p.width + Gemm<T>::kTileK - 1) / Gemm<T>::kTileK), bounds);
   launch_sample_tokens_combine(s, device, records_of(plan));
 }
 
