@@ -8,6 +8,10 @@
 #include "common/driver_calls.h"
 #include "cpu/denormals.h"
 #include "illada/illada.h"
+#if defined(ILLADA_WITH_CUDA)
+#include "loss/linear.h"
+#include "remask/launch.h"
+#endif
 
 namespace py = pybind11;
 using namespace illada;
@@ -296,6 +300,41 @@ py::dict driver_calls() {
   return d;
 }
 
+// Are the products of the gradients the caller's (the choice loss_gradients)? Then linear_masked_cross_entropy in
+// parts.
+bool linear_loss_by_mm() { return variant<LossGradients>() == LossGradients::kMm; }
+
+// (chunks, rows of a chunk, elements of a row of probabilities, weight's gradient first?), and where in the workspace
+// the probabilities, hidden's rows and the product for hidden's gradient are.
+py::tuple linear_loss_layout(const LinearLossArguments& arguments, int device) {
+  const loss::LinearPlan plan = loss::plan_linear(linear_loss_params(arguments, {device, 0, 0, 0}));
+  return py::make_tuple(plan.chunks, plan.rows, plan.prob_stride, variant<LossOrder>() == LossOrder::kWeightFirst,
+                        plan.probs, plan.hidden, plan.slabs);
+}
+
+template <void (*kPart)(const loss::LinearMaskedCrossEntropyParams&, int)>
+void linear_loss_part(const LinearLossArguments& arguments, int chunk, const LaunchArguments& launch) {
+  const auto p = linear_loss_params(arguments, launch);
+  py::gil_scoped_release release;
+  kPart(p, chunk);
+}
+
+// How linear_sample_tokens shares out its work on a GPU of so many multiprocessors, for tests: (CTAs of a cluster,
+// ranges of the vocabulary, chunks of 32 ids in a range, tasks), a task being (CTA, row tile, range or one past the
+// last: none, tiles that it takes, tiles of its neighbour).
+py::tuple head_plan(int64_t num_rows, int64_t vocab_size, int sm_count) {
+  const remask::HeadPlan plan = remask::plan_head(num_rows, vocab_size, sm_count);
+  py::list tasks;
+  for (int item = 0; item < plan.items(); ++item) {
+    for (int rank = 0; rank < plan.cluster; ++rank) {
+      const remask::HeadTask task = plan.task(item, rank);
+      tasks.append(py::make_tuple(item % plan.clusters * plan.cluster + rank, task.row_tile, task.slot,
+                                  task.slot < plan.slots ? plan.tiles(task.slot) : 0, task.tiles));
+    }
+  }
+  return py::make_tuple(plan.cluster, plan.slots, plan.chunks, tasks);
+}
+
 // Of each choice: name, environment, description, values (the first one is the default), value in use.
 py::list list_variants() {
   py::list all;
@@ -424,6 +463,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("sample_tokens_workspace", &remask::sample_tokens_workspace);
   m.def("linear_sample_tokens", &linear_sample_tokens);
   m.def("linear_sample_tokens_workspace", &linear_sample_tokens_workspace);
+  m.def("head_plan", &head_plan);
+  m.def("linear_loss_by_mm", &linear_loss_by_mm);
+  m.def("linear_loss_layout", &linear_loss_layout);
+  m.def("linear_loss_probabilities", &linear_loss_part<loss::linear_probabilities_cuda>);
+  m.def("linear_loss_scatter", &linear_loss_part<loss::linear_scatter_cuda>);
   m.def("linear_masked_cross_entropy", &linear_masked_cross_entropy);
   m.def("linear_masked_cross_entropy_workspace", &linear_masked_cross_entropy_workspace);
   m.def("driver_calls", &driver_calls);

@@ -76,12 +76,16 @@ class GemmSm90 {
   __device__ __forceinline__ uint32_t end_of_storage() const { return storage_ + uint32_t(sizeof(Storage)); }
 
   // By the producer's thread: a from row a_first, b from row b_first and of it `boxes_b` boxes, for those of `k_tiles`
-  // steps of K from step k_first that are wanted. What lies outside of the maps is 0.
-  __device__ __forceinline__ void load(int a_first, int b_first, int k_first, int k_tiles, int boxes_b = kBoxesB) {
-    load(a_first, b_first, k_first, k_tiles, boxes_b, [](int) { return true; });
+  // steps of K from step k_first that are wanted. What lies outside of the maps is 0. Without `shares_b` the CTAs of a
+  // cluster load different b, of any number of boxes (none as well), but as many steps.
+  __device__ __forceinline__ void load(int a_first, int b_first, int k_first, int k_tiles, int boxes_b = kBoxesB,
+                                       bool shares_b = true) {
+    load(a_first, b_first, k_first, k_tiles, boxes_b, [](int) { return true; }, shares_b);
   }
   template <typename Wanted>
-  __device__ __forceinline__ void load(int a_first, int b_first, int k_first, int k_tiles, int boxes_b, Wanted wanted) {
+  __device__ __forceinline__ void load(int a_first, int b_first, int k_first, int k_tiles, int boxes_b, Wanted wanted,
+                                       bool shares_b = true) {
+    const bool multicasts = cluster_ > 1 && shares_b;
     for (int k = k_first; k < k_first + k_tiles; ++k) {
       if (!wanted(k)) continue;
       ptx::mbarrier_wait(empty(ring_.stage), ring_.parity ^ 1);
@@ -93,11 +97,11 @@ class GemmSm90 {
         ptx::tma_load_2d(a_of(ring_.stage) + uint32_t(i * kBoxA * kTileK * 2), a_map_, barrier, x,
                          kMajorA == Major::kK ? at : k * kTileK);
       }
-      for (int i = rank_; i < boxes_b; i += cluster_) {
+      for (int i = multicasts ? rank_ : 0; i < boxes_b; i += multicasts ? cluster_ : 1) {
         const uint32_t target = b_of(ring_.stage) + uint32_t(i * kBoxB * kTileK * 2);
         const int at = b_first + i * kBoxB, x = kMajorB == Major::kK ? k * kTileK : at;
         const int y = kMajorB == Major::kK ? at : k * kTileK;
-        if (cluster_ > 1) {
+        if (multicasts) {
           ptx::tma_load_2d_multicast(target, b_map_, barrier, x, y, 3);
         } else {
           ptx::tma_load_2d(target, b_map_, barrier, x, y);

@@ -115,11 +115,40 @@ Entry& entry<AttentionBackwardReports>() {
   return it;
 }
 
+template <>
+Entry& entry<SampleTokensLoads>() {
+  static Entry it{"sample_tokens",
+                  "ILLADA_VARIANT_SAMPLE_TOKENS",
+                  "16-bit logits on their way to an SM: 32 KB to registers, or 64 or 128 KB to shared memory",
+                  {"registers_32k", "shared_64k", "shared_128k"}};
+  return it;
+}
+
+template <>
+Entry& entry<LossGradients>() {
+  static Entry it{"loss_gradients",
+                  "ILLADA_VARIANT_LOSS_GRADIENTS",
+                  "the gradient GEMMs of linear_masked_cross_entropy on sm_90a: our own, or torch.mm (from Python)",
+                  {"fused", "mm"}};
+  return it;
+}
+
+template <>
+Entry& entry<LossOrder>() {
+  static Entry it{"loss_order",
+                  "ILLADA_VARIANT_LOSS_ORDER",
+                  "which gradient of linear_masked_cross_entropy is made first from a chunk's probabilities",
+                  {"hidden_first", "weight_first"}};
+  return it;
+}
+
 std::vector<Entry*> entries() {
   return {&entry<ProgrammaticLaunch>(),     &entry<L2Hints>(),
           &entry<AttentionForwardD128>(),   &entry<AttentionForwardD64>(),
           &entry<AttentionCluster>(),       &entry<AttentionBackwardSums>(),
-          &entry<AttentionBackwardStart>(), &entry<AttentionBackwardReports>()};
+          &entry<AttentionBackwardStart>(), &entry<AttentionBackwardReports>(),
+          &entry<LossGradients>(),          &entry<LossOrder>(),
+          &entry<SampleTokensLoads>()};
 }
 
 }  // namespace
@@ -136,6 +165,9 @@ template AttentionCluster variant<AttentionCluster>();
 template AttentionBackwardSums variant<AttentionBackwardSums>();
 template AttentionBackwardStart variant<AttentionBackwardStart>();
 template AttentionBackwardReports variant<AttentionBackwardReports>();
+template LossGradients variant<LossGradients>();
+template LossOrder variant<LossOrder>();
+template SampleTokensLoads variant<SampleTokensLoads>();
 
 std::vector<Variant> variants() {
   std::vector<Variant> all;

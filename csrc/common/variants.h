@@ -14,6 +14,9 @@ enum class AttentionBackwardReports { k1, k2, k4 };
 enum class AttentionForwardD128 { k128x2x3, k128x2x2, k176x2x2 };
 enum class AttentionForwardD64 { k192x96, k192x128 };
 enum class AttentionCluster { kAuto, k1 };
+enum class SampleTokensLoads { kRegisters, kShared64, kShared128 };
+enum class LossGradients { kFused, kMm };
+enum class LossOrder { kHiddenFirst, kWeightFirst };
 
 // The value in use.
 template <typename Choice>

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/device.h"
+#include "common/variants.h"
 #include "illada/linear_loss.h"
 
 namespace illada::loss {
@@ -30,6 +31,17 @@ struct LinearPlan {
   int64_t bytes = 0;
 };
 LinearPlan plan_linear(const LinearMaskedCrossEntropyParams& params, const Device& device);
+LinearPlan plan_linear(const LinearMaskedCrossEntropyParams& params);
+
+// linear_masked_cross_entropy_cuda in parts, for a caller with GEMMs of its own (LossGradients::kMm). For each chunk of
+// the plan: the probabilities [rows, vocab_size] with p - 1 at the target, and hidden's rows [rows, width] times their
+// factors if there is a weight_grad (the plan says where both are; rows without a token are zeros in one of them, and
+// finite in the other), then the caller's products
+//   slabs [rows, width] = probabilities . weight          in fp32
+//   weight_grad (+)= probabilities^T . hidden's rows
+// in any order, then hidden's gradient from the slabs. filter_eps is not looked at.
+void linear_probabilities_cuda(const LinearMaskedCrossEntropyParams& params, int chunk);
+void linear_scatter_cuda(const LinearMaskedCrossEntropyParams& params, int chunk);
 
 // What the kernels of one chunk see: the plan's places as pointers.
 struct LinearChunk {
@@ -68,8 +80,11 @@ void launch_linear_statistics(const LinearMaskedCrossEntropyParams& params, cons
                               const LinearChunk& chunk, bool again);
 void launch_linear_hidden_grad_sm90(const LinearMaskedCrossEntropyParams& params, const Device& device,
                                     const LinearChunk& chunk);
-void launch_linear_scatter(const LinearMaskedCrossEntropyParams& params, const Device& device,
-                           const LinearChunk& chunk);
+// `whole`: the slabs are not split.
+void launch_linear_scatter(const LinearMaskedCrossEntropyParams& params, const Device& device, const LinearChunk& chunk,
+                           bool whole);
+// Zeros in the rows that gather and logits leave out, for GEMMs that do not know how many there are.
+void launch_linear_clear(const LinearMaskedCrossEntropyParams& params, const Device& device, const LinearChunk& chunk);
 void launch_linear_weight_grad_sm90(const LinearMaskedCrossEntropyParams& params, const Device& device,
                                     const LinearChunk& chunk);
 

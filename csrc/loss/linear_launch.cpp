@@ -108,10 +108,12 @@ int64_t linear_masked_cross_entropy_workspace(const LinearMaskedCrossEntropyPara
   return plan_linear(p, gpu).bytes;
 }
 
-void linear_masked_cross_entropy_cuda(const LinearMaskedCrossEntropyParams& p) {
-  validate(p);
-  const DeviceGuard guard(kOp, p.launch.device);
-  const Device& gpu = device(kOp, p.launch.device);
+LinearPlan plan_linear(const LinearMaskedCrossEntropyParams& p) { return plan_linear(p, device(kOp, p.launch.device)); }
+
+namespace {
+
+// Validates a call and plans it. The caller holds a DeviceGuard.
+LinearPlan checked_plan(const LinearMaskedCrossEntropyParams& p, const Device& gpu) {
   if (!has_kernel(p, gpu))
     detail::fail<NotSupported>(kOp, "the fused kernels need compute capability 9.0 and a build with 90a, bfloat16 ",
                                "weights, 16-byte aligned rows and a width that is a multiple of 8; got ", gpu.name,
@@ -133,10 +135,15 @@ void linear_masked_cross_entropy_cuda(const LinearMaskedCrossEntropyParams& p) {
                  {"hidden_grad", p.hidden_grad, t * p.width * element, true},
                  {"weight_grad", p.weight_grad, weight_grad_bytes, true},
                  {"workspace", p.workspace, plan.bytes}});
+  return plan;
+}
+
 #if defined(ILLADA_BUILT_SM90A)
+LinearChunk chunk_of(const LinearMaskedCrossEntropyParams& p, const LinearPlan& plan, int index) {
   char* const base = static_cast<char*>(p.workspace);
   const auto floats = [&](int64_t offset) { return reinterpret_cast<float*>(base + offset); };
   LinearChunk chunk{};
+  chunk.first = index * plan.rows;
   chunk.list = p.num_rows >= 0 ? p.rows : reinterpret_cast<int32_t*>(base + plan.list);
   chunk.count = p.num_rows >= 0 ? nullptr : reinterpret_cast<int32_t*>(base + plan.count);
   chunk.listed = int(plan.tokens);
@@ -160,23 +167,69 @@ void linear_masked_cross_entropy_cuda(const LinearMaskedCrossEntropyParams& p) {
   }
   chunk.slabs = floats(plan.slabs);
   chunk.slab_rows = plan.slab_rows;
-  if (p.num_rows < 0 && plan.chunks)
+  return chunk;
+}
+
+void launch_probabilities(const LinearMaskedCrossEntropyParams& p, const Device& gpu, const LinearPlan& plan,
+                          const LinearChunk& chunk) {
+  if (p.num_rows < 0 && chunk.first == 0) {
+    char* const base = static_cast<char*>(p.workspace);
     launch_linear_select(p, gpu, reinterpret_cast<int32_t*>(base + plan.list),
                          reinterpret_cast<int32_t*>(base + plan.count));
+  }
+  launch_linear_gather(p, gpu, chunk);
+  launch_linear_logits_sm90(p, gpu, chunk, false);
+  launch_linear_statistics(p, gpu, chunk, false);
+  launch_linear_logits_sm90(p, gpu, chunk, true);
+  launch_linear_statistics(p, gpu, chunk, true);
+}
+#endif
+
+}  // namespace
+
+void linear_masked_cross_entropy_cuda(const LinearMaskedCrossEntropyParams& p) {
+  validate(p);
+  const DeviceGuard guard(kOp, p.launch.device);
+  const Device& gpu = device(kOp, p.launch.device);
+  const LinearPlan plan = checked_plan(p, gpu);
+#if defined(ILLADA_BUILT_SM90A)
+  const bool weight_first = variant<LossOrder>() == LossOrder::kWeightFirst;
   if (plan.chunks == 0 && p.weight_grad && !p.add_to_weight_grad)  // the sum over no tokens
-    fill_zeros(kOp, p.launch, p.weight_grad, weight_grad_bytes);
-  for (int i = 0; i < plan.chunks; ++i, chunk.first += plan.rows) {
-    launch_linear_gather(p, gpu, chunk);
-    launch_linear_logits_sm90(p, gpu, chunk, false);
-    launch_linear_statistics(p, gpu, chunk, false);
-    launch_linear_logits_sm90(p, gpu, chunk, true);
-    launch_linear_statistics(p, gpu, chunk, true);
+    fill_zeros(kOp, p.launch, p.weight_grad, p.vocab_size * p.width * size_of(p.weight_grad_dtype));
+  for (int i = 0; i < plan.chunks; ++i) {
+    const LinearChunk chunk = chunk_of(p, plan, i);
+    launch_probabilities(p, gpu, plan, chunk);
+    if (p.weight_grad && weight_first) launch_linear_weight_grad_sm90(p, gpu, chunk);
     if (p.hidden_grad) {
       launch_linear_hidden_grad_sm90(p, gpu, chunk);
-      launch_linear_scatter(p, gpu, chunk);
+      launch_linear_scatter(p, gpu, chunk, false);
     }
-    if (p.weight_grad) launch_linear_weight_grad_sm90(p, gpu, chunk);
+    if (p.weight_grad && !weight_first) launch_linear_weight_grad_sm90(p, gpu, chunk);
   }
+#endif
+}
+
+void linear_probabilities_cuda(const LinearMaskedCrossEntropyParams& p, int index) {
+  validate(p);
+  const DeviceGuard guard(kOp, p.launch.device);
+  const Device& gpu = device(kOp, p.launch.device);
+  const LinearPlan plan = checked_plan(p, gpu);
+  ILLADA_CHECK(index >= 0 && index < plan.chunks, kOp, "chunk must be in [0, ", plan.chunks, "), got ", index);
+#if defined(ILLADA_BUILT_SM90A)
+  const LinearChunk chunk = chunk_of(p, plan, index);
+  launch_probabilities(p, gpu, plan, chunk);
+  if (p.weight_grad) launch_linear_clear(p, gpu, chunk);
+#endif
+}
+
+void linear_scatter_cuda(const LinearMaskedCrossEntropyParams& p, int index) {
+  validate(p);
+  const DeviceGuard guard(kOp, p.launch.device);
+  const Device& gpu = device(kOp, p.launch.device);
+  const LinearPlan plan = checked_plan(p, gpu);
+  ILLADA_CHECK(index >= 0 && index < plan.chunks, kOp, "chunk must be in [0, ", plan.chunks, "), got ", index);
+#if defined(ILLADA_BUILT_SM90A)
+  launch_linear_scatter(p, gpu, chunk_of(p, plan, index), true);
 #endif
 }
 

@@ -208,13 +208,15 @@ __global__ __launch_bounds__(32 * kStatisticsWarps) void illada_linear_masked_cr
 template <typename T>
 __global__ __launch_bounds__(kRowThreads) void illada_linear_masked_cross_entropy_scatter(
     const __grid_constant__ LinearMaskedCrossEntropyParams p, const __grid_constant__ LinearChunk c, int clusters,
-    const __grid_constant__ DependentLaunch launch) {
+    bool whole, const __grid_constant__ DependentLaunch launch) {
   wait_for_previous_kernel(launch);
   const int r = int(blockIdx.x);
   if (r >= c.used()) return;
   const int token = token_of(p, c, r);
   if (token < 0) return;
-  const HiddenGradSplit split = hidden_grad_split(c, clusters);
+  HiddenGradSplit split{};
+  split.splits = 1;
+  if (!whole) split = hidden_grad_split(c, clusters);
   const float factor = c.factors[r];
   T* out = static_cast<T*>(p.hidden_grad) + int64_t(token) * c.width;
   for (int i = int(threadIdx.x); i < c.width / 4; i += kRowThreads) {
@@ -231,6 +233,23 @@ __global__ __launch_bounds__(kRowThreads) void illada_linear_masked_cross_entrop
           make_uint2(pack2<T>(sum.x * factor, sum.y * factor), pack2<T>(sum.z * factor, sum.w * factor));
     }
   }
+}
+
+// ------------------------------------------------------------------------------------------------------------- clear
+
+// A CTA a row.
+constexpr int kClearThreads = 512;
+__global__ __launch_bounds__(kClearThreads) void illada_linear_masked_cross_entropy_clear(
+    const __grid_constant__ LinearChunk c, const __grid_constant__ DependentLaunch launch) {
+  wait_for_previous_kernel(launch);
+  const int r = int(blockIdx.x);
+  if (r < (c.used() + kPairRows - 1) / kPairRows * kPairRows) return;
+  const auto clear = [](uint16_t* row, int64_t size) {
+    for (int64_t i = threadIdx.x; i < size / 8; i += kClearThreads)
+      reinterpret_cast<uint4*>(row)[i] = make_uint4(0, 0, 0, 0);
+  };
+  clear(c.probs + r * c.prob_stride, c.prob_stride);
+  clear(c.hidden + int64_t(r) * c.width, c.width);
 }
 
 LaunchShape shape_of(int blocks, int threads) {
@@ -261,11 +280,17 @@ void launch_linear_statistics(const LinearMaskedCrossEntropyParams& p, const Dev
                 illada_linear_masked_cross_entropy_statistics, p, chunk, again);
 }
 
-void launch_linear_scatter(const LinearMaskedCrossEntropyParams& p, const Device& device, const LinearChunk& chunk) {
+void launch_linear_scatter(const LinearMaskedCrossEntropyParams& p, const Device& device, const LinearChunk& chunk,
+                           bool whole) {
   const auto kernel = p.hidden_dtype == DType::kFloat32 ? illada_linear_masked_cross_entropy_scatter<float>
                                                         : illada_linear_masked_cross_entropy_scatter<BFloat16>;
   launch_kernel(kOp, device, p.launch.stream, shape_of(chunk.rows, kRowThreads), kernel, p, chunk,
-                linear_clusters(device.sm_count));
+                linear_clusters(device.sm_count), whole);
+}
+
+void launch_linear_clear(const LinearMaskedCrossEntropyParams& p, const Device& device, const LinearChunk& chunk) {
+  launch_kernel(kOp, device, p.launch.stream, shape_of(chunk.rows, kClearThreads),
+                illada_linear_masked_cross_entropy_clear, chunk);
 }
 
 }  // namespace illada::loss

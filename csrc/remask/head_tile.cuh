@@ -22,7 +22,7 @@ struct RowPair {
   // those of the lower row, and they trade halves.
   RowNoiseLoop noise;
 
-  __device__ __forceinline__ RowPair(const SampleTokensParams& p, const int64_t (&row)[2])
+  __device__ __forceinline__ RowPair(const SampleTokensParams& p, const int (&row)[2])
       : noise(RowNoise(p, threadIdx.x % 2 ? row[1] : row[0])) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -33,10 +33,21 @@ struct RowPair {
     any_noise = __any_sync(kFullWarp, temperature[0] > 0 || temperature[1] > 0);
   }
 
+  // What other CTAs have found out about the rows: [num_rows] as ordered() makes it, or null. It prunes, no more.
+  __device__ __forceinline__ void read_bounds(const int32_t* bounds, const int (&row)[2], int32_t (&seen)[2]) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      seen[i] = bounds ? *static_cast<const volatile int32_t*>(bounds + row[i]) : ordered(-FLT_MAX);
+  }
+  __device__ __forceinline__ void apply_bounds(const int32_t (&seen)[2]) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) bound[i] = fmaxf(bound[i], from_ordered(seen[i]));
+  }
+
   // d[4 j + 2 i + e] is the logit of row i and id tile_id + 8 j + 2 (lane % 4) + e; ids from end_id on do not count.
-  __device__ __forceinline__ void reduce(float (&d)[128], const SampleTokensParams& p, const int64_t (&row)[2],
-                                         int64_t tile_id, int64_t end_id) {
-    const int column = 2 * int(threadIdx.x % 4), left = int(min(end_id - tile_id, int64_t(kIds)));
+  __device__ __forceinline__ void reduce(float (&d)[128], const SampleTokensParams& p, const int (&row)[2], int tile_id,
+                                         int end_id, int32_t* bounds) {
+    const int column = 2 * int(threadIdx.x % 4), left = min(end_id - tile_id, kIds);
     if (left < kIds) {
 #pragma unroll
       for (int j = 0; j < kIds / 8; ++j) {
@@ -75,20 +86,20 @@ struct RowPair {
 #pragma unroll
           for (int e = 1; e >= 0; --e) found = d[4 * j + 2 * i + e] == top ? 8 * j + e : found;
         }
-        state[i].leader = {double(top), int32_t(tile_id) + column + found, top};
+        state[i].leader = {double(top), tile_id + column + found, top};
       }
     }
-    if (any_noise) race(d, maximum, p, row, tile_id);
+    if (any_noise) race(d, maximum, p, row, tile_id, bounds);
   }
 
  private:
-  __device__ __forceinline__ void add_bias(float (&d)[128], const SampleTokensParams& p, const int64_t (&row)[2],
-                                           int64_t tile_id, int left) {
+  __device__ __forceinline__ void add_bias(float (&d)[128], const SampleTokensParams& p, const int (&row)[2],
+                                           int tile_id, int left) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const RowBias bias(p, row[i]);
       for (int b = 0; b < bias.count; ++b) {
-        const int64_t at = bias.ids[b] - tile_id;
+        const int64_t at = int64_t(bias.ids[b]) - tile_id;
         if (at < 0 || at >= left || at % 8 / 2 != threadIdx.x % 4) continue;
         const int k = int(at / 8 * 2 + at % 2);
         const float value = bias.values[b];
@@ -100,7 +111,7 @@ struct RowPair {
   }
 
   // The upper bits of the uniforms of columns 8 j + 2 (lane % 4) + {0, 1} of both rows. All lanes together.
-  __device__ __forceinline__ void uniforms(int64_t tile_id, int j, uint32_t (&u)[2][2]) const {
+  __device__ __forceinline__ void uniforms(int tile_id, int j, uint32_t (&u)[2][2]) const {
     const bool odd = threadIdx.x % 2 != 0;
     const PhiloxWords w = noise.upper(uint32_t(tile_id) / 4 + uint32_t(2 * j) + threadIdx.x % 4 / 2);
     const uint32_t a = __shfl_xor_sync(kFullWarp, odd ? w.word[0] : w.word[2], 1);
@@ -111,15 +122,17 @@ struct RowPair {
     u[1][1] = odd ? w.word[3] : b;
   }
 
-  // The best of the four lanes that share a row.
-  __device__ __forceinline__ void raise_bound(int i, float score) {
+  // The best of the four lanes that share a row. One of them tells the other CTAs.
+  __device__ __forceinline__ void raise_bound(int i, float score, int row, int32_t* bounds) {
     score = fminf(fmaxf(score, -FLT_MAX), FLT_MAX);
-    bound[i] = fmaxf(bound[i], warp_reduce<4>(score, [](float a, float b) { return fmaxf(a, b); }));
+    const float best = warp_reduce<4>(score, [](float a, float b) { return fmaxf(a, b); });
+    if (bounds && best > bound[i] && threadIdx.x % 4 == 0) atomicMax(bounds + row, ordered(best));
+    bound[i] = fmaxf(bound[i], best);
   }
 
   // The noisy maximum; see row_sample.cuh.
   __device__ __forceinline__ void race(const float (&d)[128], const float (&maximum)[2][kGroups],
-                                       const SampleTokensParams& p, const int64_t (&row)[2], int64_t tile_id) {
+                                       const SampleTokensParams& p, const int (&row)[2], int tile_id, int32_t* bounds) {
     uint64_t candidates[2] = {0, 0};  // bit 2 j + e
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
@@ -139,7 +152,7 @@ struct RowPair {
             for (int e = 0; e < 2; ++e)
               sure = fmaxf(sure, RowNoise::sure_score(d[4 * j + 2 * i + e], u[j][i][e], temperature[i]));
           }
-          raise_bound(i, sure);
+          raise_bound(i, sure, row[i], bounds);
         }
       }
 #pragma unroll
@@ -170,13 +183,13 @@ struct RowPair {
           float x = 0;
 #pragma unroll
           for (int m = 0; m < 64; ++m) x = m == k ? d[m / 2 * 4 + m % 2 + 2 * i] : x;
-          const int id = int(tile_id) + k / 2 * 8 + 2 * int(threadIdx.x % 4) + k % 2;
+          const int id = tile_id + k / 2 * 8 + 2 * int(threadIdx.x % 4) + k % 2;
           const RowNoise exact(p, row[i]);
           const uint32_t bits = word(exact.upper(uint32_t(id) / 4), id % 4);
           state[i].leader.offer({exact.score(x, bits, uint32_t(id)), id, x});
         }
         __syncwarp();
-        raise_bound(i, __double2float_rd(state[i].leader.score));
+        raise_bound(i, __double2float_rd(state[i].leader.score), row[i], bounds);
       }
     }
   }

@@ -4,9 +4,12 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "common/check.h"
+#include "common/variants.h"
 #include "illada/illada.h"
 
 namespace illada::remask {
@@ -49,14 +52,26 @@ void check_sample_regions(const char* op, const SampleTokensParams& p, int64_t w
 
 }  // namespace
 
+int shared_sample_steps() {
+  switch (variant<SampleTokensLoads>()) {
+    case SampleTokensLoads::kShared64:
+      return 2;
+    case SampleTokensLoads::kShared128:
+      return 4;
+    case SampleTokensLoads::kRegisters:
+      break;
+  }
+  return 0;
+}
+
 RowSplit split_rows(int64_t num_rows, int64_t vocab_size, int sm_count) {
-  // Of all splits into whole pieces, the one that keeps the busiest SM (two CTAs at a time, taking turns) the shortest.
+  // Of all splits into whole pieces, the one that keeps the busiest SM (its CTAs at a time take turns) the shortest.
   // A CTA's beginning and end cost about as much as one and a half pieces, another kernel to combine as much again.
   constexpr double kOverhead = 1.5;
   constexpr int kMostPieces = 256;  // of a CTA: their records are in shared memory
   RowSplit split;
   split.row_pieces = int(std::max<int64_t>((vocab_size / 8 + kPieceVectors - 1) / kPieceVectors, 1));
-  const int64_t slots = 2 * int64_t(sm_count);
+  const int64_t slots = kSampleCtas * int64_t(sm_count);
   double best_cost = std::numeric_limits<double>::infinity();
   for (int pieces = 1; pieces <= std::min(split.row_pieces, kMostPieces); ++pieces) {
     const int splits = (split.row_pieces + pieces - 1) / pieces;
@@ -93,13 +108,53 @@ void sample_tokens_cuda(const SampleTokensParams& p) {
 }
 
 HeadPlan plan_head(int64_t num_rows, int64_t vocab_size, int sm_count) {
+  // In tiles of width 4096: what an item costs beside its tiles. The longer a row has been looked at, the fewer of its
+  // logits beat the best so far; each item begins anew. Predicted 0.16 without noise, 1.1 with noise.
+  constexpr double kItemOverhead = 0.3;
+  // Records of a row, 48 bytes each, are read again by the kernel that merges them.
+  constexpr int64_t kMostSlots = 160;
+  constexpr int kMoreRounds = 48;
   HeadPlan plan;
   plan.row_tiles = int((num_rows + HeadPlan::kTileRows - 1) / HeadPlan::kTileRows);
-  plan.cluster = plan.row_tiles % 2 == 0 ? 2 : 1;
-  const int64_t chunks = (vocab_size + HeadPlan::kChunkIds - 1) / HeadPlan::kChunkIds;
-  const int64_t slots = std::clamp<int64_t>(sm_count / plan.row_tiles, 1, chunks);
-  plan.chunks = int((chunks + slots - 1) / slots);
-  plan.slots = int((chunks + plan.chunks - 1) / plan.chunks);
+  const int64_t all = (vocab_size + HeadPlan::kChunkIds - 1) / HeadPlan::kChunkIds;
+  const auto ranges_of = [&](int64_t most) {  // of equal size, the last one may be smaller
+    const int64_t chunks = (all + most - 1) / most;
+    return std::pair<int64_t, int64_t>((all + chunks - 1) / chunks, chunks);
+  };
+  plan.all_chunks = int(all);
+  int64_t slots = 0, chunks = 0;
+  if (plan.row_tiles == 1 || sm_count < 2) {  // memory-bound: the CTAs share out the weight to the chunk
+    std::tie(slots, chunks) = ranges_of(std::min<int64_t>(std::max(sm_count, 1), all));
+    plan.clusters = int(slots);
+  } else {
+    plan.cluster = 2;
+    const int64_t clusters = sm_count / 2, pairs = (plan.row_tiles + 1) / 2;
+    plan.groups = int(std::max<int64_t>((pairs + HeadPlan::kGroupPairs - 4) / HeadPlan::kGroupPairs, 1));
+    // With several groups, the clusters that run at the same time belong to one or two of them.
+    const int64_t whole_tiles = (all + HeadPlan::kTileChunks - 1) / HeadPlan::kTileChunks;
+    const int64_t least =
+        plan.groups == 1 ? 1 : std::min((clusters + HeadPlan::kGroupPairs - 1) / HeadPlan::kGroupPairs, whole_tiles);
+    const int64_t first = std::max<int64_t>((plan.row_tiles * least + 2 * clusters - 1) / (2 * clusters), 1);
+    double best_cost = std::numeric_limits<double>::infinity();
+    for (int64_t rounds = first; rounds < first + kMoreRounds; ++rounds) {
+      // The most ranges that the clusters finish in so many items each.
+      const int64_t most = std::min(2 * rounds * clusters / plan.row_tiles, all);
+      const auto [found, size] = ranges_of(most);
+      if (found > kMostSlots && chunks) break;
+      const int64_t items = (plan.row_tiles * found + 1) / 2;
+      const int64_t tiles = (size + HeadPlan::kTileChunks - 1) / HeadPlan::kTileChunks;
+      const double cost = double((items + clusters - 1) / clusters) * (double(tiles) + kItemOverhead);
+      if (cost < best_cost) {
+        best_cost = cost;
+        slots = found;
+        chunks = size;
+      }
+      if (most == all) break;
+    }
+  }
+  plan.slots = int(slots);
+  plan.chunks = int(chunks);
+  if (plan.cluster == 2) plan.clusters = std::min(plan.items(), sm_count / 2);
   return plan;
 }
 
@@ -115,16 +170,21 @@ bool has_fused_head(const LinearSampleTokensParams& p, const Device& gpu) {
 #endif
 }
 
-int64_t head_workspace(const LinearSampleTokensParams& p, const HeadPlan& plan) {
-  return records_of(plan).bytes(p.sample.num_rows) + (p.rows ? p.sample.num_rows * p.width * 2 : 0);
-}
 }  // namespace
+
+HeadWorkspace head_workspace(const LinearSampleTokensParams& p, const HeadPlan& plan) {
+  HeadWorkspace it;
+  it.gathered = records_of(plan).bytes(p.sample.num_rows);
+  it.bounds = it.gathered + (p.rows ? p.sample.num_rows * p.width * 2 : 0);
+  it.bytes = it.bounds + 4 * p.sample.num_rows;
+  return it;
+}
 
 int64_t linear_sample_tokens_workspace(const LinearSampleTokensParams& p) {
   const Device& gpu = device("linear_sample_tokens", p.sample.launch.device);
   if (!has_fused_head(p, gpu)) return -1;
   if (p.sample.num_rows <= 0 || p.sample.vocab_size <= 0) return 0;
-  return head_workspace(p, plan_head(p.sample.num_rows, p.sample.vocab_size, gpu.sm_count));
+  return head_workspace(p, plan_head(p.sample.num_rows, p.sample.vocab_size, gpu.sm_count)).bytes;
 }
 
 void linear_sample_tokens_cuda(const LinearSampleTokensParams& p) {
@@ -142,8 +202,11 @@ void linear_sample_tokens_cuda(const LinearSampleTokensParams& p) {
                                "bfloat16, 16-byte aligned rows and a width that is a multiple of 8; got ", gpu.name,
                                ", built archs ", build_info().cuda_archs, ", ", name(p.sample.dtype), ", width ",
                                p.width);
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max() - 512;  // ids and rows of whole tiles are int32
+  ILLADA_CHECK(p.sample.num_rows <= kMost && p.sample.vocab_size <= kMost, kOp,
+               "more than 2^31 - 513 rows or ids: ", p.sample.num_rows, " rows, ", p.sample.vocab_size, " ids");
   const HeadPlan plan = plan_head(p.sample.num_rows, p.sample.vocab_size, gpu.sm_count);
-  const int64_t needed = head_workspace(p, plan), n = p.sample.num_rows;
+  const int64_t needed = head_workspace(p, plan).bytes, n = p.sample.num_rows;
   ILLADA_CHECK(p.sample.workspace_bytes >= needed, kOp, "workspace must have ", needed, " bytes, got ",
                p.sample.workspace_bytes);
   check_sample_regions(kOp, p.sample, needed,

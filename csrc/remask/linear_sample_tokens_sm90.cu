@@ -1,18 +1,19 @@
 // linear_sample_tokens on sm_90a: logits[n, v] = hidden[n] . weight[v], reduced where they are, in the accumulators.
 //
-// A CTA owns a tile of 128 rows and a range of the vocabulary, and walks over the range in tiles of 256 ids (the main
-// loop is common/gemm_sm90.cuh's). The two warpgroups reduce their tile into per-row states in registers
-// (row_sample.cuh). At the end of the range the four lanes that share a row merge, leave their records in the
-// workspace, and illada_sample_tokens_combine finishes.
+// A CTA takes a tile of 128 rows and a range of the vocabulary at a time (HeadPlan says which), and walks over the
+// range in tiles of 256 ids (the main loop is common/gemm_sm90.cuh's). The two warpgroups reduce their tile into
+// per-row states in registers (row_sample.cuh). At the end of the range the four lanes that share a row merge, leave
+// their records in the workspace, and illada_sample_tokens_combine finishes.
 //
 // Few rows: rows beyond N are not loaded and not multiplied, and the weight passes once through the chip at memory
 // speed: 2 V C bytes (424 us at 3 TB/s for V 155,136, C 4096). The tensor cores need 2 * 64 V C flop for up to 64 rows,
 // a fifth of that time, so nothing is gained by giving the weight the M side. Up to 128 rows: two fifths. Many rows:
-// 2 N V C flop; CTAs of neighbouring row tiles take the same range in step, so the weight comes from memory once and
-// from the L2 cache after that, and pairs of them (clusters) load each weight tile once, half each, for both.
+// 2 N V C flop; CTAs of neighbouring row tiles take the same range in step, so the weight comes from memory once for a
+// group of row tiles and from the L2 cache after that, and pairs of them (clusters) load each weight tile once, half
+// each, for both. The CTAs are persistent: a cluster's next item is on its way while the last one is reduced.
 #include <cuda.h>
 
-#include <type_traits>
+#include <cfloat>
 
 #include "common/dependent_launch.h"
 #include "common/gemm_sm90.cuh"
@@ -32,49 +33,59 @@ using Gemm = GemmSm90<T, Major::kK, Major::kK, kChunk>;
 template <typename T, bool kWantExtras>
 __global__ __launch_bounds__(Gemm<T>::kThreads, 1) void illada_linear_sample_tokens_sm90(
     const __grid_constant__ CUtensorMap hidden_map, const __grid_constant__ CUtensorMap weight_map,
-    const __grid_constant__ SampleTokensParams p, const __grid_constant__ HeadPlan plan, int k_tiles,
+    const __grid_constant__ SampleTokensParams p, const __grid_constant__ HeadPlan plan, int k_tiles, int32_t* bounds,
     const __grid_constant__ DependentLaunch launch) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ char raw_shared[];
   constexpr int kTileM = Gemm<T>::kTileM, kTileN = Gemm<T>::kTileN;
-  static_assert(kTileM == HeadPlan::kTileRows);
-  const int row_tile = int(blockIdx.x) % plan.row_tiles, slot = int(blockIdx.x) / plan.row_tiles;
-  const int first_row = row_tile * kTileM, rows = int(min(p.num_rows - first_row, int64_t(kTileM)));
-  const int64_t first_id = int64_t(slot) * plan.chunks * kChunk;
-  const int64_t end_id = min(first_id + int64_t(plan.chunks) * kChunk, p.vocab_size);
-  const int tiles = int((end_id - first_id + kTileN - 1) / kTileN);
-
+  static_assert(kTileM == HeadPlan::kTileRows && kTileN == HeadPlan::kTileChunks * kChunk);
   Gemm<T> gemm(raw_shared, &hidden_map, &weight_map, plan.cluster);
   wait_for_previous_kernel(launch);
+  const int first_item = int(blockIdx.x) / plan.cluster, items = plan.items();
 
   if (threadIdx.x >= Gemm<T>::kProducerThread) {  // ----------------------------------------------------- producer
     Gemm<T>::Registers::as_producer();
     if (threadIdx.x == Gemm<T>::kProducerThread) {
-      for (int tile = 0; tile < tiles; ++tile) {
-        const int64_t tile_id = first_id + int64_t(tile) * kTileN;
-        const int chunks = int(min((end_id - tile_id + kChunk - 1) / kChunk, int64_t(kTileN / kChunk)));
-        gemm.load(first_row, int(tile_id), 0, k_tiles, chunks);
+      for (int item = first_item; item < items; item += plan.clusters) {
+        const HeadTask task = plan.task(item, gemm.rank());
+        const int first_chunk = task.slot * plan.chunks, end_chunk = min(first_chunk + plan.chunks, plan.all_chunks);
+        for (int tile = 0; tile < task.tiles; ++tile) {
+          const int chunk = first_chunk + tile * HeadPlan::kTileChunks;
+          // None where only the neighbour has a tile.
+          const int chunks = max(min(end_chunk - chunk, HeadPlan::kTileChunks), 0);
+          gemm.load(task.row_tile * kTileM, chunk * kChunk, 0, k_tiles, chunks, task.shares);
+        }
       }
     }
   } else {  // ------------------------------------------------------------------------------------------- consumers
     Gemm<T>::Registers::as_consumer();
     const int warpgroup = int(threadIdx.x) / 128, lane = int(threadIdx.x) % 32;
-    const int my_row = first_row + warpgroup * 64 + int(threadIdx.x) % 128 / 32 * 16 + lane / 4;
-    const bool has_rows = warpgroup * 64 < rows;  // the same for the whole warpgroup
-    // Rows past the end repeat the last one: harmless, and not written.
-    const int64_t row[2] = {min(int64_t(my_row), p.num_rows - 1), min(int64_t(my_row) + 8, p.num_rows - 1)};
-    RowPair<kWantExtras> pair(p, row);
-
-    float d[kTileN / 2];
-    for (int tile = 0; tile < tiles; ++tile) {
-      if (has_rows) {
-        gemm.multiply(d, warpgroup, k_tiles);
-        pair.reduce(d, p, row, first_id + int64_t(tile) * kTileN, end_id);
-      } else {
-        gemm.skip(k_tiles);
+    const int row_of_tile = int(threadIdx.x) / 32 * 16 + lane / 4;  // and 8 rows below it
+    for (int item = first_item; item < items; item += plan.clusters) {
+      HeadTask task = plan.task(item, gemm.rank());
+      const int first_row = task.row_tile * kTileM, last_row = int(p.num_rows) - 1;
+      // The same for the whole warpgroup: without rows, and where only the neighbour has a tile, stages are passed on.
+      const bool takes_part = first_row + warpgroup * 64 <= last_row && task.slot < plan.slots;
+      if (!takes_part) {
+        gemm.skip(task.tiles * k_tiles);
+        continue;
       }
-    }
-    if (has_rows) {
+      // Rows past the end repeat the last one: harmless, and not written.
+      const int row[2] = {min(first_row + row_of_tile, last_row), min(first_row + row_of_tile + 8, last_row)};
+      RowPair<kWantExtras> pair(p, row);
+
+      const int end_id = int(min(int64_t(task.slot + 1) * plan.chunks * kChunk, p.vocab_size));
+      float d[kTileN / 2];
+      for (int id = task.slot * plan.chunks * kChunk; id < end_id; id += kTileN) {
+        int32_t seen[2];
+        pair.read_bounds(bounds, row, seen);  // on the way while the products are made
+        gemm.multiply(d, warpgroup, k_tiles);
+        pair.apply_bounds(seen);
+        pair.reduce(d, p, row, id, end_id, bounds);
+      }
+      asm volatile("" : "+r"(item));  // what follows from it is found anew, and takes no registers in the loop
+      task = plan.task(item, gemm.rank());
+      gemm.skip((task.tiles - plan.tiles(task.slot)) * k_tiles);
       const RowRecords records = records_of(plan);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -82,10 +93,10 @@ __global__ __launch_bounds__(Gemm<T>::kThreads, 1) void illada_linear_sample_tok
         state.merge_leader(1);
         state.merge_leader(2);
         state.softmax.template merge_lanes<4>();
-        const int64_t own = my_row + 8 * i;
+        const int64_t own = task.row_tile * kTileM + row_of_tile + 8 * i;
         if (lane % 4 == 0 && own < p.num_rows) {
-          static_cast<LeaderRecord*>(p.workspace)[own * records.leaders + slot] = state.leader_record();
-          softmax_records(p.workspace, p.num_rows, records, own)[slot] = record_of(state.softmax);
+          static_cast<LeaderRecord*>(p.workspace)[own * records.leaders + task.slot] = state.leader_record();
+          softmax_records(p.workspace, p.num_rows, records, own)[task.slot] = record_of(state.softmax);
         }
       }
     }
@@ -94,12 +105,22 @@ __global__ __launch_bounds__(Gemm<T>::kThreads, 1) void illada_linear_sample_tok
 #endif
 }
 
-// The rows that are listed, one after the other. One CTA a row.
+// No row is known to reach any score.
+constexpr int kClearThreads = 256;
+__global__ __launch_bounds__(kClearThreads) void illada_clear_bounds_sm90(
+    int32_t* bounds, int64_t rows, const __grid_constant__ DependentLaunch launch) {
+  wait_for_previous_kernel(launch);
+  const int64_t row = int64_t(blockIdx.x) * kClearThreads + threadIdx.x;
+  if (row < rows) bounds[row] = ordered(-FLT_MAX);
+}
+
+// The rows that are listed, one after the other. One CTA a row, which clears the row's bound as well, if there is one.
 constexpr int kGatherThreads = 128;
 __global__ __launch_bounds__(kGatherThreads) void illada_gather_rows_sm90(
     const uint4* source, int64_t source_stride, int64_t source_rows, const int32_t* rows, uint4* target, int width,
-    const __grid_constant__ DependentLaunch launch) {
+    int32_t* bounds, const __grid_constant__ DependentLaunch launch) {
   wait_for_previous_kernel(launch);
+  if (bounds && threadIdx.x == 0) bounds[blockIdx.x] = ordered(-FLT_MAX);
   const int64_t row = rows[blockIdx.x];
   const bool inside = row >= 0 && row < source_rows;
   for (int i = threadIdx.x; i < width; i += kGatherThreads)
@@ -111,27 +132,38 @@ void launch(const LinearSampleTokensParams& p, const Device& device, const HeadP
   constexpr const char* kOp = "linear_sample_tokens";
   const SampleTokensParams& s = p.sample;
   MatrixView hidden{p.hidden, s.dtype, s.num_rows, p.width, p.hidden_row_stride};
+  const HeadWorkspace places = head_workspace(p, plan);
+  // Without noise there is no race to be won.
+  const bool noisy = s.temperatures || s.temperature > 0;
+  int32_t* const bounds = noisy ? reinterpret_cast<int32_t*>(static_cast<char*>(s.workspace) + places.bounds) : nullptr;
   if (p.rows) {
-    void* gathered = static_cast<char*>(s.workspace) + records_of(plan).bytes(s.num_rows);
+    void* gathered = static_cast<char*>(s.workspace) + places.gathered;
     LaunchShape shape;
     shape.grid = dim3(unsigned(s.num_rows));
     shape.block = dim3(kGatherThreads);
     shape.dependent = true;
     launch_kernel(kOp, device, s.launch.stream, shape, illada_gather_rows_sm90, static_cast<const uint4*>(p.hidden),
-                  p.hidden_row_stride / 8, p.num_tokens, p.rows, static_cast<uint4*>(gathered), int(p.width / 8));
+                  p.hidden_row_stride / 8, p.num_tokens, p.rows, static_cast<uint4*>(gathered), int(p.width / 8),
+                  bounds);
     hidden = {gathered, s.dtype, s.num_rows, p.width, p.width};
+  } else if (bounds) {
+    LaunchShape shape;
+    shape.grid = dim3(unsigned((s.num_rows + kClearThreads - 1) / kClearThreads));
+    shape.block = dim3(kClearThreads);
+    shape.dependent = true;
+    launch_kernel(kOp, device, s.launch.stream, shape, illada_clear_bounds_sm90, bounds, s.num_rows);
   }
   const CUtensorMap hidden_map = tensor_map_k128(kOp, hidden, Gemm<T>::kTileM);
   const CUtensorMap weight_map =
       tensor_map_k128(kOp, {p.weight, s.dtype, s.vocab_size, p.width, p.weight_row_stride}, kChunk);
   LaunchShape shape;
-  shape.grid = dim3(unsigned(plan.row_tiles * plan.slots));
+  shape.grid = dim3(unsigned(plan.clusters * plan.cluster));
   shape.block = dim3(Gemm<T>::kThreads);
   shape.smem_bytes = Gemm<T>::kSmemBytes;
   shape.cluster = plan.cluster;
   shape.dependent = true;
   launch_kernel(kOp, device, s.launch.stream, shape, illada_linear_sample_tokens_sm90<T, kWantExtras>, hidden_map,
-                weight_map, s, plan, int((p.width + Gemm<T>::kTileK - 1) / Gemm<T>::kTileK));
+                weight_map, s, plan, int((p.width + Gemm<T>::kTileK - 1) / Gemm<T>::kTileK), bounds);
   launch_sample_tokens_combine(s, device, records_of(plan));
 }
 

@@ -25,6 +25,10 @@ struct SharedStorage {
   int32_t maximum;
 };
 
+// How the logits come: in registers, by loads of 16 bytes or of an element; or through shared memory, where more of
+// them can be on their way.
+enum class Source { kUnaligned, kAligned, kShared };
+
 // One row's logits with their bias. Vectors are complete: the up to seven ids after the last one are `single`s.
 template <typename T, bool kAligned>
 struct RowReader {
@@ -86,13 +90,18 @@ struct SharedBound {
   }
 };
 
-template <typename T, bool kWantExtras, bool kAligned>
-__global__ __launch_bounds__(kThreads,
-                             2) void illada_sample_tokens_sm80(const __grid_constant__ SampleTokensParams p,
-                                                               const __grid_constant__ RowSplit split,
-                                                               const __grid_constant__ DependentLaunch launch) {
+// Source::kShared: a step of a thread is kSharedVectors vectors of 16 bytes, which it brings for itself, so that nobody
+// waits for anybody else; `shared_steps` of them have room, 2 or 4.
+constexpr int kSharedVectors = 4, kSharedStepBytes = kThreads * kSharedVectors * 16;
+
+template <typename T, bool kWantExtras, Source kSource>
+__global__ __launch_bounds__(kThreads, kSampleCtas) void illada_sample_tokens_sm80(
+    const __grid_constant__ SampleTokensParams p, const __grid_constant__ RowSplit split, int shared_steps,
+    const __grid_constant__ DependentLaunch launch) {
+  constexpr bool kAligned = kSource != Source::kUnaligned, kShared = kSource == Source::kShared;
   constexpr int kUnroll = sizeof(T) == 2 ? 4 : 2, kStep = kThreads * kUnroll;
   static_assert(kPieceVectors % kStep == 0);
+  static_assert(!kShared || (kUnroll == kSharedVectors && Raw8<T>::kLoads == 1));
   __shared__ SharedStorage shared;
   extern __shared__ uint4 dynamic_shared[];  // the softmax records of a whole row, then a bit a vector for the bias
   const int64_t row = blockIdx.x / unsigned(split.splits);
@@ -124,7 +133,8 @@ __global__ __launch_bounds__(kThreads,
   const RowNoiseLoop noise_loop(noise);
 
   Raw8<T> next[kUnroll];
-  const auto fetch = [&](int base) {  // threads past the end get -inf
+  // The vectors of the step that begins at `base`, for this thread; past the end they are -inf.
+  const auto fetch = [&](int base) {
     if (base - int(threadIdx.x) + kStep <= end) {
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) next[u] = reader.raw(base + u * kThreads);
@@ -137,9 +147,42 @@ __global__ __launch_bounds__(kThreads,
       }
     }
   };
+  // The same in two parts, `step` counted from 0: on the way to shared memory, also past the end, and from there.
+  const auto in_shared = [&](int step, int u) -> uint4& {
+    const int before =
+        (split.splits == 1 ? split.row_pieces * kWarps : 0) + (p.bias_count ? split.pieces * kPieceVectors / 128 : 0);
+    return dynamic_shared[before + (step % shared_steps * kUnroll + u) * kThreads + int(threadIdx.x)];
+  };
+  const auto send = [&](int step) {
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int vector = first + step * kStep + u * kThreads + int(threadIdx.x);
+      if (vector < end)
+        ptx::cp_async_16(ptx::smem_address(&in_shared(step, u)), reader.row + int64_t(vector) * kVector);
+    }
+    ptx::cp_async_commit();
+  };
+  const auto receive = [&](int step) {  // the last step but shared_steps - 1 that was sent
+    if (shared_steps == 2) {
+      ptx::cp_async_wait<1>();
+    } else {
+      ptx::cp_async_wait<3>();
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      next[u] = minus_infinity8<T>();
+      if (first + step * kStep + u * kThreads + int(threadIdx.x) < end) next[u].part[0] = in_shared(step, u);
+    }
+  };
 
   int base = first + threadIdx.x;
-  fetch(base);
+  if constexpr (kShared) {
+#pragma unroll 1
+    for (int step = 0; step < shared_steps; ++step) send(step);
+    receive(0);
+  } else {
+    fetch(base);
+  }
   if (noisy) {  // a bound to start with, from the first vector of each thread
     float sure = -FLT_MAX;
     if (base < end) {
@@ -183,9 +226,14 @@ __global__ __launch_bounds__(kThreads,
     if (step_base > first && (step_base - first) % kPieceVectors == 0)
       end_piece((step_base - first) / kPieceVectors - 1);
     float x[kUnroll][kVector], maximum[kUnroll];
+    if constexpr (kShared) receive((step_base - first) / kStep);
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) unpack8(next[u], x[u]);
-    if (step_base + kStep < end) fetch(base + kStep);
+    if constexpr (kShared) {
+      send((step_base - first) / kStep + shared_steps);
+    } else {
+      if (step_base + kStep < end) fetch(base + kStep);
+    }
     if (reader.biased) {
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u)
@@ -315,10 +363,19 @@ void launch(const SampleTokensParams& p, const Device& device, const RowSplit& s
   shape.smem_bytes = (split.splits == 1 ? split.row_pieces * kWarps * int(sizeof(SoftmaxRecord)) : 0) +
                      (p.bias_count ? split.pieces * kPieceVectors / 8 : 0);
   shape.dependent = true;
-  launch_kernel(
-      "sample_tokens", device, p.launch.stream, shape,
-      aligned ? illada_sample_tokens_sm80<T, kWantExtras, true> : illada_sample_tokens_sm80<T, kWantExtras, false>, p,
-      split);
+  auto kernel = aligned ? illada_sample_tokens_sm80<T, kWantExtras, Source::kAligned>
+                        : illada_sample_tokens_sm80<T, kWantExtras, Source::kUnaligned>;
+  int shared_steps = 0;
+  if constexpr (sizeof(T) == 2) {
+    constexpr int kMostSmem = 98 * 1024;  // every GPU from sm_80 on has as much for a CTA
+    const int wanted = shared_sample_steps();
+    if (aligned && wanted && shape.smem_bytes + wanted * kSharedStepBytes <= kMostSmem) {
+      kernel = illada_sample_tokens_sm80<T, kWantExtras, Source::kShared>;
+      shared_steps = wanted;
+      shape.smem_bytes += wanted * kSharedStepBytes;
+    }
+  }
+  launch_kernel("sample_tokens", device, p.launch.stream, shape, kernel, p, split, shared_steps);
 }
 
 template <typename T>

@@ -5,6 +5,7 @@ import torch
 
 import illada
 from illada.ops import linear_loss, raw, reference
+from illada.ops.variants import use_variants
 from illada.testing import assert_close_like, relative_error
 
 BF16 = torch.bfloat16
@@ -272,6 +273,106 @@ def test_one_graph_for_any_number_of_masked_tokens(device, generator):
         launch()
         assert all(torch.equal(a, b) for a, b in zip(replayed, (nll, d_hidden, d_weight), strict=True))
         assert ((nll != 0) == (given != 0)).all() and (d_weight.count_nonzero() > 0) == (share > 0)
+
+
+# ----------------------------------------------------------------------------------------------------------- variants
+
+
+def poisoned(size, device):
+    """A workspace of NaNs: 0xff is one in every float format."""
+    return torch.full((size,), 0xFF, dtype=torch.uint8, device=device)
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """Every workspace is full of NaNs."""
+    make = torch.empty
+
+    def empty(*size, dtype=None, device=None, **keywords):
+        if dtype == torch.uint8 and device is not None:
+            return poisoned(*size, device)
+        return make(*size, dtype=dtype, device=device, **keywords)
+
+    monkeypatch.setattr(linear_loss.torch, "empty", empty)
+
+
+VARIANTS = [
+    {"loss_gradients": "mm"},
+    {"loss_order": "weight_first"},
+    {"loss_gradients": "mm", "loss_order": "weight_first"},
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("case", CASES[:-2])
+def test_variants_match_fp64(case, variant, device, generator, poison):
+    inputs = make(case, device, generator)
+    with use_variants(**variant):
+        got = results(illada.linear_masked_cross_entropy, *inputs, normalizer=12.5, chunk_rows=case[-1] or None)
+    for name, g, w, b in zip(("loss", "nll", "dX", "dW"), got, *expected(*inputs, normalizer=12.5), strict=True):
+        try:
+            assert_close_like(g, w, b)
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from None
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("given", [False, True], ids=["found", "rows"])
+def test_variants_with_any_number_of_tokens(given, variant, device, generator, poison):
+    # None, one, one row more or less than a pair of tiles, and all: chunks full, in part, and empty.
+    hidden, weight, targets, weights = make((600, 64, 700, 1.0, 0), device, generator)
+    for count in (0, 1, 127, 128, 129, 255, 256, 257, 600):
+        chosen = torch.randperm(600, generator=generator)[:count].sort().values.to(device)
+        of_call = torch.zeros_like(weights)
+        of_call[chosen] = weights[chosen]
+        masked = hidden.clone()
+        masked[of_call == 0] = torch.nan
+        rows = {"rows": chosen.int()} if given else {}
+        arguments = (masked, weight, targets, of_call)
+        want = results(illada.linear_masked_cross_entropy, *arguments, normalizer=9.0, chunk_rows=256, **rows)
+        with use_variants(**variant):
+            got = results(illada.linear_masked_cross_entropy, *arguments, normalizer=9.0, chunk_rows=256, **rows)
+        assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+        assert relative_error(got[2], want[2].double()) < 4e-3  # the last bit of bfloat16
+        assert relative_error(got[3], want[3].double()) < 4e-3
+        assert (got[2][of_call.cpu() == 0] == 0).all()
+
+
+@pytest.mark.parametrize("needed", ["hidden", "weight"])
+def test_one_gradient_by_mm(needed, device, generator, poison):
+    hidden, weight, targets, weights = make((300, 72, 1001, 1.0, 0), device, generator)
+    weights[::3] = 0
+    grads = []
+    for value in ("fused", "mm"):
+        leaves = [x.detach().requires_grad_(name == needed) for name, x in (("hidden", hidden), ("weight", weight))]
+        with use_variants(loss_gradients=value):
+            illada.linear_masked_cross_entropy(*leaves, targets, weights).backward()
+        grads.append(leaves[needed == "weight"].grad)
+        assert leaves[needed != "weight"].grad is None
+    assert relative_error(grads[1].cpu(), grads[0].cpu().double()) < 4e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_mm_adds_to_a_buffer(dtype, device, generator, poison):
+    hidden, weight, targets, weights = make((300, 72, 600, 1.0, 0), device, generator)
+    before = torch.randn(weight.shape, generator=generator).to(dtype).to(device)
+    added = []
+    for value in ("fused", "mm"):
+        buffer, leaf = before.clone(), hidden.detach().requires_grad_()
+        with use_variants(loss_gradients=value):
+            illada.linear_masked_cross_entropy(
+                leaf, weight, targets, weights, normalizer=9.0, grad_weight=buffer, chunk_rows=256
+            ).backward()
+        added.append(buffer.cpu().double() - before.cpu().double())
+    assert relative_error(added[1], added[0]) < 1e-2
+
+
+def test_mm_is_exact_whatever_the_filter(device, generator, poison):
+    inputs = make((300, 64, 700, 3.0, 0), device, generator)
+    with use_variants(loss_gradients="mm"):
+        exact = results(illada.linear_masked_cross_entropy, *inputs)
+        filtered = results(illada.linear_masked_cross_entropy, *inputs, filter_eps=0.5)
+    assert all(torch.equal(a, b) for a, b in zip(filtered, exact, strict=True))
 
 
 # --------------------------------------------------------------------------------------------------------- filter_eps

@@ -7,6 +7,7 @@ import torch
 import illada
 from illada.ops import raw, reference
 from illada.ops.types import TokenSample
+from illada.ops.variants import use_variants
 from illada.testing import assert_close_like, plain_sample
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -161,6 +162,36 @@ def test_batch_and_split_change_nothing(count, temperature, device, generator):
     many = to_host(illada.sample_tokens(rows[place], row_ids=ids[place], **keywords))
     for name, field, single in zip(many._fields, many, alone, strict=True):
         assert (field[::2] == single).all(), name  # bit for bit
+
+
+@pytest.mark.parametrize("loads", ["shared_64k", "shared_128k"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", [(3, 8, 1.0), (5, 8200, 1.0), (2, 60000, 3.0), (140, 40968, 3.0)], ids=str)
+def test_how_logits_are_loaded_changes_nothing(case, dtype, temperature, loads, device, generator):
+    # One vector; a piece and a bit; one CTA a piece; rows that a CTA has to itself, of more steps than have room.
+    logits = make_rows((min(case[0], 5), *case[1:]), dtype, device, generator)
+    logits = logits[torch.arange(case[0], device=device) % len(logits)]
+    bias = (torch.tensor([0, 7, case[1] - 1], dtype=torch.int32), torch.tensor([1.0, -torch.inf, 4.0]))
+    for logit_bias in (None, tuple(t.to(device) for t in bias)):
+        keywords = {"temperature": temperature, "seed": 3, "extras": ALL, "logit_bias": logit_bias}
+        want = to_host(illada.sample_tokens(logits, **keywords))
+        with use_variants(sample_tokens=loads):
+            got = to_host(illada.sample_tokens(logits, **keywords))
+        for name, field, other in zip(want._fields, got, want, strict=True):
+            assert torch.equal(field, other), name  # bit for bit
+
+
+@pytest.mark.parametrize("loads", ["shared_64k", "shared_128k"])
+def test_rows_that_cannot_go_through_shared_memory(loads, device, generator):
+    # Of an odd length; of 32-bit elements.
+    odd = make_rows((3, 1001, 1.0), torch.bfloat16, device, generator)
+    single = make_rows((3, 4096, 1.0), torch.float32, device, generator)
+    for logits in (odd, single):
+        want = to_host(illada.sample_tokens(logits, temperature=1.0, seed=3))
+        with use_variants(sample_tokens=loads):
+            got = to_host(illada.sample_tokens(logits, temperature=1.0, seed=3))
+        assert torch.equal(got.token, want.token) and torch.equal(got.confidence, want.confidence)
 
 
 def test_noise_depends_on_its_key_alone(device, generator):

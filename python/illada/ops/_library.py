@@ -143,3 +143,17 @@ def stream(device: torch.device) -> int:
     """The current CUDA stream of `device`, as an address; looked up anew at every call."""
     raw = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # what Inductor uses; private, so with a way around it
     return raw(device.index) if raw is not None else torch.cuda.current_stream(device).cuda_stream
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
+    """total += a @ b, or total = a @ b, in the dtype of `total`; rounded to that of a and b where torch knows no GEMM
+    with such a result."""
+    beta = 0 if first else 1
+    if total.dtype == a.dtype:
+        torch.addmm(total, a, b, beta=beta, out=total)
+    elif total.dtype == torch.float32 and a.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):  # torch 2.8
+        torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, beta=beta, out=total)
+    elif first:
+        total.copy_(torch.mm(a, b))
+    else:
+        total.add_(torch.mm(a, b))

@@ -138,20 +138,6 @@ def chunk_rows_of(count: int, vocab_size: int, dtype: torch.dtype, is_cuda: bool
     return max(128, -(-count // (128 * chunks)) * 128)
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
-    """total += a @ b, or total = a @ b, in the dtype of `total`; rounded to that of a and b where torch knows no GEMM
-    with such a result."""
-    beta = 0 if first else 1
-    if total.dtype == a.dtype:
-        torch.addmm(total, a, b, beta=beta, out=total)
-    elif total.dtype == torch.float32 and a.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):  # torch 2.8
-        torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, beta=beta, out=total)
-    elif first:
-        total.copy_(torch.mm(a, b))
-    else:
-        total.add_(torch.mm(a, b))
-
-
 def _fwd_portable(
     hidden: Tensor,
     weight: Tensor,
@@ -219,7 +205,7 @@ def _fwd_portable(
         if hidden_grad:
             d_hidden[index] = lib.cast(torch.mm(logits, head), hidden.dtype)
         if weight_grad:
-            add_product(d_weight, logits.t(), selected, first=start == 0 and not is_given)
+            lib.add_product(d_weight, logits.t(), selected, first=start == 0 and not is_given)
     if scale_late and into is not None:  # where no backward will scale it
         into.add_(late_factor(d_weight, normalizer, scale))
     return weighted_sum(nll, token_weights, normalizer, scale), nll, d_hidden, d_weight

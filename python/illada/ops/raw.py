@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from illada._native import native
-from illada.ops._library import address, stream
+from illada.ops._library import add_product, address, stream
 from illada.ops.types import RemaskStatus, TokenSample
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # illada::DType
@@ -118,6 +118,15 @@ def linear_sample_tokens_workspace(hidden: Tensor, weight: Tensor, rows: Tensor 
         return None
     size = native().linear_sample_tokens_workspace(*_linear_arguments(hidden, weight, rows), hidden.device.index)
     return None if size < 0 else size
+
+
+def head_plan(rows: int, vocab_size: int, sm_count: int) -> tuple[int, int, int, list[tuple[int, int, int, int, int]]]:
+    """How `linear_sample_tokens` shares out its work on sm_90a, for tests: what each CTA takes, in its order.
+
+    Returns (CTAs of a cluster, ranges of the vocabulary, chunks of 32 ids in a range, tasks). A task is (CTA, row tile,
+    range, tiles of 128 rows x 256 ids, tiles of its cluster): the CTA waits while its neighbour has more of them.
+    """
+    return native().head_plan(rows, vocab_size, sm_count)
 
 
 def linear_sample_tokens(
@@ -313,6 +322,9 @@ def linear_masked_cross_entropy(
     float32 or bfloat16, added to if asked for; both contiguous. normalizer: float32 scalar on the device. filter_eps:
     as in `illada.ops.linear_masked_cross_entropy`. workspace: uint8, of the size that
     `linear_masked_cross_entropy_workspace` says.
+
+    Where the choice loss_gradients is "mm", torch.mm makes the gradients, of all rows of a chunk, used or not, and
+    exactly, whatever filter_eps is; it may allocate.
     """
     arguments = _linear_loss_arguments(
         nll, hidden, weight, targets, token_weights, rows, normalizer, scale, chunk_rows, hidden_grad, weight_grad,
@@ -322,7 +334,41 @@ def linear_masked_cross_entropy(
         "linear_masked_cross_entropy", hidden, nll, weight, targets, token_weights, rows, normalizer, hidden_grad,
         weight_grad, workspace=workspace,
     )  # fmt: skip
-    native().linear_masked_cross_entropy(arguments, launch)
+    if (hidden_grad is None and weight_grad is None) or not native().linear_loss_by_mm():
+        native().linear_masked_cross_entropy(arguments, launch)
+    else:
+        _linear_loss_by_mm(arguments, launch, weight, hidden_grad, weight_grad, add_to_weight_grad, workspace)
+
+
+@torch.no_grad()
+def _linear_loss_by_mm(
+    arguments: tuple, launch: tuple, weight: Tensor, hidden_grad: Tensor | None, weight_grad: Tensor | None,
+    add_to_weight_grad: bool, workspace: Tensor,
+) -> None:  # fmt: skip
+    """`linear_masked_cross_entropy`, but for the products of the gradients, which are torch.mm's."""
+    chunks, rows, stride, weight_first, *offsets = native().linear_loss_layout(arguments, launch[0])
+
+    def place(offset: int, columns: int, dtype: torch.dtype) -> Tensor:
+        return workspace.view(-1)[offset : offset + rows * columns * dtype.itemsize].view(dtype).view(rows, columns)
+
+    if chunks == 0 and weight_grad is not None and not add_to_weight_grad:
+        weight_grad.zero_()
+    probabilities = place(offsets[0], stride, torch.bfloat16)[:, : weight.shape[0]] if chunks else workspace
+
+    def make_weight_grad(weight_grad: Tensor, chunk: int) -> None:
+        selected = place(offsets[1], weight.shape[1], torch.bfloat16)
+        add_product(weight_grad, probabilities.t(), selected, first=chunk == 0 and not add_to_weight_grad)
+
+    for chunk in range(chunks):
+        native().linear_loss_probabilities(arguments, chunk, launch)
+        if weight_grad is not None and weight_first:
+            make_weight_grad(weight_grad, chunk)
+        if hidden_grad is not None:
+            product = place(offsets[2], weight.shape[1], torch.float32)
+            add_product(product, probabilities, weight, first=True)
+            native().linear_loss_scatter(arguments, chunk, launch)
+        if weight_grad is not None and not weight_first:
+            make_weight_grad(weight_grad, chunk)
 
 
 def attention_plan_rows(

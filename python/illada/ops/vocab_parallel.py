@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from illada.ops import _library as lib
-from illada.ops.linear_loss import add_product, compute_dtype_of, late_factor, scales_late
+from illada.ops.linear_loss import compute_dtype_of, late_factor, scales_late
 from illada.ops.loss import check_logits, check_targets, split_normalizer, weighted_sum, where_read
 
 #: Every process must cut the rows alike, whatever the size of its shard.
@@ -135,7 +135,7 @@ class _VocabParallelLoss(torch.autograd.Function):
             if hidden_grad:
                 d_hidden[index] = lib.cast(torch.mm(logits, head), hidden.dtype)
             if weight_grad:
-                add_product(d_weight, logits.t(), selected, first=False)
+                lib.add_product(d_weight, logits.t(), selected, first=False)
         normalizer, scale = where_read(normalizer, scale)
         if hidden_grad:
             dist.all_reduce(d_hidden, group=group)
