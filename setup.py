@@ -20,7 +20,8 @@ if int(setuptools.__version__.split(".")[0]) < OLDEST_SETUPTOOLS:
     raise SystemExit(
         f"illada: setuptools {setuptools.__version__} was found in {Path(setuptools.__file__).parents[1]}; "
         f"{OLDEST_SETUPTOOLS} or newer is needed.\n"
-        f"Run `{sys.executable} -m pip install 'setuptools>={OLDEST_SETUPTOOLS}'`, or build without --no-build-isolation."
+        f"Run `{sys.executable} -m pip install 'setuptools>={OLDEST_SETUPTOOLS}'`, "
+        "or build without --no-build-isolation."
     )
 
 ROOT = Path(__file__).resolve().parent
