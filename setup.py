@@ -9,8 +9,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+
+OLDEST_SETUPTOOLS = 77  # as in pyproject.toml, whose license fields older ones refuse or misread
+
+# With pip's isolation it is always new enough.
+if int(setuptools.__version__.split(".")[0]) < OLDEST_SETUPTOOLS:
+    raise SystemExit(
+        f"illada: setuptools {setuptools.__version__} was found in {Path(setuptools.__file__).parents[1]}; "
+        f"{OLDEST_SETUPTOOLS} or newer is needed.\n"
+        f"Run `{sys.executable} -m pip install 'setuptools>={OLDEST_SETUPTOOLS}'`, "
+        "or build without --no-build-isolation."
+    )
 
 ROOT = Path(__file__).resolve().parent
 

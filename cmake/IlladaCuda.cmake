@@ -1,8 +1,9 @@
 # Is there a CUDA toolkit, and for which GPUs are kernels built? Sets ILLADA_WITH_CUDA, ILLADA_CUDA_VERSION and
 # ILLADA_CUDA_ARCH_LIST. ILLADA_CUDA=auto uses an nvcc where there is one, off ignores it, on fails without it.
 # ILLADA_CUDA_ARCHS: a list of N-real (machine code) and N-virtual (PTX for later GPUs); default: the GPUs of this
-# machine, else 80-real;90a-real;90-virtual and 120-real where the toolkit knows it. Kernels that need wgmma and TMA
-# are built for the 90a entries alone.
+# machine, else the list in IlladaArchs.cmake. Kernels that need wgmma and TMA are built for the 90a entries alone.
+
+include(IlladaArchs)
 
 set(ILLADA_WITH_CUDA OFF)
 set(ILLADA_CUDA_VERSION "")
@@ -15,28 +16,6 @@ endif()
 if(NOT ILLADA_CUDART MATCHES "^(static|shared)$")
   message(FATAL_ERROR "illada: ILLADA_CUDART is \"${ILLADA_CUDART}\"; allowed are static and shared")
 endif()
-
-# Compute capabilities of the GPUs that the driver sees, as N-real; empty without one.
-function(illada_detect_gpus result)
-  set(found "")
-  find_program(ILLADA_NVIDIA_SMI nvidia-smi)
-  if(ILLADA_NVIDIA_SMI)
-    execute_process(COMMAND "${ILLADA_NVIDIA_SMI}" --query-gpu=compute_cap --format=csv,noheader
-      OUTPUT_VARIABLE lines ERROR_QUIET RESULT_VARIABLE failed)
-    if(NOT failed)
-      string(REGEX MATCHALL "[0-9]+\\.[0-9]+" capabilities "${lines}")
-      foreach(capability IN LISTS capabilities)
-        string(REPLACE "." "" arch "${capability}")
-        if(arch GREATER_EQUAL 80)
-          string(REGEX REPLACE "^90$" "90a" arch "${arch}")
-          list(APPEND found "${arch}-real")
-        endif()
-      endforeach()
-      list(REMOVE_DUPLICATES found)
-    endif()
-  endif()
-  set(${result} "${found}" PARENT_SCOPE)
-endfunction()
 
 if(NOT illada_cuda STREQUAL "off")
   include(CheckLanguage)
@@ -53,21 +32,13 @@ if(NOT illada_cuda STREQUAL "off")
       message(FATAL_ERROR "illada: CUDA ${CUDAToolkit_VERSION} was found at ${CMAKE_CUDA_COMPILER}; 12.3 or newer is needed.\n"
         "Set CUDACXX=/path/to/another/nvcc, or ILLADA_CUDA=off for a CPU build.")
     endif()
-    set(ILLADA_CUDA_ARCH_LIST "${ILLADA_CUDA_ARCHS}")
-    if(NOT ILLADA_CUDA_ARCH_LIST)
-      illada_detect_gpus(ILLADA_CUDA_ARCH_LIST)
+    set(illada_detected "")
+    if(NOT ILLADA_CUDA_ARCHS)
+      illada_detect_gpus(illada_detected)
     endif()
-    if(NOT ILLADA_CUDA_ARCH_LIST)
-      set(ILLADA_CUDA_ARCH_LIST 80-real 90a-real 90-virtual)
-      if(CUDAToolkit_VERSION VERSION_GREATER_EQUAL 12.8)
-        list(APPEND ILLADA_CUDA_ARCH_LIST 120-real)
-      endif()
-    endif()
-    foreach(arch IN LISTS ILLADA_CUDA_ARCH_LIST)
-      if(NOT arch MATCHES "^[0-9]+[af]?-(real|virtual)$")
-        message(FATAL_ERROR "illada: ILLADA_CUDA_ARCHS holds \"${arch}\"; entries look like 80-real, 90a-real or 90-virtual")
-      endif()
-    endforeach()
+    illada_known_archs(illada_known "${CMAKE_CUDA_COMPILER}" "${CUDAToolkit_VERSION}")
+    illada_choose_archs(ILLADA_CUDA_ARCH_LIST
+      "${ILLADA_CUDA_ARCHS}" "${illada_detected}" "${illada_known}" "${CUDAToolkit_VERSION}")
     message(STATUS "illada: CUDA ${CUDAToolkit_VERSION} for ${ILLADA_CUDA_ARCH_LIST}, cudart ${ILLADA_CUDART}")
   elseif(illada_cuda STREQUAL "on")
     message(FATAL_ERROR "illada: ILLADA_CUDA=on, but no working nvcc was found (looked at CUDACXX, CUDA_PATH and PATH; "

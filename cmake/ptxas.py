@@ -24,7 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET = ROOT / "csrc" / "ptxas_budget.json"
-DEFAULT_ARCHS = ("80", "90a", "120")  # as in IlladaCuda.cmake
+DEFAULT_ARCHS = ("80", "90a", "100", "120")  # as in IlladaArchs.cmake
 FLAGS = ("-std=c++17", "-O3", "-DNDEBUG", "-lineinfo")  # as CMake gives in a Release build
 BYTES_A_JOB = 3 << 30  # of memory, as in setup.py
 
@@ -236,9 +236,11 @@ def toolkit(nvcc: str) -> tuple[str, set[str]]:
             "Set CUDACXX=/path/to/nvcc of CUDA 12.3 or newer; docs/install.md says where to get one without a GPU."
         ) from None
     version = re.search(r"release (\d+\.\d+)", said)
-    # Some toolkits list sm_90 and know sm_90a without listing it.
-    codes = {code.removeprefix("sm_") for code in known.split()}
-    return version[1] if version else "unknown", codes | {code + "a" for code in codes}
+    # nvcc lists sm_90 and knows sm_90a without listing it, see illada_known_archs; other code is not built by default.
+    codes = set(re.findall(r"sm_(\d+[af]?)", known))
+    return version[1] if version else "unknown", codes | {
+        code + "a" for code in codes if code.isdigit() and int(code) >= 90
+    }
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -254,7 +256,10 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("pattern", nargs="?", default="", help="only files whose path contains this")
     parser.add_argument(
-        "--arch", action="append", metavar="N", help="80, 90a, ...; may be repeated (default: 80, 90a and 120)"
+        "--arch",
+        action="append",
+        metavar="N",
+        help=f"80, 90a, ...; may be repeated (default: {', '.join(DEFAULT_ARCHS)})",
     )
     parser.add_argument("--update", action="store_true", help="write the budget file from what is measured")
     parser.add_argument("--budget", type=Path, default=BUDGET, help="the budget file (default: %(default)s)")
