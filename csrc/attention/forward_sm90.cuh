@@ -47,20 +47,20 @@
 namespace illada::attention {
 namespace {
 
-// What an instance has in shared memory, and what it does otherwise for want of registers or shared memory.
+// An instance: its shared memory, and what it does in another way for want of registers or shared memory.
 template <int kHeadDim, int kKeys_, int kStagesV_>
 struct SharedStorage {
   static constexpr int kKeys = kKeys_, kSlices = kHeadDim / 64;
   static constexpr int kStagesK = kHeadDim == 128 ? 2 : 4, kStagesV = kStagesV_;
   static constexpr int kItems = 4;
   static constexpr int kConsumers = forward_blocks_sm90(kHeadDim);
-  static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 152;
-  using Registers = RegisterSplit<kConsumers, kConsumers == 2 ? 40 : 56, kConsumerRegisters>;
+  static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : kKeys == 96 ? 152 : 160;
+  using Registers = RegisterSplit<kConsumers, kConsumers == 2 ? 40 : kKeys == 96 ? 56 : 32, kConsumerRegisters>;
   static constexpr int kThreads = Registers::kThreads;
   using KeyTile = Tile<kKeys, kHeadDim>;
   using QueryTile = Tile<kBlockRows, kHeadDim>;
-  // Scores, sums, two sets of probabilities and 24 more are too many registers: the next probabilities stay in those of
-  // the scores, in fp32, until the product that reads the old ones is done.
+  // Scores, sums, two sets of probabilities and 24 more registers are too many: the next probabilities stay in those of
+  // the scores, in fp32, until the product that reads the old ones has ended.
   static constexpr bool kPacksLate = kKeys / 2 + kHeadDim / 2 + 2 * (kKeys / 4) + 24 > kConsumerRegisters;
   // Room for the rows on their way out; else they are stored from registers.
   static constexpr bool kStagesOut =
@@ -73,6 +73,7 @@ struct SharedStorage {
       v_empty[kStagesV];
   // Of the item that leaves, of the one that is worked on, and of the next one, which may come while both are read.
   WorkItem item[kConsumers][kItems], next_item;
+  int32_t items;  // of the producer, which has no register for them
 };
 
 struct ForwardArguments {
@@ -86,10 +87,21 @@ struct ForwardArguments {
   L2Policy rows_policy, keys_policy;
 };
 
+// x, unknown to the compiler: what is computed from it inside of a loop is computed there, and not kept in registers
+// around the loop, of which the producer has few.
+__device__ __forceinline__ int made_anew(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+__device__ __forceinline__ const int32_t* made_anew(const int32_t* x) {
+  asm volatile("" : "+l"(x));
+  return x;
+}
+
 // The item of a cluster in a round.
 template <int kCluster>
 __device__ __forceinline__ int item_index(int round) {
-  return back_and_forth(round, int(blockIdx.x) / kCluster, int(gridDim.x) / kCluster);
+  return back_and_forth(round, made_anew(int(blockIdx.x)) / kCluster, made_anew(int(gridDim.x)) / kCluster);
 }
 
 // The finished rows of a warpgroup leave: to out, by way of shared memory and TMA, which ends with the item's queries,
@@ -155,6 +167,7 @@ __device__ __forceinline__ void write_rows(float (&o)[kHeadDim / 2], const Softm
                                item.q_start + item.q_count, a.rows_policy);
     ptx::bulk_commit();
   }
+  if (!Shared::kStagesOut) __syncwarp();  // only some lanes stored: together again for the next product
 }
 
 // Whether the kernel divides the plan's items in two: one that was made for pairs has items of two tiles, and a CTA
@@ -230,7 +243,8 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim, kKeys, kStagesV>::kThreads,
   if (threadIdx.x >= 128 * kConsumers) {  // ------------------------------------------------------------ producer
     Shared::Registers::as_producer();
     if (threadIdx.x == 128 * kConsumers) {
-      const int halves = halves_items<kCluster>(a.plan), items = plan_header(a.plan).forward_items << halves;
+      const int halves = halves_items<kCluster>(a.plan);
+      shared.items = plan_header(a.plan).forward_items << halves;
       Ring<kStagesK> k_ring;
       Ring<kStagesV> v_ring;
       // Keys `row` .. of the item: the CTAs of a cluster load a part of the tile each, for all of them.
@@ -262,8 +276,8 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim, kKeys, kStagesV>::kThreads,
       // An item takes as long to come as half a tile: it is asked for an item ahead, and waits in shared memory.
       const auto ask_for_item = [&](int round) {
         const int index = item_index<kCluster>(round);
-        if (index < items) {
-          const WorkItem* source = forward_items(a.plan) + (index >> halves);
+        if (index < shared.items) {
+          const WorkItem* source = forward_items(made_anew(a.plan)) + (index >> halves);
           ptx::cp_async_16(at(offsetof(Shared, next_item)), source);
           ptx::cp_async_16(at(offsetof(Shared, next_item)) + 16, reinterpret_cast<const char*>(source) + 16);
         } else {
@@ -282,7 +296,11 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim, kKeys, kStagesV>::kThreads,
       };
       const auto hand_over = [&](int w, int round) {  // to warpgroup w
         ptx::mbarrier_wait(q_empty + 8 * w, uint32_t(round) % 2 ^ 1);
-        shared.item[w][round % kItems] = shared.next_item;
+        const uint4* source = reinterpret_cast<const uint4*>(&shared.next_item);
+        uint4* target = reinterpret_cast<uint4*>(&shared.item[w][round % kItems]);
+        target[0] = source[0];
+        asm volatile("" ::: "memory");  // one after the other: four registers, not eight
+        target[1] = source[1];
       };
       ask_for_item(0);
       WorkItem item = next_item(0);
@@ -412,6 +430,8 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim, kKeys, kStagesV>::kThreads,
         ptx::wgmma_wait<1>();
         const SoftmaxRows finished = rows;
         const bool moved = finish_scores(is_first);
+        if constexpr (Shared::kPacksLate)
+          ptx::wgmma_compute_before_wait(rows.sum[0], rows.sum[1], a.total_q < 0, staging);
         ptx::wgmma_wait<0>();
         ptx::wgmma_keep_operand(p, a.total_q < 0, staging);
         release(v_empty + 8 * v_ring.stage);

@@ -400,6 +400,19 @@ __device__ __forceinline__ void wgmma_keep_operand(const uint32_t (&a)[kSteps][4
         "r"(a[i][1]), "r"(a[i][2]), "r"(a[i][3]), "r"(uint32_t(never)), "r"(smem));
 }
 
+// Before a wait: what x and y are computed from is computed here, beside the products in flight, and not after the
+// wait, where the compiler likes to move it. A store that is never carried out, as above.
+__device__ __forceinline__ void wgmma_compute_before_wait(float x, float y, bool never, uint32_t smem) {
+  asm volatile(
+      "{\n"
+      ".reg .pred never;\n"
+      "setp.ne.u32 never, %2, 0;\n"
+      "@never st.shared.v2.f32 [%3], {%0, %1};\n"
+      "}" ::"f"(x),
+      "f"(y), "r"(uint32_t(never)), "r"(smem)
+      : "memory");
+}
+
 // Descriptor of a K-major operand in the 128-byte swizzle, as TMA writes it: rows of 128 bytes (64 elements of 16
 // bits), groups of 8 rows 1024 bytes apart. The tile starts at a multiple of 1024; the 16 elements of step k start at
 // smem + 32 k.

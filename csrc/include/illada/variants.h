@@ -19,7 +19,8 @@ struct Variant {
 std::vector<Variant> variants();
 
 // Uses `value` for all later calls of this process, in all threads; an empty value goes back to the environment's or
-// the default. Workspace sizes depend on it: ask for them again. Throws Error for an unknown name or value.
+// the default. Workspace sizes depend on it: ask for them again. Plans of attention stay valid, but balance and splits
+// are those of the choice they were made with. Throws Error for an unknown name or value.
 void set_variant(const std::string& name, const std::string& value);
 
 }  // namespace illada

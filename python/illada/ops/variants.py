@@ -40,8 +40,9 @@ def variants() -> list[Variant]:
 def set_variant(name: str, value: str | None) -> None:
     """Use `value` for all later calls of this process; None goes back to the environment's value or the default.
 
-    Workspace sizes depend on it, and CUDA graphs keep what they were captured with. ValueError: an unknown name or
-    value, or a build without CUDA kernels.
+    Workspace sizes depend on it, and CUDA graphs keep what they were captured with. An attention plan stays valid;
+    make it again to measure a choice, which also decides how a plan is cut. ValueError: an unknown name or value, or a
+    build without CUDA kernels.
     """
     if not _native.has_cuda():
         raise ValueError(f"set_variant: this build has no CUDA kernels, so there is no choice {name!r}")
