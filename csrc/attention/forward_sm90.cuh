@@ -72,7 +72,7 @@ struct SharedStorage {
   uint64_t q_full[kConsumers], q_empty[kConsumers], k_full[kStagesK], k_empty[kStagesK], v_full[kStagesV],
       v_empty[kStagesV];
   // Of the item that leaves, of the one that is worked on, and of the next one, which may come while both are read.
-  WorkItem item[kConsumers][kItems], next_item;
+  WorkItem item[kConsumers][kItems], producer_item, next_item;
   int32_t items;  // of the producer, which has no register for them
 };
 
@@ -96,6 +96,13 @@ __device__ __forceinline__ int made_anew(int x) {
 __device__ __forceinline__ const int32_t* made_anew(const int32_t* x) {
   asm volatile("" : "+l"(x));
   return x;
+}
+
+// In shared memory, half after half: four registers, not eight.
+__device__ __forceinline__ void copy_item(WorkItem& target, const WorkItem& source) {
+  reinterpret_cast<uint4*>(&target)[0] = reinterpret_cast<const uint4*>(&source)[0];
+  asm volatile("" ::: "memory");
+  reinterpret_cast<uint4*>(&target)[1] = reinterpret_cast<const uint4*>(&source)[1];
 }
 
 // The item of a cluster in a round.
@@ -249,12 +256,13 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim, kKeys, kStagesV>::kThreads,
       Ring<kStagesV> v_ring;
       // Keys `row` .. of the item: the CTAs of a cluster load a part of the tile each, for all of them.
       const auto load = [&](const CUtensorMap* map, uint32_t tile, uint32_t barrier, const WorkItem& item, int row) {
-        constexpr int kPart = kKeys / kCluster;
+        // The rank is read again, not kept: registers are few.
+        const int part = kCluster > 1 ? int(ptx::cluster_cta_rank()) * (kKeys / kCluster) : 0;
         ptx::mbarrier_arrive_expect_tx(barrier, kTileBytes);
 #pragma unroll
         for (int slice = 0; slice < kSlices; ++slice) {
-          const uint32_t target = tile + uint32_t(slice * kKeys + rank * kPart) * kRowBytes;
-          const int from_end = kRaggedTokens - item.k_count + row + rank * kPart, end = item.k_start + item.k_count;
+          const uint32_t target = tile + uint32_t(slice * kKeys + part) * kRowBytes;
+          const int from_end = kRaggedTokens - item.k_count + row + part, end = item.k_start + item.k_count;
           if (kCluster > 1) {
             ptx::tma_load_ragged_multicast(target, map, barrier, 64 * slice, item.kv_head, from_end, end,
                                            (1 << kCluster) - 1, a.keys_policy);
@@ -285,25 +293,22 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim, kKeys, kStagesV>::kThreads,
         }
         ptx::cp_async_commit();
       };
-      const auto next_item = [&](int round) {
+      const auto take_next_item = [&](int round) {
         ptx::cp_async_wait<0>();
+        copy_item(shared.producer_item, shared.next_item);
         if (halves) {  // where the item has no second tile, the CTA does a tile's work for nothing
           const int first = (item_index<kCluster>(round) & 1) * a.tile_tokens;
-          shared.next_item.q_start += first;
-          shared.next_item.q_count -= first;
+          shared.producer_item.q_start += first;
+          shared.producer_item.q_count -= first;
         }
-        return shared.next_item;
       };
       const auto hand_over = [&](int w, int round) {  // to warpgroup w
         ptx::mbarrier_wait(q_empty + 8 * w, uint32_t(round) % 2 ^ 1);
-        const uint4* source = reinterpret_cast<const uint4*>(&shared.next_item);
-        uint4* target = reinterpret_cast<uint4*>(&shared.item[w][round % kItems]);
-        target[0] = source[0];
-        asm volatile("" ::: "memory");  // one after the other: four registers, not eight
-        target[1] = source[1];
+        copy_item(shared.item[w][round % kItems], shared.producer_item);
       };
       ask_for_item(0);
-      WorkItem item = next_item(0);
+      take_next_item(0);
+      const WorkItem& item = shared.producer_item;  // read again for each tile: registers are few
       int round = 0;
       for (; item.k_count > 0; ++round) {
         int row = (item.k_count - 1) / kKeys * kKeys;  // the partial tile first: no mask is needed after it
@@ -321,7 +326,7 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim, kKeys, kStagesV>::kThreads,
           if (row > 0) load_k(item, row - kKeys);
           load_v(item, row);
         }
-        item = next_item(round + 1);
+        take_next_item(round + 1);
       }
 #pragma unroll
       for (int w = 0; w < kConsumers; ++w) {  // an item without keys: the end
