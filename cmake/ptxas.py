@@ -39,6 +39,8 @@ class Kernel:
     stack: int = 0
     spill_stores: int = 0
     spill_loads: int = 0
+    threads: int = 0  # of a CTA, by its launch bounds; 0: not said
+    warpgroup_registers: list[int] = field(default_factory=list)  # what setmaxnreg asks for: less, then more
 
 
 @dataclass
@@ -78,10 +80,45 @@ def parse(text: str) -> tuple[list[Kernel], list[str]]:
     return list(found.values()), remarks
 
 
+def register_splits(ptx: str) -> dict[str, tuple[int, list[int]]]:
+    """Kernel -> threads of a CTA and what setmaxnreg asks for (dec, then inc), from PTX; of kernels that use it."""
+    found: dict[str, tuple[int, list[int]]] = {}
+    for entry in re.split(r"^\s*(?:\.visible )?\.entry\s+", ptx, flags=re.MULTILINE)[1:]:
+        asked = [(match[1], int(match[2])) for match in re.finditer(r"setmaxnreg\.(dec|inc)\.\S+\s+(\d+)", entry)]
+        threads = re.search(r"\.maxntid\s+(\d+)", entry)
+        if asked:
+            name = re.match(r"[^\s(]+", entry)
+            found[name[0]] = (int(threads[1]) if threads else 0, [number for _, number in sorted(set(asked))])
+    return found
+
+
+def split_fault(kernel: Kernel) -> str | None:
+    """Why the CTA's warpgroups cannot have what setmaxnreg asks for: one producer (dec), all others consumers (inc).
+
+    A CTA owns the registers it was launched with, and setmaxnreg.inc waits for ever for more (PTX ISA, setmaxnreg).
+    """
+    if not kernel.warpgroup_registers:
+        return None
+    if len(kernel.warpgroup_registers) != 2 or not kernel.threads or kernel.threads % 128 or kernel.registers is None:
+        return (
+            f"setmaxnreg asks for {kernel.warpgroup_registers} in a CTA of {kernel.threads} threads; "
+            "one producer warpgroup gives registers up, the others take them, and launch bounds say how many there are"
+        )
+    less, more = kernel.warpgroup_registers
+    warpgroups = kernel.threads // 128
+    asked, owned = less + (warpgroups - 1) * more, kernel.registers * warpgroups
+    if asked <= owned:
+        return None
+    return (
+        f"setmaxnreg asks for {less} + {warpgroups - 1} x {more} = {asked} registers a lane, but the CTA is launched "
+        f"with {warpgroups} x {kernel.registers} = {owned}: it would wait for ever"
+    )
+
+
 def short_name(demangled: str) -> str:
     """`void illada::remask::(anonymous namespace)::k<illada::Half, (int)4>(illada::P)` -> `k<Half,4>`."""
     name = demangled.replace("(anonymous namespace)::", "")
-    name = re.sub(r"\([a-z][a-z ]*\)(?=-?[\d'])", "", name)  # the type of a template argument: (int)4
+    name = re.sub(r"\([A-Za-z][\w: ]*\)(?=-?[\d'])", "", name)  # the type of a template argument: (int)4
     depth, end = 0, len(name)
     for i, letter in enumerate(name):
         if letter == "(" and depth == 0:
@@ -117,11 +154,14 @@ def compile_file(nvcc: str, file: str, arch: str, flags: list[str]) -> Compiled:
     with tempfile.TemporaryDirectory() as folder:
         command = [nvcc, "-cubin", f"-arch=sm_{arch}", "-Xptxas", "-v", *FLAGS, *flags]
         command += ["-I", str(ROOT / "csrc"), "-I", str(ROOT / "csrc" / "include")]
-        command += ["-o", str(Path(folder) / "out.cubin"), str(ROOT / file)]
+        command += ["--keep", "--keep-dir", folder, "-o", str(Path(folder) / "out.cubin"), str(ROOT / file)]
         done = subprocess.run(command, capture_output=True, text=True)
+        splits = register_splits("".join(path.read_text() for path in Path(folder).glob("*.ptx")))
     if done.returncode != 0:
         raise SystemExit(f"ptxas.py: {file} does not compile for sm_{arch}:\n{done.stdout}{done.stderr}")
     kernels, remarks = parse(done.stdout + done.stderr)
+    for kernel in kernels:
+        kernel.threads, kernel.warpgroup_registers = splits.get(kernel.name, (0, []))
     for kernel, name in zip(kernels, demangle([kernel.name for kernel in kernels]), strict=True):
         kernel.name = short_name(name)
     return Compiled(file, arch, time.monotonic() - began, kernels, remarks)
@@ -141,6 +181,8 @@ def faults(results: list[Compiled]) -> list[str]:
                 )
             if kernel.registers is None:
                 continue
+            if wrong := split_fault(kernel):
+                said.append(f"{where}: {wrong} ({result.file})")
             if (kernel.name, result.arch) in owner:
                 first = owner[kernel.name, result.arch]
                 said.append(

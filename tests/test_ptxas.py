@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -73,6 +74,7 @@ def test_parse_keeps_what_ptxas_did_to_wgmma(ptxas):
             "k<Half,false>",
         ),
         ("void illada::k<(int)128, -3, (bool)1>(float*)", "k<128,-3,1>"),
+        ("void illada::k<(illada::attention::QuerySums)3, false>(int)", "k<3,false>"),
         ("illada::k(illada::P)", "k"),
         ("void k<illada::Tile<float, 4>, unsigned char>(int (*)(int))", "k<Tile<float,4>,unsigned char>"),
         ("plain_c_name", "plain_c_name"),
@@ -94,6 +96,52 @@ def test_spills_and_stack_are_faults_whatever_the_budget(ptxas):
         "other on sm_90a: 24 bytes of stack, 32 of spill stores, 72 of spill loads; none is allowed"
     )
     assert said[1].startswith("helper on sm_90a: 16 bytes of stack")
+
+
+PTX = """
+.visible .entry _Zkeys(
+	.param .b32 a
+)
+.maxntid 384
+.minnctapersm 1
+{
+	setmaxnreg.dec.sync.aligned.u32 40;
+	setmaxnreg.inc.sync.aligned.u32 232;
+	setmaxnreg.inc.sync.aligned.u32 232;
+}
+.entry plain(
+)
+.maxntid 128
+{
+	ret;
+}
+"""
+
+
+def test_what_setmaxnreg_asks_for_is_read_from_ptx(ptxas):
+    assert ptxas.register_splits(PTX) == {"_Zkeys": (384, [40, 232])}
+
+
+@pytest.mark.parametrize(
+    "threads, launched, split, fault",
+    [
+        (384, 168, [40, 232], None),
+        (384, 168, [24, 240], None),
+        (512, 128, [32, 160], None),
+        (384, 168, [32, 240], "asks for 32 + 2 x 240 = 512 registers a lane, but .* 3 x 168 = 504: it would wait"),
+        (384, 160, [40, 232], "40 [+] 2 x 232 = 504 registers a lane, but the CTA is launched with 3 x 160 = 480"),
+        (384, 168, [240], "one producer warpgroup gives registers up"),
+        (0, 168, [40, 232], "launch bounds say how many"),
+        (128, 168, [], None),
+    ],
+)
+def test_warpgroups_share_what_the_cta_was_launched_with(ptxas, threads, launched, split, fault):
+    kernel = ptxas.Kernel("k", launched, threads=threads, warpgroup_registers=split)
+    said = ptxas.faults([ptxas.Compiled("csrc/k_sm90.cu", "90a", 1.0, [kernel])])
+    if fault is None:
+        assert said == []
+    else:
+        assert re.search(fault.replace("32 + 2", "32 [+] 2"), said[0]) and said[0].startswith("k on sm_90a: ")
 
 
 def test_two_kernels_of_one_name_are_a_fault(ptxas, results):
