@@ -139,7 +139,9 @@ struct LogitsJob {
     }
     const int row = warp_row + lane / 4;
     float top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
-    boxes<0>(c, tile, warp_row, d, store, out_map, top, sum);
+    const auto is_here = [&](int id) { return uint32_t(id - tile.n) < uint32_t(kTileN); };
+    if (__any_sync(kFullWarp, is_here(target[0]) || is_here(target[1]))) take_targets<0>(c, tile.n, warp_row, d);
+    boxes<0>(tile, warp_row, d, store, out_map, top, sum);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       top[half] = warp_reduce<4>(top[half], [](float a, float b) { return fmaxf(a, b); });
@@ -155,12 +157,8 @@ struct LogitsJob {
  private:
   // Box by box, so that one is stored while the next is on its way through the exponentials.
   template <int kBox>
-  __device__ __forceinline__ void boxes(const LinearChunk& c, const Tile& tile, int warp_row, float (&d)[kTileN / 2],
-                                        Store& store, const void* out_map, float (&top)[2], float (&sum)[2]) const {
-    const int first_id = tile.n + kBox * Store::kColumns;
-    const bool has_target = uint32_t(target[0] - first_id) < uint32_t(Store::kColumns) ||
-                            uint32_t(target[1] - first_id) < uint32_t(Store::kColumns);
-    if (__any_sync(kFullWarp, has_target)) take_targets<kBox>(c, first_id, warp_row, d);
+  __device__ __forceinline__ void boxes(const Tile& tile, int warp_row, float (&d)[kTileN / 2], Store& store,
+                                        const void* out_map, float (&top)[2], float (&sum)[2]) const {
 #pragma unroll
     for (int n = 0; n < Store::kColumns / 2; ++n) {
       float& x = d[kBox * Store::kColumns / 2 + n];
@@ -170,34 +168,26 @@ struct LogitsJob {
       sum[half] += x;
     }
     if (keep) store.store_box<kBox>(d, out_map, tile.n, warp_row, false);
-    if constexpr ((kBox + 1) * Store::kColumns < kTileN)
-      boxes<kBox + 1>(c, tile, warp_row, d, store, out_map, top, sum);
+    if constexpr ((kBox + 1) * Store::kColumns < kTileN) boxes<kBox + 1>(tile, warp_row, d, store, out_map, top, sum);
   }
 
-  // The targets' logits of the box, which begins at first_id, go to memory and are no part of the sums: 1 - p is the
-  // sum of the other probabilities (linear_rows_sm90.cu). Rare: it is by whole warps, but few of them come here.
-  template <int kBox>
+  // The targets' logits of a tile, which begins at first_id, go to memory and are no part of the sums: 1 - p is the sum
+  // of the other probabilities (linear_rows_sm90.cu). Row by row of the lane and 32 columns at a time, where one is.
+  template <int kPart>
   __device__ __forceinline__ void take_targets(const LinearChunk& c, int first_id, int warp_row,
                                                float (&d)[kTileN / 2]) const {
-    const int lane = int(threadIdx.x) % 32;
+    constexpr int kHalf = kPart % 2, kFirst = kPart / 2 * 32;
+    const int lane = int(threadIdx.x) % 32, column = target[kHalf] - first_id - kFirst;
+    if (__any_sync(kFullWarp, uint32_t(column) < 32u)) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int wanted = target[half] - first_id - lane % 4 * 2;  // of the lane's columns 0, 1, 8, 9, ..
-      float logit = 0;
-      bool found = false;
-#pragma unroll
-      for (int j = 0; j < Store::kColumns / 8; ++j) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          float& own = d[kBox * Store::kColumns / 2 + 4 * j + 2 * half + e];
-          if (wanted != 8 * j + e) continue;
-          logit = own;
-          own = -INFINITY;
-          found = true;
-        }
+      for (int n = 0; n < 8; ++n) {  // columns 0, 1, 8, 9, .. from the lane's first one on
+        float& own = d[kFirst / 2 + n / 2 * 4 + 2 * kHalf + n % 2];
+        if (column != lane % 4 * 2 + n / 2 * 8 + n % 2) continue;
+        c.target_logits[warp_row + lane / 4 + 8 * kHalf] = own;
+        own = -INFINITY;
       }
-      if (found) c.target_logits[warp_row + lane / 4 + 8 * half] = logit;
     }
+    if constexpr (kPart + 1 < 2 * kTileN / 32) take_targets<kPart + 1>(c, first_id, warp_row, d);
   }
 };
 
