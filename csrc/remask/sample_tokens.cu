@@ -147,18 +147,27 @@ __global__ __launch_bounds__(kThreads, kSampleCtas) void illada_sample_tokens_sm
       }
     }
   };
-  // The same in two parts, `step` counted from 0: on the way to shared memory, also past the end, and from there.
-  const auto in_shared = [&](int step, int u) -> uint4& {
-    const int before =
-        (split.splits == 1 ? split.row_pieces * kWarps : 0) + (p.bias_count ? split.pieces * kPieceVectors / 128 : 0);
-    return dynamic_shared[before + (step % shared_steps * kUnroll + u) * kThreads + int(threadIdx.x)];
-  };
+  // The same in two parts, `step` counted from 0: on the way to shared memory, also past the end, and from there. Where
+  // the whole step exists, nothing is asked of each vector.
+  const uint4* of_thread = dynamic_shared + threadIdx.x;  // this thread's first vector in the first step
+  if constexpr (kShared) {
+    of_thread += split.splits == 1 ? split.row_pieces * kWarps : 0;
+    of_thread += p.bias_count ? split.pieces * kPieceVectors / 128 : 0;
+  }
+  const auto in_shared = [&](int step) { return of_thread + (step & (shared_steps - 1)) * (kThreads * kUnroll); };
   const auto send = [&](int step) {
+    const int vector = first + step * kStep + int(threadIdx.x);
+    const uint32_t target = ptx::smem_address(in_shared(step));
+    const T* const source = reader.row + int64_t(vector) * kVector;
+    if (first + (step + 1) * kStep <= end) {
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int vector = first + step * kStep + u * kThreads + int(threadIdx.x);
-      if (vector < end)
-        ptx::cp_async_16(ptx::smem_address(&in_shared(step, u)), reader.row + int64_t(vector) * kVector);
+      for (int u = 0; u < kUnroll; ++u)
+        ptx::cp_async_16(target + uint32_t(u * kThreads * 16), source + u * kThreads * kVector);
+    } else {
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u)
+        if (vector + u * kThreads < end)
+          ptx::cp_async_16(target + uint32_t(u * kThreads * 16), source + u * kThreads * kVector);
     }
     ptx::cp_async_commit();
   };
@@ -168,10 +177,16 @@ __global__ __launch_bounds__(kThreads, kSampleCtas) void illada_sample_tokens_sm
     } else {
       ptx::cp_async_wait<3>();
     }
+    const uint4* const source = in_shared(step);
+    if (first + (step + 1) * kStep <= end) {
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      next[u] = minus_infinity8<T>();
-      if (first + step * kStep + u * kThreads + int(threadIdx.x) < end) next[u].part[0] = in_shared(step, u);
+      for (int u = 0; u < kUnroll; ++u) next[u].part[0] = source[u * kThreads];
+    } else {
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        next[u] = minus_infinity8<T>();
+        if (first + step * kStep + u * kThreads + int(threadIdx.x) < end) next[u].part[0] = source[u * kThreads];
+      }
     }
   };
 
