@@ -51,7 +51,17 @@ Entry& entry<ProgrammaticLaunch>() {
   return it;
 }
 
-std::vector<Entry*> entries() { return {&entry<ProgrammaticLaunch>()}; }
+template <>
+Entry& entry<ForwardWarps>() {
+  static Entry it{
+      "attention_forward_warps",
+      "ILLADA_VARIANT_ATTENTION_FORWARD_WARPS",
+      "warps of a CTA of the sm_80 attention forward of D 128; auto: 8 where two CTAs of 4 do not fit an SM",
+      {"auto", "4", "8"}};
+  return it;
+}
+
+std::vector<Entry*> entries() { return {&entry<ProgrammaticLaunch>(), &entry<ForwardWarps>()}; }
 
 }  // namespace
 
@@ -60,6 +70,7 @@ Choice variant() {
   return Choice(entry<Choice>().value());
 }
 template ProgrammaticLaunch variant<ProgrammaticLaunch>();
+template ForwardWarps variant<ForwardWarps>();
 
 std::vector<Variant> variants() {
   std::vector<Variant> all;

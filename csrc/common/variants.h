@@ -7,6 +7,7 @@
 namespace illada {
 
 enum class ProgrammaticLaunch { kEarly, kWait, kOff };
+enum class ForwardWarps { kAuto, kFour, kEight };
 
 // The value in use.
 template <typename Choice>
