@@ -36,6 +36,7 @@
 namespace illada::attention {
 namespace {
 
+constexpr int kWarps = 4, kThreads = 32 * kWarps;
 constexpr int kItemRows = forward_blocks_sm80() * kBlockRows;  // of an item of `queries`
 
 template <int kHeadDim>
@@ -85,7 +86,7 @@ struct RowWalk {
 
 // The next kRows rows (tokens x heads) to a tile, zeros beyond the item's `tokens`.
 template <int kHeadDim>
-__device__ __forceinline__ void copy_row(const Copier<kHeadDim>& copier, uint32_t target, const char* source,
+__device__ __forceinline__ void copy_row(const Copier<kHeadDim, kThreads>& copier, uint32_t target, const char* source,
                                          int64_t token_bytes, int64_t head_bytes, const RowWalk& at, int tokens) {
   ptx::cp_async_16(target + copier.target,
                    source + min(at.token, tokens - 1) * token_bytes + at.head * head_bytes + copier.column,
@@ -167,7 +168,7 @@ __global__ __launch_bounds__(kThreads, 2) void illada_attention_backward_keys_sm
 
   const uint32_t ring = ptx::smem_address(shared.stage);
   const auto load_keys = [&](int stage, const void* source, int64_t token_bytes, int64_t head_bytes) {
-    Copier<kHeadDim>(threadIdx.x)
+    Copier<kHeadDim, kThreads>(threadIdx.x)
         .template keys<kOwn, true>(
             ring + stage * Tiles::kStageBytes,
             static_cast<const char*>(source) + item.k_start * token_bytes + item.kv_head * head_bytes, token_bytes, 0,
@@ -179,7 +180,7 @@ __global__ __launch_bounds__(kThreads, 2) void illada_attention_backward_keys_sm
 
   const auto load_tile = [&](int tile) {  // q, dout and the statistics
     const uint32_t thread = thread_again();
-    const Copier<kHeadDim> copier(thread);
+    const Copier<kHeadDim, kThreads> copier(thread);
     RowWalk walk(tile * kTile + copier.row, a.group);
     const int q_start = item.q_start, tokens = item.q_count, kv_head = item.kv_head;
     const char* const q =
@@ -222,13 +223,13 @@ __global__ __launch_bounds__(kThreads, 2) void illada_attention_backward_keys_sm
   }
   // Rows behind the item's last one are zeros with statistics of 0, and keys behind its last one have sums of their
   // own, which nobody stores: nothing is masked.
-  const int rows = item.q_count * a.group;
+  // The number of rows is read anew: there is no register to keep it in.
 #pragma unroll 1
-  for (int row = 0; row < rows; row += 16) {
+  for (int row = 0; row < item.q_count * a.group; row += 16) {
     if (row % kTile == 0) {
       ptx::cp_async_wait<0>();
       __syncthreads();
-      if (row + kTile < rows) load_tile(row / kTile + 1);
+      if (row + kTile < item.q_count * a.group) load_tile(row / kTile + 1);
       ptx::cp_async_commit();
     }
     const uint32_t thread = thread_again();
@@ -298,7 +299,7 @@ __global__ __launch_bounds__(kThreads, kHeadDim == 128 ? 3 : 2) void illada_atte
 
   const uint32_t ring = ptx::smem_address(shared.stage);
   const auto load_rows = [&](int stage, const void* source, int64_t token_bytes, int64_t head_bytes) {
-    const Copier<kHeadDim> copier(threadIdx.x);
+    const Copier<kHeadDim, kThreads> copier(threadIdx.x);
     const char* const first =
         static_cast<const char*>(source) + item.q_start * token_bytes + item.kv_head * a.group * head_bytes;
     uint32_t target = ring + stage * Tiles::kStageBytes;
@@ -328,7 +329,7 @@ __global__ __launch_bounds__(kThreads, kHeadDim == 128 ? 3 : 2) void illada_atte
     }
   }
   const auto load_tile = [&](int tile) {
-    const Copier<kHeadDim> copier(thread_again());
+    const Copier<kHeadDim, kThreads> copier(thread_again());
     const uint32_t target = ring + (tile & 1) * Tiles::kStageBytes;
     const int first = tile * kTile, keys = item.k_count - first;
     const char* const k =
@@ -431,8 +432,8 @@ void launch_backward(const BackwardParams& p, const Device& device, const Tiling
   a.num_kv_heads = s.num_kv_heads;
   a.group = group_of(s);
   a.own_tokens = tiling.item_tokens() * Tiles::kOwn / kItemRows;
-  a.walk_tokens = Copier<kHeadDim>::kRows / a.group;
-  a.walk_heads = Copier<kHeadDim>::kRows % a.group;
+  a.walk_tokens = Copier<kHeadDim, kThreads>::kRows / a.group;
+  a.walk_heads = Copier<kHeadDim, kThreads>::kRows % a.group;
   a.softmax_scale = p.softmax_scale;
   a.scale_log2 = p.softmax_scale * float(M_LOG2E);
   // Items are sorted by length, so CTAs start in that order and those without one leave at once.

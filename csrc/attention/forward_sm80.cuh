@@ -2,7 +2,8 @@
 //
 // A CTA of four warps walks over items of the plan. A tile has 128 rows (tokens x heads of a group, 32 to a warp) and
 // meets its keys in tiles of 32 (D 128) or 48 (D 64), the last one first: only that one may be partial, so the loop
-// over the others masks nothing. Scores, probabilities and the output stay in registers (mma.sync m16n8k16: the
+// over the others masks nothing. Where shared memory has no room for two CTAs of D 128, one of eight warps with 16 rows
+// each takes 64 keys at a time. Scores, probabilities and the output stay in registers (mma.sync m16n8k16: the
 // accumulator of q . k has the layout that the A operand of p . v needs).
 //
 //   in step `tile` a warp has the scores s of this tile, and
@@ -12,7 +13,8 @@
 //     products  the next scores q . k, with this tile's exponentials in between, then output += p . v, with the maxima
 //               of the next scores in between
 //
-// so one warp alone has work for the tensor cores nearly all the time; two CTAs an SM cover the rest. Q and the first
+// so one warp alone has work for the tensor cores nearly all the time; another one in each quarter of the SM, of two
+// CTAs or of one with eight warps, covers the rest. Q and the first
 // tiles of the next item are sent for before the rows of the finished one leave.
 //
 // An item with k keys is 512 k D flop, bound by the tensor cores: 32 keys of D 128 take an SM of sm_80 1024 cycles, its
@@ -21,7 +23,9 @@
 // 16 bytes a cycle and SM, a third of what it gives; from memory, each sequence's once.
 //
 // Registers are what limits the tiles: 128 of the output, 64 of two tiles of scores, 16 of probabilities of D 128. What
-// is cheap to make again (all that comes from the thread index, the item, the addresses) is not kept over a step.
+// is cheap to make again (all that comes from the thread index, the item, the addresses) is not kept over a step. Warps
+// of 16 rows hold half of that and read each key for half the rows: shared memory 2304 cycles for 64 keys of an SM,
+// where the tensor cores of 8.6, 8.9 and 12.0 take 4096 to 8192.
 #pragma once
 
 #include <algorithm>
@@ -40,18 +44,23 @@
 namespace illada::attention {
 namespace {
 
-constexpr int kResident = 2;  // CTAs of an SM, where shared memory allows it
 constexpr int kTileRows = forward_blocks_sm80() * kBlockRows;
-constexpr int kWarpRows = kTileRows / kWarps, kPairs = kWarpRows / 16;  // RowPairs of a lane
+
+// Of sm_100 and its kin: the compiler takes more registers there.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000 && __CUDA_ARCH__ < 1200
+constexpr bool kIsSm100 = true;
+#else
+constexpr bool kIsSm100 = false;
+#endif
 
 struct KeySource {
   const char *k, *v;  // of an item's first key
 };
 
 // Tiles are rows of kHeadDim elements; in row r, the 16-byte chunk c stands where c ^ (r % 8) would.
-template <int kHeadDim>
+template <int kHeadDim, int kWarps>
 struct SharedStorage {
-  static constexpr int kKeys = forward_key_tile_sm80(kHeadDim), kRowBytes = kHeadDim * 2;
+  static constexpr int kKeys = forward_key_tile_sm80(kHeadDim, kWarps), kRowBytes = kHeadDim * 2;
   alignas(128) char q[kTileRows * kRowBytes];
   struct Stage {
     char v[kKeys * kRowBytes];  // of a tile of keys
@@ -84,13 +93,16 @@ struct TileRow {
       : token(int(uint32_t(row) * a.group_reciprocal >> 16)), head(row - token * a.group) {}
 };
 
-template <typename T, int kHeadDim>
-__global__ __launch_bounds__(kThreads, kResident) void illada_attention_forward_sm80(
+template <typename T, int kHeadDim, int kWarps>
+__global__ __launch_bounds__(32 * kWarps, 8 / kWarps) void illada_attention_forward_sm80(
     const __grid_constant__ ForwardArguments a, const __grid_constant__ DependentLaunch launch) {
-  using Shared = SharedStorage<kHeadDim>;
+  using Shared = SharedStorage<kHeadDim, kWarps>;
+  using TileCopier = Copier<kHeadDim, 32 * kWarps>;
+  constexpr int kWarpRows = kTileRows / kWarps, kPairs = kWarpRows / 16;  // RowPairs of a lane
   constexpr bool kIsBFloat16 = std::is_same_v<T, BFloat16>;
   constexpr int kKeys = Shared::kKeys, kRowBytes = Shared::kRowBytes;
-  constexpr int kEarly = 2;  // parts of a tile's exponentials before the barrier: their registers are free sooner
+  // Parts of a tile's exponentials, of kHeadDim / 16, before the barrier: their registers are free sooner.
+  constexpr int kEarly = kIsSm100 && kHeadDim == 128 && kWarps == 4 ? 6 : 2;
   constexpr uint32_t kTileBytes = kKeys * kRowBytes, kStageBytes = 2 * kTileBytes;
   extern __shared__ __align__(1024) char raw_shared[];
   Shared& shared = *reinterpret_cast<Shared*>(raw_shared);
@@ -106,8 +118,7 @@ __global__ __launch_bounds__(kThreads, kResident) void illada_attention_forward_
 
   const auto stage_of = [&](int tile) { return ring + uint32_t(tile & 1) * kStageBytes; };
   // Sends for V of a tile and K of the one that follows.
-  const auto load_pair = [&](const Copier<kHeadDim>& copier, const KeySource& source, int tile, auto is_partial,
-                             int rows) {
+  const auto load_pair = [&](const TileCopier& copier, const KeySource& source, int tile, auto is_partial, int rows) {
     const uint32_t stage = stage_of(tile);
     if (tile >= 0)
       copier.template keys<kKeys, decltype(is_partial)::value>(stage, source.v, a.v_token_bytes, tile * kKeys, rows);
@@ -117,7 +128,7 @@ __global__ __launch_bounds__(kThreads, kResident) void illada_attention_forward_
   };
   const auto open_item = [&](int round) {  // nothing of the ring and of q is in use
     const uint32_t thread = thread_again();
-    const Copier<kHeadDim> copier(thread);
+    const TileCopier copier(thread);
     const WorkItem& item = shared.item[round % 3];
     const int next = item_index(round + 1);
     if (thread < sizeof(WorkItem) / 16 && next < shared.items)
@@ -261,7 +272,7 @@ __global__ __launch_bounds__(kThreads, kResident) void illada_attention_forward_
       }
       ptx::cp_async_wait<0>();
       __syncthreads();
-      load_pair(Copier<kHeadDim>(thread_again()), shared.source, tile - 1, std::false_type{}, kKeys);
+      load_pair(TileCopier(thread_again()), shared.source, tile - 1, std::false_type{}, kKeys);
       if (has_rows) {
         float next[kPairs][kKeys / 2];
         multiply_k(next, stage_of(tile) + kTileBytes, [&](int step) {
@@ -326,7 +337,7 @@ __global__ __launch_bounds__(kThreads, kResident) void illada_attention_forward_
   }
 }
 
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, int kWarps>
 void launch_forward(const ForwardParams& p, const Device& device) {
   constexpr const char* kOp = "varlen_attention";
   const PackShape& s = p.shape;
@@ -350,20 +361,23 @@ void launch_forward(const ForwardParams& p, const Device& device) {
   a.group = group;
   a.group_reciprocal = group_reciprocal(group);
   a.scale_log2 = p.softmax_scale * float(M_LOG2E);
-  const auto kernel = illada_attention_forward_sm80<T, kHeadDim>;
+  using Shared = SharedStorage<kHeadDim, kWarps>;
+  static_assert(int(sizeof(Shared)) <= forward_smem_sm80(kHeadDim, kWarps) + 1024, "forward_warps_sm80 counts on it");
+  constexpr int kThreads = 32 * kWarps;
+  const auto kernel = illada_attention_forward_sm80<T, kHeadDim, kWarps>;
   LaunchShape shape;
   shape.block = dim3(kThreads);
-  shape.smem_bytes = int(sizeof(SharedStorage<kHeadDim>));
+  shape.smem_bytes = int(sizeof(Shared));
   shape.dependent = true;
   const int resident = resident_ctas(kOp, reinterpret_cast<const void*>(kernel), device, kThreads, shape.smem_bytes);
   shape.grid = dim3(unsigned(std::min<int64_t>(int64_t(device.sm_count) * resident, max_forward_items(s))));
   launch_kernel(kOp, device, p.launch.stream, shape, kernel, a);
 }
 
-template <int kHeadDim>
+template <int kHeadDim, int kWarps>
 void launch_forward(const ForwardParams& p, const Device& device) {
-  p.dtype == DType::kBFloat16 ? launch_forward<BFloat16, kHeadDim>(p, device)
-                              : launch_forward<Half, kHeadDim>(p, device);
+  p.dtype == DType::kBFloat16 ? launch_forward<BFloat16, kHeadDim, kWarps>(p, device)
+                              : launch_forward<Half, kHeadDim, kWarps>(p, device);
 }
 
 }  // namespace

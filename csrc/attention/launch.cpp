@@ -26,9 +26,14 @@ bool has_sm90(const Device& gpu) {
 
 // total_k has no part in it: a plan need not know it.
 Tiling choose_tiling(const PackShape& s, const Device& gpu) {
-  const bool pairs = variant<AttentionCluster>() == AttentionCluster::kAuto;
-  return has_sm90(gpu) ? tiling(s, forward_blocks_sm90(s.head_dim), forward_key_tile_sm90(s.head_dim), pairs)
-                       : tiling(s, forward_blocks_sm80(), forward_key_tile_sm80(s.head_dim), false);
+  if (has_sm90(gpu)) {
+    const bool pairs = variant<AttentionCluster>() == AttentionCluster::kAuto;
+    return tiling(s, forward_blocks_sm90(s.head_dim), forward_key_tile_sm90(s.head_dim), pairs);
+  }
+  const int warps = forward_warps_sm80(s.head_dim, gpu);
+  Tiling cut = tiling(s, forward_blocks_sm80(), forward_key_tile_sm80(s.head_dim, warps), false);
+  cut.warps = warps;
+  return cut;
 }
 // The longest items that a plan may have, whatever was chosen when it was made.
 Tiling longest_tiling(const PackShape& s, const Device& gpu) {
@@ -156,6 +161,22 @@ int64_t key_sums(const PackShape& s, const BackwardMethod& method) {
 int forward_key_tile_sm90(int head_dim) {
   if (head_dim == 64) return variant<AttentionForwardD64>() == AttentionForwardD64::k192x128 ? 128 : 96;
   return variant<AttentionForwardD128>() == AttentionForwardD128::k176x2x2 ? 176 : 128;
+}
+
+int forward_warps_sm80(int head_dim, const Device& gpu) {
+  if (head_dim == 64) return 4;
+  const auto wanted = variant<ForwardWarps>();
+  if (wanted != ForwardWarps::kAuto) return wanted == ForwardWarps::kFour ? 4 : 8;
+  const int two = 2 * (forward_smem_sm80(head_dim, 4) + gpu.reserved_smem_bytes + 1024);
+  return two <= gpu.sm_smem_bytes ? 4 : 8;
+}
+
+ForwardTiling forward_tiling(const PackShape& s, int device_index) {
+  constexpr const char* kOp = "varlen_attention";
+  const Device& gpu = device(kOp, device_index);
+  validate_shape(kOp, s, gpu, false);
+  const Tiling cut = choose_tiling(s, gpu);
+  return {cut.tile_tokens, cut.cluster, cut.key_tile, cut.warps};
 }
 
 int64_t plan_rows(const PackShape& s) {

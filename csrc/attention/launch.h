@@ -10,7 +10,13 @@ void launch_plan(const PlanParams& params, const Device& device, const Tiling& t
 
 // What each forward kernel works on at a time: blocks of query rows of a CTA, keys of a step.
 constexpr int forward_blocks_sm80() { return 2; }
-constexpr int forward_key_tile_sm80(int head_dim) { return head_dim == 128 ? 32 : 48; }
+// Four warps, two CTAs to an SM. Of D 128 that takes 133 KB; where an SM has 100 KB (8.6, 8.9, 12.0), one CTA of eight
+// warps with half the rows each and twice the keys keeps as many warps at work.
+constexpr int forward_key_tile_sm80(int head_dim, int warps) { return head_dim == 64 ? 48 : warps == 8 ? 64 : 32; }
+constexpr int forward_smem_sm80(int head_dim, int warps) {  // without the few bytes for items
+  return (forward_blocks_sm80() * kBlockRows + 4 * forward_key_tile_sm80(head_dim, warps)) * head_dim * 2;
+}
+int forward_warps_sm80(int head_dim, const Device& device);
 constexpr int forward_blocks_sm90(int head_dim) { return head_dim == 128 ? 2 : 3; }
 int forward_key_tile_sm90(int head_dim);  // of the instance in use
 

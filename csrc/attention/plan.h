@@ -47,6 +47,7 @@ struct Tiling {
   int cluster = 1;      // CTAs that share an item, each with tile_tokens of its queries, and load its keys once
   int key_tile = 0;     // keys of a step of the kernel: splits fall between steps
   bool may_split = false;
+  int warps = 0;  // of a CTA that multiply, where a kernel is built for several numbers
   int item_tokens() const { return tile_tokens * cluster; }
 };
 

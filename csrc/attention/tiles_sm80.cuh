@@ -12,8 +12,6 @@
 namespace illada::attention {
 namespace {
 
-constexpr int kWarps = 4, kThreads = 32 * kWarps;
-
 // threadIdx.x, read anew: what is made of it holds no registers while the main loop runs, which needs them all.
 __device__ __forceinline__ uint32_t thread_again() {
   uint32_t thread;
@@ -22,7 +20,7 @@ __device__ __forceinline__ uint32_t thread_again() {
 }
 
 // How the threads of a CTA copy tiles: a chunk of 16 bytes each, kRows rows at a time.
-template <int kHeadDim>
+template <int kHeadDim, int kThreads>
 struct Copier {
   static constexpr int kChunks = kHeadDim / 8, kRows = kThreads / kChunks, kRowBytes = kHeadDim * 2;
   static_assert(kRows % 8 == 0);  // a thread's chunk stays at its place

@@ -346,6 +346,11 @@ py::list list_variants() {
 
 int64_t attention_plan_rows(const PackArguments& pack) { return attention::plan_rows(pack_shape(pack)); }
 int64_t varlen_attention_workspace(const PackArguments& pack) { return attention::forward_workspace(pack_shape(pack)); }
+// tile_tokens, cluster, key_tile, warps.
+std::tuple<int, int, int, int> attention_forward_tiling(const PackArguments& pack, int device) {
+  const attention::ForwardTiling cut = attention::forward_tiling(pack_shape(pack), device);
+  return {cut.tile_tokens, cut.cluster, cut.key_tile, cut.warps};
+}
 
 void attention_plan(const PackArguments& pack, uintptr_t cu_seqlens, uintptr_t cu_seqlens_k, uintptr_t seqused_k,
                     uintptr_t plan, int device, uintptr_t stream, bool pointers_checked) {
@@ -474,6 +479,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("variants", &list_variants);
   m.def("set_variant", &set_variant);
   m.def("attention_plan", &attention_plan);
+  m.def("attention_forward_tiling", &attention_forward_tiling);
   m.def("attention_plan_rows", &attention_plan_rows);
   m.def("varlen_attention_backward", &varlen_attention_backward);
   m.def("varlen_attention_backward_workspace", &varlen_attention_backward_workspace);

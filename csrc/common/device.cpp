@@ -69,6 +69,8 @@ const Device& device(const char* op, int index) {
   entry.name = properties.name;
   entry.compute_capability = 10 * properties.major + properties.minor;
   entry.sm_count = properties.multiProcessorCount;
+  entry.sm_smem_bytes = int(properties.sharedMemPerMultiprocessor);
+  entry.reserved_smem_bytes = int(properties.reservedSharedMemPerBlock);
   return entry;
 }
 
@@ -116,7 +118,8 @@ int prepare_kernel(const char* op, const void* kernel, const Device& device, int
         detail::fail<NotSupported>(op, "no kernel was built for ", device.name, " (compute capability ",
                                    device.compute_capability / 10, ".", device.compute_capability % 10,
                                    "); built archs: ", build_info().cuda_archs,
-                                   "; build with ILLADA_CUDA_ARCHS=", device.compute_capability, "-real");
+                                   "; build with ILLADA_CUDA_ARCHS=", device.compute_capability,
+                                   device.compute_capability == 90 ? "a-real" : "-real");
       ILLADA_CUDA_CHECK(op, status);
     }
     entry->second.code = attributes.ptxVersion;

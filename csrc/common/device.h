@@ -19,6 +19,8 @@ struct Device {
   std::string name;            // "NVIDIA H100 80GB HBM3"
   int compute_capability = 0;  // 10 * major + minor
   int sm_count = 0;
+  int sm_smem_bytes = 0;        // shared memory of a multiprocessor, for all its CTAs
+  int reserved_smem_bytes = 0;  // of each CTA, beside what it asks for
 };
 
 // Properties of a device, read once a process; thread-safe.

@@ -89,6 +89,16 @@ Entry& entry<AttentionCluster>() {
 }
 
 template <>
+Entry& entry<ForwardWarps>() {
+  static Entry it{
+      "attention_forward_warps",
+      "ILLADA_VARIANT_ATTENTION_FORWARD_WARPS",
+      "warps of a CTA of the sm_80 attention forward of D 128; auto: 8 where two CTAs of 4 do not fit an SM",
+      {"auto", "4", "8"}};
+  return it;
+}
+
+template <>
 Entry& entry<AttentionBackwardSums>() {
   static Entry it{"attention_backward_sums",
                   "ILLADA_VARIANT_ATTENTION_BACKWARD_SUMS",
@@ -143,11 +153,17 @@ Entry& entry<LossOrder>() {
 }
 
 std::vector<Entry*> entries() {
-  return {&entry<ProgrammaticLaunch>(),     &entry<L2Hints>(),
-          &entry<AttentionForwardD128>(),   &entry<AttentionForwardD64>(),
-          &entry<AttentionCluster>(),       &entry<AttentionBackwardSums>(),
-          &entry<AttentionBackwardStart>(), &entry<AttentionBackwardReports>(),
-          &entry<LossGradients>(),          &entry<LossOrder>(),
+  return {&entry<ProgrammaticLaunch>(),
+          &entry<L2Hints>(),
+          &entry<AttentionForwardD128>(),
+          &entry<AttentionForwardD64>(),
+          &entry<AttentionCluster>(),
+          &entry<ForwardWarps>(),
+          &entry<AttentionBackwardSums>(),
+          &entry<AttentionBackwardStart>(),
+          &entry<AttentionBackwardReports>(),
+          &entry<LossGradients>(),
+          &entry<LossOrder>(),
           &entry<SampleTokensLoads>()};
 }
 
@@ -162,6 +178,7 @@ template L2Hints variant<L2Hints>();
 template AttentionForwardD128 variant<AttentionForwardD128>();
 template AttentionForwardD64 variant<AttentionForwardD64>();
 template AttentionCluster variant<AttentionCluster>();
+template ForwardWarps variant<ForwardWarps>();
 template AttentionBackwardSums variant<AttentionBackwardSums>();
 template AttentionBackwardStart variant<AttentionBackwardStart>();
 template AttentionBackwardReports variant<AttentionBackwardReports>();

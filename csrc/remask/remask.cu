@@ -33,7 +33,6 @@ struct SequenceRanker {
   int begin, size;  // rows of the sequence
   bool cached;      // all keys are in registers
   uint32_t keys[kKeys];
-  int32_t positions[kKeys];
   int64_t tokens[kKeys];
   uint32_t masked = 0;  // bit j: key j's position holds mask_id
   int pass = 0, parity = 0;
@@ -66,6 +65,7 @@ struct SequenceRanker {
     if (threadIdx.x < 3 * kDigits) shared.digits[0][threadIdx.x] = 0;
     const float* const ranks = p.rule == Rule::kEntropyBound ? p.entropy : p.confidence;
     if (cached && size > 0) {
+      int32_t positions[kKeys];
       float confidences[kKeys], rank[kKeys];
       bool masks[kKeys];
 #pragma unroll
@@ -329,13 +329,13 @@ __global__ __launch_bounds__(kThreads, 1) void illada_remask_sm80(const __grid_c
   }
   uint32_t left[3] = {0, 0, 0};  // masks that remain, end tokens committed
   ranker.for_each([&](uint32_t key, int i, int j) {
-    const int64_t n = begin + i, position = j >= 0 ? ranker.positions[j] : p.rows[n];
+    const int64_t n = begin + i;
     if (key == 0 || key < cut_key || (key == cut_key && i > cut_index)) {
-      left[0] += j >= 0 ? ranker.masked >> j & 1 : uint32_t(ranker.holds_mask(position));
+      left[0] += j >= 0 ? ranker.masked >> j & 1 : uint32_t(ranker.holds_mask(p.rows[n]));
       return;
     }
     const int64_t token = j >= 0 ? ranker.tokens[j] : p.token[n];
-    static_cast<Token*>(p.tokens)[position] = Token(token);
+    static_cast<Token*>(p.tokens)[__ldg(&p.rows[n])] = Token(token);  // read again, to spare the registers
     left[0] += token == p.mask_id;
     for (int64_t e = 0; e < p.num_end_ids; ++e) left[1] += token == p.end_ids[e];
   });

@@ -10,8 +10,10 @@ import torch
 from packs import TILE_EDGES, Pack
 
 import illada
+from illada._native import native
 from illada.ops import raw, reference
 from illada.ops.attention import _pairs
+from illada.ops.variants import use_variants
 from illada.testing import assert_close_like
 
 
@@ -123,6 +125,66 @@ def test_neighbours_in_the_pack_are_not_seen(device):
             alone[start:end] = x[start:end]
             poisoned.append(alone)
         assert torch.equal(illada.varlen_attention(*poisoned, **lengths)[start:end], want[start:end])
+
+
+# Of the sm_80 forward at D 128; the kernels of compute capability 9.0 have one number.
+WARPS = pytest.mark.parametrize("warps", ["4", "8"])
+
+
+@WARPS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_warps_at_tile_edges(warps, dtype, device):
+    """Tiles of 128 rows (32 tokens of four heads) and of 32 or 64 keys, in a pack too large to be split over keys."""
+    with use_variants(attention_forward_warps=warps):
+        lengths = [0, 1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 95, 96, 97, 127, 128, 129]
+        Pack(lengths, device, dtype=dtype).check()
+
+
+@WARPS
+@pytest.mark.parametrize("heads, kv_heads", [(2, 2), (4, 1), (7, 1), (64, 1)])
+def test_warps_and_groups(warps, heads, kv_heads, device):
+    with use_variants(attention_forward_warps=warps):
+        Pack([37, 0, 70, 1], device, keys=[65, 3, 0, 129], heads=heads, kv_heads=kv_heads).check()
+
+
+@WARPS
+def test_warps_with_split_keys(warps, device):
+    with use_variants(attention_forward_warps=warps):
+        Pack([3, 40], device, keys=[1100, 321], room=5).check()
+
+
+@WARPS
+def test_a_plan_serves_other_warps(warps, device):
+    """A plan outlives a change of the choice: splits that fall within a tile of keys are no fault."""
+    pack = Pack([3, 40], device, keys=[1100, 321])
+    lengths = pack.on_device_lengths()
+    shape = {"num_heads": 4, "num_kv_heads": 1, "head_dim": 128, "total_q": 43, "total_k": len(pack.k)}
+    with use_variants(attention_forward_warps=warps):
+        plan = illada.attention_plan(**lengths, **shape)
+    with use_variants(attention_forward_warps="4" if warps == "8" else "8"):
+        pack.check(plan=plan)
+
+
+def test_warps_follow_the_shared_memory(device):
+    """Two CTAs of four warps take 133 KB at D 128; where an SM has less, one of eight. The plan counts in its tiles."""
+    properties = torch.cuda.get_device_properties(device)
+    index = torch.cuda.current_device()
+
+    def tiling(dim):
+        return native().attention_forward_tiling((4096, -1, 4, 8, 2, dim), index)
+
+    if (properties.major, properties.minor) == (9, 0) and "90a" in illada.build_info()["cuda_archs"]:
+        assert tiling(128)[0] == 32 and tiling(128)[2:] == (128, 0)
+        return
+    few = properties.shared_memory_per_multiprocessor < 2 * 66 * 1024
+    known = {(8, 0): False, (8, 6): True, (8, 7): False, (8, 9): True, (10, 0): False, (12, 0): True}
+    assert few == known.get((properties.major, properties.minor), few)
+    assert tiling(128) == ((32, 1, 64, 8) if few else (32, 1, 32, 4))
+    assert tiling(64) == (32, 1, 48, 4)
+    with use_variants(attention_forward_warps="8"):
+        assert tiling(128) == (32, 1, 64, 8) and tiling(64) == (32, 1, 48, 4)
+    with use_variants(attention_forward_warps="4"):
+        assert tiling(128) == (32, 1, 32, 4)
 
 
 def test_no_keys_at_all(device):

@@ -66,6 +66,15 @@ void forward_cpu(const ForwardParams& params);
 // Bytes; 0 unless the pack is so small that sequences may be split over their keys.
 int64_t forward_workspace(const PackShape& shape);
 
+// How plan_cuda and forward_cuda cut packs of a shape on a device.
+struct ForwardTiling {
+  int tile_tokens = 0;  // queries of a CTA, each with the H / G heads of a key-value head
+  int cluster = 1;      // CTAs that share their keys
+  int key_tile = 0;     // keys of a step
+  int warps = 0;        // of a CTA, where a kernel is built for several numbers; else 0
+};
+ForwardTiling forward_tiling(const PackShape& shape, int device);
+
 // Gradients of a function of out and lse. With p = softmax, do = dout, c = do . out - dlse of each query and head:
 //   dv = p^T do,   ds = p (do v^T - c),   dq = softmax_scale ds k,   dk = softmax_scale ds^T q.
 struct BackwardParams {
