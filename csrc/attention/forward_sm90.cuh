@@ -73,7 +73,6 @@ struct SharedStorage {
       v_empty[kStagesV];
   // Of the item that leaves, of the one that is worked on, and of the next one, which may come while both are read.
   WorkItem item[kConsumers][kItems], next_item;
-  int32_t items;  // of the producer, which has no register for them
 };
 
 struct ForwardArguments {
@@ -83,14 +82,9 @@ struct ForwardArguments {
   Slots slots;
   int32_t total_q, total_k, num_heads, group, tile_tokens, block_tokens;
   uint32_t group_reciprocal;
-  float scale_log2;        // softmax_scale * log2(e)
-  bool hints, keeps_keys;  // for the L2 cache: are there any? also for keys, which several items read?
+  float scale_log2;                  // softmax_scale * log2(e)
+  uint64_t once_policy, key_policy;  // of the L2 cache: for queries and out; for keys and values
 };
-
-// What is read or written once.
-__device__ __forceinline__ uint64_t evict_first_if(bool hints) {
-  return hints ? ptx::l2_policy_evict_first() : ptx::l2_policy_evict_normal();
-}
 
 // x, unknown to the compiler: what is computed from it inside of a loop is computed there, and not kept in registers
 // around the loop, of which the producer has few.
@@ -119,7 +113,6 @@ __device__ __forceinline__ void write_rows(float (&o)[kHeadDim / 2], const Softm
   const int lane = int(threadIdx.x) % 32, row = int(threadIdx.x) % 128 / 32 * 16 + lane / 4;
   const int tokens = min(item.q_count - first_token, a.block_tokens);
   const bool whole = item.pieces == 1;
-  const uint64_t policy = evict_first_if(a.hints);
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const float sum = warp_reduce<4>(rows.sum[i], [](float x, float y) { return x + y; });
@@ -128,7 +121,7 @@ __device__ __forceinline__ void write_rows(float (&o)[kHeadDim / 2], const Softm
     if (!Shared::kStagesOut && whole) {
       const int64_t place = int64_t(item.q_start + first_token + token) * a.num_heads + item.kv_head * a.group + head;
       store_row<T, kHeadDim>(static_cast<T*>(a.out) + place * kHeadDim, o, i, inverse, token < tokens, lane,
-                             [&](uint4* at, const uint4& x) { ptx::store_global_v4_hinted(at, x, policy); });
+                             [&](uint4* at, const uint4& x) { ptx::store_global_v4_hinted(at, x, a.once_policy); });
     } else {
 #pragma unroll
       for (int j = 0; j < kHeadDim / 8; ++j) {
@@ -170,7 +163,7 @@ __device__ __forceinline__ void write_rows(float (&o)[kHeadDim / 2], const Softm
     for (int slice = 0; slice < kHeadDim / 64; ++slice)
       ptx::tma_store_4d_if_hinted(threadIdx.x % 128 == 0, &out_map, staging + slice * (kBlockRows * kRowBytes),
                                   64 * slice, item.kv_head * a.group, a.total_q - item.q_count + first_token,
-                                  item.q_start + item.q_count, policy);
+                                  item.q_start + item.q_count, a.once_policy);
     ptx::bulk_commit();
   }
   if (!Shared::kStagesOut) __syncwarp();  // only some lanes stored: together again for the next product
@@ -250,13 +243,12 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim, kKeys, kStagesV>::kThreads,
     Shared::Registers::as_producer();
     if (threadIdx.x == 128 * kConsumers) {
       const int halves = halves_items<kCluster>(a.plan);
-      shared.items = plan_header(a.plan).forward_items << halves;
+      const int items = plan_header(a.plan).forward_items << halves;
       Ring<kStagesK> k_ring;
       Ring<kStagesV> v_ring;
       // Keys `row` .. of the item: the CTAs of a cluster load a part of the tile each, for all of them.
       const auto load = [&](const CUtensorMap* map, uint32_t tile, uint32_t barrier, const WorkItem& item, int row) {
         constexpr int kPart = kKeys / kCluster;
-        const uint64_t policy = a.keeps_keys ? ptx::l2_policy_evict_last() : ptx::l2_policy_evict_normal();
         ptx::mbarrier_arrive_expect_tx(barrier, kTileBytes);
 #pragma unroll
         for (int slice = 0; slice < kSlices; ++slice) {
@@ -264,9 +256,9 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim, kKeys, kStagesV>::kThreads,
           const int z = a.total_k - item.k_count + row + rank * kPart, w = item.k_start + item.k_count;
           if (kCluster > 1) {
             ptx::tma_load_4d_multicast_hinted(target, map, barrier, 64 * slice, item.kv_head, z, w, (1 << kCluster) - 1,
-                                              policy);
+                                              a.key_policy);
           } else {
-            ptx::tma_load_4d_hinted(target, map, barrier, 64 * slice, item.kv_head, z, w, policy);
+            ptx::tma_load_4d_hinted(target, map, barrier, 64 * slice, item.kv_head, z, w, a.key_policy);
           }
         }
       };
@@ -283,7 +275,7 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim, kKeys, kStagesV>::kThreads,
       // An item takes as long to come as half a tile: it is asked for an item ahead, and waits in shared memory.
       const auto ask_for_item = [&](int round) {
         const int index = item_index<kCluster>(round);
-        if (index < shared.items) {
+        if (index < items) {
           const WorkItem* source = forward_items(made_anew(a.plan)) + (index >> halves);
           ptx::cp_async_16(at(offsetof(Shared, next_item)), source);
           ptx::cp_async_16(at(offsetof(Shared, next_item)) + 16, reinterpret_cast<const char*>(source) + 16);
@@ -321,10 +313,10 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim, kKeys, kStagesV>::kThreads,
           ptx::mbarrier_arrive_expect_tx(q_full + 8 * w, uint32_t(kSlices * a.block_tokens * a.group * kRowBytes));
           load_tile<typename Shared::QueryTile>(at(offsetof(Shared, q)) + w * sizeof(typename Shared::QueryTile),
                                                 &q_map, q_full + 8 * w, item.kv_head * a.group, a.total_q, item.q_start,
-                                                item.q_count, (rank * kConsumers + w) * a.block_tokens,
-                                                evict_first_if(a.hints));
+                                                item.q_count, (rank * kConsumers + w) * a.block_tokens, a.once_policy);
         }
         ask_for_item(round + 1);
+#pragma unroll 1
         for (; row >= 0; row -= kKeys) {
           if (row > 0) load_k(item, row - kKeys);
           load_v(item, row);
@@ -498,8 +490,10 @@ void launch_forward(const ForwardParams& p, const Device& device, const Tiling& 
   a.tile_tokens = tiling.tile_tokens;
   a.block_tokens = block_tokens(s);
   a.scale_log2 = p.softmax_scale * float(M_LOG2E);
-  a.hints = variant<L2Hints>() == L2Hints::kOn;
-  a.keeps_keys = a.hints && s.total_q > int64_t(s.num_sequences) * tiling.item_tokens();
+  const bool hints = variant<L2Hints>() == L2Hints::kOn;
+  const bool rereads = s.total_q > int64_t(s.num_sequences) * tiling.item_tokens();  // keys, by other items
+  a.once_policy = hints ? ptx::kL2EvictFirst : ptx::kL2EvictNormal;
+  a.key_policy = hints && rereads ? ptx::kL2EvictLast : ptx::kL2EvictNormal;
   LaunchShape shape;
   shape.grid = dim3(unsigned(std::min<int64_t>(device.sm_count / kCluster, max_forward_items(s)) * kCluster));
   shape.block = dim3(Shared::kThreads);

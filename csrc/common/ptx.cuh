@@ -54,12 +54,14 @@ __device__ __forceinline__ void store_shared_v2(uint32_t smem, float x, float y)
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(smem), "f"(x), "f"(y) : "memory");
 }
 
-// ------------------------------------------------------------------------------------------- sm_80: hints to the L2
-// cache
+// ----------------------------------------------------------------------------------- sm_80: hints to the L2 cache
 
 // Policies for accesses with a cache hint: what is kept longest, what leaves first, and what an access without a hint
-// has. They are constants of some instructions, made where the call stands (volatile): a kernel that is short of
-// registers asks for one at each use.
+// has. They are made where the call stands (volatile), in a few instructions. The constants are the same policies for
+// kernel parameters, which cost none and no registers: PTX does not say how a policy is encoded, but createpolicy
+// becomes the first two constants on sm_90, and CUTLASS passes all three.
+constexpr uint64_t kL2EvictLast = 0x14f0000000000000, kL2EvictFirst = 0x12f0000000000000,
+                   kL2EvictNormal = 0x1000000000000000;
 __device__ __forceinline__ uint64_t l2_policy_evict_last() {
   uint64_t policy;
   asm volatile("createpolicy.fractional.L2::evict_last.b64 %0;" : "=l"(policy));
