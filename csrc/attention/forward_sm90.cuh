@@ -251,7 +251,7 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim, kKeys, kStagesV>::kThreads,
     Shared::Registers::as_producer();
     if (threadIdx.x == 128 * kConsumers) {
       const int halves = halves_items<kCluster>(a.plan);
-      shared.items = plan_header(a.plan).forward_items << halves;
+      const int items = plan_header(a.plan).forward_items << halves;
       Ring<kStagesK> k_ring;
       Ring<kStagesV> v_ring;
       // Keys `row` .. of the item: the CTAs of a cluster load a part of the tile each, for all of them.
@@ -284,7 +284,7 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim, kKeys, kStagesV>::kThreads,
       // An item takes as long to come as half a tile: it is asked for an item ahead, and waits in shared memory.
       const auto ask_for_item = [&](int round) {
         const int index = item_index<kCluster>(round);
-        if (index < shared.items) {
+        if (index < items) {
           const WorkItem* source = forward_items(made_anew(a.plan)) + (index >> halves);
           ptx::cp_async_16(at(offsetof(Shared, next_item)), source);
           ptx::cp_async_16(at(offsetof(Shared, next_item)) + 16, reinterpret_cast<const char*>(source) + 16);
@@ -322,6 +322,7 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim, kKeys, kStagesV>::kThreads,
                                                 item.q_count, (rank * kConsumers + w) * a.block_tokens, a.rows_policy);
         }
         ask_for_item(round + 1);
+#pragma unroll 1
         for (; row >= 0; row -= kKeys) {
           if (row > 0) load_k(item, row - kKeys);
           load_v(item, row);

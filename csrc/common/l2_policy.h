@@ -7,7 +7,8 @@
 namespace illada {
 
 // What createpolicy.fractional gives for all of an access: an access without a hint; what leaves first; what is kept
-// longest. The encodings are those of CUTLASS's TMA cache hints.
+// longest. PTX does not say how a policy is encoded. ptxas makes the last two constants of createpolicy on sm_90, and
+// CUTLASS passes all three.
 enum class L2Policy : uint64_t {
   kEvictNormal = 0x1000000000000000,
   kEvictFirst = 0x12F0000000000000,
