@@ -153,7 +153,7 @@ __global__ __launch_bounds__(kThreads) void illada_attention_plan_sm80(const __g
     const Sequence own(a, index);
     const int32_t own_cost = ForwardShare(a, own, chunk).piece_keys;
     Sums sums{};
-#pragma unroll 2
+#pragma unroll 1
     for (int i = threadIdx.x; i < a.num_sequences; i += kThreads) {
       const Sequence s(a, i);
       const ForwardShare share(a, s, chunk);
