@@ -72,7 +72,9 @@ inline Tiling tiling(const PackShape& s, int blocks, int key_tile, bool clusters
   t.tile_tokens = blocks * block_tokens(s);
   t.key_tile = key_tile;
   t.may_split = may_split(s);
-  if (clusters && has_pairs(s)) t.cluster = 2;  // the second CTA of a sequence's last pair may have nothing to do
+  // The second CTA of a sequence's last pair may have nothing to do: only where sequences have several pairs, on
+  // average.
+  if (clusters && has_pairs(s) && s.total_q >= int64_t(s.num_sequences) * 4 * t.tile_tokens) t.cluster = 2;
   return t;
 }
 

@@ -132,3 +132,23 @@ def test_a_plan_from_before_the_choice(made, used, dim, device):
     for a, b in zip(got, want, strict=True):
         assert a.isfinite().all() and torch.equal(a, b)
     pack.check(plan=old)
+
+
+@pytest.mark.parametrize(
+    "lengths, clusters",
+    [
+        ([128] * 64, {128: 2, 64: 1}),
+        ([192] * 44, {128: 2, 64: 2}),
+        ([100] * 64, {128: 1, 64: 1}),
+        ([40], {128: 1, 64: 1}),
+    ],
+)
+def test_pairs_are_for_sequences_of_several_tiles(lengths, clusters, device):
+    """A tile of head dim 64 has three blocks of rows: two pairs of them would waste every fourth one of 128 tokens."""
+    starts = torch.tensor([0, *lengths]).cumsum(0).int().to(device)
+    has_pairs = torch.cuda.get_device_capability(device) == (9, 0)
+    for dim, cluster in clusters.items():
+        arguments = {"num_heads": 32, "num_kv_heads": 8, "head_dim": dim, "total_q": sum(lengths)}
+        for choice, want in (("auto", cluster if has_pairs else 1), ("1", 1)):
+            with use_variants(attention_cluster=choice):
+                assert illada.attention_plan(starts, **arguments).work[0, 3].item() >> 16 == want
