@@ -307,7 +307,7 @@ bool linear_loss_by_mm() { return variant<LossGradients>() == LossGradients::kMm
 // (chunks, rows of a chunk, elements of a row of probabilities, weight's gradient first?), and where in the workspace
 // the probabilities, hidden's rows and the product for hidden's gradient are.
 py::tuple linear_loss_layout(const LinearLossArguments& arguments, int device) {
-  const loss::LinearPlan plan = loss::plan_linear(linear_loss_params(arguments, {device, 0, 0, 0}));
+  const loss::LinearPlan plan = loss::plan_linear(linear_loss_params(arguments, {device, 0, true, 0, 0}));
   return py::make_tuple(plan.chunks, plan.rows, plan.prob_stride, variant<LossOrder>() == LossOrder::kWeightFirst,
                         plan.probs, plan.hidden, plan.slabs);
 }
