@@ -8,9 +8,9 @@ from illada.ops.variants import Variant
 
 #: The kinds of jobs, and the beginnings of the names of the choices that are about them.
 PREFIXES = {
-    "attention_forward": ("attention_forward", "attention_cluster"),
-    "attention_backward": ("attention_backward",),
-    "loss": ("loss", "masked_cross_entropy"),
+    "attention_forward": ("attention_forward", "attention_cluster", "l2_hints"),
+    "attention_backward": ("attention_backward", "l2_hints"),
+    "loss": ("masked_cross_entropy",),
     "linear_loss": ("loss", "linear_loss", "linear_masked_cross_entropy"),
     "sample_tokens": ("sample_tokens",),
     "linear_sample_tokens": ("linear_sample",),
@@ -21,7 +21,7 @@ PREFIXES = {
 def concerns(choice: str, kind: str, dim: int | None = None) -> bool:
     """Whether `choice` may make a difference to jobs of `kind`, with heads of `dim`.
 
-    A name that begins like no kind's, such as "pdl" or "l2_hints", is about all of them; "attention_..." about both
+    A name that begins like no kind's, such as "pdl", is about all of them; "attention_..." about both
     directions.
     """
     if not any(choice.startswith(prefix) for prefixes in PREFIXES.values() for prefix in prefixes):

@@ -5,9 +5,10 @@ usage() {
   cat <<'HELP'
 usage: bash benchmarks/run_on_gpu.sh [MINUTES] [OUT] [--stages LIST] [--prebuilt FOLDER] [--keep FOLDER] [--dry-run]
 
-Builds illada on this machine, and then by what one wants to know most: does each kernel run and is it right; which of
-its variants is the fastest; how it compares with its peers; whether the tests pass. Needs an NVIDIA GPU, nvcc, cmake,
-ninja, and a Python with torch, pybind11, setuptools and pytest; no network, no root. The checkout is only read, and
+Builds illada on this machine, then answers, the most important question first: does each kernel run, and is it right;
+which of its variants is the fastest; how it compares with its peers; whether the tests pass. Needs an NVIDIA GPU, nvcc,
+cmake, ninja, and a Python with torch, numpy, safetensors, tokenizers, tqdm and pytest, for the build pybind11,
+setuptools and pip as well; no network, no root. The checkout is only read, and
 nothing stays behind but OUT. Kernels run in processes of their own with time limits: one that hangs costs seconds.
 
   MINUTES  for everything, build included (default 10). What does not fit is left out and listed.

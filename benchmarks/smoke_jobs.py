@@ -14,6 +14,7 @@ from torch import Tensor
 import illada
 from illada.ops import raw, reference
 from illada.ops.attention import multiplies_twice
+from illada.ops.variants import use_variants
 from illada.testing import relative_error
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -278,6 +279,12 @@ def linear_sample_tokens(
     }
 
 
+def linear_loss_by_mm(device: torch.device) -> Checks:
+    """The same, with the products of the gradients by torch.mm."""
+    with use_variants(loss_gradients="mm"):
+        return linear_loss(device)
+
+
 RULES = {"quota": 3, "threshold": 0.9, "factor": 0.5, "entropy_bound": 0.7}
 
 
@@ -352,6 +359,8 @@ def jobs() -> list[Job]:
     ):
         without = f"{ce}_forward_sm80 {ce}_sum_sm80" if "without" in text else portable
         add(f"linear loss{text}", "linear_loss", partial(linear_loss, **options), kernels, without)
+    add("linear loss by torch.mm", "linear_loss", linear_loss_by_mm,
+        f"{logits} {linear}_clear {linear}_scatter {ce}_scale_sm80", portable)  # fmt: skip
     for dtype in (BF16, FP16, FP32):
         add(f"cross-entropy {names[dtype]}", "loss", partial(masked_cross_entropy, dtype=dtype),
             f"{ce}_forward_sm80 {ce}_combine_sm80 {ce}_backward_sm80")  # fmt: skip
@@ -373,7 +382,8 @@ def jobs() -> list[Job]:
             for text, rows, given in (("", 40, False), (" in clusters", 200, False), (" of given rows", 40, True)):
                 add(f"linear_sample_tokens {names[dtype]} T={temperature:g}{text}", "linear_sample_tokens",
                     partial(linear_sample_tokens, rows=rows, dtype=dtype, temperature=temperature, given_rows=given),
-                    ("gather_rows_sm90 " if given else "") + "linear_sample_tokens_sm90 sample_tokens_combine_sm80",
+                    ("gather_rows_sm90 " if given else "clear_bounds_sm90 " if temperature else "")
+                    + "linear_sample_tokens_sm90 sample_tokens_combine_sm80",
                     "sample_tokens_sm80")  # fmt: skip
     for rule in RULES:
         for rows in (300, 3000):

@@ -22,7 +22,7 @@ struct KeysArguments {
   int32_t pieces;    // of an item of the plan; more than one: dk and dv are summed up as dq is
   bool staggered;    // see KeysSteps
   int report_every;  // steps
-  int32_t total_q, total_k, num_heads, num_kv_heads, group, tile_tokens;
+  int32_t total_q, num_heads, num_kv_heads, group, tile_tokens;
   int32_t skipped;    // elements between the group's heads of one token and the next, (H - H / G) D
   int32_t waste_row;  // of dq_sums: rows that nobody looks at
   uint32_t group_reciprocal;

@@ -116,7 +116,6 @@ void launch_backward_keys(const BackwardParams& p, const Device& device, const B
   a.dk = p.dk;
   a.dv = p.dv;
   a.total_q = int32_t(s.total_q);
-  a.total_k = int32_t(s.total_k);
   a.num_heads = s.num_heads;
   a.num_kv_heads = s.num_kv_heads;
   a.group = group;

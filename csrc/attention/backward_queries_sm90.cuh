@@ -59,7 +59,7 @@ struct QueriesArguments {
   const int32_t* plan;
   const RowStatistics* rows;
   void* dq;
-  int32_t total_q, total_k, num_heads, group, block_tokens, parts;  // parts of two blocks to a forward item
+  int32_t total_q, num_heads, group, block_tokens, parts;  // parts of two blocks to a forward item
   uint32_t group_reciprocal;
   float scale, scale_log2;  // softmax_scale, and times log2(e)
   L2Policy rows_policy, keys_policy;
@@ -311,7 +311,6 @@ void launch_backward_queries(const BackwardParams& p, const Device& device, cons
   a.rows = scratch_of(p, {}).rows;
   a.dq = p.dq;
   a.total_q = int32_t(s.total_q);
-  a.total_k = int32_t(s.total_k);
   a.num_heads = s.num_heads;
   a.group = group;
   a.block_tokens = block_tokens(s);

@@ -10,7 +10,6 @@
 #include "attention/launch.h"
 #include "common/dependent_launch.h"
 #include "common/dtype.cuh"
-#include "common/ptx.cuh"
 #include "common/reduce.cuh"
 
 namespace illada::attention {

@@ -11,20 +11,18 @@ namespace {
 template <typename T, int kHeadDim>
 void launch_backward(const BackwardParams& p, const Device& device, const Tiling& tiling,
                      const BackwardMethod& method) {
-  if (p.shape.total_k) {
-    if (method.ordered) {
-      launch_backward_keys<T, kHeadDim, QuerySums::kRed2, true>(p, device, method);
-    } else if (method.sums == QuerySums::kRed2) {
-      launch_backward_keys<T, kHeadDim, QuerySums::kRed2, false>(p, device, method);
-    } else if (method.sums == QuerySums::kNone) {
-      launch_backward_keys<T, kHeadDim, QuerySums::kNone, false>(p, device, method);
-    } else if (kHeadDim == 64) {
-      launch_backward_sums_d64_sm90(p, device, method);
-    } else {
-      launch_backward_sums_d128_sm90(p, device, method);
-    }
+  if (method.ordered) {
+    launch_backward_keys<T, kHeadDim, QuerySums::kRed2, true>(p, device, method);
+  } else if (method.sums == QuerySums::kRed2) {
+    launch_backward_keys<T, kHeadDim, QuerySums::kRed2, false>(p, device, method);
+  } else if (method.sums == QuerySums::kNone) {
+    launch_backward_keys<T, kHeadDim, QuerySums::kNone, false>(p, device, method);
+  } else if (kHeadDim == 64) {
+    launch_backward_sums_d64_sm90(p, device, method);
+  } else {
+    launch_backward_sums_d128_sm90(p, device, method);
   }
-  if (!method.fused && p.shape.total_q) launch_backward_queries<T, kHeadDim>(p, device, tiling);
+  if (!method.fused) launch_backward_queries<T, kHeadDim>(p, device, tiling);
 }
 
 template <int kHeadDim>

@@ -81,7 +81,7 @@ struct ForwardArguments {
   void* out;
   float* lse;
   Slots slots;
-  int32_t total_q, total_k, num_heads, group, tile_tokens, block_tokens;
+  int32_t total_q, num_heads, group, tile_tokens, block_tokens;
   uint32_t group_reciprocal;
   float scale_log2;  // softmax_scale * log2(e)
   L2Policy rows_policy, keys_policy;
@@ -489,7 +489,6 @@ void launch_forward(const ForwardParams& p, const Device& device, const Tiling& 
   a.lse = p.lse;
   a.slots = slots_of(p);
   a.total_q = int32_t(s.total_q);
-  a.total_k = int32_t(s.total_k);
   a.num_heads = s.num_heads;
   a.group = group;
   a.group_reciprocal = group_reciprocal(group);

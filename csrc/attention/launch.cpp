@@ -8,6 +8,7 @@
 #include <string>
 
 #include "common/check.h"
+#include "common/ragged.h"
 #include "common/variants.h"
 #include "illada/illada.h"
 
@@ -66,6 +67,9 @@ void validate_shape(const char* op, const PackShape& s, const Device& gpu, bool 
   ILLADA_CHECK(s.total_q >= 0 && s.total_q <= kMostRows, op, "total_q must be in [0, 2^31), got ", s.total_q);
   ILLADA_CHECK(s.total_k >= (knows_keys ? 0 : -1) && s.total_k <= kMostRows, op, "total_k must be in [0, 2^31), got ",
                s.total_k);
+  if (has_sm90(gpu) && std::max(s.total_q, s.total_k) > kRaggedTokens)
+    detail::fail<NotSupported>(op, "kernels of ", gpu.name, " take at most ", kRaggedTokens, " tokens; got ", s.total_q,
+                               " queries, ", s.total_k, " keys");
   ILLADA_CHECK(s.num_sequences >= 0, op, "negative number of sequences: ", s.num_sequences);
   ILLADA_CHECK(s.num_sequences > 0 || s.total_q == 0, op, "no sequences, but ", s.total_q, " queries");
   ILLADA_CHECK(s.num_kv_heads > 0 && s.num_heads > 0 && s.num_heads % s.num_kv_heads == 0, op, "num_heads ",

@@ -13,7 +13,6 @@
 
 #include "attention/launch.h"
 #include "common/dependent_launch.h"
-#include "common/ptx.cuh"
 #include "common/reduce.cuh"
 
 namespace illada::attention {

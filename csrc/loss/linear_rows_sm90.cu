@@ -15,7 +15,6 @@
 #include "common/dependent_launch.h"
 #include "common/dtype.cuh"
 #include "common/online_softmax.cuh"
-#include "common/ptx.cuh"
 #include "common/reduce.cuh"
 #include "loss/linear.h"
 #include "loss/linear_split.cuh"

@@ -4,7 +4,6 @@
 
 #include "common/dependent_launch.h"
 #include "common/dtype.cuh"
-#include "common/ptx.cuh"
 #include "common/reduce.cuh"
 #include "loss/launch.h"
 

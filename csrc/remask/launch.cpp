@@ -123,12 +123,12 @@ HeadPlan plan_head(int64_t num_rows, int64_t vocab_size, int sm_count) {
   };
   plan.all_chunks = int(all);
   int64_t slots = 0, chunks = 0;
-  if (plan.row_tiles == 1 || sm_count < 2) {  // memory-bound: the CTAs share out the weight to the chunk
+  if (plan.row_tiles == 1) {  // memory-bound: the CTAs share out the weight to the chunk
     std::tie(slots, chunks) = ranges_of(std::min<int64_t>(std::max(sm_count, 1), all));
     plan.clusters = int(slots);
   } else {
     plan.cluster = 2;
-    const int64_t clusters = sm_count / 2, pairs = (plan.row_tiles + 1) / 2;
+    const int64_t clusters = std::max(sm_count / 2, 1), pairs = (plan.row_tiles + 1) / 2;
     plan.groups = int(std::max<int64_t>((pairs + HeadPlan::kGroupPairs - 4) / HeadPlan::kGroupPairs, 1));
     // With several groups, the clusters that run at the same time belong to one or two of them.
     const int64_t whole_tiles = (all + HeadPlan::kTileChunks - 1) / HeadPlan::kTileChunks;
@@ -193,8 +193,9 @@ void linear_sample_tokens_cuda(const LinearSampleTokensParams& p) {
   if (p.sample.num_rows == 0) return;
   ILLADA_CHECK(p.rows || p.sample.num_rows == p.num_tokens, kOp, "num_rows is ", p.sample.num_rows, " but hidden has ",
                p.num_tokens, " rows and no rows are given");
-  ILLADA_CHECK(p.sample.num_rows <= std::numeric_limits<int32_t>::max() - HeadPlan::kTileRows, kOp,
-               "too many rows: ", p.sample.num_rows);
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max() - 512;  // ids and rows of whole tiles are int32
+  ILLADA_CHECK(p.sample.num_rows <= kMost && p.sample.vocab_size <= kMost, kOp,
+               "more than 2^31 - 513 rows or ids: ", p.sample.num_rows, " rows, ", p.sample.vocab_size, " ids");
   const DeviceGuard guard(kOp, p.sample.launch.device);
   const Device& gpu = device(kOp, p.sample.launch.device);
   if (!has_fused_head(p, gpu))
@@ -202,9 +203,6 @@ void linear_sample_tokens_cuda(const LinearSampleTokensParams& p) {
                                "bfloat16, 16-byte aligned rows and a width that is a multiple of 8; got ", gpu.name,
                                ", built archs ", build_info().cuda_archs, ", ", name(p.sample.dtype), ", width ",
                                p.width);
-  constexpr int64_t kMost = std::numeric_limits<int32_t>::max() - 512;  // ids and rows of whole tiles are int32
-  ILLADA_CHECK(p.sample.num_rows <= kMost && p.sample.vocab_size <= kMost, kOp,
-               "more than 2^31 - 513 rows or ids: ", p.sample.num_rows, " rows, ", p.sample.vocab_size, " ids");
   const HeadPlan plan = plan_head(p.sample.num_rows, p.sample.vocab_size, gpu.sm_count);
   const int64_t needed = head_workspace(p, plan).bytes, n = p.sample.num_rows;
   ILLADA_CHECK(p.sample.workspace_bytes >= needed, kOp, "workspace must have ", needed, " bytes, got ",

@@ -17,7 +17,6 @@
 
 #include "common/dependent_launch.h"
 #include "common/gemm_sm90.cuh"
-#include "common/ptx.cuh"
 #include "common/tensor_map.h"
 #include "remask/head_tile.cuh"
 #include "remask/launch.h"

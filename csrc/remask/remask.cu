@@ -9,7 +9,6 @@
 //
 // Floor: 28 bytes a candidate, negligible; what limits it is latency: three dependent loads and some eight barriers.
 #include "common/dependent_launch.h"
-#include "common/ptx.cuh"
 #include "common/reduce.cuh"
 #include "remask/launch.h"
 

@@ -42,7 +42,7 @@ CUtensorMap encode(DType dtype, int rank, const void* data, const cuuint64_t* si
   struct {
     CUtensorMap map;
   } made;
-  const cuuint32_t steps[4] = {1, 1, 1, 1};
+  const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
   const auto type = dtype == DType::kFloat32    ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
                     : dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                                                 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
@@ -53,14 +53,18 @@ CUtensorMap encode(DType dtype, int rank, const void* data, const cuuint64_t* si
   return made.map;
 }
 
+// As common/ragged.h says.
+CUtensorMap encode_ragged(const RaggedView& r, int box_tokens) {
+  const cuuint64_t most = kRaggedTokens, stride = cuuint64_t(r.token_stride) * 2;
+  const cuuint64_t sizes[5] = {cuuint64_t(r.columns), cuuint64_t(r.heads), most, most + 1, cuuint64_t(r.tokens) + 1};
+  const cuuint64_t strides[4] = {cuuint64_t(r.head_stride) * 2, stride, (cuuint64_t(1) << 34) - stride, stride};
+  const cuuint32_t box[5] = {64, cuuint32_t(r.heads), cuuint32_t(box_tokens), 1, 1};
+  return encode(r.dtype, 5, r.data, sizes, strides, box);
+}
+
 bool is_right(const Case& c) {
   const RaggedView& r = c.ragged;
-  const cuuint64_t tokens = cuuint64_t(r.tokens), stride = cuuint64_t(r.token_stride) * 2;
-  const cuuint64_t sizes[4] = {cuuint64_t(r.columns), cuuint64_t(r.heads), tokens, tokens + 1};
-  const cuuint64_t strides[3] = {cuuint64_t(r.head_stride) * 2, stride, stride};
-  const cuuint32_t box[4] = {64, cuuint32_t(r.heads), cuuint32_t(c.box), 1};
-  const void* const start = static_cast<const char*>(r.data) - tokens * stride;
-  const CUtensorMap want = encode(r.dtype, 4, start, sizes, strides, box);
+  const CUtensorMap want = encode_ragged(r, c.box);
   const CUtensorMap got = tensor_map_ragged("test", r, int(r.heads), c.box);
 
   const MatrixView& m = c.matrix;
@@ -135,11 +139,7 @@ int main() {
   for (int i = 0; i < 256; ++i) cases.push_back(make_case(4 * i));
   const double encoding = nanoseconds(kTurns, [&](int i) {
     const RaggedView& r = cases[size_t(i % 256)].ragged;
-    const cuuint64_t tokens = cuuint64_t(r.tokens), stride = cuuint64_t(r.token_stride) * 2;
-    const cuuint64_t sizes[4] = {cuuint64_t(r.columns), cuuint64_t(r.heads), tokens, tokens + 1};
-    const cuuint64_t strides[3] = {cuuint64_t(r.head_stride) * 2, stride, stride};
-    const cuuint32_t box[4] = {64, cuuint32_t(r.heads), 32, 1};
-    sum = sum + encode(r.dtype, 4, r.data, sizes, strides, box).opaque[0];
+    sum = sum + encode_ragged(r, 32).opaque[0];
   });
   const double hit = nanoseconds(kTurns, [&](int i) {
     const RaggedView& r = cases[size_t(i % 256)].ragged;

@@ -24,7 +24,7 @@ def run(name: str, arch: str, folder: Path) -> list[str]:
         [NVCC, "-std=c++17", "-O2", "-gencode", f"arch=compute_{arch},code=compute_{arch}", "--no-compress",
          "-cudart", "shared", "-Xlinker", f"-rpath={Path(NVCC).resolve().parent.parent / 'lib64'}",
          f"-I{csrc}", f"-I{csrc / 'include'}", ROOT / "tests" / "cpp" / f"{name}.cu",
-         *(csrc / "common" / f"{part}.cpp" for part in ("device", "tensor_map", "variants")), "-o", program],
+         *(csrc / "common" / f"{part}.cpp" for part in ("device", "driver_calls", "tensor_map", "variants")), "-o", program],
         check=True,
     )  # fmt: skip
     # A kernel that hangs ends with its process, and not with the tests.

@@ -1,4 +1,4 @@
-// Choices between instances of the CUDA kernels that only a measurement on a GPU can make.
+// Choices between instances of the CUDA kernels that only a measurement on a GPU can make. In builds with CUDA alone.
 #pragma once
 
 #include <string>
