@@ -151,6 +151,8 @@ def test_random_measure_and_ties(device):
 @pytest.mark.parametrize("count", [257, 1280, 1409, 5153])
 def test_many_row_tiles(count, temperature, device, generator):
     # 3, 10, 12 (one of a single row) and 41 row tiles: odd and even, in one group and in two.
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        pytest.skip("the fused kernel needs compute capability 9.0; elsewhere the logits are rounded to 16 bits")
     hidden, weight, rows = make((40, count, 8, 3000), torch.bfloat16, device, generator)
     ids = torch.arange(count, device=device) % 40
     got = illada.linear_sample_tokens(hidden, weight, rows=rows, row_ids=ids, temperature=temperature, seed=5)
