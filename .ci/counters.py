@@ -159,7 +159,7 @@ def main() -> None:
     tensor = cycles.pop("tensor")
     other = max(cycles, key=cycles.__getitem__)
     # Shared memory, because TMA fills it as well: the products alone read a little less than the tensor cores' time.
-    # Each warp reads its item and step there too, 1.6% of a step, for want of registers.
+    # Each warp reads its item and step there too, for want of registers.
     expect(f"{name}: cycles of the tensor cores / of the next busiest ({other})", tensor / cycles[other], 0.92, 10)
     rows, vocab, width = 512, 2048, 1024
     reports = counters(LOSS.format(rows=rows, vocab=vocab, width=width), "illada_linear_masked_cross_entropy")

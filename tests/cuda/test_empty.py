@@ -259,8 +259,9 @@ def test_linear_masked_cross_entropy(width, tokens, count, dtype, device, genera
 @pytest.mark.parametrize("tokens,count", [(0, None), (0, 0), (5, 0), (0, 2)])
 def test_raw_linear_masked_cross_entropy(tokens, count, device, generator):
     hidden, weight, targets, weights = on(device, make_head(tokens, 64, 300, BF16, generator))
-    if raw.linear_masked_cross_entropy_workspace(hidden, weight) is None:
+    if torch.cuda.get_device_capability(device) != (9, 0):
         pytest.skip("there is a fused kernel on sm_90a only")
+    assert raw.linear_masked_cross_entropy_workspace(hidden, weight) is not None
     rows = None if count is None else torch.arange(count, dtype=torch.int32, device=device)
     for add, dtype, filter_eps in itertools.product((False, True), (torch.float32, BF16), (0.0, 1e-4)):
         nll, d_hidden = torch.full((tokens,), 7.0, device=device), torch.full_like(hidden, 7)
@@ -306,9 +307,10 @@ def test_raw_linear_sample_tokens_of_no_tokens(device, generator):
     """Rows that lie outside of hidden, of which there is nothing: they are taken as zeros."""
     hidden, weight, _, _ = on(device, make_head(0, 64, 300, BF16, generator))
     rows = torch.arange(2, dtype=torch.int32, device=device)
-    size = raw.linear_sample_tokens_workspace(hidden, weight, rows)
-    if size is None:
+    if torch.cuda.get_device_capability(device) != (9, 0):
         pytest.skip("there is a fused kernel on sm_90a only")
+    size = raw.linear_sample_tokens_workspace(hidden, weight, rows)
+    assert size is not None
     out = TokenSample(torch.full((2,), -7, device=device), *torch.full((4, 2), -7.0, device=device))
     workspace = torch.empty(size, dtype=torch.uint8, device=device)
     raw.linear_sample_tokens(out, hidden, weight, rows, workspace=workspace)
