@@ -16,6 +16,10 @@ BIN := $(VENV)/bin
 VENV_CUDA ?= .venv-cuda
 BIN_CUDA := $(VENV_CUDA)/bin
 CUSIM ?= ../shared/cusim
+# The headers of CUTLASS that the checkout's own builds take, pinned; `pip install .` alone finds or fetches its own.
+CUTLASS := .cache/cutlass-4.2.0.0
+ILLADA_CUTLASS_DIR ?= $(CURDIR)/$(CUTLASS)
+export ILLADA_CUTLASS_DIR
 MODES ?= eager lazy
 CHECKS ?= race,proxy
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -33,7 +37,20 @@ install: .cache/installed
 	"$(BIN)/python" -m pip install --quiet --requirement requirements-dev.txt
 	@touch $@
 
-.cache/installed: .cache/requirements $(SOURCES)
+# Nothing to do without an nvcc, or with a CUTLASS of your own. By whichever pip there is.
+.cache/cutlass: Makefile
+	@mkdir -p .cache
+	@if [ "$(ILLADA_CUTLASS_DIR)" = "$(CURDIR)/$(CUTLASS)" ] && command -v "$${CUDACXX:-nvcc}" >/dev/null; then \
+	  for python in "$(BIN)/python" "$(BIN_CUDA)/python" "$(PYTHON)"; do \
+	    "$$python" -m pip --version >/dev/null 2>&1 || continue; \
+	    rm -rf "$(CUTLASS)" "$(CUTLASS).new"; \
+	    "$$python" -m pip install --quiet --no-deps --no-compile --target "$(CUTLASS).new" nvidia-cutlass==4.2.0.0 \
+	      && mv "$(CUTLASS).new" "$(CUTLASS)" && touch $@ && exit; \
+	  done; \
+	  echo "make: the headers of CUTLASS could not be fetched; ILLADA_CUTLASS_DIR=/path/to/cutlass names some" >&2; exit 1; \
+	fi; touch $@
+
+.cache/installed: .cache/requirements .cache/cutlass $(SOURCES)
 	"$(BIN)/python" -m pip install --quiet --no-deps --force-reinstall .
 	@touch $@
 
@@ -48,13 +65,13 @@ install: .cache/installed
 CUDA_BUILD = PATH="$$(cd "$(BIN_CUDA)" && pwd):$$PATH" ILLADA_BUILD_DIR="$(CURDIR)/build/$(1)" \
 	"$(BIN_CUDA)/python" -m pip install --quiet --no-deps --no-build-isolation --force-reinstall .
 
-.cache/installed-gpu: .cache/requirements-cuda $(SOURCES)
+.cache/installed-gpu: .cache/requirements-cuda .cache/cutlass $(SOURCES)
 	@rm -f .cache/installed-simulator
 	ILLADA_CUDA=on $(call CUDA_BUILD,gpu)
 	@touch $@
 
 # The preset says all of the build; a variable from outside would outweigh it.
-.cache/installed-simulator: .cache/requirements-cuda $(SOURCES)
+.cache/installed-simulator: .cache/requirements-cuda .cache/cutlass $(SOURCES)
 	@rm -f .cache/installed-gpu
 	unset ILLADA_CUDA ILLADA_CUDA_ARCHS ILLADA_CUDART; CMAKE_ARGS="--preset sim" $(call CUDA_BUILD,sim)
 	@touch $@
@@ -97,7 +114,7 @@ predict: .cache/installed-simulator
 dry-run: .cache/installed-simulator
 	CUSIM="$(CUSIM)" PYTHON="$(BIN_CUDA)/python" bash benchmarks/run_on_gpu.sh --dry-run 10 runs/dry-run
 
-ptxas:
+ptxas: .cache/cutlass
 	"$(PYTHON)" cmake/ptxas.py $(if $(UPDATE),--update) $(ARGS)
 
 lint: .cache/requirements

@@ -1,6 +1,6 @@
 """Builds illada._C with CMake. All metadata is in pyproject.toml; all compilation is in CMakeLists.txt.
 
-Environment: ILLADA_CUDA=on|off|auto, ILLADA_CUDA_ARCHS, ILLADA_CUDART, MAX_JOBS, CMAKE_ARGS, ILLADA_BUILD_DIR.
+Environment: ILLADA_CUDA=on|off|auto, ILLADA_CUDA_ARCHS, ILLADA_CUDART, ILLADA_CUTLASS_DIR, MAX_JOBS, CMAKE_ARGS, ILLADA_BUILD_DIR.
 """
 
 import os
@@ -41,13 +41,14 @@ class CMakeBuild(build_ext):
             "cmake",
             *("-S", str(ROOT), "-B", str(build_dir)),
             "-DCMAKE_BUILD_TYPE=Release",
+            "-DILLADA_CUTLASS_DOWNLOAD=ON",
             f"-DPython_EXECUTABLE={sys.executable}",
             # Given at every configure: a cache left by an earlier isolated build names tools that pip has deleted.
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             *(["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []),
             *(
                 f"-D{name}={os.environ[name]}"
-                for name in ("ILLADA_CUDA", "ILLADA_CUDA_ARCHS", "ILLADA_CUDART")
+                for name in ("ILLADA_CUDA", "ILLADA_CUDA_ARCHS", "ILLADA_CUDART", "ILLADA_CUTLASS_DIR")
                 if os.environ.get(name)
             ),
             *os.environ.get("CMAKE_ARGS", "").split(),

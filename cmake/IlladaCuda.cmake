@@ -4,9 +4,11 @@
 # machine, else the list in IlladaArchs.cmake. Kernels that need wgmma and TMA are built for the 90a entries alone.
 
 include(IlladaArchs)
+include(IlladaCutlass)
 
 set(ILLADA_WITH_CUDA OFF)
 set(ILLADA_CUDA_VERSION "")
+set(ILLADA_CUTLASS_VERSION "")
 set(ILLADA_CUDA_ARCH_LIST "")
 
 string(TOLOWER "${ILLADA_CUDA}" illada_cuda)
@@ -39,6 +41,11 @@ if(NOT illada_cuda STREQUAL "off")
     illada_known_archs(illada_known "${CMAKE_CUDA_COMPILER}" "${CUDAToolkit_VERSION}")
     illada_choose_archs(ILLADA_CUDA_ARCH_LIST
       "${ILLADA_CUDA_ARCHS}" "${illada_detected}" "${illada_known}" "${CUDAToolkit_VERSION}")
+    if(NOT ILLADA_PYTHON)
+      find_package(Python COMPONENTS Interpreter)
+    endif()
+    illada_find_cutlass(ILLADA_CUTLASS_INCLUDE "${Python_EXECUTABLE}")
+    set(ILLADA_CUTLASS_VERSION "${ILLADA_CUTLASS_INCLUDE_VERSION}")
     message(STATUS "illada: CUDA ${CUDAToolkit_VERSION} for ${ILLADA_CUDA_ARCH_LIST}, cudart ${ILLADA_CUDART}")
   elseif(illada_cuda STREQUAL "on")
     message(FATAL_ERROR "illada: ILLADA_CUDA=on, but no working nvcc was found (looked at CUDACXX, CUDA_PATH and PATH; "
@@ -64,6 +71,9 @@ function(illada_add_cuda target family)
   set_target_properties(${objects} PROPERTIES CUDA_ARCHITECTURES "${archs}" CUDA_STANDARD 17 CUDA_STANDARD_REQUIRED ON
     CUDA_VISIBILITY_PRESET hidden POSITION_INDEPENDENT_CODE ON)
   target_include_directories(${objects} PRIVATE csrc csrc/include)
-  target_compile_options(${objects} PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall;-lineinfo;${ILLADA_NVCC_FLAGS}>")
+  target_include_directories(${objects} SYSTEM PRIVATE "${ILLADA_CUTLASS_INCLUDE}")
+  # NDEBUG in every build type: the asserts in CuTe's and CUTLASS's device code make ptxas serialize wgmma.
+  target_compile_options(${objects} PRIVATE
+    "$<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall;-lineinfo;-DNDEBUG;--expt-relaxed-constexpr;${ILLADA_NVCC_FLAGS}>")
   target_sources(${target} PRIVATE $<TARGET_OBJECTS:${objects}>)
 endfunction()

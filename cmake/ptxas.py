@@ -25,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET = ROOT / "csrc" / "ptxas_budget.json"
 DEFAULT_ARCHS = ("80", "90a", "100", "120")  # as in IlladaArchs.cmake
-FLAGS = ("-std=c++17", "-O3", "-DNDEBUG", "-lineinfo")  # as CMake gives in a Release build
+FLAGS = ("-std=c++17", "-O3", "-DNDEBUG", "-lineinfo", "--expt-relaxed-constexpr")  # as CMake gives in a Release build
 BYTES_A_JOB = 3 << 30  # of memory, as in setup.py
 
 
@@ -149,11 +149,23 @@ def archs_of(file: str, archs: list[str]) -> list[str]:
     return [arch for arch in archs if arch == "90a" or not file.endswith("_sm90.cu")]
 
 
+def cutlass_include() -> str:
+    """The headers of CUTLASS in ILLADA_CUTLASS_DIR: a checkout, its include folder, or an unpacked wheel."""
+    named = os.environ.get("ILLADA_CUTLASS_DIR", "")
+    folder = Path(named)
+    for candidate in (folder / "include", folder, folder / "cutlass_library" / "source" / "include"):
+        if named and (candidate / "cutlass" / "version.h").exists():
+            return str(candidate)
+    raise SystemExit(
+        f"ptxas.py: ILLADA_CUTLASS_DIR is {named!r} and names no headers of CUTLASS; `make ptxas` fetches them and sets it"
+    )
+
+
 def compile_file(nvcc: str, file: str, arch: str, flags: list[str]) -> Compiled:
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         command = [nvcc, "-cubin", f"-arch=sm_{arch}", "-Xptxas", "-v", *FLAGS, *flags]
-        command += ["-I", str(ROOT / "csrc"), "-I", str(ROOT / "csrc" / "include")]
+        command += ["-I", str(ROOT / "csrc"), "-I", str(ROOT / "csrc" / "include"), "-isystem", cutlass_include()]
         command += ["--keep", "--keep-dir", folder, "-o", str(Path(folder) / "out.cubin"), str(ROOT / file)]
         done = subprocess.run(command, capture_output=True, text=True)
         splits = register_splits("".join(path.read_text() for path in Path(folder).glob("*.ptx")))

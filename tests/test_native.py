@@ -20,7 +20,7 @@ def test_build_info():
     info = illada.build_info()
     assert info["version"] == illada.__version__
     assert info["cpu_isa"] in ("avx512", "avx2", "baseline")
-    assert set(info) == {"version", "compiler", "openmp", "cpu_isa", "cuda_version", "cuda_archs"}
+    assert set(info) == {"version", "compiler", "openmp", "cpu_isa", "cuda_version", "cuda_archs", "cutlass_version"}
 
 
 def test_import_needs_no_native_module_and_touches_nothing():

@@ -441,6 +441,7 @@ py::dict info() {
   d["cpu_isa"] = build.cpu_isa;
   d["cuda_version"] = build.cuda_version;
   d["cuda_archs"] = build.cuda_archs;
+  d["cutlass_version"] = build.cutlass_version;
   return d;
 }
 

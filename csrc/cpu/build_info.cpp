@@ -13,6 +13,7 @@ BuildInfo build_info() {
   info.cpu_isa = cpu::row_kernels().isa;
   info.cuda_version = ILLADA_CUDA_VERSION;
   info.cuda_archs = ILLADA_CUDA_ARCHS;
+  info.cutlass_version = ILLADA_CUTLASS_VERSION;
   return info;
 }
 

@@ -39,7 +39,9 @@ def package_version() -> str:
 
 
 def build_info() -> dict[str, object]:
-    """What was built and what it chose: version, compiler, openmp, cpu_isa, cuda_version, cuda_archs."""
+    """What was built and what it chose: version, compiler, openmp, cpu_isa, cuda_version, cuda_archs,
+    cutlass_version.
+    """
     return native().build_info()
 
 

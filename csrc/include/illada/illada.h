@@ -16,12 +16,13 @@ namespace illada {
 
 // What this build is and what it found: the fields of `illada info`.
 struct BuildInfo {
-  std::string version;       // of the project, equal to the Python package's
-  std::string compiler;      // "GNU 12.2.0"
-  bool openmp = false;       // rows are spread over threads
-  std::string cpu_isa;       // the instruction set chosen at run time: "avx512", "avx2" or "baseline"
-  std::string cuda_version;  // toolkit, empty without CUDA
-  std::string cuda_archs;    // "80-real 90a-real 90-virtual", empty without CUDA
+  std::string version;          // of the project, equal to the Python package's
+  std::string compiler;         // "GNU 12.2.0"
+  bool openmp = false;          // rows are spread over threads
+  std::string cpu_isa;          // the instruction set chosen at run time: "avx512", "avx2" or "baseline"
+  std::string cuda_version;     // toolkit, empty without CUDA
+  std::string cuda_archs;       // "80-real 90a-real 90-virtual", empty without CUDA
+  std::string cutlass_version;  // of the headers that the kernels were built with, empty without CUDA
 };
 BuildInfo build_info();
 

@@ -47,6 +47,7 @@ def _facts() -> dict[str, Any]:
         facts["cpu kernels"] = build["cpu_isa"]
         facts["cuda toolkit"] = build["cuda_version"] or "none: this build has no CUDA kernels"
         facts["cuda archs"] = build["cuda_archs"]
+        facts["cutlass"] = build["cutlass_version"]
         facts["cuda variants"] = _variants()
     except ImportError as error:
         facts["native module"] = str(error).splitlines()[0]
