@@ -1,6 +1,7 @@
 """Builds illada._C with CMake. All metadata is in pyproject.toml; all compilation is in CMakeLists.txt.
 
-Environment: ILLADA_CUDA=on|off|auto, ILLADA_CUDA_ARCHS, ILLADA_CUDART, ILLADA_CUTLASS_DIR, MAX_JOBS, CMAKE_ARGS, ILLADA_BUILD_DIR.
+Environment: ILLADA_CUDA=on|off|auto, ILLADA_CUDA_ARCHS, ILLADA_CUDART, ILLADA_CUTLASS_DIR, ILLADA_BUILD_DIR,
+MAX_JOBS, CMAKE_ARGS.
 """
 
 import os
@@ -51,10 +52,10 @@ class CMakeBuild(build_ext):
                 for name in ("ILLADA_CUDA", "ILLADA_CUDA_ARCHS", "ILLADA_CUDART", "ILLADA_CUTLASS_DIR")
                 if os.environ.get(name)
             ),
-            *os.environ.get("CMAKE_ARGS", "").split(),
         ]
         if ccache := shutil.which("ccache"):
             configure += [f"-DCMAKE_{language}_COMPILER_LAUNCHER={ccache}" for language in ("CXX", "CUDA")]
+        configure += os.environ.get("CMAKE_ARGS", "").split()  # last: they outweigh what is above
         self.run_cmake(configure)
         self.run_cmake(["cmake", "--build", str(build_dir), "--parallel", str(job_count())])
         built = next(build_dir.glob("_C*.so"), None) or next(build_dir.glob("_C*.pyd"))

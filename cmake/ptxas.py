@@ -157,7 +157,8 @@ def cutlass_include() -> str:
         if named and (candidate / "cutlass" / "version.h").exists():
             return str(candidate)
     raise SystemExit(
-        f"ptxas.py: ILLADA_CUTLASS_DIR is {named!r} and names no headers of CUTLASS; `make ptxas` fetches them and sets it"
+        f"ptxas.py: ILLADA_CUTLASS_DIR is {named!r} and names no headers of CUTLASS; "
+        "`make ptxas` fetches them and sets it"
     )
 
 
@@ -171,12 +172,33 @@ def compile_file(nvcc: str, file: str, arch: str, flags: list[str]) -> Compiled:
         splits = register_splits("".join(path.read_text() for path in Path(folder).glob("*.ptx")))
     if done.returncode != 0:
         raise SystemExit(f"ptxas.py: {file} does not compile for sm_{arch}:\n{done.stdout}{done.stderr}")
-    kernels, remarks = parse(done.stdout + done.stderr)
+    return compiled(file, arch, time.monotonic() - began, done.stdout + done.stderr, splits)
+
+
+def compiled(file: str, arch: str, seconds: float, output: str, splits: dict[str, tuple[int, list[int]]]) -> Compiled:
+    """What the compiler's output and the PTX's setmaxnreg say, with short names."""
+    kernels, remarks = parse(output)
     for kernel in kernels:
         kernel.threads, kernel.warpgroup_registers = splits.get(kernel.name, (0, []))
     for kernel, name in zip(kernels, demangle([kernel.name for kernel in kernels]), strict=True):
         kernel.name = short_name(name)
-    return Compiled(file, arch, time.monotonic() - began, kernels, remarks)
+    return Compiled(file, arch, seconds, kernels, remarks)
+
+
+def recorded(folder: Path) -> list[Compiled]:
+    """What ptxas_record.py kept of a build, a file and arch each."""
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        record = json.loads(path.read_text())
+        file = str(Path(record["source"]).resolve().relative_to(ROOT))
+        targets = [re.search(r"^\.target\s+sm_(\w+)", ptx, flags=re.MULTILINE) for ptx in record["ptx"]]
+        splits = {target[1]: register_splits(ptx) for target, ptx in zip(targets, record["ptx"], strict=True) if target}
+        # One ptxas after the other; each begins by counting global memory.
+        runs = re.split(r"^(?=ptxas info\s*: \d+ bytes gmem)", record["output"], flags=re.MULTILINE)
+        for run in runs:
+            if arch := re.search(r"Compiling entry function '[^']+' for 'sm_(\w+)'", run):
+                found.append(compiled(file, arch[1], record["seconds"] / (len(runs) - 1), run, splits.get(arch[1], {})))
+    return found
 
 
 def faults(results: list[Compiled]) -> list[str]:
@@ -318,6 +340,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--update", action="store_true", help="write the budget file from what is measured")
     parser.add_argument("--budget", type=Path, default=BUDGET, help="the budget file (default: %(default)s)")
     parser.add_argument("--nvcc", default=os.environ.get("CUDACXX") or "nvcc", help="default: CUDACXX, else nvcc")
+    parser.add_argument("--recorded", type=Path, metavar="DIR", help="of a build with ptxas_record.py; compile nothing")
     parser.add_argument("--jobs", type=int, help="compilers at a time (default: one a core, 3 GB of memory each)")
     arguments = sys.argv[1:] if arguments is None else arguments
     flags = arguments[arguments.index("--") + 1 :] if "--" in arguments else []
@@ -331,13 +354,20 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"CUDA {version} does not know sm_{', sm_'.join(unknown)}")
     left_out = [arch for arch in DEFAULT_ARCHS if arch not in known and not args.arch]
     files = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cu"))
+    if args.recorded and (args.pattern or args.arch or flags):
+        parser.error("--recorded is of a whole build: no pattern, arch or flags")
     jobs = [(file, arch) for file in files if args.pattern in file for arch in archs_of(file, archs)]
     if not jobs:
         parser.error(f"no file under csrc/ matches {args.pattern!r} for sm_{', sm_'.join(archs)}")
 
     began = time.monotonic()
-    with ThreadPoolExecutor(args.jobs or job_count()) as pool:
-        results = list(pool.map(lambda job: compile_file(args.nvcc, *job, flags), jobs))
+    if args.recorded:
+        results = recorded(args.recorded)
+        if missing := sorted({*jobs} - {(result.file, result.arch) for result in results}):
+            raise SystemExit(f"ptxas.py: {args.recorded} has no record of {missing}")
+    else:
+        with ThreadPoolExecutor(args.jobs or job_count()) as pool:
+            results = list(pool.map(lambda job: compile_file(args.nvcc, *job, flags), jobs))
     print(table_text(results))
     print("\ncompile seconds:")
     for file in dict.fromkeys(result.file for result in results):

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -46,6 +47,45 @@ def results(ptxas):
         return ptxas.Compiled("csrc/k.cu", arch, 1.0, kernels)
 
     return [compiled("80", 64), compiled("90a", 96)]
+
+
+def test_records_of_a_build_are_read_by_arch(ptxas, tmp_path):
+    """As the launcher leaves them: one output of several archs, one PTX an arch."""
+    source = TOOL.parent.parent / "csrc" / "attention" / "plan.cu"
+    output = OUTPUT.replace("sm_90a", "sm_80").replace("Used 108", "Used 90") + OUTPUT
+    entry = f".visible .entry {KERNEL}(\n)\n.maxntid 384, 1, 1\n{{ setmaxnreg.dec.sync.aligned.u32 40; setmaxnreg.inc.sync.aligned.u32 232; }}"
+    ptx = [".target sm_80\n", f".target sm_90a\n{entry}\n"]
+    record = {"source": str(source), "seconds": 4.0, "output": output, "ptx": ptx}
+    (tmp_path / "plan.cu.o.json").write_text(json.dumps(record))
+    found = {result.arch: result for result in ptxas.recorded(tmp_path)}
+    assert set(found) == {"80", "90a"} and {result.file for result in found.values()} == {"csrc/attention/plan.cu"}
+    assert [found[arch].kernels[0].registers for arch in ("80", "90a")] == [90, 108]
+    assert [found[arch].kernels[0].warpgroup_registers for arch in ("80", "90a")] == [[], [40, 232]]
+    assert found["90a"].kernels[0].threads == 384 and found["80"].seconds == 2.0
+
+
+def test_the_launcher_keeps_output_and_ptx_and_passes_faults_on(tmp_path):
+    compiler = tmp_path / "nvcc"
+    compiler.write_text(
+        "#!/bin/sh\n"
+        'while [ $# -gt 0 ]; do case "$1" in --keep-dir) kept="$2";; -c) source="$2";; esac; shift; done\n'
+        'echo "said of $source"; [ -z "$kept" ] || echo .target sm_90a > "$kept/k.ptx"; [ "$source" != bad.cu ]\n'
+    )
+    compiler.chmod(0o755)
+
+    def launch(*command):
+        tool = TOOL.with_name("ptxas_record.py")
+        command = [sys.executable, tool, tmp_path / "records", compiler, *command]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    assert launch("-c", "good.cu", "-o", "folder/good.cu.o").returncode == 0
+    record = json.loads((tmp_path / "records" / "good.cu.o.json").read_text())
+    assert record["source"] == "good.cu" and record["output"] == "said of good.cu\n"
+    assert record["ptx"] == [".target sm_90a\n"]
+    failed = launch("-c", "bad.cu", "-o", "bad.cu.o")
+    assert failed.returncode == 1 and "said of bad.cu" in failed.stderr
+    assert not (tmp_path / "records" / "bad.cu.o.json").exists()
+    assert launch("--version").stdout == "said of \n"  # not a compilation: run as it is
 
 
 def test_parse(ptxas):
