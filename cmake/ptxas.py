@@ -157,7 +157,8 @@ def cutlass_include() -> str:
         if named and (candidate / "cutlass" / "version.h").exists():
             return str(candidate)
     raise SystemExit(
-        f"ptxas.py: ILLADA_CUTLASS_DIR is {named!r} and names no headers of CUTLASS; `make ptxas` fetches them and sets it"
+        f"ptxas.py: ILLADA_CUTLASS_DIR is {named!r}, which holds no headers of CUTLASS; "
+        "`make ptxas` fetches them and sets it"
     )
 
 
