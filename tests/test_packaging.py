@@ -47,6 +47,13 @@ def run(*command, cwd=None, **env):
     return done.stdout
 
 
+def pip(*arguments, python=sys.executable, **env) -> str:
+    """What pip and the build in it say."""
+    done = attempt(python, "-m", "pip", *arguments, "-v", **env)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
     """A copy of the checkout in a path with a space, without anything built."""
@@ -82,8 +89,7 @@ def sdist(source, tools, tmp_path_factory) -> Path:
 def wheel(sdist, tools, tmp_path_factory) -> Path:
     """Built from the sdist, in pip's isolated environment, on a machine without nvcc: nothing but `tools` is needed."""
     out = tmp_path_factory.mktemp("wheel")
-    options = ["--no-deps", "--no-index", "--find-links", tools, "-v", "-w", out]
-    said = run(sys.executable, "-m", "pip", "wheel", *options, sdist, **OFFLINE, **NO_NVCC)
+    said = pip("wheel", "--no-deps", "--no-index", "--find-links", tools, "-w", out, sdist, **OFFLINE, **NO_NVCC)
     assert "illada: no nvcc found, building for the CPU" in said
     for unwanted in ("Installing backend dependencies", "nvidia-cutlass", "illada: CUTLASS"):
         assert unwanted not in said
@@ -198,7 +204,7 @@ def cuda_install(source, tools, cuda_build, tmp_path_factory) -> Installed:
     """With nvcc and network, in pip's isolated environment: nothing is installed before, and no variable names headers."""
     folder = tmp_path_factory.mktemp("cuda") / "venv"
     python = make_venv(folder)
-    said = run(python, "-m", "pip", "install", "--no-deps", "-v", source, **cuda_build)
+    said = pip("install", "--no-deps", source, python=python, **cuda_build)
     return Installed(folder, said, cutlass_in(said)[1])
 
 
@@ -221,9 +227,8 @@ def test_install_with_nvcc_and_network(cuda_install, source):
 @needs_nvcc
 def test_install_with_nvcc_and_headers_and_no_network(cuda_install, source, tools, cuda_build, tmp_path):
     python = make_venv(tmp_path / "venv")
-    options = ["--no-deps", "--no-index", "--find-links", tools, "-v"]
     env = {**OFFLINE, **cuda_build, "ILLADA_CUTLASS_DIR": str(cuda_install.headers)}
-    said = run(python, "-m", "pip", "install", *options, source, **env)
+    said = pip("install", "--no-deps", "--no-index", "--find-links", tools, source, python=python, **env)
     installed = Installed(tmp_path / "venv", said, cuda_install.headers)
     assert cutlass_in(said)[1] == cuda_install.headers and "fetching" not in said
     version = cutlass_in(said)[0]
