@@ -95,6 +95,8 @@ done
 absolute() { case "$1" in /*) printf '%s' "$1" ;; *) printf '%s/%s' "$PWD" "$1" ;; esac; }
 [ -z "$prebuilt" ] || prebuilt="$(absolute "$prebuilt")"
 [ -z "$keep" ] || keep="$(absolute "$keep")"
+[ ! -d "${ILLADA_CUTLASS_DIR:-}" ] || export ILLADA_CUTLASS_DIR="$(absolute "$ILLADA_CUTLASS_DIR")"
+[ ! -d "${PIP_FIND_LINKS:-}" ] || export PIP_FIND_LINKS="$(absolute "$PIP_FIND_LINKS")"
 mkdir -p "${places[1]:-runs/gpu}"
 out="$(cd "${places[1]:-runs/gpu}" && pwd)"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

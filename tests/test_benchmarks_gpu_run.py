@@ -449,14 +449,14 @@ def test_run_on_gpu_needs_the_headers_of_cutlass(tmp_path):
     def missing(**environment):
         environment = {**clean, "PYTHON": "/no/python", "CUDACXX": "/no/nvcc", **environment}
         command = ["bash", str(script), "1", str(tmp_path / "out")]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path.parent)
         assert done.returncode == 2 and "  nvcc (CUDA 12.3 or newer)" in done.stderr
         return "  the headers of CUTLASS 4.0 or newer; ILLADA_CUTLASS_DIR names them, or PIP_FIND_LINKS" in done.stderr
 
     assert missing() and missing(PIP_FIND_LINKS=str(tmp_path)) and missing(ILLADA_CUTLASS_DIR="")
     assert not missing(ILLADA_CUTLASS_DIR="/some/where")
     (tmp_path / "nvidia_cutlass-4.2.0.0-py3-none-any.whl").touch()
-    assert not missing(PIP_FIND_LINKS=str(tmp_path))
+    assert not missing(PIP_FIND_LINKS=str(tmp_path)) and not missing(PIP_FIND_LINKS=tmp_path.name)
     (tmp_path / "checkout" / ".cache" / "cutlass-4.2.0.0.new").mkdir(parents=True)
     assert missing()  # not complete
     (tmp_path / "checkout" / ".cache" / "cutlass-4.2.0.0").mkdir()

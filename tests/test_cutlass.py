@@ -75,6 +75,13 @@ def make_wheel(folder: Path, version="4.2.0") -> Path:
     return wheel
 
 
+def make_program(path: Path, body="exit 0") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+    return path
+
+
 # A Python that logs its calls. Its sys.path is SITES; its pip is what PIP says: none, broken, or a wheel to copy.
 # With -I or -E it is the interpreter around an isolated environment, whose variables begin with OUTER_.
 FAKE_PYTHON = """#!{python}
@@ -287,6 +294,30 @@ def test_real_headers(search):
     assert int(version.split(".")[0]) >= 4 and (Path(include) / "cute" / "arch").is_dir() and search.said == ""
 
 
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_when_the_makefile_fetches(tmp_path):
+    """A pinned version, once, where there is an nvcc and nobody names other headers."""
+    folder = tmp_path / "a checkout"
+    folder.mkdir()
+    shutil.copy(ROOT / "Makefile", folder)
+    nvcc = make_program(tmp_path / "nvcc")
+
+    def fetched(**environment) -> list[str]:
+        clean = {k: v for k, v in os.environ.items() if k not in ("ILLADA_CUTLASS_DIR", "MAKEFLAGS", "MFLAGS")}
+        command = ["make", "--dry-run", "ptxas"]
+        done = subprocess.run(
+            command, cwd=folder, env={**clean, **environment}, capture_output=True, text=True, check=True
+        )
+        assert "cmake/ptxas.py" in done.stdout
+        return re.findall(r"nvidia-cutlass==(\S+)", done.stdout)
+
+    (version,) = fetched(CUDACXX=str(nvcc))
+    assert version.startswith("4.")
+    assert fetched(CUDACXX="/no/nvcc") == fetched(CUDACXX=str(nvcc), ILLADA_CUTLASS_DIR="/some/where") == []
+    (folder / ".cache" / f"cutlass-{version}").mkdir(parents=True)
+    assert fetched(CUDACXX=str(nvcc)) == []
+
+
 # ---------------------------------------------------------------------------------------------------------- backend
 
 
@@ -306,13 +337,6 @@ def backend(monkeypatch, tmp_path):
     for hook in ("get_requires_for_build_wheel", "get_requires_for_build_editable"):
         monkeypatch.setattr(module.build_meta, hook, lambda settings: [])
     return module
-
-
-def make_program(path: Path, body="exit 0") -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"#!/bin/sh\n{body}\n")
-    path.chmod(0o755)
-    return path
 
 
 def test_pip_is_asked_for_where_nothing_else_can_fetch(backend):
