@@ -231,6 +231,9 @@ def test_install_with_nvcc_and_headers_and_no_network(cuda_install, source, tool
     said = pip("install", "--no-deps", "--no-index", "--find-links", tools, source, python=python, **env)
     installed = Installed(tmp_path / "venv", said, cuda_install.headers)
     assert cutlass_in(said)[1] == cuda_install.headers and "fetching" not in said
+    assert (
+        "Building CUDA object" in cuda_install.said and "Building CUDA object" not in said
+    )  # it costs no second build
     version = cutlass_in(said)[0]
     assert re.search(rf"^cutlass +{re.escape(version)}$", installed.info(), re.MULTILINE)
 
