@@ -1,6 +1,7 @@
 """The package as users meet it: sdist, installs on four kinds of machines, second and editable install, uninstall, the C++
 library. CUDA kernels are built once, as PTX; later builds continue in the same folder."""
 
+import json
 import os
 import re
 import shutil
@@ -216,9 +217,8 @@ def test_install_with_nvcc_and_network(cuda_install, source):
     assert headers == source / "build" / "cuda" / "nvidia-cutlass" / "cutlass_library" / "source" / "include"
     info = cuda_install.info()  # with no driver on this machine, most likely
     assert re.search(rf"^cutlass +{re.escape(version)}$", info, re.MULTILINE) and int(version.split(".")[0]) >= 4
-    assert re.search(r"^cuda archs +.*80-virtual", info, re.MULTILINE) and re.search(
-        r"^cuda toolkit +\d", info, re.MULTILINE
-    )
+    assert re.search(r"^cuda archs +.*80-virtual", info, re.MULTILINE)
+    assert re.search(r"^cuda toolkit +\d", info, re.MULTILINE)
     site = cuda_install.module().parent.parent
     assert not {"cutlass_library", "scipy", "networkx", "cuda"} & {path.name for path in site.iterdir()}
     assert not list(cuda_install.module().parent.rglob("*.h*"))
@@ -231,9 +231,8 @@ def test_install_with_nvcc_and_headers_and_no_network(cuda_install, source, tool
     said = pip("install", "--no-deps", "--no-index", "--find-links", tools, source, python=python, **env)
     installed = Installed(tmp_path / "venv", said, cuda_install.headers)
     assert cutlass_in(said)[1] == cuda_install.headers and "fetching" not in said
-    assert (
-        "Building CUDA object" in cuda_install.said and "Building CUDA object" not in said
-    )  # it costs no second build
+    assert "Building CUDA object" in cuda_install.said
+    assert "Building CUDA object" not in said  # the same headers: no second build
     version = cutlass_in(said)[0]
     assert re.search(rf"^cutlass +{re.escape(version)}$", installed.info(), re.MULTILINE)
 
@@ -250,12 +249,7 @@ def test_install_with_nvcc_and_neither(source, tools, tmp_path):
     said = " ".join((done.stdout + done.stderr).split())
     assert "illada: the CUDA kernels need the headers of CUTLASS 4.0 or newer, and there are none" in said
     assert "They could not be fetched either: ERROR: Could not find a version that satisfies" in said
-    for way in (
-        "pip install --no-deps 'nvidia-cutlass>=4.0'",
-        "ILLADA_CUTLASS_DIR=/path/to/cutlass",
-        "ILLADA_CUDA=off",
-    ):
-        assert way in said
+    assert "ILLADA_CUTLASS_DIR=/path/to/cutlass" in said and "pip install --no-deps 'nvidia-cutlass>=4.0'" in said
     assert not re.search(r"\.(cu|cuh|cpp|h)[:(]\d+", said) and not list((tmp_path / "build").rglob("*.cu.o"))
 
 
@@ -278,22 +272,30 @@ def test_cuda_module_keeps_its_runtime_to_itself(cuda_install):
     assert needed and not [line for line in needed if "cuda" in line]
 
 
+ASK = """
+import json, os, sys
+from build import ProjectBuilder
+from build.env import DefaultIsolatedEnv
+
+with DefaultIsolatedEnv() as env:
+    env.install({"setuptools>=77"})
+    builder = ProjectBuilder.from_isolated_env(env, sys.argv[1])
+    for more in json.loads(sys.argv[2]):
+        before = dict(os.environ)
+        os.environ.update(more)
+        kinds = ("wheel", "editable", "sdist")
+        print("asked:", *(sorted(builder.get_requires_for_build(kind)) for kind in kinds))
+        os.environ.clear()
+        os.environ.update(before)
+"""
+
+
 @needs_nvcc
-@pytest.mark.parametrize("distribution", ["wheel", "editable"])
-def test_what_the_backend_asks_for(source, distribution):
-    """Through a frontend that is not pip; its environments have no pip, so the backend asks for one to fetch headers."""
-    code = (
-        "import sys; sys.argv[0] = '-c'\nfrom build.env import DefaultIsolatedEnv\nfrom build import ProjectBuilder\n"
-        "with DefaultIsolatedEnv() as env:\n"
-        "    builder = ProjectBuilder.from_isolated_env(env, sys.argv[1])\n"
-        "    env.install({'setuptools>=77'})\n"
-        "    print(sorted(builder.get_requires_for_build(sys.argv[2])))\n"
-    )
-    asked = [
-        run(sys.executable, "-c", code, source, distribution, **env).splitlines()[-1]
-        for env in ({}, NO_NVCC, {"ILLADA_CUTLASS_DIR": "/some/where"})
-    ]
-    assert asked == ["['pip']", "[]", "[]"]
+def test_what_the_backend_asks_for(source, tools):
+    """Through a frontend whose environments have no pip: there the backend asks for one, to fetch headers."""
+    machines = [{}, NO_NVCC, {"ILLADA_CUTLASS_DIR": "/some/where"}]
+    said = run(sys.executable, "-c", ASK, source, json.dumps(machines))
+    assert re.findall("asked: (.*)", said) == ["['pip'] ['pip'] []", "[] [] []", "[] [] []"]
 
 
 @pytest.mark.parametrize("cuda", ["off", pytest.param("on", marks=needs_nvcc)])
