@@ -4,7 +4,7 @@
 # VENV=/path keeps the environment elsewhere. No path is used unquoted: folders may have spaces in their names.
 # With an nvcc (CUDA 12.3 or newer), no GPU needed:
 #   make ptxas      registers, spills and shared memory of each kernel against csrc/ptxas_budget.json (UPDATE=1 writes it)
-#   make test-cuda  tests/cuda with a CUDA build of torch (5.5 GB, in VENV_CUDA): on a GPU, else on a simulator (CUSIM).
+#   make test-cuda  tests/cuda with a CUDA build of torch (5.5 GB, in VENV_CUDA): on a GPU, else on a simulator, CUSIM.
 #                   ARGS="-k remask" goes to pytest; of the simulator MODES="lazy", DEVICE=a100 and CHECKS= are options
 #   make predict    benchmarks/predicted.json: the simulator's times for what `python -m benchmarks compare` compares;
 #                   ONLY=backward predicts some cases again and keeps the others
@@ -50,7 +50,7 @@ $(CUTLASS):
 	  "$$python" -m pip install --quiet --no-deps --no-compile --target "$@.new" nvidia-cutlass==$(CUTLASS_VERSION) \
 	    && mv "$@.new" "$@" && exit; \
 	done; \
-	echo "make: the headers of CUTLASS could not be fetched by pip; ILLADA_CUTLASS_DIR=/path/to/cutlass names others" >&2; \
+	echo "make: pip could not fetch the headers of CUTLASS; ILLADA_CUTLASS_DIR=/path/to/cutlass names others" >&2; \
 	exit 1
 
 .cache/installed: .cache/requirements $(HEADERS) $(SOURCES)
@@ -96,7 +96,7 @@ test-cuda:
 	  exit 1; }
 	@if nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then $(MAKE) --no-print-directory test-gpu; \
 	elif [ -x "$(CUSIM)/cusim" ]; then $(MAKE) --no-print-directory test-simulator; \
-	else echo "make test-cuda: nvidia-smi lists no GPU, and CUSIM, which is '$(CUSIM)', names no folder of a simulator; run it" \
+	else echo "make test-cuda: nvidia-smi lists no GPU, and CUSIM ('$(CUSIM)') names no simulator's folder; run it" \
 	  "on a machine with a GPU, or set CUSIM=/path/to/cusim" >&2; exit 1; fi
 
 test-gpu: .cache/installed-gpu

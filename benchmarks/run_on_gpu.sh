@@ -45,8 +45,8 @@ Environment:
   PYTHON          the Python to use (default python3)
   CUDACXX         the nvcc to use (default: on PATH, else /usr/local/cuda/bin/nvcc)
   CUSIM           the simulator's folder, of a dry run
-  ILLADA_CUTLASS_DIR   the headers of CUTLASS 4.0 or newer, for the build: a checkout, its include folder, or an unpacked
-                  wheel (default: .cache/cutlass-* in the checkout, as `make ptxas` leaves it)
+  ILLADA_CUTLASS_DIR   the headers of CUTLASS 4.0 or newer, for the build: a checkout, its include folder, or an
+                  unpacked wheel (default: .cache/cutlass-* in the checkout, as `make ptxas` leaves it)
   PIP_FIND_LINKS  a folder with the wheel nvidia_cutlass-*.whl (6 MB), which does instead
   ILLADA_COMMIT   what to call the commit where the checkout has no .git
 
@@ -160,7 +160,7 @@ if [ -z "$dry$prebuilt" ]; then
   # An installed wheel does, and one that pip finds in a folder. CMake looks again, and checks the version.
   [ -n "$ILLADA_CUTLASS_DIR" ] || compgen -G "${PIP_FIND_LINKS:-/nonexistent}/nvidia_cutlass-*.whl" >/dev/null ||
     "$python" -c 'from importlib.util import find_spec; raise SystemExit(not find_spec("cutlass_library"))' 2>/dev/null ||
-    missing+=("the headers of CUTLASS 4.0 or newer; ILLADA_CUTLASS_DIR names them, or PIP_FIND_LINKS a folder with its wheel")
+    missing+=("the headers of CUTLASS 4.0 or newer; ILLADA_CUTLASS_DIR names them, or PIP_FIND_LINKS its wheel's folder")
 fi
 if [ ${#missing[@]} -gt 0 ]; then
   echo "run_on_gpu.sh: missing on this machine:" >&2

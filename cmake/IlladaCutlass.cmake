@@ -11,7 +11,7 @@ set(ILLADA_CUTLASS_OLDEST 4.0)
 set(ILLADA_CUTLASS_UNTESTED 5)
 string(CONCAT ILLADA_CUTLASS_WAYS "Any of these helps:\n"
   "  ILLADA_CUTLASS_DIR=/path/to/cutlass            a checkout of github.com/NVIDIA/cutlass, or its include folder\n"
-  "  pip install --no-deps 'nvidia-cutlass>=${ILLADA_CUTLASS_OLDEST}'    headers, 6 MB; its dependencies are not needed\n"
+  "  pip install --no-deps 'nvidia-cutlass>=${ILLADA_CUTLASS_OLDEST}'    headers, 6 MB; needs no dependencies\n"
   "  ILLADA_CUDA=off                                a build for CPUs")
 
 # The include folder in `dir`, a checkout, an include folder or an unpacked wheel; empty where there is none.
@@ -69,8 +69,8 @@ function(illada_cutlass_wheel result python)
   endforeach()
 endfunction()
 
-# Fetches the headers into `target`: by the pip around an isolated environment, the pip in it, or the uv that made it, each
-# with its settings of indexes and proxies. Where that fails, `reason` says why.
+# Fetches the headers into `target`: by the pip around an isolated environment, the pip in it, or the uv that made it,
+# each with its settings of indexes and proxies. Where that fails, `reason` says why.
 function(illada_cutlass_download result reason python target)
   set(${reason} "" PARENT_SCOPE)
   illada_cutlass_include(include "${target}")
@@ -103,7 +103,8 @@ function(illada_cutlass_download result reason python target)
     ERROR_STRIP_TRAILING_WHITESPACE)
   file(GLOB wheel "${part}/nvidia_cutlass-*.whl")
   if(wheel)
-    file(ARCHIVE_EXTRACT INPUT "${wheel}" DESTINATION "${part}" PATTERNS "cutlass_library/source/include/*" "*.dist-info/*")
+    file(ARCHIVE_EXTRACT INPUT "${wheel}" DESTINATION "${part}"
+      PATTERNS "cutlass_library/source/include/*" "*.dist-info/*")
     file(REMOVE "${wheel}")
   endif()
   illada_cutlass_include(include "${part}")
@@ -142,14 +143,14 @@ function(illada_find_cutlass result python)
     string(REPLACE "\n" "\n  " why "\nThey could not be fetched either:\n${why}")
   endif()
   if(NOT include)
-    message(FATAL_ERROR "illada: the CUDA kernels need the headers of CUTLASS ${ILLADA_CUTLASS_OLDEST} or newer, and there "
-      "are none: ILLADA_CUTLASS_DIR is not set, and neither a CMake package NvidiaCutlass nor a wheel nvidia-cutlass is "
-      "installed.${why}\n${ILLADA_CUTLASS_WAYS}")
+    message(FATAL_ERROR "illada: the CUDA kernels need the headers of CUTLASS ${ILLADA_CUTLASS_OLDEST} or newer, and "
+      "there are none: ILLADA_CUTLASS_DIR is not set, and neither a CMake package NvidiaCutlass nor a wheel "
+      "nvidia-cutlass is installed.${why}\n${ILLADA_CUTLASS_WAYS}")
   endif()
   illada_cutlass_version(version "${include}")
   if(version VERSION_LESS ILLADA_CUTLASS_OLDEST)
-    message(FATAL_ERROR "illada: CUTLASS ${version} was found in ${include}; ${ILLADA_CUTLASS_OLDEST} or newer is needed.\n"
-      "${ILLADA_CUTLASS_WAYS}")
+    message(FATAL_ERROR "illada: CUTLASS ${version} was found in ${include}; ${ILLADA_CUTLASS_OLDEST} or newer is "
+      "needed.\n${ILLADA_CUTLASS_WAYS}")
   endif()
   if(NOT EXISTS "${include}/cute/tensor.hpp")
     message(FATAL_ERROR "illada: CUTLASS ${version} in ${include} is not complete: cute/tensor.hpp is missing.\n"
