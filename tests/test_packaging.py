@@ -256,7 +256,7 @@ def test_install_with_nvcc_and_neither(source, tools, tmp_path):
 def test_install_without_nvcc(wheel, tmp_path):
     """The wheel's fixture says how it was built: without a network, asked for nothing but pyproject.toml's tools."""
     python = make_venv(tmp_path / "venv")
-    run(python, "-m", "pip", "install", "--no-deps", "--no-index", wheel, **NOWHERE)
+    run(python, "-m", "pip", "install", "--no-deps", "--no-index", "--force-reinstall", wheel, **NOWHERE)
     info = run(tmp_path / "venv" / "bin" / "illada", "info", cwd=tmp_path)
     assert re.search(r"^cutlass +none$", info, re.MULTILINE) and "none: this build has no CUDA kernels" in info
 
