@@ -4,7 +4,7 @@
 # VENV=/path keeps the environment elsewhere. No path is used unquoted: folders may have spaces in their names.
 # With an nvcc (CUDA 12.3 or newer), no GPU needed:
 #   make ptxas      registers, spills and shared memory of each kernel against csrc/ptxas_budget.json (UPDATE=1 writes it)
-#   make test-cuda  tests/cuda with a CUDA build of torch (5.5 GB, in VENV_CUDA): on a GPU, else on the simulator CUSIM.
+#   make test-cuda  tests/cuda with a CUDA build of torch (5.5 GB, in VENV_CUDA): on a GPU, else on a simulator, CUSIM.
 #                   ARGS="-k remask" goes to pytest; of the simulator MODES="lazy", DEVICE=a100 and CHECKS= are options
 #   make predict    benchmarks/predicted.json: the simulator's times for what `python -m benchmarks compare` compares;
 #                   ONLY=backward predicts some cases again and keeps the others
@@ -15,16 +15,20 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 VENV_CUDA ?= .venv-cuda
 BIN_CUDA := $(VENV_CUDA)/bin
-CUSIM ?= ../shared/cusim
-# The headers of CUTLASS that the checkout's own builds take, pinned; `pip install .` alone finds or fetches its own.
-CUTLASS := .cache/cutlass-4.2.0.0
+# The headers of CUTLASS for builds in a checkout, pinned. `pip install .` alone finds or fetches its own.
+CUTLASS_VERSION := 4.2.0.0
+CUTLASS := .cache/cutlass-$(CUTLASS_VERSION)
 ILLADA_CUTLASS_DIR ?= $(CURDIR)/$(CUTLASS)
 export ILLADA_CUTLASS_DIR
+# To be fetched: where there is an nvcc and ILLADA_CUTLASS_DIR names no others.
+ifeq ($(ILLADA_CUTLASS_DIR),$(CURDIR)/$(CUTLASS))
+HEADERS := $(if $(shell command -v "$(or $(CUDACXX),nvcc)" 2>/dev/null),$(CUTLASS))
+endif
 MODES ?= eager lazy
 CHECKS ?= race,proxy
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Sources of the installed package: it is built again when one of them changes.
-SOURCES := $(shell find csrc cmake python -type f -not -name '*.so' -not -name 'ptxas*' -not -path '*__pycache__*' 2>/dev/null | grep -v ' ') \
+SOURCES := $(shell find build_backend csrc cmake python -type f -not -name '*.so' -not -name 'ptxas*' -not -path '*__pycache__*' 2>/dev/null | grep -v ' ') \
 	CMakeLists.txt CMakePresets.json setup.py pyproject.toml
 
 .PHONY: demo test test-slow test-cuda test-gpu test-simulator predict dry-run ptxas lint format bench clean install
@@ -37,20 +41,19 @@ install: .cache/installed
 	"$(BIN)/python" -m pip install --quiet --requirement requirements-dev.txt
 	@touch $@
 
-# Nothing to do without an nvcc, or with a CUTLASS of your own. By whichever pip there is.
-.cache/cutlass: Makefile
+# By whichever pip there is. A folder whose name has the version, moved there when it is complete.
+$(CUTLASS):
 	@mkdir -p .cache
-	@if [ "$(ILLADA_CUTLASS_DIR)" = "$(CURDIR)/$(CUTLASS)" ] && command -v "$${CUDACXX:-nvcc}" >/dev/null; then \
-	  for python in "$(BIN)/python" "$(BIN_CUDA)/python" "$(PYTHON)"; do \
-	    "$$python" -m pip --version >/dev/null 2>&1 || continue; \
-	    rm -rf "$(CUTLASS)" "$(CUTLASS).new"; \
-	    "$$python" -m pip install --quiet --no-deps --no-compile --target "$(CUTLASS).new" nvidia-cutlass==4.2.0.0 \
-	      && mv "$(CUTLASS).new" "$(CUTLASS)" && touch $@ && exit; \
-	  done; \
-	  echo "make: the headers of CUTLASS could not be fetched; ILLADA_CUTLASS_DIR=/path/to/cutlass names some" >&2; exit 1; \
-	fi; touch $@
+	@for python in "$(BIN)/python" "$(BIN_CUDA)/python" "$(PYTHON)"; do \
+	  "$$python" -m pip --version >/dev/null 2>&1 || continue; \
+	  rm -rf "$@.new"; \
+	  "$$python" -m pip install --quiet --no-deps --no-compile --target "$@.new" nvidia-cutlass==$(CUTLASS_VERSION) \
+	    && mv "$@.new" "$@" && exit; \
+	done; \
+	echo "make: pip could not fetch the headers of CUTLASS; ILLADA_CUTLASS_DIR=/path/to/cutlass names others" >&2; \
+	exit 1
 
-.cache/installed: .cache/requirements .cache/cutlass $(SOURCES)
+.cache/installed: .cache/requirements $(HEADERS) $(SOURCES)
 	"$(BIN)/python" -m pip install --quiet --no-deps --force-reinstall .
 	@touch $@
 
@@ -65,13 +68,13 @@ install: .cache/installed
 CUDA_BUILD = PATH="$$(cd "$(BIN_CUDA)" && pwd):$$PATH" ILLADA_BUILD_DIR="$(CURDIR)/build/$(1)" \
 	"$(BIN_CUDA)/python" -m pip install --quiet --no-deps --no-build-isolation --force-reinstall .
 
-.cache/installed-gpu: .cache/requirements-cuda .cache/cutlass $(SOURCES)
+.cache/installed-gpu: .cache/requirements-cuda $(HEADERS) $(SOURCES)
 	@rm -f .cache/installed-simulator
 	ILLADA_CUDA=on $(call CUDA_BUILD,gpu)
 	@touch $@
 
 # The preset says all of the build; a variable from outside would outweigh it.
-.cache/installed-simulator: .cache/requirements-cuda .cache/cutlass $(SOURCES)
+.cache/installed-simulator: .cache/requirements-cuda $(HEADERS) $(SOURCES)
 	@rm -f .cache/installed-gpu
 	unset ILLADA_CUDA ILLADA_CUDA_ARCHS ILLADA_CUDART; CMAKE_ARGS="--preset sim" $(call CUDA_BUILD,sim)
 	@touch $@
@@ -93,8 +96,8 @@ test-cuda:
 	  exit 1; }
 	@if nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then $(MAKE) --no-print-directory test-gpu; \
 	elif [ -x "$(CUSIM)/cusim" ]; then $(MAKE) --no-print-directory test-simulator; \
-	else echo "make test-cuda: nvidia-smi lists no GPU, and there is no simulator at $(CUSIM)/cusim; run it on a machine" \
-	  "with a GPU, or set CUSIM=/path/to/cusim" >&2; exit 1; fi
+	else echo "make test-cuda: nvidia-smi lists no GPU, and CUSIM ('$(CUSIM)') names no simulator's folder; run it" \
+	  "on a machine with a GPU, or set CUSIM=/path/to/cusim" >&2; exit 1; fi
 
 test-gpu: .cache/installed-gpu
 	ILLADA_REQUIRE_CUDA=1 "$(BIN_CUDA)/python" -m pytest -q tests/cuda $(ARGS)
@@ -114,7 +117,7 @@ predict: .cache/installed-simulator
 dry-run: .cache/installed-simulator
 	CUSIM="$(CUSIM)" PYTHON="$(BIN_CUDA)/python" bash benchmarks/run_on_gpu.sh --dry-run 10 runs/dry-run
 
-ptxas: .cache/cutlass
+ptxas: $(HEADERS)
 	"$(PYTHON)" cmake/ptxas.py $(if $(UPDATE),--update) $(ARGS)
 
 lint: .cache/requirements

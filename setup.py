@@ -1,7 +1,7 @@
 """Builds illada._C with CMake. All metadata is in pyproject.toml; all compilation is in CMakeLists.txt.
 
-Environment: ILLADA_CUDA=on|off|auto, ILLADA_CUDA_ARCHS, ILLADA_CUDART, ILLADA_CUTLASS_DIR, ILLADA_BUILD_DIR,
-MAX_JOBS, CMAKE_ARGS.
+Environment: ILLADA_CUDA=on|off|auto, ILLADA_CUDA_ARCHS, ILLADA_CUDART, ILLADA_CUTLASS_DOWNLOAD, MAX_JOBS, CMAKE_ARGS,
+ILLADA_BUILD_DIR; CMake itself reads ILLADA_CUTLASS_DIR.
 """
 
 import os
@@ -49,7 +49,7 @@ class CMakeBuild(build_ext):
             *(["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []),
             *(
                 f"-D{name}={os.environ[name]}"
-                for name in ("ILLADA_CUDA", "ILLADA_CUDA_ARCHS", "ILLADA_CUDART", "ILLADA_CUTLASS_DIR")
+                for name in ("ILLADA_CUDA", "ILLADA_CUDA_ARCHS", "ILLADA_CUDART", "ILLADA_CUTLASS_DOWNLOAD")
                 if os.environ.get(name)
             ),
         ]

@@ -1,6 +1,6 @@
 """What kernels move and wait for, by the simulator's counters and timing model.
 
-    CUSIM=../shared/cusim python .ci/counters.py     (a Python with a CUDA build of torch and the `sim` build of illada)
+    CUSIM=/path/to/cusim python .ci/counters.py     (a Python with a CUDA build of torch and the `sim` build of illada)
 
 Fails where a promise of docs/design-remask.md, docs/design-attention.md or docs/design-loss.md is broken.
 """
@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-CUSIM = Path(os.environ.get("CUSIM", "../shared/cusim")).resolve()
+CUSIM = Path(os.environ["CUSIM"]).resolve()
 VOCAB = 155_136
 
 SAMPLE = """

@@ -178,7 +178,7 @@ def main(arguments: list[str] | None = None) -> int:
         epilog="examples (a Python with a CUDA build of torch and the `sim` build of illada):\n"
         "  make predict                     # all of them\n"
         "  make predict ONLY=backward       # those of which the group or the name contains the text\n"
-        "  CUSIM=../shared/cusim python -m benchmarks.predict --only 'fwd 1x8192' --out /tmp/p.json",
+        "  CUSIM=/path/to/cusim python -m benchmarks.predict --only 'fwd 1x8192' --out /tmp/p.json",
     )  # fmt: skip
     parser.add_argument("--out", metavar="PATH", default=str(PREDICTED), help="updated (default: predicted.json here)")
     parser.add_argument("--only", metavar="TEXT", help="cases whose group or name contains TEXT")
@@ -196,9 +196,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.list:
         print("\n".join(f"{case.group}: {case.name}" for case in mine))
         return 0
-    cusim = Path(os.environ.get("CUSIM", "../shared/cusim")).resolve()
-    if not (cusim / "cusim").exists():
-        parser.error(f"there is no simulator at {cusim}; CUSIM names its folder")
+    cusim = Path(os.environ.get("CUSIM", "")).resolve()
+    if not (cusim / "cusim").is_file():
+        parser.error(f"CUSIM is {os.environ.get('CUSIM', '')!r} and names no folder of a simulator")
     out, failed = Path(options.out), 0
 
     def one(case: Case) -> tuple[dict[str, Any] | str, float]:

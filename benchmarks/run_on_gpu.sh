@@ -8,8 +8,8 @@ usage: bash benchmarks/run_on_gpu.sh [MINUTES] [OUT] [--stages LIST] [--prebuilt
 Builds illada on this machine, then answers, the most important question first: does each kernel run, and is it right;
 which of its variants is the fastest; how it compares with its peers; whether the tests pass. Needs an NVIDIA GPU, nvcc,
 cmake, ninja, and a Python with torch, numpy, safetensors, tokenizers, tqdm and pytest, for the build pybind11,
-setuptools and pip as well; no network, no root. The checkout is only read, and
-nothing stays behind but OUT. Kernels run in processes of their own with time limits: one that hangs costs seconds.
+setuptools, pip and the headers of CUTLASS as well; no network, no root. The checkout is only read, and nothing stays
+behind but OUT. Kernels run in processes of their own with time limits: one that hangs costs seconds.
 
   MINUTES  for everything, build included (default 10). What does not fit is left out and listed.
   OUT      folder for the results (default runs/gpu); files of an earlier run are replaced.
@@ -44,7 +44,10 @@ missing or the build failed. A missed goal is no failure: the summary says so.
 Environment:
   PYTHON          the Python to use (default python3)
   CUDACXX         the nvcc to use (default: on PATH, else /usr/local/cuda/bin/nvcc)
-  CUSIM           the simulator's folder, of a dry run (default ../shared/cusim)
+  CUSIM           the simulator's folder, of a dry run
+  ILLADA_CUTLASS_DIR   the headers of CUTLASS 4.0 or newer, for the build: a checkout, its include folder, or an
+                  unpacked wheel (default: .cache/cutlass-* in the checkout, as `make ptxas` leaves it)
+  PIP_FIND_LINKS  a folder with the wheel nvidia_cutlass-*.whl (6 MB), which does instead
   ILLADA_COMMIT   what to call the commit where the checkout has no .git
 
 examples:
@@ -92,6 +95,8 @@ done
 absolute() { case "$1" in /*) printf '%s' "$1" ;; *) printf '%s/%s' "$PWD" "$1" ;; esac; }
 [ -z "$prebuilt" ] || prebuilt="$(absolute "$prebuilt")"
 [ -z "$keep" ] || keep="$(absolute "$keep")"
+[ ! -d "${ILLADA_CUTLASS_DIR:-}" ] || export ILLADA_CUTLASS_DIR="$(absolute "$ILLADA_CUTLASS_DIR")"
+[ ! -d "${PIP_FIND_LINKS:-}" ] || export PIP_FIND_LINKS="$(absolute "$PIP_FIND_LINKS")"
 mkdir -p "${places[1]:-runs/gpu}"
 out="$(cd "${places[1]:-runs/gpu}" && pwd)"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -112,7 +117,7 @@ note() {
 missing=()
 run=("$python")
 if [ -n "$dry" ]; then
-  cusim="$(cd "${CUSIM:-../shared/cusim}" 2>/dev/null && pwd || true)"
+  cusim="$(cd "${CUSIM:-/nonexistent}" 2>/dev/null && pwd || true)"
   [ -n "$cusim" ] && [ -x "$cusim/cusim" ] || missing+=("the simulator; CUSIM names its folder")
   export ILLADA_DRY_RUN=1 PYTHONPATH="$cusim${PYTHONPATH:+:$PYTHONPATH}"
   run=("$cusim/cusim" run -- "$python")
@@ -147,6 +152,15 @@ if [ -z "$dry$prebuilt" ]; then
   done
   command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null ||
     missing+=("a C++17 compiler")
+  if [ -z "${ILLADA_CUTLASS_DIR:-}" ]; then # of several the newest
+    ILLADA_CUTLASS_DIR="$(printf '%s\n' "$PWD"/.cache/cutlass-*[0-9] | sort -V | tail -n 1)"
+    [ -d "$ILLADA_CUTLASS_DIR" ] || ILLADA_CUTLASS_DIR=""
+  fi
+  export ILLADA_CUTLASS_DIR
+  # An installed wheel does, and one that pip finds in a folder. CMake looks again, and checks the version.
+  [ -n "$ILLADA_CUTLASS_DIR" ] || compgen -G "${PIP_FIND_LINKS:-/nonexistent}/nvidia_cutlass-*.whl" >/dev/null ||
+    "$python" -c 'from importlib.util import find_spec; raise SystemExit(not find_spec("cutlass_library"))' 2>/dev/null ||
+    missing+=("the headers of CUTLASS 4.0 or newer; ILLADA_CUTLASS_DIR names them, or PIP_FIND_LINKS its wheel's folder")
 fi
 if [ ${#missing[@]} -gt 0 ]; then
   echo "run_on_gpu.sh: missing on this machine:" >&2
@@ -185,7 +199,8 @@ if [ -z "$dry$prebuilt" ]; then
   # pip writes beside setup.py, so it gets a copy; --target needs no root and changes no environment.
   site="${keep:-$work/site}"
   mkdir "$work/source"
-  cp -R CMakeLists.txt setup.py pyproject.toml README.md LICENSE MANIFEST.in cmake csrc python "$work/source"
+  cp -R CMakeLists.txt setup.py pyproject.toml README.md LICENSE NOTICE MANIFEST.in build_backend cmake csrc python \
+    "$work/source"
   chmod -R u+w "$work/source"
   find "$work/source/python" -name '_C*.so' -delete
   began=$SECONDS

@@ -1,5 +1,6 @@
-# Is there a CUDA toolkit, and for which GPUs are kernels built? Sets ILLADA_WITH_CUDA, ILLADA_CUDA_VERSION and
-# ILLADA_CUDA_ARCH_LIST. ILLADA_CUDA=auto uses an nvcc where there is one, off ignores it, on fails without it.
+# Is there a CUDA toolkit, for which GPUs are kernels built, and with which CUTLASS? Sets ILLADA_WITH_CUDA,
+# ILLADA_CUDA_VERSION, ILLADA_CUDA_ARCH_LIST, ILLADA_CUTLASS_INCLUDE and ILLADA_CUTLASS_VERSION.
+# ILLADA_CUDA=auto uses an nvcc where there is one, off ignores it, on fails without it.
 # ILLADA_CUDA_ARCHS: a list of N-real (machine code) and N-virtual (PTX for later GPUs); default: the GPUs of this
 # machine, else the list in IlladaArchs.cmake. Kernels that need wgmma and TMA are built for the 90a entries alone.
 

@@ -3,20 +3,22 @@
 #   1. ILLADA_CUTLASS_DIR, of CMake or of the environment: a checkout, its include folder, or an unpacked wheel;
 #   2. an installed CMake package, find_package(NvidiaCutlass);
 #   3. an installed wheel nvidia-cutlass, found by its path: what it would import is not needed;
-#   4. that wheel, fetched by pip into the build folder without its dependencies, where ILLADA_CUTLASS_DOWNLOAD is on.
+#   4. that wheel, fetched into the build folder without its dependencies, where ILLADA_CUTLASS_DOWNLOAD is on.
+#
+# One that is too old is an error, not a reason to look further: a build takes what its machine says, or nothing.
 
 set(ILLADA_CUTLASS_OLDEST 4.0)
-set(ILLADA_CUTLASS_WAYS "Any of these helps:\n"
-  "  pip install --no-deps 'nvidia-cutlass>=${ILLADA_CUTLASS_OLDEST}'   (headers of 6 MB; its dependencies are not needed)\n"
-  "  ILLADA_CUTLASS_DIR=/path/to/cutlass                 (a checkout of github.com/NVIDIA/cutlass, or its include folder)\n"
-  "  ILLADA_CUDA=off                                     (a build for CPUs)")
-string(CONCAT ILLADA_CUTLASS_WAYS ${ILLADA_CUTLASS_WAYS})
+set(ILLADA_CUTLASS_UNTESTED 5)
+string(CONCAT ILLADA_CUTLASS_WAYS "Any of these helps:\n"
+  "  ILLADA_CUTLASS_DIR=/path/to/cutlass            a checkout of github.com/NVIDIA/cutlass, or its include folder\n"
+  "  pip install --no-deps 'nvidia-cutlass>=${ILLADA_CUTLASS_OLDEST}'    headers, 6 MB; needs no dependencies\n"
+  "  ILLADA_CUDA=off                                a build for CPUs")
 
 # The include folder in `dir`, a checkout, an include folder or an unpacked wheel; empty where there is none.
 function(illada_cutlass_include result dir)
   set(${result} "" PARENT_SCOPE)
   foreach(candidate IN ITEMS "${dir}/include" "${dir}" "${dir}/cutlass_library/source/include")
-    if(EXISTS "${candidate}/cutlass/version.h" AND EXISTS "${candidate}/cute/tensor.hpp")
+    if(EXISTS "${candidate}/cutlass/version.h")
       set(${result} "${candidate}" PARENT_SCOPE)
       return()
     endif()
@@ -35,11 +37,26 @@ function(illada_cutlass_version result include)
   set(${result} "${version}" PARENT_SCOPE)
 endfunction()
 
-# The include folder of a wheel that `python` could import; empty where there is none. -I: also of the environment around
-# pip's isolated one.
+# The include folder of an installed CMake package; empty where there is none.
+function(illada_cutlass_package result)
+  set(include "")
+  find_package(NvidiaCutlass CONFIG QUIET)
+  if(TARGET nvidia::cutlass::cutlass)
+    get_target_property(folders nvidia::cutlass::cutlass INTERFACE_INCLUDE_DIRECTORIES)
+    foreach(folder IN LISTS folders)
+      if(NOT include)
+        illada_cutlass_include(include "${folder}")
+      endif()
+    endforeach()
+  endif()
+  set(${result} "${include}" PARENT_SCOPE)
+endfunction()
+
+# The include folder of a wheel that `python` could import; empty where there is none. With -E it is the Python around
+# pip's isolated environment, which is made by variables.
 function(illada_cutlass_wheel result python)
   set(${result} "" PARENT_SCOPE)
-  foreach(isolation IN ITEMS "-s" "-I")
+  foreach(isolation IN ITEMS "" "-E")
     execute_process(COMMAND "${python}" ${isolation} -c "import sys; print(';'.join(path for path in sys.path if path))"
       OUTPUT_VARIABLE paths ERROR_QUIET OUTPUT_STRIP_TRAILING_WHITESPACE)
     foreach(path IN LISTS paths)
@@ -52,67 +69,96 @@ function(illada_cutlass_wheel result python)
   endforeach()
 endfunction()
 
-# Fetches the wheel into `target` with the pip of `python`, or of the environment around pip's isolated one.
-function(illada_cutlass_download result python target)
-  set(${result} "" PARENT_SCOPE)
+# Fetches the headers into `target`: by the pip around an isolated environment, the pip in it, or the uv that made it,
+# each with its settings of indexes and proxies. Where that fails, `reason` says why.
+function(illada_cutlass_download result reason python target)
+  set(${reason} "" PARENT_SCOPE)
   illada_cutlass_include(include "${target}")
-  if(NOT include)
-    set(pip "${python}" -I -m pip)
-    execute_process(COMMAND ${pip} --version OUTPUT_QUIET ERROR_QUIET RESULT_VARIABLE failed)
-    if(failed)
-      set(pip "${python}" -m pip)
+  if(include)
+    set(${result} "${include}" PARENT_SCOPE)
+    return()
+  endif()
+  set(pip "")
+  foreach(isolation IN ITEMS "-I" "")
+    execute_process(COMMAND "${python}" ${isolation} -m pip --version OUTPUT_QUIET ERROR_QUIET RESULT_VARIABLE failed)
+    if(NOT failed AND NOT pip)
+      set(pip "${python}" ${isolation} -m pip)
     endif()
-    message(STATUS "illada: fetching the headers of nvidia-cutlass (6 MB) by pip")
-    execute_process(COMMAND ${pip} install --quiet --disable-pip-version-check --no-input --no-deps --no-compile
-      --only-binary :all: --upgrade --target "${target}" "nvidia-cutlass>=${ILLADA_CUTLASS_OLDEST},<5"
-      OUTPUT_VARIABLE said ERROR_VARIABLE said RESULT_VARIABLE failed)
-    if(failed)
-      message(STATUS "illada: pip could not: ${said}")
-    endif()
+  endforeach()
+  set(part "${target}.part") # what is interrupted must not look like headers
+  set(what --no-deps --only-binary :all: "nvidia-cutlass>=${ILLADA_CUTLASS_OLDEST},<${ILLADA_CUTLASS_UNTESTED}")
+  if(pip)
+    set(command ${pip} download -qq --disable-pip-version-check --no-input --dest "${part}" ${what})
+  elseif(DEFINED ENV{UV})
+    set(command "$ENV{UV}" pip install --quiet --python "${python}" --target "${part}" ${what})
+  else()
+    set(${result} "" PARENT_SCOPE)
+    set(${reason} "${python} has no pip" PARENT_SCOPE)
+    return()
+  endif()
+  message(STATUS "illada: fetching the headers of nvidia-cutlass, 6 MB")
+  file(REMOVE_RECURSE "${part}" "${target}")
+  file(MAKE_DIRECTORY "${part}")
+  execute_process(COMMAND ${command} OUTPUT_VARIABLE said ERROR_VARIABLE said OUTPUT_STRIP_TRAILING_WHITESPACE
+    ERROR_STRIP_TRAILING_WHITESPACE)
+  file(GLOB wheel "${part}/nvidia_cutlass-*.whl")
+  if(wheel)
+    file(ARCHIVE_EXTRACT INPUT "${wheel}" DESTINATION "${part}"
+      PATTERNS "cutlass_library/source/include/*" "*.dist-info/*")
+    file(REMOVE "${wheel}")
+  endif()
+  illada_cutlass_include(include "${part}")
+  if(include)
+    file(RENAME "${part}" "${target}")
     illada_cutlass_include(include "${target}")
   endif()
   set(${result} "${include}" PARENT_SCOPE)
+  set(${reason} "${said}" PARENT_SCOPE)
 endfunction()
 
 # Sets `result` to the include folder and `result`_VERSION; an error where there is none. `python` may be empty.
 function(illada_find_cutlass result python)
-  set(dir "${ILLADA_CUTLASS_DIR}")
-  if(NOT dir)
-    set(dir "$ENV{ILLADA_CUTLASS_DIR}")
+  set(include "")
+  set(why "")
+  set(named "${ILLADA_CUTLASS_DIR}")
+  if(NOT named)
+    set(named "$ENV{ILLADA_CUTLASS_DIR}")
   endif()
-  if(dir)
-    get_filename_component(dir "${dir}" ABSOLUTE BASE_DIR "${CMAKE_SOURCE_DIR}")
+  if(named)
+    get_filename_component(dir "${named}" ABSOLUTE BASE_DIR "${CMAKE_SOURCE_DIR}")
     illada_cutlass_include(include "${dir}")
     if(NOT include)
       message(FATAL_ERROR "illada: ILLADA_CUTLASS_DIR is ${dir}, and neither it, its include nor its "
-        "cutlass_library/source/include holds cutlass/version.h and cute/tensor.hpp.\n${ILLADA_CUTLASS_WAYS}")
+        "cutlass_library/source/include holds cutlass/version.h.\n${ILLADA_CUTLASS_WAYS}")
     endif()
   endif()
   if(NOT include)
-    find_package(NvidiaCutlass CONFIG QUIET)
-    if(NvidiaCutlass_FOUND AND TARGET nvidia::cutlass::cutlass)
-      get_target_property(folders nvidia::cutlass::cutlass INTERFACE_INCLUDE_DIRECTORIES)
-      foreach(folder IN LISTS folders)
-        if(NOT include)
-          illada_cutlass_include(include "${folder}")
-        endif()
-      endforeach()
-    endif()
+    illada_cutlass_package(include)
   endif()
   if(NOT include AND python)
     illada_cutlass_wheel(include "${python}")
   endif()
   if(NOT include AND python AND ILLADA_CUTLASS_DOWNLOAD)
-    illada_cutlass_download(include "${python}" "${CMAKE_BINARY_DIR}/nvidia-cutlass")
+    illada_cutlass_download(include why "${python}" "${CMAKE_BINARY_DIR}/nvidia-cutlass")
+    string(REPLACE "\n" "\n  " why "\nThey could not be fetched either:\n${why}")
   endif()
   if(NOT include)
-    message(FATAL_ERROR "illada: the CUDA kernels need the headers of CUTLASS ${ILLADA_CUTLASS_OLDEST} or newer, and there "
-      "are none.\n${ILLADA_CUTLASS_WAYS}")
+    message(FATAL_ERROR "illada: the CUDA kernels need the headers of CUTLASS ${ILLADA_CUTLASS_OLDEST} or newer, and "
+      "there are none: ILLADA_CUTLASS_DIR is not set, and neither a CMake package NvidiaCutlass nor a wheel "
+      "nvidia-cutlass is installed.${why}\n${ILLADA_CUTLASS_WAYS}")
   endif()
   illada_cutlass_version(version "${include}")
   if(version VERSION_LESS ILLADA_CUTLASS_OLDEST)
-    message(FATAL_ERROR "illada: CUTLASS ${version} was found in ${include}; ${ILLADA_CUTLASS_OLDEST} or newer is needed.\n"
+    message(FATAL_ERROR "illada: CUTLASS ${version} was found in ${include}; ${ILLADA_CUTLASS_OLDEST} or newer is "
+      "needed.\n${ILLADA_CUTLASS_WAYS}")
+  endif()
+  if(NOT EXISTS "${include}/cute/tensor.hpp")
+    message(FATAL_ERROR "illada: CUTLASS ${version} in ${include} is not complete: cute/tensor.hpp is missing.\n"
       "${ILLADA_CUTLASS_WAYS}")
+  endif()
+  if(version VERSION_GREATER_EQUAL ILLADA_CUTLASS_UNTESTED)
+    message(WARNING "illada: CUTLASS ${version} was found in ${include}; the kernels were tested with versions below "
+      "${ILLADA_CUTLASS_UNTESTED}. If they do not compile, ILLADA_CUTLASS_DIR names another.")
   endif()
   message(STATUS "illada: CUTLASS ${version} in ${include}")
   set(${result} "${include}" PARENT_SCOPE)

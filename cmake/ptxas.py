@@ -150,15 +150,16 @@ def archs_of(file: str, archs: list[str]) -> list[str]:
 
 
 def cutlass_include() -> str:
-    """The headers of CUTLASS in ILLADA_CUTLASS_DIR: a checkout, its include folder, or an unpacked wheel."""
-    named = os.environ.get("ILLADA_CUTLASS_DIR", "")
+    """The headers of CUTLASS: in ILLADA_CUTLASS_DIR, as IlladaCutlass.cmake takes it, else what `make` fetched."""
+    fetched = max((ROOT / ".cache").glob("cutlass-*[0-9]"), default="")
+    named = os.environ.get("ILLADA_CUTLASS_DIR") or str(fetched)
     folder = Path(named)
     for candidate in (folder / "include", folder, folder / "cutlass_library" / "source" / "include"):
         if named and (candidate / "cutlass" / "version.h").exists():
             return str(candidate)
     raise SystemExit(
-        f"ptxas.py: ILLADA_CUTLASS_DIR is {named!r} and names no headers of CUTLASS; "
-        "`make ptxas` fetches them and sets it"
+        f"ptxas.py: there are no headers of CUTLASS in {named or '.cache'}; `make ptxas` fetches them, "
+        "and ILLADA_CUTLASS_DIR=/path/to/cutlass names others"
     )
 
 

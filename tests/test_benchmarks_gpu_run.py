@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -436,6 +437,30 @@ def test_run_on_gpu_says_what_is_missing_and_touches_nothing(tmp_path):
     assert done.returncode == 2 and f"  illada in {tmp_path}, the folder of --prebuilt" in done.stderr
     assert "  the simulator; CUSIM names its folder" in done.stderr and "nvcc" not in done.stderr.split("usage")[0]
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("summary.md", "of an earlier run")]
+
+
+def test_run_on_gpu_needs_the_headers_of_cutlass(tmp_path):
+    """From a variable, the checkout's cache, or a wheel in pip's folder: all of them can be carried along."""
+    script = tmp_path / "checkout" / "benchmarks" / "run_on_gpu.sh"
+    script.parent.mkdir(parents=True)
+    shutil.copy(ROOT / "benchmarks" / "run_on_gpu.sh", script)
+    clean = {k: v for k, v in os.environ.items() if k not in ("ILLADA_CUTLASS_DIR", "PIP_FIND_LINKS")}
+
+    def missing(**environment):
+        environment = {**clean, "PYTHON": "/no/python", "CUDACXX": "/no/nvcc", **environment}
+        command = ["bash", str(script), "1", str(tmp_path / "out")]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path.parent)
+        assert done.returncode == 2 and "  nvcc (CUDA 12.3 or newer)" in done.stderr
+        return "  the headers of CUTLASS 4.0 or newer; ILLADA_CUTLASS_DIR names them, or PIP_FIND_LINKS" in done.stderr
+
+    assert missing() and missing(PIP_FIND_LINKS=str(tmp_path)) and missing(ILLADA_CUTLASS_DIR="")
+    assert not missing(ILLADA_CUTLASS_DIR="/some/where")
+    (tmp_path / "nvidia_cutlass-4.2.0.0-py3-none-any.whl").touch()
+    assert not missing(PIP_FIND_LINKS=str(tmp_path)) and not missing(PIP_FIND_LINKS=tmp_path.name)
+    (tmp_path / "checkout" / ".cache" / "cutlass-4.2.0.0.new").mkdir(parents=True)
+    assert missing()  # not complete
+    (tmp_path / "checkout" / ".cache" / "cutlass-4.2.0.0").mkdir()
+    assert not missing()
 
 
 FAKE_PYTHON = """#!/bin/bash

@@ -1,11 +1,17 @@
-"""The package as users meet it: wheel and sdist, second and editable install, uninstall, the C++ library."""
+"""The package as users meet it: sdist, installs on four kinds of machines, second and editable install, uninstall, the C++
+library. CUDA kernels are built once, as PTX; later builds continue in the same folder."""
 
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
+import time
+import tomllib
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -16,17 +22,37 @@ ROOT = Path(__file__).resolve().parent.parent
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs a source checkout")]
 
 
+# An index that is asked although it must not be: nobody listens there.
+NOWHERE = {
+    name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
+}
+OFFLINE = {**NOWHERE, "PIP_NO_INDEX": "1"}
+NO_NVCC = {"CUDACXX": "/nonexistent/nvcc"}
+
+
 def environment(**more):
-    """Without a checkout on the path; tools that are installed beside this Python come first."""
-    clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "ILLADA_BUILD_DIR", "CMAKE_ARGS")}
+    """Without a checkout on the path and choices of a build; tools that are installed beside this Python come first."""
+    ours = ("PYTHONPATH", "CMAKE_ARGS", "UV")
+    clean = {k: v for k, v in os.environ.items() if k not in ours and not k.startswith("ILLADA_")}
     return {**clean, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", **more}
+
+
+def attempt(*command, cwd=None, **env) -> subprocess.CompletedProcess:
+    return subprocess.run([str(c) for c in command], cwd=cwd, env=environment(**env), capture_output=True, text=True)
 
 
 def run(*command, cwd=None, **env):
     """A command that must succeed; its output."""
-    done = subprocess.run([str(c) for c in command], cwd=cwd, env=environment(**env), capture_output=True, text=True)
+    done = attempt(*command, cwd=cwd, **env)
     assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done.stdout
+
+
+def pip(*arguments, python=sys.executable, **env) -> str:
+    """What pip and the build in it say."""
+    done = attempt(python, "-m", "pip", *arguments, "-v", **env)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -41,17 +67,33 @@ def source(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def sdist(source, tmp_path_factory) -> Path:
+def tools(tmp_path_factory) -> Path:
+    """A folder with wheels of what pyproject.toml asks for, and nothing else: what an offline machine has."""
+    folder = tmp_path_factory.mktemp("tools")
+    requires = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    done = attempt(
+        sys.executable, "-m", "pip", "download", "--quiet", "--only-binary", ":all:", "-d", folder, *requires
+    )
+    if done.returncode:
+        pytest.skip(f"needs a package index: {done.stderr.strip().splitlines()[-1]}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sdist(source, tools, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("sdist")
     run(sys.executable, "-m", "build", "--sdist", "--outdir", out, source)
     return next(out.glob("illada-*.tar.gz"))
 
 
 @pytest.fixture(scope="module")
-def wheel(sdist, tmp_path_factory) -> Path:
-    """Built from the sdist, in pip's isolated environment, without CUDA."""
+def wheel(sdist, tools, tmp_path_factory) -> Path:
+    """Built from the sdist, in pip's isolated environment, on a machine without nvcc: nothing but `tools` is needed."""
     out = tmp_path_factory.mktemp("wheel")
-    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", out, sdist, ILLADA_CUDA="off")
+    said = pip("wheel", "--no-deps", "--no-index", "--find-links", tools, "-w", out, sdist, **OFFLINE, **NO_NVCC)
+    assert "illada: no nvcc found, building for the CPU" in said
+    for unwanted in ("Installing backend dependencies", "nvidia-cutlass", "illada: CUTLASS"):
+        assert unwanted not in said
     return next(out.glob("illada-*.whl"))
 
 
@@ -76,8 +118,18 @@ def test_sdist_is_complete(sdist):
         if name and (ROOT / name).exists() and not name.startswith((".ci/", "benchmarks/results/"))
     }
     assert not missing
-    assert {"CMakeLists.txt", "csrc/include/illada/illada.h", "cmake/IlladaFlags.cmake", "LICENSE"} <= names
+    assert {"CMakeLists.txt", "csrc/include/illada/illada.h", "build_backend/illada_backend.py", "NOTICE"} <= names
     assert not [name for name in names if name.endswith((".so", ".pyc"))]
+
+
+def test_sdist_holds_no_foreign_code(sdist):
+    """No header of CUTLASS, and no license of another project outside NOTICE."""
+    with tarfile.open(sdist) as archive:
+        files = {f.name.split("/", 1)[1]: archive.extractfile(f).read() for f in archive.getmembers() if f.isfile()}
+    foreign = ("cutlass/", "cute/", "cutlass_library/", "third_party/", "pybind11/")
+    assert not [name for name in files if any(f"/{part}" in f"/{name}" for part in foreign)]
+    notice = re.compile(rb"SPDX-License-Identifier|Redistribution and use|Copyright \(c\)")
+    assert {name for name, text in files.items() if notice.search(text)} == {"NOTICE", "tests/test_packaging.py"}
 
 
 def test_wheel_holds_the_package_and_nothing_else(wheel):
@@ -85,6 +137,9 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
         names = archive.namelist()
     assert {name.split("/")[0] for name in names} == {"illada", f"illada-{illada.__version__}.dist-info"}
     assert any(name.startswith("illada/_C.") for name in names) and "illada/py.typed" in names
+    assert {Path(name).suffix for name in names if name.startswith("illada/")} == {".py", ".so", ".typed"}
+    licenses = {name.split("/", 1)[1] for name in names if "/licenses/" in name}
+    assert licenses == {"licenses/LICENSE", "licenses/NOTICE"}
 
 
 def test_wheel_installs_imports_and_uninstalls(wheel, tmp_path):
@@ -115,46 +170,149 @@ needs_nvcc = pytest.mark.skipif(
 )
 
 
+# ------------------------------------------------------------------ `pip install .` in fresh environments with an nvcc
+
+
+@dataclass
+class Installed:
+    """An environment, what was said while illada was installed there, and where its headers came from."""
+
+    folder: Path
+    said: str
+    headers: Path
+
+    def module(self) -> Path:
+        return next(self.folder.glob("lib/python*/site-packages/illada/_C*.so"))
+
+    def info(self) -> str:
+        return run(self.folder / "bin" / "illada", "info", cwd=self.folder)
+
+
+def cutlass_in(said: str) -> tuple[str, Path]:
+    """The version and the folder of the headers, as the build said."""
+    found = re.search(r"illada: CUTLASS (\S+) in (.*)", said)
+    return found[1], Path(found[2])
+
+
 @pytest.fixture(scope="module")
-def cuda_wheel(sdist, tmp_path_factory) -> Path:
-    """With CUDA kernels for one arch, from the sdist, in pip's isolated environment."""
-    out = tmp_path_factory.mktemp("cuda wheel")
-    env = {"ILLADA_CUDA": "on", "ILLADA_CUDA_ARCHS": "90a-real", "ILLADA_CUDART": "static"}
-    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", out, sdist, **env)
-    return next(out.glob("illada-*.whl"))
+def cuda_build(source) -> dict[str, str]:
+    """Of all builds with CUDA, in the path with a space."""
+    return {"ILLADA_CUDA": "on", "ILLADA_CUDA_ARCHS": "80-virtual", "ILLADA_BUILD_DIR": str(source / "build" / "cuda")}
+
+
+@pytest.fixture(scope="module")
+def cuda_install(source, tools, cuda_build, tmp_path_factory) -> Installed:
+    """With nvcc and network, in pip's isolated environment: nothing is installed before, and no variable names headers."""
+    folder = tmp_path_factory.mktemp("cuda") / "venv"
+    python = make_venv(folder)
+    said = pip("install", "--no-deps", source, python=python, **cuda_build)
+    return Installed(folder, said, cutlass_in(said)[1])
 
 
 @needs_nvcc
-def test_cuda_wheel_says_what_it_has(cuda_wheel, tmp_path):
+def test_install_with_nvcc_and_network(cuda_install, source):
+    """The headers are fetched, without their dependencies, and stay in the build folder."""
+    assert "illada: fetching the headers of nvidia-cutlass" in cuda_install.said
+    version, headers = cutlass_in(cuda_install.said)
+    assert headers == source / "build" / "cuda" / "nvidia-cutlass" / "cutlass_library" / "source" / "include"
+    info = cuda_install.info()  # with no driver on this machine, most likely
+    assert re.search(rf"^cutlass +{re.escape(version)}$", info, re.MULTILINE) and int(version.split(".")[0]) >= 4
+    assert re.search(r"^cuda archs +.*80-virtual", info, re.MULTILINE)
+    assert re.search(r"^cuda toolkit +\d", info, re.MULTILINE)
+    site = cuda_install.module().parent.parent
+    assert not {"cutlass_library", "scipy", "networkx", "cuda"} & {path.name for path in site.iterdir()}
+    assert not list(cuda_install.module().parent.rglob("*.h*"))
+
+
+@needs_nvcc
+def test_install_with_nvcc_and_headers_and_no_network(cuda_install, source, tools, cuda_build, tmp_path):
     python = make_venv(tmp_path / "venv")
-    run(python, "-m", "pip", "install", "--no-deps", "--force-reinstall", cuda_wheel)
-    code = "import illada; info = illada.build_info(); print(info['cuda_archs'], 'CUDA', info['cuda_version'])"
-    out = run(python, "-c", code, cwd=tmp_path)  # with no driver on this machine, most likely
-    assert out.startswith("90a-real CUDA ") and out.split()[-1][0].isdigit()
-    assert "90a-real" in run(tmp_path / "venv" / "bin" / "illada", "info", cwd=tmp_path)
+    env = {**OFFLINE, **cuda_build, "ILLADA_CUTLASS_DIR": str(cuda_install.headers)}
+    said = pip("install", "--no-deps", "--no-index", "--find-links", tools, source, python=python, **env)
+    installed = Installed(tmp_path / "venv", said, cuda_install.headers)
+    assert cutlass_in(said)[1] == cuda_install.headers and "fetching" not in said
+    assert "Building CUDA object" in cuda_install.said
+    assert "Building CUDA object" not in said  # the same headers: no second build
+    version = cutlass_in(said)[0]
+    assert re.search(rf"^cutlass +{re.escape(version)}$", installed.info(), re.MULTILINE)
+
+
+@needs_nvcc
+def test_install_with_nvcc_and_neither(source, tools, tmp_path):
+    """The message, within seconds, and nothing from a compiler."""
+    python = make_venv(tmp_path / "venv")
+    options = ["--no-deps", "--no-index", "--find-links", tools]
+    began = time.monotonic()
+    env = {**OFFLINE, "ILLADA_BUILD_DIR": str(tmp_path / "build")}
+    done = attempt(python, "-m", "pip", "install", *options, source, **env)
+    assert done.returncode != 0 and time.monotonic() - began < 90
+    said = " ".join((done.stdout + done.stderr).split())
+    assert "illada: the CUDA kernels need the headers of CUTLASS 4.0 or newer, and there are none" in said
+    assert "They could not be fetched either: ERROR: Could not find a version that satisfies" in said
+    assert "ILLADA_CUTLASS_DIR=/path/to/cutlass" in said and "pip install --no-deps 'nvidia-cutlass>=4.0'" in said
+    assert not re.search(r"\.(cu|cuh|cpp|h)[:(]\d+", said) and not list((tmp_path / "build").rglob("*.cu.o"))
+
+
+def test_install_without_nvcc(wheel, tmp_path):
+    """The wheel's fixture says how it was built: without a network, asked for nothing but pyproject.toml's tools."""
+    python = make_venv(tmp_path / "venv")
+    run(python, "-m", "pip", "install", "--no-deps", "--no-index", "--force-reinstall", wheel, **NOWHERE)
+    info = run(tmp_path / "venv" / "bin" / "illada", "info", cwd=tmp_path)
+    assert re.search(r"^cutlass +none$", info, re.MULTILINE) and "none: this build has no CUDA kernels" in info
 
 
 @needs_nvcc
 @pytest.mark.skipif(not shutil.which("readelf"), reason="needs nm and readelf of binutils")
-def test_cuda_wheel_keeps_its_runtime_to_itself(cuda_wheel, tmp_path):
+def test_cuda_module_keeps_its_runtime_to_itself(cuda_install):
     """A static libcudart that nobody else can bind to, whatever runtime torch brings into the process."""
-    with zipfile.ZipFile(cuda_wheel) as archive:
-        (name,) = [name for name in archive.namelist() if name.startswith("illada/_C.")]
-        module = archive.extract(name, tmp_path)
-    exported = [line.split()[-1] for line in run("nm", "-D", "--defined-only", module).splitlines()]
+    exported = [line.split()[-1] for line in run("nm", "-D", "--defined-only", cuda_install.module()).splitlines()]
     assert [name for name in exported if not name.startswith("_")] == ["PyInit__C"]
     assert not [name for name in exported if "cuda" in name.lower() or "illada" in name]
-    needed = [line for line in run("readelf", "-d", module).splitlines() if "NEEDED" in line]
+    needed = [line for line in run("readelf", "-d", cuda_install.module()).splitlines() if "NEEDED" in line]
     assert needed and not [line for line in needed if "cuda" in line]
 
 
+ASK = """
+import json, os, sys
+from build import ProjectBuilder
+from build.env import DefaultIsolatedEnv
+
+with DefaultIsolatedEnv() as env:
+    env.install({"setuptools>=77"})
+    builder = ProjectBuilder.from_isolated_env(env, sys.argv[1])
+    for more in json.loads(sys.argv[2]):
+        before = dict(os.environ)
+        os.environ.update(more)
+        kinds = ("wheel", "editable", "sdist")
+        print("asked:", *(sorted(builder.get_requires_for_build(kind)) for kind in kinds))
+        os.environ.clear()
+        os.environ.update(before)
+"""
+
+
+@needs_nvcc
+def test_what_the_backend_asks_for(source, tools):
+    """Through a frontend whose environments have no pip: there the backend asks for one, to fetch headers."""
+    machines = [{}, NO_NVCC, {"ILLADA_CUTLASS_DIR": "/some/where"}]
+    said = run(sys.executable, "-c", ASK, source, json.dumps(machines))
+    assert re.findall("asked: (.*)", said) == ["['pip'] ['pip'] []", "[] [] []", "[] [] []"]
+
+
 @pytest.mark.parametrize("cuda", ["off", pytest.param("on", marks=needs_nvcc)])
-def test_cpp_library_and_example(source, tmp_path, cuda):
+def test_cpp_library_and_example(source, tmp_path, cuda, request):
     build, prefix = tmp_path / "build", tmp_path / "prefix"
-    options = [f"-DILLADA_CUDA={cuda}", "-DILLADA_CUDA_ARCHS=80-real", f"-DCMAKE_INSTALL_PREFIX={prefix}"]
+    options = [f"-DILLADA_CUDA={cuda}", f"-DCMAKE_INSTALL_PREFIX={prefix}"]
+    if cuda == "on":  # configured anew where the package was built, whose kernels need no second compilation
+        headers = request.getfixturevalue("cuda_install").headers
+        build = source / "build" / "cuda"
+        (build / "CMakeCache.txt").unlink()
+        options += ["-G", "Ninja", "-DILLADA_CUDA_ARCHS=80-virtual", f"-DILLADA_CUTLASS_DIR={headers}"]
+        if ccache := shutil.which("ccache", path=environment()["PATH"]):  # as setup.py does
+            options += [f"-DCMAKE_{language}_COMPILER_LAUNCHER={ccache}" for language in ("CXX", "CUDA")]
     run("cmake", "-S", source, "-B", build, "-DILLADA_PYTHON=OFF", *options)
     run("cmake", "--build", build, "--parallel", "2")
     run("cmake", "--install", build)
+    assert list(prefix.glob("share/doc/illada/NOTICE"))
     if cuda == "on":  # the kernels are in the library itself, not in object files that stay behind
         members = run("ar", "t", next(prefix.glob("lib*/libillada.a"))).split()
         assert {"sample_tokens.cu.o", "remask.cu.o", "device.cpp.o"} <= set(members)
@@ -174,16 +332,14 @@ def test_cpp_library_and_example(source, tmp_path, cuda):
     ],
 )
 def test_without_a_cuda_toolkit(source, tmp_path, wanted, works, said):
-    command = ["cmake", "-S", str(source), "-B", str(tmp_path / "b"), "-DILLADA_PYTHON=OFF", f"-DILLADA_CUDA={wanted}"]
-    env = environment(CUDACXX="/nonexistent/nvcc")
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    options = ["-DILLADA_PYTHON=OFF", f"-DILLADA_CUDA={wanted}"]
+    done = attempt("cmake", "-S", source, "-B", tmp_path / "b", *options, **NO_NVCC)
     assert (done.returncode == 0) == works and said in " ".join((done.stdout + done.stderr).split())
 
 
 def test_pip_says_why_there_is_no_cuda_build(source):
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", "unused", str(source)]
-    env = environment(ILLADA_CUDA="on", CUDACXX="/nonexistent/nvcc")
-    done = subprocess.run(command, cwd=source, env=env, capture_output=True, text=True)
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", "unused", source]
+    done = attempt(*command, cwd=source, ILLADA_CUDA="on", **NO_NVCC)
     said = " ".join((done.stdout + done.stderr).split())
     assert done.returncode != 0
     assert "ILLADA_CUDA=on, but no working nvcc was found" in said and "Set CUDACXX=/path/to/nvcc" in said
@@ -202,6 +358,5 @@ def test_pip_says_why_there_is_no_cuda_build(source):
     ],
 )
 def test_wrong_build_options(source, tmp_path, option, said):
-    command = ["cmake", "-S", str(source), "-B", str(tmp_path / "b"), "-DILLADA_PYTHON=OFF", f"-D{option}"]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    done = attempt("cmake", "-S", source, "-B", tmp_path / "b", "-DILLADA_PYTHON=OFF", f"-D{option}")
     assert done.returncode != 0 and said in " ".join((done.stdout + done.stderr).split())

@@ -237,6 +237,25 @@ def test_main_fails_over_budget_and_updates(ptxas, results, tmp_path, monkeypatc
     assert "registers 65, over the budget of 64" in said and "written by CUDA 12.9, this is 13.0" in said
 
 
+def test_headers_of_cutlass(ptxas, monkeypatch, tmp_path):
+    """A named folder, else what `make` fetched into the checkout."""
+    monkeypatch.setattr(ptxas, "ROOT", tmp_path)
+    monkeypatch.delenv("ILLADA_CUTLASS_DIR", raising=False)
+    (tmp_path / ".cache" / "cutlass-4.3.0.0.new").mkdir(parents=True)  # not complete
+    with pytest.raises(SystemExit, match="no headers of CUTLASS in .cache; `make ptxas` fetches them"):
+        ptxas.cutlass_include()
+    for folder in (".cache/cutlass-4.2.0.0/cutlass_library/source/include", "mine/include"):
+        (tmp_path / folder / "cutlass").mkdir(parents=True)
+        (tmp_path / folder / "cutlass" / "version.h").touch()
+        assert ptxas.cutlass_include() == str(tmp_path / folder)
+        monkeypatch.setenv("ILLADA_CUTLASS_DIR", str(tmp_path / "mine"))
+    monkeypatch.setenv("ILLADA_CUTLASS_DIR", str(tmp_path / "mine" / "include"))
+    assert ptxas.cutlass_include() == str(tmp_path / "mine" / "include")
+    monkeypatch.setenv("ILLADA_CUTLASS_DIR", "/no/where")
+    with pytest.raises(SystemExit, match="no headers of CUTLASS in /no/where"):
+        ptxas.cutlass_include()
+
+
 def test_no_compiler(ptxas, capsys):
     with pytest.raises(SystemExit, match="Set CUDACXX=/path/to/nvcc"):
         ptxas.main(["--nvcc", "/nonexistent/nvcc"])

@@ -1,0 +1,54 @@
+"""The build backend: setuptools, and one requirement that few machines have.
+
+CUDA kernels need the headers of CUTLASS. Where a machine has none, cmake/IlladaCutlass.cmake fetches the wheel
+nvidia-cutlass without its dependencies (scipy, cuda-python and more), which a requirement cannot leave out. So the
+requirement is pip, where neither pip nor uv is there to fetch it. A build for CPUs asks for nothing.
+"""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+from setuptools import build_meta
+from setuptools.build_meta import *  # noqa: F403
+
+
+def get_requires_for_build_wheel(config_settings=None):
+    return build_meta.get_requires_for_build_wheel(config_settings) + requires()
+
+
+def get_requires_for_build_editable(config_settings=None):
+    return build_meta.get_requires_for_build_editable(config_settings) + requires()
+
+
+def requires() -> list[str]:
+    """What a build here needs beside pyproject.toml's list."""
+    if option("ILLADA_CUDA").lower() == "off" or not has_nvcc():
+        return []
+    if option("ILLADA_CUTLASS_DOWNLOAD").lower() in ("off", "0", "no", "false"):
+        return []
+    if option("ILLADA_CUTLASS_DIR") or importlib.util.find_spec("cutlass_library"):
+        return []
+    return [] if can_fetch() else ["pip"]
+
+
+def option(name: str) -> str:
+    """An option of the CMake configure: in CMAKE_ARGS, which has the last word, else in the environment."""
+    given = re.findall(rf"-D{name}(?::\w+)?=(\S*)", os.environ.get("CMAKE_ARGS", ""))
+    return given[-1] if given else os.environ.get(name, "")
+
+
+def has_nvcc() -> bool:
+    """Whether CMake would find one."""
+    nvcc = option("CMAKE_CUDA_COMPILER") or os.environ.get("CUDACXX") or "nvcc"
+    path = os.pathsep.join([os.environ.get("PATH", ""), os.path.join(os.environ.get("CUDA_PATH", ""), "bin")])
+    return any(shutil.which(name, path=path) for name in (nvcc, nvcc.split()[0]))  # CUDACXX may hold options
+
+
+def can_fetch() -> bool:
+    """Whether there is a pip, in this environment or around pip's isolated one, or the uv that made this one."""
+    pips = [[sys.executable, *isolation, "-m", "pip", "--version"] for isolation in (["-I"], [])]
+    return "UV" in os.environ or any(subprocess.run(pip, capture_output=True).returncode == 0 for pip in pips)
