@@ -32,6 +32,15 @@ def concerns(choice: str, kind: str, dim: int | None = None) -> bool:
     return dim is None or only is None or int(only[1]) == dim
 
 
+def matters_on(choice: Variant, major: int | None) -> bool:
+    """Whether GPUs of compute capability `major`.x (None: some GPU) have the kernels that `choice` is about.
+
+    Its description names them where there are several: those of sm_90a, or those of sm_80, which all other GPUs run.
+    """
+    archs = set(re.findall(r"\bsm_(\d+)", choice.description))
+    return major is None or not archs or ("90" if major == 9 else "80") in archs
+
+
 def others(choices: list[Variant], kind: str, dim: int | None = None) -> list[tuple[str, str]]:
     """(choice, value) of every value that is not the default and may make a difference."""
     return [(c.name, value) for c in choices if concerns(c.name, kind, dim) for value in c.values if value != c.default]

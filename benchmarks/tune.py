@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks import dry_run, isolated, report, runner, timing, tune_jobs
-from benchmarks.choices import others
+from benchmarks.choices import matters_on, others
 from benchmarks.isolated import OK, SKIPPED, Outcome, Step, Task, WrongError
 from benchmarks.tune_jobs import Job
 from illada.ops.variants import Variant, use_variants, variants
@@ -241,9 +241,10 @@ def records(job: Job, found: Mapping[str, Any], device: str) -> list[dict[str, A
     return lines
 
 
-def device_name(known: Mapping[str, Any]) -> str:
-    """Asked in a child: this process must not use the GPU."""
-    return timing.device_name(torch.device("cuda", 0))
+def device_of(known: Mapping[str, Any]) -> tuple[str, int]:
+    """Name, and the first number of the compute capability. Asked in a child: this process must not use the GPU."""
+    device = torch.device("cuda", 0)
+    return timing.device_name(device), torch.cuda.get_device_capability(device)[0]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -261,18 +262,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", metavar="TEXT", help="jobs whose name contains TEXT")
     parser.add_argument("--list", action="store_true", help="print jobs and the values that they try, and stop")
     options = parser.parse_args(arguments)
-    choices = variants()
     jobs = [job for job in tune_jobs.jobs(torch.device("cuda", 0)) if options.only is None or options.only in job.name]
     if not jobs:
         parser.error(f"no job contains {options.only!r}; --list names them")
+    deadline = time.monotonic() + options.seconds
+    limits = {"limit": options.limit, "deadline": deadline, "prepare": dry_run.prepare}
+    (who,) = isolated.run([Task("device", [Step("name", device_of)])], **limits)
+    device, major = who.value or (f"unknown ({who.message})", None)
+    choices, results = [choice for choice in variants() if matters_on(choice, major)], []
     if options.list:
         for job in jobs:
             print(f"{job.name}: {', '.join(f'{c}={v}' for c, v in others(choices, job.kind, job.dim)) or 'no choice'}")
         return 0
-    deadline = time.monotonic() + options.seconds
-    limits = {"limit": options.limit, "deadline": deadline, "prepare": dry_run.prepare}
-    (who,) = isolated.run([Task("device", [Step("name", device_name)])], **limits)
-    device, results = who.value or f"unknown ({who.message})", []
     for job in jobs:
         outcomes = isolated.run([task(job, choices)], **limits)
         found = result(job, outcomes)

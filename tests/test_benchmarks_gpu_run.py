@@ -32,7 +32,7 @@ from benchmarks import (  # noqa: E402
     tune,
     tune_jobs,
 )  # fmt: skip
-from benchmarks.choices import PREFIXES, concerns, others  # noqa: E402
+from benchmarks.choices import PREFIXES, concerns, matters_on, others  # noqa: E402
 from benchmarks.smoke_jobs import Job  # noqa: E402
 from illada.ops.variants import Variant  # noqa: E402
 
@@ -40,8 +40,8 @@ DEVICE = torch.device("cuda", 0)
 IN_USE: dict[str, str] = {}  # the stand-ins' choices
 
 
-def choice(name, *values):
-    return Variant(name, f"ILLADA_VARIANT_{name.upper()}", "a choice", values, values[0])
+def choice(name, *values, description="a choice"):
+    return Variant(name, f"ILLADA_VARIANT_{name.upper()}", description, values, values[0])
 
 
 @contextlib.contextmanager
@@ -86,6 +86,17 @@ def test_choices_of_one_head_dim():
     assert others(choices, "attention_forward", 64) == [
         ("attention_forward_d64", "b"), ("pdl", "wait"), ("pdl", "0"),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("description", "on_sm90", "on_others"), [
+    ("warps of a CTA of the sm_80 attention forward of D 128", False, True),
+    ("attention forward, sm_90a, head dim 64: rows x keys of a tile", True, False),
+    ("when kernels begin", True, True),
+])  # fmt: skip
+def test_choices_of_kernels_that_a_gpu_lacks(description, on_sm90, on_others):
+    one = choice("x", "a", "b", description=description)
+    assert matters_on(one, 9) == on_sm90 and matters_on(one, None)
+    assert {matters_on(one, major) for major in (8, 10, 12)} == {on_others}
 
 
 # ------------------------------------------------------------------------------------------------------------ smoke
@@ -198,7 +209,9 @@ def test_tune_finds_the_fastest_right_values(monkeypatch, tmp_path, capsys):
         monkeypatch.setattr(tune_jobs, name, value)
     monkeypatch.setattr(timing, "Events", FakeEvents)
     monkeypatch.setattr(timing, "device_name", lambda device: "a GPU")
-    choices = [choice("tile", "plain", "fast", "wrong"), choice("order", "there", "back", "stuck", "broken")]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    elsewhere = choice("attention_forward_warps", "auto", "8", description="of the sm_80 attention forward")
+    choices = [elsewhere, choice("tile", "plain", "fast", "wrong"), choice("order", "there", "back", "stuck", "broken")]
     monkeypatch.setattr(tune, "variants", lambda: choices)
     paths = [str(tmp_path / name) for name in ("t.json", "t.jsonl")]
     began = time.monotonic()
@@ -223,6 +236,9 @@ def test_tune_finds_the_fastest_right_values(monkeypatch, tmp_path, capsys):
     assert all(list(r) == list(runner.KEYS) and r["device"] == "a GPU" and r["timing"] == "events" for r in records)
     out = capsys.readouterr().out
     assert "fwd 1: the fastest is tile=fast, order=back" in out and "What to write into the defaults:" in out
+    assert tune.main(["--list"]) == 0
+    out = capsys.readouterr().out
+    assert "tile=fast" in out and "attention_forward_warps" not in out
 
 
 def result(job, **gains):

@@ -4,6 +4,8 @@
 // where sums in fp32 begin, and in the gradients of what has no counterpart. Last: dk and dv, where they are sums.
 //
 // Floor: first T H (4 D + 16) bytes, and 4 T H D more of zeros if fused; last 12 Tk G D.
+#include <cutlass/fast_math.h>
+
 #include <algorithm>
 #include <cmath>
 
@@ -29,7 +31,8 @@ struct RowsArguments {
   uint4 *dq, *dk, *dv;                                    // as 16-byte words
   int64_t key_words;                                      // of each
   int64_t dout_token_stride, dout_head_stride, num_rows;  // of out: tokens x heads
-  int32_t total_q, num_heads, group;
+  int32_t total_q, num_kv_heads;
+  cutlass::FastDivmod num_heads, group;
 };
 
 template <typename T, int kHeadDim>
@@ -39,14 +42,22 @@ __global__ __launch_bounds__(kThreads) void illada_attention_backward_rows_sm80(
   wait_for_previous_kernel(launch);
   const int idle = plan_header(a.plan).idle;
   const int column = int(threadIdx.x) % kLanes * 8;
-  const int64_t first = (int64_t(blockIdx.x) * kUnroll) * kRows + int(threadIdx.x) / kLanes;
+  // Rows do not fit 32 bits, their distance to the first one of the CTA does.
+  const int64_t cta_row = int64_t(blockIdx.x) * (kUnroll * kRows), first = cta_row + int(threadIdx.x) / kLanes;
+  const int cta_token = int(uint64_t(cta_row) / uint32_t(int(a.num_heads)));
+  const int cta_head = int(cta_row - int64_t(cta_token) * a.num_heads);
+  const auto find = [&](int i, int& token, int& head) {
+    a.num_heads(token, head, cta_head + int(threadIdx.x) / kLanes + i * kRows);
+    token += cta_token;
+  };
   Raw8<T> out[kUnroll], dout[kUnroll];
   float lse[kUnroll], dlse[kUnroll];
 #pragma unroll
   for (int i = 0; i < kUnroll; ++i) {
     const int64_t row = first + i * kRows;
     if (row >= a.num_rows) continue;
-    const int token = int(row / a.num_heads), head = int(row - int64_t(token) * a.num_heads);
+    int token, head;
+    find(i, token, head);
     out[i] = load8(static_cast<const T*>(a.out) + row * kHeadDim + column);
     dout[i] = load8(static_cast<const T*>(a.dout) + token * a.dout_token_stride + head * a.dout_head_stride + column);
     lse[i] = a.lse[int64_t(head) * a.total_q + token];
@@ -64,11 +75,11 @@ __global__ __launch_bounds__(kThreads) void illada_attention_backward_rows_sm80(
     c = warp_reduce<kLanes>(c, [](float p, float q) { return p + q; });
     if (!valid) continue;
     if (column == 0) {
-      const int token = int(row / a.num_heads), head = int(row - int64_t(token) * a.num_heads);
-      const int kv_head = head / a.group;
-      a.rows[(int64_t(kv_head) * a.total_q + token) * a.group + head - kv_head * a.group] = {lse[i] * float(M_LOG2E),
-                                                                                             c - dlse[i]};
-      if (a.arrivals && head == kv_head * a.group) a.arrivals[row / a.group] = 0;
+      int token, head, kv_head, of_group;
+      find(i, token, head);
+      a.group(kv_head, of_group, head);
+      a.rows[(int64_t(kv_head) * a.total_q + token) * a.group + of_group] = {lse[i] * float(M_LOG2E), c - dlse[i]};
+      if (a.arrivals && of_group == 0) a.arrivals[int64_t(token) * a.num_kv_heads + kv_head] = 0;
     }
     if (a.dq_sums) {
       float4* const sums = reinterpret_cast<float4*>(a.dq_sums + row * kHeadDim) + column / 8;
@@ -139,6 +150,7 @@ void launch_rows(const BackwardParams& p, const Device& device, const BackwardMe
   a.num_rows = s.total_q * s.num_heads;
   a.total_q = int32_t(s.total_q);
   a.num_heads = s.num_heads;
+  a.num_kv_heads = s.num_kv_heads;
   a.group = s.num_heads / s.num_kv_heads;
   LaunchShape shape;
   shape.grid = dim3(unsigned(std::max<int64_t>((a.num_rows + kRows - 1) / kRows, 1)));

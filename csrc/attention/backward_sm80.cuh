@@ -21,9 +21,10 @@
 // again (all that comes from the thread index and the item) is not kept over a step.
 #pragma once
 
-#include <algorithm>
+#include <cutlass/fast_math.h>
+
 #include <cmath>
-#include <type_traits>
+#include <cute/arch/copy_sm80.hpp>
 
 #include "attention/accumulator_rows.cuh"
 #include "attention/launch.h"
@@ -64,7 +65,8 @@ struct BackwardArguments {
   int64_t k_token_bytes, k_head_bytes, v_token_bytes, v_head_bytes;
   const RowStatistics* rows;
   void *dq, *dk, *dv;
-  int32_t total_q, num_heads, num_kv_heads, group;
+  int32_t total_q, num_heads, num_kv_heads;
+  cutlass::FastDivmod group;
   int32_t own_tokens;               // of a CTA of `queries`
   int32_t walk_tokens, walk_heads;  // Copier::kRows rows further
   float softmax_scale, scale_log2;  // scale_log2: softmax_scale * log2(e)
@@ -73,7 +75,7 @@ struct BackwardArguments {
 // Every Copier::kRows-th row of an item, as it lies in the pack.
 struct RowWalk {
   int token, head;  // of the item, of the group
-  __device__ __forceinline__ RowWalk(int row, int group) : token(row / group), head(row - token * group) {}
+  __device__ __forceinline__ RowWalk(int row, const cutlass::FastDivmod& group) { group(token, head, row); }
   __device__ __forceinline__ void advance(const BackwardArguments& a) {
     token += a.walk_tokens;
     head += a.walk_heads;
@@ -88,9 +90,9 @@ struct RowWalk {
 template <int kHeadDim>
 __device__ __forceinline__ void copy_row(const Copier<kHeadDim, kThreads>& copier, uint32_t target, const char* source,
                                          int64_t token_bytes, int64_t head_bytes, const RowWalk& at, int tokens) {
-  ptx::cp_async_16(target + copier.target,
-                   source + min(at.token, tokens - 1) * token_bytes + at.head * head_bytes + copier.column,
-                   at.token < tokens);
+  cp_async_16(target + copier.target,
+              source + min(at.token, tokens - 1) * token_bytes + at.head * head_bytes + copier.column,
+              at.token < tokens);
 }
 
 // A warp's own rows as A operands; `tile` has the offset of the lane.
@@ -100,12 +102,12 @@ __device__ __forceinline__ void load_operand(uint32_t (&a)[kBlocks][kHeadDim / 1
   for (int m = 0; m < kBlocks; ++m) {
 #pragma unroll
     for (int step = 0; step < kHeadDim / 16; ++step)
-      ptx::ldmatrix_x4(a[m][step], (tile ^ (step % 4 * 32)) + step / 4 * 128 + m * 16 * kHeadDim * 2);
+      ldmatrix(a[m][step], (tile ^ (step % 4 * 32)) + step / 4 * 128 + m * 16 * kHeadDim * 2);
   }
 }
 
 // s = a . x^T and t = b . y^T with 16 rows of each of two tiles. Addresses have the lane's offset.
-template <bool kIsBFloat16, int kHeadDim, int kBlocks>
+template <typename T, int kHeadDim, int kBlocks>
 __device__ __forceinline__ void multiply_pair(float (&s)[kBlocks][8], float (&t)[kBlocks][8],
                                               const uint32_t (&a)[kBlocks][kHeadDim / 16][4],
                                               const uint32_t (&b)[kBlocks][kHeadDim / 16][4], uint32_t x, uint32_t y) {
@@ -117,30 +119,30 @@ __device__ __forceinline__ void multiply_pair(float (&s)[kBlocks][8], float (&t)
 #pragma unroll
   for (int step = 0; step < kHeadDim / 16; ++step) {
     uint32_t u[4], w[4];
-    ptx::ldmatrix_x4(u, (x ^ (step % 4 * 32)) + step / 4 * 128);
-    ptx::ldmatrix_x4(w, (y ^ (step % 4 * 32)) + step / 4 * 128);
+    ldmatrix(u, (x ^ (step % 4 * 32)) + step / 4 * 128);
+    ldmatrix(w, (y ^ (step % 4 * 32)) + step / 4 * 128);
 #pragma unroll
     for (int m = 0; m < kBlocks; ++m) {
-      ptx::mma_m16n8k16<kIsBFloat16>(&s[m][0], a[m][step], u[0], u[1]);
-      ptx::mma_m16n8k16<kIsBFloat16>(&t[m][0], b[m][step], w[0], w[1]);
-      ptx::mma_m16n8k16<kIsBFloat16>(&s[m][4], a[m][step], u[2], u[3]);
-      ptx::mma_m16n8k16<kIsBFloat16>(&t[m][4], b[m][step], w[2], w[3]);
+      mma<T>(&s[m][0], a[m][step], u[0], u[1]);
+      mma<T>(&t[m][0], b[m][step], w[0], w[1]);
+      mma<T>(&s[m][4], a[m][step], u[2], u[3]);
+      mma<T>(&t[m][4], b[m][step], w[2], w[3]);
     }
   }
 }
 
 // sum += p . x with 16 rows of a tile.
-template <bool kIsBFloat16, int kHeadDim, int kBlocks>
+template <typename T, int kHeadDim, int kBlocks>
 __device__ __forceinline__ void add_product(float (&sum)[kBlocks][kHeadDim / 2], const uint32_t (&p)[kBlocks][4],
                                             uint32_t x) {
 #pragma unroll
   for (int n = 0; n < kHeadDim / 16; ++n) {
     uint32_t w[4];
-    ptx::ldmatrix_x4_trans(w, (x ^ (n % 4 * 32)) + n / 4 * 128);
+    ldmatrix_trans(w, (x ^ (n % 4 * 32)) + n / 4 * 128);
 #pragma unroll
     for (int m = 0; m < kBlocks; ++m) {
-      ptx::mma_m16n8k16<kIsBFloat16>(&sum[m][8 * n], p[m], w[0], w[1]);
-      ptx::mma_m16n8k16<kIsBFloat16>(&sum[m][8 * n + 4], p[m], w[2], w[3]);
+      mma<T>(&sum[m][8 * n], p[m], w[0], w[1]);
+      mma<T>(&sum[m][8 * n + 4], p[m], w[2], w[3]);
     }
   }
 }
@@ -149,7 +151,6 @@ template <typename T, int kHeadDim>
 __global__ __launch_bounds__(kThreads, 2) void illada_attention_backward_keys_sm80(
     const __grid_constant__ BackwardArguments a, const __grid_constant__ DependentLaunch launch) {
   using Tiles = BackwardTiles<kHeadDim>;
-  constexpr bool kIsBFloat16 = std::is_same_v<T, BFloat16>;
   constexpr int kBlocks = Tiles::kBlocks, kOwn = Tiles::kOwn, kTile = Tiles::kTile, kRowBytes = Tiles::kRowBytes;
   constexpr int kParts = kBackwardKeys / kOwn;  // CTAs of an item
   extern __shared__ __align__(1024) char raw_shared[];
@@ -173,7 +174,7 @@ __global__ __launch_bounds__(kThreads, 2) void illada_attention_backward_keys_sm
             ring + stage * Tiles::kStageBytes,
             static_cast<const char*>(source) + item.k_start * token_bytes + item.kv_head * head_bytes, token_bytes, 0,
             item.k_count);
-    ptx::cp_async_commit();
+    cute::cp_async_fence();
   };
   load_keys(0, a.k, a.k_token_bytes, a.k_head_bytes);
   load_keys(1, a.v, a.v_token_bytes, a.v_head_bytes);
@@ -198,20 +199,21 @@ __global__ __launch_bounds__(kThreads, 2) void illada_attention_backward_keys_sm
     if (thread < kTile) {
       const int row = tile * kTile + int(thread), rows = tokens * a.group;
       const RowStatistics* const first = a.rows + (int64_t(kv_head) * a.total_q + q_start) * a.group;
-      ptx::cp_async_8(ptx::smem_address(&shared.rows[tile & 1][thread]), first + min(row, rows - 1), row < rows);
+      cute::SM80_CP_ASYNC_CACHEALWAYS_ZFILL<RowStatistics>::copy(first[min(row, rows - 1)],
+                                                                 shared.rows[tile & 1][thread], row < rows);
     }
   };
 
   uint32_t k[kBlocks][kHeadDim / 16][4], v[kBlocks][kHeadDim / 16][4];
   const uint32_t own =
       ring + threadIdx.x / 32 * (Tiles::kWarpRows * kRowBytes) + Fragments<kRowBytes>(threadIdx.x).columns;
-  ptx::cp_async_wait<1>();
+  cute::cp_async_wait<1>();
   __syncthreads();
   load_operand<kHeadDim>(k, own);
   __syncthreads();
   if (item.q_count > 0) load_tile(0);
-  ptx::cp_async_commit();
-  ptx::cp_async_wait<1>();
+  cute::cp_async_fence();
+  cute::cp_async_wait<1>();
   __syncthreads();
   load_operand<kHeadDim>(v, own + Tiles::kStageBytes);
 
@@ -227,10 +229,9 @@ __global__ __launch_bounds__(kThreads, 2) void illada_attention_backward_keys_sm
 #pragma unroll 1
   for (int row = 0; row < item.q_count * a.group; row += 16) {
     if (row % kTile == 0) {
-      ptx::cp_async_wait<0>();
+      cute::cp_async_wait<0>();
       __syncthreads();
       if (row + kTile < item.q_count * a.group) load_tile(row / kTile + 1);
-      ptx::cp_async_commit();
     }
     const uint32_t thread = thread_again();
     const Fragments<kRowBytes> at(thread);
@@ -238,7 +239,7 @@ __global__ __launch_bounds__(kThreads, 2) void illada_attention_backward_keys_sm
     const uint32_t q_rows = ring + stage * Tiles::kStageBytes + row % kTile * kRowBytes;
     const uint32_t dout_rows = q_rows + Tiles::kTileBytes;
     float s[kBlocks][8], dp[kBlocks][8];
-    multiply_pair<kIsBFloat16, kHeadDim>(s, dp, k, v, q_rows + at.rows, dout_rows + at.rows);
+    multiply_pair<T, kHeadDim>(s, dp, k, v, q_rows + at.rows, dout_rows + at.rows);
     uint32_t p[kBlocks][4], ds[kBlocks][4];
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
@@ -255,8 +256,8 @@ __global__ __launch_bounds__(kThreads, 2) void illada_attention_backward_keys_sm
         }
       }
     }
-    add_product<kIsBFloat16, kHeadDim>(dv, p, dout_rows + at.columns);
-    add_product<kIsBFloat16, kHeadDim>(dk, ds, q_rows + at.columns);
+    add_product<T, kHeadDim>(dv, p, dout_rows + at.columns);
+    add_product<T, kHeadDim>(dk, ds, q_rows + at.columns);
   }
   const int thread = int(thread_again()), lane = thread % 32;
 #pragma unroll
@@ -275,7 +276,6 @@ template <typename T, int kHeadDim>
 __global__ __launch_bounds__(kThreads, kHeadDim == 128 ? 3 : 2) void illada_attention_backward_queries_sm80(
     const __grid_constant__ BackwardArguments a, const __grid_constant__ DependentLaunch launch) {
   using Tiles = BackwardTiles<kHeadDim>;
-  constexpr bool kIsBFloat16 = std::is_same_v<T, BFloat16>;
   constexpr int kBlocks = Tiles::kBlocks, kOwn = Tiles::kOwn, kTile = Tiles::kTile, kRowBytes = Tiles::kRowBytes;
   constexpr int kParts = kItemRows / kOwn;        // CTAs of an item
   constexpr int kSteps = kHeadDim == 64 ? 4 : 1;  // of 16 keys side by side, where there are registers for it
@@ -310,7 +310,7 @@ __global__ __launch_bounds__(kThreads, kHeadDim == 128 ? 3 : 2) void illada_atte
       walk.advance(a);
       target += copier.kRows * kRowBytes;
     }
-    ptx::cp_async_commit();
+    cute::cp_async_fence();
   };
   load_rows(0, a.q, a.q_token_bytes, a.q_head_bytes);
   load_rows(1, a.dout, a.dout_token_bytes, a.dout_head_bytes);
@@ -343,13 +343,13 @@ __global__ __launch_bounds__(kThreads, kHeadDim == 128 ? 3 : 2) void illada_atte
   uint32_t q[kBlocks][kHeadDim / 16][4], dout[kBlocks][kHeadDim / 16][4];
   const uint32_t own =
       ring + threadIdx.x / 32 * (Tiles::kWarpRows * kRowBytes) + Fragments<kRowBytes>(threadIdx.x).columns;
-  ptx::cp_async_wait<1>();
+  cute::cp_async_wait<1>();
   __syncthreads();
   load_operand<kHeadDim>(q, own);
   __syncthreads();
   if (item.k_count > 0) load_tile(0);
-  ptx::cp_async_commit();
-  ptx::cp_async_wait<1>();
+  cute::cp_async_fence();
+  cute::cp_async_wait<1>();
   __syncthreads();
   load_operand<kHeadDim>(dout, own + Tiles::kStageBytes);
 
@@ -363,10 +363,9 @@ __global__ __launch_bounds__(kThreads, kHeadDim == 128 ? 3 : 2) void illada_atte
 #pragma unroll 1
   for (int first = 0; first < keys; first += 16 * kSteps) {
     if (first % kTile == 0) {
-      ptx::cp_async_wait<0>();
+      cute::cp_async_wait<0>();
       __syncthreads();
       if (first + kTile < keys) load_tile(first / kTile + 1);
-      ptx::cp_async_commit();
     }
     const Fragments<kRowBytes> at(thread_again());
 #pragma unroll
@@ -374,7 +373,7 @@ __global__ __launch_bounds__(kThreads, kHeadDim == 128 ? 3 : 2) void illada_atte
       const int left = keys - first - step * 16;
       const uint32_t k_rows = ring + first / kTile % 2 * Tiles::kStageBytes + (first % kTile + step * 16) * kRowBytes;
       float s[kBlocks][8], dp[kBlocks][8];
-      multiply_pair<kIsBFloat16, kHeadDim>(s, dp, q, dout, k_rows + at.rows, k_rows + Tiles::kTileBytes + at.rows);
+      multiply_pair<T, kHeadDim>(s, dp, q, dout, k_rows + at.rows, k_rows + Tiles::kTileBytes + at.rows);
       uint32_t ds[kBlocks][4];
 #pragma unroll
       for (int m = 0; m < kBlocks; ++m) {
@@ -387,7 +386,7 @@ __global__ __launch_bounds__(kThreads, kHeadDim == 128 ? 3 : 2) void illada_atte
           ds[m][j / 2] = pack2<T>(p0 * (dp[m][j] - row.c), p1 * (dp[m][j + 1] - row.c));
         }
       }
-      add_product<kIsBFloat16, kHeadDim>(dq, ds, k_rows + at.columns);
+      add_product<T, kHeadDim>(dq, ds, k_rows + at.columns);
     }
   }
   const int thread = int(thread_again());
@@ -395,10 +394,11 @@ __global__ __launch_bounds__(kThreads, kHeadDim == 128 ? 3 : 2) void illada_atte
   for (int m = 0; m < kBlocks; ++m) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int row = row_of(thread, m, i), token = row / a.group;
-      const int head = item.kv_head * a.group + row - token * a.group;
-      store_row<T, kHeadDim>(static_cast<T*>(a.dq) + (int64_t(item.q_start + token) * a.num_heads + head) * kHeadDim,
-                             dq[m], i, a.softmax_scale, token < item.q_count, thread % 32);
+      int token, head;
+      a.group(token, head, row_of(thread, m, i));
+      const int64_t row = int64_t(item.q_start + token) * a.num_heads + item.kv_head * a.group + head;
+      store_row<T, kHeadDim>(static_cast<T*>(a.dq) + row * kHeadDim, dq[m], i, a.softmax_scale, token < item.q_count,
+                             thread % 32);
     }
   }
 }

@@ -14,8 +14,8 @@
 //               of the next scores in between
 //
 // so one warp alone has work for the tensor cores nearly all the time; another one in each quarter of the SM, of two
-// CTAs or of one with eight warps, covers the rest. Q and the first
-// tiles of the next item are sent for before the rows of the finished one leave.
+// CTAs or of one with eight warps, covers the rest. Q and the first tiles of the next item are sent for before the rows
+// of the finished one leave.
 //
 // An item with k keys is 512 k D flop, bound by the tensor cores: 32 keys of D 128 take an SM of sm_80 1024 cycles, its
 // shared memory 768 to read the operands (each warp reads all keys, and its queries again with every tile) and 256 to
@@ -30,6 +30,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cute/arch/copy_sm80.hpp>
 #include <type_traits>
 
 #include "attention/accumulator_rows.cuh"
@@ -99,7 +100,6 @@ __global__ __launch_bounds__(32 * kWarps, 8 / kWarps) void illada_attention_forw
   using Shared = SharedStorage<kHeadDim, kWarps>;
   using TileCopier = Copier<kHeadDim, 32 * kWarps>;
   constexpr int kWarpRows = kTileRows / kWarps, kPairs = kWarpRows / 16;  // RowPairs of a lane
-  constexpr bool kIsBFloat16 = std::is_same_v<T, BFloat16>;
   constexpr int kKeys = Shared::kKeys, kRowBytes = Shared::kRowBytes;
   // Parts of a tile's exponentials, of kHeadDim / 16, before the barrier: their registers are free sooner.
   constexpr int kEarly = kIsSm100 && kHeadDim == 128 && kWarps == 4 ? 6 : 2;
@@ -117,14 +117,14 @@ __global__ __launch_bounds__(32 * kWarps, 8 / kWarps) void illada_attention_forw
   __syncthreads();
 
   const auto stage_of = [&](int tile) { return ring + uint32_t(tile & 1) * kStageBytes; };
-  // Sends for V of a tile and K of the one that follows.
+  // Sends for V of a tile and K of the one that follows. In the loop they need no group of their own: cp_async_wait<0>
+  // is for all copies.
   const auto load_pair = [&](const TileCopier& copier, const KeySource& source, int tile, auto is_partial, int rows) {
     const uint32_t stage = stage_of(tile);
     if (tile >= 0)
       copier.template keys<kKeys, decltype(is_partial)::value>(stage, source.v, a.v_token_bytes, tile * kKeys, rows);
     if (tile > 0)
       copier.template keys<kKeys, false>(stage + kTileBytes, source.k, a.k_token_bytes, (tile - 1) * kKeys, kKeys);
-    ptx::cp_async_commit();
   };
   const auto open_item = [&](int round) {  // nothing of the ring and of q is in use
     const uint32_t thread = thread_again();
@@ -132,8 +132,8 @@ __global__ __launch_bounds__(32 * kWarps, 8 / kWarps) void illada_attention_forw
     const WorkItem& item = shared.item[round % 3];
     const int next = item_index(round + 1);
     if (thread < sizeof(WorkItem) / 16 && next < shared.items)
-      ptx::cp_async_16(ptx::smem_address(&shared.item[(round + 1) % 3]) + thread * 16,
-                       reinterpret_cast<const char*>(forward_items(a.plan) + next) + thread * 16);
+      cp_async_16(ptx::smem_address(&shared.item[(round + 1) % 3]) + thread * 16,
+                  reinterpret_cast<const char*>(forward_items(a.plan) + next) + thread * 16, true);
     const int last = (item.k_count + kKeys - 1) / kKeys - 1, rows = item.k_count - last * kKeys;
     const KeySource source{
         static_cast<const char*>(a.k) + item.k_start * a.k_token_bytes + item.kv_head * a.k_head_bytes,
@@ -145,15 +145,16 @@ __global__ __launch_bounds__(32 * kWarps, 8 / kWarps) void illada_attention_forw
 #pragma unroll 4
       for (int i = 0; i < kTileRows / copier.kRows; ++i) {
         const TileRow row(copier.row + i * copier.kRows, a);
-        ptx::cp_async_16(
+        cp_async_16(
             q_tile + copier.target + i * copier.kRows * kRowBytes,
             queries + min(row.token, item.q_count - 1) * a.q_token_bytes + row.head * a.q_head_bytes + copier.column,
             row.token < item.q_count);
       }
       copier.template keys<kKeys, true>(stage_of(last + 1) + kTileBytes, source.k, a.k_token_bytes, last * kKeys, rows);
     }
-    ptx::cp_async_commit();
+    cute::cp_async_fence();
     load_pair(copier, source, last, std::true_type{}, rows);
+    cute::cp_async_fence();
   };
 
   open_item(0);
@@ -186,15 +187,15 @@ __global__ __launch_bounds__(32 * kWarps, 8 / kWarps) void illada_attention_forw
         uint32_t q[kPairs][4];
 #pragma unroll
         for (int m = 0; m < kPairs; ++m)
-          ptx::ldmatrix_x4(q[m], (q_rows ^ (step % 4 * 32)) + step / 4 * 128 + m * 16 * kRowBytes);
+          ldmatrix(q[m], (q_rows ^ (step % 4 * 32)) + step / 4 * 128 + m * 16 * kRowBytes);
 #pragma unroll
         for (int n = 0; n < kKeys / 16; ++n) {
           uint32_t k[4];
-          ptx::ldmatrix_x4(k, ((k_tile + at.rows) ^ (step % 4 * 32)) + step / 4 * 128 + n * 16 * kRowBytes);
+          ldmatrix(k, ((k_tile + at.rows) ^ (step % 4 * 32)) + step / 4 * 128 + n * 16 * kRowBytes);
 #pragma unroll
           for (int m = 0; m < kPairs; ++m) {
-            ptx::mma_m16n8k16<kIsBFloat16>(&next[m][8 * n], q[m], k[0], k[1]);
-            ptx::mma_m16n8k16<kIsBFloat16>(&next[m][8 * n + 4], q[m], k[2], k[3]);
+            mma<T>(&next[m][8 * n], q[m], k[0], k[1]);
+            mma<T>(&next[m][8 * n + 4], q[m], k[2], k[3]);
           }
         }
         beside(step);
@@ -207,11 +208,11 @@ __global__ __launch_bounds__(32 * kWarps, 8 / kWarps) void illada_attention_forw
 #pragma unroll
         for (int n = 0; n < kHeadDim / 16; ++n) {
           uint32_t v[4];
-          ptx::ldmatrix_x4_trans(v, ((v_tile + at.columns) ^ (n % 4 * 32)) + n / 4 * 128 + step * 16 * kRowBytes);
+          ldmatrix_trans(v, ((v_tile + at.columns) ^ (n % 4 * 32)) + n / 4 * 128 + step * 16 * kRowBytes);
 #pragma unroll
           for (int m = 0; m < kPairs; ++m) {
-            ptx::mma_m16n8k16<kIsBFloat16>(&o[m][8 * n], p[m][step], v[0], v[1]);
-            ptx::mma_m16n8k16<kIsBFloat16>(&o[m][8 * n + 4], p[m][step], v[2], v[3]);
+            mma<T>(&o[m][8 * n], p[m][step], v[0], v[1]);
+            mma<T>(&o[m][8 * n + 4], p[m][step], v[2], v[3]);
           }
         }
       }
@@ -250,7 +251,7 @@ __global__ __launch_bounds__(32 * kWarps, 8 / kWarps) void illada_attention_forw
       }
     };
 
-    ptx::cp_async_wait<1>();
+    cute::cp_async_wait<1>();
     __syncthreads();
     if (threadIdx.x == 0) shared.round = round + 1;
     if (has_rows && last >= 0) {
@@ -270,7 +271,7 @@ __global__ __launch_bounds__(32 * kWarps, 8 / kWarps) void illada_attention_forw
 #pragma unroll
         for (int step = 0; step < kEarly; ++step) weigh(step);
       }
-      ptx::cp_async_wait<0>();
+      cute::cp_async_wait<0>();
       __syncthreads();
       load_pair(TileCopier(thread_again()), shared.source, tile - 1, std::false_type{}, kKeys);
       if (has_rows) {
@@ -289,7 +290,7 @@ __global__ __launch_bounds__(32 * kWarps, 8 / kWarps) void illada_attention_forw
     }
     if (tile == 0) {
       if (has_rows) follow();
-      ptx::cp_async_wait<0>();
+      cute::cp_async_wait<0>();
       __syncthreads();
       if (has_rows) {
 #pragma unroll
@@ -298,7 +299,7 @@ __global__ __launch_bounds__(32 * kWarps, 8 / kWarps) void illada_attention_forw
       }
     }
     // The next item's tiles come while this one's rows leave.
-    ptx::cp_async_wait<0>();
+    cute::cp_async_wait<0>();
     __syncthreads();
     round = shared.round;
     const WorkItem item = shared.item[(round + 2) % 3];

@@ -5,7 +5,6 @@
 #include <cmath>
 #include <initializer_list>
 #include <limits>
-#include <string>
 
 #include "common/check.h"
 #include "common/ragged.h"

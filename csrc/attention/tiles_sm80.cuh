@@ -6,7 +6,12 @@
 #pragma once
 
 #include <cstdint>
+#include <cute/arch/copy_sm75.hpp>
+#include <cute/arch/copy_sm80.hpp>
+#include <cute/arch/mma_sm80.hpp>
+#include <type_traits>
 
+#include "common/dtype.cuh"
 #include "common/ptx.cuh"
 
 namespace illada::attention {
@@ -17,6 +22,29 @@ __device__ __forceinline__ uint32_t thread_again() {
   uint32_t thread;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
   return thread;
+}
+
+// CuTe's atoms by the addresses and registers that the kernels have: 16 bytes to shared memory, or zeros where `valid`
+// is false (`source` must be legal all the same).
+__device__ __forceinline__ void cp_async_16(uint32_t target, const char* source, bool valid) {
+  cute::SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<uint4>::copy(*reinterpret_cast<const uint4*>(source),
+                                                     ptx::shared_at<uint4>(target), valid);
+}
+// Four 8 x 8 matrices from shared memory, as they lie there or transposed.
+__device__ __forceinline__ void ldmatrix(uint32_t (&r)[4], uint32_t source) {
+  cute::SM75_U32x4_LDSM_N::copy(ptx::shared_at<cute::uint128_t>(source), r[0], r[1], r[2], r[3]);
+}
+__device__ __forceinline__ void ldmatrix_trans(uint32_t (&r)[4], uint32_t source) {
+  cute::SM75_U16x8_LDSM_T::copy(ptx::shared_at<cute::uint128_t>(source), r[0], r[1], r[2], r[3]);
+}
+// d [16, 8] += a [16, 16] . b [16, 8] of T. Lane l holds d[2 i + e] at (row l / 4 + 8 i, column l % 4 * 2 + e); a as
+// ldmatrix gives the four 8 x 8 blocks (0, 0), (1, 0), (0, 1), (1, 1) of it, b as it gives the upper and the lower
+// half of its transpose.
+template <typename T>
+__device__ __forceinline__ void mma(float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  using Mma = std::conditional_t<std::is_same_v<T, BFloat16>, cute::SM80_16x8x16_F32BF16BF16F32_TN,
+                                 cute::SM80_16x8x16_F32F16F16F32_TN>;
+  Mma::fma(d[0], d[1], d[2], d[3], a[0], a[1], a[2], a[3], b0, b1, d[0], d[1], d[2], d[3]);
 }
 
 // How the threads of a CTA copy tiles: a chunk of 16 bytes each, kRows rows at a time.
@@ -40,8 +68,7 @@ struct Copier {
 #pragma unroll
     for (int i = 0; i < kTile / kRows; ++i) {
       const int next = kPartial ? min(i * kRows, rows - 1 - row) : i * kRows;
-      ptx::cp_async_16(tile + target + i * kRows * kRowBytes, source + next * stride,
-                       !kPartial || row + i * kRows < rows);
+      cp_async_16(tile + target + i * kRows * kRowBytes, source + next * stride, !kPartial || row + i * kRows < rows);
     }
   }
 };

@@ -1,13 +1,14 @@
 // 16-bit element types on the device, and eight neighbours of any type as floats.
 #pragma once
 
-#include <cmath>
+#include <cutlass/numeric_conversion.h>
+
 #include <cstdint>
 #include <type_traits>
 
 namespace illada {
 
-// Bits only: every use converts.
+// Bits only: every use converts, by CUTLASS's converters.
 struct BFloat16 {
   uint16_t bits;
   static constexpr uint16_t kMinusInfinity = 0xff80;
@@ -19,11 +20,7 @@ struct Half {
 
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(BFloat16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
-__device__ __forceinline__ float to_float(Half x) {
-  float y;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
-  return y;
-}
+__device__ __forceinline__ float to_float(Half x) { return float(cutlass::half_t::bitcast(x.bits)); }
 
 // Eight neighbours as they are loaded: one 16-byte load of 16-bit elements, two of floats.
 template <typename T>
@@ -32,7 +29,8 @@ struct Raw8 {
   uint4 part[kLoads];
 };
 
-__device__ __forceinline__ uint4 load_streaming(const void* address) {  // read once: no use in the L1 cache
+// Read once: no use in the L1 cache. CUTLASS's global_load has no L1::no_allocate (nor has load8_if's below).
+__device__ __forceinline__ uint4 load_streaming(const void* address) {
   uint4 v;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
@@ -107,14 +105,14 @@ __device__ __forceinline__ void unpack2(uint32_t word, float& low, float& high, 
 // Rounded to T, `low` in the lower half of the word.
 template <typename T>
 __device__ __forceinline__ uint32_t pack2(float low, float high) {
-  uint32_t word;
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
-  } else {
-    static_assert(std::is_same_v<T, Half>);
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
-  }
-  return word;
+  static_assert(std::is_same_v<T, BFloat16> || std::is_same_v<T, Half>);
+  using Element = std::conditional_t<std::is_same_v<T, BFloat16>, cutlass::bfloat16_t, cutlass::half_t>;
+  union {
+    cutlass::Array<Element, 2> both;
+    uint32_t word;
+  } u;
+  u.both = cutlass::NumericArrayConverter<Element, float, 2>::convert({low, high});
+  return u.word;
 }
 
 template <typename T>

@@ -30,13 +30,14 @@ __device__ __forceinline__ void griddepcontrol_launch_dependents() {
 
 // -------------------------------------------------------------------------------------------------- sm_80: cp.async
 
-// 16 bytes (8) from global to shared memory; zeros where `valid` is false (the address must be legal all the same).
+// CuTe's copies and waits clobber no memory. Where a thread reads without a barrier what it has copied itself, or
+// copies over what it has read, this keeps the compiler from changing the order.
+__device__ __forceinline__ void keep_memory_order() { asm volatile("" ::: "memory"); }
+
+// Of the kernels of sm_90: 16 bytes from global to shared memory; zeros where `valid` is false.
 __device__ __forceinline__ void cp_async_16(uint32_t smem, const void* global, bool valid = true) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem), "l"(global), "r"(valid ? 16 : 0)
                : "memory");
-}
-__device__ __forceinline__ void cp_async_8(uint32_t smem, const void* global, bool valid = true) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(smem), "l"(global), "r"(valid ? 8 : 0) : "memory");
 }
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // The same of 4 bytes.
@@ -49,6 +50,12 @@ __device__ __forceinline__ void cp_async_wait() {
 }
 
 // ------------------------------------------------------------------------------------------ shared memory by address
+
+// What lies at an address, for CuTe's copies, which take references and find the address again.
+template <typename T>
+__device__ __forceinline__ T& shared_at(uint32_t smem) {
+  return *static_cast<T*>(__cvta_shared_to_generic(smem));
+}
 
 __device__ __forceinline__ void store_shared(uint32_t smem, uint32_t x) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(smem), "r"(x) : "memory");
@@ -126,36 +133,6 @@ __device__ __forceinline__ float4 load_relaxed_v4(const float* address) {
 }
 
 // ----------------------------------------------------------------------------------------- sm_80: ldmatrix, mma.sync
-
-__device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t smem) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(smem)
-               : "memory");
-}
-__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t smem) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(smem)
-               : "memory");
-}
-// d [16, 8] += a [16, 16] . b [16, 8] of bf16 (kIsBFloat16) or fp16. Lane l holds d[2 i + e] at (row l / 4 + 8 i,
-// column l % 4 * 2 + e); a as ldmatrix gives the four 8 x 8 blocks (0, 0), (1, 0), (0, 1), (1, 1) of it, b as it gives
-// the upper and the lower half of its transpose.
-template <bool kIsBFloat16>
-__device__ __forceinline__ void mma_m16n8k16(float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  if constexpr (kIsBFloat16) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  } else {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  }
-}
 
 // Four 8 x 8 matrices to shared memory: lane l has the address of row l % 8 of matrix l / 8. sm_90.
 __device__ __forceinline__ void stmatrix_x4(uint32_t smem, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {

@@ -5,7 +5,6 @@
 #include <cstdint>
 
 #include "cpu/attention_tile.h"
-#include "illada/dtype.h"
 
 namespace illada::cpu {
 

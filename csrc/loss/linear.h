@@ -2,7 +2,6 @@
 #pragma once
 
 #include "common/device.h"
-#include "common/variants.h"
 #include "illada/linear_loss.h"
 
 namespace illada::loss {
@@ -35,11 +34,11 @@ LinearPlan plan_linear(const LinearMaskedCrossEntropyParams& params);
 
 // linear_masked_cross_entropy_cuda in parts, for a caller with GEMMs of its own (LossGradients::kMm). For each chunk of
 // the plan: the probabilities [rows, vocab_size] with p - 1 at the target, and hidden's rows [rows, width] times their
-// factors if there is a weight_grad (the plan says where both are; rows without a token are zeros in one of them, and
-// finite in the other), then the caller's products
+// factors if there is a weight_grad (the plan says where both are), then the caller's products
 //   slabs [rows, width] = probabilities . weight          in fp32
 //   weight_grad (+)= probabilities^T . hidden's rows
-// in any order, then hidden's gradient from the slabs. filter_eps is not looked at.
+// in any order, then hidden's gradient from the slabs. filter_eps is not looked at. Rows without a token are zeros in
+// one of the two and finite in the other, but only if there is a weight_grad: the slabs of such rows are not read.
 void linear_probabilities_cuda(const LinearMaskedCrossEntropyParams& params, int chunk);
 void linear_scatter_cuda(const LinearMaskedCrossEntropyParams& params, int chunk);
 

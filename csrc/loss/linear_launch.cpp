@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "common/check.h"
+#include "common/variants.h"
 #include "illada/illada.h"
 #include "loss/linear.h"
 

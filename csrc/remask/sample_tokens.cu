@@ -8,6 +8,8 @@
 // Floor: bytes = rows x vocab x sizeof(T), each read once. Work an element of bf16: convert 1, maximum 1, exponential 4
 // (one of them on the special-function unit), with noise 9.3 for Philox and 2 for the comparison: with noise about the
 // 20 instructions that an H100 can issue while the memory delivers an element, without it a third of them.
+#include <cute/arch/copy_sm80.hpp>
+
 #include "common/dependent_launch.h"
 #include "common/dtype.cuh"
 #include "common/ptx.cuh"
@@ -159,24 +161,28 @@ __global__ __launch_bounds__(kThreads, kSampleCtas) void illada_sample_tokens_sm
     const int vector = first + step * kStep + int(threadIdx.x);
     const uint32_t target = ptx::smem_address(in_shared(step));
     const T* const source = reader.row + int64_t(vector) * kVector;
+    const auto copy = [&](int u) {
+      cute::SM80_CP_ASYNC_CACHEGLOBAL<uint4>::copy(reinterpret_cast<const uint4&>(source[u * kThreads * kVector]),
+                                                   ptx::shared_at<uint4>(target + uint32_t(u * kThreads * 16)));
+    };
+    ptx::keep_memory_order();  // what was there has been read
     if (first + (step + 1) * kStep <= end) {
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u)
-        ptx::cp_async_16(target + uint32_t(u * kThreads * 16), source + u * kThreads * kVector);
+      for (int u = 0; u < kUnroll; ++u) copy(u);
     } else {
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u)
-        if (vector + u * kThreads < end)
-          ptx::cp_async_16(target + uint32_t(u * kThreads * 16), source + u * kThreads * kVector);
+        if (vector + u * kThreads < end) copy(u);
     }
-    ptx::cp_async_commit();
+    cute::cp_async_fence();
   };
   const auto receive = [&](int step) {  // the last step but shared_steps - 1 that was sent
     if (shared_steps == 2) {
-      ptx::cp_async_wait<1>();
+      cute::cp_async_wait<1>();
     } else {
-      ptx::cp_async_wait<3>();
+      cute::cp_async_wait<3>();
     }
+    ptx::keep_memory_order();
     const uint4* const source = in_shared(step);
     if (first + (step + 1) * kStep <= end) {
 #pragma unroll
