@@ -39,19 +39,14 @@ class Gemm {
     typename Mainloop::TensorStorage tensors;
     typename Mainloop::PipelineStorage pipeline;
   };
-  static constexpr int kSmemBytes = int(sizeof(Storage)) + 1024;  // it is aligned by hand
+  static constexpr int kSmemBytes = int(sizeof(Storage));
   static_assert(kSmemBytes <= 227 * 1024);
-  static __device__ __forceinline__ Storage& storage_of(char* raw_shared) {
-    const uint32_t address = cute::cast_smem_ptr_to_uint(raw_shared);
-    return *reinterpret_cast<Storage*>(raw_shared + (1024 - address % 1024) % 1024);
-  }
 
   // By all threads of the CTA, before anything else. `cluster`: the CTAs that share b, (2, 1, 1), or (1, 1, 1) with a
   // producer of the kernel's own. `expects_bytes`: each load is of a whole stage, as Mainloop's are.
   template <typename Cluster>
   __device__ __forceinline__ Gemm(const Params& params, Storage& storage, Cluster cluster, bool expects_bytes = true)
       : params_(params), storage_(storage), pipeline_(storage.pipeline, pipeline_params(expects_bytes), cluster) {
-    if (is_producer()) state_ = cutlass::make_producer_start_state<Pipeline>();
     if (threadIdx.x == 0) Mainloop::prefetch_tma_descriptors(params);
     if (cute::size(cluster) > 1) {
       cute::cluster_sync();
@@ -68,13 +63,13 @@ class Gemm {
   template <typename Steps>
   __device__ __forceinline__ void load(int m, int n, Steps step, int steps) {
     const auto sizes = cute::make_shape(0, 0, 0, 1);  // TMA knows them
-    Mainloop().load(params_, pipeline_, state_, Mainloop().load_init(sizes, params_),
+    Mainloop().load(params_, pipeline_, producer_state(), Mainloop().load_init(sizes, params_),
                     cute::make_coord(m, n, cute::_, 0), step, steps, int(threadIdx.x) % 32,
                     cute::block_rank_in_cluster(), storage_.tensors);
-    state_.advance(uint32_t(steps));
+    done_ += uint32_t(steps);
   }
   // By the producer warp, last: the CTA does not leave while its neighbour may still arrive at its barriers.
-  __device__ __forceinline__ void load_tail() { Mainloop().load_tail(pipeline_, state_); }
+  __device__ __forceinline__ void load_tail() { Mainloop().load_tail(pipeline_, producer_state()); }
 
   // By the consumers: d in wgmma's accumulator layout, of at least one step. d[4 j + 2 i + e] of thread t is (row
   // t / 32 * 16 + t % 32 / 4 + 8 i, column 8 j + t % 4 * 2 + e).
@@ -82,20 +77,20 @@ class Gemm {
     auto sums = cute::make_tensor(cute::make_rmem_ptr(&d[0]),
                                   cute::partition_shape_C(TiledMma{}, cute::take<0, 2>(TileShape{})));
     static_assert(cute::cosize_v<decltype(sums.layout())> == kTileN / 2 && cute::size(sums) == kTileN / 2);
-    Mainloop().mma(pipeline_, state_, sums, steps, int(threadIdx.x), storage_.tensors, params_);
-    Mainloop().mma_tail(pipeline_, state_, steps);
+    Mainloop().mma(pipeline_, consumer_state(), sums, steps, int(threadIdx.x), storage_.tensors, params_);
+    Mainloop().mma_tail(pipeline_, consumer_state(), steps);
     cute::warpgroup_fence_operand(sums);  // nothing is made of them before the wait in the tail
-    state_.advance(uint32_t(steps));
+    done_ += uint32_t(steps);
   }
   // The same without a product, where the warpgroup has nothing to do. A warp releases a stage for a CTA of the cluster
   // on behalf of the other three, which must have seen it by then: one that comes late could miss two phases of it.
   __device__ __forceinline__ void skip(int steps) {
     const uint32_t barrier = 1 + threadIdx.x / 128;
 #pragma unroll 1
-    for (int i = 0; i < steps; ++i, ++state_) {
-      pipeline_.consumer_wait(state_);
+    for (int i = 0; i < steps; ++i, ++done_) {
+      pipeline_.consumer_wait(consumer_state());
       cutlass::arch::NamedBarrier::sync(128, barrier);
-      pipeline_.consumer_release(state_);
+      pipeline_.consumer_release(consumer_state());
     }
   }
 
@@ -109,10 +104,18 @@ class Gemm {
     return params;
   }
 
+  using State = typename Pipeline::PipelineState;
+  __device__ __forceinline__ State consumer_state() const {
+    return {int(done_ % State::Stages), done_ / State::Stages & 1, done_};
+  }
+  __device__ __forceinline__ State producer_state() const {  // all stages are free at first
+    return {int(done_ % State::Stages), ~(done_ / State::Stages) & 1, done_};
+  }
+
   const Params& params_;
   Storage& storage_;
   Pipeline pipeline_;
-  typename Pipeline::PipelineState state_;
+  uint32_t done_ = 0;  // steps of K; alive in the epilogues, where a state would take two registers
 };
 
 // How many rows of 128 bytes a box of a TMA copy has.

@@ -79,11 +79,11 @@ constexpr int kSmemBytes = Job::Gemm::kSmemBytes + 8 * Job::Store::kBytes;
 template <typename Job>
 __device__ __forceinline__ void run(const typename Job::Gemm::Params& params, const CUtensorMap& out_map,
                                     const LinearChunk& chunk, const DependentLaunch& launch, Job& job) {
-  extern __shared__ char raw_shared[];
+  extern __shared__ __align__(1024) char raw_shared[];
   using Gemm = typename Job::Gemm;
   static_assert(Gemm::kThreads == kThreads && Gemm::kTileM == kTileM && Gemm::kTileN == kTileN &&
                 Gemm::kTileK == kTileK);
-  typename Gemm::Storage& storage = Gemm::storage_of(raw_shared);
+  auto& storage = *reinterpret_cast<typename Gemm::Storage*>(raw_shared);
   Gemm gemm(params, storage, typename Gemm::Mainloop::DispatchPolicy::ClusterShape{});
   wait_for_previous_kernel(launch);
   const int pair = int(blockIdx.x) / 2, pairs = int(gridDim.x) / 2, rank = int(cute::block_rank_in_cluster());

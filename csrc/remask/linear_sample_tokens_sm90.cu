@@ -1,7 +1,7 @@
 // linear_sample_tokens on sm_90a: logits[n, v] = hidden[n] . weight[v], reduced where they are, in the accumulators.
 //
 // A CTA takes a tile of 128 rows and a range of the vocabulary at a time (HeadPlan says which), and walks over the
-// range in tiles of 256 ids (the main loop is common/gemm_sm90.cuh's). The two warpgroups reduce their tile into
+// range in tiles of 256 ids (CUTLASS's products, common/gemm_mainloop.cuh). The two warpgroups reduce their tile into
 // per-row states in registers (row_sample.cuh). At the end of the range the four lanes that share a row merge, leave
 // their records in the workspace, and illada_sample_tokens_combine finishes.
 //
@@ -16,7 +16,7 @@
 #include <cfloat>
 
 #include "common/dependent_launch.h"
-#include "common/gemm_sm90.cuh"
+#include "common/gemm_mainloop.cuh"
 #include "common/tensor_map.h"
 #include "remask/head_tile.cuh"
 #include "remask/launch.h"
@@ -26,25 +26,80 @@ namespace illada::remask {
 namespace {
 
 constexpr int kChunk = HeadPlan::kChunkIds;
+// The producer is our own, on CUTLASS's pipeline and layouts: its `load` brings whole tiles of b, shared by a cluster
+// that is known when compiling. Here a range of ids ends after any chunk, few rows have no cluster, and the two CTAs of
+// a cluster may have the odd last row tile, each with ids of its own.
 template <typename T>
-using Gemm = GemmSm90<T, Major::kK, Major::kK, kChunk>;
+class HeadGemm : public Gemm<GemmMainloop<cutlass::arch::Sm90, T, KMajor, KMajor>> {
+ public:
+  using Base = Gemm<GemmMainloop<cutlass::arch::Sm90, T, KMajor, KMajor>>;
+
+  __device__ __forceinline__ HeadGemm(const typename Base::Params& params, typename Base::Storage& storage, int cluster)
+      : Base(params, storage, shape_of(cluster), false),
+        cluster_(cluster),
+        rank_(cluster > 1 ? int(cute::block_rank_in_cluster()) : 0) {}
+
+  __device__ __forceinline__ int rank() const { return rank_; }
+
+  // By one thread of the producer: all steps of K of a row tile and of `chunks` chunks of ids. Where a cluster
+  // `shares` them, each CTA loads every second chunk for both; else the CTAs have different ids, of any number of
+  // chunks (none as well), but as many steps.
+  __device__ __forceinline__ void load(int row, int id, int k_tiles, int chunks, bool shares) {
+    constexpr int kRowBytes = Base::kTileK * int(sizeof(T));
+    constexpr uint64_t kHint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
+    const bool multicasts = cluster_ > 1 && shares;
+    // Boxes begin at multiples of eight rows, where the swizzle changes nothing.
+    const auto a = cute::get_nonswizzle_portion(typename Base::Mainloop::SmemLayoutA{});
+    const auto b = cute::get_nonswizzle_portion(typename Base::Mainloop::SmemLayoutB{});
+    auto& tensors = this->storage_.tensors;
+    const auto* a_map = this->params_.tma_load_a.get_tma_descriptor();
+    const auto* b_map = this->params_.tma_load_b.get_tma_descriptor();
+    for (int k = 0; k < k_tiles; ++k, ++this->done_) {
+      const auto state = this->producer_state();
+      const int stage = state.index();
+      this->pipeline_.producer_acquire(state);
+      uint64_t* const barrier = this->pipeline_.producer_get_barrier(state);
+      cutlass::arch::ClusterTransactionBarrier::arrive_and_expect_tx(
+          barrier, uint32_t((Base::kTileM + chunks * kChunk) * kRowBytes));
+      cute::SM90_TMA_LOAD_2D::copy(a_map, barrier, kHint, tensors.smem_A.data() + a(0, 0, stage), k * Base::kTileK,
+                                   row);
+      for (int i = multicasts ? rank_ : 0; i < chunks; i += multicasts ? cluster_ : 1) {
+        void* const target = tensors.smem_B.data() + b(i * kChunk, 0, stage);
+        const int x = k * Base::kTileK, y = id + i * kChunk;
+        if (multicasts) {
+          cute::SM90_TMA_LOAD_MULTICAST_2D::copy(b_map, barrier, uint16_t(3), kHint, target, x, y);
+        } else {
+          cute::SM90_TMA_LOAD_2D::copy(b_map, barrier, kHint, target, x, y);
+        }
+      }
+    }
+  }
+  __device__ __forceinline__ void load_tail() { this->pipeline_.producer_tail(this->producer_state()); }
+
+ private:
+  static __device__ __forceinline__ auto shape_of(int cluster) {
+    return cute::make_shape(cluster, cute::_1{}, cute::_1{});
+  }
+  int cluster_, rank_;
+};
 
 template <typename T, bool kWantExtras>
-__global__ __launch_bounds__(Gemm<T>::kThreads, 1) void illada_linear_sample_tokens_sm90(
-    const __grid_constant__ CUtensorMap hidden_map, const __grid_constant__ CUtensorMap weight_map,
-    const __grid_constant__ SampleTokensParams p, const __grid_constant__ HeadPlan plan, int k_tiles, int32_t* bounds,
+__global__ __launch_bounds__(HeadGemm<T>::kThreads, 1) void illada_linear_sample_tokens_sm90(
+    const __grid_constant__ typename HeadGemm<T>::Params params, const __grid_constant__ SampleTokensParams p,
+    const __grid_constant__ HeadPlan plan, int k_tiles, int32_t* bounds,
     const __grid_constant__ DependentLaunch launch) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  extern __shared__ char raw_shared[];
-  constexpr int kTileM = Gemm<T>::kTileM, kTileN = Gemm<T>::kTileN;
+  extern __shared__ __align__(1024) char raw_shared[];
+  using Gemm = HeadGemm<T>;
+  constexpr int kTileM = Gemm::kTileM, kTileN = Gemm::kTileN;
   static_assert(kTileM == HeadPlan::kTileRows && kTileN == HeadPlan::kTileChunks * kChunk);
-  Gemm<T> gemm(raw_shared, &hidden_map, &weight_map, plan.cluster);
+  Gemm gemm(params, *reinterpret_cast<typename Gemm::Storage*>(raw_shared), plan.cluster);
   wait_for_previous_kernel(launch);
   const int first_item = int(blockIdx.x) / plan.cluster, items = plan.items();
 
-  if (threadIdx.x >= Gemm<T>::kProducerThread) {  // ----------------------------------------------------- producer
-    Gemm<T>::Registers::as_producer();
-    if (threadIdx.x == Gemm<T>::kProducerThread) {
+  if (Gemm::is_producer()) {  // ------------------------------------------------------------------------- producer
+    Gemm::Registers::as_producer();
+    if (Gemm::is_producer_warp() && cute::elect_one_sync()) {
       for (int item = first_item; item < items; item += plan.clusters) {
         const HeadTask task = plan.task(item, gemm.rank());
         const int first_chunk = task.slot * plan.chunks, end_chunk = min(first_chunk + plan.chunks, plan.all_chunks);
@@ -52,12 +107,13 @@ __global__ __launch_bounds__(Gemm<T>::kThreads, 1) void illada_linear_sample_tok
           const int chunk = first_chunk + tile * HeadPlan::kTileChunks;
           // None where only the neighbour has a tile.
           const int chunks = max(min(end_chunk - chunk, HeadPlan::kTileChunks), 0);
-          gemm.load(task.row_tile * kTileM, chunk * kChunk, 0, k_tiles, chunks, task.shares);
+          gemm.load(task.row_tile * kTileM, chunk * kChunk, k_tiles, chunks, task.shares);
         }
       }
+      gemm.load_tail();
     }
   } else {  // ------------------------------------------------------------------------------------------- consumers
-    Gemm<T>::Registers::as_consumer();
+    Gemm::Registers::as_consumer();
     const int warpgroup = int(threadIdx.x) / 128, lane = int(threadIdx.x) % 32;
     const int row_of_tile = int(threadIdx.x) / 32 * 16 + lane / 4;  // and 8 rows below it
     for (int item = first_item; item < items; item += plan.clusters) {
@@ -78,7 +134,7 @@ __global__ __launch_bounds__(Gemm<T>::kThreads, 1) void illada_linear_sample_tok
       for (int id = task.slot * plan.chunks * kChunk; id < end_id; id += kTileN) {
         int32_t seen[2];
         pair.read_bounds(bounds, row, seen);  // on the way while the products are made
-        gemm.multiply(d, warpgroup, k_tiles);
+        gemm.multiply(d, k_tiles);
         pair.apply_bounds(seen);
         pair.reduce(d, p, row, id, end_id, bounds);
       }
@@ -100,7 +156,6 @@ __global__ __launch_bounds__(Gemm<T>::kThreads, 1) void illada_linear_sample_tok
       }
     }
   }
-  gemm.finish();
 #endif
 }
 
@@ -152,17 +207,17 @@ void launch(const LinearSampleTokensParams& p, const Device& device, const HeadP
     shape.dependent = true;
     launch_kernel(kOp, device, s.launch.stream, shape, illada_clear_bounds_sm90, bounds, s.num_rows);
   }
-  const CUtensorMap hidden_map = tensor_map_k128(kOp, hidden, Gemm<T>::kTileM);
-  const CUtensorMap weight_map =
-      tensor_map_k128(kOp, {p.weight, s.dtype, s.vocab_size, p.width, p.weight_row_stride}, kChunk);
+  using Gemm = HeadGemm<T>;
+  const MatrixView weight{p.weight, s.dtype, s.vocab_size, p.width, p.weight_row_stride};
   LaunchShape shape;
   shape.grid = dim3(unsigned(plan.clusters * plan.cluster));
-  shape.block = dim3(Gemm<T>::kThreads);
-  shape.smem_bytes = Gemm<T>::kSmemBytes;
+  shape.block = dim3(Gemm::kThreads);
+  shape.smem_bytes = Gemm::kSmemBytes;
   shape.cluster = plan.cluster;
   shape.dependent = true;
-  launch_kernel(kOp, device, s.launch.stream, shape, illada_linear_sample_tokens_sm90<T, kWantExtras>, hidden_map,
-                weight_map, s, plan, int((p.width + Gemm<T>::kTileK - 1) / Gemm<T>::kTileK), bounds);
+  launch_kernel(kOp, device, s.launch.stream, shape, illada_linear_sample_tokens_sm90<T, kWantExtras>,
+                mainloop_params<typename Gemm::Mainloop>(kOp, hidden, weight, kChunk), s, plan,
+                int((p.width + Gemm::kTileK - 1) / Gemm::kTileK), bounds);
   launch_sample_tokens_combine(s, device, records_of(plan));
 }
 
