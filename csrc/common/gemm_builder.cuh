@@ -40,6 +40,15 @@ struct GemmSchedule<cutlass::arch::Sm90> {
   using Stages = cutlass::gemm::collective::StageCount<4>;
 };
 
+// Compiled by a check alone (tests/cpp/weight_grad_sm100.cu): no kernel for it is shipped.
+template <>
+struct GemmSchedule<cutlass::arch::Sm100> {
+  using Mainloop = cutlass::gemm::KernelTmaWarpSpecialized2SmSm100;
+  using Tile = cute::Shape<cute::_256, cute::_256, cute::_64>;  // of two CTAs
+  using Cluster = cute::Shape<cute::_2, cute::_1, cute::_1>;
+  using Stages = cutlass::gemm::collective::StageCount<4>;
+};
+
 template <typename Arch, typename T, typename LayoutA, typename LayoutB, typename Schedule = GemmSchedule<Arch>>
 using GemmMainloop = typename cutlass::gemm::collective::CollectiveBuilder<
     Arch, cutlass::arch::OpClassTensorOp, typename CutlassElementOf<T>::type, LayoutA, 8,
