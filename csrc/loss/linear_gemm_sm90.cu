@@ -67,6 +67,20 @@ struct WantedSteps {
   }
 };
 
+// Tiles of a matrix whose long side is the vocabulary, in the order in which they are made: a stretch of the vocabulary
+// is read once for all tiles across it. With groups of tiles across, it is read once a group, and the other operand of
+// the tiles that are made at the same time takes less of the L2 cache.
+struct Raster {
+  int across, along;
+
+  __device__ __forceinline__ Raster(const LinearChunk& c, int tiles_across, int i) {
+    const int group = min(c.raster, tiles_across), first = i / (group * c.id_tiles) * group;
+    const int width = min(group, tiles_across - first), of_group = i - first * c.id_tiles;
+    across = first + of_group % width;
+    along = of_group / width;
+  }
+};
+
 template <typename LayoutA, typename LayoutB>
 using LossGemm = Gemm<GemmMainloop<cutlass::arch::Sm90, BFloat16, LayoutA, LayoutB>>;
 
@@ -131,12 +145,12 @@ struct LogitsJob {
     row_pairs = tiles_of(c.used(), kPairRows);
     count = row_pairs * c.id_tiles;
   }
-  // All row tiles of a stretch of the vocabulary before the next: the weight comes from memory once.
   __device__ __forceinline__ bool wanted(const LinearChunk& c, int i) const {
-    return !again || c.again[i % row_pairs] != 0;
+    return !again || c.again[Raster(c, row_pairs, i).across] != 0;
   }
   __device__ __forceinline__ Tile tile(const LinearChunk& c, int i, int rank) const {
-    return {i % row_pairs * kPairRows + rank * kTileM, i / row_pairs * kTileN, 0, tiles_of(c.width, kTileK)};
+    const Raster at(c, row_pairs, i);
+    return {at.across * kPairRows + rank * kTileM, at.along * kTileN, 0, tiles_of(c.width, kTileK)};
   }
   __device__ __forceinline__ void prepare(const LinearChunk& c, int warp_row) {
     const int row = warp_row + int(threadIdx.x) % 32 / 4;
@@ -166,7 +180,7 @@ struct LogitsJob {
       top[half] = warp_reduce<4>(top[half], [](float a, float b) { return fmaxf(a, b); });
       sum[half] = warp_reduce<4>(sum[half], [](float a, float b) { return a + b; });
       if (lane % 4 == 0) {
-        const int64_t at = int64_t(i / row_pairs) * c.rows + row + 8 * half;
+        const int64_t at = int64_t(tile.n / kTileN) * c.rows + row + 8 * half;
         c.maxima[at] = top[half] * kLog2eF;
         c.sums[at] = sum[half];
       }
@@ -277,15 +291,10 @@ struct WeightGradJob {
     count = k_tiles ? columns * c.id_tiles : 0;
   }
   __device__ __forceinline__ bool wanted(const LinearChunk&, int) const { return true; }
-  // All columns of a stretch of the vocabulary before the next: the probabilities come from memory once.
   __device__ __forceinline__ Tile tile(const LinearChunk& c, int i, int rank) const {
-    const int id_tile = i / columns;
-    return {id_tile * kTileIds + rank * kTileM,
-            i % columns * kTileN,
-            0,
-            k_tiles,
-            c.live ? c.live + id_tile : nullptr,
-            c.id_tiles};
+    const Raster at(c, columns, i);
+    return {at.along * kTileIds + rank * kTileM,  at.across * kTileN, 0, k_tiles,
+            c.live ? c.live + at.along : nullptr, c.id_tiles};
   }
   __device__ __forceinline__ void prepare(const LinearChunk&, int) {}
   __device__ __forceinline__ void finish(const LinearChunk&, int, const Tile& tile, int warp_row,
