@@ -134,7 +134,7 @@ typename Mainloop::Params mainloop_params(const char* op, const MatrixView& a, c
   typename Mainloop::Params params{};
   using Params = typename Mainloop::Params;
   params.tma_load_a.tma_desc_ = tensor_map_k128(op, a, box_rows<typename Params::TMA_A>());
-  params.tma_load_b.tma_desc_ = tensor_map_k128(op, b, box_rows_b ? box_rows_b : box_rows<typename Params::TMA_B>());
+  params.tma_load_b.tma_desc_ = tensor_map_k128(op, b, box_rows<typename Params::TMA_B>());
   return params;
 }
 

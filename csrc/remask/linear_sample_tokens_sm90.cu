@@ -29,15 +29,15 @@ constexpr int kChunk = HeadPlan::kChunkIds;
 
 template <typename T, bool kWantExtras>
 __global__ __launch_bounds__(HeadGemm<T>::kThreads, 1) void illada_linear_sample_tokens_sm90(
-    const __grid_constant__ typename HeadGemm<T>::Params params, const __grid_constant__ SampleTokensParams p,
-    const __grid_constant__ HeadPlan plan, int k_tiles, int32_t* bounds,
+    const __grid_constant__ typename HeadGemm<T>::Params params, const __grid_constant__ CUtensorMap chunk_map,
+    const __grid_constant__ SampleTokensParams p, const __grid_constant__ HeadPlan plan, int k_tiles, int32_t* bounds,
     const __grid_constant__ DependentLaunch launch) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) char raw_shared[];
   using Gemm = HeadGemm<T>;
   constexpr int kTileM = Gemm::kTileM, kTileN = Gemm::kTileN;
   static_assert(kTileM == HeadPlan::kTileRows && kTileN == HeadPlan::kTileChunks * kChunk);
-  Gemm gemm(params, *reinterpret_cast<typename Gemm::Storage*>(raw_shared), plan.cluster);
+  Gemm gemm(params, chunk_map, *reinterpret_cast<typename Gemm::Storage*>(raw_shared), plan.cluster);
   wait_for_previous_kernel(launch);
   const int first_item = int(blockIdx.x) / plan.cluster, items = plan.items();
 
@@ -160,8 +160,8 @@ void launch(const LinearSampleTokensParams& p, const Device& device, const HeadP
   shape.cluster = plan.cluster;
   shape.dependent = true;
   launch_kernel(kOp, device, s.launch.stream, shape, illada_linear_sample_tokens_sm90<T, kWantExtras>,
-                mainloop_params<typename Gemm::Mainloop>(kOp, hidden, weight, kChunk), s, plan,
-                int((p.width + Gemm::kTileK - 1) / Gemm::kTileK), bounds);
+                mainloop_params<typename Gemm::Mainloop>(kOp, hidden, weight), tensor_map_k128(kOp, weight, kChunk), s,
+                plan, int((p.width + Gemm::kTileK - 1) / Gemm::kTileK), bounds);
   launch_sample_tokens_combine(s, device, records_of(plan));
 }
 

@@ -19,11 +19,12 @@ constexpr int kSteps = 2 * Gemm::Pipeline::Stages, kColumns = kSteps * Gemm::kTi
 constexpr long long kLate = 200000000;  // clocks
 
 __global__ __launch_bounds__(Gemm::kThreads,
-                             1) void multiply_with_a_late_warp(const __grid_constant__ Gemm::Params params, int cluster,
-                                                               float* sums, illada::DependentLaunch) {
+                             1) void multiply_with_a_late_warp(const __grid_constant__ Gemm::Params params,
+                                                               const __grid_constant__ CUtensorMap chunk_map,
+                                                               int cluster, float* sums, illada::DependentLaunch) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) char raw_shared[];
-  Gemm gemm(params, *reinterpret_cast<Gemm::Storage*>(raw_shared), cluster);
+  Gemm gemm(params, chunk_map, *reinterpret_cast<Gemm::Storage*>(raw_shared), cluster);
   if (Gemm::is_producer()) {
     Gemm::Registers::as_producer();
     if (Gemm::is_producer_warp() && cute::elect_one_sync()) {
@@ -55,10 +56,10 @@ void run(int cluster, const uint16_t* ones, float* sums) {
   shape.block = dim3(Gemm::kThreads);
   shape.smem_bytes = Gemm::kSmemBytes;
   shape.cluster = cluster;
-  const auto params = illada::mainloop_params<Gemm::Mainloop>("test", rows(Gemm::kTileM), rows(Gemm::kTileN),
-                                                              illada::remask::HeadPlan::kChunkIds);
-  illada::launch_kernel("test", illada::device("test", 0), nullptr, shape, multiply_with_a_late_warp, params, cluster,
-                        sums);
+  illada::launch_kernel("test", illada::device("test", 0), nullptr, shape, multiply_with_a_late_warp,
+                        illada::mainloop_params<Gemm::Mainloop>("test", rows(Gemm::kTileM), rows(Gemm::kTileN)),
+                        illada::tensor_map_k128("test", rows(Gemm::kTileN), illada::remask::HeadPlan::kChunkIds),
+                        cluster, sums);
   ILLADA_CUDA_CHECK("test", cudaDeviceSynchronize());
   float on_host[2];
   ILLADA_CUDA_CHECK("test", cudaMemcpy(on_host, sums, size_t(4 * cluster), cudaMemcpyDeviceToHost));
