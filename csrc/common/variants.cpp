@@ -152,6 +152,17 @@ Entry& entry<LossOrder>() {
   return it;
 }
 
+template <>
+Entry& entry<LossRaster>() {
+  static Entry it{
+      "loss_raster",
+      "ILLADA_VARIANT_LOSS_RASTER",
+      "linear_masked_cross_entropy, logits and weight gradient: tiles that share a stretch of the vocabulary and "
+      "are made together, all or groups that need less of the L2 cache",
+      {"all", "8", "4"}};
+  return it;
+}
+
 std::vector<Entry*> entries() {
   return {&entry<ProgrammaticLaunch>(),
           &entry<L2Hints>(),
@@ -164,6 +175,7 @@ std::vector<Entry*> entries() {
           &entry<AttentionBackwardReports>(),
           &entry<LossGradients>(),
           &entry<LossOrder>(),
+          &entry<LossRaster>(),
           &entry<SampleTokensLoads>()};
 }
 
@@ -184,6 +196,7 @@ template AttentionBackwardStart variant<AttentionBackwardStart>();
 template AttentionBackwardReports variant<AttentionBackwardReports>();
 template LossGradients variant<LossGradients>();
 template LossOrder variant<LossOrder>();
+template LossRaster variant<LossRaster>();
 template SampleTokensLoads variant<SampleTokensLoads>();
 
 std::vector<Variant> variants() {

@@ -17,6 +17,7 @@ enum class AttentionCluster { kAuto, k1 };
 enum class SampleTokensLoads { kRegisters, kShared64, kShared128 };
 enum class LossGradients { kFused, kMm };
 enum class LossOrder { kHiddenFirst, kWeightFirst };
+enum class LossRaster { kAll, k8, k4 };
 enum class ForwardWarps { kAuto, kFour, kEight };
 
 // The value in use.

@@ -59,6 +59,7 @@ struct LinearChunk {
   uint8_t* live;  // [rows / kPairRows, id_tiles], or null: all are
   float* slabs;
   int slab_rows;
+  int raster;  // how many tiles of a stretch of the vocabulary are made before the next stretch
 
 #if defined(__CUDACC__)
   // Rows of this chunk that are listed.

@@ -1,5 +1,5 @@
-// The three GEMMs of the fused head's loss on sm_90a. All are persistent (common/gemm_sm90.cuh's main loop, clusters of
-// two CTAs, one CTA an SM) and read on the device how many rows there are.
+// The three GEMMs of the fused head's loss on sm_90a. All are persistent (CUTLASS's main loop,
+// common/gemm_mainloop.cuh, in clusters of two CTAs, one CTA an SM) and read on the device how many rows there are.
 //
 //                  a [M, K]                        b [K, N]           d [M, N]          what becomes of d
 //   logits         hidden's rows [rows, width]     weight^T           [rows, V]         2^(d - reference) in bfloat16,
@@ -15,7 +15,7 @@
 #include <cuda.h>
 
 #include "common/dependent_launch.h"
-#include "common/gemm_sm90.cuh"
+#include "common/gemm_mainloop.cuh"
 #include "common/online_softmax.cuh"
 #include "common/tensor_map.h"
 #include "common/tile_store_sm90.cuh"
@@ -44,13 +44,45 @@ struct Tile {
     return !live || k == k_first || live[int64_t(k / kStepsOfFlag) * live_stride];
   }
   // How many steps are wanted; by whole warps.
-  __device__ __forceinline__ int steps() const {
+  __device__ __forceinline__ int count_steps() const {
     if (!live) return k_tiles;
     int count = 0;
     for (int k = int(threadIdx.x) % 32; k < k_tiles; k += 32) count += wants(k_first + k);
     return __reduce_add_sync(kFullWarp, count);
   }
 };
+
+// The steps of a tile that are wanted, as CUTLASS's producer takes them.
+struct WantedSteps {
+  const Tile& tile;
+  int k;
+
+  __device__ __forceinline__ explicit WantedSteps(const Tile& of) : tile(of), k(of.k_first) {}
+  __device__ __forceinline__ int operator*() const { return k; }
+  __device__ __forceinline__ WantedSteps& operator++() {
+    do {
+      ++k;
+    } while (k < tile.k_first + tile.k_tiles && !tile.wants(k));
+    return *this;
+  }
+};
+
+// Tiles of a matrix whose long side is the vocabulary, in the order in which they are made: a stretch of the vocabulary
+// is read once for all tiles across it. With groups of tiles across, it is read once a group, and the other operand of
+// the tiles that are made at the same time takes less of the L2 cache.
+struct Raster {
+  int across, along;
+
+  __device__ __forceinline__ Raster(const LinearChunk& c, int tiles_across, int i) {
+    const int group = min(c.raster, tiles_across), first = i / (group * c.id_tiles) * group;
+    const int width = min(group, tiles_across - first), of_group = i - first * c.id_tiles;
+    across = first + of_group % width;
+    along = of_group / width;
+  }
+};
+
+template <typename LayoutA, typename LayoutB>
+using LossGemm = Gemm<GemmMainloop<cutlass::arch::Sm90, BFloat16, LayoutA, LayoutB>>;
 
 // Shared memory: what the main loop has, then the buffers of the eight warps that store.
 template <typename Job>
@@ -59,47 +91,48 @@ constexpr int kSmemBytes = Job::Gemm::kSmemBytes + 8 * Job::Store::kBytes;
 // Walks over a job's tiles, pair by pair of CTAs; neighbouring pairs have neighbouring tiles at the same time. `out`:
 // where the products go, in boxes of a warp's rows.
 template <typename Job>
-__device__ __forceinline__ void run(const CUtensorMap& a_map, const CUtensorMap& b_map, const CUtensorMap& out_map,
+__device__ __forceinline__ void run(const typename Job::Gemm::Params& params, const CUtensorMap& out_map,
                                     const LinearChunk& chunk, const DependentLaunch& launch, Job& job) {
-  extern __shared__ char raw_shared[];
+  extern __shared__ __align__(1024) char raw_shared[];
   using Gemm = typename Job::Gemm;
   static_assert(Gemm::kThreads == kThreads && Gemm::kTileM == kTileM && Gemm::kTileN == kTileN &&
                 Gemm::kTileK == kTileK);
-  Gemm gemm(raw_shared, &a_map, &b_map, 2);
+  auto& storage = *reinterpret_cast<typename Gemm::Storage*>(raw_shared);
+  Gemm gemm(params, storage, typename Gemm::Mainloop::DispatchPolicy::ClusterShape{});
   wait_for_previous_kernel(launch);
-  const int pair = int(blockIdx.x) / 2, pairs = int(gridDim.x) / 2;
+  const int pair = int(blockIdx.x) / 2, pairs = int(gridDim.x) / 2, rank = int(cute::block_rank_in_cluster());
   job.begin(chunk, pairs);
-  if (threadIdx.x >= Gemm::kProducerThread) {
+  if (Gemm::is_producer()) {
     Gemm::Registers::as_producer();
-    if (threadIdx.x == Gemm::kProducerThread) {
+    if (Gemm::is_producer_warp()) {
       for (int i = pair; i < job.count; i += pairs) {
         if (!job.wanted(chunk, i)) continue;
-        const Tile tile = job.tile(chunk, i, gemm.rank());
-        gemm.load(tile.m, tile.n, tile.k_first, tile.k_tiles, Gemm::kBoxesB, [&](int k) { return tile.wants(k); });
+        const Tile tile = job.tile(chunk, i, rank);
+        gemm.load(tile.m / kTileM, tile.n / kTileN, WantedSteps(tile), tile.count_steps());
       }
+      gemm.load_tail();
     }
   } else {
     Gemm::Registers::as_consumer();
     const int warp = int(threadIdx.x) / 32;
-    typename Job::Store store(gemm.end_of_storage() + uint32_t(warp * Job::Store::kBytes));
+    typename Job::Store store(cute::cast_smem_ptr_to_uint(&storage + 1) + uint32_t(warp * Job::Store::kBytes));
     float d[kTileN / 2];
     for (int i = pair; i < job.count; i += pairs) {
       if (!job.wanted(chunk, i)) continue;
-      const Tile tile = job.tile(chunk, i, gemm.rank());
+      const Tile tile = job.tile(chunk, i, rank);
       const int warp_row = tile.m + warp * Job::Store::kRows;
       job.prepare(chunk, warp_row);
-      gemm.multiply(d, warp / 4, tile.steps());
+      gemm.multiply(d, tile.count_steps());
       job.finish(chunk, i, tile, warp_row, d, store, &out_map);
     }
     store.finish();
   }
-  gemm.finish();
 }
 
 // ------------------------------------------------------------------------------------------------------------ logits
 
 struct LogitsJob {
-  using Gemm = GemmSm90<BFloat16, Major::kK, Major::kK, 64>;
+  using Gemm = LossGemm<KMajor, KMajor>;
   using Store = TileStoreSm90<BFloat16>;
   bool keep;   // the probabilities, for gradients
   bool again;  // only the pairs that are marked
@@ -112,12 +145,12 @@ struct LogitsJob {
     row_pairs = tiles_of(c.used(), kPairRows);
     count = row_pairs * c.id_tiles;
   }
-  // All row tiles of a stretch of the vocabulary before the next: the weight comes from memory once.
   __device__ __forceinline__ bool wanted(const LinearChunk& c, int i) const {
-    return !again || c.again[i % row_pairs] != 0;
+    return !again || c.again[Raster(c, row_pairs, i).across] != 0;
   }
   __device__ __forceinline__ Tile tile(const LinearChunk& c, int i, int rank) const {
-    return {i % row_pairs * kPairRows + rank * kTileM, i / row_pairs * kTileN, 0, tiles_of(c.width, kTileK)};
+    const Raster at(c, row_pairs, i);
+    return {at.across * kPairRows + rank * kTileM, at.along * kTileN, 0, tiles_of(c.width, kTileK)};
   }
   __device__ __forceinline__ void prepare(const LinearChunk& c, int warp_row) {
     const int row = warp_row + int(threadIdx.x) % 32 / 4;
@@ -147,7 +180,7 @@ struct LogitsJob {
       top[half] = warp_reduce<4>(top[half], [](float a, float b) { return fmaxf(a, b); });
       sum[half] = warp_reduce<4>(sum[half], [](float a, float b) { return a + b; });
       if (lane % 4 == 0) {
-        const int64_t at = int64_t(i / row_pairs) * c.rows + row + 8 * half;
+        const int64_t at = int64_t(tile.n / kTileN) * c.rows + row + 8 * half;
         c.maxima[at] = top[half] * kLog2eF;
         c.sums[at] = sum[half];
       }
@@ -192,19 +225,18 @@ struct LogitsJob {
 };
 
 __global__ __launch_bounds__(kThreads, 1) void illada_linear_masked_cross_entropy_logits_sm90(
-    const __grid_constant__ CUtensorMap hidden_map, const __grid_constant__ CUtensorMap weight_map,
-    const __grid_constant__ CUtensorMap probs_map, const __grid_constant__ LinearChunk chunk, bool keep, bool again,
-    const __grid_constant__ DependentLaunch launch) {
+    const __grid_constant__ LogitsJob::Gemm::Params params, const __grid_constant__ CUtensorMap probs_map,
+    const __grid_constant__ LinearChunk chunk, bool keep, bool again, const __grid_constant__ DependentLaunch launch) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   LogitsJob job{keep, again};
-  run(hidden_map, weight_map, probs_map, chunk, launch, job);
+  run(params, probs_map, chunk, launch, job);
 #endif
 }
 
 // ------------------------------------------------------------------------------------------------- hidden's gradient
 
 struct HiddenGradJob {
-  using Gemm = GemmSm90<BFloat16, Major::kK, Major::kMN, 64>;
+  using Gemm = LossGemm<KMajor, MnMajor>;
   using Store = TileStoreSm90<float>;
   int count, columns;
   HiddenGradSplit split;
@@ -235,12 +267,11 @@ struct HiddenGradJob {
 };
 
 __global__ __launch_bounds__(kThreads, 1) void illada_linear_masked_cross_entropy_hidden_grad_sm90(
-    const __grid_constant__ CUtensorMap probs_map, const __grid_constant__ CUtensorMap weight_map,
-    const __grid_constant__ CUtensorMap slabs_map, const __grid_constant__ LinearChunk chunk,
-    const __grid_constant__ DependentLaunch launch) {
+    const __grid_constant__ HiddenGradJob::Gemm::Params params, const __grid_constant__ CUtensorMap slabs_map,
+    const __grid_constant__ LinearChunk chunk, const __grid_constant__ DependentLaunch launch) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   HiddenGradJob job;
-  run(probs_map, weight_map, slabs_map, chunk, launch, job);
+  run(params, slabs_map, chunk, launch, job);
 #endif
 }
 
@@ -249,7 +280,7 @@ __global__ __launch_bounds__(kThreads, 1) void illada_linear_masked_cross_entrop
 // Out: float or BFloat16.
 template <typename Out>
 struct WeightGradJob {
-  using Gemm = GemmSm90<BFloat16, Major::kMN, Major::kMN, 64>;
+  using Gemm = LossGemm<MnMajor, MnMajor>;
   using Store = TileStoreSm90<Out>;
   bool add;  // onto what is there, by one CTA and once for each element: there is no order that could matter
   int count, columns, k_tiles;
@@ -260,15 +291,10 @@ struct WeightGradJob {
     count = k_tiles ? columns * c.id_tiles : 0;
   }
   __device__ __forceinline__ bool wanted(const LinearChunk&, int) const { return true; }
-  // All columns of a stretch of the vocabulary before the next: the probabilities come from memory once.
   __device__ __forceinline__ Tile tile(const LinearChunk& c, int i, int rank) const {
-    const int id_tile = i / columns;
-    return {id_tile * kTileIds + rank * kTileM,
-            i % columns * kTileN,
-            0,
-            k_tiles,
-            c.live ? c.live + id_tile : nullptr,
-            c.id_tiles};
+    const Raster at(c, columns, i);
+    return {at.along * kTileIds + rank * kTileM,  at.across * kTileN, 0, k_tiles,
+            c.live ? c.live + at.along : nullptr, c.id_tiles};
   }
   __device__ __forceinline__ void prepare(const LinearChunk&, int) {}
   __device__ __forceinline__ void finish(const LinearChunk&, int, const Tile& tile, int warp_row,
@@ -279,7 +305,7 @@ struct WeightGradJob {
 
 template <typename Out>
 __global__ __launch_bounds__(kThreads, 1) void illada_linear_masked_cross_entropy_weight_grad_sm90(
-    const __grid_constant__ CUtensorMap probs_map, const __grid_constant__ CUtensorMap hidden_map,
+    const __grid_constant__ typename WeightGradJob<Out>::Gemm::Params params,
     const __grid_constant__ CUtensorMap grad_map, const __grid_constant__ LinearChunk chunk, Out* target, bool add,
     const __grid_constant__ DependentLaunch launch) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -296,7 +322,7 @@ __global__ __launch_bounds__(kThreads, 1) void illada_linear_masked_cross_entrop
     return;
   }
   WeightGradJob<Out> job{add};
-  run(probs_map, hidden_map, grad_map, chunk, launch, job);
+  run(params, grad_map, chunk, launch, job);
 #endif
 }
 
@@ -325,9 +351,10 @@ void launch_weight_grad(const LinearMaskedCrossEntropyParams& p, const Device& d
   using Job = WeightGradJob<Out>;
   const MatrixView grad{p.weight_grad, p.weight_grad_dtype, p.vocab_size, p.width, p.width};
   launch_kernel(kOp, device, p.launch.stream, shape_of(device, kSmemBytes<Job>),
-                illada_linear_masked_cross_entropy_weight_grad_sm90<Out>, tensor_map_k128(kOp, probs_of(chunk), kTileK),
-                tensor_map_k128(kOp, hidden_of(chunk), kTileK), tensor_map_k128(kOp, grad, Job::Store::kRows), chunk,
-                static_cast<Out*>(p.weight_grad), p.add_to_weight_grad || chunk.first > 0);
+                illada_linear_masked_cross_entropy_weight_grad_sm90<Out>,
+                mainloop_params<typename Job::Gemm::Mainloop>(kOp, probs_of(chunk), hidden_of(chunk)),
+                tensor_map_k128(kOp, grad, Job::Store::kRows), chunk, static_cast<Out*>(p.weight_grad),
+                p.add_to_weight_grad || chunk.first > 0);
 }
 
 }  // namespace
@@ -335,10 +362,11 @@ void launch_weight_grad(const LinearMaskedCrossEntropyParams& p, const Device& d
 void launch_linear_logits_sm90(const LinearMaskedCrossEntropyParams& p, const Device& device, const LinearChunk& chunk,
                                bool again) {
   const bool keep = p.hidden_grad || p.weight_grad;
-  const CUtensorMap hidden_map = tensor_map_k128(kOp, hidden_of(chunk), kTileM);
+  const auto params = mainloop_params<LogitsJob::Gemm::Mainloop>(kOp, hidden_of(chunk), weight_of(p));
   launch_kernel(kOp, device, p.launch.stream, shape_of(device, kSmemBytes<LogitsJob>),
-                illada_linear_masked_cross_entropy_logits_sm90, hidden_map, tensor_map_k128(kOp, weight_of(p), 64),
-                keep ? tensor_map_k128(kOp, probs_of(chunk), LogitsJob::Store::kRows) : hidden_map, chunk, keep, again);
+                illada_linear_masked_cross_entropy_logits_sm90, params,
+                keep ? tensor_map_k128(kOp, probs_of(chunk), LogitsJob::Store::kRows) : CUtensorMap{}, chunk, keep,
+                again);
 }
 
 void launch_linear_hidden_grad_sm90(const LinearMaskedCrossEntropyParams& p, const Device& device,
@@ -346,8 +374,9 @@ void launch_linear_hidden_grad_sm90(const LinearMaskedCrossEntropyParams& p, con
   using Job = HiddenGradJob;
   const MatrixView slabs{chunk.slabs, DType::kFloat32, chunk.slab_rows, chunk.width, chunk.width};
   launch_kernel(kOp, device, p.launch.stream, shape_of(device, kSmemBytes<Job>),
-                illada_linear_masked_cross_entropy_hidden_grad_sm90, tensor_map_k128(kOp, probs_of(chunk), kTileM),
-                tensor_map_k128(kOp, weight_of(p), kTileK), tensor_map_k128(kOp, slabs, Job::Store::kRows), chunk);
+                illada_linear_masked_cross_entropy_hidden_grad_sm90,
+                mainloop_params<Job::Gemm::Mainloop>(kOp, probs_of(chunk), weight_of(p)),
+                tensor_map_k128(kOp, slabs, Job::Store::kRows), chunk);
 }
 
 void launch_linear_weight_grad_sm90(const LinearMaskedCrossEntropyParams& p, const Device& device,

@@ -1,7 +1,7 @@
 // linear_sample_tokens on sm_90a: logits[n, v] = hidden[n] . weight[v], reduced where they are, in the accumulators.
 //
 // A CTA takes a tile of 128 rows and a range of the vocabulary at a time (HeadPlan says which), and walks over the
-// range in tiles of 256 ids (the main loop is common/gemm_sm90.cuh's). The two warpgroups reduce their tile into
+// range in tiles of 256 ids (CUTLASS's products, common/gemm_mainloop.cuh). The two warpgroups reduce their tile into
 // per-row states in registers (row_sample.cuh). At the end of the range the four lanes that share a row merge, leave
 // their records in the workspace, and illada_sample_tokens_combine finishes.
 //
@@ -16,8 +16,8 @@
 #include <cfloat>
 
 #include "common/dependent_launch.h"
-#include "common/gemm_sm90.cuh"
 #include "common/tensor_map.h"
+#include "remask/head_gemm_sm90.cuh"
 #include "remask/head_tile.cuh"
 #include "remask/launch.h"
 #include "remask/row_sample.cuh"
@@ -26,25 +26,24 @@ namespace illada::remask {
 namespace {
 
 constexpr int kChunk = HeadPlan::kChunkIds;
-template <typename T>
-using Gemm = GemmSm90<T, Major::kK, Major::kK, kChunk>;
 
 template <typename T, bool kWantExtras>
-__global__ __launch_bounds__(Gemm<T>::kThreads, 1) void illada_linear_sample_tokens_sm90(
-    const __grid_constant__ CUtensorMap hidden_map, const __grid_constant__ CUtensorMap weight_map,
+__global__ __launch_bounds__(HeadGemm<T>::kThreads, 1) void illada_linear_sample_tokens_sm90(
+    const __grid_constant__ typename HeadGemm<T>::Params params, const __grid_constant__ CUtensorMap chunk_map,
     const __grid_constant__ SampleTokensParams p, const __grid_constant__ HeadPlan plan, int k_tiles, int32_t* bounds,
     const __grid_constant__ DependentLaunch launch) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  extern __shared__ char raw_shared[];
-  constexpr int kTileM = Gemm<T>::kTileM, kTileN = Gemm<T>::kTileN;
+  extern __shared__ __align__(1024) char raw_shared[];
+  using Gemm = HeadGemm<T>;
+  constexpr int kTileM = Gemm::kTileM, kTileN = Gemm::kTileN;
   static_assert(kTileM == HeadPlan::kTileRows && kTileN == HeadPlan::kTileChunks * kChunk);
-  Gemm<T> gemm(raw_shared, &hidden_map, &weight_map, plan.cluster);
+  Gemm gemm(params, chunk_map, *reinterpret_cast<typename Gemm::Storage*>(raw_shared), plan.cluster);
   wait_for_previous_kernel(launch);
   const int first_item = int(blockIdx.x) / plan.cluster, items = plan.items();
 
-  if (threadIdx.x >= Gemm<T>::kProducerThread) {  // ----------------------------------------------------- producer
-    Gemm<T>::Registers::as_producer();
-    if (threadIdx.x == Gemm<T>::kProducerThread) {
+  if (Gemm::is_producer()) {  // ------------------------------------------------------------------------- producer
+    Gemm::Registers::as_producer();
+    if (Gemm::is_producer_warp() && cute::elect_one_sync()) {
       for (int item = first_item; item < items; item += plan.clusters) {
         const HeadTask task = plan.task(item, gemm.rank());
         const int first_chunk = task.slot * plan.chunks, end_chunk = min(first_chunk + plan.chunks, plan.all_chunks);
@@ -52,12 +51,13 @@ __global__ __launch_bounds__(Gemm<T>::kThreads, 1) void illada_linear_sample_tok
           const int chunk = first_chunk + tile * HeadPlan::kTileChunks;
           // None where only the neighbour has a tile.
           const int chunks = max(min(end_chunk - chunk, HeadPlan::kTileChunks), 0);
-          gemm.load(task.row_tile * kTileM, chunk * kChunk, 0, k_tiles, chunks, task.shares);
+          gemm.load(task.row_tile * kTileM, chunk * kChunk, k_tiles, chunks, task.shares);
         }
       }
+      gemm.load_tail();
     }
   } else {  // ------------------------------------------------------------------------------------------- consumers
-    Gemm<T>::Registers::as_consumer();
+    Gemm::Registers::as_consumer();
     const int warpgroup = int(threadIdx.x) / 128, lane = int(threadIdx.x) % 32;
     const int row_of_tile = int(threadIdx.x) / 32 * 16 + lane / 4;  // and 8 rows below it
     for (int item = first_item; item < items; item += plan.clusters) {
@@ -78,7 +78,7 @@ __global__ __launch_bounds__(Gemm<T>::kThreads, 1) void illada_linear_sample_tok
       for (int id = task.slot * plan.chunks * kChunk; id < end_id; id += kTileN) {
         int32_t seen[2];
         pair.read_bounds(bounds, row, seen);  // on the way while the products are made
-        gemm.multiply(d, warpgroup, k_tiles);
+        gemm.multiply(d, k_tiles);
         pair.apply_bounds(seen);
         pair.reduce(d, p, row, id, end_id, bounds);
       }
@@ -100,7 +100,6 @@ __global__ __launch_bounds__(Gemm<T>::kThreads, 1) void illada_linear_sample_tok
       }
     }
   }
-  gemm.finish();
 #endif
 }
 
@@ -152,17 +151,17 @@ void launch(const LinearSampleTokensParams& p, const Device& device, const HeadP
     shape.dependent = true;
     launch_kernel(kOp, device, s.launch.stream, shape, illada_clear_bounds_sm90, bounds, s.num_rows);
   }
-  const CUtensorMap hidden_map = tensor_map_k128(kOp, hidden, Gemm<T>::kTileM);
-  const CUtensorMap weight_map =
-      tensor_map_k128(kOp, {p.weight, s.dtype, s.vocab_size, p.width, p.weight_row_stride}, kChunk);
+  using Gemm = HeadGemm<T>;
+  const MatrixView weight{p.weight, s.dtype, s.vocab_size, p.width, p.weight_row_stride};
   LaunchShape shape;
   shape.grid = dim3(unsigned(plan.clusters * plan.cluster));
-  shape.block = dim3(Gemm<T>::kThreads);
-  shape.smem_bytes = Gemm<T>::kSmemBytes;
+  shape.block = dim3(Gemm::kThreads);
+  shape.smem_bytes = Gemm::kSmemBytes;
   shape.cluster = plan.cluster;
   shape.dependent = true;
-  launch_kernel(kOp, device, s.launch.stream, shape, illada_linear_sample_tokens_sm90<T, kWantExtras>, hidden_map,
-                weight_map, s, plan, int((p.width + Gemm<T>::kTileK - 1) / Gemm<T>::kTileK), bounds);
+  launch_kernel(kOp, device, s.launch.stream, shape, illada_linear_sample_tokens_sm90<T, kWantExtras>,
+                mainloop_params<typename Gemm::Mainloop>(kOp, hidden, weight), tensor_map_k128(kOp, weight, kChunk), s,
+                plan, int((p.width + Gemm::kTileK - 1) / Gemm::kTileK), bounds);
   launch_sample_tokens_combine(s, device, records_of(plan));
 }
 

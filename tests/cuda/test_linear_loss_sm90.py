@@ -338,6 +338,18 @@ def test_variants_with_any_number_of_tokens(given, variant, device, generator, p
         assert (got[2][of_call.cpu() == 0] == 0).all()
 
 
+@pytest.mark.parametrize("value", ["8", "4"])
+@pytest.mark.parametrize("filter_eps", [0.0, 1e-3])
+def test_groups_of_tiles_change_no_bit(value, filter_eps, device, generator, poison):
+    """Row tiles and columns of whole groups and of a smaller last one; two chunks."""
+    inputs = make((2500, 2312, 300, 1.0, 0), device, generator)
+    keywords = {"normalizer": 12.5, "chunk_rows": 2304, "filter_eps": filter_eps}
+    want = results(illada.linear_masked_cross_entropy, *inputs, **keywords)
+    with use_variants(loss_raster=value):
+        got = results(illada.linear_masked_cross_entropy, *inputs, **keywords)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 @pytest.mark.parametrize("needed", ["hidden", "weight"])
 def test_one_gradient_by_mm(needed, device, generator, poison):
     hidden, weight, targets, weights = make((300, 72, 1001, 1.0, 0), device, generator)

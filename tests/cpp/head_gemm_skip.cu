@@ -1,39 +1,41 @@
-// The GEMM of common/gemm_sm90.cuh while one warp of the warpgroup that skips its rows comes late: see
+// The GEMM of remask/head_gemm_sm90.cuh while one warp of the warpgroup that skips its rows comes late: see
 // tests/cuda/test_cpp.py. Prints what a sum of 512 ones is, with and without a cluster.
 #include <cuda_runtime.h>
 
 #include <cstdio>
 
 #include "common/device.h"
-#include "common/gemm_sm90.cuh"
-#include "common/tensor_map.h"
 #include "illada/illada.h"
+#include "remask/head_gemm_sm90.cuh"
 
 illada::BuildInfo illada::build_info() { return {}; }  // named by an error message that does not come up here
 
 namespace {
 
-using illada::BFloat16;
-using Gemm = illada::GemmSm90<BFloat16, illada::Major::kK, illada::Major::kK, 64>;
+using Gemm = illada::remask::HeadGemm<illada::BFloat16>;
+constexpr int kChunks = illada::remask::HeadPlan::kTileChunks;
 // Each stage is filled twice, and not a third time: who has missed both phases waits for ever.
-constexpr int kSteps = 2 * Gemm::kStages, kColumns = kSteps * Gemm::kTileK;
+constexpr int kSteps = 2 * Gemm::Pipeline::Stages, kColumns = kSteps * Gemm::kTileK;
 constexpr long long kLate = 200000000;  // clocks
 
 __global__ __launch_bounds__(Gemm::kThreads,
-                             1) void multiply_with_a_late_warp(const __grid_constant__ CUtensorMap a_map,
-                                                               const __grid_constant__ CUtensorMap b_map, int cluster,
-                                                               float* sums, illada::DependentLaunch) {
+                             1) void multiply_with_a_late_warp(const __grid_constant__ Gemm::Params params,
+                                                               const __grid_constant__ CUtensorMap chunk_map,
+                                                               int cluster, float* sums, illada::DependentLaunch) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  extern __shared__ char raw_shared[];
-  Gemm gemm(raw_shared, &a_map, &b_map, cluster);
-  if (threadIdx.x >= Gemm::kProducerThread) {
+  extern __shared__ __align__(1024) char raw_shared[];
+  Gemm gemm(params, chunk_map, *reinterpret_cast<Gemm::Storage*>(raw_shared), cluster);
+  if (Gemm::is_producer()) {
     Gemm::Registers::as_producer();
-    if (threadIdx.x == Gemm::kProducerThread) gemm.load(0, 0, 0, kSteps);
+    if (Gemm::is_producer_warp() && cute::elect_one_sync()) {
+      gemm.load(0, 0, kSteps, kChunks, true);
+      gemm.load_tail();
+    }
   } else {
     Gemm::Registers::as_consumer();
     if (threadIdx.x < 128) {
       float d[Gemm::kTileN / 2];
-      gemm.multiply(d, 0, kSteps);
+      gemm.multiply(d, kSteps);
       if (threadIdx.x == 0) sums[blockIdx.x] = d[0];
     } else {
       const long long start = clock64();
@@ -42,13 +44,12 @@ __global__ __launch_bounds__(Gemm::kThreads,
       gemm.skip(kSteps);
     }
   }
-  gemm.finish();
 #endif
 }
 
 void run(int cluster, const uint16_t* ones, float* sums) {
-  const auto map = [&](int rows, int box_rows) {
-    return illada::tensor_map_k128("test", {ones, illada::DType::kBFloat16, rows, kColumns, kColumns}, box_rows);
+  const auto rows = [&](int count) {
+    return illada::MatrixView{ones, illada::DType::kBFloat16, count, kColumns, kColumns};
   };
   illada::LaunchShape shape;
   shape.grid = dim3(unsigned(cluster));
@@ -56,7 +57,9 @@ void run(int cluster, const uint16_t* ones, float* sums) {
   shape.smem_bytes = Gemm::kSmemBytes;
   shape.cluster = cluster;
   illada::launch_kernel("test", illada::device("test", 0), nullptr, shape, multiply_with_a_late_warp,
-                        map(Gemm::kTileM, Gemm::kTileM), map(Gemm::kTileN, 64), cluster, sums);
+                        illada::mainloop_params<Gemm::Mainloop>("test", rows(Gemm::kTileM), rows(Gemm::kTileN)),
+                        illada::tensor_map_k128("test", rows(Gemm::kTileN), illada::remask::HeadPlan::kChunkIds),
+                        cluster, sums);
   ILLADA_CUDA_CHECK("test", cudaDeviceSynchronize());
   float on_host[2];
   ILLADA_CUDA_CHECK("test", cudaMemcpy(on_host, sums, size_t(4 * cluster), cudaMemcpyDeviceToHost));

@@ -1,0 +1,141 @@
+// GEMMs on CUTLASS's warp-specialised main loops: d [128, 256] = a [128, K] . b [K, 256] of a CTA, 16-bit elements,
+// sums in fp32. CUTLASS's are the layouts of shared memory, the pipeline of TMA loads, the copies and the products.
+// Ours are the kernels around them: which tiles, which steps of K, and what becomes of the products.
+//
+// A CTA has one producer warp and two consumer warpgroups (cooperative: 64 rows of the tile each). Two CTAs of a
+// cluster, whose tiles of a are neighbours, share b: each loads half of it for both (multicast).
+#pragma once
+
+#include <cuda.h>
+// The builder and the one main loop that it picks here: cutlass/gemm/collective/collective_builder.hpp has them all,
+// and takes four times as long to compile.
+#include <cutlass/gemm/collective/builders/sm90_gmma_builder.inl>
+#include <cutlass/gemm/collective/sm90_mma_tma_gmma_ss_warpspecialized.hpp>
+
+#include "common/dtype.cuh"
+#include "common/gemm_builder.cuh"
+#include "common/registers_sm90.cuh"
+#include "common/tensor_map.h"
+
+namespace illada {
+
+// The roles of a CTA, between `Mainloop` (a CollectiveMma) and a kernel. The kernel walks over tiles and calls `load`
+// in the producer warp and `multiply` in the consumers for each of them, in the same order.
+template <typename Mainloop_>
+class Gemm {
+ public:
+  using Mainloop = Mainloop_;
+  using Params = typename Mainloop::Params;
+  using Pipeline = typename Mainloop::MainloopPipeline;
+  using TiledMma = typename Mainloop::TiledMma;
+  using TileShape = typename Mainloop::TileShape;
+  static constexpr int kTileM = cute::size<0>(TileShape{}), kTileN = cute::size<1>(TileShape{}),
+                       kTileK = cute::size<2>(TileShape{});
+  static constexpr int kConsumers = cute::size(TiledMma{}) / 128, kThreads = 128 * (kConsumers + 1);
+  static constexpr int kProducerWarp = 4 * kConsumers;
+  using Registers = RegisterSplit<kConsumers, 40, 232>;
+
+  struct alignas(1024) Storage {
+    typename Mainloop::TensorStorage tensors;
+    typename Mainloop::PipelineStorage pipeline;
+  };
+  static constexpr int kSmemBytes = int(sizeof(Storage));
+  static_assert(kSmemBytes <= 227 * 1024);
+
+  // By all threads of the CTA, before anything else. `cluster`: the CTAs that share b, (2, 1, 1), or (1, 1, 1) with a
+  // producer of the kernel's own. `expects_bytes`: each load is of a whole stage, as Mainloop's are.
+  template <typename Cluster>
+  __device__ __forceinline__ Gemm(const Params& params, Storage& storage, Cluster cluster, bool expects_bytes = true)
+      : params_(params), storage_(storage), pipeline_(storage.pipeline, pipeline_params(expects_bytes), cluster) {
+    if (threadIdx.x == 0) Mainloop::prefetch_tma_descriptors(params);
+    if (cute::size(cluster) > 1) {
+      cute::cluster_sync();
+    } else {
+      __syncthreads();
+    }
+  }
+
+  static __device__ __forceinline__ bool is_producer() { return int(threadIdx.x) >= 32 * kProducerWarp; }
+  static __device__ __forceinline__ bool is_producer_warp() { return int(threadIdx.x) / 32 == kProducerWarp; }
+
+  // By the producer warp: rows of a from m * kTileM on, columns of b from n * kTileN on, for `steps` steps of K, which
+  // *step, *++step, .. name. What lies outside of the tensor maps is 0.
+  template <typename Steps>
+  __device__ __forceinline__ void load(int m, int n, Steps step, int steps) {
+    const auto sizes = cute::make_shape(0, 0, 0, 1);  // TMA knows them
+    Mainloop().load(params_, pipeline_, producer_state(), Mainloop().load_init(sizes, params_),
+                    cute::make_coord(m, n, cute::_, 0), step, steps, int(threadIdx.x) % 32,
+                    cute::block_rank_in_cluster(), storage_.tensors);
+    done_ += uint32_t(steps);
+  }
+  // By the producer warp, last: the CTA does not leave while its neighbour may still arrive at its barriers.
+  __device__ __forceinline__ void load_tail() { Mainloop().load_tail(pipeline_, producer_state()); }
+
+  // By the consumers: d in wgmma's accumulator layout, of at least one step. d[4 j + 2 i + e] of thread t is (row
+  // t / 32 * 16 + t % 32 / 4 + 8 i, column 8 j + t % 4 * 2 + e).
+  __device__ __forceinline__ void multiply(float (&d)[kTileN / 2], int steps) {
+    auto sums = cute::make_tensor(cute::make_rmem_ptr(&d[0]),
+                                  cute::partition_shape_C(TiledMma{}, cute::take<0, 2>(TileShape{})));
+    static_assert(cute::cosize_v<decltype(sums.layout())> == kTileN / 2 && cute::size(sums) == kTileN / 2);
+    Mainloop().mma(pipeline_, consumer_state(), sums, steps, int(threadIdx.x), storage_.tensors, params_);
+    Mainloop().mma_tail(pipeline_, consumer_state(), steps);
+    cute::warpgroup_fence_operand(sums);  // nothing is made of them before the wait in the tail
+    done_ += uint32_t(steps);
+  }
+  // The same without a product, where the warpgroup has nothing to do. A warp releases a stage for a CTA of the cluster
+  // on behalf of the other three, which must have seen it by then: one that comes late could miss two phases of it.
+  __device__ __forceinline__ void skip(int steps) {
+    const uint32_t barrier = 1 + threadIdx.x / 128;
+#pragma unroll 1
+    for (int i = 0; i < steps; ++i, ++done_) {
+      pipeline_.consumer_wait(consumer_state());
+      cutlass::arch::NamedBarrier::sync(128, barrier);
+      pipeline_.consumer_release(consumer_state());
+    }
+  }
+
+ protected:
+  static __device__ __forceinline__ typename Pipeline::Params pipeline_params(bool expects_bytes) {
+    typename Pipeline::Params params;
+    params.transaction_bytes = Mainloop::TmaTransactionBytes;
+    params.role = is_producer() ? Pipeline::ThreadCategory::Producer : Pipeline::ThreadCategory::Consumer;
+    params.is_leader = is_producer() && expects_bytes;  // `load` elects the one thread that asks
+    params.num_consumers = 128 * kConsumers;
+    return params;
+  }
+
+  using State = typename Pipeline::PipelineState;
+  __device__ __forceinline__ State consumer_state() const {
+    return {int(done_ % State::Stages), done_ / State::Stages & 1, done_};
+  }
+  __device__ __forceinline__ State producer_state() const {  // all stages are free at first
+    return {int(done_ % State::Stages), ~(done_ / State::Stages) & 1, done_};
+  }
+
+  const Params& params_;
+  Storage& storage_;
+  Pipeline pipeline_;
+  uint32_t done_ = 0;  // steps of K; alive in the epilogues, where a state would take two registers
+};
+
+// How many rows of 128 bytes a box of a TMA copy has.
+template <typename Copy>
+constexpr int box_rows() {
+  using Traits = typename Copy::Traits;
+  constexpr int kRows = int(decltype(cute::size(typename Traits::RefLayout{}))::value) / (8 * 128);
+  return kRows / cute::max(int(decltype(cute::size<0>(typename Copy::TiledLayout_TV{}))::value), 1);
+}
+
+// A main loop's parameters, with maps from the cache and not encoded anew as by its to_underlying_arguments. a and b
+// are row-major: [rows, K] where K is contiguous, else [K, rows].
+template <typename Mainloop>
+typename Mainloop::Params mainloop_params(const char* op, const MatrixView& a, const MatrixView& b,
+                                          int box_rows_b = 0) {
+  typename Mainloop::Params params{};
+  using Params = typename Mainloop::Params;
+  params.tma_load_a.tma_desc_ = tensor_map_k128(op, a, box_rows<typename Params::TMA_A>());
+  params.tma_load_b.tma_desc_ = tensor_map_k128(op, b, box_rows<typename Params::TMA_B>());
+  return params;
+}
+
+}  // namespace illada
