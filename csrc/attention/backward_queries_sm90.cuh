@@ -1,20 +1,25 @@
-// dq on sm_90a, where it is not summed up beside dk and dv: in a fixed order, and without sums in memory.
+// dq on sm_90a, where it is not summed up beside dk and dv: in a fixed order,
+// and without sums in memory.
 //
-// CTAs walk over the forward items of the plan, like the forward: two consumer warpgroups have 64 rows (tokens x heads
-// of the group) each, a producer warp loads tiles of 128 keys and values for both. With rows on the M side the scores
-// and their gradients are operands straight from registers, and the rows' statistics two registers a row:
+// CTAs walk over the forward items of the plan, like the forward: two consumer
+// warpgroups have 64 rows (tokens x heads of the group) each, a producer warp
+// loads tiles of 128 keys and values for both. With rows on the M side the
+// scores and their gradients are operands straight from registers, and the
+// rows' statistics two registers a row:
 //
 //   s = q k^T,   dp = do v^T,   dq += ds k.
 //
 //   q_full, q_empty [w]   queries and gradients of warpgroup w, and the item
 //   k_full, k_empty [s]   keys; v_full, v_empty [s]: values
-//   turns                 named barriers: a warpgroup's three products are queued in one go, so that the exponentials
+//   turns                 named barriers: a warpgroup's three products are
+//   queued in one go, so that the exponentials
 //                         of the other one run beside them
 //
-// The keys' partial tile comes first; no other is masked. The next item's first products follow this one's last ones,
-// and its dq leaves meanwhile.
+// The keys' partial tile comes first; no other is masked. The next item's first
+// products follow this one's last ones, and its dq leaves meanwhile.
 //
-// 128 rows and 128 keys at D 128 are 3 * 2 * 128^3 flop, 3072 clocks of the tensor cores.
+// 128 rows and 128 keys at D 128 are 3 * 2 * 128^3 flop, 3072 clocks of the
+// tensor cores.
 #pragma once
 
 #include <cuda.h>
@@ -27,58 +32,65 @@
 #include "attention/launch.h"
 #include "attention/row_pair.cuh"
 #include "attention/tiles_sm90.cuh"
+#include "common/barrier_sm90.cuh"
 #include "common/dependent_launch.h"
 #include "common/dtype.cuh"
 #include "common/ptx.cuh"
 #include "common/reduce.cuh"
 #include "common/registers_sm90.cuh"
-#include "common/ring.cuh"
 #include "common/tensor_map.h"
 #include "common/wgmma.cuh"
 
 namespace illada::attention {
 namespace {
 
-template <int kHeadDim>
-struct QueriesShared {
+template <int kHeadDim> struct QueriesShared {
   static constexpr int kKeys = 128, kSlices = kHeadDim / 64, kStages = 2;
   using Registers = RegisterSplit<2, 40, 232>;
   static constexpr int kThreads = Registers::kThreads;
   using KeyTile = Tile<kKeys, kHeadDim>;
   using RowTile = Tile<kBlockRows, kHeadDim>;
-  RowTile q[2], dout[2];  // of each warpgroup
+  RowTile q[2], dout[2]; // of each warpgroup
   KeyTile k[kStages], v[kStages];
-  uint64_t q_full[2], q_empty[2], k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
-  // Of each warpgroup: the item whose dq leaves, the one that is worked on, and the next one, which may come while both
-  // are read.
+  Barrier q_full[2], q_empty[2], k_full[kStages], k_empty[kStages],
+      v_full[kStages], v_empty[kStages];
+  // Of each warpgroup: the item whose dq leaves, the one that is worked on, and
+  // the next one, which may come while both are read.
   static constexpr int kItems = 4;
   WorkItem item[2][kItems];
 };
 
 struct QueriesArguments {
-  const int32_t* plan;
-  const RowStatistics* rows;
-  void* dq;
-  int32_t total_q, num_heads, group, block_tokens, parts;  // parts of two blocks to a forward item
+  const int32_t *plan;
+  const RowStatistics *rows;
+  void *dq;
+  int32_t total_q, num_heads, group, block_tokens,
+      parts; // parts of two blocks to a forward item
   uint32_t group_reciprocal;
-  float scale, scale_log2;  // softmax_scale, and times log2(e)
-  L2Policy rows_policy, keys_policy;
+  float scale, scale_log2;       // softmax_scale, and times log2(e)
+  uint64_t rows_hint, keys_hint; // to the L2 cache
 };
 
-// The next piece of work of a CTA, from `round` on, which becomes its round: two blocks of queries against all of their
-// keys. q_count 0: there is none.
-__device__ __forceinline__ WorkItem next_queries(const QueriesArguments& a, int& round) {
-  const int items = plan_header(a.plan).forward_items * a.parts, grid = int(gridDim.x);
+// The next piece of work of a CTA, from `round` on, which becomes its round:
+// two blocks of queries against all of their keys. q_count 0: there is none.
+__device__ __forceinline__ WorkItem next_queries(const QueriesArguments &a,
+                                                 int &round) {
+  const int items = plan_header(a.plan).forward_items * a.parts,
+            grid = int(gridDim.x);
   for (;; ++round) {
     const int index = back_and_forth(round, int(blockIdx.x), grid);
-    if (round * grid >= items) return {};
-    if (index >= items) continue;
-    const int number = index / a.parts, first = (index - number * a.parts) * 2 * a.block_tokens;
+    if (round * grid >= items)
+      return {};
+    if (index >= items)
+      continue;
+    const int number = index / a.parts,
+              first = (index - number * a.parts) * 2 * a.block_tokens;
     WorkItem item = forward_items(a.plan)[number];
     item.q_start += first;
     item.q_count = min(item.q_count - first, 2 * a.block_tokens);
-    if (item.q_count <= 0 || item.piece > 0) continue;
-    if (item.pieces > 1) {  // the others follow
+    if (item.q_count <= 0 || item.piece > 0)
+      continue;
+    if (item.pieces > 1) { // the others follow
       const WorkItem last = forward_items(a.plan)[number + item.pieces - 1];
       item.k_count = last.k_start + last.k_count - item.k_start;
     }
@@ -87,169 +99,215 @@ __device__ __forceinline__ WorkItem next_queries(const QueriesArguments& a, int&
 }
 
 template <typename T, int kHeadDim>
-__global__ __launch_bounds__(QueriesShared<kHeadDim>::kThreads, 1) void illada_attention_backward_queries_sm90(
-    const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap dout_map,
-    const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map,
-    const __grid_constant__ QueriesArguments a, const __grid_constant__ DependentLaunch launch) {
+__global__ __launch_bounds__(
+    QueriesShared<kHeadDim>::kThreads,
+    1) void illada_attention_backward_queries_sm90(const __grid_constant__
+                                                       CUtensorMap q_map,
+                                                   const __grid_constant__
+                                                       CUtensorMap dout_map,
+                                                   const __grid_constant__
+                                                       CUtensorMap k_map,
+                                                   const __grid_constant__
+                                                       CUtensorMap v_map,
+                                                   const __grid_constant__
+                                                       QueriesArguments a,
+                                                   const __grid_constant__
+                                                       DependentLaunch launch) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Shared = QueriesShared<kHeadDim>;
-  constexpr int kKeys = Shared::kKeys, kSlices = Shared::kSlices, kStages = Shared::kStages;
-  constexpr uint32_t kKeyBytes = sizeof(typename Shared::KeyTile), kRowTileBytes = sizeof(typename Shared::RowTile);
+  constexpr int kKeys = Shared::kKeys, kSlices = Shared::kSlices,
+                kStages = Shared::kStages;
+  constexpr uint32_t kKeyBytes = sizeof(typename Shared::KeyTile);
   extern __shared__ char raw_shared[];
-  const uint32_t shared_start = ptx::smem_address(raw_shared), aligned_start = (shared_start + 1023) / 1024 * 1024;
-  Shared& shared = *reinterpret_cast<Shared*>(raw_shared + (aligned_start - shared_start));
-  const auto at = [&](size_t offset) { return aligned_start + uint32_t(offset); };
-  const uint32_t q_full = at(offsetof(Shared, q_full)), q_empty = at(offsetof(Shared, q_empty));
-  const uint32_t k_full = at(offsetof(Shared, k_full)), k_empty = at(offsetof(Shared, k_empty));
-  const uint32_t v_full = at(offsetof(Shared, v_full)), v_empty = at(offsetof(Shared, v_empty));
+  const uint32_t shared_start = ptx::smem_address(raw_shared),
+                 aligned_start = (shared_start + 1023) / 1024 * 1024;
+  Shared &shared =
+      *reinterpret_cast<Shared *>(raw_shared + (aligned_start - shared_start));
 
   if (threadIdx.x == 0) {
-    ptx::prefetch_tensormap(&q_map);
-    ptx::prefetch_tensormap(&dout_map);
-    ptx::prefetch_tensormap(&k_map);
-    ptx::prefetch_tensormap(&v_map);
+    cute::prefetch_tma_descriptor(&q_map);
+    cute::prefetch_tma_descriptor(&dout_map);
+    cute::prefetch_tma_descriptor(&k_map);
+    cute::prefetch_tma_descriptor(&v_map);
     for (int i = 0; i < 2; ++i) {
-      ptx::mbarrier_init(q_full + 8 * i, 1);
-      ptx::mbarrier_init(q_empty + 8 * i, 1);
+      shared.q_full[i].init(1);
+      shared.q_empty[i].init(1);
     }
     for (int s = 0; s < kStages; ++s) {
-      ptx::mbarrier_init(k_full + 8 * s, 1);
-      ptx::mbarrier_init(k_empty + 8 * s, 2);
-      ptx::mbarrier_init(v_full + 8 * s, 1);
-      ptx::mbarrier_init(v_empty + 8 * s, 2);
+      shared.k_full[s].init(1);
+      shared.k_empty[s].init(2);
+      shared.v_full[s].init(1);
+      shared.v_empty[s].init(2);
     }
-    ptx::fence_mbarrier_init();
+    cutlass::arch::fence_barrier_init();
   }
   __syncthreads();
   wait_for_previous_kernel(launch);
 
-  if (threadIdx.x >= 256) {  // -------------------------------------------------------------------------- producer
+  if (threadIdx.x >= 256) { // --------------------------------------------------------------------------
+                            // producer
     Shared::Registers::as_producer();
     if (threadIdx.x == 256) {
-      Ring<kStages> ring;
-      const auto load_keys = [&](const CUtensorMap* map, uint32_t tile, uint32_t full, uint32_t empty,
-                                 const WorkItem& item, int row) {
-        ptx::mbarrier_wait(empty + 8 * ring.stage, ring.parity ^ 1);
-        ptx::mbarrier_arrive_expect_tx(full + 8 * ring.stage, kKeyBytes);
-        load_tile<typename Shared::KeyTile>(tile + ring.stage * kKeyBytes, map, full + 8 * ring.stage, item.kv_head,
-                                            item.k_start, item.k_count, row, a.keys_policy);
+      auto state = producer_start<kStages>();
+      using KeyTile = typename Shared::KeyTile;
+      const auto load_keys = [&](const CUtensorMap *map, KeyTile &tile,
+                                 Barrier &full, Barrier &empty,
+                                 const WorkItem &item, int row) {
+        empty.wait(state.phase());
+        full.arrive_and_expect_tx(kKeyBytes);
+        load_tile(tile, map, full, item.kv_head, item.k_start, item.k_count,
+                  row, a.keys_hint);
       };
       int round = 0, number = 0;
-      for (WorkItem item = next_queries(a, round); item.k_count > 0; ++number, ++round, item = next_queries(a, round)) {
+      for (WorkItem item = next_queries(a, round); item.k_count > 0;
+           ++number, ++round, item = next_queries(a, round)) {
 #pragma unroll
         for (int w = 0; w < 2; ++w) {
-          ptx::mbarrier_wait(q_empty + 8 * w, uint32_t(number) % 2 ^ 1);
+          shared.q_empty[w].wait(uint32_t(number) % 2 ^ 1);
           shared.item[w][number % Shared::kItems] = item;
-          ptx::mbarrier_arrive_expect_tx(q_full + 8 * w, uint32_t(2 * kSlices * a.block_tokens * a.group * kRowBytes));
-          const auto load_rows = [&](const CUtensorMap* map, uint32_t tiles) {
-            load_tile<typename Shared::RowTile>(tiles + w * kRowTileBytes, map, q_full + 8 * w, item.kv_head * a.group,
-                                                item.q_start, item.q_count, w * a.block_tokens, a.rows_policy);
+          shared.q_full[w].arrive_and_expect_tx(
+              uint32_t(2 * kSlices * a.block_tokens * a.group * kRowBytes));
+          const auto load_rows = [&](const CUtensorMap *map,
+                                     typename Shared::RowTile &tile) {
+            load_tile(tile, map, shared.q_full[w], item.kv_head * a.group,
+                      item.q_start, item.q_count, w * a.block_tokens,
+                      a.rows_hint);
           };
-          load_rows(&q_map, at(offsetof(Shared, q)));
-          load_rows(&dout_map, at(offsetof(Shared, dout)));
+          load_rows(&q_map, shared.q[w]);
+          load_rows(&dout_map, shared.dout[w]);
         }
-        for (int row = (item.k_count - 1) / kKeys * kKeys; row >= 0; row -= kKeys) {
-          load_keys(&k_map, at(offsetof(Shared, k)), k_full, k_empty, item, row);
-          load_keys(&v_map, at(offsetof(Shared, v)), v_full, v_empty, item, row);
-          ring.advance();
+        for (int row = (item.k_count - 1) / kKeys * kKeys; row >= 0;
+             row -= kKeys) {
+          const int stage = state.index();
+          load_keys(&k_map, shared.k[stage], shared.k_full[stage],
+                    shared.k_empty[stage], item, row);
+          load_keys(&v_map, shared.v[stage], shared.v_full[stage],
+                    shared.v_empty[stage], item, row);
+          ++state;
         }
       }
 #pragma unroll
-      for (int w = 0; w < 2; ++w) {  // an item without keys: the end
-        ptx::mbarrier_wait(q_empty + 8 * w, uint32_t(number) % 2 ^ 1);
+      for (int w = 0; w < 2; ++w) { // an item without keys: the end
+        shared.q_empty[w].wait(uint32_t(number) % 2 ^ 1);
         shared.item[w][number % Shared::kItems] = WorkItem{};
-        ptx::mbarrier_arrive(q_full + 8 * w);
+        shared.q_full[w].arrive();
       }
     }
-  } else {  // ------------------------------------------------------------------------------------------- consumers
+  } else { // -------------------------------------------------------------------------------------------
+           // consumers
     Shared::Registers::as_consumer();
-    const int warpgroup = __shfl_sync(kFullWarp, int(threadIdx.x) / 128, 0), thread = int(threadIdx.x) % 128;
-    const int own_turn = 1 + warpgroup, next_turn = 2 - warpgroup;
+    const int warpgroup = __shfl_sync(kFullWarp, int(threadIdx.x) / 128, 0),
+              thread = int(threadIdx.x) % 128;
+    const int own_turn = warpgroup, next_turn = 1 - warpgroup;
     const int lane = thread % 32;
-    const uint64_t q_rows = ptx::wgmma_descriptor_k128(at(offsetof(Shared, q)) + warpgroup * kRowTileBytes);
-    const uint64_t dout_rows = q_rows + (offsetof(Shared, dout) - offsetof(Shared, q)) / 16;
-    const uint64_t k_rows = ptx::wgmma_descriptor_k128(at(offsetof(Shared, k)));
-    const uint64_t v_rows = k_rows + (offsetof(Shared, v) - offsetof(Shared, k)) / 16;
-    const uint64_t k_columns = ptx::wgmma_descriptor_mn128(at(offsetof(Shared, k)), kKeys * kRowBytes);
+    const uint64_t q_rows =
+        gmma_descriptor_k(ptx::smem_address(&shared.q[warpgroup]));
+    const uint64_t dout_rows =
+        q_rows + (offsetof(Shared, dout) - offsetof(Shared, q)) / 16;
+    const uint64_t k_rows = gmma_descriptor_k(ptx::smem_address(shared.k));
+    const uint64_t v_rows =
+        k_rows + (offsetof(Shared, v) - offsetof(Shared, k)) / 16;
+    const uint64_t k_columns =
+        gmma_descriptor_mn(ptx::smem_address(shared.k), kKeys * kRowBytes);
 
-    Ring<kStages> ring;  // of the tile whose s is next
+    PipelineState<kStages> state; // of the tile whose s is next
     float dq[kHeadDim / 2], s[kKeys / 2], dp[kKeys / 2];
     uint32_t ds[kKeys / 16][4];
-    RowStatistics rows[2];                        // of the item
-    int number = 0;                               // of items that were begun
-    int tiles = 0, valid = 0;                     // of the item that are not yet in s; keys of its first one
-    const int row = thread / 32 * 16 + lane / 4;  // and 8 more
+    RowStatistics rows[2]; // of the item
+    int number = 0;        // of items that were begun
+    int tiles = 0,
+        valid = 0; // of the item that are not yet in s; keys of its first one
+    const int row = thread / 32 * 16 + lane / 4; // and 8 more
 
-    const auto multiply_scores = [&](float (&d)[kKeys / 2], uint64_t x, uint64_t keys, int stage, bool hand_over) {
-      // The compiler must not know that x is the same in every step: it would keep each of its sums in a register.
+    const auto multiply_scores = [&](float (&d)[kKeys / 2], uint64_t x,
+                                     uint64_t keys, int stage, bool hand_over) {
+      // The compiler must not know that x is the same in every step: it would
+      // keep each of its sums in a register.
       x += uint64_t(stage) * uint64_t(a.total_q < 0);
       const uint64_t y = keys + uint64_t(stage) * (kKeyBytes / 16);
-      multiply_rows<T, typename Shared::RowTile, typename Shared::KeyTile, kKeys>(d, x, y);
-      if (hand_over) ptx::named_barrier_arrive(next_turn, 256);
-      ptx::wgmma_commit();
+      multiply_rows<T, typename Shared::RowTile, typename Shared::KeyTile,
+                    kKeys>(d, x, y);
+      if (hand_over)
+        NamedBarrier::arrive(256, next_turn);
+      cute::warpgroup_commit_batch();
     };
     const auto multiply_ds = [&](int stage, bool accumulate) {
       const uint64_t y = k_columns + uint64_t(stage) * (kKeyBytes / 16);
 #pragma unroll
       for (int i = 0; i < kKeys / 16; ++i)
-        ptx::wgmma_k16_rs<T, kHeadDim>(dq, ds[i], y + i * (16 * kRowBytes / 16), accumulate || i > 0);
-      ptx::wgmma_commit();
+        warpgroup_mma_rs<T, kHeadDim>(dq, ds[i], y + i * (16 * kRowBytes / 16),
+                                      accumulate || i > 0);
+      cute::warpgroup_commit_batch();
     };
     const auto open_item = [&] {
-      ptx::mbarrier_wait(q_full + 8 * warpgroup, uint32_t(number) % 2);
-      const WorkItem& item = shared.item[warpgroup][number % Shared::kItems];
+      shared.q_full[warpgroup].wait(uint32_t(number) % 2);
+      const WorkItem &item = shared.item[warpgroup][number % Shared::kItems];
       const int count = __shfl_sync(kFullWarp, item.k_count, 0);
       ++number;
       tiles = (count + kKeys - 1) / kKeys;
       valid = count - (tiles - 1) * kKeys;
-      if (tiles == 0) return false;
+      if (tiles == 0)
+        return false;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int token =
-            min(warpgroup * a.block_tokens + int((row + 8 * i) * a.group_reciprocal >> 16), item.q_count - 1);
+        const int token = min(warpgroup * a.block_tokens +
+                                  int((row + 8 * i) * a.group_reciprocal >> 16),
+                              item.q_count - 1);
         const int head = (row + 8 * i) % a.group;
-        rows[i] = a.rows[(int64_t(item.kv_head) * a.total_q + item.q_start + token) * a.group + head];
+        rows[i] =
+            a.rows[(int64_t(item.kv_head) * a.total_q + item.q_start + token) *
+                       a.group +
+                   head];
       }
       return true;
     };
-    const auto write_queries = [&](const WorkItem& item) {
-      const int tokens = min(item.q_count - warpgroup * a.block_tokens, a.block_tokens);
+    const auto write_queries = [&](const WorkItem &item) {
+      const int tokens =
+          min(item.q_count - warpgroup * a.block_tokens, a.block_tokens);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int token = int((row + 8 * i) * a.group_reciprocal >> 16), head = row + 8 * i - token * a.group;
-        const int64_t place = int64_t(item.q_start + warpgroup * a.block_tokens + token) * a.num_heads;
-        store_row<T, kHeadDim>(static_cast<T*>(a.dq) + (place + item.kv_head * a.group + head) * kHeadDim, dq, i,
-                               a.scale, token < tokens, lane);
+        const int token = int((row + 8 * i) * a.group_reciprocal >> 16),
+                  head = row + 8 * i - token * a.group;
+        const int64_t place =
+            int64_t(item.q_start + warpgroup * a.block_tokens + token) *
+            a.num_heads;
+        store_row<T, kHeadDim>(static_cast<T *>(a.dq) +
+                                   (place + item.kv_head * a.group + head) *
+                                       kHeadDim,
+                               dq, i, a.scale, token < tokens, lane);
       }
     };
     if (open_item()) {
-      bool fresh = true;     // is the tile of s the first one of its item?
-      bool is_last = false;  // the last one?
-      int stage = 0;         // its stage
+      bool fresh = true;    // is the tile of s the first one of its item?
+      bool is_last = false; // the last one?
+      int stage = 0;        // its stage
       const auto multiply_k = [&] {
-        stage = ring.stage;
-        ptx::mbarrier_wait(k_full + 8 * stage, ring.parity);
-        ptx::wgmma_fence();
+        stage = state.index();
+        shared.k_full[stage].wait(state.phase());
+        cute::warpgroup_arrive();
         multiply_scores(s, q_rows, k_rows, stage, false);
       };
       const auto multiply_v = [&](bool hand_over) {
-        ptx::mbarrier_wait(v_full + 8 * stage, ring.parity);
-        ptx::wgmma_fence();
+        shared.v_full[stage].wait(state.phase());
+        cute::warpgroup_arrive();
         multiply_scores(dp, dout_rows, v_rows, stage, hand_over);
-        ring.advance();
+        ++state;
       };
       const auto finish_scores = [&] {
-        ptx::wgmma_wait<1>(s);
-        if (fresh && valid < kKeys) mask_scores(s, valid);
+        warpgroup_wait<1>(s);
+        if (fresh && valid < kKeys)
+          mask_scores(s, valid);
 #pragma unroll
         for (int j = 0; j < kKeys / 2; ++j)
-          s[j] = ptx::exp2_approx(fmaf(s[j], a.scale_log2, -rows[j / 2 % 2].lse_log2));
+          s[j] = ptx::exp2_approx(
+              fmaf(s[j], a.scale_log2, -rows[j / 2 % 2].lse_log2));
         is_last = --tiles == 0;
-        ptx::wgmma_wait<0>(dp);
-        ptx::mbarrier_arrive_if(thread == 0, v_empty + 8 * stage);
-        ptx::mbarrier_arrive_if(thread == 0 && is_last, q_empty + 8 * warpgroup);
+        warpgroup_wait<0>(dp);
+        shared.v_empty[stage].arrive_if(thread == 0);
+        shared.q_empty[warpgroup].arrive_if(thread == 0 && is_last);
       };
-      if (warpgroup == 1) ptx::named_barrier_arrive(next_turn, 256);
+      if (warpgroup == 1)
+        NamedBarrier::arrive(256, next_turn);
       multiply_k();
       multiply_v(false);
       finish_scores();
@@ -259,37 +317,46 @@ __global__ __launch_bounds__(QueriesShared<kHeadDim>::kThreads, 1) void illada_a
 #pragma unroll
         for (int j = 0; j < kKeys / 2; j += 2) {
           const float c = rows[j / 2 % 2].c;
-          ds[j / 8][j / 2 % 4] = pack2<T>(s[j] * (dp[j] - c), s[j + 1] * (dp[j + 1] - c));
+          ds[j / 8][j / 2 % 4] =
+              pack2<T>(s[j] * (dp[j] - c), s[j + 1] * (dp[j + 1] - c));
         }
         const bool ends_item = is_last, begins_item = fresh;
-        if (ends_item && !open_item()) break;
-        ptx::named_barrier_sync(own_turn, 256);
-        ptx::wgmma_fence();
+        if (ends_item && !open_item())
+          break;
+        NamedBarrier::arrive_and_wait(256, own_turn);
+        cute::warpgroup_arrive();
         multiply_ds(old_stage, !begins_item);
         multiply_k();
-        ptx::wgmma_wait<1>(dq);
+        warpgroup_wait<1>(dq);
         ptx::wgmma_keep_operand(ds, a.total_q < 0, aligned_start);
-        ptx::mbarrier_arrive_if(thread == 0, k_empty + 8 * old_stage);
+        shared.k_empty[old_stage].arrive_if(thread == 0);
         multiply_v(true);
         fresh = ends_item;
         finish_scores();
-        if (ends_item) write_queries(shared.item[warpgroup][(number - 2) % Shared::kItems]);
+        if (ends_item)
+          write_queries(shared.item[warpgroup][(number - 2) % Shared::kItems]);
       }
-      if (warpgroup == 0) ptx::named_barrier_sync(own_turn, 256);
-      ptx::wgmma_fence();
+      if (warpgroup == 0)
+        NamedBarrier::arrive_and_wait(256, own_turn);
+      cute::warpgroup_arrive();
       multiply_ds(stage, !fresh);
-      ptx::wgmma_wait<0>(dq);
+      warpgroup_wait<0>(dq);
       write_queries(shared.item[warpgroup][(number - 2) % Shared::kItems]);
     }
     // Queries without keys, which are the last ones of the list.
-    for (int index = plan_header(a.plan).forward_items - 1 - int(blockIdx.x); index >= 0; index -= int(gridDim.x)) {
+    for (int index = plan_header(a.plan).forward_items - 1 - int(blockIdx.x);
+         index >= 0; index -= int(gridDim.x)) {
       const WorkItem item = forward_items(a.plan)[index];
-      if (item.k_count > 0) break;
+      if (item.k_count > 0)
+        break;
       constexpr int kWords = kHeadDim / 8;
-      for (int i = int(threadIdx.x); i < item.q_count * a.group * kWords; i += 256) {
+      for (int i = int(threadIdx.x); i < item.q_count * a.group * kWords;
+           i += 256) {
         const int r = i / kWords;
-        const int64_t at = int64_t(item.q_start + r / a.group) * a.num_heads + item.kv_head * a.group + r % a.group;
-        static_cast<uint4*>(a.dq)[at * kWords + i % kWords] = make_uint4(0, 0, 0, 0);
+        const int64_t at = int64_t(item.q_start + r / a.group) * a.num_heads +
+                           item.kv_head * a.group + r % a.group;
+        static_cast<uint4 *>(a.dq)[at * kWords + i % kWords] =
+            make_uint4(0, 0, 0, 0);
       }
     }
   }
@@ -297,10 +364,11 @@ __global__ __launch_bounds__(QueriesShared<kHeadDim>::kThreads, 1) void illada_a
 }
 
 template <typename T, int kHeadDim>
-void launch_backward_queries(const BackwardParams& p, const Device& device, const Tiling& tiling) {
-  constexpr const char* kOp = "varlen_attention_backward";
+void launch_backward_queries(const BackwardParams &p, const Device &device,
+                             const Tiling &tiling) {
+  constexpr const char *kOp = "varlen_attention_backward";
   using Shared = QueriesShared<kHeadDim>;
-  const PackShape& s = p.shape;
+  const PackShape &s = p.shape;
   const int group = s.num_heads / s.num_kv_heads;
   const CUtensorMap q_map = queries_map(kOp, p, p.q, block_tokens(s));
   const CUtensorMap dout_map = queries_map(kOp, p, p.dout, block_tokens(s));
@@ -317,18 +385,20 @@ void launch_backward_queries(const BackwardParams& p, const Device& device, cons
   a.parts = (tiling.item_tokens() / block_tokens(s) + 1) / 2;
   a.group_reciprocal = group_reciprocal(group);
   const bool hints = variant<L2Hints>() == L2Hints::kOn;
-  a.rows_policy = l2_policy_if(hints, L2Policy::kEvictFirst);
-  a.keys_policy = l2_policy_if(hints, L2Policy::kEvictLast);
+  a.rows_hint = l2_policy_if(hints, L2Policy::EVICT_FIRST);
+  a.keys_hint = l2_policy_if(hints, L2Policy::EVICT_LAST);
   a.scale = p.softmax_scale;
   a.scale_log2 = p.softmax_scale * float(M_LOG2E);
   LaunchShape shape;
-  shape.grid = dim3(unsigned(std::min<int64_t>(device.sm_count, max_forward_items(s) * a.parts)));
+  shape.grid = dim3(unsigned(
+      std::min<int64_t>(device.sm_count, max_forward_items(s) * a.parts)));
   shape.block = dim3(Shared::kThreads);
   shape.smem_bytes = shared_bytes<Shared>();
   shape.dependent = true;
-  launch_kernel(kOp, device, p.launch.stream, shape, illada_attention_backward_queries_sm90<T, kHeadDim>, q_map,
+  launch_kernel(kOp, device, p.launch.stream, shape,
+                illada_attention_backward_queries_sm90<T, kHeadDim>, q_map,
                 dout_map, k_map, v_map, a);
 }
 
-}  // namespace
-}  // namespace illada::attention
+} // namespace
+} // namespace illada::attention
