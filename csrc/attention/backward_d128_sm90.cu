@@ -2,10 +2,9 @@
 
 namespace illada::attention {
 
-void launch_backward_d128_sm90(const BackwardParams &params,
-                               const Device &device, const Tiling &tiling,
-                               const BackwardMethod &method) {
+void launch_backward_d128_sm90(const BackwardParams& params, const Device& device, const Tiling& tiling,
+                               const BackwardMethod& method) {
   launch_backward<128>(params, device, tiling, method);
 }
 
-} // namespace illada::attention
+}  // namespace illada::attention

@@ -1,11 +1,10 @@
-// The warpgroups of the keys kernel (backward_keys_sm90.cuh) that multiply: dk
-// and dv of 64 keys each, and their half of dq.
+// The warpgroups of the keys kernel (backward_keys_sm90.cuh) that multiply: dk and dv of 64 keys each, and their half
+// of dq.
 //
-// A warpgroup's turn (a named barrier) queues its products of a step in one go:
-// dq of the step before (whose ds the other warpgroup has written long ago), dv
-// and dk of this step, s^T and dp^T of the next one. Its dq leaves between the
-// products of dv and dk. Exponentials, ds and, at the end of an item, dk and dv
-// on their way to memory run beside the other warpgroup's turn.
+// A warpgroup's turn (a named barrier) queues its products of a step in one go: dq of the step before (whose ds the
+// other warpgroup has written long ago), dv and dk of this step, s^T and dp^T of the next one. Its dq leaves between
+// the products of dv and dk. Exponentials, ds and, at the end of an item, dk and dv on their way to memory run beside
+// the other warpgroup's turn.
 #pragma once
 
 #include <algorithm>
@@ -25,198 +24,141 @@
 namespace illada::attention {
 namespace {
 
-// s^T of 64 keys and the kRows rows of a step (columns of this lane: 8 j + lane
-// % 4 * 2 + {0, 1}) becomes p^T, relative to the rows' own sums.
+// s^T of 64 keys and the kRows rows of a step (columns of this lane: 8 j + lane % 4 * 2 + {0, 1}) becomes p^T, relative
+// to the rows' own sums.
 template <int kRows>
-__device__ __forceinline__ void weigh(float (&s)[kRows / 2],
-                                      const float (&lse_log2)[kRows],
-                                      float scale_log2, int lane) {
+__device__ __forceinline__ void weigh(float (&s)[kRows / 2], const float (&lse_log2)[kRows], float scale_log2,
+                                      int lane) {
 #pragma unroll
   for (int j = 0; j < kRows / 8; ++j) {
-    const float2 lse =
-        *reinterpret_cast<const float2 *>(&lse_log2[8 * j + lane % 4 * 2]);
+    const float2 lse = *reinterpret_cast<const float2*>(&lse_log2[8 * j + lane % 4 * 2]);
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      s[4 * j + i] = ptx::exp2_approx(
-          fmaf(s[4 * j + i], scale_log2, -(i % 2 ? lse.y : lse.x)));
+      s[4 * j + i] = ptx::exp2_approx(fmaf(s[4 * j + i], scale_log2, -(i % 2 ? lse.y : lse.x)));
   }
 }
 
 // p^T and ds^T in 16 bits, as operands, from p^T and dp^T.
 template <typename T, int kRows>
-__device__ __forceinline__ void
-differentiate(const float (&s)[kRows / 2], const float (&dp)[kRows / 2],
-              const float (&c_of_rows)[kRows], uint32_t (&p)[kRows / 16][4],
-              uint32_t (&ds)[kRows / 16][4], int lane) {
+__device__ __forceinline__ void differentiate(const float (&s)[kRows / 2], const float (&dp)[kRows / 2],
+                                              const float (&c_of_rows)[kRows], uint32_t (&p)[kRows / 16][4],
+                                              uint32_t (&ds)[kRows / 16][4], int lane) {
 #pragma unroll
   for (int j = 0; j < kRows / 8; ++j) {
-    const float2 c =
-        *reinterpret_cast<const float2 *>(&c_of_rows[8 * j + lane % 4 * 2]);
+    const float2 c = *reinterpret_cast<const float2*>(&c_of_rows[8 * j + lane % 4 * 2]);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const float x = s[4 * j + 2 * i], y = s[4 * j + 2 * i + 1];
       p[j / 2][j % 2 * 2 + i] = pack2<T>(x, y);
-      ds[j / 2][j % 2 * 2 + i] = pack2<T>(x * (dp[4 * j + 2 * i] - c.x),
-                                          y * (dp[4 * j + 2 * i + 1] - c.y));
+      ds[j / 2][j % 2 * 2 + i] = pack2<T>(x * (dp[4 * j + 2 * i] - c.x), y * (dp[4 * j + 2 * i + 1] - c.y));
     }
   }
 }
 
 // dk and dv of an item leave, of this lane's keys `key` and key + 8.
 template <typename T, int kHeadDim, bool kFused>
-__device__ __forceinline__ void
-write_keys(const KeysArguments &a, const WorkItem &item,
-           const float (&dk)[kHeadDim / 2], const float (&dv)[kHeadDim / 2],
-           int key, int lane) {
+__device__ __forceinline__ void write_keys(const KeysArguments& a, const WorkItem& item,
+                                           const float (&dk)[kHeadDim / 2], const float (&dv)[kHeadDim / 2], int key,
+                                           int lane) {
   const int64_t stride = int64_t(a.num_kv_heads) * kHeadDim;
-  const int64_t offset =
-      (item.k_start + key) * stride + item.kv_head * kHeadDim;
+  const int64_t offset = (item.k_start + key) * stride + item.kv_head * kHeadDim;
   const auto is_real = [&](int i) { return key + 8 * i < item.k_count; };
   if (kFused && a.pieces > 1) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
-      add_row<kHeadDim>(a.dv_sums + offset + 8 * i * stride, dv, i, is_real(i),
-                        lane);
+    for (int i = 0; i < 2; ++i) add_row<kHeadDim>(a.dv_sums + offset + 8 * i * stride, dv, i, is_real(i), lane);
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
-      add_row<kHeadDim>(a.dk_sums + offset + 8 * i * stride, dk, i, is_real(i),
-                        lane);
+    for (int i = 0; i < 2; ++i) add_row<kHeadDim>(a.dk_sums + offset + 8 * i * stride, dk, i, is_real(i), lane);
   } else {
-    T *const to_dv = static_cast<T *>(a.dv) + offset;
-    T *const to_dk = static_cast<T *>(a.dk) + offset;
+    T* const to_dv = static_cast<T*>(a.dv) + offset;
+    T* const to_dk = static_cast<T*>(a.dk) + offset;
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
-      store_row<T, kHeadDim>(to_dv + 8 * i * stride, dv, i, 1.0f, is_real(i),
-                             lane);
+    for (int i = 0; i < 2; ++i) store_row<T, kHeadDim>(to_dv + 8 * i * stride, dv, i, 1.0f, is_real(i), lane);
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
-      store_row<T, kHeadDim>(to_dk + 8 * i * stride, dk, i, a.scale, is_real(i),
-                             lane);
+    for (int i = 0; i < 2; ++i) store_row<T, kHeadDim>(to_dk + 8 * i * stride, dk, i, a.scale, is_real(i), lane);
   }
 }
 
-// ds^T of 16 keys to shared memory, in blocks of 16 keys x 16 rows. No key of
-// anybody else has a part in dq: only those of the item, which are `keys` from
-// this lane's first one on.
+// ds^T of 16 keys to shared memory, in blocks of 16 keys x 16 rows. No key of anybody else has a part in dq: only those
+// of the item, which are `keys` from this lane's first one on.
 template <int kRows>
-__device__ __forceinline__ void
-store_scores(uint32_t target, const uint32_t (&ds)[kRows / 16][4], int keys,
-             int lane) {
+__device__ __forceinline__ void store_scores(uint32_t target, const uint32_t (&ds)[kRows / 16][4], int keys, int lane) {
 #pragma unroll
   for (int i = 0; i < kRows / 16; ++i) {
-    const uint32_t mask[2] = {keys > 0 ? 0xffffffffu : 0,
-                              keys > 8 ? 0xffffffffu : 0};
+    const uint32_t mask[2] = {keys > 0 ? 0xffffffffu : 0, keys > 8 ? 0xffffffffu : 0};
     const uint32_t block = target + i / 4 * (kBackwardKeys * kRowBytes);
-    store_matrices(block + uint32_t(((i % 4 * 2 + lane / 16) ^ lane % 8) * 16),
-                   ds[i][0] & mask[0], ds[i][1] & mask[1], ds[i][2] & mask[0],
-                   ds[i][3] & mask[1]);
+    store_matrices(block + uint32_t(((i % 4 * 2 + lane / 16) ^ lane % 8) * 16), ds[i][0] & mask[0], ds[i][1] & mask[1],
+                   ds[i][2] & mask[0], ds[i][3] & mask[1]);
   }
 }
 
 // By both warpgroups: all items of the CTA.
 template <typename T, int kHeadDim, QuerySums kSums, bool kOrdered>
-__device__ __forceinline__ void multiply_keys(const KeysArguments &a,
-                                              KeysShared<kHeadDim> &shared,
-                                              const CUtensorMap &dq_map) {
+__device__ __forceinline__ void multiply_keys(const KeysArguments& a, KeysShared<kHeadDim>& shared,
+                                              const CUtensorMap& dq_map) {
   using Shared = KeysShared<kHeadDim>;
   constexpr bool kFused = kSums != QuerySums::kNone;
   constexpr int kRows = Shared::kRows, kStages = kRowStages<kSums, Shared>;
-  constexpr uint32_t kKeyBytes = sizeof(typename Shared::KeyTile),
-                     kTileBytes = sizeof(typename Shared::RowTile);
-  constexpr uint32_t kScoreBytes = sizeof(typename Shared::ScoreTile),
-                     kScoreSlice = kBackwardKeys * kRowBytes;
-  const int warpgroup = __shfl_sync(kFullWarp, int(threadIdx.x) / 128, 0),
-            thread = int(threadIdx.x) % 128;
+  constexpr uint32_t kKeyBytes = sizeof(typename Shared::KeyTile), kTileBytes = sizeof(typename Shared::RowTile);
+  constexpr uint32_t kScoreBytes = sizeof(typename Shared::ScoreTile), kScoreSlice = kBackwardKeys * kRowBytes;
+  const int warpgroup = __shfl_sync(kFullWarp, int(threadIdx.x) / 128, 0), thread = int(threadIdx.x) % 128;
   const int own_turn = warpgroup, next_turn = 1 - warpgroup;
-  const int lane = thread % 32,
-            warp_row = thread / 32 * 16; // of a warp in its warpgroup's 64 rows
-  // Of dq, a warpgroup has 64 columns of 64 rows, or all columns of the second
-  // 64 rows.
-  const int half = warpgroup * (kHeadDim == 128 ? 0 : 64),
-            column = warpgroup * (kHeadDim == 128 ? 64 : 0);
+  const int lane = thread % 32, warp_row = thread / 32 * 16;  // of a warp in its warpgroup's 64 rows
+  // Of dq, a warpgroup has 64 columns of 64 rows, or all columns of the second 64 rows.
+  const int half = warpgroup * (kHeadDim == 128 ? 0 : 64), column = warpgroup * (kHeadDim == 128 ? 64 : 0);
   // Lower words of descriptors; the upper ones are all the same.
-  const uint32_t start = (ptx::smem_address(&shared) & 0x3ffff) / 16,
-                 rows_kind = 1 << 16;
+  const uint32_t start = (ptx::smem_address(&shared) & 0x3ffff) / 16, rows_kind = 1 << 16;
   const auto columns_kind = [](uint32_t leading) { return leading / 16 << 16; };
-  constexpr uint32_t kFirstKey = 64 * kRowBytes / 16; // of the second warpgroup
-  const uint32_t k_rows = start + rows_kind +
-                          uint32_t(offsetof(Shared, k) / 16) +
-                          warpgroup * kFirstKey;
-  const uint32_t v_rows = start + rows_kind +
-                          uint32_t(offsetof(Shared, v) / 16) +
-                          warpgroup * kFirstKey;
-  const uint32_t q_rows =
-      start + rows_kind + uint32_t(offsetof(Shared, q) / 16);
-  const uint32_t dout_rows =
-      start + rows_kind + uint32_t(offsetof(Shared, dout) / 16);
-  const uint32_t q_columns = start + columns_kind(kRows * kRowBytes) +
-                             uint32_t(offsetof(Shared, q) / 16);
-  const uint32_t dout_columns = start + columns_kind(kRows * kRowBytes) +
-                                uint32_t(offsetof(Shared, dout) / 16);
-  const uint32_t ds_columns = start + uint32_t(offsetof(Shared, ds) / 16) +
-                              half / 64 * (kScoreSlice / 16);
-  const uint32_t k_columns = start + uint32_t(offsetof(Shared, k) / 16) +
-                             column / 64 * (kScoreSlice / 16);
-  const auto descriptor = [](uint32_t low) {
-    return gmma_descriptor_k(0) >> 32 << 32 | low;
-  };
+  constexpr uint32_t kFirstKey = 64 * kRowBytes / 16;  // of the second warpgroup
+  const uint32_t k_rows = start + rows_kind + uint32_t(offsetof(Shared, k) / 16) + warpgroup * kFirstKey;
+  const uint32_t v_rows = start + rows_kind + uint32_t(offsetof(Shared, v) / 16) + warpgroup * kFirstKey;
+  const uint32_t q_rows = start + rows_kind + uint32_t(offsetof(Shared, q) / 16);
+  const uint32_t dout_rows = start + rows_kind + uint32_t(offsetof(Shared, dout) / 16);
+  const uint32_t q_columns = start + columns_kind(kRows * kRowBytes) + uint32_t(offsetof(Shared, q) / 16);
+  const uint32_t dout_columns = start + columns_kind(kRows * kRowBytes) + uint32_t(offsetof(Shared, dout) / 16);
+  const uint32_t ds_columns = start + uint32_t(offsetof(Shared, ds) / 16) + half / 64 * (kScoreSlice / 16);
+  const uint32_t k_columns = start + uint32_t(offsetof(Shared, k) / 16) + column / 64 * (kScoreSlice / 16);
+  const auto descriptor = [](uint32_t low) { return gmma_descriptor_k(0) >> 32 << 32 | low; };
   const uint32_t ds_target =
-      ptx::smem_address(shared.ds) +
-      uint32_t((warpgroup * 64 + warp_row + lane % 16) * kRowBytes);
-  PipelineState<kStages> state; // of the step whose s is next
+      ptx::smem_address(shared.ds) + uint32_t((warpgroup * 64 + warp_row + lane % 16) * kRowBytes);
+  PipelineState<kStages> state;  // of the step whose s is next
   float dk[kHeadDim / 2], dv[kHeadDim / 2], s[kRows / 2], dp[kRows / 2], dq[32];
   uint32_t p[kRows / 16][4], ds[kRows / 16][4];
-  int round = 0, step = 0; // items and steps that were begun
-  DqAdder<kSums, kHeadDim> adder(a, dq_map, shared, half + warp_row,
-                                 column); // of dq of the step before
+  int round = 0, step = 0;                                                     // items and steps that were begun
+  DqAdder<kSums, kHeadDim> adder(a, dq_map, shared, half + warp_row, column);  // of dq of the step before
 
-  const auto multiply_k = [&] { // s = k q^T
-    const uint64_t x =
-        descriptor(k_rows + uint32_t((round - 1) % 2) * (kKeyBytes / 16));
-    const uint64_t y =
-        descriptor(q_rows + uint32_t(state.index()) * (kTileBytes / 16));
-    multiply_rows<T, typename Shared::KeyTile, typename Shared::RowTile, kRows>(
-        s, x, y);
+  const auto multiply_k = [&] {  // s = k q^T
+    const uint64_t x = descriptor(k_rows + uint32_t((round - 1) % 2) * (kKeyBytes / 16));
+    const uint64_t y = descriptor(q_rows + uint32_t(state.index()) * (kTileBytes / 16));
+    multiply_rows<T, typename Shared::KeyTile, typename Shared::RowTile, kRows>(s, x, y);
     cute::warpgroup_commit_batch();
   };
-  const auto multiply_v = [&](int stage, bool hand_over) { // dp = v do^T
-    // The compiler must not know that x is the same in every step: it would
-    // keep each of its sums in a register.
-    const uint64_t x =
-        descriptor(v_rows + uint32_t(stage) * uint32_t(a.waste_row < 0));
-    const uint64_t y =
-        descriptor(dout_rows + uint32_t(stage) * (kTileBytes / 16));
-    multiply_rows<T, typename Shared::KeyTile, typename Shared::RowTile, kRows>(
-        dp, x, y);
-    if (hand_over)
-      NamedBarrier::arrive(256, next_turn);
+  const auto multiply_v = [&](int stage, bool hand_over) {  // dp = v do^T
+    // The compiler must not know that x is the same in every step: it would keep each of its sums in a register.
+    const uint64_t x = descriptor(v_rows + uint32_t(stage) * uint32_t(a.waste_row < 0));
+    const uint64_t y = descriptor(dout_rows + uint32_t(stage) * (kTileBytes / 16));
+    multiply_rows<T, typename Shared::KeyTile, typename Shared::RowTile, kRows>(dp, x, y);
+    if (hand_over) NamedBarrier::arrive(256, next_turn);
     cute::warpgroup_commit_batch();
   };
-  const auto multiply_ds = [&](int number,
-                               int key_buffer) { // dq = ds k of a step
-    const uint64_t x =
-        descriptor(ds_columns + uint32_t(number & 1) * (kScoreBytes / 16));
-    const uint64_t y =
-        descriptor(k_columns + uint32_t(key_buffer) * (kKeyBytes / 16));
+  const auto multiply_ds = [&](int number, int key_buffer) {  // dq = ds k of a step
+    const uint64_t x = descriptor(ds_columns + uint32_t(number & 1) * (kScoreBytes / 16));
+    const uint64_t y = descriptor(k_columns + uint32_t(key_buffer) * (kKeyBytes / 16));
     cute::warpgroup_arrive();
 #pragma unroll
     for (int i = 0; i < kBackwardKeys / 16; ++i)
-      warpgroup_mma_ss<T, 64, GmmaMajor::MN, GmmaMajor::MN>(
-          dq, x + i * kRowBytes, y + i * kRowBytes, i > 0);
+      warpgroup_mma_ss<T, 64, GmmaMajor::MN, GmmaMajor::MN>(dq, x + i * kRowBytes, y + i * kRowBytes, i > 0);
     cute::warpgroup_commit_batch();
   };
   const auto open_item = [&] {
     shared.k_full[round % 2].wait(uint32_t(round / 2 % 2));
-    const bool has_queries =
-        __shfl_sync(kFullWarp, shared.item[round % 2].q_count, 0) > 0;
+    const bool has_queries = __shfl_sync(kFullWarp, shared.item[round % 2].q_count, 0) > 0;
     ++round;
     return has_queries;
   };
   const auto share_ds = [&] {
     const int buffer = step % 2;
     // From this lane's first key to the item's end.
-    const int keys = shared.item[(round - 1) % 2].k_count -
-                     (warpgroup * 64 + warp_row + lane / 4);
+    const int keys = shared.item[(round - 1) % 2].k_count - (warpgroup * 64 + warp_row + lane / 4);
     shared.ds_empty[buffer].wait(uint32_t(step / 2 + buffer + 1) % 2);
     store_scores<kRows>(ds_target + buffer * kScoreBytes, ds, keys, lane);
     fence_view_async_shared();
@@ -224,15 +166,14 @@ __device__ __forceinline__ void multiply_keys(const KeysArguments &a,
     shared.ds_full[buffer].arrive_if(lane == 0);
   };
   if (open_item()) {
-    int stage = 0;        // of the step whose ds is next
-    bool fresh = true;    // is it the first step of its item,
-    bool is_last = false; // the last one?
-    const auto wait_for_rows =
-        [&] { // before a turn, so that no time of it is lost
-          shared.q_full[state.index()].wait(state.phase());
-          shared.dout_full[state.index()].wait(state.phase());
-          shared.v_full.wait(uint32_t(round - 1) % 2);
-        };
+    int stage = 0;                    // of the step whose ds is next
+    bool fresh = true;                // is it the first step of its item,
+    bool is_last = false;             // the last one?
+    const auto wait_for_rows = [&] {  // before a turn, so that no time of it is lost
+      shared.q_full[state.index()].wait(state.phase());
+      shared.dout_full[state.index()].wait(state.phase());
+      shared.v_full.wait(uint32_t(round - 1) % 2);
+    };
     const auto multiply_q = [&] {
       stage = state.index();
       cute::warpgroup_arrive();
@@ -250,40 +191,28 @@ __device__ __forceinline__ void multiply_keys(const KeysArguments &a,
       warpgroup_wait<0>(dp);
       shared.v_empty.arrive_if(thread == 0 && is_last);
     };
-    if (kFused)
-      adder.open_nowhere();
-    if (warpgroup == 1)
-      NamedBarrier::arrive(256, next_turn);
-    // dv, dk of the step whose ds is there; what dq there is leaves meanwhile,
-    // in the gaps between the products.
+    if (kFused) adder.open_nowhere();
+    if (warpgroup == 1) NamedBarrier::arrive(256, next_turn);
+    // dv, dk of the step whose ds is there; what dq there is leaves meanwhile, in the gaps between the products.
     const auto multiply_gradients = [&](bool accumulate, bool adds) {
-      constexpr int kSteps = kRows / 16,
-                    kFirst = kHeadDim == 128 ? 1 : 6; // steps until dq is there
-      const uint64_t of_dv = descriptor(dout_columns +
-                                        uint32_t(stage) * (kTileBytes / 16)),
-                     of_dk = descriptor(q_columns +
-                                        uint32_t(stage) * (kTileBytes / 16));
+      constexpr int kSteps = kRows / 16, kFirst = kHeadDim == 128 ? 1 : 6;  // steps until dq is there
+      const uint64_t of_dv = descriptor(dout_columns + uint32_t(stage) * (kTileBytes / 16)),
+                     of_dk = descriptor(q_columns + uint32_t(stage) * (kTileBytes / 16));
       cute::warpgroup_arrive();
 #pragma unroll
       for (int i = 0; i < 2 * kSteps; ++i) {
         if (i < kSteps) {
-          warpgroup_mma_rs<T, kHeadDim>(dv, p[i % kSteps],
-                                        of_dv + i % kSteps * kRowBytes,
-                                        accumulate || i > 0);
+          warpgroup_mma_rs<T, kHeadDim>(dv, p[i % kSteps], of_dv + i % kSteps * kRowBytes, accumulate || i > 0);
         } else {
-          warpgroup_mma_rs<T, kHeadDim>(dk, ds[i % kSteps],
-                                        of_dk + i % kSteps * kRowBytes,
-                                        accumulate || i > kSteps);
+          warpgroup_mma_rs<T, kHeadDim>(dk, ds[i % kSteps], of_dk + i % kSteps * kRowBytes, accumulate || i > kSteps);
         }
-        if (!kFused || !adds)
-          continue;
+        if (!kFused || !adds) continue;
         if (i == kFirst - 1) {
           cute::warpgroup_commit_batch();
           warpgroup_wait<1>(dq);
           shared.ds_empty[(step - 1) & 1].arrive_if(thread == 0);
         } else if (i >= kFirst) {
-          constexpr int kGaps = 2 * kSteps - kFirst,
-                        kEach = (adder.kParts + kGaps - 1) / kGaps;
+          constexpr int kGaps = 2 * kSteps - kFirst, kEach = (adder.kParts + kGaps - 1) / kGaps;
           __syncwarp();
           adder.add(dq, (i - kFirst) * kEach, kEach);
         }
@@ -298,46 +227,34 @@ __device__ __forceinline__ void multiply_keys(const KeysArguments &a,
       // p^T is in s, in fp32, and dp^T in dp; nothing is under way.
       const int key_buffer = (round - 1) % 2, old_stage = stage;
       differentiate<T, kRows>(s, dp, shared.c[stage], p, ds, lane);
-      if (kFused)
-        share_ds();
+      if (kFused) share_ds();
       const bool ends_item = is_last, begins_item = fresh;
-      if (ends_item && !open_item())
-        break;
+      if (ends_item && !open_item()) break;
 
       wait_for_rows();
-      if (kFused)
-        shared.ds_full[(step - 1) & 1].wait(uint32_t((step - 1) >> 1 & 1));
-      if (kOrdered)
-        shared.turn_full[warpgroup][state.index()].wait(state.phase());
+      if (kFused) shared.ds_full[(step - 1) & 1].wait(uint32_t((step - 1) >> 1 & 1));
+      if (kOrdered) shared.turn_full[warpgroup][state.index()].wait(state.phase());
       NamedBarrier::arrive_and_wait(256, own_turn);
-      if (kFused)
-        multiply_ds(step - 1, key_buffer ^ int(begins_item && step > 0));
+      if (kFused) multiply_ds(step - 1, key_buffer ^ int(begins_item && step > 0));
       multiply_gradients(!begins_item, true);
-      if (kFused)
-        adder.open(shared.step[old_stage]);
+      if (kFused) adder.open(shared.step[old_stage]);
       __syncwarp();
-      shared.k_empty[key_buffer ^ 1].arrive_if(lane == 0 && begins_item &&
-                                               step > 0);
-      if (kOrdered)
-        shared.added[warpgroup][old_stage].arrive_if(lane == 0);
+      shared.k_empty[key_buffer ^ 1].arrive_if(lane == 0 && begins_item && step > 0);
+      if (kOrdered) shared.added[warpgroup][old_stage].arrive_if(lane == 0);
       multiply_q();
       warpgroup_wait<1>(dk, dv);
       ptx::wgmma_keep_operand(p, a.total_q < 0, ds_target);
       ptx::wgmma_keep_operand(ds, a.total_q < 0, ds_target);
       multiply_dout(true);
-      if (kFused)
-        adder.wait_for_previous();
+      if (kFused) adder.wait_for_previous();
       shared.rows_empty[old_stage].arrive_if(lane == 0);
       fresh = ends_item;
       finish_scores();
       if (ends_item)
-        write_keys<T, kHeadDim, kFused>(a, shared.item[key_buffer], dk, dv,
-                                        warpgroup * 64 + warp_row + lane / 4,
-                                        lane);
+        write_keys<T, kHeadDim, kFused>(a, shared.item[key_buffer], dk, dv, warpgroup * 64 + warp_row + lane / 4, lane);
       ++step;
     }
-    if (warpgroup == 0)
-      NamedBarrier::arrive_and_wait(256, own_turn);
+    if (warpgroup == 0) NamedBarrier::arrive_and_wait(256, own_turn);
     const int key_buffer = round % 2;
     multiply_gradients(!fresh, false);
     warpgroup_wait<0>(dk, dv);
@@ -346,8 +263,7 @@ __device__ __forceinline__ void multiply_keys(const KeysArguments &a,
       multiply_ds(step - 1, key_buffer ^ int(fresh && step > 0));
       warpgroup_wait<0>(dq);
       shared.ds_empty[(step - 1) & 1].arrive_if(thread == 0);
-      if (kOrdered)
-        shared.last_turns.wait(0);
+      if (kOrdered) shared.last_turns.wait(0);
       adder.add(dq, 0, adder.kParts);
       adder.open(shared.step[stage]);
       shared.ds_full[step & 1].wait(uint32_t(step >> 1 & 1));
@@ -360,10 +276,8 @@ __device__ __forceinline__ void multiply_keys(const KeysArguments &a,
         shared.all_added.arrive_if(lane == 0);
       }
     }
-    write_keys<T, kHeadDim, kFused>(a, shared.item[key_buffer], dk, dv,
-                                    warpgroup * 64 + warp_row + lane / 4, lane);
-    if (kFused && !kOrdered) { // here and not before the keys leave, where it
-                               // would cost registers in the loop
+    write_keys<T, kHeadDim, kFused>(a, shared.item[key_buffer], dk, dv, warpgroup * 64 + warp_row + lane / 4, lane);
+    if (kFused && !kOrdered) {  // here and not before the keys leave, where it would cost registers in the loop
       __syncwarp();
       shared.all_added.arrive_if(lane == 0);
       convert_last_jobs<T, kHeadDim>(a, shared);
@@ -371,27 +285,22 @@ __device__ __forceinline__ void multiply_keys(const KeysArguments &a,
   }
 }
 
-// By all consumers. Keys that no query sees; where items are cut, their sums
-// are zeros that the last pass turns into gradients.
+// By all consumers. Keys that no query sees; where items are cut, their sums are zeros that the last pass turns into
+// gradients.
 template <int kHeadDim>
-__device__ __forceinline__ void write_unseen_keys(const KeysArguments &a) {
+__device__ __forceinline__ void write_unseen_keys(const KeysArguments& a) {
   const int items = a.pieces == 1 ? plan_header(a.plan).backward_items : 0;
-  for (int index = items - 1 - int(blockIdx.x); index >= 0;
-       index -= int(gridDim.x)) { // they are the last ones
+  for (int index = items - 1 - int(blockIdx.x); index >= 0; index -= int(gridDim.x)) {  // they are the last ones
     const WorkItem item = backward_items(a.plan, a.first_item)[index];
-    if (item.q_count > 0)
-      break;
+    if (item.q_count > 0) break;
     constexpr int kWords = kHeadDim / 8;
     for (int i = int(threadIdx.x); i < item.k_count * kWords; i += 256) {
-      const int64_t offset =
-          int64_t(item.k_start + i / kWords) * a.num_kv_heads + item.kv_head;
-      static_cast<uint4 *>(a.dk)[offset * kWords + i % kWords] =
-          make_uint4(0, 0, 0, 0);
-      static_cast<uint4 *>(a.dv)[offset * kWords + i % kWords] =
-          make_uint4(0, 0, 0, 0);
+      const int64_t offset = int64_t(item.k_start + i / kWords) * a.num_kv_heads + item.kv_head;
+      static_cast<uint4*>(a.dk)[offset * kWords + i % kWords] = make_uint4(0, 0, 0, 0);
+      static_cast<uint4*>(a.dv)[offset * kWords + i % kWords] = make_uint4(0, 0, 0, 0);
     }
   }
 }
 
-} // namespace
-} // namespace illada::attention
+}  // namespace
+}  // namespace illada::attention

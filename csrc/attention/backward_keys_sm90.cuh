@@ -1,24 +1,20 @@
 // dk and dv on sm_90a, and, fused with them, dq.
 //
-// CTAs walk over the backward items of the plan: 128 keys of a key-value head,
-// against all rows (tokens x heads of the group) of their sequence, some at a
-// time. Two consumer warpgroups have 64 keys each and keep dk and dv of them in
-// registers to the end. With the transposed scores s^T = k q^T and dp^T = v
-// do^T, whose rows are keys, p^T and ds^T are operands straight from registers:
+// CTAs walk over the backward items of the plan: 128 keys of a key-value head, against all rows (tokens x heads of the
+// group) of their sequence, some at a time. Two consumer warpgroups have 64 keys each and keep dk and dv of them in
+// registers to the end. With the transposed scores s^T = k q^T and dp^T = v do^T, whose rows are keys, p^T and ds^T
+// are operands straight from registers:
 //
-//   dv += p^T do,   dk += ds^T q,   dq = ds k over all 128 keys: ds goes
-//   through shared memory, and each warpgroup multiplies half of dq (columns
-//   for D 128, rows for D 64) and adds it to fp32 sums in L2.
+//   dv += p^T do,   dk += ds^T q,   dq = ds k over all 128 keys: ds goes through shared memory, and each warpgroup
+//   multiplies half of dq (columns for D 128, rows for D 64) and adds it to fp32 sums in L2.
 //
-//   backward_keys_shared_sm90.cuh     what all warps share: arguments, order of
-//   items, shared memory, barriers backward_keys_loads_sm90.cuh      thread 0
-//   of the producers: tiles by TMA query_sums_sm90.cuh               the other
-//   producers: statistics, reports of what was added to dq, conversions
+//   backward_keys_shared_sm90.cuh     what all warps share: arguments, order of items, shared memory, barriers
+//   backward_keys_loads_sm90.cuh      thread 0 of the producers: tiles by TMA
+//   query_sums_sm90.cuh               the other producers: statistics, reports of what was added to dq, conversions
 //   backward_keys_products_sm90.cuh   the consumers
 //
-// A step of 64 rows at D 128 is 5 * 2 * 64 * 128 * 128 flop, 2560 clocks of the
-// tensor cores; it reads 304 KiB of shared memory and fills 33 (2700 clocks),
-// reads 33 KiB of the L2 cache and adds 32 KiB there.
+// A step of 64 rows at D 128 is 5 * 2 * 64 * 128 * 128 flop, 2560 clocks of the tensor cores; it reads 304 KiB of
+// shared memory and fills 33 (2700 clocks), reads 33 KiB of the L2 cache and adds 32 KiB there.
 #pragma once
 
 #include <cuda.h>
@@ -40,31 +36,18 @@ namespace illada::attention {
 namespace {
 
 template <typename T, int kHeadDim, QuerySums kSums, bool kOrdered>
-__global__ __launch_bounds__(
-    KeysShared<kHeadDim>::kThreads,
-    1) void illada_attention_backward_keys_sm90(const __grid_constant__
-                                                    CUtensorMap q_map,
-                                                const __grid_constant__
-                                                    CUtensorMap dout_map,
-                                                const __grid_constant__
-                                                    CUtensorMap k_map,
-                                                const __grid_constant__
-                                                    CUtensorMap v_map,
-                                                const __grid_constant__
-                                                    CUtensorMap dq_map,
-                                                const __grid_constant__
-                                                    KeysArguments a,
-                                                const __grid_constant__
-                                                    DependentLaunch launch) {
+__global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads, 1) void illada_attention_backward_keys_sm90(
+    const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap dout_map,
+    const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map,
+    const __grid_constant__ CUtensorMap dq_map, const __grid_constant__ KeysArguments a,
+    const __grid_constant__ DependentLaunch launch) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Shared = KeysShared<kHeadDim>;
   constexpr bool kFused = kSums != QuerySums::kNone;
   static_assert(!kOrdered || kSums == QuerySums::kRed2);
   extern __shared__ char raw_shared[];
-  const uint32_t shared_start = ptx::smem_address(raw_shared),
-                 aligned_start = (shared_start + 1023) / 1024 * 1024;
-  Shared &shared =
-      *reinterpret_cast<Shared *>(raw_shared + (aligned_start - shared_start));
+  const uint32_t shared_start = ptx::smem_address(raw_shared), aligned_start = (shared_start + 1023) / 1024 * 1024;
+  Shared& shared = *reinterpret_cast<Shared*>(raw_shared + (aligned_start - shared_start));
 
   if (threadIdx.x == 0) {
     cute::prefetch_tma_descriptor(&q_map);
@@ -77,13 +60,11 @@ __global__ __launch_bounds__(
   __syncthreads();
   wait_for_previous_kernel(launch);
 
-  if (threadIdx.x >= 256) { // -------------------------------------------------------------------------
-                            // producers
+  if (threadIdx.x >= 256) {  // ------------------------------------------------------------------------- producers
     Shared::Registers::as_producer();
     const int warp = __shfl_sync(kFullWarp, int(threadIdx.x) / 32 - 8, 0);
     if (threadIdx.x == 256) {
-      load_tiles<kHeadDim, kSums, kOrdered>(a, shared, q_map, dout_map, k_map,
-                                            v_map);
+      load_tiles<kHeadDim, kSums, kOrdered>(a, shared, q_map, dout_map, k_map, v_map);
     } else if (warp == 1) {
       load_statistics<kHeadDim, kSums, kOrdered>(a, shared);
     } else if (kOrdered && warp > 1) {
@@ -91,8 +72,7 @@ __global__ __launch_bounds__(
     } else if (kFused && warp > 1) {
       convert_jobs<T, kHeadDim>(a, shared, warp);
     }
-  } else { // -------------------------------------------------------------------------------------------
-           // consumers
+  } else {  // ------------------------------------------------------------------------------------------- consumers
     Shared::Registers::as_consumer();
     multiply_keys<T, kHeadDim, kSums, kOrdered>(a, shared, dq_map);
     write_unseen_keys<kHeadDim>(a);
@@ -101,25 +81,22 @@ __global__ __launch_bounds__(
 }
 
 template <typename T, int kHeadDim, QuerySums kSums, bool kOrdered>
-void launch_backward_keys(const BackwardParams &p, const Device &device,
-                          const BackwardMethod &method) {
-  constexpr const char *kOp = "varlen_attention_backward";
+void launch_backward_keys(const BackwardParams& p, const Device& device, const BackwardMethod& method) {
+  constexpr const char* kOp = "varlen_attention_backward";
   using Shared = KeysShared<kHeadDim>;
-  const PackShape &s = p.shape;
-  const int group = s.num_heads / s.num_kv_heads,
-            tile_tokens = Shared::kRows / group;
+  const PackShape& s = p.shape;
+  const int group = s.num_heads / s.num_kv_heads, tile_tokens = Shared::kRows / group;
   const CUtensorMap q_map = queries_map(kOp, p, p.q, tile_tokens);
   const CUtensorMap dout_map = queries_map(kOp, p, p.dout, tile_tokens);
   const CUtensorMap k_map = keys_map(kOp, p, p.k, kBackwardKeys);
   const CUtensorMap v_map = keys_map(kOp, p, p.v, kBackwardKeys);
   const BackwardScratch scratch = scratch_of(p, method);
-  CUtensorMap dq_map = q_map; // used in bulk alone
+  CUtensorMap dq_map = q_map;  // used in bulk alone
   if (kSums == QuerySums::kBulk)
-    dq_map = tensor_map_ragged(
-        kOp,
-        {scratch.dq, DType::kFloat32, std::max<int64_t>(s.total_q, 1),
-         s.num_heads, kHeadDim, int64_t(s.num_heads) * kHeadDim, kHeadDim},
-        std::min(group, 16), std::max(16 / group, 1));
+    dq_map = tensor_map_ragged(kOp,
+                               {scratch.dq, DType::kFloat32, std::max<int64_t>(s.total_q, 1), s.num_heads, kHeadDim,
+                                int64_t(s.num_heads) * kHeadDim, kHeadDim},
+                               std::min(group, 16), std::max(16 / group, 1));
   KeysArguments a{};
   a.plan = p.plan;
   a.first_item = first_backward_row(s);
@@ -148,19 +125,15 @@ void launch_backward_keys(const BackwardParams &p, const Device &device,
   a.scale = p.softmax_scale;
   a.scale_log2 = p.softmax_scale * float(M_LOG2E);
   LaunchShape shape;
-  shape.grid = dim3(unsigned(std::min<int64_t>(
-      device.sm_count, max_backward_items(s) * method.pieces)));
+  shape.grid = dim3(unsigned(std::min<int64_t>(device.sm_count, max_backward_items(s) * method.pieces)));
   shape.block = dim3(Shared::kThreads);
   shape.smem_bytes = shared_bytes<Shared>();
-  // Together the two may not be: the order costs the overlap with the end of
-  // the first pass.
+  // Together the two may not be: the order costs the overlap with the end of the first pass.
   shape.dependent = !kOrdered;
   shape.cooperative = kOrdered;
-  launch_kernel(
-      kOp, device, p.launch.stream, shape,
-      illada_attention_backward_keys_sm90<T, kHeadDim, kSums, kOrdered>, q_map,
-      dout_map, k_map, v_map, dq_map, a);
+  launch_kernel(kOp, device, p.launch.stream, shape, illada_attention_backward_keys_sm90<T, kHeadDim, kSums, kOrdered>,
+                q_map, dout_map, k_map, v_map, dq_map, a);
 }
 
-} // namespace
-} // namespace illada::attention
+}  // namespace
+}  // namespace illada::attention

@@ -1,25 +1,20 @@
-// dq on sm_90a, where it is not summed up beside dk and dv: in a fixed order,
-// and without sums in memory.
+// dq on sm_90a, where it is not summed up beside dk and dv: in a fixed order, and without sums in memory.
 //
-// CTAs walk over the forward items of the plan, like the forward: two consumer
-// warpgroups have 64 rows (tokens x heads of the group) each, a producer warp
-// loads tiles of 128 keys and values for both. With rows on the M side the
-// scores and their gradients are operands straight from registers, and the
-// rows' statistics two registers a row:
+// CTAs walk over the forward items of the plan, like the forward: two consumer warpgroups have 64 rows (tokens x heads
+// of the group) each, a producer warp loads tiles of 128 keys and values for both. With rows on the M side the scores
+// and their gradients are operands straight from registers, and the rows' statistics two registers a row:
 //
 //   s = q k^T,   dp = do v^T,   dq += ds k.
 //
 //   q_full, q_empty [w]   queries and gradients of warpgroup w, and the item
 //   k_full, k_empty [s]   keys; v_full, v_empty [s]: values
-//   turns                 named barriers: a warpgroup's three products are
-//   queued in one go, so that the exponentials
+//   turns                 named barriers: a warpgroup's three products are queued in one go, so that the exponentials
 //                         of the other one run beside them
 //
-// The keys' partial tile comes first; no other is masked. The next item's first
-// products follow this one's last ones, and its dq leaves meanwhile.
+// The keys' partial tile comes first; no other is masked. The next item's first products follow this one's last ones,
+// and its dq leaves meanwhile.
 //
-// 128 rows and 128 keys at D 128 are 3 * 2 * 128^3 flop, 3072 clocks of the
-// tensor cores.
+// 128 rows and 128 keys at D 128 are 3 * 2 * 128^3 flop, 3072 clocks of the tensor cores.
 #pragma once
 
 #include <cuda.h>
@@ -44,53 +39,46 @@
 namespace illada::attention {
 namespace {
 
-template <int kHeadDim> struct QueriesShared {
+template <int kHeadDim>
+struct QueriesShared {
   static constexpr int kKeys = 128, kSlices = kHeadDim / 64, kStages = 2;
   using Registers = RegisterSplit<2, 40, 232>;
   static constexpr int kThreads = Registers::kThreads;
   using KeyTile = Tile<kKeys, kHeadDim>;
   using RowTile = Tile<kBlockRows, kHeadDim>;
-  RowTile q[2], dout[2]; // of each warpgroup
+  RowTile q[2], dout[2];  // of each warpgroup
   KeyTile k[kStages], v[kStages];
-  Barrier q_full[2], q_empty[2], k_full[kStages], k_empty[kStages],
-      v_full[kStages], v_empty[kStages];
-  // Of each warpgroup: the item whose dq leaves, the one that is worked on, and
-  // the next one, which may come while both are read.
+  Barrier q_full[2], q_empty[2], k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
+  // Of each warpgroup: the item whose dq leaves, the one that is worked on, and the next one, which may come while both
+  // are read.
   static constexpr int kItems = 4;
   WorkItem item[2][kItems];
 };
 
 struct QueriesArguments {
-  const int32_t *plan;
-  const RowStatistics *rows;
-  void *dq;
-  int32_t total_q, num_heads, group, block_tokens,
-      parts; // parts of two blocks to a forward item
+  const int32_t* plan;
+  const RowStatistics* rows;
+  void* dq;
+  int32_t total_q, num_heads, group, block_tokens, parts;  // parts of two blocks to a forward item
   uint32_t group_reciprocal;
-  float scale, scale_log2;       // softmax_scale, and times log2(e)
-  uint64_t rows_hint, keys_hint; // to the L2 cache
+  float scale, scale_log2;        // softmax_scale, and times log2(e)
+  uint64_t rows_hint, keys_hint;  // to the L2 cache
 };
 
-// The next piece of work of a CTA, from `round` on, which becomes its round:
-// two blocks of queries against all of their keys. q_count 0: there is none.
-__device__ __forceinline__ WorkItem next_queries(const QueriesArguments &a,
-                                                 int &round) {
-  const int items = plan_header(a.plan).forward_items * a.parts,
-            grid = int(gridDim.x);
+// The next piece of work of a CTA, from `round` on, which becomes its round: two blocks of queries against all of their
+// keys. q_count 0: there is none.
+__device__ __forceinline__ WorkItem next_queries(const QueriesArguments& a, int& round) {
+  const int items = plan_header(a.plan).forward_items * a.parts, grid = int(gridDim.x);
   for (;; ++round) {
     const int index = back_and_forth(round, int(blockIdx.x), grid);
-    if (round * grid >= items)
-      return {};
-    if (index >= items)
-      continue;
-    const int number = index / a.parts,
-              first = (index - number * a.parts) * 2 * a.block_tokens;
+    if (round * grid >= items) return {};
+    if (index >= items) continue;
+    const int number = index / a.parts, first = (index - number * a.parts) * 2 * a.block_tokens;
     WorkItem item = forward_items(a.plan)[number];
     item.q_start += first;
     item.q_count = min(item.q_count - first, 2 * a.block_tokens);
-    if (item.q_count <= 0 || item.piece > 0)
-      continue;
-    if (item.pieces > 1) { // the others follow
+    if (item.q_count <= 0 || item.piece > 0) continue;
+    if (item.pieces > 1) {  // the others follow
       const WorkItem last = forward_items(a.plan)[number + item.pieces - 1];
       item.k_count = last.k_start + last.k_count - item.k_start;
     }
@@ -99,30 +87,17 @@ __device__ __forceinline__ WorkItem next_queries(const QueriesArguments &a,
 }
 
 template <typename T, int kHeadDim>
-__global__ __launch_bounds__(
-    QueriesShared<kHeadDim>::kThreads,
-    1) void illada_attention_backward_queries_sm90(const __grid_constant__
-                                                       CUtensorMap q_map,
-                                                   const __grid_constant__
-                                                       CUtensorMap dout_map,
-                                                   const __grid_constant__
-                                                       CUtensorMap k_map,
-                                                   const __grid_constant__
-                                                       CUtensorMap v_map,
-                                                   const __grid_constant__
-                                                       QueriesArguments a,
-                                                   const __grid_constant__
-                                                       DependentLaunch launch) {
+__global__ __launch_bounds__(QueriesShared<kHeadDim>::kThreads, 1) void illada_attention_backward_queries_sm90(
+    const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap dout_map,
+    const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map,
+    const __grid_constant__ QueriesArguments a, const __grid_constant__ DependentLaunch launch) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Shared = QueriesShared<kHeadDim>;
-  constexpr int kKeys = Shared::kKeys, kSlices = Shared::kSlices,
-                kStages = Shared::kStages;
+  constexpr int kKeys = Shared::kKeys, kSlices = Shared::kSlices, kStages = Shared::kStages;
   constexpr uint32_t kKeyBytes = sizeof(typename Shared::KeyTile);
   extern __shared__ char raw_shared[];
-  const uint32_t shared_start = ptx::smem_address(raw_shared),
-                 aligned_start = (shared_start + 1023) / 1024 * 1024;
-  Shared &shared =
-      *reinterpret_cast<Shared *>(raw_shared + (aligned_start - shared_start));
+  const uint32_t shared_start = ptx::smem_address(raw_shared), aligned_start = (shared_start + 1023) / 1024 * 1024;
+  Shared& shared = *reinterpret_cast<Shared*>(raw_shared + (aligned_start - shared_start));
 
   if (threadIdx.x == 0) {
     cute::prefetch_tma_descriptor(&q_map);
@@ -144,143 +119,110 @@ __global__ __launch_bounds__(
   __syncthreads();
   wait_for_previous_kernel(launch);
 
-  if (threadIdx.x >= 256) { // --------------------------------------------------------------------------
-                            // producer
+  if (threadIdx.x >= 256) {  // -------------------------------------------------------------------------- producer
     Shared::Registers::as_producer();
     if (threadIdx.x == 256) {
       auto state = producer_start<kStages>();
       using KeyTile = typename Shared::KeyTile;
-      const auto load_keys = [&](const CUtensorMap *map, KeyTile &tile,
-                                 Barrier &full, Barrier &empty,
-                                 const WorkItem &item, int row) {
+      const auto load_keys = [&](const CUtensorMap* map, KeyTile& tile, Barrier& full, Barrier& empty,
+                                 const WorkItem& item, int row) {
         empty.wait(state.phase());
         full.arrive_and_expect_tx(kKeyBytes);
-        load_tile(tile, map, full, item.kv_head, item.k_start, item.k_count,
-                  row, a.keys_hint);
+        load_tile(tile, map, full, item.kv_head, item.k_start, item.k_count, row, a.keys_hint);
       };
       int round = 0, number = 0;
-      for (WorkItem item = next_queries(a, round); item.k_count > 0;
-           ++number, ++round, item = next_queries(a, round)) {
+      for (WorkItem item = next_queries(a, round); item.k_count > 0; ++number, ++round, item = next_queries(a, round)) {
 #pragma unroll
         for (int w = 0; w < 2; ++w) {
           shared.q_empty[w].wait(uint32_t(number) % 2 ^ 1);
           shared.item[w][number % Shared::kItems] = item;
-          shared.q_full[w].arrive_and_expect_tx(
-              uint32_t(2 * kSlices * a.block_tokens * a.group * kRowBytes));
-          const auto load_rows = [&](const CUtensorMap *map,
-                                     typename Shared::RowTile &tile) {
-            load_tile(tile, map, shared.q_full[w], item.kv_head * a.group,
-                      item.q_start, item.q_count, w * a.block_tokens,
-                      a.rows_hint);
+          shared.q_full[w].arrive_and_expect_tx(uint32_t(2 * kSlices * a.block_tokens * a.group * kRowBytes));
+          const auto load_rows = [&](const CUtensorMap* map, typename Shared::RowTile& tile) {
+            load_tile(tile, map, shared.q_full[w], item.kv_head * a.group, item.q_start, item.q_count,
+                      w * a.block_tokens, a.rows_hint);
           };
           load_rows(&q_map, shared.q[w]);
           load_rows(&dout_map, shared.dout[w]);
         }
-        for (int row = (item.k_count - 1) / kKeys * kKeys; row >= 0;
-             row -= kKeys) {
+        for (int row = (item.k_count - 1) / kKeys * kKeys; row >= 0; row -= kKeys) {
           const int stage = state.index();
-          load_keys(&k_map, shared.k[stage], shared.k_full[stage],
-                    shared.k_empty[stage], item, row);
-          load_keys(&v_map, shared.v[stage], shared.v_full[stage],
-                    shared.v_empty[stage], item, row);
+          load_keys(&k_map, shared.k[stage], shared.k_full[stage], shared.k_empty[stage], item, row);
+          load_keys(&v_map, shared.v[stage], shared.v_full[stage], shared.v_empty[stage], item, row);
           ++state;
         }
       }
 #pragma unroll
-      for (int w = 0; w < 2; ++w) { // an item without keys: the end
+      for (int w = 0; w < 2; ++w) {  // an item without keys: the end
         shared.q_empty[w].wait(uint32_t(number) % 2 ^ 1);
         shared.item[w][number % Shared::kItems] = WorkItem{};
         shared.q_full[w].arrive();
       }
     }
-  } else { // -------------------------------------------------------------------------------------------
-           // consumers
+  } else {  // ------------------------------------------------------------------------------------------- consumers
     Shared::Registers::as_consumer();
-    const int warpgroup = __shfl_sync(kFullWarp, int(threadIdx.x) / 128, 0),
-              thread = int(threadIdx.x) % 128;
+    const int warpgroup = __shfl_sync(kFullWarp, int(threadIdx.x) / 128, 0), thread = int(threadIdx.x) % 128;
     const int own_turn = warpgroup, next_turn = 1 - warpgroup;
     const int lane = thread % 32;
-    const uint64_t q_rows =
-        gmma_descriptor_k(ptx::smem_address(&shared.q[warpgroup]));
-    const uint64_t dout_rows =
-        q_rows + (offsetof(Shared, dout) - offsetof(Shared, q)) / 16;
+    const uint64_t q_rows = gmma_descriptor_k(ptx::smem_address(&shared.q[warpgroup]));
+    const uint64_t dout_rows = q_rows + (offsetof(Shared, dout) - offsetof(Shared, q)) / 16;
     const uint64_t k_rows = gmma_descriptor_k(ptx::smem_address(shared.k));
-    const uint64_t v_rows =
-        k_rows + (offsetof(Shared, v) - offsetof(Shared, k)) / 16;
-    const uint64_t k_columns =
-        gmma_descriptor_mn(ptx::smem_address(shared.k), kKeys * kRowBytes);
+    const uint64_t v_rows = k_rows + (offsetof(Shared, v) - offsetof(Shared, k)) / 16;
+    const uint64_t k_columns = gmma_descriptor_mn(ptx::smem_address(shared.k), kKeys * kRowBytes);
 
-    PipelineState<kStages> state; // of the tile whose s is next
+    PipelineState<kStages> state;  // of the tile whose s is next
     float dq[kHeadDim / 2], s[kKeys / 2], dp[kKeys / 2];
     uint32_t ds[kKeys / 16][4];
-    RowStatistics rows[2]; // of the item
-    int number = 0;        // of items that were begun
-    int tiles = 0,
-        valid = 0; // of the item that are not yet in s; keys of its first one
-    const int row = thread / 32 * 16 + lane / 4; // and 8 more
+    RowStatistics rows[2];                        // of the item
+    int number = 0;                               // of items that were begun
+    int tiles = 0, valid = 0;                     // of the item that are not yet in s; keys of its first one
+    const int row = thread / 32 * 16 + lane / 4;  // and 8 more
 
-    const auto multiply_scores = [&](float (&d)[kKeys / 2], uint64_t x,
-                                     uint64_t keys, int stage, bool hand_over) {
-      // The compiler must not know that x is the same in every step: it would
-      // keep each of its sums in a register.
+    const auto multiply_scores = [&](float (&d)[kKeys / 2], uint64_t x, uint64_t keys, int stage, bool hand_over) {
+      // The compiler must not know that x is the same in every step: it would keep each of its sums in a register.
       x += uint64_t(stage) * uint64_t(a.total_q < 0);
       const uint64_t y = keys + uint64_t(stage) * (kKeyBytes / 16);
-      multiply_rows<T, typename Shared::RowTile, typename Shared::KeyTile,
-                    kKeys>(d, x, y);
-      if (hand_over)
-        NamedBarrier::arrive(256, next_turn);
+      multiply_rows<T, typename Shared::RowTile, typename Shared::KeyTile, kKeys>(d, x, y);
+      if (hand_over) NamedBarrier::arrive(256, next_turn);
       cute::warpgroup_commit_batch();
     };
     const auto multiply_ds = [&](int stage, bool accumulate) {
       const uint64_t y = k_columns + uint64_t(stage) * (kKeyBytes / 16);
 #pragma unroll
       for (int i = 0; i < kKeys / 16; ++i)
-        warpgroup_mma_rs<T, kHeadDim>(dq, ds[i], y + i * (16 * kRowBytes / 16),
-                                      accumulate || i > 0);
+        warpgroup_mma_rs<T, kHeadDim>(dq, ds[i], y + i * (16 * kRowBytes / 16), accumulate || i > 0);
       cute::warpgroup_commit_batch();
     };
     const auto open_item = [&] {
       shared.q_full[warpgroup].wait(uint32_t(number) % 2);
-      const WorkItem &item = shared.item[warpgroup][number % Shared::kItems];
+      const WorkItem& item = shared.item[warpgroup][number % Shared::kItems];
       const int count = __shfl_sync(kFullWarp, item.k_count, 0);
       ++number;
       tiles = (count + kKeys - 1) / kKeys;
       valid = count - (tiles - 1) * kKeys;
-      if (tiles == 0)
-        return false;
+      if (tiles == 0) return false;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int token = min(warpgroup * a.block_tokens +
-                                  int((row + 8 * i) * a.group_reciprocal >> 16),
-                              item.q_count - 1);
+        const int token =
+            min(warpgroup * a.block_tokens + int((row + 8 * i) * a.group_reciprocal >> 16), item.q_count - 1);
         const int head = (row + 8 * i) % a.group;
-        rows[i] =
-            a.rows[(int64_t(item.kv_head) * a.total_q + item.q_start + token) *
-                       a.group +
-                   head];
+        rows[i] = a.rows[(int64_t(item.kv_head) * a.total_q + item.q_start + token) * a.group + head];
       }
       return true;
     };
-    const auto write_queries = [&](const WorkItem &item) {
-      const int tokens =
-          min(item.q_count - warpgroup * a.block_tokens, a.block_tokens);
+    const auto write_queries = [&](const WorkItem& item) {
+      const int tokens = min(item.q_count - warpgroup * a.block_tokens, a.block_tokens);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int token = int((row + 8 * i) * a.group_reciprocal >> 16),
-                  head = row + 8 * i - token * a.group;
-        const int64_t place =
-            int64_t(item.q_start + warpgroup * a.block_tokens + token) *
-            a.num_heads;
-        store_row<T, kHeadDim>(static_cast<T *>(a.dq) +
-                                   (place + item.kv_head * a.group + head) *
-                                       kHeadDim,
-                               dq, i, a.scale, token < tokens, lane);
+        const int token = int((row + 8 * i) * a.group_reciprocal >> 16), head = row + 8 * i - token * a.group;
+        const int64_t place = int64_t(item.q_start + warpgroup * a.block_tokens + token) * a.num_heads;
+        store_row<T, kHeadDim>(static_cast<T*>(a.dq) + (place + item.kv_head * a.group + head) * kHeadDim, dq, i,
+                               a.scale, token < tokens, lane);
       }
     };
     if (open_item()) {
-      bool fresh = true;    // is the tile of s the first one of its item?
-      bool is_last = false; // the last one?
-      int stage = 0;        // its stage
+      bool fresh = true;     // is the tile of s the first one of its item?
+      bool is_last = false;  // the last one?
+      int stage = 0;         // its stage
       const auto multiply_k = [&] {
         stage = state.index();
         shared.k_full[stage].wait(state.phase());
@@ -295,19 +237,16 @@ __global__ __launch_bounds__(
       };
       const auto finish_scores = [&] {
         warpgroup_wait<1>(s);
-        if (fresh && valid < kKeys)
-          mask_scores(s, valid);
+        if (fresh && valid < kKeys) mask_scores(s, valid);
 #pragma unroll
         for (int j = 0; j < kKeys / 2; ++j)
-          s[j] = ptx::exp2_approx(
-              fmaf(s[j], a.scale_log2, -rows[j / 2 % 2].lse_log2));
+          s[j] = ptx::exp2_approx(fmaf(s[j], a.scale_log2, -rows[j / 2 % 2].lse_log2));
         is_last = --tiles == 0;
         warpgroup_wait<0>(dp);
         shared.v_empty[stage].arrive_if(thread == 0);
         shared.q_empty[warpgroup].arrive_if(thread == 0 && is_last);
       };
-      if (warpgroup == 1)
-        NamedBarrier::arrive(256, next_turn);
+      if (warpgroup == 1) NamedBarrier::arrive(256, next_turn);
       multiply_k();
       multiply_v(false);
       finish_scores();
@@ -317,12 +256,10 @@ __global__ __launch_bounds__(
 #pragma unroll
         for (int j = 0; j < kKeys / 2; j += 2) {
           const float c = rows[j / 2 % 2].c;
-          ds[j / 8][j / 2 % 4] =
-              pack2<T>(s[j] * (dp[j] - c), s[j + 1] * (dp[j + 1] - c));
+          ds[j / 8][j / 2 % 4] = pack2<T>(s[j] * (dp[j] - c), s[j + 1] * (dp[j + 1] - c));
         }
         const bool ends_item = is_last, begins_item = fresh;
-        if (ends_item && !open_item())
-          break;
+        if (ends_item && !open_item()) break;
         NamedBarrier::arrive_and_wait(256, own_turn);
         cute::warpgroup_arrive();
         multiply_ds(old_stage, !begins_item);
@@ -333,30 +270,23 @@ __global__ __launch_bounds__(
         multiply_v(true);
         fresh = ends_item;
         finish_scores();
-        if (ends_item)
-          write_queries(shared.item[warpgroup][(number - 2) % Shared::kItems]);
+        if (ends_item) write_queries(shared.item[warpgroup][(number - 2) % Shared::kItems]);
       }
-      if (warpgroup == 0)
-        NamedBarrier::arrive_and_wait(256, own_turn);
+      if (warpgroup == 0) NamedBarrier::arrive_and_wait(256, own_turn);
       cute::warpgroup_arrive();
       multiply_ds(stage, !fresh);
       warpgroup_wait<0>(dq);
       write_queries(shared.item[warpgroup][(number - 2) % Shared::kItems]);
     }
     // Queries without keys, which are the last ones of the list.
-    for (int index = plan_header(a.plan).forward_items - 1 - int(blockIdx.x);
-         index >= 0; index -= int(gridDim.x)) {
+    for (int index = plan_header(a.plan).forward_items - 1 - int(blockIdx.x); index >= 0; index -= int(gridDim.x)) {
       const WorkItem item = forward_items(a.plan)[index];
-      if (item.k_count > 0)
-        break;
+      if (item.k_count > 0) break;
       constexpr int kWords = kHeadDim / 8;
-      for (int i = int(threadIdx.x); i < item.q_count * a.group * kWords;
-           i += 256) {
+      for (int i = int(threadIdx.x); i < item.q_count * a.group * kWords; i += 256) {
         const int r = i / kWords;
-        const int64_t at = int64_t(item.q_start + r / a.group) * a.num_heads +
-                           item.kv_head * a.group + r % a.group;
-        static_cast<uint4 *>(a.dq)[at * kWords + i % kWords] =
-            make_uint4(0, 0, 0, 0);
+        const int64_t at = int64_t(item.q_start + r / a.group) * a.num_heads + item.kv_head * a.group + r % a.group;
+        static_cast<uint4*>(a.dq)[at * kWords + i % kWords] = make_uint4(0, 0, 0, 0);
       }
     }
   }
@@ -364,11 +294,10 @@ __global__ __launch_bounds__(
 }
 
 template <typename T, int kHeadDim>
-void launch_backward_queries(const BackwardParams &p, const Device &device,
-                             const Tiling &tiling) {
-  constexpr const char *kOp = "varlen_attention_backward";
+void launch_backward_queries(const BackwardParams& p, const Device& device, const Tiling& tiling) {
+  constexpr const char* kOp = "varlen_attention_backward";
   using Shared = QueriesShared<kHeadDim>;
-  const PackShape &s = p.shape;
+  const PackShape& s = p.shape;
   const int group = s.num_heads / s.num_kv_heads;
   const CUtensorMap q_map = queries_map(kOp, p, p.q, block_tokens(s));
   const CUtensorMap dout_map = queries_map(kOp, p, p.dout, block_tokens(s));
@@ -390,15 +319,13 @@ void launch_backward_queries(const BackwardParams &p, const Device &device,
   a.scale = p.softmax_scale;
   a.scale_log2 = p.softmax_scale * float(M_LOG2E);
   LaunchShape shape;
-  shape.grid = dim3(unsigned(
-      std::min<int64_t>(device.sm_count, max_forward_items(s) * a.parts)));
+  shape.grid = dim3(unsigned(std::min<int64_t>(device.sm_count, max_forward_items(s) * a.parts)));
   shape.block = dim3(Shared::kThreads);
   shape.smem_bytes = shared_bytes<Shared>();
   shape.dependent = true;
-  launch_kernel(kOp, device, p.launch.stream, shape,
-                illada_attention_backward_queries_sm90<T, kHeadDim>, q_map,
+  launch_kernel(kOp, device, p.launch.stream, shape, illada_attention_backward_queries_sm90<T, kHeadDim>, q_map,
                 dout_map, k_map, v_map, a);
 }
 
-} // namespace
-} // namespace illada::attention
+}  // namespace
+}  // namespace illada::attention

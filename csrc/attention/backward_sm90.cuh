@@ -1,5 +1,5 @@
-// The attention backward on sm_90a; included by one file per head dim, and by
-// one for the ways of adding dq that are not the default.
+// The attention backward on sm_90a; included by one file per head dim, and by one for the ways of adding dq that are
+// not the default.
 #pragma once
 
 #include "attention/backward_keys_sm90.cuh"
@@ -9,64 +9,52 @@ namespace illada::attention {
 namespace {
 
 template <typename T, int kHeadDim>
-void launch_backward(const BackwardParams &p, const Device &device,
-                     const Tiling &tiling, const BackwardMethod &method) {
+void launch_backward(const BackwardParams& p, const Device& device, const Tiling& tiling,
+                     const BackwardMethod& method) {
   if (method.ordered) {
-    launch_backward_keys<T, kHeadDim, QuerySums::kRed2, true>(p, device,
-                                                              method);
+    launch_backward_keys<T, kHeadDim, QuerySums::kRed2, true>(p, device, method);
   } else if (method.sums == QuerySums::kRed2) {
-    launch_backward_keys<T, kHeadDim, QuerySums::kRed2, false>(p, device,
-                                                               method);
+    launch_backward_keys<T, kHeadDim, QuerySums::kRed2, false>(p, device, method);
   } else if (method.sums == QuerySums::kNone) {
-    launch_backward_keys<T, kHeadDim, QuerySums::kNone, false>(p, device,
-                                                               method);
+    launch_backward_keys<T, kHeadDim, QuerySums::kNone, false>(p, device, method);
   } else if (kHeadDim == 64) {
     launch_backward_sums_d64_sm90(p, device, method);
   } else {
     launch_backward_sums_d128_sm90(p, device, method);
   }
-  if (!method.fused)
-    launch_backward_queries<T, kHeadDim>(p, device, tiling);
+  if (!method.fused) launch_backward_queries<T, kHeadDim>(p, device, tiling);
 }
 
 template <int kHeadDim>
-void launch_backward(const BackwardParams &p, const Device &device,
-                     const Tiling &tiling, const BackwardMethod &method) {
-  p.dtype == DType::kBFloat16
-      ? launch_backward<BFloat16, kHeadDim>(p, device, tiling, method)
-      : launch_backward<Half, kHeadDim>(p, device, tiling, method);
+void launch_backward(const BackwardParams& p, const Device& device, const Tiling& tiling,
+                     const BackwardMethod& method) {
+  p.dtype == DType::kBFloat16 ? launch_backward<BFloat16, kHeadDim>(p, device, tiling, method)
+                              : launch_backward<Half, kHeadDim>(p, device, tiling, method);
 }
 
 // The other ways of adding dq.
 template <typename T, int kHeadDim>
-void launch_backward_sums(const BackwardParams &p, const Device &device,
-                          const BackwardMethod &method) {
+void launch_backward_sums(const BackwardParams& p, const Device& device, const BackwardMethod& method) {
   switch (method.sums) {
-  case QuerySums::kRed2Kept:
-    return launch_backward_keys<T, kHeadDim, QuerySums::kRed2Kept, false>(
-        p, device, method);
-  case QuerySums::kRed4:
-    return launch_backward_keys<T, kHeadDim, QuerySums::kRed4, false>(p, device,
-                                                                      method);
-  case QuerySums::kRed4Kept:
-    return launch_backward_keys<T, kHeadDim, QuerySums::kRed4Kept, false>(
-        p, device, method);
-  case QuerySums::kBulk:
-    return launch_backward_keys<T, kHeadDim, QuerySums::kBulk, false>(p, device,
-                                                                      method);
-  case QuerySums::kNone:
-  case QuerySums::kRed2:
-    break; // not here
+    case QuerySums::kRed2Kept:
+      return launch_backward_keys<T, kHeadDim, QuerySums::kRed2Kept, false>(p, device, method);
+    case QuerySums::kRed4:
+      return launch_backward_keys<T, kHeadDim, QuerySums::kRed4, false>(p, device, method);
+    case QuerySums::kRed4Kept:
+      return launch_backward_keys<T, kHeadDim, QuerySums::kRed4Kept, false>(p, device, method);
+    case QuerySums::kBulk:
+      return launch_backward_keys<T, kHeadDim, QuerySums::kBulk, false>(p, device, method);
+    case QuerySums::kNone:
+    case QuerySums::kRed2:
+      break;  // not here
   }
 }
 
 template <int kHeadDim>
-void launch_backward_sums(const BackwardParams &p, const Device &device,
-                          const BackwardMethod &method) {
-  p.dtype == DType::kBFloat16
-      ? launch_backward_sums<BFloat16, kHeadDim>(p, device, method)
-      : launch_backward_sums<Half, kHeadDim>(p, device, method);
+void launch_backward_sums(const BackwardParams& p, const Device& device, const BackwardMethod& method) {
+  p.dtype == DType::kBFloat16 ? launch_backward_sums<BFloat16, kHeadDim>(p, device, method)
+                              : launch_backward_sums<Half, kHeadDim>(p, device, method);
 }
 
-} // namespace
-} // namespace illada::attention
+}  // namespace
+}  // namespace illada::attention

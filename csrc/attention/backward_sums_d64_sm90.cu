@@ -2,10 +2,8 @@
 
 namespace illada::attention {
 
-void launch_backward_sums_d64_sm90(const BackwardParams &params,
-                                   const Device &device,
-                                   const BackwardMethod &method) {
+void launch_backward_sums_d64_sm90(const BackwardParams& params, const Device& device, const BackwardMethod& method) {
   launch_backward_sums<64>(params, device, method);
 }
 
-} // namespace illada::attention
+}  // namespace illada::attention

@@ -2,9 +2,8 @@
 
 namespace illada::attention {
 
-void launch_forward_d128_sm90(const ForwardParams &params, const Device &device,
-                              const Tiling &tiling) {
+void launch_forward_d128_sm90(const ForwardParams& params, const Device& device, const Tiling& tiling) {
   launch_forward<128, 128, 3>(params, device, tiling);
 }
 
-} // namespace illada::attention
+}  // namespace illada::attention

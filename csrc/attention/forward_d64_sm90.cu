@@ -2,9 +2,8 @@
 
 namespace illada::attention {
 
-void launch_forward_d64_sm90(const ForwardParams &params, const Device &device,
-                             const Tiling &tiling) {
+void launch_forward_d64_sm90(const ForwardParams& params, const Device& device, const Tiling& tiling) {
   launch_forward<64, 96, 4>(params, device, tiling);
 }
 
-} // namespace illada::attention
+}  // namespace illada::attention

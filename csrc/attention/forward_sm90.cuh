@@ -1,34 +1,25 @@
 // The attention forward on sm_90a; included by one file per head dim.
 //
-// CTAs walk over the items of the plan. A producer warp loads by TMA; two
-// consumer warpgroups (three for head dim 64) have a block of 64 rows each,
-// which are the tokens x heads of a group: the box of the queries' map is 64
-// columns x heads of the group x tokens, so that grouped queries come as one
-// tile of rows. Maps end where the item's queries and keys do
-// (tensor_map_ragged): what lies behind reads as 0, whoever owns it, and is not
-// written.
+// CTAs walk over the items of the plan. A producer warp loads by TMA; two consumer warpgroups (three for head dim 64)
+// have a block of 64 rows each, which are the tokens x heads of a group: the box of the queries' map is 64 columns x
+// heads of the group x tokens, so that grouped queries come as one tile of rows. Maps end where the item's queries and
+// keys do (tensor_map_ragged): what lies behind reads as 0, whoever owns it, and is not written.
 //
-//   q_full, q_empty [w]   the queries of warpgroup w are there, with the item's
-//   record; their last product is done k_full, k_empty       a tile of keys is
-//   there; all warpgroups (of both CTAs of a cluster) have read it v_full,
-//   v_empty       the same of the values turns                 named barriers:
-//   one warpgroup at a time issues its products, so that the others' softmax
-//   runs
+//   q_full, q_empty [w]   the queries of warpgroup w are there, with the item's record; their last product is done
+//   k_full, k_empty       a tile of keys is there; all warpgroups (of both CTAs of a cluster) have read it
+//   v_full, v_empty       the same of the values
+//   turns                 named barriers: one warpgroup at a time issues its products, so that the others' softmax runs
 //                         beside them
 //
-// A warpgroup's step issues s = q . k of the next tile and o += p . v of this
-// one, and makes the next probabilities from s while the second product runs.
-// Steps go on from item to item: the next item's first product runs beside the
-// last one of this item, and its rows leave from registers by way of shared
-// memory while the next tile is multiplied. The keys' partial tile comes first;
-// no other is masked.
+// A warpgroup's step issues s = q . k of the next tile and o += p . v of this one, and makes the next probabilities
+// from s while the second product runs. Steps go on from item to item: the next item's first product runs beside the
+// last one of this item, and its rows leave from registers by way of shared memory while the next tile is multiplied.
+// The keys' partial tile comes first; no other is masked.
 //
-// An item with k keys is 4 * rows * k * D flop and reads 4 k D bytes of keys
-// and values: at the tensor cores' peak, 128 rows ask the L2 cache for 32 bytes
-// a clock and SM, of which it gives about 24. Pairs of CTAs (clusters) with
-// neighbouring tiles of the same head therefore load each tile of keys once,
-// half each, for both. What bounds the kernel is then the tensor cores; see
-// docs/design-attention.md.
+// An item with k keys is 4 * rows * k * D flop and reads 4 k D bytes of keys and values: at the tensor cores' peak, 128
+// rows ask the L2 cache for 32 bytes a clock and SM, of which it gives about 24. Pairs of CTAs (clusters) with
+// neighbouring tiles of the same head therefore load each tile of keys once, half each, for both. What bounds the
+// kernel is then the tensor cores; see docs/design-attention.md.
 #pragma once
 
 #include <cuda.h>
@@ -57,107 +48,82 @@
 namespace illada::attention {
 namespace {
 
-// An instance: its shared memory, and what it does in another way for want of
-// registers or shared memory.
-template <int kHeadDim, int kKeys_, int kStagesV_> struct SharedStorage {
+// An instance: its shared memory, and what it does in another way for want of registers or shared memory.
+template <int kHeadDim, int kKeys_, int kStagesV_>
+struct SharedStorage {
   static constexpr int kKeys = kKeys_, kSlices = kHeadDim / 64;
   static constexpr int kStagesK = kHeadDim == 128 ? 2 : 4, kStagesV = kStagesV_;
   static constexpr int kItems = 4;
   static constexpr int kConsumers = forward_blocks_sm90(kHeadDim);
-  static constexpr int kConsumerRegisters = kConsumers == 2 ? 232
-                                            : kKeys == 96   ? 152
-                                                            : 160;
-  static_assert(2 * kConsumers <=
-                NamedBarrier::kCount); // turns, and one of each warpgroup
-  using Registers = RegisterSplit<kConsumers,
-                                  kConsumers == 2 ? 40
-                                  : kKeys == 96   ? 56
-                                                  : 32,
-                                  kConsumerRegisters>;
+  static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : kKeys == 96 ? 152 : 160;
+  static_assert(2 * kConsumers <= NamedBarrier::kCount);  // turns, and one of each warpgroup
+  using Registers = RegisterSplit<kConsumers, kConsumers == 2 ? 40 : kKeys == 96 ? 56 : 32, kConsumerRegisters>;
   static constexpr int kThreads = Registers::kThreads;
   using KeyTile = Tile<kKeys, kHeadDim>;
   using QueryTile = Tile<kBlockRows, kHeadDim>;
-  // Scores, sums, two sets of probabilities and 24 more registers are too many:
-  // the next probabilities stay in those of the scores, in fp32, until the
-  // product that reads the old ones has ended.
-  static constexpr bool kPacksLate =
-      kKeys / 2 + kHeadDim / 2 + 2 * (kKeys / 4) + 24 > kConsumerRegisters;
+  // Scores, sums, two sets of probabilities and 24 more registers are too many: the next probabilities stay in those of
+  // the scores, in fp32, until the product that reads the old ones has ended.
+  static constexpr bool kPacksLate = kKeys / 2 + kHeadDim / 2 + 2 * (kKeys / 4) + 24 > kConsumerRegisters;
   // Room for the rows on their way out; else they are stored from registers.
-  static constexpr bool kStagesOut = (kStagesK + kStagesV) * sizeof(KeyTile) +
-                                         2 * kConsumers * sizeof(QueryTile) <=
-                                     225 * 1024;
+  static constexpr bool kStagesOut =
+      (kStagesK + kStagesV) * sizeof(KeyTile) + 2 * kConsumers * sizeof(QueryTile) <= 225 * 1024;
   struct None {};
-  QueryTile q[kConsumers]; // of each warpgroup
+  QueryTile q[kConsumers];  // of each warpgroup
   KeyTile k[kStagesK], v[kStagesV];
   std::conditional_t<kStagesOut, QueryTile, None> out[kConsumers];
-  Barrier q_full[kConsumers], q_empty[kConsumers], k_full[kStagesK],
-      k_empty[kStagesK], v_full[kStagesV], v_empty[kStagesV];
-  // Of the item that leaves, of the one that is worked on, and of the next one,
-  // which may come while both are read.
+  Barrier q_full[kConsumers], q_empty[kConsumers], k_full[kStagesK], k_empty[kStagesK], v_full[kStagesV],
+      v_empty[kStagesV];
+  // Of the item that leaves, of the one that is worked on, and of the next one, which may come while both are read.
   WorkItem item[kConsumers][kItems], producer_item, next_item;
-  int32_t items; // of the producer, which has no register for them
+  int32_t items;  // of the producer, which has no register for them
 };
 
 struct ForwardArguments {
-  const int32_t *plan;
-  void *out;
-  float *lse;
+  const int32_t* plan;
+  void* out;
+  float* lse;
   Slots slots;
   int32_t total_q, num_heads, group, tile_tokens, block_tokens;
   uint32_t group_reciprocal;
-  float scale_log2;              // softmax_scale * log2(e)
-  uint64_t rows_hint, keys_hint; // to the L2 cache
+  float scale_log2;               // softmax_scale * log2(e)
+  uint64_t rows_hint, keys_hint;  // to the L2 cache
 };
 
 // In shared memory, half after half: four registers, not eight.
-__device__ __forceinline__ void copy_item(WorkItem &target,
-                                          const WorkItem &source) {
-  reinterpret_cast<uint4 *>(&target)[0] =
-      reinterpret_cast<const uint4 *>(&source)[0];
+__device__ __forceinline__ void copy_item(WorkItem& target, const WorkItem& source) {
+  reinterpret_cast<uint4*>(&target)[0] = reinterpret_cast<const uint4*>(&source)[0];
   ptx::keep_memory_order();
-  reinterpret_cast<uint4 *>(&target)[1] =
-      reinterpret_cast<const uint4 *>(&source)[1];
+  reinterpret_cast<uint4*>(&target)[1] = reinterpret_cast<const uint4*>(&source)[1];
 }
 
 // The item of a cluster in a round.
-template <int kCluster> __device__ __forceinline__ int item_index(int round) {
+template <int kCluster>
+__device__ __forceinline__ int item_index(int round) {
   int block = int(blockIdx.x), grid = int(gridDim.x);
   ptx::made_anew(block);
   ptx::made_anew(grid);
   return back_and_forth(round, block / kCluster, grid / kCluster);
 }
 
-// The finished rows of a warpgroup leave: to out, by way of shared memory and
-// TMA, which ends with the item's queries, and to lse; or, where the item's
-// keys are split, to its slot. The item's queries from `first_token` on are the
+// The finished rows of a warpgroup leave: to out, by way of shared memory and TMA, which ends with the item's queries,
+// and to lse; or, where the item's keys are split, to its slot. The item's queries from `first_token` on are the
 // warpgroup's.
 template <typename T, int kHeadDim, typename Shared>
-__device__ __forceinline__ void
-write_rows(float (&o)[kHeadDim / 2], const SoftmaxRows &rows,
-           const WorkItem &item, const ForwardArguments &a,
-           const CUtensorMap &out_map, uint32_t staging, int barrier,
-           int first_token) {
-  const int lane = int(threadIdx.x) % 32,
-            row = int(threadIdx.x) % 128 / 32 * 16 + lane / 4;
+__device__ __forceinline__ void write_rows(float (&o)[kHeadDim / 2], const SoftmaxRows& rows, const WorkItem& item,
+                                           const ForwardArguments& a, const CUtensorMap& out_map, uint32_t staging,
+                                           int barrier, int first_token) {
+  const int lane = int(threadIdx.x) % 32, row = int(threadIdx.x) % 128 / 32 * 16 + lane / 4;
   const int tokens = min(item.q_count - first_token, a.block_tokens);
   const bool whole = item.pieces == 1;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const float sum =
-        warp_reduce<4>(rows.sum[i], [](float x, float y) { return x + y; });
-    const float inverse = 1.0f / sum,
-                lse_log2 = fmaf(rows.reference[i], a.scale_log2, log2f(sum));
-    const int token = int((row + 8 * i) * a.group_reciprocal >> 16),
-              head = row + 8 * i - token * a.group;
+    const float sum = warp_reduce<4>(rows.sum[i], [](float x, float y) { return x + y; });
+    const float inverse = 1.0f / sum, lse_log2 = fmaf(rows.reference[i], a.scale_log2, log2f(sum));
+    const int token = int((row + 8 * i) * a.group_reciprocal >> 16), head = row + 8 * i - token * a.group;
     if (!Shared::kStagesOut && whole) {
-      const int64_t place =
-          int64_t(item.q_start + first_token + token) * a.num_heads +
-          item.kv_head * a.group + head;
-      store_row<T, kHeadDim>(static_cast<T *>(a.out) + place * kHeadDim, o, i,
-                             inverse, token < tokens, lane,
-                             [&](uint4 *at, const uint4 &x) {
-                               ptx::store_global_v4_hinted(at, x, a.rows_hint);
-                             });
+      const int64_t place = int64_t(item.q_start + first_token + token) * a.num_heads + item.kv_head * a.group + head;
+      store_row<T, kHeadDim>(static_cast<T*>(a.out) + place * kHeadDim, o, i, inverse, token < tokens, lane,
+                             [&](uint4* at, const uint4& x) { ptx::store_global_v4_hinted(at, x, a.rows_hint); });
     } else {
 #pragma unroll
       for (int j = 0; j < kHeadDim / 8; ++j) {
@@ -168,116 +134,82 @@ write_rows(float (&o)[kHeadDim / 2], const SoftmaxRows &rows,
     if (token < tokens) {
       if (whole) {
         if (lane % 4 == 0)
-          a.lse[int64_t(item.kv_head * a.group + head) * a.total_q +
-                item.q_start + first_token + token] = lse_log2 * float(M_LN2);
+          a.lse[int64_t(item.kv_head * a.group + head) * a.total_q + item.q_start + first_token + token] =
+              lse_log2 * float(M_LN2);
       } else {
         const int64_t slot_row =
-            int64_t(item.first_slot + item.piece) * a.slots.rows +
-            (first_token + token) * a.group + head;
-        float *out = a.slots.out + slot_row * kHeadDim + 2 * (lane % 4);
+            int64_t(item.first_slot + item.piece) * a.slots.rows + (first_token + token) * a.group + head;
+        float* out = a.slots.out + slot_row * kHeadDim + 2 * (lane % 4);
 #pragma unroll
         for (int j = 0; j < kHeadDim / 8; ++j)
-          *reinterpret_cast<float2 *>(out + 8 * j) =
-              make_float2(o[4 * j + 2 * i], o[4 * j + 2 * i + 1]);
-        if (lane % 4 == 0)
-          a.slots.lse[slot_row] = lse_log2;
+          *reinterpret_cast<float2*>(out + 8 * j) = make_float2(o[4 * j + 2 * i], o[4 * j + 2 * i + 1]);
+        if (lane % 4 == 0) a.slots.lse[slot_row] = lse_log2;
       }
     }
   }
   if (Shared::kStagesOut && whole) {
-    cute::tma_store_wait<0>(); // what the leader sent before has left
+    cute::tma_store_wait<0>();  // what the leader sent before has left
     NamedBarrier::arrive_and_wait(128, barrier);
     const int swizzle = lane % 8;
-    const uint32_t target =
-        staging +
-        uint32_t((int(threadIdx.x) % 128 / 32 * 16 + lane % 16) * kRowBytes);
+    const uint32_t target = staging + uint32_t((int(threadIdx.x) % 128 / 32 * 16 + lane % 16) * kRowBytes);
 #pragma unroll
-    for (int j = 0; j < kHeadDim / 8;
-         j +=
-         2) { // lanes 0 .. 15: the sixteen rows of block j, the others of j + 1
+    for (int j = 0; j < kHeadDim / 8; j += 2) {  // lanes 0 .. 15: the sixteen rows of block j, the others of j + 1
       const int chunk = (j + lane / 16) % 8;
-      store_matrices(target + j / 8 * (kBlockRows * kRowBytes) +
-                         uint32_t((chunk ^ swizzle) * 16),
-                     pack2<T>(o[4 * j], o[4 * j + 1]),
-                     pack2<T>(o[4 * j + 2], o[4 * j + 3]),
-                     pack2<T>(o[4 * j + 4], o[4 * j + 5]),
-                     pack2<T>(o[4 * j + 6], o[4 * j + 7]));
+      store_matrices(target + j / 8 * (kBlockRows * kRowBytes) + uint32_t((chunk ^ swizzle) * 16),
+                     pack2<T>(o[4 * j], o[4 * j + 1]), pack2<T>(o[4 * j + 2], o[4 * j + 3]),
+                     pack2<T>(o[4 * j + 4], o[4 * j + 5]), pack2<T>(o[4 * j + 6], o[4 * j + 7]));
     }
     fence_view_async_shared();
     NamedBarrier::arrive_and_wait(128, barrier);
     if (threadIdx.x % 128 == 0) {
 #pragma unroll
       for (int slice = 0; slice < kHeadDim / 64; ++slice)
-        ptx::tma_store_5d(&out_map, a.rows_hint,
-                          staging + slice * (kBlockRows * kRowBytes),
-                          64 * slice, item.kv_head * a.group,
-                          kRaggedTokens - item.q_count + first_token,
-                          kRaggedTokens, item.q_start + item.q_count);
+        ptx::tma_store_5d(&out_map, a.rows_hint, staging + slice * (kBlockRows * kRowBytes), 64 * slice,
+                          item.kv_head * a.group, kRaggedTokens - item.q_count + first_token, kRaggedTokens,
+                          item.q_start + item.q_count);
     }
     cute::tma_store_arrive();
   }
-  if (!Shared::kStagesOut)
-    __syncwarp(); // only some lanes stored: together again for the next product
+  if (!Shared::kStagesOut) __syncwarp();  // only some lanes stored: together again for the next product
 }
 
-// Whether the kernel divides the plan's items in two: one that was made for
-// pairs has items of two tiles, and a CTA without a neighbour takes one of them
-// at a time.
+// Whether the kernel divides the plan's items in two: one that was made for pairs has items of two tiles, and a CTA
+// without a neighbour takes one of them at a time.
 template <int kCluster>
-__device__ __forceinline__ int halves_items(const int32_t *plan) {
+__device__ __forceinline__ int halves_items(const int32_t* plan) {
   return kCluster == 1 ? plan_header(plan).cluster - 1 : 0;
 }
 
 // Items without keys, which are the last ones of the list, from `round` on.
 template <typename T, int kHeadDim, typename Shared, int kCluster>
-__device__ __forceinline__ void write_empty_items(const ForwardArguments &a,
-                                                  int round, int rank) {
-  const int halves = halves_items<kCluster>(a.plan),
-            items = plan_header(a.plan).forward_items << halves;
+__device__ __forceinline__ void write_empty_items(const ForwardArguments& a, int round, int rank) {
+  const int halves = halves_items<kCluster>(a.plan), items = plan_header(a.plan).forward_items << halves;
   for (int index; (index = item_index<kCluster>(round)) < items; ++round) {
     const WorkItem item = forward_items(a.plan)[index >> halves];
     const int first = (kCluster == 1 ? index & halves : rank) * a.tile_tokens;
     const int tokens = min(item.q_count - first, a.tile_tokens);
-    for (int row = int(threadIdx.x) / 8; row < tokens * a.group;
-         row += 128 * Shared::kConsumers / 8) {
-      const int64_t q = item.q_start + first + row / a.group,
-                    h = item.kv_head * a.group + row % a.group;
-      uint4 *out = reinterpret_cast<uint4 *>(static_cast<T *>(a.out) +
-                                             (q * a.num_heads + h) * kHeadDim);
+    for (int row = int(threadIdx.x) / 8; row < tokens * a.group; row += 128 * Shared::kConsumers / 8) {
+      const int64_t q = item.q_start + first + row / a.group, h = item.kv_head * a.group + row % a.group;
+      uint4* out = reinterpret_cast<uint4*>(static_cast<T*>(a.out) + (q * a.num_heads + h) * kHeadDim);
 #pragma unroll
-      for (int i = 0; i < kHeadDim / 64; ++i)
-        out[8 * i + threadIdx.x % 8] = make_uint4(0, 0, 0, 0);
-      if (threadIdx.x % 8 == 0)
-        a.lse[h * a.total_q + q] = -INFINITY;
+      for (int i = 0; i < kHeadDim / 64; ++i) out[8 * i + threadIdx.x % 8] = make_uint4(0, 0, 0, 0);
+      if (threadIdx.x % 8 == 0) a.lse[h * a.total_q + q] = -INFINITY;
     }
   }
 }
 
 template <typename T, int kHeadDim, int kKeys, int kStagesV, int kCluster>
-__global__ __launch_bounds__(
-    SharedStorage<kHeadDim, kKeys, kStagesV>::kThreads,
-    1) void illada_attention_forward_sm90(const __grid_constant__ CUtensorMap
-                                              q_map,
-                                          const __grid_constant__ CUtensorMap
-                                              k_map,
-                                          const __grid_constant__ CUtensorMap
-                                              v_map,
-                                          const __grid_constant__ CUtensorMap
-                                              out_map,
-                                          const __grid_constant__
-                                              ForwardArguments a,
-                                          const __grid_constant__
-                                              DependentLaunch launch) {
+__global__ __launch_bounds__(SharedStorage<kHeadDim, kKeys, kStagesV>::kThreads, 1) void illada_attention_forward_sm90(
+    const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
+    const __grid_constant__ CUtensorMap v_map, const __grid_constant__ CUtensorMap out_map,
+    const __grid_constant__ ForwardArguments a, const __grid_constant__ DependentLaunch launch) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Shared = SharedStorage<kHeadDim, kKeys, kStagesV>;
   constexpr int kSlices = Shared::kSlices, kStagesK = Shared::kStagesK;
   constexpr int kConsumers = Shared::kConsumers, kItems = Shared::kItems;
   constexpr uint32_t kTileBytes = sizeof(typename Shared::KeyTile);
   extern __shared__ char raw_shared[];
-  const uint32_t shared_start = ptx::smem_address(raw_shared),
-                 aligned_start = (shared_start + 1023) / 1024 * 1024;
-  Shared &shared =
-      *reinterpret_cast<Shared *>(raw_shared + (aligned_start - shared_start));
+  Shared& shared = ptx::shared_at<Shared>((ptx::smem_address(raw_shared) + 1023) / 1024 * 1024);
   const int rank = kCluster > 1 ? int(cute::block_rank_in_cluster()) : 0;
 
   if (threadIdx.x == 0) {
@@ -306,56 +238,45 @@ __global__ __launch_bounds__(
   }
   wait_for_previous_kernel(launch);
 
-  if (threadIdx.x >= 128 * kConsumers) { // ------------------------------------------------------------
-                                         // producer
+  if (threadIdx.x >= 128 * kConsumers) {  // ------------------------------------------------------------ producer
     Shared::Registers::as_producer();
     if (threadIdx.x == 128 * kConsumers) {
       const int halves = halves_items<kCluster>(a.plan);
       const int items = plan_header(a.plan).forward_items << halves;
       auto k_state = producer_start<kStagesK>();
       auto v_state = producer_start<kStagesV>();
-      // Keys `row` .. of the item: the CTAs of a cluster load a part of the
-      // tile each, for all of them.
+      // Keys `row` .. of the item: the CTAs of a cluster load a part of the tile each, for all of them.
       using KeyTile = typename Shared::KeyTile;
-      const auto load = [&](const CUtensorMap *map, KeyTile &tile,
-                            Barrier &barrier, const WorkItem &item, int row) {
+      const auto load = [&](const CUtensorMap* map, KeyTile& tile, Barrier& barrier, const WorkItem& item, int row) {
         // The rank is read again, not kept: registers are few.
-        const int part = kCluster > 1 ? int(cute::block_rank_in_cluster()) *
-                                            (kKeys / kCluster)
-                                      : 0;
+        const int part = kCluster > 1 ? int(cute::block_rank_in_cluster()) * (kKeys / kCluster) : 0;
         barrier.arrive_and_expect_tx(kTileBytes);
 #pragma unroll
         for (int slice = 0; slice < kSlices; ++slice) {
-          char *const target = tile.slice[slice] + part * kRowBytes;
-          const int from_end = kRaggedTokens - item.k_count + row + part,
-                    end = item.k_start + item.k_count;
-          load_box<kCluster>(target, map, barrier, a.keys_hint, 64 * slice,
-                             item.kv_head, from_end, end);
+          char* const target = tile.slice[slice] + part * kRowBytes;
+          const int from_end = kRaggedTokens - item.k_count + row + part, end = item.k_start + item.k_count;
+          load_box<kCluster>(target, map, barrier, a.keys_hint, 64 * slice, item.kv_head, from_end, end);
         }
       };
-      const auto load_k = [&](const WorkItem &item, int row) {
+      const auto load_k = [&](const WorkItem& item, int row) {
         shared.k_empty[k_state.index()].wait(k_state.phase());
-        load(&k_map, shared.k[k_state.index()], shared.k_full[k_state.index()],
-             item, row);
+        load(&k_map, shared.k[k_state.index()], shared.k_full[k_state.index()], item, row);
         ++k_state;
       };
-      const auto load_v = [&](const WorkItem &item, int row) {
+      const auto load_v = [&](const WorkItem& item, int row) {
         shared.v_empty[v_state.index()].wait(v_state.phase());
-        load(&v_map, shared.v[v_state.index()], shared.v_full[v_state.index()],
-             item, row);
+        load(&v_map, shared.v[v_state.index()], shared.v_full[v_state.index()], item, row);
         ++v_state;
       };
-      // An item takes as long to come as half a tile: it is asked for an item
-      // ahead, and waits in shared memory.
+      // An item takes as long to come as half a tile: it is asked for an item ahead, and waits in shared memory.
       const auto ask_for_item = [&](int round) {
-        ptx::keep_memory_order(); // the last one was read
+        ptx::keep_memory_order();  // the last one was read
         const int index = item_index<kCluster>(round);
         if (index < items) {
-          const int32_t *plan = a.plan;
+          const int32_t* plan = a.plan;
           ptx::made_anew(plan);
-          const auto *const source = reinterpret_cast<const uint4 *>(
-              forward_items(plan) + (index >> halves));
-          auto *const target = reinterpret_cast<uint4 *>(&shared.next_item);
+          const auto* const source = reinterpret_cast<const uint4*>(forward_items(plan) + (index >> halves));
+          auto* const target = reinterpret_cast<uint4*>(&shared.next_item);
           cute::SM80_CP_ASYNC_CACHEGLOBAL<uint4>::copy(source[0], target[0]);
           cute::SM80_CP_ASYNC_CACHEGLOBAL<uint4>::copy(source[1], target[1]);
         } else {
@@ -367,64 +288,52 @@ __global__ __launch_bounds__(
         cute::cp_async_wait<0>();
         ptx::keep_memory_order();
         copy_item(shared.producer_item, shared.next_item);
-        if (halves) { // where the item has no second tile, the CTA does a
-                      // tile's work for nothing
+        if (halves) {  // where the item has no second tile, the CTA does a tile's work for nothing
           const int first = (item_index<kCluster>(round) & 1) * a.tile_tokens;
           shared.producer_item.q_start += first;
           shared.producer_item.q_count -= first;
         }
       };
-      const auto hand_over = [&](int w, int round) { // to warpgroup w
+      const auto hand_over = [&](int w, int round) {  // to warpgroup w
         shared.q_empty[w].wait(uint32_t(round) % 2 ^ 1);
         copy_item(shared.item[w][round % kItems], shared.producer_item);
       };
       ask_for_item(0);
       take_next_item(0);
-      const WorkItem &item =
-          shared.producer_item; // read again for each tile: registers are few
+      const WorkItem& item = shared.producer_item;  // read again for each tile: registers are few
       int round = 0;
       for (; item.k_count > 0; ++round) {
-        int row = (item.k_count - 1) / kKeys *
-                  kKeys; // the partial tile first: no mask is needed after it
+        int row = (item.k_count - 1) / kKeys * kKeys;  // the partial tile first: no mask is needed after it
         load_k(item, row);
 #pragma unroll
         for (int w = 0; w < kConsumers; ++w) {
           hand_over(w, round);
-          shared.q_full[w].arrive_and_expect_tx(
-              uint32_t(kSlices * a.block_tokens * a.group * kRowBytes));
-          load_tile(shared.q[w], &q_map, shared.q_full[w],
-                    item.kv_head * a.group, item.q_start, item.q_count,
+          shared.q_full[w].arrive_and_expect_tx(uint32_t(kSlices * a.block_tokens * a.group * kRowBytes));
+          load_tile(shared.q[w], &q_map, shared.q_full[w], item.kv_head * a.group, item.q_start, item.q_count,
                     (rank * kConsumers + w) * a.block_tokens, a.rows_hint);
         }
         ask_for_item(round + 1);
 #pragma unroll 1
         for (; row >= 0; row -= kKeys) {
-          if (row > 0)
-            load_k(item, row - kKeys);
+          if (row > 0) load_k(item, row - kKeys);
           load_v(item, row);
         }
         take_next_item(round + 1);
       }
 #pragma unroll
-      for (int w = 0; w < kConsumers; ++w) { // an item without keys: the end
+      for (int w = 0; w < kConsumers; ++w) {  // an item without keys: the end
         hand_over(w, round);
         shared.q_full[w].arrive();
       }
     }
-  } else { // -------------------------------------------------------------------------------------------
-           // consumers
+  } else {  // ------------------------------------------------------------------------------------------- consumers
     Shared::Registers::as_consumer();
-    const int warpgroup = __shfl_sync(kFullWarp, int(threadIdx.x) / 128, 0),
-              lane = int(threadIdx.x) % 128;
-    const int own_turn = warpgroup, next_turn = (warpgroup + 1) % kConsumers,
-              own_barrier = kConsumers + warpgroup;
+    const int warpgroup = __shfl_sync(kFullWarp, int(threadIdx.x) / 128, 0), lane = int(threadIdx.x) % 128;
+    const int own_turn = warpgroup, next_turn = (warpgroup + 1) % kConsumers, own_barrier = kConsumers + warpgroup;
     const int first_token = (rank * kConsumers + warpgroup) * a.block_tokens;
-    const uint64_t q_descriptor =
-        gmma_descriptor_k(ptx::smem_address(&shared.q[warpgroup]));
-    const uint64_t k_descriptor =
-        gmma_descriptor_k(ptx::smem_address(shared.k));
-    const uint64_t v_descriptor =
-        gmma_descriptor_mn(ptx::smem_address(shared.v), kKeys * kRowBytes);
+    const uint64_t q_descriptor = gmma_descriptor_k(ptx::smem_address(&shared.q[warpgroup]));
+    const uint64_t k_descriptor = gmma_descriptor_k(ptx::smem_address(shared.k));
+    const uint64_t v_descriptor = gmma_descriptor_mn(ptx::smem_address(shared.v), kKeys * kRowBytes);
     const uint32_t staging = ptx::smem_address(&shared.out[warpgroup]);
     PipelineState<kStagesK> k_state;
     PipelineState<kStagesV> v_state;
@@ -433,31 +342,22 @@ __global__ __launch_bounds__(
     SoftmaxRows rows;
     float rescale[2];
 
-    const auto multiply_k = [&] { // s = q . k
-      const uint64_t b =
-          k_descriptor + uint64_t(k_state.index()) * (kTileBytes / 16);
-      multiply_rows<T, typename Shared::QueryTile, typename Shared::KeyTile,
-                    kKeys>(s, q_descriptor, b);
+    const auto multiply_k = [&] {  // s = q . k
+      const uint64_t b = k_descriptor + uint64_t(k_state.index()) * (kTileBytes / 16);
+      multiply_rows<T, typename Shared::QueryTile, typename Shared::KeyTile, kKeys>(s, q_descriptor, b);
       cute::warpgroup_commit_batch();
     };
-    const auto multiply_v = [&](bool accumulate,
-                                bool hand_over) { // o (+)= p . v
-      const uint64_t b =
-          v_descriptor + uint64_t(v_state.index()) * (kTileBytes / 16);
+    const auto multiply_v = [&](bool accumulate, bool hand_over) {  // o (+)= p . v
+      const uint64_t b = v_descriptor + uint64_t(v_state.index()) * (kTileBytes / 16);
 #pragma unroll
       for (int step = 0; step < kKeys / 16; ++step) {
-        // Before the last step is issued, so that no time is lost between the
-        // warpgroups.
-        if (step == kKeys / 16 - 1 && hand_over)
-          NamedBarrier::arrive(256, next_turn);
-        warpgroup_mma_rs<T, kHeadDim>(o, p[step],
-                                      b + step * (16 * kRowBytes / 16),
-                                      accumulate || step > 0);
+        // Before the last step is issued, so that no time is lost between the warpgroups.
+        if (step == kKeys / 16 - 1 && hand_over) NamedBarrier::arrive(256, next_turn);
+        warpgroup_mma_rs<T, kHeadDim>(o, p[step], b + step * (16 * kRowBytes / 16), accumulate || step > 0);
       }
       cute::warpgroup_commit_batch();
     };
-    const auto release = [&](Barrier &barrier) { // one thread for each CTA that
-                                                 // loads into the stage
+    const auto release = [&](Barrier& barrier) {  // one thread for each CTA that loads into the stage
       if constexpr (kCluster > 1) {
         barrier.arrive_if(lane < kCluster, uint32_t(lane));
       } else {
@@ -465,26 +365,23 @@ __global__ __launch_bounds__(
       }
     };
 
-    // The first product of the next tile of keys runs beside the second one of
-    // this tile, also from item to item.
-    int round = 0, tiles = 0; // of the item of s: tiles that are not yet in s
-    int valid = 0;            // of the keys of its first tile
+    // The first product of the next tile of keys runs beside the second one of this tile, also from item to item.
+    int round = 0, tiles = 0;  // of the item of s: tiles that are not yet in s
+    int valid = 0;             // of the keys of its first tile
     const auto open_item = [&] {
       shared.q_full[warpgroup].wait(uint32_t(round) % 2);
-      const int count = __shfl_sync(
-          kFullWarp, shared.item[warpgroup][round % kItems].k_count, 0);
+      const int count = __shfl_sync(kFullWarp, shared.item[warpgroup][round % kItems].k_count, 0);
       ++round;
       tiles = (count + kKeys - 1) / kKeys;
       valid = count - (tiles - 1) * kKeys;
       return tiles > 0;
     };
-    const auto finish_scores = [&](bool is_first) { // s is there
+    const auto finish_scores = [&](bool is_first) {  // s is there
       release(shared.k_empty[k_state.index()]);
       ++k_state;
       shared.q_empty[warpgroup].arrive_if(--tiles == 0 && lane == 0);
       if (is_first) {
-        if (valid < kKeys)
-          mask_scores(s, valid);
+        if (valid < kKeys) mask_scores(s, valid);
         rows.start(s);
       }
       if constexpr (Shared::kPacksLate) {
@@ -511,15 +408,13 @@ __global__ __launch_bounds__(
       multiply_k();
       cute::warpgroup_wait<0>();
       finish_scores(true);
-      if (warpgroup == kConsumers - 1)
-        NamedBarrier::arrive(256, next_turn);
+      if (warpgroup == kConsumers - 1) NamedBarrier::arrive(256, next_turn);
 
       take_next_p();
       bool is_last = tiles == 0, fresh = true;
       while (true) {
         const bool is_first = is_last;
-        if (is_last && !open_item())
-          break;
+        if (is_last && !open_item()) break;
         shared.k_full[k_state.index()].wait(k_state.phase());
         NamedBarrier::arrive_and_wait(256, own_turn);
         cute::warpgroup_arrive();
@@ -531,52 +426,44 @@ __global__ __launch_bounds__(
         const SoftmaxRows finished = rows;
         const bool moved = finish_scores(is_first);
         if constexpr (Shared::kPacksLate)
-          ptx::wgmma_compute_before_wait(rows.sum[0], rows.sum[1],
-                                         a.total_q < 0, staging);
+          ptx::wgmma_compute_before_wait(rows.sum[0], rows.sum[1], a.total_q < 0, staging);
         cute::warpgroup_wait<0>();
         ptx::wgmma_keep_operand(p, a.total_q < 0, staging);
         release(shared.v_empty[v_state.index()]);
         ++v_state;
         if (is_first) {
-          write_rows<T, kHeadDim, Shared>(
-              o, finished, shared.item[warpgroup][(round - 2) % kItems], a,
-              out_map, staging, own_barrier, first_token);
+          write_rows<T, kHeadDim, Shared>(o, finished, shared.item[warpgroup][(round - 2) % kItems], a, out_map,
+                                          staging, own_barrier, first_token);
         } else if (moved) {
 #pragma unroll
-          for (int j = 0; j < kHeadDim / 2; ++j)
-            o[j] *= rescale[j / 2 % 2];
+          for (int j = 0; j < kHeadDim / 2; ++j) o[j] *= rescale[j / 2 % 2];
         }
         take_next_p();
         fresh = is_first;
         is_last = tiles == 0;
       }
-      if (warpgroup == 0)
-        NamedBarrier::arrive_and_wait(256, own_turn);
+      if (warpgroup == 0) NamedBarrier::arrive_and_wait(256, own_turn);
       shared.v_full[v_state.index()].wait(v_state.phase());
       cute::warpgroup_arrive();
       multiply_v(!fresh, false);
       cute::warpgroup_wait<0>();
       release(shared.v_empty[v_state.index()]);
-      write_rows<T, kHeadDim, Shared>(
-          o, rows, shared.item[warpgroup][(round - 2) % kItems], a, out_map,
-          staging, own_barrier, first_token);
+      write_rows<T, kHeadDim, Shared>(o, rows, shared.item[warpgroup][(round - 2) % kItems], a, out_map, staging,
+                                      own_barrier, first_token);
       ptx::tma_store_wait_written<0>();
     }
     write_empty_items<T, kHeadDim, Shared, kCluster>(a, round - 1, rank);
   }
-  // No CTA leaves while its neighbour may still write into it or arrive at its
-  // barriers.
+  // No CTA leaves while its neighbour may still write into it or arrive at its barriers.
   __syncwarp();
-  if (kCluster > 1)
-    cluster_sync();
+  if (kCluster > 1) cluster_sync();
 #endif
 }
 
 template <typename T, int kHeadDim, int kKeys, int kStagesV, int kCluster>
-void launch_forward(const ForwardParams &p, const Device &device,
-                    const Tiling &tiling) {
-  constexpr const char *kOp = "varlen_attention";
-  const PackShape &s = p.shape;
+void launch_forward(const ForwardParams& p, const Device& device, const Tiling& tiling) {
+  constexpr const char* kOp = "varlen_attention";
+  const PackShape& s = p.shape;
   const int group = s.num_heads / s.num_kv_heads;
   using Shared = SharedStorage<kHeadDim, kKeys, kStagesV>;
   const int box_keys = kKeys / kCluster;
@@ -599,38 +486,29 @@ void launch_forward(const ForwardParams &p, const Device &device,
   a.scale_log2 = p.softmax_scale * float(M_LOG2E);
   const bool hints = variant<L2Hints>() == L2Hints::kOn;
   a.rows_hint = l2_policy_if(hints, L2Policy::EVICT_FIRST);
-  const bool keys_are_shared =
-      s.total_q > int64_t(s.num_sequences) * tiling.item_tokens();
+  const bool keys_are_shared = s.total_q > int64_t(s.num_sequences) * tiling.item_tokens();
   a.keys_hint = l2_policy_if(hints && keys_are_shared, L2Policy::EVICT_LAST);
   LaunchShape shape;
-  shape.grid = dim3(unsigned(
-      std::min<int64_t>(device.sm_count / kCluster, max_forward_items(s)) *
-      kCluster));
+  shape.grid = dim3(unsigned(std::min<int64_t>(device.sm_count / kCluster, max_forward_items(s)) * kCluster));
   shape.block = dim3(Shared::kThreads);
   shape.smem_bytes = shared_bytes<Shared>();
   shape.cluster = kCluster;
   shape.dependent = true;
-  launch_kernel(
-      kOp, device, p.launch.stream, shape,
-      illada_attention_forward_sm90<T, kHeadDim, kKeys, kStagesV, kCluster>,
-      q_map, k_map, v_map, out_map, a);
+  launch_kernel(kOp, device, p.launch.stream, shape,
+                illada_attention_forward_sm90<T, kHeadDim, kKeys, kStagesV, kCluster>, q_map, k_map, v_map, out_map, a);
 }
 
 template <typename T, int kHeadDim, int kKeys, int kStagesV>
-void launch_forward(const ForwardParams &p, const Device &device,
-                    const Tiling &tiling) {
-  tiling.cluster == 2
-      ? launch_forward<T, kHeadDim, kKeys, kStagesV, 2>(p, device, tiling)
-      : launch_forward<T, kHeadDim, kKeys, kStagesV, 1>(p, device, tiling);
+void launch_forward(const ForwardParams& p, const Device& device, const Tiling& tiling) {
+  tiling.cluster == 2 ? launch_forward<T, kHeadDim, kKeys, kStagesV, 2>(p, device, tiling)
+                      : launch_forward<T, kHeadDim, kKeys, kStagesV, 1>(p, device, tiling);
 }
 
 template <int kHeadDim, int kKeys, int kStagesV>
-void launch_forward(const ForwardParams &p, const Device &device,
-                    const Tiling &tiling) {
-  p.dtype == DType::kBFloat16
-      ? launch_forward<BFloat16, kHeadDim, kKeys, kStagesV>(p, device, tiling)
-      : launch_forward<Half, kHeadDim, kKeys, kStagesV>(p, device, tiling);
+void launch_forward(const ForwardParams& p, const Device& device, const Tiling& tiling) {
+  p.dtype == DType::kBFloat16 ? launch_forward<BFloat16, kHeadDim, kKeys, kStagesV>(p, device, tiling)
+                              : launch_forward<Half, kHeadDim, kKeys, kStagesV>(p, device, tiling);
 }
 
-} // namespace
-} // namespace illada::attention
+}  // namespace
+}  // namespace illada::attention

@@ -1,10 +1,8 @@
-// The ways in which a warp of the keys kernel adds its 16 rows x 64 columns of
-// dq to the sums in fp32.
+// The ways in which a warp of the keys kernel adds its 16 rows x 64 columns of dq to the sums in fp32.
 //
-// red.v2   a lane adds two neighbouring columns: 8 rows of 32 bytes an
-// instruction red.v4   lanes trade pairs first: 8 rows of 64 bytes, half as
-// many instructions bulk     through shared memory, in boxes of 32 columns that
-// TMA adds; the boxes use the third stage of rows, so that
+// red.v2   a lane adds two neighbouring columns: 8 rows of 32 bytes an instruction
+// red.v4   lanes trade pairs first: 8 rows of 64 bytes, half as many instructions
+// bulk     through shared memory, in boxes of 32 columns that TMA adds; the boxes use the third stage of rows, so that
 //          two are left for rows
 #pragma once
 
@@ -21,42 +19,37 @@
 namespace illada::attention {
 namespace {
 
-template <QuerySums kSums> constexpr bool kIsBulk = kSums == QuerySums::kBulk;
 template <QuerySums kSums>
-constexpr bool kIsRed4 =
-    kSums == QuerySums::kRed4 || kSums == QuerySums::kRed4Kept;
+constexpr bool kIsBulk = kSums == QuerySums::kBulk;
 template <QuerySums kSums>
-constexpr bool kIsKept =
-    kSums == QuerySums::kRed2Kept || kSums == QuerySums::kRed4Kept;
+constexpr bool kIsRed4 = kSums == QuerySums::kRed4 || kSums == QuerySums::kRed4Kept;
+template <QuerySums kSums>
+constexpr bool kIsKept = kSums == QuerySums::kRed2Kept || kSums == QuerySums::kRed4Kept;
 
 // Stages of rows that loads use.
 template <QuerySums kSums, typename Shared>
 constexpr int kRowStages = Shared::kStages - (kIsBulk<kSums> ? 1 : 0);
-// Of the steps for which warp 1 has filled a stage, all but the last so many
-// have added their dq. A stage is free when both warpgroups have left it, and
-// before they leave it they add dq of the step before; in bulk, what they added
-// the step before that has arrived.
+// Of the steps for which warp 1 has filled a stage, all but the last so many have added their dq. A stage is free when
+// both warpgroups have left it, and before they leave it they add dq of the step before; in bulk, what they added the
+// step before that has arrived.
 template <QuerySums kSums, typename Shared>
-constexpr int kUnaddedSteps =
-    kRowStages<kSums, Shared> + (kIsBulk<kSums> ? 2 : 1);
+constexpr int kUnaddedSteps = kRowStages<kSums, Shared> + (kIsBulk<kSums> ? 2 : 1);
 
-template <QuerySums kSums, int kHeadDim> class DqAdder {
-public:
+template <QuerySums kSums, int kHeadDim>
+class DqAdder {
+ public:
   // Parts in which dq may be added, one after the other.
   static constexpr int kParts = kIsBulk<kSums> ? 2 : kIsRed4<kSums> ? 8 : 16;
 
   // `first_row`: of the warp's rows in a step; `column`: its first column.
-  __device__ __forceinline__ DqAdder(const KeysArguments &a,
-                                     const CUtensorMap &map,
-                                     KeysShared<kHeadDim> &shared,
+  __device__ __forceinline__ DqAdder(const KeysArguments& a, const CUtensorMap& map, KeysShared<kHeadDim>& shared,
                                      int first_row, int column)
       : a_(a), first_row_(first_row), column_(column) {
-    if constexpr (kIsBulk<kSums>)
-      map_ = &map, shared_ = &shared;
+    if constexpr (kIsBulk<kSums>) map_ = &map, shared_ = &shared;
   }
 
   // From now on, of this step. Rows that there are not go where nobody looks.
-  __device__ __forceinline__ void open(const KeysStep &step) {
+  __device__ __forceinline__ void open(const KeysStep& step) {
     const int lane = int(threadIdx.x) % 32;
     if constexpr (kIsBulk<kSums>) {
       const int token = int(first_row_ * a_.group_reciprocal >> 16);
@@ -68,12 +61,9 @@ public:
       int target[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int row = first_row_ + lane / 4 + 8 * i,
-                  token = int(row * a_.group_reciprocal >> 16);
+        const int row = first_row_ + lane / 4 + 8 * i, token = int(row * a_.group_reciprocal >> 16);
         const bool valid = token < step.tokens;
-        target[i] =
-            valid ? dq_first + token * a_.num_heads + row - token * a_.group
-                  : a_.waste_row + row;
+        target[i] = valid ? dq_first + token * a_.num_heads + row - token * a_.group : a_.waste_row + row;
       }
       row_ = a_.dq_sums + int64_t(target[0]) * kHeadDim + lane_column(lane);
       second_ = (target[1] - target[0]) * kHeadDim;
@@ -84,79 +74,63 @@ public:
     const int lane = int(threadIdx.x) % 32;
     if constexpr (kIsBulk<kSums>) {
       head_ = end_ = 0;
-      from_end_ = kRaggedTokens; // outside of the map
+      from_end_ = kRaggedTokens;  // outside of the map
     } else {
-      row_ = a_.dq_sums +
-             int64_t(a_.waste_row + first_row_ + lane / 4) * kHeadDim +
-             lane_column(lane);
+      row_ = a_.dq_sums + int64_t(a_.waste_row + first_row_ + lane / 4) * kHeadDim + lane_column(lane);
       second_ = 8 * kHeadDim;
     }
   }
 
   // Some of the parts; by whole warps.
-  __device__ __forceinline__ void add(const float (&dq)[32], int first,
-                                      int number) {
+  __device__ __forceinline__ void add(const float (&dq)[32], int first, int number) {
 #pragma unroll
-    for (int n = first; n < min(first + number, kParts); ++n)
-      add(dq, n);
+    for (int n = first; n < min(first + number, kParts); ++n) add(dq, n);
   }
 
   // Until the dq of all steps but the last one has arrived.
   __device__ __forceinline__ void wait_for_previous() const {
-    if constexpr (kIsBulk<kSums>)
-      ptx::tma_store_wait_written<kParts>();
+    if constexpr (kIsBulk<kSums>) ptx::tma_store_wait_written<kParts>();
   }
   __device__ __forceinline__ void wait_for_all() const {
-    if constexpr (kIsBulk<kSums>)
-      ptx::tma_store_wait_written<0>();
+    if constexpr (kIsBulk<kSums>) ptx::tma_store_wait_written<0>();
   }
 
-private:
+ private:
   using Box = TileStoreSm90<float>;
 
   __device__ __forceinline__ int lane_column(int lane) const {
-    return column_ +
-           (kIsRed4<kSums> ? lane % 2 * 8 + lane % 4 / 2 * 4 : lane % 4 * 2);
+    return column_ + (kIsRed4<kSums> ? lane % 2 * 8 + lane % 4 / 2 * 4 : lane % 4 * 2);
   }
 
   // The warp's box `n` in shared memory; not kept, for registers are few.
   __device__ __forceinline__ uint32_t box(int n) const {
     constexpr int kUnused = KeysShared<kHeadDim>::kStages - 1;
-    static_assert(4 * Box::kBytes <=
-                  sizeof(typename KeysShared<kHeadDim>::RowTile));
+    static_assert(4 * Box::kBytes <= sizeof(typename KeysShared<kHeadDim>::RowTile));
     const int warp = int(threadIdx.x) / 32;
-    return ptx::smem_address(warp < 4 ? &shared_->q[kUnused]
-                                      : &shared_->dout[kUnused]) +
+    return ptx::smem_address(warp < 4 ? &shared_->q[kUnused] : &shared_->dout[kUnused]) +
            uint32_t(warp % 4 * Box::kBytes + n * Box::kBufferBytes);
   }
 
   __device__ __forceinline__ void add(const float (&dq)[32], int n) {
     if constexpr (kIsBulk<kSums>) {
-      cute::tma_store_wait<kParts - 1>(); // of the lane that stores: what it
-                                          // sent of this box before has left
+      cute::tma_store_wait<kParts - 1>();  // of the lane that stores: what it sent of this box before has left
       __syncwarp();
       Box::fill_box(dq, n, box(n));
       if (threadIdx.x % 32 == 0)
-        ptx::tma_reduce_add_5d(map_, a_.sums_hint, box(n),
-                               column_ + n * Box::kColumns, head_, from_end_,
-                               kRaggedTokens, end_);
+        ptx::tma_reduce_add_5d(map_, a_.sums_hint, box(n), column_ + n * Box::kColumns, head_, from_end_, kRaggedTokens,
+                               end_);
       cute::tma_store_arrive();
     } else if constexpr (kIsRed4<kSums>) {
-      // Blocks 2 m and 2 m + 1 of 8 columns: an even lane gets four columns of
-      // the first, an odd one of the second.
+      // Blocks 2 m and 2 m + 1 of 8 columns: an even lane gets four columns of the first, an odd one of the second.
       const int i = n / 4, m = n % 4;
       const bool odd = threadIdx.x % 2;
-      const float (&even_pair)[2] =
-          reinterpret_cast<const float (&)[2]>(dq[8 * m + 2 * i]);
-      const float (&odd_pair)[2] =
-          reinterpret_cast<const float (&)[2]>(dq[8 * m + 4 + 2 * i]);
-      const float x =
-          __shfl_xor_sync(kFullWarp, odd ? even_pair[0] : odd_pair[0], 1);
-      const float y =
-          __shfl_xor_sync(kFullWarp, odd ? even_pair[1] : odd_pair[1], 1);
-      float *const to = row_ + (i ? second_ : 0) + 16 * m;
-      const float4 sum = odd ? make_float4(x, y, odd_pair[0], odd_pair[1])
-                             : make_float4(even_pair[0], even_pair[1], x, y);
+      const float (&even_pair)[2] = reinterpret_cast<const float (&)[2]>(dq[8 * m + 2 * i]);
+      const float (&odd_pair)[2] = reinterpret_cast<const float (&)[2]>(dq[8 * m + 4 + 2 * i]);
+      const float x = __shfl_xor_sync(kFullWarp, odd ? even_pair[0] : odd_pair[0], 1);
+      const float y = __shfl_xor_sync(kFullWarp, odd ? even_pair[1] : odd_pair[1], 1);
+      float* const to = row_ + (i ? second_ : 0) + 16 * m;
+      const float4 sum =
+          odd ? make_float4(x, y, odd_pair[0], odd_pair[1]) : make_float4(even_pair[0], even_pair[1], x, y);
       if constexpr (kIsKept<kSums>) {
         ptx::red_add_v4_hinted(to, sum.x, sum.y, sum.z, sum.w, a_.sums_hint);
       } else {
@@ -164,27 +138,25 @@ private:
       }
     } else {
       const int i = n / 8, j = n % 8;
-      float *const to = row_ + (i ? second_ : 0) + 8 * j;
+      float* const to = row_ + (i ? second_ : 0) + 8 * j;
       if constexpr (kIsKept<kSums>) {
-        ptx::red_add_v2_hinted(to, dq[4 * j + 2 * i], dq[4 * j + 2 * i + 1],
-                               a_.sums_hint);
+        ptx::red_add_v2_hinted(to, dq[4 * j + 2 * i], dq[4 * j + 2 * i + 1], a_.sums_hint);
       } else {
         ptx::red_add_v2(to, dq[4 * j + 2 * i], dq[4 * j + 2 * i + 1]);
       }
     }
   }
 
-  const KeysArguments &a_;
+  const KeysArguments& a_;
   int first_row_, column_;
-  // red: where this lane's first row of the sums is, and how far away its
-  // second one.
-  float *row_;
+  // red: where this lane's first row of the sums is, and how far away its second one.
+  float* row_;
   int32_t second_;
   // bulk: where the warp's boxes go (tensor_map_ragged).
-  const CUtensorMap *map_;
-  KeysShared<kHeadDim> *shared_;
+  const CUtensorMap* map_;
+  KeysShared<kHeadDim>* shared_;
   int32_t head_, from_end_, end_;
 };
 
-} // namespace
-} // namespace illada::attention
+}  // namespace
+}  // namespace illada::attention

@@ -1,35 +1,25 @@
-// Sums of dq in fp32 and how they become gradients, where the keys kernel
-// (backward_keys_sm90.cuh) adds dq up in L2.
+// Sums of dq in fp32 and how they become gradients, where the keys kernel (backward_keys_sm90.cuh) adds dq up in L2.
 //
-// Rows of dq are complete when all tiles of keys of the sequence have added to
-// them. Each CTA counts its own additions in global memory, once they are done
-// and after a fence; the last one to do so turns the sums into dq. Warp 1
-// counts, for it sees steps end; warps 2 and 3 convert. Nobody waits for
-// another CTA.
+// Rows of dq are complete when all tiles of keys of the sequence have added to them. Each CTA counts its own additions
+// in global memory, once they are done and after a fence; the last one to do so turns the sums into dq. Warp 1 counts,
+// for it sees steps end; warps 2 and 3 convert. Nobody waits for another CTA.
 //
-// Or in order, so that every run gives the same bits: to the same rows tile k
-// of a sequence's keys adds after tiles 0 .. k-1, once the counter says k. The
-// warpgroups have halves of dq and of the counters of their own, because one
-// has its turn half a step after the other one. Thread 0 of the producers waits
-// for the counter: turn_full of step n, which a warpgroup looks at before its
-// turn of step n-1, says that dq of step n-2 may be added, which happens in
-// that turn. Warp 1 reports every half of a step once it is added. The last
-// tile is always the last one to add, and would convert everything; so warps 2
-// and 3 wait for the sums that are their CTA's own. Of pieces, each has rows of
-// its own; dk and dv are sums of at most two of them, which have no order.
+// Or in order, so that every run gives the same bits: to the same rows tile k of a sequence's keys adds after tiles
+// 0 .. k-1, once the counter says k. The warpgroups have halves of dq and of the counters of their own, because one has
+// its turn half a step after the other one. Thread 0 of the producers waits for the counter: turn_full of step n, which
+// a warpgroup looks at before its turn of step n-1, says that dq of step n-2 may be added, which happens in that turn.
+// Warp 1 reports every half of a step once it is added. The last tile is always the last one to add, and would convert
+// everything; so warps 2 and 3 wait for the sums that are their CTA's own. Of pieces, each has rows of its own; dk and
+// dv are sums of at most two of them, which have no order.
 //
-// That ends, because whoever waits to add does so for items before its own, as
-// `next_keys` counts them. Say that all items before item i are added and
-// reported some day. A CTA goes through its items in this order, so it comes to
-// i; what it does for the steps up to n-3, reports included, needs nothing that
-// thread 0 does after it began to wait for dq of step n-2: the rows of step n-1
-// and the keys of their item are under way by then. (Warp 1 must not wait for a
-// turn: the report of an item's last steps comes in the middle of the next
-// item, which may be behind others that wait for these very steps.) So the
-// steps of i get their turns, for which they need items before i alone, and are
-// added and reported. All of this with all CTAs of the grid there from the
-// beginning: a cooperative launch. Warps 2 and 3 wait for items behind their
-// own, but nobody waits for them.
+// That ends, because whoever waits to add does so for items before its own, as `next_keys` counts them. Say that all
+// items before item i are added and reported some day. A CTA goes through its items in this order, so it comes to i;
+// what it does for the steps up to n-3, reports included, needs nothing that thread 0 does after it began to wait for
+// dq of step n-2: the rows of step n-1 and the keys of their item are under way by then. (Warp 1 must not wait for a
+// turn: the report of an item's last steps comes in the middle of the next item, which may be behind others that wait
+// for these very steps.) So the steps of i get their turns, for which they need items before i alone, and are added and
+// reported. All of this with all CTAs of the grid there from the beginning: a cooperative launch. Warps 2 and 3 wait
+// for items behind their own, but nobody waits for them.
 #pragma once
 
 #include <algorithm>
@@ -48,71 +38,54 @@ namespace {
 
 // See kUnaddedSteps: the same for all ways of adding.
 constexpr int kUnadded = 4;
-// Of the `tiles` CTAs that add to the same sums, each calls every `tiles`-th of
-// them its own, and of those it does not yet report so many. So it is the last
-// one to report them and has its share of conversions, even where others are
+// Of the `tiles` CTAs that add to the same sums, each calls every `tiles`-th of them its own, and of those it does not
+// yet report so many. So it is the last one to report them and has its share of conversions, even where others are
 // slower; whoever is slower would convert everything and become slower still.
 constexpr int kHeldBack = 4, kFirstHeld = 8;
 // What is due is reported every 1, 2 or 4 steps; until then it stays behind.
 constexpr int kMostDue = 4;
 
-// In order, a counter has 16 bits for each warpgroup. Until `count` tiles have
-// added to a warpgroup's half of the sums that are counted there.
+// In order, a counter has 16 bits for each warpgroup. Until `count` tiles have added to a warpgroup's half of the sums
+// that are counted there.
 template <int kHalf, int kNanoseconds>
-__device__ __forceinline__ void wait_for_tiles(const uint32_t *arrivals,
-                                               uint32_t count) {
-  while ((ptx::load_acquire(arrivals) >> 16 * kHalf & 0xffff) < count)
-    __nanosleep(kNanoseconds);
+__device__ __forceinline__ void wait_for_tiles(const uint32_t* arrivals, uint32_t count) {
+  while ((ptx::load_acquire(arrivals) >> 16 * kHalf & 0xffff) < count) __nanosleep(kNanoseconds);
 }
 
-// -----------------------------------------------------------------------------------
-// statistics and reports, by warp 1
+// ----------------------------------------------------------------------------------- statistics and reports, by warp 1
 
-// lse and c of the rows, with cp.async. And since this warp sees steps end, it
-// reports what they have added to dq.
+// lse and c of the rows, with cp.async. And since this warp sees steps end, it reports what they have added to dq.
 template <int kHeadDim, QuerySums kSums, bool kOrdered>
-__device__ __forceinline__ void load_statistics(const KeysArguments &a,
-                                                KeysShared<kHeadDim> &shared) {
+__device__ __forceinline__ void load_statistics(const KeysArguments& a, KeysShared<kHeadDim>& shared) {
   using Shared = KeysShared<kHeadDim>;
   constexpr bool kFused = kSums != QuerySums::kNone;
-  constexpr int kRows = Shared::kRows, kJobs = Shared::kJobs,
-                kStages = kRowStages<kSums, Shared>;
-  constexpr int kFirstDue = kFirstHeld + kHeldBack; // of those held back
+  constexpr int kRows = Shared::kRows, kJobs = Shared::kJobs, kStages = kRowStages<kSums, Shared>;
+  constexpr int kFirstDue = kFirstHeld + kHeldBack;  // of those held back
   static_assert(kUnadded == kUnaddedSteps<kSums, Shared>);
-  static_assert(kUnadded + kMostDue <= kFirstHeld &&
-                kFirstDue + kMostDue <= 32);
-  static_assert(sizeof(SumsJob) * (32 + 1) <=
-                sizeof(Shared::lse_log2)); // last_jobs
+  static_assert(kUnadded + kMostDue <= kFirstHeld && kFirstDue + kMostDue <= 32);
+  static_assert(sizeof(SumsJob) * (32 + 1) <= sizeof(Shared::lse_log2));  // last_jobs
   auto state = producer_start<kStages>();
   const int lane = int(threadIdx.x) % 32;
-  // Steps whose sums this CTA has not yet reported, one a lane: the last ones,
-  // the very last in lane 0, and from lane kFirstHeld on those held back. Due
-  // are those from lanes kUnadded and kFirstDue on. Where they are counted, how
-  // many rows they have (negative: they are this CTA's own), how many tiles of
-  // keys add to them.
+  // Steps whose sums this CTA has not yet reported, one a lane: the last ones, the very last in lane 0, and from lane
+  // kFirstHeld on those held back. Due are those from lanes kUnadded and kFirstDue on. Where they are counted, how many
+  // rows they have (negative: they are this CTA's own), how many tiles of keys add to them.
   int32_t place = 0, rows = 0, tiles = 0;
-  int jobs = 0, unreported = 0;        // steps since the last reports
-  const auto is_due = [&](int first) { // of those held back, from this lane on
-    return lane < kFirstHeld
-               ? lane >= kUnadded && lane < kUnadded + unreported && rows > 0
-               : lane >= first && rows < 0;
+  int jobs = 0, unreported = 0;         // steps since the last reports
+  const auto is_due = [&](int first) {  // of those held back, from this lane on
+    return lane < kFirstHeld ? lane >= kUnadded && lane < kUnadded + unreported && rows > 0 : lane >= first && rows < 0;
   };
-  const auto report =
-      [&](bool reports) { // by those lanes; is it the last report?
-        return reports &&
-               ptx::atomic_increment_acq_rel(a.arrivals + place) + 1 ==
-                   uint32_t(tiles);
-      };
+  const auto report = [&](bool reports) {  // by those lanes; is it the last report?
+    return reports && ptx::atomic_increment_acq_rel(a.arrivals + place) + 1 == uint32_t(tiles);
+  };
   const auto own_job = [&] { return SumsJob{place * a.group, abs(rows)}; };
-  const auto push_job = [&](int number, const SumsJob &job) {
+  const auto push_job = [&](int number, const SumsJob& job) {
     const int slot = number % kJobs;
     shared.job_empty[slot].wait(uint32_t(number / kJobs % 2 ^ 1));
     shared.job[slot] = job;
     shared.job_full[slot].arrive();
   };
-  const auto count_step = [&](int32_t its_place, int32_t its_rows,
-                              int32_t its_tiles) {
-    if (kOrdered) { // nothing is held back
+  const auto count_step = [&](int32_t its_place, int32_t its_rows, int32_t its_tiles) {
+    if (kOrdered) {  // nothing is held back
       const int32_t old_place = __shfl_sync(kFullWarp, place, lane - 1);
       const int32_t old_rows = __shfl_sync(kFullWarp, rows, lane - 1);
       place = lane ? old_place : its_place;
@@ -120,158 +93,116 @@ __device__ __forceinline__ void load_statistics(const KeysArguments &a,
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         shared.added[i][state.index()].wait(state.phase());
-        if (lane == kUnadded && rows)
-          ptx::red_add_release(a.arrivals + place, 1u << 16 * i);
+        if (lane == kUnadded && rows) ptx::red_add_release(a.arrivals + place, 1u << 16 * i);
       }
       return;
     }
     const bool holds = __shfl_sync(kFullWarp, rows, kUnadded - 1) < 0;
-    const auto move = [&](int32_t &value, int32_t first) {
-      const int32_t moved = __shfl_sync(
-          kFullWarp, value, lane == kFirstHeld ? kUnadded - 1 : lane - 1);
-      if (holds || lane < kFirstHeld)
-        value = lane ? moved : first;
+    const auto move = [&](int32_t& value, int32_t first) {
+      const int32_t moved = __shfl_sync(kFullWarp, value, lane == kFirstHeld ? kUnadded - 1 : lane - 1);
+      if (holds || lane < kFirstHeld) value = lane ? moved : first;
     };
     move(place, its_place);
     move(rows, its_rows);
     move(tiles, its_tiles);
-    if (++unreported < a.report_every)
-      return;
+    if (++unreported < a.report_every) return;
     uint32_t complete = __ballot_sync(kFullWarp, report(is_due(kFirstDue)));
     for (; complete; complete &= complete - 1, ++jobs) {
       const int from = __ffs(int(complete)) - 1;
-      const int32_t its_first = __shfl_sync(kFullWarp, place, from),
-                    its_count = __shfl_sync(kFullWarp, rows, from);
-      if (lane == 0)
-        push_job(jobs, {its_first * a.group, abs(its_count)});
+      const int32_t its_first = __shfl_sync(kFullWarp, place, from), its_count = __shfl_sync(kFullWarp, rows, from);
+      if (lane == 0) push_job(jobs, {its_first * a.group, abs(its_count)});
       __syncwarp();
     }
-    if (lane >= kFirstDue)
-      rows = 0;
+    if (lane >= kFirstDue) rows = 0;
     unreported = 0;
   };
   const int tile_rows = a.tile_tokens * a.group;
   for (int round = 0;; ++round) {
     __syncwarp();
     shared.counted_item = next_keys<kOrdered>(a, round);
-    const WorkItem &item =
-        shared.counted_item; // read again for each step: registers are few
+    const WorkItem& item = shared.counted_item;  // read again for each step: registers are few
     __syncwarp();
-    if (item.k_count == 0)
-      break;
+    if (item.k_count == 0) break;
     KeysSteps steps(a, item, !kOrdered && a.staggered);
-    int until_own = item.piece - steps.tile % item.pieces; // steps
-    if (until_own < 0)
-      until_own += item.pieces;
+    int until_own = item.piece - steps.tile % item.pieces;  // steps
+    if (until_own < 0) until_own += item.pieces;
     while (steps.left > 0) {
       const int first_row = steps.tile * tile_rows;
-      const int rows_here =
-          max(min(item.q_count * a.group - first_row, tile_rows), 0);
-      const int32_t its_place =
-          (item.q_start + steps.tile * a.tile_tokens) * a.num_kv_heads +
-          item.kv_head;
-      if (kOrdered)
-        count_step(its_place, rows_here, 0);
+      const int rows_here = max(min(item.q_count * a.group - first_row, tile_rows), 0);
+      const int32_t its_place = (item.q_start + steps.tile * a.tile_tokens) * a.num_kv_heads + item.kv_head;
+      if (kOrdered) count_step(its_place, rows_here, 0);
       // Sums of dq have 32-bit places, and so have rows.
       using Index = std::conditional_t<kFused, int32_t, int64_t>;
-      const RowStatistics *const source =
-          a.rows + (Index(item.kv_head) * a.total_q + item.q_start) * a.group +
-          first_row + lane;
+      const RowStatistics* const source =
+          a.rows + (Index(item.kv_head) * a.total_q + item.q_start) * a.group + first_row + lane;
       shared.rows_empty[state.index()].wait(state.phase());
 #pragma unroll
       for (int block = 0; block < kRows / 32; ++block) {
         const int row = 32 * block + lane;
         const bool valid = row < rows_here;
-        const RowStatistics *const from = valid ? source + 32 * block : a.rows;
+        const RowStatistics* const from = valid ? source + 32 * block : a.rows;
         using Copy = cute::SM80_CP_ASYNC_CACHEALWAYS_ZFILL<float>;
         Copy::copy(from->lse_log2, shared.lse_log2[state.index()][row], valid);
         Copy::copy(from->c, shared.c[state.index()][row], valid);
       }
       shared.q_full[state.index()].arrive_after_cp_async();
       ++state;
-      if (kFused && !kOrdered)
-        count_step(its_place, until_own ? rows_here : -rows_here, item.pieces);
+      if (kFused && !kOrdered) count_step(its_place, until_own ? rows_here : -rows_here, item.pieces);
       steps.advance();
-      until_own = (steps.tile == 0 ? item.piece + 1
-                   : until_own     ? until_own
-                                   : item.pieces) -
-                  1;
+      until_own = (steps.tile == 0 ? item.piece + 1 : until_own ? until_own : item.pieces) - 1;
     }
   }
-  if (kOrdered) { // the last four, two of them at once
-    for (int i = 0; i < 2; ++i, ++state)
-      count_step(0, 0, 0);
-    if (__any_sync(kFullWarp, lane < kUnadded && rows))
-      shared.all_added.wait(0);
-    if (lane < kUnadded && rows)
-      ptx::red_add_release(a.arrivals + place, 1u + (1u << 16));
+  if (kOrdered) {  // the last four, two of them at once
+    for (int i = 0; i < 2; ++i, ++state) count_step(0, 0, 0);
+    if (__any_sync(kFullWarp, lane < kUnadded && rows)) shared.all_added.wait(0);
+    if (lane < kUnadded && rows) ptx::red_add_release(a.arrivals + place, 1u + (1u << 16));
   }
-  if (kFused && !kOrdered && lane < 2)
-    push_job(jobs + lane, {});
-  if (kFused && !kOrdered &&
-      __shfl_sync(kFullWarp, tiles, 0) > 0) { // there was a step
-    // All that is left, at once; the consumers convert it, because they have
-    // nothing else to do and many registers.
+  if (kFused && !kOrdered && lane < 2) push_job(jobs + lane, {});
+  if (kFused && !kOrdered && __shfl_sync(kFullWarp, tiles, 0) > 0) {  // there was a step
+    // All that is left, at once; the consumers convert it, because they have nothing else to do and many registers.
     shared.all_added.wait(0);
-    const bool complete =
-        report(lane < kUnadded ? rows != 0 : is_due(kFirstHeld));
+    const bool complete = report(lane < kUnadded ? rows != 0 : is_due(kFirstHeld));
     const uint32_t all = __ballot_sync(kFullWarp, complete);
-    if (complete)
-      shared.last_jobs()[__popc(all & ((1u << lane) - 1))] = own_job();
-    if (lane == 0)
-      shared.last_jobs()[__popc(all)] = {};
+    if (complete) shared.last_jobs()[__popc(all & ((1u << lane) - 1))] = own_job();
+    if (lane == 0) shared.last_jobs()[__popc(all)] = {};
     shared.last_jobs_full.arrive();
   }
 }
 
-// ---------------------------------------------------------------------------------------------------------
-// conversions
+// --------------------------------------------------------------------------------------------------------- conversions
 
-// dq from sums that are complete, by warp `part` of `parts`, kUnroll loads at a
-// time.
+// dq from sums that are complete, by warp `part` of `parts`, kUnroll loads at a time.
 template <typename T, int kHeadDim, int kUnroll>
-__device__ __forceinline__ void
-write_queries(const KeysArguments &a, const SumsJob &job, int part, int parts) {
-  constexpr int kLanes = kHeadDim / 4,
-                kRows = 32 / kLanes; // lanes of a row; rows of a load
-  const int lane = int(threadIdx.x) % 32,
-            start = job.first * kHeadDim + lane % kLanes * 4;
-  const auto offset = [&](int row) { // in dq and its sums
-    return start + int(row * a.group_reciprocal >> 16) * a.skipped +
-           row * kHeadDim;
+__device__ __forceinline__ void write_queries(const KeysArguments& a, const SumsJob& job, int part, int parts) {
+  constexpr int kLanes = kHeadDim / 4, kRows = 32 / kLanes;  // lanes of a row; rows of a load
+  const int lane = int(threadIdx.x) % 32, start = job.first * kHeadDim + lane % kLanes * 4;
+  const auto offset = [&](int row) {  // in dq and its sums
+    return start + int(row * a.group_reciprocal >> 16) * a.skipped + row * kHeadDim;
   };
 #pragma unroll 1
-  for (int row = part * kRows + lane / kLanes; row < job.rows;
-       row += kUnroll * parts * kRows) {
-    // The producers' registers hold four loads and little beside: what follows
-    // is kept in this order.
+  for (int row = part * kRows + lane / kLanes; row < job.rows; row += kUnroll * parts * kRows) {
+    // The producers' registers hold four loads and little beside: what follows is kept in this order.
     float4 x[kUnroll];
     uint2 words[kUnroll];
     ptx::made_anew(row);
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i)
-      x[i] = ptx::load_relaxed_v4(
-          a.dq_sums + offset(min(row + i * parts * kRows, job.rows - 1)));
+      x[i] = ptx::load_relaxed_v4(a.dq_sums + offset(min(row + i * parts * kRows, job.rows - 1)));
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) {
-      words[i] = make_uint2(pack2<T>(x[i].x * a.scale, x[i].y * a.scale),
-                            pack2<T>(x[i].z * a.scale, x[i].w * a.scale));
-      ptx::made_anew(words[i].x), ptx::made_anew(words[i].y),
-          ptx::made_anew(row);
+      words[i] = make_uint2(pack2<T>(x[i].x * a.scale, x[i].y * a.scale), pack2<T>(x[i].z * a.scale, x[i].w * a.scale));
+      ptx::made_anew(words[i].x), ptx::made_anew(words[i].y), ptx::made_anew(row);
     }
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i)
       if (row + i * parts * kRows < job.rows)
-        *reinterpret_cast<uint2 *>(static_cast<T *>(a.dq) +
-                                   offset(row + i * parts * kRows)) = words[i];
+        *reinterpret_cast<uint2*>(static_cast<T*>(a.dq) + offset(row + i * parts * kRows)) = words[i];
   }
 }
 
 // By warps 2 and 3, in any order: each warp has every other job.
 template <typename T, int kHeadDim>
-__device__ __forceinline__ void convert_jobs(const KeysArguments &a,
-                                             const KeysShared<kHeadDim> &shared,
-                                             int warp) {
+__device__ __forceinline__ void convert_jobs(const KeysArguments& a, const KeysShared<kHeadDim>& shared, int warp) {
   constexpr int kJobs = KeysShared<kHeadDim>::kJobs;
   const int lane = int(threadIdx.x) % 32;
   for (int number = warp - 2;; number += 2) {
@@ -280,30 +211,25 @@ __device__ __forceinline__ void convert_jobs(const KeysArguments &a,
     const SumsJob job = shared.job[slot];
     __syncwarp();
     shared.job_empty[slot].arrive_if(lane == 0);
-    if (job.rows == 0)
-      break;
+    if (job.rows == 0) break;
     write_queries<T, kHeadDim, 4>(a, job, 0, 1);
   }
 }
 
 // By warps 2 and 3, in order: the CTA's own sums, each warp every other block.
 template <typename T, int kHeadDim>
-__device__ __forceinline__ void convert_own_sums(const KeysArguments &a,
-                                                 int warp) {
+__device__ __forceinline__ void convert_own_sums(const KeysArguments& a, int warp) {
   int number = warp;
   for (int round = 0, block = 0;; ++block) {
-    const WorkItem item = next_keys<true>(
-        a, round); // again and again, for there are no registers to keep it
-    if (item.k_count == 0)
-      break;
+    const WorkItem item = next_keys<true>(a, round);  // again and again, for there are no registers to keep it
+    if (item.k_count == 0) break;
     const int token = (block * item.pieces + item.piece) * a.tile_tokens;
     if (token >= item.q_count || item.first_slot == kIncomplete) {
       ++round;
       block = -1;
       continue;
     }
-    if (++number & 1)
-      continue;
+    if (++number & 1) continue;
     const int place = (item.q_start + token) * a.num_kv_heads + item.kv_head;
     wait_for_tiles<0, 500>(a.arrivals + place, uint32_t(item.pieces));
     wait_for_tiles<1, 500>(a.arrivals + place, uint32_t(item.pieces));
@@ -312,15 +238,13 @@ __device__ __forceinline__ void convert_own_sums(const KeysArguments &a,
   }
 }
 
-// By the consumers, in any order, when they have added all their dq: what
-// turned out to be complete then.
+// By the consumers, in any order, when they have added all their dq: what turned out to be complete then.
 template <typename T, int kHeadDim>
-__device__ __forceinline__ void
-convert_last_jobs(const KeysArguments &a, KeysShared<kHeadDim> &shared) {
+__device__ __forceinline__ void convert_last_jobs(const KeysArguments& a, KeysShared<kHeadDim>& shared) {
   shared.last_jobs_full.wait(0);
-  for (const SumsJob *job = shared.last_jobs(); job->rows; ++job)
+  for (const SumsJob* job = shared.last_jobs(); job->rows; ++job)
     write_queries<T, kHeadDim, 8>(a, *job, int(threadIdx.x) / 32, 8);
 }
 
-} // namespace
-} // namespace illada::attention
+}  // namespace
+}  // namespace illada::attention

@@ -1,5 +1,4 @@
-// The online softmax of the attention forward on sm_90a, which looks for no
-// maximum in the common step.
+// The online softmax of the attention forward on sm_90a, which looks for no maximum in the common step.
 #pragma once
 
 #include <cmath>
@@ -12,15 +11,13 @@
 namespace illada::attention {
 namespace {
 
-// Two rows of scores in wgmma's layout, four neighbouring lanes to a row: the
-// online softmax in base 2. Probabilities are relative to a score that need not
-// be the largest one, as long as a lane's share of a tile sums to no more than
-// kMost, which is as exact as 1 in either dtype. So the exponentials wait for
-// no maximum and no other lane, and nobody looks for a maximum but in the first
-// tile, and when a row has outgrown its reference, which is rare.
+// Two rows of scores in wgmma's layout, four neighbouring lanes to a row: the online softmax in base 2. Probabilities
+// are relative to a score that need not be the largest one, as long as a lane's share of a tile sums to no more than
+// kMost, which is as exact as 1 in either dtype. So the exponentials wait for no maximum and no other lane, and nobody
+// looks for a maximum but in the first tile, and when a row has outgrown its reference, which is rare.
 struct SoftmaxRows {
   static constexpr float kMost = 256, kMostLog2 = 8;
-  float reference[2], sum[2]; // of this lane's probabilities
+  float reference[2], sum[2];  // of this lane's probabilities
 
   // The first tile of an item.
   template <int kCount>
@@ -30,13 +27,11 @@ struct SoftmaxRows {
     sum[0] = sum[1] = 0;
   }
 
-  // Scores to probabilities, packed as the A operand of the second product.
-  // True: the reference has moved, and what came before is to be multiplied by
-  // `rescale`.
+  // Scores to probabilities, packed as the A operand of the second product. True: the reference has moved, and what
+  // came before is to be multiplied by `rescale`.
   template <typename T, int kCount>
-  __device__ __forceinline__ bool
-  update(const float (&s)[kCount], float scale_log2,
-         uint32_t (&p)[kCount / 8][4], float (&rescale)[2]) {
+  __device__ __forceinline__ bool update(const float (&s)[kCount], float scale_log2, uint32_t (&p)[kCount / 8][4],
+                                         float (&rescale)[2]) {
     float total[2];
     exponentials<T>(s, scale_log2, p, total);
     const bool moves = __any_sync(kFullWarp, fmaxf(total[0], total[1]) > kMost);
@@ -45,28 +40,21 @@ struct SoftmaxRows {
       exponentials<T>(s, scale_log2, p, total);
     }
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
-      sum[i] += total[i];
+    for (int i = 0; i < 2; ++i) sum[i] += total[i];
     return moves;
   }
 
-  // The same with the probabilities in the place of the scores. As those are
-  // gone afterwards, each lane looks for its own maximum first: the reference
-  // moves before a probability of some row exceeds kMost.
+  // The same with the probabilities in the place of the scores. As those are gone afterwards, each lane looks for its
+  // own maximum first: the reference moves before a probability of some row exceeds kMost.
   template <int kCount>
-  __device__ __forceinline__ bool
-  update_in_place(float (&s)[kCount], float scale_log2, float (&rescale)[2]) {
+  __device__ __forceinline__ bool update_in_place(float (&s)[kCount], float scale_log2, float (&rescale)[2]) {
     float top[4] = {s[0], s[1], s[2], s[3]};
 #pragma unroll
-    for (int j = 4; j < kCount; ++j)
-      top[j % 4] = fmaxf(top[j % 4], s[j]);
-    const float growth = fmaxf(fmaxf(top[0], top[1]) - reference[0],
-                               fmaxf(top[2], top[3]) - reference[1]);
+    for (int j = 4; j < kCount; ++j) top[j % 4] = fmaxf(top[j % 4], s[j]);
+    const float growth = fmaxf(fmaxf(top[0], top[1]) - reference[0], fmaxf(top[2], top[3]) - reference[1]);
     const bool moves = __any_sync(kFullWarp, growth * scale_log2 > kMostLog2);
-    if (moves)
-      move_reference(s, scale_log2, rescale);
-    const float offset[2] = {reference[0] * scale_log2,
-                             reference[1] * scale_log2};
+    if (moves) move_reference(s, scale_log2, rescale);
+    const float offset[2] = {reference[0] * scale_log2, reference[1] * scale_log2};
     float part[4] = {};
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
@@ -78,11 +66,9 @@ struct SoftmaxRows {
     return moves;
   }
 
-private:
+ private:
   template <int kCount>
-  __device__ __forceinline__ void move_reference(const float (&s)[kCount],
-                                                 float scale_log2,
-                                                 float (&rescale)[2]) {
+  __device__ __forceinline__ void move_reference(const float (&s)[kCount], float scale_log2, float (&rescale)[2]) {
     rescale[0] = reference[0];
     rescale[1] = reference[1];
     raise_reference(s);
@@ -97,25 +83,20 @@ private:
   __device__ __forceinline__ void raise_reference(const float (&s)[kCount]) {
     float top[4] = {reference[0], reference[0], reference[1], reference[1]};
 #pragma unroll
-    for (int j = 0; j < kCount; ++j)
-      top[j % 4] = fmaxf(top[j % 4], s[j]);
+    for (int j = 0; j < kCount; ++j) top[j % 4] = fmaxf(top[j % 4], s[j]);
     reference[0] = fmaxf(top[0], top[1]);
     reference[1] = fmaxf(top[2], top[3]);
 #pragma unroll
     for (int lanes = 2; lanes; lanes /= 2) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i)
-        reference[i] = fmaxf(reference[i],
-                             __shfl_xor_sync(kFullWarp, reference[i], lanes));
+      for (int i = 0; i < 2; ++i) reference[i] = fmaxf(reference[i], __shfl_xor_sync(kFullWarp, reference[i], lanes));
     }
   }
 
   template <typename T, int kCount>
-  __device__ __forceinline__ void
-  exponentials(const float (&s)[kCount], float scale_log2,
-               uint32_t (&p)[kCount / 8][4], float (&total)[2]) const {
-    const float offset[2] = {reference[0] * scale_log2,
-                             reference[1] * scale_log2};
+  __device__ __forceinline__ void exponentials(const float (&s)[kCount], float scale_log2, uint32_t (&p)[kCount / 8][4],
+                                               float (&total)[2]) const {
+    const float offset[2] = {reference[0] * scale_log2, reference[1] * scale_log2};
     float part[4] = {};
 #pragma unroll
     for (int j = 0; j < kCount; j += 2) {
@@ -132,5 +113,5 @@ private:
   }
 };
 
-} // namespace
-} // namespace illada::attention
+}  // namespace
+}  // namespace illada::attention

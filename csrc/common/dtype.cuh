@@ -1,5 +1,4 @@
-// 16-bit element types on the device, and eight neighbours of any type as
-// floats.
+// 16-bit element types on the device, and eight neighbours of any type as floats.
 #pragma once
 
 #include <cmath>
@@ -19,24 +18,21 @@ struct Half {
 };
 
 __device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(BFloat16 x) {
-  return __uint_as_float(uint32_t(x.bits) << 16);
-}
+__device__ __forceinline__ float to_float(BFloat16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
 __device__ __forceinline__ float to_float(Half x) {
   float y;
   asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
   return y;
 }
 
-// Eight neighbours as they are loaded: one 16-byte load of 16-bit elements, two
-// of floats.
-template <typename T> struct Raw8 {
+// Eight neighbours as they are loaded: one 16-byte load of 16-bit elements, two of floats.
+template <typename T>
+struct Raw8 {
   static constexpr int kLoads = int(8 * sizeof(T) / 16);
   uint4 part[kLoads];
 };
 
-__device__ __forceinline__ uint4
-load_streaming(const void *address) { // read once: no use in the L1 cache
+__device__ __forceinline__ uint4 load_streaming(const void* address) {  // read once: no use in the L1 cache
   uint4 v;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
@@ -45,44 +41,40 @@ load_streaming(const void *address) { // read once: no use in the L1 cache
 }
 
 template <typename T>
-__device__ __forceinline__ Raw8<T> load8(const T *address) { // 16-byte aligned
+__device__ __forceinline__ Raw8<T> load8(const T* address) {  // 16-byte aligned
   Raw8<T> raw;
 #pragma unroll
-  for (int i = 0; i < Raw8<T>::kLoads; ++i)
-    raw.part[i] = load_streaming(reinterpret_cast<const uint4 *>(address) + i);
+  for (int i = 0; i < Raw8<T>::kLoads; ++i) raw.part[i] = load_streaming(reinterpret_cast<const uint4*>(address) + i);
   return raw;
 }
 
 // The same of an address that is aligned to its elements only.
 template <typename T>
-__device__ __forceinline__ Raw8<T> load8_unaligned(const T *address) {
+__device__ __forceinline__ Raw8<T> load8_unaligned(const T* address) {
   union {
     Raw8<T> raw;
     T element[8];
   } u;
 #pragma unroll
-  for (int i = 0; i < 8; ++i)
-    u.element[i] = address[i];
+  for (int i = 0; i < 8; ++i) u.element[i] = address[i];
   return u.raw;
 }
 
 // Eight times -inf.
-template <typename T> __device__ __forceinline__ Raw8<T> minus_infinity8() {
+template <typename T>
+__device__ __forceinline__ Raw8<T> minus_infinity8() {
   uint32_t word = 0xff800000u;
-  if constexpr (sizeof(T) == 2)
-    word = T::kMinusInfinity * 0x10001u;
+  if constexpr (sizeof(T) == 2) word = T::kMinusInfinity * 0x10001u;
   Raw8<T> raw;
 #pragma unroll
-  for (int i = 0; i < Raw8<T>::kLoads; ++i)
-    raw.part[i] = make_uint4(word, word, word, word);
+  for (int i = 0; i < Raw8<T>::kLoads; ++i) raw.part[i] = make_uint4(word, word, word, word);
   return raw;
 }
 
-// Eight neighbours, 16-byte aligned, or eight times -inf where `valid` is
-// false; memory that this kernel also writes may be read this way. No branch:
-// loads that follow each other wait for memory together.
+// Eight neighbours, 16-byte aligned, or eight times -inf where `valid` is false; memory that this kernel also writes
+// may be read this way. No branch: loads that follow each other wait for memory together.
 template <typename T>
-__device__ __forceinline__ Raw8<T> load8_if(bool valid, const T *address) {
+__device__ __forceinline__ Raw8<T> load8_if(bool valid, const T* address) {
   Raw8<T> raw = minus_infinity8<T>();
 #pragma unroll
   for (int i = 0; i < Raw8<T>::kLoads; ++i)
@@ -92,28 +84,22 @@ __device__ __forceinline__ Raw8<T> load8_if(bool valid, const T *address) {
         "setp.ne.u32 valid, %4, 0;\n"
         "@valid ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%5];\n"
         "}"
-        : "+r"(raw.part[i].x), "+r"(raw.part[i].y), "+r"(raw.part[i].z),
-          "+r"(raw.part[i].w)
-        : "r"(uint32_t(valid)),
-          "l"(reinterpret_cast<const uint4 *>(address) + i));
+        : "+r"(raw.part[i].x), "+r"(raw.part[i].y), "+r"(raw.part[i].z), "+r"(raw.part[i].w)
+        : "r"(uint32_t(valid)), "l"(reinterpret_cast<const uint4*>(address) + i));
   return raw;
 }
 
 template <typename T>
-__device__ __forceinline__ void store8(T *address,
-                                       const Raw8<T> &raw) { // 16-byte aligned
+__device__ __forceinline__ void store8(T* address, const Raw8<T>& raw) {  // 16-byte aligned
 #pragma unroll
-  for (int i = 0; i < Raw8<T>::kLoads; ++i)
-    reinterpret_cast<uint4 *>(address)[i] = raw.part[i];
+  for (int i = 0; i < Raw8<T>::kLoads; ++i) reinterpret_cast<uint4*>(address)[i] = raw.part[i];
 }
 
-__device__ __forceinline__ void unpack2(uint32_t word, float &low, float &high,
-                                        BFloat16) {
+__device__ __forceinline__ void unpack2(uint32_t word, float& low, float& high, BFloat16) {
   low = __uint_as_float(word << 16);
   high = __uint_as_float(word & 0xffff0000u);
 }
-__device__ __forceinline__ void unpack2(uint32_t word, float &low, float &high,
-                                        Half) {
+__device__ __forceinline__ void unpack2(uint32_t word, float& low, float& high, Half) {
   low = to_float(Half{uint16_t(word)});
   high = to_float(Half{uint16_t(word >> 16)});
 }
@@ -132,7 +118,7 @@ __device__ __forceinline__ uint32_t pack2(float low, float high) {
 }
 
 template <typename T>
-__device__ __forceinline__ void unpack8(const Raw8<T> &raw, float (&x)[8]) {
+__device__ __forceinline__ void unpack8(const Raw8<T>& raw, float (&x)[8]) {
   if constexpr (sizeof(T) == 4) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -156,18 +142,16 @@ __device__ __forceinline__ Raw8<T> pack8(const float (&x)[8]) {
   if constexpr (sizeof(T) == 4) {
 #pragma unroll
     for (int i = 0; i < 2; ++i)
-      raw.part[i] = make_uint4(
-          __float_as_uint(x[4 * i]), __float_as_uint(x[4 * i + 1]),
-          __float_as_uint(x[4 * i + 2]), __float_as_uint(x[4 * i + 3]));
+      raw.part[i] = make_uint4(__float_as_uint(x[4 * i]), __float_as_uint(x[4 * i + 1]), __float_as_uint(x[4 * i + 2]),
+                               __float_as_uint(x[4 * i + 3]));
   } else {
-    raw.part[0] = make_uint4(pack2<T>(x[0], x[1]), pack2<T>(x[2], x[3]),
-                             pack2<T>(x[4], x[5]), pack2<T>(x[6], x[7]));
+    raw.part[0] = make_uint4(pack2<T>(x[0], x[1]), pack2<T>(x[2], x[3]), pack2<T>(x[4], x[5]), pack2<T>(x[6], x[7]));
   }
   return raw;
 }
 
 template <typename T>
-__device__ __forceinline__ void store_float(T *address, float x) {
+__device__ __forceinline__ void store_float(T* address, float x) {
   if constexpr (sizeof(T) == 4) {
     *address = x;
   } else {
@@ -175,4 +159,4 @@ __device__ __forceinline__ void store_float(T *address, float x) {
   }
 }
 
-} // namespace illada
+}  // namespace illada

@@ -1,188 +1,129 @@
-// PTX that CuTe and CUTLASS have no wrapper for, or none that does; each says
-// what is missing there. Addresses of shared memory are the 32-bit ones of
-// smem_address.
+// PTX that CuTe and CUTLASS have no wrapper for, or none that does; each says what is missing there. Addresses of
+// shared memory are the 32-bit ones of smem_address.
 #pragma once
 
 #include <cstdint>
 
 namespace illada::ptx {
 
-__device__ __forceinline__ uint32_t smem_address(const void *pointer) {
+__device__ __forceinline__ uint32_t smem_address(const void* pointer) {
   return uint32_t(__cvta_generic_to_shared(pointer));
 }
-// What lies at such an address. CuTe's atoms take references and pointers, and
-// make addresses of them again, which costs nothing.
-template <typename T> __device__ __forceinline__ T &shared_at(uint32_t smem) {
-  return *static_cast<T *>(__cvta_shared_to_generic(smem));
+// What lies at such an address. CuTe's atoms take references and pointers, and make addresses of them again, which
+// costs nothing.
+template <typename T>
+__device__ __forceinline__ T& shared_at(uint32_t smem) {
+  return *static_cast<T*>(__cvta_shared_to_generic(smem));
 }
 
-// -------------------------------------------------------------------------------------------
-// what the compiler knows
+// ------------------------------------------------------------------------------------------- what the compiler knows
 
-// No access to memory is moved across it. CUTLASS's mbarriers and named
-// barriers say so from 4.3 on, before which their asm names no memory; its
-// fences, cluster barriers and bulk groups do not say it even in 4.7.
-__device__ __forceinline__ void keep_memory_order() {
-  asm volatile("" ::: "memory");
-}
+// No access to memory is moved across it. CUTLASS's mbarriers, named barriers and fences say so from 4.3 on, before
+// which their asm names no memory; its cluster barriers do not say it even in 4.7.
+__device__ __forceinline__ void keep_memory_order() { asm volatile("" ::: "memory"); }
 
-// The value of x, unknown to the compiler: what follows from it in a loop is
-// computed there, and not kept in registers around the loop.
-// (cute::warpgroup_fence_operand is a keep_memory_order as well.)
-__device__ __forceinline__ void made_anew(int &x) {
-  asm volatile("" : "+r"(x));
-}
-__device__ __forceinline__ void made_anew(uint32_t &x) {
-  asm volatile("" : "+r"(x));
-}
-__device__ __forceinline__ void made_anew(const int32_t *&x) {
-  asm volatile("" : "+l"(x));
-}
+// The value of x, unknown to the compiler: what follows from it in a loop is computed there, and not kept in registers
+// around the loop. (cute::warpgroup_fence_operand is a keep_memory_order as well.)
+__device__ __forceinline__ void made_anew(int& x) { asm volatile("" : "+r"(x)); }
+__device__ __forceinline__ void made_anew(uint32_t& x) { asm volatile("" : "+r"(x)); }
+__device__ __forceinline__ void made_anew(const int32_t*& x) { asm volatile("" : "+l"(x)); }
 
-// ------------------------------------------------------------------------------------
-// programmatic dependent launch
+// ------------------------------------------------------------------------------------ programmatic dependent launch
 
-// Waits for the kernels before this one in the stream, where the launch was
-// allowed to overlap them. CUTLASS's is a no-op without
-// CUTLASS_ENABLE_GDC_FOR_SM90 and on plain sm_90, and lets the compiler load
-// global memory before it.
+// Waits for the kernels before this one in the stream, where the launch was allowed to overlap them. CUTLASS's is a
+// no-op without CUTLASS_ENABLE_GDC_FOR_SM90 and on plain sm_90, and lets the compiler load global memory before it.
 __device__ __forceinline__ void griddepcontrol_wait() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
-// The kernel after this one may be scheduled (it waits for the end of this one
-// by itself).
+// The kernel after this one may be scheduled (it waits for the end of this one by itself).
 __device__ __forceinline__ void griddepcontrol_launch_dependents() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
 
-// --------------------------------------------------------------------------------------------------
-// sm_80: cp.async
+// -------------------------------------------------------------------------------------------------- sm_80: cp.async
 
-// 16 bytes (8) from global to shared memory; zeros where `valid` is false (the
-// address must be legal all the same).
-__device__ __forceinline__ void cp_async_16(uint32_t smem, const void *global,
-                                            bool valid = true) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem),
-               "l"(global), "r"(valid ? 16 : 0)
+// 16 bytes (8) from global to shared memory; zeros where `valid` is false (the address must be legal all the same).
+__device__ __forceinline__ void cp_async_16(uint32_t smem, const void* global, bool valid = true) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem), "l"(global), "r"(valid ? 16 : 0)
                : "memory");
 }
-__device__ __forceinline__ void cp_async_8(uint32_t smem, const void *global,
-                                           bool valid = true) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(smem),
-               "l"(global), "r"(valid ? 8 : 0)
-               : "memory");
+__device__ __forceinline__ void cp_async_8(uint32_t smem, const void* global, bool valid = true) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(smem), "l"(global), "r"(valid ? 8 : 0) : "memory");
 }
-__device__ __forceinline__ void cp_async_commit() {
-  asm volatile("cp.async.commit_group;" ::: "memory");
-}
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // The same of 4 bytes.
-__device__ __forceinline__ void cp_async_4(uint32_t smem, const void *global,
-                                           bool valid = true) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(smem),
-               "l"(global), "r"(valid ? 4 : 0)
-               : "memory");
+__device__ __forceinline__ void cp_async_4(uint32_t smem, const void* global, bool valid = true) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(smem), "l"(global), "r"(valid ? 4 : 0) : "memory");
 }
-template <int kPending> __device__ __forceinline__ void cp_async_wait() {
+template <int kPending>
+__device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// -------------------------------------------------------------------------------------
-// sm_80: hints to the L2 cache
+// ------------------------------------------------------------------------------------- sm_80: hints to the L2 cache
 
 // 16 bytes to global memory; cutlass::arch::global_store takes no hint.
-__device__ __forceinline__ void store_global_v4_hinted(void *global, uint4 x,
-                                                       uint64_t hint) {
-  asm volatile(
-      "st.global.L2::cache_hint.v4.b32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(
-          global),
-      "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w), "l"(hint)
-      : "memory");
+__device__ __forceinline__ void store_global_v4_hinted(void* global, uint4 x, uint64_t hint) {
+  asm volatile("st.global.L2::cache_hint.v4.b32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(global), "r"(x.x), "r"(x.y),
+               "r"(x.z), "r"(x.w), "l"(hint)
+               : "memory");
 }
 
-// --------------------------------------------------------------------------------------------------------
-// arithmetic
+// -------------------------------------------------------------------------------------------------------- arithmetic
 
-// CUTLASS calls exp2f, which is this one instruction only where the whole
-// program is compiled with -use_fast_math.
-__device__ __forceinline__ float
-exp2_approx(float x) { // 2 ulp; 0 for results below 2^-126, and for -inf
+// CUTLASS calls exp2f, which is this one instruction only where the whole program is compiled with -use_fast_math.
+__device__ __forceinline__ float exp2_approx(float x) {  // 2 ulp; 0 for results below 2^-126, and for -inf
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
-// ---------------------------------------------------------------------------------------------
-// sm_90: reductions in L2
+// --------------------------------------------------------------------------------------------- sm_90: reductions in L2
 
-// address[0 .. 1] += {x, y}, in any order; 8-byte aligned. CUTLASS adds single
-// floats.
-__device__ __forceinline__ void red_add_v2(float *address, float x, float y) {
-  asm volatile(
-      "red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(address),
-      "f"(x), "f"(y)
-      : "memory");
+// address[0 .. 1] += {x, y}, in any order; 8-byte aligned. CUTLASS adds single floats.
+__device__ __forceinline__ void red_add_v2(float* address, float x, float y) {
+  asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(address), "f"(x), "f"(y) : "memory");
 }
 // address[0 .. 3] += {x, y, z, w}, in any order; 16-byte aligned.
-__device__ __forceinline__ void red_add_v4(float *address, float x, float y,
-                                           float z, float w) {
-  asm volatile(
-      "red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(
-          address),
-      "f"(x), "f"(y), "f"(z), "f"(w)
-      : "memory");
+__device__ __forceinline__ void red_add_v4(float* address, float x, float y, float z, float w) {
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(address), "f"(x), "f"(y), "f"(z),
+               "f"(w)
+               : "memory");
 }
 // The same with a cache hint.
-__device__ __forceinline__ void red_add_v2_hinted(float *address, float x,
-                                                  float y, uint64_t hint) {
-  asm volatile(
-      "red.relaxed.gpu.global.add.L2::cache_hint.v2.f32 [%0], {%1, %2}, %3;" ::
-          "l"(address),
-      "f"(x), "f"(y), "l"(hint)
-      : "memory");
-}
-__device__ __forceinline__ void red_add_v4_hinted(float *address, float x,
-                                                  float y, float z, float w,
-                                                  uint64_t hint) {
-  asm volatile("red.relaxed.gpu.global.add.L2::cache_hint.v4.f32 [%0], {%1, "
-               "%2, %3, %4}, %5;" ::"l"(address),
-               "f"(x), "f"(y), "f"(z), "f"(w), "l"(hint)
+__device__ __forceinline__ void red_add_v2_hinted(float* address, float x, float y, uint64_t hint) {
+  asm volatile("red.relaxed.gpu.global.add.L2::cache_hint.v2.f32 [%0], {%1, %2}, %3;" ::"l"(address), "f"(x), "f"(y),
+               "l"(hint)
                : "memory");
 }
-// cutlass::Barrier has the next three for CTAs that wait for each other, with a
-// __syncthreads, and not on their own.
+__device__ __forceinline__ void red_add_v4_hinted(float* address, float x, float y, float z, float w, uint64_t hint) {
+  asm volatile("red.relaxed.gpu.global.add.L2::cache_hint.v4.f32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(address), "f"(x),
+               "f"(y), "f"(z), "f"(w), "l"(hint)
+               : "memory");
+}
+// cutlass::Barrier has the next three for CTAs that wait for each other, with a __syncthreads, and not on their own.
 //
-// ++*address, what it was before: after all that this thread knows to be done,
-// before all that it does next.
-__device__ __forceinline__ uint32_t
-atomic_increment_acq_rel(uint32_t *address) {
+// ++*address, what it was before: after all that this thread knows to be done, before all that it does next.
+__device__ __forceinline__ uint32_t atomic_increment_acq_rel(uint32_t* address) {
   uint32_t old;
-  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;"
-               : "=r"(old)
-               : "l"(address)
-               : "memory");
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(old) : "l"(address) : "memory");
   return old;
 }
-// *address += x after all that this thread knows to be done; and what it is,
-// before all that the thread does next.
-__device__ __forceinline__ void red_add_release(uint32_t *address, uint32_t x) {
-  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(address), "r"(x)
-               : "memory");
+// *address += x after all that this thread knows to be done; and what it is, before all that the thread does next.
+__device__ __forceinline__ void red_add_release(uint32_t* address, uint32_t x) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(address), "r"(x) : "memory");
 }
-__device__ __forceinline__ uint32_t load_acquire(const uint32_t *address) {
+__device__ __forceinline__ uint32_t load_acquire(const uint32_t* address) {
   uint32_t x;
-  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
-               : "=r"(x)
-               : "l"(address)
-               : "memory");
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(address) : "memory");
   return x;
 }
-// What other CTAs have written or added: never from the L1 cache.
-// cutlass::arch::global_load has no such load.
-__device__ __forceinline__ float4 load_relaxed_v4(const float *address) {
+// What other CTAs have written or added: never from the L1 cache. cutlass::arch::global_load has no such load.
+__device__ __forceinline__ float4 load_relaxed_v4(const float* address) {
   float4 x;
   asm volatile("ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];"
                : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
@@ -191,176 +132,154 @@ __device__ __forceinline__ float4 load_relaxed_v4(const float *address) {
   return x;
 }
 
-// -----------------------------------------------------------------------------------------
-// sm_80: ldmatrix, mma.sync
+// ----------------------------------------------------------------------------------------- sm_80: ldmatrix, mma.sync
 
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t smem) {
-  asm volatile(
-      "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-      : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-      : "r"(smem)
-      : "memory");
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(smem)
+               : "memory");
 }
-__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4],
-                                                  uint32_t smem) {
-  asm volatile(
-      "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-      : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-      : "r"(smem)
-      : "memory");
+__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t smem) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(smem)
+               : "memory");
 }
-// d [16, 8] += a [16, 16] . b [16, 8] of bf16 (kIsBFloat16) or fp16. Lane l
-// holds d[2 i + e] at (row l / 4 + 8 i, column l % 4 * 2 + e); a as ldmatrix
-// gives the four 8 x 8 blocks (0, 0), (1, 0), (0, 1), (1, 1) of it, b as it
-// gives the upper and the lower half of its transpose.
+// d [16, 8] += a [16, 16] . b [16, 8] of bf16 (kIsBFloat16) or fp16. Lane l holds d[2 i + e] at (row l / 4 + 8 i,
+// column l % 4 * 2 + e); a as ldmatrix gives the four 8 x 8 blocks (0, 0), (1, 0), (0, 1), (1, 1) of it, b as it gives
+// the upper and the lower half of its transpose.
 template <bool kIsBFloat16>
-__device__ __forceinline__ void mma_m16n8k16(float *d, const uint32_t (&a)[4],
-                                             uint32_t b0, uint32_t b1) {
+__device__ __forceinline__ void mma_m16n8k16(float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   if constexpr (kIsBFloat16) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
-        "{%4, %5, %6, %7}, {%8, %9}, "
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   } else {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, "
-        "{%4, %5, %6, %7}, {%8, %9}, "
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   }
 }
 
-// -------------------------------------------------------------------------------------------------
-// sm_90: mbarrier
+// ------------------------------------------------------------------------------------------------- sm_90: mbarrier
 
-// Blocks until the phase of this parity has ended. CUTLASS's wait gives the
-// hardware a time limit, of which ptxas makes a second instruction and more
-// registers; around its try_wait there would be a loop that the compiler knows
-// of. With either of them the attention forward spills, and is up to 4% slower.
-__device__ __forceinline__ void mbarrier_wait(uint32_t barrier,
-                                              uint32_t parity) {
-  asm volatile("{\n"
-               ".reg .pred done;\n"
-               "WAIT:\n"
-               "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-               "@!done bra WAIT;\n"
-               "}" ::"r"(barrier),
-               "r"(parity)
-               : "memory");
+// Blocks until the phase of this parity has ended. CUTLASS's wait gives the hardware a time limit, of which ptxas makes
+// a second instruction and more registers; around its try_wait there would be a loop that the compiler knows of. With
+// either of them the attention forward spills, and is up to 4% slower.
+__device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "WAIT:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra WAIT;\n"
+      "}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+// By those threads that say so; on the barrier of this CTA, or at the same place in some CTA of the cluster. CUTLASS
+// has a branch there, which ends a block of code for the compiler: the attention forward then spills.
+__device__ __forceinline__ void mbarrier_arrive_if(bool arrives, uint32_t barrier) {
+  asm volatile(
+      "{\n"
+      ".reg .pred arrives;\n"
+      "setp.ne.u32 arrives, %1, 0;\n"
+      "@arrives mbarrier.arrive.shared::cta.b64 _, [%0];\n"
+      "}" ::"r"(barrier),
+      "r"(uint32_t(arrives))
+      : "memory");
+}
+__device__ __forceinline__ void mbarrier_arrive_if(bool arrives, uint32_t barrier, uint32_t cta) {
+  asm volatile(
+      "{\n"
+      ".reg .pred arrives;\n"
+      ".reg .b32 remote;\n"
+      "setp.ne.u32 arrives, %2, 0;\n"
+      "@arrives mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "@arrives mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
+      "}" ::"r"(barrier),
+      "r"(cta), "r"(uint32_t(arrives))
+      : "memory");
 }
 
-// By those threads that say so; on the barrier of this CTA, or at the same
-// place in some CTA of the cluster. CUTLASS has a branch there, which ends a
-// block of code for the compiler: the attention forward then spills.
-__device__ __forceinline__ void mbarrier_arrive_if(bool arrives,
-                                                   uint32_t barrier) {
-  asm volatile("{\n"
-               ".reg .pred arrives;\n"
-               "setp.ne.u32 arrives, %1, 0;\n"
-               "@arrives mbarrier.arrive.shared::cta.b64 _, [%0];\n"
-               "}" ::"r"(barrier),
-               "r"(uint32_t(arrives))
-               : "memory");
-}
-__device__ __forceinline__ void
-mbarrier_arrive_if(bool arrives, uint32_t barrier, uint32_t cta) {
-  asm volatile("{\n"
-               ".reg .pred arrives;\n"
-               ".reg .b32 remote;\n"
-               "setp.ne.u32 arrives, %2, 0;\n"
-               "@arrives mapa.shared::cluster.u32 remote, %0, %1;\n"
-               "@arrives mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
-               "}" ::"r"(barrier),
-               "r"(cta), "r"(uint32_t(arrives))
-               : "memory");
-}
+// ------------------------------------------------------------------------------------------------- sm_90: clusters
 
-// -------------------------------------------------------------------------------------------------
-// sm_90: clusters
-
-// Eight bytes at the same place in the shared memory of some CTA of the
-// cluster. CuTe has the address (set_block_rank) and the store, not the load.
+// Eight bytes at the same place in the shared memory of some CTA of the cluster. CuTe has the address (set_block_rank)
+// and the store, not the load.
 __device__ __forceinline__ float2 load_cluster(uint32_t smem, uint32_t cta) {
   float2 v;
-  asm volatile("{\n"
-               ".reg .b32 remote;\n"
-               "mapa.shared::cluster.u32 remote, %2, %3;\n"
-               "ld.shared::cluster.v2.f32 {%0, %1}, [remote];\n"
-               "}"
-               : "=f"(v.x), "=f"(v.y)
-               : "r"(smem), "r"(cta)
-               : "memory");
+  asm volatile(
+      "{\n"
+      ".reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %2, %3;\n"
+      "ld.shared::cluster.v2.f32 {%0, %1}, [remote];\n"
+      "}"
+      : "=f"(v.x), "=f"(v.y)
+      : "r"(smem), "r"(cta)
+      : "memory");
   return v;
 }
 
-// ------------------------------------------------------------------------------------------------------
-// sm_90: TMA
+// ------------------------------------------------------------------------------------------------------ sm_90: TMA
 
-// A box of a map of five dimensions from shared memory to global memory, or
-// added to what is there; part of the thread's next bulk group. CuTe's stores
-// and reductions have no cache hint.
-__device__ __forceinline__ void tma_store_5d(const void *map, uint64_t hint,
-                                             uint32_t smem, int32_t x0,
-                                             int32_t x1, int32_t x2, int32_t x3,
-                                             int32_t x4) {
-  asm volatile("cp.async.bulk.tensor.5d.global.shared::cta.tile.bulk_group.L2::"
-               "cache_hint [%0, {%1, %2, %3, %4, %5}], [%6], "
-               "%7;" ::"l"(map),
-               "r"(x0), "r"(x1), "r"(x2), "r"(x3), "r"(x4), "r"(smem), "l"(hint)
-               : "memory");
+// A box of a map of five dimensions from shared memory to global memory, or added to what is there; part of the
+// thread's next bulk group. CuTe's stores and reductions have no cache hint.
+__device__ __forceinline__ void tma_store_5d(const void* map, uint64_t hint, uint32_t smem, int32_t x0, int32_t x1,
+                                             int32_t x2, int32_t x3, int32_t x4) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.global.shared::cta.tile.bulk_group.L2::cache_hint [%0, {%1, %2, %3, %4, %5}], [%6], "
+      "%7;" ::"l"(map),
+      "r"(x0), "r"(x1), "r"(x2), "r"(x3), "r"(x4), "r"(smem), "l"(hint)
+      : "memory");
 }
-__device__ __forceinline__ void
-tma_reduce_add_5d(const void *map, uint64_t hint, uint32_t smem, int32_t x0,
-                  int32_t x1, int32_t x2, int32_t x3, int32_t x4) {
-  asm volatile("cp.reduce.async.bulk.tensor.5d.global.shared::cta.add.tile."
-               "bulk_group.L2::cache_hint [%0, {%1, %2, %3, %4, "
-               "%5}], [%6], %7;" ::"l"(map),
-               "r"(x0), "r"(x1), "r"(x2), "r"(x3), "r"(x4), "r"(smem), "l"(hint)
-               : "memory");
+__device__ __forceinline__ void tma_reduce_add_5d(const void* map, uint64_t hint, uint32_t smem, int32_t x0, int32_t x1,
+                                                  int32_t x2, int32_t x3, int32_t x4) {
+  asm volatile(
+      "cp.reduce.async.bulk.tensor.5d.global.shared::cta.add.tile.bulk_group.L2::cache_hint [%0, {%1, %2, %3, %4, "
+      "%5}], [%6], %7;" ::"l"(map),
+      "r"(x0), "r"(x1), "r"(x2), "r"(x3), "r"(x4), "r"(smem), "l"(hint)
+      : "memory");
 }
-// The thread's bulk groups, all but the last kPending, have written what they
-// store. CuTe's tma_store_wait is the wait until they have read it.
+// The thread's bulk groups, all but the last kPending, have written what they store. CuTe's tma_store_wait is the wait
+// until they have read it.
 template <int kPending>
 __device__ __forceinline__ void tma_store_wait_written() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// ----------------------------------------------------------------------------------------------------
-// sm_90a: wgmma
+// ---------------------------------------------------------------------------------------------------- sm_90a: wgmma
 
-// After the wait for products that read `a` from registers: until here the
-// compiler may use them for nothing else. It believes that they are free when
-// the product is issued, unless something may read them later: a store that is
-// never carried out, because `never` is false, of which the compiler must know
-// nothing. (warpgroup_fence_operand says that they change here, and costs
-// moves.)
+// After the wait for products that read `a` from registers: until here the compiler may use them for nothing else. It
+// believes that they are free when the product is issued, unless something may read them later: a store that is never
+// carried out, because `never` is false, of which the compiler must know nothing. (warpgroup_fence_operand says that
+// they change here, and costs moves.)
 template <int kSteps>
-__device__ __forceinline__ void
-wgmma_keep_operand(const uint32_t (&a)[kSteps][4], bool never, uint32_t smem) {
+__device__ __forceinline__ void wgmma_keep_operand(const uint32_t (&a)[kSteps][4], bool never, uint32_t smem) {
 #pragma unroll
   for (int i = 0; i < kSteps; ++i)
-    asm volatile("{\n"
-                 ".reg .pred never;\n"
-                 "setp.ne.u32 never, %4, 0;\n"
-                 "@never st.shared.v4.b32 [%5], {%0, %1, %2, %3};\n"
-                 "}" ::"r"(a[i][0]),
-                 "r"(a[i][1]), "r"(a[i][2]), "r"(a[i][3]), "r"(uint32_t(never)),
-                 "r"(smem));
+    asm volatile(
+        "{\n"
+        ".reg .pred never;\n"
+        "setp.ne.u32 never, %4, 0;\n"
+        "@never st.shared.v4.b32 [%5], {%0, %1, %2, %3};\n"
+        "}" ::"r"(a[i][0]),
+        "r"(a[i][1]), "r"(a[i][2]), "r"(a[i][3]), "r"(uint32_t(never)), "r"(smem));
 }
 
-// Before a wait: what x and y are computed from is computed here, beside the
-// products in flight, and not after the wait, where the compiler likes to move
-// it. A store that is never carried out, as above.
-__device__ __forceinline__ void
-wgmma_compute_before_wait(float x, float y, bool never, uint32_t smem) {
-  asm volatile("{\n"
-               ".reg .pred never;\n"
-               "setp.ne.u32 never, %2, 0;\n"
-               "@never st.shared.v2.f32 [%3], {%0, %1};\n"
-               "}" ::"f"(x),
-               "f"(y), "r"(uint32_t(never)), "r"(smem)
-               : "memory");
+// Before a wait: what x and y are computed from is computed here, beside the products in flight, and not after the
+// wait, where the compiler likes to move it. A store that is never carried out, as above.
+__device__ __forceinline__ void wgmma_compute_before_wait(float x, float y, bool never, uint32_t smem) {
+  asm volatile(
+      "{\n"
+      ".reg .pred never;\n"
+      "setp.ne.u32 never, %2, 0;\n"
+      "@never st.shared.v2.f32 [%3], {%0, %1};\n"
+      "}" ::"f"(x),
+      "f"(y), "r"(uint32_t(never)), "r"(smem)
+      : "memory");
 }
 
-} // namespace illada::ptx
+}  // namespace illada::ptx

@@ -10,8 +10,7 @@ constexpr unsigned kFullWarp = 0xffffffffu;
 template <int kWidth = 32, typename T, typename Op>
 __device__ __forceinline__ T warp_reduce(T value, Op op) {
 #pragma unroll
-  for (int offset = kWidth / 2; offset > 0; offset /= 2)
-    value = op(value, __shfl_xor_sync(kFullWarp, value, offset));
+  for (int offset = kWidth / 2; offset > 0; offset /= 2) value = op(value, __shfl_xor_sync(kFullWarp, value, offset));
   return value;
 }
 
@@ -19,8 +18,7 @@ __device__ __forceinline__ float warp_max(float value) {
   return warp_reduce(value, [](float a, float b) { return fmaxf(a, b); });
 }
 
-// Floats as integers that compare alike (NaN apart), for atomicMax and redux.
-// -0 sorts below +0.
+// Floats as integers that compare alike (NaN apart), for atomicMax and redux. -0 sorts below +0.
 __device__ __forceinline__ int32_t ordered(float value) {
   const int32_t bits = __float_as_int(value);
   return bits ^ ((bits >> 31) & 0x7fffffff);
@@ -29,4 +27,4 @@ __device__ __forceinline__ float from_ordered(int32_t bits) {
   return __int_as_float(bits ^ ((bits >> 31) & 0x7fffffff));
 }
 
-} // namespace illada
+}  // namespace illada

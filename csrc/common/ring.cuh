@@ -8,7 +8,8 @@
 namespace illada {
 
 // The stage that is next, and the parity of its phase.
-template <int kStages> struct Ring {
+template <int kStages>
+struct Ring {
   int stage = 0;
   uint32_t parity = 0;
   __device__ __forceinline__ void advance() {
@@ -19,4 +20,4 @@ template <int kStages> struct Ring {
   }
 };
 
-} // namespace illada
+}  // namespace illada
