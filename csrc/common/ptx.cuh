@@ -24,8 +24,11 @@ __device__ __forceinline__ void keep_memory_order() { asm volatile("" ::: "memor
 
 // The value of x, unknown to the compiler: what follows from it in a loop is computed there, and not kept in registers
 // around the loop. (cute::warpgroup_fence_operand is a keep_memory_order as well.)
-__device__ __forceinline__ void made_anew(int& x) { asm volatile("" : "+r"(x)); }
-__device__ __forceinline__ void made_anew(uint32_t& x) { asm volatile("" : "+r"(x)); }
+template <typename T>
+__device__ __forceinline__ void made_anew(T& x) {
+  static_assert(sizeof(T) == 4);
+  asm volatile("" : "+r"(x));
+}
 __device__ __forceinline__ void made_anew(const int32_t*& x) { asm volatile("" : "+l"(x)); }
 
 // ------------------------------------------------------------------------------------ programmatic dependent launch
@@ -254,8 +257,8 @@ __device__ __forceinline__ void tma_store_wait_written() {
 
 // After the wait for products that read `a` from registers: until here the compiler may use them for nothing else. It
 // believes that they are free when the product is issued, unless something may read them later: a store that is never
-// carried out, because `never` is false, of which the compiler must know nothing. (warpgroup_fence_operand says that
-// they change here, and costs moves.)
+// carried out, because `never` is false, of which the compiler must know nothing. (cute::warpgroup_fence_operand leaves
+// no instruction, so that ptxas does not see it.)
 template <int kSteps>
 __device__ __forceinline__ void wgmma_keep_operand(const uint32_t (&a)[kSteps][4], bool never, uint32_t smem) {
 #pragma unroll
