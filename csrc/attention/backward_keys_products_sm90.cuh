@@ -19,7 +19,6 @@
 #include "common/dtype.cuh"
 #include "common/ptx.cuh"
 #include "common/reduce.cuh"
-#include "common/ring.cuh"
 #include "common/wgmma.cuh"
 
 namespace illada::attention {
@@ -87,27 +86,27 @@ __device__ __forceinline__ void store_scores(uint32_t target, const uint32_t (&d
   for (int i = 0; i < kRows / 16; ++i) {
     const uint32_t mask[2] = {keys > 0 ? 0xffffffffu : 0, keys > 8 ? 0xffffffffu : 0};
     const uint32_t block = target + i / 4 * (kBackwardKeys * kRowBytes);
-    ptx::stmatrix_x4(block + uint32_t(((i % 4 * 2 + lane / 16) ^ lane % 8) * 16), ds[i][0] & mask[0],
-                     ds[i][1] & mask[1], ds[i][2] & mask[0], ds[i][3] & mask[1]);
+    store_matrices(block + uint32_t(((i % 4 * 2 + lane / 16) ^ lane % 8) * 16), ds[i][0] & mask[0], ds[i][1] & mask[1],
+                   ds[i][2] & mask[0], ds[i][3] & mask[1]);
   }
 }
 
 // By both warpgroups: all items of the CTA.
 template <typename T, int kHeadDim, QuerySums kSums, bool kOrdered>
 __device__ __forceinline__ void multiply_keys(const KeysArguments& a, KeysShared<kHeadDim>& shared,
-                                              const KeysAddresses<kHeadDim>& at, const CUtensorMap& dq_map) {
+                                              const CUtensorMap& dq_map) {
   using Shared = KeysShared<kHeadDim>;
   constexpr bool kFused = kSums != QuerySums::kNone;
   constexpr int kRows = Shared::kRows, kStages = kRowStages<kSums, Shared>;
   constexpr uint32_t kKeyBytes = sizeof(typename Shared::KeyTile), kTileBytes = sizeof(typename Shared::RowTile);
   constexpr uint32_t kScoreBytes = sizeof(typename Shared::ScoreTile), kScoreSlice = kBackwardKeys * kRowBytes;
   const int warpgroup = __shfl_sync(kFullWarp, int(threadIdx.x) / 128, 0), thread = int(threadIdx.x) % 128;
-  const int own_turn = 1 + warpgroup, next_turn = 2 - warpgroup;
+  const int own_turn = warpgroup, next_turn = 1 - warpgroup;
   const int lane = thread % 32, warp_row = thread / 32 * 16;  // of a warp in its warpgroup's 64 rows
   // Of dq, a warpgroup has 64 columns of 64 rows, or all columns of the second 64 rows.
   const int half = warpgroup * (kHeadDim == 128 ? 0 : 64), column = warpgroup * (kHeadDim == 128 ? 64 : 0);
   // Lower words of descriptors; the upper ones are all the same.
-  const uint32_t start = (at.start & 0x3ffff) / 16, rows_kind = 1 << 16;
+  const uint32_t start = (ptx::smem_address(&shared) & 0x3ffff) / 16, rows_kind = 1 << 16;
   const auto columns_kind = [](uint32_t leading) { return leading / 16 << 16; };
   constexpr uint32_t kFirstKey = 64 * kRowBytes / 16;  // of the second warpgroup
   const uint32_t k_rows = start + rows_kind + uint32_t(offsetof(Shared, k) / 16) + warpgroup * kFirstKey;
@@ -118,39 +117,40 @@ __device__ __forceinline__ void multiply_keys(const KeysArguments& a, KeysShared
   const uint32_t dout_columns = start + columns_kind(kRows * kRowBytes) + uint32_t(offsetof(Shared, dout) / 16);
   const uint32_t ds_columns = start + uint32_t(offsetof(Shared, ds) / 16) + half / 64 * (kScoreSlice / 16);
   const uint32_t k_columns = start + uint32_t(offsetof(Shared, k) / 16) + column / 64 * (kScoreSlice / 16);
-  const auto descriptor = [](uint32_t low) { return ptx::wgmma_descriptor_k128(0) >> 32 << 32 | low; };
-  const uint32_t ds_target = at.ds(0) + uint32_t((warpgroup * 64 + warp_row + lane % 16) * kRowBytes);
-  Ring<kStages> ring;  // of the step whose s is next
+  const auto descriptor = [](uint32_t low) { return gmma_descriptor_k(0) >> 32 << 32 | low; };
+  const uint32_t ds_target =
+      ptx::smem_address(shared.ds) + uint32_t((warpgroup * 64 + warp_row + lane % 16) * kRowBytes);
+  PipelineState<kStages> state;  // of the step whose s is next
   float dk[kHeadDim / 2], dv[kHeadDim / 2], s[kRows / 2], dp[kRows / 2], dq[32];
   uint32_t p[kRows / 16][4], ds[kRows / 16][4];
-  int round = 0, step = 0;                                                 // items and steps that were begun
-  DqAdder<kSums, kHeadDim> adder(a, dq_map, at, half + warp_row, column);  // of dq of the step before
+  int round = 0, step = 0;                                                     // items and steps that were begun
+  DqAdder<kSums, kHeadDim> adder(a, dq_map, shared, half + warp_row, column);  // of dq of the step before
 
   const auto multiply_k = [&] {  // s = k q^T
     const uint64_t x = descriptor(k_rows + uint32_t((round - 1) % 2) * (kKeyBytes / 16));
-    const uint64_t y = descriptor(q_rows + uint32_t(ring.stage) * (kTileBytes / 16));
+    const uint64_t y = descriptor(q_rows + uint32_t(state.index()) * (kTileBytes / 16));
     multiply_rows<T, typename Shared::KeyTile, typename Shared::RowTile, kRows>(s, x, y);
-    ptx::wgmma_commit();
+    cute::warpgroup_commit_batch();
   };
   const auto multiply_v = [&](int stage, bool hand_over) {  // dp = v do^T
     // The compiler must not know that x is the same in every step: it would keep each of its sums in a register.
     const uint64_t x = descriptor(v_rows + uint32_t(stage) * uint32_t(a.waste_row < 0));
     const uint64_t y = descriptor(dout_rows + uint32_t(stage) * (kTileBytes / 16));
     multiply_rows<T, typename Shared::KeyTile, typename Shared::RowTile, kRows>(dp, x, y);
-    if (hand_over) ptx::named_barrier_arrive(next_turn, 256);
-    ptx::wgmma_commit();
+    if (hand_over) NamedBarrier::arrive(256, next_turn);
+    cute::warpgroup_commit_batch();
   };
   const auto multiply_ds = [&](int number, int key_buffer) {  // dq = ds k of a step
     const uint64_t x = descriptor(ds_columns + uint32_t(number & 1) * (kScoreBytes / 16));
     const uint64_t y = descriptor(k_columns + uint32_t(key_buffer) * (kKeyBytes / 16));
-    ptx::wgmma_fence();
+    cute::warpgroup_arrive();
 #pragma unroll
     for (int i = 0; i < kBackwardKeys / 16; ++i)
-      ptx::wgmma_k16<T, 64, Major::kMN, Major::kMN>(dq, x + i * kRowBytes, y + i * kRowBytes, i > 0);
-    ptx::wgmma_commit();
+      warpgroup_mma_ss<T, 64, GmmaMajor::MN, GmmaMajor::MN>(dq, x + i * kRowBytes, y + i * kRowBytes, i > 0);
+    cute::warpgroup_commit_batch();
   };
   const auto open_item = [&] {
-    ptx::mbarrier_wait(at.k_full(round % 2), uint32_t(round / 2 % 2));
+    shared.k_full[round % 2].wait(uint32_t(round / 2 % 2));
     const bool has_queries = __shfl_sync(kFullWarp, shared.item[round % 2].q_count, 0) > 0;
     ++round;
     return has_queries;
@@ -159,65 +159,65 @@ __device__ __forceinline__ void multiply_keys(const KeysArguments& a, KeysShared
     const int buffer = step % 2;
     // From this lane's first key to the item's end.
     const int keys = shared.item[(round - 1) % 2].k_count - (warpgroup * 64 + warp_row + lane / 4);
-    ptx::mbarrier_wait(at.ds_empty(buffer), uint32_t(step / 2 + buffer + 1) % 2);
+    shared.ds_empty[buffer].wait(uint32_t(step / 2 + buffer + 1) % 2);
     store_scores<kRows>(ds_target + buffer * kScoreBytes, ds, keys, lane);
-    ptx::fence_proxy_async();
+    fence_view_async_shared();
     __syncwarp();
-    ptx::mbarrier_arrive_if(lane == 0, at.ds_full(buffer));
+    shared.ds_full[buffer].arrive_if(lane == 0);
   };
   if (open_item()) {
     int stage = 0;                    // of the step whose ds is next
     bool fresh = true;                // is it the first step of its item,
     bool is_last = false;             // the last one?
     const auto wait_for_rows = [&] {  // before a turn, so that no time of it is lost
-      ptx::mbarrier_wait(at.q_full(ring.stage), ring.parity);
-      ptx::mbarrier_wait(at.dout_full(ring.stage), ring.parity);
-      ptx::mbarrier_wait(at.v_full(), uint32_t(round - 1) % 2);
+      shared.q_full[state.index()].wait(state.phase());
+      shared.dout_full[state.index()].wait(state.phase());
+      shared.v_full.wait(uint32_t(round - 1) % 2);
     };
     const auto multiply_q = [&] {
-      stage = ring.stage;
-      ptx::wgmma_fence();
+      stage = state.index();
+      cute::warpgroup_arrive();
       multiply_k();
     };
     const auto multiply_dout = [&](bool hand_over) {
-      ptx::wgmma_fence();
+      cute::warpgroup_arrive();
       multiply_v(stage, hand_over);
-      ring.advance();
+      ++state;
     };
     const auto finish_scores = [&] {
-      ptx::wgmma_wait<1>(s);
+      warpgroup_wait<1>(s);
       weigh<kRows>(s, shared.lse_log2[stage], a.scale_log2, lane);
       is_last = __shfl_sync(kFullWarp, int(shared.step[stage].is_last), 0) != 0;
-      ptx::wgmma_wait<0>(dp);
-      ptx::mbarrier_arrive_if(thread == 0 && is_last, at.v_empty());
+      warpgroup_wait<0>(dp);
+      shared.v_empty.arrive_if(thread == 0 && is_last);
     };
     if (kFused) adder.open_nowhere();
-    if (warpgroup == 1) ptx::named_barrier_arrive(next_turn, 256);
+    if (warpgroup == 1) NamedBarrier::arrive(256, next_turn);
     // dv, dk of the step whose ds is there; what dq there is leaves meanwhile, in the gaps between the products.
     const auto multiply_gradients = [&](bool accumulate, bool adds) {
       constexpr int kSteps = kRows / 16, kFirst = kHeadDim == 128 ? 1 : 6;  // steps until dq is there
       const uint64_t of_dv = descriptor(dout_columns + uint32_t(stage) * (kTileBytes / 16)),
                      of_dk = descriptor(q_columns + uint32_t(stage) * (kTileBytes / 16));
-      ptx::wgmma_fence();
+      cute::warpgroup_arrive();
 #pragma unroll
       for (int i = 0; i < 2 * kSteps; ++i) {
         if (i < kSteps) {
-          ptx::wgmma_k16_rs<T, kHeadDim>(dv, p[i % kSteps], of_dv + i % kSteps * kRowBytes, accumulate || i > 0);
+          warpgroup_mma_rs<T, kHeadDim>(dv, p[i % kSteps], of_dv + i % kSteps * kRowBytes, accumulate || i > 0);
         } else {
-          ptx::wgmma_k16_rs<T, kHeadDim>(dk, ds[i % kSteps], of_dk + i % kSteps * kRowBytes, accumulate || i > kSteps);
+          warpgroup_mma_rs<T, kHeadDim>(dk, ds[i % kSteps], of_dk + i % kSteps * kRowBytes, accumulate || i > kSteps);
         }
         if (!kFused || !adds) continue;
         if (i == kFirst - 1) {
-          ptx::wgmma_commit();
-          ptx::wgmma_wait<1>(dq);
-          ptx::mbarrier_arrive_if(thread == 0, at.ds_empty((step - 1) & 1));
+          cute::warpgroup_commit_batch();
+          warpgroup_wait<1>(dq);
+          shared.ds_empty[(step - 1) & 1].arrive_if(thread == 0);
         } else if (i >= kFirst) {
           constexpr int kGaps = 2 * kSteps - kFirst, kEach = (adder.kParts + kGaps - 1) / kGaps;
           __syncwarp();
           adder.add(dq, (i - kFirst) * kEach, kEach);
         }
       }
-      ptx::wgmma_commit();
+      cute::warpgroup_commit_batch();
     };
     wait_for_rows();
     multiply_q();
@@ -232,55 +232,55 @@ __device__ __forceinline__ void multiply_keys(const KeysArguments& a, KeysShared
       if (ends_item && !open_item()) break;
 
       wait_for_rows();
-      if (kFused) ptx::mbarrier_wait(at.ds_full((step - 1) & 1), uint32_t((step - 1) >> 1 & 1));
-      if (kOrdered) ptx::mbarrier_wait(at.turn_full(warpgroup, ring.stage), ring.parity);
-      ptx::named_barrier_sync(own_turn, 256);
+      if (kFused) shared.ds_full[(step - 1) & 1].wait(uint32_t((step - 1) >> 1 & 1));
+      if (kOrdered) shared.turn_full[warpgroup][state.index()].wait(state.phase());
+      NamedBarrier::arrive_and_wait(256, own_turn);
       if (kFused) multiply_ds(step - 1, key_buffer ^ int(begins_item && step > 0));
       multiply_gradients(!begins_item, true);
       if (kFused) adder.open(shared.step[old_stage]);
       __syncwarp();
-      ptx::mbarrier_arrive_if(lane == 0 && begins_item && step > 0, at.k_empty(key_buffer ^ 1));
-      if (kOrdered) ptx::mbarrier_arrive_if(lane == 0, at.added(warpgroup, old_stage));
+      shared.k_empty[key_buffer ^ 1].arrive_if(lane == 0 && begins_item && step > 0);
+      if (kOrdered) shared.added[warpgroup][old_stage].arrive_if(lane == 0);
       multiply_q();
-      ptx::wgmma_wait<1>(dk, dv);
+      warpgroup_wait<1>(dk, dv);
       ptx::wgmma_keep_operand(p, a.total_q < 0, ds_target);
       ptx::wgmma_keep_operand(ds, a.total_q < 0, ds_target);
       multiply_dout(true);
       if (kFused) adder.wait_for_previous();
-      ptx::mbarrier_arrive_if(lane == 0, at.rows_empty(old_stage));
+      shared.rows_empty[old_stage].arrive_if(lane == 0);
       fresh = ends_item;
       finish_scores();
       if (ends_item)
         write_keys<T, kHeadDim, kFused>(a, shared.item[key_buffer], dk, dv, warpgroup * 64 + warp_row + lane / 4, lane);
       ++step;
     }
-    if (warpgroup == 0) ptx::named_barrier_sync(own_turn, 256);
+    if (warpgroup == 0) NamedBarrier::arrive_and_wait(256, own_turn);
     const int key_buffer = round % 2;
     multiply_gradients(!fresh, false);
-    ptx::wgmma_wait<0>(dk, dv);
+    warpgroup_wait<0>(dk, dv);
     if (kFused) {
-      ptx::mbarrier_wait(at.ds_full((step - 1) & 1), uint32_t((step - 1) >> 1 & 1));
+      shared.ds_full[(step - 1) & 1].wait(uint32_t((step - 1) >> 1 & 1));
       multiply_ds(step - 1, key_buffer ^ int(fresh && step > 0));
-      ptx::wgmma_wait<0>(dq);
-      ptx::mbarrier_arrive_if(thread == 0, at.ds_empty((step - 1) & 1));
-      if (kOrdered) ptx::mbarrier_wait(at.last_turns(), 0);
+      warpgroup_wait<0>(dq);
+      shared.ds_empty[(step - 1) & 1].arrive_if(thread == 0);
+      if (kOrdered) shared.last_turns.wait(0);
       adder.add(dq, 0, adder.kParts);
       adder.open(shared.step[stage]);
-      ptx::mbarrier_wait(at.ds_full(step & 1), uint32_t(step >> 1 & 1));
+      shared.ds_full[step & 1].wait(uint32_t(step >> 1 & 1));
       multiply_ds(step, key_buffer);
-      ptx::wgmma_wait<0>(dq);
+      warpgroup_wait<0>(dq);
       adder.add(dq, 0, adder.kParts);
       adder.wait_for_all();
       if (kOrdered) {
         __syncwarp();
-        ptx::mbarrier_arrive_if(lane == 0, at.all_added());
+        shared.all_added.arrive_if(lane == 0);
       }
     }
     write_keys<T, kHeadDim, kFused>(a, shared.item[key_buffer], dk, dv, warpgroup * 64 + warp_row + lane / 4, lane);
     if (kFused && !kOrdered) {  // here and not before the keys leave, where it would cost registers in the loop
       __syncwarp();
-      ptx::mbarrier_arrive_if(lane == 0, at.all_added());
-      convert_last_jobs<T, kHeadDim>(a, shared, at);
+      shared.all_added.arrive_if(lane == 0);
+      convert_last_jobs<T, kHeadDim>(a, shared);
     }
   }
 }

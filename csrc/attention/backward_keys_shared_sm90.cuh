@@ -7,6 +7,7 @@
 
 #include "attention/launch.h"
 #include "attention/tiles_sm90.cuh"
+#include "common/barrier_sm90.cuh"
 #include "common/registers_sm90.cuh"
 
 namespace illada::attention {
@@ -26,8 +27,8 @@ struct KeysArguments {
   int32_t skipped;    // elements between the group's heads of one token and the next, (H - H / G) D
   int32_t waste_row;  // of dq_sums: rows that nobody looks at
   uint32_t group_reciprocal;
-  float scale, scale_log2;                         // softmax_scale, and times log2(e)
-  L2Policy rows_policy, keys_policy, sums_policy;  // of what is read or added to again, of keys and values
+  float scale, scale_log2;                   // softmax_scale, and times log2(e)
+  uint64_t rows_hint, keys_hint, sums_hint;  // to the L2 cache
 };
 
 constexpr int kIncomplete = -2;  // first_slot of an item whose sums are never complete
@@ -114,105 +115,53 @@ struct KeysShared {
   RowTile q[kStages], dout[kStages];
   ScoreTile ds[2];
   alignas(16) float lse_log2[kStages][kRows], c[kStages][kRows];
-  uint64_t k_full[2], k_empty[2], v_full, v_empty, q_full[kStages], dout_full[kStages], rows_empty[kStages], ds_full[2],
-      ds_empty[2], job_full[kJobs], job_empty[kJobs], all_added, last_jobs_full, last_turns, turn_full[2][kStages],
-      added[2][kStages];
+  Barrier k_full[2], k_empty[2];              // keys of the item and the item itself are there; one ahead
+  Barrier v_full, v_empty;                    // values
+  Barrier q_full[kStages];                    // queries and statistics of the rows (TMA, and 32 lanes with cp.async)
+  Barrier dout_full[kStages];                 // gradients of the rows
+  Barrier rows_empty[kStages];                // both warpgroups have read all of the stage
+  Barrier ds_full[2], ds_empty[2];            // both warpgroups have written ds; have multiplied it
+  Barrier job_full[kJobs], job_empty[kJobs];  // sums that are complete
+  Barrier all_added;                          // the consumers have added all their dq
+  Barrier last_jobs_full;                     // sums that turned out to be complete then
+  Barrier last_turns;                         // in order: it is this CTA's turn to add the last two dq
+  // In order, for each warpgroup: dq of two steps before may be added; dq of the step before is.
+  Barrier turn_full[2][kStages], added[2][kStages];
   WorkItem item[2], counted_item;  // of the tiles; of the statistics and reports
   SumsJob job[kJobs];
   KeysStep step[kStages];
   __device__ __forceinline__ SumsJob* last_jobs() { return reinterpret_cast<SumsJob*>(lse_log2); }  // when all is over
 };
 
-// Addresses in it.
-template <int kHeadDim>
-struct KeysAddresses {
-  using Shared = KeysShared<kHeadDim>;
-  uint32_t start;
-
-  __device__ __forceinline__ uint32_t k(int i) const {
-    return of(offsetof(Shared, k)) + i * uint32_t(sizeof(typename Shared::KeyTile));
-  }
-  __device__ __forceinline__ uint32_t v() const { return of(offsetof(Shared, v)); }
-  __device__ __forceinline__ uint32_t q(int i) const {
-    return of(offsetof(Shared, q)) + i * uint32_t(sizeof(typename Shared::RowTile));
-  }
-  __device__ __forceinline__ uint32_t dout(int i) const {
-    return of(offsetof(Shared, dout)) + i * uint32_t(sizeof(typename Shared::RowTile));
-  }
-  __device__ __forceinline__ uint32_t ds(int i) const {
-    return of(offsetof(Shared, ds)) + i * uint32_t(sizeof(typename Shared::ScoreTile));
-  }
-  __device__ __forceinline__ uint32_t lse_log2() const { return of(offsetof(Shared, lse_log2)); }
-  __device__ __forceinline__ uint32_t c() const { return of(offsetof(Shared, c)); }
-
-  // Keys of the item and the item itself are there; one ahead.
-  __device__ __forceinline__ uint32_t k_full(int buffer) const { return of(offsetof(Shared, k_full)) + 8 * buffer; }
-  __device__ __forceinline__ uint32_t k_empty(int buffer) const { return of(offsetof(Shared, k_empty)) + 8 * buffer; }
-  // Values.
-  __device__ __forceinline__ uint32_t v_full() const { return of(offsetof(Shared, v_full)); }
-  __device__ __forceinline__ uint32_t v_empty() const { return of(offsetof(Shared, v_empty)); }
-  // Queries and statistics of the rows (TMA, and 32 lanes with cp.async).
-  __device__ __forceinline__ uint32_t q_full(int stage) const { return of(offsetof(Shared, q_full)) + 8 * stage; }
-  // Gradients of the rows.
-  __device__ __forceinline__ uint32_t dout_full(int stage) const { return of(offsetof(Shared, dout_full)) + 8 * stage; }
-  // Both warpgroups have read all of the stage.
-  __device__ __forceinline__ uint32_t rows_empty(int stage) const {
-    return of(offsetof(Shared, rows_empty)) + 8 * stage;
-  }
-  // Both warpgroups have written ds.
-  __device__ __forceinline__ uint32_t ds_full(int buffer) const { return of(offsetof(Shared, ds_full)) + 8 * buffer; }
-  // Both warpgroups have multiplied ds.
-  __device__ __forceinline__ uint32_t ds_empty(int buffer) const { return of(offsetof(Shared, ds_empty)) + 8 * buffer; }
-  // Sums that are complete.
-  __device__ __forceinline__ uint32_t job_full(int slot) const { return of(offsetof(Shared, job_full)) + 8 * slot; }
-  __device__ __forceinline__ uint32_t job_empty(int slot) const { return of(offsetof(Shared, job_empty)) + 8 * slot; }
-  // The consumers have added all their dq.
-  __device__ __forceinline__ uint32_t all_added() const { return of(offsetof(Shared, all_added)); }
-  // Sums that turned out to be complete then.
-  __device__ __forceinline__ uint32_t last_jobs_full() const { return of(offsetof(Shared, last_jobs_full)); }
-  // In order, for each warpgroup: dq of two steps before may be added; dq of the step before is.
-  __device__ __forceinline__ uint32_t turn_full(int warpgroup, int stage) const {
-    return of(offsetof(Shared, turn_full)) + 8 * Shared::kStages * warpgroup + 8 * stage;
-  }
-  __device__ __forceinline__ uint32_t added(int warpgroup, int stage) const {
-    return of(offsetof(Shared, added)) + 8 * Shared::kStages * warpgroup + 8 * stage;
-  }
-  // In order: it is this CTA's turn to add the last two dq.
-  __device__ __forceinline__ uint32_t last_turns() const { return of(offsetof(Shared, last_turns)); }
-
- private:
-  __device__ __forceinline__ uint32_t of(size_t offset) const { return start + uint32_t(offset); }
-};
-
 // By one thread.
 template <bool kOrdered, int kHeadDim>
-__device__ __forceinline__ void init_barriers(const KeysAddresses<kHeadDim>& at) {
+__device__ __forceinline__ void init_barriers(KeysShared<kHeadDim>& shared) {
   using Shared = KeysShared<kHeadDim>;
   for (int i = 0; i < 2; ++i) {
-    ptx::mbarrier_init(at.k_full(i), 1);
-    ptx::mbarrier_init(at.k_empty(i), 8);
-    ptx::mbarrier_init(at.ds_full(i), 8);
-    ptx::mbarrier_init(at.ds_empty(i), 2);
+    shared.k_full[i].init(1);
+    shared.k_empty[i].init(8);
+    shared.ds_full[i].init(8);
+    shared.ds_empty[i].init(2);
   }
-  ptx::mbarrier_init(at.all_added(), 8);
-  ptx::mbarrier_init(at.last_jobs_full(), 32);
-  if (kOrdered) ptx::mbarrier_init(at.last_turns(), 1);
-  ptx::mbarrier_init(at.v_full(), 1);
-  ptx::mbarrier_init(at.v_empty(), 2);
+  shared.all_added.init(8);
+  shared.last_jobs_full.init(32);
+  if (kOrdered) shared.last_turns.init(1);
+  shared.v_full.init(1);
+  shared.v_empty.init(2);
   for (int s = 0; s < Shared::kStages; ++s) {
-    ptx::mbarrier_init(at.q_full(s), 1 + 32);
-    ptx::mbarrier_init(at.dout_full(s), 1);
-    ptx::mbarrier_init(at.rows_empty(s), 8);
+    shared.q_full[s].init(1 + 32);
+    shared.dout_full[s].init(1);
+    shared.rows_empty[s].init(8);
     for (int i = 0; kOrdered && i < 2; ++i) {
-      ptx::mbarrier_init(at.turn_full(i, s), 1);
-      ptx::mbarrier_init(at.added(i, s), 4);
+      shared.turn_full[i][s].init(1);
+      shared.added[i][s].init(4);
     }
   }
   for (int i = 0; i < Shared::kJobs; ++i) {
-    ptx::mbarrier_init(at.job_full(i), 1);
-    ptx::mbarrier_init(at.job_empty(i), 1);
+    shared.job_full[i].init(1);
+    shared.job_empty[i].init(1);
   }
-  ptx::fence_mbarrier_init();
+  cutlass::arch::fence_barrier_init();
 }
 
 }  // namespace

@@ -48,14 +48,13 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads, 1) void illada_atte
   extern __shared__ char raw_shared[];
   const uint32_t shared_start = ptx::smem_address(raw_shared), aligned_start = (shared_start + 1023) / 1024 * 1024;
   Shared& shared = *reinterpret_cast<Shared*>(raw_shared + (aligned_start - shared_start));
-  const KeysAddresses<kHeadDim> at{aligned_start};
 
   if (threadIdx.x == 0) {
-    ptx::prefetch_tensormap(&q_map);
-    ptx::prefetch_tensormap(&dout_map);
-    ptx::prefetch_tensormap(&k_map);
-    ptx::prefetch_tensormap(&v_map);
-    init_barriers<kOrdered>(at);
+    cute::prefetch_tma_descriptor(&q_map);
+    cute::prefetch_tma_descriptor(&dout_map);
+    cute::prefetch_tma_descriptor(&k_map);
+    cute::prefetch_tma_descriptor(&v_map);
+    init_barriers<kOrdered>(shared);
   }
   clear_missing_rows(a, shared);
   __syncthreads();
@@ -65,17 +64,17 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads, 1) void illada_atte
     Shared::Registers::as_producer();
     const int warp = __shfl_sync(kFullWarp, int(threadIdx.x) / 32 - 8, 0);
     if (threadIdx.x == 256) {
-      load_tiles<kHeadDim, kSums, kOrdered>(a, shared, at, q_map, dout_map, k_map, v_map);
+      load_tiles<kHeadDim, kSums, kOrdered>(a, shared, q_map, dout_map, k_map, v_map);
     } else if (warp == 1) {
-      load_statistics<kHeadDim, kSums, kOrdered>(a, shared, at);
+      load_statistics<kHeadDim, kSums, kOrdered>(a, shared);
     } else if (kOrdered && warp > 1) {
       convert_own_sums<T, kHeadDim>(a, warp);
     } else if (kFused && warp > 1) {
-      convert_jobs<T, kHeadDim>(a, shared, at, warp);
+      convert_jobs<T, kHeadDim>(a, shared, warp);
     }
   } else {  // ------------------------------------------------------------------------------------------- consumers
     Shared::Registers::as_consumer();
-    multiply_keys<T, kHeadDim, kSums, kOrdered>(a, shared, at, dq_map);
+    multiply_keys<T, kHeadDim, kSums, kOrdered>(a, shared, dq_map);
     write_unseen_keys<kHeadDim>(a);
   }
 #endif
@@ -109,8 +108,8 @@ void launch_backward_keys(const BackwardParams& p, const Device& device, const B
   a.pieces = method.pieces;
   a.staggered = method.staggered;
   const bool hints = variant<L2Hints>() == L2Hints::kOn;
-  a.rows_policy = a.sums_policy = l2_policy_if(hints, L2Policy::kEvictLast);
-  a.keys_policy = l2_policy_if(hints, L2Policy::kEvictFirst);
+  a.rows_hint = a.sums_hint = l2_policy_if(hints, L2Policy::EVICT_LAST);
+  a.keys_hint = l2_policy_if(hints, L2Policy::EVICT_FIRST);
   a.report_every = method.report_every;
   a.dq = p.dq;
   a.dk = p.dk;

@@ -27,12 +27,12 @@
 #include "attention/launch.h"
 #include "attention/row_pair.cuh"
 #include "attention/tiles_sm90.cuh"
+#include "common/barrier_sm90.cuh"
 #include "common/dependent_launch.h"
 #include "common/dtype.cuh"
 #include "common/ptx.cuh"
 #include "common/reduce.cuh"
 #include "common/registers_sm90.cuh"
-#include "common/ring.cuh"
 #include "common/tensor_map.h"
 #include "common/wgmma.cuh"
 
@@ -48,7 +48,7 @@ struct QueriesShared {
   using RowTile = Tile<kBlockRows, kHeadDim>;
   RowTile q[2], dout[2];  // of each warpgroup
   KeyTile k[kStages], v[kStages];
-  uint64_t q_full[2], q_empty[2], k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
+  Barrier q_full[2], q_empty[2], k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
   // Of each warpgroup: the item whose dq leaves, the one that is worked on, and the next one, which may come while both
   // are read.
   static constexpr int kItems = 4;
@@ -61,8 +61,8 @@ struct QueriesArguments {
   void* dq;
   int32_t total_q, num_heads, group, block_tokens, parts;  // parts of two blocks to a forward item
   uint32_t group_reciprocal;
-  float scale, scale_log2;  // softmax_scale, and times log2(e)
-  L2Policy rows_policy, keys_policy;
+  float scale, scale_log2;        // softmax_scale, and times log2(e)
+  uint64_t rows_hint, keys_hint;  // to the L2 cache
 };
 
 // The next piece of work of a CTA, from `round` on, which becomes its round: two blocks of queries against all of their
@@ -94,31 +94,27 @@ __global__ __launch_bounds__(QueriesShared<kHeadDim>::kThreads, 1) void illada_a
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Shared = QueriesShared<kHeadDim>;
   constexpr int kKeys = Shared::kKeys, kSlices = Shared::kSlices, kStages = Shared::kStages;
-  constexpr uint32_t kKeyBytes = sizeof(typename Shared::KeyTile), kRowTileBytes = sizeof(typename Shared::RowTile);
+  constexpr uint32_t kKeyBytes = sizeof(typename Shared::KeyTile);
   extern __shared__ char raw_shared[];
   const uint32_t shared_start = ptx::smem_address(raw_shared), aligned_start = (shared_start + 1023) / 1024 * 1024;
   Shared& shared = *reinterpret_cast<Shared*>(raw_shared + (aligned_start - shared_start));
-  const auto at = [&](size_t offset) { return aligned_start + uint32_t(offset); };
-  const uint32_t q_full = at(offsetof(Shared, q_full)), q_empty = at(offsetof(Shared, q_empty));
-  const uint32_t k_full = at(offsetof(Shared, k_full)), k_empty = at(offsetof(Shared, k_empty));
-  const uint32_t v_full = at(offsetof(Shared, v_full)), v_empty = at(offsetof(Shared, v_empty));
 
   if (threadIdx.x == 0) {
-    ptx::prefetch_tensormap(&q_map);
-    ptx::prefetch_tensormap(&dout_map);
-    ptx::prefetch_tensormap(&k_map);
-    ptx::prefetch_tensormap(&v_map);
+    cute::prefetch_tma_descriptor(&q_map);
+    cute::prefetch_tma_descriptor(&dout_map);
+    cute::prefetch_tma_descriptor(&k_map);
+    cute::prefetch_tma_descriptor(&v_map);
     for (int i = 0; i < 2; ++i) {
-      ptx::mbarrier_init(q_full + 8 * i, 1);
-      ptx::mbarrier_init(q_empty + 8 * i, 1);
+      shared.q_full[i].init(1);
+      shared.q_empty[i].init(1);
     }
     for (int s = 0; s < kStages; ++s) {
-      ptx::mbarrier_init(k_full + 8 * s, 1);
-      ptx::mbarrier_init(k_empty + 8 * s, 2);
-      ptx::mbarrier_init(v_full + 8 * s, 1);
-      ptx::mbarrier_init(v_empty + 8 * s, 2);
+      shared.k_full[s].init(1);
+      shared.k_empty[s].init(2);
+      shared.v_full[s].init(1);
+      shared.v_empty[s].init(2);
     }
-    ptx::fence_mbarrier_init();
+    cutlass::arch::fence_barrier_init();
   }
   __syncthreads();
   wait_for_previous_kernel(launch);
@@ -126,53 +122,54 @@ __global__ __launch_bounds__(QueriesShared<kHeadDim>::kThreads, 1) void illada_a
   if (threadIdx.x >= 256) {  // -------------------------------------------------------------------------- producer
     Shared::Registers::as_producer();
     if (threadIdx.x == 256) {
-      Ring<kStages> ring;
-      const auto load_keys = [&](const CUtensorMap* map, uint32_t tile, uint32_t full, uint32_t empty,
+      auto state = producer_start<kStages>();
+      using KeyTile = typename Shared::KeyTile;
+      const auto load_keys = [&](const CUtensorMap* map, KeyTile& tile, Barrier& full, Barrier& empty,
                                  const WorkItem& item, int row) {
-        ptx::mbarrier_wait(empty + 8 * ring.stage, ring.parity ^ 1);
-        ptx::mbarrier_arrive_expect_tx(full + 8 * ring.stage, kKeyBytes);
-        load_tile<typename Shared::KeyTile>(tile + ring.stage * kKeyBytes, map, full + 8 * ring.stage, item.kv_head,
-                                            item.k_start, item.k_count, row, a.keys_policy);
+        empty.wait(state.phase());
+        full.arrive_and_expect_tx(kKeyBytes);
+        load_tile(tile, map, full, item.kv_head, item.k_start, item.k_count, row, a.keys_hint);
       };
       int round = 0, number = 0;
       for (WorkItem item = next_queries(a, round); item.k_count > 0; ++number, ++round, item = next_queries(a, round)) {
 #pragma unroll
         for (int w = 0; w < 2; ++w) {
-          ptx::mbarrier_wait(q_empty + 8 * w, uint32_t(number) % 2 ^ 1);
+          shared.q_empty[w].wait(uint32_t(number) % 2 ^ 1);
           shared.item[w][number % Shared::kItems] = item;
-          ptx::mbarrier_arrive_expect_tx(q_full + 8 * w, uint32_t(2 * kSlices * a.block_tokens * a.group * kRowBytes));
-          const auto load_rows = [&](const CUtensorMap* map, uint32_t tiles) {
-            load_tile<typename Shared::RowTile>(tiles + w * kRowTileBytes, map, q_full + 8 * w, item.kv_head * a.group,
-                                                item.q_start, item.q_count, w * a.block_tokens, a.rows_policy);
+          shared.q_full[w].arrive_and_expect_tx(uint32_t(2 * kSlices * a.block_tokens * a.group * kRowBytes));
+          const auto load_rows = [&](const CUtensorMap* map, typename Shared::RowTile& tile) {
+            load_tile(tile, map, shared.q_full[w], item.kv_head * a.group, item.q_start, item.q_count,
+                      w * a.block_tokens, a.rows_hint);
           };
-          load_rows(&q_map, at(offsetof(Shared, q)));
-          load_rows(&dout_map, at(offsetof(Shared, dout)));
+          load_rows(&q_map, shared.q[w]);
+          load_rows(&dout_map, shared.dout[w]);
         }
         for (int row = (item.k_count - 1) / kKeys * kKeys; row >= 0; row -= kKeys) {
-          load_keys(&k_map, at(offsetof(Shared, k)), k_full, k_empty, item, row);
-          load_keys(&v_map, at(offsetof(Shared, v)), v_full, v_empty, item, row);
-          ring.advance();
+          const int stage = state.index();
+          load_keys(&k_map, shared.k[stage], shared.k_full[stage], shared.k_empty[stage], item, row);
+          load_keys(&v_map, shared.v[stage], shared.v_full[stage], shared.v_empty[stage], item, row);
+          ++state;
         }
       }
 #pragma unroll
       for (int w = 0; w < 2; ++w) {  // an item without keys: the end
-        ptx::mbarrier_wait(q_empty + 8 * w, uint32_t(number) % 2 ^ 1);
+        shared.q_empty[w].wait(uint32_t(number) % 2 ^ 1);
         shared.item[w][number % Shared::kItems] = WorkItem{};
-        ptx::mbarrier_arrive(q_full + 8 * w);
+        shared.q_full[w].arrive();
       }
     }
   } else {  // ------------------------------------------------------------------------------------------- consumers
     Shared::Registers::as_consumer();
     const int warpgroup = __shfl_sync(kFullWarp, int(threadIdx.x) / 128, 0), thread = int(threadIdx.x) % 128;
-    const int own_turn = 1 + warpgroup, next_turn = 2 - warpgroup;
+    const int own_turn = warpgroup, next_turn = 1 - warpgroup;
     const int lane = thread % 32;
-    const uint64_t q_rows = ptx::wgmma_descriptor_k128(at(offsetof(Shared, q)) + warpgroup * kRowTileBytes);
+    const uint64_t q_rows = gmma_descriptor_k(ptx::smem_address(&shared.q[warpgroup]));
     const uint64_t dout_rows = q_rows + (offsetof(Shared, dout) - offsetof(Shared, q)) / 16;
-    const uint64_t k_rows = ptx::wgmma_descriptor_k128(at(offsetof(Shared, k)));
+    const uint64_t k_rows = gmma_descriptor_k(ptx::smem_address(shared.k));
     const uint64_t v_rows = k_rows + (offsetof(Shared, v) - offsetof(Shared, k)) / 16;
-    const uint64_t k_columns = ptx::wgmma_descriptor_mn128(at(offsetof(Shared, k)), kKeys * kRowBytes);
+    const uint64_t k_columns = gmma_descriptor_mn(ptx::smem_address(shared.k), kKeys * kRowBytes);
 
-    Ring<kStages> ring;  // of the tile whose s is next
+    PipelineState<kStages> state;  // of the tile whose s is next
     float dq[kHeadDim / 2], s[kKeys / 2], dp[kKeys / 2];
     uint32_t ds[kKeys / 16][4];
     RowStatistics rows[2];                        // of the item
@@ -185,18 +182,18 @@ __global__ __launch_bounds__(QueriesShared<kHeadDim>::kThreads, 1) void illada_a
       x += uint64_t(stage) * uint64_t(a.total_q < 0);
       const uint64_t y = keys + uint64_t(stage) * (kKeyBytes / 16);
       multiply_rows<T, typename Shared::RowTile, typename Shared::KeyTile, kKeys>(d, x, y);
-      if (hand_over) ptx::named_barrier_arrive(next_turn, 256);
-      ptx::wgmma_commit();
+      if (hand_over) NamedBarrier::arrive(256, next_turn);
+      cute::warpgroup_commit_batch();
     };
     const auto multiply_ds = [&](int stage, bool accumulate) {
       const uint64_t y = k_columns + uint64_t(stage) * (kKeyBytes / 16);
 #pragma unroll
       for (int i = 0; i < kKeys / 16; ++i)
-        ptx::wgmma_k16_rs<T, kHeadDim>(dq, ds[i], y + i * (16 * kRowBytes / 16), accumulate || i > 0);
-      ptx::wgmma_commit();
+        warpgroup_mma_rs<T, kHeadDim>(dq, ds[i], y + i * (16 * kRowBytes / 16), accumulate || i > 0);
+      cute::warpgroup_commit_batch();
     };
     const auto open_item = [&] {
-      ptx::mbarrier_wait(q_full + 8 * warpgroup, uint32_t(number) % 2);
+      shared.q_full[warpgroup].wait(uint32_t(number) % 2);
       const WorkItem& item = shared.item[warpgroup][number % Shared::kItems];
       const int count = __shfl_sync(kFullWarp, item.k_count, 0);
       ++number;
@@ -227,29 +224,29 @@ __global__ __launch_bounds__(QueriesShared<kHeadDim>::kThreads, 1) void illada_a
       bool is_last = false;  // the last one?
       int stage = 0;         // its stage
       const auto multiply_k = [&] {
-        stage = ring.stage;
-        ptx::mbarrier_wait(k_full + 8 * stage, ring.parity);
-        ptx::wgmma_fence();
+        stage = state.index();
+        shared.k_full[stage].wait(state.phase());
+        cute::warpgroup_arrive();
         multiply_scores(s, q_rows, k_rows, stage, false);
       };
       const auto multiply_v = [&](bool hand_over) {
-        ptx::mbarrier_wait(v_full + 8 * stage, ring.parity);
-        ptx::wgmma_fence();
+        shared.v_full[stage].wait(state.phase());
+        cute::warpgroup_arrive();
         multiply_scores(dp, dout_rows, v_rows, stage, hand_over);
-        ring.advance();
+        ++state;
       };
       const auto finish_scores = [&] {
-        ptx::wgmma_wait<1>(s);
+        warpgroup_wait<1>(s);
         if (fresh && valid < kKeys) mask_scores(s, valid);
 #pragma unroll
         for (int j = 0; j < kKeys / 2; ++j)
           s[j] = ptx::exp2_approx(fmaf(s[j], a.scale_log2, -rows[j / 2 % 2].lse_log2));
         is_last = --tiles == 0;
-        ptx::wgmma_wait<0>(dp);
-        ptx::mbarrier_arrive_if(thread == 0, v_empty + 8 * stage);
-        ptx::mbarrier_arrive_if(thread == 0 && is_last, q_empty + 8 * warpgroup);
+        warpgroup_wait<0>(dp);
+        shared.v_empty[stage].arrive_if(thread == 0);
+        shared.q_empty[warpgroup].arrive_if(thread == 0 && is_last);
       };
-      if (warpgroup == 1) ptx::named_barrier_arrive(next_turn, 256);
+      if (warpgroup == 1) NamedBarrier::arrive(256, next_turn);
       multiply_k();
       multiply_v(false);
       finish_scores();
@@ -263,22 +260,22 @@ __global__ __launch_bounds__(QueriesShared<kHeadDim>::kThreads, 1) void illada_a
         }
         const bool ends_item = is_last, begins_item = fresh;
         if (ends_item && !open_item()) break;
-        ptx::named_barrier_sync(own_turn, 256);
-        ptx::wgmma_fence();
+        NamedBarrier::arrive_and_wait(256, own_turn);
+        cute::warpgroup_arrive();
         multiply_ds(old_stage, !begins_item);
         multiply_k();
-        ptx::wgmma_wait<1>(dq);
+        warpgroup_wait<1>(dq);
         ptx::wgmma_keep_operand(ds, a.total_q < 0, aligned_start);
-        ptx::mbarrier_arrive_if(thread == 0, k_empty + 8 * old_stage);
+        shared.k_empty[old_stage].arrive_if(thread == 0);
         multiply_v(true);
         fresh = ends_item;
         finish_scores();
         if (ends_item) write_queries(shared.item[warpgroup][(number - 2) % Shared::kItems]);
       }
-      if (warpgroup == 0) ptx::named_barrier_sync(own_turn, 256);
-      ptx::wgmma_fence();
+      if (warpgroup == 0) NamedBarrier::arrive_and_wait(256, own_turn);
+      cute::warpgroup_arrive();
       multiply_ds(stage, !fresh);
-      ptx::wgmma_wait<0>(dq);
+      warpgroup_wait<0>(dq);
       write_queries(shared.item[warpgroup][(number - 2) % Shared::kItems]);
     }
     // Queries without keys, which are the last ones of the list.
@@ -317,8 +314,8 @@ void launch_backward_queries(const BackwardParams& p, const Device& device, cons
   a.parts = (tiling.item_tokens() / block_tokens(s) + 1) / 2;
   a.group_reciprocal = group_reciprocal(group);
   const bool hints = variant<L2Hints>() == L2Hints::kOn;
-  a.rows_policy = l2_policy_if(hints, L2Policy::kEvictFirst);
-  a.keys_policy = l2_policy_if(hints, L2Policy::kEvictLast);
+  a.rows_hint = l2_policy_if(hints, L2Policy::EVICT_FIRST);
+  a.keys_hint = l2_policy_if(hints, L2Policy::EVICT_LAST);
   a.scale = p.softmax_scale;
   a.scale_log2 = p.softmax_scale * float(M_LOG2E);
   LaunchShape shape;

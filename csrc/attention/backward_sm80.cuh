@@ -180,7 +180,7 @@ __global__ __launch_bounds__(kThreads, 2) void illada_attention_backward_keys_sm
   load_keys(1, a.v, a.v_token_bytes, a.v_head_bytes);
 
   const auto load_tile = [&](int tile) {  // q, dout and the statistics
-    const uint32_t thread = thread_again();
+    const uint32_t thread = ptx::thread_again();
     const Copier<kHeadDim, kThreads> copier(thread);
     RowWalk walk(tile * kTile + copier.row, a.group);
     const int q_start = item.q_start, tokens = item.q_count, kv_head = item.kv_head;
@@ -233,7 +233,7 @@ __global__ __launch_bounds__(kThreads, 2) void illada_attention_backward_keys_sm
       __syncthreads();
       if (row + kTile < item.q_count * a.group) load_tile(row / kTile + 1);
     }
-    const uint32_t thread = thread_again();
+    const uint32_t thread = ptx::thread_again();
     const Fragments<kRowBytes> at(thread);
     const int stage = row / kTile % 2;
     const uint32_t q_rows = ring + stage * Tiles::kStageBytes + row % kTile * kRowBytes;
@@ -259,7 +259,7 @@ __global__ __launch_bounds__(kThreads, 2) void illada_attention_backward_keys_sm
     add_product<T, kHeadDim>(dv, p, dout_rows + at.columns);
     add_product<T, kHeadDim>(dk, ds, q_rows + at.columns);
   }
-  const int thread = int(thread_again()), lane = thread % 32;
+  const int thread = int(ptx::thread_again()), lane = thread % 32;
 #pragma unroll
   for (int m = 0; m < kBlocks; ++m) {
 #pragma unroll
@@ -329,7 +329,7 @@ __global__ __launch_bounds__(kThreads, kHeadDim == 128 ? 3 : 2) void illada_atte
     }
   }
   const auto load_tile = [&](int tile) {
-    const Copier<kHeadDim, kThreads> copier(thread_again());
+    const Copier<kHeadDim, kThreads> copier(ptx::thread_again());
     const uint32_t target = ring + (tile & 1) * Tiles::kStageBytes;
     const int first = tile * kTile, keys = item.k_count - first;
     const char* const k =
@@ -367,7 +367,7 @@ __global__ __launch_bounds__(kThreads, kHeadDim == 128 ? 3 : 2) void illada_atte
       __syncthreads();
       if (first + kTile < keys) load_tile(first / kTile + 1);
     }
-    const Fragments<kRowBytes> at(thread_again());
+    const Fragments<kRowBytes> at(ptx::thread_again());
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       const int left = keys - first - step * 16;
@@ -389,7 +389,7 @@ __global__ __launch_bounds__(kThreads, kHeadDim == 128 ? 3 : 2) void illada_atte
       add_product<T, kHeadDim>(dq, ds, k_rows + at.columns);
     }
   }
-  const int thread = int(thread_again());
+  const int thread = int(ptx::thread_again());
 #pragma unroll
   for (int m = 0; m < kBlocks; ++m) {
 #pragma unroll

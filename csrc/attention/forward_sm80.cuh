@@ -127,7 +127,7 @@ __global__ __launch_bounds__(32 * kWarps, 8 / kWarps) void illada_attention_forw
       copier.template keys<kKeys, false>(stage + kTileBytes, source.k, a.k_token_bytes, (tile - 1) * kKeys, kKeys);
   };
   const auto open_item = [&](int round) {  // nothing of the ring and of q is in use
-    const uint32_t thread = thread_again();
+    const uint32_t thread = ptx::thread_again();
     const TileCopier copier(thread);
     const WorkItem& item = shared.item[round % 3];
     const int next = item_index(round + 1);
@@ -174,7 +174,7 @@ __global__ __launch_bounds__(32 * kWarps, 8 / kWarps) void illada_attention_forw
     }
     // next = q . k, 16 columns at a time; `beside` does something else in between.
     const auto multiply_k = [&](auto& next, uint32_t k_tile, const auto& beside) {
-      const uint32_t thread = thread_again();
+      const uint32_t thread = ptx::thread_again();
       const Fragments<kRowBytes> at(thread);
       const uint32_t q_rows = q_tile + thread / 32 * (kWarpRows * kRowBytes) + at.columns;
 #pragma unroll
@@ -202,7 +202,7 @@ __global__ __launch_bounds__(32 * kWarps, 8 / kWarps) void illada_attention_forw
       }
     };
     const auto multiply_v = [&](uint32_t v_tile) {  // o += p . v
-      const Fragments<kRowBytes> at(thread_again());
+      const Fragments<kRowBytes> at(ptx::thread_again());
 #pragma unroll
       for (int step = 0; step < kKeys / 16; ++step) {
 #pragma unroll
@@ -273,7 +273,7 @@ __global__ __launch_bounds__(32 * kWarps, 8 / kWarps) void illada_attention_forw
       }
       cute::cp_async_wait<0>();
       __syncthreads();
-      load_pair(TileCopier(thread_again()), shared.source, tile - 1, std::false_type{}, kKeys);
+      load_pair(TileCopier(ptx::thread_again()), shared.source, tile - 1, std::false_type{}, kKeys);
       if (has_rows) {
         float next[kPairs][kKeys / 2];
         multiply_k(next, stage_of(tile) + kTileBytes, [&](int step) {
@@ -305,7 +305,7 @@ __global__ __launch_bounds__(32 * kWarps, 8 / kWarps) void illada_attention_forw
     const WorkItem item = shared.item[(round + 2) % 3];
     if (item_index(round) < shared.items) open_item(round);
     if (has_rows) {
-      const int thread = int(thread_again()), lane = thread & 31, first_row = (thread >> 5) * kWarpRows;
+      const int thread = int(ptx::thread_again()), lane = thread & 31, first_row = (thread >> 5) * kWarpRows;
       const bool whole = item.pieces == 1;
 #pragma unroll
       for (int m = 0; m < kPairs; ++m) {

@@ -27,6 +27,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
+#include <cute/arch/copy_sm80.hpp>
 #include <type_traits>
 
 #include "attention/accumulator_rows.cuh"
@@ -34,12 +35,12 @@
 #include "attention/row_pair.cuh"
 #include "attention/softmax_rows_sm90.cuh"
 #include "attention/tiles_sm90.cuh"
+#include "common/barrier_sm90.cuh"
 #include "common/dependent_launch.h"
 #include "common/dtype.cuh"
 #include "common/ptx.cuh"
 #include "common/reduce.cuh"
 #include "common/registers_sm90.cuh"
-#include "common/ring.cuh"
 #include "common/tensor_map.h"
 #include "common/variants.h"
 #include "common/wgmma.cuh"
@@ -55,6 +56,7 @@ struct SharedStorage {
   static constexpr int kItems = 4;
   static constexpr int kConsumers = forward_blocks_sm90(kHeadDim);
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : kKeys == 96 ? 152 : 160;
+  static_assert(2 * kConsumers <= NamedBarrier::kCount);  // turns, and one of each warpgroup
   using Registers = RegisterSplit<kConsumers, kConsumers == 2 ? 40 : kKeys == 96 ? 56 : 32, kConsumerRegisters>;
   static constexpr int kThreads = Registers::kThreads;
   using KeyTile = Tile<kKeys, kHeadDim>;
@@ -69,7 +71,7 @@ struct SharedStorage {
   QueryTile q[kConsumers];  // of each warpgroup
   KeyTile k[kStagesK], v[kStagesV];
   std::conditional_t<kStagesOut, QueryTile, None> out[kConsumers];
-  uint64_t q_full[kConsumers], q_empty[kConsumers], k_full[kStagesK], k_empty[kStagesK], v_full[kStagesV],
+  Barrier q_full[kConsumers], q_empty[kConsumers], k_full[kStagesK], k_empty[kStagesK], v_full[kStagesV],
       v_empty[kStagesV];
   // Of the item that leaves, of the one that is worked on, and of the next one, which may come while both are read.
   WorkItem item[kConsumers][kItems], producer_item, next_item;
@@ -83,32 +85,24 @@ struct ForwardArguments {
   Slots slots;
   int32_t total_q, num_heads, group, tile_tokens, block_tokens;
   uint32_t group_reciprocal;
-  float scale_log2;  // softmax_scale * log2(e)
-  L2Policy rows_policy, keys_policy;
+  float scale_log2;               // softmax_scale * log2(e)
+  uint64_t rows_hint, keys_hint;  // to the L2 cache
 };
-
-// x, unknown to the compiler: what is computed from it inside of a loop is computed there, and not kept in registers
-// around the loop, of which the producer has few.
-__device__ __forceinline__ int made_anew(int x) {
-  asm volatile("" : "+r"(x));
-  return x;
-}
-__device__ __forceinline__ const int32_t* made_anew(const int32_t* x) {
-  asm volatile("" : "+l"(x));
-  return x;
-}
 
 // In shared memory, half after half: four registers, not eight.
 __device__ __forceinline__ void copy_item(WorkItem& target, const WorkItem& source) {
   reinterpret_cast<uint4*>(&target)[0] = reinterpret_cast<const uint4*>(&source)[0];
-  asm volatile("" ::: "memory");
+  ptx::keep_memory_order();
   reinterpret_cast<uint4*>(&target)[1] = reinterpret_cast<const uint4*>(&source)[1];
 }
 
 // The item of a cluster in a round.
 template <int kCluster>
 __device__ __forceinline__ int item_index(int round) {
-  return back_and_forth(round, made_anew(int(blockIdx.x)) / kCluster, made_anew(int(gridDim.x)) / kCluster);
+  int block = int(blockIdx.x), grid = int(gridDim.x);
+  ptx::made_anew(block);
+  ptx::made_anew(grid);
+  return back_and_forth(round, block / kCluster, grid / kCluster);
 }
 
 // The finished rows of a warpgroup leave: to out, by way of shared memory and TMA, which ends with the item's queries,
@@ -129,7 +123,7 @@ __device__ __forceinline__ void write_rows(float (&o)[kHeadDim / 2], const Softm
     if (!Shared::kStagesOut && whole) {
       const int64_t place = int64_t(item.q_start + first_token + token) * a.num_heads + item.kv_head * a.group + head;
       store_row<T, kHeadDim>(static_cast<T*>(a.out) + place * kHeadDim, o, i, inverse, token < tokens, lane,
-                             [&](uint4* at, const uint4& x) { ptx::store_global_v4_hinted(at, x, a.rows_policy); });
+                             [&](uint4* at, const uint4& x) { ptx::store_global_v4_hinted(at, x, a.rows_hint); });
     } else {
 #pragma unroll
       for (int j = 0; j < kHeadDim / 8; ++j) {
@@ -154,25 +148,27 @@ __device__ __forceinline__ void write_rows(float (&o)[kHeadDim / 2], const Softm
     }
   }
   if (Shared::kStagesOut && whole) {
-    ptx::bulk_wait_read<0>();  // what the leader sent before has left
-    ptx::named_barrier_sync(barrier, 128);
+    cute::tma_store_wait<0>();  // what the leader sent before has left
+    NamedBarrier::arrive_and_wait(128, barrier);
     const int swizzle = lane % 8;
     const uint32_t target = staging + uint32_t((int(threadIdx.x) % 128 / 32 * 16 + lane % 16) * kRowBytes);
 #pragma unroll
     for (int j = 0; j < kHeadDim / 8; j += 2) {  // lanes 0 .. 15: the sixteen rows of block j, the others of j + 1
       const int chunk = (j + lane / 16) % 8;
-      ptx::stmatrix_x4(target + j / 8 * (kBlockRows * kRowBytes) + uint32_t((chunk ^ swizzle) * 16),
-                       pack2<T>(o[4 * j], o[4 * j + 1]), pack2<T>(o[4 * j + 2], o[4 * j + 3]),
-                       pack2<T>(o[4 * j + 4], o[4 * j + 5]), pack2<T>(o[4 * j + 6], o[4 * j + 7]));
+      store_matrices(target + j / 8 * (kBlockRows * kRowBytes) + uint32_t((chunk ^ swizzle) * 16),
+                     pack2<T>(o[4 * j], o[4 * j + 1]), pack2<T>(o[4 * j + 2], o[4 * j + 3]),
+                     pack2<T>(o[4 * j + 4], o[4 * j + 5]), pack2<T>(o[4 * j + 6], o[4 * j + 7]));
     }
-    ptx::fence_proxy_async();
-    ptx::named_barrier_sync(barrier, 128);
+    fence_view_async_shared();
+    NamedBarrier::arrive_and_wait(128, barrier);
+    if (threadIdx.x % 128 == 0) {
 #pragma unroll
-    for (int slice = 0; slice < kHeadDim / 64; ++slice)
-      ptx::tma_store_ragged_if(threadIdx.x % 128 == 0, &out_map, staging + slice * (kBlockRows * kRowBytes), 64 * slice,
-                               item.kv_head * a.group, kRaggedTokens - item.q_count + first_token,
-                               item.q_start + item.q_count, a.rows_policy);
-    ptx::bulk_commit();
+      for (int slice = 0; slice < kHeadDim / 64; ++slice)
+        ptx::tma_store_5d(&out_map, a.rows_hint, staging + slice * (kBlockRows * kRowBytes), 64 * slice,
+                          item.kv_head * a.group, kRaggedTokens - item.q_count + first_token, kRaggedTokens,
+                          item.q_start + item.q_count);
+    }
+    cute::tma_store_arrive();
   }
   if (!Shared::kStagesOut) __syncwarp();  // only some lanes stored: together again for the next product
 }
@@ -213,35 +209,30 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim, kKeys, kStagesV>::kThreads,
   constexpr int kConsumers = Shared::kConsumers, kItems = Shared::kItems;
   constexpr uint32_t kTileBytes = sizeof(typename Shared::KeyTile);
   extern __shared__ char raw_shared[];
-  const uint32_t shared_start = ptx::smem_address(raw_shared), aligned_start = (shared_start + 1023) / 1024 * 1024;
-  Shared& shared = *reinterpret_cast<Shared*>(raw_shared + (aligned_start - shared_start));
-  const auto at = [&](size_t offset) { return aligned_start + uint32_t(offset); };
-  const uint32_t q_full = at(offsetof(Shared, q_full)), q_empty = at(offsetof(Shared, q_empty));
-  const uint32_t k_full = at(offsetof(Shared, k_full)), k_empty = at(offsetof(Shared, k_empty));
-  const uint32_t v_full = at(offsetof(Shared, v_full)), v_empty = at(offsetof(Shared, v_empty));
-  const int rank = kCluster > 1 ? int(ptx::cluster_cta_rank()) : 0;
+  Shared& shared = ptx::shared_at<Shared>((ptx::smem_address(raw_shared) + 1023) / 1024 * 1024);
+  const int rank = kCluster > 1 ? int(cute::block_rank_in_cluster()) : 0;
 
   if (threadIdx.x == 0) {
-    ptx::prefetch_tensormap(&q_map);
-    ptx::prefetch_tensormap(&k_map);
-    ptx::prefetch_tensormap(&v_map);
-    ptx::prefetch_tensormap(&out_map);
+    cute::prefetch_tma_descriptor(&q_map);
+    cute::prefetch_tma_descriptor(&k_map);
+    cute::prefetch_tma_descriptor(&v_map);
+    cute::prefetch_tma_descriptor(&out_map);
     for (int w = 0; w < kConsumers; ++w) {
-      ptx::mbarrier_init(q_full + 8 * w, 1);
-      ptx::mbarrier_init(q_empty + 8 * w, 1);
+      shared.q_full[w].init(1);
+      shared.q_empty[w].init(1);
     }
     for (int s = 0; s < kStagesK; ++s) {
-      ptx::mbarrier_init(k_full + 8 * s, 1);
-      ptx::mbarrier_init(k_empty + 8 * s, kConsumers * kCluster);
+      shared.k_full[s].init(1);
+      shared.k_empty[s].init(kConsumers * kCluster);
     }
     for (int s = 0; s < kStagesV; ++s) {
-      ptx::mbarrier_init(v_full + 8 * s, 1);
-      ptx::mbarrier_init(v_empty + 8 * s, kConsumers * kCluster);
+      shared.v_full[s].init(1);
+      shared.v_empty[s].init(kConsumers * kCluster);
     }
-    ptx::fence_mbarrier_init();
+    cutlass::arch::fence_barrier_init();
   }
   if (kCluster > 1) {
-    ptx::cluster_sync();
+    cluster_sync();
   } else {
     __syncthreads();
   }
@@ -252,49 +243,50 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim, kKeys, kStagesV>::kThreads,
     if (threadIdx.x == 128 * kConsumers) {
       const int halves = halves_items<kCluster>(a.plan);
       const int items = plan_header(a.plan).forward_items << halves;
-      Ring<kStagesK> k_ring;
-      Ring<kStagesV> v_ring;
+      auto k_state = producer_start<kStagesK>();
+      auto v_state = producer_start<kStagesV>();
       // Keys `row` .. of the item: the CTAs of a cluster load a part of the tile each, for all of them.
-      const auto load = [&](const CUtensorMap* map, uint32_t tile, uint32_t barrier, const WorkItem& item, int row) {
+      using KeyTile = typename Shared::KeyTile;
+      const auto load = [&](const CUtensorMap* map, KeyTile& tile, Barrier& barrier, const WorkItem& item, int row) {
         // The rank is read again, not kept: registers are few.
-        const int part = kCluster > 1 ? int(ptx::cluster_cta_rank()) * (kKeys / kCluster) : 0;
-        ptx::mbarrier_arrive_expect_tx(barrier, kTileBytes);
+        const int part = kCluster > 1 ? int(cute::block_rank_in_cluster()) * (kKeys / kCluster) : 0;
+        barrier.arrive_and_expect_tx(kTileBytes);
 #pragma unroll
         for (int slice = 0; slice < kSlices; ++slice) {
-          const uint32_t target = tile + uint32_t(slice * kKeys + part) * kRowBytes;
+          char* const target = tile.slice[slice] + part * kRowBytes;
           const int from_end = kRaggedTokens - item.k_count + row + part, end = item.k_start + item.k_count;
-          if (kCluster > 1) {
-            ptx::tma_load_ragged_multicast(target, map, barrier, 64 * slice, item.kv_head, from_end, end,
-                                           (1 << kCluster) - 1, a.keys_policy);
-          } else {
-            ptx::tma_load_ragged(target, map, barrier, 64 * slice, item.kv_head, from_end, end, a.keys_policy);
-          }
+          load_box<kCluster>(target, map, barrier, a.keys_hint, 64 * slice, item.kv_head, from_end, end);
         }
       };
       const auto load_k = [&](const WorkItem& item, int row) {
-        ptx::mbarrier_wait(k_empty + 8 * k_ring.stage, k_ring.parity ^ 1);
-        load(&k_map, at(offsetof(Shared, k)) + k_ring.stage * kTileBytes, k_full + 8 * k_ring.stage, item, row);
-        k_ring.advance();
+        shared.k_empty[k_state.index()].wait(k_state.phase());
+        load(&k_map, shared.k[k_state.index()], shared.k_full[k_state.index()], item, row);
+        ++k_state;
       };
       const auto load_v = [&](const WorkItem& item, int row) {
-        ptx::mbarrier_wait(v_empty + 8 * v_ring.stage, v_ring.parity ^ 1);
-        load(&v_map, at(offsetof(Shared, v)) + v_ring.stage * kTileBytes, v_full + 8 * v_ring.stage, item, row);
-        v_ring.advance();
+        shared.v_empty[v_state.index()].wait(v_state.phase());
+        load(&v_map, shared.v[v_state.index()], shared.v_full[v_state.index()], item, row);
+        ++v_state;
       };
       // An item takes as long to come as half a tile: it is asked for an item ahead, and waits in shared memory.
       const auto ask_for_item = [&](int round) {
+        ptx::keep_memory_order();  // the last one was read
         const int index = item_index<kCluster>(round);
         if (index < items) {
-          const WorkItem* source = forward_items(made_anew(a.plan)) + (index >> halves);
-          ptx::cp_async_16(at(offsetof(Shared, next_item)), source);
-          ptx::cp_async_16(at(offsetof(Shared, next_item)) + 16, reinterpret_cast<const char*>(source) + 16);
+          const int32_t* plan = a.plan;
+          ptx::made_anew(plan);
+          const auto* const source = reinterpret_cast<const uint4*>(forward_items(plan) + (index >> halves));
+          auto* const target = reinterpret_cast<uint4*>(&shared.next_item);
+          cute::SM80_CP_ASYNC_CACHEGLOBAL<uint4>::copy(source[0], target[0]);
+          cute::SM80_CP_ASYNC_CACHEGLOBAL<uint4>::copy(source[1], target[1]);
         } else {
           shared.next_item = WorkItem{};
         }
-        ptx::cp_async_commit();
+        cute::cp_async_fence();
       };
       const auto take_next_item = [&](int round) {
-        ptx::cp_async_wait<0>();
+        cute::cp_async_wait<0>();
+        ptx::keep_memory_order();
         copy_item(shared.producer_item, shared.next_item);
         if (halves) {  // where the item has no second tile, the CTA does a tile's work for nothing
           const int first = (item_index<kCluster>(round) & 1) * a.tile_tokens;
@@ -303,7 +295,7 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim, kKeys, kStagesV>::kThreads,
         }
       };
       const auto hand_over = [&](int w, int round) {  // to warpgroup w
-        ptx::mbarrier_wait(q_empty + 8 * w, uint32_t(round) % 2 ^ 1);
+        shared.q_empty[w].wait(uint32_t(round) % 2 ^ 1);
         copy_item(shared.item[w][round % kItems], shared.producer_item);
       };
       ask_for_item(0);
@@ -316,10 +308,9 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim, kKeys, kStagesV>::kThreads,
 #pragma unroll
         for (int w = 0; w < kConsumers; ++w) {
           hand_over(w, round);
-          ptx::mbarrier_arrive_expect_tx(q_full + 8 * w, uint32_t(kSlices * a.block_tokens * a.group * kRowBytes));
-          load_tile<typename Shared::QueryTile>(at(offsetof(Shared, q)) + w * sizeof(typename Shared::QueryTile),
-                                                &q_map, q_full + 8 * w, item.kv_head * a.group, item.q_start,
-                                                item.q_count, (rank * kConsumers + w) * a.block_tokens, a.rows_policy);
+          shared.q_full[w].arrive_and_expect_tx(uint32_t(kSlices * a.block_tokens * a.group * kRowBytes));
+          load_tile(shared.q[w], &q_map, shared.q_full[w], item.kv_head * a.group, item.q_start, item.q_count,
+                    (rank * kConsumers + w) * a.block_tokens, a.rows_hint);
         }
         ask_for_item(round + 1);
 #pragma unroll 1
@@ -332,47 +323,45 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim, kKeys, kStagesV>::kThreads,
 #pragma unroll
       for (int w = 0; w < kConsumers; ++w) {  // an item without keys: the end
         hand_over(w, round);
-        ptx::mbarrier_arrive(q_full + 8 * w);
+        shared.q_full[w].arrive();
       }
     }
   } else {  // ------------------------------------------------------------------------------------------- consumers
     Shared::Registers::as_consumer();
     const int warpgroup = __shfl_sync(kFullWarp, int(threadIdx.x) / 128, 0), lane = int(threadIdx.x) % 128;
-    const int own_turn = 1 + warpgroup, next_turn = 1 + (warpgroup + 1) % kConsumers;
-    const int own_barrier = 1 + kConsumers + warpgroup;
+    const int own_turn = warpgroup, next_turn = (warpgroup + 1) % kConsumers, own_barrier = kConsumers + warpgroup;
     const int first_token = (rank * kConsumers + warpgroup) * a.block_tokens;
-    const uint64_t q_descriptor =
-        ptx::wgmma_descriptor_k128(at(offsetof(Shared, q)) + warpgroup * uint32_t(sizeof(typename Shared::QueryTile)));
-    const uint64_t k_descriptor = ptx::wgmma_descriptor_k128(at(offsetof(Shared, k)));
-    const uint64_t v_descriptor = ptx::wgmma_descriptor_mn128(at(offsetof(Shared, v)), kKeys * kRowBytes);
-    const uint32_t staging = at(offsetof(Shared, out)) + warpgroup * uint32_t(sizeof(typename Shared::QueryTile));
-    Ring<kStagesK> k_ring;
-    Ring<kStagesV> v_ring;
+    const uint64_t q_descriptor = gmma_descriptor_k(ptx::smem_address(&shared.q[warpgroup]));
+    const uint64_t k_descriptor = gmma_descriptor_k(ptx::smem_address(shared.k));
+    const uint64_t v_descriptor = gmma_descriptor_mn(ptx::smem_address(shared.v), kKeys * kRowBytes);
+    const uint32_t staging = ptx::smem_address(&shared.out[warpgroup]);
+    PipelineState<kStagesK> k_state;
+    PipelineState<kStagesV> v_state;
     float s[kKeys / 2], o[kHeadDim / 2];
     uint32_t p[kKeys / 16][4], next_p[Shared::kPacksLate ? 1 : kKeys / 16][4];
     SoftmaxRows rows;
     float rescale[2];
 
     const auto multiply_k = [&] {  // s = q . k
-      const uint64_t b = k_descriptor + uint64_t(k_ring.stage) * (kTileBytes / 16);
+      const uint64_t b = k_descriptor + uint64_t(k_state.index()) * (kTileBytes / 16);
       multiply_rows<T, typename Shared::QueryTile, typename Shared::KeyTile, kKeys>(s, q_descriptor, b);
-      ptx::wgmma_commit();
+      cute::warpgroup_commit_batch();
     };
     const auto multiply_v = [&](bool accumulate, bool hand_over) {  // o (+)= p . v
-      const uint64_t b = v_descriptor + uint64_t(v_ring.stage) * (kTileBytes / 16);
+      const uint64_t b = v_descriptor + uint64_t(v_state.index()) * (kTileBytes / 16);
 #pragma unroll
       for (int step = 0; step < kKeys / 16; ++step) {
         // Before the last step is issued, so that no time is lost between the warpgroups.
-        if (step == kKeys / 16 - 1 && hand_over) ptx::named_barrier_arrive(next_turn, 256);
-        ptx::wgmma_k16_rs<T, kHeadDim>(o, p[step], b + step * (16 * kRowBytes / 16), accumulate || step > 0);
+        if (step == kKeys / 16 - 1 && hand_over) NamedBarrier::arrive(256, next_turn);
+        warpgroup_mma_rs<T, kHeadDim>(o, p[step], b + step * (16 * kRowBytes / 16), accumulate || step > 0);
       }
-      ptx::wgmma_commit();
+      cute::warpgroup_commit_batch();
     };
-    const auto release = [&](uint32_t barrier) {  // one thread for each CTA that loads into the stage
-      if (kCluster > 1) {
-        ptx::mbarrier_arrive_cluster_if(lane < kCluster, barrier, uint32_t(lane));
+    const auto release = [&](Barrier& barrier) {  // one thread for each CTA that loads into the stage
+      if constexpr (kCluster > 1) {
+        barrier.arrive_if(lane < kCluster, uint32_t(lane));
       } else {
-        ptx::mbarrier_arrive_if(lane == 0, barrier);
+        barrier.arrive_if(lane == 0);
       }
     };
 
@@ -380,7 +369,7 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim, kKeys, kStagesV>::kThreads,
     int round = 0, tiles = 0;  // of the item of s: tiles that are not yet in s
     int valid = 0;             // of the keys of its first tile
     const auto open_item = [&] {
-      ptx::mbarrier_wait(q_full + 8 * warpgroup, uint32_t(round) % 2);
+      shared.q_full[warpgroup].wait(uint32_t(round) % 2);
       const int count = __shfl_sync(kFullWarp, shared.item[warpgroup][round % kItems].k_count, 0);
       ++round;
       tiles = (count + kKeys - 1) / kKeys;
@@ -388,9 +377,9 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim, kKeys, kStagesV>::kThreads,
       return tiles > 0;
     };
     const auto finish_scores = [&](bool is_first) {  // s is there
-      release(k_empty + 8 * k_ring.stage);
-      k_ring.advance();
-      ptx::mbarrier_arrive_if(--tiles == 0 && lane == 0, q_empty + 8 * warpgroup);
+      release(shared.k_empty[k_state.index()]);
+      ++k_state;
+      shared.q_empty[warpgroup].arrive_if(--tiles == 0 && lane == 0);
       if (is_first) {
         if (valid < kKeys) mask_scores(s, valid);
         rows.start(s);
@@ -414,34 +403,34 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim, kKeys, kStagesV>::kThreads,
     };
 
     if (open_item()) {
-      ptx::mbarrier_wait(k_full + 8 * k_ring.stage, k_ring.parity);
-      ptx::wgmma_fence();
+      shared.k_full[k_state.index()].wait(k_state.phase());
+      cute::warpgroup_arrive();
       multiply_k();
-      ptx::wgmma_wait<0>();
+      cute::warpgroup_wait<0>();
       finish_scores(true);
-      if (warpgroup == kConsumers - 1) ptx::named_barrier_arrive(next_turn, 256);
+      if (warpgroup == kConsumers - 1) NamedBarrier::arrive(256, next_turn);
 
       take_next_p();
       bool is_last = tiles == 0, fresh = true;
       while (true) {
         const bool is_first = is_last;
         if (is_last && !open_item()) break;
-        ptx::mbarrier_wait(k_full + 8 * k_ring.stage, k_ring.parity);
-        ptx::named_barrier_sync(own_turn, 256);
-        ptx::wgmma_fence();
+        shared.k_full[k_state.index()].wait(k_state.phase());
+        NamedBarrier::arrive_and_wait(256, own_turn);
+        cute::warpgroup_arrive();
         multiply_k();
-        ptx::mbarrier_wait(v_full + 8 * v_ring.stage, v_ring.parity);
-        ptx::wgmma_fence();
+        shared.v_full[v_state.index()].wait(v_state.phase());
+        cute::warpgroup_arrive();
         multiply_v(!fresh, true);
-        ptx::wgmma_wait<1>();
+        cute::warpgroup_wait<1>();
         const SoftmaxRows finished = rows;
         const bool moved = finish_scores(is_first);
         if constexpr (Shared::kPacksLate)
           ptx::wgmma_compute_before_wait(rows.sum[0], rows.sum[1], a.total_q < 0, staging);
-        ptx::wgmma_wait<0>();
+        cute::warpgroup_wait<0>();
         ptx::wgmma_keep_operand(p, a.total_q < 0, staging);
-        release(v_empty + 8 * v_ring.stage);
-        v_ring.advance();
+        release(shared.v_empty[v_state.index()]);
+        ++v_state;
         if (is_first) {
           write_rows<T, kHeadDim, Shared>(o, finished, shared.item[warpgroup][(round - 2) % kItems], a, out_map,
                                           staging, own_barrier, first_token);
@@ -453,21 +442,21 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim, kKeys, kStagesV>::kThreads,
         fresh = is_first;
         is_last = tiles == 0;
       }
-      if (warpgroup == 0) ptx::named_barrier_sync(own_turn, 256);
-      ptx::mbarrier_wait(v_full + 8 * v_ring.stage, v_ring.parity);
-      ptx::wgmma_fence();
+      if (warpgroup == 0) NamedBarrier::arrive_and_wait(256, own_turn);
+      shared.v_full[v_state.index()].wait(v_state.phase());
+      cute::warpgroup_arrive();
       multiply_v(!fresh, false);
-      ptx::wgmma_wait<0>();
-      release(v_empty + 8 * v_ring.stage);
+      cute::warpgroup_wait<0>();
+      release(shared.v_empty[v_state.index()]);
       write_rows<T, kHeadDim, Shared>(o, rows, shared.item[warpgroup][(round - 2) % kItems], a, out_map, staging,
                                       own_barrier, first_token);
-      ptx::bulk_wait<0>();
+      ptx::tma_store_wait_written<0>();
     }
     write_empty_items<T, kHeadDim, Shared, kCluster>(a, round - 1, rank);
   }
   // No CTA leaves while its neighbour may still write into it or arrive at its barriers.
   __syncwarp();
-  if (kCluster > 1) ptx::cluster_sync();
+  if (kCluster > 1) cluster_sync();
 #endif
 }
 
@@ -496,9 +485,9 @@ void launch_forward(const ForwardParams& p, const Device& device, const Tiling& 
   a.block_tokens = block_tokens(s);
   a.scale_log2 = p.softmax_scale * float(M_LOG2E);
   const bool hints = variant<L2Hints>() == L2Hints::kOn;
-  a.rows_policy = l2_policy_if(hints, L2Policy::kEvictFirst);
+  a.rows_hint = l2_policy_if(hints, L2Policy::EVICT_FIRST);
   const bool keys_are_shared = s.total_q > int64_t(s.num_sequences) * tiling.item_tokens();
-  a.keys_policy = l2_policy_if(hints && keys_are_shared, L2Policy::kEvictLast);
+  a.keys_hint = l2_policy_if(hints && keys_are_shared, L2Policy::EVICT_LAST);
   LaunchShape shape;
   shape.grid = dim3(unsigned(std::min<int64_t>(device.sm_count / kCluster, max_forward_items(s)) * kCluster));
   shape.block = dim3(Shared::kThreads);

@@ -42,10 +42,10 @@ class DqAdder {
   static constexpr int kParts = kIsBulk<kSums> ? 2 : kIsRed4<kSums> ? 8 : 16;
 
   // `first_row`: of the warp's rows in a step; `column`: its first column.
-  __device__ __forceinline__ DqAdder(const KeysArguments& a, const CUtensorMap& map, const KeysAddresses<kHeadDim>& at,
+  __device__ __forceinline__ DqAdder(const KeysArguments& a, const CUtensorMap& map, KeysShared<kHeadDim>& shared,
                                      int first_row, int column)
       : a_(a), first_row_(first_row), column_(column) {
-    if constexpr (kIsBulk<kSums>) map_ = &map, at_ = &at;
+    if constexpr (kIsBulk<kSums>) map_ = &map, shared_ = &shared;
   }
 
   // From now on, of this step. Rows that there are not go where nobody looks.
@@ -89,10 +89,10 @@ class DqAdder {
 
   // Until the dq of all steps but the last one has arrived.
   __device__ __forceinline__ void wait_for_previous() const {
-    if constexpr (kIsBulk<kSums>) ptx::bulk_wait<kParts>();
+    if constexpr (kIsBulk<kSums>) ptx::tma_store_wait_written<kParts>();
   }
   __device__ __forceinline__ void wait_for_all() const {
-    if constexpr (kIsBulk<kSums>) ptx::bulk_wait<0>();
+    if constexpr (kIsBulk<kSums>) ptx::tma_store_wait_written<0>();
   }
 
  private:
@@ -107,17 +107,19 @@ class DqAdder {
     constexpr int kUnused = KeysShared<kHeadDim>::kStages - 1;
     static_assert(4 * Box::kBytes <= sizeof(typename KeysShared<kHeadDim>::RowTile));
     const int warp = int(threadIdx.x) / 32;
-    return (warp < 4 ? at_->q(kUnused) : at_->dout(kUnused)) + uint32_t(warp % 4 * Box::kBytes + n * Box::kBufferBytes);
+    return ptx::smem_address(warp < 4 ? &shared_->q[kUnused] : &shared_->dout[kUnused]) +
+           uint32_t(warp % 4 * Box::kBytes + n * Box::kBufferBytes);
   }
 
   __device__ __forceinline__ void add(const float (&dq)[32], int n) {
     if constexpr (kIsBulk<kSums>) {
-      ptx::bulk_wait_read<kParts - 1>();  // of the lane that stores: what it sent of this box before has left
+      cute::tma_store_wait<kParts - 1>();  // of the lane that stores: what it sent of this box before has left
       __syncwarp();
       Box::fill_box(dq, n, box(n));
-      ptx::tma_reduce_add_ragged_if(threadIdx.x % 32 == 0, map_, box(n), column_ + n * Box::kColumns, head_, from_end_,
-                                    end_, a_.sums_policy);
-      ptx::bulk_commit();
+      if (threadIdx.x % 32 == 0)
+        ptx::tma_reduce_add_5d(map_, a_.sums_hint, box(n), column_ + n * Box::kColumns, head_, from_end_, kRaggedTokens,
+                               end_);
+      cute::tma_store_arrive();
     } else if constexpr (kIsRed4<kSums>) {
       // Blocks 2 m and 2 m + 1 of 8 columns: an even lane gets four columns of the first, an odd one of the second.
       const int i = n / 4, m = n % 4;
@@ -130,7 +132,7 @@ class DqAdder {
       const float4 sum =
           odd ? make_float4(x, y, odd_pair[0], odd_pair[1]) : make_float4(even_pair[0], even_pair[1], x, y);
       if constexpr (kIsKept<kSums>) {
-        ptx::red_add_v4_hinted(to, sum.x, sum.y, sum.z, sum.w, a_.sums_policy);
+        ptx::red_add_v4_hinted(to, sum.x, sum.y, sum.z, sum.w, a_.sums_hint);
       } else {
         ptx::red_add_v4(to, sum.x, sum.y, sum.z, sum.w);
       }
@@ -138,7 +140,7 @@ class DqAdder {
       const int i = n / 8, j = n % 8;
       float* const to = row_ + (i ? second_ : 0) + 8 * j;
       if constexpr (kIsKept<kSums>) {
-        ptx::red_add_v2_hinted(to, dq[4 * j + 2 * i], dq[4 * j + 2 * i + 1], a_.sums_policy);
+        ptx::red_add_v2_hinted(to, dq[4 * j + 2 * i], dq[4 * j + 2 * i + 1], a_.sums_hint);
       } else {
         ptx::red_add_v2(to, dq[4 * j + 2 * i], dq[4 * j + 2 * i + 1]);
       }
@@ -152,7 +154,7 @@ class DqAdder {
   int32_t second_;
   // bulk: where the warp's boxes go (tensor_map_ragged).
   const CUtensorMap* map_;
-  const KeysAddresses<kHeadDim>* at_;
+  KeysShared<kHeadDim>* shared_;
   int32_t head_, from_end_, end_;
 };
 

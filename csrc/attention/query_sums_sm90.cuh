@@ -24,6 +24,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cute/arch/copy_sm80.hpp>
 #include <type_traits>
 
 #include "attention/backward_keys_shared_sm90.cuh"
@@ -31,7 +32,6 @@
 #include "common/dtype.cuh"
 #include "common/ptx.cuh"
 #include "common/reduce.cuh"
-#include "common/ring.cuh"
 
 namespace illada::attention {
 namespace {
@@ -49,15 +49,14 @@ constexpr int kMostDue = 4;
 // that are counted there.
 template <int kHalf, int kNanoseconds>
 __device__ __forceinline__ void wait_for_tiles(const uint32_t* arrivals, uint32_t count) {
-  while ((ptx::load_acquire(arrivals) >> 16 * kHalf & 0xffff) < count) ptx::sleep_some(kNanoseconds);
+  while ((ptx::load_acquire(arrivals) >> 16 * kHalf & 0xffff) < count) __nanosleep(kNanoseconds);
 }
 
 // ----------------------------------------------------------------------------------- statistics and reports, by warp 1
 
 // lse and c of the rows, with cp.async. And since this warp sees steps end, it reports what they have added to dq.
 template <int kHeadDim, QuerySums kSums, bool kOrdered>
-__device__ __forceinline__ void load_statistics(const KeysArguments& a, KeysShared<kHeadDim>& shared,
-                                                const KeysAddresses<kHeadDim>& at) {
+__device__ __forceinline__ void load_statistics(const KeysArguments& a, KeysShared<kHeadDim>& shared) {
   using Shared = KeysShared<kHeadDim>;
   constexpr bool kFused = kSums != QuerySums::kNone;
   constexpr int kRows = Shared::kRows, kJobs = Shared::kJobs, kStages = kRowStages<kSums, Shared>;
@@ -65,7 +64,7 @@ __device__ __forceinline__ void load_statistics(const KeysArguments& a, KeysShar
   static_assert(kUnadded == kUnaddedSteps<kSums, Shared>);
   static_assert(kUnadded + kMostDue <= kFirstHeld && kFirstDue + kMostDue <= 32);
   static_assert(sizeof(SumsJob) * (32 + 1) <= sizeof(Shared::lse_log2));  // last_jobs
-  Ring<kStages> ring;
+  auto state = producer_start<kStages>();
   const int lane = int(threadIdx.x) % 32;
   // Steps whose sums this CTA has not yet reported, one a lane: the last ones, the very last in lane 0, and from lane
   // kFirstHeld on those held back. Due are those from lanes kUnadded and kFirstDue on. Where they are counted, how many
@@ -81,9 +80,9 @@ __device__ __forceinline__ void load_statistics(const KeysArguments& a, KeysShar
   const auto own_job = [&] { return SumsJob{place * a.group, abs(rows)}; };
   const auto push_job = [&](int number, const SumsJob& job) {
     const int slot = number % kJobs;
-    ptx::mbarrier_wait(at.job_empty(slot), uint32_t(number / kJobs % 2 ^ 1));
+    shared.job_empty[slot].wait(uint32_t(number / kJobs % 2 ^ 1));
     shared.job[slot] = job;
-    ptx::mbarrier_arrive(at.job_full(slot));
+    shared.job_full[slot].arrive();
   };
   const auto count_step = [&](int32_t its_place, int32_t its_rows, int32_t its_tiles) {
     if (kOrdered) {  // nothing is held back
@@ -93,7 +92,7 @@ __device__ __forceinline__ void load_statistics(const KeysArguments& a, KeysShar
       rows = lane ? old_rows : its_rows;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        ptx::mbarrier_wait(at.added(i, ring.stage), ring.parity ^ 1);
+        shared.added[i][state.index()].wait(state.phase());
         if (lane == kUnadded && rows) ptx::red_add_release(a.arrivals + place, 1u << 16 * i);
       }
       return;
@@ -136,37 +135,37 @@ __device__ __forceinline__ void load_statistics(const KeysArguments& a, KeysShar
       using Index = std::conditional_t<kFused, int32_t, int64_t>;
       const RowStatistics* const source =
           a.rows + (Index(item.kv_head) * a.total_q + item.q_start) * a.group + first_row + lane;
-      ptx::mbarrier_wait(at.rows_empty(ring.stage), ring.parity ^ 1);
+      shared.rows_empty[state.index()].wait(state.phase());
 #pragma unroll
       for (int block = 0; block < kRows / 32; ++block) {
         const int row = 32 * block + lane;
         const bool valid = row < rows_here;
         const RowStatistics* const from = valid ? source + 32 * block : a.rows;
-        const uint32_t target = uint32_t(ring.stage * kRows + row) * 4;
-        ptx::cp_async_4(at.lse_log2() + target, &from->lse_log2, valid);
-        ptx::cp_async_4(at.c() + target, &from->c, valid);
+        using Copy = cute::SM80_CP_ASYNC_CACHEALWAYS_ZFILL<float>;
+        Copy::copy(from->lse_log2, shared.lse_log2[state.index()][row], valid);
+        Copy::copy(from->c, shared.c[state.index()][row], valid);
       }
-      ptx::cp_async_mbarrier_arrive(at.q_full(ring.stage));
-      ring.advance();
+      shared.q_full[state.index()].arrive_after_cp_async();
+      ++state;
       if (kFused && !kOrdered) count_step(its_place, until_own ? rows_here : -rows_here, item.pieces);
       steps.advance();
       until_own = (steps.tile == 0 ? item.piece + 1 : until_own ? until_own : item.pieces) - 1;
     }
   }
   if (kOrdered) {  // the last four, two of them at once
-    for (int i = 0; i < 2; ++i, ring.advance()) count_step(0, 0, 0);
-    if (__any_sync(kFullWarp, lane < kUnadded && rows)) ptx::mbarrier_wait(at.all_added(), 0);
+    for (int i = 0; i < 2; ++i, ++state) count_step(0, 0, 0);
+    if (__any_sync(kFullWarp, lane < kUnadded && rows)) shared.all_added.wait(0);
     if (lane < kUnadded && rows) ptx::red_add_release(a.arrivals + place, 1u + (1u << 16));
   }
   if (kFused && !kOrdered && lane < 2) push_job(jobs + lane, {});
   if (kFused && !kOrdered && __shfl_sync(kFullWarp, tiles, 0) > 0) {  // there was a step
     // All that is left, at once; the consumers convert it, because they have nothing else to do and many registers.
-    ptx::mbarrier_wait(at.all_added(), 0);
+    shared.all_added.wait(0);
     const bool complete = report(lane < kUnadded ? rows != 0 : is_due(kFirstHeld));
     const uint32_t all = __ballot_sync(kFullWarp, complete);
     if (complete) shared.last_jobs()[__popc(all & ((1u << lane) - 1))] = own_job();
     if (lane == 0) shared.last_jobs()[__popc(all)] = {};
-    ptx::mbarrier_arrive(at.last_jobs_full());
+    shared.last_jobs_full.arrive();
   }
 }
 
@@ -185,14 +184,14 @@ __device__ __forceinline__ void write_queries(const KeysArguments& a, const Sums
     // The producers' registers hold four loads and little beside: what follows is kept in this order.
     float4 x[kUnroll];
     uint2 words[kUnroll];
-    asm volatile("" : "+r"(row));
+    ptx::made_anew(row);
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i)
       x[i] = ptx::load_relaxed_v4(a.dq_sums + offset(min(row + i * parts * kRows, job.rows - 1)));
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) {
       words[i] = make_uint2(pack2<T>(x[i].x * a.scale, x[i].y * a.scale), pack2<T>(x[i].z * a.scale, x[i].w * a.scale));
-      asm volatile("" : "+r"(words[i].x), "+r"(words[i].y), "+r"(row));
+      ptx::made_anew(words[i].x), ptx::made_anew(words[i].y), ptx::made_anew(row);
     }
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i)
@@ -203,16 +202,15 @@ __device__ __forceinline__ void write_queries(const KeysArguments& a, const Sums
 
 // By warps 2 and 3, in any order: each warp has every other job.
 template <typename T, int kHeadDim>
-__device__ __forceinline__ void convert_jobs(const KeysArguments& a, const KeysShared<kHeadDim>& shared,
-                                             const KeysAddresses<kHeadDim>& at, int warp) {
+__device__ __forceinline__ void convert_jobs(const KeysArguments& a, const KeysShared<kHeadDim>& shared, int warp) {
   constexpr int kJobs = KeysShared<kHeadDim>::kJobs;
   const int lane = int(threadIdx.x) % 32;
   for (int number = warp - 2;; number += 2) {
     const int slot = number % kJobs;
-    ptx::mbarrier_wait(at.job_full(slot), uint32_t(number / kJobs % 2));
+    shared.job_full[slot].wait(uint32_t(number / kJobs % 2));
     const SumsJob job = shared.job[slot];
     __syncwarp();
-    ptx::mbarrier_arrive_if(lane == 0, at.job_empty(slot));
+    shared.job_empty[slot].arrive_if(lane == 0);
     if (job.rows == 0) break;
     write_queries<T, kHeadDim, 4>(a, job, 0, 1);
   }
@@ -242,9 +240,8 @@ __device__ __forceinline__ void convert_own_sums(const KeysArguments& a, int war
 
 // By the consumers, in any order, when they have added all their dq: what turned out to be complete then.
 template <typename T, int kHeadDim>
-__device__ __forceinline__ void convert_last_jobs(const KeysArguments& a, KeysShared<kHeadDim>& shared,
-                                                  const KeysAddresses<kHeadDim>& at) {
-  ptx::mbarrier_wait(at.last_jobs_full(), 0);
+__device__ __forceinline__ void convert_last_jobs(const KeysArguments& a, KeysShared<kHeadDim>& shared) {
+  shared.last_jobs_full.wait(0);
   for (const SumsJob* job = shared.last_jobs(); job->rows; ++job)
     write_queries<T, kHeadDim, 8>(a, *job, int(threadIdx.x) / 32, 8);
 }

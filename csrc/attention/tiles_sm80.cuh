@@ -17,13 +17,6 @@
 namespace illada::attention {
 namespace {
 
-// threadIdx.x, read anew: what is made of it holds no registers while the main loop runs, which needs them all.
-__device__ __forceinline__ uint32_t thread_again() {
-  uint32_t thread;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-  return thread;
-}
-
 // CuTe's atoms by the addresses and registers that the kernels have: 16 bytes to shared memory, or zeros where `valid`
 // is false (`source` must be legal all the same).
 __device__ __forceinline__ void cp_async_16(uint32_t target, const char* source, bool valid) {

@@ -4,9 +4,13 @@
 #include <cuda.h>
 
 #include <cstdint>
+#include <cute/arch/copy_sm90.hpp>
 
 #include "attention/launch.h"
+#include "common/barrier_sm90.cuh"
+#include "common/l2_policy.h"
 #include "common/ptx.cuh"
+#include "common/ragged.h"
 #include "common/tensor_map.h"
 #include "common/wgmma.cuh"
 
@@ -22,24 +26,42 @@ struct alignas(1024) Tile {
   char slice[kSlices][kSliceBytes];
 };
 
-// By one thread: the tile from row `row` on of the sequence start .. start + count - 1, by a map of tensor_map_ragged.
-// What lies behind the end of the sequence reads as 0. `policy`: of the L2 cache.
-template <typename AnyTile>
-__device__ __forceinline__ void load_tile(uint32_t target, const CUtensorMap* map, uint32_t barrier, int head,
-                                          int start, int count, int row, L2Policy policy) {
-#pragma unroll
-  for (int slice = 0; slice < AnyTile::kSlices; ++slice)
-    ptx::tma_load_ragged(target + slice * AnyTile::kSliceBytes, map, barrier, 64 * slice, head,
-                         kRaggedTokens - count + row, start + count, policy);
+// By one thread: a box of a map of tensor_map_ragged (common/ragged.h), to every CTA of a cluster of kCluster at the
+// same place. `hint`: to the L2 cache.
+template <int kCluster>
+__device__ __forceinline__ void load_box(void* target, const CUtensorMap* map, Barrier& barrier, uint64_t hint,
+                                         int column, int head, int row, int end) {
+  constexpr int32_t kTokens = kRaggedTokens;
+  if constexpr (kCluster > 1) {
+    cute::SM90_TMA_LOAD_MULTICAST_5D::copy(map, barrier.value(), (1 << kCluster) - 1, hint, target, column, head, row,
+                                           kTokens, end);
+  } else {
+    cute::SM90_TMA_LOAD_5D::copy(map, barrier.value(), hint, target, column, head, row, kTokens, end);
+  }
 }
 
-// d = a b^T of rows of two tiles, over all columns; a, b: descriptors of their first rows (wgmma_descriptor_k128).
+// By one thread: the tile from row `row` on of the sequence start .. start + count - 1, by a map of tensor_map_ragged.
+// What lies behind the end of the sequence reads as 0.
+template <typename AnyTile>
+__device__ __forceinline__ void load_tile(AnyTile& target, const CUtensorMap* map, Barrier& barrier, int head,
+                                          int start, int count, int row, uint64_t hint) {
+#pragma unroll
+  for (int slice = 0; slice < AnyTile::kSlices; ++slice)
+    load_box<1>(target.slice[slice], map, barrier, hint, 64 * slice, head, kRaggedTokens - count + row, start + count);
+}
+
+// d = a b^T of rows of two tiles, over all columns; a, b: descriptors of their first rows (gmma_descriptor_k).
 template <typename T, typename TileA, typename TileB, int kRowsB>
 __device__ __forceinline__ void multiply_rows(float (&d)[kRowsB / 2], uint64_t a, uint64_t b) {
 #pragma unroll
   for (int i = 0; i < TileA::kSlices * 4; ++i)
-    ptx::wgmma_k16<T, kRowsB>(d, a + i / 4 * (TileA::kSliceBytes / 16) + i % 4 * 2,
-                              b + i / 4 * (TileB::kSliceBytes / 16) + i % 4 * 2, i > 0);
+    warpgroup_mma_ss<T, kRowsB>(d, a + i / 4 * (TileA::kSliceBytes / 16) + i % 4 * 2,
+                                b + i / 4 * (TileB::kSliceBytes / 16) + i % 4 * 2, i > 0);
+}
+
+// Four 8 x 8 matrices to shared memory: lane l has the address of row l % 8 of matrix l / 8.
+__device__ __forceinline__ void store_matrices(uint32_t smem, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
+  cute::SM90_U32x4_STSM_N::copy(r0, r1, r2, r3, ptx::shared_at<cute::uint128_t>(smem));
 }
 
 // ------------------------------------------------------------------------------------------------------------ launches

@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "common/ptx.cuh"
+
 namespace illada {
 
 // Bits only: every use converts, by CUTLASS's converters.
@@ -29,20 +31,12 @@ struct Raw8 {
   uint4 part[kLoads];
 };
 
-// Read once: no use in the L1 cache. CUTLASS's global_load has no L1::no_allocate (nor has load8_if's below).
-__device__ __forceinline__ uint4 load_streaming(const void* address) {
-  uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(address));
-  return v;
-}
-
 template <typename T>
 __device__ __forceinline__ Raw8<T> load8(const T* address) {  // 16-byte aligned
   Raw8<T> raw;
 #pragma unroll
-  for (int i = 0; i < Raw8<T>::kLoads; ++i) raw.part[i] = load_streaming(reinterpret_cast<const uint4*>(address) + i);
+  for (int i = 0; i < Raw8<T>::kLoads; ++i)
+    raw.part[i] = ptx::load_streaming(reinterpret_cast<const uint4*>(address) + i);
   return raw;
 }
 
@@ -76,14 +70,7 @@ __device__ __forceinline__ Raw8<T> load8_if(bool valid, const T* address) {
   Raw8<T> raw = minus_infinity8<T>();
 #pragma unroll
   for (int i = 0; i < Raw8<T>::kLoads; ++i)
-    asm volatile(
-        "{\n"
-        ".reg .pred valid;\n"
-        "setp.ne.u32 valid, %4, 0;\n"
-        "@valid ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%5];\n"
-        "}"
-        : "+r"(raw.part[i].x), "+r"(raw.part[i].y), "+r"(raw.part[i].z), "+r"(raw.part[i].w)
-        : "r"(uint32_t(valid)), "l"(reinterpret_cast<const uint4*>(address) + i));
+    ptx::load_streaming_if(valid, raw.part[i], reinterpret_cast<const uint4*>(address) + i);
   return raw;
 }
 

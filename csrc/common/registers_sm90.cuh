@@ -1,7 +1,7 @@
 // How the warpgroups of a warp-specialised kernel share the registers that its CTA was launched with.
 #pragma once
 
-#include "common/ptx.cuh"
+#include <cutlass/arch/reg_reconfig.h>
 
 namespace illada {
 
@@ -24,8 +24,8 @@ struct RegisterSplit {
                 "the warpgroups ask for more registers than the CTA was launched with");
 
   // By all warps of the producers, and of each consumer; `kernel`'s __launch_bounds__ are (kThreads, 1).
-  static __device__ __forceinline__ void as_producer() { ptx::setmaxnreg_decrease<kProducerRegisters>(); }
-  static __device__ __forceinline__ void as_consumer() { ptx::setmaxnreg_increase<kConsumerRegisters>(); }
+  static __device__ __forceinline__ void as_producer() { cutlass::arch::warpgroup_reg_dealloc<kProducerRegisters>(); }
+  static __device__ __forceinline__ void as_consumer() { cutlass::arch::warpgroup_reg_alloc<kConsumerRegisters>(); }
 };
 
 }  // namespace illada

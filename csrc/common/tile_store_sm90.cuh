@@ -3,6 +3,9 @@
 // tensor cores have gone on, rows are written in whole lines, and what lies outside of the tensor map is left out.
 #pragma once
 
+#include <cutlass/arch/memory.h>
+#include <cute/arch/copy_sm90.hpp>
+
 #include "common/dtype.cuh"
 #include "common/ptx.cuh"
 
@@ -21,16 +24,18 @@ class TileStoreSm90 {
   // warps, and boxes in turn.
   template <int kBox>
   __device__ __forceinline__ void store_box(const float (&d)[128], const void* map, int x, int y, bool add) {
-    ptx::bulk_wait_read<1>();  // of the lane that stores: its store before the last has left this buffer
+    cute::tma_store_wait<1>();  // of the lane that stores: its store before the last has left this buffer
     __syncwarp();
     const uint32_t buffer = smem_ + uint32_t(kBox % 2 * kBufferBytes);
     fill_box(d, kBox, buffer);
-    if (add) {
-      ptx::tma_reduce_add_2d_if(threadIdx.x % 32 == 0, map, buffer, x + kBox * kColumns, y);
-    } else {
-      ptx::tma_store_2d_if(threadIdx.x % 32 == 0, map, buffer, x + kBox * kColumns, y);
+    if (threadIdx.x % 32 == 0) {
+      if (add) {
+        cute::SM90_TMA_REDUCE_ADD_2D::copy(map, &ptx::shared_at<char>(buffer), x + kBox * kColumns, y);
+      } else {
+        cute::SM90_TMA_STORE_2D::copy(map, &ptx::shared_at<char>(buffer), x + kBox * kColumns, y);
+      }
     }
-    ptx::bulk_commit();
+    cute::tma_store_arrive();
   }
 
   // Box `box` of d into a buffer that nobody reads; afterwards TMA may read it.
@@ -39,7 +44,7 @@ class TileStoreSm90 {
     const int lane = int(threadIdx.x) % 32;
 #pragma unroll
     for (int half = 0; half < 2; ++half) put(d, buffer, box, half, lane);
-    ptx::fence_proxy_async();
+    cute::tma_store_fence();
     __syncwarp();
   }
 
@@ -51,7 +56,7 @@ class TileStoreSm90 {
   }
 
   // Before the CTA ends.
-  __device__ __forceinline__ void finish() const { ptx::bulk_wait<0>(); }
+  __device__ __forceinline__ void finish() const { ptx::tma_store_wait_written<0>(); }
 
  private:
   // The lane's part of row lane / 4 + 8 * half, where the 128-byte swizzle wants it: 16-byte chunk i of row r at i ^ r.
@@ -62,7 +67,8 @@ class TileStoreSm90 {
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         const int at = 4 * (box * 8 + j) + 2 * half;
-        ptx::store_shared(row + ((uint32_t(j) ^ r) * 16 + uint32_t(lane) % 4 * 4), pack2<Out>(d[at], d[at + 1]));
+        const uint32_t two = pack2<Out>(d[at], d[at + 1]);
+        cutlass::arch::shared_store<4>(row + ((uint32_t(j) ^ r) * 16 + uint32_t(lane) % 4 * 4), &two);
       }
     } else {
       // Four lanes write two chunks, and what the 16 lanes of half a warp write must not meet in a bank: rows 2 and 3
@@ -72,8 +78,8 @@ class TileStoreSm90 {
       for (int j = 0; j < 4; ++j) {
         const int even_at = 4 * (box * 4 + j) + 2 * half, odd_at = 4 * (box * 4 + (j ^ 2)) + 2 * half;
         const uint32_t group = uint32_t(j) ^ (odd ? 2u : 0u), chunk = group * 2 + uint32_t(lane) % 4 / 2;
-        ptx::store_shared_v2(row + ((chunk ^ r) * 16 + uint32_t(lane) % 2 * 8), odd ? d[odd_at] : d[even_at],
-                             odd ? d[odd_at + 1] : d[even_at + 1]);
+        const float2 two = odd ? make_float2(d[odd_at], d[odd_at + 1]) : make_float2(d[even_at], d[even_at + 1]);
+        cutlass::arch::shared_store<8>(row + ((chunk ^ r) * 16 + uint32_t(lane) % 2 * 8), &two);
       }
     }
   }

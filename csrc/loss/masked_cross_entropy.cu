@@ -13,6 +13,8 @@
 //
 // Floor: bytes = rows x vocab x sizeof(T), each read once and, with a gradient, written once. Work an element of bf16:
 // forward 6 instructions, backward 5, of the 20 (10 with the write) that an H100 issues while memory delivers it.
+#include <cute/arch/cluster_sm90.hpp>
+
 #include "common/dependent_launch.h"
 #include "common/dtype.cuh"
 #include "common/online_softmax.cuh"
@@ -285,11 +287,12 @@ __global__ __launch_bounds__(kThreads, 4) void illada_masked_cross_entropy_backw
 __device__ __forceinline__ Softmax merge_cluster(Softmax softmax, float2* part, int cluster) {
 #if __CUDA_ARCH__ >= 900
   if (threadIdx.x == 0) *part = part_of(softmax);
-  ptx::cluster_sync();
+  ptx::keep_memory_order();
+  cute::cluster_sync();
   const int cta = int(threadIdx.x % 8);
   softmax = {};
   if (cta < cluster) softmax = softmax_of(ptx::load_cluster(ptx::smem_address(part), uint32_t(cta)));
-  ptx::cluster_arrive();
+  cute::cluster_arrive();
   softmax.merge_lanes<8>();
 #endif
   return softmax;
@@ -345,7 +348,7 @@ __global__ __launch_bounds__(kFusedThreads, kFusedCtas<T, kVectors>) void illada
   }
   if (single >= 0) store_float(grad + single, gradient.of(single_logit, single == token.target));
 #if __CUDA_ARCH__ >= 900
-  if (cluster > 1) ptx::cluster_wait();
+  if (cluster > 1) cute::cluster_wait();
 #endif
 }
 

@@ -82,7 +82,7 @@ __global__ __launch_bounds__(HeadGemm<T>::kThreads, 1) void illada_linear_sample
         pair.apply_bounds(seen);
         pair.reduce(d, p, row, id, end_id, bounds);
       }
-      asm volatile("" : "+r"(item));  // what follows from it is found anew, and takes no registers in the loop
+      ptx::made_anew(item);  // what follows from it takes no registers in the loop
       task = plan.task(item, gemm.rank());
       gemm.skip((task.tiles - plan.tiles(task.slot)) * k_tiles);
       const RowRecords records = records_of(plan);

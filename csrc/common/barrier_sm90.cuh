@@ -1,0 +1,81 @@
+// Barriers in shared memory and the stages that they guard: CUTLASS's, on sm_90.
+#pragma once
+
+#include <cutlass/arch/barrier.h>
+#include <cstdint>
+#include <cutlass/pipeline/sm90_pipeline.hpp>
+
+#include "common/ptx.cuh"
+
+namespace illada {
+
+// CUTLASS's mbarrier, and the compiler moves no access to memory across it: CUTLASS says so itself from 4.3 on.
+struct Barrier : cutlass::arch::ClusterTransactionBarrier {
+  using Base = cutlass::arch::ClusterTransactionBarrier;
+
+  // Blocks until the phase of this parity has ended.
+  __device__ __forceinline__ void wait(uint32_t phase) const { ptx::mbarrier_wait(ptx::smem_address(this), phase); }
+  __device__ __forceinline__ void arrive() const {
+    ptx::keep_memory_order();
+    Base::arrive();
+  }
+  // By those threads that say so; in this CTA, or in some CTA of the cluster.
+  __device__ __forceinline__ void arrive_if(bool arrives) const {
+    ptx::mbarrier_arrive_if(arrives, ptx::smem_address(this));
+  }
+  __device__ __forceinline__ void arrive_if(bool arrives, uint32_t cta) const {
+    ptx::mbarrier_arrive_if(arrives, ptx::smem_address(this), cta);
+  }
+  __device__ __forceinline__ void arrive_and_expect_tx(uint32_t bytes) const {
+    ptx::keep_memory_order();
+    Base::arrive_and_expect_tx(bytes);
+  }
+  // Once all cp.async of this thread so far have arrived; one of the barrier's arrivals.
+  __device__ __forceinline__ void arrive_after_cp_async() const {
+    cutlass::arch::cpasync_barrier_arrive_noinc(&this->barrier_);
+  }
+  // For TMA.
+  __device__ __forceinline__ uint64_t* value() { return &this->barrier_; }
+};
+
+// The stage of a ring that is next, and the parity of its phase. Producers find all stages empty at first.
+template <int kStages>
+using PipelineState = cutlass::PipelineState<kStages>;
+template <int kStages>
+__device__ __forceinline__ PipelineState<kStages> producer_start() {
+  return {0, 1, 0};
+}
+
+// CUTLASS's barriers of some warps, and the compiler moves no access to memory across them. 0 is the first one that
+// CUTLASS leaves to others.
+struct NamedBarrier : cutlass::arch::NamedBarrier {
+  using Base = cutlass::arch::NamedBarrier;
+  static constexpr int kCount = HardwareMaxNumNamedBarriers - ReservedNamedBarrierCount;
+
+  static __device__ __forceinline__ void arrive(int threads, int id) {
+    ptx::keep_memory_order();
+    Base::arrive(uint32_t(threads), uint32_t(id));
+    ptx::keep_memory_order();
+  }
+  static __device__ __forceinline__ void arrive_and_wait(int threads, int id) {
+    ptx::keep_memory_order();
+    Base::arrive_and_wait(uint32_t(threads), uint32_t(id));
+    ptx::keep_memory_order();
+  }
+};
+
+// What ordinary stores wrote to shared memory becomes visible to TMA and wgmma.
+__device__ __forceinline__ void fence_view_async_shared() {
+  ptx::keep_memory_order();
+  cutlass::arch::fence_view_async_shared();
+  ptx::keep_memory_order();
+}
+
+// By all threads of the cluster.
+__device__ __forceinline__ void cluster_sync() {
+  ptx::keep_memory_order();
+  cute::cluster_sync();
+  ptx::keep_memory_order();
+}
+
+}  // namespace illada

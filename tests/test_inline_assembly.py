@@ -1,0 +1,14 @@
+"""PTX stands in one file, where each wrapper says what CuTe and CUTLASS lack; the kernels call their atoms."""
+
+import re
+from pathlib import Path
+
+CSRC = Path(__file__).resolve().parent.parent / "csrc"
+# Beside it the CPU's control register.
+WHERE = {"common/ptx.cuh", "cpu/denormals.cpp"}
+
+
+def test_assembly_stands_in_ptx_cuh() -> None:
+    files = [path for path in CSRC.rglob("*") if path.suffix in {".cu", ".cuh", ".h", ".cpp"}]
+    found = {str(path.relative_to(CSRC)) for path in files if re.search(r"\basm\b", path.read_text(encoding="utf-8"))}
+    assert found == WHERE
