@@ -102,7 +102,7 @@ __global__ __launch_bounds__(32 * kWarps, 8 / kWarps) void illada_attention_forw
   constexpr int kWarpRows = kTileRows / kWarps, kPairs = kWarpRows / 16;  // RowPairs of a lane
   constexpr int kKeys = Shared::kKeys, kRowBytes = Shared::kRowBytes;
   // Parts of a tile's exponentials, of kHeadDim / 16, before the barrier: their registers are free sooner.
-  constexpr int kEarly = kIsSm100 && kHeadDim == 128 && kWarps == 4 ? 6 : 2;
+  constexpr int kEarly = kIsSm100 && kHeadDim == 128 && kWarps == 4 ? 7 : 2;
   constexpr uint32_t kTileBytes = kKeys * kRowBytes, kStageBytes = 2 * kTileBytes;
   extern __shared__ __align__(1024) char raw_shared[];
   Shared& shared = *reinterpret_cast<Shared*>(raw_shared);
