@@ -7,8 +7,8 @@
 #pragma once
 
 #include <cuda.h>
-// The builder and the one main loop that it picks here: cutlass/gemm/collective/collective_builder.hpp has them all,
-// and takes four times as long to compile.
+// The builder and the one main loop that it picks here: collective_builder.hpp has those of all architectures, and
+// takes longer to compile.
 #include <cutlass/gemm/collective/builders/sm90_gmma_builder.inl>
 #include <cutlass/gemm/collective/sm90_mma_tma_gmma_ss_warpspecialized.hpp>
 
@@ -35,6 +35,8 @@ class Gemm {
   static constexpr int kProducerWarp = 4 * kConsumers;
   using Registers = RegisterSplit<kConsumers, 40, 232>;
 
+  // At the beginning of dynamic shared memory, which the kernel declares with __align__(1024): as an address that is
+  // known it takes no registers.
   struct alignas(1024) Storage {
     typename Mainloop::TensorStorage tensors;
     typename Mainloop::PipelineStorage pipeline;
@@ -129,8 +131,7 @@ constexpr int box_rows() {
 // A main loop's parameters, with maps from the cache and not encoded anew as by its to_underlying_arguments. a and b
 // are row-major: [rows, K] where K is contiguous, else [K, rows].
 template <typename Mainloop>
-typename Mainloop::Params mainloop_params(const char* op, const MatrixView& a, const MatrixView& b,
-                                          int box_rows_b = 0) {
+typename Mainloop::Params mainloop_params(const char* op, const MatrixView& a, const MatrixView& b) {
   typename Mainloop::Params params{};
   using Params = typename Mainloop::Params;
   params.tma_load_a.tma_desc_ = tensor_map_k128(op, a, box_rows<typename Params::TMA_A>());
