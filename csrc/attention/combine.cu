@@ -4,8 +4,6 @@
 // grid and takes those that are the first piece of several. The pieces of a row come in their order, always the same.
 //
 // Floor: bytes = rows x pieces x (D + 1) x 4, which the forward has just left in the L2 cache.
-#include <cutlass/fast_math.h>
-
 #include <algorithm>
 #include <cmath>
 
@@ -24,8 +22,7 @@ struct CombineArguments {
   Slots slots;
   void* out;
   float* lse;
-  int32_t total_q, num_heads;
-  cutlass::FastDivmod group, row_chunks;
+  int32_t total_q, num_heads, group, row_chunks;
 };
 
 template <typename T, int kHeadDim>
@@ -36,10 +33,9 @@ __global__ __launch_bounds__(kThreads) void illada_attention_combine_sm80(
   const int units = plan_header(a.plan).forward_items * a.row_chunks;
   const int column = int(threadIdx.x) % kColumns * 8;
   for (int unit = int(blockIdx.x); unit < units; unit += int(gridDim.x)) {
-    int index, chunk;
-    a.row_chunks(index, chunk, unit);
+    const int index = unit / a.row_chunks;
     const WorkItem item = forward_items(a.plan)[index];
-    const int row = chunk * kRows + int(threadIdx.x) / kColumns;
+    const int row = (unit - index * a.row_chunks) * kRows + int(threadIdx.x) / kColumns;
     if (item.pieces == 1 || item.piece > 0 || row >= item.q_count * a.group) continue;
     const float* const lse = a.slots.lse + int64_t(item.first_slot) * a.slots.rows + row;
     const float* const out = a.slots.out + (int64_t(item.first_slot) * a.slots.rows + row) * kHeadDim + column;
@@ -59,10 +55,9 @@ __global__ __launch_bounds__(kThreads) void illada_attention_combine_sm80(
       for (int j = 0; j < 8; ++j) x[j] = fmaf(weight, y[j], x[j]);
     }
     const float inverse = sum == 0 ? 0 : 1 / sum;
-    int row_token, of_group;
-    a.group(row_token, of_group, row);
+    const int row_token = row / a.group;
     const int64_t token = item.q_start + row_token;
-    const int head = item.kv_head * a.group + of_group;
+    const int head = item.kv_head * a.group + row - row_token * a.group;
     uint4 words;
     words.x = pack2<T>(x[0] * inverse, x[1] * inverse);
     words.y = pack2<T>(x[2] * inverse, x[3] * inverse);

@@ -9,7 +9,6 @@
 #include <cute/arch/copy_sm75.hpp>
 #include <cute/arch/copy_sm80.hpp>
 #include <cute/arch/mma_sm80.hpp>
-#include <cute/swizzle.hpp>
 #include <type_traits>
 
 #include "common/dtype.cuh"
@@ -17,10 +16,6 @@
 
 namespace illada::attention {
 namespace {
-
-// Of a byte's offset in a tile: bits 4 .. 6, of the chunk's number, change with the row's.
-template <int kRowBytes>
-using TileSwizzle = cute::Swizzle<3, 4, kRowBytes == 128 ? 3 : 4>;
 
 // CuTe's atoms by the addresses and registers that the kernels have: 16 bytes to shared memory, or zeros where `valid`
 // is false (`source` must be legal all the same).
@@ -56,7 +51,7 @@ struct Copier {
   __device__ __forceinline__ explicit Copier(uint32_t thread) {
     row = int(thread / kChunks);
     column = int(thread % kChunks * 16);
-    target = TileSwizzle<kRowBytes>::apply(thread * 16);
+    target = thread / kChunks * kRowBytes + (thread % kChunks ^ thread / kChunks % 8) * 16;
   }
   // Rows `first` .. of `source`. Those from `rows` of the tile on become zeros: what lies there may be anything, and
   // 0 * NaN is NaN.
@@ -73,8 +68,7 @@ struct Copier {
 
 // What ldmatrix takes from a lane in any tile, for 16 rows and 16 columns. `columns`: lanes 0 .. 15 have the rows of
 // the first 8 columns, the others those of the next 8; the A operand, and transposed the B operand whose k are the
-// rows. `rows`: every other 8 lanes; the B operands whose k are the columns, of the first and the last 8 rows. In a
-// main loop, where TileSwizzle would cost six instructions more, which is 1%.
+// rows. `rows`: every other 8 lanes; the B operands whose k are the columns, of the first and the last 8 rows.
 template <int kRowBytes>
 struct Fragments {
   uint32_t columns, rows;
