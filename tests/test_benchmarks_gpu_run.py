@@ -354,7 +354,7 @@ def test_tests_run_by_file_and_one_that_hangs_loses_itself_alone(monkeypatch, tm
     files = {
         "test_fine.py": "def test_a(): pass\ndef test_b(): pass\n",
         "test_bad.py": "def test_a(): pass\ndef test_c(): assert 1 == 2, 'off'\n",
-        "test_stuck.py": "import time\ndef test_a(): pass\ndef test_d(): time.sleep(60)\n",
+        "test_stuck.py": "import time\ndef test_a(): pass\ndef test_d(): time.sleep(300)\n",
         "test_worse.py": "import os\ndef test_e(): os._exit(7)\n",
     }
     for name, text in files.items():
@@ -364,9 +364,9 @@ def test_tests_run_by_file_and_one_that_hangs_loses_itself_alone(monkeypatch, tm
     monkeypatch.setattr(commands, "LEAST_SECONDS", 0.5)
     path = tmp_path / "t.json"
     began = time.monotonic()
-    options = ["--json", str(path), "--log", str(tmp_path / "t.log"), "--file-seconds", "6", "--at-once", "4"]
+    options = ["--json", str(path), "--log", str(tmp_path / "t.log"), "--file-seconds", "15", "--at-once", "4"]
     assert run_tests.main(options) == 1
-    assert time.monotonic() - began < 40
+    assert time.monotonic() - began < 120
     found = {entry["file"]: entry for entry in json.loads(path.read_text())}
     keys = ("status", "passed", "failed")
     assert {name: tuple(entry[key] for key in keys) for name, entry in found.items()} == {
