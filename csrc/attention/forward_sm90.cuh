@@ -170,7 +170,7 @@ __device__ __forceinline__ void write_rows(float (&o)[kHeadDim / 2], const Softm
     }
     cute::tma_store_arrive();
   }
-  if (!Shared::kStagesOut) __syncwarp();  // only some lanes stored: together again for the next product
+  __syncwarp();  // only some lanes stored: together again for the next product
 }
 
 // Whether the kernel divides the plan's items in two: one that was made for pairs has items of two tiles, and a CTA

@@ -120,6 +120,7 @@ class DqAdder {
         ptx::tma_reduce_add_5d(map_, a_.sums_hint, box(n), column_ + n * Box::kColumns, head_, from_end_, kRaggedTokens,
                                end_);
       cute::tma_store_arrive();
+      __syncwarp();  // one lane sent: together again for the next product
     } else if constexpr (kIsRed4<kSums>) {
       // Blocks 2 m and 2 m + 1 of 8 columns: an even lane gets four columns of the first, an odd one of the second.
       const int i = n / 4, m = n % 4;

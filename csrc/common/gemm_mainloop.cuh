@@ -41,6 +41,8 @@ class Gemm {
     typename Mainloop::TensorStorage tensors;
     typename Mainloop::PipelineStorage pipeline;
   };
+  // The swizzle counts from multiples of 1024 bytes.
+  static_assert(sizeof(Mainloop::TensorStorage::smem_A) % 1024 == 0 && offsetof(Storage, tensors) == 0);
   static constexpr int kSmemBytes = int(sizeof(Storage));
   static_assert(kSmemBytes <= 227 * 1024);
 
@@ -85,12 +87,14 @@ class Gemm {
     done_ += uint32_t(steps);
   }
   // The same without a product, where the warpgroup has nothing to do. A warp releases a stage for a CTA of the cluster
-  // on behalf of the other three, which must have seen it by then: one that comes late could miss two phases of it.
+  // on behalf of the other three, which must have seen it by then: one that comes late could miss two phases of it. In
+  // `multiply` the products see to that, as in all of CUTLASS's clusters: wgmma begins when all four warps have come.
   __device__ __forceinline__ void skip(int steps) {
     const uint32_t barrier = 1 + threadIdx.x / 128;
 #pragma unroll 1
     for (int i = 0; i < steps; ++i, ++done_) {
       pipeline_.consumer_wait(consumer_state());
+      __syncwarp();  // each lane waited for itself, and the barrier is for whole warps
       cutlass::arch::NamedBarrier::sync(128, barrier);
       pipeline_.consumer_release(consumer_state());
     }

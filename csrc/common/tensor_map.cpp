@@ -69,6 +69,8 @@ CUtensorMap encode(const char* op, const Key& key) {
   std::copy(key.sizes, key.sizes + kMostRank, sizes);
   std::copy(key.strides, key.strides + kMostRank - 1, strides);
   std::fill(steps, steps + kMostRank, 1);
+  // On Blackwell, CuTe from 4.3.4 on corrects the map of a tensor of less than 128 KiB where the driver is older than
+  // CUDA 13.2: to be done here before a kernel for sm_100 reads one. Hopper needs nothing.
   static const Encode encode_tiled = find_encode(op);
   count_call(DriverCall::kEncodeTensorMap);
   const CUresult result =

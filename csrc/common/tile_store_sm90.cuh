@@ -78,7 +78,8 @@ class TileStoreSm90 {
       for (int j = 0; j < 4; ++j) {
         const int even_at = 4 * (box * 4 + j) + 2 * half, odd_at = 4 * (box * 4 + (j ^ 2)) + 2 * half;
         const uint32_t group = uint32_t(j) ^ (odd ? 2u : 0u), chunk = group * 2 + uint32_t(lane) % 4 / 2;
-        const float2 two = odd ? make_float2(d[odd_at], d[odd_at + 1]) : make_float2(d[even_at], d[even_at + 1]);
+        const uint2 two = make_uint2(__float_as_uint(odd ? d[odd_at] : d[even_at]),
+                                     __float_as_uint(odd ? d[odd_at + 1] : d[even_at + 1]));
         cutlass::arch::shared_store<8>(row + ((chunk ^ r) * 16 + uint32_t(lane) % 2 * 8), &two);
       }
     }
