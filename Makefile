@@ -18,11 +18,13 @@ BIN_CUDA := $(VENV_CUDA)/bin
 # The headers of CUTLASS for builds in a checkout, pinned. `pip install .` alone finds or fetches its own.
 CUTLASS_VERSION := 4.2.0.0
 CUTLASS := .cache/cutlass-$(CUTLASS_VERSION)
-ILLADA_CUTLASS_DIR ?= $(CURDIR)/$(CUTLASS)
-export ILLADA_CUTLASS_DIR
-# To be fetched: where there is an nvcc and ILLADA_CUTLASS_DIR names no others.
-ifeq ($(ILLADA_CUTLASS_DIR),$(CURDIR)/$(CUTLASS))
-HEADERS := $(if $(shell command -v "$(or $(CUDACXX),nvcc)" 2>/dev/null),$(CUTLASS))
+# To be fetched: where there is an nvcc for CMake to find, and ILLADA_CUTLASS_DIR names no others.
+ifeq ($(ILLADA_CUTLASS_DIR),)
+NVCC := $(shell PATH="$$PATH:$(or $(CUDA_PATH),/nowhere)/bin" command -v "$(or $(firstword $(CUDACXX)),nvcc)" 2>/dev/null)
+HEADERS := $(if $(filter off OFF Off,$(ILLADA_CUDA)),,$(if $(NVCC),$(CUTLASS)))
+ifneq ($(HEADERS),)
+export ILLADA_CUTLASS_DIR := $(CURDIR)/$(CUTLASS)
+endif
 endif
 MODES ?= eager lazy
 CHECKS ?= race,proxy

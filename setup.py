@@ -43,6 +43,8 @@ class CMakeBuild(build_ext):
             *("-S", str(ROOT), "-B", str(build_dir)),
             "-DCMAKE_BUILD_TYPE=Release",
             "-DILLADA_CUTLASS_DOWNLOAD=ON",
+            # Given at every configure, so that the cache remembers this build's and no earlier one's.
+            f"-DILLADA_CUTLASS_DIR={os.environ.get('ILLADA_CUTLASS_DIR', '')}",
             f"-DPython_EXECUTABLE={sys.executable}",
             # Given at every configure: a cache left by an earlier isolated build names tools that pip has deleted.
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",

@@ -37,14 +37,16 @@ def requires() -> list[str]:
 
 def option(name: str) -> str:
     """An option of the CMake configure: in CMAKE_ARGS, which has the last word, else in the environment."""
-    given = re.findall(rf"-D{name}(?::\w+)?=(\S*)", os.environ.get("CMAKE_ARGS", ""))
+    given = re.findall(rf"-D\s*{name}(?::\w+)?=(\S*)", os.environ.get("CMAKE_ARGS", ""))
     return given[-1] if given else os.environ.get(name, "")
 
 
 def has_nvcc() -> bool:
     """Whether CMake would find one."""
-    nvcc = option("CMAKE_CUDA_COMPILER") or os.environ.get("CUDACXX") or "nvcc"
-    path = os.pathsep.join([os.environ.get("PATH", ""), os.path.join(os.environ.get("CUDA_PATH", ""), "bin")])
+    nvcc = option("CMAKE_CUDA_COMPILER").strip() or os.environ.get("CUDACXX", "").strip() or "nvcc"
+    path = os.environ.get("PATH", "")
+    if os.environ.get("CUDA_PATH"):
+        path += os.pathsep + os.path.join(os.environ["CUDA_PATH"], "bin")
     return any(shutil.which(name, path=path) for name in (nvcc, nvcc.split()[0]))  # CUDACXX may hold options
 
 

@@ -11,8 +11,9 @@ set(ILLADA_CUTLASS_OLDEST 4.0)
 set(ILLADA_CUTLASS_UNTESTED 5)
 string(CONCAT ILLADA_CUTLASS_WAYS "Any of these helps:\n"
   "  ILLADA_CUTLASS_DIR=/path/to/cutlass            a checkout of github.com/NVIDIA/cutlass, or its include folder\n"
-  "  pip install --no-deps 'nvidia-cutlass>=${ILLADA_CUTLASS_OLDEST}'    headers, 6 MB; needs no dependencies\n"
-  "  ILLADA_CUDA=off                                a build for CPUs")
+  "  pip install --no-deps 'nvidia-cutlass>=${ILLADA_CUTLASS_OLDEST},<${ILLADA_CUTLASS_UNTESTED}' headers, 6 MB; needs no dependencies\n"
+  "  ILLADA_CUTLASS_DOWNLOAD=on                     lets the build fetch them (with CMake alone: -D before it)\n"
+  "  ILLADA_CUDA=off                                a build for CPUs (with CMake alone: -D before it)")
 
 # The include folder in `dir`, a checkout, an include folder or an unpacked wheel; empty where there is none.
 function(illada_cutlass_include result dir)
@@ -99,9 +100,10 @@ function(illada_cutlass_download result reason python target)
   message(STATUS "illada: fetching the headers of nvidia-cutlass, 6 MB")
   file(REMOVE_RECURSE "${part}" "${target}")
   file(MAKE_DIRECTORY "${part}")
-  execute_process(COMMAND ${command} OUTPUT_VARIABLE said ERROR_VARIABLE said OUTPUT_STRIP_TRAILING_WHITESPACE
-    ERROR_STRIP_TRAILING_WHITESPACE)
-  file(GLOB wheel "${part}/nvidia_cutlass-*.whl")
+  execute_process(COMMAND ${command} OUTPUT_VARIABLE said ERROR_VARIABLE said RESULT_VARIABLE status
+    OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_STRIP_TRAILING_WHITESPACE)
+  string(REGEX REPLACE "([][*?])" "[\\1]" literal "${part}") # a folder's name may hold what GLOB reads as a pattern
+  file(GLOB wheel "${literal}/nvidia_cutlass-*.whl")
   if(wheel)
     file(ARCHIVE_EXTRACT INPUT "${wheel}" DESTINATION "${part}"
       PATTERNS "cutlass_library/source/include/*" "*.dist-info/*")
@@ -111,6 +113,11 @@ function(illada_cutlass_download result reason python target)
   if(include)
     file(RENAME "${part}" "${target}")
     illada_cutlass_include(include "${target}")
+  endif()
+  file(REMOVE_RECURSE "${part}")
+  if(NOT said)
+    string(REPLACE ";" " " command "${command}")
+    set(said "${command}: ${status}, and no headers in ${part}")
   endif()
   set(${result} "${include}" PARENT_SCOPE)
   set(${reason} "${said}" PARENT_SCOPE)
@@ -148,6 +155,9 @@ function(illada_find_cutlass result python)
       "nvidia-cutlass is installed.${why}\n${ILLADA_CUTLASS_WAYS}")
   endif()
   illada_cutlass_version(version "${include}")
+  if(NOT version MATCHES "^[0-9]+\\.[0-9]+\\.[0-9]+$")
+    message(FATAL_ERROR "illada: ${include}/cutlass/version.h names no version of CUTLASS.\n${ILLADA_CUTLASS_WAYS}")
+  endif()
   if(version VERSION_LESS ILLADA_CUTLASS_OLDEST)
     message(FATAL_ERROR "illada: CUTLASS ${version} was found in ${include}; ${ILLADA_CUTLASS_OLDEST} or newer is "
       "needed.\n${ILLADA_CUTLASS_WAYS}")

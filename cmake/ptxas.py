@@ -151,9 +151,10 @@ def archs_of(file: str, archs: list[str]) -> list[str]:
 
 def cutlass_include() -> str:
     """The headers of CUTLASS: in ILLADA_CUTLASS_DIR, as IlladaCutlass.cmake takes it, else what `make` fetched."""
-    fetched = max((ROOT / ".cache").glob("cutlass-*[0-9]"), default="")
+    found = (ROOT / ".cache").glob("cutlass-*[0-9]")
+    fetched = max(found, default="", key=lambda path: [int(number) for number in re.findall(r"\d+", path.name)])
     named = os.environ.get("ILLADA_CUTLASS_DIR") or str(fetched)
-    folder = Path(named)
+    folder = Path(named).expanduser()
     for candidate in (folder / "include", folder, folder / "cutlass_library" / "source" / "include"):
         if named and (candidate / "cutlass" / "version.h").exists():
             return str(candidate)
@@ -189,9 +190,15 @@ def compiled(file: str, arch: str, seconds: float, output: str, splits: dict[str
 def recorded(folder: Path) -> list[Compiled]:
     """What ptxas_record.py kept of a build, a file and arch each."""
     found = []
-    for path in sorted(folder.glob("*.json")):
+    paths = sorted(folder.glob("*.json"))
+    if not paths:
+        raise SystemExit(f"ptxas.py: there are no records in {folder}; ptxas_record.py says how a build leaves them")
+    for path in paths:
         record = json.loads(path.read_text())
-        file = str(Path(record["source"]).resolve().relative_to(ROOT))
+        source = Path(record["source"]).resolve()
+        if not source.is_relative_to(ROOT):
+            raise SystemExit(f"ptxas.py: {path} is of another checkout: {source}")
+        file = str(source.relative_to(ROOT))
         targets = [re.search(r"^\.target\s+sm_(\w+)", ptx, flags=re.MULTILINE) for ptx in record["ptx"]]
         splits = {target[1]: register_splits(ptx) for target, ptx in zip(targets, record["ptx"], strict=True) if target}
         # One ptxas after the other; each begins by counting global memory.
@@ -378,7 +385,7 @@ def main(arguments: list[str] | None = None) -> int:
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
     spent = sum(result.seconds for result in results)
     print(f"  CUDA {version}: {spent:.1f} s in all, {time.monotonic() - began:.1f} s of waiting; ", end="")
-    print(f"the largest compiler process took {peak:.0f} MiB")
+    print("recorded" if args.recorded else f"the largest compiler process took {peak:.0f} MiB")
     for arch in left_out:
         print(f"  sm_{arch} left out: CUDA {version} does not know it")
 

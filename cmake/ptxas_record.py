@@ -16,7 +16,7 @@ from pathlib import Path
 
 
 def main(folder: str, command: list[str]) -> int:
-    """Run the compiler; of a compilation (-c), leave FOLDER/<object>.json. Its output and exit status are passed on."""
+    """Run the compiler; of a compilation (-c), leave FOLDER/<object>.json. Warnings and exit status are passed on."""
     if "-c" not in command or "-o" not in command:
         return subprocess.run(command).returncode
     source, target = command[command.index("-c") + 1], Path(command[command.index("-o") + 1]).name
@@ -28,6 +28,9 @@ def main(folder: str, command: list[str]) -> int:
     if done.returncode:
         print(done.stdout, file=sys.stderr)
         return done.returncode
+    warnings = [line for line in done.stdout.splitlines() if not line.startswith("ptxas info")]
+    if any(line.strip() and "bytes stack frame" not in line for line in warnings):
+        print("\n".join(warnings), file=sys.stderr)
     record = {"source": source, "seconds": time.monotonic() - began, "output": done.stdout, "ptx": ptx}
     Path(folder).mkdir(parents=True, exist_ok=True)
     Path(folder, f"{target}.json").write_text(json.dumps(record))

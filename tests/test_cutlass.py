@@ -84,8 +84,7 @@ def make_program(path: Path, body="exit 0") -> Path:
 
 # A Python that logs its calls. Its sys.path is SITES; its pip is what PIP says: none, broken, or a wheel to copy.
 # With -I or -E it is the interpreter around an isolated environment, whose variables begin with OUTER_.
-FAKE_PYTHON = """#!{python}
-import json, os, shutil, sys
+FAKE_PYTHON = """import json, os, shutil, sys
 arguments = sys.argv[1:]
 with open({log!r}, "a") as log:
     log.write(json.dumps(arguments) + "\\n")
@@ -116,16 +115,30 @@ class Search:
         (self.folder / "project").mkdir(parents=True)
         (self.folder / "project" / "CMakeLists.txt").write_text(PROJECT)
         self.python = self.folder / "python"
-        self.python.write_text(FAKE_PYTHON.format(python=sys.executable, log=str(self.log)))
-        self.python.chmod(0o755)
+        script = self.folder / "python.py"
+        script.write_text(FAKE_PYTHON.format(log=str(self.log)))
+        make_program(self.python, f'exec "{sys.executable}" "{script}" "$@"')
         self.works, self.out, self.said = None, "", ""
 
     def run(self, options=(), python=True, **environment) -> str:
         """What is found, as `VERSION FOLDER`; empty after an error."""
         self.log.unlink(missing_ok=True)
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("ILLADA_", "UV", "CMAKE_", "Nvidia"))}
-        command = [CMAKE, "-S", str(self.folder / "project"), "-B", str(self.build), f"-DMODULE={MODULE}"]
+        command = [
+            CMAKE,
+            "--no-warn-unused-cli",
+            "-S",
+            str(self.folder / "project"),
+            "-B",
+            str(self.build),
+            f"-DMODULE={MODULE}",
+        ]
         command += [f"-DPYTHON={self.python if python else ''}", *(f"-D{option}" for option in options)]
+        # Not what this machine itself has installed; nothing is built, so any program will do for make.
+        command += [f"-DCMAKE_MAKE_PROGRAM={CMAKE}"]
+        command += [f"-DCMAKE_FIND_USE_{place}=OFF" for place in (
+            "SYSTEM_ENVIRONMENT_PATH", "CMAKE_SYSTEM_PATH", "PACKAGE_REGISTRY", "CMAKE_SYSTEM_PACKAGE_REGISTRY"
+        )]  # fmt: skip
         environment = {**clean, "PATH": f"{Path(CMAKE).parent}{os.pathsep}/bin", **environment}
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         self.works, self.out, self.said = done.returncode == 0, done.stdout, " ".join(done.stderr.split())
@@ -233,7 +246,7 @@ def test_without_any(search):
     assert not search.run(OUTER_PIP="broken") and not search.downloads()  # CMake alone does not fetch
     assert "need the headers of CUTLASS 4.0 or newer, and there are none: ILLADA_CUTLASS_DIR is not set" in search.said
     for way in (
-        "pip install --no-deps 'nvidia-cutlass>=4.0'",
+        "pip install --no-deps 'nvidia-cutlass>=4.0,<5'",
         "ILLADA_CUTLASS_DIR=/path/to/cutlass",
         "ILLADA_CUDA=off",
     ):
@@ -285,6 +298,28 @@ def test_a_newer_major_version_is_a_warning(search, tmp_path, version, warns):
 
 
 @needs_cmake
+def test_headers_without_a_version(search, tmp_path):
+    include = make_headers(tmp_path / "include")
+    (include / "cutlass" / "version.h").write_text("#pragma once\n")
+    search.run(ILLADA_CUTLASS_DIR=str(include))
+    assert f"{include}/cutlass/version.h names no version of CUTLASS" in search.said
+
+
+@needs_cmake
+def test_a_build_folder_whose_name_reads_as_a_pattern(search, tmp_path):
+    search.build = search.folder / "build [1] *"
+    found = search.run(["ILLADA_CUTLASS_DOWNLOAD=ON"], PIP=str(make_wheel(tmp_path)))
+    assert found.startswith("4.2.0 ") and not list(search.build.glob("*.part"))
+
+
+@needs_cmake
+def test_a_pip_that_fetches_nothing_is_named(search, tmp_path):
+    search.run(["ILLADA_CUTLASS_DOWNLOAD=ON"], PIP=str(make_program(tmp_path / "other.whl")))
+    assert "They could not be fetched either: " in search.said and "download" in search.said
+    assert "and no headers in" in search.said and not list(search.build.glob("*.part"))
+
+
+@needs_cmake
 def test_real_headers(search):
     """Those that the Makefile fetches."""
     named = os.environ.get("ILLADA_CUTLASS_DIR") or str(max((ROOT / ".cache").glob("cutlass-*[0-9]"), default=""))
@@ -300,7 +335,7 @@ def test_when_the_makefile_fetches(tmp_path):
     folder = tmp_path / "a checkout"
     folder.mkdir()
     shutil.copy(ROOT / "Makefile", folder)
-    nvcc = make_program(tmp_path / "nvcc")
+    nvcc = make_program(tmp_path / "bin" / "nvcc")
 
     def fetched(**environment) -> list[str]:
         clean = {k: v for k, v in os.environ.items() if k not in ("ILLADA_CUTLASS_DIR", "MAKEFLAGS", "MFLAGS")}
@@ -313,6 +348,8 @@ def test_when_the_makefile_fetches(tmp_path):
 
     (version,) = fetched(CUDACXX=str(nvcc))
     assert version.startswith("4.")
+    assert fetched(CUDACXX=f"{nvcc} -ccbin g++") == fetched(CUDACXX="", CUDA_PATH=str(nvcc.parent.parent)) == [version]
+    assert fetched(CUDACXX=str(nvcc), ILLADA_CUDA="off") == []
     assert fetched(CUDACXX="/no/nvcc") == fetched(CUDACXX=str(nvcc), ILLADA_CUTLASS_DIR="/some/where") == []
     (folder / ".cache" / f"cutlass-{version}").mkdir(parents=True)
     assert fetched(CUDACXX=str(nvcc)) == []

@@ -244,12 +244,13 @@ def test_install_with_nvcc_and_neither(source, tools, tmp_path):
     options = ["--no-deps", "--no-index", "--find-links", tools]
     began = time.monotonic()
     env = {**OFFLINE, "ILLADA_BUILD_DIR": str(tmp_path / "build")}
+    env |= {"PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": os.devnull}  # no wheel of CUTLASS that this machine has
     done = attempt(python, "-m", "pip", "install", *options, source, **env)
-    assert done.returncode != 0 and time.monotonic() - began < 90
+    assert done.returncode != 0 and time.monotonic() - began < 300
     said = " ".join((done.stdout + done.stderr).split())
     assert "illada: the CUDA kernels need the headers of CUTLASS 4.0 or newer, and there are none" in said
     assert "They could not be fetched either: ERROR: Could not find a version that satisfies" in said
-    assert "ILLADA_CUTLASS_DIR=/path/to/cutlass" in said and "pip install --no-deps 'nvidia-cutlass>=4.0'" in said
+    assert "ILLADA_CUTLASS_DIR=/path/to/cutlass" in said and "pip install --no-deps 'nvidia-cutlass>=4.0,<5'" in said
     assert not re.search(r"\.(cu|cuh|cpp|h)[:(]\d+", said) and not list((tmp_path / "build").rglob("*.cu.o"))
 
 

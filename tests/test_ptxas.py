@@ -85,6 +85,7 @@ def test_the_launcher_keeps_output_and_ptx_and_passes_faults_on(tmp_path):
     failed = launch("-c", "bad.cu", "-o", "bad.cu.o")
     assert failed.returncode == 1 and "said of bad.cu" in failed.stderr
     assert not (tmp_path / "records" / "bad.cu.o.json").exists()
+    assert "said of good.cu" in launch("-c", "good.cu", "-o", "good.cu.o").stderr  # no line of ptxas: a warning
     assert launch("--version").stdout == "said of \n"  # not a compilation: run as it is
 
 

@@ -95,7 +95,7 @@ __device__ __forceinline__ float exp2_approx(float x) {  // 2 ulp; 0 for results
   return y;
 }
 
-// --------------------------------------------------------------------------------------------- sm_90: reductions in L2
+// --------------------------------------------------------------------------------------------- sm_90: memory of the device
 
 // address[0 .. 1] += {x, y}, in any order; 8-byte aligned. CUTLASS adds single floats.
 __device__ __forceinline__ void red_add_v2(float* address, float x, float y) {
