@@ -24,6 +24,9 @@ needs_cmake = pytest.mark.skipif(CMAKE is None, reason="needs cmake")
 PROJECT = """
 cmake_minimum_required(VERSION 3.22)
 project(search LANGUAGES NONE)
+foreach(place SYSTEM_ENVIRONMENT_PATH CMAKE_SYSTEM_PATH PACKAGE_REGISTRY CMAKE_SYSTEM_PACKAGE_REGISTRY)
+  set(CMAKE_FIND_USE_${place} OFF) # not what this machine itself has installed
+endforeach()
 include("${MODULE}")
 illada_find_cutlass(found "${PYTHON}")
 message(STATUS "found: ${found_VERSION} ${found}")
@@ -124,21 +127,9 @@ class Search:
         """What is found, as `VERSION FOLDER`; empty after an error."""
         self.log.unlink(missing_ok=True)
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("ILLADA_", "UV", "CMAKE_", "Nvidia"))}
-        command = [
-            CMAKE,
-            "--no-warn-unused-cli",
-            "-S",
-            str(self.folder / "project"),
-            "-B",
-            str(self.build),
-            f"-DMODULE={MODULE}",
-        ]
+        command = [CMAKE, "-S", str(self.folder / "project"), "-B", str(self.build), f"-DMODULE={MODULE}"]
         command += [f"-DPYTHON={self.python if python else ''}", *(f"-D{option}" for option in options)]
-        # Not what this machine itself has installed; nothing is built, so any program will do for make.
-        command += [f"-DCMAKE_MAKE_PROGRAM={CMAKE}"]
-        command += [f"-DCMAKE_FIND_USE_{place}=OFF" for place in (
-            "SYSTEM_ENVIRONMENT_PATH", "CMAKE_SYSTEM_PATH", "PACKAGE_REGISTRY", "CMAKE_SYSTEM_PACKAGE_REGISTRY"
-        )]  # fmt: skip
+        command += [f"-DCMAKE_MAKE_PROGRAM={CMAKE}"]  # nothing is built: any program will do
         environment = {**clean, "PATH": f"{Path(CMAKE).parent}{os.pathsep}/bin", **environment}
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         self.works, self.out, self.said = done.returncode == 0, done.stdout, " ".join(done.stderr.split())
