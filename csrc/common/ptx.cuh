@@ -54,8 +54,7 @@ __device__ __forceinline__ void griddepcontrol_launch_dependents() {
 #endif
 }
 
-// ----------------------------------------------------------------------------------------- sm_80: hints to the L1
-// cache
+// ---------------------------------------------------------------------------------------- sm_80: hints to the L1 cache
 
 // Read once: no use in the L1 cache, which cutlass::arch::global_load cannot say.
 __device__ __forceinline__ uint4 load_streaming(const void* address) {
@@ -95,7 +94,7 @@ __device__ __forceinline__ float exp2_approx(float x) {  // 2 ulp; 0 for results
   return y;
 }
 
-// --------------------------------------------------------------------------------------------- sm_90: memory of the device
+// ----------------------------------------------------------------------------------------- sm_90: memory of the device
 
 // address[0 .. 1] += {x, y}, in any order; 8-byte aligned. CUTLASS adds single floats.
 __device__ __forceinline__ void red_add_v2(float* address, float x, float y) {
