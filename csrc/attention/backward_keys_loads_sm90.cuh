@@ -6,14 +6,11 @@
 
 #include <cuda.h>
 
-#include <algorithm>
 #include <type_traits>
 
 #include "attention/backward_keys_shared_sm90.cuh"
 #include "attention/query_sums_add_sm90.cuh"
 #include "attention/query_sums_sm90.cuh"
-#include "common/ptx.cuh"
-#include "common/reduce.cuh"
 
 namespace illada::attention {
 namespace {

@@ -3,6 +3,7 @@
 
 #include <cutlass/arch/barrier.h>
 #include <cstdint>
+#include <cute/arch/cluster_sm90.hpp>
 #include <cutlass/pipeline/sm90_pipeline.hpp>
 
 #include "common/ptx.cuh"

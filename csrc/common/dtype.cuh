@@ -20,6 +20,10 @@ struct Half {
   static constexpr uint16_t kMinusInfinity = 0xfc00;
 };
 
+// CUTLASS's type of the same bits.
+template <typename T>
+using CutlassElement = std::conditional_t<std::is_same_v<T, BFloat16>, cutlass::bfloat16_t, cutlass::half_t>;
+
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(BFloat16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
 __device__ __forceinline__ float to_float(Half x) { return float(cutlass::half_t::bitcast(x.bits)); }
@@ -93,7 +97,7 @@ __device__ __forceinline__ void unpack2(uint32_t word, float& low, float& high, 
 template <typename T>
 __device__ __forceinline__ uint32_t pack2(float low, float high) {
   static_assert(std::is_same_v<T, BFloat16> || std::is_same_v<T, Half>);
-  using Element = std::conditional_t<std::is_same_v<T, BFloat16>, cutlass::bfloat16_t, cutlass::half_t>;
+  using Element = CutlassElement<T>;
   union {
     cutlass::Array<Element, 2> both;
     uint32_t word;

@@ -2,8 +2,6 @@
 #pragma once
 
 #include <cutlass/arch/mma.h>
-#include <cutlass/bfloat16.h>
-#include <cutlass/half.h>
 #include <cstdint>
 #include <cute/layout.hpp>
 #include <cutlass/gemm/collective/collective_builder_decl.hpp>
@@ -17,17 +15,6 @@ namespace illada {
 // matrix: a stride of 0, which is known, keeps the third coordinate out of the tensor maps.
 using KMajor = cute::Stride<int64_t, cute::_1, cute::_0>;
 using MnMajor = cute::Stride<cute::_1, int64_t, cute::_0>;
-
-template <typename T>
-struct CutlassElementOf;
-template <>
-struct CutlassElementOf<BFloat16> {
-  using type = cutlass::bfloat16_t;
-};
-template <>
-struct CutlassElementOf<Half> {
-  using type = cutlass::half_t;
-};
 
 // What differs between architectures.
 template <typename Arch>
@@ -51,8 +38,8 @@ struct GemmSchedule<cutlass::arch::Sm100> {
 
 template <typename Arch, typename T, typename LayoutA, typename LayoutB, typename Schedule = GemmSchedule<Arch>>
 using GemmMainloop = typename cutlass::gemm::collective::CollectiveBuilder<
-    Arch, cutlass::arch::OpClassTensorOp, typename CutlassElementOf<T>::type, LayoutA, 8,
-    typename CutlassElementOf<T>::type, LayoutB, 8, float, typename Schedule::Tile, typename Schedule::Cluster,
-    typename Schedule::Stages, typename Schedule::Mainloop>::CollectiveOp;
+    Arch, cutlass::arch::OpClassTensorOp, CutlassElement<T>, LayoutA, 8, CutlassElement<T>, LayoutB, 8, float,
+    typename Schedule::Tile, typename Schedule::Cluster, typename Schedule::Stages,
+    typename Schedule::Mainloop>::CollectiveOp;
 
 }  // namespace illada

@@ -6,13 +6,13 @@
 // cluster, whose tiles of a are neighbours, share b: each loads half of it for both (multicast).
 #pragma once
 
-#include <cuda.h>
 // The builder and the one main loop that it picks here: collective_builder.hpp has those of all architectures, and
 // takes longer to compile.
+#include <cutlass/arch/barrier.h>
+#include <cute/arch/cluster_sm90.hpp>
 #include <cutlass/gemm/collective/builders/sm90_gmma_builder.inl>
 #include <cutlass/gemm/collective/sm90_mma_tma_gmma_ss_warpspecialized.hpp>
 
-#include "common/dtype.cuh"
 #include "common/gemm_builder.cuh"
 #include "common/registers_sm90.cuh"
 #include "common/tensor_map.h"

@@ -6,6 +6,7 @@
 
 namespace illada::ptx {
 
+// cute::cast_smem_ptr_to_uint, without the headers that it comes with.
 __device__ __forceinline__ uint32_t smem_address(const void* pointer) {
   return uint32_t(__cvta_generic_to_shared(pointer));
 }

@@ -14,16 +14,12 @@
 #include <utility>
 
 #include "common/dtype.cuh"
-#include "common/ptx.cuh"
 
 namespace illada {
 
 using GmmaMajor = cute::SM90::GMMA::Major;  // which dimension of an operand is contiguous
 
 namespace detail {
-
-template <typename T>
-using CuteElement = std::conditional_t<std::is_same_v<T, BFloat16>, cute::bfloat16_t, cute::half_t>;
 
 template <typename Op, size_t... kIndex, typename... Operands>
 __device__ __forceinline__ void explode(std::index_sequence<kIndex...>, float (&d)[sizeof...(kIndex)], bool accumulate,
@@ -36,7 +32,7 @@ __device__ __forceinline__ void explode(std::index_sequence<kIndex...>, float (&
 // a and b in shared memory, each K-major (gmma_descriptor_k) or with its M or N contiguous (gmma_descriptor_mn).
 template <typename T, int kN, GmmaMajor kMajorA = GmmaMajor::K, GmmaMajor kMajorB = GmmaMajor::K>
 __device__ __forceinline__ void warpgroup_mma_ss(float (&d)[kN / 2], uint64_t a, uint64_t b, bool accumulate) {
-  using Element = detail::CuteElement<T>;
+  using Element = CutlassElement<T>;
   using Tile = cute::Shape<cute::_64, cute::Int<kN>, cute::_16>;
   using Op = decltype(cute::SM90::GMMA::ss_op_selector<Element, Element, float, Tile, kMajorA, kMajorB>());
   detail::explode<Op>(std::make_index_sequence<kN / 2>(), d, accumulate, a, b);
@@ -46,7 +42,7 @@ __device__ __forceinline__ void warpgroup_mma_ss(float (&d)[kN / 2], uint64_t a,
 template <typename T, int kN>
 __device__ __forceinline__ void warpgroup_mma_rs(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_t b,
                                                  bool accumulate) {
-  using Element = detail::CuteElement<T>;
+  using Element = CutlassElement<T>;
   using Tile = cute::Shape<cute::_64, cute::Int<kN>, cute::_16>;
   using Op = decltype(cute::SM90::GMMA::rs_op_selector<Element, Element, float, Tile, GmmaMajor::K, GmmaMajor::MN>());
   detail::explode<Op>(std::make_index_sequence<kN / 2>(), d, accumulate, a[0], a[1], a[2], a[3], b);

@@ -5,8 +5,9 @@
 //   logits         hidden's rows [rows, width]     weight^T           [rows, V]         2^(d - reference) in bfloat16,
 //                                                                                       its sum and the largest d;
 //                                                                                       the target's d on its own
-//   hidden_grad    probabilities [rows, V]         weight             [rows, width]     fp32 slabs, one a split of K =
-//   V weight_grad    probabilities^T [V, rows]       hidden's rows      [V, width]        stored, or added
+//   hidden_grad    probabilities [rows, V]         weight             [rows, width]     fp32 slabs, one a split of
+//                                                                                       K = V
+//   weight_grad    probabilities^T [V, rows]       hidden's rows      [V, width]        stored, or added
 //
 // A row's reference does not depend on the tile (linear_rows_sm90.cu says how it is found before the logits are known),
 // so that the probabilities are plain operands of the two other GEMMs: what is left to multiply by, weight / sum,
@@ -115,7 +116,7 @@ __device__ __forceinline__ void run(const typename Job::Gemm::Params& params, co
   } else {
     Gemm::Registers::as_consumer();
     const int warp = int(threadIdx.x) / 32;
-    typename Job::Store store(cute::cast_smem_ptr_to_uint(&storage + 1) + uint32_t(warp * Job::Store::kBytes));
+    typename Job::Store store(ptx::smem_address(&storage + 1) + uint32_t(warp * Job::Store::kBytes));
     float d[kTileN / 2];
     for (int i = pair; i < job.count; i += pairs) {
       if (!job.wanted(chunk, i)) continue;
