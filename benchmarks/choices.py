@@ -16,6 +16,9 @@ PREFIXES = {
     "linear_sample_tokens": ("linear_sample",),
     "remask": ("remask",),
 }
+#: The beginnings of the names of choices between kernels of sm_80 that sm_90a does not run, and the other way round.
+SM80_ALONE = ("attention_forward_warps",)
+SM90_ALONE = ("attention_forward_d", "attention_cluster", "attention_backward", "l2_hints", "loss")
 
 
 def concerns(choice: str, kind: str, dim: int | None = None) -> bool:
@@ -32,13 +35,9 @@ def concerns(choice: str, kind: str, dim: int | None = None) -> bool:
     return dim is None or only is None or int(only[1]) == dim
 
 
-def matters_on(choice: Variant, major: int | None) -> bool:
-    """Whether GPUs of compute capability `major`.x (None: some GPU) have the kernels that `choice` is about.
-
-    Its description names them where there are several: those of sm_90a, or those of sm_80, which all other GPUs run.
-    """
-    archs = set(re.findall(r"\bsm_(\d+)", choice.description))
-    return major is None or not archs or ("90" if major == 9 else "80") in archs
+def matters_on(choice: str, major: int | None) -> bool:
+    """Whether GPUs of compute capability `major`.x (None: some GPU) have the kernels that `choice` is about."""
+    return major is None or not choice.startswith(SM80_ALONE if major == 9 else SM90_ALONE)
 
 
 def others(choices: list[Variant], kind: str, dim: int | None = None) -> list[tuple[str, str]]:

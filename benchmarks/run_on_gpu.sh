@@ -145,6 +145,16 @@ if [ -z "${CUDACXX:-}" ]; then
 fi
 export CUDACXX
 command -v timeout >/dev/null || missing+=("timeout")
+# The headers of CUTLASS, for the build and for the tests' own programs; of several the newest.
+cutlass_wheel=""
+if [ -z "${ILLADA_CUTLASS_DIR:-}" ]; then
+  ILLADA_CUTLASS_DIR="$(printf '%s\n' "$PWD"/.cache/cutlass-*[0-9] | sort -V | tail -n 1)"
+  if [ ! -d "$ILLADA_CUTLASS_DIR" ]; then
+    ILLADA_CUTLASS_DIR=""
+    cutlass_wheel="$(compgen -G "${PIP_FIND_LINKS:-/nonexistent}/nvidia_cutlass-*.whl" | sort -V | tail -n 1)" || true
+  fi
+fi
+export ILLADA_CUTLASS_DIR
 if [ -z "$dry$prebuilt" ]; then
   [ -x "$CUDACXX" ] || missing+=("nvcc (CUDA 12.3 or newer); CUDACXX names one that is not on PATH")
   for tool in cmake ninja; do
@@ -152,13 +162,8 @@ if [ -z "$dry$prebuilt" ]; then
   done
   command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null ||
     missing+=("a C++17 compiler")
-  if [ -z "${ILLADA_CUTLASS_DIR:-}" ]; then # of several the newest
-    ILLADA_CUTLASS_DIR="$(printf '%s\n' "$PWD"/.cache/cutlass-*[0-9] | sort -V | tail -n 1)"
-    [ -d "$ILLADA_CUTLASS_DIR" ] || ILLADA_CUTLASS_DIR=""
-  fi
-  export ILLADA_CUTLASS_DIR
-  # An installed wheel does, and one that pip finds in a folder. CMake looks again, and checks the version.
-  [ -n "$ILLADA_CUTLASS_DIR" ] || compgen -G "${PIP_FIND_LINKS:-/nonexistent}/nvidia_cutlass-*.whl" >/dev/null ||
+  # An installed wheel does as well. CMake looks again, and checks the version.
+  [ -n "$ILLADA_CUTLASS_DIR$cutlass_wheel" ] ||
     "$python" -c 'from importlib.util import find_spec; raise SystemExit(not find_spec("cutlass_library"))' 2>/dev/null ||
     missing+=("the headers of CUTLASS 4.0 or newer; ILLADA_CUTLASS_DIR names them, or PIP_FIND_LINKS its wheel's folder")
 fi
@@ -172,6 +177,10 @@ rm -f "$out"/{summary.md,results.jsonl,kernels.jsonl,machine.txt,build.log,compa
   "$out"/{smoke,tune,peers,tests,models,sanitizer}.{txt,json,jsonl,log}
 work="$(mktemp -d)"
 trap 'rm -rf "$work"' EXIT
+if [ -n "$cutlass_wheel" ]; then
+  "$python" -m zipfile -e "$cutlass_wheel" "$work/cutlass"
+  ILLADA_CUTLASS_DIR="$work/cutlass"
+fi
 
 # Nothing is written into the checkout, and nothing is fetched.
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INDEX=1 PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 TMPDIR="$work"

@@ -269,7 +269,7 @@ def main(arguments: list[str] | None = None) -> int:
     limits = {"limit": options.limit, "deadline": deadline, "prepare": dry_run.prepare}
     (who,) = isolated.run([Task("device", [Step("name", device_of)])], **limits)
     device, major = who.value or (f"unknown ({who.message})", None)
-    choices, results = [choice for choice in variants() if matters_on(choice, major)], []
+    choices, results = [choice for choice in variants() if matters_on(choice.name, major)], []
     if options.list:
         for job in jobs:
             print(f"{job.name}: {', '.join(f'{c}={v}' for c, v in others(choices, job.kind, job.dim)) or 'no choice'}")

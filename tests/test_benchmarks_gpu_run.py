@@ -32,16 +32,16 @@ from benchmarks import (  # noqa: E402
     tune,
     tune_jobs,
 )  # fmt: skip
-from benchmarks.choices import PREFIXES, concerns, matters_on, others  # noqa: E402
+from benchmarks.choices import PREFIXES, SM80_ALONE, SM90_ALONE, concerns, matters_on, others  # noqa: E402
 from benchmarks.smoke_jobs import Job  # noqa: E402
-from illada.ops.variants import Variant  # noqa: E402
+from illada.ops.variants import Variant, variants  # noqa: E402
 
 DEVICE = torch.device("cuda", 0)
 IN_USE: dict[str, str] = {}  # the stand-ins' choices
 
 
-def choice(name, *values, description="a choice"):
-    return Variant(name, f"ILLADA_VARIANT_{name.upper()}", description, values, values[0])
+def choice(name, *values):
+    return Variant(name, f"ILLADA_VARIANT_{name.upper()}", "a choice", values, values[0])
 
 
 @contextlib.contextmanager
@@ -88,15 +88,19 @@ def test_choices_of_one_head_dim():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("description", "on_sm90", "on_others"), [
-    ("warps of a CTA of the sm_80 attention forward of D 128", False, True),
-    ("attention forward, sm_90a, head dim 64: rows x keys of a tile", True, False),
-    ("when kernels begin", True, True),
+@pytest.mark.parametrize(("name", "on_sm90", "on_others"), [
+    ("attention_forward_warps", False, True), ("attention_forward_d64", True, False), ("l2_hints", True, False),
+    ("loss_raster", True, False), ("pdl", True, True), ("sample_tokens", True, True),
 ])  # fmt: skip
-def test_choices_of_kernels_that_a_gpu_lacks(description, on_sm90, on_others):
-    one = choice("x", "a", "b", description=description)
-    assert matters_on(one, 9) == on_sm90 and matters_on(one, None)
-    assert {matters_on(one, major) for major in (8, 10, 12)} == {on_others}
+def test_choices_of_kernels_that_a_gpu_lacks(name, on_sm90, on_others):
+    assert matters_on(name, 9) == on_sm90 and matters_on(name, None)
+    assert {matters_on(name, major) for major in (8, 10, 12)} == {on_others}
+
+
+@pytest.mark.skipif(not variants(), reason="built without CUDA kernels, which have the choices")
+def test_these_names_are_choices_of_the_library():
+    for prefix in (*SM80_ALONE, *SM90_ALONE):
+        assert any(choice.name.startswith(prefix) for choice in variants()), prefix
 
 
 # ------------------------------------------------------------------------------------------------------------ smoke
@@ -210,7 +214,7 @@ def test_tune_finds_the_fastest_right_values(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(timing, "Events", FakeEvents)
     monkeypatch.setattr(timing, "device_name", lambda device: "a GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    elsewhere = choice("attention_forward_warps", "auto", "8", description="of the sm_80 attention forward")
+    elsewhere = choice("attention_forward_warps", "auto", "8")
     choices = [elsewhere, choice("tile", "plain", "fast", "wrong"), choice("order", "there", "back", "stuck", "broken")]
     monkeypatch.setattr(tune, "variants", lambda: choices)
     paths = [str(tmp_path / name) for name in ("t.json", "t.jsonl")]
