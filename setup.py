@@ -1,7 +1,7 @@
 """Builds illada._C with CMake. All metadata is in pyproject.toml; all compilation is in CMakeLists.txt.
 
-Environment: ILLADA_CUDA=on|off|auto, ILLADA_CUDA_ARCHS, ILLADA_CUDART, ILLADA_CUTLASS_DOWNLOAD, MAX_JOBS, CMAKE_ARGS,
-ILLADA_BUILD_DIR; CMake itself reads ILLADA_CUTLASS_DIR.
+Environment: ILLADA_CUDA=on|off|auto, ILLADA_CUDA_ARCHS, ILLADA_CUDART, ILLADA_CUTLASS_DIR, ILLADA_CUTLASS_DOWNLOAD,
+ILLADA_BUILD_DIR, MAX_JOBS, CMAKE_ARGS.
 """
 
 import os

@@ -1,9 +1,43 @@
 """Fixtures shared by the tests."""
 
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
 import pytest
 import torch
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(7)
+
+
+@pytest.fixture(scope="session")
+def ptxas() -> Iterator[ModuleType]:
+    """cmake/ptxas.py, which is no part of a package."""
+    if not (tool := ROOT / "cmake" / "ptxas.py").exists():
+        pytest.skip("needs a source checkout")
+    spec = importlib.util.spec_from_file_location("illada_ptxas", tool)
+    sys.modules["illada_ptxas"] = module = importlib.util.module_from_spec(spec)  # dataclasses look there
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["illada_ptxas"]
+
+
+@pytest.fixture
+def cutlass_include(ptxas: ModuleType) -> str:
+    """The headers of CUTLASS. A named folder without any fails; where none is named and none was fetched, skips."""
+    try:
+        return ptxas.cutlass_include()
+    except SystemExit as error:
+        if os.environ.get("ILLADA_CUTLASS_DIR"):
+            raise AssertionError(str(error)) from None
+        pytest.skip(
+            "no headers of CUTLASS: `make test` fetches them where there is an nvcc; ILLADA_CUTLASS_DIR names others"
+        )

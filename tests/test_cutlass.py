@@ -311,12 +311,9 @@ def test_a_pip_that_fetches_nothing_is_named(search, tmp_path):
 
 
 @needs_cmake
-def test_real_headers(search):
-    """Those that the Makefile fetches."""
-    named = os.environ.get("ILLADA_CUTLASS_DIR") or str(max((ROOT / ".cache").glob("cutlass-*[0-9]"), default=""))
-    if not named or not Path(named).exists():
-        pytest.skip("no headers in ILLADA_CUTLASS_DIR or .cache; `make test` puts them there where there is an nvcc")
-    version, _, include = search.run(ILLADA_CUTLASS_DIR=named).partition(" ")
+def test_real_headers(search, cutlass_include):
+    """Those that the Makefile fetches, or that the environment names."""
+    version, _, include = search.run(ILLADA_CUTLASS_DIR=cutlass_include).partition(" ")
     assert int(version.split(".")[0]) >= 4 and (Path(include) / "cute" / "arch").is_dir() and search.said == ""
 
 

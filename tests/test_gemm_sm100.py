@@ -3,7 +3,6 @@
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,26 +11,16 @@ ROOT = Path(__file__).resolve().parent.parent
 NVCC = shutil.which(os.environ.get("CUDACXX") or "nvcc")
 
 
-def cutlass_include() -> Path | None:
-    """The headers of CUTLASS in ILLADA_CUTLASS_DIR, fetched by make, or in a wheel that is installed."""
-    fetched = (ROOT / ".cache").glob("cutlass-*[0-9]")
-    named = [Path(folder) for folder in (os.environ.get("ILLADA_CUTLASS_DIR"), *fetched, *sys.path) if folder]
-    places = [folder / inside for folder in named for inside in ("include", ".", "cutlass_library/source/include")]
-    return next((place for place in places if (place / "cutlass" / "version.h").exists()), None)
-
-
 @pytest.mark.slow  # half a minute of compilation
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc: set CUDACXX or PATH")
-def test_the_weights_gradient_compiles_for_sm_100a(tmp_path):
+def test_the_weights_gradient_compiles_for_sm_100a(cutlass_include, tmp_path):
     """To machine code, with the tensor cores' instruction of two CTAs and without local memory."""
-    if not (ROOT / "csrc").exists() or not (cutlass := cutlass_include()):
-        pytest.skip("needs a source checkout and the headers of CUTLASS: set ILLADA_CUTLASS_DIR")
     archs = subprocess.run([NVCC, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
     if "sm_100" not in archs:
         pytest.skip("this nvcc does not know sm_100a")
     done = subprocess.run(
         [NVCC, "-std=c++17", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", "-gencode", "arch=compute_100a,code=sm_100a",
-         f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'include'}", "-isystem", cutlass, "-Xptxas", "-v", "-cubin",
+         f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'include'}", "-isystem", cutlass_include, "-Xptxas", "-v", "-cubin",
          "--keep", "--keep-dir", tmp_path, ROOT / "tests" / "cpp" / "weight_grad_sm100.cu", "-o", tmp_path / "cubin"],
         capture_output=True, text=True,
     )  # fmt: skip

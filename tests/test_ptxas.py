@@ -1,6 +1,5 @@
 """The register and spill budget, judged on ptxas output as CUDA 13.0 prints it; no compiler needed."""
 
-import importlib.util
 import json
 import re
 import subprocess
@@ -27,15 +26,6 @@ ptxas info    : Used 128 registers, used 0 barriers, 24 bytes cumulative stack s
 ptxas info    : Function properties for helper
     16 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
 """
-
-
-@pytest.fixture(scope="module")
-def ptxas():
-    spec = importlib.util.spec_from_file_location("illada_ptxas", TOOL)
-    sys.modules["illada_ptxas"] = module = importlib.util.module_from_spec(spec)  # dataclasses look there
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["illada_ptxas"]
 
 
 @pytest.fixture

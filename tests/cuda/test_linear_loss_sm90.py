@@ -24,7 +24,7 @@ CASES = [  # N, C, V, spread of the logits, chunk_rows: what the row is for
 
 @pytest.fixture(autouse=True)
 def fused(device, request):
-    """Skips where the kernels are not built or not for this GPU; then nothing may fall back on the portable path."""
+    """Skips on other GPUs. On these nothing may fall back on the portable path, also where kernels were not built."""
     if torch.cuda.get_device_capability(device) != (9, 0):
         pytest.skip("the fused kernels need compute capability 9.0")
     with pytest.MonkeyPatch.context() as patch:
