@@ -40,8 +40,17 @@ def run(
         report(ended)
         return ended
 
-    with ThreadPoolExecutor(at_once) as pool:
-        return list(pool.map(one, commands))
+    # A shell that starts this in the background has it ignore INT, and commands would inherit that. A handler ends at
+    # exec: with one, commands begin with the default.
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    if ignored:
+        signal.signal(signal.SIGINT, lambda number, frame: None)
+    try:
+        with ThreadPoolExecutor(at_once) as pool:
+            return list(pool.map(one, commands))
+    finally:
+        if ignored:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _run_one(name: str, command: Sequence[str], seconds: float, environment: Mapping[str, str] | None) -> Ended:
