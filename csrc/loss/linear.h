@@ -59,7 +59,7 @@ struct LinearChunk {
   uint8_t* live;  // [rows / kPairRows, id_tiles], or null: all are
   float* slabs;
   int slab_rows;
-  int raster;  // how many tiles of a stretch of the vocabulary are made before the next stretch
+  int group_tiles;  // at most, across a stretch of the vocabulary, before the next stretch (tile_order.h)
 
 #if defined(__CUDACC__)
   // Rows of this chunk that are listed.

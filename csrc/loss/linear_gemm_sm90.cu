@@ -22,6 +22,7 @@
 #include "common/tile_store_sm90.cuh"
 #include "loss/linear.h"
 #include "loss/linear_split.cuh"
+#include "loss/tile_order.h"
 
 namespace illada::loss {
 namespace {
@@ -68,19 +69,10 @@ struct WantedSteps {
   }
 };
 
-// Tiles of a matrix whose long side is the vocabulary, in the order in which they are made: a stretch of the vocabulary
-// is read once for all tiles across it. With groups of tiles across, it is read once a group, and the other operand of
-// the tiles that are made at the same time takes less of the L2 cache.
-struct Raster {
-  int across, along;
-
-  __device__ __forceinline__ Raster(const LinearChunk& c, int tiles_across, int i) {
-    const int group = min(c.raster, tiles_across), first = i / (group * c.id_tiles) * group;
-    const int width = min(group, tiles_across - first), of_group = i - first * c.id_tiles;
-    across = first + of_group % width;
-    along = of_group / width;
-  }
-};
+// Tiles in the order that the chunk asks for.
+__device__ __forceinline__ TilePlace place_of(const LinearChunk& c, int tiles_across, int i) {
+  return {c.group_tiles, tiles_across, c.id_tiles, i};
+}
 
 template <typename LayoutA, typename LayoutB>
 using LossGemm = Gemm<GemmMainloop<cutlass::arch::Sm90, BFloat16, LayoutA, LayoutB>>;
@@ -147,10 +139,10 @@ struct LogitsJob {
     count = row_pairs * c.id_tiles;
   }
   __device__ __forceinline__ bool wanted(const LinearChunk& c, int i) const {
-    return !again || c.again[Raster(c, row_pairs, i).across] != 0;
+    return !again || c.again[place_of(c, row_pairs, i).across] != 0;
   }
   __device__ __forceinline__ Tile tile(const LinearChunk& c, int i, int rank) const {
-    const Raster at(c, row_pairs, i);
+    const TilePlace at = place_of(c, row_pairs, i);
     return {at.across * kPairRows + rank * kTileM, at.along * kTileN, 0, tiles_of(c.width, kTileK)};
   }
   __device__ __forceinline__ void prepare(const LinearChunk& c, int warp_row) {
@@ -293,7 +285,7 @@ struct WeightGradJob {
   }
   __device__ __forceinline__ bool wanted(const LinearChunk&, int) const { return true; }
   __device__ __forceinline__ Tile tile(const LinearChunk& c, int i, int rank) const {
-    const Raster at(c, columns, i);
+    const TilePlace at = place_of(c, columns, i);
     return {at.along * kTileIds + rank * kTileM,  at.across * kTileN, 0, k_tiles,
             c.live ? c.live + at.along : nullptr, c.id_tiles};
   }

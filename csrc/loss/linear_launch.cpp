@@ -7,6 +7,7 @@
 #include "common/variants.h"
 #include "illada/illada.h"
 #include "loss/linear.h"
+#include "loss/tile_order.h"
 
 namespace illada::loss {
 namespace {
@@ -140,18 +141,6 @@ LinearPlan checked_plan(const LinearMaskedCrossEntropyParams& p, const Device& g
 }
 
 #if defined(ILLADA_BUILT_SM90A)
-int raster() {
-  switch (variant<LossRaster>()) {
-    case LossRaster::k8:
-      return 8;
-    case LossRaster::k4:
-      return 4;
-    case LossRaster::kAll:
-      break;
-  }
-  return std::numeric_limits<int>::max();
-}
-
 LinearChunk chunk_of(const LinearMaskedCrossEntropyParams& p, const LinearPlan& plan, int index) {
   char* const base = static_cast<char*>(p.workspace);
   const auto floats = [&](int64_t offset) { return reinterpret_cast<float*>(base + offset); };
@@ -180,7 +169,7 @@ LinearChunk chunk_of(const LinearMaskedCrossEntropyParams& p, const LinearPlan& 
   }
   chunk.slabs = floats(plan.slabs);
   chunk.slab_rows = plan.slab_rows;
-  chunk.raster = raster();
+  chunk.group_tiles = tiles_of_a_group();
   return chunk;
 }
 

@@ -1,0 +1,14 @@
+// The tiles of the loss's GEMMs in the order of the choice loss_raster: see tests/test_tile_order.py.
+#include "loss/tile_order.h"
+
+#include <cstdio>
+#include <cstdlib>
+
+// tile_order ACROSS ALONG: one tile a line.
+int main(int, char** argv) {
+  const int across = std::atoi(argv[1]), along = std::atoi(argv[2]);
+  for (int i = 0; i < across * along; ++i) {
+    const illada::loss::TilePlace place(illada::loss::tiles_of_a_group(), across, along, i);
+    std::printf("%d %d\n", place.across, place.along);
+  }
+}
