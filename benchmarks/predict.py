@@ -111,25 +111,30 @@ def entry(case: Case, expected: Sequence[Launch], fast: Sequence[Launch], slow: 
 # ----------------------------------------------------------------------------------------------------------- simulator
 
 
-def trace(case: Case, slot: int, folder: Path, cusim: Path) -> list[str]:
-    """Record a slot's share of the case's kernels. The traces' paths, in the order of the launches."""
+def record(command: Sequence[str], kernel: str, slot: int, folder: Path, cusim: Path) -> list[str]:
+    """Record a slot's share of the kernels that a command launches. The traces' paths, in the order of the launches."""
     environment = {
         **os.environ,
         "CUSIM_TIMING": str(folder),
         "CUSIM_TIMING_FAST": "1",
-        "CUSIM_TIMING_KERNEL": case.kernel,
+        "CUSIM_TIMING_KERNEL": kernel,
         "CUSIM_TIMING_FIRST": str(slot),
         "CUSIM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), str(cusim), os.environ.get("PYTHONPATH")])),
     }
-    command = [str(cusim / "cusim"), "run", "--", sys.executable, "-m", "benchmarks.predict", "--inside", case.name]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [str(cusim / "cusim"), "run", "--", *command], env=environment, capture_output=True, text=True
+    )
     found = sorted(map(str, folder.glob("*.trace")))
     if done.returncode or not found:
-        raise RuntimeError(
-            f"{case.name}: exit {done.returncode}, {len(found)} traces\n{done.stdout}{done.stderr}"[-2000:]
-        )
+        raise RuntimeError(f"exit {done.returncode}, {len(found)} traces\n{done.stdout}{done.stderr}"[-2000:])
     return found
+
+
+def trace(case: Case, slot: int, folder: Path, cusim: Path) -> list[str]:
+    """Record a slot's share of the case's kernels."""
+    command = [sys.executable, "-m", "benchmarks.predict", "--inside", case.name]
+    return record(command, case.kernel, slot, folder, cusim)
 
 
 def replay(traces: Sequence[str], cusim: Path, machine: str, settings: Mapping[str, float]) -> list[Launch]:

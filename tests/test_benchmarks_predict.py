@@ -12,7 +12,7 @@ if importlib.util.find_spec("benchmarks") is None:
     sys.path.insert(0, str(ROOT))
 
 from benchmarks import __main__ as command  # noqa: E402
-from benchmarks import compare, predict, predict_cases, runner, tune_jobs  # noqa: E402
+from benchmarks import compare, predict, predict_cases, runner, stock_gemm, tune_jobs  # noqa: E402
 from benchmarks.predict import Launch  # noqa: E402
 from benchmarks.predict_cases import ESTIMATES, Case  # noqa: E402
 
@@ -183,3 +183,13 @@ def test_compare_command(tmp_path, capsys):
     with pytest.raises(SystemExit):
         command.main(options)
     assert "is not what `make predict` writes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("schedule", stock_gemm.SCHEDULES, ids=lambda schedule: schedule.name)
+def test_stock_gemms_are_scaled_to_the_vocabulary(schedule, monkeypatch):
+    """The busiest slot, of 606 tiles of ids where the sample has 33; a launch is not scaled."""
+    times = {"0": 103.0, "33": 203.0, "65": 103.0}
+    monkeypatch.setattr(predict, "record", lambda command, kernel, slot, folder, cusim: [str(slot)])
+    monkeypatch.setattr(predict, "replay", lambda traces, *_: [Launch("stock_gemm", times[traces[0]], {})])
+    found = stock_gemm.predict_us(schedule, Path("program"), Path(), "h200")
+    assert found == pytest.approx(3 + 200 * 147 / 8)
