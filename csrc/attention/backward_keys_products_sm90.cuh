@@ -212,7 +212,7 @@ __device__ __forceinline__ void multiply_keys(const KeysArguments& a, KeysShared
           warpgroup_wait<1>(dq);
           shared.ds_empty[(step - 1) & 1].arrive_if(thread == 0);
         } else if (i >= kFirst) {
-          // Spread evenly, and kept in their gap: many additions at once hold up the product after them.
+          // Spread evenly, and kept in their gaps: many additions at once hold up the product after them.
           constexpr int kGaps = 2 * kSteps - kFirst;
           const auto parts_before = [&](int gap) { return (gap * adder.kParts + kGaps - 1) / kGaps; };
           const int first = parts_before(i - kFirst);
