@@ -12,11 +12,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import architectures
 import pytest
 import torch
 import torch.distributed as dist
 
-import architectures
 import illada
 from illada import cli
 from illada.checkpoint import save_pretrained
