@@ -79,16 +79,61 @@ def test_generate_fills_masks(capsys, path):
 
 
 def test_prompts_of_a_file(capsys, path, tmp_path):
-    """One a line, and U+2028 or a form feed end none."""
+    """One a line, which U+2028, a form feed or a lone CR do not end; a byte order mark is no part of it."""
     file = tmp_path / "prompts.txt"
-    file.write_bytes("im\u2028port\r\n\ndef\x0cx\n".encode())
+    file.write_bytes("\ufeffim\u2028port\r\n\ndef\x0c\rx\n".encode())
     status, out, _ = run(capsys, "generate", path, "--prompt-file", file, "--json", *SHORT)
     assert status == 0
-    assert [json.loads(line)["prompt"] for line in out.split("\n")[:-1]] == ["im\u2028port", "", "def\x0cx"]
-    for content, match in ((b"", "holds no prompt"), (b"\xff", "prompts.txt is not UTF-8 text")):
+    assert [json.loads(line)["prompt"] for line in out.split("\n")[:-1]] == ["im\u2028port", "", "def\x0c\rx"]
+    for content, match in ((b"", "holds no prompt"), (b"a\n\xff", "prompts.txt, line 2 is not UTF-8 text")):
         file.write_bytes(content)
         status, _, err = run(capsys, "generate", path, "--prompt-file", file, *SHORT)
         assert status == 2 and match in err and err.count("\n") == 1
+
+
+def piped(data):
+    return io.TextIOWrapper(io.BytesIO(data), encoding="utf-8")
+
+
+def test_standard_input(capsys, path, monkeypatch):
+    monkeypatch.setattr("sys.stdin", piped(b"\xef\xbb\xbfim\rport\r\n"))
+    status, out, _ = run(capsys, "generate", path, "--json", *SHORT)
+    assert status == 0 and json.loads(out)["prompt"] == "im\rport\n"
+    for command, stdin, match in (
+        ("generate", None, "standard input is closed, so there is no prompt"),
+        ("agreement", None, "standard input is closed, so there is no prompt"),
+        ("generate", piped(b"a\nb\xf6b"), "standard input, line 2 is not UTF-8 text: byte 0xf6"),
+        ("agreement", piped("a".encode("utf-16")), "standard input is not UTF-8 text: it looks like UTF-16"),
+    ):
+        monkeypatch.setattr("sys.stdin", stdin)
+        status, _, err = run(capsys, command, path, *SHORT)
+        assert status == 2 and match in err and err.count("\n") == 1
+
+
+def test_arguments_that_are_not_utf8(capsys, path):
+    bad = b"a\xff".decode("utf-8", "surrogateescape")
+    for arguments in (
+        ("generate", path, "--prompt", bad), ("generate", path, "--prompt", "a", "--stop", bad),
+        ("chat", path, "--system", bad), ("score", path, "--candidate", bad),
+        ("score", path, "--candidate", "a", "--context", bad),
+    ):  # fmt: skip
+        status, _, err = run(capsys, *arguments)
+        assert status == 2 and f"{arguments[-2]} is not UTF-8 text: byte 0xff at character 1" in err
+
+
+@pytest.mark.parametrize(
+    "encoding, plain, quoted", [("ascii", "\\xefm", "\\u00efm"), ("latin-1", "ïm\\u2028", "\\u00efm")]
+)
+def test_output_that_is_not_unicode(path, monkeypatch, encoding, plain, quoted):
+    """What the terminal lacks is escaped: in JSON, as JSON does."""
+    for options, match in (((), plain), (("--json",), quoted)):
+        stdout = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        monkeypatch.setattr("sys.stdout", stdout)
+        status = cli.main(["generate", str(path), "--prompt", "ïm\u2028port", *map(str, SHORT), *options])
+        stdout.flush()
+        out = stdout.buffer.getvalue().decode(encoding)
+        assert status == 0 and match in out
+        assert not options or json.loads(out)["prompt"] == "ïm\u2028port"
 
 
 def test_device(capsys, path, monkeypatch):

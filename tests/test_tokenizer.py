@@ -208,7 +208,7 @@ def test_errors_name_the_file_and_the_cure(folder, tmp_path, monkeypatch):
         Tokenizer.from_pretrained(folder)
     (folder / "tokenizer_config.json").unlink()
     (folder / "chat_template.jinja").write_bytes(b"\xff\xfe")
-    with pytest.raises(ValueError, match=r"chat_template\.jinja is not text"):
+    with pytest.raises(ValueError, match=r"chat_template\.jinja is not UTF-8 text: it looks like UTF-16"):
         Tokenizer.from_pretrained(folder)
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer\.json is not a tokenizer\.json that"):

@@ -24,6 +24,7 @@ from illada.config import ModelConfig
 from illada.files import read_json_object, staged_directory
 from illada.layouts import LAYOUTS, Layout, layout_of_file
 from illada.model import MaskedDiffusionModel
+from illada.text import read_json
 
 _INDEX = "model.safetensors.index.json"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -232,7 +233,7 @@ def _check_tie(head: Tensor, path: Path, layout: Layout) -> None:
 def _weight_files(path: Path) -> list[Path]:
     if (path / _INDEX).is_file():
         try:
-            names = sorted(set(json.loads((path / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+            names = sorted(set(read_json(path / _INDEX)["weight_map"].values()))
             if any(Path(name).name != name for name in names):
                 raise ValueError("a shard outside of the folder")
         except (ValueError, KeyError, AttributeError, TypeError):

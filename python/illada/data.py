@@ -17,6 +17,7 @@ import hashlib
 import json
 import sys
 import sysconfig
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from tqdm import tqdm
 
 from illada.files import staged_directory
+from illada.text import parse_json, read_json, read_lines, read_text
 
 FORMAT, FORMAT_VERSION = "illada-corpus", 1
 SPLITS = ("train", "validation")
@@ -64,7 +66,8 @@ _ENCODE_BATCH = 256  # documents handed to the tokenizer's threads at a time
 
 
 def read_source(source: str) -> Iterator[str]:
-    """Documents of a source, in a fixed order; files that are not UTF-8 text are left out.
+    """Documents of a source, in a fixed order. Files of a folder that are not UTF-8 text are left out,
+    with a warning that counts them.
 
     Args:
         source: "stdlib", the source code of the running Python's own library; "dir:PATH", every text file below a
@@ -90,28 +93,31 @@ def read_source(source: str) -> Iterator[str]:
 
 
 def _read_files(paths: Iterable[Path]) -> Iterator[str]:
+    left_out: list[str] = []
     for path in paths:
         try:
-            text = path.read_text(encoding="utf-8")
-        except (UnicodeDecodeError, OSError):
+            text = read_text(path)
+        except (ValueError, OSError) as error:
+            left_out.append(str(error))
             continue
         if text.strip():
             yield text
+    if left_out:
+        warnings.warn(f"left out {len(left_out)} files that are not UTF-8 text; the first: {left_out[0]}", stacklevel=1)
 
 
 def _read_jsonl(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(line)["text"]
-            except (json.JSONDecodeError, KeyError, TypeError):
-                raise ValueError(f'{path}, line {number}: expected a JSON object with a "text" field') from None
-            if not isinstance(text, str):
-                raise ValueError(f'{path}, line {number}: "text" must be a string, got {type(text).__name__}')
-            if text.strip():
-                yield text
+    for where, line in read_lines(path):
+        if not line.strip():
+            continue
+        try:
+            text = parse_json(line, where)["text"]
+        except (KeyError, TypeError):
+            raise ValueError(f'{where}: expected a JSON object with a "text" field') from None
+        if not isinstance(text, str):
+            raise ValueError(f'{where}: "text" must be a string, got {type(text).__name__}')
+        if text.strip():
+            yield text
 
 
 # --------------------------------------------------------------------------------------------------------- tokenizers
@@ -312,9 +318,9 @@ class TokenDataset:
         if not header_file.is_file():
             raise FileNotFoundError(f"{self.path} is not a corpus (no corpus.json); make one with `illada prepare`")
         try:
-            self.header: dict[str, Any] = json.loads(header_file.read_text(encoding="utf-8"))
+            self.header: dict[str, Any] = read_json(header_file)
             known = self.header["format"] == FORMAT
-        except (json.JSONDecodeError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError):
             known = False
         if not known:
             raise ValueError(f"{header_file} is not the header of an {FORMAT}")

@@ -11,6 +11,7 @@ import tokenizers
 from illada.chat import Message, render_chat_template
 from illada.data import load_tokenizer
 from illada.files import read_json_object
+from illada.text import read_text
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _SLOW_FILES = ("tokenizer_config.json", "vocab.json", "vocab.txt", "tokenizer.model")
@@ -154,10 +155,7 @@ def _text(token: Any) -> Any:
 def _chat_template(folder: Path, configured: Any) -> str | dict[str, str] | None:
     file = folder / "chat_template.jinja"  # newer files keep it here, and then it counts
     if file.is_file():
-        try:
-            return file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file} is not text: {error}") from None
+        return read_text(file)
     if configured is None or isinstance(configured, str):
         return configured
     try:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
 from illada.cli import sampling
+from illada.text import read_text
 
 _COMMANDS = "/reset forgets the conversation, /undo the last turn, /exit leaves (as does Ctrl-D)"
 
@@ -34,7 +34,7 @@ def add_parser(commands: Any) -> None:
 def _run(options: argparse.Namespace) -> int:
     model, tokenizer = sampling.load(options)
     if options.chat_template:
-        tokenizer.chat_template = Path(options.chat_template).read_text(encoding="utf-8")
+        tokenizer.chat_template = read_text(options.chat_template)
     if tokenizer.chat_template is None:
         raise ValueError(
             f"{options.checkpoint} has no chat template, so it is perhaps a base model: use `illada generate`, or give "

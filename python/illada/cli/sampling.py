@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
+import sys
 from typing import TYPE_CHECKING, Any
+
+from illada.text import decode_text, read_lines
 
 if TYPE_CHECKING:
     from illada.generation import GenerationConfig
@@ -73,26 +77,37 @@ def load(options: argparse.Namespace) -> tuple[Any, Tokenizer]:
     return load(options.checkpoint, options.tokenizer, device=device, dtype=dtype, mask_token_id=options.mask_token_id)
 
 
-def read_prompts(
-    options: argparse.Namespace, tokenizer: Tokenizer, stdin: str | None
-) -> tuple[list[str], list[list[int]]]:
-    """(texts, token ids) of `add_prompt_options`; `stdin` is the prompt where none is given."""
+def read_prompts(options: argparse.Namespace, tokenizer: Tokenizer) -> tuple[list[str], list[list[int]]]:
+    """(texts, token ids) of `add_prompt_options`; where they give none, standard input is the prompt."""
     prompts = list(options.prompt or [])
     if options.prompt_file:
-        from illada.cli.checkpoints import read_text
-
-        lines = read_text(options.prompt_file).split("\n")  # and at nothing else that Unicode calls the end of a line
-        lines = lines[:-1] if lines[-1] == "" else lines
+        lines = [line for _, line in read_lines(options.prompt_file)]
         if not lines:
             raise ValueError(f"--prompt-file: {options.prompt_file} holds no prompt")
         prompts += lines
     if not prompts:
-        prompts = [stdin or ""]
+        prompts = [_read_stdin()]
     if options.apply_chat_template:
         rendered = [tokenizer.apply_chat_template([{"role": "user", "content": prompt}]) for prompt in prompts]
         return prompts, [tokenizer.encode(text) for text in rendered]
     parse = options.special_tokens_in_prompt
     return prompts, [tokenizer.encode(prompt, parse_special_tokens=parse) for prompt in prompts]
+
+
+def _read_stdin() -> str:
+    """All of standard input; nothing, where it is a terminal."""
+    if sys.stdin is None:
+        raise ValueError("standard input is closed, so there is no prompt; give --prompt or --prompt-file")
+    if sys.stdin.isatty():
+        return ""
+    buffer = getattr(sys.stdin, "buffer", None)
+    return sys.stdin.read() if buffer is None else decode_text(buffer.read(), "standard input")
+
+
+def print_json(record: dict[str, Any]) -> None:
+    """One line of JSON. Where the output is not Unicode, what it lacks is escaped as JSON escapes it."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    print(json.dumps(record, ensure_ascii=not encoding.lower().startswith("utf")))
 
 
 def make_config(options: argparse.Namespace, tokenizer: Tokenizer) -> GenerationConfig:
