@@ -122,6 +122,18 @@ def test_given_tokenizer_and_wide_ids(texts, corpus, tmp_path):
     assert TokenDataset(tmp_path / "wide").tokens.dtype == np.uint32
 
 
+def test_a_saved_tokenizer_s_settings_change_no_corpus(texts, corpus, tmp_path):
+    """Truncation, padding, and control tokens that are not called special."""
+    values = json.loads((corpus / "tokenizer.json").read_text())
+    values["truncation"] = {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
+    for token in values["added_tokens"]:
+        token["special"] = False
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    prepare(f"dir:{texts}", tmp_path / "c", tokenizer=tmp_path / "tokenizer.json", validation_fraction=0.2)
+    for name in ("train.bin", "train.idx", "validation.bin"):
+        assert (tmp_path / "c" / name).read_bytes() == (corpus / name).read_bytes()
+
+
 def test_stdlib_source():
     documents = read_source("stdlib")
     first = next(documents)

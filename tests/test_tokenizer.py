@@ -4,9 +4,10 @@ import json
 import sys
 
 import pytest
+import tokenizers
 
 from illada.chat import merge_system, render_chat_template
-from illada.data import SPECIAL_TOKENS, train_tokenizer
+from illada.data import SPECIAL_TOKENS, load_tokenizer, train_tokenizer
 from illada.tokenizer import Tokenizer
 
 LLAMA3 = (
@@ -94,6 +95,93 @@ def test_encode_and_decode(folder):
     )
     assert tokenizer.decode(tokenizer.encode("the quick fox")) == "the quick fox"
     assert tokenizer.decode([5]) == "" and tokenizer.decode([5], skip_special_tokens=False) == "<[MASK]>"
+
+
+def change(folder, **changes):
+    """Other values in tokenizer.json; of "added_tokens", flags for each of them."""
+    values = json.loads((folder / "tokenizer.json").read_text())
+    for token in values["added_tokens"]:
+        token.update(changes.get("added_tokens", {}))
+    values.update({name: value for name, value in changes.items() if name != "added_tokens"})
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+
+
+TRUNCATION = {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
+PADDING = {
+    "strategy": {"Fixed": 8}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 1, "pad_type_id": 0,
+    "pad_token": "<[PAD▁TOKEN]>",
+}  # fmt: skip
+
+
+def test_settings_of_whoever_saved_it_cut_and_pad_nothing(folder):
+    text = "the quick brown fox" * 9
+    want = Tokenizer.from_pretrained(folder).encode(text)
+    change(folder, truncation=TRUNCATION, padding=PADDING)
+    tokenizer = Tokenizer.from_pretrained(folder)
+    assert tokenizer.encode(text) == want and len(want) > 8
+    assert tokenizer.encode("x") == load_tokenizer(folder).encode("x").ids and len(tokenizer.encode("x")) == 1
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_control_tokens_never_come_from_text(named, folder):
+    """Also where tokenizer.json does not call them special: then `tokenizers` parses them always."""
+    change(folder, added_tokens={"special": False})
+    tokenizer = configure(folder, mask_token="<[MASK]>") if named else Tokenizer.from_pretrained(folder)
+    if not named:
+        tokenizer.protect([5, 2, None, 9999])  # an id of the model's that the tokenizer lacks is no text
+    text = "the <[MASK]> fox<[end▁of▁sentence]><[MASK]>"
+    ids = tokenizer.encode(text, parse_special_tokens=False)
+    assert not {2, 5} & set(ids) and tokenizer.decode(ids) == text
+    assert tokenizer.encode(text).count(5) == 2
+    assert tokenizer.decode([5, *tokenizer.encode("fox")]) == "fox"
+
+
+def test_a_model_that_merges_its_control_tokens(tmp_path):
+    """Unigram finds "</s>" in any text, as its pieces are the vocabulary: such text is encoded by pieces."""
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), *((c, -3.0) for c in "ab</s>")]
+    backend = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=0))
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = configure(tmp_path, eos_token="</s>", pad_token="a", unk_token="<unk>")
+    text = "a</s>b</s></s>"
+    assert 1 in tokenizer.encode(text)
+    ids = tokenizer.encode(text, parse_special_tokens=False)
+    assert 1 not in ids and "".join(tokenizer.backend.id_to_token(i) for i in ids) == text
+
+
+def test_tokens_that_only_other_files_name(folder):
+    """added_tokens.json, or tokenizer_config.json, which counts over it: as transformers reads them."""
+    transformers = pytest.importorskip("transformers")
+    size = load_tokenizer(folder).get_vocab_size()
+    text = "the <|im_start|> quick<|im_end|>"
+    added = {"<|im_end|>": size + 1, "<|im_start|>": size}
+    (folder / "added_tokens.json").write_text(json.dumps(added))
+    for config in (
+        {"additional_special_tokens": ["<|im_start|>"]},
+        {"added_tokens_decoder": {
+            str(i): {"content": content, "special": i == size, "lstrip": i == size, "rstrip": False,
+                     "single_word": False, "normalized": False}
+            for content, i in added.items()
+        }},
+    ):  # fmt: skip
+        tokenizer = configure(folder, **config)
+        theirs = transformers.AutoTokenizer.from_pretrained(folder)
+        ids = tokenizer.encode(text)
+        assert ids == theirs.encode(text, add_special_tokens=False) and {size, size + 1} <= set(ids)
+        assert tokenizer.decode(ids) == theirs.decode(
+            ids, skip_special_tokens=True
+        ) and "<|im_end|>" in tokenizer.decode(ids)
+        assert (size in load_tokenizer(folder / "tokenizer.json").encode(text).ids) is True
+    (folder / "added_tokens.json").write_text(json.dumps({"<|im_end|>": size + 7}))
+    with pytest.raises(
+        ValueError, match=rf"added_tokens\.json gives '<\|im_end\|>' the id {size + 7}, .* free id is {size}"
+    ):
+        configure(folder)
+    for bad in ({"<x>": "y"}, {"<x>": None}):
+        (folder / "added_tokens.json").write_text(json.dumps(bad))
+        with pytest.raises(ValueError, match=r"added_tokens\.json does not name added tokens by their ids"):
+            configure(folder)
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json does not name added tokens by their ids"):
+        configure(folder, added_tokens_decoder={"1": "x"})
 
 
 @pytest.mark.parametrize("template", [LLAMA3, CHATML, BLOCKS, NO_SYSTEM])

@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from illada.files import staged_directory
 from illada.text import parse_json, read_json, read_lines, read_text
+from illada.tokenizer_files import control_tokens, encode_as_text, load_tokenizer
 
 FORMAT, FORMAT_VERSION = "illada-corpus", 1
 SPLITS = ("train", "validation")
@@ -123,17 +124,6 @@ def _read_jsonl(path: Path) -> Iterator[str]:
 # --------------------------------------------------------------------------------------------------------- tokenizers
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """A tokenizer.json, or the one in a folder (a corpus, a checkpoint)."""
-    file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"no tokenizer at {file}")
-    try:
-        return Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"{file} is not a tokenizer.json that `tokenizers` can read: {error}") from None
-
-
 def tokenizer_sha256(path: str | Path) -> str:
     """What ties a corpus to a checkpoint: the SHA-256 of its tokenizer.json (of a folder's, for a folder)."""
     file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
@@ -225,6 +215,7 @@ def prepare(
     else:
         trained = load_tokenizer(tokenizer)
     ids = special_ids(trained, special)
+    control = control_tokens(trained, ids.values())
     trained.encode_special_tokens = True  # a document that spells "<[MASK]>" is text, not a mask
 
     with staged_directory(out_dir) as folder:
@@ -240,7 +231,7 @@ def prepare(
             "tokenizer_sha256": tokenizer_sha256(folder),
             "held_out": held_out,
             "splits": {
-                split: _write_split(parts[split], trained, ids["eos"], folder / split, dtype, progress)
+                split: _write_split(parts[split], trained, ids["eos"], control, folder / split, dtype, progress)
                 for split in SPLITS
             },
         }
@@ -271,19 +262,27 @@ def hold_out(documents: list[str], fraction: float) -> tuple[dict[str, list[str]
 
 
 def _write_split(
-    texts: list[str], tokenizer: Tokenizer, eos: int, stem: Path, dtype: str, progress: bool
+    texts: list[str], tokenizer: Tokenizer, eos: int, control: dict[int, str], stem: Path, dtype: str, progress: bool
 ) -> dict[str, int]:
     """Write stem.bin and stem.idx; how many documents, tokens and bytes of text they hold."""
-    offsets = [0]
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False).ids
+
+    offsets, never = [0], np.array(list(control), dtype=np.int64)
     with (
         stem.with_suffix(".bin").open("wb") as file,
         tqdm(total=len(texts), desc=f"encoding {stem.name}", unit=" documents", disable=not progress) as bar,
     ):
         for start in range(0, len(texts), _ENCODE_BATCH):
             batch = texts[start : start + _ENCODE_BATCH]
-            for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False):
-                np.asarray([*encoding.ids, eos], dtype=dtype).tofile(file)
-                offsets.append(offsets[-1] + len(encoding.ids) + 1)
+            encodings = tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+            for text, encoding in zip(batch, encodings, strict=True):
+                ids = encoding.ids
+                if np.isin(ids, never).any():
+                    ids = encode_as_text(encode, control, text)
+                np.asarray([*ids, eos], dtype=dtype).tofile(file)
+                offsets.append(offsets[-1] + len(ids) + 1)
             bar.update(len(batch))
     np.asarray(offsets, dtype=np.uint64).tofile(stem.with_suffix(".idx"))
     return {"documents": len(texts), "tokens": offsets[-1], "bytes": sum(len(text.encode()) for text in texts)}

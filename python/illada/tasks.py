@@ -27,9 +27,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from illada.data import TokenDataset, load_tokenizer
+from illada.data import TokenDataset
 from illada.files import staged_directory
 from illada.text import read_text
+from illada.tokenizer_files import load_tokenizer
 
 TASKS = ("definitions", "cloze", "cloze_word")
 CHOICES = 4

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
 from illada.chat import Message, render_chat_template
-from illada.data import load_tokenizer
 from illada.files import read_json_object
-from illada.text import read_text
+from illada.text import check_text, read_text
+from illada.tokenizer_files import control_tokens, encode_as_text, load_tokenizer, read_special_tokens, without_limits
 
-_SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _SLOW_FILES = ("tokenizer_config.json", "vocab.json", "vocab.txt", "tokenizer.model")
 
 
@@ -36,6 +36,8 @@ class Tokenizer:
         self.backend = backend
         self.chat_template = chat_template
         self.special_tokens = dict(special_tokens or {})
+        self._control: dict[int, str] = {}
+        self.protect(self.special_token_id(name) for name in ("mask_token", "eos_token", "bos_token", "pad_token"))
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, trust_remote_code: bool = False) -> Tokenizer:
@@ -54,16 +56,69 @@ class Tokenizer:
         else:
             backend = load_tokenizer(path)
         config = _read_if_there(folder / "tokenizer_config.json")
-        special = {**_read_if_there(folder / "special_tokens_map.json"), **config}
-        names = (*_SPECIAL_NAMES, "additional_special_tokens")
         return cls(
             backend,
             chat_template=_chat_template(folder, config.get("chat_template")),
-            special_tokens={name: _text(special[name]) for name in names if special.get(name)},
+            special_tokens=read_special_tokens(folder),
         )
 
+    def protect(self, ids: Iterable[int | None]) -> None:
+        """Ids that `encode` never gives for text with `parse_special_tokens` off, whatever the tokenizer says of them.
+
+        Those of the tokenizer's own names are. A token of a single character is text, and stays it.
+        """
+        if isinstance(self.backend, tokenizers.Tokenizer):
+            found = control_tokens(self.backend, (i for i in ids if len(self._name(i)) > 1))
+        else:
+            found = {i: self._name(i) for i in ids if i is not None and len(self._name(i)) > 1}
+        self._control.update(found)
+
     def encode(self, text: str, *, add_special_tokens: bool = False, parse_special_tokens: bool = True) -> list[int]:
-        """The ids of `text`. With `parse_special_tokens` off, text that spells a special token is just text."""
+        """The ids of `text`. With `parse_special_tokens` off, text that spells a special token is just text.
+
+        Raises:
+            ValueError: text with a lone surrogate; text that the tokenizer makes a control token of.
+        """
+        check_text(text, "text to encode")
+        if parse_special_tokens:
+            return self._encode(text, add_special_tokens)
+        ids = encode_as_text(lambda part: self._encode(part, False, False), self._control, text)
+        before, behind = self._affixes if add_special_tokens else ([], [])
+        return [*before, *ids, *behind]
+
+    def encode_prompt(
+        self, text: str, *, prefix: Sequence[int] | None = None, parse_special_tokens: bool = True
+    ) -> list[int]:
+        """The ids of a text that a model is to continue, or to score what follows it.
+
+        They begin, once, with what the tokenizer's post-processor puts before a text (its bos, if it adds one), and end
+        without what it puts behind.
+
+        Args:
+            prefix: what to begin with instead; empty for nothing.
+        """
+        begin = list(self._affixes[0] if prefix is None else prefix)
+        ids = self.encode(text, parse_special_tokens=parse_special_tokens)
+        return ids if ids[: len(begin)] == begin else begin + ids
+
+    @functools.cached_property
+    def _affixes(self) -> tuple[list[int], list[int]]:
+        """What the post-processor puts before a text and behind it."""
+        bare, whole = self._encode("a", False), self._encode("a", True)
+        for at in range(len(whole) - len(bare) + 1):
+            if whole[at : at + len(bare)] == bare:
+                return whole[:at], whole[at + len(bare) :]
+        return [], []
+
+    def _name(self, token: int | None) -> str:
+        """The text of a token, empty where there is none."""
+        if token is None or token < 0:
+            return ""
+        if isinstance(self.backend, tokenizers.Tokenizer):
+            return self.backend.id_to_token(token) or ""
+        return self.backend.convert_ids_to_tokens(token) or ""
+
+    def _encode(self, text: str, add_special_tokens: bool, parse_special_tokens: bool = True) -> list[int]:
         if not isinstance(self.backend, tokenizers.Tokenizer):
             return self.backend.encode(
                 text, add_special_tokens=add_special_tokens, split_special_tokens=not parse_special_tokens
@@ -145,13 +200,6 @@ def _read_if_there(file: Path) -> dict[str, Any]:
     return read_json_object(file) if file.is_file() else {}
 
 
-def _text(token: Any) -> Any:
-    """A special token: text, or the form with flags that wraps it; or a list of them."""
-    if isinstance(token, list):
-        return [_text(one) for one in token]
-    return token.get("content") if isinstance(token, dict) else token
-
-
 def _chat_template(folder: Path, configured: Any) -> str | dict[str, str] | None:
     file = folder / "chat_template.jinja"  # newer files keep it here, and then it counts
     if file.is_file():
@@ -186,4 +234,7 @@ def _load_slow(folder: Path, trust_remote_code: bool) -> Any:
     except Exception as error:  # of many types, by the kind of the file
         raise ValueError(f"transformers cannot read the tokenizer in {folder}: {error}") from None
     backend = getattr(loaded, "backend_tokenizer", None)
-    return backend if isinstance(backend, tokenizers.Tokenizer) else loaded
+    if not isinstance(backend, tokenizers.Tokenizer):
+        return loaded
+    without_limits(backend)
+    return backend

@@ -69,4 +69,6 @@ def load(
     loaded = Tokenizer.from_pretrained(tokenizer_path)
     if expected is not None and tokenizer_sha256(tokenizer_path) != expected:
         raise ValueError(f"{tokenizer_path} is not the tokenizer that {folder} was trained with")
-    return load_pretrained(folder, device=device, dtype=dtype, mask_token_id=mask_token_id), loaded
+    model = load_pretrained(folder, device=device, dtype=dtype, mask_token_id=mask_token_id)
+    loaded.protect((model.config.mask_token_id, model.config.eos_token_id, model.config.eot_token_id))
+    return model, loaded
