@@ -242,10 +242,59 @@ def test_system_message_moves_where_there_is_no_role_for_it(folder):
     want = f"{SPECIAL_TOKENS['bos']}user: Be brief.\n\nHi\nassistant: It is\nuser: Bye\nmodel: "
     assert tokenizer.apply_chat_template(messages) == want
     assert messages[1]["content"] == "Hi" and merge_system(messages)[0]["content"] == "Be brief.\n\nHi"
-    with pytest.raises(ValueError, match="no user message could take its text"):
-        tokenizer.apply_chat_template([SYSTEM])
+    # As the authors' evaluation has it: stripped, all of them, and a user's turn where none is first.
+    hi, padded = {"role": "user", "content": "Hi"}, {"role": "system", "content": "\nBe brief.\n\n"}
+    for given, contents in (
+        ([padded, hi], ["Be brief.\n\nHi"]),
+        ([padded, padded, hi], ["Be brief.\n\nBe brief.\n\nHi"]),
+        ([SYSTEM, ASSISTANT, hi], ["Be brief.", ASSISTANT["content"], "Hi"]),
+        ([SYSTEM, hi, padded], ["Be brief.\n\nBe brief.\n\nHi"]),
+        ([SYSTEM], ["Be brief."]),
+        ([hi], ["Hi"]),
+    ):
+        merged = merge_system(given)
+        assert [m["content"] for m in merged] == contents and "system" not in {m["role"] for m in merged}
+        head = f"{SPECIAL_TOKENS['bos']}user: {contents[0]}\n"
+        assert tokenizer.apply_chat_template(given).startswith(head)
+    parts = merge_system([SYSTEM, {"role": "user", "content": [{"type": "text", "text": "Hi"}]}])
+    assert [part["text"] for part in parts[0]["content"]] == ["Be brief.\n\n", "Hi"]
     with pytest.raises(ValueError, match="refuses these messages: Only user and assistant roles"):
         render_chat_template(BLOCKS, [SYSTEM, USER])
+
+
+def test_what_a_message_lacks_is_not_the_word_none(folder):
+    transformers = pytest.importorskip("transformers")
+    template = "{% for m in messages %}{{ m.role }}:{{ m.content }}{% if m.name is defined %}!{% endif %}\n{% endfor %}"
+    tokenizer, messages = (
+        configure(folder, chat_template=template),
+        [USER, {"role": "assistant", "content": None, "name": None}],
+    )
+    assert tokenizer.apply_chat_template(messages).endswith("<b>&assistant:")
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.apply_chat_template(messages) == theirs.apply_chat_template(messages, tokenize=False)
+    with pytest.raises(ValueError, match="messages need a role"):
+        tokenizer.apply_chat_template([{"role": None, "content": "x"}])
+
+
+@pytest.mark.parametrize("template, want", [
+    ("{% for m in messages %}{{ m.content }}#{{ m.content }}#{% endfor %}", "It is \n#It is \n"),
+    ("{% for m in messages %}{{ m.content | trim }} #{{ m.content | trim }} #{% endfor %}", "It is #It is"),
+    ("{{ messages[-1].content | trim }} {{ messages[-1].content }}#", "It is It is \n"),
+])  # fmt: skip
+def test_a_message_that_is_shown_twice_goes_on_once(template, want):
+    options = {"add_generation_prompt": False, "continue_final_message": True}
+    assert render_chat_template(template, [ASSISTANT], **options) == want
+
+
+def test_a_message_that_the_template_cuts_cannot_go_on():
+    """As in transformers: the model would go on from something else than was given."""
+    template = "{% for m in messages %}{{ m.content.split('</think>')[-1] }}#{% endfor %}"
+    thought = {"role": "assistant", "content": "<think>so</think>It is"}
+    options = {"add_generation_prompt": False, "continue_final_message": True}
+    assert render_chat_template(template, [ASSISTANT], **options) == ASSISTANT["content"]
+    for messages in ([thought], [{"role": "user", "content": "<think>so</think>It is"}, thought]):
+        with pytest.raises(ValueError, match="leaves the last message out, or a part of it: '<think>so</think>It is'"):
+            render_chat_template(template, messages, **options)
 
 
 def test_where_templates_come_from(folder):
@@ -257,12 +306,34 @@ def test_where_templates_come_from(folder):
     tokenizer = configure(folder, chat_template=named)
     assert tokenizer.apply_chat_template([USER]) == "plain"
     assert tokenizer.apply_chat_template([USER], tools=[{}]) == "tools"
+    assert tokenizer.apply_chat_template([USER], tools=None) == "plain"
     assert tokenizer.apply_chat_template([USER], chat_template="rag") == "rag"
     assert tokenizer.apply_chat_template([USER], chat_template="{{ messages[0].role }}") == "user"
     with pytest.raises(ValueError, match="chat_template must name one of rag, tool_use: none of them is default"):
         configure(folder, chat_template=named[1:]).apply_chat_template([USER])
     (folder / "chat_template.jinja").write_text("from the file")
-    assert configure(folder, chat_template="from the config").apply_chat_template([USER]) == "from the file"
+    alone = configure(folder, chat_template="from the config")
+    assert (
+        alone.apply_chat_template([USER])
+        == "from the file"
+        == alone.apply_chat_template([USER], chat_template="default")
+    )
+    with pytest.raises(
+        ValueError, match="chat_template must be Jinja source or the name of a template, got 'rag'; .* default"
+    ):
+        alone.apply_chat_template([USER], chat_template="rag")
+    more = folder / "additional_chat_templates"
+    more.mkdir()
+    (more / "rag.jinja").write_text("RAG {{ messages[0].content }}")
+    (more / "tool_use.jinja").write_text("TOOLS")
+    both = configure(folder, chat_template="from the config")
+    assert both.apply_chat_template([USER], chat_template="rag") == "RAG " + USER["content"]
+    assert (
+        both.apply_chat_template([USER]) == "from the file" and both.apply_chat_template([USER], tools=[{}]) == "TOOLS"
+    )
+    (folder / "chat_template.jinja").unlink()
+    assert configure(folder, chat_template="of it").apply_chat_template([USER]) == "of it"
+    assert configure(folder, chat_template=named).apply_chat_template([USER], chat_template="rag").startswith("RAG")
 
 
 def test_errors_name_the_file_and_the_cure(folder, tmp_path, monkeypatch):
@@ -278,6 +349,8 @@ def test_errors_name_the_file_and_the_cure(folder, tmp_path, monkeypatch):
         (lambda: render("{{ nothing.at.all }}", [USER]), ValueError, "refuses these messages: 'nothing' is undefined"),
         (lambda: render("{{ messages.append(1) }}", [USER]), ValueError, "refuses these messages: access to attribute 'append'"),
         (lambda: render("{{ ''.__class__.mro() }}", [USER]), ValueError, "access to attribute '__class__'"),
+        (lambda: render("{{ messages[0].content + 1 }}", [USER]), ValueError, "refuses these messages: TypeError: "),
+        (lambda: render("{{ 1 / 0 }}", [USER]), ValueError, "refuses these messages: ZeroDivisionError: "),
         (lambda: render("x", USER), TypeError, "messages must be a list"),
         (lambda: render("x", "hello"), TypeError, "messages must be a list"),
         (lambda: render("x", [{"content": "x"}]), ValueError, "messages need a role"),

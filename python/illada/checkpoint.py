@@ -32,6 +32,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: What belongs to a checkpoint beside its weights and its config.json: glob patterns.
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
     "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "tokenization_*.py", "generation_config.json",
 )  # fmt: skip
 
@@ -125,7 +126,8 @@ def _copy_tokenizer(source: Path, folder: Path) -> None:
     if not files:
         raise FileNotFoundError(f"{source} has no tokenizer files ({', '.join(TOKENIZER_FILES[:3])}, ...)")
     for file in files:
-        shutil.copyfile(file, folder / file.name)
+        (folder / file.relative_to(source)).parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, folder / file.relative_to(source))
 
 
 def tokenizer_files(folder: Path) -> list[Path]:

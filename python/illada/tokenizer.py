@@ -169,7 +169,7 @@ class Tokenizer:
         Raises:
             ValueError: no chat template; one that is broken or refuses these messages. ImportError: no jinja2.
         """
-        template = self._choose_template(chat_template, "tools" in variables)
+        template = self._choose_template(chat_template, variables.get("tools") is not None)
         return render_chat_template(
             template,
             messages,
@@ -179,17 +179,22 @@ class Tokenizer:
         )
 
     def _choose_template(self, wanted: str | None, has_tools: bool) -> str:
-        templates = self.chat_template
-        if not isinstance(templates, Mapping):
-            template = wanted if wanted is not None else templates
-            if template is None:
-                raise ValueError(
-                    "this tokenizer has no chat template (tokenizer_config.json or chat_template.jinja); it is perhaps "
-                    "that of a base model: give plain prompts, or chat_template="
-                )
-            return template
+        if isinstance(self.chat_template, Mapping):
+            templates = self.chat_template
+        else:
+            templates = {} if self.chat_template is None else {"default": self.chat_template}
         if wanted is not None:
+            if wanted not in templates and not any(mark in wanted for mark in ("{{", "{%", "{#")):
+                raise ValueError(
+                    f"chat_template must be Jinja source or the name of a template, got {wanted!r:.80}; this tokenizer "
+                    f"has {', '.join(sorted(templates)) or 'none'}"
+                )
             return templates.get(wanted, wanted)
+        if not templates:
+            raise ValueError(
+                "this tokenizer has no chat template (tokenizer_config.json or chat_template.jinja); it is perhaps "
+                "that of a base model: give plain prompts, or chat_template="
+            )
         name = "tool_use" if has_tools and "tool_use" in templates else "default"
         if name not in templates:
             raise ValueError(f"chat_template must name one of {', '.join(sorted(templates))}: none of them is default")
@@ -201,13 +206,16 @@ def _read_if_there(file: Path) -> dict[str, Any]:
 
 
 def _chat_template(folder: Path, configured: Any) -> str | dict[str, str] | None:
-    file = folder / "chat_template.jinja"  # newer files keep it here, and then it counts
-    if file.is_file():
-        return read_text(file)
-    if configured is None or isinstance(configured, str):
-        return configured
+    named = {file.name.removesuffix(".jinja"): file for file in folder.glob("additional_chat_templates/*.jinja")}
+    if (file := folder / "chat_template.jinja").is_file():
+        named["default"] = file
+    found = {name: read_text(file) for name, file in sorted(named.items())}
+    if "default" in found or not configured:  # newer files keep templates beside the configuration, and then they count
+        return found["default"] if found.keys() == {"default"} else found or None
+    if isinstance(configured, str):
+        return {"default": configured, **found} if found else configured
     try:
-        return {str(one["name"]): str(one["template"]) for one in configured}
+        return {**{str(one["name"]): str(one["template"]) for one in configured}, **found}
     except (TypeError, KeyError):
         raise ValueError(
             f"{folder / 'tokenizer_config.json'}: chat_template must be text or a list of {{name, template}}, "
