@@ -11,15 +11,17 @@ import sys
 import time
 
 import pytest
+from lm_eval import evaluate
 from lm_eval.api.instance import Instance
+from lm_eval.models.dummy import DummyLM
 from lm_eval.utils import simple_parse_args_string
 
 from illada import cli
 from illada.checkpoint import save_pretrained
-from illada.cli.evaluate import describe_chance
 from illada.config import ModelConfig
 from illada.data import train_tokenizer
 from illada.integrations import lm_eval as adapter
+from illada.integrations.chance import RememberingTaskManager, chance_of, describe_chance
 from illada.integrations.journal import Journal, fingerprint
 from illada.integrations.lm_eval import IlladaLM, PublishedIlladaLM
 from illada.integrations.presets import PRESETS, settings_of
@@ -489,6 +491,34 @@ def test_chance_is_said_as_it_is():
         )
 
     assert "t: at chance: 0.3000" in said(1.9) and ": above chance:" in said(2.0) and ": below chance:" in said(-2.0)
+
+
+@pytest.mark.parametrize(
+    "lines, chance",
+    [
+        ("doc_to_target: a\n", 1 / 4),
+        ("doc_to_target: right\n", 1 / 2),  # two of the four are right
+        ("doc_to_target: '{{choices[a]}}'\n", 1 / 4),
+        ("doc_to_target: a\nmetrics: [acc, acc_mutual_info]\n", 1 / 4),  # each choice is scored twice
+        ("doc_to_target: a\nmetrics: [acc_norm]\n", None),
+        ("doc_to_target: a\nprocess_results: !function own.mass\n", None),
+    ],
+)
+def test_chance_counts_choices_and_right_answers(tmp_path, lines, chance):
+    rows = [{"q": "the", "choices": list("abcd"), "a": i % 4, "right": [i % 4, (i + 1) % 4]} for i in range(6)]
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "own.py").write_text("def mass(doc, results):\n    return {'acc': 0.5}\n")
+    lines, _, metrics = lines.partition("metrics: ")
+    metrics = [{"metric": m, "aggregation": "mean"} for m in (metrics or "[acc]").strip("[]\n").split(", ")]
+    (tmp_path / "t.yaml").write_text(
+        f"task: t\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: '{tmp_path}/q.jsonl'\ntest_split: test\n"
+        f"doc_to_text: q\noutput_type: multiple_choice\ndoc_to_choice: choices\n{lines}metric_list: {json.dumps(metrics)}\n"
+    )
+    manager = RememberingTaskManager(include_path=str(tmp_path), include_defaults=False)
+    results = evaluate(DummyLM(), manager.load(["t"]), bootstrap_iters=0)
+    accuracy = results["results"]["t"].get("acc,none")
+    found = chance_of(manager.loaded["t"], accuracy, results["samples"]["t"])
+    assert found is None if chance is None else found["chance"] == pytest.approx(chance) and found["questions"] == 6
 
 
 @pytest.mark.slow
