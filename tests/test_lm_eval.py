@@ -135,8 +135,42 @@ def test_long_contexts_lose_their_beginning(checkpoint, caplog):
         and kept[0] == CONFIG.bos_token_id
         and kept[1:] == context[-len(kept) + 1 :]
     )
-    with pytest.raises(ValueError, match=r"continuation of \d+ tokens and its eos is \d+ over the model's 64"):
-        lm.loglikelihood(requests("loglikelihood", [("the", " fox jumps" * 100)]))
+    with caplog.at_level("WARNING"):  # one that cannot be scored does not end the others
+        scores = lm.loglikelihood(
+            requests("loglikelihood", [("the", " fox jumps" * 100), ("the", " dog"), ("the", "")])
+        )
+    assert [math.isfinite(score) for score, _ in scores] == [False, True, False]
+    assert "1 of 3 candidates are longer than the model's 64 tokens without their context" in caplog.text
+    assert "1 of 3 candidates have no text that the tokenizer keeps" in caplog.text and len(lm.notes) == 3
+
+
+def test_all_of_a_candidate_is_scored(checkpoint):
+    lm = IlladaLM(checkpoint, device="cpu")
+    pairs = [("wh", "at is it"), ("w", "hat is it"), ("the do", "g sleeps")]  # tokens go across the join
+    for context, continuation in pairs:
+        ids, more = lm._encode_pair(context, continuation)
+        assert ids + more == lm.tokenizer.encode(context + continuation)
+        assert lm.tokenizer.decode(more).endswith(continuation) and lm.tokenizer.decode(ids) in context
+    scores = [
+        s for s, _ in lm.loglikelihood(requests("loglikelihood", [("th", c) for c in ("e fox", "at fox", " fox")]))
+    ]
+    assert len(set(scores)) == 3
+
+
+def test_reserved_strings_are_text_where_they_are_scored(checkpoint):
+    lm = IlladaLM(checkpoint, device="cpu", mc_num=4)
+    mask = lm.tokenizer.decode([CONFIG.mask_token_id], skip_special_tokens=False)
+    got = lm.loglikelihood(requests("loglikelihood", [("the", mask), ("the", mask[1:]), ("a" + mask[:2], mask[2:])]))
+    assert all(math.isfinite(score) for score, _ in got)
+    assert all(map(math.isfinite, lm.loglikelihood_rolling(requests("loglikelihood_rolling", [(f"the {mask} dog",)]))))
+    eos = lm.tokenizer.decode([CONFIG.eos_token_id], skip_special_tokens=False)  # what a chat template writes
+    ids, more = lm._encode_pair(f"the{eos} dog", f" {mask} fox")
+    text = lm.tokenizer.encode(f" dog {mask} fox", parse_special_tokens=False)
+    assert ids + more == [*lm.tokenizer.encode("the"), CONFIG.eos_token_id, *text]
+    assert lm._encode_pair(f"the{eos}", " dog") == (
+        [*lm.tokenizer.encode("the"), CONFIG.eos_token_id],
+        lm.tokenizer.encode(" dog"),
+    )
 
 
 def test_rolling_is_the_sum_of_bounds(checkpoint):

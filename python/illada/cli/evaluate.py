@@ -102,6 +102,7 @@ def _run(options: argparse.Namespace) -> int:
                 confirm_run_unsafe_code=options.confirm_run_unsafe_code,
                 bootstrap_iters=1000,
             )
+            notes = model.gather_notes()
             if results is None:  # another rank has them
                 continue
             chances = {}
@@ -114,7 +115,9 @@ def _run(options: argparse.Namespace) -> int:
                 print(make_table(results, "groups"))
             for name, chance in chances.items():
                 print(describe_chance(name, chance))
-            _merge(merged, results, chances, {**settings.model_args, **given})
+            for note, count in notes.items():
+                print(f"note: {count:,} {note}")
+            _merge(merged, results, chances, notes, {**settings.model_args, **given})
     if merged:
         _write(options, merged, journal)
     return 0
@@ -162,10 +165,18 @@ def _task_manager(names: list[str], include_path: list[str] | None) -> Any:
     return manager
 
 
-def _merge(merged: dict[str, Any], results: dict[str, Any], chances: dict[str, Any], settings: dict[str, Any]) -> None:
+def _merge(
+    merged: dict[str, Any],
+    results: dict[str, Any],
+    chances: dict[str, Any],
+    notes: dict[str, int],
+    settings: dict[str, Any],
+) -> None:
     for part in ("results", "groups", "n-shot", "n-samples", "versions", "higher_is_better"):
         merged.setdefault(part, {}).update(results.get(part, {}))
     merged.setdefault("chance", {}).update(chances)
+    total = merged.setdefault("notes", {})
+    total.update({note: total.get(note, 0) + count for note, count in notes.items()})
     merged.setdefault("settings", {}).update({name: settings for name in results["results"]})
 
 
