@@ -11,15 +11,17 @@ import sys
 import time
 
 import pytest
+from lm_eval import evaluate
 from lm_eval.api.instance import Instance
+from lm_eval.models.dummy import DummyLM
 from lm_eval.utils import simple_parse_args_string
 
 from illada import cli
 from illada.checkpoint import save_pretrained
-from illada.cli.evaluate import describe_chance
 from illada.config import ModelConfig
 from illada.data import train_tokenizer
 from illada.integrations import lm_eval as adapter
+from illada.integrations.chance import RememberingTaskManager, chance_of, describe_chance
 from illada.integrations.journal import Journal, fingerprint
 from illada.integrations.lm_eval import IlladaLM, PublishedIlladaLM
 from illada.integrations.presets import PRESETS, settings_of
@@ -133,8 +135,42 @@ def test_long_contexts_lose_their_beginning(checkpoint, caplog):
         and kept[0] == CONFIG.bos_token_id
         and kept[1:] == context[-len(kept) + 1 :]
     )
-    with pytest.raises(ValueError, match=r"continuation of \d+ tokens and its eos is \d+ over the model's 64"):
-        lm.loglikelihood(requests("loglikelihood", [("the", " fox jumps" * 100)]))
+    with caplog.at_level("WARNING"):  # one that cannot be scored does not end the others
+        scores = lm.loglikelihood(
+            requests("loglikelihood", [("the", " fox jumps" * 100), ("the", " dog"), ("the", "")])
+        )
+    assert [math.isfinite(score) for score, _ in scores] == [False, True, False]
+    assert "1 of 3 candidates are longer than the model's 64 tokens without their context" in caplog.text
+    assert "1 of 3 candidates have no text that the tokenizer keeps" in caplog.text and len(lm.notes) == 3
+
+
+def test_all_of_a_candidate_is_scored(checkpoint):
+    lm = IlladaLM(checkpoint, device="cpu")
+    pairs = [("wh", "at is it"), ("w", "hat is it"), ("the do", "g sleeps")]  # tokens go across the join
+    for context, continuation in pairs:
+        ids, more = lm._encode_pair(context, continuation)
+        assert ids + more == lm.tokenizer.encode(context + continuation)
+        assert lm.tokenizer.decode(more).endswith(continuation) and lm.tokenizer.decode(ids) in context
+    scores = [
+        s for s, _ in lm.loglikelihood(requests("loglikelihood", [("th", c) for c in ("e fox", "at fox", " fox")]))
+    ]
+    assert len(set(scores)) == 3
+
+
+def test_reserved_strings_are_text_where_they_are_scored(checkpoint):
+    lm = IlladaLM(checkpoint, device="cpu", mc_num=4)
+    mask = lm.tokenizer.decode([CONFIG.mask_token_id], skip_special_tokens=False)
+    got = lm.loglikelihood(requests("loglikelihood", [("the", mask), ("the", mask[1:]), ("a" + mask[:2], mask[2:])]))
+    assert all(math.isfinite(score) for score, _ in got)
+    assert all(map(math.isfinite, lm.loglikelihood_rolling(requests("loglikelihood_rolling", [(f"the {mask} dog",)]))))
+    eos = lm.tokenizer.decode([CONFIG.eos_token_id], skip_special_tokens=False)  # what a chat template writes
+    ids, more = lm._encode_pair(f"the{eos} dog", f" {mask} fox")
+    text = lm.tokenizer.encode(f" dog {mask} fox", parse_special_tokens=False)
+    assert ids + more == [*lm.tokenizer.encode("the"), CONFIG.eos_token_id, *text]
+    assert lm._encode_pair(f"the{eos}", " dog") == (
+        [*lm.tokenizer.encode("the"), CONFIG.eos_token_id],
+        lm.tokenizer.encode(" dog"),
+    )
 
 
 def test_rolling_is_the_sum_of_bounds(checkpoint):
@@ -489,6 +525,34 @@ def test_chance_is_said_as_it_is():
         )
 
     assert "t: at chance: 0.3000" in said(1.9) and ": above chance:" in said(2.0) and ": below chance:" in said(-2.0)
+
+
+@pytest.mark.parametrize(
+    "lines, chance",
+    [
+        ("doc_to_target: a\n", 1 / 4),
+        ("doc_to_target: right\n", 1 / 2),  # two of the four are right
+        ("doc_to_target: '{{choices[a]}}'\n", 1 / 4),
+        ("doc_to_target: a\nmetrics: [acc, acc_mutual_info]\n", 1 / 4),  # each choice is scored twice
+        ("doc_to_target: a\nmetrics: [acc_norm]\n", None),
+        ("doc_to_target: a\nprocess_results: !function own.mass\n", None),
+    ],
+)
+def test_chance_counts_choices_and_right_answers(tmp_path, lines, chance):
+    rows = [{"q": "the", "choices": list("abcd"), "a": i % 4, "right": [i % 4, (i + 1) % 4]} for i in range(6)]
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "own.py").write_text("def mass(doc, results):\n    return {'acc': 0.5}\n")
+    lines, _, metrics = lines.partition("metrics: ")
+    metrics = [{"metric": m, "aggregation": "mean"} for m in (metrics or "[acc]").strip("[]\n").split(", ")]
+    (tmp_path / "t.yaml").write_text(
+        f"task: t\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: '{tmp_path}/q.jsonl'\ntest_split: test\n"
+        f"doc_to_text: q\noutput_type: multiple_choice\ndoc_to_choice: choices\n{lines}metric_list: {json.dumps(metrics)}\n"
+    )
+    manager = RememberingTaskManager(include_path=str(tmp_path), include_defaults=False)
+    results = evaluate(DummyLM(), manager.load(["t"]), bootstrap_iters=0)
+    accuracy = results["results"]["t"].get("acc,none")
+    found = chance_of(manager.loaded["t"], accuracy, results["samples"]["t"])
+    assert found is None if chance is None else found["chance"] == pytest.approx(chance) and found["questions"] == 6
 
 
 @pytest.mark.slow

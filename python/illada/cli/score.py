@@ -48,7 +48,7 @@ def add_parser(commands: Any) -> None:
 def _run(options: argparse.Namespace) -> int:
     import time
 
-    from illada.score import confidence_score, monte_carlo_likelihood, truncate_context
+    from illada.score import confidence_score, encode_pair, monte_carlo_likelihood, truncate_context
 
     questions = _questions(options)
     model, tokenizer = sampling.load(options)
@@ -56,8 +56,11 @@ def _run(options: argparse.Namespace) -> int:
     continuations: list[list[int]] = []
     for context, candidates in questions:
         for candidate in candidates:
-            # Text that spells a special token is just text, and a mask cannot be scored.
-            ids, more = (tokenizer.encode(text, parse_special_tokens=False) for text in (context, candidate))
+            ids, more = encode_pair(tokenizer, context, candidate)
+            if not more:
+                raise ValueError(
+                    f"candidate {candidate!r} has no score after {context!r}: the tokenizer drops its text"
+                )
             if options.truncate_left:
                 ids = truncate_context(model.config, ids, more, append_eos=options.append_eos)
             contexts.append(ids)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import logging
+import math
 import os
 import sys
 from collections import Counter
@@ -30,7 +31,7 @@ from illada.generation import GenerationConfig, generate
 from illada.integrations.journal import Journal, fingerprint, request_key
 from illada.integrations.settings import ALIASES, MC_NUM, PUBLISHED_DEFAULTS, EvaluationSettings
 from illada.model import MaskedDiffusionModel
-from illada.score import confidence_score, is_greedy, monte_carlo_likelihood
+from illada.score import confidence_score, encode_pair, is_greedy, monte_carlo_likelihood
 from illada.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -80,6 +81,8 @@ class IlladaLM(LM):
         longest = config.max_position_embeddings
         self.max_length = min(self.settings.max_length or longest, longest)
         self._end_think = tuple(self.tokenizer.encode(self.settings.end_think_text))
+        #: What happened to how many requests of this process: texts that were shortened or cannot be scored.
+        self.notes: dict[str, int] = {}
         self._journal = Journal(journal, self._rank)
         self._identity = [illada.__version__, fingerprint(self.model)]
 
@@ -87,29 +90,43 @@ class IlladaLM(LM):
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """A score and a greedy check for each (context, continuation)."""
-        pairs, shortened = [], 0
-        for request in requests:
+        pairs, kept = [], []
+        shortened = dropped = too_long = 0
+        for i, request in enumerate(requests):
             context, continuation = self._encode_pair(*request.args)
             fitted = self._fit(context, len(continuation))
-            shortened += len(fitted) < len(context)
-            pairs.append((fitted, continuation))
-        if shortened:
-            _LOGGER.warning(
-                "%d of %d contexts were longer than the model's %d tokens together with their continuation, and lost "
-                "their beginning",
-                shortened,
-                len(requests),
-                self.max_length,
-            )
+            if not continuation:
+                dropped += 1
+            elif fitted is None:
+                too_long += 1
+            else:
+                shortened += len(fitted) < len(context)
+                pairs.append((fitted, continuation))
+                kept.append(i)
+        self._note(
+            f"contexts were longer than the model's {self.max_length} tokens together with their continuation, and "
+            f"lost their beginning",
+            shortened,
+            len(requests),
+        )
+        self._note("candidates have no text that the tokenizer keeps, and score -inf", dropped, len(requests))
+        self._note(
+            f"candidates are longer than the model's {self.max_length} tokens without their context, and score -inf",
+            too_long,
+            len(requests),
+        )
         llh, check = self.settings.llh, self.settings.check_greedy
         results = self._run(
             "loglikelihood",
             pairs,
             {**self.settings.scoring(), "check_greedy": check},
             lambda chunk: self._score(chunk, llh, check),
-            [request.args for request in requests],
+            [requests[i].args for i in kept],
         )
-        return [(score, greedy) for score, greedy in results]
+        scores: list[tuple[float, bool]] = [(-math.inf, False)] * len(requests)
+        for i, (score, greedy) in zip(kept, results, strict=True):
+            scores[i] = score, greedy
+        return scores
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
         """A lower bound on the log-likelihood of each text: Monte Carlo, half a model's length at a time.
@@ -119,7 +136,7 @@ class IlladaLM(LM):
         pairs, owners = [], []
         for number, request in enumerate(requests):
             (text,) = request.args
-            ids = self.tokenizer.encode(text)
+            ids = self.tokenizer.encode(text, parse_special_tokens=False)
             piece = (self.max_length - len(self._bos) - self.settings.append_eos) // 2
             for begin in range(0, len(ids), piece):
                 pairs.append((self._bos + ids[max(0, begin - piece) : begin], ids[begin : begin + piece]))
@@ -155,36 +172,37 @@ class IlladaLM(LM):
         return [[float(score), bool(g)] for score, g in zip(scores, greedy, strict=True)]
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """The ids of both: spaces at the end of the context go to the continuation, whose ids are what the encoding of
-        the whole has beyond that of the context."""
-        stripped = context.rstrip()
-        continuation = context[len(stripped) :] + continuation
-        ids, whole = self._encode(stripped), self._encode(stripped + continuation)
-        if continuation and len(whole) <= len(ids):  # the tokenizer merged it all into the context's last token
-            return whole[:-1], whole[-1:]
-        return ids, whole[len(ids) :]
+        """The ids of both, with the special tokens that the context spells and those that the tokenizer adds to it."""
+        ids, more = encode_pair(
+            self.tokenizer, context, continuation, parse_special_tokens=True, add_special_tokens=True
+        )
+        return self._begin(ids), more
 
-    def _encode(self, text: str) -> list[int]:
-        """The ids of a prompt, with those that the tokenizer itself adds, and one bos in front if asked for."""
-        ids = self.tokenizer.encode(text, add_special_tokens=True)
+    def _encode(self, prompt: str) -> list[int]:
+        """The ids of a prompt, with the special tokens that it spells and those that the tokenizer adds to it."""
+        return self._begin(self.tokenizer.encode(prompt, add_special_tokens=True))
+
+    def _begin(self, ids: list[int]) -> list[int]:
+        """A prompt's ids with one bos in front: the tokenizer's, the chat template's, or one that is asked for."""
         bos = self.model.config.bos_token_id
-        while bos is not None and ids[:2] == [bos, bos]:  # the tokenizer's and the chat template's
-            del ids[0]
+        while bos is not None and ids[:2] == [bos, bos]:
+            ids = ids[1:]
         return ids if ids[: len(self._bos)] == self._bos else self._bos + ids
 
-    def _fit(self, context: list[int], continuation_length: int) -> list[int]:
-        """The context without as much of its beginning (bos apart) as the model has no room for."""
-        room = self.max_length - continuation_length - self.settings.append_eos
-        if room < 0:
-            eos = " and its eos" if self.settings.append_eos else ""
-            raise ValueError(
-                f"a continuation of {continuation_length} tokens{eos} is {-room} over the model's {self.max_length}, "
-                f"even without its context"
-            )
-        if len(context) <= room:
-            return context
+    def _fit(self, context: list[int], more: int) -> list[int] | None:
+        """The context without as much of its beginning (bos apart) as the model has no room for beside `more` tokens
+        (and an eos); None: it has no room for those alone."""
+        room = self.max_length - more - self.settings.append_eos
+        if room < 0 or len(context) <= room:
+            return context if room >= 0 else None
         kept = context[:1] if self.settings.add_bos and room else []
         return kept + context[len(context) - room + len(kept) :]
+
+    def _note(self, what: str, count: int, total: int) -> None:
+        """Count, and say once a call, what was done to requests beside what they ask for."""
+        if count:
+            self.notes[what] = self.notes.get(what, 0) + count
+            _LOGGER.warning("%d of %d %s", count, total, what)
 
     # -------------------------------------------------------------------------------------------------- generation
 
@@ -318,6 +336,13 @@ class IlladaLM(LM):
         gathered: list[Any] | None = [None] * self._world_size if self._rank == dst else None
         dist.gather_object(obj, gathered, dst=dst)
         return gathered
+
+    def gather_notes(self) -> dict[str, int]:
+        """`notes` of all processes together, on process 0."""
+        total = Counter[str]()
+        for notes in self.gather_object(self.notes) or ():
+            total.update(notes)
+        return dict(total)
 
     def barrier(self) -> None:
         """Wait for all processes."""
