@@ -8,6 +8,7 @@ import torch
 
 from illada import cli
 from illada.checkpoint import save_pretrained
+from illada.cli import chat
 from illada.cli.checkpoints import parse_device
 from illada.config import ModelConfig
 from illada.data import train_tokenizer
@@ -175,6 +176,50 @@ def test_chat(capsys, path, monkeypatch):
     assert "no command /nothing" in err and "over the model's" in err and out == first
     (path.parent / "other.jinja").write_text("{{ messages[-1].content }}")
     assert talk("import os", extra=("--chat-template", path.parent / "other.jinja"))[1] != first
+
+
+def test_chat_loses_a_line_that_is_no_text_and_no_more(capsys, path, monkeypatch):
+    options = ("chat", path, "--gen-length", 8, "--block-length", 4, "--steps", 4)
+    monkeypatch.setattr("sys.stdin", piped(b"import os\n"))
+    first = run(capsys, *options)[1]
+    monkeypatch.setattr("sys.stdin", piped(b"\xff\nimport os\r\n"))
+    status, out, err = run(capsys, *options)
+    assert status == 0 and out == first and "the line is not UTF-8 text: byte 0xff; it is not sent" in err
+    (path.parent / "picky.jinja").write_text(
+        "{{ messages[-1].content | trim if '+' not in messages[-1].content else 1 + 'a' }}"
+    )
+    monkeypatch.setattr("sys.stdin", piped(b"import os\n"))
+    plain = run(capsys, *options, "--chat-template", path.parent / "picky.jinja")[1]
+    monkeypatch.setattr("sys.stdin", piped(b"1+1\n/import os\n//import\nimport os\n"))
+    sent = []
+    real = chat._answer
+    monkeypatch.setattr(
+        chat,
+        "_answer",
+        lambda m, t, messages, *a, **k: sent.append(messages[-1]["content"]) or real(m, t, messages, *a, **k),
+    )
+    status, out, err = run(capsys, *options, "--chat-template", path.parent / "picky.jinja")
+    assert status == 0 and "TypeError" in err and "no command /import" in err
+    assert sent == ["1+1", "/import", "import os"] and out.endswith(plain)
+    monkeypatch.setattr("sys.stdin", None)
+    status, _, err = run(capsys, *options)
+    assert status == 2 and "standard input is closed" in err
+
+
+def test_chat_holds_back_what_may_begin_a_stop_string(capsys, path, monkeypatch):
+    """Half of it at the end of a block is not shown before the next one tells."""
+    for text, stops, shown in (
+        ("one EN", ("END",), "one "), ("one E", ("END", "NEVER"), "one "), ("one END", ("END",), "one END"),
+        ("one", (), "one"), ("a\ufffd", (), "a"), ("xx", ("xxx",), ""),
+    ):  # fmt: skip
+        assert chat._settled(text, stops) == shown
+    options = ("chat", path, "--gen-length", 16, "--block-length", 1, "--steps", 1)
+    monkeypatch.setattr("sys.stdin", piped(b"import os\n"))
+    whole = run(capsys, *options)[1].removesuffix("\n")
+    stop = whole[2:6]
+    assert len(stop) == 4
+    monkeypatch.setattr("sys.stdin", piped(b"import os\n"))
+    assert run(capsys, *options, "--stop", stop)[1] == whole[: whole.index(stop)] + "\n"
 
 
 def test_chat_needs_a_template(capsys, path, tmp_path):

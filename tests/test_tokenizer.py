@@ -8,7 +8,7 @@ import tokenizers
 
 from illada.chat import merge_system, render_chat_template
 from illada.data import SPECIAL_TOKENS, load_tokenizer, train_tokenizer
-from illada.tokenizer import Tokenizer
+from illada.tokenizer import Continuation, Tokenizer
 
 LLAMA3 = (
     "{% set loop_messages = messages %}{% for message in loop_messages %}"
@@ -120,6 +120,24 @@ def test_settings_of_whoever_saved_it_cut_and_pad_nothing(folder):
     tokenizer = Tokenizer.from_pretrained(folder)
     assert tokenizer.encode(text) == want and len(want) > 8
     assert tokenizer.encode("x") == load_tokenizer(folder).encode("x").ids and len(tokenizer.encode("x")) == 1
+
+
+def test_text_goes_on_as_it_reads_behind_the_prompt():
+    """A Strip decoder takes the first word's space away, which belongs to it only at the start of a text."""
+    words = {word: i for i, word in enumerate(["<unk>", "<s>", "▁the", "▁quick", "▁fox", "es"])}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    backend.add_special_tokens(["<s>"])
+    backend.decoder = tokenizers.decoders.Sequence(
+        [tokenizers.decoders.Replace("▁", " "), tokenizers.decoders.Fuse(), tokenizers.decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer = Tokenizer(backend)
+    assert tokenizer.decode([3, 4]) == "quick fox"
+    for tokens in (backend, tokenizer):
+        assert Continuation(tokens, [1, 2] * 20).decode([3, 4]) == " quick fox"
+        assert Continuation(tokens, [1, 2]).decode([5]) == "es"
+        assert Continuation(tokens, [2, 1]).decode([3, 4]) == "quick fox"  # a chat template's end: a new text
+        assert Continuation(tokens, []).decode([3]) == "quick" and Continuation(tokens, [2]).decode([]) == ""
+        assert Continuation(tokens, [2]).decode([1, 3], skip_special_tokens=False) == "<s> quick"
 
 
 @pytest.mark.parametrize("named", [True, False])

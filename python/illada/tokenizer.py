@@ -14,6 +14,7 @@ from illada.files import read_json_object
 from illada.text import check_text, read_text
 from illada.tokenizer_files import control_tokens, encode_as_text, load_tokenizer, read_special_tokens, without_limits
 
+_LOOK_BACK = 16  # tokens of a prompt: what decides how the next one reads is near
 _SLOW_FILES = ("tokenizer_config.json", "vocab.json", "vocab.txt", "tokenizer.model")
 
 
@@ -199,6 +200,33 @@ class Tokenizer:
         if name not in templates:
             raise ValueError(f"chat_template must name one of {', '.join(sorted(templates))}: none of them is default")
         return templates[name]
+
+
+class Continuation:
+    """Decodes tokens as they read behind a prompt, where a decoder that strips the start of a text would join words.
+
+    Args:
+        tokenizer: with decode, of this library, `tokenizers` or `transformers`.
+        prompt: the ids before. After a special token, as a chat template ends, a text begins anew.
+    """
+
+    def __init__(self, tokenizer: Any, prompt: Sequence[int]) -> None:
+        self.tokenizer = tokenizer
+        before: list[int] = []
+        for token in reversed(list(prompt[-_LOOK_BACK:])):
+            if not self._decode([token], True) and self._decode([token], False):
+                break
+            before.insert(0, token)
+        self._before, self._heads = before, {skip: self._decode(before, skip) for skip in (True, False)}
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of `ids` there."""
+        head = self._heads[skip_special_tokens]
+        whole = self._decode([*self._before, *ids], skip_special_tokens) if head else ""
+        return whole[len(head) :] if head and whole.startswith(head) else self._decode(ids, skip_special_tokens)
+
+    def _decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
+        return self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
 
 def _read_if_there(file: Path) -> dict[str, Any]:

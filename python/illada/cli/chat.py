@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from illada.cli import sampling
-from illada.text import read_text
+from illada.text import check_text, read_text
 
-_COMMANDS = "/reset forgets the conversation, /undo the last turn, /exit leaves (as does Ctrl-D)"
+_COMMANDS = "/reset forgets the conversation, /undo the last turn, /exit leaves (as does Ctrl-D); // sends a slash"
 
 
 def add_parser(commands: Any) -> None:
@@ -45,6 +46,8 @@ def _run(options: argparse.Namespace) -> int:
     config = sampling.make_config(options, tokenizer)
     start = [{"role": "system", "content": options.system}] if options.system else []
     messages = list(start)
+    if sys.stdin is None:
+        raise ValueError("standard input is closed; a chat reads its messages there")
     interactive = sys.stdin.isatty()
     if interactive:
         print(f"{_COMMANDS}.", file=sys.stderr)
@@ -55,9 +58,12 @@ def _run(options: argparse.Namespace) -> int:
     turns = 0
     while True:
         try:
-            text = input("> " if interactive else "").strip()
+            text = _read_line(interactive).strip()
         except EOFError:
             return 0
+        except ValueError as error:
+            print(f"illada: {error}; it is not sent", file=sys.stderr)
+            continue
         except KeyboardInterrupt:
             print()
             return 0
@@ -67,10 +73,10 @@ def _run(options: argparse.Namespace) -> int:
             messages = list(start)
         elif text == "/undo":
             messages = messages[: max(len(start), len(messages) - 2)]
-        elif text.startswith("/"):
+        elif text.startswith("/") and not text.startswith("//"):
             print(f"no command {text.split()[0]}; {_COMMANDS}", file=sys.stderr)
         elif text:
-            messages.append({"role": "user", "content": text})
+            messages.append({"role": "user", "content": text[1:] if text.startswith("//") else text})
             try:
                 answer = _answer(
                     model, tokenizer, messages, config, seed=options.seed + turns, graphs=not options.no_cuda_graphs
@@ -87,22 +93,45 @@ def _run(options: argparse.Namespace) -> int:
             turns += 1
 
 
+def _read_line(interactive: bool) -> str:
+    """The next line. EOFError: there is none. ValueError: it is not UTF-8, and what follows it is not lost."""
+    buffer = getattr(sys.stdin, "buffer", None)
+    try:
+        if interactive or buffer is None:
+            return check_text(input("> " if interactive else ""), "the line")
+        if line := buffer.readline():
+            return line.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the line is not UTF-8 text: byte 0x{error.object[error.start]:02x}") from None
+    raise EOFError
+
+
+def _settled(text: str, stop_strings: Sequence[str]) -> str:
+    """`text` without an end that may become a stop string, or a character of which a part is there."""
+    text = text.rstrip("\ufffd")
+    held = [n for stop in stop_strings for n in range(1, len(stop)) if text.endswith(stop[:n])]
+    return text[: len(text) - max(held, default=0)]
+
+
 def _answer(model: Any, tokenizer: Any, messages: list[dict[str, str]], config: Any, *, seed: int, graphs: bool) -> str:
     """Generate one answer and print it as its blocks come."""
     from illada.generation import generate
     from illada.generation.loop import stop_ids
+    from illada.tokenizer import Continuation
 
     ids = tokenizer.encode(tokenizer.apply_chat_template(messages))
     ends, tokens, shown = stop_ids(config, model), list[int](), ""
+    reader = Continuation(tokenizer, ids)
 
     def show(index: int, block: list[int]) -> None:
         nonlocal shown
         if not ends.intersection(tokens):
             tokens.extend(block)
         cut = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
-        text = tokenizer.decode(tokens[:cut]).rstrip("\ufffd")  # half a character waits for its other half
+        text = reader.decode(tokens[:cut])
         for stop in config.stop_strings:
             text = text.split(stop)[0]
+        text = _settled(text, config.stop_strings)
         if text.startswith(shown):
             print(text[len(shown) :], end="", flush=True)
             shown = text
