@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from illada.checkpoint import load_pretrained, read_config, save_pretrained
 from illada.config import ModelConfig
+from illada.generation import GenerationConfig, generate
 from illada.model import MaskedDiffusionModel
 
 CONFIG = ModelConfig.preset(
@@ -131,6 +132,26 @@ def test_damaged_and_missing_files(saved, tmp_path):
         load_pretrained(path)
     with pytest.raises(FileNotFoundError, match=r"not a checkpoint \(no config\.json\)"):
         load_pretrained(tmp_path)
+
+
+def test_ids_that_only_the_generation_config_ends_with(saved):
+    """As transformers: one, or several; a generation stops at any of them."""
+    model, path = saved
+    config = GenerationConfig(gen_length=8, block_length=8, steps=8, stop_tokens=())
+    plain = generate(model, [[7, 8, 9]], config)[0].tokens
+    own = model.config.eos_token_id
+    end = next(token for token in plain if token != own)
+    for value, want in ((end, (end,)), ([own, end], (own, end)), (None, ()), ([], ())):
+        (path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+        loaded = load_pretrained(path)
+        assert loaded.stop_token_ids == want
+        if want:
+            result = generate(loaded, [[7, 8, 9]], dataclasses.replace(config, stop_tokens=None))[0]
+            assert result.finish_reason == "stop_token" and end not in result.tokens
+    for bad in ("2", [2, None], True, -1):
+        (path / "generation_config.json").write_text(json.dumps({"eos_token_id": bad}))
+        with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id must be a token id, or a list"):
+            load_pretrained(path)
 
 
 def test_full_disk_keeps_the_old_checkpoint(saved):

@@ -161,6 +161,7 @@ def load_pretrained(
     path = Path(path)
     model = MaskedDiffusionModel(load_config(path, mask_token_id=mask_token_id), device="meta")
     load_weights(model, path, device=device, dtype=dtype)
+    model.stop_token_ids = read_stop_tokens(path)
     return model
 
 
@@ -248,6 +249,16 @@ def _weight_files(path: Path) -> list[Path]:
         hint = f"; {pickled[0]} is a pickle, which is not read: convert it to safetensors" if pickled else ""
         raise FileNotFoundError(f"{path} has no model.safetensors{hint}")
     return [path / "model.safetensors"]
+
+
+def read_stop_tokens(path: str | Path) -> tuple[int, ...]:
+    """The ids that end a sequence by generation_config.json of a checkpoint folder; none where it names none."""
+    file = Path(path) / "generation_config.json"
+    ids = read_json_object(file).get("eos_token_id") if file.is_file() else None
+    listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in listed):
+        raise ValueError(f"{file}: eos_token_id must be a token id, or a list of them, got {ids!r:.80}")
+    return tuple(listed)
 
 
 def read_config(path: str | Path) -> dict[str, Any]:

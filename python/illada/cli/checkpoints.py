@@ -70,5 +70,6 @@ def load(
     if expected is not None and tokenizer_sha256(tokenizer_path) != expected:
         raise ValueError(f"{tokenizer_path} is not the tokenizer that {folder} was trained with")
     model = load_pretrained(folder, device=device, dtype=dtype, mask_token_id=mask_token_id)
-    loaded.protect((model.config.mask_token_id, model.config.eos_token_id, model.config.eot_token_id))
+    config = model.config
+    loaded.protect((config.mask_token_id, config.eos_token_id, config.eot_token_id, *model.stop_token_ids))
     return model, loaded

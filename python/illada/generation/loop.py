@@ -175,7 +175,7 @@ def _make_cache(
 
 def stop_ids(config: GenerationConfig, model: MaskedDiffusionModel) -> set[int]:
     """The ids that end a sequence."""
-    own = (model.config.eos_token_id, model.config.eot_token_id)
+    own = (model.config.eos_token_id, model.config.eot_token_id, *model.stop_token_ids)
     return {i for i in own if i is not None} if config.stop_tokens is None else set(config.stop_tokens)
 
 
