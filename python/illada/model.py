@@ -222,7 +222,7 @@ class MaskedDiffusionModel(nn.Module):
 
     Attributes:
         config: as given.
-        stop_token_ids: ids that end a generation, beside those of the config: of the checkpoint's generation_config.json.
+        stop_token_ids: ids that end a generation beside those of the config: of generation_config.json.
         activation_checkpointing: recompute each layer in the backward pass instead of keeping its activations.
     """
 
