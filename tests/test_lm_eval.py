@@ -20,12 +20,14 @@ from illada import cli
 from illada.checkpoint import save_pretrained
 from illada.config import ModelConfig
 from illada.data import train_tokenizer
+from illada.generation import GenerationConfig, GenerationResult, generate
+from illada.generation.loop import cut_at_stop
 from illada.integrations import lm_eval as adapter
 from illada.integrations.chance import RememberingTaskManager, chance_of, describe_chance
 from illada.integrations.journal import Journal, fingerprint
 from illada.integrations.lm_eval import IlladaLM, PublishedIlladaLM
 from illada.integrations.presets import PRESETS, settings_of
-from illada.integrations.settings import EvaluationSettings
+from illada.integrations.settings import GENERATION, EvaluationSettings
 from illada.model import MaskedDiffusionModel
 from illada.score import confidence_score, is_greedy, monte_carlo_likelihood
 from illada.tokenizer import Tokenizer
@@ -129,7 +131,7 @@ def test_long_contexts_lose_their_beginning(checkpoint, caplog):
         (score, _), _ = lm.loglikelihood(requests("loglikelihood", [(long, "sleeps"), ("the", " dog")]))
     assert math.isfinite(score) and "1 of 2 contexts were longer than the model's 64 tokens" in caplog.text
     context, continuation = lm._encode_pair(long, "sleeps")
-    kept = lm._fit(context, len(continuation))
+    kept = lm._fit(context, len(continuation) + 1)  # and the eos
     assert (
         len(kept) + len(continuation) + 1 == 64
         and kept[0] == CONFIG.bos_token_id
@@ -239,8 +241,84 @@ def test_generation_settings(checkpoint, generated):
     room = 64 - len(lm.tokenizer.encode(prompt))
     lm.generate_until(requests("generate_until", [(prompt, {})]))
     assert generated[-1][1][0].gen_length == room // 8 * 8 and generated[-1][1][0].steps % (room // 8) == 0
-    with pytest.raises(ValueError, match=r"leaves room for \d new ones .*: \d+ too few for one block_length of 8"):
-        lm.generate_until(requests("generate_until", [(lm.tokenizer.decode([10] * 60), {})]))
+    # A prompt with no room for a block loses its beginning, and the others are not lost for it.
+    lm.generate_until(requests("generate_until", [(lm.tokenizer.decode([10] * 70), {"max_gen_toks": 8}), ("the", {})]))
+    prompts, configs, _ = generated[-1]
+    assert {(len(p), c.gen_length) for p, c in zip(prompts, configs, strict=True)} == {(40, 24), (1, 24)}
+    assert [count for note, count in lm.notes.items() if "no room for an answer" in note] == [1]
+
+
+@pytest.mark.parametrize(
+    "asked, want",
+    [
+        ({"max_new_tokens": 8}, {"gen_length": 8}),
+        ({"max_tokens": 8}, {"gen_length": 8}),
+        ({"max_completion_tokens": "8", "num_beams": 1, "top_p": 0.9}, {"gen_length": 8, "temperature": 0}),
+        (
+            {"max_gen_toks": 4, "max_new_tokens": 9, "do_sample": False, "temperature": 1},
+            {"gen_length": 4, "temperature": 0},
+        ),
+        ({"temperature": 0.9, "max_gen_toks": 5}, {"temperature": 0.9, "block_length": 5}),
+        ({"temperature": 0.9, "do_sample": True, "max_gen_toks": 8, "top_p": None}, {"temperature": 0.9}),
+        ({"max_gen_toks": 0}, "max_gen_toks must be at least 1, got 0"),
+        ({"max_new_tokens": -1}, "max_gen_toks must be at least 1, got -1"),
+        ({"max_gen_toks": "many"}, "generation_kwargs, .*many"),
+        ({"num_beams": 10}, "ask for num_beams=10, which is not supported; there are until, max_gen_toks"),
+        ({"min_p": 0.1, "do_sample": True}, "ask for min_p=0.1"),
+        ({"until": [3]}, "until must hold texts, got 3"),
+    ],
+)
+def test_a_task_says_how_to_generate(checkpoint, generated, asked, want):
+    lm = IlladaLM(checkpoint, device="cpu")
+    request = requests("generate_until", [("the", asked)])
+    if isinstance(want, str):
+        with pytest.raises(ValueError, match=want):
+            lm.generate_until(request)
+        return
+    lm.generate_until(request)
+    ((_, (config,), _),) = generated
+    assert {name: getattr(config, name) for name in want} == want
+
+
+def test_filters_are_not_dropped(checkpoint, generated):
+    request = requests("generate_until", [("the", {"temperature": 0.8, "top_p": 0.95, "max_gen_toks": 8})])
+    lm = IlladaLM(checkpoint, device="cpu")
+    if "top_p" in GENERATION:
+        lm.generate_until(request)
+        assert generated[0][1][0].top_p == 0.95
+    else:
+        with pytest.raises(ValueError, match="top_p=0.95, which is not supported"):
+            lm.generate_until(request)
+
+
+def test_never_more_tokens_than_asked(checkpoint):
+    lm = IlladaLM(checkpoint, device="cpu", block_length=4, steps=1, forbid_tokens=CONFIG.eos_token_id)
+    for length in (1, 6, 8):
+        (text,) = lm.generate_until(requests("generate_until", [("the", {"max_gen_toks": length})]))
+        (result,) = generate(lm.model, [lm.tokenizer.encode("the")], GenerationConfig(
+            gen_length=-(-length // min(4, length)) * min(4, length), block_length=min(4, length), steps=1,
+            forbid_tokens=(CONFIG.eos_token_id,), stop_tokens=()))  # fmt: skip
+        assert text == lm.tokenizer.decode(result.tokens[:length], skip_special_tokens=False)
+
+
+def test_stop_strings_count_after_the_reasoning(checkpoint, monkeypatch):
+    """In the adapter and in the generator, which must not end a sequence in the middle of its reasoning."""
+    said = " fox\n\njumps</think> dog\n\nlazy"
+    monkeypatch.setattr(
+        adapter, "generate", lambda *a, tokenizer, **o: [GenerationResult(tokenizer.encode(said), "length", 1)]
+    )
+    request = requests("generate_until", [("the", {"until": ["\n\n"], "max_gen_toks": 60})])
+    reasoning = IlladaLM(checkpoint, device="cpu", end_think_boost=100)
+    assert reasoning.generate_until(request) == [" fox\n\njumps</think> dog"]
+    assert IlladaLM(checkpoint, device="cpu").generate_until(request) == [" fox"]
+    tokenizer = reasoning.tokenizer
+    for end_think, text in (("</think>", " fox\n\njumps</think> dog"), ("", " fox"), ("</never>", None)):
+        config = GenerationConfig(end_think=tuple(tokenizer.encode(end_think)), stop_strings=("\n\n",))
+        assert cut_at_stop(tokenizer, tokenizer.encode(said), config) == text
+    # An end of reasoning that is a special token, which the text does not show.
+    ids = [*tokenizer.encode(" fox\n\n"), CONFIG.pad_token_id, *tokenizer.encode(" dog\n\nlazy")]
+    config = GenerationConfig(end_think=(CONFIG.pad_token_id,), stop_strings=("\n\n",))
+    assert cut_at_stop(tokenizer, ids, config) == " fox\n\n dog"
 
 
 def test_repeated_requests_are_new_samples(checkpoint, generated):
@@ -251,6 +329,20 @@ def test_repeated_requests_are_new_samples(checkpoint, generated):
     assert len(set(options["seed"])) == 3 and {config.temperature for config in configs} == {0.7}
     lm.generate_until(same)
     assert len(generated) == 1  # known by now
+
+
+def test_every_option_of_the_generator_is_a_setting(checkpoint, generated):
+    given = "rule=factor,factor=2,delay_tokens=7:9,forbid_tokens=11,max_length=60,threshold=0.9"
+    lm = IlladaLM.create_from_arg_string(f"pretrained={checkpoint},{given}", {"device": "cpu"})
+    lm.generate_until(requests("generate_until", [("the", {"max_gen_toks": 8})]))
+    ((_, (config,), _),) = generated
+    assert (config.rule, config.factor, config.delay_tokens, config.forbid_tokens) == ("factor", 2.0, (7, 9), (11,))
+    settings = EvaluationSettings.from_arguments({"schedule": "dream", "alg_temp": 1, "take_back": 0})
+    assert (settings.generation.schedule, settings.generation.alg_temp) == ("dream", 1.0)
+    settings = EvaluationSettings.from_arguments({"rule": "entropy_bound", "entropy_bound": 0.5})
+    assert settings.for_length(32).entropy_bound == 0.5
+    fields = {field.name for field in dataclasses.fields(GenerationConfig)}
+    assert set(GENERATION) == fields - {"end_think", "stop_tokens", "stop_strings"}
 
 
 # ------------------------------------------------------------------------------------------------- names and settings
@@ -287,10 +379,13 @@ def test_presets_are_the_published_settings():
         assert ours.unsafe_code == task.startswith(("humaneval", "mbpp"))
         # What is not given is the published default there, and not used by the task's kind of request where it differs.
         published = EvaluationSettings.from_arguments({"var": False, **simple_parse_args_string(model_args)})
-        mine = EvaluationSettings(**ours.model_args)
+        mine = EvaluationSettings.from_arguments(ours.model_args)
         for name in ours.model_args:
-            assert getattr(mine, name) == getattr(published, name), (task, name)
-        assert mine.llh == published.llh and mine.end_think_boost == published.end_think_boost
+            one, two = (
+                getattr(s, name) if hasattr(s, name) else getattr(s.generation, name) for s in (mine, published)
+            )
+            assert one == two, (task, name)
+        assert mine.llh == published.llh and mine.generation.end_think_boost == published.generation.end_think_boost
     for arguments, message in (
         (("illada-chat", "mmlu"), "preset must be one of illada-base"),
         (("illada-base", "piqua"), "it has arc_challenge"),
@@ -304,7 +399,7 @@ def test_published_names_and_defaults(checkpoint):
     line = f"model_path={checkpoint},mask_id=5,{_SCORED},{_THINK}3,remasking=random,gen_length=8,steps=8,block_length=8"
     lm = IlladaLM.create_from_arg_string(line, {"batch_size": 1, "max_batch_size": None, "device": "cpu"})
     s = lm.settings
-    assert (s.llh, s.append_eos, s.add_bos, s.check_greedy, s.mode, s.measure) == (
+    assert (s.llh, s.append_eos, s.add_bos, s.check_greedy, s.generation.mode, s.generation.measure) == (
         "confidence",
         True,
         True,
@@ -312,11 +407,19 @@ def test_published_names_and_defaults(checkpoint):
         "var",
         "random",
     )
-    assert (s.end_think_boost, s.end_think_power, s.batch_size) == (100, 3, 1)
+    assert (s.generation.end_think_boost, s.generation.end_think_power, s.batch_size) == (100, 3, 1)
     assert IlladaLM(checkpoint, device="cpu", mc_num=1).settings.llh == "mc"
     dist = PublishedIlladaLM(checkpoint, device="cpu", batch_size=32).settings
-    assert (dist.llh, dist.check_greedy, dist.mode, dist.gen_length, dist.mc_stratum) == ("mc", True, "fixed", 1024, 32)
-    assert PublishedIlladaLM(checkpoint, device="cpu", is_check_greedy=False, var=True).settings.mode == "var"
+    assert (dist.llh, dist.check_greedy, dist.generation.mode, dist.gen_length, dist.mc_stratum) == (
+        "mc",
+        True,
+        "fixed",
+        1024,
+        32,
+    )
+    assert (
+        PublishedIlladaLM(checkpoint, device="cpu", is_check_greedy=False, var=True).settings.generation.mode == "var"
+    )
 
 
 def test_errors_name_the_argument(checkpoint):
@@ -328,12 +431,18 @@ def test_errors_name_the_argument(checkpoint):
         ({"padd_eos": "no"}, ValueError, "append_eos must be True or False, got 'no'"),
         ({"gen_len": 3}, TypeError, "unknown model argument 'gen_len'; there are pretrained"),
         ({"cfg": 1, "cfg_scale": 2}, TypeError, "cfg_scale is given twice"),
-        ({"steps": 0}, ValueError, "steps must be an integer of at least 1, got 0"),
+        ({"steps": 0}, ValueError, "steps must be at least 1, got 0"),
         ({"batch_size": "many"}, ValueError, "batch_size must be"),
         ({"mode": "fixed", "gen_length": 10, "block_length": 4}, ValueError, "must be a multiple of block_length"),
         ({"dtype": "float8"}, ValueError, "dtype must be auto or one of torch's"),
         ({"mc_num": 20}, ValueError, r"mc_num must be a multiple of mc_stratum \(16\) or smaller than it, got 20"),
         ({"llh": "mc", "mc_stratum": 48}, ValueError, r"mc_num must be a multiple of mc_stratum \(48\) .*, got 128"),
+        (
+            {"forbid_tokens": "eos"},
+            ValueError,
+            "forbid_tokens must be token ids joined by colons, as in 5:7, got 'eos'",
+        ),
+        ({"mode": "infill"}, ValueError, "mode must be var or fixed, got 'infill'"),
         ({"cache": "dual"}, ValueError, "cache must be one of none, prefix, block, got 'dual'"),
         ({"rule": "best"}, ValueError, "rule must be one of quota"),
     ]

@@ -193,7 +193,7 @@ def _why_finished(request: Request, model: MaskedDiffusionModel, tokenizer: Any)
     done = request.blocks[request.block - 1]
     generated = request.canvas[request.prompt_length : done[-1] + 1].tolist()
     kept = _before_stop(generated, stop_ids(config, model))
-    if config.stop_strings and cut_at_stop(tokenizer, kept, config.stop_strings) is not None:
+    if config.stop_strings and cut_at_stop(tokenizer, kept, config) is not None:
         return "stop_string"
     if len(kept) < len(generated):
         return "stop_token"
@@ -209,7 +209,7 @@ def _result(request: Request, model: MaskedDiffusionModel, tokenizer: Any) -> Ge
         tokens = _before_stop(tokens, stop_ids(request.config, model))
     result = GenerationResult(tokens, request.finish_reason, request.forwards)
     if tokenizer is not None:
-        cut = cut_at_stop(tokenizer, tokens, request.config.stop_strings)
+        cut = cut_at_stop(tokenizer, tokens, request.config)
         result.text = tokenizer.decode(tokens) if cut is None else cut
     return result
 
@@ -218,13 +218,24 @@ def _before_stop(tokens: list[int], ends: set[int]) -> list[int]:
     return tokens[: next((i for i, token in enumerate(tokens) if token in ends), len(tokens))]
 
 
-def cut_at_stop(tokenizer: Any, tokens: list[int], stop_strings: Sequence[str]) -> str | None:
-    """The text of `tokens` before the first stop string, or None without any. It may spell special tokens."""
-    if tokenizer is None or not stop_strings:
+def stop_position(text: str, stop_strings: Sequence[str], end_think: str = "") -> int | None:
+    """Where in `text` the first stop string begins, looked for behind the first `end_think`; None: nowhere."""
+    reasoning = text.find(end_think)
+    if reasoning < 0:
         return None
+    begin = reasoning + len(end_think)
+    return min((at for stop in stop_strings if (at := text.find(stop, begin)) >= 0), default=None)
+
+
+def cut_at_stop(tokenizer: Any, tokens: list[int], config: GenerationConfig) -> str | None:
+    """The text of `tokens` before the first stop string that counts, or None without any. It may spell special
+    tokens."""
+    if tokenizer is None or not config.stop_strings:
+        return None
+    end_think = tokenizer.decode(list(config.end_think), skip_special_tokens=False) if config.end_think else ""
 
     def first(text: str) -> int | None:
-        return min((at for at in map(text.find, stop_strings) if at >= 0), default=None)
+        return stop_position(text, config.stop_strings, end_think)
 
     text = tokenizer.decode(tokens)
     if (at := first(text)) is not None:

@@ -23,13 +23,15 @@ import torch
 import torch.distributed as dist
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
+from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
 import illada
 from illada.cli.checkpoints import load
 from illada.generation import GenerationConfig, generate
+from illada.generation.loop import stop_position
 from illada.integrations.journal import Journal, fingerprint, request_key
-from illada.integrations.settings import ALIASES, MC_NUM, PUBLISHED_DEFAULTS, EvaluationSettings
+from illada.integrations.settings import ALIASES, GENERATION, MC_NUM, PUBLISHED_DEFAULTS, EvaluationSettings
 from illada.model import MaskedDiffusionModel
 from illada.score import confidence_score, encode_pair, is_greedy, monte_carlo_likelihood
 from illada.tokenizer import Tokenizer
@@ -38,6 +40,10 @@ if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
 _LOGGER = logging.getLogger(__name__)
+
+#: Of a task's generation_kwargs: what says which tokens are drawn from, and values that change nothing.
+_FILTERS = ("top_p", "top_k")
+_NEUTRAL: dict[str, Any] = {"top_p": 1, "top_k": 0, "num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1}
 
 
 @register_model("illada")
@@ -50,7 +56,7 @@ class IlladaLM(LM):
         device, dtype: where and in what the model runs; default the CPU and the checkpoint's dtype. "cuda" takes a
             16-bit one.
         journal: a JSONL file that keeps finished requests; what it holds of this model with these settings is reused.
-        settings: the fields of `EvaluationSettings`, or their published names.
+        settings: the fields of `EvaluationSettings` and the generator's options, or their published names.
 
     Raises:
         ValueError, TypeError: naming the argument. FileNotFoundError: no checkpoint or tokenizer there.
@@ -94,7 +100,7 @@ class IlladaLM(LM):
         shortened = dropped = too_long = 0
         for i, request in enumerate(requests):
             context, continuation = self._encode_pair(*request.args)
-            fitted = self._fit(context, len(continuation))
+            fitted = self._fit(context, len(continuation) + self.settings.append_eos)
             if not continuation:
                 dropped += 1
             elif fitted is None:
@@ -153,7 +159,7 @@ class IlladaLM(LM):
         contexts, continuations = [p[0] for p in pairs], [p[1] for p in pairs]
         shared: dict[str, Any] = {
             "append_eos": settings.append_eos,
-            "cfg_scale": float(settings.cfg_scale),
+            "cfg_scale": settings.generation.cfg_scale,
             "max_tokens": settings.max_tokens,
         }
         if llh == "confidence":
@@ -190,9 +196,9 @@ class IlladaLM(LM):
         return ids if ids[: len(self._bos)] == self._bos else self._bos + ids
 
     def _fit(self, context: list[int], more: int) -> list[int] | None:
-        """The context without as much of its beginning (bos apart) as the model has no room for beside `more` tokens
-        (and an eos); None: it has no room for those alone."""
-        room = self.max_length - more - self.settings.append_eos
+        """The context without as much of its beginning (bos apart) as the model has no room for beside `more` tokens;
+        None: it has no room for those alone."""
+        room = self.max_length - more
         if room < 0 or len(context) <= room:
             return context if room >= 0 else None
         kept = context[:1] if self.settings.add_bos and room else []
@@ -208,73 +214,118 @@ class IlladaLM(LM):
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """The text of each prompt's continuation, up to the first of the task's stop strings or the eos."""
-        jobs, occurrences = [], Counter[str]()
+        jobs, occurrences, shortened = [], Counter[str](), 0
         for request in requests:
             prompt, options = request.args
-            ids = self._encode(prompt)
-            config, stops = self._generation_config(len(ids), options)
+            length, sampling = self._asked(options)
+            stops = self._stops(options)
+            encoded = self._encode(prompt)
+            ids, config = self._plan(encoded, length, sampling, stops)
+            shortened += len(ids) < len(encoded)
             # A request that is repeated is a new sample; the count is part of what its seed is made from.
-            key = request_key(ids, stops, vars(config))
+            key = request_key(ids, stops, vars(config), length)
             occurrences[key] += 1
             seed = int(request_key(self.settings.seed, ids, occurrences[key])[:15], 16)
-            jobs.append((ids, config, stops, seed))
+            jobs.append((ids, config, stops, seed, length))
+        self._note(
+            f"prompts left the model's {self.max_length} tokens no room for an answer, and lost their beginning",
+            shortened,
+            len(requests),
+        )
         texts = self._run("generate_until", jobs, {}, self._generate, [r.args for r in requests])
         return list(texts)
 
-    def _generation_config(self, prompt_length: int, options: dict[str, Any]) -> tuple[GenerationConfig, list[str]]:
-        """How to go on from a prompt, and where to cut what comes: the task's stop strings, then the eos."""
+    def _asked(self, options: dict[str, Any]) -> tuple[int, dict[str, float]]:
+        """(most new tokens, how to sample) of a task's generation_kwargs, by lm_eval's own rules; the model's settings
+        count before them."""
+        try:
+            asked: dict[str, Any] = dict(normalize_gen_kwargs(options))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the task's generation_kwargs, {options}: {error}") from None
+        asked.pop("until")
+        asked_length, temperature = asked.pop("max_gen_toks"), float(asked.pop("temperature", 0.0))
+        length = asked_length if self.settings.gen_length is None else self.settings.gen_length
+        if length < 1:
+            raise ValueError(f"the task's max_gen_toks must be at least 1, got {length}; generation_kwargs: {options}")
+        if not asked.pop("do_sample"):
+            temperature = 0.0
+        given = {name: value for name, value in asked.items() if value is not None and value != _NEUTRAL.get(name)}
+        filters = {name: given.pop(name) for name in _FILTERS if name in given}
+        unknown = given | {name: value for name, value in filters.items() if temperature and name not in GENERATION}
+        if unknown:
+            known = ["until", "max_gen_toks", "do_sample", "temperature", *(n for n in _FILTERS if n in GENERATION)]
+            raise ValueError(
+                f"the task's generation_kwargs ask for {', '.join(f'{k}={v}' for k, v in unknown.items())}, which is "
+                f"not supported; there are {', '.join(known)}"
+            )
+        # Without a temperature nothing is drawn, and what would be filtered does not matter.
+        sampling = (
+            {"temperature": temperature, **filters} if temperature and not self.settings.generation.temperature else {}
+        )
+        return length, sampling
+
+    def _stops(self, options: dict[str, Any]) -> list[str]:
+        """The task's stop strings, then the eos."""
         until = options.get("until") or []
         stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
-        eos_id = self.model.config.eos_token_id
-        eos = self._text([eos_id])
-        if eos and eos not in stops:
-            stops.append(eos)
-        length, block = self.settings.gen_length, self.settings.block_length
-        if length is None:
-            length = int(options.get("max_gen_toks", 256))
+        if wrong := [stop for stop in stops if not isinstance(stop, str)]:
+            raise ValueError(f"the task's until must hold texts, got {wrong[0]!r}")
+        eos = self._text([self.model.config.eos_token_id])
+        return stops if not eos or eos in stops else [*stops, eos]
+
+    def _plan(
+        self, prompt: list[int], length: int, sampling: dict[str, float], stops: list[str]
+    ) -> tuple[list[int], GenerationConfig]:
+        """How to make `length` tokens, and what of the prompt is kept for it.
+
+        Whole blocks are generated, as many as the prompt leaves room for. One that has no room for any loses its
+        beginning, so that `length` tokens fit, but no more than half of the model's length.
+        """
+        block = self.settings.generation.block_length
+        if self.settings.gen_length is None:
             block = min(block, length)
-            length = -(-length // block) * block
-        room = min(length, self.max_length - prompt_length)
-        clipped = room // block * block
-        if clipped <= 0:
-            raise ValueError(
-                f"a prompt of {prompt_length} tokens leaves room for {max(0, room)} new ones (gen_length {length}, the "
-                f"model's length {self.max_length}): {block - room} too few for one block_length of {block}"
-            )
+        whole = -(-length // block) * block
+        room = (self.max_length - len(prompt)) // block * block
+        if room < block:
+            room = max(block, min(whole, self.max_length // 2 // block * block))
+            fitted = self._fit(prompt, room)
+            if fitted is None:
+                raise ValueError(f"a block_length of {block} is over the model's length of {self.max_length}")
+            prompt = fitted
+        eos_id = self.model.config.eos_token_id
         stop_tokens = {eos_id}
         for stop in stops:  # one that is a special token is not seen in the text where the generator looks for it
             token = self.tokenizer.token_to_id(stop)
             if token is not None and self._text([token]) == stop != self.tokenizer.decode([token]):
                 stop_tokens.add(token)
-        changes: dict[str, Any] = {
-            "block_length": block,
-            "stop_strings": tuple(stops),
-            "stop_tokens": tuple(sorted(stop_tokens)),
-        }
-        if not self.settings.temperature and options.get("do_sample"):
-            changes["temperature"] = float(options.get("temperature", 0.0))
-        return self.settings.generation(clipped, end_think=self._end_think, **changes), stops
+        config = self.settings.for_length(
+            min(whole, room),
+            end_think=self._end_think,
+            block_length=block,
+            stop_strings=tuple(stops),
+            stop_tokens=tuple(sorted(stop_tokens)),
+            **sampling,
+        )
+        return prompt, config
 
     def _text(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=False)
 
-    def _generate(self, jobs: list[tuple[list[int], GenerationConfig, list[str], int]]) -> list[str]:
+    def _generate(self, jobs: list[tuple[list[int], GenerationConfig, list[str], int, int]]) -> list[str]:
         size = self.settings.batch_size
-        longest = max(len(ids) + config.gen_length for ids, config, _, _ in jobs)
+        longest = max(len(ids) + config.gen_length for ids, config, _, _, _ in jobs)
         results = generate(
             self.model,
-            [ids for ids, _, _, _ in jobs],
-            [config for _, config, _, _ in jobs],
-            seed=[seed for _, _, _, seed in jobs],
+            [ids for ids, _, _, _, _ in jobs],
+            [config for _, config, _, _, _ in jobs],
+            seed=[seed for _, _, _, seed, _ in jobs],
             tokenizer=self.tokenizer,
             batch_size=max(1, self.settings.max_tokens // longest) if size == "auto" else int(size),
         )
         texts = []
-        for (_, _, stops, _), result in zip(jobs, results, strict=True):
-            text = self._text(result.tokens)
-            for stop in stops:
-                text = text.split(stop)[0]
-            texts.append(text)
+        for (_, config, stops, _, length), result in zip(jobs, results, strict=True):
+            text = self._text(result.tokens[:length])
+            texts.append(text[: stop_position(text, stops, self._text(config.end_think))])
         return texts
 
     # -------------------------------------------------------------------------------------------------------- chat
