@@ -8,7 +8,8 @@ import tokenizers
 
 from illada.chat import merge_system, render_chat_template
 from illada.data import SPECIAL_TOKENS, load_tokenizer, train_tokenizer
-from illada.tokenizer import Continuation, Tokenizer
+from illada.generation import loop as generation_loop
+from illada.tokenizer import Continuation, Tokenizer, bos_prefix
 
 LLAMA3 = (
     "{% set loop_messages = messages %}{% for message in loop_messages %}"
@@ -138,6 +139,35 @@ def test_text_goes_on_as_it_reads_behind_the_prompt():
         assert Continuation(tokens, [2, 1]).decode([3, 4]) == "quick fox"  # a chat template's end: a new text
         assert Continuation(tokens, []).decode([3]) == "quick" and Continuation(tokens, [2]).decode([]) == ""
         assert Continuation(tokens, [2]).decode([1, 3], skip_special_tokens=False) == "<s> quick"
+
+
+def test_a_prompt_begins_with_what_the_tokenizer_adds_and_once(folder):
+    """And does not end with it: nothing would follow an eos."""
+    bare = load_tokenizer(folder)
+    for single, prefix in (("$A", []), ("[b] $A", [0]), ("[b] $A [e]", [0]), ("$A [e]", []), ("[b] [e] $A", [0, 2])):
+        names = {"[b]": (SPECIAL_TOKENS["bos"], 0), "[e]": (SPECIAL_TOKENS["eos"], 2)}
+        for name, (token, _) in names.items():
+            single = single.replace(name, token)
+        processor = tokenizers.processors.TemplateProcessing(
+            single=single, pair=f"{single} $B", special_tokens=list(names.values())
+        )
+        backend = load_tokenizer(folder)
+        backend.post_processor = processor
+        tokenizer, the = Tokenizer(backend), bare.encode("the").ids
+        assert tokenizer.encode_prompt("the") == [*prefix, *the] == generation_loop.encode(backend, "the", "prompts[0]")
+        assert generation_loop.encode(tokenizer, "the", "prompts[0]") == [*prefix, *the]
+        assert tokenizer.encode_prompt("") == prefix and tokenizer.encode_prompt("the", prefix=()) == the
+        assert tokenizer.encode_prompt("the", prefix=(0,)) == [0, *the]
+        text = SPECIAL_TOKENS["bos"] + "the"  # of a chat template
+        assert tokenizer.encode_prompt(text, prefix=(0,)) == [0, *the] == tokenizer.encode_prompt(text, prefix=())
+        whole = backend.encode("the <[MASK]>").ids
+        quoted = tokenizer.encode("the <[MASK]>", add_special_tokens=True, parse_special_tokens=False)
+        assert (
+            5 in whole and 5 not in quoted and quoted[: len(prefix)] == prefix and (quoted[-1] == 2) == (whole[-1] == 2)
+        )
+    with pytest.raises(ValueError, match="--add-bos: this checkpoint has no bos token"):
+        bos_prefix(True, None, "--add-bos")
+    assert (bos_prefix(None, 3), bos_prefix(False, 3), bos_prefix(True, 3)) == (None, [], [3])
 
 
 @pytest.mark.parametrize("named", [True, False])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,18 +98,15 @@ class Tokenizer:
         Args:
             prefix: what to begin with instead; empty for nothing.
         """
-        begin = list(self._affixes[0] if prefix is None else prefix)
-        ids = self.encode(text, parse_special_tokens=parse_special_tokens)
-        return ids if ids[: len(begin)] == begin else begin + ids
+        return self.begin_prompt(self.encode(text, parse_special_tokens=parse_special_tokens), prefix)
+
+    def begin_prompt(self, ids: list[int], prefix: Sequence[int] | None = None) -> list[int]:
+        """The ids of a text as those of a prompt, see `encode_prompt`."""
+        return begin_with(ids, self._affixes[0] if prefix is None else prefix)
 
     @functools.cached_property
     def _affixes(self) -> tuple[list[int], list[int]]:
-        """What the post-processor puts before a text and behind it."""
-        bare, whole = self._encode("a", False), self._encode("a", True)
-        for at in range(len(whole) - len(bare) + 1):
-            if whole[at : at + len(bare)] == bare:
-                return whole[:at], whole[at + len(bare) :]
-        return [], []
+        return affixes(self._encode)
 
     def _name(self, token: int | None) -> str:
         """The text of a token, empty where there is none."""
@@ -200,6 +197,32 @@ class Tokenizer:
         if name not in templates:
             raise ValueError(f"chat_template must name one of {', '.join(sorted(templates))}: none of them is default")
         return templates[name]
+
+
+def affixes(encode: Callable[[str, bool], list[int]]) -> tuple[list[int], list[int]]:
+    """What a tokenizer's post-processor puts before a text and behind it; `encode(text, add_special_tokens)`."""
+    bare, whole = encode("a", False), encode("a", True)
+    for at in range(len(whole) - len(bare) + 1):
+        if whole[at : at + len(bare)] == bare:
+            return whole[:at], whole[at + len(bare) :]
+    return [], []
+
+
+def begin_with(ids: list[int], prefix: Sequence[int]) -> list[int]:
+    """The ids with `prefix` in front, once, also where a chat template has it."""
+    first, size = list(prefix), len(prefix)
+    while size and ids[: 2 * size] == first * 2:
+        ids = ids[size:]
+    return ids if ids[:size] == first else first + ids
+
+
+def bos_prefix(add_bos: bool | None, bos_token_id: int | None, name: str = "add_bos") -> list[int] | None:
+    """The prefix for `Tokenizer.encode_prompt`: bos, nothing, or, where it was not asked, the tokenizer's own (None)."""
+    if not add_bos:
+        return None if add_bos is None else []
+    if bos_token_id is None:
+        raise ValueError(f"{name}: this checkpoint has no bos token")
+    return [bos_token_id]
 
 
 class Continuation:

@@ -34,7 +34,7 @@ def _run(options: argparse.Namespace) -> int:
     from illada.generation.agreement import cache_agreement
 
     model, tokenizer = sampling.load(options)
-    _, ids = sampling.read_prompts(options, tokenizer)
+    _, ids = sampling.read_prompts(options, model, tokenizer)
     reports = cache_agreement(
         model, ids, sampling.make_config(options, tokenizer), caches=options.caches.split(","), seed=options.seed,
         tokenizer=tokenizer, batch_size=options.batch_size, progress=True,

@@ -43,7 +43,7 @@ def _run(options: argparse.Namespace) -> int:
         )
     if options.mode == "infill":
         raise ValueError("--mode infill fills masks in a text; a chat goes with var or fixed")
-    config = sampling.make_config(options, tokenizer)
+    config, prefix = sampling.make_config(options, tokenizer), sampling.prefix(options, model)
     start = [{"role": "system", "content": options.system}] if options.system else []
     messages = list(start)
     if sys.stdin is None:
@@ -78,8 +78,9 @@ def _run(options: argparse.Namespace) -> int:
         elif text:
             messages.append({"role": "user", "content": text[1:] if text.startswith("//") else text})
             try:
+                ids = tokenizer.encode_prompt(tokenizer.apply_chat_template(messages), prefix=prefix)
                 answer = _answer(
-                    model, tokenizer, messages, config, seed=options.seed + turns, graphs=not options.no_cuda_graphs
+                    model, tokenizer, ids, config, seed=options.seed + turns, graphs=not options.no_cuda_graphs
                 )
             except ValueError as error:  # too long, or refused by the template: the conversation goes on without it
                 print(f"illada: {error}", file=sys.stderr)
@@ -113,13 +114,12 @@ def _settled(text: str, stop_strings: Sequence[str]) -> str:
     return text[: len(text) - max(held, default=0)]
 
 
-def _answer(model: Any, tokenizer: Any, messages: list[dict[str, str]], config: Any, *, seed: int, graphs: bool) -> str:
+def _answer(model: Any, tokenizer: Any, ids: list[int], config: Any, *, seed: int, graphs: bool) -> str:
     """Generate one answer and print it as its blocks come."""
     from illada.generation import generate
-    from illada.generation.loop import stop_ids
+    from illada.generation.loop import cut_at_stop, stop_ids
     from illada.tokenizer import Continuation
 
-    ids = tokenizer.encode(tokenizer.apply_chat_template(messages))
     ends, tokens, shown = stop_ids(config, model), list[int](), ""
     reader = Continuation(tokenizer, ids)
 
@@ -128,10 +128,9 @@ def _answer(model: Any, tokenizer: Any, messages: list[dict[str, str]], config: 
         if not ends.intersection(tokens):
             tokens.extend(block)
         cut = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
-        text = reader.decode(tokens[:cut])
-        for stop in config.stop_strings:
-            text = text.split(stop)[0]
-        text = _settled(text, config.stop_strings)
+        text = cut_at_stop(reader, tokens[:cut], config)
+        if text is None:
+            text = _settled(reader.decode(tokens[:cut]), config.stop_strings)
         if text.startswith(shown):
             print(text[len(shown) :], end="", flush=True)
             shown = text

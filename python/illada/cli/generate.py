@@ -37,7 +37,7 @@ def _run(options: argparse.Namespace) -> int:
     from illada.generation import generate
 
     model, tokenizer = sampling.load(options)
-    prompts, ids = sampling.read_prompts(options, tokenizer)
+    prompts, ids = sampling.read_prompts(options, model, tokenizer)
     config = sampling.make_config(options, tokenizer)
     began = time.monotonic()
     results = generate(

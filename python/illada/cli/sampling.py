@@ -12,6 +12,7 @@ from illada.text import decode_text, read_lines
 
 if TYPE_CHECKING:
     from illada.generation import GenerationConfig
+    from illada.model import MaskedDiffusionModel
     from illada.tokenizer import Tokenizer
 
 
@@ -19,6 +20,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Which model."""
     parser.add_argument("checkpoint", help="checkpoint folder, or a training run (its newest checkpoint)")
     parser.add_argument("--tokenizer", metavar="PATH", help="default: the checkpoint's own")
+    parser.add_argument(
+        "--add-bos",
+        action=argparse.BooleanOptionalAction,
+        help="begin each prompt with bos (default: where the tokenizer's post-processor adds it)",
+    )
     parser.add_argument("--device", help="cpu (default), or cuda for a 16-bit model")
     parser.add_argument("--dtype", help="bfloat16, float16 or float32 (default: the checkpoint's)")
     parser.add_argument("--mask-token-id", type=int, metavar="N", help="where config.json does not name the mask")
@@ -77,9 +83,18 @@ def load(options: argparse.Namespace) -> tuple[Any, Tokenizer]:
     return load(options.checkpoint, options.tokenizer, device=device, dtype=dtype, mask_token_id=options.mask_token_id)
 
 
-def read_prompts(options: argparse.Namespace, tokenizer: Tokenizer) -> tuple[list[str], list[list[int]]]:
+def prefix(options: argparse.Namespace, model: MaskedDiffusionModel) -> list[int] | None:
+    """What prompts begin with by --add-bos; None: what the tokenizer adds."""
+    from illada.tokenizer import bos_prefix
+
+    return bos_prefix(options.add_bos, model.config.bos_token_id, "--add-bos")
+
+
+def read_prompts(
+    options: argparse.Namespace, model: MaskedDiffusionModel, tokenizer: Tokenizer
+) -> tuple[list[str], list[list[int]]]:
     """(texts, token ids) of `add_prompt_options`; where they give none, standard input is the prompt."""
-    prompts = list(options.prompt or [])
+    prompts, begin = list(options.prompt or []), prefix(options, model)
     if options.prompt_file:
         lines = [line for _, line in read_lines(options.prompt_file)]
         if not lines:
@@ -89,9 +104,9 @@ def read_prompts(options: argparse.Namespace, tokenizer: Tokenizer) -> tuple[lis
         prompts = [_read_stdin()]
     if options.apply_chat_template:
         rendered = [tokenizer.apply_chat_template([{"role": "user", "content": prompt}]) for prompt in prompts]
-        return prompts, [tokenizer.encode(text) for text in rendered]
+        return prompts, [tokenizer.encode_prompt(text, prefix=begin) for text in rendered]
     parse = options.special_tokens_in_prompt
-    return prompts, [tokenizer.encode(prompt, parse_special_tokens=parse) for prompt in prompts]
+    return prompts, [tokenizer.encode_prompt(text, prefix=begin, parse_special_tokens=parse) for text in prompts]
 
 
 def _read_stdin() -> str:

@@ -52,11 +52,12 @@ def _run(options: argparse.Namespace) -> int:
 
     questions = _questions(options)
     model, tokenizer = sampling.load(options)
+    begin = sampling.prefix(options, model)
     contexts: list[list[int]] = []
     continuations: list[list[int]] = []
     for context, candidates in questions:
         for candidate in candidates:
-            ids, more = encode_pair(tokenizer, context, candidate)
+            ids, more = encode_pair(tokenizer, context, candidate, prefix=begin)
             if not more:
                 raise ValueError(
                     f"candidate {candidate!r} has no score after {context!r}: the tokenizer drops its text"

@@ -23,7 +23,7 @@ from illada.generation.cache import KeyValueCache
 from illada.generation.config import GenerationConfig, GenerationResult
 from illada.generation.request import Request
 from illada.model import MaskedDiffusionModel
-from illada.tokenizer import Continuation
+from illada.tokenizer import Continuation, Tokenizer, affixes, begin_with
 
 
 @torch.inference_mode()
@@ -118,11 +118,18 @@ def generate(
 
 
 def encode(tokenizer: Any, text: str, name: str) -> list[int]:
-    """The ids of a text, by a tokenizer of this library, `tokenizers` or `transformers`."""
+    """The ids of a prompt by a tokenizer of this library, `tokenizers` or `transformers`; see
+    `Tokenizer.encode_prompt`."""
     if tokenizer is None:
         raise ValueError(f"{name} is a text, which needs a tokenizer; give one, or token ids")
-    found = tokenizer.encode(text, add_special_tokens=False)
-    return list(getattr(found, "ids", found))
+    if isinstance(tokenizer, Tokenizer):
+        return tokenizer.encode_prompt(text)
+
+    def ids(text: str, add_special_tokens: bool) -> list[int]:
+        found = tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return list(getattr(found, "ids", found))
+
+    return begin_with(ids(text, False), affixes(ids)[0])
 
 
 def _advance(
