@@ -217,7 +217,7 @@ def begin_with(ids: list[int], prefix: Sequence[int]) -> list[int]:
 
 
 def bos_prefix(add_bos: bool | None, bos_token_id: int | None, name: str = "add_bos") -> list[int] | None:
-    """The prefix for `Tokenizer.encode_prompt`: bos, nothing, or, where it was not asked, the tokenizer's own (None)."""
+    """The prefix for `Tokenizer.encode_prompt`: bos, nothing, or None, which is the tokenizer's own."""
     if not add_bos:
         return None if add_bos is None else []
     if bos_token_id is None:
