@@ -111,6 +111,22 @@ def test_standard_input(capsys, path, monkeypatch):
         assert status == 2 and match in err and err.count("\n") == 1
 
 
+def test_questions_that_cannot_be_read(capsys, path, tmp_path):
+    file = tmp_path / "questions.jsonl"
+    for line, match in (
+        (
+            b'{"context": ' + b"[" * 100_000,
+            "questions.jsonl, line 2 is not JSON that can be read: it is nested too deeply",
+        ),
+        (b'{"context": "\\ud83d"}', "questions.jsonl, line 2 holds half of a surrogate pair"),
+        (b'{"context": "\xf6l"}', "questions.jsonl, line 2 is not UTF-8 text: byte 0xf6"),
+        (b"[]", 'questions.jsonl, line 2: expected {"context": '),
+    ):
+        file.write_bytes(b'\xef\xbb\xbf{"context": "a", "candidates": ["b"]}\n' + line)
+        status, _, err = run(capsys, "score", path, "--file", file)
+        assert status == 2 and match in err and err.count("\n") == 1, err
+
+
 def test_arguments_that_are_not_utf8(capsys, path):
     bad = b"a\xff".decode("utf-8", "surrogateescape")
     for arguments in (
