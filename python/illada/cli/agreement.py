@@ -39,8 +39,8 @@ def _run(options: argparse.Namespace) -> int:
     needs_stdin = not (options.prompt or options.prompt_file) and not sys.stdin.isatty()
     _, ids = sampling.read_prompts(options, tokenizer, sys.stdin.read() if needs_stdin else None)
     reports = cache_agreement(
-        model, ids, sampling.make_config(options, tokenizer), caches=options.caches.split(","), seed=options.seed,
-        tokenizer=tokenizer, batch_size=options.batch_size, progress=True,
+        model, ids, sampling.make_config(options, tokenizer, model.config), caches=options.caches.split(","),
+        seed=options.seed, tokenizer=tokenizer, batch_size=options.batch_size, progress=True,
     )  # fmt: skip
     if options.json:
         for report in reports:

@@ -42,7 +42,7 @@ def _run(options: argparse.Namespace) -> int:
         )
     if options.mode == "infill":
         raise ValueError("--mode infill fills masks in a text; a chat goes with var or fixed")
-    config = sampling.make_config(options, tokenizer)
+    config = sampling.make_config(options, tokenizer, model.config)
     start = [{"role": "system", "content": options.system}] if options.system else []
     messages = list(start)
     interactive = sys.stdin.isatty()

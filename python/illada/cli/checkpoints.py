@@ -57,6 +57,7 @@ def load(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     mask_token_id: int | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[MaskedDiffusionModel, Tokenizer]:
     """The model of a checkpoint or training run, and its tokenizer (or the given one, which must be the same)."""
     from illada.checkpoint import load_pretrained, read_config
@@ -66,7 +67,7 @@ def load(
     folder = find_checkpoint(path)
     tokenizer_path = Path(tokenizer or folder)
     expected = read_config(folder).get("tokenizer_sha256")
-    loaded = Tokenizer.from_pretrained(tokenizer_path)
+    loaded = Tokenizer.from_pretrained(tokenizer_path, trust_remote_code=trust_remote_code)
     if expected is not None and tokenizer_sha256(tokenizer_path) != expected:
         raise ValueError(f"{tokenizer_path} is not the tokenizer that {folder} was trained with")
     return load_pretrained(folder, device=device, dtype=dtype, mask_token_id=mask_token_id), loaded
