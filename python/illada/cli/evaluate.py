@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -67,6 +66,7 @@ def _run(options: argparse.Namespace) -> int:
         import lm_eval  # noqa: F401
     except ImportError as error:
         raise ImportError(f"illada eval needs lm-evaluation-harness: pip install 'illada[eval]' ({error})") from None
+    from illada.integrations.chance import chance_of, describe_chance
     from illada.integrations.lm_eval import IlladaLM, quiet_logs
 
     with quiet_logs():
@@ -102,15 +102,22 @@ def _run(options: argparse.Namespace) -> int:
                 confirm_run_unsafe_code=options.confirm_run_unsafe_code,
                 bootstrap_iters=1000,
             )
+            notes = model.gather_notes()
             if results is None:  # another rank has them
                 continue
-            chances = {name: chance for name in results["results"] if (chance := _chance(results, name)) is not None}
+            chances = {}
+            for name, samples in results["samples"].items():
+                accuracy = results["results"][name].get("acc,none")
+                if (chance := chance_of(manager.loaded[name], accuracy, samples)) is not None:
+                    chances[name] = chance
             print(make_table(results))
             if results.get("groups"):
                 print(make_table(results, "groups"))
             for name, chance in chances.items():
                 print(describe_chance(name, chance))
-            _merge(merged, results, chances, {**settings.model_args, **given})
+            for note, count in notes.items():
+                print(f"note: {count:,} {note}")
+            _merge(merged, results, chances, notes, {**settings.model_args, **given})
     if merged:
         _write(options, merged, journal)
     return 0
@@ -136,7 +143,7 @@ def _journal(options: argparse.Namespace) -> Path | None:
 
 def _task_manager(names: list[str], include_path: list[str] | None) -> Any:
     """Of the given folders alone if they have all the tasks: the harness's own index takes seconds to read."""
-    from lm_eval.tasks import TaskManager
+    from illada.integrations.chance import RememberingTaskManager as TaskManager
 
     for folder in include_path or ():
         if not Path(folder).is_dir():
@@ -158,39 +165,18 @@ def _task_manager(names: list[str], include_path: list[str] | None) -> Any:
     return manager
 
 
-def _chance(results: dict[str, Any], name: str) -> dict[str, float] | None:
-    """What guessing would give on a multiple-choice task, and how far from that the accuracy is."""
-    config, accuracy = results["configs"].get(name, {}), results["results"][name].get("acc,none")
-    samples = results["samples"].get(name, [])
-    if config.get("output_type") != "multiple_choice" or accuracy is None or not samples:
-        return None
-    rates = [1 / len(sample["arguments"]) for sample in samples]
-    chance = sum(rates) / len(rates)
-    # The standard error that guessing has, not the one around the accuracy: it is guessing that is to be ruled out.
-    error = math.sqrt(sum(p * (1 - p) for p in rates)) / len(rates)
-    return {
-        "accuracy": accuracy,
-        "chance": chance,
-        "chance_stderr": error,
-        "sigmas": (accuracy - chance) / error if error else 0.0,
-        "questions": len(rates),
-    }
-
-
-def describe_chance(name: str, chance: dict[str, float]) -> str:
-    """In words: above chance, at chance or below it."""
-    sigmas = chance["sigmas"]
-    verdict = "at chance" if abs(sigmas) < 2 else f"{'above' if sigmas > 0 else 'below'} chance"
-    return (
-        f"{name}: {verdict}: {chance['accuracy']:.4f}, guessing gives {chance['chance']:.4f} +- "
-        f"{chance['chance_stderr']:.4f} on {chance['questions']:,} questions ({sigmas:+.1f} sigma)"
-    )
-
-
-def _merge(merged: dict[str, Any], results: dict[str, Any], chances: dict[str, Any], settings: dict[str, Any]) -> None:
+def _merge(
+    merged: dict[str, Any],
+    results: dict[str, Any],
+    chances: dict[str, Any],
+    notes: dict[str, int],
+    settings: dict[str, Any],
+) -> None:
     for part in ("results", "groups", "n-shot", "n-samples", "versions", "higher_is_better"):
         merged.setdefault(part, {}).update(results.get(part, {}))
     merged.setdefault("chance", {}).update(chances)
+    total = merged.setdefault("notes", {})
+    total.update({note: total.get(note, 0) + count for note, count in notes.items()})
     merged.setdefault("settings", {}).update({name: settings for name in results["results"]})
 
 
