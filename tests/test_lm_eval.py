@@ -17,7 +17,7 @@ from lm_eval.models.dummy import DummyLM
 from lm_eval.utils import simple_parse_args_string
 
 from illada import cli
-from illada.checkpoint import save_pretrained
+from illada.checkpoint import load_pretrained, save_pretrained
 from illada.config import ModelConfig
 from illada.data import train_tokenizer
 from illada.generation import GenerationConfig, GenerationResult, generate
@@ -664,12 +664,36 @@ def test_chance_counts_choices_and_right_answers(tmp_path, lines, chance):
     assert found is None if chance is None else found["chance"] == pytest.approx(chance) and found["questions"] == 6
 
 
+def test_without_a_gpu(checkpoint, monkeypatch, capsys):
+    """The harness's own default is cuda:0, which must not end its command; a GPU that is asked for is an error."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: print(*sys.argv[1:]))
+    for given, want in (
+        (["--device", "cuda"], "--device cuda"),
+        (["--device=cuda"], "--device=cuda"),
+        ([], "--device cpu"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["lm_eval", "--tasks", "pick", "--batch_size", "8", *given])
+        adapter.main()
+        out, err = capsys.readouterr()
+        assert out.strip().endswith(want) and ("no GPU here and no --device given: on the CPU" in err) == (not given)
+    message = "device cuda:0: torch .* finds no GPU here; device cpu needs none"
+    for load in (IlladaLM, load_pretrained, lambda _, device: MaskedDiffusionModel(CONFIG, device=device)):
+        with pytest.raises(ValueError, match=message):
+            load(checkpoint, device="cuda:0")
+
+
 @pytest.mark.slow
 def test_harness_command_knows_the_model(checkpoint, task_folder, tmp_path):
     command = [sys.executable, "-m", "illada.integrations.lm_eval", "--model", "illada_dist", "--include_path", str(task_folder),
                "--model_args", f"model_path={checkpoint},llh='confidence',is_check_greedy=False,add_bos_token=True",
-               "--tasks", "pick", "--limit", "3", "--device", "cpu", "--output_path", str(tmp_path / "o")]  # fmt: skip
-    environment = {**os.environ, "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
+               "--tasks", "pick", "--limit", "3", "--output_path", str(tmp_path / "o")]  # fmt: skip
+    environment = {
+        **os.environ,
+        "HF_DATASETS_OFFLINE": "1",
+        "HF_HOME": str(tmp_path / "hf"),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 import illada
 from illada.cli.checkpoints import load
+from illada.devices import find_device
 from illada.generation import GenerationConfig, generate
 from illada.generation.loop import stop_position
 from illada.integrations.journal import Journal, fingerprint, request_key
@@ -418,10 +419,11 @@ def _processes(device: str | torch.device | None) -> tuple[torch.device, int, in
     """(device, rank, world size), as torchrun or accelerate launched this process."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     chosen = torch.device(device or "cpu")
+    if world_size > 1 and chosen.type == "cuda" and chosen.index is None:
+        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    chosen = find_device(chosen)
     if world_size == 1:
         return chosen, 0, 1
-    if chosen.type == "cuda" and chosen.index is None:
-        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
         # Only counts and results are exchanged, so gloo will do; processes wait for each other as long as it takes.
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
@@ -485,9 +487,18 @@ def main() -> None:
     """lm_eval's command; packs are as large as memory allows unless --batch_size says otherwise."""
     from lm_eval.__main__ import cli_evaluate
 
-    if "--tasks" in sys.argv and not any(part.startswith(("--batch_size", "-b")) for part in sys.argv[1:]):
+    if "--tasks" in sys.argv and not _given("--batch_size", "-b"):
         sys.argv += ["--batch_size", "auto"]
+    # lm_eval's own default is cuda:0.
+    if "--tasks" in sys.argv and not _given("--device", "--config", "-C") and not torch.cuda.device_count():
+        if os.environ.get("RANK", "0") == "0":
+            print("no GPU here and no --device given: on the CPU", file=sys.stderr)
+        sys.argv += ["--device", "cpu"]
     cli_evaluate()
+
+
+def _given(*options: str) -> bool:
+    return any(part.startswith(options) for part in sys.argv[1:])
 
 
 if __name__ == "__main__":
