@@ -586,12 +586,17 @@ def test_eval_command(checkpoint, task_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     out = tmp_path / "results" / "r.json"
     arguments = ["eval", str(checkpoint), "--tasks", "pick,say", "--include-path", str(task_folder), "--device", "cpu"]
-    assert cli.main([*arguments, "--output", str(out), "--model-args", "block_length=4,steps=2"]) == 0
+    model_args = "block_length=4,steps=2,schedule=dream,alg_temp=0.5"
+    assert cli.main([*arguments, "--output", str(out), "--log-samples", "--model-args", model_args]) == 0
     shown = capsys.readouterr().out
     assert "|pick " in shown and "exact_match" in shown and "guessing gives 0.3333 +- 0.1361 on 12 questions" in shown
     results = json.loads(out.read_text())
     assert set(results["results"]) == {"pick", "say"} and results["chance"]["pick"]["chance"] == pytest.approx(1 / 3)
     assert results["settings"]["pick"]["steps"] == 2 and not list(out.parent.glob("*.journal*"))
+    picked, spoken = ([json.loads(line) for line in (out.parent / f"r.{name}.jsonl").read_text().splitlines()]
+                      for name in ("pick", "say"))  # fmt: skip
+    assert len(picked) == len(spoken) == 12 and results["notes"] == {}
+    assert len(picked[0]["resps"]) == 3 and picked[0]["doc"]["choices"] and isinstance(spoken[0]["resps"][0][0], str)
     # An interrupted run leaves its journal: going on is said, never done by accident.
     journal = out.with_name("r.json.journal")
     Journal(journal).add([("x", 1)])
@@ -606,6 +611,7 @@ def test_eval_command_errors(checkpoint, task_folder, capsys, monkeypatch):
     cases = [
         (["--tasks", "pick", "--preset", "illada-base"], "preset illada-base has no task 'pick'; it has arc_challenge"),
         (["--tasks", "pick", "--resume"], "--resume needs --output"),
+        (["--tasks", "pick", "--log-samples"], "--log-samples needs --output"),
         (["--tasks", ","], "--tasks names no task"),
         (["--tasks", "pick", "--limit", "-5"], "--limit must be above 0, got -5"),
         (["--tasks", "pick", "--apply-chat-template"], "has no chat template"),
