@@ -4,11 +4,13 @@ import dataclasses
 import json
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from lm_eval import evaluate
@@ -341,6 +343,16 @@ def test_every_option_of_the_generator_is_a_setting(checkpoint, generated):
     assert (settings.generation.schedule, settings.generation.alg_temp) == ("dream", 1.0)
     settings = EvaluationSettings.from_arguments({"rule": "entropy_bound", "entropy_bound": 0.5})
     assert settings.for_length(32).entropy_bound == 0.5
+    table = re.search(
+        r"\| published settings .*?\n\n",
+        Path(__file__).parent.parent.joinpath("docs/evaluation.md").read_text(encoding="utf-8"),
+        re.DOTALL,
+    )
+    documented = re.findall(r"`(\w+=\S+)`", table[0])
+    assert len(documented) == 7
+    for line in documented:
+        settings = EvaluationSettings.from_arguments(simple_parse_args_string(line))
+        assert settings.for_length(settings.gen_length or 32)
     fields = {field.name for field in dataclasses.fields(GenerationConfig)}
     assert set(GENERATION) == fields - {"end_think", "stop_tokens", "stop_strings"}
 
