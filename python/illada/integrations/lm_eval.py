@@ -23,7 +23,6 @@ import torch
 import torch.distributed as dist
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
-from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
 import illada
@@ -31,8 +30,9 @@ from illada.cli.checkpoints import load
 from illada.devices import find_device
 from illada.generation import GenerationConfig, generate
 from illada.generation.loop import stop_position
+from illada.integrations.asked import asked_of
 from illada.integrations.journal import Journal, fingerprint, request_key
-from illada.integrations.settings import ALIASES, GENERATION, MC_NUM, PUBLISHED_DEFAULTS, EvaluationSettings
+from illada.integrations.settings import ALIASES, MC_NUM, PUBLISHED_DEFAULTS, EvaluationSettings
 from illada.model import MaskedDiffusionModel
 from illada.score import confidence_score, encode_pair, is_greedy, monte_carlo_likelihood
 from illada.tokenizer import Tokenizer
@@ -41,10 +41,6 @@ if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
 _LOGGER = logging.getLogger(__name__)
-
-#: Of a task's generation_kwargs: what says which tokens are drawn from, and values that change nothing.
-_FILTERS = ("top_p", "top_k")
-_NEUTRAL: dict[str, Any] = {"top_p": 1, "top_k": 0, "num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1}
 
 
 @register_model("illada")
@@ -218,7 +214,7 @@ class IlladaLM(LM):
         jobs, occurrences, shortened = [], Counter[str](), 0
         for request in requests:
             prompt, options = request.args
-            length, sampling = self._asked(options)
+            length, sampling = asked_of(options, self.settings)
             stops = self._stops(options)
             encoded = self._encode(prompt)
             ids, config = self._plan(encoded, length, sampling, stops)
@@ -235,35 +231,6 @@ class IlladaLM(LM):
         )
         texts = self._run("generate_until", jobs, {}, self._generate, [r.args for r in requests])
         return list(texts)
-
-    def _asked(self, options: dict[str, Any]) -> tuple[int, dict[str, float]]:
-        """(most new tokens, how to sample) of a task's generation_kwargs, by lm_eval's own rules; the model's settings
-        count before them."""
-        try:
-            asked: dict[str, Any] = dict(normalize_gen_kwargs(options))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"the task's generation_kwargs, {options}: {error}") from None
-        asked.pop("until")
-        asked_length, temperature = asked.pop("max_gen_toks"), float(asked.pop("temperature", 0.0))
-        length = asked_length if self.settings.gen_length is None else self.settings.gen_length
-        if length < 1:
-            raise ValueError(f"the task's max_gen_toks must be at least 1, got {length}; generation_kwargs: {options}")
-        if not asked.pop("do_sample"):
-            temperature = 0.0
-        given = {name: value for name, value in asked.items() if value is not None and value != _NEUTRAL.get(name)}
-        filters = {name: given.pop(name) for name in _FILTERS if name in given}
-        unknown = given | {name: value for name, value in filters.items() if temperature and name not in GENERATION}
-        if unknown:
-            known = ["until", "max_gen_toks", "do_sample", "temperature", *(n for n in _FILTERS if n in GENERATION)]
-            raise ValueError(
-                f"the task's generation_kwargs ask for {', '.join(f'{k}={v}' for k, v in unknown.items())}, which is "
-                f"not supported; there are {', '.join(known)}"
-            )
-        # Without a temperature nothing is drawn, and what would be filtered does not matter.
-        sampling = (
-            {"temperature": temperature, **filters} if temperature and not self.settings.generation.temperature else {}
-        )
-        return length, sampling
 
     def _stops(self, options: dict[str, Any]) -> list[str]:
         """The task's stop strings, then the eos."""
