@@ -54,12 +54,23 @@ def write_text(file: str | Path, text: str) -> None:
         raise
 
 
+def looks_like(file: Path) -> str | None:
+    """What a file is that a download left in the place of another, for an error about it; None: it is none of those."""
+    with file.open("rb") as opened:
+        start = opened.read(200).lstrip().lower()
+    if start.startswith(b"version https://git-lfs.github.com/spec"):
+        return "is a Git LFS pointer, not the file it stands for: fetch that with git lfs pull"
+    if start.startswith((b"<!doctype html", b"<html")):
+        return "is an HTML page, which a download saved in place of the file: fetch the file itself"
+    return None
+
+
 def read_json_object(file: Path) -> dict[str, Any]:
     """A JSON file that holds an object. ValueError, which names the file: it does not."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:  # UnicodeDecodeError is one as well
-        raise ValueError(f"{file} is not JSON: {error}") from None
+        raise ValueError(f"{file} {looks_like(file) or f'is not JSON: {error}'}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{file} does not hold a JSON object")
     return values
