@@ -25,9 +25,10 @@ from illada.data import train_tokenizer
 from illada.generation import GenerationConfig, GenerationResult, generate
 from illada.generation.loop import cut_at_stop
 from illada.integrations import lm_eval as adapter
-from illada.integrations.chance import RememberingTaskManager, chance_of, describe_chance
+from illada.integrations.chance import chance_of, describe_chance
 from illada.integrations.journal import Journal, fingerprint
 from illada.integrations.lm_eval import IlladaLM, PublishedIlladaLM
+from illada.integrations.manager import RememberingTaskManager
 from illada.integrations.presets import PRESETS, settings_of
 from illada.integrations.settings import GENERATION, EvaluationSettings
 from illada.model import MaskedDiffusionModel
@@ -66,6 +67,10 @@ def task_folder(tmp_path_factory):
     (folder / "pick.yaml").write_text(
         f"task: pick\n{head}output_type: multiple_choice\ndoc_to_choice: choices\ndoc_to_target: a\ntarget_delimiter: ''\n"
         "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
+    )
+    (folder / "beams.yaml").write_text(
+        f"task: beams\n{head}output_type: generate_until\ndoc_to_target: ' fox'\ngeneration_kwargs: {{num_beams: 4}}\n"
+        "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n"
     )
     (folder / "say.yaml").write_text(
         f"task: say\n{head}output_type: generate_until\ndoc_to_target: ' fox'\n"
@@ -620,6 +625,8 @@ def test_eval_command(checkpoint, task_folder, tmp_path, capsys, monkeypatch):
 
 def test_eval_command_errors(checkpoint, task_folder, capsys, monkeypatch):
     base = ["eval", str(checkpoint), "--device", "cpu", "--include-path", str(task_folder)]
+    monkeypatch.setattr(IlladaLM, "loglikelihood", None)  # nothing is computed before an error that can be seen
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     cases = [
         (["--tasks", "pick", "--preset", "illada-base"], "preset illada-base has no task 'pick'; it has arc_challenge"),
         (["--tasks", "pick", "--resume"], "--resume needs --output"),
@@ -627,6 +634,10 @@ def test_eval_command_errors(checkpoint, task_folder, capsys, monkeypatch):
         (["--tasks", ","], "--tasks names no task"),
         (["--tasks", "pick", "--limit", "-5"], "--limit must be above 0, got -5"),
         (["--tasks", "pick", "--apply-chat-template"], "has no chat template"),
+        (
+            ["--tasks", "pick,beams"],
+            "task beams: the task's generation_kwargs ask for num_beams=4, which is not supported",
+        ),
         (["--tasks", "pick", "--model-args", "stepz=3"], "unknown model argument 'stepz'"),
         (["--tasks", "pick", "--include-path", "nowhere"], "nowhere is not a folder; make one with illada prepare"),
     ]
@@ -642,7 +653,10 @@ def test_eval_command_errors(checkpoint, task_folder, capsys, monkeypatch):
 def test_unknown_tasks_get_the_nearest_names(checkpoint, task_folder, capsys):
     assert cli.main(["eval", str(checkpoint), "--tasks", "arc_chalenge", "--include-path", str(task_folder)]) == 2
     error = capsys.readouterr().err
-    assert "unknown task 'arc_chalenge'; --include-path has pick, say, and of the" in error and "arc_challenge" in error
+    assert (
+        "unknown task 'arc_chalenge'; --include-path has beams, pick, say, and of the" in error
+        and "arc_challenge" in error
+    )
 
 
 def test_chance_is_said_as_it_is():

@@ -97,6 +97,7 @@ def _run(options: argparse.Namespace) -> int:
                 journal=journal,
                 **{**settings.model_args, **given},
             )
+            manager.settings = model.settings
             results = simple_evaluate(
                 model=model,
                 tasks=group,
@@ -150,7 +151,7 @@ def _journal(options: argparse.Namespace) -> Path | None:
 
 def _task_manager(names: list[str], include_path: list[str] | None) -> Any:
     """Of the given folders alone if they have all the tasks: the harness's own index takes seconds to read."""
-    from illada.integrations.chance import RememberingTaskManager as TaskManager
+    from illada.integrations.manager import RememberingTaskManager as TaskManager
 
     for folder in include_path or ():
         if not Path(folder).is_dir():
