@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from illada.config import ModelConfig
+from illada.devices import find_device
 from illada.files import read_json_object, staged_directory
 from illada.layouts import LAYOUTS, Layout, layout_of_file
 from illada.model import MaskedDiffusionModel
@@ -185,6 +186,7 @@ def load_weights(
     model: MaskedDiffusionModel, path: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> None:
     """Replace the parameters of `model` by those of a checkpoint folder; its keys must fit exactly."""
+    device = find_device(device)
     layout = LAYOUTS[model.config.model_type]
     parameters = dict(model.named_parameters())
     expected = {key: (n, rows) for n in parameters for key, rows in layout.file_parts(n, model.config).items()}

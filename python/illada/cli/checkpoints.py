@@ -34,19 +34,11 @@ def parse_dtype(name: str | None) -> torch.dtype | None:
 
 def parse_device(name: str | None) -> torch.device:
     """The torch device of --device, default the CPU; ValueError: no such kind, or a GPU that is not here."""
-    import torch
+    from illada.devices import find_device
 
-    try:
-        device = torch.device(name or "cpu")
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
+    device = find_device(name or "cpu", "--device")
+    if device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device must be cpu or cuda (cuda:0, ...), got {name!r}")
-    count = torch.cuda.device_count() if device.type == "cuda" else 1
-    if (device.index or 0) >= count:
-        raise ValueError(
-            f"--device {name}: torch {torch.__version__} finds {count or 'no'} GPU{'s' * (count > 1)} here"
-        )
     return device
 
 
