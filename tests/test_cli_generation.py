@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from illada import cli
-from illada.checkpoint import save_pretrained
+from illada.checkpoint import load_pretrained, save_pretrained
 from illada.cli import chat
 from illada.cli.checkpoints import parse_device
+from illada.cli.sampling import parse_token_ids
 from illada.config import ModelConfig
 from illada.data import train_tokenizer
 from illada.model import MaskedDiffusionModel
@@ -49,7 +50,9 @@ SHORT = ("--gen-length", 8, "--block-length", 4, "--steps", 4)
     ("--take-back", 0.3), ("--cfg-scale", 1.0), ("--cache", "prefix"), ("--cache", "block", "--no-cuda-graphs"),
     ("--measure", "margin"), ("--temperature", 1.0, "--seed", 3), ("--stop", "import"), ("--dtype", "bfloat16"),
     ("--end-think", "os", "--end-think-boost", 50, "--end-think-power", 1), ("--apply-chat-template",),
-    ("--batch-size", 1), ("--device", "cpu"),
+    ("--batch-size", 1), ("--device", "cpu"), ("--delay-tokens", "eos,7"), ("--forbid-tokens", "eos, mask,263"),
+    ("--top-p", 0.5, "--temperature", 1), ("--top-k", 2, "--temperature", 1), ("--rule", "origin", "--eps", 0.5),
+    ("--confidence-at-temperature", "--temperature", 1), ("--trust-remote-code",),
 ], ids=lambda o: " ".join(map(str, o)) or "published")  # fmt: skip
 def test_generate_takes_every_option(capsys, path, options):
     status, out, _ = run(capsys, "generate", path, "--prompt", "import", "--prompt", "def", "--json", *SHORT, *options)
@@ -68,6 +71,91 @@ def test_generate_takes_every_option(capsys, path, options):
         "--apply-chat-template",
     ):
         assert out != plain
+
+
+def test_forbidden_and_delayed_tokens_are_ids_or_names(capsys, path):
+    """LLaDA-Instruct's settings, by the names of this model's ids."""
+    arguments = ("generate", path, "--prompt", "import", "--json", *SHORT)
+    tokens = json.loads(run(capsys, *arguments)[1])["tokens"]
+    status, out, _ = run(capsys, *arguments, "--forbid-tokens", f"eos,{tokens[0]}")
+    assert status == 0 and tokens[0] not in json.loads(out)["tokens"]
+    model = load_pretrained(path).config
+    assert parse_token_ids("eos, 7,mask", model, "delay_tokens") == (2, 7, 5)
+    assert parse_token_ids(None, model, "delay_tokens") == parse_token_ids("", model, "delay_tokens") == ()
+    for given in ("eot", "</s>", "-1", "eos,", "1.5"):
+        status, _, error = run(capsys, *arguments, "--delay-tokens", given)
+        word = given.removeprefix("eos,")
+        said = f"--delay-tokens takes ids and, of this model, eos (2), bos (0), pad (1), mask (5); got {word!r}"
+        assert status == 2 and said in error and error.count("\n") == 1
+    assert "holds token id 300, outside of [0, 300)" in run(capsys, *arguments, "--forbid-tokens", "300")[2]
+
+
+def test_a_short_generation_is_one_block(capsys, path):
+    for options in ((), ("--mode", "fixed")):
+        status, out, _ = run(capsys, "generate", path, "--prompt", "import", "--json", "--gen-length", 12, *options)
+        assert status == 0 and len(json.loads(out)["tokens"]) <= 12
+    assert (
+        "(48) must be a multiple of block_length (32)"
+        in run(capsys, "generate", path, "--prompt", "x", "--gen-length", 48)[2]
+    )
+
+
+def test_options_without_effect_are_errors(capsys, path):
+    for options, said in (
+        (("--rule", "origin", "--measure", "entropy"), "measure ('entropy') is not used"),
+        (("--threshold", "0.5"), "threshold (0.5) is not used: it belongs to rule threshold, got rule 'quota'"),
+    ):
+        status, _, error = run(capsys, "generate", path, "--prompt", "x", *options)
+        assert status == 2 and said in error
+
+
+OWN = """
+from transformers import PreTrainedTokenizer
+
+class Own(PreTrainedTokenizer):
+    def __init__(self, **keywords):
+        self.units = [chr(32 + i) for i in range(96)]
+        super().__init__(**keywords)
+
+    @property
+    def vocab_size(self):
+        return 96
+
+    def get_vocab(self):
+        return {unit: i for i, unit in enumerate(self.units)}
+
+    def _tokenize(self, text, **keywords):
+        return list(text)
+
+    def _convert_token_to_id(self, token):
+        return self.units.index(token)
+
+    def _convert_id_to_token(self, index):
+        return self.units[index % 96]
+
+    def convert_tokens_to_string(self, tokens):
+        return "".join(tokens)
+"""
+
+
+def test_tokenizer_that_is_code(capsys, path, tmp_path, monkeypatch):
+    """Dream's: vocab.json, merges.txt and a class of its own."""
+    modules = pytest.importorskip("transformers.dynamic_module_utils")
+    monkeypatch.setattr(modules, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = tmp_path / "own"
+    save_pretrained(load_pretrained(path), folder)
+    (folder / "tokenization_own.py").write_text(OWN)
+    (folder / "vocab.json").write_text("{}")
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    (folder / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["tokenization_own.Own", null]}}'
+    )
+    arguments = ("generate", folder, "--prompt", "import", *SHORT, "--json")
+    status, _, error = run(capsys, *arguments)
+    assert status == 2 and "is run only with trust_remote_code (--trust-remote-code)" in error
+    assert not (tmp_path / "modules").exists()
+    status, out, _ = run(capsys, *arguments, "--trust-remote-code")
+    assert status == 0 and json.loads(out)["prompt"] == "import"
 
 
 def test_generate_fills_masks(capsys, path):

@@ -4,11 +4,13 @@ import dataclasses
 import json
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from lm_eval import evaluate
@@ -18,15 +20,16 @@ from lm_eval.utils import simple_parse_args_string
 from tokenizers import processors
 
 from illada import cli
-from illada.checkpoint import save_pretrained
+from illada.checkpoint import load_pretrained, save_pretrained
 from illada.config import ModelConfig
 from illada.data import load_tokenizer, train_tokenizer
 from illada.generation import GenerationConfig, GenerationResult, generate
 from illada.generation.loop import cut_at_stop
 from illada.integrations import lm_eval as adapter
-from illada.integrations.chance import RememberingTaskManager, chance_of, describe_chance
+from illada.integrations.chance import chance_of, describe_chance
 from illada.integrations.journal import Journal, fingerprint
 from illada.integrations.lm_eval import IlladaLM, PublishedIlladaLM
+from illada.integrations.manager import RememberingTaskManager
 from illada.integrations.presets import PRESETS, settings_of
 from illada.integrations.settings import GENERATION, EvaluationSettings
 from illada.model import MaskedDiffusionModel
@@ -65,6 +68,10 @@ def task_folder(tmp_path_factory):
     (folder / "pick.yaml").write_text(
         f"task: pick\n{head}output_type: multiple_choice\ndoc_to_choice: choices\ndoc_to_target: a\ntarget_delimiter: ''\n"
         "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
+    )
+    (folder / "beams.yaml").write_text(
+        f"task: beams\n{head}output_type: generate_until\ndoc_to_target: ' fox'\ngeneration_kwargs: {{num_beams: 4}}\n"
+        "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n"
     )
     (folder / "say.yaml").write_text(
         f"task: say\n{head}output_type: generate_until\ndoc_to_target: ' fox'\n"
@@ -375,6 +382,16 @@ def test_every_option_of_the_generator_is_a_setting(checkpoint, generated):
     assert (settings.generation.schedule, settings.generation.alg_temp) == ("dream", 1.0)
     settings = EvaluationSettings.from_arguments({"rule": "entropy_bound", "entropy_bound": 0.5})
     assert settings.for_length(32).entropy_bound == 0.5
+    table = re.search(
+        r"\| published settings .*?\n\n",
+        Path(__file__).parent.parent.joinpath("docs/evaluation.md").read_text(encoding="utf-8"),
+        re.DOTALL,
+    )
+    documented = re.findall(r"`(\w+=\S+)`", table[0])
+    assert len(documented) == 7
+    for line in documented:
+        settings = EvaluationSettings.from_arguments(simple_parse_args_string(line))
+        assert settings.for_length(settings.gen_length or 32)
     fields = {field.name for field in dataclasses.fields(GenerationConfig)}
     assert set(GENERATION) == fields - {"end_think", "stop_tokens", "stop_strings"}
 
@@ -620,12 +637,17 @@ def test_eval_command(checkpoint, task_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     out = tmp_path / "results" / "r.json"
     arguments = ["eval", str(checkpoint), "--tasks", "pick,say", "--include-path", str(task_folder), "--device", "cpu"]
-    assert cli.main([*arguments, "--output", str(out), "--model-args", "block_length=4,steps=2"]) == 0
+    model_args = "block_length=4,steps=2,schedule=dream,alg_temp=0.5"
+    assert cli.main([*arguments, "--output", str(out), "--log-samples", "--model-args", model_args]) == 0
     shown = capsys.readouterr().out
     assert "|pick " in shown and "exact_match" in shown and "guessing gives 0.3333 +- 0.1361 on 12 questions" in shown
     results = json.loads(out.read_text())
     assert set(results["results"]) == {"pick", "say"} and results["chance"]["pick"]["chance"] == pytest.approx(1 / 3)
     assert results["settings"]["pick"]["steps"] == 2 and not list(out.parent.glob("*.journal*"))
+    picked, spoken = ([json.loads(line) for line in (out.parent / f"r.{name}.jsonl").read_text().splitlines()]
+                      for name in ("pick", "say"))  # fmt: skip
+    assert len(picked) == len(spoken) == 12 and results["notes"] == {}
+    assert len(picked[0]["resps"]) == 3 and picked[0]["doc"]["choices"] and isinstance(spoken[0]["resps"][0][0], str)
     # An interrupted run leaves its journal: going on is said, never done by accident.
     journal = out.with_name("r.json.journal")
     Journal(journal).add([("x", 1)])
@@ -637,12 +659,19 @@ def test_eval_command(checkpoint, task_folder, tmp_path, capsys, monkeypatch):
 
 def test_eval_command_errors(checkpoint, task_folder, capsys, monkeypatch):
     base = ["eval", str(checkpoint), "--device", "cpu", "--include-path", str(task_folder)]
+    monkeypatch.setattr(IlladaLM, "loglikelihood", None)  # nothing is computed before an error that can be seen
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     cases = [
         (["--tasks", "pick", "--preset", "illada-base"], "preset illada-base has no task 'pick'; it has arc_challenge"),
         (["--tasks", "pick", "--resume"], "--resume needs --output"),
+        (["--tasks", "pick", "--log-samples"], "--log-samples needs --output"),
         (["--tasks", ","], "--tasks names no task"),
         (["--tasks", "pick", "--limit", "-5"], "--limit must be above 0, got -5"),
         (["--tasks", "pick", "--apply-chat-template"], "has no chat template"),
+        (
+            ["--tasks", "pick,beams"],
+            "task beams: the task's generation_kwargs ask for num_beams=4, which is not supported",
+        ),
         (["--tasks", "pick", "--model-args", "stepz=3"], "unknown model argument 'stepz'"),
         (["--tasks", "pick", "--include-path", "nowhere"], "nowhere is not a folder; make one with illada prepare"),
     ]
@@ -658,7 +687,10 @@ def test_eval_command_errors(checkpoint, task_folder, capsys, monkeypatch):
 def test_unknown_tasks_get_the_nearest_names(checkpoint, task_folder, capsys):
     assert cli.main(["eval", str(checkpoint), "--tasks", "arc_chalenge", "--include-path", str(task_folder)]) == 2
     error = capsys.readouterr().err
-    assert "unknown task 'arc_chalenge'; --include-path has pick, say, and of the" in error and "arc_challenge" in error
+    assert (
+        "unknown task 'arc_chalenge'; --include-path has beams, pick, say, and of the" in error
+        and "arc_challenge" in error
+    )
 
 
 def test_chance_is_said_as_it_is():
@@ -698,12 +730,36 @@ def test_chance_counts_choices_and_right_answers(tmp_path, lines, chance):
     assert found is None if chance is None else found["chance"] == pytest.approx(chance) and found["questions"] == 6
 
 
+def test_without_a_gpu(checkpoint, monkeypatch, capsys):
+    """The harness's own default is cuda:0, which must not end its command; a GPU that is asked for is an error."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: print(*sys.argv[1:]))
+    for given, want in (
+        (["--device", "cuda"], "--device cuda"),
+        (["--device=cuda"], "--device=cuda"),
+        ([], "--device cpu"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["lm_eval", "--tasks", "pick", "--batch_size", "8", *given])
+        adapter.main()
+        out, err = capsys.readouterr()
+        assert out.strip().endswith(want) and ("no GPU here and no --device given: on the CPU" in err) == (not given)
+    message = "device cuda:0: torch .* finds no GPU here; device cpu needs none"
+    for load in (IlladaLM, load_pretrained, lambda _, device: MaskedDiffusionModel(CONFIG, device=device)):
+        with pytest.raises(ValueError, match=message):
+            load(checkpoint, device="cuda:0")
+
+
 @pytest.mark.slow
 def test_harness_command_knows_the_model(checkpoint, task_folder, tmp_path):
     command = [sys.executable, "-m", "illada.integrations.lm_eval", "--model", "illada_dist", "--include_path", str(task_folder),
                "--model_args", f"model_path={checkpoint},llh='confidence',is_check_greedy=False,add_bos_token=True",
-               "--tasks", "pick", "--limit", "3", "--device", "cpu", "--output_path", str(tmp_path / "o")]  # fmt: skip
-    environment = {**os.environ, "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
+               "--tasks", "pick", "--limit", "3", "--output_path", str(tmp_path / "o")]  # fmt: skip
+    environment = {
+        **os.environ,
+        "HF_DATASETS_OFFLINE": "1",
+        "HF_HOME": str(tmp_path / "hf"),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (

@@ -448,3 +448,19 @@ def test_encode_pair():
     for context in ("cod", "the ", ""):
         assert encode_pair(tokenizer, context, "\u200b")[1] == [] == encode_pair(tokenizer, context, " ")[1]
         assert encode_pair(tokenizer, context, "x")[1]
+
+
+def test_added_tokens_that_are_not_special_are_text():
+    """They are parsed everywhere; a text must not be cut at one, which begins it anew for some pre-tokenizers."""
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first")
+    backend.train_from_iterator(
+        ["the dog the fox"] * 9, tokenizers.trainers.BpeTrainer(vocab_size=40, show_progress=False)
+    )
+    backend.add_tokens(["[tool]"])
+    backend.add_special_tokens(["<end>"])
+    tokenizer = Tokenizer(backend)
+    for context in ("the[tool]dog", "the<end>the[tool]dog", "[tool]"):
+        ids, more = encode_pair(tokenizer, context, "the[tool]fox", parse_special_tokens=True)
+        assert ids + more == tokenizer.encode(context + "the[tool]fox")
+    assert tokenizer.token_to_id("<end>") not in encode_pair(tokenizer, "the", "<end>", parse_special_tokens=True)[1]

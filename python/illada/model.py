@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from illada.config import ModelConfig
+from illada.devices import find_device
 from illada.diffusion import Batch
 from illada.ops import AttentionPlan, attention_plan, linear_masked_cross_entropy, varlen_attention
 
@@ -247,7 +248,7 @@ class MaskedDiffusionModel(nn.Module):
                 None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.embedding_rows, bias=False)
             )
         self.to(dtype or torch.float32)
-        target = torch.device(device or "cpu")
+        target = find_device(device or "cpu")
         if target.type != "meta":
             self.to_empty(device=target)
             self.reset_parameters(seed)

@@ -90,7 +90,23 @@ def parse_json(text: str, where: str) -> Any:
 
 def read_json(path: str | Path) -> Any:
     """The value of a JSON file; errors as of `read_text` and `parse_json`, all of them a ValueError."""
-    return parse_json(read_text(path), str(path))
+    try:
+        return parse_json(read_text(path), str(path))
+    except ValueError:
+        if said := looks_like(path):
+            raise ValueError(f"{path} {said}") from None
+        raise
+
+
+def looks_like(path: str | Path) -> str | None:
+    """What a file is that a download left in the place of another, for an error about it; None: it is none of those."""
+    with Path(path).open("rb") as file:
+        start = file.read(_HEAD).lstrip().lower()
+    if start.startswith(b"version https://git-lfs.github.com/spec"):
+        return "is a Git LFS pointer, not the file it stands for: fetch that with git lfs pull"
+    if start.startswith((b"<!doctype html", b"<html")):
+        return "is an HTML page, which a download saved in place of the file: fetch the file itself"
+    return None
 
 
 def check_text(text: str, where: str) -> str:

@@ -291,6 +291,11 @@ def _load_slow(folder: Path, trust_remote_code: bool) -> Any:
             folder, local_files_only=True, trust_remote_code=trust_remote_code
         )  # fmt: skip
     except Exception as error:  # of many types, by the kind of the file
+        if not trust_remote_code and "trust_remote_code" in str(error):
+            raise ValueError(
+                f"the tokenizer in {folder} is Python code of its authors, which is run only with trust_remote_code "
+                "(--trust-remote-code); without it, give another tokenizer (--tokenizer)"
+            ) from None
         raise ValueError(f"transformers cannot read the tokenizer in {folder}: {error}") from None
     backend = getattr(loaded, "backend_tokenizer", None)
     if not isinstance(backend, tokenizers.Tokenizer):

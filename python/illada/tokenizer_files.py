@@ -9,6 +9,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from illada.files import read_json_object
+from illada.text import looks_like
 
 #: Special tokens that a checkpoint names, in tokenizer_config.json or special_tokens_map.json.
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -30,7 +31,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"{file} is not a tokenizer.json that `tokenizers` can read: {error}") from None
+        said = looks_like(file) or f"is not a tokenizer.json that `tokenizers` can read: {error}"
+        raise ValueError(f"{file} {said}") from None
     without_limits(tokenizer)
     if file.name == "tokenizer.json":
         _add_tokens(tokenizer, file.parent)

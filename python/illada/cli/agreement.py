@@ -36,8 +36,8 @@ def _run(options: argparse.Namespace) -> int:
     model, tokenizer = sampling.load(options)
     _, ids = sampling.read_prompts(options, model, tokenizer)
     reports = cache_agreement(
-        model, ids, sampling.make_config(options, tokenizer), caches=options.caches.split(","), seed=options.seed,
-        tokenizer=tokenizer, batch_size=options.batch_size, progress=True,
+        model, ids, sampling.make_config(options, tokenizer, model.config), caches=options.caches.split(","),
+        seed=options.seed, tokenizer=tokenizer, batch_size=options.batch_size, progress=True,
     )  # fmt: skip
     if options.json:
         for report in reports:

@@ -43,7 +43,7 @@ def _run(options: argparse.Namespace) -> int:
         )
     if options.mode == "infill":
         raise ValueError("--mode infill fills masks in a text; a chat goes with var or fixed")
-    config, prefix = sampling.make_config(options, tokenizer), sampling.prefix(options, model)
+    config, prefix = sampling.make_config(options, tokenizer, model.config), sampling.prefix(options, model)
     start = [{"role": "system", "content": options.system}] if options.system else []
     messages = list(start)
     if sys.stdin is None:

@@ -40,6 +40,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--batch-size", default="auto", help="prompts generated together (%(default)s: by max_tokens)")
     parser.add_argument("--seed", type=int, default=0, help="of noise and of Monte Carlo's masks (%(default)s)")
     parser.add_argument("--output", metavar="FILE", help="results as JSON; finished requests are kept beside it")
+    parser.add_argument(
+        "--log-samples", action="store_true", help="each question and answer beside --output, NAME.TASK.jsonl"
+    )
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted evaluation into --output")
     parser.add_argument(
         "--confirm-run-unsafe-code", action="store_true", help="allow tasks that run what the model writes"
@@ -53,6 +56,8 @@ def _run(options: argparse.Namespace) -> int:
         raise ValueError("--tasks names no task")
     if options.limit is not None and not options.limit > 0:
         raise ValueError(f"--limit must be above 0, got {options.limit:g}")
+    if options.log_samples and options.output is None:
+        raise ValueError("--log-samples needs --output, the file beside which the samples are written")
     from illada.cli.checkpoints import parse_device
     from illada.integrations.presets import settings_of
 
@@ -78,6 +83,7 @@ def _run(options: argparse.Namespace) -> int:
         given = {"batch_size": options.batch_size, "seed": options.seed, **simple_parse_args_string(options.model_args)}
         model: Any = None
         merged: dict[str, Any] = {}
+        samples: dict[str, Any] = {}
         for settings, group in groups.values():
             loaded = (
                 {"pretrained": options.checkpoint, "tokenizer": options.tokenizer}
@@ -91,6 +97,7 @@ def _run(options: argparse.Namespace) -> int:
                 journal=journal,
                 **{**settings.model_args, **given},
             )
+            manager.settings = model.settings
             results = simple_evaluate(
                 model=model,
                 tasks=group,
@@ -106,10 +113,11 @@ def _run(options: argparse.Namespace) -> int:
             if results is None:  # another rank has them
                 continue
             chances = {}
-            for name, samples in results["samples"].items():
+            for name, rows in results["samples"].items():
                 accuracy = results["results"][name].get("acc,none")
-                if (chance := chance_of(manager.loaded[name], accuracy, samples)) is not None:
+                if (chance := chance_of(manager.loaded[name], accuracy, rows)) is not None:
                     chances[name] = chance
+            samples.update(results["samples"])
             print(make_table(results))
             if results.get("groups"):
                 print(make_table(results, "groups"))
@@ -118,8 +126,8 @@ def _run(options: argparse.Namespace) -> int:
             for note, count in notes.items():
                 print(f"note: {count:,} {note}")
             _merge(merged, results, chances, notes, {**settings.model_args, **given})
-    if merged:
-        _write(options, merged, journal)
+    if merged and options.output is not None:
+        _write(options, merged, samples, journal)
     return 0
 
 
@@ -143,7 +151,7 @@ def _journal(options: argparse.Namespace) -> Path | None:
 
 def _task_manager(names: list[str], include_path: list[str] | None) -> Any:
     """Of the given folders alone if they have all the tasks: the harness's own index takes seconds to read."""
-    from illada.integrations.chance import RememberingTaskManager as TaskManager
+    from illada.integrations.manager import RememberingTaskManager as TaskManager
 
     for folder in include_path or ():
         if not Path(folder).is_dir():
@@ -180,17 +188,24 @@ def _merge(
     merged.setdefault("settings", {}).update({name: settings for name in results["results"]})
 
 
-def _write(options: argparse.Namespace, merged: dict[str, Any], journal: Path | None) -> None:
+def _write(options: argparse.Namespace, merged: dict[str, Any], samples: dict[str, Any], journal: Path | None) -> None:
+    from lm_eval.utils import handle_non_serializable
+
     import illada
     from illada.files import write_text
     from illada.integrations.journal import journal_files
 
-    if options.output is None:
-        return
+    output = Path(options.output)
     header = {"checkpoint": options.checkpoint, "preset": options.preset, "limit": options.limit,
               "illada": illada.__version__}  # fmt: skip
-    Path(options.output).parent.mkdir(parents=True, exist_ok=True)
-    write_text(options.output, json.dumps({**header, **merged}, indent=2, default=str) + "\n")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    written = [output]
+    for name, rows in samples.items() if options.log_samples else ():
+        written.append(output.with_name(f"{output.stem}.{name}.jsonl"))
+        lines = (json.dumps(row, default=handle_non_serializable) + "\n" for row in rows)
+        write_text(written[-1], "".join(lines))
+    write_text(output, json.dumps({**header, **merged}, indent=2, default=str) + "\n")
     for file in journal_files(journal) if journal else ():
         file.unlink()
-    print(f"written to {options.output}", file=sys.stderr)
+    for file in written:
+        print(f"written to {file}", file=sys.stderr)

@@ -19,6 +19,8 @@ def add_parser(commands: Any) -> None:
         epilog='example:\n  illada generate runs/demo --prompt "import os" --prompt "def f(" --temperature 0.5\n'
         "  illada generate runs/demo --mode fixed --gen-length 64 --block-length 16 --steps 32 < prompt.txt\n"
         '  illada generate runs/demo --mode infill --special-tokens-in-prompt --prompt "def <[MASK]>(self):"\n'
+        "  illada generate LLaDA-8B-Instruct --apply-chat-template --mode fixed --gen-length 512 \\\n"
+        "    --block-length 512 --steps 512 --delay-tokens eos,eot < question\n"
         "  illada generate iLLaDA-8B-Instruct --apply-chat-template --end-think-boost 100 --gen-length 2048 < question",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -38,7 +40,7 @@ def _run(options: argparse.Namespace) -> int:
 
     model, tokenizer = sampling.load(options)
     prompts, ids = sampling.read_prompts(options, model, tokenizer)
-    config = sampling.make_config(options, tokenizer)
+    config = sampling.make_config(options, tokenizer, model.config)
     began = time.monotonic()
     results = generate(
         model, ids, config, seed=options.seed, tokenizer=tokenizer, batch_size=options.batch_size,

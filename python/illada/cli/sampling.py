@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from illada.text import decode_text, read_lines
 
 if TYPE_CHECKING:
+    from illada.config import ModelConfig
     from illada.generation import GenerationConfig
     from illada.model import MaskedDiffusionModel
     from illada.tokenizer import Tokenizer
@@ -28,6 +29,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu (default), or cuda for a 16-bit model")
     parser.add_argument("--dtype", help="bfloat16, float16 or float32 (default: the checkpoint's)")
     parser.add_argument("--mask-token-id", type=int, metavar="N", help="where config.json does not name the mask")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run the tokenizer's own Python code, where it comes as that"
+    )
 
 
 def add_prompt_options(parser: argparse.ArgumentParser) -> None:
@@ -49,21 +53,31 @@ def add_sampling_options(parser: argparse.ArgumentParser, *, gen_length: int = 6
         help="var: append a block at a time; fixed: all masks from the start; infill: the prompt's masks (%(default)s)",
     )
     where.add_argument("--gen-length", type=int, default=gen_length, help="most tokens to generate (%(default)s)")
-    where.add_argument("--block-length", type=int, default=32, help="tokens filled together (%(default)s)")
+    where.add_argument("--block-length", type=int, default=32, help="tokens filled together (%(default)s, or all)")
     where.add_argument(
         "--steps", type=int, default=32, help="forwards: of a block (var, infill), of all (fixed) (%(default)s)"
     )
     which = parser.add_argument_group("which tokens are committed")
     which.add_argument("--temperature", type=float, default=0.0, help="of the Gumbel noise; 0 is greedy")
+    which.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="sample among the likeliest of sum P alone"
+    )
+    which.add_argument("--top-k", type=int, default=0, metavar="K", help="sample among the K likeliest alone")
+    which.add_argument(
+        "--confidence-at-temperature", action="store_true", help="Dream's confidence; also with --top-p and --top-k"
+    )
     which.add_argument("--measure", default="probability", help="of confidence: probability, margin, entropy, random")
     which.add_argument("--rule", default="quota", help="quota, threshold, factor, entropy_bound, origin (%(default)s)")
     which.add_argument("--schedule", default="even", help="of the quota: even (LLaDA) or dream (%(default)s)")
+    which.add_argument("--eps", type=float, default=1e-3, help="last t of schedule dream and rule origin (%(default)s)")
     which.add_argument("--threshold", type=float, default=0.9, help="confidence to commit at (%(default)s)")
     which.add_argument("--factor", type=float, default=1.0, help="of rule factor (%(default)s)")
     which.add_argument("--entropy-bound", type=float, default=0.1, help="in nats (%(default)s)")
     which.add_argument("--alg-temp", type=float, default=0.0, help="draw the quota's positions at this temperature")
     which.add_argument("--take-back", type=float, default=0.0, metavar="P", help="ReMDM: re-mask with up to P a step")
     which.add_argument("--cfg-scale", type=float, default=0.0, help="classifier-free guidance; doubles the work")
+    which.add_argument("--forbid-tokens", metavar="ID,...", help="never sampled: ids, or eos, eot, bos, pad, mask")
+    which.add_argument("--delay-tokens", metavar="ID,...", help="committed last: LLaDA-Instruct's is eos,eot")
     which.add_argument("--end-think", default="</think>", metavar="TEXT", help="what ends reasoning (%(default)s)")
     which.add_argument("--end-think-boost", type=float, default=0.0, help="encourage it: 100 as published, 0 never")
     which.add_argument("--end-think-power", type=float, default=2.0, help="how late the boost comes (%(default)s)")
@@ -80,7 +94,10 @@ def load(options: argparse.Namespace) -> tuple[Any, Tokenizer]:
     from illada.cli.checkpoints import load, parse_device, parse_dtype
 
     device, dtype = parse_device(options.device), parse_dtype(options.dtype)
-    return load(options.checkpoint, options.tokenizer, device=device, dtype=dtype, mask_token_id=options.mask_token_id)
+    return load(
+        options.checkpoint, options.tokenizer, device=device, dtype=dtype, mask_token_id=options.mask_token_id,
+        trust_remote_code=options.trust_remote_code,
+    )  # fmt: skip
 
 
 def prefix(options: argparse.Namespace, model: MaskedDiffusionModel) -> list[int] | None:
@@ -125,11 +142,28 @@ def print_json(record: dict[str, Any]) -> None:
     print(json.dumps(record, ensure_ascii=not encoding.lower().startswith("utf")))
 
 
-def make_config(options: argparse.Namespace, tokenizer: Tokenizer) -> GenerationConfig:
+def make_config(options: argparse.Namespace, tokenizer: Tokenizer, model: ModelConfig) -> GenerationConfig:
     """The `GenerationConfig` of `add_sampling_options`."""
     from illada.generation import GenerationConfig
 
-    fields = {f.name for f in dataclasses.fields(GenerationConfig)} - {"end_think"}
+    special = ("forbid_tokens", "delay_tokens")
+    fields = {f.name for f in dataclasses.fields(GenerationConfig)} - {"end_think", *special}
     given = {name: value for name, value in vars(options).items() if name in fields}
+    if options.mode != "infill":
+        given["block_length"] = min(options.block_length, options.gen_length)
+    given |= {name: parse_token_ids(getattr(options, name), model, name) for name in special}
     end_think = tuple(tokenizer.encode(options.end_think)) if options.end_think_boost else ()
     return GenerationConfig(**given, end_think=end_think, stop_strings=tuple(options.stop or ()))
+
+
+def parse_token_ids(text: str | None, model: ModelConfig, name: str) -> tuple[int, ...]:
+    """The ids of "2,eot": numbers, and special ids of the model by name. ValueError, which names the option."""
+    special = {kind: getattr(model, f"{kind}_token_id") for kind in ("eos", "eot", "bos", "pad", "mask")}
+    ids = []
+    for word in text.split(",") if text else ():
+        found = int(word) if word.strip().isdecimal() else special.get(word.strip())
+        if found is None:
+            there = ", ".join(f"{kind} ({token})" for kind, token in special.items() if token is not None)
+            raise ValueError(f"--{name.replace('_', '-')} takes ids and, of this model, {there}; got {word!r}")
+        ids.append(found)
+    return tuple(ids)

@@ -8,21 +8,6 @@ from typing import Any
 
 from lm_eval.api.metrics import mean
 from lm_eval.api.task import ConfigurableTask, Task
-from lm_eval.tasks import TaskManager
-
-
-class RememberingTaskManager(TaskManager):
-    """A `TaskManager` that keeps the tasks it has loaded, by name: the harness's results do not hold them."""
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.loaded: dict[str, Task] = {}
-
-    def load(self, task_list: Any) -> Any:
-        """As of `TaskManager`."""
-        found = super().load(task_list)
-        self.loaded.update(found["tasks"])
-        return found
 
 
 def chance_of(task: Task, accuracy: float | None, samples: Sequence[dict[str, Any]]) -> dict[str, float] | None:

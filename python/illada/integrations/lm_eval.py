@@ -23,15 +23,16 @@ import torch
 import torch.distributed as dist
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
-from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
 import illada
 from illada.cli.checkpoints import load
+from illada.devices import find_device
 from illada.generation import GenerationConfig, generate
 from illada.generation.loop import stop_position
+from illada.integrations.asked import asked_of
 from illada.integrations.journal import Journal, fingerprint, request_key
-from illada.integrations.settings import ALIASES, GENERATION, MC_NUM, PUBLISHED_DEFAULTS, EvaluationSettings
+from illada.integrations.settings import ALIASES, MC_NUM, PUBLISHED_DEFAULTS, EvaluationSettings
 from illada.model import MaskedDiffusionModel
 from illada.score import confidence_score, encode_pair, is_greedy, monte_carlo_likelihood
 from illada.tokenizer import Tokenizer, bos_prefix
@@ -40,10 +41,6 @@ if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
 _LOGGER = logging.getLogger(__name__)
-
-#: Of a task's generation_kwargs: what says which tokens are drawn from, and values that change nothing.
-_FILTERS = ("top_p", "top_k")
-_NEUTRAL: dict[str, Any] = {"top_p": 1, "top_k": 0, "num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1}
 
 
 @register_model("illada")
@@ -206,7 +203,7 @@ class IlladaLM(LM):
         jobs, occurrences, shortened = [], Counter[str](), 0
         for request in requests:
             prompt, options = request.args
-            length, sampling = self._asked(options)
+            length, sampling = asked_of(options, self.settings)
             stops = self._stops(options)
             encoded = self._encode(prompt)
             ids, config = self._plan(encoded, length, sampling, stops)
@@ -223,35 +220,6 @@ class IlladaLM(LM):
         )
         texts = self._run("generate_until", jobs, {}, self._generate, [r.args for r in requests])
         return list(texts)
-
-    def _asked(self, options: dict[str, Any]) -> tuple[int, dict[str, float]]:
-        """(most new tokens, how to sample) of a task's generation_kwargs, by lm_eval's own rules; the model's settings
-        count before them."""
-        try:
-            asked: dict[str, Any] = dict(normalize_gen_kwargs(options))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"the task's generation_kwargs, {options}: {error}") from None
-        asked.pop("until")
-        asked_length, temperature = asked.pop("max_gen_toks"), float(asked.pop("temperature", 0.0))
-        length = asked_length if self.settings.gen_length is None else self.settings.gen_length
-        if length < 1:
-            raise ValueError(f"the task's max_gen_toks must be at least 1, got {length}; generation_kwargs: {options}")
-        if not asked.pop("do_sample"):
-            temperature = 0.0
-        given = {name: value for name, value in asked.items() if value is not None and value != _NEUTRAL.get(name)}
-        filters = {name: given.pop(name) for name in _FILTERS if name in given}
-        unknown = given | {name: value for name, value in filters.items() if temperature and name not in GENERATION}
-        if unknown:
-            known = ["until", "max_gen_toks", "do_sample", "temperature", *(n for n in _FILTERS if n in GENERATION)]
-            raise ValueError(
-                f"the task's generation_kwargs ask for {', '.join(f'{k}={v}' for k, v in unknown.items())}, which is "
-                f"not supported; there are {', '.join(known)}"
-            )
-        # Without a temperature nothing is drawn, and what would be filtered does not matter.
-        sampling = (
-            {"temperature": temperature, **filters} if temperature and not self.settings.generation.temperature else {}
-        )
-        return length, sampling
 
     def _stops(self, options: dict[str, Any]) -> list[str]:
         """The task's stop strings, then the eos."""
@@ -407,10 +375,11 @@ def _processes(device: str | torch.device | None) -> tuple[torch.device, int, in
     """(device, rank, world size), as torchrun or accelerate launched this process."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     chosen = torch.device(device or "cpu")
+    if world_size > 1 and chosen.type == "cuda" and chosen.index is None:
+        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    chosen = find_device(chosen)
     if world_size == 1:
         return chosen, 0, 1
-    if chosen.type == "cuda" and chosen.index is None:
-        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
         # Only counts and results are exchanged, so gloo will do; processes wait for each other as long as it takes.
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
@@ -474,9 +443,18 @@ def main() -> None:
     """lm_eval's command; packs are as large as memory allows unless --batch_size says otherwise."""
     from lm_eval.__main__ import cli_evaluate
 
-    if "--tasks" in sys.argv and not any(part.startswith(("--batch_size", "-b")) for part in sys.argv[1:]):
+    if "--tasks" in sys.argv and not _given("--batch_size", "-b"):
         sys.argv += ["--batch_size", "auto"]
+    # lm_eval's own default is cuda:0.
+    if "--tasks" in sys.argv and not _given("--device", "--config", "-C") and not torch.cuda.device_count():
+        if os.environ.get("RANK", "0") == "0":
+            print("no GPU here and no --device given: on the CPU", file=sys.stderr)
+        sys.argv += ["--device", "cpu"]
     cli_evaluate()
+
+
+def _given(*options: str) -> bool:
+    return any(part.startswith(options) for part in sys.argv[1:])
 
 
 if __name__ == "__main__":

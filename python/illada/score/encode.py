@@ -61,5 +61,7 @@ def _special_tokens(tokenizer: Tokenizer) -> re.Pattern[str] | None:
     backend = tokenizer.backend
     fast = isinstance(backend, tokenizers.Tokenizer)
     added = backend.get_added_tokens_decoder() if fast else backend.added_tokens_decoder
-    texts = sorted({token.content for token in added.values()}, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, texts))) if texts else None
+    texts = {token.content for token in added.values() if token.special}  # others are parsed in any text
+    texts |= {named for named in tokenizer.special_tokens.values() if isinstance(named, str)}
+    longest_first = sorted(texts, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first))) if texts else None
