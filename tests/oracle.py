@@ -1,15 +1,17 @@
 """The published decoding rules in plain torch, one sequence at a time with all its logits: what generation must equal.
 
 Written from the papers and the authors' scripts (sources in docs/generation.md), not from illada.generation. Only
-masks of the block are candidates, as in the authors' later scripts. Temperature 0.
+masks of the block are candidates. Noise is the library's, of seed 0.
 """
 
 import dataclasses
 
+import numpy as np
 import torch
 
 from illada.config import ModelConfig
 from illada.model import MaskedDiffusionModel
+from illada.ops.reference import uniform64
 
 CONFIG = ModelConfig.preset(
     "tiny", hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=300,
@@ -47,6 +49,27 @@ def measured(logits, x0, measure):
     if measure == "entropy":
         return (p * p.clamp_min(1e-30).log()).sum(-1)
     return p.gather(-1, x0[:, None])[:, 0]
+
+
+def gumbel(positions, step, vocab_size):
+    """float64 [n, V] of seed 0."""
+    uniforms = np.stack([uniform64(0, position, step, vocab_size) for position in positions.tolist()])
+    return torch.from_numpy(-np.log(-np.log1p(-uniforms)))
+
+
+def dream_distribution(logits, temperature, top_p, top_k):
+    """Dream's: what it samples from, and takes confidence of. Temperature first, then top-p, then top-k."""
+    lowest = torch.finfo(logits.dtype).min
+    if temperature > 0:
+        logits = logits / temperature
+    for row in logits if top_p < 1 else []:
+        order = row.argsort(descending=True, stable=True)
+        sums = row[order].softmax(0).cumsum(0)
+        row[order[1 + int((sums[:-1] <= top_p).sum()) :]] = lowest
+    if top_k > 0:
+        last = logits.topk(min(top_k, logits.shape[1])).values[:, -1:]
+        logits = logits.masked_fill(logits < last, lowest)
+    return logits
 
 
 def choose(rule, confidence, entropy, quota, value):
@@ -87,8 +110,8 @@ def boosted(logits, x, begin, prompt_length, total, mask_id, ids, boost, power):
     return logits
 
 
-def fill(model, x, given, begin, end, steps, total, prompt_length, config):
-    """One block x[begin:end], in place; how many forward passes it took."""
+def fill(model, x, given, begin, end, steps, total, prompt_length, config, forwards):
+    """One block x[begin:end], in place, after `forwards` forward passes; how many it took."""
     mask_id = model.config.mask_token_id
     quotas = llada_quota(int((x[begin:end] == mask_id).sum()), steps)
     for step in range(steps):
@@ -108,13 +131,18 @@ def fill(model, x, given, begin, end, steps, total, prompt_length, config):
             )  # fmt: skip
         logits = logits[candidates]
         logits[:, list(config.forbid_tokens)] = -torch.inf
-        x0 = logits.argmax(-1)
+        noise = gumbel(candidates, forwards + step, logits.shape[1]) if config.temperature > 0 else 0.0
+        if config.confidence_at_temperature or config.top_p < 1 or config.top_k > 0:  # Dream's
+            logits = dream_distribution(logits, config.temperature, config.top_p, config.top_k)
+            x0 = (logits + noise).argmax(-1)
+        else:  # LLaDA's: confidence knows no temperature
+            x0 = (logits + config.temperature * noise).argmax(-1)
         if config.delay_tokens:
             logits[:, list(config.delay_tokens)] = -torch.inf
         confidence = measured(logits, x0, config.measure)
         last = step == steps - 1
         if config.schedule == "dream":
-            times = torch.linspace(1, 1e-3, steps + 1)
+            times = torch.linspace(1, config.eps, steps + 1)
             quota = len(candidates) if last else int(len(candidates) * (1 - times[step + 1] / times[step]))
             chosen = choose("quota", confidence, None, quota, None)
         elif config.rule == "quota":
@@ -144,5 +172,5 @@ def generate(model, prompt, config):
             given = torch.cat([torch.ones(begin, dtype=torch.bool), torch.zeros(size, dtype=torch.bool)])
             x = torch.cat([x, torch.full((size,), mask_id)])
         steps = config.steps if config.mode == "var" else config.steps // blocks
-        forwards += fill(model, x, given, begin, begin + size, steps, config.gen_length, len(prompt), config)
+        forwards += fill(model, x, given, begin, begin + size, steps, config.gen_length, len(prompt), config, forwards)
     return x[len(prompt) :].tolist(), forwards

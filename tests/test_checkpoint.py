@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+import re
 import resource
 import subprocess
 import sys
@@ -10,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from illada.checkpoint import load_pretrained, read_config, save_pretrained
+from illada.checkpoint import convert_checkpoint, load_pretrained, read_config, save_pretrained
 from illada.config import ModelConfig
+from illada.generation import GenerationConfig, generate
 from illada.model import MaskedDiffusionModel
 
 CONFIG = ModelConfig.preset(
@@ -93,6 +96,26 @@ def test_keys_are_accounted_for(saved):
         ({"sliding_window": 4}, "sliding_window=4 (unknown)"),
         ({"rope_theta": ...}, "lacks rope_theta, which cannot be guessed"),
         ({"hidden_size": -1}, "hidden_size must be positive"),
+        ({"layer_types": 3}, "layer_types=3 (supported: 'full_attention' in all)"),
+        ({"layer_types": [["full_attention"]]}, "layer_types=[['full_attention']] (supported"),
+        ({"layer_types": "full_attention"}, "layer_types='full_attention' (supported"),
+        ({"layer_types": ["full_attention"] * 3}, "layer_types names 3 layers, num_hidden_layers is 2"),
+        ({"rope_theta": math.inf}, "rope_theta must be positive and finite, got inf"),
+        ({"rms_norm_eps": math.inf}, "rms_norm_eps must be positive and finite, got inf"),
+        ({"rms_norm_eps": math.nan}, "rms_norm_eps must be positive and finite, got nan"),
+        ({"rope_theta": 10**400}, "rope_theta must be positive and finite, got 1000"),
+        ({"initializer_range": math.inf}, "initializer_range must be positive and finite"),
+        ({"hidden_size": 2**70}, "hidden_size must be positive and at most 2^30"),
+        ({"head_dim": -2}, "head_dim must be positive"),
+        ({"rope_parameters": []}, "rope_parameters=[] (supported"),
+        (
+            {"rope_parameters": {"rope_theta": "x", "rope_type": "default"}, "rope_theta": ...},
+            "rope_theta='x' (must be",
+        ),
+        ({"eos_token_id": True}, "eos_token_id must be in [0, 40), got True"),
+        ({"eos_token_id": [2, "x"]}, "eot_token_id must be in [0, 40), got 'x'"),
+        ({"eos_token_id": {}}, "eos_token_id must be in [0, 40), got {}"),
+        ({"pad_token_id": [1]}, "pad_token_id=[1] (must be int)"),
     ],
 )
 def test_config_options_are_honoured_or_refused(saved, change, match):
@@ -110,6 +133,19 @@ def test_ids_of_a_config_without_them(saved):
     config = {key: value for key, value in read_config(path).items() if not key.endswith("_token_id")}
     (path / "config.json").write_text(json.dumps(config))
     assert load_pretrained(path).config.mask_token_id == 5
+
+
+@pytest.mark.parametrize("ids", [{}, {"pad_token_id": None}, {"bos_token_id": None, "pad_token_id": 7}])
+@pytest.mark.parametrize("model_type", ["illada", "llada", "dream"])
+def test_absent_ids_are_written_as_null(tmp_path, model_type, ids):
+    """The authors' classes put ids of their own in the place of keys that are not there (Dream: pad 151643)."""
+    shape = {"qkv_bias": True, "logits_shift": True} if model_type == "dream" else {}
+    rope = {"rope_in_fp32": model_type == "llada"}
+    config = dataclasses.replace(CONFIG, model_type=model_type, **shape, **rope, **ids)
+    save_pretrained(MaskedDiffusionModel(config), tmp_path / "m")
+    written = read_config(tmp_path / "m")
+    assert {key: written[key] for key in ids} == ids
+    assert load_pretrained(tmp_path / "m").config == config
 
 
 def test_damaged_and_missing_files(saved, tmp_path):
@@ -131,6 +167,122 @@ def test_damaged_and_missing_files(saved, tmp_path):
         load_pretrained(path)
     with pytest.raises(FileNotFoundError, match=r"not a checkpoint \(no config\.json\)"):
         load_pretrained(tmp_path)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 16060556376\n"
+
+
+@pytest.mark.parametrize("content,said", [
+    (POINTER, "is a Git LFS pointer, not the file it stands for"),
+    (b"\n<!doctype HTML>\n<title>Sign in</title>", "is an HTML page"),
+], ids=["pointer", "page"])  # fmt: skip
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "model.safetensors.index.json"])
+def test_what_a_download_left(saved, name, content, said):
+    _, path = saved
+    (path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{re.escape(str(path / name))} {said}"):
+        load_pretrained(path)
+
+
+def test_shards_without_their_index(saved):
+    _, path = saved
+    (path / "model.safetensors").rename(path / "model-00001-of-00002.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"has model-00001-of-00002\.safetensors, but not their index, model\."):
+        load_pretrained(path)
+
+
+def rewrite(path, change):
+    """The weights with each tensor `change` names replaced by what it makes of it."""
+    tensors = load_file(path / "model.safetensors")
+    tensors |= {key: make(tensors[key.replace("lm_head", "model.embed_tokens")]) for key, make in change.items()}
+    save_file(tensors, path / "model.safetensors")
+
+
+NORM, EMBEDDING = "model.layers.0.input_layernorm.weight", "model.embed_tokens.weight"
+OUT, KEY = "model.layers.1.self_attn.o_proj.weight", "model.layers.1.self_attn.k_proj.weight"
+
+
+@pytest.mark.parametrize("name", [NORM, "model.norm.weight", EMBEDDING, OUT, KEY])
+def test_mixed_dtypes_become_that_of_config_json(tmp_path, name):
+    path, model = tmp_path / "m", MaskedDiffusionModel(CONFIG, seed=1)
+    save_pretrained(model, path, dtype=torch.bfloat16)
+    rewrite(path, {name: torch.Tensor.float})
+    loaded = load_pretrained(path)
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+    generate(loaded, [[7, 8]], GenerationConfig(gen_length=4, block_length=4, steps=2))
+
+    convert_checkpoint(path, tmp_path / "wide", dtype=torch.float32)
+    assert {t.dtype for t in load_file(tmp_path / "wide" / "model.safetensors").values()} == {torch.float32}
+    convert_checkpoint(path, tmp_path / "same")
+    assert {t.dtype for t in load_file(tmp_path / "same" / "model.safetensors").values()} == {torch.bfloat16}
+
+    config = {key: value for key, value in read_config(path).items() if key != "torch_dtype"}
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError) as error:
+        load_pretrained(path)
+    assert f"float32 ({name})" in str(error.value) and "bfloat16 (" in str(error.value)
+    assert "give dtype (--dtype), to which all are converted" in str(error.value)
+    assert load_pretrained(path, dtype=torch.float16).norm.weight.dtype == torch.float16
+
+
+def test_wide_part_of_mixed_dtypes_is_converted_exactly(tmp_path):
+    path = tmp_path / "m"
+    save_pretrained(MaskedDiffusionModel(CONFIG, seed=1), path, dtype=torch.bfloat16)
+    rewrite(path, {KEY: lambda weight: weight.float() + 2**-20, NORM: lambda weight: weight.float() + 2**-20})
+    before = load_file(path / "model.safetensors")
+    convert_checkpoint(path, tmp_path / "wide", dtype=torch.float32)
+    assert all(torch.equal(before[key].float(), t) for key, t in load_file(tmp_path / "wide/model.safetensors").items())
+
+
+@pytest.mark.parametrize("make,said", [
+    (lambda weight: weight.to(torch.float8_e4m3fn), "lm_head.weight is F8_E4M3, expected F32"),
+    (lambda weight: weight.to(torch.int64), "lm_head.weight is I64, expected F32"),
+    (lambda weight: weight[:-1].clone(), "but lm_head.weight differs"),
+    (lambda weight: weight.bfloat16(), None), (torch.clone, None),
+])  # fmt: skip
+def test_dtypes_of_a_tied_head(saved, make, said):
+    _, path = saved
+    rewrite(path, {"lm_head.weight": make})
+    if said is None:
+        assert load_pretrained(path).lm_head is None
+        return
+    with pytest.raises(ValueError, match=said):
+        load_pretrained(path)
+
+
+def test_weights_that_a_dtype_cannot_hold(saved, tmp_path):
+    _, path = saved
+    rewrite(path, {OUT: lambda weight: weight.index_fill(1, torch.tensor([3]), 1e6)})
+    said = f"{OUT} holds 1e+06, which float16 cannot: it ends at 65504; bfloat16 can"
+    with pytest.raises(ValueError, match=re.escape(said)):
+        convert_checkpoint(path, tmp_path / "half", dtype=torch.float16)
+    with pytest.raises(ValueError, match=re.escape(said)):
+        load_pretrained(path, dtype=torch.float16)
+    assert not (tmp_path / "half").exists()
+    convert_checkpoint(path, tmp_path / "bf16", dtype=torch.bfloat16)
+    # A model that has diverged has it in any dtype, and says so.
+    rewrite(path, {OUT: lambda weight: weight / 0})
+    assert not load_pretrained(path, dtype=torch.float16).layers[1].self_attn.o_proj.weight.isfinite().any()
+
+
+def test_ids_that_only_the_generation_config_ends_with(saved):
+    """As transformers: one, or several; a generation stops at any of them."""
+    model, path = saved
+    config = GenerationConfig(gen_length=8, block_length=8, steps=8, stop_tokens=())
+    plain = generate(model, [[7, 8, 9]], config)[0].tokens
+    own = model.config.eos_token_id
+    end = next(token for token in plain if token != own)
+    for value, want in ((end, (end,)), ([own, end], (own, end)), (None, ()), ([], ())):
+        (path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+        loaded = load_pretrained(path)
+        assert loaded.stop_token_ids == want
+        if want:
+            result = generate(loaded, [[7, 8, 9]], dataclasses.replace(config, stop_tokens=None))[0]
+            assert result.finish_reason == "stop_token" and end not in result.tokens
+    for bad in ("2", [2, None], True, -1):
+        (path / "generation_config.json").write_text(json.dumps({"eos_token_id": bad}))
+        with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id must be a token id, or a list"):
+            load_pretrained(path)
 
 
 def test_full_disk_keeps_the_old_checkpoint(saved):

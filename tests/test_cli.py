@@ -77,6 +77,8 @@ def test_score(world):
     assert status == 0 and json.loads(out)["scores"] != first["scores"]
     long = ("--context", "one two " * 600, "--candidate", " three", "--truncate-left")
     assert run("score", world / "run", *long)[0] == 0
+    joined = ("--context", "on", "--candidate", "e x", "--candidate", "e two x")  # a token goes across the join
+    assert len(set(json.loads(run("score", world / "run", *joined, "--json")[1])["scores"])) == 2
     rounded = json.loads(run("score", world / "run", *pair, "--json", "--dtype", "bfloat16", "--device", "cpu")[1])
     assert rounded["scores"] != first["scores"] and rounded["scores"] == pytest.approx(first["scores"], rel=0.05)
 

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from illada import cli
-from illada.checkpoint import save_pretrained
-from illada.cli.checkpoints import parse_device
+from illada.checkpoint import load_pretrained, save_pretrained
+from illada.cli import chat
+from illada.cli.checkpoints import load, parse_device
+from illada.cli.sampling import parse_token_ids
 from illada.config import ModelConfig
 from illada.data import train_tokenizer
 from illada.model import MaskedDiffusionModel
@@ -48,7 +50,9 @@ SHORT = ("--gen-length", 8, "--block-length", 4, "--steps", 4)
     ("--take-back", 0.3), ("--cfg-scale", 1.0), ("--cache", "prefix"), ("--cache", "block", "--no-cuda-graphs"),
     ("--measure", "margin"), ("--temperature", 1.0, "--seed", 3), ("--stop", "import"), ("--dtype", "bfloat16"),
     ("--end-think", "os", "--end-think-boost", 50, "--end-think-power", 1), ("--apply-chat-template",),
-    ("--batch-size", 1), ("--device", "cpu"),
+    ("--batch-size", 1), ("--device", "cpu"), ("--delay-tokens", "eos,7"), ("--forbid-tokens", "eos, mask,263"),
+    ("--top-p", 0.5, "--temperature", 1), ("--top-k", 2, "--temperature", 1), ("--rule", "origin", "--eps", 0.5),
+    ("--confidence-at-temperature", "--temperature", 1), ("--trust-remote-code",),
 ], ids=lambda o: " ".join(map(str, o)) or "published")  # fmt: skip
 def test_generate_takes_every_option(capsys, path, options):
     status, out, _ = run(capsys, "generate", path, "--prompt", "import", "--prompt", "def", "--json", *SHORT, *options)
@@ -69,6 +73,91 @@ def test_generate_takes_every_option(capsys, path, options):
         assert out != plain
 
 
+def test_forbidden_and_delayed_tokens_are_ids_or_names(capsys, path):
+    """LLaDA-Instruct's settings, by the names of this model's ids."""
+    arguments = ("generate", path, "--prompt", "import", "--json", *SHORT)
+    tokens = json.loads(run(capsys, *arguments)[1])["tokens"]
+    status, out, _ = run(capsys, *arguments, "--forbid-tokens", f"eos,{tokens[0]}")
+    assert status == 0 and tokens[0] not in json.loads(out)["tokens"]
+    model = load_pretrained(path).config
+    assert parse_token_ids("eos, 7,mask", model, "delay_tokens") == (2, 7, 5)
+    assert parse_token_ids(None, model, "delay_tokens") == parse_token_ids("", model, "delay_tokens") == ()
+    for given in ("eot", "</s>", "-1", "eos,", "1.5"):
+        status, _, error = run(capsys, *arguments, "--delay-tokens", given)
+        word = given.removeprefix("eos,")
+        said = f"--delay-tokens takes ids and, of this model, eos (2), bos (0), pad (1), mask (5); got {word!r}"
+        assert status == 2 and said in error and error.count("\n") == 1
+    assert "holds token id 300, outside of [0, 300)" in run(capsys, *arguments, "--forbid-tokens", "300")[2]
+
+
+def test_a_short_generation_is_one_block(capsys, path):
+    for options in ((), ("--mode", "fixed")):
+        status, out, _ = run(capsys, "generate", path, "--prompt", "import", "--json", "--gen-length", 12, *options)
+        assert status == 0 and len(json.loads(out)["tokens"]) <= 12
+    assert (
+        "(48) must be a multiple of block_length (32)"
+        in run(capsys, "generate", path, "--prompt", "x", "--gen-length", 48)[2]
+    )
+
+
+def test_options_without_effect_are_errors(capsys, path):
+    for options, said in (
+        (("--rule", "origin", "--measure", "entropy"), "measure ('entropy') is not used"),
+        (("--threshold", "0.5"), "threshold (0.5) is not used: it belongs to rule threshold, got rule 'quota'"),
+    ):
+        status, _, error = run(capsys, "generate", path, "--prompt", "x", *options)
+        assert status == 2 and said in error
+
+
+OWN = """
+from transformers import PreTrainedTokenizer
+
+class Own(PreTrainedTokenizer):
+    def __init__(self, **keywords):
+        self.units = [chr(32 + i) for i in range(96)]
+        super().__init__(**keywords)
+
+    @property
+    def vocab_size(self):
+        return 96
+
+    def get_vocab(self):
+        return {unit: i for i, unit in enumerate(self.units)}
+
+    def _tokenize(self, text, **keywords):
+        return list(text)
+
+    def _convert_token_to_id(self, token):
+        return self.units.index(token)
+
+    def _convert_id_to_token(self, index):
+        return self.units[index % 96]
+
+    def convert_tokens_to_string(self, tokens):
+        return "".join(tokens)
+"""
+
+
+def test_tokenizer_that_is_code(capsys, path, tmp_path, monkeypatch):
+    """Dream's: vocab.json, merges.txt and a class of its own."""
+    modules = pytest.importorskip("transformers.dynamic_module_utils")
+    monkeypatch.setattr(modules, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = tmp_path / "own"
+    save_pretrained(load_pretrained(path), folder)
+    (folder / "tokenization_own.py").write_text(OWN)
+    (folder / "vocab.json").write_text("{}")
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    (folder / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["tokenization_own.Own", null]}}'
+    )
+    arguments = ("generate", folder, "--prompt", "import", *SHORT, "--json")
+    status, _, error = run(capsys, *arguments)
+    assert status == 2 and "is run only with trust_remote_code (--trust-remote-code)" in error
+    assert not (tmp_path / "modules").exists()
+    status, out, _ = run(capsys, *arguments, "--trust-remote-code")
+    assert status == 0 and json.loads(out)["prompt"] == "import"
+
+
 def test_generate_fills_masks(capsys, path):
     infill = ("--mode", "infill", "--prompt", "import <[MASK]><[MASK]> def")
     status, out, _ = run(capsys, "generate", path, *infill, "--special-tokens-in-prompt", "--json")
@@ -79,16 +168,88 @@ def test_generate_fills_masks(capsys, path):
 
 
 def test_prompts_of_a_file(capsys, path, tmp_path):
-    """One a line, and U+2028 or a form feed end none."""
+    """One a line, which U+2028, a form feed or a lone CR do not end; a byte order mark is no part of it."""
     file = tmp_path / "prompts.txt"
-    file.write_bytes("im\u2028port\r\n\ndef\x0cx\n".encode())
+    file.write_bytes("\ufeffim\u2028port\r\n\ndef\x0c\rx\n".encode())
     status, out, _ = run(capsys, "generate", path, "--prompt-file", file, "--json", *SHORT)
     assert status == 0
-    assert [json.loads(line)["prompt"] for line in out.split("\n")[:-1]] == ["im\u2028port", "", "def\x0cx"]
-    for content, match in ((b"", "holds no prompt"), (b"\xff", "prompts.txt is not UTF-8 text")):
+    assert [json.loads(line)["prompt"] for line in out.split("\n")[:-1]] == ["im\u2028port", "", "def\x0c\rx"]
+    for content, match in ((b"", "holds no prompt"), (b"a\n\xff", "prompts.txt, line 2 is not UTF-8 text")):
         file.write_bytes(content)
         status, _, err = run(capsys, "generate", path, "--prompt-file", file, *SHORT)
         assert status == 2 and match in err and err.count("\n") == 1
+
+
+def piped(data):
+    return io.TextIOWrapper(io.BytesIO(data), encoding="utf-8")
+
+
+def test_standard_input(capsys, path, monkeypatch):
+    monkeypatch.setattr("sys.stdin", piped(b"\xef\xbb\xbfim\rport\r\n"))
+    status, out, _ = run(capsys, "generate", path, "--json", *SHORT)
+    assert status == 0 and json.loads(out)["prompt"] == "im\rport\n"
+    for command, stdin, match in (
+        ("generate", None, "standard input is closed, so there is no prompt"),
+        ("agreement", None, "standard input is closed, so there is no prompt"),
+        ("generate", piped(b"a\nb\xf6b"), "standard input, line 2 is not UTF-8 text: byte 0xf6"),
+        ("agreement", piped("a".encode("utf-16")), "standard input is not UTF-8 text: it looks like UTF-16"),
+    ):
+        monkeypatch.setattr("sys.stdin", stdin)
+        status, _, err = run(capsys, command, path, *SHORT)
+        assert status == 2 and match in err and err.count("\n") == 1
+
+
+def test_questions_that_cannot_be_read(capsys, path, tmp_path):
+    file = tmp_path / "questions.jsonl"
+    for line, match in (
+        (
+            b'{"context": ' + b"[" * 100_000,
+            "questions.jsonl, line 2 is not JSON that can be read: it is nested too deeply",
+        ),
+        (b'{"context": "\\ud83d"}', "questions.jsonl, line 2 holds half of a surrogate pair"),
+        (b'{"context": "\xf6l"}', "questions.jsonl, line 2 is not UTF-8 text: byte 0xf6"),
+        (b"[]", 'questions.jsonl, line 2: expected {"context": '),
+    ):
+        file.write_bytes(b'\xef\xbb\xbf{"context": "a", "candidates": ["b"]}\n' + line)
+        status, _, err = run(capsys, "score", path, "--file", file)
+        assert status == 2 and match in err and err.count("\n") == 1, err
+
+
+def test_arguments_that_are_not_utf8(capsys, path):
+    bad = b"a\xff".decode("utf-8", "surrogateescape")
+    for arguments in (
+        ("generate", path, "--prompt", bad), ("generate", path, "--prompt", "a", "--stop", bad),
+        ("chat", path, "--system", bad), ("score", path, "--candidate", bad),
+        ("score", path, "--candidate", "a", "--context", bad),
+    ):  # fmt: skip
+        status, _, err = run(capsys, *arguments)
+        assert status == 2 and f"{arguments[-2]} is not UTF-8 text: byte 0xff at character 1" in err
+
+
+@pytest.mark.parametrize(
+    "encoding, plain, quoted", [("ascii", "\\xefm", "\\u00efm"), ("latin-1", "ïm\\u2028", "\\u00efm")]
+)
+def test_output_that_is_not_unicode(path, monkeypatch, encoding, plain, quoted):
+    """What the terminal lacks is escaped: in JSON, as JSON does."""
+    for options, match in (((), plain), (("--json",), quoted)):
+        stdout = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        monkeypatch.setattr("sys.stdout", stdout)
+        status = cli.main(["generate", str(path), "--prompt", "ïm\u2028port", *map(str, SHORT), *options])
+        stdout.flush()
+        out = stdout.buffer.getvalue().decode(encoding)
+        assert status == 0 and match in out
+        assert not options or json.loads(out)["prompt"] == "ïm\u2028port"
+
+
+def test_an_ordinary_token_that_ends_generation_stays_text(path, tmp_path):
+    """A checkpoint may stop at an empty line: its prompts may hold one."""
+    for file in path.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    word = load(path)[1].encode("import")
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, word[-1]]}))
+    model, tokenizer = load(tmp_path)
+    assert model.stop_token_ids == (2, word[-1]) and word[-1] > 261
+    assert tokenizer.encode("import", parse_special_tokens=False) == word
 
 
 def test_device(capsys, path, monkeypatch):
@@ -130,6 +291,48 @@ def test_chat(capsys, path, monkeypatch):
     assert "no command /nothing" in err and "over the model's" in err and out == first
     (path.parent / "other.jinja").write_text("{{ messages[-1].content }}")
     assert talk("import os", extra=("--chat-template", path.parent / "other.jinja"))[1] != first
+
+
+def test_chat_loses_a_line_that_is_no_text_and_no_more(capsys, path, monkeypatch):
+    options = ("chat", path, "--gen-length", 8, "--block-length", 4, "--steps", 4)
+    monkeypatch.setattr("sys.stdin", piped(b"import os\n"))
+    first = run(capsys, *options)[1]
+    monkeypatch.setattr("sys.stdin", piped(b"\xff\nimport os\r\n"))
+    status, out, err = run(capsys, *options)
+    assert status == 0 and out == first and "the line is not UTF-8 text: byte 0xff; it is not sent" in err
+    (path.parent / "picky.jinja").write_text(
+        "{{ messages[-1].content | trim if '+' not in messages[-1].content else 1 + 'a' }}"
+    )
+    monkeypatch.setattr("sys.stdin", piped(b"import os\n"))
+    plain = run(capsys, *options, "--chat-template", path.parent / "picky.jinja")[1]
+    monkeypatch.setattr("sys.stdin", piped(b"1+1\n/import os\n//import\nimport os\n"))
+    sent = []
+    real = chat._answer
+    monkeypatch.setattr(
+        chat, "_answer", lambda m, t, ids, *a, **k: sent.append(t.decode(ids)) or real(m, t, ids, *a, **k)
+    )
+    status, out, err = run(capsys, *options, "--chat-template", path.parent / "picky.jinja")
+    assert status == 0 and "TypeError" in err and "no command /import" in err
+    assert sent == ["/import", "import os"] and out.endswith(plain)
+    monkeypatch.setattr("sys.stdin", None)
+    status, _, err = run(capsys, *options)
+    assert status == 2 and "standard input is closed" in err
+
+
+def test_chat_holds_back_what_may_begin_a_stop_string(capsys, path, monkeypatch):
+    """Half of it at the end of a block is not shown before the next one tells."""
+    for text, stops, shown in (
+        ("one EN", ("END",), "one "), ("one E", ("END", "NEVER"), "one "), ("one END", ("END",), "one END"),
+        ("one", (), "one"), ("a\ufffd", (), "a"), ("xx", ("xxx",), ""),
+    ):  # fmt: skip
+        assert chat._settled(text, stops) == shown
+    options = ("chat", path, "--gen-length", 16, "--block-length", 1, "--steps", 1)
+    monkeypatch.setattr("sys.stdin", piped(b"import os\n"))
+    whole = run(capsys, *options)[1].removesuffix("\n")
+    stop = whole[2:6]
+    assert len(stop) == 4
+    monkeypatch.setattr("sys.stdin", piped(b"import os\n"))
+    assert run(capsys, *options, "--stop", stop)[1] == whole[: whole.index(stop)] + "\n"
 
 
 def test_chat_needs_a_template(capsys, path, tmp_path):

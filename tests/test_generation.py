@@ -72,10 +72,9 @@ def test_short_packs(model, mode, monkeypatch):
     equals_the_oracle(model, GenerationConfig(mode=mode, gen_length=16, block_length=8, steps=8))
 
 
-@pytest.mark.parametrize("measure", ["probability", "margin", "entropy"])
-@pytest.mark.parametrize("steps", [4, 16, 20])
-def test_dream(steps, measure):
-    """Biases, logits of the next token, its schedule; group 7."""
+@pytest.fixture(scope="module")
+def dream():
+    """Biases, logits of the next token; group 7."""
     config = ModelConfig.preset(
         "tiny", hidden_size=28, intermediate_size=48, num_attention_heads=7, num_key_value_heads=1, vocab_size=300,
         max_position_embeddings=64, initializer_range=0.3, qkv_bias=True, logits_shift=True, model_type="dream",
@@ -85,10 +84,49 @@ def test_dream(steps, measure):
     with torch.no_grad():
         for layer in model.layers:
             layer.self_attn.qkv_proj.bias[:28].uniform_(-1, 1, generator=torch.Generator().manual_seed(1))
-    options = GenerationConfig(
-        mode="fixed", gen_length=16, block_length=16, steps=steps, schedule="dream", measure=measure
-    )
-    equals_the_oracle(model, options)
+    return model
+
+
+DREAM = GenerationConfig(mode="fixed", gen_length=16, block_length=16, steps=16, schedule="dream")
+
+
+@pytest.mark.parametrize("measure", ["probability", "margin", "entropy"])
+@pytest.mark.parametrize("steps", [4, 16, 20])
+def test_dream(dream, steps, measure):
+    equals_the_oracle(dream, dataclasses.replace(DREAM, steps=steps, measure=measure))
+
+
+@pytest.mark.parametrize("options", [
+    {"temperature": 0.1, "top_p": 0.9, "measure": "entropy"}, {"temperature": 0.2, "top_p": 0.95},  # as evaluated
+    {"top_p": 0.5}, {"top_k": 2, "measure": "margin"}, {"temperature": 0.7, "top_k": 400, "measure": "margin"},
+    {"temperature": 1.5, "confidence_at_temperature": True}, {"temperature": 1.5, "top_k": 5, "eps": 0.25},
+    {"temperature": 0.9, "top_p": 0.7, "top_k": 4, "measure": "entropy", "forbid_tokens": (7, 9), "cfg_scale": 0.5},
+], ids=lambda options: "-".join(options))  # fmt: skip
+def test_dream_samples_what_temperature_and_filters_leave(dream, options, monkeypatch):
+    monkeypatch.setattr("illada.generation.filters._ROWS", 7)
+    equals_the_oracle(dream, dataclasses.replace(DREAM, **options))
+
+
+@pytest.mark.parametrize("option", [{"top_p": 0.5}, {"top_k": 2}, {"confidence_at_temperature": True}, {"eps": 0.5}])
+def test_options_of_dream_do_something(dream, option):
+    config = dataclasses.replace(DREAM, steps=6, temperature=3.0, measure="entropy")
+    assert generate(dream, WITH_TEXT, dataclasses.replace(config, **option)) != generate(dream, WITH_TEXT, config)
+
+
+@pytest.mark.parametrize("rule", [{}, {"rule": "threshold", "threshold": 0.3}, {"rule": "entropy_bound"}])
+def test_filters_with_the_other_rules(model, rule):
+    config = GenerationConfig(gen_length=16, block_length=8, steps=6, temperature=0.5, top_p=0.9, **rule)
+    equals_the_oracle(model, config)
+    equals_the_oracle(model, dataclasses.replace(config, top_p=1.0))  # at a temperature, as LLaDA does
+
+
+def test_filters_of_one_token_are_greedy(model):
+    for rule in ("quota", "origin"):
+        config = GenerationConfig(gen_length=16, block_length=8, steps=4, rule=rule, temperature=0.0)
+        hot = dataclasses.replace(config, temperature=1e-40), dataclasses.replace(config, temperature=9.0, top_k=1)
+        want = generate(model, WITH_TEXT, config)
+        assert generate(model, WITH_TEXT, hot[1]) == want or rule == "quota"  # all are sure: in order of position
+        assert generate(model, WITH_TEXT, dataclasses.replace(hot[0], top_p=0.9))[0].tokens.count(MASK) == 0
 
 
 @pytest.mark.parametrize("mode", ["var", "fixed"])
@@ -96,8 +134,9 @@ def test_dream(steps, measure):
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_alone_or_packed_in_any_order(model, mode, rule, temperature):
     config = GenerationConfig(
-        mode=mode, rule=rule, temperature=temperature, gen_length=16, block_length=8, steps=8, threshold=0.3
-    )
+        mode=mode, rule=rule, temperature=temperature, gen_length=16, block_length=8, steps=8,
+        threshold=0.3 if rule == "threshold" else 0.9,
+    )  # fmt: skip
     seeds = [3, 2**40, 3, 1]
     together = [r.tokens for r in generate(model, PROMPTS, config, seed=seeds)]
     alone = [generate(model, [p], config, seed=s)[0].tokens for p, s in zip(PROMPTS, seeds, strict=True)]

@@ -184,8 +184,10 @@ MIXED = [
     GenerationConfig(gen_length=16, block_length=8, steps=5, alg_temp=0.3, measure="margin", stop_tokens=()),
     GenerationConfig(mode="infill", block_length=3, steps=2, temperature=0.2, stop_tokens=()),
     GenerationConfig(gen_length=8, block_length=8, steps=8, rule="factor", delay_tokens=(5, 9), stop_tokens=()),
+    GenerationConfig(gen_length=8, block_length=8, steps=3, temperature=0.5, top_p=0.9, stop_tokens=()),
+    GenerationConfig(gen_length=8, block_length=4, steps=3, top_k=3, cfg_scale=1.0, delay_tokens=(7,), stop_tokens=()),
 ]  # fmt: skip
-MIXED_PROMPTS = [[7, 8, 9], [11], [20, 21, 22], [30] * 9, [8], [7, MASK, 9, MASK], [40, 2]]
+MIXED_PROMPTS = [[7, 8, 9], [11], [20, 21, 22], [30] * 9, [8], [7, MASK, 9, MASK], [40, 2], [9], [6, 3]]
 
 
 @pytest.mark.parametrize("few_tokens", [0, 256])
@@ -193,7 +195,7 @@ MIXED_PROMPTS = [[7, 8, 9], [11], [20, 21, 22], [30] * 9, [8], [7, MASK, 9, MASK
 def test_unequal_requests_in_one_batch(model, batch_size, few_tokens, monkeypatch):
     """Lengths, blocks, rules, temperatures, guidance and seeds of their own: as each alone, in any order."""
     monkeypatch.setattr("illada.generation.step._FEW_TOKENS", few_tokens)
-    seeds = [5, 2**62, -3, 0, 1, 7, 7]
+    seeds = [5, 2**62, -3, 0, 1, 7, 7, 8, 9]
     alone = [generate(model, [p], c, seed=s)[0] for p, c, s in zip(MIXED_PROMPTS, MIXED, seeds, strict=True)]
     assert generate(model, MIXED_PROMPTS, MIXED, seed=seeds, batch_size=batch_size) == alone
     back = generate(model, MIXED_PROMPTS[::-1], MIXED[::-1], seed=seeds[::-1], batch_size=batch_size)
@@ -359,8 +361,29 @@ def test_errors(model):
         ({"cfg_scale": -1.0}, "cfg_scale must be finite and >= 0"),
         ({"factor": math.inf}, "factor must be finite"),
         ({"take_back": 1.5}, "take_back must be a probability"),
-        ({"rule": "factor", "take_back": 0.5}, "belong to rule quota, got rule 'factor'"),
-        ({"rule": "origin", "schedule": "dream"}, "belong to rule quota"),
+        (
+            {"rule": "factor", "take_back": 0.5},
+            r"take_back \(0.5\) is not used: it belongs to rule quota .* got rule 'factor'",
+        ),
+        (
+            {"schedule": "dream", "take_back": 0.5},
+            "take_back .* belongs to rule quota with schedule even, got .* 'dream'",
+        ),
+        ({"rule": "origin", "schedule": "dream"}, "schedule .* belongs to rule quota"),
+        ({"rule": "threshold", "alg_temp": 0.5}, "alg_temp .* belongs to rule quota"),
+        (
+            {"rule": "origin", "measure": "entropy"},
+            "measure .* belongs to rules quota, threshold and factor, got rule 'origin'",
+        ),
+        ({"rule": "entropy_bound", "measure": "margin"}, "measure .* belongs to rules quota"),
+        ({"threshold": 0.5}, "threshold .* belongs to rule threshold, got rule 'quota'"),
+        ({"rule": "threshold", "factor": 2.0}, "factor .* belongs to rule factor"),
+        ({"entropy_bound": 2.0}, "entropy_bound .* belongs to rule entropy_bound"),
+        ({"eps": 0.1}, "eps .* belongs to schedule dream and rule origin"),
+        ({"rule": "origin", "eps": 1.0}, r"eps must be in \[0, 1\)"),
+        ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
+        ({"top_p": math.nan}, "top_p must be in"),
+        ({"top_k": -1}, "top_k must be at least 0, got -1"),
         ({"end_think_boost": 1.0}, "needs the ids of end_think"),
         ({"end_think_boost": math.nan, "end_think": (5,)}, "must be finite and >= 0"),
         (
@@ -395,6 +418,8 @@ def test_wrong_types(model, tokenizer):
         ({"gen_length": 16.0}, "gen_length must be an integer, got 16.0"),
         ({"steps": True}, "steps must be an integer, got True"),
         ({"temperature": "hot"}, "temperature must be a number, got 'hot'"),
+        ({"top_k": 2.0}, "top_k must be an integer, got 2.0"),
+        ({"confidence_at_temperature": 1}, "confidence_at_temperature must be True or False, got 1"),
     ):
         with pytest.raises(TypeError, match=match):
             GenerationConfig(**options)

@@ -297,14 +297,11 @@ def test_fused_projection_is_the_three_of_the_file(model_type, tmp_path):
     for i, (change, message) in enumerate((
         ({}, f"missing: {key}"),
         ({key: short}, f"wrong: {key} is {list(short.shape)}, expected {list(tensors[key].shape)}"),
-        # k comes first in a file that begins with what is wider
-        ({key: tensors[key].float()}, "q_proj.weight is torch.bfloat16, but another of q, k and v is torch.float32"),
     )):  # fmt: skip
         folder = write(tmp_path / str(i), read_config(path), {k: t for k, t in tensors.items() if k != key} | change)
         with pytest.raises(ValueError) as error:
             load(folder)
         assert message in str(error.value) and "unexpected" not in str(error.value)
-    assert load(folder, dtype=torch.float32).embed_tokens.weight.dtype == torch.float32  # then they agree
 
 
 def test_other_damage_is_named(tmp_path):
@@ -323,13 +320,15 @@ def test_other_damage_is_named(tmp_path):
     with pytest.raises(ValueError, match="is in two files"):
         load(path)
     save_file({key: t.to(torch.int8) for key, t in part.items()}, second)
-    with pytest.raises(ValueError, match="is torch.int8, expected float32, bfloat16 or float16"):
+    with pytest.raises(ValueError, match="is I8, expected F32, BF16, F16"):
         load(path)
     for content in ("{", "{}", "[]", '{"weight_map": {"a": 1}}', '{"weight_map": {"a": "../m/model.safetensors"}}'):
         index.write_text(content)
         with pytest.raises(ValueError, match=r"index\.json is damaged"):
             load(path)
     index.unlink()
+    for shard in path.glob("model-*.safetensors"):
+        shard.unlink()
     (path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(FileNotFoundError, match=r"no model\.safetensors; pytorch_model\.bin is a pickle"):
         load(path)

@@ -4,26 +4,34 @@ import dataclasses
 import json
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+from lm_eval import evaluate
 from lm_eval.api.instance import Instance
+from lm_eval.models.dummy import DummyLM
 from lm_eval.utils import simple_parse_args_string
+from tokenizers import processors
 
 from illada import cli
-from illada.checkpoint import save_pretrained
-from illada.cli.evaluate import describe_chance
+from illada.checkpoint import load_pretrained, save_pretrained
 from illada.config import ModelConfig
-from illada.data import train_tokenizer
+from illada.data import load_tokenizer, train_tokenizer
+from illada.generation import GenerationConfig, GenerationResult, generate
+from illada.generation.loop import cut_at_stop
 from illada.integrations import lm_eval as adapter
+from illada.integrations.chance import chance_of, describe_chance
 from illada.integrations.journal import Journal, fingerprint
 from illada.integrations.lm_eval import IlladaLM, PublishedIlladaLM
+from illada.integrations.manager import RememberingTaskManager
 from illada.integrations.presets import PRESETS, settings_of
-from illada.integrations.settings import EvaluationSettings
+from illada.integrations.settings import GENERATION, EvaluationSettings
 from illada.model import MaskedDiffusionModel
 from illada.score import confidence_score, is_greedy, monte_carlo_likelihood
 from illada.tokenizer import Tokenizer
@@ -60,6 +68,10 @@ def task_folder(tmp_path_factory):
     (folder / "pick.yaml").write_text(
         f"task: pick\n{head}output_type: multiple_choice\ndoc_to_choice: choices\ndoc_to_target: a\ntarget_delimiter: ''\n"
         "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
+    )
+    (folder / "beams.yaml").write_text(
+        f"task: beams\n{head}output_type: generate_until\ndoc_to_target: ' fox'\ngeneration_kwargs: {{num_beams: 4}}\n"
+        "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n"
     )
     (folder / "say.yaml").write_text(
         f"task: say\n{head}output_type: generate_until\ndoc_to_target: ' fox'\n"
@@ -120,6 +132,39 @@ def test_encode_pair_is_the_published_rule(checkpoint):
     assert with_bos._encode("<[begin▁of▁sentence]>" * 2 + "the") == with_bos._encode("the")  # from a template as well
 
 
+@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize("add_bos", [None, True, False])
+def test_bos_is_the_same_for_eval_generate_and_score(checkpoint, tmp_path, monkeypatch, adds, add_bos):
+    """By default where the tokenizer's post-processor adds it; with add_bos as asked."""
+    for file in checkpoint.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tokenizer, bos = load_tokenizer(checkpoint), "<[begin▁of▁sentence]>"
+    if adds:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, CONFIG.bos_token_id)]
+        )
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "tokenizer_sha256"}))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    want = [CONFIG.bos_token_id] if (adds if add_bos is None else add_bos) else []
+    lm = IlladaLM(tmp_path, device="cpu", add_bos=add_bos)
+    the = lm.tokenizer.encode("the")
+    assert lm._encode("the") == want + the == lm._encode_pair("the", " dog")[0] and lm._begin == want
+    flags = {None: [], True: ["--add-bos"], False: ["--no-add-bos"]}[add_bos]
+    seen = []
+
+    def score(model, contexts, continuations, **_):
+        seen.append(contexts[0])
+        return confidence_score(model, contexts, continuations)
+
+    monkeypatch.setattr("illada.score.confidence_score", score)
+    assert cli.main(["score", str(tmp_path), "--context", "the", "--candidate", " dog", *flags]) == 0
+    monkeypatch.setattr("illada.generation.generate", lambda model, ids, *a, **k: seen.append(ids[0]) or [])
+    monkeypatch.setattr("illada.cli.generate.zip", lambda *a, **k: [], raising=False)
+    assert cli.main(["generate", str(tmp_path), "--prompt", "the", *flags]) == 0
+    assert seen == [want + the] * 2
+
+
 def test_long_contexts_lose_their_beginning(checkpoint, caplog):
     lm = IlladaLM(checkpoint, device="cpu", add_bos=True, append_eos=True)
     long = "the dog " * 200
@@ -127,14 +172,48 @@ def test_long_contexts_lose_their_beginning(checkpoint, caplog):
         (score, _), _ = lm.loglikelihood(requests("loglikelihood", [(long, "sleeps"), ("the", " dog")]))
     assert math.isfinite(score) and "1 of 2 contexts were longer than the model's 64 tokens" in caplog.text
     context, continuation = lm._encode_pair(long, "sleeps")
-    kept = lm._fit(context, len(continuation))
+    kept = lm._fit(context, len(continuation) + 1)  # and the eos
     assert (
         len(kept) + len(continuation) + 1 == 64
         and kept[0] == CONFIG.bos_token_id
         and kept[1:] == context[-len(kept) + 1 :]
     )
-    with pytest.raises(ValueError, match=r"continuation of \d+ tokens and its eos is \d+ over the model's 64"):
-        lm.loglikelihood(requests("loglikelihood", [("the", " fox jumps" * 100)]))
+    with caplog.at_level("WARNING"):  # one that cannot be scored does not end the others
+        scores = lm.loglikelihood(
+            requests("loglikelihood", [("the", " fox jumps" * 100), ("the", " dog"), ("the", "")])
+        )
+    assert [math.isfinite(score) for score, _ in scores] == [False, True, False]
+    assert "1 of 3 candidates are longer than the model's 64 tokens without their context" in caplog.text
+    assert "1 of 3 candidates have no text that the tokenizer keeps" in caplog.text and len(lm.notes) == 3
+
+
+def test_all_of_a_candidate_is_scored(checkpoint):
+    lm = IlladaLM(checkpoint, device="cpu")
+    pairs = [("wh", "at is it"), ("w", "hat is it"), ("the do", "g sleeps")]  # tokens go across the join
+    for context, continuation in pairs:
+        ids, more = lm._encode_pair(context, continuation)
+        assert ids + more == lm.tokenizer.encode(context + continuation)
+        assert lm.tokenizer.decode(more).endswith(continuation) and lm.tokenizer.decode(ids) in context
+    scores = [
+        s for s, _ in lm.loglikelihood(requests("loglikelihood", [("th", c) for c in ("e fox", "at fox", " fox")]))
+    ]
+    assert len(set(scores)) == 3
+
+
+def test_reserved_strings_are_text_where_they_are_scored(checkpoint):
+    lm = IlladaLM(checkpoint, device="cpu", mc_num=4)
+    mask = lm.tokenizer.decode([CONFIG.mask_token_id], skip_special_tokens=False)
+    got = lm.loglikelihood(requests("loglikelihood", [("the", mask), ("the", mask[1:]), ("a" + mask[:2], mask[2:])]))
+    assert all(math.isfinite(score) for score, _ in got)
+    assert all(map(math.isfinite, lm.loglikelihood_rolling(requests("loglikelihood_rolling", [(f"the {mask} dog",)]))))
+    eos = lm.tokenizer.decode([CONFIG.eos_token_id], skip_special_tokens=False)  # what a chat template writes
+    ids, more = lm._encode_pair(f"the{eos} dog", f" {mask} fox")
+    text = lm.tokenizer.encode(f" dog {mask} fox", parse_special_tokens=False)
+    assert ids + more == [*lm.tokenizer.encode("the"), CONFIG.eos_token_id, *text]
+    assert lm._encode_pair(f"the{eos}", " dog") == (
+        [*lm.tokenizer.encode("the"), CONFIG.eos_token_id],
+        lm.tokenizer.encode(" dog"),
+    )
 
 
 def test_rolling_is_the_sum_of_bounds(checkpoint):
@@ -203,8 +282,85 @@ def test_generation_settings(checkpoint, generated):
     room = 64 - len(lm.tokenizer.encode(prompt))
     lm.generate_until(requests("generate_until", [(prompt, {})]))
     assert generated[-1][1][0].gen_length == room // 8 * 8 and generated[-1][1][0].steps % (room // 8) == 0
-    with pytest.raises(ValueError, match=r"leaves room for \d new ones .*: \d+ too few for one block_length of 8"):
-        lm.generate_until(requests("generate_until", [(lm.tokenizer.decode([10] * 60), {})]))
+    # A prompt with no room for a block loses its beginning, and the others are not lost for it.
+    lm.generate_until(requests("generate_until", [(lm.tokenizer.decode([10] * 70), {"max_gen_toks": 8}), ("the", {})]))
+    prompts, configs, _ = generated[-1]
+    assert {(len(p), c.gen_length) for p, c in zip(prompts, configs, strict=True)} == {(40, 24), (1, 24)}
+    assert [count for note, count in lm.notes.items() if "no room for an answer" in note] == [1]
+
+
+@pytest.mark.parametrize(
+    "asked, want",
+    [
+        ({"max_new_tokens": 8}, {"gen_length": 8}),
+        ({"max_tokens": 8}, {"gen_length": 8}),
+        ({"max_completion_tokens": "8", "num_beams": 1, "top_p": 0.9}, {"gen_length": 8, "temperature": 0}),
+        (
+            {"max_gen_toks": 4, "max_new_tokens": 9, "do_sample": False, "temperature": 1},
+            {"gen_length": 4, "temperature": 0},
+        ),
+        ({"temperature": 0.9, "max_gen_toks": 5}, {"temperature": 0.9, "block_length": 5}),
+        ({"temperature": 0.9, "do_sample": True, "max_gen_toks": 8, "top_p": None}, {"temperature": 0.9}),
+        ({"max_gen_toks": 0}, "max_gen_toks must be at least 1, got 0"),
+        ({"max_new_tokens": -1}, "max_gen_toks must be at least 1, got -1"),
+        ({"max_gen_toks": "many"}, "generation_kwargs, .*many"),
+        ({"num_beams": 10}, "ask for num_beams=10, which is not supported; there are until, max_gen_toks"),
+        ({"min_p": 0.1, "do_sample": True}, "ask for min_p=0.1"),
+        ({"until": [3]}, "until must hold texts, got 3"),
+    ],
+)
+def test_a_task_says_how_to_generate(checkpoint, generated, asked, want):
+    lm = IlladaLM(checkpoint, device="cpu")
+    request = requests("generate_until", [("the", asked)])
+    if isinstance(want, str):
+        with pytest.raises(ValueError, match=want):
+            lm.generate_until(request)
+        return
+    lm.generate_until(request)
+    ((_, (config,), _),) = generated
+    assert {name: getattr(config, name) for name in want} == want
+
+
+def test_filters_are_not_dropped(checkpoint, generated):
+    request = requests("generate_until", [("the", {"temperature": 0.8, "top_p": 0.95, "max_gen_toks": 8})])
+    lm = IlladaLM(checkpoint, device="cpu")
+    if "top_p" in GENERATION:
+        lm.generate_until(request)
+        assert generated[0][1][0].top_p == 0.95
+    else:
+        with pytest.raises(ValueError, match="top_p=0.95, which is not supported"):
+            lm.generate_until(request)
+
+
+def test_never_more_tokens_than_asked(checkpoint):
+    lm = IlladaLM(checkpoint, device="cpu", block_length=4, steps=1, forbid_tokens=CONFIG.eos_token_id)
+    for length in (1, 6, 8):
+        (text,) = lm.generate_until(requests("generate_until", [("the", {"max_gen_toks": length})]))
+        (result,) = generate(lm.model, [lm.tokenizer.encode("the")], GenerationConfig(
+            gen_length=-(-length // min(4, length)) * min(4, length), block_length=min(4, length), steps=1,
+            forbid_tokens=(CONFIG.eos_token_id,), stop_tokens=()))  # fmt: skip
+        assert text == lm.tokenizer.decode(result.tokens[:length], skip_special_tokens=False)
+
+
+def test_stop_strings_count_after_the_reasoning(checkpoint, monkeypatch):
+    """In the adapter and in the generator, which must not end a sequence in the middle of its reasoning."""
+    said = " fox\n\njumps</think> dog\n\nlazy"
+    monkeypatch.setattr(
+        adapter, "generate", lambda *a, tokenizer, **o: [GenerationResult(tokenizer.encode(said), "length", 1)]
+    )
+    request = requests("generate_until", [("the", {"until": ["\n\n"], "max_gen_toks": 60})])
+    reasoning = IlladaLM(checkpoint, device="cpu", end_think_boost=100)
+    assert reasoning.generate_until(request) == [" fox\n\njumps</think> dog"]
+    assert IlladaLM(checkpoint, device="cpu").generate_until(request) == [" fox"]
+    tokenizer = reasoning.tokenizer
+    reasoned = " fox\n\njumps</think> dog"
+    for end_think, text in (("</think>", reasoned), (" </think>", reasoned), ("", " fox"), ("</never>", None)):
+        config = GenerationConfig(end_think=tuple(tokenizer.encode(end_think)), stop_strings=("\n\n",))
+        assert cut_at_stop(tokenizer, tokenizer.encode(said), config) == text
+    # An end of reasoning that is a special token, which the text does not show.
+    ids = [*tokenizer.encode(" fox\n\n"), CONFIG.pad_token_id, *tokenizer.encode(" dog\n\nlazy")]
+    config = GenerationConfig(end_think=(CONFIG.pad_token_id,), stop_strings=("\n\n",))
+    assert cut_at_stop(tokenizer, ids, config) == " fox\n\n dog"
 
 
 def test_repeated_requests_are_new_samples(checkpoint, generated):
@@ -215,6 +371,30 @@ def test_repeated_requests_are_new_samples(checkpoint, generated):
     assert len(set(options["seed"])) == 3 and {config.temperature for config in configs} == {0.7}
     lm.generate_until(same)
     assert len(generated) == 1  # known by now
+
+
+def test_every_option_of_the_generator_is_a_setting(checkpoint, generated):
+    given = "rule=factor,factor=2,delay_tokens=7:9,forbid_tokens=11,max_length=60,threshold=0.9"
+    lm = IlladaLM.create_from_arg_string(f"pretrained={checkpoint},{given}", {"device": "cpu"})
+    lm.generate_until(requests("generate_until", [("the", {"max_gen_toks": 8})]))
+    ((_, (config,), _),) = generated
+    assert (config.rule, config.factor, config.delay_tokens, config.forbid_tokens) == ("factor", 2.0, (7, 9), (11,))
+    settings = EvaluationSettings.from_arguments({"schedule": "dream", "alg_temp": 1, "take_back": 0})
+    assert (settings.generation.schedule, settings.generation.alg_temp) == ("dream", 1.0)
+    settings = EvaluationSettings.from_arguments({"rule": "entropy_bound", "entropy_bound": 0.5})
+    assert settings.for_length(32).entropy_bound == 0.5
+    table = re.search(
+        r"\| published settings .*?\n\n",
+        Path(__file__).parent.parent.joinpath("docs/evaluation.md").read_text(encoding="utf-8"),
+        re.DOTALL,
+    )
+    documented = re.findall(r"`(\w+=\S+)`", table[0])
+    assert len(documented) == 7
+    for line in documented:
+        settings = EvaluationSettings.from_arguments(simple_parse_args_string(line))
+        assert settings.for_length(settings.gen_length or 32)
+    fields = {field.name for field in dataclasses.fields(GenerationConfig)}
+    assert set(GENERATION) == fields - {"end_think", "stop_tokens", "stop_strings"}
 
 
 # ------------------------------------------------------------------------------------------------- names and settings
@@ -251,10 +431,13 @@ def test_presets_are_the_published_settings():
         assert ours.unsafe_code == task.startswith(("humaneval", "mbpp"))
         # What is not given is the published default there, and not used by the task's kind of request where it differs.
         published = EvaluationSettings.from_arguments({"var": False, **simple_parse_args_string(model_args)})
-        mine = EvaluationSettings(**ours.model_args)
+        mine = EvaluationSettings.from_arguments(ours.model_args)
         for name in ours.model_args:
-            assert getattr(mine, name) == getattr(published, name), (task, name)
-        assert mine.llh == published.llh and mine.end_think_boost == published.end_think_boost
+            one, two = (
+                getattr(s, name) if hasattr(s, name) else getattr(s.generation, name) for s in (mine, published)
+            )
+            assert one == two, (task, name)
+        assert mine.llh == published.llh and mine.generation.end_think_boost == published.generation.end_think_boost
     for arguments, message in (
         (("illada-chat", "mmlu"), "preset must be one of illada-base"),
         (("illada-base", "piqua"), "it has arc_challenge"),
@@ -268,7 +451,7 @@ def test_published_names_and_defaults(checkpoint):
     line = f"model_path={checkpoint},mask_id=5,{_SCORED},{_THINK}3,remasking=random,gen_length=8,steps=8,block_length=8"
     lm = IlladaLM.create_from_arg_string(line, {"batch_size": 1, "max_batch_size": None, "device": "cpu"})
     s = lm.settings
-    assert (s.llh, s.append_eos, s.add_bos, s.check_greedy, s.mode, s.measure) == (
+    assert (s.llh, s.append_eos, s.add_bos, s.check_greedy, s.generation.mode, s.generation.measure) == (
         "confidence",
         True,
         True,
@@ -276,11 +459,19 @@ def test_published_names_and_defaults(checkpoint):
         "var",
         "random",
     )
-    assert (s.end_think_boost, s.end_think_power, s.batch_size) == (100, 3, 1)
+    assert (s.generation.end_think_boost, s.generation.end_think_power, s.batch_size) == (100, 3, 1)
     assert IlladaLM(checkpoint, device="cpu", mc_num=1).settings.llh == "mc"
     dist = PublishedIlladaLM(checkpoint, device="cpu", batch_size=32).settings
-    assert (dist.llh, dist.check_greedy, dist.mode, dist.gen_length, dist.mc_stratum) == ("mc", True, "fixed", 1024, 32)
-    assert PublishedIlladaLM(checkpoint, device="cpu", is_check_greedy=False, var=True).settings.mode == "var"
+    assert (dist.llh, dist.check_greedy, dist.generation.mode, dist.gen_length, dist.mc_stratum) == (
+        "mc",
+        True,
+        "fixed",
+        1024,
+        32,
+    )
+    assert (
+        PublishedIlladaLM(checkpoint, device="cpu", is_check_greedy=False, var=True).settings.generation.mode == "var"
+    )
 
 
 def test_errors_name_the_argument(checkpoint):
@@ -292,12 +483,18 @@ def test_errors_name_the_argument(checkpoint):
         ({"padd_eos": "no"}, ValueError, "append_eos must be True or False, got 'no'"),
         ({"gen_len": 3}, TypeError, "unknown model argument 'gen_len'; there are pretrained"),
         ({"cfg": 1, "cfg_scale": 2}, TypeError, "cfg_scale is given twice"),
-        ({"steps": 0}, ValueError, "steps must be an integer of at least 1, got 0"),
+        ({"steps": 0}, ValueError, "steps must be at least 1, got 0"),
         ({"batch_size": "many"}, ValueError, "batch_size must be"),
         ({"mode": "fixed", "gen_length": 10, "block_length": 4}, ValueError, "must be a multiple of block_length"),
         ({"dtype": "float8"}, ValueError, "dtype must be auto or one of torch's"),
         ({"mc_num": 20}, ValueError, r"mc_num must be a multiple of mc_stratum \(16\) or smaller than it, got 20"),
         ({"llh": "mc", "mc_stratum": 48}, ValueError, r"mc_num must be a multiple of mc_stratum \(48\) .*, got 128"),
+        (
+            {"forbid_tokens": "eos"},
+            ValueError,
+            "forbid_tokens must be token ids joined by colons, as in 5:7, got 'eos'",
+        ),
+        ({"mode": "infill"}, ValueError, "mode must be var or fixed, got 'infill'"),
         ({"cache": "dual"}, ValueError, "cache must be one of none, prefix, block, got 'dual'"),
         ({"rule": "best"}, ValueError, "rule must be one of quota"),
     ]
@@ -441,12 +638,17 @@ def test_eval_command(checkpoint, task_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     out = tmp_path / "results" / "r.json"
     arguments = ["eval", str(checkpoint), "--tasks", "pick,say", "--include-path", str(task_folder), "--device", "cpu"]
-    assert cli.main([*arguments, "--output", str(out), "--model-args", "block_length=4,steps=2"]) == 0
+    model_args = "block_length=4,steps=2,schedule=dream,alg_temp=0.5"
+    assert cli.main([*arguments, "--output", str(out), "--log-samples", "--model-args", model_args]) == 0
     shown = capsys.readouterr().out
     assert "|pick " in shown and "exact_match" in shown and "guessing gives 0.3333 +- 0.1361 on 12 questions" in shown
     results = json.loads(out.read_text())
     assert set(results["results"]) == {"pick", "say"} and results["chance"]["pick"]["chance"] == pytest.approx(1 / 3)
     assert results["settings"]["pick"]["steps"] == 2 and not list(out.parent.glob("*.journal*"))
+    picked, spoken = ([json.loads(line) for line in (out.parent / f"r.{name}.jsonl").read_text().splitlines()]
+                      for name in ("pick", "say"))  # fmt: skip
+    assert len(picked) == len(spoken) == 12 and results["notes"] == {}
+    assert len(picked[0]["resps"]) == 3 and picked[0]["doc"]["choices"] and isinstance(spoken[0]["resps"][0][0], str)
     # An interrupted run leaves its journal: going on is said, never done by accident.
     journal = out.with_name("r.json.journal")
     Journal(journal).add([("x", 1)])
@@ -458,12 +660,19 @@ def test_eval_command(checkpoint, task_folder, tmp_path, capsys, monkeypatch):
 
 def test_eval_command_errors(checkpoint, task_folder, capsys, monkeypatch):
     base = ["eval", str(checkpoint), "--device", "cpu", "--include-path", str(task_folder)]
+    monkeypatch.setattr(IlladaLM, "loglikelihood", None)  # nothing is computed before an error that can be seen
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     cases = [
         (["--tasks", "pick", "--preset", "illada-base"], "preset illada-base has no task 'pick'; it has arc_challenge"),
         (["--tasks", "pick", "--resume"], "--resume needs --output"),
+        (["--tasks", "pick", "--log-samples"], "--log-samples needs --output"),
         (["--tasks", ","], "--tasks names no task"),
         (["--tasks", "pick", "--limit", "-5"], "--limit must be above 0, got -5"),
         (["--tasks", "pick", "--apply-chat-template"], "has no chat template"),
+        (
+            ["--tasks", "pick,beams"],
+            "task beams: the task's generation_kwargs ask for num_beams=4, which is not supported",
+        ),
         (["--tasks", "pick", "--model-args", "stepz=3"], "unknown model argument 'stepz'"),
         (["--tasks", "pick", "--include-path", "nowhere"], "nowhere is not a folder; make one with illada prepare"),
     ]
@@ -479,7 +688,10 @@ def test_eval_command_errors(checkpoint, task_folder, capsys, monkeypatch):
 def test_unknown_tasks_get_the_nearest_names(checkpoint, task_folder, capsys):
     assert cli.main(["eval", str(checkpoint), "--tasks", "arc_chalenge", "--include-path", str(task_folder)]) == 2
     error = capsys.readouterr().err
-    assert "unknown task 'arc_chalenge'; --include-path has pick, say, and of the" in error and "arc_challenge" in error
+    assert (
+        "unknown task 'arc_chalenge'; --include-path has beams, pick, say, and of the" in error
+        and "arc_challenge" in error
+    )
 
 
 def test_chance_is_said_as_it_is():
@@ -491,12 +703,64 @@ def test_chance_is_said_as_it_is():
     assert "t: at chance: 0.3000" in said(1.9) and ": above chance:" in said(2.0) and ": below chance:" in said(-2.0)
 
 
+@pytest.mark.parametrize(
+    "lines, chance",
+    [
+        ("doc_to_target: a\n", 1 / 4),
+        ("doc_to_target: right\n", 1 / 2),  # two of the four are right
+        ("doc_to_target: '{{choices[a]}}'\n", 1 / 4),
+        ("doc_to_target: a\nmetrics: [acc, acc_mutual_info]\n", 1 / 4),  # each choice is scored twice
+        ("doc_to_target: a\nmetrics: [acc_norm]\n", None),
+        ("doc_to_target: a\nprocess_results: !function own.mass\n", None),
+    ],
+)
+def test_chance_counts_choices_and_right_answers(tmp_path, lines, chance):
+    rows = [{"q": "the", "choices": list("abcd"), "a": i % 4, "right": [i % 4, (i + 1) % 4]} for i in range(6)]
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "own.py").write_text("def mass(doc, results):\n    return {'acc': 0.5}\n")
+    lines, _, metrics = lines.partition("metrics: ")
+    metrics = [{"metric": m, "aggregation": "mean"} for m in (metrics or "[acc]").strip("[]\n").split(", ")]
+    (tmp_path / "t.yaml").write_text(
+        f"task: t\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: '{tmp_path}/q.jsonl'\ntest_split: test\n"
+        f"doc_to_text: q\noutput_type: multiple_choice\ndoc_to_choice: choices\n{lines}metric_list: {json.dumps(metrics)}\n"
+    )
+    manager = RememberingTaskManager(include_path=str(tmp_path), include_defaults=False)
+    results = evaluate(DummyLM(), manager.load(["t"]), bootstrap_iters=0)
+    accuracy = results["results"]["t"].get("acc,none")
+    found = chance_of(manager.loaded["t"], accuracy, results["samples"]["t"])
+    assert found is None if chance is None else found["chance"] == pytest.approx(chance) and found["questions"] == 6
+
+
+def test_without_a_gpu(checkpoint, monkeypatch, capsys):
+    """The harness's own default is cuda:0, which must not end its command; a GPU that is asked for is an error."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: print(*sys.argv[1:]))
+    for given, want in (
+        (["--device", "cuda"], "--device cuda"),
+        (["--device=cuda"], "--device=cuda"),
+        ([], "--device cpu"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["lm_eval", "--tasks", "pick", "--batch_size", "8", *given])
+        adapter.main()
+        out, err = capsys.readouterr()
+        assert out.strip().endswith(want) and ("no GPU here and no --device given: on the CPU" in err) == (not given)
+    message = "device cuda:0: torch .* finds no GPU here; device cpu needs none"
+    for load in (IlladaLM, load_pretrained, lambda _, device: MaskedDiffusionModel(CONFIG, device=device)):
+        with pytest.raises(ValueError, match=message):
+            load(checkpoint, device="cuda:0")
+
+
 @pytest.mark.slow
 def test_harness_command_knows_the_model(checkpoint, task_folder, tmp_path):
     command = [sys.executable, "-m", "illada.integrations.lm_eval", "--model", "illada_dist", "--include_path", str(task_folder),
                "--model_args", f"model_path={checkpoint},llh='confidence',is_check_greedy=False,add_bos_token=True",
-               "--tasks", "pick", "--limit", "3", "--device", "cpu", "--output_path", str(tmp_path / "o")]  # fmt: skip
-    environment = {**os.environ, "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
+               "--tasks", "pick", "--limit", "3", "--output_path", str(tmp_path / "o")]  # fmt: skip
+    environment = {
+        **os.environ,
+        "HF_DATASETS_OFFLINE": "1",
+        "HF_HOME": str(tmp_path / "hf"),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (

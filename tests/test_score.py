@@ -7,15 +7,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import torch.nn.functional as F
 
 import illada
 from illada.config import ModelConfig
+from illada.data import train_tokenizer
 from illada.model import FirstLayer, MaskedDiffusionModel
-from illada.score import confidence_score, is_greedy, monte_carlo_likelihood, monte_carlo_masks, truncate_context
+from illada.score import (
+    confidence_score,
+    encode_pair,
+    is_greedy,
+    monte_carlo_likelihood,
+    monte_carlo_masks,
+    truncate_context,
+)
 from illada.score.items import make_items
 from illada.score.monte_carlo import _estimate
+from illada.tokenizer import Tokenizer
 
 SIZES = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 300,
@@ -411,3 +421,46 @@ def test_the_example_of_the_page(gqa):
     exec(re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)[0], names)
     assert names["best"] in range(3) and len(names["bounds"]) == 3
     assert illada.confidence_score is confidence_score and illada.monte_carlo_likelihood is monte_carlo_likelihood
+
+
+# --------------------------------------------------------------------------------------------------------------- texts
+
+
+def test_encode_pair():
+    backend = train_tokenizer(["coding coder codex the code is codex y er x y ing x y"] * 9, 300)
+    tokenizer = Tokenizer(backend)
+    mask = tokenizer.decode([MASK], skip_special_tokens=False)
+    seen = set()
+    for candidate in ("e x y", "er x y", "ing x y", "", mask, f" {mask[:2]}"):
+        for context in ("cod", "the cod", "", "the ", "x\n", mask[:-1], f"{mask} cod"):
+            ids, more = encode_pair(tokenizer, context, candidate)
+            assert ids + more == tokenizer.encode(context + candidate, parse_special_tokens=False)
+            assert context.startswith(tokenizer.decode(ids)) and MASK not in ids + more
+            assert bool(more) == bool(candidate)
+            seen.add((context, tuple(more)))
+    assert len(seen) == 6 * 7  # no two candidates look alike
+    ids, more = encode_pair(tokenizer, f"the{mask} cod", f"er {mask}", parse_special_tokens=True)
+    assert ids.count(MASK) == 1 and MASK not in more and len(ids) > ids.index(MASK)
+    # A candidate that the normaliser empties has nothing to score, whatever else the context ends with.
+    backend.normalizer = tokenizers.normalizers.Sequence(
+        [tokenizers.normalizers.Replace("\u200b", ""), tokenizers.normalizers.Strip()]
+    )
+    for context in ("cod", "the ", ""):
+        assert encode_pair(tokenizer, context, "\u200b")[1] == [] == encode_pair(tokenizer, context, " ")[1]
+        assert encode_pair(tokenizer, context, "x")[1]
+
+
+def test_added_tokens_that_are_not_special_are_text():
+    """They are parsed everywhere; a text must not be cut at one, which begins it anew for some pre-tokenizers."""
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first")
+    backend.train_from_iterator(
+        ["the dog the fox"] * 9, tokenizers.trainers.BpeTrainer(vocab_size=40, show_progress=False)
+    )
+    backend.add_tokens(["[tool]"])
+    backend.add_special_tokens(["<end>"])
+    tokenizer = Tokenizer(backend)
+    for context in ("the[tool]dog", "the<end>the[tool]dog", "[tool]"):
+        ids, more = encode_pair(tokenizer, context, "the[tool]fox", parse_special_tokens=True)
+        assert ids + more == tokenizer.encode(context + "the[tool]fox")
+    assert tokenizer.token_to_id("<end>") not in encode_pair(tokenizer, "the", "<end>", parse_special_tokens=True)[1]

@@ -265,4 +265,18 @@ def test_too_little_text(tmp_path):
     prepare(f"jsonl:{tmp_path}/t.jsonl", tmp_path / "c", vocab_size=300, validation_fraction=0.2, progress=False)
     with pytest.raises(ValueError, match=r"gives 0 questions for task definitions.*hold out more"):
         prepare_tasks(tmp_path / "c", ["definitions"])
+    with pytest.raises(ValueError, match=r"gives 0 questions for task definitions, \d+ questions for task cloze, "):
+        prepare_tasks(tmp_path / "c")
     assert not (tmp_path / "c" / "tasks").exists()
+
+
+def test_all_is_what_there_is_text_for(tmp_path, capsys):
+    prose = [re.sub(r'""".*?"""', "pass", module(i), flags=re.DOTALL) for i in range(40)]  # nothing is defined
+    (tmp_path / "t.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in prose))
+    prepare(f"jsonl:{tmp_path}/t.jsonl", tmp_path / "c", vocab_size=400, validation_fraction=0.5, progress=False)
+    assert cli.main(["prepare", "--out", str(tmp_path / "c"), "--tasks", "all", "--questions", "20"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"cloze +20 questions\ncloze_word +20 questions\ndefinitions +left out: too few", said)
+    assert {path.stem for path in (tmp_path / "c" / "tasks").glob("*.yaml")} == {"cloze", "cloze_word"}
+    with pytest.raises(ValueError, match="gives 0 questions for task definitions"):  # one that is named is not left out
+        prepare_tasks(tmp_path / "c", ["cloze", "definitions"], overwrite=True)

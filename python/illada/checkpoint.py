@@ -6,11 +6,13 @@ errors that name it, never a silent re-initialisation. A tied head is stored onc
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import shutil
 import sys
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +23,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from illada.config import ModelConfig
+from illada.devices import find_device
 from illada.files import read_json_object, staged_directory
 from illada.layouts import LAYOUTS, Layout, layout_of_file
 from illada.model import MaskedDiffusionModel
+from illada.text import looks_like, read_json
 
 _INDEX = "model.safetensors.index.json"
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+#: Of weights, by their names in safetensors.
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 #: What belongs to a checkpoint beside its weights and its config.json: glob patterns.
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
     "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "tokenization_*.py", "generation_config.json",
 )  # fmt: skip
 
@@ -58,6 +64,7 @@ def save_pretrained(
         progress: show a bar, on a terminal.
 
     Raises:
+        ValueError: a weight that is finite, but not in `dtype`.
         NotImplementedError: an architecture that the layout has no words for. FileNotFoundError: no tokenizer there.
         OSError: nothing was written.
     """
@@ -107,13 +114,23 @@ def write_pretrained(
         for i, shard in enumerate(shards, 1):
             file = "model.safetensors" if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
             # One shard at a time, so that a conversion of dtype needs no copy of the whole model.
-            tensors = {key: tensor.to(dtype or tensor.dtype).contiguous() for key, tensor in shard.items()}
+            tensors = {key: _cast(key, tensor, dtype or tensor.dtype).contiguous() for key, tensor in shard.items()}
             save_file(tensors, folder / file, metadata={"format": "pt"})
             weight_map.update(dict.fromkeys(shard, file))
             bar.update(sum(tensor.nbytes for tensor in tensors.values()))
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in another dtype. ValueError, which names it: a finite value would become infinite."""
+    cast, limit = tensor.to(dtype), torch.finfo(dtype).max
+    if limit < torch.finfo(tensor.dtype).max and bool((lost := cast.isinf() & tensor.isfinite()).any()):
+        text, wider = str(dtype).removeprefix("torch."), "bfloat16 can" if dtype == torch.float16 else "float32 can"
+        largest = tensor[lost].abs().max().item()
+        raise ValueError(f"{name} holds {largest:g}, which {text} cannot: it ends at {limit:g}; {wider}")
+    return cast
 
 
 def _copy_tokenizer(source: Path, folder: Path) -> None:
@@ -124,7 +141,8 @@ def _copy_tokenizer(source: Path, folder: Path) -> None:
     if not files:
         raise FileNotFoundError(f"{source} has no tokenizer files ({', '.join(TOKENIZER_FILES[:3])}, ...)")
     for file in files:
-        shutil.copyfile(file, folder / file.name)
+        (folder / file.relative_to(source)).parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, folder / file.relative_to(source))
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
@@ -148,16 +166,19 @@ def load_pretrained(
     are copied into the model's one, and their part of the file does not stay mapped.
 
     Args:
-        path: the folder. device: where to put the weights. dtype: default that of the file.
+        path: the folder. device: where to put the weights.
+        dtype: of all weights; default that of the file, or, where the file has several, that of config.json.
         mask_token_id: the mask of a checkpoint whose config.json does not name it (Qwen2).
 
     Raises:
         FileNotFoundError: no checkpoint there. ValueError: damaged or foreign files; keys that are missing,
-            unexpected or have another shape; config options that are not supported; no mask id, or two.
+            unexpected or have another shape; config options that are not supported; no mask id, or two; several dtypes
+            and none in config.json; a weight that is finite, but not in `dtype`.
     """
     path = Path(path)
     model = MaskedDiffusionModel(load_config(path, mask_token_id=mask_token_id), device="meta")
     load_weights(model, path, device=device, dtype=dtype)
+    model.stop_token_ids = read_stop_tokens(path)
     return model
 
 
@@ -165,6 +186,7 @@ def load_weights(
     model: MaskedDiffusionModel, path: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> None:
     """Replace the parameters of `model` by those of a checkpoint folder; its keys must fit exactly."""
+    device = find_device(device)
     layout = LAYOUTS[model.config.model_type]
     parameters = dict(model.named_parameters())
     expected = {key: (n, rows) for n in parameters for key, rows in layout.file_parts(n, model.config).items()}
@@ -173,40 +195,35 @@ def load_weights(
     found: set[str] = set()
     unexpected: list[str] = []
     wrong: list[str] = []
-    for file in _weight_files(path):
-        try:
-            # What is copied is read through a mapping of its own, which is given up: no page stays beside its copy.
-            with (
-                safe_open(file, framework="pt", device=str(device)) as tensors,
-                safe_open(file, framework="pt", device=str(device)) as copied,
-            ):
-                for key in tensors.keys():
-                    if key in expected:
-                        name, rows = expected[key]
-                        whole, shape = rows == slice(None), parameters[name][rows].shape
-                        tensor = (tensors if whole else copied).get_tensor(key)
-                        kept = dtype or tensor.dtype
-                        if tensor.shape != shape:
-                            wrong.append(f"{key} is {list(tensor.shape)}, expected {list(shape)}")
-                        elif tensor.dtype not in _DTYPES:
-                            wrong.append(f"{key} is {tensor.dtype}, expected float32, bfloat16 or float16")
-                        elif key in found:
-                            wrong.append(f"{key} is in two files")
-                        elif whole:
-                            state[name] = tensor.to(kept)
-                        else:
-                            if name not in state:
-                                state[name] = torch.empty(parameters[name].shape, dtype=kept, device=device)
-                            if state[name].dtype != kept:
-                                wrong.append(f"{key} is {kept}, but another of q, k and v is {state[name].dtype}")
-                            state[name][rows] = tensor
-                        found.add(key)
-                    elif key == tied_head:
-                        _check_tie(tensors.get_tensor(key), path, layout)
+    files = _weight_files(path)
+    dtype = dtype or _dtype_of_mixed(path, _dtypes(files, expected))
+    for file in files:
+        # What is copied is read through a mapping of its own, which is given up: no page stays beside its copy.
+        with _opened(file, device) as tensors, _opened(file, device) as copied:
+            for key in tensors.keys():
+                kind = tensors.get_slice(key).get_dtype()
+                if key not in expected and key != tied_head:
+                    unexpected.append(key)
+                elif kind not in _DTYPES:
+                    wrong.append(f"{key} is {kind}, expected {', '.join(_DTYPES)}")
+                elif key == tied_head:
+                    _check_tie(tensors.get_tensor(key).cpu(), path, files, layout)
+                else:
+                    name, rows = expected[key]
+                    whole, shape = rows == slice(None), parameters[name][rows].shape
+                    tensor = (tensors if whole else copied).get_tensor(key)
+                    if tensor.shape != shape:
+                        wrong.append(f"{key} is {list(tensor.shape)}, expected {list(shape)}")
+                    elif key in found:
+                        wrong.append(f"{key} is in two files")
+                    elif whole:
+                        state[name] = _cast(key, tensor, dtype or tensor.dtype)
                     else:
-                        unexpected.append(key)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file} is damaged or not a safetensors file: {error}") from None
+                        if name not in state:
+                            kept = dtype or tensor.dtype
+                            state[name] = torch.empty(parameters[name].shape, dtype=kept, device=device)
+                        state[name][rows] = _cast(key, tensor, state[name].dtype)
+                found.add(key)
     missing = [key for key in expected if key not in found]
     problems = [
         f"{kind}: {', '.join(keys)}"
@@ -219,20 +236,65 @@ def load_weights(
     model.requires_grad_(True)
 
 
-def _check_tie(head: Tensor, path: Path, layout: Layout) -> None:
-    name, embedding = layout.file_name("lm_head.weight"), layout.file_name("embed_tokens.weight")
-    for file in _weight_files(path):
-        with safe_open(file, framework="pt") as tensors:
-            if embedding in tensors.keys():
-                if not torch.equal(tensors.get_tensor(embedding), head.cpu()):
+@contextlib.contextmanager
+def _opened(file: Path, device: torch.device | str = "cpu") -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="pt", device=str(device)) as tensors:
+            yield tensors
+    except (SafetensorError, OSError) as error:
+        said = looks_like(file) or f"is damaged or not a safetensors file: {error}"
+        raise ValueError(f"{file} {said}") from None
+
+
+def _dtypes(files: Sequence[Path], keys: Container[str] | None = None) -> dict[torch.dtype, str]:
+    """The dtypes that the tensors `keys` have (default all), each with the first of its tensors."""
+    found: dict[torch.dtype, str] = {}
+    for file in files:
+        with _opened(file) as tensors:
+            for key in tensors.keys():
+                if (keys is None or key in keys) and (kind := tensors.get_slice(key).get_dtype()) in _DTYPES:
+                    found.setdefault(_DTYPES[kind], key)
+    return found
+
+
+def _dtype_of_mixed(path: Path, found: Mapping[torch.dtype, str]) -> torch.dtype | None:
+    """What several dtypes become, as in transformers: that of config.json. None: there is one."""
+    if len(found) < 2:
+        return None
+    config = read_config(path)
+    named = config.get("dtype") or config.get("torch_dtype")
+    for dtype in _DTYPES.values():
+        if named == str(dtype).removeprefix("torch."):
+            return dtype
+    listed = ", ".join(f"{str(dtype).removeprefix('torch.')} ({key})" for dtype, key in found.items())
+    raise ValueError(
+        f"the weights in {path} have several dtypes, {listed}, and config.json's torch_dtype is {named!r}; "
+        "give dtype (--dtype), to which all are converted"
+    )
+
+
+def _check_tie(head: Tensor, path: Path, files: Sequence[Path], layout: Layout) -> None:
+    """A head that a file repeats may be rounded, but must be the embedding."""
+    name, key = layout.file_name("lm_head.weight"), layout.file_name("embed_tokens.weight")
+    for file in files:
+        with _opened(file) as tensors:
+            if key in tensors.keys() and tensors.get_slice(key).get_dtype() in _DTYPES:
+                embedding = tensors.get_tensor(key)
+                narrow = min(head.dtype, embedding.dtype, key=lambda dtype: dtype.itemsize)
+                same = head.shape == embedding.shape and torch.allclose(
+                    head.to(narrow), embedding.to(narrow), rtol=0, atol=0, equal_nan=True
+                )
+                if not same:
                     raise ValueError(f"{path}: config.json ties the head to the embedding, but {name} differs")
                 return
 
 
 def _weight_files(path: Path) -> list[Path]:
     if (path / _INDEX).is_file():
+        if said := looks_like(path / _INDEX):
+            raise ValueError(f"{path / _INDEX} {said}")
         try:
-            names = sorted(set(json.loads((path / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+            names = sorted(set(read_json(path / _INDEX)["weight_map"].values()))
             if any(Path(name).name != name for name in names):
                 raise ValueError("a shard outside of the folder")
         except (ValueError, KeyError, AttributeError, TypeError):
@@ -241,10 +303,22 @@ def _weight_files(path: Path) -> list[Path]:
             raise ValueError(f"{path} lacks the shards {', '.join(absent)} that its index names")
         return [path / name for name in names]
     if not (path / "model.safetensors").is_file():
-        pickled = sorted(p.name for p in path.glob("*.bin"))
+        pickled, shards = (sorted(p.name for p in path.glob(pattern)) for pattern in ("*.bin", "*.safetensors"))
         hint = f"; {pickled[0]} is a pickle, which is not read: convert it to safetensors" if pickled else ""
+        if shards:
+            raise FileNotFoundError(f"{path} has {shards[0]}, but not their index, {_INDEX}: download it, too")
         raise FileNotFoundError(f"{path} has no model.safetensors{hint}")
     return [path / "model.safetensors"]
+
+
+def read_stop_tokens(path: str | Path) -> tuple[int, ...]:
+    """The ids that end a sequence by generation_config.json of a checkpoint folder; none where it names none."""
+    file = Path(path) / "generation_config.json"
+    ids = read_json_object(file).get("eos_token_id") if file.is_file() else None
+    listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in listed):
+        raise ValueError(f"{file}: eos_token_id must be a token id, or a list of them, got {ids!r:.80}")
+    return tuple(listed)
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -285,11 +359,13 @@ def convert_checkpoint(
         What the target is.
 
     Raises:
-        ValueError, FileNotFoundError: as `load_pretrained`. NotImplementedError: an architecture that the target's
-        layout cannot express; its fields are named. OSError: nothing was written.
+        ValueError, FileNotFoundError: as `load_pretrained` and `save_pretrained`. NotImplementedError: an architecture
+        that the target's layout cannot express; its fields are named. OSError: nothing was written.
     """
     source = Path(source)
-    model = load_pretrained(source, mask_token_id=mask_token_id)
+    # Weights of one dtype stay mapped, and are converted a shard at a time; of several, each goes to `dtype` at once.
+    mixed = dtype is not None and len(_dtypes(_weight_files(source))) > 1
+    model = load_pretrained(source, dtype=dtype if mixed else None, mask_token_id=mask_token_id)
     model.config = dataclasses.replace(model.config, model_type=model_type or model.config.model_type)
     save_pretrained(
         model,

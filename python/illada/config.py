@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from dataclasses import dataclass
 from typing import Any
+
+_SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "max_position_embeddings", "head_dim", "embedding_size",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -47,12 +53,13 @@ class ModelConfig:
     eot_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        for name in (
-            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-            "num_key_value_heads", "max_position_embeddings", "rope_theta", "rms_norm_eps", "initializer_range",
-        ):  # fmt: skip
-            if not getattr(self, name) > 0:
-                raise ValueError(f"model.{name} must be positive, got {getattr(self, name)}")
+        for name in (*_SIZES, "rope_theta", "rms_norm_eps", "initializer_range"):
+            value, limit = getattr(self, name), 2**30 if name in _SIZES else sys.float_info.max
+            if value is None and name in ("head_dim", "embedding_size"):
+                continue
+            if not 0 < value <= limit:
+                allowed = "at most 2^30" if name in _SIZES else "finite"
+                raise ValueError(f"model.{name} must be positive and {allowed}, got {value!r:.80}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"model.num_attention_heads ({self.num_attention_heads}) must be a multiple of "
@@ -77,7 +84,7 @@ class ModelConfig:
             token = getattr(self, name)
             if token is None and name in ("pad_token_id", "bos_token_id", "eot_token_id"):
                 continue
-            if not isinstance(token, int) or not 0 <= token < self.embedding_rows:
+            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < self.embedding_rows:
                 raise ValueError(f"model.{name} must be in [0, {self.embedding_rows}), got {token!r}")
             if token == self.mask_token_id and name != "mask_token_id":
                 raise ValueError(f"model.mask_token_id ({token}) is model.{name} as well; no text may contain the mask")

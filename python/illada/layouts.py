@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,9 @@ _IDS = {
     "mask_token_id": "mask_token_id",
     "eot_token_id": "eot_token_id",
 }
+
+#: Those that a model may be without: null says so, where an absent key leaves it open.
+_OPTIONAL_IDS = ("bos_token_id", "pad_token_id", "eot_token_id")
 
 #: Keys that any config may have and that say nothing about the computation, with the reason.
 _IGNORED = {
@@ -118,7 +121,8 @@ class Layout:
             raise ValueError(f"{source} lacks {', '.join(missing)}, which cannot be guessed")
 
         given = {name: values[key] for key, name in self.honoured.items() if values.get(key) is not None}
-        ids = self._special_ids(given, source, mask_token_id)
+        none = {key for key in _OPTIONAL_IDS if key in values and values[key] is None}
+        ids = self._special_ids(given, none, source, mask_token_id)
         given.setdefault("num_key_value_heads", given["num_attention_heads"])
         try:
             return ModelConfig.from_dict({**given, **ids, **self.implied, "model_type": self.model_type})
@@ -143,7 +147,8 @@ class Layout:
         return {
             "architectures": [self.architecture],
             "model_type": self.file_model_type,
-            **{key: value for key, value in values.items() if value is not None},
+            # An id that there is none of is null: the authors' classes put one of their own for a key that is absent.
+            **{key: value for key, value in values.items() if value is not None or key in _IDS},
             **{key: allowed[0] for key, allowed in self.fixed.items()},
         }
 
@@ -152,7 +157,7 @@ class Layout:
         return self.unnamed_ids if holds else {}
 
     def _special_ids(
-        self, given: dict[str, Any], source: str, mask_token_id: int | None
+        self, given: dict[str, Any], none: Set[str], source: str, mask_token_id: int | None
     ) -> dict[str, int | list[int] | None]:
         ids = {name: given.pop(name, None) for name in _IDS}
         if isinstance(ids["eos_token_id"], list):  # as transformers writes models that end in one of several ways
@@ -168,7 +173,7 @@ class Layout:
                 )  # fmt: skip
             ids["mask_token_id"] = mask_token_id
         for name, token in self._unnamed(given["vocab_size"]).items():
-            if ids[name] is None:
+            if ids[name] is None and name not in none:
                 ids[name] = token
         if ids["mask_token_id"] is None:
             raise ValueError(
@@ -186,8 +191,12 @@ def _normalized(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     rope_parameters = {rope_theta, rope_type}, and layer_types, which must be full attention throughout."""
     values = dict(values)
     kinds = values.pop("layer_types", None)
-    if kinds is not None and set(kinds) != {"full_attention"}:
+    if kinds is not None and (not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)):
         raise ValueError(f"{source}: unsupported options: layer_types={kinds!r} (supported: 'full_attention' in all)")
+    if kinds is not None and len(kinds) != values.get("num_hidden_layers"):
+        raise ValueError(
+            f"{source}: layer_types names {len(kinds)} layers, num_hidden_layers is {values.get('num_hidden_layers')}"
+        )
     rope = values.pop("rope_parameters", None)
     if rope is None:
         return values

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from illada.config import ModelConfig
+from illada.devices import find_device
 from illada.diffusion import Batch
 from illada.ops import AttentionPlan, attention_plan, linear_masked_cross_entropy, varlen_attention
 
@@ -222,6 +223,7 @@ class MaskedDiffusionModel(nn.Module):
 
     Attributes:
         config: as given.
+        stop_token_ids: ids that end a generation beside those of the config: of generation_config.json.
         activation_checkpointing: recompute each layer in the backward pass instead of keeping its activations.
     """
 
@@ -236,6 +238,7 @@ class MaskedDiffusionModel(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False
+        self.stop_token_ids: tuple[int, ...] = ()
         # nn.Linear draws from the global generator when it is made; on the meta device it draws nothing.
         with torch.device("meta"):
             self.embed_tokens = nn.Embedding(config.embedding_rows, config.hidden_size)
@@ -245,7 +248,7 @@ class MaskedDiffusionModel(nn.Module):
                 None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.embedding_rows, bias=False)
             )
         self.to(dtype or torch.float32)
-        target = torch.device(device or "cpu")
+        target = find_device(device or "cpu")
         if target.type != "meta":
             self.to_empty(device=target)
             self.reset_parameters(seed)

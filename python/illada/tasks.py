@@ -27,8 +27,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from illada.data import TokenDataset, load_tokenizer
+from illada.data import TokenDataset
 from illada.files import staged_directory
+from illada.text import read_text
+from illada.tokenizer_files import load_tokenizer
 
 TASKS = ("definitions", "cloze", "cloze_word")
 CHOICES = 4
@@ -61,7 +63,7 @@ class Entry:
 
 def prepare_tasks(
     corpus: str | Path,
-    names: Sequence[str] = TASKS,
+    names: Sequence[str] | None = None,
     *,
     dictionary: str = "docstrings",
     questions: int = 400,
@@ -72,7 +74,7 @@ def prepare_tasks(
 
     Args:
         corpus: a folder made by `illada.data.prepare`.
-        names: which of "definitions", "cloze" and "cloze_word".
+        names: which of "definitions", "cloze" and "cloze_word"; default those that the text is enough for.
         dictionary: what "definitions" asks for: "docstrings", of the held-out Python files; or "wordnet:PATH", a folder
             with WordNet's data files, see `read_wordnet`.
         questions: most questions of a task; `FEWSHOT` more are set aside for few-shot prompts.
@@ -80,12 +82,13 @@ def prepare_tasks(
         overwrite: replace tasks of these names; others in the folder stay.
 
     Returns:
-        How many questions each task has.
+        How many questions each task has that was made.
 
     Raises:
         ValueError: an unknown task or dictionary, too little text. FileNotFoundError: no corpus, no WordNet.
         FileExistsError: a task is there already, and overwrite is off.
     """
+    some, names = names is None, TASKS if names is None else names
     unknown = [name for name in names if name not in TASKS]
     if unknown or not names:
         raise ValueError(f"tasks must be some of {', '.join(TASKS)}, got {', '.join(map(repr, unknown)) or 'none'}")
@@ -118,15 +121,12 @@ def prepare_tasks(
             if kept.is_file() and kept.stem not in names:
                 shutil.copyfile(kept, folder / kept.name)
         (folder / "read_jsonl.py").write_text(_READER, encoding="utf-8")
-        counts = {}
+        counts, short = {}, dict[str, int]()
         for name, (template, rows) in made.items():
             rows = [row for row in rows if row["_text"] not in seen][: questions + FEWSHOT]
             if len(rows) < _SMALLEST + FEWSHOT:
-                raise ValueError(
-                    f"the held-out text of {corpus} gives {len(rows)} questions for task {name}, at least "
-                    f"{_SMALLEST + FEWSHOT} are needed: hold out more of it (--validation-fraction)"
-                    + (", or use another --dictionary" if name == "definitions" else "")
-                )
+                short[name] = len(rows)
+                continue
             counts[name] = len(rows) - FEWSHOT
             with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
                 for i, row in enumerate(rows):
@@ -134,6 +134,13 @@ def prepare_tasks(
                     columns = {key: value for key, value in row.items() if key != "_text"}
                     file.write(json.dumps({"split": split, **columns}, ensure_ascii=False) + "\n")
             (folder / f"{name}.yaml").write_text(template, encoding="utf-8")
+        if short and not (some and counts):
+            raise ValueError(
+                f"the held-out text of {corpus} gives "
+                f"{', '.join(f'{count} questions for task {name}' for name, count in short.items())}; at least "
+                f"{_SMALLEST + FEWSHOT} are needed: hold out more of it (--validation-fraction)"
+                + (", or use another --dictionary" if "definitions" in short else "")
+            )
     return counts
 
 
@@ -252,7 +259,7 @@ def read_wordnet(path: str | Path) -> list[Entry]:
 
 def _data_lines(file: Path) -> list[str]:
     """The lines of one of WordNet's files, without the licence at its beginning, which is indented."""
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    lines = read_text(file).splitlines() if file.is_file() else []
     return [line for line in lines if line.strip() and not line.startswith(" ")]
 
 

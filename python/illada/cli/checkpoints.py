@@ -34,19 +34,11 @@ def parse_dtype(name: str | None) -> torch.dtype | None:
 
 def parse_device(name: str | None) -> torch.device:
     """The torch device of --device, default the CPU; ValueError: no such kind, or a GPU that is not here."""
-    import torch
+    from illada.devices import find_device
 
-    try:
-        device = torch.device(name or "cpu")
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
+    device = find_device(name or "cpu", "--device")
+    if device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device must be cpu or cuda (cuda:0, ...), got {name!r}")
-    count = torch.cuda.device_count() if device.type == "cuda" else 1
-    if (device.index or 0) >= count:
-        raise ValueError(
-            f"--device {name}: torch {torch.__version__} finds {count or 'no'} GPU{'s' * (count > 1)} here"
-        )
     return device
 
 
@@ -57,6 +49,7 @@ def load(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     mask_token_id: int | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[MaskedDiffusionModel, Tokenizer]:
     """The model of a checkpoint or training run, and its tokenizer (or the given one, which must be the same)."""
     from illada.checkpoint import load_pretrained, read_config
@@ -66,15 +59,10 @@ def load(
     folder = find_checkpoint(path)
     tokenizer_path = Path(tokenizer or folder)
     expected = read_config(folder).get("tokenizer_sha256")
-    loaded = Tokenizer.from_pretrained(tokenizer_path)
+    loaded = Tokenizer.from_pretrained(tokenizer_path, trust_remote_code=trust_remote_code)
     if expected is not None and tokenizer_sha256(tokenizer_path) != expected:
         raise ValueError(f"{tokenizer_path} is not the tokenizer that {folder} was trained with")
-    return load_pretrained(folder, device=device, dtype=dtype, mask_token_id=mask_token_id), loaded
-
-
-def read_text(path: str | Path) -> str:
-    """A text file; a ValueError that names it where it is not UTF-8."""
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+    model = load_pretrained(folder, device=device, dtype=dtype, mask_token_id=mask_token_id)
+    config = model.config
+    loaded.protect((config.mask_token_id, config.eos_token_id, config.eot_token_id))
+    return model, loaded

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -41,6 +40,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--batch-size", default="auto", help="prompts generated together (%(default)s: by max_tokens)")
     parser.add_argument("--seed", type=int, default=0, help="of noise and of Monte Carlo's masks (%(default)s)")
     parser.add_argument("--output", metavar="FILE", help="results as JSON; finished requests are kept beside it")
+    parser.add_argument(
+        "--log-samples", action="store_true", help="each question and answer beside --output, NAME.TASK.jsonl"
+    )
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted evaluation into --output")
     parser.add_argument(
         "--confirm-run-unsafe-code", action="store_true", help="allow tasks that run what the model writes"
@@ -54,6 +56,8 @@ def _run(options: argparse.Namespace) -> int:
         raise ValueError("--tasks names no task")
     if options.limit is not None and not options.limit > 0:
         raise ValueError(f"--limit must be above 0, got {options.limit:g}")
+    if options.log_samples and options.output is None:
+        raise ValueError("--log-samples needs --output, the file beside which the samples are written")
     from illada.cli.checkpoints import parse_device
     from illada.integrations.presets import settings_of
 
@@ -67,6 +71,7 @@ def _run(options: argparse.Namespace) -> int:
         import lm_eval  # noqa: F401
     except ImportError as error:
         raise ImportError(f"illada eval needs lm-evaluation-harness: pip install 'illada[eval]' ({error})") from None
+    from illada.integrations.chance import chance_of, describe_chance
     from illada.integrations.lm_eval import IlladaLM, quiet_logs
 
     with quiet_logs():
@@ -78,6 +83,7 @@ def _run(options: argparse.Namespace) -> int:
         given = {"batch_size": options.batch_size, "seed": options.seed, **simple_parse_args_string(options.model_args)}
         model: Any = None
         merged: dict[str, Any] = {}
+        samples: dict[str, Any] = {}
         for settings, group in groups.values():
             loaded = (
                 {"pretrained": options.checkpoint, "tokenizer": options.tokenizer}
@@ -91,6 +97,7 @@ def _run(options: argparse.Namespace) -> int:
                 journal=journal,
                 **{**settings.model_args, **given},
             )
+            manager.settings = model.settings
             results = simple_evaluate(
                 model=model,
                 tasks=group,
@@ -102,17 +109,25 @@ def _run(options: argparse.Namespace) -> int:
                 confirm_run_unsafe_code=options.confirm_run_unsafe_code,
                 bootstrap_iters=1000,
             )
+            notes = model.gather_notes()
             if results is None:  # another rank has them
                 continue
-            chances = {name: chance for name in results["results"] if (chance := _chance(results, name)) is not None}
+            chances = {}
+            for name, rows in results["samples"].items():
+                accuracy = results["results"][name].get("acc,none")
+                if (chance := chance_of(manager.loaded[name], accuracy, rows)) is not None:
+                    chances[name] = chance
+            samples.update(results["samples"])
             print(make_table(results))
             if results.get("groups"):
                 print(make_table(results, "groups"))
             for name, chance in chances.items():
                 print(describe_chance(name, chance))
-            _merge(merged, results, chances, {**settings.model_args, **given})
-    if merged:
-        _write(options, merged, journal)
+            for note, count in notes.items():
+                print(f"note: {count:,} {note}")
+            _merge(merged, results, chances, notes, {**settings.model_args, **given})
+    if merged and options.output is not None:
+        _write(options, merged, samples, journal)
     return 0
 
 
@@ -136,7 +151,7 @@ def _journal(options: argparse.Namespace) -> Path | None:
 
 def _task_manager(names: list[str], include_path: list[str] | None) -> Any:
     """Of the given folders alone if they have all the tasks: the harness's own index takes seconds to read."""
-    from lm_eval.tasks import TaskManager
+    from illada.integrations.manager import RememberingTaskManager as TaskManager
 
     for folder in include_path or ():
         if not Path(folder).is_dir():
@@ -158,53 +173,39 @@ def _task_manager(names: list[str], include_path: list[str] | None) -> Any:
     return manager
 
 
-def _chance(results: dict[str, Any], name: str) -> dict[str, float] | None:
-    """What guessing would give on a multiple-choice task, and how far from that the accuracy is."""
-    config, accuracy = results["configs"].get(name, {}), results["results"][name].get("acc,none")
-    samples = results["samples"].get(name, [])
-    if config.get("output_type") != "multiple_choice" or accuracy is None or not samples:
-        return None
-    rates = [1 / len(sample["arguments"]) for sample in samples]
-    chance = sum(rates) / len(rates)
-    # The standard error that guessing has, not the one around the accuracy: it is guessing that is to be ruled out.
-    error = math.sqrt(sum(p * (1 - p) for p in rates)) / len(rates)
-    return {
-        "accuracy": accuracy,
-        "chance": chance,
-        "chance_stderr": error,
-        "sigmas": (accuracy - chance) / error if error else 0.0,
-        "questions": len(rates),
-    }
-
-
-def describe_chance(name: str, chance: dict[str, float]) -> str:
-    """In words: above chance, at chance or below it."""
-    sigmas = chance["sigmas"]
-    verdict = "at chance" if abs(sigmas) < 2 else f"{'above' if sigmas > 0 else 'below'} chance"
-    return (
-        f"{name}: {verdict}: {chance['accuracy']:.4f}, guessing gives {chance['chance']:.4f} +- "
-        f"{chance['chance_stderr']:.4f} on {chance['questions']:,} questions ({sigmas:+.1f} sigma)"
-    )
-
-
-def _merge(merged: dict[str, Any], results: dict[str, Any], chances: dict[str, Any], settings: dict[str, Any]) -> None:
+def _merge(
+    merged: dict[str, Any],
+    results: dict[str, Any],
+    chances: dict[str, Any],
+    notes: dict[str, int],
+    settings: dict[str, Any],
+) -> None:
     for part in ("results", "groups", "n-shot", "n-samples", "versions", "higher_is_better"):
         merged.setdefault(part, {}).update(results.get(part, {}))
     merged.setdefault("chance", {}).update(chances)
+    total = merged.setdefault("notes", {})
+    total.update({note: total.get(note, 0) + count for note, count in notes.items()})
     merged.setdefault("settings", {}).update({name: settings for name in results["results"]})
 
 
-def _write(options: argparse.Namespace, merged: dict[str, Any], journal: Path | None) -> None:
+def _write(options: argparse.Namespace, merged: dict[str, Any], samples: dict[str, Any], journal: Path | None) -> None:
+    from lm_eval.utils import handle_non_serializable
+
     import illada
     from illada.files import write_text
     from illada.integrations.journal import journal_files
 
-    if options.output is None:
-        return
+    output = Path(options.output)
     header = {"checkpoint": options.checkpoint, "preset": options.preset, "limit": options.limit,
               "illada": illada.__version__}  # fmt: skip
-    Path(options.output).parent.mkdir(parents=True, exist_ok=True)
-    write_text(options.output, json.dumps({**header, **merged}, indent=2, default=str) + "\n")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    written = [output]
+    for name, rows in samples.items() if options.log_samples else ():
+        written.append(output.with_name(f"{output.stem}.{name}.jsonl"))
+        lines = (json.dumps(row, default=handle_non_serializable) + "\n" for row in rows)
+        write_text(written[-1], "".join(lines))
+    write_text(output, json.dumps({**header, **merged}, indent=2, default=str) + "\n")
     for file in journal_files(journal) if journal else ():
         file.unlink()
-    print(f"written to {options.output}", file=sys.stderr)
+    for file in written:
+        print(f"written to {file}", file=sys.stderr)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 from typing import Any
 
@@ -20,6 +19,8 @@ def add_parser(commands: Any) -> None:
         epilog='example:\n  illada generate runs/demo --prompt "import os" --prompt "def f(" --temperature 0.5\n'
         "  illada generate runs/demo --mode fixed --gen-length 64 --block-length 16 --steps 32 < prompt.txt\n"
         '  illada generate runs/demo --mode infill --special-tokens-in-prompt --prompt "def <[MASK]>(self):"\n'
+        "  illada generate LLaDA-8B-Instruct --apply-chat-template --mode fixed --gen-length 512 \\\n"
+        "    --block-length 512 --steps 512 --delay-tokens eos,eot < question\n"
         "  illada generate iLLaDA-8B-Instruct --apply-chat-template --end-think-boost 100 --gen-length 2048 < question",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -38,9 +39,8 @@ def _run(options: argparse.Namespace) -> int:
     from illada.generation import generate
 
     model, tokenizer = sampling.load(options)
-    needs_stdin = not (options.prompt or options.prompt_file) and not sys.stdin.isatty()
-    prompts, ids = sampling.read_prompts(options, tokenizer, sys.stdin.read() if needs_stdin else None)
-    config = sampling.make_config(options, tokenizer)
+    prompts, ids = sampling.read_prompts(options, model, tokenizer)
+    config = sampling.make_config(options, tokenizer, model.config)
     began = time.monotonic()
     results = generate(
         model, ids, config, seed=options.seed, tokenizer=tokenizer, batch_size=options.batch_size,
@@ -49,7 +49,7 @@ def _run(options: argparse.Namespace) -> int:
     seconds = time.monotonic() - began
     for prompt, result in zip(prompts, results, strict=True):
         if options.json:
-            print(json.dumps({"prompt": prompt, **dataclasses.asdict(result)}, ensure_ascii=False))
+            sampling.print_json({"prompt": prompt, **dataclasses.asdict(result)})
             continue
         print(result.text if config.mode == "infill" or options.apply_chat_template else f"{prompt}{result.text}")
         print(f"--- {len(result.tokens)} tokens, {result.forwards} forwards, {result.finish_reason}")

@@ -33,7 +33,9 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing corpus, or its tasks")
     tasks = parser.add_argument_group("tasks, written to DIR/tasks")
-    tasks.add_argument("--tasks", metavar="NAME,...", help="definitions, cloze, cloze_word, or all of them: all")
+    tasks.add_argument(
+        "--tasks", metavar="NAME,...", help="definitions, cloze, cloze_word; all: what there is text for"
+    )
     tasks.add_argument(
         "--dictionary", default="docstrings", help="of definitions: docstrings or wordnet:PATH (%(default)s)"
     )
@@ -49,12 +51,15 @@ def _run(options: argparse.Namespace) -> int:
     if options.tasks is not None:
         from illada.tasks import TASKS, prepare_tasks
 
-        names = TASKS if options.tasks == "all" else [name.strip() for name in options.tasks.split(",") if name.strip()]
+        names = None if options.tasks == "all" else [name.strip() for name in options.tasks.split(",") if name.strip()]
         counts = prepare_tasks(
             options.out, names, dictionary=options.dictionary, questions=options.questions, overwrite=options.overwrite
         )
         for name, count in counts.items():
             print(f"{name:<12} {count:>6,} questions")
+        for name in TASKS if names is None else ():
+            if name not in counts:
+                print(f"{name:<12} left out: too few questions in the held-out text (--validation-fraction)")
         print(f"written to {Path(options.out) / 'tasks'}")
     return 0
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from numbers import Integral, Real
 
@@ -14,11 +15,23 @@ RULES = ("quota", "threshold", "factor", "entropy_bound", "origin")
 SCHEDULES = ("even", "dream")
 CACHES = ("none", "prefix", "block")
 
-_COUNTS = ("gen_length", "block_length", "steps")
+_COUNTS = ("gen_length", "block_length", "steps", "top_k")
 _NUMBERS = (
-    "temperature", "threshold", "factor", "entropy_bound", "alg_temp", "take_back", "cfg_scale", "end_think_boost",
-    "end_think_power",
+    "temperature", "top_p", "threshold", "factor", "entropy_bound", "eps", "alg_temp", "take_back", "cfg_scale",
+    "end_think_boost", "end_think_power",
 )  # fmt: skip
+
+#: Options that only some rules and schedules look at, and which do.
+_BELONGS: tuple[tuple[str, str, Callable[[GenerationConfig], bool]], ...] = (
+    ("schedule", "rule quota", lambda c: c.rule == "quota"),
+    ("alg_temp", "rule quota", lambda c: c.rule == "quota"),
+    ("take_back", "rule quota with schedule even", lambda c: c.rule == "quota" and c.schedule == "even"),
+    ("threshold", "rule threshold", lambda c: c.rule == "threshold"),
+    ("factor", "rule factor", lambda c: c.rule == "factor"),
+    ("entropy_bound", "rule entropy_bound", lambda c: c.rule == "entropy_bound"),
+    ("measure", "rules quota, threshold and factor", lambda c: c.rule in ("quota", "threshold", "factor")),
+    ("eps", "schedule dream and rule origin", lambda c: c.schedule == "dream" or c.rule == "origin"),
+)
 
 
 @dataclass(frozen=True)
@@ -36,13 +49,19 @@ class GenerationConfig:
 
     Which token, and which positions keep it:
         temperature: of the Gumbel noise, 0 is greedy.
+        top_p, top_k: sample among the most likely tokens alone: until their sum exceeds top_p, and the k first; 1 and 0
+            keep all. Confidence is then of what is left, at the temperature, as in Dream.
+        confidence_at_temperature: Dream's confidence without these filters, too; otherwise it is of the model's own
+            distribution (LLaDA).
         measure: of confidence: "probability", "margin", "entropy" (negative) or "random"; see `illada.sample_tokens`.
+            Rules "entropy_bound" and "origin" do not look at it.
         rule: "quota": a fixed number of the most confident a step, by `schedule`; "threshold": all with confidence >=
             `threshold`; "factor": the most confident n with c_(r) > 1 - `factor` / (r + 1) for r <= n;
             "entropy_bound": the n of least entropy with sum H - max H <= `entropy_bound`; the last three at least one
             a step. "origin": each mask with probability 1 - s/t (Dream), whatever its confidence.
         schedule: of "quota": "even": masks / steps, the first steps one more (LLaDA); "dream": floor(masks (1 - s/t))
-            with t from 1 to 0.001, the last step the rest.
+            with t from 1 to `eps`, the last step the rest.
+        eps: the last t of schedule "dream" and of rule "origin".
         alg_temp: > 0 draws the quota's positions without replacement by softmax(confidence / alg_temp) (Dream).
         take_back: ReMDM's cap on the probability with which a committed token of the block becomes a mask again in a
             step, min(take_back, (1 - a_s) / a_t) with a the share committed; the quota grows by as many. 0: never.
@@ -55,8 +74,10 @@ class GenerationConfig:
             of gen_length up to there (iLLaDA).
 
     When it stops, looked at after each block:
-        stop_tokens: ids that end a sequence; default the model's eos and, if it has one, end of turn.
-        stop_strings: texts that end a sequence; they need the tokenizer.
+        stop_tokens: ids that end a sequence; default the model's eos and, if it has one, end of turn, and those of its
+            generation_config.json.
+        stop_strings: texts that end a sequence; they need the tokenizer. With `end_think` they count behind it alone:
+            they may well stand in the reasoning.
 
     Speed:
         cache: of keys and values: "none" (exact); "prefix": everything before the block is computed at its first step
@@ -69,9 +90,13 @@ class GenerationConfig:
     block_length: int = 32
     steps: int = 32
     temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    confidence_at_temperature: bool = False
     measure: str = "probability"
     rule: str = "quota"
     schedule: str = "even"
+    eps: float = 1e-3
     threshold: float = 0.9
     factor: float = 1.0
     entropy_bound: float = 0.1
@@ -99,8 +124,8 @@ class GenerationConfig:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         self._check_types()
         for name in _COUNTS:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            if getattr(self, name) < (name != "top_k"):
+                raise ValueError(f"{name} must be at least {int(name != 'top_k')}, got {getattr(self, name)}")
         if self.mode != "infill" and self.gen_length % self.block_length:
             divisors = [n for n in range(1, self.gen_length + 1) if self.gen_length % n == 0]
             raise ValueError(
@@ -119,8 +144,17 @@ class GenerationConfig:
             raise ValueError(f"threshold must be in [0, 1] (finite, with measure entropy), got {self.threshold}")
         if not 0 <= self.take_back <= 1:
             raise ValueError(f"take_back must be a probability, in [0, 1], got {self.take_back}")
-        if self.rule != "quota" and (self.alg_temp or self.take_back or self.schedule != "even"):
-            raise ValueError(f"schedule, alg_temp and take_back belong to rule quota, got rule {self.rule!r}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        if not 0 <= self.eps < 1:
+            raise ValueError(f"eps must be in [0, 1), got {self.eps}")
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name, owners, used in _BELONGS:
+            if (value := getattr(self, name)) != defaults[name] and not used(self):
+                raise ValueError(
+                    f"{name} ({value!r}) is not used: it belongs to {owners}, got rule {self.rule!r}, "
+                    f"schedule {self.schedule!r}"
+                )
         if self.mode == "infill" and self.cache != "none":
             raise ValueError(f"mode infill has no caches: its masks are anywhere; got cache {self.cache!r}")
         if not 0 <= self.end_think_boost < math.inf or (self.end_think_boost > 0 and not self.end_think):
@@ -139,6 +173,8 @@ class GenerationConfig:
                 value = getattr(self, name)
                 if not isinstance(value, kind) or isinstance(value, bool):
                     raise TypeError(f"{name} must be {wanted}, got {value!r}")
+        if not isinstance(self.confidence_at_temperature, bool):
+            raise TypeError(f"confidence_at_temperature must be True or False, got {self.confidence_at_temperature!r}")
         for name in ("forbid_tokens", "delay_tokens", "end_think", "stop_tokens", "stop_strings"):
             values = getattr(self, name)
             if values is None and name == "stop_tokens":
@@ -147,6 +183,11 @@ class GenerationConfig:
             listed = isinstance(values, Collection) and not isinstance(values, str)
             if not listed or not all(isinstance(value, str if wanted == "texts" else Integral) for value in values):
                 raise TypeError(f"{name} must be a tuple of {wanted}, got {values!r}")
+
+    @property
+    def filtered(self) -> bool:
+        """Is confidence of the distribution that is sampled, not of the model's own?"""
+        return self.top_p < 1 or self.top_k > 0 or self.confidence_at_temperature
 
     @property
     def num_blocks(self) -> int:

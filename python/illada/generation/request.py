@@ -20,6 +20,7 @@ class RuleCall(NamedTuple):
     min_commit: int
     ordered: bool
     delayed: bool
+    filtered: bool
 
 
 class Request:
@@ -116,7 +117,7 @@ class Request:
         rule, measure, min_commit = config.rule, config.measure, 1
         if rule == "origin":  # each with probability p: a uniform confidence of at least 1 - p
             rule, measure, min_commit = "threshold", "random", 0
-        return RuleCall(rule, measure, min_commit, config.alg_temp > 0, bool(config.delay_tokens))
+        return RuleCall(rule, measure, min_commit, config.alg_temp > 0, bool(config.delay_tokens), config.filtered)
 
     def limit(self) -> float:
         """The rule's number for this step; decides which tokens are taken back, too."""
@@ -124,10 +125,10 @@ class Request:
         last = step == steps - 1
         if config.rule == "quota":
             if config.schedule == "dream":
-                return dream_quota(len(self.masked()), step, steps)
+                return dream_quota(len(self.masked()), step, steps, config.eps)
             return self._quota_with_take_back() if config.take_back else self.quotas[step]
         if config.rule == "origin":
-            return -np.inf if last else 1 - dream_transfer(step, steps)
+            return -np.inf if last else 1 - dream_transfer(step, steps, config.eps)
         if config.rule == "threshold":
             return -np.inf if last else config.threshold
         return np.inf if last else getattr(config, config.rule)

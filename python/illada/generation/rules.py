@@ -14,9 +14,6 @@ from illada.ops.philox import philox4x32
 #: Philox stream tags (counter word 3), beside the sampler's own 16 to 18.
 _ORDER_STREAM, _TAKE_BACK_STREAM = 19, 20
 
-#: Dream's smallest t.
-DREAM_EPSILON = 1e-3
-
 
 def quota_schedule(masks: int, steps: int) -> list[int]:
     """How many tokens each step commits: masks // steps, the first masks % steps of them one more (as published)."""
@@ -24,20 +21,20 @@ def quota_schedule(masks: int, steps: int) -> list[int]:
     return [base + (step < remainder) for step in range(steps)]
 
 
-def dream_transfer(step: int, steps: int) -> float:
-    """1 - s/t of Dream's step: t falls evenly from 1 to 0.001 over `steps`; 1 at the last step."""
-    return 1.0 if step >= steps - 1 else float(_dream_transfers(steps)[step])
+def dream_transfer(step: int, steps: int, eps: float = 1e-3) -> float:
+    """1 - s/t of Dream's step: t falls evenly from 1 to `eps` over `steps`; 1 at the last step."""
+    return 1.0 if step >= steps - 1 else float(_dream_transfers(steps, eps)[step])
 
 
-def dream_quota(masks: int, step: int, steps: int) -> int:
+def dream_quota(masks: int, step: int, steps: int, eps: float = 1e-3) -> int:
     """How many of the `masks` that are left Dream's step commits: the whole part of masks (1 - s/t)."""
-    return masks if step >= steps - 1 else int(np.float32(masks) * _dream_transfers(steps)[step])
+    return masks if step >= steps - 1 else int(np.float32(masks) * _dream_transfers(steps, eps)[step])
 
 
 @functools.lru_cache(maxsize=64)
-def _dream_transfers(steps: int) -> NDArray[np.float32]:
+def _dream_transfers(steps: int, eps: float) -> NDArray[np.float32]:
     # torch's float32, as published: where masks (1 - s/t) is nearly whole, other roundings commit one more or less.
-    times = torch.linspace(1, DREAM_EPSILON, steps + 1, dtype=torch.float32)
+    times = torch.linspace(1, eps, steps + 1, dtype=torch.float32)
     return (1 - times[1:] / times[:-1]).numpy()
 
 

@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from illada.generation.cache import KeyValueCache
+from illada.generation.filters import Filters, filtered_sample_tokens
 from illada.generation.request import Request, RuleCall
 from illada.generation.rules import order_noise
 from illada.model import CachedKeys, FirstLayer, MaskedDiffusionModel
 from illada.ops import linear_sample_tokens, remask
-from illada.ops.types import LogitBias
+from illada.ops.types import LogitBias, TokenSample
 
 
 class Guidance(NamedTuple):
@@ -53,6 +54,7 @@ class Group(NamedTuple):
     temperatures: Tensor
     bias: LogitBias | None
     delay: LogitBias | None
+    filters: Filters | None
     order: Order | None
     guidance: Guidance | None
 
@@ -219,12 +221,16 @@ def _group(
     def each(value: Callable[[Request], float], blank: float = 0) -> NDArray:
         return np.repeat([*(value(r) for r, _ in members), *[blank] * blanks], counts)
 
-    bias, delay, order, guidance = _bias(members, blank_rows), None, None, None
+    bias, delay, filters, order, guidance = _bias(members, blank_rows), None, None, None, None
     if call.delayed:
         width = max(len(r.config.delay_tokens) for r, _ in members)
         ids = [[*r.config.delay_tokens, *[-1] * (width - len(r.config.delay_tokens))] for r, _ in members]
         per_row = np.repeat([*ids, *[[-1] * width] * blanks], counts, axis=0)
         delay = _array(per_row), _array(np.full(per_row.shape, -np.inf), np.float32)
+    if call.filtered:
+        filters = Filters(
+            _array(each(lambda r: r.config.top_p, 1), np.float32), _array(each(lambda r: r.config.top_k), np.int64)
+        )
     if call.ordered:
         noise = [order_noise(r.seed, positions, r.forwards) for r, positions in members]
         noise.append(np.zeros(blank_rows, dtype=np.float32))
@@ -244,6 +250,7 @@ def _group(
         temperatures=_array(each(lambda r: r.config.temperature), np.float32),
         bias=bias,
         delay=delay,
+        filters=filters,
         order=order,
         guidance=guidance,
     )
@@ -321,12 +328,15 @@ def _commit(model: MaskedDiffusionModel, hidden: Tensor, tokens: Tensor, group: 
         guided = unconditional + (group.guidance.scale + 1) * (conditional - unconditional)
         hidden, rows = guided.to(hidden.dtype), None
 
-    def sampled(bias: LogitBias | None):
-        return linear_sample_tokens(
-            hidden, model.head_weight, rows=rows, temperature=group.temperatures, seed=group.seeds, step=group.steps,
-            row_ids=group.row_ids, measure=call.measure, logit_bias=bias,
-            extras=("entropy",) if call.rule == "entropy_bound" else (),
-        )  # fmt: skip
+    def sampled(bias: LogitBias | None) -> TokenSample:
+        arguments: Any = {
+            "rows": rows, "temperature": group.temperatures, "seed": group.seeds, "step": group.steps,
+            "row_ids": group.row_ids, "measure": call.measure, "logit_bias": bias,
+            "extras": ("entropy",) if call.rule == "entropy_bound" else (),
+        }  # fmt: skip
+        if group.filters is None:
+            return linear_sample_tokens(hidden, model.head_weight, **arguments)
+        return filtered_sample_tokens(hidden, model.head_weight, filters=group.filters, **arguments)
 
     sample = sampled(group.bias)
     if group.delay is not None:
@@ -336,7 +346,7 @@ def _commit(model: MaskedDiffusionModel, hidden: Tensor, tokens: Tensor, group: 
         lowest = torch.finfo(torch.float32).min
         sample = sample._replace(
             confidence=torch.where(late & sample.confidence.isfinite(), lowest, without.confidence),
-            entropy=None if sample.entropy is None else torch.where(late, -lowest, without.entropy),
+            entropy=None if without.entropy is None else torch.where(late, -lowest, without.entropy),
         )
     if group.order is not None:
         ordered = sample.confidence / group.order.temperature + group.order.noise

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import logging
+import math
 import os
 import sys
 from collections import Counter
@@ -26,12 +27,15 @@ from tqdm import tqdm
 
 import illada
 from illada.cli.checkpoints import load
+from illada.devices import find_device
 from illada.generation import GenerationConfig, generate
+from illada.generation.loop import stop_position
+from illada.integrations.asked import asked_of
 from illada.integrations.journal import Journal, fingerprint, request_key
 from illada.integrations.settings import ALIASES, MC_NUM, PUBLISHED_DEFAULTS, EvaluationSettings
 from illada.model import MaskedDiffusionModel
-from illada.score import confidence_score, is_greedy, monte_carlo_likelihood
-from illada.tokenizer import Tokenizer
+from illada.score import confidence_score, encode_pair, is_greedy, monte_carlo_likelihood
+from illada.tokenizer import Tokenizer, bos_prefix
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -49,7 +53,7 @@ class IlladaLM(LM):
         device, dtype: where and in what the model runs; default the CPU and the checkpoint's dtype. "cuda" takes a
             16-bit one.
         journal: a JSONL file that keeps finished requests; what it holds of this model with these settings is reused.
-        settings: the fields of `EvaluationSettings`, or their published names.
+        settings: the fields of `EvaluationSettings` and the generator's options, or their published names.
 
     Raises:
         ValueError, TypeError: naming the argument. FileNotFoundError: no checkpoint or tokenizer there.
@@ -74,12 +78,13 @@ class IlladaLM(LM):
         config, mask_id = self.model.config, self.settings.mask_id
         if mask_id is not None and mask_id != config.mask_token_id:
             raise ValueError(f"mask_id must be the checkpoint's own, {config.mask_token_id}, got {mask_id}")
-        if self.settings.add_bos and config.bos_token_id is None:
-            raise ValueError("add_bos: this checkpoint has no bos token")
-        self._bos = [config.bos_token_id] if self.settings.add_bos and config.bos_token_id is not None else []
+        self._prefix = bos_prefix(self.settings.add_bos, config.bos_token_id)
+        self._begin = self.tokenizer.begin_prompt([], self._prefix)
         longest = config.max_position_embeddings
         self.max_length = min(self.settings.max_length or longest, longest)
         self._end_think = tuple(self.tokenizer.encode(self.settings.end_think_text))
+        #: What happened to how many requests of this process: texts that were shortened or cannot be scored.
+        self.notes: dict[str, int] = {}
         self._journal = Journal(journal, self._rank)
         self._identity = [illada.__version__, fingerprint(self.model)]
 
@@ -87,29 +92,43 @@ class IlladaLM(LM):
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """A score and a greedy check for each (context, continuation)."""
-        pairs, shortened = [], 0
-        for request in requests:
+        pairs, kept = [], []
+        shortened = dropped = too_long = 0
+        for i, request in enumerate(requests):
             context, continuation = self._encode_pair(*request.args)
-            fitted = self._fit(context, len(continuation))
-            shortened += len(fitted) < len(context)
-            pairs.append((fitted, continuation))
-        if shortened:
-            _LOGGER.warning(
-                "%d of %d contexts were longer than the model's %d tokens together with their continuation, and lost "
-                "their beginning",
-                shortened,
-                len(requests),
-                self.max_length,
-            )
+            fitted = self._fit(context, len(continuation) + self.settings.append_eos)
+            if not continuation:
+                dropped += 1
+            elif fitted is None:
+                too_long += 1
+            else:
+                shortened += len(fitted) < len(context)
+                pairs.append((fitted, continuation))
+                kept.append(i)
+        self._note(
+            f"contexts were longer than the model's {self.max_length} tokens together with their continuation, and "
+            f"lost their beginning",
+            shortened,
+            len(requests),
+        )
+        self._note("candidates have no text that the tokenizer keeps, and score -inf", dropped, len(requests))
+        self._note(
+            f"candidates are longer than the model's {self.max_length} tokens without their context, and score -inf",
+            too_long,
+            len(requests),
+        )
         llh, check = self.settings.llh, self.settings.check_greedy
         results = self._run(
             "loglikelihood",
             pairs,
             {**self.settings.scoring(), "check_greedy": check},
             lambda chunk: self._score(chunk, llh, check),
-            [request.args for request in requests],
+            [requests[i].args for i in kept],
         )
-        return [(score, greedy) for score, greedy in results]
+        scores: list[tuple[float, bool]] = [(-math.inf, False)] * len(requests)
+        for i, (score, greedy) in zip(kept, results, strict=True):
+            scores[i] = score, greedy
+        return scores
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
         """A lower bound on the log-likelihood of each text: Monte Carlo, half a model's length at a time.
@@ -119,10 +138,10 @@ class IlladaLM(LM):
         pairs, owners = [], []
         for number, request in enumerate(requests):
             (text,) = request.args
-            ids = self.tokenizer.encode(text)
-            piece = (self.max_length - len(self._bos) - self.settings.append_eos) // 2
+            ids = self.tokenizer.encode(text, parse_special_tokens=False)
+            piece = (self.max_length - len(self._begin) - self.settings.append_eos) // 2
             for begin in range(0, len(ids), piece):
-                pairs.append((self._bos + ids[max(0, begin - piece) : begin], ids[begin : begin + piece]))
+                pairs.append((self._begin + ids[max(0, begin - piece) : begin], ids[begin : begin + piece]))
                 owners.append(number)
         settings = self.settings.scoring("mc")
         bounds = self._run("rolling", pairs, settings, lambda chunk: self._score(chunk, "mc", False))
@@ -136,7 +155,7 @@ class IlladaLM(LM):
         contexts, continuations = [p[0] for p in pairs], [p[1] for p in pairs]
         shared: dict[str, Any] = {
             "append_eos": settings.append_eos,
-            "cfg_scale": float(settings.cfg_scale),
+            "cfg_scale": settings.generation.cfg_scale,
             "max_tokens": settings.max_tokens,
         }
         if llh == "confidence":
@@ -155,108 +174,115 @@ class IlladaLM(LM):
         return [[float(score), bool(g)] for score, g in zip(scores, greedy, strict=True)]
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """The ids of both: spaces at the end of the context go to the continuation, whose ids are what the encoding of
-        the whole has beyond that of the context."""
-        stripped = context.rstrip()
-        continuation = context[len(stripped) :] + continuation
-        ids, whole = self._encode(stripped), self._encode(stripped + continuation)
-        if continuation and len(whole) <= len(ids):  # the tokenizer merged it all into the context's last token
-            return whole[:-1], whole[-1:]
-        return ids, whole[len(ids) :]
+        """The ids of both, with the special tokens that the context spells, and its bos."""
+        return encode_pair(self.tokenizer, context, continuation, parse_special_tokens=True, prefix=self._prefix)
 
-    def _encode(self, text: str) -> list[int]:
-        """The ids of a prompt, with those that the tokenizer itself adds, and one bos in front if asked for."""
-        ids = self.tokenizer.encode(text, add_special_tokens=True)
-        bos = self.model.config.bos_token_id
-        while bos is not None and ids[:2] == [bos, bos]:  # the tokenizer's and the chat template's
-            del ids[0]
-        return ids if ids[: len(self._bos)] == self._bos else self._bos + ids
+    def _encode(self, prompt: str) -> list[int]:
+        """The ids of a prompt, with the special tokens that it spells, and its bos."""
+        return self.tokenizer.encode_prompt(prompt, prefix=self._prefix)
 
-    def _fit(self, context: list[int], continuation_length: int) -> list[int]:
-        """The context without as much of its beginning (bos apart) as the model has no room for."""
-        room = self.max_length - continuation_length - self.settings.append_eos
-        if room < 0:
-            eos = " and its eos" if self.settings.append_eos else ""
-            raise ValueError(
-                f"a continuation of {continuation_length} tokens{eos} is {-room} over the model's {self.max_length}, "
-                f"even without its context"
-            )
-        if len(context) <= room:
-            return context
-        kept = context[:1] if self.settings.add_bos and room else []
+    def _fit(self, context: list[int], more: int) -> list[int] | None:
+        """The context without as much of its beginning (bos apart) as the model has no room for beside `more` tokens;
+        None: it has no room for those alone."""
+        room = self.max_length - more
+        if room < 0 or len(context) <= room:
+            return context if room >= 0 else None
+        kept = context[: len(self._begin)] if room >= len(self._begin) else []
         return kept + context[len(context) - room + len(kept) :]
+
+    def _note(self, what: str, count: int, total: int) -> None:
+        """Count, and say once a call, what was done to requests beside what they ask for."""
+        if count:
+            self.notes[what] = self.notes.get(what, 0) + count
+            _LOGGER.warning("%d of %d %s", count, total, what)
 
     # -------------------------------------------------------------------------------------------------- generation
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """The text of each prompt's continuation, up to the first of the task's stop strings or the eos."""
-        jobs, occurrences = [], Counter[str]()
+        jobs, occurrences, shortened = [], Counter[str](), 0
         for request in requests:
             prompt, options = request.args
-            ids = self._encode(prompt)
-            config, stops = self._generation_config(len(ids), options)
+            length, sampling = asked_of(options, self.settings)
+            stops = self._stops(options)
+            encoded = self._encode(prompt)
+            ids, config = self._plan(encoded, length, sampling, stops)
+            shortened += len(ids) < len(encoded)
             # A request that is repeated is a new sample; the count is part of what its seed is made from.
-            key = request_key(ids, stops, vars(config))
+            key = request_key(ids, stops, vars(config), length)
             occurrences[key] += 1
             seed = int(request_key(self.settings.seed, ids, occurrences[key])[:15], 16)
-            jobs.append((ids, config, stops, seed))
+            jobs.append((ids, config, stops, seed, length))
+        self._note(
+            f"prompts left the model's {self.max_length} tokens no room for an answer, and lost their beginning",
+            shortened,
+            len(requests),
+        )
         texts = self._run("generate_until", jobs, {}, self._generate, [r.args for r in requests])
         return list(texts)
 
-    def _generation_config(self, prompt_length: int, options: dict[str, Any]) -> tuple[GenerationConfig, list[str]]:
-        """How to go on from a prompt, and where to cut what comes: the task's stop strings, then the eos."""
+    def _stops(self, options: dict[str, Any]) -> list[str]:
+        """The task's stop strings, then the eos."""
         until = options.get("until") or []
         stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
-        eos_id = self.model.config.eos_token_id
-        eos = self._text([eos_id])
-        if eos and eos not in stops:
-            stops.append(eos)
-        length, block = self.settings.gen_length, self.settings.block_length
-        if length is None:
-            length = int(options.get("max_gen_toks", 256))
+        if wrong := [stop for stop in stops if not isinstance(stop, str)]:
+            raise ValueError(f"the task's until must hold texts, got {wrong[0]!r}")
+        eos = self._text([self.model.config.eos_token_id])
+        return stops if not eos or eos in stops else [*stops, eos]
+
+    def _plan(
+        self, prompt: list[int], length: int, sampling: dict[str, float], stops: list[str]
+    ) -> tuple[list[int], GenerationConfig]:
+        """How to make `length` tokens, and what of the prompt is kept for it.
+
+        Whole blocks are generated, as many as the prompt leaves room for. One that has no room for any loses its
+        beginning, so that `length` tokens fit, but no more than half of the model's length.
+        """
+        block = self.settings.generation.block_length
+        if self.settings.gen_length is None:
             block = min(block, length)
-            length = -(-length // block) * block
-        room = min(length, self.max_length - prompt_length)
-        clipped = room // block * block
-        if clipped <= 0:
-            raise ValueError(
-                f"a prompt of {prompt_length} tokens leaves room for {max(0, room)} new ones (gen_length {length}, the "
-                f"model's length {self.max_length}): {block - room} too few for one block_length of {block}"
-            )
-        stop_tokens = {eos_id}
+        whole = -(-length // block) * block
+        room = (self.max_length - len(prompt)) // block * block
+        if room < block:
+            room = max(block, min(whole, self.max_length // 2 // block * block))
+            fitted = self._fit(prompt, room)
+            if fitted is None:
+                raise ValueError(f"a block_length of {block} is over the model's length of {self.max_length}")
+            prompt = fitted
+        eos_id = self.model.config.eos_token_id
+        stop_tokens = {eos_id, *self.model.stop_token_ids}
         for stop in stops:  # one that is a special token is not seen in the text where the generator looks for it
             token = self.tokenizer.token_to_id(stop)
             if token is not None and self._text([token]) == stop != self.tokenizer.decode([token]):
                 stop_tokens.add(token)
-        changes: dict[str, Any] = {
-            "block_length": block,
-            "stop_strings": tuple(stops),
-            "stop_tokens": tuple(sorted(stop_tokens)),
-        }
-        if not self.settings.temperature and options.get("do_sample"):
-            changes["temperature"] = float(options.get("temperature", 0.0))
-        return self.settings.generation(clipped, end_think=self._end_think, **changes), stops
+        config = self.settings.for_length(
+            min(whole, room),
+            end_think=self._end_think,
+            block_length=block,
+            stop_strings=tuple(stops),
+            stop_tokens=tuple(sorted(stop_tokens)),
+            **sampling,
+        )
+        return prompt, config
 
     def _text(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=False)
 
-    def _generate(self, jobs: list[tuple[list[int], GenerationConfig, list[str], int]]) -> list[str]:
+    def _generate(self, jobs: list[tuple[list[int], GenerationConfig, list[str], int, int]]) -> list[str]:
         size = self.settings.batch_size
-        longest = max(len(ids) + config.gen_length for ids, config, _, _ in jobs)
+        longest = max(len(ids) + config.gen_length for ids, config, _, _, _ in jobs)
         results = generate(
             self.model,
-            [ids for ids, _, _, _ in jobs],
-            [config for _, config, _, _ in jobs],
-            seed=[seed for _, _, _, seed in jobs],
+            [ids for ids, _, _, _, _ in jobs],
+            [config for _, config, _, _, _ in jobs],
+            seed=[seed for _, _, _, seed, _ in jobs],
             tokenizer=self.tokenizer,
             batch_size=max(1, self.settings.max_tokens // longest) if size == "auto" else int(size),
         )
         texts = []
-        for (_, _, stops, _), result in zip(jobs, results, strict=True):
-            text = self._text(result.tokens)
-            for stop in stops:
-                text = text.split(stop)[0]
-            texts.append(text)
+        for (_, config, stops, _, length), result in zip(jobs, results, strict=True):
+            text = self._text(result.tokens[:length])
+            texts.append(text[: stop_position(text, stops, self._text(config.end_think).strip())])
         return texts
 
     # -------------------------------------------------------------------------------------------------------- chat
@@ -319,6 +345,13 @@ class IlladaLM(LM):
         dist.gather_object(obj, gathered, dst=dst)
         return gathered
 
+    def gather_notes(self) -> dict[str, int]:
+        """`notes` of all processes together, on process 0."""
+        total = Counter[str]()
+        for notes in self.gather_object(self.notes) or ():
+            total.update(notes)
+        return dict(total)
+
     def barrier(self) -> None:
         """Wait for all processes."""
         if self._world_size > 1:
@@ -342,10 +375,11 @@ def _processes(device: str | torch.device | None) -> tuple[torch.device, int, in
     """(device, rank, world size), as torchrun or accelerate launched this process."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     chosen = torch.device(device or "cpu")
+    if world_size > 1 and chosen.type == "cuda" and chosen.index is None:
+        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    chosen = find_device(chosen)
     if world_size == 1:
         return chosen, 0, 1
-    if chosen.type == "cuda" and chosen.index is None:
-        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
         # Only counts and results are exchanged, so gloo will do; processes wait for each other as long as it takes.
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
@@ -409,9 +443,18 @@ def main() -> None:
     """lm_eval's command; packs are as large as memory allows unless --batch_size says otherwise."""
     from lm_eval.__main__ import cli_evaluate
 
-    if "--tasks" in sys.argv and not any(part.startswith(("--batch_size", "-b")) for part in sys.argv[1:]):
+    if "--tasks" in sys.argv and not _given("--batch_size", "-b"):
         sys.argv += ["--batch_size", "auto"]
+    # lm_eval's own default is cuda:0.
+    if "--tasks" in sys.argv and not _given("--device", "--config", "-C") and not torch.cuda.device_count():
+        if os.environ.get("RANK", "0") == "0":
+            print("no GPU here and no --device given: on the CPU", file=sys.stderr)
+        sys.argv += ["--device", "cpu"]
     cli_evaluate()
+
+
+def _given(*options: str) -> bool:
+    return any(part.startswith(options) for part in sys.argv[1:])
 
 
 if __name__ == "__main__":

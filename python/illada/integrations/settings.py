@@ -11,6 +11,13 @@ from illada.generation import GenerationConfig
 #: Monte Carlo samples where none are asked for, as published.
 MC_NUM = 128
 
+#: The options of the generator that are settings here; the others are made from the task and `end_think_text`.
+GENERATION = tuple(
+    field.name
+    for field in dataclasses.fields(GenerationConfig)
+    if field.name not in ("end_think", "stop_tokens", "stop_strings")
+)
+
 #: Published names of settings, and how they are called here.
 ALIASES = {
     "padd_eos": "append_eos",
@@ -35,18 +42,18 @@ PUBLISHED_DEFAULTS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """How candidates are scored and texts are generated.
+    """How candidates are scored and texts are generated; `from_arguments` makes it of names and values.
 
     llh: "confidence" (Eq. 2: it ranks candidates and is no likelihood) or "mc" (a lower bound on the log-likelihood).
         Default "confidence"; "mc" where mc_num is given.
     mc_num, mc_stratum: Monte Carlo samples, and over how many of them the mask counts are spread evenly.
-    add_bos: begin each context with bos. append_eos: let the model see eos behind each candidate.
+    add_bos: whether each prompt begins with bos; default where the tokenizer's post-processor adds it.
+    append_eos: let the model see eos behind each candidate.
     check_greedy: find out whether greedy un-masking gives the candidate; off it costs nothing and reports False.
-    cfg_scale: of classifier-free guidance.
-    mode: "var" (append blocks) or "fixed" (the whole canvas from the start).
     gen_length: most new tokens; default what the task asks for (max_gen_toks).
-    steps, block_length, temperature, rule, threshold, measure, cache: see `illada.generation.GenerationConfig`.
-    end_think_text, end_think_boost, end_think_power: push the end of the reasoning, more so the later it is.
+    generation: all other options of the generator, each of which is an argument; cfg_scale is that of scores, too.
+        `for_length` fills in what depends on the prompt and the task.
+    end_think_text: what ends the reasoning, of which end_think_boost and end_think_power make the model think.
     max_length: of context and continuation together; default the model's.
     mask_id: only checked, against the checkpoint's own.
     seed: of all noise and of Monte Carlo's masks. Results depend on it and the request, not on batches or order.
@@ -57,22 +64,12 @@ class EvaluationSettings:
     llh: str | None = None
     mc_num: int | None = None
     mc_stratum: int = 16
-    add_bos: bool = False
+    add_bos: bool | None = None
     append_eos: bool = False
     check_greedy: bool = False
-    cfg_scale: float = 0.0
-    mode: str = "var"
     gen_length: int | None = None
-    steps: int = 32
-    block_length: int = 32
-    temperature: float = 0.0
-    rule: str = "quota"
-    threshold: float = 0.9
-    measure: str = "probability"
-    cache: str = "none"
+    generation: GenerationConfig = GenerationConfig()
     end_think_text: str = "</think>"
-    end_think_boost: float = 0.0
-    end_think_power: float = 2.0
     max_length: int | None = None
     mask_id: int | None = None
     seed: int = 0
@@ -85,21 +82,12 @@ class EvaluationSettings:
             object.__setattr__(self, "llh", "confidence" if self.mc_num is None else "mc")
         if self.llh not in ("confidence", "mc"):
             raise ValueError(f"llh must be confidence or mc, got {self.llh!r}")
-        for name in (
-            "mc_num",
-            "mc_stratum",
-            "gen_length",
-            "steps",
-            "block_length",
-            "max_length",
-            "max_tokens",
-            "chunk_size",
-        ):
+        for name in ("mc_num", "mc_stratum", "gen_length", "max_length", "max_tokens", "chunk_size"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
         for name in ("add_bos", "append_eos", "check_greedy"):
-            if not isinstance(getattr(self, name), bool):
+            if not isinstance(getattr(self, name), bool) and (name, getattr(self, name)) != ("add_bos", None):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         batch_size = self.batch_size
         if batch_size != "auto" and (not str(batch_size).isdigit() or int(batch_size) < 1):
@@ -109,15 +97,15 @@ class EvaluationSettings:
             raise ValueError(
                 f"mc_num must be a multiple of mc_stratum ({self.mc_stratum}) or smaller than it, got {samples}"
             )
-        # The generator's own checks, before any model is loaded; mode "var" floors gen_length to whole blocks.
-        length = self.gen_length if self.mode == "fixed" else None
-        self.generation(length or self.block_length, end_think=(0,))
+        if self.generation.mode == "infill":
+            raise ValueError("mode must be var or fixed, got 'infill': a task's prompt has no masks to fill")
 
     @classmethod
     def from_arguments(cls, arguments: dict[str, Any]) -> EvaluationSettings:
-        """From names and values, published ones included. TypeError lists the names there are."""
+        """From names and values, published ones and the generator's included. TypeError lists the names there are."""
         values: dict[str, Any] = {}
-        names = [field.name for field in dataclasses.fields(cls)]
+        names = [field.name for field in dataclasses.fields(cls) if field.name != "generation"]
+        names += [name for name in GENERATION if name not in names]
         for name, value in arguments.items():
             here = ALIASES.get(name, name)
             if here not in names:
@@ -131,41 +119,46 @@ class EvaluationSettings:
                     raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {value!r}")
                 value = allowed[value]
             values[here] = value
-        return cls(**values)
+        options = {
+            name: _option(name, values.pop(name)) for name in GENERATION if name in values and name != "gen_length"
+        }
+        # The generator's own checks, before any model is loaded. In mode "var" any gen_length will do.
+        block = options.get("block_length", GenerationConfig.block_length)
+        length = (values.get("gen_length") or block) if options.get("mode") == "fixed" else block
+        reasoning = (0,) if options.get("end_think_boost") else ()
+        return cls(**values, generation=GenerationConfig(gen_length=length, end_think=reasoning, **options))
 
-    def generation(self, gen_length: int, *, end_think: tuple[int, ...] = (), **changes: Any) -> GenerationConfig:
+    def for_length(self, gen_length: int, *, end_think: tuple[int, ...] = (), **changes: Any) -> GenerationConfig:
         """The generator's configuration for at most `gen_length` new tokens, a multiple of the block length.
 
         Args:
             end_think: the ids of end_think_text.
             changes: fields in place of these settings'.
         """
-        block = changes.get("block_length", self.block_length)
-        steps = self.steps
-        if self.mode == "fixed" and gen_length % block == 0:
+        block = changes.get("block_length", self.generation.block_length)
+        steps = self.generation.steps
+        if self.generation.mode == "fixed" and gen_length % block == 0:
             # Clipped to the model's length a canvas may have a number of blocks that does not divide the steps.
             blocks = gen_length // block
             steps = steps if steps % blocks == 0 or gen_length == self.gen_length else max(1, steps // blocks) * blocks
-        boost = {"end_think": end_think, "end_think_boost": float(self.end_think_boost),
-                 "end_think_power": float(self.end_think_power)} if self.end_think_boost else {}  # fmt: skip
-        values = {
-            "mode": self.mode,
-            "gen_length": gen_length,
-            "block_length": block,
-            "steps": steps,
-            "temperature": float(self.temperature),
-            "rule": self.rule,
-            "threshold": float(self.threshold),
-            "measure": self.measure,
-            "cfg_scale": float(self.cfg_scale),
-            "cache": self.cache,
-            **boost,
-            **changes,
-        }
-        return GenerationConfig(**values)
+        changes |= {"steps": steps, "end_think": end_think if self.generation.end_think_boost else ()}
+        return dataclasses.replace(self.generation, gen_length=gen_length, **changes)
 
     def scoring(self, llh: str | None = None) -> dict[str, Any]:
         """What scores depend on, for the journal."""
         llh = llh or self.llh
         monte_carlo = {"mc_num": self.mc_num, "mc_stratum": self.mc_stratum, "seed": self.seed} if llh == "mc" else {}
-        return {"llh": llh, **monte_carlo, "append_eos": self.append_eos, "cfg_scale": float(self.cfg_scale)}
+        return {"llh": llh, **monte_carlo, "append_eos": self.append_eos, "cfg_scale": self.generation.cfg_scale}
+
+
+def _option(name: str, value: Any) -> Any:
+    """An option of the generator as it is typed: 1 for 1.0, and ids as one number or several joined by colons."""
+    default = getattr(GenerationConfig, name)
+    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(default, tuple) and isinstance(value, int | str):
+        ids = str(value).split(":")
+        if not all(part.isdecimal() for part in ids):
+            raise ValueError(f"{name} must be token ids joined by colons, as in 5:7, got {value!r}")
+        return tuple(map(int, ids))
+    return value

@@ -1,0 +1,20 @@
+"""Devices by name, checked before torch fails on them far from where they were given."""
+
+from __future__ import annotations
+
+import torch
+
+
+def find_device(device: torch.device | str, name: str = "device") -> torch.device:
+    """The torch device; a ValueError that calls it `name` where it is a GPU that is not here, or no device at all."""
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"{name} must be cpu or cuda (cuda:0, ...), got {device!r}") from None
+    count = torch.cuda.device_count() if found.type == "cuda" else 1
+    if (found.index or 0) >= count:
+        raise ValueError(
+            f"{name} {found}: torch {torch.__version__} finds {count or 'no'} GPU{'s' * (count > 1)} here"
+            f"{'' if count else f'; {name} cpu needs none'}"
+        )
+    return found
