@@ -9,7 +9,7 @@ import torch
 from illada import cli
 from illada.checkpoint import load_pretrained, save_pretrained
 from illada.cli import chat
-from illada.cli.checkpoints import parse_device
+from illada.cli.checkpoints import load, parse_device
 from illada.cli.sampling import parse_token_ids
 from illada.config import ModelConfig
 from illada.data import train_tokenizer
@@ -239,6 +239,17 @@ def test_output_that_is_not_unicode(path, monkeypatch, encoding, plain, quoted):
         out = stdout.buffer.getvalue().decode(encoding)
         assert status == 0 and match in out
         assert not options or json.loads(out)["prompt"] == "ïm\u2028port"
+
+
+def test_an_ordinary_token_that_ends_generation_stays_text(path, tmp_path):
+    """A checkpoint may stop at an empty line: its prompts may hold one."""
+    for file in path.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    word = load(path)[1].encode("import")
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, word[-1]]}))
+    model, tokenizer = load(tmp_path)
+    assert model.stop_token_ids == (2, word[-1]) and word[-1] > 261
+    assert tokenizer.encode("import", parse_special_tokens=False) == word
 
 
 def test_device(capsys, path, monkeypatch):

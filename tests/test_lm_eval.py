@@ -354,7 +354,8 @@ def test_stop_strings_count_after_the_reasoning(checkpoint, monkeypatch):
     assert reasoning.generate_until(request) == [" fox\n\njumps</think> dog"]
     assert IlladaLM(checkpoint, device="cpu").generate_until(request) == [" fox"]
     tokenizer = reasoning.tokenizer
-    for end_think, text in (("</think>", " fox\n\njumps</think> dog"), ("", " fox"), ("</never>", None)):
+    reasoned = " fox\n\njumps</think> dog"
+    for end_think, text in (("</think>", reasoned), (" </think>", reasoned), ("", " fox"), ("</never>", None)):
         config = GenerationConfig(end_think=tuple(tokenizer.encode(end_think)), stop_strings=("\n\n",))
         assert cut_at_stop(tokenizer, tokenizer.encode(said), config) == text
     # An end of reasoning that is a special token, which the text does not show.

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import os
 
 import pytest
 
@@ -36,6 +37,17 @@ def test_marks_and_ends_of_lines(tmp_path):
     assert lines[1][0] == f"{file}, line 2"
     assert decode_text(b"", "x") == "" and list(decode_lines(io.BytesIO(b""), "x")) == []
     assert decode_text(b"a\x00b", "x") == "a\x00b"  # one NUL is odd text, but text
+
+
+def test_lines_of_a_pipe():
+    """As of --prompt-file <(command)."""
+    reader, writer = os.pipe()
+    try:
+        os.write(writer, b"\xef\xbb\xbfone\ntwo\n")
+        os.close(writer)
+        assert [text for _, text in read_lines(f"/dev/fd/{reader}")] == ["one", "two"]
+    finally:
+        os.close(reader)
 
 
 @pytest.mark.parametrize("text, match", [

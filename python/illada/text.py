@@ -51,8 +51,7 @@ def read_text(path: str | Path) -> str:
 def read_lines(path: str | Path) -> Iterator[tuple[str, str]]:
     """(where, line) of a text file, a line at a time: `where` names file and line for errors. Only LF ends a line."""
     with Path(path).open("rb") as file:
-        _check_kind(file.read(_HEAD), str(path))
-        file.seek(0)
+        _check_kind(file.peek(_HEAD)[:_HEAD], str(path))  # and it may be a pipe
         yield from decode_lines(file, str(path))
 
 

@@ -239,7 +239,8 @@ def cut_at_stop(tokenizer: Any, tokens: list[int], config: GenerationConfig) -> 
     tokens."""
     if tokenizer is None or not config.stop_strings:
         return None
-    end_think = tokenizer.decode(list(config.end_think), skip_special_tokens=False) if config.end_think else ""
+    # Without spaces around it: there are tokens whose text begins with one only behind other text.
+    end_think = tokenizer.decode(list(config.end_think), skip_special_tokens=False).strip()
 
     def first(text: str) -> int | None:
         return stop_position(text, config.stop_strings, end_think)

@@ -284,7 +284,7 @@ class IlladaLM(LM):
         texts = []
         for (_, config, stops, _, length), result in zip(jobs, results, strict=True):
             text = self._text(result.tokens[:length])
-            texts.append(text[: stop_position(text, stops, self._text(config.end_think))])
+            texts.append(text[: stop_position(text, stops, self._text(config.end_think).strip())])
         return texts
 
     # -------------------------------------------------------------------------------------------------------- chat

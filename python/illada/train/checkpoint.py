@@ -90,7 +90,7 @@ def read_state(path: Path) -> dict[str, Any]:
             key: state[key]
             for key in ("step", "tokens_seen", "unlogged_losses", "tokenizer_sha256", "config", "versions")
         }
-    except (KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is damaged or from something else: {error!r}") from None
 
 
