@@ -265,6 +265,26 @@ def test_weights_that_a_dtype_cannot_hold(saved, tmp_path):
     assert not load_pretrained(path, dtype=torch.float16).layers[1].self_attn.o_proj.weight.isfinite().any()
 
 
+def test_ids_that_only_the_generation_config_ends_with(saved):
+    """As transformers: one, or several; a generation stops at any of them."""
+    model, path = saved
+    config = GenerationConfig(gen_length=8, block_length=8, steps=8, stop_tokens=())
+    plain = generate(model, [[7, 8, 9]], config)[0].tokens
+    own = model.config.eos_token_id
+    end = next(token for token in plain if token != own)
+    for value, want in ((end, (end,)), ([own, end], (own, end)), (None, ()), ([], ())):
+        (path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+        loaded = load_pretrained(path)
+        assert loaded.stop_token_ids == want
+        if want:
+            result = generate(loaded, [[7, 8, 9]], dataclasses.replace(config, stop_tokens=None))[0]
+            assert result.finish_reason == "stop_token" and end not in result.tokens
+    for bad in ("2", [2, None], True, -1):
+        (path / "generation_config.json").write_text(json.dumps({"eos_token_id": bad}))
+        with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id must be a token id, or a list"):
+            load_pretrained(path)
+
+
 def test_full_disk_keeps_the_old_checkpoint(saved):
     model, path = saved
     # A process that may not write files above 4 kB, as if the disk were full.

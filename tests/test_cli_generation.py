@@ -8,6 +8,7 @@ import torch
 
 from illada import cli
 from illada.checkpoint import save_pretrained
+from illada.cli import chat
 from illada.cli.checkpoints import parse_device
 from illada.config import ModelConfig
 from illada.data import train_tokenizer
@@ -79,16 +80,77 @@ def test_generate_fills_masks(capsys, path):
 
 
 def test_prompts_of_a_file(capsys, path, tmp_path):
-    """One a line, and U+2028 or a form feed end none."""
+    """One a line, which U+2028, a form feed or a lone CR do not end; a byte order mark is no part of it."""
     file = tmp_path / "prompts.txt"
-    file.write_bytes("im\u2028port\r\n\ndef\x0cx\n".encode())
+    file.write_bytes("\ufeffim\u2028port\r\n\ndef\x0c\rx\n".encode())
     status, out, _ = run(capsys, "generate", path, "--prompt-file", file, "--json", *SHORT)
     assert status == 0
-    assert [json.loads(line)["prompt"] for line in out.split("\n")[:-1]] == ["im\u2028port", "", "def\x0cx"]
-    for content, match in ((b"", "holds no prompt"), (b"\xff", "prompts.txt is not UTF-8 text")):
+    assert [json.loads(line)["prompt"] for line in out.split("\n")[:-1]] == ["im\u2028port", "", "def\x0c\rx"]
+    for content, match in ((b"", "holds no prompt"), (b"a\n\xff", "prompts.txt, line 2 is not UTF-8 text")):
         file.write_bytes(content)
         status, _, err = run(capsys, "generate", path, "--prompt-file", file, *SHORT)
         assert status == 2 and match in err and err.count("\n") == 1
+
+
+def piped(data):
+    return io.TextIOWrapper(io.BytesIO(data), encoding="utf-8")
+
+
+def test_standard_input(capsys, path, monkeypatch):
+    monkeypatch.setattr("sys.stdin", piped(b"\xef\xbb\xbfim\rport\r\n"))
+    status, out, _ = run(capsys, "generate", path, "--json", *SHORT)
+    assert status == 0 and json.loads(out)["prompt"] == "im\rport\n"
+    for command, stdin, match in (
+        ("generate", None, "standard input is closed, so there is no prompt"),
+        ("agreement", None, "standard input is closed, so there is no prompt"),
+        ("generate", piped(b"a\nb\xf6b"), "standard input, line 2 is not UTF-8 text: byte 0xf6"),
+        ("agreement", piped("a".encode("utf-16")), "standard input is not UTF-8 text: it looks like UTF-16"),
+    ):
+        monkeypatch.setattr("sys.stdin", stdin)
+        status, _, err = run(capsys, command, path, *SHORT)
+        assert status == 2 and match in err and err.count("\n") == 1
+
+
+def test_questions_that_cannot_be_read(capsys, path, tmp_path):
+    file = tmp_path / "questions.jsonl"
+    for line, match in (
+        (
+            b'{"context": ' + b"[" * 100_000,
+            "questions.jsonl, line 2 is not JSON that can be read: it is nested too deeply",
+        ),
+        (b'{"context": "\\ud83d"}', "questions.jsonl, line 2 holds half of a surrogate pair"),
+        (b'{"context": "\xf6l"}', "questions.jsonl, line 2 is not UTF-8 text: byte 0xf6"),
+        (b"[]", 'questions.jsonl, line 2: expected {"context": '),
+    ):
+        file.write_bytes(b'\xef\xbb\xbf{"context": "a", "candidates": ["b"]}\n' + line)
+        status, _, err = run(capsys, "score", path, "--file", file)
+        assert status == 2 and match in err and err.count("\n") == 1, err
+
+
+def test_arguments_that_are_not_utf8(capsys, path):
+    bad = b"a\xff".decode("utf-8", "surrogateescape")
+    for arguments in (
+        ("generate", path, "--prompt", bad), ("generate", path, "--prompt", "a", "--stop", bad),
+        ("chat", path, "--system", bad), ("score", path, "--candidate", bad),
+        ("score", path, "--candidate", "a", "--context", bad),
+    ):  # fmt: skip
+        status, _, err = run(capsys, *arguments)
+        assert status == 2 and f"{arguments[-2]} is not UTF-8 text: byte 0xff at character 1" in err
+
+
+@pytest.mark.parametrize(
+    "encoding, plain, quoted", [("ascii", "\\xefm", "\\u00efm"), ("latin-1", "ïm\\u2028", "\\u00efm")]
+)
+def test_output_that_is_not_unicode(path, monkeypatch, encoding, plain, quoted):
+    """What the terminal lacks is escaped: in JSON, as JSON does."""
+    for options, match in (((), plain), (("--json",), quoted)):
+        stdout = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        monkeypatch.setattr("sys.stdout", stdout)
+        status = cli.main(["generate", str(path), "--prompt", "ïm\u2028port", *map(str, SHORT), *options])
+        stdout.flush()
+        out = stdout.buffer.getvalue().decode(encoding)
+        assert status == 0 and match in out
+        assert not options or json.loads(out)["prompt"] == "ïm\u2028port"
 
 
 def test_device(capsys, path, monkeypatch):
@@ -130,6 +192,48 @@ def test_chat(capsys, path, monkeypatch):
     assert "no command /nothing" in err and "over the model's" in err and out == first
     (path.parent / "other.jinja").write_text("{{ messages[-1].content }}")
     assert talk("import os", extra=("--chat-template", path.parent / "other.jinja"))[1] != first
+
+
+def test_chat_loses_a_line_that_is_no_text_and_no_more(capsys, path, monkeypatch):
+    options = ("chat", path, "--gen-length", 8, "--block-length", 4, "--steps", 4)
+    monkeypatch.setattr("sys.stdin", piped(b"import os\n"))
+    first = run(capsys, *options)[1]
+    monkeypatch.setattr("sys.stdin", piped(b"\xff\nimport os\r\n"))
+    status, out, err = run(capsys, *options)
+    assert status == 0 and out == first and "the line is not UTF-8 text: byte 0xff; it is not sent" in err
+    (path.parent / "picky.jinja").write_text(
+        "{{ messages[-1].content | trim if '+' not in messages[-1].content else 1 + 'a' }}"
+    )
+    monkeypatch.setattr("sys.stdin", piped(b"import os\n"))
+    plain = run(capsys, *options, "--chat-template", path.parent / "picky.jinja")[1]
+    monkeypatch.setattr("sys.stdin", piped(b"1+1\n/import os\n//import\nimport os\n"))
+    sent = []
+    real = chat._answer
+    monkeypatch.setattr(
+        chat, "_answer", lambda m, t, ids, *a, **k: sent.append(t.decode(ids)) or real(m, t, ids, *a, **k)
+    )
+    status, out, err = run(capsys, *options, "--chat-template", path.parent / "picky.jinja")
+    assert status == 0 and "TypeError" in err and "no command /import" in err
+    assert sent == ["/import", "import os"] and out.endswith(plain)
+    monkeypatch.setattr("sys.stdin", None)
+    status, _, err = run(capsys, *options)
+    assert status == 2 and "standard input is closed" in err
+
+
+def test_chat_holds_back_what_may_begin_a_stop_string(capsys, path, monkeypatch):
+    """Half of it at the end of a block is not shown before the next one tells."""
+    for text, stops, shown in (
+        ("one EN", ("END",), "one "), ("one E", ("END", "NEVER"), "one "), ("one END", ("END",), "one END"),
+        ("one", (), "one"), ("a\ufffd", (), "a"), ("xx", ("xxx",), ""),
+    ):  # fmt: skip
+        assert chat._settled(text, stops) == shown
+    options = ("chat", path, "--gen-length", 16, "--block-length", 1, "--steps", 1)
+    monkeypatch.setattr("sys.stdin", piped(b"import os\n"))
+    whole = run(capsys, *options)[1].removesuffix("\n")
+    stop = whole[2:6]
+    assert len(stop) == 4
+    monkeypatch.setattr("sys.stdin", piped(b"import os\n"))
+    assert run(capsys, *options, "--stop", stop)[1] == whole[: whole.index(stop)] + "\n"
 
 
 def test_chat_needs_a_template(capsys, path, tmp_path):

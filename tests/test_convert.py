@@ -22,6 +22,8 @@ def source(tmp_path):
     (folder / "tokenizer_config.json").write_text('{"chat_template": "{{ messages[0].content }}!"}')
     (folder / "generation_config.json").write_text('{"temperature": 0.7}')
     (folder / "tokenization_own.py").write_text("raise SystemExit('nobody runs this')")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "rag.jinja").write_text("RAG")
     (folder / "README.md").write_text("not the tokenizer's")
     return folder
 
@@ -36,8 +38,9 @@ def test_dtype_layout_and_files(source, tmp_path, capsys):
     assert convert(source, target, *options) == 0
     captured = capsys.readouterr()
     assert "in the dream layout, mask token 66" in captured.out and captured.err == ""  # no bar: not a terminal
-    names = {file.name for file in target.iterdir()}
+    names = {str(file.relative_to(target)) for file in target.rglob("*")}
     carried = {"tokenizer.json", "tokenizer_config.json", "generation_config.json", "tokenization_own.py"}
+    carried |= {"additional_chat_templates/rag.jinja"}
     assert carried <= names and "README.md" not in names and len(list(target.glob("model-*"))) > 2
     assert all((target / name).read_bytes() == (source / name).read_bytes() for name in carried)
     config = read_config(target)

@@ -122,6 +122,18 @@ def test_given_tokenizer_and_wide_ids(texts, corpus, tmp_path):
     assert TokenDataset(tmp_path / "wide").tokens.dtype == np.uint32
 
 
+def test_a_saved_tokenizer_s_settings_change_no_corpus(texts, corpus, tmp_path):
+    """Truncation, padding, and control tokens that are not called special."""
+    values = json.loads((corpus / "tokenizer.json").read_text())
+    values["truncation"] = {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
+    for token in values["added_tokens"]:
+        token["special"] = False
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    prepare(f"dir:{texts}", tmp_path / "c", tokenizer=tmp_path / "tokenizer.json", validation_fraction=0.2)
+    for name in ("train.bin", "train.idx", "validation.bin"):
+        assert (tmp_path / "c" / name).read_bytes() == (corpus / name).read_bytes()
+
+
 def test_stdlib_source():
     documents = read_source("stdlib")
     first = next(documents)
@@ -152,6 +164,9 @@ def test_bad_sources_and_arguments(texts, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"txt": 1}\n')
     (tmp_path / "number.jsonl").write_text('{"text": 3}\n')
     (tmp_path / "one.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "deep.jsonl").write_text('\n{"text": ' + "[" * 100_000)
+    (tmp_path / "half.jsonl").write_text('{"text": "\\ud83d"}\n')
+    (tmp_path / "latin.jsonl").write_bytes('{"text": "ö"}\n'.encode() + '{"text": "öl"}\n'.encode("latin-1"))
     out = tmp_path / "out"
     wrong = [
         (ValueError, "source must be stdlib, dir:PATH or jsonl:PATH, got 'web'", "web", {}),
@@ -163,6 +178,9 @@ def test_bad_sources_and_arguments(texts, tmp_path):
         (ValueError, "has 0 documents, too little text", f"dir:{empty}", {}),
         (ValueError, "vocab_size must be at least 262", f"dir:{texts}", {"vocab_size": 100}),
         (ValueError, r"validation_fraction must be in \(0, 1\)", f"dir:{texts}", {"validation_fraction": 0}),
+        (ValueError, "deep.jsonl, line 2 is not JSON that can be read: it is", f"jsonl:{tmp_path}/deep.jsonl", {}),
+        (ValueError, "half.jsonl, line 1 holds half of a surrogate pair", f"jsonl:{tmp_path}/half.jsonl", {}),
+        (ValueError, "latin.jsonl, line 2 is not UTF-8 text: byte 0xf6", f"jsonl:{tmp_path}/latin.jsonl", {}),
         (FileNotFoundError, "no tokenizer at", f"dir:{texts}", {"tokenizer": tmp_path / "none.json"}),
         (ValueError, "is not a tokenizer.json", f"dir:{texts}", {"tokenizer": tmp_path / "bad.jsonl"}),
     ]
@@ -170,6 +188,17 @@ def test_bad_sources_and_arguments(texts, tmp_path):
         with pytest.raises(error, match=match):
             prepare(source, out, **options)
     assert not out.exists()
+
+
+def test_a_mark_is_no_text_and_what_is_left_out_is_counted(tmp_path):
+    (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\rthree")
+    (tmp_path / "marked.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n\r\n{"text": "two"}')
+    assert list(read_source(f"jsonl:{tmp_path}/marked.jsonl")) == ["one", "two"]
+    assert list(read_source(f"dir:{tmp_path}")) == ["one\ntwo\rthree"]
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_bytes("text".encode("utf-16"))
+    with pytest.warns(UserWarning, match=r"left out 2 files .*; the first: .*a\.txt .* looks like UTF-16"):
+        assert list(read_source(f"dir:{tmp_path}")) == ["one\ntwo\rthree"]
 
 
 def test_special_ids():

@@ -17,11 +17,12 @@ from lm_eval import evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.models.dummy import DummyLM
 from lm_eval.utils import simple_parse_args_string
+from tokenizers import processors
 
 from illada import cli
 from illada.checkpoint import load_pretrained, save_pretrained
 from illada.config import ModelConfig
-from illada.data import train_tokenizer
+from illada.data import load_tokenizer, train_tokenizer
 from illada.generation import GenerationConfig, GenerationResult, generate
 from illada.generation.loop import cut_at_stop
 from illada.integrations import lm_eval as adapter
@@ -129,6 +130,39 @@ def test_encode_pair_is_the_published_rule(checkpoint):
         assert sum(lm._encode_pair(*pair), []) == lm.tokenizer.encode("".join(pair))
     assert with_bos._encode_pair("", "the")[0] == [CONFIG.bos_token_id]
     assert with_bos._encode("<[begin▁of▁sentence]>" * 2 + "the") == with_bos._encode("the")  # from a template as well
+
+
+@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize("add_bos", [None, True, False])
+def test_bos_is_the_same_for_eval_generate_and_score(checkpoint, tmp_path, monkeypatch, adds, add_bos):
+    """By default where the tokenizer's post-processor adds it; with add_bos as asked."""
+    for file in checkpoint.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tokenizer, bos = load_tokenizer(checkpoint), "<[begin▁of▁sentence]>"
+    if adds:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, CONFIG.bos_token_id)]
+        )
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "tokenizer_sha256"}))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    want = [CONFIG.bos_token_id] if (adds if add_bos is None else add_bos) else []
+    lm = IlladaLM(tmp_path, device="cpu", add_bos=add_bos)
+    the = lm.tokenizer.encode("the")
+    assert lm._encode("the") == want + the == lm._encode_pair("the", " dog")[0] and lm._begin == want
+    flags = {None: [], True: ["--add-bos"], False: ["--no-add-bos"]}[add_bos]
+    seen = []
+
+    def score(model, contexts, continuations, **_):
+        seen.append(contexts[0])
+        return confidence_score(model, contexts, continuations)
+
+    monkeypatch.setattr("illada.score.confidence_score", score)
+    assert cli.main(["score", str(tmp_path), "--context", "the", "--candidate", " dog", *flags]) == 0
+    monkeypatch.setattr("illada.generation.generate", lambda model, ids, *a, **k: seen.append(ids[0]) or [])
+    monkeypatch.setattr("illada.cli.generate.zip", lambda *a, **k: [], raising=False)
+    assert cli.main(["generate", str(tmp_path), "--prompt", "the", *flags]) == 0
+    assert seen == [want + the] * 2
 
 
 def test_long_contexts_lose_their_beginning(checkpoint, caplog):

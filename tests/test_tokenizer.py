@@ -4,10 +4,12 @@ import json
 import sys
 
 import pytest
+import tokenizers
 
 from illada.chat import merge_system, render_chat_template
-from illada.data import SPECIAL_TOKENS, train_tokenizer
-from illada.tokenizer import Tokenizer
+from illada.data import SPECIAL_TOKENS, load_tokenizer, train_tokenizer
+from illada.generation import loop as generation_loop
+from illada.tokenizer import Continuation, Tokenizer, bos_prefix
 
 LLAMA3 = (
     "{% set loop_messages = messages %}{% for message in loop_messages %}"
@@ -96,6 +98,140 @@ def test_encode_and_decode(folder):
     assert tokenizer.decode([5]) == "" and tokenizer.decode([5], skip_special_tokens=False) == "<[MASK]>"
 
 
+def change(folder, **changes):
+    """Other values in tokenizer.json; of "added_tokens", flags for each of them."""
+    values = json.loads((folder / "tokenizer.json").read_text())
+    for token in values["added_tokens"]:
+        token.update(changes.get("added_tokens", {}))
+    values.update({name: value for name, value in changes.items() if name != "added_tokens"})
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+
+
+TRUNCATION = {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
+PADDING = {
+    "strategy": {"Fixed": 8}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 1, "pad_type_id": 0,
+    "pad_token": "<[PAD▁TOKEN]>",
+}  # fmt: skip
+
+
+def test_settings_of_whoever_saved_it_cut_and_pad_nothing(folder):
+    text = "the quick brown fox" * 9
+    want = Tokenizer.from_pretrained(folder).encode(text)
+    change(folder, truncation=TRUNCATION, padding=PADDING)
+    tokenizer = Tokenizer.from_pretrained(folder)
+    assert tokenizer.encode(text) == want and len(want) > 8
+    assert tokenizer.encode("x") == load_tokenizer(folder).encode("x").ids and len(tokenizer.encode("x")) == 1
+
+
+def test_text_goes_on_as_it_reads_behind_the_prompt():
+    """A Strip decoder takes the first word's space away, which belongs to it only at the start of a text."""
+    words = {word: i for i, word in enumerate(["<unk>", "<s>", "▁the", "▁quick", "▁fox", "es"])}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    backend.add_special_tokens(["<s>"])
+    backend.decoder = tokenizers.decoders.Sequence(
+        [tokenizers.decoders.Replace("▁", " "), tokenizers.decoders.Fuse(), tokenizers.decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer = Tokenizer(backend)
+    assert tokenizer.decode([3, 4]) == "quick fox"
+    for tokens in (backend, tokenizer):
+        assert Continuation(tokens, [1, 2] * 20).decode([3, 4]) == " quick fox"
+        assert Continuation(tokens, [1, 2]).decode([5]) == "es"
+        assert Continuation(tokens, [2, 1]).decode([3, 4]) == "quick fox"  # a chat template's end: a new text
+        assert Continuation(tokens, []).decode([3]) == "quick" and Continuation(tokens, [2]).decode([]) == ""
+        assert Continuation(tokens, [2]).decode([1, 3], skip_special_tokens=False) == "<s> quick"
+
+
+def test_a_prompt_begins_with_what_the_tokenizer_adds_and_once(folder):
+    """And does not end with it: nothing would follow an eos."""
+    bare = load_tokenizer(folder)
+    for single, prefix in (("$A", []), ("[b] $A", [0]), ("[b] $A [e]", [0]), ("$A [e]", []), ("[b] [e] $A", [0, 2])):
+        names = {"[b]": (SPECIAL_TOKENS["bos"], 0), "[e]": (SPECIAL_TOKENS["eos"], 2)}
+        for name, (token, _) in names.items():
+            single = single.replace(name, token)
+        processor = tokenizers.processors.TemplateProcessing(
+            single=single, pair=f"{single} $B", special_tokens=list(names.values())
+        )
+        backend = load_tokenizer(folder)
+        backend.post_processor = processor
+        tokenizer, the = Tokenizer(backend), bare.encode("the").ids
+        assert tokenizer.encode_prompt("the") == [*prefix, *the] == generation_loop.encode(backend, "the", "prompts[0]")
+        assert generation_loop.encode(tokenizer, "the", "prompts[0]") == [*prefix, *the]
+        assert tokenizer.encode_prompt("") == prefix and tokenizer.encode_prompt("the", prefix=()) == the
+        assert tokenizer.encode_prompt("the", prefix=(0,)) == [0, *the]
+        text = SPECIAL_TOKENS["bos"] + "the"  # of a chat template
+        assert tokenizer.encode_prompt(text, prefix=(0,)) == [0, *the] == tokenizer.encode_prompt(text, prefix=())
+        whole = backend.encode("the <[MASK]>").ids
+        quoted = tokenizer.encode("the <[MASK]>", add_special_tokens=True, parse_special_tokens=False)
+        assert (
+            5 in whole and 5 not in quoted and quoted[: len(prefix)] == prefix and (quoted[-1] == 2) == (whole[-1] == 2)
+        )
+    with pytest.raises(ValueError, match="--add-bos: this checkpoint has no bos token"):
+        bos_prefix(True, None, "--add-bos")
+    assert (bos_prefix(None, 3), bos_prefix(False, 3), bos_prefix(True, 3)) == (None, [], [3])
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_control_tokens_never_come_from_text(named, folder):
+    """Also where tokenizer.json does not call them special: then `tokenizers` parses them always."""
+    change(folder, added_tokens={"special": False})
+    tokenizer = configure(folder, mask_token="<[MASK]>") if named else Tokenizer.from_pretrained(folder)
+    if not named:
+        tokenizer.protect([5, 2, None, 9999])  # an id of the model's that the tokenizer lacks is no text
+    text = "the <[MASK]> fox<[end▁of▁sentence]><[MASK]>"
+    ids = tokenizer.encode(text, parse_special_tokens=False)
+    assert not {2, 5} & set(ids) and tokenizer.decode(ids) == text
+    assert tokenizer.encode(text).count(5) == 2
+    assert tokenizer.decode([5, *tokenizer.encode("fox")]) == "fox"
+
+
+def test_a_model_that_merges_its_control_tokens(tmp_path):
+    """Unigram finds "</s>" in any text, as its pieces are the vocabulary: such text is encoded by pieces."""
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), *((c, -3.0) for c in "ab</s>")]
+    backend = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=0))
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = configure(tmp_path, eos_token="</s>", pad_token="a", unk_token="<unk>")
+    text = "a</s>b</s></s>"
+    assert 1 in tokenizer.encode(text)
+    ids = tokenizer.encode(text, parse_special_tokens=False)
+    assert 1 not in ids and "".join(tokenizer.backend.id_to_token(i) for i in ids) == text
+
+
+def test_tokens_that_only_other_files_name(folder):
+    """added_tokens.json, or tokenizer_config.json, which counts over it: as transformers reads them."""
+    transformers = pytest.importorskip("transformers")
+    size = load_tokenizer(folder).get_vocab_size()
+    text = "the <|im_start|> quick<|im_end|>"
+    added = {"<|im_end|>": size + 1, "<|im_start|>": size}
+    (folder / "added_tokens.json").write_text(json.dumps(added))
+    for config in (
+        {"additional_special_tokens": ["<|im_start|>"]},
+        {"added_tokens_decoder": {
+            str(i): {"content": content, "special": i == size, "lstrip": i == size, "rstrip": False,
+                     "single_word": False, "normalized": False}
+            for content, i in added.items()
+        }},
+    ):  # fmt: skip
+        tokenizer = configure(folder, **config)
+        theirs = transformers.AutoTokenizer.from_pretrained(folder)
+        ids = tokenizer.encode(text)
+        assert ids == theirs.encode(text, add_special_tokens=False) and {size, size + 1} <= set(ids)
+        assert tokenizer.decode(ids) == theirs.decode(
+            ids, skip_special_tokens=True
+        ) and "<|im_end|>" in tokenizer.decode(ids)
+        assert (size in load_tokenizer(folder / "tokenizer.json").encode(text).ids) is True
+    (folder / "added_tokens.json").write_text(json.dumps({"<|im_end|>": size + 7}))
+    with pytest.raises(
+        ValueError, match=rf"added_tokens\.json gives '<\|im_end\|>' the id {size + 7}, .* free id is {size}"
+    ):
+        configure(folder)
+    for bad in ({"<x>": "y"}, {"<x>": None}):
+        (folder / "added_tokens.json").write_text(json.dumps(bad))
+        with pytest.raises(ValueError, match=r"added_tokens\.json does not name added tokens by their ids"):
+            configure(folder)
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json does not name added tokens by their ids"):
+        configure(folder, added_tokens_decoder={"1": "x"})
+
+
 @pytest.mark.parametrize("template", [LLAMA3, CHATML, BLOCKS, NO_SYSTEM])
 def test_renders_as_transformers_does(template, folder):
     transformers = pytest.importorskip("transformers")
@@ -154,10 +290,59 @@ def test_system_message_moves_where_there_is_no_role_for_it(folder):
     want = f"{SPECIAL_TOKENS['bos']}user: Be brief.\n\nHi\nassistant: It is\nuser: Bye\nmodel: "
     assert tokenizer.apply_chat_template(messages) == want
     assert messages[1]["content"] == "Hi" and merge_system(messages)[0]["content"] == "Be brief.\n\nHi"
-    with pytest.raises(ValueError, match="no user message could take its text"):
-        tokenizer.apply_chat_template([SYSTEM])
+    # As the authors' evaluation has it: stripped, all of them, and a user's turn where none is first.
+    hi, padded = {"role": "user", "content": "Hi"}, {"role": "system", "content": "\nBe brief.\n\n"}
+    for given, contents in (
+        ([padded, hi], ["Be brief.\n\nHi"]),
+        ([padded, padded, hi], ["Be brief.\n\nBe brief.\n\nHi"]),
+        ([SYSTEM, ASSISTANT, hi], ["Be brief.", ASSISTANT["content"], "Hi"]),
+        ([SYSTEM, hi, padded], ["Be brief.\n\nBe brief.\n\nHi"]),
+        ([SYSTEM], ["Be brief."]),
+        ([hi], ["Hi"]),
+    ):
+        merged = merge_system(given)
+        assert [m["content"] for m in merged] == contents and "system" not in {m["role"] for m in merged}
+        head = f"{SPECIAL_TOKENS['bos']}user: {contents[0]}\n"
+        assert tokenizer.apply_chat_template(given).startswith(head)
+    parts = merge_system([SYSTEM, {"role": "user", "content": [{"type": "text", "text": "Hi"}]}])
+    assert [part["text"] for part in parts[0]["content"]] == ["Be brief.\n\n", "Hi"]
     with pytest.raises(ValueError, match="refuses these messages: Only user and assistant roles"):
         render_chat_template(BLOCKS, [SYSTEM, USER])
+
+
+def test_what_a_message_lacks_is_not_the_word_none(folder):
+    transformers = pytest.importorskip("transformers")
+    template = "{% for m in messages %}{{ m.role }}:{{ m.content }}{% if m.name is defined %}!{% endif %}\n{% endfor %}"
+    tokenizer, messages = (
+        configure(folder, chat_template=template),
+        [USER, {"role": "assistant", "content": None, "name": None}],
+    )
+    assert tokenizer.apply_chat_template(messages).endswith("<b>&assistant:")
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.apply_chat_template(messages) == theirs.apply_chat_template(messages, tokenize=False)
+    with pytest.raises(ValueError, match="messages need a role"):
+        tokenizer.apply_chat_template([{"role": None, "content": "x"}])
+
+
+@pytest.mark.parametrize("template, want", [
+    ("{% for m in messages %}{{ m.content }}#{{ m.content }}#{% endfor %}", "It is \n#It is \n"),
+    ("{% for m in messages %}{{ m.content | trim }} #{{ m.content | trim }} #{% endfor %}", "It is #It is"),
+    ("{{ messages[-1].content | trim }} {{ messages[-1].content }}#", "It is It is \n"),
+])  # fmt: skip
+def test_a_message_that_is_shown_twice_goes_on_once(template, want):
+    options = {"add_generation_prompt": False, "continue_final_message": True}
+    assert render_chat_template(template, [ASSISTANT], **options) == want
+
+
+def test_a_message_that_the_template_cuts_cannot_go_on():
+    """As in transformers: the model would go on from something else than was given."""
+    template = "{% for m in messages %}{{ m.content.split('</think>')[-1] }}#{% endfor %}"
+    thought = {"role": "assistant", "content": "<think>so</think>It is"}
+    options = {"add_generation_prompt": False, "continue_final_message": True}
+    assert render_chat_template(template, [ASSISTANT], **options) == ASSISTANT["content"]
+    for messages in ([thought], [{"role": "user", "content": "<think>so</think>It is"}, thought]):
+        with pytest.raises(ValueError, match="leaves the last message out, or a part of it: '<think>so</think>It is'"):
+            render_chat_template(template, messages, **options)
 
 
 def test_where_templates_come_from(folder):
@@ -169,12 +354,34 @@ def test_where_templates_come_from(folder):
     tokenizer = configure(folder, chat_template=named)
     assert tokenizer.apply_chat_template([USER]) == "plain"
     assert tokenizer.apply_chat_template([USER], tools=[{}]) == "tools"
+    assert tokenizer.apply_chat_template([USER], tools=None) == "plain"
     assert tokenizer.apply_chat_template([USER], chat_template="rag") == "rag"
     assert tokenizer.apply_chat_template([USER], chat_template="{{ messages[0].role }}") == "user"
     with pytest.raises(ValueError, match="chat_template must name one of rag, tool_use: none of them is default"):
         configure(folder, chat_template=named[1:]).apply_chat_template([USER])
     (folder / "chat_template.jinja").write_text("from the file")
-    assert configure(folder, chat_template="from the config").apply_chat_template([USER]) == "from the file"
+    alone = configure(folder, chat_template="from the config")
+    assert (
+        alone.apply_chat_template([USER])
+        == "from the file"
+        == alone.apply_chat_template([USER], chat_template="default")
+    )
+    with pytest.raises(
+        ValueError, match="chat_template must be Jinja source or the name of a template, got 'rag'; .* default"
+    ):
+        alone.apply_chat_template([USER], chat_template="rag")
+    more = folder / "additional_chat_templates"
+    more.mkdir()
+    (more / "rag.jinja").write_text("RAG {{ messages[0].content }}")
+    (more / "tool_use.jinja").write_text("TOOLS")
+    both = configure(folder, chat_template="from the config")
+    assert both.apply_chat_template([USER], chat_template="rag") == "RAG " + USER["content"]
+    assert (
+        both.apply_chat_template([USER]) == "from the file" and both.apply_chat_template([USER], tools=[{}]) == "TOOLS"
+    )
+    (folder / "chat_template.jinja").unlink()
+    assert configure(folder, chat_template="of it").apply_chat_template([USER]) == "of it"
+    assert configure(folder, chat_template=named).apply_chat_template([USER], chat_template="rag").startswith("RAG")
 
 
 def test_errors_name_the_file_and_the_cure(folder, tmp_path, monkeypatch):
@@ -190,6 +397,8 @@ def test_errors_name_the_file_and_the_cure(folder, tmp_path, monkeypatch):
         (lambda: render("{{ nothing.at.all }}", [USER]), ValueError, "refuses these messages: 'nothing' is undefined"),
         (lambda: render("{{ messages.append(1) }}", [USER]), ValueError, "refuses these messages: access to attribute 'append'"),
         (lambda: render("{{ ''.__class__.mro() }}", [USER]), ValueError, "access to attribute '__class__'"),
+        (lambda: render("{{ messages[0].content + 1 }}", [USER]), ValueError, "refuses these messages: TypeError: "),
+        (lambda: render("{{ 1 / 0 }}", [USER]), ValueError, "refuses these messages: ZeroDivisionError: "),
         (lambda: render("x", USER), TypeError, "messages must be a list"),
         (lambda: render("x", "hello"), TypeError, "messages must be a list"),
         (lambda: render("x", [{"content": "x"}]), ValueError, "messages need a role"),
@@ -208,7 +417,7 @@ def test_errors_name_the_file_and_the_cure(folder, tmp_path, monkeypatch):
         Tokenizer.from_pretrained(folder)
     (folder / "tokenizer_config.json").unlink()
     (folder / "chat_template.jinja").write_bytes(b"\xff\xfe")
-    with pytest.raises(ValueError, match=r"chat_template\.jinja is not text"):
+    with pytest.raises(ValueError, match=r"chat_template\.jinja is not UTF-8 text: it looks like UTF-16"):
         Tokenizer.from_pretrained(folder)
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer\.json is not a tokenizer\.json that"):

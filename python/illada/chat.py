@@ -10,8 +10,9 @@ from typing import Any
 
 Message = Mapping[str, Any]  # {"role": "user", "content": "..."} and whatever else the template looks at
 
-# Stands behind the message to continue; the space tells whether the template trims what it is given.
-_MARKER = "\ue000illada-continue\ue000 "
+# Stands behind the message to continue. The space after it tells whether the template trims what it is given; it is one
+# that no template has of its own.
+_MARK, _SPACE = "\ue000illada-continue\ue000", "\u205f"
 
 
 def render_chat_template(
@@ -26,54 +27,76 @@ def render_chat_template(
 
     Args:
         template: Jinja source.
-        messages: with "role" and "content" each.
+        messages: with "role" and "content" each; what is None in them counts as absent.
         add_generation_prompt: end with the beginning of an answer.
         continue_final_message: end with the last message, left open, so that generation goes on with it.
         variables: what else the template may look at: bos_token, tools, enable_thinking, ...
 
-    A template that refuses the system role ("System role not supported") gets the system message merged into the
-    first user message, with an empty line between them.
+    A template that refuses the system role ("System role not supported") gets the messages of `merge_system`.
 
     Raises:
         ImportError: jinja2 is not installed. ValueError: a template that is broken or refuses the messages; both ends
-        at once; a last message that is not in the rendered text. TypeError: messages that are not messages.
+        at once; a last message that the rendered text does not end with. TypeError: messages that are not messages.
     """
-    chat = [dict(message) for message in _checked(messages)]
+    chat = [{k: v for k, v in message.items() if v is not None} for message in _checked(messages)]
     if add_generation_prompt and continue_final_message:
         raise ValueError("add_generation_prompt and continue_final_message exclude each other")
     if continue_final_message:
         if not chat or not isinstance(chat[-1].get("content"), str):
             raise ValueError("continue_final_message needs a last message whose content is text")
-        chat[-1]["content"] += _MARKER
+        last = chat[-1]["content"].strip()
+        chat[-1]["content"] += _MARK + _SPACE
     variables = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt, **variables}
     try:
         text = _render(template, chat, variables)
     except ValueError as error:
-        if "system role not supported" not in str(error).lower() or not chat or chat[0]["role"] != "system":
+        if "system role not supported" not in str(error).lower():
             raise
         text = _render(template, merge_system(chat), variables)
     if not continue_final_message:
         return text
-    at = text.rfind(_MARKER.rstrip())
-    if at < 0:
-        raise ValueError("continue_final_message: the chat template leaves the last message out")
-    return text[:at] if text.startswith(_MARKER, at) else text[:at].rstrip()
+    # A template may show the message several times; the last one is to go on.
+    begin, *parts = text.split(_MARK)
+    kept = ""
+    for part in parts:
+        kept = begin if part.startswith(_SPACE) else begin.rstrip()
+        begin = kept + part.removeprefix(_SPACE)
+    if not parts or not kept.rstrip().endswith(last):
+        raise ValueError(
+            f"continue_final_message: the chat template leaves the last message out, or a part of it: {last!r:.80}"
+        )
+    return kept
 
 
 def merge_system(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Without the leading system message: its text begins the first user message. ValueError: there is none."""
-    system, rest = messages[0], [dict(message) for message in messages[1:]]
-    for message in rest:
-        if message["role"] == "user" and isinstance(message["content"], str):
-            message["content"] = f"{system['content']}\n\n{message['content']}"
-            return rest
-    raise ValueError("the chat template has no system role, and no user message could take its text")
+    """Without system messages, as published: their texts, stripped and with empty lines between them, begin the first
+    message where that is the user's, and are a user's message of their own otherwise."""
+    system = [_text(message.get("content")).strip() for message in messages if message["role"] == "system"]
+    rest = [dict(message) for message in messages if message["role"] != "system"]
+    if not system:
+        return rest
+    joined = "\n\n".join(system)
+    if not rest or rest[0]["role"] != "user":
+        return [{"role": "user", "content": joined}, *rest]
+    content = rest[0].get("content")
+    if isinstance(content, list):
+        rest[0]["content"] = [{"type": "text", "text": f"{joined}\n\n"}, *content]
+    else:
+        rest[0]["content"] = f"{joined}\n\n{_text(content)}"
+    return rest
+
+
+def _text(content: Any) -> str:
+    """A message's content as text: of content in parts, the texts among them."""
+    if isinstance(content, list):
+        return "".join(str(part["text"]) for part in content if isinstance(part, Mapping) and "text" in part)
+    return "" if content is None else str(content)
 
 
 def _checked(messages: Sequence[Message]) -> Sequence[Message]:
     if isinstance(messages, (str, Mapping)) or not all(isinstance(message, Mapping) for message in messages):
         raise TypeError(f"messages must be a list of {{'role': ..., 'content': ...}}, got {messages!r:.80}")
-    if without := [message for message in messages if "role" not in message]:
+    if without := [message for message in messages if message.get("role") is None]:
         raise ValueError(f"messages need a role, got {without[0]!r:.80}")
     return messages
 
@@ -89,6 +112,8 @@ def _render(template: str, messages: Sequence[Message], variables: Mapping[str, 
         raise ValueError(f"the chat template is broken, line {error.lineno}: {error.message}") from None
     except jinja2.TemplateError as error:
         raise ValueError(f"the chat template refuses these messages: {error}") from None
+    except Exception as error:  # of the template's own operations on what it is given
+        raise ValueError(f"the chat template refuses these messages: {type(error).__name__}: {error}") from None
 
 
 @functools.lru_cache(maxsize=8)

@@ -27,6 +27,7 @@ from illada.devices import find_device
 from illada.files import looks_like, read_json_object, staged_directory
 from illada.layouts import LAYOUTS, Layout, layout_of_file
 from illada.model import MaskedDiffusionModel
+from illada.text import read_json
 
 _INDEX = "model.safetensors.index.json"
 #: Of weights, by their names in safetensors.
@@ -35,6 +36,7 @@ _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 #: What belongs to a checkpoint beside its weights and its config.json: glob patterns.
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
     "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "tokenization_*.py", "generation_config.json",
 )  # fmt: skip
 
@@ -139,7 +141,8 @@ def _copy_tokenizer(source: Path, folder: Path) -> None:
     if not files:
         raise FileNotFoundError(f"{source} has no tokenizer files ({', '.join(TOKENIZER_FILES[:3])}, ...)")
     for file in files:
-        shutil.copyfile(file, folder / file.name)
+        (folder / file.relative_to(source)).parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, folder / file.relative_to(source))
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
@@ -175,6 +178,7 @@ def load_pretrained(
     path = Path(path)
     model = MaskedDiffusionModel(load_config(path, mask_token_id=mask_token_id), device="meta")
     load_weights(model, path, device=device, dtype=dtype)
+    model.stop_token_ids = read_stop_tokens(path)
     return model
 
 
@@ -290,7 +294,7 @@ def _weight_files(path: Path) -> list[Path]:
         if said := looks_like(path / _INDEX):
             raise ValueError(f"{path / _INDEX} {said}")
         try:
-            names = sorted(set(json.loads((path / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+            names = sorted(set(read_json(path / _INDEX)["weight_map"].values()))
             if any(Path(name).name != name for name in names):
                 raise ValueError("a shard outside of the folder")
         except (ValueError, KeyError, AttributeError, TypeError):
@@ -305,6 +309,16 @@ def _weight_files(path: Path) -> list[Path]:
             raise FileNotFoundError(f"{path} has {shards[0]}, but not their index, {_INDEX}: download it, too")
         raise FileNotFoundError(f"{path} has no model.safetensors{hint}")
     return [path / "model.safetensors"]
+
+
+def read_stop_tokens(path: str | Path) -> tuple[int, ...]:
+    """The ids that end a sequence by generation_config.json of a checkpoint folder; none where it names none."""
+    file = Path(path) / "generation_config.json"
+    ids = read_json_object(file).get("eos_token_id") if file.is_file() else None
+    listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in listed):
+        raise ValueError(f"{file}: eos_token_id must be a token id, or a list of them, got {ids!r:.80}")
+    return tuple(listed)
 
 
 def read_config(path: str | Path) -> dict[str, Any]:

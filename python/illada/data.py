@@ -17,6 +17,7 @@ import hashlib
 import json
 import sys
 import sysconfig
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from tqdm import tqdm
 
 from illada.files import staged_directory
+from illada.text import parse_json, read_json, read_lines, read_text
+from illada.tokenizer_files import control_tokens, encode_as_text, load_tokenizer
 
 FORMAT, FORMAT_VERSION = "illada-corpus", 1
 SPLITS = ("train", "validation")
@@ -64,7 +67,8 @@ _ENCODE_BATCH = 256  # documents handed to the tokenizer's threads at a time
 
 
 def read_source(source: str) -> Iterator[str]:
-    """Documents of a source, in a fixed order; files that are not UTF-8 text are left out.
+    """Documents of a source, in a fixed order. Files of a folder that are not UTF-8 text are left out,
+    with a warning that counts them.
 
     Args:
         source: "stdlib", the source code of the running Python's own library; "dir:PATH", every text file below a
@@ -90,42 +94,34 @@ def read_source(source: str) -> Iterator[str]:
 
 
 def _read_files(paths: Iterable[Path]) -> Iterator[str]:
+    left_out: list[str] = []
     for path in paths:
         try:
-            text = path.read_text(encoding="utf-8")
-        except (UnicodeDecodeError, OSError):
+            text = read_text(path)
+        except (ValueError, OSError) as error:
+            left_out.append(str(error))
             continue
+        if text.strip():
+            yield text
+    if left_out:
+        warnings.warn(f"left out {len(left_out)} files that are not UTF-8 text; the first: {left_out[0]}", stacklevel=1)
+
+
+def _read_jsonl(path: Path) -> Iterator[str]:
+    for where, line in read_lines(path):
+        if not line.strip():
+            continue
+        try:
+            text = parse_json(line, where)["text"]
+        except (KeyError, TypeError):
+            raise ValueError(f'{where}: expected a JSON object with a "text" field') from None
+        if not isinstance(text, str):
+            raise ValueError(f'{where}: "text" must be a string, got {type(text).__name__}')
         if text.strip():
             yield text
 
 
-def _read_jsonl(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(line)["text"]
-            except (json.JSONDecodeError, KeyError, TypeError):
-                raise ValueError(f'{path}, line {number}: expected a JSON object with a "text" field') from None
-            if not isinstance(text, str):
-                raise ValueError(f'{path}, line {number}: "text" must be a string, got {type(text).__name__}')
-            if text.strip():
-                yield text
-
-
 # --------------------------------------------------------------------------------------------------------- tokenizers
-
-
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """A tokenizer.json, or the one in a folder (a corpus, a checkpoint)."""
-    file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"no tokenizer at {file}")
-    try:
-        return Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"{file} is not a tokenizer.json that `tokenizers` can read: {error}") from None
 
 
 def tokenizer_sha256(path: str | Path) -> str:
@@ -219,6 +215,7 @@ def prepare(
     else:
         trained = load_tokenizer(tokenizer)
     ids = special_ids(trained, special)
+    control = control_tokens(trained, ids.values())
     trained.encode_special_tokens = True  # a document that spells "<[MASK]>" is text, not a mask
 
     with staged_directory(out_dir) as folder:
@@ -234,7 +231,7 @@ def prepare(
             "tokenizer_sha256": tokenizer_sha256(folder),
             "held_out": held_out,
             "splits": {
-                split: _write_split(parts[split], trained, ids["eos"], folder / split, dtype, progress)
+                split: _write_split(parts[split], trained, ids["eos"], control, folder / split, dtype, progress)
                 for split in SPLITS
             },
         }
@@ -265,19 +262,27 @@ def hold_out(documents: list[str], fraction: float) -> tuple[dict[str, list[str]
 
 
 def _write_split(
-    texts: list[str], tokenizer: Tokenizer, eos: int, stem: Path, dtype: str, progress: bool
+    texts: list[str], tokenizer: Tokenizer, eos: int, control: dict[int, str], stem: Path, dtype: str, progress: bool
 ) -> dict[str, int]:
     """Write stem.bin and stem.idx; how many documents, tokens and bytes of text they hold."""
-    offsets = [0]
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False).ids
+
+    offsets, never = [0], np.array(list(control), dtype=np.int64)
     with (
         stem.with_suffix(".bin").open("wb") as file,
         tqdm(total=len(texts), desc=f"encoding {stem.name}", unit=" documents", disable=not progress) as bar,
     ):
         for start in range(0, len(texts), _ENCODE_BATCH):
             batch = texts[start : start + _ENCODE_BATCH]
-            for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False):
-                np.asarray([*encoding.ids, eos], dtype=dtype).tofile(file)
-                offsets.append(offsets[-1] + len(encoding.ids) + 1)
+            encodings = tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+            for text, encoding in zip(batch, encodings, strict=True):
+                ids = encoding.ids
+                if np.isin(ids, never).any():
+                    ids = encode_as_text(encode, control, text)
+                np.asarray([*ids, eos], dtype=dtype).tofile(file)
+                offsets.append(offsets[-1] + len(ids) + 1)
             bar.update(len(batch))
     np.asarray(offsets, dtype=np.uint64).tofile(stem.with_suffix(".idx"))
     return {"documents": len(texts), "tokens": offsets[-1], "bytes": sum(len(text.encode()) for text in texts)}
@@ -312,9 +317,9 @@ class TokenDataset:
         if not header_file.is_file():
             raise FileNotFoundError(f"{self.path} is not a corpus (no corpus.json); make one with `illada prepare`")
         try:
-            self.header: dict[str, Any] = json.loads(header_file.read_text(encoding="utf-8"))
+            self.header: dict[str, Any] = read_json(header_file)
             known = self.header["format"] == FORMAT
-        except (json.JSONDecodeError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError):
             known = False
         if not known:
             raise ValueError(f"{header_file} is not the header of an {FORMAT}")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from illada.text import read_json
 
 
 @contextlib.contextmanager
@@ -68,9 +69,9 @@ def looks_like(file: Path) -> str | None:
 def read_json_object(file: Path) -> dict[str, Any]:
     """A JSON file that holds an object. ValueError, which names the file: it does not."""
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # UnicodeDecodeError is one as well
-        raise ValueError(f"{file} {looks_like(file) or f'is not JSON: {error}'}") from None
+        values = read_json(file)
+    except ValueError as error:
+        raise ValueError(f"{file} {found}" if (found := looks_like(file)) else str(error)) from None
     if not isinstance(values, dict):
         raise ValueError(f"{file} does not hold a JSON object")
     return values

@@ -223,6 +223,7 @@ class MaskedDiffusionModel(nn.Module):
 
     Attributes:
         config: as given.
+        stop_token_ids: ids that end a generation beside those of the config: of generation_config.json.
         activation_checkpointing: recompute each layer in the backward pass instead of keeping its activations.
     """
 
@@ -237,6 +238,7 @@ class MaskedDiffusionModel(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False
+        self.stop_token_ids: tuple[int, ...] = ()
         # nn.Linear draws from the global generator when it is made; on the meta device it draws nothing.
         with torch.device("meta"):
             self.embed_tokens = nn.Embedding(config.embedding_rows, config.hidden_size)

@@ -27,8 +27,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from illada.data import TokenDataset, load_tokenizer
+from illada.data import TokenDataset
 from illada.files import staged_directory
+from illada.text import read_text
+from illada.tokenizer_files import load_tokenizer
 
 TASKS = ("definitions", "cloze", "cloze_word")
 CHOICES = 4
@@ -257,7 +259,7 @@ def read_wordnet(path: str | Path) -> list[Entry]:
 
 def _data_lines(file: Path) -> list[str]:
     """The lines of one of WordNet's files, without the licence at its beginning, which is indented."""
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    lines = read_text(file).splitlines() if file.is_file() else []
     return [line for line in lines if line.strip() and not line.startswith(" ")]
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
 from illada.chat import Message, render_chat_template
-from illada.data import load_tokenizer
 from illada.files import read_json_object
+from illada.text import check_text, read_text
+from illada.tokenizer_files import control_tokens, encode_as_text, load_tokenizer, read_special_tokens, without_limits
 
-_SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_LOOK_BACK = 16  # tokens of a prompt: what decides how the next one reads is near
 _SLOW_FILES = ("tokenizer_config.json", "vocab.json", "vocab.txt", "tokenizer.model")
 
 
@@ -35,6 +37,8 @@ class Tokenizer:
         self.backend = backend
         self.chat_template = chat_template
         self.special_tokens = dict(special_tokens or {})
+        self._control: dict[int, str] = {}
+        self.protect(self.special_token_id(name) for name in ("mask_token", "eos_token", "bos_token", "pad_token"))
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, trust_remote_code: bool = False) -> Tokenizer:
@@ -53,16 +57,66 @@ class Tokenizer:
         else:
             backend = load_tokenizer(path)
         config = _read_if_there(folder / "tokenizer_config.json")
-        special = {**_read_if_there(folder / "special_tokens_map.json"), **config}
-        names = (*_SPECIAL_NAMES, "additional_special_tokens")
         return cls(
             backend,
             chat_template=_chat_template(folder, config.get("chat_template")),
-            special_tokens={name: _text(special[name]) for name in names if special.get(name)},
+            special_tokens=read_special_tokens(folder),
         )
 
+    def protect(self, ids: Iterable[int | None]) -> None:
+        """Ids that `encode` never gives for text with `parse_special_tokens` off, whatever the tokenizer says of them.
+
+        Those of the tokenizer's own names are. A token of a single character is text, and stays it.
+        """
+        if isinstance(self.backend, tokenizers.Tokenizer):
+            found = control_tokens(self.backend, (i for i in ids if len(self._name(i)) > 1))
+        else:
+            found = {i: self._name(i) for i in ids if i is not None and len(self._name(i)) > 1}
+        self._control.update(found)
+
     def encode(self, text: str, *, add_special_tokens: bool = False, parse_special_tokens: bool = True) -> list[int]:
-        """The ids of `text`. With `parse_special_tokens` off, text that spells a special token is just text."""
+        """The ids of `text`. With `parse_special_tokens` off, text that spells a special token is just text.
+
+        Raises:
+            ValueError: text with a lone surrogate; text that the tokenizer makes a control token of.
+        """
+        check_text(text, "text to encode")
+        if parse_special_tokens:
+            return self._encode(text, add_special_tokens)
+        ids = encode_as_text(lambda part: self._encode(part, False, False), self._control, text)
+        before, behind = self._affixes if add_special_tokens else ([], [])
+        return [*before, *ids, *behind]
+
+    def encode_prompt(
+        self, text: str, *, prefix: Sequence[int] | None = None, parse_special_tokens: bool = True
+    ) -> list[int]:
+        """The ids of a text that a model is to continue, or to score what follows it.
+
+        They begin, once, with what the tokenizer's post-processor puts before a text (its bos, if it adds one), and end
+        without what it puts behind.
+
+        Args:
+            prefix: what to begin with instead; empty for nothing.
+        """
+        return self.begin_prompt(self.encode(text, parse_special_tokens=parse_special_tokens), prefix)
+
+    def begin_prompt(self, ids: list[int], prefix: Sequence[int] | None = None) -> list[int]:
+        """The ids of a text as those of a prompt, see `encode_prompt`."""
+        return begin_with(ids, self._affixes[0] if prefix is None else prefix)
+
+    @functools.cached_property
+    def _affixes(self) -> tuple[list[int], list[int]]:
+        return affixes(self._encode)
+
+    def _name(self, token: int | None) -> str:
+        """The text of a token, empty where there is none."""
+        if token is None or token < 0:
+            return ""
+        if isinstance(self.backend, tokenizers.Tokenizer):
+            return self.backend.id_to_token(token) or ""
+        return self.backend.convert_ids_to_tokens(token) or ""
+
+    def _encode(self, text: str, add_special_tokens: bool, parse_special_tokens: bool = True) -> list[int]:
         if not isinstance(self.backend, tokenizers.Tokenizer):
             return self.backend.encode(
                 text, add_special_tokens=add_special_tokens, split_special_tokens=not parse_special_tokens
@@ -113,7 +167,7 @@ class Tokenizer:
         Raises:
             ValueError: no chat template; one that is broken or refuses these messages. ImportError: no jinja2.
         """
-        template = self._choose_template(chat_template, "tools" in variables)
+        template = self._choose_template(chat_template, variables.get("tools") is not None)
         return render_chat_template(
             template,
             messages,
@@ -123,45 +177,96 @@ class Tokenizer:
         )
 
     def _choose_template(self, wanted: str | None, has_tools: bool) -> str:
-        templates = self.chat_template
-        if not isinstance(templates, Mapping):
-            template = wanted if wanted is not None else templates
-            if template is None:
-                raise ValueError(
-                    "this tokenizer has no chat template (tokenizer_config.json or chat_template.jinja); it is perhaps "
-                    "that of a base model: give plain prompts, or chat_template="
-                )
-            return template
+        if isinstance(self.chat_template, Mapping):
+            templates = self.chat_template
+        else:
+            templates = {} if self.chat_template is None else {"default": self.chat_template}
         if wanted is not None:
+            if wanted not in templates and not any(mark in wanted for mark in ("{{", "{%", "{#")):
+                raise ValueError(
+                    f"chat_template must be Jinja source or the name of a template, got {wanted!r:.80}; this tokenizer "
+                    f"has {', '.join(sorted(templates)) or 'none'}"
+                )
             return templates.get(wanted, wanted)
+        if not templates:
+            raise ValueError(
+                "this tokenizer has no chat template (tokenizer_config.json or chat_template.jinja); it is perhaps "
+                "that of a base model: give plain prompts, or chat_template="
+            )
         name = "tool_use" if has_tools and "tool_use" in templates else "default"
         if name not in templates:
             raise ValueError(f"chat_template must name one of {', '.join(sorted(templates))}: none of them is default")
         return templates[name]
 
 
+def affixes(encode: Callable[[str, bool], list[int]]) -> tuple[list[int], list[int]]:
+    """What a tokenizer's post-processor puts before a text and behind it; `encode(text, add_special_tokens)`."""
+    bare, whole = encode("a", False), encode("a", True)
+    for at in range(len(whole) - len(bare) + 1):
+        if whole[at : at + len(bare)] == bare:
+            return whole[:at], whole[at + len(bare) :]
+    return [], []
+
+
+def begin_with(ids: list[int], prefix: Sequence[int]) -> list[int]:
+    """The ids with `prefix` in front, once, also where a chat template has it."""
+    first, size = list(prefix), len(prefix)
+    while size and ids[: 2 * size] == first * 2:
+        ids = ids[size:]
+    return ids if ids[:size] == first else first + ids
+
+
+def bos_prefix(add_bos: bool | None, bos_token_id: int | None, name: str = "add_bos") -> list[int] | None:
+    """The prefix for `Tokenizer.encode_prompt`: bos, nothing, or None, which is the tokenizer's own."""
+    if not add_bos:
+        return None if add_bos is None else []
+    if bos_token_id is None:
+        raise ValueError(f"{name}: this checkpoint has no bos token")
+    return [bos_token_id]
+
+
+class Continuation:
+    """Decodes tokens as they read behind a prompt, where a decoder that strips the start of a text would join words.
+
+    Args:
+        tokenizer: with decode, of this library, `tokenizers` or `transformers`.
+        prompt: the ids before. After a special token, as a chat template ends, a text begins anew.
+    """
+
+    def __init__(self, tokenizer: Any, prompt: Sequence[int]) -> None:
+        self.tokenizer = tokenizer
+        before: list[int] = []
+        for token in reversed(list(prompt[-_LOOK_BACK:])):
+            if not self._decode([token], True) and self._decode([token], False):
+                break
+            before.insert(0, token)
+        self._before, self._heads = before, {skip: self._decode(before, skip) for skip in (True, False)}
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of `ids` there."""
+        head = self._heads[skip_special_tokens]
+        whole = self._decode([*self._before, *ids], skip_special_tokens) if head else ""
+        return whole[len(head) :] if head and whole.startswith(head) else self._decode(ids, skip_special_tokens)
+
+    def _decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
+        return self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+
 def _read_if_there(file: Path) -> dict[str, Any]:
     return read_json_object(file) if file.is_file() else {}
 
 
-def _text(token: Any) -> Any:
-    """A special token: text, or the form with flags that wraps it; or a list of them."""
-    if isinstance(token, list):
-        return [_text(one) for one in token]
-    return token.get("content") if isinstance(token, dict) else token
-
-
 def _chat_template(folder: Path, configured: Any) -> str | dict[str, str] | None:
-    file = folder / "chat_template.jinja"  # newer files keep it here, and then it counts
-    if file.is_file():
-        try:
-            return file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file} is not text: {error}") from None
-    if configured is None or isinstance(configured, str):
-        return configured
+    named = {file.name.removesuffix(".jinja"): file for file in folder.glob("additional_chat_templates/*.jinja")}
+    if (file := folder / "chat_template.jinja").is_file():
+        named["default"] = file
+    found = {name: read_text(file) for name, file in sorted(named.items())}
+    if "default" in found or not configured:  # newer files keep templates beside the configuration, and then they count
+        return found["default"] if found.keys() == {"default"} else found or None
+    if isinstance(configured, str):
+        return {"default": configured, **found} if found else configured
     try:
-        return {str(one["name"]): str(one["template"]) for one in configured}
+        return {**{str(one["name"]): str(one["template"]) for one in configured}, **found}
     except (TypeError, KeyError):
         raise ValueError(
             f"{folder / 'tokenizer_config.json'}: chat_template must be text or a list of {{name, template}}, "
@@ -188,4 +293,7 @@ def _load_slow(folder: Path, trust_remote_code: bool) -> Any:
     except Exception as error:  # of many types, by the kind of the file
         raise ValueError(f"transformers cannot read the tokenizer in {folder}: {error}") from None
     backend = getattr(loaded, "backend_tokenizer", None)
-    return backend if isinstance(backend, tokenizers.Tokenizer) else loaded
+    if not isinstance(backend, tokenizers.Tokenizer):
+        return loaded
+    without_limits(backend)
+    return backend

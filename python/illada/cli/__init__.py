@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
 
 from illada.cli import agreement, chat, convert, evaluate, generate, info, prepare, score, train
+from illada.text import check_text
 
 _EXAMPLES = """\
 from nothing to text, on a CPU:
@@ -29,7 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if options.command == "train":
         options.overrides = rest
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal or locale that lacks a character gets its escape
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
+        _check_texts(options)
         return options.run(options)
     except (ValueError, TypeError, OSError, ImportError, NotImplementedError, ArithmeticError) as error:
         if os.environ.get("ILLADA_DEBUG", "") not in ("", "0"):
@@ -39,6 +44,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("illada: interrupted", file=sys.stderr)
         return 130
+
+
+def _check_texts(options: argparse.Namespace) -> None:
+    """ValueError: an argument that is given to a model, not a path, was not UTF-8."""
+    for name in ("prompt", "context", "candidate", "system", "stop", "end_think"):
+        value = getattr(options, name, None)
+        for text in [value] if isinstance(value, str) else value or []:
+            check_text(text, f"--{name.replace('_', '-')}")
 
 
 def _parser() -> argparse.ArgumentParser:

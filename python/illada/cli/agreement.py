@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import sys
 from typing import Any
 
 from illada.cli import sampling
@@ -36,15 +34,14 @@ def _run(options: argparse.Namespace) -> int:
     from illada.generation.agreement import cache_agreement
 
     model, tokenizer = sampling.load(options)
-    needs_stdin = not (options.prompt or options.prompt_file) and not sys.stdin.isatty()
-    _, ids = sampling.read_prompts(options, tokenizer, sys.stdin.read() if needs_stdin else None)
+    _, ids = sampling.read_prompts(options, model, tokenizer)
     reports = cache_agreement(
         model, ids, sampling.make_config(options, tokenizer), caches=options.caches.split(","), seed=options.seed,
         tokenizer=tokenizer, batch_size=options.batch_size, progress=True,
     )  # fmt: skip
     if options.json:
         for report in reports:
-            print(json.dumps(dataclasses.asdict(report)))
+            sampling.print_json(dataclasses.asdict(report))
         return 0
     print(f"{'cache':<8}{'same tokens':>12}{'same texts':>12}{'first other':>12}{'score':>9}{'gap':>9}{'seconds':>9}")
     for r in reports:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from illada.cli import sampling
+from illada.text import check_text, read_text
 
-_COMMANDS = "/reset forgets the conversation, /undo the last turn, /exit leaves (as does Ctrl-D)"
+_COMMANDS = "/reset forgets the conversation, /undo the last turn, /exit leaves (as does Ctrl-D); // sends a slash"
 
 
 def add_parser(commands: Any) -> None:
@@ -34,7 +35,7 @@ def add_parser(commands: Any) -> None:
 def _run(options: argparse.Namespace) -> int:
     model, tokenizer = sampling.load(options)
     if options.chat_template:
-        tokenizer.chat_template = Path(options.chat_template).read_text(encoding="utf-8")
+        tokenizer.chat_template = read_text(options.chat_template)
     if tokenizer.chat_template is None:
         raise ValueError(
             f"{options.checkpoint} has no chat template, so it is perhaps a base model: use `illada generate`, or give "
@@ -42,9 +43,11 @@ def _run(options: argparse.Namespace) -> int:
         )
     if options.mode == "infill":
         raise ValueError("--mode infill fills masks in a text; a chat goes with var or fixed")
-    config = sampling.make_config(options, tokenizer)
+    config, prefix = sampling.make_config(options, tokenizer), sampling.prefix(options, model)
     start = [{"role": "system", "content": options.system}] if options.system else []
     messages = list(start)
+    if sys.stdin is None:
+        raise ValueError("standard input is closed; a chat reads its messages there")
     interactive = sys.stdin.isatty()
     if interactive:
         print(f"{_COMMANDS}.", file=sys.stderr)
@@ -55,9 +58,12 @@ def _run(options: argparse.Namespace) -> int:
     turns = 0
     while True:
         try:
-            text = input("> " if interactive else "").strip()
+            text = _read_line(interactive).strip()
         except EOFError:
             return 0
+        except ValueError as error:
+            print(f"illada: {error}; it is not sent", file=sys.stderr)
+            continue
         except KeyboardInterrupt:
             print()
             return 0
@@ -67,13 +73,14 @@ def _run(options: argparse.Namespace) -> int:
             messages = list(start)
         elif text == "/undo":
             messages = messages[: max(len(start), len(messages) - 2)]
-        elif text.startswith("/"):
+        elif text.startswith("/") and not text.startswith("//"):
             print(f"no command {text.split()[0]}; {_COMMANDS}", file=sys.stderr)
         elif text:
-            messages.append({"role": "user", "content": text})
+            messages.append({"role": "user", "content": text[1:] if text.startswith("//") else text})
             try:
+                ids = tokenizer.encode_prompt(tokenizer.apply_chat_template(messages), prefix=prefix)
                 answer = _answer(
-                    model, tokenizer, messages, config, seed=options.seed + turns, graphs=not options.no_cuda_graphs
+                    model, tokenizer, ids, config, seed=options.seed + turns, graphs=not options.no_cuda_graphs
                 )
             except ValueError as error:  # too long, or refused by the template: the conversation goes on without it
                 print(f"illada: {error}", file=sys.stderr)
@@ -87,22 +94,43 @@ def _run(options: argparse.Namespace) -> int:
             turns += 1
 
 
-def _answer(model: Any, tokenizer: Any, messages: list[dict[str, str]], config: Any, *, seed: int, graphs: bool) -> str:
+def _read_line(interactive: bool) -> str:
+    """The next line. EOFError: there is none. ValueError: it is not UTF-8, and what follows it is not lost."""
+    buffer = getattr(sys.stdin, "buffer", None)
+    try:
+        if interactive or buffer is None:
+            return check_text(input("> " if interactive else ""), "the line")
+        if line := buffer.readline():
+            return line.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the line is not UTF-8 text: byte 0x{error.object[error.start]:02x}") from None
+    raise EOFError
+
+
+def _settled(text: str, stop_strings: Sequence[str]) -> str:
+    """`text` without an end that may become a stop string, or a character of which a part is there."""
+    text = text.rstrip("\ufffd")
+    held = [n for stop in stop_strings for n in range(1, len(stop)) if text.endswith(stop[:n])]
+    return text[: len(text) - max(held, default=0)]
+
+
+def _answer(model: Any, tokenizer: Any, ids: list[int], config: Any, *, seed: int, graphs: bool) -> str:
     """Generate one answer and print it as its blocks come."""
     from illada.generation import generate
-    from illada.generation.loop import stop_ids
+    from illada.generation.loop import cut_at_stop, stop_ids
+    from illada.tokenizer import Continuation
 
-    ids = tokenizer.encode(tokenizer.apply_chat_template(messages))
     ends, tokens, shown = stop_ids(config, model), list[int](), ""
+    reader = Continuation(tokenizer, ids)
 
     def show(index: int, block: list[int]) -> None:
         nonlocal shown
         if not ends.intersection(tokens):
             tokens.extend(block)
         cut = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
-        text = tokenizer.decode(tokens[:cut]).rstrip("\ufffd")  # half a character waits for its other half
-        for stop in config.stop_strings:
-            text = text.split(stop)[0]
+        text = cut_at_stop(reader, tokens[:cut], config)
+        if text is None:
+            text = _settled(reader.decode(tokens[:cut]), config.stop_strings)
         if text.startswith(shown):
             print(text[len(shown) :], end="", flush=True)
             shown = text

@@ -61,12 +61,7 @@ def load(
     loaded = Tokenizer.from_pretrained(tokenizer_path)
     if expected is not None and tokenizer_sha256(tokenizer_path) != expected:
         raise ValueError(f"{tokenizer_path} is not the tokenizer that {folder} was trained with")
-    return load_pretrained(folder, device=device, dtype=dtype, mask_token_id=mask_token_id), loaded
-
-
-def read_text(path: str | Path) -> str:
-    """A text file; a ValueError that names it where it is not UTF-8."""
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+    model = load_pretrained(folder, device=device, dtype=dtype, mask_token_id=mask_token_id)
+    config = model.config
+    loaded.protect((config.mask_token_id, config.eos_token_id, config.eot_token_id, *model.stop_token_ids))
+    return model, loaded

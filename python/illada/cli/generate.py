@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 from typing import Any
 
@@ -38,8 +37,7 @@ def _run(options: argparse.Namespace) -> int:
     from illada.generation import generate
 
     model, tokenizer = sampling.load(options)
-    needs_stdin = not (options.prompt or options.prompt_file) and not sys.stdin.isatty()
-    prompts, ids = sampling.read_prompts(options, tokenizer, sys.stdin.read() if needs_stdin else None)
+    prompts, ids = sampling.read_prompts(options, model, tokenizer)
     config = sampling.make_config(options, tokenizer)
     began = time.monotonic()
     results = generate(
@@ -49,7 +47,7 @@ def _run(options: argparse.Namespace) -> int:
     seconds = time.monotonic() - began
     for prompt, result in zip(prompts, results, strict=True):
         if options.json:
-            print(json.dumps({"prompt": prompt, **dataclasses.asdict(result)}, ensure_ascii=False))
+            sampling.print_json({"prompt": prompt, **dataclasses.asdict(result)})
             continue
         print(result.text if config.mode == "infill" or options.apply_chat_template else f"{prompt}{result.text}")
         print(f"--- {len(result.tokens)} tokens, {result.forwards} forwards, {result.finish_reason}")

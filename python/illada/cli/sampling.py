@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
+import sys
 from typing import TYPE_CHECKING, Any
+
+from illada.text import decode_text, read_lines
 
 if TYPE_CHECKING:
     from illada.generation import GenerationConfig
+    from illada.model import MaskedDiffusionModel
     from illada.tokenizer import Tokenizer
 
 
@@ -15,6 +20,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Which model."""
     parser.add_argument("checkpoint", help="checkpoint folder, or a training run (its newest checkpoint)")
     parser.add_argument("--tokenizer", metavar="PATH", help="default: the checkpoint's own")
+    parser.add_argument(
+        "--add-bos",
+        action=argparse.BooleanOptionalAction,
+        help="begin each prompt with bos (default: where the tokenizer's post-processor adds it)",
+    )
     parser.add_argument("--device", help="cpu (default), or cuda for a 16-bit model")
     parser.add_argument("--dtype", help="bfloat16, float16 or float32 (default: the checkpoint's)")
     parser.add_argument("--mask-token-id", type=int, metavar="N", help="where config.json does not name the mask")
@@ -73,26 +83,46 @@ def load(options: argparse.Namespace) -> tuple[Any, Tokenizer]:
     return load(options.checkpoint, options.tokenizer, device=device, dtype=dtype, mask_token_id=options.mask_token_id)
 
 
-def read_prompts(
-    options: argparse.Namespace, tokenizer: Tokenizer, stdin: str | None
-) -> tuple[list[str], list[list[int]]]:
-    """(texts, token ids) of `add_prompt_options`; `stdin` is the prompt where none is given."""
-    prompts = list(options.prompt or [])
-    if options.prompt_file:
-        from illada.cli.checkpoints import read_text
+def prefix(options: argparse.Namespace, model: MaskedDiffusionModel) -> list[int] | None:
+    """What prompts begin with by --add-bos; None: what the tokenizer adds."""
+    from illada.tokenizer import bos_prefix
 
-        lines = read_text(options.prompt_file).split("\n")  # and at nothing else that Unicode calls the end of a line
-        lines = lines[:-1] if lines[-1] == "" else lines
+    return bos_prefix(options.add_bos, model.config.bos_token_id, "--add-bos")
+
+
+def read_prompts(
+    options: argparse.Namespace, model: MaskedDiffusionModel, tokenizer: Tokenizer
+) -> tuple[list[str], list[list[int]]]:
+    """(texts, token ids) of `add_prompt_options`; where they give none, standard input is the prompt."""
+    prompts, begin = list(options.prompt or []), prefix(options, model)
+    if options.prompt_file:
+        lines = [line for _, line in read_lines(options.prompt_file)]
         if not lines:
             raise ValueError(f"--prompt-file: {options.prompt_file} holds no prompt")
         prompts += lines
     if not prompts:
-        prompts = [stdin or ""]
+        prompts = [_read_stdin()]
     if options.apply_chat_template:
         rendered = [tokenizer.apply_chat_template([{"role": "user", "content": prompt}]) for prompt in prompts]
-        return prompts, [tokenizer.encode(text) for text in rendered]
+        return prompts, [tokenizer.encode_prompt(text, prefix=begin) for text in rendered]
     parse = options.special_tokens_in_prompt
-    return prompts, [tokenizer.encode(prompt, parse_special_tokens=parse) for prompt in prompts]
+    return prompts, [tokenizer.encode_prompt(text, prefix=begin, parse_special_tokens=parse) for text in prompts]
+
+
+def _read_stdin() -> str:
+    """All of standard input; nothing, where it is a terminal."""
+    if sys.stdin is None:
+        raise ValueError("standard input is closed, so there is no prompt; give --prompt or --prompt-file")
+    if sys.stdin.isatty():
+        return ""
+    buffer = getattr(sys.stdin, "buffer", None)
+    return sys.stdin.read() if buffer is None else decode_text(buffer.read(), "standard input")
+
+
+def print_json(record: dict[str, Any]) -> None:
+    """One line of JSON. Where the output is not Unicode, what it lacks is escaped as JSON escapes it."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    print(json.dumps(record, ensure_ascii=not encoding.lower().startswith("utf")))
 
 
 def make_config(options: argparse.Namespace, tokenizer: Tokenizer) -> GenerationConfig:

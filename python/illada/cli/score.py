@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from typing import Any
 
 from illada.cli import sampling
+from illada.text import parse_json, read_lines
 
 
 def add_parser(commands: Any) -> None:
@@ -52,11 +52,12 @@ def _run(options: argparse.Namespace) -> int:
 
     questions = _questions(options)
     model, tokenizer = sampling.load(options)
+    begin = sampling.prefix(options, model)
     contexts: list[list[int]] = []
     continuations: list[list[int]] = []
     for context, candidates in questions:
         for candidate in candidates:
-            ids, more = encode_pair(tokenizer, context, candidate)
+            ids, more = encode_pair(tokenizer, context, candidate, prefix=begin)
             if not more:
                 raise ValueError(
                     f"candidate {candidate!r} has no score after {context!r}: the tokenizer drops its text"
@@ -85,7 +86,7 @@ def _run(options: argparse.Namespace) -> int:
         best = max(range(len(mine)), key=mine.__getitem__)
         if options.json:
             record = {"context": context, "candidates": candidates, "scores": mine, "best": best}
-            print(json.dumps(record, ensure_ascii=False))
+            sampling.print_json(record)
             continue
         for i, (candidate, score) in enumerate(zip(candidates, mine, strict=True)):
             print(f"{'*' if i == best else ' '} {score:12.4f}  {candidate!r}")
@@ -103,20 +104,15 @@ def _questions(options: argparse.Namespace) -> list[tuple[str, list[str]]]:
     elif options.context or not options.file:
         raise ValueError("score needs a --candidate after the --context, or a --file of questions")
     if options.file:
-        from illada.cli.checkpoints import read_text
-
-        # A JSON text may hold what Unicode calls the end of a line.
-        for number, line in enumerate(read_text(options.file).split("\n"), 1):
-            if line.strip():
-                found.append(_question(line, f"{options.file}, line {number}"))
+        found += [_question(line, where) for where, line in read_lines(options.file) if line.strip()]
     return found
 
 
 def _question(line: str, where: str) -> tuple[str, list[str]]:
     try:
-        record = json.loads(line)
+        record = parse_json(line, where)
         context, candidates = record["context"], record["candidates"]
-    except (json.JSONDecodeError, KeyError, TypeError):
+    except (KeyError, TypeError):
         context, candidates = None, None
     if not (
         isinstance(context, str)

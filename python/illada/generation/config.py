@@ -55,7 +55,8 @@ class GenerationConfig:
             of gen_length up to there (iLLaDA).
 
     When it stops, looked at after each block:
-        stop_tokens: ids that end a sequence; default the model's eos and, if it has one, end of turn.
+        stop_tokens: ids that end a sequence; default the model's eos and, if it has one, end of turn, and those of its
+            generation_config.json.
         stop_strings: texts that end a sequence; they need the tokenizer. With `end_think` they count behind it alone:
             they may well stand in the reasoning.
 

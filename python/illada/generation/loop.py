@@ -23,6 +23,7 @@ from illada.generation.cache import KeyValueCache
 from illada.generation.config import GenerationConfig, GenerationResult
 from illada.generation.request import Request
 from illada.model import MaskedDiffusionModel
+from illada.tokenizer import Continuation, Tokenizer, affixes, begin_with
 
 
 @torch.inference_mode()
@@ -106,9 +107,10 @@ def generate(
                 if on_block is not None:
                     on_block(request.index, request.canvas[request.blocks[request.block]].tolist())
                 request.next_block()
-                request.finish_reason = _why_finished(request, model, tokenizer)
+                reader = _reader(request, tokenizer)
+                request.finish_reason = _why_finished(request, model, reader)
                 if request.finish_reason is not None:
-                    results[request.index] = _result(request, model, tokenizer)
+                    results[request.index] = _result(request, model, reader)
                     bar.total -= sum(map(len, request.blocks[request.block :]))  # what will not be generated
                     free = sorted([*free, *request.slots])
                     active.remove(request)
@@ -116,11 +118,18 @@ def generate(
 
 
 def encode(tokenizer: Any, text: str, name: str) -> list[int]:
-    """The ids of a text, by a tokenizer of this library, `tokenizers` or `transformers`."""
+    """The ids of a prompt by a tokenizer of this library, `tokenizers` or `transformers`; see
+    `Tokenizer.encode_prompt`."""
     if tokenizer is None:
         raise ValueError(f"{name} is a text, which needs a tokenizer; give one, or token ids")
-    found = tokenizer.encode(text, add_special_tokens=False)
-    return list(getattr(found, "ids", found))
+    if isinstance(tokenizer, Tokenizer):
+        return tokenizer.encode_prompt(text)
+
+    def ids(text: str, add_special_tokens: bool) -> list[int]:
+        found = tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return list(getattr(found, "ids", found))
+
+    return begin_with(ids(text, False), affixes(ids)[0])
 
 
 def _advance(
@@ -173,8 +182,14 @@ def _make_cache(
 
 def stop_ids(config: GenerationConfig, model: MaskedDiffusionModel) -> set[int]:
     """The ids that end a sequence."""
-    own = (model.config.eos_token_id, model.config.eot_token_id)
+    own = (model.config.eos_token_id, model.config.eot_token_id, *model.stop_token_ids)
     return {i for i in own if i is not None} if config.stop_tokens is None else set(config.stop_tokens)
+
+
+def _reader(request: Request, tokenizer: Any) -> Continuation | None:
+    """What decodes a request's result: in mode "infill" the whole, else what follows the prompt."""
+    before = 0 if request.config.mode == "infill" else request.prompt_length
+    return None if tokenizer is None else Continuation(tokenizer, request.canvas[:before].tolist())
 
 
 def _why_finished(request: Request, model: MaskedDiffusionModel, tokenizer: Any) -> str | None:

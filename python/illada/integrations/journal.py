@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from illada.model import MaskedDiffusionModel
+from illada.text import parse_json
 
 _SAMPLED_VALUES = 1024  # of each parameter, for the model's fingerprint
 
@@ -37,9 +38,9 @@ class Journal:
         for file in journal_files(path):
             for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
-                    record = json.loads(line)
+                    record = parse_json(line, str(file))
                     self._results[record["key"]] = record["result"]
-                except (json.JSONDecodeError, KeyError, TypeError):
+                except (ValueError, KeyError, TypeError):
                     continue
 
     def __contains__(self, key: str) -> bool:

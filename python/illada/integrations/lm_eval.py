@@ -35,7 +35,7 @@ from illada.integrations.journal import Journal, fingerprint, request_key
 from illada.integrations.settings import ALIASES, MC_NUM, PUBLISHED_DEFAULTS, EvaluationSettings
 from illada.model import MaskedDiffusionModel
 from illada.score import confidence_score, encode_pair, is_greedy, monte_carlo_likelihood
-from illada.tokenizer import Tokenizer
+from illada.tokenizer import Tokenizer, bos_prefix
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -78,9 +78,8 @@ class IlladaLM(LM):
         config, mask_id = self.model.config, self.settings.mask_id
         if mask_id is not None and mask_id != config.mask_token_id:
             raise ValueError(f"mask_id must be the checkpoint's own, {config.mask_token_id}, got {mask_id}")
-        if self.settings.add_bos and config.bos_token_id is None:
-            raise ValueError("add_bos: this checkpoint has no bos token")
-        self._bos = [config.bos_token_id] if self.settings.add_bos and config.bos_token_id is not None else []
+        self._prefix = bos_prefix(self.settings.add_bos, config.bos_token_id)
+        self._begin = self.tokenizer.begin_prompt([], self._prefix)
         longest = config.max_position_embeddings
         self.max_length = min(self.settings.max_length or longest, longest)
         self._end_think = tuple(self.tokenizer.encode(self.settings.end_think_text))
@@ -140,9 +139,9 @@ class IlladaLM(LM):
         for number, request in enumerate(requests):
             (text,) = request.args
             ids = self.tokenizer.encode(text, parse_special_tokens=False)
-            piece = (self.max_length - len(self._bos) - self.settings.append_eos) // 2
+            piece = (self.max_length - len(self._begin) - self.settings.append_eos) // 2
             for begin in range(0, len(ids), piece):
-                pairs.append((self._bos + ids[max(0, begin - piece) : begin], ids[begin : begin + piece]))
+                pairs.append((self._begin + ids[max(0, begin - piece) : begin], ids[begin : begin + piece]))
                 owners.append(number)
         settings = self.settings.scoring("mc")
         bounds = self._run("rolling", pairs, settings, lambda chunk: self._score(chunk, "mc", False))
@@ -175,22 +174,12 @@ class IlladaLM(LM):
         return [[float(score), bool(g)] for score, g in zip(scores, greedy, strict=True)]
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """The ids of both, with the special tokens that the context spells and those that the tokenizer adds to it."""
-        ids, more = encode_pair(
-            self.tokenizer, context, continuation, parse_special_tokens=True, add_special_tokens=True
-        )
-        return self._begin(ids), more
+        """The ids of both, with the special tokens that the context spells, and its bos."""
+        return encode_pair(self.tokenizer, context, continuation, parse_special_tokens=True, prefix=self._prefix)
 
     def _encode(self, prompt: str) -> list[int]:
-        """The ids of a prompt, with the special tokens that it spells and those that the tokenizer adds to it."""
-        return self._begin(self.tokenizer.encode(prompt, add_special_tokens=True))
-
-    def _begin(self, ids: list[int]) -> list[int]:
-        """A prompt's ids with one bos in front: the tokenizer's, the chat template's, or one that is asked for."""
-        bos = self.model.config.bos_token_id
-        while bos is not None and ids[:2] == [bos, bos]:
-            ids = ids[1:]
-        return ids if ids[: len(self._bos)] == self._bos else self._bos + ids
+        """The ids of a prompt, with the special tokens that it spells, and its bos."""
+        return self.tokenizer.encode_prompt(prompt, prefix=self._prefix)
 
     def _fit(self, context: list[int], more: int) -> list[int] | None:
         """The context without as much of its beginning (bos apart) as the model has no room for beside `more` tokens;
@@ -198,7 +187,7 @@ class IlladaLM(LM):
         room = self.max_length - more
         if room < 0 or len(context) <= room:
             return context if room >= 0 else None
-        kept = context[:1] if self.settings.add_bos and room else []
+        kept = context[: len(self._begin)] if room >= len(self._begin) else []
         return kept + context[len(context) - room + len(kept) :]
 
     def _note(self, what: str, count: int, total: int) -> None:
@@ -261,7 +250,7 @@ class IlladaLM(LM):
                 raise ValueError(f"a block_length of {block} is over the model's length of {self.max_length}")
             prompt = fitted
         eos_id = self.model.config.eos_token_id
-        stop_tokens = {eos_id}
+        stop_tokens = {eos_id, *self.model.stop_token_ids}
         for stop in stops:  # one that is a special token is not seen in the text where the generator looks for it
             token = self.tokenizer.token_to_id(stop)
             if token is not None and self._text([token]) == stop != self.tokenizer.decode([token]):

@@ -47,7 +47,8 @@ class EvaluationSettings:
     llh: "confidence" (Eq. 2: it ranks candidates and is no likelihood) or "mc" (a lower bound on the log-likelihood).
         Default "confidence"; "mc" where mc_num is given.
     mc_num, mc_stratum: Monte Carlo samples, and over how many of them the mask counts are spread evenly.
-    add_bos: begin each context with bos. append_eos: let the model see eos behind each candidate.
+    add_bos: whether each prompt begins with bos; default where the tokenizer's post-processor adds it.
+    append_eos: let the model see eos behind each candidate.
     check_greedy: find out whether greedy un-masking gives the candidate; off it costs nothing and reports False.
     gen_length: most new tokens; default what the task asks for (max_gen_toks).
     generation: all other options of the generator, each of which is an argument; cfg_scale is that of scores, too.
@@ -63,7 +64,7 @@ class EvaluationSettings:
     llh: str | None = None
     mc_num: int | None = None
     mc_stratum: int = 16
-    add_bos: bool = False
+    add_bos: bool | None = None
     append_eos: bool = False
     check_greedy: bool = False
     gen_length: int | None = None
@@ -86,7 +87,7 @@ class EvaluationSettings:
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
         for name in ("add_bos", "append_eos", "check_greedy"):
-            if not isinstance(getattr(self, name), bool):
+            if not isinstance(getattr(self, name), bool) and (name, getattr(self, name)) != ("add_bos", None):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         batch_size = self.batch_size
         if batch_size != "auto" and (not str(batch_size).isdigit() or int(batch_size) < 1):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+from collections.abc import Sequence
 
 import tokenizers
 
@@ -17,7 +18,7 @@ def encode_pair(
     continuation: str,
     *,
     parse_special_tokens: bool = False,
-    add_special_tokens: bool = False,
+    prefix: Sequence[int] | None = None,
 ) -> tuple[list[int], list[int]]:
     """(context ids, continuation ids) of two texts, which together are the ids of the whole.
 
@@ -28,7 +29,8 @@ def encode_pair(
     Args:
         parse_special_tokens: whether text of the context that spells a special token is that token, as a chat
             template needs it. In the continuation it is always text.
-        add_special_tokens: whether the tokenizer adds its own, such as a bos.
+        prefix: what the context begins with, as of `Tokenizer.encode_prompt`; default what the tokenizer adds to any
+            text, such as a bos.
     """
     stripped = context.rstrip()
     joined = context + continuation
@@ -37,15 +39,15 @@ def encode_pair(
 
     def encode(text: str) -> list[int]:
         if at_once:  # one encoding, which a pre-tokenizer that looks at the start of its text needs
-            return tokenizer.encode(text, add_special_tokens=add_special_tokens, parse_special_tokens=parsed > 0)
-        begin = tokenizer.encode(text[:parsed], add_special_tokens=add_special_tokens)
+            return tokenizer.encode(text, parse_special_tokens=parsed > 0)
+        begin = tokenizer.encode(text[:parsed])
         return begin + tokenizer.encode(text[parsed:], parse_special_tokens=False)
 
     ids, whole = encode(stripped), encode(joined)
     if stripped != context and encode(context) == whole:
-        return whole, []
+        return tokenizer.begin_prompt(whole, prefix), []
     shared = len(os.path.commonprefix([ids, whole]))
-    return whole[:shared], whole[shared:]
+    return tokenizer.begin_prompt(whole[:shared], prefix), whole[shared:]
 
 
 def _end_of_special(tokenizer: Tokenizer, text: str) -> int:

@@ -23,6 +23,7 @@ from illada._native import package_version
 from illada.checkpoint import load_weights, write_pretrained
 from illada.files import remove_directory, staged_directory
 from illada.model import MaskedDiffusionModel
+from illada.text import read_json
 from illada.train.config import TrainConfig
 
 #: What may not change between a run and its resumption: it would make another run of it.
@@ -50,7 +51,7 @@ def save(
                 "step": step,
                 "tokens_seen": tokens_seen,
                 "unlogged_losses": unlogged_losses,
-                "tokenizer_sha256": json.loads((staging / "config.json").read_text())["tokenizer_sha256"],
+                "tokenizer_sha256": read_json(staging / "config.json")["tokenizer_sha256"],
                 "config": config.to_dict(),
                 "versions": {"illada": package_version(), "torch": torch.__version__},
             }
@@ -84,12 +85,12 @@ def read_state(path: Path) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f"{path} is not a training checkpoint (no trainer.json)")
     try:
-        state = json.loads(file.read_text(encoding="utf-8"))
+        state = read_json(file)
         return {
             key: state[key]
             for key in ("step", "tokens_seen", "unlogged_losses", "tokenizer_sha256", "config", "versions")
         }
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise ValueError(f"{file} is damaged or from something else: {error!r}") from None
 
 

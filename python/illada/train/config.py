@@ -12,6 +12,7 @@ from typing import Any
 
 from illada.config import PRESETS, ModelConfig
 from illada.diffusion import DiffusionConfig
+from illada.text import read_text
 
 
 @dataclass(frozen=True)
@@ -175,9 +176,11 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         if not file.is_file():
             raise FileNotFoundError(f"no configuration file at {file}")
         try:
-            values = tomllib.loads(file.read_text(encoding="utf-8"))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            values = tomllib.loads(read_text(file))
+        except tomllib.TOMLDecodeError as error:
             raise ValueError(f"{file} is not TOML: {error}") from None
+        except RecursionError:
+            raise ValueError(f"{file} is not TOML that can be read: it is nested too deeply") from None
     for override in overrides:
         name, equals, text = override.removeprefix("--").partition("=")
         section, dot, key = name.partition(".")
@@ -185,7 +188,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
             raise ValueError(f"an override looks like --section.key=value, got {override!r}")
         try:
             value = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
+        except (tomllib.TOMLDecodeError, RecursionError):
             value = text  # a bare word is a string
         values.setdefault(section, {})[key] = value
     return TrainConfig.from_dict(values)

@@ -12,6 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from illada.files import write_text
+from illada.text import parse_json, read_lines
 
 
 class Log:
@@ -108,10 +109,10 @@ def _read(file: Path, up_to: int) -> list[dict[str, Any]]:
     """Earlier lines of this run, without those after step `up_to` and without one that a kill cut short."""
     records = []
     if file.is_file():
-        for line in file.read_text(encoding="utf-8").splitlines():
+        for where, line in read_lines(file):
             try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
+                record = parse_json(line, where)
+            except ValueError:
                 continue
             if record["step"] <= up_to:
                 records.append(record)

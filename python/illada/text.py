@@ -1,0 +1,126 @@
+"""Text from outside (files, standard input, arguments), and JSON in it: one reader, whose errors name a place.
+
+Text is UTF-8. A byte order mark is no part of it, and neither is a CR before a LF. What is not UTF-8 is an error that
+names the file and the line, and says what it looks like.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "UTF-32"),
+    (codecs.BOM_UTF32_BE, "UTF-32"),
+    (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
+)
+_COMPRESSED = (
+    (b"\x1f\x8b", "gzip"),
+    (b"PK\x03\x04", "zip"),
+    (b"BZh", "bzip2"),
+    (b"\xfd7zXZ\x00", "xz"),
+    (b"\x28\xb5\x2f\xfd", "zstd"),
+)
+_HEAD = 4096  # bytes looked at for what a file is
+
+
+def decode_text(data: bytes, where: str) -> str:
+    """UTF-8 bytes as text, without a byte order mark, and with LF for CR LF.
+
+    Raises:
+        ValueError: not UTF-8; names `where` and the line, and says what it looks like.
+    """
+    _check_kind(data[:_HEAD], where)
+    data = data.removeprefix(codecs.BOM_UTF8)
+    try:
+        return data.decode().replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(_not_utf8(f"{where}, line {line}", error)) from None
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a file; errors as of `decode_text`."""
+    return decode_text(Path(path).read_bytes(), str(path))
+
+
+def read_lines(path: str | Path) -> Iterator[tuple[str, str]]:
+    """(where, line) of a text file, a line at a time: `where` names file and line for errors. Only LF ends a line."""
+    with Path(path).open("rb") as file:
+        _check_kind(file.read(_HEAD), str(path))
+        file.seek(0)
+        yield from decode_lines(file, str(path))
+
+
+def decode_lines(file: BinaryIO, where: str) -> Iterator[tuple[str, str]]:
+    """`read_lines` of an open file."""
+    for number, line in enumerate(file, 1):
+        place = f"{where}, line {number}"
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        try:
+            yield place, line.decode().removesuffix("\n").removesuffix("\r")
+        except UnicodeDecodeError as error:
+            raise ValueError(_not_utf8(place, error)) from None
+
+
+def parse_json(text: str, where: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: naming `where`: no JSON, nested too deeply for Python, or half of a surrogate pair in a string.
+    """
+    try:
+        value = json.loads(text)
+        if "\\ud" in text.lower():  # an escape such as \ud83d; a pair of them is one character
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError(f"{where} is not JSON that can be read: it is nested too deeply") from None
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise ValueError(f"{where} holds half of a surrogate pair (\\u{ord(half):x}), which is no character") from None
+    except ValueError as error:
+        raise ValueError(f"{where} is not JSON: {error}") from None
+    return value
+
+
+def read_json(path: str | Path) -> Any:
+    """The value of a JSON file; errors as of `read_text` and `parse_json`, all of them a ValueError."""
+    return parse_json(read_text(path), str(path))
+
+
+def check_text(text: str, where: str) -> str:
+    """The text itself. ValueError: it holds a lone surrogate, as Python makes of bytes that are not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        what = f"byte 0x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"half of a surrogate pair, \\u{code:x}"
+        raise ValueError(f"{where} is not UTF-8 text: {what} at character {error.start}") from None
+    return text
+
+
+def _check_kind(head: bytes, where: str) -> None:
+    for mark, name in _MARKS:
+        if head.startswith(mark):
+            raise ValueError(_convert(where, name))
+    for mark, name in _COMPRESSED:
+        if head.startswith(mark):
+            raise ValueError(f"{where} is compressed ({name}), not text; unpack it first")
+    if len(head) >= 4 and max(head[0::2].count(0), head[1::2].count(0)) > len(head) // 4:
+        raise ValueError(_convert(where, "UTF-16 without a byte order mark"))
+
+
+def _convert(where: str, name: str) -> str:
+    return f"{where} is not UTF-8 text: it looks like {name}; convert it to UTF-8, for example with iconv"
+
+
+def _not_utf8(where: str, error: UnicodeDecodeError) -> str:
+    byte, following = error.object[error.start], error.object[error.start + 1 : error.start + 2]
+    # A byte alone before ASCII is what a one-byte encoding looks like; text that was cut, or binary data, is not.
+    guess = "; it looks like a one-byte encoding, such as Latin-1 or Windows-1252" if following.isascii() else ""
+    return f"{where} is not UTF-8 text: byte 0x{byte:02x}{guess if following else ''}"
