@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 import sysconfig
 import warnings
@@ -78,6 +79,7 @@ def read_source(source: str) -> Iterator[str]:
         ValueError: an unknown kind of source, a line without text. FileNotFoundError: no such path.
     """
     kind, _, path = source.partition(":")
+    path = os.path.expanduser(path)  # a shell expands ~ at the beginning of a word alone
     if source == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
         skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}

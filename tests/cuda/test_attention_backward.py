@@ -144,15 +144,17 @@ def test_block_against_a_long_cache(block, device):
 @pytest.mark.parametrize("dim", [64, 128])
 def test_more_sequences_than_multiprocessors(dim, device):
     """Items of one tile of queries each; some multiprocessors have several."""
-    check(Pack([1 + i % 5 for i in range(140)], device, room=1, dim=dim, heads=2))
+    check(Pack([1 + i % 5 for i in range(140)], device, room=1, dim=dim, heads=1, kv_heads=1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dim", [64, 128])
 def test_more_tiles_of_keys_than_multiprocessors(dim, device):
     """In smaller packs the queries of a tile of keys are shared by several CTAs, and dk and dv are sums in memory."""
     check(Pack([150, 0, 65, 129], device, heads=60, kv_heads=30, dim=dim))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dim", [64, 128])
 def test_sums_that_are_held_back(dim, device):
     """So many steps of few tiles of keys that a multiprocessor has more sums of its own than it reports late."""
@@ -249,7 +251,15 @@ def test_neighbours_in_the_pack_are_not_seen(dim, way, device):
             assert got[start:end].isfinite().all()
 
 
-@pytest.mark.parametrize("heads, kv_heads, dim", [(2, 2, 128), (4, 1, 64), (8, 2, 128), (7, 1, 64), (60, 30, 64)])
+@pytest.mark.parametrize(
+    "heads, kv_heads, dim",
+    [
+        (2, 2, 128),
+        (4, 1, 64),
+        (7, 1, 64),
+        *(pytest.param(*p, marks=pytest.mark.slow) for p in ((8, 2, 128), (60, 30, 64))),
+    ],
+)
 def test_order_of_the_tiles(heads, kv_heads, dim, device):
     """The same bits in every run, wherever in the pack a sequence lies. With 30 key-value heads a multiprocessor has more
     than one tile of keys; with fewer, two share the rows of one."""

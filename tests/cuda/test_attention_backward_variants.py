@@ -23,7 +23,7 @@ def test_values_are_those_of_the_choices():
     assert choices["attention_backward_reports"] == ("1", "2", "4")
 
 
-@pytest.mark.parametrize("pack", PACKS)
+@pytest.mark.parametrize("pack", ["short and empty", pytest.param("many steps", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("hints", ["off", "on"])
 @pytest.mark.parametrize("sums", SUMS)
@@ -33,12 +33,15 @@ def test_sums(sums, hints, dim, pack, device):
 
 
 @pytest.mark.parametrize("sums", SUMS)
-@pytest.mark.parametrize("heads, kv_heads", [(2, 2), (14, 2), (16, 1), (32, 1), (64, 1)])
+@pytest.mark.parametrize(
+    "heads, kv_heads", [(2, 2), (14, 2), (16, 1), *(pytest.param(h, 1, marks=pytest.mark.slow) for h in (32, 64))]
+)
 def test_groups(sums, heads, kv_heads, device):
     with use_variants(attention_backward_sums=sums):
         check(Pack([5, 130, 0, 70], device, heads=heads, kv_heads=kv_heads, dtype=torch.float16), ways=("any order",))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reports", ["1", "2", "4"])
 @pytest.mark.parametrize("sums", ["red2", "bulk"])
 @pytest.mark.parametrize("dim", [64, 128])
