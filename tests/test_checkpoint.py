@@ -16,6 +16,7 @@ from illada.checkpoint import convert_checkpoint, load_pretrained, read_config, 
 from illada.config import ModelConfig
 from illada.generation import GenerationConfig, generate
 from illada.model import MaskedDiffusionModel
+from illada.tokenizer import Tokenizer
 
 CONFIG = ModelConfig.preset(
     "tiny", hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=40
@@ -102,6 +103,7 @@ def test_keys_are_accounted_for(saved):
         ({"layer_types": ["full_attention"] * 3}, "layer_types names 3 layers, num_hidden_layers is 2"),
         ({"rope_theta": math.inf}, "rope_theta must be positive and finite, got inf"),
         ({"rms_norm_eps": math.inf}, "rms_norm_eps must be positive and finite, got inf"),
+        ({"rope_theta": 1e39}, "rope_theta must be positive and finite, got 1e+39"),
         ({"rms_norm_eps": math.nan}, "rms_norm_eps must be positive and finite, got nan"),
         ({"rope_theta": 10**400}, "rope_theta must be positive and finite, got 1000"),
         ({"initializer_range": math.inf}, "initializer_range must be positive and finite"),
@@ -176,12 +178,14 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 16
     (POINTER, "is a Git LFS pointer, not the file it stands for"),
     (b"\n<!doctype HTML>\n<title>Sign in</title>", "is an HTML page"),
 ], ids=["pointer", "page"])  # fmt: skip
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize("name", [
+    "model.safetensors", "config.json", "model.safetensors.index.json", "tokenizer.json", "generation_config.json",
+])  # fmt: skip
 def test_what_a_download_left(saved, name, content, said):
     _, path = saved
     (path / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"{re.escape(str(path / name))} {said}"):
-        load_pretrained(path)
+        (Tokenizer.from_pretrained if name == "tokenizer.json" else load_pretrained)(path)
 
 
 def test_shards_without_their_index(saved):

@@ -21,6 +21,7 @@ from tokenizers import processors
 
 from illada import cli
 from illada.checkpoint import load_pretrained, save_pretrained
+from illada.cli import checkpoints
 from illada.config import ModelConfig
 from illada.data import load_tokenizer, train_tokenizer
 from illada.generation import GenerationConfig, GenerationResult, generate
@@ -389,12 +390,22 @@ def test_every_option_of_the_generator_is_a_setting(checkpoint, generated):
         re.DOTALL,
     )
     documented = re.findall(r"`(\w+=\S+)`", table[0])
-    assert len(documented) == 7
+    assert len(documented) == 9
     for line in documented:
         settings = EvaluationSettings.from_arguments(simple_parse_args_string(line))
         assert settings.for_length(settings.gen_length or 32)
     fields = {field.name for field in dataclasses.fields(GenerationConfig)}
     assert set(GENERATION) == fields - {"end_think", "stop_tokens", "stop_strings"}
+
+
+def test_trust_remote_code_is_the_tokenizer_s(checkpoint, monkeypatch):
+    given = []
+    monkeypatch.setattr(
+        adapter, "load", lambda *a, **keywords: given.append(keywords) or checkpoints.load(*a, **keywords)
+    )
+    for arguments in ("", ",trust_remote_code=True"):
+        IlladaLM.create_from_arg_string(f"pretrained={checkpoint}{arguments}", {"device": "cpu"})
+    assert [keywords["trust_remote_code"] for keywords in given] == [False, True]
 
 
 # ------------------------------------------------------------------------------------------------- names and settings

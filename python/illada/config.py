@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +10,7 @@ _SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "max_position_embeddings", "head_dim", "embedding_size",
 )  # fmt: skip
+_LARGEST = 3.4028234663852886e38  # of float32, in which norms and angles are computed
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in (*_SIZES, "rope_theta", "rms_norm_eps", "initializer_range"):
-            value, limit = getattr(self, name), 2**30 if name in _SIZES else sys.float_info.max
+            value, limit = getattr(self, name), 2**30 if name in _SIZES else _LARGEST
             if value is None and name in ("head_dim", "embedding_size"):
                 continue
             if not 0 < value <= limit:

@@ -22,13 +22,14 @@ CONFIG = ModelConfig.preset(
     "tiny", hidden_size=128, num_key_value_heads=2, head_dim=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=600,
     max_position_embeddings=128, initializer_range=0.3,
 )  # fmt: skip
-PROMPTS = [[7, 8, 9], list(range(20, 60)), [11]]
+PROMPTS = [[7, 8, 9], list(range(20, 60)), [11], [12, 13]]
 BASE = GenerationConfig(gen_length=16, block_length=8, steps=4, stop_tokens=())
 REQUESTS = [
     BASE,
     dataclasses.replace(BASE, mode="fixed", steps=8, rule="threshold", threshold=0.3, temperature=0.7, cfg_scale=0.5),
     dataclasses.replace(BASE, rule="entropy_bound", forbid_tokens=(8,), delay_tokens=(3, 4), end_think=(50, 51),
                         end_think_boost=20.0),
+    dataclasses.replace(BASE, gen_length=8, steps=3, temperature=0.7, top_p=0.9, top_k=50, forbid_tokens=(8,)),
 ]  # fmt: skip
 
 
@@ -63,8 +64,8 @@ def half_attention(monkeypatch):
 def test_tokens_of_the_cpu(cache, device, half_attention):
     on_cpu, on_gpu = make_models(CONFIG, torch.float32, device)
     configs = [dataclasses.replace(config, cache=cache) for config in REQUESTS]
-    want = run(on_cpu, PROMPTS, configs, seed=[1, 2, 3])
-    assert run(on_gpu, PROMPTS, configs, seed=[1, 2, 3], cuda_graphs=False) == want
+    want = run(on_cpu, PROMPTS, configs, seed=[1, 2, 3, 4])
+    assert run(on_gpu, PROMPTS, configs, seed=[1, 2, 3, 4], cuda_graphs=False) == want
 
 
 def test_hidden_states_of_the_cpu(device):
@@ -119,15 +120,16 @@ def graphs_made(monkeypatch):
     ("prefix", {"rule": "entropy_bound", "forbid_tokens": (8,), "delay_tokens": (3, 4), "end_think": (50, 51),
                 "end_think_boost": 20.0}),
     ("block", {"alg_temp": 0.5, "take_back": 0.5}),
-], ids=["quota", "threshold", "entropy_bound", "take_back"])  # fmt: skip
+    ("block", {"temperature": 0.5, "top_p": 0.9, "top_k": 50, "forbid_tokens": (8,)}),
+], ids=["quota", "threshold", "entropy_bound", "take_back", "filters"])  # fmt: skip
 def test_graphs_change_nothing(cache, options, device, graphs_made):
     """Captured whole and replayed with other tokens, positions, cache slots, limits and numbers of sequences."""
     _, model = make_models(CONFIG, torch.bfloat16, device)
     config = dataclasses.replace(BASE, cache=cache, **options)
     assert not available(model, None)  # without a cache there is nothing to capture
-    want = run(model, PROMPTS, config, seed=[1, 2, 3], cuda_graphs=False)
+    want = run(model, PROMPTS, config, seed=[1, 2, 3, 4], cuda_graphs=False)
     assert not graphs_made
-    assert run(model, PROMPTS, config, seed=[1, 2, 3]) == want
+    assert run(model, PROMPTS, config, seed=[1, 2, 3, 4]) == want
     assert sum(graph.replays for graph in graphs_made) > len(graphs_made) > 0
     assert len({len(result.tokens) for result in want}) == 1
 

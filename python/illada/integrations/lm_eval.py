@@ -53,6 +53,7 @@ class IlladaLM(LM):
         device, dtype: where and in what the model runs; default the CPU and the checkpoint's dtype. "cuda" takes a
             16-bit one.
         journal: a JSONL file that keeps finished requests; what it holds of this model with these settings is reused.
+        trust_remote_code: run the tokenizer's own Python code, where it comes as that.
         settings: the fields of `EvaluationSettings` and the generator's options, or their published names.
 
     Raises:
@@ -67,6 +68,7 @@ class IlladaLM(LM):
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         journal: str | Path | None = None,
+        trust_remote_code: bool = False,
         **settings: Any,
     ) -> None:
         super().__init__()
@@ -74,7 +76,7 @@ class IlladaLM(LM):
         settings.pop("max_batch_size", None)  # lm_eval always passes it on; there is no search for a batch size here
         self.settings = EvaluationSettings.from_arguments(settings)
         self._device, self._rank, self._world_size = _processes(device)
-        self.model, self.tokenizer, self._name = _load(pretrained, tokenizer, self._device, dtype)
+        self.model, self.tokenizer, self._name = _load(pretrained, tokenizer, self._device, dtype, trust_remote_code)
         config, mask_id = self.model.config, self.settings.mask_id
         if mask_id is not None and mask_id != config.mask_token_id:
             raise ValueError(f"mask_id must be the checkpoint's own, {config.mask_token_id}, got {mask_id}")
@@ -391,6 +393,7 @@ def _load(
     tokenizer: str | Path | Tokenizer | None,
     device: torch.device,
     dtype: str | torch.dtype | None,
+    trust_remote_code: bool,
 ) -> tuple[MaskedDiffusionModel, Tokenizer, str]:
     """The model on its device, its tokenizer, and a name for both."""
     if isinstance(dtype, str):
@@ -404,7 +407,7 @@ def _load(
         return pretrained.to(device=device, dtype=dtype), tokenizer, type(pretrained).__name__
     if pretrained is None or isinstance(tokenizer, Tokenizer):
         raise TypeError("pretrained must be a checkpoint folder or a training run, as in pretrained=runs/demo")
-    model, loaded = load(pretrained, tokenizer, device=device, dtype=dtype)
+    model, loaded = load(pretrained, tokenizer, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     return model.eval(), loaded, str(pretrained)
 
 

@@ -110,7 +110,8 @@ class EvaluationSettings:
             here = ALIASES.get(name, name)
             if here not in names:
                 raise TypeError(f"unknown model argument {name!r}; there are pretrained, tokenizer, device, dtype, "
-                                f"journal, {', '.join(names)}, and the published {', '.join(ALIASES)}")  # fmt: skip
+                                f"journal, trust_remote_code, {', '.join(names)}, and the published "
+                                f"{', '.join(ALIASES)}")  # fmt: skip
             if here in values:
                 raise TypeError(f"model argument {here} is given twice, once as {name}")
             if name in _PUBLISHED_VALUES:
