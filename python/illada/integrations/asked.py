@@ -7,7 +7,7 @@ from typing import Any
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from illada.generation import GenerationConfig
-from illada.integrations.settings import GENERATION, EvaluationSettings
+from illada.integrations.settings import EvaluationSettings
 
 #: Of a task's generation_kwargs: what says which tokens are drawn from, and values that change nothing.
 _FILTERS = ("top_p", "top_k")
@@ -31,12 +31,11 @@ def asked_of(options: dict[str, Any], settings: EvaluationSettings) -> tuple[int
     drawn = settings.generation.temperature or temperature  # without it what would be filtered does not matter
     given = {name: value for name, value in asked.items() if value is not None and value != _NEUTRAL.get(name)}
     filters = {name: given.pop(name) for name in _FILTERS if name in given}
-    unknown = given | {name: value for name, value in filters.items() if drawn and name not in GENERATION}
-    if unknown:
-        known = ["until", "max_gen_toks", "do_sample", "temperature", *(n for n in _FILTERS if n in GENERATION)]
+    if given:
+        known = ", ".join(["until", "max_gen_toks", "do_sample", "temperature", *_FILTERS])
         raise ValueError(
-            f"the task's generation_kwargs ask for {', '.join(f'{k}={v}' for k, v in unknown.items())}, which is "
-            f"not supported; there are {', '.join(known)}"
+            f"the task's generation_kwargs ask for {', '.join(f'{k}={v}' for k, v in given.items())}, which is "
+            f"not supported; there are {known}"
         )
     sampling = {"temperature": temperature, **filters} if drawn else {}
     own = settings.generation
