@@ -68,8 +68,8 @@ def test_grad_weight_changes_its_version(generator):
 
 
 def test_raw_calls_change_the_versions_of_what_they_write(generator):
-    logits, lse = torch.randn(3, 7, generator=generator), torch.zeros(3)
-    raw.masked_cross_entropy(logits, TARGETS, WEIGHTS, lse=lse, grad=logits)
+    logits, lse = torch.randn(3, 7, generator=generator), torch.zeros(3, 2)
+    raw.masked_cross_entropy(logits, TARGETS, WEIGHTS, lse_parts=lse, grad=logits)
     assert logits._version == lse._version == 1
     raw.masked_cross_entropy_backward(logits, torch.randn(3, 7, generator=generator), TARGETS, WEIGHTS, lse)
     assert logits._version == 2

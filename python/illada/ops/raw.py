@@ -194,6 +194,7 @@ def masked_cross_entropy(
     rows: Tensor | None = None,
     nll: Tensor | None = None,
     lse: Tensor | None = None,
+    lse_parts: Tensor | None = None,
     target_logit: Tensor | None = None,
     grad: Tensor | None = None,
     normalizer: Tensor | None = None,
@@ -204,18 +205,19 @@ def masked_cross_entropy(
     """What `csrc/include/illada/loss.h` defines of each row of logits, into those of the outputs that are given.
 
     logits [N, V]; targets int64 (or, on CUDA, int32) [T], token_weights float32 [T] and rows int32 [N] (None: row n is
-    token n); nll, lse, target_logit: float32 [N]; grad [N, V], which may be the logits: of the loss, scale / normalizer
-    being what the sum is multiplied by, normalizer a float32 scalar; workspace: uint8, as
+    token n); nll, lse, target_logit: float32 [N]; lse_parts: float32 [N, 2], the largest logit and lse less that, which
+    `grad` needs on CUDA for rows of more than 163,840 ids; grad [N, V], which may be the logits: of the loss, scale /
+    normalizer being what the sum is multiplied by, normalizer a float32 scalar; workspace: uint8, as
     `masked_cross_entropy_workspace` says.
     """
-    outputs = [out for out in (nll, lse, target_logit, grad) if out is not None] or [logits]
+    outputs = [out for out in (nll, lse, lse_parts, target_logit, grad) if out is not None] or [logits]
     launch = _launch(outputs[0], logits, *outputs[1:], targets, token_weights, rows, normalizer, workspace=workspace)
     native().masked_cross_entropy(
         _cross_entropy_arguments(logits, targets, token_weights, rows, normalizer, scale, vocab_start),
-        *(address(nll), address(lse), address(target_logit), address(grad), 0 if grad is None else grad.stride(0)),
-        *(torch.get_num_threads(), launch),
+        *(address(nll), address(lse), address(lse_parts), address(target_logit)),
+        *(address(grad), 0 if grad is None else grad.stride(0), torch.get_num_threads(), launch),
     )
-    _written(nll, lse, target_logit, grad)
+    _written(nll, lse, lse_parts, target_logit, grad)
 
 
 def masked_cross_entropy_backward(
@@ -223,7 +225,7 @@ def masked_cross_entropy_backward(
     logits: Tensor,
     targets: Tensor,
     token_weights: Tensor,
-    lse: Tensor,
+    lse_parts: Tensor,
     *,
     rows: Tensor | None = None,
     dloss: Tensor | None = None,
@@ -232,16 +234,16 @@ def masked_cross_entropy_backward(
     scale: float = 1.0,
     vocab_start: int = 0,
 ) -> None:
-    """The gradient of the logits into `grad` [N, V], which may be the logits, from the lse of an earlier call.
+    """The gradient of the logits into `grad` [N, V], which may be the logits, from the lse_parts of an earlier call.
 
     dloss: float32 scalar that multiplies, or None: 1; dlse: float32 [N], or None: 0. Others as in
     `masked_cross_entropy` of this module.
     """
     native().masked_cross_entropy_backward(
         _cross_entropy_arguments(logits, targets, token_weights, rows, normalizer, scale, vocab_start),
-        *(address(lse), address(dlse), address(dloss), address(grad), grad.stride(0)),
+        *(address(lse_parts), address(dlse), address(dloss), address(grad), grad.stride(0)),
         torch.get_num_threads(),
-        _launch(grad, logits, targets, token_weights, lse, rows, dloss, dlse, normalizer),
+        _launch(grad, logits, targets, token_weights, lse_parts, rows, dloss, dlse, normalizer),
     )
     _written(grad)
 
