@@ -232,9 +232,11 @@ def _scale(grad: Tensor, factor: Tensor) -> None:
 
 
 def _bwd(dloss: Tensor, hidden_grad: Tensor, weight_grad: Tensor) -> tuple[Tensor, Tensor]:
-    grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x) for x in (hidden_grad, weight_grad))
-    _bwd_inplace(dloss, *grads)
-    return grads
+    d_hidden, d_weight = (
+        torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x) for x in (hidden_grad, weight_grad)
+    )
+    _bwd_inplace(dloss, d_hidden, d_weight)
+    return d_hidden, d_weight
 
 
 def _bwd_inplace(dloss: Tensor, hidden_grad: Tensor, weight_grad: Tensor) -> None:
