@@ -203,7 +203,7 @@ def test_gradient_added_to_a_buffer(dtype, generator):
     )
     again = buffer.clone()
     loss = illada.linear_masked_cross_entropy(
-        *leaves, targets, weights, grad_weight=torch.zeros_like(buffer), normalizer=9.0
+        *leaves, targets, weights, **{**keywords, "grad_weight": torch.zeros_like(buffer)}
     )
     with pytest.raises(RuntimeError, match="must arrive in the total unscaled.*got a gradient of 0.5"):
         (loss / 2).backward()
