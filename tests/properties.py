@@ -45,7 +45,7 @@ def steps_of(dtype: torch.dtype, want: Tensor) -> Tensor:
 
 
 def check_loss(
-    way: str, dtype: torch.dtype, device: torch.device, generator: torch.Generator, vocab: int = 4101
+    way: str, dtype: torch.dtype, device: torch.device, generator: torch.Generator, vocab: int = 2500
 ) -> None:
     """nll, lse and gradient of each row. Rows without a weight hold NaN."""
     logits, broken = rows_of_all_kinds(vocab, dtype, generator, each=2)
@@ -210,7 +210,7 @@ def _assert_sample(got: TokenSample, logits: Tensor, want_token: Tensor, name: s
 
 
 def check_sampler(
-    temperature: float, dtype: torch.dtype, device: torch.device, generator: torch.Generator, vocab: int = 4101
+    temperature: float, dtype: torch.dtype, device: torch.device, generator: torch.Generator, vocab: int = 2500
 ) -> None:
     """Tokens and their measures; where nothing is above -inf the first id, which is never committed."""
     keywords = {"temperature": temperature, "seed": 2**40 + 3, "step": -2, "extras": ("entropy", "margin")}
