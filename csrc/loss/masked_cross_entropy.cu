@@ -53,24 +53,23 @@ struct RowToken {
 // A row's log sum exp: the largest logit, and what is above it. Their sum has no digits left beside a large logit.
 __device__ __forceinline__ float2 lse_parts(const Softmax& softmax) { return {softmax.reference, logf(softmax.sum)}; }
 
-// dx = softmax e^(x - lse) - onehot [v == y].
+// dx = softmax e^(x - maximum) - onehot [v == y], the softmax's sum being part of the factor.
 struct RowGradient {
-  float maximum, log2_sum;  // the parts of lse, the second one negative and in log2
-  float softmax, onehot;
+  float maximum, softmax, onehot;
   int target;
 
   __device__ __forceinline__ RowGradient(const MaskedCrossEntropyParams& p, int64_t n, const RowToken& token,
-                                         float2 lse)
-      : maximum(lse.x), log2_sum(-lse.y * kLog2eF), target(token.target) {
+                                         float maximum, float inverse_sum)
+      : maximum(maximum), target(token.target) {
     float factor = p.scale;
     if (p.normalizer) factor /= *p.normalizer;
     if (p.dloss) factor *= *p.dloss;
     onehot = token.weight * factor;
-    softmax = onehot + (p.dlse ? p.dlse[n] : 0.0f);
+    softmax = (onehot + (p.dlse ? p.dlse[n] : 0.0f)) * inverse_sum;
   }
 
   __device__ __forceinline__ float of(float x, bool is_target) const {
-    return fmaf(softmax, exp2_approx(fmaf(x - maximum, kLog2eF, log2_sum)), is_target ? -onehot : 0.0f);
+    return fmaf(softmax, exp2_approx((x - maximum) * kLog2eF), is_target ? -onehot : 0.0f);
   }
 
   template <typename T>
@@ -83,7 +82,7 @@ struct RowGradient {
       for (int i = 0; i < kVector; ++i) x[i] = of(x[i], i == at);
     } else {
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) x[i] = softmax * exp2_approx(fmaf(x[i] - maximum, kLog2eF, log2_sum));
+      for (int i = 0; i < kVector; ++i) x[i] = softmax * exp2_approx((x[i] - maximum) * kLog2eF);
     }
     return pack8<T>(x);
   }
@@ -273,7 +272,8 @@ __global__ __launch_bounds__(kThreads, 4) void illada_masked_cross_entropy_backw
   }
   const T* const row = logits_row<T>(p, n);
   const bool aligned = aligned_alike(row, grad);
-  const RowGradient gradient(p, n, token, reinterpret_cast<const float2*>(p.lse_parts)[n]);
+  const float2 lse = reinterpret_cast<const float2*>(p.lse_parts)[n];
+  const RowGradient gradient(p, n, token, lse.x, exp2_approx(-lse.y * kLog2eF));
 #pragma unroll
   for (int step = 0; step < kPieceVectors; step += kThreads * kUnroll<T>) {
     const int first = piece * kPieceVectors + step + tid;
@@ -346,7 +346,7 @@ __global__ __launch_bounds__(kFusedThreads, kFusedCtas<T, kVectors>) void illada
   if (cluster > 1) softmax = merge_cluster(softmax, &part, cluster);
   if (first == 0) write_row(p, n, token, softmax, target_logit);
 
-  const RowGradient gradient(p, n, token, lse_parts(softmax));
+  const RowGradient gradient(p, n, token, softmax.reference, __fdividef(1.0f, softmax.sum));
 #pragma unroll
   for (int u = 0; u < kVectors; ++u) {
     const int vector = first + u * stride, id = shape.id_of(vector);

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
 
 from illada._native import require_cuda_build
 
@@ -148,6 +149,11 @@ def implement(op: str, fake: Callable, *, cpu: Callable, cuda: Callable | None =
 
         LIBRARY.impl(op, checked, "CUDA")
     torch.library.register_fake(f"illada::{op}", fake, lib=LIBRARY)
+
+
+def written(*tensors: Tensor | None) -> None:
+    """Tells autograd, after a call that has written to them."""
+    increment_version([tensor for tensor in tensors if tensor is not None])
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

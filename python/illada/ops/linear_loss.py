@@ -70,11 +70,15 @@ def _fwd_cuda(*arguments, **keywords):
 
 
 def _fwd_into_cpu(*arguments):
-    return _fwd_cpu(*arguments[:-1], into=arguments[-1])[:3]
+    results = _fwd_cpu(*arguments[:-1], into=arguments[-1])[:3]
+    lib.written(arguments[-1])
+    return results
 
 
 def _fwd_into_cuda(*arguments):
-    return _fwd_cuda(*arguments[:-1], into=arguments[-1])[:3]
+    results = _fwd_cuda(*arguments[:-1], into=arguments[-1])[:3]
+    lib.written(arguments[-1])
+    return results
 
 
 def _fwd_sm90(
