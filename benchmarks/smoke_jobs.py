@@ -166,8 +166,8 @@ def masked_cross_entropy(device: torch.device, dtype: torch.dtype, at_once: bool
     mine, targets, weights = logits.to(device), targets.to(device), weights.to(device)
     size = raw.masked_cross_entropy_workspace(rows, vocab, device)
     workspace = torch.empty(size, dtype=torch.uint8, device=device)
-    got_nll, lse = (torch.full((rows,), torch.nan, device=device) for _ in range(2))
-    arguments = {"nll": got_nll, "lse": lse, "workspace": workspace}
+    got_nll, lse = (torch.full((rows, *columns), torch.nan, device=device) for columns in ((), (2,)))
+    arguments = {"nll": got_nll, "lse_parts": lse, "workspace": workspace}
     if at_once:
         grad = mine
         raw.masked_cross_entropy(mine, targets, weights, grad=grad, **arguments)

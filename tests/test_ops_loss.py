@@ -203,7 +203,7 @@ def test_gradient_added_to_a_buffer(dtype, generator):
     )
     again = buffer.clone()
     loss = illada.linear_masked_cross_entropy(
-        *leaves, targets, weights, grad_weight=torch.zeros_like(buffer), normalizer=9.0
+        *leaves, targets, weights, **{**keywords, "grad_weight": torch.zeros_like(buffer)}
     )
     with pytest.raises(RuntimeError, match="must arrive in the total unscaled.*got a gradient of 0.5"):
         (loss / 2).backward()
@@ -260,7 +260,8 @@ def test_registration(generator):
     logits = (hidden @ weight.T).detach().requires_grad_()
     for inplace in (False, True):
         torch.library.opcheck(torch.ops.illada.masked_ce_fwd.default, (logits, targets, weights, None, 1.0, inplace))
-    rest = (torch.tensor(3.0), 1.0, logits.detach().logsumexp(-1), torch.tensor(2.0), torch.ones(12), 5)
+    lse_parts = torch.stack([logits.detach().logsumexp(-1), torch.zeros(12)], dim=-1)
+    rest = (torch.tensor(3.0), 1.0, lse_parts, torch.tensor(2.0), torch.ones(12), 5)
     for op in (torch.ops.illada.masked_ce_bwd.default, torch.ops.illada.masked_ce_bwd_.default):
         torch.library.opcheck(op, (logits.detach().clone(), targets, weights, *rest))
     torch.library.opcheck(torch.ops.illada.masked_ce_shard_fwd.default, (logits.detach(), targets, weights, 5))
@@ -317,6 +318,8 @@ def test_errors(generator):
         (ValueError, r"token_weights must have shape \[6\], got \[5\]", lambda: linear(hidden, weight, targets, weights[:5])),
         (TypeError, "rows must be int32, got int64", lambda: linear(hidden, weight, targets, weights, rows=rows.long())),
         (ValueError, r"rows must be in \[0, 6\)", lambda: linear(hidden, weight, targets, weights, rows=rows + 1)),
+        (ValueError, r"masked_cross_entropy: rows must be in \[0, 6\), got -1 .. 4", lambda: plain(hidden, targets, weights, rows=rows - 1)),
+        (ValueError, r"rows must be in \[0, 6\), got -1 .. 4", lambda: illada.linear_masked_cross_entropy_vocab_parallel(hidden, weight, targets, weights, vocab_start=0, rows=rows - 1)),
         (ValueError, r"rows must ascend, each of them once, got \[1, 1\]", lambda: linear(hidden, weight, targets, weights, rows=rows[1:2].expand(2))),
         (ValueError, r"weight must have at least one row, got \[0, 8\]", lambda: linear(hidden, weight[:0], targets, weights)),
         (ValueError, "grad_weight shares memory with weight", lambda: linear(hidden, weight, targets, weights, grad_weight=weight.detach())),

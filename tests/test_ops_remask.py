@@ -73,6 +73,18 @@ def test_noise_depends_on_its_key_alone(generator):
     assert len(others) == 6  # nothing repeats among 3000 almost equal tokens
 
 
+def test_a_step_may_be_negative_in_both_forms(generator):
+    logits = rows_of((2, 3000, 0.1), torch.float32, generator)
+    keywords = {"temperature": 1.0, "seed": 3, "measure": "random"}
+    numbers = [illada.sample_tokens(logits, step=s, **keywords) for s in (-1, 2**31 - 1, -(2**31))]
+    rows = [illada.sample_tokens(logits, step=torch.full((2,), s).int(), **keywords) for s in (-1, 2**31 - 1, -(2**31))]
+    assert len({tuple(sample.token.tolist()) for sample in numbers}) == 3
+    for a, b in zip(numbers, rows, strict=True):
+        assert torch.equal(a.token, b.token) and torch.equal(a.confidence, b.confidence)
+    want = reference.sample_tokens(logits, step=-1, **keywords)
+    assert torch.equal(numbers[0].token, want.token) and torch.equal(numbers[0].confidence.double(), want.confidence)
+
+
 def test_distribution_is_the_softmax(generator):
     # 100,000 draws over 64 ids, temperature folded into the logits: chi-square with 63 degrees of freedom.
     logits = torch.randn(64, generator=generator) * 1.5
@@ -358,7 +370,7 @@ def test_errors(generator):
         (TypeError, "temperature must be float32, got int64", lambda: sample(logits, temperature=torch.ones(3).long())),
         (ValueError, r"seed must have shape \[3\], got \[2\]", lambda: sample(logits, seed=torch.ones(2).long())),
         (ValueError, "seed must fit 64 bits", lambda: sample(logits, seed=2**63)),
-        (ValueError, r"step must be in \[0, 2\^31\), got -1", lambda: sample(logits, step=-1)),
+        (ValueError, "step must fit 32 bits, got 2147483648", lambda: sample(logits, step=2**31)),
         (TypeError, "row_ids must be int64, got int32", lambda: sample(logits, row_ids=torch.ones(3, dtype=torch.int32))),
         (ValueError, r"row_ids must be in \[0, 2\^32\), got -1 in row 0", lambda: sample(logits, row_ids=torch.full((3,), -1))),
         (ValueError, "measure must be one of probability, margin, entropy, random, got 'p'", lambda: sample(logits, measure="p")),

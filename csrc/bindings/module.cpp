@@ -75,11 +75,13 @@ loss::MaskedCrossEntropyParams cross_entropy_params(const CrossEntropyArguments&
   return p;
 }
 
-void masked_cross_entropy(const CrossEntropyArguments& rows, uintptr_t nll, uintptr_t lse, uintptr_t target_logit,
-                          uintptr_t grad, int64_t grad_row_stride, int num_threads, const LaunchArguments& launch) {
+void masked_cross_entropy(const CrossEntropyArguments& rows, uintptr_t nll, uintptr_t lse, uintptr_t lse_parts,
+                          uintptr_t target_logit, uintptr_t grad, int64_t grad_row_stride, int num_threads,
+                          const LaunchArguments& launch) {
   auto p = cross_entropy_params(rows, num_threads, launch);
   p.nll = pointer<float>(nll);
   p.lse = pointer<float>(lse);
+  p.lse_parts = pointer<float>(lse_parts);
   p.target_logit = pointer<float>(target_logit);
   p.grad = pointer<void>(grad);
   p.grad_row_stride = grad_row_stride;
@@ -88,11 +90,11 @@ void masked_cross_entropy(const CrossEntropyArguments& rows, uintptr_t nll, uint
   on_gpu<loss::masked_cross_entropy_cuda>(p);
 }
 
-void masked_cross_entropy_backward(const CrossEntropyArguments& rows, uintptr_t lse, uintptr_t dlse, uintptr_t dloss,
-                                   uintptr_t grad, int64_t grad_row_stride, int num_threads,
+void masked_cross_entropy_backward(const CrossEntropyArguments& rows, uintptr_t lse_parts, uintptr_t dlse,
+                                   uintptr_t dloss, uintptr_t grad, int64_t grad_row_stride, int num_threads,
                                    const LaunchArguments& launch) {
   auto p = cross_entropy_params(rows, num_threads, launch);
-  p.lse = pointer<float>(lse);
+  p.lse_parts = pointer<float>(lse_parts);
   p.dlse = pointer<const float>(dlse);
   p.dloss = pointer<const float>(dloss);
   p.grad = pointer<void>(grad);

@@ -75,13 +75,18 @@ void masked_cross_entropy_cpu(const MaskedCrossEntropyParams& p) {
     if (p.nll) p.nll[n] = 0;
     if (p.target_logit) p.target_logit[n] = 0;
     if (p.lse) p.lse[n] = 0;
+    if (p.lse_parts) p.lse_parts[2 * n] = p.lse_parts[2 * n + 1] = 0;
   }
   for_rows(p, [&](int64_t n, int64_t i, const void* x, void* grad) {
-    const float lse = row_lse(x, p.vocab_size);
+    const cpu::RowLse lse = row_lse(x, p.vocab_size);
     const int64_t target = target_of(p, i);
     const float target_logit = target >= 0 ? logit(x, target) : 0.0f;
-    if (p.nll) p.nll[n] = lse - target_logit;
-    if (p.lse) p.lse[n] = lse;
+    if (p.nll) p.nll[n] = lse.maximum - target_logit + lse.log_sum;
+    if (p.lse) p.lse[n] = lse.maximum + lse.log_sum;
+    if (p.lse_parts) {
+      p.lse_parts[2 * n] = lse.maximum;
+      p.lse_parts[2 * n + 1] = lse.log_sum;
+    }
     if (p.target_logit) p.target_logit[n] = target_logit;
     if (grad) softmax_grad(x, grad, p.vocab_size, lse, p.weights[i] * factor, 0.0f, target);
   });
@@ -89,12 +94,13 @@ void masked_cross_entropy_cpu(const MaskedCrossEntropyParams& p) {
 
 void masked_cross_entropy_backward_cpu(const MaskedCrossEntropyParams& p) {
   validate(p);
-  ILLADA_CHECK(p.num_rows == 0 || (p.grad && p.lse), kOp, "the backward needs grad and lse");
+  ILLADA_CHECK(p.num_rows == 0 || (p.grad && p.lse_parts), kOp, "the backward needs grad and lse_parts");
   const cpu::RowKernels& kernels = cpu::row_kernels();
   const auto softmax_grad = p.dtype == DType::kBFloat16 ? kernels.softmax_grad_bf16 : kernels.softmax_grad_f32;
   const float factor = factor_of(p);
   for_rows(p, [&](int64_t n, int64_t i, const void* x, void* grad) {
-    softmax_grad(x, grad, p.vocab_size, p.lse[n], p.weights[i] * factor, p.dlse ? p.dlse[n] : 0.0f, target_of(p, i));
+    const cpu::RowLse lse{p.lse_parts[2 * n], p.lse_parts[2 * n + 1]};
+    softmax_grad(x, grad, p.vocab_size, lse, p.weights[i] * factor, p.dlse ? p.dlse[n] : 0.0f, target_of(p, i));
   });
 }
 

@@ -30,19 +30,23 @@ struct SampleRowResult {
   bool valid;
 };
 
+// log sum exp of a row, natural log: the sum of the two. Their sum has no digits left beside a large maximum.
+struct RowLse {
+  float maximum, log_sum;
+};
+
 struct RowKernels {
   const char* isa;
   SampleRowResult (*sample_f32)(const SampleRow&);
   SampleRowResult (*sample_bf16)(const SampleRow&);
-  // log sum exp of a row, natural log.
-  float (*lse_f32)(const void* logits, int64_t vocab_size);
-  float (*lse_bf16)(const void* logits, int64_t vocab_size);
+  RowLse (*lse_f32)(const void* logits, int64_t vocab_size);
+  RowLse (*lse_bf16)(const void* logits, int64_t vocab_size);
   float (*logit_f32)(const void* logits, int64_t index);
   float (*logit_bf16)(const void* logits, int64_t index);
   // grad = (onehot_factor + dlse) softmax(x) - onehot_factor onehot(target); grad may be x itself, target -1: none.
-  void (*softmax_grad_f32)(const void* logits, void* grad, int64_t vocab_size, float lse, float onehot_factor,
+  void (*softmax_grad_f32)(const void* logits, void* grad, int64_t vocab_size, RowLse lse, float onehot_factor,
                            float dlse, int64_t target);
-  void (*softmax_grad_bf16)(const void* logits, void* grad, int64_t vocab_size, float lse, float onehot_factor,
+  void (*softmax_grad_bf16)(const void* logits, void* grad, int64_t vocab_size, RowLse lse, float onehot_factor,
                             float dlse, int64_t target);
   int tile_rows;  // of `attend`
   void (*attend_f32)(const AttentionTile&);

@@ -27,7 +27,7 @@ struct SoftmaxState {
   double sum = 0, weighted = 0;
   bool valid = true;  // no NaN, no +inf so far
 
-  float lse() const { return float(double(reference) + std::log2(sum) * kLn2); }
+  RowLse lse() const { return {reference, float(std::log2(sum) * kLn2)}; }
 };
 
 template <bool kWantSecond, typename T>
@@ -309,14 +309,14 @@ SampleRowResult sample(const SampleRow& row) {
 }
 
 template <typename T>
-float row_lse(const void* logits, int64_t vocab_size) {
+RowLse row_lse(const void* logits, int64_t vocab_size) {
   const T* x = static_cast<const T*>(logits);
   SoftmaxState state;
   for (int64_t first = 0; first < vocab_size; first += kBlock) {
     const int64_t count = vocab_size - first < kBlock ? vocab_size - first : kBlock;
     float block_max;
     block_maximum<false>(x + first, count, state, block_max);
-    if (!state.valid) return std::numeric_limits<float>::quiet_NaN();
+    if (!state.valid) return {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::quiet_NaN()};
     block_sum<false>(x + first, count, block_max, state);
   }
   return state.lse();
@@ -328,28 +328,28 @@ float logit(const void* logits, int64_t index) {
 }
 
 template <typename T>
-void softmax_grad(const void* logits, void* grad, int64_t vocab_size, float lse, float onehot_factor, float dlse,
+void softmax_grad(const void* logits, void* grad, int64_t vocab_size, RowLse lse, float onehot_factor, float dlse,
                   int64_t target) {
   const T* x = static_cast<const T*>(logits);
   T* g = static_cast<T*>(grad);
   const float factor = onehot_factor + dlse;
   float target_grad = 0;  // before x is overwritten
   if (target >= 0) {
-    const float p = std::exp(to_float(x[target]) - lse);
+    const float p = std::exp(to_float(x[target]) - lse.maximum - lse.log_sum);
     target_grad = onehot_factor * (p - 1.0f) + dlse * p;
   }
   // Below 2^-100 a probability counts as 0: times the factor it could be denormal, and the GEMMs that read the gradient
   // are many times slower on denormals.
   constexpr float kSmallest = -100.0f;
-  const VecF shift = splat(lse), scale = splat(factor);
+  const VecF maximum = splat(lse.maximum), log_sum = splat(lse.log_sum), scale = splat(factor);
   int64_t i = 0;
   for (; i + kLanes <= vocab_size; i += kLanes) {
-    const VecF d = (load(x + i) - shift) * kLog2eF;
+    const VecF d = (load(x + i) - maximum - log_sum) * kLog2eF;
     const VecF p = exp2(d);
     store(g + i, (d < kSmallest ? VecF{} : p) * scale);
   }
   for (; i < vocab_size; ++i) {
-    const float d = to_float(x[i]) - lse;
+    const float d = to_float(x[i]) - lse.maximum - lse.log_sum;
     store_scalar(g + i, d * kLog2eF < kSmallest ? 0.0f : factor * std::exp(d));
   }
   if (target >= 0) store_scalar(g + target, target_grad);

@@ -128,12 +128,14 @@ inline bool any(VecI mask) {
 #endif
 }
 
-// 2^x with a relative error below 2.4e-7; x is clamped to [-126, 126], so 2^-inf is 1.2e-38, not 0. NaN stays NaN.
+// 2^x with a relative error below 2.4e-7; x is clamped to [-126, 126], so 2^-inf is 1.2e-38, not 0. NaN stays NaN,
+// whatever its bits are: they end in the power of two, but the polynomial is NaN as well.
 inline VecF exp2(VecF x) {
   x = max(splat(-126.0f), x);
   x = min(splat(126.0f), x);
-  const VecF shifted = x + 12582912.0f;  // 1.5 * 2^23: the integer part of x lands in the low mantissa bits
-  const VecF f = x - (shifted - 12582912.0f);
+  // 1.5 * 2^23 + 127: the integer part of x lands in the low mantissa bits, with the bias of an exponent.
+  const VecF shifted = x + 12583039.0f;
+  const VecF f = x - (shifted - 12583039.0f);
   // Minimax polynomial of 2^f on [-0.5, 0.5], degree 5, relative error 9.2e-8 before rounding.
   VecF p = splat(1.326472662e-3f);
   p = p * f + 9.671512959e-3f;
@@ -141,7 +143,7 @@ inline VecF exp2(VecF x) {
   p = p * f + 2.402224208e-1f;
   p = p * f + 6.931469776e-1f;
   p = p * f + 1.0f;
-  return bit_cast<VecF>(bit_cast<VecI>(p) + (bit_cast<VecI>(shifted) << 23));
+  return p * bit_cast<VecF>(bit_cast<VecI>(shifted) << 23);
 }
 
 // Products of the low 32 bits of each 64-bit word.

@@ -28,6 +28,7 @@ void validate(const MaskedCrossEntropyParams& p) {
                p.grad_row_stride, " is less than vocab_size ", p.vocab_size);
   ILLADA_CHECK(p.grad != p.logits || p.grad_row_stride == p.logits_row_stride || p.num_rows <= 1, kOp,
                "grad is logits, but its row stride is ", p.grad_row_stride, " and not ", p.logits_row_stride);
+  ILLADA_CHECK(reinterpret_cast<uintptr_t>(p.lse_parts) % 8 == 0, kOp, "lse_parts must be 8-byte aligned");
   ILLADA_CHECK(p.num_rows <= std::numeric_limits<int32_t>::max() / (int64_t(pieces_of(p.vocab_size)) + 8), kOp,
                "too many rows: ", p.num_rows);
 }
@@ -46,10 +47,11 @@ void check_memory(const MaskedCrossEntropyParams& p, bool backward, int64_t work
   std::vector<Region> outputs = {grad};
   if (!in_place) inputs.push_back(logits);
   if (backward) {
-    inputs.push_back({"lse", p.lse, 4 * n});
+    inputs.push_back({"lse_parts", p.lse_parts, 8 * n});
   } else {
     outputs.insert(outputs.end(), {{"nll", p.nll, 4 * n, true},
                                    {"lse", p.lse, 4 * n, true},
+                                   {"lse_parts", p.lse_parts, 8 * n, true},
                                    {"target_logit", p.target_logit, 4 * n, true},
                                    {"workspace", p.workspace, workspace}});
   }
@@ -74,8 +76,8 @@ void masked_cross_entropy_cuda(const MaskedCrossEntropyParams& p) {
   ILLADA_CHECK(p.workspace_bytes >= workspace, kOp, "workspace must have ", workspace, " bytes, got ",
                p.workspace_bytes);
   ILLADA_CHECK(reinterpret_cast<uintptr_t>(p.workspace) % 16 == 0, kOp, "workspace must be 16-byte aligned");
-  ILLADA_CHECK(!p.grad || fused.vectors || p.lse, kOp, "a gradient of ", p.vocab_size,
-               " ids takes a forward and a backward, which needs lse");
+  ILLADA_CHECK(!p.grad || fused.vectors || p.lse_parts, kOp, "a gradient of ", p.vocab_size,
+               " ids takes a forward and a backward, which needs lse_parts");
   check_memory(p, false, workspace);
   if (fused.vectors) return launch_fused(p, gpu, fused);
   launch_forward(p, gpu);

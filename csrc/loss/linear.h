@@ -21,9 +21,9 @@ struct LinearPlan {
   // Offsets in bytes. Of the call: the tokens listed, and how many.
   int64_t list = 0, count = 0;
   // Of a chunk: rows of hidden [rows, width], 2^(logit - reference) [rows, prob_stride], their sums and the largest
-  // logit [id_tiles, rows] in log2, all without the targets; of each row the target (-1: none), its logit (not in
-  // log2), the reference in log2, and the factor that makes a gradient of its probabilities; which pairs of tiles
-  // have to be done again; slabs [slab_rows, width]; with filter_eps the lse in log2 [rows] and which pairs of row
+  // logit [id_tiles, rows], all without the targets; of each row the target (-1: none), its logit, the reference in
+  // log2, and the factor that makes a gradient of its probabilities; which pairs of tiles have to be done again; slabs
+  // [slab_rows, width]; with filter_eps the lse above the reference in log2 [rows] and which pairs of row
   // tiles x tiles of the vocabulary matter.
   int64_t hidden = 0, probs = 0, sums = 0, maxima = 0, targets = 0, target_logits = 0, references = 0, factors = 0,
           again = 0, slabs = 0, lse = 0, live = 0;

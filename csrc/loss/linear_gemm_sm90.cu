@@ -174,7 +174,7 @@ struct LogitsJob {
       sum[half] = warp_reduce<4>(sum[half], [](float a, float b) { return a + b; });
       if (lane % 4 == 0) {
         const int64_t at = int64_t(tile.n / kTileN) * c.rows + row + 8 * half;
-        c.maxima[at] = top[half] * kLog2eF;
+        c.maxima[at] = top[half];
         c.sums[at] = sum[half];
       }
     }

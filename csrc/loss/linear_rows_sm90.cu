@@ -135,14 +135,14 @@ __device__ __forceinline__ bool finish_row(const LinearMaskedCrossEntropyParams&
   const float logit = target >= 0 ? c.target_logits[r] : -INFINITY;
   const float exponent = fmaf(logit, kLog2eF, -reference), own = exp2_approx(exponent), sum = others + own;
   if (!again && !(sum < kMostSum)) {
-    c.references[r] = fmaxf(top, logit * kLog2eF);
+    c.references[r] = fmaxf(top, logit) * kLog2eF;
     return true;
   }
   if (target < 0) {
     p.nll[token] = NAN;
     return false;
   }
-  if (c.lse) c.lse[r] = reference + log2f(sum);
+  if (c.lse) c.lse[r] = log2f(sum);
   p.nll[token] = others < own ? log1pf(others / own) : (log2f(sum) - exponent) * kLn2F;
   const float normalizer = p.normalizer ? *p.normalizer : 1.0f;
   c.factors[r] = p.weights[token] * p.scale / normalizer / sum;
@@ -180,10 +180,12 @@ __global__ __launch_bounds__(32 * kStatisticsWarps) void illada_linear_masked_cr
   }
   if (again && c.live) {
     const float lse = r < used ? c.lse[r] : INFINITY;
+    const float reference = lse < INFINITY ? c.references[r] : 0.0f;
     const int target = lse < INFINITY ? c.targets[r] : -1;
     for (int tile = warp; tile < c.id_tiles; tile += kStatisticsWarps) {
       const float top = lse < INFINITY ? c.maxima[int64_t(tile) * c.rows + r] : -INFINITY;
-      const bool matters = exp2f(top - lse) >= p.filter_eps || (target >= 0 && target / kTileIds == tile);
+      const float probability = exp2f(fmaf(top, kLog2eF, -reference) - lse);
+      const bool matters = probability >= p.filter_eps || (target >= 0 && target / kTileIds == tile);
       if (__any_sync(kFullWarp, matters) && lane == 0) c.live[int64_t(first / kPairRows) * c.id_tiles + tile] = 1;
     }
   }

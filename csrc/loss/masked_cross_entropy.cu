@@ -50,22 +50,26 @@ struct RowToken {
   }
 };
 
-// dx = softmax e^(x - lse) - onehot [v == y].
+// A row's log sum exp: the largest logit, and what is above it. Their sum has no digits left beside a large logit.
+__device__ __forceinline__ float2 lse_parts(const Softmax& softmax) { return {softmax.reference, logf(softmax.sum)}; }
+
+// dx = softmax e^(x - maximum) - onehot [v == y], the softmax's sum being part of the factor.
 struct RowGradient {
-  float lse, softmax, onehot;
+  float maximum, softmax, onehot;
   int target;
 
-  __device__ __forceinline__ RowGradient(const MaskedCrossEntropyParams& p, int64_t n, const RowToken& token, float lse)
-      : lse(lse), target(token.target) {
+  __device__ __forceinline__ RowGradient(const MaskedCrossEntropyParams& p, int64_t n, const RowToken& token,
+                                         float maximum, float inverse_sum)
+      : maximum(maximum), target(token.target) {
     float factor = p.scale;
     if (p.normalizer) factor /= *p.normalizer;
     if (p.dloss) factor *= *p.dloss;
     onehot = token.weight * factor;
-    softmax = onehot + (p.dlse ? p.dlse[n] : 0.0f);
+    softmax = (onehot + (p.dlse ? p.dlse[n] : 0.0f)) * inverse_sum;
   }
 
   __device__ __forceinline__ float of(float x, bool is_target) const {
-    return fmaf(softmax, exp2_approx((x - lse) * kLog2eF), is_target ? -onehot : 0.0f);
+    return fmaf(softmax, exp2_approx((x - maximum) * kLog2eF), is_target ? -onehot : 0.0f);
   }
 
   template <typename T>
@@ -78,7 +82,7 @@ struct RowGradient {
       for (int i = 0; i < kVector; ++i) x[i] = of(x[i], i == at);
     } else {
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) x[i] = softmax * exp2_approx((x[i] - lse) * kLog2eF);
+      for (int i = 0; i < kVector; ++i) x[i] = softmax * exp2_approx((x[i] - maximum) * kLog2eF);
     }
     return pack8<T>(x);
   }
@@ -157,20 +161,21 @@ __device__ __forceinline__ Softmax merge_block(Softmax softmax, float2* shared) 
   return softmax;
 }
 
-__device__ __forceinline__ float lse_of(const Softmax& softmax) { return softmax.reference + logf(softmax.sum); }
-
 // By one thread.
 __device__ __forceinline__ void write_row(const MaskedCrossEntropyParams& p, int64_t n, const RowToken& token,
                                           const Softmax& softmax, float target_logit) {
   const bool here = token.target >= 0;
+  const float2 lse = lse_parts(softmax);
   // Where the target is the likeliest id, its logit is the reference: the small nll does not come from large numbers.
-  if (p.nll) p.nll[n] = here ? softmax.reference - target_logit + logf(softmax.sum) : NAN;
-  if (p.lse) p.lse[n] = lse_of(softmax);
+  if (p.nll) p.nll[n] = here ? lse.x - target_logit + lse.y : NAN;
+  if (p.lse) p.lse[n] = lse.x + lse.y;
+  if (p.lse_parts) reinterpret_cast<float2*>(p.lse_parts)[n] = lse;
   if (p.target_logit) p.target_logit[n] = here ? target_logit : 0.0f;
 }
 __device__ __forceinline__ void write_no_row(const MaskedCrossEntropyParams& p, int64_t n) {
   if (p.nll) p.nll[n] = 0.0f;
   if (p.lse) p.lse[n] = 0.0f;
+  if (p.lse_parts) reinterpret_cast<float2*>(p.lse_parts)[n] = {0.0f, 0.0f};
   if (p.target_logit) p.target_logit[n] = 0.0f;
 }
 
@@ -267,7 +272,8 @@ __global__ __launch_bounds__(kThreads, 4) void illada_masked_cross_entropy_backw
   }
   const T* const row = logits_row<T>(p, n);
   const bool aligned = aligned_alike(row, grad);
-  const RowGradient gradient(p, n, token, p.lse[n]);
+  const float2 lse = reinterpret_cast<const float2*>(p.lse_parts)[n];
+  const RowGradient gradient(p, n, token, lse.x, exp2_approx(-lse.y * kLog2eF));
 #pragma unroll
   for (int step = 0; step < kPieceVectors; step += kThreads * kUnroll<T>) {
     const int first = piece * kPieceVectors + step + tid;
@@ -340,7 +346,7 @@ __global__ __launch_bounds__(kFusedThreads, kFusedCtas<T, kVectors>) void illada
   if (cluster > 1) softmax = merge_cluster(softmax, &part, cluster);
   if (first == 0) write_row(p, n, token, softmax, target_logit);
 
-  const RowGradient gradient(p, n, token, lse_of(softmax));
+  const RowGradient gradient(p, n, token, softmax.reference, __fdividef(1.0f, softmax.sum));
 #pragma unroll
   for (int u = 0; u < kVectors; ++u) {
     const int vector = first + u * stride, id = shape.id_of(vector);

@@ -33,6 +33,9 @@ struct RowPair {
     any_noise = __any_sync(kFullWarp, temperature[0] > 0 || temperature[1] > 0);
   }
 
+  // Nothing of row i can win any more, and nobody hears of it: it would raise the bound of the row that it stands for.
+  __device__ __forceinline__ void leave_race(int i) { bound[i] = FLT_MAX; }
+
   // What other CTAs have found out about the rows: [num_rows] as ordered() makes it, or null. It prunes, no more.
   __device__ __forceinline__ void read_bounds(const int32_t* bounds, const int (&row)[2], int32_t (&seen)[2]) const {
 #pragma unroll
@@ -142,7 +145,7 @@ struct RowPair {
       if (!__any_sync(kFullWarp, hopes > RowNoise::kHopeless)) continue;
 #pragma unroll
       for (int j = 0; j < kGroup; ++j) uniforms(tile_id, g * kGroup + j, u[j]);
-      if (g == 0 && __any_sync(kFullWarp, bound[0] == -FLT_MAX && bound[1] == -FLT_MAX)) {
+      if (g == 0 && __any_sync(kFullWarp, fminf(bound[0], bound[1]) == -FLT_MAX)) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {  // a bound to start with
           float sure = -FLT_MAX;

@@ -69,9 +69,12 @@ __global__ __launch_bounds__(HeadGemm<T>::kThreads, 1) void illada_linear_sample
         gemm.skip(task.tiles * k_tiles);
         continue;
       }
-      // Rows past the end repeat the last one: harmless, and not written.
+      // Rows past the end have logits of 0 and the arguments of the last one. They are not written.
       const int row[2] = {min(first_row + row_of_tile, last_row), min(first_row + row_of_tile + 8, last_row)};
       RowPair<kWantExtras> pair(p, row);
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        if (first_row + row_of_tile + 8 * i > last_row) pair.leave_race(i);
 
       const int end_id = int(min(int64_t(task.slot + 1) * plan.chunks * kChunk, p.vocab_size));
       float d[kTileN / 2];

@@ -21,17 +21,17 @@ namespace illada::remask {
 
 constexpr int kVector = 8;  // neighbours that are looked at together: two Philox blocks
 
-// The token that leads so far: by score, then by lowest id. Without noise the score is the logit.
+// The token that leads so far: by score, then by lowest id. Without noise the score is the logit. Where no score is
+// above -inf, the first id leads.
 struct Leader {
-  double score;
-  int32_t token;
-  float logit;
+  double score = -INFINITY;
+  int32_t token = 0;
+  float logit = -INFINITY;
 
   __device__ __forceinline__ void offer(const Leader& other) {
     if (other.score > score || (other.score == score && other.token < token)) *this = other;
   }
 };
-constexpr int32_t kNoToken = 0x7fffffff;
 
 // The two largest logits, equal where the largest occurs twice.
 struct TopTwo {
@@ -160,7 +160,7 @@ template <bool kWantExtras>
 struct RowState {
   OnlineSoftmax<kWantExtras> softmax;
   TopTwo top;  // of use with kWantExtras only
-  Leader leader{-INFINITY, kNoToken, -INFINITY};
+  Leader leader;
 
   // The leader and the two largest logits, not the softmax, merged with those of lane ^ mask.
   __device__ __forceinline__ void merge_leader(int mask) {
@@ -250,7 +250,7 @@ __device__ __forceinline__ void write_row(const SampleTokensParams& p, int64_t r
     const PhiloxWords words = philox4x32({{0, noise.row_id, noise.step, kSampleStreamRandom}}, noise.key0, noise.key1);
     confidence = float(words.word[0] >> 8) * 0x1p-24f;
   }
-  p.token[row] = s.leader.token == kNoToken ? 0 : s.leader.token;
+  p.token[row] = s.leader.token;
   p.confidence[row] = valid ? confidence : -INFINITY;
   p.logprob[row] = valid ? float(logprob) : -INFINITY;
   if (p.entropy) p.entropy[row] = entropy;

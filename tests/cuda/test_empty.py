@@ -201,13 +201,14 @@ def test_raw_cross_entropy(device, generator):
         targets, weights = torch.zeros(tokens, dtype=torch.int64, device=device), torch.ones(tokens, device=device)
         rows = torch.arange(count, dtype=torch.int32, device=device)
         nll, lse, target_logit = (torch.full((count,), 7.0, device=device) for _ in range(3))
+        lse_parts = torch.full((count, 2), 7.0, device=device)
         grad = torch.full_like(logits, 7)
         size = raw.masked_cross_entropy_workspace(count, vocab, logits.device)
         workspace = torch.empty(size, dtype=torch.uint8, device=device)
-        results = {"nll": nll, "lse": lse, "target_logit": target_logit, "grad": grad}
+        results = {"nll": nll, "lse": lse, "lse_parts": lse_parts, "target_logit": target_logit, "grad": grad}
         raw.masked_cross_entropy(logits, targets, weights, rows=rows, **results, workspace=workspace)
         other = torch.full_like(logits, 7)
-        raw.masked_cross_entropy_backward(other, logits, targets, weights, lse, rows=rows)
+        raw.masked_cross_entropy_backward(other, logits, targets, weights, lse_parts, rows=rows)
         if tokens == 0:
             assert not any(x.any() for x in (*results.values(), other))
         else:

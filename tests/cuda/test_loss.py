@@ -208,7 +208,13 @@ def test_backward_in_place_refuses(device):
 def raw_buffers(logits, weights, **extra):
     size = raw.masked_cross_entropy_workspace(logits.shape[0], logits.shape[1], logits.device)
     nll, lse = torch.full((2, len(logits)), -7.0, device=logits.device)
-    return {"nll": nll, "lse": lse, "workspace": logits.new_empty(size, dtype=torch.uint8), **extra}
+    return {
+        "nll": nll,
+        "lse": lse,
+        "lse_parts": torch.stack([lse, lse], dim=-1),
+        "workspace": logits.new_empty(size, dtype=torch.uint8),
+        **extra,
+    }
 
 
 FUSED = [  # rows, V: how a row is held
@@ -239,7 +245,7 @@ def test_forward_and_gradient_at_once(case, dtype, device, generator):
     apart = raw_buffers(logits, weights)
     raw.masked_cross_entropy(logits, targets, weights, rows=order, **apart)
     want = torch.empty(rows, vocab, dtype=dtype, device=device)
-    raw.masked_cross_entropy_backward(want, logits, targets, weights, apart["lse"], **arguments)
+    raw.masked_cross_entropy_backward(want, logits, targets, weights, apart["lse_parts"], **arguments)
     other = torch.full((rows, vocab), torch.nan, dtype=dtype, device=device)
     raw.masked_cross_entropy(logits, targets, weights, **raw_buffers(logits, weights, grad=other), **arguments)
     inside = raw_buffers(logits, weights, grad=logits)
@@ -276,7 +282,7 @@ def test_raw_calls_in_a_graph(device, generator):
     def run():
         raw.masked_cross_entropy(logits, targets, weights, **outputs)
         raw.weighted_sum(loss, outputs["nll"], weights)
-        raw.masked_cross_entropy_backward(grad, logits, targets, weights, outputs["lse"], dloss=dloss)
+        raw.masked_cross_entropy_backward(grad, logits, targets, weights, outputs["lse_parts"], dloss=dloss)
         raw.masked_cross_entropy(chunk, targets, weights, **inside)
 
     def refill(seed):
@@ -349,14 +355,18 @@ def test_wrong_raw_calls(device):
         with pytest.raises(ValueError, match=message):
             raw.masked_cross_entropy(*arguments, **{**outputs, **keywords})
         assert (outputs["nll"] == -7).all() and (outputs["lse"] == -7).all() and not logits.any(), message
-    lse, grad = outputs["lse"], torch.empty_like(logits)
+    lse, lse_parts, grad = outputs["lse"], outputs["lse_parts"], torch.empty_like(logits)
     for message, arguments, keywords in [
-        ("lse must not be null", (grad, logits, targets, weights, lse[:0]), {}),
-        ("grad must not be null", (grad[:0], logits, targets, weights, lse), {}),
-        ("dlse must be device memory", (grad, logits, targets, weights, lse), {"dlse": lse.cpu()}),
-        ("dloss must be device memory", (grad, logits, targets, weights, lse), {"dloss": lse.cpu()[0]}),
-        ("grad overlaps logits", (logits[1:], logits[:3], targets, weights, lse), {}),
-        ("grad overlaps lse", (lse.view(1, 4), weights.view(1, 4), targets[:1], weights[:1], lse), {}),
+        ("lse_parts must not be null", (grad, logits, targets, weights, lse_parts[:0]), {}),
+        ("grad must not be null", (grad[:0], logits, targets, weights, lse_parts), {}),
+        ("dlse must be device memory", (grad, logits, targets, weights, lse_parts), {"dlse": lse.cpu()}),
+        ("dloss must be device memory", (grad, logits, targets, weights, lse_parts), {"dloss": lse.cpu()[0]}),
+        ("grad overlaps logits", (logits[1:], logits[:3], targets, weights, lse_parts), {}),
+        (
+            "grad overlaps lse_parts",
+            (lse_parts[:2].view(1, 4), weights.view(1, 4), targets[:1], weights[:1], lse_parts),
+            {},
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             raw.masked_cross_entropy_backward(*arguments, **keywords)
@@ -383,9 +393,9 @@ def test_shards_together_are_the_whole(dtype, device, generator):
         illada.masked_cross_entropy_shard_grad(x, targets, weights, lse, vocab_start=a, normalizer=7.0)
         for x, a in zip(parts, starts, strict=True)
     ]
-    nll = (lse - target_logit).cpu()
+    nll = (lse - target_logit).float().cpu()
     loss = nll @ weights.cpu() / 7.0
-    got = (loss, nll, lse.cpu(), torch.cat([g.cpu() for g in grads], 1))
+    got = (loss, nll, lse.float().cpu(), torch.cat([g.cpu() for g in grads], 1))
     assert_like_plain(got, *plain_results(logits, targets, weights, normalizer=7.0))
     inside = illada.masked_cross_entropy_shard_grad(
         parts[1], targets, weights, lse, vocab_start=1000, normalizer=7.0, inplace=True

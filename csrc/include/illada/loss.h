@@ -11,6 +11,7 @@ namespace illada::loss {
 // For each n in [0, num_rows), with x = row n of `logits`, i = rows ? rows[n] : n, y = targets[i] - vocab_start,
 // w = weights[i], and the factor f = scale / normalizer * dloss:
 //   lse[n]          = log sum_v exp(x[v])                natural log, accumulated in fp32
+//   lse_parts[n]    = max_v x[v], lse[n] less that          apart, as lse beside x of 1e4 has no digits for x - lse
 //   target_logit[n] = x[y]                               0 where y is outside of [0, vocab_size)
 //   nll[n]          = lse[n] - x[y]                      NaN where y is outside, on a CPU an error
 //   grad[n]         = (w f + dlse[n]) softmax(x) - w f onehot(y)      no onehot where y is outside
@@ -18,9 +19,9 @@ namespace illada::loss {
 // by the packed token i, everything else by n. The caller allocates everything; strides are in elements, the last
 // dimension is contiguous.
 //
-// A shard of the vocabulary has vocab_start > 0 or ids after its own: ask it for lse and target_logit, not for nll;
-// log sum exp of the shards' lse is the row's, the sum of their target_logit the target's, and the backward of each
-// shard with the row's lse gives its part of the gradient.
+// A shard of the vocabulary has vocab_start > 0 or ids after its own: ask it for lse_parts and target_logit, not for
+// nll; log sum exp of the shards' lse is the row's, the sum of their target_logit the target's, and the backward of
+// each shard with the row's lse_parts (any two numbers whose sum is the lse) gives its part of the gradient.
 struct MaskedCrossEntropyParams {
   const void* logits = nullptr;  // [num_rows, vocab_size], dtype
   int64_t logits_row_stride = 0;
@@ -29,7 +30,8 @@ struct MaskedCrossEntropyParams {
   bool targets_are_int64 = true;   // false on CUDA only
   const float* weights = nullptr;  // [num_tokens]
   float* nll = nullptr;            // [num_rows], or null
-  float* lse = nullptr;            // [num_rows], or null; the backward reads it
+  float* lse = nullptr;            // [num_rows], or null
+  float* lse_parts = nullptr;      // [num_rows, 2], 8-byte aligned, or null; the backward reads it
   float* target_logit = nullptr;   // [num_rows], or null
   void* grad = nullptr;            // [num_rows, vocab_size], dtype, or null; may be `logits` itself
   int64_t grad_row_stride = 0;
@@ -48,11 +50,11 @@ struct MaskedCrossEntropyParams {
   int64_t workspace_bytes = 0;    // at least masked_cross_entropy_workspace(...)
 };
 
-// lse, nll and target_logit in one pass over each row, a second one over the (cached) row for grad. Throws
+// lse, lse_parts, nll and target_logit in one pass over each row, a second one over the (cached) row for grad. Throws
 // illada::Error.
 void masked_cross_entropy_cpu(const MaskedCrossEntropyParams& params);
 
-// The backward alone, from the lse of an earlier call: grad as above, nothing else is written.
+// The backward alone, from the lse_parts of an earlier call: grad as above, nothing else is written.
 void masked_cross_entropy_backward_cpu(const MaskedCrossEntropyParams& params);
 
 // The same on compute capability 8.0 and newer. With grad: one read and one write of the row where it fits the

@@ -70,11 +70,15 @@ def _fwd_cuda(*arguments, **keywords):
 
 
 def _fwd_into_cpu(*arguments):
-    return _fwd_cpu(*arguments[:-1], into=arguments[-1])[:3]
+    results = _fwd_cpu(*arguments[:-1], into=arguments[-1])[:3]
+    lib.written(arguments[-1])
+    return results
 
 
 def _fwd_into_cuda(*arguments):
-    return _fwd_cuda(*arguments[:-1], into=arguments[-1])[:3]
+    results = _fwd_cuda(*arguments[:-1], into=arguments[-1])[:3]
+    lib.written(arguments[-1])
+    return results
 
 
 def _fwd_sm90(
@@ -180,7 +184,7 @@ def _fwd_portable(
         d_weight, is_given = into, True
     buffer = head.new_empty(min(chunk_rows, count), vocab_size)
     workspace = workspace_for(buffer)
-    chunk_lse = nll.new_empty(len(buffer))
+    chunk_lse = nll.new_empty(len(buffer), 2)
     for start in range(0, count, chunk_rows):
         part = slice(start, min(start + chunk_rows, count))
         size = part.stop - part.start
@@ -197,7 +201,7 @@ def _fwd_portable(
         logits = torch.mm(selected, head.t(), out=buffer[:size])
         chunk_nll = nll.new_empty(size)
         raw.masked_cross_entropy(
-            *(logits, of_targets, of_weights), rows=chunk, nll=chunk_nll, lse=chunk_lse[:size],
+            *(logits, of_targets, of_weights), rows=chunk, nll=chunk_nll, lse_parts=chunk_lse[:size],
             grad=logits if hidden_grad or weight_grad else None, normalizer=early_normalizer, scale=early_scale,
             workspace=workspace,
         )  # fmt: skip
@@ -207,7 +211,8 @@ def _fwd_portable(
         if weight_grad:
             lib.add_product(d_weight, logits.t(), selected, first=start == 0 and not is_given)
     if scale_late and into is not None:  # where no backward will scale it
-        into.add_(late_factor(d_weight, normalizer, scale))
+        _scale(d_weight, late_factor(nll.new_ones(()), normalizer, scale))
+        into.add_(d_weight)
     return weighted_sum(nll, token_weights, normalizer, scale), nll, d_hidden, d_weight
 
 
@@ -217,23 +222,35 @@ def scales_late(compute_dtype: torch.dtype) -> bool:
     return compute_dtype == torch.float16
 
 
-def late_factor(x: Tensor, normalizer: Tensor | None, scale: float) -> Tensor:
-    """x times what had to wait."""
-    return x * scale if normalizer is None else x * (scale / normalizer)
+def late_factor(dloss: Tensor, normalizer: Tensor | None, scale: float) -> Tensor:
+    """dloss, a float32 scalar, times what had to wait."""
+    return dloss * scale if normalizer is None else dloss * (scale / normalizer)
+
+
+def _scale(grad: Tensor, factor: Tensor) -> None:
+    """grad *= factor, a float32 scalar that is not rounded to the dtype of grad: 65536 is inf in float16."""
+    if grad.is_cuda:
+        raw.scale(grad, factor)
+    else:
+        grad.mul_(float(factor))
 
 
 def _bwd(dloss: Tensor, hidden_grad: Tensor, weight_grad: Tensor) -> tuple[Tensor, Tensor]:
-    return hidden_grad * dloss, weight_grad * dloss  # a scalar: the dtypes stay
+    d_hidden, d_weight = (
+        torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x) for x in (hidden_grad, weight_grad)
+    )
+    _bwd_inplace(dloss, d_hidden, d_weight)
+    return d_hidden, d_weight
 
 
-def _bwd_inplace_cpu(dloss: Tensor, hidden_grad: Tensor, weight_grad: Tensor) -> None:
-    hidden_grad.mul_(dloss)
-    weight_grad.mul_(dloss)
+def _bwd_inplace(dloss: Tensor, hidden_grad: Tensor, weight_grad: Tensor) -> None:
+    _scale(hidden_grad, dloss)
+    _scale(weight_grad, dloss)
 
 
-def _bwd_inplace_cuda(dloss: Tensor, hidden_grad: Tensor, weight_grad: Tensor) -> None:
-    raw.scale(hidden_grad, dloss)
-    raw.scale(weight_grad, dloss)
+def scaled(dloss: Tensor, hidden_grad: Tensor) -> Tensor:
+    """hidden_grad * dloss, in the dtype of the gradient, but with dloss in its own."""
+    return torch.ops.illada.linear_masked_ce_bwd(dloss, hidden_grad, hidden_grad.new_empty(0))[0]
 
 
 # --------------------------------------------------------------------------------------- fakes, autograd, FLOP counts
@@ -284,7 +301,7 @@ def _backward(ctx, dloss, *unused):
     d_hidden, d_weight, normalizer = ctx.saved_tensors
     if ctx.scale_late:
         dloss = late_factor(dloss, normalizer, ctx.scale)
-    if dloss.is_cuda and type(dloss) is Tensor and not torch.is_grad_enabled():
+    if dloss.is_cuda and type(dloss) is Tensor and not (torch.is_grad_enabled() or lib.in_forward_mode()):
         # The weight's gradient is as large as the weight: no copy of it, and no pass over it where dloss is 1.
         ctx.scaled = True
         torch.ops.illada.linear_masked_ce_bwd_(dloss, d_hidden, d_weight)
@@ -297,7 +314,7 @@ def _backward(ctx, dloss, *unused):
 lib.implement("linear_masked_ce_fwd", _fwd_fake, cpu=_fwd_cpu, cuda=_fwd_cuda)
 lib.implement("linear_masked_ce_fwd_", _fwd_into_fake, cpu=_fwd_into_cpu, cuda=_fwd_into_cuda)
 lib.implement("linear_masked_ce_bwd", _bwd_fake, cpu=_bwd, cuda=_bwd)
-lib.implement("linear_masked_ce_bwd_", _bwd_inplace_fake, cpu=_bwd_inplace_cpu, cuda=_bwd_inplace_cuda)
+lib.implement("linear_masked_ce_bwd_", _bwd_inplace_fake, cpu=_bwd_inplace, cuda=_bwd_inplace)
 torch.library.register_autograd(
     "illada::linear_masked_ce_fwd", _backward, setup_context=_setup_context, lib=lib.LIBRARY
 )
@@ -322,6 +339,7 @@ class _IntoGradient(torch.autograd.Function):
         hidden_grad, normalizer = ctx.saved_tensors
         if dloss is None or not ctx.needs_input_grad[0]:
             return (None,) * 14
+        lib.refuse_tangents("linear_masked_ce_fwd_", dloss)
         if lib.may_read(dloss) and float(dloss) != 1:
             raise RuntimeError(
                 "linear_masked_cross_entropy: with grad_weight the loss must arrive in the total unscaled, because the "
@@ -330,7 +348,7 @@ class _IntoGradient(torch.autograd.Function):
         dloss = torch.where(dloss == 1, dloss, torch.nan)  # where nobody may look: not silently
         if ctx.scale_late:
             dloss = late_factor(dloss, normalizer, ctx.scale)
-        return hidden_grad * dloss, *(None,) * 13
+        return scaled(dloss, hidden_grad), *(None,) * 13
 
 
 @register_flop_formula(torch.ops.illada.linear_masked_ce_fwd_, get_raw=True)
@@ -441,6 +459,7 @@ def linear_masked_cross_entropy(
     normalizer, scale = split_normalizer(op, normalizer, "hidden", hidden)
     check_targets(op, hidden.shape[0], weight.shape[0], targets, token_weights, rows, normalizer)
     if grad_weight is not None:
+        lib.refuse_tangents(op, hidden, weight)
         _check_grad_weight(op, grad_weight, hidden, weight, grad_weight_dtype)
     needs_grad = torch.is_grad_enabled()
     arguments = (

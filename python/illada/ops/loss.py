@@ -27,12 +27,12 @@ _TOKEN_DTYPES = (torch.int64, torch.int32)
 
 lib.LIBRARY.define(
     "masked_ce_fwd(Tensor logits, Tensor targets, Tensor token_weights, Tensor? normalizer, float scale, "
-    "bool inplace_backward) -> (Tensor, Tensor, Tensor)",
+    "bool inplace_backward) -> (Tensor, Tensor, Tensor, Tensor)",
     tags=lib.TAGS,
 )
 _BACKWARD_ARGUMENTS = (
-    "Tensor targets, Tensor token_weights, Tensor? normalizer, float scale, Tensor lse, Tensor? dloss, Tensor? dlse, "
-    "int vocab_start"
+    "Tensor targets, Tensor token_weights, Tensor? normalizer, float scale, Tensor lse_parts, Tensor? dloss, "
+    "Tensor? dlse, int vocab_start"
 )
 lib.LIBRARY.define(f"masked_ce_bwd(Tensor logits, {_BACKWARD_ARGUMENTS}) -> Tensor", tags=lib.TAGS)
 lib.LIBRARY.define(f"masked_ce_bwd_(Tensor(a!) logits, {_BACKWARD_ARGUMENTS}) -> ()", tags=lib.TAGS)
@@ -80,30 +80,38 @@ def weighted_sum(nll: Tensor, token_weights: Tensor, normalizer: Tensor | None, 
     return loss
 
 
+def _row_results(logits: Tensor, token_weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for two numbers of each row, and for its lse in parts."""
+    rows = logits.shape[0]
+    return token_weights.new_empty(rows), token_weights.new_empty(rows), token_weights.new_empty(rows, 2)
+
+
 def _fwd(logits, targets, token_weights, normalizer, scale, inplace_backward):
-    nll, lse = (token_weights.new_empty(len(logits)) for _ in range(2))
+    nll, lse, lse_parts = _row_results(logits, token_weights)
     token_weights = lib.contiguous(token_weights)
     normalizer, scale = where_read(normalizer, scale)
-    workspace = workspace_for(logits)
-    raw.masked_cross_entropy(logits, kernel_targets(targets), token_weights, nll=nll, lse=lse, workspace=workspace)
-    return weighted_sum(nll, token_weights, normalizer, scale), nll, lse
+    raw.masked_cross_entropy(
+        *(logits, kernel_targets(targets), token_weights), nll=nll, lse=lse, lse_parts=lse_parts,
+        workspace=workspace_for(logits),
+    )  # fmt: skip
+    return weighted_sum(nll, token_weights, normalizer, scale), nll, lse, lse_parts
 
 
 def _shard_fwd(logits, targets, token_weights, vocab_start):
-    lse, target_logit = (token_weights.new_empty(len(logits)) for _ in range(2))
+    target_logit, _, lse_parts = _row_results(logits, token_weights)
     raw.masked_cross_entropy(
-        *(logits, kernel_targets(targets), lib.contiguous(token_weights)), lse=lse, target_logit=target_logit,
-        vocab_start=vocab_start, workspace=workspace_for(logits),
+        *(logits, kernel_targets(targets), lib.contiguous(token_weights)), lse_parts=lse_parts,
+        target_logit=target_logit, vocab_start=vocab_start, workspace=workspace_for(logits),
     )  # fmt: skip
-    return lse, target_logit
+    return lse_parts, target_logit
 
 
-def _bwd_into(grad, logits, targets, token_weights, normalizer, scale, lse, dloss, dlse, vocab_start):
+def _bwd_into(grad, logits, targets, token_weights, normalizer, scale, lse_parts, dloss, dlse, vocab_start):
     normalizer, scale = where_read(normalizer, scale)
     if dlse is not None and not dlse.is_contiguous():
         dlse = dlse.clone(memory_format=torch.contiguous_format)
     raw.masked_cross_entropy_backward(
-        *(grad, logits, kernel_targets(targets), lib.contiguous(token_weights), lib.contiguous(lse)),
+        *(grad, logits, kernel_targets(targets), lib.contiguous(token_weights), lib.contiguous(lse_parts)),
         dloss=dloss,
         dlse=dlse,
         normalizer=normalizer,
@@ -126,11 +134,12 @@ def _bwd_inplace(logits, *arguments):
 
 
 def _fwd_fake(logits, targets, token_weights, normalizer, scale, inplace_backward):
-    return token_weights.new_empty(()), *(token_weights.new_empty(logits.shape[0]) for _ in range(2))
+    return token_weights.new_empty(()), *_row_results(logits, token_weights)
 
 
 def _shard_fwd_fake(logits, targets, token_weights, vocab_start):
-    return tuple(token_weights.new_empty(logits.shape[0]) for _ in range(2))
+    target_logit, _, lse_parts = _row_results(logits, token_weights)
+    return lse_parts, target_logit
 
 
 def _bwd_fake(logits, *arguments):
@@ -143,14 +152,14 @@ def _bwd_inplace_fake(logits, *arguments):
 
 def _setup_context(ctx, inputs, output):
     logits, targets, token_weights, normalizer, ctx.scale, ctx.inplace = inputs
-    loss, nll, lse = output
-    ctx.mark_non_differentiable(nll)
+    loss, nll, lse, lse_parts = output
+    ctx.mark_non_differentiable(nll, lse_parts)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits, targets, token_weights, normalizer, lse)
+    ctx.save_for_backward(logits, targets, token_weights, normalizer, lse_parts)
     ctx.overwritten = False
 
 
-def _backward(ctx, dloss, _, dlse):
+def _backward(ctx, dloss, _nll, dlse, _lse_parts):
     if dloss is None and dlse is None:
         return (None,) * 6
     if ctx.overwritten:
@@ -158,16 +167,17 @@ def _backward(ctx, dloss, _, dlse):
             "masked_cross_entropy: with inplace_backward=True the backward runs once; it has overwritten the logits "
             "with their gradient"
         )
-    logits, targets, token_weights, normalizer, lse = ctx.saved_tensors
+    logits, targets, token_weights, normalizer, lse_parts = ctx.saved_tensors
     if dloss is None:
         dloss = dlse.new_zeros(())
-    arguments = (targets, token_weights, normalizer, ctx.scale, lse, dloss, dlse, 0)
+    arguments = (targets, token_weights, normalizer, ctx.scale, lse_parts, dloss, dlse, 0)
     if not ctx.inplace:
         return torch.ops.illada.masked_ce_bwd(logits, *arguments), *(None,) * 5
     if torch.is_grad_enabled():
         raise RuntimeError(
             "masked_cross_entropy: inplace_backward=True has no second derivative; do without create_graph=True"
         )
+    lib.refuse_tangents("masked_ce_bwd_", dloss, dlse)
     ctx.overwritten = True
     grad = logits.detach()
     torch.ops.illada.masked_ce_bwd_(grad, *arguments)
@@ -205,7 +215,7 @@ def check_targets(
     rows: Tensor | None,
     normalizer: Tensor | None = None,
 ) -> None:
-    """Shapes and dtypes, and under ILLADA_DEBUG=1 the values on a GPU (those on a CPU are looked at by the kernel).
+    """Shapes, dtypes and rows, and under ILLADA_DEBUG=1 the values on a GPU (on a CPU the kernel looks at them).
 
     vocab_size None: a shard, of whose targets nothing is known.
     """
@@ -216,10 +226,10 @@ def check_targets(
     if rows is not None:
         lib.check_shape(op, "rows", rows, ("N",))
         lib.check_dtype(op, "rows", rows, (torch.int32,))
+        if lib.may_read(rows) and len(rows) and not (0 <= int(rows.min()) and int(rows.max()) < total):
+            raise ValueError(f"{op}: rows must be in [0, {total}), got {int(rows.min())} .. {int(rows.max())}")
     if not (targets.is_cuda and lib.may_read(targets)):
         return
-    if rows is not None and len(rows) and not (0 <= int(rows.min()) and int(rows.max()) < total):
-        raise ValueError(f"{op}: rows must be in [0, {total}), got {int(rows.min())} .. {int(rows.max())}")
     wrong = token_weights != 0
     if rows is not None:
         wrong &= torch.zeros_like(wrong).index_fill(0, rows.long(), True)
@@ -270,14 +280,16 @@ def masked_cross_entropy(
         return_lse: also return log sum exp of each row, float32 [T], nats, 0 for rows without a weight. It has a
             gradient, so that a z-loss costs nothing more: loss + 1e-4 * (lse**2).sum().
         inplace_backward: the backward writes the gradient over the logits instead of into new memory. Nobody may use
-            the logits after it, and it runs once. Their rows must not overlap. Ignored under torch.compile.
+            the logits after it, and it runs once: autograd raises where an op keeps them for its own backward, as the
+            tanh, exp or softmax that made them do. Their rows must not overlap. Ignored under torch.compile.
 
     Returns:
         loss, a float32 scalar; with `return_nll` and `return_lse` a tuple (loss, nll, lse) of what was asked for. The
         gradient is dense [T, V] in the logits' dtype, 0 in rows without a weight.
 
     Raises:
-        As `linear_masked_cross_entropy`. RuntimeError: a second backward through `inplace_backward`.
+        As `linear_masked_cross_entropy`. RuntimeError: a second backward through `inplace_backward`; logits that were
+        written over, but are needed.
     """
     op = "masked_cross_entropy"
     check_logits(op, logits)
@@ -295,7 +307,7 @@ def masked_cross_entropy(
         index = rows.long()
         token_weights = torch.zeros_like(token_weights).index_copy(0, index, token_weights[index])
     inplace = inplace_backward and not torch.compiler.is_compiling()
-    loss, nll, lse = torch.ops.illada.masked_ce_fwd(logits, targets, token_weights, normalizer, scale, inplace)
+    loss, nll, lse, _ = torch.ops.illada.masked_ce_fwd(logits, targets, token_weights, normalizer, scale, inplace)
     if not (return_nll or return_lse):
         return loss
     return loss, *((nll,) if return_nll else ()), *((lse,) if return_lse else ())

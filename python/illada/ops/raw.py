@@ -3,8 +3,8 @@ buffers.
 
 Nothing is allocated, checked for shape or moved. Tensors are contiguous (logits, hidden and weight: in their last
 dimension), of the dtypes that `illada.ops` documents, and on one device; the native side refuses null and host
-pointers, wrong devices and overlapping outputs. CUDA calls go to the current stream and are safe in graph capture after
-one call outside of it.
+pointers, wrong devices and overlapping outputs. What is written to gets a new version, so that autograd knows. CUDA
+calls go to the current stream and are safe in graph capture after one call outside of it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from illada._native import native
-from illada.ops._library import add_product, address, stream
+from illada.ops._library import add_product, address, stream, written
 from illada.ops.types import RemaskStatus, TokenSample
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # illada::DType
@@ -99,6 +99,7 @@ def sample_tokens(
         *(address(logits), logits.stride(0), *logits.shape, DTYPES[logits.dtype]),
         *(arguments, torch.get_num_threads(), launch),
     )
+    written(*out)
 
 
 def _linear_arguments(hidden: Tensor, weight: Tensor, rows: Tensor | None) -> tuple:
@@ -159,6 +160,7 @@ def linear_sample_tokens(
         workspace=workspace,
     )  # fmt: skip
     native().linear_sample_tokens(*_linear_arguments(hidden, weight, rows), arguments, launch)
+    written(*out)
 
 
 def _cross_entropy_arguments(
@@ -186,6 +188,7 @@ def masked_cross_entropy(
     rows: Tensor | None = None,
     nll: Tensor | None = None,
     lse: Tensor | None = None,
+    lse_parts: Tensor | None = None,
     target_logit: Tensor | None = None,
     grad: Tensor | None = None,
     normalizer: Tensor | None = None,
@@ -196,17 +199,19 @@ def masked_cross_entropy(
     """What `csrc/include/illada/loss.h` defines of each row of logits, into those of the outputs that are given.
 
     logits [N, V]; targets int64 (or, on CUDA, int32) [T], token_weights float32 [T] and rows int32 [N] (None: row n is
-    token n); nll, lse, target_logit: float32 [N]; grad [N, V], which may be the logits: of the loss, scale / normalizer
-    being what the sum is multiplied by, normalizer a float32 scalar; workspace: uint8, as
+    token n); nll, lse, target_logit: float32 [N]; lse_parts: float32 [N, 2], the largest logit and lse less that, which
+    `grad` needs on CUDA for rows of more than 163,840 ids; grad [N, V], which may be the logits: of the loss, scale /
+    normalizer being what the sum is multiplied by, normalizer a float32 scalar; workspace: uint8, as
     `masked_cross_entropy_workspace` says.
     """
-    outputs = [out for out in (nll, lse, target_logit, grad) if out is not None] or [logits]
+    outputs = [out for out in (nll, lse, lse_parts, target_logit, grad) if out is not None] or [logits]
     launch = _launch(outputs[0], logits, *outputs[1:], targets, token_weights, rows, normalizer, workspace=workspace)
     native().masked_cross_entropy(
         _cross_entropy_arguments(logits, targets, token_weights, rows, normalizer, scale, vocab_start),
-        *(address(nll), address(lse), address(target_logit), address(grad), 0 if grad is None else grad.stride(0)),
-        *(torch.get_num_threads(), launch),
+        *(address(nll), address(lse), address(lse_parts), address(target_logit)),
+        *(address(grad), 0 if grad is None else grad.stride(0), torch.get_num_threads(), launch),
     )
+    written(nll, lse, lse_parts, target_logit, grad)
 
 
 def masked_cross_entropy_backward(
@@ -214,7 +219,7 @@ def masked_cross_entropy_backward(
     logits: Tensor,
     targets: Tensor,
     token_weights: Tensor,
-    lse: Tensor,
+    lse_parts: Tensor,
     *,
     rows: Tensor | None = None,
     dloss: Tensor | None = None,
@@ -223,17 +228,18 @@ def masked_cross_entropy_backward(
     scale: float = 1.0,
     vocab_start: int = 0,
 ) -> None:
-    """The gradient of the logits into `grad` [N, V], which may be the logits, from the lse of an earlier call.
+    """The gradient of the logits into `grad` [N, V], which may be the logits, from the lse_parts of an earlier call.
 
     dloss: float32 scalar that multiplies, or None: 1; dlse: float32 [N], or None: 0. Others as in
     `masked_cross_entropy` of this module.
     """
     native().masked_cross_entropy_backward(
         _cross_entropy_arguments(logits, targets, token_weights, rows, normalizer, scale, vocab_start),
-        *(address(lse), address(dlse), address(dloss), address(grad), grad.stride(0)),
+        *(address(lse_parts), address(dlse), address(dloss), address(grad), grad.stride(0)),
         torch.get_num_threads(),
-        _launch(grad, logits, targets, token_weights, lse, rows, dloss, dlse, normalizer),
+        _launch(grad, logits, targets, token_weights, lse_parts, rows, dloss, dlse, normalizer),
     )
+    written(grad)
 
 
 def weighted_sum(
@@ -244,12 +250,14 @@ def weighted_sum(
     native().weighted_sum(
         *(address(nll), address(token_weights), nll.shape[0], scale, address(normalizer), address(loss)), *launch[:3]
     )
+    written(loss)
 
 
 def scale(data: Tensor, factor: Tensor) -> None:
     """data *= factor, a float32 scalar; nothing is read or written where that is 1. data: contiguous. CUDA only."""
     launch = _cuda_launch("scale", data, factor)
     native().scale(address(data), data.numel(), DTYPES[data.dtype], address(factor), *launch[:3])
+    written(data)
 
 
 def _linear_loss_arguments(
@@ -338,6 +346,7 @@ def linear_masked_cross_entropy(
         native().linear_masked_cross_entropy(arguments, launch)
     else:
         _linear_loss_by_mm(arguments, launch, weight, hidden_grad, weight_grad, add_to_weight_grad, workspace)
+    written(nll, hidden_grad, weight_grad)
 
 
 @torch.no_grad()
@@ -400,6 +409,7 @@ def attention_plan(
     native().attention_plan(
         *(pack, address(cu_seqlens), address(cu_seqlens_k), address(seqused_k), address(out)), *launch[:3]
     )
+    written(out)
 
 
 def varlen_attention_workspace(
@@ -435,6 +445,7 @@ def varlen_attention(
         *(softmax_scale, address(plan), plan.shape[0], address(out), address(lse)),
         *(torch.get_num_threads(), _launch(out, q, k, v, plan, lse, workspace=workspace)),
     )
+    written(out, lse)
 
 
 def varlen_attention_backward_workspace(
@@ -483,6 +494,7 @@ def varlen_attention_backward(
         *(deterministic, multiplies_twice, address(dq), address(dk), address(dv)),
         launch,
     )
+    written(dq, dk, dv)
 
 
 def remask(
@@ -509,3 +521,4 @@ def remask(
         *(address(out.committed), address(out.remaining), address(out.finished), address(out.ended)),
         *_launch(out.committed, tokens, *out[1:], rows, cu_rows, token, confidence, entropy, limits, end_ids)[:3],
     )
+    written(tokens, *out)

@@ -106,7 +106,7 @@ def uniform64(seed: int, row_id: int, step: int, vocab_size: int) -> np.ndarray:
     """
     counter = np.zeros((-(-vocab_size // 4), 4), dtype=np.uint32)
     counter[:, 0] = np.arange(len(counter))
-    counter[:, 1], counter[:, 2] = row_id, step
+    counter[:, 1], counter[:, 2] = row_id, step & 0xFFFFFFFF
     key = np.array([seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF], dtype=np.uint32)
     words = []
     for stream in (SAMPLE_STREAM, SAMPLE_STREAM_LOW_BITS):
@@ -148,7 +148,7 @@ def sample_tokens(
             exponential = -np.log1p(-uniform64(s, row_id, at_step, vocab_size))
             noisy[n] += t * torch.from_numpy(-np.log(exponential))
         key = np.array([s & 0xFFFFFFFF, (s >> 32) & 0xFFFFFFFF], dtype=np.uint32)
-        counter = np.array([0, row_id, at_step, SAMPLE_STREAM_RANDOM_MEASURE], dtype=np.uint32)
+        counter = np.array([0, row_id, at_step & 0xFFFFFFFF, SAMPLE_STREAM_RANDOM_MEASURE], dtype=np.uint32)
         random_measure[n] = float(philox4x32(counter, key)[0] >> np.uint32(8)) * 2.0**-24
 
     token = torch.stack([(row == row.max()).nonzero()[0, 0] for row in noisy])  # ties: lowest index

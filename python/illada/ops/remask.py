@@ -193,8 +193,8 @@ def _sample_arguments(
         raise ValueError(f"{op}: temperature must be finite and >= 0, got {temperature}")
     if seeds is None and not -(2**63) <= seed < 2**63:
         raise ValueError(f"{op}: seed must fit 64 bits, got {seed}")
-    if steps is None and not 0 <= step < 2**31:
-        raise ValueError(f"{op}: step must be in [0, 2^31), got {step}")
+    if steps is None and not -(2**31) <= step < 2**31:
+        raise ValueError(f"{op}: step must fit 32 bits, got {step}")
     if row_ids is not None:
         lib.check_shape(op, "row_ids", row_ids, (rows,))
         lib.check_dtype(op, "row_ids", row_ids, (torch.int64,))
@@ -245,7 +245,7 @@ def sample_tokens(
         logits: [N, V], float32, bfloat16 or (on CUDA) float16, any row stride; read once.
         temperature: of the noise, a number or float32 [N]; 0 is greedy.
         seed: a number or int64 [N]; the same seed, row_id and step give the same noise, always.
-        step: the sampling step, a number or int32 [N].
+        step: the sampling step, a number or int32 [N]; -1 is 2^32 - 1, and so on.
         row_ids: int64 [N] in [0, 2^32), what tells a row's noise from the others' with its seed, such as the position
             in the sequence; default 0 .. N - 1.
         measure: of confidence: "probability" p(token), "margin" p1 - p2, "entropy" (negative), or "random".

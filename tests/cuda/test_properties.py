@@ -1,0 +1,66 @@
+"""Every op but attention on values that break kernels, in every dtype, against float64 (../properties.py)."""
+
+import pytest
+import torch
+from properties import (
+    GREEDY,
+    LOSSES,
+    NOISY,
+    check_linear_loss,
+    check_linear_sampler,
+    check_loss,
+    check_remask,
+    check_sampler,
+)
+
+import illada
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("way", LOSSES)
+def test_masked_cross_entropy(way, dtype, device, generator):
+    check_loss(way, dtype, device, generator, vocab=1003)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_masked_cross_entropy(dtype, device, generator):
+    check_linear_loss(dtype, device, generator)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("temperature", [GREEDY, NOISY])
+def test_sample_tokens(temperature, dtype, device, generator):
+    check_sampler(temperature, dtype, device, generator, vocab=1003)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("temperature", [GREEDY, NOISY])
+def test_linear_sample_tokens(temperature, dtype, device, generator):
+    check_linear_sampler(temperature, dtype, device, generator)
+
+
+@pytest.mark.parametrize("tokens", [torch.int64, torch.int32])
+def test_remask(tokens, device, generator):
+    check_remask(tokens, device, generator)
+
+
+def test_gradients_in_16_bits_take_factors_that_they_cannot_hold(device, generator):
+    """65536 is inf in float16, and 1 + 2^-9 is 1 in bfloat16."""
+    for dtype, factor in ((torch.float16, 65536.0), (torch.bfloat16, 1 + 2**-9)):
+        grad = (torch.randn(40, generator=generator) / 1024).to(dtype)
+        got, _ = torch.ops.illada.linear_masked_ce_bwd(
+            torch.tensor(factor, device=device), grad.to(device), grad[:0].to(device)
+        )
+        assert torch.equal(got.cpu(), (grad.double() * factor).to(dtype))
+
+
+def test_grad_weight_changes_its_version(device, generator):
+    hidden, weight = (torch.randn(n, 8, generator=generator).to(device, torch.bfloat16) for n in (3, 33))
+    targets, weights = torch.tensor([1, 4, 0], device=device), torch.ones(3, device=device)
+    total = torch.zeros(33, 8, device=device)
+    kept = total * torch.ones((), device=device, requires_grad=True)
+    illada.linear_masked_cross_entropy(hidden, weight, targets, weights, grad_weight=total)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        kept.sum().backward()
