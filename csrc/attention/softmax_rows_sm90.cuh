@@ -1,6 +1,7 @@
 // The online softmax of the attention forward on sm_90a, which looks for no maximum in the common step.
 #pragma once
 
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 
@@ -22,7 +23,7 @@ struct SoftmaxRows {
   // The first tile of an item.
   template <int kCount>
   __device__ __forceinline__ void start(const float (&s)[kCount]) {
-    reference[0] = reference[1] = -INFINITY;
+    reference[0] = reference[1] = -FLT_MAX;
     raise_reference(s);
     sum[0] = sum[1] = 0;
   }
@@ -54,11 +55,10 @@ struct SoftmaxRows {
     const float growth = fmaxf(fmaxf(top[0], top[1]) - reference[0], fmaxf(top[2], top[3]) - reference[1]);
     const bool moves = __any_sync(kFullWarp, growth * scale_log2 > kMostLog2);
     if (moves) move_reference(s, scale_log2, rescale);
-    const float offset[2] = {reference[0] * scale_log2, reference[1] * scale_log2};
     float part[4] = {};
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
-      s[j] = ptx::exp2_approx(fmaf(s[j], scale_log2, -offset[j / 2 % 2]));
+      s[j] = ptx::exp2_approx((s[j] - reference[j / 2 % 2]) * scale_log2);
       part[j % 4] += s[j];
     }
     sum[0] += part[0] + part[1];
@@ -96,14 +96,13 @@ struct SoftmaxRows {
   template <typename T, int kCount>
   __device__ __forceinline__ void exponentials(const float (&s)[kCount], float scale_log2, uint32_t (&p)[kCount / 8][4],
                                                float (&total)[2]) const {
-    const float offset[2] = {reference[0] * scale_log2, reference[1] * scale_log2};
     float part[4] = {};
 #pragma unroll
     for (int j = 0; j < kCount; j += 2) {
       float x[2];
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        x[e] = ptx::exp2_approx(fmaf(s[j + e], scale_log2, -offset[j / 2 % 2]));
+        x[e] = ptx::exp2_approx((s[j + e] - reference[j / 2 % 2]) * scale_log2);
         part[j % 4 + e] += x[e];
       }
       p[j / 8][j / 2 % 4] = pack2<T>(x[0], x[1]);
