@@ -7,11 +7,43 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from illada._native import require_cuda_build
 
+
+def in_forward_mode() -> bool:
+    """Is a level of forward-mode AD open (torch.func.jvp, jacfwd, dual_level), at which a tensor may have a tangent?"""
+    return getattr(forward_ad, "_current_level", 0) >= 0
+
+
+def refuse_tangents(op: str, *arguments) -> None:
+    """NotImplementedError if one of the arguments has a tangent, which the kernels would leave out without a word."""
+    if in_forward_mode() and any(
+        isinstance(x, Tensor) and x.is_floating_point() and forward_ad.unpack_dual(x).tangent is not None
+        for x in arguments
+    ):
+        raise NotImplementedError(
+            f"illada::{op} has no forward-mode derivative (torch.func.jvp, jacfwd, dual tensors); use reverse mode"
+        )
+
+
+class _Library(torch.library.Library):
+    """A torch library whose differentiable ops refuse tangents: every op with an autograd formula."""
+
+    def impl(self, op_name, fn, dispatch_key="", **keywords):
+        kernel = fn
+        if dispatch_key == "Autograd":  # as torch.library.register_autograd registers
+
+            def kernel(keyset, *arguments, **keyword_arguments):
+                refuse_tangents(op_name, *arguments)
+                return fn(keyset, *arguments, **keyword_arguments)
+
+        super().impl(op_name, kernel, dispatch_key, **keywords)
+
+
 #: Kept for the life of the process: a collected Library takes its ops with it.
-LIBRARY = torch.library.Library("illada", "DEF")
+LIBRARY = _Library("illada", "DEF")
 
 #: Kernels take the strides they are given; Inductor must not hand over permuted ones.
 #: torch 2.6 knows only the weaker tag, which keeps their order.

@@ -284,7 +284,7 @@ def _backward(ctx, dloss, *unused):
     d_hidden, d_weight, normalizer = ctx.saved_tensors
     if ctx.scale_late:
         dloss = late_factor(dloss, normalizer, ctx.scale)
-    if dloss.is_cuda and type(dloss) is Tensor and not torch.is_grad_enabled():
+    if dloss.is_cuda and type(dloss) is Tensor and not (torch.is_grad_enabled() or lib.in_forward_mode()):
         # The weight's gradient is as large as the weight: no copy of it, and no pass over it where dloss is 1.
         ctx.scaled = True
         torch.ops.illada.linear_masked_ce_bwd_(dloss, d_hidden, d_weight)
@@ -322,6 +322,7 @@ class _IntoGradient(torch.autograd.Function):
         hidden_grad, normalizer = ctx.saved_tensors
         if dloss is None or not ctx.needs_input_grad[0]:
             return (None,) * 14
+        lib.refuse_tangents("linear_masked_ce_fwd_", dloss)
         if lib.may_read(dloss) and float(dloss) != 1:
             raise RuntimeError(
                 "linear_masked_cross_entropy: with grad_weight the loss must arrive in the total unscaled, because the "
@@ -441,6 +442,7 @@ def linear_masked_cross_entropy(
     normalizer, scale = split_normalizer(op, normalizer, "hidden", hidden)
     check_targets(op, hidden.shape[0], weight.shape[0], targets, token_weights, rows, normalizer)
     if grad_weight is not None:
+        lib.refuse_tangents(op, hidden, weight)
         _check_grad_weight(op, grad_weight, hidden, weight, grad_weight_dtype)
     needs_grad = torch.is_grad_enabled()
     arguments = (

@@ -168,6 +168,7 @@ def _backward(ctx, dloss, _, dlse):
         raise RuntimeError(
             "masked_cross_entropy: inplace_backward=True has no second derivative; do without create_graph=True"
         )
+    lib.refuse_tangents("masked_ce_bwd_", dloss, dlse)
     ctx.overwritten = True
     grad = logits.detach()
     torch.ops.illada.masked_ce_bwd_(grad, *arguments)
@@ -270,14 +271,16 @@ def masked_cross_entropy(
         return_lse: also return log sum exp of each row, float32 [T], nats, 0 for rows without a weight. It has a
             gradient, so that a z-loss costs nothing more: loss + 1e-4 * (lse**2).sum().
         inplace_backward: the backward writes the gradient over the logits instead of into new memory. Nobody may use
-            the logits after it, and it runs once. Their rows must not overlap. Ignored under torch.compile.
+            the logits after it, and it runs once: autograd raises where an op keeps them for its own backward, as the
+            tanh, exp or softmax that made them do. Their rows must not overlap. Ignored under torch.compile.
 
     Returns:
         loss, a float32 scalar; with `return_nll` and `return_lse` a tuple (loss, nll, lse) of what was asked for. The
         gradient is dense [T, V] in the logits' dtype, 0 in rows without a weight.
 
     Raises:
-        As `linear_masked_cross_entropy`. RuntimeError: a second backward through `inplace_backward`.
+        As `linear_masked_cross_entropy`. RuntimeError: a second backward through `inplace_backward`; logits that were
+        written over, but are needed.
     """
     op = "masked_cross_entropy"
     check_logits(op, logits)

@@ -3,14 +3,15 @@ buffers.
 
 Nothing is allocated, checked for shape or moved. Tensors are contiguous (logits, hidden and weight: in their last
 dimension), of the dtypes that `illada.ops` documents, and on one device; the native side refuses null and host
-pointers, wrong devices and overlapping outputs. CUDA calls go to the current stream and are safe in graph capture after
-one call outside of it.
+pointers, wrong devices and overlapping outputs. What is written to gets a new version, so that autograd knows. CUDA
+calls go to the current stream and are safe in graph capture after one call outside of it.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from illada._native import native
 from illada.ops._library import add_product, address, stream
@@ -36,6 +37,11 @@ def _launch(out: Tensor, tensor: Tensor, *others: Tensor | None, workspace: Tens
             checked = False
     size = 0 if workspace is None else workspace.numel() * workspace.element_size()
     return index, stream(tensor.device), checked, address(workspace), size
+
+
+def _written(*tensors: Tensor | None) -> None:
+    """Tells autograd, after a call that has written to them."""
+    increment_version([tensor for tensor in tensors if tensor is not None])
 
 
 def _cuda_launch(op: str, tensor: Tensor, *others: Tensor | None, workspace: Tensor | None = None) -> tuple:
@@ -99,6 +105,7 @@ def sample_tokens(
         *(address(logits), logits.stride(0), *logits.shape, DTYPES[logits.dtype]),
         *(arguments, torch.get_num_threads(), launch),
     )
+    _written(*out)
 
 
 def _linear_arguments(hidden: Tensor, weight: Tensor, rows: Tensor | None) -> tuple:
@@ -159,6 +166,7 @@ def linear_sample_tokens(
         workspace=workspace,
     )  # fmt: skip
     native().linear_sample_tokens(*_linear_arguments(hidden, weight, rows), arguments, launch)
+    _written(*out)
 
 
 def _cross_entropy_arguments(
@@ -207,6 +215,7 @@ def masked_cross_entropy(
         *(address(nll), address(lse), address(target_logit), address(grad), 0 if grad is None else grad.stride(0)),
         *(torch.get_num_threads(), launch),
     )
+    _written(nll, lse, target_logit, grad)
 
 
 def masked_cross_entropy_backward(
@@ -234,6 +243,7 @@ def masked_cross_entropy_backward(
         torch.get_num_threads(),
         _launch(grad, logits, targets, token_weights, lse, rows, dloss, dlse, normalizer),
     )
+    _written(grad)
 
 
 def weighted_sum(
@@ -244,12 +254,14 @@ def weighted_sum(
     native().weighted_sum(
         *(address(nll), address(token_weights), nll.shape[0], scale, address(normalizer), address(loss)), *launch[:3]
     )
+    _written(loss)
 
 
 def scale(data: Tensor, factor: Tensor) -> None:
     """data *= factor, a float32 scalar; nothing is read or written where that is 1. data: contiguous. CUDA only."""
     launch = _cuda_launch("scale", data, factor)
     native().scale(address(data), data.numel(), DTYPES[data.dtype], address(factor), *launch[:3])
+    _written(data)
 
 
 def _linear_loss_arguments(
@@ -338,6 +350,7 @@ def linear_masked_cross_entropy(
         native().linear_masked_cross_entropy(arguments, launch)
     else:
         _linear_loss_by_mm(arguments, launch, weight, hidden_grad, weight_grad, add_to_weight_grad, workspace)
+    _written(nll, hidden_grad, weight_grad)
 
 
 @torch.no_grad()
@@ -400,6 +413,7 @@ def attention_plan(
     native().attention_plan(
         *(pack, address(cu_seqlens), address(cu_seqlens_k), address(seqused_k), address(out)), *launch[:3]
     )
+    _written(out)
 
 
 def varlen_attention_workspace(
@@ -435,6 +449,7 @@ def varlen_attention(
         *(softmax_scale, address(plan), plan.shape[0], address(out), address(lse)),
         *(torch.get_num_threads(), _launch(out, q, k, v, plan, lse, workspace=workspace)),
     )
+    _written(out, lse)
 
 
 def varlen_attention_backward_workspace(
@@ -483,6 +498,7 @@ def varlen_attention_backward(
         *(deterministic, multiplies_twice, address(dq), address(dk), address(dv)),
         launch,
     )
+    _written(dq, dk, dv)
 
 
 def remask(
@@ -509,3 +525,4 @@ def remask(
         *(address(out.committed), address(out.remaining), address(out.finished), address(out.ended)),
         *_launch(out.committed, tokens, *out[1:], rows, cu_rows, token, confidence, entropy, limits, end_ids)[:3],
     )
+    _written(tokens, *out)
