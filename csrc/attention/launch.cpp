@@ -292,7 +292,8 @@ void backward_cuda(const BackwardParams& given) {
                  {"dk", p.dk, rows_k * s.head_dim * 2},
                  {"dv", p.dv, rows_k * s.head_dim * 2},
                  {"workspace", p.workspace, workspace_bytes}});
-  if (s.total_q == 0 || s.total_k == 0 || s.num_sequences == 0) {  // no query meets a key; of no sequences there is no work list either
+  // No query meets a key, and there may be no work list.
+  if (s.total_q == 0 || s.total_k == 0 || s.num_sequences == 0) {
     fill_zeros(kOp, p.launch, p.dq, rows_q * s.head_dim * 2);
     fill_zeros(kOp, p.launch, p.dk, rows_k * s.head_dim * 2);
     return fill_zeros(kOp, p.launch, p.dv, rows_k * s.head_dim * 2);

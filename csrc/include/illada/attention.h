@@ -25,8 +25,8 @@ struct PackShape {
 
 // Work lists of a pack, longest sequence first, for all layers and both directions. Sequence s has the queries
 // cu_seqlens[s] .. cu_seqlens[s + 1] - 1 and the keys from cu_seqlens_k[s] on, seqused_k[s] of them or all up to
-// cu_seqlens_k[s + 1]. Queries from cu_seqlens[S] on belong to no sequence and meet no keys. Lengths that are negative or
-// reach beyond total_q (total_k) are cut, never followed.
+// cu_seqlens_k[s + 1]. Queries from cu_seqlens[S] on belong to no sequence and meet no keys. Lengths that are negative
+// or reach beyond total_q (total_k) are cut, never followed.
 struct PlanParams {
   PackShape shape;
   const int32_t* cu_seqlens = nullptr;    // [S + 1]
