@@ -71,7 +71,7 @@ def check(
         q, k, v = (x[part].abs().nan_to_num(0, 0, 0) for x, part in zip(exact, (rows, keys, keys), strict=True))
         k_of_heads, v_most = k.repeat_interleave(group, dim=1), v.amax()
         size = torch.einsum("ihd,jhd->ihj", q, k_of_heads).amax(-1) * scale  # of the scores, [rows, H]
-        blur = 8 * torch.finfo(torch.float32).eps * size  # of their logarithms
+        blur = 16 * torch.finfo(torch.float32).eps * size  # of their logarithms
         error = (4 * eps + 2 * blur.clamp(max=1)).unsqueeze(-1)  # of probabilities
         per_row = d_out[rows].double().abs().sum(-1) * v_most + 1  # of ds, over its probability
         per_score = (error.squeeze(-1) * per_row).sum(0).amax()

@@ -382,7 +382,7 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim, kKeys, kStagesV>::kThreads,
       shared.q_empty[warpgroup].arrive_if(--tiles == 0 && lane == 0);
       if (is_first) {
         if (valid < kKeys) mask_scores(s, valid);
-        rows.start(s);
+        rows.start(s, a.scale_log2);
       }
       if constexpr (Shared::kPacksLate) {
         return rows.update_in_place(s, a.scale_log2, rescale);

@@ -19,18 +19,19 @@ namespace {
 //
 // An exponent is one fma, s * scale - reference * scale, which leaves the error of the second product. Where that may
 // be as large as 2^-9, in rows whose scores are far from 0, scores are subtracted before they are scaled: what is the
-// reference has probability 1 then, however large it is. References start at the lowest number, so that scores of -inf
+// reference has probability 1 then, however large it is. The offset of such a row is -inf, which makes its lanes' sums
+// infinite, or NaN: so nobody has to look for it. References start at the lowest number, so that scores of -inf
 // alone have a sum of 0, not -inf - -inf.
 struct SoftmaxRows {
   static constexpr float kMost = 256, kMostLog2 = 8;
   static constexpr float kFar = 1 << 16;  // of reference * scale
-  float reference[2], sum[2];             // of this lane's probabilities
+  float reference[2], offset[2], sum[2];  // of this lane's probabilities
 
   // The first tile of an item.
   template <int kCount>
-  __device__ __forceinline__ void start(const float (&s)[kCount]) {
+  __device__ __forceinline__ void start(const float (&s)[kCount], float scale_log2) {
     reference[0] = reference[1] = -FLT_MAX;
-    raise_reference(s);
+    raise_reference(s, scale_log2);
     sum[0] = sum[1] = 0;
   }
 
@@ -40,10 +41,8 @@ struct SoftmaxRows {
   __device__ __forceinline__ bool update(const float (&s)[kCount], float scale_log2, uint32_t (&p)[kCount / 8][4],
                                          float (&rescale)[2]) {
     float total[2];
-    const float offset[2] = {reference[0] * scale_log2, reference[1] * scale_log2};
     exponentials<T>(s, p, total, [&](float x, int i) { return fmaf(x, scale_log2, -offset[i]); });
-    const bool moves =
-        __any_sync(kFullWarp, fmaxf(total[0], total[1]) > kMost || fmaxf(fabsf(offset[0]), fabsf(offset[1])) > kFar);
+    const bool moves = __any_sync(kFullWarp, !(total[0] + total[1] <= kMost));
     if (moves) {
       move_reference(s, scale_log2, rescale);
       exponentials<T>(s, p, total, [&](float x, int i) { return (x - reference[i]) * scale_log2; });
@@ -61,9 +60,8 @@ struct SoftmaxRows {
 #pragma unroll
     for (int j = 4; j < kCount; ++j) top[j % 4] = fmaxf(top[j % 4], s[j]);
     const float growth = fmaxf(fmaxf(top[0], top[1]) - reference[0], fmaxf(top[2], top[3]) - reference[1]);
-    const float offset[2] = {reference[0] * scale_log2, reference[1] * scale_log2};
     const bool moves =
-        __any_sync(kFullWarp, growth * scale_log2 > kMostLog2 || fmaxf(fabsf(offset[0]), fabsf(offset[1])) > kFar);
+        __any_sync(kFullWarp, growth * scale_log2 > kMostLog2 || fminf(offset[0], offset[1]) == -INFINITY);
     if (moves) {
       move_reference(s, scale_log2, rescale);
       weigh(s, [&](float x, int i) { return (x - reference[i]) * scale_log2; });
@@ -78,7 +76,7 @@ struct SoftmaxRows {
   __device__ __forceinline__ void move_reference(const float (&s)[kCount], float scale_log2, float (&rescale)[2]) {
     rescale[0] = reference[0];
     rescale[1] = reference[1];
-    raise_reference(s);
+    raise_reference(s, scale_log2);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       rescale[i] = ptx::exp2_approx((rescale[i] - reference[i]) * scale_log2);
@@ -87,7 +85,7 @@ struct SoftmaxRows {
   }
 
   template <int kCount>
-  __device__ __forceinline__ void raise_reference(const float (&s)[kCount]) {
+  __device__ __forceinline__ void raise_reference(const float (&s)[kCount], float scale_log2) {
     float top[4] = {reference[0], reference[0], reference[1], reference[1]};
 #pragma unroll
     for (int j = 0; j < kCount; ++j) top[j % 4] = fmaxf(top[j % 4], s[j]);
@@ -97,6 +95,11 @@ struct SoftmaxRows {
     for (int lanes = 2; lanes; lanes /= 2) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) reference[i] = fmaxf(reference[i], __shfl_xor_sync(kFullWarp, reference[i], lanes));
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      offset[i] = reference[i] * scale_log2;
+      if (fabsf(offset[i]) > kFar) offset[i] = -INFINITY;
     }
   }
 
