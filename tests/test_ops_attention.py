@@ -48,8 +48,6 @@ def test_matches_fp64(lengths, heads, groups, dim, dtype, generator):
     q, k, v, cu = make(lengths, heads, groups, dim, dtype, generator)
     d_out = torch.randn(q.shape, generator=generator).to(dtype)
     d_lse = torch.randn(heads, len(q), generator=generator)
-    if dtype == torch.float16:
-        d_lse = None  # the same code as bfloat16
     got = run(illada.varlen_attention, q, k, v, cu, d_out=d_out, d_lse=d_lse)
     baseline = run(reference.varlen_attention, q, k, v, cu, d_out=d_out, d_lse=d_lse)
     want = run(reference.varlen_attention, q.double(), k.double(), v.double(), cu, d_out=d_out.double(), d_lse=d_lse)
@@ -80,6 +78,37 @@ def test_no_sequences(generator):
     assert torch.autograd.grad(out.sum(), q)[0].shape == (0, 4, 64)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lengths", [[70, 0, 33], [5], []])
+def test_rows_of_no_sequence(lengths, dtype, generator):
+    q, k, v, cu = make([*lengths, 29], 4, 2, 64, dtype, generator)
+    cu, owned = cu[:-1], sum(lengths)
+    for x in (q, k, v):
+        x[owned:] = torch.nan  # seen by nobody
+    d_out = torch.randn(q.shape, generator=generator)
+    got = run(illada.varlen_attention, q, k, v, cu, d_out=d_out, d_lse=torch.ones(4, len(q)))
+    parts = (x[:owned] for x in (q, k, v))
+    want = run(illada.varlen_attention, *parts, cu, d_out=d_out[:owned], d_lse=torch.ones(4, owned))
+    for i, (g, w) in enumerate(zip(got, want, strict=True)):
+        g, w = (g.T, w.T) if i == 1 else (g, w)
+        assert torch.equal(g[:owned], w) and (g[owned:] == (-torch.inf if i == 1 else 0)).all()
+    for g, w in zip(reference.varlen_attention(q, k, v, cu, return_lse=True), got, strict=False):
+        assert g.shape == w.shape and torch.equal(g[..., owned:].isneginf(), w[..., owned:].isneginf())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_large_gradient_of_lse(dtype, generator):
+    q, k, v, cu = make([70, 9], 4, 2, 64, dtype, generator)
+    q, k = q / 64, k / 64  # gradients that 16 bits hold
+    tensors = [x.detach().requires_grad_() for x in (q, k, v)]
+    illada.varlen_attention(*tensors, cu, return_lse=True)[1].mul(65536 * 2).sum().backward()
+    leaves = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    reference.varlen_attention(*leaves, cu, return_lse=True)[1].mul(65536 * 2).sum().backward()
+    for got, want in zip(tensors[:2], leaves[:2], strict=True):  # v has no part in lse
+        error = (got.grad.double() - want.grad).abs().max()
+        assert error <= 4 * torch.finfo(dtype).eps * want.grad.abs().max()
+
+
 def test_neighbours_are_never_read(generator):
     q, k, v, cu = make([5, 9, 4], 4, 2, 64, torch.float32, generator)
     out = illada.varlen_attention(q, k, v, cu)
@@ -92,7 +121,8 @@ def test_neighbours_are_never_read(generator):
 def test_plan_is_longest_first_and_reusable(generator):
     q, k, v, cu = make([3, 11, 0, 7], 4, 2, 64, torch.float32, generator)
     plan = illada.attention_plan(cu, num_heads=4, num_kv_heads=2, head_dim=64, total_q=21)
-    assert plan.work.tolist() == [[3, 14, 3, 14], [14, 21, 14, 21], [0, 3, 0, 3], [14, 14, 14, 14]]
+    longest_first = [[3, 14, 3, 14], [14, 21, 14, 21], [0, 3, 0, 3], [14, 14, 14, 14]]
+    assert plan.work.tolist() == [*longest_first, [21, 21, 0, 0]]  # and the queries of no sequence
     assert torch.equal(illada.varlen_attention(q, k, v, cu, plan=plan), illada.varlen_attention(q, k, v, cu))
     with pytest.raises(ValueError, match="plan was made for num_heads 4, this call has 2"):
         illada.varlen_attention(q[:, :2], k, v, cu, plan=plan)
@@ -293,7 +323,7 @@ def test_errors(generator):
         (ValueError, "cu_seqlens is on meta, but q is on cpu", (q, k, v, cu.to("meta"))),
         (ValueError, "cu_seqlens must start at 0, got 1", (q, k, v, torch.tensor([1, 8], dtype=torch.int32))),
         (ValueError, "must ascend, got 5 before 3", (q, k, v, torch.tensor([0, 5, 3, 8], dtype=torch.int32))),
-        (ValueError, "must end at 8, got 7", (q, k, v, torch.tensor([0, 7], dtype=torch.int32))),
+        (ValueError, "must end at 8 or before, got 9", (q, k, v, torch.tensor([0, 9], dtype=torch.int32))),
         (ValueError, "cu_seqlens must have shape", (q, k, v, cu[:0])),
     ]
     for error, match, arguments in wrong:

@@ -15,6 +15,7 @@
 #include "attention/backward_keys_shared_sm90.cuh"
 #include "attention/query_sums_add_sm90.cuh"
 #include "attention/query_sums_sm90.cuh"
+#include "attention/row_pair.cuh"
 #include "attention/tiles_sm90.cuh"
 #include "common/dtype.cuh"
 #include "common/ptx.cuh"
@@ -27,14 +28,14 @@ namespace {
 // s^T of 64 keys and the kRows rows of a step (columns of this lane: 8 j + lane % 4 * 2 + {0, 1}) becomes p^T, relative
 // to the rows' own sums.
 template <int kRows>
-__device__ __forceinline__ void weigh(float (&s)[kRows / 2], const float (&lse_log2)[kRows], float scale_log2,
+__device__ __forceinline__ void weigh(float (&s)[kRows / 2], const float (&lse_of_rows)[kRows], float scale,
                                       int lane) {
 #pragma unroll
   for (int j = 0; j < kRows / 8; ++j) {
-    const float2 lse = *reinterpret_cast<const float2*>(&lse_log2[8 * j + lane % 4 * 2]);
+    const float2 lse = *reinterpret_cast<const float2*>(&lse_of_rows[8 * j + lane % 4 * 2]);
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      s[4 * j + i] = ptx::exp2_approx(fmaf(s[4 * j + i], scale_log2, -(i % 2 ? lse.y : lse.x)));
+      s[4 * j + i] = probability(s[4 * j + i], scale, i % 2 ? lse.y : lse.x);
   }
 }
 
@@ -186,7 +187,7 @@ __device__ __forceinline__ void multiply_keys(const KeysArguments& a, KeysShared
     };
     const auto finish_scores = [&] {
       warpgroup_wait<1>(s);
-      weigh<kRows>(s, shared.lse_log2[stage], a.scale_log2, lane);
+      weigh<kRows>(s, shared.lse[stage], a.scale, lane);
       is_last = __shfl_sync(kFullWarp, int(shared.step[stage].is_last), 0) != 0;
       warpgroup_wait<0>(dp);
       shared.v_empty.arrive_if(thread == 0 && is_last);

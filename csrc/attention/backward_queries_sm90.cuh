@@ -61,7 +61,7 @@ struct QueriesArguments {
   void* dq;
   int32_t total_q, num_heads, group, block_tokens, parts;  // parts of two blocks to a forward item
   uint32_t group_reciprocal;
-  float scale, scale_log2;        // softmax_scale, and times log2(e)
+  float scale;                    // softmax_scale
   uint64_t rows_hint, keys_hint;  // to the L2 cache
 };
 
@@ -239,8 +239,7 @@ __global__ __launch_bounds__(QueriesShared<kHeadDim>::kThreads, 1) void illada_a
         warpgroup_wait<1>(s);
         if (fresh && valid < kKeys) mask_scores(s, valid);
 #pragma unroll
-        for (int j = 0; j < kKeys / 2; ++j)
-          s[j] = ptx::exp2_approx(fmaf(s[j], a.scale_log2, -rows[j / 2 % 2].lse_log2));
+        for (int j = 0; j < kKeys / 2; ++j) s[j] = probability(s[j], a.scale, rows[j / 2 % 2].lse);
         is_last = --tiles == 0;
         warpgroup_wait<0>(dp);
         shared.v_empty[stage].arrive_if(thread == 0);
@@ -317,7 +316,6 @@ void launch_backward_queries(const BackwardParams& p, const Device& device, cons
   a.rows_hint = l2_policy_if(hints, L2Policy::EVICT_FIRST);
   a.keys_hint = l2_policy_if(hints, L2Policy::EVICT_LAST);
   a.scale = p.softmax_scale;
-  a.scale_log2 = p.softmax_scale * float(M_LOG2E);
   LaunchShape shape;
   shape.grid = dim3(unsigned(std::min<int64_t>(device.sm_count, max_forward_items(s) * a.parts)));
   shape.block = dim3(Shared::kThreads);

@@ -1,6 +1,6 @@
 // The backward's first and last pass, both one read and one write of memory.
 //
-// First: c = do . out - dlse and lse * log2(e) of each query and head, laid out as the main kernels read them; zeros
+// First: c = do . out - dlse and lse of each query and head, laid out as the main kernels read them; zeros
 // where sums in fp32 begin, and in the gradients of what has no counterpart. Last: dk and dv, where they are sums.
 //
 // Floor: first T H (4 D + 16) bytes, and 4 T H D more of zeros if fused; last 12 Tk G D.
@@ -40,7 +40,6 @@ __global__ __launch_bounds__(kThreads) void illada_attention_backward_rows_sm80(
     const __grid_constant__ RowsArguments a, const __grid_constant__ DependentLaunch launch) {
   constexpr int kLanes = kHeadDim / 8, kRows = kThreads / kLanes;  // lanes of a row, rows of a CTA at a time
   wait_for_previous_kernel(launch);
-  const int idle = plan_header(a.plan).idle;
   const int column = int(threadIdx.x) % kLanes * 8;
   // Rows do not fit 32 bits, their distance to the first one of the CTA does.
   const int64_t cta_row = int64_t(blockIdx.x) * (kUnroll * kRows), first = cta_row + int(threadIdx.x) / kLanes;
@@ -78,16 +77,17 @@ __global__ __launch_bounds__(kThreads) void illada_attention_backward_rows_sm80(
       int token, head, kv_head, of_group;
       find(i, token, head);
       a.group(kv_head, of_group, head);
-      a.rows[(int64_t(kv_head) * a.total_q + token) * a.group + of_group] = {lse[i] * float(M_LOG2E), c - dlse[i]};
+      a.rows[(int64_t(kv_head) * a.total_q + token) * a.group + of_group] = {lse[i], c - dlse[i]};
       if (a.arrivals && of_group == 0) a.arrivals[int64_t(token) * a.num_kv_heads + kv_head] = 0;
     }
     if (a.dq_sums) {
       float4* const sums = reinterpret_cast<float4*>(a.dq_sums + row * kHeadDim) + column / 8;
       sums[0] = sums[kLanes] = make_float4(0, 0, 0, 0);
-      if (idle & kIdleQueries) a.dq[row * kLanes + column / 8] = make_uint4(0, 0, 0, 0);
+      // Without keys: no tile of keys will write this row of dq.
+      if (lse[i] == -INFINITY) a.dq[row * kLanes + column / 8] = make_uint4(0, 0, 0, 0);
     }
   }
-  if (!a.key_sums && !(idle & kIdleKeys)) return;
+  if (!a.key_sums && !plan_header(a.plan).has_idle_keys) return;
   for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < a.key_words; i += int64_t(gridDim.x) * kThreads) {
     if (a.key_sums) {
 #pragma unroll

@@ -69,7 +69,7 @@ struct BackwardArguments {
   cutlass::FastDivmod group;
   int32_t own_tokens;               // of a CTA of `queries`
   int32_t walk_tokens, walk_heads;  // Copier::kRows rows further
-  float softmax_scale, scale_log2;  // scale_log2: softmax_scale * log2(e)
+  float softmax_scale;
 };
 
 // Every Copier::kRows-th row of an item, as it lies in the pack.
@@ -249,8 +249,8 @@ __global__ __launch_bounds__(kThreads, 2) void illada_attention_backward_keys_sm
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const float *const score = &s[m][4 * n + 2 * i], *const product = &dp[m][4 * n + 2 * i];
-          const float p0 = ptx::exp2_approx(fmaf(score[0], a.scale_log2, -two.x));
-          const float p1 = ptx::exp2_approx(fmaf(score[1], a.scale_log2, -two.z));
+          const float p0 = probability(score[0], a.softmax_scale, two.x);
+          const float p1 = probability(score[1], a.softmax_scale, two.z);
           p[m][2 * n + i] = pack2<T>(p0, p1);
           ds[m][2 * n + i] = pack2<T>(p0 * (product[0] - two.y), p1 * (product[1] - two.w));
         }
@@ -381,8 +381,8 @@ __global__ __launch_bounds__(kThreads, kHeadDim == 128 ? 3 : 2) void illada_atte
 #pragma unroll
         for (int j = 0; j < 8; j += 2) {
           const RowStatistics& row = statistics[m][j / 2 % 2];
-          const float p0 = ptx::exp2_approx(fmaf(s[m][j], a.scale_log2, -row.lse_log2));
-          const float p1 = ptx::exp2_approx(fmaf(s[m][j + 1], a.scale_log2, -row.lse_log2));
+          const float p0 = probability(s[m][j], a.softmax_scale, row.lse);
+          const float p1 = probability(s[m][j + 1], a.softmax_scale, row.lse);
           ds[m][j / 2] = pack2<T>(p0 * (dp[m][j] - row.c), p1 * (dp[m][j + 1] - row.c));
         }
       }
@@ -435,7 +435,6 @@ void launch_backward(const BackwardParams& p, const Device& device, const Tiling
   a.walk_tokens = Copier<kHeadDim, kThreads>::kRows / a.group;
   a.walk_heads = Copier<kHeadDim, kThreads>::kRows % a.group;
   a.softmax_scale = p.softmax_scale;
-  a.scale_log2 = p.softmax_scale * float(M_LOG2E);
   // Items are sorted by length, so CTAs start in that order and those without one leave at once.
   const auto launch = [&](auto kernel, int64_t items, int item_rows) {
     LaunchShape shape;

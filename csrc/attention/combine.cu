@@ -1,4 +1,4 @@
-// Merges the pieces of tiles whose keys were split: out = sum_i 2^(lse_i - lse) out_i, lse = log2(sum_i 2^lse_i).
+// Merges the pieces of tiles whose keys were split: out = sum_i exp(lse_i - lse) out_i, lse = log(sum_i exp(lse_i)).
 //
 // A thread has 8 columns of a row, a CTA some rows of a tile at a time; it goes over the plan's items in steps of the
 // grid and takes those that are the first piece of several. The pieces of a row come in their order, always the same.
@@ -46,7 +46,7 @@ __global__ __launch_bounds__(kThreads) void illada_attention_combine_sm80(
     float x[8] = {}, sum = 0;
 #pragma unroll 4
     for (int i = 0; i < item.pieces; ++i) {
-      const float weight = ptx::exp2_approx(lse[int64_t(i) * a.slots.rows] - reference);
+      const float weight = ptx::exp2_approx((lse[int64_t(i) * a.slots.rows] - reference) * float(M_LOG2E));
       const float4* const part = reinterpret_cast<const float4*>(out + int64_t(i) * a.slots.rows * kHeadDim);
       const float4 low = part[0], high = part[1];
       const float y[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
@@ -54,7 +54,7 @@ __global__ __launch_bounds__(kThreads) void illada_attention_combine_sm80(
 #pragma unroll
       for (int j = 0; j < 8; ++j) x[j] = fmaf(weight, y[j], x[j]);
     }
-    const float inverse = sum == 0 ? 0 : 1 / sum;
+    const float inverse = 1 / sum;  // of scores of -inf alone, NaN
     const int row_token = row / a.group;
     const int64_t token = item.q_start + row_token;
     const int head = item.kv_head * a.group + row - row_token * a.group;
@@ -64,7 +64,7 @@ __global__ __launch_bounds__(kThreads) void illada_attention_combine_sm80(
     words.z = pack2<T>(x[4] * inverse, x[5] * inverse);
     words.w = pack2<T>(x[6] * inverse, x[7] * inverse);
     *reinterpret_cast<uint4*>(static_cast<T*>(a.out) + (token * a.num_heads + head) * kHeadDim + column) = words;
-    if (column == 0) a.lse[int64_t(head) * a.total_q + token] = (top + log2f(sum)) * float(M_LN2);
+    if (column == 0) a.lse[int64_t(head) * a.total_q + token] = fmaf(log2f(sum), float(M_LN2), top);
   }
 }
 

@@ -81,7 +81,7 @@ struct ForwardArguments {
   Slots slots;
   int32_t total_q, num_heads, group;
   uint32_t group_reciprocal;  // ceil(2^16 / group): row / group == row * group_reciprocal >> 16 for rows of a tile
-  float scale_log2;           // softmax_scale * log2(e)
+  float scale, scale_log2;    // softmax_scale, and times log2(e)
 };
 
 // The item of a CTA in a round.
@@ -312,8 +312,9 @@ __global__ __launch_bounds__(32 * kWarps, 8 / kWarps) void illada_attention_forw
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const float sum = warp_reduce<4>(rows[m].sum[i], [](float x, float y) { return x + y; });
-          const float inverse = sum == 0 ? 0 : 1 / sum;  // 0: an item without keys
-          const float lse_log2 = rows[m].reference[i] + log2f(sum);
+          // Without keys out is 0. With scores of -inf alone it is NaN; of a piece 0, for the others may have more.
+          const float inverse = sum == 0 && !(whole && item.k_count > 0) ? 0 : 1 / sum;
+          const float lse = row_lse(rows[m].reference[i], sum, a.scale);
           const TileRow row(first_row + m * 16 + i * 8 + lane / 4, a);
           const bool is_real = row.token < item.q_count;
           const int64_t token = item.q_start + row.token;
@@ -321,7 +322,7 @@ __global__ __launch_bounds__(32 * kWarps, 8 / kWarps) void illada_attention_forw
           if (whole) {
             store_row<T, kHeadDim>(static_cast<T*>(a.out) + (token * a.num_heads + head) * kHeadDim, o[m], i, inverse,
                                    is_real, lane);
-            if (is_real && lane % 4 == 0) a.lse[int64_t(head) * a.total_q + token] = lse_log2 * float(M_LN2);
+            if (is_real && lane % 4 == 0) a.lse[int64_t(head) * a.total_q + token] = lse;
           } else if (is_real) {
             const int64_t slot_row =
                 int64_t(item.first_slot + item.piece) * a.slots.rows + row.token * a.group + row.head;
@@ -330,7 +331,7 @@ __global__ __launch_bounds__(32 * kWarps, 8 / kWarps) void illada_attention_forw
             for (int j = 0; j < kHeadDim / 8; ++j)
               *reinterpret_cast<float2*>(out + 8 * j) =
                   make_float2(o[m][4 * j + 2 * i] * inverse, o[m][4 * j + 2 * i + 1] * inverse);
-            if (lane % 4 == 0) a.slots.lse[slot_row] = lse_log2;
+            if (lane % 4 == 0) a.slots.lse[slot_row] = lse;
           }
         }
       }
@@ -361,6 +362,7 @@ void launch_forward(const ForwardParams& p, const Device& device) {
   a.num_heads = s.num_heads;
   a.group = group;
   a.group_reciprocal = group_reciprocal(group);
+  a.scale = p.softmax_scale;
   a.scale_log2 = p.softmax_scale * float(M_LOG2E);
   using Shared = SharedStorage<kHeadDim, kWarps>;
   static_assert(int(sizeof(Shared)) <= forward_smem_sm80(kHeadDim, kWarps) + 1024, "forward_warps_sm80 counts on it");

@@ -85,7 +85,7 @@ struct ForwardArguments {
   Slots slots;
   int32_t total_q, num_heads, group, tile_tokens, block_tokens;
   uint32_t group_reciprocal;
-  float scale_log2;               // softmax_scale * log2(e)
+  float scale, scale_log2;        // softmax_scale, and times log2(e)
   uint64_t rows_hint, keys_hint;  // to the L2 cache
 };
 
@@ -118,7 +118,8 @@ __device__ __forceinline__ void write_rows(float (&o)[kHeadDim / 2], const Softm
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const float sum = warp_reduce<4>(rows.sum[i], [](float x, float y) { return x + y; });
-    const float inverse = 1.0f / sum, lse_log2 = fmaf(rows.reference[i], a.scale_log2, log2f(sum));
+    // Of scores of -inf alone out is NaN; of a piece 0, for the others may have more.
+    const float inverse = sum == 0 && !whole ? 0 : 1.0f / sum, lse = row_lse(rows.reference[i], sum, a.scale);
     const int token = int((row + 8 * i) * a.group_reciprocal >> 16), head = row + 8 * i - token * a.group;
     if (!Shared::kStagesOut && whole) {
       const int64_t place = int64_t(item.q_start + first_token + token) * a.num_heads + item.kv_head * a.group + head;
@@ -134,8 +135,7 @@ __device__ __forceinline__ void write_rows(float (&o)[kHeadDim / 2], const Softm
     if (token < tokens) {
       if (whole) {
         if (lane % 4 == 0)
-          a.lse[int64_t(item.kv_head * a.group + head) * a.total_q + item.q_start + first_token + token] =
-              lse_log2 * float(M_LN2);
+          a.lse[int64_t(item.kv_head * a.group + head) * a.total_q + item.q_start + first_token + token] = lse;
       } else {
         const int64_t slot_row =
             int64_t(item.first_slot + item.piece) * a.slots.rows + (first_token + token) * a.group + head;
@@ -143,7 +143,7 @@ __device__ __forceinline__ void write_rows(float (&o)[kHeadDim / 2], const Softm
 #pragma unroll
         for (int j = 0; j < kHeadDim / 8; ++j)
           *reinterpret_cast<float2*>(out + 8 * j) = make_float2(o[4 * j + 2 * i], o[4 * j + 2 * i + 1]);
-        if (lane % 4 == 0) a.slots.lse[slot_row] = lse_log2;
+        if (lane % 4 == 0) a.slots.lse[slot_row] = lse;
       }
     }
   }
@@ -382,7 +382,7 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim, kKeys, kStagesV>::kThreads,
       shared.q_empty[warpgroup].arrive_if(--tiles == 0 && lane == 0);
       if (is_first) {
         if (valid < kKeys) mask_scores(s, valid);
-        rows.start(s);
+        rows.start(s, a.scale_log2);
       }
       if constexpr (Shared::kPacksLate) {
         return rows.update_in_place(s, a.scale_log2, rescale);
@@ -483,6 +483,7 @@ void launch_forward(const ForwardParams& p, const Device& device, const Tiling& 
   a.group_reciprocal = group_reciprocal(group);
   a.tile_tokens = tiling.tile_tokens;
   a.block_tokens = block_tokens(s);
+  a.scale = p.softmax_scale;
   a.scale_log2 = p.softmax_scale * float(M_LOG2E);
   const bool hints = variant<L2Hints>() == L2Hints::kOn;
   a.rows_hint = l2_policy_if(hints, L2Policy::EVICT_FIRST);

@@ -70,7 +70,6 @@ void validate_shape(const char* op, const PackShape& s, const Device& gpu, bool 
     detail::fail<NotSupported>(op, "kernels of ", gpu.name, " take at most ", kRaggedTokens, " tokens; got ", s.total_q,
                                " queries, ", s.total_k, " keys");
   ILLADA_CHECK(s.num_sequences >= 0, op, "negative number of sequences: ", s.num_sequences);
-  ILLADA_CHECK(s.num_sequences > 0 || s.total_q == 0, op, "no sequences, but ", s.total_q, " queries");
   ILLADA_CHECK(s.num_kv_heads > 0 && s.num_heads > 0 && s.num_heads % s.num_kv_heads == 0, op, "num_heads ",
                s.num_heads, " must be a multiple of num_kv_heads ", s.num_kv_heads);
   if ((s.head_dim != 64 && s.head_dim != 128) || s.num_heads / s.num_kv_heads > kBlockRows)
@@ -293,7 +292,8 @@ void backward_cuda(const BackwardParams& given) {
                  {"dk", p.dk, rows_k * s.head_dim * 2},
                  {"dv", p.dv, rows_k * s.head_dim * 2},
                  {"workspace", p.workspace, workspace_bytes}});
-  if (s.total_q == 0 || s.total_k == 0) {  // no query meets a key; of no sequences there is no work list either
+  // No query meets a key, and there may be no work list.
+  if (s.total_q == 0 || s.total_k == 0 || s.num_sequences == 0) {
     fill_zeros(kOp, p.launch, p.dq, rows_q * s.head_dim * 2);
     fill_zeros(kOp, p.launch, p.dk, rows_k * s.head_dim * 2);
     return fill_zeros(kOp, p.launch, p.dv, rows_k * s.head_dim * 2);

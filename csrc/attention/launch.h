@@ -52,8 +52,8 @@ struct BackwardMethod {
 };
 
 struct alignas(8) RowStatistics {
-  float lse_log2;  // lse * log2(e)
-  float c;         // do . out - dlse
+  float lse;
+  float c;  // do . out - dlse
 };
 
 constexpr int kWasteRows = 128;
@@ -68,8 +68,8 @@ struct BackwardScratch {
 };
 BackwardScratch scratch_of(const BackwardParams& params, const BackwardMethod& method);
 
-// First: the rows' statistics; zeros in all sums, in dk and dv if some keys are unused, in dq if some queries have
-// none.
+// First: the rows' statistics; zeros in all sums, in dk and dv if some keys are unused, in dq of queries without
+// keys.
 void launch_backward_rows(const BackwardParams& params, const Device& device, const BackwardMethod& method);
 // Then dk and dv over the backward items of the plan, and dq, if fused by way of scratch.dq, else over the forward
 // items.

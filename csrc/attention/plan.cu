@@ -3,7 +3,8 @@
 // A CTA has one sequence. Its threads walk over the lengths of all of them and add up what comes before it in each
 // list; a pair (cost, index) has one place in an order, so that every CTA finds the same lists and nothing is sorted.
 // Then they write the sequence's items side by side. CTA 0 writes the header as well. Nothing depends on which CTA is
-// first, and the grid depends on the number of sequences alone.
+// first, and the grid depends on the number of sequences alone. Queries behind the last sequence are a part of their
+// own, without keys: the kernels write zeros there as they do for any queries without keys.
 //
 // Where tiles are so few that they may leave SMs idle, sequences are split over their keys: every CTA tries all sizes
 // of a piece and comes to the same one.
@@ -36,12 +37,18 @@ struct PlanArguments {
 
 __device__ __forceinline__ int32_t ceil_div(int32_t x, int32_t y) { return int32_t((uint32_t(x) + y - 1) / y); }
 
+// Or, behind the last one, the queries that belong to none.
 struct Sequence {
   int32_t q_start, q_count, k_start, k_count;
 
   // Whatever stands in the lengths, ranges lie inside of the pack.
   __device__ __forceinline__ Sequence(const PlanArguments& a, int index) {
     q_start = min(max(a.cu_seqlens[index], 0), a.total_q);
+    if (index == a.num_sequences) {
+      q_count = a.total_q - q_start;
+      k_start = k_count = 0;
+      return;
+    }
     q_count = min(max(a.cu_seqlens[index + 1], q_start), a.total_q) - q_start;
     k_start = min(max(a.cu_seqlens_k[index], 0), a.key_limit);
     k_count = min(max(a.cu_seqlens_k[index + 1], k_start), a.key_limit) - k_start;
@@ -135,53 +142,46 @@ constexpr int kSums = int(sizeof(Sums) / sizeof(int64_t));
 
 __global__ __launch_bounds__(kThreads) void illada_attention_plan_sm80(const __grid_constant__ PlanArguments a,
                                                                        const __grid_constant__ DependentLaunch launch) {
-  __shared__ int32_t keys, queries;  // in CTA 0: of all sequences, as far as 32 bits go; those that have keys
+  __shared__ int32_t keys;  // in CTA 0: of all sequences, as far as 32 bits go
   __shared__ union {
     Sums sums;
     unsigned long long word[kSums];
   } shared;
   if (threadIdx.x < kSums) shared.word[threadIdx.x] = 0;
-  if (threadIdx.x == 0) keys = queries = 0;
+  if (threadIdx.x == 0) keys = 0;
   wait_for_previous_kernel(launch);
   const int chunk = a.may_split ? choose_chunk(a) : 0;
   __syncthreads();
 
   const int index = int(blockIdx.x);
-  const bool has_sequence = index < a.num_sequences;  // a pack of none has one CTA still
-  if (has_sequence) {
-    const Sequence own(a, index);
-    const int32_t own_cost = ForwardShare(a, own, chunk).piece_keys;
-    Sums sums{};
+  const Sequence s(a, index);
+  const ForwardShare share(a, s, chunk);
+  Sums mine{};
 #pragma unroll 1
-    for (int i = threadIdx.x; i < a.num_sequences; i += kThreads) {
-      const Sequence s(a, i);
-      const ForwardShare share(a, s, chunk);
-      const auto is_before = [&](int32_t x, int32_t y) { return x > y || (x == y && i < index); };
-      const int64_t backward =
-          a.most_backward ? int64_t(a.num_kv_heads) * ceil_div(s.k_count, kBackwardKeys) : int64_t(0);
-      if (is_before(share.piece_keys, own_cost)) {
-        sums.forward += share.items();
-        sums.slots += share.slots();
-      }
-      if (is_before(s.q_count, own.q_count)) sums.backward += backward;
-      if (is_before(s.k_count, own.k_count)) ++sums.rank;
-      sums.all_forward += share.items();
-      sums.all_backward += backward;
+  for (int i = threadIdx.x; i <= a.num_sequences; i += kThreads) {
+    const Sequence other(a, i);
+    const ForwardShare its_share(a, other, chunk);
+    const auto is_before = [&](int32_t x, int32_t y) { return x > y || (x == y && i < index); };
+    const int64_t backward =
+        a.most_backward ? int64_t(a.num_kv_heads) * ceil_div(other.k_count, kBackwardKeys) : int64_t(0);
+    if (is_before(its_share.piece_keys, share.piece_keys)) {
+      mine.forward += its_share.items();
+      mine.slots += its_share.slots();
     }
-    const int64_t mine[kSums] = {sums.forward, sums.slots,       sums.backward,
-                                 sums.rank,    sums.all_forward, sums.all_backward};
+    if (is_before(other.q_count, s.q_count)) mine.backward += backward;
+    if (is_before(other.k_count, s.k_count)) ++mine.rank;
+    mine.all_forward += its_share.items();
+    mine.all_backward += backward;
+  }
+  const int64_t words[kSums] = {mine.forward, mine.slots,       mine.backward,
+                                mine.rank,    mine.all_forward, mine.all_backward};
 #pragma unroll
-    for (int i = 0; i < kSums; ++i) {
-      const int64_t sum = warp_reduce<32>(mine[i], [](int64_t x, int64_t y) { return x + y; });
-      if (threadIdx.x % 32 == 0) atomicAdd(&shared.word[i], static_cast<unsigned long long>(sum));
-    }
+  for (int i = 0; i < kSums; ++i) {
+    const int64_t sum = warp_reduce<32>(words[i], [](int64_t x, int64_t y) { return x + y; });
+    if (threadIdx.x % 32 == 0) atomicAdd(&shared.word[i], static_cast<unsigned long long>(sum));
   }
   if (index == 0) {
-    for (int i = threadIdx.x; i < a.num_sequences; i += kThreads) {
-      const Sequence s(a, i);
-      atomicAdd(&keys, s.k_count);
-      if (s.k_count) atomicAdd(&queries, s.q_count);
-    }
+    for (int i = threadIdx.x; i < a.num_sequences; i += kThreads) atomicAdd(&keys, Sequence(a, i).k_count);
   }
   __syncthreads();
   const Sums& sums = shared.sums;
@@ -189,15 +189,11 @@ __global__ __launch_bounds__(kThreads) void illada_attention_plan_sm80(const __g
     *reinterpret_cast<int4*>(a.plan) =
         make_int4(int(min(sums.all_forward, int64_t(a.most_forward))),
                   int(min(sums.all_backward, int64_t(a.most_backward))), a.num_sequences,
-                  (keys != a.key_limit ? kIdleKeys : 0) | (queries != a.total_q ? kIdleQueries : 0) | a.cluster << 16);
-  if (!has_sequence) return;
-
-  const Sequence s(a, index);
-  if (threadIdx.x == 0)
+                  (keys != a.key_limit ? 1 : 0) | a.cluster << 16);
+  if (index < a.num_sequences && threadIdx.x == 0)
     reinterpret_cast<int4*>(a.plan)[a.rows - a.num_sequences + sums.rank] =
         make_int4(s.q_start, s.q_start + s.q_count, s.k_start, s.k_start + s.k_count);
 
-  const ForwardShare share(a, s, chunk);
   const int64_t forward = min(share.items(), a.most_forward - sums.forward);
   const int head_tiles = share.tiles / a.num_kv_heads;
   for (int i = threadIdx.x; i < forward; i += kThreads) {
@@ -246,7 +242,7 @@ void launch_plan(const PlanParams& p, const Device& device, const Tiling& tiling
   a.item_cost = float(kItemKeys) / float(tiling.key_tile);
   a.merge_cost = float(kMergeKeys) / float(tiling.key_tile);
   LaunchShape shape;
-  shape.grid = dim3(unsigned(std::max(s.num_sequences, 1)));
+  shape.grid = dim3(unsigned(s.num_sequences + 1));
   shape.block = dim3(kThreads);
   shape.dependent = true;
   launch_kernel("attention_plan", device, p.launch.stream, shape, illada_attention_plan_sm80, a);

@@ -23,11 +23,10 @@ struct alignas(16) WorkItem {
 // shape allows), and from rows - S on the sequences, (query start, query end, key start, key end), longest first.
 struct PlanHeader {
   int32_t forward_items, backward_items, sequences;
-  int16_t idle;     // kIdleKeys: there are keys, of total_k, that no sequence uses; kIdleQueries: queries without keys
-  int16_t cluster;  // Tiling::cluster
+  int16_t has_idle_keys;  // 1: there are keys, of total_k, that no sequence uses
+  int16_t cluster;        // Tiling::cluster
 };
 
-constexpr int kIdleKeys = 1, kIdleQueries = 2;
 constexpr int kBlockRows = 64;   // tokens x heads of a group that stay together: whole tokens, so H / G <= 64
 constexpr int kLeastBlocks = 2;  // of a CTA's tile
 constexpr int kMostBlocks = 3;
@@ -60,8 +59,9 @@ inline bool has_pairs(const PackShape& s) {
   return max_tiles(s) >= kSplitItems / 2 && s.total_q >= int64_t(s.num_sequences) * 4 * kLeastBlocks * block_tokens(s);
 }
 inline bool may_split(const PackShape& s) { return max_tiles(s) <= kSplitItems && !has_pairs(s); }
-// With room for pieces in any pack: whoever knows the sizes as symbols alone needs no case distinction.
-inline int64_t max_forward_items(const PackShape& s) { return max_tiles(s) + kSplitSlots; }
+// With room for pieces in any pack: whoever knows the sizes as symbols alone needs no case distinction. And for queries
+// behind the last sequence.
+inline int64_t max_forward_items(const PackShape& s) { return max_tiles(s) + s.num_kv_heads + kSplitSlots; }
 inline int64_t max_backward_items(const PackShape& s) {
   return s.total_k < 0 ? 0 : s.num_kv_heads * (s.total_k / kBackwardKeys + s.num_sequences);
 }
@@ -83,7 +83,7 @@ inline int slot_rows(const PackShape& s) {
   return int(std::min<int64_t>(s.total_q, kMostBlocks * block_tokens(s))) * group_of(s);
 }
 
-// The workspace: out fp32 [kSplitSlots, rows, D], then lse fp32 [kSplitSlots, rows] (base 2), both of what has been
+// The workspace: out fp32 [kSplitSlots, rows, D], then lse fp32 [kSplitSlots, rows], both of what has been
 // normalised over the piece alone. Row r of a slot is token r / (H / G) of the item, head r % (H / G) of the group.
 struct Slots {
   float *out, *lse;

@@ -1,6 +1,7 @@
 // The online softmax of the attention forward on sm_90a, which looks for no maximum in the common step.
 #pragma once
 
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 
@@ -15,15 +16,22 @@ namespace {
 // are relative to a score that need not be the largest one, as long as a lane's share of a tile sums to no more than
 // kMost, which is as exact as 1 in either dtype. So the exponentials wait for no maximum and no other lane, and nobody
 // looks for a maximum but in the first tile, and when a row has outgrown its reference, which is rare.
+//
+// An exponent is one fma, s * scale - reference * scale, which leaves the error of the second product. Where that may
+// be as large as 2^-9, in rows whose scores are far from 0, scores are subtracted before they are scaled: what is the
+// reference has probability 1 then, however large it is. The offset of such a row is -inf, which makes its lanes' sums
+// infinite, or NaN: so nobody has to look for it. References start at the lowest number, so that scores of -inf
+// alone have a sum of 0, not -inf - -inf.
 struct SoftmaxRows {
   static constexpr float kMost = 256, kMostLog2 = 8;
-  float reference[2], sum[2];  // of this lane's probabilities
+  static constexpr float kFar = 1 << 16;  // of reference * scale
+  float reference[2], offset[2], sum[2];  // of this lane's probabilities
 
   // The first tile of an item.
   template <int kCount>
-  __device__ __forceinline__ void start(const float (&s)[kCount]) {
-    reference[0] = reference[1] = -INFINITY;
-    raise_reference(s);
+  __device__ __forceinline__ void start(const float (&s)[kCount], float scale_log2) {
+    reference[0] = reference[1] = -FLT_MAX;
+    raise_reference(s, scale_log2);
     sum[0] = sum[1] = 0;
   }
 
@@ -33,11 +41,11 @@ struct SoftmaxRows {
   __device__ __forceinline__ bool update(const float (&s)[kCount], float scale_log2, uint32_t (&p)[kCount / 8][4],
                                          float (&rescale)[2]) {
     float total[2];
-    exponentials<T>(s, scale_log2, p, total);
-    const bool moves = __any_sync(kFullWarp, fmaxf(total[0], total[1]) > kMost);
+    exponentials<T>(s, p, total, [&](float x, int i) { return fmaf(x, scale_log2, -offset[i]); });
+    const bool moves = __any_sync(kFullWarp, !(total[0] + total[1] <= kMost));
     if (moves) {
       move_reference(s, scale_log2, rescale);
-      exponentials<T>(s, scale_log2, p, total);
+      exponentials<T>(s, p, total, [&](float x, int i) { return (x - reference[i]) * scale_log2; });
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) sum[i] += total[i];
@@ -52,17 +60,14 @@ struct SoftmaxRows {
 #pragma unroll
     for (int j = 4; j < kCount; ++j) top[j % 4] = fmaxf(top[j % 4], s[j]);
     const float growth = fmaxf(fmaxf(top[0], top[1]) - reference[0], fmaxf(top[2], top[3]) - reference[1]);
-    const bool moves = __any_sync(kFullWarp, growth * scale_log2 > kMostLog2);
-    if (moves) move_reference(s, scale_log2, rescale);
-    const float offset[2] = {reference[0] * scale_log2, reference[1] * scale_log2};
-    float part[4] = {};
-#pragma unroll
-    for (int j = 0; j < kCount; ++j) {
-      s[j] = ptx::exp2_approx(fmaf(s[j], scale_log2, -offset[j / 2 % 2]));
-      part[j % 4] += s[j];
+    const bool moves =
+        __any_sync(kFullWarp, growth * scale_log2 > kMostLog2 || fminf(offset[0], offset[1]) == -INFINITY);
+    if (moves) {
+      move_reference(s, scale_log2, rescale);
+      weigh(s, [&](float x, int i) { return (x - reference[i]) * scale_log2; });
+    } else {
+      weigh(s, [&](float x, int i) { return fmaf(x, scale_log2, -offset[i]); });
     }
-    sum[0] += part[0] + part[1];
-    sum[1] += part[2] + part[3];
     return moves;
   }
 
@@ -71,7 +76,7 @@ struct SoftmaxRows {
   __device__ __forceinline__ void move_reference(const float (&s)[kCount], float scale_log2, float (&rescale)[2]) {
     rescale[0] = reference[0];
     rescale[1] = reference[1];
-    raise_reference(s);
+    raise_reference(s, scale_log2);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       rescale[i] = ptx::exp2_approx((rescale[i] - reference[i]) * scale_log2);
@@ -80,7 +85,7 @@ struct SoftmaxRows {
   }
 
   template <int kCount>
-  __device__ __forceinline__ void raise_reference(const float (&s)[kCount]) {
+  __device__ __forceinline__ void raise_reference(const float (&s)[kCount], float scale_log2) {
     float top[4] = {reference[0], reference[0], reference[1], reference[1]};
 #pragma unroll
     for (int j = 0; j < kCount; ++j) top[j % 4] = fmaxf(top[j % 4], s[j]);
@@ -91,19 +96,36 @@ struct SoftmaxRows {
 #pragma unroll
       for (int i = 0; i < 2; ++i) reference[i] = fmaxf(reference[i], __shfl_xor_sync(kFullWarp, reference[i], lanes));
     }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      offset[i] = reference[i] * scale_log2;
+      if (fabsf(offset[i]) > kFar) offset[i] = -INFINITY;
+    }
   }
 
-  template <typename T, int kCount>
-  __device__ __forceinline__ void exponentials(const float (&s)[kCount], float scale_log2, uint32_t (&p)[kCount / 8][4],
-                                               float (&total)[2]) const {
-    const float offset[2] = {reference[0] * scale_log2, reference[1] * scale_log2};
+  // `exponent`: of a score of row i.
+  template <int kCount, typename Exponent>
+  __device__ __forceinline__ void weigh(float (&s)[kCount], const Exponent& exponent) {
+    float part[4] = {};
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      s[j] = ptx::exp2_approx(exponent(s[j], j / 2 % 2));
+      part[j % 4] += s[j];
+    }
+    sum[0] += part[0] + part[1];
+    sum[1] += part[2] + part[3];
+  }
+
+  template <typename T, int kCount, typename Exponent>
+  __device__ __forceinline__ void exponentials(const float (&s)[kCount], uint32_t (&p)[kCount / 8][4],
+                                               float (&total)[2], const Exponent& exponent) const {
     float part[4] = {};
 #pragma unroll
     for (int j = 0; j < kCount; j += 2) {
       float x[2];
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        x[e] = ptx::exp2_approx(fmaf(s[j + e], scale_log2, -offset[j / 2 % 2]));
+        x[e] = ptx::exp2_approx(exponent(s[j + e], j / 2 % 2));
         part[j % 4 + e] += x[e];
       }
       p[j / 8][j / 2 % 4] = pack2<T>(x[0], x[1]);

@@ -76,7 +76,7 @@ void attend_rows(const AttentionTile& a) {
   }
   std::fill_n(out, dim * kTile, 0.0f);
   VecF reference[kVectors], sum[kVectors]{};
-  for (VecF& x : reference) x = splat(-kInfinity);
+  for (VecF& x : reference) x = splat(-kLargest);  // scores of -inf alone: not -inf - -inf
 
   for (int first = 0; first < a.keys; first += kKeys) {
     const int count = std::min(a.keys - first, kKeys);
@@ -124,8 +124,10 @@ void attend_rows(const AttentionTile& a) {
     for (int i = 0; i < count; ++i) {
       const int64_t token = token_of(first + i), head = head_of(first + i);
       to[i] = static_cast<T*>(a.out) + (token * a.num_heads + head) * dim;
-      inverse[i] = a.keys ? 1.0f / row_sum[first + i] : 0.0f;
-      a.lse[head * a.total_q + token] = float(double(reference[first / kLanes][i]) + std::log(row_sum[first + i]));
+      // The largest score adds 1. Less is of scores of -inf alone, whose exponentials are not quite 0.
+      const float total = row_sum[first + i] < 1.0f ? 0.0f : row_sum[first + i];
+      inverse[i] = a.keys == 0 ? 0.0f : total == 0.0f ? kNaN : 1.0f / total;
+      a.lse[head * a.total_q + token] = float(double(reference[first / kLanes][i]) + std::log(total));
     }
     for (int d = 0; d < whole_dim; d += kLanes) {
       VecF square[kLanes];

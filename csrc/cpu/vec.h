@@ -27,6 +27,7 @@ typedef uint16_t VecH __attribute__((vector_size(2 * kLanes)));
 typedef uint64_t VecL __attribute__((vector_size(4 * kLanes)));  // kLanes / 2 words of 64 bits
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kLargest = std::numeric_limits<float>::max(), kNaN = std::numeric_limits<float>::quiet_NaN();
 
 struct BFloat16 {
   uint16_t bits;

@@ -31,7 +31,7 @@ class Plan:
 
     def __init__(self, work, capacity):
         rows = work.cpu()
-        forward, backward, sequences, self.idle = rows[0].tolist()
+        forward, backward, sequences, self.flags = rows[0].tolist()
         self.sequences = rows[len(rows) - sequences :].tolist()
         first = 1 + 2 * capacity
         self.forward = [Item(*x) for x in rows[1 : 1 + 2 * forward].reshape(-1, 8).tolist()]
@@ -101,7 +101,6 @@ def check_backward(plan, sequences, kv_heads):
     for item in plan.backward:  # a sequence's tiles know how many they are
         first, count = keys_of[item.k_start]
         assert (item.piece, item.pieces) == ((item.k_start - first) // 128, -(-count // 128))
-    assert bool(plan.idle & 2) == any(n and not m for _, n, _, m in sequences)  # queries without keys
     queries = [item.q_count for item in plan.backward]
     assert queries == sorted(queries, reverse=True)
 

@@ -25,7 +25,8 @@ struct PackShape {
 
 // Work lists of a pack, longest sequence first, for all layers and both directions. Sequence s has the queries
 // cu_seqlens[s] .. cu_seqlens[s + 1] - 1 and the keys from cu_seqlens_k[s] on, seqused_k[s] of them or all up to
-// cu_seqlens_k[s + 1]. Lengths that are negative or reach beyond total_q (total_k) are cut, never followed.
+// cu_seqlens_k[s + 1]. Queries from cu_seqlens[S] on belong to no sequence and meet no keys. Lengths that are negative
+// or reach beyond total_q (total_k) are cut, never followed.
 struct PlanParams {
   PackShape shape;
   const int32_t* cu_seqlens = nullptr;    // [S + 1]
@@ -51,7 +52,7 @@ struct ForwardParams {
   float softmax_scale = 1.0f;     // finite and > 0
   const int32_t* plan = nullptr;  // of plan_cuda, of the same shape (total_k apart) and on the same device
   int64_t plan_rows = 0;
-  void* out = nullptr;          // [T, H, D], contiguous; sequences without keys get 0
+  void* out = nullptr;          // [T, H, D], contiguous; queries without keys get 0
   float* lse = nullptr;         // [H, T], natural log of the softmax's sum; -inf without keys
   void* workspace = nullptr;    // 16-byte aligned; contents need not be kept or set
   int64_t workspace_bytes = 0;  // at least forward_workspace(shape)
@@ -61,7 +62,7 @@ struct ForwardParams {
 // On compute capability 8.0 and newer, D 64 and 128, H / G <= 64. NotSupported for anything else.
 void forward_cuda(const ForwardParams& params);
 // D up to 256, any strides and alignment, no workspace. There a plan is a row (query start, query end, key start, key
-// end) for each sequence, in the order in which they are to be taken; sequences that it leaves out are not touched.
+// end) for each sequence, in the order in which they are to be taken; what it leaves out is not touched.
 void forward_cpu(const ForwardParams& params);
 // Bytes; 0 unless the pack is so small that sequences may be split over their keys.
 int64_t forward_workspace(const PackShape& shape);
@@ -89,7 +90,7 @@ struct BackwardParams {
   int64_t plan_rows = 0;
   bool deterministic = false;         // the same bits in every run, at the price of some speed in long sequences
   bool multiplies_twice = false;      // dq by a kernel of its own: faster in short ones, and deterministic as well
-  void* dq = nullptr;                 // [T, H, D], contiguous
+  void* dq = nullptr;                 // [T, H, D], contiguous; 0 for queries without keys
   void *dk = nullptr, *dv = nullptr;  // [Tk, G, D], contiguous; 0 for keys that no sequence uses
   void* workspace = nullptr;          // 16-byte aligned; contents need not be kept or set
   int64_t workspace_bytes = 0;        // at least backward_workspace(...)

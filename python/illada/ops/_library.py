@@ -112,7 +112,9 @@ def overlap(a: Tensor, b: Tensor) -> bool:
     return a_first < b_end and b_first < a_end
 
 
-def check_cumulative(op: str, name: str, cumulative: Tensor, total: int | None) -> None:
+def check_cumulative(
+    op: str, name: str, cumulative: Tensor, total: int | None, *, may_end_before: bool = False
+) -> None:
     """ValueError unless `cumulative` starts at 0, ascends, and ends at `total` (where the values may be read).
 
     Without a total they are the starts of slots, and the first one may be anywhere.
@@ -125,8 +127,8 @@ def check_cumulative(op: str, name: str, cumulative: Tensor, total: int | None) 
     for i, (a, b) in enumerate(zip(values[:-1], values[1:], strict=True)):
         if b < a:
             raise ValueError(f"{op}: {name} must ascend, got {a} before {b} at index {i}")
-    if total is not None and values[-1] != total:
-        raise ValueError(f"{op}: {name} must end at {total}, got {values[-1]}")
+    if total is not None and (values[-1] > total or (values[-1] < total and not may_end_before)):
+        raise ValueError(f"{op}: {name} must end at {total}{' or before' if may_end_before else ''}, got {values[-1]}")
 
 
 def raise_on_double_backward(op: str) -> None:

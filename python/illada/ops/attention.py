@@ -61,7 +61,7 @@ def _check_lengths(cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, seqused_k: T
     """ValueError for lengths that do not fit, where they may be read."""
     if not lib.may_read(cu_seqlens):
         return
-    lib.check_cumulative("attention_plan", "cu_seqlens", cu_seqlens, total_q)
+    lib.check_cumulative("attention_plan", "cu_seqlens", cu_seqlens, total_q, may_end_before=True)
     starts_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
     if cu_seqlens_k is not None:
         lib.check_cumulative("attention_plan", "cu_seqlens_k", cu_seqlens_k, None)
@@ -82,7 +82,9 @@ def _plan_cpu(
     ends_k = starts_k[1:] if seqused_k is None else starts_k[:-1] + seqused_k
     work = torch.stack([cu_seqlens[:-1], cu_seqlens[1:], starts_k[:-1], ends_k], dim=1)
     pairs = (work[:, 1] - work[:, 0]).long() * (work[:, 3] - work[:, 2])
-    return work[pairs.argsort(descending=True, stable=True)]
+    # The last row is of the queries behind the last sequence, which meet no keys.
+    rest = torch.stack([cu_seqlens[-1], cu_seqlens.new_tensor(total_q), *cu_seqlens.new_zeros(2)])
+    return torch.cat([work[pairs.argsort(descending=True, stable=True)], rest[None]])
 
 
 def _by_group(x: Tensor, groups: int) -> Tensor:
@@ -118,12 +120,53 @@ def _without_denormals() -> Iterator[None]:
         native().flush_denormals(False, threads)
 
 
+def _torch_is_right(lse: Tensor) -> bool:
+    """Whether torch's kernels give what the formula gives, from the lse of a sequence.
+
+    Of scores that are -inf or +inf they make 0 in some dtypes and sizes, where there is no softmax; lse is then NaN,
+    infinite or 0. And gradients rely on lse for probabilities whose sum is 1: once its last bit is large, they are not.
+    """
+    return bool(((lse != 0) & (lse.abs() < 2**14)).all())
+
+
+def _softmax(q: Tensor, k: Tensor, softmax_scale: float) -> tuple[Tensor, Tensor]:
+    """(probabilities, lse) of [rows, D] and [keys, D], float32."""
+    scores = (q.float() @ k.float().mT).mul_(softmax_scale)
+    lse = scores.logsumexp(-1)
+    return scores.softmax(-1), lse
+
+
+def _attend_plainly(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a sequence, [1, G, rows, D], with all scores of a key-value head in memory."""
+    out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
+    for g in range(q.shape[1]):
+        p, lse[0, g] = _softmax(q[0, g], k[0, g], softmax_scale)
+        out[0, g] = p @ v[0, g].float()
+    return out, lse
+
+
+def _differentiate_plainly(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) of a sequence, float32, with all scores of a key-value head in memory."""
+    dq, dk, dv = (x.new_empty(x.shape, dtype=torch.float32) for x in (q, k, v))
+    for g in range(q.shape[1]):
+        p, _ = _softmax(q[0, g], k[0, g], softmax_scale)
+        do = dout[0, g].float()
+        dv[0, g] = p.mT @ do
+        dp = do @ v[0, g].float().mT
+        c = (p * dp).sum(-1, keepdim=True)
+        ds = p * (dp - (c if dlse is None else c - dlse[0, g]))
+        dq[0, g], dk[0, g] = ds @ k[0, g].float() * softmax_scale, ds.mT @ q[0, g].float() * softmax_scale
+    return dq, dk, dv
+
+
 @_without_denormals()
 def _fwd_cpu(
     q: Tensor, k: Tensor, v: Tensor, plan: Tensor, num_sequences: int, softmax_scale: float, deterministic: bool
 ) -> tuple[Tensor, Tensor]:
-    if plan.shape != (num_sequences, 4):
-        raise ValueError(f"varlen_attention: the plan must be [{num_sequences}, 4], got {list(plan.shape)}")
+    if plan.shape != (num_sequences + 1, 4):
+        raise ValueError(f"varlen_attention: the plan must be [{num_sequences + 1}, 4], got {list(plan.shape)}")
     out, lse = q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
     others = None  # sequences for torch
     if q.dtype == torch.float16 or q.shape[2] > _MOST_HEAD_DIM:
@@ -138,13 +181,31 @@ def _fwd_cpu(
         if k_end == k_start:
             out[q_start:q_end], lse[:, q_start:q_end] = 0, -torch.inf
         elif q_end > q_start:
-            x, its_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                _by_group(q[q_start:q_end], groups), _by_group(k[k_start:k_end], groups),
-                _by_group(v[k_start:k_end], groups), scale=softmax_scale,
-            )  # fmt: skip
+            tensors = [_by_group(x, groups) for x in (q[q_start:q_end], k[k_start:k_end], v[k_start:k_end])]
+            x, its_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*tensors, scale=softmax_scale)
+            if not _torch_is_right(its_lse):
+                x, its_lse = _attend_plainly(*tensors, softmax_scale)
             out[q_start:q_end] = _from_group(x, group)
             lse[:, q_start:q_end] = its_lse[0].unflatten(1, (-1, group)).transpose(1, 2).flatten(0, 1)
     return out, lse
+
+
+def _differentiate(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None, softmax_scale: float
+) -> Iterator[Tensor]:
+    """(dq, dk, dv) of a sequence, by torch."""
+    dim = q.shape[-1]
+    if dlse is not None:
+        # dS = P * (dout v^T + dlse - rowsum(dout * out)): one more column, holding dlse against values of 1 and an
+        # output of 0, adds dlse to the first term and nothing to the last. In float32, for dlse is a loss's factor,
+        # which 16 bits may not hold.
+        q, k, out = (torch.nn.functional.pad(x.float(), (0, 1)) for x in (q, k, out))
+        v = torch.nn.functional.pad(v.float(), (0, 1), value=1.0)
+        dout = torch.cat([dout.float(), dlse], dim=-1)
+    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        dout, q, k, v, out, lse, 0.0, False, scale=softmax_scale
+    )
+    return (grad[..., :dim] for grad in grads)
 
 
 @_without_denormals()
@@ -161,23 +222,20 @@ def _bwd_cpu(
     softmax_scale: float,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    groups, group, dim = k.shape[1], q.shape[1] // k.shape[1], q.shape[2]
+    groups, group = k.shape[1], q.shape[1] // k.shape[1]
     dout, q, k, v, out = (_by_group(x, groups) for x in (dout, q, k, v, out))
     lse = lse.unflatten(0, (groups, -1)).transpose(1, 2).reshape(1, groups, -1)
     dq, dk, dv = (x.new_zeros(x.shape) for x in (q, k, v))
     if dlse is not None:
-        # dS = P * (dout v^T + dlse - rowsum(dout * out)): one more column, holding dlse against values of 1 and an
-        # output of 0, adds dlse to the first term and nothing to the last.
         dlse = dlse.unflatten(0, (groups, -1)).transpose(1, 2).reshape(1, groups, -1, 1)
-        dout = torch.cat([dout, dlse.to(dout.dtype)], dim=-1)
-        q, k, out = (torch.nn.functional.pad(x, (0, 1)) for x in (q, k, out))
-        v = torch.nn.functional.pad(v, (0, 1), value=1.0)
     for rows, keys in _sequences(plan, group):
-        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *(x[:, :, part] for x, part in ((dout, rows), (q, rows), (k, keys), (v, keys), (out, rows))),
-            lse[:, :, rows], 0.0, False, scale=softmax_scale,
-        )  # fmt: skip
-        dq[:, :, rows], dk[:, :, keys], dv[:, :, keys] = (grad[..., :dim] for grad in grads)
+        its = [x[:, :, part] for x, part in ((dout, rows), (q, rows), (k, keys), (v, keys), (out, rows))]
+        its_lse, its_dlse = lse[:, :, rows], None if dlse is None else dlse[:, :, rows]
+        if _torch_is_right(its_lse):
+            grads = _differentiate(*its, its_lse, its_dlse, softmax_scale)
+        else:
+            grads = _differentiate_plainly(its[0], its_dlse, *its[1:4], softmax_scale)
+        dq[:, :, rows], dk[:, :, keys], dv[:, :, keys] = grads
     return _from_group(dq, group), _from_group(dk, 1), _from_group(dv, 1)
 
 
@@ -188,7 +246,7 @@ def plan_rows(total_q: int, total_k: int | None, num_sequences: int, num_heads: 
     """Rows of a plan on CUDA: `plan_rows` of csrc/attention, for shapes that are not known yet."""
     block_tokens = max(64 // (num_heads // num_kv_heads), 1)
     tiles = num_kv_heads * (total_q // (2 * block_tokens) + num_sequences)
-    forward = tiles + 320
+    forward = tiles + num_kv_heads + 320
     backward = 0 if total_k is None else num_kv_heads * (total_k // 128 + num_sequences)
     return 1 + 2 * forward + 2 * backward + num_sequences
 
@@ -267,7 +325,7 @@ def _plan_fake(cu_seqlens, cu_seqlens_k, seqused_k, total_q, total_k, num_heads,
     sequences = cu_seqlens.shape[0] - 1
     if cu_seqlens.device.type == "cuda":
         return cu_seqlens.new_empty(plan_rows(total_q, total_k, sequences, num_heads, num_kv_heads), 4)
-    return cu_seqlens.new_empty(sequences, 4)
+    return cu_seqlens.new_empty(sequences + 1, 4)
 
 
 def _fwd_fake(q, k, v, plan, num_sequences, softmax_scale, deterministic):
@@ -341,7 +399,8 @@ def attention_plan(
     """The work list of a pack, made on its device without a host sync, to be reused by all layers and directions.
 
     Args:
-        cu_seqlens: int32 [S + 1], where each sequence of queries starts in the pack; from 0 to `total_q`, ascending.
+        cu_seqlens: int32 [S + 1], where each sequence of queries starts in the pack, and where the last one ends;
+            from 0 to at most `total_q`, ascending. Queries behind the last sequence meet no keys.
         cu_seqlens_k: int32 [S + 1], where each sequence's slot of keys starts (anywhere, ascending), and where the last
             one ends; default: the same as the queries.
         seqused_k: int32 [S], how many keys of each slot are in use; default: all.
@@ -395,7 +454,8 @@ def varlen_attention(
     Args:
         q: [T, H, D]; k, v: [Tk, G, D] with H a multiple of G, one dtype (float32, bfloat16, float16) and device.
             Any row and head stride, last dimension contiguous: slices of a fused projection are used in place.
-        cu_seqlens: int32 [S + 1] on the device; sequence s owns queries cu_seqlens[s] .. cu_seqlens[s + 1] - 1.
+        cu_seqlens: int32 [S + 1] on the device; sequence s owns queries cu_seqlens[s] .. cu_seqlens[s + 1] - 1. Rows
+            from cu_seqlens[S] on belong to no sequence.
         cu_seqlens_k, seqused_k: key slots and their used lengths; default: the keys of s are its own tokens.
         plan: from `attention_plan` with the same lengths; default: made here.
         softmax_scale: finite and > 0; default 1 / sqrt(D).
@@ -404,7 +464,8 @@ def varlen_attention(
         return_lse: also return lse float32 [H, T], the natural log of the softmax's sum; differentiable.
 
     Returns:
-        out [T, H, D] in q's dtype, contiguous. A sequence without keys gives out 0 and lse -inf.
+        out [T, H, D] in q's dtype, contiguous. Queries without keys, those of no sequence among them, have out 0, lse
+        -inf and gradient 0; so have keys of no sequence.
 
     Raises:
         TypeError, ValueError: naming the argument, what was got and what is allowed.

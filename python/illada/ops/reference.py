@@ -37,7 +37,8 @@ def varlen_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """out[i, h] = sum_j softmax_j(scale * q[i, h] . k[j, g]) v[j, g], g = h // (H / G), j over i's own sequence.
 
-    Shapes as in `illada.ops.varlen_attention`; lse = log sum_j exp(scale * q . k), natural log, [H, T].
+    Shapes as in `illada.ops.varlen_attention`; lse = log sum_j exp(scale * q . k), natural log, [H, T]. Without
+    keys, as for rows behind the last sequence, out is 0 and lse -inf.
     """
     heads, group = q.shape[1], q.shape[1] // k.shape[1]
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
@@ -54,6 +55,9 @@ def varlen_attention(
             outs.append(torch.zeros_like(q_s))
         else:
             outs.append(torch.einsum("hij,jhd->ihd", scores.softmax(-1), v_s))
+    rest = q[cu_seqlens[-1] :]  # of no sequence
+    outs.append(torch.zeros_like(rest))
+    lses.append(q.new_full((heads, len(rest)), -torch.inf))
     out, lse = torch.cat(outs), torch.cat(lses, dim=1)
     return (out, lse) if return_lse else out
 

@@ -1,0 +1,75 @@
+"""varlen_attention on CUDA tensors, on values that break kernels, against float64. New memory holds NaN."""
+
+import pytest
+import torch
+from adversarial import KINDS, MINUS_INFINITY
+from attention_properties import check, make, run
+
+import illada
+
+# Few queries of many keys are split over the keys: whole pieces are -inf.
+SHAPES = {"several tiles": (150, 200, list(KINDS)), "pieces": (2, 700, ["-inf first", "-inf last", "huge", "two +inf"])}
+
+
+@pytest.fixture(params=[False, True], ids=["sums", "twice"])
+def _way(request, monkeypatch):
+    monkeypatch.setattr(illada.ops.attention, "_REPEATABLE_LENGTH", request.param << 20)
+
+
+def fill_with_nan(device):
+    """What is freed here is what the next tensors of these sizes get."""
+    sizes = [1 << n for n in range(9, 24)]
+    freed = [torch.full((size,), torch.nan, device=device) for size in sizes for _ in range(3)]
+    del freed
+
+
+@pytest.mark.usefixtures("_way")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_values(shape, dim, dtype, device, generator):
+    queries, keys, kinds = SHAPES[shape]
+    tensors, lengths, d_out = make(kinds, queries, keys, dim, dtype, generator)
+    on_device = [x.to(device) for x in tensors], {name: x.to(device) for name, x in lengths.items()}, d_out.to(device)
+    fill_with_nan(device)
+    # Rows that fill a tile up are zeros, and 0 * -inf is NaN: keys of -inf have gradients of NaN.
+    check(run(illada.varlen_attention, *on_device), tensors, lengths, d_out, kinds, without_keys=MINUS_INFINITY)
+
+
+@pytest.mark.parametrize(
+    "dtype, value", [(torch.bfloat16, 133120.0), (torch.float16, 16000.0), (torch.float16, 65504.0)]
+)
+@pytest.mark.parametrize("dim", [64, 128])
+def test_one_huge_key(dim, dtype, value, device):
+    q, k, v = (torch.full((1, 1, dim), value, dtype=dtype).to(device).requires_grad_() for _ in range(3))
+    out, lse = illada.varlen_attention(q, k, v, torch.tensor([0, 1], dtype=torch.int32).to(device), return_lse=True)
+    out.sum().backward()
+    assert (out == value).all() and torch.allclose(lse.cpu(), torch.tensor(value) ** 2 * dim**0.5, rtol=1e-6)
+    assert (v.grad == 1).all() and (q.grad == 0).all() and (k.grad == 0).all()
+
+
+@pytest.mark.usefixtures("_way")
+@pytest.mark.parametrize("dim", [64, 128])
+def test_graph_with_fewer_tokens(dim, device, generator):
+    """Rows that a replay's lengths leave out lose what the replay before left there."""
+    q, k, v, d_out = (torch.randn(400, n, dim, generator=generator).bfloat16().to(device) for n in (4, 2, 2, 4))
+    lengths = torch.tensor([0, 300, 400], dtype=torch.int32).to(device)
+
+    def call():
+        return run(illada.varlen_attention, (q, k, v), {"cu_seqlens": lengths}, d_out)
+
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    graph.replay()
+    for starts in ([0, 300, 320], [0, 1, 1], [0, 0, 0]):
+        lengths.copy_(torch.tensor(starts))
+        graph.replay()
+        count = starts[-1]
+        parts = [x[:count] for x in (q, k, v)]
+        want = run(illada.varlen_attention, parts, {"cu_seqlens": lengths}, d_out[:count])
+        for name, g, w in zip(("out", "lse", "dq", "dk", "dv"), captured, want, strict=True):
+            g, w = (x.detach().cpu().T if name == "lse" else x.detach().cpu() for x in (g, w))
+            torch.testing.assert_close(g[:count].float(), w.float(), rtol=2e-2, atol=2e-2)
+            assert (g[count:] == (-torch.inf if name == "lse" else 0)).all(), name
