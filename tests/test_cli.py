@@ -112,6 +112,16 @@ def test_print_config_is_a_template(capsys, tmp_path):
     assert capsys.readouterr().out == text
 
 
+def test_warnings_are_one_line(tmp_path, capsys):
+    for i in range(30):
+        (tmp_path / f"{i}.txt").write_text(f"one two three four {i} " * 30)
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfeo\x00")
+    source = ["--source", f"dir:{tmp_path}", "--validation-fraction", "0.3"]
+    assert cli.main(["prepare", *source, "--out", str(tmp_path / "corpus"), "--vocab-size", "300"]) == 0
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "arning" in line]
+    assert line.startswith("illada: warning: left out 1 files that are not UTF-8 text")
+
+
 def test_user_errors_are_one_line(world, capsys, monkeypatch):
     cases = [
         (["train", "none.toml"], "no configuration file at none.toml"),

@@ -6,6 +6,7 @@ import argparse
 import io
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from illada.cli import agreement, chat, convert, evaluate, generate, info, prepare, score, train
@@ -34,8 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal or locale that lacks a character gets its escape
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        _check_texts(options)
-        return options.run(options)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            _check_texts(options)
+            return options.run(options)
     except (ValueError, TypeError, OSError, ImportError, NotImplementedError, ArithmeticError) as error:
         if os.environ.get("ILLADA_DEBUG", "") not in ("", "0"):
             raise
@@ -44,6 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("illada: interrupted", file=sys.stderr)
         return 130
+
+
+def _show_warning(message: Warning | str, *_place: object) -> None:
+    """A warning in one line, like an error: where in the code it came from helps no user."""
+    print(f"illada: warning: {message}", file=sys.stderr)
 
 
 def _check_texts(options: argparse.Namespace) -> None:
