@@ -28,14 +28,12 @@ namespace {
 // s^T of 64 keys and the kRows rows of a step (columns of this lane: 8 j + lane % 4 * 2 + {0, 1}) becomes p^T, relative
 // to the rows' own sums.
 template <int kRows>
-__device__ __forceinline__ void weigh(float (&s)[kRows / 2], const float (&lse_of_rows)[kRows], float scale,
-                                      int lane) {
+__device__ __forceinline__ void weigh(float (&s)[kRows / 2], const float (&lse_of_rows)[kRows], float scale, int lane) {
 #pragma unroll
   for (int j = 0; j < kRows / 8; ++j) {
     const float2 lse = *reinterpret_cast<const float2*>(&lse_of_rows[8 * j + lane % 4 * 2]);
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      s[4 * j + i] = probability(s[4 * j + i], scale, i % 2 ? lse.y : lse.x);
+    for (int i = 0; i < 4; ++i) s[4 * j + i] = probability(s[4 * j + i], scale, i % 2 ? lse.y : lse.x);
   }
 }
 

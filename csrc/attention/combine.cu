@@ -42,9 +42,9 @@ __global__ __launch_bounds__(kThreads) void illada_attention_combine_sm80(
     float top = -INFINITY;
 #pragma unroll 4
     for (int i = 0; i < item.pieces; ++i) top = fmaxf(top, lse[int64_t(i) * a.slots.rows]);
-    const float reference = top == -INFINITY ? 0 : top;  // no weights then, rather than NaN
+    const float reference = top == -INFINITY ? 0 : top;  // no weights then: a sum of 0
     float x[8] = {}, sum = 0;
-#pragma unroll 4
+#pragma unroll 2
     for (int i = 0; i < item.pieces; ++i) {
       const float weight = ptx::exp2_approx((lse[int64_t(i) * a.slots.rows] - reference) * float(M_LOG2E));
       const float4* const part = reinterpret_cast<const float4*>(out + int64_t(i) * a.slots.rows * kHeadDim);

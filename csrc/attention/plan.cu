@@ -186,10 +186,9 @@ __global__ __launch_bounds__(kThreads) void illada_attention_plan_sm80(const __g
   __syncthreads();
   const Sums& sums = shared.sums;
   if (index == 0 && threadIdx.x == 0)
-    *reinterpret_cast<int4*>(a.plan) =
-        make_int4(int(min(sums.all_forward, int64_t(a.most_forward))),
-                  int(min(sums.all_backward, int64_t(a.most_backward))), a.num_sequences,
-                  (keys != a.key_limit ? 1 : 0) | a.cluster << 16);
+    *reinterpret_cast<int4*>(a.plan) = make_int4(int(min(sums.all_forward, int64_t(a.most_forward))),
+                                                 int(min(sums.all_backward, int64_t(a.most_backward))), a.num_sequences,
+                                                 (keys != a.key_limit ? 1 : 0) | a.cluster << 16);
   if (index < a.num_sequences && threadIdx.x == 0)
     reinterpret_cast<int4*>(a.plan)[a.rows - a.num_sequences + sums.rank] =
         make_int4(s.q_start, s.q_start + s.q_count, s.k_start, s.k_start + s.k_count);

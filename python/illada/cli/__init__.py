@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _show_warning(message: Warning | str, *_place: object) -> None:
+def _show_warning(message: Warning | str, *_place: object, **_more: object) -> None:
     """A warning in one line, like an error: where in the code it came from helps no user."""
     print(f"illada: warning: {message}", file=sys.stderr)
 

@@ -181,10 +181,12 @@ def _fwd_cpu(
         if k_end == k_start:
             out[q_start:q_end], lse[:, q_start:q_end] = 0, -torch.inf
         elif q_end > q_start:
-            tensors = [_by_group(x, groups) for x in (q[q_start:q_end], k[k_start:k_end], v[k_start:k_end])]
-            x, its_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*tensors, scale=softmax_scale)
+            its_q, its_k, its_v = (_by_group(x, groups) for x in (q[q_start:q_end], k[k_start:k_end], v[k_start:k_end]))
+            x, its_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                its_q, its_k, its_v, scale=softmax_scale
+            )
             if not _torch_is_right(its_lse):
-                x, its_lse = _attend_plainly(*tensors, softmax_scale)
+                x, its_lse = _attend_plainly(its_q, its_k, its_v, softmax_scale)
             out[q_start:q_end] = _from_group(x, group)
             lse[:, q_start:q_end] = its_lse[0].unflatten(1, (-1, group)).transpose(1, 2).flatten(0, 1)
     return out, lse
@@ -192,7 +194,7 @@ def _fwd_cpu(
 
 def _differentiate(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None, softmax_scale: float
-) -> Iterator[Tensor]:
+) -> tuple[Tensor, ...]:
     """(dq, dk, dv) of a sequence, by torch."""
     dim = q.shape[-1]
     if dlse is not None:
@@ -205,7 +207,7 @@ def _differentiate(
     grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         dout, q, k, v, out, lse, 0.0, False, scale=softmax_scale
     )
-    return (grad[..., :dim] for grad in grads)
+    return tuple(grad[..., :dim] for grad in grads)
 
 
 @_without_denormals()
@@ -229,12 +231,13 @@ def _bwd_cpu(
     if dlse is not None:
         dlse = dlse.unflatten(0, (groups, -1)).transpose(1, 2).reshape(1, groups, -1, 1)
     for rows, keys in _sequences(plan, group):
-        its = [x[:, :, part] for x, part in ((dout, rows), (q, rows), (k, keys), (v, keys), (out, rows))]
+        its_dout, its_q, its_k, its_v = dout[:, :, rows], q[:, :, rows], k[:, :, keys], v[:, :, keys]
         its_lse, its_dlse = lse[:, :, rows], None if dlse is None else dlse[:, :, rows]
+        grads: tuple[Tensor, ...]
         if _torch_is_right(its_lse):
-            grads = _differentiate(*its, its_lse, its_dlse, softmax_scale)
+            grads = _differentiate(its_dout, its_q, its_k, its_v, out[:, :, rows], its_lse, its_dlse, softmax_scale)
         else:
-            grads = _differentiate_plainly(its[0], its_dlse, *its[1:4], softmax_scale)
+            grads = _differentiate_plainly(its_dout, its_dlse, its_q, its_k, its_v, softmax_scale)
         dq[:, :, rows], dk[:, :, keys], dv[:, :, keys] = grads
     return _from_group(dq, group), _from_group(dk, 1), _from_group(dv, 1)
 
