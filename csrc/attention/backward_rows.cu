@@ -40,6 +40,7 @@ __global__ __launch_bounds__(kThreads) void illada_attention_backward_rows_sm80(
     const __grid_constant__ RowsArguments a, const __grid_constant__ DependentLaunch launch) {
   constexpr int kLanes = kHeadDim / 8, kRows = kThreads / kLanes;  // lanes of a row, rows of a CTA at a time
   wait_for_previous_kernel(launch);
+  const int idle = plan_header(a.plan).idle;
   const int column = int(threadIdx.x) % kLanes * 8;
   // Rows do not fit 32 bits, their distance to the first one of the CTA does.
   const int64_t cta_row = int64_t(blockIdx.x) * (kUnroll * kRows), first = cta_row + int(threadIdx.x) / kLanes;
@@ -83,11 +84,12 @@ __global__ __launch_bounds__(kThreads) void illada_attention_backward_rows_sm80(
     if (a.dq_sums) {
       float4* const sums = reinterpret_cast<float4*>(a.dq_sums + row * kHeadDim) + column / 8;
       sums[0] = sums[kLanes] = make_float4(0, 0, 0, 0);
-      // Without keys: no tile of keys will write this row of dq.
-      if (lse[i] == -INFINITY) a.dq[row * kLanes + column / 8] = make_uint4(0, 0, 0, 0);
+      // Without keys: no tile of keys will write this row of dq. Of a sequence, whatever lse says: it may be that of
+      // more keys than are in this pack. Behind the last sequence it is -inf.
+      if ((idle & kIdleQueries) || lse[i] == -INFINITY) a.dq[row * kLanes + column / 8] = make_uint4(0, 0, 0, 0);
     }
   }
-  if (!a.key_sums && !plan_header(a.plan).has_idle_keys) return;
+  if (!a.key_sums && !(idle & kIdleKeys)) return;
   for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < a.key_words; i += int64_t(gridDim.x) * kThreads) {
     if (a.key_sums) {
 #pragma unroll

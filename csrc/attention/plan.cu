@@ -142,13 +142,13 @@ constexpr int kSums = int(sizeof(Sums) / sizeof(int64_t));
 
 __global__ __launch_bounds__(kThreads) void illada_attention_plan_sm80(const __grid_constant__ PlanArguments a,
                                                                        const __grid_constant__ DependentLaunch launch) {
-  __shared__ int32_t keys;  // in CTA 0: of all sequences, as far as 32 bits go
+  __shared__ int32_t keys, idle;  // in CTA 0: of all sequences, as far as 32 bits go; kIdleQueries
   __shared__ union {
     Sums sums;
     unsigned long long word[kSums];
   } shared;
   if (threadIdx.x < kSums) shared.word[threadIdx.x] = 0;
-  if (threadIdx.x == 0) keys = 0;
+  if (threadIdx.x == 0) keys = idle = 0;
   wait_for_previous_kernel(launch);
   const int chunk = a.may_split ? choose_chunk(a) : 0;
   __syncthreads();
@@ -181,14 +181,18 @@ __global__ __launch_bounds__(kThreads) void illada_attention_plan_sm80(const __g
     if (threadIdx.x % 32 == 0) atomicAdd(&shared.word[i], static_cast<unsigned long long>(sum));
   }
   if (index == 0) {
-    for (int i = threadIdx.x; i < a.num_sequences; i += kThreads) atomicAdd(&keys, Sequence(a, i).k_count);
+    for (int i = threadIdx.x; i < a.num_sequences; i += kThreads) {
+      const Sequence other(a, i);
+      atomicAdd(&keys, other.k_count);
+      if (other.k_count == 0 && other.q_count) atomicOr(&idle, kIdleQueries);
+    }
   }
   __syncthreads();
   const Sums& sums = shared.sums;
   if (index == 0 && threadIdx.x == 0)
     *reinterpret_cast<int4*>(a.plan) = make_int4(int(min(sums.all_forward, int64_t(a.most_forward))),
                                                  int(min(sums.all_backward, int64_t(a.most_backward))), a.num_sequences,
-                                                 (keys != a.key_limit ? 1 : 0) | a.cluster << 16);
+                                                 (keys != a.key_limit ? kIdleKeys : 0) | idle | a.cluster << 16);
   if (index < a.num_sequences && threadIdx.x == 0)
     reinterpret_cast<int4*>(a.plan)[a.rows - a.num_sequences + sums.rank] =
         make_int4(s.q_start, s.q_start + s.q_count, s.k_start, s.k_start + s.k_count);

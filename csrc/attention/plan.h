@@ -23,10 +23,11 @@ struct alignas(16) WorkItem {
 // shape allows), and from rows - S on the sequences, (query start, query end, key start, key end), longest first.
 struct PlanHeader {
   int32_t forward_items, backward_items, sequences;
-  int16_t has_idle_keys;  // 1: there are keys, of total_k, that no sequence uses
-  int16_t cluster;        // Tiling::cluster
+  int16_t idle;     // kIdleKeys: keys, of total_k, that no sequence uses; kIdleQueries: sequences without keys
+  int16_t cluster;  // Tiling::cluster
 };
 
+constexpr int kIdleKeys = 1, kIdleQueries = 2;
 constexpr int kBlockRows = 64;   // tokens x heads of a group that stay together: whole tokens, so H / G <= 64
 constexpr int kLeastBlocks = 2;  // of a CTA's tile
 constexpr int kMostBlocks = 3;

@@ -374,6 +374,15 @@ class RawCall:
 
 
 @pytest.mark.parametrize("way", WAYS)
+def test_queries_without_keys_whatever_their_lse(way, device):
+    """Who spreads the keys over several devices passes the lse of all of them: here may be none of a sequence's."""
+    call = RawCall(Pack([70, 3, 9], device, keys=[200, 30, 0], dim=64), way=way)
+    call.inputs["lse"][:, 73:] = 1.5
+    call()
+    assert (call.outputs["dq"][73:] == 0).all() and call.outputs["dq"].isfinite().all()
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("dim", [64, 128])
 def test_nothing_is_written_beside_the_results(way, dim, device):
     call = RawCall(Pack([70, 3, 9], device, keys=[200, 30, 0], dim=dim), way=way)
