@@ -188,6 +188,21 @@ def test_long_contexts_lose_their_beginning(checkpoint, caplog):
     assert "1 of 3 candidates have no text that the tokenizer keeps" in caplog.text and len(lm.notes) == 3
 
 
+def test_a_dropped_candidate_never_wins(checkpoint, tmp_path):
+    """Nor by acc_mutual_info, whose difference of two -inf would be NaN."""
+    (tmp_path / "q.jsonl").write_text(json.dumps({"q": "the", "c": [" fox jumps" * 100, " dog", " fox"], "a": 0}))
+    (tmp_path / "mi.yaml").write_text(
+        f"task: mi\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: '{tmp_path}/q.jsonl'\ntest_split: test\n"
+        "doc_to_text: q\noutput_type: multiple_choice\ndoc_to_choice: c\ndoc_to_target: a\ntarget_delimiter: ''\n"
+        "metric_list: [{metric: acc}, {metric: acc_mutual_info}]\n"
+    )
+    manager = RememberingTaskManager(include_path=str(tmp_path), include_defaults=False)
+    results = evaluate(IlladaLM(checkpoint, device="cpu"), manager.load(["mi"]), bootstrap_iters=0)["results"]["mi"]
+    assert (results["acc,none"], results["acc_mutual_info,none"]) == (0, 0)
+    ((alone, _),) = IlladaLM(checkpoint, device="cpu").loglikelihood(requests("loglikelihood", [("", "")]))
+    assert alone == -math.inf  # without the same candidate behind a context it is no prior
+
+
 def test_all_of_a_candidate_is_scored(checkpoint):
     lm = IlladaLM(checkpoint, device="cpu")
     pairs = [("wh", "at is it"), ("w", "hat is it"), ("the do", "g sleeps")]  # tokens go across the join
@@ -743,14 +758,22 @@ def test_without_a_gpu(checkpoint, monkeypatch, capsys):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: print(*sys.argv[1:]))
     for given, want in (
-        (["--device", "cuda"], "--device cuda"),
-        (["--device=cuda"], "--device=cuda"),
-        ([], "--device cpu"),
+        (["--tasks", "pick", "-b8", "--device", "cuda"], "--device cuda"),
+        (["--tasks", "pick", "-b8", "--device=cuda"], "--device=cuda"),
+        (["--tasks", "pick", "--batch_size=8"], "--batch_size=8 --device cpu"),
+        (["--tasks=pick"], "--tasks=pick --batch_size auto --device cpu"),
+        (["-t", "pick"], "-t pick --batch_size auto --device cpu"),
+        (["run", "-tpick"], "run -tpick --batch_size auto --device cpu"),
+        (["validate", "--tasks", "pick"], "validate --tasks pick"),
     ):
-        monkeypatch.setattr(sys, "argv", ["lm_eval", "--tasks", "pick", "--batch_size", "8", *given])
+        monkeypatch.setattr(sys, "argv", ["lm_eval", *given])
         adapter.main()
         out, err = capsys.readouterr()
-        assert out.strip().endswith(want) and ("no GPU here and no --device given: on the CPU" in err) == (not given)
+        assert out.strip().endswith(want)
+        assert ("no GPU here and no --device given: on the CPU" in err) == want.endswith("cpu")
+    for device in ("gpu", "cuda:x"):
+        with pytest.raises(ValueError, match=f"device must be cpu or cuda .*, got '{device}'"):
+            IlladaLM(checkpoint, device=device)
     message = "device cuda:0: torch .* finds no GPU here; device cpu needs none"
     for load in (IlladaLM, load_pretrained, lambda _, device: MaskedDiffusionModel(CONFIG, device=device)):
         with pytest.raises(ValueError, match=message):

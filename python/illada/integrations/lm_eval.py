@@ -127,7 +127,13 @@ class IlladaLM(LM):
             lambda chunk: self._score(chunk, llh, check),
             [requests[i].args for i in kept],
         )
-        scores: list[tuple[float, bool]] = [(-math.inf, False)] * len(requests)
+        # acc_mutual_info also scores each candidate without its context, and takes the difference. 0 for such a request
+        # keeps it -inf; the difference of two -inf is NaN, which numpy takes for the largest.
+        given = {(r.task_name, r.doc_id, r.args[1]) for r in requests if r.args[0]}
+        scores: list[tuple[float, bool]] = [
+            (0.0 if not r.args[0] and (r.task_name, r.doc_id, r.args[1]) in given else -math.inf, False)
+            for r in requests
+        ]
         for i, (score, greedy) in zip(kept, results, strict=True):
             scores[i] = score, greedy
         return scores
@@ -376,10 +382,9 @@ class PublishedIlladaLM(IlladaLM):
 def _processes(device: str | torch.device | None) -> tuple[torch.device, int, int]:
     """(device, rank, world size), as torchrun or accelerate launched this process."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    chosen = torch.device(device or "cpu")
+    chosen = find_device(device or "cpu")
     if world_size > 1 and chosen.type == "cuda" and chosen.index is None:
-        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    chosen = find_device(chosen)
+        chosen = find_device(torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))))
     if world_size == 1:
         return chosen, 0, 1
     if not dist.is_initialized():
@@ -446,18 +451,22 @@ def main() -> None:
     """lm_eval's command; packs are as large as memory allows unless --batch_size says otherwise."""
     from lm_eval.__main__ import cli_evaluate
 
-    if "--tasks" in sys.argv and not _given("--batch_size", "-b"):
+    evaluates = _given("--tasks", "-t") and sys.argv[1] != "validate"
+    if evaluates and not _given("--batch_size", "-b"):
         sys.argv += ["--batch_size", "auto"]
     # lm_eval's own default is cuda:0.
-    if "--tasks" in sys.argv and not _given("--device", "--config", "-C") and not torch.cuda.device_count():
+    if evaluates and not _given("--device", "--config", "-C") and not torch.cuda.device_count():
         if os.environ.get("RANK", "0") == "0":
             print("no GPU here and no --device given: on the CPU", file=sys.stderr)
         sys.argv += ["--device", "cpu"]
     cli_evaluate()
 
 
-def _given(*options: str) -> bool:
-    return any(part.startswith(options) for part in sys.argv[1:])
+def _given(option: str, *more: str) -> bool:
+    """Is one of these on the command line, as `--name value`, `--name=value`, `-n value` or `-nvalue`?"""
+    names = (option, *more)
+    short = tuple(name for name in names if not name.startswith("--"))
+    return any(part.partition("=")[0] in names or part.startswith(short) for part in sys.argv[1:])
 
 
 if __name__ == "__main__":
