@@ -30,7 +30,7 @@ from illada.cli.checkpoints import load
 from illada.devices import find_device
 from illada.generation import GenerationConfig, generate
 from illada.generation.loop import stop_position
-from illada.integrations.asked import asked_of
+from illada.integrations.asked import asked_of, stop_strings_of
 from illada.integrations.journal import Journal, fingerprint, request_key
 from illada.integrations.settings import ALIASES, MC_NUM, PUBLISHED_DEFAULTS, EvaluationSettings
 from illada.model import MaskedDiffusionModel
@@ -73,6 +73,8 @@ class IlladaLM(LM):
     ) -> None:
         super().__init__()
         pretrained = settings.pop("model_path", pretrained)
+        if not isinstance(trust_remote_code, bool):
+            raise ValueError(f"trust_remote_code must be True or False, got {trust_remote_code!r}")
         settings.pop("max_batch_size", None)  # lm_eval always passes it on; there is no search for a batch size here
         self.settings = EvaluationSettings.from_arguments(settings)
         self._device, self._rank, self._world_size = _processes(device)
@@ -80,6 +82,9 @@ class IlladaLM(LM):
         config, mask_id = self.model.config, self.settings.mask_id
         if mask_id is not None and mask_id != config.mask_token_id:
             raise ValueError(f"mask_id must be the checkpoint's own, {config.mask_token_id}, got {mask_id}")
+        self.tokenizer.protect(
+            [config.mask_token_id, config.eos_token_id, config.bos_token_id, config.pad_token_id, config.eot_token_id]
+        )
         self._prefix = bos_prefix(self.settings.add_bos, config.bos_token_id)
         self._begin = self.tokenizer.begin_prompt([], self._prefix)
         longest = config.max_position_embeddings
@@ -231,10 +236,7 @@ class IlladaLM(LM):
 
     def _stops(self, options: dict[str, Any]) -> list[str]:
         """The task's stop strings, then the eos."""
-        until = options.get("until") or []
-        stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
-        if wrong := [stop for stop in stops if not isinstance(stop, str)]:
-            raise ValueError(f"the task's until must hold texts, got {wrong[0]!r}")
+        stops = stop_strings_of(options)
         eos = self._text([self.model.config.eos_token_id])
         return stops if not eos or eos in stops else [*stops, eos]
 
@@ -246,9 +248,7 @@ class IlladaLM(LM):
         Whole blocks are generated, as many as the prompt leaves room for. One that has no room for any loses its
         beginning, so that `length` tokens fit, but no more than half of the model's length.
         """
-        block = self.settings.generation.block_length
-        if self.settings.gen_length is None:
-            block = min(block, length)
+        block = min(self.settings.generation.block_length, length)
         whole = -(-length // block) * block
         room = (self.max_length - len(prompt)) // block * block
         if room < block:
