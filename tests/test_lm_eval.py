@@ -78,6 +78,10 @@ def task_folder(tmp_path_factory):
         f"task: beams\n{head}output_type: generate_until\ndoc_to_target: ' fox'\ngeneration_kwargs: {{num_beams: 4}}\n"
         "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n"
     )
+    (folder / "cold.yaml").write_text(
+        f"task: cold\n{head}output_type: generate_until\ndoc_to_target: ' fox'\ngeneration_kwargs: {{temperature: null}}\n"
+        "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n"
+    )
     (folder / "say.yaml").write_text(
         f"task: say\n{head}output_type: generate_until\ndoc_to_target: ' fox'\n"
         "generation_kwargs: {until: ['.', '\\n'], max_gen_toks: 8}\n"
@@ -343,6 +347,7 @@ def test_generation_settings(checkpoint, generated):
         ({"length_penalty": 1.0, "early_stopping": False, "max_gen_toks": 8}, {"gen_length": 8}),
         ({"until": None, "max_gen_toks": 8}, {"gen_length": 8}),
         ({"until": [3]}, "until must hold texts, got 3"),
+        ({"do_sample": "no", "temperature": 1}, "do_sample must be True or False, got 'no'"),
         ({"until": 3}, "until must hold texts, got 3"),
         ({"temperature": 1, "top_p": 2}, r"generation_kwargs, .*top_p must be in \(0, 1\], got 2"),
         ({"temperature": 1, "top_p": "a"}, "generation_kwargs, .*top_p must be a number, got 'a'"),
@@ -755,6 +760,7 @@ def test_eval_command_errors(checkpoint, task_folder, capsys, monkeypatch):
             ["--tasks", "pick,beams"],
             "task beams: the task's generation_kwargs ask for num_beams=4, which is not supported",
         ),
+        (["--tasks", "cold"], "cannot load task cold: float() argument must be"),
         (["--tasks", "pick", "--model-args", "stepz=3"], "unknown model argument 'stepz'"),
         (["--tasks", "pick", "--model-args", "device=cpu"], "--model-args cannot give device, got 'cpu'; use --device"),
         (["--tasks", "pick", "--model-args", "journal=x"], "--model-args cannot give journal, got 'x'; use --output"),
@@ -773,7 +779,7 @@ def test_unknown_tasks_get_the_nearest_names(checkpoint, task_folder, capsys):
     assert cli.main(["eval", str(checkpoint), "--tasks", "arc_chalenge", "--include-path", str(task_folder)]) == 2
     error = capsys.readouterr().err
     assert (
-        "unknown task 'arc_chalenge'; --include-path has beams, pick, say, and of the" in error
+        "unknown task 'arc_chalenge'; --include-path has beams, cold, pick, say, and of the" in error
         and "arc_challenge" in error
     )
 

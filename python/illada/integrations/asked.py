@@ -35,7 +35,10 @@ def asked_of(options: dict[str, Any], settings: EvaluationSettings) -> tuple[int
     length = settings.gen_length or asked_length
     if length < 1:
         raise ValueError(f"the task's max_gen_toks must be at least 1, got {length}; generation_kwargs: {options}")
-    if not asked.pop("do_sample"):
+    do_sample = asked.pop("do_sample")
+    if not isinstance(do_sample, bool):
+        raise ValueError(f"the task's do_sample must be True or False, got {do_sample!r}")
+    if not do_sample:
         temperature = 0.0
     drawn = settings.generation.temperature or temperature  # without it what would be filtered does not matter
     given = {name: value for name, value in asked.items() if value is not None and value != _NEUTRAL.get(name)}
