@@ -1,5 +1,6 @@
 """The lm-evaluation-harness model, its published names and settings, its journal, and `illada eval`."""
 
+import argparse
 import dataclasses
 import json
 import math
@@ -12,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from lm_eval import evaluate
 from lm_eval.api.instance import Instance
@@ -22,11 +24,13 @@ from tokenizers import processors
 from illada import cli
 from illada.checkpoint import load_pretrained, save_pretrained
 from illada.cli import checkpoints
+from illada.cli import evaluate as evaluate_command
 from illada.config import ModelConfig
 from illada.data import load_tokenizer, train_tokenizer
 from illada.generation import GenerationConfig, GenerationResult, generate
 from illada.generation.loop import cut_at_stop
 from illada.integrations import lm_eval as adapter
+from illada.integrations.asked import asked_of
 from illada.integrations.chance import chance_of, describe_chance
 from illada.integrations.journal import Journal, fingerprint
 from illada.integrations.lm_eval import IlladaLM, PublishedIlladaLM
@@ -72,6 +76,10 @@ def task_folder(tmp_path_factory):
     )
     (folder / "beams.yaml").write_text(
         f"task: beams\n{head}output_type: generate_until\ndoc_to_target: ' fox'\ngeneration_kwargs: {{num_beams: 4}}\n"
+        "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n"
+    )
+    (folder / "cold.yaml").write_text(
+        f"task: cold\n{head}output_type: generate_until\ndoc_to_target: ' fox'\ngeneration_kwargs: {{temperature: null}}\n"
         "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n"
     )
     (folder / "say.yaml").write_text(
@@ -188,6 +196,21 @@ def test_long_contexts_lose_their_beginning(checkpoint, caplog):
     assert "1 of 3 candidates have no text that the tokenizer keeps" in caplog.text and len(lm.notes) == 3
 
 
+def test_a_dropped_candidate_never_wins(checkpoint, tmp_path):
+    """Nor by acc_mutual_info, whose difference of two -inf would be NaN."""
+    (tmp_path / "q.jsonl").write_text(json.dumps({"q": "the", "c": [" fox jumps" * 100, " dog", " fox"], "a": 0}))
+    (tmp_path / "mi.yaml").write_text(
+        f"task: mi\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: '{tmp_path}/q.jsonl'\ntest_split: test\n"
+        "doc_to_text: q\noutput_type: multiple_choice\ndoc_to_choice: c\ndoc_to_target: a\ntarget_delimiter: ''\n"
+        "metric_list: [{metric: acc}, {metric: acc_mutual_info}]\n"
+    )
+    manager = RememberingTaskManager(include_path=str(tmp_path), include_defaults=False)
+    results = evaluate(IlladaLM(checkpoint, device="cpu"), manager.load(["mi"]), bootstrap_iters=0)["results"]["mi"]
+    assert (results["acc,none"], results["acc_mutual_info,none"]) == (0, 0)
+    ((alone, _),) = IlladaLM(checkpoint, device="cpu").loglikelihood(requests("loglikelihood", [("", "")]))
+    assert alone == -math.inf  # without the same candidate behind a context it is no prior
+
+
 def test_all_of_a_candidate_is_scored(checkpoint):
     lm = IlladaLM(checkpoint, device="cpu")
     pairs = [("wh", "at is it"), ("w", "hat is it"), ("the do", "g sleeps")]  # tokens go across the join
@@ -215,6 +238,20 @@ def test_reserved_strings_are_text_where_they_are_scored(checkpoint):
         [*lm.tokenizer.encode("the"), CONFIG.eos_token_id],
         lm.tokenizer.encode(" dog"),
     )
+
+
+def test_special_ids_of_the_model_are_no_text_of_a_candidate(checkpoint, tmp_path):
+    """Even where the given tokenizer has them as ordinary tokens and does not name them."""
+    said = json.loads((checkpoint / "tokenizer.json").read_text())
+    for token in said["added_tokens"]:
+        token["special"] = False
+    (tmp_path / "tokenizer.json").write_text(json.dumps(said))
+    model = MaskedDiffusionModel(CONFIG)
+    lm = IlladaLM(model, tokenizer=Tokenizer.from_pretrained(tmp_path))
+    ids = [CONFIG.mask_token_id, CONFIG.eos_token_id, CONFIG.bos_token_id, CONFIG.pad_token_id]
+    for token in ids:
+        _, more = lm._encode_pair("the", " dog" + lm.tokenizer.decode([token], skip_special_tokens=False))
+        assert not set(more) & set(ids)
 
 
 def test_rolling_is_the_sum_of_bounds(checkpoint):
@@ -307,7 +344,16 @@ def test_generation_settings(checkpoint, generated):
         ({"max_gen_toks": "many"}, "generation_kwargs, .*many"),
         ({"num_beams": 10}, "ask for num_beams=10, which is not supported; there are until, max_gen_toks"),
         ({"min_p": 0.1, "do_sample": True}, "ask for min_p=0.1"),
+        ({"length_penalty": 1.0, "early_stopping": False, "max_gen_toks": 8}, {"gen_length": 8}),
+        ({"until": None, "max_gen_toks": 8}, {"gen_length": 8}),
         ({"until": [3]}, "until must hold texts, got 3"),
+        ({"do_sample": "no", "temperature": 1}, "do_sample must be True or False, got 'no'"),
+        ({"until": 3}, "until must hold texts, got 3"),
+        ({"temperature": 1, "top_p": 2}, r"generation_kwargs, .*top_p must be in \(0, 1\], got 2"),
+        ({"temperature": 1, "top_p": "a"}, "generation_kwargs, .*top_p must be a number, got 'a'"),
+        ({"temperature": 1, "top_k": -1}, "generation_kwargs, .*top_k must be at least 0, got -1"),
+        ({"temperature": 1, "top_k": 5.0}, "generation_kwargs, .*top_k must be an integer, got 5.0"),
+        ({"temperature": -1, "do_sample": True}, "generation_kwargs, .*temperature must be finite and >= 0, got -1"),
     ],
 )
 def test_a_task_says_how_to_generate(checkpoint, generated, asked, want):
@@ -315,11 +361,22 @@ def test_a_task_says_how_to_generate(checkpoint, generated, asked, want):
     request = requests("generate_until", [("the", asked)])
     if isinstance(want, str):
         with pytest.raises(ValueError, match=want):
+            asked_of(asked, lm.settings)  # what checks a task when it is loaded
+        with pytest.raises(ValueError, match=want):
             lm.generate_until(request)
         return
     lm.generate_until(request)
     ((_, (config,), _),) = generated
     assert {name: getattr(config, name) for name in want} == want
+
+
+@pytest.mark.parametrize("mode", ["fixed", "var"])
+def test_gen_length_shortens_the_block(checkpoint, generated, mode):
+    """As of `illada generate`; the task's own length shortens it further."""
+    lm = IlladaLM(checkpoint, device="cpu", mode=mode, gen_length=16)
+    lm.generate_until(requests("generate_until", [("the", {})]))
+    ((_, (config,), _),) = generated
+    assert (config.gen_length, config.block_length, config.steps) == (16, 16, 32)
 
 
 def test_filters_are_not_dropped(checkpoint, generated):
@@ -503,12 +560,14 @@ def test_errors_name_the_argument(checkpoint):
         ),
         ({"mode": "infill"}, ValueError, "mode must be var or fixed, got 'infill'"),
         ({"cache": "dual"}, ValueError, "cache must be one of none, prefix, block, got 'dual'"),
+        ({"trust_remote_code": 5}, ValueError, "trust_remote_code must be True or False, got 5"),
+        ({"block_length": "a", "gen_length": 3}, TypeError, "block_length must be an integer, got 'a'"),
         ({"rule": "best"}, ValueError, "rule must be one of quota"),
     ]
     for arguments, kind, message in cases:
         with pytest.raises(kind, match=message):
             IlladaLM(checkpoint, device="cpu", **arguments)
-    for arguments, kind, message in cases[-4:]:  # nothing is loaded for a setting that cannot be
+    for arguments, kind, message in cases[-6:]:  # nothing is loaded for a setting that cannot be
         with pytest.raises(kind, match=message):
             IlladaLM("nowhere", device="cpu", **arguments)
     with pytest.raises(TypeError, match="pretrained must be a checkpoint folder"):
@@ -655,7 +714,13 @@ def test_eval_command(checkpoint, task_folder, tmp_path, capsys, monkeypatch):
     picked, spoken = ([json.loads(line) for line in (out.parent / f"r.{name}.jsonl").read_text().splitlines()]
                       for name in ("pick", "say"))  # fmt: skip
     assert len(picked) == len(spoken) == 12 and results["notes"] == {}
-    assert len(picked[0]["resps"]) == 3 and picked[0]["doc"]["choices"] and isinstance(spoken[0]["resps"][0][0], str)
+    assert picked[0]["doc"]["choices"] and isinstance(spoken[0]["resps"][0][0], str)
+    # As the harness's own --log_samples has them.
+    said = {"arg_0": "the quick brown 0", "arg_1": {"until": [".", "\\n"], "max_gen_toks": 8}}
+    assert spoken[0]["arguments"] == {"gen_args_0": said} and picked[1]["target"] == "1"
+    assert picked[0]["arguments"]["gen_args_2"] == {"arg_0": "the quick brown 0", "arg_1": " lazy dog"}
+    assert [len(resps[0]) for resps in picked[0]["resps"]] == [2] * 3
+    assert all(isinstance(part, str) for part in picked[0]["filtered_resps"][0])
     # An interrupted run leaves its journal: going on is said, never done by accident.
     journal = out.with_name("r.json.journal")
     Journal(journal).add([("x", 1)])
@@ -663,6 +728,21 @@ def test_eval_command(checkpoint, task_folder, tmp_path, capsys, monkeypatch):
     assert "holds an evaluation that was interrupted; go on with it (--resume)" in capsys.readouterr().err
     assert cli.main([*arguments, "--output", str(out), "--limit", "2", "--resume"]) == 0
     assert json.loads(out.read_text())["n-samples"]["pick"]["effective"] == 2 and not journal.exists()
+
+
+def test_results_are_json(tmp_path):
+    """Which has no Infinity and no NaN."""
+    row = {"resps": [[(-math.inf, False)]], "filtered_resps": [(-math.inf, False)], "arguments": [("the", "")],
+           "target": 0, "acc": math.nan, "likelihood": (0, np.array([1.0]), -math.inf)}  # fmt: skip
+    options = argparse.Namespace(output=tmp_path / "r.json", checkpoint="c", preset=None, limit=None, log_samples=True)
+    evaluate_command._write(options, {"results": {"t": {"perplexity": math.inf}}}, {"t": [row]}, None)
+
+    def strict(path):
+        return json.loads(path.read_text(), parse_constant=pytest.fail)
+
+    assert strict(tmp_path / "r.json")["results"]["t"]["perplexity"] == "inf"
+    written = strict(tmp_path / "r.t.jsonl")
+    assert written["resps"] == [[["-inf", "False"]]] and written["acc"] == "nan" and written["likelihood"][2] == "-inf"
 
 
 def test_eval_command_errors(checkpoint, task_folder, capsys, monkeypatch):
@@ -680,7 +760,10 @@ def test_eval_command_errors(checkpoint, task_folder, capsys, monkeypatch):
             ["--tasks", "pick,beams"],
             "task beams: the task's generation_kwargs ask for num_beams=4, which is not supported",
         ),
+        (["--tasks", "cold"], "cannot load task cold: float() argument must be"),
         (["--tasks", "pick", "--model-args", "stepz=3"], "unknown model argument 'stepz'"),
+        (["--tasks", "pick", "--model-args", "device=cpu"], "--model-args cannot give device, got 'cpu'; use --device"),
+        (["--tasks", "pick", "--model-args", "journal=x"], "--model-args cannot give journal, got 'x'; use --output"),
         (["--tasks", "pick", "--include-path", "nowhere"], "nowhere is not a folder; make one with illada prepare"),
     ]
     for more, message in cases:
@@ -696,7 +779,7 @@ def test_unknown_tasks_get_the_nearest_names(checkpoint, task_folder, capsys):
     assert cli.main(["eval", str(checkpoint), "--tasks", "arc_chalenge", "--include-path", str(task_folder)]) == 2
     error = capsys.readouterr().err
     assert (
-        "unknown task 'arc_chalenge'; --include-path has beams, pick, say, and of the" in error
+        "unknown task 'arc_chalenge'; --include-path has beams, cold, pick, say, and of the" in error
         and "arc_challenge" in error
     )
 
@@ -743,14 +826,22 @@ def test_without_a_gpu(checkpoint, monkeypatch, capsys):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: print(*sys.argv[1:]))
     for given, want in (
-        (["--device", "cuda"], "--device cuda"),
-        (["--device=cuda"], "--device=cuda"),
-        ([], "--device cpu"),
+        (["--tasks", "pick", "-b8", "--device", "cuda"], "--device cuda"),
+        (["--tasks", "pick", "-b8", "--device=cuda"], "--device=cuda"),
+        (["--tasks", "pick", "--batch_size=8"], "--batch_size=8 --device cpu"),
+        (["--tasks=pick"], "--tasks=pick --batch_size auto --device cpu"),
+        (["-t", "pick"], "-t pick --batch_size auto --device cpu"),
+        (["run", "-tpick"], "run -tpick --batch_size auto --device cpu"),
+        (["validate", "--tasks", "pick"], "validate --tasks pick"),
     ):
-        monkeypatch.setattr(sys, "argv", ["lm_eval", "--tasks", "pick", "--batch_size", "8", *given])
+        monkeypatch.setattr(sys, "argv", ["lm_eval", *given])
         adapter.main()
         out, err = capsys.readouterr()
-        assert out.strip().endswith(want) and ("no GPU here and no --device given: on the CPU" in err) == (not given)
+        assert out.strip().endswith(want)
+        assert ("no GPU here and no --device given: on the CPU" in err) == want.endswith("cpu")
+    for device in ("gpu", "cuda:x"):
+        with pytest.raises(ValueError, match=f"device must be cpu or cuda .*, got '{device}'"):
+            IlladaLM(checkpoint, device=device)
     message = "device cuda:0: torch .* finds no GPU here; device cpu needs none"
     for load in (IlladaLM, load_pretrained, lambda _, device: MaskedDiffusionModel(CONFIG, device=device)):
         with pytest.raises(ValueError, match=message):

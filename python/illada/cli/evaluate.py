@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
+
+#: Arguments of the model that have options of their own.
+_NO_MODEL_ARGS = {
+    "pretrained": "the positional checkpoint", "model_path": "the positional checkpoint", "tokenizer": "--tokenizer",
+    "device": "--device", "dtype": "--dtype", "journal": "--output, beside which the journal is kept",
+}  # fmt: skip
 
 
 def add_parser(commands: Any) -> None:
@@ -80,7 +87,11 @@ def _run(options: argparse.Namespace) -> int:
 
         limit = options.limit if options.limit is None or options.limit < 1 else int(options.limit)
         manager = _task_manager(names, options.include_path)
-        given = {"batch_size": options.batch_size, "seed": options.seed, **simple_parse_args_string(options.model_args)}
+        model_args = simple_parse_args_string(options.model_args)
+        for name, instead in _NO_MODEL_ARGS.items():
+            if name in model_args:
+                raise ValueError(f"--model-args cannot give {name}, got {model_args[name]!r}; use {instead}")
+        given = {"batch_size": options.batch_size, "seed": options.seed, **model_args}
         model: Any = None
         merged: dict[str, Any] = {}
         samples: dict[str, Any] = {}
@@ -202,10 +213,32 @@ def _write(options: argparse.Namespace, merged: dict[str, Any], samples: dict[st
     written = [output]
     for name, rows in samples.items() if options.log_samples else ():
         written.append(output.with_name(f"{output.stem}.{name}.jsonl"))
-        lines = (json.dumps(row, default=handle_non_serializable) + "\n" for row in rows)
+        lines = (json.dumps(_sample(row), default=handle_non_serializable, allow_nan=False) + "\n" for row in rows)
         write_text(written[-1], "".join(lines))
-    write_text(output, json.dumps({**header, **merged}, indent=2, default=str) + "\n")
+    text = json.dumps(_finite({**header, **merged}), indent=2, default=str, allow_nan=False)
+    write_text(output, text + "\n")
     for file in journal_files(journal) if journal else ():
         file.unlink()
     for file in written:
         print(f"written to {file}", file=sys.stderr)
+
+
+def _sample(row: dict[str, Any]) -> dict[str, Any]:
+    """A sample as the harness's own --log_samples writes it: answers as texts, arguments by name."""
+    from lm_eval.utils import sanitize_list
+
+    arguments = {
+        f"gen_args_{i}": {f"arg_{j}": value for j, value in enumerate(arguments)}
+        for i, arguments in enumerate(row["arguments"])
+    }
+    answers = {name: sanitize_list(row[name]) for name in ("resps", "filtered_resps")}
+    return _finite({**row, **answers, "arguments": arguments, "target": str(row["target"])})
+
+
+def _finite(value: Any) -> Any:
+    """`value` with numbers that JSON does not have as texts: inf, -inf and nan."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(float(value))
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    return [_finite(part) for part in value] if isinstance(value, list | tuple) else value

@@ -30,7 +30,7 @@ from illada.cli.checkpoints import load
 from illada.devices import find_device
 from illada.generation import GenerationConfig, generate
 from illada.generation.loop import stop_position
-from illada.integrations.asked import asked_of
+from illada.integrations.asked import asked_of, stop_strings_of
 from illada.integrations.journal import Journal, fingerprint, request_key
 from illada.integrations.settings import ALIASES, MC_NUM, PUBLISHED_DEFAULTS, EvaluationSettings
 from illada.model import MaskedDiffusionModel
@@ -73,6 +73,8 @@ class IlladaLM(LM):
     ) -> None:
         super().__init__()
         pretrained = settings.pop("model_path", pretrained)
+        if not isinstance(trust_remote_code, bool):
+            raise ValueError(f"trust_remote_code must be True or False, got {trust_remote_code!r}")
         settings.pop("max_batch_size", None)  # lm_eval always passes it on; there is no search for a batch size here
         self.settings = EvaluationSettings.from_arguments(settings)
         self._device, self._rank, self._world_size = _processes(device)
@@ -80,6 +82,9 @@ class IlladaLM(LM):
         config, mask_id = self.model.config, self.settings.mask_id
         if mask_id is not None and mask_id != config.mask_token_id:
             raise ValueError(f"mask_id must be the checkpoint's own, {config.mask_token_id}, got {mask_id}")
+        self.tokenizer.protect(
+            [config.mask_token_id, config.eos_token_id, config.bos_token_id, config.pad_token_id, config.eot_token_id]
+        )
         self._prefix = bos_prefix(self.settings.add_bos, config.bos_token_id)
         self._begin = self.tokenizer.begin_prompt([], self._prefix)
         longest = config.max_position_embeddings
@@ -127,7 +132,13 @@ class IlladaLM(LM):
             lambda chunk: self._score(chunk, llh, check),
             [requests[i].args for i in kept],
         )
-        scores: list[tuple[float, bool]] = [(-math.inf, False)] * len(requests)
+        # acc_mutual_info also scores each candidate without its context, and takes the difference. 0 for such a request
+        # keeps it -inf; the difference of two -inf is NaN, which numpy takes for the largest.
+        given = {(r.task_name, r.doc_id, r.args[1]) for r in requests if r.args[0]}
+        scores: list[tuple[float, bool]] = [
+            (0.0 if not r.args[0] and (r.task_name, r.doc_id, r.args[1]) in given else -math.inf, False)
+            for r in requests
+        ]
         for i, (score, greedy) in zip(kept, results, strict=True):
             scores[i] = score, greedy
         return scores
@@ -225,10 +236,7 @@ class IlladaLM(LM):
 
     def _stops(self, options: dict[str, Any]) -> list[str]:
         """The task's stop strings, then the eos."""
-        until = options.get("until") or []
-        stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
-        if wrong := [stop for stop in stops if not isinstance(stop, str)]:
-            raise ValueError(f"the task's until must hold texts, got {wrong[0]!r}")
+        stops = stop_strings_of(options)
         eos = self._text([self.model.config.eos_token_id])
         return stops if not eos or eos in stops else [*stops, eos]
 
@@ -240,9 +248,7 @@ class IlladaLM(LM):
         Whole blocks are generated, as many as the prompt leaves room for. One that has no room for any loses its
         beginning, so that `length` tokens fit, but no more than half of the model's length.
         """
-        block = self.settings.generation.block_length
-        if self.settings.gen_length is None:
-            block = min(block, length)
+        block = min(self.settings.generation.block_length, length)
         whole = -(-length // block) * block
         room = (self.max_length - len(prompt)) // block * block
         if room < block:
@@ -376,10 +382,9 @@ class PublishedIlladaLM(IlladaLM):
 def _processes(device: str | torch.device | None) -> tuple[torch.device, int, int]:
     """(device, rank, world size), as torchrun or accelerate launched this process."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    chosen = torch.device(device or "cpu")
+    chosen = find_device(device or "cpu")
     if world_size > 1 and chosen.type == "cuda" and chosen.index is None:
-        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    chosen = find_device(chosen)
+        chosen = find_device(torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))))
     if world_size == 1:
         return chosen, 0, 1
     if not dist.is_initialized():
@@ -446,18 +451,22 @@ def main() -> None:
     """lm_eval's command; packs are as large as memory allows unless --batch_size says otherwise."""
     from lm_eval.__main__ import cli_evaluate
 
-    if "--tasks" in sys.argv and not _given("--batch_size", "-b"):
+    evaluates = _given("--tasks", "-t") and sys.argv[1] != "validate"
+    if evaluates and not _given("--batch_size", "-b"):
         sys.argv += ["--batch_size", "auto"]
     # lm_eval's own default is cuda:0.
-    if "--tasks" in sys.argv and not _given("--device", "--config", "-C") and not torch.cuda.device_count():
+    if evaluates and not _given("--device", "--config", "-C") and not torch.cuda.device_count():
         if os.environ.get("RANK", "0") == "0":
             print("no GPU here and no --device given: on the CPU", file=sys.stderr)
         sys.argv += ["--device", "cpu"]
     cli_evaluate()
 
 
-def _given(*options: str) -> bool:
-    return any(part.startswith(options) for part in sys.argv[1:])
+def _given(option: str, *more: str) -> bool:
+    """Is one of these on the command line, as `--name value`, `--name=value`, `-n value` or `-nvalue`?"""
+    names = (option, *more)
+    short = tuple(name for name in names if not name.startswith("--"))
+    return any(part.partition("=")[0] in names or part.startswith(short) for part in sys.argv[1:])
 
 
 if __name__ == "__main__":

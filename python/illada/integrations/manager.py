@@ -27,7 +27,11 @@ class RememberingTaskManager(TaskManager):
 
     def load(self, task_list: Any) -> Any:
         """As of `TaskManager`; ValueError that names a task whose generation_kwargs cannot be followed."""
-        found = super().load(task_list)
+        try:
+            found = super().load(task_list)
+        except (TypeError, ValueError) as error:  # the harness converts some values itself, and names no task
+            names = ", ".join(map(str, [task_list] if isinstance(task_list, str) else task_list))
+            raise ValueError(f"lm_eval cannot load task {names}: {error}") from error
         self.loaded.update(found["tasks"])
         for name, task in found["tasks"].items():
             if self.settings is not None and task.get_config("output_type") == "generate_until":

@@ -124,8 +124,12 @@ class EvaluationSettings:
             name: _option(name, values.pop(name)) for name in GENERATION if name in values and name != "gen_length"
         }
         # The generator's own checks, before any model is loaded. In mode "var" any gen_length will do.
-        block = options.get("block_length", GenerationConfig.block_length)
-        length = (values.get("gen_length") or block) if options.get("mode") == "fixed" else block
+        block, asked = options.get("block_length", GenerationConfig.block_length), values.get("gen_length")
+        if isinstance(asked, int) and isinstance(block, int) and 0 < asked < block:
+            block = options["block_length"] = asked
+        length = asked if asked and options.get("mode") == "fixed" else block
+        if not isinstance(block, int):  # so that the error names block_length
+            length = GenerationConfig.gen_length
         reasoning = (0,) if options.get("end_think_boost") else ()
         return cls(**values, generation=GenerationConfig(gen_length=length, end_think=reasoning, **options))
 
