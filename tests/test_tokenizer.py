@@ -170,6 +170,33 @@ def test_a_prompt_begins_with_what_the_tokenizer_adds_and_once(folder):
     assert (bos_prefix(None, 3), bos_prefix(False, 3), bos_prefix(True, 3)) == (None, [], [3])
 
 
+@pytest.mark.parametrize("model", [
+    tokenizers.models.WordLevel({"<s>": 0, "b": 1, "c": 2}),
+    tokenizers.models.BPE({"<s>": 0, "b": 1, "c": 2, "bc": 3}, [("b", "c")]),
+], ids=["words", "merges"])  # fmt: skip
+def test_a_prompt_begins_so_whatever_the_vocabulary_lacks(model):
+    """What the post-processor adds is found without a text that the vocabulary may not have."""
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    backend.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A <s>", special_tokens=[("<s>", 0)])
+    assert Tokenizer(backend).encode_prompt("b c") == [0, 1, 2] == generation_loop.encode(backend, "b c", "x")
+    assert Tokenizer(backend).encode("b", add_special_tokens=True, parse_special_tokens=False) == [0, 1, 0]
+
+
+def test_control_tokens_that_only_the_model_names(folder):
+    """config.json beside a tokenizer that calls none of them special."""
+    change(folder, added_tokens={"special": False})
+    ids = {"mask_token_id": 5, "eos_token_id": [2, 3], "bos_token_id": 0, "pad_token_id": 1, "x_token_id": 10**30}
+    text = "the" + "".join(load_tokenizer(folder).id_to_token(i) for i in (5, 2, 3, 0, 1))
+    assert {0, 1, 2, 3, 5} <= set(Tokenizer.from_pretrained(folder).encode(text, parse_special_tokens=False))
+    (folder / "config.json").write_text(json.dumps({**ids, "sep_token_id": None, "pad_token_id": True}))
+    assert 1 in Tokenizer.from_pretrained(folder).encode(text, parse_special_tokens=False)
+    (folder / "config.json").write_text(json.dumps(ids))
+    tokenizer = Tokenizer.from_pretrained(folder)
+    encoded = tokenizer.encode(text, parse_special_tokens=False)
+    assert not {0, 1, 2, 3, 5} & set(encoded) and tokenizer.decode(encoded) == text
+
+
 @pytest.mark.parametrize("named", [True, False])
 def test_control_tokens_never_come_from_text(named, folder):
     """Also where tokenizer.json does not call them special: then `tokenizers` parses them always."""
