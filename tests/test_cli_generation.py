@@ -2,6 +2,7 @@
 
 import io
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from illada.cli.sampling import parse_token_ids
 from illada.config import ModelConfig
 from illada.data import train_tokenizer
 from illada.model import MaskedDiffusionModel
+from illada.score import encode_pair
 
 TEMPLATE = (
     "{% for m in messages %}<[begin▁of▁sentence]>{{ m.role }}: {{ m.content }}\n{% endfor %}"
@@ -213,6 +215,30 @@ def test_questions_that_cannot_be_read(capsys, path, tmp_path):
         file.write_bytes(b'\xef\xbb\xbf{"context": "a", "candidates": ["b"]}\n' + line)
         status, _, err = run(capsys, "score", path, "--file", file)
         assert status == 2 and match in err and err.count("\n") == 1, err
+
+
+def test_score_keeps_the_bos_of_a_context_that_is_too_long(capsys, path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "illada.score.confidence_score",
+        lambda model, contexts, *_, **__: seen.extend(contexts) or [SimpleNamespace(score=0.0) for _ in contexts],
+    )
+    long = ("--context", "import os " * 90, "--candidate", "def", "--truncate-left")
+    for option, first in (((), False), (("--add-bos",), True)):
+        seen.clear()
+        assert run(capsys, "score", path, *long, *option)[0] == 0
+        assert (seen[0][0] == 0) == first and 0 not in seen[0][1:] and 90 < len(seen[0]) < 96
+
+
+def test_a_candidate_that_the_tokenizer_drops_names_its_line(capsys, path, tmp_path, monkeypatch):
+    file = tmp_path / "questions.jsonl"
+    file.write_text('{"context": "a", "candidates": ["b"]}\n{"context": "a", "candidates": ["\\u0007"]}\n')
+    pair = encode_pair
+    monkeypatch.setattr(
+        "illada.score.encode_pair", lambda t, context, text, **k: pair(t, context, text.strip("\a"), **k)
+    )
+    status, _, err = run(capsys, "score", path, "--file", file)
+    assert status == 2 and f"{file}, line 2: candidate '\\x07' has no score after 'a'" in err
 
 
 def test_arguments_that_are_not_utf8(capsys, path):

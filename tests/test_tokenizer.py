@@ -349,6 +349,11 @@ def test_what_a_message_lacks_is_not_the_word_none(folder):
     assert tokenizer.apply_chat_template(messages) == theirs.apply_chat_template(messages, tokenize=False)
     with pytest.raises(ValueError, match="messages need a role"):
         tokenizer.apply_chat_template([{"role": None, "content": "x"}])
+    asks = "{% for m in messages %}{% if m.content is none %}-{% else %}{{ m['content'].split()[0] }}{% endif %}{% endfor %}"
+    assert render_chat_template(asks, messages) == "What-"
+    absent = "{{ messages[0].x is none }} {{ x is none }} {{ messages[1].name is not none }} {{ none is none }}"
+    assert render_chat_template(absent, messages) == "False False False True"
+    assert render_chat_template("{{ messages[1].content | trim }}{{ messages[1]._none }}", messages) == ""
 
 
 @pytest.mark.parametrize("template, want", [

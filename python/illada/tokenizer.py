@@ -69,7 +69,8 @@ class Tokenizer:
     def protect(self, ids: Iterable[int | None]) -> None:
         """Ids that `encode` never gives for text with `parse_special_tokens` off, whatever the tokenizer says of them.
 
-        Those of the tokenizer's own names are, and those that a config.json beside it names. A token of a single character is text, and stays it.
+        Those of the tokenizer's own names are, and those that a config.json beside it names. A token of a single
+        character is text, and stays it.
         """
         if isinstance(self.backend, tokenizers.Tokenizer):
             found = control_tokens(self.backend, (i for i in ids if len(self._name(i)) > 1))
