@@ -106,6 +106,10 @@ def test_options_without_effect_are_errors(capsys, path):
     for options, said in (
         (("--rule", "origin", "--measure", "entropy"), "measure ('entropy') is not used"),
         (("--threshold", "0.5"), "threshold (0.5) is not used: it belongs to rule threshold, got rule 'quota'"),
+        (("--end-think-power", "3"), "end_think_power (3.0) is not used: it belongs to end_think_boost above 0"),
+        (("--end-think", "foo"), "--end-think ('foo') is not used: it belongs to an --end-think-boost above 0"),
+        (("--confidence-at-temperature",), "is not used: it belongs to a --temperature above 0"),
+        (("--top-k", "9" * 20), "top_k must be below 2^63"),
     ):
         status, _, error = run(capsys, "generate", path, "--prompt", "x", *options)
         assert status == 2 and said in error

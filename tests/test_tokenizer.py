@@ -246,6 +246,9 @@ def test_tokens_that_only_other_files_name(folder):
             ids, skip_special_tokens=True
         ) and "<|im_end|>" in tokenizer.decode(ids)
         assert (size in load_tokenizer(folder / "tokenizer.json").encode(text).ids) is True
+    (folder / "added_tokens.json").write_text(json.dumps({"<[MASK]>": 7}))
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    assert configure(folder).encode("<[MASK]>") == [5] == theirs.encode("<[MASK]>", add_special_tokens=False)
     (folder / "added_tokens.json").write_text(json.dumps({"<|im_end|>": size + 7}))
     with pytest.raises(
         ValueError, match=rf"added_tokens\.json gives '<\|im_end\|>' the id {size + 7}, .* free id is {size}"

@@ -11,7 +11,7 @@ import tokenizers
 
 from illada.chat import Message, render_chat_template
 from illada.files import read_if_there
-from illada.text import check_text, read_text
+from illada.text import check_text, looks_like, read_text
 from illada.tokenizer_files import control_tokens, encode_as_text, load_tokenizer, read_special_tokens, without_limits
 
 _NO_ID = 2**32 - 1  # that no token has
@@ -266,6 +266,9 @@ def _chat_template(folder: Path, configured: Any) -> str | dict[str, str] | None
     named = {file.name.removesuffix(".jinja"): file for file in folder.glob("additional_chat_templates/*.jinja")}
     if (file := folder / "chat_template.jinja").is_file():
         named["default"] = file
+    for file in named.values():
+        if said := looks_like(file):
+            raise ValueError(f"{file} {said}")
     found = {name: read_text(file) for name, file in sorted(named.items())}
     if "default" in found or not configured:  # newer files keep templates beside the configuration, and then they count
         return found["default"] if found.keys() == {"default"} else found or None

@@ -99,7 +99,9 @@ def _content(token: Any) -> Any:
 
 
 def _add_tokens(tokenizer: Tokenizer, folder: Path) -> None:
-    """As `transformers` does: of tokenizer_config.json, whose flags count, else of added_tokens.json."""
+    """As `transformers` does: of tokenizer_config.json, whose flags count, else of added_tokens.json.
+
+    A token that is there keeps its id, whatever they say."""
     file = folder / "tokenizer_config.json"
     declared = read_if_there(file).get("added_tokens_decoder")
     try:
