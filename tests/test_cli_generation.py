@@ -371,6 +371,9 @@ def test_chat_needs_a_template(capsys, path, tmp_path):
             (tmp_path / file.name).write_bytes(file.read_bytes())
     status, _, err = run(capsys, "chat", tmp_path)
     assert status == 2 and "has no chat template" in err
+    (tmp_path / "page.jinja").write_text("<!DOCTYPE html><html>")
+    status, _, err = run(capsys, "chat", path, "--chat-template", tmp_path / "page.jinja")
+    assert status == 2 and "page.jinja is an HTML page" in err
     status, _, err = run(capsys, "chat", path, "--mode", "infill")
     assert status == 2 and "a chat goes with var or fixed" in err
 

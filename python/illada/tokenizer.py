@@ -262,14 +262,18 @@ class Continuation:
         return self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
 
+def read_template(file: str | Path) -> str:
+    """The Jinja source in a file. ValueError: an HTML page or another thing that is none."""
+    if said := looks_like(file):
+        raise ValueError(f"{file} {said}")
+    return read_text(file)
+
+
 def _chat_template(folder: Path, configured: Any) -> str | dict[str, str] | None:
     named = {file.name.removesuffix(".jinja"): file for file in folder.glob("additional_chat_templates/*.jinja")}
     if (file := folder / "chat_template.jinja").is_file():
         named["default"] = file
-    for file in named.values():
-        if said := looks_like(file):
-            raise ValueError(f"{file} {said}")
-    found = {name: read_text(file) for name, file in sorted(named.items())}
+    found = {name: read_template(file) for name, file in sorted(named.items())}
     if "default" in found or not configured:  # newer files keep templates beside the configuration, and then they count
         return found["default"] if found.keys() == {"default"} else found or None
     if isinstance(configured, str):
