@@ -181,6 +181,9 @@ def test_a_prompt_begins_so_whatever_the_vocabulary_lacks(model):
     backend.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A <s>", special_tokens=[("<s>", 0)])
     assert Tokenizer(backend).encode_prompt("b c") == [0, 1, 2] == generation_loop.encode(backend, "b c", "x")
     assert Tokenizer(backend).encode("b", add_special_tokens=True, parse_special_tokens=False) == [0, 1, 0]
+    if isinstance(model, tokenizers.models.WordLevel):
+        with pytest.raises(ValueError, match="the tokenizer cannot encode 'b a': "):
+            Tokenizer(backend).encode_prompt("b a")
 
 
 def test_control_tokens_that_only_the_model_names(folder):
@@ -483,6 +486,8 @@ def test_tokenizers_that_only_transformers_can_read(tmp_path):
     tokenizer, theirs = Tokenizer.from_pretrained(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert tokenizer.encode("the fox") == theirs.encode("the fox", add_special_tokens=False)
     assert tokenizer.decode(tokenizer.encode("the fox")) == "the fox"
+    prompt = tokenizer.encode_prompt("the fox")
+    assert prompt == theirs.encode("the fox") == generation_loop.encode(theirs, "the fox", "prompts[0]")
     assert tokenizer.special_token_id("unk_token") == tokenizer.token_to_id("<unk>") == units.index("<unk>")
     (tmp_path / "vocab.json").write_text("{")
     with pytest.raises(ValueError, match="transformers cannot read the tokenizer in"):

@@ -82,7 +82,7 @@ class Tokenizer:
         """The ids of `text`. With `parse_special_tokens` off, text that spells a special token is just text.
 
         Raises:
-            ValueError: text with a lone surrogate; text that the tokenizer makes a control token of.
+            ValueError: text with a lone surrogate, without a token, or that the tokenizer makes a control token of.
         """
         check_text(text, "text to encode")
         if parse_special_tokens:
@@ -126,7 +126,10 @@ class Tokenizer:
                 text, add_special_tokens=add_special_tokens, split_special_tokens=not parse_special_tokens
             )
         self.backend.encode_special_tokens = not parse_special_tokens
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        try:
+            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(f"the tokenizer cannot encode {text[:40]!r}: {error}") from None
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of `ids`."""
