@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from illada.checkpoint import convert_checkpoint, load_pretrained, read_config, save_pretrained
 from illada.config import ModelConfig
+from illada.data import train_tokenizer
 from illada.generation import GenerationConfig, generate
 from illada.model import MaskedDiffusionModel
 from illada.tokenizer import Tokenizer
@@ -167,8 +168,9 @@ def test_damaged_and_missing_files(saved, tmp_path):
     (path / "config.json").write_text("[]")
     with pytest.raises(ValueError, match="does not hold a JSON object"):
         load_pretrained(path)
-    with pytest.raises(FileNotFoundError, match=r"not a checkpoint \(no config\.json\)"):
-        load_pretrained(tmp_path)
+    for load in (load_pretrained, lambda path: convert_checkpoint(path, tmp_path / "out", dtype=torch.float16)):
+        with pytest.raises(FileNotFoundError, match=r"not a checkpoint \(no config\.json\)"):
+            load(tmp_path)
 
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 16060556376\n"
@@ -180,12 +182,15 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 16
 ], ids=["pointer", "page"])  # fmt: skip
 @pytest.mark.parametrize("name", [
     "model.safetensors", "config.json", "model.safetensors.index.json", "tokenizer.json", "generation_config.json",
+    "chat_template.jinja", "additional_chat_templates/rag.jinja",
 ])  # fmt: skip
 def test_what_a_download_left(saved, name, content, said):
     _, path = saved
+    (path / name).parent.mkdir(exist_ok=True)
+    train_tokenizer(["a b"], 300).save(str(path / "tokenizer.json"))
     (path / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"{re.escape(str(path / name))} {said}"):
-        (Tokenizer.from_pretrained if name == "tokenizer.json" else load_pretrained)(path)
+        (Tokenizer.from_pretrained if "chat" in name or name == "tokenizer.json" else load_pretrained)(path)
 
 
 def test_shards_without_their_index(saved):
@@ -283,6 +288,12 @@ def test_ids_that_only_the_generation_config_ends_with(saved):
         if want:
             result = generate(loaded, [[7, 8, 9]], dataclasses.replace(config, stop_tokens=None))[0]
             assert result.finish_reason == "stop_token" and end not in result.tokens
+    loaded.stop_token_ids = (own, end)
+    (path / "generation_config.json").unlink()
+    save_pretrained(loaded, path.parent / "again")
+    assert load_pretrained(path.parent / "again").stop_token_ids == (own, end)
+    save_pretrained(model, path.parent / "none")
+    assert not (path.parent / "none" / "generation_config.json").exists()
     for bad in ("2", [2, None], True, -1):
         (path / "generation_config.json").write_text(json.dumps({"eos_token_id": bad}))
         with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id must be a token id, or a list"):

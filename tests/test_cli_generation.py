@@ -2,6 +2,7 @@
 
 import io
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from illada.cli.sampling import parse_token_ids
 from illada.config import ModelConfig
 from illada.data import train_tokenizer
 from illada.model import MaskedDiffusionModel
+from illada.score import encode_pair
 
 TEMPLATE = (
     "{% for m in messages %}<[begin▁of▁sentence]>{{ m.role }}: {{ m.content }}\n{% endfor %}"
@@ -104,6 +106,10 @@ def test_options_without_effect_are_errors(capsys, path):
     for options, said in (
         (("--rule", "origin", "--measure", "entropy"), "measure ('entropy') is not used"),
         (("--threshold", "0.5"), "threshold (0.5) is not used: it belongs to rule threshold, got rule 'quota'"),
+        (("--end-think-power", "3"), "end_think_power (3.0) is not used: it belongs to end_think_boost above 0"),
+        (("--end-think", "foo"), "--end-think ('foo') is not used: it belongs to an --end-think-boost above 0"),
+        (("--confidence-at-temperature",), "is not used: it belongs to a --temperature above 0"),
+        (("--top-k", "9" * 20), "top_k must be below 2^63"),
     ):
         status, _, error = run(capsys, "generate", path, "--prompt", "x", *options)
         assert status == 2 and said in error
@@ -213,6 +219,30 @@ def test_questions_that_cannot_be_read(capsys, path, tmp_path):
         file.write_bytes(b'\xef\xbb\xbf{"context": "a", "candidates": ["b"]}\n' + line)
         status, _, err = run(capsys, "score", path, "--file", file)
         assert status == 2 and match in err and err.count("\n") == 1, err
+
+
+def test_score_keeps_the_bos_of_a_context_that_is_too_long(capsys, path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "illada.score.confidence_score",
+        lambda model, contexts, *_, **__: seen.extend(contexts) or [SimpleNamespace(score=0.0) for _ in contexts],
+    )
+    long = ("--context", "import os " * 90, "--candidate", "def", "--truncate-left")
+    for option, first in (((), False), (("--add-bos",), True)):
+        seen.clear()
+        assert run(capsys, "score", path, *long, *option)[0] == 0
+        assert (seen[0][0] == 0) == first and 0 not in seen[0][1:] and 90 < len(seen[0]) < 96
+
+
+def test_a_candidate_that_the_tokenizer_drops_names_its_line(capsys, path, tmp_path, monkeypatch):
+    file = tmp_path / "questions.jsonl"
+    file.write_text('{"context": "a", "candidates": ["b"]}\n{"context": "a", "candidates": ["\\u0007"]}\n')
+    pair = encode_pair
+    monkeypatch.setattr(
+        "illada.score.encode_pair", lambda t, context, text, **k: pair(t, context, text.strip("\a"), **k)
+    )
+    status, _, err = run(capsys, "score", path, "--file", file)
+    assert status == 2 and f"{file}, line 2: candidate '\\x07' has no score after 'a'" in err
 
 
 def test_arguments_that_are_not_utf8(capsys, path):
@@ -341,6 +371,9 @@ def test_chat_needs_a_template(capsys, path, tmp_path):
             (tmp_path / file.name).write_bytes(file.read_bytes())
     status, _, err = run(capsys, "chat", tmp_path)
     assert status == 2 and "has no chat template" in err
+    (tmp_path / "page.jinja").write_text("<!DOCTYPE html><html>")
+    status, _, err = run(capsys, "chat", path, "--chat-template", tmp_path / "page.jinja")
+    assert status == 2 and "page.jinja is an HTML page" in err
     status, _, err = run(capsys, "chat", path, "--mode", "infill")
     assert status == 2 and "a chat goes with var or fixed" in err
 

@@ -241,7 +241,9 @@ def test_damaged_and_foreign_corpora(texts, tmp_path):
         train_idx=np.zeros(header["splits"]["train"]["documents"] + 1, np.uint64).tobytes(),
     )
     broken("is not the header of an illada-corpus", corpus_json=b"{}")
-    broken("is not the header of an illada-corpus", corpus_json=b"[1")
+    broken("is not the header of an illada-corpus", corpus_json=b"[1]")
+    broken(r"corpus\.json is not JSON", corpus_json=b"[1")
+    broken(r"corpus\.json is a Git LFS pointer", corpus_json=b"version https://git-lfs.github.com/spec/v1\n")
     broken("has format version 9, this is 1", corpus_json=json.dumps({**header, "version": 9}).encode())
     broken("is not the tokenizer that this corpus was made with", tokenizer_json=good["tokenizer.json"] + b" ")
     broken("holds token id 65535, outside of its vocabulary", train_bin=b"\xff" * len(good["train.bin"]))

@@ -5,6 +5,8 @@ in one folder, which holds what the pages take for granted: tiny checkpoints wit
 there, a folder of text as ~/books, and configs/demo.toml with fewer steps.
 """
 
+import argparse
+import dataclasses
 import os
 import re
 import shutil
@@ -20,6 +22,7 @@ import torch.distributed as dist
 import illada
 from illada import cli
 from illada.checkpoint import save_pretrained
+from illada.cli import sampling
 from illada.config import ModelConfig
 from illada.data import train_tokenizer
 from illada.model import MaskedDiffusionModel
@@ -164,6 +167,30 @@ def test_options_in_prose_exist(capsys):
                 assert option in usage, f"{page}: illada {name} {option}"
                 checked += 1
     assert checked > 5
+
+
+def test_settings_of_published_evaluations():
+    """The rows of the table are options, of any checkpoint that has the tokens they name."""
+    text = (ROOT / "docs/generation.md").read_text(encoding="utf-8")
+    table = text.split("| evaluation | options |\n|---|---|\n")[1].split("\n\n")[0].splitlines()
+    model, settings, before = ModelConfig.preset("tiny", vocab_size=300, eot_token_id=4), [], list[str]()
+    parser = argparse.ArgumentParser()
+    for add in (sampling.add_model_options, sampling.add_prompt_options, sampling.add_sampling_options):
+        add(parser)
+    for row in table:
+        words = " ".join(re.findall(r"`(--[^`]*)`", row)).split()
+        if "the same with" in row:
+            words = [*before[: before.index("--delay-tokens")], *words]
+        options = parser.parse_args(["model", "--apply-chat-template", *words])
+        settings.append(sampling.make_config(options, None, model))  # no tokenizer: none of them ends reasoning
+        before = words
+    assert len(settings) == len(table) == 4
+    delayed = (model.eos_token_id, model.eot_token_id)
+    assert [config.delay_tokens for config in settings] == [delayed, (), delayed, ()]
+    assert settings[1] == dataclasses.replace(settings[0], delay_tokens=(), forbid_tokens=delayed[:1])
+    assert [config.gen_length for config in settings] == [512, 512, 256, 256]
+    assert all(config.mode == "fixed" and config.steps == config.gen_length for config in settings)
+    assert settings[3].filtered and settings[3].schedule == "dream"
 
 
 def python_blocks(page: str) -> list[str]:

@@ -408,6 +408,11 @@ def test_errors(model):
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
         ({"top_p": math.nan}, "top_p must be in"),
         ({"top_k": -1}, "top_k must be at least 0, got -1"),
+        ({"top_k": 10**20}, f"top_k must be below 2.63, got {10**20}"),
+        (
+            {"end_think_power": 3.0},
+            "end_think_power .3.0. is not used: it belongs to end_think_boost .* got .*boost 0.0",
+        ),
         ({"end_think_boost": 1.0}, "needs the ids of end_think"),
         ({"end_think_boost": math.nan, "end_think": (5,)}, "must be finite and >= 0"),
         (

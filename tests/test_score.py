@@ -1,5 +1,6 @@
 """Scoring against the published rules restated in plain torch, one pair at a time; packing, edges, errors."""
 
+import functools
 import itertools
 import math
 import re
@@ -358,6 +359,9 @@ def test_truncate_context():
     assert truncate_context(config, list(range(100)), [1] * 10) == list(range(46, 100))
     assert truncate_context(config, list(range(100)), [1] * 10, append_eos=True) == list(range(47, 100))
     assert truncate_context(config, [1, 2], [3]) == [1, 2] and truncate_context(config, [1], [1] * 64) == []
+    cut = functools.partial(truncate_context, config, list(range(100)), keep=2)  # 0 and 1 begin each context
+    assert cut([1] * 10) == [0, 1, *range(48, 100)] and cut([1] * 62) == [0, 1] and cut([1] * 63) == [99]
+    assert truncate_context(config, [1, 2, 3], [4], keep=2) == [1, 2, 3] and cut([1] * 64) == []
     with pytest.raises(ValueError, match="continuation has 64 tokens and an eos, 1 over .* of 64, even without"):
         truncate_context(config, [1], [1] * 64, append_eos=True)
 

@@ -231,14 +231,15 @@ def test_lm_eval_reads_the_folder_wherever_it_is(tasks, tmp_path):
     )
 
 
-def test_command(corpus, tasks, wordnet, capsys):
+def test_command(corpus, tasks, wordnet, capsys, monkeypatch):
     many = [f"{i:08} 05 n 01 beast{c}{d} 0 000 | an animal of the kind number {i} of all" for i, (c, d) in
             enumerate((c, d) for c in "abcdefg" for d in "hijklm")]  # fmt: skip
     (wordnet / "data.noun").write_text("\n".join(many) + "\n")
     (wordnet / "index.noun").unlink()
     (wordnet / "cntlist.rev").unlink()
     base = ["prepare", "--out", str(corpus), "--overwrite", "--questions", "20"]
-    assert cli.main([*base, "--tasks", "definitions", "--dictionary", f"wordnet:{wordnet}"]) == 0
+    monkeypatch.setenv("HOME", str(wordnet.parent))  # a shell leaves the ~ in wordnet:~ alone
+    assert cli.main([*base, "--tasks", "definitions", "--dictionary", f"wordnet:~/{wordnet.name}"]) == 0
     assert re.search(r"definitions +20 questions", capsys.readouterr().out)
     assert rows(corpus / "tasks", "definitions")[0]["kind"] == "noun" and len(rows(corpus / "tasks", "cloze")) == 48
     assert cli.main([*base, "--tasks", "all"]) == 0

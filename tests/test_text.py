@@ -15,6 +15,7 @@ BAD_FILES = {
     "utf16-le": ("one\n".encode("utf-16-le"), r"it looks like UTF-16 without a byte order mark"),
     "utf32": ("one\n".encode("utf-32"), r"it looks like UTF-32"),
     "gzip": (gzip.compress(b"one\n"), r"is compressed \(gzip\), not text; unpack it first"),
+    "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:01\n", r"is a Git LFS pointer, not the file"),
     "zstd": (b"\x28\xb5\x2f\xfd\x00\x00", r"is compressed \(zstd\)"),
 }
 

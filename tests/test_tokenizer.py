@@ -170,6 +170,36 @@ def test_a_prompt_begins_with_what_the_tokenizer_adds_and_once(folder):
     assert (bos_prefix(None, 3), bos_prefix(False, 3), bos_prefix(True, 3)) == (None, [], [3])
 
 
+@pytest.mark.parametrize("model", [
+    tokenizers.models.WordLevel({"<s>": 0, "b": 1, "c": 2}),
+    tokenizers.models.BPE({"<s>": 0, "b": 1, "c": 2, "bc": 3}, [("b", "c")]),
+], ids=["words", "merges"])  # fmt: skip
+def test_a_prompt_begins_so_whatever_the_vocabulary_lacks(model):
+    """What the post-processor adds is found without a text that the vocabulary may not have."""
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    backend.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A <s>", special_tokens=[("<s>", 0)])
+    assert Tokenizer(backend).encode_prompt("b c") == [0, 1, 2] == generation_loop.encode(backend, "b c", "x")
+    assert Tokenizer(backend).encode("b", add_special_tokens=True, parse_special_tokens=False) == [0, 1, 0]
+    if isinstance(model, tokenizers.models.WordLevel):
+        with pytest.raises(ValueError, match="the tokenizer cannot encode 'b a': "):
+            Tokenizer(backend).encode_prompt("b a")
+
+
+def test_control_tokens_that_only_the_model_names(folder):
+    """config.json beside a tokenizer that calls none of them special."""
+    change(folder, added_tokens={"special": False})
+    ids = {"mask_token_id": 5, "eos_token_id": [2, 3], "bos_token_id": 0, "pad_token_id": 1, "x_token_id": 10**30}
+    text = "the" + "".join(load_tokenizer(folder).id_to_token(i) for i in (5, 2, 3, 0, 1))
+    assert {0, 1, 2, 3, 5} <= set(Tokenizer.from_pretrained(folder).encode(text, parse_special_tokens=False))
+    (folder / "config.json").write_text(json.dumps({**ids, "sep_token_id": None, "pad_token_id": True}))
+    assert 1 in Tokenizer.from_pretrained(folder).encode(text, parse_special_tokens=False)
+    (folder / "config.json").write_text(json.dumps(ids))
+    tokenizer = Tokenizer.from_pretrained(folder)
+    encoded = tokenizer.encode(text, parse_special_tokens=False)
+    assert not {0, 1, 2, 3, 5} & set(encoded) and tokenizer.decode(encoded) == text
+
+
 @pytest.mark.parametrize("named", [True, False])
 def test_control_tokens_never_come_from_text(named, folder):
     """Also where tokenizer.json does not call them special: then `tokenizers` parses them always."""
@@ -219,6 +249,9 @@ def test_tokens_that_only_other_files_name(folder):
             ids, skip_special_tokens=True
         ) and "<|im_end|>" in tokenizer.decode(ids)
         assert (size in load_tokenizer(folder / "tokenizer.json").encode(text).ids) is True
+    (folder / "added_tokens.json").write_text(json.dumps({"<[MASK]>": 7}))
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    assert configure(folder).encode("<[MASK]>") == [5] == theirs.encode("<[MASK]>", add_special_tokens=False)
     (folder / "added_tokens.json").write_text(json.dumps({"<|im_end|>": size + 7}))
     with pytest.raises(
         ValueError, match=rf"added_tokens\.json gives '<\|im_end\|>' the id {size + 7}, .* free id is {size}"
@@ -322,6 +355,11 @@ def test_what_a_message_lacks_is_not_the_word_none(folder):
     assert tokenizer.apply_chat_template(messages) == theirs.apply_chat_template(messages, tokenize=False)
     with pytest.raises(ValueError, match="messages need a role"):
         tokenizer.apply_chat_template([{"role": None, "content": "x"}])
+    asks = "{% for m in messages %}{% if m.content is none %}-{% else %}{{ m['content'].split()[0] }}{% endif %}{% endfor %}"
+    assert render_chat_template(asks, messages) == "What-"
+    absent = "{{ messages[0].x is none }} {{ x is none }} {{ messages[1].name is not none }} {{ none is none }}"
+    assert render_chat_template(absent, messages) == "False False False True"
+    assert render_chat_template("{{ messages[1].content | trim }}{{ messages[1]._none }}", messages) == ""
 
 
 @pytest.mark.parametrize("template, want", [
@@ -448,6 +486,8 @@ def test_tokenizers_that_only_transformers_can_read(tmp_path):
     tokenizer, theirs = Tokenizer.from_pretrained(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert tokenizer.encode("the fox") == theirs.encode("the fox", add_special_tokens=False)
     assert tokenizer.decode(tokenizer.encode("the fox")) == "the fox"
+    prompt = tokenizer.encode_prompt("the fox")
+    assert prompt == theirs.encode("the fox") == generation_loop.encode(theirs, "the fox", "prompts[0]")
     assert tokenizer.special_token_id("unk_token") == tokenizer.token_to_id("<unk>") == units.index("<unk>")
     (tmp_path / "vocab.json").write_text("{")
     with pytest.raises(ValueError, match="transformers cannot read the tokenizer in"):

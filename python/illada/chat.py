@@ -27,7 +27,7 @@ def render_chat_template(
 
     Args:
         template: Jinja source.
-        messages: with "role" and "content" each; what is None in them counts as absent.
+        messages: with "role" and "content" each; what is None in them counts as absent, and `is none` holds for it.
         add_generation_prompt: end with the beginning of an answer.
         continue_final_message: end with the last message, left open, so that generation goes on with it.
         variables: what else the template may look at: bos_token, tools, enable_thinking, ...
@@ -38,7 +38,7 @@ def render_chat_template(
         ImportError: jinja2 is not installed. ValueError: a template that is broken or refuses the messages; both ends
         at once; a last message that the rendered text does not end with. TypeError: messages that are not messages.
     """
-    chat = [{k: v for k, v in message.items() if v is not None} for message in _checked(messages)]
+    chat = [dict(message) for message in _checked(messages)]
     if add_generation_prompt and continue_final_message:
         raise ValueError("add_generation_prompt and continue_final_message exclude each other")
     if continue_final_message:
@@ -93,6 +93,16 @@ def _text(content: Any) -> str:
     return "" if content is None else str(content)
 
 
+class _Shown(dict[str, Any]):
+    """A message without what is None in it, as `transformers` shows it: otherwise `content | trim` is the word "None".
+
+    Templates of before that ask `content is none`, which `transformers` then answers with no: here it is so."""
+
+    def __init__(self, message: Message) -> None:
+        super().__init__({name: value for name, value in message.items() if value is not None})
+        self._none = message.keys() - self.keys()  # of a leading underscore, which the sandbox keeps from templates
+
+
 def _checked(messages: Sequence[Message]) -> Sequence[Message]:
     if isinstance(messages, (str, Mapping)) or not all(isinstance(message, Mapping) for message in messages):
         raise TypeError(f"messages must be a list of {{'role': ..., 'content': ...}}, got {messages!r:.80}")
@@ -107,7 +117,7 @@ def _render(template: str, messages: Sequence[Message], variables: Mapping[str, 
     except ImportError:
         raise ImportError("chat templates need jinja2: pip install jinja2") from None
     try:
-        return _compile(template).render(messages=messages, **variables)
+        return _compile(template).render(messages=[_Shown(message) for message in messages], **variables)
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(f"the chat template is broken, line {error.lineno}: {error.message}") from None
     except jinja2.TemplateError as error:
@@ -139,10 +149,17 @@ def _compile(template: str) -> Any:
         # Jinja's own escapes HTML.
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
+    def is_none(value: Any) -> bool:
+        if not isinstance(value, jinja2.Undefined):
+            return value is None
+        owner = value._undefined_obj
+        return isinstance(owner, _Shown) and value._undefined_name in owner._none
+
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = tojson
+    environment.tests["none"] = is_none
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda pattern: datetime.datetime.now().strftime(pattern)
     return environment.from_string(template)

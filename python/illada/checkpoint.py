@@ -90,6 +90,9 @@ def write_pretrained(
         _copy_tokenizer(Path(tokenizer), folder)
         if (folder / "tokenizer.json").is_file():
             config["tokenizer_sha256"] = hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
+    if model.stop_token_ids and not (folder / "generation_config.json").is_file():
+        ends = json.dumps({"eos_token_id": list(model.stop_token_ids)})
+        (folder / "generation_config.json").write_text(ends + "\n", encoding="utf-8")
     config["torch_dtype"] = str(dtype or model.embed_tokens.weight.dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
@@ -363,6 +366,7 @@ def convert_checkpoint(
         that the target's layout cannot express; its fields are named. OSError: nothing was written.
     """
     source = Path(source)
+    load_config(source, mask_token_id=mask_token_id)  # its errors come first
     # Weights of one dtype stay mapped, and are converted a shard at a time; of several, each goes to `dtype` at once.
     mixed = dtype is not None and len(_dtypes(_weight_files(source))) > 1
     model = load_pretrained(source, dtype=dtype if mixed else None, mask_token_id=mask_token_id)

@@ -318,10 +318,10 @@ class TokenDataset:
         header_file = self.path / "corpus.json"
         if not header_file.is_file():
             raise FileNotFoundError(f"{self.path} is not a corpus (no corpus.json); make one with `illada prepare`")
+        self.header: dict[str, Any] = read_json(header_file)
         try:
-            self.header: dict[str, Any] = read_json(header_file)
             known = self.header["format"] == FORMAT
-        except (ValueError, KeyError, TypeError):
+        except (KeyError, TypeError):
             known = False
         if not known:
             raise ValueError(f"{header_file} is not the header of an {FORMAT}")

@@ -63,6 +63,11 @@ def read_json_object(file: Path) -> dict[str, Any]:
     return values
 
 
+def read_if_there(file: Path) -> dict[str, Any]:
+    """`read_json_object`, empty where there is no file."""
+    return read_json_object(file) if file.is_file() else {}
+
+
 def remove_directory(path: str | Path) -> None:
     """Remove a folder: it is hidden by a rename first, so a kill never leaves a part of it under its name."""
     path = Path(path)

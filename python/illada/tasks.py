@@ -105,7 +105,7 @@ def prepare_tasks(
         if dictionary == "docstrings":
             template, entries = _DOCSTRINGS_YAML, read_docstrings(texts)
         elif dictionary.startswith("wordnet:") and len(dictionary) > len("wordnet:"):
-            template, entries = _WORDNET_YAML, read_wordnet(dictionary.removeprefix("wordnet:"))
+            template, entries = _WORDNET_YAML, read_wordnet(Path(dictionary.removeprefix("wordnet:")).expanduser())
         else:
             raise ValueError(f"dictionary must be docstrings or wordnet:PATH, got {dictionary!r}")
         most = 2 * (questions + FEWSHOT)  # some may stand in the training split

@@ -25,6 +25,8 @@ _COMPRESSED = (
     (b"\xfd7zXZ\x00", "xz"),
     (b"\x28\xb5\x2f\xfd", "zstd"),
 )
+_POINTER = b"version https://git-lfs.github.com/spec"
+_IS_POINTER = "is a Git LFS pointer, not the file it stands for: fetch that with git lfs pull"
 _HEAD = 4096  # bytes looked at for what a file is
 
 
@@ -101,8 +103,8 @@ def looks_like(path: str | Path) -> str | None:
     """What a file is that a download left in the place of another, for an error about it; None: it is none of those."""
     with Path(path).open("rb") as file:
         start = file.read(_HEAD).lstrip().lower()
-    if start.startswith(b"version https://git-lfs.github.com/spec"):
-        return "is a Git LFS pointer, not the file it stands for: fetch that with git lfs pull"
+    if start.startswith(_POINTER):
+        return _IS_POINTER
     if start.startswith((b"<!doctype html", b"<html")):
         return "is an HTML page, which a download saved in place of the file: fetch the file itself"
     return None
@@ -123,6 +125,8 @@ def _check_kind(head: bytes, where: str) -> None:
     for mark, name in _MARKS:
         if head.startswith(mark):
             raise ValueError(_convert(where, name))
+    if head.startswith(_POINTER):
+        raise ValueError(f"{where} {_IS_POINTER}")
     for mark, name in _COMPRESSED:
         if head.startswith(mark):
             raise ValueError(f"{where} is compressed ({name}), not text; unpack it first")

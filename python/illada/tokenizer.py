@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
 from illada.chat import Message, render_chat_template
-from illada.files import read_json_object
-from illada.text import check_text, read_text
+from illada.files import read_if_there
+from illada.text import check_text, looks_like, read_text
 from illada.tokenizer_files import control_tokens, encode_as_text, load_tokenizer, read_special_tokens, without_limits
 
+_NO_ID = 2**32 - 1  # that no token has
 _LOOK_BACK = 16  # tokens of a prompt: what decides how the next one reads is near
 _SLOW_FILES = ("tokenizer_config.json", "vocab.json", "vocab.txt", "tokenizer.model")
 
@@ -56,17 +57,20 @@ class Tokenizer:
             backend = _load_slow(folder, trust_remote_code)
         else:
             backend = load_tokenizer(path)
-        config = _read_if_there(folder / "tokenizer_config.json")
-        return cls(
+        config = read_if_there(folder / "tokenizer_config.json")
+        tokenizer = cls(
             backend,
             chat_template=_chat_template(folder, config.get("chat_template")),
             special_tokens=read_special_tokens(folder),
         )
+        tokenizer.protect(_ids_of_model(folder))
+        return tokenizer
 
     def protect(self, ids: Iterable[int | None]) -> None:
         """Ids that `encode` never gives for text with `parse_special_tokens` off, whatever the tokenizer says of them.
 
-        Those of the tokenizer's own names are. A token of a single character is text, and stays it.
+        Those of the tokenizer's own names are, and those that a config.json beside it names. A token of a single
+        character is text, and stays it.
         """
         if isinstance(self.backend, tokenizers.Tokenizer):
             found = control_tokens(self.backend, (i for i in ids if len(self._name(i)) > 1))
@@ -78,7 +82,7 @@ class Tokenizer:
         """The ids of `text`. With `parse_special_tokens` off, text that spells a special token is just text.
 
         Raises:
-            ValueError: text with a lone surrogate; text that the tokenizer makes a control token of.
+            ValueError: text with a lone surrogate, without a token, or that the tokenizer makes a control token of.
         """
         check_text(text, "text to encode")
         if parse_special_tokens:
@@ -106,7 +110,7 @@ class Tokenizer:
 
     @functools.cached_property
     def _affixes(self) -> tuple[list[int], list[int]]:
-        return affixes(self._encode)
+        return affixes(self.backend)
 
     def _name(self, token: int | None) -> str:
         """The text of a token, empty where there is none."""
@@ -122,7 +126,10 @@ class Tokenizer:
                 text, add_special_tokens=add_special_tokens, split_special_tokens=not parse_special_tokens
             )
         self.backend.encode_special_tokens = not parse_special_tokens
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        try:
+            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(f"the tokenizer cannot encode {text[:40]!r}: {error}") from None
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of `ids`."""
@@ -199,13 +206,19 @@ class Tokenizer:
         return templates[name]
 
 
-def affixes(encode: Callable[[str, bool], list[int]]) -> tuple[list[int], list[int]]:
-    """What a tokenizer's post-processor puts before a text and behind it; `encode(text, add_special_tokens)`."""
-    bare, whole = encode("a", False), encode("a", True)
-    for at in range(len(whole) - len(bare) + 1):
-        if whole[at : at + len(bare)] == bare:
-            return whole[:at], whole[at + len(bare) :]
-    return [], []
+def affixes(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """What the post-processor of a tokenizer, of `tokenizers` or `transformers`, puts before a text and behind it."""
+    backend = (
+        tokenizer if isinstance(tokenizer, tokenizers.Tokenizer) else getattr(tokenizer, "backend_tokenizer", None)
+    )
+    # The token of another tokenizer stands for a text: one that this tokenizer can encode would have to be found.
+    if isinstance(backend, tokenizers.Tokenizer):
+        other = tokenizers.Tokenizer(tokenizers.models.WordLevel({"text": _NO_ID}, unk_token="text"))
+        whole = backend.post_process(other.encode("text")).ids
+    else:
+        whole = list(tokenizer.build_inputs_with_special_tokens([_NO_ID]))
+    at = whole.index(_NO_ID)
+    return whole[:at], whole[at + 1 :]
 
 
 def begin_with(ids: list[int], prefix: Sequence[int]) -> list[int]:
@@ -252,15 +265,18 @@ class Continuation:
         return self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
 
-def _read_if_there(file: Path) -> dict[str, Any]:
-    return read_json_object(file) if file.is_file() else {}
+def read_template(file: str | Path) -> str:
+    """The Jinja source in a file. ValueError: an HTML page or another thing that is none."""
+    if said := looks_like(file):
+        raise ValueError(f"{file} {said}")
+    return read_text(file)
 
 
 def _chat_template(folder: Path, configured: Any) -> str | dict[str, str] | None:
     named = {file.name.removesuffix(".jinja"): file for file in folder.glob("additional_chat_templates/*.jinja")}
     if (file := folder / "chat_template.jinja").is_file():
         named["default"] = file
-    found = {name: read_text(file) for name, file in sorted(named.items())}
+    found = {name: read_template(file) for name, file in sorted(named.items())}
     if "default" in found or not configured:  # newer files keep templates beside the configuration, and then they count
         return found["default"] if found.keys() == {"default"} else found or None
     if isinstance(configured, str):
@@ -272,6 +288,12 @@ def _chat_template(folder: Path, configured: Any) -> str | dict[str, str] | None
             f"{folder / 'tokenizer_config.json'}: chat_template must be text or a list of {{name, template}}, "
             f"got {configured!r:.80}"
         ) from None
+
+
+def _ids_of_model(folder: Path) -> list[int]:
+    """The special ids of a config.json beside the tokenizer, of any model."""
+    named = [ids for name, ids in read_if_there(folder / "config.json").items() if name.endswith("_token_id")]
+    return [i for ids in named for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int and 0 <= i < _NO_ID]
 
 
 def _has_slow(folder: Path) -> bool:

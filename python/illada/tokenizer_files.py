@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
-from illada.files import read_json_object
+from illada.files import read_if_there
 from illada.text import looks_like
 
 #: Special tokens that a checkpoint names, in tokenizer_config.json or special_tokens_map.json.
@@ -47,7 +47,7 @@ def without_limits(tokenizer: Tokenizer) -> None:
 
 def read_special_tokens(folder: Path) -> dict[str, Any]:
     """Special tokens by name, each a text or a list of them, of tokenizer_config.json, else special_tokens_map.json."""
-    named = {**_read(folder / "special_tokens_map.json"), **_read(folder / "tokenizer_config.json")}
+    named = {**read_if_there(folder / "special_tokens_map.json"), **read_if_there(folder / "tokenizer_config.json")}
     return {name: _content(named[name]) for name in (*SPECIAL_NAMES, *_LISTS_OF_TOKENS) if named.get(name)}
 
 
@@ -91,10 +91,6 @@ def encode_as_text(encode: Callable[[str], list[int]], control: Mapping[int, str
     return ids
 
 
-def _read(file: Path) -> dict[str, Any]:
-    return read_json_object(file) if file.is_file() else {}
-
-
 def _content(token: Any) -> Any:
     """A special token: its text, or the form with flags that wraps it; or a list of them."""
     if isinstance(token, list):
@@ -103,9 +99,11 @@ def _content(token: Any) -> Any:
 
 
 def _add_tokens(tokenizer: Tokenizer, folder: Path) -> None:
-    """As `transformers` does: of tokenizer_config.json, whose flags count, else of added_tokens.json."""
+    """As `transformers` does: of tokenizer_config.json, whose flags count, else of added_tokens.json.
+
+    A token that is there keeps its id, whatever they say."""
     file = folder / "tokenizer_config.json"
-    declared = _read(file).get("added_tokens_decoder")
+    declared = read_if_there(file).get("added_tokens_decoder")
     try:
         if declared is not None:
             wanted = {int(i): AddedToken(token["content"], **_flags(token)) for i, token in declared.items()}
@@ -114,7 +112,7 @@ def _add_tokens(tokenizer: Tokenizer, folder: Path) -> None:
             special = {text for value in read_special_tokens(folder).values() for text in _listed(value)}
             wanted = {
                 int(i): AddedToken(text, normalized=text not in special, special=text in special)
-                for text, i in _read(file).items()
+                for text, i in read_if_there(file).items()
             }
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise ValueError(f"{file} does not name added tokens by their ids: {error}") from None

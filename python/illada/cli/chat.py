@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from illada.cli import sampling
-from illada.text import check_text, read_text
+from illada.text import check_text
 
 _COMMANDS = "/reset forgets the conversation, /undo the last turn, /exit leaves (as does Ctrl-D); // sends a slash"
 
@@ -33,9 +33,11 @@ def add_parser(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from illada.tokenizer import read_template
+
     model, tokenizer = sampling.load(options)
     if options.chat_template:
-        tokenizer.chat_template = read_text(options.chat_template)
+        tokenizer.chat_template = read_template(options.chat_template)
     if tokenizer.chat_template is None:
         raise ValueError(
             f"{options.checkpoint} has no chat template, so it is perhaps a base model: use `illada generate`, or give "

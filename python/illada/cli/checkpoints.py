@@ -64,5 +64,5 @@ def load(
         raise ValueError(f"{tokenizer_path} is not the tokenizer that {folder} was trained with")
     model = load_pretrained(folder, device=device, dtype=dtype, mask_token_id=mask_token_id)
     config = model.config
-    loaded.protect((config.mask_token_id, config.eos_token_id, config.eot_token_id))
+    loaded.protect(getattr(config, f"{kind}_token_id") for kind in ("mask", "eos", "eot", "bos", "pad"))
     return model, loaded

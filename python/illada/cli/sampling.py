@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from illada.tokenizer import Tokenizer
 
 
+_END_THINK = "</think>"
+
+
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Which model."""
     parser.add_argument("checkpoint", help="checkpoint folder, or a training run (its newest checkpoint)")
@@ -78,7 +81,7 @@ def add_sampling_options(parser: argparse.ArgumentParser, *, gen_length: int = 6
     which.add_argument("--cfg-scale", type=float, default=0.0, help="classifier-free guidance; doubles the work")
     which.add_argument("--forbid-tokens", metavar="ID,...", help="never sampled: ids, or eos, eot, bos, pad, mask")
     which.add_argument("--delay-tokens", metavar="ID,...", help="committed last: LLaDA-Instruct's is eos,eot")
-    which.add_argument("--end-think", default="</think>", metavar="TEXT", help="what ends reasoning (%(default)s)")
+    which.add_argument("--end-think", default=_END_THINK, metavar="TEXT", help="what ends reasoning (%(default)s)")
     which.add_argument("--end-think-boost", type=float, default=0.0, help="encourage it: 100 as published, 0 never")
     which.add_argument("--end-think-power", type=float, default=2.0, help="how late the boost comes (%(default)s)")
     which.add_argument("--seed", type=int, default=0)
@@ -152,6 +155,10 @@ def make_config(options: argparse.Namespace, tokenizer: Tokenizer, model: ModelC
     if options.mode != "infill":
         given["block_length"] = min(options.block_length, options.gen_length)
     given |= {name: parse_token_ids(getattr(options, name), model, name) for name in special}
+    if options.end_think != _END_THINK and not options.end_think_boost:
+        raise ValueError(f"--end-think ({options.end_think!r}) is not used: it belongs to an --end-think-boost above 0")
+    if options.confidence_at_temperature and not options.temperature:
+        raise ValueError("--confidence-at-temperature is not used: it belongs to a --temperature above 0")
     end_think = tuple(tokenizer.encode(options.end_think)) if options.end_think_boost else ()
     return GenerationConfig(**given, end_think=end_think, stop_strings=tuple(options.stop or ()))
 

@@ -53,17 +53,18 @@ def _run(options: argparse.Namespace) -> int:
     questions = _questions(options)
     model, tokenizer = sampling.load(options)
     begin = sampling.prefix(options, model)
+    kept = len(tokenizer.begin_prompt([], begin))
     contexts: list[list[int]] = []
     continuations: list[list[int]] = []
-    for context, candidates in questions:
+    for where, context, candidates in questions:
         for candidate in candidates:
             ids, more = encode_pair(tokenizer, context, candidate, prefix=begin)
             if not more:
                 raise ValueError(
-                    f"candidate {candidate!r} has no score after {context!r}: the tokenizer drops its text"
+                    f"{where}: candidate {candidate!r} has no score after {context!r}: the tokenizer drops its text"
                 )
             if options.truncate_left:
-                ids = truncate_context(model.config, ids, more, append_eos=options.append_eos)
+                ids = truncate_context(model.config, ids, more, append_eos=options.append_eos, keep=kept)
             contexts.append(ids)
             continuations.append(more)
     shared: dict[str, Any] = {
@@ -80,7 +81,7 @@ def _run(options: argparse.Namespace) -> int:
         scores = monte_carlo_likelihood(model, contexts, continuations, **draws, **shared)
     seconds = time.monotonic() - began
     start = 0
-    for context, candidates in questions:
+    for _, context, candidates in questions:
         mine = scores[start : start + len(candidates)]
         start += len(candidates)
         best = max(range(len(mine)), key=mine.__getitem__)
@@ -94,17 +95,17 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _questions(options: argparse.Namespace) -> list[tuple[str, list[str]]]:
-    """(context, candidates) of each question, of the options and of the file."""
-    found: list[tuple[str, list[str]]] = []
+def _questions(options: argparse.Namespace) -> list[tuple[str, str, list[str]]]:
+    """(where, context, candidates) of each question, of the options and of the file."""
+    found: list[tuple[str, str, list[str]]] = []
     if options.candidate:
         if "" in options.candidate:
             raise ValueError("--candidate is empty; an empty text has no score")
-        found.append((options.context, options.candidate))
+        found.append(("--candidate", options.context, options.candidate))
     elif options.context or not options.file:
         raise ValueError("score needs a --candidate after the --context, or a --file of questions")
     if options.file:
-        found += [_question(line, where) for where, line in read_lines(options.file) if line.strip()]
+        found += [(where, *_question(line, where)) for where, line in read_lines(options.file) if line.strip()]
     return found
 
 

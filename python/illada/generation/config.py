@@ -21,7 +21,7 @@ _NUMBERS = (
     "end_think_boost", "end_think_power",
 )  # fmt: skip
 
-#: Options that only some rules and schedules look at, and which do.
+#: Options that only some others make any use of, and which do.
 _BELONGS: tuple[tuple[str, str, Callable[[GenerationConfig], bool]], ...] = (
     ("schedule", "rule quota", lambda c: c.rule == "quota"),
     ("alg_temp", "rule quota", lambda c: c.rule == "quota"),
@@ -31,6 +31,7 @@ _BELONGS: tuple[tuple[str, str, Callable[[GenerationConfig], bool]], ...] = (
     ("entropy_bound", "rule entropy_bound", lambda c: c.rule == "entropy_bound"),
     ("measure", "rules quota, threshold and factor", lambda c: c.rule in ("quota", "threshold", "factor")),
     ("eps", "schedule dream and rule origin", lambda c: c.schedule == "dream" or c.rule == "origin"),
+    ("end_think_power", "end_think_boost above 0", lambda c: c.end_think_boost > 0),
 )
 
 
@@ -144,6 +145,8 @@ class GenerationConfig:
             raise ValueError(f"threshold must be in [0, 1] (finite, with measure entropy), got {self.threshold}")
         if not 0 <= self.take_back <= 1:
             raise ValueError(f"take_back must be a probability, in [0, 1], got {self.take_back}")
+        if self.top_k >= 1 << 63:
+            raise ValueError(f"top_k must be below 2^63, got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
         if not 0 <= self.eps < 1:
@@ -151,10 +154,9 @@ class GenerationConfig:
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         for name, owners, used in _BELONGS:
             if (value := getattr(self, name)) != defaults[name] and not used(self):
-                raise ValueError(
-                    f"{name} ({value!r}) is not used: it belongs to {owners}, got rule {self.rule!r}, "
-                    f"schedule {self.schedule!r}"
-                )
+                others = ("end_think_boost",) if name == "end_think_power" else ("rule", "schedule")
+                got = ", ".join(f"{other} {getattr(self, other)!r}" for other in others)
+                raise ValueError(f"{name} ({value!r}) is not used: it belongs to {owners}, got {got}")
         if self.mode == "infill" and self.cache != "none":
             raise ValueError(f"mode infill has no caches: its masks are anywhere; got cache {self.cache!r}")
         if not 0 <= self.end_think_boost < math.inf or (self.end_think_boost > 0 and not self.end_think):

@@ -124,12 +124,8 @@ def encode(tokenizer: Any, text: str, name: str) -> list[int]:
         raise ValueError(f"{name} is a text, which needs a tokenizer; give one, or token ids")
     if isinstance(tokenizer, Tokenizer):
         return tokenizer.encode_prompt(text)
-
-    def ids(text: str, add_special_tokens: bool) -> list[int]:
-        found = tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        return list(getattr(found, "ids", found))
-
-    return begin_with(ids(text, False), affixes(ids)[0])
+    found = tokenizer.encode(text, add_special_tokens=False)
+    return begin_with(list(getattr(found, "ids", found)), affixes(tokenizer)[0])
 
 
 def _advance(

@@ -35,6 +35,7 @@ from illada.integrations.journal import Journal, fingerprint, request_key
 from illada.integrations.settings import ALIASES, MC_NUM, PUBLISHED_DEFAULTS, EvaluationSettings
 from illada.model import MaskedDiffusionModel
 from illada.score import confidence_score, encode_pair, is_greedy, monte_carlo_likelihood
+from illada.score.items import keep_end
 from illada.tokenizer import Tokenizer, bos_prefix
 
 if TYPE_CHECKING:
@@ -198,10 +199,7 @@ class IlladaLM(LM):
         """The context without as much of its beginning (bos apart) as the model has no room for beside `more` tokens;
         None: it has no room for those alone."""
         room = self.max_length - more
-        if room < 0 or len(context) <= room:
-            return context if room >= 0 else None
-        kept = context[: len(self._begin)] if room >= len(self._begin) else []
-        return kept + context[len(context) - room + len(kept) :]
+        return None if room < 0 else keep_end(context, room, len(self._begin))
 
     def _note(self, what: str, count: int, total: int) -> None:
         """Count, and say once a call, what was done to requests beside what they ask for."""

@@ -97,9 +97,12 @@ def check_options(cfg_scale: float, max_tokens: int) -> None:
 
 
 def truncate_context(
-    config: ModelConfig, context: Sequence[int], continuation: Sequence[int], *, append_eos: bool = False
+    config: ModelConfig, context: Sequence[int], continuation: Sequence[int], *, append_eos: bool = False, keep: int = 0
 ) -> list[int]:
     """The end of `context` that fits the model's max_position_embeddings together with the continuation (and eos).
+
+    Args:
+        keep: so many of the first tokens stay before that end, such as a bos, where they fit.
 
     Raises:
         ValueError: the continuation alone is too long.
@@ -110,7 +113,15 @@ def truncate_context(
             f"continuation has {len(continuation)} tokens{' and an eos' if append_eos else ''}, {-room} over the "
             f"model's max_position_embeddings of {config.max_position_embeddings}, even without a context"
         )
-    return list(context[max(0, len(context) - room) :])
+    return keep_end(context, room, keep)
+
+
+def keep_end(tokens: Sequence[int], room: int, keep: int = 0) -> list[int]:
+    """The last `room` tokens; of a longer text, the first `keep` of them are its own first, where they fit."""
+    if len(tokens) <= room:
+        return list(tokens)
+    first = list(tokens[:keep]) if keep <= room else []
+    return first + list(tokens[len(tokens) - room + len(first) :])
 
 
 # ------------------------------------------------------------------------------------------------------------- packs
