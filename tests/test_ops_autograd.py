@@ -147,12 +147,15 @@ def test_forward_mode_raises(op, needs_grad, generator):
 
 @pytest.mark.parametrize("half", ["forward", "logits", "lse"])
 def test_forward_mode_of_shards_raises(half, generator):
-    logits, weights, start = torch.randn(3, 7, generator=generator), WEIGHTS, {"vocab_start": 0}
-    lse, _ = illada.masked_cross_entropy_shard(logits, TARGETS, weights, **start)
+    logits, start = torch.randn(3, 7, generator=generator), {"vocab_start": 0}
+    lse, _ = illada.masked_cross_entropy_shard(logits, TARGETS, WEIGHTS, **start)
     function, x = {
-        "forward": (lambda x: illada.masked_cross_entropy_shard(x, TARGETS, weights, **start), logits),
-        "logits": (lambda x: illada.masked_cross_entropy_shard_grad(x, TARGETS, weights, lse, **start), logits),
-        "lse": (lambda x: illada.masked_cross_entropy_shard_grad(logits, TARGETS, weights, x, **start), lse),
+        "forward": (lambda x: illada.masked_cross_entropy_shard(x, TARGETS, WEIGHTS, **start), logits),
+        "logits": (lambda x: illada.masked_cross_entropy_shard_grad(x, TARGETS, WEIGHTS, lse, **start), logits),
+        "lse": (
+            lambda x: illada.masked_cross_entropy_shard_grad(logits, TARGETS, WEIGHTS, x, inplace=True, **start),
+            lse,
+        ),
     }[half]
     with pytest.raises(NotImplementedError, match=NO_TANGENT):
         torch.func.jvp(function, (x,), (torch.ones_like(x),))
