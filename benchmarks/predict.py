@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -127,7 +128,8 @@ def record(command: Sequence[str], kernel: str, slot: int, folder: Path, cusim: 
     )
     found = sorted(map(str, folder.glob("*.trace")))
     if done.returncode or not found:
-        raise RuntimeError(f"exit {done.returncode}, {len(found)} traces\n{done.stdout}{done.stderr}"[-2000:])
+        output = f"{done.stdout}{done.stderr}"[-2000:]
+        raise RuntimeError(f"{shlex.join(command)}: exit {done.returncode}, {len(found)} traces\n{output}")
     return found
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -183,6 +184,16 @@ def test_compare_command(tmp_path, capsys):
     with pytest.raises(SystemExit):
         command.main(options)
     assert "is not what `make predict` writes" in capsys.readouterr().err
+
+
+def test_a_recording_that_fails_names_its_case(tmp_path, monkeypatch):
+    failed = subprocess.CompletedProcess([], 3, stdout="x" * 5000, stderr="the end")
+    monkeypatch.setattr(predict.subprocess, "run", lambda *_, **__: failed)
+    case = predict_cases.cases()[0]
+    with pytest.raises(RuntimeError) as error:
+        predict.trace(case, 0, tmp_path, tmp_path)
+    text = str(error.value)
+    assert f"--inside '{case.name}': exit 3, 0 traces" in text and text.endswith("the end") and len(text) < 3000
 
 
 @pytest.mark.parametrize("schedule", stock_gemm.SCHEDULES, ids=lambda schedule: schedule.name)

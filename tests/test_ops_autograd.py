@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
 import illada
 from illada.ops import raw
@@ -31,6 +32,24 @@ def test_logits_used_twice_may_not_become_the_gradient(generator):
     loss = logits.square().sum() + illada.masked_cross_entropy(logits, TARGETS, WEIGHTS, inplace_backward=True)
     with pytest.raises(RuntimeError, match=CHANGED):
         loss.backward()
+
+
+@pytest.mark.parametrize("under", ["checkpoint", "save_on_cpu"])
+def test_logits_saved_through_hooks_do_not_become_the_gradient(under, generator):
+    """Autograd compares no versions of what went through hooks: tanh would take the gradient for its result."""
+    hidden = torch.randn(3, 7, generator=generator, requires_grad=True)
+
+    def function(x, **keywords):
+        return illada.masked_cross_entropy(torch.tanh(x), TARGETS, WEIGHTS, **keywords)
+
+    (want,) = torch.autograd.grad(function(hidden), hidden)
+    if under == "checkpoint":
+        loss = checkpoint(function, hidden, inplace_backward=True, use_reentrant=False)
+    else:
+        with torch.autograd.graph.save_on_cpu():
+            loss = function(hidden, inplace_backward=True)
+    (got,) = torch.autograd.grad(loss, hidden)
+    assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
@@ -124,6 +143,24 @@ def test_forward_mode_raises(op, needs_grad, generator):
         with pytest.raises((RuntimeError, NotImplementedError), match=NO_TANGENT):
             function(forward_ad.make_dual(x, tangent))
         assert function(x.detach()).isfinite()  # nothing of it has a tangent
+
+
+@pytest.mark.parametrize("half", ["forward", "logits", "lse"])
+def test_forward_mode_of_shards_raises(half, generator):
+    logits, start = torch.randn(3, 7, generator=generator), {"vocab_start": 0}
+    lse, _ = illada.masked_cross_entropy_shard(logits, TARGETS, WEIGHTS, **start)
+    function, x = {
+        "forward": (lambda x: illada.masked_cross_entropy_shard(x, TARGETS, WEIGHTS, **start), logits),
+        "logits": (lambda x: illada.masked_cross_entropy_shard_grad(x, TARGETS, WEIGHTS, lse, **start), logits),
+        "lse": (
+            lambda x: illada.masked_cross_entropy_shard_grad(logits, TARGETS, WEIGHTS, x, inplace=True, **start),
+            lse,
+        ),
+    }[half]
+    with pytest.raises(NotImplementedError, match=NO_TANGENT):
+        torch.func.jvp(function, (x,), (torch.ones_like(x),))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=NO_TANGENT):
+        function(forward_ad.make_dual(x, torch.ones_like(x)))
 
 
 @pytest.mark.parametrize("op", OPS)

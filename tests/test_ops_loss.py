@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import illada
-from illada.ops import reference
+from illada.ops import raw, reference
 from illada.testing import assert_close_like, relative_error
 
 CASES = [  # T, C, V, share of masked rows, spread of the logits: what the row is for
@@ -346,3 +346,15 @@ def test_errors(generator):
             call()
     weights[3] = 0  # now nobody asks for that target
     assert linear(hidden, weight, bad, weights).isfinite()
+
+
+def test_the_raw_backward_takes_lse_in_two_parts(generator):
+    """An lse [N], which the backward once took, has half of the numbers that are read."""
+    logits, targets, weights = torch.randn(3, 8, generator=generator), torch.zeros(3, dtype=torch.int64), torch.ones(3)
+    for lse_parts, error, message in [
+        (torch.zeros(3), ValueError, r"lse_parts must have shape \[3, 2\], got \[3\]"),
+        (torch.zeros(2, 2), ValueError, r"lse_parts must have shape \[3, 2\], got \[2, 2\]"),
+        (torch.zeros(3, 2, dtype=torch.bfloat16), TypeError, "lse_parts must be float32, got bfloat16"),
+    ]:
+        with pytest.raises(error, match=f"^raw.masked_cross_entropy_backward: {message}"):
+            raw.masked_cross_entropy_backward(torch.empty_like(logits), logits, targets, weights, lse_parts)

@@ -357,14 +357,14 @@ def test_wrong_raw_calls(device):
         assert (outputs["nll"] == -7).all() and (outputs["lse"] == -7).all() and not logits.any(), message
     lse, lse_parts, grad = outputs["lse"], outputs["lse_parts"], torch.empty_like(logits)
     for message, arguments, keywords in [
-        ("lse_parts must not be null", (grad, logits, targets, weights, lse_parts[:0]), {}),
+        (r"lse_parts must have shape \[4, 2\], got \[4\]", (grad, logits, targets, weights, lse), {}),
         ("grad must not be null", (grad[:0], logits, targets, weights, lse_parts), {}),
         ("dlse must be device memory", (grad, logits, targets, weights, lse_parts), {"dlse": lse.cpu()}),
         ("dloss must be device memory", (grad, logits, targets, weights, lse_parts), {"dloss": lse.cpu()[0]}),
-        ("grad overlaps logits", (logits[1:], logits[:3], targets, weights, lse_parts), {}),
+        ("grad overlaps logits", (logits[1:], logits[:3], targets, weights, lse_parts[:3]), {}),
         (
             "grad overlaps lse_parts",
-            (lse_parts[:2].view(1, 4), weights.view(1, 4), targets[:1], weights[:1], lse_parts),
+            (lse_parts[:2].view(1, 4), weights.view(1, 4), targets[:1], weights[:1], lse_parts[:1]),
             {},
         ),
     ]:

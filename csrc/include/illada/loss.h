@@ -21,7 +21,8 @@ namespace illada::loss {
 //
 // A shard of the vocabulary has vocab_start > 0 or ids after its own: ask it for lse_parts and target_logit, not for
 // nll; log sum exp of the shards' lse is the row's, the sum of their target_logit the target's, and the backward of
-// each shard with the row's lse_parts (any two numbers whose sum is the lse) gives its part of the gradient.
+// each shard with the row's lse_parts gives its part of the gradient. Their sum is the row's lse: the first is at or
+// near the row's maximum, the second the small logarithm of the sum relative to it. CUDA takes exponentials of both.
 struct MaskedCrossEntropyParams {
   const void* logits = nullptr;  // [num_rows, vocab_size], dtype
   int64_t logits_row_stride = 0;

@@ -159,6 +159,23 @@ def _setup_context(ctx, inputs, output):
     ctx.overwritten = False
 
 
+def _saved_through_hooks(ctx) -> bool:
+    """Have saved-tensor hooks (non-reentrant checkpointing, save_on_cpu) kept the logits, or can that not be known?
+
+    Autograd compares no versions of such tensors, so that nobody would see that another op needs them. A saved tensor
+    takes hooks once: it refuses ours where it has some. So ask after the last look at ctx.saved_tensors.
+    """
+    try:
+        ctx._raw_saved_tensors[0].register_hooks(_itself, _itself)
+    except (AttributeError, RuntimeError):
+        return True
+    return False
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 def _backward(ctx, dloss, _nll, dlse, _lse_parts):
     if dloss is None and dlse is None:
         return (None,) * 6
@@ -178,6 +195,8 @@ def _backward(ctx, dloss, _nll, dlse, _lse_parts):
             "masked_cross_entropy: inplace_backward=True has no second derivative; do without create_graph=True"
         )
     lib.refuse_tangents("masked_ce_bwd_", dloss, dlse)
+    if _saved_through_hooks(ctx):
+        return torch.ops.illada.masked_ce_bwd(logits, *arguments), *(None,) * 5
     ctx.overwritten = True
     grad = logits.detach()
     torch.ops.illada.masked_ce_bwd_(grad, *arguments)
@@ -281,7 +300,8 @@ def masked_cross_entropy(
             gradient, so that a z-loss costs nothing more: loss + 1e-4 * (lse**2).sum().
         inplace_backward: the backward writes the gradient over the logits instead of into new memory. Nobody may use
             the logits after it, and it runs once: autograd raises where an op keeps them for its own backward, as the
-            tanh, exp or softmax that made them do. Their rows must not overlap. Ignored under torch.compile.
+            tanh, exp or softmax that made them do. Their rows must not overlap. Ignored under torch.compile, and
+            where saved-tensor hooks keep the logits (checkpoint with use_reentrant=False, save_on_cpu).
 
     Returns:
         loss, a float32 scalar; with `return_nll` and `return_lse` a tuple (loss, nll, lse) of what was asked for. The

@@ -1,10 +1,11 @@
 """Out-parameter calls without the dispatcher: the kernels as they are, for benchmarks and for graphs that own their
 buffers.
 
-Nothing is allocated, checked for shape or moved. Tensors are contiguous (logits, hidden and weight: in their last
-dimension), of the dtypes that `illada.ops` documents, and on one device; the native side refuses null and host
-pointers, wrong devices and overlapping outputs. What is written to gets a new version, so that autograd knows. CUDA
-calls go to the current stream and are safe in graph capture after one call outside of it.
+Nothing is allocated or moved. No shape is checked but that of `lse_parts` in the backward of the cross-entropy. Tensors
+are contiguous (logits, hidden and weight: in their last dimension), of the dtypes that `illada.ops` documents, and on
+one device; the native side refuses null and host pointers, wrong devices and overlapping outputs. What is written to
+gets a new version, so that autograd knows. CUDA calls go to the current stream and are safe in graph capture after one
+call outside of it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from illada._native import native
-from illada.ops._library import add_product, address, stream, written
+from illada.ops._library import add_product, address, check_dtype, check_shape, stream, written
 from illada.ops.types import RemaskStatus, TokenSample
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # illada::DType
@@ -230,9 +231,12 @@ def masked_cross_entropy_backward(
 ) -> None:
     """The gradient of the logits into `grad` [N, V], which may be the logits, from the lse_parts of an earlier call.
 
-    dloss: float32 scalar that multiplies, or None: 1; dlse: float32 [N], or None: 0. Others as in
-    `masked_cross_entropy` of this module.
+    lse_parts: float32 [N, 2], not the lse [N]; dloss: float32 scalar that multiplies, or None: 1; dlse: float32 [N], or
+    None: 0. Others as in `masked_cross_entropy` of this module. Another shape or dtype of lse_parts is an error.
     """
+    op = "raw.masked_cross_entropy_backward"
+    check_shape(op, "lse_parts", lse_parts, (logits.shape[0], 2))  # an lse [N] would be read beyond its end
+    check_dtype(op, "lse_parts", lse_parts, (torch.float32,))
     native().masked_cross_entropy_backward(
         _cross_entropy_arguments(logits, targets, token_weights, rows, normalizer, scale, vocab_start),
         *(address(lse_parts), address(dlse), address(dloss), address(grad), grad.stride(0)),

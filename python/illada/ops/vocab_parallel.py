@@ -22,6 +22,7 @@ _CHUNK_ROWS_CPU, _CHUNK_ROWS_CUDA = 256, 4096
 
 
 def _check_shard(op: str, logits: Tensor, targets: Tensor, token_weights: Tensor, vocab_start: int) -> None:
+    lib.refuse_tangents(op, logits, token_weights)  # before the logits are detached, from their tangent too
     check_logits(op, logits)
     lib.check_same_device(op, ("logits", logits), ("targets", targets), ("token_weights", token_weights))
     check_targets(op, logits.shape[0], None, targets, token_weights, None)
@@ -39,8 +40,8 @@ def masked_cross_entropy_shard(
         targets, token_weights: int64 or int32 [T], float32 [T]; the targets count in the whole vocabulary.
 
     Returns:
-        lse: log sum exp over the shard, nats; in float64, because it is subtracted from logits. target_logit: the
-        target's logit, 0 where it is in another shard.
+        lse, float64 [T]: log sum exp over the shard, nats; not float32, because it is subtracted from logits as large.
+        target_logit, float32 [T]: the target's logit, 0 where it is in another shard.
         Both 0 where the weight is 0; such rows are not read.
     """
     _check_shard("masked_cross_entropy_shard", logits, targets, token_weights, vocab_start)
@@ -72,6 +73,7 @@ def masked_cross_entropy_shard_grad(
     """
     op = "masked_cross_entropy_shard_grad"
     _check_shard(op, logits, targets, token_weights, vocab_start)
+    lib.refuse_tangents(op, lse, dloss, dlse)
     lib.check_shape(op, "lse", lse, tuple(token_weights.shape))
     lib.check_dtype(op, "lse", lse, (torch.float64, torch.float32))
     for name, tensor, shape in (("dloss", dloss, ()), ("dlse", dlse, tuple(lse.shape))):
