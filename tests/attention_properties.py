@@ -74,7 +74,7 @@ def _bounds(q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, dtype: torch.dtype) 
     blur = SCORE_ERRORS * eps32 * (q @ k.mT) * scale
     blur = blur + blur.amax(-1, keepdim=True)  # of a score less the largest
     above = torch.minimum((log_p + blur).clamp(max=0).exp() - p, 1 - p)
-    below = torch.minimum(above.sum(-1, keepdim=True) - above, p)
+    below = torch.minimum(p - (log_p - blur).exp(), above.sum(-1, keepdim=True) - above)
     e = torch.maximum(above, below) + ROUNDINGS * eps * p + least(dtype)
     e_out = e @ v
     e_c = (e * dp).sum(-1, keepdim=True) + eps * (d_out * out).sum(-1, keepdim=True)
