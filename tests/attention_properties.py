@@ -1,8 +1,8 @@
 """Attention on values that break kernels, for the tests of every device: what is expected, and how near.
 
 A pack has a sequence for each kind of `adversarial`, and rows of no sequence at its end, which hold NaN. The kind is a
-rule for a row of scores: it stands in one column of the keys, against a column of the queries that is 1 in every other
-head and 2^13 in the rest, so that scores reach far beyond what the dtype holds.
+rule for a row of scores: it stands in one column of the keys, against a column of the queries that is 1 for the first
+key-value head and 2^13 for the second, so that scores reach far beyond what the dtype holds.
 """
 
 from __future__ import annotations
@@ -18,6 +18,10 @@ from illada.ops import reference
 HEADS, KV_HEADS, REST = 4, 2, 9
 LARGE = 2.0**13
 MOST = 2.0**90  # of a key: products of scores and gradients stay within float32
+SCORE_ERRORS = 8  # of a score, in eps of float32 of the sum of its products' sizes: tensor cores truncate every sum
+ROUNDINGS = 2  # of a probability, in eps of the dtype
+MOST_OF_SUM = 2.0**-5  # how far from 1 the sum of probabilities may be that rounded scores and lse give
+LEAST = 2.0**-100  # of the exponential functions
 NAMES = ("out", "lse", "dq", "dk", "dv")
 
 
@@ -27,7 +31,7 @@ def make(
     """(q, k, v), their lengths, and the gradient of out."""
     sizes = [(queries * len(kinds) + REST, HEADS), *[(keys * len(kinds) + REST, KV_HEADS)] * 2]
     q, k, v = (0.5 * torch.randn(*size, dim, generator=generator) for size in sizes)
-    q[:, ::2, 0], q[:, 1::2, 0] = 1, LARGE
+    q[:, : HEADS // 2, 0], q[:, HEADS // 2 :, 0] = 1, LARGE
     for n, kind in enumerate(kinds):
         column = values(kind, (KV_HEADS, keys), dtype, generator).float()
         column = torch.where(column.isfinite(), column.clamp(-MOST, MOST), column)
@@ -49,6 +53,43 @@ def run(attention: Callable, tensors: Sequence[Tensor], lengths: dict[str, Tenso
     return out, lse, *grads
 
 
+def _bounds(q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """How far each element of a sequence's (out, lse, dq, dk, dv) may be from float64, without its own rounding.
+
+    Errors of scores, eps of float32 times their size, make an interval for each probability. The errors of the results
+    follow from it. An interval is [0, 1] where the errors decide which score is the largest.
+    """
+    eps, eps32, group, scale = (
+        torch.finfo(dtype).eps,
+        torch.finfo(torch.float32).eps,
+        HEADS // KV_HEADS,
+        q.shape[2] ** -0.5,
+    )
+    q, d_out = q.transpose(0, 1), d_out.transpose(0, 1)
+    k, v = (x.repeat_interleave(group, dim=1).transpose(0, 1) for x in (k, v))
+    scores, dp = q @ k.mT * scale, d_out @ v.mT
+    p, log_p = scores.softmax(-1), scores.log_softmax(-1)
+    slope, out = (dp - (p * dp).sum(-1, keepdim=True) + 0.5).abs(), (p @ v).abs()  # ds is p * slope
+    q, k, v, dp, d_out = (x.abs().nan_to_num(0, 0, 0) for x in (q, k, v, dp, d_out))
+    blur = SCORE_ERRORS * eps32 * (q @ k.mT) * scale
+    blur = blur + blur.amax(-1, keepdim=True)  # of a score less the largest
+    above = torch.minimum((log_p + blur).clamp(max=0).exp() - p, 1 - p)
+    below = torch.minimum(p - (log_p - blur).exp(), above.sum(-1, keepdim=True) - above)
+    e = torch.maximum(above, below) + ROUNDINGS * eps * p + least(dtype)
+    e_out = e @ v
+    e_c = (e * dp).sum(-1, keepdim=True) + eps * (d_out * out).sum(-1, keepdim=True)
+    e = e + p * blur.amax(-1, keepdim=True).clamp(max=MOST_OF_SUM)  # the backward relies on lse for a sum of 1
+    e_ds = (e + eps * p) * slope + (p + e) * (e_c + SCORE_ERRORS * eps32 * (d_out @ v.mT)) + least(dtype)
+    dk, dv = (x.unflatten(0, (KV_HEADS, group)).sum(1) for x in (e_ds.mT @ q * scale, e.mT @ d_out))
+    e_lse = blur.amax(-1) + (1e-6 if dtype == torch.float32 else 1e-4)  # of 16 bits: approximate exponentials
+    return e_out.transpose(0, 1), e_lse, (e_ds @ k).transpose(0, 1) * scale, dk.transpose(0, 1), dv.transpose(0, 1)
+
+
+def least(dtype: torch.dtype) -> float:
+    """What may become 0: half of the least number, or denormal numbers where they are treated as 0."""
+    return 2.0**-24 if dtype == torch.float16 else LEAST
+
+
 def check(
     got: Sequence[Tensor],
     tensors: Sequence[Tensor],
@@ -61,34 +102,23 @@ def check(
 
     The gradients of keys and values of the kinds `without_keys` are not looked at.
     """
-    exact = [x.double() for x in tensors]
+    exact, dtype = [x.double() for x in tensors], tensors[0].dtype
     want = run(reference.varlen_attention, exact, lengths, torch.nan_to_num(d_out))
-    eps, scale = torch.finfo(tensors[0].dtype).eps, tensors[0].shape[2] ** -0.5
-    group = HEADS // KV_HEADS
     starts, starts_k = lengths["cu_seqlens"].tolist(), lengths["cu_seqlens_k"].tolist()
     for n, kind in enumerate(kinds):
         rows, keys = slice(starts[n], starts[n + 1]), slice(starts_k[n], starts_k[n + 1])
-        q, k, v = (x[part].abs().nan_to_num(0, 0, 0) for x, part in zip(exact, (rows, keys, keys), strict=True))
-        k_of_heads, v_most = k.repeat_interleave(group, dim=1), v.amax()
-        size = torch.einsum("ihd,jhd->ihj", q, k_of_heads).amax(-1) * scale  # of the scores, [rows, H]
-        blur = 16 * torch.finfo(torch.float32).eps * size  # of their logarithms
-        error = (4 * eps + 2 * blur.clamp(max=1)).unsqueeze(-1)  # of probabilities
-        per_row = d_out[rows].double().abs().sum(-1) * v_most + 1  # of ds, over its probability
-        per_score = (error.squeeze(-1) * per_row).sum(0).amax()
-        tolerances = (
-            error * v_most,
-            (blur + 1e-4).T,  # exponentials of 16-bit kernels
-            error * per_row.unsqueeze(-1) * k.amax() * scale * len(k) + eps,
-            2 * per_score * q.amax() * scale + eps,
-            2 * (error * d_out[rows].double().abs()).sum(0).amax() + eps,
-        )
-        for name, g, w, tolerance in zip(NAMES, got, want, tolerances, strict=True):
+        parts = [x[part] for x, part in zip(exact, (rows, keys, keys), strict=True)]
+        bounds = _bounds(*parts, d_out[rows].double(), dtype)
+        for name, g, w, bound in zip(NAMES, got, want, bounds, strict=True):
             part = keys if name in ("dk", "dv") else rows
             if part is keys and kind in without_keys:
                 continue
             g, w = (x[:, part] if name == "lse" else x[part] for x in (g.detach().cpu().double(), w))
-            allowed = torch.as_tensor(tolerance).expand_as(w)
-            right = torch.where(w.isfinite(), (g - w).abs() <= allowed, ~g.isfinite())
+            own = torch.float32 if name == "lse" else dtype
+            allowed = bound + torch.finfo(own).eps * (w.abs() + bound) + least(own)
+            most = torch.finfo(own).max  # what is larger has become inf
+            near = (g.clamp(-most, most) - w.clamp(-most, most)).abs() <= allowed
+            right = torch.where(w.isfinite(), near, ~g.isfinite())
             if w.isfinite().all() or not w.isnan().any() or name == "out":
                 right &= (w.isnan() == g.isnan()) | (name == "lse")
             if not bool(right.all()):

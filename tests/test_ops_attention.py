@@ -96,6 +96,18 @@ def test_rows_of_no_sequence(lengths, dtype, generator):
         assert g.shape == w.shape and torch.equal(g[..., owned:].isneginf(), w[..., owned:].isneginf())
 
 
+@pytest.mark.parametrize("score", [-torch.inf, -1e4])
+@pytest.mark.parametrize("first, last", [(0, 1), (63, 64), (99, 100), (0, 64), (1, 100)])
+def test_keys_far_below_have_no_part(first, last, score):
+    """Not in a block of 64 keys, nor as a block before that with the largest score: 2^-126 of 3e38 is 3.5."""
+    q, k, v = torch.ones(1, 1, 8), torch.zeros(100, 1, 8), torch.ones(100, 1, 8)
+    k[first:last, :, 0], v[first:last] = score, 3e38 / 100
+    lengths = {"cu_seqlens": cumulative([1]), "cu_seqlens_k": cumulative([100])}
+    out, lse = illada.varlen_attention(q, k, v, **lengths, softmax_scale=1.0, return_lse=True)
+    torch.testing.assert_close(out, torch.ones_like(out), rtol=1e-6, atol=0)
+    torch.testing.assert_close(lse, torch.tensor([[100.0 - (last - first)]]).log())
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_large_gradient_of_lse(dtype, generator):
     q, k, v, cu = make([70, 9], 4, 2, 64, dtype, generator)

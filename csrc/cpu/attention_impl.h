@@ -52,6 +52,9 @@ inline void many_at_a_time(int count, F&& f) {
   for (; i < count; ++i) f(Int<1>{}, i);
 }
 
+// 0 below 2^-126, where exp2 stays: of a score of -inf nothing may be left, which would count beside large values.
+inline VecF exp2_or_0(VecF x) { return x < -126.0f ? VecF{} : exp2(x); }
+
 template <int kVectors, typename T>
 void attend_rows(const AttentionTile& a) {
   constexpr int kTile = kVectors * kLanes, kSums = 2 * kVectors <= kMostVectors ? 8 : 4;
@@ -95,14 +98,14 @@ void attend_rows(const AttentionTile& a) {
         }
     });
     for (int i = 0; i < kVectors; ++i) {
-      shrink[i] = exp2((reference[i] - top[i]) * float(kLog2e));
+      shrink[i] = exp2_or_0((reference[i] - top[i]) * float(kLog2e));
       sum[i] *= shrink[i];
       reference[i] = top[i];
     }
     for (int key = 0; key < count; ++key)
       for (int i = 0; i < kVectors; ++i) {
         float* const at = scores + key * kTile + i * kLanes;
-        const VecF p = exp2((load(at) - top[i]) * float(kLog2e));
+        const VecF p = exp2_or_0((load(at) - top[i]) * float(kLog2e));
         store(at, p);
         sum[i] += p;
       }
@@ -124,8 +127,7 @@ void attend_rows(const AttentionTile& a) {
     for (int i = 0; i < count; ++i) {
       const int64_t token = token_of(first + i), head = head_of(first + i);
       to[i] = static_cast<T*>(a.out) + (token * a.num_heads + head) * dim;
-      // The largest score adds 1. Less is of scores of -inf alone, whose exponentials are not quite 0.
-      const float total = row_sum[first + i] < 1.0f ? 0.0f : row_sum[first + i];
+      const float total = row_sum[first + i];  // 0 where all scores are -inf
       inverse[i] = a.keys == 0 ? 0.0f : total == 0.0f ? kNaN : 1.0f / total;
       a.lse[head * a.total_q + token] = float(double(reference[first / kLanes][i]) + std::log(total));
     }

@@ -31,7 +31,8 @@ class Plan:
 
     def __init__(self, work, capacity):
         rows = work.cpu()
-        forward, backward, sequences, self.flags = rows[0].tolist()
+        forward, backward, sequences, flags = rows[0].tolist()
+        self.has_idle_keys = bool(flags & 0xFFFF)
         self.sequences = rows[len(rows) - sequences :].tolist()
         first = 1 + 2 * capacity
         self.forward = [Item(*x) for x in rows[1 : 1 + 2 * forward].reshape(-1, 8).tolist()]
@@ -112,6 +113,54 @@ def test_every_query_and_key_once(heads, kv_heads, dim, device):
     plan = make(lengths, device, heads=heads, kv_heads=kv_heads, dim=dim)
     check(plan, cut(lengths, lengths), kv_heads)
     check_backward(plan, cut(lengths, lengths), kv_heads)
+
+
+@pytest.mark.parametrize("lengths", [[300, 0, 65], [0], []])
+@pytest.mark.parametrize("heads, kv_heads", [(2, 2), (8, 2), (7, 1)])
+@pytest.mark.parametrize("rest", [1, 200])
+def test_queries_behind_the_last_sequence(rest, heads, kv_heads, lengths, device):
+    """They are a part of their own, without keys: behind all that has keys, in no tile of keys, and no sequence."""
+    owned = sum(lengths)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int().to(device)
+    sizes = {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": 64, "total_q": owned + rest}
+    room = capacity(owned + rest, len(lengths), heads, kv_heads)
+    plan = Plan(illada.attention_plan(cu_seqlens, **sizes).work, room)
+    sequences = cut(lengths, lengths)
+    assert len(plan.sequences) == len(lengths)
+    plan.sequences.append([owned, owned + rest, 0, 0])  # what `check` expects of a part
+    check(plan, [*sequences, (owned, rest, 0, 0)], kv_heads)
+    check_backward(plan, sequences, kv_heads)
+    behind = [item for item in plan.forward if item.q_start >= owned]
+    assert behind == plan.forward[len(plan.forward) - len(behind) :] and all(item.pieces == 1 for item in behind)
+    assert len(plan.forward) <= room and plan.has_idle_keys  # the keys of the same tokens
+
+
+@pytest.mark.parametrize("sequences", [1, 10])
+def test_queries_behind_split_sequences(sequences, device):
+    """There is room for them beside the pieces of split keys, and they are no pieces."""
+    rest, keys = 300, [9000, *[8] * (sequences - 1)]
+    lengths, starts_k = [32] * sequences, [0, *itertools.accumulate(keys)]
+    cu_seqlens, cu_seqlens_k = (torch.tensor(x).int().to(device) for x in (range(0, 32 * sequences + 1, 32), starts_k))
+    total, heads, kv_heads = 32 * sequences + rest, 32, 8
+    work = illada.attention_plan(
+        cu_seqlens, cu_seqlens_k=cu_seqlens_k, num_heads=heads, num_kv_heads=kv_heads, head_dim=64, total_q=total
+    ).work
+    plan = Plan(work, capacity(total, sequences, heads, kv_heads))
+    assert any(item.pieces > 1 for item in plan.forward)
+    plan.sequences.append([32 * sequences, total, 0, 0])
+    check(plan, [*cut(lengths, keys), (32 * sequences, rest, 0, 0)], kv_heads)
+
+
+def test_idle_keys(device):
+    """Whether there are keys that no sequence uses, whose gradients somebody must write."""
+    for lengths, starts, used, idle in (
+        ([5, 40], [0, 100, 300], [100, 200], False),
+        ([5, 40], [0, 100, 300], [100, 199], True),
+        ([5, 40], [1, 100, 300], [99, 200], True),
+        ([0, 40], [0, 100, 300], [100, 200], False),
+    ):
+        assert make(lengths, device, cu_seqlens_k=starts, seqused_k=used).has_idle_keys == idle
+    assert not make([5, 0, 40], device).has_idle_keys
 
 
 def test_slots_that_start_anywhere_and_are_partly_used(device):

@@ -47,6 +47,7 @@ def same_on_both(call, device, *arguments, rtol=1e-2, **keywords):
 PACKS = [  # sequences, queries, keys; the queries are the first sequence's, the keys the last one's
     *((0, 0, keys) for keys in (0, 1, 64, 127, 128, MOST_TOKENS)),
     *((s, q, k) for s in (1, 3) for q, k in ((0, 0), (0, 5), (0, MOST_TOKENS), (5, 0), (70, 0))),
+    *((0, q, k) for q in (5, MOST_TOKENS) for k in (0, 7, MOST_TOKENS)),  # queries of no sequence
     (1, 5, 7),
     (3, 5, 7),
 ]

@@ -49,6 +49,27 @@ def test_one_huge_key(dim, dtype, value, device):
 
 
 @pytest.mark.usefixtures("_way")
+@pytest.mark.parametrize("heads, kv_heads", [(2, 2), (4, 1), (7, 1)])
+@pytest.mark.parametrize("lengths", [[70, 0, 33], []])
+def test_rows_of_no_sequence(lengths, heads, kv_heads, device, generator):
+    """As without them, and zeros behind, for groups of any size, whatever the rows hold."""
+    owned, rest = sum(lengths), 150
+    sizes = (heads, kv_heads, kv_heads, heads)
+    tensors = [torch.randn(owned + rest, n, 64, generator=generator).bfloat16() for n in sizes]
+    for x in tensors:
+        x[owned:] = torch.nan
+    q, k, v, d_out = (x.to(device) for x in tensors)
+    starts = {"cu_seqlens": torch.tensor([0, *lengths]).cumsum(0).int().to(device)}
+    fill_with_nan(device)
+    got = run(illada.varlen_attention, (q, k, v), starts, d_out)
+    want = run(illada.varlen_attention, [x[:owned] for x in (q, k, v)], starts, d_out[:owned])
+    for name, g, w in zip(("out", "lse", "dq", "dk", "dv"), got, want, strict=True):
+        g, w = (x.detach().cpu().T if name == "lse" else x.detach().cpu() for x in (g, w))
+        torch.testing.assert_close(g[:owned].float(), w.float(), rtol=2e-2, atol=2e-2)
+        assert (g[owned:] == (-torch.inf if name == "lse" else 0)).all(), name
+
+
+@pytest.mark.usefixtures("_way")
 @pytest.mark.parametrize("dim", [64, 128])
 def test_graph_with_fewer_tokens(dim, device, generator):
     """Rows that a replay's lengths leave out lose what the replay before left there."""

@@ -124,7 +124,9 @@ def _torch_is_right(lse: Tensor) -> bool:
     """Whether torch's kernels give what the formula gives, from the lse of a sequence.
 
     Of scores that are -inf or +inf they make 0 in some dtypes and sizes, where there is no softmax; lse is then NaN,
-    infinite or 0. And gradients rely on lse for probabilities whose sum is 1: once its last bit is large, they are not.
+    infinite or 0. An lse that is right may be exactly 0 as well: its sequence takes the plain way, and its quadratic
+    memory, in vain. And gradients rely on lse for probabilities whose sum is 1: once its last bit is large, the sum is
+    another.
     """
     return bool(((lse != 0) & (lse.abs() < 2**14)).all())
 
