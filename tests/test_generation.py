@@ -57,7 +57,10 @@ def test_published_loops(model, mode, length, block, steps, rule):
 def test_published_options(model, mode, length, block, steps, options):
     config = GenerationConfig(mode=mode, gen_length=length, block_length=block, steps=steps, **options)
     equals_the_oracle(model, config)
-    plain = dataclasses.replace(config, cfg_scale=0.0, forbid_tokens=(), delay_tokens=(), end_think_boost=0.0)
+    plain = dataclasses.replace(
+        config, cfg_scale=0.0, forbid_tokens=(), delay_tokens=(), end_think_boost=0.0,
+        end_think_power=GenerationConfig.end_think_power,
+    )  # fmt: skip
     changed = [
         a.tokens != b.tokens
         for a, b in zip(generate(model, WITH_TEXT, config), generate(model, WITH_TEXT, plain), strict=True)
