@@ -58,13 +58,13 @@ def make_calls(device) -> dict[str, dict]:
     size = raw.sample_tokens_workspace(rows, vocab, logits.device)
     calls = {"sample_tokens": {"out": sample(), "logits": logits, **per_row, "workspace": bytes_of(size)}}
     size = raw.masked_cross_entropy_workspace(rows, vocab, logits.device)
-    results = {name: floats(rows) for name in ("nll", "lse", "target_logit")}
+    results = {name: floats(rows) for name in ("nll", "lse", "target_logit")} | {"lse_parts": floats(rows, 2)}
     calls["masked_cross_entropy"] = {
         "logits": logits, **tokens, **results, "grad": floats(rows, vocab), "normalizer": floats(),
         "workspace": bytes_of(size),
     }  # fmt: skip
     calls["masked_cross_entropy_backward"] = {
-        "grad": floats(rows, vocab), "logits": logits, **tokens, "lse": floats(rows), "dloss": floats(),
+        "grad": floats(rows, vocab), "logits": logits, **tokens, "lse_parts": floats(rows, 2), "dloss": floats(),
         "dlse": floats(rows), "normalizer": floats(),
     }  # fmt: skip
     calls["weighted_sum"] = {
