@@ -15,7 +15,7 @@ import illada
 from illada.ops import raw, reference
 from illada.ops.types import RemaskStatus, TokenSample
 
-GREEDY, NOISY = 0.0, 0.7
+TEMPERATURES = (0.0, 0.7)
 LOSSES = ("plain", "in place", "z-loss", "raw", "shards")
 EPS = torch.finfo(torch.float32).eps
 

@@ -1,17 +1,8 @@
 """Every op but attention on values that break kernels, in every dtype, against float64 (../properties.py)."""
 
+import properties
 import pytest
 import torch
-from properties import (
-    GREEDY,
-    LOSSES,
-    NOISY,
-    check_linear_loss,
-    check_linear_sampler,
-    check_loss,
-    check_remask,
-    check_sampler,
-)
 
 import illada
 
@@ -19,31 +10,31 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("way", LOSSES)
+@pytest.mark.parametrize("way", properties.LOSSES)
 def test_masked_cross_entropy(way, dtype, device, generator):
-    check_loss(way, dtype, device, generator, vocab=1003)
+    properties.check_loss(way, dtype, device, generator, vocab=1003)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_linear_masked_cross_entropy(dtype, device, generator):
-    check_linear_loss(dtype, device, generator)
+    properties.check_linear_loss(dtype, device, generator)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("temperature", [GREEDY, NOISY])
+@pytest.mark.parametrize("temperature", properties.TEMPERATURES)
 def test_sample_tokens(temperature, dtype, device, generator):
-    check_sampler(temperature, dtype, device, generator, vocab=1003)
+    properties.check_sampler(temperature, dtype, device, generator, vocab=1003)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("temperature", [GREEDY, NOISY])
+@pytest.mark.parametrize("temperature", properties.TEMPERATURES)
 def test_linear_sample_tokens(temperature, dtype, device, generator):
-    check_linear_sampler(temperature, dtype, device, generator)
+    properties.check_linear_sampler(temperature, dtype, device, generator)
 
 
 @pytest.mark.parametrize("tokens", [torch.int64, torch.int32])
 def test_remask(tokens, device, generator):
-    check_remask(tokens, device, generator)
+    properties.check_remask(tokens, device, generator)
 
 
 def test_gradients_in_16_bits_take_factors_that_they_cannot_hold(device, generator):
