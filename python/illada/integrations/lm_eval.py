@@ -17,7 +17,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -42,6 +42,15 @@ if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
 _LOGGER = logging.getLogger(__name__)
+
+
+class _Job(NamedTuple):
+    """A generation to run: the prompt's ids, how, its seed, and how many tokens of the result are wanted."""
+
+    prompt: list[int]
+    config: GenerationConfig
+    seed: int
+    length: int
 
 
 @register_model("illada")
@@ -223,7 +232,7 @@ class IlladaLM(LM):
             key = request_key(ids, stops, vars(config), length)
             occurrences[key] += 1
             seed = int(request_key(self.settings.seed, ids, occurrences[key])[:15], 16)
-            jobs.append((ids, config, stops, seed, length))
+            jobs.append(_Job(ids, config, seed, length))
         self._note(
             f"prompts left the model's {self.max_length} tokens no room for an answer, and lost their beginning",
             shortened,
@@ -274,21 +283,22 @@ class IlladaLM(LM):
     def _text(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=False)
 
-    def _generate(self, jobs: list[tuple[list[int], GenerationConfig, list[str], int, int]]) -> list[str]:
+    def _generate(self, jobs: list[_Job]) -> list[str]:
         size = self.settings.batch_size
-        longest = max(len(ids) + config.gen_length for ids, config, _, _, _ in jobs)
+        longest = max(len(job.prompt) + job.config.gen_length for job in jobs)
         results = generate(
             self.model,
-            [ids for ids, _, _, _, _ in jobs],
-            [config for _, config, _, _, _ in jobs],
-            seed=[seed for _, _, _, seed, _ in jobs],
+            [job.prompt for job in jobs],
+            [job.config for job in jobs],
+            seed=[job.seed for job in jobs],
             tokenizer=self.tokenizer,
             batch_size=max(1, self.settings.max_tokens // longest) if size == "auto" else int(size),
         )
         texts = []
-        for (_, config, stops, _, length), result in zip(jobs, results, strict=True):
-            text = self._text(result.tokens[:length])
-            texts.append(text[: stop_position(text, stops, self._text(config.end_think).strip())])
+        for job, result in zip(jobs, results, strict=True):
+            text = self._text(result.tokens[: job.length])
+            end_think = self._text(job.config.end_think).strip()
+            texts.append(text[: stop_position(text, job.config.stop_strings, end_think)])
         return texts
 
     # -------------------------------------------------------------------------------------------------------- chat
