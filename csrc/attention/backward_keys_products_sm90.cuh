@@ -26,15 +26,21 @@ namespace illada::attention {
 namespace {
 
 // s^T of 64 keys and the kRows rows of a step (columns of this lane: 8 j + lane % 4 * 2 + {0, 1}) becomes p^T, relative
-// to the rows' own sums.
+// to the rows' own sums; of rows from `valid` on, 0: theirs are zeros, next to which a key of -inf makes NaN.
 template <int kRows>
-__device__ __forceinline__ void weigh(float (&s)[kRows / 2], const float (&lse_of_rows)[kRows], float scale, int lane) {
+__device__ __forceinline__ void weigh(const KeysArguments& a, float (&s)[kRows / 2], const float (&offsets)[kRows],
+                                      int valid, int lane) {
+  if (valid < kRows) mask_scores(s, valid);
+  bool far = false;
 #pragma unroll
-  for (int j = 0; j < kRows / 8; ++j) {
-    const float2 lse = *reinterpret_cast<const float2*>(&lse_of_rows[8 * j + lane % 4 * 2]);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) s[4 * j + i] = probability(s[4 * j + i], scale, i % 2 ? lse.y : lse.x);
+  for (int first = 0; first < kRows; first += 64) {
+    const float2 two = *reinterpret_cast<const float2*>(&offsets[first + 2 * lane]);
+    far = far || is_far(two.x) || is_far(two.y);
   }
+  exponentiate(s, a.scale, a.scale_log2, __any_sync(kFullWarp, far), [&](int j) {
+    const float2 two = *reinterpret_cast<const float2*>(&offsets[j / 4 * 8 + lane % 4 * 2]);
+    return j % 2 ? two.y : two.x;
+  });
 }
 
 // p^T and ds^T in 16 bits, as operands, from p^T and dp^T.
@@ -185,8 +191,9 @@ __device__ __forceinline__ void multiply_keys(const KeysArguments& a, KeysShared
     };
     const auto finish_scores = [&] {
       warpgroup_wait<1>(s);
-      weigh<kRows>(s, shared.lse[stage], a.scale, lane);
-      is_last = __shfl_sync(kFullWarp, int(shared.step[stage].is_last), 0) != 0;
+      const KeysStep& now = shared.step[stage];
+      weigh<kRows>(a, s, shared.offset[stage], __shfl_sync(kFullWarp, now.tokens, 0) * a.group, lane);
+      is_last = __shfl_sync(kFullWarp, int(now.is_last), 0) != 0;
       warpgroup_wait<0>(dp);
       shared.v_empty.arrive_if(thread == 0 && is_last);
     };

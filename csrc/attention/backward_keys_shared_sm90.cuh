@@ -27,7 +27,7 @@ struct KeysArguments {
   int32_t skipped;    // elements between the group's heads of one token and the next, (H - H / G) D
   int32_t waste_row;  // of dq_sums: rows that nobody looks at
   uint32_t group_reciprocal;
-  float scale;                               // softmax_scale
+  float scale, scale_log2;                   // softmax_scale, and times log2(e)
   uint64_t rows_hint, keys_hint, sums_hint;  // to the L2 cache
 };
 
@@ -114,7 +114,7 @@ struct KeysShared {
   KeyTile k[2], v;
   RowTile q[kStages], dout[kStages];
   ScoreTile ds[2];
-  alignas(16) float lse[kStages][kRows], c[kStages][kRows];
+  alignas(16) float offset[kStages][kRows], c[kStages][kRows];  // RowStatistics of the rows
   Barrier k_full[2], k_empty[2];              // keys of the item and the item itself are there; one ahead
   Barrier v_full, v_empty;                    // values
   Barrier q_full[kStages];                    // queries and statistics of the rows (TMA, and 32 lanes with cp.async)
@@ -130,7 +130,7 @@ struct KeysShared {
   WorkItem item[2], counted_item;  // of the tiles; of the statistics and reports
   SumsJob job[kJobs];
   KeysStep step[kStages];
-  __device__ __forceinline__ SumsJob* last_jobs() { return reinterpret_cast<SumsJob*>(lse); }  // when all is over
+  __device__ __forceinline__ SumsJob* last_jobs() { return reinterpret_cast<SumsJob*>(offset); }  // when all is over
 };
 
 // By one thread.

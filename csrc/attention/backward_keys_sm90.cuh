@@ -123,6 +123,7 @@ void launch_backward_keys(const BackwardParams& p, const Device& device, const B
   a.waste_row = int32_t(s.total_q * s.num_heads);
   a.group_reciprocal = group_reciprocal(group);
   a.scale = p.softmax_scale;
+  a.scale_log2 = p.softmax_scale * float(M_LOG2E);
   LaunchShape shape;
   shape.grid = dim3(unsigned(std::min<int64_t>(device.sm_count, max_backward_items(s) * method.pieces)));
   shape.block = dim3(Shared::kThreads);

@@ -61,7 +61,7 @@ struct QueriesArguments {
   void* dq;
   int32_t total_q, num_heads, group, block_tokens, parts;  // parts of two blocks to a forward item
   uint32_t group_reciprocal;
-  float scale;                    // softmax_scale
+  float scale, scale_log2;        // softmax_scale, and times log2(e)
   uint64_t rows_hint, keys_hint;  // to the L2 cache
 };
 
@@ -238,8 +238,8 @@ __global__ __launch_bounds__(QueriesShared<kHeadDim>::kThreads, 1) void illada_a
       const auto finish_scores = [&] {
         warpgroup_wait<1>(s);
         if (fresh && valid < kKeys) mask_scores(s, valid);
-#pragma unroll
-        for (int j = 0; j < kKeys / 2; ++j) s[j] = probability(s[j], a.scale, rows[j / 2 % 2].lse);
+        const bool far = __any_sync(kFullWarp, is_far(rows[0].offset) || is_far(rows[1].offset));
+        exponentiate(s, a.scale, a.scale_log2, far, [&](int j) { return rows[j / 2 % 2].offset; });
         is_last = --tiles == 0;
         warpgroup_wait<0>(dp);
         shared.v_empty[stage].arrive_if(thread == 0);
@@ -316,6 +316,7 @@ void launch_backward_queries(const BackwardParams& p, const Device& device, cons
   a.rows_hint = l2_policy_if(hints, L2Policy::EVICT_FIRST);
   a.keys_hint = l2_policy_if(hints, L2Policy::EVICT_LAST);
   a.scale = p.softmax_scale;
+  a.scale_log2 = p.softmax_scale * float(M_LOG2E);
   LaunchShape shape;
   shape.grid = dim3(unsigned(std::min<int64_t>(device.sm_count, max_forward_items(s) * a.parts)));
   shape.block = dim3(Shared::kThreads);

@@ -1,7 +1,8 @@
 // The backward's first and last pass, both one read and one write of memory.
 //
-// First: c = do . out - dlse and lse of each query and head, laid out as the main kernels read them; zeros
-// where sums in fp32 begin, and in the gradients of what has no counterpart. Last: dk and dv, where they are sums.
+// First: c = do . out - dlse and the offset (row_pair.cuh) of each query and head, laid out as the main kernels read
+// them; zeros where sums in fp32 begin, and in the gradients of what has no counterpart. Last: dk and dv, where they
+// are sums.
 //
 // Floor: first T H (4 D + 16) bytes, and 4 T H D more of zeros if fused; last 12 Tk G D.
 #include <cutlass/fast_math.h>
@@ -10,6 +11,7 @@
 #include <cmath>
 
 #include "attention/launch.h"
+#include "attention/row_pair.cuh"
 #include "common/dependent_launch.h"
 #include "common/dtype.cuh"
 #include "common/reduce.cuh"
@@ -78,7 +80,7 @@ __global__ __launch_bounds__(kThreads) void illada_attention_backward_rows_sm80(
       int token, head, kv_head, of_group;
       find(i, token, head);
       a.group(kv_head, of_group, head);
-      a.rows[(int64_t(kv_head) * a.total_q + token) * a.group + of_group] = {lse[i], c - dlse[i]};
+      a.rows[(int64_t(kv_head) * a.total_q + token) * a.group + of_group] = {offset_of(lse[i]), c - dlse[i]};
       if (a.arrivals && of_group == 0) a.arrivals[int64_t(token) * a.num_kv_heads + kv_head] = 0;
     }
     if (a.dq_sums) {

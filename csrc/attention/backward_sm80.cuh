@@ -69,7 +69,7 @@ struct BackwardArguments {
   cutlass::FastDivmod group;
   int32_t own_tokens;               // of a CTA of `queries`
   int32_t walk_tokens, walk_heads;  // Copier::kRows rows further
-  float softmax_scale;
+  float scale, scale_log2;          // softmax_scale, and times log2(e)
 };
 
 // Every Copier::kRows-th row of an item, as it lies in the pack.
@@ -86,13 +86,12 @@ struct RowWalk {
   }
 };
 
-// The next kRows rows (tokens x heads) to a tile, zeros beyond the item's `tokens`.
+// The next kRows rows (tokens x heads) to a tile; beyond the item's `tokens`, those of the last one again.
 template <int kHeadDim>
 __device__ __forceinline__ void copy_row(const Copier<kHeadDim, kThreads>& copier, uint32_t target, const char* source,
                                          int64_t token_bytes, int64_t head_bytes, const RowWalk& at, int tokens) {
   cp_async_16(target + copier.target,
-              source + min(at.token, tokens - 1) * token_bytes + at.head * head_bytes + copier.column,
-              at.token < tokens);
+              source + min(at.token, tokens - 1) * token_bytes + at.head * head_bytes + copier.column, true);
 }
 
 // A warp's own rows as A operands; `tile` has the offset of the lane.
@@ -199,8 +198,9 @@ __global__ __launch_bounds__(kThreads, 2) void illada_attention_backward_keys_sm
     if (thread < kTile) {
       const int row = tile * kTile + int(thread), rows = tokens * a.group;
       const RowStatistics* const first = a.rows + (int64_t(kv_head) * a.total_q + q_start) * a.group;
-      cute::SM80_CP_ASYNC_CACHEALWAYS_ZFILL<RowStatistics>::copy(first[min(row, rows - 1)],
-                                                                 shared.rows[tile & 1][thread], row < rows);
+      RowStatistics& target = shared.rows[tile & 1][thread];
+      row < rows ? cute::SM80_CP_ASYNC_CACHEALWAYS<RowStatistics>::copy(first[row], target)
+                 : void(target = RowStatistics{INFINITY, 0});
     }
   };
 
@@ -223,8 +223,8 @@ __global__ __launch_bounds__(kThreads, 2) void illada_attention_backward_keys_sm
 #pragma unroll
     for (int j = 0; j < kHeadDim / 2; ++j) dk[m][j] = dv[m][j] = 0;
   }
-  // Rows behind the item's last one are zeros with statistics of 0, and keys behind its last one have sums of their
-  // own, which nobody stores: nothing is masked.
+  // Rows behind the item's last one are that one again with probabilities of 0, and keys behind its last one have sums
+  // of their own, which nobody stores: nothing is masked.
   // The number of rows is read anew: there is no register to keep it in.
 #pragma unroll 1
   for (int row = 0; row < item.q_count * a.group; row += 16) {
@@ -241,18 +241,27 @@ __global__ __launch_bounds__(kThreads, 2) void illada_attention_backward_keys_sm
     float s[kBlocks][8], dp[kBlocks][8];
     multiply_pair<T, kHeadDim>(s, dp, k, v, q_rows + at.rows, dout_rows + at.rows);
     uint32_t p[kBlocks][4], ds[kBlocks][4];
+    const auto statistics = [&](int n) {  // of two neighbouring rows
+      return *reinterpret_cast<const float4*>(&shared.rows[stage][row % kTile + 8 * n + thread % 4 * 2]);
+    };
+    bool far = false;
+#pragma unroll
+    for (int n = 0; n < 2; ++n) far = far || is_far(statistics(n).x) || is_far(statistics(n).z);
+    far = __any_sync(kFullWarp, far);
+#pragma unroll
+    for (int m = 0; m < kBlocks; ++m)
+      exponentiate(s[m], a.scale, a.scale_log2, far,
+                   [&](int j) { return j % 2 ? statistics(j / 4).z : statistics(j / 4).x; });
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
-      const float4 two = *reinterpret_cast<const float4*>(&shared.rows[stage][row % kTile + 8 * n + thread % 4 * 2]);
+      const float4 two = statistics(n);
 #pragma unroll
       for (int m = 0; m < kBlocks; ++m) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const float *const score = &s[m][4 * n + 2 * i], *const product = &dp[m][4 * n + 2 * i];
-          const float p0 = probability(score[0], a.softmax_scale, two.x);
-          const float p1 = probability(score[1], a.softmax_scale, two.z);
-          p[m][2 * n + i] = pack2<T>(p0, p1);
-          ds[m][2 * n + i] = pack2<T>(p0 * (product[0] - two.y), p1 * (product[1] - two.w));
+          const float *const x = &s[m][4 * n + 2 * i], *const product = &dp[m][4 * n + 2 * i];
+          p[m][2 * n + i] = pack2<T>(x[0], x[1]);
+          ds[m][2 * n + i] = pack2<T>(x[0] * (product[0] - two.y), x[1] * (product[1] - two.w));
         }
       }
     }
@@ -266,7 +275,7 @@ __global__ __launch_bounds__(kThreads, 2) void illada_attention_backward_keys_sm
     for (int i = 0; i < 2; ++i) {
       const int key = thread / 32 * Tiles::kWarpRows + lane / 4 + m * 16 + i * 8;
       const int64_t place = (int64_t(item.k_start + key) * a.num_kv_heads + item.kv_head) * kHeadDim;
-      store_row<T, kHeadDim>(static_cast<T*>(a.dk) + place, dk[m], i, a.softmax_scale, key < item.k_count, lane);
+      store_row<T, kHeadDim>(static_cast<T*>(a.dk) + place, dk[m], i, a.scale, key < item.k_count, lane);
       store_row<T, kHeadDim>(static_cast<T*>(a.dv) + place, dv[m], i, 1.0f, key < item.k_count, lane);
     }
   }
@@ -328,6 +337,10 @@ __global__ __launch_bounds__(kThreads, kHeadDim == 128 ? 3 : 2) void illada_atte
       statistics[m][i] = row < item.q_count * a.group ? a.rows[first + row] : RowStatistics{0, 0};
     }
   }
+  bool far = false;
+#pragma unroll
+  for (int m = 0; m < kBlocks; ++m) far = far || is_far(statistics[m][0].offset) || is_far(statistics[m][1].offset);
+  far = __any_sync(kFullWarp, far);
   const auto load_tile = [&](int tile) {
     const Copier<kHeadDim, kThreads> copier(ptx::thread_again());
     const uint32_t target = ring + (tile & 1) * Tiles::kStageBytes;
@@ -378,12 +391,11 @@ __global__ __launch_bounds__(kThreads, kHeadDim == 128 ? 3 : 2) void illada_atte
 #pragma unroll
       for (int m = 0; m < kBlocks; ++m) {
         if (left < 16) mask_scores(s[m], left);  // next to very small scores, one of 0 is infinitely large
+        exponentiate(s[m], a.scale, a.scale_log2, far, [&](int j) { return statistics[m][j / 2 % 2].offset; });
 #pragma unroll
         for (int j = 0; j < 8; j += 2) {
-          const RowStatistics& row = statistics[m][j / 2 % 2];
-          const float p0 = probability(s[m][j], a.softmax_scale, row.lse);
-          const float p1 = probability(s[m][j + 1], a.softmax_scale, row.lse);
-          ds[m][j / 2] = pack2<T>(p0 * (dp[m][j] - row.c), p1 * (dp[m][j + 1] - row.c));
+          const float c = statistics[m][j / 2 % 2].c;
+          ds[m][j / 2] = pack2<T>(s[m][j] * (dp[m][j] - c), s[m][j + 1] * (dp[m][j + 1] - c));
         }
       }
       add_product<T, kHeadDim>(dq, ds, k_rows + at.columns);
@@ -397,7 +409,7 @@ __global__ __launch_bounds__(kThreads, kHeadDim == 128 ? 3 : 2) void illada_atte
       int token, head;
       a.group(token, head, row_of(thread, m, i));
       const int64_t row = int64_t(item.q_start + token) * a.num_heads + item.kv_head * a.group + head;
-      store_row<T, kHeadDim>(static_cast<T*>(a.dq) + row * kHeadDim, dq[m], i, a.softmax_scale, token < item.q_count,
+      store_row<T, kHeadDim>(static_cast<T*>(a.dq) + row * kHeadDim, dq[m], i, a.scale, token < item.q_count,
                              thread % 32);
     }
   }
@@ -434,7 +446,8 @@ void launch_backward(const BackwardParams& p, const Device& device, const Tiling
   a.own_tokens = tiling.item_tokens() * Tiles::kOwn / kItemRows;
   a.walk_tokens = Copier<kHeadDim, kThreads>::kRows / a.group;
   a.walk_heads = Copier<kHeadDim, kThreads>::kRows % a.group;
-  a.softmax_scale = p.softmax_scale;
+  a.scale = p.softmax_scale;
+  a.scale_log2 = p.softmax_scale * float(M_LOG2E);
   // Items are sorted by length, so CTAs start in that order and those without one leave at once.
   const auto launch = [&](auto kernel, int64_t items, int item_rows) {
     LaunchShape shape;

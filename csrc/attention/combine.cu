@@ -1,13 +1,16 @@
-// Merges the pieces of tiles whose keys were split: out = sum_i exp(lse_i - lse) out_i, lse = log(sum_i exp(lse_i)).
+// Merges the pieces of tiles whose keys were split: with w_i = exp(scale (reference_i - the largest reference)),
+// out = sum_i w_i values_i / sum_i w_i sum_i.
 //
 // A thread has 8 columns of a row, a CTA some rows of a tile at a time; it goes over the plan's items in steps of the
 // grid and takes those that are the first piece of several. The pieces of a row come in their order, always the same.
 //
-// Floor: bytes = rows x pieces x (D + 1) x 4, which the forward has just left in the L2 cache.
+// Floor: bytes = rows x pieces x (D + 2) x 4, which the forward has just left in the L2 cache.
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 
 #include "attention/launch.h"
+#include "attention/row_pair.cuh"
 #include "common/dependent_launch.h"
 #include "common/dtype.cuh"
 #include "common/ptx.cuh"
@@ -23,6 +26,7 @@ struct CombineArguments {
   void* out;
   float* lse;
   int32_t total_q, num_heads, group, row_chunks;
+  float scale, scale_log2;  // softmax_scale, and times log2(e)
 };
 
 template <typename T, int kHeadDim>
@@ -37,20 +41,20 @@ __global__ __launch_bounds__(kThreads) void illada_attention_combine_sm80(
     const WorkItem item = forward_items(a.plan)[index];
     const int row = (unit - index * a.row_chunks) * kRows + int(threadIdx.x) / kColumns;
     if (item.pieces == 1 || item.piece > 0 || row >= item.q_count * a.group) continue;
-    const float* const lse = a.slots.lse + int64_t(item.first_slot) * a.slots.rows + row;
-    const float* const out = a.slots.out + (int64_t(item.first_slot) * a.slots.rows + row) * kHeadDim + column;
-    float top = -INFINITY;
+    const SlotSum* const sums = a.slots.sums + int64_t(item.first_slot) * a.slots.rows + row;
+    const float* const values = a.slots.values + (int64_t(item.first_slot) * a.slots.rows + row) * kHeadDim + column;
+    float top = -FLT_MAX;  // what a piece of scores of -inf alone has
 #pragma unroll 4
-    for (int i = 0; i < item.pieces; ++i) top = fmaxf(top, lse[int64_t(i) * a.slots.rows]);
-    const float reference = top == -INFINITY ? 0 : top;  // no weights then: a sum of 0
+    for (int i = 0; i < item.pieces; ++i) top = fmaxf(top, sums[int64_t(i) * a.slots.rows].reference);
     float x[8] = {}, sum = 0;
 #pragma unroll 2
     for (int i = 0; i < item.pieces; ++i) {
-      const float weight = ptx::exp2_approx((lse[int64_t(i) * a.slots.rows] - reference) * float(M_LOG2E));
-      const float4* const part = reinterpret_cast<const float4*>(out + int64_t(i) * a.slots.rows * kHeadDim);
+      const SlotSum its = sums[int64_t(i) * a.slots.rows];
+      const float weight = ptx::exp2_approx((its.reference - top) * a.scale_log2);
+      const float4* const part = reinterpret_cast<const float4*>(values + int64_t(i) * a.slots.rows * kHeadDim);
       const float4 low = part[0], high = part[1];
       const float y[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-      sum += weight;
+      sum = fmaf(weight, its.sum, sum);
 #pragma unroll
       for (int j = 0; j < 8; ++j) x[j] = fmaf(weight, y[j], x[j]);
     }
@@ -64,7 +68,7 @@ __global__ __launch_bounds__(kThreads) void illada_attention_combine_sm80(
     words.z = pack2<T>(x[4] * inverse, x[5] * inverse);
     words.w = pack2<T>(x[6] * inverse, x[7] * inverse);
     *reinterpret_cast<uint4*>(static_cast<T*>(a.out) + (token * a.num_heads + head) * kHeadDim + column) = words;
-    if (column == 0) a.lse[int64_t(head) * a.total_q + token] = fmaf(log2f(sum), float(M_LN2), top);
+    if (column == 0) a.lse[int64_t(head) * a.total_q + token] = row_lse(top, sum, a.scale);
   }
 }
 
@@ -77,6 +81,8 @@ void launch(const ForwardParams& p, const Device& device) {
   a.slots = slots_of(p);
   a.out = p.out;
   a.lse = p.lse;
+  a.scale = p.softmax_scale;
+  a.scale_log2 = p.softmax_scale * float(M_LOG2E);
   a.total_q = int32_t(s.total_q);
   a.num_heads = s.num_heads;
   a.group = s.num_heads / s.num_kv_heads;

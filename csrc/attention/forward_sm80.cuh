@@ -312,9 +312,8 @@ __global__ __launch_bounds__(32 * kWarps, 8 / kWarps) void illada_attention_forw
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const float sum = warp_reduce<4>(rows[m].sum[i], [](float x, float y) { return x + y; });
-          // Without keys out is 0. With scores of -inf alone it is NaN; of a piece 0, for the others may have more.
-          const float inverse = sum == 0 && !(whole && item.k_count > 0) ? 0 : 1 / sum;
-          const float lse = row_lse(rows[m].reference[i], sum, a.scale);
+          // Without keys out is 0. With scores of -inf alone it is NaN.
+          const float inverse = item.k_count == 0 ? 0 : 1 / sum, reference = rows[m].reference[i];
           const TileRow row(first_row + m * 16 + i * 8 + lane / 4, a);
           const bool is_real = row.token < item.q_count;
           const int64_t token = item.q_start + row.token;
@@ -322,16 +321,15 @@ __global__ __launch_bounds__(32 * kWarps, 8 / kWarps) void illada_attention_forw
           if (whole) {
             store_row<T, kHeadDim>(static_cast<T*>(a.out) + (token * a.num_heads + head) * kHeadDim, o[m], i, inverse,
                                    is_real, lane);
-            if (is_real && lane % 4 == 0) a.lse[int64_t(head) * a.total_q + token] = lse;
+            if (is_real && lane % 4 == 0) a.lse[int64_t(head) * a.total_q + token] = row_lse(reference, sum, a.scale);
           } else if (is_real) {
             const int64_t slot_row =
                 int64_t(item.first_slot + item.piece) * a.slots.rows + row.token * a.group + row.head;
-            float* out = a.slots.out + slot_row * kHeadDim + lane % 4 * 2;
+            float* values = a.slots.values + slot_row * kHeadDim + lane % 4 * 2;
 #pragma unroll
             for (int j = 0; j < kHeadDim / 8; ++j)
-              *reinterpret_cast<float2*>(out + 8 * j) =
-                  make_float2(o[m][4 * j + 2 * i] * inverse, o[m][4 * j + 2 * i + 1] * inverse);
-            if (lane % 4 == 0) a.slots.lse[slot_row] = lse;
+              *reinterpret_cast<float2*>(values + 8 * j) = make_float2(o[m][4 * j + 2 * i], o[m][4 * j + 2 * i + 1]);
+            if (lane % 4 == 0) a.slots.sums[slot_row] = {reference, sum};
           }
         }
       }

@@ -118,8 +118,7 @@ __device__ __forceinline__ void write_rows(float (&o)[kHeadDim / 2], const Softm
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const float sum = warp_reduce<4>(rows.sum[i], [](float x, float y) { return x + y; });
-    // Of scores of -inf alone out is NaN; of a piece 0, for the others may have more.
-    const float inverse = sum == 0 && !whole ? 0 : 1.0f / sum, lse = row_lse(rows.reference[i], sum, a.scale);
+    const float inverse = whole ? 1.0f / sum : 1.0f;  // of scores of -inf alone out is NaN
     const int token = int((row + 8 * i) * a.group_reciprocal >> 16), head = row + 8 * i - token * a.group;
     if (!Shared::kStagesOut && whole) {
       const int64_t place = int64_t(item.q_start + first_token + token) * a.num_heads + item.kv_head * a.group + head;
@@ -135,15 +134,16 @@ __device__ __forceinline__ void write_rows(float (&o)[kHeadDim / 2], const Softm
     if (token < tokens) {
       if (whole) {
         if (lane % 4 == 0)
-          a.lse[int64_t(item.kv_head * a.group + head) * a.total_q + item.q_start + first_token + token] = lse;
+          a.lse[int64_t(item.kv_head * a.group + head) * a.total_q + item.q_start + first_token + token] =
+              row_lse(rows.reference[i], sum, a.scale);
       } else {
         const int64_t slot_row =
             int64_t(item.first_slot + item.piece) * a.slots.rows + (first_token + token) * a.group + head;
-        float* out = a.slots.out + slot_row * kHeadDim + 2 * (lane % 4);
+        float* values = a.slots.values + slot_row * kHeadDim + 2 * (lane % 4);
 #pragma unroll
         for (int j = 0; j < kHeadDim / 8; ++j)
-          *reinterpret_cast<float2*>(out + 8 * j) = make_float2(o[4 * j + 2 * i], o[4 * j + 2 * i + 1]);
-        if (lane % 4 == 0) a.slots.lse[slot_row] = lse;
+          *reinterpret_cast<float2*>(values + 8 * j) = make_float2(o[4 * j + 2 * i], o[4 * j + 2 * i + 1]);
+        if (lane % 4 == 0) a.slots.sums[slot_row] = {rows.reference[i], sum};
       }
     }
   }

@@ -52,8 +52,8 @@ struct BackwardMethod {
 };
 
 struct alignas(8) RowStatistics {
-  float lse;
-  float c;  // do . out - dlse
+  float offset;  // see offset_of in row_pair.cuh
+  float c;       // do . out - dlse
 };
 
 constexpr int kWasteRows = 128;

@@ -84,16 +84,21 @@ inline int slot_rows(const PackShape& s) {
   return int(std::min<int64_t>(s.total_q, kMostBlocks * block_tokens(s))) * group_of(s);
 }
 
-// The workspace: out fp32 [kSplitSlots, rows, D], then lse fp32 [kSplitSlots, rows], both of what has been
-// normalised over the piece alone. Row r of a slot is token r / (H / G) of the item, head r % (H / G) of the group.
+// The workspace: values fp32 [kSplitSlots, rows, D], then sums [kSplitSlots, rows]: of one piece, sum_j p_j v_j and
+// sum_j p_j with p_j = exp(scale (s_j - reference)). An lse instead of the sum would round what two pieces' scores
+// differ by. Row r of a slot is token r / (H / G) of the item, head r % (H / G) of the group.
+struct alignas(8) SlotSum {
+  float reference, sum;
+};
 struct Slots {
-  float *out, *lse;
+  float* values;
+  SlotSum* sums;
   int32_t rows;
 };
 inline Slots slots_of(const ForwardParams& p) {
-  float* const out = static_cast<float*>(p.workspace);
+  float* const values = static_cast<float*>(p.workspace);
   const int rows = slot_rows(p.shape);
-  return {out, out + int64_t(kSplitSlots) * rows * p.shape.head_dim, rows};
+  return {values, reinterpret_cast<SlotSum*>(values + int64_t(kSplitSlots) * rows * p.shape.head_dim), rows};
 }
 
 ILLADA_HOST_DEVICE const PlanHeader& plan_header(const int32_t* plan) {

@@ -54,7 +54,7 @@ __device__ __forceinline__ void wait_for_tiles(const uint32_t* arrivals, uint32_
 
 // ----------------------------------------------------------------------------------- statistics and reports, by warp 1
 
-// lse and c of the rows, with cp.async. And since this warp sees steps end, it reports what they have added to dq.
+// The statistics of the rows, with cp.async. And since this warp sees steps end, it reports what they have added to dq.
 template <int kHeadDim, QuerySums kSums, bool kOrdered>
 __device__ __forceinline__ void load_statistics(const KeysArguments& a, KeysShared<kHeadDim>& shared) {
   using Shared = KeysShared<kHeadDim>;
@@ -63,7 +63,7 @@ __device__ __forceinline__ void load_statistics(const KeysArguments& a, KeysShar
   constexpr int kFirstDue = kFirstHeld + kHeldBack;  // of those held back
   static_assert(kUnadded == kUnaddedSteps<kSums, Shared>);
   static_assert(kUnadded + kMostDue <= kFirstHeld && kFirstDue + kMostDue <= 32);
-  static_assert(sizeof(SumsJob) * (32 + 1) <= sizeof(Shared::lse));  // last_jobs
+  static_assert(sizeof(SumsJob) * (32 + 1) <= sizeof(Shared::offset));  // last_jobs
   auto state = producer_start<kStages>();
   const int lane = int(threadIdx.x) % 32;
   // Steps whose sums this CTA has not yet reported, one a lane: the last ones, the very last in lane 0, and from lane
@@ -142,7 +142,7 @@ __device__ __forceinline__ void load_statistics(const KeysArguments& a, KeysShar
         const bool valid = row < rows_here;
         const RowStatistics* const from = valid ? source + 32 * block : a.rows;
         using Copy = cute::SM80_CP_ASYNC_CACHEALWAYS_ZFILL<float>;
-        Copy::copy(from->lse, shared.lse[state.index()][row], valid);
+        Copy::copy(from->offset, shared.offset[state.index()][row], valid);
         Copy::copy(from->c, shared.c[state.index()][row], valid);
       }
       shared.q_full[state.index()].arrive_after_cp_async();

@@ -12,14 +12,16 @@ namespace illada::attention {
 // Two rows of scores, four neighbouring lanes to a row: lane l holds s[4 j + 2 i + e] of row i at key
 // 8 j + l % 4 * 2 + e. Base 2. Probabilities are relative to a score that need not be the largest one: it moves only
 // when some row of the warp has outgrown its own by kSlack, which is rare after the first tile, and no lane asks
-// another one until then. 2^kSlack is as exact as 1 in either dtype.
+// another one until then. 2^kSlack is as exact as 1 in either dtype. Far from 0 there is no slack: the largest score is
+// the reference, so that lse is what the backward makes of it.
 //
 // Scores are subtracted before they are scaled: a score that is the reference has probability 1, however large it is.
 // s * scale - reference * scale in one fma would leave the error of the second product, which may be any number of
 // powers of 2. References start at the lowest number: scores of -inf alone have a sum of 0 so, not -inf - -inf.
 struct RowPair {
   static constexpr float kSlack = 8;
-  float reference[2], sum[2];  // of this lane's probabilities
+  static constexpr float kFar = 1 << 16;  // of reference * scale
+  float reference[2], sum[2];             // of this lane's probabilities
 
   __device__ __forceinline__ void reset() {
     reference[0] = reference[1] = -FLT_MAX;
@@ -35,9 +37,16 @@ struct RowPair {
     top[1] = fmaxf(some[2], some[3]);
   }
   // By how much some row would outgrow its reference, in powers of 2: more than kSlack in any lane of the warp, and
-  // the references have to move.
+  // the references have to move. Far from 0 neighbouring numbers are 2^-8 apart at least: any growth is made more than
+  // kSlack.
   __device__ __forceinline__ float growth(const float (&top)[2], float scale_log2) const {
-    return fmaxf(top[0] - reference[0], top[1] - reference[1]) * scale_log2;
+    float growth[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      growth[i] = (top[i] - reference[i]) * scale_log2;
+      if (fabsf(reference[i]) * scale_log2 > kFar) growth[i] *= 1 << 12;
+    }
+    return fmaxf(growth[0], growth[1]);
   }
   // The references move up to the largest score. What came before is to be multiplied by `rescale`.
   __device__ __forceinline__ void move(float (&top)[2], float scale_log2, float (&rescale)[2]) {
@@ -61,15 +70,41 @@ struct RowPair {
   }
 };
 
-// The logarithm of the sum of exp(scale * s), from a sum relative to a score. Of one score alone it is scale * s as the
-// backward rounds it too.
+// The logarithm of the sum of exp(scale * s), from a sum relative to a score. Of one score alone it is scale * s, as
+// the backward rounds it where that is far from 0.
 __device__ __forceinline__ float row_lse(float reference, float sum, float scale) {
   return fmaf(log2f(sum), float(M_LN2), __fmul_rn(reference, scale));
 }
 
-// exp(scale * s - lse), with the product rounded by itself: of scores of any size those that make lse have 1.
-__device__ __forceinline__ float probability(float s, float scale, float lse) {
-  return ptx::exp2_approx((__fmul_rn(s, scale) - lse) * float(M_LOG2E));
+// The backward's probabilities, exp(scale * s - lse). In base 2 the exponent is one fma, s * scale_log2 - lse *
+// log2(e). Both of its products are rounded, which is as exact as 16 bits while lse is no further from 0 than
+// kMostNear: the error of the exponent is 2^-11 then. Rows that are far from 0 round scale * s as `row_lse` did, and
+// subtract before they change the base: scores of any size have 1 if they alone make lse.
+//
+// A row's statistics have its `offset`: lse * log2(e), or of a far row 2 lse, which no near row's can be as large as.
+// lse is below 2^127 so, which scores in fp32 cannot exceed while scale is at most 1/2.
+constexpr float kMostNear = 1 << 12;  // of lse
+
+__device__ __forceinline__ float offset_of(float lse) {
+  return fabsf(lse) <= kMostNear ? lse * float(M_LOG2E) : 2 * lse;
+}
+__device__ __forceinline__ bool is_far(float offset) { return fabsf(offset) > 1.5f * kMostNear; }
+
+// Scores become probabilities; offset(j) is that of s[j]'s row. `far`: may some row be far? The same for a warp.
+template <int kCount, typename Offset>
+__device__ __forceinline__ void exponentiate(float (&s)[kCount], float scale, float scale_log2, bool far,
+                                             const Offset& offset) {
+  if (far) {
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      const bool this_one = is_far(offset(j));
+      const float product = __fmul_rn(s[j], this_one ? 2 * scale : scale_log2) - offset(j);
+      s[j] = ptx::exp2_approx(this_one ? product * float(M_LOG2E / 2) : product);
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) s[j] = ptx::exp2_approx(fmaf(s[j], scale_log2, -offset(j)));
+  }
 }
 
 // Keys from `valid` on do not count.

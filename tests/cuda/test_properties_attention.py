@@ -2,13 +2,19 @@
 
 import pytest
 import torch
-from adversarial import KINDS, MINUS_INFINITY
-from attention_properties import check, make, run
+from adversarial import KINDS, MINUS_INFINITY, assert_near
+from attention_properties import HEADS, NAMES, check, make, run
 
 import illada
+from illada.ops import reference
 
 # Few queries of many keys are split over the keys: whole pieces are -inf.
-SHAPES = {"several tiles": (150, 200, list(KINDS)), "pieces": (2, 700, ["-inf first", "-inf last", "huge", "two +inf"])}
+# Groups of 1, 4 and 7 heads fill the kernels' tiles of rows up in other places.
+SHAPES = {
+    "several tiles": (150, 200, list(KINDS), HEADS),
+    "pieces": (2, 700, ["-inf first", "-inf last", "huge", "two +inf"], HEADS),
+    **{f"groups of {n}": (45, 70, ["normal", "offset 1e6", *MINUS_INFINITY], 2 * n) for n in (1, 4, 7)},
+}
 
 
 @pytest.fixture(params=[False, True], ids=["sums", "twice"])
@@ -28,12 +34,47 @@ def fill_with_nan(device):
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_values(shape, dim, dtype, device, generator):
-    queries, keys, kinds = SHAPES[shape]
-    tensors, lengths, d_out = make(kinds, queries, keys, dim, dtype, generator)
+    queries, keys, kinds, heads = SHAPES[shape]
+    tensors, lengths, d_out = make(kinds, queries, keys, dim, dtype, generator, heads)
     on_device = [x.to(device) for x in tensors], {name: x.to(device) for name, x in lengths.items()}, d_out.to(device)
     fill_with_nan(device)
-    # Rows that fill a tile up are zeros, and 0 * -inf is NaN: keys of -inf have gradients of NaN.
-    check(run(illada.varlen_attention, *on_device), tensors, lengths, d_out, kinds, without_keys=MINUS_INFINITY)
+    check(run(illada.varlen_attention, *on_device), tensors, lengths, d_out, kinds)
+
+
+@pytest.mark.usefixtures("_way")
+@pytest.mark.parametrize("queries, keys", [(7, 70), (3, 1500)], ids=["whole", "pieces"])
+def test_huge_scores_that_tie(queries, keys, device, generator):
+    """Of scores that are the same to the last bit, in any order of sums, every key has the same part."""
+    q, k = torch.zeros(queries, 2, 64), torch.zeros(keys, 2, 64)
+    q[..., 0], k[..., 0] = 2.0**13, 2.0**15
+    v, d_out = torch.randn(keys, 2, 64, generator=generator), torch.randn(queries, 2, 64, generator=generator)
+    leaves = [x.bfloat16() for x in (q, k, v)]
+    lengths = {"cu_seqlens": torch.tensor([0, queries]).int(), "cu_seqlens_k": torch.tensor([0, keys]).int()}
+    on_device = [x.to(device) for x in leaves], {name: x.to(device) for name, x in lengths.items()}, d_out.to(device)
+    got = run(illada.varlen_attention, *on_device, softmax_scale=1.0)
+    want = run(reference.varlen_attention, [x.double() for x in leaves], lengths, d_out.bfloat16(), softmax_scale=1.0)
+    for name, g, w in zip(("out", "lse"), got, want, strict=False):
+        assert_near(g, w, 2.0**-7 * w.abs().amax(), name)
+    # The logarithm of the number of keys has no digits beside such an lse: each key's part is 1 in the backward.
+    assert_near(got[NAMES.index("dv")], d_out.bfloat16().double().sum(0).expand(keys, 2, 64), 2.0**-6, "dv")
+
+
+@pytest.mark.usefixtures("_way")
+@pytest.mark.parametrize("dim", [64, 128])
+def test_the_largest_of_huge_scores_has_1_in_the_backward_too(dim, device):
+    """Scores that grow a little from tile to tile, next to a size that leaves them few digits."""
+    keys, rows = 300, 64
+    q, k = torch.zeros(rows, 1, dim), torch.full((keys, 1, dim), 0.0)
+    q[:, 0, 0], q[:, 0, 1], q[:, 0, 2] = 2.0**12, 2 * torch.arange(rows), 1
+    k[:, 0, 0], k[:, 0, 1], k[:, 0, 2] = 2.0**12, 1, -(2.0**14)
+    k[0, 0, 2], k[-1, 0, 2] = 6, 0  # kernels begin with the last keys
+    d_out = torch.eye(rows, dim)[:, None]
+    tensors = [x.bfloat16().to(device) for x in (q, k, torch.zeros(keys, 1, dim))]
+    lengths = {"cu_seqlens": [0, rows], "cu_seqlens_k": [0, keys]}
+    lengths = {name: torch.tensor(x, dtype=torch.int32).to(device) for name, x in lengths.items()}
+    got = run(illada.varlen_attention, tensors, lengths, d_out.to(device), softmax_scale=0.75)
+    parts = got[NAMES.index("dv")][0, 0, :rows].cpu()
+    assert ((parts - 1).abs() < 0.02).all(), parts
 
 
 @pytest.mark.parametrize(
