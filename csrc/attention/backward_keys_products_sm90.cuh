@@ -25,19 +25,24 @@
 namespace illada::attention {
 namespace {
 
-// s^T of 64 keys and the kRows rows of a step (columns of this lane: 8 j + lane % 4 * 2 + {0, 1}) becomes p^T, relative
-// to the rows' own sums; of rows from `valid` on, 0: theirs are zeros, next to which a key of -inf makes NaN.
+// Is some row of a step far from 0? The same for a warp.
 template <int kRows>
-__device__ __forceinline__ void weigh(const KeysArguments& a, float (&s)[kRows / 2], const float (&offsets)[kRows],
-                                      int valid, int lane) {
-  if (valid < kRows) mask_scores(s, valid);
+__device__ __forceinline__ bool has_far_rows(const float (&offsets)[kRows], int lane) {
   bool far = false;
 #pragma unroll
   for (int first = 0; first < kRows; first += 64) {
     const float2 two = *reinterpret_cast<const float2*>(&offsets[first + 2 * lane]);
     far = far || is_far(two.x) || is_far(two.y);
   }
-  exponentiate(s, a.scale, a.scale_log2, __any_sync(kFullWarp, far), [&](int j) {
+  return __any_sync(kFullWarp, far);
+}
+
+// s^T of 64 keys and the kRows rows of a step (columns of this lane: 8 j + lane % 4 * 2 + {0, 1}) becomes p^T, relative
+// to the rows' own sums.
+template <int kRows>
+__device__ __forceinline__ void weigh(const KeysArguments& a, float (&s)[kRows / 2], const float (&offsets)[kRows],
+                                      bool far, int lane) {
+  exponentiate(s, a.scale, a.scale_log2, far, [&](int j) {
     const float2 two = *reinterpret_cast<const float2*>(&offsets[j / 4 * 8 + lane % 4 * 2]);
     return j % 2 ? two.y : two.x;
   });
@@ -190,10 +195,13 @@ __device__ __forceinline__ void multiply_keys(const KeysArguments& a, KeysShared
       ++state;
     };
     const auto finish_scores = [&] {
+      // What there is to know of the step, while its products are under way.
+      const bool far = has_far_rows(shared.offset[stage], lane);
+      const int valid = __shfl_sync(kFullWarp, shared.step[stage].tokens, 0) * a.group;
       warpgroup_wait<1>(s);
-      const KeysStep& now = shared.step[stage];
-      weigh<kRows>(a, s, shared.offset[stage], __shfl_sync(kFullWarp, now.tokens, 0) * a.group, lane);
-      is_last = __shfl_sync(kFullWarp, int(now.is_last), 0) != 0;
+      if (valid < kRows) mask_scores(s, valid);  // these rows are zeros, next to which a key of -inf makes NaN
+      weigh(a, s, shared.offset[stage], far, lane);
+      is_last = __shfl_sync(kFullWarp, int(shared.step[stage].is_last), 0) != 0;
       warpgroup_wait<0>(dp);
       shared.v_empty.arrive_if(thread == 0 && is_last);
     };
