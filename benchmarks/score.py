@@ -33,9 +33,10 @@ from benchmarks.runner import Case, Goal, Provider, ratio
 from benchmarks.timing import CPU
 from benchmarks.weights import random_model
 from illada.config import ModelConfig
-from illada.data import read_source, train_tokenizer
+from illada.data import train_tokenizer
 from illada.model import MaskedDiffusionModel
 from illada.score import confidence_score
+from illada.sources import read_source
 
 DEVICES = ("cpu", "cuda")
 

@@ -1,6 +1,7 @@
 """The command line: from text to text, and one clear line for what goes wrong."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -101,6 +102,66 @@ def test_help_teaches(capsys):
         with pytest.raises(SystemExit) as stopped:
             cli.main([*command, "--help"])
         assert stopped.value.code == 0 and "illada " in capsys.readouterr().out.split("example")[-1]
+
+
+@pytest.mark.parametrize(
+    "arguments, status",
+    [
+        (["--help"], 0),
+        (["--version"], 0),
+        (["generate", "--help"], 0),
+        (["generat"], 2),
+        (["generate", "--seed", "x", "runs/demo"], 2),
+        (["train"], 2),
+        (["prepare", "--out", "x"], 2),
+        (["prepare", "--out", "x", "--source", "books"], 2),
+        (["eval", "x", "--tasks", "a", "--limit", "0"], 2),
+        (["convert", "a", "b", "--max-shard-size", "x"], 2),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_needs_no_torch_does_not_import_it(arguments, status):
+    """Help, version and errors of the command line itself, within 0.3 s: torch alone takes seconds."""
+    code = (
+        "import sys\nfrom illada.cli import main\ntry:\n    status = main(sys.argv[1:])\n"
+        "except SystemExit as stopped:\n    status = stopped.code\n"
+        "slow = [name for name in ('torch', 'safetensors', 'lm_eval', 'matplotlib') if name in sys.modules]\n"
+        "print(status, slow)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1:] == [f"{status} []"], done.stderr
+
+
+def test_every_public_name_loads_when_it_is_used():
+    code = (
+        "import sys, illada; assert not {'torch', 'numpy', 'tokenizers'} & sys.modules.keys(), 'import illada'\n"
+        "assert set(illada.__all__) <= set(dir(illada)) and illada.ops.remask is illada.remask\n"
+        "named = {name for names in illada._MODULES.values() for name in names}\n"
+        "assert named | {'__version__'} == set(illada.__all__)\n"
+        "from illada import *\nassert all(name in globals() for name in illada.__all__)\n"
+        "try:\n    illada.nothing\nexcept AttributeError as error:\n    print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "module 'illada' has no attribute 'nothing'\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    "line, expected",
+    [("illada gen", {"generate "}), ("illada generate --gen", {"--gen-length "})],
+    ids=["command", "option"],
+)
+def test_shells_complete(tmp_path, line, expected):
+    pytest.importorskip("argcomplete")
+    answer = {
+        "_ARGCOMPLETE": "1",
+        "_ARGCOMPLETE_STDOUT_FILENAME": str(tmp_path / "out"),
+        "_ARGCOMPLETE_IFS": "\n",
+        "COMP_LINE": line,
+        "COMP_POINT": str(len(line)),
+    }
+    code = "import sys; from illada.cli import main; main()"
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, **answer}, check=True)
+    assert set((tmp_path / "out").read_text().split("\n")) == expected
 
 
 def test_print_config_is_a_template(capsys, tmp_path):

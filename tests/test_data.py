@@ -1,22 +1,25 @@
 """Corpora: preparing, reading back, and refusing what is damaged or foreign."""
 
 import json
+import subprocess
+import sys
+import warnings
 
 import numpy as np
 import pytest
+from tokenizers import normalizers
 
 from illada.data import (
     SPECIAL_TOKENS,
     TokenDataset,
-    hold_out,
     load_tokenizer,
     parse_special,
     prepare,
-    read_source,
     special_ids,
     tokenizer_sha256,
     train_tokenizer,
 )
+from illada.sources import PIECE, Documents, hold_out, read_source
 
 TEXTS = ["a text that spells <[MASK]> and <[end▁of▁sentence]>"] + [
     f"def function_{i}(x):\n    return x + {i}  # ünïcode {'word ' * (i % 7)}\n" for i in range(59)
@@ -91,19 +94,32 @@ def test_split_does_not_depend_on_order(texts, corpus, tmp_path):
     assert held_out(tmp_path / "c") == held_out(corpus)
 
 
+def shared_out(texts, fraction, folder):
+    """({split: texts}, what is held out)"""
+    with Documents(folder) as documents:
+        for text in texts:
+            documents.add([text[:1000], text[1000:]])
+        starts, what = hold_out(documents, fraction)
+        parts = {"train": [], "validation": []}
+        for i, start in enumerate(starts):
+            parts["train"].append("".join(documents.pieces(i, 0, start)))
+            parts["validation"].append("".join(documents.pieces(i, start)))
+    return {split: [text for text in texts if text] for split, texts in parts.items()}, what
+
+
 def test_few_or_unequal_documents_lose_their_ends(tmp_path):
-    book = "".join(f"line {i} of a long book\n" for i in range(1000))
-    for documents in ([book], [book, "a note", "another"], [book, book.upper()]):
-        parts, what = hold_out(documents, 0.1)
+    book = "".join(f"line {i} of a long bóok\n" for i in range(1000))
+    for documents in ([book], [book, "a note", "another"], [book, book.upper()], [book * 9]):
+        parts, what = shared_out(documents, 0.1, tmp_path)
         assert what == "ends"
         assert all(text.endswith("\n") for text in parts["train"] if "\n" in text)  # cut between lines
         share = sum(map(len, parts["validation"])) / sum(map(len, documents))
         assert 0.09 < share < 0.11
         assert sorted("".join(parts["train"] + parts["validation"])) == sorted("".join(documents))
     for text in ("title\n" + "x" * 10_000, "a title\n" + "word " * 2000):  # the only newline is far from the end
-        parts, _ = hold_out([text], 0.1)
+        parts, _ = shared_out([text], 0.1, tmp_path)
         assert 0.08 < len(parts["validation"][0]) / len(text) < 0.12
-    assert hold_out([f"document {i} " * 9 for i in range(300)], 0.1)[1] == "documents"
+    assert shared_out([f"document {i} " * 9 for i in range(300)], 0.1, tmp_path)[1] == "documents"
     (tmp_path / "book.txt").write_text(book)
     header = prepare(f"dir:{tmp_path}", tmp_path / "c", vocab_size=300, validation_fraction=0.1)
     assert header["held_out"] == "ends" and header["splits"]["validation"]["documents"] == 1
@@ -251,3 +267,76 @@ def test_damaged_and_foreign_corpora(texts, tmp_path):
         TokenDataset(out, "test")
     with pytest.raises(FileNotFoundError, match="make one with `illada prepare`"):
         TokenDataset(tmp_path)
+
+
+def long_text(characters):
+    """Words, numbers, punctuation, Chinese without spaces, lines that end in CR LF or not, combining marks."""
+    parts = [
+        "don't",
+        " stop",
+        "   at\n\n",
+        "12345",
+        ";\r\n",
+        "，字。字",
+        " e\u0301t",
+        "_x_",
+        "\U0001f600",
+        " <[MASK]>",
+        "'s ",
+    ]
+    return "".join(parts[i * i % 97 % len(parts)] for i in range(characters))[:characters]
+
+
+@pytest.mark.parametrize("kind", ["byte level", "a beginning"])
+def test_long_documents_have_the_tokens_of_the_whole(tmp_path, kind):
+    text = long_text(3 * PIECE)
+    whole = train_tokenizer([text[:20_000]], 300)
+    if kind == "a beginning":  # that each text is given: no cut is without effect
+        whole.normalizer = normalizers.Prepend("x")
+    whole.save(str(tmp_path / "tokenizer.json"))
+    whole.encode_special_tokens = True
+    lines = [json.dumps({"text": one}) for one in (text, "short", text[::-1])]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        prepare(f"jsonl:{tmp_path}/a.jsonl", tmp_path / "c", tokenizer=tmp_path, validation_fraction=1e-5)
+    data = TokenDataset(tmp_path / "c")
+    first = data.tokens[: int(data.documents[1]) - 1].tolist()
+    train = shared_out([text, "short", text[::-1]], 1e-5, tmp_path)[0]["train"][0]
+    assert (first == whole.encode(train, add_special_tokens=False).ids) == (kind == "byte level")
+    assert ["cuts this tokenizer may give other tokens" in str(one.message) for one in said] == [True] * (
+        kind != "byte level"
+    )
+
+
+def test_a_tokenizer_learns_of_a_long_document_what_it_learns_of_the_whole(tmp_path):
+    text = long_text(3 * PIECE)
+    (tmp_path / "book.txt").write_bytes(text.encode())
+    prepare(f"dir:{tmp_path}", tmp_path / "c", vocab_size=320)
+    assert load_tokenizer(tmp_path / "c").to_str() == train_tokenizer([text.replace("\r\n", "\n")], 320).to_str()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["one line of a file", "one line of JSON", "308 files"])
+def test_memory_does_not_grow_with_documents(tmp_path, source):
+    """Of 60 MB, five in a file or all in one line. It took 30 to 65 bytes a character."""
+    megabyte = "".join(f"{i * i % 9973} words of line {i}, " for i in range(45_000))[: 1 << 20]
+    (tmp_path / "files").mkdir()
+    if source == "308 files":
+        for i in range(12):
+            (tmp_path / "files" / f"{i}.txt").write_text(f"{megabyte}\n" * 5)
+    else:
+        line = megabyte * 60
+        (tmp_path / "files" / "a.txt").write_text(
+            line if source == "one line of a file" else json.dumps({"text": line})
+        )
+    what = f"jsonl:{tmp_path}/files/a.txt" if source == "one line of JSON" else f"dir:{tmp_path}/files"
+    script = (
+        "import resource, sys; from illada.data import prepare; prepare(sys.argv[1], sys.argv[2], vocab_size=300);"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script, what, str(tmp_path / "c")], capture_output=True, text=True, check=True
+    )
+    # Without the library's own 100 MiB: batches, and of a line of JSON two copies.
+    assert int(run.stdout) < 100 + 200 + (2.2 * 60 if source == "one line of JSON" else 0)

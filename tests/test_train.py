@@ -92,6 +92,24 @@ def test_learns_and_leaves_its_files(config, corpus, capsys):
     assert load_config(out / "config.toml") == config
 
 
+@pytest.mark.parametrize("busy", [True, False], ids=["busy", "quiet"])
+def test_a_shared_cpu_is_said_once(config, capsys, monkeypatch, busy):
+    """By steps that vary; what training itself takes is made even, for the tests' own machine may be busy."""
+    config = change(config, train={"steps": 44, "log_every": 22, "save_every": 100}, validation={"every": 22})
+    clock, steps = iter(range(10**9)), []
+    monkeypatch.setattr(loop.time, "monotonic", lambda: next(clock) * 0.01 + sum(steps))
+    validated = []
+    train(
+        config,
+        should_stop=lambda: steps.append(0.3 if busy and len(steps) % 4 == 0 else 0) or False,
+        on_validation=lambda step, model: validated.append((step, model.config.hidden_size)),
+        progress=False,
+    )
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step times vary")]
+    assert len(said) == busy and all("load " in line and f"{torch.get_num_threads()} threads" in line for line in said)
+    assert validated == [(22, 32), (44, 32)]
+
+
 def test_gradient_that_is_not_finite_stops_the_run(config, tmp_path):
     train(change(config, train={"steps": 2}), progress=False)
     hot = change(config, optimizer={"learning_rate": 1e30, "clip_norm": 0.0})

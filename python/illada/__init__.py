@@ -1,33 +1,68 @@
 """illada: kernels, trainer and sampler for masked diffusion language models.
 
-Importing it needs neither a GPU nor CUDA nor the compiled module; using an op does need the last.
+Importing it needs neither a GPU nor CUDA nor the compiled module; using an op does need the last. Names load when they
+are used, torch with them: `import illada` alone takes milliseconds. The torch ops are registered by `illada.ops`.
 """
 
-from illada._native import build_info, package_version
-from illada.checkpoint import load_pretrained, save_pretrained
-from illada.config import ModelConfig
-from illada.generation import GenerationConfig, GenerationResult, generate
-from illada.model import LossModule, MaskedDiffusionModel
-from illada.ops import (
-    AttentionPlan,
-    RemaskStatus,
-    TokenSample,
-    attention_plan,
-    linear_masked_cross_entropy,
-    linear_masked_cross_entropy_vocab_parallel,
-    linear_sample_tokens,
-    masked_cross_entropy,
-    masked_cross_entropy_shard,
-    masked_cross_entropy_shard_grad,
-    remask,
-    sample_tokens,
-    varlen_attention,
-)
-from illada.packing import pack, unpack
-from illada.score import confidence_score, monte_carlo_likelihood
-from illada.tokenizer import Tokenizer
+from __future__ import annotations
 
-__version__ = package_version()
+import importlib
+import pkgutil
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from illada._native import build_info
+    from illada.checkpoint import load_pretrained, save_pretrained
+    from illada.config import ModelConfig
+    from illada.generation import GenerationConfig, GenerationResult, generate
+    from illada.model import LossModule, MaskedDiffusionModel
+    from illada.ops import (
+        AttentionPlan,
+        RemaskStatus,
+        TokenSample,
+        attention_plan,
+        linear_masked_cross_entropy,
+        linear_masked_cross_entropy_vocab_parallel,
+        linear_sample_tokens,
+        masked_cross_entropy,
+        masked_cross_entropy_shard,
+        masked_cross_entropy_shard_grad,
+        remask,
+        sample_tokens,
+        varlen_attention,
+    )
+    from illada.packing import pack, unpack
+    from illada.score import confidence_score, monte_carlo_likelihood
+    from illada.tokenizer import Tokenizer
+
+    __version__: str
+
+#: Where each public name is.
+_MODULES = {
+    "illada._native": ("build_info",),
+    "illada.checkpoint": ("load_pretrained", "save_pretrained"),
+    "illada.config": ("ModelConfig",),
+    "illada.generation": ("GenerationConfig", "GenerationResult", "generate"),
+    "illada.model": ("LossModule", "MaskedDiffusionModel"),
+    "illada.ops": (
+        "AttentionPlan",
+        "RemaskStatus",
+        "TokenSample",
+        "attention_plan",
+        "linear_masked_cross_entropy",
+        "linear_masked_cross_entropy_vocab_parallel",
+        "linear_sample_tokens",
+        "masked_cross_entropy",
+        "masked_cross_entropy_shard",
+        "masked_cross_entropy_shard_grad",
+        "remask",
+        "sample_tokens",
+        "varlen_attention",
+    ),
+    "illada.packing": ("pack", "unpack"),
+    "illada.score": ("confidence_score", "monte_carlo_likelihood"),
+    "illada.tokenizer": ("Tokenizer",),
+}
 
 __all__ = [
     "AttentionPlan",
@@ -59,3 +94,23 @@ __all__ = [
     "unpack",
     "varlen_attention",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """A name of `__all__`, or a module of this package, at its first use (PEP 562)."""
+    if name == "__version__":
+        from illada._native import package_version
+
+        value: Any = package_version()
+    elif module := next((module for module, names in _MODULES.items() if name in names), None):
+        value = getattr(importlib.import_module(module), name)
+    elif any(module.name == name for module in pkgutil.iter_modules(__path__)):
+        return importlib.import_module(f"illada.{name}")
+    else:
+        raise AttributeError(f"module 'illada' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

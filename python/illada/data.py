@@ -14,12 +14,13 @@ does not depend on their order or the machine; where they are too few or too une
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-import os
+import re
 import sys
-import sysconfig
 import warnings
-from collections.abc import Iterable, Iterator
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from tqdm import tqdm
 
 from illada.files import staged_directory
-from illada.text import parse_json, read_json, read_lines, read_text
+from illada.sources import PIECE, Documents, hold_out, open_source
+from illada.text import read_json
 from illada.tokenizer_files import control_tokens, encode_as_text, load_tokenizer
 
 FORMAT, FORMAT_VERSION = "illada-corpus", 1
@@ -45,82 +47,9 @@ SPECIAL_TOKENS = {
     "mask": "<[MASK]>",
 }
 _SPECIAL_NAMES = ("bos", "pad", "eos", "mask")
-_TEXT_SUFFIXES = {
-    ".txt",
-    ".md",
-    ".rst",
-    ".py",
-    ".html",
-    ".tex",
-    ".c",
-    ".h",
-    ".cc",
-    ".cpp",
-    ".cu",
-    ".json",
-    ".pod",
-    ".org",
-}
-_ENCODE_BATCH = 256  # documents handed to the tokenizer's threads at a time
-
-
-# ------------------------------------------------------------------------------------------------------------ sources
-
-
-def read_source(source: str) -> Iterator[str]:
-    """Documents of a source, in a fixed order. Files of a folder that are not UTF-8 text are left out,
-    with a warning that counts them.
-
-    Args:
-        source: "stdlib", the source code of the running Python's own library; "dir:PATH", every text file below a
-            folder; or "jsonl:PATH", one JSON object a line with its text under "text".
-
-    Raises:
-        ValueError: an unknown kind of source, a line without text. FileNotFoundError: no such path.
-    """
-    kind, _, path = source.partition(":")
-    path = os.path.expanduser(path)  # a shell expands ~ at the beginning of a word alone
-    if source == "stdlib":
-        root = Path(sysconfig.get_paths()["stdlib"])
-        skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-        return _read_files(p for p in sorted(root.rglob("*.py")) if not skipped & set(p.relative_to(root).parts))
-    if kind == "dir" and path:
-        if not Path(path).is_dir():
-            raise FileNotFoundError(f"source {source!r}: {path} is not a folder")
-        return _read_files(p for p in sorted(Path(path).rglob("*")) if p.suffix in _TEXT_SUFFIXES and p.is_file())
-    if kind == "jsonl" and path:
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"source {source!r}: {path} is not a file")
-        return _read_jsonl(Path(path))
-    raise ValueError(f"source must be stdlib, dir:PATH or jsonl:PATH, got {source!r}")
-
-
-def _read_files(paths: Iterable[Path]) -> Iterator[str]:
-    left_out: list[str] = []
-    for path in paths:
-        try:
-            text = read_text(path)
-        except (ValueError, OSError) as error:
-            left_out.append(str(error))
-            continue
-        if text.strip():
-            yield text
-    if left_out:
-        warnings.warn(f"left out {len(left_out)} files that are not UTF-8 text; the first: {left_out[0]}", stacklevel=1)
-
-
-def _read_jsonl(path: Path) -> Iterator[str]:
-    for where, line in read_lines(path):
-        if not line.strip():
-            continue
-        try:
-            text = parse_json(line, where)["text"]
-        except (KeyError, TypeError):
-            raise ValueError(f'{where}: expected a JSON object with a "text" field') from None
-        if not isinstance(text, str):
-            raise ValueError(f'{where}: "text" must be a string, got {type(text).__name__}')
-        if text.strip():
-            yield text
+_BATCH = 1 << 20  # characters handed to the tokenizer's threads at a time: it needs about 70 bytes for each
+_MARGIN = 256  # characters on both sides of a cut that decide whether it changes the tokens
+_TRIES = 16  # places tried for a cut
 
 
 # --------------------------------------------------------------------------------------------------------- tokenizers
@@ -185,7 +114,7 @@ def prepare(
     """Turn text into a corpus folder.
 
     Args:
-        source: see `read_source`.
+        source: see `illada.sources.open_source`. Its text is kept in a file beside out_dir meanwhile, not in memory.
         out_dir: the folder to make. It appears complete or not at all.
         vocab_size: of the tokenizer to train; not used with `tokenizer`.
         tokenizer: a given tokenizer.json; `special` holds its special ids where it does not use iLLaDA's names.
@@ -208,21 +137,25 @@ def prepare(
     if out_dir.exists() and not (out_dir / "corpus.json").exists() and any(out_dir.iterdir()):
         raise FileExistsError(f"{out_dir} exists and is not a corpus; choose another folder")
     progress = progress and sys.stderr.isatty()
-    documents = list(tqdm(read_source(source), desc="reading", unit=" documents", disable=not progress))
-    parts, held_out = hold_out(documents, validation_fraction)
-    if not parts["train"] or not parts["validation"]:
-        raise ValueError(f"source {source!r} has {len(documents)} documents, too little text to hold any of it out")
-    if tokenizer is None:
-        trained = train_tokenizer(documents, vocab_size, progress=progress)
-    else:
-        trained = load_tokenizer(tokenizer)
-    ids = special_ids(trained, special)
-    control = control_tokens(trained, ids.values())
-    trained.encode_special_tokens = True  # a document that spells "<[MASK]>" is text, not a mask
-
-    with staged_directory(out_dir) as folder:
+    found = open_source(source)
+    given = None if tokenizer is None else load_tokenizer(tokenizer)
+    with staged_directory(out_dir) as folder, Documents(folder) as documents:
+        for pieces in tqdm(found, desc="reading", unit=" documents", disable=not progress):
+            documents.add(pieces)
+        starts, held_out = hold_out(documents, validation_fraction)
+        if any(next(_parts(documents, starts, split), None) is None for split in SPLITS):
+            raise ValueError(f"source {source!r} has {len(documents)} documents, too little text to hold any of it out")
+        if given is None:
+            texts = (piece for i in range(len(documents)) for piece in _cut(documents.pieces(i), _at_a_word))
+            trained = train_tokenizer(texts, vocab_size, progress=progress)
+        else:
+            trained = given
+        ids = special_ids(trained, special)
+        control = control_tokens(trained, ids.values())
+        trained.encode_special_tokens = True  # a document that spells "<[MASK]>" is text, not a mask
         trained.save(str(folder / "tokenizer.json"))
         dtype = "uint16" if trained.get_vocab_size() <= 1 << 16 else "uint32"
+        writer = _Writer(trained, ids["eos"], control, dtype)
         header: dict[str, Any] = {
             "format": FORMAT,
             "version": FORMAT_VERSION,
@@ -233,61 +166,133 @@ def prepare(
             "tokenizer_sha256": tokenizer_sha256(folder),
             "held_out": held_out,
             "splits": {
-                split: _write_split(parts[split], trained, ids["eos"], control, folder / split, dtype, progress)
-                for split in SPLITS
+                split: writer.write(_parts(documents, starts, split), folder / split, progress) for split in SPLITS
             },
         }
-        counts = np.bincount(np.fromfile(folder / "validation.bin", dtype=dtype))
-        header["validation_unigram_entropy"] = _entropy(counts)
+        writer.warn()
+        header["validation_unigram_entropy"] = _entropy(_count(folder / "validation.bin", dtype))
         (folder / "corpus.json").write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
     return header
 
 
-def hold_out(documents: list[str], fraction: float) -> tuple[dict[str, list[str]], str]:
-    """Share the text out to the splits: ({split: texts}, "documents" or "ends", what was held out)."""
-    scores = [int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64 for text in documents]
-    parts = {
-        "train": [text for text, score in zip(documents, scores, strict=True) if score >= fraction],
-        "validation": [text for text, score in zip(documents, scores, strict=True) if score < fraction],
-    }
-    share = sum(map(len, parts["validation"])) / max(1, sum(map(len, documents)))
-    if parts["train"] and fraction / 2 <= share <= 2 * fraction:
-        return parts, "documents"
-    parts = {split: [] for split in SPLITS}
-    for text in documents:
-        cut = int((1 - fraction) * len(text))
-        earliest = max(0, 2 * cut - len(text))  # not within a line or word, unless that would hold out twice as much
-        cut = text.rfind("\n", earliest, cut) + 1 or text.rfind(" ", earliest, cut) + 1 or cut
-        parts["train"].append(text[:cut])
-        parts["validation"].append(text[cut:])
-    return {split: [text for text in texts if text.strip()] for split, texts in parts.items()}, "ends"
+def _parts(documents: Documents, starts: Sequence[int], split: str) -> Iterator[Iterator[str]]:
+    """What of each document is in a split, in pieces, where that is more than space."""
+    for i, start in enumerate(starts):
+        bounds = (0, start) if split == "train" else (start, documents.lengths[i])
+        if any(piece.strip() for piece in documents.pieces(i, *bounds)):
+            yield documents.pieces(i, *bounds)
 
 
-def _write_split(
-    texts: list[str], tokenizer: Tokenizer, eos: int, control: dict[int, str], stem: Path, dtype: str, progress: bool
-) -> dict[str, int]:
-    """Write stem.bin and stem.idx; how many documents, tokens and bytes of text they hold."""
+def _cut(pieces: Iterable[str], place: Callable[[str], int]) -> Iterator[str]:
+    """The same text in pieces that end at a `place(text)`, which is given at least PIECE + _MARGIN characters."""
+    text = ""
+    for piece in pieces:
+        text += piece
+        while len(text) >= PIECE + _MARGIN:
+            at = place(text)
+            yield text[:at]
+            text = text[at:]
+    if text:
+        yield text
 
-    def encode(text: str) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False).ids
 
-    offsets, never = [0], np.array(list(control), dtype=np.int64)
-    with (
-        stem.with_suffix(".bin").open("wb") as file,
-        tqdm(total=len(texts), desc=f"encoding {stem.name}", unit=" documents", disable=not progress) as bar,
-    ):
-        for start in range(0, len(texts), _ENCODE_BATCH):
-            batch = texts[start : start + _ENCODE_BATCH]
-            encodings = tokenizer.encode_batch_fast(batch, add_special_tokens=False)
-            for text, encoding in zip(batch, encodings, strict=True):
-                ids = encoding.ids
-                if np.isin(ids, never).any():
-                    ids = encode_as_text(encode, control, text)
-                np.asarray([*ids, eos], dtype=dtype).tofile(file)
-                offsets.append(offsets[-1] + len(ids) + 1)
-            bar.update(len(batch))
-    np.asarray(offsets, dtype=np.uint64).tofile(stem.with_suffix(".idx"))
-    return {"documents": len(texts), "tokens": offsets[-1], "bytes": sum(len(text.encode()) for text in texts)}
+def _at_a_word(text: str, good: Callable[[int], bool] = lambda at: True) -> int:
+    """Where a long text can be cut: the last `good` end of a word in its first PIECE characters, one before space if it
+    can be; PIECE if there is none.
+    """
+    for end in (r"(?<=\w)(?=\s)", r"(?<=\w)(?=\W)"):
+        for start in (PIECE - 1024, 1):  # nearby, or anywhere
+            places = [match.start() for match in re.finditer(end, text[start:PIECE])][-_TRIES:]
+            if found := next((start + at for at in reversed(places) if good(start + at)), None):
+                return found
+    return PIECE
+
+
+class _Writer:
+    """Encodes documents and writes a split's files; counts the cuts of long documents that change their tokens."""
+
+    def __init__(self, tokenizer: Tokenizer, eos: int, control: dict[int, str], dtype: str) -> None:
+        self.tokenizer, self.eos, self.control, self.dtype = tokenizer, eos, control, dtype
+        self.never = np.array(list(control), dtype=np.int64)
+        self.rough = 0
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def place(self, text: str) -> int:
+        """Where `text` can be cut and gives the same tokens; else where it is cut all the same."""
+
+        def good(at: int) -> bool:
+            before, behind = text[max(0, at - _MARGIN) : at], text[at : at + _MARGIN]
+            return self.encode(before) + self.encode(behind) == self.encode(before + behind)
+
+        at = _at_a_word(text, good)
+        if at == PIECE and not good(at):
+            self.rough += 1
+            at = _at_a_word(text)
+        return at
+
+    def write(self, documents: Iterable[Iterable[str]], stem: Path, progress: bool) -> dict[str, int]:
+        """Write stem.bin and stem.idx; how many documents, tokens and bytes of text they hold."""
+        offsets, tokens, size = array("Q", [0]), 0, 0
+        with (
+            stem.with_suffix(".bin").open("wb") as file,
+            tqdm(desc=f"encoding {stem.name}", unit="B", unit_scale=True, disable=not progress) as bar,
+        ):
+            for batch in self._batches(documents):
+                texts = [text for text, _ in batch]
+                encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+                for (text, ends), encoding in zip(batch, encodings, strict=True):
+                    ids = encoding.ids
+                    if np.isin(ids, self.never).any():
+                        ids = encode_as_text(self.encode, self.control, text)
+                    if ends:
+                        ids = [*ids, self.eos]
+                    np.asarray(ids, dtype=self.dtype).tofile(file)
+                    tokens += len(ids)
+                    if ends:
+                        offsets.append(tokens)
+                read = sum(len(text.encode()) for text in texts)
+                size += read
+                bar.update(read)
+        np.frombuffer(offsets, dtype=np.uint64).tofile(stem.with_suffix(".idx"))
+        return {"documents": len(offsets) - 1, "tokens": tokens, "bytes": size}
+
+    def _batches(self, documents: Iterable[Iterable[str]]) -> Iterator[list[tuple[str, bool]]]:
+        """Lists of (text, is it the end of its document), of about `_BATCH` characters."""
+        batch: list[tuple[str, bool]] = []
+        room = _BATCH
+        for pieces in documents:
+            held: str | None = None
+            for text in itertools.chain(_cut(pieces, self.place), [None]):
+                if held is not None:
+                    batch.append((held, text is None))
+                    room -= len(held) + 64  # an empty text is not free
+                if room <= 0:
+                    yield batch
+                    batch, room = [], _BATCH
+                held = text
+        if batch:
+            yield batch
+
+    def warn(self) -> None:
+        """Say how many cuts change tokens."""
+        if self.rough:
+            warnings.warn(
+                f"documents of more than {PIECE:,} characters were encoded in pieces, and at {self.rough:,} of the "
+                "cuts this tokenizer may give other tokens than for the whole: no word ends there, or it treats the "
+                "start of a text in its own way",
+                stacklevel=3,
+            )
+
+
+def _count(file: Path, dtype: str) -> NDArray:
+    """How often each id is in a file of tokens."""
+    tokens: NDArray = np.memmap(file, dtype=dtype, mode="r")
+    counts = np.zeros(int(tokens.max()) + 1, dtype=np.int64)
+    for at in range(0, len(tokens), _BATCH):
+        counts += np.bincount(tokens[at : at + _BATCH], minlength=len(counts))
+    return counts
 
 
 def _entropy(counts: NDArray) -> float:

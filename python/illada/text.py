@@ -7,8 +7,10 @@ names the file and the line, and says what it looks like.
 from __future__ import annotations
 
 import codecs
+import itertools
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,6 +30,7 @@ _COMPRESSED = (
 _POINTER = b"version https://git-lfs.github.com/spec"
 _IS_POINTER = "is a Git LFS pointer, not the file it stands for: fetch that with git lfs pull"
 _HEAD = 4096  # bytes looked at for what a file is
+_BLOCK = 1 << 16  # bytes of a file in memory at a time, where it is read in pieces
 
 
 def decode_text(data: bytes, where: str) -> str:
@@ -36,18 +39,37 @@ def decode_text(data: bytes, where: str) -> str:
     Raises:
         ValueError: not UTF-8; names `where` and the line, and says what it looks like.
     """
-    _check_kind(data[:_HEAD], where)
-    data = data.removeprefix(codecs.BOM_UTF8)
-    try:
-        return data.decode().replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(_not_utf8(f"{where}, line {line}", error)) from None
+    return "".join(decode_pieces([data], where))
+
+
+def decode_pieces(blocks: Iterable[bytes], where: str) -> Iterator[str]:
+    """`decode_text` of bytes that come in blocks, as text in pieces."""
+    decoder, lines, held = codecs.getincrementaldecoder("utf-8")(), 1, ""
+    number = 0
+    for number, block in enumerate(itertools.chain(blocks, [b""])):
+        if number == 0:
+            _check_kind(block[:_HEAD], where)
+            block = block.removeprefix(codecs.BOM_UTF8)
+        try:
+            text = held + decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            lines += error.object.count(b"\n", 0, error.start)
+            raise ValueError(_not_utf8(f"{where}, line {lines}", error)) from None
+        held = "\r" if block and text.endswith("\r") else ""  # the LF may be in the next block
+        lines += text.count("\n")
+        if text := text.removesuffix(held).replace("\r\n", "\n"):
+            yield text
 
 
 def read_text(path: str | Path) -> str:
     """The text of a file; errors as of `decode_text`."""
-    return decode_text(Path(path).read_bytes(), str(path))
+    return "".join(read_pieces(path))
+
+
+def read_pieces(path: str | Path) -> Iterator[str]:
+    """`read_text` in pieces, which join to the text: for files that do not fit in memory."""
+    with Path(path).open("rb") as file:
+        yield from decode_pieces(iter(lambda: file.read(_BLOCK), b""), str(path))
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[str, str]]:
@@ -59,14 +81,18 @@ def read_lines(path: str | Path) -> Iterator[tuple[str, str]]:
 
 def decode_lines(file: BinaryIO, where: str) -> Iterator[tuple[str, str]]:
     """`read_lines` of an open file."""
-    for number, line in enumerate(file, 1):
+    number = 0
+    while line := file.readline():
+        number += 1
         place = f"{where}, line {number}"
         if number == 1:
             line = line.removeprefix(codecs.BOM_UTF8)
         try:
-            yield place, line.decode().removesuffix("\n").removesuffix("\r")
+            text = line.decode()
         except UnicodeDecodeError as error:
             raise ValueError(_not_utf8(place, error)) from None
+        del line  # one copy of a long line is enough
+        yield place, text.removesuffix("\n").removesuffix("\r")
 
 
 def parse_json(text: str, where: str) -> Any:
@@ -77,7 +103,7 @@ def parse_json(text: str, where: str) -> Any:
     """
     try:
         value = json.loads(text)
-        if "\\ud" in text.lower():  # an escape such as \ud83d; a pair of them is one character
+        if re.search(r"\\u[dD]", text):  # an escape such as \ud83d; a pair of them is one character
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError(f"{where} is not JSON that can be read: it is nested too deeply") from None

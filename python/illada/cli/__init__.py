@@ -27,6 +27,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     130, 143: training was stopped by SIGINT or SIGTERM; it saved a checkpoint before it went.
     """
     parser = _parser()
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks what may come next
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
     options, rest = parser.parse_known_args(arguments)
     if rest and options.command != "train":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -62,9 +66,17 @@ def _check_texts(options: argparse.Namespace) -> None:
             check_text(text, f"--{name.replace('_', '-')}")
 
 
-def _parser() -> argparse.ArgumentParser:
-    import illada
+class _Version(argparse.Action):
+    """--version, which is looked up when it is asked for."""
 
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from illada._native import package_version
+
+        print(f"illada {package_version()}")
+        parser.exit()
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="illada",
         description="Train, sample, score, convert and inspect masked diffusion language models.",
@@ -72,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"illada {illada.__version__}")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in (prepare, train, generate, chat, score, evaluate, agreement, convert, info):
         command.add_parser(commands)

@@ -37,6 +37,8 @@ def add_parser(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
+    shard_bytes = parse_size(options.max_shard_size)
+    _check_target(Path(options.target), options.overwrite)
     from illada.checkpoint import convert_checkpoint
     from illada.cli.checkpoints import find_checkpoint, parse_dtype
     from illada.layouts import LAYOUTS
@@ -44,8 +46,6 @@ def _run(options: argparse.Namespace) -> int:
     if options.model_type not in (None, *LAYOUTS):
         raise ValueError(f"--model-type must be {', '.join(LAYOUTS)}, got {options.model_type!r}")
     dtype = parse_dtype(options.dtype)
-    shard_bytes = parse_size(options.max_shard_size)
-    _check_target(Path(options.target), options.overwrite)
     config = convert_checkpoint(
         find_checkpoint(options.source),
         options.target,

@@ -28,16 +28,16 @@ def add_parser(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from illada.train import load_config, train
-
     if wrong := [text for text in options.overrides if not (text.startswith("--") and "=" in text and "." in text)]:
         raise ValueError(f"unknown argument {wrong[0]!r}; settings look like --section.key=value")
+    if options.config is None and not options.print_config:
+        raise ValueError("train needs a configuration file; `illada train --print-config > my.toml` writes a template")
+    from illada.train import load_config, train
+
     config = load_config(options.config, options.overrides)
     if options.print_config:
         print(config.to_toml(commented=True))
         return 0
-    if options.config is None:
-        raise ValueError("train needs a configuration file; `illada train --print-config > my.toml` writes a template")
     received: list[int] = []
 
     def stop(number: int, frame: object) -> None:

@@ -28,6 +28,7 @@ from illada.model import MaskedDiffusionModel
 from illada.train import checkpoint
 from illada.train.config import RunConfig, TrainConfig
 from illada.train.log import Log
+from illada.train.pace import Pace
 from illada.train.schedule import learning_rate
 
 
@@ -50,7 +51,12 @@ class TrainResult:
 
 
 def train(
-    config: TrainConfig, *, resume: str = "auto", should_stop: Callable[[], bool] = lambda: False, progress: bool = True
+    config: TrainConfig,
+    *,
+    resume: str = "auto",
+    should_stop: Callable[[], bool] = lambda: False,
+    on_validation: Callable[[int, MaskedDiffusionModel], None] = lambda step, model: None,
+    progress: bool = True,
 ) -> TrainResult:
     """Train, or go on training, one model.
 
@@ -59,6 +65,8 @@ def train(
         resume: "auto" goes on from the newest checkpoint in out_dir if there is one, "never" refuses to if there is
             one, a path goes on from that checkpoint.
         should_stop: asked after every micro-batch; True ends the run at the last optimizer step, saved.
+        on_validation: called with step and model after each validation, for samples or measures; its time counts as
+            validation's.
         progress: a progress bar, on a terminal.
 
     Raises:
@@ -101,9 +109,10 @@ def train(
     bound: float | None = None
     saved: Path | None = source
     began, logged_at, logged_tokens = time.monotonic(), time.monotonic(), tokens_seen
-    stopped = False
+    stopped, pace = False, Pace()
     try:
         while step < config.train.steps and not stopped:
+            step_began = time.monotonic()
             rate = learning_rate(step, config.train.steps, config.optimizer, config.schedule)
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -132,6 +141,7 @@ def train(
             log.advance()
 
             now = time.monotonic()
+            pace.add(now - step_began)
             if step % config.train.log_every == 0 or step == config.train.steps:
                 log.train(
                     step=step,
@@ -143,6 +153,8 @@ def train(
                     tokens_seen=tokens_seen,
                 )
                 losses.clear()
+                if device.type == "cpu" and (hint := pace.hint(torch.get_num_threads())):
+                    log.say(hint)
             last = step == config.train.steps
             if step % config.validation.every == 0 or last:
                 bound = evaluate(model, held_out, config, device)
@@ -150,6 +162,7 @@ def train(
                     step=step, seconds=time.monotonic() - began, bound=bound, unigram_entropy=held_out.unigram_entropy()
                 )
                 log.plot()
+                on_validation(step, model)
             if step % config.train.save_every == 0 and not last:
                 saved = _save(checkpoints, model, optimizer, config, step, tokens_seen, losses, corpus)
             if step % config.train.log_every == 0:  # saving and validating is not training
