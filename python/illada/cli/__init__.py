@@ -24,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status.
 
     0: done. 2: bad usage, configuration or input, said in one line (ILLADA_DEBUG=1 shows where it came from).
+    1: an error that nobody expected, in one line as well.
     130, 143: training was stopped by SIGINT or SIGTERM; it saved a checkpoint before it went.
     """
     parser = _parser()
@@ -44,13 +45,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _check_texts(options)
             return options.run(options)
     except (ValueError, TypeError, OSError, ImportError, NotImplementedError, ArithmeticError) as error:
-        if os.environ.get("ILLADA_DEBUG", "") not in ("", "0"):
+        if _debugs():
             raise
         print(f"illada: error: {error}", file=sys.stderr)
         return 2
+    except MemoryError as error:
+        if _debugs():
+            raise
+        print(f"illada: error: out of memory{f': {error}' if str(error) else ''}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        if _debugs():
+            raise
+        first = (str(error).strip().splitlines() or [""])[0]
+        print(
+            f"illada: error: {type(error).__name__}: {first} (ILLADA_DEBUG=1 shows where it came from)", file=sys.stderr
+        )
+        return 1
     except KeyboardInterrupt:
         print("illada: interrupted", file=sys.stderr)
         return 130
+
+
+def _debugs() -> bool:
+    return os.environ.get("ILLADA_DEBUG", "") not in ("", "0")
 
 
 def _show_warning(message: Warning | str, *_place: object, **_more: object) -> None:

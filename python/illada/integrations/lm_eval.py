@@ -329,7 +329,7 @@ class IlladaLM(LM):
         places: dict[str, int] = {}
         for i, key in enumerate(keys):
             places.setdefault(key, i)
-        todo = [i for key, i in places.items() if key not in self._journal]
+        todo = [i for key, i in places.items() if key not in self._journal or not _is_result(kind, self._journal[key])]
         todo.sort(key=lambda i: (-_size(jobs[i]), keys[i]))  # longest first: if memory runs out, it does so at once
         silent = self._rank > 0 or not sys.stderr.isatty()
         with tqdm(total=len(places), initial=len(places) - len(todo), desc=kind, disable=silent) as bar:
@@ -479,3 +479,17 @@ def _given(option: str, *more: str) -> bool:
 
 if __name__ == "__main__":
     main()
+
+
+def _is_result(kind: str, value: Any) -> bool:
+    """Whether what a journal holds can be the result of such a request; another is computed again."""
+    if kind == "generate_until":
+        return isinstance(value, str)
+    return (
+        isinstance(value, (list, tuple))
+        and len(value) == 2
+        and isinstance(value[0], (int, float))
+        and not isinstance(value[0], bool)
+        and not math.isnan(value[0])
+        and isinstance(value[1], bool)
+    )

@@ -169,6 +169,7 @@ def train(
                 logged_at, logged_tokens = time.monotonic(), tokens_seen
         if not (checkpoints / f"step-{step:06}").exists():
             saved = _save(checkpoints, model, optimizer, config, step, tokens_seen, losses, corpus)
+            checkpoint.restore(saved, model, optimizer)  # what is said to be done can be loaded
         if bound is None and not stopped:
             bound = evaluate(model, held_out, config, device)  # resumed after its last step
         plot = log.plot()
