@@ -504,7 +504,7 @@ def test_tokenizers_that_only_transformers_can_read(tmp_path):
         "{{ [1] * 10**9 }}",
         "{{ 'x'.ljust(1000000000) }}",
         "{{ 'x' | center(1000000000) }}",
-        "{{ 9 ** 9 ** 9 }}",
+        "{{ 9 ** (9 ** 9) }}",
         "{% for a in range(90000) %}{% for b in range(90000) %}{{ 'xxxxxxxxxxxxxxxxxxxxxxxx' }}{% endfor %}{% endfor %}",
     ],
 )
