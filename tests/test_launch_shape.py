@@ -24,7 +24,9 @@ def test_an_empty_grid_is_an_internal_error(tmp_path):
     for line, shape in zip(said[:4], ("0 x 1 x 1", "4 x 0 x 1", "4 x 1 x 0", "4 x 1 x 1"), strict=True):
         assert line.startswith(f"logic_error: some_op: internal error: a launch of {shape} CTAs of "), line
         assert line.endswith(" threads; please report it"), line
-    assert said[4].startswith(("CudaError: some_op: loading a kernel: cudaError", "Error: some_op: no kernel was built"))
+    assert said[4].startswith(
+        ("CudaError: some_op: loading a kernel: cudaError", "Error: some_op: no kernel was built")
+    )
     assert "internal error" not in said[4]  # a shape that is right is left to CUDA, which finds no kernel here
 
 
