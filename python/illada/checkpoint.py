@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from illada.config import ModelConfig
 from illada.devices import find_device
-from illada.files import read_json_object, staged_directory
+from illada.files import check_inside, read_json_object, staged_directory
 from illada.layouts import LAYOUTS, Layout, layout_of_file
 from illada.model import MaskedDiffusionModel
 from illada.text import looks_like, read_json
@@ -144,6 +144,7 @@ def _copy_tokenizer(source: Path, folder: Path) -> None:
     if not files:
         raise FileNotFoundError(f"{source} has no tokenizer files ({', '.join(TOKENIZER_FILES[:3])}, ...)")
     for file in files:
+        check_inside(file, source)
         (folder / file.relative_to(source)).parent.mkdir(exist_ok=True)
         shutil.copyfile(file, folder / file.relative_to(source))
 

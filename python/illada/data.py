@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-from illada.files import staged_directory
+from illada.files import folder_to_write, recover, staged_directory
 from illada.schema import Count, NonNegativeFloat, check_object
 from illada.sources import PIECE, Documents, hold_out, open_source
 from illada.text import read_json
@@ -144,6 +144,8 @@ def prepare(
     out_dir = Path(out_dir)
     if not 0 < validation_fraction < 1:
         raise ValueError(f"validation_fraction must be in (0, 1), got {validation_fraction}")
+    recover(out_dir)
+    folder_to_write(out_dir)  # its errors come first
     if out_dir.exists() and not overwrite:
         raise FileExistsError(f"{out_dir} exists; overwrite it with overwrite=True (--overwrite), or choose another")
     if out_dir.exists() and not (out_dir / "corpus.json").exists() and any(out_dir.iterdir()):

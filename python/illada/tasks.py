@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from illada.data import TokenDataset
-from illada.files import staged_directory
+from illada.files import check_inside, recover, staged_directory
 from illada.text import read_text
 from illada.tokenizer_files import load_tokenizer
 
@@ -96,6 +96,7 @@ def prepare_tasks(
         raise ValueError(f"questions must be at least {_SMALLEST}, got {questions}")
     out = Path(corpus) / "tasks"
     held_out = TokenDataset(corpus, "validation")
+    recover(out)
     if (there := [name for name in names if (out / f"{name}.yaml").exists()]) and not overwrite:
         raise FileExistsError(f"{out} has {', '.join(there)}; overwrite with overwrite=True (--overwrite)")
     texts = list(_documents(held_out))
@@ -119,6 +120,7 @@ def prepare_tasks(
     with staged_directory(out) as folder:
         for kept in out.iterdir() if out.is_dir() else ():
             if kept.is_file() and kept.stem not in names:
+                check_inside(kept, out)
                 shutil.copyfile(kept, folder / kept.name)
         (folder / "read_jsonl.py").write_text(_READER, encoding="utf-8")
         counts, short = {}, dict[str, int]()

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from illada.cli import agreement, chat, convert, evaluate, generate, info, prepare, score, train
 from illada.text import check_text
@@ -25,8 +28,66 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0: done. 2: bad usage, configuration or input, said in one line (ILLADA_DEBUG=1 shows where it came from).
     1: an error that nobody expected, in one line as well.
-    130, 143: training was stopped by SIGINT or SIGTERM; it saved a checkpoint before it went.
+    130, 143, 129: ended by SIGINT, SIGTERM or SIGHUP; training saved a checkpoint before it went. 141: what read its
+    output is gone, likewise.
     """
+    _open_standard_streams()
+    try:
+        with _signals_as_exceptions():
+            return _main(arguments)
+    except KeyboardInterrupt:
+        _say("illada: interrupted")
+        return 130
+    except _Ended as end:
+        return 128 + end.number
+    except BrokenPipeError:
+        with contextlib.suppress(OSError, ValueError):  # what is buffered has no reader, and is not flushed at the exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+class _Ended(BaseException):
+    """SIGTERM or SIGHUP, as an exception: temporary files are removed on its way."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+@contextlib.contextmanager
+def _signals_as_exceptions() -> Iterator[None]:
+    def end(number: int, frame: object) -> None:
+        raise _Ended(number)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) == signal.SIG_DFL:  # not nohup's
+                before[number] = signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _open_standard_streams() -> None:
+    """Closed output streams go nowhere, and no file that is opened gets their descriptors."""
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this
+            os.set_inheritable(descriptor, True)
+        if name != "stdin" and getattr(sys, name) is None:
+            setattr(sys, name, open(descriptor, "w", encoding="utf-8", errors="replace", closefd=False))
+
+
+def _say(line: str) -> None:
+    with contextlib.suppress(OSError):  # a terminal that is gone
+        print(line, file=sys.stderr, flush=True)
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     parser = _parser()
     if "_ARGCOMPLETE" in os.environ:  # a shell asks what may come next
         import argcomplete
@@ -43,28 +104,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             _check_texts(options)
-            return options.run(options)
+            status = options.run(options)
+            sys.stdout.flush()  # a reader that is gone is noticed here, not at the exit
+            return status
+    except BrokenPipeError:
+        raise
     except (ValueError, TypeError, OSError, ImportError, NotImplementedError, ArithmeticError) as error:
         if _debugs():
             raise
-        print(f"illada: error: {error}", file=sys.stderr)
+        _say(f"illada: error: {error}")
         return 2
     except MemoryError as error:
         if _debugs():
             raise
-        print(f"illada: error: out of memory{f': {error}' if str(error) else ''}", file=sys.stderr)
+        _say(f"illada: error: out of memory{f': {error}' if str(error) else ''}")
         return 2
     except Exception as error:
         if _debugs():
             raise
         first = (str(error).strip().splitlines() or [""])[0]
-        print(
-            f"illada: error: {type(error).__name__}: {first} (ILLADA_DEBUG=1 shows where it came from)", file=sys.stderr
-        )
+        _say(f"illada: error: {type(error).__name__}: {first} (ILLADA_DEBUG=1 shows where it came from)")
         return 1
-    except KeyboardInterrupt:
-        print("illada: interrupted", file=sys.stderr)
-        return 130
 
 
 def _debugs() -> bool:

@@ -62,6 +62,10 @@ def _run(options: argparse.Namespace) -> int:
 
 def _check_target(target: Path, overwrite: bool) -> None:
     """Only a checkpoint may be replaced: not a training state, nor a folder with anything else in it."""
+    from illada.files import folder_to_write, recover
+
+    recover(target)
+    folder_to_write(target)
     if not target.exists():
         return
     if not overwrite:

@@ -105,7 +105,7 @@ def _run(options: argparse.Namespace) -> int:
                 **loaded,
                 device=options.device,
                 dtype=options.dtype,
-                journal=journal,
+                journal=journal if model is None else model.journal,
                 **{**settings.model_args, **given},
             )
             manager.settings = model.settings
@@ -144,6 +144,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _journal(options: argparse.Namespace) -> Path | None:
     """Where finished requests are kept: beside the output, if there is one."""
+    from illada.files import is_stream
     from illada.integrations.journal import journal_files
 
     if options.output is None:
@@ -152,6 +153,12 @@ def _journal(options: argparse.Namespace) -> Path | None:
         return None
     if Path(options.output).is_dir():
         raise ValueError(f"--output must be a file, {options.output} is a folder")
+    if is_stream(options.output):
+        if options.resume or options.log_samples:
+            raise ValueError(
+                f"--resume and --log-samples need a file as --output, {options.output} is a device or a pipe"
+            )
+        return None
     path = Path(f"{options.output}.journal")
     if not options.resume and (found := journal_files(path)):
         raise FileExistsError(

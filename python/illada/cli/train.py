@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import signal
-import sys
 from typing import Any
 
 
@@ -14,7 +15,7 @@ def add_parser(commands: Any) -> None:
         "train",
         help="train a model",
         description="Train the model of a TOML file. Any setting can be overridden: --section.key=value.\n"
-        "Ctrl-C or SIGTERM saves and exits (130, 143); the same command goes on, bit for bit as if uninterrupted.",
+        "Ctrl-C, SIGTERM and SIGHUP save and exit (130, 143, 129); the same command goes on, bit for bit.",
         epilog="example:\n  illada train configs/demo.toml --train.steps=2000 --optimizer.learning_rate=1e-3\n"
         "  illada train --print-config > my.toml      every setting, with what it means",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -44,9 +45,11 @@ def _run(options: argparse.Namespace) -> int:
         if received and number == signal.SIGINT:
             raise KeyboardInterrupt  # the second time: at once, without saving
         received.append(number)
-        print(f"illada: {signal.Signals(number).name}, saving", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # unbuffered: a handler may interrupt a print; the terminal may be gone
+            os.write(2, f"illada: {signal.Signals(number).name}, saving\n".encode())
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in numbers}  # nohup's choice stays
     try:
         result = train(config, resume=options.resume, should_stop=lambda: bool(received))
     finally:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import json
 import os
+import weakref
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from illada.files import locked
 from illada.model import MaskedDiffusionModel
 from illada.text import parse_json
 
@@ -24,8 +27,11 @@ class Journal:
     A line that a kill or a full disk cut short is not a result: it is skipped, and its request computed again.
 
     Args:
-        path: the file; None keeps everything in memory.
+        path: the file; None keeps everything in memory. It is locked as long as this object lives.
         rank: of several processes each appends to a file of its own (PATH.rank1, ...) and all are read.
+
+    Raises:
+        BlockingIOError: another evaluation writes this file.
     """
 
     def __init__(self, path: str | Path | None = None, rank: int = 0) -> None:
@@ -35,6 +41,9 @@ class Journal:
             return
         assert self.path is not None
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        lock = contextlib.ExitStack()
+        lock.enter_context(locked(self.path.with_name(f".{self.path.name}.lock"), f"{self.path} is being written"))
+        weakref.finalize(self, lock.close)
         for file in journal_files(path):
             for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:

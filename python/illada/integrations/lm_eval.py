@@ -78,7 +78,7 @@ class IlladaLM(LM):
         tokenizer: str | Path | Tokenizer | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
-        journal: str | Path | None = None,
+        journal: str | Path | Journal | None = None,
         trust_remote_code: bool = False,
         **settings: Any,
     ) -> None:
@@ -103,7 +103,7 @@ class IlladaLM(LM):
         self._end_think = tuple(self.tokenizer.encode(self.settings.end_think_text))
         #: What happened to how many requests of this process: texts that were shortened or cannot be scored.
         self.notes: dict[str, int] = {}
-        self._journal = Journal(journal, self._rank)
+        self.journal = journal if isinstance(journal, Journal) else Journal(journal, self._rank)
         self._identity = [illada.__version__, fingerprint(self.model)]
 
     # How lm_eval makes a model: --model_args first, then what its other flags say.
@@ -346,19 +346,19 @@ class IlladaLM(LM):
         places: dict[str, int] = {}
         for i, key in enumerate(keys):
             places.setdefault(key, i)
-        todo = [i for key, i in places.items() if key not in self._journal or not _is_result(kind, self._journal[key])]
+        todo = [i for key, i in places.items() if key not in self.journal or not _is_result(kind, self.journal[key])]
         todo.sort(key=lambda i: (-_size(jobs[i]), keys[i]))  # longest first: if memory runs out, it does so at once
         silent = self._rank > 0 or not sys.stderr.isatty()
         with tqdm(total=len(places), initial=len(places) - len(todo), desc=kind, disable=silent) as bar:
             for begin in range(0, len(todo), self.settings.chunk_size):
                 chunk = todo[begin : begin + self.settings.chunk_size]
                 results = compute([jobs[i] for i in chunk])
-                self._journal.add((keys[i], result) for i, result in zip(chunk, results, strict=True))
+                self.journal.add((keys[i], result) for i, result in zip(chunk, results, strict=True))
                 for i, result in zip(chunk, results, strict=True):
                     if arguments:  # lm_eval's own --use_cache: without this it keeps nothing of an unfinished call
                         self.cache_hook.add_partial(kind, arguments[i], result)
                 bar.update(len(chunk))
-        return [self._journal[key] for key in keys]
+        return [self.journal[key] for key in keys]
 
     # ---------------------------------------------------------------------------------------------------- processes
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from illada.files import write_text
+from illada.files import replaced, write_text
 from illada.text import parse_json, read_lines
 
 
@@ -25,6 +24,7 @@ class Log:
         self.records: list[dict[str, Any]] = _read(self.file, up_to=step)
         write_text(self.file, "".join(json.dumps(r) + "\n" for r in self.records))
         self.stream = self.file.open("a", encoding="utf-8")
+        self.lost: OSError | None = None  # why stdout takes no more lines
         self.bar = tqdm(total=steps, initial=step, unit=" steps", disable=not (progress and sys.stderr.isatty()))
 
     def advance(self) -> None:
@@ -57,10 +57,17 @@ class Log:
 
     def say(self, line: str) -> None:
         """A line on stdout, above the progress bar."""
-        if self.bar.disable:
-            print(line, flush=True)
-        else:
-            tqdm.write(line)
+        try:
+            if self.bar.disable:
+                print(line, flush=True)
+            else:
+                tqdm.write(line)
+        except OSError as error:  # its reader or terminal is gone, which is no reason to lose the run
+            self.lost = error
+
+    def has_validation(self, step: int) -> bool:
+        """Whether there is a validation of this step, in this run or in one that it continues."""
+        return any(r["kind"] == "validation" and r["step"] == step for r in self.records)
 
     def plot(self) -> Path | None:
         """Draw loss.png; None where matplotlib is not installed or the picture cannot be written."""
@@ -84,12 +91,10 @@ class Log:
         axes.grid(alpha=0.3)
         if train or held_out:
             axes.legend()
-        temporary = self.plot_file.with_suffix(".tmp.png")
         try:
-            figure.savefig(temporary, dpi=120)
-            os.replace(temporary, self.plot_file)
+            with replaced(self.plot_file) as stream:
+                figure.savefig(stream, format="png", dpi=120)
         except OSError as error:  # a full disk is no reason to lose the run
-            temporary.unlink(missing_ok=True)
             self.say(f"no plot: {error}")
             return None
         return self.plot_file

@@ -23,7 +23,7 @@ import torch
 from illada._native import has_cuda
 from illada.data import TokenDataset
 from illada.diffusion import Batch, make_batch, make_validation_batch, window_of_sample
-from illada.files import remove_stale, write_text
+from illada.files import locked, remove_stale, write_text
 from illada.model import MaskedDiffusionModel
 from illada.train import checkpoint
 from illada.train.config import RunConfig, TrainConfig
@@ -72,13 +72,29 @@ def train(
     Raises:
         ValueError, FileNotFoundError: bad configuration, corpus or checkpoint. OSError: the disk is full.
         ArithmeticError: the gradient is not finite. FileExistsError: resume="never" and there are checkpoints.
+        BlockingIOError: another process trains in out_dir. BrokenPipeError: what read stdout is gone; the run is saved.
         Complete checkpoints are untouched by all of them.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("this trainer runs in one process; start it without torchrun")
     corpus, held_out = TokenDataset(config.data.path), TokenDataset(config.data.path, "validation")
+    corpus.num_windows(config.data.window), held_out.num_windows(config.data.window)  # their errors come first
+    out_dir = Path(config.train.out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    with locked(out_dir / ".lock", f"{out_dir} is in use"):
+        return _train(config, corpus, held_out, resume, should_stop, on_validation, progress)
+
+
+def _train(
+    config: TrainConfig,
+    corpus: TokenDataset,
+    held_out: TokenDataset,
+    resume: str,
+    should_stop: Callable[[], bool],
+    on_validation: Callable[[int, MaskedDiffusionModel], object],
+    progress: bool,
+) -> TrainResult:
     num_windows, window = corpus.num_windows(config.data.window), config.data.window
-    held_out.num_windows(window)
     model_config = config.model_config(corpus.header)
     device = _device(config.train, model_config.head_size)
     model = MaskedDiffusionModel(model_config, seed=config.train.seed, device=device)
@@ -110,7 +126,23 @@ def train(
     saved: Path | None = source
     began, logged_at, logged_tokens = time.monotonic(), time.monotonic(), tokens_seen
     stopped, pace = False, Pace()
+
+    def asked() -> bool:
+        return should_stop() or log.lost is not None
+
+    def validate() -> float | None:
+        found = evaluate(model, held_out, config, device, asked)
+        if found is not None:
+            entropy = held_out.unigram_entropy()
+            log.validation(step=step, seconds=time.monotonic() - began, bound=found, unigram_entropy=entropy)
+            log.plot()
+            on_validation(step, model)
+        return found
+
     try:
+        if _validates(step, config) and not log.has_validation(step):  # it was stopped there
+            bound = validate()
+            stopped = bound is None
         while step < config.train.steps and not stopped:
             step_began = time.monotonic()
             rate = learning_rate(step, config.train.steps, config.optimizer, config.schedule)
@@ -123,7 +155,7 @@ def train(
                     loss = model.loss(batch.to(device), normalizer=float(config.train.windows_per_step * window))
                 loss.backward()
                 loss_sum += float(loss.detach())
-                stopped = should_stop()
+                stopped = asked()
                 if stopped:
                     break
             if stopped:
@@ -156,22 +188,20 @@ def train(
                 if device.type == "cpu" and (hint := pace.hint(torch.get_num_threads())):
                     log.say(hint)
             last = step == config.train.steps
-            if step % config.validation.every == 0 or last:
-                bound = evaluate(model, held_out, config, device)
-                log.validation(
-                    step=step, seconds=time.monotonic() - began, bound=bound, unigram_entropy=held_out.unigram_entropy()
-                )
-                log.plot()
-                on_validation(step, model)
-            if step % config.train.save_every == 0 and not last:
+            if _validates(step, config):
+                bound = validate()
+                stopped = bound is None
+            if step % config.train.save_every == 0 and not last and not stopped:
                 saved = _save(checkpoints, model, optimizer, config, step, tokens_seen, losses, corpus)
             if step % config.train.log_every == 0:  # saving and validating is not training
                 logged_at, logged_tokens = time.monotonic(), tokens_seen
         if not (checkpoints / f"step-{step:06}").exists():
             saved = _save(checkpoints, model, optimizer, config, step, tokens_seen, losses, corpus)
-            checkpoint.restore(saved, model, optimizer)  # what is said to be done can be loaded
+            if not stopped:
+                checkpoint.restore(saved, model, optimizer)  # what is said to be done can be loaded
         if bound is None and not stopped:
-            bound = evaluate(model, held_out, config, device)  # resumed after its last step
+            bound = evaluate(model, held_out, config, device, asked)  # resumed after its last step
+            stopped = bound is None
         plot = log.plot()
         assert saved is not None
         if plot is None:
@@ -180,6 +210,8 @@ def train(
         log.say(f"checkpoint {saved}" + (f", plot {plot}" if plot else ""))
     finally:
         log.close()
+    if log.lost is not None and not should_stop():
+        raise log.lost
     return TrainResult(
         finished=not stopped,
         step=step,
@@ -213,11 +245,16 @@ def micro_batches(
 
 @torch.no_grad()
 def evaluate(
-    model: MaskedDiffusionModel, held_out: TokenDataset, config: TrainConfig, device: torch.device | str = "cpu"
-) -> float:
+    model: MaskedDiffusionModel,
+    held_out: TokenDataset,
+    config: TrainConfig,
+    device: torch.device | str = "cpu",
+    should_stop: Callable[[], bool] = lambda: False,
+) -> float | None:
     """The bound of Eq. 1 on held-out windows, in nats per token, by the midpoint rule over fixed t strata.
 
     Windows, strata and masks are the same in every run, so numbers of different runs compare.
+    None: `should_stop`, which is asked after every micro-batch, ended it.
     """
     length, strata = config.data.window, config.validation.strata
     available = held_out.num_windows(length)
@@ -236,7 +273,13 @@ def evaluate(
             with _autocast(config, device):
                 loss = model.loss(batch.to(device), normalizer=1.0)
             total += float(loss)
+            if should_stop():
+                return None
     return total / (strata * len(indices) * length)
+
+
+def _validates(step: int, config: TrainConfig) -> bool:
+    return step > 0 and (step % config.validation.every == 0 or step == config.train.steps)
 
 
 def _save(
