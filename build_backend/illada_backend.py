@@ -45,8 +45,9 @@ def has_nvcc() -> bool:
     """Whether CMake would find one."""
     nvcc = option("CMAKE_CUDA_COMPILER").strip() or os.environ.get("CUDACXX", "").strip() or "nvcc"
     path = os.environ.get("PATH", "")
-    if os.environ.get("CUDA_PATH"):
-        path += os.pathsep + os.path.join(os.environ["CUDA_PATH"], "bin")
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        if os.environ.get(name):
+            path += os.pathsep + os.path.join(os.environ[name], "bin")
     return any(shutil.which(name, path=path) for name in (nvcc, nvcc.split()[0]))  # CUDACXX may hold options
 
 
