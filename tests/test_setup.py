@@ -102,3 +102,13 @@ home = {"CUDA_HOME": HOME}
 said += [s["with_nvcc"](dict(home)).get("CUDACXX"), s["with_nvcc"]({**home, "CUDACXX": "mine"})["CUDACXX"]]
 """.replace("HOME}", f"{str(tmp_path)!r}}}")
     assert ask(tmp_path, code) == [str(tmp_path / "bin" / "nvcc"), "mine"]
+
+
+@pytest.mark.parametrize(
+    "given", ['-DX="a b" -DILLADA_CUDA="off"', "-D ILLADA_CUDA:STRING=off", "-D 'ILLADA_CUDA=off'"]
+)
+def test_backend_reads_quoted_cmake_args(given):
+    code = f"import runpy; b = runpy.run_path({str(ROOT / 'build_backend/illada_backend.py')!r}); print(b['option']('ILLADA_CUDA'))"
+    environment = {**os.environ, "CMAKE_ARGS": given}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "off"
