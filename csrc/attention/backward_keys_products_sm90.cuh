@@ -197,9 +197,10 @@ __device__ __forceinline__ void multiply_keys(const KeysArguments& a, KeysShared
     const auto finish_scores = [&] {
       // What there is to know of the step, while its products are under way.
       const bool far = has_far_rows(shared.offset[stage], lane);
-      const int valid = __shfl_sync(kFullWarp, shared.step[stage].tokens, 0) * a.group;
+      const bool has_padding = __shfl_sync(kFullWarp, shared.step[stage].tokens, 0) * a.group < kRows;
       warpgroup_wait<1>(s);
-      if (valid < kRows) mask_scores(s, valid);  // these rows are zeros, next to which a key of -inf makes NaN
+      // Rows of padding are zeros, next to which a key of -inf makes NaN.
+      if (has_padding) mask_scores(s, shared.step[stage].tokens * a.group);
       weigh(a, s, shared.offset[stage], far, lane);
       is_last = __shfl_sync(kFullWarp, int(shared.step[stage].is_last), 0) != 0;
       warpgroup_wait<0>(dp);

@@ -236,9 +236,9 @@ __global__ __launch_bounds__(QueriesShared<kHeadDim>::kThreads, 1) void illada_a
         ++state;
       };
       const auto finish_scores = [&] {
+        const bool far = __any_sync(kFullWarp, is_far(rows[0].offset) || is_far(rows[1].offset));
         warpgroup_wait<1>(s);
         if (fresh && valid < kKeys) mask_scores(s, valid);
-        const bool far = __any_sync(kFullWarp, is_far(rows[0].offset) || is_far(rows[1].offset));
         exponentiate(s, a.scale, a.scale_log2, far, [&](int j) { return rows[j / 2 % 2].offset; });
         is_last = --tiles == 0;
         warpgroup_wait<0>(dp);

@@ -201,7 +201,9 @@ void plan_cuda(const PlanParams& p) {
 }
 
 int64_t forward_workspace(const PackShape& s) {
-  return may_split(s) ? int64_t(kSplitSlots) * slot_rows(s) * (s.head_dim * int64_t(sizeof(float)) + int64_t(sizeof(SlotSum))) : 0;
+  return may_split(s)
+             ? int64_t(kSplitSlots) * slot_rows(s) * (s.head_dim * int64_t(sizeof(float)) + int64_t(sizeof(SlotSum)))
+             : 0;
 }
 
 void forward_cuda(const ForwardParams& given) {

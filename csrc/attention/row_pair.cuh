@@ -97,9 +97,8 @@ __device__ __forceinline__ void exponentiate(float (&s)[kCount], float scale, fl
   if (far) {
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
-      const bool this_one = is_far(offset(j));
-      const float product = __fmul_rn(s[j], this_one ? 2 * scale : scale_log2) - offset(j);
-      s[j] = ptx::exp2_approx(this_one ? product * float(M_LOG2E / 2) : product);
+      const float lse = offset(j) * (is_far(offset(j)) ? 0.5f : float(M_LN2));
+      s[j] = ptx::exp2_approx((__fmul_rn(s[j], scale) - lse) * float(M_LOG2E));
     }
   } else {
 #pragma unroll
