@@ -611,9 +611,13 @@ def test_journal_survives_a_torn_line(tmp_path):
     journal.add([("a", [1.5, True]), ("b", "text\n")])
     with file.open("a") as out:
         out.write('{"key": "c", "resu')
+    with pytest.raises(BlockingIOError, match="j is being written by another process"):
+        Journal(file)
+    del journal
     again = Journal(file)
     assert again["a"] == [1.5, True] and again["b"] == "text\n" and "c" not in again
     again.add([("c", math.inf)])
+    del again
     assert Journal(file)["c"] == math.inf
     Journal(file, rank=1).add([("d", 1)])
     assert "d" in Journal(file) and (tmp_path / "deep" / "j.rank1").exists()
