@@ -1,7 +1,8 @@
 # Everything a checkout can do, in a virtual environment of its own. Needs python3 (3.11 or newer) and a C++ compiler.
-#   make demo    prepare text, train a tiny model, generate: about 5 minutes on two cores
+#   make demo    prepare text, train a tiny model, generate: about 6 minutes on two cores
 #   make test    the fast tests;  make test-slow: the others;  make bench: the benchmarks
-# VENV=/path keeps the environment elsewhere. No path is used unquoted: folders may have spaces in their names.
+# CUDA kernels are built where this environment's torch finds a GPU for them; ILLADA_CUDA=on builds them all the same, off
+# never, and make remembers which. VENV=/path keeps the environment elsewhere. No path is used unquoted: folders may have spaces in their names.
 # With an nvcc (CUDA 12.3 or newer), no GPU needed:
 #   make ptxas      registers, spills and shared memory of each kernel against csrc/ptxas_budget.json (UPDATE=1 writes it)
 #   make test-cuda  tests/cuda with a CUDA build of torch (5.5 GB, in VENV_CUDA): on a GPU, else on a simulator, CUSIM.
@@ -18,14 +19,16 @@ BIN_CUDA := $(VENV_CUDA)/bin
 # The headers of CUTLASS for builds in a checkout, pinned. `pip install .` alone finds or fetches its own.
 CUTLASS_VERSION := 4.2.0.0
 CUTLASS := .cache/cutlass-$(CUTLASS_VERSION)
-# To be fetched: where there is an nvcc for CMake to find, and ILLADA_CUTLASS_DIR names no others.
-ifeq ($(ILLADA_CUTLASS_DIR),)
 NVCC := $(shell PATH="$$PATH:$(or $(CUDA_PATH),/nowhere)/bin" command -v "$(or $(firstword $(CUDACXX)),nvcc)" 2>/dev/null)
+# To be fetched: where there is an nvcc for CMake to find, and ILLADA_CUTLASS_DIR names no others. A make that a rule calls
+# has it from here.
+ifeq ($(subst $(CURDIR)/$(CUTLASS),,$(ILLADA_CUTLASS_DIR)),)
 HEADERS := $(if $(filter off OFF Off,$(ILLADA_CUDA)),,$(if $(NVCC),$(CUTLASS)))
 ifneq ($(HEADERS),)
 export ILLADA_CUTLASS_DIR := $(CURDIR)/$(CUTLASS)
 endif
 endif
+FETCH = $(if $(HEADERS),$(MAKE) --no-print-directory "$(CUTLASS)" || exit 1,:)
 MODES ?= eager lazy
 CHECKS ?= race,proxy
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -40,6 +43,8 @@ install: .cache/installed
 .cache/requirements: requirements-dev.txt requirements-common.txt
 	@mkdir -p .cache
 	test -x "$(BIN)/python" || "$(PYTHON)" -m venv "$(VENV)"
+	@echo "make: installing requirements-dev.txt (torch and what lints and tests) into $(VENV): a minute, and the download." \
+	  "VENV=/path names an environment that has them"
 	"$(BIN)/python" -m pip install --quiet --requirement requirements-dev.txt
 	@touch $@
 
@@ -55,8 +60,28 @@ $(CUTLASS):
 	echo "make: pip could not fetch the headers of CUTLASS; ILLADA_CUTLASS_DIR=/path/to/cutlass names others" >&2; \
 	exit 1
 
-.cache/installed: .cache/requirements $(HEADERS) $(SOURCES)
-	"$(BIN)/python" -m pip install --quiet --no-deps --force-reinstall .
+# What ILLADA_CUDA was when it was last set: only another value builds again.
+.cache/asked: FORCE
+	@mkdir -p .cache
+	@[ -z "$(ILLADA_CUDA)" ] && [ -f $@ ] || echo "$(ILLADA_CUDA)" | cmp -s - $@ || echo "$(ILLADA_CUDA)" >$@
+
+FORCE:
+
+.cache/installed: .cache/requirements .cache/asked $(SOURCES)
+	@cuda="$$(cat .cache/asked)"; \
+	if [ -z "$$cuda" ]; then \
+	  cuda=off; \
+	  ! "$(BIN)/python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || cuda=auto; \
+	  [ $$cuda = auto ] || [ -z "$(NVCC)" ] || \
+	    echo "make: an nvcc is here, but no GPU that this environment's torch sees: no CUDA kernels (ILLADA_CUDA=on builds them)"; \
+	fi; \
+	case "$$cuda" in \
+	  off | OFF | Off) echo "make: building for CPUs: under a minute";; \
+	  *) echo "make: building, one to ten minutes with CUDA kernels (ILLADA_CUDA=off: none, under a minute;" \
+	      "ILLADA_CUDA_ARCHS=80-real: one kind of GPU)"; \
+	    $(FETCH);; \
+	esac; \
+	ILLADA_CUDA="$$cuda" "$(BIN)/python" -m pip install --quiet --no-deps --force-reinstall .
 	@touch $@
 
 .cache/requirements-cuda: requirements-cuda.txt requirements-common.txt

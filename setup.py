@@ -1,18 +1,22 @@
 """Builds illada._C with CMake. All metadata is in pyproject.toml; all compilation is in CMakeLists.txt.
 
 Environment: ILLADA_CUDA=on|off|auto, ILLADA_CUDA_ARCHS, ILLADA_CUDART, ILLADA_CUTLASS_DIR, ILLADA_CUTLASS_DOWNLOAD,
-ILLADA_BUILD_DIR, MAX_JOBS, CMAKE_ARGS.
+ILLADA_BUILD_DIR, MAX_JOBS, CMAKE_ARGS, CMAKE_GENERATOR; CMake's own, such as CXX, CXXFLAGS, CUDACXX and CUDAFLAGS.
 """
 
+import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 OLDEST_SETUPTOOLS = 77  # as in pyproject.toml, whose license fields older ones refuse or misread
 
@@ -26,6 +30,22 @@ if int(setuptools.__version__.split(".")[0]) < OLDEST_SETUPTOOLS:
     )
 
 ROOT = Path(__file__).resolve().parent
+CGROUP = Path("/sys/fs/cgroup")
+OPTIONS = ("ILLADA_CUDA", "ILLADA_CUDA_ARCHS", "ILLADA_CUDART", "ILLADA_CUTLASS_DOWNLOAD")
+# What CMake reads when a cache is new, and never again.
+FIRST_CONFIGURE = (
+    *("CC", "CXX", "CXXFLAGS", "CPPFLAGS", "LDFLAGS", "CUDACXX", "CUDAHOSTCXX", "CUDAFLAGS", "CUDA_HOME", "CUDA_PATH"),
+    *("CUDAARCHS", "CMAKE_GENERATOR", "CMAKE_ARGS", "CMAKE_PREFIX_PATH"),
+)
+
+
+class PythonBuild(build_py):
+    """Without what an earlier build left: a module that was deleted must not be in the next wheel."""
+
+    def run(self) -> None:
+        if not self.editable_mode:
+            shutil.rmtree(Path(self.build_lib) / "illada", ignore_errors=True)
+        super().run()
 
 
 class CMakeBuild(build_ext):
@@ -37,7 +57,8 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         build_dir = Path(os.environ.get("ILLADA_BUILD_DIR") or Path(self.build_temp).resolve() / "cmake")
         build_dir.mkdir(parents=True, exist_ok=True)
-        ninja = shutil.which("ninja")
+        forget_other_build(build_dir, build_choices())
+        ninja = None if os.environ.get("CMAKE_GENERATOR") else shutil.which("ninja")
         configure = [
             "cmake",
             *("-S", str(ROOT), "-B", str(build_dir)),
@@ -49,25 +70,21 @@ class CMakeBuild(build_ext):
             # Given at every configure: a cache left by an earlier isolated build names tools that pip has deleted.
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             *(["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []),
-            *(
-                f"-D{name}={os.environ[name]}"
-                for name in ("ILLADA_CUDA", "ILLADA_CUDA_ARCHS", "ILLADA_CUDART", "ILLADA_CUTLASS_DOWNLOAD")
-                if os.environ.get(name)
-            ),
+            *(f"-D{name}={os.environ[name]}" for name in OPTIONS if os.environ.get(name)),
         ]
         if ccache := shutil.which("ccache"):
             configure += [f"-DCMAKE_{language}_COMPILER_LAUNCHER={ccache}" for language in ("CXX", "CUDA")]
-        configure += os.environ.get("CMAKE_ARGS", "").split()  # last: they outweigh what is above
-        self.run_cmake(configure)
+        configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))  # last: they outweigh what is above
+        self.run_cmake(configure, env=with_nvcc(dict(os.environ)))
         self.run_cmake(["cmake", "--build", str(build_dir), "--parallel", str(job_count())])
-        built = next(build_dir.glob("_C*.so"), None) or next(build_dir.glob("_C*.pyd"))
+        built = build_dir / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(built, target)  # not copy2: an older mtime would keep an editable install from being updated
 
-    def run_cmake(self, command: list[str]) -> None:
+    def run_cmake(self, command: list[str], env: dict[str, str] | None = None) -> None:
         self.announce(" ".join(command), level=2)
         try:
-            subprocess.run(command, check=True)
+            subprocess.run(command, check=True, env=env)
         except FileNotFoundError:
             raise SystemExit("illada: cmake was not found; `pip install cmake ninja` or a system package") from None
         except subprocess.CalledProcessError as error:
@@ -77,6 +94,42 @@ class CMakeBuild(build_ext):
             ) from None
 
 
+def build_choices() -> dict[str, str]:
+    """All that a cache of CMake keeps from its first configure, or that makes its files of no use."""
+    choices = {name: os.environ.get(name, "") for name in (*OPTIONS, *FIRST_CONFIGURE)}
+    for compiler in ("c++", "g++", "nvcc"):
+        choices[f"{compiler} in PATH"] = shutil.which(compiler) or ""
+    return {**choices, "source": str(ROOT), "python": f"{sys.implementation.cache_tag} {sys.abiflags}"}
+
+
+def forget_other_build(build_dir: Path, choices: dict[str, str]) -> None:
+    """Removes the cache and the objects of a build that was made by other choices; fetched headers stay."""
+    stamp, now = build_dir / "illada-choices.json", json.dumps(choices, indent=1)
+    if not stamp.exists() or stamp.read_text() != now:
+        (build_dir / "CMakeCache.txt").unlink(missing_ok=True)
+        shutil.rmtree(build_dir / "CMakeFiles", ignore_errors=True)
+        stamp.write_text(now)
+
+
+def with_nvcc(env: dict[str, str]) -> dict[str, str]:
+    """With CUDACXX, where CUDA_HOME alone says where an nvcc is: CMake does not read that."""
+    home = env.get("CUDA_HOME")
+    if home and not env.get("CUDACXX") and (nvcc := shutil.which("nvcc", path=str(Path(home) / "bin"))):
+        env["CUDACXX"] = nvcc
+    return env
+
+
+def memory_limit() -> int:
+    """Bytes that this process may take: the machine's, or what a container (its cgroup, version 2 or 1) allows."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        try:
+            memory = min(memory, int((CGROUP / name).read_text()))
+        except (OSError, ValueError):  # absent, or "max"
+            continue
+    return memory
+
+
 def job_count() -> int:
     """MAX_JOBS, else a job for each core but no more than one for every 3 GB of memory (nvcc is large)."""
     for name in ("MAX_JOBS", "CMAKE_BUILD_PARALLEL_LEVEL"):
@@ -84,10 +137,10 @@ def job_count() -> int:
             return max(1, int(os.environ[name]))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        memory = memory_limit()
     except (ValueError, OSError, AttributeError):
         return cores
     return max(1, min(cores, memory // (3 << 30)))
 
 
-setup(ext_modules=[Extension("illada._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+setup(ext_modules=[Extension("illada._C", sources=[])], cmdclass={"build_ext": CMakeBuild, "build_py": PythonBuild})

@@ -8,6 +8,7 @@ requirement is pip, where neither pip nor uv is there to fetch it. A build for C
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -37,7 +38,8 @@ def requires() -> list[str]:
 
 def option(name: str) -> str:
     """An option of the CMake configure: in CMAKE_ARGS, which has the last word, else in the environment."""
-    given = re.findall(rf"-D\s*{name}(?::\w+)?=(\S*)", os.environ.get("CMAKE_ARGS", ""))
+    arguments = "\n".join(shlex.split(os.environ.get("CMAKE_ARGS", "")))  # quoted as in a shell, as setup.py has it
+    given = re.findall(rf"^-D\s*{name}(?::\w+)?=(.*)", arguments, re.MULTILINE)
     return given[-1] if given else os.environ.get(name, "")
 
 
@@ -45,8 +47,9 @@ def has_nvcc() -> bool:
     """Whether CMake would find one."""
     nvcc = option("CMAKE_CUDA_COMPILER").strip() or os.environ.get("CUDACXX", "").strip() or "nvcc"
     path = os.environ.get("PATH", "")
-    if os.environ.get("CUDA_PATH"):
-        path += os.pathsep + os.path.join(os.environ["CUDA_PATH"], "bin")
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        if os.environ.get(name):
+            path += os.pathsep + os.path.join(os.environ[name], "bin")
     return any(shutil.which(name, path=path) for name in (nvcc, nvcc.split()[0]))  # CUDACXX may hold options
 
 

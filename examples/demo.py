@@ -11,10 +11,12 @@ import json
 import shutil
 import time
 from pathlib import Path
+from textwrap import indent
 
 from illada.checkpoint import load_pretrained
 from illada.data import load_tokenizer, prepare
 from illada.generation import GenerationConfig, generate
+from illada.model import MaskedDiffusionModel
 from illada.train import load_config, train
 
 PROMPTS = ["import os\nimport sys\n\ndef main(", "class Error(Exception):\n    ", '    """Return the']
@@ -38,14 +40,20 @@ def main() -> None:
 
     print("[2/3] training", flush=True)
     paths = [f"--data.path={json.dumps(str(out / 'corpus'))}", f"--train.out_dir={json.dumps(str(out))}"]
-    result = train(load_config(options.config, [*paths, *overrides]))
-    assert result.validation_bound is not None
-
-    print("[3/3] generating", flush=True)
-    model, tokenizer = load_pretrained(result.checkpoint), load_tokenizer(result.checkpoint)
+    tokenizer = load_tokenizer(out / "corpus")
     # A model this small is sure of blanks and quotes alone: committing in random order reads better than by confidence.
     config = GenerationConfig(gen_length=64, block_length=16, steps=16, temperature=0.8, measure="random")
     prompts = [tokenizer.encode(prompt, add_special_tokens=False).ids for prompt in PROMPTS]
+
+    def show(step: int, model: MaskedDiffusionModel) -> None:
+        (sample,) = generate(model, prompts[:1], config, seed=1, tokenizer=tokenizer)
+        print(indent(PROMPTS[0] + (sample.text or ""), "      | "), flush=True)
+
+    result = train(load_config(options.config, [*paths, *overrides]), on_validation=show)
+    assert result.validation_bound is not None
+
+    print("[3/3] generating", flush=True)
+    model = load_pretrained(result.checkpoint)
     results = generate(model, prompts, config, seed=1, tokenizer=tokenizer, progress=True)
     samples = [prompt + (r.text or "") for prompt, r in zip(PROMPTS, results, strict=True)]
     for sample in samples:

@@ -251,7 +251,6 @@ def check_remask(dtype: torch.dtype, device: torch.device, generator: torch.Gene
     lengths = [n for i in range(len(kinds)) for n in ((9, 0) if i % 4 == 0 else (9,))]
     confidence = torch.cat([values(kind, (9,), torch.float32, generator) for kind in kinds])
     entropy = torch.cat([values(kind, (9,), torch.float32, generator) for kind in kinds]).abs()
-    entropy = entropy.masked_fill(entropy.isnan(), 3.0)
     count = len(confidence)
     tokens = torch.full((2 * count,), 5, dtype=dtype)
     tokens[torch.rand(2 * count, generator=generator) < 0.2] = 9

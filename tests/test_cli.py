@@ -214,3 +214,23 @@ def test_user_errors_are_one_line(world, capsys, monkeypatch):
         cli.main(["train", "none.toml"])
     with pytest.raises(SystemExit):
         cli.main(["info", "--what"])
+
+
+def test_an_error_that_nobody_expected_is_one_line(monkeypatch, capsys):
+    for error, status, said in (
+        (KeyError("x"), 1, "illada: error: KeyError: 'x' (ILLADA_DEBUG=1 shows where it came from)\n"),
+        (RecursionError("too deep\nmore"), 1, "illada: error: RecursionError: too deep (ILLADA_DEBUG=1"),
+        (MemoryError(), 2, "illada: error: out of memory\n"),
+        (AttributeError("no a"), 1, "illada: error: AttributeError: no a"),
+    ):
+
+        def run(options, error=error):
+            raise error
+
+        monkeypatch.setattr(cli.info, "_run", run)
+        assert cli.main(["info"]) == status
+        assert capsys.readouterr().err.startswith(said)
+        monkeypatch.setenv("ILLADA_DEBUG", "1")
+        with pytest.raises(type(error)):
+            cli.main(["info"])
+        monkeypatch.delenv("ILLADA_DEBUG")

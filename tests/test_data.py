@@ -256,6 +256,19 @@ def test_damaged_and_foreign_corpora(texts, tmp_path):
         "does not belong to train.bin",
         train_idx=np.zeros(header["splits"]["train"]["documents"] + 1, np.uint64).tobytes(),
     )
+    starts = np.frombuffer(good["train.idx"], np.uint64).copy()
+    starts[1] = starts[-1] + np.uint64(1)
+    broken("train.idx is damaged: documents must start in ascending order", train_idx=starts.tobytes())
+    for change, match in (
+        ({"dtype": "int16"}, "dtype must be uint16 or uint32, got 'int16'"),
+        ({"vocab_size": 300.0}, r"vocab_size must be int, got 300\.0"),
+        ({"vocab_size": 2**63 - 1}, "vocab_size must be at most"),
+        ({"eos_token_id": 300}, "token id 300 is outside of the vocabulary of 300"),
+        ({"splits": {}}, "splits, train must hold a JSON object"),
+        ({"splits": {"train": {"documents": 1}}}, "splits, train lacks tokens"),
+    ):
+        broken(match, corpus_json=json.dumps({**header, **change}).encode())
+    broken(r"corpus\.json lacks dtype, vocab_size", corpus_json=b'{"format": "illada-corpus", "version": 1}')
     broken("is not the header of an illada-corpus", corpus_json=b"{}")
     broken("is not the header of an illada-corpus", corpus_json=b"[1]")
     broken(r"corpus\.json is not JSON", corpus_json=b"[1")

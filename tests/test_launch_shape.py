@@ -24,6 +24,9 @@ def test_an_empty_grid_is_an_internal_error(tmp_path):
     for line, shape in zip(said[:4], ("0 x 1 x 1", "4 x 0 x 1", "4 x 1 x 0", "4 x 1 x 1"), strict=True):
         assert line.startswith(f"logic_error: some_op: internal error: a launch of {shape} CTAs of "), line
         assert line.endswith(" threads; please report it"), line
+    assert said[4].startswith(
+        ("CudaError: some_op: loading a kernel: cudaError", "Error: some_op: no kernel was built")
+    )
     assert "internal error" not in said[4]  # a shape that is right is left to CUDA, which finds no kernel here
 
 
@@ -36,4 +39,6 @@ def test_nothing_is_launched_in_another_way():
         for line in path.read_text().splitlines()
         if re.search(r"<<<\s*\w|\bcu(da)?Launch\w*\(", line.split("//")[0])
     ]
-    assert len(found) == 1 and found[0].startswith("csrc/common/device.h: ILLADA_CUDA_CHECK(op, cudaLaunchKernelEx(")
+    assert len(found) == 1 and found[0].startswith(
+        "csrc/common/device.h: const cudaError_t status = cudaLaunchKernelEx("
+    )

@@ -611,9 +611,13 @@ def test_journal_survives_a_torn_line(tmp_path):
     journal.add([("a", [1.5, True]), ("b", "text\n")])
     with file.open("a") as out:
         out.write('{"key": "c", "resu')
+    with pytest.raises(BlockingIOError, match="j is being written by another process"):
+        Journal(file)
+    del journal
     again = Journal(file)
     assert again["a"] == [1.5, True] and again["b"] == "text\n" and "c" not in again
     again.add([("c", math.inf)])
+    del again
     assert Journal(file)["c"] == math.inf
     Journal(file, rank=1).add([("d", 1)])
     assert "d" in Journal(file) and (tmp_path / "deep" / "j.rank1").exists()
@@ -891,3 +895,15 @@ def test_two_processes_give_what_one_gives(checkpoint, task_folder, tmp_path):
     one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
     assert one["results"] == two["results"] and one["chance"] == two["chance"]
     assert not list(tmp_path.glob("*.journal*"))
+
+
+def test_what_lm_eval_has_a_flag_for_is_given_once(checkpoint):
+    given = f"pretrained={checkpoint},device=cpu"
+    make = IlladaLM.create_from_arg_string
+    for name, value, flags in (("device", "'cpu'", {"device": "cuda:0"}), ("batch_size", "4", {"batch_size": 1})):
+        with pytest.raises(
+            ValueError, match=f"^{name} is {value} in --model_args, but .* by --{name} or its default; "
+        ):
+            make(f"{given},batch_size=4", flags)
+    lm = make(f"{given},batch_size=4", {"device": "cpu", "batch_size": 4, "max_batch_size": None})
+    assert lm.device.type == "cpu" and lm.settings.batch_size == 4

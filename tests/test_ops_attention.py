@@ -1,5 +1,7 @@
 """varlen_attention against its specification: values, gradients, strides, poison, registration, errors."""
 
+import math
+import mmap
 import os
 import subprocess
 import sys
@@ -348,3 +350,22 @@ def test_errors(generator):
         illada.varlen_attention(q, k, v, cu, cu_seqlens_k=cumulative([5, 4]))
     with pytest.raises(ValueError, match="num_heads 3 must be a multiple of num_kv_heads 2"):
         illada.attention_plan(cu, num_heads=3, num_kv_heads=2, head_dim=64, total_q=8)
+
+
+@pytest.mark.parametrize("sequences", [1, 2])
+def test_tokens_times_heads_beyond_32_bits(sequences):
+    """The last token of 2^15 + 1 with 2^16 heads each; nothing but its part of the sparse results is touched."""
+    tokens, heads = 2**15 + 1, 2**16
+
+    def sparse(*shape, dtype):  # zeros, of which what is not written takes no memory
+        count = math.prod(shape)
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE, which Python 3.13 names
+        return torch.frombuffer(mmap.mmap(-1, count * dtype.itemsize, flags=flags), dtype=dtype).view(shape)
+
+    out, lse = sparse(tokens, heads, 1, dtype=torch.bfloat16), sparse(heads, tokens, dtype=torch.float32)
+    x = torch.ones(1, 1, 1, dtype=torch.bfloat16).expand(tokens, heads, 1)
+    plan = torch.tensor([[tokens - 1, tokens, 0, 3], [0, 1, 0, 3]], dtype=torch.int32)[:sequences]
+    raw.varlen_attention(out, lse, x, x, x, plan, sequences, 1.0)
+    assert bool((out[-1] == 1).all()) and bool((out[0] == sequences - 1).all())
+    assert out[-2, -9:].count_nonzero() == 0
+    torch.testing.assert_close(lse[-4:, -1], torch.full((4,), 1 + math.log(3.0)))

@@ -174,6 +174,7 @@ def candidates(generator, lengths=(5, 0, 9, 1, 12)):
     confidence = (torch.rand(total, generator=generator) * 8).round() / 8  # coarse: many ties
     confidence[1], confidence[6] = torch.nan, -torch.inf
     entropy = torch.rand(total, generator=generator)
+    entropy[[0, 8, 9, 16, 20]] = torch.nan  # which may not break the order of the others
     sample = TokenSample(torch.arange(100, 100 + total), confidence, confidence, entropy)
     cu_rows = torch.tensor([0, *lengths]).cumsum(0).int()
     return tokens, rows, cu_rows, sample
@@ -207,6 +208,27 @@ def test_remask_matches_reference(rule, token_dtype, generator):
         untouched = torch.ones_like(tokens, dtype=torch.bool)
         untouched[rows.long()] = False
         assert torch.equal(got_tokens[untouched].long(), tokens[untouched])
+
+
+@pytest.mark.parametrize("quota", [float("inf"), 1e30, 2**31, 2**63 - 1, 10**400])
+def test_a_quota_of_any_size_commits_all(quota, generator):
+    tokens, rows, cu_rows, sample = candidates(generator)
+    wanted = illada.remask(tokens.clone(), rows, cu_rows, sample, quota=100, mask_id=5)
+    assert wanted.sum() > 0
+    assert torch.equal(illada.remask(tokens, rows, cu_rows, sample, quota=quota, mask_id=5), wanted)
+
+
+def test_ids_that_the_canvas_cannot_hold(generator):
+    tokens, rows, cu_rows, sample = candidates(generator)
+    tokens, before = tokens.int(), tokens.int()
+    for wrong in (2**40 + 7, 2**31, -(2**31) - 1):
+        sample.token[3] = wrong
+        with pytest.raises(ValueError, match=rf"remask: sample.token\[3\] is {wrong}, which int32 tokens cannot hold"):
+            illada.remask(tokens, rows, cu_rows, sample, quota=1, mask_id=5)
+    assert torch.equal(tokens, before)
+    for name in ("mask_id", "min_commit"):
+        with pytest.raises(ValueError, match=f"remask: {name} must fit 64 bits"):
+            illada.remask(tokens, rows, cu_rows, sample, threshold=0.5, **{"mask_id": 5, name: 2**63})
 
 
 @pytest.mark.parametrize("token_dtype", [torch.int64, torch.int32])

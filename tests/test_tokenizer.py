@@ -492,3 +492,22 @@ def test_tokenizers_that_only_transformers_can_read(tmp_path):
     (tmp_path / "vocab.json").write_text("{")
     with pytest.raises(ValueError, match="transformers cannot read the tokenizer in"):
         Tokenizer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ '%1000000000d' % 1 }}",
+        "{{ '{:1000000000d}'.format(1) }}",
+        "{{ '%1000000000d' | format(1) }}",
+        "{{ 'x' * 10**9 }}",
+        "{{ [1] * 10**9 }}",
+        "{{ 'x'.ljust(1000000000) }}",
+        "{{ 'x' | center(1000000000) }}",
+        "{{ 9 ** (9 ** 9) }}",
+        "{% for a in range(90000) %}{% for b in range(90000) %}{{ 'xxxxxxxxxxxxxxxxxxxxxxxx' }}{% endfor %}{% endfor %}",
+    ],
+)
+def test_templates_that_would_fill_the_memory(template):
+    with pytest.raises(ValueError, match="the chat template refuses these messages: OverflowError"):
+        render_chat_template(template, [{"role": "user", "content": "x"}])

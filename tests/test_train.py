@@ -92,6 +92,24 @@ def test_learns_and_leaves_its_files(config, corpus, capsys):
     assert load_config(out / "config.toml") == config
 
 
+@pytest.mark.parametrize("busy", [True, False], ids=["busy", "quiet"])
+def test_a_shared_cpu_is_said_once(config, capsys, monkeypatch, busy):
+    """By steps that vary; what training itself takes is made even, for the tests' own machine may be busy."""
+    config = change(config, train={"steps": 44, "log_every": 22, "save_every": 100}, validation={"every": 22})
+    clock, steps = iter(range(10**9)), []
+    monkeypatch.setattr(loop.time, "monotonic", lambda: next(clock) * 0.01 + sum(steps))
+    validated = []
+    train(
+        config,
+        should_stop=lambda: steps.append(0.3 if busy and len(steps) % 4 == 0 else 0) or False,
+        on_validation=lambda step, model: validated.append((step, model.config.hidden_size)),
+        progress=False,
+    )
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step times vary")]
+    assert len(said) == busy and all("load " in line and f"{torch.get_num_threads()} threads" in line for line in said)
+    assert validated == [(22, 32), (44, 32)]
+
+
 def test_gradient_that_is_not_finite_stops_the_run(config, tmp_path):
     train(change(config, train={"steps": 2}), progress=False)
     hot = change(config, optimizer={"learning_rate": 1e30, "clip_norm": 0.0})
@@ -297,6 +315,42 @@ def test_damaged_checkpoints(config):
         train(config, resume=str(result.checkpoint.parent), progress=False)
 
 
+def test_checkpoints_from_a_stranger(config):
+    """Moments that AdamW would read beyond their end or train on, and numbers that are none: refused, by name."""
+    result = train(change(config, train={"steps": 2}), progress=False)
+    file, name = result.checkpoint / "optimizer.safetensors", "layers.0.self_attn.qkv_proj.weight"
+    moments = load_file(file)
+    for key, make, match in (
+        ("exp_avg", lambda x: x.flatten()[:1].clone(), r"exp_avg is torch.float32 \[1\], expected torch.float32 \["),
+        ("exp_avg_sq", lambda x: x.T.contiguous(), r"exp_avg_sq is torch.float32"),
+        ("exp_avg", lambda x: x.double(), r"exp_avg is torch.float64"),
+        ("exp_avg", lambda x: x.fill_(math.nan), r"exp_avg must be finite, got nan"),
+        ("exp_avg_sq", lambda x: x - 1, "exp_avg_sq must be finite and not negative"),
+        ("step", lambda x: x.reshape(1), r"step is torch.float32 \[1\], expected torch.float32 \[\]"),
+    ):
+        wrong = make(moments[f"{name}/{key}"].clone())
+        save_file({**moments, f"{name}/{key}": wrong}, file)
+        with pytest.raises(ValueError, match=f"optimizer.safetensors: {name}/{match}"):
+            train(config, progress=False)
+    save_file(moments, file)
+    file = result.checkpoint / "trainer.json"
+    state = json.loads(file.read_text())
+    for key, value, match in (
+        ("step", 1e308, "step must be int, got 1e"),
+        ("step", 10**400, "step must be at most"),
+        ("step", "2", "step must be int, got '2'"),
+        ("tokens_seen", -1, "tokens_seen must not be negative"),
+        ("unlogged_losses", [math.nan], r"unlogged_losses\[0\] must be at most"),
+        ("config", {"model": 3}, r"config\.model must be an object with keys"),
+        ("config", None, "config must be an object with keys"),
+    ):
+        file.write_text(json.dumps({**state, key: value}))
+        with pytest.raises(ValueError, match=f"trainer.json is damaged or from something else: .*{match}"):
+            train(config, progress=False)
+    file.write_text(json.dumps(state))
+    assert train(change(config, train={"steps": 3}), progress=False).step == 3
+
+
 def test_corpora_that_do_not_fit(config):
     for sections, error, match in (
         ({"data": {"path": "/nonexistent"}}, FileNotFoundError, "make one with `illada prepare`"),
@@ -377,7 +431,7 @@ def test_configuration_errors(tmp_path):
         ("--train.steps", "an override looks like --section.key=value"),
         ("--train.steps=0", "train.steps must be positive, got 0"),
         ("--train.windows_per_micro_batch=5", r"must be a multiple of train.windows_per_micro_batch \(5\)"),
-        ("--train.dtype=float16", "train.dtype must be float32, bfloat16"),
+        ("--train.dtype=float16", "train.dtype must be float32 or bfloat16, got"),
         ("--schedule.warmup_steps=-1", "must not be negative"),
         ("--model.hidden=3", "unknown model options: hidden"),
         ("--model.preset=big", "model.preset must be one of"),

@@ -1,24 +1,33 @@
-// Checks of CUDA calls and of the pointers of a launch. All throw illada::Error, before anything is enqueued.
+// Checks of CUDA calls (they throw CudaError) and of the pointers of a launch (Error), before anything is enqueued.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "illada/cuda.h"
 #include "illada/error.h"
 
-// ILLADA_CUDA_CHECK("remask", cudaGetLastError());
-#define ILLADA_CUDA_CHECK(op, call)                                                  \
-  do {                                                                               \
-    const cudaError_t illada_status = (call);                                        \
-    if (illada_status != cudaSuccess)                                                \
-      ::illada::detail::fail(op, #call, ": ", cudaGetErrorName(illada_status), ", ", \
-                             cudaGetErrorString(illada_status));                     \
+// ILLADA_CUDA_CHECK("remask", cudaSetDevice(index), "using device ", index);
+// The op, the call and, in words, what it was for. The thread's last error is cleared: it is told here, and not by
+// whoever asks CUDA next. An error that sticks, such as a fault in an earlier kernel, stays with the context.
+#define ILLADA_CUDA_CHECK(op, call, ...)                                                   \
+  do {                                                                                     \
+    const cudaError_t illada_status = (call);                                              \
+    if (illada_status != cudaSuccess) ::illada::fail_cuda(op, illada_status, __VA_ARGS__); \
   } while (0)
 
 namespace illada {
+
+// Throws CudaError: "remask: using device 7: cudaErrorInvalidDevice (invalid device ordinal)".
+template <typename... Parts>
+[[noreturn]] void fail_cuda(const char* op, cudaError_t status, Parts&&... doing) {
+  cudaGetLastError();
+  detail::fail<CudaError>(op, std::forward<Parts>(doing)..., ": ", cudaGetErrorName(status), " (",
+                          cudaGetErrorString(status), ")");
+}
 
 // A region of device memory that a launch reads or writes. A null pointer with bytes > 0 is an error unless optional.
 struct Region {

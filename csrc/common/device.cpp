@@ -23,7 +23,7 @@ void check_region(const char* op, const Region& region, int device_index, bool a
   if (!ask) return;
   count_call(DriverCall::kQueryPointer);
   cudaPointerAttributes attributes{};
-  ILLADA_CUDA_CHECK(op, cudaPointerGetAttributes(&attributes, region.data));
+  ILLADA_CUDA_CHECK(op, cudaPointerGetAttributes(&attributes, region.data), "looking up the address of ", region.name);
   ILLADA_CHECK(attributes.type == cudaMemoryTypeDevice || attributes.type == cudaMemoryTypeManaged, op, region.name,
                " must be device memory, got a pointer to host memory");
   ILLADA_CHECK(attributes.type == cudaMemoryTypeManaged || attributes.device == device_index, op, region.name,
@@ -63,7 +63,7 @@ const Device& device(const char* op, int index) {
   const auto found = known.find(index);
   if (found != known.end()) return found->second;
   cudaDeviceProp properties{};
-  ILLADA_CUDA_CHECK(op, cudaGetDeviceProperties(&properties, index));
+  ILLADA_CUDA_CHECK(op, cudaGetDeviceProperties(&properties, index), "reading the properties of device ", index);
   Device& entry = known[index];
   entry.index = index;
   entry.name = properties.name;
@@ -76,9 +76,9 @@ const Device& device(const char* op, int index) {
 
 DeviceGuard::DeviceGuard(const char* op, int index) {
   int current = 0;
-  ILLADA_CUDA_CHECK(op, cudaGetDevice(&current));
+  ILLADA_CUDA_CHECK(op, cudaGetDevice(&current), "asking for the current device");
   if (current == index) return;
-  ILLADA_CUDA_CHECK(op, cudaSetDevice(index));
+  ILLADA_CUDA_CHECK(op, cudaSetDevice(index), "using device ", index);
   previous_ = current;
 }
 
@@ -93,8 +93,17 @@ void check_launch_shape(const char* op, const LaunchShape& shape) {
                                  block.x, " x ", block.y, " x ", block.z, " threads; please report it");
 }
 
+void fail_launch(const char* op, const LaunchShape& shape, cudaError_t status) {
+  const dim3 &grid = shape.grid, &block = shape.block;
+  fail_cuda(op, status, "launching ", grid.x, " x ", grid.y, " x ", grid.z, " CTAs (clusters of ", shape.cluster,
+            ") of ", block.x, " x ", block.y, " x ", block.z, " threads with ", shape.smem_bytes,
+            " bytes of shared memory");
+}
+
 void fill_zeros(const char* op, const CudaLaunch& launch, void* data, int64_t bytes) {
-  if (bytes) ILLADA_CUDA_CHECK(op, cudaMemsetAsync(data, 0, size_t(bytes), static_cast<cudaStream_t>(launch.stream)));
+  if (bytes == 0) return;
+  ILLADA_CUDA_CHECK(op, cudaMemsetAsync(data, 0, size_t(bytes), static_cast<cudaStream_t>(launch.stream)), "filling ",
+                    bytes, " bytes with zeros");
 }
 
 int prepare_kernel(const char* op, const void* kernel, const Device& device, int smem_bytes) {
@@ -120,13 +129,14 @@ int prepare_kernel(const char* op, const void* kernel, const Device& device, int
                                    "); built archs: ", build_info().cuda_archs,
                                    "; build with ILLADA_CUDA_ARCHS=", device.compute_capability,
                                    device.compute_capability == 90 ? "a-real" : "-real");
-      ILLADA_CUDA_CHECK(op, status);
+      ILLADA_CUDA_CHECK(op, status, "loading a kernel");
     }
     entry->second.code = attributes.ptxVersion;
     entry->second.static_bytes = int(attributes.sharedSizeBytes);
   }
   if (entry->second.static_bytes + smem_bytes > 48 * 1024 && smem_bytes > entry->second.smem_bytes) {
-    ILLADA_CUDA_CHECK(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes));
+    ILLADA_CUDA_CHECK(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes),
+                      "allowing a kernel ", smem_bytes, " bytes of shared memory");
     entry->second.smem_bytes = smem_bytes;
   }
   return entry->second.code;
@@ -142,7 +152,7 @@ int resident_ctas(const char* op, const void* kernel, const Device& device, int 
     const cudaError_t status =
         cudaOccupancyMaxActiveBlocksPerMultiprocessor(&entry->second, kernel, threads, size_t(smem_bytes));
     if (status != cudaSuccess) known.erase(entry);
-    ILLADA_CUDA_CHECK(op, status);
+    ILLADA_CUDA_CHECK(op, status, "counting the CTAs of ", threads, " threads that fit a multiprocessor");
   }
   return entry->second;
 }

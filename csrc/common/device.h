@@ -59,6 +59,9 @@ struct LaunchShape {
 // called it, and CUDA's error for it says neither which launch nor why.
 void check_launch_shape(const char* op, const LaunchShape& shape);
 
+// Throws CudaError that says what was launched.
+[[noreturn]] void fail_launch(const char* op, const LaunchShape& shape, cudaError_t status);
+
 // Zeros in `bytes` of device memory, enqueued as a launch is. The caller holds a DeviceGuard.
 void fill_zeros(const char* op, const CudaLaunch& launch, void* data, int64_t bytes);
 
@@ -94,8 +97,9 @@ void launch_kernel(const char* op, const Device& device, void* stream, const Lau
   config.attrs = attributes;
   config.numAttrs = count;
   count_call(DriverCall::kLaunch);
-  ILLADA_CUDA_CHECK(op, cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...,
-                                           DependentLaunch{overlap == ProgrammaticLaunch::kEarly}));
+  const cudaError_t status = cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...,
+                                                DependentLaunch{overlap == ProgrammaticLaunch::kEarly});
+  if (status != cudaSuccess) fail_launch(op, shape, status);
 }
 
 }  // namespace illada

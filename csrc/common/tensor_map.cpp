@@ -21,11 +21,12 @@ Encode find_encode(const char* op) {
   void* function = nullptr;
   cudaDriverEntryPointQueryResult found{};
 #if CUDART_VERSION >= 12050
-  ILLADA_CUDA_CHECK(
-      op, cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found));
+  const cudaError_t status =
+      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
 #else
-  ILLADA_CUDA_CHECK(op, cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found));
+  const cudaError_t status = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
 #endif
+  ILLADA_CUDA_CHECK(op, status, "looking up cuTensorMapEncodeTiled");
   ILLADA_CHECK(found == cudaDriverEntryPointSuccess && function, op,
                "the driver has no cuTensorMapEncodeTiled; it must be of CUDA 12 or newer");
   return reinterpret_cast<Encode>(function);
@@ -82,7 +83,7 @@ CUtensorMap encode(const char* op, const Key& key) {
     std::ostringstream shape;
     for (int i = rank - 1; i >= 0; --i) shape << sizes[i] << (i ? " x " : ", row strides in bytes");
     for (int i = rank - 2; i >= 0; --i) shape << " " << strides[i];
-    detail::fail(op, "cuTensorMapEncodeTiled failed with ", int(result), " for a tensor of ", shape.str());
+    detail::fail<CudaError>(op, "cuTensorMapEncodeTiled failed with ", int(result), " for a tensor of ", shape.str());
   }
   return made.map;
 }

@@ -13,10 +13,13 @@ namespace {
 
 constexpr const char* kOp = "varlen_attention";
 
-// A row of the plan: queries and keys of a sequence, from .. to.
+// A row of the plan: queries and keys of a sequence, from .. to. In 64 bits, as tokens times heads need more than 32.
 struct Sequence {
-  int32_t q_start, q_end, k_start, k_end;
+  explicit Sequence(const int32_t* row) : q_start(row[0]), q_end(row[1]), k_start(row[2]), k_end(row[3]) {}
+  int64_t q_start, q_end, k_start, k_end;
 };
+
+Sequence sequence(const ForwardParams& p, int64_t i) { return Sequence(p.plan + 4 * i); }
 
 void validate(const ForwardParams& p) {
   const PackShape& s = p.shape;
@@ -29,9 +32,8 @@ void validate(const ForwardParams& p) {
                p.softmax_scale);
   ILLADA_CHECK(s.total_q == 0 || (p.q.data && p.plan && p.out && p.lse), kOp, "q, plan, out and lse must not be null");
   ILLADA_CHECK(s.total_k == 0 || (p.k.data && p.v.data), kOp, "k and v must not be null");
-  const Sequence* const plan = reinterpret_cast<const Sequence*>(p.plan);
   for (int64_t i = 0; i < p.plan_rows; ++i) {
-    const Sequence& x = plan[i];
+    const Sequence x = sequence(p, i);
     ILLADA_CHECK(0 <= x.q_start && x.q_start <= x.q_end && x.q_end <= s.total_q, kOp, "plan has queries ", x.q_start,
                  " to ", x.q_end, " of ", s.total_q);
     ILLADA_CHECK(0 <= x.k_start && x.k_start <= x.k_end && x.k_end <= s.total_k, kOp, "plan has keys ", x.k_start,
@@ -47,14 +49,15 @@ void forward_cpu(const ForwardParams& p) {
   const cpu::RowKernels& kernels = cpu::row_kernels();
   const auto attend = p.dtype == DType::kFloat32 ? kernels.attend_f32 : kernels.attend_bf16;
   const int64_t size = p.dtype == DType::kFloat32 ? 4 : 2, group = s.num_heads / s.num_kv_heads;
-  const Sequence* const plan = reinterpret_cast<const Sequence*>(p.plan);
   int64_t most_tiles = 0;
-  for (int64_t i = 0; i < p.plan_rows; ++i)
-    most_tiles = std::max<int64_t>(most_tiles, (plan[i].q_end - plan[i].q_start) * group);
+  for (int64_t i = 0; i < p.plan_rows; ++i) {
+    const Sequence x = sequence(p, i);
+    most_tiles = std::max(most_tiles, (x.q_end - x.q_start) * group);
+  }
   most_tiles = (most_tiles + kernels.tile_rows - 1) / kernels.tile_rows;
   // Sequences of fewer tiles than the longest one leave some of these without work.
   cpu::parallel_for(p.plan_rows * s.num_kv_heads * most_tiles, p.num_threads, [&](int64_t n) {
-    const Sequence& x = plan[n / most_tiles / s.num_kv_heads];
+    const Sequence x = sequence(p, n / most_tiles / s.num_kv_heads);
     const int64_t kv_head = n / most_tiles % s.num_kv_heads, first = n % most_tiles * kernels.tile_rows;
     const int64_t rows = std::min<int64_t>((x.q_end - x.q_start) * group - first, kernels.tile_rows);
     if (rows <= 0) return;
@@ -69,10 +72,10 @@ void forward_cpu(const ForwardParams& p) {
     tile.q_head_stride = p.q.head_stride;
     tile.k_token_stride = p.k.token_stride;
     tile.v_token_stride = p.v.token_stride;
-    tile.first_row = int(first);
+    tile.first_row = first;
     tile.rows = int(rows);
     tile.group = int(group);
-    tile.keys = x.k_end - x.k_start;
+    tile.keys = int(x.k_end - x.k_start);
     tile.head_dim = s.head_dim;
     tile.softmax_scale = p.softmax_scale;
     tile.out = static_cast<char*>(p.out) + (x.q_start * s.num_heads + kv_head * group) * s.head_dim * size;

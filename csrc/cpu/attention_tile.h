@@ -12,7 +12,8 @@ constexpr int kMostHeadDim = 256, kMostTileRows = 64;
 struct AttentionTile {
   const void *q, *k, *v;
   int64_t q_token_stride, q_head_stride, k_token_stride, v_token_stride;  // elements
-  int first_row, rows, group, keys, head_dim;
+  int64_t first_row;                                                      // tokens x heads: may need more than 32 bits
+  int rows, group, keys, head_dim;
   float softmax_scale;
   void* out;   // [tokens, num_heads, head_dim]
   float* lse;  // [heads of the group, total_q]

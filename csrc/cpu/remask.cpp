@@ -60,14 +60,18 @@ void validate(const RemaskParams& p) {
   for (int64_t n = 0; n < p.num_rows; ++n)
     ILLADA_CHECK(p.rows[n] >= 0 && p.rows[n] < p.num_tokens, kOp, "rows[", n, "] is ", p.rows[n], ", outside of [0, ",
                  p.num_tokens, ")");
+  for (int64_t n = 0; n < p.num_rows && !p.tokens_are_int64; ++n)
+    ILLADA_CHECK(p.token[n] == int32_t(p.token[n]), kOp, "sample.token[", n, "] is ", p.token[n],
+                 ", which int32 tokens cannot hold");
 }
 
 // How many of the ranked candidates a prefix rule takes.
 int64_t count_by_rule(const RemaskParams& p, int64_t s, const std::vector<int64_t>& ranked) {
   const int64_t candidates = int64_t(ranked.size());
   if (p.rule == Rule::kQuota) {
-    const int64_t quota = p.limits ? static_cast<const int32_t*>(p.limits)[s] : int64_t(p.limit);
-    return std::clamp(quota, int64_t(0), candidates);
+    if (p.limits) return std::clamp<int64_t>(static_cast<const int32_t*>(p.limits)[s], 0, candidates);
+    // Compared before it is converted, as an integer holds neither infinity nor 1e30.
+    return p.limit >= float(candidates) ? candidates : p.limit > 0 ? int64_t(p.limit) : 0;
   }
   const float limit = p.limits ? static_cast<const float*>(p.limits)[s] : p.limit;
   int64_t count = 0;
@@ -94,7 +98,9 @@ template <typename Token>
 void remask_sequence(const RemaskParams& p, Token* tokens, int64_t s) {
   std::vector<int64_t> ranked;
   for (int64_t n = p.cu_rows[s]; n < p.cu_rows[s + 1]; ++n) {
-    if (tokens[p.rows[n]] == p.mask_id && p.confidence[n] > -std::numeric_limits<float>::infinity())
+    // An entropy without a value has no place in an order.
+    const bool has_rank = p.rule != Rule::kEntropyBound || !std::isnan(p.entropy[n]);
+    if (tokens[p.rows[n]] == p.mask_id && p.confidence[n] > -std::numeric_limits<float>::infinity() && has_rank)
       ranked.push_back(n);
   }
   if (p.rule == Rule::kEntropyBound) {

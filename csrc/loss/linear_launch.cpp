@@ -97,7 +97,7 @@ LinearPlan plan_linear(const LinearMaskedCrossEntropyParams& p, const Device& gp
     // Where the rows fill few clusters, there is room to split the vocabulary over the others.
     const int64_t columns = (p.width + 255) / 256, spare = std::max<int64_t>(gpu.sm_count / 2 / columns, 1);
     plan.slab_rows =
-        int(std::max<int64_t>(plan.rows, std::min<int64_t>(spare, kMostSplits * plan.rows / kPairRows) * kPairRows));
+        int(std::max<int64_t>(plan.rows, std::min<int64_t>(spare, kMostSplits * rows / kPairRows) * kPairRows));
     plan.slabs = place(int64_t(plan.slab_rows) * p.width * 4);
   }
   return plan;

@@ -220,7 +220,8 @@ void remask_cuda(const RemaskParams& p) {
   constexpr const char* kOp = "remask";
   ILLADA_CHECK(p.num_rows >= 0 && p.num_sequences >= 0 && p.num_tokens >= 0, kOp, "negative size: ", p.num_rows,
                " rows, ", p.num_sequences, " sequences, ", p.num_tokens, " tokens");
-  ILLADA_CHECK(p.num_rows <= std::numeric_limits<int32_t>::max(), kOp, "too many rows: ", p.num_rows);
+  // Threads step behind the last row by as much as a CTA has of them.
+  ILLADA_CHECK(p.num_rows <= std::numeric_limits<int32_t>::max() - 1024, kOp, "too many rows: ", p.num_rows);
   ILLADA_CHECK(p.num_sequences < std::numeric_limits<int32_t>::max(), kOp, "too many sequences: ", p.num_sequences);
   ILLADA_CHECK(p.rule != Rule::kEntropyBound || p.entropy || p.num_rows == 0, kOp,
                "entropy_bound needs a sample with entropies");

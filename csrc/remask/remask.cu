@@ -37,9 +37,10 @@ struct SequenceRanker {
   int pass = 0, parity = 0;
 
   // The key of a row that holds a mask; 0: no candidate. `rank` is its confidence or, for kEntropyBound, its entropy.
-  __device__ __forceinline__ uint32_t key_of(float confidence, float rank) const {
+  __device__ __forceinline__ uint32_t key_of(float confidence, float rank, int64_t token) const {
     const uint32_t key = key_of(rank + 0.0f);  // -0 ranks with 0
-    return confidence > -INFINITY ? (p.rule == Rule::kEntropyBound ? ~key : key) : 0;
+    const bool is_candidate = (confidence > -INFINITY) & (rank == rank) & (token == Token(token));
+    return is_candidate ? (p.rule == Rule::kEntropyBound ? ~key : key) : 0;
   }
 
   __device__ __forceinline__ static uint32_t key_of(float confidence) {
@@ -79,7 +80,7 @@ struct SequenceRanker {
       for (int j = 0; j < kKeys; ++j) masks[j] = holds_mask(positions[j]);
 #pragma unroll
       for (int j = 0; j < kKeys; ++j) {
-        keys[j] = masks[j] ? key_of(confidences[j], rank[j]) : 0;
+        keys[j] = masks[j] ? key_of(confidences[j], rank[j], tokens[j]) : 0;
         masked |= uint32_t(masks[j] && j * kThreads + int(threadIdx.x) < size) << j;
       }
     }
@@ -97,7 +98,8 @@ struct SequenceRanker {
       for (int i = threadIdx.x; i < size; i += kThreads) {
         const int64_t n = begin + i;
         const float confidence = p.confidence[n], rank = p.rule == Rule::kEntropyBound ? p.entropy[n] : confidence;
-        visit(holds_mask(p.rows[n]) ? key_of(confidence, rank) : 0, i, -1);
+        const int64_t token = sizeof(Token) == 8 ? 0 : p.token[n];
+        visit(holds_mask(p.rows[n]) ? key_of(confidence, rank, token) : 0, i, -1);
       }
     }
   }
@@ -272,9 +274,9 @@ struct SequenceRanker {
     // Ties: the lowest rows first, so the largest of ~i.
     const int ties = wanted - cut.above, bits = 32 - __clz(size);
     const Cut last = descend(
-        (bits - 1) / 4 * 4, [&](uint32_t key, int i) { return key == cut.key ? uint32_t((1 << bits) - 1 - i) : 0u; },
+        (bits - 1) / 4 * 4, [&](uint32_t key, int i) { return key == cut.key ? (1u << bits) - 1 - uint32_t(i) : 0u; },
         [&](uint32_t, int above, int count) { return above + count >= ties; }, [](int, int) { return false; });
-    cut_index = (1 << bits) - 1 - int(last.key);
+    cut_index = int((1u << bits) - 1 - last.key);
   }
 };
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import datetime
 import functools
 import json
+import math
+import re
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +15,7 @@ Message = Mapping[str, Any]  # {"role": "user", "content": "..."} and whatever e
 
 # Stands behind the message to continue. The space after it tells whether the template trims what it is given; it is one
 # that no template has of its own.
+_MOST_CHARACTERS, _MOST_SECONDS = 1 << 24, 10  # of what a template renders
 _MARK, _SPACE = "\ue000illada-continue\ue000", "\u205f"
 
 
@@ -117,13 +121,41 @@ def _render(template: str, messages: Sequence[Message], variables: Mapping[str, 
     except ImportError:
         raise ImportError("chat templates need jinja2: pip install jinja2") from None
     try:
-        return _compile(template).render(messages=[_Shown(message) for message in messages], **variables)
+        return _render_bounded(_compile(template), messages=[_Shown(message) for message in messages], **variables)
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(f"the chat template is broken, line {error.lineno}: {error.message}") from None
     except jinja2.TemplateError as error:
         raise ValueError(f"the chat template refuses these messages: {error}") from None
     except Exception as error:  # of the template's own operations on what it is given
         raise ValueError(f"the chat template refuses these messages: {type(error).__name__}: {error}") from None
+
+
+def _has_size(value: Any) -> bool:
+    return isinstance(value, (str, list, tuple, int))
+
+
+def _check_size(size: int) -> None:
+    if size > _MOST_CHARACTERS:
+        raise OverflowError(f"a result of {size:.3g} characters or bits; at most {_MOST_CHARACTERS} are made")
+
+
+def _check_widths(pattern: str) -> None:
+    """Of a format: "%9999999d" and "{:9999999}" are as long as they say."""
+    if re.search(r"\d{6}", pattern) or "*" in pattern:
+        raise OverflowError(f"the format {pattern!r:.80} may make a text of any length")
+
+
+def _render_bounded(template: Any, **variables: Any) -> str:
+    """What the template renders to; OverflowError: too much, or for too long."""
+    parts: list[str] = []
+    size, end = 0, time.monotonic() + _MOST_SECONDS
+    for part in template.generate(**variables):
+        parts.append(part)
+        size += len(part)
+        _check_size(size)
+        if time.monotonic() > end:
+            raise OverflowError(f"it has not come to an end in {_MOST_SECONDS} s")
+    return "".join(parts)
 
 
 @functools.lru_cache(maxsize=8)
@@ -155,10 +187,41 @@ def _compile(template: str) -> Any:
         owner = value._undefined_obj
         return isinstance(owner, _Shown) and value._undefined_name in owner._none
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
+    class Sandbox(ImmutableSandboxedEnvironment):
+        """Without operations whose result could be of any size: a template comes with a checkpoint, from a stranger."""
+
+        intercepted_binops = frozenset({"*", "**", "%"})
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            sizes = [len(x) if isinstance(x, (str, list, tuple)) else abs(x) for x in (left, right) if _has_size(x)]
+            if operator == "%" and isinstance(left, str):
+                _check_widths(left)
+            elif operator == "*" and (isinstance(left, (str, list, tuple)) or isinstance(right, (str, list, tuple))):
+                _check_size(math.prod(sizes))
+            elif operator == "**" and isinstance(right, int):
+                _check_size(right.bit_length() and abs(right) * getattr(left, "bit_length", lambda: 0)())
+            return super().call_binop(context, operator, left, right)
+
+        def call(self, context: Any, function: Any, *arguments: Any, **named: Any) -> Any:
+            owner = getattr(function, "__self__", None)
+            if isinstance(owner, str):  # ljust, zfill, format, ...
+                if getattr(function, "__name__", "") in ("format", "format_map"):
+                    _check_widths(owner)
+                for argument in (*arguments, *named.values()):
+                    if isinstance(argument, int):
+                        _check_size(argument)
+            return super().call(context, function, *arguments, **named)
+
+    def center(value: Any, width: int = 80) -> str:
+        _check_size(width)
+        return str(value).center(width)
+
+    def formatted(value: Any, *arguments: Any, **named: Any) -> str:
+        _check_widths(str(value))
+        return str(value) % (named or arguments)
+
+    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
+    environment.filters.update(tojson=tojson, center=center, format=formatted)
     environment.tests["none"] = is_none
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda pattern: datetime.datetime.now().strftime(pattern)

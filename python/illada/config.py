@@ -6,11 +6,15 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from illada.schema import checked
+
 _SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "max_position_embeddings", "head_dim", "embedding_size",
 )  # fmt: skip
+_FLOATS = ("rope_theta", "rms_norm_eps", "initializer_range")
 _LARGEST = 3.4028234663852886e38  # of float32, in which norms and angles are computed
+_MOST_LAYERS = 4096  # a file that asks for more is damaged, and making them would not end
 
 
 @dataclass(frozen=True)
@@ -53,13 +57,22 @@ class ModelConfig:
     eot_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        for name in (*_SIZES, "rope_theta", "rms_norm_eps", "initializer_range"):
+        for name in (*_SIZES, *_FLOATS):
             value, limit = getattr(self, name), 2**30 if name in _SIZES else _LARGEST
             if value is None and name in ("head_dim", "embedding_size"):
                 continue
+            if name in _SIZES or not isinstance(value, int):
+                checked(int if name in _SIZES else float, value, f"model.{name}")
             if not 0 < value <= limit:
                 allowed = "at most 2^30" if name in _SIZES else "finite"
                 raise ValueError(f"model.{name} must be positive and {allowed}, got {value!r:.80}")
+            if name in _FLOATS:
+                object.__setattr__(self, name, checked(float, value, f"model.{name}"))
+        for name in ("rope_in_fp32", "tie_word_embeddings", "qkv_bias", "logits_shift"):
+            checked(bool, getattr(self, name), f"model.{name}")
+        checked(str, self.model_type, "model.model_type")
+        if self.num_hidden_layers > _MOST_LAYERS:
+            raise ValueError(f"model.num_hidden_layers must be at most {_MOST_LAYERS}, got {self.num_hidden_layers}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"model.num_attention_heads ({self.num_attention_heads}) must be a multiple of "

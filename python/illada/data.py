@@ -22,14 +22,16 @@ import warnings
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from annotated_types import Gt, Le
 from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
 from illada.files import folder_to_write, recover, staged_directory
+from illada.schema import Count, NonNegativeFloat, check_object
 from illada.sources import PIECE, Documents, hold_out, open_source
 from illada.text import read_json
 from illada.tokenizer_files import control_tokens, encode_as_text, load_tokenizer
@@ -47,6 +49,16 @@ SPECIAL_TOKENS = {
     "mask": "<[MASK]>",
 }
 _SPECIAL_NAMES = ("bos", "pad", "eos", "mask")
+#: corpus.json, but for its format and version.
+_HEADER = {
+    "dtype": Literal["uint16", "uint32"],
+    "vocab_size": Annotated[int, Gt(0), Le(2**30)],
+    **{f"{name}_token_id": Count for name in _SPECIAL_NAMES},
+    "tokenizer_sha256": str,
+    "splits": dict[str, dict[str, Any]],
+    "validation_unigram_entropy": NonNegativeFloat,
+}
+_SPLIT = {"documents": Count, "tokens": Count}
 _BATCH = 1 << 20  # characters handed to the tokenizer's threads at a time: it needs about 70 bytes for each
 _MARGIN = 256  # characters on both sides of a cut that decide whether it changes the tokens
 _TRIES = 16  # places tried for a cut
@@ -334,11 +346,16 @@ class TokenDataset:
             raise ValueError(f"{header_file} is not the header of an {FORMAT}")
         if self.header["version"] != FORMAT_VERSION:
             raise ValueError(f"{header_file} has format version {self.header['version']}, this is {FORMAT_VERSION}")
-        expected = self.header["splits"][split]
+        check_object(self.header, _HEADER, str(header_file))
+        if wrong := [i for name in _SPECIAL_NAMES if not (i := self.header[f"{name}_token_id"]) < self.vocab_size]:
+            raise ValueError(f"{header_file}: token id {wrong[0]} is outside of the vocabulary of {self.vocab_size}")
+        expected = check_object(self.header["splits"].get(split), _SPLIT, f"{header_file}, splits, {split}")
         self.tokens: NDArray = self._map(f"{split}.bin", np.dtype(self.header["dtype"]), expected["tokens"])
         self.documents: NDArray = self._map(f"{split}.idx", np.dtype(np.uint64), expected["documents"] + 1)
-        if int(self.documents[-1]) != expected["tokens"]:
+        if int(self.documents[-1]) != expected["tokens"] or int(self.documents[0]) != 0:
             raise ValueError(f"{self.path / f'{split}.idx'} does not belong to {split}.bin")
+        if bool((self.documents[1:] < self.documents[:-1]).any()):
+            raise ValueError(f"{self.path / f'{split}.idx'} is damaged: documents must start in ascending order")
         if tokenizer_sha256(self.path) != self.header["tokenizer_sha256"]:
             raise ValueError(f"{self.path / 'tokenizer.json'} is not the tokenizer that this corpus was made with")
 

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from illada.ops.philox import philox4x32
+from illada.schema import check_fields
 
 # Stream tags (counter word 3), one for each purpose; 16 and above belong to the token sampler.
 _ORDER, _SPLIT, _TIME, _MASK, _BATCH_TIME, _VALIDATION_MASK = range(1, 7)
@@ -48,6 +49,7 @@ class DiffusionConfig:
     isolate_documents: bool = False  # documents inside a window do not attend each other
 
     def __post_init__(self) -> None:
+        check_fields(self, "diffusion")
         if not 0 < self.eps < 0.5:
             raise ValueError(f"diffusion.eps must be in (0, 0.5), got {self.eps}")
         if not 0 <= self.split_probability <= 1:

@@ -60,9 +60,9 @@ void run(int cluster, const uint16_t* ones, float* sums) {
                         illada::mainloop_params<Gemm::Mainloop>("test", rows(Gemm::kTileM), rows(Gemm::kTileN)),
                         illada::tensor_map_k128("test", rows(Gemm::kTileN), illada::remask::HeadPlan::kChunkIds),
                         cluster, sums);
-  ILLADA_CUDA_CHECK("test", cudaDeviceSynchronize());
+  ILLADA_CUDA_CHECK("test", cudaDeviceSynchronize(), "waiting");
   float on_host[2];
-  ILLADA_CUDA_CHECK("test", cudaMemcpy(on_host, sums, size_t(4 * cluster), cudaMemcpyDeviceToHost));
+  ILLADA_CUDA_CHECK("test", cudaMemcpy(on_host, sums, size_t(4 * cluster), cudaMemcpyDeviceToHost), "copying");
   for (int i = 0; i < cluster; ++i) std::printf("%g\n", double(on_host[i]));
 }
 
@@ -74,9 +74,9 @@ int main() {
   for (uint16_t& x : on_host) x = 0x3f80;
   uint16_t* ones;
   float* sums;
-  ILLADA_CUDA_CHECK("test", cudaMalloc(&ones, sizeof(on_host)));
-  ILLADA_CUDA_CHECK("test", cudaMalloc(&sums, 8));
-  ILLADA_CUDA_CHECK("test", cudaMemcpy(ones, on_host, sizeof(on_host), cudaMemcpyHostToDevice));
+  ILLADA_CUDA_CHECK("test", cudaMalloc(&ones, sizeof(on_host)), "allocating");
+  ILLADA_CUDA_CHECK("test", cudaMalloc(&sums, 8), "allocating");
+  ILLADA_CUDA_CHECK("test", cudaMemcpy(ones, on_host, sizeof(on_host), cudaMemcpyHostToDevice), "copying");
   run(1, ones, sums);
   run(2, ones, sums);
 }

@@ -20,6 +20,8 @@ const char* launch(dim3 grid, dim3 block) {
   try {
     illada::launch_kernel("some_op", illada::Device{}, nullptr, shape, nothing, 0);
     return "launched";
+  } catch (const illada::CudaError& error) {
+    said = std::string("CudaError: ") + error.what();
   } catch (const illada::Error& error) {
     said = std::string("Error: ") + error.what();
   } catch (const std::logic_error& error) {

@@ -1,5 +1,5 @@
 // Which shared memory a launch asks for where static and dynamic together need more than 48 KB, and neither alone: see
-// tests/cuda/test_cpp.py.
+// tests/cuda/test_cpp.py. Then what is said of a launch that CUDA refuses.
 #include <cuda_runtime.h>
 
 #include <cstdio>
@@ -26,17 +26,25 @@ __global__ void use_both(int* out, illada::DependentLaunch) {
 
 int main() {
   int* out;
-  ILLADA_CUDA_CHECK("test", cudaMalloc(&out, 128));
+  ILLADA_CUDA_CHECK("test", cudaMalloc(&out, 128), "allocating");
   illada::LaunchShape shape;
   shape.grid = dim3(1);
   shape.block = dim3(32);
   shape.smem_bytes = kDynamic;
   illada::launch_kernel("test", illada::device("test", 0), nullptr, shape, use_both, out);
-  ILLADA_CUDA_CHECK("test", cudaDeviceSynchronize());
+  ILLADA_CUDA_CHECK("test", cudaDeviceSynchronize(), "waiting");
   int first = 0;
-  ILLADA_CUDA_CHECK("test", cudaMemcpy(&first, out, 4, cudaMemcpyDeviceToHost));
+  ILLADA_CUDA_CHECK("test", cudaMemcpy(&first, out, 4, cudaMemcpyDeviceToHost), "copying");
   cudaFuncAttributes attributes{};
-  ILLADA_CUDA_CHECK("test", cudaFuncGetAttributes(&attributes, use_both));
+  ILLADA_CUDA_CHECK("test", cudaFuncGetAttributes(&attributes, use_both), "asking");
   std::printf("%d static, %d dynamic, at most %d; %d\n", int(attributes.sharedSizeBytes), kDynamic,
               attributes.maxDynamicSharedSizeBytes, first);
+
+  shape.block = dim3(2048);
+  shape.smem_bytes = 0;
+  try {
+    illada::launch_kernel("test", illada::device("test", 0), nullptr, shape, use_both, out);
+  } catch (const illada::CudaError& error) {
+    std::printf("%s; then %s\n", error.what(), cudaGetErrorName(cudaGetLastError()));
+  }
 }

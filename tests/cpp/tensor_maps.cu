@@ -128,7 +128,7 @@ int main() {
     try {
       tensor_map_k128("test", bad, 32);
       return std::puts("an unaligned map was made"), 1;
-    } catch (const Error&) {
+    } catch (const CudaError&) {
     }
   }
 

@@ -4,6 +4,7 @@
 """
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,3 +51,13 @@ def device() -> Iterator[torch.device]:
     library = torch.library.Library("aten", "IMPL")
     library.impl("mm.dtype", lambda a, b, dtype: a.to(dtype) @ b.to(dtype), "CPU")
     yield torch.device("cuda")
+
+
+@pytest.fixture(scope="session")
+def nvcc() -> str:
+    """For the programs of tests/cpp. CUDACXX that names none is an error, as for a build; no nvcc at all a skip."""
+    asked = os.environ.get("CUDACXX")
+    found = shutil.which(asked or "nvcc")
+    if found is None and asked:
+        pytest.fail(f"CUDACXX={asked} is no nvcc")
+    return found or pytest.skip("needs nvcc: set CUDACXX or PATH")

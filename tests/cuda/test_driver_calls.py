@@ -2,7 +2,6 @@
 is refused all the same."""
 
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -233,11 +232,8 @@ def test_maps_of_other_shapes_at_the_same_address_are_their_own(device):
 
 
 @pytest.mark.skipif(not (ROOT / "csrc").exists(), reason="needs a source checkout")
-def test_maps_from_the_cache_are_those_of_the_driver(device, tmp_path):
+def test_maps_from_the_cache_are_those_of_the_driver(device, nvcc, tmp_path):
     """tests/cpp/tensor_maps.cu: more maps than the cache holds, from several threads, and what a hit costs."""
-    nvcc = shutil.which(os.environ.get("CUDACXX") or "nvcc")
-    if nvcc is None:
-        pytest.skip("needs nvcc: set CUDACXX or PATH")
     program, common = tmp_path / "tensor_maps", ROOT / "csrc" / "common"
     sources = (ROOT / "tests" / "cpp" / "tensor_maps.cu", common / "tensor_map.cpp", common / "driver_calls.cpp")
     folders = (f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'include'}")

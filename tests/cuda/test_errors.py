@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import illada
+from illada._native import native
 from illada.ops import raw
 from illada.ops.types import RemaskStatus, TokenSample
 
@@ -80,6 +81,33 @@ def test_remask_refuses_samples_of_other_dtypes(device):
     with pytest.raises(ValueError, match=r"sample.entropy must have shape \[3\]"):
         illada.remask(tokens, rows, cu_rows, sample._replace(entropy=sample.entropy[:2]), entropy_bound=1.0, mask_id=5)
     assert tokens.tolist() == [5] * 4
+
+
+def test_what_cuda_refuses_is_a_runtime_error(device):
+    """With the op, what it did and CUDA's own words, and no source text."""
+    tokens, rows, cu_rows, sample = make_remask(device)
+    arguments = (tokens, rows, cu_rows, sample.token, sample.confidence)
+    out = RemaskStatus(
+        *torch.empty(2, 1, dtype=torch.int32, device=device), *torch.empty(2, 1, dtype=torch.bool, device=device)
+    )
+    launch = 99, 0, True  # no such device
+    with pytest.raises(
+        RuntimeError, match=r"^remask: using device 99: cudaErrorInvalidDevice \(invalid device ordinal\)$"
+    ):
+        native().remask(
+            *(tokens.data_ptr(), True, 4, rows.data_ptr(), cu_rows.data_ptr(), 2, 1, sample.token.data_ptr()),
+            *(sample.confidence.data_ptr(), 0, 0, 1.0, 0, 5, 1, 0, 0, *(x.data_ptr() for x in out), *launch),
+        )
+    assert len(illada.remask(*arguments[:3], sample, quota=1, mask_id=5)) == 1  # the error is not told again
+
+
+def test_a_failed_launch_names_the_shapes(device, monkeypatch):
+    def fail(*arguments, **keywords):
+        raise RuntimeError("sample_tokens: launching 1 CTAs: cudaErrorInvalidConfiguration (invalid configuration)")
+
+    monkeypatch.setattr(raw, "sample_tokens", fail)
+    with pytest.raises(RuntimeError, match=r"cudaErrorInvalidConfiguration .*; called with float32 \[3, 9\]$"):
+        illada.sample_tokens(torch.zeros(3, 9, device=device))
 
 
 # ---------------------------------------------------------------------------------------- raw calls: pointers only

@@ -32,6 +32,16 @@ def test_linear_sample_tokens(temperature, dtype, device, generator):
     properties.check_linear_sampler(temperature, dtype, device, generator)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("op", ["loss", "sampler"])
+def test_more_ids_than_one_range_of_the_vocabulary(op, device, generator):
+    """More than 2^14 ids: the fused head's kernels share out the vocabulary, and its last tile is cut."""
+    if op == "loss":
+        properties.check_linear_loss(torch.bfloat16, device, generator, vocab=16_389)
+    else:
+        properties.check_linear_sampler(0.7, torch.bfloat16, device, generator, vocab=16_389)
+
+
 @pytest.mark.parametrize("tokens", [torch.int64, torch.int32])
 def test_remask(tokens, device, generator):
     properties.check_remask(tokens, device, generator)

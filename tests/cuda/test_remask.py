@@ -262,3 +262,25 @@ def test_same_as_on_a_cpu(device, generator):
         assert torch.equal(here.cpu(), tokens)
         for g, w in zip(got, want, strict=True):
             assert torch.equal(g.cpu(), w)
+
+
+@pytest.mark.parametrize("count", [40, 9000])  # in registers, and read again
+def test_what_has_no_rank_or_does_not_fit_is_no_candidate(count, device):
+    confidence = torch.linspace(0.9, 0.1, count)
+    entropy = torch.linspace(0.1, 0.9, count)
+    entropy[::3] = torch.nan
+    entropy[1::3] = -torch.tensor(torch.nan)  # by its sign bit it would come first
+    token = torch.arange(10, 10 + count)
+    token[2] += 2**40
+    sample = TokenSample(token, confidence, confidence, entropy)
+    sample = TokenSample(*(x.to(device) for x in sample[:4]))
+    rows = torch.arange(count, dtype=torch.int32, device=device)
+    cu_rows = torch.tensor([0, count], dtype=torch.int32, device=device)
+    ranked = int((~entropy.isnan()).sum())
+    for dtype in (torch.int64, torch.int32):
+        misfits = int(dtype == torch.int32)
+        for rule, wanted in (({"entropy_bound": 1e9}, ranked - misfits), ({"quota": 1e30}, count - misfits)):
+            tokens = torch.full((count,), 5, dtype=dtype, device=device)
+            status = illada.remask(tokens, rows, cu_rows, sample, mask_id=5, return_status=True, **rule)
+            assert status.committed.item() == wanted and status.remaining.item() == count - wanted
+            assert tokens[2].item() == (5 if misfits else 12 + 2**40)

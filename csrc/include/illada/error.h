@@ -20,6 +20,12 @@ class NotSupported : public Error {
   using Error::Error;
 };
 
+// CUDA refused a call: which op, what it did, the shape of a launch, and the error's name and text as CUDA has them.
+class CudaError : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
 namespace detail {
 template <typename Exception = Error, typename... Parts>
 [[noreturn]] void fail(const char* op, Parts&&... parts) {

@@ -1,5 +1,6 @@
 // The C++ API of illada: raw pointers, sizes and strides in, nothing allocated that outlives a call, no Python, no
-// torch. One Params struct and one function per op and direction; every function throws illada::Error.
+// torch. One Params struct and one function per op and direction; every function throws illada::Error, or CudaError
+// where CUDA fails.
 #pragma once
 
 #include <string>

@@ -87,8 +87,10 @@ enum class Rule : int32_t {
   kEntropyBound = 3,  // the longest prefix whose entropies sum to <= limit[s] without the largest
 };
 
-// Row n of sequence s (cu_rows[s] <= n < cu_rows[s + 1]) is a candidate where tokens[rows[n]] == mask_id and its
-// confidence is neither NaN nor -inf. Committing writes tokens[rows[n]] = token[n]; other tokens stay as they are.
+// Row n of sequence s (cu_rows[s] <= n < cu_rows[s + 1]) is a candidate where tokens[rows[n]] == mask_id, its
+// confidence is neither NaN nor -inf and, for kEntropyBound, its entropy is not NaN. Committing writes
+// tokens[rows[n]] = token[n]; other tokens stay as they are. A token that does not fit int32 `tokens` is an error on a
+// CPU; on CUDA its row is no candidate.
 struct RemaskParams {
   void* tokens = nullptr;  // [num_tokens], int32 or int64, written in place
   bool tokens_are_int64 = true;
@@ -101,7 +103,7 @@ struct RemaskParams {
   const float* confidence = nullptr;  // [num_rows]
   const float* entropy = nullptr;     // [num_rows]; needed by kEntropyBound alone
   Rule rule = Rule::kQuota;
-  float limit = 0.0f;            // used where `limits` is null
+  float limit = 0.0f;            // used where `limits` is null; a quota may be infinite
   const void* limits = nullptr;  // [num_sequences] or null; int32 for kQuota, float for the others
   int64_t mask_id = 0;
   int64_t min_commit = 1;            // at least so many, if there are that many candidates; not for kQuota

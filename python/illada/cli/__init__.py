@@ -27,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status.
 
     0: done. 2: bad usage, configuration or input, said in one line (ILLADA_DEBUG=1 shows where it came from).
+    1: an error that nobody expected, in one line as well.
     130, 143, 129: ended by SIGINT, SIGTERM or SIGHUP; training saved a checkpoint before it went. 141: what read its
     output is gone, likewise.
     """
@@ -109,10 +110,25 @@ def _main(arguments: Sequence[str] | None) -> int:
     except BrokenPipeError:
         raise
     except (ValueError, TypeError, OSError, ImportError, NotImplementedError, ArithmeticError) as error:
-        if os.environ.get("ILLADA_DEBUG", "") not in ("", "0"):
+        if _debugs():
             raise
         _say(f"illada: error: {error}")
         return 2
+    except MemoryError as error:
+        if _debugs():
+            raise
+        _say(f"illada: error: out of memory{f': {error}' if str(error) else ''}")
+        return 2
+    except Exception as error:
+        if _debugs():
+            raise
+        first = (str(error).strip().splitlines() or [""])[0]
+        _say(f"illada: error: {type(error).__name__}: {first} (ILLADA_DEBUG=1 shows where it came from)")
+        return 1
+
+
+def _debugs() -> bool:
+    return os.environ.get("ILLADA_DEBUG", "") not in ("", "0")
 
 
 def _show_warning(message: Warning | str, *_place: object, **_more: object) -> None:

@@ -15,6 +15,8 @@ RULES = ("quota", "threshold", "factor", "entropy_bound", "origin")
 SCHEDULES = ("even", "dream")
 CACHES = ("none", "prefix", "block")
 
+#: Of gen_length, block_length and steps: longer than any model's context, and small enough to plan for.
+MOST_TOKENS = 1 << 20
 _COUNTS = ("gen_length", "block_length", "steps", "top_k")
 _NUMBERS = (
     "temperature", "top_p", "threshold", "factor", "entropy_bound", "eps", "alg_temp", "take_back", "cfg_scale",
@@ -127,6 +129,8 @@ class GenerationConfig:
         for name in _COUNTS:
             if getattr(self, name) < (name != "top_k"):
                 raise ValueError(f"{name} must be at least {int(name != 'top_k')}, got {getattr(self, name)}")
+            if name != "top_k" and getattr(self, name) > MOST_TOKENS:
+                raise ValueError(f"{name} must be at most {MOST_TOKENS}, got {getattr(self, name)}")
         if self.mode != "infill" and self.gen_length % self.block_length:
             divisors = [n for n in range(1, self.gen_length + 1) if self.gen_length % n == 0]
             raise ValueError(

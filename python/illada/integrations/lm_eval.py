@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
+from lm_eval.utils import simple_parse_args_string
 from tqdm import tqdm
 
 import illada
@@ -104,6 +105,22 @@ class IlladaLM(LM):
         self.notes: dict[str, int] = {}
         self.journal = journal if isinstance(journal, Journal) else Journal(journal, self._rank)
         self._identity = [illada.__version__, fingerprint(self.model)]
+
+    # How lm_eval makes a model: --model_args first, then what its other flags say.
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> IlladaLM:
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
+    @classmethod
+    def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> IlladaLM:
+        flags = {name: value for name, value in (additional_config or {}).items() if value is not None}
+        for name, value in flags.items():
+            if name in arg_dict and str(arg_dict[name]) != str(value):
+                raise ValueError(
+                    f"{name} is {arg_dict[name]!r} in --model_args, but {value!r} by --{name} or its default; "
+                    f"leave it out of --model_args and give --{name}"
+                )
+        return cls(**{**arg_dict, **flags})
 
     # ----------------------------------------------------------------------------------------------------- scoring
 
@@ -329,7 +346,7 @@ class IlladaLM(LM):
         places: dict[str, int] = {}
         for i, key in enumerate(keys):
             places.setdefault(key, i)
-        todo = [i for key, i in places.items() if key not in self.journal]
+        todo = [i for key, i in places.items() if key not in self.journal or not _is_result(kind, self.journal[key])]
         todo.sort(key=lambda i: (-_size(jobs[i]), keys[i]))  # longest first: if memory runs out, it does so at once
         silent = self._rank > 0 or not sys.stderr.isatty()
         with tqdm(total=len(places), initial=len(places) - len(todo), desc=kind, disable=silent) as bar:
@@ -479,3 +496,17 @@ def _given(option: str, *more: str) -> bool:
 
 if __name__ == "__main__":
     main()
+
+
+def _is_result(kind: str, value: Any) -> bool:
+    """Whether what a journal holds can be the result of such a request; another is computed again."""
+    if kind == "generate_until":
+        return isinstance(value, str)
+    return (
+        isinstance(value, (list, tuple))
+        and len(value) == 2
+        and isinstance(value[0], (int, float))
+        and not isinstance(value[0], bool)
+        and not math.isnan(value[0])
+        and isinstance(value[1], bool)
+    )

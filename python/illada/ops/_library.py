@@ -147,10 +147,21 @@ def implement(op: str, fake: Callable, *, cpu: Callable, cuda: Callable | None =
 
         def checked(*arguments):  # here and not in the public functions, through which torch.compile traces
             require_cuda_build(op)
-            return cuda(*arguments)
+            try:
+                return cuda(*arguments)
+            except RuntimeError as error:
+                if type(error) is not RuntimeError or "cudaError" not in str(error):  # not illada::CudaError
+                    raise
+                raise RuntimeError(f"{error}; called with {describe(arguments)}") from error
 
         LIBRARY.impl(op, checked, "CUDA")
     torch.library.register_fake(f"illada::{op}", fake, lib=LIBRARY)
+
+
+def describe(arguments: Iterable) -> str:
+    """The tensors of a call, for an error: "bfloat16 [4096, 128], int32 [9]"."""
+    tensors = (x for x in arguments if isinstance(x, Tensor))
+    return ", ".join(f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}" for x in tensors)
 
 
 def written(*tensors: Tensor | None) -> None:

@@ -217,13 +217,13 @@ def remask(
         mine = [n for n in all_rows if canvas[positions[n]] == mask_id and confidence[n] > -torch.inf]
         if entropy_bound is not None:
             assert entropy is not None
-            mine.sort(key=lambda n: (entropy[n], n))
+            mine = sorted((n for n in mine if entropy[n] == entropy[n]), key=lambda n: (entropy[n], n))  # no NaN
             entropies = [entropy[n] for n in mine]
             count = _prefix(sum(entropies[:r]) - max(entropies[:r]) <= limit for r in range(1, len(mine) + 1))
         else:
             mine.sort(key=lambda n: (-confidence[n], n))
             if quota is not None:
-                count = max(int(limit), 0)
+                count = max(int(min(limit, len(mine))), 0)
             elif threshold is not None:
                 count = sum(confidence[n] >= limit for n in mine)
             else:

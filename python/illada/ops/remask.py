@@ -366,11 +366,13 @@ def remask(
         tokens: int64 or int32 [T], the packed canvas. Only positions that hold `mask_id` are candidates.
         rows: int32 [N], the positions in `tokens` that were sampled; cu_rows: int32 [S + 1], where each sequence's
             rows start, from 0 to N.
-        sample: of `sample_tokens`, N rows. Rows with confidence -inf or NaN are never committed.
+        sample: of `sample_tokens`, N rows. Rows with confidence -inf or NaN are never committed, nor, by entropy_bound,
+            rows with entropy NaN. An id that int32 tokens cannot hold is an error on a CPU, on CUDA never committed.
         quota: commit the `quota` most confident; threshold: all with confidence >= threshold; factor: the longest
             prefix of the ranking with confidence_(r) > 1 - factor / (r + 1); entropy_bound: the longest prefix, by
             ascending entropy, whose entropies without the largest sum to <= entropy_bound (sample needs entropies).
-            Exactly one rule; a number, or a tensor [S] (int32 for quota, float32 for the others).
+            Exactly one rule; a number (quota: of any size, infinity takes all), or a tensor [S] (int32 for quota,
+            float32 for the others).
         min_commit: commit at least so many where there are that many candidates; not for `quota`.
         end_ids: int64 [E], the tokens that end a sequence, for RemaskStatus.ended.
         return_status: return the RemaskStatus with all counts and flags, not `committed` alone.
@@ -411,6 +413,11 @@ def remask(
         limits, limit = limit, 0.0
     elif limit != limit or (given[0] == "quota" and limit < 0):
         raise ValueError(f"{op}: {given[0]} must be a number (quota: >= 0), got {limit}")
+    for name, number in (("mask_id", mask_id), ("min_commit", min_commit)):
+        if not -(2**63) <= number < 2**63:
+            raise ValueError(f"{op}: {name} must fit 64 bits, got {number}")
+    if given[0] == "quota" and limits is None:
+        limit = min(limit, 2.0**31)  # more than there can be rows; any larger integer need not fit a float
     if end_ids is not None:
         lib.check_shape(op, "end_ids", end_ids, ("E",))
         lib.check_dtype(op, "end_ids", end_ids, (torch.int64,))

@@ -23,8 +23,18 @@ from illada._native import package_version
 from illada.checkpoint import load_weights, write_pretrained
 from illada.files import remove_directory, staged_directory
 from illada.model import MaskedDiffusionModel
+from illada.schema import Count, Finite, check_object
 from illada.text import read_json
 from illada.train.config import TrainConfig
+
+_STATE = {
+    "step": Count,
+    "tokens_seen": Count,
+    "unlogged_losses": list[Finite],
+    "tokenizer_sha256": str,
+    "config": dict[str, dict[str, Any]],
+    "versions": dict[str, str],
+}
 
 #: What may not change between a run and its resumption: it would make another run of it.
 _FIXED_KEYS = {"model": None, "diffusion": None, "data": ("window",), "train": ("seed", "windows_per_step", "dtype")}
@@ -85,13 +95,9 @@ def read_state(path: Path) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f"{path} is not a training checkpoint (no trainer.json)")
     try:
-        state = read_json(file)
-        return {
-            key: state[key]
-            for key in ("step", "tokens_seen", "unlogged_losses", "tokenizer_sha256", "config", "versions")
-        }
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is damaged or from something else: {error!r}") from None
+        return check_object(read_json(file), _STATE, str(file))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged or from something else: {error}") from None
 
 
 def check_same_run(path: Path, state: dict[str, Any], config: TrainConfig, tokenizer_sha256: str) -> None:
@@ -113,7 +119,10 @@ def check_same_run(path: Path, state: dict[str, Any], config: TrainConfig, token
 
 
 def restore(path: Path, model: MaskedDiffusionModel, optimizer: torch.optim.Optimizer) -> None:
-    """Weights and moments of a checkpoint into a model and its fresh optimizer."""
+    """Weights and moments of a checkpoint into a model and its fresh optimizer.
+
+    ValueError, which names file and tensor: one is missing, unexpected, or is none that AdamW can have left.
+    """
     weights = MaskedDiffusionModel(model.config, device="meta")
     load_weights(weights, path)
     file = path / "optimizer.safetensors"
@@ -128,11 +137,23 @@ def restore(path: Path, model: MaskedDiffusionModel, optimizer: torch.optim.Opti
         state = {key: moments.pop(f"{name}/{key}", None) for key in ("step", "exp_avg", "exp_avg_sq")}
         if any(value is None for value in state.values()):
             raise ValueError(f"{file} lacks the state of {name}")
+        for key, value in state.items():
+            assert value is not None
+            _check_moment(value, [] if key == "step" else list(parameter.shape), key, f"{file}: {name}/{key}")
         optimizer.state[parameter] = {
             key: value.to(parameter.device) for key, value in state.items() if value is not None
         }
     if moments:
         raise ValueError(f"{file} holds unexpected state: {', '.join(sorted(moments))}")
+
+
+def _check_moment(value: torch.Tensor, shape: list[int], key: str, where: str) -> None:
+    """ValueError: not of that shape, not float32, not finite, or a negative step or second moment."""
+    if list(value.shape) != shape or value.dtype != torch.float32:
+        raise ValueError(f"{where} is {value.dtype} {list(value.shape)}, expected torch.float32 {shape}")
+    if not bool(value.isfinite().all()) or (key != "exp_avg" and bool((value < 0).any())):
+        allowed = "finite" if key == "exp_avg" else "finite and not negative"
+        raise ValueError(f"{where} must be {allowed}, got {value.min():g} to {value.max():g}")
 
 
 def _optimizer_tensors(model: MaskedDiffusionModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

@@ -4,62 +4,85 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
-import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Lt
 
 from illada.config import PRESETS, ModelConfig
 from illada.diffusion import DiffusionConfig
+from illada.schema import Count, NonNegativeFloat, Positive, PositiveFloat, check_fields, names_of
 from illada.text import read_text
+
+Seed = Annotated[int, Ge(0), Lt(2**64)]
 
 
 @dataclass(frozen=True)
 class DataConfig:
     path: str = "data/stdlib"  # corpus folder, made by `illada prepare`
-    window: int = 1024  # tokens of a training window, split or not
+    window: Positive = 1024  # tokens of a training window, split or not
+
+    def __post_init__(self) -> None:
+        check_fields(self, "data")
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    learning_rate: float = 2e-4  # of the constant phase
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1  # on matrices only, not on norms and biases
-    clip_norm: float = 1.0  # global gradient norm; 0: no clipping
+    learning_rate: PositiveFloat = 2e-4  # of the constant phase
+    beta1: Annotated[float, Ge(0), Lt(1)] = 0.9
+    beta2: Annotated[float, Ge(0), Lt(1)] = 0.95
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.1  # on matrices only, not on norms and biases
+    clip_norm: NonNegativeFloat = 1.0  # global gradient norm; 0: no clipping
+
+    def __post_init__(self) -> None:
+        check_fields(self, "optimizer")
 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    warmup_steps: int = 100  # linear from 0
-    decay: str = "cosine"  # or "linear", or "none"
-    decay_start: float = 0.9  # up to 1: as a fraction of train.steps; above: as a step
-    final_learning_rate: float = 5e-6  # at the last step
+    warmup_steps: Count = 100  # linear from 0
+    decay: Literal["cosine", "linear", "none"] = "cosine"  # or "linear", or "none"
+    decay_start: NonNegativeFloat = 0.9  # up to 1: as a fraction of train.steps; above: as a step
+    final_learning_rate: NonNegativeFloat = 5e-6  # at the last step
+
+    def __post_init__(self) -> None:
+        check_fields(self, "schedule")
 
 
 @dataclass(frozen=True)
 class RunConfig:
     out_dir: str = "runs/train"  # config, metrics, plot and checkpoints go here
-    steps: int = 1000  # optimizer steps
-    windows_per_step: int = 32  # windows of a step, over all micro-batches
-    windows_per_micro_batch: int = 32  # windows of one forward and backward; divides windows_per_step
-    seed: int = 0  # of the initial weights, the order of the data, the splits and the masks
-    device: str = "auto"  # "cpu", "cuda" (bfloat16, head dim 64 or 128), or "auto": a GPU where all that is given
-    dtype: str = "float32"  # of the computation, "float32" or "bfloat16"; weights and optimizer stay float32
+    steps: Positive = 1000  # optimizer steps
+    windows_per_step: Positive = 32  # windows of a step, over all micro-batches
+    windows_per_micro_batch: Positive = 32  # windows of one forward and backward; divides windows_per_step
+    seed: Seed = 0  # of the initial weights, the order of the data, the splits and the masks
+    device: Literal["auto", "cpu", "cuda"] = (
+        "auto"  # "cpu", "cuda" (bfloat16, head dim 64 or 128), or "auto": a GPU where all that is given
+    )
+    dtype: Literal["float32", "bfloat16"] = (
+        "float32"  # of the computation, "float32" or "bfloat16"; weights and optimizer stay float32
+    )
     compile: bool = False  # torch.compile each layer
     activation_checkpointing: bool = False  # recompute layers in the backward pass: less memory, a third slower
-    log_every: int = 10  # steps between lines of the log
-    save_every: int = 500  # steps between checkpoints; one is always written at the end
-    keep_last: int = 2  # checkpoints to keep
+    log_every: Positive = 10  # steps between lines of the log
+    save_every: Positive = 500  # steps between checkpoints; one is always written at the end
+    keep_last: Positive = 2  # checkpoints to keep
+
+    def __post_init__(self) -> None:
+        check_fields(self, "train")
 
 
 @dataclass(frozen=True)
 class ValidationConfig:
-    every: int = 250  # steps between validations; one is always made at the end
-    windows: int = 32  # held-out windows, spread evenly over the split
-    strata: int = 8  # fixed values of t, (k + 1/2) / strata
+    every: Positive = 250  # steps between validations; one is always made at the end
+    windows: Positive = 32  # held-out windows, spread evenly over the split
+    strata: Positive = 8  # fixed values of t, (k + 1/2) / strata
+
+    def __post_init__(self) -> None:
+        check_fields(self, "validation")
 
 
 @dataclass(frozen=True)
@@ -76,36 +99,11 @@ class TrainConfig:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
 
     def __post_init__(self) -> None:
-        positive = {
-            "data.window": self.data.window,
-            "optimizer.learning_rate": self.optimizer.learning_rate,
-            "train.steps": self.train.steps,
-            "train.windows_per_step": self.train.windows_per_step,
-            "train.windows_per_micro_batch": self.train.windows_per_micro_batch,
-            "train.log_every": self.train.log_every,
-            "train.save_every": self.train.save_every,
-            "train.keep_last": self.train.keep_last,
-            "validation.every": self.validation.every,
-            "validation.windows": self.validation.windows,
-            "validation.strata": self.validation.strata,
-        }
-        for name, number in positive.items():
-            if not number > 0:
-                raise ValueError(f"{name} must be positive, got {number}")
         if self.train.windows_per_step % self.train.windows_per_micro_batch:
             raise ValueError(
                 f"train.windows_per_step ({self.train.windows_per_step}) must be a multiple of "
                 f"train.windows_per_micro_batch ({self.train.windows_per_micro_batch})"
             )
-        for name, value, allowed in (
-            ("train.dtype", self.train.dtype, ("float32", "bfloat16")),
-            ("train.device", self.train.device, ("auto", "cpu", "cuda")),
-            ("schedule.decay", self.schedule.decay, ("cosine", "linear", "none")),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name} must be {', '.join(allowed)}, got {value!r}")
-        if self.schedule.warmup_steps < 0 or self.schedule.decay_start < 0:
-            raise ValueError("schedule.warmup_steps and schedule.decay_start must not be negative")
         self.model_config({})  # names and values, with the preset's own vocabulary
 
     def model_config(self, corpus: dict[str, Any]) -> ModelConfig:
@@ -141,16 +139,18 @@ class TrainConfig:
         sections = {f.name for f in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - sections):
             raise ValueError(f"unknown section {unknown[0]!r}; there are {', '.join(sorted(sections))}")
-        hints = typing.get_type_hints(cls)
+        kinds = {f.name: f.default_factory for f in dataclasses.fields(cls)}
         built: dict[str, Any] = {}
         for name, section in values.items():
             if not isinstance(section, dict):
                 raise ValueError(f"{name} must be a section with keys, got {section!r}")
-            built[name] = dict(section) if name == "model" else _build_section(name, hints[name], section)
+            built[name] = dict(section) if name == "model" else _build_section(name, kinds[name], section)
         return cls(**built)
 
     def to_toml(self, *, commented: bool = False) -> str:
         """The whole configuration as a TOML file, with what each key means where `commented`."""
+        import tomli_w
+
         lines: list[str] = []
         for section, values in self.to_dict().items():
             lines.append(f"[{section}]")
@@ -159,7 +159,8 @@ class TrainConfig:
                 lines.append(f"# preset: {', '.join(PRESETS)}; any field of ModelConfig may be set beside it")
             for key, value in values.items():
                 comment = f"  # {comments[key]}" if key in comments else ""
-                lines.append(f"{key} = {_toml_value(value)}{comment}")
+                if value is not None:  # TOML has no null: what is left out has its default
+                    lines.append(tomli_w.dumps({key: value}).rstrip("\n") + comment)
             lines.append("")
         return "\n".join(lines)
 
@@ -200,19 +201,11 @@ def _preset(name: Any) -> dict[str, Any]:
     return PRESETS[name]
 
 
-def _build_section(name: str, kind: type, values: dict[str, Any]) -> Any:
-    types = typing.get_type_hints(kind)
-    if unknown := sorted(set(values) - set(types)):
-        raise ValueError(f"unknown key {name}.{unknown[0]}; there are {', '.join(f'{name}.{key}' for key in types)}")
-    converted = {}
-    for key, value in values.items():
-        wanted = types[key]
-        if wanted is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        if type(value) is not wanted:
-            raise ValueError(f"{name}.{key} must be {wanted.__name__}, got {value!r}")
-        converted[key] = value
-    return kind(**converted)
+def _build_section(name: str, kind: Any, values: dict[str, Any]) -> Any:
+    keys = names_of(kind)
+    if unknown := sorted(set(values) - set(keys)):
+        raise ValueError(f"unknown key {name}.{unknown[0]}; there are {', '.join(f'{name}.{key}' for key in keys)}")
+    return kind(**values)
 
 
 def _comments(kind: type) -> dict[str, str]:
@@ -225,13 +218,3 @@ def _comments(kind: type) -> dict[str, str]:
         if comment and ":" in declaration:
             comments[declaration.split(":")[0].strip()] = comment
     return comments
-
-
-def _toml_value(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
-    if isinstance(value, float):
-        return repr(value)
-    return str(value)

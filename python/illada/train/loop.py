@@ -28,6 +28,7 @@ from illada.model import MaskedDiffusionModel
 from illada.train import checkpoint
 from illada.train.config import RunConfig, TrainConfig
 from illada.train.log import Log
+from illada.train.pace import Pace
 from illada.train.schedule import learning_rate
 
 
@@ -50,7 +51,12 @@ class TrainResult:
 
 
 def train(
-    config: TrainConfig, *, resume: str = "auto", should_stop: Callable[[], bool] = lambda: False, progress: bool = True
+    config: TrainConfig,
+    *,
+    resume: str = "auto",
+    should_stop: Callable[[], bool] = lambda: False,
+    on_validation: Callable[[int, MaskedDiffusionModel], None] = lambda step, model: None,
+    progress: bool = True,
 ) -> TrainResult:
     """Train, or go on training, one model.
 
@@ -59,6 +65,8 @@ def train(
         resume: "auto" goes on from the newest checkpoint in out_dir if there is one, "never" refuses to if there is
             one, a path goes on from that checkpoint.
         should_stop: asked after every micro-batch; True ends the run at the last optimizer step, saved.
+        on_validation: called with step and model after each validation, for samples or measures; its time counts as
+            validation's.
         progress: a progress bar, on a terminal.
 
     Raises:
@@ -74,7 +82,7 @@ def train(
     out_dir = Path(config.train.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     with locked(out_dir / ".lock", f"{out_dir} is in use"):
-        return _train(config, corpus, held_out, resume, should_stop, progress)
+        return _train(config, corpus, held_out, resume, should_stop, on_validation, progress)
 
 
 def _train(
@@ -83,6 +91,7 @@ def _train(
     held_out: TokenDataset,
     resume: str,
     should_stop: Callable[[], bool],
+    on_validation: Callable[[int, MaskedDiffusionModel], object],
     progress: bool,
 ) -> TrainResult:
     num_windows, window = corpus.num_windows(config.data.window), config.data.window
@@ -116,7 +125,7 @@ def _train(
     bound: float | None = None
     saved: Path | None = source
     began, logged_at, logged_tokens = time.monotonic(), time.monotonic(), tokens_seen
-    stopped = False
+    stopped, pace = False, Pace()
 
     def asked() -> bool:
         return should_stop() or log.lost is not None
@@ -127,6 +136,7 @@ def _train(
             entropy = held_out.unigram_entropy()
             log.validation(step=step, seconds=time.monotonic() - began, bound=found, unigram_entropy=entropy)
             log.plot()
+            on_validation(step, model)
         return found
 
     try:
@@ -134,6 +144,7 @@ def _train(
             bound = validate()
             stopped = bound is None
         while step < config.train.steps and not stopped:
+            step_began = time.monotonic()
             rate = learning_rate(step, config.train.steps, config.optimizer, config.schedule)
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -162,6 +173,7 @@ def _train(
             log.advance()
 
             now = time.monotonic()
+            pace.add(now - step_began)
             if step % config.train.log_every == 0 or step == config.train.steps:
                 log.train(
                     step=step,
@@ -173,6 +185,8 @@ def _train(
                     tokens_seen=tokens_seen,
                 )
                 losses.clear()
+                if device.type == "cpu" and (hint := pace.hint(torch.get_num_threads())):
+                    log.say(hint)
             last = step == config.train.steps
             if _validates(step, config):
                 bound = validate()
@@ -183,6 +197,8 @@ def _train(
                 logged_at, logged_tokens = time.monotonic(), tokens_seen
         if not (checkpoints / f"step-{step:06}").exists():
             saved = _save(checkpoints, model, optimizer, config, step, tokens_seen, losses, corpus)
+            if not stopped:
+                checkpoint.restore(saved, model, optimizer)  # what is said to be done can be loaded
         if bound is None and not stopped:
             bound = evaluate(model, held_out, config, device, asked)  # resumed after its last step
             stopped = bound is None

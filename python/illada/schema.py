@@ -1,0 +1,88 @@
+"""Values from outside (JSON, TOML, the command line) against type hints: errors name the key, and what it may be.
+
+A hint is a type, or `Annotated` with bounds of `annotated_types`. Types are strict: neither "1" nor 1.0 is an int, and
+neither 0 nor "no" is a bool; an int is a float.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import typing
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
+
+from annotated_types import Ge, Gt, Le
+
+_LARGEST = 3.4028234663852886e38  # of float32
+_MOST = 2**53  # of counts: what a float64 holds exactly
+
+Count = Annotated[int, Ge(0), Le(_MOST)]
+Positive = Annotated[int, Gt(0), Le(_MOST)]
+Finite = Annotated[float, Ge(-_LARGEST), Le(_LARGEST)]
+PositiveFloat = Annotated[float, Gt(0), Le(_LARGEST)]
+NonNegativeFloat = Annotated[float, Ge(0), Le(_LARGEST)]
+Fraction = Annotated[float, Ge(0), Le(1)]
+
+_SAID: dict[str, Callable[[dict[str, Any]], str]] = {
+    "int_type": lambda limits: "must be int",
+    "int_from_float": lambda limits: "must be int",
+    "float_type": lambda limits: "must be float",
+    "bool_type": lambda limits: "must be bool",
+    "string_type": lambda limits: "must be str",
+    "dict_type": lambda limits: "must be an object with keys",
+    "list_type": lambda limits: "must be a list",
+    "greater_than": lambda limits: "must be positive" if limits["gt"] == 0 else f"must be above {limits['gt']}",
+    "greater_than_equal": lambda limits: (
+        "must not be negative" if limits["ge"] == 0 else f"must be at least {limits['ge']}"
+    ),
+    "less_than": lambda limits: f"must be below {limits['lt']}",
+    "less_than_equal": lambda limits: f"must be at most {limits['le']:g}",
+    "literal_error": lambda limits: f"must be {limits['expected'].replace(chr(39), '')}",
+}
+
+
+def checked(hint: Any, value: Any, name: str) -> Any:
+    """The value, if it is what the hint says. ValueError: `name` must be ..., got ..."""
+    from pydantic import ValidationError
+
+    try:
+        return _adapter(hint).validate_python(value, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = name + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"])
+        say = _SAID.get(first["type"], lambda limits: first["msg"].replace("Input should", "must"))
+        raise ValueError(f"{place} {say(first.get('ctx', {}))}, got {first['input']!r:.80}") from None
+
+
+def check_fields(instance: Any, section: str) -> None:
+    """The fields of a dataclass against their hints, in its __post_init__; an int for a float becomes one."""
+    kind: Any = type(instance)
+    for name, hint in _hints(kind).items():
+        object.__setattr__(instance, name, checked(hint, getattr(instance, name), f"{section}.{name}"))
+
+
+def check_object(values: Any, keys: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The values of these keys, {key: hint}, of a JSON object. ValueError: one is missing or is something else."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} must hold a JSON object, got {type(values).__name__}")
+    if missing := [key for key in keys if key not in values]:
+        raise ValueError(f"{where} lacks {', '.join(missing)}")
+    return {key: checked(hint, values[key], f"{where}: {key}") for key, hint in keys.items()}
+
+
+def names_of(kind: type) -> list[str]:
+    """The names of a dataclass's fields."""
+    return [field.name for field in dataclasses.fields(kind)]
+
+
+@functools.lru_cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return typing.get_type_hints(kind, include_extras=True)
+
+
+@functools.lru_cache(maxsize=256)
+def _adapter(hint: Any) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(hint)
