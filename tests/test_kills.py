@@ -71,7 +71,7 @@ def test_kills_of_writers(world, name):
     began = time.monotonic()
     assert start(*arguments).wait() == 0
     seconds = time.monotonic() - began
-    for number in (signal.SIGKILL, signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM):
         process = start(*arguments)
         time.sleep(seconds * (0.5 + 0.5 * chance.random()))
         process.send_signal(number)

@@ -118,7 +118,10 @@ def write_pretrained(
             file = "model.safetensors" if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
             # One shard at a time, so that a conversion of dtype needs no copy of the whole model.
             tensors = {key: _cast(key, tensor, dtype or tensor.dtype).contiguous() for key, tensor in shard.items()}
-            save_file(tensors, folder / file, metadata={"format": "pt"})
+            try:
+                save_file(tensors, folder / file, metadata={"format": "pt"})
+            except SafetensorError as error:  # a full disk is an OSError
+                raise OSError(f"could not write {file}: {error}") from None
             weight_map.update(dict.fromkeys(shard, file))
             bar.update(sum(tensor.nbytes for tensor in tensors.values()))
     if len(shards) > 1:
