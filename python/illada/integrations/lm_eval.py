@@ -494,10 +494,6 @@ def _given(option: str, *more: str) -> bool:
     return any(part.partition("=")[0] in names or part.startswith(short) for part in sys.argv[1:])
 
 
-if __name__ == "__main__":
-    main()
-
-
 def _is_result(kind: str, value: Any) -> bool:
     """Whether what a journal holds can be the result of such a request; another is computed again."""
     if kind == "generate_until":
@@ -510,3 +506,7 @@ def _is_result(kind: str, value: Any) -> bool:
         and not math.isnan(value[0])
         and isinstance(value[1], bool)
     )
+
+
+if __name__ == "__main__":
+    main()
