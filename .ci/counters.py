@@ -160,7 +160,7 @@ def main() -> None:
     other = max(cycles, key=cycles.__getitem__)
     # Shared memory, because TMA fills it as well: the products alone read a little less than the tensor cores' time.
     # Each warp reads its item and step there too, for want of registers.
-    expect(f"{name}: cycles of the tensor cores / of the next busiest ({other})", tensor / cycles[other], 0.92, 10)
+    expect(f"{name}: cycles of the tensor cores / of the next busiest ({other})", tensor / cycles[other], 0.91, 10)
     rows, vocab, width = 512, 2048, 1024
     reports = counters(LOSS.format(rows=rows, vocab=vocab, width=width), "illada_linear_masked_cross_entropy")
     name = f"linear_masked_cross_entropy, {rows} x {width} x {vocab}, bfloat16"
