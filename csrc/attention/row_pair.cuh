@@ -1,4 +1,5 @@
-// The online softmax of the attention forward, on scores as the tensor cores leave them (mma.sync m16n8, wgmma m64n8).
+// The online softmax of the attention forward, and the backward's probabilities, on scores as the tensor cores leave
+// them (mma.sync m16n8, wgmma m64n8).
 #pragma once
 
 #include <cfloat>
@@ -12,8 +13,8 @@ namespace illada::attention {
 // Two rows of scores, four neighbouring lanes to a row: lane l holds s[4 j + 2 i + e] of row i at key
 // 8 j + l % 4 * 2 + e. Base 2. Probabilities are relative to a score that need not be the largest one: it moves only
 // when some row of the warp has outgrown its own by kSlack, which is rare after the first tile, and no lane asks
-// another one until then. 2^kSlack is as exact as 1 in either dtype. Far from 0 there is no slack: the largest score is
-// the reference, so that lse is what the backward makes of it.
+// another one until then. 2^kSlack is as exact as 1 in either dtype. Beyond kFar there is no slack: the largest score
+// is the reference, so that lse is what the backward makes of it.
 //
 // Scores are subtracted before they are scaled: a score that is the reference has probability 1, however large it is.
 // s * scale - reference * scale in one fma would leave the error of the second product, which may be any number of
@@ -78,11 +79,11 @@ __device__ __forceinline__ float row_lse(float reference, float sum, float scale
 
 // The backward's probabilities, exp(scale * s - lse). In base 2 the exponent is one fma, s * scale_log2 - lse *
 // log2(e). Both of its products are rounded, which is as exact as 16 bits while lse is no further from 0 than
-// kMostNear: the error of the exponent is 2^-11 then. Rows that are far from 0 round scale * s as `row_lse` did, and
+// kMostNear: the error of the exponent is 2^-10 then. Rows that are far from 0 round scale * s as `row_lse` did, and
 // subtract before they change the base: scores of any size have 1 if they alone make lse.
 //
 // A row's statistics have its `offset`: lse * log2(e), or of a far row 2 lse, which no near row's can be as large as.
-// lse is below 2^127 so, which scores in fp32 cannot exceed while scale is at most 1/2.
+// |lse| is below 2^127 so, which scores in fp32 cannot exceed while scale is at most 1/2.
 constexpr float kMostNear = 1 << 12;  // of lse
 
 __device__ __forceinline__ float offset_of(float lse) {
