@@ -2,7 +2,7 @@
 
 A pack has a sequence for each kind of `adversarial`, and rows of no sequence at its end, which hold NaN. The kind is a
 rule for a row of scores: it stands in one column of the keys, against a column of the queries that is 1 for the first
-key-value head and 2^13 for the second, so that scores reach far beyond what the dtype holds.
+key-value head and, of every other token, 2^13 for the second, so that scores reach far beyond what the dtype holds.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ def make(
     """(q, k, v), their lengths, and the gradient of out."""
     sizes = [(queries * len(kinds) + REST, heads), *[(keys * len(kinds) + REST, KV_HEADS)] * 2]
     q, k, v = (0.5 * torch.randn(*size, dim, generator=generator) for size in sizes)
-    q[:, : heads // KV_HEADS, 0], q[:, heads // KV_HEADS :, 0] = 1, LARGE
+    q[..., 0] = 1
+    q[::2, heads // KV_HEADS :, 0] = LARGE
     for n, kind in enumerate(kinds):
         column = values(kind, (KV_HEADS, keys), dtype, generator).float()
         column = torch.where(column.isfinite(), column.clamp(-MOST, MOST), column)
