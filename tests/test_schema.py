@@ -21,8 +21,8 @@ from illada.train.config import OptimizerConfig, RunConfig, TrainConfig
         (Positive, "1", "x must be int, got '1'"),
         (Count, -1, "x must not be negative, got -1"),
         (Count, 2**60, r"x must be at most 9\.0072e\+15, got 1152921504606846976"),
-        (Finite, math.nan, r"x must be at most 3.4.*, got nan"),
-        (Finite, math.inf, "x must be at most 3.4"),
+        (Finite, math.nan, "x must be finite, got nan"),
+        (Finite, math.inf, "x must be finite, got inf"),
         (Fraction, 1.5, r"x must be at most 1, got 1\.5"),
         (bool, 0, "x must be bool, got 0"),
         (str, None, "x must be str, got None"),
@@ -85,9 +85,9 @@ def test_every_field_of_a_model_has_a_type(change, match):
 def test_settings_that_would_train_something_else():
     for make, match in (
         (lambda: OptimizerConfig(clip_norm=-1), "optimizer.clip_norm must not be negative"),
-        (lambda: OptimizerConfig(weight_decay=math.nan), "optimizer.weight_decay must be at most 3.4.*, got nan"),
+        (lambda: OptimizerConfig(weight_decay=math.nan), "optimizer.weight_decay must be finite, got nan"),
         (lambda: OptimizerConfig(beta2=1.0), "optimizer.beta2 must be below 1"),
-        (lambda: OptimizerConfig(learning_rate=math.inf), "optimizer.learning_rate must be at most 3.4"),
+        (lambda: OptimizerConfig(learning_rate=math.inf), "optimizer.learning_rate must be finite, got inf"),
         (lambda: RunConfig(seed=-1), "train.seed must not be negative"),
         (lambda: RunConfig(device="tpu"), "train.device must be auto, cpu or cuda, got 'tpu'"),
     ):

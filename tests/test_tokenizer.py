@@ -499,6 +499,10 @@ def test_tokenizers_that_only_transformers_can_read(tmp_path):
     [
         "{{ '%1000000000d' % 1 }}",
         "{{ '{:1000000000d}'.format(1) }}",
+        "{{ '{:1000000000000d}'.format(1) }}",
+        "{{ '{:{}}'.format(1, 1000000000) }}",
+        "{{ '%*d' % (1000000000, 1) }}",
+        "{{ '%(a).1000000000f' % {'a': 1.0} }}",
         "{{ '%1000000000d' | format(1) }}",
         "{{ 'x' * 10**9 }}",
         "{{ [1] * 10**9 }}",
@@ -511,3 +515,15 @@ def test_tokenizers_that_only_transformers_can_read(tmp_path):
 def test_templates_that_would_fill_the_memory(template):
     with pytest.raises(ValueError, match="the chat template refuses these messages: OverflowError"):
         render_chat_template(template, [{"role": "user", "content": "x"}])
+
+
+def test_formats_that_only_look_wide():
+    for template, text in (
+        ("{{ '**%s** 20240101, 100%% 1000000' % 'a' }}", "**a** 20240101, 100% 1000000"),
+        (
+            "{{ '**{}** 20240101 {:,}'.format('a', 20000000) }} {{ '{:>{}}'.format('b', 3) }}",
+            "**a** 20240101 20,000,000   b",
+        ),
+        ("{{ '%s, 1000000' | format(2) }} {{ 'ab' * 3 }} {{ 2 ** 10 }} {{ 7 % 4 * 2 }}", "2, 1000000 ababab 1024 6"),
+    ):
+        assert render_chat_template(template, [{"role": "user", "content": "x"}]) == text

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import functools
 import json
-import math
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -13,9 +12,13 @@ from typing import Any
 
 Message = Mapping[str, Any]  # {"role": "user", "content": "..."} and whatever else the template looks at
 
+# Limits of what a template renders, and the widths of formats that exceed them: "%1000000d", "%*d", "{:1000000}".
+_MOST_CHARACTERS, _MOST_SECONDS = 1 << 24, 10
+_WIDE_PERCENT = re.compile(r"%(?:\([^)]*\))?[-+ #0]*(?:\d{6}|\*|\d*\.(?:\d{6}|\*))")
+_WIDE_FIELD = re.compile(r"\{[^{}]*:[^{}]*\d{6}")
+
 # Stands behind the message to continue. The space after it tells whether the template trims what it is given; it is one
 # that no template has of its own.
-_MOST_CHARACTERS, _MOST_SECONDS = 1 << 24, 10  # of what a template renders
 _MARK, _SPACE = "\ue000illada-continue\ue000", "\u205f"
 
 
@@ -130,18 +133,14 @@ def _render(template: str, messages: Sequence[Message], variables: Mapping[str, 
         raise ValueError(f"the chat template refuses these messages: {type(error).__name__}: {error}") from None
 
 
-def _has_size(value: Any) -> bool:
-    return isinstance(value, (str, list, tuple, int))
-
-
 def _check_size(size: int) -> None:
     if size > _MOST_CHARACTERS:
         raise OverflowError(f"a result of {size:.3g} characters or bits; at most {_MOST_CHARACTERS} are made")
 
 
-def _check_widths(pattern: str) -> None:
-    """Of a format: "%9999999d" and "{:9999999}" are as long as they say."""
-    if re.search(r"\d{6}", pattern) or "*" in pattern:
+def _check_width(wide: re.Pattern[str], pattern: str) -> None:
+    """A format makes a text as long as its width says."""
+    if wide.search(pattern.replace("%%", "")):
         raise OverflowError(f"the format {pattern!r:.80} may make a text of any length")
 
 
@@ -193,31 +192,45 @@ def _compile(template: str) -> Any:
         intercepted_binops = frozenset({"*", "**", "%"})
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            sizes = [len(x) if isinstance(x, (str, list, tuple)) else abs(x) for x in (left, right) if _has_size(x)]
             if operator == "%" and isinstance(left, str):
-                _check_widths(left)
-            elif operator == "*" and (isinstance(left, (str, list, tuple)) or isinstance(right, (str, list, tuple))):
-                _check_size(math.prod(sizes))
-            elif operator == "**" and isinstance(right, int):
-                _check_size(right.bit_length() and abs(right) * getattr(left, "bit_length", lambda: 0)())
+                _check_width(_WIDE_PERCENT, left)
+            elif operator == "*":
+                for many, times in ((left, right), (right, left)):
+                    if isinstance(many, (str, list, tuple)) and isinstance(times, int):
+                        _check_size(len(many) * times)
+            elif operator == "**" and isinstance(left, int) and isinstance(right, int):
+                _check_size(left.bit_length() * right)
             return super().call_binop(context, operator, left, right)
 
         def call(self, context: Any, function: Any, *arguments: Any, **named: Any) -> Any:
-            owner = getattr(function, "__self__", None)
-            if isinstance(owner, str):  # ljust, zfill, format, ...
-                if getattr(function, "__name__", "") in ("format", "format_map"):
-                    _check_widths(owner)
-                for argument in (*arguments, *named.values()):
+            if isinstance(getattr(function, "__self__", None), str):  # ljust, zfill, ...
+                for argument in arguments:
                     if isinstance(argument, int):
                         _check_size(argument)
             return super().call(context, function, *arguments, **named)
+
+        def wrap_str_format(self, value: Any) -> Any:  # str.format and str.format_map
+            wrapped = super().wrap_str_format(value)
+            if wrapped is None:
+                return None
+
+            def form(*arguments: Any, **named: Any) -> str:
+                pattern = value.__self__
+                _check_width(_WIDE_FIELD, pattern)
+                if re.search(r"\{[^{}]*:[^{}]*\{", pattern):  # a width that is an argument
+                    for argument in (*arguments, *named.values()):
+                        if isinstance(argument, int):
+                            _check_size(argument)
+                return wrapped(*arguments, **named)
+
+            return form
 
     def center(value: Any, width: int = 80) -> str:
         _check_size(width)
         return str(value).center(width)
 
     def formatted(value: Any, *arguments: Any, **named: Any) -> str:
-        _check_widths(str(value))
+        _check_width(_WIDE_PERCENT, str(value))
         return str(value) % (named or arguments)
 
     environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])

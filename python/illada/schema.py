@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import typing
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
@@ -51,8 +52,13 @@ def checked(hint: Any, value: Any, name: str) -> Any:
     except ValidationError as error:
         first = error.errors()[0]
         place = name + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"])
-        say = _SAID.get(first["type"], lambda limits: first["msg"].replace("Input should", "must"))
-        raise ValueError(f"{place} {say(first.get('ctx', {}))}, got {first['input']!r:.80}") from None
+        if isinstance(first["input"], float) and not math.isfinite(first["input"]):
+            said = "must be finite"
+        elif say := _SAID.get(first["type"]):
+            said = say(first.get("ctx", {}))
+        else:
+            said = first["msg"].replace("Input should", "must")
+        raise ValueError(f"{place} {said}, got {first['input']!r:.80}") from None
 
 
 def check_fields(instance: Any, section: str) -> None:

@@ -95,7 +95,7 @@ def read_state(path: Path) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f"{path} is not a training checkpoint (no trainer.json)")
     try:
-        return check_object(read_json(file), _STATE, str(file))
+        return check_object(read_json(file), _STATE, file.name)
     except ValueError as error:
         raise ValueError(f"{file} is damaged or from something else: {error}") from None
 
