@@ -179,8 +179,7 @@ def _maps(pid):
 def test_kills_of_an_evaluation(world):
     pytest.importorskip("lm_eval")
     tasks = ["prepare", "--out", str(world / "corpus"), "--tasks", "cloze", "--questions", "20", "--overwrite"]
-    if cli.main(tasks) != 0:
-        pytest.skip("too little text for a task")
+    assert cli.main(tasks) == 0
     output = world / "result.json"
     arguments = ["eval", world / "copy", "--tasks", "cloze", "--include-path", world / "corpus" / "tasks",
                  "--output", output, "--resume"]  # fmt: skip
