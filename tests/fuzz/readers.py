@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+from random import Random
 
 import numpy as np
 import torch
@@ -191,8 +192,10 @@ TEMPLATE = (
 def make_valid(root):
     """{name: files} of everything that is read, made in a folder."""
     valid = {}
-    text = "\n".join(f"the quick brown fox number {i} jumps over the lazy dog and runs away" for i in range(60))
-    lines = "".join(json.dumps({"text": f"{i} {text}"}) + "\n" for i in range(4))
+    random = Random(7)
+    letters = "abcdefgh"
+    texts = [" ".join("".join(random.choices(letters, k=4)) for _ in range(500)) for _ in range(6)]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
     (root / "text.jsonl").write_text(lines)
     data.prepare(f"jsonl:{root / 'text.jsonl'}", root / "corpus", vocab_size=262, validation_fraction=0.4)
     valid["corpus"] = files_in(root / "corpus")
@@ -226,7 +229,7 @@ def make_valid(root):
         "special_tokens_map.json": json.dumps({"pad_token": data.SPECIAL_TOKENS["pad"]}).encode(),
     }
     valid["template"] = {"chat_template.jinja": TEMPLATE.encode()}
-    valid["texts"] = {"text.jsonl": lines.encode(), "a.txt": text.encode(), "b.json": b'{"a": 1}'}
+    valid["texts"] = {"text.jsonl": lines.encode(), "a.txt": "déjà\nvu\r\n".encode(), "b.json": b'{"a": 1}'}
     questions = [{"context": "a", "candidates": ["b", "c"]}, {"context": "", "candidates": ["d"]}]
     valid["questions"] = {"questions.jsonl": "".join(json.dumps(q) + "\n" for q in questions).encode()}
     valid["wordnet"] = _wordnet()
@@ -235,7 +238,7 @@ def make_valid(root):
     overrides = [f"model.{k}={json.dumps(v)}" for k, v in _tiny().to_dict().items() if v is not None]
     config = load_config(None, ["model.preset=tiny", *overrides, "optimizer.clip_norm=1"])
     valid["toml"] = {"run.toml": config.to_toml(commented=True).encode(), "settings": b""}
-    valid["settings"] = {"settings": "\n".join(f"--{o}" for o in overrides[:6]).encode()}
+    valid["settings"] = {"settings": "\n".join(f"--{o}" for o in ("model.preset=tiny", *overrides[:6])).encode()}
     model = MaskedDiffusionModel(_tiny())
     optimizer = _optimizer(model, config)
     for parameter in model.parameters():
