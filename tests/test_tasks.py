@@ -194,6 +194,24 @@ def test_wordnet_files(wordnet):
     assert ("canid", "noun") in {(e.word, e.kind) for e in read_wordnet(wordnet)}
 
 
+@pytest.mark.parametrize(
+    "name, old, new",
+    [
+        ("data.noun", "n 01 ", "n zz "),
+        ("data.noun", "n 01 ", ""),
+        ("data.noun", "n 01 ", "n -1 "),
+        ("index.noun", "dog n 1 2 @", "dog n 1 900 @"),
+        ("index.noun", "02084071", "7"),
+        ("cntlist.rev", "dog%1", "dog%9"),
+        ("cntlist.rev", " 1 42", ""),
+    ],
+)
+def test_wordnet_files_that_are_damaged_are_named(wordnet, name, old, new):
+    (wordnet / name).write_text(WORDNET[name].replace(old, new))
+    with pytest.raises(ValueError, match=rf"{name}(, line \d+ is not in WordNet's format| gives 'dog' the sense 7)"):
+        read_wordnet(wordnet)
+
+
 def test_cloze_passages():
     text = "\n".join(" ".join(f"l{i}w{j}" for j in range(10)) for i in range(60))
     other = "\n".join(" ".join(f"k{i}v{j}" for j in range(10)) for i in range(60))
