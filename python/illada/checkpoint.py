@@ -7,7 +7,6 @@ errors that name it, never a silent re-initialisation. A tied head is stored onc
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import os
@@ -392,7 +391,8 @@ def convert_checkpoint(
     # Weights of one dtype stay mapped, and are converted a shard at a time; of several, each goes to `dtype` at once.
     mixed = dtype is not None and len(_dtypes(_weight_files(source))) > 1
     model = load_pretrained(source, dtype=dtype if mixed else None, mask_token_id=mask_token_id)
-    model.config = dataclasses.replace(model.config, model_type=model_type or model.config.model_type)
+    if model_type is not None:
+        model.config = ModelConfig.from_dict({**model.config.to_dict(), "model_type": model_type})
     save_pretrained(
         model,
         target,

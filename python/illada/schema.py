@@ -15,16 +15,16 @@ from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Le, Lt
 
-_LARGEST = 3.4028234663852886e38  # of float32
+LARGEST = 3.4028234663852886e38  # of float32
 _MOST = 2**53  # of counts: what a float64 holds exactly
 
 Count = Annotated[int, Ge(0), Le(_MOST)]
 Size = Annotated[int, Gt(0), Le(2**30)]  # of a dimension: the product of two is an int64
 TokenId = Annotated[int, Ge(0), Lt(2**30)]
 Positive = Annotated[int, Gt(0), Le(_MOST)]
-Finite = Annotated[float, Ge(-_LARGEST), Le(_LARGEST)]
-PositiveFloat = Annotated[float, Gt(0), Le(_LARGEST)]
-NonNegativeFloat = Annotated[float, Ge(0), Le(_LARGEST)]
+Finite = Annotated[float, Ge(-LARGEST), Le(LARGEST)]
+PositiveFloat = Annotated[float, Gt(0), Le(LARGEST)]
+NonNegativeFloat = Annotated[float, Ge(0), Le(LARGEST)]
 Fraction = Annotated[float, Ge(0), Le(1)]
 
 
