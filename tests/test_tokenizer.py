@@ -1,11 +1,14 @@
 """The tokenizer of a folder, its special tokens, and chat templates against transformers' own rendering."""
 
 import json
+import os
+import signal
 import sys
 
 import pytest
 import tokenizers
 
+from illada import chat
 from illada.chat import merge_system, render_chat_template
 from illada.data import SPECIAL_TOKENS, load_tokenizer, train_tokenizer
 from illada.generation import loop as generation_loop
@@ -432,11 +435,15 @@ def test_errors_name_the_file_and_the_cure(folder, tmp_path, monkeypatch):
     render = render_chat_template
     cases = [
         (lambda: render("\n{% if %}", [USER]), ValueError, "chat template is broken, line 2"),
-        (lambda: render("{{ nothing.at.all }}", [USER]), ValueError, "refuses these messages: 'nothing' is undefined"),
-        (lambda: render("{{ messages.append(1) }}", [USER]), ValueError, "refuses these messages: access to attribute 'append'"),
+        (lambda: render("{{ nothing.at.all }}", [USER]), ValueError, "fails on these messages: 'nothing' is undefined"),
+        (lambda: render("{{ messages.append(1) }}", [USER]), ValueError, "fails on these messages: access to attribute 'append'"),
         (lambda: render("{{ ''.__class__.mro() }}", [USER]), ValueError, "access to attribute '__class__'"),
-        (lambda: render("{{ messages[0].content + 1 }}", [USER]), ValueError, "refuses these messages: TypeError: "),
-        (lambda: render("{{ 1 / 0 }}", [USER]), ValueError, "refuses these messages: ZeroDivisionError: "),
+        (lambda: render("{{ messages[0].content + 1 }}", [USER]), ValueError, "fails on these messages: TypeError: "),
+        (lambda: render("{{ 1 / 0 }}", [USER]), ValueError, "fails on these messages: ZeroDivisionError: "),
+        (lambda: render("{% break %}", [USER]), ValueError, "chat template is broken: 'break' outside loop"),
+        (lambda: render("{{ " + "(" * 500 + ")" * 500 + " }}", [USER]), ValueError, "nested too deeply, or calls itself"),
+        (lambda: render("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", [USER]), ValueError, "nested too deeply, or"),
+        (lambda: render("x", [USER], tools=[lambda: 1]), ValueError, "must be plain data"),
         (lambda: render("x", USER), TypeError, "messages must be a list"),
         (lambda: render("x", "hello"), TypeError, "messages must be a list"),
         (lambda: render("x", [{"content": "x"}]), ValueError, "messages need a role"),
@@ -498,26 +505,46 @@ def test_tokenizers_that_only_transformers_can_read(tmp_path):
     "template",
     [
         "{{ '%1000000000d' % 1 }}",
-        "{{ '{:1000000000d}'.format(1) }}",
-        "{{ '{:1000000000000d}'.format(1) }}",
         "{{ '{:{}}'.format(1, 1000000000) }}",
         "{{ '%*d' % (1000000000, 1) }}",
-        "{{ '%(a).1000000000f' % {'a': 1.0} }}",
-        "{{ '%1000000000d' | format(1) }}",
-        "{{ 'x' * 10**9 }}",
         "{{ [1] * 10**9 }}",
         "{{ 'x'.ljust(1000000000) }}",
         "{{ 'x' | center(1000000000) }}",
-        "{{ 9 ** (9 ** 9) }}",
-        "{% for a in range(90000) %}{% for b in range(90000) %}{{ 'xxxxxxxxxxxxxxxxxxxxxxxx' }}{% endfor %}{% endfor %}",
+        "{{ 'x\nx' | indent(1000000000) }}",
+        "{{ [1] | batch(1000000000, 0) | list }}",
+        "{{ [1] | tojson(indent=1000000000) }}",
+        "{% set ns = namespace(s='x') %}{% for _ in range(40) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
+        "{% set ns = namespace(s='xx') %}{% for _ in range(40) %}{% set ns.s = ns.s.replace('x', ns.s) %}{% endfor %}",
+        "{% set ns = namespace(s='x') %}{% for _ in range(40) %}{% set ns.s = [ns.s, ns.s] | join %}{% endfor %}",
     ],
 )
 def test_templates_that_would_fill_the_memory(template):
-    with pytest.raises(ValueError, match="the chat template refuses these messages: OverflowError"):
-        render_chat_template(template, [{"role": "user", "content": "x"}])
+    with pytest.raises(ValueError, match="the chat template fails on these messages: it needs more than 512 MiB"):
+        render_chat_template(template, [USER])
+    assert render_chat_template("{{ messages | length }}", [USER]) == "1"  # and the next one is rendered
 
 
-def test_formats_that_only_look_wide():
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+        "{% set ns = namespace(s=[]) %}{% for _ in range(40) %}{% set ns.s = [ns.s, ns.s] %}{% endfor %}{{ ns.s }}",
+        "{{ 9 ** (9 ** 9) }}",  # no signal handler of Python's would run within it
+        "{% set ns = namespace(s=[], t=[]) %}{% for _ in range(60) %}{% set ns.s = [ns.s, ns.s] %}"
+        "{% set ns.t = [ns.t, ns.t] %}{% endfor %}{{ ns.s == ns.t }}",
+    ],
+)
+def test_templates_that_would_not_end(template, monkeypatch):
+    monkeypatch.setattr("illada.chat._MOST_SECONDS", 0.3)
+    with pytest.raises(ValueError, match="the chat template fails on these messages: it does not end within 0.3 s"):
+        render_chat_template(template, [USER])
+    assert render_chat_template("{{ messages | length }}", [USER]) == "1"
+
+
+def test_templates_that_make_too_long_a_text_and_formats_that_only_look_wide():
+    with pytest.raises(ValueError, match="it makes a text of 20000000 characters; at most 16777216 are allowed"):
+        render_chat_template("{{ 'x' * 20000000 }}", [USER])
     for template, text in (
         ("{{ '**%s** 20240101, 100%% 1000000' % 'a' }}", "**a** 20240101, 100% 1000000"),
         (
@@ -526,4 +553,25 @@ def test_formats_that_only_look_wide():
         ),
         ("{{ '%s, 1000000' | format(2) }} {{ 'ab' * 3 }} {{ 2 ** 10 }} {{ 7 % 4 * 2 }}", "2, 1000000 ababab 1024 6"),
     ):
-        assert render_chat_template(template, [{"role": "user", "content": "x"}]) == text
+        assert render_chat_template(template, [USER]) == text
+
+
+def test_templates_after_an_interrupt_a_killed_process_and_a_fork():
+    """Each gets its own answer."""
+    assert render_chat_template("{{ messages[0].content }}", [USER]) == USER["content"]
+    first = chat._renderer._process
+    with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chat.pickle, "dump", lambda *_: signal.raise_signal(signal.SIGINT))
+        render_chat_template("one", [USER])
+    assert render_chat_template("two", [USER]) == "two" and first.returncode == -signal.SIGKILL
+    chat._renderer._process.kill()
+    chat._renderer._process.wait()
+    assert render_chat_template("three", [USER]) == "three"
+    if (child := os.fork()) == 0:
+        status = 1
+        try:
+            status = int(render_chat_template("four", [USER]) != "four")
+        finally:
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+    assert render_chat_template("five", [USER]) == "five"
