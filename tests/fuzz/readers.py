@@ -25,8 +25,9 @@ MESSAGES = [{"role": "system", "content": "brief"}, {"role": "user", "content": 
 
 def load():
     """Import what the readers import when they run."""
-    import jinja2  # noqa: F401
     import lm_eval.api.instance  # noqa: F401
+    import matplotlib.backends.backend_agg  # noqa: F401
+    import torch.distributed.fsdp  # noqa: F401
 
     import illada.integrations.lm_eval  # noqa: F401
 
