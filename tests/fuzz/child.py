@@ -1,4 +1,4 @@
-"""Readers of files run on damaged ones in a process of its own, whose crash, hang and memory are findings, too.
+"""Readers of files run on damaged ones in a process of its own, whose crash, hang and memory count as well.
 
 `Child` is this process's side. The other side imports everything once and forks a server of readers, and another where
 that one dies.
@@ -12,12 +12,14 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 import warnings
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 
-SECONDS = 10  # a reader may take
+SECONDS = 10  # of CPU time, that a reader may take
+STARVED = 60  # seconds after which one that waits, or has no CPU, hangs as well
 ALLOWANCE = 64 << 20  # bytes of memory beside TIMES those of the files
 TIMES = 10
 LONGEST = 2000  # characters of an error
@@ -60,18 +62,28 @@ class Child:
         self._log.seek(0)
         self._log.truncate()
         self._connection.send((reader, files, limited))
-        hangs = not self._connection.poll(SECONDS if limited else 600)
-        if hangs:
-            os.kill(self._pid, signal.SIGKILL)
+        hangs, began, before = False, time.monotonic(), cpu_time(self._pid)
+        while limited and not hangs and not self._connection.poll(1):
+            if cpu_time(self._pid) - before > SECONDS or time.monotonic() - began > STARVED:
+                hangs = True
+                os.kill(self._pid, signal.SIGABRT)  # faulthandler says where it is
         answer = self._connection.recv()
         if isinstance(answer, int):  # the exit status of a server that died
             self._pid = self._connection.recv()
             self._log.seek(0)
             said = self._log.read().strip()
-            what = f"hangs: over {SECONDS} s" if hangs else f"ends the process: status {answer}"
             self.load(*self._valid)
-            return f"{what} {place_in(said)}", said[-3000:]
+            return f"{'hangs' if hangs else f'ends the process: status {answer}'} {place_in(said)}", said[-3000:]
         return answer
+
+
+def cpu_time(pid):
+    """Seconds of a process, 0 of one that has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def place_in(log):
@@ -105,7 +117,6 @@ def run(reader, folder, size, limited):
     """What is wrong with how the reader ends."""
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     if limited:
-        faulthandler.dump_traceback_later(SECONDS - 1)
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + ALLOWANCE + TIMES * size, hard))
     try:
@@ -118,10 +129,9 @@ def run(reader, folder, size, limited):
             last = [frame for frame in frames if "/illada/" in frame.filename] or frames
             place = f"{last[-1].filename}, line {last[-1].lineno}"
             kind = f"{wrong if limited else 'refuses a valid file'}: {type(error).__name__} in {place}"
-            return kind, "".join(traceback.format_exception(error))[-3000:]
+            return kind, "".join(traceback.format_tb(error.__traceback__)[-8:]) + f"{error!s:.500}"
         return None
     finally:
-        faulthandler.cancel_dump_traceback_later()
         resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
 
 

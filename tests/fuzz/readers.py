@@ -1,5 +1,6 @@
 """What the commands do with each kind of file in a folder, and the valid files that the mutants are made of."""
 
+import ctypes
 import functools
 import json
 import math
@@ -30,6 +31,37 @@ def load():
     import torch.distributed.fsdp  # noqa: F401
 
     import illada.integrations.lm_eval  # noqa: F401
+
+
+# --------------------------------------------------------------------------------------- readers with a fault to be found
+
+
+def crashes(folder):
+    ctypes.string_at(0)
+
+
+def hangs(folder):
+    while True:
+        pass
+
+
+def fills_memory(folder):
+    try:
+        bytearray(1 << 28)
+    except MemoryError:
+        raise ValueError("full") from None
+
+
+def looks_up(folder):
+    {}["a"]
+
+
+def passes_on(folder):
+    int("a")
+
+
+def says_all(folder):
+    raise ValueError("a" * 10_000)
 
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints

@@ -2,7 +2,7 @@
 
 Never another error, a signal, over 10 s, or over 10 times the files' size and 64 MB of memory. `make fuzz` runs 20,000
 inputs (EXAMPLES=N); without ILLADA_FUZZ, which it sets, a few of each kind that are always the same run. The inputs that
-fail are left in .cache/fuzz.
+fail are left in .cache/fuzz, with what happened beside them.
 """
 
 import hashlib
@@ -68,6 +68,17 @@ def child():
     child.close()
 
 
+def test_faults_are_found(child, monkeypatch):
+    monkeypatch.setattr("child.SECONDS", 1)
+    child.load("read_questions", {"questions.jsonl": b""})
+    faults = {"crashes": "ends the process: status -11", "hangs": "hangs", "fills_memory": "takes too much memory",
+              "looks_up": "raises another kind", "passes_on": "passes on", "says_all": "says nothing, or 10000"}  # fmt: skip
+    for reader, what in faults.items():
+        kind, text = child.check(reader, {"a": b""})
+        assert kind.startswith(what) and reader in text
+    assert child.check("read_questions", {"questions.jsonl": b"{"}) is None
+
+
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: f"{kind[1].rpartition('/')[2]}-{kind[0]}")
 def test_is_read_or_refused(kind, valid, child):
     name, file, damage, reader = kind
@@ -96,11 +107,11 @@ def test_is_read_or_refused(kind, valid, child):
     try:
         run()
     finally:
-        reports = [f"{count} inputs"]
+        print(f"{count} inputs")
         for what, (data, text) in found.items():
             kept = CACHE / f"{reader}-{hashlib.sha256(data).hexdigest()[:16]}-{Path(file).name}"
             kept.parent.mkdir(parents=True, exist_ok=True)
             kept.write_bytes(data)
-            reports.append(f"{what}\n{file}, in {kept}: {data[:300]!r}\n{text}")
-        print("\n\n".join(reports))
-    assert not found, "\n\n".join(reports)
+            kept.with_name(f"{kept.name}.txt").write_text(f"{what}\n{name}/{file}\n{text}\n", errors="backslashreplace")
+            print(f"{what}\n{file}, in {kept}: {data[:300]!r}\n{text}")
+    assert not found, f"{len(found)} kinds of failures; the inputs are in {CACHE}: {'; '.join(found)}"
