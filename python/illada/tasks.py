@@ -30,7 +30,7 @@ from typing import Any, TypeVar
 from illada.data import TokenDataset
 from illada.files import check_inside, recover, staged_directory
 from illada.text import read_text
-from illada.tokenizer_files import load_tokenizer
+from illada.tokenizer_files import library_errors, load_tokenizer
 
 TASKS = ("definitions", "cloze", "cloze_word")
 CHOICES = 4
@@ -153,7 +153,9 @@ def _documents(dataset: TokenDataset, most_tokens: int | None = None) -> Iterato
     for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
         if most_tokens is not None and end > most_tokens:
             return
-        yield tokenizer.decode(dataset.tokens[begin : end - 1].tolist(), skip_special_tokens=False)
+        with library_errors(f"the tokenizer of {dataset.path} cannot decode its text"):
+            text = tokenizer.decode(dataset.tokens[begin : end - 1].tolist(), skip_special_tokens=False)
+        yield text
 
 
 def _words(text: str) -> list[str]:
