@@ -180,7 +180,7 @@ def test_damaged_and_missing_files(saved, tmp_path):
     with pytest.raises(ValueError, match="is not JSON"):
         load_pretrained(path)
     (path / "config.json").write_text("[]")
-    with pytest.raises(ValueError, match="does not hold a JSON object"):
+    with pytest.raises(ValueError, match="config.json must hold a JSON object, got list"):
         load_pretrained(path)
     for load in (load_pretrained, lambda path: convert_checkpoint(path, tmp_path / "out", dtype=torch.float16)):
         with pytest.raises(FileNotFoundError, match=r"not a checkpoint \(no config\.json\)"):

@@ -105,3 +105,9 @@ def test_any_text_survives_as_toml():
     for commented in (False, True):
         read = tomllib.loads(config.to_toml(commented=commented))
         assert TrainConfig.from_dict(read) == config
+
+
+def test_every_key_of_a_commented_file_has_its_comment():
+    lines = TrainConfig().to_toml(commented=True).splitlines()
+    keys = [line for line in lines if " = " in line and not line.startswith("preset")]
+    assert len(keys) > 30 and not [line for line in keys if "  # " not in line]

@@ -260,12 +260,58 @@ def test_tokens_that_only_other_files_name(folder):
         ValueError, match=rf"added_tokens\.json gives '<\|im_end\|>' the id {size + 7}, .* free id is {size}"
     ):
         configure(folder)
-    for bad in ({"<x>": "y"}, {"<x>": None}):
-        (folder / "added_tokens.json").write_text(json.dumps(bad))
-        with pytest.raises(ValueError, match=r"added_tokens\.json does not name added tokens by their ids"):
-            configure(folder)
-    with pytest.raises(ValueError, match=r"tokenizer_config\.json does not name added tokens by their ids"):
-        configure(folder, added_tokens_decoder={"1": "x"})
+    (folder / "added_tokens.json").unlink()
+    assert configure(folder, extra_special_tokens={"image_token": "<i>"}).special_tokens["extra_special_tokens"] == [
+        "<i>"
+    ]
+
+
+@pytest.mark.parametrize("file, values, said", [
+    ("added_tokens.json", {"<x>": "y"}, ": <x> must be int, got 'y'"),
+    ("added_tokens.json", {"<x>": None}, ": <x> must be int, got None"),
+    ("added_tokens.json", {"<x>": -1}, ": <x> must not be negative, got -1"),
+    ("tokenizer_config.json", {"added_tokens_decoder": {"1": "x"}}, ": added_tokens_decoder.1 must be an object with keys"),
+    ("tokenizer_config.json", {"added_tokens_decoder": {"one": {}}}, ": added_tokens_decoder must name tokens by their ids, got 'one'"),
+    ("tokenizer_config.json", {"added_tokens_decoder": {"1": {}}}, ": added_tokens_decoder.1 lacks content"),
+    ("tokenizer_config.json", {"added_tokens_decoder": {"1": {"content": "x", "special": 1}}}, ": added_tokens_decoder.1: special must be bool"),
+    ("tokenizer_config.json", {"eos_token": 3}, ": eos_token must be str, got 3"),
+    ("special_tokens_map.json", {"mask_token": {"content": 5}}, ": mask_token: content must be str, got 5"),
+    ("special_tokens_map.json", {"additional_special_tokens": ["a", 7]}, r": additional_special_tokens\[1\] must be str, got 7"),
+    ("tokenizer_config.json", {"chat_template": {"a": "b"}}, ": chat_template must be text or a list"),
+    ("tokenizer_config.json", {"chat_template": 7}, ": chat_template must be text or a list"),
+    ("tokenizer_config.json", {"chat_template": [1]}, r": chat_template\[0\] must hold a JSON object, got int"),
+    ("tokenizer_config.json", {"chat_template": [{"name": "x"}]}, r": chat_template\[0\] lacks template"),
+    ("tokenizer.json", {"model": 3}, ": model must be an object with keys, got 3"),
+    ("tokenizer.json", {"model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}}, ": model: vocab.a must not be negative, got -1"),
+    ("tokenizer.json", {"added_tokens": [{"id": 0}]}, r": added_tokens\[0\] lacks content"),
+    ("tokenizer.json", {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "/////wAAAAA="}}, "precompiled_charsmap is damaged"),
+    ("tokenizer.json", {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "b("}, "behavior": "Isolated", "invert": False}}, "parenthesis"),
+])  # fmt: skip
+def test_files_of_other_types_are_errors_with_file_and_key(file, values, said, folder):
+    """Of another type, and nested too deeply for Python."""
+    path = folder / file
+    old = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps({**old, **values}))
+    with pytest.raises(ValueError, match=rf"{file.replace('.', '[.]')}.*{said}"):
+        Tokenizer.from_pretrained(folder)
+    path.write_text('{"model": ' + "[" * 100000)
+    with pytest.raises(ValueError, match=rf"{file.replace('.', '[.]')} is not JSON that can be read: it is nested"):
+        Tokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("part, value", [
+    ("pre_tokenizer", {"type": "FixedLength", "length": 0}),
+    ("decoder", {"type": "Strip", "content": "a", "start": 10**9, "stop": 10**9}),
+    ("post_processor", {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "X", "type_id": 0}}], "pair": [], "special_tokens": {}}),
+    ("post_processor", {"type": "TemplateProcessing", "single": [], "pair": [], "special_tokens": {}}),
+])  # fmt: skip
+def test_panics_of_the_library_are_errors(part, value, folder):
+    values = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps({**values, part: value}))
+    with pytest.raises(ValueError, match="the tokenizer('s post_processor fails| cannot|'s post_processor leaves)"):
+        tokenizer = Tokenizer.from_pretrained(folder)
+        tokenizer.encode_prompt("the quick")
+        tokenizer.decode([tokenizer.token_to_id("a")])
 
 
 @pytest.mark.parametrize("template", [LLAMA3, CHATML, BLOCKS, NO_SYSTEM])
@@ -429,9 +475,6 @@ def test_errors_name_the_file_and_the_cure(folder, tmp_path, monkeypatch):
     tokenizer = configure(folder)
     with pytest.raises(ValueError, match="this tokenizer has no chat template"):
         tokenizer.apply_chat_template([USER])
-    for bad in ({"a": "b"}, [1], [{"name": "x"}], 7):
-        with pytest.raises(ValueError, match=r"tokenizer_config\.json: chat_template must be text or a list"):
-            configure(folder, chat_template=bad)
     render = render_chat_template
     cases = [
         (lambda: render("\n{% if %}", [USER]), ValueError, "chat template is broken, line 2"),
@@ -458,14 +501,14 @@ def test_errors_name_the_file_and_the_cure(folder, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"tokenizer_config\.json is not JSON"):
         Tokenizer.from_pretrained(folder)
     (folder / "tokenizer_config.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"tokenizer_config\.json does not hold a JSON object"):
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json must hold a JSON object, got list"):
         Tokenizer.from_pretrained(folder)
     (folder / "tokenizer_config.json").unlink()
     (folder / "chat_template.jinja").write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match=r"chat_template\.jinja is not UTF-8 text: it looks like UTF-16"):
         Tokenizer.from_pretrained(folder)
     (folder / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"tokenizer\.json is not a tokenizer\.json that"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json lacks model"):
         Tokenizer.from_pretrained(folder)
     (folder / "tokenizer.json").unlink()
     with pytest.raises(FileNotFoundError, match="no tokenizer at"):

@@ -30,7 +30,7 @@ from typing import Any, TypeVar
 from illada.data import TokenDataset
 from illada.files import check_inside, recover, staged_directory
 from illada.text import read_lines
-from illada.tokenizer_files import load_tokenizer
+from illada.tokenizer_files import library_errors, load_tokenizer
 
 TASKS = ("definitions", "cloze", "cloze_word")
 CHOICES = 4
@@ -153,7 +153,9 @@ def _documents(dataset: TokenDataset, most_tokens: int | None = None) -> Iterato
     for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
         if most_tokens is not None and end > most_tokens:
             return
-        yield tokenizer.decode(dataset.tokens[begin : end - 1].tolist(), skip_special_tokens=False)
+        with library_errors(f"the tokenizer of {dataset.path} cannot decode its text"):
+            text = tokenizer.decode(dataset.tokens[begin : end - 1].tolist(), skip_special_tokens=False)
+        yield text
 
 
 def _words(text: str) -> list[str]:
@@ -453,10 +455,16 @@ import datasets
 
 def read(file, **_):
     lines = (Path(__file__).parent / file).read_text(encoding="utf-8").split("\\n")  # texts hold other ends of lines
-    rows = [json.loads(line) for line in lines if line]
-    splits = {row["split"]: [] for row in rows}
-    for row in rows:
-        splits[row.pop("split")].append(row)
+    splits = {}
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        try:
+            row = json.loads(line)
+            splits.setdefault(row.pop("split"), []).append(row)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            said = "it is nested too deeply" if isinstance(error, RecursionError) else repr(error)
+            raise ValueError(f"{file}, line {number}, is no JSON object with a split: {said}") from None
     return {split: datasets.Dataset.from_list(rows) for split, rows in splits.items()}
 '''
 
