@@ -149,11 +149,10 @@ def unclear(error):
     if not said or len(said) > LONGEST:
         return f"says nothing, or {len(said)} characters"
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    if not isinstance(error, OSError) and not linecache.getline(frame.filename, frame.lineno).lstrip().startswith(
-        "raise"
+    ours = "/illada/" in frame.filename or frame.filename.endswith("/read_jsonl.py")
+    if not isinstance(error, OSError) and not (
+        ours and linecache.getline(frame.filename, frame.lineno).lstrip().startswith("raise")
     ):
-        return "passes on an error of a library"
-    if not isinstance(error, OSError) and "/illada/" not in frame.filename:
         return "passes on an error of a library"
     return None
 

@@ -4,6 +4,7 @@ import ctypes
 import functools
 import json
 import math
+import runpy
 from random import Random
 
 import numpy as np
@@ -26,6 +27,7 @@ MESSAGES = [{"role": "system", "content": "brief"}, {"role": "user", "content": 
 
 def load():
     """Import what the readers import when they run."""
+    import datasets  # noqa: F401
     import lm_eval.api.instance  # noqa: F401
     import matplotlib.backends.backend_agg  # noqa: F401
     import torch.distributed.fsdp  # noqa: F401
@@ -136,6 +138,11 @@ def read_questions(folder):
     score._questions(options)
 
 
+def read_tasks(folder):
+    """The questions of a task, by the reader that lies beside them."""
+    runpy.run_path(str(folder / "read_jsonl.py"))["read"]("cloze_word.jsonl")
+
+
 def read_wordnet(folder):
     """`illada prepare --dictionary wordnet:PATH`."""
     tasks.definition_questions(tasks.read_wordnet(folder), most=100)
@@ -232,6 +239,8 @@ def make_valid(root):
     (root / "text.jsonl").write_text(lines)
     data.prepare(f"jsonl:{root / 'text.jsonl'}", root / "corpus", vocab_size=262, validation_fraction=0.4)
     valid["corpus"] = files_in(root / "corpus")
+    tasks.prepare_tasks(root / "corpus", ["cloze_word"])
+    valid["tasks"] = files_in(root / "corpus" / "tasks")
     tokenizer = root / "corpus" / "tokenizer.json"
 
     layouts = {

@@ -44,6 +44,7 @@ KINDS = [
     ("texts", "text.jsonl", mutants.jsonl_file, "read_texts"),
     ("texts", "a.txt", mutants.damaged, "read_texts"),
     ("questions", "questions.jsonl", mutants.jsonl_file, "read_questions"),
+    ("tasks", "cloze_word.jsonl", mutants.jsonl_file, "read_tasks"),
     ("wordnet", "data.noun", lambda data: mutants.lines_of(data, _FIELDS), "read_wordnet"),
     ("wordnet", "index.noun", lambda data: mutants.lines_of(data, _FIELDS), "read_wordnet"),
     ("wordnet", "cntlist.rev", lambda data: mutants.lines_of(data, _FIELDS), "read_wordnet"),
