@@ -220,6 +220,12 @@ def test_damaged_questions_are_named(line, tasks, tmp_path):
     (tmp_path / "q.jsonl").write_text('{"split": "test", "text": "x"}\n\n' + line + "\n")
     with pytest.raises(ValueError, match="q.jsonl, line 3, is no JSON object with a split"):
         namespace["read"]("q.jsonl")
+    (tmp_path / "q.jsonl").write_bytes(b'\r\n{"split": "\xff"}\n')
+    with pytest.raises(ValueError, match="q.jsonl, line 2, is no JSON object with a split: UnicodeDecodeError"):
+        namespace["read"]("q.jsonl")
+    (tmp_path / "q.jsonl").write_text('{"split": "test", "text": "x"}\n{"split": "test", "text": [3]}\n')
+    with pytest.raises(ValueError, match="q.jsonl has rows whose values are of different types: "):
+        namespace["read"]("q.jsonl")
 
 
 def test_cloze_passages():

@@ -454,18 +454,21 @@ import datasets
 
 
 def read(file, **_):
-    lines = (Path(__file__).parent / file).read_text(encoding="utf-8").split("\\n")  # texts hold other ends of lines
     splits = {}
-    for number, line in enumerate(lines, 1):
-        if not line:
+    # texts hold other ends of lines
+    for number, line in enumerate((Path(__file__).parent / file).read_bytes().split(b"\\n"), 1):
+        if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line.decode())
             splits.setdefault(row.pop("split"), []).append(row)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             said = "it is nested too deeply" if isinstance(error, RecursionError) else repr(error)
-            raise ValueError(f"{file}, line {number}, is no JSON object with a split: {said}") from None
-    return {split: datasets.Dataset.from_list(rows) for split, rows in splits.items()}
+            raise ValueError(f"{file}, line {number}, is no JSON object with a split: {said:.200}") from None
+    try:
+        return {split: datasets.Dataset.from_list(rows) for split, rows in splits.items()}
+    except (ValueError, TypeError, ArithmeticError, NotImplementedError) as error:
+        raise ValueError(f"{file} has rows whose values are of different types: {error!s:.200}") from None
 '''
 
 _HEAD = """\
