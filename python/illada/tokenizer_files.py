@@ -161,22 +161,22 @@ def _add_tokens(tokenizer: Tokenizer, folder: Path) -> None:
 
     A token that is there keeps its id, whatever they say."""
     file = folder / "tokenizer_config.json"
-    declared = check_object(read_if_there(file), {}, str(file), {"added_tokens_decoder": dict[str, _OBJECT]})
-    declared = declared.get("added_tokens_decoder")
+    config = check_object(read_if_there(file), {}, str(file), {"added_tokens_decoder": dict[str, _OBJECT]})
+    declared = config.get("added_tokens_decoder")
     wanted: dict[int, AddedToken] = {}
     if declared is not None:
         for i, token in declared.items():
             where = f"{file}: added_tokens_decoder"
             if not re.fullmatch("[0-9]{1,9}", i):
                 raise ValueError(f"{where} must name tokens by their ids, got {i!r:.80}")
-            token = check_object(token, {"content": str}, f"{where}.{i}", _FLAGS)
-            wanted[int(i)] = AddedToken(token.pop("content"), **token)
+            fields = check_object(token, {"content": str}, f"{where}.{i}", _FLAGS)
+            wanted[int(i)] = AddedToken(fields.pop("content"), **fields)
     else:
         file = folder / "added_tokens.json"
         special = {text for value in read_special_tokens(folder).values() for text in _listed(value)}
-        for text, i in read_if_there(file).items():
-            token = AddedToken(text, normalized=text not in special, special=text in special)
-            wanted[checked(TokenId, i, f"{file}: {text:.80}")] = token
+        for text, number in read_if_there(file).items():
+            number = checked(TokenId, number, f"{file}: {text:.80}")
+            wanted[number] = AddedToken(text, normalized=text not in special, special=text in special)
     present = tokenizer.get_added_tokens_decoder()
     for i, token in sorted(wanted.items()):
         known = tokenizer.token_to_id(token.content)
