@@ -120,7 +120,7 @@ test-slow: install
 	"$(BIN)/python" -m pytest -q -m slow
 
 fuzz: install
-	ILLADA_FUZZ="$(EXAMPLES)" "$(BIN)/python" -m pytest -q -m slow -rA --tb=no tests/fuzz $(ARGS)
+	ILLADA_FUZZ="$(EXAMPLES)" "$(BIN)/python" -m pytest -q -m slow -rA --tb=no --show-capture=stdout tests/fuzz $(ARGS)
 
 test-cuda:
 	@command -v "$${CUDACXX:-nvcc}" >/dev/null || { \

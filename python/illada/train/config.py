@@ -177,7 +177,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         try:
             values = tomllib.loads(read_text(file))
         except tomllib.TOMLDecodeError as error:
-            raise ValueError(f"{file} is not TOML: {error}") from None
+            raise ValueError(f"{file} is not TOML: {error!s:.200}") from None
         except RecursionError:
             raise ValueError(f"{file} is not TOML that can be read: it is nested too deeply") from None
     for override in overrides:
