@@ -282,7 +282,9 @@ def _bwd_inplace_fake(dloss, hidden_grad, weight_grad):
 
 def _setup_context(ctx, inputs, output):
     loss, nll, hidden_grad, weight_grad = output
-    ctx.mark_non_differentiable(nll, hidden_grad, weight_grad)
+    # The gradients stay differentiable outputs: the backward op then knows that they depend on hidden and weight, and a
+    # second derivative meets its formula, which raises.
+    ctx.mark_non_differentiable(nll)
     ctx.set_materialize_grads(False)
     ctx.scale, ctx.scale_late, normalizer = inputs[6], scales_late(inputs[10]), inputs[5]
     ctx.save_for_backward(hidden_grad, weight_grad, normalizer if ctx.scale_late else None)
@@ -327,14 +329,13 @@ class _IntoGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
         loss, nll, hidden_grad = torch.ops.illada.linear_masked_ce_fwd_(*inputs)
-        ctx.mark_non_differentiable(nll)
+        ctx.mark_non_differentiable(nll)  # hidden_grad is not, for the reason in _setup_context
         ctx.set_materialize_grads(False)
         ctx.scale, ctx.scale_late, normalizer = inputs[6], scales_late(inputs[10]), inputs[5]
         ctx.save_for_backward(hidden_grad, normalizer if ctx.scale_late else None)
-        return loss, nll
+        return loss, nll, hidden_grad
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dloss, *unused):
         hidden_grad, normalizer = ctx.saved_tensors
         if dloss is None or not ctx.needs_input_grad[0]:
@@ -402,7 +403,7 @@ def linear_masked_cross_entropy(
     Args:
         hidden: [T, C], float32, bfloat16 or (on CUDA) float16. weight: [V, C], the head (or the tied embedding).
         targets: int64 or int32 [T]; must be in [0, V) where the weight is not zero.
-        token_weights: float32 [T], 1 / p where masked, 0 elsewhere. Not differentiable.
+        token_weights: float32 [T], 1 / p where masked, 0 elsewhere. It must not require grad.
         rows: int32 [N], the rows to look at, sorted and distinct (default: those with a weight). On CUDA they cannot be
             found without waiting for the device, so without `rows` all T rows are multiplied by the head, but for
             bfloat16 on sm_90a: give them elsewhere.
@@ -469,7 +470,7 @@ def linear_masked_cross_entropy(
         compute_dtype,
     )
     if grad_weight is not None and needs_grad:
-        loss, nll = _IntoGradient.apply(*arguments, grad_weight.dtype, filter_eps, grad_weight)
+        loss, nll, _ = _IntoGradient.apply(*arguments, grad_weight.dtype, filter_eps, grad_weight)
     else:
         loss, nll, _, _ = torch.ops.illada.linear_masked_ce_fwd(
             *arguments, grad_weight_dtype or torch.float32, filter_eps

@@ -242,6 +242,11 @@ def check_targets(
     lib.check_dtype(op, "targets", targets, _TOKEN_DTYPES)
     lib.check_shape(op, "token_weights", token_weights, (total,))
     lib.check_dtype(op, "token_weights", token_weights, (torch.float32,))
+    if token_weights.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{op}: token_weights must not require grad; pass token_weights.detach(), and for its gradient take nll "
+            "(return_nll=True) / normalizer"
+        )
     if rows is not None:
         lib.check_shape(op, "rows", rows, ("N",))
         lib.check_dtype(op, "rows", rows, (torch.int32,))
