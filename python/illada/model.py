@@ -110,6 +110,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
 
 
+def does_what_its_weight_says(linear: nn.Module) -> bool:
+    """Is calling `linear` the product with its weight, plus its bias, and nothing else?
+
+    Not with an adapter, a quantised weight or a parametrization, which are other classes, and not with hooks.
+    """
+    hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
+    return type(linear) is nn.Linear and not any(hooks) and "forward" not in linear.__dict__
+
+
 class Attention(nn.Module):
     """Bidirectional grouped-query attention over packed sequences; queries, keys and values are one projection's."""
 
@@ -144,12 +153,12 @@ class Attention(nn.Module):
         """q [T, H, D] (or [N, H, D] of `rows` alone), k and v [T, G, D], rotated and without a copy: v is a view of the
         projection [T, H + 2 G, D], q and k are views of its rotated heads [T, H + G, D]."""
         heads, kv_heads = self.heads, self.kv_heads
-        if rows is None:
+        if rows is None or not does_what_its_weight_says(self.qkv_proj):
             qkv = self.qkv_proj(x).unflatten(-1, (heads + 2 * kv_heads, -1))
             # split and not slices: their gradients would each be padded with zeros and added.
             qk, v = qkv.split([heads + kv_heads, kv_heads], dim=1)
             q, k = rotate(qk, cos, sin).split([heads, kv_heads], dim=1)
-            return q, k, v
+            return q if rows is None else q[rows], k, v
         weight, bias, size = self.qkv_proj.weight, self.qkv_proj.bias, self.o_proj.in_features
         q_bias, kv_bias = (None, None) if bias is None else (bias[:size], bias[size:])
         q = F.linear(x[rows], weight[:size], q_bias).unflatten(-1, (heads, -1))
@@ -281,8 +290,22 @@ class MaskedDiffusionModel(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """[V, C]: the head, or the embedding it is tied to, without the rows that only pad it."""
-        weight = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        """[V, C]: the head, or the embedding it is tied to, without the rows that only pad it.
+
+        Raises:
+            TypeError: the head is more than its weight (adapter, quantised weight, forward hooks), which is all that the
+                ops take.
+        """
+        tied = self.lm_head is None
+        name, head = ("embed_tokens", self.embed_tokens) if tied else ("lm_head", self.lm_head)
+        if not isinstance(head, nn.Embedding if tied else nn.Linear):
+            raise TypeError(
+                f"{name} is a {type(head).__name__}, which the ops of the head would not call: they take a weight. "
+                "Leave adapters and quantisation of the head away, or merge them (peft: merge_and_unload)"
+            )
+        if not tied and (head._forward_hooks or head._forward_pre_hooks) and not hasattr(head.weight, "full_tensor"):
+            raise TypeError("lm_head has forward hooks, which would not run: the ops of the head take its weight")
+        weight = head.weight
         return weight if weight.shape[0] == self.config.vocab_size else weight[: self.config.vocab_size]
 
     def forward(
