@@ -293,8 +293,8 @@ class MaskedDiffusionModel(nn.Module):
         """[V, C]: the head, or the embedding it is tied to, without the rows that only pad it.
 
         Raises:
-            TypeError: the head is more than its weight (adapter, quantised weight, forward hooks), which is all that the
-                ops take.
+            TypeError: the head is more than its weight (adapter, quantised weight, forward hooks), and the ops take
+                that alone.
         """
         tied = self.lm_head is None
         name, head = ("embed_tokens", self.embed_tokens) if tied else ("lm_head", self.lm_head)
