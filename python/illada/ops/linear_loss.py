@@ -404,9 +404,9 @@ def linear_masked_cross_entropy(
         hidden: [T, C], float32, bfloat16 or (on CUDA) float16. weight: [V, C], the head (or the tied embedding).
         targets: int64 or int32 [T]; must be in [0, V) where the weight is not zero.
         token_weights: float32 [T], 1 / p where masked, 0 elsewhere. It must not require grad.
-        rows: int32 [N], the rows to look at, sorted and distinct (default: those with a weight). On CUDA they cannot be
-            found without waiting for the device, so without `rows` all T rows are multiplied by the head, but for
-            bfloat16 on sm_90a: give them elsewhere.
+        rows: int32 or int64 [N], the rows to look at, sorted and distinct (default: those with a weight). On CUDA they
+            cannot be found without waiting for the device, so without `rows` all T rows are multiplied by the head, but
+            for bfloat16 on sm_90a: give them elsewhere.
         normalizer: positive number or 0-dim tensor (read on its device) that divides the sum, such as the number of
             tokens of the global batch (so that gradient accumulation and data parallelism add up). Default 1.
         chunk_rows: rows whose logits exist at a time; default: as many as fit 32 MiB on a CPU, 1.4 GB on CUDA.
@@ -464,7 +464,7 @@ def linear_masked_cross_entropy(
         _check_grad_weight(op, grad_weight, hidden, weight, grad_weight_dtype)
     needs_grad = torch.is_grad_enabled()
     arguments = (
-        *(hidden, weight, targets, token_weights, rows, normalizer, scale, chunk_rows or 0),
+        *(hidden, weight, targets, token_weights, lib.as_int32(rows), normalizer, scale, chunk_rows or 0),
         needs_grad and hidden.requires_grad,
         needs_grad and (weight.requires_grad or grad_weight is not None),
         compute_dtype,
