@@ -90,7 +90,9 @@ def flash_attn_func(
     )  # fmt: skip
     batch, length = _sizes("flash_attn_func", q, k, v)
     out, lse = _attend(
-        *(x.flatten(0, 1) for x in (q, k, v)),
+        q.flatten(0, 1),
+        k.flatten(0, 1),
+        v.flatten(0, 1),
         _starts(batch, length, q.device),
         cu_seqlens_k=_starts(batch, k.shape[1], q.device),
         softmax_scale=softmax_scale,
@@ -115,13 +117,15 @@ def _followed_by_those_of(base: Callable[..., Any], tensors: int) -> Callable[[C
 @_followed_by_those_of(flash_attn_func, 3)
 def flash_attn_qkvpacked_func(qkv: Tensor, *args: Any, **kwargs: Any) -> Any:
     """`flash_attn_func` of qkv [B, L, 3, H, D], which is read in place."""
-    return flash_attn_func(*qkv.unbind(2), *args, **kwargs)
+    q, k, v = qkv.unbind(2)
+    return flash_attn_func(q, k, v, *args, **kwargs)
 
 
 @_followed_by_those_of(flash_attn_func, 3)
 def flash_attn_kvpacked_func(q: Tensor, kv: Tensor, *args: Any, **kwargs: Any) -> Any:
     """`flash_attn_func` of q and kv [B, Lk, 2, G, D], which is read in place."""
-    return flash_attn_func(q, *kv.unbind(2), *args, **kwargs)
+    k, v = kv.unbind(2)
+    return flash_attn_func(q, k, v, *args, **kwargs)
 
 
 @_followed_by_those_of(flash_attn_varlen_func, 7)
@@ -129,7 +133,8 @@ def flash_attn_varlen_qkvpacked_func(
     qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *args: Any, **kwargs: Any
 ) -> Any:
     """`flash_attn_varlen_func` of qkv [T, 3, H, D], which is read in place."""
-    return flash_attn_varlen_func(*qkv.unbind(1), cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, *args, **kwargs)
+    q, k, v = qkv.unbind(1)
+    return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, *args, **kwargs)
 
 
 @_followed_by_those_of(flash_attn_varlen_func, 7)
@@ -144,8 +149,8 @@ def flash_attn_varlen_kvpacked_func(
     **kwargs: Any,
 ) -> Any:
     """`flash_attn_varlen_func` of q and kv [Tk, 2, G, D], which is read in place."""
-    packs = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
-    return flash_attn_varlen_func(q, *kv.unbind(1), *packs, *args, **kwargs)
+    k, v = kv.unbind(1)
+    return flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *args, **kwargs)
 
 
 def flash_attn_with_kvcache(
@@ -205,7 +210,9 @@ def flash_attn_with_kvcache(
             used = used - cache_leftpad
             starts = starts + torch.nn.functional.pad(cache_leftpad, (0, 1))
         out, lse = _attend(
-            *(x.flatten(0, 1) for x in (q, k_cache, v_cache)),
+            q.flatten(0, 1),
+            k_cache.flatten(0, 1),
+            v_cache.flatten(0, 1),
             _starts(batch, length, q.device),
             cu_seqlens_k=starts.int(),
             seqused_k=used.int(),
