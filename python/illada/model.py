@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from illada.config import ModelConfig
-from illada.devices import find_device
+from illada.devices import autocast_dtype, find_device
 from illada.diffusion import Batch
 from illada.ops import AttentionPlan, attention_plan, linear_masked_cross_entropy, varlen_attention
 
@@ -228,7 +228,7 @@ class MaskedDiffusionModel(nn.Module):
     Args:
         config: the architecture.
         seed: of the initial weights, drawn from a generator of this model's own.
-        device, dtype: of the parameters; device "meta" allocates nothing.
+        device, dtype: of the parameters, default torch's default device and float32; device "meta" allocates nothing.
 
     Attributes:
         config: as given.
@@ -256,17 +256,19 @@ class MaskedDiffusionModel(nn.Module):
             self.lm_head = (
                 None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.embedding_rows, bias=False)
             )
-        self.to(dtype or torch.float32)
-        target = find_device(device or "cpu")
+        target = torch.get_default_device() if device is None else find_device(device)
+        for module in self.modules():  # to_empty fails under FakeTensorMode
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                empty = torch.empty(parameter.shape, dtype=dtype or torch.float32, device=target)
+                setattr(module, name, nn.Parameter(empty))
         if target.type != "meta":
-            self.to_empty(device=target)
             self.reset_parameters(seed)
 
     @torch.no_grad()
     def reset_parameters(self, seed: int) -> None:
         """Initial weights, drawn on the CPU from `seed` alone: N(0, initializer_range), the projections back into the
         residual stream scaled by 1 / sqrt(2 layers), embeddings with variance 1 / (2 C), the pad row zero."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator("cpu").manual_seed(seed)
         residual_scale = 1 / math.sqrt(2 * self.config.num_hidden_layers)
         for name, parameter in self.named_parameters():
             if name.endswith("norm.weight"):
@@ -279,7 +281,7 @@ class MaskedDiffusionModel(nn.Module):
                     std = math.sqrt(1 / (2 * self.config.hidden_size))
                 elif name.endswith(("o_proj.weight", "down_proj.weight")):
                     std *= residual_scale
-                parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+                parameter.copy_(torch.empty(parameter.shape, device="cpu").normal_(0.0, std, generator=generator))
         if self.config.pad_token_id is not None:
             self.embed_tokens.weight[self.config.pad_token_id] = 0
 
@@ -393,9 +395,7 @@ class MaskedDiffusionModel(nn.Module):
 
     def _rotary_tables(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """For activations of `dtype`, which is autocast's where that is on."""
-        if torch.is_autocast_enabled(position_ids.device.type):
-            dtype = torch.get_autocast_dtype(position_ids.device.type)
-        return rotary_tables(position_ids, self.config, dtype)
+        return rotary_tables(position_ids, self.config, autocast_dtype(position_ids.device) or dtype)
 
     def _queries(self, rows: Tensor, cu_seqlens: Tensor, total: int) -> Queries:
         """What the last layer computes: `rows`, or the ones before them where hidden states are shifted."""

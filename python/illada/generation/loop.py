@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from illada.devices import autocast_dtype
 from illada.generation import graphs, step, stopping
 from illada.generation.cache import KeyValueCache
 from illada.generation.config import GenerationConfig, GenerationDelta, GenerationResult
@@ -216,8 +217,7 @@ def _make_cache(
         return None, []
     slots = size * (1 + any(r.guided for r in requests))
     weight = model.embed_tokens.weight
-    device = weight.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    dtype = autocast_dtype(weight.device) or weight.dtype
     longest = max(len(r.canvas) for r in requests)
     spare = 1 + max(r.config.block_length for r in requests)  # of blank sequences
     return KeyValueCache(model.config, slots, longest, spare=spare, device=weight.device, dtype=dtype), list(

@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from illada._native import native
+from illada.devices import autocast_dtype
 from illada.ops import _library as lib
 from illada.ops import raw
 from illada.ops.types import AttentionPlan
@@ -480,9 +481,7 @@ def varlen_attention(
     Under autocast q, k and v are cast to its dtype. A second derivative raises.
     """
     op = "varlen_attention"
-    device_type = q.device.type
-    if torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
+    if (dtype := autocast_dtype(q.device)) is not None:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     lib.check_dtype(op, "q", q, _DTYPES)
     lib.check_dtype(op, "k", k, (q.dtype,))

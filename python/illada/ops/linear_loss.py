@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from illada.devices import autocast_dtype
 from illada.ops import _library as lib
 from illada.ops import raw
 from illada.ops.loss import (
@@ -372,13 +373,13 @@ def compute_dtype_of(op: str, hidden: Tensor, name: str, weight: Tensor) -> torc
     """What the GEMMs of hidden and the weight `name` run in: autocast's dtype or their own. TypeError, ValueError."""
     lib.check_last_contiguous(op, "hidden", hidden)
     lib.check_last_contiguous(op, name, weight)
-    device_type, dtypes = hidden.device.type, logits_dtypes(hidden)
+    dtypes = logits_dtypes(hidden)
     lib.check_dtype(op, "hidden", hidden, dtypes)
-    if not torch.is_autocast_enabled(device_type):
+    compute_dtype = autocast_dtype(hidden.device)
+    if compute_dtype is None:
         lib.check_dtype(op, name, weight, (hidden.dtype,))
         return hidden.dtype
     lib.check_dtype(op, name, weight, dtypes)
-    compute_dtype = torch.get_autocast_dtype(device_type)
     if compute_dtype not in dtypes:
         raise TypeError(f"{op}: autocast to {compute_dtype} is not supported; use bfloat16")
     return compute_dtype
