@@ -1,9 +1,11 @@
-"""Construction without memory, and ops on tensors without data."""
+"""Construction without memory, ops on tensors without data, and export with sizes that stay free."""
 
 import pytest
 import torch
 from accelerate import init_empty_weights
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import Dim, export
 
 import illada
 from illada.config import ModelConfig
@@ -51,3 +53,33 @@ def test_construction_on_the_meta_device(context):
     want = MaskedDiffusionModel(CONFIG, seed=3)
     for (name, a), b in zip(model.named_parameters(), want.parameters(), strict=True):
         assert torch.equal(a, b), name
+
+
+class Exported(nn.Module):
+    """Model and loss of a pack."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = MaskedDiffusionModel(CONFIG)
+
+    def forward(self, tokens, starts, weights):
+        hidden = self.model(tokens, starts)
+        loss = illada.linear_masked_cross_entropy(hidden, self.model.head_weight, tokens, weights)
+        return hidden, loss, illada.linear_sample_tokens(hidden, self.model.head_weight).token
+
+
+@torch.no_grad()
+def test_export_with_any_number_of_tokens_and_sequences(generator):
+    def inputs(*lengths):
+        starts = torch.tensor([0, *lengths]).cumsum(0).int()
+        total = int(starts[-1])
+        return torch.randint(100, (total,), generator=generator), starts, torch.rand(total, generator=generator)
+
+    tokens = Dim("tokens", min=2, max=4096)
+    shapes = {"tokens": {0: tokens}, "starts": {0: Dim("starts", min=2, max=512)}, "weights": {0: tokens}}
+    module = Exported()
+    exported = export(module, inputs(4, 5, 11), dynamic_shapes=shapes).module()
+    for lengths in ((4, 5, 11), (3, 1, 7, 9, 2), (30,)):
+        example = inputs(*lengths)
+        for got, want in zip(exported(*example), module(*example), strict=True):
+            torch.testing.assert_close(got, want)

@@ -209,7 +209,8 @@ class Layer(nn.Module):
             projected = self.project(x, cos, sin, queries)
         attended = self.self_attn(*projected, cu_seqlens, plan, cache, queries)
         x = (x if queries is None else x[queries.rows]) + attended
-        if torch.is_grad_enabled():
+        # The number of parts would make a constant of the number of tokens in a traced graph.
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return x + self.mlp(self.post_attention_layernorm(x))
         for part in x.split(_CPU_ROWS if x.device.type == "cpu" else _GPU_ROWS):  # x is this layer's own
             part += self.mlp(self.post_attention_layernorm(part))

@@ -425,9 +425,9 @@ def attention_plan(
     for name, tensor in (("cu_seqlens", cu_seqlens), ("cu_seqlens_k", cu_seqlens_k), ("seqused_k", seqused_k)):
         if tensor is not None:
             lib.check_index(op, name, tensor)
-    if cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
         raise ValueError(f"{op}: cu_seqlens must have shape [S + 1], got {list(cu_seqlens.shape)}")
-    sequences = len(cu_seqlens) - 1
+    sequences = cu_seqlens.shape[0] - 1  # len() would make a constant of it under torch.export
     if cu_seqlens_k is not None:
         lib.check_shape(op, "cu_seqlens_k", cu_seqlens_k, (sequences + 1,))
     if seqused_k is not None:

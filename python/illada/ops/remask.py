@@ -390,7 +390,7 @@ def remask(
     lib.check_shape(op, "rows", rows, ("N",))
     lib.check_index(op, "rows", rows)
     lib.check_index(op, "cu_rows", cu_rows)
-    if cu_rows.dim() != 1 or len(cu_rows) == 0:
+    if cu_rows.dim() != 1 or cu_rows.shape[0] == 0:
         raise ValueError(f"{op}: cu_rows must have shape [S + 1], got {list(cu_rows.shape)}")
     for field, dtype in (("token", torch.int64), ("confidence", torch.float32), ("entropy", torch.float32)):
         if (tensor := getattr(sample, field)) is not None:
@@ -408,7 +408,7 @@ def remask(
     limits: Tensor | None = None
     assert limit is not None
     if isinstance(limit, Tensor):
-        lib.check_shape(op, given[0], limit, (len(cu_rows) - 1,))
+        lib.check_shape(op, given[0], limit, (cu_rows.shape[0] - 1,))
         lib.check_dtype(op, given[0], limit, (torch.int32 if given[0] == "quota" else torch.float32,))
         limits, limit = limit, 0.0
     elif limit != limit or (given[0] == "quota" and limit < 0):
