@@ -127,7 +127,7 @@ def _render(template: str, messages: Sequence[Message], variables: Mapping[str, 
     if kind == "text":
         return said
     does = {"broken": "is broken", "refused": "refuses these messages: "}.get(kind, "fails on these messages: ")
-    raise ValueError(f"the chat template {does}{said}")
+    raise ValueError(f"the chat template {does}{said:.500}")
 
 
 class _Renderer:
