@@ -224,9 +224,17 @@ def test_errors(model):
         ({"mode": "fixed", "steps": 6}, r"steps \(6\) must be a multiple of the 4 blocks"),
         ({"temperature": -1.0}, "temperature must be finite and >= 0"),
         ({"threshold": 1.5}, r"threshold must be in \[0, 1\]"),
+        ({"gen_length": 2**20 + 1}, "gen_length must be at most 1048576, got 1048577"),
+        (
+            {"gen_length": 10**12},
+            "gen_length must be at most 1048576, got 1000000000000",
+        ),  # and no divisor is looked for
+        ({"block_length": 2**20 + 1}, "block_length must be at most 1048576"),
+        ({"steps": 5 * 10**7}, "steps must be at most 1048576, got 50000000"),
     ):
         with pytest.raises(ValueError, match=match):
             GenerationConfig(**options)
+    assert GenerationConfig(gen_length=2**20, block_length=2**20, steps=2**20).num_blocks == 1
     config = GenerationConfig(gen_length=32, block_length=16)
     fixed = dataclasses.replace(config, mode="fixed")
     for prompts, keywords, match in (

@@ -649,6 +649,28 @@ def test_journal_knows_model_and_settings(checkpoint, tmp_path, monkeypatch):
     assert computed == [len(PAIRS)] * 3
 
 
+@pytest.mark.parametrize("kind, wrong", [
+    ("loglikelihood", ["text", 3, None, {}, [-1.5], [-1.5, True, 1], ["-1.5", True], [-1.5, 1], [math.nan, True], [math.inf, False]]),
+    ("generate_until", [[-1.5, True], 3, None, ["text"], {"text": 1}]),
+])  # fmt: skip
+def test_results_of_another_type_are_computed_again(kind, wrong, checkpoint, tmp_path):
+    asked = PAIRS[:2] if kind == "loglikelihood" else [("the", {"until": [], "max_gen_toks": 2})]
+
+    def run():
+        return getattr(IlladaLM(checkpoint, device="cpu", steps=1, journal=tmp_path / "j"), kind)(requests(kind, asked))
+
+    first = run()
+    lines = (tmp_path / "j").read_text().splitlines()
+    for result in wrong:
+        bad = [json.dumps({**json.loads(line), "result": result}) for line in lines]
+        bad += ["[1]", "3", "null", "{}", '{"key": "a"}', '{"key": [], "result": 1}', "[" * 100000]
+        (tmp_path / "j").write_text("\n".join(bad) + "\n")
+        assert run() == first
+        assert [json.loads(line) for line in (tmp_path / "j").read_text().splitlines()[len(bad) :]] == list(
+            map(json.loads, lines)
+        )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kept_in", ["journal", "use_cache"])
 def test_a_killed_evaluation_goes_on(checkpoint, task_folder, tmp_path, kept_in):

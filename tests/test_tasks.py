@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -192,6 +193,29 @@ def test_wordnet_files(wordnet):
     assert "canine" not in questions["dog"]["choices"] and "puppy" not in questions["dog"]["choices"]
     (wordnet / "cntlist.rev").unlink()
     assert ("canid", "noun") in {(e.word, e.kind) for e in read_wordnet(wordnet)}
+
+
+@pytest.mark.parametrize("file, line, said", [
+    ("data.noun", "0001 03 n zz dog 0 000 | a gloss", "data[.]noun, line [0-9]+ is no line of a WordNet file"),
+    ("data.verb", "0001", "data[.]verb, line [0-9]+ is no line of a WordNet file"),
+    ("index.noun", "dog n 1", "index[.]noun, line [0-9]+ is no line of a WordNet file"),
+    ("index.noun", "dog n 1 0 1 1 09999999", "index[.]noun, line [0-9]+ names the synset 09999999, which .*data[.]noun lacks"),
+    ("cntlist.rev", "dog 1 many", "cntlist[.]rev, line [0-9]+ is no line of a WordNet file"),
+])  # fmt: skip
+def test_damaged_wordnet_files_are_named(file, line, said, wordnet):
+    with (wordnet / file).open("a") as out:
+        out.write(f"\n{line}\n")
+    with pytest.raises(ValueError, match=said):
+        read_wordnet(wordnet)
+
+
+@pytest.mark.parametrize("line", ["{", "3", "[]", "null", "{}", '{"split": []}', "[" * 100000], ids=str.__len__)
+def test_damaged_questions_are_named(line, tasks, tmp_path):
+    """By the reader that lies beside them, which needs no illada."""
+    namespace = runpy.run_path(str(shutil.copy(tasks / "read_jsonl.py", tmp_path)))
+    (tmp_path / "q.jsonl").write_text('{"split": "test", "text": "x"}\n\n' + line + "\n")
+    with pytest.raises(ValueError, match="q.jsonl, line 3, is no JSON object with a split"):
+        namespace["read"]("q.jsonl")
 
 
 def test_cloze_passages():

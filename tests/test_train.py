@@ -435,7 +435,7 @@ def test_configuration_errors(tmp_path):
         ("--schedule.warmup_steps=-1", "must not be negative"),
         ("--model.hidden=3", "unknown model options: hidden"),
         ("--model.preset=big", "model.preset must be one of"),
-        ("--diffusion.eps=2.0", "diffusion.eps must be in"),
+        ("--diffusion.eps=2.0", "diffusion.eps must be below 0.5, got 2.0"),
     ):
         with pytest.raises(ValueError, match=match):
             load_config(None, [override])

@@ -34,7 +34,7 @@ from illada.files import folder_to_write, recover, staged_directory
 from illada.schema import Count, NonNegativeFloat, check_object
 from illada.sources import PIECE, Documents, hold_out, open_source
 from illada.text import read_json
-from illada.tokenizer_files import control_tokens, encode_as_text, load_tokenizer
+from illada.tokenizer_files import control_tokens, encode_as_text, library_errors, load_tokenizer
 
 FORMAT, FORMAT_VERSION = "illada-corpus", 1
 SPLITS = ("train", "validation")
@@ -255,7 +255,8 @@ class _Writer:
         ):
             for batch in self._batches(documents):
                 texts = [text for text, _ in batch]
-                encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+                with library_errors("the tokenizer cannot encode the text"):
+                    encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
                 for (text, ends), encoding in zip(batch, encodings, strict=True):
                     ids = encoding.ids
                     if np.isin(ids, self.never).any():

@@ -7,6 +7,7 @@ Hugging Face checkpoints without the leading "model.", but q_proj, k_proj and v_
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -285,6 +286,16 @@ class MaskedDiffusionModel(nn.Module):
                 parameter.copy_(torch.empty(parameter.shape, device="cpu").normal_(0.0, std, generator=generator))
         if self.config.pad_token_id is not None:
             self.embed_tokens.weight[self.config.pad_token_id] = 0
+
+    @classmethod
+    def parameter_shapes(cls, config: ModelConfig) -> dict[str, torch.Size]:
+        """Names and shapes of the parameters of a model, which is not made: that takes long where layers are many."""
+        one = cls(dataclasses.replace(config, num_hidden_layers=1), device="meta")
+        shapes: dict[str, torch.Size] = {}
+        for name, parameter in one.named_parameters():
+            layers = config.num_hidden_layers if name.startswith("layers.") else 1
+            shapes |= {name.replace("layers.0.", f"layers.{i}."): parameter.shape for i in range(layers)}
+        return shapes
 
     @property
     def device(self) -> torch.device:

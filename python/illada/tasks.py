@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import ast
 import bisect
+import contextlib
 import hashlib
 import json
 import re
@@ -29,8 +30,8 @@ from typing import Any, TypeVar
 
 from illada.data import TokenDataset
 from illada.files import check_inside, recover, staged_directory
-from illada.text import read_text
-from illada.tokenizer_files import load_tokenizer
+from illada.text import read_lines
+from illada.tokenizer_files import library_errors, load_tokenizer
 
 TASKS = ("definitions", "cloze", "cloze_word")
 CHOICES = 4
@@ -153,7 +154,9 @@ def _documents(dataset: TokenDataset, most_tokens: int | None = None) -> Iterato
     for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
         if most_tokens is not None and end > most_tokens:
             return
-        yield tokenizer.decode(dataset.tokens[begin : end - 1].tolist(), skip_special_tokens=False)
+        with library_errors(f"the tokenizer of {dataset.path} cannot decode its text"):
+            text = tokenizer.decode(dataset.tokens[begin : end - 1].tolist(), skip_special_tokens=False)
+        yield text
 
 
 def _words(text: str) -> list[str]:
@@ -236,13 +239,18 @@ def read_wordnet(path: str | Path) -> list[Entry]:
     entries = []
     for kind, file in files.items():
         synsets = {}
-        for line in _data_lines(file):
-            offset, words, pointers, gloss = _parse_synset(line)
-            synsets[offset] = words, pointers, gloss
+        for where, line in _data_lines(file):
+            with _wordnet_line(where):
+                offset, words, pointers, gloss = _parse_synset(line)
+                synsets[offset] = words, pointers, gloss
         first = {}
-        for line in _data_lines(file.with_name(file.name.replace("data.", "index."))):
-            fields = line.split()
-            first[fields[0]] = fields[6 + int(fields[3])]  # of its synsets, which are in the order of its senses
+        for where, line in _data_lines(file.with_name(file.name.replace("data.", "index."))):
+            with _wordnet_line(where):
+                fields = line.split()
+                offset = fields[6 + int(fields[3])]  # of its synsets, which are in the order of its senses
+            if offset not in synsets:
+                raise ValueError(f"{where} names the synset {offset:.80}, which {file} lacks")
+            first[fields[0]] = offset
         for offset, (words, _, _) in synsets.items():
             for word in words:
                 first.setdefault(word.lower(), offset)
@@ -259,10 +267,18 @@ def read_wordnet(path: str | Path) -> list[Entry]:
     return entries
 
 
-def _data_lines(file: Path) -> list[str]:
-    """The lines of one of WordNet's files, without the licence at its beginning, which is indented."""
-    lines = read_text(file).splitlines() if file.is_file() else []
-    return [line for line in lines if line.strip() and not line.startswith(" ")]
+def _data_lines(file: Path) -> Iterator[tuple[str, str]]:
+    """(where, line) of one of WordNet's files, without the licence at its beginning, which is indented."""
+    lines = read_lines(file) if file.is_file() else ()
+    return ((where, line) for where, line in lines if line.strip() and not line.startswith(" "))
+
+
+@contextlib.contextmanager
+def _wordnet_line(where: str) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, IndexError, KeyError):
+        raise ValueError(f"{where} is no line of a WordNet file") from None
 
 
 def _parse_synset(line: str) -> tuple[str, list[str], list[str], str]:
@@ -286,10 +302,11 @@ def _parse_synset(line: str) -> tuple[str, list[str], list[str], str]:
 def _read_counts(file: Path) -> dict[tuple[str, str], int]:
     """Of cntlist.rev: how often each (part of speech, word) was met in tagged texts, over all of its senses."""
     counts: dict[tuple[str, str], int] = defaultdict(int)
-    for line in _data_lines(file):
-        key, _, tagged = line.split()
-        lemma, _, rest = key.partition("%")
-        counts[_SENSE_TYPES[rest[0]], lemma] += int(tagged)
+    for where, line in _data_lines(file):
+        with _wordnet_line(where):
+            key, _, tagged = line.split()
+            lemma, _, rest = key.partition("%")
+            counts[_SENSE_TYPES[rest[0]], lemma] += int(tagged)
     return counts
 
 
@@ -435,10 +452,16 @@ import datasets
 
 def read(file, **_):
     lines = (Path(__file__).parent / file).read_text(encoding="utf-8").split("\\n")  # texts hold other ends of lines
-    rows = [json.loads(line) for line in lines if line]
-    splits = {row["split"]: [] for row in rows}
-    for row in rows:
-        splits[row.pop("split")].append(row)
+    splits = {}
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        try:
+            row = json.loads(line)
+            splits.setdefault(row.pop("split"), []).append(row)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            said = "it is nested too deeply" if isinstance(error, RecursionError) else repr(error)
+            raise ValueError(f"{file}, line {number}, is no JSON object with a split: {said}") from None
     return {split: datasets.Dataset.from_list(rows) for split, rows in splits.items()}
 '''
 
