@@ -16,6 +16,8 @@ import sys
 from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403
 
+PLACES = ("/usr/local/cuda/bin", "/opt/cuda/bin")  # as in cmake/IlladaNvcc.cmake
+
 
 def get_requires_for_build_wheel(config_settings=None):
     return build_meta.get_requires_for_build_wheel(config_settings) + requires()
@@ -46,7 +48,7 @@ def option(name: str) -> str:
 def has_nvcc() -> bool:
     """Whether CMake would find one."""
     nvcc = option("CMAKE_CUDA_COMPILER").strip() or os.environ.get("CUDACXX", "").strip() or "nvcc"
-    path = os.environ.get("PATH", "")
+    path = os.pathsep.join([os.environ.get("PATH", ""), *PLACES])
     for name in ("CUDA_HOME", "CUDA_PATH"):
         if os.environ.get(name):
             path += os.pathsep + os.path.join(os.environ[name], "bin")

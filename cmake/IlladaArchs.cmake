@@ -1,6 +1,8 @@
 # For which GPUs kernels are built: a list of N-real (machine code) and N-virtual (PTX for later GPUs), held against what
 # the compiler knows. Nothing here needs a project: `cmake -P` can include this file, as tests/test_archs.py does.
 
+include("${CMAKE_CURRENT_LIST_DIR}/IlladaWarn.cmake")
+
 # Where nobody names any and no GPU is seen, as far as the compiler knows them. cmake/ptxas.py checks the same.
 set(ILLADA_DEFAULT_ARCHS 80-real 90a-real 100-real 120-real 90-virtual)
 set(ILLADA_OLDEST_ARCH 80) # cp.async, and mma.sync with bfloat16
@@ -128,7 +130,7 @@ function(illada_choose_archs result wanted detected known version)
         message(FATAL_ERROR "illada: ${source} ${entry}, and CUDA ${version} knows neither it nor an older GPU from "
           "${ILLADA_OLDEST_ARCH} on")
       endif()
-      message(WARNING "illada: ${source} ${entry}, which CUDA ${version} does not know. ${newest}-virtual takes its place: "
+      illada_warn("${source} ${entry}, which CUDA ${version} does not know. ${newest}-virtual takes its place: "
         "PTX, which the driver compiles at the first use. A newer CUDA by CUDACXX builds machine code.")
       set(entry "${newest}-virtual")
     endif()

@@ -356,6 +356,7 @@ def backend(monkeypatch, tmp_path):
     for name in [name for name in os.environ if name.startswith(("ILLADA_", "CUDA", "CMAKE_", "UV"))]:
         monkeypatch.delenv(name)
     make_program(tmp_path / "bin" / "nvcc")
+    monkeypatch.setattr(module, "PLACES", ())
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     monkeypatch.setattr(sys, "executable", str(make_program(tmp_path / "python", "exit 1")))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)

@@ -81,27 +81,75 @@ said.append((build / "nvidia-cutlass").exists())
     assert ask(tmp_path, code) == [False, True, False, True]
 
 
-@pytest.mark.parametrize("limit,gigabytes", [("2000000000", 2), ("max", None)])
-def test_jobs_read_the_memory_of_the_container(limit, gigabytes, tmp_path):
+@pytest.mark.parametrize(
+    "files, process, gigabytes",
+    [
+        ({"memory.max": 2}, "0::/", 2),
+        ({"memory.max": "max"}, "0::/", None),
+        ({"a slice/memory.max": 3, "a slice/job/memory.max": "max"}, "0::/a slice/job", 3),  # the limit is further out
+        ({"memory.max": 4, "a/memory.max": 3, "a/job/memory.max": 2}, "0::/a/job", 2),
+        ({"a/memory.max": 2}, "0::/b", None),
+        ({"memory/docker/x/memory.limit_in_bytes": 2}, "1:name=systemd:/\n7:memory:/docker/x", 2),
+        ({"memory/memory.limit_in_bytes": 2}, "7:memory:/docker/of/the/host", 2),
+    ],
+)
+def test_jobs_read_the_memory_of_the_container(files, process, gigabytes, tmp_path):
     code = f"""
 from pathlib import Path
 import os
-s["memory_limit"].__globals__["CGROUP"] = Path({str(tmp_path)!r})
+s["memory_limit"].__globals__.update(CGROUP=Path({str(tmp_path)!r}), PROC_CGROUP=Path({str(tmp_path / "cgroup")!r}))
 said += [s["memory_limit"](), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
 """
-    (tmp_path / "memory.max").write_text(limit + "\n")
+    (tmp_path / "cgroup").write_text(process + "\n")
+    for name, limit in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{limit * 10**9 if isinstance(limit, int) else limit}\n")
     found, machine = ask(tmp_path, code)
     assert found == (gigabytes * 10**9 if gigabytes else machine)
 
 
-def test_cuda_home_names_an_nvcc(tmp_path):
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "nvcc").touch(mode=0o755)
+def test_each_kind_of_python_has_its_own_folder(tmp_path):
     code = """
-home = {"CUDA_HOME": HOME}
-said += [s["with_nvcc"](dict(home)).get("CUDACXX"), s["with_nvcc"]({**home, "CUDACXX": "mine"})["CUDACXX"]]
-""".replace("HOME}", f"{str(tmp_path)!r}}}")
-    assert ask(tmp_path, code) == [str(tmp_path / "bin" / "nvcc"), "mine"]
+import os, sys
+said += [str(s["build_folder"]("build/temp")), os.getcwd()]
+os.environ["ILLADA_BUILD_DIR"] = "kept"
+said += [str(s["build_folder"]("build/temp")), sys.implementation.cache_tag + sys.abiflags]
+"""
+    default, here, kept, tag = ask(tmp_path, code)
+    assert default == f"{here}/build/temp/cmake" and kept == f"{here}/kept/{tag}"
+
+
+def test_warnings_reach_a_terminal_that_pip_hides(tmp_path):
+    code = """
+from pathlib import Path
+file, terminal = Path(FOLDER) / "warnings", Path(FOLDER) / "terminal"
+show, places = s["show_warnings"], s["show_warnings"].__globals__
+places["TERMINAL"] = str(terminal)
+show(file)
+said.append(terminal.exists())
+file.write_text("illada: no OpenMP\\n")
+show(file)
+said.append(terminal.read_text())
+places["TERMINAL"] = "/nowhere/tty"
+show(file)
+""".replace("FOLDER", repr(str(tmp_path)))
+    assert ask(tmp_path, code) == [False, "\nillada: no OpenMP\n"]
+
+
+def test_another_compiler_at_the_same_place_begins_anew(tmp_path):
+    code = """
+import os
+said += [s["build_choices"]() for _ in range(2)]
+os.utime(os.environ["CXX"], (1, 1))
+said.append(s["build_choices"]())
+os.environ["PATH"] = "/nowhere"  # no ninja: CMake's other generator
+said.append(s["build_choices"]())
+"""
+    for name in ("mine", "ninja"):
+        (tmp_path / name).touch(mode=0o755)
+    first, again, newer, bare = ask(tmp_path, code, CXX=str(tmp_path / "mine"), PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert first == again and {name for name in first if first[name] != newer[name]} == {"CXX is"}
+    assert newer["ninja"] != bare["ninja"]
 
 
 @pytest.mark.parametrize(
