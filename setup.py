@@ -11,12 +11,17 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Mapping
 from pathlib import Path
 
 import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "build_backend"))
+from illada_nvcc import find_nvcc  # noqa: E402
 
 OLDEST_SETUPTOOLS = 77  # as in pyproject.toml, whose license fields older ones refuse or misread
 
@@ -29,7 +34,6 @@ if int(setuptools.__version__.split(".")[0]) < OLDEST_SETUPTOOLS:
         "or build without --no-build-isolation."
     )
 
-ROOT = Path(__file__).resolve().parent
 CGROUP = Path("/sys/fs/cgroup")
 OPTIONS = ("ILLADA_CUDA", "ILLADA_CUDA_ARCHS", "ILLADA_CUDART", "ILLADA_CUTLASS_DOWNLOAD")
 # What CMake reads when a cache is new, and never again.
@@ -57,7 +61,8 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         build_dir = Path(os.environ.get("ILLADA_BUILD_DIR") or Path(self.build_temp).resolve() / "cmake")
         build_dir.mkdir(parents=True, exist_ok=True)
-        forget_other_build(build_dir, build_choices())
+        env = with_nvcc(dict(os.environ))
+        forget_other_build(build_dir, build_choices(env))
         ninja = None if os.environ.get("CMAKE_GENERATOR") else shutil.which("ninja")
         configure = [
             "cmake",
@@ -75,7 +80,7 @@ class CMakeBuild(build_ext):
         if ccache := shutil.which("ccache"):
             configure += [f"-DCMAKE_{language}_COMPILER_LAUNCHER={ccache}" for language in ("CXX", "CUDA")]
         configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))  # last: they outweigh what is above
-        self.run_cmake(configure, env=with_nvcc(dict(os.environ)))
+        self.run_cmake(configure, env=env)
         self.run_cmake(["cmake", "--build", str(build_dir), "--parallel", str(job_count())])
         built = build_dir / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -94,10 +99,10 @@ class CMakeBuild(build_ext):
             ) from None
 
 
-def build_choices() -> dict[str, str]:
+def build_choices(env: Mapping[str, str]) -> dict[str, str]:
     """All that a cache of CMake keeps from its first configure, or that makes its files of no use."""
-    choices = {name: os.environ.get(name, "") for name in (*OPTIONS, *FIRST_CONFIGURE)}
-    for compiler in ("c++", "g++", "nvcc"):
+    choices = {name: env.get(name, "") for name in (*OPTIONS, *FIRST_CONFIGURE)}
+    for compiler in ("c++", "g++"):
         choices[f"{compiler} in PATH"] = shutil.which(compiler) or ""
     return {**choices, "source": str(ROOT), "python": f"{sys.implementation.cache_tag} {sys.abiflags}"}
 
@@ -112,9 +117,8 @@ def forget_other_build(build_dir: Path, choices: dict[str, str]) -> None:
 
 
 def with_nvcc(env: dict[str, str]) -> dict[str, str]:
-    """With CUDACXX, where CUDA_HOME alone says where an nvcc is: CMake does not read that."""
-    home = env.get("CUDA_HOME")
-    if home and not env.get("CUDACXX") and (nvcc := shutil.which("nvcc", path=str(Path(home) / "bin"))):
+    """With CUDACXX, where an nvcc is that CMake would not find."""
+    if env.get("ILLADA_CUDA", "").lower() != "off" and not env.get("CUDACXX") and (nvcc := find_nvcc(env)):
         env["CUDACXX"] = nvcc
     return env
 

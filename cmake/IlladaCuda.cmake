@@ -28,6 +28,12 @@ if(NOT illada_cuda STREQUAL "off")
       set(CMAKE_CUDA_ARCHITECTURES OFF) # every target names its own
     endif()
     enable_language(CUDA)
+    # find_package asks for libcudart.so, even where the static one is linked; NVIDIA's wheels have it by its full name.
+    string(REGEX MATCH "^[0-9]+" illada_major "${CMAKE_CUDA_COMPILER_VERSION}")
+    foreach(library IN ITEMS CUDA_CUDART CUDA_cudart_LIBRARY)
+      find_library(${library} NAMES cudart libcudart.so.${illada_major}
+        HINTS ${CMAKE_CUDA_IMPLICIT_LINK_DIRECTORIES} NO_DEFAULT_PATH)
+    endforeach()
     find_package(CUDAToolkit REQUIRED)
     set(ILLADA_WITH_CUDA ON)
     set(ILLADA_CUDA_VERSION "${CUDAToolkit_VERSION}")
@@ -51,7 +57,7 @@ if(NOT illada_cuda STREQUAL "off")
   elseif(illada_cuda STREQUAL "on")
     message(FATAL_ERROR "illada: ILLADA_CUDA=on, but no working nvcc was found (looked at CUDACXX, CUDA_PATH and PATH; "
       "one that cannot link a program counts as none).\n"
-      "Set CUDACXX=/path/to/nvcc, or ILLADA_CUDA=off for a CPU build.")
+      "Set CUDACXX=/path/to/nvcc (`pip install 'cuda-toolkit[nvcc,cccl]'` has one), or ILLADA_CUDA=off for a CPU build.")
   else()
     message(STATUS "illada: no nvcc found, building for the CPU")
   endif()
