@@ -18,6 +18,10 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "build_backend"))
+from illada_nvcc import find_nvcc  # noqa: E402
+
 OLDEST_SETUPTOOLS = 77  # as in pyproject.toml, whose license fields older ones refuse or misread
 
 # With pip's isolation it is always new enough.
@@ -29,7 +33,6 @@ if int(setuptools.__version__.split(".")[0]) < OLDEST_SETUPTOOLS:
         "or build without --no-build-isolation."
     )
 
-ROOT = Path(__file__).resolve().parent
 PYTHON = f"{sys.implementation.cache_tag}{sys.abiflags}"
 CGROUP, PROC_CGROUP, TERMINAL = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"), Path("/dev/tty")
 OPTIONS = ("ILLADA_CUDA", "ILLADA_CUDA_ARCHS", "ILLADA_CUDART", "ILLADA_CUTLASS_DOWNLOAD")
@@ -58,7 +61,8 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         build_dir = build_folder(self.build_temp)
         build_dir.mkdir(parents=True, exist_ok=True)
-        forget_other_build(build_dir, build_choices())
+        nvcc = "" if os.environ.get("ILLADA_CUDA", "").lower() == "off" else find_nvcc(os.environ)
+        forget_other_build(build_dir, build_choices(nvcc))
         ninja = None if os.environ.get("CMAKE_GENERATOR") else shutil.which("ninja")
         configure = [
             "cmake",
@@ -67,6 +71,7 @@ class CMakeBuild(build_ext):
             "-DILLADA_CUTLASS_DOWNLOAD=ON",
             # Given at every configure, so that the cache remembers this build's and no earlier one's.
             f"-DILLADA_CUTLASS_DIR={os.environ.get('ILLADA_CUTLASS_DIR', '')}",
+            f"-DILLADA_NVCC_LAST={nvcc}",
             f"-DPython_EXECUTABLE={sys.executable}",
             # Given at every configure: a cache left by an earlier isolated build names tools that pip has deleted.
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
@@ -102,11 +107,12 @@ def build_folder(temporary: str) -> Path:
     return Path(kept).resolve() / PYTHON if kept else Path(temporary).resolve() / "cmake"
 
 
-def build_choices() -> dict[str, str]:
+def build_choices(nvcc: str) -> dict[str, str]:
     """All that a cache of CMake keeps from its first configure, or that makes its files of no use."""
     choices = {name: os.environ.get(name, "") for name in (*OPTIONS, *FIRST_CONFIGURE)}
-    for name, usual in (("CC", "cc"), ("CXX", "c++"), ("CUDACXX", "nvcc"), ("CUDAHOSTCXX", "g++")):
-        found = shutil.which((os.environ.get(name, "").split() or [usual])[0])
+    compilers = {name: os.environ.get(name) or usual for name, usual in (("CC", "cc"), ("CXX", "c++"))}
+    for name, command in {**compilers, "nvcc": nvcc, "CUDAHOSTCXX": os.environ.get("CUDAHOSTCXX") or "g++"}.items():
+        found = shutil.which(command) or shutil.which(command.partition(" ")[0])  # it may hold options
         # Its time as well: another version may be at the same place.
         choices[f"{name} is"] = f"{os.path.realpath(found)} of {os.stat(found).st_mtime_ns}" if found else ""
     choices["ninja"] = str(bool(shutil.which("ninja")))  # whether, not which: its path is given at every configure

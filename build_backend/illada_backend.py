@@ -13,10 +13,9 @@ import shutil
 import subprocess
 import sys
 
+from illada_nvcc import find_nvcc
 from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403
-
-PLACES = ("/usr/local/cuda/bin", "/opt/cuda/bin")  # as in cmake/IlladaNvcc.cmake
 
 
 def get_requires_for_build_wheel(config_settings=None):
@@ -46,13 +45,9 @@ def option(name: str) -> str:
 
 
 def has_nvcc() -> bool:
-    """Whether CMake would find one."""
-    nvcc = option("CMAKE_CUDA_COMPILER").strip() or os.environ.get("CUDACXX", "").strip() or "nvcc"
-    path = os.pathsep.join([os.environ.get("PATH", ""), *PLACES])
-    for name in ("CUDA_HOME", "CUDA_PATH"):
-        if os.environ.get(name):
-            path += os.pathsep + os.path.join(os.environ[name], "bin")
-    return any(shutil.which(name, path=path) for name in (nvcc, nvcc.split()[0]))  # CUDACXX may hold options
+    """Whether the build would find one."""
+    nvcc = option("CMAKE_CUDA_COMPILER").strip() or find_nvcc(os.environ)
+    return any(shutil.which(name) for name in (nvcc, *nvcc.split()[:1]))  # CUDACXX may hold options
 
 
 def can_fetch() -> bool:

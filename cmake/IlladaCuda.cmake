@@ -38,6 +38,12 @@ else()
     set(CMAKE_CUDA_COMPILER "${illada_nvcc}" CACHE FILEPATH "The CUDA compiler")
   endif()
   enable_language(CUDA)
+  # find_package asks for libcudart.so, even where the static one is linked; NVIDIA's wheels have it by its full name.
+  string(REGEX MATCH "^[0-9]+" illada_major "${CMAKE_CUDA_COMPILER_VERSION}")
+  foreach(library IN ITEMS CUDA_CUDART CUDA_cudart_LIBRARY)
+    find_library(${library} NAMES cudart libcudart.so.${illada_major}
+      HINTS ${CMAKE_CUDA_IMPLICIT_LINK_DIRECTORIES} NO_DEFAULT_PATH)
+  endforeach()
   find_package(CUDAToolkit REQUIRED)
   set(ILLADA_WITH_CUDA ON)
   set(ILLADA_CUDA_VERSION "${CUDAToolkit_VERSION}")

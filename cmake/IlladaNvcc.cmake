@@ -3,9 +3,10 @@
 
 include("${CMAKE_CURRENT_LIST_DIR}/IlladaWarn.cmake")
 
-# Where toolkits are installed, beside PATH. build_backend/illada_backend.py has the same.
+# Where a toolkit is installed, beside PATH. build_backend/illada_nvcc.py looks there too, and at NVIDIA's wheels: what it
+# found is ILLADA_NVCC_LAST.
 if(NOT DEFINED ILLADA_NVCC_PLACES)
-  set(ILLADA_NVCC_PLACES /usr/local/cuda/bin /opt/cuda/bin)
+  set(ILLADA_NVCC_PLACES /usr/local/cuda/bin)
 endif()
 
 # Sets `nvcc` to the compiler, or to nothing; `named` to the setting that names it or its host compiler, or to nothing.
@@ -30,6 +31,9 @@ function(illada_find_nvcc nvcc named)
     endif()
   endforeach()
   find_program(found nvcc PATHS ${ILLADA_NVCC_PLACES} NO_CACHE)
+  if(NOT found)
+    set(found "${ILLADA_NVCC_LAST}")
+  endif()
   if(found)
     set(${nvcc} "${found}" PARENT_SCOPE)
     if(CMAKE_CUDA_HOST_COMPILER OR NOT "$ENV{CUDAHOSTCXX}" STREQUAL "")
@@ -92,10 +96,11 @@ function(illada_choose_nvcc nvcc reason wanted)
   set(help "Set CUDACXX=/path/to/another/nvcc, or ILLADA_CUDA=off for a CPU build.")
   if(NOT found)
     list(JOIN ILLADA_NVCC_PLACES ", " places)
-    set(why "no nvcc was found (CUDACXX, CUDA_HOME, CUDA_PATH, PATH, ${places})")
+    set(why "no nvcc was found (CUDACXX, CUDA_HOME, CUDA_PATH, PATH, ${places}, NVIDIA's wheels)")
     set(${reason} "${why}" PARENT_SCOPE)
     if(named)
-      message(FATAL_ERROR "illada: ${named}, but ${why}.\n${help}")
+      message(FATAL_ERROR "illada: ${named}, but ${why}.\n${help}\n"
+        "`pip install 'cuda-toolkit[nvcc,cccl]'` has one.")
     endif()
     return()
   endif()

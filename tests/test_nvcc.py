@@ -41,11 +41,11 @@ class Machine:
         nvcc.chmod(0o755)
         return nvcc
 
-    def choose(self, wanted: str = "auto", **environment: str) -> "Machine":
+    def choose(self, wanted: str = "auto", last: Path | str = "", **environment: str) -> "Machine":
         (self.folder / "script.cmake").write_text(SCRIPT)
         ours = ("CUDACXX", "CUDAHOSTCXX", "CUDAFLAGS", "CUDA_HOME", "CUDA_PATH")
         clean = {name: value for name, value in os.environ.items() if name not in ours}
-        options = {"MODULE": MODULE, "WANTED": wanted, "PLACE": self.folder / "usual"}
+        options = {"MODULE": MODULE, "WANTED": wanted, "PLACE": self.folder / "usual", "ILLADA_NVCC_LAST": last}
         done = subprocess.run(
             [CMAKE, *(f"-D{name}={value}" for name, value in options.items()), "-P", "script.cmake"],
             cwd=self.folder, env={**clean, "PATH": f"{self.folder / 'path'}:/nowhere", **environment},
@@ -116,7 +116,10 @@ def test_the_trial_has_the_flags_and_the_host_compiler_of_the_build(machine):
     assert (machine.folder / "told").read_text() == "-allow -DX=a b -ccbin /a g++ -o trial trial.cu\n"
 
 
-def test_the_backend_looks_at_the_same_places():
-    backend = (ROOT / "build_backend/illada_backend.py").read_text(encoding="utf-8")
-    assert 'PLACES = ("/usr/local/cuda/bin", "/opt/cuda/bin")' in backend
-    assert "set(ILLADA_NVCC_PLACES /usr/local/cuda/bin /opt/cuda/bin)" in MODULE.read_text(encoding="utf-8")
+def test_what_setup_found_in_wheels_comes_last(machine):
+    wheel, usual = machine.add("wheel"), machine.add("usual")
+    assert machine.choose(last=wheel).nvcc == str(usual)
+    usual.unlink()
+    assert machine.choose(last=wheel).nvcc == str(wheel)
+    machine.add("wheel", BROKEN)
+    assert machine.choose(last=wheel).works and "no CUDA kernels are built" in machine.said

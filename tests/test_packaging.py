@@ -347,6 +347,32 @@ def test_pip_says_why_there_is_no_cuda_build(source):
 
 
 @needs_nvcc
+def test_toolkit_laid_out_as_wheels_have_it(source, tmp_path):
+    """lib and no lib64, libcudart.so.13 and no libcudart.so."""
+    said = attempt(os.environ.get("CUDACXX") or "nvcc", "--dryrun", "-x", "cu", "/dev/null").stderr
+    toolkit, wheel = Path(re.search(r"_HERE_=(.*)", said)[1]).parent, tmp_path / "nvidia" / "cu"
+    for header in ("cutlass/version.h", "cute/tensor.hpp"):
+        (tmp_path / header).parent.mkdir()
+        (tmp_path / header).write_text("".join(f"#define CUTLASS_{part} 4\n" for part in ("MAJOR", "MINOR", "PATCH")))
+    for folder in ("bin", "nvvm", "include"):
+        shutil.copytree(toolkit / folder, wheel / folder, copy_function=os.symlink)
+    profile = (toolkit / "bin" / "nvcc.profile").read_text()
+    (wheel / "bin" / "nvcc.profile").unlink()
+    (wheel / "bin" / "nvcc.profile").write_text(re.sub(r"/\$\(_TARGET_DIR_\)|\$\(_TARGET_SIZE_\)", "", profile))
+    (wheel / "lib").mkdir()
+    for library in ("libcudart_static.a", "libcudadevrt.a", "libcudart.so"):
+        (wheel / "lib" / library).symlink_to((toolkit / "lib64" / library).resolve())
+    major = re.search(r"release (\d+)", run(wheel / "bin" / "nvcc", "--version"))[1]
+    (wheel / "lib" / "libcudart.so").rename(wheel / "lib" / f"libcudart.so.{major}")
+    options = ["-DILLADA_PYTHON=OFF", "-DILLADA_CUDA=on", "-DILLADA_CUDA_ARCHS=80-virtual", "-G", "Ninja"]
+    options += ["-DILLADA_CUDART=shared", f"-DILLADA_CUTLASS_DIR={tmp_path}"]
+    run("cmake", "-S", source, "-B", tmp_path / "b", *options, CUDACXX=str(wheel / "bin" / "nvcc"))
+    cache = (tmp_path / "b" / "CMakeCache.txt").read_text()
+    for library in (f"libcudart.so.{major}", "libcudart_static.a"):
+        assert re.search(rf"^CUDA_cudart\w*_LIBRARY:FILEPATH={wheel}/lib/{library}$", cache, re.MULTILINE)
+
+
+@needs_nvcc
 @pytest.mark.parametrize(
     "option,said",
     [

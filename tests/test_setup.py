@@ -73,7 +73,7 @@ build = Path({str(tmp_path / "build")!r})
 (build / "nvidia-cutlass").mkdir()
 for value in ("one", "one", "other"):
     os.environ[{name!r}] = value
-    s["forget_other_build"](build, s["build_choices"]())
+    s["forget_other_build"](build, s["build_choices"](""))
     said.append((build / "CMakeCache.txt").exists())
     (build / "CMakeCache.txt").touch()
 said.append((build / "nvidia-cutlass").exists())
@@ -139,24 +139,111 @@ show(file)
 def test_another_compiler_at_the_same_place_begins_anew(tmp_path):
     code = """
 import os
-said += [s["build_choices"]() for _ in range(2)]
+said += [s["build_choices"]("") for _ in range(2)]
 os.utime(os.environ["CXX"], (1, 1))
-said.append(s["build_choices"]())
+said.append(s["build_choices"](""))
+said.append(s["build_choices"](os.environ["CXX"]))  # as an nvcc
 os.environ["PATH"] = "/nowhere"  # no ninja: CMake's other generator
-said.append(s["build_choices"]())
+said.append(s["build_choices"](""))
 """
     for name in ("mine", "ninja"):
         (tmp_path / name).touch(mode=0o755)
-    first, again, newer, bare = ask(tmp_path, code, CXX=str(tmp_path / "mine"), PATH=f"{tmp_path}:{os.environ['PATH']}")
+    first, again, newer, nvcc, bare = ask(
+        tmp_path, code, CXX=str(tmp_path / "mine"), PATH=f"{tmp_path}:{os.environ['PATH']}"
+    )
     assert first == again and {name for name in first if first[name] != newer[name]} == {"CXX is"}
-    assert newer["ninja"] != bare["ninja"]
+    assert newer["nvcc is"] != nvcc["nvcc is"] and newer["ninja"] != bare["ninja"]
+
+
+# ------------------------------------------------------------------ where an nvcc is
+
+sys.path.insert(0, str(ROOT / "build_backend"))
+
+
+@pytest.fixture
+def nvcc_of(monkeypatch):
+    """find_nvcc on a machine without a toolkit, in an environment of our choice."""
+    import illada_nvcc
+
+    monkeypatch.setattr(illada_nvcc, "USUAL", "/nonexistent")
+
+    def find(prefix="/nonexistent", base="/nonexistent", **environ):
+        monkeypatch.setattr(sys, "prefix", str(prefix))
+        monkeypatch.setattr(sys, "base_prefix", str(base))
+        return illada_nvcc.find_nvcc(environ)
+
+    return find
+
+
+def put(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch(mode=0o755)
+    return path
+
+
+def wheels(prefix: Path, cuda="cu13", without="") -> Path:
+    """NVIDIA's wheels in an environment; its nvcc."""
+    import illada_nvcc
+
+    toolkit = prefix / "lib/python3.11/site-packages/nvidia" / cuda
+    for wheel, part in illada_nvcc.PARTS.items():
+        if wheel != without:
+            put(toolkit / part)
+    return put(toolkit / "bin" / "nvcc")
+
+
+def test_order_of_places(nvcc_of, tmp_path, monkeypatch):
+    import illada_nvcc
+
+    places = {"PATH": tmp_path / "path", "CUDA_HOME": tmp_path / "home/bin", "CUDA_PATH": tmp_path / "cuda_path/bin"}
+    nvcc = {name: str(put(place / "nvcc")) for name, place in places.items()}
+    usual = put(tmp_path / "usual" / "bin" / "nvcc")
+    monkeypatch.setattr(illada_nvcc, "USUAL", str(usual.parents[1]))
+    venv = tmp_path / "venv"
+    last = wheels(venv)
+    environ = {"PATH": str(places["PATH"]), "CUDA_HOME": str(places["CUDA_HOME"].parent)}
+    environ["CUDA_PATH"] = str(places["CUDA_PATH"].parent)
+    assert nvcc_of(venv, **environ, CUDACXX="ccache mine") == "ccache mine"
+    for name in ("CUDA_HOME", "CUDA_PATH", "PATH"):
+        assert nvcc_of(venv, **environ) == nvcc[name]
+        del environ[name]
+    assert nvcc_of(venv) == str(usual)
+    monkeypatch.setattr(illada_nvcc, "USUAL", "/nonexistent")
+    assert nvcc_of(venv) == str(last)
+    assert nvcc_of() == ""
+
+
+@pytest.mark.parametrize("how", ["pip", "build", "uv", "VIRTUAL_ENV"])
+def test_wheels_of_the_environment_around_an_isolated_one(how, nvcc_of, tmp_path):
+    """pip leaves sys.prefix, the others make an environment of their own."""
+    venv, made = tmp_path / "venv", tmp_path / "made"
+    nvcc = str(wheels(venv))
+    (venv / "bin").mkdir()
+    activated = {"PATH": f"{made / 'bin'}:{venv / 'bin'}:/usr/bin"}
+    environ = {
+        "pip": dict(prefix=venv),
+        "build": dict(prefix=made, **activated, VIRTUAL_ENV=str(venv)),
+        "uv": dict(prefix=made, **activated, VIRTUAL_ENV=str(made)),
+        "VIRTUAL_ENV": dict(prefix=made, VIRTUAL_ENV=str(venv)),
+    }
+    assert nvcc_of(**environ[how]) == nvcc
+
+
+def test_the_newest_whole_toolkit_of_wheels(nvcc_of, tmp_path, capsys):
+    old, newest = wheels(tmp_path), wheels(tmp_path, "cu14")
+    assert nvcc_of(tmp_path) == str(newest) and not capsys.readouterr().out
+    part = wheels(tmp_path, "cu15", without="nvidia-cuda-cccl")
+    assert nvcc_of(tmp_path) == str(newest)
+    said = capsys.readouterr().out
+    assert said == f"illada: {part} is not used: its toolkit is not complete; `pip install nvidia-cuda-cccl`\n"
+    assert old.exists()
 
 
 @pytest.mark.parametrize(
     "given", ['-DX="a b" -DILLADA_CUDA="off"', "-D ILLADA_CUDA:STRING=off", "-D 'ILLADA_CUDA=off'"]
 )
 def test_backend_reads_quoted_cmake_args(given):
-    code = f"import runpy; b = runpy.run_path({str(ROOT / 'build_backend/illada_backend.py')!r}); print(b['option']('ILLADA_CUDA'))"
+    code = f"import sys; sys.path.insert(0, {str(ROOT / 'build_backend')!r}); import illada_backend as b; print(b.option('ILLADA_CUDA'))"
     environment = {**os.environ, "CMAKE_ARGS": given}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "off"
