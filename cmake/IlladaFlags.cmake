@@ -2,7 +2,7 @@
 
 include("${CMAKE_CURRENT_LIST_DIR}/IlladaWarn.cmake")
 
-find_package(OpenMP COMPONENTS CXX)
+find_package(OpenMP QUIET COMPONENTS CXX)
 if(NOT OpenMP_CXX_FOUND)
   illada_warn("this compiler has no OpenMP, the CPU ops will use one thread")
 endif()

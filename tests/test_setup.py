@@ -47,6 +47,31 @@ def test_new_setuptools_is_used(version, tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (0, "setup was called\n", "")
 
 
+@pytest.mark.parametrize(
+    "cmake, ninja, generator, asked",
+    [
+        ("echo cmake version 3.22.0", "echo 1.10.2", "", []),
+        ("echo cmake version 3.31.6-rc1", "echo 1.13.0.git.kitware", "", []),
+        ("echo cmake version 4.1.0", None, "", ["ninja"]),
+        ("echo cmake version 4.1.0", None, "Unix Makefiles", []),
+        ("echo cmake version 3.21.9", "echo 1.10.2", "", ["cmake>=3.22"]),
+        ("echo pyenv: cmake: command not found >&2; exit 127", "exit 1", "", ["cmake>=3.22", "ninja"]),
+        (None, None, "", ["cmake>=3.22", "ninja"]),
+    ],
+)
+def test_cmake_and_ninja_are_asked_for_where_they_are_absent(cmake, ninja, generator, asked, tmp_path):
+    """So that `python -m build --no-isolation` takes those of the system."""
+    for name, body in (("cmake", cmake), ("ninja", ninja)):
+        if body:
+            (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+            (tmp_path / name).chmod(0o755)
+    code = f"import sys; sys.path.insert(0, {str(ROOT / 'build_backend')!r}); import illada_backend; "
+    code += "print(illada_backend.requires())"
+    environment = {"PATH": str(tmp_path), "ILLADA_CUDA": "off", "CMAKE_GENERATOR": generator}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{asked}\n"
+
+
 def test_pyproject_asks_for_the_same():
     required = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
     assert "setuptools>=77" in required
