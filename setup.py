@@ -36,10 +36,10 @@ if int(setuptools.__version__.split(".")[0]) < OLDEST_SETUPTOOLS:
 PYTHON = f"{sys.implementation.cache_tag}{sys.abiflags}"
 CGROUP, PROC_CGROUP, TERMINAL = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"), Path("/dev/tty")
 OPTIONS = ("ILLADA_CUDA", "ILLADA_CUDA_ARCHS", "ILLADA_CUDART", "ILLADA_CUTLASS_DOWNLOAD")
-# What CMake reads when a cache is new, and never again.
+# What CMake reads when a cache is new and never again, and what decides for which GPUs kernels are built.
 FIRST_CONFIGURE = (
     *("CC", "CXX", "CXXFLAGS", "CPPFLAGS", "LDFLAGS", "CUDACXX", "CUDAHOSTCXX", "CUDAFLAGS", "CUDA_HOME", "CUDA_PATH"),
-    *("CUDAARCHS", "CMAKE_GENERATOR", "CMAKE_ARGS", "CMAKE_PREFIX_PATH"),
+    *("CUDAARCHS", "TORCH_CUDA_ARCH_LIST", "CMAKE_GENERATOR", "CMAKE_ARGS", "CMAKE_PREFIX_PATH"),
 )
 
 

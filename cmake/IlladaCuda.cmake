@@ -1,8 +1,8 @@
 # Is there a CUDA toolkit, for which GPUs are kernels built, and with which CUTLASS? Sets ILLADA_WITH_CUDA,
 # ILLADA_NO_CUDA, ILLADA_CUDA_VERSION, ILLADA_CUDA_ARCH_LIST, ILLADA_CUTLASS_INCLUDE and ILLADA_CUTLASS_VERSION.
 # ILLADA_CUDA=auto uses an nvcc where one works, off ignores it, on fails without it.
-# ILLADA_CUDA_ARCHS: a list of N-real (machine code) and N-virtual (PTX for later GPUs); default: the GPUs of this
-# machine, else the list in IlladaArchs.cmake. Kernels that need wgmma and TMA are built for the 90a entries alone.
+# ILLADA_CUDA_ARCHS: a list of N-real (machine code) and N-virtual (PTX for later GPUs); default: what CMake's or torch's
+# settings say, the GPUs of this machine, or the list in IlladaArchs.cmake. Kernels that need wgmma and TMA are built for the 90a entries alone.
 
 include(IlladaArchs)
 include(IlladaCutlass)
@@ -31,9 +31,8 @@ endif()
 if(ILLADA_NO_CUDA)
   message(STATUS "illada: building for the CPU: ${ILLADA_NO_CUDA}")
 else()
-  if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
-    set(CMAKE_CUDA_ARCHITECTURES OFF) # every target names its own
-  endif()
+  illada_wanted_archs(illada_wanted illada_wanted_by)
+  set(CMAKE_CUDA_ARCHITECTURES OFF) # every target names its own
   if(NOT CMAKE_CUDA_COMPILER AND "$ENV{CUDACXX}" STREQUAL "")
     set(CMAKE_CUDA_COMPILER "${illada_nvcc}" CACHE FILEPATH "The CUDA compiler")
   endif()
@@ -48,12 +47,12 @@ else()
   set(ILLADA_WITH_CUDA ON)
   set(ILLADA_CUDA_VERSION "${CUDAToolkit_VERSION}")
   set(illada_detected "")
-  if(NOT ILLADA_CUDA_ARCHS)
+  if(NOT illada_wanted)
     illada_detect_gpus(illada_detected)
   endif()
   illada_known_archs(illada_known "${CMAKE_CUDA_COMPILER}" "${CUDAToolkit_VERSION}")
   illada_choose_archs(ILLADA_CUDA_ARCH_LIST
-    "${ILLADA_CUDA_ARCHS}" "${illada_detected}" "${illada_known}" "${CUDAToolkit_VERSION}")
+    "${illada_wanted}" "${illada_detected}" "${illada_known}" "${CUDAToolkit_VERSION}" ${illada_wanted_by})
   if(NOT ILLADA_PYTHON)
     find_package(Python COMPONENTS Interpreter)
   endif()
