@@ -97,7 +97,7 @@ CUDA_BUILD = PATH="$$(cd "$(BIN_CUDA)" && pwd):$$PATH" ILLADA_BUILD_DIR="$(CURDI
 
 .cache/installed-gpu: .cache/requirements-cuda $(HEADERS) $(SOURCES)
 	@rm -f .cache/installed-simulator
-	ILLADA_CUDA=on $(call CUDA_BUILD,gpu)
+	ILLADA_CUDA=on CMAKE_ARGS="-DILLADA_NVCC_FLAGS=-lineinfo" $(call CUDA_BUILD,gpu)
 	@touch $@
 
 # The preset says all of the build; a variable from outside would outweigh it.

@@ -79,6 +79,6 @@ function(illada_add_cuda target family)
   target_include_directories(${objects} SYSTEM PRIVATE "${ILLADA_CUTLASS_INCLUDE}")
   # NDEBUG in every build type: the asserts in CuTe's and CUTLASS's device code make ptxas serialize wgmma.
   target_compile_options(${objects} PRIVATE
-    "$<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall;-lineinfo;-DNDEBUG;--expt-relaxed-constexpr;${ILLADA_NVCC_FLAGS}>")
+    "$<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall;-DNDEBUG;--expt-relaxed-constexpr;${ILLADA_NVCC_FLAGS}>")
   target_sources(${target} PRIVATE $<TARGET_OBJECTS:${objects}>)
 endfunction()
