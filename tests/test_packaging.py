@@ -314,6 +314,9 @@ def test_cpp_library_and_example(source, tmp_path, cuda, request):
     run("cmake", "--build", build, "--parallel", "2")
     run("cmake", "--install", build)
     assert list(prefix.glob("share/doc/illada/NOTICE"))
+    for kernels in build.rglob("row_kernels_avx*.o"):  # nothing in there may be taken for a copy that any CPU can run
+        defined = re.findall(r"^\S+ [TVWDu] (.*)", run("nm", "-C", kernels), re.MULTILINE)
+        assert defined and not [name for name in defined if "avx" not in name.lower()]
     if cuda == "on":  # the kernels are in the library itself, not in object files that stay behind
         members = run("ar", "t", next(prefix.glob("lib*/libillada.a"))).split()
         assert {"sample_tokens.cu.o", "remask.cu.o", "device.cpp.o"} <= set(members)
