@@ -68,6 +68,7 @@ class CMakeBuild(build_ext):
             "cmake",
             *("-S", str(ROOT), "-B", str(build_dir)),
             "-DCMAKE_BUILD_TYPE=Release",
+            "-DILLADA_PYTHON=ON",
             "-DILLADA_CUTLASS_DOWNLOAD=ON",
             # Given at every configure, so that the cache remembers this build's and no earlier one's.
             f"-DILLADA_CUTLASS_DIR={os.environ.get('ILLADA_CUTLASS_DIR', '')}",
