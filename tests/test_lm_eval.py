@@ -549,6 +549,8 @@ def test_errors_name_the_argument(checkpoint):
         ({"cfg": 1, "cfg_scale": 2}, TypeError, "cfg_scale is given twice"),
         ({"steps": 0}, ValueError, "steps must be at least 1, got 0"),
         ({"batch_size": "many"}, ValueError, "batch_size must be"),
+        ({"batch_size": "²"}, ValueError, "batch_size must be an integer of at least 1, or auto, got .²"),
+        ({"mc_num": True}, ValueError, "mc_num must be an integer of at least 1, got True"),
         ({"mode": "fixed", "gen_length": 10, "block_length": 4}, ValueError, "must be a multiple of block_length"),
         ({"dtype": "float8"}, ValueError, "dtype must be auto or one of torch's"),
         ({"mc_num": 20}, ValueError, r"mc_num must be a multiple of mc_stratum \(16\) or smaller than it, got 20"),

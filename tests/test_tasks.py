@@ -195,17 +195,21 @@ def test_wordnet_files(wordnet):
     assert ("canid", "noun") in {(e.word, e.kind) for e in read_wordnet(wordnet)}
 
 
-@pytest.mark.parametrize("file, line, said", [
-    ("data.noun", "0001 03 n zz dog 0 000 | a gloss", "data[.]noun, line [0-9]+ is no line of a WordNet file"),
-    ("data.verb", "0001", "data[.]verb, line [0-9]+ is no line of a WordNet file"),
-    ("index.noun", "dog n 1", "index[.]noun, line [0-9]+ is no line of a WordNet file"),
-    ("index.noun", "dog n 1 0 1 1 09999999", "index[.]noun, line [0-9]+ names the synset 09999999, which .*data[.]noun lacks"),
-    ("cntlist.rev", "dog 1 many", "cntlist[.]rev, line [0-9]+ is no line of a WordNet file"),
-])  # fmt: skip
-def test_damaged_wordnet_files_are_named(file, line, said, wordnet):
-    with (wordnet / file).open("a") as out:
-        out.write(f"\n{line}\n")
-    with pytest.raises(ValueError, match=said):
+@pytest.mark.parametrize(
+    "name, old, new",
+    [
+        ("data.noun", "n 01 ", "n zz "),
+        ("data.noun", "n 01 ", ""),
+        ("data.noun", "n 01 ", "n -1 "),
+        ("index.noun", "dog n 1 2 @", "dog n 1 900 @"),
+        ("index.noun", "02084071", "7"),
+        ("cntlist.rev", "dog%1", "dog%9"),
+        ("cntlist.rev", " 1 42", ""),
+    ],
+)
+def test_wordnet_files_that_are_damaged_are_named(wordnet, name, old, new):
+    (wordnet / name).write_text(WORDNET[name].replace(old, new))
+    with pytest.raises(ValueError, match=rf"{name}(, line \d+ is not in WordNet's format| gives 'dog' the sense 7)"):
         read_wordnet(wordnet)
 
 
@@ -215,6 +219,12 @@ def test_damaged_questions_are_named(line, tasks, tmp_path):
     namespace = runpy.run_path(str(shutil.copy(tasks / "read_jsonl.py", tmp_path)))
     (tmp_path / "q.jsonl").write_text('{"split": "test", "text": "x"}\n\n' + line + "\n")
     with pytest.raises(ValueError, match="q.jsonl, line 3, is no JSON object with a split"):
+        namespace["read"]("q.jsonl")
+    (tmp_path / "q.jsonl").write_bytes(b'\r\n{"split": "\xff"}\n')
+    with pytest.raises(ValueError, match="q.jsonl, line 2, is no JSON object with a split: UnicodeDecodeError"):
+        namespace["read"]("q.jsonl")
+    (tmp_path / "q.jsonl").write_text('{"split": "test", "text": "x"}\n{"split": "test", "text": [3]}\n')
+    with pytest.raises(ValueError, match="q.jsonl has rows whose values are of different types: "):
         namespace["read"]("q.jsonl")
 
 

@@ -290,7 +290,7 @@ def _opened(file: Path, device: torch.device | str = "cpu") -> Iterator[Any]:
         with safe_open(file, framework="pt", device=str(device)) as tensors:
             yield tensors
     except (SafetensorError, OSError) as error:
-        said = looks_like(file) or f"is damaged or not a safetensors file: {error}"
+        said = looks_like(file) or f"is damaged or not a safetensors file: {error!s:.200}"
         raise ValueError(f"{file} {said}") from None
 
 

@@ -339,14 +339,10 @@ class TokenDataset:
         if not header_file.is_file():
             raise FileNotFoundError(f"{self.path} is not a corpus (no corpus.json); make one with `illada prepare`")
         self.header: dict[str, Any] = read_json(header_file)
-        try:
-            known = self.header["format"] == FORMAT
-        except (KeyError, TypeError):
-            known = False
-        if not known:
+        if not isinstance(self.header, dict) or self.header.get("format") != FORMAT:
             raise ValueError(f"{header_file} is not the header of an {FORMAT}")
-        if self.header["version"] != FORMAT_VERSION:
-            raise ValueError(f"{header_file} has format version {self.header['version']}, this is {FORMAT_VERSION}")
+        if (version := self.header.get("version")) != FORMAT_VERSION:
+            raise ValueError(f"{header_file} has format version {version!r:.80}, this is {FORMAT_VERSION}")
         check_object(self.header, _HEADER, str(header_file))
         if wrong := [i for name in _SPECIAL_NAMES if not (i := self.header[f"{name}_token_id"]) < self.vocab_size]:
             raise ValueError(f"{header_file}: token id {wrong[0]} is outside of the vocabulary of {self.vocab_size}")

@@ -128,7 +128,7 @@ def restore(path: Path, model: MaskedDiffusionModel, optimizer: torch.optim.Opti
     try:
         moments = load_file(file)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is damaged or missing: {error}") from None
+        raise ValueError(f"{file} is damaged or missing: {error!s:.200}") from None
     for name, parameter in model.named_parameters():
         with torch.no_grad():
             parameter.copy_(weights[name])
