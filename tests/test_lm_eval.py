@@ -28,7 +28,7 @@ from illada.cli import evaluate as evaluate_command
 from illada.config import ModelConfig
 from illada.data import load_tokenizer, train_tokenizer
 from illada.generation import GenerationConfig, GenerationResult, generate
-from illada.generation.loop import cut_at_stop
+from illada.generation.stopping import cut_at_stop
 from illada.integrations import lm_eval as adapter
 from illada.integrations.asked import asked_of
 from illada.integrations.chance import chance_of, describe_chance

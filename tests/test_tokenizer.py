@@ -586,7 +586,10 @@ def test_templates_that_would_not_end(template, monkeypatch):
     assert render_chat_template("{{ messages | length }}", [USER]) == "1"
 
 
-def test_templates_that_make_too_long_a_text_and_formats_that_only_look_wide():
+def test_templates_that_make_too_long_a_text_and_what_only_looks_long():
+    with pytest.raises(ValueError, match="the chat template refuses these messages: x+") as error:
+        render_chat_template("{{ raise_exception('x' * 1000000) }}", [USER])
+    assert len(str(error.value)) < 1000
     with pytest.raises(ValueError, match="it makes a text of 20000000 characters; at most 16777216 are allowed"):
         render_chat_template("{{ 'x' * 20000000 }}", [USER])
     for template, text in (

@@ -65,7 +65,7 @@ def save_pretrained(
         progress: show a bar, on a terminal.
 
     Raises:
-        ValueError: a weight that is finite, but not in `dtype`.
+        ValueError: a weight that is finite, but not in `dtype`; parameters that the layout has no name for (adapters).
         NotImplementedError: an architecture that the layout has no words for. FileNotFoundError: no tokenizer there.
         OSError: nothing was written.
     """
@@ -87,6 +87,7 @@ def write_pretrained(
     """The files of `save_pretrained`, into a folder that is there."""
     layout = LAYOUTS[model.config.model_type]
     config = layout.config_to_file(model.config)
+    _check_names(model)
     if tokenizer is not None:
         _copy_tokenizer(Path(tokenizer), folder)
         if (folder / "tokenizer.json").is_file():
@@ -128,6 +129,26 @@ def write_pretrained(
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _check_names(model: MaskedDiffusionModel) -> None:
+    """ValueError unless the model has the parameters of its class and no others, such as an adapter's."""
+    plain = MaskedDiffusionModel(model.config, device="meta").state_dict()
+    state = model.state_dict()
+    beyond, missing = sorted(state.keys() - plain.keys()), sorted(plain.keys() - state.keys())
+    if beyond or missing:
+        raise ValueError(
+            "the layout has no name for what the model holds: "
+            + "; ".join(
+                f"{kind} {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+                for kind, names in (("unknown", beyond), ("missing", missing))
+                if names
+            )
+            + ". Merge adapters first (peft: merge_and_unload)"
+        )
+    for name, tensor in plain.items():
+        if state[name].shape != tensor.shape:
+            raise ValueError(f"{name} is {list(state[name].shape)}, the config says {list(tensor.shape)}")
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -31,7 +31,7 @@ import illada
 from illada.cli.checkpoints import load
 from illada.devices import find_device
 from illada.generation import GenerationConfig, generate
-from illada.generation.loop import stop_position
+from illada.generation.stopping import stop_position
 from illada.integrations.asked import asked_of, stop_strings_of
 from illada.integrations.journal import Journal, fingerprint, request_key
 from illada.integrations.settings import ALIASES, MC_NUM, PUBLISHED_DEFAULTS, EvaluationSettings
