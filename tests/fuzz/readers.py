@@ -287,7 +287,10 @@ def make_valid(root):
     run = root / "run"
     overrides = [f"model.{k}={json.dumps(v)}" for k, v in _tiny().to_dict().items() if v is not None]
     config = load_config(None, ["model.preset=tiny", *overrides, "optimizer.clip_norm=1"])
-    valid["toml"] = {"run.toml": config.to_toml(commented=True).encode(), "settings": b""}
+    valid["toml"] = {
+        "run.toml": config.to_toml(commented=True).encode(),
+        "settings": b"--train.seed=3\n--model.vocab_size=262",
+    }
     valid["settings"] = {"settings": "\n".join(f"--{o}" for o in ("model.preset=tiny", *overrides[:6])).encode()}
     model = MaskedDiffusionModel(_tiny())
     optimizer = _optimizer(model, config)
