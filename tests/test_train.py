@@ -434,6 +434,9 @@ def test_configuration_errors(tmp_path):
         load_config(tmp_path / "bad.toml")
     with pytest.raises(FileNotFoundError, match="no configuration file at"):
         load_config(tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text(f"[train]\nsteps = {'1' * 5000}")
+    with pytest.raises(ValueError, match="bad.toml is not TOML: Exceeds the limit"):
+        load_config(tmp_path / "bad.toml")
     (tmp_path / "bad.toml").write_text("train = 3")
     with pytest.raises(ValueError, match="train must be a section with keys, got 3"):
         load_config(tmp_path / "bad.toml", ["--train.steps=3"])
@@ -443,6 +446,7 @@ def test_configuration_errors(tmp_path):
         ("--train.steps=many", "train.steps must be int, got 'many'"),
         ("--train.compile=1", "train.compile must be bool, got 1"),
         ("--train.steps", "an override looks like --section.key=value"),
+        (f"--train.steps={'1' * 5000}", "train.steps must be int, got '111"),
         ("--train.steps=0", "train.steps must be positive, got 0"),
         ("--train.windows_per_micro_batch=5", r"must be a multiple of train.windows_per_micro_batch \(5\)"),
         ("--train.dtype=float16", "train.dtype must be float32 or bfloat16, got"),

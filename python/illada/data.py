@@ -36,6 +36,7 @@ from illada.sources import PIECE, Documents, hold_out, open_source
 from illada.text import read_json
 from illada.tokenizer_files import control_tokens, encode_as_text, library_errors, load_tokenizer
 
+_MOST_IDS = 1 << 22  # of a vocabulary: the largest have a quarter of a million, and each id is counted
 FORMAT, FORMAT_VERSION = "illada-corpus", 1
 SPLITS = ("train", "validation")
 
@@ -52,7 +53,7 @@ _SPECIAL_NAMES = ("bos", "pad", "eos", "mask")
 #: corpus.json, but for its format and version.
 _HEADER = {
     "dtype": Literal["uint16", "uint32"],
-    "vocab_size": Annotated[int, Gt(0), Le(2**30)],
+    "vocab_size": Annotated[int, Gt(0), Le(_MOST_IDS)],
     **{f"{name}_token_id": Count for name in _SPECIAL_NAMES},
     "tokenizer_sha256": str,
     "splits": dict[str, dict[str, Any]],
@@ -103,10 +104,19 @@ def special_ids(tokenizer: Tokenizer, given: dict[str, int] | None = None) -> di
             f"the tokenizer has none of iLLaDA's names for {', '.join(missing)}; give their ids, as in "
             f"--special {missing[0]}=ID"
         )
+    size = _vocab_size(tokenizer)
     for name, i in ids.items():
-        if not 0 <= i < tokenizer.get_vocab_size():
-            raise ValueError(f"special id {name}={i} is outside of the vocabulary of {tokenizer.get_vocab_size()}")
+        if not 0 <= i < size:
+            raise ValueError(f"special id {name}={i} is outside of the vocabulary of {size}")
     return ids
+
+
+def _vocab_size(tokenizer: Tokenizer) -> int:
+    """One more than the largest id, which is more than the number of tokens where ids are left out."""
+    size = 1 + max(tokenizer.get_vocab().values(), default=-1)
+    if size > _MOST_IDS:
+        raise ValueError(f"the tokenizer's ids must be below {_MOST_IDS}, got {size - 1}")
+    return size
 
 
 # ------------------------------------------------------------------------------------------------------------ prepare
@@ -168,14 +178,15 @@ def prepare(
         control = control_tokens(trained, ids.values())
         trained.encode_special_tokens = True  # a document that spells "<[MASK]>" is text, not a mask
         trained.save(str(folder / "tokenizer.json"))
-        dtype = "uint16" if trained.get_vocab_size() <= 1 << 16 else "uint32"
+        size = _vocab_size(trained)
+        dtype = "uint16" if size <= 1 << 16 else "uint32"
         writer = _Writer(trained, ids["eos"], control, dtype)
         header: dict[str, Any] = {
             "format": FORMAT,
             "version": FORMAT_VERSION,
             "source": source,
             "dtype": dtype,
-            "vocab_size": trained.get_vocab_size(),
+            "vocab_size": size,
             **{f"{name}_token_id": i for name, i in ids.items()},
             "tokenizer_sha256": tokenizer_sha256(folder),
             "held_out": held_out,

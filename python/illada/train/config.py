@@ -174,9 +174,10 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         file = Path(path)
         if not file.is_file():
             raise FileNotFoundError(f"no configuration file at {file}")
+        text = read_text(file)
         try:
-            values = tomllib.loads(read_text(file))
-        except tomllib.TOMLDecodeError as error:
+            values = tomllib.loads(text)
+        except ValueError as error:  # an int of over 4,300 digits is one, and not TOMLDecodeError
             raise ValueError(f"{file} is not TOML: {error!s:.200}") from None
         except RecursionError:
             raise ValueError(f"{file} is not TOML that can be read: it is nested too deeply") from None
@@ -187,7 +188,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
             raise ValueError(f"an override looks like --section.key=value, got {override!r:.80}")
         try:
             value = tomllib.loads(f"value = {text}")["value"]
-        except (tomllib.TOMLDecodeError, RecursionError):
+        except (ValueError, RecursionError):
             value = text  # a bare word is a string
         if isinstance(values.setdefault(section, {}), dict):  # from_dict refuses a section that is none
             values[section][key] = value
