@@ -1,4 +1,4 @@
-"""Where nvcc is. CMake finds one that CUDACXX, PATH or CUDA_PATH names; the other places are known here."""
+"""Where nvcc is: the places of cmake/IlladaNvcc.cmake, and NVIDIA's wheels."""
 
 import os
 import re
@@ -18,11 +18,11 @@ PARTS = {
 
 
 def find_nvcc(environ: Mapping[str, str]) -> str:
-    """The nvcc of CUDACXX, PATH, CUDA_HOME, CUDA_PATH or /usr/local/cuda, else of NVIDIA's wheels; empty: none."""
+    """The nvcc of CUDACXX, CUDA_HOME, CUDA_PATH, PATH or /usr/local/cuda, else of NVIDIA's wheels; empty: none."""
     if named := environ.get("CUDACXX", "").strip():
         return named
-    homes = [environ.get("CUDA_HOME"), environ.get("CUDA_PATH"), USUAL]
-    folders = [environ.get("PATH"), *(os.path.join(home, "bin") for home in homes if home)]
+    homes = [environ.get("CUDA_HOME"), environ.get("CUDA_PATH")]
+    folders = [*(os.path.join(home, "bin") for home in homes if home), environ.get("PATH"), os.path.join(USUAL, "bin")]
     return shutil.which("nvcc", path=os.pathsep.join(filter(None, folders))) or wheel_nvcc(environ)
 
 

@@ -26,7 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET = ROOT / "csrc" / "ptxas_budget.json"
 DEFAULT_ARCHS = ("80", "90a", "100", "120")  # as in IlladaArchs.cmake
-FLAGS = ("-std=c++17", "-O3", "-DNDEBUG", "-lineinfo", "--expt-relaxed-constexpr")  # as CMake gives in a Release build
+FLAGS = ("-std=c++17", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr")  # as CMake gives in a Release build
 BYTES_A_JOB = 3 << 30  # of memory, as in setup.py
 
 

@@ -362,6 +362,7 @@ def backend(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     monkeypatch.setattr(sys, "executable", str(make_program(tmp_path / "python", "exit 1")))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(module, "version", lambda program: (9, 9, 9))  # of cmake and ninja
     for hook in ("get_requires_for_build_wheel", "get_requires_for_build_editable"):
         monkeypatch.setattr(module.build_meta, hook, lambda settings: [])
     return module

@@ -47,6 +47,31 @@ def test_new_setuptools_is_used(version, tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (0, "setup was called\n", "")
 
 
+@pytest.mark.parametrize(
+    "cmake, ninja, generator, asked",
+    [
+        ("echo cmake version 3.22.0", "echo 1.10.2", "", []),
+        ("echo cmake version 3.31.6-rc1", "echo 1.13.0.git.kitware", "", []),
+        ("echo cmake version 4.1.0", None, "", ["ninja"]),
+        ("echo cmake version 4.1.0", None, "Unix Makefiles", []),
+        ("echo cmake version 3.21.9", "echo 1.10.2", "", ["cmake>=3.22"]),
+        ("echo pyenv: cmake: command not found >&2; exit 127", "exit 1", "", ["cmake>=3.22", "ninja"]),
+        (None, None, "", ["cmake>=3.22", "ninja"]),
+    ],
+)
+def test_cmake_and_ninja_are_asked_for_where_they_are_absent(cmake, ninja, generator, asked, tmp_path):
+    """So that `python -m build --no-isolation` takes those of the system."""
+    for name, body in (("cmake", cmake), ("ninja", ninja)):
+        if body:
+            (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+            (tmp_path / name).chmod(0o755)
+    code = f"import sys; sys.path.insert(0, {str(ROOT / 'build_backend')!r}); import illada_backend; "
+    code += "print(illada_backend.requires())"
+    environment = {"PATH": str(tmp_path), "ILLADA_CUDA": "off", "CMAKE_GENERATOR": generator}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{asked}\n"
+
+
 def test_pyproject_asks_for_the_same():
     required = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
     assert "setuptools>=77" in required
@@ -73,7 +98,7 @@ build = Path({str(tmp_path / "build")!r})
 (build / "nvidia-cutlass").mkdir()
 for value in ("one", "one", "other"):
     os.environ[{name!r}] = value
-    s["forget_other_build"](build, s["build_choices"](os.environ))
+    s["forget_other_build"](build, s["build_choices"](""))
     said.append((build / "CMakeCache.txt").exists())
     (build / "CMakeCache.txt").touch()
 said.append((build / "nvidia-cutlass").exists())
@@ -81,17 +106,78 @@ said.append((build / "nvidia-cutlass").exists())
     assert ask(tmp_path, code) == [False, True, False, True]
 
 
-@pytest.mark.parametrize("limit,gigabytes", [("2000000000", 2), ("max", None)])
-def test_jobs_read_the_memory_of_the_container(limit, gigabytes, tmp_path):
+@pytest.mark.parametrize(
+    "files, process, gigabytes",
+    [
+        ({"memory.max": 2}, "0::/", 2),
+        ({"memory.max": "max"}, "0::/", None),
+        ({"a slice/memory.max": 3, "a slice/job/memory.max": "max"}, "0::/a slice/job", 3),  # the limit is further out
+        ({"memory.max": 4, "a/memory.max": 3, "a/job/memory.max": 2}, "0::/a/job", 2),
+        ({"a/memory.max": 2}, "0::/b", None),
+        ({"memory/docker/x/memory.limit_in_bytes": 2}, "1:name=systemd:/\n7:memory:/docker/x", 2),
+        ({"memory/memory.limit_in_bytes": 2}, "7:memory:/docker/of/the/host", 2),
+    ],
+)
+def test_jobs_read_the_memory_of_the_container(files, process, gigabytes, tmp_path):
     code = f"""
 from pathlib import Path
 import os
-s["memory_limit"].__globals__["CGROUP"] = Path({str(tmp_path)!r})
+s["memory_limit"].__globals__.update(CGROUP=Path({str(tmp_path)!r}), PROC_CGROUP=Path({str(tmp_path / "cgroup")!r}))
 said += [s["memory_limit"](), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
 """
-    (tmp_path / "memory.max").write_text(limit + "\n")
+    (tmp_path / "cgroup").write_text(process + "\n")
+    for name, limit in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{limit * 10**9 if isinstance(limit, int) else limit}\n")
     found, machine = ask(tmp_path, code)
     assert found == (gigabytes * 10**9 if gigabytes else machine)
+
+
+def test_each_kind_of_python_has_its_own_folder(tmp_path):
+    code = """
+import os, sys
+said += [str(s["build_folder"]("build/temp")), os.getcwd()]
+os.environ["ILLADA_BUILD_DIR"] = "kept"
+said += [str(s["build_folder"]("build/temp")), sys.implementation.cache_tag + sys.abiflags]
+"""
+    default, here, kept, tag = ask(tmp_path, code)
+    assert default == f"{here}/build/temp/cmake" and kept == f"{here}/kept/{tag}"
+
+
+def test_warnings_reach_a_terminal_that_pip_hides(tmp_path):
+    code = """
+from pathlib import Path
+file, terminal = Path(FOLDER) / "warnings", Path(FOLDER) / "terminal"
+show, places = s["show_warnings"], s["show_warnings"].__globals__
+places["TERMINAL"] = str(terminal)
+show(file)
+said.append(terminal.exists())
+file.write_text("illada: no OpenMP\\n")
+show(file)
+said.append(terminal.read_text())
+places["TERMINAL"] = "/nowhere/tty"
+show(file)
+""".replace("FOLDER", repr(str(tmp_path)))
+    assert ask(tmp_path, code) == [False, "\nillada: no OpenMP\n"]
+
+
+def test_another_compiler_at_the_same_place_begins_anew(tmp_path):
+    code = """
+import os
+said += [s["build_choices"]("") for _ in range(2)]
+os.utime(os.environ["CXX"], (1, 1))
+said.append(s["build_choices"](""))
+said.append(s["build_choices"](os.environ["CXX"]))  # as an nvcc
+os.environ["PATH"] = "/nowhere"  # no ninja: CMake's other generator
+said.append(s["build_choices"](""))
+"""
+    for name in ("mine", "ninja"):
+        (tmp_path / name).touch(mode=0o755)
+    first, again, newer, nvcc, bare = ask(
+        tmp_path, code, CXX=str(tmp_path / "mine"), PATH=f"{tmp_path}:{os.environ['PATH']}"
+    )
+    assert first == again and {name for name in first if first[name] != newer[name]} == {"CXX is"}
+    assert newer["nvcc is"] != nvcc["nvcc is"] and newer["ninja"] != bare["ninja"]
 
 
 # ------------------------------------------------------------------ where an nvcc is
@@ -143,7 +229,7 @@ def test_order_of_places(nvcc_of, tmp_path, monkeypatch):
     environ = {"PATH": str(places["PATH"]), "CUDA_HOME": str(places["CUDA_HOME"].parent)}
     environ["CUDA_PATH"] = str(places["CUDA_PATH"].parent)
     assert nvcc_of(venv, **environ, CUDACXX="ccache mine") == "ccache mine"
-    for name in ("PATH", "CUDA_HOME", "CUDA_PATH"):
+    for name in ("CUDA_HOME", "CUDA_PATH", "PATH"):
         assert nvcc_of(venv, **environ) == nvcc[name]
         del environ[name]
     assert nvcc_of(venv) == str(usual)
@@ -176,16 +262,6 @@ def test_the_newest_whole_toolkit_of_wheels(nvcc_of, tmp_path, capsys):
     said = capsys.readouterr().out
     assert said == f"illada: {part} is not used: its toolkit is not complete; `pip install nvidia-cuda-cccl`\n"
     assert old.exists()
-
-
-def test_setup_gives_cmake_the_nvcc_it_found(tmp_path):
-    nvcc = put(tmp_path / "bin" / "nvcc")
-    code = f"""
-home = {{"CUDA_HOME": {str(tmp_path)!r}}}
-for more in ({{}}, {{"CUDACXX": "mine"}}, {{"ILLADA_CUDA": "off"}}):
-    said.append(s["with_nvcc"]({{**home, **more}}).get("CUDACXX"))
-"""
-    assert ask(tmp_path, code) == [str(nvcc), "mine", None]
 
 
 @pytest.mark.parametrize(

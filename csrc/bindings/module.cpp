@@ -444,6 +444,7 @@ py::dict info() {
   d["cuda_version"] = build.cuda_version;
   d["cuda_archs"] = build.cuda_archs;
   d["cutlass_version"] = build.cutlass_version;
+  d["no_cuda"] = build.no_cuda;
   return d;
 }
 
