@@ -125,7 +125,7 @@ test-build: install
 	"$(BIN)/python" -m pytest -q -m "slow or builds" tests/test_builds.py $(ARGS)
 
 fuzz: install
-	ILLADA_FUZZ="$(EXAMPLES)" "$(BIN)/python" -m pytest -q -m slow -rA --tb=no tests/fuzz $(ARGS)
+	ILLADA_FUZZ="$(EXAMPLES)" "$(BIN)/python" -m pytest -q -m slow -rA --tb=no --show-capture=stdout tests/fuzz $(ARGS)
 
 test-cuda:
 	@command -v "$${CUDACXX:-nvcc}" >/dev/null || { \
