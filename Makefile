@@ -157,11 +157,12 @@ dry-run: .cache/installed-simulator
 ptxas: $(HEADERS)
 	"$(PYTHON)" cmake/ptxas.py $(if $(UPDATE),--update) $(ARGS)
 
-lint: .cache/requirements
+lint: .cache/requirements $(HEADERS)
 	"$(BIN)/ruff" check .
 	"$(BIN)/ruff" format --check .
 	find csrc examples tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs "$(BIN)/clang-format" --dry-run --Werror
 	"$(BIN)/mypy"
+	"$(BIN)/python" cmake/tidy.py
 
 format: .cache/requirements
 	"$(BIN)/ruff" check --fix .
