@@ -1,6 +1,8 @@
 # Everything a checkout can do, in a virtual environment of its own. Needs python3 (3.11 or newer) and a C++ compiler.
 #   make demo    prepare text, train a tiny model, generate: about 6 minutes on two cores
 #   make test    the fast tests;  make test-slow: the others;  make bench: the benchmarks
+#   make test-build  builds with each compiler, CMake and Python that is here (tests/test_builds.py): 5 to 15 minutes
+#   make fuzz    20,000 damaged files, EXAMPLES=N another number: half an hour on a core; what fails is left in .cache/fuzz
 # CUDA kernels are built where this environment's torch finds a GPU for them; ILLADA_CUDA=on builds them all the same, off
 # never, and make remembers which. VENV=/path keeps the environment elsewhere. No path is used unquoted: folders may have spaces in their names.
 # With an nvcc (CUDA 12.3 or newer), no GPU needed:
@@ -29,6 +31,7 @@ export ILLADA_CUTLASS_DIR := $(CURDIR)/$(CUTLASS)
 endif
 endif
 FETCH = $(if $(HEADERS),$(MAKE) --no-print-directory "$(CUTLASS)" || exit 1,:)
+EXAMPLES ?= 20000
 MODES ?= eager lazy
 CHECKS ?= race,proxy
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -36,7 +39,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 SOURCES := $(shell find build_backend csrc cmake python -type f -not -name '*.so' -not -name 'ptxas*' -not -path '*__pycache__*' 2>/dev/null | grep -v ' ') \
 	CMakeLists.txt CMakePresets.json setup.py pyproject.toml
 
-.PHONY: demo test test-slow test-cuda test-gpu test-simulator predict dry-run ptxas lint format bench clean install
+.PHONY: demo test test-slow test-build fuzz test-cuda test-gpu test-simulator predict dry-run ptxas lint format bench clean \
+	install
 
 install: .cache/installed
 
@@ -102,7 +106,7 @@ CUDA_BUILD = PATH="$$(cd "$(BIN_CUDA)" && pwd):$$PATH" ILLADA_BUILD_DIR="$(CURDI
 
 .cache/installed-gpu: .cache/requirements-cuda $(HEADERS) $(SOURCES)
 	@rm -f .cache/installed-simulator
-	ILLADA_CUDA=on $(call CUDA_BUILD,gpu)
+	ILLADA_CUDA=on CMAKE_ARGS="-DILLADA_NVCC_FLAGS=-lineinfo" $(call CUDA_BUILD,gpu)
 	@touch $@
 
 # The preset says all of the build; a variable from outside would outweigh it.
@@ -123,6 +127,12 @@ test: .cache/requirements-dev install
 
 test-slow: .cache/requirements-dev install
 	"$(BIN)/python" -m pytest -q -m slow
+
+test-build: install
+	"$(BIN)/python" -m pytest -q -m "slow or builds" tests/test_builds.py $(ARGS)
+
+fuzz: install
+	ILLADA_FUZZ="$(EXAMPLES)" "$(BIN)/python" -m pytest -q -m slow -rA --tb=no tests/fuzz $(ARGS)
 
 test-cuda:
 	@command -v "$${CUDACXX:-nvcc}" >/dev/null || { \

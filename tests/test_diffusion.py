@@ -172,8 +172,8 @@ def test_validation_batch_is_fixed():
 
 def test_errors():
     for options, match in (
-        ({"eps": 0.0}, "diffusion.eps must be in"),
-        ({"split_probability": 1.5}, "diffusion.split_probability must be in"),
+        ({"eps": 0.0}, "diffusion.eps must be positive, got 0.0"),
+        ({"split_probability": 1.5}, "diffusion.split_probability must be at most 1, got 1.5"),
         ({"t_sampling": "x"}, "diffusion.t_sampling must be independent or low_discrepancy, got 'x'"),
         ({"mask_count": "x"}, "diffusion.mask_count must be bernoulli or exact"),
         ({"mask_count": "exact", "complementary": True}, "complementary needs"),

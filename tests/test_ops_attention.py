@@ -323,7 +323,7 @@ def test_errors(generator):
     wrong = [
         (TypeError, "q must be float32", (q.double(), k, v, cu)),
         (TypeError, "k must be float32, got bfloat16", (q, k.bfloat16(), v, cu)),
-        (TypeError, "cu_seqlens must be int32, got int64", (q, k, v, cu.long())),
+        (TypeError, "cu_seqlens must be int32, int64, got float32", (q, k, v, cu.float())),
         (ValueError, r"q must have shape \[T, H, D\], got \[8, 256\]", (q.flatten(1), k, v, cu)),
         (ValueError, r"k must have shape \[Tk, G, 64\]", (q, k[..., :32], v, cu)),
         (ValueError, r"v must have shape \[8, 2, 64\]", (q, k, v[:7], cu)),

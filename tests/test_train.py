@@ -20,6 +20,7 @@ from illada.data import TokenDataset, prepare
 from illada.files import write_text
 from illada.train import checkpoint, evaluate, load_config, loop, train
 from illada.train.config import OptimizerConfig, ScheduleConfig, TrainConfig
+from illada.train.log import Log
 from illada.train.pace import Pace
 from illada.train.schedule import learning_rate
 
@@ -180,6 +181,16 @@ def test_resuming_from_a_path_cuts_the_log(config, tmp_path):
     assert again.step == 6 and again.validation_bound == result.validation_bound
     with pytest.raises(FileExistsError, match="exists; resume it"):
         train(config, resume="never", progress=False)
+
+
+@pytest.mark.parametrize(
+    "line", ['"step"', '{"step": 1}', '{"kind": "train", "step": 1.5}', '{"kind": "train", "step": 1}']
+)
+def test_a_log_of_something_else_is_refused(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_text(f'{{"kind": "train", "step": 1, "loss": 2.0}}\n{line}\n')
+    with pytest.raises(ValueError, match="metrics.jsonl, line 2"):
+        Log(tmp_path, step=1, steps=2, progress=False)
+    assert line in (tmp_path / "metrics.jsonl").read_text()
 
 
 def test_accumulation_does_not_change_the_gradient(config, tmp_path):
@@ -449,7 +460,7 @@ def test_configuration_errors(tmp_path):
         ("--schedule.warmup_steps=-1", "must not be negative"),
         ("--model.hidden=3", "unknown model options: hidden"),
         ("--model.preset=big", "model.preset must be one of"),
-        ("--diffusion.eps=2.0", "diffusion.eps must be in"),
+        ("--diffusion.eps=2.0", "diffusion.eps must be below 0.5, got 2.0"),
     ):
         with pytest.raises(ValueError, match=match):
             load_config(None, [override])

@@ -4,5 +4,6 @@
 #if defined(__CUDACC__)
 #define ILLADA_HOST_DEVICE __host__ __device__ __forceinline__
 #else
-#define ILLADA_HOST_DEVICE inline
+// Never a function of its own: of several copies a linker keeps one, which may be that of another instruction set.
+#define ILLADA_HOST_DEVICE inline __attribute__((always_inline))
 #endif

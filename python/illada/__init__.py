@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from illada._native import build_info
     from illada.checkpoint import load_pretrained, save_pretrained
     from illada.config import ModelConfig
-    from illada.generation import GenerationConfig, GenerationResult, generate
+    from illada.generation import GenerationConfig, GenerationDelta, GenerationResult, generate, generate_iter
     from illada.model import LossModule, MaskedDiffusionModel
     from illada.ops import (
         AttentionPlan,
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         linear_masked_cross_entropy_vocab_parallel,
         linear_sample_tokens,
         masked_cross_entropy,
+        masked_cross_entropy_from_labels,
         masked_cross_entropy_shard,
         masked_cross_entropy_shard_grad,
         remask,
@@ -42,7 +43,7 @@ _MODULES = {
     "illada._native": ("build_info",),
     "illada.checkpoint": ("load_pretrained", "save_pretrained"),
     "illada.config": ("ModelConfig",),
-    "illada.generation": ("GenerationConfig", "GenerationResult", "generate"),
+    "illada.generation": ("GenerationConfig", "GenerationDelta", "GenerationResult", "generate", "generate_iter"),
     "illada.model": ("LossModule", "MaskedDiffusionModel"),
     "illada.ops": (
         "AttentionPlan",
@@ -53,6 +54,7 @@ _MODULES = {
         "linear_masked_cross_entropy_vocab_parallel",
         "linear_sample_tokens",
         "masked_cross_entropy",
+        "masked_cross_entropy_from_labels",
         "masked_cross_entropy_shard",
         "masked_cross_entropy_shard_grad",
         "remask",
@@ -67,6 +69,7 @@ _MODULES = {
 __all__ = [
     "AttentionPlan",
     "GenerationConfig",
+    "GenerationDelta",
     "GenerationResult",
     "LossModule",
     "MaskedDiffusionModel",
@@ -79,11 +82,13 @@ __all__ = [
     "build_info",
     "confidence_score",
     "generate",
+    "generate_iter",
     "linear_masked_cross_entropy",
     "linear_masked_cross_entropy_vocab_parallel",
     "linear_sample_tokens",
     "load_pretrained",
     "masked_cross_entropy",
+    "masked_cross_entropy_from_labels",
     "masked_cross_entropy_shard",
     "masked_cross_entropy_shard_grad",
     "monte_carlo_likelihood",

@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from illada.schema import checked
+from annotated_types import Gt, Le
 
-_SIZES = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-    "max_position_embeddings", "head_dim", "embedding_size",
-)  # fmt: skip
-_FLOATS = ("rope_theta", "rms_norm_eps", "initializer_range")
-_LARGEST = 3.4028234663852886e38  # of float32, in which norms and angles are computed
-_MOST_LAYERS = 4096  # a file that asks for more is damaged, and making them would not end
+from illada.schema import PositiveFloat, Size, TokenId, check_fields
 
 
 @dataclass(frozen=True)
@@ -33,46 +27,31 @@ class ModelConfig:
     that is another token than the end of the text. model_type: the layout to save in, see `illada.layouts`.
     """
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    mask_token_id: int
-    eos_token_id: int
-    pad_token_id: int | None
-    bos_token_id: int | None
-    head_dim: int | None = None
-    embedding_size: int | None = None
-    max_position_embeddings: int = 8192
-    rope_theta: float = 500000.0
+    vocab_size: Size
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: Annotated[int, Gt(0), Le(4096)]  # a file that asks for more is damaged
+    num_attention_heads: Size
+    num_key_value_heads: Size
+    mask_token_id: TokenId
+    eos_token_id: TokenId
+    pad_token_id: TokenId | None
+    bos_token_id: TokenId | None
+    head_dim: Size | None = None
+    embedding_size: Size | None = None
+    max_position_embeddings: Size = 8192
+    rope_theta: PositiveFloat = 500000.0
     rope_in_fp32: bool = False
-    rms_norm_eps: float = 1e-6
+    rms_norm_eps: PositiveFloat = 1e-6
     tie_word_embeddings: bool = True
     qkv_bias: bool = False
-    initializer_range: float = 0.02
+    initializer_range: PositiveFloat = 0.02
     logits_shift: bool = False
-    model_type: str = "illada"
-    eot_token_id: int | None = None
+    model_type: Literal["illada", "llada", "dream", "qwen2"] = "illada"
+    eot_token_id: TokenId | None = None
 
     def __post_init__(self) -> None:
-        for name in (*_SIZES, *_FLOATS):
-            value, limit = getattr(self, name), 2**30 if name in _SIZES else _LARGEST
-            if value is None and name in ("head_dim", "embedding_size"):
-                continue
-            if name in _SIZES or not isinstance(value, int):
-                checked(int if name in _SIZES else float, value, f"model.{name}")
-            if not 0 < value <= limit:
-                allowed = "at most 2^30" if name in _SIZES else "finite"
-                raise ValueError(f"model.{name} must be positive and {allowed}, got {value!r:.80}")
-            if name in _FLOATS:
-                object.__setattr__(self, name, checked(float, value, f"model.{name}"))
-        for name in ("rope_in_fp32", "tie_word_embeddings", "qkv_bias", "logits_shift"):
-            checked(bool, getattr(self, name), f"model.{name}")
-        checked(str, self.model_type, "model.model_type")
-        if self.num_hidden_layers > _MOST_LAYERS:
-            raise ValueError(f"model.num_hidden_layers must be at most {_MOST_LAYERS}, got {self.num_hidden_layers}")
+        check_fields(self, "model")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"model.num_attention_heads ({self.num_attention_heads}) must be a multiple of "
@@ -93,16 +72,17 @@ class ModelConfig:
             raise ValueError(
                 f"model.embedding_size ({self.embedding_size}) is less than vocab_size ({self.vocab_size})"
             )
+        if (rows := sum(self.qkv_sizes)) > 2**30:
+            raise ValueError(
+                "(model.num_attention_heads + 2 model.num_key_value_heads) x model.head_dim must be at most 2^30, "
+                f"got ({self.num_attention_heads} + 2 x {self.num_key_value_heads}) x {self.head_size} = {rows}"
+            )
         for name in ("mask_token_id", "eos_token_id", "pad_token_id", "bos_token_id", "eot_token_id"):
             token = getattr(self, name)
-            if token is None and name in ("pad_token_id", "bos_token_id", "eot_token_id"):
-                continue
-            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < self.embedding_rows:
-                raise ValueError(f"model.{name} must be in [0, {self.embedding_rows}), got {token!r}")
+            if token is not None and token >= self.embedding_rows:
+                raise ValueError(f"model.{name} must be in [0, {self.embedding_rows}), got {token}")
             if token == self.mask_token_id and name != "mask_token_id":
                 raise ValueError(f"model.mask_token_id ({token}) is model.{name} as well; no text may contain the mask")
-        if self.model_type not in ("illada", "llada", "dream", "qwen2"):
-            raise ValueError(f"model.model_type must be illada, llada, dream or qwen2, got {self.model_type!r}")
 
     @property
     def head_size(self) -> int:

@@ -17,6 +17,8 @@ from illada.schema import Count, NonNegativeFloat, Positive, PositiveFloat, chec
 from illada.text import read_text
 
 Seed = Annotated[int, Ge(0), Lt(2**64)]
+Device = Literal["auto", "cpu", "cuda"]
+DType = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -31,9 +33,9 @@ class DataConfig:
 @dataclass(frozen=True)
 class OptimizerConfig:
     learning_rate: PositiveFloat = 2e-4  # of the constant phase
-    beta1: Annotated[float, Ge(0), Lt(1)] = 0.9
-    beta2: Annotated[float, Ge(0), Lt(1)] = 0.95
-    eps: PositiveFloat = 1e-8
+    beta1: Annotated[float, Ge(0), Lt(1)] = 0.9  # of AdamW: decay of the mean of gradients
+    beta2: Annotated[float, Ge(0), Lt(1)] = 0.95  # decay of the mean of their squares
+    eps: PositiveFloat = 1e-8  # added to the root of that mean
     weight_decay: NonNegativeFloat = 0.1  # on matrices only, not on norms and biases
     clip_norm: NonNegativeFloat = 1.0  # global gradient norm; 0: no clipping
 
@@ -59,12 +61,8 @@ class RunConfig:
     windows_per_step: Positive = 32  # windows of a step, over all micro-batches
     windows_per_micro_batch: Positive = 32  # windows of one forward and backward; divides windows_per_step
     seed: Seed = 0  # of the initial weights, the order of the data, the splits and the masks
-    device: Literal["auto", "cpu", "cuda"] = (
-        "auto"  # "cpu", "cuda" (bfloat16, head dim 64 or 128), or "auto": a GPU where all that is given
-    )
-    dtype: Literal["float32", "bfloat16"] = (
-        "float32"  # of the computation, "float32" or "bfloat16"; weights and optimizer stay float32
-    )
+    device: Device = "auto"  # "cpu", "cuda" (bfloat16, head dim 64 or 128), or "auto": a GPU where all that is given
+    dtype: DType = "float32"  # of the computation, "float32" or "bfloat16"; weights and optimizer stay float32
     compile: bool = False  # torch.compile each layer
     activation_checkpointing: bool = False  # recompute layers in the backward pass: less memory, a third slower
     log_every: Positive = 10  # steps between lines of the log
