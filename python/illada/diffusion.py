@@ -41,19 +41,52 @@ class DiffusionConfig:
         the B samples of a global batch (VDM), which lowers the variance of the loss.
     mask_count: "bernoulli" masks each token with probability p; "exact" masks floor(t L) + 1 of L tokens with weight
         L / count (as in LLaDA's Monte Carlo likelihood).
+    t_limit: t is drawn below a limit that rises linearly, from t_limit for the first sample to 1 after
+        t_limit_windows samples. A new model learns from a token's neighbours first, and few masks leave most of them.
     """
 
+<<<<<<< HEAD
+    eps: float = 1e-3  # smallest masking probability: p = (1 - eps) t + eps
+    split_probability: float = 0.3  # chance that a window is split at a uniform point into two sequences
+    t_limit: float = 1.0  # the largest t of the first window; below 1, training begins with fewer masks
+    t_limit_windows: int = 0  # windows over which that limit rises to 1
+    t_sampling: str = "independent"  # or "low_discrepancy": stratified over the windows of a step
+    mask_count: str = "bernoulli"  # or "exact": a fixed number of masks for each t
+=======
     eps: Annotated[float, Gt(0), Lt(0.5)] = 1e-3  # smallest masking probability: p = (1 - eps) t + eps
     split_probability: Fraction = 0.3  # chance that a window is split at a uniform point into two sequences
     t_sampling: Literal["independent", "low_discrepancy"] = "independent"  # "low_discrepancy": stratified in a step
     mask_count: Literal["bernoulli", "exact"] = "bernoulli"  # or "exact": a fixed number of masks for each t
+>>>>>>> main
     complementary: bool = False  # samples 2k and 2k + 1 share window, split and t; one masks what the other shows
     isolate_documents: bool = False  # documents inside a window do not attend each other
 
     def __post_init__(self) -> None:
         check_fields(self, "diffusion")
+<<<<<<< HEAD
+        if not 0 < self.eps < 0.5:
+            raise ValueError(f"diffusion.eps must be in (0, 0.5), got {self.eps}")
+        if not 0 <= self.split_probability <= 1:
+            raise ValueError(f"diffusion.split_probability must be in [0, 1], got {self.split_probability}")
+        if not 0 < self.t_limit <= 1:
+            raise ValueError(f"diffusion.t_limit must be in (0, 1], got {self.t_limit}")
+        if self.t_limit_windows < 0 or (self.t_limit < 1) != (self.t_limit_windows > 0):
+            raise ValueError(
+                "diffusion.t_limit below 1 and diffusion.t_limit_windows above 0 go together, got "
+                f"{self.t_limit} and {self.t_limit_windows}"
+            )
+        for name, allowed in (
+            ("t_sampling", ("independent", "low_discrepancy")),
+            ("mask_count", ("bernoulli", "exact")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"diffusion.{name} must be {' or '.join(allowed)}, got {getattr(self, name)!r}")
+=======
+>>>>>>> main
         if self.complementary and self.mask_count == "exact":
             raise ValueError("diffusion.complementary needs mask_count = 'bernoulli'")
+        if self.complementary and self.t_limit < 1:
+            raise ValueError("diffusion.complementary needs t_limit = 1: the second of a pair masks 1 - t")
 
 
 @dataclass
@@ -198,6 +231,8 @@ def make_batch(
         cuts.append(sorted(cut))
 
     time = _times(draws, max(len(c) for c in cuts) if cuts else 1, seed, config, global_batch)
+    if config.t_limit < 1:
+        time *= np.minimum(1, config.t_limit + (1 - config.t_limit) * samples / config.t_limit_windows)[:, None]
     words = _words(seed, _MASK, draws, length)
     masked = np.zeros(windows.shape, dtype=bool)
     weights = np.zeros(windows.shape, dtype=np.float32)
