@@ -131,13 +131,8 @@ test-slow: .cache/requirements-dev install
 test-build: .cache/requirements-dev install
 	"$(BIN)/python" -m pytest -q -m "slow or builds" tests/test_builds.py $(ARGS)
 
-<<<<<<< ours
-fuzz: install
-	ILLADA_FUZZ="$(EXAMPLES)" "$(BIN)/python" -m pytest -q -m slow -rA --tb=no --show-capture=stdout tests/fuzz $(ARGS)
-=======
 fuzz: .cache/requirements-dev install
-	ILLADA_FUZZ="$(EXAMPLES)" "$(BIN)/python" -m pytest -q -m slow -rA --tb=no tests/fuzz $(ARGS)
->>>>>>> theirs
+	ILLADA_FUZZ="$(EXAMPLES)" "$(BIN)/python" -m pytest -q -m slow -rA --tb=no --show-capture=stdout tests/fuzz $(ARGS)
 
 test-cuda:
 	@command -v "$${CUDACXX:-nvcc}" >/dev/null || { \
