@@ -21,6 +21,7 @@ from illada.files import write_text
 from illada.train import checkpoint, evaluate, load_config, loop, train
 from illada.train.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from illada.train.log import Log
+from illada.train.pace import Pace
 from illada.train.schedule import learning_rate
 
 
@@ -109,6 +110,19 @@ def test_a_shared_cpu_is_said_once(config, capsys, monkeypatch, busy):
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step times vary")]
     assert len(said) == busy and all("load " in line and f"{torch.get_num_threads()} threads" in line for line in said)
     assert validated == [(22, 32), (44, 32)]
+
+
+@pytest.mark.parametrize(
+    ("policy", "threads", "advice"),
+    [("", 2, "OMP_WAIT_POLICY=passive"), ("PASSIVE", 4, "OMP_NUM_THREADS=2"), ("", 1, None)],
+)
+def test_what_helps_on_a_shared_cpu(monkeypatch, policy, threads, advice):
+    monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+    pace = Pace()
+    for seconds in (0.1, 0.3) * 10:
+        pace.add(seconds)
+    said = pace.hint(threads)
+    assert said is not None and (advice in said if advice else "OMP" not in said)
 
 
 def test_gradient_that_is_not_finite_stops_the_run(config, tmp_path):
