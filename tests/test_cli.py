@@ -104,32 +104,55 @@ def test_help_teaches(capsys):
         assert stopped.value.code == 0 and "illada " in capsys.readouterr().out.split("example")[-1]
 
 
-@pytest.mark.parametrize(
-    "arguments, status",
-    [
-        (["--help"], 0),
-        (["--version"], 0),
-        (["generate", "--help"], 0),
-        (["generat"], 2),
-        (["generate", "--seed", "x", "runs/demo"], 2),
-        (["train"], 2),
-        (["prepare", "--out", "x"], 2),
-        (["prepare", "--out", "x", "--source", "books"], 2),
-        (["eval", "x", "--tasks", "a", "--limit", "0"], 2),
-        (["convert", "a", "b", "--max-shard-size", "x"], 2),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_what_needs_no_torch_does_not_import_it(arguments, status):
-    """Help, version and errors of the command line itself, within 0.3 s: torch alone takes seconds."""
+WITHOUT_TORCH = [
+    (["--help"], 0, ""),
+    (["--version"], 0, ""),
+    (["generate", "--help"], 0, ""),
+    (["generat"], 2, "invalid choice"),
+    (["generate", "--seed", "x", "runs/demo"], 2, "--seed"),
+    (["train"], 2, "needs a configuration file"),
+    (["train", "no.toml"], 2, "no configuration file at no.toml"),
+    (["train", "run.toml", "--train.stepz=3"], 2, "unknown key train.stepz"),
+    (["train", "run.toml"], 2, "no is not a corpus"),
+    (["train", "run.toml", "--resume", "no"], 2, "no is not a corpus"),
+    (["prepare", "--out", "x"], 2, "needs --source"),
+    (["prepare", "--out", "x", "--source", "books"], 2, "source must be"),
+    (["prepare", "--out", "x", "--source", "dir:no"], 2, "no is not a folder"),
+    (["prepare", "--out", "x", "--source", "jsonl:no"], 2, "no is not a file"),
+    (["prepare", "--out", "x", "--source", "stdlib", "--tokenizer", "no"], 2, "no tokenizer at no"),
+    (["prepare", "--out", "no", "--tasks", "all"], 2, "no is not a corpus"),
+    (["convert", "a", "b", "--max-shard-size", "x"], 2, "--max-shard-size"),
+    (["convert", "no", "b"], 2, "no is not a checkpoint"),
+    (["generate", "no"], 2, "no is not a checkpoint"),
+    (["generate", "run", "--prompt-file", "no"], 2, "--prompt-file: there is no no"),
+    (["chat", "run", "--chat-template", "no"], 2, "--chat-template: there is no no"),
+    (["score", "run", "--file", "no"], 2, "--file: there is no no"),
+    (["score", "run", "--tokenizer", "no", "--candidate", "x"], 2, "--tokenizer: there is no no"),
+    (["agreement", "no"], 2, "no is not a checkpoint"),
+    (["eval", "x", "--tasks", "a", "--limit", "0"], 2, "--limit must be"),
+    (["eval", "no", "--tasks", "a"], 2, "no is not a checkpoint"),
+    (["eval", "run", "--tasks", "a", "--include-path", "no"], 2, "no is not a folder"),
+    (["eval", "run", "--tasks", "a", "--output", "."], 2, "--output must be a file"),
+]
+
+
+def test_what_needs_no_torch_does_not_import_it(tmp_path):
+    """Help, version, wrong options and wrong paths, within 0.3 s: torch alone takes seconds."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    (tmp_path / "run.toml").write_text('[data]\npath = "no"\n')
     code = (
-        "import sys\nfrom illada.cli import main\ntry:\n    status = main(sys.argv[1:])\n"
-        "except SystemExit as stopped:\n    status = stopped.code\n"
-        "slow = [name for name in ('torch', 'safetensors', 'lm_eval', 'matplotlib') if name in sys.modules]\n"
-        "print(status, slow)"
+        "import json, sys\nfrom illada.cli import main\nfor arguments in json.loads(sys.argv[1]):\n"
+        "    try:\n        status = main(arguments)\n    except SystemExit as stopped:\n        status = stopped.code\n"
+        "    slow = [name for name in ('torch', 'safetensors', 'lm_eval', 'matplotlib') if name in sys.modules]\n"
+        "    print('ended', status, slow, flush=True)\n    print('ended', file=sys.stderr, flush=True)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
-    assert done.stdout.splitlines()[-1:] == [f"{status} []"], done.stderr
+    arguments = json.dumps([case[0] for case in WITHOUT_TORCH])
+    done = subprocess.run([sys.executable, "-c", code, arguments], capture_output=True, text=True, cwd=tmp_path)
+    found = [line for line in done.stdout.splitlines() if line.startswith("ended")]
+    errors = done.stderr.split("ended\n")
+    for (case, status, said), line, error in zip(WITHOUT_TORCH, found, errors[:-1], strict=True):
+        assert line == f"ended {status} []" and said in error, (case, line, error)
 
 
 def test_every_public_name_loads_when_it_is_used():

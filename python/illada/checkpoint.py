@@ -25,6 +25,7 @@ from tqdm import tqdm
 from illada.config import ModelConfig
 from illada.devices import find_device
 from illada.files import check_inside, read_json_object, staged_directory
+from illada.folders import config_file
 from illada.layouts import LAYOUTS, Layout, layout_of_file
 from illada.model import MaskedDiffusionModel
 from illada.text import looks_like, read_json
@@ -330,10 +331,7 @@ def read_stop_tokens(path: str | Path) -> tuple[int, ...]:
 
 def read_config(path: str | Path) -> dict[str, Any]:
     """config.json of a checkpoint folder, as it stands there."""
-    file = Path(path) / "config.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"{path} is not a checkpoint (no config.json)")
-    return read_json_object(file)
+    return read_json_object(config_file(Path(path)))
 
 
 def load_config(path: str | Path, *, mask_token_id: int | None = None) -> ModelConfig:

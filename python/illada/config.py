@@ -1,4 +1,4 @@
-"""What a model is: `ModelConfig`, its presets, and its form in a checkpoint's config.json."""
+"""What a model is, `ModelConfig`, with its presets and its form in config.json; and `DiffusionConfig`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from illada.schema import checked
+from illada.schema import check_fields, checked
 
 _SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
@@ -194,3 +194,36 @@ PRESETS: dict[str, dict[str, Any]] = {
         **_ILLADA_IDS,
     },
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """Options of the forward process. The defaults are the paper's pre-training.
+
+    t_sampling: "independent" draws t uniformly for each sequence; "low_discrepancy" takes t = (u + i / B) mod 1 over
+        the B samples of a global batch (VDM), which lowers the variance of the loss.
+    mask_count: "bernoulli" masks each token with probability p; "exact" masks floor(t L) + 1 of L tokens with weight
+        L / count (as in LLaDA's Monte Carlo likelihood).
+    """
+
+    eps: float = 1e-3  # smallest masking probability: p = (1 - eps) t + eps
+    split_probability: float = 0.3  # chance that a window is split at a uniform point into two sequences
+    t_sampling: str = "independent"  # or "low_discrepancy": stratified over the windows of a step
+    mask_count: str = "bernoulli"  # or "exact": a fixed number of masks for each t
+    complementary: bool = False  # samples 2k and 2k + 1 share window, split and t; one masks what the other shows
+    isolate_documents: bool = False  # documents inside a window do not attend each other
+
+    def __post_init__(self) -> None:
+        check_fields(self, "diffusion")
+        if not 0 < self.eps < 0.5:
+            raise ValueError(f"diffusion.eps must be in (0, 0.5), got {self.eps}")
+        if not 0 <= self.split_probability <= 1:
+            raise ValueError(f"diffusion.split_probability must be in [0, 1], got {self.split_probability}")
+        for name, allowed in (
+            ("t_sampling", ("independent", "low_discrepancy")),
+            ("mask_count", ("bernoulli", "exact")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"diffusion.{name} must be {' or '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.complementary and self.mask_count == "exact":
+            raise ValueError("diffusion.complementary needs mask_count = 'bernoulli'")

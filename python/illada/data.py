@@ -151,8 +151,8 @@ def prepare(
     if out_dir.exists() and not (out_dir / "corpus.json").exists() and any(out_dir.iterdir()):
         raise FileExistsError(f"{out_dir} exists and is not a corpus; choose another folder")
     progress = progress and sys.stderr.isatty()
-    found = open_source(source)
     given = None if tokenizer is None else load_tokenizer(tokenizer)
+    found = open_source(source)
     with staged_directory(out_dir) as folder, Documents(folder) as documents:
         for pieces in tqdm(found, desc="reading", unit=" documents", disable=not progress):
             documents.add(pieces)

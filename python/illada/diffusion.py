@@ -20,8 +20,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from illada.config import DiffusionConfig
 from illada.ops.philox import philox4x32
-from illada.schema import check_fields
 
 # Stream tags (counter word 3), one for each purpose; 16 and above belong to the token sampler.
 _ORDER, _SPLIT, _TIME, _MASK, _BATCH_TIME, _VALIDATION_MASK = range(1, 7)
@@ -29,39 +29,6 @@ _ORDER, _SPLIT, _TIME, _MASK, _BATCH_TIME, _VALIDATION_MASK = range(1, 7)
 _VALIDATION_SEED = 0  # not an option: the bound has to be comparable between runs
 _VALIDATION_EPS = 1e-3
 _GOLDEN = 0.6180339887498949
-
-
-@dataclass(frozen=True)
-class DiffusionConfig:
-    """Options of the forward process. The defaults are the paper's pre-training.
-
-    t_sampling: "independent" draws t uniformly for each sequence; "low_discrepancy" takes t = (u + i / B) mod 1 over
-        the B samples of a global batch (VDM), which lowers the variance of the loss.
-    mask_count: "bernoulli" masks each token with probability p; "exact" masks floor(t L) + 1 of L tokens with weight
-        L / count (as in LLaDA's Monte Carlo likelihood).
-    """
-
-    eps: float = 1e-3  # smallest masking probability: p = (1 - eps) t + eps
-    split_probability: float = 0.3  # chance that a window is split at a uniform point into two sequences
-    t_sampling: str = "independent"  # or "low_discrepancy": stratified over the windows of a step
-    mask_count: str = "bernoulli"  # or "exact": a fixed number of masks for each t
-    complementary: bool = False  # samples 2k and 2k + 1 share window, split and t; one masks what the other shows
-    isolate_documents: bool = False  # documents inside a window do not attend each other
-
-    def __post_init__(self) -> None:
-        check_fields(self, "diffusion")
-        if not 0 < self.eps < 0.5:
-            raise ValueError(f"diffusion.eps must be in (0, 0.5), got {self.eps}")
-        if not 0 <= self.split_probability <= 1:
-            raise ValueError(f"diffusion.split_probability must be in [0, 1], got {self.split_probability}")
-        for name, allowed in (
-            ("t_sampling", ("independent", "low_discrepancy")),
-            ("mask_count", ("bernoulli", "exact")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"diffusion.{name} must be {' or '.join(allowed)}, got {getattr(self, name)!r}")
-        if self.complementary and self.mask_count == "exact":
-            raise ValueError("diffusion.complementary needs mask_count = 'bernoulli'")
 
 
 @dataclass

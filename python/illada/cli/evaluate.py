@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from illada.cli import sampling
+from illada.files import is_stream, write_text
+
 #: Arguments of the model that have options of their own.
 _NO_MODEL_ARGS = {
     "pretrained": "the positional checkpoint", "model_path": "the positional checkpoint", "tokenizer": "--tokenizer",
@@ -65,6 +68,11 @@ def _run(options: argparse.Namespace) -> int:
         raise ValueError(f"--limit must be above 0, got {options.limit:g}")
     if options.log_samples and options.output is None:
         raise ValueError("--log-samples needs --output, the file beside which the samples are written")
+    sampling.check_paths(options)
+    for folder in options.include_path or ():
+        if not Path(folder).is_dir():
+            raise FileNotFoundError(f"--include-path: {folder} is not a folder; make one with illada prepare --tasks")
+    journal = _journal(options)
     from illada.cli.checkpoints import parse_device
     from illada.integrations.presets import settings_of
 
@@ -73,7 +81,6 @@ def _run(options: argparse.Namespace) -> int:
     for name in dict.fromkeys(names):
         settings = settings_of(options.preset, name)
         groups.setdefault(repr(settings), (settings, []))[1].append(name)
-    journal = _journal(options)
     try:
         import lm_eval  # noqa: F401
     except ImportError as error:
@@ -144,7 +151,6 @@ def _run(options: argparse.Namespace) -> int:
 
 def _journal(options: argparse.Namespace) -> Path | None:
     """Where finished requests are kept: beside the output, if there is one."""
-    from illada.files import is_stream
     from illada.integrations.journal import journal_files
 
     if options.output is None:
@@ -171,9 +177,6 @@ def _task_manager(names: list[str], include_path: list[str] | None) -> Any:
     """Of the given folders alone if they have all the tasks: the harness's own index takes seconds to read."""
     from illada.integrations.manager import RememberingTaskManager as TaskManager
 
-    for folder in include_path or ():
-        if not Path(folder).is_dir():
-            raise FileNotFoundError(f"--include-path: {folder} is not a folder; make one with illada prepare --tasks")
     if include_path:
         manager = TaskManager(include_path=include_path, include_defaults=False)
         if set(names) <= set(manager.all_tasks):
@@ -210,7 +213,6 @@ def _write(options: argparse.Namespace, merged: dict[str, Any], samples: dict[st
     from lm_eval.utils import handle_non_serializable
 
     import illada
-    from illada.files import write_text
     from illada.integrations.journal import journal_files
 
     output = Path(options.output)

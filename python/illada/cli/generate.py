@@ -36,9 +36,9 @@ def add_parser(commands: Any) -> None:
 def _run(options: argparse.Namespace) -> int:
     import time
 
+    model, tokenizer = sampling.load(options)
     from illada.generation import generate
 
-    model, tokenizer = sampling.load(options)
     prompts, ids = sampling.read_prompts(options, model, tokenizer)
     config = sampling.make_config(options, tokenizer, model.config)
     began = time.monotonic()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
+from illada import folders
 from illada.text import decode_text, read_lines
 
 if TYPE_CHECKING:
@@ -92,12 +94,22 @@ def add_sampling_options(parser: argparse.ArgumentParser, *, gen_length: int = 6
         other.add_argument("--no-cuda-graphs", action="store_true", help="launch each kernel of a step by itself")
 
 
+def check_paths(options: argparse.Namespace) -> None:
+    """FileNotFoundError: a path among the options leads nowhere, which is said before torch takes seconds to load."""
+    folders.find_checkpoint(options.checkpoint)
+    for name in ("tokenizer", "prompt_file", "chat_template", "file"):
+        path = getattr(options, name, None)
+        if path is not None and not os.path.exists(path):
+            raise FileNotFoundError(f"--{name.replace('_', '-')}: there is no {path}")
+
+
 def load(options: argparse.Namespace) -> tuple[Any, Tokenizer]:
     """(model, tokenizer) of `add_model_options`."""
-    from illada.cli.checkpoints import load, parse_device, parse_dtype
+    check_paths(options)
+    from illada.cli.checkpoints import parse_device, parse_dtype
 
     device, dtype = parse_device(options.device), parse_dtype(options.dtype)
-    return load(
+    return folders.load(
         options.checkpoint, options.tokenizer, device=device, dtype=dtype, mask_token_id=options.mask_token_id,
         trust_remote_code=options.trust_remote_code,
     )  # fmt: skip

@@ -10,13 +10,13 @@ import os
 import weakref
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from illada.files import locked
-from illada.model import MaskedDiffusionModel
 from illada.text import parse_json
+
+if TYPE_CHECKING:
+    from illada.model import MaskedDiffusionModel
 
 _SAMPLED_VALUES = 1024  # of each parameter, for the model's fingerprint
 
@@ -92,6 +92,8 @@ def request_key(*parts: Any) -> str:
 
 def fingerprint(model: MaskedDiffusionModel) -> str:
     """A hash that tells models apart: of the config, and of values spread evenly over each parameter."""
+    import torch
+
     digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
     for name, parameter in model.named_parameters():
         flat = parameter.detach().reshape(-1)

@@ -27,8 +27,8 @@ from lm_eval.utils import simple_parse_args_string
 from tqdm import tqdm
 
 import illada
-from illada.cli.checkpoints import load
 from illada.devices import find_device
+from illada.folders import load
 from illada.generation import GenerationConfig, generate
 from illada.generation.loop import stop_position
 from illada.integrations.asked import asked_of, stop_strings_of

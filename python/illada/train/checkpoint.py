@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from illada._native import package_version
 from illada.checkpoint import load_weights, write_pretrained
 from illada.files import remove_directory, staged_directory
+from illada.folders import all_checkpoints, newest, state_file
 from illada.model import MaskedDiffusionModel
 from illada.schema import Count, Finite, check_object
 from illada.text import read_json
@@ -77,23 +78,9 @@ def save(
     return target
 
 
-def all_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    found = [p for p in folder.glob("step-*") if p.name.removeprefix("step-").isdigit() and p.is_dir()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
-
-
-def newest(folder: Path) -> Path | None:
-    """The newest complete checkpoint of a run."""
-    found = all_checkpoints(folder)
-    return found[-1] if found else None
-
-
 def read_state(path: Path) -> dict[str, Any]:
     """trainer.json. FileNotFoundError, ValueError: not a training checkpoint."""
-    file = path / "trainer.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"{path} is not a training checkpoint (no trainer.json)")
+    file = state_file(path)
     try:
         return check_object(read_json(file), _STATE, file.name)
     except ValueError as error:
