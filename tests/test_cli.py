@@ -91,6 +91,32 @@ def test_info():
     assert "native module" in run("info")[1]
 
 
+@pytest.mark.parametrize("closed", [False, True])
+def test_library_calls_without_standard_streams(world, tmp_path, monkeypatch, closed):
+    """As under pythonw, or after a daemon has closed them."""
+    from illada import train
+    from illada.checkpoint import convert_checkpoint
+    from illada.data import TokenDataset, prepare
+    from illada.folders import load
+    from illada.generation import GenerationConfig, generate
+    from illada.score import confidence_score
+
+    for name in ("stdin", "stdout", "stderr"):
+        stream = (tmp_path / name).open("w") if closed else None
+        if stream is not None:
+            stream.close()
+        monkeypatch.setattr(sys, name, stream)
+    prepare(f"jsonl:{world}/text.jsonl", tmp_path / "corpus", vocab_size=300, validation_fraction=0.2)
+    config = train.load_config(world / "run.toml", [f"train.out_dir={tmp_path}/run"])
+    assert train.train(config).finished
+    model, tokenizer = load(tmp_path / "run")
+    assert train.evaluate(model, TokenDataset(world / "corpus", "validation"), config)
+    options = GenerationConfig(gen_length=8, block_length=8, steps=2)
+    assert generate(model, ["one two"], options, tokenizer=tokenizer, progress=True)[0].tokens
+    assert confidence_score(model, [[5]], [[6]], progress=True)
+    assert convert_checkpoint(tmp_path / "run" / "checkpoints" / "step-000004", tmp_path / "copy", progress=True)
+
+
 def test_info_without_the_native_module():
     code = "import sys; sys.modules['illada._C'] = None; from illada import cli; sys.exit(cli.main(['info']))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

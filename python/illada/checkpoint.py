@@ -11,7 +11,6 @@ import dataclasses
 import hashlib
 import json
 import shutil
-import sys
 from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from illada.files import check_inside, read_json_object, staged_directory
 from illada.folders import config_file
 from illada.layouts import LAYOUTS, Layout, layout_of_file
 from illada.model import MaskedDiffusionModel
+from illada.terminal import shows
 from illada.text import looks_like, read_json
 
 _INDEX = "model.safetensors.index.json"
@@ -112,9 +112,8 @@ def write_pretrained(
         shards[-1][key] = tensor
         size += num_bytes
         total += num_bytes
-    show = progress and sys.stderr.isatty()
     weight_map = {}
-    with tqdm(total=total, desc="writing", unit="B", unit_scale=True, disable=not show) as bar:
+    with tqdm(total=total, desc="writing", unit="B", unit_scale=True, disable=not shows(progress)) as bar:
         for i, shard in enumerate(shards, 1):
             file = "model.safetensors" if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
             # One shard at a time, so that a conversion of dtype needs no copy of the whole model.

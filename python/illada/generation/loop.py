@@ -8,7 +8,6 @@ that waits takes its place.
 from __future__ import annotations
 
 import bisect
-import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from numbers import Integral
@@ -23,6 +22,7 @@ from illada.generation.cache import KeyValueCache
 from illada.generation.config import GenerationConfig, GenerationResult
 from illada.generation.request import Request
 from illada.model import MaskedDiffusionModel
+from illada.terminal import shows
 from illada.tokenizer import Continuation, Tokenizer, affixes, begin_with
 
 
@@ -86,7 +86,7 @@ def generate(
     active: list[Request] = []
     results: list[GenerationResult | None] = [None] * len(prompts)
     total = sum(sum(map(len, r.blocks)) for r in waiting)
-    bar = tqdm(total=total, unit=" tokens", disable=not (progress and sys.stderr.isatty()))
+    bar = tqdm(total=total, unit=" tokens", disable=not shows(progress))
     forwards = committed_total = 0
     with bar:
         while active or waiting:

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from illada._native import package_version
 from illada.checkpoint import load_weights, write_pretrained
 from illada.files import remove_directory, staged_directory
-from illada.folders import all_checkpoints, newest, state_file
+from illada.folders import all_checkpoints, load, newest, state_file
 from illada.model import MaskedDiffusionModel
 from illada.schema import Count, Finite, check_object
 from illada.text import read_json
@@ -112,26 +112,53 @@ def restore(path: Path, model: MaskedDiffusionModel, optimizer: torch.optim.Opti
     """
     weights = MaskedDiffusionModel(model.config, device="meta")
     load_weights(weights, path)
+    loaded = dict(weights.named_parameters())
+    moments = _read_moments(path, model)
+    for name, parameter in model.named_parameters():
+        with torch.no_grad():
+            parameter.copy_(loaded[name])
+        optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in moments[name].items()}
+
+
+def verify(path: Path, model: MaskedDiffusionModel) -> None:
+    """Load a checkpoint as a command does, tokenizer and all, and compare it with the model that was saved.
+
+    Weights and moments stay mapped to their files, so memory grows by the copies of the q, k and v weights alone.
+
+    Raises:
+        RuntimeError: it cannot be loaded, or holds something else.
+    """
+    trained = dict(model.named_parameters())
+    try:
+        loaded, _ = load(path)
+        for name, parameter in loaded.named_parameters():
+            # As bytes, since a NaN equals nothing.
+            if not torch.equal(parameter.view(torch.uint8), trained[name].detach().cpu().view(torch.uint8)):
+                raise ValueError(f"{name} is not what was trained")
+        _read_moments(path, model)
+    except Exception as error:
+        raise RuntimeError(f"{path} was saved, but cannot be loaded: {error}") from error
+
+
+def _read_moments(path: Path, model: MaskedDiffusionModel) -> dict[str, dict[str, torch.Tensor]]:
+    """AdamW's state by parameter name, mapped; errors as of `restore`."""
     file = path / "optimizer.safetensors"
     try:
         moments = load_file(file)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} is damaged or missing: {error}") from None
-    loaded = dict(weights.named_parameters())
+    found = {}
     for name, parameter in model.named_parameters():
-        with torch.no_grad():
-            parameter.copy_(loaded[name])
         state = {key: moments.pop(f"{name}/{key}", None) for key in ("step", "exp_avg", "exp_avg_sq")}
         if any(value is None for value in state.values()):
             raise ValueError(f"{file} lacks the state of {name}")
         for key, value in state.items():
             assert value is not None
             _check_moment(value, [] if key == "step" else list(parameter.shape), key, f"{file}: {name}/{key}")
-        optimizer.state[parameter] = {
-            key: value.to(parameter.device) for key, value in state.items() if value is not None
-        }
+        found[name] = {key: value for key, value in state.items() if value is not None}
     if moments:
         raise ValueError(f"{file} holds unexpected state: {', '.join(sorted(moments))}")
+    return found
 
 
 def _check_moment(value: torch.Tensor, shape: list[int], key: str, where: str) -> None:
