@@ -54,6 +54,36 @@ def test_generate(world):
     assert plain.startswith("one two" + records[0]["text"]) and "--- " in plain
 
 
+def test_generate_output(world, tmp_path, capsys, monkeypatch):
+    options = ["--prompt", "one \u00e9", "--gen-length", "8", "--block-length", "8", "--steps", "2"]
+    arguments = ["generate", str(world / "run"), *options]
+    assert cli.main(arguments) == 0
+    printed = capsys.readouterr().out
+    file, link = tmp_path / "new" / "text", tmp_path / "link"
+    link.symlink_to("new/text")
+    for target in (file, link):
+        assert cli.main([*arguments, "--output", str(target)]) == 0
+        out, error = capsys.readouterr()
+        assert out == "" and f"written to {target}" in error
+        assert file.read_text(encoding="utf-8") == printed and link.is_symlink()
+    assert cli.main([*arguments, "--json", "--output", str(file)]) == 0
+    (line,) = file.read_text(encoding="utf-8").splitlines()
+    assert json.loads(line)["prompt"] == "one \u00e9" and "\u00e9" in line
+    assert cli.main([*arguments, "--output", "/dev/null"]) == 0 and not os.path.isfile("/dev/null")
+    capsys.readouterr()
+
+    def full(source, target):
+        raise OSError("no space")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("illada.files.os.replace", full)
+        assert cli.main([*arguments, "--output", str(file)]) == 2
+    assert capsys.readouterr().out == printed  # it took its time
+    assert file.read_text(encoding="utf-8").splitlines() == [line]
+    assert [path.name for path in file.parent.iterdir()] == ["text"]
+    assert cli.main([*arguments, "--output", str(tmp_path)]) == 2 and "is a folder" in capsys.readouterr().err
+
+
 def test_score(world):
     pair = ("--context", "one two", "--candidate", " three four", "--candidate", " two one zzz")
     status, out, err = run("score", world / "run", *pair, "--json")

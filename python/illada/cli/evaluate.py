@@ -157,8 +157,7 @@ def _journal(options: argparse.Namespace) -> Path | None:
         if options.resume:
             raise ValueError("--resume needs --output, the file whose evaluation was interrupted")
         return None
-    if Path(options.output).is_dir():
-        raise ValueError(f"--output must be a file, {options.output} is a folder")
+    sampling.check_output(options.output)
     if is_stream(options.output):
         if options.resume or options.log_samples:
             raise ValueError(

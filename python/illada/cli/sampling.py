@@ -7,7 +7,7 @@ import dataclasses
 import json
 import os
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from illada import folders
 from illada.text import decode_text, read_lines
@@ -151,10 +151,16 @@ def _read_stdin() -> str:
     return sys.stdin.read() if buffer is None else decode_text(buffer.read(), "standard input")
 
 
-def print_json(record: dict[str, Any]) -> None:
+def check_output(file: str | None) -> None:
+    """ValueError: --output is a folder."""
+    if file is not None and os.path.isdir(file):
+        raise ValueError(f"--output must be a file, {file} is a folder")
+
+
+def print_json(record: dict[str, Any], file: TextIO | None = None) -> None:
     """One line of JSON. Where the output is not Unicode, what it lacks is escaped as JSON escapes it."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    print(json.dumps(record, ensure_ascii=not encoding.lower().startswith("utf")))
+    encoding = getattr(file or sys.stdout, "encoding", None) or "utf-8"
+    print(json.dumps(record, ensure_ascii=not encoding.lower().startswith("utf")), file=file)
 
 
 def make_config(options: argparse.Namespace, tokenizer: Tokenizer, model: ModelConfig) -> GenerationConfig:
