@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -293,6 +295,38 @@ def test_user_errors_are_one_line(world, capsys, monkeypatch):
         cli.main(["train", "none.toml"])
     with pytest.raises(SystemExit):
         cli.main(["info", "--what"])
+
+
+@pytest.mark.parametrize("when", ["illada.cli", "json", "exit"])
+def test_ctrl_c_while_modules_are_imported_and_at_the_exit(when):
+    code = (
+        "import atexit, os, signal, sys\ndef strike():\n    os.kill(os.getpid(), signal.SIGINT)\n"
+        "class Finder:\n    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name == {when!r}:\n            strike()\n"
+        "from illada.__main__ import main\nsys.meta_path.insert(0, Finder())\n"
+        f"if {when!r} == 'exit':\n    atexit.register(strike)\nsys.exit(main())"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "--version"], capture_output=True, text=True)
+    assert done.returncode in (-signal.SIGINT, 130) and done.stderr == ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_in_finalizers_are_not_lost(monkeypatch, capsys, number):
+    """Python drops what is raised there; imports are full of such callbacks."""
+
+    class Final:
+        def __del__(self):
+            signal.raise_signal(number)
+
+    def run(options):
+        Final()
+        for _ in range(1000):
+            time.sleep(0.01)
+        return 0
+
+    monkeypatch.setattr(cli.info, "_run", run)
+    assert cli.main(["info"]) == 128 + number
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_an_error_that_nobody_expected_is_one_line(monkeypatch, capsys):

@@ -58,14 +58,24 @@ def _signals_as_exceptions() -> Iterator[None]:
     def end(number: int, frame: object) -> None:
         raise _Ended(number)
 
-    before = {}
+    def unraisable(lost: sys.UnraisableHookArgs) -> None:
+        # An exception in a finalizer or a weakref's callback, as every import has them, is dropped: send it again.
+        if isinstance(lost.exc_value, KeyboardInterrupt | _Ended):
+            number = lost.exc_value.number if isinstance(lost.exc_value, _Ended) else signal.SIGINT
+            threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
+        else:
+            hook(lost)
+
+    before, hook = {}, sys.unraisablehook
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) == signal.SIG_DFL:  # not nohup's
                 before[number] = signal.signal(number, end)
+    sys.unraisablehook = unraisable
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
 
