@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import torch
 
-if TYPE_CHECKING:
-    import torch
+from illada.devices import find_device
 
 
 def parse_dtype(name: str | None) -> torch.dtype | None:
     """The torch dtype of --dtype; None stays None."""
-    import torch
-
     dtypes = {text: getattr(torch, text) for text in ("bfloat16", "float16", "float32")}
     if name not in (None, *dtypes):
         raise ValueError(f"--dtype must be {', '.join(dtypes)}, got {name!r}")
@@ -20,8 +17,6 @@ def parse_dtype(name: str | None) -> torch.dtype | None:
 
 def parse_device(name: str | None) -> torch.device:
     """The torch device of --device, default the CPU; ValueError: no such kind, or a GPU that is not here."""
-    from illada.devices import find_device
-
     device = find_device(name or "cpu", "--device")
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device must be cpu or cuda (cuda:0, ...), got {name!r}")

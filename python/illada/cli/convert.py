@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from illada.cli.signals import importing
 from illada.files import folder_to_write, recover
 from illada.folders import find_checkpoint
 
@@ -43,9 +44,10 @@ def _run(options: argparse.Namespace) -> int:
     shard_bytes = parse_size(options.max_shard_size)
     _check_target(Path(options.target), options.overwrite)
     source = find_checkpoint(options.source)
-    from illada.checkpoint import convert_checkpoint
-    from illada.cli.checkpoints import parse_dtype
-    from illada.layouts import LAYOUTS
+    with importing():
+        from illada.checkpoint import convert_checkpoint
+        from illada.cli.checkpoints import parse_dtype
+        from illada.layouts import LAYOUTS
 
     if options.model_type not in (None, *LAYOUTS):
         raise ValueError(f"--model-type must be {', '.join(LAYOUTS)}, got {options.model_type!r}")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from illada.cli import sampling
+from illada.cli.signals import importing
 from illada.files import is_stream, write_text
 
 #: Arguments of the model that have options of their own.
@@ -73,8 +74,9 @@ def _run(options: argparse.Namespace) -> int:
         if not Path(folder).is_dir():
             raise FileNotFoundError(f"--include-path: {folder} is not a folder; make one with illada prepare --tasks")
     journal = _journal(options)
-    from illada.cli.checkpoints import parse_device
-    from illada.integrations.presets import settings_of
+    with importing():
+        from illada.cli.checkpoints import parse_device
+        from illada.integrations.presets import settings_of
 
     parse_device(options.device)  # each process of several takes its own GPU
     groups: dict[str, tuple[Any, list[str]]] = {}  # tasks with the same settings run together
@@ -82,15 +84,18 @@ def _run(options: argparse.Namespace) -> int:
         settings = settings_of(options.preset, name)
         groups.setdefault(repr(settings), (settings, []))[1].append(name)
     try:
-        import lm_eval  # noqa: F401
+        with importing():
+            import lm_eval  # noqa: F401
     except ImportError as error:
         raise ImportError(f"illada eval needs lm-evaluation-harness: pip install 'illada[eval]' ({error})") from None
-    from illada.integrations.chance import chance_of, describe_chance
-    from illada.integrations.lm_eval import IlladaLM, quiet_logs
+    with importing():
+        from illada.integrations.chance import chance_of, describe_chance
+        from illada.integrations.lm_eval import IlladaLM, quiet_logs
 
     with quiet_logs():
-        from lm_eval import simple_evaluate
-        from lm_eval.utils import make_table, simple_parse_args_string
+        with importing():
+            from lm_eval import simple_evaluate
+            from lm_eval.utils import make_table, simple_parse_args_string
 
         limit = options.limit if options.limit is None or options.limit < 1 else int(options.limit)
         manager = _task_manager(names, options.include_path)

@@ -7,6 +7,8 @@ import json
 import platform
 from typing import Any
 
+from illada.cli.signals import importing
+
 
 def add_parser(commands: Any) -> None:
     """Add the command to the `illada` parser."""
@@ -51,7 +53,8 @@ def _facts() -> dict[str, Any]:
         facts["cuda variants"] = _variants()
     except ImportError as error:
         facts["native module"] = str(error).splitlines()[0]
-    import torch
+    with importing():
+        import torch
 
     facts["torch"] = torch.__version__
     facts["threads"] = torch.get_num_threads()

@@ -10,6 +10,7 @@ import sys
 from typing import TYPE_CHECKING, Any, TextIO
 
 from illada import folders
+from illada.cli.signals import importing
 from illada.text import decode_text, read_lines
 
 if TYPE_CHECKING:
@@ -106,7 +107,9 @@ def check_paths(options: argparse.Namespace) -> None:
 def load(options: argparse.Namespace) -> tuple[Any, Tokenizer]:
     """(model, tokenizer) of `add_model_options`."""
     check_paths(options)
-    from illada.cli.checkpoints import parse_device, parse_dtype
+    with importing():
+        import illada.checkpoint  # noqa: F401 (with the native modules that loading needs)
+        from illada.cli.checkpoints import parse_device, parse_dtype
 
     device, dtype = parse_device(options.device), parse_dtype(options.dtype)
     return folders.load(

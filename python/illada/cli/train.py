@@ -9,6 +9,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+from illada.cli.signals import importing
 from illada.folders import state_file
 
 
@@ -36,8 +37,9 @@ def _run(options: argparse.Namespace) -> int:
         raise ValueError(f"unknown argument {wrong[0]!r}; settings look like --section.key=value")
     if options.config is None and not options.print_config:
         raise ValueError("train needs a configuration file; `illada train --print-config > my.toml` writes a template")
-    from illada.data import TokenDataset
-    from illada.train import load_config
+    with importing():
+        from illada.data import TokenDataset
+        from illada.train import load_config
 
     config = load_config(options.config, options.overrides)
     if options.print_config:
@@ -46,7 +48,8 @@ def _run(options: argparse.Namespace) -> int:
     TokenDataset(config.data.path)  # the errors of paths come before torch, which takes seconds to load
     if options.resume not in ("auto", "never"):
         state_file(Path(options.resume))
-    from illada.train import train
+    with importing():
+        from illada.train import train
 
     received: list[int] = []
 
