@@ -6,13 +6,12 @@ import contextlib
 import glob
 import hashlib
 import json
-import os
 import weakref
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from illada.files import locked
+from illada.files import append, locked
 from illada.text import parse_json
 
 if TYPE_CHECKING:
@@ -65,12 +64,7 @@ class Journal:
         if self.path is None:
             return
         lines = "".join(json.dumps({"key": key, "result": result}) + "\n" for key, result in new)
-        with self.path.open("a+b") as file:
-            if file.tell() and not _ends_with_newline(file):
-                lines = "\n" + lines
-            file.write(lines.encode())
-            file.flush()
-            os.fsync(file.fileno())
+        append(self.path, lines)
 
 
 def journal_files(path: str | Path) -> list[Path]:
@@ -78,11 +72,6 @@ def journal_files(path: str | Path) -> list[Path]:
     path = Path(path)
     ranks = sorted(path.parent.glob(f"{glob.escape(path.name)}.rank*")) if path.parent.is_dir() else []
     return [file for file in (path, *ranks) if file.is_file()]
-
-
-def _ends_with_newline(file: Any) -> bool:
-    file.seek(-1, os.SEEK_END)
-    return file.read(1) == b"\n"
 
 
 def request_key(*parts: Any) -> str:
