@@ -5,6 +5,7 @@ import json
 import os
 import resource
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -68,7 +69,16 @@ def command(root, name):
         options = ["--prompt", "one", "--gen-length", "8", "--block-length", "8", "--steps", "2", "--json"]
         return ["generate", str(root / "copy"), *options, "--output", str(root / "text.json")], root / ".text.json"
     pytest.importorskip("lm_eval")
-    tasks = ["--tasks", "cloze", "--include-path", str(root / "tasks"), "--model-args", "chunk_size=1"]
+    tasks = [
+        "--tasks",
+        "cloze",
+        "--include-path",
+        str(root / "tasks"),
+        "--model-args",
+        "chunk_size=1,llh=mc,mc_num=1",
+        "--limit",
+        "3",
+    ]
     return ["eval", str(root / "copy"), *tasks, "--output", str(root / "result.json"), "--resume"], root / "result.json"
 
 
@@ -146,6 +156,32 @@ def test_kills_while_writing(world, name, where, capsys):
         files.recover(world / ("corpus" if name == "prepare" else "copy"))
     check(world, name)
     finish(world, name, capsys)
+
+
+def test_modes_of_all_that_is_written_follow_the_umask(world):
+    """Of every command, which all write below this folder."""
+    before = os.umask(0o027)
+    try:
+        out = world / "modes"
+        arguments = {name: command(world, name)[0] for name in COMMANDS}
+        arguments["prepare"][4] = str(out / "corpus")
+        arguments["convert"][2] = str(out / "copy")
+        for name, file in (("generate", "text.json"), ("eval", "result.json")):
+            at = arguments[name].index("--output") + 1
+            arguments[name][at] = str(out / file)
+        arguments["eval"].append("--log-samples")
+        tasks = ["prepare", "--out", str(out / "corpus"), "--tasks", "cloze", "--questions", "20"]
+        training = ["train", str(world / "run.toml"), f"--train.out_dir={out}/run"]
+        for one in (*arguments.values(), tasks, training):
+            assert cli.main(one) == 0
+    finally:
+        os.umask(before)
+    found = {path: stat.S_IMODE(path.stat().st_mode) for path in out.rglob("*")}
+    names = {path.name for path in found}
+    assert {"model.safetensors", "optimizer.safetensors", "metrics.jsonl", "config.toml", "train.bin", "cloze.jsonl",
+            "tokenizer.json", "text.json", "result.json", "result.cloze.jsonl"} <= names, names  # fmt: skip
+    wrong = {str(path): oct(mode) for path, mode in found.items() if mode != (0o750 if path.is_dir() else 0o640)}
+    assert not wrong
 
 
 def train(root, name, *settings, **kwargs):

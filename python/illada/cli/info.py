@@ -42,6 +42,9 @@ def _facts() -> dict[str, Any]:
     """What is installed and what was built; missing parts are said, not raised."""
     import illada
 
+    with importing():
+        import torch
+
     facts: dict[str, Any] = {"illada": illada.__version__, "python": platform.python_version()}
     try:
         build = illada.build_info()
@@ -53,9 +56,6 @@ def _facts() -> dict[str, Any]:
         facts["cuda variants"] = _variants()
     except ImportError as error:
         facts["native module"] = str(error).splitlines()[0]
-    with importing():
-        import torch
-
     facts["torch"] = torch.__version__
     facts["threads"] = torch.get_num_threads()
     facts["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
