@@ -1,6 +1,8 @@
 # Everything a checkout can do, in a virtual environment of its own. Needs python3 (3.11 or newer) and a C++ compiler.
 #   make demo    prepare text, train a tiny model, generate: about 6 minutes on two cores
 #   make test    the fast tests;  make test-slow: the others;  make bench: the benchmarks
+#   make test-build  builds with each compiler, CMake and Python that is here (tests/test_builds.py): 5 to 15 minutes
+#   make fuzz    20,000 damaged files, EXAMPLES=N another number: half an hour on a core; what fails is left in .cache/fuzz
 # CUDA kernels are built where this environment's torch finds a GPU for them; ILLADA_CUDA=on builds them all the same, off
 # never, and make remembers which. VENV=/path keeps the environment elsewhere. No path is used unquoted: folders may have spaces in their names.
 # With an nvcc (CUDA 12.3 or newer), no GPU needed:
@@ -29,6 +31,7 @@ export ILLADA_CUTLASS_DIR := $(CURDIR)/$(CUTLASS)
 endif
 endif
 FETCH = $(if $(HEADERS),$(MAKE) --no-print-directory "$(CUTLASS)" || exit 1,:)
+EXAMPLES ?= 20000
 MODES ?= eager lazy
 CHECKS ?= race,proxy
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -36,15 +39,21 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 SOURCES := $(shell find build_backend csrc cmake python -type f -not -name '*.so' -not -name 'ptxas*' -not -path '*__pycache__*' 2>/dev/null | grep -v ' ') \
 	CMakeLists.txt CMakePresets.json setup.py pyproject.toml
 
-.PHONY: demo test test-slow test-cuda test-gpu test-simulator predict dry-run ptxas lint format bench clean install
+.PHONY: demo test test-slow test-build fuzz test-cuda test-gpu test-simulator predict dry-run ptxas lint format bench clean \
+	install
 
 install: .cache/installed
 
-.cache/requirements: requirements-dev.txt requirements-common.txt
+.cache/requirements-run: requirements-run.txt requirements-common.txt
 	@mkdir -p .cache
 	test -x "$(BIN)/python" || "$(PYTHON)" -m venv "$(VENV)"
-	@echo "make: installing requirements-dev.txt (torch and what lints and tests) into $(VENV): a minute, and the download." \
+	@echo "make: installing requirements-run.txt (torch and what the package needs) into $(VENV): a minute, and the download." \
 	  "VENV=/path names an environment that has them"
+	"$(BIN)/python" -m pip install --quiet --requirement requirements-run.txt
+	@touch $@
+
+.cache/requirements-dev: .cache/requirements-run requirements-dev.txt
+	@echo "make: adding requirements-dev.txt (what lints, tests and evaluates) to $(VENV)"
 	"$(BIN)/python" -m pip install --quiet --requirement requirements-dev.txt
 	@touch $@
 
@@ -67,7 +76,7 @@ $(CUTLASS):
 
 FORCE:
 
-.cache/installed: .cache/requirements .cache/asked $(SOURCES)
+.cache/installed: .cache/requirements-run .cache/asked $(SOURCES)
 	@cuda="$$(cat .cache/asked)"; \
 	if [ -z "$$cuda" ]; then \
 	  cuda=off; \
@@ -97,7 +106,7 @@ CUDA_BUILD = PATH="$$(cd "$(BIN_CUDA)" && pwd):$$PATH" ILLADA_BUILD_DIR="$(CURDI
 
 .cache/installed-gpu: .cache/requirements-cuda $(HEADERS) $(SOURCES)
 	@rm -f .cache/installed-simulator
-	ILLADA_CUDA=on $(call CUDA_BUILD,gpu)
+	ILLADA_CUDA=on CMAKE_ARGS="-DILLADA_NVCC_FLAGS=-lineinfo" $(call CUDA_BUILD,gpu)
 	@touch $@
 
 # The preset says all of the build; a variable from outside would outweigh it.
@@ -106,16 +115,24 @@ CUDA_BUILD = PATH="$$(cd "$(BIN_CUDA)" && pwd):$$PATH" ILLADA_BUILD_DIR="$(CURDI
 	unset ILLADA_CUDA ILLADA_CUDA_ARCHS ILLADA_CUDART; CMAKE_ARGS="--preset sim" $(call CUDA_BUILD,sim)
 	@touch $@
 
+# Passive: threads that wait sleep. Where others use the CPUs, those that spin make a step many times slower.
 demo:
 	@mkdir -p .cache && date +%s > .cache/demo-began
 	@$(MAKE) --no-print-directory install
+	OMP_WAIT_POLICY="$${OMP_WAIT_POLICY:-passive}" \
 	"$(BIN)/python" examples/demo.py --out runs/demo --began "$$(cat .cache/demo-began)"
 
-test: install
+test: .cache/requirements-dev install
 	"$(BIN)/python" -m pytest -q
 
-test-slow: install
+test-slow: .cache/requirements-dev install
 	"$(BIN)/python" -m pytest -q -m slow
+
+test-build: .cache/requirements-dev install
+	"$(BIN)/python" -m pytest -q -m "slow or builds" tests/test_builds.py $(ARGS)
+
+fuzz: .cache/requirements-dev install
+	ILLADA_FUZZ="$(EXAMPLES)" "$(BIN)/python" -m pytest -q -m slow -rA --tb=no --show-capture=stdout tests/fuzz $(ARGS)
 
 test-cuda:
 	@command -v "$${CUDACXX:-nvcc}" >/dev/null || { \
@@ -147,18 +164,19 @@ dry-run: .cache/installed-simulator
 ptxas: $(HEADERS)
 	"$(PYTHON)" cmake/ptxas.py $(if $(UPDATE),--update) $(ARGS)
 
-lint: .cache/requirements
+lint: .cache/requirements-dev $(HEADERS)
 	"$(BIN)/ruff" check .
 	"$(BIN)/ruff" format --check .
 	find csrc examples tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs "$(BIN)/clang-format" --dry-run --Werror
 	"$(BIN)/mypy"
+	"$(BIN)/python" cmake/tidy.py
 
-format: .cache/requirements
+format: .cache/requirements-dev
 	"$(BIN)/ruff" check --fix .
 	"$(BIN)/ruff" format .
 	find csrc examples tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs "$(BIN)/clang-format" -i
 
-bench: install
+bench: .cache/requirements-dev install
 	@mkdir -p runs/bench
 	"$(BIN)/python" -m benchmarks remask --json runs/bench/remask.jsonl --plot runs/bench/remask.png
 	"$(BIN)/python" -m benchmarks attention --json runs/bench/attention.jsonl --plot runs/bench/attention.png

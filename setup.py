@@ -18,6 +18,10 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "build_backend"))
+from illada_nvcc import find_nvcc  # noqa: E402
+
 OLDEST_SETUPTOOLS = 77  # as in pyproject.toml, whose license fields older ones refuse or misread
 
 # With pip's isolation it is always new enough.
@@ -29,13 +33,13 @@ if int(setuptools.__version__.split(".")[0]) < OLDEST_SETUPTOOLS:
         "or build without --no-build-isolation."
     )
 
-ROOT = Path(__file__).resolve().parent
-CGROUP = Path("/sys/fs/cgroup")
+PYTHON = f"{sys.implementation.cache_tag}{sys.abiflags}"
+CGROUP, PROC_CGROUP, TERMINAL = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"), Path("/dev/tty")
 OPTIONS = ("ILLADA_CUDA", "ILLADA_CUDA_ARCHS", "ILLADA_CUDART", "ILLADA_CUTLASS_DOWNLOAD")
-# What CMake reads when a cache is new, and never again.
+# What CMake reads when a cache is new and never again, and what decides for which GPUs kernels are built.
 FIRST_CONFIGURE = (
     *("CC", "CXX", "CXXFLAGS", "CPPFLAGS", "LDFLAGS", "CUDACXX", "CUDAHOSTCXX", "CUDAFLAGS", "CUDA_HOME", "CUDA_PATH"),
-    *("CUDAARCHS", "CMAKE_GENERATOR", "CMAKE_ARGS", "CMAKE_PREFIX_PATH"),
+    *("CUDAARCHS", "TORCH_CUDA_ARCH_LIST", "CMAKE_GENERATOR", "CMAKE_ARGS", "CMAKE_PREFIX_PATH"),
 )
 
 
@@ -55,36 +59,40 @@ class CMakeBuild(build_ext):
         import pybind11
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build_dir = Path(os.environ.get("ILLADA_BUILD_DIR") or Path(self.build_temp).resolve() / "cmake")
+        build_dir = build_folder(self.build_temp)
         build_dir.mkdir(parents=True, exist_ok=True)
-        forget_other_build(build_dir, build_choices())
+        nvcc = "" if os.environ.get("ILLADA_CUDA", "").lower() == "off" else find_nvcc(os.environ)
+        forget_other_build(build_dir, build_choices(nvcc))
         ninja = None if os.environ.get("CMAKE_GENERATOR") else shutil.which("ninja")
         configure = [
             "cmake",
             *("-S", str(ROOT), "-B", str(build_dir)),
             "-DCMAKE_BUILD_TYPE=Release",
+            "-DILLADA_PYTHON=ON",
             "-DILLADA_CUTLASS_DOWNLOAD=ON",
-            # Given at every configure, so that the cache remembers this build's and no earlier one's.
             f"-DILLADA_CUTLASS_DIR={os.environ.get('ILLADA_CUTLASS_DIR', '')}",
+            # Those that are not set are left to a preset in CMAKE_ARGS; no cache keeps an earlier build's.
+            *(f"-D{name}={os.environ[name]}" for name in OPTIONS if os.environ.get(name)),
+            f"-DILLADA_NVCC_LAST={nvcc}",
             f"-DPython_EXECUTABLE={sys.executable}",
             # Given at every configure: a cache left by an earlier isolated build names tools that pip has deleted.
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             *(["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []),
-            *(f"-D{name}={os.environ[name]}" for name in OPTIONS if os.environ.get(name)),
         ]
         if ccache := shutil.which("ccache"):
             configure += [f"-DCMAKE_{language}_COMPILER_LAUNCHER={ccache}" for language in ("CXX", "CUDA")]
         configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))  # last: they outweigh what is above
-        self.run_cmake(configure, env=with_nvcc(dict(os.environ)))
+        self.run_cmake(configure)
+        show_warnings(build_dir / "illada-warnings.txt")
         self.run_cmake(["cmake", "--build", str(build_dir), "--parallel", str(job_count())])
         built = build_dir / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(built, target)  # not copy2: an older mtime would keep an editable install from being updated
 
-    def run_cmake(self, command: list[str], env: dict[str, str] | None = None) -> None:
+    def run_cmake(self, command: list[str]) -> None:
         self.announce(" ".join(command), level=2)
         try:
-            subprocess.run(command, check=True, env=env)
+            subprocess.run(command, check=True)
         except FileNotFoundError:
             raise SystemExit("illada: cmake was not found; `pip install cmake ninja` or a system package") from None
         except subprocess.CalledProcessError as error:
@@ -94,12 +102,22 @@ class CMakeBuild(build_ext):
             ) from None
 
 
-def build_choices() -> dict[str, str]:
+def build_folder(temporary: str) -> Path:
+    """CMake's: in setuptools' own, else in ILLADA_BUILD_DIR one for each kind of Python, which may share that."""
+    kept = os.environ.get("ILLADA_BUILD_DIR")
+    return Path(kept).resolve() / PYTHON if kept else Path(temporary).resolve() / "cmake"
+
+
+def build_choices(nvcc: str) -> dict[str, str]:
     """All that a cache of CMake keeps from its first configure, or that makes its files of no use."""
     choices = {name: os.environ.get(name, "") for name in (*OPTIONS, *FIRST_CONFIGURE)}
-    for compiler in ("c++", "g++", "nvcc"):
-        choices[f"{compiler} in PATH"] = shutil.which(compiler) or ""
-    return {**choices, "source": str(ROOT), "python": f"{sys.implementation.cache_tag} {sys.abiflags}"}
+    compilers = {name: os.environ.get(name) or usual for name, usual in (("CC", "cc"), ("CXX", "c++"))}
+    for name, command in {**compilers, "nvcc": nvcc, "CUDAHOSTCXX": os.environ.get("CUDAHOSTCXX") or "g++"}.items():
+        found = shutil.which(command) or shutil.which(command.partition(" ")[0])  # it may hold options
+        # Its time as well: another version may be at the same place.
+        choices[f"{name} is"] = f"{os.path.realpath(found)} of {os.stat(found).st_mtime_ns}" if found else ""
+    choices["ninja"] = str(bool(shutil.which("ninja")))  # whether, not which: its path is given at every configure
+    return {**choices, "source": str(ROOT), "python": PYTHON}
 
 
 def forget_other_build(build_dir: Path, choices: dict[str, str]) -> None:
@@ -111,20 +129,30 @@ def forget_other_build(build_dir: Path, choices: dict[str, str]) -> None:
         stamp.write_text(now)
 
 
-def with_nvcc(env: dict[str, str]) -> dict[str, str]:
-    """With CUDACXX, where CUDA_HOME alone says where an nvcc is: CMake does not read that."""
-    home = env.get("CUDA_HOME")
-    if home and not env.get("CUDACXX") and (nvcc := shutil.which("nvcc", path=str(Path(home) / "bin"))):
-        env["CUDACXX"] = nvcc
-    return env
+def show_warnings(file: Path) -> None:
+    """On the terminal: pip hides the output of a build that succeeds."""
+    text = file.read_text() if file.exists() else ""
+    if text and not sys.stderr.isatty():
+        try:
+            with open(TERMINAL, "w") as terminal:
+                terminal.write("\n" + text)
+        except OSError:  # there is none
+            pass
 
 
 def memory_limit() -> int:
-    """Bytes that this process may take: the machine's, or what a container (its cgroup, version 2 or 1) allows."""
+    """Bytes that this process may take: the machine's, or what its cgroup (version 2 or 1) or an outer one allows."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+    places = {CGROUP / "memory.max", CGROUP / "memory/memory.limit_in_bytes"}  # a container sees its own at the root
+    for line in PROC_CGROUP.read_text().splitlines() if PROC_CGROUP.exists() else []:
+        _, controllers, path = line.split(":", 2)
+        if controllers in ("", "memory"):
+            root, name = (CGROUP / controllers, "memory.limit_in_bytes" if controllers else "memory.max")
+            folder = root / path.strip("/")
+            places |= {inner / name for inner in (folder, *folder.parents) if inner.is_relative_to(root)}
+    for place in places:
         try:
-            memory = min(memory, int((CGROUP / name).read_text()))
+            memory = min(memory, int(place.read_text()))
         except (OSError, ValueError):  # absent, or "max"
             continue
     return memory

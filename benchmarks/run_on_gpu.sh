@@ -214,8 +214,8 @@ if [ -z "$dry$prebuilt" ]; then
   find "$work/source/python" -name '_C*.so' -delete
   began=$SECONDS
   left=$((deadline - SECONDS))
-  # INT, and a while later KILL: pip stops the compilers
-  if ! ILLADA_CUDA=on timeout --signal=INT --kill-after=10 "$((left > 1 ? left : 1))" "$python" -m pip install \
+  # INT, and a while later KILL: pip stops the compilers. Lines of source are for the sanitizer's reports.
+  if ! ILLADA_CUDA=on CMAKE_ARGS="-DILLADA_NVCC_FLAGS=-lineinfo ${CMAKE_ARGS:-}" timeout --signal=INT --kill-after=10 "$((left > 1 ? left : 1))" "$python" -m pip install \
     --no-build-isolation --no-deps --upgrade --target "$site" -v "$work/source" >"$out/build.log" 2>&1 </dev/null; then
     tail -n 30 "$out/build.log" >&2
     echo "run_on_gpu.sh: the build failed or ran out of time; all of its output: $out/build.log" >&2

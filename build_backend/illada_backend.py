@@ -1,8 +1,8 @@
-"""The build backend: setuptools, and one requirement that few machines have.
+"""The build backend: setuptools, and requirements that depend on the machine.
 
-CUDA kernels need the headers of CUTLASS. Where a machine has none, cmake/IlladaCutlass.cmake fetches the wheel
-nvidia-cutlass without its dependencies (scipy, cuda-python and more), which a requirement cannot leave out. So the
-requirement is pip, where neither pip nor uv is there to fetch it. A build for CPUs asks for nothing.
+CMake 3.22 and ninja are asked for where none that works is in PATH. CUDA kernels need the headers of CUTLASS. Where a
+machine has none, cmake/IlladaCutlass.cmake fetches the wheel nvidia-cutlass without its dependencies (scipy and more),
+which a requirement cannot leave out. So the requirement is pip, where neither pip nor uv is there to fetch it.
 """
 
 import importlib.util
@@ -13,8 +13,11 @@ import shutil
 import subprocess
 import sys
 
+from illada_nvcc import find_nvcc
 from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403
+
+OLDEST_CMAKE = (3, 22)
 
 
 def get_requires_for_build_wheel(config_settings=None):
@@ -27,6 +30,25 @@ def get_requires_for_build_editable(config_settings=None):
 
 def requires() -> list[str]:
     """What a build here needs beside pyproject.toml's list."""
+    cmake = [] if version("cmake") >= OLDEST_CMAKE else ["cmake>=" + ".".join(map(str, OLDEST_CMAKE))]
+    ninja = [] if os.environ.get("CMAKE_GENERATOR") or version("ninja") else ["ninja"]
+    return cmake + ninja + headers_need()
+
+
+def version(program: str) -> tuple[int, ...]:
+    """Of a program in PATH, such as (3, 25, 1); empty without one that works, as what pyenv puts there may not."""
+    if not shutil.which(program):
+        return ()
+    try:
+        said = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=60).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ()
+    found = re.search(r"(\d+)\.(\d+)\.(\d+)", said)
+    return tuple(map(int, found.groups())) if found else ()
+
+
+def headers_need() -> list[str]:
+    """What fetching the headers of CUTLASS needs, where they must be fetched."""
     if option("ILLADA_CUDA").lower() == "off" or not has_nvcc():
         return []
     if option("ILLADA_CUTLASS_DOWNLOAD").lower() in ("off", "0", "no", "false"):
@@ -44,13 +66,9 @@ def option(name: str) -> str:
 
 
 def has_nvcc() -> bool:
-    """Whether CMake would find one."""
-    nvcc = option("CMAKE_CUDA_COMPILER").strip() or os.environ.get("CUDACXX", "").strip() or "nvcc"
-    path = os.environ.get("PATH", "")
-    for name in ("CUDA_HOME", "CUDA_PATH"):
-        if os.environ.get(name):
-            path += os.pathsep + os.path.join(os.environ[name], "bin")
-    return any(shutil.which(name, path=path) for name in (nvcc, nvcc.split()[0]))  # CUDACXX may hold options
+    """Whether the build would find one."""
+    nvcc = option("CMAKE_CUDA_COMPILER").strip() or find_nvcc(os.environ)
+    return any(shutil.which(name) for name in (nvcc, *nvcc.split()[:1]))  # CUDACXX may hold options
 
 
 def can_fetch() -> bool:

@@ -1,6 +1,8 @@
 # For which GPUs kernels are built: a list of N-real (machine code) and N-virtual (PTX for later GPUs), held against what
 # the compiler knows. Nothing here needs a project: `cmake -P` can include this file, as tests/test_archs.py does.
 
+include("${CMAKE_CURRENT_LIST_DIR}/IlladaWarn.cmake")
+
 # Where nobody names any and no GPU is seen, as far as the compiler knows them. cmake/ptxas.py checks the same.
 set(ILLADA_DEFAULT_ARCHS 80-real 90a-real 100-real 120-real 90-virtual)
 set(ILLADA_OLDEST_ARCH 80) # cp.async, and mma.sync with bfloat16
@@ -79,8 +81,57 @@ function(illada_spell_archs result archs)
   set(${result} "${spelt}" PARENT_SCOPE)
 endfunction()
 
+# The list that this build is asked for, or nothing; `source` names the setting. ILLADA_CUDA_ARCHS is taken as it is. Where
+# it is empty, CMake's or torch's setting counts. That may be meant for other projects too: what has no kernels is left out.
+function(illada_wanted_archs result source)
+  set(${source} ILLADA_CUDA_ARCHS PARENT_SCOPE)
+  set(${result} "${ILLADA_CUDA_ARCHS}" PARENT_SCOPE)
+  if(ILLADA_CUDA_ARCHS)
+    return()
+  endif()
+  if(CMAKE_CUDA_ARCHITECTURES)
+    set(name CMAKE_CUDA_ARCHITECTURES)
+    set(value "${CMAKE_CUDA_ARCHITECTURES}")
+  elseif(NOT "$ENV{CUDAARCHS}" STREQUAL "")
+    set(name CUDAARCHS)
+    set(value "$ENV{CUDAARCHS}")
+  elseif(NOT "$ENV{TORCH_CUDA_ARCH_LIST}" STREQUAL "")
+    set(name TORCH_CUDA_ARCH_LIST)
+    set(value "$ENV{TORCH_CUDA_ARCH_LIST}")
+  else()
+    return()
+  endif()
+  set(found "")
+  string(REGEX REPLACE "[ ,;]+" ";" entries "${value}")
+  list(REMOVE_ITEM entries "")
+  foreach(entry IN LISTS entries)
+    if(entry MATCHES "^(native|all|all-major)$") # of CMake: the GPUs here, and all that we know
+      return()
+    elseif(entry MATCHES "^[0-9]+[af]?$") # of CMake: machine code and PTX
+      string(APPEND entry "+PTX")
+    endif()
+    illada_spell_archs(spelt "${entry}")
+    if(NOT spelt)
+      illada_warn("${name} holds \"${entry}\", which is left out: entries look like 8.0, 9.0a+PTX or 90-real. "
+        "ILLADA_CUDA_ARCHS outweighs ${name}.")
+    endif()
+    list(TRANSFORM spelt REPLACE "^90-real$" "90a-real")
+    list(APPEND found ${spelt})
+  endforeach()
+  list(FILTER found EXCLUDE REGEX "^[0-7]?[0-9][af]?-")
+  list(REMOVE_DUPLICATES found)
+  if(found)
+    message(STATUS "illada: ${name}=\"${value}\" is read as ${found}")
+  else()
+    illada_warn("${name}=\"${value}\" names no GPU of compute capability 8.0 or newer, so it is not used.")
+  endif()
+  set(${source} "${name}" PARENT_SCOPE)
+  set(${result} "${found}" PARENT_SCOPE)
+endfunction()
+
 # What is built: the list `wanted`, else the GPUs `detected`, else the default. An entry that the compiler does not know
-# becomes the newest PTX that it does know and that runs there; the driver compiles that when it is first used.
+# becomes the newest PTX that it does know and that runs there; the driver compiles that when it is first used. A further
+# argument names the setting that holds `wanted`.
 function(illada_choose_archs result wanted detected known version)
   list(REMOVE_ITEM wanted "")
   foreach(entry IN LISTS wanted)
@@ -100,6 +151,9 @@ function(illada_choose_archs result wanted detected known version)
     endif()
   endforeach()
   set(source "ILLADA_CUDA_ARCHS holds")
+  if(ARGN)
+    set(source "${ARGN} holds")
+  endif()
   set(archs "${wanted}")
   if(NOT archs)
     set(source "the GPUs of this machine ask for")
@@ -128,7 +182,7 @@ function(illada_choose_archs result wanted detected known version)
         message(FATAL_ERROR "illada: ${source} ${entry}, and CUDA ${version} knows neither it nor an older GPU from "
           "${ILLADA_OLDEST_ARCH} on")
       endif()
-      message(WARNING "illada: ${source} ${entry}, which CUDA ${version} does not know. ${newest}-virtual takes its place: "
+      illada_warn("${source} ${entry}, which CUDA ${version} does not know. ${newest}-virtual takes its place: "
         "PTX, which the driver compiles at the first use. A newer CUDA by CUDACXX builds machine code.")
       set(entry "${newest}-virtual")
     endif()

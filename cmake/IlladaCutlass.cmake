@@ -7,6 +7,8 @@
 #
 # One that is too old is an error, not a reason to look further: a build takes what its machine says, or nothing.
 
+include("${CMAKE_CURRENT_LIST_DIR}/IlladaWarn.cmake")
+
 set(ILLADA_CUTLASS_OLDEST 4.0)
 set(ILLADA_CUTLASS_UNTESTED 5)
 string(CONCAT ILLADA_CUTLASS_WAYS "Any of these helps:\n"
@@ -167,7 +169,7 @@ function(illada_find_cutlass result python)
       "${ILLADA_CUTLASS_WAYS}")
   endif()
   if(version VERSION_GREATER_EQUAL ILLADA_CUTLASS_UNTESTED)
-    message(WARNING "illada: CUTLASS ${version} was found in ${include}; the kernels were tested with versions below "
+    illada_warn("CUTLASS ${version} was found in ${include}; the kernels were tested with versions below "
       "${ILLADA_CUTLASS_UNTESTED}. If they do not compile, ILLADA_CUTLASS_DIR names another.")
   endif()
   message(STATUS "illada: CUTLASS ${version} in ${include}")

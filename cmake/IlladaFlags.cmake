@@ -1,8 +1,10 @@
 # Warnings, OpenMP, and one copy of the row kernels per instruction set.
 
-find_package(OpenMP COMPONENTS CXX)
+include("${CMAKE_CURRENT_LIST_DIR}/IlladaWarn.cmake")
+
+find_package(OpenMP QUIET COMPONENTS CXX)
 if(NOT OpenMP_CXX_FOUND)
-  message(WARNING "illada: this compiler has no OpenMP, the CPU ops will use one thread")
+  illada_warn("this compiler has no OpenMP, the CPU ops will use one thread")
 endif()
 
 function(illada_set_flags target)

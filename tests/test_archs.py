@@ -31,10 +31,12 @@ cmake_minimum_required(VERSION 3.22)
 include("${MODULE}")
 illada_known_archs(known "${NVCC}" "${VERSION}")
 set(detected "")
-if(NOT WANTED)
+set(ILLADA_CUDA_ARCHS "${WANTED}")
+illada_wanted_archs(wanted by)
+if(NOT wanted)
   illada_detect_gpus(detected)
 endif()
-illada_choose_archs(chosen "${WANTED}" "${detected}" "${known}" "${VERSION}")
+illada_choose_archs(chosen "${wanted}" "${detected}" "${known}" "${VERSION}" ${by})
 message(STATUS "default: ${ILLADA_DEFAULT_ARCHS}")
 message(STATUS "known: ${known}")
 message(STATUS "chosen: ${chosen}")
@@ -44,7 +46,7 @@ message(STATUS "chosen: ${chosen}")
 class Run:
     """`cmake -P` with a toolkit and a list; `lines` is what it says, each sentence in one line."""
 
-    def __init__(self, folder: Path, version="13.0", wanted="", gpus=(), listed=None, nvcc_fails=False):
+    def __init__(self, folder: Path, version="13.0", wanted="", gpus=(), listed=None, nvcc_fails=False, **settings):
         listed = LISTED[version].split() if listed is None else listed
         programs = {
             "nvcc": f'[ "$1" = --list-gpu-code ] || exit 3\nprintf "sm_%s\\n" {" ".join(listed)}\n'
@@ -59,9 +61,12 @@ class Run:
             (folder / name).chmod(0o755)
         (folder / "script.cmake").write_text(SCRIPT)
         options = {"MODULE": ARCHS, "NVCC": folder / "nvcc", "VERSION": version, "WANTED": wanted}
+        if "CMAKE_CUDA_ARCHITECTURES" in settings:
+            options["CMAKE_CUDA_ARCHITECTURES"] = settings.pop("CMAKE_CUDA_ARCHITECTURES")
+        clean = {name: value for name, value in os.environ.items() if name not in ("CUDAARCHS", "TORCH_CUDA_ARCH_LIST")}
         done = subprocess.run(
             [CMAKE, *(f"-D{name}={value}" for name, value in options.items()), "-P", str(folder / "script.cmake")],
-            env={**os.environ, "PATH": f"{folder}{os.pathsep}{PATH}"}, capture_output=True, text=True,
+            env={**clean, "PATH": f"{folder}{os.pathsep}{PATH}", **settings}, capture_output=True, text=True,
         )  # fmt: skip
         self.works = done.returncode == 0
         self.lists = {name: x.split(";") for name, x in re.findall(r"-- (\w+): (.*)", done.stdout)}
@@ -186,6 +191,31 @@ def test_other_spellings_are_refused_with_the_right_one(wanted, entry, spelt, tm
 def test_what_means_nothing_is_refused(wanted, tmp_path):
     run = Run(tmp_path, wanted=wanted)
     assert not run.works and "entries look like 80-real" in run.said and "Write" not in run.said
+
+
+TORCH, CUDAARCHS, CMAKE_VARIABLE = "TORCH_CUDA_ARCH_LIST", "CUDAARCHS", "CMAKE_CUDA_ARCHITECTURES"
+
+
+@pytest.mark.parametrize(
+    "settings, chosen, said",
+    [
+        ({TORCH: "8.0;9.0a+PTX"}, "80-real;90a-real;90-virtual", ""),
+        ({TORCH: "7.0 7.5 8.0 8.6 9.0 12.0+PTX"}, "80-real;86-real;90a-real;120-real;120-virtual", ""),
+        ({TORCH: "8.0 Hopper"}, "80-real", 'TORCH_CUDA_ARCH_LIST holds "Hopper", which is left out'),
+        ({TORCH: "7.5", "gpus": ["8.6"]}, "86-real", 'TORCH_CUDA_ARCH_LIST="7.5" names no GPU'),
+        ({TORCH: "8.0 13.0"}, "80-real;121-virtual", "TORCH_CUDA_ARCH_LIST holds 130-real, which CUDA 13.0 does not"),
+        ({CUDAARCHS: "80-real;90"}, "80-real;90a-real;90-virtual", ""),
+        ({CMAKE_VARIABLE: "90-real;89-virtual"}, "90a-real;89-virtual", ""),
+        ({CMAKE_VARIABLE: "native", "gpus": ["8.6"]}, "86-real", ""),
+        ({CMAKE_VARIABLE: "OFF", TORCH: "8.9"}, "89-real", ""),
+        ({CMAKE_VARIABLE: "80-real", CUDAARCHS: "86-real", TORCH: "8.9"}, "80-real", ""),
+        ({CMAKE_VARIABLE: "80-real", TORCH: "8.9", "wanted": "100-real"}, "100-real", ""),
+    ],
+)
+def test_settings_of_cmake_and_torch(settings, chosen, said, tmp_path):
+    """ILLADA_CUDA_ARCHS comes first, then these; what they ask for and has no kernels is left out."""
+    run = Run(tmp_path, **settings)
+    assert run.chosen == chosen and said in run.said and bool(said) == bool(run.said)
 
 
 def test_gpus_that_are_too_old(tmp_path):

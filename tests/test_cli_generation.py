@@ -15,6 +15,7 @@ from illada.cli.sampling import parse_token_ids
 from illada.config import ModelConfig
 from illada.data import train_tokenizer
 from illada.folders import load
+from illada.generation.stopping import settled_text
 from illada.model import MaskedDiffusionModel
 from illada.score import encode_pair
 
@@ -356,7 +357,7 @@ def test_chat_holds_back_what_may_begin_a_stop_string(capsys, path, monkeypatch)
         ("one EN", ("END",), "one "), ("one E", ("END", "NEVER"), "one "), ("one END", ("END",), "one END"),
         ("one", (), "one"), ("a\ufffd", (), "a"), ("xx", ("xxx",), ""),
     ):  # fmt: skip
-        assert chat._settled(text, stops) == shown
+        assert settled_text(text, stops) == shown
     options = ("chat", path, "--gen-length", 16, "--block-length", 1, "--steps", 1)
     monkeypatch.setattr("sys.stdin", piped(b"import os\n"))
     whole = run(capsys, *options)[1].removesuffix("\n")

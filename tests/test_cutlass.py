@@ -350,6 +350,9 @@ def test_when_the_makefile_fetches(tmp_path):
 def backend(monkeypatch, tmp_path):
     """The backend's module, on a machine with an nvcc and without pip, uv or headers."""
     pytest.importorskip("setuptools.build_meta")
+    monkeypatch.syspath_prepend(BACKEND.parent)
+    monkeypatch.setattr("illada_nvcc.USUAL", "/nonexistent")
+    monkeypatch.setattr("illada_nvcc.wheel_nvcc", lambda environ: "")
     spec = importlib.util.spec_from_file_location("illada_backend", BACKEND)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -359,6 +362,7 @@ def backend(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     monkeypatch.setattr(sys, "executable", str(make_program(tmp_path / "python", "exit 1")))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(module, "version", lambda program: (9, 9, 9))  # of cmake and ninja
     for hook in ("get_requires_for_build_wheel", "get_requires_for_build_editable"):
         monkeypatch.setattr(module.build_meta, hook, lambda settings: [])
     return module
@@ -398,6 +402,7 @@ def test_nothing_is_asked_for_otherwise(backend, monkeypatch, environment):
         {"CMAKE_ARGS": "-DILLADA_CUDA_ARCHS=80-real"},
         {"CUDACXX": "nvcc -ccbin g++", "PATH": "{bin}"},
         {"CUDACXX": "{bin}/nvcc", "PATH": "/nowhere"},
+        {"CUDA_HOME": "{bin}/..", "PATH": "/nowhere"},
         {"CUDA_PATH": "{bin}/..", "PATH": "/nowhere"},
         {"CMAKE_ARGS": "-DCMAKE_CUDA_COMPILER={bin}/nvcc", "PATH": "/nowhere"},
     ],

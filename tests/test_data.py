@@ -274,6 +274,7 @@ def test_damaged_and_foreign_corpora(texts, tmp_path):
     broken(r"corpus\.json is not JSON", corpus_json=b"[1")
     broken(r"corpus\.json is a Git LFS pointer", corpus_json=b"version https://git-lfs.github.com/spec/v1\n")
     broken("has format version 9, this is 1", corpus_json=json.dumps({**header, "version": 9}).encode())
+    broken("has format version None, this is 1", corpus_json=b'{"format": "illada-corpus"}')
     broken("is not the tokenizer that this corpus was made with", tokenizer_json=good["tokenizer.json"] + b" ")
     broken("holds token id 65535, outside of its vocabulary", train_bin=b"\xff" * len(good["train.bin"]))
     with pytest.raises(ValueError, match="split must be train or validation, got 'test'"):

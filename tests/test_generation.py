@@ -175,11 +175,9 @@ def test_stop_tokens_end_a_sequence_early(model):
 
 def test_stop_strings_and_text(model):
     tokenizer = train_tokenizer(["some text to learn from, and more text"] * 3, 300)
-    seen = []
     config = GenerationConfig(gen_length=24, block_length=8, steps=4, stop_tokens=())
-    whole = generate(model, PROMPTS[:1], config, tokenizer=tokenizer, on_block=lambda i, t: seen.append((i, t)))[0]
+    whole = generate(model, PROMPTS[:1], config, tokenizer=tokenizer)[0]
     assert whole.text == tokenizer.decode(whole.tokens)
-    assert [i for i, _ in seen] == [0, 0, 0] and sum((t for _, t in seen), []) == whole.tokens
     stop = whole.text[1:4]
     cut = generate(model, PROMPTS[:1], dataclasses.replace(config, stop_strings=(stop,)), tokenizer=tokenizer)[0]
     assert cut.finish_reason == "stop_string" and cut.text == whole.text[: whole.text.index(stop)]
@@ -226,9 +224,17 @@ def test_errors(model):
         ({"mode": "fixed", "steps": 6}, r"steps \(6\) must be a multiple of the 4 blocks"),
         ({"temperature": -1.0}, "temperature must be finite and >= 0"),
         ({"threshold": 1.5}, r"threshold must be in \[0, 1\]"),
+        ({"gen_length": 2**20 + 1}, "gen_length must be at most 1048576, got 1048577"),
+        (
+            {"gen_length": 10**12},
+            "gen_length must be at most 1048576, got 1000000000000",
+        ),  # and no divisor is looked for
+        ({"block_length": 2**20 + 1}, "block_length must be at most 1048576"),
+        ({"steps": 5 * 10**7}, "steps must be at most 1048576, got 50000000"),
     ):
         with pytest.raises(ValueError, match=match):
             GenerationConfig(**options)
+    assert GenerationConfig(gen_length=2**20, block_length=2**20, steps=2**20).num_blocks == 1
     config = GenerationConfig(gen_length=32, block_length=16)
     fixed = dataclasses.replace(config, mode="fixed")
     for prompts, keywords, match in (

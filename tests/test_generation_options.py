@@ -11,7 +11,7 @@ import torch
 from oracle import CONFIG, WITH_TEXT
 
 from illada.data import train_tokenizer
-from illada.generation import GenerationConfig, generate
+from illada.generation import GenerationConfig, generate, generate_iter
 from illada.generation.filters import Filters, filtered
 from illada.generation.request import Request
 from illada.generation.rules import dream_quota, dream_transfer, end_think_bias, order_noise, taken_back
@@ -42,9 +42,9 @@ def test_infill_is_fixed_where_the_masks_are_at_the_end(model):
 
 def test_infill_keeps_what_is_given_and_fills_the_rest(model):
     prompt = [MASK, 7, 8, MASK, MASK, 9, MASK, 30, MASK]
-    blocks = []
     config = dataclasses.replace(BASE, mode="infill", block_length=2, steps=2, cfg_scale=0.5)
-    result = generate(model, [prompt], config, on_block=lambda i, tokens: blocks.append(tokens))[0]
+    deltas = list(generate_iter(model, [prompt], config))
+    blocks, result = [delta.tokens for delta in deltas], deltas[-1].result
     assert MASK not in result.tokens and len(result.tokens) == len(prompt)
     assert all(a == b for a, b in zip(prompt, result.tokens, strict=True) if a != MASK)
     holes = [t for t, p in zip(result.tokens, prompt, strict=True) if p == MASK]
@@ -243,17 +243,14 @@ def test_first_layer_is_kept_between_steps(model, cache, few_tokens, want, monke
 
 
 def test_callbacks_tell_it_all(model):
-    steps, blocks = [], []
-    results = generate(
-        model, WITH_TEXT, BASE, on_commit=lambda *told: steps.append(told), on_block=lambda *told: blocks.append(told)
-    )
+    steps = []
+    results = generate(model, WITH_TEXT, BASE, on_commit=lambda *told: steps.append(told))
     for i, (prompt, result) in enumerate(zip(WITH_TEXT, results, strict=True)):
         canvas = dict(
             pair for index, positions, tokens in steps if index == i for pair in zip(positions, tokens, strict=True)
         )
         assert [canvas[len(prompt) + n] for n in range(16)] == result.tokens
         assert [len(positions) for index, positions, _ in steps if index == i] == [1] * 16
-        assert sum((tokens for index, tokens in blocks if index == i), []) == result.tokens
 
 
 def test_progress_only_on_a_terminal(model, capsys, monkeypatch):

@@ -27,7 +27,7 @@ from illada.cli import evaluate as evaluate_command
 from illada.config import ModelConfig
 from illada.data import load_tokenizer, train_tokenizer
 from illada.generation import GenerationConfig, GenerationResult, generate
-from illada.generation.loop import cut_at_stop
+from illada.generation.stopping import cut_at_stop
 from illada.integrations import lm_eval as adapter
 from illada.integrations.asked import asked_of
 from illada.integrations.chance import chance_of, describe_chance
@@ -551,6 +551,8 @@ def test_errors_name_the_argument(checkpoint):
         ({"cfg": 1, "cfg_scale": 2}, TypeError, "cfg_scale is given twice"),
         ({"steps": 0}, ValueError, "steps must be at least 1, got 0"),
         ({"batch_size": "many"}, ValueError, "batch_size must be"),
+        ({"batch_size": "²"}, ValueError, "batch_size must be an integer of at least 1, or auto, got .²"),
+        ({"mc_num": True}, ValueError, "mc_num must be an integer of at least 1, got True"),
         ({"mode": "fixed", "gen_length": 10, "block_length": 4}, ValueError, "must be a multiple of block_length"),
         ({"dtype": "float8"}, ValueError, "dtype must be auto or one of torch's"),
         ({"mc_num": 20}, ValueError, r"mc_num must be a multiple of mc_stratum \(16\) or smaller than it, got 20"),
@@ -649,6 +651,28 @@ def test_journal_knows_model_and_settings(checkpoint, tmp_path, monkeypatch):
         requests("loglikelihood", PAIRS)
     )
     assert computed == [len(PAIRS)] * 3
+
+
+@pytest.mark.parametrize("kind, wrong", [
+    ("loglikelihood", ["text", 3, None, {}, [-1.5], [-1.5, True, 1], ["-1.5", True], [-1.5, 1], [math.nan, True], [math.inf, False]]),
+    ("generate_until", [[-1.5, True], 3, None, ["text"], {"text": 1}]),
+])  # fmt: skip
+def test_results_of_another_type_are_computed_again(kind, wrong, checkpoint, tmp_path):
+    asked = PAIRS[:2] if kind == "loglikelihood" else [("the", {"until": [], "max_gen_toks": 2})]
+
+    def run():
+        return getattr(IlladaLM(checkpoint, device="cpu", steps=1, journal=tmp_path / "j"), kind)(requests(kind, asked))
+
+    first = run()
+    lines = (tmp_path / "j").read_text().splitlines()
+    for result in wrong:
+        bad = [json.dumps({**json.loads(line), "result": result}) for line in lines]
+        bad += ["[1]", "3", "null", "{}", '{"key": "a"}', '{"key": [], "result": 1}', "[" * 100000]
+        (tmp_path / "j").write_text("\n".join(bad) + "\n")
+        assert run() == first
+        assert [json.loads(line) for line in (tmp_path / "j").read_text().splitlines()[len(bad) :]] == list(
+            map(json.loads, lines)
+        )
 
 
 @pytest.mark.slow

@@ -155,6 +155,9 @@ def test_gradient_with_zero_strides_and_bitwise_repeat(generator):
     torch.testing.assert_close(grads[0][2], want[2], rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.skipif(
+    illada.build_info()["compiler"].startswith("Clang"), reason="Clang's OpenMP has other threads than torch"
+)
 def test_denormal_probabilities_are_flushed_and_the_mode_restored(generator):
     many = torch.full((1 << 20,), 1e-39)  # enough for every thread of the pool to get a share
     threads = torch.get_num_threads()
@@ -323,7 +326,7 @@ def test_errors(generator):
     wrong = [
         (TypeError, "q must be float32", (q.double(), k, v, cu)),
         (TypeError, "k must be float32, got bfloat16", (q, k.bfloat16(), v, cu)),
-        (TypeError, "cu_seqlens must be int32, got int64", (q, k, v, cu.long())),
+        (TypeError, "cu_seqlens must be int32, int64, got float32", (q, k, v, cu.float())),
         (ValueError, r"q must have shape \[T, H, D\], got \[8, 256\]", (q.flatten(1), k, v, cu)),
         (ValueError, r"k must have shape \[Tk, G, 64\]", (q, k[..., :32], v, cu)),
         (ValueError, r"v must have shape \[8, 2, 64\]", (q, k, v[:7], cu)),

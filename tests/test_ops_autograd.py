@@ -173,6 +173,28 @@ def test_forward_mode_over_a_gradient_raises(op, generator):
             torch.autograd.grad(function(x) * factor, x)
 
 
+@pytest.mark.parametrize("derive", [lambda total, x: total.backward(), torch.autograd.grad], ids=["backward", "grad"])
+@pytest.mark.parametrize("op", OPS)
+def test_a_second_derivative_raises(op, derive, generator):
+    function, x = function_of(op, generator)
+    x.requires_grad_()
+    with pytest.raises(RuntimeError, match="second derivative"):
+        loss = function(x)
+        (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+        derive(loss + gradient.square().sum(), x)
+
+
+@pytest.mark.parametrize("loss", ["masked_cross_entropy", "linear_masked_cross_entropy"])
+def test_weights_that_want_a_gradient_are_refused(loss, generator):
+    weights = WEIGHTS.clone().requires_grad_()
+    hidden, weight = torch.randn(3, 8, generator=generator), torch.randn(7, 8, generator=generator)
+    inputs = (hidden, weight) if loss == "linear_masked_cross_entropy" else (hidden,)
+    with pytest.raises(ValueError, match="token_weights must not require grad; pass token_weights.detach"):
+        getattr(illada, loss)(*inputs, TARGETS, weights)
+    with torch.no_grad():
+        assert getattr(illada, loss)(*inputs, TARGETS, weights).isfinite()
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_vmap_over_gradients_is_right_or_raises(op, generator):
     function, x = function_of(op, generator)

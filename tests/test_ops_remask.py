@@ -401,7 +401,7 @@ def test_errors(generator):
         (ValueError, r"logit_bias values must have shape \[2\]", lambda: sample(logits, logit_bias=(ids, values[:1]))),
         (ValueError, "logit_bias id 9 in row 0 is outside", lambda: sample(logits, logit_bias=(ids + 9, values))),
         (TypeError, "weight must be float32", lambda: linear(hidden, weight.bfloat16())),
-        (TypeError, "rows must be int32", lambda: linear(hidden, weight, rows=torch.tensor([1]))),
+        (TypeError, "rows must be int32, int64, got float32", lambda: linear(hidden, weight, rows=torch.ones(1))),
         (ValueError, r"rows must be in \[0, 4\), got 1 .. 4", lambda: linear(hidden, weight, rows=torch.tensor([1, 4], dtype=torch.int32))),
     ]  # fmt: skip
     for error, match, call in wrong:

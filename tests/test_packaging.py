@@ -1,11 +1,12 @@
 """The package as users meet it: sdist, installs on four kinds of machines, second and editable install, uninstall, the C++
-library. CUDA kernels are built once, as PTX; later builds continue in the same folder."""
+library. Every build is of the unpacked sdist. The module for CPUs is compiled once, as are the CUDA kernels, as PTX; later
+builds continue in the same folder.
+"""
 
 import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tarfile
 import time
@@ -15,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from building import ROOT, attempt, broken_nvcc, environment, needs_checkout, needs_nvcc, one_line, run
 
 import illada
 
-ROOT = Path(__file__).resolve().parent.parent
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs a source checkout")]
+pytestmark = [pytest.mark.slow, needs_checkout]
 
 
 # An index that is asked although it must not be: nobody listens there.
@@ -27,25 +28,7 @@ NOWHERE = {
     name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
 }
 OFFLINE = {**NOWHERE, "PIP_NO_INDEX": "1"}
-NO_NVCC = {"CUDACXX": "/nonexistent/nvcc"}
-
-
-def environment(**more):
-    """Without a checkout on the path and choices of a build; tools that are installed beside this Python come first."""
-    ours = ("PYTHONPATH", "CMAKE_ARGS", "UV")
-    clean = {k: v for k, v in os.environ.items() if k not in ours and not k.startswith("ILLADA_")}
-    return {**clean, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", **more}
-
-
-def attempt(*command, cwd=None, **env) -> subprocess.CompletedProcess:
-    return subprocess.run([str(c) for c in command], cwd=cwd, env=environment(**env), capture_output=True, text=True)
-
-
-def run(*command, cwd=None, **env):
-    """A command that must succeed; its output."""
-    done = attempt(*command, cwd=cwd, **env)
-    assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    return done.stdout
+TAG = f"{sys.implementation.cache_tag}{sys.abiflags}"  # of setup.py's folder in ILLADA_BUILD_DIR
 
 
 def pip(*arguments, python=sys.executable, **env) -> str:
@@ -56,21 +39,11 @@ def pip(*arguments, python=sys.executable, **env) -> str:
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory) -> Path:
-    """A copy of the checkout in a path with a space, without anything built."""
-    copy = tmp_path_factory.mktemp("a path") / "illada"
-    ignore = shutil.ignore_patterns(
-        ".git", "build", "dist", ".venv", ".cache", "runs", "data", "*.so", "*.egg-info", "__pycache__"
-    )
-    shutil.copytree(ROOT, copy, ignore=ignore)
-    return copy
-
-
-@pytest.fixture(scope="module")
 def tools(tmp_path_factory) -> Path:
-    """A folder with wheels of what pyproject.toml asks for, and nothing else: what an offline machine has."""
+    """A folder with wheels of what a build asks for, and nothing else: what an offline machine has."""
     folder = tmp_path_factory.mktemp("tools")
     requires = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    requires += ["cmake>=3.22", "ninja"]
     done = attempt(
         sys.executable, "-m", "pip", "download", "--quiet", "--only-binary", ":all:", "-d", folder, *requires
     )
@@ -80,20 +53,39 @@ def tools(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def sdist(source, tools, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("sdist")
-    run(sys.executable, "-m", "build", "--sdist", "--outdir", out, source)
+def sdist(tmp_path_factory) -> Path:
+    """Of a copy of the checkout, without anything built."""
+    copy, out = tmp_path_factory.mktemp("checkout") / "illada", tmp_path_factory.mktemp("sdist")
+    ignore = shutil.ignore_patterns(
+        ".git", "build", "dist", ".venv", ".cache", "runs", "data", "*.so", "*.egg-info", "__pycache__"
+    )
+    shutil.copytree(ROOT, copy, ignore=ignore)
+    run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", out, copy)
     return next(out.glob("illada-*.tar.gz"))
 
 
 @pytest.fixture(scope="module")
-def wheel(sdist, tools, tmp_path_factory) -> Path:
-    """Built from the sdist, in pip's isolated environment, on a machine without nvcc: nothing but `tools` is needed."""
+def source(sdist, tmp_path_factory) -> Path:
+    """The unpacked sdist, in a path with a space."""
+    folder = tmp_path_factory.mktemp("a path")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder, filter="data")
+    return next(folder.iterdir())
+
+
+@pytest.fixture(scope="module")
+def cpu_build(source) -> dict[str, str]:
+    """Of all builds for CPUs: a machine whose nvcc does not work."""
+    return {"ILLADA_BUILD_DIR": str(source / "build" / "cpu"), **broken_nvcc(source.parent / "broken")}
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tools, cpu_build, tmp_path_factory) -> Path:
+    """Built in pip's isolated environment, on a machine without a network: nothing but `tools` is needed."""
     out = tmp_path_factory.mktemp("wheel")
-    said = pip("wheel", "--no-deps", "--no-index", "--find-links", tools, "-w", out, sdist, **OFFLINE, **NO_NVCC)
-    assert "illada: no nvcc found, building for the CPU" in said
-    for unwanted in ("Installing backend dependencies", "nvidia-cutlass", "illada: CUTLASS"):
-        assert unwanted not in said
+    said = pip("wheel", "--no-deps", "--no-index", "--find-links", tools, "-w", out, source, **OFFLINE, **cpu_build)
+    assert "illada: no CUDA kernels are built" in " ".join(said.split()) and "Building CXX object" in said
+    assert "nvidia-cutlass" not in said and "illada: CUTLASS" not in said
     return next(out.glob("illada-*.whl"))
 
 
@@ -113,9 +105,7 @@ def test_sdist_is_complete(sdist):
     tracked = set(run("git", "ls-files", cwd=ROOT).split("\n")) if (ROOT / ".git").exists() else set()
     left_out = {".gitignore", ".clang-format"}
     missing = {
-        name
-        for name in tracked - names - left_out
-        if name and (ROOT / name).exists() and not name.startswith((".ci/", "benchmarks/results/"))
+        name for name in tracked - names - left_out if name and (ROOT / name).exists() and not name.startswith(".ci/")
     }
     assert not missing
     assert {"CMakeLists.txt", "csrc/include/illada/illada.h", "build_backend/illada_backend.py", "NOTICE"} <= names
@@ -142,6 +132,16 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     assert licenses == {"licenses/LICENSE", "licenses/NOTICE"}
 
 
+def test_modules_name_no_path_of_the_build(wheel, source, request):
+    """Lines of source in CUDA kernels would, as would __FILE__."""
+    with zipfile.ZipFile(wheel) as archive:
+        modules = [archive.read(next(name for name in archive.namelist() if name.endswith(".so")))]
+    if not needs_nvcc.args[0]:
+        modules.append(request.getfixturevalue("cuda_install").module().read_bytes())
+    for module in modules:
+        assert str(source).encode() not in module and b"/csrc/" not in module
+
+
 def test_wheel_installs_imports_and_uninstalls(wheel, tmp_path):
     python = make_venv(tmp_path / "venv")
     run(python, "-m", "pip", "install", "--no-deps", "--force-reinstall", wheel)
@@ -155,19 +155,20 @@ def test_wheel_installs_imports_and_uninstalls(wheel, tmp_path):
     assert not list((tmp_path / "venv").rglob("*illada*"))
 
 
-def test_installing_twice_and_editable(source, tmp_path):
+def test_installing_again_and_editable(wheel, source, tools, cpu_build, tmp_path):
+    """In the folder of the wheel's build, whose isolated tools are gone; a module that was deleted since is not installed."""
     python = make_venv(tmp_path / "venv")
-    for _ in range(2):  # the second build meets the first one's folder, whose isolated tools are gone
-        run(python, "-m", "pip", "install", "--no-deps", "--force-reinstall", source, ILLADA_CUDA="off")
-    run(python, "-m", "pip", "install", "--no-deps", "-e", source, ILLADA_CUDA="off")
+    (old,) = source.glob("build/lib*/illada")
+    (old / "deleted.py").touch()
+    options = ["--no-deps", "--no-index", "--find-links", tools]
+    said = pip("install", *options, "--force-reinstall", source, python=python, **cpu_build)
+    assert "illada.dir/csrc" not in said  # nothing of the library is compiled again
+    assert not list((tmp_path / "venv").rglob("deleted.py")) and list((tmp_path / "venv").rglob("illada/files.py"))
+    said = pip("install", "--no-build-isolation", *options, "-e", source, python=python, **cpu_build)
+    assert "illada.dir/csrc" not in said
     code = "import illada, torch; print(illada.sample_tokens(torch.eye(2)).token.tolist(), illada.__file__)"
     out = run(python, "-c", code, cwd=tmp_path)
     assert out.startswith("[0, 1]") and str(source) in out
-
-
-needs_nvcc = pytest.mark.skipif(
-    shutil.which(os.environ.get("CUDACXX") or "nvcc") is None, reason="needs nvcc: set CUDACXX or PATH"
-)
 
 
 # ------------------------------------------------------------------ `pip install .` in fresh environments with an nvcc
@@ -214,7 +215,7 @@ def test_install_with_nvcc_and_network(cuda_install, source):
     """The headers are fetched, without their dependencies, and stay in the build folder."""
     assert "illada: fetching the headers of nvidia-cutlass" in cuda_install.said
     version, headers = cutlass_in(cuda_install.said)
-    assert headers == source / "build" / "cuda" / "nvidia-cutlass" / "cutlass_library" / "source" / "include"
+    assert headers == source / "build/cuda" / TAG / "nvidia-cutlass/cutlass_library/source/include"
     info = cuda_install.info()  # with no driver on this machine, most likely
     assert re.search(rf"^cutlass +{re.escape(version)}$", info, re.MULTILINE) and int(version.split(".")[0]) >= 4
     assert re.search(r"^cuda archs +.*80-virtual", info, re.MULTILINE)
@@ -254,12 +255,14 @@ def test_install_with_nvcc_and_neither(source, tools, tmp_path):
     assert not re.search(r"\.(cu|cuh|cpp|h)[:(]\d+", said) and not list((tmp_path / "build").rglob("*.cu.o"))
 
 
-def test_install_without_nvcc(wheel, tmp_path):
-    """The wheel's fixture says how it was built: without a network, asked for nothing but pyproject.toml's tools."""
+def test_install_with_an_nvcc_that_does_not_work(wheel, source, tmp_path):
+    """The wheel's fixture says how it was built; what is installed says why it has no CUDA kernels."""
     python = make_venv(tmp_path / "venv")
     run(python, "-m", "pip", "install", "--no-deps", "--no-index", "--force-reinstall", wheel, **NOWHERE)
     info = run(tmp_path / "venv" / "bin" / "illada", "info", cwd=tmp_path)
-    assert re.search(r"^cutlass +none$", info, re.MULTILINE) and "none: this build has no CUDA kernels" in info
+    reason = f'{source.parent}/broken/nvcc was found and does not work: nvcc fatal: Unsupported compiler "g++"'
+    assert re.search(r"^cutlass +none$", info, re.MULTILINE)
+    assert f"none: this build has no CUDA kernels ({reason})" in info
 
 
 @needs_nvcc
@@ -284,8 +287,9 @@ with DefaultIsolatedEnv() as env:
     for more in json.loads(sys.argv[2]):
         before = dict(os.environ)
         os.environ.update(more)
-        kinds = ("wheel", "editable", "sdist")
-        print("asked:", *(sorted(builder.get_requires_for_build(kind)) for kind in kinds))
+        for kind in ("wheel", "editable", "sdist"):  # the machine may lack cmake and ninja
+            asked = builder.get_requires_for_build(kind)
+            print("asked:", sorted(name for name in asked if not name.startswith(("cmake", "ninja"))))
         os.environ.clear()
         os.environ.update(before)
 """
@@ -294,26 +298,31 @@ with DefaultIsolatedEnv() as env:
 @needs_nvcc
 def test_what_the_backend_asks_for(source, tools):
     """Through a frontend whose environments have no pip: there the backend asks for one, to fetch headers."""
-    machines = [{}, NO_NVCC, {"ILLADA_CUTLASS_DIR": "/some/where"}]
+    machines = [{}, {"ILLADA_CUDA": "off"}, {"ILLADA_CUTLASS_DIR": "/some/where"}]
     said = run(sys.executable, "-c", ASK, source, json.dumps(machines))
-    assert re.findall("asked: (.*)", said) == ["['pip'] ['pip'] []", "[] [] []", "[] [] []"]
+    assert re.findall("asked: (.*)", said) == ["['pip']", "['pip']", "[]", *["[]"] * 6]
 
 
 @pytest.mark.parametrize("cuda", ["off", pytest.param("on", marks=needs_nvcc)])
-def test_cpp_library_and_example(source, tmp_path, cuda, request):
-    build, prefix = tmp_path / "build", tmp_path / "prefix"
-    options = [f"-DILLADA_CUDA={cuda}", f"-DCMAKE_INSTALL_PREFIX={prefix}"]
-    if cuda == "on":  # configured anew where the package was built, whose kernels need no second compilation
+def test_cpp_library_and_example(wheel, source, tmp_path, cuda, request):
+    """Configured anew where the package was built, which need not be compiled again."""
+    prefix = tmp_path / "prefix"
+    options = [f"-DILLADA_CUDA={cuda}", f"-DCMAKE_INSTALL_PREFIX={prefix}", "-G", "Ninja"]
+    build = source / "build" / ("cuda" if cuda == "on" else "cpu") / TAG
+    if cuda == "on":
         headers = request.getfixturevalue("cuda_install").headers
-        build = source / "build" / "cuda"
-        (build / "CMakeCache.txt").unlink()
-        options += ["-G", "Ninja", "-DILLADA_CUDA_ARCHS=80-virtual", f"-DILLADA_CUTLASS_DIR={headers}"]
-        if ccache := shutil.which("ccache", path=environment()["PATH"]):  # as setup.py does
-            options += [f"-DCMAKE_{language}_COMPILER_LAUNCHER={ccache}" for language in ("CXX", "CUDA")]
+        options += ["-DILLADA_CUDA_ARCHS=80-virtual", f"-DILLADA_CUTLASS_DIR={headers}"]
+    if ccache := shutil.which("ccache", path=environment()["PATH"]):  # as setup.py does
+        options += [f"-DCMAKE_{language}_COMPILER_LAUNCHER={ccache}" for language in ("CXX", "CUDA")]
+    (build / "CMakeCache.txt").unlink()
     run("cmake", "-S", source, "-B", build, "-DILLADA_PYTHON=OFF", *options)
-    run("cmake", "--build", build, "--parallel", "2")
+    said = run("cmake", "--build", build, "--parallel", "2")
+    assert "attention.cpp" not in said and "remask.cu" not in said
     run("cmake", "--install", build)
     assert list(prefix.glob("share/doc/illada/NOTICE"))
+    for kernels in build.rglob("row_kernels_avx*.o"):  # nothing in there may be taken for a copy that any CPU can run
+        defined = re.findall(r"^\S+ [TVWDu] (.*)", run("nm", "-C", kernels), re.MULTILINE)
+        assert defined and not [name for name in defined if "avx" not in name.lower()]
     if cuda == "on":  # the kernels are in the library itself, not in object files that stay behind
         members = run("ar", "t", next(prefix.glob("lib*/libillada.a"))).split()
         assert {"sample_tokens.cu.o", "remask.cu.o", "device.cpp.o"} <= set(members)
@@ -324,40 +333,35 @@ def test_cpp_library_and_example(source, tmp_path, cuda, request):
     assert out == f"illada {illada.__version__} on baseline: 5 5 2 3 (2 committed)\n"
 
 
-@pytest.mark.parametrize(
-    "wanted,works,said",
-    [
-        ("auto", True, "no nvcc found, building for the CPU"),
-        ("on", False, "or ILLADA_CUDA=off for a CPU build"),
-        ("maybe", False, "allowed are on, off and auto"),
-    ],
-)
-def test_without_a_cuda_toolkit(source, tmp_path, wanted, works, said):
-    options = ["-DILLADA_PYTHON=OFF", f"-DILLADA_CUDA={wanted}"]
-    done = attempt("cmake", "-S", source, "-B", tmp_path / "b", *options, **NO_NVCC)
-    assert (done.returncode == 0) == works and said in " ".join((done.stdout + done.stderr).split())
-
-
-def test_pip_says_why_there_is_no_cuda_build(source):
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", "unused", source]
-    done = attempt(*command, cwd=source, ILLADA_CUDA="on", **NO_NVCC)
-    said = " ".join((done.stdout + done.stderr).split())
-    assert done.returncode != 0
-    assert "ILLADA_CUDA=on, but no working nvcc was found" in said and "Set CUDACXX=/path/to/nvcc" in said
+def test_pip_says_why_there_is_no_cuda_build(source, tmp_path):
+    """What somebody names must work."""
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, source]
+    done = attempt(*command, ILLADA_BUILD_DIR=str(tmp_path / "build"), CUDACXX="/nonexistent/nvcc")
+    assert done.returncode != 0 and "/nonexistent/nvcc does not work. It says:" in one_line(done)
+    assert "Set CUDACXX=/path/to/another/nvcc, or ILLADA_CUDA=off for a CPU build." in one_line(done)
 
 
 @needs_nvcc
-@pytest.mark.parametrize(
-    "option,said",
-    [
-        (
-            "ILLADA_CUDA_ARCHS=sm_90",
-            'ILLADA_CUDA_ARCHS holds "sm_90"; entries look like 80-real, 90a-real or 90-virtual',
-        ),
-        ("ILLADA_CUDA_ARCHS=80-real;90a", 'ILLADA_CUDA_ARCHS holds "90a"'),
-        ("ILLADA_CUDART=both", 'ILLADA_CUDART is "both"; allowed are static and shared'),
-    ],
-)
-def test_wrong_build_options(source, tmp_path, option, said):
-    done = attempt("cmake", "-S", source, "-B", tmp_path / "b", "-DILLADA_PYTHON=OFF", f"-D{option}")
-    assert done.returncode != 0 and said in " ".join((done.stdout + done.stderr).split())
+def test_toolkit_laid_out_as_wheels_have_it(source, tmp_path):
+    """lib and no lib64, libcudart.so.13 and no libcudart.so."""
+    said = attempt(os.environ.get("CUDACXX") or "nvcc", "--dryrun", "-x", "cu", "/dev/null").stderr
+    toolkit, wheel = Path(re.search(r"_HERE_=(.*)", said)[1]).parent, tmp_path / "nvidia" / "cu"
+    for header in ("cutlass/version.h", "cute/tensor.hpp"):
+        (tmp_path / header).parent.mkdir()
+        (tmp_path / header).write_text("".join(f"#define CUTLASS_{part} 4\n" for part in ("MAJOR", "MINOR", "PATCH")))
+    for folder in ("bin", "nvvm", "include"):
+        shutil.copytree(toolkit / folder, wheel / folder, copy_function=os.symlink)
+    profile = (toolkit / "bin" / "nvcc.profile").read_text()
+    (wheel / "bin" / "nvcc.profile").unlink()
+    (wheel / "bin" / "nvcc.profile").write_text(re.sub(r"/\$\(_TARGET_DIR_\)|\$\(_TARGET_SIZE_\)", "", profile))
+    (wheel / "lib").mkdir()
+    for library in ("libcudart_static.a", "libcudadevrt.a", "libcudart.so"):
+        (wheel / "lib" / library).symlink_to((toolkit / "lib64" / library).resolve())
+    major = re.search(r"release (\d+)", run(wheel / "bin" / "nvcc", "--version"))[1]
+    (wheel / "lib" / "libcudart.so").rename(wheel / "lib" / f"libcudart.so.{major}")
+    options = ["-DILLADA_PYTHON=OFF", "-DILLADA_CUDA=on", "-DILLADA_CUDA_ARCHS=80-virtual", "-G", "Ninja"]
+    options += ["-DILLADA_CUDART=shared", f"-DILLADA_CUTLASS_DIR={tmp_path}"]
+    run("cmake", "-S", source, "-B", tmp_path / "b", *options, CUDACXX=str(wheel / "bin" / "nvcc"))
+    cache = (tmp_path / "b" / "CMakeCache.txt").read_text()
+    for library in (f"libcudart.so.{major}", "libcudart_static.a"):
+        assert re.search(rf"^CUDA_cudart\w*_LIBRARY:FILEPATH={wheel}/lib/{library}$", cache, re.MULTILINE)

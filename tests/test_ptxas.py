@@ -150,7 +150,7 @@ PTX = """
 
 
 def test_what_setmaxnreg_asks_for_is_read_from_ptx(ptxas):
-    assert ptxas.register_splits(PTX) == {"_Zkeys": (384, [40, 232])}
+    assert ptxas.launch_bounds(PTX) == {"_Zkeys": (384, [40, 232]), "plain": (128, [])}
 
 
 @pytest.mark.parametrize(
@@ -191,6 +191,21 @@ def test_over_budget(ptxas, results):
         "k<4> on sm_80: smem 408, over the budget of 400",
         "k<4> on sm_90a: registers 97, over the budget of 96",
     ]
+
+
+@pytest.mark.parametrize(
+    "threads,allowed,used,fault",
+    [(256, 83, 96, False), (256, 80, 88, True), (128, 128, 129, True), (128, 129, 136, False), (0, 83, 84, True)],
+)
+def test_another_cuda_may_take_registers_where_as_many_ctas_fit(ptxas, threads, allowed, used, fault):
+    def compiled(registers, smem=8):
+        return [ptxas.Compiled("csrc/k.cu", "120", 1.0, [ptxas.Kernel("k", registers, smem, threads=threads)])]
+
+    budget = ptxas.measured(compiled(allowed))
+    assert len(ptxas.over_budget(compiled(used), budget, ["120"])) == 1
+    said = ptxas.over_budget(compiled(used), budget, ["120"], same_cuda=False)
+    assert [f"registers {used}, over the budget" in line for line in said] == [True] * fault
+    assert len(ptxas.over_budget(compiled(allowed, smem=9), budget, ["120"], same_cuda=False)) == 1
 
 
 def test_unknown_kernels_and_stale_entries_ask_for_an_update(ptxas, results):

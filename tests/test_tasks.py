@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -192,6 +193,39 @@ def test_wordnet_files(wordnet):
     assert "canine" not in questions["dog"]["choices"] and "puppy" not in questions["dog"]["choices"]
     (wordnet / "cntlist.rev").unlink()
     assert ("canid", "noun") in {(e.word, e.kind) for e in read_wordnet(wordnet)}
+
+
+@pytest.mark.parametrize(
+    "name, old, new",
+    [
+        ("data.noun", "n 01 ", "n zz "),
+        ("data.noun", "n 01 ", ""),
+        ("data.noun", "n 01 ", "n -1 "),
+        ("index.noun", "dog n 1 2 @", "dog n 1 900 @"),
+        ("index.noun", "02084071", "7"),
+        ("cntlist.rev", "dog%1", "dog%9"),
+        ("cntlist.rev", " 1 42", ""),
+    ],
+)
+def test_wordnet_files_that_are_damaged_are_named(wordnet, name, old, new):
+    (wordnet / name).write_text(WORDNET[name].replace(old, new))
+    with pytest.raises(ValueError, match=rf"{name}(, line \d+ is not in WordNet's format| gives 'dog' the sense 7)"):
+        read_wordnet(wordnet)
+
+
+@pytest.mark.parametrize("line", ["{", "3", "[]", "null", "{}", '{"split": []}', "[" * 100000], ids=str.__len__)
+def test_damaged_questions_are_named(line, tasks, tmp_path):
+    """By the reader that lies beside them, which needs no illada."""
+    namespace = runpy.run_path(str(shutil.copy(tasks / "read_jsonl.py", tmp_path)))
+    (tmp_path / "q.jsonl").write_text('{"split": "test", "text": "x"}\n\n' + line + "\n")
+    with pytest.raises(ValueError, match="q.jsonl, line 3, is no JSON object with a split"):
+        namespace["read"]("q.jsonl")
+    (tmp_path / "q.jsonl").write_bytes(b'\r\n{"split": "\xff"}\n')
+    with pytest.raises(ValueError, match="q.jsonl, line 2, is no JSON object with a split: UnicodeDecodeError"):
+        namespace["read"]("q.jsonl")
+    (tmp_path / "q.jsonl").write_text('{"split": "test", "text": "x"}\n{"split": "test", "text": [3]}\n')
+    with pytest.raises(ValueError, match="q.jsonl has rows whose values are of different types: "):
+        namespace["read"]("q.jsonl")
 
 
 def test_cloze_passages():

@@ -1,11 +1,14 @@
 """The tokenizer of a folder, its special tokens, and chat templates against transformers' own rendering."""
 
 import json
+import os
+import signal
 import sys
 
 import pytest
 import tokenizers
 
+from illada import chat
 from illada.chat import merge_system, render_chat_template
 from illada.data import SPECIAL_TOKENS, load_tokenizer, train_tokenizer
 from illada.generation import loop as generation_loop
@@ -257,12 +260,58 @@ def test_tokens_that_only_other_files_name(folder):
         ValueError, match=rf"added_tokens\.json gives '<\|im_end\|>' the id {size + 7}, .* free id is {size}"
     ):
         configure(folder)
-    for bad in ({"<x>": "y"}, {"<x>": None}):
-        (folder / "added_tokens.json").write_text(json.dumps(bad))
-        with pytest.raises(ValueError, match=r"added_tokens\.json does not name added tokens by their ids"):
-            configure(folder)
-    with pytest.raises(ValueError, match=r"tokenizer_config\.json does not name added tokens by their ids"):
-        configure(folder, added_tokens_decoder={"1": "x"})
+    (folder / "added_tokens.json").unlink()
+    assert configure(folder, extra_special_tokens={"image_token": "<i>"}).special_tokens["extra_special_tokens"] == [
+        "<i>"
+    ]
+
+
+@pytest.mark.parametrize("file, values, said", [
+    ("added_tokens.json", {"<x>": "y"}, ": <x> must be int, got 'y'"),
+    ("added_tokens.json", {"<x>": None}, ": <x> must be int, got None"),
+    ("added_tokens.json", {"<x>": -1}, ": <x> must not be negative, got -1"),
+    ("tokenizer_config.json", {"added_tokens_decoder": {"1": "x"}}, ": added_tokens_decoder.1 must be an object with keys"),
+    ("tokenizer_config.json", {"added_tokens_decoder": {"one": {}}}, ": added_tokens_decoder must name tokens by their ids, got 'one'"),
+    ("tokenizer_config.json", {"added_tokens_decoder": {"1": {}}}, ": added_tokens_decoder.1 lacks content"),
+    ("tokenizer_config.json", {"added_tokens_decoder": {"1": {"content": "x", "special": 1}}}, ": added_tokens_decoder.1: special must be bool"),
+    ("tokenizer_config.json", {"eos_token": 3}, ": eos_token must be str, got 3"),
+    ("special_tokens_map.json", {"mask_token": {"content": 5}}, ": mask_token: content must be str, got 5"),
+    ("special_tokens_map.json", {"additional_special_tokens": ["a", 7]}, r": additional_special_tokens\[1\] must be str, got 7"),
+    ("tokenizer_config.json", {"chat_template": {"a": "b"}}, ": chat_template must be text or a list"),
+    ("tokenizer_config.json", {"chat_template": 7}, ": chat_template must be text or a list"),
+    ("tokenizer_config.json", {"chat_template": [1]}, r": chat_template\[0\] must hold a JSON object, got int"),
+    ("tokenizer_config.json", {"chat_template": [{"name": "x"}]}, r": chat_template\[0\] lacks template"),
+    ("tokenizer.json", {"model": 3}, ": model must be an object with keys, got 3"),
+    ("tokenizer.json", {"model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}}, ": model: vocab.a must not be negative, got -1"),
+    ("tokenizer.json", {"added_tokens": [{"id": 0}]}, r": added_tokens\[0\] lacks content"),
+    ("tokenizer.json", {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "/////wAAAAA="}}, "precompiled_charsmap is damaged"),
+    ("tokenizer.json", {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "b("}, "behavior": "Isolated", "invert": False}}, "parenthesis"),
+])  # fmt: skip
+def test_files_of_other_types_are_errors_with_file_and_key(file, values, said, folder):
+    """Of another type, and nested too deeply for Python."""
+    path = folder / file
+    old = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps({**old, **values}))
+    with pytest.raises(ValueError, match=rf"{file.replace('.', '[.]')}.*{said}"):
+        Tokenizer.from_pretrained(folder)
+    path.write_text('{"model": ' + "[" * 100000)
+    with pytest.raises(ValueError, match=rf"{file.replace('.', '[.]')} is not JSON that can be read: it is nested"):
+        Tokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("part, value", [
+    ("pre_tokenizer", {"type": "FixedLength", "length": 0}),
+    ("decoder", {"type": "Strip", "content": "a", "start": 10**9, "stop": 10**9}),
+    ("post_processor", {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "X", "type_id": 0}}], "pair": [], "special_tokens": {}}),
+    ("post_processor", {"type": "TemplateProcessing", "single": [], "pair": [], "special_tokens": {}}),
+])  # fmt: skip
+def test_panics_of_the_library_are_errors(part, value, folder):
+    values = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps({**values, part: value}))
+    with pytest.raises(ValueError, match="the tokenizer('s post_processor fails| cannot|'s post_processor leaves)"):
+        tokenizer = Tokenizer.from_pretrained(folder)
+        tokenizer.encode_prompt("the quick")
+        tokenizer.decode([tokenizer.token_to_id("a")])
 
 
 @pytest.mark.parametrize("template", [LLAMA3, CHATML, BLOCKS, NO_SYSTEM])
@@ -426,17 +475,19 @@ def test_errors_name_the_file_and_the_cure(folder, tmp_path, monkeypatch):
     tokenizer = configure(folder)
     with pytest.raises(ValueError, match="this tokenizer has no chat template"):
         tokenizer.apply_chat_template([USER])
-    for bad in ({"a": "b"}, [1], [{"name": "x"}], 7):
-        with pytest.raises(ValueError, match=r"tokenizer_config\.json: chat_template must be text or a list"):
-            configure(folder, chat_template=bad)
     render = render_chat_template
     cases = [
         (lambda: render("\n{% if %}", [USER]), ValueError, "chat template is broken, line 2"),
-        (lambda: render("{{ nothing.at.all }}", [USER]), ValueError, "refuses these messages: 'nothing' is undefined"),
-        (lambda: render("{{ messages.append(1) }}", [USER]), ValueError, "refuses these messages: access to attribute 'append'"),
+        (lambda: render("{{ nothing.at.all }}", [USER]), ValueError, "fails on these messages: 'nothing' is undefined"),
+        (lambda: render("{{ messages.append(1) }}", [USER]), ValueError, "fails on these messages: access to attribute 'append'"),
         (lambda: render("{{ ''.__class__.mro() }}", [USER]), ValueError, "access to attribute '__class__'"),
-        (lambda: render("{{ messages[0].content + 1 }}", [USER]), ValueError, "refuses these messages: TypeError: "),
-        (lambda: render("{{ 1 / 0 }}", [USER]), ValueError, "refuses these messages: ZeroDivisionError: "),
+        (lambda: render("{{ messages[0].content + 1 }}", [USER]), ValueError, "fails on these messages: TypeError: "),
+        (lambda: render("{{ 1 / 0 }}", [USER]), ValueError, "fails on these messages: ZeroDivisionError: "),
+        (lambda: render("{{ raise_exception('a' * 9000) }}", [USER]), ValueError, "^.{,80}: a{500}$"),
+        (lambda: render("{% break %}", [USER]), ValueError, "chat template is broken: 'break' outside loop"),
+        (lambda: render("{{ " + "(" * 500 + ")" * 500 + " }}", [USER]), ValueError, "nested too deeply, or calls itself"),
+        (lambda: render("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", [USER]), ValueError, "nested too deeply, or"),
+        (lambda: render("x", [USER], tools=[lambda: 1]), ValueError, "must be plain data"),
         (lambda: render("x", USER), TypeError, "messages must be a list"),
         (lambda: render("x", "hello"), TypeError, "messages must be a list"),
         (lambda: render("x", [{"content": "x"}]), ValueError, "messages need a role"),
@@ -451,14 +502,14 @@ def test_errors_name_the_file_and_the_cure(folder, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"tokenizer_config\.json is not JSON"):
         Tokenizer.from_pretrained(folder)
     (folder / "tokenizer_config.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"tokenizer_config\.json does not hold a JSON object"):
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json must hold a JSON object, got list"):
         Tokenizer.from_pretrained(folder)
     (folder / "tokenizer_config.json").unlink()
     (folder / "chat_template.jinja").write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match=r"chat_template\.jinja is not UTF-8 text: it looks like UTF-16"):
         Tokenizer.from_pretrained(folder)
     (folder / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"tokenizer\.json is not a tokenizer\.json that"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json lacks model"):
         Tokenizer.from_pretrained(folder)
     (folder / "tokenizer.json").unlink()
     with pytest.raises(FileNotFoundError, match="no tokenizer at"):
@@ -498,26 +549,49 @@ def test_tokenizers_that_only_transformers_can_read(tmp_path):
     "template",
     [
         "{{ '%1000000000d' % 1 }}",
-        "{{ '{:1000000000d}'.format(1) }}",
-        "{{ '{:1000000000000d}'.format(1) }}",
         "{{ '{:{}}'.format(1, 1000000000) }}",
         "{{ '%*d' % (1000000000, 1) }}",
-        "{{ '%(a).1000000000f' % {'a': 1.0} }}",
-        "{{ '%1000000000d' | format(1) }}",
-        "{{ 'x' * 10**9 }}",
         "{{ [1] * 10**9 }}",
         "{{ 'x'.ljust(1000000000) }}",
         "{{ 'x' | center(1000000000) }}",
-        "{{ 9 ** (9 ** 9) }}",
-        "{% for a in range(90000) %}{% for b in range(90000) %}{{ 'xxxxxxxxxxxxxxxxxxxxxxxx' }}{% endfor %}{% endfor %}",
+        "{{ 'x\nx' | indent(1000000000) }}",
+        "{{ [1] | batch(1000000000, 0) | list }}",
+        "{{ [1] | tojson(indent=1000000000) }}",
+        "{% set ns = namespace(s='x') %}{% for _ in range(40) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
+        "{% set ns = namespace(s='xx') %}{% for _ in range(40) %}{% set ns.s = ns.s.replace('x', ns.s) %}{% endfor %}",
+        "{% set ns = namespace(s='x') %}{% for _ in range(40) %}{% set ns.s = [ns.s, ns.s] | join %}{% endfor %}",
     ],
 )
 def test_templates_that_would_fill_the_memory(template):
-    with pytest.raises(ValueError, match="the chat template refuses these messages: OverflowError"):
-        render_chat_template(template, [{"role": "user", "content": "x"}])
+    with pytest.raises(ValueError, match="the chat template fails on these messages: it needs more than 512 MiB"):
+        render_chat_template(template, [USER])
+    assert render_chat_template("{{ messages | length }}", [USER]) == "1"  # and the next one is rendered
 
 
-def test_formats_that_only_look_wide():
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+        "{% set ns = namespace(s=[]) %}{% for _ in range(40) %}{% set ns.s = [ns.s, ns.s] %}{% endfor %}{{ ns.s }}",
+        "{{ 9 ** (9 ** 9) }}",  # no signal handler of Python's would run within it
+        "{% set ns = namespace(s=[], t=[]) %}{% for _ in range(60) %}{% set ns.s = [ns.s, ns.s] %}"
+        "{% set ns.t = [ns.t, ns.t] %}{% endfor %}{{ ns.s == ns.t }}",
+    ],
+)
+def test_templates_that_would_not_end(template, monkeypatch):
+    monkeypatch.setattr("illada.chat._MOST_SECONDS", 0.3)
+    with pytest.raises(ValueError, match="the chat template fails on these messages: it does not end within 0.3 s"):
+        render_chat_template(template, [USER])
+    assert render_chat_template("{{ messages | length }}", [USER]) == "1"
+
+
+def test_templates_that_make_too_long_a_text_and_what_only_looks_long():
+    with pytest.raises(ValueError, match="the chat template refuses these messages: x+") as error:
+        render_chat_template("{{ raise_exception('x' * 1000000) }}", [USER])
+    assert len(str(error.value)) < 1000
+    with pytest.raises(ValueError, match="it makes a text of 20000000 characters; at most 16777216 are allowed"):
+        render_chat_template("{{ 'x' * 20000000 }}", [USER])
     for template, text in (
         ("{{ '**%s** 20240101, 100%% 1000000' % 'a' }}", "**a** 20240101, 100% 1000000"),
         (
@@ -526,4 +600,25 @@ def test_formats_that_only_look_wide():
         ),
         ("{{ '%s, 1000000' | format(2) }} {{ 'ab' * 3 }} {{ 2 ** 10 }} {{ 7 % 4 * 2 }}", "2, 1000000 ababab 1024 6"),
     ):
-        assert render_chat_template(template, [{"role": "user", "content": "x"}]) == text
+        assert render_chat_template(template, [USER]) == text
+
+
+def test_templates_after_an_interrupt_a_killed_process_and_a_fork():
+    """Each gets its own answer."""
+    assert render_chat_template("{{ messages[0].content }}", [USER]) == USER["content"]
+    first = chat._renderer._process
+    with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chat.pickle, "dump", lambda *_: signal.raise_signal(signal.SIGINT))
+        render_chat_template("one", [USER])
+    assert render_chat_template("two", [USER]) == "two" and first.returncode == -signal.SIGKILL
+    chat._renderer._process.kill()
+    chat._renderer._process.wait()
+    assert render_chat_template("three", [USER]) == "three"
+    if (child := os.fork()) == 0:
+        status = 1
+        try:
+            status = int(render_chat_template("four", [USER]) != "four")
+        finally:
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+    assert render_chat_template("five", [USER]) == "five"

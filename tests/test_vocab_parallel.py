@@ -156,7 +156,7 @@ def test_wrong_shards(generator):
             call()
 
 
-def test_without_gradients_none_are_made(tmp_path, monkeypatch, generator):
+def test_one_process_alone(tmp_path, monkeypatch, generator):
     hidden, weight, targets, weights = make_problem(torch.float32)
     leaves = [x.requires_grad_() for x in (hidden, weight)]
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
@@ -170,6 +170,9 @@ def test_without_gradients_none_are_made(tmp_path, monkeypatch, generator):
             alone = loss(*leaves, targets, weights, vocab_start=0)
         assert len(products) == 1 and not alone.requires_grad
         assert loss(*leaves, targets, weights, vocab_start=0) == alone and len(products) > 2
+        (gradient,) = torch.autograd.grad(loss(*leaves, targets, weights, vocab_start=0), hidden, create_graph=True)
+        with pytest.raises(RuntimeError, match="second derivative"):
+            gradient.square().sum().backward()
         with pytest.raises(ValueError, match=r"weight_shard must have at least one row, got \[0, 16\]"):
             loss(hidden, weight[:0], targets, weights, vocab_start=0)
         strided = torch.stack([weights, weights], dim=1)[:, 0]

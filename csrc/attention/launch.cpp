@@ -14,7 +14,13 @@
 namespace illada::attention {
 namespace {
 
-constexpr int64_t kMostRows = std::numeric_limits<int32_t>::max();
+constexpr int64_t kMostInt32 = std::numeric_limits<int32_t>::max();
+// Registers are few, so kernels count in 32 bits: heads, elements of all heads of a token, rows (tokens x heads), and
+// pieces of a plan's items. They step behind the last row by a tile, which has at most 384 tokens of all heads, and cut
+// an item into 8 pieces at most.
+constexpr int64_t kMostHeads = 1 << 16;
+constexpr int64_t kMostRows = (int64_t(1) << 31) - (1 << 25);
+constexpr int64_t kMostPlanRows = 1 << 29;
 
 bool has_sm90(const Device& gpu) {
 #if defined(ILLADA_BUILT_SM90A)
@@ -63,8 +69,8 @@ void launch_forward_sm90(const ForwardParams& p, const Device& gpu, const Tiling
 #endif
 
 void validate_shape(const char* op, const PackShape& s, const Device& gpu, bool knows_keys) {
-  ILLADA_CHECK(s.total_q >= 0 && s.total_q <= kMostRows, op, "total_q must be in [0, 2^31), got ", s.total_q);
-  ILLADA_CHECK(s.total_k >= (knows_keys ? 0 : -1) && s.total_k <= kMostRows, op, "total_k must be in [0, 2^31), got ",
+  ILLADA_CHECK(s.total_q >= 0 && s.total_q <= kMostInt32, op, "total_q must be in [0, 2^31), got ", s.total_q);
+  ILLADA_CHECK(s.total_k >= (knows_keys ? 0 : -1) && s.total_k <= kMostInt32, op, "total_k must be in [0, 2^31), got ",
                s.total_k);
   if (has_sm90(gpu) && std::max(s.total_q, s.total_k) > kRaggedTokens)
     detail::fail<NotSupported>(op, "kernels of ", gpu.name, " take at most ", kRaggedTokens, " tokens; got ", s.total_q,
@@ -72,13 +78,19 @@ void validate_shape(const char* op, const PackShape& s, const Device& gpu, bool 
   ILLADA_CHECK(s.num_sequences >= 0, op, "negative number of sequences: ", s.num_sequences);
   ILLADA_CHECK(s.num_kv_heads > 0 && s.num_heads > 0 && s.num_heads % s.num_kv_heads == 0, op, "num_heads ",
                s.num_heads, " must be a multiple of num_kv_heads ", s.num_kv_heads);
+  ILLADA_CHECK(s.num_heads <= kMostHeads, op, "num_heads must be at most ", kMostHeads, ", got ", s.num_heads);
   if ((s.head_dim != 64 && s.head_dim != 128) || s.num_heads / s.num_kv_heads > kBlockRows)
     detail::fail<NotSupported>(op, "kernels were built for head dims 64 and 128 and up to ", kBlockRows,
                                " query heads of a key-value head; got head dim ", s.head_dim, " and ",
                                s.num_heads / s.num_kv_heads, " heads on ", gpu.name, ", built archs ",
                                build_info().cuda_archs);
-  ILLADA_CHECK(plan_rows(s) <= kMostRows, op, "the pack is too large: ", s.total_q, " queries, ", s.num_sequences,
-               " sequences, ", s.num_kv_heads, " key-value heads");
+  ILLADA_CHECK(s.total_q * s.num_heads <= kMostRows, op, "total_q x num_heads must be at most ", kMostRows, ", got ",
+               s.total_q, " x ", s.num_heads);
+  ILLADA_CHECK(s.total_k * s.num_kv_heads <= kMostRows, op, "total_k x num_kv_heads must be at most ", kMostRows,
+               ", got ", s.total_k, " x ", s.num_kv_heads);
+  ILLADA_CHECK(plan_rows(s) <= kMostPlanRows, op, "num_sequences x num_kv_heads is too large: a plan may have ",
+               kMostPlanRows, " rows, and ", s.num_sequences, " sequences x ", s.num_kv_heads, " heads of ", s.total_q,
+               " queries and ", s.total_k, " keys need ", plan_rows(s));
 }
 
 // The bytes that a packed tensor spans. Strides of dimensions of size 1 become legal ones, since nobody uses them.
@@ -131,7 +143,7 @@ BackwardMethod choose_backward(const PackShape& s, bool deterministic, bool mult
   if (s.total_q <= 0 || s.total_k <= 0) return method;  // nothing is multiplied
   // Places in the sums are 32-bit numbers.
   const int64_t sums = (s.total_q * s.num_heads + kWasteRows) * s.head_dim;
-  method.fused = has_sm90(gpu) && !multiplies_twice && sums <= kMostRows &&
+  method.fused = has_sm90(gpu) && !multiplies_twice && sums <= kMostInt32 &&
                  variant<AttentionBackwardSums>() != AttentionBackwardSums::kTwice;
   if (method.fused && deterministic) {
     method.ordered = s.total_k / kBackwardKeys + s.num_sequences <= kMostOrdered;
@@ -254,7 +266,9 @@ BackwardScratch scratch_of(const BackwardParams& p, const BackwardMethod& method
 }
 
 int64_t backward_workspace(const PackShape& s, bool deterministic, bool multiplies_twice, int device_index) {
-  const Device& gpu = device("varlen_attention_backward", device_index);
+  constexpr const char* kOp = "varlen_attention_backward";
+  const Device& gpu = device(kOp, device_index);
+  validate_shape(kOp, s, gpu, true);
   const BackwardMethod method = choose_backward(s, deterministic, multiplies_twice, gpu);
   return rows_bytes(s) + arrivals_bytes(s, method) +
          (query_sums(s, method) + 2 * key_sums(s, method)) * int64_t(sizeof(float));

@@ -53,7 +53,7 @@ struct Tiling {
 
 // The most tiles of queries that a pack can have, whatever its lengths and the kernel are.
 inline int64_t max_tiles(const PackShape& s) {
-  return s.num_kv_heads * (s.total_q / (kLeastBlocks * block_tokens(s)) + s.num_sequences);
+  return s.num_kv_heads * (s.total_q / (int64_t(kLeastBlocks) * block_tokens(s)) + s.num_sequences);
 }
 // Enough tiles for every multiprocessor, and many to a sequence: pairs of them may share their keys.
 inline bool has_pairs(const PackShape& s) {
@@ -81,7 +81,7 @@ inline Tiling tiling(const PackShape& s, int blocks, int key_tile, bool clusters
 
 // Rows of a slot of the workspace, for any kernel.
 inline int slot_rows(const PackShape& s) {
-  return int(std::min<int64_t>(s.total_q, kMostBlocks * block_tokens(s))) * group_of(s);
+  return int(std::min(s.total_q, int64_t(kMostBlocks) * block_tokens(s)) * group_of(s));
 }
 
 // The workspace: values fp32 [kSplitSlots, rows, D], then sums [kSplitSlots, rows]: of one piece, sum_j p_j v_j and

@@ -444,12 +444,14 @@ py::dict info() {
   d["cuda_version"] = build.cuda_version;
   d["cuda_archs"] = build.cuda_archs;
   d["cutlass_version"] = build.cutlass_version;
+  d["no_cuda"] = build.no_cuda;
   return d;
 }
 
 }  // namespace
 
-PYBIND11_MODULE(_C, m) {
+// Every call works without the GIL: what calls share is atomic or behind a mutex.
+PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.doc() = "Native ops of illada; use illada.ops, which checks what this module does not.";
   m.attr("__version__") = ILLADA_VERSION;
   m.def("build_info", &info);

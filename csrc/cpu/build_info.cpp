@@ -1,3 +1,4 @@
+#include "build_info.h"
 #include "cpu/row_kernels.h"
 #include "illada/illada.h"
 
@@ -14,6 +15,7 @@ BuildInfo build_info() {
   info.cuda_version = ILLADA_CUDA_VERSION;
   info.cuda_archs = ILLADA_CUDA_ARCHS;
   info.cutlass_version = ILLADA_CUTLASS_VERSION;
+  info.no_cuda = ILLADA_NO_CUDA;
   return info;
 }
 

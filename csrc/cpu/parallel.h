@@ -7,7 +7,7 @@ namespace illada::cpu {
 // Calls f(n) for n in [0, count) on up to num_threads threads of the process's OpenMP pool (torch's own, where torch
 // is loaded). f must not throw.
 template <typename F>
-void parallel_for(int64_t count, int num_threads, F&& f) {
+void parallel_for(int64_t count, [[maybe_unused]] int num_threads, F&& f) {
 #if defined(_OPENMP)
   const int threads = int(count < num_threads ? count : num_threads);
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)

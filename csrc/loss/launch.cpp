@@ -14,14 +14,16 @@ int64_t bytes_of_rows(int64_t rows, int64_t stride, int64_t width, int64_t eleme
 }
 
 void validate(const MaskedCrossEntropyParams& p) {
+  // Kernels count ids and CTAs in 32 bits, and step behind the last id by a piece.
+  constexpr int64_t kMostInt32 = std::numeric_limits<int32_t>::max(), kMostIds = kMostInt32 - kPieceVectors * 8;
   ILLADA_CHECK(p.dtype == DType::kFloat32 || p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16, kOp,
                "unknown dtype ", int(p.dtype));
   ILLADA_CHECK(p.num_rows >= 0 && p.num_tokens >= 0, kOp, "negative size: ", p.num_rows, " rows, ", p.num_tokens,
                " tokens");
   ILLADA_CHECK(p.rows || p.num_rows <= p.num_tokens, kOp, "logits have ", p.num_rows, " rows, but there are ",
                p.num_tokens, " tokens and no rows are given");
-  ILLADA_CHECK(p.vocab_size > 0 && p.vocab_size <= std::numeric_limits<int32_t>::max() - kPieceVectors * 8, kOp,
-               "vocab_size must be positive and fit 31 bits, got ", p.vocab_size);
+  ILLADA_CHECK(p.vocab_size > 0 && p.vocab_size <= kMostIds, kOp, "vocab_size must be in [1, ", kMostIds, "], got ",
+               p.vocab_size);
   ILLADA_CHECK(p.vocab_start >= 0, kOp, "vocab_start must not be negative, got ", p.vocab_start);
   ILLADA_CHECK(p.logits_row_stride >= 0, kOp, "logits row stride must not be negative, got ", p.logits_row_stride);
   ILLADA_CHECK(!p.grad || p.grad_row_stride >= p.vocab_size || p.num_rows <= 1, kOp, "grad row stride ",
@@ -29,8 +31,9 @@ void validate(const MaskedCrossEntropyParams& p) {
   ILLADA_CHECK(p.grad != p.logits || p.grad_row_stride == p.logits_row_stride || p.num_rows <= 1, kOp,
                "grad is logits, but its row stride is ", p.grad_row_stride, " and not ", p.logits_row_stride);
   ILLADA_CHECK(reinterpret_cast<uintptr_t>(p.lse_parts) % 8 == 0, kOp, "lse_parts must be 8-byte aligned");
-  ILLADA_CHECK(p.num_rows <= std::numeric_limits<int32_t>::max() / (int64_t(pieces_of(p.vocab_size)) + 8), kOp,
-               "too many rows: ", p.num_rows);
+  const int64_t most_rows = kMostInt32 / (int64_t(pieces_of(p.vocab_size)) + 8);
+  ILLADA_CHECK(p.num_rows <= most_rows, kOp, "logits of ", p.vocab_size, " ids may have ", most_rows, " rows, got ",
+               p.num_rows);
 }
 
 void check_memory(const MaskedCrossEntropyParams& p, bool backward, int64_t workspace) {

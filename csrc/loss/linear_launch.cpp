@@ -114,6 +114,20 @@ LinearPlan plan_linear(const LinearMaskedCrossEntropyParams& p) { return plan_li
 
 namespace {
 
+// Kernels count tiles and rows of all splits in 32 bits, and estimate the steps of a CTA there.
+void check_counts(const LinearMaskedCrossEntropyParams& p, const LinearPlan& plan) {
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max() - (1 << 16);  // a grid's CTAs step behind the last tile
+  constexpr int64_t kMostChunkRows = 1 << 27;
+  ILLADA_CHECK(plan.rows <= kMostChunkRows, kOp, "chunk_rows must be at most ", kMostChunkRows, ", got ", p.chunk_rows);
+  const int64_t pairs = plan.rows / kPairRows, columns = (p.width + 255) / 256;
+  ILLADA_CHECK(pairs * plan.id_tiles <= kMost, kOp, "chunk_rows x vocab_size must be at most ",
+               kMost * kPairRows * kTileIds, ", got ", plan.rows, " x ", p.vocab_size);
+  ILLADA_CHECK(columns * plan.id_tiles <= kMost, kOp, "width x vocab_size must be at most ", kMost * 256 * kTileIds,
+               ", got ", p.width, " x ", p.vocab_size);
+  ILLADA_CHECK(pairs * columns <= kMost / (4 * int64_t(plan.id_tiles) + 128), kOp,
+               "chunk_rows x width x vocab_size is too large: ", plan.rows, " x ", p.width, " x ", p.vocab_size);
+}
+
 // Validates a call and plans it. The caller holds a DeviceGuard.
 LinearPlan checked_plan(const LinearMaskedCrossEntropyParams& p, const Device& gpu) {
   if (!has_kernel(p, gpu))
@@ -122,6 +136,7 @@ LinearPlan checked_plan(const LinearMaskedCrossEntropyParams& p, const Device& g
                                ", built archs ", build_info().cuda_archs, ", hidden in ", name(p.hidden_dtype),
                                ", width ", p.width);
   const LinearPlan plan = plan_linear(p, gpu);
+  check_counts(p, plan);
   ILLADA_CHECK(p.workspace_bytes >= plan.bytes, kOp, "workspace must have ", plan.bytes, " bytes, got ",
                p.workspace_bytes);
   const int64_t t = p.num_tokens, element = size_of(p.hidden_dtype);
@@ -145,7 +160,7 @@ LinearChunk chunk_of(const LinearMaskedCrossEntropyParams& p, const LinearPlan& 
   char* const base = static_cast<char*>(p.workspace);
   const auto floats = [&](int64_t offset) { return reinterpret_cast<float*>(base + offset); };
   LinearChunk chunk{};
-  chunk.first = index * plan.rows;
+  chunk.first = int(int64_t(index) * plan.rows);
   chunk.list = p.num_rows >= 0 ? p.rows : reinterpret_cast<int32_t*>(base + plan.list);
   chunk.count = p.num_rows >= 0 ? nullptr : reinterpret_cast<int32_t*>(base + plan.count);
   chunk.listed = int(plan.tokens);

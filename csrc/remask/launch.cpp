@@ -100,7 +100,9 @@ void sample_tokens_cuda(const SampleTokensParams& p) {
   const RowSplit split = split_rows(p.num_rows, p.vocab_size, gpu.sm_count);
   const int64_t needed = records_of(split).bytes(p.num_rows);
   ILLADA_CHECK(p.workspace_bytes >= needed, kOp, "workspace must have ", needed, " bytes, got ", p.workspace_bytes);
-  ILLADA_CHECK(p.num_rows * split.splits <= std::numeric_limits<int32_t>::max(), kOp, "too many rows: ", p.num_rows);
+  const int64_t most_rows = std::numeric_limits<int32_t>::max() / split.splits;  // CTAs of a grid
+  ILLADA_CHECK(p.num_rows <= most_rows, kOp, "logits of ", p.vocab_size, " ids may have ", most_rows, " rows, got ",
+               p.num_rows);
   check_sample_regions(
       kOp, p, needed,
       {{"logits", p.logits, bytes_of_rows(p.num_rows, p.logits_row_stride, p.vocab_size, size_of(p.dtype))}});
@@ -193,9 +195,12 @@ void linear_sample_tokens_cuda(const LinearSampleTokensParams& p) {
   if (p.sample.num_rows == 0) return;
   ILLADA_CHECK(p.rows || p.sample.num_rows == p.num_tokens, kOp, "num_rows is ", p.sample.num_rows, " but hidden has ",
                p.num_tokens, " rows and no rows are given");
-  constexpr int64_t kMost = std::numeric_limits<int32_t>::max() - 512;  // ids and rows of whole tiles are int32
-  ILLADA_CHECK(p.sample.num_rows <= kMost && p.sample.vocab_size <= kMost, kOp,
-               "more than 2^31 - 513 rows or ids: ", p.sample.num_rows, " rows, ", p.sample.vocab_size, " ids");
+  // Ids of whole tiles are counted in 32 bits, and so are row tiles of 128 rows x at most 255 ranges of the vocabulary.
+  constexpr int64_t kMostIds = std::numeric_limits<int32_t>::max() - 512, kMostRows = 1 << 30;
+  ILLADA_CHECK(p.sample.num_rows <= kMostRows, kOp, "num_rows must be at most ", kMostRows, ", got ",
+               p.sample.num_rows);
+  ILLADA_CHECK(p.sample.vocab_size <= kMostIds, kOp, "vocab_size must be at most ", kMostIds, ", got ",
+               p.sample.vocab_size);
   const DeviceGuard guard(kOp, p.sample.launch.device);
   const Device& gpu = device(kOp, p.sample.launch.device);
   if (!has_fused_head(p, gpu))
@@ -221,8 +226,10 @@ void remask_cuda(const RemaskParams& p) {
   ILLADA_CHECK(p.num_rows >= 0 && p.num_sequences >= 0 && p.num_tokens >= 0, kOp, "negative size: ", p.num_rows,
                " rows, ", p.num_sequences, " sequences, ", p.num_tokens, " tokens");
   // Threads step behind the last row by as much as a CTA has of them.
-  ILLADA_CHECK(p.num_rows <= std::numeric_limits<int32_t>::max() - 1024, kOp, "too many rows: ", p.num_rows);
-  ILLADA_CHECK(p.num_sequences < std::numeric_limits<int32_t>::max(), kOp, "too many sequences: ", p.num_sequences);
+  constexpr int64_t kMostSequences = std::numeric_limits<int32_t>::max() - 1, kMostRows = kMostSequences - 1023;
+  ILLADA_CHECK(p.num_rows <= kMostRows, kOp, "rows may have ", kMostRows, " elements, got ", p.num_rows);
+  ILLADA_CHECK(p.num_sequences <= kMostSequences, kOp, "cu_rows may name ", kMostSequences, " sequences, got ",
+               p.num_sequences);
   ILLADA_CHECK(p.rule != Rule::kEntropyBound || p.entropy || p.num_rows == 0, kOp,
                "entropy_bound needs a sample with entropies");
   ILLADA_CHECK(p.min_commit >= 0, kOp, "min_commit must not be negative, got ", p.min_commit);

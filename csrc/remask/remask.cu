@@ -32,7 +32,7 @@ struct SequenceRanker {
   int begin, size;  // rows of the sequence
   bool cached;      // all keys are in registers
   uint32_t keys[kKeys];
-  int64_t tokens[kKeys];
+  Token tokens[kKeys];  // of candidates; others may not fit
   uint32_t masked = 0;  // bit j: key j's position holds mask_id
   int pass = 0, parity = 0;
 
@@ -67,6 +67,7 @@ struct SequenceRanker {
     if (cached && size > 0) {
       int32_t positions[kKeys];
       float confidences[kKeys], rank[kKeys];
+      int64_t found[kKeys];
       bool masks[kKeys];
 #pragma unroll
       for (int j = 0; j < kKeys; ++j) {  // threads past the end look at the last row
@@ -74,13 +75,14 @@ struct SequenceRanker {
         positions[j] = __ldg(&p.rows[n]);
         confidences[j] = i < size ? __ldg(&p.confidence[n]) : -INFINITY;
         rank[j] = __ldg(&ranks[n]);
-        tokens[j] = __ldg(&p.token[n]);
+        found[j] = __ldg(&p.token[n]);
       }
 #pragma unroll
       for (int j = 0; j < kKeys; ++j) masks[j] = holds_mask(positions[j]);
 #pragma unroll
       for (int j = 0; j < kKeys; ++j) {
-        keys[j] = masks[j] ? key_of(confidences[j], rank[j], tokens[j]) : 0;
+        tokens[j] = Token(found[j]);
+        keys[j] = masks[j] ? key_of(confidences[j], rank[j], found[j]) : 0;
         masked |= uint32_t(masks[j] && j * kThreads + int(threadIdx.x) < size) << j;
       }
     }

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from illada._native import build_info
     from illada.checkpoint import load_pretrained, save_pretrained
     from illada.config import ModelConfig
-    from illada.generation import GenerationConfig, GenerationResult, generate
+    from illada.generation import GenerationConfig, GenerationDelta, GenerationResult, generate, generate_iter
     from illada.model import LossModule, MaskedDiffusionModel
     from illada.ops import (
         AttentionPlan,
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         linear_masked_cross_entropy_vocab_parallel,
         linear_sample_tokens,
         masked_cross_entropy,
+        masked_cross_entropy_from_labels,
         masked_cross_entropy_shard,
         masked_cross_entropy_shard_grad,
         remask,
@@ -41,7 +42,7 @@ _MODULES = {
     "illada._native": ("build_info",),
     "illada.checkpoint": ("load_pretrained", "save_pretrained"),
     "illada.config": ("ModelConfig",),
-    "illada.generation": ("GenerationConfig", "GenerationResult", "generate"),
+    "illada.generation": ("GenerationConfig", "GenerationDelta", "GenerationResult", "generate", "generate_iter"),
     "illada.model": ("LossModule", "MaskedDiffusionModel"),
     "illada.ops": (
         "AttentionPlan",
@@ -52,6 +53,7 @@ _MODULES = {
         "linear_masked_cross_entropy_vocab_parallel",
         "linear_sample_tokens",
         "masked_cross_entropy",
+        "masked_cross_entropy_from_labels",
         "masked_cross_entropy_shard",
         "masked_cross_entropy_shard_grad",
         "remask",
@@ -66,6 +68,7 @@ _MODULES = {
 __all__ = [
     "AttentionPlan",
     "GenerationConfig",
+    "GenerationDelta",
     "GenerationResult",
     "LossModule",
     "MaskedDiffusionModel",
@@ -78,11 +81,13 @@ __all__ = [
     "build_info",
     "confidence_score",
     "generate",
+    "generate_iter",
     "linear_masked_cross_entropy",
     "linear_masked_cross_entropy_vocab_parallel",
     "linear_sample_tokens",
     "load_pretrained",
     "masked_cross_entropy",
+    "masked_cross_entropy_from_labels",
     "masked_cross_entropy_shard",
     "masked_cross_entropy_shard_grad",
     "monte_carlo_likelihood",

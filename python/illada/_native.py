@@ -40,7 +40,7 @@ def package_version() -> str:
 
 def build_info() -> dict[str, object]:
     """What was built and what it chose: version, compiler, openmp, cpu_isa, cuda_version, cuda_archs,
-    cutlass_version.
+    cutlass_version, no_cuda (why there are no CUDA kernels).
     """
     return native().build_info()
 
@@ -55,6 +55,6 @@ def require_cuda_build(op: str) -> None:
     """NotImplementedError for an op called with CUDA tensors on a build that has no CUDA kernels."""
     if not has_cuda():
         raise NotImplementedError(
-            f"{op}: this build has no CUDA kernels; supported here: CPU tensors. "
+            f"{op}: this build has no CUDA kernels ({build_info()['no_cuda']}); supported here: CPU tensors. "
             "Install again where there is an nvcc (`illada info` says what was built)"
         )

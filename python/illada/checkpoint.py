@@ -7,13 +7,13 @@ errors that name it, never a silent re-initialisation. A tied head is stored onc
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,8 +27,9 @@ from illada.files import check_inside, read_json_object, staged_directory
 from illada.folders import config_file
 from illada.layouts import LAYOUTS, Layout, layout_of_file
 from illada.model import MaskedDiffusionModel
+from illada.schema import TokenId, check_object, checked
 from illada.terminal import shows
-from illada.text import looks_like, read_json
+from illada.text import looks_like, read_json, some_of
 
 _INDEX = "model.safetensors.index.json"
 #: Of weights, by their names in safetensors.
@@ -65,7 +66,7 @@ def save_pretrained(
         progress: show a bar, on a terminal.
 
     Raises:
-        ValueError: a weight that is finite, but not in `dtype`.
+        ValueError: a weight that is finite, but not in `dtype`; parameters that the layout has no name for (adapters).
         NotImplementedError: an architecture that the layout has no words for. FileNotFoundError: no tokenizer there.
         OSError: nothing was written.
     """
@@ -87,6 +88,7 @@ def write_pretrained(
     """The files of `save_pretrained`, into a folder that is there."""
     layout = LAYOUTS[model.config.model_type]
     config = layout.config_to_file(model.config)
+    _check_names(model)
     if tokenizer is not None:
         _copy_tokenizer(Path(tokenizer), folder)
         if (folder / "tokenizer.json").is_file():
@@ -127,6 +129,26 @@ def write_pretrained(
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _check_names(model: MaskedDiffusionModel) -> None:
+    """ValueError unless the model has the parameters of its class and no others, such as an adapter's."""
+    plain = MaskedDiffusionModel(model.config, device="meta").state_dict()
+    state = model.state_dict()
+    beyond, missing = sorted(state.keys() - plain.keys()), sorted(plain.keys() - state.keys())
+    if beyond or missing:
+        raise ValueError(
+            "the layout has no name for what the model holds: "
+            + "; ".join(
+                f"{kind} {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+                for kind, names in (("unknown", beyond), ("missing", missing))
+                if names
+            )
+            + ". Merge adapters first (peft: merge_and_unload)"
+        )
+    for name, tensor in plain.items():
+        if state[name].shape != tensor.shape:
+            raise ValueError(f"{name} is {list(state[name].shape)}, the config says {list(tensor.shape)}")
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -183,64 +205,83 @@ def load_pretrained(
             and none in config.json; a weight that is finite, but not in `dtype`.
     """
     path = Path(path)
-    model = MaskedDiffusionModel(load_config(path, mask_token_id=mask_token_id), device="meta")
-    load_weights(model, path, device=device, dtype=dtype)
+    config = load_config(path, mask_token_id=mask_token_id)
+    weights = read_weights(path, config, device=device, dtype=dtype)
+    model = MaskedDiffusionModel(config, device="meta")
+    model.load_state_dict(weights, strict=True, assign=True)
+    model.requires_grad_(True)
     model.stop_token_ids = read_stop_tokens(path)
     return model
 
 
-def load_weights(
-    model: MaskedDiffusionModel, path: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
-) -> None:
-    """Replace the parameters of `model` by those of a checkpoint folder; its keys must fit exactly."""
+class _Part(NamedTuple):
+    """A tensor that a file must have: rows `rows` of a parameter, all of them or those of one projection."""
+
+    parameter: str
+    rows: slice
+    shape: list[int]
+
+
+def read_weights(
+    path: Path, config: ModelConfig, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """The parameters of a model, by name, from a checkpoint folder. ValueError: its tensors are not exactly these."""
     device = find_device(device)
-    layout = LAYOUTS[model.config.model_type]
-    parameters = dict(model.named_parameters())
-    expected = {key: (n, rows) for n in parameters for key, rows in layout.file_parts(n, model.config).items()}
-    tied_head = layout.file_name("lm_head.weight") if model.config.tie_word_embeddings else None
-    state: dict[str, Tensor] = {}
-    found: set[str] = set()
-    unexpected: list[str] = []
-    wrong: list[str] = []
+    layout = LAYOUTS[config.model_type]
+    shapes = MaskedDiffusionModel.parameter_shapes(config)
+    expected: dict[str, _Part] = {}
+    for name, shape in shapes.items():
+        for key, rows in layout.file_parts(name, config).items():
+            expected[key] = _Part(name, rows, [len(range(*rows.indices(shape[0]))), *shape[1:]])
+    tied_head = layout.file_name("lm_head.weight") if config.tie_word_embeddings else None
     files = _weight_files(path)
+    _check_tensors(path, files, expected, tied_head)
     dtype = dtype or _dtype_of_mixed(path, _dtypes(files, expected))
+    state: dict[str, Tensor] = {}
     for file in files:
         # What is copied is read through a mapping of its own, which is given up: no page stays beside its copy.
         with _opened(file, device) as tensors, _opened(file, device) as copied:
             for key in tensors.keys():
-                kind = tensors.get_slice(key).get_dtype()
+                if key == tied_head:
+                    _check_tie(tensors.get_tensor(key).cpu(), path, files, layout)
+                    continue
+                name, rows, _ = expected[key]
+                tensor = (tensors if rows == slice(None) else copied).get_tensor(key)
+                if rows == slice(None):
+                    state[name] = _cast(key, tensor, dtype or tensor.dtype)
+                    continue
+                if name not in state:
+                    state[name] = torch.empty(shapes[name], dtype=dtype or tensor.dtype, device=device)
+                state[name][rows] = _cast(key, tensor, state[name].dtype)
+    return state
+
+
+def _check_tensors(path: Path, files: Sequence[Path], expected: Mapping[str, _Part], tied_head: str | None) -> None:
+    """ValueError: the files do not have these tensors exactly. Looks at names, shapes and dtypes alone."""
+    found: set[str] = set()
+    unexpected: list[str] = []
+    wrong: list[str] = []
+    for file in files:
+        with _opened(file) as tensors:
+            for key in tensors.keys():
+                stored = tensors.get_slice(key)
                 if key not in expected and key != tied_head:
                     unexpected.append(key)
-                elif kind not in _DTYPES:
-                    wrong.append(f"{key} is {kind}, expected {', '.join(_DTYPES)}")
-                elif key == tied_head:
-                    _check_tie(tensors.get_tensor(key).cpu(), path, files, layout)
-                else:
-                    name, rows = expected[key]
-                    whole, shape = rows == slice(None), parameters[name][rows].shape
-                    tensor = (tensors if whole else copied).get_tensor(key)
-                    if tensor.shape != shape:
-                        wrong.append(f"{key} is {list(tensor.shape)}, expected {list(shape)}")
-                    elif key in found:
-                        wrong.append(f"{key} is in two files")
-                    elif whole:
-                        state[name] = _cast(key, tensor, dtype or tensor.dtype)
-                    else:
-                        if name not in state:
-                            kept = dtype or tensor.dtype
-                            state[name] = torch.empty(parameters[name].shape, dtype=kept, device=device)
-                        state[name][rows] = _cast(key, tensor, state[name].dtype)
+                elif stored.get_dtype() not in _DTYPES:
+                    wrong.append(f"{key} is {stored.get_dtype()}, expected {', '.join(_DTYPES)}")
+                elif key in expected and stored.get_shape() != expected[key].shape:
+                    wrong.append(f"{key} is {stored.get_shape()}, expected {expected[key].shape}")
+                elif key in found:
+                    wrong.append(f"{key} is in two files")
                 found.add(key)
     missing = [key for key in expected if key not in found]
     problems = [
-        f"{kind}: {', '.join(keys)}"
+        f"{kind}: {some_of(keys)}"
         for kind, keys in (("missing", missing), ("unexpected", unexpected), ("wrong", wrong))
         if keys
     ]
     if problems:
         raise ValueError(f"the weights in {path} do not fit its config.json; " + "; ".join(problems))
-    model.load_state_dict(state, strict=True, assign=True)
-    model.requires_grad_(True)
 
 
 @contextlib.contextmanager
@@ -249,7 +290,7 @@ def _opened(file: Path, device: torch.device | str = "cpu") -> Iterator[Any]:
         with safe_open(file, framework="pt", device=str(device)) as tensors:
             yield tensors
     except (SafetensorError, OSError) as error:
-        said = looks_like(file) or f"is damaged or not a safetensors file: {error}"
+        said = looks_like(file) or f"is damaged or not a safetensors file: {error!s:.200}"
         raise ValueError(f"{file} {said}") from None
 
 
@@ -298,16 +339,14 @@ def _check_tie(head: Tensor, path: Path, files: Sequence[Path], layout: Layout) 
 
 def _weight_files(path: Path) -> list[Path]:
     if (path / _INDEX).is_file():
-        if said := looks_like(path / _INDEX):
-            raise ValueError(f"{path / _INDEX} {said}")
-        try:
-            names = sorted(set(read_json(path / _INDEX)["weight_map"].values()))
-            if any(Path(name).name != name for name in names):
-                raise ValueError("a shard outside of the folder")
-        except (ValueError, KeyError, AttributeError, TypeError):
-            raise ValueError(f"{path / _INDEX} is damaged: weight_map must give the file of each tensor") from None
-        if absent := [name for name in names if not (path / name).is_file()]:
-            raise ValueError(f"{path} lacks the shards {', '.join(absent)} that its index names")
+        file = path / _INDEX
+        weight_map = check_object(read_json(file), {"weight_map": dict[str, str]}, str(file))["weight_map"]
+        for key, name in weight_map.items():
+            if Path(name).name != name:
+                raise ValueError(f"{file}: weight_map.{key:.80} must be a file in its folder, got {name!r:.80}")
+        names = sorted(set(weight_map.values()))
+        if absent := [name for name in names if not os.path.isfile(path / name)]:
+            raise ValueError(f"{path} lacks the shards {some_of(absent)} that its index names")
         return [path / name for name in names]
     if not (path / "model.safetensors").is_file():
         pickled, shards = (sorted(p.name for p in path.glob(pattern)) for pattern in ("*.bin", "*.safetensors"))
@@ -322,10 +361,9 @@ def read_stop_tokens(path: str | Path) -> tuple[int, ...]:
     """The ids that end a sequence by generation_config.json of a checkpoint folder; none where it names none."""
     file = Path(path) / "generation_config.json"
     ids = read_json_object(file).get("eos_token_id") if file.is_file() else None
-    listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
-    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in listed):
-        raise ValueError(f"{file}: eos_token_id must be a token id, or a list of them, got {ids!r:.80}")
-    return tuple(listed)
+    if not isinstance(ids, list):
+        ids = [] if ids is None else [checked(TokenId, ids, f"{file}: eos_token_id")]
+    return tuple(checked(list[TokenId], ids, f"{file}: eos_token_id"))
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -371,7 +409,8 @@ def convert_checkpoint(
     # Weights of one dtype stay mapped, and are converted a shard at a time; of several, each goes to `dtype` at once.
     mixed = dtype is not None and len(_dtypes(_weight_files(source))) > 1
     model = load_pretrained(source, dtype=dtype if mixed else None, mask_token_id=mask_token_id)
-    model.config = dataclasses.replace(model.config, model_type=model_type or model.config.model_type)
+    if model_type is not None:
+        model.config = ModelConfig.from_dict({**model.config.to_dict(), "model_type": model_type})
     save_pretrained(
         model,
         target,

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from illada.schema import check_fields, checked
+from annotated_types import Gt, Le, Lt
 
-_SIZES = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-    "max_position_embeddings", "head_dim", "embedding_size",
-)  # fmt: skip
-_FLOATS = ("rope_theta", "rms_norm_eps", "initializer_range")
-_LARGEST = 3.4028234663852886e38  # of float32, in which norms and angles are computed
-_MOST_LAYERS = 4096  # a file that asks for more is damaged, and making them would not end
+from illada.schema import Count, Fraction, PositiveFloat, Size, TokenId, check_fields
+from illada.text import some_of
 
 
 @dataclass(frozen=True)
@@ -33,46 +28,31 @@ class ModelConfig:
     that is another token than the end of the text. model_type: the layout to save in, see `illada.layouts`.
     """
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    mask_token_id: int
-    eos_token_id: int
-    pad_token_id: int | None
-    bos_token_id: int | None
-    head_dim: int | None = None
-    embedding_size: int | None = None
-    max_position_embeddings: int = 8192
-    rope_theta: float = 500000.0
+    vocab_size: Size
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: Annotated[int, Gt(0), Le(4096)]  # a file that asks for more is damaged
+    num_attention_heads: Size
+    num_key_value_heads: Size
+    mask_token_id: TokenId
+    eos_token_id: TokenId
+    pad_token_id: TokenId | None
+    bos_token_id: TokenId | None
+    head_dim: Size | None = None
+    embedding_size: Size | None = None
+    max_position_embeddings: Size = 8192
+    rope_theta: PositiveFloat = 500000.0
     rope_in_fp32: bool = False
-    rms_norm_eps: float = 1e-6
+    rms_norm_eps: PositiveFloat = 1e-6
     tie_word_embeddings: bool = True
     qkv_bias: bool = False
-    initializer_range: float = 0.02
+    initializer_range: PositiveFloat = 0.02
     logits_shift: bool = False
-    model_type: str = "illada"
-    eot_token_id: int | None = None
+    model_type: Literal["illada", "llada", "dream", "qwen2"] = "illada"
+    eot_token_id: TokenId | None = None
 
     def __post_init__(self) -> None:
-        for name in (*_SIZES, *_FLOATS):
-            value, limit = getattr(self, name), 2**30 if name in _SIZES else _LARGEST
-            if value is None and name in ("head_dim", "embedding_size"):
-                continue
-            if name in _SIZES or not isinstance(value, int):
-                checked(int if name in _SIZES else float, value, f"model.{name}")
-            if not 0 < value <= limit:
-                allowed = "at most 2^30" if name in _SIZES else "finite"
-                raise ValueError(f"model.{name} must be positive and {allowed}, got {value!r:.80}")
-            if name in _FLOATS:
-                object.__setattr__(self, name, checked(float, value, f"model.{name}"))
-        for name in ("rope_in_fp32", "tie_word_embeddings", "qkv_bias", "logits_shift"):
-            checked(bool, getattr(self, name), f"model.{name}")
-        checked(str, self.model_type, "model.model_type")
-        if self.num_hidden_layers > _MOST_LAYERS:
-            raise ValueError(f"model.num_hidden_layers must be at most {_MOST_LAYERS}, got {self.num_hidden_layers}")
+        check_fields(self, "model")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"model.num_attention_heads ({self.num_attention_heads}) must be a multiple of "
@@ -93,16 +73,17 @@ class ModelConfig:
             raise ValueError(
                 f"model.embedding_size ({self.embedding_size}) is less than vocab_size ({self.vocab_size})"
             )
+        if (rows := sum(self.qkv_sizes)) > 2**30:
+            raise ValueError(
+                "(model.num_attention_heads + 2 model.num_key_value_heads) x model.head_dim must be at most 2^30, "
+                f"got ({self.num_attention_heads} + 2 x {self.num_key_value_heads}) x {self.head_size} = {rows}"
+            )
         for name in ("mask_token_id", "eos_token_id", "pad_token_id", "bos_token_id", "eot_token_id"):
             token = getattr(self, name)
-            if token is None and name in ("pad_token_id", "bos_token_id", "eot_token_id"):
-                continue
-            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < self.embedding_rows:
-                raise ValueError(f"model.{name} must be in [0, {self.embedding_rows}), got {token!r}")
+            if token is not None and token >= self.embedding_rows:
+                raise ValueError(f"model.{name} must be in [0, {self.embedding_rows}), got {token}")
             if token == self.mask_token_id and name != "mask_token_id":
                 raise ValueError(f"model.mask_token_id ({token}) is model.{name} as well; no text may contain the mask")
-        if self.model_type not in ("illada", "llada", "dream", "qwen2"):
-            raise ValueError(f"model.model_type must be illada, llada, dream or qwen2, got {self.model_type!r}")
 
     @property
     def head_size(self) -> int:
@@ -143,7 +124,7 @@ class ModelConfig:
         """From field names and values; unknown and missing names are errors that list them."""
         fields = {f.name: f for f in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - set(fields)):
-            raise ValueError(f"unknown model options: {', '.join(unknown)}; there are {', '.join(fields)}")
+            raise ValueError(f"unknown model options: {some_of(unknown)}; there are {', '.join(fields)}")
         required = {name for name, f in fields.items() if f.default is dataclasses.MISSING}
         if missing := sorted(required - set(values)):
             raise ValueError(f"missing model options: {', '.join(missing)}")
@@ -204,26 +185,27 @@ class DiffusionConfig:
         the B samples of a global batch (VDM), which lowers the variance of the loss.
     mask_count: "bernoulli" masks each token with probability p; "exact" masks floor(t L) + 1 of L tokens with weight
         L / count (as in LLaDA's Monte Carlo likelihood).
+    t_limit: t is drawn below a limit that rises linearly, from t_limit for the first sample to 1 after
+        t_limit_windows samples. A new model learns from a token's neighbours first, and few masks leave most of them.
     """
 
-    eps: float = 1e-3  # smallest masking probability: p = (1 - eps) t + eps
-    split_probability: float = 0.3  # chance that a window is split at a uniform point into two sequences
-    t_sampling: str = "independent"  # or "low_discrepancy": stratified over the windows of a step
-    mask_count: str = "bernoulli"  # or "exact": a fixed number of masks for each t
+    eps: Annotated[float, Gt(0), Lt(0.5)] = 1e-3  # smallest masking probability: p = (1 - eps) t + eps
+    split_probability: Fraction = 0.3  # chance that a window is split at a uniform point into two sequences
+    t_limit: Annotated[float, Gt(0), Le(1)] = 1.0  # largest t of the first window: below 1, fewer masks at first
+    t_limit_windows: Count = 0  # windows over which that limit rises to 1
+    t_sampling: Literal["independent", "low_discrepancy"] = "independent"  # "low_discrepancy": stratified in a step
+    mask_count: Literal["bernoulli", "exact"] = "bernoulli"  # or "exact": a fixed number of masks for each t
     complementary: bool = False  # samples 2k and 2k + 1 share window, split and t; one masks what the other shows
     isolate_documents: bool = False  # documents inside a window do not attend each other
 
     def __post_init__(self) -> None:
         check_fields(self, "diffusion")
-        if not 0 < self.eps < 0.5:
-            raise ValueError(f"diffusion.eps must be in (0, 0.5), got {self.eps}")
-        if not 0 <= self.split_probability <= 1:
-            raise ValueError(f"diffusion.split_probability must be in [0, 1], got {self.split_probability}")
-        for name, allowed in (
-            ("t_sampling", ("independent", "low_discrepancy")),
-            ("mask_count", ("bernoulli", "exact")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"diffusion.{name} must be {' or '.join(allowed)}, got {getattr(self, name)!r}")
+        if (self.t_limit < 1) != (self.t_limit_windows > 0):
+            raise ValueError(
+                "diffusion.t_limit below 1 and diffusion.t_limit_windows above 0 go together, got "
+                f"{self.t_limit} and {self.t_limit_windows}"
+            )
         if self.complementary and self.mask_count == "exact":
             raise ValueError("diffusion.complementary needs mask_count = 'bernoulli'")
+        if self.complementary and self.t_limit < 1:
+            raise ValueError("diffusion.complementary needs t_limit = 1: the second of a pair masks 1 - t")

@@ -34,7 +34,7 @@ from illada.schema import Count, NonNegativeFloat, check_object
 from illada.sources import PIECE, Documents, hold_out, open_source
 from illada.terminal import shows
 from illada.text import read_json
-from illada.tokenizer_files import control_tokens, encode_as_text, load_tokenizer
+from illada.tokenizer_files import control_tokens, encode_as_text, library_errors, load_tokenizer
 
 FORMAT, FORMAT_VERSION = "illada-corpus", 1
 SPLITS = ("train", "validation")
@@ -255,7 +255,8 @@ class _Writer:
         ):
             for batch in self._batches(documents):
                 texts = [text for text, _ in batch]
-                encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+                with library_errors("the tokenizer cannot encode the text"):
+                    encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
                 for (text, ends), encoding in zip(batch, encodings, strict=True):
                     ids = encoding.ids
                     if np.isin(ids, self.never).any():
@@ -338,14 +339,10 @@ class TokenDataset:
         if not header_file.is_file():
             raise FileNotFoundError(f"{self.path} is not a corpus (no corpus.json); make one with `illada prepare`")
         self.header: dict[str, Any] = read_json(header_file)
-        try:
-            known = self.header["format"] == FORMAT
-        except (KeyError, TypeError):
-            known = False
-        if not known:
+        if not isinstance(self.header, dict) or self.header.get("format") != FORMAT:
             raise ValueError(f"{header_file} is not the header of an {FORMAT}")
-        if self.header["version"] != FORMAT_VERSION:
-            raise ValueError(f"{header_file} has format version {self.header['version']}, this is {FORMAT_VERSION}")
+        if (version := self.header.get("version")) != FORMAT_VERSION:
+            raise ValueError(f"{header_file} has format version {version!r:.80}, this is {FORMAT_VERSION}")
         check_object(self.header, _HEADER, str(header_file))
         if wrong := [i for name in _SPECIAL_NAMES if not (i := self.header[f"{name}_token_id"]) < self.vocab_size]:
             raise ValueError(f"{header_file}: token id {wrong[0]} is outside of the vocabulary of {self.vocab_size}")

@@ -1,4 +1,4 @@
-"""Devices by name, checked before torch fails on them far from where they were given."""
+"""Devices by name, checked before torch fails on them far from where they were given; autocast's dtypes."""
 
 from __future__ import annotations
 
@@ -18,3 +18,10 @@ def find_device(device: torch.device | str, name: str = "device") -> torch.devic
             f"{'' if count else f'; {name} cpu needs none'}"
         )
     return found
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype of autocast where it is on for `device`, else None. Never for meta tensors."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)

@@ -173,6 +173,8 @@ def make_batch(
         cuts.append(sorted(cut))
 
     time = _times(draws, max(len(c) for c in cuts) if cuts else 1, seed, config, global_batch)
+    if config.t_limit < 1:
+        time *= np.minimum(1, config.t_limit + (1 - config.t_limit) * samples / config.t_limit_windows)[:, None]
     words = _words(seed, _MASK, draws, length)
     masked = np.zeros(windows.shape, dtype=bool)
     weights = np.zeros(windows.shape, dtype=np.float32)

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from illada.schema import check_object
 from illada.text import read_json
 
 _RANDOM = "[a-z0-9_]{8}"  # what tempfile appends
@@ -233,9 +234,8 @@ def check_inside(file: Path, folder: Path) -> None:
 
 def read_json_object(file: Path) -> dict[str, Any]:
     """A JSON file that holds an object. ValueError, which names the file: it does not."""
-    values = read_json(file)
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} does not hold a JSON object")
+    values: dict[str, Any] = read_json(file)
+    check_object(values, {}, str(file))
     return values
 
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from illada.config import ModelConfig
+from illada.schema import checked, hints_of
+from illada.text import some_of
 
 _IDS = {
     "bos_token_id": "bos_token_id",
@@ -104,18 +106,20 @@ class Layout:
         """
         values = _normalized(values, source)
         refused = [
-            f"{key}={values[key]!r} (supported: {', '.join(map(repr, allowed))})"
+            f"{key}={values[key]!r:.80} (supported: {', '.join(map(repr, allowed))})"
             for key, allowed in self.fixed.items()
             if key in values and not _is_one_of(values[key], allowed)
         ]
         known = self.honoured.keys() | self.fixed.keys() | self.ignored.keys() | {"model_type"}
-        refused += [f"{key}={value!r} (unknown)" for key, value in values.items() if key not in known]
+        refused += [f"{key:.80}={value!r:.80} (unknown)" for key, value in values.items() if key not in known]
         for key, name in self.honoured.items():
-            kind = _TYPES[name]
-            if not (values.get(key) is None or _has_type(values[key], kind) or name == "eos_token_id"):
-                refused.append(f"{key}={values[key]!r} (must be {kind})")
+            if values.get(key) is not None and name != "eos_token_id":  # which may be a list
+                try:
+                    checked(hints_of(ModelConfig)[name], values[key], key)
+                except ValueError as error:
+                    refused.append(str(error))
         if refused:
-            raise ValueError(f"{source}: unsupported options: {'; '.join(refused)}")
+            raise ValueError(f"{source}: unsupported options: {some_of(refused, '; ')}")
         needed = (self.honoured.keys() - self.optional) | self.explicit
         if missing := sorted(key for key in needed if values.get(key) is None):
             raise ValueError(f"{source} lacks {', '.join(missing)}, which cannot be guessed")
@@ -163,7 +167,9 @@ class Layout:
         if isinstance(ids["eos_token_id"], list):  # as transformers writes models that end in one of several ways
             ends = ids["eos_token_id"]
             if not 1 <= len(ends) <= 2 or (len(ends) == 2 and ids["eot_token_id"] not in (None, ends[1])):
-                raise ValueError(f"{source}: eos_token_id must be one id, or two (end of text, of turn), got {ends}")
+                raise ValueError(
+                    f"{source}: eos_token_id must be one id, or two (end of text, of turn), got {ends!r:.80}"
+                )
             ids["eos_token_id"] = ends[0]
             ids["eot_token_id"] = ends[1] if len(ends) == 2 else ids["eot_token_id"]
         if mask_token_id is not None:
@@ -192,31 +198,25 @@ def _normalized(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     values = dict(values)
     kinds = values.pop("layer_types", None)
     if kinds is not None and (not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)):
-        raise ValueError(f"{source}: unsupported options: layer_types={kinds!r} (supported: 'full_attention' in all)")
+        raise ValueError(
+            f"{source}: unsupported options: layer_types={kinds!r:.80} (supported: 'full_attention' in all)"
+        )
     if kinds is not None and len(kinds) != values.get("num_hidden_layers"):
         raise ValueError(
-            f"{source}: layer_types names {len(kinds)} layers, num_hidden_layers is {values.get('num_hidden_layers')}"
+            f"{source}: layer_types names {len(kinds)} layers, "
+            f"num_hidden_layers is {values.get('num_hidden_layers')!r:.80}"
         )
     rope = values.pop("rope_parameters", None)
     if rope is None:
         return values
     if not isinstance(rope, dict) or set(rope) - {"rope_theta", "rope_type"} or rope.get("rope_type") != "default":
         raise ValueError(
-            f"{source}: unsupported options: rope_parameters={rope!r} "
+            f"{source}: unsupported options: rope_parameters={rope!r:.80} "
             "(supported: {'rope_theta': a number, 'rope_type': 'default'})"
         )
     if "rope_theta" in rope and values.setdefault("rope_theta", rope["rope_theta"]) != rope["rope_theta"]:
-        raise ValueError(f"{source}: rope_theta={values['rope_theta']!r}, but rope_parameters={rope!r}")
+        raise ValueError(f"{source}: rope_theta={values['rope_theta']!r:.80}, but rope_parameters={rope!r:.80}")
     return values
-
-
-_TYPES = {f.name: str(f.type).removesuffix(" | None") for f in dataclasses.fields(ModelConfig)}
-
-
-def _has_type(value: Any, kind: str) -> bool:
-    if kind == "bool":
-        return isinstance(value, bool)
-    return isinstance(value, int if kind == "int" else (int, float)) and not isinstance(value, bool)
 
 
 def _is_one_of(value: Any, allowed: tuple[Any, ...]) -> bool:
@@ -368,4 +368,4 @@ def layout_of_file(values: Mapping[str, Any], source: str = "config.json") -> La
         if found == layout.file_model_type:
             return layout
     supported = ", ".join(repr(layout.file_model_type) for layout in LAYOUTS.values())
-    raise ValueError(f"{source}: unsupported options: model_type={found!r} (supported: {supported})")
+    raise ValueError(f"{source}: unsupported options: model_type={found!r:.80} (supported: {supported})")

@@ -7,6 +7,7 @@ Hugging Face checkpoints without the leading "model.", but q_proj, k_proj and v_
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from illada.config import ModelConfig
-from illada.devices import find_device
+from illada.devices import autocast_dtype, find_device
 from illada.diffusion import Batch
 from illada.ops import AttentionPlan, attention_plan, linear_masked_cross_entropy, varlen_attention
 
@@ -110,6 +111,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
 
 
+def does_what_its_weight_says(linear: nn.Module) -> bool:
+    """Is calling `linear` the product with its weight, plus its bias, and nothing else?
+
+    Not with an adapter, a quantised weight or a parametrization, which are other classes, and not with hooks.
+    """
+    hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
+    return type(linear) is nn.Linear and not any(hooks) and "forward" not in linear.__dict__
+
+
 class Attention(nn.Module):
     """Bidirectional grouped-query attention over packed sequences; queries, keys and values are one projection's."""
 
@@ -144,12 +154,12 @@ class Attention(nn.Module):
         """q [T, H, D] (or [N, H, D] of `rows` alone), k and v [T, G, D], rotated and without a copy: v is a view of the
         projection [T, H + 2 G, D], q and k are views of its rotated heads [T, H + G, D]."""
         heads, kv_heads = self.heads, self.kv_heads
-        if rows is None:
+        if rows is None or not does_what_its_weight_says(self.qkv_proj):
             qkv = self.qkv_proj(x).unflatten(-1, (heads + 2 * kv_heads, -1))
             # split and not slices: their gradients would each be padded with zeros and added.
             qk, v = qkv.split([heads + kv_heads, kv_heads], dim=1)
             q, k = rotate(qk, cos, sin).split([heads, kv_heads], dim=1)
-            return q, k, v
+            return q if rows is None else q[rows], k, v
         weight, bias, size = self.qkv_proj.weight, self.qkv_proj.bias, self.o_proj.in_features
         q_bias, kv_bias = (None, None) if bias is None else (bias[:size], bias[size:])
         q = F.linear(x[rows], weight[:size], q_bias).unflatten(-1, (heads, -1))
@@ -200,7 +210,8 @@ class Layer(nn.Module):
             projected = self.project(x, cos, sin, queries)
         attended = self.self_attn(*projected, cu_seqlens, plan, cache, queries)
         x = (x if queries is None else x[queries.rows]) + attended
-        if torch.is_grad_enabled():
+        # The number of parts would make a constant of the number of tokens in a traced graph.
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return x + self.mlp(self.post_attention_layernorm(x))
         for part in x.split(_CPU_ROWS if x.device.type == "cpu" else _GPU_ROWS):  # x is this layer's own
             part += self.mlp(self.post_attention_layernorm(part))
@@ -219,7 +230,7 @@ class MaskedDiffusionModel(nn.Module):
     Args:
         config: the architecture.
         seed: of the initial weights, drawn from a generator of this model's own.
-        device, dtype: of the parameters; device "meta" allocates nothing.
+        device, dtype: of the parameters, default torch's default device and float32; device "meta" allocates nothing.
 
     Attributes:
         config: as given.
@@ -247,17 +258,19 @@ class MaskedDiffusionModel(nn.Module):
             self.lm_head = (
                 None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.embedding_rows, bias=False)
             )
-        self.to(dtype or torch.float32)
-        target = find_device(device or "cpu")
+        target = torch.get_default_device() if device is None else find_device(device)
+        for module in self.modules():  # to_empty fails under FakeTensorMode
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                empty = torch.empty(parameter.shape, dtype=dtype or torch.float32, device=target)
+                setattr(module, name, nn.Parameter(empty))
         if target.type != "meta":
-            self.to_empty(device=target)
             self.reset_parameters(seed)
 
     @torch.no_grad()
     def reset_parameters(self, seed: int) -> None:
         """Initial weights, drawn on the CPU from `seed` alone: N(0, initializer_range), the projections back into the
         residual stream scaled by 1 / sqrt(2 layers), embeddings with variance 1 / (2 C), the pad row zero."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator("cpu").manual_seed(seed)
         residual_scale = 1 / math.sqrt(2 * self.config.num_hidden_layers)
         for name, parameter in self.named_parameters():
             if name.endswith("norm.weight"):
@@ -270,9 +283,19 @@ class MaskedDiffusionModel(nn.Module):
                     std = math.sqrt(1 / (2 * self.config.hidden_size))
                 elif name.endswith(("o_proj.weight", "down_proj.weight")):
                     std *= residual_scale
-                parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+                parameter.copy_(torch.empty(parameter.shape, device="cpu").normal_(0.0, std, generator=generator))
         if self.config.pad_token_id is not None:
             self.embed_tokens.weight[self.config.pad_token_id] = 0
+
+    @classmethod
+    def parameter_shapes(cls, config: ModelConfig) -> dict[str, torch.Size]:
+        """Names and shapes of the parameters of a model, which is not made: that takes long where layers are many."""
+        one = cls(dataclasses.replace(config, num_hidden_layers=1), device="meta")
+        shapes: dict[str, torch.Size] = {}
+        for name, parameter in one.named_parameters():
+            layers = config.num_hidden_layers if name.startswith("layers.") else 1
+            shapes |= {name.replace("layers.0.", f"layers.{i}."): parameter.shape for i in range(layers)}
+        return shapes
 
     @property
     def device(self) -> torch.device:
@@ -281,8 +304,22 @@ class MaskedDiffusionModel(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """[V, C]: the head, or the embedding it is tied to, without the rows that only pad it."""
-        weight = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        """[V, C]: the head, or the embedding it is tied to, without the rows that only pad it.
+
+        Raises:
+            TypeError: the head is more than its weight (adapter, quantised weight, forward hooks), and the ops take
+                that alone.
+        """
+        tied = self.lm_head is None
+        name, head = ("embed_tokens", self.embed_tokens) if tied else ("lm_head", self.lm_head)
+        if not isinstance(head, nn.Embedding if tied else nn.Linear):
+            raise TypeError(
+                f"{name} is a {type(head).__name__}, which the ops of the head would not call: they take a weight. "
+                "Leave adapters and quantisation of the head away, or merge them (peft: merge_and_unload)"
+            )
+        if not tied and (head._forward_hooks or head._forward_pre_hooks) and not hasattr(head.weight, "full_tensor"):
+            raise TypeError("lm_head has forward hooks, which would not run: the ops of the head take its weight")
+        weight = head.weight
         return weight if weight.shape[0] == self.config.vocab_size else weight[: self.config.vocab_size]
 
     def forward(
@@ -370,9 +407,7 @@ class MaskedDiffusionModel(nn.Module):
 
     def _rotary_tables(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """For activations of `dtype`, which is autocast's where that is on."""
-        if torch.is_autocast_enabled(position_ids.device.type):
-            dtype = torch.get_autocast_dtype(position_ids.device.type)
-        return rotary_tables(position_ids, self.config, dtype)
+        return rotary_tables(position_ids, self.config, autocast_dtype(position_ids.device) or dtype)
 
     def _queries(self, rows: Tensor, cu_seqlens: Tensor, total: int) -> Queries:
         """What the last layer computes: `rows`, or the ones before them where hidden states are shifted."""

@@ -13,17 +13,25 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Gt, Le, Lt
 
-_LARGEST = 3.4028234663852886e38  # of float32
+LARGEST = 3.4028234663852886e38  # of float32
 _MOST = 2**53  # of counts: what a float64 holds exactly
 
 Count = Annotated[int, Ge(0), Le(_MOST)]
+Size = Annotated[int, Gt(0), Le(2**30)]  # of a dimension: the product of two is an int64
+TokenId = Annotated[int, Ge(0), Lt(2**30)]
 Positive = Annotated[int, Gt(0), Le(_MOST)]
-Finite = Annotated[float, Ge(-_LARGEST), Le(_LARGEST)]
-PositiveFloat = Annotated[float, Gt(0), Le(_LARGEST)]
-NonNegativeFloat = Annotated[float, Ge(0), Le(_LARGEST)]
+Finite = Annotated[float, Ge(-LARGEST), Le(LARGEST)]
+PositiveFloat = Annotated[float, Gt(0), Le(LARGEST)]
+NonNegativeFloat = Annotated[float, Ge(0), Le(LARGEST)]
 Fraction = Annotated[float, Ge(0), Le(1)]
+
+
+def _short(limit: float) -> str:
+    power = int(limit).bit_length() - 1
+    return f"2^{power}" if power > 16 and limit == 2**power else f"{limit:g}"
+
 
 _SAID: dict[str, Callable[[dict[str, Any]], str]] = {
     "int_type": lambda limits: "must be int",
@@ -37,8 +45,8 @@ _SAID: dict[str, Callable[[dict[str, Any]], str]] = {
     "greater_than_equal": lambda limits: (
         "must not be negative" if limits["ge"] == 0 else f"must be at least {limits['ge']}"
     ),
-    "less_than": lambda limits: f"must be below {limits['lt']}",
-    "less_than_equal": lambda limits: f"must be at most {limits['le']:g}",
+    "less_than": lambda limits: f"must be below {_short(limits['lt'])}",
+    "less_than_equal": lambda limits: f"must be at most {_short(limits['le'])}",
     "literal_error": lambda limits: f"must be {limits['expected'].replace(chr(39), '')}",
 }
 
@@ -52,7 +60,7 @@ def checked(hint: Any, value: Any, name: str) -> Any:
     except ValidationError as error:
         first = error.errors()[0]
         place = name + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"])
-        if isinstance(first["input"], float) and not math.isfinite(first["input"]):
+        if _is_infinite(first["input"], first["type"]):
             said = "must be finite"
         elif say := _SAID.get(first["type"]):
             said = say(first.get("ctx", {}))
@@ -61,20 +69,32 @@ def checked(hint: Any, value: Any, name: str) -> Any:
         raise ValueError(f"{place} {said}, got {first['input']!r:.80}") from None
 
 
+def _is_infinite(value: Any, problem: str) -> bool:
+    """inf, nan, or an int that no float holds."""
+    if isinstance(value, float):
+        return not math.isfinite(value)
+    return problem == "float_type" and isinstance(value, int) and not isinstance(value, bool)
+
+
 def check_fields(instance: Any, section: str) -> None:
     """The fields of a dataclass against their hints, in its __post_init__; an int for a float becomes one."""
     kind: Any = type(instance)
-    for name, hint in _hints(kind).items():
+    for name, hint in hints_of(kind).items():
         object.__setattr__(instance, name, checked(hint, getattr(instance, name), f"{section}.{name}"))
 
 
-def check_object(values: Any, keys: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The values of these keys, {key: hint}, of a JSON object. ValueError: one is missing or is something else."""
+def check_object(
+    values: Any, keys: Mapping[str, Any], where: str, optional: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The values of these keys, {key: hint}, of a JSON object, and of the `optional` ones that are there and not null.
+
+    ValueError: one is missing or is something else."""
     if not isinstance(values, dict):
         raise ValueError(f"{where} must hold a JSON object, got {type(values).__name__}")
     if missing := [key for key in keys if key not in values]:
         raise ValueError(f"{where} lacks {', '.join(missing)}")
-    return {key: checked(hint, values[key], f"{where}: {key}") for key, hint in keys.items()}
+    hints = {**keys, **{key: hint for key, hint in (optional or {}).items() if values.get(key) is not None}}
+    return {key: checked(hint, values[key], f"{where}: {key}") for key, hint in hints.items()}
 
 
 def names_of(kind: type) -> list[str]:
@@ -83,7 +103,8 @@ def names_of(kind: type) -> list[str]:
 
 
 @functools.lru_cache
-def _hints(kind: Any) -> dict[str, Any]:
+def hints_of(kind: Any) -> dict[str, Any]:
+    """The type hints of a dataclass's fields, by name."""
     return typing.get_type_hints(kind, include_extras=True)
 
 

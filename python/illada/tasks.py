@@ -29,8 +29,8 @@ from typing import Any, TypeVar
 
 from illada.data import TokenDataset
 from illada.files import check_inside, recover, staged_directory
-from illada.text import read_text
-from illada.tokenizer_files import load_tokenizer
+from illada.text import read_lines
+from illada.tokenizer_files import library_errors, load_tokenizer
 
 TASKS = ("definitions", "cloze", "cloze_word")
 CHOICES = 4
@@ -153,7 +153,9 @@ def _documents(dataset: TokenDataset, most_tokens: int | None = None) -> Iterato
     for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
         if most_tokens is not None and end > most_tokens:
             return
-        yield tokenizer.decode(dataset.tokens[begin : end - 1].tolist(), skip_special_tokens=False)
+        with library_errors(f"the tokenizer of {dataset.path} cannot decode its text"):
+            text = tokenizer.decode(dataset.tokens[begin : end - 1].tolist(), skip_special_tokens=False)
+        yield text
 
 
 def _words(text: str) -> list[str]:
@@ -217,6 +219,7 @@ def _first_sentence(docstring: str) -> str:
 
 
 _PARTS_OF_SPEECH = {"noun": "noun", "verb": "verb", "adj": "adjective", "adv": "adverb"}
+_SYNSET_TYPES = {"n": "n", "v": "v", "a": "a", "s": "a", "r": "r"}
 _SENSE_TYPES = {"1": "noun", "2": "verb", "3": "adjective", "4": "adverb", "5": "adjective"}
 
 
@@ -226,23 +229,25 @@ def read_wordnet(path: str | Path) -> list[Entry]:
     Args:
         path: a folder with data.noun, data.verb, data.adj, data.adv. Beside them index.noun, ... say which sense comes
             first, and with cntlist.rev words that WordNet's tagged texts never use are left out.
+
+    Raises:
+        FileNotFoundError: none of these files there. ValueError: a line that is not WordNet's; names it.
     """
     folder = Path(path)
     files = {kind: folder / f"data.{suffix}" for suffix, kind in _PARTS_OF_SPEECH.items()}
     files = {kind: file for kind, file in files.items() if file.is_file()}
     if not files:
         raise FileNotFoundError(f"dictionary wordnet: {folder} has no data.noun, data.verb, data.adj or data.adv")
-    counts = _read_counts(folder / "cntlist.rev")
+    counts: dict[tuple[str, str], int] = defaultdict(int)  # over all senses of a word
+    for key, tagged in _read_lines(folder / "cntlist.rev", _parse_count):
+        counts[key] += tagged
     entries = []
     for kind, file in files.items():
-        synsets = {}
-        for line in _data_lines(file):
-            offset, words, pointers, gloss = _parse_synset(line)
-            synsets[offset] = words, pointers, gloss
-        first = {}
-        for line in _data_lines(file.with_name(file.name.replace("data.", "index."))):
-            fields = line.split()
-            first[fields[0]] = fields[6 + int(fields[3])]  # of its synsets, which are in the order of its senses
+        synsets = {at: (words, near, gloss) for at, words, near, gloss in _read_lines(file, _parse_synset)}
+        index = file.with_name(file.name.replace("data.", "index."))
+        first = dict(_read_lines(index, _parse_index))
+        if absent := [word for word, offset in first.items() if offset not in synsets]:
+            raise ValueError(f"{index} gives {absent[0]!r} the sense {first[absent[0]]}, which {file} lacks")
         for offset, (words, _, _) in synsets.items():
             for word in words:
                 first.setdefault(word.lower(), offset)
@@ -259,38 +264,53 @@ def read_wordnet(path: str | Path) -> list[Entry]:
     return entries
 
 
-def _data_lines(file: Path) -> list[str]:
-    """The lines of one of WordNet's files, without the licence at its beginning, which is indented."""
-    lines = read_text(file).splitlines() if file.is_file() else []
-    return [line for line in lines if line.strip() and not line.startswith(" ")]
+def _read_lines(file: Path, parse: Callable[[str], Item]) -> list[Item]:
+    """What the lines of one of WordNet's files say, without the licence at its beginning, which is indented.
+
+    Nothing where there is no file.
+    """
+    parsed = []
+    for where, line in read_lines(file) if file.is_file() else ():
+        if line.strip() and not line.startswith(" "):
+            try:
+                parsed.append(parse(line))
+            except (ValueError, IndexError, KeyError):
+                raise ValueError(f"{where} is not in WordNet's format of {file.name}: {line!r:.80}") from None
+    return parsed
+
+
+def _parse_index(line: str) -> tuple[str, str]:
+    """(word, offset of its first synset): they stand in the order of its senses."""
+    fields = line.split()
+    return fields[0], fields[6 + _number(fields[3])]
 
 
 def _parse_synset(line: str) -> tuple[str, list[str], list[str], str]:
     """(offset, words, offsets of related synsets of the same file, definition) of one line of a data file."""
     fields, _, gloss = line.partition("|")
     parts = fields.split()
-    count = int(parts[3], 16)
+    own, count = _SYNSET_TYPES[parts[2]], _number(parts[3], 16)
     words = [re.sub(r"\(\w+\)$", "", word) for word in parts[4 : 4 + 2 * count : 2]]  # adjectives: "alive(p)"
     at = 4 + 2 * count
-    kinds = {"s": "a"}
-    own = kinds.get(parts[2], parts[2])
     pointers = [
-        parts[i + 1]
-        for i in range(at + 1, at + 1 + 4 * int(parts[at]), 4)
-        if kinds.get(parts[i + 2], parts[i + 2]) == own
+        parts[i + 1] for i in range(at + 1, at + 1 + 4 * _number(parts[at]), 4) if _SYNSET_TYPES[parts[i + 2]] == own
     ]
     definition = re.split(r"; \"|;\s*$", gloss.strip())[0].strip()
     return parts[0], words, pointers, definition
 
 
-def _read_counts(file: Path) -> dict[tuple[str, str], int]:
-    """Of cntlist.rev: how often each (part of speech, word) was met in tagged texts, over all of its senses."""
-    counts: dict[tuple[str, str], int] = defaultdict(int)
-    for line in _data_lines(file):
-        key, _, tagged = line.split()
-        lemma, _, rest = key.partition("%")
-        counts[_SENSE_TYPES[rest[0]], lemma] += int(tagged)
-    return counts
+def _parse_count(line: str) -> tuple[tuple[str, str], int]:
+    """Of cntlist.rev: (part of speech, word) and how often one of its senses was met in tagged texts."""
+    key, _, tagged = line.split()
+    lemma, _, rest = key.partition("%")
+    return (_SENSE_TYPES[rest[:1]], lemma), _number(tagged)
+
+
+def _number(text: str, base: int = 10) -> int:
+    value = int(text, base)
+    if not 0 <= value < 1 << 31:
+        raise ValueError(f"a count must be in [0, 2^31), got {value}")
+    return value
 
 
 # ---------------------------------------------------------------------------------------------------------- questions
@@ -434,12 +454,21 @@ import datasets
 
 
 def read(file, **_):
-    lines = (Path(__file__).parent / file).read_text(encoding="utf-8").split("\\n")  # texts hold other ends of lines
-    rows = [json.loads(line) for line in lines if line]
-    splits = {row["split"]: [] for row in rows}
-    for row in rows:
-        splits[row.pop("split")].append(row)
-    return {split: datasets.Dataset.from_list(rows) for split, rows in splits.items()}
+    splits = {}
+    # texts hold other ends of lines
+    for number, line in enumerate((Path(__file__).parent / file).read_bytes().split(b"\\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode())
+            splits.setdefault(row.pop("split"), []).append(row)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            said = "it is nested too deeply" if isinstance(error, RecursionError) else repr(error)
+            raise ValueError(f"{file}, line {number}, is no JSON object with a split: {said:.200}") from None
+    try:
+        return {split: datasets.Dataset.from_list(rows) for split, rows in splits.items()}
+    except (ValueError, TypeError, ArithmeticError, NotImplementedError) as error:
+        raise ValueError(f"{file} has rows whose values are of different types: {error!s:.200}") from None
 '''
 
 _HEAD = """\

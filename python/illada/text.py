@@ -10,7 +10,7 @@ import codecs
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -30,6 +30,7 @@ _COMPRESSED = (
 _POINTER = b"version https://git-lfs.github.com/spec"
 _IS_POINTER = "is a Git LFS pointer, not the file it stands for: fetch that with git lfs pull"
 _HEAD = 4096  # bytes looked at for what a file is
+_SHOWN = 5  # items of a list in an error
 _BLOCK = 1 << 16  # bytes of a file in memory at a time, where it is read in pieces
 
 
@@ -134,6 +135,12 @@ def looks_like(path: str | Path) -> str | None:
     if start.startswith((b"<!doctype html", b"<html")):
         return "is an HTML page, which a download saved in place of the file: fetch the file itself"
     return None
+
+
+def some_of(items: Sequence[str], separator: str = ", ") -> str:
+    """A list for an error: the first of its items, none of them long, and how many more there are."""
+    shown = separator.join(f"{item:.160}" for item in items[:_SHOWN])
+    return shown if len(items) <= _SHOWN else f"{shown} and {len(items) - _SHOWN} more"
 
 
 def check_text(text: str, where: str) -> str:

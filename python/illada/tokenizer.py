@@ -11,11 +11,20 @@ import tokenizers
 
 from illada.chat import Message, render_chat_template
 from illada.files import read_if_there
+from illada.schema import check_object
 from illada.text import check_text, looks_like, read_text
-from illada.tokenizer_files import control_tokens, encode_as_text, load_tokenizer, read_special_tokens, without_limits
+from illada.tokenizer_files import (
+    control_tokens,
+    encode_as_text,
+    library_errors,
+    load_tokenizer,
+    read_special_tokens,
+    without_limits,
+)
 
 _NO_ID = 2**32 - 1  # that no token has
 _LOOK_BACK = 16  # tokens of a prompt: what decides how the next one reads is near
+_NAMED_TEMPLATE = {"name": str, "template": str}
 _SLOW_FILES = ("tokenizer_config.json", "vocab.json", "vocab.txt", "tokenizer.model")
 
 
@@ -126,10 +135,8 @@ class Tokenizer:
                 text, add_special_tokens=add_special_tokens, split_special_tokens=not parse_special_tokens
             )
         self.backend.encode_special_tokens = not parse_special_tokens
-        try:
+        with library_errors(f"the tokenizer cannot encode {text[:40]!r}"):
             return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
-        except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"the tokenizer cannot encode {text[:40]!r}: {error}") from None
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of `ids`."""
@@ -137,7 +144,8 @@ class Tokenizer:
             return self.backend.decode(
                 list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
             )
-        return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        with library_errors("the tokenizer cannot decode these ids"):
+            return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def token_to_id(self, token: str) -> int | None:
         """The id of one token by its text; None: there is no such token."""
@@ -214,9 +222,12 @@ def affixes(tokenizer: Any) -> tuple[list[int], list[int]]:
     # The token of another tokenizer stands for a text: one that this tokenizer can encode would have to be found.
     if isinstance(backend, tokenizers.Tokenizer):
         other = tokenizers.Tokenizer(tokenizers.models.WordLevel({"text": _NO_ID}, unk_token="text"))
-        whole = backend.post_process(other.encode("text")).ids
+        with library_errors("the tokenizer's post_processor fails"):
+            whole = backend.post_process(other.encode("text")).ids
     else:
         whole = list(tokenizer.build_inputs_with_special_tokens([_NO_ID]))
+    if _NO_ID not in whole:
+        raise ValueError("the tokenizer's post_processor leaves the text out")
     at = whole.index(_NO_ID)
     return whole[:at], whole[at + 1 :]
 
@@ -281,13 +292,11 @@ def _chat_template(folder: Path, configured: Any) -> str | dict[str, str] | None
         return found["default"] if found.keys() == {"default"} else found or None
     if isinstance(configured, str):
         return {"default": configured, **found} if found else configured
-    try:
-        return {**{str(one["name"]): str(one["template"]) for one in configured}, **found}
-    except (TypeError, KeyError):
-        raise ValueError(
-            f"{folder / 'tokenizer_config.json'}: chat_template must be text or a list of {{name, template}}, "
-            f"got {configured!r:.80}"
-        ) from None
+    where = f"{folder / 'tokenizer_config.json'}: chat_template"
+    if not isinstance(configured, list):
+        raise ValueError(f"{where} must be text or a list of {{name, template}}, got {configured!r:.80}")
+    named_here = [check_object(one, _NAMED_TEMPLATE, f"{where}[{i}]") for i, one in enumerate(configured)]
+    return {**{one["name"]: one["template"] for one in named_here}, **found}
 
 
 def _ids_of_model(folder: Path) -> list[int]:
@@ -318,7 +327,7 @@ def _load_slow(folder: Path, trust_remote_code: bool) -> Any:
                 f"the tokenizer in {folder} is Python code of its authors, which is run only with trust_remote_code "
                 "(--trust-remote-code); without it, give another tokenizer (--tokenizer)"
             ) from None
-        raise ValueError(f"transformers cannot read the tokenizer in {folder}: {error}") from None
+        raise ValueError(f"transformers cannot read the tokenizer in {folder}: {error!s:.300}") from None
     backend = getattr(loaded, "backend_tokenizer", None)
     if not isinstance(backend, tokenizers.Tokenizer):
         return loaded

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import base64
+import contextlib
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
 from illada.files import read_if_there
-from illada.text import looks_like
+from illada.schema import Fraction, TokenId, check_object, checked
+from illada.text import looks_like, read_json
 
 #: Special tokens that a checkpoint names, in tokenizer_config.json or special_tokens_map.json.
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-_LISTS_OF_TOKENS = ("additional_special_tokens", "extra_special_tokens")
+_ALL_NAMES = (*SPECIAL_NAMES, "additional_special_tokens", "extra_special_tokens")
+
+_OBJECT = dict[str, Any]
+_FLAGS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), bool)
+_CHARSMAP = b"precompiled_charsmap"  # of a normalizer
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -29,10 +37,15 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if not file.is_file():
         raise FileNotFoundError(f"no tokenizer at {file}")
     try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises bare Exception
-        said = looks_like(file) or f"is not a tokenizer.json that `tokenizers` can read: {error}"
-        raise ValueError(f"{file} {said}") from None
+        if _CHARSMAP in file.read_bytes():
+            _check_tokenizer(file)  # the library ends the process at a bad one
+        with library_errors(f"{file} is not a tokenizer.json that `tokenizers` can read"):
+            tokenizer = Tokenizer.from_file(str(file))
+    except ValueError:
+        if said := looks_like(file):
+            raise ValueError(f"{file} {said}") from None
+        _check_tokenizer(file)  # which can name the key
+        raise
     without_limits(tokenizer)
     if file.name == "tokenizer.json":
         _add_tokens(tokenizer, file.parent)
@@ -45,10 +58,51 @@ def without_limits(tokenizer: Tokenizer) -> None:
     tokenizer.no_padding()
 
 
+@contextlib.contextmanager
+def library_errors(said: str) -> Iterator[None]:
+    """ValueError for what `tokenizers` raises: bare Exception, and Rust's panics, which are none."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise ValueError(f"{said}: {error!s:.300}") from None
+        raise
+
+
+def _check_tokenizer(file: Path) -> None:
+    """ValueError, which names the key: a tokenizer.json whose parts have other types, or a normalizer no size."""
+    values = read_json(file)
+    parts = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+    check_object(
+        values, {"model": _OBJECT}, str(file), {"added_tokens": list[_OBJECT], **dict.fromkeys(parts, _OBJECT)}
+    )
+    for i, token in enumerate(values.get("added_tokens") or ()):
+        check_object(token, {"id": TokenId, "content": str}, f"{file}: added_tokens[{i}]", _FLAGS)
+    vocab = dict[str, TokenId] if isinstance(values["model"].get("vocab"), dict) else list[Any]
+    check_object(values["model"], {}, f"{file}: model", {"vocab": vocab, "merges": list[Any], "dropout": Fraction})
+    normalizer = values.get("normalizer") or {}
+    for one in (
+        normalizer,
+        *checked(list[_OBJECT], normalizer.get("normalizers", []), f"{file}: normalizer.normalizers"),
+    ):
+        if one.get("type") == "Precompiled":
+            where = f"{file}: normalizer"
+            charsmap = check_object(one, {"precompiled_charsmap": str}, where)["precompiled_charsmap"]
+            try:
+                data = base64.b64decode(charsmap, validate=True)
+            except ValueError:
+                data = b""
+            if len(data) < 4 or int.from_bytes(data[:4], "little") > len(data) - 4:
+                raise ValueError(f"{where}: precompiled_charsmap is damaged: it is shorter than it says")
+
+
 def read_special_tokens(folder: Path) -> dict[str, Any]:
     """Special tokens by name, each a text or a list of them, of tokenizer_config.json, else special_tokens_map.json."""
-    named = {**read_if_there(folder / "special_tokens_map.json"), **read_if_there(folder / "tokenizer_config.json")}
-    return {name: _content(named[name]) for name in (*SPECIAL_NAMES, *_LISTS_OF_TOKENS) if named.get(name)}
+    named: dict[str, Any] = {}
+    for file in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
+        values = read_if_there(file)
+        named |= {name: (values[name], f"{file}: {name}") for name in _ALL_NAMES if name in values}
+    return {name: _contents(*named[name]) for name in _ALL_NAMES if name in named and named[name][0]}
 
 
 def control_tokens(tokenizer: Tokenizer, ids: Iterable[int | None]) -> dict[int, str]:
@@ -91,11 +145,15 @@ def encode_as_text(encode: Callable[[str], list[int]], control: Mapping[int, str
     return ids
 
 
-def _content(token: Any) -> Any:
-    """A special token: its text, or the form with flags that wraps it; or a list of them."""
+def _contents(token: Any, where: str) -> Any:
+    """A special token: its text, or the form with flags that wraps it; or a list of them, which may be by name."""
+    if isinstance(token, dict) and "content" not in token:
+        token = list(token.values())
     if isinstance(token, list):
-        return [_content(one) for one in token]
-    return token.get("content") if isinstance(token, dict) else token
+        return [_contents(one, f"{where}[{i}]") for i, one in enumerate(token)]
+    if isinstance(token, dict):
+        return check_object(token, {"content": str}, where)["content"]
+    return checked(str, token, where)
 
 
 def _add_tokens(tokenizer: Tokenizer, folder: Path) -> None:
@@ -103,19 +161,22 @@ def _add_tokens(tokenizer: Tokenizer, folder: Path) -> None:
 
     A token that is there keeps its id, whatever they say."""
     file = folder / "tokenizer_config.json"
-    declared = read_if_there(file).get("added_tokens_decoder")
-    try:
-        if declared is not None:
-            wanted = {int(i): AddedToken(token["content"], **_flags(token)) for i, token in declared.items()}
-        else:
-            file = folder / "added_tokens.json"
-            special = {text for value in read_special_tokens(folder).values() for text in _listed(value)}
-            wanted = {
-                int(i): AddedToken(text, normalized=text not in special, special=text in special)
-                for text, i in read_if_there(file).items()
-            }
-    except (TypeError, ValueError, AttributeError, KeyError) as error:
-        raise ValueError(f"{file} does not name added tokens by their ids: {error}") from None
+    config = check_object(read_if_there(file), {}, str(file), {"added_tokens_decoder": dict[str, _OBJECT]})
+    declared = config.get("added_tokens_decoder")
+    wanted: dict[int, AddedToken] = {}
+    if declared is not None:
+        for i, token in declared.items():
+            where = f"{file}: added_tokens_decoder"
+            if not re.fullmatch("[0-9]{1,9}", i):
+                raise ValueError(f"{where} must name tokens by their ids, got {i!r:.80}")
+            fields = check_object(token, {"content": str}, f"{where}.{i}", _FLAGS)
+            wanted[int(i)] = AddedToken(fields.pop("content"), **fields)
+    else:
+        file = folder / "added_tokens.json"
+        special = {text for value in read_special_tokens(folder).values() for text in _listed(value)}
+        for text, number in read_if_there(file).items():
+            number = checked(TokenId, number, f"{file}: {text:.80}")
+            wanted[number] = AddedToken(text, normalized=text not in special, special=text in special)
     present = tokenizer.get_added_tokens_decoder()
     for i, token in sorted(wanted.items()):
         known = tokenizer.token_to_id(token.content)
@@ -127,11 +188,6 @@ def _add_tokens(tokenizer: Tokenizer, folder: Path) -> None:
                 f"{file} gives {token.content!r} the id {i}, but in tokenizer.json the next free id is {given}: "
                 "the two do not belong together"
             )
-
-
-def _flags(token: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: token[name] for name in ("single_word", "lstrip", "rstrip", "normalized", "special")
-            if name in token}  # fmt: skip
 
 
 def _listed(value: Any) -> list[Any]:

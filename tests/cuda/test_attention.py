@@ -251,7 +251,7 @@ ERRORS = {
     "alignment": (NotImplementedError, "16-byte aligned", lambda q, k, v: ([q, k, v.new_zeros(v.numel() + 1)[1:].view_as(v)], {})),
     "device": (ValueError, "k is on cpu, but q is on cuda:0", lambda q, k, v: ([q, k.cpu(), v], {})),
     "cu_seqlens device": (ValueError, "cu_seqlens is on cpu", lambda q, k, v: ([q, k, v], {"cu_seqlens": torch.tensor([0, 6], dtype=torch.int32)})),
-    "cu_seqlens dtype": (TypeError, "cu_seqlens must be int32, got int64", lambda q, k, v: ([q, k, v], {"cu_seqlens": torch.tensor([0, 6]).to(q.device)})),
+    "cu_seqlens dtype": (TypeError, "cu_seqlens must be int32, int64, got float32", lambda q, k, v: ([q, k, v], {"cu_seqlens": torch.tensor([0.0, 6.0]).to(q.device)})),
     "cu_seqlens shape": (ValueError, r"cu_seqlens must have shape \[S \+ 1\]", lambda q, k, v: ([q, k, v], {"cu_seqlens": torch.zeros(2, 2, dtype=torch.int32).to(q.device)})),
     "seqused_k shape": (ValueError, r"seqused_k must have shape \[1\]", lambda q, k, v: ([q, k, v], {"seqused_k": torch.zeros(2, dtype=torch.int32).to(q.device)})),
     "scale": (ValueError, "softmax_scale must be finite and > 0, got -1.0", lambda q, k, v: ([q, k, v], {"softmax_scale": -1.0})),

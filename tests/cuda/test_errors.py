@@ -39,7 +39,7 @@ def test_linear_sample_tokens(device):
         (ValueError, "rows is on cpu, but hidden is on cuda:0", (hidden, weight), {"rows": rows.cpu()}),
         (TypeError, "weight must be float32, got bfloat16", (hidden, weight.bfloat16()), {}),
         (TypeError, "hidden must be float32, bfloat16, float16", (hidden.double(), weight.double()), {}),
-        (TypeError, "rows must be int32", (hidden, weight), {"rows": rows.long()}),
+        (TypeError, "rows must be int32", (hidden, weight), {"rows": rows.float()}),
         (ValueError, r"weight must have shape \[V, 8\]", (hidden, weight[:, :7]), {}),
         (ValueError, r"seed must have shape \[2\]", (hidden, weight), {"rows": rows, "seed": rows.long().repeat(2)}),
     ]:

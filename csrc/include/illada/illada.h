@@ -24,6 +24,7 @@ struct BuildInfo {
   std::string cuda_version;     // toolkit, empty without CUDA
   std::string cuda_archs;       // "80-real 90a-real 90-virtual", empty without CUDA
   std::string cutlass_version;  // of the headers that the kernels were built with, empty without CUDA
+  std::string no_cuda;          // why there are no CUDA kernels, empty with CUDA
 };
 BuildInfo build_info();
 

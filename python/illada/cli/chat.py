@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 from illada.cli import sampling
@@ -109,35 +108,14 @@ def _read_line(interactive: bool) -> str:
     raise EOFError
 
 
-def _settled(text: str, stop_strings: Sequence[str]) -> str:
-    """`text` without an end that may become a stop string, or a character of which a part is there."""
-    text = text.rstrip("\ufffd")
-    held = [n for stop in stop_strings for n in range(1, len(stop)) if text.endswith(stop[:n])]
-    return text[: len(text) - max(held, default=0)]
-
-
 def _answer(model: Any, tokenizer: Any, ids: list[int], config: Any, *, seed: int, graphs: bool) -> str:
     """Generate one answer and print it as its blocks come."""
-    from illada.generation import generate
-    from illada.generation.loop import cut_at_stop, stop_ids
-    from illada.tokenizer import Continuation
+    from illada.generation import generate_iter
 
-    ends, tokens, shown = stop_ids(config, model), list[int](), ""
-    reader = Continuation(tokenizer, ids)
-
-    def show(index: int, block: list[int]) -> None:
-        nonlocal shown
-        if not ends.intersection(tokens):
-            tokens.extend(block)
-        cut = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
-        text = cut_at_stop(reader, tokens[:cut], config)
-        if text is None:
-            text = _settled(reader.decode(tokens[:cut]), config.stop_strings)
-        if text.startswith(shown):
-            print(text[len(shown) :], end="", flush=True)
-            shown = text
-
-    result = generate(model, [ids], config, seed=seed, tokenizer=tokenizer, cuda_graphs=graphs, on_block=show)[0]
-    rest = (result.text or "")[len(shown) :]
-    print(rest, flush=True)
-    return result.text or ""
+    answer = ""
+    for delta in generate_iter(model, [ids], config, seed=seed, tokenizer=tokenizer, cuda_graphs=graphs):
+        print(delta.text, end="", flush=True)
+        if delta.result is not None:
+            answer = delta.result.text or ""
+    print(flush=True)
+    return answer

@@ -50,7 +50,7 @@ def _facts() -> dict[str, Any]:
         build = illada.build_info()
         facts["native module"] = f"built with {build['compiler']}, OpenMP {'on' if build['openmp'] else 'off'}"
         facts["cpu kernels"] = build["cpu_isa"]
-        facts["cuda toolkit"] = build["cuda_version"] or "none: this build has no CUDA kernels"
+        facts["cuda toolkit"] = build["cuda_version"] or f"none: this build has no CUDA kernels ({build['no_cuda']})"
         facts["cuda archs"] = build["cuda_archs"]
         facts["cutlass"] = build["cutlass_version"]
         facts["cuda variants"] = _variants()

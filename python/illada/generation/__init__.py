@@ -1,7 +1,7 @@
-"""Generation by iterative un-masking: `generate`, its `GenerationConfig`, and what caches change."""
+"""Generation by iterative un-masking: `generate`, `generate_iter`, their `GenerationConfig`, and what caches change."""
 
-from illada.generation.config import GenerationConfig, GenerationResult
-from illada.generation.loop import generate
+from illada.generation.config import GenerationConfig, GenerationDelta, GenerationResult
+from illada.generation.loop import generate, generate_iter
 from illada.generation.rules import quota_schedule
 
-__all__ = ["GenerationConfig", "GenerationResult", "generate", "quota_schedule"]
+__all__ = ["GenerationConfig", "GenerationDelta", "GenerationResult", "generate", "generate_iter", "quota_schedule"]

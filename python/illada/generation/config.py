@@ -221,3 +221,20 @@ class GenerationResult:
     finish_reason: str
     forwards: int
     text: str | None = None
+
+
+@dataclass(frozen=True)
+class GenerationDelta:
+    """What one block adds to one prompt's result; the deltas of a prompt, joined, are that result.
+
+    index: of the prompt. tokens: new ids, without the first stop token and what follows it; in mode "infill" those
+        of the block's masks.
+    text: that is new, None without a tokenizer. What may be the beginning of a stop string, or a part of a character,
+        waits for the next block; in mode "infill" text goes up to the next mask.
+    result: with the last delta of a prompt, else None.
+    """
+
+    index: int
+    tokens: list[int]
+    text: str | None = None
+    result: GenerationResult | None = None

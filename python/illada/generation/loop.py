@@ -7,9 +7,8 @@ that waits takes its place.
 
 from __future__ import annotations
 
-import bisect
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -17,16 +16,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from illada.generation import graphs, step
+from illada.devices import autocast_dtype
+from illada.generation import graphs, step, stopping
 from illada.generation.cache import KeyValueCache
-from illada.generation.config import GenerationConfig, GenerationResult
+from illada.generation.config import GenerationConfig, GenerationDelta, GenerationResult
 from illada.generation.request import Request
 from illada.model import MaskedDiffusionModel
 from illada.terminal import shows
-from illada.tokenizer import Continuation, Tokenizer, affixes, begin_with
+from illada.tokenizer import Tokenizer, affixes, begin_with
 
 
-@torch.inference_mode()
 def generate(
     model: MaskedDiffusionModel,
     prompts: Sequence[Sequence[int] | str],
@@ -38,7 +37,6 @@ def generate(
     cuda_graphs: bool = True,
     progress: bool = False,
     on_commit: Callable[[int, list[int], list[int]], None] | None = None,
-    on_block: Callable[[int, list[int]], None] | None = None,
 ) -> list[GenerationResult]:
     """Generate a continuation of each prompt (or fill its masks), all in one pack.
 
@@ -55,7 +53,6 @@ def generate(
         progress: a bar on a terminal: tokens, tokens per second, tokens per forward; of tokens that stand.
         on_commit: called as on_commit(prompt index, positions, tokens) after each step that committed something;
             positions count from the start of the prompt. With `take_back` a position can come again.
-        on_block: called as on_block(prompt index, new tokens) whenever a sequence has finished a block.
 
     Returns:
         One result for each prompt, in order.
@@ -65,6 +62,47 @@ def generate(
             tokenizer where one is needed, configs with different caches.
         TypeError: prompts that are one prompt, not a list of them; ids, seeds or configs of another type.
     """
+    requests = _requests(model, prompts, config, seed, tokenizer, batch_size)
+    results: list[GenerationResult | None] = [None] * len(requests)
+    for delta in _run(model, requests, tokenizer, batch_size, cuda_graphs, progress, on_commit, stream=False):
+        results[delta.index] = delta.result
+    return [result for result in results if result is not None]
+
+
+def generate_iter(
+    model: MaskedDiffusionModel,
+    prompts: Sequence[Sequence[int] | str],
+    config: GenerationConfig | Sequence[GenerationConfig] | None = None,
+    *,
+    seed: int | Sequence[int] = 0,
+    tokenizer: Any = None,
+    batch_size: int | None = None,
+    cuda_graphs: bool = True,
+    progress: bool = False,
+    on_commit: Callable[[int, list[int], list[int]], None] | None = None,
+) -> Iterator[GenerationDelta]:
+    """`generate` block by block: what each block adds to its prompt's result, as soon as it stands.
+
+    The deltas of one prompt, joined, are its result: nothing of what ends a sequence, or follows that, is among them.
+
+    Args, Raises: as in `generate`; errors come from this call, before the first delta.
+
+    Returns:
+        An iterator. To stop early, close it or leave it.
+    """
+    requests = _requests(model, prompts, config, seed, tokenizer, batch_size)
+    return _run(model, requests, tokenizer, batch_size, cuda_graphs, progress, on_commit, stream=True)
+
+
+def _requests(
+    model: MaskedDiffusionModel,
+    prompts: Sequence[Sequence[int] | str],
+    config: GenerationConfig | Sequence[GenerationConfig] | None,
+    seed: int | Sequence[int],
+    tokenizer: Any,
+    batch_size: int | None,
+) -> list[Request]:
+    """One for each prompt, everything checked."""
     if isinstance(prompts, str):  # a sequence of texts, too, of one letter each
         raise TypeError(f"prompts must be a list, got one text, {prompts!r:.80}; give [text]")
     configs = _configs(config, len(prompts))
@@ -74,17 +112,33 @@ def generate(
         for i, p in enumerate(prompts)
     ]
     _check(model, ids, configs, seeds, tokenizer, batch_size)
-    waiting = deque(
+    return [
         Request(i, np.asarray(p, dtype=np.int64), c, s, model.config)
         for i, (p, c, s) in enumerate(zip(ids, configs, seeds, strict=True))
-    )
-    size = min(batch_size or len(prompts), len(prompts))
-    cache, free = _make_cache(model, list(waiting), size)
+    ]
+
+
+@torch.inference_mode()
+def _run(
+    model: MaskedDiffusionModel,
+    requests: list[Request],
+    tokenizer: Any,
+    batch_size: int | None,
+    cuda_graphs: bool,
+    progress: bool,
+    on_commit: Callable[[int, list[int], list[int]], None] | None,
+    *,
+    stream: bool,
+) -> Iterator[GenerationDelta]:
+    """The deltas of all requests; without `stream` only the last of each, and nothing in it but the result."""
+    waiting = deque(requests)
+    size = min(batch_size or len(requests), len(requests))
+    cache, free = _make_cache(model, requests, size)
     graphed = graphs.GraphedSteps(graphs.CudaCapture()) if cuda_graphs and graphs.available(model, cache) else None
 
     first_layers = step.FirstLayers(model)
     active: list[Request] = []
-    results: list[GenerationResult | None] = [None] * len(prompts)
+    readers = {request.index: stopping.Reader(request, model, tokenizer) for request in requests}
     total = sum(sum(map(len, r.blocks)) for r in waiting)
     bar = tqdm(total=total, unit=" tokens", disable=not shows(progress))
     forwards = committed_total = 0
@@ -104,17 +158,16 @@ def generate(
             bar.update(count)
             bar.set_postfix_str(f"{committed_total / forwards:.1f} tokens/forward", refresh=False)
             for request in [r for r in active if r.block_done]:
-                if on_block is not None:
-                    on_block(request.index, request.canvas[request.blocks[request.block]].tolist())
                 request.next_block()
-                reader = _reader(request, tokenizer)
-                request.finish_reason = _why_finished(request, model, reader)
+                reader = readers[request.index]
+                request.finish_reason = reader.why_finished()
                 if request.finish_reason is not None:
-                    results[request.index] = _result(request, model, reader)
                     bar.total -= sum(map(len, request.blocks[request.block :]))  # what will not be generated
                     free = sorted([*free, *request.slots])
                     active.remove(request)
-    return [result for result in results if result is not None]
+                    yield reader.last() if stream else GenerationDelta(request.index, [], result=reader.result())
+                elif stream:
+                    yield reader.delta()
 
 
 def encode(tokenizer: Any, text: str, name: str) -> list[int]:
@@ -164,99 +217,12 @@ def _make_cache(
         return None, []
     slots = size * (1 + any(r.guided for r in requests))
     weight = model.embed_tokens.weight
-    device = weight.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    dtype = autocast_dtype(weight.device) or weight.dtype
     longest = max(len(r.canvas) for r in requests)
     spare = 1 + max(r.config.block_length for r in requests)  # of blank sequences
     return KeyValueCache(model.config, slots, longest, spare=spare, device=weight.device, dtype=dtype), list(
         range(slots)
     )
-
-
-# ------------------------------------------------------------------------------------------------------------ stopping
-
-
-def stop_ids(config: GenerationConfig, model: MaskedDiffusionModel) -> set[int]:
-    """The ids that end a sequence."""
-    own = (model.config.eos_token_id, model.config.eot_token_id, *model.stop_token_ids)
-    return {i for i in own if i is not None} if config.stop_tokens is None else set(config.stop_tokens)
-
-
-def _reader(request: Request, tokenizer: Any) -> Continuation | None:
-    """What decodes a request's result: in mode "infill" the whole, else what follows the prompt."""
-    before = 0 if request.config.mode == "infill" else request.prompt_length
-    return None if tokenizer is None else Continuation(tokenizer, request.canvas[:before].tolist())
-
-
-def _why_finished(request: Request, model: MaskedDiffusionModel, tokenizer: Any) -> str | None:
-    """After a block: the reason to stop, or None."""
-    config = request.config
-    if config.mode == "infill":
-        return "filled" if request.block == len(request.blocks) else None
-    done = request.blocks[request.block - 1]
-    generated = request.canvas[request.prompt_length : done[-1] + 1].tolist()
-    kept = _before_stop(generated, stop_ids(config, model))
-    if config.stop_strings and cut_at_stop(tokenizer, kept, config) is not None:
-        return "stop_string"
-    if len(kept) < len(generated):
-        return "stop_token"
-    return "length" if request.block == len(request.blocks) else None
-
-
-def _result(request: Request, model: MaskedDiffusionModel, tokenizer: Any) -> GenerationResult:
-    assert request.finish_reason is not None
-    if request.config.mode == "infill":
-        tokens = request.canvas.tolist()
-    else:
-        tokens = request.canvas[request.prompt_length : request.blocks[request.block - 1][-1] + 1].tolist()
-        tokens = _before_stop(tokens, stop_ids(request.config, model))
-    result = GenerationResult(tokens, request.finish_reason, request.forwards)
-    if tokenizer is not None:
-        cut = cut_at_stop(tokenizer, tokens, request.config)
-        result.text = tokenizer.decode(tokens) if cut is None else cut
-    return result
-
-
-def _before_stop(tokens: list[int], ends: set[int]) -> list[int]:
-    return tokens[: next((i for i, token in enumerate(tokens) if token in ends), len(tokens))]
-
-
-def stop_position(text: str, stop_strings: Sequence[str], end_think: str = "") -> int | None:
-    """Where in `text` the first stop string begins, looked for behind the first `end_think`; None: nowhere."""
-    reasoning = text.find(end_think)
-    if reasoning < 0:
-        return None
-    begin = reasoning + len(end_think)
-    return min((at for stop in stop_strings if (at := text.find(stop, begin)) >= 0), default=None)
-
-
-def cut_at_stop(tokenizer: Any, tokens: list[int], config: GenerationConfig) -> str | None:
-    """The text of `tokens` before the first stop string that counts, or None without any. It may spell special
-    tokens."""
-    if tokenizer is None or not config.stop_strings:
-        return None
-    # Without spaces around it: there are tokens whose text begins with one only behind other text.
-    end_think = tokenizer.decode(list(config.end_think), skip_special_tokens=False).strip()
-
-    def first(text: str) -> int | None:
-        return stop_position(text, config.stop_strings, end_think)
-
-    text = tokenizer.decode(tokens)
-    if (at := first(text)) is not None:
-        return text[:at]
-    if first(tokenizer.decode(tokens, skip_special_tokens=False)) is None:
-        return None
-
-    def raw(count: int) -> str:
-        return tokenizer.decode(tokens[:count], skip_special_tokens=False)
-
-    # Up to the token with which the stop string is complete; from there on every longer text has it.
-    count = bisect.bisect_left(range(len(tokens)), True, key=lambda n: first(raw(n)) is not None)
-    at = first(raw(count))
-    kept = count
-    while kept and len(raw(kept)) > (at or 0):
-        kept -= 1
-    return tokenizer.decode(tokens[:kept])
 
 
 # -------------------------------------------------------------------------------------------------------------- checks

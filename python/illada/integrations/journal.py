@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from illada.files import append, locked
+from illada.schema import check_object
 from illada.text import parse_json
 
 if TYPE_CHECKING:
@@ -23,7 +24,8 @@ _SAMPLED_VALUES = 1024  # of each parameter, for the model's fingerprint
 class Journal:
     """A JSONL file of {"key", "result"}, appended to and synced with every `add`.
 
-    A line that a kill or a full disk cut short is not a result: it is skipped, and its request computed again.
+    A line that a kill or a full disk cut short, or that holds something else, is no result: it is skipped, and its
+    request computed again.
 
     Args:
         path: the file; None keeps everything in memory. It is locked as long as this object lives.
@@ -46,10 +48,10 @@ class Journal:
         for file in journal_files(path):
             for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
-                    record = parse_json(line, str(file))
-                    self._results[record["key"]] = record["result"]
-                except (ValueError, KeyError, TypeError):
+                    record = check_object(parse_json(line, str(file)), {"key": str, "result": Any}, str(file))
+                except ValueError:
                     continue
+                self._results[record["key"]] = record["result"]
 
     def __contains__(self, key: str) -> bool:
         return key in self._results

@@ -17,10 +17,11 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from annotated_types import Le
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import simple_parse_args_string
@@ -30,11 +31,12 @@ import illada
 from illada.devices import find_device
 from illada.folders import load
 from illada.generation import GenerationConfig, generate
-from illada.generation.loop import stop_position
+from illada.generation.stopping import stop_position
 from illada.integrations.asked import asked_of, stop_strings_of
 from illada.integrations.journal import Journal, fingerprint, request_key
 from illada.integrations.settings import ALIASES, MC_NUM, PUBLISHED_DEFAULTS, EvaluationSettings
 from illada.model import MaskedDiffusionModel
+from illada.schema import LARGEST, checked
 from illada.score import confidence_score, encode_pair, is_greedy, monte_carlo_likelihood
 from illada.score.items import keep_end
 from illada.terminal import shows
@@ -43,6 +45,7 @@ from illada.tokenizer import Tokenizer, bos_prefix
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
+_Score = tuple[Annotated[float, Le(LARGEST)], bool]  # -inf is one, nan is not
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -497,16 +500,11 @@ def _given(option: str, *more: str) -> bool:
 
 def _is_result(kind: str, value: Any) -> bool:
     """Whether what a journal holds can be the result of such a request; another is computed again."""
-    if kind == "generate_until":
-        return isinstance(value, str)
-    return (
-        isinstance(value, (list, tuple))
-        and len(value) == 2
-        and isinstance(value[0], (int, float))
-        and not isinstance(value[0], bool)
-        and not math.isnan(value[0])
-        and isinstance(value[1], bool)
-    )
+    try:
+        checked(str if kind == "generate_until" else _Score, tuple(value) if isinstance(value, list) else value, kind)
+    except ValueError:
+        return False
+    return True
 
 
 if __name__ == "__main__":

@@ -84,13 +84,13 @@ class EvaluationSettings:
             raise ValueError(f"llh must be confidence or mc, got {self.llh!r}")
         for name in ("mc_num", "mc_stratum", "gen_length", "max_length", "max_tokens", "chunk_size"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
         for name in ("add_bos", "append_eos", "check_greedy"):
             if not isinstance(getattr(self, name), bool) and (name, getattr(self, name)) != ("add_bos", None):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         batch_size = self.batch_size
-        if batch_size != "auto" and (not str(batch_size).isdigit() or int(batch_size) < 1):
+        if batch_size != "auto" and (not str(batch_size).isdecimal() or int(batch_size) < 1):
             raise ValueError(f"batch_size must be an integer of at least 1, or auto, got {batch_size!r}")
         samples = self.mc_num or MC_NUM
         if self.llh == "mc" and samples > self.mc_stratum and samples % self.mc_stratum:

@@ -4,6 +4,7 @@
 """
 
 from illada.ops.attention import attention_plan, varlen_attention
+from illada.ops.labels import masked_cross_entropy_from_labels
 from illada.ops.linear_loss import linear_masked_cross_entropy
 from illada.ops.loss import masked_cross_entropy
 from illada.ops.remask import linear_sample_tokens, remask, sample_tokens
@@ -24,6 +25,7 @@ __all__ = [
     "linear_masked_cross_entropy_vocab_parallel",
     "linear_sample_tokens",
     "masked_cross_entropy",
+    "masked_cross_entropy_from_labels",
     "masked_cross_entropy_shard",
     "masked_cross_entropy_shard_grad",
     "remask",

@@ -81,6 +81,16 @@ def check_dtype(op: str, name: str, tensor: Tensor, dtypes: Iterable[torch.dtype
         raise TypeError(f"{op}: {name} must be {names}, got {str(tensor.dtype).removeprefix('torch.')}")
 
 
+def check_index(op: str, name: str, tensor: Tensor) -> None:
+    """TypeError unless `tensor` counts rows: int32, or int64, which `as_int32` converts."""
+    check_dtype(op, name, tensor, (torch.int32, torch.int64))
+
+
+def as_int32(tensor: Tensor | None) -> Tensor | None:
+    """`tensor` in the dtype of the kernels; one in int64 is copied."""
+    return tensor if tensor is None or tensor.dtype == torch.int32 else tensor.int()
+
+
 def check_same_device(op: str, first: tuple[str, Tensor], *others: tuple[str, Tensor | None]) -> None:
     """ValueError unless all tensors are on the device of the first."""
     for name, tensor in others:

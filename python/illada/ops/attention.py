@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from illada._native import native
+from illada.devices import autocast_dtype
 from illada.ops import _library as lib
 from illada.ops import raw
 from illada.ops.types import AttentionPlan
@@ -405,7 +406,8 @@ def attention_plan(
 
     Args:
         cu_seqlens: int32 [S + 1], where each sequence of queries starts in the pack, and where the last one ends;
-            from 0 to at most `total_q`, ascending. Queries behind the last sequence meet no keys.
+            from 0 to at most `total_q`, ascending. Queries behind the last sequence meet no keys. It and other
+            lengths may be int64, which are copied.
         cu_seqlens_k: int32 [S + 1], where each sequence's slot of keys starts (anywhere, ascending), and where the last
             one ends; default: the same as the queries.
         seqused_k: int32 [S], how many keys of each slot are in use; default: all.
@@ -422,10 +424,10 @@ def attention_plan(
     op = "attention_plan"
     for name, tensor in (("cu_seqlens", cu_seqlens), ("cu_seqlens_k", cu_seqlens_k), ("seqused_k", seqused_k)):
         if tensor is not None:
-            lib.check_dtype(op, name, tensor, (torch.int32,))
-    if cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
+            lib.check_index(op, name, tensor)
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
         raise ValueError(f"{op}: cu_seqlens must have shape [S + 1], got {list(cu_seqlens.shape)}")
-    sequences = len(cu_seqlens) - 1
+    sequences = cu_seqlens.shape[0] - 1  # len() would make a constant of it under torch.export
     if cu_seqlens_k is not None:
         lib.check_shape(op, "cu_seqlens_k", cu_seqlens_k, (sequences + 1,))
     if seqused_k is not None:
@@ -435,9 +437,8 @@ def attention_plan(
         raise ValueError(f"{op}: num_heads {num_heads} must be a multiple of num_kv_heads {num_kv_heads}")
     if total_k is None and cu_seqlens_k is None:
         total_k = total_q
-    work = torch.ops.illada.attention_plan(
-        cu_seqlens, cu_seqlens_k, seqused_k, total_q, total_k, num_heads, num_kv_heads, head_dim
-    )
+    lengths = (lib.as_int32(tensor) for tensor in (cu_seqlens, cu_seqlens_k, seqused_k))
+    work = torch.ops.illada.attention_plan(*lengths, total_q, total_k, num_heads, num_kv_heads, head_dim)
     return AttentionPlan(work, num_heads, num_kv_heads, head_dim, total_q, sequences)
 
 
@@ -480,9 +481,7 @@ def varlen_attention(
     Under autocast q, k and v are cast to its dtype. A second derivative raises.
     """
     op = "varlen_attention"
-    device_type = q.device.type
-    if torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
+    if (dtype := autocast_dtype(q.device)) is not None:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     lib.check_dtype(op, "q", q, _DTYPES)
     lib.check_dtype(op, "k", k, (q.dtype,))

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from illada.devices import autocast_dtype
 from illada.ops import _library as lib
 from illada.ops import raw
 from illada.ops.loss import (
@@ -282,7 +283,9 @@ def _bwd_inplace_fake(dloss, hidden_grad, weight_grad):
 
 def _setup_context(ctx, inputs, output):
     loss, nll, hidden_grad, weight_grad = output
-    ctx.mark_non_differentiable(nll, hidden_grad, weight_grad)
+    # The gradients stay differentiable outputs: the backward op then knows that they depend on hidden and weight, and a
+    # second derivative meets its formula, which raises.
+    ctx.mark_non_differentiable(nll)
     ctx.set_materialize_grads(False)
     ctx.scale, ctx.scale_late, normalizer = inputs[6], scales_late(inputs[10]), inputs[5]
     ctx.save_for_backward(hidden_grad, weight_grad, normalizer if ctx.scale_late else None)
@@ -327,14 +330,13 @@ class _IntoGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
         loss, nll, hidden_grad = torch.ops.illada.linear_masked_ce_fwd_(*inputs)
-        ctx.mark_non_differentiable(nll)
+        ctx.mark_non_differentiable(nll)  # hidden_grad is not, for the reason in _setup_context
         ctx.set_materialize_grads(False)
         ctx.scale, ctx.scale_late, normalizer = inputs[6], scales_late(inputs[10]), inputs[5]
         ctx.save_for_backward(hidden_grad, normalizer if ctx.scale_late else None)
-        return loss, nll
+        return loss, nll, hidden_grad
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dloss, *unused):
         hidden_grad, normalizer = ctx.saved_tensors
         if dloss is None or not ctx.needs_input_grad[0]:
@@ -371,13 +373,13 @@ def compute_dtype_of(op: str, hidden: Tensor, name: str, weight: Tensor) -> torc
     """What the GEMMs of hidden and the weight `name` run in: autocast's dtype or their own. TypeError, ValueError."""
     lib.check_last_contiguous(op, "hidden", hidden)
     lib.check_last_contiguous(op, name, weight)
-    device_type, dtypes = hidden.device.type, logits_dtypes(hidden)
+    dtypes = logits_dtypes(hidden)
     lib.check_dtype(op, "hidden", hidden, dtypes)
-    if not torch.is_autocast_enabled(device_type):
+    compute_dtype = autocast_dtype(hidden.device)
+    if compute_dtype is None:
         lib.check_dtype(op, name, weight, (hidden.dtype,))
         return hidden.dtype
     lib.check_dtype(op, name, weight, dtypes)
-    compute_dtype = torch.get_autocast_dtype(device_type)
     if compute_dtype not in dtypes:
         raise TypeError(f"{op}: autocast to {compute_dtype} is not supported; use bfloat16")
     return compute_dtype
@@ -402,10 +404,10 @@ def linear_masked_cross_entropy(
     Args:
         hidden: [T, C], float32, bfloat16 or (on CUDA) float16. weight: [V, C], the head (or the tied embedding).
         targets: int64 or int32 [T]; must be in [0, V) where the weight is not zero.
-        token_weights: float32 [T], 1 / p where masked, 0 elsewhere. Not differentiable.
-        rows: int32 [N], the rows to look at, sorted and distinct (default: those with a weight). On CUDA they cannot be
-            found without waiting for the device, so without `rows` all T rows are multiplied by the head, but for
-            bfloat16 on sm_90a: give them elsewhere.
+        token_weights: float32 [T], 1 / p where masked, 0 elsewhere. It must not require grad.
+        rows: int32 or int64 [N], the rows to look at, sorted and distinct (default: those with a weight). On CUDA they
+            cannot be found without waiting for the device, so without `rows` all T rows are multiplied by the head, but
+            for bfloat16 on sm_90a: give them elsewhere.
         normalizer: positive number or 0-dim tensor (read on its device) that divides the sum, such as the number of
             tokens of the global batch (so that gradient accumulation and data parallelism add up). Default 1.
         chunk_rows: rows whose logits exist at a time; default: as many as fit 32 MiB on a CPU, 1.4 GB on CUDA.
@@ -463,13 +465,13 @@ def linear_masked_cross_entropy(
         _check_grad_weight(op, grad_weight, hidden, weight, grad_weight_dtype)
     needs_grad = torch.is_grad_enabled()
     arguments = (
-        *(hidden, weight, targets, token_weights, rows, normalizer, scale, chunk_rows or 0),
+        *(hidden, weight, targets, token_weights, lib.as_int32(rows), normalizer, scale, chunk_rows or 0),
         needs_grad and hidden.requires_grad,
         needs_grad and (weight.requires_grad or grad_weight is not None),
         compute_dtype,
     )
     if grad_weight is not None and needs_grad:
-        loss, nll = _IntoGradient.apply(*arguments, grad_weight.dtype, filter_eps, grad_weight)
+        loss, nll, _ = _IntoGradient.apply(*arguments, grad_weight.dtype, filter_eps, grad_weight)
     else:
         loss, nll, _, _ = torch.ops.illada.linear_masked_ce_fwd(
             *arguments, grad_weight_dtype or torch.float32, filter_eps

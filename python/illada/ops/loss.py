@@ -241,10 +241,20 @@ def check_targets(
     lib.check_shape(op, "targets", targets, (total,))
     lib.check_dtype(op, "targets", targets, _TOKEN_DTYPES)
     lib.check_shape(op, "token_weights", token_weights, (total,))
-    lib.check_dtype(op, "token_weights", token_weights, (torch.float32,))
+    if token_weights.dtype != torch.float32:
+        got = str(token_weights.dtype).removeprefix("torch.")
+        hint = (
+            "" if got != "bfloat16" else "; under FSDP2, MixedPrecisionPolicy(cast_forward_inputs=False) leaves it so"
+        )
+        raise TypeError(f"{op}: token_weights must be float32, got {got}; pass token_weights.float(){hint}")
+    if token_weights.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{op}: token_weights must not require grad; pass token_weights.detach(), and for its gradient take nll "
+            "(return_nll=True) / normalizer"
+        )
     if rows is not None:
         lib.check_shape(op, "rows", rows, ("N",))
-        lib.check_dtype(op, "rows", rows, (torch.int32,))
+        lib.check_index(op, "rows", rows)
         if lib.may_read(rows) and len(rows) and not (0 <= int(rows.min()) and int(rows.max()) < total):
             raise ValueError(f"{op}: rows must be in [0, {total}), got {int(rows.min())} .. {int(rows.max())}")
     if not (targets.is_cuda and lib.may_read(targets)):
@@ -295,7 +305,7 @@ def masked_cross_entropy(
     Args:
         logits: [T, V], float32, bfloat16 or (on CUDA) float16, any row stride. Rows without a weight are never read.
         targets, token_weights, normalizer, return_nll: as in `linear_masked_cross_entropy`.
-        rows: int32 [N]; default: all rows with a weight. Other rows count as if their weight were 0.
+        rows: int32 or int64 [N]; default: all rows with a weight. Other rows count as if their weight were 0.
         return_lse: also return log sum exp of each row, float32 [T], nats, 0 for rows without a weight. It has a
             gradient, so that a z-loss costs nothing more: loss + 1e-4 * (lse**2).sum().
         inplace_backward: the backward writes the gradient over the logits instead of into new memory. Nobody may use

@@ -288,7 +288,7 @@ def linear_sample_tokens(
 
     Args:
         hidden: [T, C]; weight: [V, C], both float32, bfloat16 or (on CUDA) float16.
-        rows: int32 [N], which rows of hidden to sample; default all of them. Row n of the result belongs to rows[n].
+        rows: int32 or int64 [N], which rows of hidden to sample; default all. Row n of the result belongs to rows[n].
         Others as in `sample_tokens`.
     """
     op = "linear_sample_tokens"
@@ -300,7 +300,7 @@ def linear_sample_tokens(
     lib.check_last_contiguous(op, "weight", weight)
     if rows is not None:
         lib.check_shape(op, "rows", rows, ("N",))
-        lib.check_dtype(op, "rows", rows, (torch.int32,))
+        lib.check_index(op, "rows", rows)
         if lib.may_read(rows) and len(rows) and not (0 <= int(rows.min()) and int(rows.max()) < len(hidden)):
             raise ValueError(f"{op}: rows must be in [0, {len(hidden)}), got {int(rows.min())} .. {int(rows.max())}")
     lib.check_same_device(op, ("hidden", hidden), ("weight", weight), ("rows", rows))
@@ -309,7 +309,7 @@ def linear_sample_tokens(
         op, count, weight.shape[0], hidden, temperature=temperature, seed=seed, step=step, row_ids=row_ids,
         measure=measure, logit_bias=logit_bias, extras=extras,
     )  # fmt: skip
-    results = torch.ops.illada.linear_sample_tokens(hidden.detach(), weight.detach(), rows, *arguments)
+    results = torch.ops.illada.linear_sample_tokens(hidden.detach(), weight.detach(), lib.as_int32(rows), *arguments)
     return _as_sample(results, arguments)
 
 
@@ -365,7 +365,7 @@ def remask(
     Args:
         tokens: int64 or int32 [T], the packed canvas. Only positions that hold `mask_id` are candidates.
         rows: int32 [N], the positions in `tokens` that were sampled; cu_rows: int32 [S + 1], where each sequence's
-            rows start, from 0 to N.
+            rows start, from 0 to N. Those in int64 are copied.
         sample: of `sample_tokens`, N rows. Rows with confidence -inf or NaN are never committed, nor, by entropy_bound,
             rows with entropy NaN. An id that int32 tokens cannot hold is an error on a CPU, on CUDA never committed.
         quota: commit the `quota` most confident; threshold: all with confidence >= threshold; factor: the longest
@@ -388,9 +388,9 @@ def remask(
     lib.check_dtype(op, "tokens", tokens, (torch.int64, torch.int32))
     lib.check_last_contiguous(op, "tokens", tokens)
     lib.check_shape(op, "rows", rows, ("N",))
-    lib.check_dtype(op, "rows", rows, (torch.int32,))
-    lib.check_dtype(op, "cu_rows", cu_rows, (torch.int32,))
-    if cu_rows.dim() != 1 or len(cu_rows) == 0:
+    lib.check_index(op, "rows", rows)
+    lib.check_index(op, "cu_rows", cu_rows)
+    if cu_rows.dim() != 1 or cu_rows.shape[0] == 0:
         raise ValueError(f"{op}: cu_rows must have shape [S + 1], got {list(cu_rows.shape)}")
     for field, dtype in (("token", torch.int64), ("confidence", torch.float32), ("entropy", torch.float32)):
         if (tensor := getattr(sample, field)) is not None:
@@ -408,7 +408,7 @@ def remask(
     limits: Tensor | None = None
     assert limit is not None
     if isinstance(limit, Tensor):
-        lib.check_shape(op, given[0], limit, (len(cu_rows) - 1,))
+        lib.check_shape(op, given[0], limit, (cu_rows.shape[0] - 1,))
         lib.check_dtype(op, given[0], limit, (torch.int32 if given[0] == "quota" else torch.float32,))
         limits, limit = limit, 0.0
     elif limit != limit or (given[0] == "quota" and limit < 0):
@@ -428,8 +428,8 @@ def remask(
     )  # fmt: skip
     status = RemaskStatus(
         *torch.ops.illada.remask(
-            tokens, rows, cu_rows, sample.token, sample.confidence, sample.entropy, RULES.index(given[0]),
-            float(limit), limits, mask_id, min_commit, end_ids,
+            tokens, lib.as_int32(rows), lib.as_int32(cu_rows), sample.token, sample.confidence, sample.entropy,
+            RULES.index(given[0]), float(limit), limits, mask_id, min_commit, end_ids,
         )
     )  # fmt: skip
     return status if return_status else status.committed

@@ -155,11 +155,14 @@ class _VocabParallelLoss(torch.autograd.Function):
         ctx.scale, ctx.scale_late = scale, scale_late
         ctx.save_for_backward(d_hidden, d_weight, normalizer if scale_late else None)
         ctx.mark_non_differentiable(nll)
-        return weighted_sum(nll, token_weights, normalizer, scale), nll
+        ctx.set_materialize_grads(False)
+        # Differentiable outputs, though nobody has them: so a second derivative raises, as in linear_masked_ce_fwd.
+        return weighted_sum(nll, token_weights, normalizer, scale), nll, d_hidden, d_weight
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dloss, _):
+    def backward(ctx, dloss, *unused):
+        if dloss is None:
+            return (None,) * 12
         *grads, normalizer = ctx.saved_tensors
         if ctx.scale_late:
             dloss = late_factor(dloss, normalizer, ctx.scale)
@@ -218,7 +221,7 @@ def linear_masked_cross_entropy_vocab_parallel(
         rows = token_weights.nonzero().squeeze(-1)
     chunk_rows = chunk_rows or (_CHUNK_ROWS_CUDA if hidden.is_cuda else _CHUNK_ROWS_CPU)
     with torch.autocast(hidden.device.type, enabled=False):
-        loss, nll = _VocabParallelLoss.apply(
+        loss, nll, _, _ = _VocabParallelLoss.apply(
             *(hidden, weight_shard, targets, token_weights, rows, normalizer, scale, vocab_start, group, chunk_rows),
             *(dtype, torch.is_grad_enabled()),
         )

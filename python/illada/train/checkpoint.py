@@ -20,12 +20,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from illada._native import package_version
-from illada.checkpoint import load_weights, write_pretrained
+from illada.checkpoint import read_weights, write_pretrained
 from illada.files import remove_directory, staged_directory
 from illada.folders import all_checkpoints, load, newest, state_file
 from illada.model import MaskedDiffusionModel
 from illada.schema import Count, Finite, check_object
-from illada.text import read_json
+from illada.text import read_json, some_of
 from illada.train.config import TrainConfig
 
 _STATE = {
@@ -100,9 +100,9 @@ def check_same_run(path: Path, state: dict[str, Any], config: TrainConfig, token
         before, after = state["config"].get(section, {}), now[section]
         for key in keys if keys is not None else sorted(set(before) | set(after)):
             if before.get(key) != after.get(key):
-                changed.append(f"{section}.{key} was {before.get(key)!r}, is {after.get(key)!r}")
+                changed.append(f"{section}.{key} was {before.get(key)!r:.60}, is {after.get(key)!r:.60}")
     if changed:
-        raise ValueError(f"{path} belongs to another run: {'; '.join(changed)}; choose another train.out_dir")
+        raise ValueError(f"{path} belongs to another run: {some_of(changed, '; ')}; choose another train.out_dir")
 
 
 def restore(path: Path, model: MaskedDiffusionModel, optimizer: torch.optim.Optimizer) -> None:
@@ -110,13 +110,11 @@ def restore(path: Path, model: MaskedDiffusionModel, optimizer: torch.optim.Opti
 
     ValueError, which names file and tensor: one is missing, unexpected, or is none that AdamW can have left.
     """
-    weights = MaskedDiffusionModel(model.config, device="meta")
-    load_weights(weights, path)
-    loaded = dict(weights.named_parameters())
+    weights = read_weights(path, model.config)
     moments = _read_moments(path, model)
     for name, parameter in model.named_parameters():
         with torch.no_grad():
-            parameter.copy_(loaded[name])
+            parameter.copy_(weights[name])
         optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in moments[name].items()}
 
 
@@ -146,7 +144,7 @@ def _read_moments(path: Path, model: MaskedDiffusionModel) -> dict[str, dict[str
     try:
         moments = load_file(file)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is damaged or missing: {error}") from None
+        raise ValueError(f"{file} is damaged or missing: {error!s:.200}") from None
     found = {}
     for name, parameter in model.named_parameters():
         state = {key: moments.pop(f"{name}/{key}", None) for key in ("step", "exp_avg", "exp_avg_sq")}
@@ -157,7 +155,7 @@ def _read_moments(path: Path, model: MaskedDiffusionModel) -> dict[str, dict[str
             _check_moment(value, [] if key == "step" else list(parameter.shape), key, f"{file}: {name}/{key}")
         found[name] = {key: value for key, value in state.items() if value is not None}
     if moments:
-        raise ValueError(f"{file} holds unexpected state: {', '.join(sorted(moments))}")
+        raise ValueError(f"{file} holds unexpected state: {some_of(sorted(moments))}")
     return found
 
 

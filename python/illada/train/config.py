@@ -16,6 +16,8 @@ from illada.schema import Count, NonNegativeFloat, Positive, PositiveFloat, chec
 from illada.text import read_text
 
 Seed = Annotated[int, Ge(0), Lt(2**64)]
+Device = Literal["auto", "cpu", "cuda"]
+DType = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -30,9 +32,9 @@ class DataConfig:
 @dataclass(frozen=True)
 class OptimizerConfig:
     learning_rate: PositiveFloat = 2e-4  # of the constant phase
-    beta1: Annotated[float, Ge(0), Lt(1)] = 0.9
-    beta2: Annotated[float, Ge(0), Lt(1)] = 0.95
-    eps: PositiveFloat = 1e-8
+    beta1: Annotated[float, Ge(0), Lt(1)] = 0.9  # of AdamW: decay of the mean of gradients
+    beta2: Annotated[float, Ge(0), Lt(1)] = 0.95  # decay of the mean of their squares
+    eps: PositiveFloat = 1e-8  # added to the root of that mean
     weight_decay: NonNegativeFloat = 0.1  # on matrices only, not on norms and biases
     clip_norm: NonNegativeFloat = 1.0  # global gradient norm; 0: no clipping
 
@@ -58,12 +60,8 @@ class RunConfig:
     windows_per_step: Positive = 32  # windows of a step, over all micro-batches
     windows_per_micro_batch: Positive = 32  # windows of one forward and backward; divides windows_per_step
     seed: Seed = 0  # of the initial weights, the order of the data, the splits and the masks
-    device: Literal["auto", "cpu", "cuda"] = (
-        "auto"  # "cpu", "cuda" (bfloat16, head dim 64 or 128), or "auto": a GPU where all that is given
-    )
-    dtype: Literal["float32", "bfloat16"] = (
-        "float32"  # of the computation, "float32" or "bfloat16"; weights and optimizer stay float32
-    )
+    device: Device = "auto"  # "cpu", "cuda" (bfloat16, head dim 64 or 128), or "auto": a GPU where all that is given
+    dtype: DType = "float32"  # of the computation, "float32" or "bfloat16"; weights and optimizer stay float32
     compile: bool = False  # torch.compile each layer
     activation_checkpointing: bool = False  # recompute layers in the backward pass: less memory, a third slower
     log_every: Positive = 10  # steps between lines of the log
@@ -137,12 +135,12 @@ class TrainConfig:
         """From nested dicts; unknown sections and keys, and values of a wrong type, are errors that name them."""
         sections = {f.name for f in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - sections):
-            raise ValueError(f"unknown section {unknown[0]!r}; there are {', '.join(sorted(sections))}")
+            raise ValueError(f"unknown section {unknown[0]!r:.80}; there are {', '.join(sorted(sections))}")
         kinds = {f.name: f.default_factory for f in dataclasses.fields(cls)}
         built: dict[str, Any] = {}
         for name, section in values.items():
             if not isinstance(section, dict):
-                raise ValueError(f"{name} must be a section with keys, got {section!r}")
+                raise ValueError(f"{name} must be a section with keys, got {section!r:.80}")
             built[name] = dict(section) if name == "model" else _build_section(name, kinds[name], section)
         return cls(**built)
 
@@ -178,32 +176,33 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         try:
             values = tomllib.loads(read_text(file))
         except tomllib.TOMLDecodeError as error:
-            raise ValueError(f"{file} is not TOML: {error}") from None
+            raise ValueError(f"{file} is not TOML: {error!s:.200}") from None
         except RecursionError:
             raise ValueError(f"{file} is not TOML that can be read: it is nested too deeply") from None
     for override in overrides:
         name, equals, text = override.removeprefix("--").partition("=")
         section, dot, key = name.partition(".")
         if not (equals and dot and key):
-            raise ValueError(f"an override looks like --section.key=value, got {override!r}")
+            raise ValueError(f"an override looks like --section.key=value, got {override!r:.80}")
         try:
             value = tomllib.loads(f"value = {text}")["value"]
         except (tomllib.TOMLDecodeError, RecursionError):
             value = text  # a bare word is a string
-        values.setdefault(section, {})[key] = value
+        if isinstance(values.setdefault(section, {}), dict):  # from_dict refuses a section that is none
+            values[section][key] = value
     return TrainConfig.from_dict(values)
 
 
 def _preset(name: Any) -> dict[str, Any]:
-    if name not in PRESETS:
-        raise ValueError(f"model.preset must be one of {', '.join(PRESETS)}, got {name!r}")
+    if not isinstance(name, str) or name not in PRESETS:
+        raise ValueError(f"model.preset must be one of {', '.join(PRESETS)}, got {name!r:.80}")
     return PRESETS[name]
 
 
 def _build_section(name: str, kind: Any, values: dict[str, Any]) -> Any:
     keys = names_of(kind)
     if unknown := sorted(set(values) - set(keys)):
-        raise ValueError(f"unknown key {name}.{unknown[0]}; there are {', '.join(f'{name}.{key}' for key in keys)}")
+        raise ValueError(f"unknown key {name}.{unknown[0]:.80}; there are {', '.join(f'{name}.{key}' for key in keys)}")
     return kind(**values)
 
 

@@ -5,13 +5,18 @@ from __future__ import annotations
 import datetime
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tqdm import tqdm
 
 from illada.files import replaced, write_text
+from illada.schema import Count, Finite, check_object
 from illada.terminal import shows
 from illada.text import parse_json, read_lines
+
+#: What a line of metrics.jsonl must hold, and what of each kind is drawn.
+_LINE = {"kind": Literal["train", "validation"], "step": Count}
+_VALUES = {"train": {"loss": Finite}, "validation": {"bound": Finite, "unigram_entropy": Finite}}
 
 
 class Log:
@@ -52,7 +57,7 @@ class Log:
         )
         self.say(
             f"step {step:>6}/{self.steps}  validation bound {bound:.4f} nats/token "
-            f"(unigram entropy {unigram_entropy:.4f}, {100 * (bound / unigram_entropy - 1):+.1f}%)  {_clock(seconds)}"
+            f"(unigram entropy {unigram_entropy:.4f}, {_percent(bound, unigram_entropy)})  {_clock(seconds)}"
         )
 
     def say(self, line: str) -> None:
@@ -113,7 +118,10 @@ class Log:
 
 
 def _read(file: Path, up_to: int) -> list[dict[str, Any]]:
-    """Earlier lines of this run, without those after step `up_to` and without one that a kill cut short."""
+    """Earlier lines of this run, without those after step `up_to` and without one that a kill cut short.
+
+    ValueError: a line that is another program's, with its number.
+    """
     records = []
     if file.is_file():
         for where, line in read_lines(file):
@@ -121,9 +129,15 @@ def _read(file: Path, up_to: int) -> list[dict[str, Any]]:
                 record = parse_json(line, where)
             except ValueError:
                 continue
+            check_object(record, _LINE, where)
+            check_object(record, _VALUES[record["kind"]], where)
             if record["step"] <= up_to:
                 records.append(record)
     return records
+
+
+def _percent(bound: float, unigram_entropy: float) -> str:
+    return f"{100 * (bound / unigram_entropy - 1):+.1f}%" if unigram_entropy else "of a single token"
 
 
 def _clock(seconds: float) -> str:

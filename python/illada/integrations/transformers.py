@@ -1,0 +1,134 @@
+"""`attn_implementation="illada"` for models of `transformers` 5: bidirectional attention on `illada.varlen_attention`.
+
+    from illada.integrations.transformers import register
+
+    register()
+    model = AutoModel.from_pretrained("bert-base-uncased", attn_implementation="illada")
+
+Encoders are bidirectional as they are; a decoder (Llama, Qwen2, Mistral) becomes so by `is_causal=False` in its config.
+Padding masks are honoured: padded keys are never read. What the kernels do not do raises, naming the argument.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from illada.ops import varlen_attention
+
+NAME = "illada"
+
+
+def register() -> None:
+    """Make "illada" known as an `attn_implementation`. Calling it again does nothing.
+
+    Raises:
+        ImportError: transformers is not installed, or is older than 5.
+    """
+    try:
+        from transformers import AttentionInterface, AttentionMaskInterface
+        from transformers.masking_utils import create_bidirectional_mask  # noqa: F401 (there from 5.0 on)
+    except ImportError as error:
+        raise ImportError("attn_implementation='illada' needs transformers 5: pip install 'transformers>=5'") from error
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, attention_mask)
+
+
+def attention_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] | None = None,
+    attention_mask: Tensor | None = None,
+    **unused: Any,
+) -> Tensor | None:
+    """What `transformers` hands to every layer: the padding mask, bool [B, L], or None without padding.
+
+    Raises:
+        NotImplementedError: a pattern that is not bidirectional (causal, sliding window, packed by position_ids).
+        ValueError: a mask with holes between the tokens of a sequence. To see that, a mask on a GPU is read: once a
+            forward pass, as `transformers` itself does for FlashAttention.
+    """
+    from transformers.masking_utils import bidirectional_mask_function
+
+    if mask_function is not bidirectional_mask_function:
+        pattern = getattr(mask_function, "__qualname__", repr(mask_function)).split(".")[0]
+        raise NotImplementedError(
+            f"attn_implementation='illada' is bidirectional, and the model asks for {pattern}; set is_causal=False in "
+            "the config of a decoder, and use another implementation for sliding windows and packed position_ids"
+        )
+    if attention_mask is None:
+        return None
+    mask = attention_mask[:, -kv_length:].bool()
+    steps = (mask[:, 1:] != mask[:, :-1]).sum(1)  # of padding at most one on either side, each with a token at its end
+    around = mask[:, 0].int() + mask[:, -1].int()
+    if torch.compiler.is_compiling():
+        return mask
+    if bool((steps + around > 2).any()):
+        raise ValueError("attn_implementation='illada' takes padding on the left or right; attention_mask has holes")
+    return None if bool(mask.all()) else mask
+
+
+def attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """A layer's attention: query [B, H, L, D], key and value [B, G, Lk, D]; the result is [B, L, H, D].
+
+    `cu_seq_lens_q` and `cu_seq_lens_k` (of `DataCollatorWithFlattening`) say where sequences start in a batch of one.
+
+    Raises:
+        NotImplementedError: dropout, causal or sliding attention, softcap, attention sinks, biases, returned weights.
+        ValueError: an attention_mask that is not [B, Lk]; cu_seq_lens_q with more than one row.
+    """
+    config = getattr(module, "config", None)
+    if is_causal is None:
+        is_causal = bool(getattr(module, "is_causal", False)) and getattr(config, "is_causal", True)
+    asked = {"dropout": dropout, "is_causal": is_causal, "sliding_window": sliding_window, "softcap": softcap}
+    for name in ("s_aux", "position_bias", "head_mask", "output_attentions"):
+        asked[name] = others.get(name)
+    for name, value_of_it in asked.items():
+        if isinstance(value_of_it, Tensor) or value_of_it:
+            got = "a tensor" if isinstance(value_of_it, Tensor) else repr(value_of_it)
+            raise NotImplementedError(f"attn_implementation='illada' has no {name}, got {got}")
+    batch, length, keys = query.shape[0], query.shape[2], key.shape[2]
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    count = torch.arange(batch + 1, dtype=torch.int32, device=q.device)
+    starts, starts_k, used = count * length, None if keys == length else count * keys, None
+    if cu_seq_lens_q is not None:
+        if batch != 1:
+            raise ValueError(f"cu_seq_lens_q is for a batch of one row, got {batch}")
+        starts, starts_k = cu_seq_lens_q, None if keys == length else cu_seq_lens_k
+    elif attention_mask is not None:
+        starts_k, used = _slots(attention_mask, batch, keys)
+    out = varlen_attention(q, k, v, starts, cu_seqlens_k=starts_k, seqused_k=used, softmax_scale=scaling)
+    assert isinstance(out, Tensor)
+    return out.unflatten(0, (batch, length)), None
+
+
+def _slots(mask: Tensor, batch: int, keys: int) -> tuple[Tensor, Tensor]:
+    """Where the keys of each sequence start, int32 [B + 1], and how many there are, int32 [B]; mask: bool [B, Lk]."""
+    if mask.dtype != torch.bool or tuple(mask.shape) != (batch, keys):
+        raise ValueError(
+            f"attention_mask must be a padding mask [{batch}, {keys}], which reaches the layers as bool; got "
+            f"{str(mask.dtype).removeprefix('torch.')} {list(mask.shape)}"
+        )
+    used = mask.sum(1, dtype=torch.int32)
+    first = mask.int().argmax(1).to(torch.int32) + torch.arange(batch, dtype=torch.int32, device=mask.device) * keys
+    return torch.nn.functional.pad(first, (0, 1), value=batch * keys), used

@@ -1,0 +1,58 @@
+"""The losses by labels with an `ignore_index`, as other trainers have them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from illada.ops import _library as lib
+from illada.ops.linear_loss import linear_masked_cross_entropy
+from illada.ops.loss import masked_cross_entropy
+
+
+def masked_cross_entropy_from_labels(
+    logits_or_hidden: Tensor,
+    labels: Tensor,
+    *,
+    head: Tensor | None = None,
+    weights: Tensor | None = None,
+    ignore_index: int = -100,
+    normalizer: float | Tensor | None = None,
+) -> Tensor:
+    """`masked_cross_entropy`, or with a head `linear_masked_cross_entropy`, in the manner of `F.cross_entropy`.
+
+    Args:
+        logits_or_hidden: logits [..., V]; with `head` hidden states [..., C]. Any number of leading dimensions.
+        labels: int64 or int32 [...], the targets; `ignore_index` where there is nothing to learn.
+        head: [V, C], the weight that makes logits of hidden states, which then never exist all at once.
+        weights: [...] of any real dtype, such as 1 / t; default 1. Not differentiable.
+        normalizer: divides the sum; default the number of labels that are not ignored, at least 1. Pass the whole
+            step's number where gradients are accumulated (`num_items_in_batch` of the HF Trainer).
+
+    Returns:
+        sum_i w_i CE(x_i, y_i) / normalizer, a float32 scalar; 0 where all labels are ignored.
+
+    Raises:
+        TypeError, ValueError: labels or weights of another shape, or what the two losses raise. On CUDA nothing waits
+        for the device.
+    """
+    op = "masked_cross_entropy_from_labels"
+    if logits_or_hidden.dim() < 2:
+        raise ValueError(f"{op}: logits_or_hidden must have at least 2 dimensions, got {list(logits_or_hidden.shape)}")
+    for name, tensor in (("labels", labels), ("weights", weights)):
+        if tensor is not None and tensor.shape != logits_or_hidden.shape[:-1]:
+            wanted = list(logits_or_hidden.shape[:-1])
+            raise ValueError(f"{op}: {name} must have shape {wanted}, got {list(tensor.shape)}")
+    lib.check_dtype(op, "labels", labels, (torch.int64, torch.int32))
+    counts = labels.flatten() != ignore_index
+    token_weights = counts.float() if weights is None else torch.where(counts, weights.detach().flatten().float(), 0)
+    if normalizer is None:
+        normalizer = counts.sum().clamp(min=1)
+    rows = logits_or_hidden.flatten(0, -2)
+    targets = labels.flatten()
+    if head is None:
+        loss = masked_cross_entropy(rows, targets, token_weights, normalizer=normalizer)
+    else:
+        loss = linear_masked_cross_entropy(rows, head, targets, token_weights, normalizer=normalizer)
+    assert isinstance(loss, Tensor)
+    return loss

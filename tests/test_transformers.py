@@ -1,0 +1,107 @@
+"""attn_implementation="illada" in models of transformers, against bidirectional SDPA of the same weights."""
+
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForMaskedLM, BertConfig, LlamaConfig, ModernBertConfig, Qwen2Config
+
+from illada.integrations import transformers as ours
+
+SIZES = {
+    "vocab_size": 100, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}  # fmt: skip
+NONE = {"attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0}
+CONFIGS = {
+    "bert": BertConfig(**SIZES, **NONE),
+    "llama": LlamaConfig(**SIZES, num_key_value_heads=2, is_causal=False, use_cache=False),
+    "qwen2": Qwen2Config(**SIZES, num_key_value_heads=1, is_causal=False, use_cache=False),
+}
+MASKS = {
+    "none": None,
+    "right": torch.tensor([[1] * 9, [1] * 5 + [0] * 4, [1] + [0] * 8]),
+    "left": torch.tensor([[1] * 9, [0] * 4 + [1] * 5, [0] * 8 + [1]]),
+    "full": torch.ones(3, 9, dtype=torch.int64),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def registered():
+    ours.register()
+    ours.register()  # again
+
+
+def pair(config):
+    """Two models of the same weights: with torch's SDPA, with ours."""
+    models = []
+    for implementation in ("sdpa", "illada"):
+        torch.manual_seed(0)
+        models.append(AutoModel.from_config(config, attn_implementation=implementation).train())
+    return models
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_padded_batch_is_that_of_sdpa(name, mask, generator):
+    """Hidden states and gradients, at the tokens; what stands at padding says nothing."""
+    tokens, mask = torch.randint(100, (3, 9), generator=generator), MASKS[mask]
+    shown = torch.ones(3, 9) if mask is None else mask.float()
+    results = []
+    for model in pair(CONFIGS[name]):
+        hidden = model(input_ids=tokens, attention_mask=mask).last_hidden_state * shown[..., None]
+        probe = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1))
+        results.append(
+            [hidden, *torch.autograd.grad((hidden * probe).sum(), list(model.parameters()), allow_unused=True)]
+        )
+    for a, b in zip(*results, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-4)
+
+
+def test_a_flattened_batch(generator):
+    """Sequences one behind the other, as DataCollatorWithFlattening hands them over."""
+    sdpa, model = pair(CONFIGS["llama"])
+    tokens, starts = torch.randint(100, (1, 9), generator=generator), torch.tensor([0, 4, 9], dtype=torch.int32)
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
+    lengths = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": 5, "max_length_k": 5}
+    got = model(input_ids=tokens, position_ids=positions, **lengths).last_hidden_state[0]
+    want = [sdpa(input_ids=part).last_hidden_state[0] for part in (tokens[:, :4], tokens[:, 4:])]
+    torch.testing.assert_close(got, torch.cat(want), rtol=1e-4, atol=1e-4)
+
+
+def test_what_the_kernels_do_not_do_is_refused(generator):
+    tokens = torch.randint(100, (2, 9), generator=generator)
+    causal = AutoModel.from_config(LlamaConfig(**SIZES), attn_implementation="illada")
+    with pytest.raises(NotImplementedError, match="asks for causal_mask_function; set is_causal=False"):
+        causal(input_ids=tokens)
+    modern = ModernBertConfig(**SIZES, global_attn_every_n_layers=2, local_attention=4, pad_token_id=0)
+    with pytest.raises(NotImplementedError, match="asks for .*; set is_causal=False"):
+        AutoModelForMaskedLM.from_config(modern, attn_implementation="illada")(input_ids=tokens)
+    dropping = AutoModel.from_config(BertConfig(**SIZES), attn_implementation="illada").train()
+    with pytest.raises(NotImplementedError, match="has no dropout, got 0.1"):
+        dropping(input_ids=tokens)
+    assert dropping.eval()(input_ids=tokens).last_hidden_state.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "name,value",
+    [
+        ("is_causal", True), ("sliding_window", 4), ("softcap", 30.0), ("dropout", 0.1), ("s_aux", torch.zeros(2)),
+        ("position_bias", torch.zeros(2)), ("output_attentions", True), ("head_mask", torch.ones(2)),
+    ],
+)  # fmt: skip
+def test_arguments_of_a_layer_that_are_refused(name, value):
+    x = torch.zeros(1, 2, 3, 16)
+    with pytest.raises(NotImplementedError, match=f"has no {name}, got "):
+        ours.attention(torch.nn.Module(), x, x, x, None, **{name: value})
+
+
+def test_wrong_masks():
+    x = torch.zeros(2, 2, 3, 16)
+    with pytest.raises(ValueError, match=r"must be a padding mask \[2, 3\], .* got float32 \[2, 1, 3, 3\]"):
+        ours.attention(torch.nn.Module(), x, x, x, torch.zeros(2, 1, 3, 3))
+    with pytest.raises(ValueError, match="cu_seq_lens_q is for a batch of one row, got 2"):
+        ours.attention(torch.nn.Module(), x, x, x, None, cu_seq_lens_q=torch.tensor([0, 6]))
+    model = AutoModel.from_config(CONFIGS["bert"], attn_implementation="illada")
+    with pytest.raises(ValueError, match="attention_mask has holes"):
+        model(input_ids=torch.ones(1, 4, dtype=torch.int64), attention_mask=torch.tensor([[1, 0, 1, 1]]))
