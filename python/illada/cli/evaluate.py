@@ -69,11 +69,11 @@ def _run(options: argparse.Namespace) -> int:
         raise ValueError(f"--limit must be above 0, got {options.limit:g}")
     if options.log_samples and options.output is None:
         raise ValueError("--log-samples needs --output, the file beside which the samples are written")
+    journal = _journal(options)
     sampling.check_paths(options)
     for folder in options.include_path or ():
         if not Path(folder).is_dir():
             raise FileNotFoundError(f"--include-path: {folder} is not a folder; make one with illada prepare --tasks")
-    journal = _journal(options)
     with importing():
         from illada.cli.checkpoints import parse_device
         from illada.integrations.presets import settings_of
