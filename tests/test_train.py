@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from illada import cli
 from illada.checkpoint import load_pretrained
 from illada.data import TokenDataset, prepare
 from illada.files import write_text
@@ -294,6 +295,27 @@ def test_full_disk_keeps_the_last_checkpoint(toml, tmp_path):
     assert "could not save" in done.stderr and "the last complete checkpoint is" in done.stderr
     assert [p.name for p in folder.iterdir()] == ["step-000002"]
     load_pretrained(folder / "step-000002")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "model.safetensors", "optimizer.safetensors"])
+def test_done_means_that_what_was_saved_loads(toml, tmp_path, monkeypatch, capfd, name):
+    """As a command loads it; tokenizers that training itself never reads included."""
+    save = checkpoint.save
+
+    def saves_badly(*arguments, **more):
+        path = save(*arguments, **more)
+        if name == "model.safetensors":  # loads, but is of another step
+            tensors = load_file(path / name)
+            save_file({key: value + 1 for key, value in tensors.items()}, path / name)
+        else:
+            (path / name).write_bytes((path / name).read_bytes()[:-40])
+        return path
+
+    monkeypatch.setattr(loop.checkpoint, "save", saves_badly)
+    assert cli.main(["train", str(toml), "--train.steps=2"]) == 1
+    out, error = capfd.readouterr()
+    assert "step-000002 was saved, but cannot be loaded: " in error and "Traceback" not in error
+    assert "done" not in out.splitlines()
 
 
 def test_other_runs_are_not_resumed(config, corpus, tmp_path):

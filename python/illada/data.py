@@ -17,7 +17,6 @@ import hashlib
 import itertools
 import json
 import re
-import sys
 import warnings
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -33,6 +32,7 @@ from tqdm import tqdm
 from illada.files import folder_to_write, recover, staged_directory
 from illada.schema import Count, NonNegativeFloat, check_object
 from illada.sources import PIECE, Documents, hold_out, open_source
+from illada.terminal import shows
 from illada.text import read_json
 from illada.tokenizer_files import control_tokens, encode_as_text, library_errors, load_tokenizer
 
@@ -160,9 +160,9 @@ def prepare(
         raise FileExistsError(f"{out_dir} exists; overwrite it with overwrite=True (--overwrite), or choose another")
     if out_dir.exists() and not (out_dir / "corpus.json").exists() and any(out_dir.iterdir()):
         raise FileExistsError(f"{out_dir} exists and is not a corpus; choose another folder")
-    progress = progress and sys.stderr.isatty()
-    found = open_source(source)
+    progress = shows(progress)
     given = None if tokenizer is None else load_tokenizer(tokenizer)
+    found = open_source(source)
     with staged_directory(out_dir) as folder, Documents(folder) as documents:
         for pieces in tqdm(found, desc="reading", unit=" documents", disable=not progress):
             documents.add(pieces)

@@ -11,9 +11,9 @@ from random import Random
 import numpy as np
 import torch
 
-from illada import checkpoint, data, tasks
+from illada import checkpoint, data, folders, tasks
 from illada.chat import render_chat_template
-from illada.cli import checkpoints, sampling, score
+from illada.cli import sampling, score
 from illada.config import ModelConfig
 from illada.model import MaskedDiffusionModel
 from illada.sources import read_source
@@ -72,7 +72,7 @@ def says_all(folder):
 
 def read_checkpoint(folder):
     """Weights, tokenizer and templates, used once."""
-    checkpoints.load(folder)
+    folders.load(folder)
 
 
 def read_weights(folder):

@@ -11,8 +11,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Lt
 
-from illada.config import PRESETS, ModelConfig
-from illada.diffusion import DiffusionConfig
+from illada.config import PRESETS, DiffusionConfig, ModelConfig
 from illada.schema import Count, NonNegativeFloat, Positive, PositiveFloat, check_fields, names_of
 from illada.text import read_text
 
