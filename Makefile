@@ -128,10 +128,10 @@ test: .cache/requirements-dev install
 test-slow: .cache/requirements-dev install
 	"$(BIN)/python" -m pytest -q -m slow
 
-test-build: install
+test-build: .cache/requirements-dev install
 	"$(BIN)/python" -m pytest -q -m "slow or builds" tests/test_builds.py $(ARGS)
 
-fuzz: install
+fuzz: .cache/requirements-dev install
 	ILLADA_FUZZ="$(EXAMPLES)" "$(BIN)/python" -m pytest -q -m slow -rA --tb=no tests/fuzz $(ARGS)
 
 test-cuda:

@@ -18,12 +18,12 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from annotated_types import Gt, Lt
+from annotated_types import Gt, Le, Lt
 from numpy.typing import NDArray
 from torch import Tensor
 
 from illada.ops.philox import philox4x32
-from illada.schema import Fraction, check_fields
+from illada.schema import Count, Fraction, check_fields
 
 # Stream tags (counter word 3), one for each purpose; 16 and above belong to the token sampler.
 _ORDER, _SPLIT, _TIME, _MASK, _BATCH_TIME, _VALIDATION_MASK = range(1, 7)
@@ -45,44 +45,22 @@ class DiffusionConfig:
         t_limit_windows samples. A new model learns from a token's neighbours first, and few masks leave most of them.
     """
 
-<<<<<<< HEAD
-    eps: float = 1e-3  # smallest masking probability: p = (1 - eps) t + eps
-    split_probability: float = 0.3  # chance that a window is split at a uniform point into two sequences
-    t_limit: float = 1.0  # the largest t of the first window; below 1, training begins with fewer masks
-    t_limit_windows: int = 0  # windows over which that limit rises to 1
-    t_sampling: str = "independent"  # or "low_discrepancy": stratified over the windows of a step
-    mask_count: str = "bernoulli"  # or "exact": a fixed number of masks for each t
-=======
     eps: Annotated[float, Gt(0), Lt(0.5)] = 1e-3  # smallest masking probability: p = (1 - eps) t + eps
     split_probability: Fraction = 0.3  # chance that a window is split at a uniform point into two sequences
+    t_limit: Annotated[float, Gt(0), Le(1)] = 1.0  # largest t of the first window: below 1, fewer masks at first
+    t_limit_windows: Count = 0  # windows over which that limit rises to 1
     t_sampling: Literal["independent", "low_discrepancy"] = "independent"  # "low_discrepancy": stratified in a step
     mask_count: Literal["bernoulli", "exact"] = "bernoulli"  # or "exact": a fixed number of masks for each t
->>>>>>> main
     complementary: bool = False  # samples 2k and 2k + 1 share window, split and t; one masks what the other shows
     isolate_documents: bool = False  # documents inside a window do not attend each other
 
     def __post_init__(self) -> None:
         check_fields(self, "diffusion")
-<<<<<<< HEAD
-        if not 0 < self.eps < 0.5:
-            raise ValueError(f"diffusion.eps must be in (0, 0.5), got {self.eps}")
-        if not 0 <= self.split_probability <= 1:
-            raise ValueError(f"diffusion.split_probability must be in [0, 1], got {self.split_probability}")
-        if not 0 < self.t_limit <= 1:
-            raise ValueError(f"diffusion.t_limit must be in (0, 1], got {self.t_limit}")
-        if self.t_limit_windows < 0 or (self.t_limit < 1) != (self.t_limit_windows > 0):
+        if (self.t_limit < 1) != (self.t_limit_windows > 0):
             raise ValueError(
                 "diffusion.t_limit below 1 and diffusion.t_limit_windows above 0 go together, got "
                 f"{self.t_limit} and {self.t_limit_windows}"
             )
-        for name, allowed in (
-            ("t_sampling", ("independent", "low_discrepancy")),
-            ("mask_count", ("bernoulli", "exact")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"diffusion.{name} must be {' or '.join(allowed)}, got {getattr(self, name)!r}")
-=======
->>>>>>> main
         if self.complementary and self.mask_count == "exact":
             raise ValueError("diffusion.complementary needs mask_count = 'bernoulli'")
         if self.complementary and self.t_limit < 1:
