@@ -80,7 +80,7 @@ def main() -> None:
     print("[2/3] training", flush=True)
     paths = [f"--data.path={json.dumps(str(out / 'corpus'))}", f"--train.out_dir={json.dumps(str(out))}"]
     tokenizer = load_tokenizer(out / "corpus")
-    # A model this small is sure of commas and `self` alone: by confidence they fill a line, in random order they do not.
+    # A model this small is sure of commas and `self` alone: by confidence they fill a line, at random they do not.
     config = GenerationConfig(gen_length=64, block_length=8, steps=64, temperature=0.5, measure="random")
     prompts = [tokenizer.encode(prompt, add_special_tokens=False).ids for prompt in PROMPTS]
 
