@@ -132,7 +132,7 @@ test-build: .cache/requirements-dev install
 	"$(BIN)/python" -m pytest -q -m "slow or builds" tests/test_builds.py $(ARGS)
 
 fuzz: .cache/requirements-dev install
-	ILLADA_FUZZ="$(EXAMPLES)" "$(BIN)/python" -m pytest -q -m slow -rA --tb=no tests/fuzz $(ARGS)
+	ILLADA_FUZZ="$(EXAMPLES)" "$(BIN)/python" -m pytest -q -m slow -rA --tb=no --show-capture=stdout tests/fuzz $(ARGS)
 
 test-cuda:
 	@command -v "$${CUDACXX:-nvcc}" >/dev/null || { \
@@ -164,11 +164,12 @@ dry-run: .cache/installed-simulator
 ptxas: $(HEADERS)
 	"$(PYTHON)" cmake/ptxas.py $(if $(UPDATE),--update) $(ARGS)
 
-lint: .cache/requirements-dev
+lint: .cache/requirements-dev $(HEADERS)
 	"$(BIN)/ruff" check .
 	"$(BIN)/ruff" format --check .
 	find csrc examples tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs "$(BIN)/clang-format" --dry-run --Werror
 	"$(BIN)/mypy"
+	"$(BIN)/python" cmake/tidy.py
 
 format: .cache/requirements-dev
 	"$(BIN)/ruff" check --fix .

@@ -448,6 +448,9 @@ def test_configuration_errors(tmp_path):
         load_config(tmp_path / "bad.toml")
     with pytest.raises(FileNotFoundError, match="no configuration file at"):
         load_config(tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text("train = 3")
+    with pytest.raises(ValueError, match="train must be a section with keys, got 3"):
+        load_config(tmp_path / "bad.toml", ["--train.steps=3"])
     for override, match in (
         ("--train.stepz=3", "unknown key train.stepz; there are train.out_dir"),
         ("--trainer.steps=3", "unknown section 'trainer'; there are"),
@@ -460,6 +463,9 @@ def test_configuration_errors(tmp_path):
         ("--schedule.warmup_steps=-1", "must not be negative"),
         ("--model.hidden=3", "unknown model options: hidden"),
         ("--model.preset=big", "model.preset must be one of"),
+        ("--model.preset={a=1}", "model.preset must be one of"),
+        (f"--model.preset={100 * '[{'}", "model.preset must be one of .{,160}$"),
+        ("=" * 1000, "an override looks like --section.key=value, got .{80}$"),
         ("--diffusion.eps=2.0", "diffusion.eps must be below 0.5, got 2.0"),
     ):
         with pytest.raises(ValueError, match=match):
