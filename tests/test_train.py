@@ -21,6 +21,7 @@ from illada.files import write_text
 from illada.train import checkpoint, evaluate, load_config, loop, train
 from illada.train.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from illada.train.log import Log
+from illada.train.pace import Pace
 from illada.train.schedule import learning_rate
 
 
@@ -109,6 +110,19 @@ def test_a_shared_cpu_is_said_once(config, capsys, monkeypatch, busy):
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step times vary")]
     assert len(said) == busy and all("load " in line and f"{torch.get_num_threads()} threads" in line for line in said)
     assert validated == [(22, 32), (44, 32)]
+
+
+@pytest.mark.parametrize(
+    ("policy", "threads", "advice"),
+    [("", 2, "OMP_WAIT_POLICY=passive"), ("PASSIVE", 4, "OMP_NUM_THREADS=2"), ("", 1, None)],
+)
+def test_what_helps_on_a_shared_cpu(monkeypatch, policy, threads, advice):
+    monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+    pace = Pace()
+    for seconds in (0.1, 0.3) * 10:
+        pace.add(seconds)
+    said = pace.hint(threads)
+    assert said is not None and (advice in said if advice else "OMP" not in said)
 
 
 def test_gradient_that_is_not_finite_stops_the_run(config, tmp_path):
@@ -434,6 +448,9 @@ def test_configuration_errors(tmp_path):
         load_config(tmp_path / "bad.toml")
     with pytest.raises(FileNotFoundError, match="no configuration file at"):
         load_config(tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text("train = 3")
+    with pytest.raises(ValueError, match="train must be a section with keys, got 3"):
+        load_config(tmp_path / "bad.toml", ["--train.steps=3"])
     for override, match in (
         ("--train.stepz=3", "unknown key train.stepz; there are train.out_dir"),
         ("--trainer.steps=3", "unknown section 'trainer'; there are"),
@@ -446,6 +463,9 @@ def test_configuration_errors(tmp_path):
         ("--schedule.warmup_steps=-1", "must not be negative"),
         ("--model.hidden=3", "unknown model options: hidden"),
         ("--model.preset=big", "model.preset must be one of"),
+        ("--model.preset={a=1}", "model.preset must be one of"),
+        (f"--model.preset={100 * '[{'}", "model.preset must be one of .{,160}$"),
+        ("=" * 1000, "an override looks like --section.key=value, got .{80}$"),
         ("--diffusion.eps=2.0", "diffusion.eps must be below 0.5, got 2.0"),
     ):
         with pytest.raises(ValueError, match=match):

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Gt, Le
 
 from illada.schema import PositiveFloat, Size, TokenId, check_fields
+from illada.text import some_of
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ class ModelConfig:
         """From field names and values; unknown and missing names are errors that list them."""
         fields = {f.name: f for f in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - set(fields)):
-            raise ValueError(f"unknown model options: {', '.join(unknown)}; there are {', '.join(fields)}")
+            raise ValueError(f"unknown model options: {some_of(unknown)}; there are {', '.join(fields)}")
         required = {name for name, f in fields.items() if f.default is dataclasses.MISSING}
         if missing := sorted(required - set(values)):
             raise ValueError(f"missing model options: {', '.join(missing)}")

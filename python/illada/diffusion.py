@@ -18,12 +18,12 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from annotated_types import Gt, Lt
+from annotated_types import Gt, Le, Lt
 from numpy.typing import NDArray
 from torch import Tensor
 
 from illada.ops.philox import philox4x32
-from illada.schema import Fraction, check_fields
+from illada.schema import Count, Fraction, check_fields
 
 # Stream tags (counter word 3), one for each purpose; 16 and above belong to the token sampler.
 _ORDER, _SPLIT, _TIME, _MASK, _BATCH_TIME, _VALIDATION_MASK = range(1, 7)
@@ -41,10 +41,14 @@ class DiffusionConfig:
         the B samples of a global batch (VDM), which lowers the variance of the loss.
     mask_count: "bernoulli" masks each token with probability p; "exact" masks floor(t L) + 1 of L tokens with weight
         L / count (as in LLaDA's Monte Carlo likelihood).
+    t_limit: t is drawn below a limit that rises linearly, from t_limit for the first sample to 1 after
+        t_limit_windows samples. A new model learns from a token's neighbours first, and few masks leave most of them.
     """
 
     eps: Annotated[float, Gt(0), Lt(0.5)] = 1e-3  # smallest masking probability: p = (1 - eps) t + eps
     split_probability: Fraction = 0.3  # chance that a window is split at a uniform point into two sequences
+    t_limit: Annotated[float, Gt(0), Le(1)] = 1.0  # largest t of the first window: below 1, fewer masks at first
+    t_limit_windows: Count = 0  # windows over which that limit rises to 1
     t_sampling: Literal["independent", "low_discrepancy"] = "independent"  # "low_discrepancy": stratified in a step
     mask_count: Literal["bernoulli", "exact"] = "bernoulli"  # or "exact": a fixed number of masks for each t
     complementary: bool = False  # samples 2k and 2k + 1 share window, split and t; one masks what the other shows
@@ -52,8 +56,15 @@ class DiffusionConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "diffusion")
+        if (self.t_limit < 1) != (self.t_limit_windows > 0):
+            raise ValueError(
+                "diffusion.t_limit below 1 and diffusion.t_limit_windows above 0 go together, got "
+                f"{self.t_limit} and {self.t_limit_windows}"
+            )
         if self.complementary and self.mask_count == "exact":
             raise ValueError("diffusion.complementary needs mask_count = 'bernoulli'")
+        if self.complementary and self.t_limit < 1:
+            raise ValueError("diffusion.complementary needs t_limit = 1: the second of a pair masks 1 - t")
 
 
 @dataclass
@@ -198,6 +209,8 @@ def make_batch(
         cuts.append(sorted(cut))
 
     time = _times(draws, max(len(c) for c in cuts) if cuts else 1, seed, config, global_batch)
+    if config.t_limit < 1:
+        time *= np.minimum(1, config.t_limit + (1 - config.t_limit) * samples / config.t_limit_windows)[:, None]
     words = _words(seed, _MASK, draws, length)
     masked = np.zeros(windows.shape, dtype=bool)
     weights = np.zeros(windows.shape, dtype=np.float32)

@@ -125,6 +125,13 @@ def read_corpus(folder):
     tasks.prepare_tasks(folder, ["cloze_word"])
 
 
+def prepare(folder):
+    """`illada prepare --tokenizer`."""
+    source = f"jsonl:{folder / 'text.jsonl'}"
+    data.prepare(source, folder / "out", tokenizer=folder / "tokenizer.json", validation_fraction=0.4, progress=False)
+    data.TokenDataset(folder / "out").unigram_entropy()
+
+
 def read_texts(folder):
     """A source of text."""
     if (folder / "text.jsonl").exists():
@@ -270,6 +277,7 @@ def make_valid(root):
         "tokenizer_config.json": json.dumps(settings).encode(),
         "special_tokens_map.json": json.dumps({"pad_token": data.SPECIAL_TOKENS["pad"]}).encode(),
     }
+    valid["prepare"] = {"tokenizer.json": tokenizer.read_bytes(), "text.jsonl": lines.encode()}
     valid["template"] = {"chat_template.jinja": TEMPLATE.encode()}
     valid["texts"] = {"text.jsonl": lines.encode(), "a.txt": "déjà\nvu\r\n".encode(), "b.json": b'{"a": 1}'}
     questions = [{"context": "a", "candidates": ["b", "c"]}, {"context": "", "candidates": ["d"]}]
@@ -279,7 +287,10 @@ def make_valid(root):
     run = root / "run"
     overrides = [f"model.{k}={json.dumps(v)}" for k, v in _tiny().to_dict().items() if v is not None]
     config = load_config(None, ["model.preset=tiny", *overrides, "optimizer.clip_norm=1"])
-    valid["toml"] = {"run.toml": config.to_toml(commented=True).encode(), "settings": b""}
+    valid["toml"] = {
+        "run.toml": config.to_toml(commented=True).encode(),
+        "settings": b"--train.seed=3\n--model.vocab_size=262",
+    }
     valid["settings"] = {"settings": "\n".join(f"--{o}" for o in ("model.preset=tiny", *overrides[:6])).encode()}
     model = MaskedDiffusionModel(_tiny())
     optimizer = _optimizer(model, config)

@@ -18,7 +18,7 @@ from illada.text import check_text
 _EXAMPLES = """\
 from nothing to text, on a CPU:
   illada prepare --source stdlib --out data/stdlib
-  illada train configs/demo.toml
+  illada train configs/demo.toml --data.path=data/stdlib
   illada generate runs/demo --prompt "def main("
 """
 

@@ -30,7 +30,7 @@ def add_parser(commands: Any) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     if wrong := [text for text in options.overrides if not (text.startswith("--") and "=" in text and "." in text)]:
-        raise ValueError(f"unknown argument {wrong[0]!r}; settings look like --section.key=value")
+        raise ValueError(f"unknown argument {wrong[0]!r:.80}; settings look like --section.key=value")
     if options.config is None and not options.print_config:
         raise ValueError("train needs a configuration file; `illada train --print-config > my.toml` writes a template")
     from illada.train import load_config, train
