@@ -30,9 +30,6 @@ REVIEWED = ROOT / "csrc" / "size_products.toml"
 WIDENING, SIZES = "bugprone-implicit-widening-of-multiplication-result", "custom-size-product"
 # The same templates for another head dim or instruction set, or other choices of them.
 REPEATED = re.compile(r"(_d128_\w+|_d64_variants_sm90|_sums_d64_sm90)\.cu$|row_kernels_avx\w+\.cpp$")
-DEFINITIONS = [
-    f'-DILLADA_{name}=""' for name in ("VERSION", "COMPILER", "CUDA_VERSION", "CUDA_ARCHS", "CUTLASS_VERSION")
-]
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,7 @@ def find_cuda() -> Cuda | str:
     nvcc = shutil.which(os.environ.get("CUDACXX") or "nvcc")
     if not nvcc:
         return "no nvcc"
-    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
     version = re.search(r"release (\d+)\.(\d+)", said)
     steps = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
     home = re.search(r"^#\$ TOP=(.+)$", steps, re.MULTILINE)
@@ -70,9 +67,16 @@ def find_cuda() -> Cuda | str:
     return f"no CUTLASS at ILLADA_CUTLASS_DIR ({given or 'not set'})"
 
 
-def flags(source: Path, cuda: Cuda | None, empty: Path) -> list[str]:
-    """For clang, of a source; `empty` is a folder of headers that clang asks for and nobody here uses."""
-    common = ["-std=c++17", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'include'}", *DEFINITIONS]
+def flags(source: Path, cuda: Cuda | None, made: Path) -> list[str]:
+    """For clang, of a source; `made` is the folder of make_headers."""
+    common = [
+        "-std=c++17",
+        f"-I{ROOT / 'csrc'}",
+        f"-I{ROOT / 'csrc' / 'include'}",
+        "-idirafter",
+        str(made),
+        '-DILLADA_VERSION=""',
+    ]
     if source.parent.name == "bindings":
         import pybind11
 
@@ -86,8 +90,15 @@ def flags(source: Path, cuda: Cuda | None, empty: Path) -> list[str]:
     return [
         *("-x", "cuda", f"--cuda-path={cuda.home}", "--cuda-host-only", "-nocudalib", "-Wno-unknown-cuda-version"),
         *(*common, "-DNDEBUG", f"-D__CUDACC_VER_MAJOR__={major}", f"-D__CUDACC_VER_MINOR__={minor}"),
-        *("-isystem", str(cuda.cutlass), "-isystem", str(cuda.home / "include" / "cccl"), "-idirafter", str(empty)),
+        *("-isystem", str(cuda.cutlass), "-isystem", str(cuda.home / "include" / "cccl")),
     ]
+
+
+def make_headers(folder: Path) -> None:
+    """What CMake makes of csrc/**/*.h.in, with nothing in it; and what clang includes in every CUDA source."""
+    for template in (ROOT / "csrc").rglob("*.h.in"):
+        (folder / template.stem).write_text(re.sub(r"@\w+@", "", template.read_text()))
+    (folder / "curand_mtgp32_kernel.h").touch()
 
 
 def sources(has_cuda: bool) -> list[Path]:
@@ -154,7 +165,7 @@ def main() -> int:
     known = None if isinstance(cuda, str) else cuda
     files = [file for file in sources(known is not None) if wanted in str(file.relative_to(ROOT))]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
-        (Path(folder) / "curand_mtgp32_kernel.h").touch()  # clang includes it in every CUDA source
+        make_headers(Path(folder))
 
         def run(source: Path) -> tuple[set[Found], list[str]]:
             command = [
