@@ -2,7 +2,7 @@
 #   make demo    prepare text, train a tiny model, generate: about 6 minutes on two cores
 #   make test    the fast tests;  make test-slow: the others;  make bench: the benchmarks
 #   make test-build  builds with each compiler, CMake and Python that is here (tests/test_builds.py): 5 to 15 minutes
-#   make fuzz    20,000 damaged files, EXAMPLES=N another number: half an hour on a core; what fails is left in .cache/fuzz
+#   make fuzz    20,000 damaged files, EXAMPLES=N another number: a quarter of an hour on two cores; what fails is left in .cache/fuzz
 # CUDA kernels are built where this environment's torch finds a GPU for them; ILLADA_CUDA=on builds them all the same, off
 # never, and make remembers which. VENV=/path keeps the environment elsewhere. No path is used unquoted: folders may have spaces in their names.
 # With an nvcc (CUDA 12.3 or newer), no GPU needed:
@@ -132,7 +132,7 @@ test-build: .cache/requirements-dev install
 	"$(BIN)/python" -m pytest -q -m "slow or builds" tests/test_builds.py $(ARGS)
 
 fuzz: .cache/requirements-dev install
-	ILLADA_FUZZ="$(EXAMPLES)" "$(BIN)/python" -m pytest -q -m slow -rA --tb=no --show-capture=stdout tests/fuzz $(ARGS)
+	ILLADA_FUZZ="$(EXAMPLES)" "$(BIN)/python" -m pytest -q -m slow -rA --tb=line --show-capture=stdout tests/fuzz $(ARGS)
 
 test-cuda:
 	@command -v "$${CUDACXX:-nvcc}" >/dev/null || { \
