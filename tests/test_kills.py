@@ -111,7 +111,10 @@ def test_signals_at_any_moment_of_writing(world, name, capsys):
     arguments, begin = command(world, name)
     with strike(begin, 0, None) as events:
         finish(world, name, capsys)
-    for at, number in spread(events.count, 4 if name in ("prepare", "eval") else 9):
+    moments = spread(events.count, 4 if name == "prepare" else 9)
+    if name == "eval":  # what is resumed has fewer of them, from one to the next
+        moments = [(2, number) for _, number in moments[:3]]
+    for at, number in moments:
         gc.collect()
         with strike(begin, at, lambda number=number: signal.raise_signal(number)):
             assert cli.main(arguments) == 128 + number, at
