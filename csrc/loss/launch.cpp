@@ -22,8 +22,8 @@ void validate(const MaskedCrossEntropyParams& p) {
                " tokens");
   ILLADA_CHECK(p.rows || p.num_rows <= p.num_tokens, kOp, "logits have ", p.num_rows, " rows, but there are ",
                p.num_tokens, " tokens and no rows are given");
-  ILLADA_CHECK(p.vocab_size > 0 && p.vocab_size <= kMostIds, kOp, "vocab_size must be in [1, ", kMostIds, "], got ",
-               p.vocab_size);
+  ILLADA_CHECK(p.vocab_size > 0 && p.vocab_size <= kMostIds, kOp, "vocab_size must be positive and at most ", kMostIds,
+               ", got ", p.vocab_size);
   ILLADA_CHECK(p.vocab_start >= 0, kOp, "vocab_start must not be negative, got ", p.vocab_start);
   ILLADA_CHECK(p.logits_row_stride >= 0, kOp, "logits row stride must not be negative, got ", p.logits_row_stride);
   ILLADA_CHECK(!p.grad || p.grad_row_stride >= p.vocab_size || p.num_rows <= 1, kOp, "grad row stride ",

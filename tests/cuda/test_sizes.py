@@ -31,7 +31,6 @@ def test_attention(pack, device):
         "tiling": lambda: native().attention_forward_tiling(pack, 0),
         "plan": lambda: native().attention_plan(pack, 0, 0, 0, 0, 0, 0, False),
         "forward": lambda: raw.varlen_attention(q, plan, q, k, v, plan, sequences, 1.0),
-        "workspace": lambda: raw.varlen_attention_backward_workspace(*pack, False, False, 0),
         "backward": lambda: raw.varlen_attention_backward(
             q, k, v, q, None, q, k, v, q, plan, plan, sequences, 1.0, workspace=plan
         ),
