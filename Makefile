@@ -44,11 +44,16 @@ SOURCES := $(shell find build_backend csrc cmake python -type f -not -name '*.so
 
 install: .cache/installed
 
-.cache/requirements: requirements-dev.txt requirements-common.txt
+.cache/requirements-run: requirements-run.txt requirements-common.txt
 	@mkdir -p .cache
 	test -x "$(BIN)/python" || "$(PYTHON)" -m venv "$(VENV)"
-	@echo "make: installing requirements-dev.txt (torch and what lints and tests) into $(VENV): a minute, and the download." \
+	@echo "make: installing requirements-run.txt (torch and what the package needs) into $(VENV): a minute, and the download." \
 	  "VENV=/path names an environment that has them"
+	"$(BIN)/python" -m pip install --quiet --requirement requirements-run.txt
+	@touch $@
+
+.cache/requirements-dev: .cache/requirements-run requirements-dev.txt
+	@echo "make: adding requirements-dev.txt (what lints, tests and evaluates) to $(VENV)"
 	"$(BIN)/python" -m pip install --quiet --requirement requirements-dev.txt
 	@touch $@
 
@@ -71,7 +76,7 @@ $(CUTLASS):
 
 FORCE:
 
-.cache/installed: .cache/requirements .cache/asked $(SOURCES)
+.cache/installed: .cache/requirements-run .cache/asked $(SOURCES)
 	@cuda="$$(cat .cache/asked)"; \
 	if [ -z "$$cuda" ]; then \
 	  cuda=off; \
@@ -110,22 +115,24 @@ CUDA_BUILD = PATH="$$(cd "$(BIN_CUDA)" && pwd):$$PATH" ILLADA_BUILD_DIR="$(CURDI
 	unset ILLADA_CUDA ILLADA_CUDA_ARCHS ILLADA_CUDART; CMAKE_ARGS="--preset sim" $(call CUDA_BUILD,sim)
 	@touch $@
 
+# Passive: threads that wait sleep. Where others use the CPUs, those that spin make a step many times slower.
 demo:
 	@mkdir -p .cache && date +%s > .cache/demo-began
 	@$(MAKE) --no-print-directory install
+	OMP_WAIT_POLICY="$${OMP_WAIT_POLICY:-passive}" \
 	"$(BIN)/python" examples/demo.py --out runs/demo --began "$$(cat .cache/demo-began)"
 
-test: install
+test: .cache/requirements-dev install
 	"$(BIN)/python" -m pytest -q
 
-test-slow: install
+test-slow: .cache/requirements-dev install
 	"$(BIN)/python" -m pytest -q -m slow
 
-test-build: install
+test-build: .cache/requirements-dev install
 	"$(BIN)/python" -m pytest -q -m "slow or builds" tests/test_builds.py $(ARGS)
 
-fuzz: install
-	ILLADA_FUZZ="$(EXAMPLES)" "$(BIN)/python" -m pytest -q -m slow -rA --tb=no tests/fuzz $(ARGS)
+fuzz: .cache/requirements-dev install
+	ILLADA_FUZZ="$(EXAMPLES)" "$(BIN)/python" -m pytest -q -m slow -rA --tb=no --show-capture=stdout tests/fuzz $(ARGS)
 
 test-cuda:
 	@command -v "$${CUDACXX:-nvcc}" >/dev/null || { \
@@ -157,18 +164,19 @@ dry-run: .cache/installed-simulator
 ptxas: $(HEADERS)
 	"$(PYTHON)" cmake/ptxas.py $(if $(UPDATE),--update) $(ARGS)
 
-lint: .cache/requirements
+lint: .cache/requirements-dev $(HEADERS)
 	"$(BIN)/ruff" check .
 	"$(BIN)/ruff" format --check .
 	find csrc examples tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs "$(BIN)/clang-format" --dry-run --Werror
 	"$(BIN)/mypy"
+	"$(BIN)/python" cmake/tidy.py
 
-format: .cache/requirements
+format: .cache/requirements-dev
 	"$(BIN)/ruff" check --fix .
 	"$(BIN)/ruff" format .
 	find csrc examples tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs "$(BIN)/clang-format" -i
 
-bench: install
+bench: .cache/requirements-dev install
 	@mkdir -p runs/bench
 	"$(BIN)/python" -m benchmarks remask --json runs/bench/remask.jsonl --plot runs/bench/remask.png
 	"$(BIN)/python" -m benchmarks attention --json runs/bench/attention.jsonl --plot runs/bench/attention.png

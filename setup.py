@@ -70,14 +70,14 @@ class CMakeBuild(build_ext):
             "-DCMAKE_BUILD_TYPE=Release",
             "-DILLADA_PYTHON=ON",
             "-DILLADA_CUTLASS_DOWNLOAD=ON",
-            # Given at every configure, so that the cache remembers this build's and no earlier one's.
             f"-DILLADA_CUTLASS_DIR={os.environ.get('ILLADA_CUTLASS_DIR', '')}",
+            # Those that are not set are left to a preset in CMAKE_ARGS; no cache keeps an earlier build's.
+            *(f"-D{name}={os.environ[name]}" for name in OPTIONS if os.environ.get(name)),
             f"-DILLADA_NVCC_LAST={nvcc}",
             f"-DPython_EXECUTABLE={sys.executable}",
             # Given at every configure: a cache left by an earlier isolated build names tools that pip has deleted.
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             *(["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []),
-            *(f"-D{name}={os.environ[name]}" for name in OPTIONS if os.environ.get(name)),
         ]
         if ccache := shutil.which("ccache"):
             configure += [f"-DCMAKE_{language}_COMPILER_LAUNCHER={ccache}" for language in ("CXX", "CUDA")]

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from benchmarks import dry_run, timing
 from benchmarks.timing import CPU
 from illada.ops import variants
+from illada.terminal import shows
 
 KEYS = (
     "bench", "case", "provider", "median_ms", "p20_ms", "p80_ms", "flops", "bytes", "peak_memory_bytes", "error",
@@ -116,7 +117,7 @@ def run(
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     records = []
-    for case in tqdm(cases, desc=bench, unit=" cases", disable=not sys.stderr.isatty()):
+    for case in tqdm(cases, desc=bench, unit=" cases", disable=not shows()):
         mine = [
             {**record, "bench": bench, **same}
             for record in _run_case(case, timer, providers, repeats, device, keep_going)

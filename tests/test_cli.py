@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -54,6 +56,36 @@ def test_generate(world):
     assert plain.startswith("one two" + records[0]["text"]) and "--- " in plain
 
 
+def test_generate_output(world, tmp_path, capsys, monkeypatch):
+    options = ["--prompt", "one \u00e9", "--gen-length", "8", "--block-length", "8", "--steps", "2"]
+    arguments = ["generate", str(world / "run"), *options]
+    assert cli.main(arguments) == 0
+    printed = capsys.readouterr().out
+    file, link = tmp_path / "new" / "text", tmp_path / "link"
+    link.symlink_to("new/text")
+    for target in (file, link):
+        assert cli.main([*arguments, "--output", str(target)]) == 0
+        out, error = capsys.readouterr()
+        assert out == "" and f"written to {target}" in error
+        assert file.read_text(encoding="utf-8") == printed and link.is_symlink()
+    assert cli.main([*arguments, "--json", "--output", str(file)]) == 0
+    (line,) = file.read_text(encoding="utf-8").splitlines()
+    assert json.loads(line)["prompt"] == "one \u00e9" and "\u00e9" in line
+    assert cli.main([*arguments, "--output", "/dev/null"]) == 0 and not os.path.isfile("/dev/null")
+    capsys.readouterr()
+
+    def full(source, target):
+        raise OSError("no space")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("illada.files.os.replace", full)
+        assert cli.main([*arguments, "--output", str(file)]) == 2
+    assert capsys.readouterr().out == printed  # it took its time
+    assert file.read_text(encoding="utf-8").splitlines() == [line]
+    assert [path.name for path in file.parent.iterdir()] == ["text"]
+    assert cli.main([*arguments, "--output", str(tmp_path)]) == 2 and "is a folder" in capsys.readouterr().err
+
+
 def test_score(world):
     pair = ("--context", "one two", "--candidate", " three four", "--candidate", " two one zzz")
     status, out, err = run("score", world / "run", *pair, "--json")
@@ -91,6 +123,32 @@ def test_info():
     assert "native module" in run("info")[1]
 
 
+@pytest.mark.parametrize("closed", [False, True])
+def test_library_calls_without_standard_streams(world, tmp_path, monkeypatch, closed):
+    """As under pythonw, or after a daemon has closed them."""
+    from illada import train
+    from illada.checkpoint import convert_checkpoint
+    from illada.data import TokenDataset, prepare
+    from illada.folders import load
+    from illada.generation import GenerationConfig, generate
+    from illada.score import confidence_score
+
+    for name in ("stdin", "stdout", "stderr"):
+        stream = (tmp_path / name).open("w") if closed else None
+        if stream is not None:
+            stream.close()
+        monkeypatch.setattr(sys, name, stream)
+    prepare(f"jsonl:{world}/text.jsonl", tmp_path / "corpus", vocab_size=300, validation_fraction=0.2)
+    config = train.load_config(world / "run.toml", [f"train.out_dir={tmp_path}/run"])
+    assert train.train(config).finished
+    model, tokenizer = load(tmp_path / "run")
+    assert train.evaluate(model, TokenDataset(world / "corpus", "validation"), config)
+    options = GenerationConfig(gen_length=8, block_length=8, steps=2)
+    assert generate(model, ["one two"], options, tokenizer=tokenizer, progress=True)[0].tokens
+    assert confidence_score(model, [[5]], [[6]], progress=True)
+    assert convert_checkpoint(tmp_path / "run" / "checkpoints" / "step-000004", tmp_path / "copy", progress=True)
+
+
 def test_info_without_the_native_module():
     code = "import sys; sys.modules['illada._C'] = None; from illada import cli; sys.exit(cli.main(['info']))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -104,32 +162,55 @@ def test_help_teaches(capsys):
         assert stopped.value.code == 0 and "illada " in capsys.readouterr().out.split("example")[-1]
 
 
-@pytest.mark.parametrize(
-    "arguments, status",
-    [
-        (["--help"], 0),
-        (["--version"], 0),
-        (["generate", "--help"], 0),
-        (["generat"], 2),
-        (["generate", "--seed", "x", "runs/demo"], 2),
-        (["train"], 2),
-        (["prepare", "--out", "x"], 2),
-        (["prepare", "--out", "x", "--source", "books"], 2),
-        (["eval", "x", "--tasks", "a", "--limit", "0"], 2),
-        (["convert", "a", "b", "--max-shard-size", "x"], 2),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_what_needs_no_torch_does_not_import_it(arguments, status):
-    """Help, version and errors of the command line itself, within 0.3 s: torch alone takes seconds."""
+WITHOUT_TORCH = [
+    (["--help"], 0, ""),
+    (["--version"], 0, ""),
+    (["generate", "--help"], 0, ""),
+    (["generat"], 2, "invalid choice"),
+    (["generate", "--seed", "x", "runs/demo"], 2, "--seed"),
+    (["train"], 2, "needs a configuration file"),
+    (["train", "no.toml"], 2, "no configuration file at no.toml"),
+    (["train", "run.toml", "--train.stepz=3"], 2, "unknown key train.stepz"),
+    (["train", "run.toml"], 2, "no is not a corpus"),
+    (["train", "run.toml", "--resume", "no"], 2, "no is not a corpus"),
+    (["prepare", "--out", "x"], 2, "needs --source"),
+    (["prepare", "--out", "x", "--source", "books"], 2, "source must be"),
+    (["prepare", "--out", "x", "--source", "dir:no"], 2, "no is not a folder"),
+    (["prepare", "--out", "x", "--source", "jsonl:no"], 2, "no is not a file"),
+    (["prepare", "--out", "x", "--source", "stdlib", "--tokenizer", "no"], 2, "no tokenizer at no"),
+    (["prepare", "--out", "no", "--tasks", "all"], 2, "no is not a corpus"),
+    (["convert", "a", "b", "--max-shard-size", "x"], 2, "--max-shard-size"),
+    (["convert", "no", "b"], 2, "no is not a checkpoint"),
+    (["generate", "no"], 2, "no is not a checkpoint"),
+    (["generate", "run", "--prompt-file", "no"], 2, "--prompt-file: there is no no"),
+    (["chat", "run", "--chat-template", "no"], 2, "--chat-template: there is no no"),
+    (["score", "run", "--file", "no"], 2, "--file: there is no no"),
+    (["score", "run", "--tokenizer", "no", "--candidate", "x"], 2, "--tokenizer: there is no no"),
+    (["agreement", "no"], 2, "no is not a checkpoint"),
+    (["eval", "x", "--tasks", "a", "--limit", "0"], 2, "--limit must be"),
+    (["eval", "no", "--tasks", "a"], 2, "no is not a checkpoint"),
+    (["eval", "run", "--tasks", "a", "--include-path", "no"], 2, "no is not a folder"),
+    (["eval", "run", "--tasks", "a", "--output", "."], 2, "--output must be a file"),
+]
+
+
+def test_what_needs_no_torch_does_not_import_it(tmp_path):
+    """Help, version, wrong options and wrong paths, within 0.3 s: torch alone takes seconds."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    (tmp_path / "run.toml").write_text('[data]\npath = "no"\n')
     code = (
-        "import sys\nfrom illada.cli import main\ntry:\n    status = main(sys.argv[1:])\n"
-        "except SystemExit as stopped:\n    status = stopped.code\n"
-        "slow = [name for name in ('torch', 'safetensors', 'lm_eval', 'matplotlib') if name in sys.modules]\n"
-        "print(status, slow)"
+        "import json, sys\nfrom illada.cli import main\nfor arguments in json.loads(sys.argv[1]):\n"
+        "    try:\n        status = main(arguments)\n    except SystemExit as stopped:\n        status = stopped.code\n"
+        "    slow = [name for name in ('torch', 'safetensors', 'lm_eval', 'matplotlib') if name in sys.modules]\n"
+        "    print('ended', status, slow, flush=True)\n    print('ended', file=sys.stderr, flush=True)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
-    assert done.stdout.splitlines()[-1:] == [f"{status} []"], done.stderr
+    arguments = json.dumps([case[0] for case in WITHOUT_TORCH])
+    done = subprocess.run([sys.executable, "-c", code, arguments], capture_output=True, text=True, cwd=tmp_path)
+    found = [line for line in done.stdout.splitlines() if line.startswith("ended")]
+    errors = done.stderr.split("ended\n")
+    for (case, status, said), line, error in zip(WITHOUT_TORCH, found, errors[:-1], strict=True):
+        assert line == f"ended {status} []" and said in error, (case, line, error)
 
 
 def test_every_public_name_loads_when_it_is_used():
@@ -214,6 +295,40 @@ def test_user_errors_are_one_line(world, capsys, monkeypatch):
         cli.main(["train", "none.toml"])
     with pytest.raises(SystemExit):
         cli.main(["info", "--what"])
+
+
+@pytest.mark.parametrize("when", ["illada.cli", "json", "torch", "exit"])
+def test_ctrl_c_while_modules_are_imported_and_at_the_exit(when):
+    code = (
+        "import atexit, os, signal, sys\ndef strike():\n    os.kill(os.getpid(), signal.SIGINT)\n"
+        "class Finder:\n    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name == {when!r}:\n            try:\n                strike()\n"
+        "            except KeyboardInterrupt:  # as C++ and some modules do\n                pass\n"
+        "from illada.__main__ import main\nsys.meta_path.insert(0, Finder())\n"
+        f"if {when!r} == 'exit':\n    atexit.register(strike)\nsys.exit(main())"
+    )
+    command = "info" if when == "torch" else "--version"
+    done = subprocess.run([sys.executable, "-c", code, command], capture_output=True, text=True)
+    assert done.returncode in (-signal.SIGINT, 130) and done.stderr in ("", "illada: interrupted\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_in_finalizers_are_not_lost(monkeypatch, capsys, number):
+    """Python drops what is raised there; imports are full of such callbacks."""
+
+    class Final:
+        def __del__(self):
+            signal.raise_signal(number)
+
+    def run(options):
+        Final()
+        for _ in range(1000):
+            time.sleep(0.01)
+        return 0
+
+    monkeypatch.setattr(cli.info, "_run", run)
+    assert cli.main(["info"]) == 128 + number
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_an_error_that_nobody_expected_is_one_line(monkeypatch, capsys):

@@ -10,10 +10,11 @@ import torch
 from illada import cli
 from illada.checkpoint import load_pretrained, save_pretrained
 from illada.cli import chat
-from illada.cli.checkpoints import load, parse_device
+from illada.cli.checkpoints import parse_device
 from illada.cli.sampling import parse_token_ids
 from illada.config import ModelConfig
 from illada.data import train_tokenizer
+from illada.folders import load
 from illada.generation.stopping import settled_text
 from illada.model import MaskedDiffusionModel
 from illada.score import encode_pair

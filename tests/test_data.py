@@ -138,6 +138,22 @@ def test_given_tokenizer_and_wide_ids(texts, corpus, tmp_path):
     assert TokenDataset(tmp_path / "wide").tokens.dtype == np.uint32
 
 
+@pytest.mark.parametrize("largest", [1000, 1 << 16, 1 << 22])
+def test_ids_that_a_tokenizer_leaves_out_count(largest, texts, corpus, tmp_path):
+    values = json.loads((corpus / "tokenizer.json").read_text())
+    values["model"]["vocab"]["a"] = largest
+    values["model"]["merges"] = []
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    if largest == 1 << 22:
+        with pytest.raises(ValueError, match="the tokenizer's ids must be below 4194304, got 4194304"):
+            prepare(f"dir:{texts}", tmp_path / "c", tokenizer=tmp_path / "tokenizer.json")
+        return
+    header = prepare(f"dir:{texts}", tmp_path / "c", tokenizer=tmp_path / "tokenizer.json")
+    assert header["vocab_size"] == largest + 1
+    tokens = TokenDataset(tmp_path / "c").windows(np.arange(4), 64)
+    assert tokens.max() == largest and tokens.dtype == (np.uint16 if largest == 1000 else np.uint32)
+
+
 def test_a_saved_tokenizer_s_settings_change_no_corpus(texts, corpus, tmp_path):
     """Truncation, padding, and control tokens that are not called special."""
     values = json.loads((corpus / "tokenizer.json").read_text())

@@ -48,6 +48,7 @@ def test_fields_agree():
         DiffusionConfig(mask_count="exact"),
         DiffusionConfig(complementary=True, t_sampling="low_discrepancy"),
         DiffusionConfig(isolate_documents=True),
+        DiffusionConfig(t_limit=0.2, t_limit_windows=4),
     ],
     ids=str,
 )
@@ -91,6 +92,23 @@ def test_low_discrepancy_covers_the_unit_interval():
     np.testing.assert_allclose(np.diff(p), 0.999 / 16, rtol=1e-3)
     with pytest.raises(ValueError, match="needs global_batch"):
         batch_of(range(2), DiffusionConfig(t_sampling="low_discrepancy"))
+
+
+@pytest.mark.parametrize("t_sampling", ["independent", "low_discrepancy"])
+def test_t_has_a_limit_that_rises_to_one(t_sampling):
+    config = DiffusionConfig(t_sampling=t_sampling, split_probability=0.0, t_limit=0.2, t_limit_windows=512)
+    plain = DiffusionConfig(t_sampling=t_sampling, split_probability=0.0)
+    samples = np.arange(1024)
+
+    def times(config):  # of p = (1 - eps) t + eps, whose inverse is the weight
+        found = sequences(batch_of(samples, config, length=2048, global_batch=8))
+        return (np.array([1 / float(weights.max()) for _, weights in found]) - config.eps) / (1 - config.eps)
+
+    expected = times(plain) * np.minimum(1, 0.2 + 0.8 * samples / 512)
+    seen = times(config)
+    enough = expected > 0.02  # some token of the sequence is masked, whatever the limit
+    assert enough.mean() > 0.9
+    np.testing.assert_allclose(seen[enough], expected[enough], rtol=1e-4)
 
 
 def test_exact_count():
@@ -159,6 +177,10 @@ def test_errors():
         ({"t_sampling": "x"}, "diffusion.t_sampling must be independent or low_discrepancy, got 'x'"),
         ({"mask_count": "x"}, "diffusion.mask_count must be bernoulli or exact"),
         ({"mask_count": "exact", "complementary": True}, "complementary needs"),
+        ({"t_limit": 0.0, "t_limit_windows": 8}, "diffusion.t_limit must be positive, got 0.0"),
+        ({"t_limit": 0.5}, "t_limit below 1 and diffusion.t_limit_windows above 0 go together, got 0.5 and 0"),
+        ({"t_limit_windows": 8}, "go together, got 1.0 and 8"),
+        ({"t_limit": 0.5, "t_limit_windows": 8, "complementary": True}, "complementary needs t_limit = 1"),
     ):
         with pytest.raises(ValueError, match=match):
             DiffusionConfig(**options)

@@ -1,16 +1,19 @@
 """Commands that are killed, told to end, cut off from their readers, or out of disk: nothing lost, no litter."""
 
+import gc
 import json
 import os
-import random
+import resource
 import signal
+import stat
 import subprocess
 import sys
 import time
 
 import pytest
+from strikes import spread, strike
 
-from illada import cli
+from illada import cli, files
 from illada.checkpoint import load_pretrained
 from illada.data import TokenDataset
 from illada.train import checkpoint
@@ -18,12 +21,14 @@ from illada.train import checkpoint
 pytestmark = pytest.mark.slow
 
 
-def start(*arguments, limit=None, **kwargs):
-    code = "import resource, signal, sys\n"
-    if limit is not None:
-        code += "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        code += f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
-    code += "from illada.cli import main\nsys.exit(main(sys.argv[1:]))"
+def start(*arguments, killed_at=None, **kwargs):
+    """The command in a process of its own, which kills itself at the n-th event of `strike`."""
+    code = "import os, signal, sys\nfrom illada.cli import main\n"
+    if killed_at is not None:
+        code += f"sys.path.insert(0, {os.path.dirname(__file__)!r})\nimport strikes\n"
+        code += "def kill():\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+        code += f"with strikes.strike({str(killed_at[0])!r}, {killed_at[1]}, kill, {killed_at[2:]!r} or strikes._EVENTS):\n    "
+    code += "sys.exit(main(sys.argv[1:]))"
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **kwargs}
     return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], **streams)
 
@@ -41,6 +46,8 @@ def world(tmp_path_factory):
     assert cli.main(prepare(root)) == 0
     assert cli.main(["train", str(root / "run.toml")]) == 0
     assert cli.main(["convert", str(root / "run"), str(root / "copy")]) == 0
+    assert cli.main(["prepare", "--out", str(root / "corpus"), "--tasks", "cloze", "--questions", "20"]) == 0
+    (root / "corpus" / "tasks").rename(root / "tasks")  # preparing the corpus again would remove it
     return root
 
 
@@ -49,50 +56,132 @@ def prepare(root):
     return ["prepare", "--source", source, "--out", str(root / "corpus"), "--vocab-size", "300", "--overwrite"]
 
 
-def commands(root):
-    return {"prepare": prepare(root), "convert": ["convert", str(root / "run"), str(root / "copy"), "--overwrite"]}
+COMMANDS = ["prepare", "convert", "generate", "eval"]
+
+
+def command(root, name):
+    """Its arguments, and how the paths begin that it writes."""
+    if name == "prepare":
+        return prepare(root), root / ".corpus"
+    if name == "convert":
+        return ["convert", str(root / "run"), str(root / "copy"), "--overwrite"], root / ".copy"
+    if name == "generate":
+        options = ["--prompt", "one", "--gen-length", "8", "--block-length", "8", "--steps", "2", "--json"]
+        return ["generate", str(root / "copy"), *options, "--output", str(root / "text.json")], root / ".text.json"
+    pytest.importorskip("lm_eval")
+    tasks = [
+        "--tasks",
+        "cloze",
+        "--include-path",
+        str(root / "tasks"),
+        "--model-args",
+        "chunk_size=1,llh=mc,mc_num=1",
+        "--limit",
+        "3",
+    ]
+    return ["eval", str(root / "copy"), *tasks, "--output", str(root / "result.json"), "--resume"], root / "result.json"
 
 
 def check(root, name):
+    """What a command has written, or what was there before, is complete."""
     if name == "prepare":
         TokenDataset(root / "corpus", "train").windows([0], 32)
-    else:
+    elif name == "convert":
         load_pretrained(root / "copy")
+    else:
+        file = root / ("text.json" if name == "generate" else "result.json")
+        assert json.loads(file.read_text())
+
+
+def finish(root, name, capsys):
+    """The next run goes through and leaves no litter."""
+    gc.collect()  # a journal's lock goes with its model
+    assert cli.main(command(root, name)[0]) == 0, capsys.readouterr().err
+    check(root, name)
+    assert hidden(root) == [] and not list(root.glob("*.journal*"))
 
 
 def hidden(root):
     return [path.name for path in root.glob(".*")]
 
 
-@pytest.mark.parametrize("name", ["prepare", "convert"])
-def test_kills_of_writers(world, name):
-    """The old folder or the new one is there, or comes back; what kills leave is gone after the next run."""
-    chance, arguments = random.Random(0), commands(world)[name]
-    began = time.monotonic()
-    assert start(*arguments).wait() == 0
-    seconds = time.monotonic() - began
-    for number in (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM):
-        process = start(*arguments)
-        time.sleep(seconds * (0.5 + 0.5 * chance.random()))
-        process.send_signal(number)
-        _, error = process.communicate()
-        assert process.returncode in (0, -number, 128 + number) and "Traceback" not in error
-        if not (world / ("corpus" if name == "prepare" else "copy")).exists():
-            assert number == signal.SIGKILL
-            continue
+@pytest.mark.parametrize("name", COMMANDS)
+def test_signals_at_any_moment_of_writing(world, name, capsys):
+    """The old one or the new one is there, at once and complete."""
+    arguments, begin = command(world, name)
+    with strike(begin, 0, None) as events:
+        finish(world, name, capsys)
+    for at, number in spread(events.count, 4 if name in ("prepare", "eval") else 9):
+        gc.collect()
+        with strike(begin, at, lambda number=number: signal.raise_signal(number)):
+            assert cli.main(arguments) == 128 + number, at
+        assert "Traceback" not in capsys.readouterr().err
         check(world, name)
-    assert start(*arguments).wait() == 0
-    check(world, name)
-    assert hidden(world) == []
+    finish(world, name, capsys)
 
 
-@pytest.mark.parametrize("name", ["prepare", "convert"])
-def test_full_disk_keeps_what_was_there(world, name):
-    process = start(*commands(world)[name], limit=9000)
-    _, error = process.communicate()
-    assert process.returncode == 2 and "Traceback" not in error and error.startswith("illada: error: ")
+@pytest.mark.parametrize("name", COMMANDS)
+def test_full_disk_keeps_what_was_there(world, name, capsys):
+    finish(world, name, capsys)
+    arguments, begin = command(world, name)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for at in (1, 2):
+        gc.collect()
+        try:
+            with strike(begin, at, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20, before[1]))):
+                assert cli.main(arguments) == 2
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        error = capsys.readouterr().err
+        assert "illada: error: " in error and str(begin.name).lstrip(".") in error and "Traceback" not in error
+        check(world, name)
+        gc.collect()
+        assert hidden(world) == []
+    finish(world, name, capsys)
+
+
+@pytest.mark.parametrize(
+    "name, where",
+    [("prepare", (5,)), ("prepare", (1, "os.rename")), ("convert", (5,)), ("convert", (1, "os.rename")),
+     ("generate", (1, "os.rename")), ("eval", (5,))],
+)  # fmt: skip
+def test_kills_while_writing(world, name, where, capsys):
+    """Whatever is left of a kill, also between the two renames, is gone after the next run, and nothing is lost."""
+    arguments, begin = command(world, name)
+    process = start(*arguments, killed_at=(begin, *where))
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL, error
+    assert hidden(world)
+    if name in ("prepare", "convert"):
+        files.recover(world / ("corpus" if name == "prepare" else "copy"))
     check(world, name)
-    assert hidden(world) == []
+    finish(world, name, capsys)
+
+
+def test_modes_of_all_that_is_written_follow_the_umask(world):
+    """Of every command, which all write below this folder."""
+    before = os.umask(0o027)
+    try:
+        out = world / "modes"
+        arguments = {name: command(world, name)[0] for name in COMMANDS}
+        arguments["prepare"][4] = str(out / "corpus")
+        arguments["convert"][2] = str(out / "copy")
+        for name, file in (("generate", "text.json"), ("eval", "result.json")):
+            at = arguments[name].index("--output") + 1
+            arguments[name][at] = str(out / file)
+        arguments["eval"].append("--log-samples")
+        tasks = ["prepare", "--out", str(out / "corpus"), "--tasks", "cloze", "--questions", "20"]
+        training = ["train", str(world / "run.toml"), f"--train.out_dir={out}/run"]
+        for one in (*arguments.values(), tasks, training):
+            assert cli.main(one) == 0
+    finally:
+        os.umask(before)
+    found = {path: stat.S_IMODE(path.stat().st_mode) for path in out.rglob("*")}
+    names = {path.name for path in found}
+    assert {"model.safetensors", "optimizer.safetensors", "metrics.jsonl", "config.toml", "train.bin", "cloze.jsonl",
+            "tokenizer.json", "text.json", "result.json", "result.cloze.jsonl"} <= names, names  # fmt: skip
+    wrong = {str(path): oct(mode) for path, mode in found.items() if mode != (0o750 if path.is_dir() else 0o640)}
+    assert not wrong
 
 
 def train(root, name, *settings, **kwargs):
@@ -161,8 +250,8 @@ def test_a_reader_of_generated_text_goes(world):
 
 
 @pytest.mark.parametrize("number,status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signals_while_torch_is_imported(number, status, tmp_path):
-    process = start("convert", tmp_path / "none", tmp_path / "x")
+def test_signals_while_torch_is_imported(number, status):
+    process = start("info")
     deadline = time.monotonic() + 30
     while "libtorch" not in _maps(process.pid) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -174,23 +263,3 @@ def test_signals_while_torch_is_imported(number, status, tmp_path):
 def _maps(pid):
     with open(f"/proc/{pid}/maps", encoding="utf-8") as file:
         return file.read()
-
-
-def test_kills_of_an_evaluation(world):
-    pytest.importorskip("lm_eval")
-    tasks = ["prepare", "--out", str(world / "corpus"), "--tasks", "cloze", "--questions", "20", "--overwrite"]
-    assert cli.main(tasks) == 0
-    output = world / "result.json"
-    arguments = ["eval", world / "copy", "--tasks", "cloze", "--include-path", world / "corpus" / "tasks",
-                 "--output", output, "--resume"]  # fmt: skip
-    process = start(*arguments, "--model-args", "chunk_size=1")
-    deadline = time.monotonic() + 60
-    while not os.path.exists(f"{output}.journal") and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.kill()
-    process.communicate()
-    done = start(*arguments, "--model-args", "chunk_size=1")
-    _, error = done.communicate(timeout=120)
-    assert done.returncode == 0, error
-    assert "results" in json.loads(output.read_text())
-    assert hidden(world) == [] and not list(world.glob("result.json.*"))

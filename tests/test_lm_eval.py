@@ -21,9 +21,8 @@ from lm_eval.models.dummy import DummyLM
 from lm_eval.utils import simple_parse_args_string
 from tokenizers import processors
 
-from illada import cli
+from illada import cli, folders
 from illada.checkpoint import load_pretrained, save_pretrained
-from illada.cli import checkpoints
 from illada.cli import evaluate as evaluate_command
 from illada.config import ModelConfig
 from illada.data import load_tokenizer, train_tokenizer
@@ -109,6 +108,11 @@ def test_scores_are_those_of_illada_score(checkpoint):
     got = lm.loglikelihood(requests("loglikelihood", PAIRS))
     want = monte_carlo_likelihood(lm.model, contexts, continuations, num_samples=32, seed=3, cfg_scale=1.0)
     assert [score for score, _ in got] == pytest.approx(want, abs=1e-4) and not any(greedy for _, greedy in got)
+
+
+def test_without_standard_error(checkpoint, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    assert IlladaLM(checkpoint).loglikelihood(requests("loglikelihood", [("a", "b")]))
 
 
 def test_order_repeats_and_company_change_nothing(checkpoint):
@@ -453,9 +457,7 @@ def test_every_option_of_the_generator_is_a_setting(checkpoint, generated):
 
 def test_trust_remote_code_is_the_tokenizer_s(checkpoint, monkeypatch):
     given = []
-    monkeypatch.setattr(
-        adapter, "load", lambda *a, **keywords: given.append(keywords) or checkpoints.load(*a, **keywords)
-    )
+    monkeypatch.setattr(adapter, "load", lambda *a, **keywords: given.append(keywords) or folders.load(*a, **keywords))
     for arguments in ("", ",trust_remote_code=True"):
         IlladaLM.create_from_arg_string(f"pretrained={checkpoint}{arguments}", {"device": "cpu"})
     assert [keywords["trust_remote_code"] for keywords in given] == [False, True]

@@ -1,4 +1,4 @@
-"""`make install`: whether CUDA kernels are built, with stand-ins for the environment's Python, pip and nvcc."""
+"""`make install`: whether CUDA kernels are built, and what is installed, with stand-ins for the environment's Python, pip and nvcc."""
 
 import os
 import shutil
@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 PYTHON = """#!/bin/sh
 case "$*" in
   *"import sys, torch"*) exit $NO_GPU;;
+  *--requirement*) echo "$6" >>requirements;;
   *--target*) mkdir -p "$8"; echo "fetched" >>log;;
   *--force-reinstall*) echo "built $ILLADA_CUDA" >>log;;
 esac
@@ -26,19 +27,19 @@ def install(tmp_path):
     """Runs `make install` in a checkout: what pip did, in a list, and what make said."""
     folder = tmp_path / "a checkout"
     (folder / "venv/bin").mkdir(parents=True)
-    for name in ("Makefile", "requirements-dev.txt", "requirements-common.txt", "CMakeLists.txt", "CMakePresets.json",
-                 "setup.py", "pyproject.toml"):  # fmt: skip
+    for name in ("Makefile", "requirements-run.txt", "requirements-dev.txt", "requirements-common.txt", "CMakeLists.txt",
+                 "CMakePresets.json", "setup.py", "pyproject.toml"):  # fmt: skip
         shutil.copy(ROOT / name, folder)
     nvcc, python = tmp_path / "nvcc", folder / "venv/bin/python"
     for program, text in ((nvcc, "#!/bin/sh\n"), (python, PYTHON)):
         program.write_text(text)
         program.chmod(0o755)
 
-    def run(*arguments, gpu=False, **environment):
+    def run(*arguments, gpu=False, target="install", **environment):
         names = ("ILLADA_CUDA", "ILLADA_CUDA_ARCHS", "ILLADA_CUTLASS_DIR", "MAKEFLAGS", "MFLAGS", "MAKELEVEL")
         clean = {name: value for name, value in os.environ.items() if name not in names}
         environment = {"CUDACXX": str(nvcc), "NO_GPU": str(int(not gpu)), "VENV": "venv", **environment}
-        command = ["make", "install", *arguments]
+        command = ["make", target, *arguments]
         done = subprocess.run(command, cwd=folder, env={**clean, **environment}, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         log = folder / "log"
@@ -68,3 +69,11 @@ def test_cuda_kernels_are_built_for_a_gpu(install):
 def test_a_machine_without_nvcc_hears_nothing_of_cuda(install):
     told, said = install(CUDACXX="/no/nvcc")
     assert told == ["built off"] and "nvcc" not in said
+
+
+def test_what_tests_and_lints_is_installed_for_these_alone(install, tmp_path):
+    requirements = tmp_path / "a checkout/requirements"
+    install()
+    assert requirements.read_text().split() == ["requirements-run.txt"]
+    install(target="test")
+    assert requirements.read_text().split() == ["requirements-run.txt", "requirements-dev.txt"]

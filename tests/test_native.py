@@ -3,8 +3,11 @@
 import os
 import subprocess
 import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 
 import illada
 from illada import _native
@@ -52,3 +55,30 @@ def test_cuda_tensor_without_cuda_kernels(monkeypatch):
     monkeypatch.setattr(_native, "has_cuda", lambda: False)
     with pytest.raises(NotImplementedError, match=r"sample_tokens: this build has no CUDA kernels \(.*\); .* nvcc"):
         _native.require_cuda_build("sample_tokens")
+
+
+def test_calls_of_several_threads_do_not_disturb_each_other():
+    """They run side by side with a GIL too: each call releases it."""
+    generator = torch.Generator().manual_seed(0)
+    logits = [torch.randn(64, 3000, generator=generator) for _ in range(4)]
+    targets = torch.arange(64)
+
+    def calls(x: torch.Tensor) -> list[torch.Tensor]:
+        said = illada.sample_tokens(x, temperature=1.0, seed=5)
+        return [said.token, said.confidence, illada.masked_cross_entropy(x, targets, torch.ones(64))]
+
+    alone = [calls(x) for x in logits]
+    with ThreadPoolExecutor(4) as pool:
+        for want, got in zip(alone * 5, pool.map(calls, logits * 5), strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
+
+
+@pytest.mark.skipif(not sysconfig.get_config_var("Py_GIL_DISABLED"), reason="needs a free-threaded Python")
+def test_the_module_leaves_the_gil_off():
+    load = f"""
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("illada._C", {_native.native().__file__!r})
+spec.loader.exec_module(importlib.util.module_from_spec(spec))
+sys.exit(sys._is_gil_enabled())
+"""
+    assert subprocess.run([sys.executable, "-c", load]).returncode == 0

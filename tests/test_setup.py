@@ -1,7 +1,9 @@
 """What setup.py says before it builds anything."""
 
+import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -104,6 +106,64 @@ for value in ("one", "one", "other"):
 said.append((build / "nvidia-cutlass").exists())
 """
     assert ask(tmp_path, code) == [False, True, False, True]
+
+
+CMAKE = """#!{python}
+import pathlib, sys, sysconfig
+arguments = sys.argv[1:]
+with open({log!r}, "a") as log:
+    print(arguments, file=log)
+if "-B" in arguments:
+    build = pathlib.Path(arguments[arguments.index("-B") + 1])
+    print(["cache", (build / "CMakeCache.txt").exists()], file=open({log!r}, "a"))
+    (build / "CMakeCache.txt").touch()
+    (build / ("_C" + sysconfig.get_config_var("EXT_SUFFIX"))).touch()
+"""
+
+
+def test_a_cache_is_used_by_the_same_build_alone(tmp_path):
+    """A build, the same again with another ninja, in a moved tree, and with other options: a stand-in for cmake logs."""
+    pytest.importorskip("setuptools", minversion="77")
+    pytest.importorskip("pybind11")
+    log, tree, tools = tmp_path / "log", tmp_path / "tree", tmp_path / "tools"
+    for folder in (tree / "python" / "illada", tools, tmp_path / "other"):
+        folder.mkdir(parents=True)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "NOTICE"):
+        shutil.copy(ROOT / name, tree)
+    shutil.copytree(ROOT / "build_backend", tree / "build_backend")
+    (tree / "python" / "illada" / "__init__.py").touch()
+    (tools / "cmake").write_text(CMAKE.format(python=sys.executable, log=str(log)))
+    for program in (tools / "cmake", tools / "ninja", tmp_path / "other" / "ninja"):
+        program.touch()
+        program.chmod(0o755)
+
+    def build(tree: Path, tools_first: Path = tools, **more: str) -> tuple[list[str], bool]:
+        log.unlink(missing_ok=True)
+        path = f"{tools_first}:{tools}:/usr/bin:/bin"
+        clean = {
+            name: value for name, value in os.environ.items() if not name.startswith(("ILLADA_", "CMAKE_", "CUDA"))
+        }
+        command = [sys.executable, "setup.py", "-q", "build"]
+        subprocess.run(command, cwd=tree, env={**clean, "ILLADA_CUDA": "off", "PATH": path, **more}, check=True)
+        configure, cache, _ = (ast.literal_eval(line) for line in log.read_text().splitlines())
+        return configure, cache[1]
+
+    configure, cache = build(tree)
+    for option in ("ILLADA_PYTHON=ON", "ILLADA_CUDA=off", f"CMAKE_MAKE_PROGRAM={tools / 'ninja'}"):
+        assert f"-D{option}" in configure
+    assert cache is False
+    (tree / "python" / "illada" / "new.py").touch()
+    configure, cache = build(tree, tmp_path / "other")  # pip's isolated ninja is another each time
+    assert f"-DCMAKE_MAKE_PROGRAM={tmp_path / 'other' / 'ninja'}" in configure and cache is True
+    (tree / "python" / "illada" / "new.py").unlink()
+    assert [build(tree, CXXFLAGS="-O2")[1], build(tree, CXXFLAGS="-O2")[1]] == [False, True]
+    assert build(tree, ILLADA_CUDA="auto", CXXFLAGS="-O2")[1] is False
+    assert build(tree, CXXFLAGS="-O2")[1] is False
+    modules = {path.name for path in tree.glob("build/lib*/illada/*.py")}
+    assert modules == {"__init__.py"}  # and not what was deleted
+    moved = tree.rename(tmp_path / "moved")
+    configure, cache = build(moved, CXXFLAGS="-O2")
+    assert cache is False and str(tree) not in " ".join(configure)
 
 
 @pytest.mark.parametrize(

@@ -485,6 +485,7 @@ def test_errors_name_the_file_and_the_cure(folder, tmp_path, monkeypatch):
         (lambda: render("{{ ''.__class__.mro() }}", [USER]), ValueError, "access to attribute '__class__'"),
         (lambda: render("{{ messages[0].content + 1 }}", [USER]), ValueError, "fails on these messages: TypeError: "),
         (lambda: render("{{ 1 / 0 }}", [USER]), ValueError, "fails on these messages: ZeroDivisionError: "),
+        (lambda: render("{{ raise_exception('a' * 9000) }}", [USER]), ValueError, "^.{,80}: a{500}$"),
         (lambda: render("{% break %}", [USER]), ValueError, "chat template is broken: 'break' outside loop"),
         (lambda: render("{{ " + "(" * 500 + ")" * 500 + " }}", [USER]), ValueError, "nested too deeply, or calls itself"),
         (lambda: render("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", [USER]), ValueError, "nested too deeply, or"),

@@ -15,12 +15,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from illada import cli
 from illada.checkpoint import load_pretrained
 from illada.data import TokenDataset, prepare
 from illada.files import write_text
 from illada.train import checkpoint, evaluate, load_config, loop, train
 from illada.train.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from illada.train.log import Log
+from illada.train.pace import Pace
 from illada.train.schedule import learning_rate
 
 
@@ -109,6 +111,19 @@ def test_a_shared_cpu_is_said_once(config, capsys, monkeypatch, busy):
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step times vary")]
     assert len(said) == busy and all("load " in line and f"{torch.get_num_threads()} threads" in line for line in said)
     assert validated == [(22, 32), (44, 32)]
+
+
+@pytest.mark.parametrize(
+    ("policy", "threads", "advice"),
+    [("", 2, "OMP_WAIT_POLICY=passive"), ("PASSIVE", 4, "OMP_NUM_THREADS=2"), ("", 1, None)],
+)
+def test_what_helps_on_a_shared_cpu(monkeypatch, policy, threads, advice):
+    monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+    pace = Pace()
+    for seconds in (0.1, 0.3) * 10:
+        pace.add(seconds)
+    said = pace.hint(threads)
+    assert said is not None and (advice in said if advice else "OMP" not in said)
 
 
 def test_gradient_that_is_not_finite_stops_the_run(config, tmp_path):
@@ -282,6 +297,27 @@ def test_full_disk_keeps_the_last_checkpoint(toml, tmp_path):
     load_pretrained(folder / "step-000002")
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "model.safetensors", "optimizer.safetensors"])
+def test_done_means_that_what_was_saved_loads(toml, tmp_path, monkeypatch, capfd, name):
+    """As a command loads it; tokenizers that training itself never reads included."""
+    save = checkpoint.save
+
+    def saves_badly(*arguments, **more):
+        path = save(*arguments, **more)
+        if name == "model.safetensors":  # loads, but is of another step
+            tensors = load_file(path / name)
+            save_file({key: value + 1 for key, value in tensors.items()}, path / name)
+        else:
+            (path / name).write_bytes((path / name).read_bytes()[:-40])
+        return path
+
+    monkeypatch.setattr(loop.checkpoint, "save", saves_badly)
+    assert cli.main(["train", str(toml), "--train.steps=2"]) == 1
+    out, error = capfd.readouterr()
+    assert "step-000002 was saved, but cannot be loaded: " in error and "Traceback" not in error
+    assert "done" not in out.splitlines()
+
+
 def test_other_runs_are_not_resumed(config, corpus, tmp_path):
     result = train(change(config, train={"steps": 2}), progress=False)
     for sections, match in (
@@ -434,18 +470,28 @@ def test_configuration_errors(tmp_path):
         load_config(tmp_path / "bad.toml")
     with pytest.raises(FileNotFoundError, match="no configuration file at"):
         load_config(tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text(f"[train]\nsteps = {'1' * 5000}")
+    with pytest.raises(ValueError, match="bad.toml is not TOML: Exceeds the limit"):
+        load_config(tmp_path / "bad.toml")
+    (tmp_path / "bad.toml").write_text("train = 3")
+    with pytest.raises(ValueError, match="train must be a section with keys, got 3"):
+        load_config(tmp_path / "bad.toml", ["--train.steps=3"])
     for override, match in (
         ("--train.stepz=3", "unknown key train.stepz; there are train.out_dir"),
         ("--trainer.steps=3", "unknown section 'trainer'; there are"),
         ("--train.steps=many", "train.steps must be int, got 'many'"),
         ("--train.compile=1", "train.compile must be bool, got 1"),
         ("--train.steps", "an override looks like --section.key=value"),
+        (f"--train.steps={'1' * 5000}", "train.steps must be int, got '111"),
         ("--train.steps=0", "train.steps must be positive, got 0"),
         ("--train.windows_per_micro_batch=5", r"must be a multiple of train.windows_per_micro_batch \(5\)"),
         ("--train.dtype=float16", "train.dtype must be float32 or bfloat16, got"),
         ("--schedule.warmup_steps=-1", "must not be negative"),
         ("--model.hidden=3", "unknown model options: hidden"),
         ("--model.preset=big", "model.preset must be one of"),
+        ("--model.preset={a=1}", "model.preset must be one of"),
+        (f"--model.preset={100 * '[{'}", "model.preset must be one of .{,160}$"),
+        ("=" * 1000, "an override looks like --section.key=value, got .{80}$"),
         ("--diffusion.eps=2.0", "diffusion.eps must be below 0.5, got 2.0"),
     ):
         with pytest.raises(ValueError, match=match):

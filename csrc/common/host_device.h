@@ -1,9 +1,9 @@
-// Functions that host and device share, in headers that a C++ compiler reads as well.
+// Functions that host and device share, in headers that a C++ compiler reads as well. Always inlined: of several copies
+// a linker keeps one, which may be that of another instruction set.
 #pragma once
 
 #if defined(__CUDACC__)
 #define ILLADA_HOST_DEVICE __host__ __device__ __forceinline__
 #else
-// Never a function of its own: of several copies a linker keeps one, which may be that of another instruction set.
 #define ILLADA_HOST_DEVICE inline __attribute__((always_inline))
 #endif

@@ -150,7 +150,7 @@ struct PhiloxLanes {
         c3[chain] = p0;
       }
     }
-    for (int chain = 0; chain < 2; ++chain) {
+    for (int64_t chain = 0; chain < 2; ++chain) {
       VecL even, odd;
       interleave((c0[chain] & 0xffffffffu) | (c1[chain] << 32), (c2[chain] & 0xffffffffu) | (c3[chain] << 32), even,
                  odd);
@@ -178,7 +178,7 @@ class NoisyArgmax {
     for (; i + PhiloxLanes::kDrawn <= count; i += PhiloxLanes::kDrawn) {
       VecU words[4];
       lanes_.draw(uint64_t(first + i) / 4, words);
-      for (int part = 0; part < 4; ++part) {
+      for (int64_t part = 0; part < 4; ++part) {
         const int64_t at = i + part * kLanes;
         const VecF v = load(x + at);
         const VecI win = may_win(v, words[part]);

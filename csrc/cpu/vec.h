@@ -212,7 +212,8 @@ inline void interleave(VecF a, VecF b, VecF& low, VecF& high) {
 inline void transpose(VecF (&rows)[kLanes]) {
   for (int turn = 1; turn < kLanes; turn *= 2) {
     VecF turned[kLanes];
-    for (int i = 0; i < kLanes / 2; ++i) interleave(rows[i], rows[i + kLanes / 2], turned[2 * i], turned[2 * i + 1]);
+    for (int64_t i = 0; i < kLanes / 2; ++i)
+      interleave(rows[i], rows[i + kLanes / 2], turned[2 * i], turned[2 * i + 1]);
     for (int i = 0; i < kLanes; ++i) rows[i] = turned[i];
   }
 }

@@ -160,7 +160,7 @@ LinearChunk chunk_of(const LinearMaskedCrossEntropyParams& p, const LinearPlan& 
   char* const base = static_cast<char*>(p.workspace);
   const auto floats = [&](int64_t offset) { return reinterpret_cast<float*>(base + offset); };
   LinearChunk chunk{};
-  chunk.first = index * plan.rows;
+  chunk.first = int(int64_t(index) * plan.rows);
   chunk.list = p.num_rows >= 0 ? p.rows : reinterpret_cast<int32_t*>(base + plan.list);
   chunk.count = p.num_rows >= 0 ? nullptr : reinterpret_cast<int32_t*>(base + plan.count);
   chunk.listed = int(plan.tokens);

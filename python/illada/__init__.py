@@ -7,7 +7,6 @@ are used, torch with them: `import illada` alone takes milliseconds. The torch o
 from __future__ import annotations
 
 import importlib
-import pkgutil
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -109,10 +108,12 @@ def __getattr__(name: str) -> Any:
         value: Any = package_version()
     elif module := next((module for module, names in _MODULES.items() if name in names), None):
         value = getattr(importlib.import_module(module), name)
-    elif any(module.name == name for module in pkgutil.iter_modules(__path__)):
-        return importlib.import_module(f"illada.{name}")
     else:
-        raise AttributeError(f"module 'illada' has no attribute {name!r}")
+        import pkgutil  # takes longer to import than this package
+
+        if not any(module.name == name for module in pkgutil.iter_modules(__path__)):
+            raise AttributeError(f"module 'illada' has no attribute {name!r}")
+        return importlib.import_module(f"illada.{name}")
     globals()[name] = value
     return value
 

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,9 +24,11 @@ from tqdm import tqdm
 from illada.config import ModelConfig
 from illada.devices import find_device
 from illada.files import check_inside, read_json_object, staged_directory
+from illada.folders import config_file
 from illada.layouts import LAYOUTS, Layout, layout_of_file
 from illada.model import MaskedDiffusionModel
 from illada.schema import TokenId, check_object, checked
+from illada.terminal import shows
 from illada.text import looks_like, read_json, some_of
 
 _INDEX = "model.safetensors.index.json"
@@ -113,9 +114,8 @@ def write_pretrained(
         shards[-1][key] = tensor
         size += num_bytes
         total += num_bytes
-    show = progress and sys.stderr.isatty()
     weight_map = {}
-    with tqdm(total=total, desc="writing", unit="B", unit_scale=True, disable=not show) as bar:
+    with tqdm(total=total, desc="writing", unit="B", unit_scale=True, disable=not shows(progress)) as bar:
         for i, shard in enumerate(shards, 1):
             file = "model.safetensors" if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
             # One shard at a time, so that a conversion of dtype needs no copy of the whole model.
@@ -368,10 +368,7 @@ def read_stop_tokens(path: str | Path) -> tuple[int, ...]:
 
 def read_config(path: str | Path) -> dict[str, Any]:
     """config.json of a checkpoint folder, as it stands there."""
-    file = Path(path) / "config.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"{path} is not a checkpoint (no config.json)")
-    return read_json_object(file)
+    return read_json_object(config_file(Path(path)))
 
 
 def load_config(path: str | Path, *, mask_token_id: int | None = None) -> ModelConfig:

@@ -1,4 +1,4 @@
-"""What a model is: `ModelConfig`, its presets, and its form in a checkpoint's config.json."""
+"""What a model is, `ModelConfig`, with its presets and its form in config.json; and `DiffusionConfig`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from annotated_types import Gt, Le
+from annotated_types import Gt, Le, Lt
 
-from illada.schema import PositiveFloat, Size, TokenId, check_fields
+from illada.schema import Count, Fraction, PositiveFloat, Size, TokenId, check_fields
+from illada.text import some_of
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ class ModelConfig:
         """From field names and values; unknown and missing names are errors that list them."""
         fields = {f.name: f for f in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - set(fields)):
-            raise ValueError(f"unknown model options: {', '.join(unknown)}; there are {', '.join(fields)}")
+            raise ValueError(f"unknown model options: {some_of(unknown)}; there are {', '.join(fields)}")
         required = {name for name, f in fields.items() if f.default is dataclasses.MISSING}
         if missing := sorted(required - set(values)):
             raise ValueError(f"missing model options: {', '.join(missing)}")
@@ -174,3 +175,37 @@ PRESETS: dict[str, dict[str, Any]] = {
         **_ILLADA_IDS,
     },
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """Options of the forward process. The defaults are the paper's pre-training.
+
+    t_sampling: "independent" draws t uniformly for each sequence; "low_discrepancy" takes t = (u + i / B) mod 1 over
+        the B samples of a global batch (VDM), which lowers the variance of the loss.
+    mask_count: "bernoulli" masks each token with probability p; "exact" masks floor(t L) + 1 of L tokens with weight
+        L / count (as in LLaDA's Monte Carlo likelihood).
+    t_limit: t is drawn below a limit that rises linearly, from t_limit for the first sample to 1 after
+        t_limit_windows samples. A new model learns from a token's neighbours first, and few masks leave most of them.
+    """
+
+    eps: Annotated[float, Gt(0), Lt(0.5)] = 1e-3  # smallest masking probability: p = (1 - eps) t + eps
+    split_probability: Fraction = 0.3  # chance that a window is split at a uniform point into two sequences
+    t_limit: Annotated[float, Gt(0), Le(1)] = 1.0  # largest t of the first window: below 1, fewer masks at first
+    t_limit_windows: Count = 0  # windows over which that limit rises to 1
+    t_sampling: Literal["independent", "low_discrepancy"] = "independent"  # "low_discrepancy": stratified in a step
+    mask_count: Literal["bernoulli", "exact"] = "bernoulli"  # or "exact": a fixed number of masks for each t
+    complementary: bool = False  # samples 2k and 2k + 1 share window, split and t; one masks what the other shows
+    isolate_documents: bool = False  # documents inside a window do not attend each other
+
+    def __post_init__(self) -> None:
+        check_fields(self, "diffusion")
+        if (self.t_limit < 1) != (self.t_limit_windows > 0):
+            raise ValueError(
+                "diffusion.t_limit below 1 and diffusion.t_limit_windows above 0 go together, got "
+                f"{self.t_limit} and {self.t_limit_windows}"
+            )
+        if self.complementary and self.mask_count == "exact":
+            raise ValueError("diffusion.complementary needs mask_count = 'bernoulli'")
+        if self.complementary and self.t_limit < 1:
+            raise ValueError("diffusion.complementary needs t_limit = 1: the second of a pair masks 1 - t")

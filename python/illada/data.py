@@ -17,7 +17,6 @@ import hashlib
 import itertools
 import json
 import re
-import sys
 import warnings
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -33,9 +32,11 @@ from tqdm import tqdm
 from illada.files import folder_to_write, recover, staged_directory
 from illada.schema import Count, NonNegativeFloat, check_object
 from illada.sources import PIECE, Documents, hold_out, open_source
+from illada.terminal import shows
 from illada.text import read_json
 from illada.tokenizer_files import control_tokens, encode_as_text, library_errors, load_tokenizer
 
+_MOST_IDS = 1 << 22  # of a vocabulary: the largest have a quarter of a million, and each id is counted
 FORMAT, FORMAT_VERSION = "illada-corpus", 1
 SPLITS = ("train", "validation")
 
@@ -52,7 +53,7 @@ _SPECIAL_NAMES = ("bos", "pad", "eos", "mask")
 #: corpus.json, but for its format and version.
 _HEADER = {
     "dtype": Literal["uint16", "uint32"],
-    "vocab_size": Annotated[int, Gt(0), Le(2**30)],
+    "vocab_size": Annotated[int, Gt(0), Le(_MOST_IDS)],
     **{f"{name}_token_id": Count for name in _SPECIAL_NAMES},
     "tokenizer_sha256": str,
     "splits": dict[str, dict[str, Any]],
@@ -103,10 +104,19 @@ def special_ids(tokenizer: Tokenizer, given: dict[str, int] | None = None) -> di
             f"the tokenizer has none of iLLaDA's names for {', '.join(missing)}; give their ids, as in "
             f"--special {missing[0]}=ID"
         )
+    size = _vocab_size(tokenizer)
     for name, i in ids.items():
-        if not 0 <= i < tokenizer.get_vocab_size():
-            raise ValueError(f"special id {name}={i} is outside of the vocabulary of {tokenizer.get_vocab_size()}")
+        if not 0 <= i < size:
+            raise ValueError(f"special id {name}={i} is outside of the vocabulary of {size}")
     return ids
+
+
+def _vocab_size(tokenizer: Tokenizer) -> int:
+    """One more than the largest id, which is more than the number of tokens where ids are left out."""
+    size = 1 + max(tokenizer.get_vocab().values(), default=-1)
+    if size > _MOST_IDS:
+        raise ValueError(f"the tokenizer's ids must be below {_MOST_IDS}, got {size - 1}")
+    return size
 
 
 # ------------------------------------------------------------------------------------------------------------ prepare
@@ -150,9 +160,9 @@ def prepare(
         raise FileExistsError(f"{out_dir} exists; overwrite it with overwrite=True (--overwrite), or choose another")
     if out_dir.exists() and not (out_dir / "corpus.json").exists() and any(out_dir.iterdir()):
         raise FileExistsError(f"{out_dir} exists and is not a corpus; choose another folder")
-    progress = progress and sys.stderr.isatty()
-    found = open_source(source)
+    progress = shows(progress)
     given = None if tokenizer is None else load_tokenizer(tokenizer)
+    found = open_source(source)
     with staged_directory(out_dir) as folder, Documents(folder) as documents:
         for pieces in tqdm(found, desc="reading", unit=" documents", disable=not progress):
             documents.add(pieces)
@@ -168,14 +178,15 @@ def prepare(
         control = control_tokens(trained, ids.values())
         trained.encode_special_tokens = True  # a document that spells "<[MASK]>" is text, not a mask
         trained.save(str(folder / "tokenizer.json"))
-        dtype = "uint16" if trained.get_vocab_size() <= 1 << 16 else "uint32"
+        size = _vocab_size(trained)
+        dtype = "uint16" if size <= 1 << 16 else "uint32"
         writer = _Writer(trained, ids["eos"], control, dtype)
         header: dict[str, Any] = {
             "format": FORMAT,
             "version": FORMAT_VERSION,
             "source": source,
             "dtype": dtype,
-            "vocab_size": trained.get_vocab_size(),
+            "vocab_size": size,
             **{f"{name}_token_id": i for name, i in ids.items()},
             "tokenizer_sha256": tokenizer_sha256(folder),
             "held_out": held_out,

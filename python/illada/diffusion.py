@@ -14,16 +14,14 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from annotated_types import Gt, Lt
 from numpy.typing import NDArray
 from torch import Tensor
 
+from illada.config import DiffusionConfig
 from illada.ops.philox import philox4x32
-from illada.schema import Fraction, check_fields
 
 # Stream tags (counter word 3), one for each purpose; 16 and above belong to the token sampler.
 _ORDER, _SPLIT, _TIME, _MASK, _BATCH_TIME, _VALIDATION_MASK = range(1, 7)
@@ -31,29 +29,6 @@ _ORDER, _SPLIT, _TIME, _MASK, _BATCH_TIME, _VALIDATION_MASK = range(1, 7)
 _VALIDATION_SEED = 0  # not an option: the bound has to be comparable between runs
 _VALIDATION_EPS = 1e-3
 _GOLDEN = 0.6180339887498949
-
-
-@dataclass(frozen=True)
-class DiffusionConfig:
-    """Options of the forward process. The defaults are the paper's pre-training.
-
-    t_sampling: "independent" draws t uniformly for each sequence; "low_discrepancy" takes t = (u + i / B) mod 1 over
-        the B samples of a global batch (VDM), which lowers the variance of the loss.
-    mask_count: "bernoulli" masks each token with probability p; "exact" masks floor(t L) + 1 of L tokens with weight
-        L / count (as in LLaDA's Monte Carlo likelihood).
-    """
-
-    eps: Annotated[float, Gt(0), Lt(0.5)] = 1e-3  # smallest masking probability: p = (1 - eps) t + eps
-    split_probability: Fraction = 0.3  # chance that a window is split at a uniform point into two sequences
-    t_sampling: Literal["independent", "low_discrepancy"] = "independent"  # "low_discrepancy": stratified in a step
-    mask_count: Literal["bernoulli", "exact"] = "bernoulli"  # or "exact": a fixed number of masks for each t
-    complementary: bool = False  # samples 2k and 2k + 1 share window, split and t; one masks what the other shows
-    isolate_documents: bool = False  # documents inside a window do not attend each other
-
-    def __post_init__(self) -> None:
-        check_fields(self, "diffusion")
-        if self.complementary and self.mask_count == "exact":
-            raise ValueError("diffusion.complementary needs mask_count = 'bernoulli'")
 
 
 @dataclass
@@ -198,6 +173,8 @@ def make_batch(
         cuts.append(sorted(cut))
 
     time = _times(draws, max(len(c) for c in cuts) if cuts else 1, seed, config, global_batch)
+    if config.t_limit < 1:
+        time *= np.minimum(1, config.t_limit + (1 - config.t_limit) * samples / config.t_limit_windows)[:, None]
     words = _words(seed, _MASK, draws, length)
     masked = np.zeros(windows.shape, dtype=bool)
     weights = np.zeros(windows.shape, dtype=np.float32)

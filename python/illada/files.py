@@ -38,7 +38,7 @@ def staged_directory(target: str | Path) -> Iterator[Path]:
     """
     target = folder_to_write(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with locked(_lock_of(target), f"{target} is being written"):
+    with _named(target), locked(_lock_of(target), f"{target} is being written"):
         _recover(target)
         staging, old = Path(tempfile.mkdtemp(prefix=f".{target.name}.new.", dir=target.parent)), None
         try:
@@ -60,6 +60,17 @@ def staged_directory(target: str | Path) -> Iterator[Path]:
         finally:
             if old is not None and target.exists():
                 shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _named(target: Path) -> Iterator[None]:
+    """An OSError without a file, as of a full disk, gets the one that is being written."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(target)
+        raise
 
 
 def folder_to_write(target: str | Path) -> Path:
@@ -139,9 +150,11 @@ def locked(file: Path, busy: str) -> Iterator[None]:
                 os.pwrite(descriptor, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         yield
     finally:
-        file.unlink(missing_ok=True)  # before it is let go: no other process holds a file that is gone
-        if descriptor >= 0:
-            os.close(descriptor)
+        try:
+            file.unlink(missing_ok=True)  # before it is let go: no other process holds a file that is gone
+        finally:
+            if descriptor >= 0:
+                os.close(descriptor)
 
 
 def _is_at(file: Path, descriptor: int) -> bool:
@@ -149,6 +162,18 @@ def _is_at(file: Path, descriptor: int) -> bool:
         return os.path.samestat(os.stat(file), os.fstat(descriptor))
     except FileNotFoundError:
         return False
+
+
+def append(file: Path, lines: str) -> None:
+    """Add lines to a file and sync them; they begin on a line of their own where a kill cut the last one short."""
+    with _named(file), file.open("a+b") as stream:
+        if size := stream.tell():
+            stream.seek(size - 1)
+            if stream.read(1) != b"\n":
+                lines = f"\n{lines}"
+        stream.write(lines.encode())
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 @contextlib.contextmanager
@@ -170,7 +195,7 @@ def replaced(file: str | Path) -> Iterator[BinaryIO]:
     temporary = file.with_name(f".{file.name}.tmp")
     temporary.unlink(missing_ok=True)  # of a killed process
     try:
-        with temporary.open("xb") as stream:
+        with _named(file), temporary.open("xb") as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())

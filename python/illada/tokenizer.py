@@ -327,7 +327,7 @@ def _load_slow(folder: Path, trust_remote_code: bool) -> Any:
                 f"the tokenizer in {folder} is Python code of its authors, which is run only with trust_remote_code "
                 "(--trust-remote-code); without it, give another tokenizer (--tokenizer)"
             ) from None
-        raise ValueError(f"transformers cannot read the tokenizer in {folder}: {error}") from None
+        raise ValueError(f"transformers cannot read the tokenizer in {folder}: {error!s:.300}") from None
     backend = getattr(loaded, "backend_tokenizer", None)
     if not isinstance(backend, tokenizers.Tokenizer):
         return loaded

@@ -65,7 +65,7 @@ def library_errors(said: str) -> Iterator[None]:
         yield
     except BaseException as error:
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            raise ValueError(f"{said}: {error}") from None
+            raise ValueError(f"{said}: {error!s:.300}") from None
         raise
 
 

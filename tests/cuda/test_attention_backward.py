@@ -540,6 +540,17 @@ def test_in_a_graph_with_other_lengths(deterministic, device):
             assert_close_like(g.cpu(), w, b)
 
 
+@pytest.mark.parametrize("dim", [64, 128])
+def test_an_infinite_gradient_of_the_last_token_is_infinite_for_every_value(dim, device):
+    """And NaN for none: the rows that fill its tile have probabilities of 0, and 0 times inf is NaN."""
+    pack = Pack([5], device, dim=dim, scale=0.1)
+    dout, _ = to_device(pack, random_grads(pack, lse=False))
+    dout[-1, -1, 3] = torch.inf
+    _, _, dv = gradients(illada.varlen_attention, pack.on_device(), pack.on_device_lengths(), (dout, None))
+    used = dv[3:8].cpu()  # keys in a slot, with room before and behind
+    assert (used[..., 3] == torch.inf).all() and used[..., :3].isfinite().all() and used[..., 4:].isfinite().all()
+
+
 def test_activation_checkpointing(device):
     pack = Pack([70, 3], device, room=0)
     lengths, (dout, _) = pack.on_device_lengths(), to_device(pack, random_grads(pack))

@@ -14,7 +14,7 @@ SIZES = {  # (total_q, total_k, num_sequences, num_heads, num_kv_heads, head_dim
     (8, 2**27, 1, 16, 16, 128): f"total_k x num_kv_heads must be at most {MOST_ROWS}, got {2**27} x 16",
     (1, 1, 1, 2**17, 2**17, 64): f"num_heads must be at most {2**16}, got {2**17}",
     (1, 1, 2**20, 512, 512, 64): f"{2**20} sequences x 512 heads of 1 queries and 1 keys need",
-    (2**30, 2**30, 2**31 - 1, 2**31 - 1, 2**31 - 1, 128): "num_heads must be at most",
+    (2**15, 2**15, 2**31 - 1, 2**31 - 1, 2**31 - 1, 128): "num_heads must be at most",
 }
 
 

@@ -41,6 +41,7 @@ KINDS = [
     ("corpus", "corpus.json", mutants.json_file, "read_corpus"),
     ("corpus", "validation.bin", lambda data: mutants.numbers_file(data, "uint16"), "read_corpus"),
     ("corpus", "train.idx", lambda data: mutants.numbers_file(data, "uint64"), "read_corpus"),
+    ("prepare", "tokenizer.json", mutants.tokenizer_file, "prepare"),
     ("texts", "text.jsonl", mutants.jsonl_file, "read_texts"),
     ("texts", "a.txt", mutants.damaged, "read_texts"),
     ("questions", "questions.jsonl", mutants.jsonl_file, "read_questions"),

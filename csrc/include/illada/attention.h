@@ -59,7 +59,8 @@ struct ForwardParams {
   int num_threads = 1;          // CPU
   CudaLaunch launch;
 };
-// On compute capability 8.0 and newer, D 64 and 128, H / G <= 64. NotSupported for anything else.
+// On compute capability 8.0 and newer, D 64 and 128, H / G <= 64. NotSupported for anything else. At most 65,536 heads,
+// 2^31 - 2^25 rows T x H and Tk x G, and 2^29 rows of a plan, as kernels count in 32 bits: Error for more.
 void forward_cuda(const ForwardParams& params);
 // D up to 256, any strides and alignment, no workspace. There a plan is a row (query start, query end, key start, key
 // end) for each sequence, in the order in which they are to be taken; what it leaves out is not touched.

@@ -52,7 +52,7 @@ struct LinearMaskedCrossEntropyParams {
 constexpr int64_t kDefaultLogitsBytes = 1400000000;
 
 // On compute capability 9.0 (sm_90a: wgmma, TMA). Nothing waits for the device; the number of launches depends on
-// num_tokens (or num_rows) and chunk_rows alone.
+// num_tokens (or num_rows) and chunk_rows alone. At most 2^27 chunk_rows.
 void linear_masked_cross_entropy_cuda(const LinearMaskedCrossEntropyParams& params);
 
 // Bytes of workspace that it needs, or -1 where there is no such kernel for these params: another GPU or build, dtype

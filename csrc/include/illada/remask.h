@@ -71,7 +71,7 @@ struct LinearSampleTokensParams {
   int64_t width = 0;              // a multiple of 8
 };
 
-// On compute capability 9.0 (sm_90a: wgmma, TMA). Rows outside of hidden are taken as zeros.
+// On compute capability 9.0 (sm_90a: wgmma, TMA). Rows outside of hidden are taken as zeros. At most 2^30 rows.
 void linear_sample_tokens_cuda(const LinearSampleTokensParams& params);
 
 // Bytes of workspace that it needs, or -1 where there is no such kernel for these params: another GPU or build, dtype

@@ -6,19 +6,18 @@ import argparse
 import contextlib
 import io
 import os
-import signal
 import sys
-import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from illada.cli import agreement, chat, convert, evaluate, generate, info, prepare, score, train
+from illada.cli.signals import Ended, as_exceptions, say
 from illada.text import check_text
 
 _EXAMPLES = """\
 from nothing to text, on a CPU:
   illada prepare --source stdlib --out data/stdlib
-  illada train configs/demo.toml
+  illada train configs/demo.toml --data.path=data/stdlib
   illada generate runs/demo --prompt "def main("
 """
 
@@ -33,41 +32,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     _open_standard_streams()
     try:
-        with _signals_as_exceptions():
+        with as_exceptions():
             return _main(arguments)
     except KeyboardInterrupt:
-        _say("illada: interrupted")
+        say("illada: interrupted")
         return 130
-    except _Ended as end:
+    except Ended as end:
         return 128 + end.number
     except BrokenPipeError:
         with contextlib.suppress(OSError, ValueError):  # what is buffered has no reader, and is not flushed at the exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-
-
-class _Ended(BaseException):
-    """SIGTERM or SIGHUP, as an exception: temporary files are removed on its way."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-
-@contextlib.contextmanager
-def _signals_as_exceptions() -> Iterator[None]:
-    def end(number: int, frame: object) -> None:
-        raise _Ended(number)
-
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) == signal.SIG_DFL:  # not nohup's
-                before[number] = signal.signal(number, end)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _open_standard_streams() -> None:
@@ -80,11 +55,6 @@ def _open_standard_streams() -> None:
             os.set_inheritable(descriptor, True)
         if name != "stdin" and getattr(sys, name) is None:
             setattr(sys, name, open(descriptor, "w", encoding="utf-8", errors="replace", closefd=False))
-
-
-def _say(line: str) -> None:
-    with contextlib.suppress(OSError):  # a terminal that is gone
-        print(line, file=sys.stderr, flush=True)
 
 
 def _main(arguments: Sequence[str] | None) -> int:
@@ -112,18 +82,18 @@ def _main(arguments: Sequence[str] | None) -> int:
     except (ValueError, TypeError, OSError, ImportError, NotImplementedError, ArithmeticError) as error:
         if _debugs():
             raise
-        _say(f"illada: error: {error}")
+        say(f"illada: error: {error}")
         return 2
     except MemoryError as error:
         if _debugs():
             raise
-        _say(f"illada: error: out of memory{f': {error}' if str(error) else ''}")
+        say(f"illada: error: out of memory{f': {error}' if str(error) else ''}")
         return 2
     except Exception as error:
         if _debugs():
             raise
         first = (str(error).strip().splitlines() or [""])[0]
-        _say(f"illada: error: {type(error).__name__}: {first} (ILLADA_DEBUG=1 shows where it came from)")
+        say(f"illada: error: {type(error).__name__}: {first} (ILLADA_DEBUG=1 shows where it came from)")
         return 1
 
 

@@ -31,9 +31,9 @@ def add_parser(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
+    model, tokenizer = sampling.load(options)
     from illada.generation.agreement import cache_agreement
 
-    model, tokenizer = sampling.load(options)
     _, ids = sampling.read_prompts(options, model, tokenizer)
     reports = cache_agreement(
         model, ids, sampling.make_config(options, tokenizer, model.config), caches=options.caches.split(","),

@@ -32,10 +32,12 @@ def add_parser(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from illada.tokenizer import read_template
-
+    if sys.stdin is None:
+        raise ValueError("standard input is closed; a chat reads its messages there")
     model, tokenizer = sampling.load(options)
     if options.chat_template:
+        from illada.tokenizer import read_template
+
         tokenizer.chat_template = read_template(options.chat_template)
     if tokenizer.chat_template is None:
         raise ValueError(
@@ -47,8 +49,6 @@ def _run(options: argparse.Namespace) -> int:
     config, prefix = sampling.make_config(options, tokenizer, model.config), sampling.prefix(options, model)
     start = [{"role": "system", "content": options.system}] if options.system else []
     messages = list(start)
-    if sys.stdin is None:
-        raise ValueError("standard input is closed; a chat reads its messages there")
     interactive = sys.stdin.isatty()
     if interactive:
         print(f"{_COMMANDS}.", file=sys.stderr)

@@ -7,6 +7,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+from illada.cli.signals import importing
+from illada.files import folder_to_write, recover
+from illada.folders import find_checkpoint
+
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
 
@@ -39,15 +43,17 @@ def add_parser(commands: Any) -> None:
 def _run(options: argparse.Namespace) -> int:
     shard_bytes = parse_size(options.max_shard_size)
     _check_target(Path(options.target), options.overwrite)
-    from illada.checkpoint import convert_checkpoint
-    from illada.cli.checkpoints import find_checkpoint, parse_dtype
-    from illada.layouts import LAYOUTS
+    source = find_checkpoint(options.source)
+    with importing():
+        from illada.checkpoint import convert_checkpoint
+        from illada.cli.checkpoints import parse_dtype
+        from illada.layouts import LAYOUTS
 
     if options.model_type not in (None, *LAYOUTS):
         raise ValueError(f"--model-type must be {', '.join(LAYOUTS)}, got {options.model_type!r}")
     dtype = parse_dtype(options.dtype)
     config = convert_checkpoint(
-        find_checkpoint(options.source),
+        source,
         options.target,
         model_type=options.model_type,
         dtype=dtype,
@@ -62,8 +68,6 @@ def _run(options: argparse.Namespace) -> int:
 
 def _check_target(target: Path, overwrite: bool) -> None:
     """Only a checkpoint may be replaced: not a training state, nor a folder with anything else in it."""
-    from illada.files import folder_to_write, recover
-
     recover(target)
     folder_to_write(target)
     if not target.exists():

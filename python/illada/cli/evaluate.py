@@ -9,6 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from illada.cli import sampling
+from illada.cli.signals import importing
+from illada.files import is_stream, write_text
+
 #: Arguments of the model that have options of their own.
 _NO_MODEL_ARGS = {
     "pretrained": "the positional checkpoint", "model_path": "the positional checkpoint", "tokenizer": "--tokenizer",
@@ -65,25 +69,33 @@ def _run(options: argparse.Namespace) -> int:
         raise ValueError(f"--limit must be above 0, got {options.limit:g}")
     if options.log_samples and options.output is None:
         raise ValueError("--log-samples needs --output, the file beside which the samples are written")
-    from illada.cli.checkpoints import parse_device
-    from illada.integrations.presets import settings_of
+    journal = _journal(options)
+    sampling.check_paths(options)
+    for folder in options.include_path or ():
+        if not Path(folder).is_dir():
+            raise FileNotFoundError(f"--include-path: {folder} is not a folder; make one with illada prepare --tasks")
+    with importing():
+        from illada.cli.checkpoints import parse_device
+        from illada.integrations.presets import settings_of
 
     parse_device(options.device)  # each process of several takes its own GPU
     groups: dict[str, tuple[Any, list[str]]] = {}  # tasks with the same settings run together
     for name in dict.fromkeys(names):
         settings = settings_of(options.preset, name)
         groups.setdefault(repr(settings), (settings, []))[1].append(name)
-    journal = _journal(options)
     try:
-        import lm_eval  # noqa: F401
+        with importing():
+            import lm_eval  # noqa: F401
     except ImportError as error:
         raise ImportError(f"illada eval needs lm-evaluation-harness: pip install 'illada[eval]' ({error})") from None
-    from illada.integrations.chance import chance_of, describe_chance
-    from illada.integrations.lm_eval import IlladaLM, quiet_logs
+    with importing():
+        from illada.integrations.chance import chance_of, describe_chance
+        from illada.integrations.lm_eval import IlladaLM, quiet_logs
 
     with quiet_logs():
-        from lm_eval import simple_evaluate
-        from lm_eval.utils import make_table, simple_parse_args_string
+        with importing():
+            from lm_eval import simple_evaluate
+            from lm_eval.utils import make_table, simple_parse_args_string
 
         limit = options.limit if options.limit is None or options.limit < 1 else int(options.limit)
         manager = _task_manager(names, options.include_path)
@@ -144,15 +156,13 @@ def _run(options: argparse.Namespace) -> int:
 
 def _journal(options: argparse.Namespace) -> Path | None:
     """Where finished requests are kept: beside the output, if there is one."""
-    from illada.files import is_stream
     from illada.integrations.journal import journal_files
 
     if options.output is None:
         if options.resume:
             raise ValueError("--resume needs --output, the file whose evaluation was interrupted")
         return None
-    if Path(options.output).is_dir():
-        raise ValueError(f"--output must be a file, {options.output} is a folder")
+    sampling.check_output(options.output)
     if is_stream(options.output):
         if options.resume or options.log_samples:
             raise ValueError(
@@ -171,9 +181,6 @@ def _task_manager(names: list[str], include_path: list[str] | None) -> Any:
     """Of the given folders alone if they have all the tasks: the harness's own index takes seconds to read."""
     from illada.integrations.manager import RememberingTaskManager as TaskManager
 
-    for folder in include_path or ():
-        if not Path(folder).is_dir():
-            raise FileNotFoundError(f"--include-path: {folder} is not a folder; make one with illada prepare --tasks")
     if include_path:
         manager = TaskManager(include_path=include_path, include_defaults=False)
         if set(names) <= set(manager.all_tasks):
@@ -210,7 +217,6 @@ def _write(options: argparse.Namespace, merged: dict[str, Any], samples: dict[st
     from lm_eval.utils import handle_non_serializable
 
     import illada
-    from illada.files import write_text
     from illada.integrations.journal import journal_files
 
     output = Path(options.output)

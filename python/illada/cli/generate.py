@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import sys
+from pathlib import Path
 from typing import Any
 
 from illada.cli import sampling
@@ -30,15 +32,17 @@ def add_parser(commands: Any) -> None:
     sampling.add_sampling_options(parser)
     parser.add_argument("--batch-size", type=int, metavar="N", help="most sequences at a time (default: all)")
     parser.add_argument("--json", action="store_true", help="one JSON object a prompt")
+    parser.add_argument("--output", metavar="FILE", help="write to a file, which appears complete or not at all")
     parser.set_defaults(run=_run)
 
 
 def _run(options: argparse.Namespace) -> int:
     import time
 
+    sampling.check_output(options.output)
+    model, tokenizer = sampling.load(options)
     from illada.generation import generate
 
-    model, tokenizer = sampling.load(options)
     prompts, ids = sampling.read_prompts(options, model, tokenizer)
     config = sampling.make_config(options, tokenizer, model.config)
     began = time.monotonic()
@@ -47,12 +51,29 @@ def _run(options: argparse.Namespace) -> int:
         cuda_graphs=not options.no_cuda_graphs, progress=True,
     )  # fmt: skip
     seconds = time.monotonic() - began
+    out = sys.stdout if options.output is None else io.StringIO()
     for prompt, result in zip(prompts, results, strict=True):
         if options.json:
-            sampling.print_json({"prompt": prompt, **dataclasses.asdict(result)})
+            sampling.print_json({"prompt": prompt, **dataclasses.asdict(result)}, out)
             continue
-        print(result.text if config.mode == "infill" or options.apply_chat_template else f"{prompt}{result.text}")
-        print(f"--- {len(result.tokens)} tokens, {result.forwards} forwards, {result.finish_reason}")
+        text = result.text if config.mode == "infill" or options.apply_chat_template else f"{prompt}{result.text}"
+        print(text, file=out)
+        print(f"--- {len(result.tokens)} tokens, {result.forwards} forwards, {result.finish_reason}", file=out)
+    if isinstance(out, io.StringIO):
+        _write(options.output, out.getvalue())
     count = sum(len(r.tokens) for r in results)
     print(f"{count} tokens in {seconds:.1f} s, {count / max(seconds, 1e-9):.1f} tokens/s", file=sys.stderr)
     return 0
+
+
+def _write(file: str, text: str) -> None:
+    """Write the file. OSError: it cannot be written; the text, which took its time, goes to standard output instead."""
+    from illada.files import write_text
+
+    try:
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, text)
+    except OSError:
+        print(text, end="", flush=True)
+        raise
+    print(f"written to {file}", file=sys.stderr)

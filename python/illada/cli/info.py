@@ -7,6 +7,8 @@ import json
 import platform
 from typing import Any
 
+from illada.cli.signals import importing
+
 
 def add_parser(commands: Any) -> None:
     """Add the command to the `illada` parser."""
@@ -40,6 +42,9 @@ def _facts() -> dict[str, Any]:
     """What is installed and what was built; missing parts are said, not raised."""
     import illada
 
+    with importing():
+        import torch
+
     facts: dict[str, Any] = {"illada": illada.__version__, "python": platform.python_version()}
     try:
         build = illada.build_info()
@@ -51,8 +56,6 @@ def _facts() -> dict[str, Any]:
         facts["cuda variants"] = _variants()
     except ImportError as error:
         facts["native module"] = str(error).splitlines()[0]
-    import torch
-
     facts["torch"] = torch.__version__
     facts["threads"] = torch.get_num_threads()
     facts["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

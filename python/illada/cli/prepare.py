@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from illada.cli.signals import importing
+
 
 def add_parser(commands: Any) -> None:
     """Add the command to the `illada` parser."""
@@ -49,7 +51,8 @@ def _run(options: argparse.Namespace) -> int:
     if options.source is not None:
         _prepare_corpus(options)
     if options.tasks is not None:
-        from illada.tasks import TASKS, prepare_tasks
+        with importing():
+            from illada.tasks import TASKS, prepare_tasks
 
         names = None if options.tasks == "all" else [name.strip() for name in options.tasks.split(",") if name.strip()]
         counts = prepare_tasks(
@@ -65,7 +68,8 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _prepare_corpus(options: argparse.Namespace) -> None:
-    from illada.data import parse_special, prepare
+    with importing():
+        from illada.data import parse_special, prepare
 
     header = prepare(
         options.source,

@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
+from illada import folders
+from illada.cli.signals import importing
 from illada.text import decode_text, read_lines
 
 if TYPE_CHECKING:
@@ -92,12 +95,24 @@ def add_sampling_options(parser: argparse.ArgumentParser, *, gen_length: int = 6
         other.add_argument("--no-cuda-graphs", action="store_true", help="launch each kernel of a step by itself")
 
 
+def check_paths(options: argparse.Namespace) -> None:
+    """FileNotFoundError: a path among the options leads nowhere, which is said before torch takes seconds to load."""
+    folders.find_checkpoint(options.checkpoint)
+    for name in ("tokenizer", "prompt_file", "chat_template", "file"):
+        path = getattr(options, name, None)
+        if path is not None and not os.path.exists(path):
+            raise FileNotFoundError(f"--{name.replace('_', '-')}: there is no {path}")
+
+
 def load(options: argparse.Namespace) -> tuple[Any, Tokenizer]:
     """(model, tokenizer) of `add_model_options`."""
-    from illada.cli.checkpoints import load, parse_device, parse_dtype
+    check_paths(options)
+    with importing():
+        import illada.checkpoint  # noqa: F401 (with the native modules that loading needs)
+        from illada.cli.checkpoints import parse_device, parse_dtype
 
     device, dtype = parse_device(options.device), parse_dtype(options.dtype)
-    return load(
+    return folders.load(
         options.checkpoint, options.tokenizer, device=device, dtype=dtype, mask_token_id=options.mask_token_id,
         trust_remote_code=options.trust_remote_code,
     )  # fmt: skip
@@ -139,10 +154,16 @@ def _read_stdin() -> str:
     return sys.stdin.read() if buffer is None else decode_text(buffer.read(), "standard input")
 
 
-def print_json(record: dict[str, Any]) -> None:
+def check_output(file: str | None) -> None:
+    """ValueError: --output is a folder."""
+    if file is not None and os.path.isdir(file):
+        raise ValueError(f"--output must be a file, {file} is a folder")
+
+
+def print_json(record: dict[str, Any], file: TextIO | None = None) -> None:
     """One line of JSON. Where the output is not Unicode, what it lacks is escaped as JSON escapes it."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    print(json.dumps(record, ensure_ascii=not encoding.lower().startswith("utf")))
+    encoding = getattr(file or sys.stdout, "encoding", None) or "utf-8"
+    print(json.dumps(record, ensure_ascii=not encoding.lower().startswith("utf")), file=file)
 
 
 def make_config(options: argparse.Namespace, tokenizer: Tokenizer, model: ModelConfig) -> GenerationConfig:

@@ -48,10 +48,11 @@ def add_parser(commands: Any) -> None:
 def _run(options: argparse.Namespace) -> int:
     import time
 
-    from illada.score import confidence_score, encode_pair, monte_carlo_likelihood, truncate_context
-
+    sampling.check_paths(options)
     questions = _questions(options)
     model, tokenizer = sampling.load(options)
+    from illada.score import confidence_score, encode_pair, monte_carlo_likelihood, truncate_context
+
     begin = sampling.prefix(options, model)
     kept = len(tokenizer.begin_prompt([], begin))
     contexts: list[list[int]] = []

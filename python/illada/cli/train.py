@@ -6,7 +6,11 @@ import argparse
 import contextlib
 import os
 import signal
+from pathlib import Path
 from typing import Any
+
+from illada.cli.signals import importing
+from illada.folders import state_file
 
 
 def add_parser(commands: Any) -> None:
@@ -30,15 +34,23 @@ def add_parser(commands: Any) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     if wrong := [text for text in options.overrides if not (text.startswith("--") and "=" in text and "." in text)]:
-        raise ValueError(f"unknown argument {wrong[0]!r}; settings look like --section.key=value")
+        raise ValueError(f"unknown argument {wrong[0]!r:.80}; settings look like --section.key=value")
     if options.config is None and not options.print_config:
         raise ValueError("train needs a configuration file; `illada train --print-config > my.toml` writes a template")
-    from illada.train import load_config, train
+    with importing():
+        from illada.data import TokenDataset
+        from illada.train import load_config
 
     config = load_config(options.config, options.overrides)
     if options.print_config:
         print(config.to_toml(commented=True))
         return 0
+    TokenDataset(config.data.path)  # the errors of paths come before torch, which takes seconds to load
+    if options.resume not in ("auto", "never"):
+        state_file(Path(options.resume))
+    with importing():
+        from illada.train import train
+
     received: list[int] = []
 
     def stop(number: int, frame: object) -> None:

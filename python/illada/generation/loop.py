@@ -7,7 +7,6 @@ that waits takes its place.
 
 from __future__ import annotations
 
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from numbers import Integral
@@ -23,6 +22,7 @@ from illada.generation.cache import KeyValueCache
 from illada.generation.config import GenerationConfig, GenerationDelta, GenerationResult
 from illada.generation.request import Request
 from illada.model import MaskedDiffusionModel
+from illada.terminal import shows
 from illada.tokenizer import Tokenizer, affixes, begin_with
 
 
@@ -140,7 +140,7 @@ def _run(
     active: list[Request] = []
     readers = {request.index: stopping.Reader(request, model, tokenizer) for request in requests}
     total = sum(sum(map(len, r.blocks)) for r in waiting)
-    bar = tqdm(total=total, unit=" tokens", disable=not (progress and sys.stderr.isatty()))
+    bar = tqdm(total=total, unit=" tokens", disable=not shows(progress))
     forwards = committed_total = 0
     with bar:
         while active or waiting:

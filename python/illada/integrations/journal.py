@@ -6,18 +6,17 @@ import contextlib
 import glob
 import hashlib
 import json
-import os
 import weakref
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from illada.files import locked
-from illada.model import MaskedDiffusionModel
+from illada.files import append, locked
 from illada.schema import check_object
 from illada.text import parse_json
+
+if TYPE_CHECKING:
+    from illada.model import MaskedDiffusionModel
 
 _SAMPLED_VALUES = 1024  # of each parameter, for the model's fingerprint
 
@@ -67,12 +66,7 @@ class Journal:
         if self.path is None:
             return
         lines = "".join(json.dumps({"key": key, "result": result}) + "\n" for key, result in new)
-        with self.path.open("a+b") as file:
-            if file.tell() and not _ends_with_newline(file):
-                lines = "\n" + lines
-            file.write(lines.encode())
-            file.flush()
-            os.fsync(file.fileno())
+        append(self.path, lines)
 
 
 def journal_files(path: str | Path) -> list[Path]:
@@ -82,11 +76,6 @@ def journal_files(path: str | Path) -> list[Path]:
     return [file for file in (path, *ranks) if file.is_file()]
 
 
-def _ends_with_newline(file: Any) -> bool:
-    file.seek(-1, os.SEEK_END)
-    return file.read(1) == b"\n"
-
-
 def request_key(*parts: Any) -> str:
     """A hash of everything that a result depends on; the parts are JSON values."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
@@ -94,6 +83,8 @@ def request_key(*parts: Any) -> str:
 
 def fingerprint(model: MaskedDiffusionModel) -> str:
     """A hash that tells models apart: of the config, and of values spread evenly over each parameter."""
+    import torch
+
     digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
     for name, parameter in model.named_parameters():
         flat = parameter.detach().reshape(-1)

@@ -28,8 +28,8 @@ from lm_eval.utils import simple_parse_args_string
 from tqdm import tqdm
 
 import illada
-from illada.cli.checkpoints import load
 from illada.devices import find_device
+from illada.folders import load
 from illada.generation import GenerationConfig, generate
 from illada.generation.stopping import stop_position
 from illada.integrations.asked import asked_of, stop_strings_of
@@ -39,6 +39,7 @@ from illada.model import MaskedDiffusionModel
 from illada.schema import LARGEST, checked
 from illada.score import confidence_score, encode_pair, is_greedy, monte_carlo_likelihood
 from illada.score.items import keep_end
+from illada.terminal import shows
 from illada.tokenizer import Tokenizer, bos_prefix
 
 if TYPE_CHECKING:
@@ -351,7 +352,7 @@ class IlladaLM(LM):
             places.setdefault(key, i)
         todo = [i for key, i in places.items() if key not in self.journal or not _is_result(kind, self.journal[key])]
         todo.sort(key=lambda i: (-_size(jobs[i]), keys[i]))  # longest first: if memory runs out, it does so at once
-        silent = self._rank > 0 or not sys.stderr.isatty()
+        silent = self._rank > 0 or not shows()
         with tqdm(total=len(places), initial=len(places) - len(todo), desc=kind, disable=silent) as bar:
             for begin in range(0, len(todo), self.settings.chunk_size):
                 chunk = todo[begin : begin + self.settings.chunk_size]

@@ -31,12 +31,12 @@ class RememberingTaskManager(TaskManager):
             found = super().load(task_list)
         except (TypeError, ValueError) as error:  # the harness converts some values itself, and names no task
             names = ", ".join(map(str, [task_list] if isinstance(task_list, str) else task_list))
-            raise ValueError(f"lm_eval cannot load task {names}: {error}") from error
+            raise ValueError(f"lm_eval cannot load task {names}: {error!s:.500}") from error
         self.loaded.update(found["tasks"])
         for name, task in found["tasks"].items():
             if self.settings is not None and task.get_config("output_type") == "generate_until":
                 try:
                     asked_of(task.get_config("generation_kwargs") or {}, self.settings)
                 except ValueError as error:
-                    raise ValueError(f"task {name}: {error}") from None
+                    raise ValueError(f"task {name}: {error!s:.500}") from None
         return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ from tqdm import tqdm
 from illada.config import ModelConfig
 from illada.model import FirstLayer, MaskedDiffusionModel
 from illada.ops import AttentionPlan, attention_plan, linear_masked_cross_entropy
+from illada.terminal import shows
 
 #: Packed tokens of one forward pass, both sequences of guidance counted.
 MAX_TOKENS = 4096  # keeps a GPU busy with 8B; larger packs of small models leave a CPU's caches
@@ -185,4 +185,4 @@ def ranges(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.
 
 
 def progress_bar(total: int, progress: bool) -> tqdm:
-    return tqdm(total=total, unit=" continuations", disable=not (progress and sys.stderr.isatty()))
+    return tqdm(total=total, unit=" continuations", disable=not shows(progress))

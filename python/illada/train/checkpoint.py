@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from illada._native import package_version
 from illada.checkpoint import read_weights, write_pretrained
 from illada.files import remove_directory, staged_directory
+from illada.folders import all_checkpoints, load, newest, state_file
 from illada.model import MaskedDiffusionModel
 from illada.schema import Count, Finite, check_object
 from illada.text import read_json, some_of
@@ -77,23 +78,9 @@ def save(
     return target
 
 
-def all_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    found = [p for p in folder.glob("step-*") if p.name.removeprefix("step-").isdigit() and p.is_dir()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
-
-
-def newest(folder: Path) -> Path | None:
-    """The newest complete checkpoint of a run."""
-    found = all_checkpoints(folder)
-    return found[-1] if found else None
-
-
 def read_state(path: Path) -> dict[str, Any]:
     """trainer.json. FileNotFoundError, ValueError: not a training checkpoint."""
-    file = path / "trainer.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"{path} is not a training checkpoint (no trainer.json)")
+    file = state_file(path)
     try:
         return check_object(read_json(file), _STATE, file.name)
     except ValueError as error:
@@ -124,25 +111,52 @@ def restore(path: Path, model: MaskedDiffusionModel, optimizer: torch.optim.Opti
     ValueError, which names file and tensor: one is missing, unexpected, or is none that AdamW can have left.
     """
     weights = read_weights(path, model.config)
+    moments = _read_moments(path, model)
+    for name, parameter in model.named_parameters():
+        with torch.no_grad():
+            parameter.copy_(weights[name])
+        optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in moments[name].items()}
+
+
+def verify(path: Path, model: MaskedDiffusionModel) -> None:
+    """Load a checkpoint as a command does, tokenizer and all, and compare it with the model that was saved.
+
+    Weights and moments stay mapped to their files, so memory grows by the copies of the q, k and v weights alone.
+
+    Raises:
+        RuntimeError: it cannot be loaded, or holds something else.
+    """
+    trained = dict(model.named_parameters())
+    try:
+        loaded, _ = load(path)
+        for name, parameter in loaded.named_parameters():
+            # As bytes, since a NaN equals nothing.
+            if not torch.equal(parameter.view(torch.uint8), trained[name].detach().cpu().view(torch.uint8)):
+                raise ValueError(f"{name} is not what was trained")
+        _read_moments(path, model)
+    except Exception as error:
+        raise RuntimeError(f"{path} was saved, but cannot be loaded: {error}") from error
+
+
+def _read_moments(path: Path, model: MaskedDiffusionModel) -> dict[str, dict[str, torch.Tensor]]:
+    """AdamW's state by parameter name, mapped; errors as of `restore`."""
     file = path / "optimizer.safetensors"
     try:
         moments = load_file(file)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} is damaged or missing: {error!s:.200}") from None
+    found = {}
     for name, parameter in model.named_parameters():
-        with torch.no_grad():
-            parameter.copy_(weights[name])
         state = {key: moments.pop(f"{name}/{key}", None) for key in ("step", "exp_avg", "exp_avg_sq")}
         if any(value is None for value in state.values()):
             raise ValueError(f"{file} lacks the state of {name}")
         for key, value in state.items():
             assert value is not None
             _check_moment(value, [] if key == "step" else list(parameter.shape), key, f"{file}: {name}/{key}")
-        optimizer.state[parameter] = {
-            key: value.to(parameter.device) for key, value in state.items() if value is not None
-        }
+        found[name] = {key: value for key, value in state.items() if value is not None}
     if moments:
         raise ValueError(f"{file} holds unexpected state: {some_of(sorted(moments))}")
+    return found
 
 
 def _check_moment(value: torch.Tensor, shape: list[int], key: str, where: str) -> None:

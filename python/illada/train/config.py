@@ -11,8 +11,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Lt
 
-from illada.config import PRESETS, ModelConfig
-from illada.diffusion import DiffusionConfig
+from illada.config import PRESETS, DiffusionConfig, ModelConfig
 from illada.schema import Count, NonNegativeFloat, Positive, PositiveFloat, check_fields, names_of
 from illada.text import read_text
 
@@ -136,12 +135,12 @@ class TrainConfig:
         """From nested dicts; unknown sections and keys, and values of a wrong type, are errors that name them."""
         sections = {f.name for f in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - sections):
-            raise ValueError(f"unknown section {unknown[0]!r}; there are {', '.join(sorted(sections))}")
+            raise ValueError(f"unknown section {unknown[0]!r:.80}; there are {', '.join(sorted(sections))}")
         kinds = {f.name: f.default_factory for f in dataclasses.fields(cls)}
         built: dict[str, Any] = {}
         for name, section in values.items():
             if not isinstance(section, dict):
-                raise ValueError(f"{name} must be a section with keys, got {section!r}")
+                raise ValueError(f"{name} must be a section with keys, got {section!r:.80}")
             built[name] = dict(section) if name == "model" else _build_section(name, kinds[name], section)
         return cls(**built)
 
@@ -174,35 +173,37 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         file = Path(path)
         if not file.is_file():
             raise FileNotFoundError(f"no configuration file at {file}")
+        text = read_text(file)
         try:
-            values = tomllib.loads(read_text(file))
-        except tomllib.TOMLDecodeError as error:
-            raise ValueError(f"{file} is not TOML: {error}") from None
+            values = tomllib.loads(text)
+        except ValueError as error:  # an int of over 4,300 digits is one, and not TOMLDecodeError
+            raise ValueError(f"{file} is not TOML: {error!s:.200}") from None
         except RecursionError:
             raise ValueError(f"{file} is not TOML that can be read: it is nested too deeply") from None
     for override in overrides:
         name, equals, text = override.removeprefix("--").partition("=")
         section, dot, key = name.partition(".")
         if not (equals and dot and key):
-            raise ValueError(f"an override looks like --section.key=value, got {override!r}")
+            raise ValueError(f"an override looks like --section.key=value, got {override!r:.80}")
         try:
             value = tomllib.loads(f"value = {text}")["value"]
-        except (tomllib.TOMLDecodeError, RecursionError):
+        except (ValueError, RecursionError):
             value = text  # a bare word is a string
-        values.setdefault(section, {})[key] = value
+        if isinstance(values.setdefault(section, {}), dict):  # from_dict refuses a section that is none
+            values[section][key] = value
     return TrainConfig.from_dict(values)
 
 
 def _preset(name: Any) -> dict[str, Any]:
-    if name not in PRESETS:
-        raise ValueError(f"model.preset must be one of {', '.join(PRESETS)}, got {name!r}")
+    if not isinstance(name, str) or name not in PRESETS:
+        raise ValueError(f"model.preset must be one of {', '.join(PRESETS)}, got {name!r:.80}")
     return PRESETS[name]
 
 
 def _build_section(name: str, kind: Any, values: dict[str, Any]) -> Any:
     keys = names_of(kind)
     if unknown := sorted(set(values) - set(keys)):
-        raise ValueError(f"unknown key {name}.{unknown[0]}; there are {', '.join(f'{name}.{key}' for key in keys)}")
+        raise ValueError(f"unknown key {name}.{unknown[0]:.80}; there are {', '.join(f'{name}.{key}' for key in keys)}")
     return kind(**values)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +11,7 @@ from tqdm import tqdm
 
 from illada.files import replaced, write_text
 from illada.schema import Count, Finite, check_object
+from illada.terminal import shows
 from illada.text import parse_json, read_lines
 
 #: What a line of metrics.jsonl must hold, and what of each kind is drawn.
@@ -30,7 +30,7 @@ class Log:
         write_text(self.file, "".join(json.dumps(r) + "\n" for r in self.records))
         self.stream = self.file.open("a", encoding="utf-8")
         self.lost: OSError | None = None  # why stdout takes no more lines
-        self.bar = tqdm(total=steps, initial=step, unit=" steps", disable=not (progress and sys.stderr.isatty()))
+        self.bar = tqdm(total=steps, initial=step, unit=" steps", disable=not shows(progress))
 
     def advance(self) -> None:
         """One optimizer step is done."""
@@ -69,6 +69,8 @@ class Log:
                 tqdm.write(line)
         except OSError as error:  # its reader or terminal is gone, which is no reason to lose the run
             self.lost = error
+        except ValueError:  # the program that trains has closed it itself
+            pass
 
     def has_validation(self, step: int) -> bool:
         """Whether there is a validation of this step, in this run or in one that it continues."""

@@ -71,6 +71,7 @@ def train(
 
     Raises:
         ValueError, FileNotFoundError: bad configuration, corpus or checkpoint. OSError: the disk is full.
+        RuntimeError: what was saved last cannot be loaded.
         ArithmeticError: the gradient is not finite. FileExistsError: resume="never" and there are checkpoints.
         BlockingIOError: another process trains in out_dir. BrokenPipeError: what read stdout is gone; the run is saved.
         Complete checkpoints are untouched by all of them.
@@ -197,13 +198,13 @@ def _train(
                 logged_at, logged_tokens = time.monotonic(), tokens_seen
         if not (checkpoints / f"step-{step:06}").exists():
             saved = _save(checkpoints, model, optimizer, config, step, tokens_seen, losses, corpus)
-            if not stopped:
-                checkpoint.restore(saved, model, optimizer)  # what is said to be done can be loaded
+        assert saved is not None
+        if not stopped:
+            checkpoint.verify(saved, model)
         if bound is None and not stopped:
             bound = evaluate(model, held_out, config, device, asked)  # resumed after its last step
             stopped = bound is None
         plot = log.plot()
-        assert saved is not None
         if plot is None:
             log.say("there is no loss.png; `pip install matplotlib` for one")
         log.say(f"stopped at step {step}; run the same command again to go on" if stopped else "done")

@@ -34,6 +34,10 @@ class Pace:
             f"step times vary, {1000 * fast:.0f} to {1000 * slow:.0f} ms: load {os.getloadavg()[0]:.1f} on "
             f"{cpus} CPUs, {threads} threads here"
         )
-        if threads > 1:
-            said += f". Where others use the CPUs, fewer threads are faster (OMP_NUM_THREADS={threads // 2})"
+        if threads > 1 and os.environ.get("OMP_WAIT_POLICY", "").lower() != "passive":
+            said += (
+                ". Where others use the CPUs, threads that sleep while they wait are faster (OMP_WAIT_POLICY=passive)"
+            )
+        elif threads > 1:
+            said += f". Where others use the CPUs, fewer threads may be faster (OMP_NUM_THREADS={threads // 2})"
         return said

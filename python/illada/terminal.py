@@ -1,0 +1,13 @@
+"""Whether there is a terminal to show progress on."""
+
+from __future__ import annotations
+
+import sys
+
+
+def shows(progress: bool = True) -> bool:
+    """Whether to draw a progress bar: it is wanted, and standard error is a terminal. It may be closed, or None."""
+    try:
+        return progress and sys.stderr.isatty()
+    except (AttributeError, ValueError):
+        return False
