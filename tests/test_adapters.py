@@ -102,6 +102,10 @@ def test_a_head_that_is_more_than_its_weight_is_refused():
     model.lm_head.register_forward_hook(lambda module, inputs, output: output * 2)
     with pytest.raises(TypeError, match="lm_head has forward hooks, which would not run"):
         model.loss(batch)
+    model = MaskedDiffusionModel(CONFIG, seed=2)
+    model.lm_head.__class__ = type("Added", (torch.nn.Linear,), {"forward": lambda self, x: x @ self.weight.T + 1})
+    with pytest.raises(TypeError, match="lm_head is a Added with a forward of its own, which would not run"):
+        model.loss(batch)
 
 
 @pytest.mark.parametrize("change", [with_lora, with_int8])

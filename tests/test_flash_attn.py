@@ -96,10 +96,18 @@ def test_a_cache(left, generator):
     close(flash_attn_with_kvcache(q, *before, cache_seqlens=3), flash_attn_func(q, *before[:, :, :3]).double())
 
 
+def test_a_cache_whose_padding_leaves_no_key(batch):
+    q, k, v = batch
+    used, left = torch.tensor([2, 3, 4], dtype=torch.int32), torch.tensor([4, 3, 0], dtype=torch.int32)
+    out = flash_attn_with_kvcache(q, k, v, cache_seqlens=used, cache_leftpad=left)
+    assert not out[:2].any()
+    close(out[2], attend(q[2], k[2, :4], v[2, :4])[0])
+
+
 TENSOR = torch.zeros(2)
 UNSUPPORTED = [
     (flash_attn_func, "dropout_p", 0.1), (flash_attn_func, "causal", True), (flash_attn_func, "softcap", 30.0),
-    (flash_attn_func, "window_size", (4, 4)), (flash_attn_func, "alibi_slopes", TENSOR),
+    (flash_attn_func, "window_size", (4, 4)), (flash_attn_func, "window_size", None), (flash_attn_func, "alibi_slopes", TENSOR),
     (flash_attn_varlen_func, "dropout_p", 0.1), (flash_attn_varlen_func, "causal", True),
     (flash_attn_varlen_func, "window_size", (-1, 0)), (flash_attn_varlen_func, "softcap", 30.0),
     (flash_attn_varlen_func, "alibi_slopes", TENSOR), (flash_attn_varlen_func, "block_table", TENSOR),
@@ -129,11 +137,20 @@ def test_what_is_not_done_is_refused_by_name(function, name, value):
 
 def test_wrong_shapes(batch):
     q, k, v = batch
+
+    def cached(new_k, new_v, used=1):
+        return flash_attn_with_kvcache(q, k.clone(), v.clone(), new_k, new_v, cache_seqlens=used)
+
     for error, match, call in [
         (ValueError, r"flash_attn_func: q must have shape \[5, L, heads, D\], got", lambda: flash_attn_func(q[0], k, v)),
         (ValueError, r"k must have shape \[3, L, heads, D\], got \[2,", lambda: flash_attn_func(q, k[:2], v)),
         (ValueError, "k and v must be given together", lambda: flash_attn_with_kvcache(q, k, v, k)),
         (ValueError, "cache_seqlens must say where", lambda: flash_attn_with_kvcache(q, k, v, k, v)),
+        (ValueError, r"k must be torch.float32 \[3, N, 2, 16\], .* got torch.float32 \[1, 2, 2, 16\]", lambda: cached(k[:1, :2], v[:1, :2])),
+        (ValueError, r"v must be torch.float32 .* got torch.float32 \[3, 3, 2, 16\]", lambda: cached(k[:, :2], v[:, :3])),
+        (ValueError, r"v must be torch.float32 .* got torch.bfloat16", lambda: cached(k[:, :2], v[:, :2].bfloat16())),
+        (ValueError, r"cache_seqlens must be int32 \[3\], got torch.int64 \[1\]", lambda: cached(None, None, torch.tensor([2]))),
+        (ValueError, r"cache_seqlens must be int32 \[3\], got torch.float32 \[3\]", lambda: cached(None, None, torch.ones(3))),
         (ValueError, "sequences of k_cache must follow each other", lambda: flash_attn_with_kvcache(q, k[:, ::2], v[:, ::2])),
         (ValueError, "query has 4 heads and key 2; pass enable_gqa=True", lambda: varlen_attn(q[0], k[0], v[0], None, None, 1, 1)),
     ]:  # fmt: skip

@@ -10,6 +10,8 @@ from torch.export import Dim, export
 import illada
 from illada.config import ModelConfig
 from illada.diffusion import Batch
+from illada.generation import rules
+from illada.integrations.journal import fingerprint
 from illada.model import MaskedDiffusionModel
 
 CONFIG = ModelConfig.preset("tiny", vocab_size=100)
@@ -83,3 +85,20 @@ def test_export_with_any_number_of_tokens_and_sequences(generator):
         example = inputs(*lengths)
         for got, want in zip(exported(*example), module(*example), strict=True):
             torch.testing.assert_close(got, want)
+
+
+def test_torchs_default_device_may_be_another_than_the_models():
+    """What is made for the host stays there: with the default "cuda", too."""
+    model = MaskedDiffusionModel(CONFIG, device="cpu")
+    options = {"gen_length": 8, "block_length": 4, "stop_tokens": ()}
+    configs = [illada.GenerationConfig(**options), illada.GenerationConfig(rule="origin", **options)]
+    run = [
+        lambda: illada.generate(model, [[5, 6, 7]] * 2, configs, seed=3),
+        lambda: illada.monte_carlo_likelihood(model, [[5, 6]], [[7, 8]], num_samples=4, stratum=4),
+        lambda: [part.tolist() for part in illada.pack([torch.ones(3, device="cpu"), torch.ones(2, device="cpu")])],
+        lambda: fingerprint(model),
+    ]
+    want = [one() for one in run]
+    rules._dream_transfers.cache_clear()
+    with torch.device("meta"):
+        assert [one() for one in run] == want

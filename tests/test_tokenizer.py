@@ -1,9 +1,11 @@
 """The tokenizer of a folder, its special tokens, and chat templates against transformers' own rendering."""
 
+import concurrent.futures
 import json
 import os
 import signal
 import sys
+import threading
 
 import pytest
 import tokenizers
@@ -622,3 +624,51 @@ def test_templates_after_an_interrupt_a_killed_process_and_a_fork():
             os._exit(status)
     assert os.waitpid(child, 0)[1] == 0
     assert render_chat_template("five", [USER]) == "five"
+
+
+def test_a_fork_while_another_thread_renders(monkeypatch):
+    """Neither the lock nor half a request is copied."""
+    monkeypatch.setattr("illada.chat._MOST_SECONDS", 0.5)
+    render_chat_template("", [USER])
+    began, ask = threading.Event(), chat.pickle.dump
+    monkeypatch.setattr(chat.pickle, "dump", lambda *args: (ask(*args), began.set()))
+    loop = "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}"
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(render_chat_template, loop, [USER])
+        assert began.wait(30)
+        if (child := os.fork()) == 0:
+            status = 1
+            try:
+                signal.alarm(30)
+                status = int(render_chat_template("four", [USER]) != "four")
+            finally:
+                os._exit(status)
+        assert os.waitpid(child, 0)[1] == 0
+        with pytest.raises(ValueError, match="it does not end within"):
+            slow.result()
+
+
+def test_templates_end_where_the_thread_that_asks_blocks_all_signals(monkeypatch):
+    monkeypatch.setattr("illada.chat._MOST_SECONDS", 0.3)
+    chat._renderer.stop()
+
+    def too_long(*_):
+        raise TimeoutError
+
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - {signal.SIGALRM})
+    handler = signal.signal(signal.SIGALRM, too_long)
+    try:
+        signal.alarm(30)
+        with pytest.raises(ValueError, match="it does not end within 0.3 s"):
+            render_chat_template("{{ 9 ** (9 ** 9) }}", [USER])
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+def test_variables_of_types_that_only_the_caller_has(monkeypatch):
+    kind = type("Role", (str,), {"__module__": "__main__", "__qualname__": "Role"})
+    monkeypatch.setattr(sys.modules["__main__"], "Role", kind, raising=False)
+    with pytest.raises(ValueError, match="messages and variables of a chat template must be plain data: .*'Role'"):
+        render_chat_template("{{ messages[0].role }}", [{"role": kind("user"), "content": ""}])

@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForMaskedLM, BertConfig, LlamaConfig, ModernBertConfig, Qwen2Config
+from transformers import (
+    AutoModel,
+    AutoModelForMaskedLM,
+    BertConfig,
+    LlamaConfig,
+    ModernBertConfig,
+    Qwen2Config,
+    StaticCache,
+)
 
 from illada.integrations import transformers as ours
 
@@ -56,6 +64,30 @@ def test_a_padded_batch_is_that_of_sdpa(name, mask, generator):
         assert (a is None) == (b is None)
         if a is not None:
             torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-4)
+
+
+def test_a_static_cache_has_slots_that_nothing_is_in(generator):
+    tokens, mask, results = torch.randint(100, (3, 9), generator=generator), MASKS["left"], []
+    for model in pair(CONFIGS["llama"]):
+        cache = StaticCache(config=model.config, max_cache_len=16)
+        with torch.no_grad():
+            for part in (slice(0, 5), slice(5, 9)):
+                asked = {"attention_mask": mask[:, : part.stop], "past_key_values": cache, "use_cache": True}
+                hidden = model(input_ids=tokens[:, part], **asked).last_hidden_state
+        results.append(hidden[mask[:, part].bool()])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+def test_a_mask_with_holes_where_the_mask_is_not_read():
+    from transformers.masking_utils import bidirectional_mask_function
+
+    def slots(mask):
+        return ours.attention_mask(2, 3, 3, mask_function=bidirectional_mask_function, attention_mask=mask)
+
+    compiled, whole = torch.compile(slots, backend="aot_eager", fullgraph=True), torch.tensor([[0, 1, 1], [1, 1, 0]])
+    assert torch.equal(compiled(whole), whole.bool())
+    with pytest.raises(RuntimeError, match="attention_mask has holes"):
+        compiled(torch.tensor([[0, 1, 1], [1, 0, 1]]))
 
 
 def test_a_flattened_batch(generator):

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from multiprocessing import spawn
 from typing import Any
 
 Message = Mapping[str, Any]  # {"role": "user", "content": "..."} and whatever else the template looks at
@@ -121,11 +122,13 @@ def _render(template: str, messages: Sequence[Message], variables: Mapping[str, 
     try:
         request = pickle.dumps((template, messages, dict(variables), _MOST_SECONDS))
     except Exception as error:  # of many types, by what there is in them
-        said = "they are nested too deeply" if isinstance(error, RecursionError) else error
-        raise ValueError(f"messages and variables of a chat template must be plain data: {said}") from None
-    kind, said = _renderer.ask(request)
+        kind, said = "data", "they are nested too deeply" if isinstance(error, RecursionError) else str(error)
+    else:
+        kind, said = _renderer.ask(request)
     if kind == "text":
         return said
+    if kind == "data":
+        raise ValueError(f"messages and variables of a chat template must be plain data: {said:.500}")
     does = {"broken": "is broken", "refused": "refuses these messages: "}.get(kind, "fails on these messages: ")
     raise ValueError(f"the chat template {does}{said:.500}")
 
@@ -135,8 +138,8 @@ class _Renderer:
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
-        self._owner = 0  # the process that started it: a fork of that one starts its own
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        self._watches_forks = False
 
     def ask(self, request: bytes) -> tuple[str, str]:
         with self._lock:
@@ -163,24 +166,37 @@ class _Renderer:
             return "failed", f"it ended the process that renders it ({how})"
 
     def _running(self) -> subprocess.Popen[bytes]:
-        if self._process is None or self._owner != os.getpid() or self._process.poll() is not None:
+        if not self._watches_forks:
+            # Between renderings alone, since a fork would copy a held lock and half a request. A fork starts its own.
+            os.register_at_fork(
+                before=self._lock.acquire, after_in_parent=self._lock.release, after_in_child=self._begin_anew
+            )
+            self._watches_forks = True
+        if self._process is None or self._process.poll() is not None:
             # The same modules are found there, and a signal to this process group does not end it.
             start = "import sys; sys.path[:] = sys.argv[1:]; from illada.templates import serve; serve()"
             self._process = subprocess.Popen(
-                [sys.executable, "-c", start, *sys.path],
+                [spawn.get_executable(), "-c", start, *sys.path],  # a program that embeds Python says which one
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,
             )
-            self._owner = os.getpid()
             atexit.register(self.stop)
         return self._process
 
-    def stop(self) -> None:
-        """End the process, if this one started it."""
+    def _begin_anew(self) -> None:
+        """In a fork: the process is the parent's."""
         atexit.unregister(self.stop)
-        if self._process is not None and self._owner == os.getpid():
+        if self._process is not None:
+            self._process.returncode = 0  # nothing to wait for, and nothing to warn of
+        self._process = None
+        self._lock.release()
+
+    def stop(self) -> None:
+        """End the process."""
+        atexit.unregister(self.stop)
+        if self._process is not None:
             self._process.kill()
             self._process.communicate()
         self._process = None

@@ -307,8 +307,8 @@ class MaskedDiffusionModel(nn.Module):
         """[V, C]: the head, or the embedding it is tied to, without the rows that only pad it.
 
         Raises:
-            TypeError: the head is more than its weight (adapter, quantised weight, forward hooks), and the ops take
-                that alone.
+            TypeError: the head is more than its weight (adapter, quantised weight, forward hooks, a forward of its
+                own), and the ops take that alone.
         """
         tied = self.lm_head is None
         name, head = ("embed_tokens", self.embed_tokens) if tied else ("lm_head", self.lm_head)
@@ -316,6 +316,11 @@ class MaskedDiffusionModel(nn.Module):
             raise TypeError(
                 f"{name} is a {type(head).__name__}, which the ops of the head would not call: they take a weight. "
                 "Leave adapters and quantisation of the head away, or merge them (peft: merge_and_unload)"
+            )
+        if not tied and ("forward" in head.__dict__ or type(head).forward is not nn.Linear.forward):
+            raise TypeError(
+                f"lm_head is a {type(head).__name__} with a forward of its own, which would not run: the ops of the "
+                "head take its weight"
             )
         if not tied and (head._forward_hooks or head._forward_pre_hooks) and not hasattr(head.weight, "full_tensor"):
             raise TypeError("lm_head has forward hooks, which would not run: the ops of the head take its weight")

@@ -22,7 +22,7 @@ def pack(sequences: Sequence[Tensor | Sequence[int]]) -> tuple[Tensor, Tensor]:
     tensors = [s if isinstance(s, Tensor) else torch.tensor(s, dtype=torch.int64) for s in sequences]
     if any(t.dim() == 0 for t in tensors):
         raise ValueError("pack: each sequence must have at least one dimension, got a scalar tensor")
-    lengths = torch.tensor([0] + [len(t) for t in tensors])
+    lengths = torch.tensor([0] + [len(t) for t in tensors], device="cpu")
     return torch.cat(tensors), lengths.cumsum(0).to(torch.int32).to(tensors[0].device)
 
 

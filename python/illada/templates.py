@@ -24,8 +24,11 @@ def serve() -> None:
 
     A request is the pickle of a pickle of (template, messages, variables, seconds of CPU time). The kernel ends the
     process at a request that takes longer. An answer is [kind, text]: of kind "text" what the template renders, and
-    otherwise what it has done: "broken", "refused", "failed" or "memory".
+    otherwise what it has done: "broken", "refused", "failed" or "memory"; "data" where the request has types that are
+    not there in this process.
     """
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # whatever the thread that started this ignores or blocks
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     with open("/proc/self/statm") as file:
         used = int(file.read().split()[0]) * resource.getpagesize()
@@ -50,6 +53,11 @@ def _answer(request: bytes) -> list[str]:
 
     try:
         template, messages, variables, seconds = pickle.loads(request)
+    except MemoryError:
+        raise
+    except Exception as error:  # of many types, by what the parent's __main__ has
+        return ["data", f"{type(error).__name__}: {error}"]
+    try:
         signal.setitimer(signal.ITIMER_PROF, seconds)  # its signal ends the process, whatever this is doing
         try:
             compiled = _compile(template)

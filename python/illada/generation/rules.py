@@ -34,7 +34,7 @@ def dream_quota(masks: int, step: int, steps: int, eps: float = 1e-3) -> int:
 @functools.lru_cache(maxsize=64)
 def _dream_transfers(steps: int, eps: float) -> NDArray[np.float32]:
     # torch's float32, as published: where masks (1 - s/t) is nearly whole, other roundings commit one more or less.
-    times = torch.linspace(1, eps, steps + 1, dtype=torch.float32)
+    times = torch.linspace(1, eps, steps + 1, dtype=torch.float32, device="cpu")
     return (1 - times[1:] / times[:-1]).numpy()
 
 

@@ -91,7 +91,7 @@ class Layout(NamedTuple):
     def pack(self, device: torch.device) -> Tensor:
         """All arrays in one buffer of the host's, uint8; pinned for a GPU, so that a copy waits for nothing."""
         offsets = _offsets(self.arrays)
-        buffer = torch.empty(offsets.pop(), dtype=torch.uint8, pin_memory=device.type == "cuda")
+        buffer = torch.empty(offsets.pop(), dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
         data, starts = buffer.numpy(), iter(offsets)
 
         def write(array: NDArray) -> None:

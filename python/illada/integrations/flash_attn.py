@@ -198,16 +198,26 @@ def flash_attn_with_kvcache(
         raise ValueError(f"{op}: k and v must be given together")
     if k is not None and cache_seqlens is None:
         raise ValueError(f"{op}: cache_seqlens must say where the new k and v go")
+    count = 0 if k is None else k.shape[1]
+    for name, new, cache in (("k", k, k_cache), ("v", v, v_cache)):
+        if new is not None and (new.shape != (batch, count, *cache.shape[2:]) or new.dtype != cache.dtype):
+            raise ValueError(
+                f"{op}: {name} must be {cache.dtype} [{batch}, N, {cache.shape[2]}, {cache.shape[3]}], as its cache is "
+                f"and the other one, got {new.dtype} {list(new.shape)}"
+            )
+    for name, lengths in (("cache_seqlens", cache_seqlens), ("cache_leftpad", cache_leftpad)):
+        if isinstance(lengths, Tensor) and (lengths.is_floating_point() or tuple(lengths.shape) != (batch,)):
+            raise ValueError(f"{op}: {name} must be int32 [{batch}], got {lengths.dtype} {list(lengths.shape)}")
     with torch.no_grad():
         used = torch.as_tensor(rows if cache_seqlens is None else cache_seqlens, device=q.device).expand(batch)
         if k is not None and v is not None:
-            at = (used[:, None] + torch.arange(k.shape[1], device=q.device)).long()
+            at = (used[:, None] + torch.arange(count, device=q.device)).long()
             sequence = torch.arange(batch, device=q.device)[:, None]
             k_cache[sequence, at], v_cache[sequence, at] = k, v
-            used = used + k.shape[1]
+            used = used + count
         starts = _starts(batch, rows, q.device)
         if cache_leftpad is not None:
-            used = used - cache_leftpad
+            used = (used - cache_leftpad).clamp(min=0)
             starts = starts + torch.nn.functional.pad(cache_leftpad, (0, 1))
         out, lse = _attend(
             q.flatten(0, 1),
@@ -281,7 +291,7 @@ def _refuse(op: str, **arguments: Any) -> None:
     for name, value in arguments.items():
         neutral = _NEUTRAL.get(name)
         if name == "window_size":
-            asked = tuple(value) != _WINDOW
+            asked = value is None or isinstance(value, int) or tuple(value) != _WINDOW
         else:
             asked = value is not None and (isinstance(value, Tensor) or value != neutral)
         if asked:

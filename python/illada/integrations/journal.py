@@ -88,7 +88,8 @@ def fingerprint(model: MaskedDiffusionModel) -> str:
     digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
     for name, parameter in model.named_parameters():
         flat = parameter.detach().reshape(-1)
-        index = torch.linspace(0, max(0, len(flat) - 1), min(len(flat), _SAMPLED_VALUES), dtype=torch.float64)
+        count = min(len(flat), _SAMPLED_VALUES)
+        index = torch.linspace(0, max(0, len(flat) - 1), count, dtype=torch.float64, device="cpu")
         values = flat[index.long().to(flat.device)].float().cpu()
         digest.update(f"{name} {list(parameter.shape)} {parameter.dtype}".encode())
         digest.update(values.numpy().tobytes())

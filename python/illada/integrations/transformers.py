@@ -52,7 +52,7 @@ def attention_mask(
     Raises:
         NotImplementedError: a pattern that is not bidirectional (causal, sliding window, packed by position_ids).
         ValueError: a mask with holes between the tokens of a sequence. To see that, a mask on a GPU is read: once a
-            forward pass, as `transformers` itself does for FlashAttention.
+            forward pass, as `transformers` itself does for FlashAttention. Compiled, it is an assertion on the device.
     """
     from transformers.masking_utils import bidirectional_mask_function
 
@@ -64,13 +64,16 @@ def attention_mask(
         )
     if attention_mask is None:
         return None
-    mask = attention_mask[:, -kv_length:].bool()
+    empty = max(0, kv_offset + kv_length - attention_mask.shape[1])  # slots of a static cache that nothing is in yet
+    mask = torch.nn.functional.pad(attention_mask.bool(), (0, empty))[:, kv_offset : kv_offset + kv_length]
     steps = (mask[:, 1:] != mask[:, :-1]).sum(1)  # of padding at most one on either side, each with a token at its end
     around = mask[:, 0].int() + mask[:, -1].int()
+    whole, said = (steps + around <= 2).all(), "attn_implementation='illada' takes padding on the left or right"
     if torch.compiler.is_compiling():
+        torch._assert_async(whole, f"{said}; attention_mask has holes")
         return mask
-    if bool((steps + around > 2).any()):
-        raise ValueError("attn_implementation='illada' takes padding on the left or right; attention_mask has holes")
+    if not bool(whole):
+        raise ValueError(f"{said}; attention_mask has holes")
     return None if bool(mask.all()) else mask
 
 

@@ -115,7 +115,8 @@ def monte_carlo_masks(
     size = min(stratum, num_samples)
     first = 1 + (words(_COUNT_STREAM, num_samples // size, 1)[:, 0].astype(np.uint64) * length >> 32).astype(np.int64)
     # torch's float32 linspace and its rounding of halves to even, as published: other roundings move some counts by 1.
-    spread = [torch.linspace(k, k + (size - 1) * (length / size), size, dtype=torch.float32) for k in first.tolist()]
+    ends = [(k, k + (size - 1) * (length / size)) for k in first.tolist()]
+    spread = [torch.linspace(*two, size, dtype=torch.float32, device="cpu") for two in ends]
     counts = (torch.cat(spread).round().long().numpy() - 1) % length + 1
     ranks = words(_MASK_STREAM, num_samples, length).argsort(axis=1, kind="stable").argsort(axis=1, kind="stable")
     return ranks < counts[:, None]
