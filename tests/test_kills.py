@@ -157,7 +157,7 @@ def test_kills_while_writing(world, name, where, capsys):
     assert hidden(world)
     if name in ("prepare", "convert"):
         files.recover(world / ("corpus" if name == "prepare" else "copy"))
-    check(world, name)
+        check(world, name)
     finish(world, name, capsys)
 
 
