@@ -214,7 +214,12 @@ def test_bad_sources_and_arguments(texts, tmp_path):
         (ValueError, "half.jsonl, line 1 holds half of a surrogate pair", f"jsonl:{tmp_path}/half.jsonl", {}),
         (ValueError, "latin.jsonl, line 2 is not UTF-8 text: byte 0xf6", f"jsonl:{tmp_path}/latin.jsonl", {}),
         (FileNotFoundError, "no tokenizer at", f"dir:{texts}", {"tokenizer": tmp_path / "none.json"}),
-        (ValueError, "is not a tokenizer.json", f"dir:{texts}", {"tokenizer": tmp_path / "bad.jsonl"}),
+        (
+            ValueError,
+            "bad.jsonl is not JSON: Extra data: line 2",
+            f"dir:{texts}",
+            {"tokenizer": tmp_path / "bad.jsonl"},
+        ),
     ]
     for error, match, source, options in wrong:
         with pytest.raises(error, match=match):

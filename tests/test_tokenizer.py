@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+from unittest import mock
 
 import pytest
 import tokenizers
@@ -610,7 +611,7 @@ def test_templates_after_an_interrupt_a_killed_process_and_a_fork():
     assert render_chat_template("{{ messages[0].content }}", [USER]) == USER["content"]
     first = chat._renderer._process
     with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chat.pickle, "dump", lambda *_: signal.raise_signal(signal.SIGINT))
+        patch.setattr(chat.pickle, "dump", mock.Mock(side_effect=KeyboardInterrupt))
         render_chat_template("one", [USER])
     assert render_chat_template("two", [USER]) == "two" and first.returncode == -signal.SIGKILL
     chat._renderer._process.kill()
