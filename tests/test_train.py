@@ -339,6 +339,17 @@ def test_other_runs_are_not_resumed(config, corpus, tmp_path):
     assert result.checkpoint.exists()
 
 
+def test_a_checkpoint_from_before_an_option_is_resumed(config):
+    """As if the option had had its default; another value is another run."""
+    path = train(change(config, train={"steps": 2}), progress=False).checkpoint / "trainer.json"
+    state = json.loads(path.read_text())
+    del state["config"]["diffusion"]["t_limit"], state["config"]["diffusion"]["t_limit_windows"]
+    path.write_text(json.dumps(state))
+    with pytest.raises(ValueError, match="diffusion.t_limit was 1.0, is 0.5; diffusion.t_limit_windows was 0, is 8"):
+        train(change(config, diffusion={"t_limit": 0.5, "t_limit_windows": 8}), progress=False)
+    assert train(change(config, train={"steps": 3}), progress=False).step == 3
+
+
 def test_damaged_checkpoints(config):
     result = train(change(config, train={"steps": 2}), progress=False)
     for name, match in (

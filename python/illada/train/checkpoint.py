@@ -94,10 +94,11 @@ def check_same_run(path: Path, state: dict[str, Any], config: TrainConfig, token
             f"the corpus {config.data.path} was made with another tokenizer than the checkpoint {path} "
             f"({tokenizer_sha256[:12]} and {state['tokenizer_sha256'][:12]})"
         )
-    now = config.to_dict()
+    now, defaults = config.to_dict(), TrainConfig().to_dict() | {"model": {}}
     changed = []
     for section, keys in _FIXED_KEYS.items():
-        before, after = state["config"].get(section, {}), now[section]
+        # An option that is newer than the checkpoint: its default is what was done before there was a choice.
+        before, after = defaults[section] | state["config"].get(section, {}), now[section]
         for key in keys if keys is not None else sorted(set(before) | set(after)):
             if before.get(key) != after.get(key):
                 changed.append(f"{section}.{key} was {before.get(key)!r:.60}, is {after.get(key)!r:.60}")
