@@ -115,11 +115,9 @@ CUDA_BUILD = PATH="$$(cd "$(BIN_CUDA)" && pwd):$$PATH" ILLADA_BUILD_DIR="$(CURDI
 	unset ILLADA_CUDA ILLADA_CUDA_ARCHS ILLADA_CUDART; CMAKE_ARGS="--preset sim" $(call CUDA_BUILD,sim)
 	@touch $@
 
-# Passive: threads that wait sleep. Where others use the CPUs, those that spin make a step many times slower.
 demo:
 	@mkdir -p .cache && date +%s > .cache/demo-began
 	@$(MAKE) --no-print-directory install
-	OMP_WAIT_POLICY="$${OMP_WAIT_POLICY:-passive}" \
 	"$(BIN)/python" examples/demo.py --out runs/demo --began "$$(cat .cache/demo-began)"
 
 test: .cache/requirements-dev install
