@@ -103,7 +103,7 @@ def test_sdist_is_complete(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     tracked = set(run("git", "ls-files", cwd=ROOT).split("\n")) if (ROOT / ".git").exists() else set()
-    left_out = {".gitignore", ".clang-format"}
+    left_out = {".gitignore"}
     missing = {
         name for name in tracked - names - left_out if name and (ROOT / name).exists() and not name.startswith(".ci/")
     }
