@@ -11,25 +11,17 @@ if importlib.util.find_spec("benchmarks") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from benchmarks import generate, published, runner
+from illada.generation import loop
 
 pytestmark = pytest.mark.slow
-
-
-def without_inference_mode(function):
-    """In it operators reach a dispatch mode (that of a simulator) whole."""
-
-    def call(*arguments, **keywords):
-        with torch.no_grad():
-            return function.__wrapped__(*arguments, **keywords)
-
-    return call
 
 
 @pytest.fixture
 def small(monkeypatch):
     monkeypatch.setitem(generate.SIZES, "8b", (16, 8, 4, 24))
-    monkeypatch.setattr(generate, "generate", without_inference_mode(generate.generate))
-    monkeypatch.setattr(published, "generate", without_inference_mode(published.generate))
+    # Without inference mode, in which operators reach a dispatch mode (that of a simulator) whole.
+    for module, name in ((loop, "_run"), (published, "generate")):
+        monkeypatch.setattr(module, name, torch.no_grad()(getattr(module, name).__wrapped__))
     return {
         "hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "intermediate_size": 96,
         "num_hidden_layers": 2, "vocab_size": 600,

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 import illada.model
 from illada.config import ModelConfig
-from illada.generation import GenerationConfig, generate
+from illada.generation import GenerationConfig, generate, loop
 from illada.generation.graphs import CudaCapture, available
 from illada.model import MaskedDiffusionModel
 from illada.ops import reference
@@ -35,8 +35,9 @@ REQUESTS = [
 
 def run(*arguments, **keywords):
     """Without inference mode, in which operators reach a dispatch mode (that of a simulator) whole."""
-    with torch.no_grad():
-        return generate.__wrapped__(*arguments, **keywords)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "_run", torch.no_grad()(loop._run.__wrapped__))
+        return generate(*arguments, **keywords)
 
 
 def make_models(config, dtype, device):
