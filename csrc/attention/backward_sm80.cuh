@@ -86,14 +86,12 @@ struct RowWalk {
   }
 };
 
-// The next kRows rows (tokens x heads) to a tile; beyond the item's `tokens`, zeros: the last token's rows once more
-// might be infinite, and 0 times that is NaN.
+// The next kRows rows (tokens x heads) to a tile; beyond the item's `tokens`, rows of the last token again.
 template <int kHeadDim>
 __device__ __forceinline__ void copy_row(const Copier<kHeadDim, kThreads>& copier, uint32_t target, const char* source,
                                          int64_t token_bytes, int64_t head_bytes, const RowWalk& at, int tokens) {
   cp_async_16(target + copier.target,
-              source + min(at.token, tokens - 1) * token_bytes + at.head * head_bytes + copier.column,
-              at.token < tokens);
+              source + min(at.token, tokens - 1) * token_bytes + at.head * head_bytes + copier.column, true);
 }
 
 // A warp's own rows as A operands; `tile` has the offset of the lane.
@@ -225,8 +223,9 @@ __global__ __launch_bounds__(kThreads, 2) void illada_attention_backward_keys_sm
 #pragma unroll
     for (int j = 0; j < kHeadDim / 2; ++j) dk[m][j] = dv[m][j] = 0;
   }
-  // Rows behind the item's last one are zeros with probabilities of 0, and keys behind its last one have sums of their
-  // own, which nobody stores: nothing is masked. The number of rows is read anew: there is no register to keep it in.
+  // Rows behind the item's last one are the last token's again with probabilities of 0, and keys behind its last one
+  // have sums of their own, which nobody stores: nothing is masked. The number of rows is read anew: there is no
+  // register to keep it in.
 #pragma unroll 1
   for (int row = 0; row < item.q_count * a.group; row += 16) {
     if (row % kTile == 0) {
