@@ -209,7 +209,7 @@ void linear_masked_cross_entropy_cuda(const LinearMaskedCrossEntropyParams& p) {
   validate(p);
   const DeviceGuard guard(kOp, p.launch.device);
   const Device& gpu = device(kOp, p.launch.device);
-  const LinearPlan plan = checked_plan(p, gpu);
+  [[maybe_unused]] const LinearPlan plan = checked_plan(p, gpu);
 #if defined(ILLADA_BUILT_SM90A)
   const bool weight_first = variant<LossOrder>() == LossOrder::kWeightFirst;
   if (plan.chunks == 0 && p.weight_grad && !p.add_to_weight_grad)  // the sum over no tokens
