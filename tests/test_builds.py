@@ -52,7 +52,7 @@ def warnings(said: str) -> int:
 def compiler_without_openmp(folder: Path) -> str:
     script = folder / "c++ without OpenMP"
     script.write_text(
-        '#!/bin/sh\nfor a; do case "$a" in *openmp*) echo "no such option" >&2; exit 1;; esac; done\nexec c++ "$@"\n'
+        '#!/bin/sh\nfor a; do case "$a" in -[fX]*openmp) echo "no such option" >&2; exit 1;; esac; done\nexec c++ "$@"\n'
     )
     script.chmod(0o755)
     return str(script)
