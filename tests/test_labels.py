@@ -63,6 +63,11 @@ def test_errors(generator):
             lambda: loss(hidden, labels, weights=weights[:, 0]),
         ),
         (ValueError, "must have at least 2 dimensions, got", lambda: loss(hidden[0, 0], labels[0, 0])),
+        (
+            ValueError,
+            "weights must not require grad; pass weights.detach",
+            lambda: loss(hidden, labels, head=head, weights=weights.clone().requires_grad_()),
+        ),
         (TypeError, "labels must be int64, int32, got float32", lambda: loss(hidden, labels.float(), head=head)),
         (ValueError, r"targets?.* is 11", lambda: loss(hidden, labels.fill_(11), head=head)),
     ]:

@@ -101,6 +101,15 @@ def test_a_flattened_batch(generator):
     torch.testing.assert_close(got, torch.cat(want), rtol=1e-4, atol=1e-4)
 
 
+def test_queries_and_keys_of_other_lengths_in_packs_of_one_size(generator):
+    q, k, v = torch.randn(3, 1, 2, 9, 16, generator=generator)
+    starts, starts_k = torch.tensor([0, 4, 9], dtype=torch.int32), torch.tensor([0, 7, 9], dtype=torch.int32)
+    got, _ = ours.attention(torch.nn.Module(), q, k, v, None, cu_seq_lens_q=starts, cu_seq_lens_k=starts_k)
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    want = [sdpa(q[:, :, a], k[:, :, b], v[:, :, b]) for a, b in ((slice(4), slice(7)), (slice(4, 9), slice(7, 9)))]
+    torch.testing.assert_close(got, torch.cat(want, dim=2).transpose(1, 2), rtol=1e-4, atol=1e-5)
+
+
 def test_what_the_kernels_do_not_do_is_refused(generator):
     tokens = torch.randint(100, (2, 9), generator=generator)
     causal = AutoModel.from_config(LlamaConfig(**SIZES), attn_implementation="illada")

@@ -208,14 +208,16 @@ def flash_attn_with_kvcache(
     for name, lengths in (("cache_seqlens", cache_seqlens), ("cache_leftpad", cache_leftpad)):
         if isinstance(lengths, Tensor) and (lengths.is_floating_point() or tuple(lengths.shape) != (batch,)):
             raise ValueError(f"{op}: {name} must be int32 [{batch}], got {lengths.dtype} {list(lengths.shape)}")
+    starts = _starts(batch, rows, q.device)
     with torch.no_grad():
-        used = torch.as_tensor(rows if cache_seqlens is None else cache_seqlens, device=q.device).expand(batch)
+        if not isinstance(cache_seqlens, Tensor):  # filled there: a copy from the host would wait for the device
+            cache_seqlens = starts.new_full((batch,), rows if cache_seqlens is None else cache_seqlens)
+        used = cache_seqlens
         if k is not None and v is not None:
             at = (used[:, None] + torch.arange(count, device=q.device)).long()
             sequence = torch.arange(batch, device=q.device)[:, None]
             k_cache[sequence, at], v_cache[sequence, at] = k, v
             used = used + count
-        starts = _starts(batch, rows, q.device)
         if cache_leftpad is not None:
             used = (used - cache_leftpad).clamp(min=0)
             starts = starts + torch.nn.functional.pad(cache_leftpad, (0, 1))

@@ -117,7 +117,7 @@ def attention(
     if cu_seq_lens_q is not None:
         if batch != 1:
             raise ValueError(f"cu_seq_lens_q is for a batch of one row, got {batch}")
-        starts, starts_k = cu_seq_lens_q, None if keys == length else cu_seq_lens_k
+        starts, starts_k = cu_seq_lens_q, None if cu_seq_lens_k is cu_seq_lens_q else cu_seq_lens_k
     elif attention_mask is not None:
         starts_k, used = _slots(attention_mask, batch, keys)
     out = varlen_attention(q, k, v, starts, cu_seqlens_k=starts_k, seqused_k=used, softmax_scale=scaling)

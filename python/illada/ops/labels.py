@@ -25,7 +25,7 @@ def masked_cross_entropy_from_labels(
         logits_or_hidden: logits [..., V]; with `head` hidden states [..., C]. Any number of leading dimensions.
         labels: int64 or int32 [...], the targets; `ignore_index` where there is nothing to learn.
         head: [V, C], the weight that makes logits of hidden states, which then never exist all at once.
-        weights: [...] of any real dtype, such as 1 / t; default 1. Not differentiable.
+        weights: [...] of any real dtype, such as 1 / t; default 1. They must not require grad.
         normalizer: divides the sum; default the number of labels that are not ignored, at least 1. Pass the whole
             step's number where gradients are accumulated (`num_items_in_batch` of the HF Trainer).
 
@@ -44,8 +44,10 @@ def masked_cross_entropy_from_labels(
             wanted = list(logits_or_hidden.shape[:-1])
             raise ValueError(f"{op}: {name} must have shape {wanted}, got {list(tensor.shape)}")
     lib.check_dtype(op, "labels", labels, (torch.int64, torch.int32))
+    if weights is not None and weights.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{op}: weights must not require grad; pass weights.detach()")
     counts = labels.flatten() != ignore_index
-    token_weights = counts.float() if weights is None else torch.where(counts, weights.detach().flatten().float(), 0)
+    token_weights = counts.float() if weights is None else torch.where(counts, weights.flatten().float(), 0)
     if normalizer is None:
         normalizer = counts.sum().clamp(min=1)
     rows = logits_or_hidden.flatten(0, -2)
