@@ -133,22 +133,13 @@ def write_pretrained(
 
 def _check_names(model: MaskedDiffusionModel) -> None:
     """ValueError unless the model has the parameters of its class and no others, such as an adapter's."""
-    plain = MaskedDiffusionModel(model.config, device="meta").state_dict()
-    state = model.state_dict()
-    beyond, missing = sorted(state.keys() - plain.keys()), sorted(plain.keys() - state.keys())
-    if beyond or missing:
-        raise ValueError(
-            "the layout has no name for what the model holds: "
-            + "; ".join(
-                f"{kind} {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
-                for kind, names in (("unknown", beyond), ("missing", missing))
-                if names
-            )
-            + ". Merge adapters first (peft: merge_and_unload)"
-        )
-    for name, tensor in plain.items():
-        if state[name].shape != tensor.shape:
-            raise ValueError(f"{name} is {list(state[name].shape)}, the config says {list(tensor.shape)}")
+    state, shapes = model.state_dict(), MaskedDiffusionModel.parameter_shapes(model.config)
+    if beyond := sorted(state.keys() - shapes.keys()):
+        raise ValueError(f"the layout has no name for {some_of(beyond)}; merge adapters first (peft: merge_and_unload)")
+    for name, shape in shapes.items():
+        if name not in state or state[name].shape != shape:
+            got = list(state[name].shape) if name in state else "none"
+            raise ValueError(f"{name} must be {list(shape)} by the config, got {got}")
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -111,13 +111,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
 
 
-def does_what_its_weight_says(linear: nn.Module) -> bool:
-    """Is calling `linear` the product with its weight, plus its bias, and nothing else?
+def _does_more(linear: nn.Module) -> bool:
+    """Does calling `linear` do anything but multiply by its weight and add its bias?
 
-    Not with an adapter, a quantised weight or a parametrization, which are other classes, and not with hooks.
+    Adapters and quantised weights have a forward of their own; FSDP2 has hooks, which gather the weight.
     """
     hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
-    return type(linear) is nn.Linear and not any(hooks) and "forward" not in linear.__dict__
+    return any(hooks) or type(linear).forward is not nn.Linear.forward or "forward" in linear.__dict__
 
 
 class Attention(nn.Module):
@@ -154,7 +154,7 @@ class Attention(nn.Module):
         """q [T, H, D] (or [N, H, D] of `rows` alone), k and v [T, G, D], rotated and without a copy: v is a view of the
         projection [T, H + 2 G, D], q and k are views of its rotated heads [T, H + G, D]."""
         heads, kv_heads = self.heads, self.kv_heads
-        if rows is None or not does_what_its_weight_says(self.qkv_proj):
+        if rows is None or _does_more(self.qkv_proj):
             qkv = self.qkv_proj(x).unflatten(-1, (heads + 2 * kv_heads, -1))
             # split and not slices: their gradients would each be padded with zeros and added.
             qk, v = qkv.split([heads + kv_heads, kv_heads], dim=1)
@@ -311,19 +311,15 @@ class MaskedDiffusionModel(nn.Module):
                 own), and the ops take that alone.
         """
         tied = self.lm_head is None
-        name, head = ("embed_tokens", self.embed_tokens) if tied else ("lm_head", self.lm_head)
-        if not isinstance(head, nn.Embedding if tied else nn.Linear):
+        name, head = "embed_tokens" if tied else "lm_head", self.embed_tokens if self.lm_head is None else self.lm_head
+        sharded = hasattr(head.weight, "full_tensor")  # FSDP2's hooks are right, and the ops say what else is not
+        kind = nn.Embedding if tied else nn.Linear
+        if not isinstance(head, kind) or (_does_more(head) and not (tied or sharded)):
             raise TypeError(
-                f"{name} is a {type(head).__name__}, which the ops of the head would not call: they take a weight. "
-                "Leave adapters and quantisation of the head away, or merge them (peft: merge_and_unload)"
+                f"{name} is a {type(head).__name__} that does more than multiply by its weight (adapter, quantised "
+                "weight, hooks, a forward of its own), which is all that the ops of the head take; leave that away, or "
+                "merge it (peft: merge_and_unload)"
             )
-        if not tied and ("forward" in head.__dict__ or type(head).forward is not nn.Linear.forward):
-            raise TypeError(
-                f"lm_head is a {type(head).__name__} with a forward of its own, which would not run: the ops of the "
-                "head take its weight"
-            )
-        if not tied and (head._forward_hooks or head._forward_pre_hooks) and not hasattr(head.weight, "full_tensor"):
-            raise TypeError("lm_head has forward hooks, which would not run: the ops of the head take its weight")
         weight = head.weight
         return weight if weight.shape[0] == self.config.vocab_size else weight[: self.config.vocab_size]
 
