@@ -159,7 +159,7 @@ def cutlass_include() -> str:
         if named and (candidate / "cutlass" / "version.h").exists():
             return str(candidate)
     raise SystemExit(
-        f"ptxas.py: there are no headers of CUTLASS in {named or '.cache'}; `make ptxas` fetches them, "
+        f"there are no headers of CUTLASS in {named or '.cache'}; `make ptxas` fetches them, "
         "and ILLADA_CUTLASS_DIR=/path/to/cutlass names others"
     )
 

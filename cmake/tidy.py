@@ -5,7 +5,7 @@ Host sources are held against both checks: a product must be widened before and 
 product in which a number of tokens, rows, heads, ids, tiles or items takes part must have 64 bits. In kernels, where 64
 bits cost registers, the second kind may stay in 32 bits if csrc/size_products.toml has its line, beside what bounds it.
 
-CUDA sources need an nvcc, for its headers, and CUTLASS (ILLADA_CUTLASS_DIR); where one is missing, a line says so and
+CUDA sources need an nvcc, for its headers, and CUTLASS, as ptxas.py finds it; where one is missing, a line says so and
 host sources alone are looked at. Of kernels that are built for several head dims, those of D 64 speak for all.
 """
 
@@ -24,6 +24,9 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from ptxas import cutlass_include  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 REVIEWED = ROOT / "csrc" / "size_products.toml"
@@ -60,11 +63,10 @@ def find_cuda() -> Cuda | str:
     home = re.search(r"^#\$ TOP=(.+)$", steps, re.MULTILINE)
     if not version or not home:
         return f"{nvcc} does not say where it is installed"
-    given = os.environ.get("ILLADA_CUTLASS_DIR")
-    for folder in ("", "include", "cutlass_library/source/include") if given else ():
-        if (cutlass := Path(str(given)) / folder / "cutlass" / "cutlass.h").exists():
-            return Cuda(Path(home[1].strip()), (int(version[1]), int(version[2])), cutlass.parent.parent)
-    return f"no CUTLASS at ILLADA_CUTLASS_DIR ({given or 'not set'})"
+    try:
+        return Cuda(Path(home[1].strip()), (int(version[1]), int(version[2])), Path(cutlass_include()))
+    except SystemExit as error:
+        return str(error)
 
 
 def flags(source: Path, cuda: Cuda | None, made: Path) -> list[str]:

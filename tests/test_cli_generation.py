@@ -10,7 +10,7 @@ import torch
 from illada import cli
 from illada.checkpoint import load_pretrained, save_pretrained
 from illada.cli import chat
-from illada.cli.checkpoints import parse_device
+from illada.cli.devices import parse_device
 from illada.cli.sampling import parse_token_ids
 from illada.config import ModelConfig
 from illada.data import train_tokenizer

@@ -46,7 +46,7 @@ def _run(options: argparse.Namespace) -> int:
     source = find_checkpoint(options.source)
     with importing():
         from illada.checkpoint import convert_checkpoint
-        from illada.cli.checkpoints import parse_dtype
+        from illada.cli.devices import parse_dtype
         from illada.layouts import LAYOUTS
 
     if options.model_type not in (None, *LAYOUTS):

@@ -75,7 +75,7 @@ def _run(options: argparse.Namespace) -> int:
         if not Path(folder).is_dir():
             raise FileNotFoundError(f"--include-path: {folder} is not a folder; make one with illada prepare --tasks")
     with importing():
-        from illada.cli.checkpoints import parse_device
+        from illada.cli.devices import parse_device
         from illada.integrations.presets import settings_of
 
     parse_device(options.device)  # each process of several takes its own GPU

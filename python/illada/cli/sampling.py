@@ -109,7 +109,7 @@ def load(options: argparse.Namespace) -> tuple[Any, Tokenizer]:
     check_paths(options)
     with importing():
         import illada.checkpoint  # noqa: F401 (with the native modules that loading needs)
-        from illada.cli.checkpoints import parse_device, parse_dtype
+        from illada.cli.devices import parse_device, parse_dtype
 
     device, dtype = parse_device(options.device), parse_dtype(options.dtype)
     return folders.load(
