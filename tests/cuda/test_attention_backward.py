@@ -541,17 +541,18 @@ def test_in_a_graph_with_other_lengths(deterministic, device):
 
 
 @pytest.mark.parametrize("dim", [64, 128])
-def test_an_infinite_gradient_of_the_last_token_is_infinite_for_every_value(dim, device):
-    """And NaN for none. Before compute capability 9.0 it may be NaN: there the last token's row fills the tile, with
-    probabilities of 0, and 0 times inf is NaN; zeros would be worse, since scores of -inf make NaN of them."""
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("of the kernels of sm_90a")
+def test_an_infinite_gradient_of_the_last_token_reaches_every_value_in_its_column_alone(dim, device):
+    """As inf; in the portable kernels it may be NaN: there the last token's row fills the tile, with probabilities of
+    0, and 0 times inf is NaN. Zeros would be worse, since scores of -inf make NaN of them."""
     pack = Pack([5], device, dim=dim, scale=0.1)
     dout, _ = to_device(pack, random_grads(pack, lse=False))
     dout[-1, -1, 3] = torch.inf
     _, _, dv = gradients(illada.varlen_attention, pack.on_device(), pack.on_device_lengths(), (dout, None))
     used = dv[3:8].cpu()  # keys in a slot, with room before and behind
-    assert (used[..., 3] == torch.inf).all() and used[..., :3].isfinite().all() and used[..., 4:].isfinite().all()
+    reached = used[..., 3]
+    portable = torch.cuda.get_device_capability() != (9, 0)
+    assert ((reached == torch.inf) | (reached.isnan() & portable)).all()
+    assert used[..., :3].isfinite().all() and used[..., 4:].isfinite().all()
 
 
 def test_activation_checkpointing(device):
