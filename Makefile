@@ -1,8 +1,8 @@
 # Everything a checkout can do, in a virtual environment of its own. Needs python3 (3.11 or newer) and a C++ compiler.
 #   make demo    prepare text, train a tiny model, generate: about 6 minutes on two cores
 #   make test    the fast tests;  make test-slow: the others;  make bench: the benchmarks
-#   make test-build  builds with each compiler, CMake and Python that is here (tests/test_builds.py): 5 to 15 minutes
-#   make fuzz    20,000 damaged files, EXAMPLES=N another number: a quarter of an hour on two cores; what fails is left in .cache/fuzz
+#   make test-build  builds with each compiler, CMake and Python that is here (tests/test_builds.py): from 3 minutes on
+#   make fuzz    20,000 damaged files, EXAMPLES=N another number: up to half an hour; what fails is left in .cache/fuzz
 # CUDA kernels are built where this environment's torch finds a GPU for them; ILLADA_CUDA=on builds them all the same, off
 # never, and make remembers which. VENV=/path keeps the environment elsewhere. No path is used unquoted: folders may have spaces in their names.
 # With an nvcc (CUDA 12.3 or newer), no GPU needed:

@@ -227,6 +227,8 @@ class GenerationResult:
 class GenerationDelta:
     """What one block adds to one prompt's result; the deltas of a prompt, joined, are that result.
 
+    Their text is, unless the tokenizer's decoder makes other text of earlier tokens when more follow.
+
     index: of the prompt. tokens: new ids, without the first stop token and what follows it; in mode "infill" those
         of the block's masks.
     text: that is new, None without a tokenizer. What may be the beginning of a stop string, or a part of a character,
