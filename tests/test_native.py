@@ -42,8 +42,9 @@ def test_import_needs_no_native_module_and_touches_nothing():
 def test_a_forked_child_with_one_thread_works():
     """As docs/embedding.md says: OpenMP's threads do not survive a fork."""
     code = (
-        "import os, torch, illada; x = torch.randn(64, 5000); want = illada.sample_tokens(x).token\n"
+        "import os, signal, torch, illada; x = torch.randn(64, 5000); want = illada.sample_tokens(x).token\n"
         "if (child := os.fork()) == 0:\n"
+        "    signal.alarm(60)\n"  # a child that hangs is an error
         "    torch.set_num_threads(1)\n"
         "    os._exit(0 if torch.equal(illada.sample_tokens(x).token, want) else 3)\n"
         "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))"
