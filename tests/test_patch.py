@@ -23,6 +23,8 @@ from transformers import (
     Qwen2Model,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Trainer,
+    TrainingArguments,
 )
 
 import illada
@@ -221,6 +223,22 @@ def test_checkpointing_autocast_and_compile():
         loss = want(input_ids=tokens, labels=labels).loss
         assert want.sample_tokens(tokens).token.shape == (27,)
     assert loss.dtype == torch.float32 and loss.isfinite()
+
+
+def test_a_trainer_of_transformers_steps_as_by_hand(tmp_path):
+    """Its num_items_in_batch is that of all micro-batches, which have unequal numbers of labels; weights are columns."""
+    plain, model, (tokens, labels, weights) = bidirectional("llama"), patch(make("llama")), batch()
+    labels[0, 2:] = -100
+    options = TrainingArguments(
+        tmp_path, max_steps=1, per_device_train_batch_size=1, gradient_accumulation_steps=3, learning_rate=0.5, optim="sgd",
+        max_grad_norm=0, lr_scheduler_type="constant", report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    rows = [{"input_ids": a, "labels": b, "token_weights": c} for a, b, c in zip(tokens, labels, weights, strict=True)]
+    Trainer(model, options, train_dataset=rows).train()
+    nll = F.cross_entropy(plain(input_ids=tokens).logits.flatten(0, 1), labels.flatten(), reduction="none")
+    ((nll * weights.flatten()).sum() / (labels != -100).sum()).backward()
+    for (name, a), b in zip(plain.named_parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(b.detach(), a.detach() - 0.5 * a.grad, rtol=1e-3, atol=1e-5, msg=name)
 
 
 def test_adapters_inside_and_columns_that_a_trainer_keeps():
