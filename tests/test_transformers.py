@@ -229,6 +229,14 @@ def test_what_was_shared_is_not_reused_for_other_masks_or_sizes(plans, generator
     assert len(plans) == 6
 
 
+def test_versions_before_5_4_are_refused(monkeypatch):
+    from transformers import masking_utils
+
+    monkeypatch.setattr(masking_utils, "sdpa_mask", lambda batch_size, cache_position, kv_length: None)  # as in 5.3
+    with pytest.raises(ImportError, match=r"needs transformers 5.4 or newer: pip install .*; got \d"):
+        ours.register()
+
+
 def test_wrong_masks():
     x = torch.zeros(2, 2, 3, 16)
     with pytest.raises(ValueError, match=r"must be a padding mask \[2, 3\], .* got float32 \[2, 1, 3, 3\]"):

@@ -1,4 +1,4 @@
-"""A Llama, Mistral, Qwen2 or Qwen3 of `transformers` 5 as a masked diffusion model, in one line and on one instance.
+"""A Llama, Mistral, Qwen2 or Qwen3 of `transformers` as a masked diffusion model, in one line and on one instance.
 
     from illada.integrations import patch, unpatch
 
@@ -61,7 +61,7 @@ def patch(model: Model) -> Model:
             window, softcap, attention dropout, returned attention weights; a head that is more than its weight; a loss
             or a forward of the instance's own. All reasons are named.
         ValueError: the model, or one inside it, is patched already.
-        ImportError: transformers is not installed, or is older than 5.
+        ImportError: transformers is not installed, or is older than 5.4.
     """
     register()
     if any(_RECORD in module.__dict__ for module in model.modules()):
@@ -131,7 +131,7 @@ def _reasons(model: nn.Module) -> list[str]:
         return reasons
     if type(model).forward is not known[0].forward or "forward" in model.__dict__:
         reasons.append(
-            f"a forward other than {known[0].__name__}'s; patch it before others wrap it (accelerate, FSDP2)"
+            f"a forward other than {known[0].__name__}'s; patch it before others wrap it (accelerate)"
         )
     if "_loss_function" in model.__dict__:
         reasons.append("a loss_function of its own")

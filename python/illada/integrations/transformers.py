@@ -1,4 +1,4 @@
-"""`attn_implementation="illada"` for models of `transformers` 5: bidirectional attention on `illada.varlen_attention`.
+"""`attn_implementation="illada"` in `transformers` 5.4 and newer: bidirectional attention on `illada.varlen_attention`.
 
     from illada.integrations.transformers import register
 
@@ -11,6 +11,7 @@ Padding masks are honoured: padded keys are never read. What the kernels do not 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -26,13 +27,16 @@ def register() -> None:
     """Make "illada" known as an `attn_implementation`. Calling it again does nothing.
 
     Raises:
-        ImportError: transformers is not installed, or is older than 5.
+        ImportError: transformers is not installed, or is older than 5.4: masks had another signature before.
     """
+    needs = "attn_implementation='illada' needs transformers 5.4 or newer: pip install 'transformers>=5.4'"
     try:
-        from transformers import AttentionInterface, AttentionMaskInterface
-        from transformers.masking_utils import create_bidirectional_mask  # noqa: F401 (there from 5.0 on)
+        from transformers import AttentionInterface, AttentionMaskInterface, __version__
+        from transformers.masking_utils import sdpa_mask
     except ImportError as error:
-        raise ImportError("attn_implementation='illada' needs transformers 5: pip install 'transformers>=5'") from error
+        raise ImportError(needs) from error
+    if "q_length" not in inspect.signature(sdpa_mask).parameters:
+        raise ImportError(f"{needs}; got {__version__}")
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, attention_mask)
 
