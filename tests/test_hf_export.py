@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from architectures import CONFIGS, weights, write
-from transformers import AutoModelForMaskedLM, AutoTokenizer, dynamic_module_utils
+from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 import illada
 from illada import cli
@@ -239,10 +239,8 @@ def test_a_training_run_and_what_is_refused(tmp_path, capsys):
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """An exported checkpoint with its tokenizer; what transformers copies of its code stays in tmp_path."""
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", list(sys.path))
+def folder(tmp_path, remote_code):
+    """An exported checkpoint with its tokenizer."""
     train_tokenizer(["the quick brown fox\n"] * 9, 290).save(str(tmp_path / "tokenizer.json"))
     save_pretrained(random_model(vocab_size=290), tmp_path / "hf", tokenizer=tmp_path / "tokenizer.json")
     return tmp_path / "hf"
