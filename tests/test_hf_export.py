@@ -208,6 +208,7 @@ def test_special_tokens_are_named_by_the_ids_of_the_model(tokenizer_folder, tmp_
     assert values == {
         "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": own.id_to_token(2), "pad_token": own.id_to_token(1),
         "model_max_length": 77, "unk_token": "x", "additional_special_tokens": ["a"],
+        "model_input_names": ["input_ids", "attention_mask"],
     }  # fmt: skip
     assert not (tmp_path / "hf" / "special_tokens_map.json").exists()
     assert "The mask is token 310, which the tokenizer does not name." in (tmp_path / "hf" / "README.md").read_text()
@@ -216,6 +217,9 @@ def test_special_tokens_are_named_by_the_ids_of_the_model(tokenizer_folder, tmp_
     ids = (loaded.mask_token_id, loaded.eos_token_id, loaded.pad_token_id, loaded.bos_token_id)
     assert ids == (5, 2, 1, 0) and loaded("the fox").input_ids == own.encode("the fox").ids
     assert loaded(f"the {loaded.mask_token}").input_ids[-1] == 5
+    (tokenizer_folder / "special_tokens_map.json").write_text("[")
+    with pytest.raises(ValueError, match=re.escape(f"{tokenizer_folder / 'special_tokens_map.json'} is")):
+        save_pretrained(model, tmp_path / "damaged", tokenizer=tokenizer_folder)
 
 
 def test_a_training_run_and_what_is_refused(tmp_path, capsys):
@@ -279,7 +283,7 @@ folder = {str(folder)!r}
 config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
 assert config.mask_token_id == tokenizer.mask_token_id == 5 and tokenizer.pad_token_id == 1
 assert type(AutoModel.from_pretrained(folder, trust_remote_code=True)).__name__ == "IlladaModel"
-batch = tokenizer(["the quick", "brown"], padding=True, return_tensors="pt", return_token_type_ids=False)
+batch = tokenizer(["the quick", "brown"], padding=True, return_tensors="pt")
 model.train()
 model(**batch, labels=batch["input_ids"]).loss.backward()
 torch.optim.SGD(model.parameters(), 0.1).step()

@@ -100,7 +100,10 @@ def write_pretrained(
     config["torch_dtype"] = str(dtype or model.embed_tokens.weight.dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if layout.auto_map:
-        hf_export.complete(folder, model.config, OLDEST_TRANSFORMERS)
+        try:
+            hf_export.complete(folder, model.config, OLDEST_TRANSFORMERS)
+        except ValueError as error:  # about a file of the tokenizer, which is a copy
+            raise ValueError(str(error).replace(str(folder), str(tokenizer))) from None
 
     shards: list[dict[str, Tensor]] = [{}]
     size = total = 0

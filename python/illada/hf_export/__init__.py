@@ -95,8 +95,8 @@ def _name_special_tokens(folder: Path, config: ModelConfig) -> dict[str, str]:
     texts = {kind: tokenizer.id_to_token(number) for kind, number in ids.items() if number is not None}
     named = {kind: text for kind, text in texts.items() if text is not None}
     old = folder / "special_tokens_map.json"
-    values = {"tokenizer_class": "PreTrainedTokenizerFast", **read_if_there(old)}
-    values |= {**read_if_there(folder / "tokenizer_config.json"), **named}
+    values = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"]}
+    values |= {**read_if_there(old), **read_if_there(folder / "tokenizer_config.json"), **named}
     old.unlink(missing_ok=True)
     text = json.dumps(values, indent=2, ensure_ascii=False)
     (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
