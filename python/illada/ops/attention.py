@@ -28,7 +28,6 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from illada._native import native
 from illada.devices import autocast_dtype
@@ -378,12 +377,12 @@ def _pairs(q: Tensor, k: Tensor, plan: Tensor, num_sequences: int) -> int:
     return q.shape[0] * k.shape[0] // max(1, num_sequences)
 
 
-@register_flop_formula(torch.ops.illada.varlen_attention_fwd, get_raw=True)
+@lib.counts_flops("varlen_attention_fwd")
 def _fwd_flops(q, k, v, plan, num_sequences, *args, out_val=None, **kwargs) -> int:
     return 4 * q.shape[1] * q.shape[2] * _pairs(q, k, plan, num_sequences)  # two GEMMs
 
 
-@register_flop_formula(torch.ops.illada.varlen_attention_bwd, get_raw=True)
+@lib.counts_flops("varlen_attention_bwd")
 def _bwd_flops(dout, dlse, q, k, v, out, lse, plan, num_sequences, *args, out_val=None, **kwargs) -> int:
     return 10 * q.shape[1] * q.shape[2] * _pairs(q, k, plan, num_sequences)  # five GEMMs
 
