@@ -102,7 +102,7 @@ class _Head:
     def standing_in(self, module: nn.Module, batch: _Masked, return_nll: bool) -> Iterator[None]:
         own = module.__dict__.get("forward")
         self.module, self.plain, self.batch, self.return_nll = module, module.forward, batch, return_nll
-        module.forward = self.forward  # type: ignore[method-assign]
+        module.forward = self.forward
         try:
             yield
         finally:
@@ -196,6 +196,7 @@ class MaskedDiffusionTrainer(Trainer):
     """
 
     loss_is_scaled_for_ga = True
+    model: Any
 
     def __init__(
         self,
@@ -337,6 +338,7 @@ class MaskedDiffusionTrainer(Trainer):
             parts = predictions if isinstance(predictions, list) else [predictions]
             nll, tokens = np.concatenate(parts).astype(np.float64).T
             prefix = kwargs.get("metric_key_prefix", "eval")
+            assert result.metrics is not None
             result.metrics[f"{prefix}_loss"] = float(nll.sum() / max(1.0, tokens.sum()))
         return result
 
