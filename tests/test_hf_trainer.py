@@ -2,7 +2,6 @@
 
 import copy
 import os
-import socket
 import subprocess
 import sys
 
@@ -17,7 +16,6 @@ from transformers import (
     Gemma2Config,
     LlamaConfig,
     ModernBertConfig,
-    Trainer,
     TrainerCallback,
     TrainingArguments,
 )
@@ -267,3 +265,120 @@ def test_what_would_be_another_loss_is_refused(tmp_path):
         trainer.compute_loss(trainer.model, {"input_ids": torch.ones(1, 3, dtype=torch.int64)})
     with pytest.raises(ValueError, match="labels must be as long as input_ids"):
         MaskedDiffusionCollator()([{"input_ids": [1, 2], "labels": [1]}])
+
+
+BFLOAT16 = {"bf16": True}
+CHECKPOINTING = {"activation_checkpointing": True}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "bert", "gemma2"])
+@pytest.mark.parametrize("options", [BFLOAT16, CHECKPOINTING], ids=["bf16", "checkpointing"])
+def test_bfloat16_and_checkpointing(name, options, tmp_path):
+    got = step(tmp_path, make_model(name), batch=2, accumulation=4, **options)
+    assert_same(got, step(tmp_path, make_model(name)), 5e-2 if options is BFLOAT16 else 1e-6)
+    assert all(grad.dtype == torch.float32 for grad in got[1].values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "bert"])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled(name, backend, tmp_path):
+    attention.register()
+    model = make_model(name, attn_implementation="illada")
+    options = {"torch_compile": True, "torch_compile_backend": backend, "accumulation": 4, "batch": 2}
+    got = step(tmp_path, model, **options)
+    assert_same(got, step(tmp_path, make_model(name)))
+
+
+# ----------------------------------------------------------------------------------------------------- two processes
+
+
+def fsdp(**config):
+    return {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "FULL_STATE_DICT", **config}}
+
+
+FSDP = fsdp()
+#: name: model, arguments of the trainer
+CASES = {
+    **{f"DDP, {name}": (name, {"batch": 4}) for name in CONFIGS},
+    "DDP, accumulation": ("llama", {"batch": 1, "accumulation": 4}),
+    "DDP, bfloat16": ("llama", {"batch": 2, "accumulation": 2, **BFLOAT16}),
+    "DDP, checkpointing": ("bert", {"batch": 2, "accumulation": 2, **CHECKPOINTING}),
+    "DDP, compiled": ("llama", {"batch": 2, "accumulation": 2, "torch_compile": True, "torch_compile_backend": "aot_eager"}),
+    **{f"FSDP2, {name}": (name, {"batch": 4, **FSDP}) for name in ("llama", "llama, tied", "gemma2")},
+    "FSDP2, modernbert": ("modernbert", {"batch": 4, **fsdp(transformer_layer_cls_to_wrap=["ModernBertEncoderLayer"])}),
+    "FSDP2, accumulation": ("llama, tied", {"batch": 1, "accumulation": 4, **FSDP}),
+    "FSDP2, bfloat16": ("llama", {"batch": 2, "accumulation": 2, **FSDP, **BFLOAT16}),
+    "FSDP2, checkpointing": ("llama", {"batch": 2, "accumulation": 2, **FSDP, **CHECKPOINTING}),
+}  # fmt: skip
+HAS_FSDP = torch.__version__ >= (2, 13)  # before, gloo could not average, or summed (pytorch#162338)
+
+
+def let_accelerate_shard_on_a_cpu():
+    """It knows FSDP on accelerators only, and on a CPU takes DDP without a word."""
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType
+
+    plain = AcceleratorState.__init__
+
+    def init(self, *arguments, fsdp_plugin=None, **options):
+        plain(self, *arguments, fsdp_plugin=fsdp_plugin, **options)
+        if fsdp_plugin is not None:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+            if self._mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
+
+    AcceleratorState.__init__ = init
+
+
+def run_process(folder, rank):
+    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="localhost")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=int(rank), world_size=2)
+    attention.register()
+    let_accelerate_shard_on_a_cpu()
+    results = {}
+    for case, (name, options) in CASES.items():
+        if HAS_FSDP or "fsdp" not in options:
+            kind = None if name in ("modernbert", "gemma2") else "illada"  # these have windows and caps
+            model, seen = make_model(name, attn_implementation=kind), Gradients()
+            trainer = make_trainer(f"{folder}/{case}", model, callbacks=[seen], **options)
+            loss = trainer.train().training_loss
+            results[case] = loss, seen.steps[0], trainer.evaluate()["eval_loss"]
+            trainer.save_model(f"{folder}/{case}/saved")
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from test_hf_trainer import run_process; run_process(*sys.argv[2:])"
+    command = [sys.executable, "-c", code, os.path.dirname(__file__), str(folder)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    processes = [subprocess.Popen([*command, rank], stderr=subprocess.PIPE, text=True, env=env) for rank in "01"]
+    for process in processes:
+        _, errors = process.communicate(timeout=480)
+        assert process.returncode == 0, errors
+    return folder, [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_make_the_step_of_one(case, two_processes, tmp_path):
+    """With padded batches and attn_implementation="illada", against SDPA in one process."""
+    folder, results = two_processes
+    name, options = CASES[case]
+    if "fsdp" in options and not HAS_FSDP:
+        pytest.skip("FSDP2 on gloo needs torch 2.13")
+    want, bound = step(tmp_path, make_model(name)), make_trainer(tmp_path, make_model(name)).evaluate()["eval_loss"]
+    tolerance = 5e-2 if "bf16" in options else 1e-5
+    for got in results:
+        assert_same(got[case][:2], want, tolerance)
+        assert got[case][2] == pytest.approx(bound, rel=tolerance)
+    for first, second in zip(*(got[case][1].values() for got in results), strict=True):
+        assert torch.equal(first, second)
+    kind = AutoModelForMaskedLM if "bert" in name else AutoModelForCausalLM
+    loaded = kind.from_pretrained(folder / case / "saved").state_dict()
+    for key, tensor in make_model(name).state_dict().items():
+        assert torch.equal(loaded[key], tensor), key
