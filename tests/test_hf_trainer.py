@@ -301,8 +301,8 @@ def fsdp(**config):
 FSDP = fsdp()
 #: name: model, arguments of the trainer
 CASES = {
-    **{f"DDP, {name}": (name, {"batch": 4}) for name in CONFIGS},
-    "DDP, accumulation": ("llama", {"batch": 1, "accumulation": 4}),
+    **{f"DDP, {name}": (name, {"batch": 4}) for name in ("llama", "bert")},
+    "DDP, accumulation": ("llama, tied", {"batch": 1, "accumulation": 4}),
     "DDP, bfloat16": ("llama", {"batch": 2, "accumulation": 2, **BFLOAT16}),
     "DDP, checkpointing": ("bert", {"batch": 2, "accumulation": 2, **CHECKPOINTING}),
     "DDP, compiled": ("llama", {"batch": 2, "accumulation": 2, "torch_compile": True, "torch_compile_backend": "aot_eager"}),
@@ -325,9 +325,11 @@ def let_accelerate_shard_on_a_cpu():
     def init(self, *arguments, fsdp_plugin=None, **options):
         plain(self, *arguments, fsdp_plugin=fsdp_plugin, **options)
         if fsdp_plugin is not None:
-            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+            self.fsdp_plugin = fsdp_plugin
             if self._mixed_precision != "no":
                 fsdp_plugin.set_mixed_precision(self._mixed_precision)
+        if self.__dict__.get("fsdp_plugin") is not None:
+            self.distributed_type = DistributedType.FSDP
 
     AcceleratorState.__init__ = init
 
