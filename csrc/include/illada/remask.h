@@ -73,8 +73,9 @@ void sample_tokens_cpu(const SampleTokensParams& params);
 // outside of the vocabulary are skipped.
 void sample_tokens_cuda(const SampleTokensParams& params);
 
-// Bytes of workspace that sample_tokens_cuda needs, 0 where every row is one CTA's.
-int64_t sample_tokens_workspace(int64_t num_rows, int64_t vocab_size, int device);
+// Bytes of workspace that sample_tokens_cuda needs, 0 where every row is one CTA's and none is filtered.
+// filtered: may_filter(params).
+int64_t sample_tokens_workspace(int64_t num_rows, int64_t vocab_size, int device, bool filtered = false);
 
 // sample_tokens of the logits hidden[rows] @ weight^T, which are never written: the reductions happen where the GEMM's
 // accumulators are.
@@ -89,7 +90,8 @@ struct LinearSampleTokensParams {
   int64_t width = 0;              // a multiple of 8
 };
 
-// On compute capability 9.0 (sm_90a: wgmma, TMA). Rows outside of hidden are taken as zeros. At most 2^30 rows.
+// On compute capability 9.0 (sm_90a: wgmma, TMA). Rows outside of hidden are taken as zeros. At most 2^30 rows. No
+// filters: may_filter(params.sample) is refused.
 void linear_sample_tokens_cuda(const LinearSampleTokensParams& params);
 
 // Bytes of workspace that it needs, or -1 where there is no such kernel for these params: another GPU or build, dtype
