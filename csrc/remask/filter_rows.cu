@@ -55,7 +55,7 @@ struct RowFilter {
   float maximum = 0, minimum = 0;
   float floor = -INFINITY;  // smaller logits count no more
   float scale = 0;          // bins of a distance of 1
-  int bin = 0;
+  int bin = 0, weight_bits = 0;
 
   // f(x, id) for every id of the row, by the threads of the CTA.
   template <typename F>
@@ -68,9 +68,10 @@ struct RowFilter {
       const int first = vector * kVector;
       if (bias.count && shared.biased[vector % kBiasBits / 32] >> (vector % 32) & 1) {
         for (int b = 0; b < bias.count; ++b) {
+          const int at = bias.ids[b] - first;
+          const float value = bias.values[b];
 #pragma unroll
-          for (int i = 0; i < kVector; ++i)
-            if (bias.ids[b] - first == i) x[i] += bias.values[b];
+          for (int i = 0; i < kVector; ++i) x[i] += at == i ? value : 0.0f;  // a branch would put x in local memory
         }
       }
 #pragma unroll
@@ -219,54 +220,51 @@ struct RowFilter {
 
   // The smallest logit that top_k keeps.
   __device__ __forceinline__ float find_top_k(int32_t top_k) {
-    const auto count = [&](int at) { return Sum(shared.count[at]); };
-    const auto find = [&](float bins_of_one) {
-      scale = bins_of_one;
+    scale = kBinsOfOne;
+    for (bool again = true;; again = false) {
       fill_bins([](float, int) { return 0u; });
-      bin = find_bin(count, [&](Sum) { return Sum(top_k); });
-    };
-    find(kBinsOfOne);
-    if (bin == kLastBin) find(float(kLastBin) / (maximum - minimum));  // 0 where the difference is infinite
-    if (bin < 0) return -INFINITY;                                     // fewer are above it
+      bin = find_bin([&](int at) { return Sum(shared.count[at]); }, [&](Sum) { return Sum(top_k); });
+      if (bin != kLastBin || !again) break;
+      scale = float(kLastBin) / (maximum - minimum);  // 0 where the difference is infinite
+    }
+    if (bin < 0) return -INFINITY;  // fewer are above it
     return of_key(find_key(Sum(top_k) - shared.before, [](float) { return 1u; }));
   }
 
+  // What the weight of an id lacks of that of its bin's edge, which is 2^weight_bits. Ids that are e^-32 times as
+  // likely as the first have no weight.
+  __device__ __forceinline__ uint32_t lacking(float x, int at) const {
+    const float beyond = distance(x) - float(at);  // exact
+    const float lost = 1.0f - exp2_approx(beyond * (-kLog2eF / kBinsOfOne));
+    return at == kLastBin ? 0 : __float2uint_rn(lost * float(1 << weight_bits));
+  }
+  __device__ __forceinline__ uint32_t weight(float x) const { return (1u << weight_bits) - lacking(x, bin); }
+
   // Where top_p ends, among what is not below the floor.
   __device__ __forceinline__ void find_top_p(float top_p, float temperature, float& value, int32_t& last) {
-    // The fractions of a bin, each less than 2^(bits - 6), sum to less than 2^32.
-    const int bits = min(20, 6 + __clz(vocab - 1));
-    const float one = float(1 << bits);
+    weight_bits =
+        min(20, 6 + __clz(vocab - 1));  // what a bin's weights lack is less than 2^(bits - 6) each, 2^32 in all
     scale = fminf(kBinsOfOne / temperature, 1e30f);
-    const auto lacking = [&](float x, int at) {
-      if (at == kLastBin) return 0u;
-      const float beyond = distance(x) - float(at);  // exact
-      return __float2uint_rn((1.0f - exp2_approx(beyond * (-kLog2eF / kBinsOfOne))) * one);
-    };
-    const auto weight = [&](float x) { return uint32_t(one) - lacking(x, bin); };
-    // Ids e^-32 times as likely as the first have no mass.
-    const auto edge = [&](int at) { return exp2(double(at) * (-double(kLog2eF) / kBinsOfOne) + kEdgeBits); };
-    fill_bins(lacking);
+    fill_bins([&](float x, int at) { return lacking(x, at); });
     Sum wanted = 0;
     bin = find_bin(
         [&](int at) {
-          const Sum weights = (Sum(shared.count[at]) << bits) - shared.fraction[at];
+          const Sum weights = (Sum(shared.count[at]) << weight_bits) - shared.fraction[at];
           return at == kLastBin ? 0 : Sum(double(weights) * edge(at) + 0.5);
         },
         [&](Sum total) { return wanted = Sum(fmax(ceil(double(top_p) * double(total)), 1.0)); });
     const Sum needed = Sum(fmax(ceil(double(wanted - shared.before) / edge(bin)), 1.0));
-    const int32_t key = find_key(needed, weight);
+    const int32_t key = find_key(needed, [&](float x) { return weight(x); });
     value = of_key(key);
     // Of those that equal it the lowest ids are kept, as many as it takes.
     const Sum above = sum_of_bin([&](float x, int) { return key_of(x) > key ? Sum(weight(x)) : 0; });
-    const auto equal_up_to = [&](int most) {
-      return sum_of_bin([&](float x, int id) { return Sum(key_of(x) == key && id <= most); });
-    };
+    const Sum equal = sum_of_bin([&](float x, int) { return Sum(key_of(x) == key); });
     const Sum kept = above < needed ? (needed - above - 1) / weight(value) + 1 : 1;
-    if (kept >= equal_up_to(INT_MAX)) return;
+    if (kept >= equal) return;
     int32_t low = 0, high = vocab - 1;
     while (low < high) {
       const int32_t middle = low + (high - low) / 2;
-      if (equal_up_to(middle) >= kept) {
+      if (sum_of_bin([&](float x, int id) { return Sum(key_of(x) == key && id <= middle); }) >= kept) {
         high = middle;
       } else {
         low = middle + 1;
@@ -274,12 +272,17 @@ struct RowFilter {
     }
     last = low;
   }
+  // Of a bin, in the fixed point of masses: what its weights are multiplied by.
+  __device__ __forceinline__ static double edge(int at) {
+    return exp2(double(at) * (-double(kLog2eF) / kBinsOfOne) + kEdgeBits);
+  }
 };
 
 template <typename T, bool kAligned>
-__global__ __launch_bounds__(kThreads, 1) void illada_sample_filters_sm80(const __grid_constant__ SampleTokensParams p,
-                                                                       RowCut* cuts,
-                                                                       const __grid_constant__ DependentLaunch launch) {
+__global__ __launch_bounds__(kThreads,
+                             1) void illada_sample_filters_sm80(const __grid_constant__ SampleTokensParams p,
+                                                                RowCut* cuts,
+                                                                const __grid_constant__ DependentLaunch launch) {
   __shared__ SharedStorage shared;
   const int64_t row = blockIdx.x;
   wait_for_previous_kernel(launch);
