@@ -8,8 +8,7 @@ import sys
 from collections.abc import Sequence
 
 #: Command to module; each has `DEVICES`, `cases(device) -> list[Case]` and `goals(records) -> list[Goal]`. Where there
-#: are `DIRECTIONS`, `cases` takes one of them as well, and where there is a `SPREAD` another one; `plot(records, path)`
-#: draws instead of the report's bars.
+#: are `DIRECTIONS`, `cases` takes one of them as well, and where there is a `SPREAD` another one.
 BENCHES = {
     "remask": "benchmarks.remask",
     "attention": "benchmarks.attention",
@@ -78,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="exit 1 where a goal of the bench is missed")
     parser.add_argument("--list", action="store_true", help="print the names of the cases and stop")
     options = parser.parse_args(arguments)
-    from benchmarks import dry_run, report, runner
+    from benchmarks import ceiling, dry_run, plots, report, runner
 
     dry_run.prepare()
     bench = importlib.import_module(BENCHES[options.bench])
@@ -101,15 +100,15 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error(f"--spread must be a positive number, got {options.spread:g}")
         more["spread"] = options.spread
     offered = bench.cases(device, **more)
-    cases = [case for case in offered if options.only is None or case.yardstick or options.only in case.name]
-    if all(case.yardstick for case in cases):
+    cases = [case for case in offered if options.only is None or options.only in case.name]
+    if not cases:
         parser.error(f"no case of {options.bench} contains {options.only!r}: {', '.join(c.name for c in offered)}")
     if options.list:
         print("\n".join(case.name for case in cases))
         return 0
     records = runner.run(
         options.bench,
-        cases,
+        [*ceiling.cases(cases, device), *cases],
         providers=options.provider,
         repeats=options.repeats,
         device=device,
@@ -117,7 +116,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     report.print_table(records)
     if options.plot:
-        getattr(bench, "plot", report.plot)(records, options.plot)
+        plots.plot(records, options.plot)
     goals = bench.goals(records)
     for goal in goals:
         print(report.goal_line(goal))

@@ -135,6 +135,7 @@ def make_case(job: Job, direction: str = "fwd", names: Sequence[str] | None = No
         name=f"{direction} {job.name}",
         make=make,
         flops=flops,
+        dtype=job.dtype,
         bytes=job.bytes(direction),
         repeats=REPEATS[job.device.type],
         slow={"sdpa padded"},
@@ -185,10 +186,11 @@ def goals(records: Sequence[dict[str, Any]]) -> list[Goal]:
         if (bar := TERAFLOPS.get(r["case"])) is not None:
             found.append(Goal(f"{r['case']}: {rate:.0f} TFLOP/s (goal {bar})", rate >= bar))
         peers = [p for p in singles if p["case"] == r["case"] and not p["provider"].startswith("illada")]
-        if peers and direction in TIMES:
+        longest = (r["counts"] or {}).get("longest")
+        if peers and direction in TIMES and longest is not None:
             best = min(peers, key=lambda p: p["median_ms"])
             times = best["median_ms"] / r["median_ms"]
-            wanted = next(w for longest, w in TIMES[direction] if r["counts"]["longest"] <= longest)
+            wanted = next(w for most, w in TIMES[direction] if longest <= most)
             text = f"{r['case']}: {rate:.0f} TFLOP/s, {times:.2f}x the best peer, {best['provider']} (goal {wanted:g}x)"
             found.append(Goal(text, times >= wanted))
     return found

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 import illada
-from benchmarks import published, timing
-from benchmarks.runner import Case, Goal, Provider, compiled, copy_case, copy_share, generator, no_compiler, ratio
+from benchmarks import ceiling, published, timing
+from benchmarks.runner import Case, Goal, Provider, compiled, generator, no_compiler, on_gpu, ratio
 from benchmarks.timing import CPU
 
 DEVICES = ("cpu", "cuda")
@@ -168,6 +168,7 @@ def linear_case(
         name=f"linear {rows}x{width}x{vocab} T={temperature:g}",
         make=make,
         flops=2.0 * rows * width * vocab,  # the matrix product
+        dtype=dtype,
         bytes=(vocab + rows) * width * dtype.itemsize,  # weight and hidden states, read once; no logits
         repeats=REPEATS[device.type],
         slow={"mm+published"},
@@ -219,11 +220,10 @@ def commit_case(sequences: int, rows: int, rule: str, device: torch.device = CPU
 
 
 def cases(device: torch.device = CPU) -> list[Case]:
-    """CPU: the step in all shapes and temperatures. GPU: the copy bandwidth, then each part and the step."""
+    """CPU: the step in all shapes and temperatures. GPU: each part, then the step."""
     if device.type != "cuda":
         return [step_case(rows, vocab, t) for rows, vocab in SHAPES for t in TEMPERATURES]
     return [
-        copy_case(device),
         *(sample_case(rows, vocab, t, device=device) for rows, vocab in CUDA_SHAPES for t in TEMPERATURES),
         *(linear_case(rows, WIDTH, VOCAB, 1.0, device=device) for rows in LINEAR_ROWS),
         *(commit_case(*shape, rule, device) for shape in COMMIT_SHAPES for rule in ("quota", "threshold")),
@@ -259,7 +259,7 @@ def cuda_goals(records: Sequence[dict[str, Any]]) -> list[Goal]:
         kind, _, shape = r["case"].partition(" ")
         rows = int(shape.split("x")[0])
         us = 1e3 * r["median_ms"]
-        share = copy_share(records, r)
+        share = ceiling.share(records, r, "bytes")
         if kind == "sample" and rows >= 1024 and share is not None:
             found.append(Goal(f"{r['case']}: {share:.0%} of copy bandwidth (goal 90%)", share >= 0.9))
         if kind == "step" and rows == 128:
@@ -273,4 +273,4 @@ def cuda_goals(records: Sequence[dict[str, Any]]) -> list[Goal]:
 
 def goals(records: Sequence[dict[str, Any]]) -> list[Goal]:
     """Of the device that the records are from."""
-    return (cpu_goals if all(r["timing"] == "clock" for r in records) else cuda_goals)(records)
+    return (cuda_goals if any(map(on_gpu, records)) else cpu_goals)(records)

@@ -28,7 +28,7 @@ from illada.terminal import shows
 
 KEYS = (
     "bench", "case", "provider", "median_ms", "p20_ms", "p80_ms", "flops", "bytes", "peak_memory_bytes", "error",
-    "counts", "device", "torch", "commit", "timing", "variants", "date",
+    "counts", "device", "torch", "commit", "timing", "variants", "date", "dtype",
 )  # fmt: skip
 
 
@@ -61,6 +61,7 @@ class Case:
 
     make: builds the inputs and the providers, ours first; called when the case runs, so that memory is not held.
     flops, bytes: of the job itself, whoever does it; the formulas stand where they are set.
+    dtype: of its matrix products; the machine's own product of that dtype is what its FLOPs are held against.
     peak_memory: bytes that a provider needs beyond its inputs; on a GPU the runner measures it.
     yardstick: what the others are measured by; runs whichever cases and providers were asked for.
     """
@@ -73,6 +74,7 @@ class Case:
     repeats: int = 7
     slow: set[str] = field(default_factory=set)  # providers timed a third as often
     yardstick: bool = False
+    dtype: torch.dtype | None = None
 
 
 @dataclass
@@ -189,6 +191,7 @@ def _run_case(
                 "p80_ms": ms[int(0.8 * (len(ms) - 1) + 0.5)],
                 "flops": case.flops,
                 "bytes": case.bytes,
+                "dtype": None if case.dtype is None else str(case.dtype).removeprefix("torch."),
                 "peak_memory_bytes": memory.get(entry.provider.name),
                 "error": errors[entry.provider.name],
                 "counts": counts[entry.provider.name],
@@ -218,18 +221,6 @@ def _interleave(timed: list[Timed], timer: Any, repeats: int, slow: set[str]) ->
                 continue
             readings[which].append(timer.measure(timed[which].call))
     return [[ms / t.count for ms in timer.milliseconds(r)] for t, r in zip(timed, readings, strict=True)]
-
-
-def copy_case(device: torch.device, size: int = 1 << 30) -> Case:
-    """A device-to-device copy of `size` bytes: the bandwidth that everything else is held against."""
-
-    def make() -> list[Provider]:
-        source = torch.randint(256, (size,), dtype=torch.uint8, device=device, generator=generator(device))
-        target = torch.empty_like(source)
-        return [Provider("copy", lambda: target.copy_(source))]
-
-    # every byte read once and written once
-    return Case(f"copy {size / 2**20:g} MiB", make, bytes=2 * size, repeats=30, yardstick=True)
 
 
 def generator(device: torch.device, seed: int = 0) -> torch.Generator:
@@ -265,12 +256,9 @@ def ratio(
     return values[provider] / values["illada"]
 
 
-def copy_share(records: Sequence[dict[str, Any]], record: dict[str, Any]) -> float | None:
-    """Bytes a second as a share of the copy bandwidth measured beside it, or None without a copy or bytes."""
-    copies = [r["bytes"] / r["median_ms"] for r in records if r["provider"] == "copy"]
-    if not copies or not record["bytes"]:
-        return None
-    return record["bytes"] / record["median_ms"] / statistics.median(copies)
+def on_gpu(record: dict[str, Any]) -> bool:
+    """Where it was measured; when records had no `timing` yet, all were of a CPU."""
+    return record["timing"] not in (None, timing.Clock.timing)
 
 
 def commit() -> str | None:

@@ -55,7 +55,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import published
-from benchmarks.runner import Case, Goal, Provider, ratio, reason
+from benchmarks.runner import Case, Goal, Provider, on_gpu, ratio, reason
 from benchmarks.timing import CPU
 from benchmarks.weights import random_model
 from illada.config import ModelConfig
@@ -214,6 +214,7 @@ def make_case(job: Job) -> Case:
         name=job.name,
         make=make,
         flops=flops(job.config, job.make_batch(job.config)),
+        dtype=torch.bfloat16 if job.device.type == "cuda" else torch.float32,
         peak_memory=partial(measure_memory, job.name),
         repeats=REPEATS[job.device.type],
     )
@@ -265,9 +266,9 @@ def goals(records: Sequence[dict[str, Any]]) -> list[Goal]:
     for case in dict.fromkeys(r["case"] for r in records):
         ours = next((r for r in records if r["case"] == case and r["provider"] == "illada"), None)
         faster = ratio(records, case, "padded")
-        if ours is not None and ours["timing"] == "events":
-            peak = next((peak for name, peak in PEAKS.items() if name in ours["device"]), None)
-            if case.startswith("8b ") and peak is not None:
+        if ours is not None and on_gpu(ours):
+            peak = next((peak for name, peak in PEAKS.items() if name in (ours["device"] or "")), None)
+            if case.startswith("8b ") and peak is not None and ours["flops"]:
                 share = ours["flops"] / ours["median_ms"] / 1e9 / peak
                 found.append(Goal(f"{case}: {share:.0%} of {peak} TFLOP/s (goal 50%)", share >= 0.5))
             if faster is not None:

@@ -1,0 +1,246 @@
+"""Pictures of records: bars of each case for a few cases of one bench, else a dot plot of many.
+
+Times are relative to illada's in the same case, timed in the same way. Colours are those of Okabe and Ito, which people
+see apart who are blind to some.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+Records = Sequence[Record]
+
+MOST_PANELS = 12
+NOISY = 0.2
+OURS, VARIANT, PEER = "#0072B2", "#56B4E9", "#BBBBBB"
+PEERS = ("#D55E00", "#E69F00", "#009E73", "#CC79A7", "#000000", "#999999", "#F0E442")
+MARKERS = "osD^vP*X<>hdp8"
+YARDSTICKS = {"copy": "bytes", "matmul": "flops"}
+
+
+# ----------------------------------------------------------------------------------------------------- what is written
+
+
+def spread(record: Record) -> float | None:
+    """p20 to p80 as a share of the median; None where they are not known."""
+    if record["p20_ms"] is None or record["p80_ms"] is None:
+        return None
+    return (record["p80_ms"] - record["p20_ms"]) / record["median_ms"]
+
+
+def once(record: Record) -> bool:
+    """Timed by one call. Old records do not say how many there were, but of several no two ends are the same."""
+    return record.get("n") == 1 if record.get("n") is not None else spread(record) == 0
+
+
+def noisy(record: Record) -> bool:
+    """Its calls differ so much that small ratios mean nothing."""
+    return not once(record) and (spread(record) or 0) > NOISY
+
+
+def about(records: Records) -> str:
+    """What is the same for all, for a title: device, threads, torch, commit, date."""
+
+    def values(key: str) -> list[str]:
+        found = dict.fromkeys(r.get(key) for r in records)
+        return [str(x)[:10] if key == "date" else str(x) for x in found if x is not None]
+
+    def said(key: str, text: str) -> str:
+        found = list(dict.fromkeys(values(key)))
+        return text.format(" and ".join(found)) if found else ""
+
+    parts = [
+        said("device", "{}"), said("threads", "{} threads"), said("torch", "torch {}"),
+        said("commit", "commit {}"), said("date", "{}"),
+    ]  # fmt: skip
+    return ", ".join(part for part in parts if part)
+
+
+def time_text(ms: float) -> str:
+    """Three digits and a unit."""
+    scale, unit = (1e-3, "s") if ms >= 9999.5 else (1e3, "us") if ms < 0.09995 else (1.0, "ms")
+    value = ms * scale
+    return f"{value:.0f} {unit}" if value >= 99.95 else f"{value:.3g} {unit}"
+
+
+def _ceilings(records: Records) -> str:
+    """Of the copy and the products among the records."""
+    found = []
+    for r in records:
+        if r["provider"] in YARDSTICKS and r[YARDSTICKS[r["provider"]]]:
+            rate = r[YARDSTICKS[r["provider"]]] / r["median_ms"] / 1e6
+            found.append(f"{r['case']}: {rate:,.0f} {'GB/s' if r['provider'] == 'copy' else 'GFLOP/s'}")
+    return "; ".join(dict.fromkeys(found))
+
+
+# -------------------------------------------------------------------------------------------------------------- panels
+
+
+class Panel:
+    """A case timed in one way: the last record of each provider."""
+
+    def __init__(self, title: str, records: Records):
+        self.title = title
+        self.records = list({r["provider"]: r for r in records}.values())
+        ours = [r for r in self.records if r["provider"] == "illada"]
+        #: What is 1.
+        self.base = ours[0] if ours else min(self.records, key=lambda r: r["median_ms"])
+
+    def relative(self, record: Record) -> float:
+        """The record's median."""
+        return record["median_ms"] / self.base["median_ms"]
+
+    def ends(self, record: Record) -> tuple[float, float]:
+        """How far p20 and p80 are from it."""
+        if record["p20_ms"] is None or record["p80_ms"] is None:
+            return 0.0, 0.0
+        median, base = record["median_ms"], self.base["median_ms"]
+        return max(0.0, median - record["p20_ms"]) / base, max(0.0, record["p80_ms"] - median) / base
+
+
+def panels(records: Records) -> list[Panel]:
+    """Of the cases with a peer; where none has one, all cases in one panel."""
+    found: dict[str, list[Record]] = {}
+    for r in records:
+        if r["provider"] not in YARDSTICKS:
+            found.setdefault(r["case"] + (", CUDA graph" if r["timing"] == "graph" else ""), []).append(r)
+    made = [Panel(title, mine) for title, mine in found.items()]
+    compared = [panel for panel in made if len(panel.records) > 1]
+    if compared or not made:
+        return compared
+    alone = [{**panel.records[0], "provider": panel.title} for panel in made]
+    names = " and ".join(dict.fromkeys(r["provider"] for panel in made for r in panel.records))
+    return [Panel(f"{names}, no peer", alone)]
+
+
+def _groups(records: Records) -> list[tuple[str, Records]]:
+    keys = dict.fromkeys((r["bench"], r["device"]) for r in records)
+    return [(bench, [r for r in records if (r["bench"], r["device"]) == (bench, device)]) for bench, device in keys]
+
+
+# ------------------------------------------------------------------------------------------------------------- figures
+
+
+def plot(records: Records, path: str | Path) -> None:
+    """Draw all records into one picture."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    groups = [(bench, mine, panels(mine)) for bench, mine in _groups(records)]
+    groups = [group for group in groups if group[2]]
+    with matplotlib.rc_context({"text.parse_math": False, "font.size": 9, "hatch.linewidth": 0.6}):
+        figure = Figure(layout="constrained")
+        FigureCanvasAgg(figure)
+        if not groups:
+            figure.text(0.5, 0.5, "no results", ha="center")
+        elif len(groups) == 1 and len(groups[0][2]) <= MOST_PANELS:
+            _bars(figure, groups[0][0], groups[0][2])
+        else:
+            _dots(figure, [(bench, about(mine), found) for bench, mine, found in groups])
+        if groups:
+            _say(figure, [r for _, mine, _ in groups for r in mine], groups)
+        # nothing of the library's version: the same records give the same file
+        figure.savefig(path, dpi=120, metadata={"Software": None} if Path(path).suffix == ".png" else None)
+
+
+def _say(figure: Any, records: Records, groups: Sequence[tuple[str, Records, list[Panel]]]) -> None:
+    """What all panels have in common, above and below them."""
+    benches = ", ".join(dict.fromkeys(bench for bench, _, _ in groups))
+    figure.suptitle(f"{benches}: time relative to illada (= 1), less is better\n{about(records)}", fontsize=10)
+    below = "median; whiskers from p20 to p80"
+    shown = [r for _, _, found in groups for panel in found for r in panel.records]
+    if any(map(noisy, shown)):
+        below += f"; ~ noisy, they are more than {NOISY:.0%} of the median apart"
+    if any(map(once, shown)):
+        below += "; hatched or hollow: one call"
+    figure.supxlabel(below + (f"\n{c}" if (c := _ceilings(records)) else ""), fontsize=8, color="0.3")
+
+
+def _bars(figure: Any, bench: str, found: list[Panel]) -> None:
+    """Small multiples, each with a linear axis of its own."""
+    columns = 1 if len(found) == 1 else 2 if len(found) <= 4 else 3
+    lines = [found[i : i + columns] for i in range(0, len(found), columns)]
+    heights = [0.55 + 0.26 * max(len(panel.records) for panel in line) for line in lines]
+    figure.set_size_inches(4.2 * columns + (2.2 if columns == 1 else 0.6), sum(heights) + 1.1)
+    grid = figure.add_gridspec(len(lines), columns, height_ratios=heights)
+    for row, line in enumerate(lines):
+        for column, panel in enumerate(line):
+            axes = figure.add_subplot(grid[row, column])
+            _bar_panel(axes, panel)
+
+
+def _bar_panel(axes: Any, panel: Panel) -> None:
+    mine = panel.records[::-1]
+    furthest = max(panel.relative(r) + panel.ends(r)[1] for r in mine)
+    for y, r in enumerate(mine):
+        x, (low, high) = panel.relative(r), panel.ends(r)
+        color = OURS if r["provider"] == "illada" else VARIANT if r["provider"].startswith("illada") else PEER
+        axes.barh(y, x, height=0.72, color=color, hatch="////" if once(r) else None, edgecolor="white" if once(r) else None)
+        if low or high:
+            axes.errorbar(x, y, xerr=[[low], [high]], color="0.2", elinewidth=0.9, capsize=2)
+        text = f"{'~' if noisy(r) else ''}{time_text(r['median_ms'])}"
+        text += "" if r is panel.base else f", {x:.2f}x" if x < 9.95 else f", {x:.0f}x"
+        if r["peak_memory_bytes"]:
+            text += f", {r['peak_memory_bytes'] / 2**20:,.0f} MiB"
+        axes.annotate(text, (x + high, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
+    axes.set_yticks(range(len(mine)), [r["provider"] for r in mine], fontsize=8)
+    axes.set_xlim(0, 1.5 * furthest)
+    axes.axvline(1, color=OURS, linewidth=0.8, linestyle=":")
+    axes.tick_params(axis="x", labelsize=7, colors="0.3")
+    axes.set_title(panel.title, fontsize=9, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _dots(figure: Any, groups: Sequence[tuple[str, str, list[Panel]]]) -> None:
+    """A line for each case, a point for each provider, a part of the picture for each bench and device."""
+    heights = [0.8 + max(0.24 * len(found), 0.17 * len(_peers(found)) + 0.2) for _, _, found in groups]
+    figure.set_size_inches(10, sum(heights) + 1.0)
+    grid = figure.add_gridspec(len(groups), 1, height_ratios=heights)
+    for i, (bench, title, found) in enumerate(groups):
+        axes = figure.add_subplot(grid[i, 0])
+        _dot_panel(axes, found)
+        if len(groups) > 1:
+            axes.set_title(f"{bench}: {title}", fontsize=9, loc="left")
+
+
+def _peers(found: list[Panel]) -> list[str]:
+    return list(dict.fromkeys(r["provider"] for panel in found for r in panel.records if r["provider"] != "illada"))
+
+
+def _dot_panel(axes: Any, found: list[Panel]) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, ScalarFormatter
+
+    names = _peers(found)
+    axes.axvline(1, color=OURS, linewidth=1.2)
+    for i, name in enumerate(names):
+        style = {"color": PEERS[i % len(PEERS)], "marker": MARKERS[i % len(MARKERS)]}
+        for y, panel in enumerate(found):
+            for r in (r for r in panel.records if r["provider"] == name):
+                x, (low, high) = panel.relative(r), panel.ends(r)
+                axes.errorbar(
+                    x, y, xerr=[[low], [high]], markersize=5, elinewidth=0.8, linestyle="none",
+                    markerfacecolor="white" if once(r) else style["color"], **style,
+                )  # fmt: skip
+                if noisy(r):
+                    axes.annotate("~", (x, y), xytext=(0, 3), textcoords="offset points", ha="center", fontsize=8)
+        axes.plot([], [], label=name, linestyle="none", markersize=5, **style)
+    labels = [f"{panel.title}   {'~' if noisy(panel.base) else ''}{time_text(panel.base['median_ms'])}" for panel in found]
+    axes.set_yticks(range(len(found)), labels, fontsize=8)
+    axes.set_ylim(len(found) - 0.5, -0.5)
+    axes.grid(axis="y", color="0.92")
+    axes.set_axisbelow(True)
+    ratios = [panel.relative(r) for panel in found for r in panel.records]
+    if max(ratios) > 4 * min(ratios):
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlim(min(ratios) / 1.25, max(ratios) * 1.25)
+    axes.tick_params(axis="x", labelsize=8)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
