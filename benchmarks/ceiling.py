@@ -1,7 +1,7 @@
 """What the machine can do at most, measured in the same run: yardsticks that every row is held against.
 
-    copy SIZE MiB      one buffer to another; every byte is read once and written once
-    matmul N DTYPE     torch.mm of two square matrices, by the library that torch calls
+copy SIZE MiB      one buffer to another; every byte is read once and written once
+matmul N DTYPE     torch.mm of two square matrices, by the library that torch calls
 """
 
 from __future__ import annotations

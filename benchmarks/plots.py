@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.runner import NOISY, noisy, once
+
 Record = dict[str, Any]
 Records = Sequence[Record]
 
 MOST_PANELS = 12
-NOISY = 0.2
 OURS, VARIANT, PEER = "#0072B2", "#56B4E9", "#BBBBBB"
 PEERS = ("#D55E00", "#E69F00", "#009E73", "#CC79A7", "#000000", "#999999", "#F0E442")
 MARKERS = "osD^vP*X<>hdp8"
@@ -22,23 +23,6 @@ YARDSTICKS = {"copy": "bytes", "matmul": "flops"}
 
 
 # ----------------------------------------------------------------------------------------------------- what is written
-
-
-def spread(record: Record) -> float | None:
-    """p20 to p80 as a share of the median; None where they are not known."""
-    if record["p20_ms"] is None or record["p80_ms"] is None:
-        return None
-    return (record["p80_ms"] - record["p20_ms"]) / record["median_ms"]
-
-
-def once(record: Record) -> bool:
-    """Timed by one call. Old records do not say how many there were, but of several no two ends are the same."""
-    return record.get("n") == 1 if record.get("n") is not None else spread(record) == 0
-
-
-def noisy(record: Record) -> bool:
-    """Its calls differ so much that small ratios mean nothing."""
-    return not once(record) and (spread(record) or 0) > NOISY
 
 
 def about(records: Records) -> str:
@@ -179,7 +163,9 @@ def _bar_panel(axes: Any, panel: Panel) -> None:
     for y, r in enumerate(mine):
         x, (low, high) = panel.relative(r), panel.ends(r)
         color = OURS if r["provider"] == "illada" else VARIANT if r["provider"].startswith("illada") else PEER
-        axes.barh(y, x, height=0.72, color=color, hatch="////" if once(r) else None, edgecolor="white" if once(r) else None)
+        axes.barh(
+            y, x, height=0.72, color=color, hatch="////" if once(r) else None, edgecolor="white" if once(r) else None
+        )
         if low or high:
             axes.errorbar(x, y, xerr=[[low], [high]], color="0.2", elinewidth=0.9, capsize=2)
         text = f"{'~' if noisy(r) else ''}{time_text(r['median_ms'])}"
@@ -228,7 +214,9 @@ def _dot_panel(axes: Any, found: list[Panel]) -> None:
                 if noisy(r):
                     axes.annotate("~", (x, y), xytext=(0, 3), textcoords="offset points", ha="center", fontsize=8)
         axes.plot([], [], label=name, linestyle="none", markersize=5, **style)
-    labels = [f"{panel.title}   {'~' if noisy(panel.base) else ''}{time_text(panel.base['median_ms'])}" for panel in found]
+    labels = [
+        f"{panel.title}   {'~' if noisy(panel.base) else ''}{time_text(panel.base['median_ms'])}" for panel in found
+    ]
     axes.set_yticks(range(len(found)), labels, fontsize=8)
     axes.set_ylim(len(found) - 0.5, -0.5)
     axes.grid(axis="y", color="0.92")

@@ -17,24 +17,16 @@ from typing import Any
 
 from benchmarks import jsonl, plots
 from benchmarks.ceiling import share
-from benchmarks.runner import KEYS, Goal, ratio
+from benchmarks.runner import KEYS, Goal, marks, ratio, spread
 
 Records = Sequence[dict[str, Any]]
 
-WORDS = ("case", "provider", "timing", "spread")  # columns to the left; the others are numbers
+WORDS = ("case", "provider", "timing", "")  # columns to the left; the others are numbers
 
 
 def _rate(r: dict[str, Any]) -> float:
     """Floating-point operations a second."""
     return 1e3 * (r["flops"] or 0) / r["median_ms"]
-
-
-def _spread(r: dict[str, Any]) -> str:
-    """From p20 to p80, in percent of the median, and what is to be thought of it."""
-    if plots.once(r):
-        return "one call"
-    width = plots.spread(r)
-    return "-" if width is None else f"{width:.0%}{' noisy' if plots.noisy(r) else ''}"
 
 
 def _percent(value: float | None) -> str:
@@ -51,7 +43,7 @@ def _cells(records: Records, r: dict[str, Any]) -> dict[str, str]:
         "provider": r["provider"],
         "timing": r["timing"] or "-",
         "median ms": f"{r['median_ms']:.4f}",
-        "spread": _spread(r),
+        "spread": _percent(spread(r)),
         "GB/s": f"{r['bytes'] / seconds / 1e9:.1f}" if r["bytes"] else "-",
         "% of copy": _percent(share(records, r, "bytes")),
         f"{prefix}FLOP/s": f"{_rate(r) / {'G': 1e9, 'T': 1e12}[prefix]:.{digits}f}" if r["flops"] else "-",
@@ -59,6 +51,7 @@ def _cells(records: Records, r: dict[str, Any]) -> dict[str, str]:
         "MiB": f"{r['peak_memory_bytes'] / 2**20:.1f}" if r["peak_memory_bytes"] is not None else "-",
         "error": f"{r['error']:.1e}" if isinstance(r["error"], int | float) else "-",
         "ratio": "-" if times is None else f"{times:.2f}x",
+        "": marks(r) or "-",
     }
     found = r["counts"] or {}
     for name in dict.fromkeys(name for other in records for name in other["counts"] or ()):
@@ -168,7 +161,8 @@ def write_csv(records: Records, path: str | Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Show files of results: a table for each bench and device, the goals, and who was left out."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.report", description=main.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="python -m benchmarks.report", description=main.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example:\n  python -m benchmarks.report out.jsonl --plot out.png --csv out.csv --markdown",
     )  # fmt: skip
     parser.add_argument("files", nargs="+", metavar="FILE", help="written by `python -m benchmarks BENCH --json FILE`")
