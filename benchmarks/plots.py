@@ -45,9 +45,13 @@ def about(records: Records) -> str:
 
 def time_text(ms: float) -> str:
     """Three digits and a unit."""
-    scale, unit = (1e-3, "s") if ms >= 9999.5 else (1e3, "us") if ms < 0.09995 else (1.0, "ms")
-    value = ms * scale
-    return f"{value:.0f} {unit}" if value >= 99.95 else f"{value:.3g} {unit}"
+    scale, unit = (1e-3, "s") if ms >= 999.5 else (1e3, "us") if ms < 0.09995 else (1.0, "ms")
+    return f"{_digits(ms * scale)} {unit}"
+
+
+def _digits(value: float) -> str:
+    """Three of them."""
+    return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
 
 
 def _ceilings(records: Records) -> str:
@@ -119,23 +123,26 @@ def plot(records: Records, path: str | Path) -> None:
     with matplotlib.rc_context({"text.parse_math": False, "font.size": 9, "hatch.linewidth": 0.6}):
         figure = Figure(layout="constrained")
         FigureCanvasAgg(figure)
+        dots = len(groups) != 1 or len(groups[0][2]) > MOST_PANELS
         if not groups:
             figure.text(0.5, 0.5, "no results", ha="center")
-        elif len(groups) == 1 and len(groups[0][2]) <= MOST_PANELS:
-            _bars(figure, groups[0][0], groups[0][2])
+        elif not dots:
+            _bars(figure, groups[0][2])
         else:
-            _dots(figure, [(bench, about(mine), found) for bench, mine, found in groups])
+            devices = len({r["device"] for r in records})
+            titles = [f"{bench}, {mine[0]['device']}" if devices > 1 else bench for bench, mine, _ in groups]
+            _dots(figure, list(zip(titles, (found for _, _, found in groups), strict=True)))
         if groups:
-            _say(figure, [r for _, mine, _ in groups for r in mine], groups)
+            _say(figure, [r for _, mine, _ in groups for r in mine], groups, dots)
         # nothing of the library's version: the same records give the same file
         figure.savefig(path, dpi=120, metadata={"Software": None} if Path(path).suffix == ".png" else None)
 
 
-def _say(figure: Any, records: Records, groups: Sequence[tuple[str, Records, list[Panel]]]) -> None:
+def _say(figure: Any, records: Records, groups: Sequence[tuple[str, Records, list[Panel]]], dots: bool) -> None:
     """What all panels have in common, above and below them."""
     benches = ", ".join(dict.fromkeys(bench for bench, _, _ in groups))
     figure.suptitle(f"{benches}: time relative to illada (= 1), less is better\n{about(records)}", fontsize=10)
-    below = "median; whiskers from p20 to p80"
+    below = ("beside each case illada's median; " if dots else "") + "whiskers from p20 to p80"
     shown = [r for _, _, found in groups for panel in found for r in panel.records]
     if any(map(noisy, shown)):
         below += f"; ~ noisy, they are more than {NOISY:.0%} of the median apart"
@@ -144,7 +151,7 @@ def _say(figure: Any, records: Records, groups: Sequence[tuple[str, Records, lis
     figure.supxlabel(below + (f"\n{c}" if (c := _ceilings(records)) else ""), fontsize=8, color="0.3")
 
 
-def _bars(figure: Any, bench: str, found: list[Panel]) -> None:
+def _bars(figure: Any, found: list[Panel]) -> None:
     """Small multiples, each with a linear axis of its own."""
     columns = 1 if len(found) == 1 else 2 if len(found) <= 4 else 3
     lines = [found[i : i + columns] for i in range(0, len(found), columns)]
@@ -169,7 +176,7 @@ def _bar_panel(axes: Any, panel: Panel) -> None:
         if low or high:
             axes.errorbar(x, y, xerr=[[low], [high]], color="0.2", elinewidth=0.9, capsize=2)
         text = f"{'~' if noisy(r) else ''}{time_text(r['median_ms'])}"
-        text += "" if r is panel.base else f", {x:.2f}x" if x < 9.95 else f", {x:.0f}x"
+        text += "" if r is panel.base else f", {_digits(x)}x"
         if r["peak_memory_bytes"]:
             text += f", {r['peak_memory_bytes'] / 2**20:,.0f} MiB"
         axes.annotate(text, (x + high, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
@@ -181,16 +188,16 @@ def _bar_panel(axes: Any, panel: Panel) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _dots(figure: Any, groups: Sequence[tuple[str, str, list[Panel]]]) -> None:
+def _dots(figure: Any, groups: Sequence[tuple[str, list[Panel]]]) -> None:
     """A line for each case, a point for each provider, a part of the picture for each bench and device."""
-    heights = [0.8 + max(0.24 * len(found), 0.17 * len(_peers(found)) + 0.2) for _, _, found in groups]
+    heights = [0.8 + max(0.24 * len(found), 0.17 * len(_peers(found)) + 0.2) for _, found in groups]
     figure.set_size_inches(10, sum(heights) + 1.0)
     grid = figure.add_gridspec(len(groups), 1, height_ratios=heights)
-    for i, (bench, title, found) in enumerate(groups):
+    for i, (title, found) in enumerate(groups):
         axes = figure.add_subplot(grid[i, 0])
         _dot_panel(axes, found)
         if len(groups) > 1:
-            axes.set_title(f"{bench}: {title}", fontsize=9, loc="left")
+            axes.set_title(title, fontsize=9, loc="left")
 
 
 def _peers(found: list[Panel]) -> list[str]:
@@ -198,12 +205,13 @@ def _peers(found: list[Panel]) -> list[str]:
 
 
 def _dot_panel(axes: Any, found: list[Panel]) -> None:
-    from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, ScalarFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
     names = _peers(found)
     axes.axvline(1, color=OURS, linewidth=1.2)
     for i, name in enumerate(names):
-        style = {"color": PEERS[i % len(PEERS)], "marker": MARKERS[i % len(MARKERS)]}
+        color = VARIANT if name.startswith("illada") else PEERS[i % len(PEERS)]
+        style = {"color": color, "marker": MARKERS[i % len(MARKERS)]}
         for y, panel in enumerate(found):
             for r in (r for r in panel.records if r["provider"] == name):
                 x, (low, high) = panel.relative(r), panel.ends(r)
@@ -221,14 +229,16 @@ def _dot_panel(axes: Any, found: list[Panel]) -> None:
     axes.set_ylim(len(found) - 0.5, -0.5)
     axes.grid(axis="y", color="0.92")
     axes.set_axisbelow(True)
-    ratios = [panel.relative(r) for panel in found for r in panel.records]
+    shown = [(panel.relative(r), *panel.ends(r)) for panel in found for r in panel.records if r is not panel.base]
+    ratios = [1.0, *(x - low for x, low, _ in shown), *(x + high for x, _, high in shown)]
     if max(ratios) > 4 * min(ratios):
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter(ScalarFormatter())
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_xlim(min(ratios) / 1.25, max(ratios) * 1.25)
+        axes.set_xlim(min(ratios) / 1.15, max(ratios) * 1.15)
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}x")
     axes.tick_params(axis="x", labelsize=8)
+    axes.tick_params(axis="y", length=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)

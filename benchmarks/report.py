@@ -51,7 +51,7 @@ def _cells(records: Records, r: dict[str, Any]) -> dict[str, str]:
         "MiB": f"{r['peak_memory_bytes'] / 2**20:.1f}" if r["peak_memory_bytes"] is not None else "-",
         "error": f"{r['error']:.1e}" if isinstance(r["error"], int | float) else "-",
         "ratio": "-" if times is None else f"{times:.2f}x",
-        "": marks(r) or "-",
+        "": marks(r),
     }
     found = r["counts"] or {}
     for name in dict.fromkeys(name for other in records for name in other["counts"] or ()):
@@ -66,7 +66,7 @@ def _cells(records: Records, r: dict[str, Any]) -> dict[str, str]:
 def _rows(records: Records) -> list[dict[str, str]]:
     """The cells of all records, without columns that say nothing about any of them."""
     rows = [_cells(records, r) for r in records]
-    said = [name for name in (rows[0] if rows else ()) if any(row[name] != "-" for row in rows)]
+    said = [name for name in (rows[0] if rows else ()) if any(row[name] not in ("", "-") for row in rows)]
     return [{name: row[name] for name in said} for row in rows]
 
 
