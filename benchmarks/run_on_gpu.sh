@@ -282,7 +282,8 @@ models() {
     esac
     [ -n "$dry" ] || while IFS= read -r name; do
       grep -qF "\"case\": \"$name\"" "$out/results.jsonl" 2>/dev/null || left_out+=("$name")
-    done < <("$python" -m benchmarks "$bench" --device cuda --only "$text" --list 2>/dev/null)
+    done < <("$python" -m benchmarks "$bench" --device cuda --only "$text" --list 2>/dev/null |
+      sed -n '/^cases of /,$s/^  //p')
   done <<'CASES'
 train-step 8b 8192
 remask step
