@@ -73,6 +73,15 @@ def listed(*lengths: int) -> Pack:
     return Pack("+".join(map(str, lengths)), lengths)
 
 
+def given(lengths: Sequence[int]) -> Pack:
+    """Sequences of any lengths; many unequal ones are named by how many they are and how long."""
+    if len(set(lengths)) == 1:
+        return equal(len(lengths), lengths[0])
+    if len(lengths) <= 8:
+        return listed(*lengths)
+    return Pack(f"{len(lengths)} of {min(lengths)} to {max(lengths)}, {sum(lengths)} tokens", tuple(lengths))
+
+
 def ragged(total: int) -> Pack:
     """Log-normal lengths, `total` together, none of them a multiple of 128, the same in every run."""
     random = np.random.default_rng(0)

@@ -34,7 +34,7 @@ def copy(device: torch.device, size: int | None = None) -> Case:
     size = size or (1 << 20 if dry_run.ACTIVE else COPY_BYTES[device.type])
 
     def make() -> list[Provider]:
-        source = torch.randint(256, (size,), dtype=torch.uint8, device=device, generator=generator(device))
+        source = torch.arange(size // 8, device=device)
         target = torch.empty_like(source)
         return [Provider("copy", lambda: target.copy_(source))]
 

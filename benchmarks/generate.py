@@ -23,7 +23,9 @@ import numpy as np
 import torch
 
 from benchmarks import ceiling, published
+from benchmarks.attention_ways import given
 from benchmarks.runner import Case, Goal, Provider, ratio
+from benchmarks.shapes import Shapes
 from benchmarks.timing import CPU
 from benchmarks.weights import random_model
 from illada.config import PRESETS, ModelConfig
@@ -31,6 +33,7 @@ from illada.generation import GenerationConfig, generate
 from illada.model import MaskedDiffusionModel
 
 DEVICES = ("cpu", "cuda")
+OWN = ("seqlens", "vocab")
 
 #: Of each model: new tokens, block, steps of a block, longest prompt.
 SIZES = {"tiny": (32, 32, 32, 64), "small": (32, 32, 16, 64), "8b": (256, 32, 32, 512), "8b-batch": (64, 32, 16, 512)}
@@ -56,21 +59,24 @@ def make_model(name: str, device: torch.device = CPU, **changes: Any) -> MaskedD
     return model.eval()
 
 
-def make_prompts(batch: int, longest: int, vocab_size: int) -> list[list[int]]:
-    """Lengths from 8 on, as many short as long ones on a logarithmic scale."""
+def make_prompts(batch: int, longest: int, vocab_size: int, lengths: Sequence[int] | None = None) -> list[list[int]]:
+    """Of these lengths; default: from 8 on, as many short as long ones on a logarithmic scale."""
     random = np.random.default_rng(batch)
-    lengths = np.exp(random.uniform(np.log(8), np.log(longest), batch)).astype(int)
+    if lengths is None:
+        lengths = np.exp(random.uniform(np.log(8), np.log(longest), batch)).astype(int).tolist()
     return [random.integers(6, vocab_size, n).tolist() for n in lengths]
 
 
-def make_case(name: str, batch: int, mode: str, device: torch.device = CPU, **changes: Any) -> Case:
+def make_case(
+    name: str, batch: int, mode: str, device: torch.device = CPU, lengths: Sequence[int] | None = None, **changes: Any
+) -> Case:
     """All ways to generate for one model (with other settings than its preset's) and batch."""
     length, block, steps, longest = SIZES[name]
     passes = steps * (1 if mode == "var" else length // block)
 
     def make() -> list[Provider]:
         model = make_model(name, device, **changes)
-        prompts = make_prompts(batch, longest, model.config.vocab_size)
+        prompts = make_prompts(batch, longest, model.config.vocab_size, lengths)
         config = GenerationConfig(mode=mode, gen_length=length, block_length=block, steps=passes, stop_tokens=())
         same = {"gen_length": length, "block_length": block, "steps": passes, "var": mode == "var"}
 
@@ -118,6 +124,30 @@ def cases(device: torch.device = CPU) -> list[Case]:
         return [make_case(name, batch, "var", device) for name, batch in runs]
     runs = (("tiny", "var"), ("tiny", "fixed"), ("small", "var"))
     return [make_case(name, batch, mode) for name, mode in runs for batch in (1, 8, 32)]
+
+
+def quick(device: torch.device = CPU) -> list[Case]:
+    """The smallest model's batch of 8, or one prompt of the large one's."""
+    return [make_case("8b", 1, "var", device) if device.type == "cuda" else make_case("tiny", 8, "var")]
+
+
+def own(shapes: Shapes, device: torch.device = CPU) -> list[Case]:
+    """Prompts of these lengths."""
+    lengths, more = shapes.seqlens, {"vocab_size": shapes.vocab} if shapes.vocab else {}
+    if lengths and 0 in lengths:
+        raise ValueError("--seqlens are prompts here, of at least one token")
+    name, mode = ("8b-batch" if device.type == "cuda" else "tiny"), "var"
+    case = make_case(name, len(lengths) if lengths else 8, mode, device, lengths, **more)
+    prompts = given(lengths).name if lengths else "8"
+    return [
+        dataclasses.replace(case, name=f"{name}{f' V{shapes.vocab}' if shapes.vocab else ''} {mode} {prompts} prompts")
+    ]
+
+
+def providers(device: torch.device = CPU) -> list[str]:
+    """Of all cases."""
+    ours = ["illada", "illada prefix", "illada block"]
+    return [*ours, *(["illada launched", "copy"] if device.type == "cuda" else []), "one by one", "padded"]
 
 
 def goals(records: Sequence[dict[str, Any]]) -> list[Goal]:

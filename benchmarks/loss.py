@@ -21,14 +21,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import timing
+from benchmarks import loss_ways, timing
 from benchmarks.loss_ways import WAYS, Inputs, Job, Way
 from benchmarks.runner import Case, Goal, Provider, on_gpu, ratio, reason
+from benchmarks.shapes import Shapes
 from benchmarks.timing import CPU
 
 DEVICES = ("cpu", "cuda")
 DIRECTIONS = ("fwd", "fwdbwd")
 SPREAD = 1.0  # the default
+OWN = ("rows", "hidden", "vocab", "dtype")
+WAYS_DOC = loss_ways.__doc__
 
 REPEATS = {"cpu": 5, "cuda": 15}
 SAMPLED = 256  # rows of each gradient that are compared
@@ -196,6 +199,34 @@ def cases(device: torch.device = CPU, direction: str = "fwdbwd", spread: float =
     on_gpu = device.type == "cuda"
     shapes, dtype = (SHAPES, torch.bfloat16) if on_gpu else (CPU_SHAPES, torch.float32)
     return [make_case(Job(*shape, spread, dtype, device), direction) for shape in shapes]
+
+
+def quick(device: torch.device = CPU, direction: str = "fwdbwd", spread: float = SPREAD) -> list[Case]:
+    """One compacted batch."""
+    shape, dtype = (
+        ((1024, 1.0, 4096, 155136), torch.bfloat16) if device.type == "cuda" else (CPU_SHAPES[-2], torch.float32)
+    )
+    return [make_case(Job(*shape, spread, dtype, device), direction)]
+
+
+def own(shapes: Shapes, device: torch.device = CPU, direction: str = "fwdbwd", spread: float = SPREAD) -> list[Case]:
+    """These heads, on these rows or in the bench's batches."""
+    default, dtype = (SHAPES, torch.bfloat16) if device.type == "cuda" else (CPU_SHAPES, torch.float32)
+    found = dict.fromkeys(
+        (*((shapes.rows, 1.0) if shapes.rows else (total, share)), shapes.hidden or width, shapes.vocab or vocab)
+        for total, share, width, vocab in default
+    )
+    return [make_case(Job(*shape, spread, shapes.dtype or dtype, device), direction) for shape in found]
+
+
+def providers(device: torch.device = CPU) -> list[str]:
+    """Of all cases."""
+    return list(WAYS)
+
+
+def rivals(provider: str) -> bool:
+    """Does this peer weigh tokens, and compute all of the gradients?"""
+    return "unweighted" not in provider and provider not in ("cce", "cce all")
 
 
 # ---------------------------------------------------------------------------------------------------------------- goals

@@ -179,10 +179,14 @@ def _bar_panel(axes: Any, panel: Panel) -> None:
         text += "" if r is panel.base else f", {_digits(x)}x"
         if r["peak_memory_bytes"]:
             text += f", {r['peak_memory_bytes'] / 2**20:,.0f} MiB"
-        axes.annotate(text, (x + high, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}  # over the line at 1
+        axes.annotate(
+            text, (x + high, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8, bbox=box, zorder=4
+        )
     axes.set_yticks(range(len(mine)), [r["provider"] for r in mine], fontsize=8)
     axes.set_xlim(0, 1.5 * furthest)
     axes.axvline(1, color=OURS, linewidth=0.8, linestyle=":")
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}x")
     axes.tick_params(axis="x", labelsize=7, colors="0.3")
     axes.set_title(panel.title, fontsize=9, loc="left")
     axes.spines[["top", "right"]].set_visible(False)

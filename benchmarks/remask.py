@@ -23,9 +23,11 @@ from torch import Tensor
 import illada
 from benchmarks import ceiling, published, timing
 from benchmarks.runner import Case, Goal, Provider, compiled, generator, no_compiler, on_gpu, ratio
+from benchmarks.shapes import Shapes
 from benchmarks.timing import CPU
 
 DEVICES = ("cpu", "cuda")
+OWN = ("rows", "vocab", "hidden", "dtype")
 
 SEQUENCES = 8  # rows of a step are shared out evenly over so many sequences, or fewer where they do not divide
 COMMIT = 4  # tokens a sequence commits
@@ -229,6 +231,34 @@ def cases(device: torch.device = CPU) -> list[Case]:
         *(commit_case(*shape, rule, device) for shape in COMMIT_SHAPES for rule in ("quota", "threshold")),
         *(step_case(rows, vocab, t, device=device) for rows, vocab in CUDA_SHAPES for t in TEMPERATURES),
     ]
+
+
+def quick(device: torch.device = CPU) -> list[Case]:
+    """One shape of each kind."""
+    if device.type != "cuda":
+        return [step_case(*SHAPES[-1], t) for t in TEMPERATURES]
+    return [
+        sample_case(*CUDA_SHAPES[0], 1.0, device=device),
+        linear_case(LINEAR_ROWS[0], WIDTH, VOCAB, 1.0, device=device),
+        commit_case(*COMMIT_SHAPES[1], "quota", device), step_case(*CUDA_SHAPES[0], 1.0, device=device),
+    ]  # fmt: skip
+
+
+def own(shapes: Shapes, device: torch.device = CPU) -> list[Case]:
+    """Steps in these shapes; with a width the head's product and sampling."""
+    dtype, default = shapes.dtype or torch.bfloat16, CUDA_SHAPES if device.type == "cuda" else SHAPES
+    found = []
+    for rows, vocab in dict.fromkeys((shapes.rows or rows, shapes.vocab or vocab) for rows, vocab in default):
+        for t in TEMPERATURES:
+            step = step_case(rows, vocab, t, dtype, device)
+            found.append(linear_case(rows, shapes.hidden, vocab, t, dtype, device) if shapes.hidden else step)
+    return found
+
+
+def providers(device: torch.device = CPU) -> list[str]:
+    """Of all cases."""
+    ways = ("illada", "published", "compile")
+    return [*ways, *(f"mm+{way}" for way in ways), "copy"]
 
 
 def _peer_goals(records: Sequence[dict[str, Any]], case: str, bars: dict[str, float]) -> list[Goal]:

@@ -282,7 +282,8 @@ models() {
     esac
     [ -n "$dry" ] || while IFS= read -r name; do
       grep -qF "\"case\": \"$name\"" "$out/results.jsonl" 2>/dev/null || left_out+=("$name")
-    done < <("$python" -m benchmarks "$bench" --device cuda --only "$text" --list 2>/dev/null)
+    done < <("$python" -m benchmarks "$bench" --device cuda --only "$text" --list 2>/dev/null |
+      sed -n '/^cases of /,$s/^  //p')
   done <<'CASES'
 train-step 8b 8192
 remask step
@@ -333,7 +334,7 @@ done
     sed -n '/^What to write/,$p' "$out/tune.txt"
   fi
   printf '\n'
-  "$python" -m benchmarks.report "$out/results.jsonl" || true
+  [ ! -s "$out/results.jsonl" ] || "$python" -m benchmarks.report "$out/results.jsonl" --markdown || true
   if [ ${#measured[@]} -gt 0 ]; then
     "$python" -m benchmarks compare "${measured[@]}" | tee "$out/compare.txt" || true
   fi

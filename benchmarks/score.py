@@ -159,6 +159,18 @@ def cases(device: torch.device = CPU) -> list[Case]:
     return [make_case("tiny", ModelConfig.preset("tiny"), 200), make_case("small", small, 20)]
 
 
+def quick(device: torch.device = CPU) -> list[Case]:
+    """A few questions; on a CPU in a vocabulary whose tokenizer is soon trained."""
+    if device.type == "cuda":
+        return cases(device)[:1]
+    return [make_case("tiny V2048", ModelConfig.preset("tiny", vocab_size=2048), 10)]
+
+
+def providers(device: torch.device = CPU) -> list[str]:
+    """Of all cases."""
+    return ["illada", "one by one"]
+
+
 def goals(records: Sequence[dict[str, Any]]) -> list[Goal]:
     """So many times as fast, the same answers."""
     found = []

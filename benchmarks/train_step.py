@@ -55,7 +55,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import published
+from benchmarks.attention_ways import given
 from benchmarks.runner import Case, Goal, Provider, on_gpu, ratio, reason
+from benchmarks.shapes import Shapes
 from benchmarks.timing import CPU
 from benchmarks.weights import random_model
 from illada.config import ModelConfig
@@ -63,6 +65,7 @@ from illada.diffusion import Batch, make_batch, make_validation_batch
 from illada.model import MaskedDiffusionModel
 
 DEVICES = ("cpu", "cuda")
+OWN = ("seqlens", "heads", "head_dim", "hidden", "vocab")
 
 REPEATS = {"cpu": 3, "cuda": 5}
 
@@ -215,7 +218,7 @@ def make_case(job: Job) -> Case:
         make=make,
         flops=flops(job.config, job.make_batch(job.config)),
         dtype=torch.bfloat16 if job.device.type == "cuda" else torch.float32,
-        peak_memory=partial(measure_memory, job.name),
+        peak_memory=partial(measure_memory, job.name) if job.name in CPU_JOBS else None,
         repeats=REPEATS[job.device.type],
     )
 
@@ -224,6 +227,7 @@ CPU_JOBS = {
     job.name: job
     for job in (
         Job("small 8x1024", ModelConfig.preset("small"), partial(windows, 8, 1024)),  # C 512, 8 layers, V 32,768
+        Job("small 2x512", ModelConfig.preset("small"), partial(windows, 2, 512)),  # for --quick
         Job(
             "tiny 2x64",  # for the tests
             ModelConfig.preset(
@@ -251,6 +255,31 @@ def cases(device: torch.device = CPU) -> list[Case]:
     """The case of the design's goal on a CPU; on a GPU the paper's model and window."""
     jobs = gpu_jobs(device) if device.type == "cuda" else [CPU_JOBS["small 8x1024"]]
     return [make_case(job) for job in jobs]
+
+
+def quick(device: torch.device = CPU) -> list[Case]:
+    """A few sequences; on a GPU of few layers."""
+    return [make_case(gpu_jobs(device)[2] if device.type == "cuda" else CPU_JOBS["small 2x512"])]
+
+
+def own(shapes: Shapes, device: torch.device = CPU) -> list[Case]:
+    """One window of these sequences, half of them masked; the model is the design's smaller one, so changed."""
+    heads, more = shapes.heads or (None, None), {"num_hidden_layers": 4} if device.type == "cuda" else {}
+    wanted = {
+        "hidden_size": shapes.hidden, "num_attention_heads": heads[0], "num_key_value_heads": heads[1],
+        "head_dim": shapes.head_dim, "vocab_size": shapes.vocab,
+    }  # fmt: skip
+    more |= {name: value for name, value in wanted.items() if value is not None}
+    config = ModelConfig.preset("illada_8b" if device.type == "cuda" else "small", **more)
+    lengths = shapes.seqlens or ((5120, 3072) if device.type == "cuda" else (1024,) * 8)
+    name = f"own {given(lengths).name} C{config.hidden_size} V{config.vocab_size} {config.num_attention_heads}"
+    name += f"/{config.num_key_value_heads} D{config.head_size}"
+    return [make_case(Job(name, config, partial(one_window, [n for n in lengths if n]), device.type == "cuda", device))]
+
+
+def providers(device: torch.device = CPU) -> list[str]:
+    """Of all cases."""
+    return list(LOSSES)
 
 
 # ---------------------------------------------------------------------------------------------------------------- goals
