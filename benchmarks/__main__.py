@@ -296,19 +296,22 @@ def execute(found: Sequence[Plan], options: argparse.Namespace, lines: list[dict
         seconds = max(0.0, seconds - max(1.5, 0.1 * seconds) - (time.monotonic() - began))
     try:
         with as_exceptions():
-            jobs = [(p, [*ceiling.cases(p.cases, p.device), *p.cases]) for p in found]
-            budget = Budget(seconds, sum(len(cases) for _, cases in jobs))
-            for p, cases in jobs:
+            jobs: list[tuple[str, Any, list[Any]]] = [(p.name, p.device, p.cases) for p in found]
+            for device in dict.fromkeys(p.device for p in found):
+                measured = [case for p in found if p.device == device for case in p.cases]
+                jobs.insert(0, (ceiling.BENCH, device, ceiling.cases(measured, device)))
+            budget = Budget(seconds, sum(len(cases) for _, _, cases in jobs))
+            for name, device, cases in jobs:
                 repeats = options.repeats
                 for case in cases:
                     if options.quick and repeats is None:
                         case.repeats = min(case.repeats, 5)
                 runner.run(
-                    p.name,
+                    name,
                     cases,
                     providers=options.provider,
                     repeats=repeats,
-                    device=p.device,
+                    device=device,
                     after_case=keep,
                     budget=budget,
                 )
@@ -325,7 +328,7 @@ def finish(found: Sequence[Plan], options: argparse.Namespace, lines: Sequence[d
 
     missed, records = False, [r for r in lines if r["median_ms"] is not None]
     for p in found:
-        mine = [r for r in records if r["bench"] == p.name]
+        mine = report.with_ceilings([r for r in records if r["bench"] == p.name], records)
         if not mine and len(found) > 1:
             continue
         print(f"\n{p.name}:" if len(found) > 1 else "")

@@ -1,4 +1,6 @@
-"""What the machine can do at most, measured in the same run: yardsticks that every row is held against.
+"""What the machine can do at most, measured once in every run: yardsticks that every row is held against.
+
+Their records are of the bench BENCH.
 
 copy SIZE MiB      one buffer to another; every byte is read once and written once
 matmul N DTYPE     torch.mm of two square matrices, by the library that torch calls
@@ -16,6 +18,7 @@ import torch
 from benchmarks import dry_run
 from benchmarks.runner import Case, Provider, generator
 
+BENCH = "ceiling"
 COPY_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}  # beyond the caches
 MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}  # at most; half of it or a quarter on a CPU that has no units for the dtype
 MATMUL_SECONDS = 0.5

@@ -68,14 +68,13 @@ def _ceilings(records: Records) -> str:
 
 
 class Panel:
-    """A case timed in one way: the last record of each provider."""
+    """A case timed in one way: the last record of each provider. Illada's time is 1; without it, the shortest."""
 
     def __init__(self, title: str, records: Records):
-        self.title = title
         self.records = list({r["provider"]: r for r in records}.values())
-        ours = [r for r in self.records if r["provider"] == "illada"]
-        #: What is 1.
-        self.base = ours[0] if ours else min(self.records, key=lambda r: r["median_ms"])
+        ours = next((r for r in self.records if r["provider"] == "illada"), None)
+        self.base = ours or min(self.records, key=lambda r: r["median_ms"])
+        self.title = title if ours else f"{title} ({self.base['provider']} = 1)"
 
     def relative(self, record: Record) -> float:
         """The record's median."""
@@ -90,23 +89,35 @@ class Panel:
 
 
 def panels(records: Records) -> list[Panel]:
-    """Of the cases with a peer; where none has one, all cases in one panel."""
+    """Of the cases that several providers ran."""
+    return [Panel(title, mine) for title, mine in _cases(records).items() if len({r["provider"] for r in mine}) > 1]
+
+
+def alone(records: Records) -> list[Panel]:
+    """One of all cases, for records without a comparison; none without a record."""
+    last = [{**mine[-1], "provider": f"{title}: {mine[-1]['provider']}"} for title, mine in _cases(records).items()]
+    return [Panel("nothing to compare with", last)] if last else []
+
+
+def _cases(records: Records) -> dict[str, list[Record]]:
+    """By case and way of timing."""
     found: dict[str, list[Record]] = {}
     for r in records:
         if r["provider"] not in YARDSTICKS:
             found.setdefault(r["case"] + (", CUDA graph" if r["timing"] == "graph" else ""), []).append(r)
-    made = [Panel(title, mine) for title, mine in found.items()]
-    compared = [panel for panel in made if len(panel.records) > 1]
-    if compared or not made:
-        return compared
-    alone = [{**panel.records[0], "provider": panel.title} for panel in made]
-    names = " and ".join(dict.fromkeys(r["provider"] for panel in made for r in panel.records))
-    return [Panel(f"{names}, no peer", alone)]
+    return found
 
 
-def _groups(records: Records) -> list[tuple[str, Records]]:
-    keys = dict.fromkeys((r["bench"], r["device"]) for r in records)
-    return [(bench, [r for r in records if (r["bench"], r["device"]) == (bench, device)]) for bench, device in keys]
+def _groups(records: Records) -> list[tuple[str, list[Panel]]]:
+    """Titles and panels: of each bench on each device."""
+    mine = [r for r in records if r["provider"] not in YARDSTICKS]
+    devices = {r["device"] for r in mine}
+    keys = dict.fromkeys((r["bench"], r["device"]) for r in mine)
+    return [
+        (bench if len(devices) == 1 else f"{bench}, {device}", found)
+        for bench, device in keys
+        if (found := panels([r for r in mine if (r["bench"], r["device"]) == (bench, device)]))
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------------- figures
@@ -118,41 +129,41 @@ def plot(records: Records, path: str | Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    groups = [(bench, mine, panels(mine)) for bench, mine in _groups(records)]
-    groups = [group for group in groups if group[2]]
+    groups = _groups(records)
+    few = len(groups) == 1 and len(groups[0][1]) <= MOST_PANELS
+    shown = [panel for _, found in groups for panel in found] or alone(records)
     with matplotlib.rc_context({"text.parse_math": False, "font.size": 9, "hatch.linewidth": 0.6}):
         figure = Figure(layout="constrained")
         FigureCanvasAgg(figure)
-        dots = len(groups) != 1 or len(groups[0][2]) > MOST_PANELS
-        if not groups:
-            figure.text(0.5, 0.5, "no results", ha="center")
-        elif not dots:
-            _bars(figure, groups[0][2])
+        if few or not groups:
+            _bars(figure, shown)
         else:
-            devices = len({r["device"] for r in records})
-            titles = [f"{bench}, {mine[0]['device']}" if devices > 1 else bench for bench, mine, _ in groups]
-            _dots(figure, list(zip(titles, (found for _, _, found in groups), strict=True)))
-        if groups:
-            _say(figure, [r for _, mine, _ in groups for r in mine], groups, dots)
+            _dots(figure, groups)
+        benches = ", ".join(dict.fromkeys(r["bench"] for panel in shown for r in panel.records)) or "no results"
+        what = "time relative to illada (= 1), less is better" if groups else "time"
+        figure.suptitle(f"{benches}: {what}\n{about(records)}", fontsize=10)
+        figure.supxlabel(
+            _legend([r for panel in shown for r in panel.records], records, not few), fontsize=8, color="0.3"
+        )
         # nothing of the library's version: the same records give the same file
         figure.savefig(path, dpi=120, metadata={"Software": None} if Path(path).suffix == ".png" else None)
 
 
-def _say(figure: Any, records: Records, groups: Sequence[tuple[str, Records, list[Panel]]], dots: bool) -> None:
-    """What all panels have in common, above and below them."""
-    benches = ", ".join(dict.fromkeys(bench for bench, _, _ in groups))
-    figure.suptitle(f"{benches}: time relative to illada (= 1), less is better\n{about(records)}", fontsize=10)
-    below = ("beside each case illada's median; " if dots else "") + "whiskers from p20 to p80"
-    shown = [r for _, _, found in groups for panel in found for r in panel.records]
+def _legend(shown: Records, records: Records, dots: bool) -> str:
+    """What the signs mean, and what the machine can do."""
+    lines = ["beside each case illada's median; " if dots and shown else ""]
+    lines[0] += "whiskers from p20 to p80"
     if any(map(noisy, shown)):
-        below += f"; ~ noisy, they are more than {NOISY:.0%} of the median apart"
+        lines[0] += f"; ~ noisy: they are more than {NOISY:.0%} of the median apart"
     if any(map(once, shown)):
-        below += "; hatched or hollow: one call"
-    figure.supxlabel(below + (f"\n{c}" if (c := _ceilings(records)) else ""), fontsize=8, color="0.3")
+        lines[0] += f"; {'hollow' if dots else 'hatched'}: one call"
+    return "\n".join(line for line in (*lines, _ceilings(records)) if line)
 
 
 def _bars(figure: Any, found: list[Panel]) -> None:
     """Small multiples, each with a linear axis of its own."""
+    if not found:
+        return
     columns = 1 if len(found) == 1 else 2 if len(found) <= 4 else 3
     lines = [found[i : i + columns] for i in range(0, len(found), columns)]
     heights = [0.55 + 0.26 * max(len(panel.records) for panel in line) for line in lines]
@@ -194,14 +205,13 @@ def _bar_panel(axes: Any, panel: Panel) -> None:
 
 def _dots(figure: Any, groups: Sequence[tuple[str, list[Panel]]]) -> None:
     """A line for each case, a point for each provider, a part of the picture for each bench and device."""
-    heights = [0.8 + max(0.24 * len(found), 0.17 * len(_peers(found)) + 0.2) for _, found in groups]
+    heights = [0.7 + max(0.22 * len(found), 0.17 * len(_peers(found)) + 0.2) for _, found in groups]
     figure.set_size_inches(10, sum(heights) + 1.0)
     grid = figure.add_gridspec(len(groups), 1, height_ratios=heights)
     for i, (title, found) in enumerate(groups):
         axes = figure.add_subplot(grid[i, 0])
         _dot_panel(axes, found)
-        if len(groups) > 1:
-            axes.set_title(title, fontsize=9, loc="left")
+        axes.set_title(title if len(groups) > 1 else "", fontsize=9, loc="left")
 
 
 def _peers(found: list[Panel]) -> list[str]:

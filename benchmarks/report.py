@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import jsonl, plots
+from benchmarks.ceiling import BENCH as CEILING
 from benchmarks.ceiling import share
-from benchmarks.runner import KEYS, Goal, marks, ratio, spread
+from benchmarks.runner import KEYS, Goal, marks, once, ratio, spread
 
 Records = Sequence[dict[str, Any]]
 
@@ -43,7 +44,7 @@ def _cells(records: Records, r: dict[str, Any]) -> dict[str, str]:
         "provider": r["provider"],
         "timing": r["timing"] or "-",
         "median ms": f"{r['median_ms']:.4f}",
-        "spread": _percent(spread(r)),
+        "spread": "-" if once(r) else _percent(spread(r)),
         "GB/s": f"{r['bytes'] / seconds / 1e9:.1f}" if r["bytes"] else "-",
         "% of copy": _percent(share(records, r, "bytes")),
         f"{prefix}FLOP/s": f"{_rate(r) / {'G': 1e9, 'T': 1e12}[prefix]:.{digits}f}" if r["flops"] else "-",
@@ -51,7 +52,6 @@ def _cells(records: Records, r: dict[str, Any]) -> dict[str, str]:
         "MiB": f"{r['peak_memory_bytes'] / 2**20:.1f}" if r["peak_memory_bytes"] is not None else "-",
         "error": f"{r['error']:.1e}" if isinstance(r["error"], int | float) else "-",
         "ratio": "-" if times is None else f"{times:.2f}x",
-        "": marks(r),
     }
     found = r["counts"] or {}
     for name in dict.fromkeys(name for other in records for name in other["counts"] or ()):
@@ -60,7 +60,7 @@ def _cells(records: Records, r: dict[str, Any]) -> dict[str, str]:
             cells[f"{name}/s"] = "-" if count is None else f"{count / seconds:.1f}"
         else:  # what it was given, and needed
             cells[name] = "-" if count is None else f"{count:.1e}" if isinstance(count, float) else str(count)
-    return cells
+    return {**cells, "": marks(r)}
 
 
 def _rows(records: Records) -> list[dict[str, str]]:
@@ -106,11 +106,20 @@ def goals(records: Records) -> list[Goal]:
 
 
 def groups(records: Records) -> list[list[dict[str, Any]]]:
-    """The records that belong into one table: of one bench on one device."""
+    """The records that belong into one table: of one bench on one device, what that can do at most among them."""
     found: dict[tuple[str, Any], list[dict[str, Any]]] = {}
     for r in records:
-        found.setdefault((r["bench"], r["device"]), []).append(r)
-    return list(found.values())
+        if r["bench"] != CEILING:
+            found.setdefault((r["bench"], r["device"]), []).append(r)
+    return [with_ceilings(mine, records) for mine in found.values()]
+
+
+def with_ceilings(mine: Records, records: Records) -> list[dict[str, Any]]:
+    """After these the yardsticks of their device and their kinds, which are among `records`."""
+    devices = {r["device"] for r in mine}
+    dtypes = {r["dtype"] for r in mine if r["flops"]} | ({None} if any(r["bytes"] for r in mine) else set())
+    bars = [r for r in records if r["bench"] == CEILING and r["device"] in devices and r["dtype"] in dtypes]
+    return [*mine, *bars]
 
 
 def left_out(lines: Records) -> list[str]:
