@@ -60,7 +60,7 @@ def _ceilings(records: Records) -> str:
     for r in records:
         if r["provider"] in YARDSTICKS and r[YARDSTICKS[r["provider"]]]:
             rate = r[YARDSTICKS[r["provider"]]] / r["median_ms"] / 1e6
-            found.append(f"{r['case']}: {rate:,.0f} {'GB/s' if r['provider'] == 'copy' else 'GFLOP/s'}")
+            found.append(f"{r['case']}: {_digits(rate)} {'GB/s' if r['provider'] == 'copy' else 'GFLOP/s'}")
     return "; ".join(dict.fromkeys(found))
 
 
@@ -68,13 +68,17 @@ def _ceilings(records: Records) -> str:
 
 
 class Panel:
-    """A case timed in one way: the last record of each provider. Illada's time is 1; without it, the shortest."""
+    """A case timed in one way: the last record of each provider. Illada's time is 1; without it, the shortest.
 
-    def __init__(self, title: str, records: Records):
+    compared: the records are of the same job.
+    """
+
+    def __init__(self, title: str, records: Records, compared: bool = True):
+        self.compared = compared
         self.records = list({r["provider"]: r for r in records}.values())
         ours = next((r for r in self.records if r["provider"] == "illada"), None)
         self.base = ours or min(self.records, key=lambda r: r["median_ms"])
-        self.title = title if ours else f"{title} ({self.base['provider']} = 1)"
+        self.title = title if ours or not compared else f"{title} ({self.base['provider']} = 1)"
 
     def relative(self, record: Record) -> float:
         """The record's median."""
@@ -95,8 +99,8 @@ def panels(records: Records) -> list[Panel]:
 
 def alone(records: Records) -> list[Panel]:
     """One of all cases, for records without a comparison; none without a record."""
-    last = [{**mine[-1], "provider": f"{title}: {mine[-1]['provider']}"} for title, mine in _cases(records).items()]
-    return [Panel("nothing to compare with", last)] if last else []
+    last = [{**mine[-1], "provider": f"{mine[-1]['provider']}, {title}"} for title, mine in _cases(records).items()]
+    return [Panel("", last, compared=False)] if last else []
 
 
 def _cases(records: Records) -> dict[str, list[Record]]:
@@ -114,9 +118,9 @@ def _groups(records: Records) -> list[tuple[str, list[Panel]]]:
     devices = {r["device"] for r in mine}
     keys = dict.fromkeys((r["bench"], r["device"]) for r in mine)
     return [
-        (bench if len(devices) == 1 else f"{bench}, {device}", found)
+        (bench if len(devices) == 1 else f"{bench}: {about(some)}", found)
         for bench, device in keys
-        if (found := panels([r for r in mine if (r["bench"], r["device"]) == (bench, device)]))
+        if (some := [r for r in mine if (r["bench"], r["device"]) == (bench, device)]) and (found := panels(some))
     ]
 
 
@@ -140,18 +144,18 @@ def plot(records: Records, path: str | Path) -> None:
         else:
             _dots(figure, groups)
         benches = ", ".join(dict.fromkeys(r["bench"] for panel in shown for r in panel.records)) or "no results"
-        what = "time relative to illada (= 1), less is better" if groups else "time"
-        figure.suptitle(f"{benches}: {what}\n{about(records)}", fontsize=10)
-        figure.supxlabel(
-            _legend([r for panel in shown for r in panel.records], records, not few), fontsize=8, color="0.3"
-        )
+        what = "time relative to illada (= 1), less is better" if groups else "time, nothing to compare with"
+        said = about(records) if len({r["device"] for r in records}) == 1 else ""  # of several: above each part
+        figure.suptitle(f"{benches}: {what}\n{said}", fontsize=10)
+        legend = _legend([r for panel in shown for r in panel.records], records, bool(groups) and not few)
+        figure.supxlabel(legend, fontsize=8, color="0.3")
         # nothing of the library's version: the same records give the same file
         figure.savefig(path, dpi=120, metadata={"Software": None} if Path(path).suffix == ".png" else None)
 
 
 def _legend(shown: Records, records: Records, dots: bool) -> str:
     """What the signs mean, and what the machine can do."""
-    lines = ["beside each case illada's median; " if dots and shown else ""]
+    lines = ["beside each case illada's median; " if dots else ""]
     lines[0] += "whiskers from p20 to p80"
     if any(map(noisy, shown)):
         lines[0] += f"; ~ noisy: they are more than {NOISY:.0%} of the median apart"
@@ -167,7 +171,7 @@ def _bars(figure: Any, found: list[Panel]) -> None:
     columns = 1 if len(found) == 1 else 2 if len(found) <= 4 else 3
     lines = [found[i : i + columns] for i in range(0, len(found), columns)]
     heights = [0.55 + 0.26 * max(len(panel.records) for panel in line) for line in lines]
-    figure.set_size_inches(4.2 * columns + (2.2 if columns == 1 else 0.6), sum(heights) + 1.1)
+    figure.set_size_inches(max(8, 4.2 * columns + 0.6), sum(heights) + 1.1)
     grid = figure.add_gridspec(len(lines), columns, height_ratios=heights)
     for row, line in enumerate(lines):
         for column, panel in enumerate(line):
@@ -180,14 +184,16 @@ def _bar_panel(axes: Any, panel: Panel) -> None:
     furthest = max(panel.relative(r) + panel.ends(r)[1] for r in mine)
     for y, r in enumerate(mine):
         x, (low, high) = panel.relative(r), panel.ends(r)
-        color = OURS if r["provider"] == "illada" else VARIANT if r["provider"].startswith("illada") else PEER
+        color = (
+            OURS if r["provider"].split(",")[0] == "illada" else VARIANT if r["provider"].startswith("illada") else PEER
+        )
         axes.barh(
             y, x, height=0.72, color=color, hatch="////" if once(r) else None, edgecolor="white" if once(r) else None
         )
         if low or high:
             axes.errorbar(x, y, xerr=[[low], [high]], color="0.2", elinewidth=0.9, capsize=2)
         text = f"{'~' if noisy(r) else ''}{time_text(r['median_ms'])}"
-        text += "" if r is panel.base else f", {_digits(x)}x"
+        text += "" if r is panel.base or not panel.compared else f", {_digits(x)}x"
         if r["peak_memory_bytes"]:
             text += f", {r['peak_memory_bytes'] / 2**20:,.0f} MiB"
         box = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}  # over the line at 1
@@ -196,8 +202,11 @@ def _bar_panel(axes: Any, panel: Panel) -> None:
         )
     axes.set_yticks(range(len(mine)), [r["provider"] for r in mine], fontsize=8)
     axes.set_xlim(0, 1.5 * furthest)
-    axes.axvline(1, color=OURS, linewidth=0.8, linestyle=":")
-    axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}x")
+    if panel.compared:
+        axes.axvline(1, color=OURS, linewidth=0.8, linestyle=":")
+        axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}x")
+    else:
+        axes.set_xticks([])
     axes.tick_params(axis="x", labelsize=7, colors="0.3")
     axes.set_title(panel.title, fontsize=9, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
@@ -247,7 +256,7 @@ def _dot_panel(axes: Any, found: list[Panel]) -> None:
     ratios = [1.0, *(x - low for x, low, _ in shown), *(x + high for x, _, high in shown)]
     if max(ratios) > 4 * min(ratios):
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlim(min(ratios) / 1.15, max(ratios) * 1.15)
