@@ -17,6 +17,7 @@ BENCHES = {
     "generate": "benchmarks.generate",
     "score": "benchmarks.score",
     "train-step": "benchmarks.train_step",
+    "overhead": "benchmarks.overhead",
 }
 
 

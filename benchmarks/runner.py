@@ -42,6 +42,7 @@ class Provider:
     counts: how much of what one call did, such as tokens and forwards (the table shows them per second), or of what the
         job consists; anything else that is worth a column.
     memory: bytes that one call needs, as the bench defines them; default: on a GPU all that it allocates.
+    calls: how many jobs one `call` does, where a job is too short for the clock; its time is shared among them.
     rotating: the same call on each of several inputs, too large together for the L2 cache. On a GPU these are also
         timed in a CUDA graph; none of them may wait for the device.
     """
@@ -53,6 +54,7 @@ class Provider:
     counts: Callable[[Any], dict[str, float]] | None = None
     memory: Callable[[], int] | None = None
     rotating: Sequence[Callable[[], Any]] = ()
+    calls: int = 1
 
 
 @dataclass
@@ -62,6 +64,7 @@ class Case:
     make: builds the inputs and the providers, ours first; called when the case runs, so that memory is not held.
     flops, bytes: of the job itself, whoever does it; the formulas stand where they are set.
     peak_memory: bytes that a provider needs beyond its inputs; on a GPU the runner measures it.
+    timer: what times it; default: what times calls on the device.
     yardstick: what the others are measured by; runs whichever cases and providers were asked for.
     """
 
@@ -73,6 +76,7 @@ class Case:
     repeats: int = 7
     slow: set[str] = field(default_factory=set)  # providers timed a third as often
     yardstick: bool = False
+    timer: Any = None
 
 
 @dataclass
@@ -141,6 +145,7 @@ def _run_case(
 ) -> list[dict[str, Any]]:
     """The records of one case, without what is the same for all."""
     on_gpu = device.type == "cuda"
+    timer = case.timer or timer
     offered = [p for p in case.make() if not providers or p.name in providers or case.yardstick]
     errors, counts, memory, timed = {}, {}, {}, []
     for provider in offered:
@@ -154,7 +159,7 @@ def _run_case(
                     memory[provider.name] = provider.memory()
                 elif on_gpu:
                     memory[provider.name] = timing.peak_memory(provider.call, device)
-                timed.append(Timed(provider, timer.timing, provider.call))
+                timed.append(Timed(provider, timer.timing, provider.call, provider.calls))
             except Exception as error:  # a peer that does not run here is no reason to stop
                 # nor is an op of ours without a kernel for this device, or too little memory; anything else of ours is
                 legal = keep_going or isinstance(error, NotImplementedError | torch.OutOfMemoryError)
