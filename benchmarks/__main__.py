@@ -20,6 +20,7 @@ from typing import Any
 #: providers(device)      names, for --provider and --list; WAYS_DOC: what says more of them than the module's own text
 #: rivals(provider)       of a peer: does it the same job, so that it must not be faster? Default: all do
 BENCHES = {
+    "overhead": "benchmarks.overhead",
     "attention": "benchmarks.attention",
     "remask": "benchmarks.remask",
     "loss": "benchmarks.loss",

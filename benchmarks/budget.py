@@ -35,9 +35,15 @@ class Share:
         self.began = time.monotonic()
         if self.seconds < math.inf:
             self._before = signal.signal(signal.SIGALRM, self._ring)
-            # Again and again: an exception in a finalizer, of which a garbage collection calls many, is dropped.
-            signal.setitimer(signal.ITIMER_REAL, max(self.seconds, 1e-3), 0.5)
+            self.ring_at(1)
         return self
+
+    def ring_at(self, part: float) -> None:
+        """Set the alarm to when this part of the share is over."""
+        if self.seconds < math.inf:
+            left = part * self.seconds - (time.monotonic() - self.began)
+            # Again and again: an exception in a finalizer, of which a garbage collection calls many, is dropped.
+            signal.setitimer(signal.ITIMER_REAL, max(left, 1e-3), 0.5)
 
     def __exit__(self, *error: object) -> None:
         if self.seconds < math.inf:

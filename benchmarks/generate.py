@@ -147,7 +147,7 @@ def own(shapes: Shapes, device: torch.device = CPU) -> list[Case]:
 def providers(device: torch.device = CPU) -> list[str]:
     """Of all cases."""
     ours = ["illada", "illada prefix", "illada block"]
-    return [*ours, *(["illada launched", "copy"] if device.type == "cuda" else []), "one by one", "padded"]
+    return [*ours, *(["illada launched"] if device.type == "cuda" else []), "one by one", "padded"]
 
 
 def goals(records: Sequence[dict[str, Any]]) -> list[Goal]:

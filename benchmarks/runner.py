@@ -52,6 +52,7 @@ class Provider:
     counts: how much of what one call did, such as tokens and forwards (the table shows them per second), or of what the
         job consists; anything else that is worth a column.
     memory: bytes that one call needs, as the bench defines them; default: on a GPU all that it allocates.
+    calls: how many jobs one `call` does, where a job is too short for the clock; its time is shared among them.
     rotating: the same call on each of several inputs, too large together for the L2 cache. On a GPU these are also
         timed in a CUDA graph; none of them may wait for the device.
     """
@@ -63,6 +64,7 @@ class Provider:
     counts: Callable[[Any], dict[str, float]] | None = None
     memory: Callable[[], int] | None = None
     rotating: Sequence[Callable[[], Any]] = ()
+    calls: int = 1
 
 
 @dataclass
@@ -73,6 +75,7 @@ class Case:
     flops, bytes: of the job itself, whoever does it; the formulas stand where they are set.
     dtype: of its matrix products; the machine's own product of that dtype is what its FLOPs are held against.
     peak_memory: bytes that a provider needs beyond its inputs; on a GPU the runner measures it.
+    timer: what times it; default: what times calls on the device.
     yardstick: what the others are measured by; runs whichever cases and providers were asked for.
     """
 
@@ -85,6 +88,7 @@ class Case:
     slow: set[str] = field(default_factory=set)  # providers timed a third as often
     yardstick: bool = False
     dtype: torch.dtype | None = None
+    timer: Any = None
 
 
 @dataclass
@@ -169,7 +173,7 @@ class _Job:
         device: torch.device,
         keep_going: bool,
     ):
-        self.case, self.timer, self.device, self.keep_going = case, timer, device, keep_going
+        self.case, self.timer, self.device, self.keep_going = case, case.timer or timer, device, keep_going
         self.wanted, self.repeats = providers, repeats or case.repeats
         self.offered: list[Provider] = []
         self.timed: list[Timed] = []
@@ -183,11 +187,19 @@ class _Job:
         case = self.case
         self.offered = [p for p in case.make() if not self.wanted or p.name in self.wanted or case.yardstick]
         for i, provider in enumerate(self.offered):
-            if i and share.spent() > 0.5:  # the others are to be timed as well
+            if i:  # peers are not to take the time in which all are timed
+                share.ring_at(0.7)
+            try:
+                if i and share.spent() > 0.5:
+                    raise OutOfTime
+                self._warm_up(provider)
+            except OutOfTime:
+                if not i or share.spent() > 1:
+                    raise
                 provider.unavailable = provider.unavailable or NO_TIME
-            self._warm_up(provider)
             if provider.unavailable:
                 print(f"{case.name}: {provider.name} left out: {provider.unavailable}", file=sys.stderr)
+        share.ring_at(1)
         self.timed = [t for t in self.timed if not t.provider.unavailable]
         self.readings = [[] for _ in self.timed]
         _interleave(self.timed, self.readings, self.timer, self.repeats, case.slow, share)
@@ -208,7 +220,7 @@ class _Job:
                     self.memory[name] = provider.memory()
                 elif on_gpu:
                     self.memory[name] = timing.peak_memory(provider.call, self.device)
-                self.timed.append(Timed(provider, self.timer.timing, provider.call))
+                self.timed.append(Timed(provider, self.timer.timing, provider.call, provider.calls))
             except Exception as error:  # a peer that does not run here is no reason to stop
                 # nor is an op of ours without a kernel for this device, or too little memory; anything else of ours is
                 legal = self.keep_going or isinstance(error, NotImplementedError | torch.OutOfMemoryError)
@@ -330,7 +342,7 @@ def ratio(
 
 def on_gpu(record: dict[str, Any]) -> bool:
     """Where it was measured; when records had no `timing` yet, all were of a CPU."""
-    return record["timing"] not in (None, timing.Clock.timing)
+    return record["timing"] in ("events", "graph")
 
 
 def spread(record: dict[str, Any]) -> float | None:

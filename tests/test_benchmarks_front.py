@@ -1,5 +1,6 @@
 """The command of the benchmarks: what it refuses, shapes of one's own, budgets, signals, an earlier run to compare with."""
 
+import csv
 import importlib
 import importlib.util
 import json
@@ -19,7 +20,7 @@ if importlib.util.find_spec("benchmarks") is None:
     sys.path.insert(0, str(ROOT))
 
 from benchmarks import __main__ as command  # noqa: E402
-from benchmarks import regression, report, runner, shapes  # noqa: E402
+from benchmarks import ceiling, regression, report, runner, shapes  # noqa: E402
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -101,7 +102,7 @@ def test_what_is_there_is_not_touched_by_a_refusal(stub, tmp_path, capsys):
     assert (tmp_path / "o.jsonl").read_text() == "{}\n"
 
 
-@pytest.mark.parametrize("bench", ["attention", "remask", "loss", "generate", "score", "train-step"])
+@pytest.mark.parametrize("bench", command.BENCHES)
 def test_every_bench_refuses_what_it_does_not_have(bench, capsys):
     values = {"seqlens": "2x8", "heads": "2/1", "head_dim": "8", "vocab": "64", "rows": "4", "hidden": "8"}
     module = importlib.import_module(command.BENCHES[bench])
@@ -152,12 +153,14 @@ def test_own_shapes(bench, options, names, capsys):
     ["generate", "--seqlens", "3,5", "--vocab", "300", "--provider", "illada"],
     ["train-step", "--seqlens", "9,7", "--hidden", "64", "--heads", "4/2", "--vocab", "300"],
 ], ids=lambda options: options[0])  # fmt: skip
-def test_own_shapes_run(options, tmp_path):
+def test_own_shapes_run(options, tmp_path, monkeypatch):
     bench, *more = options
+    monkeypatch.setattr(ceiling, "cases", lambda cases, device: [])
     assert run(*more, "--repeats", 1, "--json", tmp_path / "o.jsonl", bench=bench) == 0
     lines = report.read_json(tmp_path / "o.jsonl")
     assert lines and all(r["median_ms"] > 0 and r["bench"] == bench for r in lines)
-    assert {r["provider"] for r in lines} <= set(importlib.import_module(command.BENCHES[bench]).providers(CPU))
+    there = {r["provider"] for r in lines}
+    assert there and there <= set(importlib.import_module(command.BENCHES[bench]).providers(CPU))
     assert all(r["error"] is None or r["error"] < 0.02 for r in lines)
 
 
@@ -208,6 +211,14 @@ def test_a_row_says_that_it_varies_and_that_it_is_of_one_call():
     once = record("c", 20.0, "peer", n=1)
     assert command.row(mine, [mine, once]) == "c: illada 10 ms (8 to 12)  [varies 40%]"
     assert command.row(once, [mine, once]) == "c: peer 20 ms, 2.00 of ours  [timed once]"
+
+
+def test_csv_has_a_column_for_each_key(stub, tmp_path):
+    assert run("--csv", tmp_path / "o.csv", "--only", "a") == 0
+    with (tmp_path / "o.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["case"], r["provider"], r["n"]) for r in rows] == [("a", "illada", "3"), ("a", "peer", "3")]
+    assert list(rows[0]) == list(runner.KEYS) and float(rows[0]["median_ms"]) > 0
 
 
 def test_all_runs_every_bench(stub, tmp_path, capsys, monkeypatch):
