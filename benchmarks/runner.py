@@ -33,8 +33,8 @@ from illada.terminal import shows
 
 KEYS = (
     "bench", "case", "provider", "median_ms", "p20_ms", "p80_ms", "flops", "bytes", "peak_memory_bytes", "error",
-    "counts", "device", "torch", "commit", "timing", "variants", "date",
-    "n", "threads", "load", "cpu", "gpu", "driver", "cuda", "clocks", "power", "dtype",
+    "counts", "device", "torch", "commit", "timing", "variants", "date", "dtype",
+    "n", "threads", "load", "cpu", "gpu", "driver", "cuda", "clocks", "power",
 )  # fmt: skip
 #: A row whose p20 and p80 are further apart than this share of its median is marked.
 NOISY = 0.2
@@ -347,14 +347,14 @@ def on_gpu(record: dict[str, Any]) -> bool:
 
 def spread(record: dict[str, Any]) -> float | None:
     """From p20 to p80, as a share of the median; None where they are not known."""
-    if record["p20_ms"] is None or record["p80_ms"] is None:
+    if any(record[key] is None for key in ("median_ms", "p20_ms", "p80_ms")):
         return None
     return (record["p80_ms"] - record["p20_ms"]) / record["median_ms"]
 
 
 def once(record: dict[str, Any]) -> bool:
     """Timed by a single call. Old records do not say how many there were; of several no two ends are the same."""
-    return record["n"] == 1 if record["n"] is not None else spread(record) == 0
+    return record["n"] == 1 if record.get("n") is not None else spread(record) == 0
 
 
 def noisy(record: dict[str, Any]) -> bool:
