@@ -423,12 +423,7 @@ def test_cases_of_a_gpu(monkeypatch):
     names = [case.name for case in remask.cases(torch.device("cuda", 0))]
     assert len(set(names)) == len(names)
     kinds = [name.split()[0] for name in names]
-    assert {kind: kinds.count(kind) for kind in kinds} == {
-        "sample": 12,
-        "linear": 5,
-        "commit": 8,
-        "step": 12,
-    }
+    assert {kind: kinds.count(kind) for kind in kinds} == {"sample": 12, "linear": 5, "commit": 8, "step": 12}
     assert {case.name for case in remask.cases()} == {
         f"{shape} T={t}" for shape in ("256x126464", "128x155136", "32x155136") for t in (0, 1)
     }
