@@ -20,7 +20,7 @@ SMALL = {
 
 
 def record(**changes):
-    values = {"bench": "generate", "provider": "illada", "median_ms": 1000.0, "p20_ms": 1.0, "p80_ms": 1.0}
+    values = {"bench": "generate", "provider": "illada", "median_ms": 1000.0, "p20_ms": 1.0, "p80_ms": 1.0, "n": 7}
     return {**dict.fromkeys(runner.KEYS), **values, "device": "d", "timing": "clock", **changes}
 
 
