@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-#: Command to module, in the order of `all`: those with short cases first, which leave more of a time budget to others.
+#: Command to module of this package, in the order of `all`: short cases first, which leave more of a time budget.
 #: Each has `DEVICES`, `cases(device) -> list[Case]` and `goals(records) -> list[Goal]`. What else one may have:
 #: DIRECTIONS, SPREAD     `cases` takes one of the directions, and another spread
 #: quick(device)          the cases of --quick; default: all
@@ -20,13 +20,13 @@ from typing import Any
 #: providers(device)      names, for --provider and --list; WAYS_DOC: what says more of them than the module's own text
 #: rivals(provider)       of a peer: does it the same job, so that it must not be faster? Default: all do
 BENCHES = {
-    "overhead": "benchmarks.overhead",
-    "attention": "benchmarks.attention",
-    "remask": "benchmarks.remask",
-    "loss": "benchmarks.loss",
-    "generate": "benchmarks.generate",
-    "score": "benchmarks.score",
-    "train-step": "benchmarks.train_step",
+    "overhead": ".overhead",
+    "attention": ".attention",
+    "remask": ".remask",
+    "loss": ".loss",
+    "generate": ".generate",
+    "score": ".score",
+    "train-step": ".train_step",
 }
 ALL = "all"
 
@@ -85,13 +85,13 @@ def choose_device(supported: Sequence[str], wanted: str | None = None):
 
 def parser(prog: str) -> argparse.ArgumentParser:
     """All options of a run."""
-    from benchmarks import shapes
+    from . import shapes
 
     found = argparse.ArgumentParser(
         prog=prog,
         description="Time illada against its peers in one process, interleaved, and compare errors and memory. On a "
         "GPU single calls are timed by events, with cold caches, and short ones in a CUDA graph as well.",
-        epilog=EPILOG.replace("python -m benchmarks ", f"{prog} "),
+        epilog=EPILOG.replace("python -m benchmarks ", f"{prog} ").replace("benchmarks.", f"{__package__}."),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     found.add_argument("bench", choices=[*BENCHES, ALL], help="all: one after the other")
@@ -159,9 +159,9 @@ def refuse_unwritable(path: Path) -> None:
 
 def plan(name: str, options: argparse.Namespace) -> Plan:
     """One bench's cases. ValueError: it has no such device, direction, shape or provider."""
-    from benchmarks import shapes
+    from . import shapes
 
-    bench = importlib.import_module(BENCHES[name])
+    bench = importlib.import_module(BENCHES[name], __package__)
     device = choose_device(bench.DEVICES, options.device)
     more = {}
     if options.direction:
@@ -184,7 +184,7 @@ def plan(name: str, options: argparse.Namespace) -> Plan:
 
 def plans(options: argparse.Namespace) -> list[Plan]:
     """What is to be run. ValueError: there is no such thing."""
-    from benchmarks import shapes
+    from . import shapes
 
     own = shapes.given(options).given
     if options.bench == ALL and (own or options.direction or options.spread is not None):
@@ -227,7 +227,7 @@ def show_list(found: Sequence[Plan]) -> None:
 
 def row(record: dict[str, Any], records: Sequence[dict[str, Any]]) -> str:
     """One line for a result that has just come; what came with it says how many times ours it takes."""
-    from benchmarks import runner
+    from . import runner
 
     timing = ", graph" if record["timing"] == "graph" else ""
     times = runner.ratio(records, record["case"], record["provider"], timing=record["timing"])
@@ -243,12 +243,12 @@ def main(arguments: list[str] | None = None, prog: str = "python -m benchmarks")
     began = time.monotonic()
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["compare"]:
-        from benchmarks import compare
+        from . import compare
 
         return compare.main(arguments[1:])
     said = parser(prog)
     options = said.parse_args(arguments)
-    from benchmarks import dry_run, regression, report
+    from . import dry_run, regression, report
 
     dry_run.prepare()
     try:
@@ -279,9 +279,10 @@ def execute(found: Sequence[Plan], options: argparse.Namespace, lines: list[dict
     """Run all plans into `lines`. 0, or 128 and the number of the signal that ended them."""
     from tqdm import tqdm
 
-    from benchmarks import ceiling, report, runner
-    from benchmarks.budget import Budget
     from illada.cli.signals import Ended, as_exceptions
+
+    from . import ceiling, report, runner
+    from .budget import Budget
 
     def keep(new: list[dict[str, Any]]) -> None:
         lines.extend(new)
@@ -325,7 +326,7 @@ def execute(found: Sequence[Plan], options: argparse.Namespace, lines: list[dict
 
 def finish(found: Sequence[Plan], options: argparse.Namespace, lines: Sequence[dict[str, Any]]) -> bool:
     """Print tables and goals, and write the plot and the CSV. True: --check, and a goal is missed."""
-    from benchmarks import plots, regression, report, runner
+    from . import plots, regression, report, runner
 
     missed, records = False, [r for r in lines if r["median_ms"] is not None]
     for p in found:

@@ -20,8 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import attention_ways, timing
-from benchmarks.attention_ways import (
+from illada.ops import reference
+
+from . import attention_ways, timing
+from .attention_ways import (
     BACKWARD_WAYS,
     CPU_WAYS,
     WAYS,
@@ -35,10 +37,9 @@ from benchmarks.attention_ways import (
     make_plan,
     ragged,
 )
-from benchmarks.runner import Case, Goal, Provider, reason
-from benchmarks.shapes import Shapes
-from benchmarks.timing import CPU
-from illada.ops import reference
+from .runner import Case, Goal, Provider, reason
+from .shapes import Shapes
+from .timing import CPU
 
 DEVICES = ("cpu", "cuda")
 DIRECTIONS = ("fwd", "bwd", "fwdbwd")

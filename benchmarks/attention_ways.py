@@ -35,10 +35,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import illada
-from benchmarks.runner import compiled, generator
-from benchmarks.timing import CPU
 from illada.ops import raw
 from illada.ops.attention import multiplies_twice
+
+from .runner import compiled, generator
+from .timing import CPU
 
 GEMMS = {"fwd": 2, "bwd": 5, "fwdbwd": 7}  # matrix products over all query-key pairs
 

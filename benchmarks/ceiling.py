@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from benchmarks import dry_run
-from benchmarks.runner import Case, Provider, generator
+from . import dry_run
+from .runner import Case, Provider, generator
 
 BENCH = "ceiling"
 COPY_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}  # beyond the caches

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import jsonl
+from . import jsonl
 
 PREDICTED = Path(__file__).resolve().parent / "predicted.json"
 OK, SLOWER, FASTER = "ok", "SLOWER", "FASTER"

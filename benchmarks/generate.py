@@ -22,15 +22,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import ceiling, published
-from benchmarks.attention_ways import given
-from benchmarks.runner import Case, Goal, Provider, ratio
-from benchmarks.shapes import Shapes
-from benchmarks.timing import CPU
-from benchmarks.weights import random_model
 from illada.config import PRESETS, ModelConfig
 from illada.generation import GenerationConfig, generate
 from illada.model import MaskedDiffusionModel
+
+from . import ceiling, published
+from .attention_ways import given
+from .runner import Case, Goal, Provider, ratio
+from .shapes import Shapes
+from .timing import CPU
+from .weights import random_model
 
 DEVICES = ("cpu", "cuda")
 OWN = ("seqlens", "vocab")

@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import loss_ways, timing
-from benchmarks.loss_ways import WAYS, Inputs, Job, Way
-from benchmarks.runner import Case, Goal, Provider, on_gpu, ratio, reason
-from benchmarks.shapes import Shapes
-from benchmarks.timing import CPU
+from . import loss_ways, timing
+from .loss_ways import WAYS, Inputs, Job, Way
+from .runner import Case, Goal, Provider, on_gpu, ratio, reason
+from .shapes import Shapes
+from .timing import CPU
 
 DEVICES = ("cpu", "cuda")
 DIRECTIONS = ("fwd", "fwdbwd")

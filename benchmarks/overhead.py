@@ -21,9 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import illada
-from benchmarks.runner import Case, Goal, Provider, generator
-from benchmarks.timing import CPU, ThreadClock
 from illada.ops import raw
+
+from .runner import Case, Goal, Provider, generator
+from .timing import CPU, ThreadClock
 
 DEVICES = ("cpu", "cuda")
 MODES = ("no grad", "grad", "both")

@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
-from benchmarks import attention, ceiling, dry_run, isolated, loss, remask, report, runner, timing
-from benchmarks.attention_ways import Job as AttentionJob
-from benchmarks.attention_ways import equal, listed
-from benchmarks.isolated import OK, SKIPPED, Outcome, Step, Task
-from benchmarks.loss_ways import Job as LossJob
-from benchmarks.runner import Case
+from . import attention, ceiling, dry_run, isolated, loss, remask, report, runner, timing
+from .attention_ways import Job as AttentionJob
+from .attention_ways import equal, listed
+from .isolated import OK, SKIPPED, Outcome, Step, Task
+from .loss_ways import Job as LossJob
+from .runner import Case
 
 ATTENTION = ("illada", "illada raw", "illada deterministic", "sdpa flash", "sdpa cudnn", "varlen_attn", "cudnn varlen",
              "fa3", "fa4")  # fmt: skip

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.runner import NOISY, noisy, once
+from .runner import NOISY, noisy, once
 
 Record = dict[str, Any]
 Records = Sequence[Record]

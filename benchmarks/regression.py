@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks import report
-from benchmarks.runner import Goal, ratio
+from . import report
+from .runner import Goal, ratio
 
 Records = Sequence[dict[str, Any]]
 

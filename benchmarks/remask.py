@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 import illada
-from benchmarks import ceiling, published, timing
-from benchmarks.runner import Case, Goal, Provider, compiled, generator, no_compiler, on_gpu, ratio
-from benchmarks.shapes import Shapes
-from benchmarks.timing import CPU
+
+from . import ceiling, published, timing
+from .runner import Case, Goal, Provider, compiled, generator, no_compiler, on_gpu, ratio
+from .shapes import Shapes
+from .timing import CPU
 
 DEVICES = ("cpu", "cuda")
 OWN = ("rows", "vocab", "hidden", "dtype")

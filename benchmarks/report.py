@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import jsonl, plots
-from benchmarks.ceiling import BENCH as CEILING
-from benchmarks.ceiling import share
-from benchmarks.runner import KEYS, Goal, marks, once, ratio, spread
+from . import jsonl, plots
+from .ceiling import BENCH as CEILING
+from .ceiling import share
+from .runner import KEYS, Goal, marks, once, ratio, spread
 
 Records = Sequence[dict[str, Any]]
 
@@ -99,10 +99,10 @@ def goal_line(goal: Goal) -> str:
 
 def goals(records: Records) -> list[Goal]:
     """Of the records' bench; of one that is not known here, none."""
-    from benchmarks.__main__ import BENCHES
+    from .__main__ import BENCHES
 
     module = BENCHES.get(records[0]["bench"])
-    return importlib.import_module(module).goals(records) if module else []
+    return importlib.import_module(module, __package__).goals(records) if module else []
 
 
 def groups(records: Records) -> list[list[dict[str, Any]]]:

@@ -24,12 +24,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks import dry_run, environment, timing
-from benchmarks.budget import Budget, OutOfTime, Share
-from benchmarks.timing import CPU
 from illada.cli.signals import Ended
 from illada.ops import variants
 from illada.terminal import shows
+
+from . import dry_run, environment, timing
+from .budget import Budget, OutOfTime, Share
+from .timing import CPU
 
 KEYS = (
     "bench", "case", "provider", "median_ms", "p20_ms", "p80_ms", "flops", "bytes", "peak_memory_bytes", "error",
@@ -370,6 +371,8 @@ def marks(record: dict[str, Any]) -> str:
 def commit() -> str | None:
     """Of the checkout that the benchmarks are in, with a + where it has changes; ILLADA_COMMIT outside of one."""
     root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():  # installed, maybe into the environment of another project's checkout
+        return os.environ.get("ILLADA_COMMIT")
     try:
         git = ["git", "-C", str(root)]
         name = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)

@@ -28,15 +28,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from benchmarks import published
-from benchmarks.runner import Case, Goal, Provider, on_gpu, ratio
-from benchmarks.timing import CPU
-from benchmarks.weights import random_model
 from illada.config import ModelConfig
 from illada.data import train_tokenizer
 from illada.model import MaskedDiffusionModel
 from illada.score import confidence_score
 from illada.sources import read_source
+
+from . import published
+from .runner import Case, Goal, Provider, on_gpu, ratio
+from .timing import CPU
+from .weights import random_model
 
 DEVICES = ("cpu", "cuda")
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.runner import Case
+from .runner import Case
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 

@@ -54,15 +54,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import published
-from benchmarks.attention_ways import given
-from benchmarks.runner import Case, Goal, Provider, on_gpu, ratio, reason
-from benchmarks.shapes import Shapes
-from benchmarks.timing import CPU
-from benchmarks.weights import random_model
 from illada.config import ModelConfig
 from illada.diffusion import Batch, make_batch, make_validation_batch
 from illada.model import MaskedDiffusionModel
+
+from . import published
+from .attention_ways import given
+from .runner import Case, Goal, Provider, on_gpu, ratio, reason
+from .shapes import Shapes
+from .timing import CPU
+from .weights import random_model
 
 DEVICES = ("cpu", "cuda")
 OWN = ("seqlens", "heads", "head_dim", "hidden", "vocab")
@@ -315,9 +316,10 @@ def goals(records: Sequence[dict[str, Any]]) -> list[Goal]:
 
 def measure_memory(name: str, provider: str) -> int:
     """Peak resident bytes of one step in a fresh process, beyond what was resident before it."""
-    root = Path(__file__).resolve().parent.parent
-    command = [sys.executable, "-m", "benchmarks.train_step", name, provider]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    package = __package__ or ""
+    top = Path(__file__).resolve().parents[len(package.split("."))]  # which makes the package importable
+    command = [sys.executable, "-m", f"{package}.train_step", name, provider]
+    done = subprocess.run(command, cwd=top, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -53,7 +53,7 @@ def stub(monkeypatch):
     monkeypatch.setitem(sys.modules, "benchmarks.stub", found.module)
     monkeypatch.setattr(runner, "commit", lambda: "abc")
     monkeypatch.setattr(runner.gc, "collect", lambda: 0)
-    monkeypatch.setattr(command, "BENCHES", {"stub": "benchmarks.stub", "loss": "benchmarks.loss"})
+    monkeypatch.setattr(command, "BENCHES", {"stub": ".stub", "loss": ".loss"})
     return found
 
 
@@ -105,7 +105,7 @@ def test_what_is_there_is_not_touched_by_a_refusal(stub, tmp_path, capsys):
 @pytest.mark.parametrize("bench", command.BENCHES)
 def test_every_bench_refuses_what_it_does_not_have(bench, capsys):
     values = {"seqlens": "2x8", "heads": "2/1", "head_dim": "8", "vocab": "64", "rows": "4", "hidden": "8"}
-    module = importlib.import_module(command.BENCHES[bench])
+    module = importlib.import_module(command.BENCHES[bench], "benchmarks")
     lacking = [name for name in values if name not in getattr(module, "OWN", ())]
     assert lacking
     for name in lacking:
@@ -160,7 +160,7 @@ def test_own_shapes_run(options, tmp_path, monkeypatch):
     lines = report.read_json(tmp_path / "o.jsonl")
     assert lines and all(r["median_ms"] > 0 and r["bench"] == bench for r in lines)
     there = {r["provider"] for r in lines}
-    assert there and there <= set(importlib.import_module(command.BENCHES[bench]).providers(CPU))
+    assert there and there <= set(importlib.import_module(command.BENCHES[bench], "benchmarks").providers(CPU))
     assert all(r["error"] is None or r["error"] < 0.02 for r in lines)
 
 
@@ -171,7 +171,7 @@ def test_prompts_of_no_token(capsys):
 @pytest.mark.parametrize("device", [CPU, GPU])
 def test_quick_is_a_part_of_each_bench(device):
     for name, module in command.BENCHES.items():
-        bench = importlib.import_module(module)
+        bench = importlib.import_module(module, "benchmarks")
         if hasattr(bench, "quick"):
             cases = bench.quick(device)
             assert 1 <= len(cases) <= 5 and len({case.name for case in cases}) == len(cases), name
@@ -224,7 +224,7 @@ def test_csv_has_a_column_for_each_key(stub, tmp_path):
 def test_all_runs_every_bench(stub, tmp_path, capsys, monkeypatch):
     other = Stub()
     monkeypatch.setitem(sys.modules, "benchmarks.other", other.module)
-    monkeypatch.setitem(command.BENCHES, "loss", "benchmarks.other")
+    monkeypatch.setitem(command.BENCHES, "loss", ".other")
     options = ["--json", tmp_path / "o.jsonl", "--plot", tmp_path / "o.png", "--provider", "peer", "--only", "b"]
     assert run(*options, bench="all") == 0
     lines = report.read_json(tmp_path / "o.jsonl")

@@ -20,12 +20,20 @@ def shipped(name: str) -> Path:
 
 
 def configuration(name: str) -> Path:
-    """A file, or one of those that come with illada: `demo` is configs/demo.toml. What is neither stays as it is."""
+    """A file, or what comes with illada: `demo` is configs/demo.toml. With a folder or an ending it is a file.
+
+    Raises:
+        FileNotFoundError: a name that is neither.
+    """
     given = Path(name)
     if given.exists() or given.name != name or given.suffix:
         return given
     try:
-        found = shipped("configs") / f"{name}.toml"
+        known = {file.stem: file for file in shipped("configs").glob("*.toml")}
     except FileNotFoundError:
         return given
-    return found if found.is_file() else given
+    if name not in known:
+        raise FileNotFoundError(
+            f"no configuration file at {name}; those that come with illada are {', '.join(sorted(known))}"
+        )
+    return known[name]
