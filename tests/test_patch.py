@@ -368,6 +368,12 @@ def test_subclasses():
         patch(Other(MODELS["llama"][1]))
 
 
+def test_versions_whose_decoders_are_causal_are_refused(monkeypatch):
+    monkeypatch.setattr("transformers.__version__", "5.1.3")
+    with pytest.raises(ImportError, match=r"patch needs transformers 5.2 or newer, .*; got 5.1.3"):
+        patch(make("llama"))
+
+
 def test_wrong_order_and_wrong_arguments():
     model, (tokens, labels, weights) = patch(make("llama")), batch()
     with pytest.raises(ValueError, match="LlamaForCausalLM is patched already; unpatch it first"):

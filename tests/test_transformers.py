@@ -229,12 +229,11 @@ def test_what_was_shared_is_not_reused_for_other_masks_or_sizes(plans, generator
     assert len(plans) == 6
 
 
-def test_versions_before_5_4_are_refused(monkeypatch):
-    from transformers import masking_utils
-
-    monkeypatch.setattr(masking_utils, "sdpa_mask", lambda batch_size, cache_position, kv_length: None)  # as in 5.3
-    with pytest.raises(ImportError, match=r"needs transformers 5.4 or newer: pip install .*; got \d"):
-        ours.register()
+def test_what_transformers_5_0_gives():
+    """The positions of the queries, in place of their number and the device."""
+    asked = {"batch_size": 2, "kv_length": 4, "kv_offset": 0, "mask_function": BIDIRECTIONAL, "attention_mask": None}
+    slots = ours.attention_mask(**asked, cache_position=torch.arange(4, device="meta"))
+    assert slots.device.type == "meta" and slots.shape == (2, 4)
 
 
 def test_wrong_masks():

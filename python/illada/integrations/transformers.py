@@ -1,17 +1,16 @@
-"""`attn_implementation="illada"` in `transformers` 5.4 and newer: bidirectional attention on `illada.varlen_attention`.
+"""`attn_implementation="illada"` for models of `transformers` 5: bidirectional attention on `illada.varlen_attention`.
 
     from illada.integrations.transformers import register
 
     register()
     model = AutoModel.from_pretrained("bert-base-uncased", attn_implementation="illada")
 
-Encoders are bidirectional as they are; a decoder (Llama, Qwen2, Mistral) becomes so by `is_causal=False` in its config.
+Encoders are bidirectional as they are; a decoder becomes so by `is_causal=False` in its config (from 5.2 on).
 Padding masks are honoured: padded keys are never read. What the kernels do not do raises, naming the argument.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -27,29 +26,27 @@ def register() -> None:
     """Make "illada" known as an `attn_implementation`. Calling it again does nothing.
 
     Raises:
-        ImportError: transformers is not installed, or is older than 5.4: masks had another signature before.
+        ImportError: transformers is not installed, or is older than 5.
     """
-    needs = "attn_implementation='illada' needs transformers 5.4 or newer: pip install 'transformers>=5.4'"
     try:
-        from transformers import AttentionInterface, AttentionMaskInterface, __version__
-        from transformers.masking_utils import sdpa_mask
+        from transformers import AttentionInterface, AttentionMaskInterface
+        from transformers.masking_utils import create_bidirectional_mask  # noqa: F401 (there from 5.0 on)
     except ImportError as error:
-        raise ImportError(needs) from error
-    if "q_length" not in inspect.signature(sdpa_mask).parameters:
-        raise ImportError(f"{needs}; got {__version__}")
+        raise ImportError("attn_implementation='illada' needs transformers 5: pip install 'transformers>=5'") from error
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, attention_mask)
 
 
 def attention_mask(
     batch_size: int,
-    q_length: int,
-    kv_length: int,
+    q_length: int = 0,
+    kv_length: int = 0,
     q_offset: int = 0,
     kv_offset: int = 0,
     mask_function: Callable[..., Any] | None = None,
     attention_mask: Tensor | None = None,
     device: torch.device | None = None,
+    cache_position: Tensor | None = None,
     **unused: Any,
 ) -> Tensor | None:
     """What `transformers` hands to every layer: the padding mask, bool [B, L]; compiled and without one, None.
@@ -72,6 +69,8 @@ def attention_mask(
     if attention_mask is None:
         if torch.compiler.is_compiling():
             return None
+        if cache_position is not None:  # transformers 5.0, which gives it in place of q_length and device
+            device = cache_position.device
         return _shared(torch.ones(batch_size, kv_length, dtype=torch.bool, device=device), padding=False)
     empty = max(0, kv_offset + kv_length - attention_mask.shape[1])  # slots of a static cache that nothing is in yet
     mask = torch.nn.functional.pad(attention_mask.bool(), (0, empty))[:, kv_offset : kv_offset + kv_length]
