@@ -115,11 +115,15 @@ def groups(records: Records) -> list[list[dict[str, Any]]]:
 
 
 def with_ceilings(mine: Records, records: Records) -> list[dict[str, Any]]:
-    """After these the yardsticks of their device and their kinds, which are among `records`."""
+    """After these the yardsticks of their device and their kinds, which are among `records`; of several runs' one."""
     devices = {r["device"] for r in mine}
     dtypes = {r["dtype"] for r in mine if r["flops"]} | ({None} if any(r["bytes"] for r in mine) else set())
-    bars = [r for r in records if r["bench"] == CEILING and r["device"] in devices and r["dtype"] in dtypes]
-    return [*mine, *bars]
+    bars: dict[tuple[str, Any], list[dict[str, Any]]] = {}
+    for r in records:
+        if r["bench"] == CEILING and r["device"] in devices and r["dtype"] in dtypes:
+            bars.setdefault((r["case"], r["device"]), []).append(r)
+    middle = [sorted(found, key=lambda r: r["median_ms"])[(len(found) - 1) // 2] for found in bars.values()]
+    return [*mine, *middle]
 
 
 def left_out(lines: Records) -> list[str]:
@@ -200,7 +204,9 @@ def main(arguments: list[str] | None = None) -> None:
             write_csv(lines, options.csv)
         if options.plot:
             plots.plot(records, options.plot)
-    except OSError as error:
+    except ImportError as error:
+        parser.error(f"--plot needs matplotlib: {error}; pip install 'illada[plot]'")
+    except (OSError, ValueError) as error:
         parser.error(str(error))
 
 
