@@ -297,7 +297,10 @@ def test_the_page_of_results_is_what_make_results_writes(tmp_path, monkeypatch):
     assert "On GPUs nothing is measured yet" in written
     assert "Intel(R) Xeon(R) Processor, torch 2.13.0+cpu, commit 6d3bce5, 2026-11-24" in written
     on_gpu = write(tmp_path / "g.jsonl", record(timing="events", device="a GPU"))
+    drawn.clear()
     assert "On GPUs nothing" not in results_page.page([on_gpu], tmp_path, tmp_path)
+    results_page.page([write(tmp_path / "g.jsonl", record(device="a"), record(device="b"))], tmp_path, tmp_path)
+    assert drawn == ["g-remask.png", "g-remask.png", "g-remask-2.png"]
 
 
 def test_results_page_command(tmp_path, capsys):
