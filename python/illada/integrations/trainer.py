@@ -82,58 +82,64 @@ class _Masked:
     normalizer: Tensor  # float32, 0-dim
 
 
-class _Head:
-    """Stands in for the forward of the head's module while the trainer calls the model.
+@dataclasses.dataclass
+class _Call:
+    """A call of the model, in which `forward` stands in for that of the head's module.
 
     FSDP2 gathers the head's weight for that module's call, and DDP sees the call of the whole model; so the loss of a
-    head that is no more than its weight is made right there, and is what the model returns as logits. Another head
-    (bias, adapter, quantised; logits that the model caps or scales) gets the masked rows alone.
+    head that is no more than its weight (`fused`) is made right there, and is what the model returns as logits. Another
+    head (bias, adapter, quantised; logits that the model caps or scales) gets the masked rows alone.
     """
 
-    def __init__(self, fused: bool) -> None:
-        self.fused = fused
-        self.batch: _Masked | None = None
-        self.module: Any = None
-        self.plain: Any = None
-        self.return_nll = False
-        self.forward = self._forward  # one object, for which torch.compile makes one graph
+    head: Any
+    plain: Any  # the head's own forward
+    fused: bool
+    batch: _Masked
+    return_nll: bool
 
-    @contextlib.contextmanager
-    def standing_in(self, module: nn.Module, batch: _Masked, return_nll: bool) -> Iterator[None]:
-        own = module.__dict__.get("forward")
-        self.module, self.plain, self.batch, self.return_nll = module, module.forward, batch, return_nll
-        module.forward = self.forward
-        try:
-            yield
-        finally:
-            del module.forward
-            if own is not None:
-                module.forward = own
-            self.module = self.plain = self.batch = None
-
-    def _forward(self, hidden: Tensor) -> Tensor:
-        batch = self.batch
-        assert batch is not None
-        hidden = hidden.flatten(0, -2)
-        if not self.fused:
-            return self.plain(hidden[batch.rows.long()][None])
-        loss = linear_masked_cross_entropy(
-            *(hidden, self.module.weight, batch.targets, batch.weights),
-            rows=batch.rows, normalizer=batch.normalizer, return_nll=self.return_nll,
-        )  # fmt: skip
-        return loss[1] if self.return_nll else loss  # type: ignore[return-value]
-
-    def result(self, logits: Tensor, batch: _Masked, return_nll: bool) -> Tensor:
+    def result(self, logits: Tensor) -> Tensor:
         """The loss of what the model returned as logits; with `return_nll` float32 [T] instead, 0 where unmasked."""
         if self.fused:
             return logits
-        rows = batch.rows.long()
+        batch, rows = self.batch, self.batch.rows.long()
         loss = masked_cross_entropy(
-            *(logits[0], batch.targets[rows], batch.weights[rows]), normalizer=batch.normalizer, return_nll=return_nll
-        )
-        if not return_nll:
-            return loss  # type: ignore[return-value]
+            *(logits[0], batch.targets[rows], batch.weights[rows]),
+            normalizer=batch.normalizer, return_nll=self.return_nll,
+        )  # fmt: skip
+        if isinstance(loss, Tensor):
+            return loss
         return batch.weights.new_zeros(len(batch.weights)).index_copy(0, rows, loss[1])
+
+
+#: The call that is under way. Global, because torch.compile takes all that hangs on a module to be of fixed size.
+_CALL: _Call | None = None
+
+
+def _forward(hidden: Tensor) -> Tensor:
+    call, hidden = _CALL, hidden.flatten(0, -2)
+    assert call is not None
+    batch = call.batch
+    if not call.fused:
+        return call.plain(hidden[batch.rows.long()][None])
+    loss = linear_masked_cross_entropy(
+        *(hidden, call.head.weight, batch.targets, batch.weights),
+        rows=batch.rows, normalizer=batch.normalizer, return_nll=call.return_nll,
+    )  # fmt: skip
+    return loss if isinstance(loss, Tensor) else loss[1]
+
+
+@contextlib.contextmanager
+def _standing_in(call: _Call) -> Iterator[None]:
+    global _CALL
+    own = call.head.__dict__.get("forward")
+    _CALL, call.head.forward = call, _forward
+    try:
+        yield
+    finally:
+        _CALL = None
+        del call.head.forward
+        if own is not None:
+            call.head.forward = own
 
 
 @torch.no_grad()
@@ -234,7 +240,7 @@ class MaskedDiffusionTrainer(Trainer):
             self._keep_float32_loss()
 
     def _adopt(self, model: Any) -> None:
-        self._head = _Head(_examine(model))
+        self._fused = _examine(model)
         candidates = (self._given_mask_token_id, getattr(self._processor, "mask_token_id", None))
         known = [i for i in (*candidates, getattr(model.config, "mask_token_id", None)) if i is not None]
         rows = model.get_input_embeddings().weight.shape[0]
@@ -322,9 +328,11 @@ class MaskedDiffusionTrainer(Trainer):
             if not attention.startswith(_PACKED):
                 raise ValueError(f"a packed batch needs attn_implementation='illada' (or flash_attention_2), got "
                                  f"{attention!r}, with which its sequences would attend each other")  # fmt: skip
-        with self._head.standing_in(self.model.get_output_embeddings(), batch, return_nll):
+        head = self.model.get_output_embeddings()
+        call = _Call(head, head.forward, self._fused, batch, return_nll)
+        with _standing_in(call):
             outputs = model(**arguments)
-        result = self._head.result(outputs["logits"], batch, return_nll)
+        result = call.result(outputs["logits"])
         return (result * token_weights if return_nll else result), outputs
 
     # ----------------------------------------------------------------------------------------------------- evaluation
