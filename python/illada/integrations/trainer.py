@@ -157,11 +157,17 @@ def _examine(model: Any) -> bool:
         )
     seen: list[tuple[Tensor, Tensor, int]] = []
     hook = head.register_forward_hook(lambda _, args, out: seen.append((args[0], out, out._version)))
-    training = model.training
+    training, embedding = model.training, model.get_input_embeddings().weight
+    kind = getattr(model.config, "_attn_implementation", None)
+    elsewhere = kind is not None and not embedding.is_cuda and kind not in ("eager", "sdpa", "illada")
     try:
-        ids = torch.tensor([[0, 1], [0, 2], [3, 1]], device=head.weight.device) % model.config.vocab_size
+        if elsewhere:  # a kernel of GPUs, to which FSDP2 moves the model later
+            model.set_attn_implementation("eager")
+        ids = torch.tensor([[0, 1], [0, 2], [3, 1]], device=embedding.device) % len(embedding)
         logits = model.eval()(input_ids=ids)["logits"]
     finally:
+        if elsewhere:
+            model.set_attn_implementation(kind)
         model.train(training)
         hook.remove()
     if len(seen) != 1 or seen[0][0].shape[:2] != ids.shape:
@@ -222,14 +228,12 @@ class MaskedDiffusionTrainer(Trainer):
         if not isinstance(eval_strata, int) or eval_strata < 1:
             raise ValueError(f"eval_strata must be an integer of at least 1, got {eval_strata!r}")
         self.eps, self.t_sampling, self.eval_strata = eps, t_sampling, eval_strata
-        self._given_mask_token_id, self._processor = mask_token_id, kwargs.get("processing_class")
-        self._eval_batches, self._labels_are_checked = 0, False
+        self._given_mask_token_id, self._eval_batches, self._labels_are_checked = mask_token_id, 0, False
         if data_collator is None:
-            pad = getattr(self._processor, "pad_token_id", None)
+            pad = getattr(kwargs.get("processing_class"), "pad_token_id", None)
             data_collator = MaskedDiffusionCollator(0 if pad is None else pad)
-        if model is not None:
-            self._adopt(model)
         super().__init__(model, args, data_collator, **kwargs)
+        self._adopt(self.model)
         self.model_accepts_loss_kwargs = True  # for transformers before loss_is_scaled_for_ga
         for name, size in (("tp", self.get_tp_size()), ("cp", self.get_cp_size()), ("sp", self.get_sp_size())):
             if size > 1:
@@ -241,7 +245,7 @@ class MaskedDiffusionTrainer(Trainer):
 
     def _adopt(self, model: Any) -> None:
         self._fused = _examine(model)
-        candidates = (self._given_mask_token_id, getattr(self._processor, "mask_token_id", None))
+        candidates = (self._given_mask_token_id, getattr(self.processing_class, "mask_token_id", None))
         known = [i for i in (*candidates, getattr(model.config, "mask_token_id", None)) if i is not None]
         rows = model.get_input_embeddings().weight.shape[0]
         if not known or not 0 <= known[0] < rows:
@@ -249,9 +253,12 @@ class MaskedDiffusionTrainer(Trainer):
         self.mask_token_id: int = known[0]
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        """The model of `model_init`, examined."""
+        """The model of `model_init`; that of `train` is examined here, the first one by `__init__`."""
         model = super().call_model_init(trial)
-        self._adopt(model)
+        if getattr(self, "place_model_on_device", None) is not None:
+            if self.place_model_on_device:
+                model = model.to(self.args.device)
+            self._adopt(model)
         return model
 
     def _keep_float32_loss(self) -> None:
