@@ -491,27 +491,29 @@ def varlen_attention_backward(
     num_sequences: int,
     softmax_scale: float,
     *,
-    workspace: Tensor,
+    workspace: Tensor | None = None,
     deterministic: bool = False,
     multiplies_twice: bool = False,
 ) -> None:
-    """The gradients of `illada.ops.varlen_attention` into `dq` [T, H, D], `dk` and `dv` [Tk, G, D]. CUDA only.
+    """The gradients of `illada.ops.varlen_attention` into `dq` [T, H, D], `dk` and `dv` [Tk, G, D].
 
     dq, dk, dv, out and lse (float32 [H, T]) are contiguous, as is dlse, float32 [H, T] (None: 0); dout may be strided.
-    plan: of `attention_plan` with the same numbers, total_k among them; workspace: uint8, as
-    `varlen_attention_backward_workspace` says. deterministic: the same bits in every run. multiplies_twice: dq by a
-    kernel of its own, which is faster where sequences are short and deterministic as well; before sm_90 always.
+    plan: as of `varlen_attention`, and on CUDA with total_k known; gradients of what it leaves out are 0.
+
+    For CUDA alone: workspace, uint8, as `varlen_attention_backward_workspace` says. deterministic: the same bits in
+    every run, as always on a CPU. multiplies_twice: dq by a kernel of its own, faster where sequences are short
+    and deterministic as well; before sm_90 always.
     """
-    launch = _cuda_launch(
-        "varlen_attention_backward", q, dq, dk, dv, dout, dlse, k, v, out, lse, plan, workspace=workspace
-    )
+    if plan.is_cuda and not q.is_cuda:  # which the host would read
+        raise ValueError(f"varlen_attention: q is on the CPU, but the plan is on {plan.device}; they must agree")
+    launch = _launch(dq, q, dk, dv, dout, dlse, k, v, out, lse, plan, workspace=workspace)
     native().varlen_attention_backward(
         (q.shape[0], k.shape[0], num_sequences, q.shape[1], k.shape[1], q.shape[2]),
         DTYPES[q.dtype],
         *((address(x), x.stride(0), x.stride(1)) for x in (dout, q, k, v)),
         *(address(out), address(lse), address(dlse), softmax_scale, address(plan), plan.shape[0]),
         *(deterministic, multiplies_twice, address(dq), address(dk), address(dv)),
-        launch,
+        *(torch.get_num_threads(), launch),
     )
     written(dq, dk, dv)
 

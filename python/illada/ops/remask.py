@@ -20,7 +20,6 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from illada.ops import _library as lib
 from illada.ops import raw
@@ -162,7 +161,7 @@ lib.implement("linear_sample_tokens", _linear_sample_fake, cpu=_linear_sample_ch
 lib.implement("remask", _remask_fake, cpu=_remask, cuda=_remask)
 
 
-@register_flop_formula(torch.ops.illada.linear_sample_tokens, get_raw=True)
+@lib.counts_flops("linear_sample_tokens")
 def _linear_sample_flops(hidden, weight, rows, *args, out_val=None, **kwargs) -> int:
     return 2 * (hidden if rows is None else rows).shape[0] * weight.shape[0] * weight.shape[1]
 
