@@ -10,6 +10,10 @@ import math
 import signal
 import time
 from types import FrameType
+from typing import Any
+
+#: Seconds after which an alarm that nobody heard rings again.
+REPEAT = 5.0
 
 
 class OutOfTime(BaseException):
@@ -17,11 +21,12 @@ class OutOfTime(BaseException):
 
 
 class Share:
-    """What one case may take; a context in which the alarm is set. Without a limit there is none."""
+    """What one case may take, between `start` and `stop`. Without a limit there is no alarm."""
 
     def __init__(self, seconds: float = math.inf):
         self.seconds = seconds
         self.began = time.monotonic()
+        self._before: Any = None  # the handler that was there
 
     def left(self) -> float:
         """Seconds."""
@@ -31,24 +36,28 @@ class Share:
         """The part that is over, from 0 on."""
         return (time.monotonic() - self.began) / self.seconds if self.seconds > 0 else 1.0
 
-    def __enter__(self) -> Share:
+    def start(self) -> None:
+        """From now on. OutOfTime: there is nothing to share."""
         self.began = time.monotonic()
         if self.seconds < math.inf:
             self._before = signal.signal(signal.SIGALRM, self._ring)
             self.ring_at(1)
-        return self
 
     def ring_at(self, part: float) -> None:
         """Set the alarm to when this part of the share is over."""
         if self.seconds < math.inf:
             left = part * self.seconds - (time.monotonic() - self.began)
-            # Again and again: an exception in a finalizer, of which a garbage collection calls many, is dropped.
-            signal.setitimer(signal.ITIMER_REAL, max(left, 1e-3), 0.5)
+            if left <= 0:
+                raise OutOfTime
+            # Again, but not before all is tidied up: an exception in a finalizer, as collections call them, is dropped.
+            signal.setitimer(signal.ITIMER_REAL, left, REPEAT)
 
-    def __exit__(self, *error: object) -> None:
-        if self.seconds < math.inf:
+    def stop(self) -> None:
+        """No alarm after this. To be called outside of what catches OutOfTime: it may ring until then."""
+        if self._before is not None:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, self._before)
+            self._before = None
 
     @staticmethod
     def _ring(number: int, frame: FrameType | None) -> None:
