@@ -305,6 +305,20 @@ def test_no_alarm_outlives_a_case(monkeypatch):
     time.sleep(0.1)
 
 
+def test_an_import_is_not_cut_short(tmp_path, monkeypatch):
+    (tmp_path / "slow_to_import.py").write_text("import time\ntime.sleep(0.6)\nwhole = True\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    kept, done = [], []
+
+    def call():
+        done.append(importlib.import_module("slow_to_import").whole)
+        time.sleep(60)
+
+    case = runner.Case("c", lambda: [runner.Provider("illada", call)])
+    runner.run("b", [case], budget=runner.Budget(0.3, 1), after_case=kept.extend)
+    assert done == [True] and [r["error"] for r in kept] == [runner.NO_TIME]
+
+
 def test_inputs_that_take_too_long_leave_the_whole_case_out(monkeypatch):
     monkeypatch.setattr(runner.gc, "collect", lambda: 0)
     kept = []
