@@ -46,7 +46,7 @@ def about(records: Records) -> str:
 
 def time_text(ms: float) -> str:
     """Three digits and a unit."""
-    scale, unit = (1e-3, "s") if ms >= 999.5 else (1e3, "us") if ms < 0.09995 else (1.0, "ms")
+    scale, unit = (1e-3, "s") if ms >= 999.5 else (1e3, "us") if ms < 0.9995 else (1.0, "ms")
     return f"{_digits(ms * scale)} {unit}"
 
 
