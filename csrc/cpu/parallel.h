@@ -4,6 +4,12 @@
 
 namespace illada::cpu {
 
+// Of at most `most`, as many threads as so many elements of work pay for: to wake one takes microseconds.
+inline int threads_for(int64_t work, int most) {
+  constexpr int64_t kPerThread = 1 << 14;
+  return int(work / kPerThread < most ? work / kPerThread + 1 : most);
+}
+
 // Calls f(n) for n in [0, count) on up to num_threads threads of the process's OpenMP pool (torch's own, where torch
 // is loaded). f must not throw.
 template <typename F>

@@ -362,9 +362,7 @@ def _backward(ctx, dout, dlse):
 lib.implement("attention_plan", _plan_fake, cpu=_plan_cpu, cuda=_plan_cuda)
 lib.implement("varlen_attention_fwd", _fwd_fake, cpu=_fwd_cpu, cuda=_fwd_cuda)
 lib.implement("varlen_attention_bwd", _bwd_fake, cpu=_bwd_cpu, cuda=_bwd_cuda)
-torch.library.register_autograd(
-    "illada::varlen_attention_fwd", _backward, setup_context=_setup_context, lib=lib.LIBRARY
-)
+lib.register_autograd("varlen_attention_fwd", _backward, _setup_context)
 lib.raise_on_double_backward("varlen_attention_bwd")
 
 

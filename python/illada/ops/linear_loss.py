@@ -57,9 +57,12 @@ lib.LIBRARY.define(
 
 
 def _fwd_cpu(hidden, weight, targets, token_weights, rows, *arguments, **keywords):
-    if rows is None:
-        rows = token_weights.nonzero().squeeze(-1).int()  # on a CPU the host may look
-    elif len(rows) and not (0 <= int(rows.min()) and int(rows.max()) < len(hidden)):
+    if rows is None:  # on a CPU the host may look
+        found = token_weights.nonzero()
+        if len(found) < len(hidden):
+            rows = found.squeeze(-1).int()
+        return _fwd_portable(hidden, weight, targets, token_weights, rows, *arguments, **keywords, all_weighted=True)
+    if len(rows) and not (0 <= int(rows.min()) and int(rows.max()) < len(hidden)):
         raise ValueError(f"linear_masked_cross_entropy: rows must be in [0, {len(hidden)}), got {rows.tolist()}")
     elif (rows[1:] <= rows[:-1]).any():
         raise ValueError(f"linear_masked_cross_entropy: rows must ascend, each of them once, got {rows.tolist()}")
@@ -158,9 +161,10 @@ def _fwd_portable(
     grad_weight_dtype: torch.dtype,
     filter_eps: float,
     into: Tensor | None = None,
+    all_weighted: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """torch.mm on chunks of rows, each turned into its gradient in place. Without `rows`, all T rows meet the head.
-    Always exact: no filter_eps."""
+    Always exact: no filter_eps. all_weighted: no row that is looked at has weight 0."""
     normalizer, scale = where_read(normalizer, scale)
     targets, token_weights = kernel_targets(targets), lib.contiguous(token_weights)
     head = lib.cast(weight, compute_dtype)
@@ -185,36 +189,47 @@ def _fwd_portable(
         d_weight, is_given = into, True
     buffer = head.new_empty(min(chunk_rows, count), vocab_size)
     workspace = workspace_for(buffer)
-    chunk_lse = nll.new_empty(len(buffer), 2)
+    chunk_lse = nll.new_empty(len(buffer), 2) if hidden.is_cuda else None  # large rows of CUDA need it for gradients
     for start in range(0, count, chunk_rows):
         part = slice(start, min(start + chunk_rows, count))
         size = part.stop - part.start
-        index: slice | Tensor = part
-        chunk, of_targets, of_weights = None, targets, token_weights
+        index: slice | Tensor
         if rows is None:  # the chunk's tokens are neighbours
-            of_targets, of_weights = targets[part], token_weights[part]
+            index, chunk, of_targets, of_weights = part, None, targets[part], token_weights[part]
+            selected, its_weights = hidden[part], of_weights
         else:
-            chunk = lib.contiguous(rows[part])
+            chunk, of_targets, of_weights = lib.contiguous(rows[part]), targets, token_weights
             index = lib.cast(chunk, torch.int64)
-        # What is in a row without a weight must not reach the weight's gradient: 0 * NaN is NaN.
-        selected = hidden[index].masked_fill((token_weights[index] == 0).unsqueeze(-1), 0)
+            selected = hidden.index_select(0, index)
+            its_weights = None if all_weighted else token_weights.index_select(0, index)
+        if not all_weighted:  # what is in a row without a weight must not reach the weight's gradient: 0 * NaN is NaN
+            selected = selected.masked_fill((its_weights == 0).unsqueeze(-1), 0)
         selected = lib.cast(selected, compute_dtype)
         logits = torch.mm(selected, head.t(), out=buffer[:size])
         chunk_nll = nll.new_empty(size)
         raw.masked_cross_entropy(
-            *(logits, of_targets, of_weights), rows=chunk, nll=chunk_nll, lse_parts=chunk_lse[:size],
+            *(logits, of_targets, of_weights), rows=chunk, nll=chunk_nll,
+            lse_parts=None if chunk_lse is None else chunk_lse[:size],
             grad=logits if hidden_grad or weight_grad else None, normalizer=early_normalizer, scale=early_scale,
             workspace=workspace,
         )  # fmt: skip
-        nll[index] = chunk_nll
+        _put(nll, index, chunk_nll)
         if hidden_grad:
-            d_hidden[index] = lib.cast(torch.mm(logits, head), hidden.dtype)
+            _put(d_hidden, index, lib.cast(torch.mm(logits, head), hidden.dtype))
         if weight_grad:
             lib.add_product(d_weight, logits.t(), selected, first=start == 0 and not is_given)
     if scale_late and into is not None:  # where no backward will scale it
         _scale(d_weight, late_factor(nll.new_ones(()), normalizer, scale))
         into.add_(d_weight)
     return weighted_sum(nll, token_weights, normalizer, scale), nll, d_hidden, d_weight
+
+
+def _put(whole: Tensor, index: slice | Tensor, part: Tensor) -> None:
+    """whole[index] = part, in a third of the time where the index is a tensor."""
+    if isinstance(index, slice):
+        whole[index] = part
+    else:
+        whole.index_copy_(0, index, part)
 
 
 def scales_late(compute_dtype: torch.dtype) -> bool:
@@ -236,7 +251,12 @@ def _scale(grad: Tensor, factor: Tensor) -> None:
         grad.mul_(float(factor))
 
 
-def _bwd(dloss: Tensor, hidden_grad: Tensor, weight_grad: Tensor) -> tuple[Tensor, Tensor]:
+def _bwd_cpu(dloss: Tensor, hidden_grad: Tensor, weight_grad: Tensor) -> tuple[Tensor, Tensor]:
+    factor = float(dloss)
+    return hidden_grad * factor, weight_grad * factor
+
+
+def _bwd_cuda(dloss: Tensor, hidden_grad: Tensor, weight_grad: Tensor) -> tuple[Tensor, Tensor]:
     d_hidden, d_weight = (
         torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x) for x in (hidden_grad, weight_grad)
     )
@@ -316,11 +336,9 @@ def _backward(ctx, dloss, *unused):
 
 lib.implement("linear_masked_ce_fwd", _fwd_fake, cpu=_fwd_cpu, cuda=_fwd_cuda)
 lib.implement("linear_masked_ce_fwd_", _fwd_into_fake, cpu=_fwd_into_cpu, cuda=_fwd_into_cuda)
-lib.implement("linear_masked_ce_bwd", _bwd_fake, cpu=_bwd, cuda=_bwd)
+lib.implement("linear_masked_ce_bwd", _bwd_fake, cpu=_bwd_cpu, cuda=_bwd_cuda)
 lib.implement("linear_masked_ce_bwd_", _bwd_inplace_fake, cpu=_bwd_inplace, cuda=_bwd_inplace)
-torch.library.register_autograd(
-    "illada::linear_masked_ce_fwd", _backward, setup_context=_setup_context, lib=lib.LIBRARY
-)
+lib.register_autograd("linear_masked_ce_fwd", _backward, _setup_context)
 lib.raise_on_double_backward("linear_masked_ce_bwd")
 
 

@@ -63,18 +63,18 @@ def where_read(normalizer: Tensor | None, scale: float) -> tuple[Tensor | None, 
 
 
 def kernel_targets(targets: Tensor) -> Tensor:
-    return lib.contiguous(targets if targets.is_cuda else targets.long())
+    return lib.contiguous(targets if targets.dtype == torch.int64 or targets.is_cuda else targets.long())
 
 
 def workspace_for(logits: Tensor) -> Tensor | None:
+    if not logits.is_cuda:
+        return None
     size = raw.masked_cross_entropy_workspace(logits.shape[0], logits.shape[1], logits.device)
     return logits.new_empty(size, dtype=torch.uint8) if size else None
 
 
 def weighted_sum(nll: Tensor, token_weights: Tensor, normalizer: Tensor | None, scale: float) -> Tensor:
     """The loss, from the nll of each token and what `where_read` gave."""
-    if not nll.is_cuda:
-        return (nll.double().dot(token_weights.double()) * scale).float()
     loss = nll.new_empty(())
     raw.weighted_sum(loss, lib.contiguous(nll), lib.contiguous(token_weights), normalizer=normalizer, scale=scale)
     return loss
@@ -207,7 +207,7 @@ lib.implement("masked_ce_fwd", _fwd_fake, cpu=_fwd, cuda=_fwd)
 lib.implement("masked_ce_bwd", _bwd_fake, cpu=_bwd, cuda=_bwd)
 lib.implement("masked_ce_bwd_", _bwd_inplace_fake, cpu=_bwd_inplace, cuda=_bwd_inplace)
 lib.implement("masked_ce_shard_fwd", _shard_fwd_fake, cpu=_shard_fwd, cuda=_shard_fwd)
-torch.library.register_autograd("illada::masked_ce_fwd", _backward, setup_context=_setup_context, lib=lib.LIBRARY)
+lib.register_autograd("masked_ce_fwd", _backward, _setup_context)
 lib.raise_on_double_backward("masked_ce_bwd")
 
 
