@@ -135,8 +135,14 @@ def _bits(*keys: str) -> int:
 #: What may come between autograd and a kernel: modes, subclasses, transforms. Two keys that are there always are none.
 _BETWEEN = torch._C._after_autograd_keyset.raw_repr() & ~_bits("ADInplaceOrView", "BackendSelect")
 
+#: What a thread adds to the keys of every call where no mode, transform or tracer is on.
+_ALWAYS = _bits("ADInplaceOrView", "BackendSelect")
+
 #: Of each op, its kernels, by what `_BETWEEN` leaves of a call's keys where nothing stands in for them.
 _KERNELS: dict[str, dict[int, Callable]] = {}
+
+#: Of each op with a derivative, what calls its kernel so that autograd knows.
+_FORMULAS: dict[str, Callable] = {}
 
 
 def implement(op: str, fake: Callable, *, cpu: Callable, cuda: Callable | None = None) -> None:
@@ -169,37 +175,71 @@ def register_autograd(op: str, backward: Callable, setup_context: Callable | Non
     overload = getattr(torch.ops.illada, op).default
     kernels = _KERNELS[op]
 
-    def run(keyset, inputs):
-        kernel = kernels.get(keyset.raw_repr() & _BETWEEN)
-        if kernel is not None:
-            return kernel(*inputs)
+    def redispatch(keyset, inputs):
         with torch._C._AutoDispatchBelowAutograd():
             return overload.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
 
     class Formula(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, keyset, *inputs):
-            outputs = run(keyset, inputs)
+        def forward(ctx, kernel, keyset, *inputs):
+            outputs = redispatch(keyset, inputs) if kernel is None else kernel(*inputs)
             if setup_context is not None:
                 setup_context(ctx, inputs, outputs)
             return outputs
 
         @staticmethod
         def backward(ctx, *gradients):
-            return None, *backward(ctx, *gradients)
+            return None, None, *backward(ctx, *gradients)
 
     Formula.__name__ = Formula.__qualname__ = f"illada::{op}"
     apply_plainly = super(torch.autograd.Function, Formula).apply  # without what Formula.apply does for transforms
+    _FORMULAS[op] = apply_plainly
 
     def differentiable(keyset, *inputs):
         if in_forward_mode():
             refuse_tangents(op, *inputs)
-        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)):
-            return run(keyset, inputs)
-        apply = apply_plainly if keyset.raw_repr() & _BETWEEN in kernels else Formula.apply
-        return apply(keyset, *inputs)
+        kernel = kernels.get(keyset.raw_repr() & _BETWEEN)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
+            return (Formula.apply if kernel is None else apply_plainly)(kernel, keyset, *inputs)
+        return redispatch(keyset, inputs) if kernel is None else kernel(*inputs)
 
     LIBRARY.impl(op, differentiable, "Autograd", with_keyset=True)
+
+
+def caller(op: str) -> Callable:
+    """The op for our own functions, which have checked that its tensors are on one device.
+
+    The kernel or the formula is called at once where the dispatcher would only come back to it: not under
+    torch.compile, export and tracing, modes, transforms and a profiler, nor for subclasses.
+    """
+    overload = getattr(torch.ops.illada, op).default
+    count = sum("Tensor" in str(argument.type) for argument in overload._schema.arguments)  # they are the first ones
+    cpu, cuda = (_KERNELS[op].get(_bits(key)) for key in ("CPU", "CUDA"))
+    formula, types = _FORMULAS.get(op), (Tensor, torch.nn.Parameter)
+    keys_added = torch._C._dispatch_tls_local_include_set
+
+    def call(*inputs):
+        if (
+            torch.compiler.is_compiling()
+            or keys_added().raw_repr() != _ALWAYS
+            or in_forward_mode()
+            or torch._C._len_torch_function_stack()
+            or torch.autograd._profiler_enabled()
+        ):
+            return overload(*inputs)
+        for tensor in inputs[:count]:
+            if tensor is not None and (type(tensor) not in types or tensor.is_neg()):
+                return overload(*inputs)
+        kernel = cpu if inputs[0].is_cpu else cuda if inputs[0].is_cuda else None
+        if kernel is None:
+            return overload(*inputs)
+        if formula is not None and torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
+            if torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.AutogradCPU):  # in another op
+                return overload(*inputs)
+            return formula(kernel, None, *inputs)
+        return kernel(*inputs)
+
+    return call
 
 
 def raise_on_double_backward(op: str) -> None:

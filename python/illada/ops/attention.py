@@ -353,9 +353,7 @@ def _backward(ctx, dout, dlse):
         return None, None, None, None, None, None, None
     q, k, v, out, lse, plan = ctx.saved_tensors
     dout = torch.zeros_like(out) if dout is None else dout
-    grads = torch.ops.illada.varlen_attention_bwd(
-        dout, dlse, q, k, v, out, lse, plan, ctx.num_sequences, ctx.softmax_scale, ctx.deterministic
-    )
+    grads = _call_bwd(dout, dlse, q, k, v, out, lse, plan, ctx.num_sequences, ctx.softmax_scale, ctx.deterministic)
     return *grads, None, None, None, None
 
 
@@ -364,6 +362,8 @@ lib.implement("varlen_attention_fwd", _fwd_fake, cpu=_fwd_cpu, cuda=_fwd_cuda)
 lib.implement("varlen_attention_bwd", _bwd_fake, cpu=_bwd_cpu, cuda=_bwd_cuda)
 lib.register_autograd("varlen_attention_fwd", _backward, _setup_context)
 lib.raise_on_double_backward("varlen_attention_bwd")
+_call_plan = lib.caller("attention_plan")
+_call_fwd, _call_bwd = lib.caller("varlen_attention_fwd"), lib.caller("varlen_attention_bwd")
 
 
 def _pairs(q: Tensor, k: Tensor, plan: Tensor, num_sequences: int) -> int:
@@ -436,7 +436,7 @@ def attention_plan(
     if total_k is None and cu_seqlens_k is None:
         total_k = total_q
     lengths = (lib.as_int32(tensor) for tensor in (cu_seqlens, cu_seqlens_k, seqused_k))
-    work = torch.ops.illada.attention_plan(*lengths, total_q, total_k, num_heads, num_kv_heads, head_dim)
+    work = _call_plan(*lengths, total_q, total_k, num_heads, num_kv_heads, head_dim)
     return AttentionPlan(work, num_heads, num_kv_heads, head_dim, total_q, sequences)
 
 
@@ -508,5 +508,5 @@ def varlen_attention(
                 raise ValueError(f"{op}: plan was made for {name} {getattr(plan, name)}, this call has {size}")
     if cu_seqlens_k is not None and lib.may_read(cu_seqlens_k) and int(cu_seqlens_k[-1]) > k.shape[0]:
         raise ValueError(f"{op}: cu_seqlens_k ends at {int(cu_seqlens_k[-1])}, but k has {k.shape[0]} tokens")
-    out, lse = torch.ops.illada.varlen_attention_fwd(q, k, v, plan.work, plan.num_sequences, scale, deterministic)
+    out, lse = _call_fwd(q, k, v, plan.work, plan.num_sequences, scale, deterministic)
     return (out, lse) if return_lse else out

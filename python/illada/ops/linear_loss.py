@@ -59,12 +59,12 @@ lib.LIBRARY.define(
 def _fwd_cpu(hidden, weight, targets, token_weights, rows, *arguments, **keywords):
     if rows is None:  # on a CPU the host may look
         found = token_weights.nonzero()
-        if len(found) < len(hidden):
-            rows = found.squeeze(-1).int()
+        if found.shape[0] < hidden.shape[0]:
+            rows = found.squeeze(-1)
         return _fwd_portable(hidden, weight, targets, token_weights, rows, *arguments, **keywords, all_weighted=True)
     if len(rows) and not (0 <= int(rows.min()) and int(rows.max()) < len(hidden)):
         raise ValueError(f"linear_masked_cross_entropy: rows must be in [0, {len(hidden)}), got {rows.tolist()}")
-    elif (rows[1:] <= rows[:-1]).any():
+    if (rows[1:] <= rows[:-1]).any():
         raise ValueError(f"linear_masked_cross_entropy: rows must ascend, each of them once, got {rows.tolist()}")
     return _fwd_portable(hidden, weight, targets, token_weights, rows, *arguments, **keywords)
 
@@ -168,52 +168,50 @@ def _fwd_portable(
     normalizer, scale = where_read(normalizer, scale)
     targets, token_weights = kernel_targets(targets), lib.contiguous(token_weights)
     head = lib.cast(weight, compute_dtype)
-    vocab_size, count = weight.shape[0], len(hidden) if rows is None else len(rows)
+    vocab_size, count = weight.shape[0], hidden.shape[0] if rows is None else rows.shape[0]
     chunk_rows = chunk_rows or chunk_rows_of(count, vocab_size, compute_dtype, hidden.is_cuda)
     scale_late = scales_late(compute_dtype)
     early_normalizer, early_scale = (None, 1.0) if scale_late else (normalizer, scale)
 
-    nll = token_weights.new_zeros(len(hidden))
+    nll = token_weights.new_zeros(hidden.shape[0])
     d_hidden = hidden.new_empty(0)
     if hidden_grad:  # every row is written without `rows`
         d_hidden = (torch.empty_like if rows is None else torch.zeros_like)(
             hidden, memory_format=torch.contiguous_format
         )
-    d_weight_shape = weight.shape if weight_grad else (0,)
     if into is None or scale_late:
-        d_weight, is_given = (
-            (weight.new_empty if count else weight.new_zeros)(d_weight_shape, dtype=grad_weight_dtype),
-            False,
-        )
+        shape = weight.shape if weight_grad else (0,)
+        d_weight = (weight.new_empty if count else weight.new_zeros)(shape, dtype=grad_weight_dtype)
+        is_given = False
     else:
         d_weight, is_given = into, True
     buffer = head.new_empty(min(chunk_rows, count), vocab_size)
     workspace = workspace_for(buffer)
-    chunk_lse = nll.new_empty(len(buffer), 2) if hidden.is_cuda else None  # large rows of CUDA need it for gradients
+    lse_parts = nll.new_empty(buffer.shape[0], 2) if hidden.is_cuda else None  # which CUDA needs for large rows
     for start in range(0, count, chunk_rows):
         part = slice(start, min(start + chunk_rows, count))
-        size = part.stop - part.start
+        logits = _part(buffer, slice(part.stop - part.start))
         index: slice | Tensor
         if rows is None:  # the chunk's tokens are neighbours
-            index, chunk, of_targets, of_weights = part, None, targets[part], token_weights[part]
-            selected, its_weights = hidden[part], of_weights
+            index, chunk, of_targets, of_weights = part, None, _part(targets, part), _part(token_weights, part)
+            selected, its_weights = _part(hidden, part), of_weights
         else:
-            chunk, of_targets, of_weights = lib.contiguous(rows[part]), targets, token_weights
-            index = lib.cast(chunk, torch.int64)
-            selected = hidden.index_select(0, index)
+            its_rows = lib.contiguous(_part(rows, part))
+            index, chunk = lib.cast(its_rows, torch.int64), lib.cast(its_rows, torch.int32)
+            of_targets, of_weights, selected = targets, token_weights, hidden.index_select(0, index)
             its_weights = None if all_weighted else token_weights.index_select(0, index)
         if not all_weighted:  # what is in a row without a weight must not reach the weight's gradient: 0 * NaN is NaN
             selected = selected.masked_fill((its_weights == 0).unsqueeze(-1), 0)
         selected = lib.cast(selected, compute_dtype)
-        logits = torch.mm(selected, head.t(), out=buffer[:size])
-        chunk_nll = nll.new_empty(size)
+        torch.mm(selected, head.t(), out=logits)
+        its_nll = nll.new_empty(logits.shape[0])
         raw.masked_cross_entropy(
-            *(logits, of_targets, of_weights), rows=chunk, nll=chunk_nll,
-            lse_parts=None if chunk_lse is None else chunk_lse[:size],
+            *(logits, of_targets, of_weights), rows=chunk, nll=its_nll,
+            lse_parts=None if lse_parts is None else lse_parts[: logits.shape[0]],
             grad=logits if hidden_grad or weight_grad else None, normalizer=early_normalizer, scale=early_scale,
             workspace=workspace,
         )  # fmt: skip
-        _put(nll, index, chunk_nll)
+        _put(nll, index, its_nll)
         if hidden_grad:
             _put(d_hidden, index, lib.cast(torch.mm(logits, head), hidden.dtype))
         if weight_grad:
@@ -224,10 +222,15 @@ def _fwd_portable(
     return weighted_sum(nll, token_weights, normalizer, scale), nll, d_hidden, d_weight
 
 
+def _part(tensor: Tensor, part: slice) -> Tensor:
+    """tensor[part], itself where that is all of it."""
+    return tensor if not part.start and part.stop == tensor.shape[0] else tensor[part]
+
+
 def _put(whole: Tensor, index: slice | Tensor, part: Tensor) -> None:
     """whole[index] = part, in a third of the time where the index is a tensor."""
     if isinstance(index, slice):
-        whole[index] = part
+        _part(whole, index).copy_(part)
     else:
         whole.index_copy_(0, index, part)
 
@@ -329,7 +332,7 @@ def _backward(ctx, dloss, *unused):
         ctx.scaled = True
         torch.ops.illada.linear_masked_ce_bwd_(dloss, d_hidden, d_weight)
     else:
-        d_hidden, d_weight = torch.ops.illada.linear_masked_ce_bwd(dloss, d_hidden, d_weight)
+        d_hidden, d_weight = _call_bwd(dloss, d_hidden, d_weight)
     wants_hidden, wants_weight = ctx.needs
     return (d_hidden if wants_hidden else None, d_weight if wants_weight else None) + (None,) * 11
 
@@ -340,6 +343,7 @@ lib.implement("linear_masked_ce_bwd", _bwd_fake, cpu=_bwd_cpu, cuda=_bwd_cuda)
 lib.implement("linear_masked_ce_bwd_", _bwd_inplace_fake, cpu=_bwd_inplace, cuda=_bwd_inplace)
 lib.register_autograd("linear_masked_ce_fwd", _backward, _setup_context)
 lib.raise_on_double_backward("linear_masked_ce_bwd")
+_call_fwd, _call_bwd = lib.caller("linear_masked_ce_fwd"), lib.caller("linear_masked_ce_bwd")
 
 
 class _IntoGradient(torch.autograd.Function):
@@ -468,8 +472,10 @@ def linear_masked_cross_entropy(
     if weight.shape[0] < 1:
         raise ValueError(f"{op}: weight must have at least one row, got {list(weight.shape)}")
     compute_dtype = compute_dtype_of(op, hidden, "weight", weight)
-    others = {"weight": weight, "targets": targets, "token_weights": token_weights, "rows": rows}
-    lib.check_same_device(op, ("hidden", hidden), *others.items())
+    lib.check_same_device(
+        op, ("hidden", hidden), ("weight", weight), ("targets", targets), ("token_weights", token_weights),
+        ("rows", rows),
+    )  # fmt: skip
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"{op}: chunk_rows must be at least 1, got {chunk_rows}")
     if grad_weight_dtype not in (None, torch.float32, torch.bfloat16):
@@ -491,9 +497,7 @@ def linear_masked_cross_entropy(
     if grad_weight is not None and needs_grad:
         loss, nll, _ = _IntoGradient.apply(*arguments, grad_weight.dtype, filter_eps, grad_weight)
     else:
-        loss, nll, _, _ = torch.ops.illada.linear_masked_ce_fwd(
-            *arguments, grad_weight_dtype or torch.float32, filter_eps
-        )
+        loss, nll, _, _ = _call_fwd(*arguments, grad_weight_dtype or torch.float32, filter_eps)
     return (loss, nll) if return_nll else loss
 
 
