@@ -1,7 +1,8 @@
 """Timing that can be believed on a noisy machine: all providers of a case in one process, taking turns.
 
 A record is a dict with the keys of KEYS; null where something does not apply. Of a provider that did not run, median_ms
-is null and `error` says why; such records are handed to `after_case` alone.
+is null and `error` says why; such records are handed to `after_case` alone. n: timed calls; the keys after it are those
+of `environment`. Readers take a key that a line does not have for null: older files have fewer.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks import dry_run, timing
+from benchmarks import dry_run, environment, timing
 from benchmarks.timing import CPU
 from illada.ops import variants
 from illada.terminal import shows
@@ -29,7 +30,10 @@ from illada.terminal import shows
 KEYS = (
     "bench", "case", "provider", "median_ms", "p20_ms", "p80_ms", "flops", "bytes", "peak_memory_bytes", "error",
     "counts", "device", "torch", "commit", "timing", "variants", "date",
+    "n", "threads", "load", "cpu", "gpu", "driver", "cuda", "clocks", "power",
 )  # fmt: skip
+#: A row whose p20 and p80 are further apart than this share of its median is marked.
+NOISY = 0.2
 
 
 @dataclass
@@ -112,18 +116,19 @@ def run(
     after_case: gets the records of each case as soon as they are there. keep_going: ours is left out for an error as
     its peers are, where it would otherwise end the run.
     """
-    timer = timing.timer(device)
+    timer, name = timing.timer(device), timing.device_name(device)
     same = {
-        "device": timing.device_name(device),
+        "device": name,
         "torch": torch.__version__,
         "commit": commit(),
         "variants": variants.describe() if device.type == "cuda" else None,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **environment.machine(device, name),
     }
     records = []
     for case in tqdm(cases, desc=bench, unit=" cases", disable=not shows()):
         mine = [
-            {**record, "bench": bench, **same}
+            {**record, "bench": bench, **same, **environment.state(device)}
             for record in _run_case(case, timer, providers, repeats, device, keep_going)
         ]
         records += [record for record in mine if record["median_ms"] is not None]
@@ -198,6 +203,7 @@ def _run_case(
                 "error": errors[entry.provider.name],
                 "counts": counts[entry.provider.name],
                 "timing": entry.timing,
+                "n": len(ms),
             }
         )
     for provider in offered:
@@ -268,6 +274,16 @@ def ratio(
     if values.get("illada") is None or values.get(provider) is None:
         return None
     return values[provider] / values["illada"]
+
+
+def marks(record: dict[str, Any]) -> str:
+    """What one must know before one believes a row: that it varies, or was timed once; empty: nothing."""
+    found = []
+    if record["median_ms"] and (record["p80_ms"] - record["p20_ms"]) > NOISY * record["median_ms"]:
+        found.append(f"varies {(record['p80_ms'] - record['p20_ms']) / record['median_ms']:.0%}")
+    if record.get("n") == 1:
+        found.append("timed once")
+    return ", ".join(found)
 
 
 def copy_share(records: Sequence[dict[str, Any]], record: dict[str, Any]) -> float | None:

@@ -14,7 +14,7 @@ if importlib.util.find_spec("benchmarks") is None:
     sys.path.insert(0, str(ROOT))
 
 from benchmarks import __main__ as command  # noqa: E402
-from benchmarks import published, remask, report, runner, score, timing, train_step  # noqa: E402
+from benchmarks import environment, published, remask, report, runner, score, timing, train_step  # noqa: E402
 from benchmarks.weights import random_model  # noqa: E402
 from illada.config import ModelConfig  # noqa: E402
 from illada.model import MaskedDiffusionModel  # noqa: E402
@@ -44,6 +44,12 @@ def test_remask_records(tmp_path, monkeypatch):
         assert line["p20_ms"] <= line["median_ms"] <= line["p80_ms"] and line["bytes"] == 32 * 501 * 2
         assert line["peak_memory_bytes"] is None and line["error"] < (1e-5 if line["provider"] == "illada" else 0.02)
         assert line["timing"] == "clock" and line["date"].endswith("+00:00")
+        assert (
+            line["n"] == (3 if line["provider"] == "illada" else 1)
+            and line["threads"] == torch.get_num_threads()
+            and line["load"] >= 0
+        )
+        assert line["cpu"] == line["device"] and line["gpu"] is line["driver"] is line["cuda"] is line["power"] is None
     assert plot.stat().st_size > 1000
     assert runner.ratio(lines, "32x501 T=0", "published") > 0
     assert runner.ratio(lines, "32x501 T=0", "compile") is None
@@ -353,6 +359,34 @@ def test_copy_share_and_ratio_by_timing():
     assert runner.copy_share(records, ours) == 0.5 and runner.copy_share(records, graph) == 0.8
     assert runner.copy_share(records, peer) is None and runner.copy_share([ours], ours) is None
     assert runner.ratio(records, "c", "p") == 3 and runner.ratio(records, "c", "p", timing="graph") == 2
+
+
+def test_rows_that_vary_or_were_timed_once_are_marked():
+    steady = record(median_ms=10.0, p20_ms=9.5, p80_ms=11.4, n=7)
+    assert runner.marks(steady) == "" == runner.marks({k: v for k, v in steady.items() if k != "n"})
+    assert runner.marks(record(median_ms=10.0, p20_ms=9.0, p80_ms=11.5, n=7)) == "varies 25%"
+    assert runner.marks(record(median_ms=10.0, p20_ms=10.0, p80_ms=10.0, n=1)) == "timed once"
+    assert runner.marks(record(median_ms=None)) == ""
+
+
+def test_what_nvidia_smi_says(monkeypatch):
+    asked = []
+
+    def said(command, **_):
+        asked.append(command)
+        return subprocess.CompletedProcess(command, 0, stdout="570.1, 1755, 2619, 1980, 432.10, [N/A]\n")
+
+    monkeypatch.setattr(subprocess, "run", said)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
+    about = environment.machine(GPU, "a GPU") | environment.state(GPU)
+    assert asked[0][:2] == ["nvidia-smi", "--id=3"]
+    assert about["driver"] == "570.1" and about["gpu"] == "a GPU" and about["cuda"] == torch.version.cuda
+    assert about["clocks"] == {"sm": 1755, "memory": 2619, "sm max": 1980} and about["power"] == {"draw": 432.1}
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: (_ for _ in ()).throw(FileNotFoundError("nvidia-smi")))
+    about = environment.machine(GPU, "a GPU") | environment.state(GPU)
+    assert about["driver"] is about["clocks"] is about["power"] is None and about["load"] >= 0
+    assert set(about) == set(runner.KEYS[runner.KEYS.index("n") + 1 :])
 
 
 def test_commit_from_the_environment(monkeypatch):

@@ -30,12 +30,13 @@ def test_op_example_runs():
 
 def test_trainer_examples_run():
     blocks = re.findall(
-        r"```python\n(.*?)```", (ROOT / "docs/training.md").read_text(encoding="utf-8"), flags=re.DOTALL
+        r"```python\n(.*?)```", (ROOT / "docs/embedding.md").read_text(encoding="utf-8"), flags=re.DOTALL
     )
     others = [block for block in blocks if "model" not in block.replace("AutoModel", "")]
-    assert len(blocks) == 7 and len(others) == 3
-    for block in others:
-        exec(block, {"torch": torch, "illada": illada})
+    assert len(blocks) == 11 and len(others) == 7
+    names = {"torch": torch, "illada": illada}
+    for block in others:  # in order: later ones use the tensors of those before
+        exec(block, names)
     config = ModelConfig.preset("tiny", hidden_size=32, intermediate_size=48, num_attention_heads=4, vocab_size=300)
     windows = np.random.default_rng(0).integers(6, 300, (4, 12))
     batches = [
