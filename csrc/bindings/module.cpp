@@ -151,6 +151,18 @@ attention::PackedView packed_view(const ViewArguments& view) {
   return {pointer<const void>(std::get<0>(view)), std::get<1>(view), std::get<2>(view)};
 }
 
+bool attention_plan_cpu(int64_t total_q, int num_sequences, Address cu_seqlens, Address cu_seqlens_k, Address seqused_k,
+                        Address plan) {
+  attention::PlanParams p;
+  p.shape.total_q = total_q;
+  p.shape.num_sequences = num_sequences;
+  p.cu_seqlens = pointer<const int32_t>(cu_seqlens);
+  p.cu_seqlens_k = pointer<const int32_t>(cu_seqlens_k);
+  p.seqused_k = pointer<const int32_t>(seqused_k);
+  p.plan = pointer<int32_t>(plan);
+  return attention::plan_cpu(p);
+}
+
 void varlen_attention(const PackArguments& pack, int dtype, const ViewArguments& q, const ViewArguments& k,
                       const ViewArguments& v, float softmax_scale, Address plan, int64_t plan_rows, Address out,
                       Address lse, int num_threads, const LaunchArguments& launch) {
@@ -530,6 +542,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("varlen_attention_workspace", &varlen_attention_workspace);
 #endif
   m.def("remask", &remask_tokens);
+  m.def("attention_plan_cpu", &attention_plan_cpu);
   m.def("varlen_attention", &varlen_attention);
   m.def("flush_denormals", &cpu::flush_denormals);
 }

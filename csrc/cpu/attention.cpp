@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "cpu/attention_tile.h"
+#include "cpu/denormals.h"
 #include "cpu/parallel.h"
 #include "cpu/row_kernels.h"
 #include "illada/error.h"
@@ -49,14 +50,16 @@ void forward_cpu(const ForwardParams& p) {
   const cpu::RowKernels& kernels = cpu::row_kernels();
   const auto attend = p.dtype == DType::kFloat32 ? kernels.attend_f32 : kernels.attend_bf16;
   const int64_t size = p.dtype == DType::kFloat32 ? 4 : 2, group = s.num_heads / s.num_kv_heads;
-  int64_t most_tiles = 0;
+  int64_t most_tiles = 0, pairs = 0;
   for (int64_t i = 0; i < p.plan_rows; ++i) {
     const Sequence x = sequence(p, i);
+    pairs += (x.q_end - x.q_start) * (x.k_end - x.k_start);
     most_tiles = std::max(most_tiles, (x.q_end - x.q_start) * group);
   }
   most_tiles = (most_tiles + kernels.tile_rows - 1) / kernels.tile_rows;
   // Sequences of fewer tiles than the longest one leave some of these without work.
-  cpu::parallel_for(p.plan_rows * s.num_kv_heads * most_tiles, p.num_threads, [&](int64_t n) {
+  const int threads = cpu::threads_for(pairs * s.num_heads * s.head_dim, p.num_threads);
+  cpu::parallel_for(p.plan_rows * s.num_kv_heads * most_tiles, threads, [&](int64_t n) {
     const Sequence x = sequence(p, n / most_tiles / s.num_kv_heads);
     const int64_t kv_head = n / most_tiles % s.num_kv_heads, first = n % most_tiles * kernels.tile_rows;
     const int64_t rows = std::min<int64_t>((x.q_end - x.q_start) * group - first, kernels.tile_rows);
@@ -82,6 +85,7 @@ void forward_cpu(const ForwardParams& p) {
     tile.lse = p.lse + kv_head * group * s.total_q + x.q_start;
     tile.num_heads = s.num_heads;
     tile.total_q = s.total_q;
+    const cpu::FlushedDenormals flushed;  // probabilities of keys that nobody looks at
     attend(tile);
   });
 }

@@ -78,14 +78,13 @@ def _plan_cpu(
     cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, seqused_k: Tensor | None, total_q: int, total_k: int | None,
     num_heads: int, num_kv_heads: int, head_dim: int,
 ) -> Tensor:  # fmt: skip
-    _check_lengths(cu_seqlens, cu_seqlens_k, seqused_k, total_q)
-    starts_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
-    ends_k = starts_k[1:] if seqused_k is None else starts_k[:-1] + seqused_k
-    work = torch.stack([cu_seqlens[:-1], cu_seqlens[1:], starts_k[:-1], ends_k], dim=1)
-    pairs = (work[:, 1] - work[:, 0]).long() * (work[:, 3] - work[:, 2])
-    # The last row is of the queries behind the last sequence, which meet no keys.
-    rest = torch.stack([cu_seqlens[-1], cu_seqlens.new_tensor(total_q), *cu_seqlens.new_zeros(2)])
-    return torch.cat([work[pairs.argsort(descending=True, stable=True)], rest[None]])
+    lengths = [None if x is None else lib.contiguous(x) for x in (cu_seqlens, cu_seqlens_k, seqused_k)]
+    sequences = cu_seqlens.shape[0] - 1
+    plan = cu_seqlens.new_empty(sequences + 1, 4)
+    if not native().attention_plan_cpu(total_q, sequences, *lengths, plan):
+        _check_lengths(cu_seqlens, cu_seqlens_k, seqused_k, total_q)
+        raise ValueError("attention_plan: the lengths do not ascend from 0, or do not fit")  # said better by the check
+    return plan
 
 
 def _by_group(x: Tensor, groups: int) -> Tensor:
@@ -164,7 +163,6 @@ def _differentiate_plainly(
     return dq, dk, dv
 
 
-@_without_denormals()
 def _fwd_cpu(
     q: Tensor, k: Tensor, v: Tensor, plan: Tensor, num_sequences: int, softmax_scale: float, deterministic: bool
 ) -> tuple[Tensor, Tensor]:
@@ -179,8 +177,18 @@ def _fwd_cpu(
         plan, others = plan[~many], plan[many]
     if len(plan):
         raw.varlen_attention(out, lse, q, k, v, plan, num_sequences, softmax_scale)
+    if others is not None:
+        _attend_by_torch(out, lse, q, k, v, others, softmax_scale)
+    return out, lse
+
+
+@_without_denormals()
+def _attend_by_torch(
+    out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: Tensor, softmax_scale: float
+) -> None:
+    """The sequences of these rows of a plan, into out and lse."""
     groups, group = k.shape[1], q.shape[1] // k.shape[1]
-    for q_start, q_end, k_start, k_end in [] if others is None else others.tolist():
+    for q_start, q_end, k_start, k_end in plan.tolist():
         if k_end == k_start:
             out[q_start:q_end], lse[:, q_start:q_end] = 0, -torch.inf
         elif q_end > q_start:
@@ -192,7 +200,6 @@ def _fwd_cpu(
                 x, its_lse = _attend_plainly(its_q, its_k, its_v, softmax_scale)
             out[q_start:q_end] = _from_group(x, group)
             lse[:, q_start:q_end] = its_lse[0].unflatten(1, (-1, group)).transpose(1, 2).flatten(0, 1)
-    return out, lse
 
 
 def _differentiate(
@@ -486,9 +493,11 @@ def varlen_attention(
     lib.check_dtype(op, "v", v, (q.dtype,))
     lib.check_shape(op, "q", q, ("T", "H", "D"))
     lib.check_shape(op, "k", k, ("Tk", "G", q.shape[2]))
-    lib.check_shape(op, "v", v, tuple(k.shape))
+    if v.shape != k.shape:
+        lib.check_shape(op, "v", v, tuple(k.shape))
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        lib.check_last_contiguous(op, name, tensor)
+        if not tensor.is_contiguous():
+            lib.check_last_contiguous(op, name, tensor)
     lib.check_same_device(op, ("q", q), ("k", k), ("v", v), ("cu_seqlens", cu_seqlens))
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(f"{op}: q has {q.shape[1]} heads, which must be a multiple of k's {k.shape[1]}")
