@@ -16,7 +16,11 @@ template <typename F>
 void parallel_for(int64_t count, [[maybe_unused]] int num_threads, F&& f) {
 #if defined(_OPENMP)
   const int threads = int(count < num_threads ? count : num_threads);
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
+  if (threads > 1) {  // not `if` of the pragma, under which the loop is still handed out piece by piece
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (int64_t n = 0; n < count; ++n) f(n);
+    return;
+  }
 #endif
   for (int64_t n = 0; n < count; ++n) f(n);
 }

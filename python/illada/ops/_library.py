@@ -216,16 +216,18 @@ def caller(op: str) -> Callable:
     count = sum("Tensor" in str(argument.type) for argument in overload._schema.arguments)  # they are the first ones
     cpu, cuda = (_KERNELS[op].get(_bits(key)) for key in ("CPU", "CUDA"))
     formula, types = _FORMULAS.get(op), (Tensor, torch.nn.Parameter)
-    keys_added = torch._C._dispatch_tls_local_include_set
+    # Looked up once: a call has some microseconds.
+    is_compiling, profiled, grad_enabled = (
+        torch.compiler.is_compiling,
+        torch.autograd._profiler_enabled,
+        torch.is_grad_enabled,
+    )
+    keys_added, modes = torch._C._dispatch_tls_local_include_set, torch._C._len_torch_function_stack
+    wants_grad, excluded = torch._C._any_requires_grad, torch._C._dispatch_tls_is_dispatch_key_excluded
+    autograd_key = torch._C.DispatchKey.AutogradCPU
 
     def call(*inputs):
-        if (
-            torch.compiler.is_compiling()
-            or keys_added().raw_repr() != _ALWAYS
-            or in_forward_mode()
-            or torch._C._len_torch_function_stack()
-            or torch.autograd._profiler_enabled()
-        ):
+        if is_compiling() or keys_added().raw_repr() != _ALWAYS or modes() or profiled() or in_forward_mode():
             return overload(*inputs)
         for tensor in inputs[:count]:
             if tensor is not None and (type(tensor) not in types or tensor.is_neg()):
@@ -233,11 +235,11 @@ def caller(op: str) -> Callable:
         kernel = cpu if inputs[0].is_cpu else cuda if inputs[0].is_cuda else None
         if kernel is None:
             return overload(*inputs)
-        if formula is not None and torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
-            if torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.AutogradCPU):  # in another op
-                return overload(*inputs)
-            return formula(kernel, None, *inputs)
-        return kernel(*inputs)
+        if formula is None or not grad_enabled() or not wants_grad(*inputs):
+            return kernel(*inputs)
+        if excluded(autograd_key):  # in the kernel of another op, which autograd knows
+            return overload(*inputs)
+        return formula(kernel, None, *inputs)
 
     return call
 
@@ -264,9 +266,11 @@ def written(*tensors: Tensor | None) -> None:
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """`tensor` in `dtype`, itself where it has it. For an op's kernel: `Tensor.to`, which is called a view, would not
-    reach a torch dispatch mode that stands in for torch's own kernels there.
+    reach a torch dispatch mode that stands in for torch's own CUDA kernels there.
     """
-    return tensor if tensor.dtype == dtype else torch.empty_like(tensor, dtype=dtype).copy_(tensor)
+    if tensor.dtype == dtype:
+        return tensor
+    return torch.empty_like(tensor, dtype=dtype).copy_(tensor) if tensor.is_cuda else tensor.to(dtype)
 
 
 def contiguous(tensor: Tensor) -> Tensor:

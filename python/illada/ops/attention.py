@@ -491,31 +491,32 @@ def varlen_attention(
     lib.check_dtype(op, "q", q, _DTYPES)
     lib.check_dtype(op, "k", k, (q.dtype,))
     lib.check_dtype(op, "v", v, (q.dtype,))
-    lib.check_shape(op, "q", q, ("T", "H", "D"))
-    lib.check_shape(op, "k", k, ("Tk", "G", q.shape[2]))
-    if v.shape != k.shape:
+    if q.dim() != 3 or k.dim() != 3 or q.shape[2] != k.shape[2] or v.shape != k.shape:
+        lib.check_shape(op, "q", q, ("T", "H", "D"))
+        lib.check_shape(op, "k", k, ("Tk", "G", q.shape[2]))
         lib.check_shape(op, "v", v, tuple(k.shape))
+    (total_q, heads, dim), (total_k, kv_heads, _) = q.shape, k.shape
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not tensor.is_contiguous():
             lib.check_last_contiguous(op, name, tensor)
     lib.check_same_device(op, ("q", q), ("k", k), ("v", v), ("cu_seqlens", cu_seqlens))
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(f"{op}: q has {q.shape[1]} heads, which must be a multiple of k's {k.shape[1]}")
-    if cu_seqlens_k is None and k.shape[0] != q.shape[0]:
-        raise ValueError(
-            f"{op}: k has {k.shape[0]} tokens and q has {q.shape[0]}; without cu_seqlens_k they must agree"
-        )
-    scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"{op}: q has {heads} heads, which must be a multiple of k's {kv_heads}")
+    if cu_seqlens_k is None and total_k != total_q:
+        raise ValueError(f"{op}: k has {total_k} tokens and q has {total_q}; without cu_seqlens_k they must agree")
+    scale = dim**-0.5 if softmax_scale is None else float(softmax_scale)
     if not (0 < scale < math.inf):
         raise ValueError(f"{op}: softmax_scale must be finite and > 0, got {scale}")
-    shape = {"num_heads": q.shape[1], "num_kv_heads": k.shape[1], "head_dim": q.shape[2], "total_q": q.shape[0]}
     if plan is None:
-        plan = attention_plan(cu_seqlens, cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k, total_k=k.shape[0], **shape)
-    else:
-        for name, size in {**shape, "num_sequences": cu_seqlens.shape[0] - 1}.items():
+        plan = attention_plan(
+            cu_seqlens, cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k, num_heads=heads, num_kv_heads=kv_heads,
+            head_dim=dim, total_q=total_q, total_k=total_k,
+        )  # fmt: skip
+    elif plan[1:] != (sizes := (heads, kv_heads, dim, total_q, cu_seqlens.shape[0] - 1)):
+        for name, size in zip(AttentionPlan._fields[1:], sizes, strict=True):
             if getattr(plan, name) != size:
                 raise ValueError(f"{op}: plan was made for {name} {getattr(plan, name)}, this call has {size}")
-    if cu_seqlens_k is not None and lib.may_read(cu_seqlens_k) and int(cu_seqlens_k[-1]) > k.shape[0]:
-        raise ValueError(f"{op}: cu_seqlens_k ends at {int(cu_seqlens_k[-1])}, but k has {k.shape[0]} tokens")
+    if cu_seqlens_k is not None and lib.may_read(cu_seqlens_k) and int(cu_seqlens_k[-1]) > total_k:
+        raise ValueError(f"{op}: cu_seqlens_k ends at {int(cu_seqlens_k[-1])}, but k has {total_k} tokens")
     out, lse = _call_fwd(q, k, v, plan.work, plan.num_sequences, scale, deterministic)
     return (out, lse) if return_lse else out

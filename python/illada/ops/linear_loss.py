@@ -204,16 +204,19 @@ def _fwd_portable(
             selected = selected.masked_fill((its_weights == 0).unsqueeze(-1), 0)
         selected = lib.cast(selected, compute_dtype)
         torch.mm(selected, head.t(), out=logits)
-        its_nll = nll.new_empty(logits.shape[0])
+        its_nll = _part(nll, part) if rows is None else nll.new_empty(logits.shape[0])
         raw.masked_cross_entropy(
             *(logits, of_targets, of_weights), rows=chunk, nll=its_nll,
             lse_parts=None if lse_parts is None else lse_parts[: logits.shape[0]],
             grad=logits if hidden_grad or weight_grad else None, normalizer=early_normalizer, scale=early_scale,
             workspace=workspace,
         )  # fmt: skip
-        _put(nll, index, its_nll)
-        if hidden_grad:
+        if hidden_grad and rows is None and compute_dtype == hidden.dtype:
+            torch.mm(logits, head, out=_part(d_hidden, part))
+        elif hidden_grad:
             _put(d_hidden, index, lib.cast(torch.mm(logits, head), hidden.dtype))
+        if rows is not None:
+            nll.index_copy_(0, index, its_nll)
         if weight_grad:
             lib.add_product(d_weight, logits.t(), selected, first=start == 0 and not is_given)
     if scale_late and into is not None:  # where no backward will scale it
@@ -393,8 +396,9 @@ def _fwd_flops(hidden, weight, targets, token_weights, rows, *args, out_val=None
 
 def compute_dtype_of(op: str, hidden: Tensor, name: str, weight: Tensor) -> torch.dtype:
     """What the GEMMs of hidden and the weight `name` run in: autocast's dtype or their own. TypeError, ValueError."""
-    lib.check_last_contiguous(op, "hidden", hidden)
-    lib.check_last_contiguous(op, name, weight)
+    if not (hidden.is_contiguous() and weight.is_contiguous()):
+        lib.check_last_contiguous(op, "hidden", hidden)
+        lib.check_last_contiguous(op, name, weight)
     dtypes = logits_dtypes(hidden)
     lib.check_dtype(op, "hidden", hidden, dtypes)
     compute_dtype = autocast_dtype(hidden.device)
@@ -462,8 +466,9 @@ def linear_masked_cross_entropy(
     not). A second derivative raises.
     """
     op = "linear_masked_cross_entropy"
-    lib.check_shape(op, "hidden", hidden, ("T", "C"))
-    lib.check_shape(op, "weight", weight, ("V", hidden.shape[1]))
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        lib.check_shape(op, "hidden", hidden, ("T", "C"))
+        lib.check_shape(op, "weight", weight, ("V", hidden.shape[1]))
     if hasattr(weight, "full_tensor"):
         raise TypeError(
             f"{op}: weight is a DTensor, of which this process holds a shard; compute the loss inside the forward of "
