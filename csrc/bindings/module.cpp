@@ -6,7 +6,9 @@
 #include <tuple>
 
 #include "common/driver_calls.h"
+#include "cpu/attention_plan.h"
 #include "cpu/denormals.h"
+#include "cpu/weighted_sum.h"
 #include "illada/illada.h"
 #if defined(ILLADA_WITH_CUDA)
 #include "loss/linear.h"

@@ -4,6 +4,7 @@
 
 #include "cpu/parallel.h"
 #include "cpu/row_kernels.h"
+#include "cpu/weighted_sum.h"
 #include "illada/error.h"
 
 namespace illada::loss {

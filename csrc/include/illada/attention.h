@@ -38,10 +38,6 @@ struct PlanParams {
 int64_t plan_rows(const PackShape& shape);
 void plan_cuda(const PlanParams& params);
 
-// The same on a CPU, where a plan has a row for each sequence (below) and one for the queries behind them. False, and
-// no plan, where lengths do not ascend from 0 or do not fit.
-bool plan_cpu(const PlanParams& params);
-
 // A packed tensor [tokens, heads, D], contiguous in D. Strides in elements; on a GPU multiples of 8, the data 16-byte
 // aligned.
 struct PackedView {

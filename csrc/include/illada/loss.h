@@ -80,9 +80,6 @@ struct WeightedSumParams {
 };
 void weighted_sum_cuda(const WeightedSumParams& params);
 
-// The same on a CPU.
-void weighted_sum_cpu(const float* nll, const float* weights, int64_t num_rows, double scale, float* loss);
-
 // data[i] *= factor[0]. Where the factor is 1, as it is when a loss is differentiated by itself, nothing is read.
 struct ScaleParams {
   void* data = nullptr;  // [count], dtype
