@@ -21,9 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import illada
-from benchmarks.runner import Case, Goal, Provider, generator
-from benchmarks.timing import CPU, ThreadClock
 from illada.ops import raw
+
+from .runner import Case, Goal, Provider, generator
+from .timing import CPU, ThreadClock
 
 DEVICES = ("cpu", "cuda")
 MODES = ("no grad", "grad", "both")
@@ -188,6 +189,21 @@ def case(op: str, mode: str, device: torch.device = CPU) -> Case:
 def cases(device: torch.device = CPU) -> list[Case]:
     """Every op without gradients, with them, and back; a plan has none."""
     return [case(op, mode, device) for op in OPS for mode in (MODES if op != "attention_plan" else MODES[:1])]
+
+
+def quick(device: torch.device = CPU) -> list[Case]:
+    """An op that takes a plan, and one that takes none."""
+    return [case(op, mode, device) for op in ("varlen_attention", "masked_cross_entropy") for mode in MODES[:2]]
+
+
+def providers(device: torch.device = CPU) -> list[str]:
+    """Of all cases."""
+    return ["illada raw", "illada registered", "illada", "torch"]
+
+
+def rivals(provider: str) -> bool:
+    """None: the goals say how much more than torch's own overhead is allowed."""
+    return False
 
 
 def costs(records: Sequence[dict[str, Any]]) -> dict[tuple[str, str], float]:

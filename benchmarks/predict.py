@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import predict_cases, runner
-from benchmarks.predict_cases import ESTIMATES, LAUNCH_US, Case
+from . import predict_cases, runner
+from .predict_cases import ESTIMATES, LAUNCH_US, Case
 
 ROOT = Path(__file__).resolve().parent.parent
 PREDICTED = ROOT / "benchmarks" / "predicted.json"

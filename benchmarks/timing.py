@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import dry_run
+from . import dry_run
 
 CPU = torch.device("cpu")
 

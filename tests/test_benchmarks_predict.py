@@ -176,10 +176,14 @@ def test_compare_command(tmp_path, capsys):
     assert "| bwd | keys | kernels | 200.0 | 180.0 to 300.0 | 150.0 | 0.75 | FASTER |" in out
     measured.write_text(json.dumps(record("other", 1.0)) + "\n")
     assert command.main(options) == 1 and "Nothing was both" in capsys.readouterr().out
-    measured.write_text("{}\nnot json\n")
+    old = [{key: value for key, value in line.items() if key not in ("timing", "variants")} for line in MEASURED]
+    measured.write_text("".join(json.dumps(line) + "\n" for line in [{}, *old]) + '{"case": "f')
+    assert command.main(options) == 0
+    assert f"skipped a damaged line: {measured}, line {len(old) + 2}: " in capsys.readouterr().err
+    measured.write_text("not json\n")
     with pytest.raises(SystemExit):
         command.main(options)
-    assert f"{measured}, line 2: " in capsys.readouterr().err
+    assert f"no line is a JSON object; {measured}, line 1: " in capsys.readouterr().err
     predicted.write_text("[1]")
     with pytest.raises(SystemExit):
         command.main(options)

@@ -195,7 +195,9 @@ def python_blocks(page: str) -> list[str]:
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/checkpoints.md", "docs/generation.md", "docs/scoring.md"])
-def test_python_runs(page, place):
+def test_python_runs(page, place, request):
+    if any("trust_remote_code" in block for block in python_blocks(page)):
+        request.getfixturevalue("remote_code")
     names: dict = {}
     for block in python_blocks(page):
         exec(block, names)

@@ -2,6 +2,10 @@
 
 #include <cstdint>
 
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
 namespace illada::cpu {
 
 // Of at most `most`, as many threads as so many elements of work pay for: to wake one takes microseconds.
@@ -23,6 +27,15 @@ void parallel_for(int64_t count, [[maybe_unused]] int num_threads, F&& f) {
   }
 #endif
   for (int64_t n = 0; n < count; ++n) f(n);
+}
+
+// Of the thread that calls f, below num_threads.
+inline int thread_index() {
+#if defined(_OPENMP)
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
 }
 
 }  // namespace illada::cpu
