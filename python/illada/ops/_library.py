@@ -214,20 +214,18 @@ def register_autograd(op: str, backward: Callable, setup_context: Callable | Non
         with torch._C._AutoDispatchBelowAutograd():
             return overload.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
 
-    class Formula(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, kernel, keyset, *inputs):
-            outputs = redispatch(keyset, inputs) if kernel is None else kernel(*inputs)
-            if setup_context is not None:
-                setup_context(ctx, inputs, outputs)
-            return outputs
+    def forward(ctx, kernel, keyset, *inputs):
+        outputs = redispatch(keyset, inputs) if kernel is None else kernel(*inputs)
+        if setup_context is not None:
+            setup_context(ctx, inputs, outputs)
+        return outputs
 
-        @staticmethod
-        def backward(ctx, *gradients):
-            return None, None, *backward(ctx, *gradients)
+    def of_inputs(ctx, *gradients):
+        return None, None, *backward(ctx, *gradients)
 
-    Formula.__name__ = Formula.__qualname__ = f"illada::{op}"
-    apply_plainly = super(torch.autograd.Function, Formula).apply  # without what Formula.apply does for transforms
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(of_inputs)}
+    formula = type(f"illada_{op}", (torch.autograd.Function,), methods)  # named as its graph node is to be
+    apply_plainly = super(torch.autograd.Function, formula).apply  # without what `apply` does for transforms
     _FORMULAS[op] = apply_plainly
 
     def differentiable(keyset, *inputs):
@@ -235,7 +233,7 @@ def register_autograd(op: str, backward: Callable, setup_context: Callable | Non
             refuse_tangents(op, *inputs)
         kernel = kernels.get(keyset.raw_repr() & _BETWEEN)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
-            return (Formula.apply if kernel is None else apply_plainly)(kernel, keyset, *inputs)
+            return (formula.apply if kernel is None else apply_plainly)(kernel, keyset, *inputs)
         return redispatch(keyset, inputs) if kernel is None else kernel(*inputs)
 
     LIBRARY.impl(op, differentiable, "Autograd", with_keyset=True)
@@ -259,7 +257,7 @@ def caller(op: str) -> Callable:
     )
     keys_added, modes = torch._C._dispatch_tls_local_include_set, torch._C._len_torch_function_stack
     wants_grad, excluded = torch._C._any_requires_grad, torch._C._dispatch_tls_is_dispatch_key_excluded
-    autograd_key = torch._C.DispatchKey.AutogradCPU
+    autograd_key = torch._C.DispatchKey.AutogradFunctionality
 
     def call(*inputs):
         if is_compiling() or keys_added().raw_repr() != _ALWAYS or modes() or profiled() or in_forward_mode():
