@@ -158,6 +158,7 @@ def _fwd_portable(
     compute_dtype: torch.dtype,
     grad_weight_dtype: torch.dtype,
     filter_eps: float,
+    *,
     into: Tensor | None = None,
     all_weighted: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
