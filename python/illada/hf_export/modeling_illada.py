@@ -197,18 +197,20 @@ class IlladaModel(IlladaPreTrainedModel):
                 position_ids = (index - first).clamp(min=0)
         mask = create_bidirectional_mask(config, x, attention_mask)
         cos, sin = rotary_tables(position_ids, config, x.dtype)
-        states, attentions = [x], []
+        states, attentions = [], []
         for layer in self.layers:
+            if output_hidden_states:
+                states.append(x)
             x, weights = layer(x, cos, sin, mask, **kwargs)
-            states.append(x)
-            attentions.append(weights)
+            if output_attentions:
+                attentions.append(weights)
         x = self.norm(x)
         if config.logits_shift:  # a row's first token keeps its own
             before = (index - (position_ids > 0).long()).clamp(min=0)
             x = x.take_along_dim(before[..., None], dim=1)
         return BaseModelOutput(
             last_hidden_state=x,
-            hidden_states=(*states[:-1], x) if output_hidden_states else None,
+            hidden_states=(*states, x) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
         )
 

@@ -196,12 +196,6 @@ def implement(op: str, fake: Callable, *, cpu: Callable, cuda: Callable | None =
         torch.library.register_fake(f"illada::{op}", fake, lib=LIBRARY)
 
 
-def counts_flops(op: str) -> Callable[[Callable], Callable]:
-    """Register a function of an op's arguments as its FLOP formula."""
-    packet = getattr(torch.ops.illada, op)
-    return register_flop_formula(packet, get_raw=True) if packet not in flop_registry else lambda formula: formula
-
-
 def register_autograd(op: str, backward: Callable, setup_context: Callable | None = None) -> None:
     """What torch.library.register_autograd does, in a third of its time, for an op without keyword-only arguments.
 
@@ -339,3 +333,9 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
         total.copy_(torch.mm(a, b))
     else:
         total.add_(torch.mm(a, b))
+
+
+def counts_flops(op: str) -> Callable[[Callable], Callable]:
+    """Register a function of an op's arguments as its FLOP formula."""
+    packet = getattr(torch.ops.illada, op)
+    return register_flop_formula(packet, get_raw=True) if packet not in flop_registry else lambda formula: formula
