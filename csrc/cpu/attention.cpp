@@ -59,12 +59,10 @@ struct Part {
 
 struct Work {
   std::vector<Part> parts;
-  std::vector<size_t> ends;       // of what a thread takes at a time: parts up to each of these
   int64_t queries = 0, keys = 0;  // of sequences that have both
   int64_t most_keys = 0;          // of a part with gradients of keys
 };
 
-constexpr int kShares = 16;  // of a thread, at least, if there are so many parts
 constexpr int64_t kRowsOfPart = 4 * cpu::kGradientRows, kKeysOfPart = 2 * cpu::kGradientKeys;
 
 // One part for a sequence and key-value head, with five products. If threads would wait for it, parts for its queries
@@ -93,13 +91,6 @@ Work share_out(const BackwardParams& p) {
       for (int64_t row = 0; row < rows; row += kRowsOfPart)
         work.parts.push_back({i, head, row, std::min(rows - row, kRowsOfPart), 0, keys, true, false});
     }
-  }
-  double taken = 0;
-  for (size_t i = 0; i < work.parts.size(); ++i) {
-    taken += double(work.parts[i].rows) * double(work.parts[i].keys);
-    if (i + 1 < work.parts.size() && taken * kShares * p.num_threads < all * double(group)) continue;
-    work.ends.push_back(i + 1);
-    taken = 0;
   }
   return work;
 }
@@ -219,21 +210,11 @@ void backward_cpu(const BackwardParams& p) {
   if (work.parts.empty()) return;
 
   const int64_t scratch_floats = cpu::gradient_scratch(s.head_dim, work.most_keys);
-  const int threads = int(std::min<int64_t>(std::max(p.num_threads, 1), int64_t(work.ends.size())));
-  const Scratch scratch(scratch_floats * threads);
+  const Scratch scratch(scratch_floats * std::max(p.num_threads, 1));
   const cpu::RowKernels& kernels = cpu::row_kernels();
   const auto differentiate = p.dtype == DType::kFloat32 ? kernels.differentiate_f32 : kernels.differentiate_bf16;
-  cpu::parallel_for(int64_t(work.ends.size()), threads, [&](int64_t n) {
-    float* const own = scratch.data() + scratch_floats * cpu::thread_index();
-    const size_t end = work.ends[size_t(n)];
-    size_t i = n ? work.ends[size_t(n - 1)] : 0;
-    cpu::AttentionGradient part = gradient_of(p, work.parts[i], own);
-    while (++i < end) {
-      const cpu::AttentionGradient next = gradient_of(p, work.parts[i], own);
-      differentiate(part, &next);
-      part = next;
-    }
-    differentiate(part, nullptr);
+  cpu::parallel_for(int64_t(work.parts.size()), p.num_threads, [&](int64_t n) {
+    differentiate(gradient_of(p, work.parts[size_t(n)], scratch.data() + scratch_floats * cpu::thread_index()));
   });
 }
 

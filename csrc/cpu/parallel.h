@@ -8,13 +8,13 @@
 
 namespace illada::cpu {
 
-// Calls f(n) for n in [0, count) on up to num_threads threads of the process's OpenMP pool (torch's own, where torch
-// is loaded). f must not throw.
+// Calls f(n) for n in [0, count) on num_threads threads of the process's OpenMP pool (torch's own, where torch is
+// loaded), all of which are asked though count be smaller: a smaller team ends threads of the pool, and the next one
+// starts them anew. f must not throw.
 template <typename F>
 void parallel_for(int64_t count, [[maybe_unused]] int num_threads, F&& f) {
 #if defined(_OPENMP)
-  const int threads = int(count < num_threads ? count : num_threads);
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
+#pragma omp parallel for schedule(dynamic) num_threads(num_threads) if (num_threads > 1 && count > 1)
 #endif
   for (int64_t n = 0; n < count; ++n) f(n);
 }
