@@ -21,11 +21,12 @@ from typing import Any
 
 import torch
 
-from benchmarks import dry_run, isolated, report, runner, timing, tune_jobs
-from benchmarks.choices import matters_on, others
-from benchmarks.isolated import OK, SKIPPED, Outcome, Step, Task, WrongError
-from benchmarks.tune_jobs import Job
 from illada.ops.variants import Variant, use_variants, variants
+
+from . import dry_run, environment, isolated, report, runner, timing, tune_jobs
+from .choices import matters_on, others
+from .isolated import OK, SKIPPED, Outcome, Step, Task, WrongError
+from .tune_jobs import Job
 
 Values = dict[str, str]  # choice: value; all others have their defaults
 
@@ -225,10 +226,12 @@ def _where(gains: Mapping[str, Mapping[str, float]], chosen: str) -> str:
 
 def records(job: Job, found: Mapping[str, Any], device: str) -> list[dict[str, Any]]:
     """In the form of the benchmarks, for `compare` and `report`: a line for each value that was timed."""
+    gpu = torch.device("cuda", 0)
     same = {
         "bench": job.bench, "case": job.name, "flops": job.flops, "bytes": job.bytes, "device": device,
         "torch": torch.__version__, "commit": runner.commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **environment.machine(gpu, device), **environment.state(gpu),
     }  # fmt: skip
     lines = []
     for entry in found["values"]:

@@ -1,5 +1,7 @@
 """attn_implementation="illada" in models of transformers, against bidirectional SDPA of the same weights."""
 
+import inspect
+
 import pytest
 import torch
 from transformers import (
@@ -11,6 +13,9 @@ from transformers import (
     Qwen2Config,
     StaticCache,
 )
+from transformers.masking_utils import bidirectional_mask_function as BIDIRECTIONAL
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from illada.integrations import transformers as ours
 
@@ -79,10 +84,8 @@ def test_a_static_cache_has_slots_that_nothing_is_in(generator):
 
 
 def test_a_mask_with_holes_where_the_mask_is_not_read():
-    from transformers.masking_utils import bidirectional_mask_function
-
     def slots(mask):
-        return ours.attention_mask(2, 3, 3, mask_function=bidirectional_mask_function, attention_mask=mask)
+        return ours.attention_mask(2, 3, 3, mask_function=BIDIRECTIONAL, attention_mask=mask)
 
     compiled, whole = torch.compile(slots, backend="aot_eager", fullgraph=True), torch.tensor([[0, 1, 1], [1, 1, 0]])
     assert torch.equal(compiled(whole), whole.bool())
@@ -129,12 +132,108 @@ def test_what_the_kernels_do_not_do_is_refused(generator):
     [
         ("is_causal", True), ("sliding_window", 4), ("softcap", 30.0), ("dropout", 0.1), ("s_aux", torch.zeros(2)),
         ("position_bias", torch.zeros(2)), ("output_attentions", True), ("head_mask", torch.ones(2)),
+        ("sinks", torch.zeros(2)), ("indices", torch.zeros(2)), ("block_indices", torch.zeros(2)),
     ],
 )  # fmt: skip
 def test_arguments_of_a_layer_that_are_refused(name, value):
     x = torch.zeros(1, 2, 3, 16)
     with pytest.raises(NotImplementedError, match=f"has no {name}, got "):
         ours.attention(torch.nn.Module(), x, x, x, None, **{name: value})
+
+
+def test_every_argument_that_other_implementations_know_is_one_of_ours():
+    """Of transformers' own: what they have and we neither take nor refuse by name would be passed by in silence."""
+    known = set(inspect.signature(ours.attention).parameters) | {"s_aux", "position_bias", "kwargs"}
+    for name in ("sdpa", "flash_attention_2", "flex_attention"):
+        others = inspect.signature(ALL_ATTENTION_FUNCTIONS[name]).parameters
+        assert set(others) <= known, name
+
+
+@pytest.mark.parametrize("which", ["or_mask_function", "and_mask_function"])
+def test_patterns_on_top_of_the_bidirectional_one_are_refused(which):
+    config = AutoModel.from_config(CONFIGS["bert"], attn_implementation="illada").config
+    with pytest.raises(NotImplementedError, match="is bidirectional, and the model asks for (or|and)_masks"):
+        create_bidirectional_mask(config, torch.zeros(1, 4, 32), None, **{which: lambda b, h, q, k: q == k})
+
+
+@pytest.mark.parametrize("offset", [0, 2])
+def test_offsets_of_keys_cut_the_mask(offset):
+    mask = torch.tensor([[0, 0, 1, 1, 1, 0], [0, 0, 0, 1, 1, 1]])
+    slots = ours.attention_mask(2, 1, 4, q_offset=5, kv_offset=offset, mask_function=BIDIRECTIONAL, attention_mask=mask)
+    assert torch.equal(slots, mask.bool()[:, offset : offset + 4])
+
+
+# --------------------------------------------------------------------------------------- once a forward pass, not a layer
+
+
+@pytest.fixture
+def plans(monkeypatch):
+    """The arguments of the plans that were made."""
+    made, real = [], ours.attention_plan
+    monkeypatch.setattr(ours, "attention_plan", lambda *args, **named: made.append(args) or real(*args, **named))
+    return made
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_layers_of_a_forward_pass_share_lengths_and_plan(mask, checkpointing, plans, generator):
+    tokens, (_, model) = torch.randint(100, (3, 9), generator=generator), pair(CONFIGS["llama"])
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    for passes in (1, 2):
+        model(input_ids=tokens, attention_mask=MASKS[mask]).last_hidden_state.sum().backward()
+        assert len(plans) == passes
+
+
+def test_a_flattened_batch_has_one_plan(plans):
+    (_, model), starts = pair(CONFIGS["llama"]), torch.tensor([0, 4, 9], dtype=torch.int32)
+    model(input_ids=torch.ones(1, 9, dtype=torch.int64), cu_seq_lens_q=starts, cu_seq_lens_k=starts)
+    assert len(plans) == 1
+
+
+def test_what_was_shared_is_not_reused_for_other_masks_or_sizes(plans, generator):
+    def run(mask, heads=2, starts=None):
+        q, k, v = torch.randn(3, 2, heads, 4, 16, generator=generator)
+        if starts is not None:
+            q, k, v = (x[:1] for x in (q, k, v))
+        got, _ = ours.attention(torch.nn.Module(), q, k, v, mask, cu_seq_lens_q=starts, cu_seq_lens_k=starts)
+        if starts is None:
+            seen = slots.bool()[:, None, None]
+            want = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2)
+        else:
+            ends = starts.tolist()
+            parts = [[x[:, :, a:b] for x in (q, k, v)] for a, b in zip(ends[:-1], ends[1:], strict=True)]
+            parts = [torch.nn.functional.scaled_dot_product_attention(*part) for part in parts]
+            want = torch.cat(parts, dim=2).transpose(1, 2)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+    padding = torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1]])
+    slots = ours.attention_mask(2, 4, 4, mask_function=BIDIRECTIONAL, attention_mask=padding)
+    run(slots)
+    run(slots)
+    assert len(plans) == 1
+    run(slots, heads=4)
+    assert len(plans) == 2
+    slots[1] = torch.tensor([1, 1, 0, 0], dtype=torch.bool)  # written to between two layers
+    run(slots)
+    assert len(plans) == 3
+    run(slots.clone())  # a copy, as for another device
+    assert len(plans) == 4
+    slots = ours.attention_mask(1, 4, 4, mask_function=BIDIRECTIONAL)
+    starts = torch.tensor([0, 1, 4], dtype=torch.int32)
+    run(slots, starts=starts)
+    run(slots, starts=starts)
+    assert len(plans) == 5
+    starts[1] = 2
+    run(slots, starts=starts)
+    assert len(plans) == 6
+
+
+def test_what_transformers_5_0_gives():
+    """The positions of the queries, in place of their number and the device."""
+    asked = {"batch_size": 2, "kv_length": 4, "kv_offset": 0, "mask_function": BIDIRECTIONAL, "attention_mask": None}
+    slots = ours.attention_mask(**asked, cache_position=torch.arange(4, device="meta"))
+    assert slots.device.type == "meta" and slots.shape == (2, 4)
 
 
 def test_wrong_masks():

@@ -199,10 +199,11 @@ void scale(uintptr_t data, int64_t count, int dtype, uintptr_t factor, int devic
 #endif
 
 // What sample_tokens and linear_sample_tokens share, as one tuple: temperature, seed, step, temperatures, seeds, steps,
-// row_ids, bias_ids, bias_values, bias_count, bias_row_stride, measure, token, confidence, logprob, entropy, margin.
-using SampleArguments =
-    std::tuple<float, int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t,
-               int64_t, int, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t>;
+// row_ids, bias_ids, bias_values, bias_count, bias_row_stride, measure, token, confidence, logprob, entropy, margin,
+// top_k, top_p, top_ks, top_ps, confidence_at_temperature.
+using SampleArguments = std::tuple<float, int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t,
+                                   uintptr_t, int64_t, int64_t, int, uintptr_t, uintptr_t, uintptr_t, uintptr_t,
+                                   uintptr_t, int32_t, float, uintptr_t, uintptr_t, bool>;
 
 remask::SampleTokensParams sample_params(int64_t num_rows, int64_t vocab_size, int dtype, const SampleArguments& sample,
                                          const LaunchArguments& launch) {
@@ -227,6 +228,11 @@ remask::SampleTokensParams sample_params(int64_t num_rows, int64_t vocab_size, i
   p.logprob = pointer<float>(std::get<14>(sample));
   p.entropy = pointer<float>(std::get<15>(sample));
   p.margin = pointer<float>(std::get<16>(sample));
+  p.top_k = std::get<17>(sample);
+  p.top_p = std::get<18>(sample);
+  p.top_ks = pointer<const int32_t>(std::get<19>(sample));
+  p.top_ps = pointer<const float>(std::get<20>(sample));
+  p.confidence_at_temperature = std::get<21>(sample);
   set_launch(p, launch);
   return p;
 }

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -195,16 +196,41 @@ def make_validation_batch(
 
     The mean over all strata of sum_i w_i CE_i / T estimates the bound of Eq. 1 by the midpoint rule in t.
     """
+    windows = np.asarray(windows).astype(np.int64)
+    masked, weight = draw_validation_masks(indices, windows.shape[1], stratum=stratum, strata=strata)
+    weights = np.where(masked, weight[:, None], np.float32(0))
+    lengths = [windows.shape[1]] * len(windows)
+    return _pack(windows.reshape(-1), masked.reshape(-1), weights.reshape(-1), lengths, mask_id)
+
+
+def draw_masks(
+    samples: NDArray[np.int64],
+    length: int,
+    *,
+    seed: int,
+    eps: float = 1e-3,
+    t_sampling: Literal["independent", "low_discrepancy"] = "independent",
+    global_batch: int | None = None,
+) -> tuple[NDArray[np.bool_], NDArray[np.float32]]:
+    """What `make_batch` masks in windows that it does not split: bool [B, length], and the weight of each window's
+    masked tokens, float32 [B]. A longer `length` changes nothing of what a shorter one draws."""
+    config = DiffusionConfig(split_probability=0.0, eps=eps, t_sampling=t_sampling)
+    samples = np.asarray(samples, dtype=np.int64)
+    p = (1 - eps) * _times(samples, 1, seed, config, global_batch) + eps
+    return _uniforms(seed, _MASK, samples, length) < p, (1 / p[:, 0]).astype(np.float32)
+
+
+def draw_validation_masks(
+    indices: NDArray[np.int64], length: int, *, stratum: int, strata: int
+) -> tuple[NDArray[np.bool_], NDArray[np.float32]]:
+    """What `make_validation_batch` masks: bool [B, length], and the weight of each window's masked tokens."""
     if not 0 <= stratum < strata:
         raise ValueError(f"make_validation_batch: stratum must be in [0, {strata}), got {stratum}")
-    windows = np.asarray(windows).astype(np.int64)
     t = (stratum + 0.5) / strata
     p = (1 - _VALIDATION_EPS) * t + _VALIDATION_EPS
     index = np.asarray(indices, dtype=np.int64) * strata + stratum
-    masked = _uniforms(_VALIDATION_SEED, _VALIDATION_MASK, index, windows.shape[1]) < p
-    weights = np.where(masked, np.float32(1 / p), np.float32(0))
-    lengths = [windows.shape[1]] * len(windows)
-    return _pack(windows.reshape(-1), masked.reshape(-1), weights.reshape(-1), lengths, mask_id)
+    masked = _uniforms(_VALIDATION_SEED, _VALIDATION_MASK, index, length) < p
+    return masked, np.full(len(index), 1 / p, dtype=np.float32)
 
 
 def _times(

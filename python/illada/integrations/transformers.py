@@ -5,7 +5,7 @@
     register()
     model = AutoModel.from_pretrained("bert-base-uncased", attn_implementation="illada")
 
-Encoders are bidirectional as they are; a decoder (Llama, Qwen2, Mistral) becomes so by `is_causal=False` in its config.
+Encoders are bidirectional as they are; a decoder becomes so by `is_causal=False` in its config (from 5.2 on).
 Padding masks are honoured: padded keys are never read. What the kernels do not do raises, naming the argument.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from illada.ops import varlen_attention
+from illada.ops import AttentionPlan, attention_plan, varlen_attention
 
 NAME = "illada"
 
@@ -39,15 +39,19 @@ def register() -> None:
 
 def attention_mask(
     batch_size: int,
-    q_length: int,
-    kv_length: int,
+    q_length: int = 0,
+    kv_length: int = 0,
     q_offset: int = 0,
     kv_offset: int = 0,
     mask_function: Callable[..., Any] | None = None,
     attention_mask: Tensor | None = None,
+    device: torch.device | None = None,
+    cache_position: Tensor | None = None,
     **unused: Any,
 ) -> Tensor | None:
-    """What `transformers` hands to every layer: the padding mask, bool [B, L], or None without padding.
+    """What `transformers` hands to every layer: the padding mask, bool [B, L]; compiled and without one, None.
+
+    The layers keep on this tensor what they share: see `_Lengths`.
 
     Raises:
         NotImplementedError: a pattern that is not bidirectional (causal, sliding window, packed by position_ids).
@@ -63,7 +67,11 @@ def attention_mask(
             "the config of a decoder, and use another implementation for sliding windows and packed position_ids"
         )
     if attention_mask is None:
-        return None
+        if torch.compiler.is_compiling():
+            return None
+        if cache_position is not None:  # transformers 5.0, which gives it in place of q_length and device
+            device = cache_position.device
+        return _shared(torch.ones(batch_size, kv_length, dtype=torch.bool, device=device), padding=False)
     empty = max(0, kv_offset + kv_length - attention_mask.shape[1])  # slots of a static cache that nothing is in yet
     mask = torch.nn.functional.pad(attention_mask.bool(), (0, empty))[:, kv_offset : kv_offset + kv_length]
     steps = (mask[:, 1:] != mask[:, :-1]).sum(1)  # of padding at most one on either side, each with a token at its end
@@ -72,9 +80,10 @@ def attention_mask(
     if torch.compiler.is_compiling():
         torch._assert_async(whole, f"{said}; attention_mask has holes")
         return mask
-    if not bool(whole):
+    has_no_holes, has_no_padding = torch.stack([whole, mask.all()]).tolist()  # one copy from the device
+    if not has_no_holes:
         raise ValueError(f"{said}; attention_mask has holes")
-    return None if bool(mask.all()) else mask
+    return _shared(mask, padding=not has_no_padding)
 
 
 def attention(
@@ -97,14 +106,14 @@ def attention(
     `cu_seq_lens_q` and `cu_seq_lens_k` (of `DataCollatorWithFlattening`) say where sequences start in a batch of one.
 
     Raises:
-        NotImplementedError: dropout, causal or sliding attention, softcap, attention sinks, biases, returned weights.
+        NotImplementedError: dropout, causal, sliding, softcap, sinks, biases, chosen keys, returned weights.
         ValueError: an attention_mask that is not [B, Lk]; cu_seq_lens_q with more than one row.
     """
     config = getattr(module, "config", None)
     if is_causal is None:
         is_causal = bool(getattr(module, "is_causal", False)) and getattr(config, "is_causal", True)
     asked = {"dropout": dropout, "is_causal": is_causal, "sliding_window": sliding_window, "softcap": softcap}
-    for name in ("s_aux", "position_bias", "head_mask", "output_attentions"):
+    for name in ("s_aux", "sinks", "position_bias", "head_mask", "indices", "block_indices", "output_attentions"):
         asked[name] = others.get(name)
     for name, value_of_it in asked.items():
         if isinstance(value_of_it, Tensor) or value_of_it:
@@ -112,17 +121,71 @@ def attention(
             raise NotImplementedError(f"attn_implementation='illada' has no {name}, got {got}")
     batch, length, keys = query.shape[0], query.shape[2], key.shape[2]
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-    count = torch.arange(batch + 1, dtype=torch.int32, device=q.device)
-    starts, starts_k, used = count * length, None if keys == length else count * keys, None
-    if cu_seq_lens_q is not None:
-        if batch != 1:
-            raise ValueError(f"cu_seq_lens_q is for a batch of one row, got {batch}")
-        starts, starts_k = cu_seq_lens_q, None if cu_seq_lens_k is cu_seq_lens_q else cu_seq_lens_k
-    elif attention_mask is not None:
-        starts_k, used = _slots(attention_mask, batch, keys)
-    out = varlen_attention(q, k, v, starts, cu_seqlens_k=starts_k, seqused_k=used, softmax_scale=scaling)
+    if cu_seq_lens_q is not None and batch != 1:
+        raise ValueError(f"cu_seq_lens_q is for a batch of one row, got {batch}")
+    shape = (batch, length, keys, query.shape[1], key.shape[1], query.shape[3])
+    starts, starts_k, used, plan = _lengths(attention_mask, cu_seq_lens_q, cu_seq_lens_k, shape, q.device)
+    out = varlen_attention(q, k, v, starts, cu_seqlens_k=starts_k, seqused_k=used, plan=plan, softmax_scale=scaling)
     assert isinstance(out, Tensor)
     return out.unflatten(0, (batch, length)), None
+
+
+# ------------------------------------------------------------------------------ what the layers of a forward pass share
+
+_Lengths = tuple[Tensor, Tensor | None, Tensor | None, AttentionPlan]
+
+
+class _Shared:
+    """Lengths and plans by what they were made from: made by the first layer and kept on the mask, as long as it lives.
+
+    version: of the mask when it was looked at; one that was written to since is looked at anew.
+    """
+
+    def __init__(self, mask: Tensor, padding: bool):
+        self.version, self.padding = _version(mask), padding
+        self.made: dict[tuple[Any, ...], tuple[_Lengths, tuple[Tensor | None, ...]]] = {}
+
+
+def _shared(mask: Tensor, padding: bool) -> Tensor:
+    mask._illada = _Shared(mask, padding)  # type: ignore[attr-defined]
+    return mask
+
+
+def _version(tensor: Tensor | None) -> int:
+    """What changes when the tensor is written to; tensors of inference mode do not say."""
+    return 0 if tensor is None or tensor.is_inference() else tensor._version
+
+
+def _lengths(
+    mask: Tensor | None, cu_q: Tensor | None, cu_k: Tensor | None, shape: tuple[int, ...], device: torch.device
+) -> _Lengths:
+    """(starts of queries, starts of keys, keys in use, plan) of a layer; `shape`: B, L, Lk, H, G, D."""
+    shared = None if mask is None or torch.compiler.is_compiling() else getattr(mask, "_illada", None)
+    if shared is None or shared.version != _version(mask):  # a mask of the caller's, a copy, or one that was changed
+        return _make_lengths(mask, cu_q, cu_k, shape, device)
+    key = (shape, device, *((id(x), _version(x)) for x in (cu_q, cu_k)))
+    if key not in shared.made:  # beside the tensors whose ids are in the key, so that these stay theirs
+        made = _make_lengths(mask if shared.padding else None, cu_q, cu_k, shape, device)
+        shared.made[key] = made, (cu_q, cu_k)
+    lengths: _Lengths = shared.made[key][0]
+    return lengths
+
+
+def _make_lengths(
+    mask: Tensor | None, cu_q: Tensor | None, cu_k: Tensor | None, shape: tuple[int, ...], device: torch.device
+) -> _Lengths:
+    batch, length, keys, heads, kv_heads, head_dim = shape
+    count = torch.arange(batch + 1, dtype=torch.int32, device=device)
+    starts, starts_k, used = count * length, None if keys == length else count * keys, None
+    if cu_q is not None:
+        starts, starts_k = cu_q, None if cu_k is cu_q else cu_k
+    elif mask is not None:
+        starts_k, used = _slots(mask, batch, keys)
+    plan = attention_plan(
+        starts, cu_seqlens_k=starts_k, seqused_k=used, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim,
+        total_q=batch * length, total_k=batch * keys,
+    )  # fmt: skip
+    return starts, starts_k, used, plan
 
 
 def _slots(mask: Tensor, batch: int, keys: int) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,6 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from illada._native import native
 from illada.devices import autocast_dtype
@@ -270,7 +269,7 @@ def _bwd_cpu(
             return theirs
     dout = dout if dout.stride(2) == 1 else dout.contiguous()  # of a sum, with strides of 0, or transposed
     dlse = None if dlse is None else dlse.contiguous()
-    ours = tuple(x.new_empty(x.shape) for x in (q, k, v))
+    ours = (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
     raw.varlen_attention_backward(*ours, dout, dlse, q, k, v, out, lse, plan, num_sequences, softmax_scale)
     return ours if theirs is None else tuple(x.add_(y) for x, y in zip(ours, theirs, strict=True))
 
@@ -408,12 +407,12 @@ def _pairs(q: Tensor, k: Tensor, plan: Tensor, num_sequences: int) -> int:
     return q.shape[0] * k.shape[0] // max(1, num_sequences)
 
 
-@register_flop_formula(torch.ops.illada.varlen_attention_fwd, get_raw=True)
+@lib.counts_flops("varlen_attention_fwd")
 def _fwd_flops(q, k, v, plan, num_sequences, *args, out_val=None, **kwargs) -> int:
     return 4 * q.shape[1] * q.shape[2] * _pairs(q, k, plan, num_sequences)  # two GEMMs
 
 
-@register_flop_formula(torch.ops.illada.varlen_attention_bwd, get_raw=True)
+@lib.counts_flops("varlen_attention_bwd")
 def _bwd_flops(dout, dlse, q, k, v, out, lse, plan, num_sequences, *args, out_val=None, **kwargs) -> int:
     return 10 * q.shape[1] * q.shape[2] * _pairs(q, k, plan, num_sequences)  # five GEMMs
 

@@ -1,0 +1,404 @@
+"""MaskedDiffusionTrainer against the formula in float64, and one way to split a step against another."""
+
+import copy
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    Gemma2Config,
+    LlamaConfig,
+    ModernBertConfig,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+import illada
+from illada.diffusion import draw_masks, draw_validation_masks, make_batch
+from illada.integrations import transformers as attention
+from illada.integrations.trainer import MaskedDiffusionCollator, MaskedDiffusionTrainer
+
+SIZES = {
+    "vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": 64, "initializer_range": 0.1, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None,
+}  # fmt: skip
+NONE = {"attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0}
+DECODER = {"num_key_value_heads": 2, "is_causal": False}
+CONFIGS = {
+    "llama": LlamaConfig(**SIZES, **DECODER),  # the head is a weight
+    "llama, tied": LlamaConfig(**SIZES, **DECODER, tie_word_embeddings=True),
+    "bert": BertConfig(**SIZES, **NONE),  # a layer before the head, and a bias
+    "modernbert": ModernBertConfig(
+        **SIZES, global_attn_every_n_layers=1, decoder_bias=False
+    ),  # a layer before a weight
+    "gemma2": Gemma2Config(  # logits are capped
+        **SIZES, **DECODER, head_dim=8, layer_types=["full_attention"] * 2, final_logit_softcapping=2.0
+    ),
+}
+FUSED = ("llama", "llama, tied", "modernbert")
+MASK, SEED = 4, 11
+LENGTHS = (9, 5, 7, 12, 3, 8, 4, 6)  # no two processes and no two micro-batches have as many tokens
+ROWS = [{"input_ids": np.random.default_rng(0).integers(5, 50, n).tolist()} for n in LENGTHS]
+
+
+def make_model(name="llama", **options):
+    torch.manual_seed(0)
+    kind = AutoModelForMaskedLM if "bert" in name else AutoModelForCausalLM
+    return kind.from_config(copy.deepcopy(CONFIGS[name]), **options)  # models write into their config
+
+
+class Gradients(TrainerCallback):
+    """What a step gives the optimizer, by the model's own names; whole, where FSDP2 keeps shards."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **others):
+        found = {n.removeprefix("_orig_mod."): p.grad for n, p in model.named_parameters() if p.grad is not None}
+        self.steps.append({n: getattr(g, "full_tensor", g.clone)() for n, g in found.items()})
+
+
+def make_trainer(folder, model, rows=ROWS, batch=8, accumulation=1, callbacks=(), options=None, **arguments):
+    """One step over all rows, in their order, that changes nothing."""
+    arguments = {"max_steps": 1, "learning_rate": 0.0, "save_strategy": "no", **arguments}
+    args = TrainingArguments(
+        str(folder), use_cpu=True, report_to=[], disable_tqdm=True, seed=SEED, train_sampling_strategy="sequential",
+        per_device_train_batch_size=batch, per_device_eval_batch_size=3, gradient_accumulation_steps=accumulation,
+        optim="sgd", max_grad_norm=0.0, logging_steps=1, **arguments,
+    )  # fmt: skip
+    return MaskedDiffusionTrainer(
+        model, args, train_dataset=rows, eval_dataset=ROWS, mask_token_id=MASK, callbacks=[*callbacks], **options or {}
+    )
+
+
+def step(folder, model, **options):
+    """Loss and gradients of one step."""
+    seen = Gradients()
+    trainer = make_trainer(folder, model, callbacks=[seen], **options)
+    loss = trainer.train().training_loss
+    assert len(seen.steps) == 1
+    return loss, seen.steps[0]
+
+
+def by_hand(model, rows=ROWS, seed=SEED, draw=draw_masks, **options):
+    """Eq. 1 in float64, one row after the other."""
+    model, total, tokens = model.double(), 0.0, 0
+    for i, row in enumerate(rows):
+        ids = torch.tensor(row["input_ids"])
+        masked, weight = draw(np.array([i]), len(ids), **{"seed": seed} if draw is draw_masks else {}, **options)
+        learned = torch.tensor(row.get("labels", row["input_ids"])) != -100
+        masked = torch.from_numpy(masked[0]) & learned
+        logits = model(input_ids=torch.where(masked, MASK, ids)[None])["logits"][0]
+        nll = torch.nn.functional.cross_entropy(logits, ids, reduction="none")
+        total, tokens = total + (nll * masked).sum() * float(weight[0]), tokens + int(learned.sum())
+    return total / tokens
+
+
+def by_hand_with_gradients(model, **options):
+    loss = by_hand(model, **options)
+    loss.backward()
+    return float(loss.detach()), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(got, want, tolerance=1e-5):
+    assert got[0] == pytest.approx(want[0], rel=tolerance)
+    assert got[1].keys() == want[1].keys()
+    whole = torch.stack([grad.norm().double() for grad in want[1].values()]).norm()
+    for name, grad in want[1].items():  # against rounding: those of biases of keys are 0
+        error = (got[1][name].double() - grad.double()).norm()
+        assert error < tolerance * max(grad.norm().double(), 1e-2 * whole), name
+
+
+# ------------------------------------------------------------------------------------------------------- one process
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_loss_and_gradients_are_the_formulas(name, tmp_path):
+    model = make_model(name)
+    assert make_trainer(tmp_path, model)._fused == (name in FUSED)
+    assert_same(step(tmp_path, model), by_hand_with_gradients(make_model(name)))
+    assert "forward" not in model.get_output_embeddings().__dict__  # the model is as it was
+
+
+def test_accumulation_makes_the_same_step(tmp_path):
+    want = step(tmp_path, make_model())
+    assert_same(step(tmp_path, make_model(), batch=2, accumulation=4), want)
+    assert_same(step(tmp_path, make_model(), batch=1, accumulation=8), want)
+
+
+def test_low_discrepancy(tmp_path):
+    options = {"t_sampling": "low_discrepancy", "eps": 0.1}
+    want = by_hand_with_gradients(make_model(), global_batch=8, **options)
+    assert_same(step(tmp_path, make_model(), batch=4, accumulation=2, options=options), want)
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_a_packed_batch(name, tmp_path):
+    attention.register()
+    model = make_model(name, attn_implementation="illada")
+    options = {"options": {"data_collator": MaskedDiffusionCollator(packed=True)}}
+    want = by_hand_with_gradients(make_model(name))
+    assert_same(step(tmp_path, model, batch=4, accumulation=2, **options), want)
+    padded = make_trainer(tmp_path, model).evaluate()["eval_loss"]
+    assert make_trainer(tmp_path, model, **options).evaluate()["eval_loss"] == pytest.approx(padded, rel=1e-6)
+    with pytest.raises(ValueError, match="packed batch needs attn_implementation='illada'.*got 'sdpa'"):
+        step(tmp_path, make_model(name), **options)
+
+
+def test_labels_say_what_is_learned(tmp_path):
+    rows = [row | {"labels": [-100, -100, *row["input_ids"][2:]]} for row in ROWS]
+    assert_same(step(tmp_path, make_model(), rows=rows), by_hand_with_gradients(make_model(), rows=rows))
+    wrong = [row | {"labels": [7, *row["input_ids"][1:]]} for row in ROWS]
+    with pytest.raises(ValueError, match="labels must be input_ids or.*-100"):
+        step(tmp_path, make_model(), rows=wrong)
+
+
+def test_rows_that_are_padded_already(tmp_path):
+    padded = [
+        {"input_ids": [*r["input_ids"], 0, 0], "attention_mask": [1] * len(r["input_ids"]) + [0, 0]} for r in ROWS
+    ]
+    assert_same(step(tmp_path, make_model(), rows=padded), by_hand_with_gradients(make_model()))
+    packed = MaskedDiffusionCollator(packed=True)(padded)
+    assert packed["lengths"] == list(LENGTHS) and packed["input_ids"].shape == (1, sum(LENGTHS))
+
+
+def test_masks_are_those_of_make_batch():
+    windows, config = np.full((3, 10), 9), illada.config.DiffusionConfig(split_probability=0.0)
+    batch = make_batch(windows, np.arange(5, 8), seed=3, mask_id=MASK, config=config)
+    masked, weights = draw_masks(np.arange(5, 8), 14, seed=3)
+    assert np.array_equal(batch.tokens.numpy() == MASK, masked[:, :10].reshape(-1))
+    assert np.array_equal(batch.token_weights.numpy(), (masked[:, :10] * weights[:, None]).reshape(-1))
+
+
+def test_evaluate_is_the_bound(tmp_path):
+    model = make_model()
+    trainer = make_trainer(tmp_path, model, options={"eval_strata": 3})
+    got = trainer.evaluate()["eval_loss"]
+    assert trainer.evaluate()["eval_loss"] == got  # and again
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] == got
+    with torch.no_grad():
+        want = sum(by_hand(model, draw=draw_validation_masks, stratum=i, strata=3) for i in range(3)) / 3
+    assert got == pytest.approx(float(want), rel=1e-6)
+
+
+def test_predict_gives_the_samples(tmp_path):
+    nll, tokens = make_trainer(tmp_path, make_model("bert")).predict(ROWS).predictions.T
+    assert tokens.tolist() == list(LENGTHS)
+    assert nll.sum() / tokens.sum() == pytest.approx(
+        make_trainer(tmp_path, make_model("bert")).evaluate()["eval_loss"], rel=1e-6
+    )
+
+
+def test_saved_models_are_plain_and_training_resumes(tmp_path):
+    def run(folder, rows=ROWS, **options):
+        seen = Gradients()
+        arguments = {"max_steps": 4, "learning_rate": 0.1, "save_strategy": "steps", "save_steps": 2, "batch": 2}
+        trainer = make_trainer(tmp_path / folder, make_model(), callbacks=[seen], accumulation=2, **arguments)
+        trainer.train(**options)
+        return trainer, seen.steps
+
+    trainer, whole = run("whole")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / "checkpoint-4")
+    assert loaded.config.is_causal is False
+    want = make_model().state_dict().keys()
+    assert loaded.state_dict().keys() == trainer.model.state_dict().keys() == want
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, trainer.model.state_dict()[name])
+    ids = torch.tensor([ROWS[0]["input_ids"]])
+    assert torch.equal(loaded(ids).logits, trainer.model.eval()(ids).logits)  # a model as before
+    _, resumed = run("resumed", resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert len(resumed) == 2
+    for got, expected in zip(resumed, whole[2:], strict=True):
+        for name, grad in expected.items():
+            assert torch.equal(got[name], grad), name
+
+
+def test_model_init(tmp_path):
+    options = {"options": {"model_init": lambda: make_model()}}
+    assert_same(step(tmp_path, None, **options), step(tmp_path, make_model()), 1e-7)
+
+
+def test_a_model_that_waits_for_its_gpu(tmp_path):
+    """FSDP2 moves it there later; on a CPU its attention has no kernel."""
+
+    def no_kernel(*arguments, **options):
+        raise RuntimeError("no kernel for a CPU")
+
+    AttentionInterface.register("gpus_only", no_kernel)
+    model = make_model(attn_implementation="gpus_only")
+    assert make_trainer(tmp_path, model)._fused
+    assert model.config._attn_implementation == "gpus_only"
+
+
+def test_adapters_on_every_linear_and_on_the_head(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    def adapted(head):
+        torch.manual_seed(1)
+        linears = ["q_proj", "down_proj", *(["lm_head"] if head else [])]
+        model = get_peft_model(make_model(), LoraConfig(r=2, target_modules=linears, init_lora_weights=False))
+        return model
+
+    for head in (False, True):
+        assert make_trainer(tmp_path, adapted(head))._fused is not head
+        assert_same(step(tmp_path, adapted(head)), by_hand_with_gradients(adapted(head)))
+
+
+def test_what_would_be_another_loss_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="LlamaForCausalLM is causal: give it is_causal=False"):
+        make_trainer(tmp_path, AutoModelForCausalLM.from_config(LlamaConfig(**SIZES)))
+    with pytest.raises(ValueError, match="model must be .*language-modelling head.*got LlamaForSequenceClassification"):
+        make_trainer(tmp_path, AutoModelForSequenceClassification.from_config(copy.deepcopy(CONFIGS["llama"])))
+    for options, message in (
+        ({"eps": 0.7}, "eps must be below 0.5, got 0.7"),
+        ({"t_sampling": "all"}, "t_sampling must be independent or low_discrepancy"),
+        ({"eval_strata": 0}, "eval_strata must be .* at least 1, got 0"),
+        ({"compute_metrics": print}, "compute_metrics must be None"),
+        ({"compute_loss_func": print}, "compute_loss_func must be None"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_trainer(tmp_path, make_model(), options=options)
+    with pytest.raises(ValueError, match=r"mask_token_id must be in \[0, 50\).*got None"):
+        MaskedDiffusionTrainer(make_model(), TrainingArguments(str(tmp_path), use_cpu=True, report_to=[]))
+    with pytest.raises(ValueError, match="label_smoothing_factor must be 0"):
+        make_trainer(tmp_path, make_model(), label_smoothing_factor=0.1)
+    with pytest.raises(NotImplementedError, match="use_liger_kernel"):
+        make_trainer(tmp_path, make_model(), use_liger_kernel=True)
+    trainer = make_trainer(tmp_path, make_model())
+    with pytest.raises(ValueError, match="first_sample"):
+        trainer.compute_loss(trainer.model, {"input_ids": torch.ones(1, 3, dtype=torch.int64)})
+    with pytest.raises(ValueError, match="labels must be as long as input_ids"):
+        MaskedDiffusionCollator()([{"input_ids": [1, 2], "labels": [1]}])
+
+
+BFLOAT16 = {"bf16": True}
+CHECKPOINTING = {"activation_checkpointing": True}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "bert", "gemma2"])
+@pytest.mark.parametrize("options", [BFLOAT16, CHECKPOINTING], ids=["bf16", "checkpointing"])
+def test_bfloat16_and_checkpointing(name, options, tmp_path):
+    got = step(tmp_path, make_model(name), batch=2, accumulation=4, **options)
+    assert_same(got, step(tmp_path, make_model(name)), 5e-2 if options is BFLOAT16 else 1e-6)
+    assert all(grad.dtype == torch.float32 for grad in got[1].values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, backend", [("llama", "aot_eager"), ("bert", "aot_eager"), ("llama", "inductor")])
+def test_compiled(name, backend, tmp_path):
+    attention.register()
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    model = make_model(name, attn_implementation="illada")
+    rows = [{"input_ids": list(range(5, 17))} for _ in range(8)]  # of one length, and never as many are masked
+    options = {"torch_compile": True, "torch_compile_backend": backend, "accumulation": 4, "batch": 2}
+    got = step(tmp_path, model, rows=rows, **options)
+    assert_same(got, step(tmp_path, make_model(name), rows=rows))
+    stats = torch._dynamo.utils.counters
+    assert stats["stats"]["unique_graphs"] == 2 and not stats["graph_break"]  # the second is of any number of masks
+
+
+# ----------------------------------------------------------------------------------------------------- two processes
+
+
+def fsdp(**config):
+    return {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "FULL_STATE_DICT", **config}}
+
+
+FSDP = fsdp()
+#: name: model, arguments of the trainer
+CASES = {
+    **{f"DDP, {name}": (name, {"batch": 4}) for name in ("llama", "bert")},
+    "DDP, accumulation": ("llama, tied", {"batch": 1, "accumulation": 4}),
+    "DDP, bfloat16": ("llama", {"batch": 2, "accumulation": 2, **BFLOAT16}),
+    "DDP, checkpointing": ("bert", {"batch": 2, "accumulation": 2, **CHECKPOINTING}),
+    "DDP, compiled": ("llama", {"batch": 2, "accumulation": 2, "torch_compile": True, "torch_compile_backend": "aot_eager"}),
+    **{f"FSDP2, {name}": (name, {"batch": 4, **FSDP}) for name in ("llama", "llama, tied", "gemma2")},
+    "FSDP2, modernbert": ("modernbert", {"batch": 4, **fsdp(transformer_layer_cls_to_wrap=["ModernBertEncoderLayer"])}),
+    "FSDP2, accumulation": ("llama, tied", {"batch": 1, "accumulation": 4, **FSDP}),
+    "FSDP2, bfloat16": ("llama", {"batch": 2, "accumulation": 2, **FSDP, **BFLOAT16}),
+    "FSDP2, checkpointing": ("llama", {"batch": 2, "accumulation": 2, **FSDP, **CHECKPOINTING}),
+}  # fmt: skip
+HAS_FSDP = torch.__version__ >= (2, 13)  # before, gloo could not average, or summed (pytorch#162338)
+
+
+def let_accelerate_shard_on_a_cpu():
+    """It knows FSDP on accelerators only, and on a CPU takes DDP without a word."""
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType
+
+    plain = AcceleratorState.__init__
+
+    def init(self, *arguments, fsdp_plugin=None, **options):
+        plain(self, *arguments, fsdp_plugin=fsdp_plugin, **options)
+        if fsdp_plugin is not None:
+            self.fsdp_plugin = fsdp_plugin
+            if self._mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
+        if self.__dict__.get("fsdp_plugin") is not None:
+            self.distributed_type = DistributedType.FSDP
+
+    AcceleratorState.__init__ = init
+
+
+def run_process(folder, rank):
+    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="localhost")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=int(rank), world_size=2)
+    attention.register()
+    let_accelerate_shard_on_a_cpu()
+    results = {}
+    for case, (name, options) in CASES.items():
+        if HAS_FSDP or "fsdp" not in options:
+            kind = None if name in ("modernbert", "gemma2") else "illada"  # these have windows and caps
+            model, seen = make_model(name, attn_implementation=kind), Gradients()
+            trainer = make_trainer(f"{folder}/{case}", model, callbacks=[seen], **options)
+            loss = trainer.train().training_loss
+            results[case] = loss, seen.steps[0], trainer.evaluate()["eval_loss"]
+            trainer.save_model(f"{folder}/{case}/saved")
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from test_hf_trainer import run_process; run_process(*sys.argv[2:])"
+    command = [sys.executable, "-c", code, os.path.dirname(__file__), str(folder)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    processes = [subprocess.Popen([*command, rank], stderr=subprocess.PIPE, text=True, env=env) for rank in "01"]
+    for process in processes:
+        _, errors = process.communicate(timeout=480)
+        assert process.returncode == 0, errors
+    return folder, [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_make_the_step_of_one(case, two_processes, tmp_path):
+    """With padded batches and attn_implementation="illada", against SDPA in one process."""
+    folder, results = two_processes
+    name, options = CASES[case]
+    if "fsdp" in options and not HAS_FSDP:
+        pytest.skip("FSDP2 on gloo needs torch 2.13")
+    want, bound = step(tmp_path, make_model(name)), make_trainer(tmp_path, make_model(name)).evaluate()["eval_loss"]
+    tolerance = 5e-2 if "bf16" in options else 1e-5
+    for got in results:
+        assert_same(got[case][:2], want, tolerance)
+        assert got[case][2] == pytest.approx(bound, rel=tolerance)
+    for first, second in zip(*(got[case][1].values() for got in results), strict=True):
+        assert torch.equal(first, second)
+    kind = AutoModelForMaskedLM if "bert" in name else AutoModelForCausalLM
+    loaded = kind.from_pretrained(folder / case / "saved").state_dict()
+    for key, tensor in make_model(name).state_dict().items():
+        assert torch.equal(loaded[key], tensor), key
