@@ -201,7 +201,7 @@ void backward_cpu(const BackwardParams& p) {
   const PackShape& s = p.shape;
   ILLADA_CHECK(s.total_q == 0 || (p.dout.data && p.dq), kOp, "dout and dq must not be null");
   ILLADA_CHECK(s.total_k == 0 || (p.dk && p.dv), kOp, "dk and dv must not be null");
-  const int64_t size = element_size(p.dtype), group = s.num_heads / s.num_kv_heads;
+  const int64_t size = element_size(p.dtype);
   const Work work = share_out(p);
   if (work.queries < s.total_q) std::memset(p.dq, 0, size_t(s.total_q * s.num_heads * s.head_dim * size));
   if (work.keys < s.total_k) {
