@@ -19,6 +19,7 @@ from . import dry_run
 from .runner import Case, Provider, generator
 
 BENCH = "ceiling"
+YARDSTICKS = {"copy": "bytes", "matmul": "flops"}  # provider -> what it is the measure of
 COPY_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}  # beyond the caches
 MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}  # at most; half of it or a quarter on a CPU that has no units for the dtype
 MATMUL_SECONDS = 0.5
@@ -74,13 +75,21 @@ def _matmul_size(dtype: torch.dtype, device: torch.device) -> int:
     return size
 
 
+def middle(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records of yardsticks; of one that several processes or runs measured the middle one."""
+    found: dict[tuple[str, Any], list[dict[str, Any]]] = {}
+    for r in records:
+        if r["provider"] in YARDSTICKS:
+            found.setdefault((r["case"], r["device"]), []).append(r)
+    return [sorted(same, key=lambda r: r["median_ms"])[(len(same) - 1) // 2] for same in found.values()]
+
+
 def share(records: Sequence[dict[str, Any]], record: dict[str, Any], what: str) -> float | None:
     """`what` a second, bytes or flops, as a share of the yardstick's that is among the records; None without one."""
-    provider = {"bytes": "copy", "flops": "matmul"}[what]
     bars = [
         r[what] / r["median_ms"]
         for r in records
-        if r["provider"] == provider and r["device"] == record["device"]
+        if YARDSTICKS.get(r["provider"]) == what and r["device"] == record["device"]
         if what == "bytes" or r["dtype"] == record["dtype"]
     ]
     if not bars or not record[what]:

@@ -57,10 +57,14 @@ def read_lines(paths: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def read_predicted(path: str) -> dict[str, Any]:
-    """What `predict` wrote. ValueError: it is no such file."""
+    """What `predict` wrote. ValueError: it is no such file, or so old that something is missing."""
     found = json.loads(Path(path).read_text(encoding="utf-8"))
-    if not isinstance(found, dict) or any("expected_us" not in case for case in found.values()):
+    if not isinstance(found, dict) or not all(isinstance(case, dict) for case in found.values()):
         raise ValueError(f"{path} is not what `make predict` writes")
+    for name, case in found.items():
+        lacking = [key for key in ("expected_us", "range_us", "group", "machine", "rests_on") if key not in case]
+        if lacking:
+            raise ValueError(f"{path}: {name!r} has no {', '.join(lacking)}; `make predict` writes it again")
     return found
 
 

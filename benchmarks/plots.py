@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from . import ceiling
+from .ceiling import YARDSTICKS
 from .runner import NOISY, noisy, once
 
 Record = dict[str, Any]
@@ -19,7 +21,6 @@ MOST_PANELS = 12
 OURS, VARIANT, PEER = "#0072B2", "#56B4E9", "#BBBBBB"
 PEERS = ("#D55E00", "#E69F00", "#009E73", "#CC79A7", "#000000", "#999999", "#F0E442")
 MARKERS = "osD^vP*X<>hdp8"
-YARDSTICKS = {"copy": "bytes", "matmul": "flops"}
 
 
 # ----------------------------------------------------------------------------------------------------- what is written
@@ -40,12 +41,12 @@ def about(records: Records) -> str:
         said("device", "{}"), said("threads", "{} threads"), said("torch", "torch {}"),
         said("commit", "commit {}"), said("date", "{}"),
     ]  # fmt: skip
-    return ", ".join(part for part in parts if part)
+    return ", ".join(part for part in parts if part).replace(", 1 threads", ", 1 thread")
 
 
 def time_text(ms: float) -> str:
     """Three digits and a unit."""
-    scale, unit = (1e-3, "s") if ms >= 999.5 else (1e3, "us") if ms < 0.09995 else (1.0, "ms")
+    scale, unit = (1e-3, "s") if ms >= 999.5 else (1e3, "us") if ms < 0.9995 else (1.0, "ms")
     return f"{_digits(ms * scale)} {unit}"
 
 
@@ -57,9 +58,9 @@ def _digits(value: float) -> str:
 def _ceilings(records: Records) -> str:
     """Of the copy and the products among the records."""
     found = []
-    for r in records:
-        if r["provider"] in YARDSTICKS and r[YARDSTICKS[r["provider"]]]:
-            rate = r[YARDSTICKS[r["provider"]]] / r["median_ms"] / 1e6
+    for r in ceiling.middle(records):
+        if work := r[YARDSTICKS[r["provider"]]]:
+            rate = work / r["median_ms"] / 1e6
             found.append(f"{r['case']}: {_digits(rate)} {'GB/s' if r['provider'] == 'copy' else 'GFLOP/s'}")
     return "; ".join(dict.fromkeys(found))
 
@@ -256,7 +257,9 @@ def _dot_panel(axes: Any, found: list[Panel]) -> None:
     ratios = [1.0, *(x - low for x, low, _ in shown), *(x + high for x, _, high in shown)]
     if max(ratios) > 4 * min(ratios):
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        wide = max(ratios) / min(ratios)
+        subs = (1, 2, 3, 5) if wide < 50 else (1, 3) if wide < 1000 else (1,)
+        axes.xaxis.set_major_locator(LogLocator(subs=subs))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlim(min(ratios) / 1.15, max(ratios) * 1.15)

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from . import jsonl, plots
-from .ceiling import BENCH as CEILING
-from .ceiling import share
+from .ceiling import YARDSTICKS, middle, share
 from .runner import KEYS, Goal, marks, once, ratio, spread
 
 Records = Sequence[dict[str, Any]]
@@ -109,7 +108,7 @@ def groups(records: Records) -> list[list[dict[str, Any]]]:
     """The records that belong into one table: of one bench on one device, what that can do at most among them."""
     found: dict[tuple[str, Any], list[dict[str, Any]]] = {}
     for r in records:
-        if r["bench"] != CEILING:
+        if r["provider"] not in YARDSTICKS:
             found.setdefault((r["bench"], r["device"]), []).append(r)
     return [with_ceilings(mine, records) for mine in found.values()]
 
@@ -118,12 +117,7 @@ def with_ceilings(mine: Records, records: Records) -> list[dict[str, Any]]:
     """After these the yardsticks of their device and their kinds, which are among `records`; of several runs' one."""
     devices = {r["device"] for r in mine}
     dtypes = {r["dtype"] for r in mine if r["flops"]} | ({None} if any(r["bytes"] for r in mine) else set())
-    bars: dict[tuple[str, Any], list[dict[str, Any]]] = {}
-    for r in records:
-        if r["bench"] == CEILING and r["device"] in devices and r["dtype"] in dtypes:
-            bars.setdefault((r["case"], r["device"]), []).append(r)
-    middle = [sorted(found, key=lambda r: r["median_ms"])[(len(found) - 1) // 2] for found in bars.values()]
-    return [*mine, *middle]
+    return [*mine, *(r for r in middle(records) if r["device"] in devices and r["dtype"] in dtypes)]
 
 
 def left_out(lines: Records) -> list[str]:

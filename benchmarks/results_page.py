@@ -40,9 +40,12 @@ def page(files: Sequence[Path], pictures: Path, folder: Path) -> str:
         any_gpu = any_gpu or any(map(on_gpu, records))
         link = Path(os.path.relpath(path, folder)).as_posix()
         parts.append(f"## {path.stem}\n\n[{path.name}]({link})\n\n")
+        drawn: list[str] = []
         for mine in report.groups(records):
             bench = mine[0]["bench"]
-            picture = pictures / f"{path.stem}-{bench}.png"
+            drawn.append(bench)  # of a second device a second time
+            number = f"-{drawn.count(bench)}" if drawn.count(bench) > 1 else ""
+            picture = pictures / f"{path.stem}-{bench}{number}.png"
             plots.plot(mine, picture)
             shown = Path(os.path.relpath(picture, folder)).as_posix()
             parts.append(f"### {bench}\n\n{plots.about(mine)}\n\n![{bench}]({shown})\n\n{report.markdown(mine)}\n")

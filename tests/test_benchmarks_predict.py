@@ -98,6 +98,12 @@ def test_some_cases_are_predicted_again_and_the_others_kept(monkeypatch, tmp_pat
     assert capsys.readouterr().out.startswith("remask: commit 32x32 quota")
     with pytest.raises(SystemExit):
         predict.main(["--only", "nothing like it"])
+    monkeypatch.setattr(predict, "predict", lambda *_: pytest.fail("simulated"))
+    for text, why in (("[1]", "is not what this command writes"), ("{", "Expecting property name")):
+        out.write_text(text)
+        with pytest.raises(SystemExit):
+            predict.main(["--only", "backward", "--out", str(out)])
+        assert f"--out {out}: " in (said := capsys.readouterr().err) and why in said and out.read_text() == text
 
 
 def test_cases_have_the_names_of_what_is_measured():
@@ -188,6 +194,11 @@ def test_compare_command(tmp_path, capsys):
     with pytest.raises(SystemExit):
         command.main(options)
     assert "is not what `make predict` writes" in capsys.readouterr().err
+    predicted.write_text(json.dumps({"fwd": {"expected_us": 1.0, "group": "forward"}}))
+    measured.write_text(json.dumps(MEASURED[0]))
+    with pytest.raises(SystemExit):
+        command.main(options)
+    assert "'fwd' has no range_us, machine, rests_on; `make predict` writes it again" in capsys.readouterr().err
 
 
 def test_a_recording_that_fails_names_its_case(tmp_path, monkeypatch):

@@ -216,7 +216,7 @@ def test_panels_are_relative_to_ours():
 
 
 @pytest.mark.parametrize(("ms", "text"), [
-    (0.0123, "12.3 us"), (0.09995, "0.10 ms"), (3.4964, "3.50 ms"), (20.39, "20.4 ms"), (99.97, "100 ms"), (957.1, "957 ms"),
+    (0.0123, "12.3 us"), (0.4963, "496 us"), (0.99951, "1.00 ms"), (3.4964, "3.50 ms"), (20.39, "20.4 ms"), (99.97, "100 ms"), (957.1, "957 ms"),
     (999.6, "1.00 s"), (24846.0, "24.8 s"), (123456.0, "123 s"),
 ])  # fmt: skip
 def test_times_have_three_digits(ms, text):
@@ -297,7 +297,10 @@ def test_the_page_of_results_is_what_make_results_writes(tmp_path, monkeypatch):
     assert "On GPUs nothing is measured yet" in written
     assert "Intel(R) Xeon(R) Processor, torch 2.13.0+cpu, commit 6d3bce5, 2026-11-24" in written
     on_gpu = write(tmp_path / "g.jsonl", record(timing="events", device="a GPU"))
+    drawn.clear()
     assert "On GPUs nothing" not in results_page.page([on_gpu], tmp_path, tmp_path)
+    results_page.page([write(tmp_path / "g.jsonl", record(device="a"), record(device="b"))], tmp_path, tmp_path)
+    assert drawn == ["g-remask.png", "g-remask.png", "g-remask-2.png"]
 
 
 def test_results_page_command(tmp_path, capsys):

@@ -33,6 +33,7 @@ PROGRAMS = r"(?:[A-Z_]+=\S+ +)*(?:illada|python|make|pip|cmake|bash) "
 #: Commands that no test here runs, by what they begin with: why.
 ELSEWHERE = {
     "make ": "targets of the Makefile: the gate runs them",
+    "illada benchmark all ": "takes minutes; tests/test_benchmarks_front.py runs it in less",
     "bash benchmarks/run_on_gpu.sh": "needs a GPU; tests/test_benchmarks_gpu_run.py runs the script",
     "pip install .": "tests/test_packaging.py installs the checkout",
     "pip install 'illada[eval]'": "the harness is one of the requirements for development",
