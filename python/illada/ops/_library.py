@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -218,7 +219,7 @@ def register_autograd(op: str, backward: Callable, setup_context: Callable | Non
         return None, None, *backward(ctx, *gradients)
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(of_inputs)}
-    formula = type(f"illada_{op}", (torch.autograd.Function,), methods)  # named as its graph node is to be
+    formula: Any = type(f"illada_{op}", (torch.autograd.Function,), methods)  # named as its graph node is to be
     apply_plainly = super(torch.autograd.Function, formula).apply  # without what `apply` does for transforms
     _FORMULAS[op] = apply_plainly
 
