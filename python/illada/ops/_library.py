@@ -191,12 +191,6 @@ def implement(op: str, fake: Callable, *, cpu: Callable, cuda: Callable | None =
         torch.library.register_fake(f"illada::{op}", fake, lib=LIBRARY)
 
 
-def counts_flops(op: str) -> Callable[[Callable], Callable]:
-    """Register a function of an op's arguments as its FLOP formula."""
-    packet = getattr(torch.ops.illada, op)
-    return register_flop_formula(packet, get_raw=True) if packet not in flop_registry else lambda formula: formula
-
-
 def describe(arguments: Iterable) -> str:
     """The tensors of a call, for an error: "bfloat16 [4096, 128], int32 [9]"."""
     tensors = (x for x in arguments if isinstance(x, Tensor))
@@ -247,3 +241,9 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
         total.copy_(torch.mm(a, b))
     else:
         total.add_(torch.mm(a, b))
+
+
+def counts_flops(op: str) -> Callable[[Callable], Callable]:
+    """Register a function of an op's arguments as its FLOP formula."""
+    packet = getattr(torch.ops.illada, op)
+    return register_flop_formula(packet, get_raw=True) if packet not in flop_registry else lambda formula: formula
