@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ if importlib.util.find_spec("benchmarks") is None:
 from benchmarks import __main__ as command  # noqa: E402
 from benchmarks import budget, ceiling, regression, report, runner, shapes  # noqa: E402
 
+REAL = tuple(command.BENCHES)
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
@@ -219,6 +221,13 @@ def test_csv_has_a_column_for_each_key(stub, tmp_path):
         rows = list(csv.DictReader(file))
     assert [(r["case"], r["provider"], r["n"]) for r in rows] == [("a", "illada", "3"), ("a", "peer", "3")]
     assert list(rows[0]) == list(runner.KEYS) and float(rows[0]["median_ms"]) > 0
+
+
+@pytest.mark.skipif(not (ROOT / ".ci" / "run").exists(), reason="needs a git checkout")
+def test_the_gate_knows_the_keys_and_the_benches():
+    text = (ROOT / ".ci" / "run").read_text()
+    assert tuple(re.search(r"keys = \'\'\'(.*?)\'\'\'", text, re.DOTALL)[1].split()) == runner.KEYS
+    assert set(re.findall(r"[a-z-]+", re.search(r"assert benches == \{(.*?)\}", text)[1])) == {ceiling.BENCH, *REAL}
 
 
 def test_all_runs_every_bench(stub, tmp_path, capsys, monkeypatch):
