@@ -362,6 +362,17 @@ def test_a_slower_machine_is_no_regression():
     assert both(1.5, 1.5, torch_now="3") == "SLOWER"  # a peer's code may have changed
     assert both(1.0, 0.5) == "same"
 
+    def apart(peers):  # a case without peers is judged by those of all others, of which three are needed
+        before = [record("c", 1.0), *(record("d", 1.0, f"peer {i}") for i in range(peers))]
+        return regression.compare([{**r, "median_ms": 1.5, "p20_ms": 1.5, "p80_ms": 1.5} for r in before], before)[0]
+
+    assert apart(3).verdict == "same" and apart(2).verdict == "SLOWER"
+    beside = [record("c", 1.0), record("c", 1.0, "peer"), *(record("d", 1.0, f"peer {i}") for i in range(3))]
+    now = [
+        {**r, "median_ms": ms, "p20_ms": ms, "p80_ms": ms} for r, ms in zip(beside, (1.5, 1.0, 2, 2, 2), strict=True)
+    ]
+    assert regression.compare(now, beside)[0].verdict == "SLOWER"  # its own peer took no longer
+
 
 def test_compare_with_an_earlier_run(stub, tmp_path, capsys):
     stub.calls["illada"] = lambda: time.sleep(2e-3)
