@@ -1,6 +1,7 @@
 # Everything a checkout can do, in a virtual environment of its own. Needs python3 (3.11 or newer) and a C++ compiler.
 #   make demo    prepare text, train a tiny model, generate: about 6 minutes on two cores
 #   make test    the fast tests;  make test-slow: the others;  make bench: the benchmarks
+#   make results docs/results.md and its plots from benchmarks/results/*.jsonl
 #   make test-build  builds with each compiler, CMake and Python that is here (tests/test_builds.py): from 3 minutes on
 #   make fuzz    20,000 damaged files, EXAMPLES=N another number: up to half an hour; what fails is left in .cache/fuzz
 # CUDA kernels are built where this environment's torch finds a GPU for them; ILLADA_CUDA=on builds them all the same, off
@@ -39,7 +40,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 SOURCES := $(shell find build_backend csrc cmake python -type f -not -name '*.so' -not -name 'ptxas*' -not -path '*__pycache__*' 2>/dev/null | grep -v ' ') \
 	CMakeLists.txt CMakePresets.json setup.py pyproject.toml
 
-.PHONY: demo test test-slow test-build fuzz test-cuda test-gpu test-simulator predict dry-run ptxas lint format bench clean \
+.PHONY: demo test test-slow test-build fuzz test-cuda test-gpu test-simulator predict dry-run ptxas lint format bench results clean \
 	install
 
 install: .cache/installed
@@ -182,6 +183,9 @@ bench: .cache/requirements-dev install
 	"$(BIN)/python" -m benchmarks train-step --json runs/bench/train-step.jsonl --plot runs/bench/train-step.png
 	"$(BIN)/python" -m benchmarks generate --json runs/bench/generate.jsonl --plot runs/bench/generate.png
 	"$(BIN)/python" -m benchmarks score --json runs/bench/score.jsonl --plot runs/bench/score.png
+
+results: .cache/requirements-dev install
+	"$(BIN)/python" -m benchmarks.results_page
 
 clean:
 	rm -rf build dist .cache .venv .venv-cuda .pytest_cache .ruff_cache .mypy_cache python/*.egg-info  # not runs/ and data/

@@ -43,13 +43,23 @@ FIRST_CONFIGURE = (
 )
 
 
+# Folders of the checkout that are installed in the package, and what of them. An editable install finds the checkout.
+SHIPPED = {"benchmarks": ("*.py", "predicted.json"), "configs": ("*.toml",)}
+
+
 class PythonBuild(build_py):
-    """Without what an earlier build left: a module that was deleted must not be in the next wheel."""
+    """With SHIPPED, and without what an earlier build left: a module that was deleted must not be in the next wheel."""
 
     def run(self) -> None:
+        package = Path(self.build_lib) / "illada"
         if not self.editable_mode:
-            shutil.rmtree(Path(self.build_lib) / "illada", ignore_errors=True)
+            shutil.rmtree(package, ignore_errors=True)
         super().run()
+        if not self.editable_mode:
+            for folder, patterns in SHIPPED.items():
+                (package / folder).mkdir()
+                for file in (file for pattern in patterns for file in sorted((ROOT / folder).glob(pattern))):
+                    shutil.copyfile(file, package / folder / file.name)
 
 
 class CMakeBuild(build_ext):

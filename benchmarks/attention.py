@@ -20,14 +20,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import timing
-from benchmarks.attention_ways import BACKWARD_WAYS, CPU_WAYS, WAYS, Job, Way, cached, equal, listed, make_plan, ragged
-from benchmarks.runner import Case, Goal, Provider, reason
-from benchmarks.timing import CPU
 from illada.ops import reference
+
+from . import attention_ways, timing
+from .attention_ways import (
+    BACKWARD_WAYS,
+    CPU_WAYS,
+    WAYS,
+    Job,
+    Pack,
+    Way,
+    cached,
+    equal,
+    given,
+    listed,
+    make_plan,
+    ragged,
+)
+from .runner import Case, Goal, Provider, reason
+from .shapes import Shapes
+from .timing import CPU
 
 DEVICES = ("cpu", "cuda")
 DIRECTIONS = ("fwd", "bwd", "fwdbwd")
+OWN = ("seqlens", "heads", "head_dim", "dtype")
+WAYS_DOC = attention_ways.__doc__
 
 TOLERANCE = {torch.bfloat16: 2**-5, torch.float16: 2**-8, torch.float32: 1e-4}  # 8 roundings of 16-bit results
 GRAPH_FLOPS = 2e11  # up to 0.3 ms on an H100: cases for which launch gaps matter are timed in a graph as well
@@ -135,6 +152,7 @@ def make_case(job: Job, direction: str = "fwd", names: Sequence[str] | None = No
         name=f"{direction} {job.name}",
         make=make,
         flops=flops,
+        dtype=job.dtype,
         bytes=job.bytes(direction),
         repeats=REPEATS[job.device.type],
         slow={"sdpa padded"},
@@ -155,15 +173,42 @@ def plan_case(job: Job) -> Case:
 
 def cases(device: torch.device = CPU, direction: str = "fwd") -> list[Case]:
     """All packs of the device; caches are read by the forward alone, plans serve every direction."""
-    if device.type == "cuda":
-        packs, dtype, heads, dim = PACKS, torch.bfloat16, ((32, 8), (32, 32)), 128
-    else:  # float32: few CPUs are made for 16-bit numbers
-        packs, dtype, heads, dim = CPU_PACKS, torch.float32, ((8, 2), (8, 8)), 64
+    packs, heads, dim, dtype = defaults(device)
     jobs = [Job(pack, *h, dim, dtype, device) for h in heads for pack in packs]
     plans = [plan_case(job) for job in jobs[: len(packs)]]
     if device.type == "cuda":
         jobs += [Job(pack, *h, 64, dtype, device) for h in heads for pack in (equal(1, 8192), equal(8, 1024))]
     return [*(make_case(job, direction) for job in jobs if direction == "fwd" or not job.pack.used), *plans]
+
+
+def defaults(device: torch.device) -> tuple[Sequence[Pack], Sequence[tuple[int, int]], int, torch.dtype]:
+    """Packs, heads of queries and keys, elements of a head, dtype: few CPUs are made for 16-bit numbers."""
+    if device.type == "cuda":
+        return PACKS, ((32, 8), (32, 32)), 128, torch.bfloat16
+    return CPU_PACKS, ((8, 2), (8, 8)), 64, torch.float32
+
+
+def quick(device: torch.device = CPU, direction: str = "fwd") -> list[Case]:
+    """Equal sequences and ragged ones."""
+    packs, heads, dim, dtype = defaults(device)
+    some = [packs[4], ragged(32768)] if device.type == "cuda" else [packs[2], ragged(1024)]
+    jobs = [Job(pack, *heads[0], dim, dtype, device) for pack in some]
+    return [*(make_case(job, direction) for job in jobs), plan_case(jobs[0])]
+
+
+def own(shapes: Shapes, device: torch.device = CPU, direction: str = "fwd") -> list[Case]:
+    """These packs, without plans alone."""
+    packs, heads, dim, dtype = defaults(device)
+    if shapes.seqlens:
+        packs = [given(shapes.seqlens)]
+    pairs = [shapes.heads] if shapes.heads else heads
+    jobs = [Job(pack, *h, shapes.head_dim or dim, shapes.dtype or dtype, device) for h in pairs for pack in packs]
+    return [make_case(job, direction) for job in jobs if direction == "fwd" or not job.pack.used]
+
+
+def providers(device: torch.device = CPU) -> list[str]:
+    """Of all directions."""
+    return list(BACKWARD_WAYS if device.type == "cuda" else CPU_WAYS)
 
 
 # ---------------------------------------------------------------------------------------------------------------- goals
@@ -185,10 +230,11 @@ def goals(records: Sequence[dict[str, Any]]) -> list[Goal]:
         if (bar := TERAFLOPS.get(r["case"])) is not None:
             found.append(Goal(f"{r['case']}: {rate:.0f} TFLOP/s (goal {bar})", rate >= bar))
         peers = [p for p in singles if p["case"] == r["case"] and not p["provider"].startswith("illada")]
-        if peers and direction in TIMES:
+        longest = (r["counts"] or {}).get("longest")
+        if peers and direction in TIMES and longest is not None:
             best = min(peers, key=lambda p: p["median_ms"])
             times = best["median_ms"] / r["median_ms"]
-            wanted = next(w for longest, w in TIMES[direction] if r["counts"]["longest"] <= longest)
+            wanted = next(w for most, w in TIMES[direction] if longest <= most)
             text = f"{r['case']}: {rate:.0f} TFLOP/s, {times:.2f}x the best peer, {best['provider']} (goal {wanted:g}x)"
             found.append(Goal(text, times >= wanted))
     return found

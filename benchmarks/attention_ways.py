@@ -35,10 +35,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import illada
-from benchmarks.runner import compiled, generator
-from benchmarks.timing import CPU
 from illada.ops import raw
 from illada.ops.attention import multiplies_twice
+
+from .runner import compiled, generator
+from .timing import CPU
 
 GEMMS = {"fwd": 2, "bwd": 5, "fwdbwd": 7}  # matrix products over all query-key pairs
 
@@ -71,6 +72,15 @@ def equal(count: int, length: int) -> Pack:
 def listed(*lengths: int) -> Pack:
     """Sequences of these lengths."""
     return Pack("+".join(map(str, lengths)), lengths)
+
+
+def given(lengths: Sequence[int]) -> Pack:
+    """Sequences of any lengths; many unequal ones are named by how many they are and how long."""
+    if len(set(lengths)) == 1:
+        return equal(len(lengths), lengths[0])
+    if len(lengths) <= 8:
+        return listed(*lengths)
+    return Pack(f"{len(lengths)} of {min(lengths)} to {max(lengths)}, {sum(lengths)} tokens", tuple(lengths))
 
 
 def ragged(total: int) -> Pack:

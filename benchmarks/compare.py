@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from . import jsonl
+
 PREDICTED = Path(__file__).resolve().parent / "predicted.json"
 OK, SLOWER, FASTER = "ok", "SLOWER", "FASTER"
 
@@ -50,22 +52,19 @@ class Line:
 
 
 def read_lines(paths: Sequence[str]) -> list[dict[str, Any]]:
-    """All lines of all files. ValueError: the first that is no JSON object, with its place."""
-    found = []
-    for path in paths:
-        for number, text in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-            try:
-                found.append(dict(json.loads(text)))
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"{path}, line {number}: {error}") from error
-    return found
+    """All lines of all files; errors are those of `jsonl.read`."""
+    return [line for path in paths for line in jsonl.read(path)]
 
 
 def read_predicted(path: str) -> dict[str, Any]:
-    """What `predict` wrote. ValueError: it is no such file."""
+    """What `predict` wrote. ValueError: it is no such file, or so old that something is missing."""
     found = json.loads(Path(path).read_text(encoding="utf-8"))
-    if not isinstance(found, dict) or any("expected_us" not in case for case in found.values()):
+    if not isinstance(found, dict) or not all(isinstance(case, dict) for case in found.values()):
         raise ValueError(f"{path} is not what `make predict` writes")
+    for name, case in found.items():
+        lacking = [key for key in ("expected_us", "range_us", "group", "machine", "rests_on") if key not in case]
+        if lacking:
+            raise ValueError(f"{path}: {name!r} has no {', '.join(lacking)}; `make predict` writes it again")
     return found
 
 
@@ -73,12 +72,15 @@ def measurements(lines: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str | No
     """Microseconds by (case, kernel or None, how): medians where something was measured more than once."""
     found: dict[tuple[str, str | None, str], list[float]] = {}
     for line in lines:
+        if "case" not in line:
+            continue
         if "kernel" in line:
-            found.setdefault((line["case"], line["kernel"], "kernels"), []).append(line["us"])
+            if line.get("us") is not None:
+                found.setdefault((line["case"], line["kernel"], "kernels"), []).append(line["us"])
         elif line.get("provider") in ("illada", "illada raw") and line.get("median_ms") is not None:
             if line.get("variants") in (None, "default"):
                 # the kernels alone are what is predicted, where there is such a provider
-                how = line["timing"] + (", raw" if line["provider"] == "illada raw" else "")
+                how = (line.get("timing") or "clock") + (", raw" if line["provider"] == "illada raw" else "")
                 found.setdefault((line["case"], None, how), []).append(1e3 * line["median_ms"])
     return {key: statistics.median(values) for key, values in found.items()}
 

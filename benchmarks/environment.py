@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from benchmarks import dry_run, timing
-from benchmarks.timing import CPU
+from . import dry_run, timing
+from .timing import CPU
 
 #: What `nvidia-smi` is asked for, and the unit that it adds: none.
 GPU_QUERY = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "power.limit")

@@ -33,8 +33,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import illada
-from benchmarks.runner import compiled, generator, no_compiler
-from benchmarks.timing import CPU
+
+from .runner import compiled, generator, no_compiler
+from .timing import CPU
 
 IGNORED = -100  # the target that all peers skip
 TUNED_ROWS = 4096

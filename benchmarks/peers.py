@@ -18,18 +18,18 @@ from typing import Any
 
 import torch
 
-from benchmarks import attention, dry_run, isolated, loss, remask, report, runner, timing
-from benchmarks.attention_ways import Job as AttentionJob
-from benchmarks.attention_ways import equal, listed
-from benchmarks.isolated import OK, SKIPPED, Outcome, Step, Task
-from benchmarks.loss_ways import Job as LossJob
-from benchmarks.runner import Case
+from . import attention, ceiling, dry_run, isolated, loss, remask, report, runner, timing
+from .attention_ways import Job as AttentionJob
+from .attention_ways import equal, listed
+from .isolated import OK, SKIPPED, Outcome, Step, Task
+from .loss_ways import Job as LossJob
+from .runner import Case
 
 ATTENTION = ("illada", "illada raw", "illada deterministic", "sdpa flash", "sdpa cudnn", "varlen_attn", "cudnn varlen",
              "fa3", "fa4")  # fmt: skip
 LOSS = ("illada", "illada rows", "illada chunk_rows=1024", "illada grad_weight", "eager", "torch chunked", "liger",
         "liger tuned", "liger tuned unweighted", "liger scaled")  # fmt: skip
-REMASK = ("illada", "mm+illada", "copy")
+REMASK = ("illada", "mm+illada")
 REPEATS = 10
 
 
@@ -44,8 +44,8 @@ def groups(device: torch.device) -> list[Group]:
     """A group a process. In a dry run a small one of each kind."""
     found: list[Group] = []
 
-    def add(bench: str, case: Case, providers: Sequence[str], *before: Case) -> None:
-        found.append(Group(bench, [case.name], lambda: [*before, case], providers))
+    def add(bench: str, case: Case, providers: Sequence[str]) -> None:
+        found.append(Group(bench, [case.name], lambda: [case], providers))
 
     def attend(direction: str, pack: Any, heads: int, kv_heads: int, dim: int, providers: Sequence[str]) -> None:
         job = AttentionJob(pack, heads, kv_heads, dim, torch.bfloat16, device)
@@ -57,8 +57,7 @@ def groups(device: torch.device) -> list[Group]:
         add(
             "loss", loss.make_case(LossJob(100, 0.5, 64, 1000, device=device), names=LOSS), ("illada", "eager", "liger")
         )
-        copy = runner.copy_case(device, 1 << 20)
-        add("remask", remask.sample_case(3, 2000, 0.0, device=device), REMASK, copy)
+        add("remask", remask.sample_case(3, 2000, 0.0, device=device), REMASK)
         return found
     packs = [equal(1, 8192), equal(8, 1024), equal(64, 128), equal(2, 4096)]
     for pack in packs:
@@ -66,13 +65,12 @@ def groups(device: torch.device) -> list[Group]:
             attend(direction, pack, 32, 8, 128, ATTENTION)
         if pack is packs[0]:
             add("loss", loss.make_case(LossJob(8192, 0.5, 4096, 155136, device=device), names=LOSS), LOSS)
-    copy = runner.copy_case(device)
     for rows in (128, 32, 1024):
-        add("remask", remask.linear_case(rows, 4096, 155136, 0.0, device=device), REMASK, copy)
+        add("remask", remask.linear_case(rows, 4096, 155136, 0.0, device=device), REMASK)
     for rows, temperature in ((128, 0.0), (1024, 0.0), (128, 1.0), (1024, 1.0)):
-        add("remask", remask.sample_case(rows, 155136, temperature, device=device), REMASK, copy)
+        add("remask", remask.sample_case(rows, 155136, temperature, device=device), REMASK)
     for sequences, rows in ((32, 32), (1, 8192)):
-        add("remask", remask.commit_case(sequences, rows, "quota", device), REMASK, copy)
+        add("remask", remask.commit_case(sequences, rows, "quota", device), REMASK)
     for direction in ("fwd", "bwd"):
         attend(direction, listed(5120, 3072), 32, 8, 128, ATTENTION)
         for pack in (equal(1, 8192), equal(8, 1024)):
@@ -97,9 +95,10 @@ def measure(group: Group, device: torch.device, path: str | None, kernels: str |
 
     cases = list(group.make())
     repeats = 2 if dry_run.ACTIVE else REPEATS
-    runner.run(
-        group.bench, cases, providers=providers, repeats=repeats, device=device, after_case=written, keep_going=True
-    )
+    for bench, mine in ((ceiling.BENCH, ceiling.cases(cases, device)), (group.bench, cases)):
+        runner.run(
+            bench, mine, providers=providers, repeats=repeats, device=device, after_case=written, keep_going=True
+        )
     if kernels and ours and not dry_run.ACTIVE:  # no profiler looks into a simulator
         write_kernels(cases[-1], device, kernels)
     return left_out

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import predict_cases, runner
-from benchmarks.predict_cases import ESTIMATES, LAUNCH_US, Case
+from . import predict_cases, runner
+from .predict_cases import ESTIMATES, LAUNCH_US, Case
 
 ROOT = Path(__file__).resolve().parent.parent
 PREDICTED = ROOT / "benchmarks" / "predicted.json"
@@ -207,6 +207,12 @@ def main(arguments: list[str] | None = None) -> int:
     if not (cusim / "cusim").is_file():
         parser.error(f"CUSIM is {os.environ.get('CUSIM', '')!r} and names no folder of a simulator")
     out, failed = Path(options.out), 0
+    try:  # before hours of simulation
+        before = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
+    except ValueError as error:
+        parser.error(f"--out {out}: {error}")
+    if not isinstance(before, dict):
+        parser.error(f"--out {out}: it is there and is not what this command writes")
 
     def one(case: Case) -> tuple[dict[str, Any] | str, float]:
         began = time.monotonic()

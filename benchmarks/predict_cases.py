@@ -9,9 +9,10 @@ from functools import partial
 import torch
 
 import illada
-from benchmarks import attention_ways
-from benchmarks.attention_ways import equal
 from illada.ops import raw
+
+from . import attention_ways
+from .attention_ways import equal
 
 LAUNCH_US = 3.0  # that the model adds to each kernel, and that is not scaled
 VOCAB, WIDTH = 155136, 4096

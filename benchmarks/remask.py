@@ -21,11 +21,14 @@ import torch
 from torch import Tensor
 
 import illada
-from benchmarks import published, timing
-from benchmarks.runner import Case, Goal, Provider, compiled, copy_case, copy_share, generator, no_compiler, ratio
-from benchmarks.timing import CPU
+
+from . import ceiling, published, timing
+from .runner import Case, Goal, Provider, compiled, generator, no_compiler, on_gpu, ratio
+from .shapes import Shapes
+from .timing import CPU
 
 DEVICES = ("cpu", "cuda")
+OWN = ("rows", "vocab", "hidden", "dtype")
 
 SEQUENCES = 8  # rows of a step are shared out evenly over so many sequences, or fewer where they do not divide
 COMMIT = 4  # tokens a sequence commits
@@ -168,6 +171,7 @@ def linear_case(
         name=f"linear {rows}x{width}x{vocab} T={temperature:g}",
         make=make,
         flops=2.0 * rows * width * vocab,  # the matrix product
+        dtype=dtype,
         bytes=(vocab + rows) * width * dtype.itemsize,  # weight and hidden states, read once; no logits
         repeats=REPEATS[device.type],
         slow={"mm+published"},
@@ -219,16 +223,43 @@ def commit_case(sequences: int, rows: int, rule: str, device: torch.device = CPU
 
 
 def cases(device: torch.device = CPU) -> list[Case]:
-    """CPU: the step in all shapes and temperatures. GPU: the copy bandwidth, then each part and the step."""
+    """CPU: the step in all shapes and temperatures. GPU: each part, then the step."""
     if device.type != "cuda":
         return [step_case(rows, vocab, t) for rows, vocab in SHAPES for t in TEMPERATURES]
     return [
-        copy_case(device),
         *(sample_case(rows, vocab, t, device=device) for rows, vocab in CUDA_SHAPES for t in TEMPERATURES),
         *(linear_case(rows, WIDTH, VOCAB, 1.0, device=device) for rows in LINEAR_ROWS),
         *(commit_case(*shape, rule, device) for shape in COMMIT_SHAPES for rule in ("quota", "threshold")),
         *(step_case(rows, vocab, t, device=device) for rows, vocab in CUDA_SHAPES for t in TEMPERATURES),
     ]
+
+
+def quick(device: torch.device = CPU) -> list[Case]:
+    """One shape of each kind."""
+    if device.type != "cuda":
+        return [step_case(*SHAPES[-1], t) for t in TEMPERATURES]
+    return [
+        sample_case(*CUDA_SHAPES[0], 1.0, device=device),
+        linear_case(LINEAR_ROWS[0], WIDTH, VOCAB, 1.0, device=device),
+        commit_case(*COMMIT_SHAPES[1], "quota", device), step_case(*CUDA_SHAPES[0], 1.0, device=device),
+    ]  # fmt: skip
+
+
+def own(shapes: Shapes, device: torch.device = CPU) -> list[Case]:
+    """Steps in these shapes; with a width the head's product and sampling."""
+    dtype, default = shapes.dtype or torch.bfloat16, CUDA_SHAPES if device.type == "cuda" else SHAPES
+    found = []
+    for rows, vocab in dict.fromkeys((shapes.rows or rows, shapes.vocab or vocab) for rows, vocab in default):
+        for t in TEMPERATURES:
+            step = step_case(rows, vocab, t, dtype, device)
+            found.append(linear_case(rows, shapes.hidden, vocab, t, dtype, device) if shapes.hidden else step)
+    return found
+
+
+def providers(device: torch.device = CPU) -> list[str]:
+    """Of all cases."""
+    ways = ("illada", "published", "compile")
+    return [*ways, *(f"mm+{way}" for way in ways)]
 
 
 def _peer_goals(records: Sequence[dict[str, Any]], case: str, bars: dict[str, float]) -> list[Goal]:
@@ -259,7 +290,7 @@ def cuda_goals(records: Sequence[dict[str, Any]]) -> list[Goal]:
         kind, _, shape = r["case"].partition(" ")
         rows = int(shape.split("x")[0])
         us = 1e3 * r["median_ms"]
-        share = copy_share(records, r)
+        share = ceiling.share(records, r, "bytes")
         if kind == "sample" and rows >= 1024 and share is not None:
             found.append(Goal(f"{r['case']}: {share:.0%} of copy bandwidth (goal 90%)", share >= 0.9))
         if kind == "step" and rows == 128:
@@ -273,4 +304,4 @@ def cuda_goals(records: Sequence[dict[str, Any]]) -> list[Goal]:
 
 def goals(records: Sequence[dict[str, Any]]) -> list[Goal]:
     """Of the device that the records are from."""
-    return (cpu_goals if all(r["timing"] == "clock" for r in records) else cuda_goals)(records)
+    return (cuda_goals if any(map(on_gpu, records)) else cpu_goals)(records)

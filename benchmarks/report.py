@@ -1,20 +1,27 @@
-"""What was measured: a table, JSON lines, a plot, Markdown. `python -m benchmarks.report FILE` prints the last."""
+"""What was measured, from records: a table for the terminal or in Markdown, JSON lines, CSV.
+
+`python -m benchmarks.report FILE...` shows files that `python -m benchmarks BENCH --json FILE` wrote, old ones too.
+"""
 
 from __future__ import annotations
 
 import argparse
+import csv
 import importlib
 import json
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks.runner import KEYS, Goal, copy_share, ratio
+from . import jsonl, plots
+from .ceiling import YARDSTICKS, middle, share
+from .runner import KEYS, Goal, marks, once, ratio, spread
 
 Records = Sequence[dict[str, Any]]
+
+WORDS = ("case", "provider", "timing", "")  # columns to the left; the others are numbers
 
 
 def _rate(r: dict[str, Any]) -> float:
@@ -22,62 +29,65 @@ def _rate(r: dict[str, Any]) -> float:
     return 1e3 * (r["flops"] or 0) / r["median_ms"]
 
 
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0%}"
+
+
 def _cells(records: Records, r: dict[str, Any]) -> dict[str, str]:
     """The columns of one record; "-" where something does not apply."""
     seconds = r["median_ms"] / 1e3
     prefix, digits = ("T", 1) if any(_rate(other) >= 1e13 for other in records) else ("G", 0)
-    share, times = copy_share(records, r), ratio(records, r["case"], r["provider"], timing=r["timing"])
+    times = ratio(records, r["case"], r["provider"], timing=r["timing"])
     cells = {
         "case": r["case"],
         "provider": r["provider"],
-        "timing": r["timing"],
+        "timing": r["timing"] or "-",
         "median ms": f"{r['median_ms']:.4f}",
-        "p20": f"{r['p20_ms']:.4f}",
-        "p80": f"{r['p80_ms']:.4f}",
+        "spread": "-" if once(r) else _percent(spread(r)),
         "GB/s": f"{r['bytes'] / seconds / 1e9:.1f}" if r["bytes"] else "-",
-        "of copy": "-" if share is None else f"{share:.0%}",
+        "% of copy": _percent(share(records, r, "bytes")),
         f"{prefix}FLOP/s": f"{_rate(r) / {'G': 1e9, 'T': 1e12}[prefix]:.{digits}f}" if r["flops"] else "-",
+        "% of matmul": _percent(share(records, r, "flops")),
         "MiB": f"{r['peak_memory_bytes'] / 2**20:.1f}" if r["peak_memory_bytes"] is not None else "-",
-        "error": f"{r['error']:.1e}" if r["error"] is not None else "-",
+        "error": f"{r['error']:.1e}" if isinstance(r["error"], int | float) else "-",
         "ratio": "-" if times is None else f"{times:.2f}x",
     }
-    counted = dict.fromkeys(name for other in records for name in other.get("counts") or ())
-    if "tokens" in counted:  # a job, not a kernel: what it did per second
-        for name in ("GB/s", "of copy", f"{prefix}FLOP/s", "MiB"):
-            del cells[name]
-        for name, count in (r.get("counts") or {}).items():
-            cells[f"{name}/s"] = f"{count / seconds:.1f}"
-        for name in counted:
-            cells.setdefault(f"{name}/s", "-")
-    else:  # what it was given, and needed
-        found = r.get("counts") or {}
-        cells |= {name: f"{x:.1e}" if isinstance(x := found.get(name, "-"), float) else str(x) for name in counted}
-    return cells
+    found = r["counts"] or {}
+    for name in dict.fromkeys(name for other in records for name in other["counts"] or ()):
+        count = found.get(name)
+        if any("tokens" in (other["counts"] or ()) for other in records):  # a job, not a kernel: what it did per second
+            cells[f"{name}/s"] = "-" if count is None else f"{count / seconds:.1f}"
+        else:  # what it was given, and needed
+            cells[name] = "-" if count is None else f"{count:.1e}" if isinstance(count, float) else str(count)
+    return {**cells, "": marks(r)}
+
+
+def _rows(records: Records) -> list[dict[str, str]]:
+    """The cells of all records, without columns that say nothing about any of them."""
+    rows = [_cells(records, r) for r in records]
+    said = [name for name in (rows[0] if rows else ()) if any(row[name] not in ("", "-") for row in rows)]
+    return [{name: row[name] for name in said} for row in rows]
 
 
 def print_table(records: Records) -> None:
-    """Rows of case and provider, the ratio to illada last."""
-    device = records[0]["device"] if records else "nothing ran"
-    print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    rows = [_cells(records, r) for r in records]
+    """Rows of case and provider under what is the same for all."""
+    print(plots.about(records) if records else "nothing ran")
+    rows = _rows(records)
     widths = {name: max([len(name), *(len(row[name]) for row in rows)]) for name in (rows[0] if rows else ())}
-    # the words to the left, the numbers to the right
-    header = " ".join(f"{n:<{w}}" if n in ("case", "provider", "timing") else f"{n:>{w}}" for n, w in widths.items())
-    print(header + "\n" + "-" * len(header))
-    for row in rows:
-        print(
-            " ".join(
-                f"{row[n]:<{w}}" if n in ("case", "provider", "timing") else f"{row[n]:>{w}}" for n, w in widths.items()
-            )
-        )
+
+    def line(row: dict[str, str]) -> str:
+        return " ".join(f"{row[n]:<{w}}" if n in WORDS else f"{row[n]:>{w}}" for n, w in widths.items())
+
+    header = line({name: name for name in widths})
+    print("\n".join([header, "-" * len(header), *map(line, rows)]))
 
 
 def markdown(records: Records) -> str:
     """The same table in Markdown; empty without records."""
-    rows = [_cells(records, r) for r in records]
+    rows = _rows(records)
     if not rows:
         return ""
-    rule = ["---" if name in ("case", "provider", "timing") else "---:" for name in rows[0]]
+    rule = ["---" if name in WORDS else "---:" for name in rows[0]]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (rows[0].keys(), rule, *(row.values() for row in rows)))
 
 
@@ -86,61 +96,112 @@ def goal_line(goal: Goal) -> str:
     return f"{'met   ' if goal.met else 'MISSED'} {goal.text}"
 
 
+def goals(records: Records) -> list[Goal]:
+    """Of the records' bench; of one that is not known here, none."""
+    from .__main__ import BENCHES
+
+    module = BENCHES.get(records[0]["bench"])
+    return importlib.import_module(module, __package__).goals(records) if module else []
+
+
+def groups(records: Records) -> list[list[dict[str, Any]]]:
+    """The records that belong into one table: of one bench on one device, what that can do at most among them."""
+    found: dict[tuple[str, Any], list[dict[str, Any]]] = {}
+    for r in records:
+        if r["provider"] not in YARDSTICKS:
+            found.setdefault((r["bench"], r["device"]), []).append(r)
+    return [with_ceilings(mine, records) for mine in found.values()]
+
+
+def with_ceilings(mine: Records, records: Records) -> list[dict[str, Any]]:
+    """After these the yardsticks of their device and their kinds, which are among `records`; of several runs' one."""
+    devices = {r["device"] for r in mine}
+    dtypes = {r["dtype"] for r in mine if r["flops"]} | ({None} if any(r["bytes"] for r in mine) else set())
+    return [*mine, *(r for r in middle(records) if r["device"] in devices and r["dtype"] in dtypes)]
+
+
+def left_out(lines: Records) -> list[str]:
+    """A line for each provider that did not run, with the reason."""
+    counted = Counter((r["bench"], r["provider"], r["error"]) for r in lines if r["median_ms"] is None)
+    return [
+        f"- {bench}: {provider} left out of {count} case{'s' if count > 1 else ''}: {why}"
+        for (bench, provider, why), count in counted.items()
+    ]
+
+
 def write_json(records: Records, path: str | Path) -> None:
     """Append the records as JSON lines."""
-    with Path(path).open("a", encoding="utf-8") as file:
-        for record in records:
-            file.write(json.dumps({key: record[key] for key in KEYS}) + "\n")
+    jsonl.append(path, ({key: record[key] for key in KEYS} for record in records))
 
 
 def read_json(path: str | Path) -> list[dict[str, Any]]:
-    """What `write_json` wrote; no file is no records."""
-    if not Path(path).exists():
-        return []
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    """What `write_json` wrote, now or when there were fewer keys: those are null, and unknown ones are kept.
+
+    Errors are those of `jsonl.read`. A line that is no result is reported and skipped.
+    """
+    found = []
+    for line in jsonl.read(path):
+        record = {**dict.fromkeys(KEYS), **line}
+        if _is_result(record):
+            found.append(record)
+        else:
+            print(f"skipped a line of {path} that is no result: {json.dumps(line)[:100]}", file=sys.stderr)
+    return found
 
 
-def plot(records: Records, path: str | Path) -> None:
-    """Median times as horizontal bars, one panel a case, p20 to p80 as whiskers."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def _is_result(record: dict[str, Any]) -> bool:
+    ms = record["median_ms"]
+    measured = ms is None or (isinstance(ms, int | float) and 0 < ms < float("inf"))
+    return measured and all(isinstance(record[key], str) for key in ("bench", "case", "provider"))
 
-    names = list(dict.fromkeys(r["case"] for r in records))
-    figure = Figure(figsize=(8, 1 + 1.3 * len(names)), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, name in zip(figure.subplots(len(names), 1, squeeze=False)[:, 0], names, strict=True):
-        mine = [r for r in records if r["case"] == name][::-1]
-        labels = [r["provider"] + (", graph" if r["timing"] == "graph" else "") for r in mine]
-        medians = [r["median_ms"] for r in mine]
-        spread = [[r["median_ms"] - r["p20_ms"] for r in mine], [r["p80_ms"] - r["median_ms"] for r in mine]]
-        colors = ["C0" if r["provider"] == "illada" else "0.7" for r in mine]
-        axes.barh(labels, medians, xerr=spread, color=colors)
-        axes.set_title(name, fontsize="medium", loc="left")
-        for i, median in enumerate(medians):
-            axes.annotate(f" {median:.3g}", (median, i), va="center", fontsize="small")
-    axes.set_xlabel(f"ms, median with p20 and p80; {records[0]['device']}")
-    figure.savefig(path, dpi=120)
+
+def write_csv(records: Records, path: str | Path) -> None:
+    """A row for each record, those that were left out among them, and a column for each key; null is empty."""
+    names = list(dict.fromkeys([*KEYS, *(name for r in records for name in r)]))
+    with Path(path).open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        for r in records:
+            writer.writerow({key: json.dumps(v) if isinstance(v, dict | list) else v for key, v in r.items()})
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print the tables of a file of JSON lines, one for each bench and device, the goals, and who was left out."""
-    from benchmarks.__main__ import BENCHES
-
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=main.__doc__)
-    parser.add_argument("file", help="written by `python -m benchmarks BENCH --json FILE`")
-    lines = read_json(parser.parse_args(arguments).file)
+    """Show files of results: a table for each bench and device, the goals, and who was left out."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.report", description=main.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example:\n  python -m benchmarks.report out.jsonl --plot out.png --csv out.csv --markdown",
+    )  # fmt: skip
+    parser.add_argument("files", nargs="+", metavar="FILE", help="written by `python -m benchmarks BENCH --json FILE`")
+    parser.add_argument("--markdown", action="store_true", help="print Markdown")
+    parser.add_argument("--csv", metavar="PATH", help="write all records as CSV")
+    parser.add_argument("--plot", metavar="PATH", help="draw them (needs matplotlib)")
+    options = parser.parse_args(arguments)
+    try:
+        lines = [line for path in options.files for line in read_json(path)]
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     records = [r for r in lines if r["median_ms"] is not None]
     if not records:
         print("No results.")
-    for bench, device in dict.fromkeys((r["bench"], r["device"]) for r in records):
-        mine = [r for r in records if (r["bench"], r["device"]) == (bench, device)]
-        print(f"## {bench} on {device}, torch {mine[0]['torch']}, commit {mine[0]['commit']}\n\n{markdown(mine)}")
-        for goal in importlib.import_module(BENCHES[bench]).goals(mine):
-            print(f"- {goal_line(goal)}")
-        print()
-    left_out = Counter((r["bench"], r["provider"], r["error"]) for r in lines if r["median_ms"] is None)
-    for (bench, provider, why), count in left_out.items():
-        print(f"- {bench}: {provider} left out of {count} case{'s' if count > 1 else ''}: {why}")
+    for mine in groups(records):
+        if options.markdown:
+            print(f"## {mine[0]['bench']} on {plots.about(mine)}\n\n{markdown(mine)}")
+        else:
+            print(f"{mine[0]['bench']}:")
+            print_table(mine)
+        print("".join(f"- {goal_line(goal)}\n" for goal in goals(mine)))
+    for line in left_out(lines):
+        print(line)
+    try:
+        if options.csv:
+            write_csv(lines, options.csv)
+        if options.plot:
+            plots.plot(records, options.plot)
+    except ImportError as error:
+        parser.error(f"--plot needs matplotlib: {error}; pip install 'illada[plot]'")
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

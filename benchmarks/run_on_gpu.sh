@@ -34,6 +34,7 @@ With more than 10 minutes each limit is longer in proportion.
   OUT/summary.md       start here: what became of the stages, tables, goals met and missed, measured against predicted
   OUT/smoke.jsonl  tune.json  tune.jsonl  tests.json  sanitizer.json  peers.jsonl  as the stages' modules say
   OUT/results.jsonl    one line for each case, provider and way of timing (python -m benchmarks.report reads it)
+  OUT/results.png      they as a picture, where there is matplotlib
   OUT/kernels.jsonl    the time of each kernel in each case of peers (python -m benchmarks compare reads it)
   OUT/machine.txt      GPU, driver, clocks, versions, commit, date
   OUT/build.log  and for each stage OUT/STAGE.txt, what it printed
@@ -173,7 +174,7 @@ if [ ${#missing[@]} -gt 0 ]; then
   exit 2
 fi
 
-rm -f "$out"/{summary.md,results.jsonl,kernels.jsonl,machine.txt,build.log,compare.txt} \
+rm -f "$out"/{summary.md,results.jsonl,results.png,kernels.jsonl,machine.txt,build.log,compare.txt} \
   "$out"/{smoke,tune,peers,tests,models,sanitizer}.{txt,json,jsonl,log}
 work="$(mktemp -d)"
 trap 'rm -rf "$work"' EXIT
@@ -282,7 +283,8 @@ models() {
     esac
     [ -n "$dry" ] || while IFS= read -r name; do
       grep -qF "\"case\": \"$name\"" "$out/results.jsonl" 2>/dev/null || left_out+=("$name")
-    done < <("$python" -m benchmarks "$bench" --device cuda --only "$text" --list 2>/dev/null)
+    done < <("$python" -m benchmarks "$bench" --device cuda --only "$text" --list 2>/dev/null |
+      sed -n '/^cases of /,$s/^  //p')
   done <<'CASES'
 train-step 8b 8192
 remask step
@@ -333,10 +335,17 @@ done
     sed -n '/^What to write/,$p' "$out/tune.txt"
   fi
   printf '\n'
-  "$python" -m benchmarks.report "$out/results.jsonl" || true
+  if [ -s "$out/results.jsonl" ]; then
+    "$python" -m benchmarks.report "$out/results.jsonl" --markdown || true
+  else
+    echo "No results."
+  fi
   if [ ${#measured[@]} -gt 0 ]; then
     "$python" -m benchmarks compare "${measured[@]}" | tee "$out/compare.txt" || true
   fi
 } >"$out/summary.md"
 cat "$out/summary.md"
+if [ -s "$out/results.jsonl" ] && "$python" -c 'import matplotlib' 2>/dev/null; then
+  MPLCONFIGDIR="$work" "$python" -m benchmarks.report "$out/results.jsonl" --plot "$out/results.png" >/dev/null || true
+fi
 exit "$failed"

@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import commands, dry_run
-from benchmarks.commands import Ended
+from . import commands, dry_run
+from .commands import Ended
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Those first that hold the kernels to float64.

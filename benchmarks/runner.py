@@ -2,13 +2,16 @@
 
 A record is a dict with the keys of KEYS; null where something does not apply. Of a provider that did not run, median_ms
 is null and `error` says why; such records are handed to `after_case` alone. n: timed calls; the keys after it are those
-of `environment`. Readers take a key that a line does not have for null: older files have fewer.
+of `environment`; dtype: of the case's matrix products. Readers take a key that a line does not have for null: older
+files have fewer.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import gc
+import math
 import os
 import shutil
 import statistics
@@ -22,18 +25,23 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks import dry_run, environment, timing
-from benchmarks.timing import CPU
+from illada.cli.signals import Ended
 from illada.ops import variants
 from illada.terminal import shows
 
+from . import dry_run, environment, timing
+from .budget import Budget, OutOfTime, Share
+from .timing import CPU
+
 KEYS = (
     "bench", "case", "provider", "median_ms", "p20_ms", "p80_ms", "flops", "bytes", "peak_memory_bytes", "error",
-    "counts", "device", "torch", "commit", "timing", "variants", "date",
+    "counts", "device", "torch", "commit", "timing", "variants", "date", "dtype",
     "n", "threads", "load", "cpu", "gpu", "driver", "cuda", "clocks", "power",
 )  # fmt: skip
 #: A row whose p20 and p80 are further apart than this share of its median is marked.
 NOISY = 0.2
+#: Why a case or provider was left out that did not fit into a budget.
+NO_TIME = "no time left of --time-budget"
 
 
 @dataclass
@@ -46,6 +54,7 @@ class Provider:
     counts: how much of what one call did, such as tokens and forwards (the table shows them per second), or of what the
         job consists; anything else that is worth a column.
     memory: bytes that one call needs, as the bench defines them; default: on a GPU all that it allocates.
+    calls: how many jobs one `call` does, where a job is too short for the clock; its time is shared among them.
     rotating: the same call on each of several inputs, too large together for the L2 cache. On a GPU these are also
         timed in a CUDA graph; none of them may wait for the device.
     """
@@ -57,6 +66,7 @@ class Provider:
     counts: Callable[[Any], dict[str, float]] | None = None
     memory: Callable[[], int] | None = None
     rotating: Sequence[Callable[[], Any]] = ()
+    calls: int = 1
 
 
 @dataclass
@@ -65,7 +75,9 @@ class Case:
 
     make: builds the inputs and the providers, ours first; called when the case runs, so that memory is not held.
     flops, bytes: of the job itself, whoever does it; the formulas stand where they are set.
+    dtype: of its matrix products; the machine's own product of that dtype is what its FLOPs are held against.
     peak_memory: bytes that a provider needs beyond its inputs; on a GPU the runner measures it.
+    timer: what times it; default: what times calls on the device.
     yardstick: what the others are measured by; runs whichever cases and providers were asked for.
     """
 
@@ -77,6 +89,8 @@ class Case:
     repeats: int = 7
     slow: set[str] = field(default_factory=set)  # providers timed a third as often
     yardstick: bool = False
+    dtype: torch.dtype | None = None
+    timer: Any = None
 
 
 @dataclass
@@ -106,11 +120,13 @@ def run(
     device: torch.device = CPU,
     after_case: Callable[[list[dict[str, Any]]], None] | None = None,
     keep_going: bool = False,
+    budget: Budget | None = None,
 ) -> list[dict[str, Any]]:
     """Time every provider of every case: warm-up calls, then calls in turn.
 
     after_case: gets the records of each case as soon as they are there. keep_going: ours is left out for an error as
-    its peers are, where it would otherwise end the run.
+    its peers are, where it would otherwise end the run. budget: what does not fit into it is left out. A signal ends
+    the run after the records of what there was.
     """
     timer, name = timing.timer(device), timing.device_name(device)
     same = {
@@ -122,48 +138,98 @@ def run(
         **environment.machine(device, name),
     }
     records = []
+    budget = budget or Budget(None, len(cases))
     for case in tqdm(cases, desc=bench, unit=" cases", disable=not shows()):
-        mine = [
-            {**record, "bench": bench, **same, **environment.state(device)}
-            for record in _run_case(case, timer, providers, repeats, device, keep_going)
-        ]
+        job, share = _Job(case, timer, providers, repeats, device, keep_going), budget.share()
+        unfinished, ended = None, None
+        try:
+            share.start()
+            job.measure(share)
+        except OutOfTime:
+            unfinished = NO_TIME
+        except (KeyboardInterrupt, Ended) as error:
+            unfinished, ended = "ended by a signal", error
+        finally:
+            with contextlib.suppress(OutOfTime):
+                share.stop()
+            share.stop()  # in case the alarm rang in the line before
+        now = environment.state(device)
+        mine = [{**record, "bench": bench, **same, **now} for record in job.records(unfinished)]
         records += [record for record in mine if record["median_ms"] is not None]
         if after_case is not None:
             after_case(mine)
+        if ended:
+            raise ended
+        del job
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
     return records
 
 
-def _run_case(
-    case: Case,
-    timer: timing.Clock | timing.Events,
-    providers: Sequence[str] | None,
-    repeats: int | None,
-    device: torch.device,
-    keep_going: bool = False,
-) -> list[dict[str, Any]]:
-    """The records of one case, without what is the same for all."""
-    on_gpu = device.type == "cuda"
-    offered = [p for p in case.make() if not providers or p.name in providers or case.yardstick]
-    errors, counts, memory, timed = {}, {}, {}, []
-    for provider in offered:
+class _Job:
+    """One case as it is measured. `records` says what there is, though `measure` was ended in the middle."""
+
+    def __init__(
+        self,
+        case: Case,
+        timer: timing.Clock | timing.Events,
+        providers: Sequence[str] | None,
+        repeats: int | None,
+        device: torch.device,
+        keep_going: bool,
+    ):
+        self.case, self.timer, self.device, self.keep_going = case, case.timer or timer, device, keep_going
+        self.wanted, self.repeats = providers, repeats or case.repeats
+        self.offered: list[Provider] = []
+        self.timed: list[Timed] = []
+        self.readings: list[list[Any]] = []  # of each of `timed`
+        self.errors: dict[str, Any] = {}
+        self.counts: dict[str, Any] = {}
+        self.memory: dict[str, int] = {}
+
+    def measure(self, share: Share) -> None:
+        """Everything that takes time."""
+        case = self.case
+        self.offered = [p for p in case.make() if not self.wanted or p.name in self.wanted or case.yardstick]
+        for i, provider in enumerate(self.offered):
+            try:
+                if i and not provider.unavailable:  # peers are not to take the time in which all are timed
+                    if share.spent() > 0.5:
+                        raise OutOfTime
+                    share.ring_at(0.7)
+                self._warm_up(provider)
+                share.ring_at(1)
+            except OutOfTime:
+                share.ring_at(1)  # raises where all of it is over
+                provider.unavailable = provider.unavailable or NO_TIME
+            if provider.unavailable:
+                print(f"{case.name}: {provider.name} left out: {provider.unavailable}", file=sys.stderr)
+        self.timed = [t for t in self.timed if not t.provider.unavailable]
+        self.readings = [[] for _ in self.timed]
+        _interleave(self.timed, self.readings, self.timer, self.repeats, case.slow, share)
+        if case.peak_memory is not None and self.device.type != "cuda":
+            for entry in self.timed:
+                self.memory[entry.provider.name] = case.peak_memory(entry.provider.name)
+
+    def _warm_up(self, provider: Provider) -> None:
+        """The first call, what is to be known of its result, and a graph; or why it is not available."""
+        on_gpu, name = self.device.type == "cuda", provider.name
         if not provider.unavailable:
             try:
                 result = provider.call()
-                errors[provider.name] = None if provider.error is None else provider.error(result)
-                counts[provider.name] = None if provider.counts is None else provider.counts(result)
+                self.errors[name] = None if provider.error is None else provider.error(result)
+                self.counts[name] = None if provider.counts is None else provider.counts(result)
                 del result
                 if provider.memory is not None:
-                    memory[provider.name] = provider.memory()
+                    self.memory[name] = provider.memory()
                 elif on_gpu:
-                    memory[provider.name] = timing.peak_memory(provider.call, device)
-                timed.append(Timed(provider, timer.timing, provider.call))
+                    self.memory[name] = timing.peak_memory(provider.call, self.device)
+                self.timed.append(Timed(provider, self.timer.timing, provider.call, provider.calls))
             except Exception as error:  # a peer that does not run here is no reason to stop
                 # nor is an op of ours without a kernel for this device, or too little memory; anything else of ours is
-                legal = keep_going or isinstance(error, NotImplementedError | torch.OutOfMemoryError)
-                if provider.name == "illada" and not legal:
+                legal = self.keep_going or isinstance(error, NotImplementedError | torch.OutOfMemoryError)
+                if name == "illada" and not legal:
                     raise
                 provider.unavailable = reason(error)
             if on_gpu and provider.unavailable:  # what it had allocated is not to be missing to the next one
@@ -171,41 +237,54 @@ def _run_case(
                 torch.cuda.empty_cache()
         if on_gpu and provider.rotating and not provider.unavailable:
             try:
-                graph, count = timing.capture(provider.rotating, device)
-                timed.append(Timed(provider, "graph", graph.replay, count))
+                graph, count = timing.capture(provider.rotating, self.device)
+                self.timed.append(Timed(provider, "graph", graph.replay, count))
             except Exception as error:  # its single calls still count
-                if provider.name == "illada" and not keep_going:
+                if name == "illada" and not self.keep_going:
                     raise
-                print(f"{case.name}: {provider.name} not in a graph: {reason(error)}", file=sys.stderr)
-        if provider.unavailable:
-            print(f"{case.name}: {provider.name} left out: {provider.unavailable}", file=sys.stderr)
-    timed = [t for t in timed if not t.provider.unavailable]
-    if case.peak_memory is not None and not on_gpu:
-        memory = {t.provider.name: case.peak_memory(t.provider.name) for t in timed}
-    records: list[dict[str, Any]] = []
-    for entry, ms in zip(timed, _interleave(timed, timer, repeats or case.repeats, case.slow), strict=True):
-        ms.sort()
-        records.append(
-            {
-                "case": case.name,
-                "provider": entry.provider.name,
-                "median_ms": statistics.median(ms),
-                "p20_ms": ms[int(0.2 * (len(ms) - 1))],
-                "p80_ms": ms[int(0.8 * (len(ms) - 1) + 0.5)],
-                "flops": case.flops,
-                "bytes": case.bytes,
-                "peak_memory_bytes": memory.get(entry.provider.name),
-                "error": errors[entry.provider.name],
-                "counts": counts[entry.provider.name],
-                "timing": entry.timing,
-                "n": len(ms),
-            }
-        )
-    for provider in offered:
-        if provider.unavailable:
-            left_out = {"case": case.name, "provider": provider.name, "timing": timer.timing}
-            records.append({**dict.fromkeys(KEYS), **left_out, "error": provider.unavailable})
-    return records
+                print(f"{self.case.name}: {name} not in a graph: {reason(error)}", file=sys.stderr)
+
+    def records(self, unfinished: str | None = None) -> list[dict[str, Any]]:
+        """Without what is the same for all. unfinished: why `measure` was ended, if it was."""
+        found = [
+            self._record(entry, sorted(ms / entry.count for ms in self.timer.milliseconds(readings)))
+            for entry, readings in zip(self.timed, self.readings, strict=False)  # no readings before the first turn
+            if readings
+        ]
+        if unfinished:
+            there = {record["provider"] for record in found}
+            absent = [p for p in self.offered if not p.unavailable and p.name not in there]
+            for provider in absent:
+                provider.unavailable = unfinished
+            who = "all" if not self.offered else ", ".join(p.name for p in absent)
+            if who:
+                print(f"{self.case.name}: {who} left out: {unfinished}", file=sys.stderr)
+        left_out = {p.name: p.unavailable for p in self.offered if p.unavailable}
+        if unfinished and not self.offered:  # nor is it known who would be
+            left_out["all"] = unfinished
+        for name, why in left_out.items():
+            about = {"case": self.case.name, "provider": name, "timing": self.timer.timing, "error": why}
+            found.append({**dict.fromkeys(KEYS), **about})
+        return found
+
+    def _record(self, entry: Timed, ms: list[float]) -> dict[str, Any]:
+        """Of milliseconds in their order."""
+        name = entry.provider.name
+        return {
+            "case": self.case.name,
+            "provider": name,
+            "median_ms": statistics.median(ms),
+            "p20_ms": ms[int(0.2 * (len(ms) - 1))],
+            "p80_ms": ms[int(0.8 * (len(ms) - 1) + 0.5)],
+            "flops": self.case.flops,
+            "bytes": self.case.bytes,
+            "dtype": None if self.case.dtype is None else str(self.case.dtype).removeprefix("torch."),
+            "peak_memory_bytes": self.memory.get(name),
+            "error": self.errors[name],
+            "counts": self.counts[name],
+            "timing": entry.timing,
+            "n": len(ms),
+        }
 
 
 def reason(error: Exception) -> str:
@@ -214,28 +293,23 @@ def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {first_line}"[:200]
 
 
-def _interleave(timed: list[Timed], timer: Any, repeats: int, slow: set[str]) -> list[list[float]]:
-    """Milliseconds of each job; the order turns, so that no provider always follows the same other."""
-    readings: list[list[Any]] = [[] for _ in timed]
+def _interleave(
+    timed: list[Timed], readings: list[list[Any]], timer: Any, repeats: int, slow: set[str], share: Share
+) -> None:
+    """Add to the readings of each; the order turns, so that no provider always follows the same other."""
+    longest = 0.0
     for turn in range(repeats):
+        before = share.left()
+        if turn and before < 1.2 * longest:
+            return
         for i in range(len(timed)):
             which = (turn + i) % len(timed)
             if timed[which].provider.name in slow and turn % 3:
                 continue
             readings[which].append(timer.measure(timed[which].call))
-    return [[ms / t.count for ms in timer.milliseconds(r)] for t, r in zip(timed, readings, strict=True)]
-
-
-def copy_case(device: torch.device, size: int = 1 << 30) -> Case:
-    """A device-to-device copy of `size` bytes: the bandwidth that everything else is held against."""
-
-    def make() -> list[Provider]:
-        source = torch.randint(256, (size,), dtype=torch.uint8, device=device, generator=generator(device))
-        target = torch.empty_like(source)
-        return [Provider("copy", lambda: target.copy_(source))]
-
-    # every byte read once and written once
-    return Case(f"copy {size / 2**20:g} MiB", make, bytes=2 * size, repeats=30, yardstick=True)
+        if share.seconds < math.inf:
+            timer.milliseconds(())  # waits for a GPU: only then the turn has taken its time
+            longest = max(longest, before - share.left())
 
 
 def generator(device: torch.device, seed: int = 0) -> torch.Generator:
@@ -271,27 +345,38 @@ def ratio(
     return values[provider] / values["illada"]
 
 
+def on_gpu(record: dict[str, Any]) -> bool:
+    """Where it was measured; when records had no `timing` yet, all were of a CPU."""
+    return record["timing"] in ("events", "graph")
+
+
+def spread(record: dict[str, Any]) -> float | None:
+    """From p20 to p80, as a share of the median; None where they are not known."""
+    if any(record[key] is None for key in ("median_ms", "p20_ms", "p80_ms")):
+        return None
+    return (record["p80_ms"] - record["p20_ms"]) / record["median_ms"]
+
+
+def once(record: dict[str, Any]) -> bool:
+    """Timed by a single call. Old records do not say how many there were; of several no two ends are the same."""
+    return record["n"] == 1 if record.get("n") is not None else spread(record) == 0
+
+
+def noisy(record: dict[str, Any]) -> bool:
+    """Its calls differ so much that small ratios mean nothing."""
+    return not once(record) and (spread(record) or 0) > NOISY
+
+
 def marks(record: dict[str, Any]) -> str:
     """What one must know before one believes a row: that it varies, or was timed once; empty: nothing."""
-    found = []
-    if record["median_ms"] and (record["p80_ms"] - record["p20_ms"]) > NOISY * record["median_ms"]:
-        found.append(f"varies {(record['p80_ms'] - record['p20_ms']) / record['median_ms']:.0%}")
-    if record.get("n") == 1:
-        found.append("timed once")
-    return ", ".join(found)
-
-
-def copy_share(records: Sequence[dict[str, Any]], record: dict[str, Any]) -> float | None:
-    """Bytes a second as a share of the copy bandwidth measured beside it, or None without a copy or bytes."""
-    copies = [r["bytes"] / r["median_ms"] for r in records if r["provider"] == "copy"]
-    if not copies or not record["bytes"]:
-        return None
-    return record["bytes"] / record["median_ms"] / statistics.median(copies)
+    return "timed once" if once(record) else f"varies {spread(record):.0%}" if noisy(record) else ""
 
 
 def commit() -> str | None:
     """Of the checkout that the benchmarks are in, with a + where it has changes; ILLADA_COMMIT outside of one."""
     root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():  # installed, maybe into the environment of another project's checkout
+        return os.environ.get("ILLADA_COMMIT")
     try:
         git = ["git", "-C", str(root)]
         name = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)

@@ -16,8 +16,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from benchmarks import commands, smoke, smoke_jobs
-from benchmarks.commands import Ended
+from . import commands, smoke, smoke_jobs
+from .commands import Ended
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
 FOUND = 99  # the exit status that the sanitizer is told to use
@@ -87,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
     # torch asks for things that fail and copes, so errors of API calls say nothing
     flags = ["--report-api-errors", "no", "--error-exitcode", str(FOUND)]
     work = {
-        f"{tool}: {job.name}": [program, "--tool", tool, *flags, sys.executable, "-m", "benchmarks.smoke",
+        f"{tool}: {job.name}": [program, "--tool", tool, *flags, sys.executable, "-m", f"{__package__}.smoke",
                                 "--in-process", job.name]
         for tool in options.tool or TOOLS for job in chosen
     }  # fmt: skip

@@ -28,15 +28,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from benchmarks import published
-from benchmarks.runner import Case, Goal, Provider, ratio
-from benchmarks.timing import CPU
-from benchmarks.weights import random_model
 from illada.config import ModelConfig
 from illada.data import train_tokenizer
 from illada.model import MaskedDiffusionModel
 from illada.score import confidence_score
 from illada.sources import read_source
+
+from . import published
+from .runner import Case, Goal, Provider, on_gpu, ratio
+from .timing import CPU
+from .weights import random_model
 
 DEVICES = ("cpu", "cuda")
 
@@ -159,6 +160,18 @@ def cases(device: torch.device = CPU) -> list[Case]:
     return [make_case("tiny", ModelConfig.preset("tiny"), 200), make_case("small", small, 20)]
 
 
+def quick(device: torch.device = CPU) -> list[Case]:
+    """A few questions; on a CPU in a vocabulary whose tokenizer is soon trained."""
+    if device.type == "cuda":
+        return cases(device)[:1]
+    return [make_case("tiny V2048", ModelConfig.preset("tiny", vocab_size=2048), 10)]
+
+
+def providers(device: torch.device = CPU) -> list[str]:
+    """Of all cases."""
+    return ["illada", "one by one"]
+
+
 def goals(records: Sequence[dict[str, Any]]) -> list[Goal]:
     """So many times as fast, the same answers."""
     found = []
@@ -166,8 +179,12 @@ def goals(records: Sequence[dict[str, Any]]) -> list[Goal]:
         faster = ratio(records, case, "one by one")
         ours = next((r for r in records if r["case"] == case and r["provider"] == "illada"), None)
         if faster is not None and ours is not None:
-            error, name = ours["error"], case.rsplit(" ", 2)[0]
-            same, wanted = error < TOLERANCE[ours["timing"]], GOALS[ours["timing"]][name]
-            found.append(Goal(f"{case}: {faster:.1f}x faster than one by one (goal {wanted:g}x)", faster >= wanted))
-            found.append(Goal(f"{case}: {'same' if same else 'DIFFERENT'} answers, scores within {error:.1e}", same))
+            timing, error = "events" if on_gpu(ours) else "clock", ours["error"]
+            wanted = GOALS[timing].get(case.rsplit(" ", 2)[0])
+            if wanted is not None:
+                found.append(Goal(f"{case}: {faster:.1f}x faster than one by one (goal {wanted:g}x)", faster >= wanted))
+            if error is not None:
+                same = error < TOLERANCE[timing]
+                text = f"{case}: {'same' if same else 'DIFFERENT'} answers, scores within {error:.1e}"
+                found.append(Goal(text, same))
     return found

@@ -24,11 +24,12 @@ from typing import Any
 
 import torch
 
-from benchmarks import dry_run, isolated, smoke_jobs
-from benchmarks.choices import concerns
-from benchmarks.isolated import ERROR, HANG, OK, SKIPPED, WRONG, Outcome, Step, Task, WrongError
-from benchmarks.smoke_jobs import Job
 from illada.ops.variants import use_variants, variants
+
+from . import dry_run, isolated, smoke_jobs
+from .choices import concerns
+from .isolated import ERROR, HANG, OK, SKIPPED, WRONG, Outcome, Step, Task, WrongError
+from .smoke_jobs import Job
 
 
 def checked(job: Job, values: dict[str, str]) -> dict[str, Any]:

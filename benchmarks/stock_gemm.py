@@ -19,8 +19,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import predict
-from benchmarks.predict_cases import LAUNCH_US, VOCAB, WIDTH
+from . import predict
+from .predict_cases import LAUNCH_US, VOCAB, WIDTH
 
 ROWS, SMALL_VOCAB = 4096, 33 * 256
 PAIRS = 66  # of multiprocessors: a cluster is a pair of CTAs, whose tiles are neighbours in M

@@ -1,6 +1,7 @@
 """How a call is timed. Each way has a name, which stands in every record under `timing`:
 
     clock     wall time of a call that returns when it is done: CPUs
+    thread    processor time of the calling thread: what a call costs its host, on a GPU as well
     events    CUDA events around one call, caches cold
     graph     many calls captured in a CUDA graph, the replay's time shared among them: no launch gaps
 
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import dry_run
+from . import dry_run
 
 CPU = torch.device("cpu")
 
@@ -46,6 +47,18 @@ class Clock:
     def milliseconds(self, readings: Sequence[float]) -> list[float]:
         """Of each call."""
         return list(readings)
+
+
+class ThreadClock(Clock):
+    """Milliseconds of processor time of this thread, to which others that are running add less than to the clock."""
+
+    timing = "thread"
+
+    def measure(self, call: Callable[[], Any]) -> float:
+        """One call; what it returns goes to `milliseconds`."""
+        began = time.thread_time()
+        call()
+        return 1e3 * (time.thread_time() - began)
 
 
 class Events:

@@ -54,15 +54,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import published
-from benchmarks.runner import Case, Goal, Provider, ratio, reason
-from benchmarks.timing import CPU
-from benchmarks.weights import random_model
 from illada.config import ModelConfig
 from illada.diffusion import Batch, make_batch, make_validation_batch
 from illada.model import MaskedDiffusionModel
 
+from . import published
+from .attention_ways import given
+from .runner import Case, Goal, Provider, on_gpu, ratio, reason
+from .shapes import Shapes
+from .timing import CPU
+from .weights import random_model
+
 DEVICES = ("cpu", "cuda")
+OWN = ("seqlens", "heads", "head_dim", "hidden", "vocab")
 
 REPEATS = {"cpu": 3, "cuda": 5}
 
@@ -214,7 +218,8 @@ def make_case(job: Job) -> Case:
         name=job.name,
         make=make,
         flops=flops(job.config, job.make_batch(job.config)),
-        peak_memory=partial(measure_memory, job.name),
+        dtype=torch.bfloat16 if job.device.type == "cuda" else torch.float32,
+        peak_memory=partial(measure_memory, job.name) if job.name in CPU_JOBS else None,
         repeats=REPEATS[job.device.type],
     )
 
@@ -223,6 +228,7 @@ CPU_JOBS = {
     job.name: job
     for job in (
         Job("small 8x1024", ModelConfig.preset("small"), partial(windows, 8, 1024)),  # C 512, 8 layers, V 32,768
+        Job("small 2x512", ModelConfig.preset("small"), partial(windows, 2, 512)),  # for --quick
         Job(
             "tiny 2x64",  # for the tests
             ModelConfig.preset(
@@ -252,6 +258,31 @@ def cases(device: torch.device = CPU) -> list[Case]:
     return [make_case(job) for job in jobs]
 
 
+def quick(device: torch.device = CPU) -> list[Case]:
+    """A few sequences; on a GPU of few layers."""
+    return [make_case(gpu_jobs(device)[2] if device.type == "cuda" else CPU_JOBS["small 2x512"])]
+
+
+def own(shapes: Shapes, device: torch.device = CPU) -> list[Case]:
+    """One window of these sequences, half of them masked; the model is the design's smaller one, so changed."""
+    heads, more = shapes.heads or (None, None), {"num_hidden_layers": 4} if device.type == "cuda" else {}
+    wanted = {
+        "hidden_size": shapes.hidden, "num_attention_heads": heads[0], "num_key_value_heads": heads[1],
+        "head_dim": shapes.head_dim, "vocab_size": shapes.vocab,
+    }  # fmt: skip
+    more |= {name: value for name, value in wanted.items() if value is not None}
+    config = ModelConfig.preset("illada_8b" if device.type == "cuda" else "small", **more)
+    lengths = shapes.seqlens or ((5120, 3072) if device.type == "cuda" else (1024,) * 8)
+    name = f"own {given(lengths).name} C{config.hidden_size} V{config.vocab_size} {config.num_attention_heads}"
+    name += f"/{config.num_key_value_heads} D{config.head_size}"
+    return [make_case(Job(name, config, partial(one_window, [n for n in lengths if n]), device.type == "cuda", device))]
+
+
+def providers(device: torch.device = CPU) -> list[str]:
+    """Of all cases."""
+    return list(LOSSES)
+
+
 # ---------------------------------------------------------------------------------------------------------------- goals
 
 #: TFLOP/s of dense bfloat16 products, from the data sheets, by a part of the device's name; the first that fits.
@@ -265,9 +296,9 @@ def goals(records: Sequence[dict[str, Any]]) -> list[Goal]:
     for case in dict.fromkeys(r["case"] for r in records):
         ours = next((r for r in records if r["case"] == case and r["provider"] == "illada"), None)
         faster = ratio(records, case, "padded")
-        if ours is not None and ours["timing"] == "events":
-            peak = next((peak for name, peak in PEAKS.items() if name in ours["device"]), None)
-            if case.startswith("8b ") and peak is not None:
+        if ours is not None and on_gpu(ours):
+            peak = next((peak for name, peak in PEAKS.items() if name in (ours["device"] or "")), None)
+            if case.startswith("8b ") and peak is not None and ours["flops"]:
                 share = ours["flops"] / ours["median_ms"] / 1e9 / peak
                 found.append(Goal(f"{case}: {share:.0%} of {peak} TFLOP/s (goal 50%)", share >= 0.5))
             if faster is not None:
@@ -285,9 +316,10 @@ def goals(records: Sequence[dict[str, Any]]) -> list[Goal]:
 
 def measure_memory(name: str, provider: str) -> int:
     """Peak resident bytes of one step in a fresh process, beyond what was resident before it."""
-    root = Path(__file__).resolve().parent.parent
-    command = [sys.executable, "-m", "benchmarks.train_step", name, provider]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    package = __package__ or ""
+    top = Path(__file__).resolve().parents[len(package.split("."))]  # which makes the package importable
+    command = [sys.executable, "-m", f"{package}.train_step", name, provider]
+    done = subprocess.run(command, cwd=top, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -21,11 +21,12 @@ from typing import Any
 
 import torch
 
-from benchmarks import dry_run, environment, isolated, report, runner, timing, tune_jobs
-from benchmarks.choices import matters_on, others
-from benchmarks.isolated import OK, SKIPPED, Outcome, Step, Task, WrongError
-from benchmarks.tune_jobs import Job
 from illada.ops.variants import Variant, use_variants, variants
+
+from . import dry_run, environment, isolated, report, runner, timing, tune_jobs
+from .choices import matters_on, others
+from .isolated import OK, SKIPPED, Outcome, Step, Task, WrongError
+from .tune_jobs import Job
 
 Values = dict[str, str]  # choice: value; all others have their defaults
 

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 import illada
-from benchmarks import attention, attention_ways, dry_run, loss, loss_ways, remask, timing
-from benchmarks.attention_ways import equal
-from benchmarks.runner import generator
+
+from . import attention, attention_ways, dry_run, loss, loss_ways, remask, timing
+from .attention_ways import equal
+from .runner import generator
 
 LOSS_TOLERANCE = 2**-6  # of norms
 CONFIDENCE_TOLERANCE = {"sample": 1e-3, "linear": 0.05}  # relative, of the worst row; the logits' 16-bit operands

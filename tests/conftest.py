@@ -23,6 +23,16 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(7)
 
 
+@pytest.fixture
+def remote_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What transformers copies and imports of a checkpoint's own code stays in tmp_path, and is forgotten."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+        del sys.modules[name]
+
+
 @pytest.fixture(scope="session")
 def ptxas() -> Iterator[ModuleType]:
     """cmake/ptxas.py, which is no part of a package."""

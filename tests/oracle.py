@@ -58,17 +58,18 @@ def gumbel(positions, step, vocab_size):
 
 
 def dream_distribution(logits, temperature, top_p, top_k):
-    """Dream's: what it samples from, and takes confidence of. Temperature first, then top-p, then top-k."""
+    """Dream's: what it samples from, and takes confidence of. Temperature, then top-k, then top-p, as in transformers;
+    Dream takes top-p first, which makes a difference only where both are given."""
     lowest = torch.finfo(logits.dtype).min
     if temperature > 0:
         logits = logits / temperature
+    if top_k > 0:
+        last = logits.topk(min(top_k, logits.shape[1])).values[:, -1:]
+        logits = logits.masked_fill(logits < last, lowest)
     for row in logits if top_p < 1 else []:
         order = row.argsort(descending=True, stable=True)
         sums = row[order].softmax(0).cumsum(0)
         row[order[1 + int((sums[:-1] <= top_p).sum()) :]] = lowest
-    if top_k > 0:
-        last = logits.topk(min(top_k, logits.shape[1])).values[:, -1:]
-        logits = logits.masked_fill(logits < last, lowest)
     return logits
 
 

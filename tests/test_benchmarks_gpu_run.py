@@ -500,10 +500,10 @@ FAKE_PYTHON = """#!/bin/bash
 case "$*" in
   *benchmarks.smoke*) echo "HANG     20.0 s  attention"; echo "5 OK, 1 HANG"; exit 1 ;;
   *benchmarks.tune*) echo "a table"; printf 'What to write into the defaults:\\npdl: keep\\n' ;;
-  *benchmarks.peers*) printf '%s\\n' "$*"; exit 3 ;;
+  *benchmarks.peers*) printf '%s\\n' "$*"; echo "{}" >"$4"; exit 3 ;;
   *benchmarks.run_tests*) printf '3 passed, 0 failed\\n' ;;
   *benchmarks.sanitizer*) printf 'racecheck: 4 FOUND\\n' ;;
-  *--list*) echo "a case" ;;
+  *--list*) printf 'providers of it:\\n  illada\\n\\ncases of it:\\n  a case\\n\\n' ;;
   *"-m benchmarks "*) exit 1 ;;
   *benchmarks.report*) echo "the tables" ;;
   *"os.path.dirname"*) echo /usr/bin ;;

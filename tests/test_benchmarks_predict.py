@@ -98,6 +98,12 @@ def test_some_cases_are_predicted_again_and_the_others_kept(monkeypatch, tmp_pat
     assert capsys.readouterr().out.startswith("remask: commit 32x32 quota")
     with pytest.raises(SystemExit):
         predict.main(["--only", "nothing like it"])
+    monkeypatch.setattr(predict, "predict", lambda *_: pytest.fail("simulated"))
+    for text, why in (("[1]", "is not what this command writes"), ("{", "Expecting property name")):
+        out.write_text(text)
+        with pytest.raises(SystemExit):
+            predict.main(["--only", "backward", "--out", str(out)])
+        assert f"--out {out}: " in (said := capsys.readouterr().err) and why in said and out.read_text() == text
 
 
 def test_cases_have_the_names_of_what_is_measured():
@@ -176,14 +182,23 @@ def test_compare_command(tmp_path, capsys):
     assert "| bwd | keys | kernels | 200.0 | 180.0 to 300.0 | 150.0 | 0.75 | FASTER |" in out
     measured.write_text(json.dumps(record("other", 1.0)) + "\n")
     assert command.main(options) == 1 and "Nothing was both" in capsys.readouterr().out
-    measured.write_text("{}\nnot json\n")
+    old = [{key: value for key, value in line.items() if key not in ("timing", "variants")} for line in MEASURED]
+    measured.write_text("".join(json.dumps(line) + "\n" for line in [{}, *old]) + '{"case": "f')
+    assert command.main(options) == 0
+    assert f"skipped a damaged line: {measured}, line {len(old) + 2}: " in capsys.readouterr().err
+    measured.write_text("not json\n")
     with pytest.raises(SystemExit):
         command.main(options)
-    assert f"{measured}, line 2: " in capsys.readouterr().err
+    assert f"no line is a JSON object; {measured}, line 1: " in capsys.readouterr().err
     predicted.write_text("[1]")
     with pytest.raises(SystemExit):
         command.main(options)
     assert "is not what `make predict` writes" in capsys.readouterr().err
+    predicted.write_text(json.dumps({"fwd": {"expected_us": 1.0, "group": "forward"}}))
+    measured.write_text(json.dumps(MEASURED[0]))
+    with pytest.raises(SystemExit):
+        command.main(options)
+    assert "'fwd' has no range_us, machine, rests_on; `make predict` writes it again" in capsys.readouterr().err
 
 
 def test_a_recording_that_fails_names_its_case(tmp_path, monkeypatch):

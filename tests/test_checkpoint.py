@@ -106,7 +106,7 @@ def test_a_config_of_any_size_is_compared_with_the_file_first(saved, change):
 @pytest.mark.parametrize(
     "change,match",
     [
-        ({"model_type": "llama"}, "model_type='llama' (supported: 'illada', 'llada', 'Dream', 'qwen2')"),
+        ({"model_type": "llama"}, "model_type='llama' (supported: 'illada', 'llada', 'Dream', 'qwen2', 'illada_hf')"),
         ({"attention_bias": True}, "attention_bias=True (supported: False)"),
         ({"rope_scaling": {"factor": 2}}, "rope_scaling={'factor': 2} (supported: None"),
         ({"sliding_window": 4}, "sliding_window=4 (unknown)"),

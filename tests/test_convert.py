@@ -72,7 +72,7 @@ def test_refusals_leave_nothing_behind(source, tmp_path, capsys):
         ((source, tmp_path / "x", "--mask-token-id", 80), "mask_token_id must be in [0, 80), got 80"),
         ((source, tmp_path / "x", "--mask-token-id", 43), "mask_token_id (43) is model.eos_token_id as well"),
         ((source, tmp_path / "x", "--mask-token-id", 66, "--model-type", "illada"), "cannot express qkv_bias=True, logits_shift=True"),
-        ((source, tmp_path / "x", "--model-type", "gpt"), "--model-type must be illada, llada, dream, qwen2, got 'gpt'"),
+        ((source, tmp_path / "x", "--model-type", "gpt"), "--model-type must be illada, llada, dream, qwen2, illada_hf, got 'gpt'"),
         ((source, tmp_path / "x", "--dtype", "int8"), "--dtype must be bfloat16, float16, float32, got 'int8'"),
         ((source, tmp_path / "x", "--max-shard-size", "big"), "--max-shard-size looks like 5GB"),
         ((tmp_path / "none", tmp_path / "x"), "is not a checkpoint (no config.json)"),

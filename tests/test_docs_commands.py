@@ -33,6 +33,7 @@ PROGRAMS = r"(?:[A-Z_]+=\S+ +)*(?:illada|python|make|pip|cmake|bash) "
 #: Commands that no test here runs, by what they begin with: why.
 ELSEWHERE = {
     "make ": "targets of the Makefile: the gate runs them",
+    "illada benchmark all ": "takes minutes; tests/test_benchmarks_front.py runs it in less",
     "bash benchmarks/run_on_gpu.sh": "needs a GPU; tests/test_benchmarks_gpu_run.py runs the script",
     "pip install .": "tests/test_packaging.py installs the checkout",
     "pip install 'illada[eval]'": "the harness is one of the requirements for development",
@@ -195,7 +196,9 @@ def python_blocks(page: str) -> list[str]:
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/checkpoints.md", "docs/generation.md", "docs/scoring.md"])
-def test_python_runs(page, place):
+def test_python_runs(page, place, request):
+    if any("trust_remote_code" in block for block in python_blocks(page)):
+        request.getfixturevalue("remote_code")
     names: dict = {}
     for block in python_blocks(page):
         exec(block, names)

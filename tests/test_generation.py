@@ -105,8 +105,7 @@ def test_dream(dream, steps, measure):
     {"temperature": 1.5, "confidence_at_temperature": True}, {"temperature": 1.5, "top_k": 5, "eps": 0.25},
     {"temperature": 0.9, "top_p": 0.7, "top_k": 4, "measure": "entropy", "forbid_tokens": (7, 9), "cfg_scale": 0.5},
 ], ids=lambda options: "-".join(options))  # fmt: skip
-def test_dream_samples_what_temperature_and_filters_leave(dream, options, monkeypatch):
-    monkeypatch.setattr("illada.generation.filters._ROWS", 7)
+def test_dream_samples_what_temperature_and_filters_leave(dream, options):
     equals_the_oracle(dream, dataclasses.replace(DREAM, **options))
 
 

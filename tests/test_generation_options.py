@@ -12,10 +12,8 @@ from oracle import CONFIG, WITH_TEXT
 
 from illada.data import train_tokenizer
 from illada.generation import GenerationConfig, generate, generate_iter
-from illada.generation.filters import Filters, filtered
 from illada.generation.request import Request
 from illada.generation.rules import dream_quota, dream_transfer, end_think_bias, order_noise, taken_back
-from illada.ops import sample_tokens
 from illada.tokenizer import Tokenizer
 
 MASK = CONFIG.mask_token_id
@@ -83,28 +81,6 @@ def test_alg_temp_between_greedy_and_random(model):
     hot = dataclasses.replace(BASE, alg_temp=100.0, schedule="dream")
     runs = [[r.tokens for r in generate(model, WITH_TEXT, hot, seed=s)] for s in (1, 2, 1)]
     assert runs[0] == runs[2] != runs[1]
-
-
-def test_filters_of_adversarial_rows():
-    """Ties keep the lower ids of top-p and all of top-k's last; what has no softmax is left to the sampler."""
-    nan, inf = math.nan, math.inf
-
-    def kept(row, temperature=1.0, top_p=1.0, top_k=0):
-        filters = Filters(torch.tensor([top_p]), torch.tensor([top_k]))
-        out = filtered(torch.tensor([row]), torch.tensor([temperature]), filters)[0]
-        assert out.dtype == torch.float32
-        return [i for i, value in enumerate(out.tolist()) if value != -inf]
-
-    assert kept([0.0, 0.0, 0.0, 0.0], top_p=0.4) == [0, 1]  # 0.25 + 0.25 is the first sum above 0.4
-    assert kept([0.0, 5.0, 0.0, 5.0], top_k=1) == [1, 3]
-    assert kept([0.0, 5.0, 0.0, 5.0], top_k=3) == [0, 1, 2, 3]
-    assert kept([1.0, 3.0, 2.0], top_k=9) == [0, 1, 2] == kept([1.0, 3.0, 2.0])
-    assert kept([1.0, 3.0, 2.0], top_p=1e-30) == [1] == kept([1.0, 3.0, 2.0], temperature=1e-40, top_p=0.999)
-    assert kept([1e30, 3.0, -1e30], top_p=0.5) == [0] and kept([-inf, 3.0, 2.0], top_k=3) == [1, 2]
-    assert kept([9.0, 3.0, 2.0], temperature=0.0, top_p=0.9) == [0]
-    for row in ([nan, 1.0, 2.0], [inf, 1.0, 2.0], [-inf, -inf, -inf]):
-        out = filtered(torch.tensor([row]), torch.tensor([0.5]), Filters(torch.tensor([0.9]), torch.tensor([2])))
-        assert sample_tokens(out, temperature=1.0).confidence.item() == -inf
 
 
 def test_dream_counts_in_float32():

@@ -168,7 +168,7 @@ REFUSED = [
     ("qwen2", {"rope_parameters": {"rope_theta": 5.0, "rope_type": "default"}}, "rope_theta=1000000.0, but rope_parameters="),
     ("qwen2", {"eos_token_id": None}, "lacks eos_token_id"),
     ("qwen2", {"tie_word_embeddings": ...}, "lacks tie_word_embeddings"),
-    ("qwen2", {"model_type": "qwen3"}, "model_type='qwen3' (supported: 'illada', 'llada', 'Dream', 'qwen2')"),
+    ("qwen2", {"model_type": "qwen3"}, "model_type='qwen3' (supported: 'illada', 'llada', 'Dream', 'qwen2', 'illada_hf')"),
     ("qwen2", {"model_type": ...}, "model_type=None (supported:"),
 ]  # fmt: skip
 

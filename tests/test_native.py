@@ -39,6 +39,19 @@ def test_import_needs_no_native_module_and_touches_nothing():
     assert "pip install ." in python(code)
 
 
+def test_a_forked_child_with_one_thread_works():
+    """As docs/embedding.md says: OpenMP's threads do not survive a fork."""
+    code = (
+        "import os, signal, torch, illada; x = torch.randn(64, 5000); want = illada.sample_tokens(x).token\n"
+        "if (child := os.fork()) == 0:\n"
+        "    signal.alarm(60)\n"  # a child that hangs is an error
+        "    torch.set_num_threads(1)\n"
+        "    os._exit(0 if torch.equal(illada.sample_tokens(x).token, want) else 3)\n"
+        "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))"
+    )
+    assert python(code, OMP_NUM_THREADS="2").strip() == "0"
+
+
 def test_import_with_cuda_absent():
     assert python("import illada; print(illada.__version__)", CUDA_VISIBLE_DEVICES="").strip() == illada.__version__
 

@@ -249,10 +249,28 @@ def test_raw_calls(generator):
             raw.varlen_attention(num_sequences=2, **{**arguments, **change})
 
 
-def test_gradients_by_raw_calls_are_for_cuda(generator):
+def test_gradients_by_raw_calls(generator):
     q, k, v, cu = make([5, 3], 4, 2, 64, torch.float32, generator)
-    with pytest.raises(ValueError, match="varlen_attention_backward: the raw call takes CUDA tensors, got one on cpu"):
-        raw.varlen_attention_backward(q, k, v, q, None, q, k, v, q, q, cu, 2, 0.125, workspace=cu)
+    d_out = torch.randn(q.shape, generator=generator)
+    plan = illada.attention_plan(cu, num_heads=4, num_kv_heads=2, head_dim=64, total_q=8).work
+    out, lse, *want = run(illada.varlen_attention, q, k, v, cu, d_out=d_out)
+    out, lse = out.detach(), lse.detach()
+    got = [torch.full(x.shape, 7.0) for x in (q, k, v)]
+    rest = (d_out, None, q, k, v, out, lse)
+    raw.varlen_attention_backward(*got, *rest, plan[:1], 2, 0.125)
+    for g, w in zip(got, want, strict=True):
+        assert torch.equal(g[:5], w[:5]) and (g[5:] == 0).all()  # what the plan leaves out has no gradient
+    for change, kind, match in (
+        ({"plan": torch.tensor([[0, 5, 0, 9]], dtype=torch.int32)}, ValueError, "plan has keys 0 to 9 of 8"),
+        ({"softmax_scale": math.nan}, ValueError, "softmax_scale must be finite and > 0, got nan"),
+        ({"q": q.half()}, NotImplementedError, "float32 and bfloat16 and head dims up to 256; got float16 and 64"),
+        ({"dq": q[:0]}, ValueError, "dout and dq must not be null"),
+        ({"dv": v[:0]}, ValueError, "dk and dv must not be null"),
+    ):
+        names = ("dq", "dk", "dv", "dout", "dlse", "q", "k", "v", "out", "lse", "plan", "softmax_scale")
+        arguments = dict(zip(names, (*got, *rest, plan, 0.125), strict=True))
+        with pytest.raises(kind, match=match):
+            raw.varlen_attention_backward(num_sequences=2, **{**arguments, **change})
 
 
 def test_scale_must_be_positive(generator):

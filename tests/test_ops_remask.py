@@ -338,7 +338,7 @@ def test_published_rule_at_temperature_zero(generator):
 
 def test_registration(generator):
     logits = torch.randn(4, 33, generator=generator)
-    arguments = (1.0, 3, 2, None, None, None, None, None, None, 0, True, False)
+    arguments = (1.0, 3, 2, None, None, None, None, None, None, 0, 0, 1.0, None, None, False, True, False)
     torch.library.opcheck(torch.ops.illada.sample_tokens.default, (logits, *arguments))
     hidden, weight = torch.randn(6, 8, generator=generator), torch.randn(33, 8, generator=generator)
     rows = torch.tensor([1, 5], dtype=torch.int32)

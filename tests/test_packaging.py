@@ -127,7 +127,12 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
         names = archive.namelist()
     assert {name.split("/")[0] for name in names} == {"illada", f"illada-{illada.__version__}.dist-info"}
     assert any(name.startswith("illada/_C.") for name in names) and "illada/py.typed" in names
-    assert {Path(name).suffix for name in names if name.startswith("illada/")} == {".py", ".so", ".typed"}
+    assert {Path(name).suffix for name in names if name.startswith("illada/")} == {
+        ".py", ".so", ".typed", ".toml", ".json",
+    }  # fmt: skip
+    assert {"illada/benchmarks/__main__.py", "illada/benchmarks/predicted.json", "illada/configs/demo.toml"} <= set(
+        names
+    )
     licenses = {name.split("/", 1)[1] for name in names if "/licenses/" in name}
     assert licenses == {"licenses/LICENSE", "licenses/NOTICE"}
 
@@ -151,6 +156,12 @@ def test_wheel_installs_imports_and_uninstalls(wheel, tmp_path):
     )
     out = run(python, "-c", code, cwd=tmp_path)
     assert out.startswith("[0, 1, 2]") and "venv" in out
+    program = tmp_path / "venv" / "bin" / "illada"
+    assert 'preset = "tiny"' in run(program, "train", "demo", "--print-config", cwd=tmp_path)
+    listed = run(program, "benchmark", "all", "--device", "cpu", "--quick", "--list", cwd=tmp_path)
+    assert "cases of overhead on cpu:" in listed and "cases of train-step on cpu:" in listed
+    options = ["attention", "--seqlens", "5,9", "--heads", "2", "--repeats", "1", "--json", "o.jsonl"]
+    assert "fwd 5+9 2/2 D64" in run(program, "benchmark", *options, "--device", "cpu", cwd=tmp_path)
     run(python, "-m", "pip", "uninstall", "-y", "illada")
     assert not list((tmp_path / "venv").rglob("*illada*"))
 

@@ -229,6 +229,13 @@ def test_what_was_shared_is_not_reused_for_other_masks_or_sizes(plans, generator
     assert len(plans) == 6
 
 
+def test_what_transformers_5_0_gives():
+    """The positions of the queries, in place of their number and the device."""
+    asked = {"batch_size": 2, "kv_length": 4, "kv_offset": 0, "mask_function": BIDIRECTIONAL, "attention_mask": None}
+    slots = ours.attention_mask(**asked, cache_position=torch.arange(4, device="meta"))
+    assert slots.device.type == "meta" and slots.shape == (2, 4)
+
+
 def test_wrong_masks():
     x = torch.zeros(2, 2, 3, 16)
     with pytest.raises(ValueError, match=r"must be a padding mask \[2, 3\], .* got float32 \[2, 1, 3, 3\]"):

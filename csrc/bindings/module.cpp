@@ -7,6 +7,7 @@
 
 #include "common/driver_calls.h"
 #include "cpu/denormals.h"
+#include "cpu/row_kernels.h"
 #include "illada/illada.h"
 #if defined(ILLADA_WITH_CUDA)
 #include "loss/linear.h"
@@ -139,6 +140,36 @@ void varlen_attention(const PackArguments& pack, int dtype, const ViewArguments&
   on_gpu<attention::forward_cuda>(p);
 }
 
+void varlen_attention_backward(const PackArguments& pack, int dtype, const ViewArguments& dout, const ViewArguments& q,
+                               const ViewArguments& k, const ViewArguments& v, uintptr_t out, uintptr_t lse,
+                               uintptr_t dlse, float softmax_scale, uintptr_t plan, int64_t plan_rows,
+                               bool deterministic, bool multiplies_twice, uintptr_t dq, uintptr_t dk, uintptr_t dv,
+                               int num_threads, const LaunchArguments& launch) {
+  attention::BackwardParams p;
+  p.shape = pack_shape(pack);
+  p.dtype = DType(dtype);
+  p.dout = packed_view(dout);
+  p.q = packed_view(q);
+  p.k = packed_view(k);
+  p.v = packed_view(v);
+  p.out = pointer<const void>(out);
+  p.lse = pointer<const float>(lse);
+  p.dlse = pointer<const float>(dlse);
+  p.softmax_scale = softmax_scale;
+  p.plan = pointer<const int32_t>(plan);
+  p.plan_rows = plan_rows;
+  p.deterministic = deterministic;
+  p.multiplies_twice = multiplies_twice;
+  p.dq = pointer<void>(dq);
+  p.dk = pointer<void>(dk);
+  p.dv = pointer<void>(dv);
+  p.num_threads = num_threads;
+  set_launch(p, launch);
+  py::gil_scoped_release release;
+  if (p.launch.device < 0) return attention::backward_cpu(p);
+  on_gpu<attention::backward_cuda>(p);
+}
+
 #if defined(ILLADA_WITH_CUDA)
 void weighted_sum(uintptr_t nll, uintptr_t weights, int64_t num_rows, float scale, uintptr_t normalizer, uintptr_t loss,
                   int device, uintptr_t stream, bool pointers_checked) {
@@ -168,10 +199,11 @@ void scale(uintptr_t data, int64_t count, int dtype, uintptr_t factor, int devic
 #endif
 
 // What sample_tokens and linear_sample_tokens share, as one tuple: temperature, seed, step, temperatures, seeds, steps,
-// row_ids, bias_ids, bias_values, bias_count, bias_row_stride, measure, token, confidence, logprob, entropy, margin.
-using SampleArguments =
-    std::tuple<float, int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t,
-               int64_t, int, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t>;
+// row_ids, bias_ids, bias_values, bias_count, bias_row_stride, measure, token, confidence, logprob, entropy, margin,
+// top_k, top_p, top_ks, top_ps, confidence_at_temperature.
+using SampleArguments = std::tuple<float, int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t,
+                                   uintptr_t, int64_t, int64_t, int, uintptr_t, uintptr_t, uintptr_t, uintptr_t,
+                                   uintptr_t, int32_t, float, uintptr_t, uintptr_t, bool>;
 
 remask::SampleTokensParams sample_params(int64_t num_rows, int64_t vocab_size, int dtype, const SampleArguments& sample,
                                          const LaunchArguments& launch) {
@@ -196,6 +228,11 @@ remask::SampleTokensParams sample_params(int64_t num_rows, int64_t vocab_size, i
   p.logprob = pointer<float>(std::get<14>(sample));
   p.entropy = pointer<float>(std::get<15>(sample));
   p.margin = pointer<float>(std::get<16>(sample));
+  p.top_k = std::get<17>(sample);
+  p.top_p = std::get<18>(sample);
+  p.top_ks = pointer<const int32_t>(std::get<19>(sample));
+  p.top_ps = pointer<const float>(std::get<20>(sample));
+  p.confidence_at_temperature = std::get<21>(sample);
   set_launch(p, launch);
   return p;
 }
@@ -371,34 +408,6 @@ int64_t varlen_attention_backward_workspace(const PackArguments& pack, bool dete
                                             int device) {
   return attention::backward_workspace(pack_shape(pack), deterministic, multiplies_twice, device);
 }
-
-void varlen_attention_backward(const PackArguments& pack, int dtype, const ViewArguments& dout, const ViewArguments& q,
-                               const ViewArguments& k, const ViewArguments& v, uintptr_t out, uintptr_t lse,
-                               uintptr_t dlse, float softmax_scale, uintptr_t plan, int64_t plan_rows,
-                               bool deterministic, bool multiplies_twice, uintptr_t dq, uintptr_t dk, uintptr_t dv,
-                               const LaunchArguments& launch) {
-  attention::BackwardParams p;
-  p.shape = pack_shape(pack);
-  p.dtype = DType(dtype);
-  p.dout = packed_view(dout);
-  p.q = packed_view(q);
-  p.k = packed_view(k);
-  p.v = packed_view(v);
-  p.out = pointer<const void>(out);
-  p.lse = pointer<const float>(lse);
-  p.dlse = pointer<const float>(dlse);
-  p.softmax_scale = softmax_scale;
-  p.plan = pointer<const int32_t>(plan);
-  p.plan_rows = plan_rows;
-  p.deterministic = deterministic;
-  p.multiplies_twice = multiplies_twice;
-  p.dq = pointer<void>(dq);
-  p.dk = pointer<void>(dk);
-  p.dv = pointer<void>(dv);
-  set_launch(p, launch);
-  py::gil_scoped_release release;
-  attention::backward_cuda(p);
-}
 #endif
 
 void remask_tokens(uintptr_t tokens, bool tokens_are_int64, int64_t num_tokens, uintptr_t rows, uintptr_t cu_rows,
@@ -486,11 +495,12 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("attention_plan", &attention_plan);
   m.def("attention_forward_tiling", &attention_forward_tiling);
   m.def("attention_plan_rows", &attention_plan_rows);
-  m.def("varlen_attention_backward", &varlen_attention_backward);
   m.def("varlen_attention_backward_workspace", &varlen_attention_backward_workspace);
   m.def("varlen_attention_workspace", &varlen_attention_workspace);
 #endif
   m.def("remask", &remask_tokens);
   m.def("varlen_attention", &varlen_attention);
+  m.def("varlen_attention_backward", &varlen_attention_backward);
   m.def("flush_denormals", &cpu::flush_denormals);
+  m.def("multiplies_bfloat16", &cpu::multiplies_bfloat16);
 }

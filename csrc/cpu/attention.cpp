@@ -2,6 +2,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
+#include <new>
+#include <vector>
 
 #include "cpu/attention_tile.h"
 #include "cpu/parallel.h"
@@ -19,9 +22,15 @@ struct Sequence {
   int64_t q_start, q_end, k_start, k_end;
 };
 
-Sequence sequence(const ForwardParams& p, int64_t i) { return Sequence(p.plan + 4 * i); }
+template <typename Params>
+Sequence sequence(const Params& p, int64_t i) {
+  return Sequence(p.plan + 4 * i);
+}
 
-void validate(const ForwardParams& p) {
+int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+template <typename Params>
+void validate(const Params& p) {
   const PackShape& s = p.shape;
   ILLADA_CHECK(s.num_kv_heads > 0 && s.num_heads > 0 && s.num_heads % s.num_kv_heads == 0, kOp, "num_heads ",
                s.num_heads, " must be a multiple of num_kv_heads ", s.num_kv_heads);
@@ -41,6 +50,116 @@ void validate(const ForwardParams& p) {
   }
 }
 
+// A part of the backward: gradients of some rows (queries of the heads of a group), of some keys, or of all of a
+// sequence and key-value head.
+struct Part {
+  int64_t sequence, kv_head, first_row, rows, first_key, keys;
+  bool of_queries, of_keys;
+};
+
+struct Work {
+  std::vector<Part> parts;
+  std::vector<size_t> ends;       // of what a thread takes at a time: parts up to each of these
+  int64_t queries = 0, keys = 0;  // of sequences that have both
+  int64_t most_keys = 0;          // of a part with gradients of keys
+};
+
+constexpr int kShares = 16;  // of a thread, at least, if there are so many parts
+constexpr int64_t kRowsOfPart = 4 * cpu::kGradientRows, kKeysOfPart = 2 * cpu::kGradientKeys;
+
+// One part for a sequence and key-value head, with five products. If threads would wait for it, parts for its queries
+// and for its keys, with seven products in all: the scores are made twice. Sums are in the same order either way.
+Work share_out(const BackwardParams& p) {
+  const int64_t heads = p.shape.num_kv_heads, group = p.shape.num_heads / heads;
+  Work work;
+  const auto pairs = [&](const Sequence& x) { return (x.q_end - x.q_start) * (x.k_end - x.k_start); };
+  double all = 0;
+  for (int64_t i = 0; i < p.plan_rows; ++i) all += double(pairs(sequence(p, i))) * double(heads);
+  for (int64_t i = 0; i < p.plan_rows; ++i) {
+    const Sequence x = sequence(p, i);
+    if (pairs(x) == 0) continue;
+    const int64_t rows = (x.q_end - x.q_start) * group, keys = x.k_end - x.k_start;
+    work.queries += x.q_end - x.q_start;
+    work.keys += keys;
+    const bool whole = 5 * double(pairs(x)) * p.num_threads <= 7 * all;
+    work.most_keys = std::max(work.most_keys, whole ? keys : std::min(keys, kKeysOfPart));
+    for (int64_t head = 0; head < heads; ++head) {
+      if (whole) {
+        work.parts.push_back({i, head, 0, rows, 0, keys, true, true});
+        continue;
+      }
+      for (int64_t key = 0; key < keys; key += kKeysOfPart)
+        work.parts.push_back({i, head, 0, rows, key, std::min(keys - key, kKeysOfPart), false, true});
+      for (int64_t row = 0; row < rows; row += kRowsOfPart)
+        work.parts.push_back({i, head, row, std::min(rows - row, kRowsOfPart), 0, keys, true, false});
+    }
+  }
+  double taken = 0;
+  for (size_t i = 0; i < work.parts.size(); ++i) {
+    taken += double(work.parts[i].rows) * double(work.parts[i].keys);
+    if (i + 1 < work.parts.size() && taken * kShares * p.num_threads < all * double(group)) continue;
+    work.ends.push_back(i + 1);
+    taken = 0;
+  }
+  return work;
+}
+
+cpu::AttentionGradient gradient_of(const BackwardParams& p, const Part& part, float* scratch) {
+  const PackShape& s = p.shape;
+  const int64_t size = element_size(p.dtype), group = s.num_heads / s.num_kv_heads;
+  const Sequence x = sequence(p, part.sequence);
+  const int64_t head = part.kv_head * group;
+  const auto at = [&](const PackedView& view, int64_t token, int64_t h) {
+    return static_cast<const char*>(view.data) + (token * view.token_stride + h * view.head_stride) * size;
+  };
+  cpu::AttentionGradient a;
+  a.dout = at(p.dout, x.q_start, head);
+  a.q = at(p.q, x.q_start, head);
+  a.k = at(p.k, x.k_start, part.kv_head);
+  a.v = at(p.v, x.k_start, part.kv_head);
+  a.dout_token_stride = p.dout.token_stride;
+  a.dout_head_stride = p.dout.head_stride;
+  a.q_token_stride = p.q.token_stride;
+  a.q_head_stride = p.q.head_stride;
+  a.k_token_stride = p.k.token_stride;
+  a.v_token_stride = p.v.token_stride;
+  const int64_t of_rows = (x.q_start * s.num_heads + head) * s.head_dim * size;
+  a.out = static_cast<const char*>(p.out) + of_rows;
+  a.lse = p.lse + head * s.total_q + x.q_start;
+  a.dlse = p.dlse ? p.dlse + head * s.total_q + x.q_start : nullptr;
+  a.first_row = part.first_row;
+  a.rows = part.rows;
+  a.first_key = int(part.first_key);
+  a.keys = int(part.keys);
+  a.all_keys = int(x.k_end - x.k_start);
+  a.group = int(group);
+  a.head_dim = s.head_dim;
+  a.softmax_scale = p.softmax_scale;
+  const int64_t of_keys = (x.k_start * s.num_kv_heads + part.kv_head) * s.head_dim * size;
+  a.dq = part.of_queries ? static_cast<char*>(p.dq) + of_rows : nullptr;
+  a.dk = part.of_keys ? static_cast<char*>(p.dk) + of_keys : nullptr;
+  a.dv = part.of_keys ? static_cast<char*>(p.dv) + of_keys : nullptr;
+  a.scratch = scratch;
+  a.num_heads = s.num_heads;
+  a.num_kv_heads = s.num_kv_heads;
+  a.total_q = s.total_q;
+  return a;
+}
+
+// Floats, aligned as rows of scratch are.
+class Scratch {
+ public:
+  explicit Scratch(int64_t count)
+      : data_(static_cast<float*>(::operator new(size_t(count) * sizeof(float), std::align_val_t(64)))) {}
+  ~Scratch() { ::operator delete(data_, std::align_val_t(64)); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  float* data() const { return data_; }
+
+ private:
+  float* data_;
+};
+
 }  // namespace
 
 void forward_cpu(const ForwardParams& p) {
@@ -48,7 +167,7 @@ void forward_cpu(const ForwardParams& p) {
   const PackShape& s = p.shape;
   const cpu::RowKernels& kernels = cpu::row_kernels();
   const auto attend = p.dtype == DType::kFloat32 ? kernels.attend_f32 : kernels.attend_bf16;
-  const int64_t size = p.dtype == DType::kFloat32 ? 4 : 2, group = s.num_heads / s.num_kv_heads;
+  const int64_t size = element_size(p.dtype), group = s.num_heads / s.num_kv_heads;
   int64_t most_tiles = 0;
   for (int64_t i = 0; i < p.plan_rows; ++i) {
     const Sequence x = sequence(p, i);
@@ -83,6 +202,38 @@ void forward_cpu(const ForwardParams& p) {
     tile.num_heads = s.num_heads;
     tile.total_q = s.total_q;
     attend(tile);
+  });
+}
+
+void backward_cpu(const BackwardParams& p) {
+  validate(p);
+  const PackShape& s = p.shape;
+  ILLADA_CHECK(s.total_q == 0 || (p.dout.data && p.dq), kOp, "dout and dq must not be null");
+  ILLADA_CHECK(s.total_k == 0 || (p.dk && p.dv), kOp, "dk and dv must not be null");
+  const int64_t size = element_size(p.dtype), group = s.num_heads / s.num_kv_heads;
+  const Work work = share_out(p);
+  if (work.queries < s.total_q) std::memset(p.dq, 0, size_t(s.total_q * s.num_heads * s.head_dim * size));
+  if (work.keys < s.total_k) {
+    for (void* const grad : {p.dk, p.dv}) std::memset(grad, 0, size_t(s.total_k * s.num_kv_heads * s.head_dim * size));
+  }
+  if (work.parts.empty()) return;
+
+  const int64_t scratch_floats = cpu::gradient_scratch(s.head_dim, work.most_keys);
+  const int threads = int(std::min<int64_t>(std::max(p.num_threads, 1), int64_t(work.ends.size())));
+  const Scratch scratch(scratch_floats * threads);
+  const cpu::RowKernels& kernels = cpu::row_kernels();
+  const auto differentiate = p.dtype == DType::kFloat32 ? kernels.differentiate_f32 : kernels.differentiate_bf16;
+  cpu::parallel_for(int64_t(work.ends.size()), threads, [&](int64_t n) {
+    float* const own = scratch.data() + scratch_floats * cpu::thread_index();
+    const size_t end = work.ends[size_t(n)];
+    size_t i = n ? work.ends[size_t(n - 1)] : 0;
+    cpu::AttentionGradient part = gradient_of(p, work.parts[i], own);
+    while (++i < end) {
+      const cpu::AttentionGradient next = gradient_of(p, work.parts[i], own);
+      differentiate(part, &next);
+      part = next;
+    }
+    differentiate(part, nullptr);
   });
 }
 

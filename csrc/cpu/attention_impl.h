@@ -26,13 +26,13 @@ constexpr int kTileRows = kMostVectors * kLanes;
 constexpr int kKeys = 64;
 static_assert(kTileRows <= kMostTileRows);
 
-// sums[m] += sum_k a[m * next + k * step] b[k]
+// sums[m] += sum_k a[m * next + k * step] b[k * pitch]
 template <int kSums, int kVectors, typename T>
-inline void multiply_add(const T* a, int64_t next, int64_t step, int count, const float* b,
+inline void multiply_add(const T* a, int64_t next, int64_t step, int count, const float* b, int64_t pitch,
                          VecF (&sums)[kSums][kVectors]) {
   for (int k = 0; k < count; ++k) {
     VecF x[kVectors];
-    for (int v = 0; v < kVectors; ++v) x[v] = load(b + (int64_t(k) * kVectors + v) * kLanes);
+    for (int v = 0; v < kVectors; ++v) x[v] = load(b + k * pitch + v * kLanes);
     for (int m = 0; m < kSums; ++m) {
       const VecF y = splat(to_float(a[m * next + k * step]));
       for (int v = 0; v < kVectors; ++v) sums[m][v] += y * x[v];
@@ -40,16 +40,15 @@ inline void multiply_add(const T* a, int64_t next, int64_t step, int count, cons
   }
 }
 
-// f(Int<kMany>, 0), f(Int<kMany>, kMany), ..., and f(Int<1>, i) of those that are left.
 template <int kValue>
 struct Int {
   static constexpr int value = kValue;
 };
+// f(Int<kMany>, first), f(Int<kMany>, first + kMany), ..., and of those that are left as many as powers of two allow.
 template <int kMany, typename F>
-inline void many_at_a_time(int count, F&& f) {
-  int i = 0;
-  for (; i + kMany <= count; i += kMany) f(Int<kMany>{}, i);
-  for (; i < count; ++i) f(Int<1>{}, i);
+inline void many_at_a_time(int count, F&& f, int first = 0) {
+  for (; first + kMany <= count; first += kMany) f(Int<kMany>{}, first);
+  if constexpr (kMany > 1) many_at_a_time<(kMany > 4 ? 4 : kMany / 2)>(count, f, first);
 }
 
 // 0 below 2^-126, where exp2 stays: of a score of -inf nothing may be left, which would count beside large values.
@@ -89,7 +88,7 @@ void attend_rows(const AttentionTile& a) {
     for (int i = 0; i < kVectors; ++i) top[i] = reference[i];
     many_at_a_time<kSums>(count, [&](auto number, int key) {
       VecF s[number.value][kVectors]{};
-      multiply_add(k + key * a.k_token_stride, a.k_token_stride, 1, dim, q, s);
+      multiply_add(k + key * a.k_token_stride, a.k_token_stride, 1, dim, q, kTile, s);
       for (int m = 0; m < number.value; ++m)
         for (int i = 0; i < kVectors; ++i) {
           s[m][i] *= a.softmax_scale;
@@ -113,7 +112,7 @@ void attend_rows(const AttentionTile& a) {
       VecF x[number.value][kVectors];
       for (int m = 0; m < number.value; ++m)
         for (int i = 0; i < kVectors; ++i) x[m][i] = load(out + (d + m) * kTile + i * kLanes) * shrink[i];
-      multiply_add(v + d, 1, a.v_token_stride, count, scores, x);
+      multiply_add(v + d, 1, a.v_token_stride, count, scores, kTile, x);
       for (int m = 0; m < number.value; ++m)
         for (int i = 0; i < kVectors; ++i) store(out + (d + m) * kTile + i * kLanes, x[m][i]);
     });

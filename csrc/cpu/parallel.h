@@ -2,6 +2,10 @@
 
 #include <cstdint>
 
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
 namespace illada::cpu {
 
 // Calls f(n) for n in [0, count) on up to num_threads threads of the process's OpenMP pool (torch's own, where torch
@@ -13,6 +17,15 @@ void parallel_for(int64_t count, [[maybe_unused]] int num_threads, F&& f) {
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
 #endif
   for (int64_t n = 0; n < count; ++n) f(n);
+}
+
+// Of the thread that calls f, below num_threads.
+inline int thread_index() {
+#if defined(_OPENMP)
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
 }
 
 }  // namespace illada::cpu

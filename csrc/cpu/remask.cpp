@@ -8,6 +8,7 @@
 #include "common/philox.h"
 #include "cpu/parallel.h"
 #include "cpu/row_kernels.h"
+#include "cpu/sample_filter.h"
 #include "illada/error.h"
 
 namespace illada::remask {
@@ -29,6 +30,10 @@ void validate(const SampleTokensParams& p) {
     const float temperature = p.temperatures ? p.temperatures[n] : p.temperature;
     ILLADA_CHECK(temperature >= 0 && std::isfinite(temperature), kOp, "temperature must be finite and >= 0, got ",
                  temperature, " in row ", n);
+    const int64_t top_k = p.top_ks ? p.top_ks[n] : p.top_k;
+    ILLADA_CHECK(top_k >= 0, kOp, "top_k must be at least 0, got ", top_k, " in row ", n);
+    const float top_p = p.top_ps ? p.top_ps[n] : p.top_p;
+    ILLADA_CHECK(top_p > 0 && top_p <= 1, kOp, "top_p must be in (0, 1], got ", top_p, " in row ", n);
     const int64_t row_id = p.row_ids ? p.row_ids[n] : n;
     ILLADA_CHECK(row_id >= 0 && row_id < (int64_t(1) << 32), kOp, "row_ids must be in [0, 2^32), got ", row_id,
                  " in row ", n);
@@ -147,7 +152,10 @@ void sample_tokens_cpu(const SampleTokensParams& p) {
     row.bias_count = p.bias_count;
     row.want_entropy = p.entropy || p.measure == Measure::kEntropy;
     row.want_margin = p.margin || p.measure == Measure::kMargin;
-    const cpu::SampleRowResult found = sample(row);
+    const cpu::RowFilter filter{p.top_ks ? p.top_ks[n] : p.top_k, p.top_ps ? p.top_ps[n] : p.top_p,
+                                p.confidence_at_temperature};
+    const cpu::SampleRowResult found =
+        filter.asks(row) ? cpu::sample_filtered(kernels, bf16, row, filter) : sample(row);
 
     p.token[n] = found.token;
     p.logprob[n] = found.logprob;

@@ -29,4 +29,13 @@ const RowKernels& row_kernels() {
   return chosen;
 }
 
+bool multiplies_bfloat16() {
+#if defined(ILLADA_X86)
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx512bf16") != 0;
+#else
+  return true;
+#endif
+}
+
 }  // namespace illada::cpu

@@ -51,10 +51,15 @@ struct RowKernels {
   int tile_rows;  // of `attend`
   void (*attend_f32)(const AttentionTile&);
   void (*attend_bf16)(const AttentionTile&);
+  void (*differentiate_f32)(const AttentionGradient&, const AttentionGradient* next);
+  void (*differentiate_bf16)(const AttentionGradient&, const AttentionGradient* next);
 };
 
 // The best table for the processor this runs on, chosen once. ILLADA_CPU_ISA=baseline|avx2|avx512 lowers the choice.
 const RowKernels& row_kernels();
+
+// Has the processor instructions for products in bfloat16? Not known of others than x86: they may.
+bool multiplies_bfloat16();
 
 #if defined(ILLADA_X86)
 extern const RowKernels kRowKernelsAvx512;

@@ -10,6 +10,7 @@
 #include <limits>
 
 #include "common/philox.h"
+#include "cpu/attention_backward_impl.h"
 #include "cpu/attention_impl.h"
 #include "cpu/row_kernels.h"
 #include "cpu/vec.h"
@@ -355,8 +356,9 @@ void softmax_grad(const void* logits, void* grad, int64_t vocab_size, RowLse lse
   if (target >= 0) store_scalar(g + target, target_grad);
 }
 
-constexpr RowKernels kTable{ILLADA_ISA_NAME,        sample<float>, sample<BFloat16>, row_lse<float>,
-                            row_lse<BFloat16>,      logit<float>,  logit<BFloat16>,  softmax_grad<float>,
-                            softmax_grad<BFloat16>, kTileRows,     attend<float>,    attend<BFloat16>};
+constexpr RowKernels kTable{
+    ILLADA_ISA_NAME, sample<float>,    sample<BFloat16>,     row_lse<float>,         row_lse<BFloat16>,
+    logit<float>,    logit<BFloat16>,  softmax_grad<float>,  softmax_grad<BFloat16>, kTileRows,
+    attend<float>,   attend<BFloat16>, differentiate<float>, differentiate<BFloat16>};
 
 }  // namespace illada::cpu::ILLADA_ISA

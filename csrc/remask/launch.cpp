@@ -28,6 +28,8 @@ void validate_sample(const char* op, const SampleTokensParams& p) {
                "vocab_size must be in [1, 2^31 - 9], got ", p.vocab_size);
   ILLADA_CHECK(p.temperatures || (p.temperature >= 0 && std::isfinite(p.temperature)), op,
                "temperature must be finite and >= 0, got ", p.temperature);
+  ILLADA_CHECK(p.top_ks || p.top_k >= 0, op, "top_k must be at least 0, got ", p.top_k);
+  ILLADA_CHECK(p.top_ps || (p.top_p > 0 && p.top_p <= 1), op, "top_p must be in (0, 1], got ", p.top_p);
   ILLADA_CHECK(p.bias_count >= 0 && p.bias_row_stride >= 0, op, "negative size of logit_bias: ", p.bias_count);
   ILLADA_CHECK(reinterpret_cast<uintptr_t>(p.workspace) % 16 == 0, op, "workspace must be 16-byte aligned");
 }
@@ -39,6 +41,8 @@ void check_sample_regions(const char* op, const SampleTokensParams& p, int64_t w
                                {"seed", p.seeds, 8 * n, true},
                                {"step", p.steps, 4 * n, true},
                                {"row_ids", p.row_ids, 8 * n, true},
+                               {"top_k", p.top_ks, 4 * n, true},
+                               {"top_p", p.top_ps, 4 * n, true},
                                {"logit_bias ids", p.bias_ids, bias},
                                {"logit_bias values", p.bias_values, bias}});
   check_regions(op, p.launch, inputs,
@@ -86,8 +90,9 @@ RowSplit split_rows(int64_t num_rows, int64_t vocab_size, int sm_count) {
   return split;
 }
 
-int64_t sample_tokens_workspace(int64_t num_rows, int64_t vocab_size, int device_index) {
-  return records_of(split_rows(num_rows, vocab_size, device("sample_tokens", device_index).sm_count)).bytes(num_rows);
+int64_t sample_tokens_workspace(int64_t num_rows, int64_t vocab_size, int device_index, bool filtered) {
+  const RowSplit split = split_rows(num_rows, vocab_size, device("sample_tokens", device_index).sm_count);
+  return records_of(split).bytes(num_rows) + (filtered ? int64_t(sizeof(RowCut)) * num_rows : 0);
 }
 
 void sample_tokens_cuda(const SampleTokensParams& p) {
@@ -98,7 +103,9 @@ void sample_tokens_cuda(const SampleTokensParams& p) {
   const DeviceGuard guard(kOp, p.launch.device);
   const Device& gpu = device(kOp, p.launch.device);
   const RowSplit split = split_rows(p.num_rows, p.vocab_size, gpu.sm_count);
-  const int64_t needed = records_of(split).bytes(p.num_rows);
+  const bool filtered = may_filter(p);
+  const int64_t records = records_of(split).bytes(p.num_rows);
+  const int64_t needed = records + (filtered ? int64_t(sizeof(RowCut)) * p.num_rows : 0);
   ILLADA_CHECK(p.workspace_bytes >= needed, kOp, "workspace must have ", needed, " bytes, got ", p.workspace_bytes);
   const int64_t most_rows = std::numeric_limits<int32_t>::max() / split.splits;  // CTAs of a grid
   ILLADA_CHECK(p.num_rows <= most_rows, kOp, "logits of ", p.vocab_size, " ids may have ", most_rows, " rows, got ",
@@ -106,7 +113,9 @@ void sample_tokens_cuda(const SampleTokensParams& p) {
   check_sample_regions(
       kOp, p, needed,
       {{"logits", p.logits, bytes_of_rows(p.num_rows, p.logits_row_stride, p.vocab_size, size_of(p.dtype))}});
-  launch_sample_tokens(p, gpu, split);
+  RowCut* const cuts = filtered ? reinterpret_cast<RowCut*>(static_cast<char*>(p.workspace) + records) : nullptr;
+  if (filtered) launch_sample_filters(p, gpu, cuts);
+  launch_sample_tokens(p, gpu, split, cuts);
 }
 
 HeadPlan plan_head(int64_t num_rows, int64_t vocab_size, int sm_count) {
@@ -184,7 +193,7 @@ HeadWorkspace head_workspace(const LinearSampleTokensParams& p, const HeadPlan& 
 
 int64_t linear_sample_tokens_workspace(const LinearSampleTokensParams& p) {
   const Device& gpu = device("linear_sample_tokens", p.sample.launch.device);
-  if (!has_fused_head(p, gpu)) return -1;
+  if (!has_fused_head(p, gpu) || may_filter(p.sample)) return -1;
   if (p.sample.num_rows <= 0 || p.sample.vocab_size <= 0) return 0;
   return head_workspace(p, plan_head(p.sample.num_rows, p.sample.vocab_size, gpu.sm_count)).bytes;
 }
@@ -201,6 +210,9 @@ void linear_sample_tokens_cuda(const LinearSampleTokensParams& p) {
                p.sample.num_rows);
   ILLADA_CHECK(p.sample.vocab_size <= kMostIds, kOp, "vocab_size must be at most ", kMostIds, ", got ",
                p.sample.vocab_size);
+  if (may_filter(p.sample))
+    detail::fail<NotSupported>(kOp, "the fused kernel has no filters: sample the logits with top_k, top_p or ",
+                               "confidence_at_temperature");
   const DeviceGuard guard(kOp, p.sample.launch.device);
   const Device& gpu = device(kOp, p.sample.launch.device);
   if (!has_fused_head(p, gpu))

@@ -1,6 +1,9 @@
 // Between launch.cpp, which validates and chooses, and the .cu files, which launch.
 #pragma once
 
+#include <cstdint>
+#include <limits>
+
 #include "common/device.h"
 #include "common/host_device.h"
 #include "illada/remask.h"
@@ -38,7 +41,24 @@ inline bool wants_extras(const SampleTokensParams& p) {
   return p.entropy || p.margin || p.measure == Measure::kMargin || p.measure == Measure::kEntropy;
 }
 
-void launch_sample_tokens(const SampleTokensParams& params, const Device& device, const RowSplit& split);
+// What filters leave of a row: logits above `value`, and of those that equal it the ids up to `last`. With confidence
+// at temperature, (x - shift) * scale is what its softmax is taken of.
+struct alignas(16) RowCut {
+  float value = -std::numeric_limits<float>::infinity();
+  int32_t last = std::numeric_limits<int32_t>::max();
+  float shift = 0.0f, scale = 1.0f;
+};
+
+inline bool has_aligned_rows(const SampleTokensParams& p, size_t element) {
+  return reinterpret_cast<uintptr_t>(p.logits) % 16 == 0 &&
+         (p.num_rows == 1 || p.logits_row_stride * int64_t(element) % 16 == 0);
+}
+
+// Fills cuts [num_rows].
+void launch_sample_filters(const SampleTokensParams& params, const Device& device, RowCut* cuts);
+// `cuts`: of each row, or null where none asks for a filter.
+void launch_sample_tokens(const SampleTokensParams& params, const Device& device, const RowSplit& split,
+                          const RowCut* cuts);
 // Merges the records in params.workspace into the results.
 void launch_sample_tokens_combine(const SampleTokensParams& params, const Device& device, const RowRecords& records);
 

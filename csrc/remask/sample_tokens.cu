@@ -82,6 +82,36 @@ __device__ __forceinline__ uint32_t smallest(const PhiloxWords& w) {
   return min(min(w.word[0], w.word[1]), min(w.word[2], w.word[3]));
 }
 
+// What filters leave of the row; without them nothing is asked. NaN is kept: it belongs to rows that are not filtered.
+template <bool kFiltered>
+struct Kept {
+  float value = 0, shift = 0, scale = 1;
+  float measured_value = 0;  // of the ids that confidence is taken of
+  int32_t last = 0;
+
+  __device__ __forceinline__ Kept(const RowCut* cuts, int64_t row, bool at_temperature) {
+    if constexpr (kFiltered) {
+      const RowCut cut = cuts[row];
+      value = cut.value;
+      last = cut.last;
+      shift = cut.shift;
+      scale = cut.scale;
+      measured_value = at_temperature ? value : -INFINITY;
+    }
+  }
+
+  __device__ __forceinline__ bool has(float x, int id) const {
+    return !kFiltered || !(x < value || (x == value && id > last));
+  }
+  __device__ __forceinline__ bool may_have(float maximum) const { return !kFiltered || !(maximum < value); }
+  __device__ __forceinline__ float scaled(float x) const { return kFiltered ? (x - shift) * scale : x; }
+  // What confidence is taken of.
+  __device__ __forceinline__ float measured(float x, int id) const {
+    if constexpr (!kFiltered) return x;
+    return x < measured_value || (x == measured_value && id > last) ? -INFINITY : scaled(x);
+  }
+};
+
 // The bound of the race that the warps of a CTA share; see row_sample.cuh.
 struct SharedBound {
   int32_t* ordered_bound;
@@ -96,10 +126,10 @@ struct SharedBound {
 // waits for anybody else; `shared_steps` of them have room, 2 or 4.
 constexpr int kSharedVectors = 4, kSharedStepBytes = kThreads * kSharedVectors * 16;
 
-template <typename T, bool kWantExtras, Source kSource>
+template <typename T, bool kWantExtras, Source kSource, bool kFiltered>
 __global__ __launch_bounds__(kThreads, kSampleCtas) void illada_sample_tokens_sm80(
     const __grid_constant__ SampleTokensParams p, const __grid_constant__ RowSplit split, int shared_steps,
-    const __grid_constant__ DependentLaunch launch) {
+    const RowCut* cuts, const __grid_constant__ DependentLaunch launch) {
   constexpr bool kAligned = kSource != Source::kUnaligned, kShared = kSource == Source::kShared;
   constexpr int kUnroll = sizeof(T) == 2 ? 4 : 2, kStep = kThreads * kUnroll;
   static_assert(kPieceVectors % kStep == 0);
@@ -117,6 +147,7 @@ __global__ __launch_bounds__(kThreads, kSampleCtas) void illada_sample_tokens_sm
   wait_for_previous_kernel(launch);
 
   const RowNoise noise(p, row);
+  const Kept<kFiltered> kept(cuts, row, p.confidence_at_temperature);
   RowReader<T, kAligned> reader{static_cast<const T*>(p.logits) + row * p.logits_row_stride, nullptr, first,
                                 RowBias(p, row)};
   if (p.bias_count) {
@@ -214,8 +245,10 @@ __global__ __launch_bounds__(kThreads, kSampleCtas) void illada_sample_tokens_sm
       for (int half = 0; half < 2; ++half) {
         const PhiloxWords words = noise.upper(uint32_t(2 * base + half));
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-          sure = fmaxf(sure, RowNoise::sure_score(x[4 * half + i], words.word[i], noise.temperature));
+        for (int i = 0; i < 4; ++i) {
+          const float score = RowNoise::sure_score(x[4 * half + i], words.word[i], noise.temperature);
+          if (kept.has(x[4 * half + i], base * kVector + 4 * half + i)) sure = fmaxf(sure, score);
+        }
       }
     }
     sure = warp_max(sure);
@@ -235,12 +268,13 @@ __global__ __launch_bounds__(kThreads, kSampleCtas) void illada_sample_tokens_sm
   const auto take_rest = [&] {
     const int id = vectors * kVector + int(threadIdx.x);
     if (!has_rest || id >= p.vocab_size) return;
-    const float x = reader.single(id);
-    state.softmax.raise(x);
-    state.softmax.add(x);
-    if constexpr (kWantExtras) state.top.add(x);
+    const float x = reader.single(id), measured = kept.measured(x, id);
+    state.softmax.raise(measured);
+    state.softmax.add(measured);
+    if constexpr (kWantExtras) state.top.add(measured);
+    if (!kept.has(x, id)) return;
     const double score = noisy ? noise.score(x, word(noise.upper(uint32_t(id) / 4), id % 4), uint32_t(id)) : double(x);
-    state.leader.offer({score, id, x});
+    state.leader.offer({score, id, measured});
   };
 
   for (int step_base = first; step_base < end; step_base += kStep, base += kStep) {
@@ -267,13 +301,14 @@ __global__ __launch_bounds__(kThreads, kSampleCtas) void illada_sample_tokens_sm
                          fmaxf(fmaxf(x[u][4], x[u][5]), fmaxf(x[u][6], x[u][7])));
       top = fmaxf(top, maximum[u]);
     }
-    state.softmax.raise(top);
+    state.softmax.raise(kept.scaled(top));
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
-        state.softmax.add(x[u][i]);
-        if constexpr (kWantExtras) state.top.add(x[u][i]);
+        const float measured = kept.measured(x[u][i], (base + u * kThreads) * kVector + i);
+        state.softmax.add(measured);
+        if constexpr (kWantExtras) state.top.add(measured);
       }
     }
     if (!noisy) {
@@ -288,10 +323,11 @@ __global__ __launch_bounds__(kThreads, kSampleCtas) void illada_sample_tokens_sm
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const float log2_bound = noise.log2_bound(maximum[u], bound);
-      if (!__any_sync(kFullWarp, log2_bound > RowNoise::kHopeless)) continue;
+      if (!__any_sync(kFullWarp, log2_bound > RowNoise::kHopeless && kept.may_have(maximum[u]))) continue;
       const uint32_t block = 2 * uint32_t(base + u * kThreads);
       const uint32_t bits = min(smallest(noise_loop.upper(block)), smallest(noise_loop.upper(block + 1)));
-      candidates[u] = __ballot_sync(kFullWarp, bits <= RowNoise::as_limit(log2_bound) && maximum[u] > -INFINITY);
+      candidates[u] = __ballot_sync(
+          kFullWarp, bits <= RowNoise::as_limit(log2_bound) && maximum[u] > -INFINITY && kept.may_have(maximum[u]));
     }
     // Rare: eight lanes look at a vector of each u once more, an id each; its logits are in the L2 cache still.
     const int lane = threadIdx.x % 32, mine = lane / kVector % kUnroll;
@@ -303,11 +339,12 @@ __global__ __launch_bounds__(kThreads, kSampleCtas) void illada_sample_tokens_sm
       if (lanes == 0) continue;
       const int id = (warp_base + mine * kThreads + __ffs(lanes) - 1) * kVector + lane % kVector;
       const float xi = reader.single(id);
+      if (!kept.has(xi, id)) continue;
       const uint32_t bits = word(noise.upper(uint32_t(id) / 4), id % 4);
       if (bits > RowNoise::as_limit(noise.log2_bound(xi, bound))) continue;
       const double score = noise.score(xi, bits, uint32_t(id));
       if (score > state.leader.score) shared_bound.raise(__double2float_rd(score));
-      state.leader.offer({score, id, xi});
+      state.leader.offer({score, id, kept.scaled(xi)});
     }
   }
 
@@ -329,7 +366,7 @@ __global__ __launch_bounds__(kThreads, kSampleCtas) void illada_sample_tokens_sm
 #pragma unroll
         for (int i = kVector - 1; i >= 0; --i) found = x[i] == best ? i : found;
         if (found == kVector) continue;
-        state.leader.offer({double(best), vector * kVector + found, best});
+        state.leader.offer({double(best), vector * kVector + found, kept.scaled(best)});
         break;
       }
     }
@@ -375,47 +412,50 @@ __global__ __launch_bounds__(kCombineThreads) void illada_sample_tokens_combine_
 }
 
 template <typename T, bool kWantExtras>
-void launch(const SampleTokensParams& p, const Device& device, const RowSplit& split) {
-  const bool aligned = reinterpret_cast<uintptr_t>(p.logits) % 16 == 0 &&
-                       (p.num_rows == 1 || p.logits_row_stride * int64_t(sizeof(T)) % 16 == 0);
+void launch(const SampleTokensParams& p, const Device& device, const RowSplit& split, const RowCut* cuts) {
+  const bool aligned = has_aligned_rows(p, sizeof(T));
   LaunchShape shape;
   shape.grid = dim3(unsigned(p.num_rows * split.splits));
   shape.block = dim3(kThreads);
   shape.smem_bytes = (split.splits == 1 ? split.row_pieces * kWarps * int(sizeof(SoftmaxRecord)) : 0) +
                      (p.bias_count ? split.pieces * kPieceVectors / 8 : 0);
   shape.dependent = true;
-  auto kernel = aligned ? illada_sample_tokens_sm80<T, kWantExtras, Source::kAligned>
-                        : illada_sample_tokens_sm80<T, kWantExtras, Source::kUnaligned>;
+  auto kernel = aligned ? illada_sample_tokens_sm80<T, kWantExtras, Source::kAligned, false>
+                        : illada_sample_tokens_sm80<T, kWantExtras, Source::kUnaligned, false>;
   int shared_steps = 0;
-  if constexpr (sizeof(T) == 2) {
+  if (cuts) {  // one instance for all measures
+    kernel = aligned ? illada_sample_tokens_sm80<T, true, Source::kAligned, true>
+                     : illada_sample_tokens_sm80<T, true, Source::kUnaligned, true>;
+  } else if constexpr (sizeof(T) == 2) {
     constexpr int kMostSmem = 98 * 1024;  // every GPU from sm_80 on has as much for a CTA
     const int wanted = shared_sample_steps();
     if (aligned && wanted && shape.smem_bytes + wanted * kSharedStepBytes <= kMostSmem) {
-      kernel = illada_sample_tokens_sm80<T, kWantExtras, Source::kShared>;
+      kernel = illada_sample_tokens_sm80<T, kWantExtras, Source::kShared, false>;
       shared_steps = wanted;
       shape.smem_bytes += wanted * kSharedStepBytes;
     }
   }
-  launch_kernel("sample_tokens", device, p.launch.stream, shape, kernel, p, split, shared_steps);
+  launch_kernel("sample_tokens", device, p.launch.stream, shape, kernel, p, split, shared_steps, cuts);
 }
 
 template <typename T>
-void launch(const SampleTokensParams& p, const Device& device, const RowSplit& split) {
-  wants_extras(p) ? launch<T, true>(p, device, split) : launch<T, false>(p, device, split);
+void launch(const SampleTokensParams& p, const Device& device, const RowSplit& split, const RowCut* cuts) {
+  wants_extras(p) ? launch<T, true>(p, device, split, cuts) : launch<T, false>(p, device, split, cuts);
 }
 
 }  // namespace
 
-void launch_sample_tokens(const SampleTokensParams& p, const Device& device, const RowSplit& split) {
+void launch_sample_tokens(const SampleTokensParams& p, const Device& device, const RowSplit& split,
+                          const RowCut* cuts) {
   switch (p.dtype) {
     case DType::kFloat32:
-      launch<float>(p, device, split);
+      launch<float>(p, device, split, cuts);
       break;
     case DType::kBFloat16:
-      launch<BFloat16>(p, device, split);
+      launch<BFloat16>(p, device, split, cuts);
       break;
     case DType::kFloat16:
-      launch<Half>(p, device, split);
+      launch<Half>(p, device, split, cuts);
       break;
   }
   if (split.splits > 1) launch_sample_tokens_combine(p, device, records_of(split));

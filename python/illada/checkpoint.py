@@ -21,11 +21,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from illada import hf_export
 from illada.config import ModelConfig
 from illada.devices import find_device
 from illada.files import check_inside, read_json_object, staged_directory
 from illada.folders import config_file
-from illada.layouts import LAYOUTS, Layout, layout_of_file
+from illada.layouts import LAYOUTS, OLDEST_TRANSFORMERS, Layout, layout_of_file
 from illada.model import MaskedDiffusionModel
 from illada.schema import TokenId, check_object, checked
 from illada.terminal import shows
@@ -98,6 +99,11 @@ def write_pretrained(
         (folder / "generation_config.json").write_text(ends + "\n", encoding="utf-8")
     config["torch_dtype"] = str(dtype or model.embed_tokens.weight.dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if layout.auto_map:
+        try:
+            hf_export.complete(folder, model.config, OLDEST_TRANSFORMERS)
+        except ValueError as error:  # about a file of the tokenizer, which is a copy
+            raise ValueError(str(error).replace(str(folder), str(tokenizer))) from None
 
     shards: list[dict[str, Tensor]] = [{}]
     size = total = 0
@@ -385,7 +391,8 @@ def convert_checkpoint(
 
     Args:
         source, target: folders; the target is written beside and renamed, and replaced where it was there.
-        model_type: illada, llada, dream or qwen2; default that of the source.
+        model_type: illada, llada, dream, qwen2 or illada_hf, which transformers loads without illada; default that of
+            the source.
         dtype, mask_token_id, max_shard_bytes, progress: as in `load_pretrained` and `save_pretrained`.
 
     Returns:

@@ -48,7 +48,7 @@ class ModelConfig:
     qkv_bias: bool = False
     initializer_range: PositiveFloat = 0.02
     logits_shift: bool = False
-    model_type: Literal["illada", "llada", "dream", "qwen2"] = "illada"
+    model_type: Literal["illada", "llada", "dream", "qwen2", "illada_hf"] = "illada"
     eot_token_id: TokenId | None = None
 
     def __post_init__(self) -> None:

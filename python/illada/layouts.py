@@ -27,6 +27,9 @@ _IDS = {
 #: Those that a model may be without: null says so, where an absent key leaves it open.
 _OPTIONAL_IDS = ("bos_token_id", "pad_token_id", "eot_token_id")
 
+#: The oldest that loads what has an `auto_map` of ours: it brought bidirectional masks.
+OLDEST_TRANSFORMERS = "5.0.0"
+
 #: Keys that any config may have and that say nothing about the computation, with the reason.
 _IGNORED = {
     **dict.fromkeys(("architectures", "auto_map", "_name_or_path", "transformers_version"), "names the authors' code"),
@@ -56,6 +59,7 @@ class Layout:
         unnamed_ids: special ids of the published checkpoints that their config.json does not name, and the
             vocabulary sizes (any, where empty) for which they hold.
         modules, layer_modules: our module names -> the file's, outside and inside a layer; the same where absent.
+        auto_map: transformers' Auto classes -> those of `illada.hf_export`, whose code goes beside the weights.
     """
 
     model_type: str
@@ -71,6 +75,7 @@ class Layout:
     implied: Mapping[str, Any] = field(default_factory=dict)
     unnamed_ids: Mapping[str, int] = field(default_factory=dict)
     unnamed_ids_vocabularies: tuple[int, ...] = ()
+    auto_map: Mapping[str, str] = field(default_factory=dict)
 
     def file_parts(self, parameter: str, config: ModelConfig) -> dict[str, slice]:
         """Which tensors of a file a parameter of `MaskedDiffusionModel` consists of: name -> its rows of the parameter.
@@ -151,6 +156,7 @@ class Layout:
         return {
             "architectures": [self.architecture],
             "model_type": self.file_model_type,
+            **({"auto_map": dict(self.auto_map), "transformers_version": OLDEST_TRANSFORMERS} if self.auto_map else {}),
             # An id that there is none of is null: the authors' classes put one of their own for a key that is absent.
             **{key: value for key, value in values.items() if value is not None or key in _IDS},
             **{key: allowed[0] for key, allowed in self.fixed.items()},
@@ -357,8 +363,25 @@ _QWEN2 = Layout(
 
 _DREAM = dataclasses.replace(_QWEN2, model_type="dream", file_model_type="Dream", architecture="DreamModel")
 
+#: Our own, which has words for every option, and the code of `illada.hf_export`.
+_HF = Layout(
+    model_type="illada_hf",
+    file_model_type="illada_hf",
+    architecture="IlladaForMaskedLM",
+    honoured={**_LLAMA_KEYS, **{key: key for key in ("embedding_size", "rope_in_fp32", "qkv_bias", "logits_shift")}},
+    optional=_OPTIONAL | {"tie_word_embeddings"},
+    fixed={},
+    ignored=_IGNORED,
+    modules=_LLAMA_MODULES,
+    auto_map={
+        "AutoConfig": "configuration_illada.IlladaConfig",
+        "AutoModel": "modeling_illada.IlladaModel",
+        "AutoModelForMaskedLM": "modeling_illada.IlladaForMaskedLM",
+    },
+)
+
 #: By `ModelConfig.model_type`.
-LAYOUTS: dict[str, Layout] = {layout.model_type: layout for layout in (_ILLADA, _LLADA, _DREAM, _QWEN2)}
+LAYOUTS: dict[str, Layout] = {layout.model_type: layout for layout in (_ILLADA, _LLADA, _DREAM, _QWEN2, _HF)}
 
 
 def layout_of_file(values: Mapping[str, Any], source: str = "config.json") -> Layout:

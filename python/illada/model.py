@@ -111,7 +111,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
 
 
-def _does_more(linear: nn.Module) -> bool:
+def does_more(linear: nn.Module) -> bool:
     """Does calling `linear` do anything but multiply by its weight and add its bias?
 
     Adapters and quantised weights have a forward of their own; FSDP2 has hooks, which gather the weight.
@@ -154,7 +154,7 @@ class Attention(nn.Module):
         """q [T, H, D] (or [N, H, D] of `rows` alone), k and v [T, G, D], rotated and without a copy: v is a view of the
         projection [T, H + 2 G, D], q and k are views of its rotated heads [T, H + G, D]."""
         heads, kv_heads = self.heads, self.kv_heads
-        if rows is None or _does_more(self.qkv_proj):
+        if rows is None or does_more(self.qkv_proj):
             qkv = self.qkv_proj(x).unflatten(-1, (heads + 2 * kv_heads, -1))
             # split and not slices: their gradients would each be padded with zeros and added.
             qk, v = qkv.split([heads + kv_heads, kv_heads], dim=1)
@@ -314,7 +314,7 @@ class MaskedDiffusionModel(nn.Module):
         name, head = "embed_tokens" if tied else "lm_head", self.embed_tokens if self.lm_head is None else self.lm_head
         sharded = hasattr(head.weight, "full_tensor")  # FSDP2's hooks are right, and the ops say what else is not
         kind = nn.Embedding if tied else nn.Linear
-        if not isinstance(head, kind) or (_does_more(head) and not (tied or sharded)):
+        if not isinstance(head, kind) or (does_more(head) and not (tied or sharded)):
             raise TypeError(
                 f"{name} is a {type(head).__name__} that does more than multiply by its weight (adapter, quantised "
                 "weight, hooks, a forward of its own), which is all that the ops of the head take; leave that away, or "

@@ -20,7 +20,7 @@ OPS = [
     "linear_masked_ce_fwd",
     "linear_masked_ce_bwd",
 ]
-ARGUMENTS = (0.7, 3, 2, None, None, None, None, None, None, 0, True, False)
+ARGUMENTS = (0.7, 3, 2, None, None, None, None, None, None, 0, 0, 1.0, None, None, False, True, False)
 
 
 def tracing() -> None:

@@ -95,10 +95,14 @@ struct BackwardParams {
   void *dk = nullptr, *dv = nullptr;  // [Tk, G, D], contiguous; 0 for keys that no sequence uses
   void* workspace = nullptr;          // 16-byte aligned; contents need not be kept or set
   int64_t workspace_bytes = 0;        // at least backward_workspace(...)
+  int num_threads = 1;                // CPU
   CudaLaunch launch;
 };
 // The same support as forward_cuda.
 void backward_cuda(const BackwardParams& params);
+// The same support and plan as forward_cpu, no workspace, and the same bits whatever num_threads is. No key may be of
+// two sequences. Gradients of queries and keys that the plan leaves out are 0.
+void backward_cpu(const BackwardParams& params);
 int64_t backward_workspace(const PackShape& shape, bool deterministic, bool multiplies_twice, int device);  // bytes
 
 }  // namespace illada::attention

@@ -20,6 +20,14 @@ enum class Measure : int32_t {
 // of `logits` plus its sparse bias. Confidence, logprob, entropy and margin come from softmax(x): no noise, no
 // temperature. Rows without a softmax (NaN, +inf, only -inf) get confidence and logprob -inf.
 // Noise: Philox4x32-10, key = seed, counter = (v / 4, row_id, step, stream), word v % 4; see docs/ops.md.
+//
+// Where temperature > 0, filters leave out ids before the argmax, in this order:
+//   top_k  keeps the top_k largest x and all that equal the last of them; 0 and less keep all.
+//   top_p  keeps, of softmax(x / temperature) over what top_k left, the fewest ids whose sum reaches top_p, the most
+//          likely first, of equal ones the lowest ids, at least one; 1 and more, and NaN, keep all.
+// With confidence_at_temperature, confidence, logprob, entropy and margin come from the distribution that the filters
+// leave: softmax(x / temperature), of kept ids alone; temperature 0 divides by 1. Rows without a softmax are not
+// filtered.
 struct SampleTokensParams {
   const void* logits = nullptr;   // [num_rows, vocab_size], dtype
   int64_t logits_row_stride = 0;  // in elements; the last dimension is contiguous
@@ -38,16 +46,26 @@ struct SampleTokensParams {
   int64_t bias_count = 0;
   int64_t bias_row_stride = 0;  // 0: one bias for all rows
   Measure measure = Measure::kProbability;
-  int64_t* token = nullptr;     // [num_rows]
-  float* confidence = nullptr;  // [num_rows]
-  float* logprob = nullptr;     // [num_rows]
-  float* entropy = nullptr;     // [num_rows] or null
-  float* margin = nullptr;      // [num_rows] or null
-  int num_threads = 1;          // CPU
-  CudaLaunch launch;            // CUDA, as are the next two
-  void* workspace = nullptr;    // 16-byte aligned; contents need not be kept or set
-  int64_t workspace_bytes = 0;  // at least sample_tokens_workspace(...)
+  int32_t top_k = 0;                       // used where `top_ks` is null
+  float top_p = 1.0f;                      // used where `top_ps` is null
+  const int32_t* top_ks = nullptr;         // [num_rows] or null
+  const float* top_ps = nullptr;           // [num_rows] or null
+  bool confidence_at_temperature = false;  // confidence of what is sampled, as in Dream
+  int64_t* token = nullptr;                // [num_rows]
+  float* confidence = nullptr;             // [num_rows]
+  float* logprob = nullptr;                // [num_rows]
+  float* entropy = nullptr;                // [num_rows] or null
+  float* margin = nullptr;                 // [num_rows] or null
+  int num_threads = 1;                     // CPU
+  CudaLaunch launch;                       // CUDA, as are the next two
+  void* workspace = nullptr;               // 16-byte aligned; contents need not be kept or set
+  int64_t workspace_bytes = 0;             // at least sample_tokens_workspace(...)
 };
+
+// May a row ask for filters, or for confidence at temperature?
+inline bool may_filter(const SampleTokensParams& p) {
+  return p.top_ks || p.top_ps || p.top_k > 0 || p.top_p < 1.0f || p.confidence_at_temperature;
+}
 
 void sample_tokens_cpu(const SampleTokensParams& params);
 
@@ -55,8 +73,9 @@ void sample_tokens_cpu(const SampleTokensParams& params);
 // outside of the vocabulary are skipped.
 void sample_tokens_cuda(const SampleTokensParams& params);
 
-// Bytes of workspace that sample_tokens_cuda needs, 0 where every row is one CTA's.
-int64_t sample_tokens_workspace(int64_t num_rows, int64_t vocab_size, int device);
+// Bytes of workspace that sample_tokens_cuda needs, 0 where every row is one CTA's and none is filtered.
+// filtered: may_filter(params).
+int64_t sample_tokens_workspace(int64_t num_rows, int64_t vocab_size, int device, bool filtered = false);
 
 // sample_tokens of the logits hidden[rows] @ weight^T, which are never written: the reductions happen where the GEMM's
 // accumulators are.
@@ -71,7 +90,8 @@ struct LinearSampleTokensParams {
   int64_t width = 0;              // a multiple of 8
 };
 
-// On compute capability 9.0 (sm_90a: wgmma, TMA). Rows outside of hidden are taken as zeros. At most 2^30 rows.
+// On compute capability 9.0 (sm_90a: wgmma, TMA). Rows outside of hidden are taken as zeros. At most 2^30 rows. No
+// filters: may_filter(params.sample) is refused.
 void linear_sample_tokens_cuda(const LinearSampleTokensParams& params);
 
 // Bytes of workspace that it needs, or -1 where there is no such kernel for these params: another GPU or build, dtype

@@ -10,14 +10,14 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from illada.cli import agreement, chat, convert, evaluate, generate, info, prepare, score, train
+from illada.cli import agreement, benchmark, chat, convert, evaluate, generate, info, prepare, score, train
 from illada.cli.signals import Ended, as_exceptions, say
 from illada.text import check_text
 
 _EXAMPLES = """\
 from nothing to text, on a CPU:
   illada prepare --source stdlib --out data/stdlib
-  illada train configs/demo.toml --data.path=data/stdlib
+  illada train demo --data.path=data/stdlib
   illada generate runs/demo --prompt "def main("
 """
 
@@ -134,6 +134,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (prepare, train, generate, chat, score, evaluate, agreement, convert, info):
+    for command in (prepare, train, generate, chat, score, evaluate, agreement, convert, benchmark, info):
         command.add_parser(commands)
     return parser

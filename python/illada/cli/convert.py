@@ -20,18 +20,30 @@ def add_parser(commands: Any) -> None:
         "convert",
         help="rewrite a checkpoint",
         description="Rewrite a checkpoint in another dtype, layout or shard size. Tokenizer files come along.\n"
-        "A layout that has no words for the architecture is refused, with what it lacks.",
+        "A layout that has no words for the architecture is refused, with what it lacks.\n"
+        "--hf writes a folder that transformers 5 loads without illada, by its AutoModelForMaskedLM, AutoModel,\n"
+        "AutoConfig and AutoTokenizer with trust_remote_code=True: code, named special tokens and a model card.",
         epilog="example:\n"
         "  illada convert runs/demo demo-bf16 --dtype bfloat16                 # publish a training run's weights\n"
         "  illada convert Qwen2.5-7B start --mask-token-id 151666             # a start from an autoregressive model\n"
-        "  illada convert start dream --model-type dream --max-shard-size 2GB # the same weights in Dream's layout",
+        "  illada convert start dream --model-type dream --max-shard-size 2GB # the same weights in Dream's layout\n"
+        "  illada convert runs/demo demo-hf --hf                               # for transformers, without illada\n"
+        "  illada convert demo-hf back --model-type illada                     # the same weights again",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("source", metavar="SRC", help="checkpoint folder, or a training run (its newest checkpoint)")
     parser.add_argument("target", metavar="DST", help="folder to write; appears complete or not at all")
     parser.add_argument("--dtype", help="bfloat16, float16 or float32 (default: the source's)")
-    parser.add_argument("--model-type", help="layout: illada, llada, dream or qwen2 (default: the source's)")
+    layout = parser.add_mutually_exclusive_group()
+    layout.add_argument("--model-type", help="layout: illada, llada, dream, qwen2 or illada_hf (default: the source's)")
+    layout.add_argument(
+        "--hf",
+        action="store_const",
+        const="illada_hf",
+        dest="model_type",
+        help="the same as --model-type illada_hf: with code, for transformers without illada",
+    )
     parser.add_argument(
         "--mask-token-id", type=int, metavar="N", help="where config.json does not name the mask (Qwen2)"
     )

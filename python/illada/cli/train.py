@@ -9,6 +9,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+from illada.cli.shipped import configuration
 from illada.cli.signals import importing
 from illada.folders import state_file
 
@@ -21,6 +22,7 @@ def add_parser(commands: Any) -> None:
         description="Train the model of a TOML file. Any setting can be overridden: --section.key=value.\n"
         "Ctrl-C, SIGTERM and SIGHUP save and exit (130, 143, 129); the same command goes on, bit for bit.",
         epilog="example:\n  illada train configs/demo.toml --train.steps=2000 --optimizer.learning_rate=1e-3\n"
+        "  illada train demo       a name alone: a configuration that comes with illada, here the same\n"
         "  illada train --print-config > my.toml      every setting, with what it means",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -41,7 +43,8 @@ def _run(options: argparse.Namespace) -> int:
         from illada.data import TokenDataset
         from illada.train import load_config
 
-    config = load_config(options.config, options.overrides)
+    file = None if options.config is None else configuration(options.config)
+    config = load_config(file, options.overrides)
     if options.print_config:
         print(config.to_toml(commented=True))
         return 0

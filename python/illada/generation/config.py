@@ -52,8 +52,8 @@ class GenerationConfig:
 
     Which token, and which positions keep it:
         temperature: of the Gumbel noise, 0 is greedy.
-        top_p, top_k: sample among the most likely tokens alone: until their sum exceeds top_p, and the k first; 1 and 0
-            keep all. Confidence is then of what is left, at the temperature, as in Dream.
+        top_k, top_p: sample among the most likely tokens alone: the k first, of these until their sum reaches top_p;
+            0 and 1 keep all. Confidence is then of what is left, at the temperature, as in Dream.
         confidence_at_temperature: Dream's confidence without these filters, too; otherwise it is of the model's own
             distribution (LLaDA).
         measure: of confidence: "probability", "margin", "entropy" (negative) or "random"; see `illada.sample_tokens`.

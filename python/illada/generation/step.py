@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from illada.generation.cache import KeyValueCache
-from illada.generation.filters import Filters, filtered_sample_tokens
 from illada.generation.request import Request, RuleCall
 from illada.generation.rules import order_noise
 from illada.model import CachedKeys, FirstLayer, MaskedDiffusionModel
@@ -29,6 +28,13 @@ class Guidance(NamedTuple):
 
     hidden: Tensor
     scale: Tensor
+
+
+class Filters(NamedTuple):
+    """top_p: float32 [N], 1 keeps all. top_k: int32 [N], 0 keeps all."""
+
+    top_p: Tensor
+    top_k: Tensor
 
 
 class Order(NamedTuple):
@@ -228,8 +234,9 @@ def _group(
         per_row = np.repeat([*ids, *[[-1] * width] * blanks], counts, axis=0)
         delay = _array(per_row), _array(np.full(per_row.shape, -np.inf), np.float32)
     if call.filtered:
+        most = np.iinfo(np.int32).max  # ids that a vocabulary may have
         filters = Filters(
-            _array(each(lambda r: r.config.top_p, 1), np.float32), _array(each(lambda r: r.config.top_k), np.int64)
+            _array(each(lambda r: r.config.top_p, 1), np.float32), _array(each(lambda r: min(r.config.top_k, most)))
         )
     if call.ordered:
         noise = [order_noise(r.seed, positions, r.forwards) for r, positions in members]
@@ -334,9 +341,9 @@ def _commit(model: MaskedDiffusionModel, hidden: Tensor, tokens: Tensor, group: 
             "row_ids": group.row_ids, "measure": call.measure, "logit_bias": bias,
             "extras": ("entropy",) if call.rule == "entropy_bound" else (),
         }  # fmt: skip
-        if group.filters is None:
-            return linear_sample_tokens(hidden, model.head_weight, **arguments)
-        return filtered_sample_tokens(hidden, model.head_weight, filters=group.filters, **arguments)
+        if group.filters is not None:
+            arguments |= {**group.filters._asdict(), "confidence_at_temperature": True}
+        return linear_sample_tokens(hidden, model.head_weight, **arguments)
 
     sample = sampled(group.bias)
     if group.delay is not None:

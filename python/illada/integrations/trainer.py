@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from illada.diffusion import draw_masks, draw_validation_masks
-from illada.model import _does_more
+from illada.model import does_more
 from illada.ops import linear_masked_cross_entropy, masked_cross_entropy
 
 #: What honours `cu_seq_lens_q`; with another attention the sequences of a pack would see each other.
@@ -190,7 +190,7 @@ def _examine(model: Any) -> tuple[bool, bool]:
                 "is False"
             )
     untouched = logits is out and out._version == version
-    return untouched and isinstance(head, nn.Linear) and head.bias is None and not _does_more(head), packs
+    return untouched and isinstance(head, nn.Linear) and head.bias is None and not does_more(head), packs
 
 
 def _separates(call: Any, seen: list[tuple[Tensor, Tensor, int]], device: torch.device) -> bool:

@@ -5,7 +5,7 @@
     register()
     model = AutoModel.from_pretrained("bert-base-uncased", attn_implementation="illada")
 
-Encoders are bidirectional as they are; a decoder (Llama, Qwen2, Mistral) becomes so by `is_causal=False` in its config.
+Encoders are bidirectional as they are; a decoder becomes so by `is_causal=False` in its config (from 5.2 on).
 Padding masks are honoured: padded keys are never read. What the kernels do not do raises, naming the argument.
 """
 
@@ -39,13 +39,14 @@ def register() -> None:
 
 def attention_mask(
     batch_size: int,
-    q_length: int,
-    kv_length: int,
+    q_length: int = 0,
+    kv_length: int = 0,
     q_offset: int = 0,
     kv_offset: int = 0,
     mask_function: Callable[..., Any] | None = None,
     attention_mask: Tensor | None = None,
     device: torch.device | None = None,
+    cache_position: Tensor | None = None,
     **unused: Any,
 ) -> Tensor | None:
     """What `transformers` hands to every layer: the padding mask, bool [B, L]; compiled and without one, None.
@@ -68,6 +69,8 @@ def attention_mask(
     if attention_mask is None:
         if torch.compiler.is_compiling():
             return None
+        if cache_position is not None:  # transformers 5.0, which gives it in place of q_length and device
+            device = cache_position.device
         return _shared(torch.ones(batch_size, kv_length, dtype=torch.bool, device=device), padding=False)
     empty = max(0, kv_offset + kv_length - attention_mask.shape[1])  # slots of a static cache that nothing is in yet
     mask = torch.nn.functional.pad(attention_mask.bool(), (0, empty))[:, kv_offset : kv_offset + kv_length]

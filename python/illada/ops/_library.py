@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from illada._native import require_cuda_build
 
@@ -30,9 +31,29 @@ def refuse_tangents(op: str, *arguments) -> None:
 
 
 class _Library(torch.library.Library):
-    """A torch library whose differentiable ops refuse tangents: every op with an autograd formula."""
+    """A torch library whose differentiable ops refuse tangents: every op with an autograd formula.
+
+    It registers everything once. A module that is imported again finds its ops as they are: torch has no way to take
+    them back from those who hold them.
+    """
+
+    def __init__(self, *arguments) -> None:
+        super().__init__(*arguments)
+        self.registered: set[tuple[str, ...]] = set()
+
+    def is_new(self, *names: str) -> bool:
+        """Is this the first call for these names?"""
+        known = names in self.registered
+        self.registered.add(names)
+        return not known
+
+    def define(self, schema, *arguments, **keywords):
+        if self.is_new(schema):
+            super().define(schema, *arguments, **keywords)
 
     def impl(self, op_name, fn, dispatch_key="", **keywords):
+        if not self.is_new(op_name, dispatch_key):
+            return
         kernel = fn
         if dispatch_key == "Autograd":  # as torch.library.register_autograd registers
 
@@ -43,8 +64,9 @@ class _Library(torch.library.Library):
         super().impl(op_name, kernel, dispatch_key, **keywords)
 
 
-#: Kept for the life of the process: a collected Library takes its ops with it.
-LIBRARY = _Library("illada", "DEF")
+#: Kept for the life of the process, beside its ops: a namespace has one, and a collected one takes its ops with it.
+LIBRARY = getattr(torch.ops.illada, "library", None) or _Library("illada", "DEF")
+torch.ops.illada.library = LIBRARY  # type: ignore[attr-defined]
 
 #: Kernels take the strides they are given; Inductor must not hand over permuted ones.
 #: torch 2.6 knows only the weaker tag, which keeps their order.
@@ -165,7 +187,8 @@ def implement(op: str, fake: Callable, *, cpu: Callable, cuda: Callable | None =
                 raise RuntimeError(f"{error}; called with {describe(arguments)}") from error
 
         LIBRARY.impl(op, checked, "CUDA")
-    torch.library.register_fake(f"illada::{op}", fake, lib=LIBRARY)
+    if LIBRARY.is_new(op, "fake"):
+        torch.library.register_fake(f"illada::{op}", fake, lib=LIBRARY)
 
 
 def describe(arguments: Iterable) -> str:
@@ -218,3 +241,9 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
         total.copy_(torch.mm(a, b))
     else:
         total.add_(torch.mm(a, b))
+
+
+def counts_flops(op: str) -> Callable[[Callable], Callable]:
+    """Register a function of an op's arguments as its FLOP formula."""
+    packet = getattr(torch.ops.illada, op)
+    return register_flop_formula(packet, get_raw=True) if packet not in flop_registry else lambda formula: formula

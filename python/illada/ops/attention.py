@@ -28,7 +28,6 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from illada._native import native
 from illada.devices import autocast_dtype
@@ -107,7 +106,17 @@ def _sequences(plan: Tensor, group: int) -> Iterator[tuple[slice, slice]]:
 
 
 _MOST_HEAD_DIM = 256  # of csrc/cpu
-_BFLOAT16_KEYS = 64  # with more, torch is faster: it multiplies in bfloat16 where the processor can
+_BFLOAT16_KEYS = 64  # with more, torch is faster if the processor multiplies in bfloat16
+
+
+def _shares(plan: Tensor, q: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The rows of a plan for csrc/cpu, and those for torch."""
+    if q.dtype == torch.float16 or q.shape[2] > _MOST_HEAD_DIM:
+        return plan[:0], plan
+    if q.dtype == torch.bfloat16 and native().multiplies_bfloat16():
+        many = plan[:, 3] - plan[:, 2] > _BFLOAT16_KEYS
+        return plan[~many], plan[many]
+    return plan, None
 
 
 @contextlib.contextmanager
@@ -171,12 +180,7 @@ def _fwd_cpu(
     if plan.shape != (num_sequences + 1, 4):
         raise ValueError(f"varlen_attention: the plan must be [{num_sequences + 1}, 4], got {list(plan.shape)}")
     out, lse = q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
-    others = None  # sequences for torch
-    if q.dtype == torch.float16 or q.shape[2] > _MOST_HEAD_DIM:
-        plan, others = plan[:0], plan
-    elif q.dtype == torch.bfloat16:
-        many = plan[:, 3] - plan[:, 2] > _BFLOAT16_KEYS
-        plan, others = plan[~many], plan[many]
+    plan, others = _shares(plan, q)
     if len(plan):
         raw.varlen_attention(out, lse, q, k, v, plan, num_sequences, softmax_scale)
     groups, group = k.shape[1], q.shape[1] // k.shape[1]
@@ -213,8 +217,7 @@ def _differentiate(
     return tuple(grad[..., :dim] for grad in grads)
 
 
-@_without_denormals()
-def _bwd_cpu(
+def _differentiate_by_torch(
     dout: Tensor,
     dlse: Tensor | None,
     q: Tensor,
@@ -223,10 +226,9 @@ def _bwd_cpu(
     out: Tensor,
     lse: Tensor,
     plan: Tensor,
-    num_sequences: int,
     softmax_scale: float,
-    deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) of a pack, 0 for what the plan leaves out."""
     groups, group = k.shape[1], q.shape[1] // k.shape[1]
     dout, q, k, v, out = (_by_group(x, groups) for x in (dout, q, k, v, out))
     lse = lse.unflatten(0, (groups, -1)).transpose(1, 2).reshape(1, groups, -1)
@@ -243,6 +245,33 @@ def _bwd_cpu(
             grads = _differentiate_plainly(its_dout, its_dlse, its_q, its_k, its_v, softmax_scale)
         dq[:, :, rows], dk[:, :, keys], dv[:, :, keys] = grads
     return _from_group(dq, group), _from_group(dk, 1), _from_group(dv, 1)
+
+
+@_without_denormals()
+def _bwd_cpu(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    plan: Tensor,
+    num_sequences: int,
+    softmax_scale: float,
+    deterministic: bool,
+) -> tuple[Tensor, ...]:
+    plan, others = _shares(plan, q)
+    theirs = None
+    if others is not None:
+        theirs = _differentiate_by_torch(dout, dlse, q, k, v, out, lse, others, softmax_scale)
+        if not len(plan):
+            return theirs
+    dout = dout if dout.stride(2) == 1 else dout.contiguous()  # of a sum, with strides of 0, or transposed
+    dlse = None if dlse is None else dlse.contiguous()
+    ours = (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
+    raw.varlen_attention_backward(*ours, dout, dlse, q, k, v, out, lse, plan, num_sequences, softmax_scale)
+    return ours if theirs is None else tuple(x.add_(y) for x, y in zip(ours, theirs, strict=True))
 
 
 # --------------------------------------------------------------------------------------------------- kernels (CUDA)
@@ -378,12 +407,12 @@ def _pairs(q: Tensor, k: Tensor, plan: Tensor, num_sequences: int) -> int:
     return q.shape[0] * k.shape[0] // max(1, num_sequences)
 
 
-@register_flop_formula(torch.ops.illada.varlen_attention_fwd, get_raw=True)
+@lib.counts_flops("varlen_attention_fwd")
 def _fwd_flops(q, k, v, plan, num_sequences, *args, out_val=None, **kwargs) -> int:
     return 4 * q.shape[1] * q.shape[2] * _pairs(q, k, plan, num_sequences)  # two GEMMs
 
 
-@register_flop_formula(torch.ops.illada.varlen_attention_bwd, get_raw=True)
+@lib.counts_flops("varlen_attention_bwd")
 def _bwd_flops(dout, dlse, q, k, v, out, lse, plan, num_sequences, *args, out_val=None, **kwargs) -> int:
     return 10 * q.shape[1] * q.shape[2] * _pairs(q, k, plan, num_sequences)  # five GEMMs
 

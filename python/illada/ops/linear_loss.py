@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from illada.devices import autocast_dtype
 from illada.ops import _library as lib
@@ -353,8 +352,8 @@ class _IntoGradient(torch.autograd.Function):
         return scaled(dloss, hidden_grad), *(None,) * 13
 
 
-@register_flop_formula(torch.ops.illada.linear_masked_ce_fwd_, get_raw=True)
-@register_flop_formula(torch.ops.illada.linear_masked_ce_fwd, get_raw=True)
+@lib.counts_flops("linear_masked_ce_fwd_")
+@lib.counts_flops("linear_masked_ce_fwd")
 def _fwd_flops(hidden, weight, targets, token_weights, rows, *args, out_val=None, **kwargs) -> int:
     """2 N V C for the logits and as much for each gradient; N from `rows`, the weights, or (unreadable) all T."""
     count = hidden.shape[0]

@@ -48,6 +48,8 @@ def _cuda_launch(op: str, tensor: Tensor, *others: Tensor | None, workspace: Ten
 def _sample_arguments(
     out: TokenSample, temperature: float, seed: int, step: int, temperatures: Tensor | None, seeds: Tensor | None,
     steps: Tensor | None, row_ids: Tensor | None, bias_ids: Tensor | None, bias_values: Tensor | None, measure: int,
+    top_k: int = 0, top_p: float = 1.0, top_ks: Tensor | None = None, top_ps: Tensor | None = None,
+    confidence_at_temperature: bool = False,
 ) -> tuple:  # fmt: skip
     """SampleArguments of csrc/bindings."""
     count, stride = 0, 0
@@ -58,15 +60,19 @@ def _sample_arguments(
         *(temperature, seed, step, address(temperatures), address(seeds), address(steps), address(row_ids)),
         *(address(bias_ids), address(bias_values), count, stride, measure),
         *(address(out.token), address(out.confidence), address(out.logprob), address(out.entropy), address(out.margin)),
+        *(top_k, top_p, address(top_ks), address(top_ps), confidence_at_temperature),
     )
 
 
-def sample_tokens_workspace(rows: int, vocab_size: int, device: torch.device) -> int:
-    """Bytes of workspace that `sample_tokens` needs on `device`; 0 on a CPU."""
+def sample_tokens_workspace(rows: int, vocab_size: int, device: torch.device, filtered: bool = False) -> int:
+    """Bytes of workspace that `sample_tokens` needs on `device`; 0 on a CPU.
+
+    filtered: with top_k, top_p, top_ks, top_ps or confidence_at_temperature.
+    """
     if device.type != "cuda":
         return 0
     index = torch.cuda.current_device() if device.index is None else device.index
-    return native().sample_tokens_workspace(rows, vocab_size, index)
+    return native().sample_tokens_workspace(rows, vocab_size, index, filtered)
 
 
 def sample_tokens(
@@ -82,20 +88,27 @@ def sample_tokens(
     bias_ids: Tensor | None = None,
     bias_values: Tensor | None = None,
     measure: int = 0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    top_ks: Tensor | None = None,
+    top_ps: Tensor | None = None,
+    confidence_at_temperature: bool = False,
     *,
     workspace: Tensor | None = None,
 ) -> None:
     """`illada.ops.sample_tokens` into `out`, whose entropy and margin may be None or empty.
 
-    temperatures, seeds, steps: one for each row, in place of the number; measure: index into `types.MEASURES`;
-    workspace: uint8, of the size that `sample_tokens_workspace` says.
+    temperatures, seeds, steps, top_ks, top_ps: one for each row, in place of the number; measure: index into
+    `types.MEASURES`; workspace: uint8, of the size that `sample_tokens_workspace` says.
     """
     arguments = _sample_arguments(
-        out, temperature, seed, step, temperatures, seeds, steps, row_ids, bias_ids, bias_values, measure
-    )
+        out, temperature, seed, step, temperatures, seeds, steps, row_ids, bias_ids, bias_values, measure,
+        top_k, top_p, top_ks, top_ps, confidence_at_temperature,
+    )  # fmt: skip
     launch = _launch(
-        out.token, logits, *out[1:], temperatures, seeds, steps, row_ids, bias_ids, bias_values, workspace=workspace
-    )
+        out.token, logits, *out[1:], temperatures, seeds, steps, row_ids, bias_ids, bias_values, top_ks, top_ps,
+        workspace=workspace,
+    )  # fmt: skip
     native().sample_tokens(
         *(address(logits), logits.stride(0), *logits.shape, DTYPES[logits.dtype]),
         *(arguments, torch.get_num_threads(), launch),
@@ -150,6 +163,8 @@ def linear_sample_tokens(
     workspace: Tensor,
 ) -> None:
     """The fused kernel of `illada.ops.linear_sample_tokens` into `out`; arguments as in `sample_tokens` of this module.
+
+    There are no filters: they need a row's logits more than once.
 
     workspace: uint8, of the size that `linear_sample_tokens_workspace` says.
     """
@@ -476,27 +491,29 @@ def varlen_attention_backward(
     num_sequences: int,
     softmax_scale: float,
     *,
-    workspace: Tensor,
+    workspace: Tensor | None = None,
     deterministic: bool = False,
     multiplies_twice: bool = False,
 ) -> None:
-    """The gradients of `illada.ops.varlen_attention` into `dq` [T, H, D], `dk` and `dv` [Tk, G, D]. CUDA only.
+    """The gradients of `illada.ops.varlen_attention` into `dq` [T, H, D], `dk` and `dv` [Tk, G, D].
 
     dq, dk, dv, out and lse (float32 [H, T]) are contiguous, as is dlse, float32 [H, T] (None: 0); dout may be strided.
-    plan: of `attention_plan` with the same numbers, total_k among them; workspace: uint8, as
-    `varlen_attention_backward_workspace` says. deterministic: the same bits in every run. multiplies_twice: dq by a
-    kernel of its own, which is faster where sequences are short and deterministic as well; before sm_90 always.
+    plan: as of `varlen_attention`, and on CUDA with total_k known; gradients of what it leaves out are 0.
+
+    For CUDA alone: workspace, uint8, as `varlen_attention_backward_workspace` says. deterministic: the same bits in
+    every run, as always on a CPU. multiplies_twice: dq by a kernel of its own, faster where sequences are short
+    and deterministic as well; before sm_90 always.
     """
-    launch = _cuda_launch(
-        "varlen_attention_backward", q, dq, dk, dv, dout, dlse, k, v, out, lse, plan, workspace=workspace
-    )
+    if plan.is_cuda and not q.is_cuda:  # which the host would read
+        raise ValueError(f"varlen_attention: q is on the CPU, but the plan is on {plan.device}; they must agree")
+    launch = _launch(dq, q, dk, dv, dout, dlse, k, v, out, lse, plan, workspace=workspace)
     native().varlen_attention_backward(
         (q.shape[0], k.shape[0], num_sequences, q.shape[1], k.shape[1], q.shape[2]),
         DTYPES[q.dtype],
         *((address(x), x.stride(0), x.stride(1)) for x in (dout, q, k, v)),
         *(address(out), address(lse), address(dlse), softmax_scale, address(plan), plan.shape[0]),
         *(deterministic, multiplies_twice, address(dq), address(dk), address(dv)),
-        launch,
+        *(torch.get_num_threads(), launch),
     )
     written(dq, dk, dv)
 

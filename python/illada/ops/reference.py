@@ -128,9 +128,14 @@ def sample_tokens(
     row_ids: Tensor | None = None,
     measure: str = "probability",
     logit_bias: LogitBias | None = None,
+    top_k: int | Tensor = 0,
+    top_p: float | Tensor = 1.0,
+    confidence_at_temperature: bool = False,
     extras: Sequence[str] = (),
 ) -> TokenSample:
-    """token = argmax(logits + temperature * Gumbel); confidence from the noise-free softmax (LLaDA's rule)."""
+    """token = argmax(logits + temperature * Gumbel) over the ids that `kept_ids` names; confidence from the noise-free
+    softmax (LLaDA's rule), or from that of the kept logits at the temperature (Dream's).
+    """
     rows, vocab_size = logits.shape
     x = logits.double().clone()
     if logit_bias is not None:
@@ -142,11 +147,16 @@ def sample_tokens(
 
     per_row = [
         torch.as_tensor(a).expand(rows).tolist()
-        for a in (temperature, seed, step, torch.arange(rows) if row_ids is None else row_ids)
+        for a in (temperature, seed, step, torch.arange(rows) if row_ids is None else row_ids, top_k, top_p)
     ]
     noisy = x.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     random_measure = torch.zeros(rows, dtype=torch.float64)
-    for n, (t, s, at_step, row_id) in enumerate(zip(*per_row, strict=True)):
+    for n, (t, s, at_step, row_id, k, p) in enumerate(zip(*per_row, strict=True)):
+        divisor = t if t > 0 else 1.0
+        kept = kept_ids(x[n], divisor, k, p)
+        noisy[n, ~kept] = -torch.inf
+        if confidence_at_temperature and x[n].max().isfinite():
+            x[n] = torch.where(kept, (x[n] - x[n].max()) / divisor, -torch.inf)
         if t > 0:
             # -log(1 - u), not -log(u): the winners are the smallest of these, and small u are exact.
             exponential = -np.log1p(-uniform64(s, row_id, at_step, vocab_size))
@@ -173,6 +183,25 @@ def sample_tokens(
         entropy=entropy if "entropy" in extras or measure == "entropy" else None,
         margin=margin if "margin" in extras or measure == "margin" else None,
     )
+
+
+def kept_ids(x: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """bool [V], what top_k and then top_p keep of one row: all where the row has no softmax.
+
+    top_k: the k largest and all that equal the last of them. top_p: of softmax(x / temperature) over those, from the
+    largest down, of equal ones the lowest id first, until the sum reaches top_p.
+    """
+    everything = torch.ones_like(x, dtype=torch.bool)
+    if not x.softmax(-1).sum().isfinite():
+        return everything
+    kept = x >= x.topk(top_k).values[-1] if 0 < top_k < len(x) else everything
+    if top_p < 1:
+        order = torch.where(kept, x, -torch.inf).argsort(descending=True, stable=True)
+        weights = torch.where(kept, ((x - x.max()) / temperature).exp(), 0.0)[order]
+        sums = weights.cumsum(-1)
+        kept = kept.clone()
+        kept[order[1:][sums[:-1] >= top_p * sums[-1]]] = False
+    return kept
 
 
 def linear_sample_tokens(hidden: Tensor, weight: Tensor, *, rows: Tensor | None = None, **keywords) -> TokenSample:

@@ -20,7 +20,6 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from illada.ops import _library as lib
 from illada.ops import raw
@@ -34,13 +33,15 @@ _CHUNK_BYTES_CUDA = 256 << 20  # 800 rows of 155,136 ids: enough for the GEMM, l
 
 _SAMPLE_ARGUMENTS = (
     "float temperature, int seed, int step, Tensor? temperatures, Tensor? seeds, Tensor? steps, Tensor? row_ids, "
-    "Tensor? bias_ids, Tensor? bias_values, int measure, bool want_entropy, bool want_margin"
+    "Tensor? bias_ids, Tensor? bias_values, int measure, int top_k, float top_p, Tensor? top_ks, Tensor? top_ps, "
+    "bool confidence_at_temperature, bool want_entropy, bool want_margin"
 )
 #: The same as keywords of `illada.ops.raw`, without the two flags.
 _SETTINGS = (
     *("temperature", "seed", "step", "temperatures", "seeds", "steps", "row_ids"),
     *("bias_ids", "bias_values", "measure"),
 )
+_FILTERS = ("top_k", "top_p", "top_ks", "top_ps", "confidence_at_temperature")
 _SAMPLE_RESULTS = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 lib.LIBRARY.define(f"sample_tokens(Tensor logits, {_SAMPLE_ARGUMENTS}) -> {_SAMPLE_RESULTS}", tags=lib.TAGS)
 lib.LIBRARY.define(
@@ -71,11 +72,18 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
 
 def _sample_into(out: Sequence[Tensor], logits: Tensor, *arguments) -> None:
     """`arguments` as in the ops' schemas, without the two flags that `out` already answers."""
-    numbers, tensors, measure = arguments[:3], arguments[3:9], arguments[9]
-    size = raw.sample_tokens_workspace(logits.shape[0], logits.shape[1], logits.device)
+    numbers, tensors, measure, filters = arguments[:3], arguments[3:9], arguments[9], arguments[10:]
+    size = raw.sample_tokens_workspace(logits.shape[0], logits.shape[1], logits.device, _may_filter(*filters))
     workspace = logits.new_empty(size, dtype=torch.uint8) if size else None
     settings: dict[str, Any] = dict(zip(_SETTINGS, (*numbers, *_contiguous(*tensors), measure), strict=True))
+    top_k, top_p, top_ks, top_ps, at_temperature = filters
+    settings |= zip(_FILTERS, (top_k, top_p, *_contiguous(top_ks, top_ps), at_temperature), strict=True)
     raw.sample_tokens(TokenSample(*out), logits, **settings, workspace=workspace)
+
+
+def _may_filter(top_k, top_p, top_ks, top_ps, confidence_at_temperature) -> bool:
+    """May a row ask for more than one pass over its logits?"""
+    return top_ks is not None or top_ps is not None or top_k > 0 or top_p < 1 or confidence_at_temperature
 
 
 def _sample(logits, *arguments):
@@ -87,7 +95,7 @@ def _sample(logits, *arguments):
 def _linear_sample_chunks(hidden, weight, rows, *arguments):
     """torch.mm on chunks of rows, each sampled before the next one is made."""
     numbers, (temperatures, seeds, steps, row_ids), biases = arguments[:3], arguments[3:7], arguments[7:9]
-    measure = arguments[9]
+    measure, (top_k, top_p, top_ks, top_ps, at_temperature) = arguments[9], arguments[10:15]
     count = len(hidden) if rows is None else len(rows)
     out = _allocate(hidden, count, *arguments[-2:])
     if row_ids is None:
@@ -99,13 +107,18 @@ def _linear_sample_chunks(hidden, weight, rows, *arguments):
         selected = hidden[part] if rows is None else hidden.index_select(0, rows[part])
         per_row = (None if t is None else t[part] for t in (temperatures, seeds, steps, row_ids))
         bias = (t if t is None or t.dim() == 1 else t[part] for t in biases)
-        _sample_into([t[part] for t in out], selected @ weight.t(), *numbers, *per_row, *bias, measure)
+        of_filter = (None if t is None else t[part] for t in (top_ks, top_ps))
+        _sample_into(
+            *([t[part] for t in out], selected @ weight.t(), *numbers, *per_row, *bias, measure),
+            *(top_k, top_p, *of_filter, at_temperature),
+        )
     return out
 
 
 def _linear_sample_cuda(hidden, weight, rows, *arguments):
     rows = None if rows is None else rows.contiguous()
-    size = raw.linear_sample_tokens_workspace(hidden, weight, rows)
+    # The fused kernel has a tile's logits once; a filter looks at a row several times.
+    size = None if _may_filter(*arguments[10:15]) else raw.linear_sample_tokens_workspace(hidden, weight, rows)
     if size is None:
         return _linear_sample_chunks(hidden, weight, rows, *arguments)
     out = _allocate(hidden, len(hidden) if rows is None else len(rows), *arguments[-2:])
@@ -148,7 +161,7 @@ lib.implement("linear_sample_tokens", _linear_sample_fake, cpu=_linear_sample_ch
 lib.implement("remask", _remask_fake, cpu=_remask, cuda=_remask)
 
 
-@register_flop_formula(torch.ops.illada.linear_sample_tokens, get_raw=True)
+@lib.counts_flops("linear_sample_tokens")
 def _linear_sample_flops(hidden, weight, rows, *args, out_val=None, **kwargs) -> int:
     return 2 * (hidden if rows is None else rows).shape[0] * weight.shape[0] * weight.shape[1]
 
@@ -183,18 +196,27 @@ def _sample_arguments(
     row_ids: Tensor | None,
     measure: str,
     logit_bias: LogitBias | None,
+    top_k: int | Tensor,
+    top_p: float | Tensor,
+    confidence_at_temperature: bool,
     extras: Sequence[str],
 ) -> tuple:
     """The checked keyword arguments of both samplers, in the order of the ops' schemas."""
     temperature, temperatures = _number_or_rows(op, "temperature", temperature, 0.0, rows, torch.float32, like)
     seed, seeds = _number_or_rows(op, "seed", seed, 0, rows, torch.int64, like)
     step, steps = _number_or_rows(op, "step", step, 0, rows, torch.int32, like)
+    top_k, top_ks = _number_or_rows(op, "top_k", top_k, 0, rows, torch.int32, like)
+    top_p, top_ps = _number_or_rows(op, "top_p", top_p, 1.0, rows, torch.float32, like)
     if temperatures is None and not 0 <= temperature < float("inf"):
         raise ValueError(f"{op}: temperature must be finite and >= 0, got {temperature}")
     if seeds is None and not -(2**63) <= seed < 2**63:
         raise ValueError(f"{op}: seed must fit 64 bits, got {seed}")
     if steps is None and not -(2**31) <= step < 2**31:
         raise ValueError(f"{op}: step must fit 32 bits, got {step}")
+    if top_ks is None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 0):
+        raise ValueError(f"{op}: top_k must be an integer of at least 0, got {top_k!r}")
+    if top_ps is None and not 0 < top_p <= 1:
+        raise ValueError(f"{op}: top_p must be in (0, 1], got {top_p}")
     if row_ids is not None:
         lib.check_shape(op, "row_ids", row_ids, (rows,))
         lib.check_dtype(op, "row_ids", row_ids, (torch.int64,))
@@ -218,7 +240,8 @@ def _sample_arguments(
         raise ValueError(f"{op}: the vocabulary is empty")
     return (
         float(temperature), seed, step, temperatures, seeds, steps, row_ids, bias_ids, bias_values,
-        MEASURES.index(measure), "entropy" in extras or measure == "entropy", "margin" in extras or measure == "margin",
+        MEASURES.index(measure), min(top_k, 2**31 - 1), float(top_p), top_ks, top_ps, bool(confidence_at_temperature),
+        "entropy" in extras or measure == "entropy", "margin" in extras or measure == "margin",
     )  # fmt: skip
 
 
@@ -237,6 +260,9 @@ def sample_tokens(
     row_ids: Tensor | None = None,
     measure: str = "probability",
     logit_bias: LogitBias | None = None,
+    top_k: int | Tensor = 0,
+    top_p: float | Tensor = 1.0,
+    confidence_at_temperature: bool = False,
     extras: Sequence[str] = (),
 ) -> TokenSample:
     """Sample one token of each row by Gumbel-max and say how sure it is.
@@ -251,11 +277,18 @@ def sample_tokens(
         measure: of confidence: "probability" p(token), "margin" p1 - p2, "entropy" (negative), or "random".
         logit_bias: (ids int32, values float32), both [N, K] or [K]: added before all else; -1 is an unused slot, a
             value of -inf forbids an id.
+        top_k: sample among the top_k most likely ids alone, and those that are as likely as the last of them; an
+            integer or int32 [N], 0 keeps all.
+        top_p: sample among the fewest ids alone whose probabilities at the temperature, of those that top_k left, sum
+            to top_p, of equally likely ones the lowest; a number or float32 [N], in (0, 1], 1 keeps all.
+        confidence_at_temperature: all results but `token` are of the distribution that is sampled, which is divided
+            by the temperature (0: by 1) and filtered, as in Dream; False: of the model's own.
         extras: "entropy", "margin": fill these fields of the result too.
 
     Returns:
-        TokenSample. Confidence never includes noise or temperature. Ties go to the lowest id. A row whose softmax has
-        no value (NaN or +inf among its logits, or only -inf) gets confidence -inf.
+        TokenSample. Confidence never includes noise, and neither temperature nor filters unless
+        `confidence_at_temperature` says so. Ties go to the lowest id. A row whose softmax has no value (NaN or +inf
+        among its logits, or only -inf) gets confidence -inf, and is not filtered.
 
     Raises:
         TypeError, ValueError: naming the argument. NotImplementedError: no kernel was built for this device.
@@ -266,7 +299,8 @@ def sample_tokens(
     lib.check_last_contiguous(op, "logits", logits)
     arguments = _sample_arguments(
         op, logits.shape[0], logits.shape[1], logits, temperature=temperature, seed=seed, step=step, row_ids=row_ids,
-        measure=measure, logit_bias=logit_bias, extras=extras,
+        measure=measure, logit_bias=logit_bias, top_k=top_k, top_p=top_p,
+        confidence_at_temperature=confidence_at_temperature, extras=extras,
     )  # fmt: skip
     return _as_sample(torch.ops.illada.sample_tokens(logits.detach(), *arguments), arguments)
 
@@ -282,9 +316,14 @@ def linear_sample_tokens(
     row_ids: Tensor | None = None,
     measure: str = "probability",
     logit_bias: LogitBias | None = None,
+    top_k: int | Tensor = 0,
+    top_p: float | Tensor = 1.0,
+    confidence_at_temperature: bool = False,
     extras: Sequence[str] = (),
 ) -> TokenSample:
     """`sample_tokens` of the logits hidden[rows] @ weight^T, which never exist all at once.
+
+    With top_k, top_p or confidence_at_temperature the logits of a chunk of rows exist in memory, on every device.
 
     Args:
         hidden: [T, C]; weight: [V, C], both float32, bfloat16 or (on CUDA) float16.
@@ -307,7 +346,8 @@ def linear_sample_tokens(
     count = hidden.shape[0] if rows is None else rows.shape[0]
     arguments = _sample_arguments(
         op, count, weight.shape[0], hidden, temperature=temperature, seed=seed, step=step, row_ids=row_ids,
-        measure=measure, logit_bias=logit_bias, extras=extras,
+        measure=measure, logit_bias=logit_bias, top_k=top_k, top_p=top_p,
+        confidence_at_temperature=confidence_at_temperature, extras=extras,
     )  # fmt: skip
     results = torch.ops.illada.linear_sample_tokens(hidden.detach(), weight.detach(), lib.as_int32(rows), *arguments)
     return _as_sample(results, arguments)

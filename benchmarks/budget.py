@@ -1,0 +1,86 @@
+"""Seconds that a run may take, shared among its cases.
+
+Each case may take an equal part of what is left; what it leaves is shared among the later ones. A case whose part is
+over is ended by an alarm, at the next step of Python outside of an import, and keeps the times that it has.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from types import FrameType
+from typing import Any
+
+#: Seconds after which an alarm that nobody heard rings again.
+REPEAT = 5.0
+#: Seconds after which it rings again where a module was being imported.
+IMPORTING = 0.05
+
+
+class OutOfTime(BaseException):
+    """The alarm. No Exception: who catches those of a peer must not catch this."""
+
+
+class Share:
+    """What one case may take, between `start` and `stop`. Without a limit there is no alarm."""
+
+    def __init__(self, seconds: float = math.inf):
+        self.seconds = seconds
+        self.began = time.monotonic()
+        self._before: Any = None  # the handler that was there
+
+    def left(self) -> float:
+        """Seconds."""
+        return self.seconds - (time.monotonic() - self.began)
+
+    def spent(self) -> float:
+        """The part that is over, from 0 on."""
+        return (time.monotonic() - self.began) / self.seconds if self.seconds > 0 else 1.0
+
+    def start(self) -> None:
+        """From now on. OutOfTime: there is nothing to share."""
+        self.began = time.monotonic()
+        if self.seconds < math.inf:
+            self._before = signal.signal(signal.SIGALRM, self._ring)
+            self.ring_at(1)
+
+    def ring_at(self, part: float) -> None:
+        """Set the alarm to when this part of the share is over."""
+        if self.seconds < math.inf:
+            left = part * self.seconds - (time.monotonic() - self.began)
+            if left <= 0:
+                raise OutOfTime
+            # Again, but not before all is tidied up: an exception in a finalizer, as collections call them, is dropped.
+            signal.setitimer(signal.ITIMER_REAL, left, REPEAT)
+
+    def stop(self) -> None:
+        """No alarm after this. To be called outside of what catches OutOfTime: it may ring until then."""
+        if self._before is not None:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, self._before)
+            self._before = None
+
+    @staticmethod
+    def _ring(number: int, frame: FrameType | None) -> None:
+        caller = frame
+        while caller is not None:
+            if caller.f_code.co_filename.startswith("<frozen importlib"):  # half of a module would stay
+                signal.setitimer(signal.ITIMER_REAL, IMPORTING, REPEAT)
+                return
+            caller = caller.f_back
+        raise OutOfTime
+
+
+class Budget:
+    """`seconds` for so many cases; None: as long as they take."""
+
+    def __init__(self, seconds: float | None, cases: int):
+        self.deadline = math.inf if seconds is None else time.monotonic() + seconds
+        self.cases = cases
+
+    def share(self) -> Share:
+        """The part of the next case."""
+        part = (self.deadline - time.monotonic()) / max(self.cases, 1)
+        self.cases -= 1
+        return Share(part)

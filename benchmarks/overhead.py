@@ -1,0 +1,224 @@
+"""What a call costs beside its work: tiny tensors, for which the kernels need next to no time.
+
+    OP no grad    under torch.no_grad()
+    OP grad       the forward pass, whose results know how to go back
+    OP both       the forward pass and backward()
+
+`illada raw` calls the kernels with tensors that are already there, `illada registered` is the op of torch.ops.illada,
+`illada` the public function, and `torch` is torch's counterpart: scaled_dot_product_attention, cross_entropy weighted
+by hand, linear_cross_entropy (the head's product and cross_entropy before torch 2.12). A plan of attention has none:
+its peer is the attention that it precedes. Each timed call is CALLS calls, and its time is of the processor, not of the
+clock: what this thread does for a call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import illada
+from illada.ops import raw
+
+from .runner import Case, Goal, Provider, generator
+from .timing import CPU, ThreadClock
+
+DEVICES = ("cpu", "cuda")
+MODES = ("no grad", "grad", "both")
+#: Of one timed call. So many that the clock costs nothing, so few that a turn is short.
+CALLS = 40
+REPEATS = 9
+
+LENGTH, HEADS = 8, 2  # of the only sequence
+ROWS, WIDTH, VOCAB = 8, 16, 32
+
+Calls = dict[str, Callable[[], Any] | None]  # of each provider; None: it has no such call
+
+
+def _loop(call: Callable[[], Any], mode: str, leaves: Sequence[Tensor]) -> Callable[[], Any]:
+    """CALLS of `call`, which returns the tensor that is differentiated."""
+
+    def without_grad() -> None:
+        with torch.no_grad():
+            for _ in range(CALLS):
+                call()
+
+    def forward() -> None:
+        for _ in range(CALLS):
+            call()
+
+    def both() -> None:
+        for _ in range(CALLS):
+            out = call()
+            out.backward(factors.get(out.shape))
+            for leaf in leaves:
+                leaf.grad = None
+
+    if mode == "both":  # a gradient of ones for what is no scalar, made once
+        out = call()
+        factors = {out.shape: torch.ones_like(out)}
+    return {"no grad": without_grad, "grad": forward, "both": both}[mode]
+
+
+def _attention(device: torch.device, grad: bool) -> tuple[Calls, list[Tensor]]:
+    dim, dtype = (16, torch.float32) if device.type == "cpu" else (64, torch.bfloat16)
+    q, k, v = (
+        torch.randn(LENGTH, HEADS, dim, generator=generator(device, seed), device=device).to(dtype).requires_grad_(grad)
+        for seed in range(3)
+    )
+    batch = [x.detach().transpose(0, 1)[None].contiguous().requires_grad_(grad) for x in (q, k, v)]
+    starts = torch.tensor([0, LENGTH], dtype=torch.int32, device=device)
+    plan = illada.attention_plan(starts, num_heads=HEADS, num_kv_heads=HEADS, head_dim=dim, total_q=LENGTH)
+    scale = dim**-0.5
+    out, lse = torch.empty_like(q), torch.empty(HEADS, LENGTH, device=device)
+    bytes_needed = raw.varlen_attention_workspace(LENGTH, 1, HEADS, HEADS, dim) if device.type == "cuda" else 0
+    workspace = torch.empty(bytes_needed, dtype=torch.uint8, device=device) if bytes_needed else None
+
+    def raw_call() -> None:
+        raw.varlen_attention(out, lse, q, k, v, plan.work, 1, scale, workspace=workspace)
+
+    calls: Calls = {
+        "illada raw": None if grad else raw_call,
+        "illada registered": lambda: torch.ops.illada.varlen_attention_fwd(q, k, v, plan.work, 1, scale, False)[0],
+        "illada": lambda: illada.varlen_attention(q, k, v, starts, plan=plan),
+        "torch": lambda: F.scaled_dot_product_attention(*batch),
+    }
+    return calls, [q, k, v, *batch]
+
+
+def _attention_with_plan(device: torch.device, grad: bool) -> tuple[Calls, list[Tensor]]:
+    """The plan is made in the call, as by who does not keep one."""
+    calls, leaves = _attention(device, grad)
+    q, k, v = leaves[:3]
+    starts = torch.tensor([0, LENGTH], dtype=torch.int32, device=device)
+    ours = {"illada": lambda: illada.varlen_attention(q, k, v, starts)}
+    return {"illada raw": None, "illada registered": None, **ours, "torch": calls["torch"]}, leaves
+
+
+def _plan(device: torch.device, grad: bool) -> tuple[Calls, list[Tensor]]:
+    calls, leaves = _attention(device, grad)
+    starts = torch.tensor([0, LENGTH], dtype=torch.int32, device=device)
+    dim = leaves[0].shape[2]
+    sizes: dict[str, Any] = {"num_heads": HEADS, "num_kv_heads": HEADS, "head_dim": dim, "total_q": LENGTH}
+    numbers = (LENGTH, LENGTH, HEADS, HEADS, dim)
+    return {
+        "illada raw": None,
+        "illada registered": lambda: torch.ops.illada.attention_plan(starts, None, None, *numbers),
+        "illada": lambda: illada.attention_plan(starts, **sizes),
+        "torch": calls["torch"],
+    }, leaves
+
+
+def _tokens(device: torch.device) -> tuple[Tensor, Tensor]:
+    """(targets, token_weights), a half of them masked."""
+    targets = torch.randint(VOCAB, (ROWS,), generator=generator(device), device=device)
+    return targets, 2.0 * (torch.arange(ROWS, device=device) % 2)
+
+
+def _cross_entropy(device: torch.device, grad: bool) -> tuple[Calls, list[Tensor]]:
+    logits = torch.randn(ROWS, VOCAB, generator=generator(device), device=device).requires_grad_(grad)
+    targets, weights = _tokens(device)
+    nll, lse, lse_parts = torch.empty(ROWS, device=device), torch.empty(ROWS, device=device), logits.new_empty(ROWS, 2)
+    fwd = torch.ops.illada.masked_ce_fwd
+    return {
+        "illada raw": None
+        if grad
+        else lambda: raw.masked_cross_entropy(logits, targets, weights, nll=nll, lse=lse, lse_parts=lse_parts),
+        "illada registered": lambda: fwd(logits, targets, weights, None, 1 / ROWS, False)[0],
+        "illada": lambda: illada.masked_cross_entropy(logits, targets, weights, normalizer=ROWS),
+        "torch": lambda: (F.cross_entropy(logits, targets, reduction="none") * weights).sum() / ROWS,
+    }, [logits]
+
+
+def _linear_cross_entropy(device: torch.device, grad: bool) -> tuple[Calls, list[Tensor]]:
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    hidden, weight = (
+        torch.randn(size, WIDTH, generator=generator(device), device=device).to(dtype).requires_grad_(grad)
+        for size in (ROWS, VOCAB)
+    )
+    targets, weights = _tokens(device)
+
+    def registered() -> Tensor:
+        gradients = grad and torch.is_grad_enabled()
+        return torch.ops.illada.linear_masked_ce_fwd(
+            *(hidden, weight, targets, weights, None, None, 1 / ROWS, 0, gradients, gradients),
+            *(dtype, torch.float32, 0.0),
+        )[0]
+
+    def theirs() -> Tensor:
+        if hasattr(F, "linear_cross_entropy"):
+            return F.linear_cross_entropy(hidden, weight, targets)
+        return F.cross_entropy(F.linear(hidden, weight), targets)
+
+    return {
+        "illada raw": None,
+        "illada registered": registered,
+        "illada": lambda: illada.linear_masked_cross_entropy(hidden, weight, targets, weights, normalizer=ROWS),
+        "torch": theirs,
+    }, [hidden, weight]
+
+
+#: Of each op, its calls and the tensors that get gradients; given a device, and whether gradients are wanted.
+OPS: dict[str, Callable[[torch.device, bool], tuple[Calls, list[Tensor]]]] = {
+    "masked_cross_entropy": _cross_entropy,
+    "linear_masked_cross_entropy": _linear_cross_entropy,
+    "varlen_attention": _attention,
+    "varlen_attention without a plan": _attention_with_plan,
+    "attention_plan": _plan,
+}
+
+
+def case(op: str, mode: str, device: torch.device = CPU) -> Case:
+    """One op in one mode."""
+
+    def make() -> list[Provider]:
+        calls, leaves = OPS[op](device, mode != "no grad")
+        return [
+            Provider(name, _loop(call, mode, leaves), calls=CALLS)
+            if call is not None
+            else Provider(name, print, unavailable="no such call")
+            for name, call in calls.items()
+        ]
+
+    return Case(f"{op} {mode}", make, repeats=REPEATS, timer=ThreadClock())
+
+
+def cases(device: torch.device = CPU) -> list[Case]:
+    """Every op without gradients, with them, and back; a plan has none."""
+    return [case(op, mode, device) for op in OPS for mode in (MODES if op != "attention_plan" else MODES[:1])]
+
+
+def quick(device: torch.device = CPU) -> list[Case]:
+    """An op that takes a plan, and one that takes none."""
+    return [case(op, mode, device) for op in ("varlen_attention", "masked_cross_entropy") for mode in MODES[:2]]
+
+
+def providers(device: torch.device = CPU) -> list[str]:
+    """Of all cases."""
+    return ["illada raw", "illada registered", "illada", "torch"]
+
+
+def rivals(provider: str) -> bool:
+    """None: the goals say how much more than torch's own overhead is allowed."""
+    return False
+
+
+def costs(records: Sequence[dict[str, Any]]) -> dict[tuple[str, str], float]:
+    """(case, provider of ours) -> how many times torch's time it takes."""
+    theirs = {r["case"]: r["median_ms"] for r in records if r["provider"] == "torch"}
+    return {
+        (r["case"], r["provider"]): r["median_ms"] / theirs[r["case"]]
+        for r in records
+        if r["provider"] != "torch" and r["case"] in theirs
+    }
+
+
+def goals(records: Sequence[dict[str, Any]]) -> list[Goal]:
+    """At most 1.5 times torch's own overhead."""
+    return [
+        Goal(f"{name}: {provider} takes {times:.2f} of torch's time, at most 1.5", times <= 1.5)
+        for (name, provider), times in costs(records).items()
+    ]

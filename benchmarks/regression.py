@@ -1,0 +1,164 @@
+"""This run against an earlier one, row by row: what became slower by more than the noise of both.
+
+    same      the intervals of both runs overlap
+    SLOWER    the whole interval of this run is above that of the earlier one
+    FASTER    it is below
+
+A row's interval reaches from p20 to p80, and at least as far from the median as so few calls can tell (NOISE). Where
+the peers, whose code is the same in both runs, took longer as well, so did the machine; ours is judged against that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from . import report
+from .runner import Goal, ratio
+
+Records = Sequence[dict[str, Any]]
+
+SAME, SLOWER, FASTER = "same", "SLOWER", "FASTER"
+#: (calls, least half-width of the interval as a share of the median), of fewer calls than that; the last: of more.
+NOISE = ((2, 0.2), (5, 0.1), (float("inf"), 0.03))
+#: Rows of peers that the machine is judged by; fewer say nothing.
+LEAST_PEERS = 3
+
+
+def interval(record: dict[str, Any]) -> tuple[float, float]:
+    """Milliseconds between which the median of another run of the same is to be expected."""
+    ms = record["median_ms"]
+    known = record.get("n") or (1 if record["p20_ms"] == record["p80_ms"] else 5)
+    noise = ms * next(share for calls, share in NOISE if known < calls)
+    low, high = (ms if record[key] is None else record[key] for key in ("p20_ms", "p80_ms"))
+    return min(low, ms - noise), max(high, ms + noise)
+
+
+def is_ours(record: dict[str, Any]) -> bool:
+    """Has our code a part in it?"""
+    return "illada" in record["provider"]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row in both runs."""
+
+    record: dict[str, Any]
+    before: dict[str, Any]
+    machine: float  # how many times longer everything takes now
+
+    @property
+    def ratio(self) -> float:
+        """This run's time over the earlier one's."""
+        return self.record["median_ms"] / self.before["median_ms"]
+
+    @property
+    def verdict(self) -> str:
+        """Of the row as it is, and of the machine's share in it."""
+        (low, high), (low_before, high_before) = interval(self.record), interval(self.before)
+        if low > high_before * max(self.machine, 1):
+            return SLOWER
+        return FASTER if high < low_before else SAME
+
+
+def key(record: dict[str, Any]) -> tuple[Any, ...]:
+    """What must be the same in both runs."""
+    return record["bench"], record["case"], record["provider"], record["timing"]
+
+
+def compare(records: Records, before: Records) -> list[Line]:
+    """The rows that both runs have, of several earlier ones the last."""
+    old = {key(r): r for r in before if r["median_ms"]}
+    pairs = [(r, old[key(r)]) for r in records if r["median_ms"] and key(r) in old]
+    peers = [
+        new["median_ms"] / was["median_ms"] for new, was in pairs if not is_ours(new) and new["torch"] == was["torch"]
+    ]
+    machine = statistics.median(peers) if len(peers) >= LEAST_PEERS else 1.0
+    return [Line(new, was, machine if is_ours(new) else 1.0) for new, was in pairs]
+
+
+def differences(records: Records, before: Records) -> list[str]:
+    """What else is not the same in both runs, of what a time depends on."""
+    found = []
+    for name in ("device", "threads", "torch", "driver", "variants"):
+        old, new = ({str(r[name]) for r in run if r.get(name) is not None} for run in (before, records))
+        if old and new and old != new:
+            found.append(f"{name}: {', '.join(sorted(old))} before, {', '.join(sorted(new))} now")
+    loads = [max((r["load"] for r in run if r.get("load") is not None), default=None) for run in (before, records)]
+    if None not in loads and max(loads) > 1.5 * min(loads) + 1:
+        found.append(f"load: up to {loads[0]:g} before, up to {loads[1]:g} now")
+    return found
+
+
+def table(lines: Sequence[Line]) -> str:
+    """Markdown."""
+    rows = ["| case | provider | before ms | now ms | now / before | |", "| --- | --- | ---: | ---: | ---: | --- |"]
+    for x in lines:
+        timing = ", graph" if x.record["timing"] == "graph" else ""
+        times = f"{x.before['median_ms']:.4f} | {x.record['median_ms']:.4f} | {x.ratio:.2f}"
+        rows.append(f"| {x.record['case']} | {x.record['provider']}{timing} | {times} | {x.verdict} |")
+    return "\n".join(rows)
+
+
+def show(records: Records, before: Records, name: str) -> int:
+    """Print the comparison. 0: nothing of ours is slower. 1: something is, or nothing is in both runs."""
+    lines = compare(records, before)
+    print(f"\n## This run against the earlier one in {name}\n")
+    if not lines:
+        print("No case and provider is in both runs.")
+        return 1
+    print(table(lines) + "\n")
+    for text in differences(records, before):
+        print(f"- not the same in both runs: {text}")
+    machine = next((x.machine for x in lines if is_ours(x.record)), 1.0)
+    if machine > 1.05:
+        print(f"- the peers took {machine:.2f} times as long as before, and so did the machine; ours is judged by that")
+    absent = {key(r)[:3] for r in before if r["median_ms"]} - {key(r)[:3] for r in records if r["median_ms"]}
+    if absent:
+        print(f"- {len(absent)} rows of the earlier run were not measured now")
+    slower = [x for x in lines if is_ours(x.record) and x.verdict == SLOWER]
+    count = {
+        verdict: sum(is_ours(x.record) and x.verdict == verdict for x in lines) for verdict in (SLOWER, SAME, FASTER)
+    }
+    print(f"- ours: {count[SLOWER]} slower, {count[SAME]} the same, {count[FASTER]} faster")
+    return 1 if slower else 0
+
+
+def peer_goals(records: Records, rivals: Any = None) -> list[Goal]:
+    """A missed goal for each case and way of timing in which a peer is faster by more than the noise of both.
+
+    rivals: says of a peer's name whether it does the same job; default: all do.
+    """
+    found = []
+    for ours in (r for r in records if r["provider"] == "illada"):
+        for peer in records:
+            same = peer["case"] == ours["case"] and peer["timing"] == ours["timing"] and not is_ours(peer)
+            if same and (rivals is None or rivals(peer["provider"])) and interval(peer)[1] < interval(ours)[0]:
+                times = ratio(records, ours["case"], peer["provider"], timing=ours["timing"])
+                found.append(Goal(f"{ours['case']}: {peer['provider']} takes {times:.2f} of our time", False))
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0: nothing of ours is slower. 1: something is, or the files have nothing in common."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.regression",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("before", metavar="OLD.jsonl", help="written by `python -m benchmarks BENCH --json OLD.jsonl`")
+    parser.add_argument("now", metavar="NEW.jsonl", help="likewise, later")
+    options = parser.parse_args(arguments)
+    try:
+        before, now = (report.read_json(path) for path in (options.before, options.now))
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    return show(now, before, options.before)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,332 @@
+// Gradients of a block of rows against blocks of keys. Included by row_kernels_impl.h.
+//
+//   s = scale q k^T,   p = exp(s - lse),   ds = p (dout v^T - c),   c = dout . out - dlse of each row,
+//   dv = p^T dout,     dk = scale ds^T q,  dq = scale ds k.
+//
+// Rows are the lanes of p and ds, as in attention_impl.h, whose scores these are to the bit: one more product of an
+// element of a key with all rows. So a row's lse, c and softmax need no sums across lanes. Columns of the head dim are
+// the lanes of dq, dk and dv: nothing has to be turned around but q and dout, which come in both ways.
+//
+// Of a sequence's rows, kGradientRows at a time meet all keys in blocks of kGradientKeys. dq is complete after that; dk
+// and dv are added up in scratch until the last row. Every sum is in the order of rows or keys, whoever asks for it.
+//
+// Work: 10 rows keys D flop in five products, an exponential for each row and key. Of memory a block of rows reads 3
+// rows D elements and writes rows D, and reads and writes 4 keys D floats, which the second-level cache holds up to
+// some thousand keys: 64 rows have 2.5 x 64 flop for each of these bytes.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <utility>
+
+#include "cpu/attention_impl.h"
+#include "cpu/row_kernels.h"
+#include "cpu/vec.h"
+
+namespace illada::cpu::ILLADA_ISA {
+
+// Sums that a product holds, by its vectors.
+constexpr int gradient_sums(int vectors) { return kLanes == 16 ? (vectors > 2 ? 6 : 8) : vectors == 2 ? 6 : 8; }
+static_assert(kGradientRows % kTileRows == 0);
+
+// From this on the last bit of lse is so large that probabilities do not add up to 1.
+constexpr float kLargestExactLse = 1024.0f;
+
+struct Scratch {
+  Scratch(float* from, int head_dim, int64_t keys) : pitch(gradient_pitch(head_dim)) {
+    const auto take = [&](int64_t count) { return std::exchange(from, from + count); };
+    q = take(kGradientRows * pitch);
+    dout = take(kGradientRows * pitch);
+    dq = take(kGradientRows * pitch);
+    k = take(kGradientKeys * pitch);
+    v = take(kGradientKeys * pitch);
+    dk = take(keys * pitch);
+    dv = take(keys * pitch);
+    q_lanes = take(int64_t(kGradientRows) * head_dim);
+    dout_lanes = take(int64_t(kGradientRows) * head_dim);
+    p = take(int64_t(kGradientKeys) * kGradientRows);
+    ds = take(int64_t(kGradientKeys) * kGradientRows);
+    reference = take(kGradientRows);
+    log_sum = take(kGradientRows);
+    c = take(kGradientRows);
+  }
+  int64_t pitch;
+  float *q, *dout, *dq;            // [rows, pitch]
+  float *k, *v, *dk, *dv;          // [keys, pitch]
+  float *q_lanes, *dout_lanes;     // [strips of rows, head dim, rows of the strip]
+  float *p, *ds;                   // [keys, kGradientRows]
+  float *reference, *log_sum, *c;  // of rows: lse is the sum of the first two
+};
+
+// f(Int<vectors>, first) for strips of `lanes` that kMostVectors vectors hold at most; the last one may reach beyond.
+template <typename F>
+inline void strips(int lanes, F&& f) {
+  constexpr int kStrip = kMostVectors * kLanes;
+  int first = 0;
+  for (; first + kStrip <= lanes; first += kStrip) f(Int<kMostVectors>{}, first);
+  const int left = (lanes - first + kLanes - 1) / kLanes;
+  if (left == 1) f(Int<1>{}, first);
+  if constexpr (kMostVectors == 4) {
+    if (left == 2) f(Int<2>{}, first);
+    if (left == 3) f(Int<3>{}, first);
+    if (left == 4) f(Int<4>{}, first);
+  } else {
+    if (left == 2) f(Int<2>{}, first);
+  }
+}
+
+// to[m] (+)= sum_k a[m * next + k * step] b[k], of `dim` columns
+inline void add_product(int many, int count, const float* a, int64_t next, int64_t step, const float* b, int dim,
+                        float* to, int64_t pitch, bool add) {
+  strips(dim, [&](auto vectors, int d) {
+    constexpr int kVectors = vectors.value;
+    many_at_a_time<gradient_sums(kVectors)>(many, [&](auto number, int m) {
+      VecF x[number.value][kVectors]{};
+      float* const at = to + m * pitch + d;
+      if (add) {
+        for (int i = 0; i < number.value; ++i)
+          for (int v = 0; v < kVectors; ++v) x[i][v] = load(at + i * pitch + v * kLanes);
+      }
+      multiply_add(a + m * next, next, step, count, b + d, pitch, x);
+      for (int i = 0; i < number.value; ++i)
+        for (int v = 0; v < kVectors; ++v) store(at + i * pitch + v * kLanes, x[i][v]);
+    });
+  });
+}
+
+// Scores of `keys` and a strip of rows, kSums keys at a time: f(Int<sums>, key, scores).
+template <int kVectors, typename F>
+inline void scores(const float* k, int64_t pitch, int keys, const float* q_lanes, int dim, float scale, F&& f) {
+  many_at_a_time<gradient_sums(kVectors)>(keys, [&](auto number, int key) {
+    VecF s[number.value][kVectors]{};
+    multiply_add(k + key * pitch, pitch, 1, dim, q_lanes, kVectors * kLanes, s);
+    for (int m = 0; m < number.value; ++m)
+      for (int i = 0; i < kVectors; ++i) s[m][i] *= scale;
+    f(number, key, s);
+  });
+}
+
+// p and ds of `keys` and all rows.
+inline void differentiate_scores(const Scratch& x, int rows, int keys, int dim, float scale) {
+  strips(rows, [&](auto vectors, int first) {
+    constexpr int kVectors = vectors.value;
+    scores<kVectors>(
+        x.k, x.pitch, keys, x.q_lanes + int64_t(first) * dim, dim, scale, [&](auto number, int key, auto& s) {
+          float* const p = x.p + key * kGradientRows + first;
+          for (int i = 0; i < kVectors; ++i) {
+            const VecF reference = load(x.reference + first + i * kLanes),
+                       log_sum = load(x.log_sum + first + i * kLanes);
+            for (int m = 0; m < number.value; ++m)
+              store(p + m * kGradientRows + i * kLanes, exp2_or_0((s[m][i] - reference - log_sum) * float(kLog2e)));
+          }
+          VecF dp[number.value][kVectors]{};
+          multiply_add(x.v + key * x.pitch, x.pitch, 1, dim, x.dout_lanes + int64_t(first) * dim, kVectors * kLanes,
+                       dp);
+          float* const ds = x.ds + key * kGradientRows + first;
+          for (int i = 0; i < kVectors; ++i) {
+            const VecF c = load(x.c + first + i * kLanes);
+            for (int m = 0; m < number.value; ++m)
+              store(ds + m * kGradientRows + i * kLanes, load(p + m * kGradientRows + i * kLanes) * (dp[m][i] - c));
+          }
+        });
+  });
+}
+
+// `keys` from first on of k or v, as floats.
+template <typename T>
+inline void load_keys(const void* from, int64_t token_stride, int64_t first, int keys, int dim, float* to,
+                      int64_t pitch) {
+  const int whole = dim - dim % kLanes;
+  for (int key = 0; key < keys; ++key) {
+    const T* const source = static_cast<const T*>(from) + (first + key) * token_stride;
+    float* const target = to + key * pitch;
+    for (int d = 0; d < whole; d += kLanes) store(target + d, load(source + d));
+    if (whole < dim) store(target + whole, VecF{});
+    for (int d = whole; d < dim; ++d) target[d] = to_float(source[d]);
+  }
+}
+
+// Gradients that were added up, times a factor, as elements.
+template <typename T>
+inline void store_row(const float* from, float factor, int dim, T* to) {
+  int d = 0;
+  for (; d + kLanes <= dim; d += kLanes) store(to + d, load(from + d) * factor);
+  for (; d < dim; ++d) store_scalar(to + d, from[d] * factor);
+}
+
+// Rows of q or dout, both ways; what is past the last row holds that row, and is never looked at.
+template <typename T>
+inline void load_rows(const T* const (&from)[kGradientRows], int rows, int dim, float* to, int64_t pitch,
+                      float* lanes) {
+  const int whole = dim - dim % kLanes;
+  strips(rows, [&](auto vectors, int first) {
+    constexpr int kTile = vectors.value * kLanes;
+    float* const strip = lanes + int64_t(first) * dim;
+    for (int part = 0; part < kTile; part += kLanes) {
+      const T* const* const row = from + first + part;
+      float* const target = to + (first + part) * pitch;
+      for (int d = 0; d < whole; d += kLanes) {
+        VecF square[kLanes];
+        for (int i = 0; i < kLanes; ++i) {
+          square[i] = load(row[i] + d);
+          store(target + i * pitch + d, square[i]);
+        }
+        transpose(square);
+        for (int i = 0; i < kLanes; ++i) store(strip + (d + i) * kTile + part, square[i]);
+      }
+      if (whole < dim)
+        for (int i = 0; i < kLanes; ++i) store(target + i * pitch + whole, VecF{});
+      for (int d = whole; d < dim; ++d)
+        for (int i = 0; i < kLanes; ++i) strip[d * kTile + part + i] = target[i * pitch + d] = to_float(row[i][d]);
+    }
+  });
+}
+
+// What the softmax of each row is relative to, from all its scores: as exact as lse is not where it is large.
+template <typename T>
+void find_softmax(const AttentionGradient& a, const Scratch& x, int rows) {
+  std::fill_n(x.reference, kGradientRows, -kLargest);
+  std::fill_n(x.log_sum, kGradientRows, 0.0f);
+  for (int first_key = 0; first_key < a.all_keys; first_key += kGradientKeys) {
+    const int keys = std::min(a.all_keys - first_key, kGradientKeys);
+    load_keys<T>(a.k, a.k_token_stride, first_key, keys, a.head_dim, x.k, x.pitch);
+    strips(rows, [&](auto vectors, int first) {
+      constexpr int kVectors = vectors.value;
+      VecF top[kVectors], sum[kVectors];
+      for (int i = 0; i < kVectors; ++i) top[i] = load(x.reference + first + i * kLanes);
+      scores<kVectors>(x.k, x.pitch, keys, x.q_lanes + int64_t(first) * a.head_dim, a.head_dim, a.softmax_scale,
+                       [&](auto number, int key, auto& s) {
+                         for (int m = 0; m < number.value; ++m)
+                           for (int i = 0; i < kVectors; ++i) {
+                             store(x.p + (key + m) * kGradientRows + first + i * kLanes, s[m][i]);
+                             top[i] = max(s[m][i], top[i]);
+                           }
+                       });
+      for (int i = 0; i < kVectors; ++i) {
+        float* const reference = x.reference + first + i * kLanes;
+        sum[i] = load(x.log_sum + first + i * kLanes) * exp2_or_0((load(reference) - top[i]) * float(kLog2e));
+        for (int key = 0; key < keys; ++key)
+          sum[i] += exp2_or_0((load(x.p + key * kGradientRows + first + i * kLanes) - top[i]) * float(kLog2e));
+        store(reference, top[i]);
+        store(x.log_sum + first + i * kLanes, sum[i]);
+      }
+    });
+  }
+  for (int row = 0; row < rows; ++row) x.log_sum[row] = std::log(x.log_sum[row]);
+}
+
+// Rows first .. first + rows - 1 of all of a's into scratch.
+template <typename T>
+void load_block(const AttentionGradient& a, const Scratch& x, int64_t first, int rows) {
+  const int dim = a.head_dim, whole = dim - dim % kLanes;
+  const T *q[kGradientRows], *dout[kGradientRows];
+  bool exact = true;
+  for (int row = 0; row < kGradientRows; ++row) {
+    if (row >= rows) {
+      q[row] = q[rows - 1], dout[row] = dout[rows - 1];
+      continue;
+    }
+    const int64_t token = (first + row) / a.group, head = (first + row) % a.group;
+    q[row] = static_cast<const T*>(a.q) + token * a.q_token_stride + head * a.q_head_stride;
+    dout[row] = static_cast<const T*>(a.dout) + token * a.dout_token_stride + head * a.dout_head_stride;
+    const T* const out = static_cast<const T*>(a.out) + (token * a.num_heads + head) * dim;
+    VecF sum{};
+    for (int d = 0; d < whole; d += kLanes) sum += load(dout[row] + d) * load(out + d);
+    float c = horizontal_sum(sum);
+    for (int d = whole; d < dim; ++d) c += to_float(dout[row][d]) * to_float(out[d]);
+    const int64_t at = head * a.total_q + token;
+    x.c[row] = a.dlse ? c - a.dlse[at] : c;
+    x.reference[row] = a.lse[at];
+    exact = exact && std::abs(a.lse[at]) < kLargestExactLse;
+  }
+  load_rows(q, rows, dim, x.q, x.pitch, x.q_lanes);
+  load_rows(dout, rows, dim, x.dout, x.pitch, x.dout_lanes);
+  if (exact)
+    std::fill_n(x.log_sum, kGradientRows, 0.0f);
+  else
+    find_softmax<T>(a, x, rows);
+}
+
+// Lines of memory that a part starts with, for the time it takes to get them.
+template <bool kWrite = false, typename T>
+inline void prefetch(const T* row, int dim) {
+  for (int64_t at = 0; at < dim; at += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + at, kWrite, 2);
+}
+template <typename T>
+void prefetch_rows(const AttentionGradient& a) {
+  const int rows = int(std::min<int64_t>(a.rows, kGradientRows));
+  for (int row = 0; row < rows; ++row) {
+    const int64_t token = (a.first_row + row) / a.group, head = (a.first_row + row) % a.group;
+    prefetch(static_cast<const T*>(a.q) + token * a.q_token_stride + head * a.q_head_stride, a.head_dim);
+    prefetch(static_cast<const T*>(a.dout) + token * a.dout_token_stride + head * a.dout_head_stride, a.head_dim);
+    prefetch(static_cast<const T*>(a.out) + (token * a.num_heads + head) * a.head_dim, a.head_dim);
+  }
+}
+template <typename T>
+void prefetch_keys(const AttentionGradient& a) {
+  const int keys = std::min(a.keys, kGradientKeys);
+  for (int64_t key = a.first_key; key < a.first_key + keys; ++key) {
+    prefetch(static_cast<const T*>(a.k) + key * a.k_token_stride, a.head_dim);
+    prefetch(static_cast<const T*>(a.v) + key * a.v_token_stride, a.head_dim);
+  }
+}
+template <typename T>
+void prefetch_dq(const AttentionGradient& a) {
+  if (!a.dq) return;
+  const int rows = int(std::min<int64_t>(a.rows, kGradientRows));
+  for (int row = 0; row < rows; ++row) {
+    const int64_t token = (a.first_row + row) / a.group, head = (a.first_row + row) % a.group;
+    prefetch<true>(static_cast<const T*>(a.dq) + (token * a.num_heads + head) * a.head_dim, a.head_dim);
+  }
+}
+template <typename T>
+void prefetch_dk(const AttentionGradient& a) {
+  if (!a.dk) return;
+  const int keys = std::min(a.keys, kGradientKeys);
+  for (int64_t key = a.first_key; key < a.first_key + keys; ++key) {
+    prefetch<true>(static_cast<const T*>(a.dk) + key * a.num_kv_heads * a.head_dim, a.head_dim);
+    prefetch<true>(static_cast<const T*>(a.dv) + key * a.num_kv_heads * a.head_dim, a.head_dim);
+  }
+}
+
+template <typename T>
+void differentiate(const AttentionGradient& a, const AttentionGradient* next) {
+  if (a.keys > kGradientKeys || a.rows > 2 * kGradientRows) next = nullptr;
+  const int dim = a.head_dim;
+  const Scratch x(a.scratch, dim, a.dk ? a.keys : 0);
+  for (int64_t first_row = 0; first_row < a.rows; first_row += kGradientRows) {
+    const int rows = int(std::min<int64_t>(a.rows - first_row, kGradientRows));
+    load_block<T>(a, x, a.first_row + first_row, rows);
+    for (int first_key = 0; first_key < a.keys; first_key += kGradientKeys) {
+      const int keys = std::min(a.keys - first_key, kGradientKeys);
+      load_keys<T>(a.k, a.k_token_stride, a.first_key + first_key, keys, dim, x.k, x.pitch);
+      load_keys<T>(a.v, a.v_token_stride, a.first_key + first_key, keys, dim, x.v, x.pitch);
+      if (next && first_row == 0) prefetch_rows<T>(*next);
+      differentiate_scores(x, rows, keys, dim, a.softmax_scale);
+      if (a.dk) {
+        const int64_t at = first_key * x.pitch;
+        if (next && first_row == 0) prefetch_keys<T>(*next);
+        add_product(keys, rows, x.p, kGradientRows, 1, x.dout, dim, x.dv + at, x.pitch, first_row > 0);
+        if (next && first_row == 0) prefetch_dq<T>(*next);
+        add_product(keys, rows, x.ds, kGradientRows, 1, x.q, dim, x.dk + at, x.pitch, first_row > 0);
+      }
+      if (next && first_row == 0) prefetch_dk<T>(*next);
+      if (a.dq) add_product(rows, keys, x.ds, 1, kGradientRows, x.k, dim, x.dq, x.pitch, first_key > 0);
+    }
+    if (a.dq) {
+      for (int row = 0; row < rows; ++row) {
+        const int64_t n = a.first_row + first_row + row, token = n / a.group, head = n % a.group;
+        store_row(x.dq + row * x.pitch, a.softmax_scale, dim,
+                  static_cast<T*>(a.dq) + (token * a.num_heads + head) * dim);
+      }
+    }
+  }
+  if (!a.dk) return;
+  for (int key = 0; key < a.keys; ++key) {
+    const int64_t to = (a.first_key + key) * a.num_kv_heads * dim;
+    store_row(x.dk + key * x.pitch, a.softmax_scale, dim, static_cast<T*>(a.dk) + to);
+    store_row(x.dv + key * x.pitch, 1.0f, dim, static_cast<T*>(a.dv) + to);
+  }
+}
+
+}  // namespace illada::cpu::ILLADA_ISA

@@ -1,0 +1,98 @@
+// The row kernel runs twice: over the logits, or over what is sampled of them, for confidence; and over the kept logits
+// for the token. Cost beside it: a copy of the row in float32, a selection for top_k, an exponential an id for top_p.
+#include "cpu/sample_filter.h"
+
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <limits>
+#include <utility>
+#include <vector>
+
+namespace illada::cpu {
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// The smallest logit that top_k keeps; all that equal it are kept as well.
+float kth_largest(const std::vector<float>& x, int64_t k) {
+  std::vector<float> order(x);
+  std::nth_element(order.begin(), order.begin() + (k - 1), order.end(), std::greater<>());
+  return order[size_t(k - 1)];
+}
+
+// Leaves out what top_p does of the x that are above -inf. The probabilities of neighbouring logits are summed up in
+// bins first, so that only the logits of one bin are sorted.
+void keep_top_p(std::vector<float>& x, float maximum, float temperature, float top_p) {
+  constexpr int kBins = 2048;
+  constexpr double kBinsOfOne = 64;  // bins of a factor e in probability
+  const auto nats_below = [&](float value) { return (double(maximum) - double(value)) / double(temperature); };
+  const auto bin_of = [&](float value) { return int(std::min(nats_below(value) * kBinsOfOne, double(kBins - 1))); };
+  std::vector<double> mass(kBins, 0.0);
+  double total = 0;
+  for (const float value : x)
+    if (value > -kInfinity) mass[size_t(bin_of(value))] += std::exp(-nats_below(value));
+  for (const double part : mass) total += part;
+  const double target = double(top_p) * total;
+  double sum = 0;
+  int last_bin = 0;
+  while (last_bin < kBins - 1 && sum + mass[size_t(last_bin)] < target) sum += mass[size_t(last_bin++)];
+
+  std::vector<std::pair<float, int64_t>> of_bin;
+  for (size_t v = 0; v < x.size(); ++v) {
+    if (x[v] == -kInfinity) continue;
+    const int bin = bin_of(x[v]);
+    if (bin == last_bin) of_bin.emplace_back(x[v], int64_t(v));
+    if (bin > last_bin) x[v] = -kInfinity;
+  }
+  std::sort(of_bin.begin(), of_bin.end(),
+            [](const auto& a, const auto& b) { return a.first != b.first ? a.first > b.first : a.second < b.second; });
+  for (size_t i = 0; i < of_bin.size(); ++i) {
+    if (sum >= target) x[size_t(of_bin[i].second)] = -kInfinity;
+    sum += std::exp(-nats_below(of_bin[i].first));
+  }
+}
+
+std::vector<float> biased_logits(const SampleRow& row, bool bf16, const RowKernels& kernels) {
+  std::vector<float> x(size_t(row.vocab_size));
+  const auto logit = bf16 ? kernels.logit_bf16 : kernels.logit_f32;
+  for (size_t v = 0; v < x.size(); ++v) x[v] = logit(row.logits, int64_t(v));
+  for (int64_t b = 0; b < row.bias_count; ++b)
+    if (row.bias_ids[b] >= 0) x[size_t(row.bias_ids[b])] += row.bias_values[b];
+  return x;
+}
+
+}  // namespace
+
+SampleRowResult sample_filtered(const RowKernels& kernels, bool bf16, const SampleRow& row, const RowFilter& filter) {
+  SampleRow greedy = row;  // its token is the most likely one
+  greedy.temperature = 0;
+  SampleRowResult found = (bf16 ? kernels.sample_bf16 : kernels.sample_f32)(greedy);
+  if (!found.valid) return (bf16 ? kernels.sample_bf16 : kernels.sample_f32)(row);
+
+  std::vector<float> x = biased_logits(row, bf16, kernels);
+  const float maximum = x[size_t(found.token)], temperature = row.temperature > 0 ? row.temperature : 1.0f;
+  if (filter.top_k > 0 && filter.top_k < row.vocab_size) {
+    const float last = kth_largest(x, filter.top_k);
+    for (float& value : x)
+      if (value < last) value = -kInfinity;
+  }
+  if (filter.top_p < 1.0f) keep_top_p(x, maximum, temperature, filter.top_p);
+
+  SampleRow kept = row;
+  kept.logits = x.data();
+  kept.bias_count = 0;
+  const int64_t token = kernels.sample_f32(kept).token;
+  double logit = double(x[size_t(token)]) - double(maximum);
+  if (filter.confidence_at_temperature) {
+    for (float& value : x) value = (value - maximum) / temperature;
+    kept.temperature = 0;
+    logit = double(x[size_t(token)]);
+    found = kernels.sample_f32(kept);
+  }
+  found.token = token;
+  found.logprob = float(logit + double(found.logprob));  // which was that of the largest logit
+  return found;
+}
+
+}  // namespace illada::cpu

@@ -1,0 +1,356 @@
+// What top_k and top_p keep of each row that asks: a smallest logit and, among those that equal it, a last id.
+//
+// One CTA a row, which ends at once where the row asks for nothing. Both selections are of the same form: how far down
+// from the largest logit does the sum of something (1 an id, or its probability) reach a target? A histogram over the
+// distance from the largest logit names the bin where it does, the ids of this bin are listed in shared memory, and a
+// bisection over their bits finds the logit; where they are too many for the list, over the row itself. So a selection
+// is two passes over the row, which the L2 cache holds by then, beside one for its largest logit.
+//
+// All sums are of integers: their order does not matter, and a row's result depends on the row alone. The weight of an
+// id is relative to the edge of its bin, as its logit's distance from that edge is exact.
+#include <climits>
+
+#include "common/dependent_launch.h"
+#include "common/dtype.cuh"
+#include "remask/launch.h"
+#include "remask/row_sample.cuh"
+
+namespace illada::remask {
+namespace {
+
+constexpr int kThreads = 1024, kWarps = kThreads / 32;
+constexpr int kBins = 2 * kThreads, kLastBin = kBins - 1;  // of which the last holds all that is further away
+constexpr float kBinsOfOne = 64.0f;                        // bins of a factor e in probability: 32 nats in all
+constexpr int kListed = 2048;
+constexpr int kBiasBits = 1 << 15;
+constexpr int kEdgeBits = 24;  // of the fixed point of a bin's mass, beside those of a weight
+
+using Sum = unsigned long long;
+
+struct Listed {
+  float x;
+  int32_t id;
+};
+
+struct SharedStorage {
+  uint32_t count[kBins], fraction[kBins];
+  Listed list[kListed];
+  uint32_t biased[kBiasBits / 32];  // a bit for the vectors of 8 ids that may hold a biased one
+  Sum partial[kWarps];
+  Sum before;  // of the bin that was found
+  int32_t bin, listed;
+  int32_t maximum, minimum, low, high;  // ordered
+};
+
+__device__ __forceinline__ float of_key(int32_t key) { return from_ordered(key); }
+// Equal floats have equal keys, the two zeros too.
+__device__ __forceinline__ int32_t key_of(float x) { return ordered(x + 0.0f); }
+
+template <typename T, bool kAligned>
+struct RowFilter {
+  SharedStorage& shared;
+  const T* row;
+  int32_t vocab;
+  RowBias bias;
+  float maximum = 0;
+  float floor = -INFINITY;  // smaller logits count no more
+  float scale = 0;          // bins of a distance of 1
+  int bin = 0, weight_bits = 0;
+
+  // f(x, id) for every id of the row, by the threads of the CTA.
+  template <typename F>
+  __device__ __forceinline__ void for_each_of_row(F&& f) const {
+    const int vectors = vocab / kVector;
+    const auto load = [&](int vector) {
+      const T* const at = row + int64_t(vector) * kVector;
+      return kAligned ? load8(at) : load8_unaligned(at);
+    };
+    Raw8<T> next = minus_infinity8<T>();  // on its way while the one before is worked on
+    if (int(threadIdx.x) < vectors) next = load(int(threadIdx.x));
+    for (int vector = int(threadIdx.x); vector < vectors; vector += kThreads) {
+      float x[kVector];
+      unpack8(next, x);
+      if (vector + kThreads < vectors) next = load(vector + kThreads);
+      const int first = vector * kVector;
+      if (bias.count && shared.biased[vector % kBiasBits / 32] >> (vector % 32) & 1) {
+#pragma unroll 1
+        for (int b = 0; b < bias.count; ++b) {
+          const int at = bias.ids[b] - first;
+          const float value = bias.values[b];
+#pragma unroll
+          for (int i = 0; i < kVector; ++i) x[i] += at == i ? value : 0.0f;  // a branch would put x in local memory
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) f(x[i], first + i);
+    }
+    const int id = vectors * kVector + int(threadIdx.x);
+    if (id >= vocab) return;
+    float x = to_float(row[id]);
+#pragma unroll 1
+    for (int b = 0; b < bias.count; ++b)
+      if (bias.ids[b] == id) x += bias.values[b];
+    f(x, id);
+  }
+
+  __device__ __forceinline__ float distance(float x) const { return __fmul_rn(maximum - x, scale); }
+  __device__ __forceinline__ int bin_of(float x) const {
+    const float t = distance(x);
+    return t < float(kLastBin) ? int(t) : kLastBin;
+  }
+
+  __device__ __forceinline__ Sum block_sum(Sum value) const {
+    const auto add = [](Sum a, Sum b) { return a + b; };
+    value = warp_reduce(value, add);
+    __syncthreads();  // what was in `partial` has been read
+    if (threadIdx.x % 32 == 0) shared.partial[threadIdx.x / 32] = value;
+    __syncthreads();
+    return warp_reduce(shared.partial[threadIdx.x % 32], add);
+  }
+
+  // The largest logit, and in shared memory the smallest above -inf; false where the row has no softmax.
+  __device__ __forceinline__ bool find_range() {
+    float most = -INFINITY, least = INFINITY;
+    bool nan = false;
+    for_each_of_row([&](float x, int) {
+      most = fmaxf(most, x);
+      least = x > -INFINITY ? fminf(least, x) : least;
+      nan |= x != x;
+    });
+    atomicMax(&shared.maximum, __reduce_max_sync(kFullWarp, key_of(most)));
+    atomicMin(&shared.minimum, __reduce_min_sync(kFullWarp, key_of(least)));
+    nan = __syncthreads_or(nan);
+    maximum = of_key(shared.maximum);
+    return !nan && maximum > -INFINITY && maximum < INFINITY;
+  }
+
+  // Counts, and what the weights lack of those of the bins' edges, of all that is not below the floor.
+  template <typename Lacking>
+  __device__ __forceinline__ void fill_bins(Lacking&& lacking) {
+    __syncthreads();
+    for (int i = int(threadIdx.x); i < kBins; i += kThreads) shared.count[i] = shared.fraction[i] = 0;
+    __syncthreads();
+    for_each_of_row([&](float x, int) {
+      if (!(x > -INFINITY && x >= floor)) return;
+      const int at = bin_of(x);
+      atomicAdd(&shared.count[at], 1u);
+      if (const uint32_t part = lacking(x, at)) atomicAdd(&shared.fraction[at], part);
+    });
+    __syncthreads();
+  }
+
+  // The bin in which the sum of the bins' masses reaches target(their total), or -1; shared.before is the sum of those
+  // before it.
+  template <typename Mass, typename Target>
+  __device__ __forceinline__ int find_bin(Mass&& mass, Target&& target) {
+    const int lane = int(threadIdx.x % 32), warp = int(threadIdx.x / 32), at = 2 * int(threadIdx.x);
+    const auto scan = [&](Sum value) {
+#pragma unroll
+      for (int offset = 1; offset < 32; offset *= 2) {
+        const Sum other = __shfl_up_sync(kFullWarp, value, offset);
+        if (lane >= offset) value += other;
+      }
+      return value;
+    };
+    const Sum first = mass(at), both = first + mass(at + 1), of_warp = scan(both);
+    if (lane == 31) shared.partial[warp] = of_warp;
+    if (threadIdx.x == 0) shared.bin = -1;
+    __syncthreads();
+    const Sum warps = scan(shared.partial[lane]);
+    const Sum total = __shfl_sync(kFullWarp, warps, 31);
+    const Sum warps_before = __shfl_sync(kFullWarp, warps, warp) - shared.partial[warp];
+    const Sum before = warps_before + of_warp - both, wanted = target(total);
+    if (before < wanted && before + both >= wanted) {
+      const bool second = before + first < wanted;
+      shared.bin = at + int(second);
+      shared.before = second ? before + first : before;
+    }
+    __syncthreads();
+    return shared.bin;
+  }
+
+  __device__ __forceinline__ bool in_bin(float x) const { return x > -INFINITY && x >= floor && bin_of(x) == bin; }
+
+  // Lists the ids of `bin`, where they fit, and finds the range of their logits.
+  __device__ __forceinline__ void list_bin() {
+    const bool fits = shared.count[bin] <= kListed;
+    if (threadIdx.x == 0) {
+      shared.listed = 0;
+      shared.low = INT_MAX;
+      shared.high = INT_MIN;
+    }
+    __syncthreads();
+    int32_t low = INT_MAX, high = INT_MIN;
+    for_each_of_row([&](float x, int id) {
+      if (!in_bin(x)) return;
+      low = min(low, key_of(x));
+      high = max(high, key_of(x));
+      if (fits) shared.list[atomicAdd(&shared.listed, 1)] = {x, id};
+    });
+    atomicMin(&shared.low, __reduce_min_sync(kFullWarp, low));
+    atomicMax(&shared.high, __reduce_max_sync(kFullWarp, high));
+    __syncthreads();
+  }
+
+  // The sum of value(x, id) over the ids of the bin.
+  template <typename Value>
+  __device__ __forceinline__ Sum sum_of_bin(Value&& value) const {
+    Sum sum = 0;
+    if (shared.count[bin] <= kListed) {
+#pragma unroll 1
+      for (int i = int(threadIdx.x); i < shared.listed; i += kThreads)
+        sum += value(shared.list[i].x, shared.list[i].id);
+    } else {
+      for_each_of_row([&](float x, int id) {
+        if (in_bin(x)) sum += value(x, id);
+      });
+    }
+    return block_sum(sum);
+  }
+
+  // The key of the largest logit of the bin for which the weights of all that are not smaller sum to `needed`; of the
+  // smallest where they never do.
+  template <typename Weight>
+  __device__ __forceinline__ int32_t find_key(Sum needed, Weight&& weight) {
+    list_bin();
+    int32_t low = shared.low, high = shared.high;
+    while (low < high) {
+      const int32_t middle = int32_t(low + int64_t(uint32_t(high) - uint32_t(low) + 1) / 2);
+      const Sum sum = sum_of_bin([&](float x, int) { return key_of(x) >= middle ? Sum(weight(x)) : 0; });
+      if (sum >= needed) {
+        low = middle;
+      } else {
+        high = middle - 1;
+      }
+    }
+    return low;
+  }
+
+  // The smallest logit that top_k keeps.
+  __device__ __forceinline__ float find_top_k(int32_t top_k) {
+    scale = kBinsOfOne;
+    for (bool again = true;; again = false) {
+      fill_bins([](float, int) { return 0u; });
+      bin = find_bin([&](int at) { return Sum(shared.count[at]); }, [&](Sum) { return Sum(top_k); });
+      if (bin != kLastBin || !again) break;
+      scale = float(kLastBin) / (maximum - of_key(shared.minimum));  // 0 where the difference is infinite
+    }
+    if (bin < 0) return -INFINITY;  // fewer are above it
+    return of_key(find_key(Sum(top_k) - shared.before, [](float) { return 1u; }));
+  }
+
+  // What the weight of an id lacks of that of its bin's edge, which is 2^weight_bits. Ids that are e^-32 times as
+  // likely as the first have no weight.
+  __device__ __forceinline__ uint32_t lacking(float x, int at) const {
+    const float beyond = distance(x) - float(at);  // exact
+    const float lost = 1.0f - exp2_approx(beyond * (-kLog2eF / kBinsOfOne));
+    return at == kLastBin ? 0 : __float2uint_rn(lost * float(1 << weight_bits));
+  }
+  __device__ __forceinline__ uint32_t weight(float x) const { return (1u << weight_bits) - lacking(x, bin); }
+
+  // Where top_p ends, among what is not below the floor.
+  __device__ __forceinline__ void find_top_p(float top_p, float temperature, float& value, int32_t& last) {
+    weight_bits =
+        min(20, 6 + __clz(vocab - 1));  // what a bin's weights lack is less than 2^(bits - 6) each, 2^32 in all
+    scale = fminf(kBinsOfOne / temperature, 1e30f);
+    fill_bins([&](float x, int at) { return lacking(x, at); });
+    Sum wanted = 0;
+    bin = find_bin(
+        [&](int at) {
+          const Sum weights = (Sum(shared.count[at]) << weight_bits) - shared.fraction[at];
+          return at == kLastBin ? 0 : Sum(double(weights) * edge(at) + 0.5);
+        },
+        [&](Sum total) { return wanted = Sum(fmax(ceil(double(top_p) * double(total)), 1.0)); });
+    const Sum needed = Sum(fmax(ceil(double(wanted - shared.before) / edge(bin)), 1.0));
+    const int32_t key = find_key(needed, [&](float x) { return weight(x); });
+    value = of_key(key);
+    // Of those that equal it the lowest ids are kept, as many as it takes.
+    const Sum above = sum_of_bin([&](float x, int) { return key_of(x) > key ? Sum(weight(x)) : 0; });
+    const Sum equal = sum_of_bin([&](float x, int) { return Sum(key_of(x) == key); });
+    const Sum kept = above < needed ? (needed - above - 1) / weight(value) + 1 : 1;
+    if (kept >= equal) return;
+    int32_t low = 0, high = vocab - 1;
+    while (low < high) {
+      const int32_t middle = low + (high - low) / 2;
+      if (sum_of_bin([&](float x, int id) { return Sum(key_of(x) == key && id <= middle); }) >= kept) {
+        high = middle;
+      } else {
+        low = middle + 1;
+      }
+    }
+    last = low;
+  }
+  // Of a bin, in the fixed point of masses: what its weights are multiplied by.
+  __device__ __forceinline__ static double edge(int at) {
+    return exp2(double(at) * (-double(kLog2eF) / kBinsOfOne) + kEdgeBits);
+  }
+};
+
+template <typename T, bool kAligned>
+__global__ __launch_bounds__(kThreads,
+                             1) void illada_sample_filters_sm80(const __grid_constant__ SampleTokensParams p,
+                                                                RowCut* cuts,
+                                                                const __grid_constant__ DependentLaunch launch) {
+  __shared__ SharedStorage shared;
+  const int64_t row = blockIdx.x;
+  wait_for_previous_kernel(launch);
+  RowCut cut;
+  const float noise = p.temperatures ? p.temperatures[row] : p.temperature, temperature = noise > 0 ? noise : 1.0f;
+  const int32_t top_k = p.top_ks ? p.top_ks[row] : p.top_k;
+  const float top_p = p.top_ps ? p.top_ps[row] : p.top_p;
+  const bool matters = noise > 0 || p.confidence_at_temperature;  // the largest logit is always kept
+  const bool by_count = matters && top_k > 0 && top_k < p.vocab_size, by_mass = matters && top_p < 1.0f;
+  if (!by_count && !by_mass && !p.confidence_at_temperature) {
+    if (threadIdx.x == 0) cuts[row] = cut;
+    return;
+  }
+  RowFilter<T, kAligned> filter{shared, static_cast<const T*>(p.logits) + row * p.logits_row_stride,
+                                int32_t(p.vocab_size), RowBias(p, row)};
+  if (threadIdx.x == 0) {
+    shared.maximum = INT_MIN;
+    shared.minimum = INT_MAX;
+  }
+  if (threadIdx.x < kBiasBits / 32) shared.biased[threadIdx.x] = 0;
+  __syncthreads();
+  for (int b = int(threadIdx.x); b < filter.bias.count; b += kThreads) {
+    const int id = filter.bias.ids[b], bit = id / kVector % kBiasBits;
+    if (id >= 0) atomicOr(&shared.biased[bit / 32], 1u << (bit % 32));
+  }
+  __syncthreads();
+  if (filter.find_range()) {
+    if (by_count) cut.value = filter.floor = filter.find_top_k(top_k);
+    if (by_mass) filter.find_top_p(top_p, temperature, cut.value, cut.last);
+    if (p.confidence_at_temperature) {
+      cut.shift = filter.maximum;
+      cut.scale = fminf(1.0f / temperature, 1e30f);
+    }
+  }
+  if (threadIdx.x == 0) cuts[row] = cut;
+}
+
+template <typename T>
+void launch(const SampleTokensParams& p, const Device& device, RowCut* cuts) {
+  LaunchShape shape;
+  shape.grid = dim3(unsigned(p.num_rows));
+  shape.block = dim3(kThreads);
+  shape.dependent = true;
+  launch_kernel(
+      "sample_tokens", device, p.launch.stream, shape,
+      has_aligned_rows(p, sizeof(T)) ? illada_sample_filters_sm80<T, true> : illada_sample_filters_sm80<T, false>, p,
+      cuts);
+}
+
+}  // namespace
+
+void launch_sample_filters(const SampleTokensParams& p, const Device& device, RowCut* cuts) {
+  switch (p.dtype) {
+    case DType::kFloat32:
+      return launch<float>(p, device, cuts);
+    case DType::kBFloat16:
+      return launch<BFloat16>(p, device, cuts);
+    case DType::kFloat16:
+      return launch<Half>(p, device, cuts);
+  }
+}
+
+}  // namespace illada::remask

@@ -1,0 +1,64 @@
+"""torchtitan's loss protocol on a decoder that FSDP2 shards as torchtitan does: the call of its loss is exchanged.
+
+    torchrun --nproc-per-node 2 examples/embedding/torchtitan_style.py
+
+With `loss=ChunkedLossWrapper.Config()` the trainer of torchtitan 0.3 gives the loss the head, lets the model skip it,
+and divides by the labels of all processes; FSDP2 sums the gradients. Here `main` does what the trainer does, so that it
+runs without torchtitan too.
+"""
+
+import torch
+import torch.distributed as dist
+from small import WORLD, Decoder, batches, compare, count, expected
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from illada import masked_cross_entropy_from_labels as loss
+
+try:
+    from torchtitan.components.loss import ChunkedLossWrapper
+except ImportError:
+
+    class ChunkedLossWrapper:
+        """What the trainer asks of it."""
+
+        def set_lm_head(self, lm_head):
+            self.lm_head = lm_head
+
+
+def masked_diffusion_loss(self, pred, labels, global_valid_tokens=None, **_):  # glue
+    head = self.lm_head  # glue: FSDP2 gathers its weight around its forward, whatever that is
+    head.forward = lambda h: loss(h, labels, head=head.weight, normalizer=global_valid_tokens)  # glue
+    return head(pred), {}  # glue
+
+
+ChunkedLossWrapper.__call__ = masked_diffusion_loss  # glue
+
+
+def main() -> None:
+    started = WORLD > 1 and not dist.is_initialized()
+    if started:
+        dist.init_process_group("gloo")
+    model = Decoder()
+    want = expected(model, lambda model, tokens: model(tokens))
+    if started:  # torchtitan.distributed.fsdp.apply_fsdp_to_decoder
+        for part in (model.tok_embeddings, [model.norm, model.lm_head], *model.layers.values(), model):
+            fully_shard(part)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)  # gloo has no other; NCCL does without this line
+    loss_fn = ChunkedLossWrapper.__new__(ChunkedLossWrapper)  # from here on what torchtitan.trainer.Trainer does
+    loss_fn.set_lm_head(model.lm_head)
+    model._skip_lm_head = True
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    global_valid_tokens = count([labels for _, labels in batches()])
+    for tokens, labels in batches():
+        loss_fn(model(tokens), labels, global_valid_tokens)[0].backward()
+    optimizer.step()
+    compare(model, want)
+    if started:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
