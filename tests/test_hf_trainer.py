@@ -247,12 +247,19 @@ def test_a_model_that_drops_the_lengths_of_a_pack(tmp_path):
 
 
 def test_a_pretrained_decoder_made_bidirectional(tmp_path):
-    """As the documentation has it."""
-    causal = LlamaConfig(**SIZES)
+    """As the documentation has it: by its config, or by `patch`."""
+    causal, packed = (
+        LlamaConfig(**SIZES, num_key_value_heads=2),
+        {"data_collator": MaskedDiffusionCollator(packed=True)},
+    )
+    torch.manual_seed(0)
     AutoModelForCausalLM.from_config(causal).save_pretrained(tmp_path)
     config = AutoConfig.from_pretrained(tmp_path)
     config.is_causal = False
-    assert make_trainer(tmp_path, AutoModelForCausalLM.from_pretrained(tmp_path, config=config))._fused
+    want = by_hand_with_gradients(make_model())
+    assert_same(step(tmp_path, AutoModelForCausalLM.from_pretrained(tmp_path, config=config)), want)
+    patched = illada.integrations.patch(AutoModelForCausalLM.from_pretrained(tmp_path))
+    assert_same(step(tmp_path, patched, options=packed), want)
 
 
 def test_a_model_that_waits_for_its_gpu(tmp_path):
