@@ -255,8 +255,8 @@ class MaskedDiffusionTrainer(Trainer):
         super().__init__(model, args, data_collator, **kwargs)
         self._adopt(self.model)
         self.model_accepts_loss_kwargs = True  # for transformers before loss_is_scaled_for_ga
-        for name, size in (("tp", self.get_tp_size()), ("cp", self.get_cp_size()), ("sp", self.get_sp_size())):
-            if size > 1:
+        for name in ("tp", "cp", "sp"):
+            if (size := getattr(self, f"get_{name}_size", lambda: 1)()) > 1:
                 raise NotImplementedError(f"args.parallelism_config: {name}_size must be 1, got {size}")
         if self.is_deepspeed_enabled:
             raise NotImplementedError("DeepSpeed is not supported: it shards the head behind the loss; use args.fsdp")
