@@ -163,6 +163,23 @@ def test_labels_say_what_is_learned(tmp_path):
     wrong = [row | {"labels": [7, *row["input_ids"][1:]]} for row in ROWS]
     with pytest.raises(ValueError, match="labels must be input_ids or.*-100"):
         step(tmp_path, make_model(), rows=wrong)
+    with pytest.raises(ValueError, match="labels must be input_ids or.*-100"):
+        make_trainer(tmp_path, make_model()).predict(wrong)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_rows_of_a_batch_with_and_without_labels(packed):
+    """In either order; a row without tokens stays int64."""
+    rows = [{"input_ids": [7, 8], "labels": None}, {"input_ids": []}, {"input_ids": [9, 5], "labels": [-100, 5]}]
+    for order, want in ((rows, [7, 8, -100, 5]), (rows[::-1], [-100, 5, 7, 8])):
+        batch = MaskedDiffusionCollator(packed=packed)(order)
+        labels = batch["labels"][0] if packed else batch["labels"][batch["attention_mask"].bool()]
+        assert labels.tolist() == want and batch["input_ids"].dtype == torch.int64
+    hidden = [{"input_ids": [7, 8]}, {"input_ids": [9, 5], "attention_mask": [1, 0]}]
+    batch = MaskedDiffusionCollator(packed=packed)(hidden)
+    assert (batch["lengths"] if packed else batch["attention_mask"].sum(1).tolist()) == [2, 1] and "labels" not in batch
+    with pytest.raises(ValueError, match="speaker must be in every row or in none"):
+        MaskedDiffusionCollator(packed=packed)([{"input_ids": [1]}, {"input_ids": [1], "speaker": [0]}])
 
 
 def test_rows_that_are_padded_already(tmp_path):
@@ -313,6 +330,12 @@ def test_what_would_be_another_loss_is_refused(tmp_path):
     trainer = make_trainer(tmp_path, make_model())
     with pytest.raises(ValueError, match="first_sample"):
         trainer.compute_loss(trainer.model, {"input_ids": torch.ones(1, 3, dtype=torch.int64)})
+    with pytest.raises(RuntimeError, match="another MaskedDiffusionTrainer is in its forward pass"):
+        other = make_trainer(tmp_path, make_model())
+        trainer.model.register_forward_hook(lambda *_: other.evaluate())  # as a thread would, at a known place
+        trainer.evaluate()
+    assert "forward" not in trainer.model.lm_head.__dict__
+    assert other.evaluate()["eval_loss"] > 0  # what was raised leaves nothing behind
     with pytest.raises(ValueError, match="labels must be as long as input_ids"):
         MaskedDiffusionCollator()([{"input_ids": [1, 2], "labels": [1]}])
 

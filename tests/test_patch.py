@@ -204,6 +204,8 @@ def test_a_flattened_batch_and_position_ids():
     for target in (model, patch(make("llama, bare"))):
         with pytest.raises(ValueError, match="position_ids start anew within a row.*pass cu_seq_lens_q"):
             target(input_ids=tokens, position_ids=positions)
+        with pytest.raises(ValueError, match="position_ids start anew"):
+            target(input_ids=tokens, position_ids=positions, attention_mask=torch.ones_like(tokens))
     with pytest.raises(ValueError, match="position_ids start anew"):
         model.sample_tokens({"input_ids": tokens, "position_ids": positions})
 
@@ -384,6 +386,11 @@ def test_wrong_order_and_wrong_arguments():
         model.generate(tokens)
     with pytest.raises(ValueError, match="token_weights are weights of the loss and need labels"):
         model(input_ids=tokens, token_weights=weights)
+    for name in ("weights", "normalizer"):  # of masked_cross_entropy_from_labels
+        with pytest.raises(TypeError, match=f"{name} is no argument; pass "):
+            model(input_ids=tokens, labels=labels, **{name: weights})
+    padded = {"attention_mask": torch.tensor([[0, 0, 1]]), "position_ids": torch.tensor([[1, 1, 0]])}
+    model(input_ids=tokens[:1, :3], **padded)  # positions as generate makes them
     for name, value in {"logits_to_keep": 1, "shift_labels": labels}.items():
         with pytest.raises(ValueError, match=f"{name} has no meaning with labels"):
             model(input_ids=tokens, labels=labels, **{name: value})

@@ -245,3 +245,8 @@ def test_wrong_masks():
     model = AutoModel.from_config(CONFIGS["bert"], attn_implementation="illada")
     with pytest.raises(ValueError, match="attention_mask has holes"):
         model(input_ids=torch.ones(1, 4, dtype=torch.int64), attention_mask=torch.tensor([[1, 0, 1, 1]]))
+    starts, ids = torch.tensor([0, 2, 4], dtype=torch.int32), torch.ones(1, 4, dtype=torch.int64)
+    with pytest.raises(ValueError, match="attention_mask must have no padding beside cu_seq_lens_q"):
+        model(input_ids=ids, attention_mask=torch.tensor([[1, 1, 1, 0]]), cu_seq_lens_q=starts, cu_seq_lens_k=starts)
+    with pytest.raises(ValueError, match="cu_seq_lens_k needs cu_seq_lens_q"):
+        model(input_ids=ids, cu_seq_lens_k=starts)

@@ -217,6 +217,9 @@ class _WithHead(_Patched):
                 raise ValueError("forward: token_weights are weights of the loss and need labels")
             more = {} if return_dict is None else {"return_dict": return_dict}
             return super().forward(input_ids, attention_mask, position_ids, **more, **others)  # type: ignore[misc]
+        for name, meant in {"weights": "token_weights", "normalizer": "num_items_in_batch"}.items():
+            if name in others:  # transformers would take any name, and the loss would be another one
+                raise TypeError(f"forward: {name} is no argument; pass {meant}")
         for name in ("logits_to_keep", "shift_labels"):
             kept = others.pop(name, None)
             if isinstance(kept, Tensor) or kept:
@@ -267,11 +270,15 @@ class _WithHead(_Patched):
 def _refuse_packing(attention_mask: Tensor | None, position_ids: Tensor | None, others: Mapping[str, Any]) -> None:
     """ValueError for rows of several sequences that position_ids alone tell apart: they would look at each other.
 
-    On a GPU this reads position_ids where they come without a mask, once a forward pass; compiled, nothing is read.
+    Those of padding may be anything. On a GPU this reads them once a forward pass; compiled, nothing is read.
     """
-    if position_ids is None or attention_mask is not None or others.get("cu_seq_lens_q") is not None:
+    if position_ids is None or others.get("cu_seq_lens_q") is not None or torch.compiler.is_compiling():
         return
-    if not torch.compiler.is_compiling() and bool((position_ids[..., 1:] <= position_ids[..., :-1]).any()):
+    anew = position_ids[..., 1:] <= position_ids[..., :-1]
+    if attention_mask is not None and attention_mask.dim() == 2:
+        tokens = attention_mask[:, -position_ids.shape[-1] :].bool()  # without what a cache holds
+        anew = anew & tokens[:, 1:] & tokens[:, :-1]
+    if bool(anew.any()):
         raise ValueError(
             "position_ids start anew within a row: attention would cross the sequences; pass cu_seq_lens_q and "
             "cu_seq_lens_k as well (DataCollatorWithFlattening(return_flash_attn_kwargs=True))"

@@ -42,7 +42,8 @@ class MaskedDiffusionCollator:
             "flash_attention_2".
 
     A row may have an `attention_mask` (what it hides is left out of a pack) and `labels`: -100 where a token is shown
-    and not learned, such as a prompt's. Other columns as long as `input_ids` are padded by 0.
+    and not learned, such as a prompt's. A row without them (or with None) has no hidden token and learns all. Other
+    columns must be in all rows, as long as `input_ids`; they are padded by 0.
     """
 
     def __init__(self, pad_token_id: int = 0, *, packed: bool = False) -> None:
@@ -50,14 +51,19 @@ class MaskedDiffusionCollator:
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """The batch; a pack has `lengths`, a list, as well."""
-        for row in rows:
-            for name, values in row.items():
-                if len(values) != len(row["input_ids"]):
-                    raise ValueError(
-                        f"{name} must be as long as input_ids ({len(row['input_ids'])}), got {len(values)}"
-                    )
-        columns = {name: [torch.as_tensor(row[name]) for row in rows] for name in rows[0]}
-        masks = columns.pop("attention_mask", [torch.ones(len(ids), dtype=torch.int64) for ids in columns["input_ids"]])
+        filled = [_filled(row) for row in rows]
+        names = list(dict.fromkeys(name for row in filled for name in row))
+        for row, name in itertools.product(filled, names):
+            if name not in row:
+                raise ValueError(f"{name} must be in every row or in none, got a row with {', '.join(row)} alone")
+            if len(row[name]) != len(row["input_ids"]):
+                raise ValueError(
+                    f"{name} must be as long as input_ids ({len(row['input_ids'])}), got {len(row[name])}"
+                )
+        if all(row["labels"] is row["input_ids"] for row in filled):
+            names.remove("labels")
+        columns = {name: [_column(row[name]) for row in filled] for name in names}
+        masks = columns.pop("attention_mask")
         if self.packed:
             return self._pack({n: [x[m.bool()] for x, m in zip(c, masks, strict=True)] for n, c in columns.items()})
         fill = {"input_ids": self.pad_token_id, "labels": -100}
@@ -133,6 +139,8 @@ def _forward(hidden: Tensor) -> Tensor:
 @contextlib.contextmanager
 def _standing_in(call: _Call) -> Iterator[None]:
     global _CALL
+    if _CALL is not None:
+        raise RuntimeError("another MaskedDiffusionTrainer is in its forward pass: train in processes, not in threads")
     own = call.head.__dict__.get("forward")
     _CALL, call.head.forward = call, _forward
     try:
@@ -385,6 +393,8 @@ class MaskedDiffusionTrainer(Trainer):
     ) -> tuple[None, Tensor, None]:
         """The bound's sum and the number of tokens of each sample, float32 [B, 2], in place of logits."""
         inputs = self._prepare_inputs(inputs)
+        if not self._eval_batches:  # of an evaluation's first batch alone, as in training
+            _check_labels(inputs)
         count, length = _shape(inputs)
         batch = self._eval_batches * self.accelerator.num_processes + self.accelerator.process_index
         indices = batch * self.args.eval_batch_size + np.arange(count)
@@ -401,6 +411,18 @@ class MaskedDiffusionTrainer(Trainer):
 
 
 # ------------------------------------------------------------------------------------------------------------- batches
+
+
+def _filled(row: dict[str, Any]) -> dict[str, Any]:
+    """With labels and attention_mask where the row has none: all its tokens are learned, and none is hidden."""
+    given = {name: values for name, values in row.items() if values is not None}
+    ids = given["input_ids"]
+    return {"labels": ids, "attention_mask": [1] * len(ids)} | given
+
+
+def _column(values: Any) -> Tensor:
+    """A row without tokens, of which torch would make float32, is int64 like the others."""
+    return torch.as_tensor(values) if len(values) else torch.zeros(0, dtype=torch.int64)
 
 
 def _counted(batch: dict[str, Any]) -> Tensor:

@@ -107,7 +107,7 @@ def attention(
 
     Raises:
         NotImplementedError: dropout, causal, sliding, softcap, sinks, biases, chosen keys, returned weights.
-        ValueError: an attention_mask that is not [B, Lk]; cu_seq_lens_q with more than one row.
+        ValueError: an attention_mask that is not [B, Lk]; cu_seq_lens_q with more than one row or with padding.
     """
     config = getattr(module, "config", None)
     if is_causal is None:
@@ -123,6 +123,10 @@ def attention(
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     if cu_seq_lens_q is not None and batch != 1:
         raise ValueError(f"cu_seq_lens_q is for a batch of one row, got {batch}")
+    if cu_seq_lens_q is None and cu_seq_lens_k is not None:
+        raise ValueError("cu_seq_lens_k needs cu_seq_lens_q, got None")
+    if cu_seq_lens_q is not None and getattr(getattr(attention_mask, "_illada", None), "padding", False):
+        raise ValueError("attention_mask must have no padding beside cu_seq_lens_q: leave the padding out of the pack")
     shape = (batch, length, keys, query.shape[1], key.shape[1], query.shape[3])
     starts, starts_k, used, plan = _lengths(attention_mask, cu_seq_lens_q, cu_seq_lens_k, shape, q.device)
     out = varlen_attention(q, k, v, starts, cu_seqlens_k=starts_k, seqused_k=used, plan=plan, softmax_scale=scaling)
