@@ -57,9 +57,7 @@ class MaskedDiffusionCollator:
             if name not in row:
                 raise ValueError(f"{name} must be in every row or in none, got a row with {', '.join(row)} alone")
             if len(row[name]) != len(row["input_ids"]):
-                raise ValueError(
-                    f"{name} must be as long as input_ids ({len(row['input_ids'])}), got {len(row[name])}"
-                )
+                raise ValueError(f"{name} must be as long as input_ids ({len(row['input_ids'])}), got {len(row[name])}")
         if all(row["labels"] is row["input_ids"] for row in filled):
             names.remove("labels")
         columns = {name: [_column(row[name]) for row in filled] for name in names}

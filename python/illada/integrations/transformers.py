@@ -125,7 +125,8 @@ def attention(
         raise ValueError(f"cu_seq_lens_q is for a batch of one row, got {batch}")
     if cu_seq_lens_q is None and cu_seq_lens_k is not None:
         raise ValueError("cu_seq_lens_k needs cu_seq_lens_q, got None")
-    if cu_seq_lens_q is not None and getattr(getattr(attention_mask, "_illada", None), "padding", False):
+    shared = None if torch.compiler.is_compiling() else getattr(attention_mask, "_illada", None)
+    if cu_seq_lens_q is not None and shared is not None and shared.padding:
         raise ValueError("attention_mask must have no padding beside cu_seq_lens_q: leave the padding out of the pack")
     shape = (batch, length, keys, query.shape[1], key.shape[1], query.shape[3])
     starts, starts_k, used, plan = _lengths(attention_mask, cu_seq_lens_q, cu_seq_lens_k, shape, q.device)
