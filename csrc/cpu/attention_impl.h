@@ -34,7 +34,7 @@ inline void multiply_add(const T* a, int64_t next, int64_t step, int count, cons
                          VecF (&sums)[kSums][kVectors]) {
   for (int k = 0; k < count; ++k) {
     VecF x[kVectors];
-    for (int v = 0; v < kVectors; ++v) x[v] = load(b + k * pitch + v * kLanes);
+    for (int64_t v = 0; v < kVectors; ++v) x[v] = load(b + k * pitch + v * kLanes);
     for (int m = 0; m < kSums; ++m) {
       const VecF y = splat(to_float(a[m * next + k * step]));
       for (int v = 0; v < kVectors; ++v) sums[m][v] += y * x[v];
