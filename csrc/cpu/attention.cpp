@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cpu/attention_tile.h"
+#include "cpu/denormals.h"
 #include "cpu/parallel.h"
 #include "cpu/row_kernels.h"
 #include "illada/error.h"
@@ -61,6 +62,7 @@ struct Work {
   std::vector<Part> parts;
   int64_t queries = 0, keys = 0;  // of sequences that have both
   int64_t most_keys = 0;          // of a part with gradients of keys
+  int threads = 1;
 };
 
 constexpr int64_t kRowsOfPart = 4 * cpu::kGradientRows, kKeysOfPart = 2 * cpu::kGradientKeys;
@@ -73,13 +75,14 @@ Work share_out(const BackwardParams& p) {
   const auto pairs = [&](const Sequence& x) { return (x.q_end - x.q_start) * (x.k_end - x.k_start); };
   double all = 0;
   for (int64_t i = 0; i < p.plan_rows; ++i) all += double(pairs(sequence(p, i))) * double(heads);
+  work.threads = cpu::threads_for(int64_t(all * double(group)) * p.shape.head_dim, std::max(p.num_threads, 1));
   for (int64_t i = 0; i < p.plan_rows; ++i) {
     const Sequence x = sequence(p, i);
     if (pairs(x) == 0) continue;
     const int64_t rows = (x.q_end - x.q_start) * group, keys = x.k_end - x.k_start;
     work.queries += x.q_end - x.q_start;
     work.keys += keys;
-    const bool whole = 5 * double(pairs(x)) * p.num_threads <= 7 * all;
+    const bool whole = 5 * double(pairs(x)) * work.threads <= 7 * all;
     work.most_keys = std::max(work.most_keys, whole ? keys : std::min(keys, kKeysOfPart));
     for (int64_t head = 0; head < heads; ++head) {
       if (whole) {
@@ -159,14 +162,16 @@ void forward_cpu(const ForwardParams& p) {
   const cpu::RowKernels& kernels = cpu::row_kernels();
   const auto attend = p.dtype == DType::kFloat32 ? kernels.attend_f32 : kernels.attend_bf16;
   const int64_t size = element_size(p.dtype), group = s.num_heads / s.num_kv_heads;
-  int64_t most_tiles = 0;
+  int64_t most_tiles = 0, pairs = 0;
   for (int64_t i = 0; i < p.plan_rows; ++i) {
     const Sequence x = sequence(p, i);
+    pairs += (x.q_end - x.q_start) * (x.k_end - x.k_start);
     most_tiles = std::max(most_tiles, (x.q_end - x.q_start) * group);
   }
   most_tiles = (most_tiles + kernels.tile_rows - 1) / kernels.tile_rows;
   // Sequences of fewer tiles than the longest one leave some of these without work.
-  cpu::parallel_for(p.plan_rows * s.num_kv_heads * most_tiles, p.num_threads, [&](int64_t n) {
+  const int threads = cpu::threads_for(pairs * s.num_heads * s.head_dim, p.num_threads);
+  cpu::parallel_for(p.plan_rows * s.num_kv_heads * most_tiles, threads, [&](int64_t n) {
     const Sequence x = sequence(p, n / most_tiles / s.num_kv_heads);
     const int64_t kv_head = n / most_tiles % s.num_kv_heads, first = n % most_tiles * kernels.tile_rows;
     const int64_t rows = std::min<int64_t>((x.q_end - x.q_start) * group - first, kernels.tile_rows);
@@ -192,6 +197,7 @@ void forward_cpu(const ForwardParams& p) {
     tile.lse = p.lse + kv_head * group * s.total_q + x.q_start;
     tile.num_heads = s.num_heads;
     tile.total_q = s.total_q;
+    const cpu::FlushedDenormals flushed;  // probabilities of keys that nobody looks at
     attend(tile);
   });
 }
@@ -210,10 +216,11 @@ void backward_cpu(const BackwardParams& p) {
   if (work.parts.empty()) return;
 
   const int64_t scratch_floats = cpu::gradient_scratch(s.head_dim, work.most_keys);
-  const Scratch scratch(scratch_floats * std::max(p.num_threads, 1));
+  const Scratch scratch(scratch_floats * work.threads);
   const cpu::RowKernels& kernels = cpu::row_kernels();
   const auto differentiate = p.dtype == DType::kFloat32 ? kernels.differentiate_f32 : kernels.differentiate_bf16;
-  cpu::parallel_for(int64_t(work.parts.size()), p.num_threads, [&](int64_t n) {
+  cpu::parallel_for(int64_t(work.parts.size()), work.threads, [&](int64_t n) {
+    const cpu::FlushedDenormals flushed;
     differentiate(gradient_of(p, work.parts[size_t(n)], scratch.data() + scratch_floats * cpu::thread_index()));
   });
 }

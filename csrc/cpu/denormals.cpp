@@ -33,6 +33,9 @@ thread_local bool has_saved = false;
 
 }  // namespace
 
+FlushedDenormals::FlushedDenormals() : before_(control()) { set_control(before_ | kFlush); }
+FlushedDenormals::~FlushedDenormals() { set_control(before_); }
+
 void flush_denormals(bool begin, int num_threads) {
   // Threads that were started since `begin` have saved nothing: they get what the caller had.
   const uint64_t callers = saved_control;

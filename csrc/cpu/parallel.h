@@ -8,13 +8,24 @@
 
 namespace illada::cpu {
 
+// One thread for so few elements of work that to wake others takes longer, else all: a smaller team would end threads
+// of the pool, and the next one start them anew.
+inline int threads_for(int64_t work, int most) {
+  constexpr int64_t kFew = 1 << 14;
+  return work < kFew ? 1 : most;
+}
+
 // Calls f(n) for n in [0, count) on num_threads threads of the process's OpenMP pool (torch's own, where torch is
-// loaded), all of which are asked though count be smaller: a smaller team ends threads of the pool, and the next one
-// starts them anew. f must not throw.
+// loaded). f must not throw.
 template <typename F>
 void parallel_for(int64_t count, [[maybe_unused]] int num_threads, F&& f) {
 #if defined(_OPENMP)
-#pragma omp parallel for schedule(dynamic) num_threads(num_threads) if (num_threads > 1 && count > 1)
+  if (num_threads > 1 &&
+      count > 1) {  // not `if` of the pragma, under which the loop is still handed out piece by piece
+#pragma omp parallel for schedule(dynamic) num_threads(num_threads)
+    for (int64_t n = 0; n < count; ++n) f(n);
+    return;
+  }
 #endif
   for (int64_t n = 0; n < count; ++n) f(n);
 }

@@ -239,8 +239,8 @@ class _WithHead(_Patched):
 
         Args:
             inputs: input_ids [B, L], or a mapping of forward's arguments, such as a tokenizer returns.
-            **sampling: rows (int32 or int64 [N], which of the B L positions, counted row by row; default all), and
-                temperature, seed, step, row_ids, measure, logit_bias, extras.
+            **sampling: rows (int32 or int64 [N], which of the B L positions, counted row by row; default all),
+                temperature, seed and what else `illada.linear_sample_tokens` takes.
 
         Returns:
             TokenSample: token [N], confidence [N] and so on, for `illada.remask` on input_ids.flatten().
