@@ -8,15 +8,15 @@
 
 namespace illada::cpu {
 
-// One thread for so few elements of work that to wake others takes longer, else all: a smaller team would end threads
-// of the pool, and the next one start them anew.
+// `most` threads, or one where so many elements of work do not pay for more: to wake them takes microseconds.
 inline int threads_for(int64_t work, int most) {
-  constexpr int64_t kFew = 1 << 14;
-  return work < kFew ? 1 : most;
+  constexpr int64_t kPerThread = 1 << 14;
+  return work < kPerThread ? 1 : most;
 }
 
 // Calls f(n) for n in [0, count) on num_threads threads of the process's OpenMP pool (torch's own, where torch is
-// loaded). f must not throw.
+// loaded), all of which are asked though count be smaller: a smaller team ends threads of the pool, and the next one
+// starts them anew. f must not throw.
 template <typename F>
 void parallel_for(int64_t count, [[maybe_unused]] int num_threads, F&& f) {
 #if defined(_OPENMP)
