@@ -6,8 +6,10 @@
 #include <tuple>
 
 #include "common/driver_calls.h"
+#include "cpu/attention_plan.h"
 #include "cpu/denormals.h"
 #include "cpu/row_kernels.h"
+#include "cpu/weighted_sum.h"
 #include "illada/illada.h"
 #if defined(ILLADA_WITH_CUDA)
 #include "loss/linear.h"
@@ -16,6 +18,39 @@
 
 namespace py = pybind11;
 using namespace illada;
+
+namespace {
+
+// Of a tensor's first element; null for None. An integer is an address already.
+struct Address {
+  uintptr_t value = 0;
+  operator uintptr_t() const { return value; }
+};
+
+}  // namespace
+
+namespace pybind11::detail {
+
+// data_ptr() called from here takes a third of what a call from Python and the way here take together.
+template <>
+struct type_caster<Address> {
+  PYBIND11_TYPE_CASTER(Address, const_name("torch.Tensor | int | None"));
+
+  bool load(handle source, bool /*convert*/) {
+    if (source.is_none()) return true;
+    object number = reinterpret_borrow<object>(source);
+    if (!PyLong_Check(source.ptr())) {
+      static PyObject* const name = PyUnicode_InternFromString("data_ptr");
+      number = reinterpret_steal<object>(PyObject_CallMethodNoArgs(source.ptr(), name));
+      if (!number) throw error_already_set();
+    }
+    value.value = PyLong_AsSize_t(number.ptr());
+    if (PyErr_Occurred()) throw error_already_set();
+    return true;
+  }
+};
+
+}  // namespace pybind11::detail
 
 namespace {
 
@@ -52,8 +87,8 @@ void set_launch(Params& p, const LaunchArguments& launch) {
 
 // What both directions of masked_cross_entropy share: logits, logits_row_stride, num_rows, vocab_size, dtype, rows,
 // targets, targets_are_int64, weights, num_tokens, vocab_start, scale, normalizer.
-using CrossEntropyArguments = std::tuple<uintptr_t, int64_t, int64_t, int64_t, int, uintptr_t, uintptr_t, bool,
-                                         uintptr_t, int64_t, int64_t, float, uintptr_t>;
+using CrossEntropyArguments = std::tuple<Address, int64_t, int64_t, int64_t, int, Address, Address, bool, Address,
+                                         int64_t, int64_t, float, Address>;
 
 loss::MaskedCrossEntropyParams cross_entropy_params(const CrossEntropyArguments& rows, int num_threads,
                                                     const LaunchArguments& launch) {
@@ -76,8 +111,8 @@ loss::MaskedCrossEntropyParams cross_entropy_params(const CrossEntropyArguments&
   return p;
 }
 
-void masked_cross_entropy(const CrossEntropyArguments& rows, uintptr_t nll, uintptr_t lse, uintptr_t lse_parts,
-                          uintptr_t target_logit, uintptr_t grad, int64_t grad_row_stride, int num_threads,
+void masked_cross_entropy(const CrossEntropyArguments& rows, Address nll, Address lse, Address lse_parts,
+                          Address target_logit, Address grad, int64_t grad_row_stride, int num_threads,
                           const LaunchArguments& launch) {
   auto p = cross_entropy_params(rows, num_threads, launch);
   p.nll = pointer<float>(nll);
@@ -91,8 +126,8 @@ void masked_cross_entropy(const CrossEntropyArguments& rows, uintptr_t nll, uint
   on_gpu<loss::masked_cross_entropy_cuda>(p);
 }
 
-void masked_cross_entropy_backward(const CrossEntropyArguments& rows, uintptr_t lse_parts, uintptr_t dlse,
-                                   uintptr_t dloss, uintptr_t grad, int64_t grad_row_stride, int num_threads,
+void masked_cross_entropy_backward(const CrossEntropyArguments& rows, Address lse_parts, Address dlse, Address dloss,
+                                   Address grad, int64_t grad_row_stride, int num_threads,
                                    const LaunchArguments& launch) {
   auto p = cross_entropy_params(rows, num_threads, launch);
   p.lse_parts = pointer<float>(lse_parts);
@@ -108,7 +143,7 @@ void masked_cross_entropy_backward(const CrossEntropyArguments& rows, uintptr_t 
 // Of a pack: total_q, total_k, num_sequences, num_heads, num_kv_heads, head_dim.
 using PackArguments = std::tuple<int64_t, int64_t, int, int, int, int>;
 // Of a packed tensor: address, token_stride, head_stride.
-using ViewArguments = std::tuple<uintptr_t, int64_t, int64_t>;
+using ViewArguments = std::tuple<Address, int64_t, int64_t>;
 
 attention::PackShape pack_shape(const PackArguments& pack) {
   return {std::get<0>(pack), std::get<1>(pack), std::get<2>(pack),
@@ -119,9 +154,21 @@ attention::PackedView packed_view(const ViewArguments& view) {
   return {pointer<const void>(std::get<0>(view)), std::get<1>(view), std::get<2>(view)};
 }
 
+bool attention_plan_cpu(int64_t total_q, int num_sequences, Address cu_seqlens, Address cu_seqlens_k, Address seqused_k,
+                        Address plan) {
+  attention::PlanParams p;
+  p.shape.total_q = total_q;
+  p.shape.num_sequences = num_sequences;
+  p.cu_seqlens = pointer<const int32_t>(cu_seqlens);
+  p.cu_seqlens_k = pointer<const int32_t>(cu_seqlens_k);
+  p.seqused_k = pointer<const int32_t>(seqused_k);
+  p.plan = pointer<int32_t>(plan);
+  return attention::plan_cpu(p);
+}
+
 void varlen_attention(const PackArguments& pack, int dtype, const ViewArguments& q, const ViewArguments& k,
-                      const ViewArguments& v, float softmax_scale, uintptr_t plan, int64_t plan_rows, uintptr_t out,
-                      uintptr_t lse, int num_threads, const LaunchArguments& launch) {
+                      const ViewArguments& v, float softmax_scale, Address plan, int64_t plan_rows, Address out,
+                      Address lse, int num_threads, const LaunchArguments& launch) {
   attention::ForwardParams p;
   p.shape = pack_shape(pack);
   p.dtype = DType(dtype);
@@ -138,6 +185,11 @@ void varlen_attention(const PackArguments& pack, int dtype, const ViewArguments&
   py::gil_scoped_release release;
   if (p.launch.device < 0) return attention::forward_cpu(p);
   on_gpu<attention::forward_cuda>(p);
+}
+
+void weighted_sum_cpu(Address nll, Address weights, int64_t num_rows, double scale, Address loss) {
+  loss::weighted_sum_cpu(pointer<const float>(nll), pointer<const float>(weights), num_rows, scale,
+                         pointer<float>(loss));
 }
 
 void varlen_attention_backward(const PackArguments& pack, int dtype, const ViewArguments& dout, const ViewArguments& q,
@@ -171,7 +223,7 @@ void varlen_attention_backward(const PackArguments& pack, int dtype, const ViewA
 }
 
 #if defined(ILLADA_WITH_CUDA)
-void weighted_sum(uintptr_t nll, uintptr_t weights, int64_t num_rows, float scale, uintptr_t normalizer, uintptr_t loss,
+void weighted_sum(Address nll, Address weights, int64_t num_rows, float scale, Address normalizer, Address loss,
                   int device, uintptr_t stream, bool pointers_checked) {
   loss::WeightedSumParams p;
   p.nll = pointer<const float>(nll);
@@ -467,6 +519,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   // All arguments are positional: keywords would cost 0.7 us a call.
   m.def("masked_cross_entropy", &masked_cross_entropy);
   m.def("masked_cross_entropy_backward", &masked_cross_entropy_backward);
+  m.def("weighted_sum_cpu", &weighted_sum_cpu);
   py::register_exception_translator([](std::exception_ptr thrown) {
     try {
       if (thrown) std::rethrow_exception(thrown);
@@ -499,6 +552,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("varlen_attention_workspace", &varlen_attention_workspace);
 #endif
   m.def("remask", &remask_tokens);
+  m.def("attention_plan_cpu", &attention_plan_cpu);
   m.def("varlen_attention", &varlen_attention);
   m.def("varlen_attention_backward", &varlen_attention_backward);
   m.def("flush_denormals", &cpu::flush_denormals);

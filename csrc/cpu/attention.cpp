@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cpu/attention_tile.h"
+#include "cpu/denormals.h"
 #include "cpu/parallel.h"
 #include "cpu/row_kernels.h"
 #include "illada/error.h"
@@ -62,6 +63,7 @@ struct Work {
   std::vector<size_t> ends;       // of what a thread takes at a time: parts up to each of these
   int64_t queries = 0, keys = 0;  // of sequences that have both
   int64_t most_keys = 0;          // of a part with gradients of keys
+  double pairs = 0;               // of queries and keys, of all heads
 };
 
 constexpr int kShares = 16;  // of a thread, at least, if there are so many parts
@@ -94,10 +96,11 @@ Work share_out(const BackwardParams& p) {
         work.parts.push_back({i, head, row, std::min(rows - row, kRowsOfPart), 0, keys, true, false});
     }
   }
+  work.pairs = all * double(group);
   double taken = 0;
   for (size_t i = 0; i < work.parts.size(); ++i) {
     taken += double(work.parts[i].rows) * double(work.parts[i].keys);
-    if (i + 1 < work.parts.size() && taken * kShares * p.num_threads < all * double(group)) continue;
+    if (i + 1 < work.parts.size() && taken * kShares * p.num_threads < work.pairs) continue;
     work.ends.push_back(i + 1);
     taken = 0;
   }
@@ -168,14 +171,16 @@ void forward_cpu(const ForwardParams& p) {
   const cpu::RowKernels& kernels = cpu::row_kernels();
   const auto attend = p.dtype == DType::kFloat32 ? kernels.attend_f32 : kernels.attend_bf16;
   const int64_t size = element_size(p.dtype), group = s.num_heads / s.num_kv_heads;
-  int64_t most_tiles = 0;
+  int64_t most_tiles = 0, pairs = 0;
   for (int64_t i = 0; i < p.plan_rows; ++i) {
     const Sequence x = sequence(p, i);
+    pairs += (x.q_end - x.q_start) * (x.k_end - x.k_start);
     most_tiles = std::max(most_tiles, (x.q_end - x.q_start) * group);
   }
   most_tiles = (most_tiles + kernels.tile_rows - 1) / kernels.tile_rows;
   // Sequences of fewer tiles than the longest one leave some of these without work.
-  cpu::parallel_for(p.plan_rows * s.num_kv_heads * most_tiles, p.num_threads, [&](int64_t n) {
+  const int threads = cpu::threads_for(pairs * s.num_heads * s.head_dim, p.num_threads);
+  cpu::parallel_for(p.plan_rows * s.num_kv_heads * most_tiles, threads, [&](int64_t n) {
     const Sequence x = sequence(p, n / most_tiles / s.num_kv_heads);
     const int64_t kv_head = n / most_tiles % s.num_kv_heads, first = n % most_tiles * kernels.tile_rows;
     const int64_t rows = std::min<int64_t>((x.q_end - x.q_start) * group - first, kernels.tile_rows);
@@ -201,6 +206,7 @@ void forward_cpu(const ForwardParams& p) {
     tile.lse = p.lse + kv_head * group * s.total_q + x.q_start;
     tile.num_heads = s.num_heads;
     tile.total_q = s.total_q;
+    const cpu::FlushedDenormals flushed;  // probabilities of keys that nobody looks at
     attend(tile);
   });
 }
@@ -219,11 +225,13 @@ void backward_cpu(const BackwardParams& p) {
   if (work.parts.empty()) return;
 
   const int64_t scratch_floats = cpu::gradient_scratch(s.head_dim, work.most_keys);
-  const int threads = int(std::min<int64_t>(std::max(p.num_threads, 1), int64_t(work.ends.size())));
+  const int most = cpu::threads_for(int64_t(work.pairs) * s.head_dim, std::max(p.num_threads, 1));
+  const int threads = int(std::min<int64_t>(most, int64_t(work.ends.size())));
   const Scratch scratch(scratch_floats * threads);
   const cpu::RowKernels& kernels = cpu::row_kernels();
   const auto differentiate = p.dtype == DType::kFloat32 ? kernels.differentiate_f32 : kernels.differentiate_bf16;
   cpu::parallel_for(int64_t(work.ends.size()), threads, [&](int64_t n) {
+    const cpu::FlushedDenormals flushed;
     float* const own = scratch.data() + scratch_floats * cpu::thread_index();
     const size_t end = work.ends[size_t(n)];
     size_t i = n ? work.ends[size_t(n - 1)] : 0;

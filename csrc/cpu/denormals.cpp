@@ -32,6 +32,9 @@ thread_local uint64_t saved_control = 0;
 
 }  // namespace
 
+FlushedDenormals::FlushedDenormals() : before_(control()) { set_control(before_ | kFlush); }
+FlushedDenormals::~FlushedDenormals() { set_control(before_); }
+
 void flush_denormals(bool begin, int num_threads) {
 #if defined(_OPENMP)
 #pragma omp parallel num_threads(num_threads) if (num_threads > 1)

@@ -4,6 +4,7 @@
 
 #include "cpu/parallel.h"
 #include "cpu/row_kernels.h"
+#include "cpu/weighted_sum.h"
 #include "illada/error.h"
 
 namespace illada::loss {
@@ -49,7 +50,8 @@ float factor_of(const MaskedCrossEntropyParams& p) {
 template <typename F>
 void for_rows(const MaskedCrossEntropyParams& p, F&& f) {
   const int64_t size = element_size(p.dtype);
-  cpu::parallel_for(p.num_rows, p.num_threads, [&](int64_t n) {
+  const int threads = cpu::threads_for(p.num_rows * p.vocab_size, p.num_threads);
+  cpu::parallel_for(p.num_rows, threads, [&](int64_t n) {
     const int64_t i = p.rows ? p.rows[n] : n;
     const char* x = static_cast<const char*>(p.logits) + n * p.logits_row_stride * size;
     char* grad = p.grad ? static_cast<char*>(p.grad) + n * p.grad_row_stride * size : nullptr;
@@ -102,6 +104,14 @@ void masked_cross_entropy_backward_cpu(const MaskedCrossEntropyParams& p) {
     const cpu::RowLse lse{p.lse_parts[2 * n], p.lse_parts[2 * n + 1]};
     softmax_grad(x, grad, p.vocab_size, lse, p.weights[i] * factor, p.dlse ? p.dlse[n] : 0.0f, target_of(p, i));
   });
+}
+
+void weighted_sum_cpu(const float* nll, const float* weights, int64_t num_rows, double scale, float* loss) {
+  double sum = 0;
+  for (int64_t n = 0; n < num_rows; ++n) {
+    if (weights[n] != 0) sum += double(weights[n]) * double(nll[n]);
+  }
+  *loss = float(sum * scale);
 }
 
 }  // namespace illada::loss

@@ -267,7 +267,7 @@ def test_sum_of_many_rows(device, generator):
     raw.weighted_sum(loss, nll, weights, normalizer=torch.tensor(4.0, device=device), scale=3.0)
     want = (weights.double() * nll.nan_to_num().double()).sum() * 0.75
     torch.testing.assert_close(loss.double(), want, rtol=1e-7, atol=0)
-    with pytest.raises(ValueError, match="takes CUDA tensors"):
+    with pytest.raises(ValueError, match="inputs are on the CPU, but the outputs are on cuda"):
         raw.weighted_sum(loss, nll.cpu(), weights)
 
 

@@ -77,14 +77,13 @@ def _plan_cpu(
     cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, seqused_k: Tensor | None, total_q: int, total_k: int | None,
     num_heads: int, num_kv_heads: int, head_dim: int,
 ) -> Tensor:  # fmt: skip
-    _check_lengths(cu_seqlens, cu_seqlens_k, seqused_k, total_q)
-    starts_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
-    ends_k = starts_k[1:] if seqused_k is None else starts_k[:-1] + seqused_k
-    work = torch.stack([cu_seqlens[:-1], cu_seqlens[1:], starts_k[:-1], ends_k], dim=1)
-    pairs = (work[:, 1] - work[:, 0]).long() * (work[:, 3] - work[:, 2])
-    # The last row is of the queries behind the last sequence, which meet no keys.
-    rest = torch.stack([cu_seqlens[-1], cu_seqlens.new_tensor(total_q), *cu_seqlens.new_zeros(2)])
-    return torch.cat([work[pairs.argsort(descending=True, stable=True)], rest[None]])
+    lengths = [None if x is None else lib.contiguous(x) for x in (cu_seqlens, cu_seqlens_k, seqused_k)]
+    sequences = cu_seqlens.shape[0] - 1
+    plan = cu_seqlens.new_empty(sequences + 1, 4)
+    if not native().attention_plan_cpu(total_q, sequences, *lengths, plan):
+        _check_lengths(cu_seqlens, cu_seqlens_k, seqused_k, total_q)
+        raise ValueError("attention_plan: the lengths do not ascend from 0, or do not fit")  # said better by the check
+    return plan
 
 
 def _by_group(x: Tensor, groups: int) -> Tensor:
@@ -173,7 +172,6 @@ def _differentiate_plainly(
     return dq, dk, dv
 
 
-@_without_denormals()
 def _fwd_cpu(
     q: Tensor, k: Tensor, v: Tensor, plan: Tensor, num_sequences: int, softmax_scale: float, deterministic: bool
 ) -> tuple[Tensor, Tensor]:
@@ -183,8 +181,18 @@ def _fwd_cpu(
     plan, others = _shares(plan, q)
     if len(plan):
         raw.varlen_attention(out, lse, q, k, v, plan, num_sequences, softmax_scale)
+    if others is not None:
+        _attend_by_torch(out, lse, q, k, v, others, softmax_scale)
+    return out, lse
+
+
+@_without_denormals()
+def _attend_by_torch(
+    out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: Tensor, softmax_scale: float
+) -> None:
+    """The sequences of these rows of a plan, into out and lse."""
     groups, group = k.shape[1], q.shape[1] // k.shape[1]
-    for q_start, q_end, k_start, k_end in [] if others is None else others.tolist():
+    for q_start, q_end, k_start, k_end in plan.tolist():
         if k_end == k_start:
             out[q_start:q_end], lse[:, q_start:q_end] = 0, -torch.inf
         elif q_end > q_start:
@@ -196,7 +204,6 @@ def _fwd_cpu(
                 x, its_lse = _attend_plainly(its_q, its_k, its_v, softmax_scale)
             out[q_start:q_end] = _from_group(x, group)
             lse[:, q_start:q_end] = its_lse[0].unflatten(1, (-1, group)).transpose(1, 2).flatten(0, 1)
-    return out, lse
 
 
 def _differentiate(
@@ -217,6 +224,7 @@ def _differentiate(
     return tuple(grad[..., :dim] for grad in grads)
 
 
+@_without_denormals()
 def _differentiate_by_torch(
     dout: Tensor,
     dlse: Tensor | None,
@@ -247,7 +255,6 @@ def _differentiate_by_torch(
     return _from_group(dq, group), _from_group(dk, 1), _from_group(dv, 1)
 
 
-@_without_denormals()
 def _bwd_cpu(
     dout: Tensor,
     dlse: Tensor | None,
@@ -382,19 +389,17 @@ def _backward(ctx, dout, dlse):
         return None, None, None, None, None, None, None
     q, k, v, out, lse, plan = ctx.saved_tensors
     dout = torch.zeros_like(out) if dout is None else dout
-    grads = torch.ops.illada.varlen_attention_bwd(
-        dout, dlse, q, k, v, out, lse, plan, ctx.num_sequences, ctx.softmax_scale, ctx.deterministic
-    )
+    grads = _call_bwd(dout, dlse, q, k, v, out, lse, plan, ctx.num_sequences, ctx.softmax_scale, ctx.deterministic)
     return *grads, None, None, None, None
 
 
 lib.implement("attention_plan", _plan_fake, cpu=_plan_cpu, cuda=_plan_cuda)
 lib.implement("varlen_attention_fwd", _fwd_fake, cpu=_fwd_cpu, cuda=_fwd_cuda)
 lib.implement("varlen_attention_bwd", _bwd_fake, cpu=_bwd_cpu, cuda=_bwd_cuda)
-torch.library.register_autograd(
-    "illada::varlen_attention_fwd", _backward, setup_context=_setup_context, lib=lib.LIBRARY
-)
+lib.register_autograd("varlen_attention_fwd", _backward, _setup_context)
 lib.raise_on_double_backward("varlen_attention_bwd")
+_call_plan = lib.caller("attention_plan")
+_call_fwd, _call_bwd = lib.caller("varlen_attention_fwd"), lib.caller("varlen_attention_bwd")
 
 
 def _pairs(q: Tensor, k: Tensor, plan: Tensor, num_sequences: int) -> int:
@@ -467,7 +472,7 @@ def attention_plan(
     if total_k is None and cu_seqlens_k is None:
         total_k = total_q
     lengths = (lib.as_int32(tensor) for tensor in (cu_seqlens, cu_seqlens_k, seqused_k))
-    work = torch.ops.illada.attention_plan(*lengths, total_q, total_k, num_heads, num_kv_heads, head_dim)
+    work = _call_plan(*lengths, total_q, total_k, num_heads, num_kv_heads, head_dim)
     return AttentionPlan(work, num_heads, num_kv_heads, head_dim, total_q, sequences)
 
 
@@ -515,29 +520,32 @@ def varlen_attention(
     lib.check_dtype(op, "q", q, _DTYPES)
     lib.check_dtype(op, "k", k, (q.dtype,))
     lib.check_dtype(op, "v", v, (q.dtype,))
-    lib.check_shape(op, "q", q, ("T", "H", "D"))
-    lib.check_shape(op, "k", k, ("Tk", "G", q.shape[2]))
-    lib.check_shape(op, "v", v, tuple(k.shape))
+    if q.dim() != 3 or k.dim() != 3 or q.shape[2] != k.shape[2] or v.shape != k.shape:
+        lib.check_shape(op, "q", q, ("T", "H", "D"))
+        lib.check_shape(op, "k", k, ("Tk", "G", q.shape[2]))
+        lib.check_shape(op, "v", v, tuple(k.shape))
+    (total_q, heads, dim), (total_k, kv_heads, _) = q.shape, k.shape
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        lib.check_last_contiguous(op, name, tensor)
+        if not tensor.is_contiguous():
+            lib.check_last_contiguous(op, name, tensor)
     lib.check_same_device(op, ("q", q), ("k", k), ("v", v), ("cu_seqlens", cu_seqlens))
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(f"{op}: q has {q.shape[1]} heads, which must be a multiple of k's {k.shape[1]}")
-    if cu_seqlens_k is None and k.shape[0] != q.shape[0]:
-        raise ValueError(
-            f"{op}: k has {k.shape[0]} tokens and q has {q.shape[0]}; without cu_seqlens_k they must agree"
-        )
-    scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"{op}: q has {heads} heads, which must be a multiple of k's {kv_heads}")
+    if cu_seqlens_k is None and total_k != total_q:
+        raise ValueError(f"{op}: k has {total_k} tokens and q has {total_q}; without cu_seqlens_k they must agree")
+    scale = dim**-0.5 if softmax_scale is None else float(softmax_scale)
     if not (0 < scale < math.inf):
         raise ValueError(f"{op}: softmax_scale must be finite and > 0, got {scale}")
-    shape = {"num_heads": q.shape[1], "num_kv_heads": k.shape[1], "head_dim": q.shape[2], "total_q": q.shape[0]}
     if plan is None:
-        plan = attention_plan(cu_seqlens, cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k, total_k=k.shape[0], **shape)
-    else:
-        for name, size in {**shape, "num_sequences": cu_seqlens.shape[0] - 1}.items():
+        plan = attention_plan(
+            cu_seqlens, cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k, num_heads=heads, num_kv_heads=kv_heads,
+            head_dim=dim, total_q=total_q, total_k=total_k,
+        )  # fmt: skip
+    elif plan[1:] != (sizes := (heads, kv_heads, dim, total_q, cu_seqlens.shape[0] - 1)):
+        for name, size in zip(AttentionPlan._fields[1:], sizes, strict=True):
             if getattr(plan, name) != size:
                 raise ValueError(f"{op}: plan was made for {name} {getattr(plan, name)}, this call has {size}")
-    if cu_seqlens_k is not None and lib.may_read(cu_seqlens_k) and int(cu_seqlens_k[-1]) > k.shape[0]:
-        raise ValueError(f"{op}: cu_seqlens_k ends at {int(cu_seqlens_k[-1])}, but k has {k.shape[0]} tokens")
-    out, lse = torch.ops.illada.varlen_attention_fwd(q, k, v, plan.work, plan.num_sequences, scale, deterministic)
+    if cu_seqlens_k is not None and lib.may_read(cu_seqlens_k) and int(cu_seqlens_k[-1]) > total_k:
+        raise ValueError(f"{op}: cu_seqlens_k ends at {int(cu_seqlens_k[-1])}, but k has {total_k} tokens")
+    out, lse = _call_fwd(q, k, v, plan.work, plan.num_sequences, scale, deterministic)
     return (out, lse) if return_lse else out

@@ -56,11 +56,14 @@ lib.LIBRARY.define(
 
 
 def _fwd_cpu(hidden, weight, targets, token_weights, rows, *arguments, **keywords):
-    if rows is None:
-        rows = token_weights.nonzero().squeeze(-1).int()  # on a CPU the host may look
-    elif len(rows) and not (0 <= int(rows.min()) and int(rows.max()) < len(hidden)):
+    if rows is None:  # on a CPU the host may look
+        found = token_weights.nonzero()
+        if found.shape[0] < hidden.shape[0]:
+            rows = found.squeeze(-1)
+        return _fwd_portable(hidden, weight, targets, token_weights, rows, *arguments, **keywords, all_weighted=True)
+    if len(rows) and not (0 <= int(rows.min()) and int(rows.max()) < len(hidden)):
         raise ValueError(f"linear_masked_cross_entropy: rows must be in [0, {len(hidden)}), got {rows.tolist()}")
-    elif (rows[1:] <= rows[:-1]).any():
+    if (rows[1:] <= rows[:-1]).any():
         raise ValueError(f"linear_masked_cross_entropy: rows must ascend, each of them once, got {rows.tolist()}")
     return _fwd_portable(hidden, weight, targets, token_weights, rows, *arguments, **keywords)
 
@@ -157,63 +160,81 @@ def _fwd_portable(
     grad_weight_dtype: torch.dtype,
     filter_eps: float,
     into: Tensor | None = None,
+    all_weighted: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """torch.mm on chunks of rows, each turned into its gradient in place. Without `rows`, all T rows meet the head.
-    Always exact: no filter_eps."""
+    Always exact: no filter_eps. all_weighted: no row that is looked at has weight 0."""
     normalizer, scale = where_read(normalizer, scale)
     targets, token_weights = kernel_targets(targets), lib.contiguous(token_weights)
     head = lib.cast(weight, compute_dtype)
-    vocab_size, count = weight.shape[0], len(hidden) if rows is None else len(rows)
+    vocab_size, count = weight.shape[0], hidden.shape[0] if rows is None else rows.shape[0]
     chunk_rows = chunk_rows or chunk_rows_of(count, vocab_size, compute_dtype, hidden.is_cuda)
     scale_late = scales_late(compute_dtype)
     early_normalizer, early_scale = (None, 1.0) if scale_late else (normalizer, scale)
 
-    nll = token_weights.new_zeros(len(hidden))
+    nll = token_weights.new_zeros(hidden.shape[0])
     d_hidden = hidden.new_empty(0)
     if hidden_grad:  # every row is written without `rows`
         d_hidden = (torch.empty_like if rows is None else torch.zeros_like)(
             hidden, memory_format=torch.contiguous_format
         )
-    d_weight_shape = weight.shape if weight_grad else (0,)
     if into is None or scale_late:
-        d_weight, is_given = (
-            (weight.new_empty if count else weight.new_zeros)(d_weight_shape, dtype=grad_weight_dtype),
-            False,
-        )
+        shape = weight.shape if weight_grad else (0,)
+        d_weight = (weight.new_empty if count else weight.new_zeros)(shape, dtype=grad_weight_dtype)
+        is_given = False
     else:
         d_weight, is_given = into, True
     buffer = head.new_empty(min(chunk_rows, count), vocab_size)
     workspace = workspace_for(buffer)
-    chunk_lse = nll.new_empty(len(buffer), 2)
+    lse_parts = nll.new_empty(buffer.shape[0], 2) if hidden.is_cuda else None  # which CUDA needs for large rows
     for start in range(0, count, chunk_rows):
         part = slice(start, min(start + chunk_rows, count))
-        size = part.stop - part.start
-        index: slice | Tensor = part
-        chunk, of_targets, of_weights = None, targets, token_weights
+        logits = _part(buffer, slice(part.stop - part.start))
+        index: slice | Tensor
         if rows is None:  # the chunk's tokens are neighbours
-            of_targets, of_weights = targets[part], token_weights[part]
+            index, chunk, of_targets, of_weights = part, None, _part(targets, part), _part(token_weights, part)
+            selected, its_weights = _part(hidden, part), of_weights
         else:
-            chunk = lib.contiguous(rows[part])
-            index = lib.cast(chunk, torch.int64)
-        # What is in a row without a weight must not reach the weight's gradient: 0 * NaN is NaN.
-        selected = hidden[index].masked_fill((token_weights[index] == 0).unsqueeze(-1), 0)
+            its_rows = lib.contiguous(_part(rows, part))
+            index, chunk = lib.cast(its_rows, torch.int64), lib.cast(its_rows, torch.int32)
+            of_targets, of_weights, selected = targets, token_weights, hidden.index_select(0, index)
+            its_weights = None if all_weighted else token_weights.index_select(0, index)
+        if not all_weighted:  # what is in a row without a weight must not reach the weight's gradient: 0 * NaN is NaN
+            selected = selected.masked_fill((its_weights == 0).unsqueeze(-1), 0)
         selected = lib.cast(selected, compute_dtype)
-        logits = torch.mm(selected, head.t(), out=buffer[:size])
-        chunk_nll = nll.new_empty(size)
+        torch.mm(selected, head.t(), out=logits)
+        its_nll = _part(nll, part) if rows is None else nll.new_empty(logits.shape[0])
         raw.masked_cross_entropy(
-            *(logits, of_targets, of_weights), rows=chunk, nll=chunk_nll, lse_parts=chunk_lse[:size],
+            *(logits, of_targets, of_weights), rows=chunk, nll=its_nll,
+            lse_parts=None if lse_parts is None else lse_parts[: logits.shape[0]],
             grad=logits if hidden_grad or weight_grad else None, normalizer=early_normalizer, scale=early_scale,
             workspace=workspace,
         )  # fmt: skip
-        nll[index] = chunk_nll
-        if hidden_grad:
-            d_hidden[index] = lib.cast(torch.mm(logits, head), hidden.dtype)
+        if hidden_grad and rows is None and compute_dtype == hidden.dtype:
+            torch.mm(logits, head, out=_part(d_hidden, part))
+        elif hidden_grad:
+            _put(d_hidden, index, lib.cast(torch.mm(logits, head), hidden.dtype))
+        if rows is not None:
+            nll.index_copy_(0, index, its_nll)
         if weight_grad:
             lib.add_product(d_weight, logits.t(), selected, first=start == 0 and not is_given)
     if scale_late and into is not None:  # where no backward will scale it
         _scale(d_weight, late_factor(nll.new_ones(()), normalizer, scale))
         into.add_(d_weight)
     return weighted_sum(nll, token_weights, normalizer, scale), nll, d_hidden, d_weight
+
+
+def _part(tensor: Tensor, part: slice) -> Tensor:
+    """tensor[part], itself where that is all of it."""
+    return tensor if not part.start and part.stop == tensor.shape[0] else tensor[part]
+
+
+def _put(whole: Tensor, index: slice | Tensor, part: Tensor) -> None:
+    """whole[index] = part, in a third of the time where the index is a tensor."""
+    if isinstance(index, slice):
+        _part(whole, index).copy_(part)
+    else:
+        whole.index_copy_(0, index, part)
 
 
 def scales_late(compute_dtype: torch.dtype) -> bool:
@@ -235,7 +256,12 @@ def _scale(grad: Tensor, factor: Tensor) -> None:
         grad.mul_(float(factor))
 
 
-def _bwd(dloss: Tensor, hidden_grad: Tensor, weight_grad: Tensor) -> tuple[Tensor, Tensor]:
+def _bwd_cpu(dloss: Tensor, hidden_grad: Tensor, weight_grad: Tensor) -> tuple[Tensor, Tensor]:
+    factor = float(dloss)
+    return hidden_grad * factor, weight_grad * factor
+
+
+def _bwd_cuda(dloss: Tensor, hidden_grad: Tensor, weight_grad: Tensor) -> tuple[Tensor, Tensor]:
     d_hidden, d_weight = (
         torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x) for x in (hidden_grad, weight_grad)
     )
@@ -308,19 +334,18 @@ def _backward(ctx, dloss, *unused):
         ctx.scaled = True
         torch.ops.illada.linear_masked_ce_bwd_(dloss, d_hidden, d_weight)
     else:
-        d_hidden, d_weight = torch.ops.illada.linear_masked_ce_bwd(dloss, d_hidden, d_weight)
+        d_hidden, d_weight = _call_bwd(dloss, d_hidden, d_weight)
     wants_hidden, wants_weight = ctx.needs
     return (d_hidden if wants_hidden else None, d_weight if wants_weight else None) + (None,) * 11
 
 
 lib.implement("linear_masked_ce_fwd", _fwd_fake, cpu=_fwd_cpu, cuda=_fwd_cuda)
 lib.implement("linear_masked_ce_fwd_", _fwd_into_fake, cpu=_fwd_into_cpu, cuda=_fwd_into_cuda)
-lib.implement("linear_masked_ce_bwd", _bwd_fake, cpu=_bwd, cuda=_bwd)
+lib.implement("linear_masked_ce_bwd", _bwd_fake, cpu=_bwd_cpu, cuda=_bwd_cuda)
 lib.implement("linear_masked_ce_bwd_", _bwd_inplace_fake, cpu=_bwd_inplace, cuda=_bwd_inplace)
-torch.library.register_autograd(
-    "illada::linear_masked_ce_fwd", _backward, setup_context=_setup_context, lib=lib.LIBRARY
-)
+lib.register_autograd("linear_masked_ce_fwd", _backward, _setup_context)
 lib.raise_on_double_backward("linear_masked_ce_bwd")
+_call_fwd, _call_bwd = lib.caller("linear_masked_ce_fwd"), lib.caller("linear_masked_ce_bwd")
 
 
 class _IntoGradient(torch.autograd.Function):
@@ -370,8 +395,9 @@ def _fwd_flops(hidden, weight, targets, token_weights, rows, *args, out_val=None
 
 def compute_dtype_of(op: str, hidden: Tensor, name: str, weight: Tensor) -> torch.dtype:
     """What the GEMMs of hidden and the weight `name` run in: autocast's dtype or their own. TypeError, ValueError."""
-    lib.check_last_contiguous(op, "hidden", hidden)
-    lib.check_last_contiguous(op, name, weight)
+    if not (hidden.is_contiguous() and weight.is_contiguous()):
+        lib.check_last_contiguous(op, "hidden", hidden)
+        lib.check_last_contiguous(op, name, weight)
     dtypes = logits_dtypes(hidden)
     lib.check_dtype(op, "hidden", hidden, dtypes)
     compute_dtype = autocast_dtype(hidden.device)
@@ -439,8 +465,9 @@ def linear_masked_cross_entropy(
     not). A second derivative raises.
     """
     op = "linear_masked_cross_entropy"
-    lib.check_shape(op, "hidden", hidden, ("T", "C"))
-    lib.check_shape(op, "weight", weight, ("V", hidden.shape[1]))
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        lib.check_shape(op, "hidden", hidden, ("T", "C"))
+        lib.check_shape(op, "weight", weight, ("V", hidden.shape[1]))
     if hasattr(weight, "full_tensor"):
         raise TypeError(
             f"{op}: weight is a DTensor, of which this process holds a shard; compute the loss inside the forward of "
@@ -449,8 +476,10 @@ def linear_masked_cross_entropy(
     if weight.shape[0] < 1:
         raise ValueError(f"{op}: weight must have at least one row, got {list(weight.shape)}")
     compute_dtype = compute_dtype_of(op, hidden, "weight", weight)
-    others = {"weight": weight, "targets": targets, "token_weights": token_weights, "rows": rows}
-    lib.check_same_device(op, ("hidden", hidden), *others.items())
+    lib.check_same_device(
+        op, ("hidden", hidden), ("weight", weight), ("targets", targets), ("token_weights", token_weights),
+        ("rows", rows),
+    )  # fmt: skip
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"{op}: chunk_rows must be at least 1, got {chunk_rows}")
     if grad_weight_dtype not in (None, torch.float32, torch.bfloat16):
@@ -472,9 +501,7 @@ def linear_masked_cross_entropy(
     if grad_weight is not None and needs_grad:
         loss, nll, _ = _IntoGradient.apply(*arguments, grad_weight.dtype, filter_eps, grad_weight)
     else:
-        loss, nll, _, _ = torch.ops.illada.linear_masked_ce_fwd(
-            *arguments, grad_weight_dtype or torch.float32, filter_eps
-        )
+        loss, nll, _, _ = _call_fwd(*arguments, grad_weight_dtype or torch.float32, filter_eps)
     return (loss, nll) if return_nll else loss
 
 

@@ -63,18 +63,18 @@ def where_read(normalizer: Tensor | None, scale: float) -> tuple[Tensor | None, 
 
 
 def kernel_targets(targets: Tensor) -> Tensor:
-    return lib.contiguous(targets if targets.is_cuda else targets.long())
+    return lib.contiguous(targets if targets.dtype == torch.int64 or targets.is_cuda else targets.long())
 
 
 def workspace_for(logits: Tensor) -> Tensor | None:
+    if not logits.is_cuda:
+        return None
     size = raw.masked_cross_entropy_workspace(logits.shape[0], logits.shape[1], logits.device)
     return logits.new_empty(size, dtype=torch.uint8) if size else None
 
 
 def weighted_sum(nll: Tensor, token_weights: Tensor, normalizer: Tensor | None, scale: float) -> Tensor:
     """The loss, from the nll of each token and what `where_read` gave."""
-    if not nll.is_cuda:
-        return (nll.double().dot(token_weights.double()) * scale).float()
     loss = nll.new_empty(())
     raw.weighted_sum(loss, lib.contiguous(nll), lib.contiguous(token_weights), normalizer=normalizer, scale=scale)
     return loss
@@ -189,14 +189,14 @@ def _backward(ctx, dloss, _nll, dlse, _lse_parts):
         dloss = dlse.new_zeros(())
     arguments = (targets, token_weights, normalizer, ctx.scale, lse_parts, dloss, dlse, 0)
     if not ctx.inplace:
-        return torch.ops.illada.masked_ce_bwd(logits, *arguments), *(None,) * 5
+        return _call_bwd(logits, *arguments), *(None,) * 5
     if torch.is_grad_enabled():
         raise RuntimeError(
             "masked_cross_entropy: inplace_backward=True has no second derivative; do without create_graph=True"
         )
     lib.refuse_tangents("masked_ce_bwd_", dloss, dlse)
     if _saved_through_hooks(ctx):
-        return torch.ops.illada.masked_ce_bwd(logits, *arguments), *(None,) * 5
+        return _call_bwd(logits, *arguments), *(None,) * 5
     ctx.overwritten = True
     grad = logits.detach()
     torch.ops.illada.masked_ce_bwd_(grad, *arguments)
@@ -207,8 +207,9 @@ lib.implement("masked_ce_fwd", _fwd_fake, cpu=_fwd, cuda=_fwd)
 lib.implement("masked_ce_bwd", _bwd_fake, cpu=_bwd, cuda=_bwd)
 lib.implement("masked_ce_bwd_", _bwd_inplace_fake, cpu=_bwd_inplace, cuda=_bwd_inplace)
 lib.implement("masked_ce_shard_fwd", _shard_fwd_fake, cpu=_shard_fwd, cuda=_shard_fwd)
-torch.library.register_autograd("illada::masked_ce_fwd", _backward, setup_context=_setup_context, lib=lib.LIBRARY)
+lib.register_autograd("masked_ce_fwd", _backward, _setup_context)
 lib.raise_on_double_backward("masked_ce_bwd")
+_call_fwd, _call_bwd = lib.caller("masked_ce_fwd"), lib.caller("masked_ce_bwd")
 
 
 # --------------------------------------------------------------------------------------------------- public functions
@@ -220,6 +221,8 @@ def logits_dtypes(tensor: Tensor) -> tuple[torch.dtype, ...]:
 
 
 def check_logits(op: str, logits: Tensor) -> None:
+    if logits.dim() == 2 and logits.dtype in _DTYPES_CPU and logits.is_contiguous():
+        return
     lib.check_shape(op, "logits", logits, ("T", "V"))
     lib.check_dtype(op, "logits", logits, logits_dtypes(logits))
     lib.check_last_contiguous(op, "logits", logits)
@@ -238,9 +241,11 @@ def check_targets(
 
     vocab_size None: a shard, of whose targets nothing is known.
     """
-    lib.check_shape(op, "targets", targets, (total,))
+    if targets.dim() != 1 or targets.shape[0] != total:
+        lib.check_shape(op, "targets", targets, (total,))
     lib.check_dtype(op, "targets", targets, _TOKEN_DTYPES)
-    lib.check_shape(op, "token_weights", token_weights, (total,))
+    if token_weights.dim() != 1 or token_weights.shape[0] != total:
+        lib.check_shape(op, "token_weights", token_weights, (total,))
     if token_weights.dtype != torch.float32:
         got = str(token_weights.dtype).removeprefix("torch.")
         hint = (
@@ -337,7 +342,7 @@ def masked_cross_entropy(
         index = rows.long()
         token_weights = torch.zeros_like(token_weights).index_copy(0, index, token_weights[index])
     inplace = inplace_backward and not torch.compiler.is_compiling()
-    loss, nll, lse, _ = torch.ops.illada.masked_ce_fwd(logits, targets, token_weights, normalizer, scale, inplace)
+    loss, nll, lse, _ = _call_fwd(logits, targets, token_weights, normalizer, scale, inplace)
     if not (return_nll or return_lse):
         return loss
     return loss, *((nll,) if return_nll else ()), *((lse,) if return_lse else ())

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from illada._native import native
 from illada.ops._library import add_product, address, check_dtype, check_shape, stream, written
@@ -184,11 +185,11 @@ def _cross_entropy_arguments(
     scale: float, vocab_start: int,
 ) -> tuple:  # fmt: skip
     """CrossEntropyArguments of csrc/bindings."""
+    count, vocab_size = logits.shape
     return (
-        *(address(logits), logits.stride(0), *logits.shape, DTYPES[logits.dtype], address(rows)),
-        *(address(targets), targets.dtype == torch.int64, address(token_weights), token_weights.shape[0]),
-        *(vocab_start, scale, address(normalizer)),
-    )
+        logits, logits.stride(0), count, vocab_size, DTYPES[logits.dtype], rows, targets, targets.dtype == torch.int64,
+        token_weights, token_weights.shape[0], vocab_start, scale, normalizer,
+    )  # fmt: skip
 
 
 def masked_cross_entropy_workspace(rows: int, vocab_size: int, device: torch.device) -> int:
@@ -220,14 +221,14 @@ def masked_cross_entropy(
     normalizer being what the sum is multiplied by, normalizer a float32 scalar; workspace: uint8, as
     `masked_cross_entropy_workspace` says.
     """
-    outputs = [out for out in (nll, lse, lse_parts, target_logit, grad) if out is not None] or [logits]
-    launch = _launch(outputs[0], logits, *outputs[1:], targets, token_weights, rows, normalizer, workspace=workspace)
+    outputs = [out for out in (nll, lse, lse_parts, target_logit, grad) if out is not None]
+    first, *others = outputs or [logits]
     native().masked_cross_entropy(
         _cross_entropy_arguments(logits, targets, token_weights, rows, normalizer, scale, vocab_start),
-        *(address(nll), address(lse), address(lse_parts), address(target_logit)),
-        *(address(grad), 0 if grad is None else grad.stride(0), torch.get_num_threads(), launch),
-    )
-    written(nll, lse, lse_parts, target_logit, grad)
+        nll, lse, lse_parts, target_logit, grad, 0 if grad is None else grad.stride(0), torch.get_num_threads(),
+        _launch(first, logits, *others, targets, token_weights, rows, normalizer, workspace=workspace),
+    )  # fmt: skip
+    increment_version(outputs)
 
 
 def masked_cross_entropy_backward(
@@ -254,22 +255,23 @@ def masked_cross_entropy_backward(
     check_dtype(op, "lse_parts", lse_parts, (torch.float32,))
     native().masked_cross_entropy_backward(
         _cross_entropy_arguments(logits, targets, token_weights, rows, normalizer, scale, vocab_start),
-        *(address(lse_parts), address(dlse), address(dloss), address(grad), grad.stride(0)),
-        torch.get_num_threads(),
+        lse_parts, dlse, dloss, grad, grad.stride(0), torch.get_num_threads(),
         _launch(grad, logits, targets, token_weights, lse_parts, rows, dloss, dlse, normalizer),
-    )
-    written(grad)
+    )  # fmt: skip
+    increment_version(grad)
 
 
 def weighted_sum(
     loss: Tensor, nll: Tensor, token_weights: Tensor, *, normalizer: Tensor | None = None, scale: float = 1.0
 ) -> None:
-    """scale / normalizer * sum_i token_weights[i] nll[i] into `loss`, float32 []; the others float32 [T]. CUDA only."""
-    launch = _cuda_launch("weighted_sum", nll, loss, token_weights, normalizer)
-    native().weighted_sum(
-        *(address(nll), address(token_weights), nll.shape[0], scale, address(normalizer), address(loss)), *launch[:3]
-    )
-    written(loss)
+    """scale / normalizer * sum_i token_weights[i] nll[i] into `loss`, float32 []; the others float32 [T]."""
+    launch = _launch(loss, nll, token_weights, normalizer)
+    if launch is _CPU:
+        scale = scale if normalizer is None else scale / float(normalizer)
+        native().weighted_sum_cpu(nll, token_weights, nll.shape[0], scale, loss)
+    else:
+        native().weighted_sum(nll, token_weights, nll.shape[0], scale, normalizer, loss, *launch[:3])
+    increment_version(loss)
 
 
 def scale(data: Tensor, factor: Tensor) -> None:
@@ -457,14 +459,14 @@ def varlen_attention(
     """
     if plan.is_cuda and not q.is_cuda:  # which the host would read
         raise ValueError(f"varlen_attention: q is on the CPU, but the plan is on {plan.device}; they must agree")
+    total_q, heads, dim = q.shape
     native().varlen_attention(
-        (q.shape[0], k.shape[0], num_sequences, q.shape[1], k.shape[1], q.shape[2]),
-        DTYPES[q.dtype],
-        *((address(x), x.stride(0), x.stride(1)) for x in (q, k, v)),
-        *(softmax_scale, address(plan), plan.shape[0], address(out), address(lse)),
-        *(torch.get_num_threads(), _launch(out, q, k, v, plan, lse, workspace=workspace)),
-    )
-    written(out, lse)
+        (total_q, k.shape[0], num_sequences, heads, k.shape[1], dim), DTYPES[q.dtype],
+        (q, *q.stride()[:2]), (k, *k.stride()[:2]), (v, *v.stride()[:2]),
+        softmax_scale, plan, plan.shape[0], out, lse, torch.get_num_threads(),
+        _launch(out, q, k, v, plan, lse, workspace=workspace),
+    )  # fmt: skip
+    increment_version((out, lse))
 
 
 def varlen_attention_backward_workspace(
