@@ -1,7 +1,7 @@
 """Seconds that a run may take, shared among its cases.
 
 Each case may take an equal part of what is left; what it leaves is shared among the later ones. A case whose part is
-over is ended by an alarm, at the next step of Python that its calls do, and keeps the times that it has.
+over is ended by an alarm, at the next step of Python outside of an import, and keeps the times that it has.
 """
 
 from __future__ import annotations
@@ -10,6 +10,12 @@ import math
 import signal
 import time
 from types import FrameType
+from typing import Any
+
+#: Seconds after which an alarm that nobody heard rings again.
+REPEAT = 5.0
+#: Seconds after which it rings again where a module was being imported.
+IMPORTING = 0.05
 
 
 class OutOfTime(BaseException):
@@ -17,11 +23,12 @@ class OutOfTime(BaseException):
 
 
 class Share:
-    """What one case may take; a context in which the alarm is set. Without a limit there is none."""
+    """What one case may take, between `start` and `stop`. Without a limit there is no alarm."""
 
     def __init__(self, seconds: float = math.inf):
         self.seconds = seconds
         self.began = time.monotonic()
+        self._before: Any = None  # the handler that was there
 
     def left(self) -> float:
         """Seconds."""
@@ -31,27 +38,37 @@ class Share:
         """The part that is over, from 0 on."""
         return (time.monotonic() - self.began) / self.seconds if self.seconds > 0 else 1.0
 
-    def __enter__(self) -> Share:
+    def start(self) -> None:
+        """From now on. OutOfTime: there is nothing to share."""
         self.began = time.monotonic()
         if self.seconds < math.inf:
             self._before = signal.signal(signal.SIGALRM, self._ring)
             self.ring_at(1)
-        return self
 
     def ring_at(self, part: float) -> None:
         """Set the alarm to when this part of the share is over."""
         if self.seconds < math.inf:
             left = part * self.seconds - (time.monotonic() - self.began)
-            # Again and again: an exception in a finalizer, of which a garbage collection calls many, is dropped.
-            signal.setitimer(signal.ITIMER_REAL, max(left, 1e-3), 0.5)
+            if left <= 0:
+                raise OutOfTime
+            # Again, but not before all is tidied up: an exception in a finalizer, as collections call them, is dropped.
+            signal.setitimer(signal.ITIMER_REAL, left, REPEAT)
 
-    def __exit__(self, *error: object) -> None:
-        if self.seconds < math.inf:
+    def stop(self) -> None:
+        """No alarm after this. To be called outside of what catches OutOfTime: it may ring until then."""
+        if self._before is not None:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, self._before)
+            self._before = None
 
     @staticmethod
     def _ring(number: int, frame: FrameType | None) -> None:
+        caller = frame
+        while caller is not None:
+            if caller.f_code.co_filename.startswith("<frozen importlib"):  # half of a module would stay
+                signal.setitimer(signal.ITIMER_REAL, IMPORTING, REPEAT)
+                return
+            caller = caller.f_back
         raise OutOfTime
 
 

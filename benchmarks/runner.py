@@ -8,6 +8,7 @@ files have fewer.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import gc
 import math
@@ -142,12 +143,16 @@ def run(
         job, share = _Job(case, timer, providers, repeats, device, keep_going), budget.share()
         unfinished, ended = None, None
         try:
-            with share:
-                job.measure(share)
+            share.start()
+            job.measure(share)
         except OutOfTime:
             unfinished = NO_TIME
         except (KeyboardInterrupt, Ended) as error:
             unfinished, ended = "ended by a signal", error
+        finally:
+            with contextlib.suppress(OutOfTime):
+                share.stop()
+            share.stop()  # in case the alarm rang in the line before
         now = environment.state(device)
         mine = [{**record, "bench": bench, **same, **now} for record in job.records(unfinished)]
         records += [record for record in mine if record["median_ms"] is not None]
@@ -188,19 +193,18 @@ class _Job:
         case = self.case
         self.offered = [p for p in case.make() if not self.wanted or p.name in self.wanted or case.yardstick]
         for i, provider in enumerate(self.offered):
-            if i:  # peers are not to take the time in which all are timed
-                share.ring_at(0.7)
             try:
-                if i and share.spent() > 0.5:
-                    raise OutOfTime
+                if i and not provider.unavailable:  # peers are not to take the time in which all are timed
+                    if share.spent() > 0.5:
+                        raise OutOfTime
+                    share.ring_at(0.7)
                 self._warm_up(provider)
+                share.ring_at(1)
             except OutOfTime:
-                if not i or share.spent() > 1:
-                    raise
+                share.ring_at(1)  # raises where all of it is over
                 provider.unavailable = provider.unavailable or NO_TIME
             if provider.unavailable:
                 print(f"{case.name}: {provider.name} left out: {provider.unavailable}", file=sys.stderr)
-        share.ring_at(1)
         self.timed = [t for t in self.timed if not t.provider.unavailable]
         self.readings = [[] for _ in self.timed]
         _interleave(self.timed, self.readings, self.timer, self.repeats, case.slow, share)

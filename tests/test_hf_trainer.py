@@ -10,8 +10,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from transformers import (
+    AttentionInterface,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
     BertConfig,
     Gemma2Config,
     LlamaConfig,
@@ -122,7 +124,7 @@ def assert_same(got, want, tolerance=1e-5):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_loss_and_gradients_are_the_formulas(name, tmp_path):
     model = make_model(name)
-    assert make_trainer(tmp_path, model)._head.fused == (name in FUSED)
+    assert make_trainer(tmp_path, model)._fused == (name in FUSED)
     assert_same(step(tmp_path, model), by_hand_with_gradients(make_model(name)))
     assert "forward" not in model.get_output_embeddings().__dict__  # the model is as it was
 
@@ -226,6 +228,18 @@ def test_model_init(tmp_path):
     assert_same(step(tmp_path, None, **options), step(tmp_path, make_model()), 1e-7)
 
 
+def test_a_model_that_waits_for_its_gpu(tmp_path):
+    """FSDP2 moves it there later; on a CPU its attention has no kernel."""
+
+    def no_kernel(*arguments, **options):
+        raise RuntimeError("no kernel for a CPU")
+
+    AttentionInterface.register("gpus_only", no_kernel)
+    model = make_model(attn_implementation="gpus_only")
+    assert make_trainer(tmp_path, model)._fused
+    assert model.config._attn_implementation == "gpus_only"
+
+
 def test_adapters_on_every_linear_and_on_the_head(tmp_path):
     from peft import LoraConfig, get_peft_model
 
@@ -236,15 +250,15 @@ def test_adapters_on_every_linear_and_on_the_head(tmp_path):
         return model
 
     for head in (False, True):
-        assert make_trainer(tmp_path, adapted(head))._head.fused is not head
+        assert make_trainer(tmp_path, adapted(head))._fused is not head
         assert_same(step(tmp_path, adapted(head)), by_hand_with_gradients(adapted(head)))
 
 
 def test_what_would_be_another_loss_is_refused(tmp_path):
     with pytest.raises(ValueError, match="LlamaForCausalLM is causal: give it is_causal=False"):
         make_trainer(tmp_path, AutoModelForCausalLM.from_config(LlamaConfig(**SIZES)))
-    with pytest.raises(ValueError, match="model must be .*language-modelling head.*got LlamaModel"):
-        make_trainer(tmp_path, make_model().model)
+    with pytest.raises(ValueError, match="model must be .*language-modelling head.*got LlamaForSequenceClassification"):
+        make_trainer(tmp_path, AutoModelForSequenceClassification.from_config(copy.deepcopy(CONFIGS["llama"])))
     for options, message in (
         ({"eps": 0.7}, "eps must be below 0.5, got 0.7"),
         ({"t_sampling": "all"}, "t_sampling must be independent or low_discrepancy"),
@@ -281,14 +295,18 @@ def test_bfloat16_and_checkpointing(name, options, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama", "bert"])
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("name, backend", [("llama", "aot_eager"), ("bert", "aot_eager"), ("llama", "inductor")])
 def test_compiled(name, backend, tmp_path):
     attention.register()
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
     model = make_model(name, attn_implementation="illada")
+    rows = [{"input_ids": list(range(5, 17))} for _ in range(8)]  # of one length, and never as many are masked
     options = {"torch_compile": True, "torch_compile_backend": backend, "accumulation": 4, "batch": 2}
-    got = step(tmp_path, model, **options)
-    assert_same(got, step(tmp_path, make_model(name)))
+    got = step(tmp_path, model, rows=rows, **options)
+    assert_same(got, step(tmp_path, make_model(name), rows=rows))
+    stats = torch._dynamo.utils.counters
+    assert stats["stats"]["unique_graphs"] == 2 and not stats["graph_break"]  # the second is of any number of masks
 
 
 # ----------------------------------------------------------------------------------------------------- two processes

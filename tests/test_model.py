@@ -265,7 +265,7 @@ def test_errors():
         ({"head_dim": 7}, "head_dim must be even"),
         ({"embedding_size": 10}, r"embedding_size \(10\) is less than vocab_size \(4096\)"),
         ({"mask_token_id": 4096}, r"mask_token_id must be in \[0, 4096\), got 4096"),
-        ({"model_type": "gpt"}, "model_type must be illada, llada, dream or qwen2"),
+        ({"model_type": "gpt"}, "model_type must be illada, llada, dream, qwen2 or illada_hf"),
         ({"hidden": 1}, "unknown model options: hidden; there are vocab_size"),
     ]
     for overrides, match in wrong:

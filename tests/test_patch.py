@@ -6,7 +6,9 @@ import pickle
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -241,6 +243,34 @@ def test_a_trainer_of_transformers_steps_as_by_hand(tmp_path):
         torch.testing.assert_close(b.detach(), a.detach() - 0.5 * a.grad, rtol=1e-3, atol=1e-5, msg=name)
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 13), reason="gloo did not average before torch 2.13")
+def test_a_module_that_fsdp2_shards():
+    tokens, labels, weights = batch()
+    whole = patch(make("llama"))
+    whole(input_ids=tokens, labels=labels, token_weights=weights).loss.backward()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = patch(make("llama"))
+        for layer in model.model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+        for _ in range(2):
+            loss = model(input_ids=tokens, labels=labels, token_weights=weights).loss
+        loss.backward()
+        for (name, a), b in zip(whole.named_parameters(), model.parameters(), strict=True):
+            torch.testing.assert_close(b.grad.full_tensor(), a.grad, rtol=1e-4, atol=1e-6, msg=name)
+        model.reshard()
+        register_fsdp_forward_method(model, "sample_tokens")
+        assert torch.equal(model.sample_tokens(tokens).token, whole.sample_tokens(tokens).token)
+        with pytest.raises(ValueError, match="the class or forward of FSDPLlamaForCausalLM was replaced after patch"):
+            unpatch(model)
+        bare = make("llama")
+        fully_shard(bare)
+        assert patch(bare)(input_ids=tokens, labels=labels).loss.isfinite()  # the other order
+    finally:
+        dist.destroy_process_group()
+
+
 def test_adapters_inside_and_columns_that_a_trainer_keeps():
     from peft import LoraConfig, get_peft_model
 
@@ -336,6 +366,12 @@ def test_subclasses():
     assert isinstance(model, Same) and type(unpatch(model)) is Same
     with pytest.raises(NotImplementedError, match="Other has a forward other than LlamaForCausalLM's"):
         patch(Other(MODELS["llama"][1]))
+
+
+def test_versions_whose_decoders_are_causal_are_refused(monkeypatch):
+    monkeypatch.setattr("transformers.__version__", "5.1.3")
+    with pytest.raises(ImportError, match=r"patch needs transformers 5.2 or newer, .*; got 5.1.3"):
+        patch(make("llama"))
 
 
 def test_wrong_order_and_wrong_arguments():

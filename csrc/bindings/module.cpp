@@ -193,10 +193,10 @@ void weighted_sum_cpu(Address nll, Address weights, int64_t num_rows, double sca
 }
 
 void varlen_attention_backward(const PackArguments& pack, int dtype, const ViewArguments& dout, const ViewArguments& q,
-                               const ViewArguments& k, const ViewArguments& v, uintptr_t out, uintptr_t lse,
-                               uintptr_t dlse, float softmax_scale, uintptr_t plan, int64_t plan_rows,
-                               bool deterministic, bool multiplies_twice, uintptr_t dq, uintptr_t dk, uintptr_t dv,
-                               int num_threads, const LaunchArguments& launch) {
+                               const ViewArguments& k, const ViewArguments& v, Address out, Address lse, Address dlse,
+                               float softmax_scale, Address plan, int64_t plan_rows, bool deterministic,
+                               bool multiplies_twice, Address dq, Address dk, Address dv, int num_threads,
+                               const LaunchArguments& launch) {
   attention::BackwardParams p;
   p.shape = pack_shape(pack);
   p.dtype = DType(dtype);

@@ -52,7 +52,7 @@ struct RowFilter {
   const T* row;
   int32_t vocab;
   RowBias bias;
-  float maximum = 0, minimum = 0;
+  float maximum = 0;
   float floor = -INFINITY;  // smaller logits count no more
   float scale = 0;          // bins of a distance of 1
   int bin = 0, weight_bits = 0;
@@ -61,12 +61,19 @@ struct RowFilter {
   template <typename F>
   __device__ __forceinline__ void for_each_of_row(F&& f) const {
     const int vectors = vocab / kVector;
-    for (int vector = int(threadIdx.x); vector < vectors; vector += kThreads) {
+    const auto load = [&](int vector) {
       const T* const at = row + int64_t(vector) * kVector;
+      return kAligned ? load8(at) : load8_unaligned(at);
+    };
+    Raw8<T> next = minus_infinity8<T>();  // on its way while the one before is worked on
+    if (int(threadIdx.x) < vectors) next = load(int(threadIdx.x));
+    for (int vector = int(threadIdx.x); vector < vectors; vector += kThreads) {
       float x[kVector];
-      unpack8(kAligned ? load8(at) : load8_unaligned(at), x);
+      unpack8(next, x);
+      if (vector + kThreads < vectors) next = load(vector + kThreads);
       const int first = vector * kVector;
       if (bias.count && shared.biased[vector % kBiasBits / 32] >> (vector % 32) & 1) {
+#pragma unroll 1
         for (int b = 0; b < bias.count; ++b) {
           const int at = bias.ids[b] - first;
           const float value = bias.values[b];
@@ -80,6 +87,7 @@ struct RowFilter {
     const int id = vectors * kVector + int(threadIdx.x);
     if (id >= vocab) return;
     float x = to_float(row[id]);
+#pragma unroll 1
     for (int b = 0; b < bias.count; ++b)
       if (bias.ids[b] == id) x += bias.values[b];
     f(x, id);
@@ -100,7 +108,7 @@ struct RowFilter {
     return warp_reduce(shared.partial[threadIdx.x % 32], add);
   }
 
-  // The largest logit and the smallest above -inf; false where the row has no softmax.
+  // The largest logit, and in shared memory the smallest above -inf; false where the row has no softmax.
   __device__ __forceinline__ bool find_range() {
     float most = -INFINITY, least = INFINITY;
     bool nan = false;
@@ -113,7 +121,6 @@ struct RowFilter {
     atomicMin(&shared.minimum, __reduce_min_sync(kFullWarp, key_of(least)));
     nan = __syncthreads_or(nan);
     maximum = of_key(shared.maximum);
-    minimum = of_key(shared.minimum);
     return !nan && maximum > -INFINITY && maximum < INFINITY;
   }
 
@@ -190,6 +197,7 @@ struct RowFilter {
   __device__ __forceinline__ Sum sum_of_bin(Value&& value) const {
     Sum sum = 0;
     if (shared.count[bin] <= kListed) {
+#pragma unroll 1
       for (int i = int(threadIdx.x); i < shared.listed; i += kThreads)
         sum += value(shared.list[i].x, shared.list[i].id);
     } else {
@@ -225,7 +233,7 @@ struct RowFilter {
       fill_bins([](float, int) { return 0u; });
       bin = find_bin([&](int at) { return Sum(shared.count[at]); }, [&](Sum) { return Sum(top_k); });
       if (bin != kLastBin || !again) break;
-      scale = float(kLastBin) / (maximum - minimum);  // 0 where the difference is infinite
+      scale = float(kLastBin) / (maximum - of_key(shared.minimum));  // 0 where the difference is infinite
     }
     if (bin < 0) return -INFINITY;  // fewer are above it
     return of_key(find_key(Sum(top_k) - shared.before, [](float) { return 1u; }));

@@ -1,5 +1,7 @@
 """The ops as torch ops on CUDA tensors: schema, fakes, tracing, compilation of a whole step."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -166,3 +168,28 @@ def test_attention_compiles_once_for_all_sizes(device):
             out = compiled(q, torch.empty(sequences + 1, dtype=torch.int32, device=device))
             assert out.shape == q.shape
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("op", ["masked_cross_entropy", "varlen_attention"])
+def test_functions_past_the_dispatcher_do_the_same(op, device, generator):
+    if op == "masked_cross_entropy":
+        x, targets = torch.randn(4, 33, generator=generator).to(device), torch.arange(4, device=device)
+        weights = torch.ones(4, device=device)
+        function = partial(illada.masked_cross_entropy, targets=targets, token_weights=weights)
+        registered = partial(torch.ops.illada.masked_ce_fwd, targets=targets, token_weights=weights, normalizer=None)
+        registered = partial(registered, scale=1.0, inplace_backward=False)
+    else:
+        x = torch.randn(6, 2, 64, generator=generator).to(torch.bfloat16).to(device)
+        starts = torch.tensor([0, 2, 6], dtype=torch.int32, device=device)
+        plan = illada.attention_plan(starts, num_heads=2, num_kv_heads=2, head_dim=64, total_q=6)
+        function = partial(illada.varlen_attention, k=x.clone(), v=x.clone(), cu_seqlens=starts, plan=plan)
+        registered = partial(torch.ops.illada.varlen_attention_fwd, k=x.clone(), v=x.clone(), plan=plan.work)
+        registered = partial(registered, num_sequences=2, softmax_scale=0.125, deterministic=False)
+    x.requires_grad_()
+    factor = torch.ones((), device=device) if op == "masked_cross_entropy" else torch.ones_like(x)
+    with _disable_current_modes():  # which would lead to the dispatcher
+        got = function(x)
+        want = registered(x)[0]
+        (got_grad,), (want_grad,) = (torch.autograd.grad(out, x, factor) for out in (got, want))
+    assert type(got.grad_fn) is type(want.grad_fn)
+    assert torch.equal(got, want) and torch.equal(got_grad, want_grad)

@@ -1,4 +1,4 @@
-"""A Llama, Mistral, Qwen2 or Qwen3 of `transformers` 5 as a masked diffusion model, in one line and on one instance.
+"""A Llama, Mistral, Qwen2 or Qwen3 of `transformers` as a masked diffusion model, in one line and on one instance.
 
     from illada.integrations import patch, unpatch
 
@@ -61,9 +61,15 @@ def patch(model: Model) -> Model:
             window, softcap, attention dropout, returned attention weights; a head that is more than its weight; a loss
             or a forward of the instance's own. All reasons are named.
         ValueError: the model, or one inside it, is patched already.
-        ImportError: transformers is not installed, or is older than 5.
+        ImportError: transformers is not installed, or is older than 5.2, which has causal decoders alone.
     """
     register()
+    from transformers import __version__
+
+    if tuple(int(part) for part in __version__.split(".")[:2]) < (5, 2):
+        raise ImportError(
+            f"patch needs transformers 5.2 or newer, whose decoders know is_causal=False; got {__version__}"
+        )
     if any(_RECORD in module.__dict__ for module in model.modules()):
         raise ValueError(f"patch: {type(model).__name__} is patched already; unpatch it first")
     if reasons := _reasons(model):
@@ -130,9 +136,7 @@ def _reasons(model: nn.Module) -> list[str]:
         )
         return reasons
     if type(model).forward is not known[0].forward or "forward" in model.__dict__:
-        reasons.append(
-            f"a forward other than {known[0].__name__}'s; patch it before others wrap it (accelerate, FSDP2)"
-        )
+        reasons.append(f"a forward other than {known[0].__name__}'s; patch it before others wrap it (accelerate)")
     if "_loss_function" in model.__dict__:
         reasons.append("a loss_function of its own")
     if known[0].__name__ in _HEADS and (problem := _head_problem(model.lm_head)):
@@ -235,8 +239,8 @@ class _WithHead(_Patched):
 
         Args:
             inputs: input_ids [B, L], or a mapping of forward's arguments, such as a tokenizer returns.
-            **sampling: rows (int32 or int64 [N], which of the B L positions, counted row by row; default all), and
-                temperature, seed, step, row_ids, measure, logit_bias, extras.
+            **sampling: rows (int32 or int64 [N], which of the B L positions, counted row by row; default all),
+                temperature, seed and what else `illada.linear_sample_tokens` takes.
 
         Returns:
             TokenSample: token [N], confidence [N] and so on, for `illada.remask` on input_ids.flatten().

@@ -82,58 +82,64 @@ class _Masked:
     normalizer: Tensor  # float32, 0-dim
 
 
-class _Head:
-    """Stands in for the forward of the head's module while the trainer calls the model.
+@dataclasses.dataclass
+class _Call:
+    """A call of the model, in which `forward` stands in for that of the head's module.
 
     FSDP2 gathers the head's weight for that module's call, and DDP sees the call of the whole model; so the loss of a
-    head that is no more than its weight is made right there, and is what the model returns as logits. Another head
-    (bias, adapter, quantised; logits that the model caps or scales) gets the masked rows alone.
+    head that is no more than its weight (`fused`) is made right there, and is what the model returns as logits. Another
+    head (bias, adapter, quantised; logits that the model caps or scales) gets the masked rows alone.
     """
 
-    def __init__(self, fused: bool) -> None:
-        self.fused = fused
-        self.batch: _Masked | None = None
-        self.module: Any = None
-        self.plain: Any = None
-        self.return_nll = False
-        self.forward = self._forward  # one object, for which torch.compile makes one graph
+    head: Any
+    plain: Any  # the head's own forward
+    fused: bool
+    batch: _Masked
+    return_nll: bool
 
-    @contextlib.contextmanager
-    def standing_in(self, module: nn.Module, batch: _Masked, return_nll: bool) -> Iterator[None]:
-        own = module.__dict__.get("forward")
-        self.module, self.plain, self.batch, self.return_nll = module, module.forward, batch, return_nll
-        module.forward = self.forward
-        try:
-            yield
-        finally:
-            del module.forward
-            if own is not None:
-                module.forward = own
-            self.module = self.plain = self.batch = None
-
-    def _forward(self, hidden: Tensor) -> Tensor:
-        batch = self.batch
-        assert batch is not None
-        hidden = hidden.flatten(0, -2)
-        if not self.fused:
-            return self.plain(hidden[batch.rows.long()][None])
-        loss = linear_masked_cross_entropy(
-            *(hidden, self.module.weight, batch.targets, batch.weights),
-            rows=batch.rows, normalizer=batch.normalizer, return_nll=self.return_nll,
-        )  # fmt: skip
-        return loss[1] if self.return_nll else loss  # type: ignore[return-value]
-
-    def result(self, logits: Tensor, batch: _Masked, return_nll: bool) -> Tensor:
+    def result(self, logits: Tensor) -> Tensor:
         """The loss of what the model returned as logits; with `return_nll` float32 [T] instead, 0 where unmasked."""
         if self.fused:
             return logits
-        rows = batch.rows.long()
+        batch, rows = self.batch, self.batch.rows.long()
         loss = masked_cross_entropy(
-            *(logits[0], batch.targets[rows], batch.weights[rows]), normalizer=batch.normalizer, return_nll=return_nll
-        )
-        if not return_nll:
-            return loss  # type: ignore[return-value]
+            *(logits[0], batch.targets[rows], batch.weights[rows]),
+            normalizer=batch.normalizer, return_nll=self.return_nll,
+        )  # fmt: skip
+        if isinstance(loss, Tensor):
+            return loss
         return batch.weights.new_zeros(len(batch.weights)).index_copy(0, rows, loss[1])
+
+
+#: The call that is under way. Global, because torch.compile takes all that hangs on a module to be of fixed size.
+_CALL: _Call | None = None
+
+
+def _forward(hidden: Tensor) -> Tensor:
+    call, hidden = _CALL, hidden.flatten(0, -2)
+    assert call is not None
+    batch = call.batch
+    if not call.fused:
+        return call.plain(hidden[batch.rows.long()][None])
+    loss = linear_masked_cross_entropy(
+        *(hidden, call.head.weight, batch.targets, batch.weights),
+        rows=batch.rows, normalizer=batch.normalizer, return_nll=call.return_nll,
+    )  # fmt: skip
+    return loss if isinstance(loss, Tensor) else loss[1]
+
+
+@contextlib.contextmanager
+def _standing_in(call: _Call) -> Iterator[None]:
+    global _CALL
+    own = call.head.__dict__.get("forward")
+    _CALL, call.head.forward = call, _forward
+    try:
+        yield
+    finally:
+        _CALL = None
+        del call.head.forward
+        if own is not None:
+            call.head.forward = own
 
 
 @torch.no_grad()
@@ -151,11 +157,17 @@ def _examine(model: Any) -> bool:
         )
     seen: list[tuple[Tensor, Tensor, int]] = []
     hook = head.register_forward_hook(lambda _, args, out: seen.append((args[0], out, out._version)))
-    training = model.training
+    training, embedding = model.training, model.get_input_embeddings().weight
+    kind = getattr(model.config, "_attn_implementation", None)
+    elsewhere = kind is not None and not embedding.is_cuda and kind not in ("eager", "sdpa", "illada")
     try:
-        ids = torch.tensor([[0, 1], [0, 2], [3, 1]], device=head.weight.device) % model.config.vocab_size
+        if elsewhere:  # a kernel of GPUs, to which FSDP2 moves the model later
+            model.set_attn_implementation("eager")
+        ids = torch.tensor([[0, 1], [0, 2], [3, 1]], device=embedding.device) % len(embedding)
         logits = model.eval()(input_ids=ids)["logits"]
     finally:
+        if elsewhere:
+            model.set_attn_implementation(kind)
         model.train(training)
         hook.remove()
     if len(seen) != 1 or seen[0][0].shape[:2] != ids.shape:
@@ -216,14 +228,12 @@ class MaskedDiffusionTrainer(Trainer):
         if not isinstance(eval_strata, int) or eval_strata < 1:
             raise ValueError(f"eval_strata must be an integer of at least 1, got {eval_strata!r}")
         self.eps, self.t_sampling, self.eval_strata = eps, t_sampling, eval_strata
-        self._given_mask_token_id, self._processor = mask_token_id, kwargs.get("processing_class")
-        self._eval_batches, self._labels_are_checked = 0, False
+        self._given_mask_token_id, self._eval_batches, self._labels_are_checked = mask_token_id, 0, False
         if data_collator is None:
-            pad = getattr(self._processor, "pad_token_id", None)
+            pad = getattr(kwargs.get("processing_class"), "pad_token_id", None)
             data_collator = MaskedDiffusionCollator(0 if pad is None else pad)
-        if model is not None:
-            self._adopt(model)
         super().__init__(model, args, data_collator, **kwargs)
+        self._adopt(self.model)
         self.model_accepts_loss_kwargs = True  # for transformers before loss_is_scaled_for_ga
         for name, size in (("tp", self.get_tp_size()), ("cp", self.get_cp_size()), ("sp", self.get_sp_size())):
             if size > 1:
@@ -234,8 +244,8 @@ class MaskedDiffusionTrainer(Trainer):
             self._keep_float32_loss()
 
     def _adopt(self, model: Any) -> None:
-        self._head = _Head(_examine(model))
-        candidates = (self._given_mask_token_id, getattr(self._processor, "mask_token_id", None))
+        self._fused = _examine(model)
+        candidates = (self._given_mask_token_id, getattr(self.processing_class, "mask_token_id", None))
         known = [i for i in (*candidates, getattr(model.config, "mask_token_id", None)) if i is not None]
         rows = model.get_input_embeddings().weight.shape[0]
         if not known or not 0 <= known[0] < rows:
@@ -243,9 +253,12 @@ class MaskedDiffusionTrainer(Trainer):
         self.mask_token_id: int = known[0]
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        """The model of `model_init`, examined."""
+        """The model of `model_init`; that of `train` is examined here, the first one by `__init__`."""
         model = super().call_model_init(trial)
-        self._adopt(model)
+        if getattr(self, "place_model_on_device", None) is not None:
+            if self.place_model_on_device:
+                model = model.to(self.args.device)
+            self._adopt(model)
         return model
 
     def _keep_float32_loss(self) -> None:
@@ -322,9 +335,11 @@ class MaskedDiffusionTrainer(Trainer):
             if not attention.startswith(_PACKED):
                 raise ValueError(f"a packed batch needs attn_implementation='illada' (or flash_attention_2), got "
                                  f"{attention!r}, with which its sequences would attend each other")  # fmt: skip
-        with self._head.standing_in(self.model.get_output_embeddings(), batch, return_nll):
+        head = self.model.get_output_embeddings()
+        call = _Call(head, head.forward, self._fused, batch, return_nll)
+        with _standing_in(call):
             outputs = model(**arguments)
-        result = self._head.result(outputs["logits"], batch, return_nll)
+        result = call.result(outputs["logits"])
         return (result * token_weights if return_nll else result), outputs
 
     # ----------------------------------------------------------------------------------------------------- evaluation

@@ -5,7 +5,7 @@
     register()
     model = AutoModel.from_pretrained("bert-base-uncased", attn_implementation="illada")
 
-Encoders are bidirectional as they are; a decoder (Llama, Qwen2, Mistral) becomes so by `is_causal=False` in its config.
+Encoders are bidirectional as they are; a decoder becomes so by `is_causal=False` in its config (from 5.2 on).
 Padding masks are honoured: padded keys are never read. What the kernels do not do raises, naming the argument.
 """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,7 +83,7 @@ def check_shape(op: str, name: str, tensor: Tensor, shape: tuple[int | str, ...]
     sizes = tensor.shape
     if len(sizes) == len(shape):
         for want, got in zip(shape, sizes, strict=True):
-            if want.__class__ is not str and got != want:
+            if type(want) is not str and got != want:  # torch 2.6 cannot compile want.__class__
                 break
         else:
             return
@@ -203,12 +204,6 @@ def implement(op: str, fake: Callable, *, cpu: Callable, cuda: Callable | None =
         torch.library.register_fake(f"illada::{op}", fake, lib=LIBRARY)
 
 
-def counts_flops(op: str) -> Callable[[Callable], Callable]:
-    """Register a function of an op's arguments as its FLOP formula."""
-    packet = getattr(torch.ops.illada, op)
-    return register_flop_formula(packet, get_raw=True) if packet not in flop_registry else lambda formula: formula
-
-
 def register_autograd(op: str, backward: Callable, setup_context: Callable | None = None) -> None:
     """What torch.library.register_autograd does, in a third of its time, for an op without keyword-only arguments.
 
@@ -222,20 +217,18 @@ def register_autograd(op: str, backward: Callable, setup_context: Callable | Non
         with torch._C._AutoDispatchBelowAutograd():
             return overload.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
 
-    class Formula(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, kernel, keyset, *inputs):
-            outputs = redispatch(keyset, inputs) if kernel is None else kernel(*inputs)
-            if setup_context is not None:
-                setup_context(ctx, inputs, outputs)
-            return outputs
+    def forward(ctx, kernel, keyset, *inputs):
+        outputs = redispatch(keyset, inputs) if kernel is None else kernel(*inputs)
+        if setup_context is not None:
+            setup_context(ctx, inputs, outputs)
+        return outputs
 
-        @staticmethod
-        def backward(ctx, *gradients):
-            return None, None, *backward(ctx, *gradients)
+    def of_inputs(ctx, *gradients):
+        return None, None, *backward(ctx, *gradients)
 
-    Formula.__name__ = Formula.__qualname__ = f"illada::{op}"
-    apply_plainly = super(torch.autograd.Function, Formula).apply  # without what Formula.apply does for transforms
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(of_inputs)}
+    formula: Any = type(f"illada_{op}", (torch.autograd.Function,), methods)  # named as its graph node is to be
+    apply_plainly = super(torch.autograd.Function, formula).apply  # without what `apply` does for transforms
     _FORMULAS[op] = apply_plainly
 
     def differentiable(keyset, *inputs):
@@ -243,7 +236,7 @@ def register_autograd(op: str, backward: Callable, setup_context: Callable | Non
             refuse_tangents(op, *inputs)
         kernel = kernels.get(keyset.raw_repr() & _BETWEEN)
         if torch.is_grad_enabled() and _any_requires_grad(*inputs):
-            return (Formula.apply if kernel is None else apply_plainly)(kernel, keyset, *inputs)
+            return (formula.apply if kernel is None else apply_plainly)(kernel, keyset, *inputs)
         return redispatch(keyset, inputs) if kernel is None else kernel(*inputs)
 
     LIBRARY.impl(op, differentiable, "Autograd", with_keyset=True)
@@ -267,7 +260,7 @@ def caller(op: str) -> Callable:
     )
     keys_added, modes = torch._C._dispatch_tls_local_include_set, torch._C._len_torch_function_stack
     wants_grad, excluded = _any_requires_grad, torch._C._dispatch_tls_is_dispatch_key_excluded
-    autograd_key = torch._C.DispatchKey.AutogradCPU
+    autograd_key = torch._C.DispatchKey.AutogradFunctionality
 
     def call(*inputs):
         if is_compiling() or keys_added().raw_repr() != _ALWAYS or modes() or profiled() or in_forward_mode():
@@ -348,3 +341,9 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
         total.copy_(torch.mm(a, b))
     else:
         total.add_(torch.mm(a, b))
+
+
+def counts_flops(op: str) -> Callable[[Callable], Callable]:
+    """Register a function of an op's arguments as its FLOP formula."""
+    packet = getattr(torch.ops.illada, op)
+    return register_flop_formula(packet, get_raw=True) if packet not in flop_registry else lambda formula: formula

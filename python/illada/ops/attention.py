@@ -276,7 +276,7 @@ def _bwd_cpu(
             return theirs
     dout = dout if dout.stride(2) == 1 else dout.contiguous()  # of a sum, with strides of 0, or transposed
     dlse = None if dlse is None else dlse.contiguous()
-    ours = tuple(x.new_empty(x.shape) for x in (q, k, v))
+    ours = (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
     raw.varlen_attention_backward(*ours, dout, dlse, q, k, v, out, lse, plan, num_sequences, softmax_scale)
     return ours if theirs is None else tuple(x.add_(y) for x, y in zip(ours, theirs, strict=True))
 

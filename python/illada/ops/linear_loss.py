@@ -55,17 +55,16 @@ lib.LIBRARY.define(
 # ---------------------------------------------------------------------------------------------------------- kernels
 
 
-def _fwd_cpu(hidden, weight, targets, token_weights, rows, *arguments, **keywords):
-    if rows is None:  # on a CPU the host may look
+def _fwd_cpu(hidden, weight, targets, token_weights, rows, *arguments, into=None):
+    all_weighted = rows is None
+    if all_weighted:  # on a CPU the host may look
         found = token_weights.nonzero()
-        if found.shape[0] < hidden.shape[0]:
-            rows = found.squeeze(-1)
-        return _fwd_portable(hidden, weight, targets, token_weights, rows, *arguments, **keywords, all_weighted=True)
-    if len(rows) and not (0 <= int(rows.min()) and int(rows.max()) < len(hidden)):
+        rows = found.squeeze(-1) if found.shape[0] < hidden.shape[0] else None
+    elif len(rows) and not (0 <= int(rows.min()) and int(rows.max()) < len(hidden)):
         raise ValueError(f"linear_masked_cross_entropy: rows must be in [0, {len(hidden)}), got {rows.tolist()}")
-    if (rows[1:] <= rows[:-1]).any():
+    elif (rows[1:] <= rows[:-1]).any():
         raise ValueError(f"linear_masked_cross_entropy: rows must ascend, each of them once, got {rows.tolist()}")
-    return _fwd_portable(hidden, weight, targets, token_weights, rows, *arguments, **keywords)
+    return _fwd_portable(hidden, weight, targets, token_weights, rows, *arguments, into=into, all_weighted=all_weighted)
 
 
 def _fwd_cuda(*arguments, **keywords):
@@ -159,6 +158,7 @@ def _fwd_portable(
     compute_dtype: torch.dtype,
     grad_weight_dtype: torch.dtype,
     filter_eps: float,
+    *,
     into: Tensor | None = None,
     all_weighted: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -198,7 +198,7 @@ def _fwd_portable(
             its_rows = lib.contiguous(_part(rows, part))
             index, chunk = lib.cast(its_rows, torch.int64), lib.cast(its_rows, torch.int32)
             of_targets, of_weights, selected = targets, token_weights, hidden.index_select(0, index)
-            its_weights = None if all_weighted else token_weights.index_select(0, index)
+            its_weights = token_weights if all_weighted else token_weights.index_select(0, index)
         if not all_weighted:  # what is in a row without a weight must not reach the weight's gradient: 0 * NaN is NaN
             selected = selected.masked_fill((its_weights == 0).unsqueeze(-1), 0)
         selected = lib.cast(selected, compute_dtype)
@@ -215,7 +215,7 @@ def _fwd_portable(
         elif hidden_grad:
             _put(d_hidden, index, lib.cast(torch.mm(logits, head), hidden.dtype))
         if rows is not None:
-            nll.index_copy_(0, index, its_nll)
+            _put(nll, index, its_nll)
         if weight_grad:
             lib.add_product(d_weight, logits.t(), selected, first=start == 0 and not is_given)
     if scale_late and into is not None:  # where no backward will scale it

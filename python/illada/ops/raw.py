@@ -509,15 +509,14 @@ def varlen_attention_backward(
     if plan.is_cuda and not q.is_cuda:  # which the host would read
         raise ValueError(f"varlen_attention: q is on the CPU, but the plan is on {plan.device}; they must agree")
     launch = _launch(dq, q, dk, dv, dout, dlse, k, v, out, lse, plan, workspace=workspace)
+    total_q, heads, dim = q.shape
     native().varlen_attention_backward(
-        (q.shape[0], k.shape[0], num_sequences, q.shape[1], k.shape[1], q.shape[2]),
-        DTYPES[q.dtype],
-        *((address(x), x.stride(0), x.stride(1)) for x in (dout, q, k, v)),
-        *(address(out), address(lse), address(dlse), softmax_scale, address(plan), plan.shape[0]),
-        *(deterministic, multiplies_twice, address(dq), address(dk), address(dv)),
-        *(torch.get_num_threads(), launch),
-    )
-    written(dq, dk, dv)
+        (total_q, k.shape[0], num_sequences, heads, k.shape[1], dim), DTYPES[q.dtype],
+        (dout, *dout.stride()[:2]), (q, *q.stride()[:2]), (k, *k.stride()[:2]), (v, *v.stride()[:2]),
+        out, lse, dlse, softmax_scale, plan, plan.shape[0], deterministic, multiplies_twice, dq, dk, dv,
+        torch.get_num_threads(), launch,
+    )  # fmt: skip
+    increment_version((dq, dk, dv))
 
 
 def remask(
