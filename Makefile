@@ -177,12 +177,7 @@ format: .cache/requirements-dev
 
 bench: .cache/requirements-dev install
 	@mkdir -p runs/bench
-	"$(BIN)/python" -m benchmarks remask --json runs/bench/remask.jsonl --plot runs/bench/remask.png
-	"$(BIN)/python" -m benchmarks attention --json runs/bench/attention.jsonl --plot runs/bench/attention.png
-	"$(BIN)/python" -m benchmarks loss --json runs/bench/loss.jsonl --plot runs/bench/loss.png
-	"$(BIN)/python" -m benchmarks train-step --json runs/bench/train-step.jsonl --plot runs/bench/train-step.png
-	"$(BIN)/python" -m benchmarks generate --json runs/bench/generate.jsonl --plot runs/bench/generate.png
-	"$(BIN)/python" -m benchmarks score --json runs/bench/score.jsonl --plot runs/bench/score.png
+	"$(BIN)/python" -m benchmarks all --json runs/bench/all.jsonl --plot runs/bench/all.png
 
 results: .cache/requirements-dev install
 	"$(BIN)/python" -m benchmarks.results_page

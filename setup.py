@@ -57,8 +57,8 @@ class PythonBuild(build_py):
         super().run()
         if not self.editable_mode:
             for folder, patterns in SHIPPED.items():
-                (package / folder).mkdir()
                 for file in (file for pattern in patterns for file in sorted((ROOT / folder).glob(pattern))):
+                    (package / folder).mkdir(exist_ok=True)
                     shutil.copyfile(file, package / folder / file.name)
 
 

@@ -5,7 +5,8 @@
     FASTER    it is below
 
 A row's interval reaches from p20 to p80, and at least as far from the median as so few calls can tell (NOISE). Where
-the peers, whose code is the same in both runs, took longer as well, so did the machine; ours is judged against that.
+the peers of the same case (without any, of all cases) took longer as well, so did the machine: under the same torch
+their code is the same. Ours is judged against that.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import report
-from .runner import Goal, ratio
+from .runner import Goal, once, ratio
 
 Records = Sequence[dict[str, Any]]
 
 SAME, SLOWER, FASTER = "same", "SLOWER", "FASTER"
 #: (calls, least half-width of the interval as a share of the median), of fewer calls than that; the last: of more.
 NOISE = ((2, 0.2), (5, 0.1), (float("inf"), 0.03))
-#: Rows of peers that the machine is judged by; fewer say nothing.
+#: Rows of peers of all cases that the machine is judged by; fewer say nothing.
 LEAST_PEERS = 3
 
 
@@ -74,11 +75,19 @@ def compare(records: Records, before: Records) -> list[Line]:
     """The rows that both runs have, of several earlier ones the last."""
     old = {key(r): r for r in before if r["median_ms"]}
     pairs = [(r, old[key(r)]) for r in records if r["median_ms"] and key(r) in old]
-    peers = [
-        new["median_ms"] / was["median_ms"] for new, was in pairs if not is_ours(new) and new["torch"] == was["torch"]
-    ]
-    machine = statistics.median(peers) if len(peers) >= LEAST_PEERS else 1.0
-    return [Line(new, was, machine if is_ours(new) else 1.0) for new, was in pairs]
+    peers = [(new, new["median_ms"] / was["median_ms"]) for new, was in pairs if _is_yardstick(new, was)]
+    whole = statistics.median(times for _, times in peers) if len(peers) >= LEAST_PEERS else 1.0
+
+    def machine(record: dict[str, Any]) -> float:
+        beside = [times for new, times in peers if key(new)[:2] == key(record)[:2]]
+        return statistics.median(beside) if beside else whole
+
+    return [Line(new, was, machine(new) if is_ours(new) else 1.0) for new, was in pairs]
+
+
+def _is_yardstick(now: dict[str, Any], before: dict[str, Any]) -> bool:
+    """Does the ratio of both say something of the machine: a peer's own code is the same, and each is of some calls."""
+    return not is_ours(now) and now["torch"] == before["torch"] and not once(now) and not once(before)
 
 
 def differences(records: Records, before: Records) -> list[str]:
@@ -114,9 +123,9 @@ def show(records: Records, before: Records, name: str) -> int:
     print(table(lines) + "\n")
     for text in differences(records, before):
         print(f"- not the same in both runs: {text}")
-    machine = next((x.machine for x in lines if is_ours(x.record)), 1.0)
-    if machine > 1.05:
-        print(f"- the peers took {machine:.2f} times as long as before, and so did the machine; ours is judged by that")
+    slowest = max((x.machine for x in lines), default=1.0)
+    if slowest > 1.05:
+        print(f"- peers took up to {slowest:.2f} times as long as before: the machine did; ours is judged by that")
     absent = {key(r)[:3] for r in before if r["median_ms"]} - {key(r)[:3] for r in records if r["median_ms"]}
     if absent:
         print(f"- {len(absent)} rows of the earlier run were not measured now")

@@ -17,8 +17,8 @@ endfunction()
 # row_kernels_<isa>.cpp are the same loops with other -m flags; row_kernels.cpp chooses among them at run time, so one
 # binary runs anywhere. Only these files may be compiled with such flags.
 function(illada_add_cpu_kernels target)
-  # GCC's own AVX-512 headers trip -Wmaybe-uninitialized when inlined; -O3 for the unrolling of the row loops.
-  set(common -O3 -ffp-contract=fast $<$<CXX_COMPILER_ID:GNU>:-Wno-maybe-uninitialized>)
+  # GCC's own AVX-512 headers trip -W[maybe-]uninitialized when inlined; -O3 for the unrolling of the row loops.
+  set(common -O3 -ffp-contract=fast $<$<CXX_COMPILER_ID:GNU>:-Wno-maybe-uninitialized;-Wno-uninitialized>)
   set_source_files_properties(csrc/cpu/row_kernels_baseline.cpp PROPERTIES COMPILE_OPTIONS "${common}")
   if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
     target_sources(${target} PRIVATE csrc/cpu/row_kernels_avx512.cpp csrc/cpu/row_kernels_avx2.cpp)

@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ if importlib.util.find_spec("benchmarks") is None:
 from benchmarks import __main__ as command  # noqa: E402
 from benchmarks import budget, ceiling, regression, report, runner, shapes  # noqa: E402
 
+REAL = tuple(command.BENCHES)
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
@@ -221,6 +223,13 @@ def test_csv_has_a_column_for_each_key(stub, tmp_path):
     assert list(rows[0]) == list(runner.KEYS) and float(rows[0]["median_ms"]) > 0
 
 
+@pytest.mark.skipif(not (ROOT / ".ci" / "run").exists(), reason="needs a git checkout")
+def test_the_gate_knows_the_keys_and_the_benches():
+    text = (ROOT / ".ci" / "run").read_text()
+    assert tuple(re.search(r"keys = \'\'\'(.*?)\'\'\'", text, re.DOTALL)[1].split()) == runner.KEYS
+    assert set(re.findall(r"[a-z-]+", re.search(r"assert benches == \{(.*?)\}", text)[1])) == {ceiling.BENCH, *REAL}
+
+
 def test_all_runs_every_bench(stub, tmp_path, capsys, monkeypatch):
     other = Stub()
     monkeypatch.setitem(sys.modules, "benchmarks.other", other.module)
@@ -352,6 +361,17 @@ def test_a_slower_machine_is_no_regression():
     assert both(1.5, 1.0) == "SLOWER" and both(1.5, 1.5) == "same" and both(2.0, 1.5) == "SLOWER"
     assert both(1.5, 1.5, torch_now="3") == "SLOWER"  # a peer's code may have changed
     assert both(1.0, 0.5) == "same"
+
+    def apart(peers):  # a case without peers is judged by those of all others, of which three are needed
+        before = [record("c", 1.0), *(record("d", 1.0, f"peer {i}") for i in range(peers))]
+        return regression.compare([{**r, "median_ms": 1.5, "p20_ms": 1.5, "p80_ms": 1.5} for r in before], before)[0]
+
+    assert apart(3).verdict == "same" and apart(2).verdict == "SLOWER"
+    beside = [record("c", 1.0), record("c", 1.0, "peer"), *(record("d", 1.0, f"peer {i}") for i in range(3))]
+    now = [
+        {**r, "median_ms": ms, "p20_ms": ms, "p80_ms": ms} for r, ms in zip(beside, (1.5, 1.0, 2, 2, 2), strict=True)
+    ]
+    assert regression.compare(now, beside)[0].verdict == "SLOWER"  # its own peer took no longer
 
 
 def test_compare_with_an_earlier_run(stub, tmp_path, capsys):

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from transformers import (
     AttentionInterface,
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
@@ -150,7 +151,9 @@ def test_a_packed_batch(name, tmp_path):
     assert_same(step(tmp_path, model, batch=4, accumulation=2, **options), want)
     padded = make_trainer(tmp_path, model).evaluate()["eval_loss"]
     assert make_trainer(tmp_path, model, **options).evaluate()["eval_loss"] == pytest.approx(padded, rel=1e-6)
-    with pytest.raises(ValueError, match="packed batch needs attn_implementation='illada'.*got 'sdpa'"):
+    with pytest.raises(
+        ValueError, match="packed batch needs a model that hands cu_seq_lens_q on to attn_implementation='illada'"
+    ):
         step(tmp_path, make_model(name), **options)
 
 
@@ -228,6 +231,37 @@ def test_model_init(tmp_path):
     assert_same(step(tmp_path, None, **options), step(tmp_path, make_model()), 1e-7)
 
 
+def test_a_model_that_drops_the_lengths_of_a_pack(tmp_path):
+    """With the right attention, all sequences of a pack would be one."""
+    attention.register()
+    model, options = make_model(attn_implementation="illada"), {"data_collator": MaskedDiffusionCollator(packed=True)}
+    plain = model.model.forward
+    model.model.forward = lambda input_ids, attention_mask=None, **others: plain(input_ids, attention_mask)
+    with pytest.raises(ValueError, match="packed batch needs a model that hands cu_seq_lens_q on"):
+        step(tmp_path, model, options=options)
+    model.model.forward = lambda input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache: plain(
+        input_ids
+    )
+    with pytest.raises(ValueError, match="packed batch needs a model that hands cu_seq_lens_q on"):
+        step(tmp_path, model, options=options)
+
+
+def test_a_pretrained_decoder_made_bidirectional(tmp_path):
+    """As the documentation has it: by its config, or by `patch`."""
+    causal, packed = (
+        LlamaConfig(**SIZES, num_key_value_heads=2),
+        {"data_collator": MaskedDiffusionCollator(packed=True)},
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(causal).save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    config.is_causal = False
+    want = by_hand_with_gradients(make_model())
+    assert_same(step(tmp_path, AutoModelForCausalLM.from_pretrained(tmp_path, config=config)), want)
+    patched = illada.integrations.patch(AutoModelForCausalLM.from_pretrained(tmp_path))
+    assert_same(step(tmp_path, patched, options=packed), want)
+
+
 def test_a_model_that_waits_for_its_gpu(tmp_path):
     """FSDP2 moves it there later; on a CPU its attention has no kernel."""
 
@@ -255,7 +289,9 @@ def test_adapters_on_every_linear_and_on_the_head(tmp_path):
 
 
 def test_what_would_be_another_loss_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="LlamaForCausalLM is causal: give it is_causal=False"):
+    with pytest.raises(
+        ValueError, match="LlamaForCausalLM is causal: load it with a config in which is_causal is False"
+    ):
         make_trainer(tmp_path, AutoModelForCausalLM.from_config(LlamaConfig(**SIZES)))
     with pytest.raises(ValueError, match="model must be .*language-modelling head.*got LlamaForSequenceClassification"):
         make_trainer(tmp_path, AutoModelForSequenceClassification.from_config(copy.deepcopy(CONFIGS["llama"])))

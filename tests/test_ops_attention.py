@@ -12,7 +12,7 @@ import torch
 import illada
 from illada import _native
 from illada.ops import raw, reference
-from illada.testing import assert_close_like
+from illada.testing import assert_close_like, relative_error
 
 CASES = [  # lengths, H, G, D: what the row is for
     ([1], 2, 1, 64),  # one token, one key
@@ -181,6 +181,24 @@ def test_denormal_probabilities_are_flushed_and_the_mode_restored(generator):
     assert (many * 1.0 > 0).all()
 
 
+def test_threads_that_start_between_have_the_caller_s_mode():
+    """A smaller team ends threads of the pool. Whoever takes their place must not stop at the first rounding."""
+    code = """
+import illada, torch
+from illada import _native
+q, cu = torch.rand(1, 1, 8), torch.tensor([0, 1], dtype=torch.int32)
+torch.set_num_threads(7)
+illada.varlen_attention(q, q, q, cu)
+_native.native().flush_denormals(True, 7)
+torch.set_num_threads(2)
+torch.rand(1 << 20).exp()
+_native.native().flush_denormals(False, 7)
+torch.set_num_threads(7)
+assert (torch.rand(1 << 20).exp() > 0).all() and (torch.full((1 << 20,), 1e-39) * 0.7 > 0).all()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("group, dim", [(1, 3), (2, 32), (3, 20), (7, 64), (70, 16), (1, 250), (1, 256), (1, 257)])
 def test_edges_of_the_cpu_s_tiles(group, dim, dtype, generator):
@@ -196,6 +214,83 @@ def test_edges_of_the_cpu_s_tiles(group, dim, dtype, generator):
         assert g.is_contiguous()
         assert_close_like(g.to(b.dtype), w, b)
     assert got[0].dtype == dtype and got[1].dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("group, dim", [(1, 8), (1, 40), (2, 3), (4, 64), (7, 128), (70, 16), (1, 256), (1, 257)])
+def test_gradients_at_edges_of_the_cpu_s_tiles(group, dim, dtype, generator):
+    """As above, with lse's gradient; sequences without queries or without keys have none."""
+    lengths, keys = [1, 0, 2, 65, 16, 17, 9, 64, 3], [1, 5, 63, 64, 65, 0, 128, 200, 3]
+    q, k, v, cu = make(lengths, 2 * group, 2, dim, dtype, generator, keys=keys)
+    d_out = torch.randn(q.shape, generator=generator).to(dtype)
+    lengths = {
+        "cu_seqlens_k": cumulative(keys),
+        "softmax_scale": 0.3,
+        "d_lse": torch.randn(2 * group, len(q), generator=generator),
+    }
+    got = run(illada.varlen_attention, q, k, v, cu, d_out=d_out, **lengths)
+    baseline = run(reference.varlen_attention, q, k, v, cu, d_out=d_out, **lengths)
+    want = run(reference.varlen_attention, q.double(), k.double(), v.double(), cu, d_out=d_out.double(), **lengths)
+    for g, w, b in zip(got[2:], want[2:], baseline[2:], strict=True):
+        assert g.is_contiguous() and g.dtype == dtype
+        error, allowed = relative_error(g, w), 3 * relative_error(b, w)
+        assert error <= max(allowed, torch.finfo(dtype).eps / 8, 2e-6)  # sums over 10,000 rows in one go
+    assert (got[2][84:101] == 0).all() and (got[3][1:6] == 0).all() and (got[4][1:6] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lengths, keys", [([70, 9, 300], None), ([1], [300]), ([300], [1]), ([64, 129], [200, 65])])
+def test_gradients_have_the_same_bits_with_any_number_of_threads(lengths, keys, dtype, generator):
+    """One key-value head: with more threads a long sequence is shared out, with one it is not."""
+    q, k, v, cu = make(lengths, 3, 1, 40, dtype, generator, keys=keys)
+    d_out = torch.randn(q.shape, generator=generator).to(dtype)
+    d_lse = torch.randn(3, len(q), generator=generator)
+    cu_k = None if keys is None else cumulative(keys)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 7):
+            torch.set_num_threads(count)
+            results.append(run(illada.varlen_attention, q, k, v, cu, d_out=d_out, d_lse=d_lse, cu_seqlens_k=cu_k))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        for first, second in zip(results[0], other, strict=True):
+            assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_a_sequence_are_its_own(dtype, generator):
+    """The bits that it has alone, beside sequences and unused keys that are NaN, in inputs and in gradients."""
+    q, k, v, cu = make([5, 90, 4], 4, 2, 20, dtype, generator)
+    d_out = torch.randn(q.shape, generator=generator).to(dtype)
+    d_lse = torch.randn(4, len(q), generator=generator)
+    used = torch.tensor([5, 77, 4], dtype=torch.int32)
+    inputs = [x.clone() for x in (q, k, v, d_out, d_lse.T)]
+    for x in inputs:
+        x[:5], x[95:] = torch.nan, torch.nan
+    inputs[1][82:95] = inputs[2][82:95] = torch.nan
+    *inputs, d_out, d_lse = inputs
+    got = run(illada.varlen_attention, *inputs, cu, d_out=d_out, d_lse=d_lse.T, cu_seqlens_k=cu, seqused_k=used)
+    alone = {"cu_seqlens_k": cumulative([77]), "d_out": d_out[5:95], "d_lse": d_lse[5:95].T}
+    want = run(illada.varlen_attention, q[5:95], k[5:82], v[5:82], cumulative([90]), **alone)
+    assert torch.equal(got[2][5:95], want[2])
+    for g, w in zip(got[3:], want[3:], strict=True):
+        assert torch.equal(g[5:82], w) and (g[82:95] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_where_lse_has_few_digits(dtype, generator):
+    """Scores near 1e5, whose lse says nothing of how far they are apart: probabilities still add up to 1."""
+    q, k, v, cu = make([70, 9], 4, 2, 16, dtype, generator)
+    q, k = q.clone(), k.clone()
+    q[..., 0], k[..., 0] = 1024, 1024
+    d_out = torch.randn(q.shape, generator=generator).to(dtype)
+    got = run(illada.varlen_attention, q, k, v, cu, d_out=d_out)
+    ones = run(illada.varlen_attention, q, k, v, cu, d_out=torch.ones_like(q))
+    per_key = ones[4].unflatten(1, (2, 1)).float().sum(0)  # sum of all probabilities, twice a query
+    torch.testing.assert_close(per_key, torch.full_like(per_key, 2.0 * len(q)), rtol=1e-3, atol=0)
+    want = run(reference.varlen_attention, q.double(), k.double(), v.double(), cu, d_out=d_out.double())
+    assert (got[4] - want[4]).abs().max() < 0.05 * want[4].abs().max()
 
 
 def test_nan_and_infinity_stay_in_their_rows(generator):
@@ -215,16 +310,27 @@ def test_every_instruction_set(isa, generator, tmp_path):
     """In a process of its own, which chooses once."""
     q, k, v, cu = make([70, 1, 33], 6, 2, 51, torch.float32, generator)
     torch.save((q, k, v, cu), tmp_path / "in.pt")
-    code = "import illada, sys, torch; q, k, v, cu = torch.load(sys.argv[1]); " + (
-        "torch.save([illada.varlen_attention(x, y, z, cu) for x, y, z in ((q, k, v), [t.bfloat16() for t in (q, k, v)])]"
-        ", sys.argv[2])"
-    )
+    code = """
+import illada, sys, torch
+*qkv, cu = torch.load(sys.argv[1])
+found = []
+for dtype in (torch.float32, torch.bfloat16):
+    leaves = [x.to(dtype).requires_grad_() for x in qkv]
+    out = illada.varlen_attention(*leaves, cu)
+    found.append([out.detach(), *torch.autograd.grad(out.float().square().sum(), leaves)])
+torch.save(found, sys.argv[2])
+"""
     files = [str(tmp_path / name) for name in ("in.pt", "out.pt")]
     subprocess.run([sys.executable, "-c", code, *files], check=True, env={**os.environ, "ILLADA_CPU_ISA": isa})
     for got, dtype in zip(torch.load(tmp_path / "out.pt"), (torch.float32, torch.bfloat16), strict=True):
-        inputs = [x.to(dtype) for x in (q, k, v)]
-        want = reference.varlen_attention(*(x.double() for x in inputs), cu)
-        assert_close_like(got, want, reference.varlen_attention(*inputs, cu))
+        found = []
+        for exact in (dtype, torch.float64):
+            leaves = [x.to(dtype).to(exact).requires_grad_() for x in (q, k, v)]
+            out = reference.varlen_attention(*leaves, cu)
+            grads = torch.autograd.grad(out.float().square().sum(), leaves)
+            found.append([out.detach(), *grads])
+        for g, b, w in zip(got, *found, strict=True):
+            assert_close_like(g, w, b)
 
 
 def test_raw_calls(generator):

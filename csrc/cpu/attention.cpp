@@ -60,13 +60,11 @@ struct Part {
 
 struct Work {
   std::vector<Part> parts;
-  std::vector<size_t> ends;       // of what a thread takes at a time: parts up to each of these
   int64_t queries = 0, keys = 0;  // of sequences that have both
   int64_t most_keys = 0;          // of a part with gradients of keys
   double pairs = 0;               // of queries and keys, of all heads
 };
 
-constexpr int kShares = 16;  // of a thread, at least, if there are so many parts
 constexpr int64_t kRowsOfPart = 4 * cpu::kGradientRows, kKeysOfPart = 2 * cpu::kGradientKeys;
 
 // One part for a sequence and key-value head, with five products. If threads would wait for it, parts for its queries
@@ -97,13 +95,6 @@ Work share_out(const BackwardParams& p) {
     }
   }
   work.pairs = all * double(group);
-  double taken = 0;
-  for (size_t i = 0; i < work.parts.size(); ++i) {
-    taken += double(work.parts[i].rows) * double(work.parts[i].keys);
-    if (i + 1 < work.parts.size() && taken * kShares * p.num_threads < work.pairs) continue;
-    work.ends.push_back(i + 1);
-    taken = 0;
-  }
   return work;
 }
 
@@ -216,7 +207,7 @@ void backward_cpu(const BackwardParams& p) {
   const PackShape& s = p.shape;
   ILLADA_CHECK(s.total_q == 0 || (p.dout.data && p.dq), kOp, "dout and dq must not be null");
   ILLADA_CHECK(s.total_k == 0 || (p.dk && p.dv), kOp, "dk and dv must not be null");
-  const int64_t size = element_size(p.dtype), group = s.num_heads / s.num_kv_heads;
+  const int64_t size = element_size(p.dtype);
   const Work work = share_out(p);
   if (work.queries < s.total_q) std::memset(p.dq, 0, size_t(s.total_q * s.num_heads * s.head_dim * size));
   if (work.keys < s.total_k) {
@@ -225,23 +216,13 @@ void backward_cpu(const BackwardParams& p) {
   if (work.parts.empty()) return;
 
   const int64_t scratch_floats = cpu::gradient_scratch(s.head_dim, work.most_keys);
-  const int most = cpu::threads_for(int64_t(work.pairs) * s.head_dim, std::max(p.num_threads, 1));
-  const int threads = int(std::min<int64_t>(most, int64_t(work.ends.size())));
+  const int threads = cpu::threads_for(int64_t(work.pairs) * s.head_dim, std::max(p.num_threads, 1));
   const Scratch scratch(scratch_floats * threads);
   const cpu::RowKernels& kernels = cpu::row_kernels();
   const auto differentiate = p.dtype == DType::kFloat32 ? kernels.differentiate_f32 : kernels.differentiate_bf16;
-  cpu::parallel_for(int64_t(work.ends.size()), threads, [&](int64_t n) {
+  cpu::parallel_for(int64_t(work.parts.size()), threads, [&](int64_t n) {
     const cpu::FlushedDenormals flushed;
-    float* const own = scratch.data() + scratch_floats * cpu::thread_index();
-    const size_t end = work.ends[size_t(n)];
-    size_t i = n ? work.ends[size_t(n - 1)] : 0;
-    cpu::AttentionGradient part = gradient_of(p, work.parts[i], own);
-    while (++i < end) {
-      const cpu::AttentionGradient next = gradient_of(p, work.parts[i], own);
-      differentiate(part, &next);
-      part = next;
-    }
-    differentiate(part, nullptr);
+    differentiate(gradient_of(p, work.parts[size_t(n)], scratch.data() + scratch_floats * cpu::thread_index()));
   });
 }
 

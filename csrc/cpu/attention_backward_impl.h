@@ -25,8 +25,6 @@
 
 namespace illada::cpu::ILLADA_ISA {
 
-// Sums that a product holds, by its vectors.
-constexpr int gradient_sums(int vectors) { return kLanes == 16 ? (vectors > 2 ? 6 : 8) : vectors == 2 ? 6 : 8; }
 static_assert(kGradientRows % kTileRows == 0);
 
 // From this on the last bit of lse is so large that probabilities do not add up to 1.
@@ -80,7 +78,7 @@ inline void add_product(int many, int count, const float* a, int64_t next, int64
                         float* to, int64_t pitch, bool add) {
   strips(dim, [&](auto vectors, int d) {
     constexpr int kVectors = vectors.value;
-    many_at_a_time<gradient_sums(kVectors)>(many, [&](auto number, int m) {
+    many_at_a_time<sums_of(kVectors)>(many, [&](auto number, int m) {
       VecF x[number.value][kVectors]{};
       float* const at = to + m * pitch + d;
       if (add) {
@@ -94,14 +92,15 @@ inline void add_product(int many, int count, const float* a, int64_t next, int64
   });
 }
 
-// Scores of `keys` and a strip of rows, kSums keys at a time: f(Int<sums>, key, scores).
+// Scores of `keys` and a strip of rows, some keys at a time: f(Int<number>, first, scores). They are rounded whatever
+// becomes of them: the largest of them is subtracted, which may be another by then.
 template <int kVectors, typename F>
 inline void scores(const float* k, int64_t pitch, int keys, const float* q_lanes, int dim, float scale, F&& f) {
-  many_at_a_time<gradient_sums(kVectors)>(keys, [&](auto number, int key) {
+  many_at_a_time<sums_of(kVectors)>(keys, [&](auto number, int key) {
     VecF s[number.value][kVectors]{};
     multiply_add(k + key * pitch, pitch, 1, dim, q_lanes, kVectors * kLanes, s);
     for (int m = 0; m < number.value; ++m)
-      for (int i = 0; i < kVectors; ++i) s[m][i] *= scale;
+      for (int i = 0; i < kVectors; ++i) s[m][i] = rounded(s[m][i] * scale);
     f(number, key, s);
   });
 }
@@ -215,21 +214,19 @@ void find_softmax(const AttentionGradient& a, const Scratch& x, int rows) {
   for (int row = 0; row < rows; ++row) x.log_sum[row] = std::log(x.log_sum[row]);
 }
 
-// Rows first .. first + rows - 1 of all of a's into scratch.
+// Rows first .. first + rows - 1 of the sequence into scratch; `place`: where in out and dq each is.
 template <typename T>
-void load_block(const AttentionGradient& a, const Scratch& x, int64_t first, int rows) {
+void load_block(const AttentionGradient& a, const Scratch& x, int64_t first, int rows,
+                int64_t (&place)[kGradientRows]) {
   const int dim = a.head_dim, whole = dim - dim % kLanes;
   const T *q[kGradientRows], *dout[kGradientRows];
   bool exact = true;
-  for (int row = 0; row < kGradientRows; ++row) {
-    if (row >= rows) {
-      q[row] = q[rows - 1], dout[row] = dout[rows - 1];
-      continue;
-    }
-    const int64_t token = (first + row) / a.group, head = (first + row) % a.group;
+  int64_t token = first / a.group, head = first % a.group;
+  for (int row = 0; row < rows; ++row) {
     q[row] = static_cast<const T*>(a.q) + token * a.q_token_stride + head * a.q_head_stride;
     dout[row] = static_cast<const T*>(a.dout) + token * a.dout_token_stride + head * a.dout_head_stride;
-    const T* const out = static_cast<const T*>(a.out) + (token * a.num_heads + head) * dim;
+    place[row] = (token * a.num_heads + head) * dim;
+    const T* const out = static_cast<const T*>(a.out) + place[row];
     VecF sum{};
     for (int d = 0; d < whole; d += kLanes) sum += load(dout[row] + d) * load(out + d);
     float c = horizontal_sum(sum);
@@ -238,7 +235,9 @@ void load_block(const AttentionGradient& a, const Scratch& x, int64_t first, int
     x.c[row] = a.dlse ? c - a.dlse[at] : c;
     x.reference[row] = a.lse[at];
     exact = exact && std::abs(a.lse[at]) < kLargestExactLse;
+    if (++head == a.group) head = 0, ++token;
   }
+  for (int row = rows; row < kGradientRows; ++row) q[row] = q[rows - 1], dout[row] = dout[rows - 1];
   load_rows(q, rows, dim, x.q, x.pitch, x.q_lanes);
   load_rows(dout, rows, dim, x.dout, x.pitch, x.dout_lanes);
   if (exact)
@@ -247,79 +246,31 @@ void load_block(const AttentionGradient& a, const Scratch& x, int64_t first, int
     find_softmax<T>(a, x, rows);
 }
 
-// Lines of memory that a part starts with, for the time it takes to get them.
-template <bool kWrite = false, typename T>
-inline void prefetch(const T* row, int dim) {
-  for (int64_t at = 0; at < dim; at += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + at, kWrite, 2);
-}
 template <typename T>
-void prefetch_rows(const AttentionGradient& a) {
-  const int rows = int(std::min<int64_t>(a.rows, kGradientRows));
-  for (int row = 0; row < rows; ++row) {
-    const int64_t token = (a.first_row + row) / a.group, head = (a.first_row + row) % a.group;
-    prefetch(static_cast<const T*>(a.q) + token * a.q_token_stride + head * a.q_head_stride, a.head_dim);
-    prefetch(static_cast<const T*>(a.dout) + token * a.dout_token_stride + head * a.dout_head_stride, a.head_dim);
-    prefetch(static_cast<const T*>(a.out) + (token * a.num_heads + head) * a.head_dim, a.head_dim);
-  }
-}
-template <typename T>
-void prefetch_keys(const AttentionGradient& a) {
-  const int keys = std::min(a.keys, kGradientKeys);
-  for (int64_t key = a.first_key; key < a.first_key + keys; ++key) {
-    prefetch(static_cast<const T*>(a.k) + key * a.k_token_stride, a.head_dim);
-    prefetch(static_cast<const T*>(a.v) + key * a.v_token_stride, a.head_dim);
-  }
-}
-template <typename T>
-void prefetch_dq(const AttentionGradient& a) {
-  if (!a.dq) return;
-  const int rows = int(std::min<int64_t>(a.rows, kGradientRows));
-  for (int row = 0; row < rows; ++row) {
-    const int64_t token = (a.first_row + row) / a.group, head = (a.first_row + row) % a.group;
-    prefetch<true>(static_cast<const T*>(a.dq) + (token * a.num_heads + head) * a.head_dim, a.head_dim);
-  }
-}
-template <typename T>
-void prefetch_dk(const AttentionGradient& a) {
-  if (!a.dk) return;
-  const int keys = std::min(a.keys, kGradientKeys);
-  for (int64_t key = a.first_key; key < a.first_key + keys; ++key) {
-    prefetch<true>(static_cast<const T*>(a.dk) + key * a.num_kv_heads * a.head_dim, a.head_dim);
-    prefetch<true>(static_cast<const T*>(a.dv) + key * a.num_kv_heads * a.head_dim, a.head_dim);
-  }
-}
-
-template <typename T>
-void differentiate(const AttentionGradient& a, const AttentionGradient* next) {
-  if (a.keys > kGradientKeys || a.rows > 2 * kGradientRows) next = nullptr;
+void differentiate(const AttentionGradient& a) {
   const int dim = a.head_dim;
   const Scratch x(a.scratch, dim, a.dk ? a.keys : 0);
   for (int64_t first_row = 0; first_row < a.rows; first_row += kGradientRows) {
     const int rows = int(std::min<int64_t>(a.rows - first_row, kGradientRows));
-    load_block<T>(a, x, a.first_row + first_row, rows);
+    int64_t place[kGradientRows];
+    load_block<T>(a, x, a.first_row + first_row, rows, place);
     for (int first_key = 0; first_key < a.keys; first_key += kGradientKeys) {
       const int keys = std::min(a.keys - first_key, kGradientKeys);
-      load_keys<T>(a.k, a.k_token_stride, a.first_key + first_key, keys, dim, x.k, x.pitch);
-      load_keys<T>(a.v, a.v_token_stride, a.first_key + first_key, keys, dim, x.v, x.pitch);
-      if (next && first_row == 0) prefetch_rows<T>(*next);
+      if (first_row == 0 || a.all_keys > kGradientKeys) {
+        load_keys<T>(a.k, a.k_token_stride, a.first_key + first_key, keys, dim, x.k, x.pitch);
+        load_keys<T>(a.v, a.v_token_stride, a.first_key + first_key, keys, dim, x.v, x.pitch);
+      }
       differentiate_scores(x, rows, keys, dim, a.softmax_scale);
       if (a.dk) {
         const int64_t at = first_key * x.pitch;
-        if (next && first_row == 0) prefetch_keys<T>(*next);
         add_product(keys, rows, x.p, kGradientRows, 1, x.dout, dim, x.dv + at, x.pitch, first_row > 0);
-        if (next && first_row == 0) prefetch_dq<T>(*next);
         add_product(keys, rows, x.ds, kGradientRows, 1, x.q, dim, x.dk + at, x.pitch, first_row > 0);
       }
-      if (next && first_row == 0) prefetch_dk<T>(*next);
       if (a.dq) add_product(rows, keys, x.ds, 1, kGradientRows, x.k, dim, x.dq, x.pitch, first_key > 0);
     }
-    if (a.dq) {
-      for (int row = 0; row < rows; ++row) {
-        const int64_t n = a.first_row + first_row + row, token = n / a.group, head = n % a.group;
-        store_row(x.dq + row * x.pitch, a.softmax_scale, dim,
-                  static_cast<T*>(a.dq) + (token * a.num_heads + head) * dim);
-      }
-    }
+    if (a.dq)
+      for (int row = 0; row < rows; ++row)
+        store_row(x.dq + row * x.pitch, a.softmax_scale, dim, static_cast<T*>(a.dq) + place[row]);
   }
   if (!a.dk) return;
   for (int key = 0; key < a.keys; ++key) {

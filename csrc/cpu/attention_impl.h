@@ -25,6 +25,8 @@ constexpr int kMostVectors = kLanes == 16 ? 4 : 2;  // what the registers hold f
 constexpr int kTileRows = kMostVectors * kLanes;
 constexpr int kKeys = 64;
 static_assert(kTileRows <= kMostTileRows);
+// ... of as many sums as that is, or so many that enough of them are on their way.
+constexpr int sums_of(int vectors) { return 2 * vectors <= kMostVectors ? 8 : 4; }
 
 // sums[m] += sum_k a[m * next + k * step] b[k * pitch]
 template <int kSums, int kVectors, typename T>
@@ -56,7 +58,7 @@ inline VecF exp2_or_0(VecF x) { return x < -126.0f ? VecF{} : exp2(x); }
 
 template <int kVectors, typename T>
 void attend_rows(const AttentionTile& a) {
-  constexpr int kTile = kVectors * kLanes, kSums = 2 * kVectors <= kMostVectors ? 8 : 4;
+  constexpr int kTile = kVectors * kLanes, kSums = sums_of(kVectors);
   alignas(64) float q[kMostHeadDim * kTile], out[kMostHeadDim * kTile], scores[kKeys * kTile], row_sum[kTile];
   const int dim = a.head_dim, whole_dim = dim - dim % kLanes;  // what vectors of a row's elements reach
   const auto token_of = [&](int row) { return (a.first_row + row) / a.group; };

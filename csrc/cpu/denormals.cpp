@@ -29,6 +29,7 @@ void set_control(uint64_t) {}
 #endif
 
 thread_local uint64_t saved_control = 0;
+thread_local bool has_saved = false;
 
 }  // namespace
 
@@ -36,15 +37,19 @@ FlushedDenormals::FlushedDenormals() : before_(control()) { set_control(before_ 
 FlushedDenormals::~FlushedDenormals() { set_control(before_); }
 
 void flush_denormals(bool begin, int num_threads) {
+  // Threads that were started since `begin` have saved nothing: they get what the caller had.
+  const uint64_t callers = saved_control;
 #if defined(_OPENMP)
 #pragma omp parallel num_threads(num_threads) if (num_threads > 1)
 #endif
   {
     if (begin) {
       saved_control = control();
+      has_saved = true;
       set_control(saved_control | kFlush);
     } else {
-      set_control(saved_control);
+      set_control(has_saved ? saved_control : callers);
+      has_saved = false;
     }
   }
   (void)num_threads;

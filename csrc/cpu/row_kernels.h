@@ -51,8 +51,8 @@ struct RowKernels {
   int tile_rows;  // of `attend`
   void (*attend_f32)(const AttentionTile&);
   void (*attend_bf16)(const AttentionTile&);
-  void (*differentiate_f32)(const AttentionGradient&, const AttentionGradient* next);
-  void (*differentiate_bf16)(const AttentionGradient&, const AttentionGradient* next);
+  void (*differentiate_f32)(const AttentionGradient&);
+  void (*differentiate_bf16)(const AttentionGradient&);
 };
 
 // The best table for the processor this runs on, chosen once. ILLADA_CPU_ISA=baseline|avx2|avx512 lowers the choice.

@@ -76,6 +76,16 @@ inline void store_scalar(BFloat16* p, float x) {
   p->bits = x != x ? uint16_t((bits >> 16) | 0x40) : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
+// x as it is. A product that went through here is rounded: what is added to it does not become one operation with it.
+inline VecF rounded(VecF x) {
+#if defined(__FMA__)
+  __asm__("" : "+v"(x));
+#elif defined(__aarch64__)
+  __asm__("" : "+w"(x));
+#endif
+  return x;
+}
+
 // a if a > b else b: with a NaN in either the result is b.
 inline VecF max(VecF a, VecF b) {
 #if defined(__AVX512F__)

@@ -129,3 +129,24 @@ def test_raw_and_no_rows(device, generator):
     with pytest.raises(ValueError, match=r"top_p must be in \(0, 1\], got 2"):
         raw.sample_tokens(out, logits, 1.0, top_p=2.0, workspace=workspace)
     assert illada.sample_tokens(logits[:0], temperature=1.0, top_k=3, top_p=0.5).token.shape == (0,)
+
+
+def test_filters_in_a_graph(device, generator):
+    """A replay sees new logits and new filters: nothing of them is read by the host."""
+    logits = torch.randn(6, 3000, generator=generator).to(device)
+    settings = checks.per_row(6, device)
+    keywords = {"seed": 3, "extras": checks.ALL, "confidence_at_temperature": True}
+    illada.sample_tokens(logits, **settings, **keywords)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = illada.sample_tokens(logits, **settings, **keywords)
+    seen = set()
+    for top_k in (1, 40, 0):
+        settings["top_k"].fill_(top_k)
+        logits.copy_(logits.flip(1))
+        graph.replay()
+        got = [field.clone() for field in captured]
+        for g, w in zip(got, illada.sample_tokens(logits, **settings, **keywords), strict=True):
+            assert torch.equal(g, w)
+        seen.add(str(got[3].tolist()))
+    assert len(seen) == 3

@@ -2,7 +2,9 @@
 
     from illada.integrations.trainer import MaskedDiffusionTrainer
 
-    model = AutoModelForCausalLM.from_pretrained("Qwen/Qwen3-0.6B-Base", is_causal=False)  # a decoder, bidirectional
+    config = AutoConfig.from_pretrained("Qwen/Qwen3-0.6B-Base")
+    config.is_causal = False  # a decoder, made bidirectional
+    model = AutoModelForCausalLM.from_pretrained("Qwen/Qwen3-0.6B-Base", config=config)
     MaskedDiffusionTrainer(model, TrainingArguments("runs"), train_dataset=tokenized, mask_token_id=151662).train()
 
 The trainer masks tokens, and the loss is made where the head's module is called, inside the forward that DDP and FSDP2
@@ -143,47 +145,65 @@ def _standing_in(call: _Call) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _examine(model: Any) -> bool:
-    """Can the loss be made of the head's weight alone? By a forward pass of six tokens.
+def _examine(model: Any) -> tuple[bool, bool]:
+    """By forward passes of a few tokens: can the loss be made of the head's weight alone, and can batches be packed?
 
     Raises:
         ValueError: the model has no head, or attends causally.
     """
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    head, name = getattr(model, "get_output_embeddings", lambda: None)(), type(model).__name__
     if head is None or getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(
             "model must be an encoder or a decoder with a language-modelling head, such as AutoModelForMaskedLM or "
-            f"AutoModelForCausalLM give, got {type(model).__name__}"
+            f"AutoModelForCausalLM give, got {name}"
         )
     seen: list[tuple[Tensor, Tensor, int]] = []
     hook = head.register_forward_hook(lambda _, args, out: seen.append((args[0], out, out._version)))
     training, embedding = model.training, model.get_input_embeddings().weight
-    kind = getattr(model.config, "_attn_implementation", None)
-    elsewhere = kind is not None and not embedding.is_cuda and kind not in ("eager", "sdpa", "illada")
+    kind = str(getattr(model.config, "_attn_implementation", None))
+    elsewhere = kind not in ("None", "eager", "sdpa", "illada") and not embedding.is_cuda
+    packs = kind.startswith(_PACKED)
+
+    def call(ids: list[list[int]], **others: Any) -> Any:
+        return model(input_ids=torch.tensor(ids, device=embedding.device) % len(embedding), **others)["logits"]
+
     try:
         if elsewhere:  # a kernel of GPUs, to which FSDP2 moves the model later
             model.set_attn_implementation("eager")
-        ids = torch.tensor([[0, 1], [0, 2], [3, 1]], device=embedding.device) % len(embedding)
-        logits = model.eval()(input_ids=ids)["logits"]
+        model.eval()
+        logits = call([[0, 1], [0, 2], [3, 1]])
+        if len(seen) != 1 or seen[0][0].shape[:2] != (3, 2):
+            raise ValueError(f"model must call its head once, with hidden states [B, L, C]; {name} does not")
+        if packs and not elsewhere and not embedding.is_meta:
+            packs = _separates(call, seen, embedding.device)
     finally:
         if elsewhere:
             model.set_attn_implementation(kind)
         model.train(training)
         hook.remove()
-    if len(seen) != 1 or seen[0][0].shape[:2] != ids.shape:
-        raise ValueError(
-            f"model must call its head once, with hidden states [B, L, C]; {type(model).__name__} does not"
-        )
     hidden, out, version = seen[0]
     if not hidden.is_meta:
         future, past = ((hidden[a, i] - hidden[b, i]).float().norm() for a, b, i in ((0, 1, 0), (0, 2, 1)))
         if future < 1e-2 * past:  # rounding, where the first token's state should depend on the second
             raise ValueError(
-                f"model must attend in both directions, and {type(model).__name__} is causal: give it is_causal=False "
-                "(an argument of from_pretrained and of its config)"
+                f"model must attend in both directions, and {name} is causal: load it with a config in which is_causal "
+                "is False"
             )
     untouched = logits is out and out._version == version
-    return untouched and isinstance(head, nn.Linear) and head.bias is None and not does_more(head)
+    return untouched and isinstance(head, nn.Linear) and head.bias is None and not does_more(head), packs
+
+
+def _separates(call: Any, seen: list[tuple[Tensor, Tensor, int]], device: torch.device) -> bool:
+    """Does the first of two packed tokens not see the second? A model may drop the arguments that say so."""
+    starts = torch.tensor([0, 1, 2], dtype=torch.int32, device=device)
+    spans = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": 1, "max_length_k": 1}
+    positions = torch.zeros(1, 2, dtype=torch.int64, device=device)
+    try:
+        for second in (1, 2):
+            call([[0, second]], position_ids=positions, **spans)
+    except TypeError:  # an argument that it does not have
+        return False
+    return torch.equal(seen[-2][0][0, 0], seen[-1][0][0, 0])
 
 
 class MaskedDiffusionTrainer(Trainer):
@@ -235,16 +255,18 @@ class MaskedDiffusionTrainer(Trainer):
         super().__init__(model, args, data_collator, **kwargs)
         self._adopt(self.model)
         self.model_accepts_loss_kwargs = True  # for transformers before loss_is_scaled_for_ga
-        for name, size in (("tp", self.get_tp_size()), ("cp", self.get_cp_size()), ("sp", self.get_sp_size())):
-            if size > 1:
+        for name in ("tp", "cp", "sp"):
+            if (size := getattr(self, f"get_{name}_size", lambda: 1)()) > 1:
                 raise NotImplementedError(f"args.parallelism_config: {name}_size must be 1, got {size}")
+        if self.is_deepspeed_enabled:
+            raise NotImplementedError("DeepSpeed is not supported: it shards the head behind the loss; use args.fsdp")
         if getattr(self, "is_distributed_loading_by_transformers", False):
             raise NotImplementedError("model must not be sharded at load time; shard it with args.fsdp")
         if self.is_fsdp_enabled:
             self._keep_float32_loss()
 
     def _adopt(self, model: Any) -> None:
-        self._fused = _examine(model)
+        self._fused, self._packs = _examine(model)
         candidates = (self._given_mask_token_id, getattr(self.processing_class, "mask_token_id", None))
         known = [i for i in (*candidates, getattr(model.config, "mask_token_id", None)) if i is not None]
         rows = model.get_input_embeddings().weight.shape[0]
@@ -330,11 +352,11 @@ class MaskedDiffusionTrainer(Trainer):
         token_weights = _to(weights, ids.device) * counted.flatten()
         batch = _Masked(ids.flatten(), token_weights, rows, normalizer)
         arguments["input_ids"] = torch.where(token_weights.view_as(ids) > 0, self.mask_token_id, ids)
-        if "cu_seq_lens_q" in inputs:
-            attention = str(getattr(self.model.config, "_attn_implementation", None))
-            if not attention.startswith(_PACKED):
-                raise ValueError(f"a packed batch needs attn_implementation='illada' (or flash_attention_2), got "
-                                 f"{attention!r}, with which its sequences would attend each other")  # fmt: skip
+        if "cu_seq_lens_q" in inputs and not self._packs:
+            raise ValueError(
+                "a packed batch needs a model that hands cu_seq_lens_q on to attn_implementation='illada' or "
+                "'flash_attention_2'; in this one its sequences would attend each other"
+            )
         head = self.model.get_output_embeddings()
         call = _Call(head, head.forward, self._fused, batch, return_nll)
         with _standing_in(call):
@@ -436,6 +458,5 @@ def _refuse(args: TrainingArguments, kwargs: dict[str, Any]) -> None:
         raise ValueError(f"args.label_smoothing_factor must be 0, got {args.label_smoothing_factor}")
     if args.n_gpu > 1:
         raise NotImplementedError(f"one process must have one GPU, got {args.n_gpu}: start it with torchrun")
-    for name in ("deepspeed", "use_liger_kernel"):
-        if getattr(args, name, None):
-            raise NotImplementedError(f"args.{name} is not supported: it replaces or shards the head behind the loss")
+    if args.use_liger_kernel:
+        raise NotImplementedError("args.use_liger_kernel is not supported: it replaces the forward around the head")

@@ -174,14 +174,6 @@ _KERNELS: dict[str, dict[int, Callable]] = {}
 _FORMULAS: dict[str, Callable] = {}
 
 
-def _some_want_grad(*inputs) -> bool:
-    return any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
-
-
-#: Does a gradient of one of these arguments count? torch 2.6 has no such function.
-_any_requires_grad: Callable[..., bool] = getattr(torch._C, "_any_requires_grad", _some_want_grad)
-
-
 def implement(op: str, fake: Callable, *, cpu: Callable, cuda: Callable | None = None) -> None:
     """Register the kernels and the fake (shape) kernel of a defined op."""
     kernels = {"CPU": cpu}
@@ -202,6 +194,13 @@ def implement(op: str, fake: Callable, *, cpu: Callable, cuda: Callable | None =
     _KERNELS[op] = {_bits(key): kernel for key, kernel in kernels.items()}
     if LIBRARY.is_new(op, "fake"):
         torch.library.register_fake(f"illada::{op}", fake, lib=LIBRARY)
+
+
+def _any_wants_grad(*arguments) -> bool:
+    return any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
+
+
+_any_wants_grad = getattr(torch._C, "_any_requires_grad", _any_wants_grad)  # which torch 2.6 has not
 
 
 def register_autograd(op: str, backward: Callable, setup_context: Callable | None = None) -> None:
@@ -235,7 +234,7 @@ def register_autograd(op: str, backward: Callable, setup_context: Callable | Non
         if in_forward_mode():
             refuse_tangents(op, *inputs)
         kernel = kernels.get(keyset.raw_repr() & _BETWEEN)
-        if torch.is_grad_enabled() and _any_requires_grad(*inputs):
+        if torch.is_grad_enabled() and _any_wants_grad(*inputs):
             return (formula.apply if kernel is None else apply_plainly)(kernel, keyset, *inputs)
         return redispatch(keyset, inputs) if kernel is None else kernel(*inputs)
 
@@ -259,7 +258,7 @@ def caller(op: str) -> Callable:
         torch.is_grad_enabled,
     )
     keys_added, modes = torch._C._dispatch_tls_local_include_set, torch._C._len_torch_function_stack
-    wants_grad, excluded = _any_requires_grad, torch._C._dispatch_tls_is_dispatch_key_excluded
+    wants_grad, excluded = _any_wants_grad, torch._C._dispatch_tls_is_dispatch_key_excluded
     autograd_key = torch._C.DispatchKey.AutogradFunctionality
 
     def call(*inputs):

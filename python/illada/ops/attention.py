@@ -7,9 +7,9 @@ with j over all keys of token i's own sequence: no causal mask, no dropout, no p
 
 | device | dtypes                     | head dim | kernel                                                     |
 |--------|----------------------------|----------|------------------------------------------------------------|
-| CPU    | float32, bfloat16          | to 256   | csrc/cpu, all sequences at once (bfloat16: up to 64 keys)  |
-|        | float32, bfloat16, float16 | any      | torch's CPU flash attention, one call per sequence;        |
-|        |                            |          | gradients                                                  |
+| CPU    | float32, bfloat16          | to 256   | csrc/cpu, all sequences at once (bfloat16: up to 64 keys   |
+|        |                            |          | where the processor multiplies in it)                      |
+|        | float32, bfloat16, float16 | any      | torch's CPU flash attention, one call per sequence         |
 | CUDA   | bfloat16, float16          | 64, 128  | sm_90a (wgmma, TMA), sm_80 and newer (mma.sync);           |
 |        |                            |          | H / G up to 64                                             |
 
