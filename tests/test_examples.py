@@ -10,6 +10,7 @@ import runpy
 import socket
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,21 @@ def test_recipes_run_in_one_process(name, monkeypatch, capsys):
     finally:
         sys.modules.pop("small", None)
     assert re.search("are those of|is that of", capsys.readouterr().out)
+
+
+def test_the_recipe_of_torchtitan_gives_the_head_back(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    try:
+        loss = runpy.run_path(str(FOLDER / "torchtitan_style.py"))["masked_diffusion_loss"]
+    finally:
+        sys.modules.pop("small", None)
+    head = torch.nn.Linear(4, 7, bias=False)
+    hidden, labels, owner = torch.randn(2, 3, 4), torch.randint(7, (2, 3)), types.SimpleNamespace(lm_head=head)
+    loss(owner, hidden, labels, 6)[0].backward()
+    assert head(hidden).shape == (2, 3, 7)
+    with pytest.raises(ValueError, match="labels must have shape"):
+        loss(owner, hidden, labels[:1], 6)
+    assert head(hidden).shape == (2, 3, 7)
 
 
 def free_ports(number: int) -> list[int]:

@@ -7,6 +7,8 @@ and divides by the labels of all processes; FSDP2 sums the gradients. Here `main
 runs without torchtitan too.
 """
 
+from unittest.mock import patch
+
 import torch
 import torch.distributed as dist
 from small import WORLD, Decoder, batches, compare, count, expected
@@ -26,9 +28,9 @@ except ImportError:
 
 
 def masked_diffusion_loss(self, pred, labels, global_valid_tokens=None, **_):  # glue
-    head = self.lm_head  # glue: FSDP2 gathers its weight around its forward, whatever that is
-    head.forward = lambda h: loss(h, labels, head=head.weight, normalizer=global_valid_tokens)  # glue
-    return head(pred), {}  # glue
+    head, n = self.lm_head, global_valid_tokens  # glue: FSDP2 gathers its weight around its forward, whatever that is
+    with patch.object(head, "forward", lambda h: loss(h, labels, head=head.weight, normalizer=n)):  # glue
+        return head(pred), {}  # glue
 
 
 ChunkedLossWrapper.__call__ = masked_diffusion_loss  # glue
