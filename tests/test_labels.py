@@ -68,6 +68,11 @@ def test_errors(generator):
             "weights must not require grad; pass weights.detach",
             lambda: loss(hidden, labels, head=head, weights=weights.clone().requires_grad_()),
         ),
+        (
+            TypeError,
+            "weights must be real, got complex64",
+            lambda: loss(hidden, labels, head=head, weights=weights + 0j),
+        ),
         (TypeError, "labels must be int64, int32, got float32", lambda: loss(hidden, labels.float(), head=head)),
         (ValueError, r"targets?.* is 11", lambda: loss(hidden, labels.fill_(11), head=head)),
     ]:

@@ -22,7 +22,8 @@ def masked_cross_entropy_from_labels(
     """`masked_cross_entropy`, or with a head `linear_masked_cross_entropy`, in the manner of `F.cross_entropy`.
 
     Args:
-        logits_or_hidden: logits [..., V]; with `head` hidden states [..., C]. Any number of leading dimensions.
+        logits_or_hidden: logits [..., V]; with `head` hidden states [..., C]. Any number of leading dimensions; unlike
+            in `F.cross_entropy` classes are always the last dimension.
         labels: int64 or int32 [...], the targets; `ignore_index` where there is nothing to learn.
         head: [V, C], the weight that makes logits of hidden states, which then never exist all at once.
         weights: [...] of any real dtype, such as 1 / t; default 1. They must not require grad.
@@ -44,6 +45,8 @@ def masked_cross_entropy_from_labels(
             wanted = list(logits_or_hidden.shape[:-1])
             raise ValueError(f"{op}: {name} must have shape {wanted}, got {list(tensor.shape)}")
     lib.check_dtype(op, "labels", labels, (torch.int64, torch.int32))
+    if weights is not None and weights.is_complex():
+        raise TypeError(f"{op}: weights must be real, got {str(weights.dtype).removeprefix('torch.')}")
     if weights is not None and weights.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{op}: weights must not require grad; pass weights.detach()")
     counts = labels.flatten() != ignore_index
