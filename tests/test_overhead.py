@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import illada
 from benchmarks import overhead
 from benchmarks.timing import ThreadClock
+from illada.ops._library import caller
 
 # How many times torch's processor time a call may take, and what was reached (no grad, grad, both) for the public
 # function: masked_cross_entropy 1.4, 1.9, 1.25; linear_masked_cross_entropy 5, 7, 2; varlen_attention 2.8, 4.7, 1.7;
@@ -72,6 +73,24 @@ def test_modes_and_profilers_see_the_op(needs_grad, generator):
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         call(x)
     assert "illada::masked_ce_fwd" in {event.name for event in profile.events()}
+
+
+def test_a_gradient_passes_the_dispatcher_by(generator, monkeypatch):
+    """Its op takes a number between its tensors."""
+
+    class Recorded:
+        _schema = torch.ops.illada.masked_ce_bwd.default._schema
+
+        def __call__(self, *arguments):
+            raise AssertionError("the dispatcher was asked")
+
+    monkeypatch.setattr(torch.ops.illada.masked_ce_bwd, "default", Recorded())
+    logits, dlse = torch.randn(3, 7, generator=generator), torch.tensor([1.0, 2.0, 3.0])
+    arguments = (TARGETS, WEIGHTS, None, 1.0, torch.zeros(3, 2), torch.ones(()))
+    gradient = caller("masked_ce_bwd")
+    assert gradient(logits, *arguments, dlse, 0).shape == logits.shape
+    with pytest.raises(AssertionError, match="asked"):  # a negated view behind the number, too
+        gradient(logits, *arguments, torch._neg_view(dlse), 0)
 
 
 def test_a_view_that_negates_is_not_read_as_it_lies(generator):

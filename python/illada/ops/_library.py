@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -248,7 +249,8 @@ def caller(op: str) -> Callable:
     torch.compile, export and tracing, modes, transforms and a profiler, nor for subclasses.
     """
     overload = getattr(torch.ops.illada, op).default
-    count = sum("Tensor" in str(argument.type) for argument in overload._schema.arguments)  # they are the first ones
+    tensors = [i for i, argument in enumerate(overload._schema.arguments) if "Tensor" in str(argument.type)]
+    tensors_of = operator.itemgetter(*tensors)
     cpu, cuda = (_KERNELS[op].get(_bits(key)) for key in ("CPU", "CUDA"))
     formula, types = _FORMULAS.get(op), (Tensor, torch.nn.Parameter)
     # Looked up once: a call has some microseconds.
@@ -264,7 +266,7 @@ def caller(op: str) -> Callable:
     def call(*inputs):
         if is_compiling() or keys_added().raw_repr() != _ALWAYS or modes() or profiled() or in_forward_mode():
             return overload(*inputs)
-        for tensor in inputs[:count]:
+        for tensor in tensors_of(inputs):
             if tensor is not None and (type(tensor) not in types or tensor.is_neg()):
                 return overload(*inputs)
         kernel = cpu if inputs[0].is_cpu else cuda if inputs[0].is_cuda else None
