@@ -115,8 +115,8 @@ def parser(prog: str) -> argparse.ArgumentParser:
     out = found.add_argument_group("what is written", "after every case, and what there is when a signal ends the run")
     out.add_argument("--json", metavar="PATH", help="append one JSON line for each result")
     out.add_argument("--csv", metavar="PATH", help="write the results as CSV, a column for each key of the JSON")
-    out.add_argument("--plot", metavar="PATH", help="draw the results (needs matplotlib); `python -m benchmarks.report "
-                     "FILE.jsonl --plot PATH` draws them again")  # fmt: skip
+    out.add_argument("--plot", metavar="PATH", help="draw the results (needs matplotlib); "
+                     f"`python -m {__package__}.report FILE.jsonl --plot PATH` draws them again")  # fmt: skip
     gate = found.add_argument_group("what decides the exit status", "0: all went well; 130, 143: a signal ended it")
     gate.add_argument("--check", action="store_true", help="1 where a goal of the bench is missed, or a peer is faster "
                       "than ours by more than the noise")  # fmt: skip
@@ -245,7 +245,7 @@ def main(arguments: list[str] | None = None, prog: str = "python -m benchmarks")
     if arguments[:1] == ["compare"]:
         from . import compare
 
-        return compare.main(arguments[1:])
+        return compare.main(arguments[1:], prog=f"{prog} compare")
     said = parser(prog)
     options = said.parse_args(arguments)
     from . import dry_run, regression, report
@@ -253,13 +253,14 @@ def main(arguments: list[str] | None = None, prog: str = "python -m benchmarks")
     dry_run.prepare()
     try:
         found = plans(options)
-        if options.list:
-            show_list(found)
-            return 0
-        refuse_early(options)
-        before = report.read_json(options.compare) if options.compare else None
+        if not options.list:
+            refuse_early(options)
+        before = report.read_json(options.compare) if options.compare and not options.list else None
     except (ValueError, OSError) as error:
         said.error(str(error))
+    if options.list:  # not above: a reader of it that is gone is no wrong argument
+        show_list(found)
+        return 0
     if before is not None and not any(r["median_ms"] for r in before):
         said.error(f"--compare {options.compare}: there are no results in it")
     lines: list[dict[str, Any]] = []

@@ -1,8 +1,8 @@
 """Predicted against measured, case by case and kernel by kernel: what the simulator's timing model was wrong about.
 
-Reads what `run_on_gpu.sh` leaves (kernels.jsonl, tune.jsonl, results.jsonl) and what `python -m benchmarks BENCH
---json` writes; of those only what was measured with the default choices between kernels. A line each: the predicted
-time and its range, the measured time, their ratio, and whether the range holds it:
+Reads what `run_on_gpu.sh` leaves (kernels.jsonl, tune.jsonl, results.jsonl) and what a benchmark's --json writes; of
+those only what was measured with the default choices between kernels. A line each: the predicted time and its range,
+the measured time, their ratio, and whether the range holds it:
 
     ok      within the predicted range
     SLOWER  than the slow end: look at what the prediction rests on, or at the kernel
@@ -125,11 +125,11 @@ def summary(lines: Sequence[Line], predicted: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, prog: str = "python -m benchmarks compare") -> int:
     """0: compared. 1: nothing was both predicted and measured."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="examples:\n  python -m benchmarks compare runs/gpu/kernels.jsonl runs/gpu/tune.jsonl\n"
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"examples:\n  {prog} runs/gpu/kernels.jsonl runs/gpu/tune.jsonl\n"
         "  make predict     # the predictions again, after a kernel has changed",
     )  # fmt: skip
     parser.add_argument("measured", nargs="+", metavar="MEASURED.jsonl", help="as above")

@@ -155,11 +155,13 @@ def peer_goals(records: Records, rivals: Any = None) -> list[Goal]:
 def main(arguments: list[str] | None = None) -> int:
     """0: nothing of ours is slower. 1: something is, or the files have nothing in common."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.regression",
+        prog=f"python -m {__package__}.regression",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("before", metavar="OLD.jsonl", help="written by `python -m benchmarks BENCH --json OLD.jsonl`")
+    parser.add_argument(
+        "before", metavar="OLD.jsonl", help=f"written by `python -m {__package__} BENCH --json OLD.jsonl`"
+    )
     parser.add_argument("now", metavar="NEW.jsonl", help="likewise, later")
     options = parser.parse_args(arguments)
     try:

@@ -168,11 +168,13 @@ def write_csv(records: Records, path: str | Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Show files of results: a table for each bench and device, the goals, and who was left out."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.report", description=main.__doc__,
+        prog=f"python -m {__package__}.report", description=main.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example:\n  python -m benchmarks.report out.jsonl --plot out.png --csv out.csv --markdown",
+        epilog=f"example:\n  python -m {__package__}.report out.jsonl --plot out.png --csv out.csv --markdown",
     )  # fmt: skip
-    parser.add_argument("files", nargs="+", metavar="FILE", help="written by `python -m benchmarks BENCH --json FILE`")
+    parser.add_argument(
+        "files", nargs="+", metavar="FILE", help=f"written by `python -m {__package__} BENCH --json FILE`"
+    )
     parser.add_argument("--markdown", action="store_true", help="print Markdown")
     parser.add_argument("--csv", metavar="PATH", help="write all records as CSV")
     parser.add_argument("--plot", metavar="PATH", help="draw them (needs matplotlib)")

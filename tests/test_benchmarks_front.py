@@ -190,6 +190,17 @@ def test_list_says_what_cases_and_providers_are(stub, capsys):
     assert out.endswith("providers of stub on cpu:\n  illada\n  peer\n\ncases of stub on cpu:\n  b\n\n")
 
 
+def test_a_reader_of_the_list_that_is_gone_is_no_wrong_argument(stub, monkeypatch):
+    """`illada benchmark all --list | head -1`: the command line ends with 141 and says nothing."""
+
+    def gone(found):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(command, "show_list", gone)
+    with pytest.raises(BrokenPipeError):
+        run("--list")
+
+
 def test_rows_come_as_they_are_measured(stub, capsys):
     case, seen = stub.case, []
 

@@ -171,7 +171,11 @@ WITHOUT_TORCH = [
     (["train"], 2, "needs a configuration file"),
     (["train", "no.toml"], 2, "no configuration file at no.toml"),
     (["train", "run.toml", "--train.stepz=3"], 2, "unknown key train.stepz"),
-    (["train", "run.toml"], 2, "no is not a corpus"),
+    (
+        ["train", "run.toml"],
+        2,
+        "no is not a corpus (no corpus.json); make one with `illada prepare --source SOURCE --out no`",
+    ),
     (["train", "run.toml", "--resume", "no"], 2, "no is not a corpus"),
     (["prepare", "--out", "x"], 2, "needs --source"),
     (["prepare", "--out", "x", "--source", "books"], 2, "source must be"),

@@ -228,6 +228,7 @@ def test_a_training_run_and_what_is_refused(tmp_path, capsys):
     assert convert(tmp_path / "run", tmp_path / "hf", "--hf") == 0
     files = {"config.json", "model.safetensors", "README.md", "configuration_illada.py", "modeling_illada.py"}
     assert {file.name for file in (tmp_path / "hf").iterdir()} == files
+    assert re.search(r"token \d+\. \*\*This folder has no tokenizer.json", (tmp_path / "hf" / "README.md").read_text())
     assert convert(tmp_path / "run", tmp_path / "hf", "--hf") == 2
     assert "exists; overwrite it with --overwrite" in capsys.readouterr().err
     assert convert(tmp_path / "hf", tmp_path / "hf", "--overwrite") == 0  # the layout of the source

@@ -64,6 +64,10 @@ def test_the_build_ships_them(tmp_path):
         "import sys, illada; from illada import cli; assert illada.__file__.startswith(sys.argv[1]), illada.__file__;"
         "assert cli.main(['train', 'demo', '--print-config']) == 0;"
         "assert cli.main(['benchmark', 'train-step', '--device', 'cpu', '--list']) == 0;"
+        "helps = ('benchmark', 'overhead', '--help'), ('benchmark', 'compare', '--help')\n"
+        "for words in helps:\n"
+        "    try: cli.main([*words])\n"
+        "    except SystemExit as end: assert end.code == 0\n"
         "import illada.benchmarks.train_step as step; assert 'benchmarks' not in sys.modules;"
         "assert step.measure_memory('tiny 2x64', 'illada') >= 0;"
         "from illada.benchmarks.runner import commit; assert commit() is None"
@@ -73,4 +77,5 @@ def test_the_build_ships_them(tmp_path):
         [sys.executable, "-c", code, str(site)], cwd=tmp_path, env=env, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]
+    assert "python -m benchmarks" not in done.stdout and "  illada benchmark compare runs/gpu" in done.stdout
     assert 'out_dir = "runs/demo"' in done.stdout and "cases of train-step on cpu:\n  small 8x1024\n" in done.stdout

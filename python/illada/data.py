@@ -17,6 +17,7 @@ import hashlib
 import itertools
 import json
 import re
+import shlex
 import warnings
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -348,7 +349,8 @@ class TokenDataset:
             raise ValueError(f"split must be {' or '.join(SPLITS)}, got {split!r}")
         header_file = self.path / "corpus.json"
         if not header_file.is_file():
-            raise FileNotFoundError(f"{self.path} is not a corpus (no corpus.json); make one with `illada prepare`")
+            command = f"illada prepare --source SOURCE --out {shlex.quote(str(self.path))}"
+            raise FileNotFoundError(f"{self.path} is not a corpus (no corpus.json); make one with `{command}`")
         self.header: dict[str, Any] = read_json(header_file)
         if not isinstance(self.header, dict) or self.header.get("format") != FORMAT:
             raise ValueError(f"{header_file} is not the header of an {FORMAT}")

@@ -73,13 +73,17 @@ def complete(folder: Path, config: ModelConfig, transformers: str) -> None:
     """
     for file in _CODE:
         shutil.copyfile(Path(__file__).with_name(file), folder / file)
-    named = _name_special_tokens(folder, config) if (folder / "tokenizer.json").is_file() else {}
+    has_tokenizer = (folder / "tokenizer.json").is_file()
+    named = _name_special_tokens(folder, config) if has_tokenizer else {}
+    unnamed = ", which the tokenizer does not name"
+    if not has_tokenizer:
+        unnamed = ". **This folder has no tokenizer.json**, which the examples here need"
     card = _CARD.format(
         parameters=config.num_parameters,
         transformers=transformers,
         vocab_size=config.vocab_size,
         mask=config.mask_token_id,
-        mask_text=f", `{named['mask_token']}`" if "mask_token" in named else ", which the tokenizer does not name",
+        mask_text=f", `{named['mask_token']}`" if "mask_token" in named else unnamed,
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
 
