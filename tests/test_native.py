@@ -95,3 +95,54 @@ spec.loader.exec_module(importlib.util.module_from_spec(spec))
 sys.exit(sys._is_gil_enabled())
 """
     assert subprocess.run([sys.executable, "-c", load]).returncode == 0
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits memory as Linux does")
+def test_too_little_memory_in_a_thread_is_an_exception():
+    """Of several threads' rows with filters, each needs a copy: what is thrown there must not end the process."""
+    assert "caught" in python("""
+import resource, torch, illada
+torch.set_num_threads(2)
+logits = torch.zeros(1, 1 << 24).expand(2, -1)
+illada.sample_tokens(logits[:, :64], temperature=1.0, top_k=2)  # starts the threads
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (40 << 20),) * 2)  # a copy takes 64 MB
+try:
+    illada.sample_tokens(logits, temperature=1.0, top_k=2)
+except MemoryError:
+    print("caught")
+""")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for libgomp as Linux names it")
+def test_attention_backward_in_a_parallel_region_of_the_callers():
+    """One thread's scratch is the first, though the caller be the last thread of a region of its own."""
+    assert "same" in python("""
+import ctypes, torch, illada
+torch.set_num_threads(1)
+torch.zeros(9).sum()
+libraries = [line.split()[-1] for line in open("/proc/self/maps") if "gomp" in line]
+q, k, v = (torch.randn(64, 2, 64, generator=torch.Generator().manual_seed(n)).requires_grad_() for n in range(3))
+lengths = torch.tensor([0, 64], dtype=torch.int32)
+gradients = []
+
+def backward():
+    with torch.autograd.set_multithreading_enabled(False):
+        gradients.append(torch.autograd.grad(illada.varlen_attention(q, k, v, lengths).sum(), (q, k, v)))
+
+backward()
+
+@ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+def region(_):
+    if omp.omp_get_thread_num() == 39:
+        torch.set_num_threads(1)
+        backward()
+
+if libraries:
+    omp = ctypes.CDLL(libraries[0])
+    omp.GOMP_parallel(region, None, ctypes.c_uint(40), ctypes.c_uint(0))
+else:
+    backward()
+assert all(map(torch.equal, *gradients))
+print("same")
+""")

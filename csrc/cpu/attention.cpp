@@ -219,9 +219,9 @@ void backward_cpu(const BackwardParams& p) {
   const Scratch scratch(scratch_floats * work.threads);
   const cpu::RowKernels& kernels = cpu::row_kernels();
   const auto differentiate = p.dtype == DType::kFloat32 ? kernels.differentiate_f32 : kernels.differentiate_bf16;
-  cpu::parallel_for(int64_t(work.parts.size()), work.threads, [&](int64_t n) {
+  cpu::parallel_for(int64_t(work.parts.size()), work.threads, [&](int64_t n, int thread) {
     const cpu::FlushedDenormals flushed;
-    differentiate(gradient_of(p, work.parts[size_t(n)], scratch.data() + scratch_floats * cpu::thread_index()));
+    differentiate(gradient_of(p, work.parts[size_t(n)], scratch.data() + scratch_floats * thread));
   });
 }
 

@@ -1,6 +1,9 @@
 #pragma once
 
+#include <atomic>
 #include <cstdint>
+#include <exception>
+#include <type_traits>
 
 #if defined(_OPENMP)
 #include <omp.h>
@@ -14,29 +17,39 @@ inline int threads_for(int64_t work, int most) {
   return work < kPerThread ? 1 : most;
 }
 
-// Calls f(n) for n in [0, count) on num_threads threads of the process's OpenMP pool (torch's own, where torch is
-// loaded), all of which are asked though count be smaller: a smaller team ends threads of the pool, and the next one
-// starts them anew. f must not throw.
+// Calls f(n), or f(n, thread), for n in [0, count) on num_threads threads of the process's OpenMP pool (torch's own,
+// where torch is loaded), all of which are asked though count be smaller: a smaller team ends threads of the pool, and
+// the next one starts them anew. `thread` is below max(num_threads, 1). The first exception of an f is thrown again
+// here; what is left of the work is skipped.
 template <typename F>
 void parallel_for(int64_t count, [[maybe_unused]] int num_threads, F&& f) {
+  const auto call = [&](int64_t n, [[maybe_unused]] int thread) {
+    if constexpr (std::is_invocable_v<F&, int64_t, int>) {
+      f(n, thread);
+    } else {
+      f(n);
+    }
+  };
 #if defined(_OPENMP)
-  // Not `if` of the pragma, under which the loop is still handed out piece by piece.
-  if (num_threads > 1 && count > 1) {
+  if (num_threads > 1 &&
+      count > 1) {  // not `if` of the pragma, under which the loop is still handed out piece by piece
+    std::atomic<bool> failed = false;
+    std::exception_ptr thrown;
 #pragma omp parallel for schedule(dynamic) num_threads(num_threads)
-    for (int64_t n = 0; n < count; ++n) f(n);
+    for (int64_t n = 0; n < count; ++n) {
+      if (failed.load(std::memory_order_relaxed)) continue;
+      try {  // an exception that leaves the region ends the process
+        call(n, omp_get_thread_num());
+      } catch (...) {
+        if (!failed.exchange(true)) thrown = std::current_exception();
+      }
+    }
+    if (thrown) std::rethrow_exception(thrown);
     return;
   }
 #endif
-  for (int64_t n = 0; n < count; ++n) f(n);
-}
-
-// Of the thread that calls f, below num_threads.
-inline int thread_index() {
-#if defined(_OPENMP)
-  return omp_get_thread_num();
-#else
-  return 0;
-#endif
+  // Thread 0, whichever it is of a parallel region of the caller's.
+  for (int64_t n = 0; n < count; ++n) call(n, 0);
 }
 
 }  // namespace illada::cpu
