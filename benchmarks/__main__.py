@@ -17,6 +17,7 @@ from typing import Any
 #: DIRECTIONS, SPREAD     `cases` takes one of the directions, and another spread
 #: quick(device)          the cases of --quick; default: all
 #: OWN, own(shapes, device)    shapes of one's own that it takes, see `shapes`, and the cases of such
+#: LEAST_VOCAB            the least --vocab that these can have; default: 1
 #: providers(device)      names, for --provider and --list; WAYS_DOC: what says more of them than the module's own text
 #: rivals(provider)       of a peer: does it the same job, so that it must not be faster? Default: all do
 BENCHES = {
