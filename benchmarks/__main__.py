@@ -249,7 +249,7 @@ def main(arguments: list[str] | None = None, prog: str = "python -m benchmarks")
         return compare.main(arguments[1:])
     said = parser(prog)
     options = said.parse_args(arguments)
-    from . import dry_run, regression, report
+    from . import dry_run, report
 
     dry_run.prepare()
     try:
@@ -259,10 +259,27 @@ def main(arguments: list[str] | None = None, prog: str = "python -m benchmarks")
             return 0
         refuse_early(options)
         before = report.read_json(options.compare) if options.compare else None
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:
         said.error(str(error))
     if before is not None and not any(r["median_ms"] for r in before):
         said.error(f"--compare {options.compare}: there are no results in it")
+    try:
+        return run(found, options, before, began)
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # 1 would say that something is slower
+        print(f"{prog}: error: the results could not be written: {error}", file=sys.stderr)
+        return 2
+
+
+def run(
+    found: Sequence[Plan], options: argparse.Namespace, before: Sequence[dict[str, Any]] | None, began: float
+) -> int:
+    """Run all plans, show and write what came of them. The exit status; before: the rows of --compare."""
+    from . import regression
+
     lines: list[dict[str, Any]] = []
     try:
         status = execute(found, options, lines, began)
@@ -352,5 +369,18 @@ def finish(found: Sequence[Plan], options: argparse.Namespace, lines: Sequence[d
     return options.check and missed
 
 
+def command() -> int:
+    """`main` as a process: signals and a reader that is gone have their exit status."""
+    from illada.cli.signals import importing
+
+    with importing():
+        import torch  # noqa: F401
+    status = main()
+    sys.stdout.flush()  # a reader that is gone is noticed here, not at the exit
+    return status
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    from illada.cli import guarded
+
+    sys.exit(guarded(command))

@@ -335,6 +335,24 @@ def test_an_import_is_not_cut_short(tmp_path, monkeypatch):
     assert done == [True] and [r["error"] for r in kept] == [runner.NO_TIME]
 
 
+@pytest.mark.parametrize("option", ["--json", "--csv"])
+def test_a_full_disk_is_no_regression(option, stub, capsys):
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full")
+    assert run(option, "/dev/full") == 2
+    assert "error: the results could not be written: [Errno 28]" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_reader_that_is_gone():
+    reader, writer = os.pipe()
+    os.close(reader)
+    call = [sys.executable, "-m", "benchmarks", "score", "--list"]
+    ended = subprocess.run(call, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert ended.returncode == 141 and "Traceback" not in ended.stderr
+
+
 def test_inputs_beyond_memory_leave_the_case_out(stub, tmp_path, capsys):
     stub.module.cases = lambda device: [
         runner.Case("huge", lambda: torch.empty(2**62, dtype=torch.int8)),
