@@ -200,3 +200,18 @@ def test_two_pythons_in_one_folder(tmp_path):
     assert "attention.cpp" not in said.stdout
     tags = [python.replace("python3.", "cpython-3") for python in pythons[:2]]
     assert sorted(os.listdir(tmp_path / "build")) == tags and len(list(tmp_path.glob("*.whl"))) == 2
+
+
+@pytest.mark.builds
+@pytest.mark.skipif(
+    not os.environ.get("ILLADA_TORCHES"), reason="ILLADA_TORCHES names no interpreters of other torches"
+)
+def test_one_wheel_for_every_torch(tmp_path):
+    """Each public op in each torch whose interpreter is named; built once, installed once."""
+    build = {"ILLADA_CUDA": "off", "ILLADA_BUILD_DIR": str(tmp_path / "build")}
+    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", tmp_path, ROOT, **build)
+    (wheel,) = tmp_path.glob("*.whl")
+    run(sys.executable, "-m", "pip", "install", "--no-deps", "--target", tmp_path / "installed", wheel)
+    for python in os.environ["ILLADA_TORCHES"].split():
+        said = run(python, ROOT / "tests/every_op.py", cwd=tmp_path, PYTHONPATH=str(tmp_path / "installed"))
+        assert re.search(rf"^every op \d\S+ {re.escape(str(tmp_path))}/installed/", said, re.MULTILINE), said

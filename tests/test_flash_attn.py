@@ -1,10 +1,10 @@
 """The functions of flash-attn and torch's varlen_attn against softmax(q k^T) v in float64."""
 
 import inspect
+from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.nn.attention import varlen
 
 from illada.integrations import flash_attn
 from illada.integrations.flash_attn import (
@@ -17,6 +17,11 @@ from illada.integrations.flash_attn import (
     flash_attn_with_kvcache,
     varlen_attn,
 )
+
+try:
+    from torch.nn.attention.varlen import AuxRequest
+except ImportError:  # torch 2.9 and older; ours reads only this attribute
+    AuxRequest = SimpleNamespace
 
 BATCH, LENGTH, KEYS, HEADS, KV_HEADS, DIM = 3, 5, 7, 4, 2, 16
 
@@ -64,7 +69,7 @@ def test_a_pack(dtype, generator):
         close(out[at], want)
         close(lse[:, at], want_lse)
     close(flash_attn_varlen_kvpacked_func(q, torch.stack([k, v], 1), starts, starts_k, 5, 8), out.double())
-    twin = varlen_attn(q, k, v, starts, starts_k, 5, 8, enable_gqa=True, return_aux=varlen.AuxRequest(lse=True))
+    twin = varlen_attn(q, k, v, starts, starts_k, 5, 8, enable_gqa=True, return_aux=AuxRequest(lse=True))
     assert torch.equal(twin[0], out) and torch.equal(twin[1], lse)
 
 
@@ -159,6 +164,7 @@ def test_wrong_shapes(batch):
 
 
 def test_signature_is_torchs():
+    varlen = pytest.importorskip("torch.nn.attention.varlen", reason="torch has varlen_attn from 2.10 on")
     mine, theirs = (inspect.signature(function).parameters for function in (flash_attn.varlen_attn, varlen.varlen_attn))
     assert [(p.name, p.default, p.kind) for p in mine.values()] == [
         (p.name, p.default, p.kind) for p in theirs.values()

@@ -62,7 +62,7 @@ struct Work {
   std::vector<Part> parts;
   int64_t queries = 0, keys = 0;  // of sequences that have both
   int64_t most_keys = 0;          // of a part with gradients of keys
-  double pairs = 0;               // of queries and keys, of all heads
+  int threads = 1;
 };
 
 constexpr int64_t kRowsOfPart = 4 * cpu::kGradientRows, kKeysOfPart = 2 * cpu::kGradientKeys;
@@ -75,13 +75,14 @@ Work share_out(const BackwardParams& p) {
   const auto pairs = [&](const Sequence& x) { return (x.q_end - x.q_start) * (x.k_end - x.k_start); };
   double all = 0;
   for (int64_t i = 0; i < p.plan_rows; ++i) all += double(pairs(sequence(p, i))) * double(heads);
+  work.threads = cpu::threads_for(int64_t(all * double(group)) * p.shape.head_dim, std::max(p.num_threads, 1));
   for (int64_t i = 0; i < p.plan_rows; ++i) {
     const Sequence x = sequence(p, i);
     if (pairs(x) == 0) continue;
     const int64_t rows = (x.q_end - x.q_start) * group, keys = x.k_end - x.k_start;
     work.queries += x.q_end - x.q_start;
     work.keys += keys;
-    const bool whole = 5 * double(pairs(x)) * p.num_threads <= 7 * all;
+    const bool whole = 5 * double(pairs(x)) * work.threads <= 7 * all;
     work.most_keys = std::max(work.most_keys, whole ? keys : std::min(keys, kKeysOfPart));
     for (int64_t head = 0; head < heads; ++head) {
       if (whole) {
@@ -94,7 +95,6 @@ Work share_out(const BackwardParams& p) {
         work.parts.push_back({i, head, row, std::min(rows - row, kRowsOfPart), 0, keys, true, false});
     }
   }
-  work.pairs = all * double(group);
   return work;
 }
 
@@ -216,11 +216,10 @@ void backward_cpu(const BackwardParams& p) {
   if (work.parts.empty()) return;
 
   const int64_t scratch_floats = cpu::gradient_scratch(s.head_dim, work.most_keys);
-  const int threads = cpu::threads_for(int64_t(work.pairs) * s.head_dim, std::max(p.num_threads, 1));
-  const Scratch scratch(scratch_floats * threads);
+  const Scratch scratch(scratch_floats * work.threads);
   const cpu::RowKernels& kernels = cpu::row_kernels();
   const auto differentiate = p.dtype == DType::kFloat32 ? kernels.differentiate_f32 : kernels.differentiate_bf16;
-  cpu::parallel_for(int64_t(work.parts.size()), threads, [&](int64_t n) {
+  cpu::parallel_for(int64_t(work.parts.size()), work.threads, [&](int64_t n) {
     const cpu::FlushedDenormals flushed;
     differentiate(gradient_of(p, work.parts[size_t(n)], scratch.data() + scratch_floats * cpu::thread_index()));
   });

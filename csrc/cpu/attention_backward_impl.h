@@ -82,12 +82,12 @@ inline void add_product(int many, int count, const float* a, int64_t next, int64
       VecF x[number.value][kVectors]{};
       float* const at = to + m * pitch + d;
       if (add) {
-        for (int i = 0; i < number.value; ++i)
-          for (int v = 0; v < kVectors; ++v) x[i][v] = load(at + i * pitch + v * kLanes);
+        for (int64_t i = 0; i < number.value; ++i)
+          for (int64_t v = 0; v < kVectors; ++v) x[i][v] = load(at + i * pitch + v * kLanes);
       }
       multiply_add(a + m * next, next, step, count, b + d, pitch, x);
-      for (int i = 0; i < number.value; ++i)
-        for (int v = 0; v < kVectors; ++v) store(at + i * pitch + v * kLanes, x[i][v]);
+      for (int64_t i = 0; i < number.value; ++i)
+        for (int64_t v = 0; v < kVectors; ++v) store(at + i * pitch + v * kLanes, x[i][v]);
     });
   });
 }
@@ -99,8 +99,8 @@ inline void scores(const float* k, int64_t pitch, int keys, const float* q_lanes
   many_at_a_time<sums_of(kVectors)>(keys, [&](auto number, int key) {
     VecF s[number.value][kVectors]{};
     multiply_add(k + key * pitch, pitch, 1, dim, q_lanes, kVectors * kLanes, s);
-    for (int m = 0; m < number.value; ++m)
-      for (int i = 0; i < kVectors; ++i) s[m][i] = rounded(s[m][i] * scale);
+    for (int64_t m = 0; m < number.value; ++m)
+      for (int64_t i = 0; i < kVectors; ++i) s[m][i] = rounded(s[m][i] * scale);
     f(number, key, s);
   });
 }
@@ -110,21 +110,21 @@ inline void differentiate_scores(const Scratch& x, int rows, int keys, int dim, 
   strips(rows, [&](auto vectors, int first) {
     constexpr int kVectors = vectors.value;
     scores<kVectors>(
-        x.k, x.pitch, keys, x.q_lanes + int64_t(first) * dim, dim, scale, [&](auto number, int key, auto& s) {
+        x.k, x.pitch, keys, x.q_lanes + int64_t(first) * dim, dim, scale, [&](auto number, int64_t key, auto& s) {
           float* const p = x.p + key * kGradientRows + first;
-          for (int i = 0; i < kVectors; ++i) {
+          for (int64_t i = 0; i < kVectors; ++i) {
             const VecF reference = load(x.reference + first + i * kLanes),
                        log_sum = load(x.log_sum + first + i * kLanes);
-            for (int m = 0; m < number.value; ++m)
+            for (int64_t m = 0; m < number.value; ++m)
               store(p + m * kGradientRows + i * kLanes, exp2_or_0((s[m][i] - reference - log_sum) * float(kLog2e)));
           }
           VecF dp[number.value][kVectors]{};
           multiply_add(x.v + key * x.pitch, x.pitch, 1, dim, x.dout_lanes + int64_t(first) * dim, kVectors * kLanes,
                        dp);
           float* const ds = x.ds + key * kGradientRows + first;
-          for (int i = 0; i < kVectors; ++i) {
+          for (int64_t i = 0; i < kVectors; ++i) {
             const VecF c = load(x.c + first + i * kLanes);
-            for (int m = 0; m < number.value; ++m)
+            for (int64_t m = 0; m < number.value; ++m)
               store(ds + m * kGradientRows + i * kLanes, load(p + m * kGradientRows + i * kLanes) * (dp[m][i] - c));
           }
         });
@@ -164,19 +164,19 @@ inline void load_rows(const T* const (&from)[kGradientRows], int rows, int dim, 
     for (int part = 0; part < kTile; part += kLanes) {
       const T* const* const row = from + first + part;
       float* const target = to + (first + part) * pitch;
-      for (int d = 0; d < whole; d += kLanes) {
+      for (int64_t d = 0; d < whole; d += kLanes) {
         VecF square[kLanes];
-        for (int i = 0; i < kLanes; ++i) {
+        for (int64_t i = 0; i < kLanes; ++i) {
           square[i] = load(row[i] + d);
           store(target + i * pitch + d, square[i]);
         }
         transpose(square);
-        for (int i = 0; i < kLanes; ++i) store(strip + (d + i) * kTile + part, square[i]);
+        for (int64_t i = 0; i < kLanes; ++i) store(strip + (d + i) * kTile + part, square[i]);
       }
       if (whole < dim)
-        for (int i = 0; i < kLanes; ++i) store(target + i * pitch + whole, VecF{});
+        for (int64_t i = 0; i < kLanes; ++i) store(target + i * pitch + whole, VecF{});
       for (int d = whole; d < dim; ++d)
-        for (int i = 0; i < kLanes; ++i) strip[d * kTile + part + i] = target[i * pitch + d] = to_float(row[i][d]);
+        for (int64_t i = 0; i < kLanes; ++i) strip[d * kTile + part + i] = target[i * pitch + d] = to_float(row[i][d]);
     }
   });
 }
@@ -192,19 +192,19 @@ void find_softmax(const AttentionGradient& a, const Scratch& x, int rows) {
     strips(rows, [&](auto vectors, int first) {
       constexpr int kVectors = vectors.value;
       VecF top[kVectors], sum[kVectors];
-      for (int i = 0; i < kVectors; ++i) top[i] = load(x.reference + first + i * kLanes);
+      for (int64_t i = 0; i < kVectors; ++i) top[i] = load(x.reference + first + i * kLanes);
       scores<kVectors>(x.k, x.pitch, keys, x.q_lanes + int64_t(first) * a.head_dim, a.head_dim, a.softmax_scale,
-                       [&](auto number, int key, auto& s) {
-                         for (int m = 0; m < number.value; ++m)
-                           for (int i = 0; i < kVectors; ++i) {
+                       [&](auto number, int64_t key, auto& s) {
+                         for (int64_t m = 0; m < number.value; ++m)
+                           for (int64_t i = 0; i < kVectors; ++i) {
                              store(x.p + (key + m) * kGradientRows + first + i * kLanes, s[m][i]);
                              top[i] = max(s[m][i], top[i]);
                            }
                        });
-      for (int i = 0; i < kVectors; ++i) {
+      for (int64_t i = 0; i < kVectors; ++i) {
         float* const reference = x.reference + first + i * kLanes;
         sum[i] = load(x.log_sum + first + i * kLanes) * exp2_or_0((load(reference) - top[i]) * float(kLog2e));
-        for (int key = 0; key < keys; ++key)
+        for (int64_t key = 0; key < keys; ++key)
           sum[i] += exp2_or_0((load(x.p + key * kGradientRows + first + i * kLanes) - top[i]) * float(kLog2e));
         store(reference, top[i]);
         store(x.log_sum + first + i * kLanes, sum[i]);

@@ -6,7 +6,7 @@
 // blocks of kKeys with the usual online softmax.
 //
 // Sums go over columns one after the other, and scores and lse are in nats: so they are, mostly to the bit, what
-// torch's kernels make of the same numbers. Its backward makes the scores again and relies on lse for probabilities
+// torch's kernels make of the same numbers. A backward makes the scores again and relies on lse for probabilities
 // whose sum is 1; more exact scores here would make gradients worse where scores are large.
 //
 // Work: 4 rows keys D flop. The products hold 4 x kVectors sums in registers: 8 (4) loads for 16 (8) multiply-adds. A
@@ -34,7 +34,7 @@ inline void multiply_add(const T* a, int64_t next, int64_t step, int count, cons
                          VecF (&sums)[kSums][kVectors]) {
   for (int k = 0; k < count; ++k) {
     VecF x[kVectors];
-    for (int v = 0; v < kVectors; ++v) x[v] = load(b + k * pitch + v * kLanes);
+    for (int64_t v = 0; v < kVectors; ++v) x[v] = load(b + k * pitch + v * kLanes);
     for (int m = 0; m < kSums; ++m) {
       const VecF y = splat(to_float(a[m * next + k * step]));
       for (int v = 0; v < kVectors; ++v) sums[m][v] += y * x[v];

@@ -20,7 +20,8 @@ inline int threads_for(int64_t work, int most) {
 template <typename F>
 void parallel_for(int64_t count, [[maybe_unused]] int num_threads, F&& f) {
 #if defined(_OPENMP)
-  if (num_threads > 1 && count > 1) {  // not `if` of the pragma, under which the loop is still handed out piece by piece
+  // Not `if` of the pragma, under which the loop is still handed out piece by piece.
+  if (num_threads > 1 && count > 1) {
 #pragma omp parallel for schedule(dynamic) num_threads(num_threads)
     for (int64_t n = 0; n < count; ++n) f(n);
     return;

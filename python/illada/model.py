@@ -258,7 +258,8 @@ class MaskedDiffusionModel(nn.Module):
             self.lm_head = (
                 None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.embedding_rows, bias=False)
             )
-        target = torch.get_default_device() if device is None else find_device(device)
+        # not get_default_device(), which overlooks `with torch.device(...)` in torch 2.6
+        target = torch.empty(0).device if device is None else find_device(device)
         for module in self.modules():  # to_empty fails under FakeTensorMode
             for name, parameter in list(module.named_parameters(recurse=False)):
                 empty = torch.empty(parameter.shape, dtype=dtype or torch.float32, device=target)

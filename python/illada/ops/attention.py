@@ -541,7 +541,10 @@ def varlen_attention(
             cu_seqlens, cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k, num_heads=heads, num_kv_heads=kv_heads,
             head_dim=dim, total_q=total_q, total_k=total_k,
         )  # fmt: skip
-    elif plan[1:] != (sizes := (heads, kv_heads, dim, total_q, cu_seqlens.shape[0] - 1)):
+    elif (  # not plan[1:], which torch 2.6 cannot compile
+        (plan.num_heads, plan.num_kv_heads, plan.head_dim, plan.total_q, plan.num_sequences)
+        != (sizes := (heads, kv_heads, dim, total_q, cu_seqlens.shape[0] - 1))
+    ):
         for name, size in zip(AttentionPlan._fields[1:], sizes, strict=True):
             if getattr(plan, name) != size:
                 raise ValueError(f"{op}: plan was made for {name} {getattr(plan, name)}, this call has {size}")
