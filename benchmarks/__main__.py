@@ -17,6 +17,7 @@ from typing import Any
 #: DIRECTIONS, SPREAD     `cases` takes one of the directions, and another spread
 #: quick(device)          the cases of --quick; default: all
 #: OWN, own(shapes, device)    shapes of one's own that it takes, see `shapes`, and the cases of such
+#: LEAST_VOCAB            the least --vocab that these can have; default: 1
 #: providers(device)      names, for --provider and --list; WAYS_DOC: what says more of them than the module's own text
 #: rivals(provider)       of a peer: does it the same job, so that it must not be faster? Default: all do
 BENCHES = {
@@ -248,7 +249,7 @@ def main(arguments: list[str] | None = None, prog: str = "python -m benchmarks")
         return compare.main(arguments[1:], prog=f"{prog} compare")
     said = parser(prog)
     options = said.parse_args(arguments)
-    from . import dry_run, regression, report
+    from . import dry_run, report
 
     dry_run.prepare()
     try:
@@ -263,6 +264,21 @@ def main(arguments: list[str] | None = None, prog: str = "python -m benchmarks")
         return 0
     if before is not None and not any(r["median_ms"] for r in before):
         said.error(f"--compare {options.compare}: there are no results in it")
+    try:
+        return run(found, options, before, began)
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # 1 would say that something is slower
+        print(f"{prog}: error: the results could not be written: {error}", file=sys.stderr)
+        return 2
+
+
+def run(
+    found: Sequence[Plan], options: argparse.Namespace, before: Sequence[dict[str, Any]] | None, began: float
+) -> int:
+    """Run all plans, show and write what came of them. The exit status; before: the rows of --compare."""
+    from . import regression
+
     lines: list[dict[str, Any]] = []
     try:
         status = execute(found, options, lines, began)
@@ -352,5 +368,18 @@ def finish(found: Sequence[Plan], options: argparse.Namespace, lines: Sequence[d
     return options.check and missed
 
 
+def command() -> int:
+    """`main` as a process: signals and a reader that is gone have their exit status."""
+    from illada.cli.signals import importing
+
+    with importing():
+        import torch  # noqa: F401
+    status = main()
+    sys.stdout.flush()  # a reader that is gone is noticed here, not at the exit
+    return status
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    from illada.cli import guarded
+
+    sys.exit(guarded(command))

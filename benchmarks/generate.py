@@ -35,6 +35,7 @@ from .weights import random_model
 
 DEVICES = ("cpu", "cuda")
 OWN = ("seqlens", "vocab")
+LEAST_VOCAB = 7  # special tokens take the ids up to 5
 
 #: Of each model: new tokens, block, steps of a block, longest prompt.
 SIZES = {"tiny": (32, 32, 32, 64), "small": (32, 32, 16, 64), "8b": (256, 32, 32, 512), "8b-batch": (64, 32, 16, 512)}

@@ -14,6 +14,7 @@ nearly all of them where logits are as at initialisation, and few at --spread 8,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -238,6 +239,14 @@ TIMES = {"liger scaled": 1.4, "liger": 2.5}
 MEMORY = {"illada": 1.4, "illada chunk_rows=1024": 0.4}  # GB
 
 
+def _times(ours: float, theirs: float) -> float:
+    """One error over the other. Equal ones, 0 or infinite, are 1; NaN is infinite, as `max` may pass over a NaN."""
+    if ours == theirs:
+        return 1.0
+    times = ours / theirs if theirs else math.inf
+    return math.inf if math.isnan(times) else times
+
+
 def goals(records: Sequence[dict[str, Any]]) -> list[Goal]:
     """Of fwdbwd: errors at most twice eager's; on a GPU the paper's case in 21 ms and little memory, and all of them
     faster than the peers; on a CPU half the memory of all logits. Filters, ours and peers', are inexact and have none.
@@ -252,7 +261,7 @@ def goals(records: Sequence[dict[str, Any]]) -> list[Goal]:
             continue
         if "eager" in mine:
             theirs, errors = _errors(mine["eager"]), _errors(ours)
-            times = max((errors[key] / theirs[key] for key in errors.keys() & theirs.keys()), default=None)
+            times = max((_times(errors[key], theirs[key]) for key in errors.keys() & theirs.keys()), default=None)
         else:
             times = None
         if times is not None:

@@ -26,6 +26,8 @@ Records = Sequence[dict[str, Any]]
 SAME, SLOWER, FASTER = "same", "SLOWER", "FASTER"
 #: (calls, least half-width of the interval as a share of the median), of fewer calls than that; the last: of more.
 NOISE = ((2, 0.2), (5, 0.1), (float("inf"), 0.03))
+#: A row that took this many times as long, and still is not beyond the noise, is named.
+UNCLEAR = 1.25
 #: Rows of peers of all cases that the machine is judged by; fewer say nothing.
 LEAST_PEERS = 3
 
@@ -129,6 +131,9 @@ def show(records: Records, before: Records, name: str) -> int:
     absent = {key(r)[:3] for r in before if r["median_ms"]} - {key(r)[:3] for r in records if r["median_ms"]}
     if absent:
         print(f"- {len(absent)} rows of the earlier run were not measured now")
+    unclear = [x for x in lines if is_ours(x.record) and x.verdict == SAME and x.ratio > UNCLEAR * max(x.machine, 1)]
+    for x in unclear:
+        print(f"- too noisy to tell, measure again: {x.record['case']}: {x.record['provider']}, {x.ratio:.2f} times")
     slower = [x for x in lines if is_ours(x.record) and x.verdict == SLOWER]
     count = {
         verdict: sum(is_ours(x.record) and x.verdict == verdict for x in lines) for verdict in (SLOWER, SAME, FASTER)

@@ -21,6 +21,9 @@ from .runner import KEYS, Goal, marks, once, ratio, spread
 
 Records = Sequence[dict[str, Any]]
 
+#: Keys that are calculated with, and keys that rows are told apart by; null, or of that type.
+NUMBERS = ("p20_ms", "p80_ms", "n", "flops", "bytes", "peak_memory_bytes", "load")
+TEXTS = ("device", "timing", "dtype", "torch")
 WORDS = ("case", "provider", "timing", "")  # columns to the left; the others are numbers
 
 
@@ -152,7 +155,13 @@ def read_json(path: str | Path) -> list[dict[str, Any]]:
 def _is_result(record: dict[str, Any]) -> bool:
     ms = record["median_ms"]
     measured = ms is None or (isinstance(ms, int | float) and 0 < ms < float("inf"))
-    return measured and all(isinstance(record[key], str) for key in ("bench", "case", "provider"))
+    return (
+        measured
+        and all(isinstance(record[key], str) for key in ("bench", "case", "provider"))
+        and all(record[key] is None or isinstance(record[key], int | float) for key in NUMBERS)
+        and all(record[key] is None or isinstance(record[key], str) for key in TEXTS)
+        and isinstance(record["counts"], dict | None)
+    )
 
 
 def write_csv(records: Records, path: str | Path) -> None:

@@ -149,6 +149,10 @@ def run(
             unfinished = NO_TIME
         except (KeyboardInterrupt, Ended) as error:
             unfinished, ended = "ended by a signal", error
+        except (RuntimeError, MemoryError) as error:
+            if not lacks_memory(error):
+                raise
+            unfinished = reason(error)
         finally:
             with contextlib.suppress(OutOfTime):
                 share.stop()
@@ -228,7 +232,7 @@ class _Job:
                 self.timed.append(Timed(provider, self.timer.timing, provider.call, provider.calls))
             except Exception as error:  # a peer that does not run here is no reason to stop
                 # nor is an op of ours without a kernel for this device, or too little memory; anything else of ours is
-                legal = self.keep_going or isinstance(error, NotImplementedError | torch.OutOfMemoryError)
+                legal = self.keep_going or isinstance(error, NotImplementedError) or lacks_memory(error)
                 if name == "illada" and not legal:
                     raise
                 provider.unavailable = reason(error)
@@ -285,6 +289,11 @@ class _Job:
             "timing": entry.timing,
             "n": len(ms),
         }
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Was there too little memory? torch has a class for that on GPUs, on CPUs only a text."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def reason(error: Exception) -> str:

@@ -18,6 +18,8 @@ from .runner import Case
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
+MOST_SEQUENCES = 2**20  # more is a slip, and the list of them alone could fill the memory
+
 
 @dataclass(frozen=True)
 class Shapes:
@@ -48,7 +50,9 @@ def seqlens(text: str) -> tuple[int, ...]:
         numbers = [count, length] if times else [length]
         if not all(number.strip().isdecimal() for number in numbers) or (times and int(count) < 1):
             raise argparse.ArgumentTypeError(f"got {text!r}; COUNTxLENGTH such as 8x1024, or lengths such as 100,7,33")
-        found += [int(length)] * (int(count) if times else 1)
+        if len(found) + (number := int(count) if times else 1) > MOST_SEQUENCES:
+            raise argparse.ArgumentTypeError(f"got {text!r}; at most {MOST_SEQUENCES} sequences")
+        found += [int(length)] * number
     if not sum(found):
         raise argparse.ArgumentTypeError(f"got {text!r}, which has no token")
     return tuple(found)
@@ -99,6 +103,9 @@ def cases(name: str, bench: Any, shapes: Shapes, device: torch.device, **more: A
     if lacking:
         takes = f"it takes {', '.join(map(option, taken))}" if taken else "it takes no shapes of one's own"
         raise ValueError(f"{name} has no {' and no '.join(lacking)}; {takes}")
+    least = getattr(bench, "LEAST_VOCAB", 1)
+    if shapes.vocab is not None and shapes.vocab < least:
+        raise ValueError(f"{name} needs a --vocab of at least {least}, got {shapes.vocab}")
     found = bench.own(shapes, device, **more)
     if shapes.dtype is None:
         return found

@@ -67,6 +67,7 @@ from .weights import random_model
 
 DEVICES = ("cpu", "cuda")
 OWN = ("seqlens", "heads", "head_dim", "hidden", "vocab")
+LEAST_VOCAB = 7  # special tokens take the ids up to 5
 
 REPEATS = {"cpu": 3, "cuda": 5}
 

@@ -116,7 +116,9 @@ def test_every_bench_refuses_what_it_does_not_have(bench, capsys):
     assert "--vocab: of one bench; all takes none of them" in refused(capsys, "--vocab", 64, bench="all")
 
 
-@pytest.mark.parametrize("text", ["", "8x", "x8", "0x8", "8x-1", "a", "1,,2", "0", "0,0", "2x3x4", "1.5"])
+@pytest.mark.parametrize(
+    "text", ["", "8x", "x8", "0x8", "8x-1", "a", "1,,2", "0", "0,0", "2x3x4", "1.5", "99999999999x1"]
+)
 def test_lengths_that_are_none(text, capsys):
     assert "argument --seqlens: got" in refused(capsys, f"--seqlens={text}", bench="attention")
 
@@ -168,6 +170,11 @@ def test_own_shapes_run(options, tmp_path, monkeypatch):
 
 def test_prompts_of_no_token(capsys):
     assert "prompts here, of at least one token" in refused(capsys, "--seqlens", "3,0", bench="generate")
+
+
+@pytest.mark.parametrize("bench", ["generate", "train-step"])
+def test_vocabularies_without_the_special_tokens(bench, capsys):
+    assert f"{bench} needs a --vocab of at least 7, got 6" in refused(capsys, "--vocab", 6, "--list", bench=bench)
 
 
 @pytest.mark.parametrize("device", [CPU, GPU])
@@ -339,6 +346,34 @@ def test_an_import_is_not_cut_short(tmp_path, monkeypatch):
     assert done == [True] and [r["error"] for r in kept] == [runner.NO_TIME]
 
 
+@pytest.mark.parametrize("option", ["--json", "--csv"])
+def test_a_full_disk_is_no_regression(option, stub, capsys):
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full")
+    assert run(option, "/dev/full") == 2
+    assert "error: the results could not be written: [Errno 28]" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_reader_that_is_gone():
+    reader, writer = os.pipe()
+    os.close(reader)
+    call = [sys.executable, "-m", "benchmarks", "score", "--list"]
+    ended = subprocess.run(call, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert ended.returncode == 141 and "Traceback" not in ended.stderr
+
+
+def test_inputs_beyond_memory_leave_the_case_out(stub, tmp_path, capsys):
+    stub.module.cases = lambda device: [
+        runner.Case("huge", lambda: torch.empty(2**62, dtype=torch.int8)),
+        stub.case("a"),
+    ]
+    assert run("--json", tmp_path / "o.jsonl") == 0
+    out = {r["case"]: r["error"] for r in report.read_json(tmp_path / "o.jsonl")}
+    assert "can't allocate memory" in out["huge"] and out["a"] is None
+
+
 def test_inputs_that_take_too_long_leave_the_whole_case_out(monkeypatch):
     monkeypatch.setattr(runner.gc, "collect", lambda: 0)
     kept = []
@@ -361,6 +396,12 @@ def test_verdicts_know_the_noise():
     assert verdict(1.2, 1.0, p20_ms=0.9, p80_ms=1.4) == "same"
     assert verdict(1.2, 1.0, n=1) == "same" and verdict(1.5, 1.0, n=1) == "SLOWER"
     assert verdict(1.1, 1.0, n=3) == "same" and verdict(1.1, 1.0, n=7) == "SLOWER"
+
+
+def test_a_row_too_noisy_for_a_verdict_is_named(capsys):
+    before, now = record("c", 1.0), record("c", 2.0, p20_ms=1.0, p80_ms=2.5)
+    assert regression.show([now], [before], "old") == 0
+    assert "- too noisy to tell, measure again: c: illada, 2.00 times" in capsys.readouterr().out
 
 
 def test_a_slower_machine_is_no_regression():

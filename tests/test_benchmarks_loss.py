@@ -1,6 +1,7 @@
 """The loss benchmark on tiny heads, and its GPU-only peers with stand-ins that have their signatures."""
 
 import importlib.util
+import math
 import sys
 from dataclasses import replace
 from functools import partial
@@ -395,3 +396,13 @@ def test_table_counts_in_tera_where_there_are_many(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert "TFLOP/s" in lines[1] and " 750.0 " in lines[3] and " 7.5 " in lines[4]
     assert lines[3].split()[-5:] == ["4096", "1.0e+00", "1.0e-03", "1.0e-03", "1.0e-03"]
+
+
+@pytest.mark.parametrize("ours, theirs, met", [
+    (0.0, 0.0, True), (math.inf, math.inf, True), (1e-9, 0.0, False), (math.nan, 1e-3, False), (1e-3, 1e-3, True),
+])  # fmt: skip
+def test_errors_that_are_zero_infinite_or_no_number(ours, theirs, met):
+    case = "fwdbwd 1 t=1 1x1"
+    records = [record(name, 1.0, case=case, counts={"dX error": 1.0, "dW error": error}, timing="clock")
+               for name, error in (("illada", ours), ("eager", theirs))]  # fmt: skip
+    assert [goal.met for goal in loss.goals(records) if "eager" in goal.text] == [met]

@@ -112,6 +112,7 @@ def test_a_damaged_line_is_reported_and_skipped(damaged, tmp_path, capsys):
 @pytest.mark.parametrize("line", [
     {"case": "c", "kernel": "k", "us": 1.0}, {**record(), "median_ms": 0}, {**record(), "median_ms": "fast"},
     {**record(), "case": None}, {**record(), "median_ms": float("nan")},
+    {**record(), "n": "five"}, {**record(), "p20_ms": "x"}, {**record(), "device": ["x"]}, {**record(), "counts": [1]},
 ])  # fmt: skip
 def test_a_line_that_is_no_result_is_reported_and_skipped(line, tmp_path, capsys):
     assert len(report.read_json(write(tmp_path / "o.jsonl", line, record()))) == 1

@@ -8,7 +8,7 @@ import io
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from illada.cli import agreement, benchmark, chat, convert, evaluate, generate, info, prepare, score, train
 from illada.cli.signals import Ended, as_exceptions, say
@@ -30,10 +30,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     130, 143, 129: ended by SIGINT, SIGTERM or SIGHUP; training saved a checkpoint before it went. 141: what read its
     output is gone, likewise.
     """
+    return guarded(lambda: _main(arguments))
+
+
+def guarded(run: Callable[[], int]) -> int:
+    """The exit status of a command, or of what ended it: a signal, or a reader of its output that is gone."""
     _open_standard_streams()
     try:
         with as_exceptions():
-            return _main(arguments)
+            return run()
     except KeyboardInterrupt:
         say("illada: interrupted")
         return 130
