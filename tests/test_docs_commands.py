@@ -86,7 +86,7 @@ def original(tmp_path_factory) -> Path:
     sources = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "python" / "illada").rglob("*.py"))]
     tokenizer = folder / "tokenizer.json"
     train_tokenizer(sources, 1024).save(str(tokenizer))
-    save_model(folder / "runs/demo/checkpoints/step-003000", tokenizer)
+    save_model(folder / "runs/demo/checkpoints/step-003400", tokenizer)
     for name in ("iLLaDA-8B-Base", "iLLaDA-8B-Instruct"):
         save_model(folder / name, tokenizer)
     save_model(folder / "LLaDA-8B-Instruct", tokenizer, model_type="llada")
