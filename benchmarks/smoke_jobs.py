@@ -241,15 +241,16 @@ def linear_loss(
 
 
 def sample_tokens(
-    device: torch.device, rows: int, vocab: int, dtype: torch.dtype, temperature: float, extras: bool = False
+    device: torch.device, rows: int, vocab: int, dtype: torch.dtype, temperature: float, extras: bool = False, **filters
 ) -> Checks:
-    """Tokens exactly, noise included, and the measures."""
+    """Tokens exactly, noise included, and the measures. filters: top_k, top_p."""
     logits = (2 * torch.randn(rows, vocab, generator=random())).to(dtype)
-    keywords = {"temperature": temperature, "seed": 2**33 + 1, "extras": ("entropy", "margin") if extras else ()}
+    extra = ("entropy", "margin") if extras else ()
+    keywords = {"temperature": temperature, "seed": 2**33 + 1, "extras": extra, **filters}
     want = reference.sample_tokens(logits, **keywords)
     got = illada.sample_tokens(logits.to(device), **keywords)
     checks = {"token": (float((got.token.cpu() != want.token).sum()), 0.0)}
-    for name in ("confidence", "logprob", *keywords["extras"]):
+    for name in ("confidence", "logprob", *extra):
         checks[name] = (norm_error(getattr(got, name), getattr(want, name)), FP32_TOLERANCE)
     return checks
 
@@ -378,6 +379,11 @@ def jobs() -> list[Job]:
             add(f"sample_tokens {what} of split rows", "sample_tokens",
                 partial(sample_tokens, rows=3, vocab=70000, dtype=dtype, temperature=temperature, extras=True),
                 "sample_tokens_sm80 sample_tokens_combine_sm80")  # fmt: skip
+            if temperature:
+                add(f"sample_tokens {what} of the likeliest", "sample_tokens",
+                    partial(sample_tokens, rows=5, vocab=8000, dtype=dtype, temperature=temperature, top_k=50,
+                            top_p=0.9),
+                    "sample_filters_sm80 sample_tokens_sm80")  # fmt: skip
         for dtype in (BF16, FP16):
             for text, rows, given in (("", 40, False), (" in clusters", 200, False), (" of given rows", 40, True)):
                 add(f"linear_sample_tokens {names[dtype]} T={temperature:g}{text}", "linear_sample_tokens",
