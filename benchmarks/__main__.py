@@ -287,6 +287,9 @@ def run(
         raise
     records = [r for r in lines if r["median_ms"] is not None]
     failed = finish(found, options, lines)
+    if not records and not status:
+        print("nothing was measured", file=sys.stderr)
+        return 2
     if before is not None:
         failed = regression.show(records, before, options.compare) == 1 or failed
     return status or int(failed)

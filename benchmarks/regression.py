@@ -69,8 +69,8 @@ class Line:
 
 
 def key(record: dict[str, Any]) -> tuple[Any, ...]:
-    """What must be the same in both runs."""
-    return record["bench"], record["case"], record["provider"], record["timing"]
+    """What must be the same in both runs. The oldest files name no timing: it was the clock."""
+    return record["bench"], record["case"], record["provider"], record["timing"] or "clock"
 
 
 def compare(records: Records, before: Records) -> list[Line]:
@@ -177,4 +177,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from illada.cli import guarded
+
+    sys.exit(guarded(main))

@@ -174,7 +174,7 @@ def write_csv(records: Records, path: str | Path) -> None:
             writer.writerow({key: json.dumps(v) if isinstance(v, dict | list) else v for key, v in r.items()})
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> int:
     """Show files of results: a table for each bench and device, the goals, and who was left out."""
     parser = argparse.ArgumentParser(
         prog=f"python -m {__package__}.report", description=main.__doc__,
@@ -213,7 +213,12 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--plot needs matplotlib: {error}; pip install 'illada[plot]'")
     except (OSError, ValueError) as error:
         parser.error(str(error))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    import sys
+
+    from illada.cli import guarded
+
+    sys.exit(guarded(main))

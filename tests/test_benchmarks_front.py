@@ -374,6 +374,11 @@ def test_inputs_beyond_memory_leave_the_case_out(stub, tmp_path, capsys):
     assert "can't allocate memory" in out["huge"] and out["a"] is None
 
 
+def test_a_run_that_measured_nothing_has_a_status(stub, capsys):
+    stub.module.cases = lambda device: [runner.Case("huge", lambda: torch.empty(2**62, dtype=torch.int8))]
+    assert run() == 2 and "nothing was measured" in capsys.readouterr().err
+
+
 def test_inputs_that_take_too_long_leave_the_whole_case_out(monkeypatch):
     monkeypatch.setattr(runner.gc, "collect", lambda: 0)
     kept = []
@@ -385,6 +390,11 @@ def test_inputs_that_take_too_long_leave_the_whole_case_out(monkeypatch):
 
 
 # --------------------------------------------------------------------------------------------- an earlier run, and peers
+
+
+def test_old_files_have_no_timing():
+    old, new = record("a", 1.0, timing=None), record("a", 1.0)
+    assert [line.verdict for line in regression.compare([new], [old])] == [regression.SAME]
 
 
 def test_verdicts_know_the_noise():

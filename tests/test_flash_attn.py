@@ -101,6 +101,16 @@ def test_a_cache(left, generator):
     close(flash_attn_with_kvcache(q, *before, cache_seqlens=3), flash_attn_func(q, *before[:, :, :3]).double())
 
 
+@pytest.mark.parametrize("used", [[-1, 0, 0], [0, KEYS - 1, 0], -2])
+def test_a_cache_without_room(used, generator):
+    q, new = torch.randn(2, BATCH, 2, KV_HEADS, DIM, generator=generator)
+    cache = torch.zeros(BATCH, KEYS, KV_HEADS, DIM)
+    used = used if isinstance(used, int) else torch.tensor(used, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"cache_seqlens must be in \[0, 5\], which leaves room for 2 new keys in 7"):
+        flash_attn_with_kvcache(q, cache, cache, new, new, cache_seqlens=used)
+    assert not cache.any()
+
+
 def test_a_cache_whose_padding_leaves_no_key(batch):
     q, k, v = batch
     used, left = torch.tensor([2, 3, 4], dtype=torch.int32), torch.tensor([4, 3, 0], dtype=torch.int32)

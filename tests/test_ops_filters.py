@@ -83,6 +83,9 @@ def test_registered_op(generator):
         ),
         ({"top_p": 0.0}, ValueError, r"top_p must be in \(0, 1\], got 0"),
         ({"top_p": float("nan")}, ValueError, r"top_p must be in \(0, 1\], got nan"),
+        ({"top_p": 1e-50}, ValueError, r"top_p must be in \(0, 1\], got 1e-50"),
+        ({"top_p": None}, TypeError, "top_p must be a number or a tensor of 3, got None"),
+        ({"temperature": "1"}, TypeError, "temperature must be a number or a tensor of 3, got '1'"),
         ({"top_p": torch.ones(3).double()}, TypeError, "top_p must be float32, got float64"),
         ({"top_p": torch.tensor([1, 1.5, 1])}, ValueError, r"top_p must be in \(0, 1\], got 1.5 in row 1"),
     ],
@@ -91,3 +94,11 @@ def test_registered_op(generator):
 def test_errors_name_the_argument(keywords, error, message):
     with pytest.raises(error, match=message):
         illada.sample_tokens(torch.zeros(3, 9), **keywords)
+
+
+def test_errors_name_the_first_argument_of_either_sampler():
+    elsewhere = torch.ones(3, device="meta")
+    with pytest.raises(ValueError, match="temperature is on meta, but logits is on cpu"):
+        illada.sample_tokens(torch.zeros(3, 9), temperature=elsewhere)
+    with pytest.raises(ValueError, match="temperature is on meta, but hidden is on cpu"):
+        illada.linear_sample_tokens(torch.zeros(3, 4), torch.zeros(9, 4), temperature=elsewhere)

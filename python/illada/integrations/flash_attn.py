@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from illada.ops import varlen_attention
+from illada.ops._library import may_read
 
 __all__ = [
     "flash_attn_func",
@@ -214,7 +215,13 @@ def flash_attn_with_kvcache(
             cache_seqlens = starts.new_full((batch,), rows if cache_seqlens is None else cache_seqlens)
         used = cache_seqlens
         if k is not None and v is not None:
+            if may_read(used) and not bool(((used >= 0) & (used <= rows - count)).all()):
+                raise ValueError(
+                    f"{op}: cache_seqlens must be in [0, {rows - count}], which leaves room for {count} new keys in "
+                    f"{rows}, got {used.tolist()}"
+                )
             at = (used[:, None] + torch.arange(count, device=q.device)).long()
+            at = torch.where(at < 0, rows, at)  # below 0 it would mean the cache's end; beyond it is the device's error
             sequence = torch.arange(batch, device=q.device)[:, None]
             k_cache[sequence, at], v_cache[sequence, at] = k, v
             used = used + count

@@ -172,11 +172,18 @@ def _differentiate_plainly(
     return dq, dk, dv
 
 
+def _check_cpu_plan(plan: Tensor, num_sequences: int) -> None:
+    if plan.shape != (num_sequences + 1, 4) or plan.dtype != torch.int32 or not plan.is_contiguous():
+        raise ValueError(
+            f"varlen_attention: the plan must be int32 [{num_sequences + 1}, 4], contiguous, as attention_plan makes "
+            f"it; got {str(plan.dtype).removeprefix('torch.')} {list(plan.shape)}"
+        )
+
+
 def _fwd_cpu(
     q: Tensor, k: Tensor, v: Tensor, plan: Tensor, num_sequences: int, softmax_scale: float, deterministic: bool
 ) -> tuple[Tensor, Tensor]:
-    if plan.shape != (num_sequences + 1, 4):
-        raise ValueError(f"varlen_attention: the plan must be [{num_sequences + 1}, 4], got {list(plan.shape)}")
+    _check_cpu_plan(plan, num_sequences)
     out, lse = q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
     plan, others = _shares(plan, q)
     if len(plan):

@@ -174,13 +174,20 @@ def _dtypes(tensor: Tensor) -> tuple[torch.dtype, ...]:
     return tuple(raw.DTYPES) if tensor.is_cuda else _DTYPES_CPU
 
 
+def _first(op: str, like: Tensor) -> tuple[str, Tensor]:
+    """The argument whose device counts, with its name."""
+    return "logits" if op == "sample_tokens" else "hidden", like
+
+
 def _number_or_rows(op: str, name: str, value, default, rows: int, dtype: torch.dtype, like: Tensor):
     """An argument that is one number for all rows or a tensor of one for each: (number, tensor or None)."""
     if not isinstance(value, Tensor):
+        if value is None or isinstance(value, str):
+            raise TypeError(f"{op}: {name} must be a number or a tensor of {rows}, got {value!r}")
         return value, None
     lib.check_shape(op, name, value, (rows,))
     lib.check_dtype(op, name, value, (dtype,))
-    lib.check_same_device(op, ("logits", like), (name, value))
+    lib.check_same_device(op, _first(op, like), (name, value))
     return default, value
 
 
@@ -215,7 +222,7 @@ def _sample_arguments(
         raise ValueError(f"{op}: step must fit 32 bits, got {step}")
     if top_ks is None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 0):
         raise ValueError(f"{op}: top_k must be an integer of at least 0, got {top_k!r}")
-    if top_ps is None and not 0 < top_p <= 1:
+    if top_ps is None and not 2**-149 <= top_p <= 1:  # less is 0 in the kernels' float32
         raise ValueError(f"{op}: top_p must be in (0, 1], got {top_p}")
     if row_ids is not None:
         lib.check_shape(op, "row_ids", row_ids, (rows,))
@@ -234,7 +241,7 @@ def _sample_arguments(
         lib.check_shape(op, "logit_bias values", bias_values, tuple(bias_ids.shape))
         lib.check_dtype(op, "logit_bias values", bias_values, (torch.float32,))
     lib.check_same_device(
-        op, ("logits", like), ("row_ids", row_ids), ("logit_bias ids", bias_ids), ("logit_bias values", bias_values)
+        op, _first(op, like), ("row_ids", row_ids), ("logit_bias ids", bias_ids), ("logit_bias values", bias_values)
     )
     if vocab_size < 1:
         raise ValueError(f"{op}: the vocabulary is empty")
