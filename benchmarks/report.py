@@ -217,8 +217,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    import sys
-
     from illada.cli import guarded
 
     sys.exit(guarded(main))
