@@ -27,9 +27,15 @@ def generator() -> torch.Generator:
 def remote_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What transformers copies and imports of a checkpoint's own code stays in tmp_path, and is forgotten."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", list(sys.path))
+    # Another folder of such code, which an earlier test may have added, would be searched first.
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if not Path(p, "transformers_modules").is_dir()])
+    _forget("transformers_modules")
     yield
-    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+    _forget("transformers_modules")
+
+
+def _forget(package: str) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
         del sys.modules[name]
 
 

@@ -300,7 +300,7 @@ def test_damaged_and_foreign_corpora(texts, tmp_path):
     broken("holds token id 65535, outside of its vocabulary", train_bin=b"\xff" * len(good["train.bin"]))
     with pytest.raises(ValueError, match="split must be train or validation, got 'test'"):
         TokenDataset(out, "test")
-    with pytest.raises(FileNotFoundError, match="make one with `illada prepare`"):
+    with pytest.raises(FileNotFoundError, match="make one with `illada prepare --source SOURCE --out "):
         TokenDataset(tmp_path)
 
 

@@ -72,7 +72,7 @@ def test_objects():
         ({"max_position_embeddings": 1e3}, r"model.max_position_embeddings must be int, got 1000\.0"),
         ({"hidden_size": "abc"}, "model.hidden_size must be int, got 'abc'"),
         ({"head_dim": -2}, "model.head_dim must be positive"),
-        ({"model_type": "gpt2"}, "model.model_type must be illada, llada, dream or qwen2, got 'gpt2'"),
+        ({"model_type": "gpt2"}, "model.model_type must be illada, llada, dream, qwen2 or illada_hf, got 'gpt2'"),
         ({"hidden_size": 2**70}, r"model.hidden_size must be at most 2\^30, got 1180591620717411303424"),
         ({"head_dim": 2**29}, r"x model.head_dim must be at most 2\^30, got \(6 \+ 2 x 2\) x 536870912 = 5368709120"),
         ({"eot_token_id": 4096}, r"model.eot_token_id must be in \[0, 4096\), got 4096"),

@@ -1,5 +1,6 @@
 """What an installation has in the package, and a checkout beside it: `illada benchmark` and `illada train NAME`."""
 
+import importlib
 import importlib.util
 import os
 import shutil
@@ -17,8 +18,8 @@ needs_checkout = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="ne
 
 
 def test_arguments_of_benchmark_go_on_as_they_are(monkeypatch):
-    from benchmarks import __main__ as command
-
+    name = "benchmarks" if shipped.shipped("benchmarks").parent != shipped.PACKAGE else "illada.benchmarks"
+    command = importlib.import_module(f"{name}.__main__")
     given = []
     monkeypatch.setattr(command, "main", lambda arguments, prog: given.append((arguments, prog)) or 3)
     arguments = ["--device", "cpu", "loss", "--only", "t=0.5", "--help", "--version"]

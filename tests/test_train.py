@@ -411,7 +411,11 @@ def test_checkpoints_from_a_stranger(config):
 
 def test_corpora_that_do_not_fit(config):
     for sections, error, match in (
-        ({"data": {"path": "/nonexistent"}}, FileNotFoundError, "make one with `illada prepare`"),
+        (
+            {"data": {"path": "/nonexistent"}},
+            FileNotFoundError,
+            "make one with `illada prepare --source SOURCE --out /nonexistent`",
+        ),
         ({"data": {"window": 10**6}}, ValueError, "less than one window of 1000000"),
     ):
         with pytest.raises(error, match=match):
