@@ -22,6 +22,8 @@ DType = Literal["float32", "bfloat16"]
 
 @dataclass(frozen=True)
 class DataConfig:
+    """The section [data]: the corpus and the length of windows. ValueError: a wrong type or value."""
+
     path: str = "data/stdlib"  # corpus folder, made by `illada prepare`
     window: Positive = 1024  # tokens of a training window, split or not
 
@@ -66,14 +68,12 @@ class RunConfig:
     windows_per_step: Positive = 32  # windows of a step, over all micro-batches
     windows_per_micro_batch: Positive = 32  # windows of one forward and backward; divides windows_per_step
     seed: Seed = 0  # seed of the initial weights, the order of the data, the splits and the masks
-    device: Device = (
-        "auto"  # "cpu", "cuda" (bfloat16, head dim 64 or 128), or "auto": a GPU where these conditions hold
-    )
+    device: Device = "auto"  # "cpu", "cuda" (bfloat16, head dim 64 or 128), or "auto": a GPU where these hold
     dtype: DType = "float32"  # dtype of the computation, "float32" or "bfloat16"; weights and optimizer stay float32
     compile: bool = False  # torch.compile each layer
     activation_checkpointing: bool = False  # recompute layers in the backward pass: less memory, a third slower
     log_every: Positive = 10  # steps between lines of the log
-    save_every: Positive = 500  # steps between checkpoints; the last step always writes one
+    save_every: Positive = 500  # steps between checkpoints; the end of a run always writes one
     keep_last: Positive = 2  # checkpoints to keep
 
     def __post_init__(self) -> None:
@@ -84,7 +84,7 @@ class RunConfig:
 class ValidationConfig:
     """The section [validation]: how often and on how much held-out text. ValueError: a wrong type or value."""
 
-    every: Positive = 250  # steps between validations; the last step always validates
+    every: Positive = 250  # steps between validations; the last step always has one
     windows: Positive = 32  # held-out windows, spread evenly over the split
     strata: Positive = 8  # fixed values of t, (k + 1/2) / strata
 
