@@ -82,9 +82,8 @@ def _plan_cpu(
     plan = cu_seqlens.new_empty(sequences + 1, 4)
     if not native().attention_plan_cpu(total_q, sequences, *lengths, plan):
         _check_lengths(cu_seqlens, cu_seqlens_k, seqused_k, total_q)
-        raise ValueError(
-            "attention_plan: the lengths do not ascend from 0, or do not fit"
-        )  # _check_lengths has a better message
+        # _check_lengths has a better message for most cases.
+        raise ValueError("attention_plan: the lengths do not ascend from 0, or do not fit")
     return plan
 
 
