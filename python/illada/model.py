@@ -375,7 +375,7 @@ class MaskedDiffusionModel(nn.Module):
         """
         tied = self.lm_head is None
         name, head = "embed_tokens" if tied else "lm_head", self.embed_tokens if self.lm_head is None else self.lm_head
-        sharded = hasattr(head.weight, "full_tensor")  # FSDP2's hooks are allowed; the ops refuse what else is wrong
+        sharded = hasattr(head.weight, "full_tensor")  # FSDP2's hooks are allowed; the ops check the rest
         kind = nn.Embedding if tied else nn.Linear
         if not isinstance(head, kind) or (does_more(head) and not (tied or sharded)):
             raise TypeError(

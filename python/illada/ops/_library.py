@@ -229,7 +229,7 @@ def register_autograd(op: str, backward: Callable, setup_context: Callable | Non
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(of_inputs)}
     formula: Any = type(f"illada_{op}", (torch.autograd.Function,), methods)  # its name is that of the graph node
-    apply_plainly = super(torch.autograd.Function, formula).apply  # without what `apply` does for transforms
+    apply_plainly = super(torch.autograd.Function, formula).apply  # skips the handling of transforms
     _FORMULAS[op] = apply_plainly
 
     def differentiable(keyset, *inputs):

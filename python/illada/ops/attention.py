@@ -134,7 +134,7 @@ def _without_denormals() -> Iterator[None]:
 
 
 def _torch_is_right(lse: Tensor) -> bool:
-    """Return whether torch's kernels give what the formula gives, judged by the lse of a sequence.
+    """Return whether torch's kernels agree with the formula, judged by the lse of a sequence.
 
     Scores of -inf or +inf have no softmax, but torch's kernels return 0 for them in some dtypes and sizes. The lse is
     then NaN, infinite or 0. A correct lse may also be exactly 0; that sequence uses the plain implementation, with its
