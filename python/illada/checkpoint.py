@@ -186,20 +186,25 @@ def load_pretrained(
     dtype: torch.dtype | None = None,
     mask_token_id: int | None = None,
 ) -> MaskedDiffusionModel:
-    """The model of a checkpoint folder in any layout of `illada.layouts`.
+    """Load the model of a checkpoint folder in any checkpoint format of `illada.layouts`.
 
-    Weights are memory-mapped: on a CPU, in the file's own dtype, nothing is there twice. The projections of q, k and v
-    are copied into the model's one, and their part of the file does not stay mapped.
+    Weights are memory-mapped: on a CPU, in the file's dtype, memory holds them once. The projections of q, k and v are
+    copied into the model's one projection, and their part of the file does not stay mapped.
 
     Args:
-        path: the folder. device: where to put the weights.
-        dtype: of all weights; default that of the file, or, where the file has several, that of config.json.
-        mask_token_id: the mask of a checkpoint whose config.json does not name it (Qwen2).
+        path: The checkpoint folder.
+        device: Device of the weights.
+        dtype: Dtype of all weights; default that of the file, or that of config.json where the file has several.
+        mask_token_id: Id of the mask token, for a checkpoint whose config.json does not name it (Qwen2).
+
+    Returns:
+        The model, with gradients on for all parameters. Its `stop_token_ids` are those of generation_config.json.
 
     Raises:
-        FileNotFoundError: no checkpoint there. ValueError: damaged or foreign files; keys that are missing,
-            unexpected or have another shape; config options that are not supported; no mask id, or two; several dtypes
-            and none in config.json; a weight that is finite, but not in `dtype`.
+        FileNotFoundError: There is no checkpoint.
+        ValueError: The files are damaged or not a checkpoint; keys are missing, unexpected or have another shape;
+            config options are not supported; there is no mask id, or two; the file has several dtypes and config.json
+            names none; a finite weight is not finite in `dtype`.
     """
     path = Path(path)
     config = load_config(path, mask_token_id=mask_token_id)
@@ -387,23 +392,29 @@ def convert_checkpoint(
     max_shard_bytes: int = 5 << 30,
     progress: bool = False,
 ) -> ModelConfig:
-    """Rewrite a checkpoint in another dtype, layout or shard size; its tokenizer files come along.
+    """Rewrite a checkpoint in another dtype, checkpoint format or shard size, and copy its tokenizer files.
 
     Args:
-        source, target: folders; the target is written beside and renamed, and replaced where it was there.
-        model_type: illada, llada, dream, qwen2 or illada_hf, which transformers loads without illada; default that of
-            the source.
-        dtype, mask_token_id, max_shard_bytes, progress: as in `load_pretrained` and `save_pretrained`.
+        source: The checkpoint folder to read.
+        target: The folder to write. It is written under another name beside it and then renamed; an existing target is
+            replaced.
+        model_type: Checkpoint format of the target: illada, llada, dream, qwen2 or illada_hf; default that of the
+            source. transformers loads illada_hf without illada.
+        dtype: Dtype of the weights in the target; default that of the source.
+        mask_token_id: As in `load_pretrained`.
+        max_shard_bytes, progress: As in `save_pretrained`.
 
     Returns:
-        What the target is.
+        The ModelConfig of the target.
 
     Raises:
-        ValueError, FileNotFoundError: as `load_pretrained` and `save_pretrained`. NotImplementedError: an architecture
-        that the target's layout cannot express; its fields are named. OSError: nothing was written.
+        ValueError, FileNotFoundError: As `load_pretrained` and `save_pretrained`.
+        NotImplementedError: The target's checkpoint format cannot express the architecture; the message names the
+            fields.
+        OSError: Writing failed; nothing was written to the target.
     """
     source = Path(source)
-    load_config(source, mask_token_id=mask_token_id)  # its errors come first
+    load_config(source, mask_token_id=mask_token_id)  # raise its errors first
     # Weights of one dtype stay mapped, and are converted a shard at a time; of several, each goes to `dtype` at once.
     mixed = dtype is not None and len(_dtypes(_weight_files(source))) > 1
     model = load_pretrained(source, dtype=dtype if mixed else None, mask_token_id=mask_token_id)

@@ -1,11 +1,11 @@
-"""The forward process: which windows, where they are split, how much is masked, and which tokens.
+"""The forward process: choose windows of tokens, split them, and mask some tokens.
 
 Eq. 1 of the iLLaDA paper: L = -E[(1/t) sum_i 1[x_i = M] log p(x_i | x_t)], with t uniform for each packed sequence.
-As in LLaDA's guidelines p = (1 - eps) t + eps is the masking probability and 1 / p the weight, so that weights stay
-finite, and the sum is divided by the number of all tokens.
+As in LLaDA's guidelines, p = (1 - eps) t + eps is the masking probability and 1 / p the token weight. The weights thus
+stay finite. The sum is divided by the number of all tokens.
 
-Everything here is a pure function of (seed, global sample index): no state, no order of drawing. One integer resumes
-the data exactly, on any number of ranks and for any micro-batch size.
+Everything here is a pure function of (seed, global sample index), without state or order of drawing. One integer
+resumes the data exactly, on any number of ranks and for any micro-batch size.
 
 Randomness: Philox4x32-10 with key = seed and counter = (block, index lo, index hi, stream); see the streams below.
 """
@@ -24,21 +24,23 @@ from torch import Tensor
 from illada.config import DiffusionConfig
 from illada.ops.philox import philox4x32
 
-# Stream tags (counter word 3), one for each purpose; 16 and above belong to the token sampler.
+# Philox stream tags (counter word 3), one for each purpose; the token sampler uses 16 and above.
 _ORDER, _SPLIT, _TIME, _MASK, _BATCH_TIME, _VALIDATION_MASK = range(1, 7)
 
-_VALIDATION_SEED = 0  # not an option: the bound has to be comparable between runs
+_VALIDATION_SEED = 0  # fixed, so that the bound is comparable between runs
 _VALIDATION_EPS = 1e-3
 _GOLDEN = 0.6180339887498949
 
 
 @dataclass
 class Batch:
-    """Packed sequences with some tokens masked: what `MaskedDiffusionModel.loss` takes.
+    """Packed sequences with some tokens masked, the input of `MaskedDiffusionModel.loss`.
 
-    tokens: int64 [T], mask_id where masked.      targets: int64 [T], the original tokens.
+    tokens: int64 [T], mask_id where masked.
+    targets: int64 [T], the original tokens.
     token_weights: float32 [T], 1 / p where masked, 0 elsewhere.
-    cu_seqlens: int32 [S + 1].                     position_ids: int64 [T], from 0 in each sequence.
+    cu_seqlens: int32 [S + 1], where each sequence starts, with T last.
+    position_ids: int64 [T], from 0 in each sequence.
     rows: int32 [N], the masked positions, ascending.
     """
 
@@ -51,15 +53,15 @@ class Batch:
 
     @property
     def num_tokens(self) -> int:
-        """T, masked or not."""
+        """Number of tokens T, masked or not."""
         return self.tokens.shape[0]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """The same batch on another device."""
+        """Return the batch on another device."""
         return Batch(*(f.to(device, non_blocking=non_blocking) for f in self._fields()))
 
     def pin_memory(self) -> Batch:
-        """The same batch in page-locked memory."""
+        """Return the batch in page-locked memory."""
         return Batch(*(f.pin_memory() for f in self._fields()))
 
     def _fields(self) -> list[Tensor]:
@@ -70,7 +72,7 @@ class Batch:
 
 
 def _words(seed: int, stream: int, indices: NDArray[np.int64], count: int) -> NDArray[np.uint32]:
-    """`count` random words for each index, uint32 [len(indices), count]."""
+    """Return `count` random words for each index, uint32 [len(indices), count]."""
     blocks = -(-count // 4)
     counter = np.empty((len(indices), blocks, 4), dtype=np.uint32)
     unsigned = np.asarray(indices, dtype=np.int64).view(np.uint64)[:, None]
@@ -83,15 +85,27 @@ def _words(seed: int, stream: int, indices: NDArray[np.int64], count: int) -> ND
 
 
 def _uniforms(seed: int, stream: int, indices: NDArray[np.int64], count: int) -> NDArray[np.float64]:
-    """Uniforms strictly inside (0, 1), float64 [len(indices), count]."""
+    """Return uniforms strictly inside (0, 1), float64 [len(indices), count]."""
     return (_words(seed, stream, indices, count).astype(np.float64) + 0.5) * 2.0**-32
 
 
 def permutation(positions: NDArray[np.int64], size: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """Where `positions` of [0, size) go under the pseudo-random permutation of this (seed, epoch).
+    """Apply the pseudo-random permutation of this (seed, epoch) to `positions` in [0, size).
 
-    A four-round Feistel network over Philox on the next power of four, walked until the result is inside: no table,
-    so the order of a corpus of any size costs no memory and no start-up.
+    The permutation is a four-round Feistel network over Philox on the next power of four. It is applied again until the
+    result is below size. It needs no table, so the order of a corpus of any size costs no memory and no start-up time.
+
+    Args:
+        positions: int64 [n], in [0, size).
+        size: Number of positions, at least 1.
+        seed: Key of the random numbers.
+        epoch: Number of the epoch; each has another permutation.
+
+    Returns:
+        int64 [n], in [0, size).
+
+    Raises:
+        ValueError: size is below 1, or a position is out of range.
     """
     if size < 1:
         raise ValueError(f"permutation: size must be at least 1, got {size}")
@@ -114,11 +128,19 @@ def permutation(positions: NDArray[np.int64], size: int, seed: int, epoch: int) 
 def window_of_sample(
     samples: NDArray[np.int64], num_windows: int, seed: int, config: DiffusionConfig
 ) -> NDArray[np.int64]:
-    """Which window each global sample index trains on: every window once an epoch, in an order of its own.
+    """Return the window that each global sample index trains on.
+
+    Each epoch uses every window once, in a different order. With `config.complementary` samples 2k and 2k + 1 share
+    their window, so an epoch has two samples per window.
 
     Args:
         samples: int64 [B], global sample indices, from 0 at the start of training.
-        num_windows: windows of the corpus.
+        num_windows: Number of windows in the corpus, at least 1.
+        seed: Seed of the order.
+        config: Options of the forward process; only `complementary` is used.
+
+    Returns:
+        int64 [B], window indices in [0, num_windows).
     """
     draws = np.asarray(samples, dtype=np.int64) // (2 if config.complementary else 1)
     windows = np.empty_like(draws)
@@ -144,11 +166,19 @@ def make_batch(
     """Split, mask and pack windows of tokens.
 
     Args:
-        windows: integers [B, L], the tokens of the samples.
-        samples: int64 [B], their global sample indices; with the seed they decide everything else.
-        mask_id: the token that hides others.
-        eos_id: last token of each document; needed by `isolate_documents`.
-        global_batch: samples of a global batch; needed by t_sampling = "low_discrepancy".
+        windows: Integers [B, L] with L > 0, the tokens of the samples.
+        samples: int64 [B], their global sample indices. With the seed they decide all random choices.
+        seed: Key of the random numbers.
+        mask_id: The id of the mask token.
+        config: Options of the forward process; default DiffusionConfig().
+        eos_id: Last token of each document; needed by `isolate_documents`.
+        global_batch: Samples of a global batch; needed by t_sampling = "low_discrepancy".
+
+    Returns:
+        Batch on the CPU with T = B L tokens.
+
+    Raises:
+        ValueError: Wrong shapes, or eos_id or global_batch is missing where the config needs it.
     """
     config = config or DiffusionConfig()
     windows = np.asarray(windows).astype(np.int64)
@@ -162,7 +192,7 @@ def make_batch(
     draws = samples // (2 if config.complementary else 1)
 
     split = _uniforms(seed, _SPLIT, draws, 2)
-    cuts: list[list[int]] = []  # where the sequences of each window start
+    cuts: list[list[int]] = []  # starts of the sequences of each window
     for b in range(len(windows)):
         cut = {0}
         if length > 1 and split[b, 0] < config.split_probability:
@@ -192,9 +222,22 @@ def make_batch(
 def make_validation_batch(
     windows: NDArray, indices: NDArray[np.int64], *, stratum: int, strata: int, mask_id: int
 ) -> Batch:
-    """Whole windows masked at the fixed t = (stratum + 1/2) / strata, the same in every run.
+    """Mask whole windows at the fixed t = (stratum + 1/2) / strata, the same in every run.
 
     The mean over all strata of sum_i w_i CE_i / T estimates the bound of Eq. 1 by the midpoint rule in t.
+
+    Args:
+        windows: Integers [B, L], the tokens; each window is one sequence.
+        indices: int64 [B], indices of the windows in the split; with the stratum they decide the masks.
+        stratum: Which t, in [0, strata).
+        strata: Number of values of t.
+        mask_id: The id of the mask token.
+
+    Returns:
+        Batch on the CPU with T = B L tokens.
+
+    Raises:
+        ValueError: stratum is out of range.
     """
     windows = np.asarray(windows).astype(np.int64)
     masked, weight = draw_validation_masks(indices, windows.shape[1], stratum=stratum, strata=strata)
@@ -212,8 +255,24 @@ def draw_masks(
     t_sampling: Literal["independent", "low_discrepancy"] = "independent",
     global_batch: int | None = None,
 ) -> tuple[NDArray[np.bool_], NDArray[np.float32]]:
-    """What `make_batch` masks in windows that it does not split: bool [B, length], and the weight of each window's
-    masked tokens, float32 [B]. A longer `length` changes nothing of what a shorter one draws."""
+    """Return the masks that `make_batch` draws for windows that it does not split.
+
+    The masks of the first tokens do not depend on `length`.
+
+    Args:
+        samples: int64 [B], global sample indices.
+        length: Tokens of a window.
+        seed: Key of the random numbers.
+        eps: Smallest masking probability.
+        t_sampling: As in `DiffusionConfig`.
+        global_batch: Samples of a global batch; needed by t_sampling = "low_discrepancy".
+
+    Returns:
+        Masks, bool [B, length], and the token weight of each window's masked tokens, float32 [B].
+
+    Raises:
+        ValueError: An option is out of range, or global_batch is missing.
+    """
     config = DiffusionConfig(split_probability=0.0, eps=eps, t_sampling=t_sampling)
     samples = np.asarray(samples, dtype=np.int64)
     p = (1 - eps) * _times(samples, 1, seed, config, global_batch) + eps
@@ -223,7 +282,11 @@ def draw_masks(
 def draw_validation_masks(
     indices: NDArray[np.int64], length: int, *, stratum: int, strata: int
 ) -> tuple[NDArray[np.bool_], NDArray[np.float32]]:
-    """What `make_validation_batch` masks: bool [B, length], and the weight of each window's masked tokens."""
+    """Return the masks of `make_validation_batch`, bool [B, length], and the token weight of each window, float32 [B].
+
+    Raises:
+        ValueError: stratum is not in [0, strata).
+    """
     if not 0 <= stratum < strata:
         raise ValueError(f"make_validation_batch: stratum must be in [0, {strata}), got {stratum}")
     t = (stratum + 0.5) / strata
@@ -236,7 +299,7 @@ def draw_validation_masks(
 def _times(
     draws: NDArray[np.int64], sequences: int, seed: int, config: DiffusionConfig, global_batch: int | None
 ) -> NDArray[np.float64]:
-    """t in (0, 1) for up to `sequences` sequences of each draw."""
+    """Return t in (0, 1) for up to `sequences` sequences of each draw, float64 [len(draws), sequences]."""
     if config.t_sampling == "independent":
         return _uniforms(seed, _TIME, draws, sequences)
     if global_batch is None or global_batch < 1:
@@ -244,21 +307,21 @@ def _times(
     draws_per_batch = max(1, global_batch // (2 if config.complementary else 1))
     shared = _uniforms(seed, _BATCH_TIME, draws // draws_per_batch, 1)
     stratified = shared + (draws % draws_per_batch)[:, None] / draws_per_batch
-    # Further sequences of a window: golden-ratio steps, uniform by themselves and away from the first.
+    # Further sequences of a window take golden-ratio steps: each is uniform, and away from the first.
     return (stratified + _GOLDEN * np.arange(sequences)) % 1.0
 
 
 def _mask(
     words: NDArray[np.uint32], t: float, config: DiffusionConfig, second_of_pair: bool
 ) -> tuple[NDArray[np.bool_], float]:
-    """Which tokens of one sequence are masked, and their weight."""
+    """Return which tokens of one sequence are masked, bool [L], and their token weight."""
     if config.mask_count == "exact":
         count = min(int(t * len(words)) + 1, len(words))
         masked = np.zeros(len(words), dtype=bool)
         masked[np.argsort(words, kind="stable")[:count]] = True
         return masked, len(words) / count
     if config.complementary:
-        p = (1 - 2 * config.eps) * t + config.eps  # 1 - p is a masking probability too
+        p = (1 - 2 * config.eps) * t + config.eps  # keeps 1 - p, the other sample's masking probability, above eps
         masked = (words + 0.5) * 2.0**-32 < p
         return (~masked, 1 / (1 - p)) if second_of_pair else (masked, 1 / p)
     p = (1 - config.eps) * t + config.eps

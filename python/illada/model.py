@@ -1,8 +1,11 @@
-"""The iLLaDA family on packed sequences: one class, options read from the checkpoint.
+"""The iLLaDA family of models on packed sequences: one class, whose options come from the checkpoint.
 
-A pre-norm Transformer whose attention is bidirectional: x += o(attention(q, k, v)), x += down(silu(gate) * up).
-Sequences of a pack never see each other; there is no padding and no attention mask. Parameter names are those of
-Hugging Face checkpoints without the leading "model.", but q_proj, k_proj and v_proj are the rows of one qkv_proj.
+The model is a pre-norm Transformer with bidirectional attention:
+x += o(attention(q, k, v)), x += down(silu(gate) * up).
+
+Sequences of a pack do not attend to each other. There is no padding and no attention mask. Parameter names are those of
+Hugging Face checkpoints without the leading "model.". One exception: qkv_proj holds the rows of q_proj, k_proj and
+v_proj.
 """
 
 from __future__ import annotations
@@ -21,19 +24,19 @@ from illada.devices import autocast_dtype, find_device
 from illada.diffusion import Batch
 from illada.ops import AttentionPlan, attention_plan, linear_masked_cross_entropy, varlen_attention
 
-#: Rows that a layer gives its MLP at a time without gradients. On a CPU the temporaries stay in the cache and in memory
-#: that is mapped already; on a GPU they stay below 1 GiB for an 8B model, where the prefixes of a batch may be 200,000
-#: tokens, and the weights are read once for many rows all the same.
+#: Rows that a layer passes to its MLP at a time when gradients are off. On a CPU the temporaries stay in the cache and
+#: in memory that is already mapped. On a GPU they stay below 1 GiB for an 8B model, where the prefixes of a batch may
+#: be 200,000 tokens. The chunks are still large enough to read the weights once for many rows.
 _CPU_ROWS, _GPU_ROWS = 1024, 16384
 
 
 class CachedKeys(NamedTuple):
-    """Keys and values of earlier forwards that the queries of this one see, and where its own go.
+    """Key-value cache: keys and values of earlier forward passes, and the rows for those of this pass.
 
-    k, v: [layers, R, G, D], R rows of slots of sequences; written in place.
+    k, v: [layers, R, G, D], R rows that are divided into one slot per sequence; written in place.
     rows: int64 [T], the row for each packed token's key and value.
-    cu_seqlens_k: int32 [S + 1], where each sequence's slot starts. seqused_k: int32 [S], rows in use,
-        the new ones included.
+    cu_seqlens_k: int32 [S + 1], where each sequence's slot starts.
+    seqused_k: int32 [S], rows in use in each slot, including the new ones.
     """
 
     k: Tensor
@@ -43,14 +46,15 @@ class CachedKeys(NamedTuple):
     seqused_k: Tensor
 
     def layer(self, i: int) -> CachedKeys:
-        """The same of one layer, k and v [R, G, D]."""
+        """Return the cache of layer `i`, with k and v [R, G, D]."""
         return self._replace(k=self.k[i], v=self.v[i])
 
 
 class Queries(NamedTuple):
-    """The only tokens whose output is wanted.
+    """Selected rows of the pack: the only tokens whose output is computed.
 
-    rows: int64 [N] in the pack, ascending. cu_seqlens: int32 [S + 1], where each sequence's begin.
+    rows: int64 [N], positions in the pack, ascending.
+    cu_seqlens: int32 [S + 1], where each sequence's entries of `rows` start.
     """
 
     rows: Tensor
@@ -58,10 +62,12 @@ class Queries(NamedTuple):
 
 
 class FirstLayer(NamedTuple):
-    """What the first layer makes of each token before it looks at others: of its id and position alone.
+    """Embeddings and projections of the first layer, which depend only on each token's id and position.
 
-    x: [T, C], embeddings. cos, sin: [T, 1, D], of RoPE, for all layers. q: [T, H, D], k, v: [T, G, D], the first
-    layer's, q and k rotated.
+    x: [T, C], embeddings.
+    cos, sin: [T, 1, D], tables of RoPE, for all layers.
+    q: [T, H, D], queries of the first layer, rotated.
+    k, v: [T, G, D], keys (rotated) and values of the first layer.
     """
 
     x: Tensor
@@ -72,17 +78,20 @@ class FirstLayer(NamedTuple):
     v: Tensor
 
     def take(self, index: Tensor) -> FirstLayer:
-        """The same of tokens `index`, int64 [n]; a copy."""
+        """Return a copy for the tokens `index`, int64 [n]."""
         return FirstLayer(*(tensor.index_select(0, index) for tensor in self))
 
     def put(self, index: Tensor, tokens: FirstLayer) -> None:
-        """Tokens `index`, int64 [n], become `tokens`; in place."""
+        """Replace the tokens `index`, int64 [n], by `tokens`, in place."""
         for tensor, new in zip(self, tokens, strict=True):
             tensor.index_copy_(0, index, new)
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, statistics in float32, cast back before the weight (as in Hugging Face models)."""
+    """RMS normalisation, x / rms(x) * weight.
+
+    Statistics are in float32. The result is cast back before the weight multiplies it, as in Hugging Face models.
+    """
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -96,7 +105,16 @@ class RMSNorm(nn.Module):
 
 
 def rotary_tables(position_ids: Tensor, config: ModelConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin [T, 1, D] of RoPE, computed in float32; once a forward pass, for all layers."""
+    """Compute the cos and sin tables of RoPE in float32, once per forward pass for all layers.
+
+    Args:
+        position_ids: int64 [T].
+        config: Gives D, rope_theta and rope_in_fp32.
+        dtype: Dtype of the tables, unless rope_in_fp32 keeps float32.
+
+    Returns:
+        cos and sin, each [T, 1, D].
+    """
     exponents = torch.arange(0, config.head_size, 2, dtype=torch.float32, device=position_ids.device)
     inverse_frequencies = config.rope_theta ** (-exponents / config.head_size)
     angles = position_ids.float()[:, None] * inverse_frequencies
@@ -106,22 +124,22 @@ def rotary_tables(position_ids: Tensor, config: ModelConfig, dtype: torch.dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE by halves: (a, b) -> (a cos - b sin, b cos + a sin). x is [T, heads, D]."""
+    """Apply RoPE to x [T, heads, D] by halves: (a, b) -> (a cos - b sin, b cos + a sin)."""
     first, second = x.chunk(2, dim=-1)
     return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
 
 
 def does_more(linear: nn.Module) -> bool:
-    """Does calling `linear` do anything but multiply by its weight and add its bias?
+    """Return whether calling `linear` does more than multiply by its weight and add its bias.
 
-    Adapters and quantised weights have a forward of their own; FSDP2 has hooks, which gather the weight.
+    Adapters and quantised weights replace the forward. FSDP2 has hooks, which gather the weight.
     """
     hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
     return any(hooks) or type(linear).forward is not nn.Linear.forward or "forward" in linear.__dict__
 
 
 class Attention(nn.Module):
-    """Bidirectional grouped-query attention over packed sequences; queries, keys and values are one projection's."""
+    """Bidirectional grouped-query attention over packed sequences, with one projection for q, k and v."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -140,9 +158,25 @@ class Attention(nn.Module):
         cache: CachedKeys | None = None,
         queries: Queries | None = None,
     ) -> Tensor:
-        """What goes back into the residual stream, [T, C] or [N, C] of `queries`; q, k and v are `project`'s."""
+        """Attend within each sequence and project the result for the residual stream.
+
+        Args:
+            q: [T, H, D], or [N, H, D] with `queries`, from `project`.
+            k, v: [T, G, D], from `project`.
+            cu_seqlens: int32 [S + 1], where each sequence starts in the pack.
+            plan: The plan of `illada.attention_plan` for these lengths; None: made in this call.
+            cache: This layer's cache, k and v [R, G, D]. k and v of this call are written to it, and q attends to its
+                slots.
+            queries: The selected rows; None: all T.
+
+        Returns:
+            [T, C], or [N, C] with `queries`.
+
+        Raises:
+            TypeError, ValueError, NotImplementedError: As `illada.varlen_attention`.
+        """
         cu_seqlens_k, seqused_k = None if queries is None else cu_seqlens, None
-        if cache is not None:  # k and v are this layer's
+        if cache is not None:  # cache.k and cache.v are those of this layer
             k, v = cache.k.index_copy_(0, cache.rows, k), cache.v.index_copy_(0, cache.rows, v)
             cu_seqlens_k, seqused_k = cache.cu_seqlens_k, cache.seqused_k
         cu_seqlens_q = cu_seqlens if queries is None else queries.cu_seqlens
@@ -151,12 +185,23 @@ class Attention(nn.Module):
         return self.o_proj(out.flatten(1))
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """q [T, H, D] (or [N, H, D] of `rows` alone), k and v [T, G, D], rotated and without a copy: v is a view of the
-        projection [T, H + 2 G, D], q and k are views of its rotated heads [T, H + G, D]."""
+        """Project x to q, k and v, and rotate q and k.
+
+        Without `rows` nothing is copied: v is a view of the projection [T, H + 2 G, D], and q and k are views of its
+        rotated heads [T, H + G, D].
+
+        Args:
+            x: [T, C].
+            cos, sin: [T, 1, D], from `rotary_tables`.
+            rows: int64 [N], the rows of x that need a query; None: all T.
+
+        Returns:
+            q [T, H, D] (or [N, H, D] with `rows`), k and v [T, G, D].
+        """
         heads, kv_heads = self.heads, self.kv_heads
         if rows is None or does_more(self.qkv_proj):
             qkv = self.qkv_proj(x).unflatten(-1, (heads + 2 * kv_heads, -1))
-            # split and not slices: their gradients would each be padded with zeros and added.
+            # Use split, not slices: gradients of slices would each be padded with zeros and added.
             qk, v = qkv.split([heads + kv_heads, kv_heads], dim=1)
             q, k = rotate(qk, cos, sin).split([heads, kv_heads], dim=1)
             return q if rows is None else q[rows], k, v
@@ -202,40 +247,54 @@ class Layer(nn.Module):
         queries: Queries | None = None,
         projected: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """With `queries` the output of these alone [N, C]: the others only give keys and values.
+        """Apply attention and the MLP to the residual stream.
 
-        projected: what `project` gives, where it is known.
+        Args:
+            x: [T, C], the residual stream.
+            cos, sin: [T, 1, D], from `rotary_tables`.
+            cu_seqlens: int32 [S + 1], where each sequence starts in the pack.
+            plan: The plan of `illada.attention_plan` for these lengths; None: made in this call.
+            cache: This layer's cache, k and v [R, G, D]; None: none.
+            queries: The selected rows; None: all T. Other tokens then only contribute keys and values.
+            projected: The result of `project` for these arguments, if it is known.
+
+        Returns:
+            [T, C], or [N, C] with `queries`.
+
+        Raises:
+            TypeError, ValueError, NotImplementedError: As `illada.varlen_attention`.
         """
         if projected is None:
             projected = self.project(x, cos, sin, queries)
         attended = self.self_attn(*projected, cu_seqlens, plan, cache, queries)
         x = (x if queries is None else x[queries.rows]) + attended
-        # The number of parts would make a constant of the number of tokens in a traced graph.
+        # Do not split while tracing: the number of parts would fix the number of tokens in the traced graph.
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return x + self.mlp(self.post_attention_layernorm(x))
-        for part in x.split(_CPU_ROWS if x.device.type == "cpu" else _GPU_ROWS):  # x is this layer's own
+        for part in x.split(_CPU_ROWS if x.device.type == "cpu" else _GPU_ROWS):  # x is a temporary here
             part += self.mlp(self.post_attention_layernorm(part))
         return x
 
     def project(
         self, x: Tensor, cos: Tensor, sin: Tensor, queries: Queries | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The attention's q (with `queries` of these alone), k and v."""
+        """Normalise x [T, C] and return `Attention.project` of it; q only for `queries` where given."""
         return self.self_attn.project(self.input_layernorm(x), cos, sin, None if queries is None else queries.rows)
 
 
 class MaskedDiffusionModel(nn.Module):
-    """Predicts the tokens that hide under the masks.
+    """Masked diffusion model, which predicts the tokens at masked positions.
 
     Args:
-        config: the architecture.
-        seed: of the initial weights, drawn from a generator of this model's own.
-        device, dtype: of the parameters, default torch's default device and float32; device "meta" allocates nothing.
+        config: The architecture.
+        seed: Seed of the initial weights. They come from a separate generator, not from torch's global one.
+        device: Device of the parameters, default torch's default device; "meta" allocates nothing.
+        dtype: Dtype of the parameters, default float32.
 
     Attributes:
-        config: as given.
-        stop_token_ids: ids that end a generation beside those of the config: of generation_config.json.
-        activation_checkpointing: recompute each layer in the backward pass instead of keeping its activations.
+        config: As given.
+        stop_token_ids: Ids from generation_config.json that end a generation, in addition to those of the config.
+        activation_checkpointing: Recompute each layer in the backward pass instead of keeping its activations.
     """
 
     def __init__(
@@ -250,7 +309,7 @@ class MaskedDiffusionModel(nn.Module):
         self.config = config
         self.activation_checkpointing = False
         self.stop_token_ids: tuple[int, ...] = ()
-        # nn.Linear draws from the global generator when it is made; on the meta device it draws nothing.
+        # nn.Linear draws from the global generator when it is constructed; on the meta device it draws nothing.
         with torch.device("meta"):
             self.embed_tokens = nn.Embedding(config.embedding_rows, config.hidden_size)
             self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
@@ -258,7 +317,7 @@ class MaskedDiffusionModel(nn.Module):
             self.lm_head = (
                 None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.embedding_rows, bias=False)
             )
-        # not get_default_device(), which overlooks `with torch.device(...)` in torch 2.6
+        # Do not use get_default_device(), which ignores `with torch.device(...)` in torch 2.6.
         target = torch.empty(0).device if device is None else find_device(device)
         for module in self.modules():  # to_empty fails under FakeTensorMode
             for name, parameter in list(module.named_parameters(recurse=False)):
@@ -269,8 +328,11 @@ class MaskedDiffusionModel(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, seed: int) -> None:
-        """Initial weights, drawn on the CPU from `seed` alone: N(0, initializer_range), the projections back into the
-        residual stream scaled by 1 / sqrt(2 layers), embeddings with variance 1 / (2 C), the pad row zero."""
+        """Set the initial weights, drawn on the CPU from `seed` only.
+
+        Weights are N(0, initializer_range^2). The projections into the residual stream are scaled by
+        1 / sqrt(2 layers). Embeddings have variance 1 / (2 C), and the pad row is zero.
+        """
         generator = torch.Generator("cpu").manual_seed(seed)
         residual_scale = 1 / math.sqrt(2 * self.config.num_hidden_layers)
         for name, parameter in self.named_parameters():
@@ -290,7 +352,7 @@ class MaskedDiffusionModel(nn.Module):
 
     @classmethod
     def parameter_shapes(cls, config: ModelConfig) -> dict[str, torch.Size]:
-        """Names and shapes of the parameters of a model, which is not made: that takes long where layers are many."""
+        """Return the names and shapes of a model's parameters without constructing all its layers, which is slow."""
         one = cls(dataclasses.replace(config, num_hidden_layers=1), device="meta")
         shapes: dict[str, torch.Size] = {}
         for name, parameter in one.named_parameters():
@@ -300,20 +362,20 @@ class MaskedDiffusionModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.embed_tokens.weight.device
 
     @property
     def head_weight(self) -> Tensor:
-        """[V, C]: the head, or the embedding it is tied to, without the rows that only pad it.
+        """Head weight [V, C]: that of the head or of the tied embedding, without padding rows.
 
         Raises:
-            TypeError: the head is more than its weight (adapter, quantised weight, forward hooks, a forward of its
-                own), and the ops take that alone.
+            TypeError: The head does more than multiply by its weight (adapter, quantised weight, forward hooks, or a
+                replaced forward). The ops take only the weight.
         """
         tied = self.lm_head is None
         name, head = "embed_tokens" if tied else "lm_head", self.embed_tokens if self.lm_head is None else self.lm_head
-        sharded = hasattr(head.weight, "full_tensor")  # FSDP2's hooks are right, and the ops say what else is not
+        sharded = hasattr(head.weight, "full_tensor")  # FSDP2's hooks are allowed; the ops check the rest
         kind = nn.Embedding if tied else nn.Linear
         if not isinstance(head, kind) or (does_more(head) and not (tied or sharded)):
             raise TypeError(
@@ -335,26 +397,26 @@ class MaskedDiffusionModel(nn.Module):
         rows: Tensor | None = None,
         first: FirstLayer | None = None,
     ) -> Tensor:
-        """Hidden states that, times the head, give the logits of each token's own position.
+        """Compute hidden states that, multiplied by the head weight, give the logits of each token's own position.
 
         Args:
             tokens: int64 or int32 [T], packed sequences; ids in [0, embedding_size).
-            cu_seqlens: int32 [S + 1], from 0 to T.
+            cu_seqlens: int32 [S + 1], where each sequence starts, from 0 to T.
             position_ids: int64 [T]; default: from 0 in each sequence.
-            plan: of `illada.attention_plan`; default: made here.
-            cache: attend to what its slots hold as well; the keys and values of `tokens` are written into it first.
-                Needs `position_ids`, and no gradients.
-            rows: int32 or int64 [N], ascending: the tokens whose hidden states are wanted, default all. The last layer
-                then makes the keys and values of all tokens and the rest of these alone.
-            first: what `first_layer` made of these tokens, so that it is not made again.
+            plan: The plan of `illada.attention_plan` for these lengths; default: made in this call.
+            cache: Key-value cache whose slots the tokens also attend to. The keys and values of `tokens` are written to
+                it first. It needs `position_ids`, and gradients must be off.
+            rows: int32 or int64 [N], ascending, the selected rows whose hidden states are computed; default all. The
+                last layer then computes keys and values of all tokens, and everything else only for these.
+            first: Result of `first_layer` for these tokens, to reuse it.
 
         Returns:
-            [T, C], or [N, C] with `rows`, after the final norm (and shifted by one position inside each sequence for
-            Dream's models).
+            [T, C], or [N, C] with `rows`, after the final norm. For Dream's models they are shifted by one position
+            inside each sequence.
 
         Raises:
-            ValueError: wrong shapes, `first` of another number of tokens; token ids or cu_seqlens out of range (on a
-                CPU, where looking costs no sync).
+            ValueError: Wrong shapes, or `first` of another number of tokens. On a CPU, where reading costs no sync,
+                also token ids, rows or cu_seqlens out of range.
         """
         self._check(tokens, rows)
         if first is not None and first.x.shape[0] != tokens.shape[0]:
@@ -384,7 +446,7 @@ class MaskedDiffusionModel(nn.Module):
             inputs = [x, cos, sin, cu_seqlens, plan, None if cache is None else cache.layer(i), None, None]
             last = i == len(self.layers) - 1
             if queries is not None and last:
-                inputs[4], inputs[6] = None, queries  # a plan of their own
+                inputs[4], inputs[6] = None, queries  # the selected rows need another plan
             if first is not None and i == 0:
                 inputs[7] = (first.q if queries is None or not last else first.q[queries.rows], first.k, first.v)
             if self.activation_checkpointing and torch.is_grad_enabled():
@@ -395,11 +457,19 @@ class MaskedDiffusionModel(nn.Module):
         return hidden[shifted(cu_seqlens, tokens.shape[0])] if config.logits_shift and rows is None else hidden
 
     def first_layer(self, tokens: Tensor, position_ids: Tensor) -> FirstLayer:
-        """What the first layer makes of tokens [T] before they see each other; for `forward`, without gradients.
+        """Compute embeddings and projections of the first layer for reuse by `forward` without gradients.
 
-        Worth keeping where few tokens change from one forward to the next: `FirstLayer.put` updates those.
+        Reuse pays where few tokens change from one forward pass to the next: `FirstLayer.put` updates those.
 
-        Args, Raises: as in `forward`.
+        Args:
+            tokens: int64 or int32 [T], ids in [0, embedding_size).
+            position_ids: int64 [T].
+
+        Returns:
+            FirstLayer of T tokens.
+
+        Raises:
+            ValueError: As in `forward`.
         """
         self._check(tokens, None)
         x, layer = self.embed_tokens(tokens), self.layers[0]
@@ -408,22 +478,29 @@ class MaskedDiffusionModel(nn.Module):
         return FirstLayer(x, cos, sin, *layer.project(x, cos, sin))
 
     def _rotary_tables(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """For activations of `dtype`, which is autocast's where that is on."""
+        """Return `rotary_tables` for activations of `dtype`, or of autocast's dtype where autocast is on."""
         return rotary_tables(position_ids, self.config, autocast_dtype(position_ids.device) or dtype)
 
     def _queries(self, rows: Tensor, cu_seqlens: Tensor, total: int) -> Queries:
-        """What the last layer computes: `rows`, or the ones before them where hidden states are shifted."""
+        """Return the selected rows of the last layer: `rows`, or the rows before them for shifted logits."""
         rows = rows.long()
         if self.config.logits_shift:
             rows = shifted(cu_seqlens, total)[rows]
         return Queries(rows, torch.searchsorted(rows, cu_seqlens.long(), out_int32=True))
 
     def loss(self, batch: Batch, *, normalizer: float | Tensor | None = None) -> Tensor:
-        """Eq. 1 on a batch: sum of 1/p-weighted cross-entropies of the masked tokens over `normalizer`, a scalar.
+        """Compute Eq. 1 on a batch: the sum of 1/p-weighted cross-entropies of the masked tokens over `normalizer`.
 
         Args:
-            batch: of `illada.diffusion`; only its masked rows meet the head.
-            normalizer: default the batch's own number of tokens; pass the global batch's when gradients are summed.
+            batch: A batch of `illada.diffusion`; logits are computed only for its masked rows.
+            normalizer: Positive number or scalar tensor; default the batch's number of tokens. Pass the global batch's
+                number when gradients are summed.
+
+        Returns:
+            The loss, a float32 scalar, in nats per token with the default normalizer.
+
+        Raises:
+            TypeError, ValueError: As `forward`, `head_weight` and `illada.linear_masked_cross_entropy`.
         """
         hidden = self(batch.tokens, batch.cu_seqlens, position_ids=batch.position_ids)
         loss = linear_masked_cross_entropy(
@@ -452,10 +529,10 @@ class MaskedDiffusionModel(nn.Module):
 
 
 class LossModule(nn.Module):
-    """`model.loss` as a forward of its own: DDP and FSDP2 hook a module's call.
+    """Module whose forward is `model.loss`, because DDP and FSDP2 hook a module's call.
 
-    Its parameters are the model's. The head's weight is looked up inside the call, where FSDP2 has it whole; a tied one
-    is the embedding's and belongs to the same group, that of this root module.
+    Its parameters are those of the model. The call looks up the head weight, because FSDP2 has gathered it there. A
+    tied head weight is the embedding's; it belongs to the same group, that of this root module.
     """
 
     def __init__(self, model: MaskedDiffusionModel) -> None:
@@ -468,12 +545,12 @@ class LossModule(nn.Module):
 
 
 def positions(cu_seqlens: Tensor, total: int) -> Tensor:
-    """int64 [T], counting from 0 in each sequence; no host sync."""
+    """Return position ids, int64 [T], which count from 0 in each sequence; no host sync."""
     index = torch.arange(total, device=cu_seqlens.device)
     sequence = torch.searchsorted(cu_seqlens, index, right=True, out_int32=True) - 1
     return index - cu_seqlens[sequence]
 
 
 def shifted(cu_seqlens: Tensor, total: int) -> Tensor:
-    """int64 [T]: the row before each row, for logits of the next token; a sequence's first row keeps its own."""
+    """Return the row before each row, int64 [T], for next-token logits; a sequence's first row keeps its own index."""
     return torch.arange(total, device=cu_seqlens.device) - (positions(cu_seqlens, total) > 0).to(torch.int64)

@@ -13,7 +13,7 @@ from illada.cli import sampling
 from illada.cli.signals import importing
 from illada.files import is_stream, write_text
 
-#: Arguments of the model that have options of their own.
+#: Model arguments that --model-args may not give, with the option to use instead.
 _NO_MODEL_ARGS = {
     "pretrained": "the positional checkpoint", "model_path": "the positional checkpoint", "tokenizer": "--tokenizer",
     "device": "--device", "dtype": "--dtype", "journal": "--output, beside which the journal is kept",
@@ -78,7 +78,7 @@ def _run(options: argparse.Namespace) -> int:
         from illada.cli.devices import parse_device
         from illada.integrations.presets import settings_of
 
-    parse_device(options.device)  # each process of several takes its own GPU
+    parse_device(options.device)  # with several processes each uses another GPU
     groups: dict[str, tuple[Any, list[str]]] = {}  # tasks with the same settings run together
     for name in dict.fromkeys(names):
         settings = settings_of(options.preset, name)
@@ -155,7 +155,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _journal(options: argparse.Namespace) -> Path | None:
-    """Where finished requests are kept: beside the output, if there is one."""
+    """Return the file for finished requests, beside the output; None without an output file."""
     from illada.integrations.journal import journal_files
 
     if options.output is None:
@@ -178,7 +178,10 @@ def _journal(options: argparse.Namespace) -> Path | None:
 
 
 def _task_manager(names: list[str], include_path: list[str] | None) -> Any:
-    """Of the given folders alone if they have all the tasks: the harness's own index takes seconds to read."""
+    """Build the index from --include-path only, when it has every requested task.
+
+    The harness's own index takes seconds to read. ValueError: an unknown task.
+    """
     from illada.integrations.manager import RememberingTaskManager as TaskManager
 
     if include_path:
@@ -237,7 +240,7 @@ def _write(options: argparse.Namespace, merged: dict[str, Any], samples: dict[st
 
 
 def _sample(row: dict[str, Any]) -> dict[str, Any]:
-    """A sample as the harness's own --log_samples writes it: answers as texts, arguments by name."""
+    """Convert a sample to the form of the harness's --log_samples: answers as texts, arguments by name."""
     from lm_eval.utils import sanitize_list
 
     arguments = {
@@ -249,7 +252,7 @@ def _sample(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _finite(value: Any) -> Any:
-    """`value` with numbers that JSON does not have as texts: inf, -inf and nan."""
+    """Replace numbers that JSON does not have by texts: inf, -inf and nan."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(float(value))
     if isinstance(value, dict):

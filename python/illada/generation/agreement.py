@@ -1,5 +1,7 @@
-"""What a cache changes: the same prompts generated with and without, compared. Caches are never exact here: attention
-is bidirectional, so each new token changes all keys and values before it."""
+"""Comparison of generation with and without a key-value cache on the same prompts.
+
+Caches are never exact here: attention is bidirectional, so each new token changes all keys and values before it.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +20,20 @@ from illada.score import confidence_score
 
 @dataclass
 class CacheAgreement:
-    """One cache on given prompts.
+    """Result of one cache on the given prompts.
 
     cache: "none", "prefix" or "block".
-    token_match: share of positions with the token that no cache gives; a length that differs counts as a mismatch.
-    identical: how many prompts get the very same tokens. prompts: of how many.
-    first_difference: mean position of the first other token, where there is one; None without.
-    score: Eq. 2 of what was generated, by the model without a cache, in nats a token (see `illada.confidence_score`);
-        NaN where masks are left in a text (the model predicted them, or NaN), which have no score.
-    score_gap: score minus that of "none"; below 0 the model likes the cached text less.
-    forwards: the most that one prompt took. seconds: of the generation.
+    token_match: share of positions with the same token as without a cache; positions past the end of one text count as
+        mismatches.
+    identical: number of prompts with exactly the same tokens.
+    prompts: number of prompts.
+    first_difference: mean position of the first different token, over prompts that have one; None if none has.
+    score: Eq. 2 of the generated texts, by the model without a cache, in nats per token (see
+        `illada.confidence_score`). NaN where masks are left in a text (the model predicted them, or NaN), because they
+        have no score.
+    score_gap: score minus that of "none"; below 0 the model gives the cached text a lower score.
+    forwards: largest number of forward passes of one prompt.
+    seconds: duration of the generation.
     """
 
     cache: str
@@ -52,9 +58,18 @@ def cache_agreement(
     batch_size: int | None = None,
     progress: bool = False,
 ) -> list[CacheAgreement]:
-    """Generate with each cache and with none, which comes first in the result.
+    """Generate with each cache and without one, and compare the results.
 
-    Args: as in `illada.generate`; `config.cache` is not looked at. ValueError: an unknown cache, no prompts.
+    Args:
+        model, prompts, seed, tokenizer, batch_size, progress: As in `illada.generate`.
+        config: As in `illada.generate`; `config.cache` is ignored.
+        caches: The caches to compare: "prefix", "block", or "none", which is always included.
+
+    Returns:
+        One CacheAgreement per cache: first "none", then the order of `caches`.
+
+    Raises:
+        ValueError: An unknown cache, or no prompts. Others as `illada.generate`.
     """
     if unknown := [cache for cache in caches if cache not in CACHES]:
         raise ValueError(f"caches must be among {', '.join(CACHES)}, got {unknown[0]!r}")

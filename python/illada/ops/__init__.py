@@ -1,6 +1,6 @@
-"""The three op families as registered torch ops (namespace `illada`), with their public functions.
+"""Public functions of the three op families, which are registered torch ops in the namespace `illada`.
 
-`illada.ops.reference` specifies each of them in plain torch.
+`illada.ops.reference` specifies each op in plain torch.
 """
 
 from illada.ops.attention import attention_plan, varlen_attention

@@ -1,4 +1,4 @@
-"""What every op file needs: the torch library, argument checks, and the raising formula for second derivatives."""
+"""Shared parts of the ops: the torch library, argument checks, and a formula that refuses second derivatives."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from illada._native import require_cuda_build
 
 
 def in_forward_mode() -> bool:
-    """Is a level of forward-mode AD open (torch.func.jvp, jacfwd, dual_level), at which a tensor may have a tangent?"""
+    """Return whether forward-mode AD is on (torch.func.jvp, jacfwd, dual_level), so that tensors may have tangents."""
     return getattr(forward_ad, "_current_level", 0) >= 0
 
 
 def refuse_tangents(op: str, *arguments) -> None:
-    """NotImplementedError if one of the arguments has a tangent, which the kernels would leave out without a word."""
+    """Raise NotImplementedError if an argument has a tangent, which the kernels would silently ignore."""
     if in_forward_mode() and any(
         isinstance(x, Tensor) and x.is_floating_point() and forward_ad.unpack_dual(x).tangent is not None
         for x in arguments
@@ -33,10 +33,9 @@ def refuse_tangents(op: str, *arguments) -> None:
 
 
 class _Library(torch.library.Library):
-    """A torch library that registers everything once.
+    """Torch library that registers each op and kernel once.
 
-    A module that is imported again finds its ops as they are: torch has no way to take them back from those who hold
-    them.
+    A module that is imported again keeps the existing ops, because torch cannot remove ops that are in use.
     """
 
     def __init__(self, *arguments) -> None:
@@ -44,7 +43,7 @@ class _Library(torch.library.Library):
         self.registered: set[tuple[str, ...]] = set()
 
     def is_new(self, *names: str) -> bool:
-        """Is this the first call for these names?"""
+        """Return whether this is the first call for these names."""
         known = names in self.registered
         self.registered.add(names)
         return not known
@@ -58,29 +57,29 @@ class _Library(torch.library.Library):
             super().impl(op_name, fn, dispatch_key, **keywords)
 
 
-#: Kept for the life of the process, beside its ops: a namespace has one, and a collected one takes its ops with it.
+#: The one library of the namespace. It lives as long as the process, because collecting it would remove its ops.
 LIBRARY = getattr(torch.ops.illada, "library", None) or _Library("illada", "DEF")
 torch.ops.illada.library = LIBRARY  # type: ignore[attr-defined]
 
-#: Kernels take the strides they are given; Inductor must not hand over permuted ones.
-#: torch 2.6 knows only the weaker tag, which keeps their order.
+#: Tags of the ops. Kernels use the strides of their tensors, so Inductor must not permute them. torch 2.6 has only the
+#: weaker tag, which keeps the order of strides.
 TAGS = (getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order), torch.Tag.pt2_compliant_tag)
 
 
 def debug_checks() -> bool:
-    """Are checks wanted that read device data, and so synchronise (ILLADA_DEBUG=1)?"""
+    """Return whether checks that read device data, and so synchronise, are on (ILLADA_DEBUG=1)."""
     return os.environ.get("ILLADA_DEBUG", "") not in ("", "0")
 
 
 def may_read(tensor: Tensor) -> bool:
-    """May the values of `tensor` be looked at without a device sync, or at the price of one under ILLADA_DEBUG=1?"""
+    """Return whether the host may read the values of `tensor`: without a device sync, or under ILLADA_DEBUG=1."""
     if torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter):
         return False
     return tensor.device.type == "cpu" or (tensor.device.type != "meta" and debug_checks())
 
 
 def check_shape(op: str, name: str, tensor: Tensor, shape: tuple[int | str, ...]) -> None:
-    """ValueError unless `tensor` has `shape`; a letter stands for any size."""
+    """Raise ValueError unless `tensor` has `shape`, in which a letter matches any size."""
     sizes = tensor.shape
     if len(sizes) == len(shape):
         for want, got in zip(shape, sizes, strict=True):
@@ -93,24 +92,24 @@ def check_shape(op: str, name: str, tensor: Tensor, shape: tuple[int | str, ...]
 
 
 def check_dtype(op: str, name: str, tensor: Tensor, dtypes: Sequence[torch.dtype]) -> None:
-    """TypeError unless the dtype of `tensor` is one of `dtypes`."""
+    """Raise TypeError unless the dtype of `tensor` is one of `dtypes`."""
     if tensor.dtype not in dtypes:
         names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(f"{op}: {name} must be {names}, got {str(tensor.dtype).removeprefix('torch.')}")
 
 
 def check_index(op: str, name: str, tensor: Tensor) -> None:
-    """TypeError unless `tensor` counts rows: int32, or int64, which `as_int32` converts."""
+    """Raise TypeError unless `tensor` holds indices: int32, or int64, which `as_int32` converts."""
     check_dtype(op, name, tensor, (torch.int32, torch.int64))
 
 
 def as_int32(tensor: Tensor | None) -> Tensor | None:
-    """`tensor` in the dtype of the kernels; one in int64 is copied."""
+    """Return `tensor` in int32, the dtype of the kernels; int64 is copied."""
     return tensor if tensor is None or tensor.dtype == torch.int32 else tensor.int()
 
 
 def check_same_device(op: str, first: tuple[str, Tensor], *others: tuple[str, Tensor | None]) -> None:
-    """ValueError unless all tensors are on the device of the first."""
+    """Raise ValueError unless all tensors are on the device of the first."""
     device = first[1].device
     for name, tensor in others:
         if tensor is not None and tensor.device != device:
@@ -118,7 +117,7 @@ def check_same_device(op: str, first: tuple[str, Tensor], *others: tuple[str, Te
 
 
 def check_last_contiguous(op: str, name: str, tensor: Tensor) -> None:
-    """ValueError unless the last dimension has stride 1; all other strides are free."""
+    """Raise ValueError unless the last dimension has stride 1; all other strides are free."""
     if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
         raise ValueError(
             f"{op}: the last dimension of {name} must be contiguous, got strides {tensor.stride()}; "
@@ -127,7 +126,7 @@ def check_last_contiguous(op: str, name: str, tensor: Tensor) -> None:
 
 
 def overlap(a: Tensor, b: Tensor) -> bool:
-    """Do the two share memory, as far as addresses are known (not while tracing)?"""
+    """Return whether two tensors share memory; False where addresses are unknown, as while tracing."""
     if torch.compiler.is_compiling() or any(type(t) not in (Tensor, torch.nn.Parameter) or t.is_meta for t in (a, b)):
         return False
 
@@ -142,9 +141,10 @@ def overlap(a: Tensor, b: Tensor) -> bool:
 def check_cumulative(
     op: str, name: str, cumulative: Tensor, total: int | None, *, may_end_before: bool = False
 ) -> None:
-    """ValueError unless `cumulative` starts at 0, ascends, and ends at `total` (where the values may be read).
+    """Raise ValueError unless `cumulative` starts at 0, ascends, and ends at `total`.
 
-    Without a total they are the starts of slots, and the first one may be anywhere.
+    Nothing is checked where the host may not read the values. Without a total they are the starts of slots, and the
+    first one may be anywhere.
     """
     if not may_read(cumulative):
         return
@@ -162,16 +162,17 @@ def _bits(*keys: str) -> int:
     return sum(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)).raw_repr() for key in keys)
 
 
-#: What may come between autograd and a kernel: modes, subclasses, transforms. Two keys that are there always are none.
+#: Dispatch keys that may act between autograd and a kernel: modes, subclasses, transforms. The two keys that every call
+#: has are excluded.
 _BETWEEN = torch._C._after_autograd_keyset.raw_repr() & ~_bits("ADInplaceOrView", "BackendSelect")
 
-#: What a thread adds to the keys of every call where no mode, transform or tracer is on.
+#: Dispatch keys that a thread adds to every call when no mode, transform or tracer is on.
 _ALWAYS = _bits("ADInplaceOrView", "BackendSelect")
 
-#: Of each op, its kernels, by what `_BETWEEN` leaves of a call's keys where nothing stands in for them.
+#: Kernels of each op, by the call's keys & `_BETWEEN` where nothing replaces the kernels.
 _KERNELS: dict[str, dict[int, Callable]] = {}
 
-#: Of each op with a derivative, what calls its kernel so that autograd knows.
+#: For each op with a derivative, the function that calls its kernel and records it for autograd.
 _FORMULAS: dict[str, Callable] = {}
 
 
@@ -180,7 +181,7 @@ def implement(op: str, fake: Callable, *, cpu: Callable, cuda: Callable | None =
     kernels = {"CPU": cpu}
     if cuda is not None:
 
-        def checked(*arguments):  # here and not in the public functions, through which torch.compile traces
+        def checked(*arguments):  # not in the public functions, because torch.compile traces through them
             require_cuda_build(op)
             try:
                 return cuda(*arguments)
@@ -201,14 +202,14 @@ def _any_wants_grad(*arguments) -> bool:
     return any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
 
 
-_any_wants_grad = getattr(torch._C, "_any_requires_grad", _any_wants_grad)  # which torch 2.6 has not
+_any_wants_grad = getattr(torch._C, "_any_requires_grad", _any_wants_grad)  # torch 2.6 lacks it
 
 
 def register_autograd(op: str, backward: Callable, setup_context: Callable | None = None) -> None:
-    """What torch.library.register_autograd does, in a third of its time, for an op without keyword-only arguments.
+    """Register a derivative like torch.library.register_autograd, at a third of its time per call.
 
-    That one restores defaults in every call, which takes as long as a small attention, and goes back to the dispatcher
-    for the kernel. Tangents are refused.
+    The op must have no keyword-only arguments. torch's function restores defaults in every call, which takes as long as
+    a small attention, and calls the kernel through the dispatcher. Tangents are refused.
     """
     overload = getattr(torch.ops.illada, op).default
     kernels = _KERNELS[op]
@@ -227,8 +228,8 @@ def register_autograd(op: str, backward: Callable, setup_context: Callable | Non
         return None, None, *backward(ctx, *gradients)
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(of_inputs)}
-    formula: Any = type(f"illada_{op}", (torch.autograd.Function,), methods)  # named as its graph node is to be
-    apply_plainly = super(torch.autograd.Function, formula).apply  # without what `apply` does for transforms
+    formula: Any = type(f"illada_{op}", (torch.autograd.Function,), methods)  # its name is that of the graph node
+    apply_plainly = super(torch.autograd.Function, formula).apply  # skips the handling of transforms
     _FORMULAS[op] = apply_plainly
 
     def differentiable(keyset, *inputs):
@@ -243,17 +244,17 @@ def register_autograd(op: str, backward: Callable, setup_context: Callable | Non
 
 
 def caller(op: str) -> Callable:
-    """The op for our own functions, which have checked that its tensors are on one device.
+    """Return a fast call of the op, for functions that have checked that its tensors are on one device.
 
-    The kernel or the formula is called at once where the dispatcher would only come back to it: not under
-    torch.compile, export and tracing, modes, transforms and a profiler, nor for subclasses.
+    It calls the kernel or the formula directly where the dispatcher would do the same. It uses the dispatcher under
+    torch.compile, export and tracing, modes, transforms and a profiler, and for subclasses.
     """
     overload = getattr(torch.ops.illada, op).default
     tensors = [i for i, argument in enumerate(overload._schema.arguments) if "Tensor" in str(argument.type)]
     tensors_of = operator.itemgetter(*tensors)
     cpu, cuda = (_KERNELS[op].get(_bits(key)) for key in ("CPU", "CUDA"))
     formula, types = _FORMULAS.get(op), (Tensor, torch.nn.Parameter)
-    # Looked up once: a call has some microseconds.
+    # Look these up once, because a call takes only some microseconds.
     is_compiling, profiled, grad_enabled = (
         torch.compiler.is_compiling,
         torch.autograd._profiler_enabled,
@@ -274,7 +275,7 @@ def caller(op: str) -> Callable:
             return overload(*inputs)
         if formula is None or not grad_enabled() or not wants_grad(*inputs):
             return kernel(*inputs)
-        if excluded(autograd_key):  # in the kernel of another op, which autograd knows
+        if excluded(autograd_key):  # inside the kernel of another op, which autograd records
             return overload(*inputs)
         return formula(kernel, None, *inputs)
 
@@ -282,7 +283,7 @@ def caller(op: str) -> Callable:
 
 
 def raise_on_double_backward(op: str) -> None:
-    """Give a backward op a derivative that raises; without one, torch would warn and leave the gradient out."""
+    """Register a derivative that raises for a backward op; without one, torch would warn and omit the gradient."""
 
     def backward(ctx, *grads):
         raise RuntimeError(f"illada::{op} has no second derivative; compute it once, without create_graph=True")
@@ -291,19 +292,20 @@ def raise_on_double_backward(op: str) -> None:
 
 
 def describe(arguments: Iterable) -> str:
-    """The tensors of a call, for an error: "bfloat16 [4096, 128], int32 [9]"."""
+    """Describe the tensors of a call for an error message: "bfloat16 [4096, 128], int32 [9]"."""
     tensors = (x for x in arguments if isinstance(x, Tensor))
     return ", ".join(f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}" for x in tensors)
 
 
 def written(*tensors: Tensor | None) -> None:
-    """Tells autograd, after a call that has written to them."""
+    """Tell autograd that a call has written to these tensors."""
     increment_version([tensor for tensor in tensors if tensor is not None])
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """`tensor` in `dtype`, itself where it has it. For an op's kernel: `Tensor.to`, which is called a view, would not
-    reach a torch dispatch mode that stands in for torch's own CUDA kernels there.
+    """Return `tensor` in `dtype`, itself where it has that dtype; for kernels of ops.
+
+    `Tensor.to` counts as a view, so it would not reach a torch dispatch mode that replaces torch's own CUDA kernels.
     """
     if tensor.dtype == dtype:
         return tensor
@@ -311,7 +313,7 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def contiguous(tensor: Tensor) -> Tensor:
-    """`tensor.contiguous()`, in the way of `cast`."""
+    """Return `tensor.contiguous()`, computed for kernels of ops as `cast` does."""
     return (
         tensor
         if tensor.is_contiguous()
@@ -320,19 +322,21 @@ def contiguous(tensor: Tensor) -> Tensor:
 
 
 def address(tensor: Tensor | None) -> int:
-    """The address of the first element, 0 for None or an empty tensor."""
+    """Return the address of the first element; 0 for None or an empty tensor."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
 def stream(device: torch.device) -> int:
-    """The current CUDA stream of `device`, as an address; looked up anew at every call."""
-    raw = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # what Inductor uses; private, so with a way around it
+    """Return the address of the current CUDA stream of `device`, looked up in every call."""
+    raw = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # used by Inductor; private, hence the fallback
     return raw(device.index) if raw is not None else torch.cuda.current_stream(device).cuda_stream
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
-    """total += a @ b, or total = a @ b, in the dtype of `total`; rounded to that of a and b where torch knows no GEMM
-    with such a result."""
+    """Compute total += a @ b, or with `first` total = a @ b, in the dtype of `total`.
+
+    The product is rounded to the dtype of a and b where torch has no GEMM with a result of total's dtype.
+    """
     beta = 0 if first else 1
     if total.dtype == a.dtype:
         torch.addmm(total, a, b, beta=beta, out=total)

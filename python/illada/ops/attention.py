@@ -1,9 +1,9 @@
 """Packed, bidirectional, grouped-query attention over sequences of any lengths.
 
-    out[i, h] = sum_j softmax_j(softmax_scale * q[i, h] . k[j, g]) v[j, g],   g = h // (H / G),
+    out[i, h] = sum_j softmax_j(softmax_scale * q[i, h] . k[j, g]) v[j, g],   g = h // (H / G)
 
-with j over all keys of token i's own sequence: no causal mask, no dropout, no padding, no `max_seqlen`.
-`AttentionPlan` holds what depends on the lengths alone; a model makes it once a batch for all layers.
+The index j runs over all keys of token i's own sequence. There is no causal mask, no dropout, no padding and no
+`max_seqlen`. `AttentionPlan` holds what depends only on the lengths. A model computes it once per batch for all layers.
 
 | device | dtypes                     | head dim | kernel                                                     |
 |--------|----------------------------|----------|------------------------------------------------------------|
@@ -13,11 +13,11 @@ with j over all keys of token i's own sequence: no causal mask, no dropout, no p
 | CUDA   | bfloat16, float16          | 64, 128  | sm_90a (wgmma, TMA), sm_80 and newer (mma.sync);           |
 |        |                            |          | H / G up to 64                                             |
 
-On CUDA a pack of few queries and many keys (a block against its cache) is split over keys, and its results depend in
-the last bits on what else is in the pack; in larger packs they do not.
+On CUDA a pack of few queries and many keys (a block against its cache) is split over keys. Its results then depend in
+the last bits on what else is in the pack. Results of larger packs do not.
 
-Queries of a sequence do not see each other, so the H / G query heads of a key-value head are laid side by side as
-more queries of it: keys and values are never repeated, and their gradients come out already summed over the group.
+Queries are independent of each other, so the kernels treat the H / G query heads of a key-value head as additional
+queries of that head. Keys and values are never repeated, and their gradients are already summed over the group.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ lib.LIBRARY.define(
 
 
 def _check_lengths(cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, seqused_k: Tensor | None, total_q: int) -> None:
-    """ValueError for lengths that do not fit, where they may be read."""
+    """Raise ValueError for lengths that do not fit, where the host may read them."""
     if not lib.may_read(cu_seqlens):
         return
     lib.check_cumulative("attention_plan", "cu_seqlens", cu_seqlens, total_q, may_end_before=True)
@@ -82,34 +82,35 @@ def _plan_cpu(
     plan = cu_seqlens.new_empty(sequences + 1, 4)
     if not native().attention_plan_cpu(total_q, sequences, *lengths, plan):
         _check_lengths(cu_seqlens, cu_seqlens_k, seqused_k, total_q)
-        raise ValueError("attention_plan: the lengths do not ascend from 0, or do not fit")  # said better by the check
+        # _check_lengths has a better message for most cases.
+        raise ValueError("attention_plan: the lengths do not ascend from 0, or do not fit")
     return plan
 
 
 def _by_group(x: Tensor, groups: int) -> Tensor:
-    """[T, H, D] -> [1, G, T * (H / G), D]: the query heads of a group become queries. A view where H == G."""
+    """Reshape [T, H, D] to [1, G, T * (H / G), D]: the query heads of a group become queries. A view where H == G."""
     length, heads, dim = x.shape
     return x.unflatten(1, (groups, heads // groups)).transpose(0, 1).reshape(1, groups, -1, dim)
 
 
 def _from_group(x: Tensor, group: int) -> Tensor:
-    """The inverse of `_by_group`, contiguous [T, H, D]; `group` is H / G."""
+    """Invert `_by_group`; returns contiguous [T, H, D]; `group` is H / G."""
     return x[0].unflatten(1, (-1, group)).transpose(0, 1).flatten(1, 2).contiguous()
 
 
 def _sequences(plan: Tensor, group: int) -> Iterator[tuple[slice, slice]]:
-    """(queries, keys) of each sequence that has both; `group` query heads of a key-value head side by side."""
+    """Yield the (queries, keys) slices of each sequence that has both; each query has `group` neighbouring rows."""
     for q_start, q_end, k_start, k_end in plan.tolist():
         if q_end > q_start and k_end > k_start:
             yield slice(q_start * group, q_end * group), slice(k_start, k_end)
 
 
-_MOST_HEAD_DIM = 256  # of csrc/cpu
-_BFLOAT16_KEYS = 64  # with more, torch is faster if the processor multiplies in bfloat16
+_MOST_HEAD_DIM = 256  # largest head dim of csrc/cpu
+_BFLOAT16_KEYS = 64  # with more keys, torch is faster if the processor multiplies in bfloat16
 
 
 def _shares(plan: Tensor, q: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The rows of a plan for csrc/cpu, and those for torch."""
+    """Split the rows of a plan into those for csrc/cpu and those for torch."""
     if q.dtype == torch.float16 or q.shape[2] > _MOST_HEAD_DIM:
         return plan[:0], plan
     if q.dtype == torch.bfloat16 and native().multiplies_bfloat16():
@@ -120,7 +121,10 @@ def _shares(plan: Tensor, q: Tensor) -> tuple[Tensor, Tensor | None]:
 
 @contextlib.contextmanager
 def _without_denormals() -> Iterator[None]:
-    """The probabilities of keys that nobody looks at are denormal numbers, on which torch's GEMMs slow down tenfold."""
+    """Flush denormal numbers to zero within the context.
+
+    Very small probabilities are denormal numbers, on which torch's GEMMs slow down tenfold.
+    """
     threads = torch.get_num_threads()
     native().flush_denormals(True, threads)
     try:
@@ -130,25 +134,27 @@ def _without_denormals() -> Iterator[None]:
 
 
 def _torch_is_right(lse: Tensor) -> bool:
-    """Whether torch's kernels give what the formula gives, from the lse of a sequence.
+    """Return whether torch's kernels agree with the formula, judged by the lse of a sequence.
 
-    Of scores that are -inf or +inf they make 0 in some dtypes and sizes, where there is no softmax; lse is then NaN,
-    infinite or 0. An lse that is right may be exactly 0 as well: its sequence takes the plain way, and its quadratic
-    memory, in vain. And gradients rely on lse for probabilities whose sum is 1: once its last bit is large, the sum is
-    another.
+    Scores of -inf or +inf have no softmax, but torch's kernels return 0 for them in some dtypes and sizes. The lse is
+    then NaN, infinite or 0. A correct lse may also be exactly 0; that sequence uses the plain implementation, with its
+    quadratic memory, without need.
+
+    Gradients also need an lse that makes the probabilities sum to 1. Where the lse is large, its rounding changes that
+    sum.
     """
     return bool(((lse != 0) & (lse.abs() < 2**14)).all())
 
 
 def _softmax(q: Tensor, k: Tensor, softmax_scale: float) -> tuple[Tensor, Tensor]:
-    """(probabilities, lse) of [rows, D] and [keys, D], float32."""
+    """Return (probabilities [rows, keys], lse [rows]) of q [rows, D] and k [keys, D], float32."""
     scores = (q.float() @ k.float().mT).mul_(softmax_scale)
     lse = scores.logsumexp(-1)
     return scores.softmax(-1), lse
 
 
 def _attend_plainly(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> tuple[Tensor, Tensor]:
-    """(out, lse) of a sequence, [1, G, rows, D], with all scores of a key-value head in memory."""
+    """Compute (out, lse) of a sequence [1, G, rows, D], with all scores of a key-value head in memory."""
     out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
     for g in range(q.shape[1]):
         p, lse[0, g] = _softmax(q[0, g], k[0, g], softmax_scale)
@@ -159,7 +165,7 @@ def _attend_plainly(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> tu
 def _differentiate_plainly(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) of a sequence, float32, with all scores of a key-value head in memory."""
+    """Compute (dq, dk, dv) of a sequence, float32, with all scores of a key-value head in memory."""
     dq, dk, dv = (x.new_empty(x.shape, dtype=torch.float32) for x in (q, k, v))
     for g in range(q.shape[1]):
         p, _ = _softmax(q[0, g], k[0, g], softmax_scale)
@@ -197,7 +203,7 @@ def _fwd_cpu(
 def _attend_by_torch(
     out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: Tensor, softmax_scale: float
 ) -> None:
-    """The sequences of these rows of a plan, into out and lse."""
+    """Compute the sequences of these plan rows into out and lse."""
     groups, group = k.shape[1], q.shape[1] // k.shape[1]
     for q_start, q_end, k_start, k_end in plan.tolist():
         if k_end == k_start:
@@ -216,12 +222,12 @@ def _attend_by_torch(
 def _differentiate(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None, softmax_scale: float
 ) -> tuple[Tensor, ...]:
-    """(dq, dk, dv) of a sequence, by torch."""
+    """Compute (dq, dk, dv) of a sequence by torch's flash attention."""
     dim = q.shape[-1]
     if dlse is not None:
-        # dS = P * (dout v^T + dlse - rowsum(dout * out)): one more column, holding dlse against values of 1 and an
-        # output of 0, adds dlse to the first term and nothing to the last. In float32, for dlse is a loss's factor,
-        # which 16 bits may not hold.
+        # dS = P * (dout v^T + dlse - rowsum(dout * out)). Append a column: dlse to dout, 1 to v and 0 to out. It adds
+        # dlse to the first term and nothing to the last. Use float32, because dlse contains a loss's factor, which may
+        # not fit 16 bits.
         q, k, out = (torch.nn.functional.pad(x.float(), (0, 1)) for x in (q, k, out))
         v = torch.nn.functional.pad(v.float(), (0, 1), value=1.0)
         dout = torch.cat([dout.float(), dlse], dim=-1)
@@ -243,7 +249,7 @@ def _differentiate_by_torch(
     plan: Tensor,
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) of a pack, 0 for what the plan leaves out."""
+    """Compute (dq, dk, dv) of a pack; they are 0 for tokens that the plan leaves out."""
     groups, group = k.shape[1], q.shape[1] // k.shape[1]
     dout, q, k, v, out = (_by_group(x, groups) for x in (dout, q, k, v, out))
     lse = lse.unflatten(0, (groups, -1)).transpose(1, 2).reshape(1, groups, -1)
@@ -281,7 +287,7 @@ def _bwd_cpu(
         theirs = _differentiate_by_torch(dout, dlse, q, k, v, out, lse, others, softmax_scale)
         if not len(plan):
             return theirs
-    dout = dout if dout.stride(2) == 1 else dout.contiguous()  # of a sum, with strides of 0, or transposed
+    dout = dout if dout.stride(2) == 1 else dout.contiguous()  # strides of 0 (gradient of a sum), or transposed
     dlse = None if dlse is None else dlse.contiguous()
     ours = (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
     raw.varlen_attention_backward(*ours, dout, dlse, q, k, v, out, lse, plan, num_sequences, softmax_scale)
@@ -292,7 +298,7 @@ def _bwd_cpu(
 
 
 def plan_rows(total_q: int, total_k: int | None, num_sequences: int, num_heads: int, num_kv_heads: int) -> int:
-    """Rows of a plan on CUDA: `plan_rows` of csrc/attention, for shapes that are not known yet."""
+    """Return the number of rows of a plan on CUDA, as `plan_rows` of csrc/attention does, also for symbolic shapes."""
     block_tokens = max(64 // (num_heads // num_kv_heads), 1)
     tiles = num_kv_heads * (total_q // (2 * block_tokens) + num_sequences)
     forward = tiles + num_kv_heads + 320
@@ -326,12 +332,12 @@ def _fwd_cuda(
     return out, lse
 
 
-# Up to so many queries a sequence, on average, it is not slower to multiply twice than to sum dq up in memory.
+# Mean number of queries per sequence. At or below it, recomputing the scores for dq is at least as fast as atomic adds.
 _REPEATABLE_LENGTH = 256
 
 
 def multiplies_twice(total_q: int, num_sequences: int) -> bool:
-    """Whether scores are computed twice for gradients on CUDA, once more for dq: always repeatable."""
+    """Return whether the backward on CUDA recomputes the scores for dq, which is bitwise repeatable."""
     return total_q <= _REPEATABLE_LENGTH * num_sequences
 
 
@@ -348,7 +354,7 @@ def _bwd_cuda(
     softmax_scale: float,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    # Gradients come in any layout: broadcast (of a sum, with strides of 0), transposed, from elsewhere.
+    # dout has any layout: broadcast (the gradient of a sum has strides of 0), transposed, or unaligned.
     strides = dout.stride()
     if strides[2] != 1 or min(strides) <= 0 or strides[0] % 8 or strides[1] % 8 or dout.data_ptr() % 16:
         dout = dout.clone(memory_format=torch.contiguous_format)
@@ -410,10 +416,10 @@ _call_fwd, _call_bwd = lib.caller("varlen_attention_fwd"), lib.caller("varlen_at
 
 
 def _pairs(q: Tensor, k: Tensor, plan: Tensor, num_sequences: int) -> int:
-    """Query-key pairs of the pack: exact where the plan can be read, else as if all sequences were equally long."""
+    """Return the query-key pairs of the pack: exact where the host may read the plan, else for equal lengths."""
     if lib.may_read(plan):
         rows = plan.tolist()
-        if plan.is_cuda:  # they end with the sequences, whose number is in the header
+        if plan.is_cuda:  # the last rows are the sequences, whose number is in the header
             rows = rows[len(rows) - rows[0][2] :]
         return sum((q_end - q_start) * (k_end - k_start) for q_start, q_end, k_start, k_end in rows)
     return q.shape[0] * k.shape[0] // max(1, num_sequences)
@@ -443,24 +449,28 @@ def attention_plan(
     total_q: int,
     total_k: int | None = None,
 ) -> AttentionPlan:
-    """The work list of a pack, made on its device without a host sync, to be reused by all layers and directions.
+    """Make the plan of a pack on its device without a host sync; all layers and both directions reuse it.
 
     Args:
-        cu_seqlens: int32 [S + 1], where each sequence of queries starts in the pack, and where the last one ends;
-            from 0 to at most `total_q`, ascending. Queries behind the last sequence meet no keys. It and other
-            lengths may be int64, which are copied.
+        cu_seqlens: int32 [S + 1], where each sequence of queries starts in the pack, and where the last one ends. The
+            values ascend from 0 to at most `total_q`. Queries after the last sequence have no keys. All three tensors
+            of lengths may be int64, which is copied.
         cu_seqlens_k: int32 [S + 1], where each sequence's slot of keys starts (anywhere, ascending), and where the last
             one ends; default: the same as the queries.
         seqused_k: int32 [S], how many keys of each slot are in use; default: all.
         num_heads, num_kv_heads, head_dim: H, G and D of the attention calls; H must be a multiple of G.
         total_q: T, the number of packed queries.
-        total_k: Tk, the number of rows of k and v; default: T without cu_seqlens_k, and else not known, which a plan
-            for gradients on CUDA must know.
+        total_k: Tk, the number of rows of k and v. Default: T without cu_seqlens_k, otherwise unknown. A plan for
+            gradients on CUDA needs it.
+
+    Returns:
+        AttentionPlan, whose work is int32 [rows, 4].
 
     Raises:
-        TypeError, ValueError: a wrong dtype, shape or device; values that do not ascend or fit (on a CPU, and on
-            CUDA under ILLADA_DEBUG=1, because looking at them there costs a sync; else they are cut to what fits).
-        NotImplementedError: no kernel was built for this device or these sizes.
+        TypeError, ValueError: A wrong dtype, shape or device, or values that do not ascend or fit. Values are checked
+            on a CPU, and on CUDA under ILLADA_DEBUG=1, because reading them there costs a sync; otherwise values on
+            CUDA are clamped to what fits.
+        NotImplementedError: No kernel was built for this device or these sizes.
     """
     op = "attention_plan"
     for name, tensor in (("cu_seqlens", cu_seqlens), ("cu_seqlens_k", cu_seqlens_k), ("seqused_k", seqused_k)):
@@ -468,7 +478,7 @@ def attention_plan(
             lib.check_index(op, name, tensor)
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
         raise ValueError(f"{op}: cu_seqlens must have shape [S + 1], got {list(cu_seqlens.shape)}")
-    sequences = cu_seqlens.shape[0] - 1  # len() would make a constant of it under torch.export
+    sequences = cu_seqlens.shape[0] - 1  # len() would be a constant under torch.export
     if cu_seqlens_k is not None:
         lib.check_shape(op, "cu_seqlens_k", cu_seqlens_k, (sequences + 1,))
     if seqused_k is not None:
@@ -496,30 +506,32 @@ def varlen_attention(
     deterministic: bool = False,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Bidirectional attention of each packed sequence over itself, or over its slot of a key-value cache.
-
-    Args:
-        q: [T, H, D]; k, v: [Tk, G, D] with H a multiple of G, one dtype (float32, bfloat16, float16) and device.
-            Any row and head stride, last dimension contiguous: slices of a fused projection are used in place.
-        cu_seqlens: int32 [S + 1] on the device; sequence s owns queries cu_seqlens[s] .. cu_seqlens[s + 1] - 1. Rows
-            from cu_seqlens[S] on belong to no sequence.
-        cu_seqlens_k, seqused_k: key slots and their used lengths; default: the keys of s are its own tokens.
-        plan: from `attention_plan` with the same lengths; default: made here.
-        softmax_scale: finite and > 0; default 1 / sqrt(D).
-        deterministic: gradients are bitwise repeatable, on CUDA at the price of some speed where sequences are long (on
-            a CPU, before compute capability 9.0 and in packs of short sequences they always are).
-        return_lse: also return lse float32 [H, T], the natural log of the softmax's sum; differentiable.
-
-    Returns:
-        out [T, H, D] in q's dtype, contiguous. Queries without keys, those of no sequence among them, have out 0, lse
-        -inf and gradient 0; so have keys of no sequence.
-
-    Raises:
-        TypeError, ValueError: naming the argument, what was got and what is allowed.
-        NotImplementedError: no kernel was built for this device, dtype, head dim, group or layout (on CUDA: strides of
-            multiples of 8 elements, 16-byte aligned data).
+    """Attend from each packed sequence to itself, or to its slot of a key-value cache, bidirectionally.
 
     Under autocast q, k and v are cast to its dtype. A second derivative raises.
+
+    Args:
+        q: [T, H, D], float32, bfloat16 or float16. Any row and head stride, last dimension contiguous: slices of a
+            fused projection are used in place.
+        k, v: [Tk, G, D], H a multiple of G, of q's dtype and device; strides as for q.
+        cu_seqlens: int32 [S + 1] on the device. Sequence s has the queries cu_seqlens[s] .. cu_seqlens[s + 1] - 1. Rows
+            from cu_seqlens[S] on belong to no sequence.
+        cu_seqlens_k: int32 [S + 1], the key slots; default: the keys of s are its own tokens.
+        seqused_k: int32 [S], how many keys of each slot are in use; default: all.
+        plan: From `attention_plan` with the same lengths; default: made in this call.
+        softmax_scale: Factor of the scores, finite and > 0; default 1 / sqrt(D).
+        deterministic: Make gradients bitwise repeatable. On CUDA this costs some speed where sequences are long. On a
+            CPU, before compute capability 9.0 and in packs of short sequences they always are.
+        return_lse: Also return lse float32 [H, T], the natural log of the softmax's sum; differentiable.
+
+    Returns:
+        out [T, H, D] in q's dtype, contiguous; with `return_lse` (out, lse). Queries without keys have out 0, lse -inf
+        and gradient 0; this includes queries of no sequence. Keys of no sequence also have gradient 0.
+
+    Raises:
+        TypeError, ValueError: A wrong argument; the message names it, with what was given and what is allowed.
+        NotImplementedError: No kernel was built for this device, dtype, head dim, group or layout (on CUDA: strides of
+            multiples of 8 elements, 16-byte aligned data).
     """
     op = "varlen_attention"
     if (dtype := autocast_dtype(q.device)) is not None:

@@ -1,4 +1,4 @@
-"""The losses by labels with an `ignore_index`, as other trainers have them."""
+"""Losses from labels with an `ignore_index`, the form that other trainers use."""
 
 from __future__ import annotations
 
@@ -19,23 +19,28 @@ def masked_cross_entropy_from_labels(
     ignore_index: int = -100,
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
-    """`masked_cross_entropy`, or with a head `linear_masked_cross_entropy`, in the manner of `F.cross_entropy`.
+    """Compute the masked cross-entropy from labels, as `F.cross_entropy` takes them.
+
+    It calls `masked_cross_entropy`, or with a head `linear_masked_cross_entropy`.
+
+    On CUDA the host never waits for the device.
 
     Args:
-        logits_or_hidden: logits [..., V]; with `head` hidden states [..., C]. Any number of leading dimensions; unlike
-            in `F.cross_entropy` classes are always the last dimension.
-        labels: int64 or int32 [...], the targets; `ignore_index` where there is nothing to learn.
-        head: [V, C], the weight that makes logits of hidden states, which then never exist all at once.
-        weights: [...] of any real dtype, such as 1 / t; default 1. They must not require grad.
-        normalizer: divides the sum; default the number of labels that are not ignored, at least 1. Pass the whole
-            step's number where gradients are accumulated (`num_items_in_batch` of the HF Trainer).
+        logits_or_hidden: Logits [..., V], or hidden states [..., C] with `head`. There may be any number of leading
+            dimensions. Unlike in `F.cross_entropy`, classes are always the last dimension.
+        labels: int64 or int32 [...], the targets; `ignore_index` at tokens without a loss.
+        head: [V, C], the head weight. The logits then never exist all at once.
+        weights: [...] of any real dtype, the token weights, such as 1 / t; default 1. They must not require grad.
+        ignore_index: Label of tokens without a loss.
+        normalizer: Number or scalar tensor that divides the sum; default the number of labels that are not ignored, at
+            least 1. Pass the whole step's number where gradients are accumulated (`num_items_in_batch` of the HF
+            Trainer).
 
     Returns:
         sum_i w_i CE(x_i, y_i) / normalizer, a float32 scalar; 0 where all labels are ignored.
 
     Raises:
-        TypeError, ValueError: labels or weights of another shape, or what the two losses raise. On CUDA nothing waits
-        for the device.
+        TypeError, ValueError: Labels or weights of another shape or a wrong dtype, or errors of the two losses.
     """
     op = "masked_cross_entropy_from_labels"
     if logits_or_hidden.dim() < 2:

@@ -1,15 +1,15 @@
-"""Masked cross-entropy of the logits hidden @ weight^T, which never exist all at once.
+"""Masked cross-entropy of the logits hidden @ weight^T, without holding all logits in memory.
 
     loss = sum_i w_i (logsumexp_v(x_i) - x_i[y_i]) / normalizer        x_i = hidden_i @ weight^T
 
-Only rows with w_i != 0 meet the head, a chunk of them at a time, and the gradients are made while the chunk's logits
-are there: three GEMMs instead of four, and never an [N, V] tensor.
+The head weight multiplies only rows with w_i != 0, one row chunk at a time. The gradients are computed while the
+chunk's logits exist. This takes three GEMMs instead of four, and never an [N, V] tensor.
 
 | device          | dtypes                     | kernel                                                            |
 |-----------------|----------------------------|-------------------------------------------------------------------|
 | CPU             | float32, bfloat16          | torch.mm on chunks of rows, native row loop (csrc/cpu) in between |
 | sm_80 and newer | float32, bfloat16, float16 | the same, one fused kernel (csrc/loss) in between                 |
-| sm_90a          | bfloat16                   | GEMMs of our own, which make and take softmax's terms (csrc/loss) |
+| sm_90a          | bfloat16                   | own GEMM kernels with fused softmax terms (csrc/loss)             |
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from illada.ops.loss import (
     workspace_for,
 )
 
-#: Logits of one chunk on a CPU. Small enough to be forgotten beside the model's activations, large enough for the
+#: Bytes of logits in one row chunk on a CPU. They are small beside the model's activations, and large enough for the
 #: GEMMs to run at full speed.
 _CHUNK_BYTES_CPU = 32 << 20
 #: The same on CUDA: 4480 rows of 155,136 ids in 16 bits, enough to keep the GEMMs at full speed.
@@ -57,7 +57,7 @@ lib.LIBRARY.define(
 
 def _fwd_cpu(hidden, weight, targets, token_weights, rows, *arguments, into=None):
     all_weighted = rows is None
-    if all_weighted:  # on a CPU the host may look
+    if all_weighted:  # on a CPU the host may read the weights
         found = token_weights.nonzero()
         rows = found.squeeze(-1) if found.shape[0] < hidden.shape[0] else None
     elif len(rows) and not (0 <= int(rows.min()) and int(rows.max()) < len(hidden)):
@@ -99,13 +99,15 @@ def _fwd_sm90(
     filter_eps: float,
     into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-    """The fused kernels, which find the rows with a weight by themselves; None where they do not apply. `into`: the
-    weight's gradient is added to it."""
+    """Run the fused kernels, which find the rows with nonzero token weight on the device.
+
+    Returns None where the kernels do not apply. With `into`, the head weight's gradient is added to it.
+    """
     if compute_dtype != torch.bfloat16 or hidden.shape[1] % 8 or (into is not None and into.data_ptr() % 16):
         return None
     if hidden.stride(0) % 8 or hidden.data_ptr() % 16:
         hidden = hidden.clone(memory_format=torch.contiguous_format)
-    # Asked for the weight as it is: there is no use in a copy in 16 bits where there is no kernel.
+    # Ask with the weight in its own dtype: a 16-bit copy is needed only where there is a kernel.
     wanted = {"hidden_grad": hidden_grad, "weight_grad": weight_grad}
     size = raw.linear_masked_cross_entropy_workspace(
         hidden, weight, rows, chunk_rows=chunk_rows, filter_eps=filter_eps, **wanted
@@ -135,7 +137,10 @@ def _fwd_sm90(
 
 
 def chunk_rows_of(count: int, vocab_size: int, dtype: torch.dtype, is_cuda: bool) -> int:
-    """Rows of a chunk of `count` rows: as many as the buffer holds; on CUDA whole tiles, about the same in each."""
+    """Return the rows of a chunk for `count` rows.
+
+    A chunk has as many rows as the buffer holds. On CUDA chunks have whole tiles of 128 rows, and similar sizes.
+    """
     row_bytes = vocab_size * dtype.itemsize
     if not is_cuda:
         return max(128, _CHUNK_BYTES_CPU // row_bytes)
@@ -162,8 +167,11 @@ def _fwd_portable(
     into: Tensor | None = None,
     all_weighted: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """torch.mm on chunks of rows, each turned into its gradient in place. Without `rows`, all T rows meet the head.
-    Always exact: no filter_eps. all_weighted: no row that is looked at has weight 0."""
+    """Compute row chunks with torch.mm, and turn each chunk's logits into their gradient in place.
+
+    Without `rows`, the head weight multiplies all T rows. The result is always exact: filter_eps is ignored.
+    all_weighted: no row in the chunks has token weight 0.
+    """
     normalizer, scale = where_read(normalizer, scale)
     targets, token_weights = kernel_targets(targets), lib.contiguous(token_weights)
     head = lib.cast(weight, compute_dtype)
@@ -174,7 +182,7 @@ def _fwd_portable(
 
     nll = token_weights.new_zeros(hidden.shape[0])
     d_hidden = hidden.new_empty(0)
-    if hidden_grad:  # every row is written without `rows`
+    if hidden_grad:  # without `rows` every row is written
         d_hidden = (torch.empty_like if rows is None else torch.zeros_like)(
             hidden, memory_format=torch.contiguous_format
         )
@@ -186,12 +194,12 @@ def _fwd_portable(
         d_weight, is_given = into, True
     buffer = head.new_empty(min(chunk_rows, count), vocab_size)
     workspace = workspace_for(buffer)
-    lse_parts = nll.new_empty(buffer.shape[0], 2) if hidden.is_cuda else None  # which CUDA needs for large rows
+    lse_parts = nll.new_empty(buffer.shape[0], 2) if hidden.is_cuda else None  # CUDA needs it for large rows
     for start in range(0, count, chunk_rows):
         part = slice(start, min(start + chunk_rows, count))
         logits = _part(buffer, slice(part.stop - part.start))
         index: slice | Tensor
-        if rows is None:  # the chunk's tokens are neighbours
+        if rows is None:  # the chunk's tokens are contiguous
             index, chunk, of_targets, of_weights = part, None, _part(targets, part), _part(token_weights, part)
             selected, its_weights = _part(hidden, part), of_weights
         else:
@@ -199,7 +207,7 @@ def _fwd_portable(
             index, chunk = lib.cast(its_rows, torch.int64), lib.cast(its_rows, torch.int32)
             of_targets, of_weights, selected = targets, token_weights, hidden.index_select(0, index)
             its_weights = token_weights if all_weighted else token_weights.index_select(0, index)
-        if not all_weighted:  # what is in a row without a weight must not reach the weight's gradient: 0 * NaN is NaN
+        if not all_weighted:  # rows with token weight 0 must not reach the weight's gradient: 0 * NaN is NaN
             selected = selected.masked_fill((its_weights == 0).unsqueeze(-1), 0)
         selected = lib.cast(selected, compute_dtype)
         torch.mm(selected, head.t(), out=logits)
@@ -218,19 +226,19 @@ def _fwd_portable(
             _put(nll, index, its_nll)
         if weight_grad:
             lib.add_product(d_weight, logits.t(), selected, first=start == 0 and not is_given)
-    if scale_late and into is not None:  # where no backward will scale it
+    if scale_late and into is not None:  # no backward will scale it
         _scale(d_weight, late_factor(nll.new_ones(()), normalizer, scale))
         into.add_(d_weight)
     return weighted_sum(nll, token_weights, normalizer, scale), nll, d_hidden, d_weight
 
 
 def _part(tensor: Tensor, part: slice) -> Tensor:
-    """tensor[part], itself where that is all of it."""
+    """Return tensor[part], or the tensor itself where the part is all of it."""
     return tensor if not part.start and part.stop == tensor.shape[0] else tensor[part]
 
 
 def _put(whole: Tensor, index: slice | Tensor, part: Tensor) -> None:
-    """whole[index] = part, in a third of the time where the index is a tensor."""
+    """Assign whole[index] = part; index_copy_ takes a third of the time where the index is a tensor."""
     if isinstance(index, slice):
         _part(whole, index).copy_(part)
     else:
@@ -238,18 +246,21 @@ def _put(whole: Tensor, index: slice | Tensor, part: Tensor) -> None:
 
 
 def scales_late(compute_dtype: torch.dtype) -> bool:
-    """The smallest gradients would be lost in float16, and a gradient scaler helps in the backward only: until then
-    gradients wait without scale and normalizer."""
+    """Return whether scale and normalizer are applied in the backward instead of the forward.
+
+    In float16 the smallest gradients would be lost, and a gradient scaler acts only in the backward. Until then the
+    gradients are kept without scale and normalizer.
+    """
     return compute_dtype == torch.float16
 
 
 def late_factor(dloss: Tensor, normalizer: Tensor | None, scale: float) -> Tensor:
-    """dloss, a float32 scalar, times what had to wait."""
+    """Return dloss, a float32 scalar, times the deferred scale / normalizer."""
     return dloss * scale if normalizer is None else dloss * (scale / normalizer)
 
 
 def _scale(grad: Tensor, factor: Tensor) -> None:
-    """grad *= factor, a float32 scalar that is not rounded to the dtype of grad: 65536 is inf in float16."""
+    """Multiply grad by a float32 scalar in place, without rounding it to grad's dtype: 65536 is inf in float16."""
     if grad.is_cuda:
         raw.scale(grad, factor)
     else:
@@ -275,7 +286,7 @@ def _bwd_inplace(dloss: Tensor, hidden_grad: Tensor, weight_grad: Tensor) -> Non
 
 
 def scaled(dloss: Tensor, hidden_grad: Tensor) -> Tensor:
-    """hidden_grad * dloss, in the dtype of the gradient, but with dloss in its own."""
+    """Return hidden_grad * dloss in the gradient's dtype; dloss keeps its own dtype."""
     return torch.ops.illada.linear_masked_ce_bwd(dloss, hidden_grad, hidden_grad.new_empty(0))[0]
 
 
@@ -308,8 +319,8 @@ def _bwd_inplace_fake(dloss, hidden_grad, weight_grad):
 
 def _setup_context(ctx, inputs, output):
     loss, nll, hidden_grad, weight_grad = output
-    # The gradients stay differentiable outputs: the backward op then knows that they depend on hidden and weight, and a
-    # second derivative meets its formula, which raises.
+    # The gradients stay differentiable outputs, so autograd knows that they depend on hidden and weight. A second
+    # derivative then reaches the formula of the backward op, which raises.
     ctx.mark_non_differentiable(nll)
     ctx.set_materialize_grads(False)
     ctx.scale, ctx.scale_late, normalizer = inputs[6], scales_late(inputs[10]), inputs[5]
@@ -330,7 +341,7 @@ def _backward(ctx, dloss, *unused):
     if ctx.scale_late:
         dloss = late_factor(dloss, normalizer, ctx.scale)
     if dloss.is_cuda and type(dloss) is Tensor and not (torch.is_grad_enabled() or lib.in_forward_mode()):
-        # The weight's gradient is as large as the weight: no copy of it, and no pass over it where dloss is 1.
+        # The weight's gradient is as large as the weight: avoid a copy, and any pass over it where dloss is 1.
         ctx.scaled = True
         torch.ops.illada.linear_masked_ce_bwd_(dloss, d_hidden, d_weight)
     else:
@@ -349,12 +360,12 @@ _call_fwd, _call_bwd = lib.caller("linear_masked_ce_fwd"), lib.caller("linear_ma
 
 
 class _IntoGradient(torch.autograd.Function):
-    """linear_masked_ce_fwd_, for whose like torch.library has no autograd: an op that writes to an argument."""
+    """Autograd of linear_masked_ce_fwd_; torch.library offers none for ops that write to an argument."""
 
     @staticmethod
     def forward(ctx, *inputs):
         loss, nll, hidden_grad = torch.ops.illada.linear_masked_ce_fwd_(*inputs)
-        ctx.mark_non_differentiable(nll)  # hidden_grad is not, for the reason in _setup_context
+        ctx.mark_non_differentiable(nll)  # hidden_grad stays differentiable, see _setup_context
         ctx.set_materialize_grads(False)
         ctx.scale, ctx.scale_late, normalizer = inputs[6], scales_late(inputs[10]), inputs[5]
         ctx.save_for_backward(hidden_grad, normalizer if ctx.scale_late else None)
@@ -371,7 +382,7 @@ class _IntoGradient(torch.autograd.Function):
                 "linear_masked_cross_entropy: with grad_weight the loss must arrive in the total unscaled, because the "
                 f"weight's gradient has been added already; got a gradient of {float(dloss)}; use normalizer"
             )
-        dloss = torch.where(dloss == 1, dloss, torch.nan)  # where nobody may look: not silently
+        dloss = torch.where(dloss == 1, dloss, torch.nan)  # where the host may not read: fail visibly
         if ctx.scale_late:
             dloss = late_factor(dloss, normalizer, ctx.scale)
         return scaled(dloss, hidden_grad), *(None,) * 13
@@ -380,7 +391,7 @@ class _IntoGradient(torch.autograd.Function):
 @lib.counts_flops("linear_masked_ce_fwd_")
 @lib.counts_flops("linear_masked_ce_fwd")
 def _fwd_flops(hidden, weight, targets, token_weights, rows, *args, out_val=None, **kwargs) -> int:
-    """2 N V C for the logits and as much for each gradient; N from `rows`, the weights, or (unreadable) all T."""
+    """Count 2 N V C for the logits and as much for each gradient; N from `rows`, readable token weights, or T."""
     count = hidden.shape[0]
     if rows is not None:
         count = rows.shape[0]
@@ -394,7 +405,10 @@ def _fwd_flops(hidden, weight, targets, token_weights, rows, *args, out_val=None
 
 
 def compute_dtype_of(op: str, hidden: Tensor, name: str, weight: Tensor) -> torch.dtype:
-    """What the GEMMs of hidden and the weight `name` run in: autocast's dtype or their own. TypeError, ValueError."""
+    """Return the dtype of the GEMMs of hidden and the weight called `name`: autocast's or their own.
+
+    TypeError: a dtype that is not supported, or two dtypes. ValueError: strides that are not supported.
+    """
     if not (hidden.is_contiguous() and weight.is_contiguous()):
         lib.check_last_contiguous(op, "hidden", hidden)
         lib.check_last_contiguous(op, name, weight)
@@ -424,45 +438,51 @@ def linear_masked_cross_entropy(
     grad_weight: Tensor | None = None,
     filter_eps: float = 0.0,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """sum_i w_i * CE(hidden_i @ weight^T, y_i) / normalizer, without ever holding all logits.
+    """Compute sum_i w_i * CE(hidden_i @ weight^T, y_i) / normalizer without holding all logits in memory.
+
+    Gradients are computed in the forward pass when they will be needed. On CUDA the backward therefore runs once,
+    with or without retain_graph=True. A second derivative raises.
+
+    Under autocast the GEMMs run in its dtype; the gradients have the dtypes of hidden and weight.
+
+    On CUDA the host never waits for the device, and values are checked only under ILLADA_DEBUG=1. Without the check, a
+    target out of range makes its nll, and so the loss, NaN; its gradient is meaningless, but finite. Rows out of range
+    are ignored, or trigger torch's device-side assertion.
 
     Args:
-        hidden: [T, C], float32, bfloat16 or (on CUDA) float16. weight: [V, C], the head (or the tied embedding).
-        targets: int64 or int32 [T]; must be in [0, V) where the weight is not zero.
-        token_weights: float32 [T], 1 / p where masked, 0 elsewhere. It must not require grad.
-        rows: int32 or int64 [N], the rows to look at, sorted and distinct (default: those with a weight). On CUDA they
-            cannot be found without waiting for the device, so without `rows` all T rows are multiplied by the head, but
-            for bfloat16 on sm_90a: give them elsewhere.
-        normalizer: positive number or 0-dim tensor (read on its device) that divides the sum, such as the number of
-            tokens of the global batch (so that gradient accumulation and data parallelism add up). Default 1.
-        chunk_rows: rows whose logits exist at a time; default: as many as fit 32 MiB on a CPU, 1.4 GB on CUDA.
-        return_nll: also return the negative log-likelihood of each target, float32 [T], nats, 0 where not selected,
-            not differentiable.
-        grad_weight_dtype: dtype in which the weight's gradient is summed over chunks; default float32.
-        grad_weight: float32 or bfloat16 [V, C], contiguous (say, weight.grad): the weight's gradient is added to it, in
-            the forward pass, and autograd sees none of it, which saves writing, reading and adding another [V, C].
-            It is the gradient of this loss as it is: scale that by `normalizer`, and call backward() on it or on a sum
-            that it is part of, not on a multiple (an error on a CPU; on CUDA hidden's gradient becomes NaN). Nothing is
-            added under torch.no_grad(), and twice where activation checkpointing recomputes this call.
-        filter_eps: the gradients may leave out blocks of 256 rows x 256 ids where each probability is below it and
-            none is a target's (on sm_90a; other kernels stay exact). Gradients of hidden_i are then wrong by at most
-            g_i filter_eps sum_v |weight_v|, of weight_v by filter_eps sum_i g_i |hidden_i|, with g_i = w_i / normalizer
-            and sums over what was left out. Default 0: exact.
+        hidden: [T, C], float32, bfloat16 or (on CUDA) float16.
+        weight: [V, C], the head weight (or the tied embedding).
+        targets: int64 or int32 [T]; in [0, V) where the token weight is not zero.
+        token_weights: float32 [T], 1 / p where masked, 0 elsewhere. They must not require grad.
+        rows: int32 or int64 [N], the selected rows, sorted and distinct; default: those with nonzero token weight. On
+            CUDA the host cannot find these without waiting for the device. Without `rows` the head weight therefore
+            multiplies all T rows there, except for bfloat16 on sm_90a. Pass `rows` in all other cases on CUDA.
+        normalizer: Positive number or 0-dim tensor (read on its device) that divides the sum; default 1. An example is
+            the number of tokens of the global batch, so that gradient accumulation and data parallelism add up.
+        chunk_rows: Rows whose logits exist at a time; default: as many as fit 32 MiB on a CPU, 1.4 GB on CUDA.
+        return_nll: Also return the negative log-likelihood of each target, float32 [T], nats. It is 0 in rows that are
+            not selected, and not differentiable.
+        grad_weight_dtype: Dtype in which the head weight's gradient is summed over chunks; default float32.
+        grad_weight: float32 or bfloat16 [V, C], contiguous, for example weight.grad. The forward pass adds the head
+            weight's gradient to it, and autograd does not see that gradient. This saves writing, reading and adding
+            another [V, C]. Conditions:
+            - It gets the gradient of this loss, unscaled: use `normalizer` to scale.
+            - Call backward() on the loss or on a sum that contains it, not on a multiple. A multiple is an error on a
+              CPU; on CUDA hidden's gradient becomes NaN.
+            - Nothing is added under torch.no_grad().
+            - Activation checkpointing that recomputes this call adds the gradient twice.
+        filter_eps: Default 0: exact. On sm_90a the gradients may leave out blocks of 256 rows x 256 ids where each
+            probability is below filter_eps and none is a target's; other kernels stay exact. The error of hidden_i's
+            gradient is then at most g_i filter_eps sum_v |weight_v|, that of weight_v's gradient at most
+            filter_eps sum_i g_i |hidden_i|, with g_i = w_i / normalizer and sums over what was left out.
 
     Returns:
-        loss, a float32 scalar; with `return_nll` (loss, nll). No selected rows: loss 0 and zero gradients.
+        loss, a float32 scalar; with `return_nll` (loss, nll). Without selected rows the loss and gradients are 0.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was got and what is allowed; a target out of range where its
-            weight is not zero. NotImplementedError: no kernel was built for this device.
-
-    On CUDA nothing waits for the device. Values are not checked there but under ILLADA_DEBUG=1: a target out of range
-    makes its nll, and so the loss, NaN, and its gradient meaningless, but finite; rows out of range are ignored, or
-    torch's device-side assertion.
-
-    Under autocast the GEMMs run in its dtype; the gradients come back in the dtypes of hidden and weight. Gradients
-    are computed in the forward pass when they will be needed, so on CUDA the backward runs once (retain_graph=True or
-    not). A second derivative raises.
+        TypeError, ValueError: A wrong argument; the message names it, with what was given and what is allowed. Also a
+            target out of range where its token weight is not zero.
+        NotImplementedError: No kernel was built for this device.
     """
     op = "linear_masked_cross_entropy"
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:

@@ -1,10 +1,10 @@
-"""Masked cross-entropy with a weight for each token, from logits that are already there.
+"""Masked cross-entropy with a weight for each token, from given logits.
 
     loss = sum_i w_i (lse_i - x_i[y_i]) / normalizer,   lse_i = logsumexp_v(x_i)
 
-Eq. 1 of the iLLaDA paper is this with w_i = 1 / p where token i is masked and 0 elsewhere, and the number of tokens
-as normalizer. `illada.ops.linear_loss` has the same with the head's GEMM, `illada.ops.vocab_parallel` over shards of
-the vocabulary.
+Eq. 1 of the iLLaDA paper is this loss with w_i = 1 / p where token i is masked and 0 elsewhere, and the number of
+tokens as normalizer. `illada.ops.linear_loss` includes the GEMM with the head weight. `illada.ops.vocab_parallel`
+computes the loss over shards of the vocabulary.
 
 | device          | logits                     | kernel                                                               |
 |-----------------|----------------------------|----------------------------------------------------------------------|
@@ -46,7 +46,10 @@ lib.LIBRARY.define(
 
 
 def full_scale(normalizer: Tensor, scale: float, op: str = "masked_cross_entropy") -> float:
-    """scale / normalizer as a host number, which on a CPU costs nothing. ValueError: not finite and positive."""
+    """Return scale / normalizer as a host number; this costs no sync on a CPU.
+
+    ValueError: the normalizer is not finite and positive.
+    """
     value = float(normalizer)
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"{op}: normalizer must be finite and positive, got {value}")
@@ -54,7 +57,10 @@ def full_scale(normalizer: Tensor, scale: float, op: str = "masked_cross_entropy
 
 
 def where_read(normalizer: Tensor | None, scale: float) -> tuple[Tensor | None, float]:
-    """(normalizer, scale) as the kernels take them: on CUDA the device divides, so that the host need not wait."""
+    """Return (normalizer, scale) as the kernels take them.
+
+    On CUDA the device divides, so that the host need not wait. On a CPU the normalizer becomes part of the scale.
+    """
     if normalizer is None:
         return None, scale
     if normalizer.is_cuda:
@@ -74,14 +80,14 @@ def workspace_for(logits: Tensor) -> Tensor | None:
 
 
 def weighted_sum(nll: Tensor, token_weights: Tensor, normalizer: Tensor | None, scale: float) -> Tensor:
-    """The loss, from the nll of each token and what `where_read` gave."""
+    """Return the loss, from the nll of each token and the result of `where_read`."""
     loss = nll.new_empty(())
     raw.weighted_sum(loss, lib.contiguous(nll), lib.contiguous(token_weights), normalizer=normalizer, scale=scale)
     return loss
 
 
 def _row_results(logits: Tensor, token_weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for two numbers of each row, and for its lse in parts."""
+    """Allocate two float32 numbers per row, and the row's lse in parts [N, 2]."""
     rows = logits.shape[0]
     return token_weights.new_empty(rows), token_weights.new_empty(rows), token_weights.new_empty(rows, 2)
 
@@ -160,10 +166,11 @@ def _setup_context(ctx, inputs, output):
 
 
 def _saved_through_hooks(ctx) -> bool:
-    """Have saved-tensor hooks (non-reentrant checkpointing, save_on_cpu) kept the logits, or can that not be known?
+    """Return whether saved-tensor hooks (non-reentrant checkpointing, save_on_cpu) keep the logits, or may keep them.
 
-    Autograd compares no versions of such tensors, so that nobody would see that another op needs them. A saved tensor
-    takes hooks once: it refuses ours where it has some. So ask after the last look at ctx.saved_tensors.
+    Autograd does not compare versions of such tensors, so it would not detect that another op needs them. A saved
+    tensor takes hooks once, and refuses ours where it already has some. Call this after the last use of
+    ctx.saved_tensors.
     """
     try:
         ctx._raw_saved_tensors[0].register_hooks(_itself, _itself)
@@ -216,7 +223,7 @@ _call_fwd, _call_bwd = lib.caller("masked_ce_fwd"), lib.caller("masked_ce_bwd")
 
 
 def logits_dtypes(tensor: Tensor) -> tuple[torch.dtype, ...]:
-    """What the kernels of this device take."""
+    """Return the dtypes of logits that the kernels of this tensor's device take."""
     return tuple(raw.DTYPES) if tensor.is_cuda else _DTYPES_CPU
 
 
@@ -237,9 +244,22 @@ def check_targets(
     rows: Tensor | None,
     normalizer: Tensor | None = None,
 ) -> None:
-    """Shapes, dtypes and rows, and under ILLADA_DEBUG=1 the values on a GPU (on a CPU the kernel looks at them).
+    """Check shapes, dtypes and rows of a loss, and under ILLADA_DEBUG=1 the values on a GPU.
 
-    vocab_size None: a shard, of whose targets nothing is known.
+    On a CPU the kernel checks the values.
+
+    Args:
+        op: Name of the op, for error messages.
+        total: T.
+        vocab_size: V; None: a shard, whose targets may have any value.
+        targets: int64 or int32 [T].
+        token_weights: float32 [T], without gradient.
+        rows: int32 or int64 [N] in [0, T), or None.
+        normalizer: float32 scalar, or None.
+
+    Raises:
+        TypeError: A wrong dtype.
+        ValueError: A wrong shape or value, or token_weights that require grad.
     """
     if targets.dim() != 1 or targets.shape[0] != total:
         lib.check_shape(op, "targets", targets, (total,))
@@ -279,10 +299,14 @@ def check_targets(
 def split_normalizer(
     op: str, normalizer: float | Tensor | None, name: str, like: Tensor
 ) -> tuple[Tensor | None, float]:
-    """(float32 scalar or None, host factor): the loss is divided by one or the other. `like` is called `name`."""
+    """Split the normalizer into (float32 scalar or None, host factor).
+
+    The loss is divided by the scalar, or multiplied by the factor. `like` is the tensor whose device must match, called
+    `name` in errors. ValueError: the normalizer has a wrong shape, device or value.
+    """
     if isinstance(normalizer, Tensor):
         lib.check_shape(op, "normalizer", normalizer, ())
-        if normalizer.device.type != "cpu":  # one on the CPU is as good as a number
+        if normalizer.device.type != "cpu":  # a CPU scalar is used like a number
             lib.check_same_device(op, (name, like), ("normalizer", normalizer))
         elif lib.may_read(normalizer):
             full_scale(normalizer, 1.0, op)
@@ -305,26 +329,30 @@ def masked_cross_entropy(
     return_lse: bool = False,
     inplace_backward: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:
-    """sum_i w_i * CE(logits_i, y_i) / normalizer from logits that are already there.
+    """Compute sum_i w_i * CE(logits_i, y_i) / normalizer from given logits.
+
+    The gradient of logits is dense, [T, V] in their dtype, and 0 in rows with token weight 0.
 
     Args:
-        logits: [T, V], float32, bfloat16 or (on CUDA) float16, any row stride. Rows without a weight are never read.
-        targets, token_weights, normalizer, return_nll: as in `linear_masked_cross_entropy`.
-        rows: int32 or int64 [N]; default: all rows with a weight. Other rows count as if their weight were 0.
-        return_lse: also return log sum exp of each row, float32 [T], nats, 0 for rows without a weight. It has a
-            gradient, so that a z-loss costs nothing more: loss + 1e-4 * (lse**2).sum().
-        inplace_backward: the backward writes the gradient over the logits instead of into new memory. Nobody may use
-            the logits after it, and it runs once: autograd raises where an op keeps them for its own backward, as the
-            tanh, exp or softmax that made them do. Their rows must not overlap. Ignored under torch.compile, and
-            where saved-tensor hooks keep the logits (checkpoint with use_reentrant=False, save_on_cpu).
+        logits: [T, V], float32, bfloat16 or (on CUDA) float16, any row stride. Rows with token weight 0 are never read.
+        targets, token_weights, normalizer, return_nll: As in `linear_masked_cross_entropy`.
+        rows: int32 or int64 [N], the selected rows; default: all rows with nonzero token weight. Other rows count as if
+            their token weight were 0.
+        return_lse: Also return log sum exp of each row, float32 [T], nats, 0 in rows with token weight 0. It has a
+            gradient, so a z-loss costs nothing more: loss + 1e-4 * (lse**2).sum().
+        inplace_backward: Write the gradient over the logits instead of into new memory. The logits must not be used
+            after the backward, which runs once. Autograd raises where another op saved the logits for its backward, as
+            a tanh, exp or softmax that produced them does. Their rows must not overlap. The option is ignored under
+            torch.compile, and where saved-tensor hooks keep the logits (checkpoint with use_reentrant=False,
+            save_on_cpu).
 
     Returns:
-        loss, a float32 scalar; with `return_nll` and `return_lse` a tuple (loss, nll, lse) of what was asked for. The
-        gradient is dense [T, V] in the logits' dtype, 0 in rows without a weight.
+        loss, a float32 scalar. With `return_nll` or `return_lse` a tuple of loss and those requested of nll and lse, in
+        this order.
 
     Raises:
-        As `linear_masked_cross_entropy`. RuntimeError: a second backward through `inplace_backward`; logits that were
-        written over, but are needed.
+        TypeError, ValueError, NotImplementedError: As `linear_masked_cross_entropy`.
+        RuntimeError: A second backward with `inplace_backward`, or another op needs the overwritten logits.
     """
     op = "masked_cross_entropy"
     check_logits(op, logits)

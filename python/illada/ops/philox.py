@@ -1,7 +1,7 @@
 """Philox4x32-10 in numpy: random words as a pure function of (counter, key).
 
-Salmon, Moraes, Dror, Shaw: "Parallel Random Numbers: As Easy as 1, 2, 3", SC'11. Nothing is drawn in order, so a
-result never depends on batch size, process count or what was drawn before.
+Salmon, Moraes, Dror, Shaw: "Parallel Random Numbers: As Easy as 1, 2, 3", SC'11. The words have no order of drawing,
+so a result never depends on batch size, process count or earlier draws.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 
 
 def philox4x32(counter: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """Four random 32-bit words for each counter.
+    """Return four random 32-bit words for each counter.
 
     Args:
         counter: uint32 [..., 4].
-        key: uint32 [2], or [..., 2] to go with the counters.
+        key: uint32 [2], or one key per counter [..., 2].
 
     Returns:
-        uint32 [..., 4].
+        uint32 [..., 4], the words.
     """
     c0, c1, c2, c3 = (counter[..., i].astype(np.uint64) for i in range(4))
     k0, k1 = key[..., 0].astype(np.uint64), key[..., 1].astype(np.uint64)

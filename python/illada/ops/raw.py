@@ -1,11 +1,21 @@
-"""Out-parameter calls without the dispatcher: the kernels as they are, for benchmarks and for graphs that own their
-buffers.
+"""Direct calls of the native kernels with output arguments, without torch's dispatcher.
 
-Nothing is allocated or moved. No shape is checked but that of `lse_parts` in the backward of the cross-entropy. Tensors
-are contiguous (logits, hidden and weight: in their last dimension), of the dtypes that `illada.ops` documents, and on
-one device; the native side refuses null and host pointers, wrong devices and overlapping outputs. What is written to
-gets a new version, so that autograd knows. CUDA calls go to the current stream and are safe in graph capture after one
-call outside of it.
+Benchmarks use them, and programs that own their buffers, such as captured CUDA graphs.
+
+The calls allocate nothing and move nothing, except where a docstring says so. The caller must keep these conditions:
+
+- Shapes are as documented. Only `lse_parts` in the backward of the cross-entropy and the plan's rows are checked.
+- Tensors are contiguous. Logits, hidden and weight need this in their last dimension only.
+- Dtypes are those that `illada.ops` documents.
+- All tensors are on one device.
+
+The native side refuses null pointers, host pointers, wrong devices and overlapping outputs. Each call gives the tensors
+that it writes a new version, so autograd detects later use of stale values. CUDA calls run on the current stream. They
+are safe in graph capture after one call outside of the capture.
+
+Symbols in shapes: T tokens, N rows, V vocabulary size, C hidden width, S sequences, H query heads, G key-value heads,
+D head dim, Tk key rows, K bias slots. Results are written to the output arguments, and functions that write return
+None. Invalid arguments raise ValueError; a device or dtype without a kernel raises NotImplementedError.
 """
 
 from __future__ import annotations
@@ -23,10 +33,22 @@ _CPU = (-1, 0, False, 0, 0)  # LaunchArguments of csrc/bindings
 
 
 def _launch(out: Tensor, tensor: Tensor, *others: Tensor | None, workspace: Tensor | None = None) -> tuple:
-    """Where a call on `tensor` goes. ValueError: on a CPU, but to write to a GPU (the reverse is refused natively).
+    """Launch arguments of a call whose device is that of `tensor`.
 
-    `out`, `others` and `workspace` are all other tensors of the call. If they are on the device of `tensor`, the native
-    side does not ask CUDA about their addresses; else it does, and its error names the wrong one.
+    If `out`, `others` and `workspace` are all on the device of `tensor`, the native side does not ask CUDA about their
+    addresses. Otherwise it does, and its error names the wrong tensor.
+
+    Args:
+        out: An output tensor.
+        tensor: The input that decides the device.
+        others: All other tensors of the call.
+        workspace: uint8 scratch memory, or None.
+
+    Returns:
+        (device index, stream address, devices are checked, workspace address, workspace bytes); device -1 is the CPU.
+
+    Raises:
+        ValueError: `tensor` is on the CPU and `out` on a GPU. The native side refuses the reverse.
     """
     if not tensor.is_cuda:
         if out.is_cuda:
@@ -52,7 +74,7 @@ def _sample_arguments(
     top_k: int = 0, top_p: float = 1.0, top_ks: Tensor | None = None, top_ps: Tensor | None = None,
     confidence_at_temperature: bool = False,
 ) -> tuple:  # fmt: skip
-    """SampleArguments of csrc/bindings."""
+    """Return the tuple that csrc/bindings reads as SampleArguments."""
     count, stride = 0, 0
     if bias_ids is not None:
         count = bias_ids.shape[-1]
@@ -66,9 +88,16 @@ def _sample_arguments(
 
 
 def sample_tokens_workspace(rows: int, vocab_size: int, device: torch.device, filtered: bool = False) -> int:
-    """Bytes of workspace that `sample_tokens` needs on `device`; 0 on a CPU.
+    """Return the bytes of workspace that `sample_tokens` needs.
 
-    filtered: with top_k, top_p, top_ks, top_ps or confidence_at_temperature.
+    Args:
+        rows: N, the rows of logits.
+        vocab_size: V.
+        device: The device of the call; a CUDA device without an index is the current one.
+        filtered: Whether the call uses top_k, top_p, top_ks, top_ps or confidence_at_temperature.
+
+    Returns:
+        Bytes; 0 on a CPU.
     """
     if device.type != "cuda":
         return 0
@@ -97,10 +126,22 @@ def sample_tokens(
     *,
     workspace: Tensor | None = None,
 ) -> None:
-    """`illada.ops.sample_tokens` into `out`, whose entropy and margin may be None or empty.
+    """Sample one token of each row of logits into `out`, as `illada.ops.sample_tokens` does.
 
-    temperatures, seeds, steps, top_ks, top_ps: one for each row, in place of the number; measure: index into
-    `types.MEASURES`; workspace: uint8, of the size that `sample_tokens_workspace` says.
+    Args:
+        out: The outputs, each [N]: token int64; confidence, logprob, entropy and margin float32. Entropy and margin may
+            be None or empty.
+        logits: [N, V], float32, bfloat16 or (on CUDA) float16, any row stride.
+        temperature, seed, step: Numbers for all rows.
+        temperatures, seeds, steps: float32, int64 and int32 [N], one value per row in place of the number.
+        row_ids: int64 [N] in [0, 2^32); default 0 .. N - 1.
+        bias_ids: int32 [N, K] or [K]; -1 is an unused slot.
+        bias_values: float32, the shape of `bias_ids`.
+        measure: The confidence measure, an index into `types.MEASURES`.
+        top_k, top_p: Filters for all rows; 0 and 1.0 keep all ids.
+        top_ks, top_ps: int32 and float32 [N], one value per row in place of the number.
+        confidence_at_temperature: Compute all outputs but `token` from the distribution that is sampled.
+        workspace: uint8, at least as large as `sample_tokens_workspace` says.
     """
     arguments = _sample_arguments(
         out, temperature, seed, step, temperatures, seeds, steps, row_ids, bias_ids, bias_values, measure,
@@ -126,9 +167,16 @@ def _linear_arguments(hidden: Tensor, weight: Tensor, rows: Tensor | None) -> tu
 
 
 def linear_sample_tokens_workspace(hidden: Tensor, weight: Tensor, rows: Tensor | None) -> int | None:
-    """Bytes of workspace that `linear_sample_tokens` needs; None where it has no kernel for these tensors.
+    """Return the bytes of workspace that `linear_sample_tokens` needs.
 
-    It has one on sm_90a for 16-bit elements and 16-byte aligned rows.
+    Args:
+        hidden: [T, C].
+        weight: [V, C], the head weight.
+        rows: int32 [N], or None for all T rows.
+
+    Returns:
+        Bytes, or None where no fused kernel takes these tensors. One exists on sm_90a for 16-bit elements and 16-byte
+        aligned rows.
     """
     if not hidden.is_cuda:
         return None
@@ -137,10 +185,17 @@ def linear_sample_tokens_workspace(hidden: Tensor, weight: Tensor, rows: Tensor 
 
 
 def head_plan(rows: int, vocab_size: int, sm_count: int) -> tuple[int, int, int, list[tuple[int, int, int, int, int]]]:
-    """How `linear_sample_tokens` shares out its work on sm_90a, for tests: what each CTA takes, in its order.
+    """Return how `linear_sample_tokens` divides its work among CTAs on sm_90a; for tests.
 
-    Returns (CTAs of a cluster, ranges of the vocabulary, chunks of 32 ids in a range, tasks). A task is (CTA, row tile,
-    range, tiles of 128 rows x 256 ids, tiles of its cluster): the CTA waits while its neighbour has more of them.
+    Args:
+        rows: N, the rows that are sampled.
+        vocab_size: V.
+        sm_count: Number of streaming multiprocessors.
+
+    Returns:
+        (CTAs per cluster, vocabulary ranges, chunks of 32 ids per range, tasks). A task is (CTA, row tile, range, tiles
+        of 128 rows x 256 ids, tiles of its cluster). Each CTA's tasks are in the order of their execution. A CTA waits
+        while its neighbour in the cluster has more tiles.
     """
     return native().head_plan(rows, vocab_size, sm_count)
 
@@ -163,11 +218,18 @@ def linear_sample_tokens(
     *,
     workspace: Tensor,
 ) -> None:
-    """The fused kernel of `illada.ops.linear_sample_tokens` into `out`; arguments as in `sample_tokens` of this module.
+    """Run the fused kernel of `illada.ops.linear_sample_tokens` and write to `out`.
 
-    There are no filters: they need a row's logits more than once.
+    This call has no filters, because filters need a row's logits more than once.
 
-    workspace: uint8, of the size that `linear_sample_tokens_workspace` says.
+    Args:
+        out: The outputs, each [N], as in `sample_tokens` of this module.
+        hidden: [T, C], float16 or bfloat16.
+        weight: [V, C], the head weight, of hidden's dtype.
+        rows: int32 [N], the rows of hidden to sample; None: all T.
+        temperature, seed, step, temperatures, seeds, steps, row_ids, bias_ids, bias_values, measure: As in
+            `sample_tokens` of this module.
+        workspace: uint8, at least as large as `linear_sample_tokens_workspace` says.
     """
     arguments = _sample_arguments(
         out, temperature, seed, step, temperatures, seeds, steps, row_ids, bias_ids, bias_values, measure
@@ -184,7 +246,7 @@ def _cross_entropy_arguments(
     logits: Tensor, targets: Tensor, token_weights: Tensor, rows: Tensor | None, normalizer: Tensor | None,
     scale: float, vocab_start: int,
 ) -> tuple:  # fmt: skip
-    """CrossEntropyArguments of csrc/bindings."""
+    """Return the tuple that csrc/bindings reads as CrossEntropyArguments."""
     count, vocab_size = logits.shape
     return (
         logits, logits.stride(0), count, vocab_size, DTYPES[logits.dtype], rows, targets, targets.dtype == torch.int64,
@@ -193,7 +255,16 @@ def _cross_entropy_arguments(
 
 
 def masked_cross_entropy_workspace(rows: int, vocab_size: int, device: torch.device) -> int:
-    """Bytes of workspace that `masked_cross_entropy` needs for so many rows; 0 on a CPU."""
+    """Return the bytes of workspace that `masked_cross_entropy` needs.
+
+    Args:
+        rows: N, the rows of logits.
+        vocab_size: V.
+        device: The device of the call.
+
+    Returns:
+        Bytes; 0 on a CPU.
+    """
     return native().masked_cross_entropy_workspace(rows, vocab_size) if device.type == "cuda" else 0
 
 
@@ -213,13 +284,25 @@ def masked_cross_entropy(
     vocab_start: int = 0,
     workspace: Tensor | None = None,
 ) -> None:
-    """What `csrc/include/illada/loss.h` defines of each row of logits, into those of the outputs that are given.
+    """Compute the masked cross-entropy of each row of logits and write the outputs that are given.
 
-    logits [N, V]; targets int64 (or, on CUDA, int32) [T], token_weights float32 [T] and rows int32 [N] (None: row n is
-    token n); nll, lse, target_logit: float32 [N]; lse_parts: float32 [N, 2], the largest logit and lse less that, which
-    `grad` needs on CUDA for rows of more than 163,840 ids; grad [N, V], which may be the logits: of the loss, scale /
-    normalizer being what the sum is multiplied by, normalizer a float32 scalar; workspace: uint8, as
-    `masked_cross_entropy_workspace` says.
+    `csrc/include/illada/loss.h` defines the formulas. All outputs are 0 in rows with token weight 0.
+
+    Args:
+        logits: [N, V], float32, bfloat16 or (on CUDA) float16.
+        targets: int64 or (on CUDA) int32 [T].
+        token_weights: float32 [T].
+        rows: int32 [N], the token of each row of logits; None: row n is token n.
+        nll: Output, float32 [N], nats.
+        lse: Output, float32 [N], log sum exp of each row.
+        lse_parts: Output, float32 [N, 2]: the largest logit, and lse minus that. `grad` needs it on CUDA for rows of
+            more than 163,840 ids.
+        target_logit: Output, float32 [N].
+        grad: Output, [N, V] in the dtype of logits, the gradient of the loss. It may be the logits tensor.
+        normalizer: float32 scalar that divides the loss; None: 1.
+        scale: Factor that multiplies the loss, beside 1 / normalizer.
+        vocab_start: The id of the first column of logits.
+        workspace: uint8, at least as large as `masked_cross_entropy_workspace` says.
     """
     outputs = [out for out in (nll, lse, lse_parts, target_logit, grad) if out is not None]
     first, *others = outputs or [logits]
@@ -245,10 +328,19 @@ def masked_cross_entropy_backward(
     scale: float = 1.0,
     vocab_start: int = 0,
 ) -> None:
-    """The gradient of the logits into `grad` [N, V], which may be the logits, from the lse_parts of an earlier call.
+    """Compute the gradient of the logits into `grad` from the lse_parts of an earlier call.
 
-    lse_parts: float32 [N, 2], not the lse [N]; dloss: float32 scalar that multiplies, or None: 1; dlse: float32 [N], or
-    None: 0. Others as in `masked_cross_entropy` of this module. Another shape or dtype of lse_parts is an error.
+    Args:
+        grad: Output, [N, V] in the dtype of logits. It may be the logits tensor.
+        lse_parts: float32 [N, 2] from `masked_cross_entropy` of this module, not the lse [N].
+        dloss: float32 scalar, the gradient of the loss; None: 1.
+        dlse: float32 [N], the gradient of the lse; None: 0.
+        logits, targets, token_weights, rows, normalizer, scale, vocab_start: As in `masked_cross_entropy` of this
+            module.
+
+    Raises:
+        ValueError: lse_parts has another shape.
+        TypeError: lse_parts has another dtype.
     """
     op = "raw.masked_cross_entropy_backward"
     check_shape(op, "lse_parts", lse_parts, (logits.shape[0], 2))  # an lse [N] would be read beyond its end
@@ -264,7 +356,15 @@ def masked_cross_entropy_backward(
 def weighted_sum(
     loss: Tensor, nll: Tensor, token_weights: Tensor, *, normalizer: Tensor | None = None, scale: float = 1.0
 ) -> None:
-    """scale / normalizer * sum_i token_weights[i] nll[i] into `loss`, float32 []; the others float32 [T]."""
+    """Write scale / normalizer * sum_i token_weights[i] nll[i] to `loss`.
+
+    Args:
+        loss: Output, float32 scalar.
+        nll: float32 [T].
+        token_weights: float32 [T].
+        normalizer: float32 scalar that divides the sum; None: 1.
+        scale: Factor that multiplies the sum.
+    """
     launch = _launch(loss, nll, token_weights, normalizer)
     if launch is _CPU:
         scale = scale if normalizer is None else scale / float(normalizer)
@@ -275,7 +375,15 @@ def weighted_sum(
 
 
 def scale(data: Tensor, factor: Tensor) -> None:
-    """data *= factor, a float32 scalar; nothing is read or written where that is 1. data: contiguous. CUDA only."""
+    """Multiply `data` by `factor` in place, on CUDA only. A factor of 1 reads and writes no data.
+
+    Args:
+        data: Any shape, contiguous; float32, bfloat16 or float16.
+        factor: float32 scalar on the device.
+
+    Raises:
+        ValueError: `data` is not on CUDA.
+    """
     launch = _cuda_launch("scale", data, factor)
     native().scale(address(data), data.numel(), DTYPES[data.dtype], address(factor), *launch[:3])
     written(data)
@@ -286,7 +394,7 @@ def _linear_loss_arguments(
     normalizer: Tensor | None, scale: float, chunk_rows: int, hidden_grad: Tensor | None, weight_grad: Tensor | None,
     add_to_weight_grad: bool, filter_eps: float,
 ) -> tuple:  # fmt: skip
-    """LinearLossArguments of csrc/bindings."""
+    """Return the tuple that csrc/bindings reads as LinearLossArguments."""
     grad_dtype = torch.float32 if weight_grad is None else weight_grad.dtype
     return (
         *(address(hidden), DTYPES[hidden.dtype], hidden.stride(0), hidden.shape[0]),
@@ -307,10 +415,21 @@ def linear_masked_cross_entropy_workspace(
     weight_grad: bool = True,
     filter_eps: float = 0.0,
 ) -> int | None:
-    """Bytes of workspace that `linear_masked_cross_entropy` needs; None where it has no kernel for these tensors.
+    """Return the bytes of workspace that `linear_masked_cross_entropy` needs.
 
-    It has one on sm_90a for bfloat16 or float32 hidden and 16-byte aligned rows. The weight may have another dtype
-    here, if the call gets it in bfloat16 and contiguous.
+    Args:
+        hidden: [T, C].
+        weight: [V, C], the head weight. It may have another dtype here, if the later call gets it in bfloat16 and
+            contiguous.
+        rows: int32 [N], or None.
+        chunk_rows: As in the later call.
+        hidden_grad: Whether the later call computes the gradient of hidden.
+        weight_grad: Whether the later call computes the gradient of the weight.
+        filter_eps: As in the later call.
+
+    Returns:
+        Bytes, or None where no kernel takes these tensors. One exists on sm_90a for bfloat16 or float32 hidden and
+        16-byte aligned rows.
     """
     if not hidden.is_cuda or hidden.dtype not in DTYPES:
         return None
@@ -319,7 +438,7 @@ def linear_masked_cross_entropy_workspace(
         *(address(hidden), DTYPES[hidden.dtype], hidden.stride(0), hidden.shape[0]),
         *((address(weight), weight.stride(0)) if is_bfloat16 else (0, weight.shape[1])),
         *(weight.shape[0], weight.shape[1]),
-        # Gradients are only looked at for being there: any address.
+        # The size depends on whether gradients are computed, not on their addresses: pass any nonzero address.
         *(0, True, 0, 0, -1 if rows is None else rows.shape[0], 1.0, 0, chunk_rows),
         *(0, int(hidden_grad), int(weight_grad), 0, False, filter_eps),
     )
@@ -344,16 +463,32 @@ def linear_masked_cross_entropy(
     filter_eps: float = 0.0,
     workspace: Tensor,
 ) -> None:
-    """The kernels of `illada.ops.linear_masked_cross_entropy` on sm_90a: nll float32 [T] and the gradients of
-    sum_i w_i nll_i * scale / normalizer, each of tokens with a weight (of `rows`) alone.
+    """Run the sm_90a kernels of `illada.ops.linear_masked_cross_entropy`: nll and gradients.
 
-    Other tokens' nll and hidden_grad are left as they are. hidden_grad: [T, C], of hidden's dtype; weight_grad: [V, C],
-    float32 or bfloat16, added to if asked for; both contiguous. normalizer: float32 scalar on the device. filter_eps:
-    as in `illada.ops.linear_masked_cross_entropy`. workspace: uint8, of the size that
-    `linear_masked_cross_entropy_workspace` says.
+    The gradients are those of sum_i w_i nll_i * scale / normalizer. Only tokens with nonzero token weight count, and
+    only those in `rows` where it is given. The call leaves the nll and hidden_grad of other tokens unchanged.
 
-    Where the choice loss_gradients is "mm", torch.mm makes the gradients, of all rows of a chunk, used or not, and
-    exactly, whatever filter_eps is; it may allocate.
+    Where the variant loss_gradients is "mm", torch.mm computes the gradients, of all rows of a chunk, used or not. It
+    computes them exactly, whatever filter_eps is, and it may allocate.
+
+    Args:
+        nll: Output, float32 [T], nats.
+        hidden: [T, C], bfloat16 or float32 (rounded to bfloat16), 16-byte aligned rows.
+        weight: [V, C], the head weight, bfloat16, 16-byte aligned rows.
+        targets: int64 or int32 [T].
+        token_weights: float32 [T].
+        rows: int32 [N], distinct; None: the tokens with nonzero weight, found on the device.
+        normalizer: float32 scalar on the device; None: 1.
+        scale: Factor that multiplies the loss.
+        chunk_rows: Tokens whose probabilities exist at a time; 0: as many as the default buffer holds.
+        hidden_grad: Output, [T, C] in hidden's dtype, contiguous; or None.
+        weight_grad: Output, [V, C], float32 or bfloat16, contiguous; or None.
+        add_to_weight_grad: Add to the contents of weight_grad instead of overwriting them.
+        filter_eps: As in `illada.ops.linear_masked_cross_entropy`.
+        workspace: uint8, at least as large as `linear_masked_cross_entropy_workspace` says.
+
+    Raises:
+        ValueError: hidden is not on CUDA.
     """
     arguments = _linear_loss_arguments(
         nll, hidden, weight, targets, token_weights, rows, normalizer, scale, chunk_rows, hidden_grad, weight_grad,
@@ -375,7 +510,7 @@ def _linear_loss_by_mm(
     arguments: tuple, launch: tuple, weight: Tensor, hidden_grad: Tensor | None, weight_grad: Tensor | None,
     add_to_weight_grad: bool, workspace: Tensor,
 ) -> None:  # fmt: skip
-    """`linear_masked_cross_entropy`, but for the products of the gradients, which are torch.mm's."""
+    """Run `linear_masked_cross_entropy` with torch.mm for the matrix products of the gradients."""
     chunks, rows, stride, weight_first, *offsets = native().linear_loss_layout(arguments, launch[0])
 
     def place(offset: int, columns: int, dtype: torch.dtype) -> Tensor:
@@ -404,7 +539,14 @@ def _linear_loss_by_mm(
 def attention_plan_rows(
     total_q: int, total_k: int | None, num_sequences: int, num_heads: int, num_kv_heads: int, head_dim: int
 ) -> int:
-    """Rows of a plan on CUDA, int32 [rows, 4]; total_k None: without a work list for the backward."""
+    """Return the number of rows of an attention plan on CUDA, which is int32 [rows, 4].
+
+    Args:
+        total_q: T, the packed queries.
+        total_k: Tk, the rows of k and v; None: the plan has no work items for the backward.
+        num_sequences: S.
+        num_heads, num_kv_heads, head_dim: H, G and D.
+    """
     return native().attention_plan_rows(
         (total_q, -1 if total_k is None else total_k, num_sequences, num_heads, num_kv_heads, head_dim)
     )
@@ -421,7 +563,20 @@ def attention_plan(
     num_kv_heads: int,
     head_dim: int,
 ) -> None:
-    """`illada.ops.attention_plan` into `out`, int32 of the rows that `attention_plan_rows` says. CUDA only."""
+    """Write the plan of `illada.ops.attention_plan` to `out`, on CUDA only.
+
+    Args:
+        out: Output, int32 [rows, 4], with rows from `attention_plan_rows`.
+        cu_seqlens: int32 [S + 1].
+        cu_seqlens_k: int32 [S + 1], or None: the same as cu_seqlens.
+        seqused_k: int32 [S], or None: all keys of each slot.
+        total_q: T, the packed queries.
+        total_k: Tk, the rows of k and v; None: no work items for the backward.
+        num_heads, num_kv_heads, head_dim: H, G and D.
+
+    Raises:
+        ValueError: `out` has another number of rows, or cu_seqlens is not on CUDA.
+    """
     launch = _cuda_launch("attention_plan", cu_seqlens, cu_seqlens_k, seqused_k, out)
     sequences = cu_seqlens.shape[0] - 1
     pack = (total_q, -1 if total_k is None else total_k, sequences, num_heads, num_kv_heads, head_dim)
@@ -436,7 +591,15 @@ def attention_plan(
 def varlen_attention_workspace(
     total_q: int, num_sequences: int, num_heads: int, num_kv_heads: int, head_dim: int
 ) -> int:
-    """Bytes of workspace that `varlen_attention` needs: 0 but for small packs, whose keys may be split."""
+    """Return the bytes of workspace that `varlen_attention` needs on CUDA.
+
+    They are 0 except for small packs, whose keys may be split.
+
+    Args:
+        total_q: T, the packed queries.
+        num_sequences: S.
+        num_heads, num_kv_heads, head_dim: H, G and D.
+    """
     return native().varlen_attention_workspace((total_q, 0, num_sequences, num_heads, num_kv_heads, head_dim))
 
 
@@ -452,12 +615,23 @@ def varlen_attention(
     *,
     workspace: Tensor | None = None,
 ) -> None:
-    """`illada.ops.varlen_attention` into `out` [T, H, D] and `lse` float32 [H, T], both contiguous.
+    """Compute `illada.ops.varlen_attention` into `out` and `lse`.
 
-    plan: of `attention_plan` with the same numbers; on a CPU rows (query start, query end, key start, key end), and
-    sequences that it leaves out are not touched. workspace: uint8, as `varlen_attention_workspace` says.
+    Args:
+        out: Output, [T, H, D] in q's dtype, contiguous.
+        lse: Output, float32 [H, T], contiguous.
+        q: [T, H, D], last dimension contiguous.
+        k, v: [Tk, G, D], last dimension contiguous.
+        plan: int32 [rows, 4] from `attention_plan` with the same sizes. On a CPU its rows are (query start, query end,
+            key start, key end). The CPU kernel does not touch sequences that the plan leaves out.
+        num_sequences: S.
+        softmax_scale: Factor of the scores.
+        workspace: uint8, at least as large as `varlen_attention_workspace` says.
+
+    Raises:
+        ValueError: q and plan are on different devices.
     """
-    if plan.is_cuda and not q.is_cuda:  # which the host would read
+    if plan.is_cuda and not q.is_cuda:  # the host would read device memory
         raise ValueError(f"varlen_attention: q is on the CPU, but the plan is on {plan.device}; they must agree")
     total_q, heads, dim = q.shape
     native().varlen_attention(
@@ -473,7 +647,15 @@ def varlen_attention_backward_workspace(
     total_q: int, total_k: int, num_sequences: int, num_heads: int, num_kv_heads: int, head_dim: int,
     deterministic: bool, multiplies_twice: bool, device: int,
 ) -> int:  # fmt: skip
-    """Bytes of workspace that `varlen_attention_backward` needs on the CUDA device of this index."""
+    """Return the bytes of workspace that `varlen_attention_backward` needs on CUDA.
+
+    Args:
+        total_q, total_k: T and Tk, the packed queries and the rows of k and v.
+        num_sequences: S.
+        num_heads, num_kv_heads, head_dim: H, G and D.
+        deterministic, multiplies_twice: As in the later call.
+        device: Index of the CUDA device.
+    """
     pack = (total_q, total_k, num_sequences, num_heads, num_kv_heads, head_dim)
     return native().varlen_attention_backward_workspace(pack, deterministic, multiplies_twice, device)
 
@@ -497,16 +679,29 @@ def varlen_attention_backward(
     deterministic: bool = False,
     multiplies_twice: bool = False,
 ) -> None:
-    """The gradients of `illada.ops.varlen_attention` into `dq` [T, H, D], `dk` and `dv` [Tk, G, D].
+    """Compute the gradients of `illada.ops.varlen_attention` into `dq`, `dk` and `dv`.
 
-    dq, dk, dv, out and lse (float32 [H, T]) are contiguous, as is dlse, float32 [H, T] (None: 0); dout may be strided.
-    plan: as of `varlen_attention`, and on CUDA with total_k known; gradients of what it leaves out are 0.
+    Args:
+        dq: Output, [T, H, D], contiguous.
+        dk, dv: Outputs, [Tk, G, D], contiguous.
+        dout: [T, H, D], the gradient of out; it may be strided.
+        dlse: float32 [H, T], contiguous, the gradient of lse; None: 0.
+        q, k, v: As in `varlen_attention` of this module.
+        out: [T, H, D], contiguous, from the forward.
+        lse: float32 [H, T], contiguous, from the forward.
+        plan: As in `varlen_attention` of this module, and on CUDA made with total_k. Gradients of tokens that it leaves
+            out are 0.
+        num_sequences: S.
+        softmax_scale: Factor of the scores.
+        workspace: CUDA only; uint8, at least as large as `varlen_attention_backward_workspace` says.
+        deterministic: CUDA only; give the same bits in every run, as the CPU kernel always does.
+        multiplies_twice: CUDA only; recompute the scores in a separate kernel for dq. It is faster where sequences are
+            short, and deterministic. Devices before sm_90 always do this.
 
-    For CUDA alone: workspace, uint8, as `varlen_attention_backward_workspace` says. deterministic: the same bits in
-    every run, as always on a CPU. multiplies_twice: dq by a kernel of its own, faster where sequences are short
-    and deterministic as well; before sm_90 always.
+    Raises:
+        ValueError: q and plan are on different devices.
     """
-    if plan.is_cuda and not q.is_cuda:  # which the host would read
+    if plan.is_cuda and not q.is_cuda:  # the host would read device memory
         raise ValueError(f"varlen_attention: q is on the CPU, but the plan is on {plan.device}; they must agree")
     launch = _launch(dq, q, dk, dv, dout, dlse, k, v, out, lse, plan, workspace=workspace)
     total_q, heads, dim = q.shape
@@ -534,7 +729,23 @@ def remask(
     min_commit: int,
     end_ids: Tensor | None,
 ) -> None:
-    """`illada.ops.remask` into `tokens` and `out`; rule: index into `types.RULES`."""
+    """Commit candidates to `tokens` in place and write the counts to `out`, as `illada.ops.remask` does.
+
+    Args:
+        out: The outputs, each [S]: committed and remaining int32, finished and ended bool.
+        tokens: int64 or int32 [T], the packed canvas.
+        rows: int32 [N], the positions in `tokens` that were sampled.
+        cu_rows: int32 [S + 1], where each sequence's rows start.
+        token: int64 [N], the candidates.
+        confidence: float32 [N].
+        entropy: float32 [N], nats, or None; the rule entropy_bound needs it.
+        rule: The commit rule, an index into `types.RULES`.
+        limit: The rule's number for all sequences.
+        limits: [S], int32 for quota and float32 for other rules, in place of `limit`; or None.
+        mask_id: The id of the mask token.
+        min_commit: Fewest candidates to commit, for rules other than quota.
+        end_ids: int64 [E], the tokens that end a sequence; or None.
+    """
     native().remask(
         *(address(tokens), tokens.dtype == torch.int64, tokens.shape[0], address(rows), address(cu_rows)),
         *(rows.shape[0], cu_rows.shape[0] - 1, address(token), address(confidence), address(entropy)),

@@ -1,8 +1,8 @@
-"""The specification: every op of `illada.ops` in plain torch, same names and arguments, no native code.
+"""Specification of every op of `illada.ops` in plain torch, with the same names and arguments and no native code.
 
-Readable before fast, and exact in whatever dtype it is given: in float64 these functions are the oracle of
-the tests. They materialise what the real ops avoid (all logits, all probabilities, a loop over sequences).
-Differentiable where the ops are, through ordinary autograd.
+The functions favour readability over speed and compute in the dtype of their inputs. In float64 they are the oracle of
+the tests. They materialise what the real ops avoid: all logits, all probabilities, a loop over sequences. They are
+differentiable where the ops are, through ordinary autograd.
 """
 
 from __future__ import annotations
@@ -35,10 +35,15 @@ def varlen_attention(
     softmax_scale: float | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """out[i, h] = sum_j softmax_j(scale * q[i, h] . k[j, g]) v[j, g], g = h // (H / G), j over i's own sequence.
+    """Compute bidirectional attention within each packed sequence; arguments as in `illada.ops.varlen_attention`.
 
-    Shapes as in `illada.ops.varlen_attention`; lse = log sum_j exp(scale * q . k), natural log, [H, T]. Without
-    keys, as for rows behind the last sequence, out is 0 and lse -inf.
+        out[i, h] = sum_j softmax_j(scale * q[i, h] . k[j, g]) v[j, g],   g = h // (H / G)
+
+    The index j runs over i's own sequence.
+
+    Returns:
+        out [T, H, D]; with `return_lse` (out, lse), where lse = log sum_j exp(scale * q . k), natural log, [H, T].
+        Without keys, as for rows after the last sequence, out is 0 and lse -inf.
     """
     heads, group = q.shape[1], q.shape[1] // k.shape[1]
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
@@ -55,7 +60,7 @@ def varlen_attention(
             outs.append(torch.zeros_like(q_s))
         else:
             outs.append(torch.einsum("hij,jhd->ihd", scores.softmax(-1), v_s))
-    rest = q[cu_seqlens[-1] :]  # of no sequence
+    rest = q[cu_seqlens[-1] :]  # rows of no sequence
     outs.append(torch.zeros_like(rest))
     lses.append(q.new_full((heads, len(rest)), -torch.inf))
     out, lse = torch.cat(outs), torch.cat(lses, dim=1)
@@ -72,7 +77,7 @@ def linear_masked_cross_entropy(
     normalizer: float | Tensor | None = None,
     return_nll: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:
-    """`masked_cross_entropy` of the logits hidden @ weight^T."""
+    """Compute `masked_cross_entropy` of the logits hidden @ weight^T, with hidden [T, C] and weight [V, C]."""
     return masked_cross_entropy(
         hidden @ weight.T, targets, token_weights, rows=rows, normalizer=normalizer, return_nll=return_nll
     )
@@ -88,7 +93,10 @@ def masked_cross_entropy(
     return_nll: bool = False,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:
-    """loss = sum_i w_i (lse_i - logits[i, y_i]) / normalizer over the rows with w_i != 0 (Eq. 1 with w = 1/p)."""
+    """Compute loss = sum_i w_i (lse_i - logits[i, y_i]) / normalizer over the rows with w_i != 0.
+
+    With w = 1/p this is Eq. 1 of the iLLaDA paper. Arguments and results are as in `illada.ops.masked_cross_entropy`.
+    """
     selected = token_weights.nonzero().squeeze(-1) if rows is None else rows.long()
     x, w = logits[selected], token_weights[selected].to(logits.dtype)
     lse = x.logsumexp(-1)
@@ -102,11 +110,11 @@ def masked_cross_entropy(
 
 
 def uniform64(seed: int, row_id: int, step: int, vocab_size: int) -> np.ndarray:
-    """The sampler's uniforms in (0, 1), float64 `[V]`: 64 random bits each, (bits + 1/2) / 2^64.
+    """Return the sampler's uniforms in (0, 1), float64 [V]: (bits + 1/2) / 2^64 with 64 random bits each.
 
     Vocabulary index v takes word v % 4 of Philox4x32-10 with key (seed lo, seed hi) and counter
-    (v // 4, row_id, step, stream). The upper 32 bits come from one stream, the lower from another, which a
-    kernel needs to draw only for the few tokens that can still win.
+    (v // 4, row_id, step, stream). The upper 32 bits come from one stream, the lower from another. A kernel needs to
+    draw the lower bits only for the few tokens that can still win.
     """
     counter = np.zeros((-(-vocab_size // 4), 4), dtype=np.uint32)
     counter[:, 0] = np.arange(len(counter))
@@ -133,8 +141,10 @@ def sample_tokens(
     confidence_at_temperature: bool = False,
     extras: Sequence[str] = (),
 ) -> TokenSample:
-    """token = argmax(logits + temperature * Gumbel) over the ids that `kept_ids` names; confidence from the noise-free
-    softmax (LLaDA's rule), or from that of the kept logits at the temperature (Dream's).
+    """Sample token = argmax(logits + temperature * Gumbel) over the ids that `kept_ids` returns.
+
+    Confidence comes from the noise-free softmax (LLaDA's rule), or from the softmax of the kept logits at the
+    temperature (Dream's rule). Arguments and results are as in `illada.ops.sample_tokens`, in float64.
     """
     rows, vocab_size = logits.shape
     x = logits.double().clone()
@@ -158,7 +168,7 @@ def sample_tokens(
         if confidence_at_temperature and x[n].max().isfinite():
             x[n] = torch.where(kept, (x[n] - x[n].max()) / divisor, -torch.inf)
         if t > 0:
-            # -log(1 - u), not -log(u): the winners are the smallest of these, and small u are exact.
+            # -log(1 - u), not -log(u): the smallest values win, and small u are exact.
             exponential = -np.log1p(-uniform64(s, row_id, at_step, vocab_size))
             noisy[n] += t * torch.from_numpy(-np.log(exponential))
         key = np.array([s & 0xFFFFFFFF, (s >> 32) & 0xFFFFFFFF], dtype=np.uint32)
@@ -174,7 +184,7 @@ def sample_tokens(
     confidence = {"probability": logprob.exp(), "margin": margin, "entropy": -entropy, "random": random_measure}[
         measure
     ]
-    # A softmax without a value (NaN, +inf or nothing but -inf among the logits) is never committed.
+    # A row whose softmax has no value (NaN or +inf among the logits, or only -inf) is never committed.
     valid = logprobs.exp().sum(-1).isfinite()
     return TokenSample(
         token=token,
@@ -186,10 +196,10 @@ def sample_tokens(
 
 
 def kept_ids(x: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """bool [V], what top_k and then top_p keep of one row: all where the row has no softmax.
+    """Return the ids of one row that top_k and then top_p keep, bool [V]; all ids where the row has no softmax.
 
-    top_k: the k largest and all that equal the last of them. top_p: of softmax(x / temperature) over those, from the
-    largest down, of equal ones the lowest id first, until the sum reaches top_p.
+    top_k keeps the k largest logits and all that equal the last of them. top_p then takes softmax(x / temperature) over
+    those ids. It keeps them from the largest down, of equal ones the lowest id first, until the sum reaches top_p.
     """
     everything = torch.ones_like(x, dtype=torch.bool)
     if not x.softmax(-1).sum().isfinite():
@@ -205,7 +215,7 @@ def kept_ids(x: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
 
 
 def linear_sample_tokens(hidden: Tensor, weight: Tensor, *, rows: Tensor | None = None, **keywords) -> TokenSample:
-    """`sample_tokens` of the logits hidden[rows] @ weight^T."""
+    """Apply `sample_tokens` to the logits hidden[rows] @ weight^T; hidden [T, C], weight [V, C], rows [N] or None."""
     return sample_tokens((hidden if rows is None else hidden[rows.long()]) @ weight.T, **keywords)
 
 
@@ -224,11 +234,15 @@ def remask(
     end_ids: Tensor | None = None,
     return_status: bool = False,
 ) -> Tensor | RemaskStatus:
-    """Commit the chosen candidates of each sequence to `tokens`, in place; the rest stay masks.
+    """Commit the chosen candidates of each sequence to `tokens` in place; the rest stay masks.
 
-    Rules, with candidates ranked by confidence c (by entropy H, ascending, for the last one), rank r from 1:
-    quota k: r <= k. threshold tau: c >= tau. factor f: the longest prefix with c_(r) > 1 - f / (r + 1).
-    entropy_bound gamma: the longest prefix with sum H_(1..r) - max H_(1..r) <= gamma.
+    Arguments and results are as in `illada.ops.remask`. Candidates are ranked by descending confidence c, for
+    entropy_bound by ascending entropy H; rank r starts at 1. The rules commit:
+
+    - quota k: r <= k.
+    - threshold tau: c >= tau.
+    - factor f: the longest prefix with c_(r) > 1 - f / (r + 1).
+    - entropy_bound gamma: the longest prefix with sum H_(1..r) - max H_(1..r) <= gamma.
     """
     committed, remaining = torch.zeros(2, len(cu_rows) - 1, dtype=torch.int32)
     ended = torch.zeros(len(committed), dtype=torch.bool)
@@ -269,7 +283,7 @@ def remask(
 
 
 def _prefix(passes) -> int:
-    """How many leading items pass."""
+    """Count the leading items that pass."""
     count = 0
     for ok in passes:
         if not ok:

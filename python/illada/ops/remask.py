@@ -1,10 +1,10 @@
-"""Confidence remasking: sample a token and its confidence for each masked position, commit the surest ones.
+"""Confidence remasking: sample a token and its confidence for each masked position, commit the most confident ones.
 
     token = argmax_v (x[v] + temperature * Gumbel(seed, row_id, step, v)),   confidence from softmax(x) alone
 
-One pass over each row of logits, in which the softmax, its runner-up and entropy and the noisy maximum are found
-together. The noise is a pure function of its key (Philox4x32-10), so a sequence samples the same tokens whatever else
-is in the batch. Formulas of the commit rules: `illada.ops.reference.remask`.
+One pass over each row of logits finds the softmax, the second largest probability, the entropy and the noisy maximum.
+The noise is a pure function of its key (Philox4x32-10). A sequence therefore samples the same tokens whatever else is
+in the batch. `illada.ops.reference.remask` has the formulas of the commit rules.
 
 | device          | logits                     | tokens       | kernels                                              |
 |-----------------|----------------------------|--------------|------------------------------------------------------|
@@ -27,16 +27,16 @@ from illada.ops.types import MEASURES, RULES, LogitBias, RemaskStatus, TokenSamp
 
 _DTYPES_CPU = (torch.float32, torch.bfloat16)
 
-#: Logits of one chunk of `linear_sample_tokens`. CPU: stays in the last-level cache for small vocabularies.
+#: Bytes of logits in one row chunk of `linear_sample_tokens`. CPU: fits the last-level cache for small vocabularies.
 _CHUNK_BYTES_CPU = 32 << 20
-_CHUNK_BYTES_CUDA = 256 << 20  # 800 rows of 155,136 ids: enough for the GEMM, little beside the weight
+_CHUNK_BYTES_CUDA = 256 << 20  # 800 rows of 155,136 ids: enough for the GEMM, small beside the head weight
 
 _SAMPLE_ARGUMENTS = (
     "float temperature, int seed, int step, Tensor? temperatures, Tensor? seeds, Tensor? steps, Tensor? row_ids, "
     "Tensor? bias_ids, Tensor? bias_values, int measure, int top_k, float top_p, Tensor? top_ks, Tensor? top_ps, "
     "bool confidence_at_temperature, bool want_entropy, bool want_margin"
 )
-#: The same as keywords of `illada.ops.raw`, without the two flags.
+#: The same arguments as keywords of `illada.ops.raw`, without filters, want_entropy and want_margin.
 _SETTINGS = (
     *("temperature", "seed", "step", "temperatures", "seeds", "steps", "row_ids"),
     *("bias_ids", "bias_values", "measure"),
@@ -60,7 +60,7 @@ lib.LIBRARY.define(
 
 
 def _allocate(like: Tensor, rows: int, want_entropy: bool, want_margin: bool) -> tuple[Tensor, ...]:
-    """token, confidence, logprob, entropy, margin; the last two are empty where nobody asked."""
+    """Allocate token, confidence, logprob, entropy and margin; the last two are empty unless requested."""
     sizes = (rows, rows, rows, rows if want_entropy else 0, rows if want_margin else 0)
     dtypes = (torch.int64,) + (torch.float32,) * 4
     return tuple(like.new_empty(size, dtype=dtype) for size, dtype in zip(sizes, dtypes, strict=True))
@@ -71,7 +71,7 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def _sample_into(out: Sequence[Tensor], logits: Tensor, *arguments) -> None:
-    """`arguments` as in the ops' schemas, without the two flags that `out` already answers."""
+    """Sample into `out`; `arguments` are those of the ops' schemas without want_entropy and want_margin."""
     numbers, tensors, measure, filters = arguments[:3], arguments[3:9], arguments[9], arguments[10:]
     size = raw.sample_tokens_workspace(logits.shape[0], logits.shape[1], logits.device, _may_filter(*filters))
     workspace = logits.new_empty(size, dtype=torch.uint8) if size else None
@@ -82,7 +82,7 @@ def _sample_into(out: Sequence[Tensor], logits: Tensor, *arguments) -> None:
 
 
 def _may_filter(top_k, top_p, top_ks, top_ps, confidence_at_temperature) -> bool:
-    """May a row ask for more than one pass over its logits?"""
+    """Return whether a row may need more than one pass over its logits."""
     return top_ks is not None or top_ps is not None or top_k > 0 or top_p < 1 or confidence_at_temperature
 
 
@@ -93,13 +93,13 @@ def _sample(logits, *arguments):
 
 
 def _linear_sample_chunks(hidden, weight, rows, *arguments):
-    """torch.mm on chunks of rows, each sampled before the next one is made."""
+    """Sample row chunk by row chunk: torch.mm computes the logits of one, which are sampled before the next."""
     numbers, (temperatures, seeds, steps, row_ids), biases = arguments[:3], arguments[3:7], arguments[7:9]
     measure, (top_k, top_p, top_ks, top_ps, at_temperature) = arguments[9], arguments[10:15]
     count = len(hidden) if rows is None else len(rows)
     out = _allocate(hidden, count, *arguments[-2:])
     if row_ids is None:
-        row_ids = torch.arange(count, device=hidden.device)  # of the whole call, not of a chunk
+        row_ids = torch.arange(count, device=hidden.device)  # numbered over the whole call, not per chunk
     chunk_bytes = _CHUNK_BYTES_CUDA if hidden.is_cuda else _CHUNK_BYTES_CPU
     chunk_rows = max(128, chunk_bytes // (weight.shape[0] * weight.element_size()))
     for start in range(0, count, chunk_rows):
@@ -117,7 +117,7 @@ def _linear_sample_chunks(hidden, weight, rows, *arguments):
 
 def _linear_sample_cuda(hidden, weight, rows, *arguments):
     rows = None if rows is None else rows.contiguous()
-    # The fused kernel has a tile's logits once; a filter looks at a row several times.
+    # The fused kernel sees the logits of each tile once; a filter reads a row several times.
     size = None if _may_filter(*arguments[10:15]) else raw.linear_sample_tokens_workspace(hidden, weight, rows)
     if size is None:
         return _linear_sample_chunks(hidden, weight, rows, *arguments)
@@ -170,17 +170,17 @@ def _linear_sample_flops(hidden, weight, rows, *args, out_val=None, **kwargs) ->
 
 
 def _dtypes(tensor: Tensor) -> tuple[torch.dtype, ...]:
-    """What the kernels of this device take."""
+    """Return the dtypes of logits that the kernels of this tensor's device take."""
     return tuple(raw.DTYPES) if tensor.is_cuda else _DTYPES_CPU
 
 
 def _first(op: str, like: Tensor) -> tuple[str, Tensor]:
-    """The argument whose device counts, with its name."""
+    """Return the name and tensor of the argument that decides the device."""
     return "logits" if op == "sample_tokens" else "hidden", like
 
 
 def _number_or_rows(op: str, name: str, value, default, rows: int, dtype: torch.dtype, like: Tensor):
-    """An argument that is one number for all rows or a tensor of one for each: (number, tensor or None)."""
+    """Split an argument that is one number for all rows or a tensor [rows] into (number, tensor or None)."""
     if not isinstance(value, Tensor):
         if value is None or isinstance(value, str):
             raise TypeError(f"{op}: {name} must be a number or a tensor of {rows}, got {value!r}")
@@ -208,7 +208,7 @@ def _sample_arguments(
     confidence_at_temperature: bool,
     extras: Sequence[str],
 ) -> tuple:
-    """The checked keyword arguments of both samplers, in the order of the ops' schemas."""
+    """Check the keyword arguments of both samplers and return them in the order of the ops' schemas."""
     temperature, temperatures = _number_or_rows(op, "temperature", temperature, 0.0, rows, torch.float32, like)
     seed, seeds = _number_or_rows(op, "seed", seed, 0, rows, torch.int64, like)
     step, steps = _number_or_rows(op, "step", step, 0, rows, torch.int32, like)
@@ -222,7 +222,7 @@ def _sample_arguments(
         raise ValueError(f"{op}: step must fit 32 bits, got {step}")
     if top_ks is None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 0):
         raise ValueError(f"{op}: top_k must be an integer of at least 0, got {top_k!r}")
-    if top_ps is None and not 2**-149 <= top_p <= 1:  # less is 0 in the kernels' float32
+    if top_ps is None and not 2**-149 <= top_p <= 1:  # a smaller value is 0 in the kernels' float32
         raise ValueError(f"{op}: top_p must be in (0, 1], got {top_p}")
     if row_ids is not None:
         lib.check_shape(op, "row_ids", row_ids, (rows,))
@@ -272,33 +272,36 @@ def sample_tokens(
     confidence_at_temperature: bool = False,
     extras: Sequence[str] = (),
 ) -> TokenSample:
-    """Sample one token of each row by Gumbel-max and say how sure it is.
+    """Sample one token of each row by the Gumbel-max method, with its confidence.
 
     Args:
         logits: [N, V], float32, bfloat16 or (on CUDA) float16, any row stride; read once.
-        temperature: of the noise, a number or float32 [N]; 0 is greedy.
-        seed: a number or int64 [N]; the same seed, row_id and step give the same noise, always.
-        step: the sampling step, a number or int32 [N]; -1 is 2^32 - 1, and so on.
-        row_ids: int64 [N] in [0, 2^32), what tells a row's noise from the others' with its seed, such as the position
-            in the sequence; default 0 .. N - 1.
-        measure: of confidence: "probability" p(token), "margin" p1 - p2, "entropy" (negative), or "random".
-        logit_bias: (ids int32, values float32), both [N, K] or [K]: added before all else; -1 is an unused slot, a
-            value of -inf forbids an id.
-        top_k: sample among the top_k most likely ids alone, and those that are as likely as the last of them; an
-            integer or int32 [N], 0 keeps all.
-        top_p: sample among the fewest ids alone whose probabilities at the temperature, of those that top_k left, sum
-            to top_p, of equally likely ones the lowest; a number or float32 [N], in (0, 1], 1 keeps all.
-        confidence_at_temperature: all results but `token` are of the distribution that is sampled, which is divided
-            by the temperature (0: by 1) and filtered, as in Dream; False: of the model's own.
-        extras: "entropy", "margin": fill these fields of the result too.
+        temperature: Scale of the noise, a number or float32 [N]; 0 is greedy.
+        seed: A number or int64 [N]. The same seed, row_id and step always give the same noise.
+        step: The sampling step, a number or int32 [N]. It is read as unsigned: -1 is 2^32 - 1, and so on.
+        row_ids: int64 [N] in [0, 2^32), default 0 .. N - 1. They distinguish the noise of rows with the same seed; an
+            example is the position in the sequence.
+        measure: The confidence measure: "probability" p(token), "margin" p1 - p2, "entropy" (negative), or "random".
+        logit_bias: (ids int32, values float32), both [N, K] or [K]. The values are added to the logits before all other
+            operations. Id -1 is an unused slot; value -inf forbids an id.
+        top_k: Sample only among the top_k most likely ids, and ids as likely as the last of them. An integer or
+            int32 [N]; 0 keeps all.
+        top_p: Sample only among the fewest most likely ids whose probabilities sum to top_p. The probabilities are at
+            the temperature, over the ids that top_k kept. Of equally likely ids the lowest come first. A number or
+            float32 [N], in (0, 1]; 1 keeps all.
+        confidence_at_temperature: Compute all results but `token` from the distribution that is sampled, as in Dream.
+            Its logits are divided by the temperature (0: by 1) and filtered. False: use the model's own distribution.
+        extras: "entropy" and "margin" fill these fields of the result too.
 
     Returns:
-        TokenSample. Confidence never includes noise, and neither temperature nor filters unless
-        `confidence_at_temperature` says so. Ties go to the lowest id. A row whose softmax has no value (NaN or +inf
-        among its logits, or only -inf) gets confidence -inf, and is not filtered.
+        TokenSample with N rows. Confidence never includes noise. It includes temperature and filters only with
+        `confidence_at_temperature`. Ties go to the lowest id. A row whose softmax has no value (NaN or +inf among its
+        logits, or only -inf) gets confidence -inf and is not filtered.
 
     Raises:
-        TypeError, ValueError: naming the argument. NotImplementedError: no kernel was built for this device.
+        TypeError: An argument has a wrong type or dtype; the message names it.
+        ValueError: An argument has a wrong shape, device or value; the message names it.
+        NotImplementedError: No kernel was built for this device.
     """
     op = "sample_tokens"
     lib.check_shape(op, "logits", logits, ("N", "V"))
@@ -328,14 +331,25 @@ def linear_sample_tokens(
     confidence_at_temperature: bool = False,
     extras: Sequence[str] = (),
 ) -> TokenSample:
-    """`sample_tokens` of the logits hidden[rows] @ weight^T, which never exist all at once.
+    """Sample tokens from the logits hidden[rows] @ weight^T without holding all logits in memory.
 
-    With top_k, top_p or confidence_at_temperature the logits of a chunk of rows exist in memory, on every device.
+    With top_k, top_p or confidence_at_temperature, the logits of one row chunk exist in memory on every device.
 
     Args:
-        hidden: [T, C]; weight: [V, C], both float32, bfloat16 or (on CUDA) float16.
-        rows: int32 or int64 [N], which rows of hidden to sample; default all. Row n of the result belongs to rows[n].
-        Others as in `sample_tokens`.
+        hidden: [T, C], float32, bfloat16 or (on CUDA) float16, last dimension contiguous.
+        weight: [V, C], the head weight, in hidden's dtype, last dimension contiguous.
+        rows: int32 or int64 [N], the selected rows of hidden; default all T. Row n of the result belongs to rows[n].
+        temperature, seed, step, row_ids, measure, logit_bias, top_k, top_p, confidence_at_temperature, extras: As in
+            `sample_tokens`, per selected row. The default row_ids are 0 .. N - 1.
+
+    Returns:
+        TokenSample with N rows, as in `sample_tokens`.
+
+    Raises:
+        TypeError: An argument has a wrong type or dtype; the message names it.
+        ValueError: An argument has a wrong shape, device, stride or value; the message names it. The values of `rows`
+            are checked on a CPU, and on CUDA under ILLADA_DEBUG=1.
+        NotImplementedError: No kernel was built for this device.
     """
     op = "linear_sample_tokens"
     lib.check_shape(op, "hidden", hidden, ("T", "C"))
@@ -407,28 +421,35 @@ def remask(
     end_ids: Tensor | None = None,
     return_status: bool = False,
 ) -> Tensor | RemaskStatus:
-    """Write the surest sampled tokens of each sequence into `tokens`, in place; all others stay masks.
+    """Commit the most confident sampled tokens of each sequence to `tokens` in place; the rest stay masks.
+
+    Give exactly one commit rule: quota, threshold, factor or entropy_bound. Each is a number, or a tensor [S] with one
+    value per sequence (int32 for quota, float32 for the others).
 
     Args:
         tokens: int64 or int32 [T], the packed canvas. Only positions that hold `mask_id` are candidates.
-        rows: int32 [N], the positions in `tokens` that were sampled; cu_rows: int32 [S + 1], where each sequence's
-            rows start, from 0 to N. Those in int64 are copied.
-        sample: of `sample_tokens`, N rows. Rows with confidence -inf or NaN are never committed, nor, by entropy_bound,
-            rows with entropy NaN. An id that int32 tokens cannot hold is an error on a CPU, on CUDA never committed.
-        quota: commit the `quota` most confident; threshold: all with confidence >= threshold; factor: the longest
-            prefix of the ranking with confidence_(r) > 1 - factor / (r + 1); entropy_bound: the longest prefix, by
-            ascending entropy, whose entropies without the largest sum to <= entropy_bound (sample needs entropies).
-            Exactly one rule; a number (quota: of any size, infinity takes all), or a tensor [S] (int32 for quota,
-            float32 for the others).
-        min_commit: commit at least so many where there are that many candidates; not for `quota`.
+        rows: int32 or int64 [N], the positions in `tokens` that were sampled; int64 is copied.
+        cu_rows: int32 or int64 [S + 1], where each sequence's rows start, from 0 to N; int64 is copied.
+        sample: TokenSample of `sample_tokens`, N rows. Rows with confidence -inf or NaN are never committed. The rule
+            entropy_bound also never commits rows with entropy NaN. An id that int32 tokens cannot hold is an error on a
+            CPU; on CUDA it is never committed.
+        quota: Commit the `quota` most confident candidates; a number of any size, infinity takes all.
+        threshold: Commit all candidates with confidence >= threshold.
+        factor: Commit the longest prefix of the ranking with confidence_(r) > 1 - factor / (r + 1).
+        entropy_bound: Commit the longest prefix, by ascending entropy, whose entropies without the largest sum to
+            <= entropy_bound. The sample needs entropies.
+        mask_id: The id of the mask token.
+        min_commit: Commit at least this many where there are that many candidates; not for `quota`.
         end_ids: int64 [E], the tokens that end a sequence, for RemaskStatus.ended.
-        return_status: return the RemaskStatus with all counts and flags, not `committed` alone.
+        return_status: Return the RemaskStatus with all counts and flags, not only `committed`.
 
     Returns:
-        committed: int32 [S], or a RemaskStatus. Ties are broken by the lowest row. Nothing is copied to the host.
+        committed, int32 [S], or a RemaskStatus. The lowest row wins ties. Nothing is copied to the host.
 
     Raises:
-        TypeError, ValueError: naming the argument. NotImplementedError: no kernel was built for this device.
+        TypeError: An argument has a wrong dtype; the message names it.
+        ValueError: An argument has a wrong shape, device or value, or not exactly one rule is given.
+        NotImplementedError: No kernel was built for this device.
     """
     op = "remask"
     lib.check_shape(op, "tokens", tokens, ("T",))
@@ -464,7 +485,7 @@ def remask(
         if not -(2**63) <= number < 2**63:
             raise ValueError(f"{op}: {name} must fit 64 bits, got {number}")
     if given[0] == "quota" and limits is None:
-        limit = min(limit, 2.0**31)  # more than there can be rows; any larger integer need not fit a float
+        limit = min(limit, 2.0**31)  # above any number of rows; a larger integer may not fit a float
     if end_ids is not None:
         lib.check_shape(op, "end_ids", end_ids, ("E",))
         lib.check_dtype(op, "end_ids", end_ids, (torch.int64,))

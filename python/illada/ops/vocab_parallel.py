@@ -1,10 +1,12 @@
-"""Masked cross-entropy where each process holds a shard of the vocabulary: rows [vocab_start, vocab_start + V_shard) of
-the head, or those columns of the logits.
+"""Masked cross-entropy where each process holds a shard of the vocabulary.
+
+A shard is the rows [vocab_start, vocab_start + V_shard) of the head weight, or those columns of the logits.
 
     lse = logsumexp over shards of lse_shard,   x[y] = sum over shards of target_logit (0 where y is elsewhere)
 
-so a shard gives two numbers a row, and with the row's lse its part of the gradient needs nobody else. The two halves
-are functions of their own, for who has his own collectives; the last function is the whole loss on a process group.
+Each shard contributes two numbers per row. With the row's lse, it computes its part of the gradient without further
+communication. To use your own collectives, call the two halves `masked_cross_entropy_shard` and
+`masked_cross_entropy_shard_grad`. `linear_masked_cross_entropy_vocab_parallel` is the whole loss on a process group.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from illada.ops import _library as lib
 from illada.ops.linear_loss import compute_dtype_of, late_factor, scales_late
 from illada.ops.loss import check_logits, check_targets, split_normalizer, weighted_sum, where_read
 
-#: Every process must cut the rows alike, whatever the size of its shard.
+#: Rows of a chunk. They do not depend on the size of the shard, because all processes must use the same row chunks.
 _CHUNK_ROWS_CPU, _CHUNK_ROWS_CUDA = 256, 4096
 
 
@@ -33,16 +35,26 @@ def _check_shard(op: str, logits: Tensor, targets: Tensor, token_weights: Tensor
 def masked_cross_entropy_shard(
     logits: Tensor, targets: Tensor, token_weights: Tensor, *, vocab_start: int
 ) -> tuple[Tensor, Tensor]:
-    """What a shard says of each row: (lse, target_logit), float64 and float32 [T]; no gradient.
+    """Compute a shard's contribution to the loss of each row; it has no gradient.
 
     Args:
-        logits: [T, V_shard], of the ids vocab_start, vocab_start + 1, ...; dtypes as in `masked_cross_entropy`.
-        targets, token_weights: int64 or int32 [T], float32 [T]; the targets count in the whole vocabulary.
+        logits: [T, V_shard], the logits of ids vocab_start, vocab_start + 1, and so on. Dtypes as in
+            `masked_cross_entropy`; the last dimension is contiguous.
+        targets: int64 or int32 [T], ids of the whole vocabulary.
+        token_weights: float32 [T]; it must not require grad.
+        vocab_start: The first id of the shard, at least 0.
 
     Returns:
-        lse, float64 [T]: log sum exp over the shard, nats; not float32, because it is subtracted from logits as large.
-        target_logit, float32 [T]: the target's logit, 0 where it is in another shard.
-        Both 0 where the weight is 0; such rows are not read.
+        (lse, target_logit), both 0 in rows with token weight 0, which are not read.
+        lse, float64 [T]: log sum exp over the shard, in nats. It is not float32, because it is subtracted from logits
+        of the same size.
+        target_logit, float32 [T]: the target's logit, 0 where the target is in another shard.
+
+    Raises:
+        TypeError: A wrong dtype of an argument; the message names it.
+        ValueError: A wrong shape, device or stride of an argument, a negative vocab_start, or token_weights that
+            require grad.
+        NotImplementedError: An argument has a forward-mode tangent, or no kernel was built for this device.
     """
     _check_shard("masked_cross_entropy_shard", logits, targets, token_weights, vocab_start)
     lse_parts, target_logit = torch.ops.illada.masked_ce_shard_fwd(logits.detach(), targets, token_weights, vocab_start)
@@ -61,15 +73,25 @@ def masked_cross_entropy_shard_grad(
     dlse: Tensor | None = None,
     inplace: bool = False,
 ) -> Tensor:
-    """The shard's part of the gradient, [T, V_shard]: (w dloss / normalizer + dlse) e^(x - lse) - w dloss / normalizer
-    at the target, where it is in this shard.
+    """Compute a shard's part of the gradient of the logits.
+
+        grad = (w dloss / normalizer + dlse) e^(x - lse),   minus w dloss / normalizer at a target in this shard
 
     Args:
-        logits, targets, token_weights, vocab_start: as in `masked_cross_entropy_shard`.
-        lse: float64 or float32 [T], over the whole vocabulary. In float32 the gradient is as exact as lse is beside
-            the logits: at logits of 1e4 it is wrong by up to 5e-4 of itself.
-        dloss: float32 scalar tensor, default 1; dlse: float32 [T], default 0.
-        inplace: write over the logits.
+        logits, targets, token_weights, vocab_start: As in `masked_cross_entropy_shard`.
+        lse: float64 or float32 [T], log sum exp over the whole vocabulary. In float32, rounding of lse limits the
+            gradient: at logits of 1e4 its relative error is up to 5e-4.
+        normalizer: Positive number or float32 scalar tensor that divides the loss; default 1.
+        dloss: float32 scalar tensor, the gradient of the loss; default 1.
+        dlse: float32 [T], the gradient of the lse; default 0.
+        inplace: Write the gradient over the logits.
+
+    Returns:
+        [T, V_shard] in the dtype of logits; with `inplace` it shares their memory.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: As in `masked_cross_entropy_shard`. ValueError also for a normalizer
+            that is not finite and positive.
     """
     op = "masked_cross_entropy_shard_grad"
     _check_shard(op, logits, targets, token_weights, vocab_start)
@@ -95,8 +117,10 @@ def masked_cross_entropy_shard_grad(
 def _whole_rows(
     halves: tuple[Tensor, Tensor], targets: Tensor, token_weights: Tensor, vocab_start: int, size: int, group
 ) -> tuple[Tensor, Tensor]:
-    """(nll, lse in parts) over the whole vocabulary from every shard's halves: two collectives of a few numbers a
-    row."""
+    """Combine all shards' lse parts and target logits into (nll, lse parts) over the whole vocabulary.
+
+    This takes two collectives of a few numbers per row.
+    """
     (maximum, log_sum), target_logit = halves[0].unbind(-1), halves[1]
     largest = maximum.clone()
     dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
@@ -106,7 +130,7 @@ def _whole_rows(
     has_weight = token_weights != 0
     log_sum = sums[0].log()
     nowhere = has_weight & (sums[2] == 0)
-    if not nowhere.is_cuda and nowhere.any():  # every process sees it
+    if not nowhere.is_cuda and nowhere.any():  # every process has the same sums, so all raise
         target = int(targets[nowhere][0])
         raise ValueError(
             f"linear_masked_cross_entropy_vocab_parallel: target {target} is in no shard, and its weight is not zero"
@@ -116,7 +140,7 @@ def _whole_rows(
 
 
 class _VocabParallelLoss(torch.autograd.Function):
-    """Gradients are made in the forward pass, chunk by chunk, as in `linear_masked_cross_entropy`."""
+    """Loss whose forward pass computes the gradients, chunk by chunk, as `linear_masked_cross_entropy` does."""
 
     @staticmethod
     def forward(
@@ -156,7 +180,7 @@ class _VocabParallelLoss(torch.autograd.Function):
         ctx.save_for_backward(d_hidden, d_weight, normalizer if scale_late else None)
         ctx.mark_non_differentiable(nll)
         ctx.set_materialize_grads(False)
-        # Differentiable outputs, though nobody has them: so a second derivative raises, as in linear_masked_ce_fwd.
+        # d_hidden and d_weight stay differentiable outputs, so a second derivative raises, as in linear_masked_ce_fwd.
         return weighted_sum(nll, token_weights, normalizer, scale), nll, d_hidden, d_weight
 
     @staticmethod
@@ -184,22 +208,34 @@ def linear_masked_cross_entropy_vocab_parallel(
     chunk_rows: int | None = None,
     return_nll: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`linear_masked_cross_entropy` where each process of `group` holds some rows of the head.
+    """Compute `linear_masked_cross_entropy` where each process of `group` holds some rows of the head weight.
+
+    It communicates 4 numbers per row in 2 collectives per chunk, and hidden's gradient once.
+
+    Call backward in every process. Hidden's gradient is complete in each: this function sums it over the group, the
+    caller must not. weight_shard's gradient stays with its shard.
 
     Args:
-        hidden: [T, C], the same in all processes, as are targets, token_weights, rows, normalizer and chunk_rows.
-        weight_shard: [V_shard, C], rows vocab_start .. vocab_start + V_shard - 1 of the head, at least one; sizes may
-            differ.
-        group: default: all processes.
-        chunk_rows: rows whose logits exist at a time, default 256 on a CPU, 4096 on CUDA.
-        Others as in `linear_masked_cross_entropy`; targets count in the whole vocabulary.
+        hidden: [T, C]. hidden, targets, token_weights, rows, normalizer and chunk_rows must be the same in all
+            processes. Whether hidden and weight_shard each need a gradient must also be the same.
+        weight_shard: [V_shard, C], rows vocab_start .. vocab_start + V_shard - 1 of the head weight, at least one.
+            Sizes may differ between processes.
+        targets: int64 or int32 [T], ids of the whole vocabulary.
+        token_weights: float32 [T]; it must not require grad.
+        vocab_start: The first id of the shard, at least 0.
+        group: Process group; default: all processes.
+        rows, normalizer: As in `linear_masked_cross_entropy`.
+        chunk_rows: Rows whose logits exist at a time; default 256 on a CPU, 4096 on CUDA.
+        return_nll: Also return the negative log-likelihoods, float32 [T], nats.
 
     Returns:
-        The whole loss, in every process; with `return_nll` (loss, nll). Call backward in every process: hidden's
-        gradient is the whole one everywhere (summed over the group here, not by the caller), weight_shard's stays with
-        its shard. Whether each of the two needs a gradient must be the same in all processes.
+        The whole loss in every process, a float32 scalar; with `return_nll` (loss, nll).
 
-    Communicates 4 numbers a row in 2 collectives a chunk, and hidden's gradient once.
+    Raises:
+        TypeError: A wrong dtype of an argument; the message names it.
+        ValueError: A wrong shape, device or value of an argument; the message names it. On a CPU also a target in no
+            shard whose token weight is not 0; on CUDA its nll is NaN.
+        NotImplementedError: No kernel was built for this device.
     """
     op = "linear_masked_cross_entropy_vocab_parallel"
     lib.check_shape(op, "hidden", hidden, ("T", "C"))

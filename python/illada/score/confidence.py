@@ -1,4 +1,4 @@
-"""Eq. 2 and the greedy check: continuations un-masked token by token, many in a pack."""
+"""Confidence score (Eq. 2) and greedy check: continuations are un-masked token by token, many in a pack."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ _LOWEST = torch.finfo(torch.float32).min
 
 @dataclass(frozen=True)
 class ConfidenceScore:
-    """Eq. 2 of one continuation.
+    """Confidence score (Eq. 2) of one continuation.
 
-    score: sum of log p over its tokens, each at the step it was revealed, in nats; NaN where the model gives NaN.
-    forwards: forward passes it took part in, one for each token.
+    score: sum of log p over its tokens, each at the step that revealed it, in nats; NaN where the model gives NaN.
+    forwards: number of forward passes for this continuation, one per token.
     """
 
     score: float
@@ -52,30 +52,31 @@ def confidence_score(
     max_tokens: int = MAX_TOKENS,
     progress: bool = False,
 ) -> list[ConfidenceScore]:
-    """The confidence score of each continuation after its context (Eq. 2 of the iLLaDA paper).
+    """Compute the confidence score of each continuation after its context (Eq. 2 of the iLLaDA paper).
 
         i_k = argmax_{i still masked} log p(y_i | x, y_revealed),   S = sum_k log p(y_{i_k} | x, y_revealed)
 
-    A score to rank the candidates of a question by, not a likelihood: the order of revealing looks at the answer.
+    The score ranks the candidates of a question. It is not a likelihood, because the order of revealing depends on the
+    answer.
 
     Args:
-        model: its device is used; training mode changes nothing, there is no dropout.
+        model: The model; its device is used. Training mode changes nothing, because there is no dropout.
         contexts: P lists of token ids, also empty ones; the candidates of one question repeat its context. Masks among
-            them stay what they are: they are neither scored nor revealed.
+            them stay masks: they are neither scored nor revealed.
         continuations: P lists of token ids in [0, V), without masks; an empty one scores 0.
-        append_eos: the model also sees the eos token after the continuation (published as `padd_eos`).
-        cfg_scale: of unsupervised classifier-free guidance, w >= 0: logits = un + (w + 1) (cond - un), with the
-            context masked in `un`.
-        max_tokens: most tokens of a pack; a longer sequence has a pack of its own. It bounds memory and does not change
+        append_eos: Show the eos token to the model after the continuation (published as `padd_eos`).
+        cfg_scale: Strength w >= 0 of unsupervised classifier-free guidance: logits = un + (w + 1) (cond - un), with
+            the context masked in `un`.
+        max_tokens: Most tokens of a pack; a longer sequence has its own pack. It bounds memory and does not change
             scores beyond rounding.
-        progress: a bar on a terminal.
+        progress: Show a bar on a terminal.
 
     Returns:
-        P results, in order. Ties go to the first position.
+        P ConfidenceScores, in order. Ties go to the first position.
 
     Raises:
-        ValueError, TypeError: naming the argument: ids out of range, pairs longer than max_position_embeddings (see
-            `truncate_context`), a mask among the tokens to score, bad options.
+        ValueError, TypeError: Ids out of range, pairs longer than max_position_embeddings (see `truncate_context`), a
+            mask among the tokens to score, or bad options; the message names the argument.
     """
     items = make_items(model.config, contexts, continuations, append_eos)
     check_options(cfg_scale, max_tokens)
@@ -105,10 +106,19 @@ def is_greedy(
     max_tokens: int = MAX_TOKENS,
     progress: bool = False,
 ) -> list[bool]:
-    """Whether greedy un-masking of as many masks as the continuation has tokens gives just these tokens.
+    """Check whether greedy un-masking generates exactly each continuation.
 
-    Each step predicts all masks and keeps the surest prediction, which has to be the true token there. A continuation
-    leaves at its first wrong token. An empty one is greedy. Arguments and errors as in `confidence_score`.
+    The canvas starts with as many masks as the continuation has tokens. Each step predicts all masks and commits the
+    most confident prediction, which must be the true token there. A continuation stops at its first wrong token.
+
+    Args:
+        model, contexts, continuations, append_eos, cfg_scale, max_tokens, progress: As in `confidence_score`.
+
+    Returns:
+        P booleans, in order; an empty continuation is greedy.
+
+    Raises:
+        ValueError, TypeError: As `confidence_score`.
     """
     items = make_items(model.config, contexts, continuations, append_eos)
     check_options(cfg_scale, max_tokens)
@@ -120,7 +130,7 @@ def is_greedy(
             while canvas.items:
                 sample = linear_sample_tokens(canvas.hidden(), model.head_weight)
                 right = (sample.token == canvas.targets) & (sample.confidence > -torch.inf)
-                # The true token is written even where another was predicted: that sequence is about to leave.
+                # The true token is written even where another was predicted, because that sequence is then dropped.
                 kept = right[canvas.reveal(sample.confidence)].tolist()
                 left = [i for i, item in enumerate(canvas.items) if kept[i] and item.length > canvas.step]
                 for item, right_so_far in zip(canvas.items, kept, strict=True):
@@ -134,11 +144,11 @@ def is_greedy(
 
 
 class _Canvas:
-    """The items of a pack on their way from all masks to all tokens, one token of each item a step.
+    """Canvas of a pack's items, which reveals one token of each item per step until no mask is left.
 
-    Sequences lie end to end in `tokens`; with guidance a second time behind all of them, contexts masked. How many
-    masks each item has left is known on the host, which of them is known on the device alone, so nothing waits for it.
-    A step is `hidden`, `reveal`, `keep`; the first layer sees the revealed tokens change and no other, and is kept.
+    Sequences lie end to end in `tokens`. With guidance, a copy of all of them with masked contexts follows. The host
+    knows how many masks each item has left; only the device knows which, so the host never waits for it. A step is
+    `hidden`, `reveal`, `keep`. The first layer's results are kept, and updated only for the revealed tokens.
     """
 
     def __init__(self, model: MaskedDiffusionModel, items: list[Item], cfg_scale: float) -> None:
@@ -152,7 +162,7 @@ class _Canvas:
         self.targets = self._put(np.concatenate([item.continuation for item in items]))
         self.indices = self._put(np.array([item.index for item in items]))
 
-        # Sequences that are still all masks are equal where context and length are.
+        # Sequences whose continuations are all masks are equal where context and length are equal.
         unique: dict[tuple[bytes, int], int] = {}
         which = np.array([unique.setdefault((item.context.tobytes(), item.length), len(unique)) for item in items])
         firsts = [items[i] for i in np.unique(which, return_index=True)[1]]
@@ -160,7 +170,7 @@ class _Canvas:
         self._lay_out(first_sizes)
         self.tokens = self._put(self._all_masked(firsts))
         self._first_layer = model.first_layer(self.tokens, self._position_ids)
-        self._sources: Tensor | None = None  # where in it what `tokens` holds now was; None: it is up to date
+        self._sources: Tensor | None = None  # rows of _first_layer for `tokens`; None: up to date
         self.rows = self._put(ranges(starts_of(self.sizes)[:-1] + offsets, lengths).astype(np.int32))
         self._shared = len(firsts) < len(items)
         if self._shared:
@@ -169,24 +179,24 @@ class _Canvas:
             self._first_rows, self._inverse = self._put(rows.astype(np.int32)), self._put(inverse)
 
     def hidden(self) -> Tensor:
-        """[N, C]: what, times the head, gives the logits of the N masks that are left; item by item, ascending."""
+        """Return hidden states [N, C] of the N remaining masks, item by item, ascending, as input of the head."""
         rows = self._first_rows if self._shared else self.rows
         layout = (self._cu_seqlens, self._position_ids, self._plan)
         hidden = hidden_states(self.model, self.tokens, rows, layout, self.cfg_scale, self._first_layer)
         return hidden[self._inverse] if self._shared else hidden
 
     def reveal(self, confidence: Tensor) -> Tensor:
-        """Write each item's true token where `confidence` [N] is largest; int64 [S], which of the N rows it was."""
-        if self._shared:  # from here on every item has a sequence of its own
+        """Write each item's true token where `confidence` [N] is largest; return its row of N, int64 [S]."""
+        if self._shared:  # from here on items share no sequences
             self._shared = False
             self._sources = self._with_twins(self._put(ranges(self._starts, self.sizes)))
             self.tokens = self.tokens[self._sources]
-        # -inf and NaN are never committed, but each item has to go on: they come last instead.
+        # remask never commits -inf and NaN, but each item must reveal a token: make them the lowest finite value.
         finite = confidence.float().nan_to_num(nan=_LOWEST, neginf=_LOWEST)
         mask_id = self.model.config.mask_token_id
         sample = TokenSample(self.targets, finite, finite)
         remask(self.tokens, self.rows, self.cu_rows, sample, quota=1, mask_id=mask_id)
-        # One row of each item is revealed, so a stable sort by "still masked" puts those first, in the items' order.
+        # One row of each item is revealed, so a stable sort by "still masked" puts these first, in the items' order.
         order = (self.tokens[self.rows] == mask_id).to(torch.uint8).argsort(stable=True)
         chosen, rest = order[: len(self.items)], order[len(self.items) :]
         self._revealed = self.rows[chosen]
@@ -198,7 +208,7 @@ class _Canvas:
         return chosen
 
     def keep(self, left: list[int]) -> None:
-        """Go on with these items only, given by their ascending places in `items`."""
+        """Keep only these items, given by their ascending places in `items`."""
         if len(left) < len(self.items):
             self._drop_others(left)
         if not self.items:
@@ -232,11 +242,11 @@ class _Canvas:
         return np.concatenate(sequences)
 
     def _with_twins(self, index: Tensor) -> Tensor:
-        """int64 places in `tokens`, with guidance those of the second half behind them."""
+        """Return places in `tokens`, int64; with guidance followed by those in the second half."""
         return torch.cat([index, index + len(self.tokens) // 2]) if self.cfg_scale else index
 
     def _lay_out(self, sizes: NDArray[np.int64]) -> None:
-        """What depends on the sequences' lengths alone, made once for all steps until one of them leaves."""
+        """Compute what depends only on the sequences' lengths; it is valid until an item is dropped."""
         sizes = np.concatenate([sizes, sizes]) if self.cfg_scale else sizes
         self._cu_seqlens, self._position_ids, self._plan = lay_out(self.model.config, sizes, self.device)
 
@@ -245,13 +255,13 @@ class _Canvas:
 
 
 def _packs(items: list[Item], max_tokens: int, guided: bool) -> Iterator[list[Item]]:
-    """Items of like lengths together, longest continuations first: those that end first are last in a pack."""
+    """Yield packs of similar lengths, longest continuations first, so that those that end first are last in a pack."""
     pack: list[Item] = []
     total = 0
     for item in sorted(items, key=lambda i: (-i.length, -i.size, i.context.tobytes(), i.index)):
         cost = item.size * (2 if guided else 1)
         if item.length == 1 and pack and pack[-1].length == 1 and np.array_equal(pack[-1].context, item.context):
-            cost = 0  # only ever all masks, so it shares the sequence
+            cost = 0  # it is revealed in one step, so it shares the sequence
         if pack and total + cost > max_tokens:
             yield pack
             pack, total = [], 0

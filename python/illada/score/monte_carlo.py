@@ -1,4 +1,4 @@
-"""The likelihood bound: cross-entropies of randomly masked continuations, many samples of many pairs in a pack."""
+"""Monte Carlo likelihood bound: cross-entropies of randomly masked continuations, packed over pairs and samples."""
 
 from __future__ import annotations
 
@@ -42,31 +42,40 @@ def monte_carlo_likelihood(
     max_tokens: int = MAX_TOKENS,
     progress: bool = False,
 ) -> list[float]:
-    """LLaDA's Monte Carlo estimate of a lower bound on the log-likelihood of each continuation, in nats.
+    """Estimate a lower bound on the log-likelihood of each continuation by LLaDA's Monte Carlo method, in nats.
 
-        -1/n sum_s L / x_s sum_{i masked in s} CE(y_i),   x_s of the L tokens masked in sample s, which ones at random
+        -1/n sum_s L / x_s sum_{i masked in s} CE(y_i)
+
+    Sample s masks x_s of the L tokens of the continuation, chosen at random.
 
     Args:
+        model: The model; its device is used.
+        contexts: P lists of token ids, also empty ones, as in `confidence_score`.
+        continuations: P lists of token ids in [0, V), without masks.
         num_samples: n (published as `mc_num`); one is enough for continuations of one token.
-        stratum: samples over which the mask counts x are spread evenly (published as `batch_size`); see
+        stratum: Samples over which the mask counts x are spread evenly (published as `batch_size`); see
             `monte_carlo_masks`.
-        seed: of the masks, which are a function of (seed, context, continuation, sample) alone: not of the other pairs,
-            their order or the packing.
-        Others as in `confidence_score`.
+        append_eos: Show the eos token to the model after the continuation, as in `confidence_score`.
+        cfg_scale: Strength of classifier-free guidance, >= 0, as in `confidence_score`.
+        seed: Seed of the masks, which depend only on (seed, context, continuation, sample). They do not depend on other
+            pairs, their order or the packing.
+        max_tokens: Most tokens of a pack; a longer sequence has its own pack.
+        progress: Show a bar on a terminal.
 
     Returns:
-        P estimates, in order. Samples that mask the same tokens are run once, so that short continuations cost at most
+        P floats in order, in nats. Samples that mask the same tokens run once, so a short continuation costs at most
         2^L - 1 sequences.
 
     Raises:
-        As `confidence_score`; ValueError for a num_samples that is not a multiple of stratum.
+        ValueError, TypeError: As `confidence_score`. ValueError also where num_samples or stratum is not a positive
+            integer, or num_samples is larger than stratum and not a multiple of it.
     """
     items = make_items(model.config, contexts, continuations, append_eos)
     check_options(cfg_scale, max_tokens)
     _check_samples(num_samples, stratum)
 
     def drawn() -> Iterator[tuple[Item, NDArray[np.bool_], NDArray[np.float64]]]:
-        # Candidates that look the same once masked stand together, and so do sequences of one length.
+        # Sort so that candidates that are equal once masked are neighbours, and so are sequences of one length.
         with progress_bar(len(contexts), progress) as bar:
             bar.update(len(contexts) - len(items))
             for item in sorted(items, key=lambda i: (-i.size, -i.length, i.context.tobytes(), i.index)):
@@ -88,14 +97,23 @@ def monte_carlo_likelihood(
 def monte_carlo_masks(
     context: Sequence[int], continuation: Sequence[int], *, num_samples: int = 128, stratum: int = 16, seed: int = 0
 ) -> NDArray[np.bool_]:
-    """Which tokens of a continuation each sample of `monte_carlo_likelihood` masks: bool [num_samples, L].
+    """Return the tokens that each sample of `monte_carlo_likelihood` masks.
 
-    As published, for each stratum of b = min(stratum, num_samples) samples: k uniform on 1 .. L, counts
-    x_i = (round(k + i L / b) - 1) mod L + 1, and in each sample x_i tokens chosen uniformly. Philox4x32-10 with a hash
-    of (seed, context, continuation) as key.
+    As published, each stratum of b = min(stratum, num_samples) samples draws k uniformly on 1 .. L. Its counts are
+    x_i = (round(k + i L / b) - 1) mod L + 1, and each sample masks x_i tokens chosen uniformly. The random numbers are
+    Philox4x32-10 with a hash of (seed, context, continuation) as key.
+
+    Args:
+        context: Token ids before the continuation.
+        continuation: L token ids, at least one.
+        num_samples, stratum, seed: As in `monte_carlo_likelihood`.
+
+    Returns:
+        bool [num_samples, L], True where masked.
 
     Raises:
-        ValueError: num_samples is not a multiple of stratum (and not smaller), an empty continuation.
+        ValueError: num_samples is larger than stratum and not a multiple of it, one of the two is not a positive
+            integer, or the continuation is empty.
     """
     _check_samples(num_samples, stratum)
     length = len(continuation)
@@ -132,10 +150,13 @@ def _estimate(
     cfg_scale: float,
     max_tokens: int,
 ) -> list[float]:
-    """For each of `count` items sum_s weight_s L / x_s sum_{i masked in s} CE_i, given its masks [P, L] and weights."""
+    """Compute sum_s weight_s L / x_s sum_{i masked in s} CE_i for each of `count` items.
+
+    `weighted` gives each item with its masks, bool [patterns, L], and their weights, float64 [patterns].
+    """
     config, device = model.config, model.device
     losses = torch.zeros(count, dtype=torch.float64, device=device)
-    sequences: dict[bytes, int] = {}  # the pack's: bytes of the tokens, to where they start
+    sequences: dict[bytes, int] = {}  # sequences of the pack: bytes of the tokens -> start
     tokens: list[NDArray[np.int64]] = []
     unconditional: list[NDArray[np.int64]] = []
     rows: list[NDArray[np.int64]] = []
@@ -165,7 +186,7 @@ def _estimate(
         for masked, weight in zip(masks, weights, strict=True):
             sequence = item.sequence(config.mask_token_id, masked)
             key = sequence.tobytes()
-            # Guidance masks the context, so the same tokens with another cut into context and continuation differ.
+            # Guidance masks the context, so equal tokens with another split into context and continuation differ.
             key += len(item.context).to_bytes(8, "little") if cfg_scale else b""
             if key not in sequences:
                 if tokens and (total + item.size) * (2 if cfg_scale else 1) > max_tokens:

@@ -22,6 +22,8 @@ DType = Literal["float32", "bfloat16"]
 
 @dataclass(frozen=True)
 class DataConfig:
+    """The section [data]: the corpus and the length of windows. ValueError: a wrong type or value."""
+
     path: str = "data/stdlib"  # corpus folder, made by `illada prepare`
     window: Positive = 1024  # tokens of a training window, split or not
 
@@ -31,12 +33,14 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    learning_rate: PositiveFloat = 2e-4  # of the constant phase
-    beta1: Annotated[float, Ge(0), Lt(1)] = 0.9  # of AdamW: decay of the mean of gradients
-    beta2: Annotated[float, Ge(0), Lt(1)] = 0.95  # decay of the mean of their squares
-    eps: PositiveFloat = 1e-8  # added to the root of that mean
-    weight_decay: NonNegativeFloat = 0.1  # on matrices only, not on norms and biases
-    clip_norm: NonNegativeFloat = 1.0  # global gradient norm; 0: no clipping
+    """The section [optimizer]: AdamW and gradient clipping. ValueError: a wrong type or value."""
+
+    learning_rate: PositiveFloat = 2e-4  # learning rate of the constant phase
+    beta1: Annotated[float, Ge(0), Lt(1)] = 0.9  # AdamW's decay of the mean of gradients
+    beta2: Annotated[float, Ge(0), Lt(1)] = 0.95  # AdamW's decay of the mean of squared gradients
+    eps: PositiveFloat = 1e-8  # AdamW's term added to the root of the mean of squared gradients
+    weight_decay: NonNegativeFloat = 0.1  # decay of matrices only, not of norms and biases
+    clip_norm: NonNegativeFloat = 1.0  # largest global gradient norm; 0: no clipping
 
     def __post_init__(self) -> None:
         check_fields(self, "optimizer")
@@ -44,10 +48,12 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    warmup_steps: Count = 100  # linear from 0
-    decay: Literal["cosine", "linear", "none"] = "cosine"  # or "linear", or "none"
-    decay_start: NonNegativeFloat = 0.9  # up to 1: as a fraction of train.steps; above: as a step
-    final_learning_rate: NonNegativeFloat = 5e-6  # at the last step
+    """The section [schedule]: warm-up and decay of the learning rate. ValueError: a wrong type or value."""
+
+    warmup_steps: Count = 100  # steps of the linear rise from 0
+    decay: Literal["cosine", "linear", "none"] = "cosine"  # shape of the decay: "cosine", "linear" or "none"
+    decay_start: NonNegativeFloat = 0.9  # first step of the decay; up to 1: a fraction of train.steps; above: a step
+    final_learning_rate: NonNegativeFloat = 5e-6  # learning rate at the last step
 
     def __post_init__(self) -> None:
         check_fields(self, "schedule")
@@ -55,17 +61,19 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    out_dir: str = "runs/train"  # config, metrics, plot and checkpoints go here
+    """The section [train]: output folder, batch sizes, device and checkpoints. ValueError: a wrong type or value."""
+
+    out_dir: str = "runs/train"  # folder for config, metrics, plot and checkpoints
     steps: Positive = 1000  # optimizer steps
     windows_per_step: Positive = 32  # windows of a step, over all micro-batches
     windows_per_micro_batch: Positive = 32  # windows of one forward and backward; divides windows_per_step
-    seed: Seed = 0  # of the initial weights, the order of the data, the splits and the masks
-    device: Device = "auto"  # "cpu", "cuda" (bfloat16, head dim 64 or 128), or "auto": a GPU where all that is given
-    dtype: DType = "float32"  # of the computation, "float32" or "bfloat16"; weights and optimizer stay float32
+    seed: Seed = 0  # seed of the initial weights, the order of the data, the splits and the masks
+    device: Device = "auto"  # "cpu", "cuda" (bfloat16, head dim 64 or 128), or "auto": a GPU where these hold
+    dtype: DType = "float32"  # dtype of the computation, "float32" or "bfloat16"; weights and optimizer stay float32
     compile: bool = False  # torch.compile each layer
     activation_checkpointing: bool = False  # recompute layers in the backward pass: less memory, a third slower
     log_every: Positive = 10  # steps between lines of the log
-    save_every: Positive = 500  # steps between checkpoints; one is always written at the end
+    save_every: Positive = 500  # steps between checkpoints; the end of a run always writes one
     keep_last: Positive = 2  # checkpoints to keep
 
     def __post_init__(self) -> None:
@@ -74,7 +82,9 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class ValidationConfig:
-    every: Positive = 250  # steps between validations; one is always made at the end
+    """The section [validation]: how often and on how much held-out text. ValueError: a wrong type or value."""
+
+    every: Positive = 250  # steps between validations; the last step always has one
     windows: Positive = 32  # held-out windows, spread evenly over the split
     strata: Positive = 8  # fixed values of t, (k + 1/2) / strata
 
@@ -84,8 +94,22 @@ class ValidationConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """All of a run. `model` holds "preset" and any field of `illada.config.ModelConfig`; its vocabulary and special
-    ids come from the corpus unless they are given."""
+    """The whole configuration of a training run, section by section.
+
+    Attributes:
+        model: "preset" and any field of `illada.config.ModelConfig`. Its vocabulary and special ids come from the
+            corpus unless they are given.
+        data: The corpus and the length of windows.
+        diffusion: Options of the forward process.
+        optimizer: AdamW and gradient clipping.
+        schedule: Warm-up and decay of the learning rate.
+        train: Output folder, batch sizes, device and checkpoints.
+        validation: How often and on how much held-out text.
+
+    Raises:
+        ValueError: A value has a wrong type or is out of range, or an unknown preset or model field. Also where
+            train.windows_per_step is not a multiple of train.windows_per_micro_batch.
+    """
 
     model: dict[str, Any] = field(default_factory=lambda: {"preset": "tiny"})
     data: DataConfig = field(default_factory=DataConfig)
@@ -101,17 +125,27 @@ class TrainConfig:
                 f"train.windows_per_step ({self.train.windows_per_step}) must be a multiple of "
                 f"train.windows_per_micro_batch ({self.train.windows_per_micro_batch})"
             )
-        self.model_config({})  # names and values, with the preset's own vocabulary
+        self.model_config({})  # checks names and values with the preset's own vocabulary
 
     def model_config(self, corpus: dict[str, Any]) -> ModelConfig:
-        """The architecture for a corpus header: its vocabulary and special ids, unless the config gives them."""
+        """Return the architecture for a corpus.
+
+        Args:
+            corpus: The header of the corpus, corpus.json; empty: use only this configuration.
+
+        Returns:
+            ModelConfig with the corpus's vocabulary and special ids, unless this configuration gives them.
+
+        Raises:
+            ValueError: An unknown preset or field, or a value that does not fit the corpus.
+        """
         options = dict(self.model)
         preset = options.pop("preset", None)
         base = {} if preset is None else dict(_preset(preset))
         ids = [f"{name}_token_id" for name in ("bos", "pad", "eos", "mask")]
         from_corpus = {key: corpus[key] for key in ("vocab_size", *ids) if key in corpus}
         if corpus:
-            base.pop("eot_token_id", None)  # the preset's means another tokenizer's token
+            base.pop("eot_token_id", None)  # the preset's id belongs to another tokenizer
         config = ModelConfig.from_dict({**base, **from_corpus, **options})
         if corpus:
             if config.vocab_size < corpus["vocab_size"]:
@@ -127,12 +161,16 @@ class TrainConfig:
         return config
 
     def to_dict(self) -> dict[str, Any]:
-        """Section by section; the inverse of `from_dict`."""
+        """Return nested dicts, section by section; the inverse of `from_dict`."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
-        """From nested dicts; unknown sections and keys, and values of a wrong type, are errors that name them."""
+        """Build the configuration from nested dicts, section by section.
+
+        Raises:
+            ValueError: An unknown section or key, or a value of a wrong type or out of range; the message names it.
+        """
         sections = {f.name for f in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - sections):
             raise ValueError(f"unknown section {unknown[0]!r:.80}; there are {', '.join(sorted(sections))}")
@@ -145,7 +183,7 @@ class TrainConfig:
         return cls(**built)
 
     def to_toml(self, *, commented: bool = False) -> str:
-        """The whole configuration as a TOML file, with what each key means where `commented`."""
+        """Return the whole configuration as TOML text; with `commented`, each key has a comment on its meaning."""
         import tomli_w
 
         lines: list[str] = []
@@ -156,17 +194,25 @@ class TrainConfig:
                 lines.append(f"# preset: {', '.join(PRESETS)}; any field of ModelConfig may be set beside it")
             for key, value in values.items():
                 comment = f"  # {comments[key]}" if key in comments else ""
-                if value is not None:  # TOML has no null: what is left out has its default
+                if value is not None:  # TOML has no null: a missing key has its default
                     lines.append(tomli_w.dumps({key: value}).rstrip("\n") + comment)
             lines.append("")
         return "\n".join(lines)
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> TrainConfig:
-    """A TOML file (or the defaults) with overrides such as "train.steps=100" or "--train.steps=100" applied.
+    """Read a training configuration from a TOML file and apply overrides.
+
+    Args:
+        path: The TOML file; None: start from the defaults.
+        overrides: Texts such as "train.steps=100" or "--train.steps=100". A value that is not TOML is a string.
+
+    Returns:
+        The checked configuration.
 
     Raises:
-        FileNotFoundError; ValueError: not TOML, unknown names, values of a wrong type or out of range.
+        FileNotFoundError: There is no file at `path`.
+        ValueError: The file is not TOML, a name is unknown, or a value has a wrong type or is out of range.
     """
     values: dict[str, Any] = {}
     if path is not None:
@@ -176,7 +222,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         text = read_text(file)
         try:
             values = tomllib.loads(text)
-        except ValueError as error:  # an int of over 4,300 digits is one, and not TOMLDecodeError
+        except ValueError as error:  # an int of over 4,300 digits raises ValueError, not TOMLDecodeError
             raise ValueError(f"{file} is not TOML: {error!s:.200}") from None
         except RecursionError:
             raise ValueError(f"{file} is not TOML that can be read: it is nested too deeply") from None
@@ -189,7 +235,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
             value = tomllib.loads(f"value = {text}")["value"]
         except (ValueError, RecursionError):
             value = text  # a bare word is a string
-        if isinstance(values.setdefault(section, {}), dict):  # from_dict refuses a section that is none
+        if isinstance(values.setdefault(section, {}), dict):  # from_dict refuses a section that is not a dict
             values[section][key] = value
     return TrainConfig.from_dict(values)
 
@@ -208,7 +254,7 @@ def _build_section(name: str, kind: Any, values: dict[str, Any]) -> Any:
 
 
 def _comments(kind: type) -> dict[str, str]:
-    """What each field means: the comments behind the fields in the source."""
+    """Return the meaning of each field, from the comment behind the field in the source."""
     import inspect
 
     comments = {}

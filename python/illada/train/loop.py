@@ -252,10 +252,22 @@ def evaluate(
     device: torch.device | str = "cpu",
     should_stop: Callable[[], bool] = lambda: False,
 ) -> float | None:
-    """The bound of Eq. 1 on held-out windows, in nats per token, by the midpoint rule over fixed t strata.
+    """Estimate the bound of Eq. 1 on held-out windows, in nats per token, by the midpoint rule over fixed t strata.
 
-    Windows, strata and masks are the same in every run, so numbers of different runs compare.
-    None: `should_stop`, which is asked after every micro-batch, ended it.
+    Windows, strata and masks are the same in every run, so numbers of different runs are comparable.
+
+    Args:
+        model: The model, on `device`.
+        held_out: The validation split of the corpus.
+        config: Gives data.window, train.windows_per_micro_batch, train.dtype and the section [validation].
+        device: Device of the model.
+        should_stop: Called after every micro-batch; True ends the evaluation.
+
+    Returns:
+        The bound in nats per token, or None if `should_stop` ended the evaluation.
+
+    Raises:
+        ValueError: The split has no whole window, or a token id outside of the vocabulary.
     """
     length, strata = config.data.window, config.validation.strata
     available = held_out.num_windows(length)
