@@ -23,10 +23,10 @@ struct LinearMaskedCrossEntropyParams {
   const void* hidden = nullptr;           // [num_tokens, width], hidden_dtype, hidden states
   DType hidden_dtype = DType::kBFloat16;  // kBFloat16 or kFloat32; kFloat32 is rounded to bfloat16
   int64_t hidden_row_stride = 0;          // elements between rows of `hidden`
-  int64_t num_tokens = 0;                 // less than 2^31
+  int64_t num_tokens = 0;                 // at most 2^31 - 257
   const void* weight = nullptr;           // [vocab_size, width], bfloat16, 16-byte aligned, head weight
   int64_t weight_row_stride = 0;          // elements between rows of `weight`; a multiple of 8
-  int64_t vocab_size = 0;                 // less than 2^31
+  int64_t vocab_size = 0;                 // at most 2^31 - 257
   int64_t width = 0;                      // elements of a hidden state; a multiple of 8
   const void* targets = nullptr;          // [num_tokens], int64 or int32, target ids
   bool targets_are_int64 = true;          // type of `targets`: true for int64, false for int32
@@ -34,17 +34,19 @@ struct LinearMaskedCrossEntropyParams {
   // [num_rows] int32, distinct indices of tokens; entries outside of [0, num_tokens) are ignored.
   const int32_t* rows = nullptr;
   int64_t num_rows = -1;              // length of `rows`; -1 means the device finds the tokens whose weight is not 0
-  float scale = 1.0f;                 // factor of the loss
+  float scale = 1.0f;                 // factor of the loss, finite
   const float* normalizer = nullptr;  // Scalar divisor of the loss, a device pointer; null means 1
   // Tokens whose probabilities exist at the same time; 0 means as many as kDefaultLogitsBytes hold.
   int64_t chunk_rows = 0;
-  // 0 means exact gradients. Otherwise the gradients leave out blocks of 256 rows x 256 ids in which every p is below
-  // filter_eps and which hold no target. The error of hidden_grad_i is less than g_i filter_eps sum_v |weight_v|. The
-  // error of weight_grad_v is less than filter_eps sum_i g_i |hidden_i|. Both sums run over what was left out.
+  // In [0, 1). 0 means exact gradients. Otherwise the gradients leave out blocks of 256 rows x 256 ids in which every p
+  // is below filter_eps and which hold no target. The error of hidden_grad_i is less than g_i filter_eps sum_v
+  // |weight_v|. The error of weight_grad_v is less than filter_eps sum_i g_i |hidden_i|. Both sums run over what was
+  // left out.
   float filter_eps = 0.0f;
-  float* nll = nullptr;                       // output, [num_tokens] fp32
-  void* hidden_grad = nullptr;                // output, [num_tokens, width], contiguous, hidden_dtype; null: not wanted
-  void* weight_grad = nullptr;                // [vocab_size, width], contiguous, weight_grad_dtype; null: not wanted
+  float* nll = nullptr;  // output, [num_tokens] fp32
+  // Gradients are contiguous and 16-byte aligned; null means not wanted.
+  void* hidden_grad = nullptr;                // output, [num_tokens, width], hidden_dtype
+  void* weight_grad = nullptr;                // output, or sum to add to, [vocab_size, width], weight_grad_dtype
   DType weight_grad_dtype = DType::kFloat32;  // kFloat32 or kBFloat16; kBFloat16 also sums the chunks in bfloat16
   bool add_to_weight_grad = false;            // true: adds to weight_grad; false: overwrites it
   CudaLaunch launch;
