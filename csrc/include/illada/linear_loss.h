@@ -39,9 +39,9 @@ struct LinearMaskedCrossEntropyParams {
   // Tokens whose probabilities exist at the same time; 0 means as many as kDefaultLogitsBytes hold.
   int64_t chunk_rows = 0;
   // In [0, 1). 0 means exact gradients. Otherwise the gradients leave out blocks of 256 rows x 256 ids in which every p
-  // is below filter_eps and which hold no target. The error of hidden_grad_i is less than g_i filter_eps sum_v
-  // |weight_v|. The error of weight_grad_v is less than filter_eps sum_i g_i |hidden_i|. Both sums run over what was
-  // left out.
+  // is below filter_eps and which hold no target. With sums over what was left out, the errors are less than
+  //   g_i filter_eps sum_v |weight_v|      in hidden_grad_i
+  //   filter_eps sum_i g_i |hidden_i|      in weight_grad_v
   float filter_eps = 0.0f;
   float* nll = nullptr;  // output, [num_tokens] fp32
   // Gradients are contiguous and 16-byte aligned; null means not wanted.
