@@ -74,7 +74,7 @@ struct QueriesArguments {
 };
 
 // Returns the next piece of work of a CTA from `round` on, and sets `round` to its round. It is two blocks of queries
-// against all of their keys. q_count 0 means that there is none.
+// against all of their keys. q_count 0 means that no work is left.
 __device__ __forceinline__ WorkItem next_queries(const QueriesArguments& a, int& round) {
   const int items = plan_header(a.plan).forward_items * a.parts, grid = int(gridDim.x);
   for (;; ++round) {

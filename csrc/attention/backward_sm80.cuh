@@ -21,7 +21,7 @@
 //
 // n keys and m rows take 14 n m D flop. 4 of these 14 compute s and dp a second time, which is the price of a fixed
 // order. The kernels read and write 6 T H D + 8 Tk G D bytes of memory, each element once. They are bound by the tensor
-// cores, and at D 128 equally by shared memory. 512 bytes of ldmatrix take 4 cycles of it and feed 4 cycles of products
+// cores, and at D 128 equally by shared memory: 512 bytes of ldmatrix take 4 cycles of it and feed 4 cycles of products
 // (8 at D 64, where a warp has twice as many rows). While one CTA computes exponentials, others compute products. An SM
 // holds two CTAs, or three of `queries` at D 128. Tiles come from the L2 cache at 8 to 21 bytes per cycle and SM.
 //

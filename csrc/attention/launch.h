@@ -49,8 +49,8 @@ struct BackwardMethod {
   QuerySums sums = QuerySums::kNone;  // kNone unless fused
   bool staggered = false;             // true: key tiles begin at different rows
   int report_every = 1;               // steps between two reports of sums: 1, 2 or 4
-  // Only if fused. True: key tiles add to dq in their order, and dk and dv are sums of at most two pieces, so that
-  // every run gives the same bits.
+  // Only if fused. True: every run gives the same bits. Key tiles then add to dq in their order, and dk and dv are sums
+  // of at most two pieces.
   bool ordered = false;
   // Number of CTAs that share one key tile's queries (more than 1 when there are fewer items than SMs); only if fused.
   int pieces = 1;

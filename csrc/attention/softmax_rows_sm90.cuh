@@ -14,9 +14,9 @@ namespace {
 
 // Online softmax, in base 2, of two rows of scores in wgmma's layout. Four neighbouring lanes share a row.
 //
-// Probabilities are relative to a reference score. It need not be the largest one, as long as a lane's share of a tile
-// sums to at most kMost, which is as exact as 1 in either dtype. The exponentials therefore wait for no maximum and no
-// other lane. A maximum is computed only in the first tile, and when a row has outgrown its reference, which is rare.
+// Probabilities are relative to a reference score, which need not be the largest one. A lane's share of a tile must sum
+// to at most kMost; that is as exact as 1 in either dtype. The exponentials therefore wait for no maximum and no other
+// lane. A maximum is computed only in the first tile, and when a row has outgrown its reference, which is rare.
 //
 //   p = 2^(s * scale - offset); total = this lane's sum of p
 //   if total > kMost in any lane of the warp, or NaN:

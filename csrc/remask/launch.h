@@ -23,8 +23,8 @@ RowSplit split_rows(int64_t num_rows, int64_t vocab_size, int sm_count);
 
 // CTAs of the sampling kernel that an SM holds at the same time.
 constexpr int kSampleCtas = 2;
-// Number of steps of a CTA's logits (16 KB each) that are in shared memory or on their way there. The variant
-// sample_tokens sets it. 0 means that one step is on its way to registers.
+// Number of steps of a CTA's logits (16 KB each) that are in shared memory or being loaded to it. The variant
+// sample_tokens sets it. 0 means that one step is being loaded to registers.
 int shared_sample_steps();
 
 // Numbers of a row's records in the workspace, which holds LeaderRecords [num_rows, leaders], then SoftmaxRecords
@@ -77,7 +77,7 @@ void launch_sample_tokens_combine(const SampleTokensParams& params, const Device
 //
 // Items are in groups of row tiles, so that what the clusters read at the same time stays in the L2 cache. In a group,
 // all rows meet the first range, then the second, and so on. The ranges of the odd row tile are next to the same ranges
-// of its group, so the head weight comes from memory once for all of them.
+// of its group. The head weight therefore comes from memory once for all of them.
 struct HeadTask {
   int row_tile;
   int slot;     // range; HeadPlan::slots means that this CTA has no work and only keeps in step with its neighbour

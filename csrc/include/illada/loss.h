@@ -91,7 +91,7 @@ struct WeightedSumParams {
 void weighted_sum_cuda(const WeightedSumParams& params);
 
 // Arguments of the scaling: data[i] *= factor[0]. Where the factor is 1, the kernel does not read `data`. The factor is
-// 1 when a loss is differentiated by itself.
+// 1 when a loss is differentiated with respect to itself.
 struct ScaleParams {
   void* data = nullptr;           // [count], dtype, scaled in place
   int64_t count = 0;              // number of elements

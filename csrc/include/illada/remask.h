@@ -101,7 +101,7 @@ struct LinearSampleTokensParams {
 void linear_sample_tokens_cuda(const LinearSampleTokensParams& params);
 
 // Bytes of workspace that linear_sample_tokens_cuda needs. Returns -1 where there is no kernel for these params:
-// another GPU, build, dtype or alignment. It does not look at the output pointers and the workspace.
+// another GPU, build, dtype or alignment. It ignores the output pointers and the workspace.
 int64_t linear_sample_tokens_workspace(const LinearSampleTokensParams& params);
 
 // Rule that chooses the candidates of a sequence to commit. Candidates are ranked by (confidence descending, row
