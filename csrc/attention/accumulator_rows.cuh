@@ -1,5 +1,5 @@
-// Rows on their way from accumulators of the tensor cores to memory (mma.sync m16n8, wgmma m64n8: a lane has two
-// neighbours of every 8 columns of two rows, lane / 4 and 8 more; four neighbouring lanes have a row).
+// Stores of rows from accumulators of the tensor cores to memory. In mma.sync m16n8 and wgmma m64n8, four neighbouring
+// lanes share a row. A lane has two rows, lane / 4 and lane / 4 + 8, and two neighbouring columns of every 8.
 #pragma once
 
 #include <cstdint>
@@ -10,18 +10,19 @@
 
 namespace illada::attention {
 
-// Row i (0 or 1) times `scale`, in 16 bits, to the row at `target` (contiguous, 16-byte aligned), if it is real. The
-// lanes of a row exchange words until each has 16 bytes of it. `store`: how 16 bytes are stored.
+// Default store of 16 bytes.
 struct StorePlain {
   __device__ __forceinline__ void operator()(uint4* at, const uint4& x) const { *at = x; }
 };
+// Stores row i (0 or 1) times `scale`, in 16 bits, to `target` (contiguous, 16-byte aligned), if the row is real. The
+// lanes of a row exchange words until each has 16 bytes of it. `store`: function that stores 16 bytes.
 template <typename T, int kColumns, typename Store = StorePlain>
 __device__ __forceinline__ void store_row(T* target, const float (&sum)[kColumns / 2], int i, float scale, bool is_real,
                                           int lane, const Store& store = {}) {
   target += lane % 4 * 8;
 #pragma unroll
   for (int j = 0; j < kColumns / 32; ++j) {
-    // 32 columns of the row, 2 of every 8 in a lane; lane l of the four is to have the l-th 8 of them.
+    // A lane has 2 of every 8 of the row's 32 columns. After the exchange, lane l of the four has the l-th 8 columns.
     uint32_t w[4];
 #pragma unroll
     for (int n = 0; n < 4; ++n)
@@ -40,7 +41,7 @@ __device__ __forceinline__ void store_row(T* target, const float (&sum)[kColumns
   }
 }
 
-// Row i onto sums in fp32, in any order, if it is real.
+// Adds row i to sums in fp32, in any order, if the row is real.
 template <int kColumns>
 __device__ __forceinline__ void add_row(float* target, const float (&sum)[kColumns / 2], int i, bool is_real,
                                         int lane) {

@@ -1,7 +1,11 @@
-// How tiles come into the shared memory of the keys kernel (backward_keys_sm90.cuh): by TMA, one thread's work.
+// Loads of tiles into the shared memory of the keys kernel (backward_keys_sm90.cuh). One thread loads them by TMA:
 //
-// An item has two steps at least (the second one may have no rows): its keys are still read in the first step of the
-// next item, so that the keys after those can only come in the second one.
+//   for each item:
+//     load K of the item, into the other of two buffers
+//     for each step: load q; in the first step load V; load dout; in order: wait for the turns to add dq
+//
+// An item has at least two steps; the second one may have no rows. The first step of the next item still reads the keys
+// of this item. The keys of the item after the next can therefore arrive only in the next item's second step.
 #pragma once
 
 #include <cuda.h>
@@ -15,8 +19,8 @@
 namespace illada::attention {
 namespace {
 
-// By all threads, before anything is loaded. Rows of a tile that no token has are never loaded, but they are summed
-// over: zeros.
+// Writes zeros to the rows of a tile that have no token. They are never loaded, but the products sum over them. All
+// threads call it, before anything is loaded.
 template <int kHeadDim>
 __device__ __forceinline__ void clear_missing_rows(const KeysArguments& a, KeysShared<kHeadDim>& shared) {
   using Shared = KeysShared<kHeadDim>;
@@ -31,7 +35,8 @@ __device__ __forceinline__ void clear_missing_rows(const KeysArguments& a, KeysS
   fence_view_async_shared();
 }
 
-// By thread 0 of the producers: keys, values, queries and gradients; and, in order, the turns of the warpgroups.
+// Loads keys, values, queries and gradients. In ordered mode it also gives the warpgroups their turns. Thread 0 of the
+// producers calls it.
 template <int kHeadDim, QuerySums kSums, bool kOrdered>
 __device__ __forceinline__ void load_tiles(const KeysArguments& a, KeysShared<kHeadDim>& shared,
                                            const CUtensorMap& q_map, const CUtensorMap& dout_map,
@@ -49,7 +54,7 @@ __device__ __forceinline__ void load_tiles(const KeysArguments& a, KeysShared<kH
     barrier.arrive_and_expect_tx(uint32_t(RowTile::kSlices * a.tile_tokens * a.group * kRowBytes));
     load_tile(tile, map, barrier, item.kv_head * a.group, item.q_start, item.q_count, token, a.rows_hint);
   };
-  const auto wait_for_turn = [&](auto half) {  // to add dq of two steps before
+  const auto wait_for_turn = [&](auto half) {  // turn to add dq of two steps before
     const KeysStep& step = shared.step[(state.index() + 1) % kStages];
     if (step.turn)
       wait_for_tiles<decltype(half)::value, 40>(a.arrivals + step.token * a.num_kv_heads + step.kv_head, step.turn);
@@ -71,7 +76,7 @@ __device__ __forceinline__ void load_tiles(const KeysArguments& a, KeysShared<kH
     for (KeysSteps steps(a, item, !kOrdered && a.staggered); steps.left > 0; steps.advance()) {
       const int token = steps.tile * a.tile_tokens;
       shared.rows_empty[state.index()].wait(state.phase());
-      KeysStep& step = shared.step[state.index()];  // q_full, on which this thread arrives, makes it visible
+      KeysStep& step = shared.step[state.index()];  // this thread's arrival on q_full makes it visible
       step.token = item.q_start + token;
       step.tokens = max(min(item.q_count - token, a.tile_tokens), 0);
       step.kv_head = item.kv_head;
@@ -93,7 +98,7 @@ __device__ __forceinline__ void load_tiles(const KeysArguments& a, KeysShared<kH
       ++state;
     }
   }
-  shared.k_full[number % 2].arrive();  // an item without keys and queries: the end
+  shared.k_full[number % 2].arrive();  // an item without keys and queries marks the end
   if (kOrdered) {
 #pragma unroll 1
     for (int i = 0; i < 2; ++i, ++state) {

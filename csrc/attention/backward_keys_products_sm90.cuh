@@ -1,10 +1,17 @@
-// The warpgroups of the keys kernel (backward_keys_sm90.cuh) that multiply: dk and dv of 64 keys each, and their half
-// of dq.
+// Consumer warpgroups of the keys kernel (backward_keys_sm90.cuh). Each computes dk and dv of 64 keys, and half of dq.
 //
-// A warpgroup's turn (a named barrier) queues its products of a step in one go: dq of the step before (whose ds the
-// other warpgroup has written long ago), dv and dk of this step, s^T and dp^T of the next one. Its dq leaves between
-// the products of dv and dk. Exponentials, ds and, at the end of an item, dk and dv on their way to memory run beside
-// the other warpgroup's turn.
+//   s^T, dp^T of the first step; p^T
+//   for each step of all items:
+//     ds^T from p^T and dp^T, also to shared memory
+//     wait for the next step's rows and for the own turn
+//     issue, in the own turn:
+//       dq = ds k of the step before, whose ds the other warpgroup wrote long ago
+//       dv += p^T do, dk += ds^T q of this step; in the gaps between them, dq is added to the sums
+//       s^T, dp^T of the next step; pass the turn on
+//     p^T of the next step; at the end of an item, store dk and dv
+//
+// A turn (a named barrier) issues a warpgroup's products of a step together. Exponentials, ds and the stores of dk and
+// dv run during the other warpgroup's turn.
 #pragma once
 
 #include <algorithm>
@@ -25,7 +32,7 @@
 namespace illada::attention {
 namespace {
 
-// Is some row of a step far from 0? The same for a warp.
+// Returns true if some row of a step is far from 0. Uniform in a warp.
 template <int kRows>
 __device__ __forceinline__ bool has_far_rows(const float (&offsets)[kRows], int lane) {
   bool far = false;
@@ -37,8 +44,8 @@ __device__ __forceinline__ bool has_far_rows(const float (&offsets)[kRows], int 
   return __any_sync(kFullWarp, far);
 }
 
-// s^T of 64 keys and the kRows rows of a step (columns of this lane: 8 j + lane % 4 * 2 + {0, 1}) becomes p^T, relative
-// to the rows' own sums.
+// Converts s^T of 64 keys and the kRows rows of a step to p^T, relative to the rows' own sums. Columns of this lane:
+// 8 j + lane % 4 * 2 + {0, 1}.
 template <int kRows>
 __device__ __forceinline__ void weigh(const KeysArguments& a, float (&s)[kRows / 2], const float (&offsets)[kRows],
                                       bool far, int lane) {
@@ -48,7 +55,7 @@ __device__ __forceinline__ void weigh(const KeysArguments& a, float (&s)[kRows /
   });
 }
 
-// p^T and ds^T in 16 bits, as operands, from p^T and dp^T.
+// Computes p^T and ds^T in 16 bits, as operands, from p^T and dp^T in fp32.
 template <typename T, int kRows>
 __device__ __forceinline__ void differentiate(const float (&s)[kRows / 2], const float (&dp)[kRows / 2],
                                               const float (&c_of_rows)[kRows], uint32_t (&p)[kRows / 16][4],
@@ -65,7 +72,7 @@ __device__ __forceinline__ void differentiate(const float (&s)[kRows / 2], const
   }
 }
 
-// dk and dv of an item leave, of this lane's keys `key` and key + 8.
+// Stores dk and dv of an item, for this lane's keys `key` and key + 8.
 template <typename T, int kHeadDim, bool kFused>
 __device__ __forceinline__ void write_keys(const KeysArguments& a, const WorkItem& item,
                                            const float (&dk)[kHeadDim / 2], const float (&dv)[kHeadDim / 2], int key,
@@ -88,8 +95,8 @@ __device__ __forceinline__ void write_keys(const KeysArguments& a, const WorkIte
   }
 }
 
-// ds^T of 16 keys to shared memory, in blocks of 16 keys x 16 rows. No key of anybody else has a part in dq: only those
-// of the item, which are `keys` from this lane's first one on.
+// Stores ds^T of 16 keys to shared memory, in blocks of 16 keys x 16 rows. Only the item's keys may contribute to dq:
+// `keys` keys from this lane's first key on. Keys of other sequences become 0.
 template <int kRows>
 __device__ __forceinline__ void store_scores(uint32_t target, const uint32_t (&ds)[kRows / 16][4], int keys, int lane) {
 #pragma unroll
@@ -101,7 +108,7 @@ __device__ __forceinline__ void store_scores(uint32_t target, const uint32_t (&d
   }
 }
 
-// By both warpgroups: all items of the CTA.
+// Computes all items of the CTA. Both consumer warpgroups call it.
 template <typename T, int kHeadDim, QuerySums kSums, bool kOrdered>
 __device__ __forceinline__ void multiply_keys(const KeysArguments& a, KeysShared<kHeadDim>& shared,
                                               const CUtensorMap& dq_map) {
@@ -112,13 +119,13 @@ __device__ __forceinline__ void multiply_keys(const KeysArguments& a, KeysShared
   constexpr uint32_t kScoreBytes = sizeof(typename Shared::ScoreTile), kScoreSlice = kBackwardKeys * kRowBytes;
   const int warpgroup = __shfl_sync(kFullWarp, int(threadIdx.x) / 128, 0), thread = int(threadIdx.x) % 128;
   const int own_turn = warpgroup, next_turn = 1 - warpgroup;
-  const int lane = thread % 32, warp_row = thread / 32 * 16;  // of a warp in its warpgroup's 64 rows
-  // Of dq, a warpgroup has 64 columns of 64 rows, or all columns of the second 64 rows.
+  const int lane = thread % 32, warp_row = thread / 32 * 16;  // warp_row: the warp's first row of its warpgroup's 64
+  // Of dq, a warpgroup has 64 columns of the 64 rows (D 128), or all columns of its 64 of the 128 rows (D 64).
   const int half = warpgroup * (kHeadDim == 128 ? 0 : 64), column = warpgroup * (kHeadDim == 128 ? 64 : 0);
-  // Lower words of descriptors; the upper ones are all the same.
+  // Lower words of the descriptors; the upper words are all equal.
   const uint32_t start = (ptx::smem_address(&shared) & 0x3ffff) / 16, rows_kind = 1 << 16;
   const auto columns_kind = [](uint32_t leading) { return leading / 16 << 16; };
-  constexpr uint32_t kFirstKey = 64 * kRowBytes / 16;  // of the second warpgroup
+  constexpr uint32_t kFirstKey = 64 * kRowBytes / 16;  // offset of the second warpgroup's first key
   const uint32_t k_rows = start + rows_kind + uint32_t(offsetof(Shared, k) / 16) + warpgroup * kFirstKey;
   const uint32_t v_rows = start + rows_kind + uint32_t(offsetof(Shared, v) / 16) + warpgroup * kFirstKey;
   const uint32_t q_rows = start + rows_kind + uint32_t(offsetof(Shared, q) / 16);
@@ -143,7 +150,8 @@ __device__ __forceinline__ void multiply_keys(const KeysArguments& a, KeysShared
     cute::warpgroup_commit_batch();
   };
   const auto multiply_v = [&](int stage, bool hand_over) {  // dp = v do^T
-    // The compiler must not know that x is the same in every step: it would keep each of its sums in a register.
+    // The compiler must not know that x is the same in every step. It would keep each address derived from x in a
+    // register.
     const uint64_t x = descriptor(v_rows + uint32_t(stage) * uint32_t(a.waste_row < 0));
     const uint64_t y = descriptor(dout_rows + uint32_t(stage) * (kTileBytes / 16));
     multiply_rows<T, typename Shared::KeyTile, typename Shared::RowTile, kRows>(dp, x, y);
@@ -179,7 +187,7 @@ __device__ __forceinline__ void multiply_keys(const KeysArguments& a, KeysShared
     int stage = 0;                    // of the step whose ds is next
     bool fresh = true;                // is it the first step of its item,
     bool is_last = false;             // the last one?
-    const auto wait_for_rows = [&] {  // before a turn, so that no time of it is lost
+    const auto wait_for_rows = [&] {  // called before a turn, so that the turn loses no time
       shared.q_full[state.index()].wait(state.phase());
       shared.dout_full[state.index()].wait(state.phase());
       shared.v_full.wait(uint32_t(round - 1) % 2);
@@ -195,11 +203,11 @@ __device__ __forceinline__ void multiply_keys(const KeysArguments& a, KeysShared
       ++state;
     };
     const auto finish_scores = [&] {
-      // What there is to know of the step, while its products are under way.
+      // Reads the step's properties while its products run.
       const bool far = has_far_rows(shared.offset[stage], lane);
       const bool has_padding = __shfl_sync(kFullWarp, shared.step[stage].tokens, 0) * a.group < kRows;
       warpgroup_wait<1>(s);
-      // Rows of padding are zeros, next to which a key of -inf makes NaN.
+      // Padding rows are zeros; with a key of -inf they would give NaN.
       if (has_padding) mask_scores(s, shared.step[stage].tokens * a.group);
       weigh(a, s, shared.offset[stage], far, lane);
       is_last = __shfl_sync(kFullWarp, int(shared.step[stage].is_last), 0) != 0;
@@ -208,9 +216,9 @@ __device__ __forceinline__ void multiply_keys(const KeysArguments& a, KeysShared
     };
     if (kFused) adder.open_nowhere();
     if (warpgroup == 1) NamedBarrier::arrive(256, next_turn);
-    // dv, dk of the step whose ds is there; what dq there is leaves meanwhile, in the gaps between the products.
+    // Issues dv and dk of the step whose ds is complete. It adds dq to the sums in the gaps between these products.
     const auto multiply_gradients = [&](bool accumulate, bool adds) {
-      constexpr int kSteps = kRows / 16, kFirst = kHeadDim == 128 ? 1 : 6;  // steps until dq is there
+      constexpr int kSteps = kRows / 16, kFirst = kHeadDim == 128 ? 1 : 6;  // steps until dq is complete
       const uint64_t of_dv = descriptor(dout_columns + uint32_t(stage) * (kTileBytes / 16)),
                      of_dk = descriptor(q_columns + uint32_t(stage) * (kTileBytes / 16));
       cute::warpgroup_arrive();
@@ -227,7 +235,8 @@ __device__ __forceinline__ void multiply_keys(const KeysArguments& a, KeysShared
           warpgroup_wait<1>(dq);
           shared.ds_empty[(step - 1) & 1].arrive_if(thread == 0);
         } else if (i >= kFirst) {
-          // Spread evenly, and kept in their gaps: many additions at once hold up the product after them.
+          // The additions are spread evenly over the gaps and stay there. Many additions at once delay the next
+          // product.
           constexpr int kGaps = 2 * kSteps - kFirst;
           const auto parts_before = [&](int gap) { return (gap * adder.kParts + kGaps - 1) / kGaps; };
           const int first = parts_before(i - kFirst);
@@ -243,7 +252,7 @@ __device__ __forceinline__ void multiply_keys(const KeysArguments& a, KeysShared
     multiply_dout(false);
     finish_scores();
     while (true) {
-      // p^T is in s, in fp32, and dp^T in dp; nothing is under way.
+      // p^T is in s, in fp32, and dp^T in dp. No product is in flight.
       const int key_buffer = (round - 1) % 2, old_stage = stage;
       differentiate<T, kRows>(s, dp, shared.c[stage], p, ds, lane);
       if (kFused) share_ds();
@@ -296,7 +305,7 @@ __device__ __forceinline__ void multiply_keys(const KeysArguments& a, KeysShared
       }
     }
     write_keys<T, kHeadDim, kFused>(a, shared.item[key_buffer], dk, dv, warpgroup * 64 + warp_row + lane / 4, lane);
-    if (kFused && !kOrdered) {  // here and not before the keys leave, where it would cost registers in the loop
+    if (kFused && !kOrdered) {  // not before write_keys, where it would cost registers in the loop
       __syncwarp();
       shared.all_added.arrive_if(lane == 0);
       convert_last_jobs<T, kHeadDim>(a, shared);
@@ -304,8 +313,8 @@ __device__ __forceinline__ void multiply_keys(const KeysArguments& a, KeysShared
   }
 }
 
-// By all consumers. Keys that no query sees; where items are cut, their sums are zeros that the last pass turns into
-// gradients.
+// Writes zero gradients of keys that no query attends to. All consumers call it. Where items are cut into pieces, the
+// last pass writes these gradients instead, from sums that are zeros.
 template <int kHeadDim>
 __device__ __forceinline__ void write_unseen_keys(const KeysArguments& a) {
   const int items = a.pieces == 1 ? plan_header(a.plan).backward_items : 0;

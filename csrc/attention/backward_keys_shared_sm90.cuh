@@ -1,5 +1,5 @@
-// What the warps of the keys kernel (backward_keys_sm90.cuh) have in common: its arguments, the order of its items, its
-// shared memory and the barriers there.
+// Shared parts of the keys kernel (backward_keys_sm90.cuh): its arguments, the order of its items, its shared memory
+// and the barriers there.
 #pragma once
 
 #include <cstddef>
@@ -15,30 +15,31 @@ namespace {
 
 struct KeysArguments {
   const int32_t* plan;
-  int64_t first_item;  // row of the plan
+  int64_t first_item;  // row of the plan with the first backward item
   const RowStatistics* rows;
   uint32_t* arrivals;
   float *dq_sums, *dk_sums, *dv_sums;
   void *dq, *dk, *dv;
-  int32_t pieces;    // of an item of the plan; more than one: dk and dv are summed up as dq is
+  int32_t pieces;    // pieces per item of the plan; if more than one, dk and dv are summed as dq is
   bool staggered;    // see KeysSteps
-  int report_every;  // steps
+  int report_every;  // steps between two reports
   int32_t total_q, num_heads, num_kv_heads, group, tile_tokens;
-  int32_t skipped;    // elements between the group's heads of one token and the next, (H - H / G) D
-  int32_t waste_row;  // of dq_sums: rows that nobody looks at
+  int32_t skipped;    // elements between the group's heads of a token and those of the next token, (H - H / G) D
+  int32_t waste_row;  // first of the rows of dq_sums that are never read
   uint32_t group_reciprocal;
-  float scale, scale_log2;                   // softmax_scale, and times log2(e)
-  uint64_t rows_hint, keys_hint, sums_hint;  // to the L2 cache
+  float scale, scale_log2;                   // softmax_scale, and softmax_scale times log2(e)
+  uint64_t rows_hint, keys_hint, sums_hint;  // hints to the L2 cache
 };
 
-constexpr int kIncomplete = -2;  // first_slot of an item whose sums are never complete
+constexpr int kIncomplete = -2;  // first_slot of an item whose sums never become complete
 
-// The next item of a CTA, from `round` on, which becomes its round: a piece of one of the plan, if packs are so small
-// that items are cut into ranges of queries. k_count 0: there is none that has queries.
+// Returns the next item of a CTA from `round` on, and sets `round` to its round. In small packs, items are cut into
+// ranges of queries; the result is then a piece of an item of the plan. k_count 0 means that no item with queries is
+// left.
 //
-// In order, the tiles of a sequence come after each other, each with all its heads: the CTAs that wait for each other
-// are then few. And always forth: back and forth, the one that has waited longest in a round would be the one that all
-// wait for in the next.
+// In ordered mode, the tiles of a sequence come one after another, each with all its heads. Few CTAs then wait for each
+// other. The direction is the same in every round. If it alternated, the CTA that waited longest in one round would be
+// the CTA that all wait for in the next.
 template <bool kOrdered>
 __device__ __forceinline__ WorkItem next_keys(const KeysArguments& a, int& round) {
   const int items = plan_header(a.plan).backward_items * a.pieces, grid = int(gridDim.x);
@@ -52,8 +53,8 @@ __device__ __forceinline__ WorkItem next_keys(const KeysArguments& a, int& round
     bool is_whole = true;
     if (kOrdered) {
       const int tiles = list[number].pieces, first = number - list[number].kv_head * tiles - list[number].piece;
-      // Lengths that overlap may have more tiles than the plan has room for: where some are missing, list order it is,
-      // and no sums are waited for that may never be complete.
+      // Overlapping lengths may have more tiles than the plan has room for. Where tiles are missing, the order is that
+      // of the list, and no thread waits for sums that may never be complete.
       is_whole = first + tiles * a.num_kv_heads <= plan_header(a.plan).backward_items;
       const uint32_t place = uint32_t(number - first), tile = place / uint32_t(a.num_kv_heads);
       if (is_whole) number = first + int(place - tile * a.num_kv_heads) * tiles + int(tile);
@@ -70,23 +71,23 @@ __device__ __forceinline__ WorkItem next_keys(const KeysArguments& a, int& round
   }
 }
 
-// One step of an item: some rows of its queries. Written by the thread that loads them.
+// One step of an item: some rows of its queries. The thread that loads the rows writes it.
 struct alignas(16) KeysStep {
-  int32_t token, tokens;  // the first one, and how many there are; a step may have none
+  int32_t token, tokens;  // first token and number of tokens; a step may have none
   int32_t kv_head;
-  uint16_t is_last;  // of its item
-  uint16_t turn;     // in order: how many tiles of keys add to these rows before
+  uint16_t is_last;  // 1 in the last step of the item
+  uint16_t turn;     // ordered mode: number of key tiles that add to these rows before
 };
 
-// The steps of an item, in the order in which a CTA takes them: tiles of `tile_tokens` queries from `tile` on, round
-// and round. An item has at least two steps; the second one may have no rows.
+// Steps of an item, in the order in which a CTA takes them: tiles of `tile_tokens` queries from `tile` on, cyclically.
+// An item has at least two steps; the second one may have no rows.
 struct KeysSteps {
-  int left;   // of the steps
-  int tile;   // the next one's
-  int tiles;  // the number of steps
+  int left;   // steps that are left
+  int tile;   // tile of the next step
+  int tiles;  // number of steps
 
-  // Where tiles of keys are staggered, each begins elsewhere, so that the CTAs of a head do not all add to the same
-  // rows of dq at the same time.
+  // With `staggered`, each key tile begins at a different tile of queries. The CTAs of a head then do not all add to
+  // the same rows of dq at the same time.
   __device__ __forceinline__ KeysSteps(const KeysArguments& a, const WorkItem& item, bool staggered)
       : left(max((item.q_count + a.tile_tokens - 1) / a.tile_tokens, 2)), tile(0), tiles(left) {
     if (staggered) tile = min(int(float(tiles) * float(item.piece) / float(item.pieces)), tiles - 1);
@@ -97,14 +98,14 @@ struct KeysSteps {
   }
 };
 
-// Rows of one step whose sums are complete: of the heads of a group, from row `first` of dq on. No rows: the end.
+// Rows of one step whose sums are complete: the heads of a group, from row `first` of dq on. 0 rows mark the end.
 struct SumsJob {
   int32_t first, rows;
 };
 
 template <int kHeadDim>
 struct KeysShared {
-  static constexpr int kRows = kHeadDim == 128 ? 64 : 128;  // of a step
+  static constexpr int kRows = kHeadDim == 128 ? 64 : 128;  // rows per step
   static constexpr int kStages = 3, kJobs = 4;
   using Registers = RegisterSplit<2, 40, 232>;
   static constexpr int kThreads = Registers::kThreads;
@@ -115,25 +116,26 @@ struct KeysShared {
   RowTile q[kStages], dout[kStages];
   ScoreTile ds[2];
   alignas(16) float offset[kStages][kRows], c[kStages][kRows];  // RowStatistics of the rows
-  Barrier k_full[2], k_empty[2];              // keys of the item and the item itself are there; one ahead
-  Barrier v_full, v_empty;                    // values
-  Barrier q_full[kStages];                    // queries and statistics of the rows (TMA, and 32 lanes with cp.async)
-  Barrier dout_full[kStages];                 // gradients of the rows
-  Barrier rows_empty[kStages];                // both warpgroups have read all of the stage
-  Barrier ds_full[2], ds_empty[2];            // both warpgroups have written ds; have multiplied it
-  Barrier job_full[kJobs], job_empty[kJobs];  // sums that are complete
+  Barrier k_full[2], k_empty[2];    // the item and its keys have arrived, one item ahead; have been read
+  Barrier v_full, v_empty;          // the same for the item's values
+  Barrier q_full[kStages];          // queries and statistics of the rows have arrived (TMA, and 32 lanes with cp.async)
+  Barrier dout_full[kStages];       // gradients of the rows have arrived
+  Barrier rows_empty[kStages];      // both warpgroups have read all of the stage
+  Barrier ds_full[2], ds_empty[2];  // both warpgroups have written ds; have multiplied it
+  Barrier job_full[kJobs], job_empty[kJobs];  // a job, complete sums, is in the slot; has been read
   Barrier all_added;                          // the consumers have added all their dq
-  Barrier last_jobs_full;                     // sums that turned out to be complete then
-  Barrier last_turns;                         // in order: it is this CTA's turn to add the last two dq
-  // In order, for each warpgroup: dq of two steps before may be added; dq of the step before is.
+  Barrier last_jobs_full;                     // last_jobs, the sums that are complete then, are written
+  Barrier last_turns;                         // ordered mode: it is this CTA's turn to add the last two dq
+  // Ordered mode, for each warpgroup: dq of two steps before may be added; dq of the step before has been added.
   Barrier turn_full[2][kStages], added[2][kStages];
-  WorkItem item[2], counted_item;  // of the tiles; of the statistics and reports
+  WorkItem item[2], counted_item;  // items of the tiles; item of the statistics and reports
   SumsJob job[kJobs];
   KeysStep step[kStages];
-  __device__ __forceinline__ SumsJob* last_jobs() { return reinterpret_cast<SumsJob*>(offset); }  // when all is over
+  // Valid only after the last step.
+  __device__ __forceinline__ SumsJob* last_jobs() { return reinterpret_cast<SumsJob*>(offset); }
 };
 
-// By one thread.
+// Initialises the barriers. One thread calls it.
 template <bool kOrdered, int kHeadDim>
 __device__ __forceinline__ void init_barriers(KeysShared<kHeadDim>& shared) {
   using Shared = KeysShared<kHeadDim>;

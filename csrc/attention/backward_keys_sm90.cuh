@@ -1,20 +1,28 @@
-// dk and dv on sm_90a, and, fused with them, dq.
+// The keys kernel: dk and dv on sm_90a, and dq if it is fused with them.
 //
-// CTAs walk over the backward items of the plan: 128 keys of a key-value head, against all rows (tokens x heads of the
-// group) of their sequence, some at a time. Two consumer warpgroups have 64 keys each and keep dk and dv of them in
-// registers to the end. With the transposed scores s^T = k q^T and dp^T = v do^T, whose rows are keys, p^T and ds^T
-// are operands straight from registers:
+// CTAs walk over the backward items of the plan. An item is 128 keys of a key-value head, against all rows (tokens x
+// heads of the group) of their sequence, some rows per step. Two consumer warpgroups have 64 keys each. They keep dk
+// and dv of these keys in registers until the item ends. The rows of the transposed scores s^T = k q^T and dp^T = v
+// do^T are keys. p^T and ds^T are therefore operands directly from registers:
 //
-//   dv += p^T do,   dk += ds^T q,   dq = ds k over all 128 keys: ds goes through shared memory, and each warpgroup
-//   multiplies half of dq (columns for D 128, rows for D 64) and adds it to fp32 sums in L2.
+//   for each item:
+//     for each step, some rows of the sequence:
+//       s^T = k q^T;   p^T = exp(scale s^T - lse)
+//       dp^T = v do^T; ds^T = p^T (dp^T - c)
+//       dv += p^T do;  dk += ds^T q
+//       if fused: dq = ds k over all 128 keys, added to fp32 sums in L2
+//     store dk and dv
 //
-//   backward_keys_shared_sm90.cuh     what all warps share: arguments, order of items, shared memory, barriers
-//   backward_keys_loads_sm90.cuh      thread 0 of the producers: tiles by TMA
-//   query_sums_sm90.cuh               the other producers: statistics, reports of what was added to dq, conversions
+// For dq, ds goes through shared memory. Each warpgroup multiplies half of dq: half of the columns for D 128, half of
+// the rows for D 64.
+//
+//   backward_keys_shared_sm90.cuh     shared by all warps: arguments, order of items, shared memory, barriers
+//   backward_keys_loads_sm90.cuh      thread 0 of the producers: loads of tiles by TMA
+//   query_sums_sm90.cuh               the other producers: statistics, reports of additions to dq, conversions of dq
 //   backward_keys_products_sm90.cuh   the consumers
 //
-// A step of 64 rows at D 128 is 5 * 2 * 64 * 128 * 128 flop, 2560 clocks of the tensor cores; it reads 304 KiB of
-// shared memory and fills 33 (2700 clocks), reads 33 KiB of the L2 cache and adds 32 KiB there.
+// A step of 64 rows at D 128 takes 5 * 2 * 64 * 128 * 128 flop, 2560 clocks of the tensor cores. It reads 304 KiB of
+// shared memory and fills 33 KiB (2700 clocks). It reads 33 KiB from the L2 cache and adds 32 KiB there.
 #pragma once
 
 #include <cuda.h>
@@ -91,7 +99,7 @@ void launch_backward_keys(const BackwardParams& p, const Device& device, const B
   const CUtensorMap k_map = keys_map(kOp, p, p.k, kBackwardKeys);
   const CUtensorMap v_map = keys_map(kOp, p, p.v, kBackwardKeys);
   const BackwardScratch scratch = scratch_of(p, method);
-  CUtensorMap dq_map = q_map;  // used in bulk alone
+  CUtensorMap dq_map = q_map;  // used only with kBulk
   if (kSums == QuerySums::kBulk)
     dq_map = tensor_map_ragged(kOp,
                                {scratch.dq, DType::kFloat32, std::max<int64_t>(s.total_q, 1), s.num_heads, kHeadDim,
@@ -128,7 +136,7 @@ void launch_backward_keys(const BackwardParams& p, const Device& device, const B
   shape.grid = dim3(unsigned(std::min<int64_t>(device.sm_count, max_backward_items(s) * method.pieces)));
   shape.block = dim3(Shared::kThreads);
   shape.smem_bytes = shared_bytes<Shared>();
-  // Together the two may not be: the order costs the overlap with the end of the first pass.
+  // The two attributes exclude each other. Ordered mode gives up the overlap with the end of the first pass.
   shape.dependent = !kOrdered;
   shape.cooperative = kOrdered;
   launch_kernel(kOp, device, p.launch.stream, shape, illada_attention_backward_keys_sm90<T, kHeadDim, kSums, kOrdered>,

@@ -1,20 +1,28 @@
-// dq on sm_90a, where it is not summed up beside dk and dv: in a fixed order, and without sums in memory.
+// The queries kernel: dq on sm_90a where the keys kernel does not sum it. It works in a fixed order, without sums in
+// memory.
 //
-// CTAs walk over the forward items of the plan, like the forward: two consumer warpgroups have 64 rows (tokens x heads
-// of the group) each, a producer warp loads tiles of 128 keys and values for both. With rows on the M side the scores
-// and their gradients are operands straight from registers, and the rows' statistics two registers a row:
+// CTAs walk over the forward items of the plan, as the forward does. Two consumer warpgroups have 64 rows (tokens x
+// heads of the group) each. A producer warp loads tiles of 128 keys and values for both. Rows are on the M side. The
+// scores and their gradients are therefore operands directly from registers, and the statistics take two registers per
+// row.
 //
-//   s = q k^T,   dp = do v^T,   dq += ds k.
+//   consumer warpgroup:
+//     s = q k^T, dp = do v^T of the first tile; p from s
+//     for each tile of all items:
+//       ds = p (dp - c)
+//       wait for the own turn
+//       issue dq += ds k of this tile, then s = q k^T and dp = do v^T of the next tile; pass the turn on
+//       p of the next tile from s; at the end of an item, store dq
 //
-//   q_full, q_empty [w]   queries and gradients of warpgroup w, and the item
-//   k_full, k_empty [s]   keys; v_full, v_empty [s]: values
-//   turns                 named barriers: a warpgroup's three products are queued in one go, so that the exponentials
-//                         of the other one run beside them
+//   q_full, q_empty [w]   queries, gradients and item of warpgroup w have arrived; have been read
+//   k_full, k_empty [s]   keys of stage s have arrived; have been read; v_full, v_empty [s]: the same for values
+//   turns                 named barriers: a warpgroup issues its three products together, so that the exponentials of
+//                         the other warpgroup run at the same time
 //
-// The keys' partial tile comes first; no other is masked. The next item's first products follow this one's last ones,
-// and its dq leaves meanwhile.
+// The partial tile of keys comes first; no other tile needs a mask. The next item's first products follow this item's
+// last products, and this item's dq is stored meanwhile.
 //
-// 128 rows and 128 keys at D 128 are 3 * 2 * 128^3 flop, 3072 clocks of the tensor cores.
+// 128 rows and 128 keys at D 128 take 3 * 2 * 128^3 flop, 3072 clocks of the tensor cores.
 #pragma once
 
 #include <cuda.h>
@@ -46,11 +54,11 @@ struct QueriesShared {
   static constexpr int kThreads = Registers::kThreads;
   using KeyTile = Tile<kKeys, kHeadDim>;
   using RowTile = Tile<kBlockRows, kHeadDim>;
-  RowTile q[2], dout[2];  // of each warpgroup
+  RowTile q[2], dout[2];  // tiles of each warpgroup
   KeyTile k[kStages], v[kStages];
   Barrier q_full[2], q_empty[2], k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
-  // Of each warpgroup: the item whose dq leaves, the one that is worked on, and the next one, which may come while both
-  // are read.
+  // For each warpgroup: the item whose dq is stored, the current one, and the next one, which may arrive while both are
+  // read.
   static constexpr int kItems = 4;
   WorkItem item[2][kItems];
 };
@@ -59,14 +67,14 @@ struct QueriesArguments {
   const int32_t* plan;
   const RowStatistics* rows;
   void* dq;
-  int32_t total_q, num_heads, group, block_tokens, parts;  // parts of two blocks to a forward item
+  int32_t total_q, num_heads, group, block_tokens, parts;  // parts: parts of two blocks per forward item
   uint32_t group_reciprocal;
-  float scale, scale_log2;        // softmax_scale, and times log2(e)
-  uint64_t rows_hint, keys_hint;  // to the L2 cache
+  float scale, scale_log2;        // softmax_scale, and softmax_scale times log2(e)
+  uint64_t rows_hint, keys_hint;  // hints to the L2 cache
 };
 
-// The next piece of work of a CTA, from `round` on, which becomes its round: two blocks of queries against all of their
-// keys. q_count 0: there is none.
+// Returns the next piece of work of a CTA from `round` on, and sets `round` to its round. It is two blocks of queries
+// against all of their keys. q_count 0 means that no work is left.
 __device__ __forceinline__ WorkItem next_queries(const QueriesArguments& a, int& round) {
   const int items = plan_header(a.plan).forward_items * a.parts, grid = int(gridDim.x);
   for (;; ++round) {
@@ -78,7 +86,7 @@ __device__ __forceinline__ WorkItem next_queries(const QueriesArguments& a, int&
     item.q_start += first;
     item.q_count = min(item.q_count - first, 2 * a.block_tokens);
     if (item.q_count <= 0 || item.piece > 0) continue;
-    if (item.pieces > 1) {  // the others follow
+    if (item.pieces > 1) {  // the other pieces of the key split follow in the list
       const WorkItem last = forward_items(a.plan)[number + item.pieces - 1];
       item.k_count = last.k_start + last.k_count - item.k_start;
     }
@@ -152,7 +160,7 @@ __global__ __launch_bounds__(QueriesShared<kHeadDim>::kThreads, 1) void illada_a
         }
       }
 #pragma unroll
-      for (int w = 0; w < 2; ++w) {  // an item without keys: the end
+      for (int w = 0; w < 2; ++w) {  // an item without keys marks the end
         shared.q_empty[w].wait(uint32_t(number) % 2 ^ 1);
         shared.item[w][number % Shared::kItems] = WorkItem{};
         shared.q_full[w].arrive();
@@ -169,16 +177,17 @@ __global__ __launch_bounds__(QueriesShared<kHeadDim>::kThreads, 1) void illada_a
     const uint64_t v_rows = k_rows + (offsetof(Shared, v) - offsetof(Shared, k)) / 16;
     const uint64_t k_columns = gmma_descriptor_mn(ptx::smem_address(shared.k), kKeys * kRowBytes);
 
-    PipelineState<kStages> state;  // of the tile whose s is next
+    PipelineState<kStages> state;  // stage of the tile whose s is next
     float dq[kHeadDim / 2], s[kKeys / 2], dp[kKeys / 2];
     uint32_t ds[kKeys / 16][4];
-    RowStatistics rows[2];                        // of the item
-    int number = 0;                               // of items that were begun
-    int tiles = 0, valid = 0;                     // of the item that are not yet in s; keys of its first one
-    const int row = thread / 32 * 16 + lane / 4;  // and 8 more
+    RowStatistics rows[2];                        // statistics of the item's rows
+    int number = 0;                               // number of items begun
+    int tiles = 0, valid = 0;                     // tiles of the item that are not yet in s; keys in its first tile
+    const int row = thread / 32 * 16 + lane / 4;  // the lane's rows are `row` and row + 8
 
     const auto multiply_scores = [&](float (&d)[kKeys / 2], uint64_t x, uint64_t keys, int stage, bool hand_over) {
-      // The compiler must not know that x is the same in every step: it would keep each of its sums in a register.
+      // The compiler must not know that x is the same in every step. It would keep each address derived from x in a
+      // register.
       x += uint64_t(stage) * uint64_t(a.total_q < 0);
       const uint64_t y = keys + uint64_t(stage) * (kKeyBytes / 16);
       multiply_rows<T, typename Shared::RowTile, typename Shared::KeyTile, kKeys>(d, x, y);
@@ -220,9 +229,9 @@ __global__ __launch_bounds__(QueriesShared<kHeadDim>::kThreads, 1) void illada_a
       }
     };
     if (open_item()) {
-      bool fresh = true;     // is the tile of s the first one of its item?
-      bool is_last = false;  // the last one?
-      int stage = 0;         // its stage
+      bool fresh = true;     // true if the tile of s is the first one of its item
+      bool is_last = false;  // true if it is the last one
+      int stage = 0;         // stage of that tile
       const auto multiply_k = [&] {
         stage = state.index();
         shared.k_full[stage].wait(state.phase());
@@ -250,7 +259,7 @@ __global__ __launch_bounds__(QueriesShared<kHeadDim>::kThreads, 1) void illada_a
       multiply_v(false);
       finish_scores();
       while (true) {
-        // p is in s, in fp32, and dp is there; nothing is under way.
+        // p is in s, in fp32, and dp is complete. No product is in flight.
         const int old_stage = stage;
 #pragma unroll
         for (int j = 0; j < kKeys / 2; j += 2) {
@@ -277,7 +286,7 @@ __global__ __launch_bounds__(QueriesShared<kHeadDim>::kThreads, 1) void illada_a
       warpgroup_wait<0>(dq);
       write_queries(shared.item[warpgroup][(number - 2) % Shared::kItems]);
     }
-    // Queries without keys, which are the last ones of the list.
+    // Write zeros for queries without keys, which are the last ones of the list.
     for (int index = plan_header(a.plan).forward_items - 1 - int(blockIdx.x); index >= 0; index -= int(gridDim.x)) {
       const WorkItem item = forward_items(a.plan)[index];
       if (item.k_count > 0) break;

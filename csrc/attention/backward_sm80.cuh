@@ -1,24 +1,32 @@
-// The attention backward on sm_80, and on what has no kernel of its own; included by one file per head dim. Two
-// kernels, both of them without atomics, so that every sum has its order:
+// Attention backward on sm_80 and on GPUs without a specialised kernel. One file per head dim includes this file. There
+// are two kernels. Neither uses atomics, so that every sum has a fixed order:
 //
-//   keys      a CTA has 64 (D 128) or 128 (D 64) keys of a backward item and walks over all rows (tokens x heads of the
-//             group) of its sequence: dk and dv, 4 products
-//   queries   a CTA has 64 or 128 rows of a forward item and walks over all keys: dq, 3 products
+//   keys      A CTA has 64 (D 128) or 128 (D 64) keys of a backward item. It walks over all rows (tokens x heads of the
+//             group) of their sequence and computes dk and dv with 4 products.
+//   queries   A CTA has 64 or 128 rows of a forward item. It walks over all keys and computes dq with 3 products.
 //
-// They mirror each other. A CTA's own two operands (k and v, or q and dout) lie in registers for good, 16 or 32 rows to
-// each of four warps, as does what it sums up; the other two come in tiles of 32 or 64 rows through a ring of two
-// stages (cp.async, a tile ahead, one barrier a tile). A step takes 16 rows of the tile: s and dp, whose accumulators
-// have the layout that the A operands p and ds need in the products that follow, so that nothing but the tiles is ever
-// in shared memory. A stage is as large as an operand, which is how the CTA's own ones come in.
+// The two kernels mirror each other:
 //
-// n keys and m rows are 14 n m D flop, 4 of them for the second s and dp, which is the price of a fixed order; from
-// memory 6 T H D + 8 Tk G D bytes, each element once. Bound by the tensor cores, and at D 128 as much by shared memory:
-// 512 bytes of ldmatrix are 4 cycles of it and feed 4 cycles of products (8 at D 64, where a warp has twice as many
-// rows). Other CTAs have products while one has exponentials: two an SM, three of `queries` at D 128. Tiles come from
-// the L2 cache at 8 to 21 bytes a cycle and SM.
+//   load the CTA's own operands (keys: k and v; queries: q and dout) to registers, 16 or 32 rows per warp
+//   for each tile of the other two operands, 32 or 64 rows:
+//     wait for the tile (one barrier) and start the copies of the next one (cp.async, ring of two stages)
+//     for each step of 16 rows of the tile:
+//       s and dp; p and ds from them
+//       keys: dv += p^T dout, dk += ds^T q      queries: dq += ds k
+//   store the sums
 //
-// Registers are what limits the tiles: a lane of `keys` holds 128 of sums and 64 of operands. What is cheap to make
-// again (all that comes from the thread index and the item) is not kept over a step.
+// The own operands and the sums stay in registers. The accumulators of s and dp have the layout of the A operands p and
+// ds of the next products. Only the tiles are therefore ever in shared memory. A stage is as large as an operand, and
+// the CTA's own operands arrive through the stages.
+//
+// n keys and m rows take 14 n m D flop. 4 of these 14 compute s and dp a second time, which is the price of a fixed
+// order. The kernels read and write 6 T H D + 8 Tk G D bytes of memory, each element once. They are bound by the tensor
+// cores, and at D 128 equally by shared memory: 512 bytes of ldmatrix take 4 cycles of it and feed 4 cycles of products
+// (8 at D 64, where a warp has twice as many rows). While one CTA computes exponentials, others compute products. An SM
+// holds two CTAs, or three of `queries` at D 128. Tiles come from the L2 cache at 8 to 21 bytes per cycle and SM.
+//
+// Registers limit the tiles: a lane of `keys` holds 128 registers of sums and 64 of operands. Values that are cheap to
+// compute again (all that follow from the thread index and the item) are not kept over a step.
 #pragma once
 
 #include <cutlass/fast_math.h>
@@ -38,11 +46,11 @@ namespace illada::attention {
 namespace {
 
 constexpr int kWarps = 4, kThreads = 32 * kWarps;
-constexpr int kItemRows = forward_blocks_sm80() * kBlockRows;  // of an item of `queries`
+constexpr int kItemRows = forward_blocks_sm80() * kBlockRows;  // rows of an item of `queries`
 
 template <int kHeadDim>
 struct BackwardTiles {
-  static constexpr int kBlocks = 128 / kHeadDim;  // of 16 rows of a warp
+  static constexpr int kBlocks = 128 / kHeadDim;  // blocks of 16 rows per warp
   static constexpr int kWarpRows = 16 * kBlocks, kOwn = kWarps * kWarpRows;
   static constexpr int kTile = kOwn / 2;  // rows of a step of the ring
   static constexpr int kRowBytes = kHeadDim * 2;
@@ -52,9 +60,9 @@ struct BackwardTiles {
 template <int kHeadDim>
 struct BackwardStorage {
   using Tiles = BackwardTiles<kHeadDim>;
-  alignas(128) char stage[2][Tiles::kStageBytes];  // a tile of q and one of dout, or of k and of v
+  alignas(128) char stage[2][Tiles::kStageBytes];  // a tile of q and one of dout, or one of k and one of v
   alignas(16) RowStatistics rows[2][Tiles::kTile];
-  WorkItem item;  // this CTA's part of it; read anew where it is needed
+  WorkItem item;  // this CTA's part of the item; read again where it is needed
 };
 
 struct BackwardArguments {
@@ -67,14 +75,14 @@ struct BackwardArguments {
   void *dq, *dk, *dv;
   int32_t total_q, num_heads, num_kv_heads;
   cutlass::FastDivmod group;
-  int32_t own_tokens;               // of a CTA of `queries`
-  int32_t walk_tokens, walk_heads;  // Copier::kRows rows further
-  float scale, scale_log2;          // softmax_scale, and times log2(e)
+  int32_t own_tokens;               // tokens of a CTA of `queries`
+  int32_t walk_tokens, walk_heads;  // tokens and heads from a row to the row Copier::kRows further
+  float scale, scale_log2;          // softmax_scale, and softmax_scale times log2(e)
 };
 
-// Every Copier::kRows-th row of an item, as it lies in the pack.
+// Walk over every Copier::kRows-th row of an item: the row's place in the pack.
 struct RowWalk {
-  int token, head;  // of the item, of the group
+  int token, head;  // token of the item, head of the group
   __device__ __forceinline__ RowWalk(int row, const cutlass::FastDivmod& group) { group(token, head, row); }
   __device__ __forceinline__ void advance(const BackwardArguments& a) {
     token += a.walk_tokens;
@@ -86,7 +94,8 @@ struct RowWalk {
   }
 };
 
-// The next kRows rows (tokens x heads) to a tile; beyond the item's `tokens`, rows of the last token again.
+// Copies the next kRows rows (tokens x heads) to a tile. Beyond the item's `tokens`, it copies the last token's rows
+// again.
 template <int kHeadDim>
 __device__ __forceinline__ void copy_row(const Copier<kHeadDim, kThreads>& copier, uint32_t target, const char* source,
                                          int64_t token_bytes, int64_t head_bytes, const RowWalk& at, int tokens) {
@@ -94,7 +103,7 @@ __device__ __forceinline__ void copy_row(const Copier<kHeadDim, kThreads>& copie
               source + min(at.token, tokens - 1) * token_bytes + at.head * head_bytes + copier.column, true);
 }
 
-// A warp's own rows as A operands; `tile` has the offset of the lane.
+// Loads a warp's own rows as A operands. `tile` includes the offset of the lane.
 template <int kHeadDim, int kBlocks>
 __device__ __forceinline__ void load_operand(uint32_t (&a)[kBlocks][kHeadDim / 16][4], uint32_t tile) {
 #pragma unroll
@@ -105,7 +114,7 @@ __device__ __forceinline__ void load_operand(uint32_t (&a)[kBlocks][kHeadDim / 1
   }
 }
 
-// s = a . x^T and t = b . y^T with 16 rows of each of two tiles. Addresses have the lane's offset.
+// Computes s = a . x^T and t = b . y^T, with 16 rows of each of two tiles. Addresses include the lane's offset.
 template <typename T, int kHeadDim, int kBlocks>
 __device__ __forceinline__ void multiply_pair(float (&s)[kBlocks][8], float (&t)[kBlocks][8],
                                               const uint32_t (&a)[kBlocks][kHeadDim / 16][4],
@@ -130,7 +139,7 @@ __device__ __forceinline__ void multiply_pair(float (&s)[kBlocks][8], float (&t)
   }
 }
 
-// sum += p . x with 16 rows of a tile.
+// Computes sum += p . x, with 16 rows of a tile.
 template <typename T, int kHeadDim, int kBlocks>
 __device__ __forceinline__ void add_product(float (&sum)[kBlocks][kHeadDim / 2], const uint32_t (&p)[kBlocks][4],
                                             uint32_t x) {
@@ -151,7 +160,7 @@ __global__ __launch_bounds__(kThreads, 2) void illada_attention_backward_keys_sm
     const __grid_constant__ BackwardArguments a, const __grid_constant__ DependentLaunch launch) {
   using Tiles = BackwardTiles<kHeadDim>;
   constexpr int kBlocks = Tiles::kBlocks, kOwn = Tiles::kOwn, kTile = Tiles::kTile, kRowBytes = Tiles::kRowBytes;
-  constexpr int kParts = kBackwardKeys / kOwn;  // CTAs of an item
+  constexpr int kParts = kBackwardKeys / kOwn;  // CTAs per item
   extern __shared__ __align__(1024) char raw_shared[];
   BackwardStorage<kHeadDim>& shared = *reinterpret_cast<BackwardStorage<kHeadDim>*>(raw_shared);
   wait_for_previous_kernel(launch);
@@ -178,7 +187,7 @@ __global__ __launch_bounds__(kThreads, 2) void illada_attention_backward_keys_sm
   load_keys(0, a.k, a.k_token_bytes, a.k_head_bytes);
   load_keys(1, a.v, a.v_token_bytes, a.v_head_bytes);
 
-  const auto load_tile = [&](int tile) {  // q, dout and the statistics
+  const auto load_tile = [&](int tile) {  // loads q, dout and the statistics
     const uint32_t thread = ptx::thread_again();
     const Copier<kHeadDim, kThreads> copier(thread);
     RowWalk walk(tile * kTile + copier.row, a.group);
@@ -223,9 +232,9 @@ __global__ __launch_bounds__(kThreads, 2) void illada_attention_backward_keys_sm
 #pragma unroll
     for (int j = 0; j < kHeadDim / 2; ++j) dk[m][j] = dv[m][j] = 0;
   }
-  // Rows behind the item's last one are the last token's again with probabilities of 0, and keys behind its last one
-  // have sums of their own, which nobody stores: nothing is masked. The number of rows is read anew: there is no
-  // register to keep it in.
+  // No mask is needed. Rows behind the item's last row repeat the last token with probabilities of 0. Keys behind its
+  // last key have separate sums, which are never stored. The number of rows is read again, because there is no register
+  // to keep it in.
 #pragma unroll 1
   for (int row = 0; row < item.q_count * a.group; row += 16) {
     if (row % kTile == 0) {
@@ -241,7 +250,7 @@ __global__ __launch_bounds__(kThreads, 2) void illada_attention_backward_keys_sm
     float s[kBlocks][8], dp[kBlocks][8];
     multiply_pair<T, kHeadDim>(s, dp, k, v, q_rows + at.rows, dout_rows + at.rows);
     uint32_t p[kBlocks][4], ds[kBlocks][4];
-    const auto statistics = [&](int n) {  // of two neighbouring rows
+    const auto statistics = [&](int n) {  // statistics of two neighbouring rows
       return *reinterpret_cast<const float4*>(&shared.rows[stage][row % kTile + 8 * n + thread % 4 * 2]);
     };
     bool far = false;
@@ -286,8 +295,8 @@ __global__ __launch_bounds__(kThreads, kHeadDim == 128 ? 3 : 2) void illada_atte
     const __grid_constant__ BackwardArguments a, const __grid_constant__ DependentLaunch launch) {
   using Tiles = BackwardTiles<kHeadDim>;
   constexpr int kBlocks = Tiles::kBlocks, kOwn = Tiles::kOwn, kTile = Tiles::kTile, kRowBytes = Tiles::kRowBytes;
-  constexpr int kParts = kItemRows / kOwn;        // CTAs of an item
-  constexpr int kSteps = kHeadDim == 64 ? 4 : 1;  // of 16 keys side by side, where there are registers for it
+  constexpr int kParts = kItemRows / kOwn;        // CTAs per item
+  constexpr int kSteps = kHeadDim == 64 ? 4 : 1;  // steps of 16 keys side by side, where registers allow it
   static_assert(kTile % (16 * kSteps) == 0);
   extern __shared__ __align__(1024) char raw_shared[];
   BackwardStorage<kHeadDim>& shared = *reinterpret_cast<BackwardStorage<kHeadDim>*>(raw_shared);
@@ -299,7 +308,7 @@ __global__ __launch_bounds__(kThreads, kHeadDim == 128 ? 3 : 2) void illada_atte
   part.q_start += first_token;
   part.q_count = min(part.q_count - first_token, a.own_tokens);
   if (part.piece != 0 || part.q_count <= 0) return;
-  // A sum over all keys, which the forward may have split: pieces are neighbours in the list.
+  // dq sums over all keys, but the plan may split them. The pieces of a key split are neighbours in the list.
   const WorkItem& last = forward_items(a.plan)[min(index + part.pieces, items) - 1];
   part.k_count = last.k_start + last.k_count - part.k_start;
   const WorkItem& item = shared.item;
@@ -324,7 +333,7 @@ __global__ __launch_bounds__(kThreads, kHeadDim == 128 ? 3 : 2) void illada_atte
   load_rows(0, a.q, a.q_token_bytes, a.q_head_bytes);
   load_rows(1, a.dout, a.dout_token_bytes, a.dout_head_bytes);
 
-  const auto row_of = [&](int thread, int m, int i) {  // of the CTA's rows
+  const auto row_of = [&](int thread, int m, int i) {  // index in the CTA's rows
     return thread / 32 * Tiles::kWarpRows + thread % 32 / 4 + m * 16 + i * 8;
   };
   RowStatistics statistics[kBlocks][2];
@@ -390,7 +399,8 @@ __global__ __launch_bounds__(kThreads, kHeadDim == 128 ? 3 : 2) void illada_atte
       uint32_t ds[kBlocks][4];
 #pragma unroll
       for (int m = 0; m < kBlocks; ++m) {
-        if (left < 16) mask_scores(s[m], left);  // next to very small scores, one of 0 is infinitely large
+        // Beside very small scores, a padding score of 0 would be infinitely large.
+        if (left < 16) mask_scores(s[m], left);
         exponentiate(s[m], a.scale, a.scale_log2, far, [&](int j) { return statistics[m][j / 2 % 2].offset; });
 #pragma unroll
         for (int j = 0; j < 8; j += 2) {
@@ -448,7 +458,7 @@ void launch_backward(const BackwardParams& p, const Device& device, const Tiling
   a.walk_heads = Copier<kHeadDim, kThreads>::kRows % a.group;
   a.scale = p.softmax_scale;
   a.scale_log2 = p.softmax_scale * float(M_LOG2E);
-  // Items are sorted by length, so CTAs start in that order and those without one leave at once.
+  // Items are sorted by length, so CTAs start in that order. CTAs without an item exit at once.
   const auto launch = [&](auto kernel, int64_t items, int item_rows) {
     LaunchShape shape;
     shape.grid = dim3(unsigned(items * (item_rows / Tiles::kOwn)));

@@ -1,5 +1,6 @@
-// The attention backward on sm_90a; included by one file per head dim, and by one for the ways of adding dq that are
-// not the default.
+// Attention backward on sm_90a. One file per head dim includes this file, and one per head dim for the methods of
+// adding dq that are not the default. The keys kernel computes dk and dv, and dq if it is fused. Otherwise the queries
+// kernel computes dq.
 #pragma once
 
 #include "attention/backward_keys_sm90.cuh"
@@ -32,7 +33,7 @@ void launch_backward(const BackwardParams& p, const Device& device, const Tiling
                               : launch_backward<Half, kHeadDim>(p, device, tiling, method);
 }
 
-// The other ways of adding dq.
+// Launches the keys kernel with another method of adding dq than the default.
 template <typename T, int kHeadDim>
 void launch_backward_sums(const BackwardParams& p, const Device& device, const BackwardMethod& method) {
   switch (method.sums) {
@@ -46,7 +47,7 @@ void launch_backward_sums(const BackwardParams& p, const Device& device, const B
       return launch_backward_keys<T, kHeadDim, QuerySums::kBulk, false>(p, device, method);
     case QuerySums::kNone:
     case QuerySums::kRed2:
-      break;  // not here
+      break;  // launched elsewhere
   }
 }
 

@@ -1,31 +1,40 @@
-// The attention forward on sm_80, and on what has no kernel of its own; included by one file per head dim.
+// Attention forward on sm_80 and on GPUs without a specialised kernel. One file per head dim includes this file.
 //
-// A CTA of four warps walks over items of the plan. A tile has 128 rows (tokens x heads of a group, 32 to a warp) and
-// meets its keys in tiles of 32 (D 128) or 48 (D 64), the last one first: only that one may be partial, so the loop
-// over the others masks nothing. Where shared memory has no room for two CTAs of D 128, one of eight warps with 16 rows
-// each takes 64 keys at a time. Scores, probabilities and the output stay in registers (mma.sync m16n8k16: the
-// accumulator of q . k has the layout that the A operand of p . v needs).
+// A CTA of four warps walks over items of the plan. A tile has 128 rows (tokens x heads of a group, 32 per warp). Its
+// keys come in tiles of 32 (D 128) or 48 (D 64), the last one first. Only the last tile may be partial, so the loop
+// over the others needs no mask. Where shared memory has no room for two CTAs at D 128, one CTA of eight warps with 16
+// rows each takes 64 keys at a time. Scores, probabilities and the output stay in registers: with mma.sync m16n8k16,
+// the accumulator of q . k has the layout of the A operand of p . v.
 //
-//   in step `tile` a warp has the scores s of this tile, and
-//     follow    moves the references of the softmax, which is rare, and rescales the output then
-//     barrier   V of this tile and K of the next one (tile - 1) are there, and all warps have left the other stage,
-//               which the copies of V of tile - 1 and K of tile - 2 fill from now on (cp.async, a step ahead)
-//     products  the next scores q . k, with this tile's exponentials in between, then output += p . v, with the maxima
-//               of the next scores in between
+//   for each item:
+//     s = q . k of the last tile, with a mask
+//     for tile = last .. 0, in each warp, with the scores s of this tile:
+//       follow     if a row has outgrown its reference (rare): move the references and rescale the output
+//       barrier    V of this tile and K of the next one (tile - 1) have arrived. All warps have left the other stage.
+//                  The copies of V of tile - 1 and K of tile - 2 now fill that stage (cp.async, one step ahead).
+//       products   next scores = q . k, interleaved with this tile's exponentials; then output += p . v, interleaved
+//                  with the maxima of the next scores
+//     start the copies of Q and of the first tiles of the next item
+//     store the output of this item
 //
-// so one warp alone has work for the tensor cores nearly all the time; another one in each quarter of the SM, of two
-// CTAs or of one with eight warps, covers the rest. Q and the first tiles of the next item are sent for before the rows
-// of the finished one leave.
+// One warp alone therefore has work for the tensor cores nearly all the time. A second warp in each quarter of the SM
+// covers the rest. It belongs to a second CTA, or to the same CTA of eight warps.
 //
-// An item with k keys is 512 k D flop, bound by the tensor cores: 32 keys of D 128 take an SM of sm_80 1024 cycles, its
-// shared memory 768 to read the operands (each warp reads all keys, and its queries again with every tile) and 256 to
-// take the copies, its exponential units 256. D 64, 48 keys: 768, 512, 96 and 384. Keys come from the L2 cache at
-// 16 bytes a cycle and SM, a third of what it gives; from memory, each sequence's once.
+// An item with k keys takes 512 k D flop and is bound by the tensor cores. Cycles per SM of sm_80 for one tile of keys:
 //
-// Registers are what limits the tiles: 128 of the output, 64 of two tiles of scores, 16 of probabilities of D 128. What
-// is cheap to make again (all that comes from the thread index, the item, the addresses) is not kept over a step. Warps
-// of 16 rows hold half of that and read each key for half the rows: shared memory 2304 cycles for 64 keys of an SM,
-// where the tensor cores of 8.6, 8.9 and 12.0 take 4096 to 8192.
+//                                              D 128, 32 keys   D 64, 48 keys
+//   tensor cores                                   1024             768
+//   shared memory, reading the operands             768             512
+//   shared memory, writing the copies               256              96
+//   exponential units                               256             384
+//
+// Each warp reads all keys, and its queries again for every tile. Keys come from the L2 cache at 16 bytes per cycle and
+// SM, a third of its throughput; each sequence comes from memory once.
+//
+// Registers limit the tiles. D 128 needs 128 for the output, 64 for two tiles of scores and 16 for probabilities.
+// Values that are cheap to compute again (all that follow from the thread index, the item and the addresses) are not
+// kept over a step. Warps of 16 rows hold half as much and read each key for half the rows. Shared memory then takes
+// 2304 cycles for 64 keys of an SM, where the tensor cores of 8.6, 8.9 and 12.0 take 4096 to 8192.
 #pragma once
 
 #include <algorithm>
@@ -47,7 +56,7 @@ namespace {
 
 constexpr int kTileRows = forward_blocks_sm80() * kBlockRows;
 
-// Of sm_100 and its kin: the compiler takes more registers there.
+// sm_100 and related architectures, where the compiler takes more registers.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000 && __CUDA_ARCH__ < 1200
 constexpr bool kIsSm100 = true;
 #else
@@ -55,21 +64,21 @@ constexpr bool kIsSm100 = false;
 #endif
 
 struct KeySource {
-  const char *k, *v;  // of an item's first key
+  const char *k, *v;  // addresses of an item's first key
 };
 
-// Tiles are rows of kHeadDim elements; in row r, the 16-byte chunk c stands where c ^ (r % 8) would.
+// Shared memory of a CTA. Tiles are rows of kHeadDim elements. In row r, the 16-byte chunk c is at place c ^ (r % 8).
 template <int kHeadDim, int kWarps>
 struct SharedStorage {
   static constexpr int kKeys = forward_key_tile_sm80(kHeadDim, kWarps), kRowBytes = kHeadDim * 2;
   alignas(128) char q[kTileRows * kRowBytes];
   struct Stage {
-    char v[kKeys * kRowBytes];  // of a tile of keys
-    char k[kKeys * kRowBytes];  // of the one that follows, which is tile - 1
-  } stage[2];                   // of even and odd tiles
-  WorkItem item[3];             // in use, the next one, and the one before
-  KeySource source;             // of the item in use
-  int items, round;             // read anew where they are needed
+    char v[kKeys * kRowBytes];  // V of a tile
+    char k[kKeys * kRowBytes];  // K of the tile that follows, tile - 1
+  } stage[2];                   // for even and odd tiles
+  WorkItem item[3];             // the item in use, the next one and the one before
+  KeySource source;             // keys of the item in use
+  int items, round;             // read again where they are needed
 };
 
 struct ForwardArguments {
@@ -81,15 +90,15 @@ struct ForwardArguments {
   Slots slots;
   int32_t total_q, num_heads, group;
   uint32_t group_reciprocal;  // ceil(2^16 / group): row / group == row * group_reciprocal >> 16 for rows of a tile
-  float scale, scale_log2;    // softmax_scale, and times log2(e)
+  float scale, scale_log2;    // softmax_scale, and softmax_scale times log2(e)
 };
 
-// The item of a CTA in a round.
+// Index of a CTA's item in a round.
 __device__ __forceinline__ int item_index(int round) { return back_and_forth(round, int(blockIdx.x), int(gridDim.x)); }
 
-// A row of a tile, as it lies in the pack.
+// Place of a tile's row in the pack.
 struct TileRow {
-  int token, head;  // of the item, of the group
+  int token, head;  // token of the item, head of the group
   __device__ __forceinline__ TileRow(int row, const ForwardArguments& a)
       : token(int(uint32_t(row) * a.group_reciprocal >> 16)), head(row - token * a.group) {}
 };
@@ -99,9 +108,10 @@ __global__ __launch_bounds__(32 * kWarps, 8 / kWarps) void illada_attention_forw
     const __grid_constant__ ForwardArguments a, const __grid_constant__ DependentLaunch launch) {
   using Shared = SharedStorage<kHeadDim, kWarps>;
   using TileCopier = Copier<kHeadDim, 32 * kWarps>;
-  constexpr int kWarpRows = kTileRows / kWarps, kPairs = kWarpRows / 16;  // RowPairs of a lane
+  constexpr int kWarpRows = kTileRows / kWarps, kPairs = kWarpRows / 16;  // RowPairs per lane
   constexpr int kKeys = Shared::kKeys, kRowBytes = Shared::kRowBytes;
-  // Parts of a tile's exponentials, of kHeadDim / 16, before the barrier: their registers are free sooner.
+  // Parts of a tile's exponentials (of kHeadDim / 16) that come before the barrier. Their registers are then free
+  // sooner.
   constexpr int kEarly = kIsSm100 && kHeadDim == 128 && kWarps == 4 ? 7 : 2;
   constexpr uint32_t kTileBytes = kKeys * kRowBytes, kStageBytes = 2 * kTileBytes;
   extern __shared__ __align__(1024) char raw_shared[];
@@ -117,8 +127,8 @@ __global__ __launch_bounds__(32 * kWarps, 8 / kWarps) void illada_attention_forw
   __syncthreads();
 
   const auto stage_of = [&](int tile) { return ring + uint32_t(tile & 1) * kStageBytes; };
-  // Sends for V of a tile and K of the one that follows. In the loop they need no group of their own: cp_async_wait<0>
-  // is for all copies.
+  // Starts the copies of V of a tile and K of the next one. In the loop they need no separate group: cp_async_wait<0>
+  // waits for all copies.
   const auto load_pair = [&](const TileCopier& copier, const KeySource& source, int tile, auto is_partial, int rows) {
     const uint32_t stage = stage_of(tile);
     if (tile >= 0)
@@ -126,7 +136,7 @@ __global__ __launch_bounds__(32 * kWarps, 8 / kWarps) void illada_attention_forw
     if (tile > 0)
       copier.template keys<kKeys, false>(stage + kTileBytes, source.k, a.k_token_bytes, (tile - 1) * kKeys, kKeys);
   };
-  const auto open_item = [&](int round) {  // nothing of the ring and of q is in use
+  const auto open_item = [&](int round) {  // the ring and q must not be in use
     const uint32_t thread = ptx::thread_again();
     const TileCopier copier(thread);
     const WorkItem& item = shared.item[round % 3];
@@ -160,7 +170,7 @@ __global__ __launch_bounds__(32 * kWarps, 8 / kWarps) void illada_attention_forw
   open_item(0);
   for (int round = 0; item_index(round) < shared.items;) {
     const int last = (shared.item[round % 3].k_count + kKeys - 1) / kKeys - 1;
-    // The same for a warp: one without rows only copies.
+    // Uniform in a warp. A warp without rows only copies.
     const bool has_rows =
         __shfl_sync(kFullWarp, int(threadIdx.x) / 32, 0) * kWarpRows < shared.item[round % 3].q_count * a.group;
     float s[kPairs][kKeys / 2], o[kPairs][kHeadDim / 2];
@@ -172,7 +182,7 @@ __global__ __launch_bounds__(32 * kWarps, 8 / kWarps) void illada_attention_forw
 #pragma unroll
       for (int j = 0; j < kHeadDim / 2; ++j) o[m][j] = 0;
     }
-    // next = q . k, 16 columns at a time; `beside` does something else in between.
+    // Computes next = q . k, 16 columns at a time, and calls `beside` after each of these steps.
     const auto multiply_k = [&](auto& next, uint32_t k_tile, const auto& beside) {
       const uint32_t thread = ptx::thread_again();
       const Fragments<kRowBytes> at(thread);
@@ -217,7 +227,7 @@ __global__ __launch_bounds__(32 * kWarps, 8 / kWarps) void illada_attention_forw
         }
       }
     };
-    // Part `step` of the scores becomes probabilities.
+    // Converts part `step` of the scores to probabilities.
     const auto weigh = [&](int step) {
       constexpr int kPart = kKeys / 2 / (kHeadDim / 16);
 #pragma unroll
@@ -229,7 +239,7 @@ __global__ __launch_bounds__(32 * kWarps, 8 / kWarps) void illada_attention_forw
       }
     };
     float growth;
-    const auto measure = [&] {  // of s
+    const auto measure = [&] {  // growth of s over the references
       growth = -INFINITY;
 #pragma unroll
       for (int m = 0; m < kPairs; ++m) {
@@ -238,7 +248,7 @@ __global__ __launch_bounds__(32 * kWarps, 8 / kWarps) void illada_attention_forw
         growth = fmaxf(growth, rows[m].growth(top, a.scale_log2));
       }
     };
-    const auto follow = [&] {  // the references follow the scores, if they must
+    const auto follow = [&] {  // moves the references up to the scores, if they must move
       if (__any_sync(kFullWarp, growth > RowPair::kSlack)) {
 #pragma unroll
         for (int m = 0; m < kPairs; ++m) {
@@ -298,7 +308,7 @@ __global__ __launch_bounds__(32 * kWarps, 8 / kWarps) void illada_attention_forw
         multiply_v(stage_of(0));
       }
     }
-    // The next item's tiles come while this one's rows leave.
+    // The next item's tiles are copied while this item's rows are stored.
     cute::cp_async_wait<0>();
     __syncthreads();
     round = shared.round;
@@ -312,7 +322,7 @@ __global__ __launch_bounds__(32 * kWarps, 8 / kWarps) void illada_attention_forw
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const float sum = warp_reduce<4>(rows[m].sum[i], [](float x, float y) { return x + y; });
-          // Without keys out is 0. With scores of -inf alone it is NaN.
+          // Without keys, out is 0. If all scores are -inf, it is NaN.
           const float inverse = item.k_count == 0 ? 0 : 1 / sum, reference = rows[m].reference[i];
           const TileRow row(first_row + m * 16 + i * 8 + lane / 4, a);
           const bool is_real = row.token < item.q_count;

@@ -1,25 +1,39 @@
-// The attention forward on sm_90a; included by one file per head dim.
+// Attention forward on sm_90a. One file per head dim includes this file.
 //
-// CTAs walk over the items of the plan. A producer warp loads by TMA; two consumer warpgroups (three for head dim 64)
-// have a block of 64 rows each, which are the tokens x heads of a group: the box of the queries' map is 64 columns x
-// heads of the group x tokens, so that grouped queries come as one tile of rows. Maps end where the item's queries and
-// keys do (tensor_map_ragged): what lies behind reads as 0, whoever owns it, and is not written.
+// CTAs walk over the items of the plan. A producer warp loads by TMA. Two consumer warpgroups (three for head dim 64)
+// have a block of 64 rows each. Rows are the tokens x heads of a group: a box of the queries' tensor map is 64 columns
+// x heads of the group x tokens, so that grouped queries arrive as one tile of rows. Boxes end where the item's queries
+// and keys end (tensor_map_ragged). Elements behind the end read as 0, whatever they belong to, and are not written.
 //
-//   q_full, q_empty [w]   the queries of warpgroup w are there, with the item's record; their last product is done
-//   k_full, k_empty       a tile of keys is there; all warpgroups (of both CTAs of a cluster) have read it
-//   v_full, v_empty       the same of the values
-//   turns                 named barriers: one warpgroup at a time issues its products, so that the others' softmax runs
-//                         beside them
+//   producer, one thread:
+//     for each item:
+//       load K of the first tile; load Q and the item's record for each warpgroup; start loading the next item's record
+//       for each tile: load K of the next tile and V of this tile
 //
-// A warpgroup's step issues s = q . k of the next tile and o += p . v of this one, and makes the next probabilities
-// from s while the second product runs. Steps go on from item to item: the next item's first product runs beside the
-// last one of this item, and its rows leave from registers by way of shared memory while the next tile is multiplied.
-// The keys' partial tile comes first; no other is masked.
+//   consumer warpgroup:
+//     s = q . k of the first tile; p = softmax of s
+//     for each tile of all items:
+//       wait for the own turn
+//       issue s = q . k of the next tile (after an item's last tile: of the next item's first tile)
+//       issue o += p . v of this tile; pass the turn on
+//       wait for s; next p = softmax of s, while o += p . v runs
+//       wait for o; at the end of an item store its rows, else rescale o if a reference has moved
 //
-// An item with k keys is 4 * rows * k * D flop and reads 4 k D bytes of keys and values: at the tensor cores' peak, 128
-// rows ask the L2 cache for 32 bytes a clock and SM, of which it gives about 24. Pairs of CTAs (clusters) with
-// neighbouring tiles of the same head therefore load each tile of keys once, half each, for both. What bounds the
-// kernel is then the tensor cores; see docs/design-attention.md.
+//   q_full, q_empty [w]   the queries of warpgroup w and the item's record have arrived; their last product has ended
+//   k_full, k_empty       a tile of keys has arrived; all warpgroups (of both CTAs of a cluster) have read it
+//   v_full, v_empty       the same for the values
+//   turns                 named barriers: one warpgroup at a time issues its products, so that the softmax of the
+//   others
+//                         runs at the same time
+//
+// Steps continue from item to item. The next item's first product runs beside this item's last product. The rows of the
+// finished item go from registers through shared memory to memory, while the next tile is multiplied. The partial tile
+// of keys comes first; no other tile needs a mask.
+//
+// An item with k keys takes 4 * rows * k * D flop and reads 4 k D bytes of keys and values. At the tensor cores' peak,
+// 128 rows need 32 bytes per clock and SM from the L2 cache, which gives about 24. Pairs of CTAs (clusters) with
+// neighbouring tiles of the same head therefore load each tile of keys once, half each, for both. The tensor cores then
+// bound the kernel; see docs/design-attention.md.
 #pragma once
 
 #include <cuda.h>
@@ -48,7 +62,7 @@
 namespace illada::attention {
 namespace {
 
-// An instance: its shared memory, and what it does in another way for want of registers or shared memory.
+// Shared memory of a kernel instance, and its adaptations to a lack of registers or shared memory.
 template <int kHeadDim, int kKeys_, int kStagesV_>
 struct SharedStorage {
   static constexpr int kKeys = kKeys_, kSlices = kHeadDim / 64;
@@ -56,26 +70,26 @@ struct SharedStorage {
   static constexpr int kItems = 4;
   static constexpr int kConsumers = forward_blocks_sm90(kHeadDim);
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : kKeys == 96 ? 152 : 160;
-  static_assert(2 * kConsumers <= NamedBarrier::kCount);  // turns, and one of each warpgroup
+  static_assert(2 * kConsumers <= NamedBarrier::kCount);  // turns, and one barrier per warpgroup
   using Registers = RegisterSplit<kConsumers, kConsumers == 2 ? 40 : kKeys == 96 ? 56 : 32, kConsumerRegisters>;
   static constexpr int kThreads = Registers::kThreads;
   using KeyTile = Tile<kKeys, kHeadDim>;
   using QueryTile = Tile<kBlockRows, kHeadDim>;
-  // Scores, sums, two sets of probabilities and 24 more registers are too many: the next probabilities stay in those of
-  // the scores, in fp32, until the product that reads the old ones has ended.
+  // True if scores, sums, two sets of probabilities and 24 more registers are too many. The next probabilities then
+  // stay in the registers of the scores, in fp32, until the product that reads the old probabilities has ended.
   static constexpr bool kPacksLate = kKeys / 2 + kHeadDim / 2 + 2 * (kKeys / 4) + 24 > kConsumerRegisters;
-  // Room for the rows on their way out; else they are stored from registers.
+  // True if shared memory has room for the output rows. Otherwise they are stored from registers.
   static constexpr bool kStagesOut =
       (kStagesK + kStagesV) * sizeof(KeyTile) + 2 * kConsumers * sizeof(QueryTile) <= 225 * 1024;
   struct None {};
-  QueryTile q[kConsumers];  // of each warpgroup
+  QueryTile q[kConsumers];  // queries of each warpgroup
   KeyTile k[kStagesK], v[kStagesV];
   std::conditional_t<kStagesOut, QueryTile, None> out[kConsumers];
   Barrier q_full[kConsumers], q_empty[kConsumers], k_full[kStagesK], k_empty[kStagesK], v_full[kStagesV],
       v_empty[kStagesV];
-  // Of the item that leaves, of the one that is worked on, and of the next one, which may come while both are read.
+  // Records of the finished item, of the current one, and of the next one, which may arrive while both are read.
   WorkItem item[kConsumers][kItems], producer_item, next_item;
-  int32_t items;  // of the producer, which has no register for them
+  int32_t items;  // number of items, for the producer, which has no register for it
 };
 
 struct ForwardArguments {
@@ -85,18 +99,18 @@ struct ForwardArguments {
   Slots slots;
   int32_t total_q, num_heads, group, tile_tokens, block_tokens;
   uint32_t group_reciprocal;
-  float scale, scale_log2;        // softmax_scale, and times log2(e)
-  uint64_t rows_hint, keys_hint;  // to the L2 cache
+  float scale, scale_log2;        // softmax_scale, and softmax_scale times log2(e)
+  uint64_t rows_hint, keys_hint;  // hints to the L2 cache
 };
 
-// In shared memory, half after half: four registers, not eight.
+// Copies an item in shared memory, one half after the other, which takes four registers instead of eight.
 __device__ __forceinline__ void copy_item(WorkItem& target, const WorkItem& source) {
   reinterpret_cast<uint4*>(&target)[0] = reinterpret_cast<const uint4*>(&source)[0];
   ptx::keep_memory_order();
   reinterpret_cast<uint4*>(&target)[1] = reinterpret_cast<const uint4*>(&source)[1];
 }
 
-// The item of a cluster in a round.
+// Index of a cluster's item in a round.
 template <int kCluster>
 __device__ __forceinline__ int item_index(int round) {
   int block = int(blockIdx.x), grid = int(gridDim.x);
@@ -105,9 +119,9 @@ __device__ __forceinline__ int item_index(int round) {
   return back_and_forth(round, block / kCluster, grid / kCluster);
 }
 
-// The finished rows of a warpgroup leave: to out, by way of shared memory and TMA, which ends with the item's queries,
-// and to lse; or, where the item's keys are split, to its slot. The item's queries from `first_token` on are the
-// warpgroup's.
+// Stores the finished rows of a warpgroup. They go to out, through shared memory and TMA, which ends with the item's
+// queries, and to lse. With a key split, they go to the item's slot instead. The warpgroup has the item's queries from
+// `first_token` on.
 template <typename T, int kHeadDim, typename Shared>
 __device__ __forceinline__ void write_rows(float (&o)[kHeadDim / 2], const SoftmaxRows& rows, const WorkItem& item,
                                            const ForwardArguments& a, const CUtensorMap& out_map, uint32_t staging,
@@ -118,7 +132,7 @@ __device__ __forceinline__ void write_rows(float (&o)[kHeadDim / 2], const Softm
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const float sum = warp_reduce<4>(rows.sum[i], [](float x, float y) { return x + y; });
-    const float inverse = whole ? 1.0f / sum : 1.0f;  // of scores of -inf alone out is NaN
+    const float inverse = whole ? 1.0f / sum : 1.0f;  // if all scores are -inf, out is NaN
     const int token = int((row + 8 * i) * a.group_reciprocal >> 16), head = row + 8 * i - token * a.group;
     if (!Shared::kStagesOut && whole) {
       const int64_t place = int64_t(item.q_start + first_token + token) * a.num_heads + item.kv_head * a.group + head;
@@ -148,12 +162,12 @@ __device__ __forceinline__ void write_rows(float (&o)[kHeadDim / 2], const Softm
     }
   }
   if (Shared::kStagesOut && whole) {
-    cute::tma_store_wait<0>();  // what the leader sent before has left
+    cute::tma_store_wait<0>();  // the leader's previous stores have left shared memory
     NamedBarrier::arrive_and_wait(128, barrier);
     const int swizzle = lane % 8;
     const uint32_t target = staging + uint32_t((int(threadIdx.x) % 128 / 32 * 16 + lane % 16) * kRowBytes);
 #pragma unroll
-    for (int j = 0; j < kHeadDim / 8; j += 2) {  // lanes 0 .. 15: the sixteen rows of block j, the others of j + 1
+    for (int j = 0; j < kHeadDim / 8; j += 2) {  // lanes 0 .. 15: the sixteen rows of block j, others: of j + 1
       const int chunk = (j + lane / 16) % 8;
       store_matrices(target + j / 8 * (kBlockRows * kRowBytes) + uint32_t((chunk ^ swizzle) * 16),
                      pack2<T>(o[4 * j], o[4 * j + 1]), pack2<T>(o[4 * j + 2], o[4 * j + 3]),
@@ -170,17 +184,17 @@ __device__ __forceinline__ void write_rows(float (&o)[kHeadDim / 2], const Softm
     }
     cute::tma_store_arrive();
   }
-  __syncwarp();  // only some lanes stored: together again for the next product
+  __syncwarp();  // only some lanes stored; the warp must be converged for the next product
 }
 
-// Whether the kernel divides the plan's items in two: one that was made for pairs has items of two tiles, and a CTA
-// without a neighbour takes one of them at a time.
+// Returns 1 if the kernel divides the plan's items in two, else 0. A plan that was made for pairs has items of two
+// tiles. A CTA without a neighbour takes one tile at a time.
 template <int kCluster>
 __device__ __forceinline__ int halves_items(const int32_t* plan) {
   return kCluster == 1 ? plan_header(plan).cluster - 1 : 0;
 }
 
-// Items without keys, which are the last ones of the list, from `round` on.
+// Writes the results of items without keys, which are the last ones of the list, from `round` on.
 template <typename T, int kHeadDim, typename Shared, int kCluster>
 __device__ __forceinline__ void write_empty_items(const ForwardArguments& a, int round, int rank) {
   const int halves = halves_items<kCluster>(a.plan), items = plan_header(a.plan).forward_items << halves;
@@ -245,7 +259,7 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim, kKeys, kStagesV>::kThreads,
       const int items = plan_header(a.plan).forward_items << halves;
       auto k_state = producer_start<kStagesK>();
       auto v_state = producer_start<kStagesV>();
-      // Keys `row` .. of the item: the CTAs of a cluster load a part of the tile each, for all of them.
+      // Loads the item's keys from `row` on. The CTAs of a cluster load a part of the tile each, for all of them.
       using KeyTile = typename Shared::KeyTile;
       const auto load = [&](const CUtensorMap* map, KeyTile& tile, Barrier& barrier, const WorkItem& item, int row) {
         // The rank is read again, not kept: registers are few.
@@ -268,9 +282,9 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim, kKeys, kStagesV>::kThreads,
         load(&v_map, shared.v[v_state.index()], shared.v_full[v_state.index()], item, row);
         ++v_state;
       };
-      // An item takes as long to come as half a tile: it is asked for an item ahead, and waits in shared memory.
+      // Loading an item's record takes as long as half a tile. It is loaded one item ahead and waits in shared memory.
       const auto ask_for_item = [&](int round) {
-        ptx::keep_memory_order();  // the last one was read
+        ptx::keep_memory_order();  // the last record was read before this
         const int index = item_index<kCluster>(round);
         if (index < items) {
           const int32_t* plan = a.plan;
@@ -288,7 +302,7 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim, kKeys, kStagesV>::kThreads,
         cute::cp_async_wait<0>();
         ptx::keep_memory_order();
         copy_item(shared.producer_item, shared.next_item);
-        if (halves) {  // where the item has no second tile, the CTA does a tile's work for nothing
+        if (halves) {  // if the item has no second tile, the CTA does one tile of useless work
           const int first = (item_index<kCluster>(round) & 1) * a.tile_tokens;
           shared.producer_item.q_start += first;
           shared.producer_item.q_count -= first;
@@ -303,7 +317,7 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim, kKeys, kStagesV>::kThreads,
       const WorkItem& item = shared.producer_item;  // read again for each tile: registers are few
       int round = 0;
       for (; item.k_count > 0; ++round) {
-        int row = (item.k_count - 1) / kKeys * kKeys;  // the partial tile first: no mask is needed after it
+        int row = (item.k_count - 1) / kKeys * kKeys;  // the partial tile comes first; the others need no mask
         load_k(item, row);
 #pragma unroll
         for (int w = 0; w < kConsumers; ++w) {
@@ -321,7 +335,7 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim, kKeys, kStagesV>::kThreads,
         take_next_item(round + 1);
       }
 #pragma unroll
-      for (int w = 0; w < kConsumers; ++w) {  // an item without keys: the end
+      for (int w = 0; w < kConsumers; ++w) {  // an item without keys marks the end
         hand_over(w, round);
         shared.q_full[w].arrive();
       }
@@ -342,7 +356,8 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim, kKeys, kStagesV>::kThreads,
     SoftmaxRows rows;
     float rescale[2];
 
-    // Tiles of a ring differ in the low half alone. The compiler knows the high half, which then takes no register.
+    // Descriptors of a ring's tiles differ only in the low half. The compiler knows the high half, which therefore
+    // takes no register.
     const auto descriptor_in_ring = [](uint64_t first, int index) {
       return first >> 32 << 32 | uint32_t(uint32_t(first) + uint32_t(index) * (kTileBytes / 16));
     };
@@ -355,13 +370,13 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim, kKeys, kStagesV>::kThreads,
       const uint64_t b = descriptor_in_ring(v_descriptor, v_state.index());
 #pragma unroll
       for (int step = 0; step < kKeys / 16; ++step) {
-        // Before the last step is issued, so that no time is lost between the warpgroups.
+        // The turn is passed on before the last step is issued, so that no time is lost between the warpgroups.
         if (step == kKeys / 16 - 1 && hand_over) NamedBarrier::arrive(256, next_turn);
         warpgroup_mma_rs<T, kHeadDim>(o, p[step], b + step * (16 * kRowBytes / 16), accumulate || step > 0);
       }
       cute::warpgroup_commit_batch();
     };
-    const auto release = [&](Barrier& barrier) {  // one thread for each CTA that loads into the stage
+    const auto release = [&](Barrier& barrier) {  // one thread arrives for each CTA that loads into the stage
       if constexpr (kCluster > 1) {
         barrier.arrive_if(lane < kCluster, uint32_t(lane));
       } else {
@@ -369,9 +384,9 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim, kKeys, kStagesV>::kThreads,
       }
     };
 
-    // The first product of the next tile of keys runs beside the second one of this tile, also from item to item.
-    int round = 0, tiles = 0;  // of the item of s: tiles that are not yet in s
-    int valid = 0;             // of the keys of its first tile
+    // The first product of the next key tile runs beside the second product of this tile, also from item to item.
+    int round = 0, tiles = 0;  // tiles: tiles of the item of s that are not yet in s
+    int valid = 0;             // number of keys in the item's first tile
     const auto open_item = [&] {
       shared.q_full[warpgroup].wait(uint32_t(round) % 2);
       const int count = __shfl_sync(kFullWarp, shared.item[warpgroup][round % kItems].k_count, 0);
@@ -380,7 +395,7 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim, kKeys, kStagesV>::kThreads,
       valid = count - (tiles - 1) * kKeys;
       return tiles > 0;
     };
-    const auto finish_scores = [&](bool is_first) {  // s is there
+    const auto finish_scores = [&](bool is_first) {  // s is complete
       release(shared.k_empty[k_state.index()]);
       ++k_state;
       shared.q_empty[warpgroup].arrive_if(--tiles == 0 && lane == 0);
@@ -458,7 +473,7 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim, kKeys, kStagesV>::kThreads,
     }
     write_empty_items<T, kHeadDim, Shared, kCluster>(a, round - 1, rank);
   }
-  // No CTA leaves while its neighbour may still write into it or arrive at its barriers.
+  // A CTA must not exit while its neighbour may still write to its shared memory or arrive at its barriers.
   __syncwarp();
   if (kCluster > 1) cluster_sync();
 #endif

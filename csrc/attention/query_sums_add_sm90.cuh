@@ -1,9 +1,9 @@
-// The ways in which a warp of the keys kernel adds its 16 rows x 64 columns of dq to the sums in fp32.
+// Methods with which a warp of the keys kernel adds its 16 rows x 64 columns of dq to the sums in fp32:
 //
-// red.v2   a lane adds two neighbouring columns: 8 rows of 32 bytes an instruction
-// red.v4   lanes trade pairs first: 8 rows of 64 bytes, half as many instructions
-// bulk     through shared memory, in boxes of 32 columns that TMA adds; the boxes use the third stage of rows, so that
-//          two are left for rows
+//   red.v2   A lane adds two neighbouring columns: 8 rows of 32 bytes per instruction.
+//   red.v4   Lanes first exchange pairs: 8 rows of 64 bytes per instruction, half as many instructions.
+//   bulk     TMA adds boxes of 32 columns from shared memory. The boxes use the third stage of rows, so that two stages
+//            are left for rows.
 #pragma once
 
 #include <cuda.h>
@@ -26,29 +26,30 @@ constexpr bool kIsRed4 = kSums == QuerySums::kRed4 || kSums == QuerySums::kRed4K
 template <QuerySums kSums>
 constexpr bool kIsKept = kSums == QuerySums::kRed2Kept || kSums == QuerySums::kRed4Kept;
 
-// Stages of rows that loads use.
+// Number of stages of rows that loads use.
 template <QuerySums kSums, typename Shared>
 constexpr int kRowStages = Shared::kStages - (kIsBulk<kSums> ? 1 : 0);
-// Of the steps for which warp 1 has filled a stage, all but the last so many have added their dq. A stage is free when
-// both warpgroups have left it, and before they leave it they add dq of the step before; in bulk, what they added the
-// step before that has arrived.
+// Of the steps for which warp 1 has filled a stage, all but the last kUnaddedSteps have added their dq. A stage is free
+// when both warpgroups have left it. Before they leave it, they add dq of the step before. With bulk, the dq that they
+// added one step earlier has then arrived.
 template <QuerySums kSums, typename Shared>
 constexpr int kUnaddedSteps = kRowStages<kSums, Shared> + (kIsBulk<kSums> ? 2 : 1);
 
+// Adds a warp's part of dq to the sums.
 template <QuerySums kSums, int kHeadDim>
 class DqAdder {
  public:
-  // Parts in which dq may be added, one after the other.
+  // Number of parts in which dq can be added, one after the other.
   static constexpr int kParts = kIsBulk<kSums> ? 2 : kIsRed4<kSums> ? 8 : 16;
 
-  // `first_row`: of the warp's rows in a step; `column`: its first column.
+  // `first_row`: the warp's first row in a step; `column`: its first column.
   __device__ __forceinline__ DqAdder(const KeysArguments& a, const CUtensorMap& map, KeysShared<kHeadDim>& shared,
                                      int first_row, int column)
       : a_(a), first_row_(first_row), column_(column) {
     if constexpr (kIsBulk<kSums>) map_ = &map, shared_ = &shared;
   }
 
-  // From now on, of this step. Rows that there are not go where nobody looks.
+  // Sets the step whose dq is added next. Rows that do not exist go to rows that are never read.
   __device__ __forceinline__ void open(const KeysStep& step) {
     const int lane = int(threadIdx.x) % 32;
     if constexpr (kIsBulk<kSums>) {
@@ -69,7 +70,7 @@ class DqAdder {
       second_ = (target[1] - target[0]) * kHeadDim;
     }
   }
-  // Of the step before the first one, whose dq is anything.
+  // The same for the step before the first one, whose dq is arbitrary.
   __device__ __forceinline__ void open_nowhere() {
     const int lane = int(threadIdx.x) % 32;
     if constexpr (kIsBulk<kSums>) {
@@ -81,13 +82,13 @@ class DqAdder {
     }
   }
 
-  // Some of the parts; by whole warps.
+  // Adds `number` parts from `first` on. Whole warps call it.
   __device__ __forceinline__ void add(const float (&dq)[32], int first, int number) {
 #pragma unroll
     for (int n = first; n < min(first + number, kParts); ++n) add(dq, n);
   }
 
-  // Until the dq of all steps but the last one has arrived.
+  // Waits until the dq of all steps but the last one has arrived.
   __device__ __forceinline__ void wait_for_previous() const {
     if constexpr (kIsBulk<kSums>) ptx::tma_store_wait_written<kParts>();
   }
@@ -102,7 +103,7 @@ class DqAdder {
     return column_ + (kIsRed4<kSums> ? lane % 2 * 8 + lane % 4 / 2 * 4 : lane % 4 * 2);
   }
 
-  // The warp's box `n` in shared memory; not kept, for registers are few.
+  // Address of the warp's box `n` in shared memory. It is not kept, because registers are few.
   __device__ __forceinline__ uint32_t box(int n) const {
     constexpr int kUnused = KeysShared<kHeadDim>::kStages - 1;
     static_assert(4 * Box::kBytes <= sizeof(typename KeysShared<kHeadDim>::RowTile));
@@ -113,16 +114,17 @@ class DqAdder {
 
   __device__ __forceinline__ void add(const float (&dq)[32], int n) {
     if constexpr (kIsBulk<kSums>) {
-      cute::tma_store_wait<kParts - 1>();  // of the lane that stores: what it sent of this box before has left
+      cute::tma_store_wait<kParts - 1>();  // for the lane that stores: its previous store from this box has left
       __syncwarp();
       Box::fill_box(dq, n, box(n));
       if (threadIdx.x % 32 == 0)
         ptx::tma_reduce_add_5d(map_, a_.sums_hint, box(n), column_ + n * Box::kColumns, head_, from_end_, kRaggedTokens,
                                end_);
       cute::tma_store_arrive();
-      __syncwarp();  // one lane sent: together again for the next product
+      __syncwarp();  // only one lane stored; the warp must be converged for the next product
     } else if constexpr (kIsRed4<kSums>) {
-      // Blocks 2 m and 2 m + 1 of 8 columns: an even lane gets four columns of the first, an odd one of the second.
+      // Of the blocks 2 m and 2 m + 1 of 8 columns, an even lane gets four columns of the first, an odd lane four of
+      // the second.
       const int i = n / 4, m = n % 4;
       const bool odd = threadIdx.x % 2;
       const float (&even_pair)[2] = reinterpret_cast<const float (&)[2]>(dq[8 * m + 2 * i]);
@@ -150,10 +152,10 @@ class DqAdder {
 
   const KeysArguments& a_;
   int first_row_, column_;
-  // red: where this lane's first row of the sums is, and how far away its second one.
+  // red: address of this lane's first row of the sums, and distance to its second row in elements.
   float* row_;
   int32_t second_;
-  // bulk: where the warp's boxes go (tensor_map_ragged).
+  // bulk: coordinates of the warp's boxes (tensor_map_ragged).
   const CUtensorMap* map_;
   KeysShared<kHeadDim>* shared_;
   int32_t head_, from_end_, end_;

@@ -1,25 +1,39 @@
-// Sums of dq in fp32 and how they become gradients, where the keys kernel (backward_keys_sm90.cuh) adds dq up in L2.
+// Sums of dq in fp32 and their conversion to gradients, where the keys kernel (backward_keys_sm90.cuh) sums dq in L2.
 //
-// Rows of dq are complete when all tiles of keys of the sequence have added to them. Each CTA counts its own additions
-// in global memory, once they are done and after a fence; the last one to do so turns the sums into dq. Warp 1 counts,
-// for it sees steps end; warps 2 and 3 convert. Nobody waits for another CTA.
+// A row of dq is complete when all key tiles of the sequence have added to it. There are two modes.
 //
-// Or in order, so that every run gives the same bits: to the same rows tile k of a sequence's keys adds after tiles
-// 0 .. k-1, once the counter says k. The warpgroups have halves of dq and of the counters of their own, because one has
-// its turn half a step after the other one. Thread 0 of the producers waits for the counter: turn_full of step n, which
-// a warpgroup looks at before its turn of step n-1, says that dq of step n-2 may be added, which happens in that turn.
-// Warp 1 reports every half of a step once it is added. The last tile is always the last one to add, and would convert
-// everything; so warps 2 and 3 wait for the sums that are their CTA's own. Of pieces, each has rows of its own; dk and
-// dv are sums of at most two of them, which have no order.
+// Any order. No CTA waits for another CTA.
+//   1. Each CTA reports its own additions in a counter in global memory, once they are done and after a fence. Warp 1
+//      reports, because it sees steps end.
+//   2. The CTA that reports last converts the sums to dq. Warps 2 and 3 convert.
 //
-// That ends, because whoever waits to add does so for items before its own, as `next_keys` counts them. Say that all
-// items before item i are added and reported some day. A CTA goes through its items in this order, so it comes to i;
-// what it does for the steps up to n-3, reports included, needs nothing that thread 0 does after it began to wait for
-// dq of step n-2: the rows of step n-1 and the keys of their item are under way by then. (Warp 1 must not wait for a
-// turn: the report of an item's last steps comes in the middle of the next item, which may be behind others that wait
-// for these very steps.) So the steps of i get their turns, for which they need items before i alone, and are added and
-// reported. All of this with all CTAs of the grid there from the beginning: a cooperative launch. Warps 2 and 3 wait
-// for items behind their own, but nobody waits for them.
+// Ordered, so that every run gives the same bits. To the same rows, tile k of a sequence's keys adds after tiles
+// 0 .. k-1, once the counter has reached k.
+//   1. Each warpgroup has its own half of dq and of the counters, because one has its turn half a step after the other.
+//   2. Thread 0 of the producers waits for the counter and arrives on turn_full. turn_full of step n means that dq of
+//   step
+//      n-2 may be added. A warpgroup waits for it before its turn of step n-1 and adds that dq in this turn.
+//   3. Warp 1 reports each half of a step once it is added.
+//   4. The last tile always adds last and would convert everything. Warps 2 and 3 therefore wait for the sums that
+//   their
+//      own CTA must convert, and convert those.
+// If items are cut into pieces, each piece has its own rows of dq. dk and dv are sums of at most two pieces, for which
+// the order does not matter.
+//
+// Ordered mode cannot deadlock:
+//   - A CTA that waits to add waits only for items before its own, in the order of `next_keys`. The proof is by
+//   induction:
+//     assume that all items before item i are eventually added and reported.
+//   - A CTA takes its items in this order, so it reaches item i.
+//   - Its work for the steps up to n-3, reports included, needs nothing that thread 0 does after it began to wait for
+//   dq
+//     of step n-2. By then, the loads of the rows of step n-1 and of the keys of their item are in flight.
+//   - Warp 1 must not wait for a turn. It reports an item's last steps in the middle of the next item, which may be
+//   behind
+//     other items that wait for these very steps.
+//   - So the steps of item i get their turns, which depend only on items before i. They are added and reported.
+//   - All CTAs of the grid must run from the beginning: the launch is cooperative.
+//   - Warps 2 and 3 wait for items behind their own, but no other thread waits for them.
 #pragma once
 
 #include <algorithm>
@@ -36,17 +50,18 @@
 namespace illada::attention {
 namespace {
 
-// See kUnaddedSteps: the same for all ways of adding.
+// See kUnaddedSteps; equal for all methods of adding.
 constexpr int kUnadded = 4;
-// Of the `tiles` CTAs that add to the same sums, each calls every `tiles`-th of them its own, and of those it does not
-// yet report so many. So it is the last one to report them and has its share of conversions, even where others are
-// slower; whoever is slower would convert everything and become slower still.
+// Number of its own steps that a CTA holds back, and the first lane that keeps one. Of the `tiles` CTAs that add to the
+// same sums, each owns every `tiles`-th step and delays the report of its own steps. It is then the last one to report
+// them, and so gets its share of the conversions even where other CTAs are slower. Otherwise a slow CTA would convert
+// everything and become even slower.
 constexpr int kHeldBack = 4, kFirstHeld = 8;
-// What is due is reported every 1, 2 or 4 steps; until then it stays behind.
+// Most steps between two reports. Reports happen every 1, 2 or 4 steps; until then, due steps wait.
 constexpr int kMostDue = 4;
 
-// In order, a counter has 16 bits for each warpgroup. Until `count` tiles have added to a warpgroup's half of the sums
-// that are counted there.
+// Waits until `count` tiles have added to warpgroup kHalf's half of the sums of a counter. In ordered mode, a counter
+// has 16 bits for each warpgroup.
 template <int kHalf, int kNanoseconds>
 __device__ __forceinline__ void wait_for_tiles(const uint32_t* arrivals, uint32_t count) {
   while ((ptx::load_acquire(arrivals) >> 16 * kHalf & 0xffff) < count) __nanosleep(kNanoseconds);
@@ -54,27 +69,29 @@ __device__ __forceinline__ void wait_for_tiles(const uint32_t* arrivals, uint32_
 
 // ----------------------------------------------------------------------------------- statistics and reports, by warp 1
 
-// The statistics of the rows, with cp.async. And since this warp sees steps end, it reports what they have added to dq.
+// Loads the statistics of the rows, with cp.async. This warp sees steps end, so it also reports what they have added to
+// dq.
 template <int kHeadDim, QuerySums kSums, bool kOrdered>
 __device__ __forceinline__ void load_statistics(const KeysArguments& a, KeysShared<kHeadDim>& shared) {
   using Shared = KeysShared<kHeadDim>;
   constexpr bool kFused = kSums != QuerySums::kNone;
   constexpr int kRows = Shared::kRows, kJobs = Shared::kJobs, kStages = kRowStages<kSums, Shared>;
-  constexpr int kFirstDue = kFirstHeld + kHeldBack;  // of those held back
+  constexpr int kFirstDue = kFirstHeld + kHeldBack;  // first lane whose held-back step is due
   static_assert(kUnadded == kUnaddedSteps<kSums, Shared>);
   static_assert(kUnadded + kMostDue <= kFirstHeld && kFirstDue + kMostDue <= 32);
   static_assert(sizeof(SumsJob) * (32 + 1) <= sizeof(Shared::offset));  // last_jobs
   auto state = producer_start<kStages>();
   const int lane = int(threadIdx.x) % 32;
-  // Steps whose sums this CTA has not yet reported, one a lane: the last ones, the very last in lane 0, and from lane
-  // kFirstHeld on those held back. Due are those from lanes kUnadded and kFirstDue on. Where they are counted, how many
-  // rows they have (negative: they are this CTA's own), how many tiles of keys add to them.
+  // Steps whose sums this CTA has not yet reported, one per lane. The lanes from 0 on have the latest steps, lane 0 the
+  // very latest. The lanes from kFirstHeld on have the steps held back. Steps are due from lanes kUnadded and kFirstDue
+  // on. place: index of their counter; rows: number of rows, negative if they are this CTA's own; tiles: number of key
+  // tiles that add to them.
   int32_t place = 0, rows = 0, tiles = 0;
-  int jobs = 0, unreported = 0;         // steps since the last reports
-  const auto is_due = [&](int first) {  // of those held back, from this lane on
+  int jobs = 0, unreported = 0;         // unreported: steps since the last reports
+  const auto is_due = [&](int first) {  // `first`: first lane of the held-back steps that are due
     return lane < kFirstHeld ? lane >= kUnadded && lane < kUnadded + unreported && rows > 0 : lane >= first && rows < 0;
   };
-  const auto report = [&](bool reports) {  // by those lanes; is it the last report?
+  const auto report = [&](bool reports) {  // lanes that pass true report; true if theirs is the last report
     return reports && ptx::atomic_increment_acq_rel(a.arrivals + place) + 1 == uint32_t(tiles);
   };
   const auto own_job = [&] { return SumsJob{place * a.group, abs(rows)}; };
@@ -85,7 +102,7 @@ __device__ __forceinline__ void load_statistics(const KeysArguments& a, KeysShar
     shared.job_full[slot].arrive();
   };
   const auto count_step = [&](int32_t its_place, int32_t its_rows, int32_t its_tiles) {
-    if (kOrdered) {  // nothing is held back
+    if (kOrdered) {  // ordered mode holds nothing back
       const int32_t old_place = __shfl_sync(kFullWarp, place, lane - 1);
       const int32_t old_rows = __shfl_sync(kFullWarp, rows, lane - 1);
       place = lane ? old_place : its_place;
@@ -124,14 +141,14 @@ __device__ __forceinline__ void load_statistics(const KeysArguments& a, KeysShar
     __syncwarp();
     if (item.k_count == 0) break;
     KeysSteps steps(a, item, !kOrdered && a.staggered);
-    int until_own = item.piece - steps.tile % item.pieces;  // steps
+    int until_own = item.piece - steps.tile % item.pieces;  // steps until the next own step
     if (until_own < 0) until_own += item.pieces;
     while (steps.left > 0) {
       const int first_row = steps.tile * tile_rows;
       const int rows_here = max(min(item.q_count * a.group - first_row, tile_rows), 0);
       const int32_t its_place = (item.q_start + steps.tile * a.tile_tokens) * a.num_kv_heads + item.kv_head;
       if (kOrdered) count_step(its_place, rows_here, 0);
-      // Sums of dq have 32-bit places, and so have rows.
+      // Places in the sums of dq fit in 32 bits, and so do those of rows.
       using Index = std::conditional_t<kFused, int32_t, int64_t>;
       const RowStatistics* const source =
           a.rows + (Index(item.kv_head) * a.total_q + item.q_start) * a.group + first_row + lane;
@@ -152,14 +169,14 @@ __device__ __forceinline__ void load_statistics(const KeysArguments& a, KeysShar
       until_own = (steps.tile == 0 ? item.piece + 1 : until_own ? until_own : item.pieces) - 1;
     }
   }
-  if (kOrdered) {  // the last four, two of them at once
+  if (kOrdered) {  // reports the last four steps, the last two of them at once
     for (int i = 0; i < 2; ++i, ++state) count_step(0, 0, 0);
     if (__any_sync(kFullWarp, lane < kUnadded && rows)) shared.all_added.wait(0);
     if (lane < kUnadded && rows) ptx::red_add_release(a.arrivals + place, 1u + (1u << 16));
   }
   if (kFused && !kOrdered && lane < 2) push_job(jobs + lane, {});
   if (kFused && !kOrdered && __shfl_sync(kFullWarp, tiles, 0) > 0) {  // there was a step
-    // All that is left, at once; the consumers convert it, because they have nothing else to do and many registers.
+    // Reports all that is left at once. The consumers convert it: they have no other work and many registers.
     shared.all_added.wait(0);
     const bool complete = report(lane < kUnadded ? rows != 0 : is_due(kFirstHeld));
     const uint32_t all = __ballot_sync(kFullWarp, complete);
@@ -171,17 +188,17 @@ __device__ __forceinline__ void load_statistics(const KeysArguments& a, KeysShar
 
 // --------------------------------------------------------------------------------------------------------- conversions
 
-// dq from sums that are complete, by warp `part` of `parts`, kUnroll loads at a time.
+// Converts complete sums to dq, as warp `part` of `parts`, kUnroll loads at a time.
 template <typename T, int kHeadDim, int kUnroll>
 __device__ __forceinline__ void write_queries(const KeysArguments& a, const SumsJob& job, int part, int parts) {
-  constexpr int kLanes = kHeadDim / 4, kRows = 32 / kLanes;  // lanes of a row; rows of a load
+  constexpr int kLanes = kHeadDim / 4, kRows = 32 / kLanes;  // lanes per row; rows per load
   const int lane = int(threadIdx.x) % 32, start = job.first * kHeadDim + lane % kLanes * 4;
-  const auto offset = [&](int row) {  // in dq and its sums
+  const auto offset = [&](int row) {  // offset in dq and its sums
     return start + int(row * a.group_reciprocal >> 16) * a.skipped + row * kHeadDim;
   };
 #pragma unroll 1
   for (int row = part * kRows + lane / kLanes; row < job.rows; row += kUnroll * parts * kRows) {
-    // The producers' registers hold four loads and little beside: what follows is kept in this order.
+    // The producers' registers hold four loads and little else, so the following code is kept in this order.
     float4 x[kUnroll];
     uint2 words[kUnroll];
     ptx::made_anew(row);
@@ -200,7 +217,7 @@ __device__ __forceinline__ void write_queries(const KeysArguments& a, const Sums
   }
 }
 
-// By warps 2 and 3, in any order: each warp has every other job.
+// Converts the sums of jobs, in the mode of any order. Warps 2 and 3 call it; each takes every other job.
 template <typename T, int kHeadDim>
 __device__ __forceinline__ void convert_jobs(const KeysArguments& a, const KeysShared<kHeadDim>& shared, int warp) {
   constexpr int kJobs = KeysShared<kHeadDim>::kJobs;
@@ -216,12 +233,12 @@ __device__ __forceinline__ void convert_jobs(const KeysArguments& a, const KeysS
   }
 }
 
-// By warps 2 and 3, in order: the CTA's own sums, each warp every other block.
+// Converts the CTA's own sums, in ordered mode. Warps 2 and 3 call it; each takes every other block.
 template <typename T, int kHeadDim>
 __device__ __forceinline__ void convert_own_sums(const KeysArguments& a, int warp) {
   int number = warp;
   for (int round = 0, block = 0;; ++block) {
-    const WorkItem item = next_keys<true>(a, round);  // again and again, for there are no registers to keep it
+    const WorkItem item = next_keys<true>(a, round);  // computed again each time: there are no registers to keep it
     if (item.k_count == 0) break;
     const int token = (block * item.pieces + item.piece) * a.tile_tokens;
     if (token >= item.q_count || item.first_slot == kIncomplete) {
@@ -238,7 +255,8 @@ __device__ __forceinline__ void convert_own_sums(const KeysArguments& a, int war
   }
 }
 
-// By the consumers, in any order, when they have added all their dq: what turned out to be complete then.
+// Converts the sums that became complete with the CTA's last reports, in the mode of any order. The consumers call it
+// after they have added all their dq.
 template <typename T, int kHeadDim>
 __device__ __forceinline__ void convert_last_jobs(const KeysArguments& a, KeysShared<kHeadDim>& shared) {
   shared.last_jobs_full.wait(0);

@@ -1,5 +1,5 @@
-// The online softmax of the attention forward, and the backward's probabilities, on scores as the tensor cores leave
-// them (mma.sync m16n8, wgmma m64n8).
+// Online softmax of the attention forward, and probabilities of the backward. Scores are in the tensor cores'
+// accumulator layout (mma.sync m16n8, wgmma m64n8).
 #pragma once
 
 #include <cfloat>
@@ -10,25 +10,28 @@
 
 namespace illada::attention {
 
-// Two rows of scores, four neighbouring lanes to a row: lane l holds s[4 j + 2 i + e] of row i at key
-// 8 j + l % 4 * 2 + e. Base 2. Probabilities are relative to a score that need not be the largest one: it moves only
-// when some row of the warp has outgrown its own by kSlack, which is rare after the first tile, and no lane asks
-// another one until then. 2^kSlack is as exact as 1 in either dtype. Beyond kFar there is no slack: the largest score
-// is the reference, so that lse is what the backward makes of it.
+// Online softmax, in base 2, of two rows of scores. Four neighbouring lanes share a row: lane l holds s[4 j + 2 i + e]
+// of row i at key 8 j + l % 4 * 2 + e.
 //
-// Scores are subtracted before they are scaled: a score that is the reference has probability 1, however large it is.
-// s * scale - reference * scale in one fma would leave the error of the second product, which may be any number of
-// powers of 2. References start at the lowest number: scores of -inf alone have a sum of 0 so, not -inf - -inf.
+// Probabilities are relative to a reference score, which need not be the largest one. References move only when some
+// row of the warp has outgrown its reference by kSlack. That is rare after the first tile, and lanes exchange nothing
+// until then. 2^kSlack is as exact as 1 in either dtype. Beyond kFar there is no slack: the reference is the largest
+// score, so that lse equals what the backward computes from it.
+//
+// Scores are subtracted before they are scaled. A score that equals the reference then has probability 1, however large
+// it is. One fma for s * scale - reference * scale would leave the error of the second product, which may be any number
+// of powers of 2. References start at the lowest finite number: rows with only -inf then have a sum of 0 and do not
+// compute -inf - -inf.
 struct RowPair {
   static constexpr float kSlack = 8;
-  static constexpr float kFar = 1 << 16;  // of reference * scale
-  float reference[2], sum[2];             // of this lane's probabilities
+  static constexpr float kFar = 1 << 16;  // limit of reference * scale
+  float reference[2], sum[2];             // sum: of this lane's probabilities
 
   __device__ __forceinline__ void reset() {
     reference[0] = reference[1] = -FLT_MAX;
     sum[0] = sum[1] = 0;
   }
-  // The largest of this lane's scores in each row.
+  // Computes the largest of this lane's scores in each row.
   template <int kCount>
   static __device__ __forceinline__ void maxima(const float (&s)[kCount], float (&top)[2]) {
     float some[4] = {s[0], s[1], s[2], s[3]};
@@ -37,9 +40,9 @@ struct RowPair {
     top[0] = fmaxf(some[0], some[1]);
     top[1] = fmaxf(some[2], some[3]);
   }
-  // By how much some row would outgrow its reference, in powers of 2: more than kSlack in any lane of the warp, and
-  // the references have to move. Far from 0 neighbouring numbers are 2^-8 apart at least: any growth is made more than
-  // kSlack.
+  // Returns how far the rows exceed their references, in powers of 2. If it is more than kSlack in any lane of the
+  // warp, the references must move. Far from 0, neighbouring numbers are at least 2^-8 apart. Any growth there is
+  // scaled to more than kSlack.
   __device__ __forceinline__ float growth(const float (&top)[2], float scale_log2) const {
     float growth[2];
 #pragma unroll
@@ -49,7 +52,7 @@ struct RowPair {
     }
     return fmaxf(growth[0], growth[1]);
   }
-  // The references move up to the largest score. What came before is to be multiplied by `rescale`.
+  // Moves the references up to the largest score. Earlier results must be multiplied by `rescale`.
   __device__ __forceinline__ void move(float (&top)[2], float scale_log2, float (&rescale)[2]) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -60,7 +63,7 @@ struct RowPair {
       reference[i] = top[i];
     }
   }
-  // Scores [first, last) become probabilities.
+  // Converts scores [first, last) to probabilities.
   template <int kCount>
   __device__ __forceinline__ void weigh(float (&s)[kCount], float scale_log2, int first = 0, int last = kCount) {
 #pragma unroll
@@ -71,27 +74,27 @@ struct RowPair {
   }
 };
 
-// The logarithm of the sum of exp(scale * s), from a sum relative to a score. Of one score alone it is scale * s, as
-// the backward rounds it where that is far from 0.
+// Returns the natural log of the sum of exp(scale * s), from a sum relative to a score. For a single score it is
+// scale * s, rounded as the backward rounds it where it is far from 0.
 __device__ __forceinline__ float row_lse(float reference, float sum, float scale) {
   return fmaf(log2f(sum), float(M_LN2), __fmul_rn(reference, scale));
 }
 
-// The backward's probabilities, exp(scale * s - lse). In base 2 the exponent is one fma, s * scale_log2 - lse *
-// log2(e). Both of its products are rounded, which is as exact as 16 bits while lse is no further from 0 than
-// kMostNear: the error of the exponent is 2^-10 then. Rows that are far from 0 round scale * s as `row_lse` did, and
-// subtract before they change the base: scores of any size have 1 if they alone make lse.
+// The backward's probabilities are exp(scale * s - lse). In base 2 the exponent is one fma, s * scale_log2 - lse *
+// log2(e). Both of its products are rounded. That is as exact as 16 bits while |lse| is at most kMostNear: the error of
+// the exponent is then 2^-10. Rows that are far from 0 round scale * s as `row_lse` does, and subtract before they
+// change the base. A score of any size then has probability 1 if lse comes from it alone.
 //
-// A row's statistics have its `offset`: lse * log2(e), or of a far row 2 lse, which no near row's can be as large as.
-// |lse| is below 2^127 so, which scores in fp32 cannot exceed while scale is at most 1/2.
-constexpr float kMostNear = 1 << 12;  // of lse
+// A row's statistics contain its `offset`: lse * log2(e), or 2 lse for a far row. No near row's offset is as large.
+// |lse| must therefore be below 2^127. Scores in fp32 cannot exceed that while scale is at most 1/2.
+constexpr float kMostNear = 1 << 12;  // largest |lse| of a near row
 
 __device__ __forceinline__ float offset_of(float lse) {
   return fabsf(lse) <= kMostNear ? lse * float(M_LOG2E) : 2 * lse;
 }
 __device__ __forceinline__ bool is_far(float offset) { return fabsf(offset) > 1.5f * kMostNear; }
 
-// Scores become probabilities; offset(j) is that of s[j]'s row. `far`: may some row be far? The same for a warp.
+// Converts scores to probabilities. offset(j): offset of s[j]'s row. `far`: some row may be far; uniform in a warp.
 template <int kCount, typename Offset>
 __device__ __forceinline__ void exponentiate(float (&s)[kCount], float scale, float scale_log2, bool far,
                                              const Offset& offset) {
@@ -107,7 +110,7 @@ __device__ __forceinline__ void exponentiate(float (&s)[kCount], float scale, fl
   }
 }
 
-// Keys from `valid` on do not count.
+// Sets the scores of keys from `valid` on to -inf.
 template <int kCount>
 __device__ __forceinline__ void mask_scores(float (&s)[kCount], int valid) {
   const int limit = valid - 2 * int(threadIdx.x % 4);

@@ -1,4 +1,4 @@
-// The online softmax of the attention forward on sm_90a, which looks for no maximum in the common step.
+// Online softmax of the attention forward on sm_90a. Its common step needs no maximum.
 #pragma once
 
 #include <cfloat>
@@ -12,22 +12,27 @@
 namespace illada::attention {
 namespace {
 
-// Two rows of scores in wgmma's layout, four neighbouring lanes to a row: the online softmax in base 2. Probabilities
-// are relative to a score that need not be the largest one, as long as a lane's share of a tile sums to no more than
-// kMost, which is as exact as 1 in either dtype. So the exponentials wait for no maximum and no other lane, and nobody
-// looks for a maximum but in the first tile, and when a row has outgrown its reference, which is rare.
+// Online softmax, in base 2, of two rows of scores in wgmma's layout. Four neighbouring lanes share a row.
 //
-// An exponent is one fma, s * scale - reference * scale, which leaves the error of the second product. Where that may
-// be as large as 2^-9, in rows whose scores are far from 0, scores are subtracted before they are scaled: what is the
-// reference has probability 1 then, however large it is. The offset of such a row is -inf, which makes its lanes' sums
-// infinite, or NaN: so nobody has to look for it. References start at the lowest number, so that scores of -inf
-// alone have a sum of 0, not -inf - -inf.
+// Probabilities are relative to a reference score, which need not be the largest one. A lane's share of a tile must sum
+// to at most kMost; that is as exact as 1 in either dtype. The exponentials therefore wait for no maximum and no other
+// lane. A maximum is computed only in the first tile, and when a row has outgrown its reference, which is rare.
+//
+//   p = 2^(s * scale - offset); total = this lane's sum of p
+//   if total > kMost in any lane of the warp, or NaN:
+//     move the references to the largest scores; compute p again; rescale the earlier results
+//
+// An exponent is one fma, s * scale - reference * scale, which leaves the error of the second product. In rows whose
+// scores are far from 0, that error may be as large as 2^-9. There, scores are subtracted before they are scaled. The
+// reference score then has probability 1, however large it is. The offset of such a row is -inf, which makes its lanes'
+// sums infinite or NaN, so the common step needs no test for it. References start at the lowest finite number: rows
+// with only -inf then have a sum of 0 and do not compute -inf - -inf.
 struct SoftmaxRows {
   static constexpr float kMost = 256, kMostLog2 = 8;
-  static constexpr float kFar = 1 << 16;  // of reference * scale
-  float reference[2], offset[2], sum[2];  // of this lane's probabilities
+  static constexpr float kFar = 1 << 16;  // limit of reference * scale
+  float reference[2], offset[2], sum[2];  // sum: of this lane's probabilities
 
-  // The first tile of an item.
+  // Starts an item with its first tile.
   template <int kCount>
   __device__ __forceinline__ void start(const float (&s)[kCount], float scale_log2) {
     reference[0] = reference[1] = -FLT_MAX;
@@ -35,8 +40,8 @@ struct SoftmaxRows {
     sum[0] = sum[1] = 0;
   }
 
-  // Scores to probabilities, packed as the A operand of the second product. True: the reference has moved, and what
-  // came before is to be multiplied by `rescale`.
+  // Converts scores to probabilities, packed as the A operand of the second product. Returns true if the reference has
+  // moved. Earlier results must then be multiplied by `rescale`.
   template <typename T, int kCount>
   __device__ __forceinline__ bool update(const float (&s)[kCount], float scale_log2, uint32_t (&p)[kCount / 8][4],
                                          float (&rescale)[2]) {
@@ -52,8 +57,8 @@ struct SoftmaxRows {
     return moves;
   }
 
-  // The same with the probabilities in the place of the scores. As those are gone afterwards, each lane looks for its
-  // own maximum first: the reference moves before a probability of some row exceeds kMost.
+  // The same with the probabilities in place of the scores. The scores are lost, so each lane first computes its own
+  // maximum. The reference moves before a probability of some row exceeds kMost.
   template <int kCount>
   __device__ __forceinline__ bool update_in_place(float (&s)[kCount], float scale_log2, float (&rescale)[2]) {
     float top[4] = {s[0], s[1], s[2], s[3]};
@@ -103,7 +108,7 @@ struct SoftmaxRows {
     }
   }
 
-  // `exponent`: of a score of row i.
+  // `exponent`: function of a score and its row i that returns the exponent.
   template <int kCount, typename Exponent>
   __device__ __forceinline__ void weigh(float (&s)[kCount], const Exponent& exponent) {
     float part[4] = {};

@@ -1,4 +1,4 @@
-// What the attention kernels of sm_90a share: tiles of 16-bit rows in shared memory, filled by TMA and read by wgmma.
+// Tiles of the attention kernels of sm_90a: 16-bit rows in shared memory, filled by TMA and read by wgmma.
 #pragma once
 
 #include <cuda.h>
@@ -17,17 +17,17 @@
 namespace illada::attention {
 namespace {
 
-constexpr int kRowBytes = 128;  // of a slice of 64 columns
+constexpr int kRowBytes = 128;  // bytes of a row of a slice, 64 columns
 
-// Slices of 64 columns: rows of 128 bytes in the 128-byte swizzle.
+// A tile consists of slices of 64 columns: rows of 128 bytes in the 128-byte swizzle.
 template <int kRows, int kColumns>
 struct alignas(1024) Tile {
   static constexpr int kSlices = kColumns / 64, kSliceBytes = kRows * kRowBytes;
   char slice[kSlices][kSliceBytes];
 };
 
-// By one thread: a box of a map of tensor_map_ragged (common/ragged.h), to every CTA of a cluster of kCluster at the
-// same place. `hint`: to the L2 cache.
+// Loads a box of a tensor map from tensor_map_ragged (common/ragged.h), to the same address in every CTA of a cluster
+// of kCluster CTAs. One thread calls it. `hint`: hint to the L2 cache.
 template <int kCluster>
 __device__ __forceinline__ void load_box(void* target, const CUtensorMap* map, Barrier& barrier, uint64_t hint,
                                          int column, int head, int row, int end) {
@@ -40,8 +40,8 @@ __device__ __forceinline__ void load_box(void* target, const CUtensorMap* map, B
   }
 }
 
-// By one thread: the tile from row `row` on of the sequence start .. start + count - 1, by a map of tensor_map_ragged.
-// What lies behind the end of the sequence reads as 0.
+// Loads the tile from row `row` on of the sequence start .. start + count - 1, with a tensor map from
+// tensor_map_ragged. Elements behind the end of the sequence read as 0. One thread calls it.
 template <typename AnyTile>
 __device__ __forceinline__ void load_tile(AnyTile& target, const CUtensorMap* map, Barrier& barrier, int head,
                                           int start, int count, int row, uint64_t hint) {
@@ -50,7 +50,7 @@ __device__ __forceinline__ void load_tile(AnyTile& target, const CUtensorMap* ma
     load_box<1>(target.slice[slice], map, barrier, hint, 64 * slice, head, kRaggedTokens - count + row, start + count);
 }
 
-// d = a b^T of rows of two tiles, over all columns; a, b: descriptors of their first rows (gmma_descriptor_k).
+// Computes d = a b^T of rows of two tiles, over all columns. a, b: descriptors of their first rows (gmma_descriptor_k).
 template <typename T, typename TileA, typename TileB, int kRowsB>
 __device__ __forceinline__ void multiply_rows(float (&d)[kRowsB / 2], uint64_t a, uint64_t b) {
 #pragma unroll
@@ -59,15 +59,16 @@ __device__ __forceinline__ void multiply_rows(float (&d)[kRowsB / 2], uint64_t a
                                 b + i / 4 * (TileB::kSliceBytes / 16) + i % 4 * 2, i > 0);
 }
 
-// Four 8 x 8 matrices to shared memory: lane l has the address of row l % 8 of matrix l / 8.
+// Stores four 8 x 8 matrices to shared memory. Lane l has the address of row l % 8 of matrix l / 8.
 __device__ __forceinline__ void store_matrices(uint32_t smem, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
   cute::SM90_U32x4_STSM_N::copy(r0, r1, r2, r3, ptx::shared_at<cute::uint128_t>(smem));
 }
 
 // ------------------------------------------------------------------------------------------------------------ launches
 
-// Shared memory that a kernel asks for: it aligns it by hand, because the swizzle counts from multiples of 1024 bytes.
-// (Two lines that every kernel has: moved into a function, they made the backward's fullest one spill.)
+// Bytes of shared memory that a kernel asks for. Each kernel aligns its shared memory itself, because the swizzle
+// counts from multiples of 1024 bytes. (Every kernel repeats two lines for that. Moved into a function, they made the
+// backward kernel that uses the most registers spill.)
 template <typename Shared>
 constexpr int shared_bytes() {
   constexpr int kBytes = int(sizeof(Shared)) + 1024;
@@ -75,8 +76,9 @@ constexpr int shared_bytes() {
   return kBytes;
 }
 
-// The maps of queries (out, their gradients) and of keys (values), in boxes of 64 columns x heads of a group x tokens.
-// A pack without queries or keys is never read, but a map of nothing cannot be made: any address will do.
+// Tensor maps of queries (out, their gradients) and of keys (values), in boxes of 64 columns x heads of a group x
+// tokens. A pack without queries or keys is never read. But an empty map cannot be encoded, so the map then has another
+// valid address.
 template <typename Params>
 CUtensorMap ragged_map(const char* op, const Params& p, const PackedView& x, int64_t tokens, int heads, int box_heads,
                        int box_tokens) {

@@ -1,4 +1,4 @@
-// Barriers in shared memory and the stages that they guard: CUTLASS's, on sm_90.
+// Barriers in shared memory and the stages that they guard, on sm_90. They wrap CUTLASS's barriers.
 #pragma once
 
 #include <cutlass/arch/barrier.h>
@@ -10,7 +10,7 @@
 
 namespace illada {
 
-// CUTLASS's mbarrier, and the compiler moves no access to memory across it: CUTLASS says so itself from 4.3 on.
+// CUTLASS's mbarrier, across which the compiler also moves no memory access. From 4.3 on CUTLASS itself ensures that.
 struct Barrier : cutlass::arch::ClusterTransactionBarrier {
   using Base = cutlass::arch::ClusterTransactionBarrier;
 
@@ -20,7 +20,7 @@ struct Barrier : cutlass::arch::ClusterTransactionBarrier {
     ptx::keep_memory_order();
     Base::arrive();
   }
-  // By those threads that say so; in this CTA, or in some CTA of the cluster.
+  // Arrives for the threads that pass true, on the barrier of this CTA or of CTA `cta` of the cluster.
   __device__ __forceinline__ void arrive_if(bool arrives) const {
     ptx::mbarrier_arrive_if(arrives, ptx::smem_address(this));
   }
@@ -31,15 +31,15 @@ struct Barrier : cutlass::arch::ClusterTransactionBarrier {
     ptx::keep_memory_order();
     Base::arrive_and_expect_tx(bytes);
   }
-  // Once all cp.async of this thread so far have arrived; one of the barrier's arrivals.
+  // Arrives once all cp.async of this thread so far have completed. Counts as one of the barrier's arrivals.
   __device__ __forceinline__ void arrive_after_cp_async() const {
     cutlass::arch::cpasync_barrier_arrive_noinc(&this->barrier_);
   }
-  // For TMA.
+  // Address of the barrier, for TMA.
   __device__ __forceinline__ uint64_t* value() { return &this->barrier_; }
 };
 
-// The stage of a ring that is next, and the parity of its phase. Producers find all stages empty at first.
+// Next stage of a ring and the parity of its phase. For producers, all stages are empty at first.
 template <int kStages>
 using PipelineState = cutlass::PipelineState<kStages>;
 template <int kStages>
@@ -47,8 +47,8 @@ __device__ __forceinline__ PipelineState<kStages> producer_start() {
   return {0, 1, 0};
 }
 
-// CUTLASS's barriers of some warps, and the compiler moves no access to memory across them. 0 is the first one that
-// CUTLASS leaves to others.
+// CUTLASS's named barriers, each for some of the warps. The compiler also moves no memory access across them. Number 0
+// is the first barrier that CUTLASS does not reserve.
 struct NamedBarrier : cutlass::arch::NamedBarrier {
   using Base = cutlass::arch::NamedBarrier;
   static constexpr int kCount = HardwareMaxNumNamedBarriers - ReservedNamedBarrierCount;
@@ -65,14 +65,14 @@ struct NamedBarrier : cutlass::arch::NamedBarrier {
   }
 };
 
-// What ordinary stores wrote to shared memory becomes visible to TMA and wgmma.
+// Makes ordinary stores to shared memory visible to TMA and wgmma.
 __device__ __forceinline__ void fence_view_async_shared() {
   ptx::keep_memory_order();
   cutlass::arch::fence_view_async_shared();
   ptx::keep_memory_order();
 }
 
-// By all threads of the cluster.
+// Synchronises the cluster. All its threads call it.
 __device__ __forceinline__ void cluster_sync() {
   ptx::keep_memory_order();
   cute::cluster_sync();

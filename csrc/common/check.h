@@ -1,4 +1,5 @@
-// Checks of CUDA calls (they throw CudaError) and of the pointers of a launch (Error), before anything is enqueued.
+// Checks of CUDA calls (they throw CudaError) and of the pointers of a launch (they throw Error). The pointer checks
+// run before anything is enqueued.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -10,9 +11,10 @@
 #include "illada/cuda.h"
 #include "illada/error.h"
 
+// Throws CudaError if a CUDA call fails. Arguments: the op, the call and, in words, the purpose of the call. Example:
 // ILLADA_CUDA_CHECK("remask", cudaSetDevice(index), "using device ", index);
-// The op, the call and, in words, what it was for. The thread's last error is cleared: it is told here, and not by
-// whoever asks CUDA next. An error that sticks, such as a fault in an earlier kernel, stays with the context.
+// It clears the thread's last error, so that the next query of CUDA does not report it again. A sticky error, such as a
+// fault in an earlier kernel, stays with the context.
 #define ILLADA_CUDA_CHECK(op, call, ...)                                                   \
   do {                                                                                     \
     const cudaError_t illada_status = (call);                                              \
@@ -29,7 +31,7 @@ template <typename... Parts>
                           cudaGetErrorString(status), ")");
 }
 
-// A region of device memory that a launch reads or writes. A null pointer with bytes > 0 is an error unless optional.
+// Region of device memory that a launch reads or writes. A null pointer with bytes > 0 is an error unless optional.
 struct Region {
   const char* name;
   const void* data;
@@ -37,8 +39,9 @@ struct Region {
   bool optional = false;
 };
 
-// Every region is memory of launch.device; no output shares a byte with another output or with an input. CUDA is asked
-// about a region once, and about none where launch.pointers_checked says that the caller knows, or during capture.
+// Throws Error unless every region is memory of launch.device and no output shares a byte with another output or with
+// an input. It asks CUDA about each region once. It does not ask CUDA where launch.pointers_checked is true, or during
+// capture.
 void check_regions(const char* op, const CudaLaunch& launch, const std::vector<Region>& inputs,
                    const std::vector<Region>& outputs);
 

@@ -1,4 +1,4 @@
-// Programmatic dependent launch: how a kernel begins, so that its launch may overlap the end of the kernel before it.
+// Programmatic dependent launch: the beginning of a kernel whose launch may overlap the end of the kernel before it.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -9,12 +9,12 @@ namespace illada {
 
 // Last parameter of every kernel; launch_kernel fills it.
 struct DependentLaunch {
-  // Let the next kernel be scheduled as soon as all CTAs of this one have begun; otherwise, once they have ended.
+  // True: the next kernel may be scheduled as soon as all CTAs of this one have begun. False: once they have ended.
   bool early;
 };
 
 #if defined(__CUDACC__)
-// By all threads, before the first access to global memory: waits for the kernels before this one in the stream.
+// Waits for the kernels before this one in the stream. All threads call it, before their first access to global memory.
 __device__ __forceinline__ void wait_for_previous_kernel(const DependentLaunch& launch) {
   ptx::griddepcontrol_wait();
   if (launch.early) ptx::griddepcontrol_launch_dependents();

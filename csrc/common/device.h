@@ -1,4 +1,4 @@
-// What the host side of a launch needs to know of a device, and the launch itself.
+// Device properties that the host side of a launch needs, and the launch itself.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -19,14 +19,14 @@ struct Device {
   std::string name;            // "NVIDIA H100 80GB HBM3"
   int compute_capability = 0;  // 10 * major + minor
   int sm_count = 0;
-  int sm_smem_bytes = 0;        // shared memory of a multiprocessor, for all its CTAs
-  int reserved_smem_bytes = 0;  // of each CTA, beside what it asks for
+  int sm_smem_bytes = 0;        // shared memory of an SM, for all its CTAs
+  int reserved_smem_bytes = 0;  // shared memory reserved per CTA, in addition to what it asks for
 };
 
-// Properties of a device, read once a process; thread-safe.
+// Returns a device's properties. They are read once per process. Thread-safe.
 const Device& device(const char* op, int index);
 
-// Makes a device current for a scope; costs nothing where it is already.
+// Makes a device current for a scope. It costs nothing if the device is already current.
 class DeviceGuard {
  public:
   DeviceGuard(const char* op, int index);
@@ -38,34 +38,37 @@ class DeviceGuard {
   int previous_ = -1;
 };
 
-// Once a kernel and device: is there code for this GPU (else NotSupported, naming both), and may it use `smem_bytes`?
-// The compute capability that its code was compiled for, which may be older than the GPU's (PTX for 80 on 90): from 90
-// on it may use clusters, and waits for the kernel before it by itself.
+// Prepares a kernel, once per kernel and device. It checks that there is code for this GPU and lets the kernel use
+// `smem_bytes` of shared memory. Throws NotSupported, naming kernel and GPU, if there is no code. Returns the compute
+// capability that the code was compiled for, which may be older than the GPU's (PTX for 80 on 90). From 90 on, a kernel
+// may use clusters and itself waits for the kernel before it.
 int prepare_kernel(const char* op, const void* kernel, const Device& device, int smem_bytes);
-// How many CTAs of the kernel an SM holds at a time, asked of the runtime once a kernel and device.
+// Returns the number of CTAs of the kernel that an SM holds at a time. Asks the runtime once per kernel and device.
 int resident_ctas(const char* op, const void* kernel, const Device& device, int threads, int smem_bytes);
 
+// Grid, block and attributes of a launch.
 struct LaunchShape {
   dim3 grid, block;
   int smem_bytes = 0;
-  int cluster = 1;  // CTAs of a cluster, along x
-  // The kernel begins with wait_for_previous_kernel: its launch may overlap the end of the kernel before it (sm_90+).
+  int cluster = 1;  // CTAs per cluster, along x
+  // True: the kernel begins with wait_for_previous_kernel, so that its launch may overlap the end of the kernel before
+  // it (sm_90 and newer).
   bool dependent = false;
-  // All CTAs at a time, or an error: they may wait for each other.
+  // True: all CTAs run at the same time, or the launch fails. CTAs may then wait for each other.
   bool cooperative = false;
 };
 
-// Throws std::logic_error where there would be no CTA or no thread: an empty grid is a mistake of the library, whoever
-// called it, and CUDA's error for it says neither which launch nor why.
+// Throws std::logic_error if there would be no CTA or no thread. An empty grid is always a mistake of this library, not
+// of its caller. CUDA's error for it names neither the launch nor the reason.
 void check_launch_shape(const char* op, const LaunchShape& shape);
 
-// Throws CudaError that says what was launched.
+// Throws a CudaError that says what was launched.
 [[noreturn]] void fail_launch(const char* op, const LaunchShape& shape, cudaError_t status);
 
-// Zeros in `bytes` of device memory, enqueued as a launch is. The caller holds a DeviceGuard.
+// Enqueues zeros for `bytes` of device memory. The caller holds a DeviceGuard.
 void fill_zeros(const char* op, const CudaLaunch& launch, void* data, int64_t bytes);
 
-// kernel<<<...>>>(arguments..., DependentLaunch) with the checks above. The caller holds a DeviceGuard.
+// Launches kernel<<<...>>>(arguments..., DependentLaunch) with the checks above. The caller holds a DeviceGuard.
 template <typename... Parameters, typename... Arguments>
 void launch_kernel(const char* op, const Device& device, void* stream, const LaunchShape& shape,
                    void (*kernel)(Parameters...), Arguments&&... arguments) {

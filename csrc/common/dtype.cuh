@@ -1,4 +1,4 @@
-// 16-bit element types on the device, and eight neighbours of any type as floats.
+// 16-bit element types on the device, and conversions of eight neighbouring elements of any type.
 #pragma once
 
 #include <cutlass/numeric_conversion.h>
@@ -10,7 +10,7 @@
 
 namespace illada {
 
-// Bits only: every use converts, by CUTLASS's converters.
+// These types hold only bits. Every use converts them, with CUTLASS's converters.
 struct BFloat16 {
   uint16_t bits;
   static constexpr uint16_t kMinusInfinity = 0xff80;
@@ -20,7 +20,7 @@ struct Half {
   static constexpr uint16_t kMinusInfinity = 0xfc00;
 };
 
-// CUTLASS's type of the same bits.
+// CUTLASS's type with the same bits.
 template <typename T>
 using CutlassElement = std::conditional_t<std::is_same_v<T, BFloat16>, cutlass::bfloat16_t, cutlass::half_t>;
 
@@ -28,7 +28,7 @@ __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(BFloat16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
 __device__ __forceinline__ float to_float(Half x) { return float(cutlass::half_t::bitcast(x.bits)); }
 
-// Eight neighbours as they are loaded: one 16-byte load of 16-bit elements, two of floats.
+// Eight neighbouring elements as loaded: one 16-byte load for 16-bit elements, two for floats.
 template <typename T>
 struct Raw8 {
   static constexpr int kLoads = int(8 * sizeof(T) / 16);
@@ -44,7 +44,7 @@ __device__ __forceinline__ Raw8<T> load8(const T* address) {  // 16-byte aligned
   return raw;
 }
 
-// The same of an address that is aligned to its elements only.
+// Loads eight elements from an address that is aligned only to its elements.
 template <typename T>
 __device__ __forceinline__ Raw8<T> load8_unaligned(const T* address) {
   union {
@@ -56,7 +56,7 @@ __device__ __forceinline__ Raw8<T> load8_unaligned(const T* address) {
   return u.raw;
 }
 
-// Eight times -inf.
+// Returns eight times -inf.
 template <typename T>
 __device__ __forceinline__ Raw8<T> minus_infinity8() {
   uint32_t word = 0xff800000u;
@@ -67,8 +67,8 @@ __device__ __forceinline__ Raw8<T> minus_infinity8() {
   return raw;
 }
 
-// Eight neighbours, 16-byte aligned, or eight times -inf where `valid` is false; memory that this kernel also writes
-// may be read this way. No branch: loads that follow each other wait for memory together.
+// Loads eight elements, 16-byte aligned; returns eight times -inf where `valid` is false. The memory may be memory that
+// this kernel also writes. There is no branch, so that successive loads wait for memory together.
 template <typename T>
 __device__ __forceinline__ Raw8<T> load8_if(bool valid, const T* address) {
   Raw8<T> raw = minus_infinity8<T>();
@@ -93,7 +93,7 @@ __device__ __forceinline__ void unpack2(uint32_t word, float& low, float& high, 
   high = to_float(Half{uint16_t(word >> 16)});
 }
 
-// Rounded to T, `low` in the lower half of the word.
+// Rounds two floats to T. `low` goes to the lower half of the word.
 template <typename T>
 __device__ __forceinline__ uint32_t pack2(float low, float high) {
   static_assert(std::is_same_v<T, BFloat16> || std::is_same_v<T, Half>);
@@ -124,7 +124,7 @@ __device__ __forceinline__ void unpack8(const Raw8<T>& raw, float (&x)[8]) {
   }
 }
 
-// Eight floats, rounded to T.
+// Rounds eight floats to T.
 template <typename T>
 __device__ __forceinline__ Raw8<T> pack8(const float (&x)[8]) {
   Raw8<T> raw;

@@ -1,4 +1,4 @@
-// The arguments of CUTLASS's builder for our GEMMs, in one place: another architecture is another Arch here.
+// Arguments of CUTLASS's builder for our GEMMs. Another architecture is another Arch here.
 #pragma once
 
 #include <cutlass/arch/mma.h>
@@ -11,12 +11,12 @@
 
 namespace illada {
 
-// Strides of an operand [M or N, K, 1] as the builder takes them, by which dimension is contiguous. There is one
-// matrix: a stride of 0, which is known, keeps the third coordinate out of the tensor maps.
+// Strides of an operand [M or N, K, 1] as the builder takes them, named by the contiguous dimension. There is only one
+// matrix. Its constant stride of 0 keeps the third coordinate out of the tensor maps.
 using KMajor = cute::Stride<int64_t, cute::_1, cute::_0>;
 using MnMajor = cute::Stride<cute::_1, int64_t, cute::_0>;
 
-// What differs between architectures.
+// GEMM settings that differ between architectures.
 template <typename Arch>
 struct GemmSchedule;
 template <>
@@ -27,11 +27,11 @@ struct GemmSchedule<cutlass::arch::Sm90> {
   using Stages = cutlass::gemm::collective::StageCount<4>;
 };
 
-// Compiled by a check alone (tests/cpp/weight_grad_sm100.cu): no kernel for it is shipped.
+// Used only by a compile check (tests/cpp/weight_grad_sm100.cu). No kernel for it is shipped.
 template <>
 struct GemmSchedule<cutlass::arch::Sm100> {
   using Mainloop = cutlass::gemm::KernelTmaWarpSpecialized2SmSm100;
-  using Tile = cute::Shape<cute::_256, cute::_256, cute::_64>;  // of two CTAs
+  using Tile = cute::Shape<cute::_256, cute::_256, cute::_64>;  // tile of two CTAs
   using Cluster = cute::Shape<cute::_2, cute::_1, cute::_1>;
   using Stages = cutlass::gemm::collective::StageCount<4>;
 };

@@ -1,5 +1,5 @@
-// Functions that host and device share, in headers that a C++ compiler reads as well. Always inlined: of several copies
-// a linker keeps one, which may be that of another instruction set.
+// Qualifier of functions that host and device share, in headers that a C++ compiler also reads. The functions are
+// always inlined. Of several copies, a linker keeps only one, which may be compiled for another instruction set.
 #pragma once
 
 #if defined(__CUDACC__)

@@ -10,21 +10,23 @@ namespace illada {
 constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u;  // round multipliers
 constexpr uint32_t kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;  // key increments
 
-// Streams of the token sampler (counter word 3); the forward process in Python uses tags below 16.
+// Streams of the token sampler (counter word 3). The forward process in Python uses streams below 16.
 constexpr uint32_t kSampleStream = 16;         // upper 32 bits of the uniforms
 constexpr uint32_t kSampleStreamLowBits = 17;  // lower 32 bits, drawn only for tokens that can still win
 constexpr uint32_t kSampleStreamRandom = 18;   // Measure::kRandom
 
+// A counter, or the four random words of one.
 struct PhiloxWords {
   uint32_t word[4];
 };
 
-// One round of the ten.
+// Computes one of the ten rounds.
 ILLADA_HOST_DEVICE PhiloxWords philox_round(const PhiloxWords& c, uint32_t key0, uint32_t key1) {
   const uint64_t p0 = uint64_t(kPhiloxM0) * c.word[0], p1 = uint64_t(kPhiloxM1) * c.word[2];
   return {{uint32_t(p1 >> 32) ^ c.word[1] ^ key0, uint32_t(p1), uint32_t(p0 >> 32) ^ c.word[3] ^ key1, uint32_t(p0)}};
 }
 
+// Returns the four random words of counter `c`.
 ILLADA_HOST_DEVICE PhiloxWords philox4x32(PhiloxWords c, uint32_t key0, uint32_t key1) {
 #if defined(__CUDA_ARCH__)
 #pragma unroll

@@ -1,17 +1,17 @@
-// PTX that CuTe and CUTLASS have no wrapper for, or none that does; each says what is missing there. Addresses of
-// shared memory are the 32-bit ones of smem_address.
+// PTX for which CuTe and CUTLASS have no wrapper, or none that is good enough; each comment says what is missing there.
+// Addresses of shared memory are 32-bit addresses from smem_address.
 #pragma once
 
 #include <cstdint>
 
 namespace illada::ptx {
 
-// cute::cast_smem_ptr_to_uint, without the headers that it comes with.
+// Returns the 32-bit address of shared memory. Same as cute::cast_smem_ptr_to_uint, without its headers.
 __device__ __forceinline__ uint32_t smem_address(const void* pointer) {
   return uint32_t(__cvta_generic_to_shared(pointer));
 }
-// What lies at such an address. CuTe's atoms take references and pointers, and make addresses of them again, which
-// costs nothing.
+// Returns a reference to the object at such an address. CuTe's atoms take references and pointers and convert them back
+// to addresses, which costs nothing.
 template <typename T>
 __device__ __forceinline__ T& shared_at(uint32_t smem) {
   return *static_cast<T*>(__cvta_shared_to_generic(smem));
@@ -19,12 +19,12 @@ __device__ __forceinline__ T& shared_at(uint32_t smem) {
 
 // ------------------------------------------------------------------------------------------- what the compiler knows
 
-// No access to memory is moved across it. CUTLASS's mbarriers, named barriers and fences say so from 4.3 on, before
-// which their asm names no memory; its cluster barriers do not say it even in 4.7.
+// Keeps the compiler from moving memory accesses across it. CUTLASS's mbarriers, named barriers and fences do so
+// from 4.3 on; before that, their asm has no memory clobber. CUTLASS's cluster barriers have none even in 4.7.
 __device__ __forceinline__ void keep_memory_order() { asm volatile("" ::: "memory"); }
 
-// The value of x, unknown to the compiler: what follows from it in a loop is computed there, and not kept in registers
-// around the loop. (cute::warpgroup_fence_operand is a keep_memory_order as well.)
+// Hides the value of x from the compiler, without changing it. Values derived from x in a loop are then computed there
+// and not kept in registers around the loop. (cute::warpgroup_fence_operand would also act as keep_memory_order.)
 template <typename T>
 __device__ __forceinline__ void made_anew(T& x) {
   static_assert(sizeof(T) == 4);
@@ -32,7 +32,7 @@ __device__ __forceinline__ void made_anew(T& x) {
 }
 __device__ __forceinline__ void made_anew(const int32_t*& x) { asm volatile("" : "+l"(x)); }
 
-// threadIdx.x, read anew: what is made of it holds no registers while a main loop runs that needs them all.
+// Reads threadIdx.x again. Values derived from it then hold no registers during a main loop that needs all of them.
 __device__ __forceinline__ uint32_t thread_again() {
   uint32_t thread;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
@@ -41,14 +41,14 @@ __device__ __forceinline__ uint32_t thread_again() {
 
 // ------------------------------------------------------------------------------------ programmatic dependent launch
 
-// Waits for the kernels before this one in the stream, where the launch was allowed to overlap them. CUTLASS's is a
-// no-op without CUTLASS_ENABLE_GDC_FOR_SM90 and on plain sm_90, and lets the compiler load global memory before it.
+// Waits for the kernels before this one in the stream, if the launch may overlap them. CUTLASS's wrapper does nothing
+// without CUTLASS_ENABLE_GDC_FOR_SM90 and on plain sm_90. It also lets the compiler load global memory before it.
 __device__ __forceinline__ void griddepcontrol_wait() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
-// The kernel after this one may be scheduled (it waits for the end of this one by itself).
+// Lets the kernel after this one be scheduled. That kernel itself waits for the end of this one.
 __device__ __forceinline__ void griddepcontrol_launch_dependents() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
@@ -57,7 +57,7 @@ __device__ __forceinline__ void griddepcontrol_launch_dependents() {
 
 // ---------------------------------------------------------------------------------------- sm_80: hints to the L1 cache
 
-// Read once: no use in the L1 cache, which cutlass::arch::global_load cannot say.
+// Loads data that is read once, without allocating it in the L1 cache. cutlass::arch::global_load has no such hint.
 __device__ __forceinline__ uint4 load_streaming(const void* address) {
   uint4 v;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -65,7 +65,7 @@ __device__ __forceinline__ uint4 load_streaming(const void* address) {
                : "l"(address));
   return v;
 }
-// The same where `valid`, without a branch; memory that this kernel also writes may be read this way.
+// Does the same only where `valid`, without a branch. The memory may be memory that this kernel also writes.
 __device__ __forceinline__ void load_streaming_if(bool valid, uint4& v, const void* address) {
   asm volatile(
       "{\n"
@@ -79,7 +79,7 @@ __device__ __forceinline__ void load_streaming_if(bool valid, uint4& v, const vo
 
 // ------------------------------------------------------------------------------------- sm_80: hints to the L2 cache
 
-// 16 bytes to global memory; cutlass::arch::global_store takes no hint.
+// Stores 16 bytes to global memory with a cache hint. cutlass::arch::global_store takes no hint.
 __device__ __forceinline__ void store_global_v4_hinted(void* global, uint4 x, uint64_t hint) {
   asm volatile("st.global.L2::cache_hint.v4.b32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(global), "r"(x.x), "r"(x.y),
                "r"(x.z), "r"(x.w), "l"(hint)
@@ -88,7 +88,8 @@ __device__ __forceinline__ void store_global_v4_hinted(void* global, uint4 x, ui
 
 // -------------------------------------------------------------------------------------------------------- arithmetic
 
-// CUTLASS calls exp2f, which is this one instruction only where the whole program is compiled with -use_fast_math.
+// Returns 2^x in one instruction. CUTLASS calls exp2f, which is this instruction only if the whole program is compiled
+// with -use_fast_math.
 __device__ __forceinline__ float exp2_approx(float x) {  // 2 ulp; 0 for results below 2^-126, and for -inf
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -97,7 +98,7 @@ __device__ __forceinline__ float exp2_approx(float x) {  // 2 ulp; 0 for results
 
 // ----------------------------------------------------------------------------------------- sm_90: memory of the device
 
-// address[0 .. 1] += {x, y}, in any order; 8-byte aligned. CUTLASS adds single floats.
+// address[0 .. 1] += {x, y}, in any order; 8-byte aligned. CUTLASS's wrapper adds single floats.
 __device__ __forceinline__ void red_add_v2(float* address, float x, float y) {
   asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(address), "f"(x), "f"(y) : "memory");
 }
@@ -107,7 +108,7 @@ __device__ __forceinline__ void red_add_v4(float* address, float x, float y, flo
                "f"(w)
                : "memory");
 }
-// The same with a cache hint.
+// The same additions with a cache hint.
 __device__ __forceinline__ void red_add_v2_hinted(float* address, float x, float y, uint64_t hint) {
   asm volatile("red.relaxed.gpu.global.add.L2::cache_hint.v2.f32 [%0], {%1, %2}, %3;" ::"l"(address), "f"(x), "f"(y),
                "l"(hint)
@@ -118,15 +119,17 @@ __device__ __forceinline__ void red_add_v4_hinted(float* address, float x, float
                "f"(y), "f"(z), "f"(w), "l"(hint)
                : "memory");
 }
-// cutlass::Barrier has the next three for CTAs that wait for each other, with a __syncthreads, and not on their own.
+// cutlass::Barrier has the next three operations only inside barriers between CTAs, with a __syncthreads.
 //
-// ++*address, what it was before: after all that this thread knows to be done, before all that it does next.
+// Increments *address and returns its value before that. Acquire-release: ordered after all earlier accesses of this
+// thread, and those that it has observed, and before all its later accesses.
 __device__ __forceinline__ uint32_t atomic_increment_acq_rel(uint32_t* address) {
   uint32_t old;
   asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(old) : "l"(address) : "memory");
   return old;
 }
-// *address += x after all that this thread knows to be done; and what it is, before all that the thread does next.
+// red_add_release adds x to *address, ordered after all earlier accesses of this thread and those that it has observed.
+// load_acquire loads *address, ordered before all later accesses of this thread.
 __device__ __forceinline__ void red_add_release(uint32_t* address, uint32_t x) {
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(address), "r"(x) : "memory");
 }
@@ -135,7 +138,8 @@ __device__ __forceinline__ uint32_t load_acquire(const uint32_t* address) {
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(address) : "memory");
   return x;
 }
-// What other CTAs have written or added: never from the L1 cache. cutlass::arch::global_load has no such load.
+// Loads values that other CTAs have written or added, never from the L1 cache. cutlass::arch::global_load has no such
+// load.
 __device__ __forceinline__ float4 load_relaxed_v4(const float* address) {
   float4 x;
   asm volatile("ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];"
@@ -147,9 +151,9 @@ __device__ __forceinline__ float4 load_relaxed_v4(const float* address) {
 
 // ------------------------------------------------------------------------------------------------- sm_90: mbarrier
 
-// Blocks until the phase of this parity has ended. CUTLASS's wait gives the hardware a time limit, of which ptxas makes
-// a second instruction and more registers; around its try_wait there would be a loop that the compiler knows of. With
-// either of them the attention forward spills, and is up to 4% slower.
+// Blocks until the phase of this parity has ended. CUTLASS's wait passes a time limit to the hardware, which costs a
+// second instruction and more registers. A wait with CUTLASS's try_wait would need a loop that is visible to the
+// compiler. With either of them the attention forward spills and is up to 4% slower.
 __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
   asm volatile(
       "{\n"
@@ -161,8 +165,8 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity)
       "r"(parity)
       : "memory");
 }
-// By those threads that say so; on the barrier of this CTA, or at the same place in some CTA of the cluster. CUTLASS
-// has a branch there, which ends a block of code for the compiler: the attention forward then spills.
+// Arrives for the threads that pass true, on the barrier of this CTA, or on the barrier at the same address in CTA
+// `cta` of the cluster. CUTLASS uses a branch, which ends a basic block: the attention forward then spills.
 __device__ __forceinline__ void mbarrier_arrive_if(bool arrives, uint32_t barrier) {
   asm volatile(
       "{\n"
@@ -188,8 +192,8 @@ __device__ __forceinline__ void mbarrier_arrive_if(bool arrives, uint32_t barrie
 
 // ------------------------------------------------------------------------------------------------- sm_90: clusters
 
-// Eight bytes at the same place in the shared memory of some CTA of the cluster. CuTe has the address (set_block_rank)
-// and the store, not the load.
+// Loads eight bytes from the same address in the shared memory of CTA `cta` of the cluster. CuTe has the address
+// (set_block_rank) and the store, but not the load.
 __device__ __forceinline__ float2 load_cluster(uint32_t smem, uint32_t cta) {
   float2 v;
   asm volatile(
@@ -206,8 +210,8 @@ __device__ __forceinline__ float2 load_cluster(uint32_t smem, uint32_t cta) {
 
 // ------------------------------------------------------------------------------------------------------ sm_90: TMA
 
-// A box of a map of five dimensions from shared memory to global memory, or added to what is there; part of the
-// thread's next bulk group. CuTe's stores and reductions have no cache hint.
+// Store a box of a five-dimensional tensor map from shared memory to global memory, or add it to the values there. The
+// operation is part of the thread's next bulk group. CuTe's stores and reductions have no cache hint.
 __device__ __forceinline__ void tma_store_5d(const void* map, uint64_t hint, uint32_t smem, int32_t x0, int32_t x1,
                                              int32_t x2, int32_t x3, int32_t x4) {
   asm volatile(
@@ -224,8 +228,8 @@ __device__ __forceinline__ void tma_reduce_add_5d(const void* map, uint64_t hint
       "r"(x0), "r"(x1), "r"(x2), "r"(x3), "r"(x4), "r"(smem), "l"(hint)
       : "memory");
 }
-// The thread's bulk groups, all but the last kPending, have written what they store. CuTe's tma_store_wait is the wait
-// until they have read it.
+// Waits until all but the last kPending bulk groups of the thread have written their data. CuTe's tma_store_wait waits
+// only until they have read it.
 template <int kPending>
 __device__ __forceinline__ void tma_store_wait_written() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
@@ -233,10 +237,10 @@ __device__ __forceinline__ void tma_store_wait_written() {
 
 // ---------------------------------------------------------------------------------------------------- sm_90a: wgmma
 
-// After the wait for products that read `a` from registers: until here the compiler may use them for nothing else. It
-// believes that they are free when the product is issued, unless something may read them later: a store that is never
-// carried out, because `never` is false, of which the compiler must know nothing. (cute::warpgroup_fence_operand leaves
-// no instruction, so that ptxas does not see it.)
+// Keeps the registers of operand `a` reserved until the products that read them have ended. Call it after the wait for
+// these products. The compiler believes that the registers are free once the product is issued, unless something may
+// read them later. Here that is a store that never happens: `never` is false, and the compiler must not know that.
+// (cute::warpgroup_fence_operand leaves no instruction, so ptxas does not see it.)
 template <int kSteps>
 __device__ __forceinline__ void wgmma_keep_operand(const uint32_t (&a)[kSteps][4], bool never, uint32_t smem) {
 #pragma unroll
@@ -250,8 +254,8 @@ __device__ __forceinline__ void wgmma_keep_operand(const uint32_t (&a)[kSteps][4
         "r"(a[i][1]), "r"(a[i][2]), "r"(a[i][3]), "r"(uint32_t(never)), "r"(smem));
 }
 
-// Before a wait: what x and y are computed from is computed here, beside the products in flight, and not after the
-// wait, where the compiler likes to move it. A store that is never carried out, as above.
+// Makes the compiler compute x and y here, while the products are in flight. Call it before a wait; the compiler tends
+// to move the computation behind the wait. It uses a store that never happens, as above.
 __device__ __forceinline__ void wgmma_compute_before_wait(float x, float y, bool never, uint32_t smem) {
   asm volatile(
       "{\n"

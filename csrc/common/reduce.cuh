@@ -18,7 +18,7 @@ __device__ __forceinline__ float warp_max(float value) {
   return warp_reduce(value, [](float a, float b) { return fmaxf(a, b); });
 }
 
-// Floats as integers that compare alike (NaN apart), for atomicMax and redux. -0 sorts below +0.
+// Converts floats to integers with the same order (except NaN), for atomicMax and redux. -0 sorts below +0.
 __device__ __forceinline__ int32_t ordered(float value) {
   const int32_t bits = __float_as_int(value);
   return bits ^ ((bits >> 31) & 0x7fffffff);

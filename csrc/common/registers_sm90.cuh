@@ -1,17 +1,18 @@
-// How the warpgroups of a warp-specialised kernel share the registers that its CTA was launched with.
+// Division of a CTA's registers among the warpgroups of a warp-specialised kernel.
 #pragma once
 
 #include <cutlass/arch/reg_reconfig.h>
 
 namespace illada {
 
-// Registers a thread that ptxas gives a kernel of `threads` threads, of which an SM holds one CTA
-// (__launch_bounds__(threads, 1)): an even share of the SM's 65,536, in steps of 8.
+// Registers per thread that ptxas gives a kernel of `threads` threads where an SM holds one CTA
+// (__launch_bounds__(threads, 1)): an equal share of the SM's 65,536, in steps of 8.
 constexpr int launch_registers(int threads) { return 65536 / threads / 8 * 8; }
 
-// One producer warpgroup and some consumer warpgroups. A CTA owns what it was launched with, launch_registers(threads)
-// * threads, and not what the SM has: setmaxnreg.inc waits for registers that other warps of the CTA gave back, so a
-// split that asks for more than the CTA owns waits for ever (PTX ISA, setmaxnreg).
+// Register split of one producer warpgroup and several consumer warpgroups. A CTA owns the registers that it was
+// launched with, launch_registers(threads) * threads, not all registers of the SM. setmaxnreg.inc waits for registers
+// that other warps of the CTA released. A split that asks for more than the CTA owns therefore waits forever (PTX ISA,
+// setmaxnreg).
 template <int kConsumers, int kProducerRegisters, int kConsumerRegisters>
 struct RegisterSplit {
   static constexpr int kWarpgroups = kConsumers + 1, kThreads = 128 * kWarpgroups;
@@ -23,7 +24,8 @@ struct RegisterSplit {
   static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= kLaunched * kWarpgroups,
                 "the warpgroups ask for more registers than the CTA was launched with");
 
-  // By all warps of the producers, and of each consumer; `kernel`'s __launch_bounds__ are (kThreads, 1).
+  // All warps of the producer warpgroup call the first function, all warps of each consumer the second. The kernel's
+  // __launch_bounds__ are (kThreads, 1).
   static __device__ __forceinline__ void as_producer() { cutlass::arch::warpgroup_reg_dealloc<kProducerRegisters>(); }
   static __device__ __forceinline__ void as_consumer() { cutlass::arch::warpgroup_reg_alloc<kConsumerRegisters>(); }
 };

@@ -1,5 +1,5 @@
-// TMA descriptors, made on the host and passed by value as kernel parameters. Those made before are kept: a launch
-// whose tensors are where they were encodes none.
+// TMA descriptors (tensor maps), encoded on the host and passed by value as kernel parameters. They are cached: a
+// launch whose tensors have not moved encodes none.
 #pragma once
 
 #include <cuda.h>
@@ -11,8 +11,8 @@
 
 namespace illada {
 
-// A row-major matrix, read (or written) in boxes of 128 bytes of some rows, swizzled over 8 rows as wgmma wants it;
-// what lies outside of the matrix reads as 0 and is not written.
+// Row-major matrix, read (or written) in boxes of 128 bytes x box_rows rows. The boxes are swizzled over 8 rows, as
+// wgmma requires. Elements outside of the matrix read as 0 and are not written.
 struct MatrixView {
   const void* data;
   DType dtype;
@@ -20,10 +20,10 @@ struct MatrixView {
 };
 CUtensorMap tensor_map_k128(const char* op, const MatrixView& matrix, int box_rows);
 
-// Packed sequences [tokens, heads, columns], read or written in boxes of 128 bytes of columns x heads x tokens
-// (swizzled over 8 rows) that end with their sequence: what lies behind its end reads as 0 and is not written, although
-// other sequences are there. Coordinates of a box: common/ragged.h. At most kRaggedTokens tokens, less than 2^34 bytes
-// apart.
+// Packed sequences [tokens, heads, columns], read or written in boxes of 128 bytes of columns x heads x tokens. The
+// boxes are swizzled over 8 rows and end with their sequence. Elements behind the end of the sequence read as 0 and are
+// not written, although other sequences are there. Coordinates of a box: common/ragged.h. At most kRaggedTokens tokens,
+// less than 2^34 bytes apart.
 struct RaggedView {
   const void* data;
   DType dtype;

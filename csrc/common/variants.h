@@ -1,5 +1,5 @@
-// The choices of illada/variants.h as enums, for the host code that launches kernels. To add one: an enum here, whose
-// values are in the order of its names in variants.cpp, and a line in the table there.
+// The choices of illada/variants.h as enums, for the host code that launches kernels. To add a choice, add an enum here
+// and an entry in the table in variants.cpp. The values of both must be in the same order.
 #pragma once
 
 #include "illada/variants.h"
@@ -20,7 +20,7 @@ enum class LossOrder { kHiddenFirst, kWeightFirst };
 enum class LossRaster { kAll, k8, k4 };
 enum class ForwardWarps { kAuto, kFour, kEight };
 
-// The value in use.
+// Returns the value in use.
 template <typename Choice>
 Choice variant();
 

@@ -1,18 +1,25 @@
-// Gradients of a block of rows against blocks of keys. Included by row_kernels_impl.h.
+// Gradients of a block of rows against blocks of keys. row_kernels_impl.h includes this file.
 //
 //   s = scale q k^T,   p = exp(s - lse),   ds = p (dout v^T - c),   c = dout . out - dlse of each row,
 //   dv = p^T dout,     dk = scale ds^T q,  dq = scale ds k.
 //
-// Rows are the lanes of p and ds, as in attention_impl.h, whose scores these are to the bit: one more product of an
-// element of a key with all rows. So a row's lse, c and softmax need no sums across lanes. Columns of the head dim are
-// the lanes of dq, dk and dv: nothing has to be turned around but q and dout, which come in both ways.
+// Rows are the lanes of p and ds, as in attention_impl.h. The scores equal those of attention_impl.h to the bit:
+// products of an element of a key with all rows, one after the other. A row's lse, c and softmax therefore need no sums
+// across lanes. Columns of the head dim are the lanes of dq, dk and dv. Only q and dout are needed in both layouts;
+// nothing else is transposed.
 //
-// Of a sequence's rows, kGradientRows at a time meet all keys in blocks of kGradientKeys. dq is complete after that; dk
-// and dv are added up in scratch until the last row. Every sum is in the order of rows or keys, whoever asks for it.
+//   for each block of kGradientRows rows of the sequence:
+//     load q and dout in both layouts; compute c
+//     for each block of kGradientKeys keys:
+//       compute p and ds; dv += p^T dout; dk += ds^T q; dq += ds k
+//     store dq, which is complete
+//   store dk and dv, which scratch sums until the last row
 //
-// Work: 10 rows keys D flop in five products, an exponential for each row and key. Of memory a block of rows reads 3
-// rows D elements and writes rows D, and reads and writes 4 keys D floats, which the second-level cache holds up to
-// some thousand keys: 64 rows have 2.5 x 64 flop for each of these bytes.
+// Every sum is in the order of rows or keys, for any combination of requested gradients.
+//
+// Work: 10 rows keys D flop in five products, and an exponential for each row and key. A block of rows reads 3 rows D
+// elements and writes rows D elements of memory. It also reads and writes 4 keys D floats, which the second-level cache
+// holds up to some thousand keys: 64 rows have 2.5 x 64 flop for each of these bytes.
 #pragma once
 
 #include <algorithm>
@@ -27,7 +34,7 @@ namespace illada::cpu::ILLADA_ISA {
 
 static_assert(kGradientRows % kTileRows == 0);
 
-// From this on the last bit of lse is so large that probabilities do not add up to 1.
+// From this value on, the last bit of lse is so large that probabilities do not sum to 1.
 constexpr float kLargestExactLse = 1024.0f;
 
 struct Scratch {
@@ -53,10 +60,11 @@ struct Scratch {
   float *k, *v, *dk, *dv;          // [keys, pitch]
   float *q_lanes, *dout_lanes;     // [strips of rows, head dim, rows of the strip]
   float *p, *ds;                   // [keys, kGradientRows]
-  float *reference, *log_sum, *c;  // of rows: lse is the sum of the first two
+  float *reference, *log_sum, *c;  // per row; lse is the sum of the first two
 };
 
-// f(Int<vectors>, first) for strips of `lanes` that kMostVectors vectors hold at most; the last one may reach beyond.
+// Calls f(Int<vectors>, first) for strips of `lanes`, each of at most kMostVectors vectors. The last strip may extend
+// beyond `lanes`.
 template <typename F>
 inline void strips(int lanes, F&& f) {
   constexpr int kStrip = kMostVectors * kLanes;
@@ -73,7 +81,7 @@ inline void strips(int lanes, F&& f) {
   }
 }
 
-// to[m] (+)= sum_k a[m * next + k * step] b[k], of `dim` columns
+// to[m] (+)= sum_k a[m * next + k * step] b[k], for `dim` columns
 inline void add_product(int many, int count, const float* a, int64_t next, int64_t step, const float* b, int dim,
                         float* to, int64_t pitch, bool add) {
   strips(dim, [&](auto vectors, int d) {
@@ -92,8 +100,8 @@ inline void add_product(int many, int count, const float* a, int64_t next, int64
   });
 }
 
-// Scores of `keys` and a strip of rows, some keys at a time: f(Int<number>, first, scores). They are rounded whatever
-// becomes of them: the largest of them is subtracted, which may be another by then.
+// Computes the scores of `keys` keys and a strip of rows, some keys at a time, and calls f(Int<number>, first, scores).
+// Each score is rounded, whatever its use: the largest score is subtracted later and must have the same value there.
 template <int kVectors, typename F>
 inline void scores(const float* k, int64_t pitch, int keys, const float* q_lanes, int dim, float scale, F&& f) {
   many_at_a_time<sums_of(kVectors)>(keys, [&](auto number, int key) {
@@ -105,7 +113,7 @@ inline void scores(const float* k, int64_t pitch, int keys, const float* q_lanes
   });
 }
 
-// p and ds of `keys` and all rows.
+// Computes p and ds of `keys` keys and all rows.
 inline void differentiate_scores(const Scratch& x, int rows, int keys, int dim, float scale) {
   strips(rows, [&](auto vectors, int first) {
     constexpr int kVectors = vectors.value;
@@ -131,7 +139,7 @@ inline void differentiate_scores(const Scratch& x, int rows, int keys, int dim, 
   });
 }
 
-// `keys` from first on of k or v, as floats.
+// Loads `keys` keys of k or v from `first` on, as floats.
 template <typename T>
 inline void load_keys(const void* from, int64_t token_stride, int64_t first, int keys, int dim, float* to,
                       int64_t pitch) {
@@ -145,7 +153,7 @@ inline void load_keys(const void* from, int64_t token_stride, int64_t first, int
   }
 }
 
-// Gradients that were added up, times a factor, as elements.
+// Stores a row of summed gradients times a factor, converted to T.
 template <typename T>
 inline void store_row(const float* from, float factor, int dim, T* to) {
   int d = 0;
@@ -153,7 +161,7 @@ inline void store_row(const float* from, float factor, int dim, T* to) {
   for (; d < dim; ++d) store_scalar(to + d, from[d] * factor);
 }
 
-// Rows of q or dout, both ways; what is past the last row holds that row, and is never looked at.
+// Loads rows of q or dout in both layouts. Places past the last row hold the last row and are never used.
 template <typename T>
 inline void load_rows(const T* const (&from)[kGradientRows], int rows, int dim, float* to, int64_t pitch,
                       float* lanes) {
@@ -181,7 +189,7 @@ inline void load_rows(const T* const (&from)[kGradientRows], int rows, int dim, 
   });
 }
 
-// What the softmax of each row is relative to, from all its scores: as exact as lse is not where it is large.
+// Computes reference and log_sum of each row from all its scores. The pair is exact where a large lse is not.
 template <typename T>
 void find_softmax(const AttentionGradient& a, const Scratch& x, int rows) {
   std::fill_n(x.reference, kGradientRows, -kLargest);
@@ -214,7 +222,8 @@ void find_softmax(const AttentionGradient& a, const Scratch& x, int rows) {
   for (int row = 0; row < rows; ++row) x.log_sum[row] = std::log(x.log_sum[row]);
 }
 
-// Rows first .. first + rows - 1 of the sequence into scratch; `place`: where in out and dq each is.
+// Loads the rows first .. first + rows - 1 of the sequence to scratch. `place`: output, offset of each row in out and
+// dq.
 template <typename T>
 void load_block(const AttentionGradient& a, const Scratch& x, int64_t first, int rows,
                 int64_t (&place)[kGradientRows]) {

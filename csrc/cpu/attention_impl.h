@@ -1,16 +1,23 @@
-// A tile of rows (queries of the heads of a group) against the keys of their sequence. Included by row_kernels_impl.h.
+// Attention of a tile of rows (queries of the heads of a group) against the keys of their sequence.
+// row_kernels_impl.h includes this file.
 //
-// The rows of a tile are the lanes of vectors: scores of a key, sums of a column of the output and the softmax's state
-// are each kVectors vectors, so that nothing is added up across lanes. Keys and values are read where they are, an
-// element for all rows at a time; queries are turned around on the way in, the output on the way out. Keys come in
-// blocks of kKeys with the usual online softmax.
+// The rows of a tile are the lanes of vectors. The scores of a key, the sums of a column of the output and the
+// softmax's state are kVectors vectors each, so that no sum crosses lanes. Keys and values are read in place, one
+// element for all rows at a time. Queries are transposed on input, the output on output. Keys come in blocks of kKeys
+// with the usual online softmax:
 //
-// Sums go over columns one after the other, and scores and lse are in nats: so they are, mostly to the bit, what
-// torch's kernels make of the same numbers. A backward makes the scores again and relies on lse for probabilities
-// whose sum is 1; more exact scores here would make gradients worse where scores are large.
+//   transpose q of the tile
+//   for each block of kKeys keys:
+//     s = q k^T, scaled; raise each row's reference to its largest score; rescale sums
+//     p = exp(s - reference); row sums += p; output sums += p v
+//   out = output sums / row sums, transposed; lse = reference + log(row sums)
+//
+// Sums run over columns in order, and scores and lse are in nats. They therefore match, mostly to the bit, the results
+// of torch's kernels for the same numbers. A backward computes the scores again and relies on lse for probabilities
+// that sum to 1. More exact scores here would make gradients worse where scores are large.
 //
 // Work: 4 rows keys D flop. The products hold 4 x kVectors sums in registers: 8 (4) loads for 16 (8) multiply-adds. A
-// tile of fewer rows has fewer vectors, and then 8 sums of each, so that enough of them are on their way at a time.
+// tile of fewer rows has fewer vectors and then 8 sums of each, so that enough operations are in flight.
 #pragma once
 
 #include <algorithm>
@@ -21,11 +28,11 @@
 
 namespace illada::cpu::ILLADA_ISA {
 
-constexpr int kMostVectors = kLanes == 16 ? 4 : 2;  // what the registers hold four times
+constexpr int kMostVectors = kLanes == 16 ? 4 : 2;  // most vectors of a tile; registers hold 4 sums of each
 constexpr int kTileRows = kMostVectors * kLanes;
 constexpr int kKeys = 64;
 static_assert(kTileRows <= kMostTileRows);
-// ... of as many sums as that is, or so many that enough of them are on their way.
+// Number of sums of `vectors` vectors each: as many as the registers hold, or enough to keep the units busy.
 constexpr int sums_of(int vectors) { return 2 * vectors <= kMostVectors ? 8 : 4; }
 
 // sums[m] += sum_k a[m * next + k * step] b[k * pitch]
@@ -46,27 +53,28 @@ template <int kValue>
 struct Int {
   static constexpr int value = kValue;
 };
-// f(Int<kMany>, first), f(Int<kMany>, first + kMany), ..., and of those that are left as many as powers of two allow.
+// Calls f(Int<kMany>, first), f(Int<kMany>, first + kMany), ..., then f for the rest in powers of two.
 template <int kMany, typename F>
 inline void many_at_a_time(int count, F&& f, int first = 0) {
   for (; first + kMany <= count; first += kMany) f(Int<kMany>{}, first);
   if constexpr (kMany > 1) many_at_a_time<(kMany > 4 ? 4 : kMany / 2)>(count, f, first);
 }
 
-// 0 below 2^-126, where exp2 stays: of a score of -inf nothing may be left, which would count beside large values.
+// Returns 2^x, and 0 where exp2 would return its minimum of 2^-126. A score of -inf must give exactly 0, because a
+// remainder would count beside large values.
 inline VecF exp2_or_0(VecF x) { return x < -126.0f ? VecF{} : exp2(x); }
 
 template <int kVectors, typename T>
 void attend_rows(const AttentionTile& a) {
   constexpr int kTile = kVectors * kLanes, kSums = sums_of(kVectors);
   alignas(64) float q[kMostHeadDim * kTile], out[kMostHeadDim * kTile], scores[kKeys * kTile], row_sum[kTile];
-  const int dim = a.head_dim, whole_dim = dim - dim % kLanes;  // what vectors of a row's elements reach
+  const int dim = a.head_dim, whole_dim = dim - dim % kLanes;  // part of a row that whole vectors cover
   const auto token_of = [&](int row) { return (a.first_row + row) / a.group; };
   const auto head_of = [&](int row) { return (a.first_row + row) % a.group; };
   for (int first = 0; first < kTile; first += kLanes) {
     const T* from[kLanes];
     for (int i = 0; i < kLanes; ++i) {
-      const int row = std::min(first + i, a.rows - 1);  // what is past the last one is never looked at
+      const int row = std::min(first + i, a.rows - 1);  // lanes past the last row are never read
       from[i] = static_cast<const T*>(a.q) + token_of(row) * a.q_token_stride + head_of(row) * a.q_head_stride;
     }
     for (int d = 0; d < whole_dim; d += kLanes) {
@@ -80,7 +88,7 @@ void attend_rows(const AttentionTile& a) {
   }
   std::fill_n(out, dim * kTile, 0.0f);
   VecF reference[kVectors], sum[kVectors]{};
-  for (VecF& x : reference) x = splat(-kLargest);  // scores of -inf alone: not -inf - -inf
+  for (VecF& x : reference) x = splat(-kLargest);  // finite, so that rows with only -inf do not compute -inf - -inf
 
   for (int first = 0; first < a.keys; first += kKeys) {
     const int count = std::min(a.keys - first, kKeys);

@@ -4,8 +4,8 @@
 
 namespace illada::attention {
 
-// plan_cuda on a CPU, where a plan has a row for each sequence and one for the queries behind them, as forward_cpu
-// says. False, and no plan, where lengths do not ascend from 0 or do not fit.
+// Writes a plan on a CPU, as plan_cuda does on a GPU. A CPU plan has one row for each sequence and one for the queries
+// behind them; see forward_cpu. Returns false and writes no plan if the lengths do not ascend from 0 or do not fit.
 bool plan_cpu(const PlanParams& params);
 
 }  // namespace illada::attention

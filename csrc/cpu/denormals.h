@@ -4,11 +4,12 @@
 
 namespace illada::cpu {
 
-// begin: this thread and the num_threads - 1 of its OpenMP team that kernels called next will use treat denormal
-// numbers as 0, on input and output; otherwise: each of them goes back to what it did before. Calls come in pairs.
+// Sets or restores the treatment of denormal numbers in this thread and in num_threads - 1 threads of its OpenMP team.
+// These are the threads that the next kernels use. begin true: the threads treat denormal numbers as 0, on input and
+// output. begin false: each thread restores its earlier setting. Calls must come in pairs.
 void flush_denormals(bool begin, int num_threads);
 
-// This thread treats denormal numbers as 0 as long as one of these lives.
+// Scope guard: this thread treats denormal numbers as 0 while an object of this class exists.
 class FlushedDenormals {
  public:
   FlushedDenormals();

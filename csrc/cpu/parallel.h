@@ -11,16 +11,16 @@
 
 namespace illada::cpu {
 
-// `most` threads, or one where so many elements of work do not pay for more: to wake them takes microseconds.
+// Returns `most`, or 1 if `work` elements are too few for more threads. Waking threads takes microseconds.
 inline int threads_for(int64_t work, int most) {
   constexpr int64_t kPerThread = 1 << 14;
   return work < kPerThread ? 1 : most;
 }
 
-// Calls f(n), or f(n, thread), for n in [0, count) on num_threads threads of the process's OpenMP pool (torch's own,
-// where torch is loaded), all of which are asked though count be smaller: a smaller team ends threads of the pool, and
-// the next one starts them anew. `thread` is below max(num_threads, 1). The first exception of an f is thrown again
-// here; what is left of the work is skipped.
+// Calls f(n), or f(n, thread), for n in [0, count) on num_threads threads of the process's OpenMP pool. Where torch is
+// loaded, that is torch's pool. `thread` is below max(num_threads, 1). The team has num_threads threads even if count
+// is smaller: a smaller team would end threads of the pool, and the next team would start them again. If an f throws,
+// the remaining work is skipped and the first exception is thrown again here.
 template <typename F>
 void parallel_for(int64_t count, [[maybe_unused]] int num_threads, F&& f) {
   const auto call = [&](int64_t n, [[maybe_unused]] int thread) {
@@ -38,7 +38,7 @@ void parallel_for(int64_t count, [[maybe_unused]] int num_threads, F&& f) {
 #pragma omp parallel for schedule(dynamic) num_threads(num_threads)
     for (int64_t n = 0; n < count; ++n) {
       if (failed.load(std::memory_order_relaxed)) continue;
-      try {  // an exception that leaves the region ends the process
+      try {  // an exception that leaves the parallel region ends the process
         call(n, omp_get_thread_num());
       } catch (...) {
         if (!failed.exchange(true)) thrown = std::current_exception();
@@ -48,7 +48,7 @@ void parallel_for(int64_t count, [[maybe_unused]] int num_threads, F&& f) {
     return;
   }
 #endif
-  // Thread 0, whichever it is of a parallel region of the caller's.
+  // The number passed is 0, even where the caller is another thread of a parallel region.
   for (int64_t n = 0; n < count; ++n) call(n, 0);
 }
 

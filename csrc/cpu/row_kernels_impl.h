@@ -1,9 +1,9 @@
-// Loops over one row of logits, and the table of all loops. Included by row_kernels_{avx512,avx2,baseline}.cpp with
-// ILLADA_ISA set.
+// Loops over one row of logits, and the table of all loops. row_kernels_{avx512,avx2,baseline}.cpp include this file
+// with ILLADA_ISA set.
 //
-// A row is read once, in blocks of kBlock elements that stay in the first-level cache: the first look at a block
-// finds its maximum, the second adds up exp2((x - reference) * log2 e). The reference is the running maximum and is
-// moved once a block, not once an element, which keeps the loop free of branches and of a dependency on the maximum.
+// A row is read from memory once, in blocks of kBlock elements that stay in the first-level cache. The first pass over
+// a block finds its maximum. The second pass sums exp2((x - reference) * log2 e). The reference is the running maximum.
+// It moves once per block, not once per element. The loop therefore has no branches and no dependency on the maximum.
 #pragma once
 
 #include <cmath>
@@ -21,10 +21,10 @@ constexpr int64_t kBlock = 2048;
 constexpr float kLog2eF = float(kLog2e);
 
 // Online softmax terms of a row, in base 2 and relative to `reference`:
-// sum = sum 2^((x - reference) log2 e), weighted = sum 2^(...) * (x - reference) log2 e.
+//   sum = sum 2^((x - reference) log2 e),   weighted = sum 2^(...) * (x - reference) log2 e.
 struct SoftmaxState {
   float reference = -kInfinity;
-  float second = -kInfinity;  // the second largest logit (equal to the largest if that occurs twice)
+  float second = -kInfinity;  // second largest logit (equal to the largest if that occurs twice)
   double sum = 0, weighted = 0;
   bool valid = true;  // no NaN, no +inf so far
 
@@ -112,8 +112,8 @@ inline void block_sum(const T* x, int64_t count, float block_max, SoftmaxState& 
   }
 }
 
-// kLanes / 2 Philox counters side by side, one in the low half of each 64-bit word. The upper halves collect garbage
-// on the way that no operation looks at: the multiply reads low halves only.
+// kLanes / 2 Philox counters side by side, one in the low half of each 64-bit word. The upper halves collect garbage,
+// which no operation reads: the multiplication reads only low halves.
 struct PhiloxLanes {
   VecL key0[10], key1[10];
   VecL row_id, step, stream, iota;
@@ -132,8 +132,8 @@ struct PhiloxLanes {
     for (int i = 0; i < kLanes / 2; ++i) iota[i] = uint64_t(i);
   }
 
-  // Words for vocabulary ids 4 * first .. 4 * first + kDrawn - 1, in order. Two chains of rounds side by side: one
-  // alone would wait for its own multiplications.
+  // Draws the words for vocabulary ids 4 * first .. 4 * first + kDrawn - 1, in order. Two chains of rounds run side by
+  // side; a single chain would wait for its own multiplications.
   static constexpr int kDrawn = 4 * kLanes;
   void draw(uint64_t first, VecU words[4]) const {
     VecL c0[2], c1[2], c2[2], c3[2];
@@ -161,11 +161,11 @@ struct PhiloxLanes {
   }
 };
 
-// Gumbel-max over a row as an exponential race: token v wins with the largest x + T G, G = -log(E), E = -log(1 - u).
-// Because E >= u, a token whose u alone is too large for it to beat the best so far is out without a logarithm:
-//   x + T G > best  =>  u <= E < exp((x - best) / T)  =>  log2(u) < (x - best) / (T ln 2),
-// and the bits of a float, read as an integer, bound its log2 from below: 2^e (1 + f) has log2 >= e + f.
-// What passes (a handful per row) is computed in double precision with 64 random bits.
+// Gumbel-max over a row as an exponential race. Token v with the largest x + T G wins, where G = -log(E) and
+// E = -log(1 - u). Because E >= u, a token whose u is too large to beat the best score so far needs no logarithm:
+//   x + T G > best  =>  u <= E < exp((x - best) / T)  =>  log2(u) < (x - best) / (T ln 2).
+// The bits of a float, read as an integer, bound its log2 from below: 2^e (1 + f) has log2 >= e + f. Tokens that pass
+// (a handful per row) are computed in double precision with 64 random bits.
 class NoisyArgmax {
  public:
   explicit NoisyArgmax(const SampleRow& row)
@@ -199,8 +199,8 @@ class NoisyArgmax {
   float logit() const { return logit_; }
 
  private:
-  // May these tokens beat the best so far? u is rounded down to 24 bits, in units of 2^-24; 2e-4 covers the rounding
-  // of both sides, which stay below 2^8.
+  // Returns, for each lane, whether its token may beat the best score so far. u is rounded down to 24 bits, in units of
+  // 2^-24. 2e-4 covers the rounding errors of both sides, which stay below 2^8.
   VecI may_win(VecF x, VecU words) const {
     const VecF u = __builtin_convertvector(bit_cast<VecI>(words >> 8), VecF);
     const VecF log2_u = __builtin_convertvector(bit_cast<VecI>(u), VecF) * 0x1p-23f - (127.0f + 24.0f + 2e-4f);
@@ -216,7 +216,7 @@ class NoisyArgmax {
     const double lower = word(uint64_t(v), kSampleStreamLowBits);
     const double u = (double(upper) + (lower + 0.5) * 0x1p-32) * 0x1p-32;
     const double noisy = double(x) - double(row_.temperature) * std::log(-std::log1p(-u));
-    if (noisy > best_) {  // strictly: ties stay with the lowest index
+    if (noisy > best_) {  // strictly: in a tie the lowest index wins
       best_ = noisy;
       best_below_ = std::nextafterf(float(noisy), -kInfinity);
       token_ = v;
@@ -339,7 +339,7 @@ void softmax_grad(const void* logits, void* grad, int64_t vocab_size, RowLse lse
     const float p = std::exp(to_float(x[target]) - lse.maximum - lse.log_sum);
     target_grad = onehot_factor * (p - 1.0f) + dlse * p;
   }
-  // Below 2^-100 a probability counts as 0: times the factor it could be denormal, and the GEMMs that read the gradient
+  // A probability below 2^-100 counts as 0. Times the factor it could be denormal, and the GEMMs that read the gradient
   // are many times slower on denormals.
   constexpr float kSmallest = -100.0f;
   const VecF maximum = splat(lse.maximum), log_sum = splat(lse.log_sum), scale = splat(factor);

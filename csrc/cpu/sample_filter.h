@@ -1,4 +1,4 @@
-// top_k and top_p of one row, see illada/remask.h.
+// Filters top_k and top_p of one row; see illada/remask.h.
 #pragma once
 
 #include "cpu/row_kernels.h"
@@ -6,18 +6,18 @@
 namespace illada::cpu {
 
 struct RowFilter {
-  int64_t top_k;  // 0: all
-  float top_p;    // 1: all
+  int64_t top_k;  // 0 keeps all ids
+  float top_p;    // 1 keeps all ids
   bool confidence_at_temperature;
 
-  // Does the row need more than the row kernel alone?
+  // Returns true if the row needs more than the row kernel.
   bool asks(const SampleRow& row) const {
     return confidence_at_temperature ||
            (row.temperature > 0 && ((top_k > 0 && top_k < row.vocab_size) || top_p < 1.0f));
   }
 };
 
-// What kernels.sample_bf16 (or sample_f32) finds of the ids that the filter keeps.
+// Runs kernels.sample_bf16 (or sample_f32) on the ids that the filter keeps.
 SampleRowResult sample_filtered(const RowKernels& kernels, bool bf16, const SampleRow& row, const RowFilter& filter);
 
 }  // namespace illada::cpu

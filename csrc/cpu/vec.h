@@ -1,5 +1,5 @@
-// Portable SIMD on the compiler's vector extensions (GCC, Clang). This file is compiled once per instruction set
-// with other -m flags; everything lives in namespace ILLADA_ISA so that the copies never meet in the linker.
+// Portable SIMD with the compiler's vector extensions (GCC, Clang). This file is compiled once per instruction set,
+// with different -m flags. Everything is in namespace ILLADA_ISA, so that the linker never merges the copies.
 #pragma once
 
 #if defined(__x86_64__) || defined(__i386__)
@@ -41,7 +41,7 @@ inline To bit_cast(const From& from) {
   return to;
 }
 
-inline VecF splat(float x) { return x - VecF{}; }  // x - 0, also right for -0 and infinities
+inline VecF splat(float x) { return x - VecF{}; }  // x - 0, also correct for -0 and infinities
 
 inline VecF load(const float* p) {
   VecF v;
@@ -57,7 +57,7 @@ inline VecF load(const BFloat16* p) {
 
 inline void store(float* p, VecF v) { std::memcpy(p, &v, sizeof(v)); }
 
-// Round to nearest even; NaN stays NaN because its mantissa is cut, not rounded up into infinity.
+// Rounds to nearest even. NaN stays NaN: its mantissa is truncated, not rounded up to infinity.
 inline void store(BFloat16* p, VecF v) {
   const VecU bits = bit_cast<VecU>(v);
   const VecU rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -76,7 +76,8 @@ inline void store_scalar(BFloat16* p, float x) {
   p->bits = x != x ? uint16_t((bits >> 16) | 0x40) : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-// x as it is. A product that went through here is rounded: what is added to it does not become one operation with it.
+// Returns x unchanged. A product that passes through here is rounded: the compiler cannot fuse it with a following
+// addition.
 inline VecF rounded(VecF x) {
 #if defined(__FMA__)
   __asm__("" : "+v"(x));
@@ -86,7 +87,7 @@ inline VecF rounded(VecF x) {
   return x;
 }
 
-// a if a > b else b: with a NaN in either the result is b.
+// Returns a if a > b, else b. If either is NaN, the result is b.
 inline VecF max(VecF a, VecF b) {
 #if defined(__AVX512F__)
   return bit_cast<VecF>(_mm512_max_ps(bit_cast<__m512>(a), bit_cast<__m512>(b)));
@@ -96,7 +97,7 @@ inline VecF max(VecF a, VecF b) {
   return a > b ? a : b;
 #endif
 }
-// a if a < b else b: with a NaN in either the result is b.
+// Returns a if a < b, else b. If either is NaN, the result is b.
 inline VecF min(VecF a, VecF b) {
 #if defined(__AVX512F__)
   return bit_cast<VecF>(_mm512_min_ps(bit_cast<__m512>(a), bit_cast<__m512>(b)));
@@ -107,7 +108,8 @@ inline VecF min(VecF a, VecF b) {
 #endif
 }
 
-// Lanes combined in pairs, a tree: half as deep as one after the other. No lane may be NaN for the maximum.
+// Reductions over the lanes, in pairs as a tree, which is less deep than lane after lane. For the maximum, no lane may
+// be NaN.
 inline float horizontal_max(VecF v) {
   float lanes[kLanes];
   std::memcpy(lanes, &v, sizeof(v));
@@ -124,7 +126,7 @@ inline float horizontal_sum(VecF v) {
   return lanes[0];
 }
 
-// Does any lane of a comparison hold?
+// Returns true if a comparison holds in any lane.
 inline bool any(VecI mask) {
 #if defined(__AVX512F__)
   return _mm512_test_epi32_mask(bit_cast<__m512i>(mask), bit_cast<__m512i>(mask)) != 0;
@@ -139,12 +141,12 @@ inline bool any(VecI mask) {
 #endif
 }
 
-// 2^x with a relative error below 2.4e-7; x is clamped to [-126, 126], so 2^-inf is 1.2e-38, not 0. NaN stays NaN,
-// whatever its bits are: they end in the power of two, but the polynomial is NaN as well.
+// Returns 2^x with a relative error below 2.4e-7. x is clamped to [-126, 126], so 2^-inf is 1.2e-38, not 0. NaN stays
+// NaN for all its bit patterns: the bits go into the power of two, but the polynomial is also NaN.
 inline VecF exp2(VecF x) {
   x = max(splat(-126.0f), x);
   x = min(splat(126.0f), x);
-  // 1.5 * 2^23 + 127: the integer part of x lands in the low mantissa bits, with the bias of an exponent.
+  // 1.5 * 2^23 + 127 moves the integer part of x to the low mantissa bits, with the bias of an exponent.
   const VecF shifted = x + 12583039.0f;
   const VecF f = x - (shifted - 12583039.0f);
   // Minimax polynomial of 2^f on [-0.5, 0.5], degree 5, relative error 9.2e-8 before rounding.
@@ -157,7 +159,7 @@ inline VecF exp2(VecF x) {
   return p * bit_cast<VecF>(bit_cast<VecI>(shifted) << 23);
 }
 
-// Products of the low 32 bits of each 64-bit word.
+// Multiplies the low 32 bits of each 64-bit word.
 inline VecL mul_low32(VecL a, VecL b) {
 #if defined(__AVX512F__)
   return bit_cast<VecL>(_mm512_mul_epu32(bit_cast<__m512i>(a), bit_cast<__m512i>(b)));
@@ -170,7 +172,7 @@ inline VecL mul_low32(VecL a, VecL b) {
 #endif
 }
 
-// (a0, b0, a1, b1, ...) of two vectors of 64-bit words.
+// Interleaves two vectors of 64-bit words to (a0, b0, a1, b1, ...).
 inline void interleave(VecL a, VecL b, VecL& low, VecL& high) {
 #if defined(__AVX512F__)
   const __m512i low_index = _mm512_set_epi64(11, 3, 10, 2, 9, 1, 8, 0);
@@ -192,7 +194,7 @@ inline void interleave(VecL a, VecL b, VecL& low, VecL& high) {
 #endif
 }
 
-// (a0, b0, a1, b1, ...) of two vectors of floats.
+// Interleaves two vectors of floats to (a0, b0, a1, b1, ...).
 inline void interleave(VecF a, VecF b, VecF& low, VecF& high) {
 #if defined(__AVX512F__)
   const __m512i low_index = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
@@ -217,8 +219,8 @@ inline void interleave(VecF a, VecF b, VecF& low, VecF& high) {
 #endif
 }
 
-// A square of kLanes x kLanes, in place. An element's place is (row bits, column bits); to shuffle the halves of the
-// whole square into each other turns these bits by one, and log2(kLanes) turns swap rows and columns.
+// Transposes a square of kLanes x kLanes in place. An element's place is (row bits, column bits). Interleaving the two
+// halves of the square rotates these bits by one. log2(kLanes) rotations swap rows and columns.
 inline void transpose(VecF (&rows)[kLanes]) {
   for (int turn = 1; turn < kLanes; turn *= 2) {
     VecF turned[kLanes];

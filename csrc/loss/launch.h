@@ -1,4 +1,5 @@
-// Between launch.cpp, which validates and chooses, and masked_cross_entropy.cu and scalars.cu, which launch.
+// Interface between launch.cpp, which validates the params and chooses a kernel, and masked_cross_entropy.cu and
+// scalars.cu, which launch it.
 #pragma once
 
 #include "common/device.h"
@@ -6,19 +7,20 @@
 
 namespace illada::loss {
 
-// A row of logits is cut into pieces of kPieceVectors vectors of 8 ids, one CTA each. The pieces of a row and the order
-// in which they are summed up are the same whatever the batch is.
+// Vectors of 8 ids in a piece of a row of logits. One CTA handles one piece. The pieces of a row and their order of
+// summation do not depend on the batch.
 constexpr int kPieceVectors = 2048;
+// Number of pieces of a row.
 inline int pieces_of(int64_t vocab_size) {
-  // A row that starts between two vectors' addresses has one vector less, never one more.
+  // A row that does not start at a vector's address has one whole vector less, never one more.
   const int64_t vectors = (vocab_size + 7) / 8;
   return int(vectors == 0 ? 1 : (vectors + kPieceVectors - 1) / kPieceVectors);
 }
 
-// How the kernel that makes nll and gradient at once holds a row: `vectors` vectors of 8 ids a thread in a cluster of
-// `cluster` CTAs; 0: the row is too long for it.
+// Distribution of a row over the threads of the fused kernel, which computes nll and gradient at once. Each thread of a
+// cluster of `cluster` CTAs holds `vectors` vectors of 8 ids. `vectors` is 0 where the row is too long for the kernel.
 struct FusedShape {
-  static constexpr int kThreads = 256;
+  static constexpr int kThreads = 256;  // per CTA
   int vectors = 0;
   int cluster = 1;
 };

@@ -1,20 +1,21 @@
-// How the vocabulary is split in hidden's gradient: the kernel that multiplies and the one that sums must agree.
+// Split of the vocabulary in hidden's gradient. The kernel that multiplies and the kernel that sums must agree on it.
 #pragma once
 
 #include "loss/linear.h"
 
 namespace illada::loss {
 
-// Clusters of two CTAs that run at a time.
+// Number of clusters of two CTAs that run at the same time.
 inline int linear_clusters(int sm_count) { return sm_count > 1 ? sm_count / 2 : 1; }
 
 struct HiddenGradSplit {
-  int row_pairs, splits, k_tiles;  // k_tiles: of 64 ids, in a split; the last one may have fewer
+  int row_pairs, splits, k_tiles;  // k_tiles: tiles of 64 ids per split; the last split may have fewer
 };
 
-// Of the splits for which there is room, the one that ends first: rounds of all clusters x steps of each.
+// Chooses, among the splits for which there is room, the one with the lowest cost: rounds of all clusters x steps of
+// each round.
 __device__ __forceinline__ HiddenGradSplit hidden_grad_split(const LinearChunk& c, int clusters) {
-  constexpr int kOverhead = 12;  // steps that a tile's beginning and end, and a slab to sum, are worth
+  constexpr int kOverhead = 12;  // cost, in steps, of a tile's beginning and end and of summing a slab
   HiddenGradSplit best;
   best.row_pairs = (c.used() + kPairRows - 1) / kPairRows;
   best.splits = 1;

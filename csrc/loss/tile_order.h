@@ -1,4 +1,4 @@
-// The order of the tiles of a GEMM whose long side is the vocabulary. Host and device.
+// Order of the tiles of a GEMM whose long side is the vocabulary. For host and device.
 #pragma once
 
 #include <limits>
@@ -8,7 +8,7 @@
 
 namespace illada::loss {
 
-// How many tiles of a stretch of the vocabulary are made before the next stretch: at most so many across.
+// Most tiles across that are computed for one stretch of the vocabulary before the next stretch.
 inline int tiles_of_a_group() {
   switch (variant<LossRaster>()) {
     case LossRaster::k8:
@@ -21,9 +21,9 @@ inline int tiles_of_a_group() {
   return std::numeric_limits<int>::max();
 }
 
-// Where the i-th tile of `tiles_across` x `tiles_along` lies; the vocabulary is along. A stretch of it is read once for
-// all tiles across it. With groups of tiles across, it is read once a group, and the other operand of the tiles that
-// are made at the same time takes less of the L2 cache.
+// Place of the i-th tile of `tiles_across` x `tiles_along` tiles; the vocabulary runs along. Without groups, the kernel
+// reads a stretch of the vocabulary once, for all tiles across it. With groups of tiles across, it reads the stretch
+// once per group. The other operand of the tiles that are computed at the same time then takes less of the L2 cache.
 struct TilePlace {
   int across, along;
 

@@ -1,4 +1,4 @@
-// The GEMM of the fused head on sm_90a: CUTLASS's products and pipeline, and a producer of our own.
+// GEMM of the fused head on sm_90a. CUTLASS provides the products and the pipeline; the producer is ours.
 #pragma once
 
 #include "common/gemm_mainloop.cuh"
@@ -6,9 +6,12 @@
 
 namespace illada::remask {
 
-// The producer is our own, on CUTLASS's pipeline and layouts: its `load` brings whole tiles of b, shared by a cluster
-// that is known when compiling. Here a range of ids ends after any chunk, few rows have no cluster, and the two CTAs of
-// a cluster may have the odd last row tile, each with ids of its own. `chunk_map`: boxes of a chunk of ids.
+// GEMM with a producer of our own on CUTLASS's pipeline and layouts. CUTLASS's `load` brings whole tiles of b for a
+// cluster size that is known at compile time. That does not fit here, for three reasons:
+//   - A range of ids may end after any chunk.
+//   - Few rows have no cluster.
+//   - The two CTAs of a cluster may both have the odd last row tile, each with different ids.
+// `chunk_map`: tensor map with boxes of one chunk of ids.
 template <typename T>
 class HeadGemm : public Gemm<GemmMainloop<cutlass::arch::Sm90, T, KMajor, KMajor>> {
  public:
@@ -23,16 +26,16 @@ class HeadGemm : public Gemm<GemmMainloop<cutlass::arch::Sm90, T, KMajor, KMajor
 
   __device__ __forceinline__ int rank() const { return rank_; }
 
-  // By one thread of the producer: all steps of K of a row tile and of `chunks` chunks of ids. Where a cluster
-  // `shares` them, each CTA loads a half for both, in one box where the tile is whole; else the CTAs have different
-  // ids, of any number of chunks (none as well), but as many steps.
+  // Loads all steps of K of a row tile and of `chunks` chunks of ids. One thread of the producer calls it. If the
+  // cluster `shares` the ids, each CTA loads one half for both CTAs, in one box where the tile is whole. Otherwise the
+  // CTAs have different ids and any number of chunks (possibly none), but the same number of steps.
   __device__ __forceinline__ void load(int row, int id, int k_tiles, int chunks, bool shares) {
     constexpr int kChunk = HeadPlan::kChunkIds, kRowBytes = Base::kTileK * int(sizeof(T));
     constexpr uint64_t kHint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
     constexpr int kHalf = Base::kTileN / 2;
     static_assert(box_rows<typename Base::Params::TMA_B>() == kHalf);
     const bool multicasts = cluster_ > 1 && shares, whole = multicasts && chunks == HeadPlan::kTileChunks;
-    // Boxes begin at multiples of eight rows, where the swizzle changes nothing.
+    // Boxes begin at multiples of eight rows, where the swizzle does not change addresses.
     const auto a = cute::get_nonswizzle_portion(typename Base::Mainloop::SmemLayoutA{});
     const auto b = cute::get_nonswizzle_portion(typename Base::Mainloop::SmemLayoutB{});
     auto& tensors = this->storage_.tensors;

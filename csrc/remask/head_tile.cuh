@@ -1,5 +1,5 @@
-// The epilogue of the fused head: a thread's share of a tile of logits, 2 rows x 64 ids in wgmma's accumulator layout,
-// is reduced into the states of its rows. Four neighbouring lanes share the two rows.
+// Epilogue of the fused head. A thread's share of a tile of logits is 2 rows x 64 ids in wgmma's accumulator layout.
+// The epilogue reduces it into the states of the two rows. Four neighbouring lanes share the two rows.
 #pragma once
 
 #include <cfloat>
@@ -10,16 +10,16 @@ namespace illada::remask {
 
 template <bool kWantExtras>
 struct RowPair {
-  static constexpr int kIds = 256;  // of a tile
-  static constexpr int kGroup = 4;  // column blocks of a row that are looked at together: eight ids
+  static constexpr int kIds = 256;  // ids per tile
+  static constexpr int kGroup = 4;  // column blocks of a row that are tested together: eight ids
   static constexpr int kGroups = kIds / 8 / kGroup;
 
   RowState<kWantExtras> state[2];
   float temperature[2], inverse[2];       // see RowNoise
-  float bound[2] = {-FLT_MAX, -FLT_MAX};  // a score that the row reaches for sure
-  bool any_noise;                         // in this warp
-  // Neighbouring lanes share the Philox blocks of their columns: the even one makes those of the upper row, the odd one
-  // those of the lower row, and they trade halves.
+  float bound[2] = {-FLT_MAX, -FLT_MAX};  // lower bound of the row's best score
+  bool any_noise;                         // true if any row of this warp has noise
+  // Neighbouring lanes share the Philox blocks of their columns. The even lane draws the blocks of the upper row, the
+  // odd lane those of the lower row. They then exchange halves.
   RowNoiseLoop noise;
 
   __device__ __forceinline__ RowPair(const SampleTokensParams& p, const int (&row)[2])
@@ -33,10 +33,12 @@ struct RowPair {
     any_noise = __any_sync(kFullWarp, temperature[0] > 0 || temperature[1] > 0);
   }
 
-  // Nothing of row i can win any more, and nobody hears of it: it would raise the bound of the row that it stands for.
+  // Excludes row i, which only fills the tile: none of its ids can win any more, and its scores are not published. They
+  // would otherwise raise the bound of the real row whose index it has.
   __device__ __forceinline__ void leave_race(int i) { bound[i] = FLT_MAX; }
 
-  // What other CTAs have found out about the rows: [num_rows] as ordered() makes it, or null. It prunes, no more.
+  // Reads the rows' bounds that other CTAs found. `bounds`: [num_rows], encoded by ordered(), or null. Bounds only
+  // prune.
   __device__ __forceinline__ void read_bounds(const int32_t* bounds, const int (&row)[2], int32_t (&seen)[2]) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i)
@@ -47,7 +49,8 @@ struct RowPair {
     for (int i = 0; i < 2; ++i) bound[i] = fmaxf(bound[i], from_ordered(seen[i]));
   }
 
-  // d[4 j + 2 i + e] is the logit of row i and id tile_id + 8 j + 2 (lane % 4) + e; ids from end_id on do not count.
+  // Reduces a tile. d[4 j + 2 i + e] is the logit of row i and id tile_id + 8 j + 2 (lane % 4) + e. Ids from end_id on
+  // do not count.
   __device__ __forceinline__ void reduce(float (&d)[128], const SampleTokensParams& p, const int (&row)[2], int tile_id,
                                          int end_id, int32_t* bounds) {
     const int column = 2 * int(threadIdx.x % 4), left = min(end_id - tile_id, kIds);
@@ -82,7 +85,7 @@ struct RowPair {
           if constexpr (kWantExtras) state[i].top.add(d[4 * j + 2 * i + e]);
         }
       }
-      if (temperature[i] == 0 && top > state[i].leader.logit) {  // ties stay with the earlier tile
+      if (temperature[i] == 0 && top > state[i].leader.logit) {  // in a tie the earlier tile wins
         int found = 0;
 #pragma unroll
         for (int j = kIds / 8 - 1; j >= 0; --j) {
@@ -113,7 +116,7 @@ struct RowPair {
     }
   }
 
-  // The upper bits of the uniforms of columns 8 j + 2 (lane % 4) + {0, 1} of both rows. All lanes together.
+  // Upper bits of the uniforms of columns 8 j + 2 (lane % 4) + {0, 1} of both rows. All lanes must call it together.
   __device__ __forceinline__ void uniforms(int tile_id, int j, uint32_t (&u)[2][2]) const {
     const bool odd = threadIdx.x % 2 != 0;
     const PhiloxWords w = noise.upper(uint32_t(tile_id) / 4 + uint32_t(2 * j) + threadIdx.x % 4 / 2);
@@ -125,7 +128,7 @@ struct RowPair {
     u[1][1] = odd ? w.word[3] : b;
   }
 
-  // The best of the four lanes that share a row. One of them tells the other CTAs.
+  // Raises a row's bound to the best score of the four lanes that share it. One of them publishes it to other CTAs.
   __device__ __forceinline__ void raise_bound(int i, float score, int row, int32_t* bounds) {
     score = fminf(fmaxf(score, -FLT_MAX), FLT_MAX);
     const float best = warp_reduce<4>(score, [](float a, float b) { return fmaxf(a, b); });
@@ -133,7 +136,7 @@ struct RowPair {
     bound[i] = fmaxf(bound[i], best);
   }
 
-  // The noisy maximum; see row_sample.cuh.
+  // Finds the maximum with noise; see row_sample.cuh.
   __device__ __forceinline__ void race(const float (&d)[128], const float (&maximum)[2][kGroups],
                                        const SampleTokensParams& p, const int (&row)[2], int tile_id, int32_t* bounds) {
     uint64_t candidates[2] = {0, 0};  // bit 2 j + e
@@ -147,7 +150,7 @@ struct RowPair {
       for (int j = 0; j < kGroup; ++j) uniforms(tile_id, g * kGroup + j, u[j]);
       if (g == 0 && __any_sync(kFullWarp, fminf(bound[0], bound[1]) == -FLT_MAX)) {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {  // a bound to start with
+        for (int i = 0; i < 2; ++i) {  // initial bound
           float sure = -FLT_MAX;
 #pragma unroll
           for (int j = 0; j < kGroup; ++j) {

@@ -1,11 +1,13 @@
-// What the samplers keep of a row while they walk over its logits, how pieces of a row are merged, and the noise.
+// State that the samplers keep of a row while they walk over its logits, the merge of a row's pieces, and the noise.
 //
-// Gumbel-max as an exponential race: token v wins with the largest x + T G, G = -log(E), E = -log(1 - u), u of 64
-// random bits. Because E >= u, a token whose u alone is too large to beat the best so far is out without a logarithm:
+// Sampling uses Gumbel-max as an exponential race. Token v with the largest x + T G wins, where G = -log(E),
+// E = -log(1 - u) and u has 64 random bits. Because E >= u, a token whose u is too large to beat the best score so far
+// needs no logarithm:
 //   x + T G > best  =>  u <= E < 2^((x - best) log2(e) / T).
-// The right side is taken once for eight neighbours, at the largest x of them, and the smallest of their upper 32 bits
-// compared with it; what passes (a handful a row) is computed in double precision. The bound that is used as `best`
-// only prunes: it never decides, so results do not depend on how rows are split or threads are scheduled.
+// The kernels compute the right side once for eight neighbours, at their largest x. They compare it with the smallest
+// of the neighbours' upper 32 bits. Tokens that pass (a handful per row) are computed in double precision. The bound
+// used as `best` only prunes and never decides. Results therefore do not depend on how rows are split or how threads
+// are scheduled.
 #pragma once
 
 #include <cmath>
@@ -19,10 +21,10 @@
 
 namespace illada::remask {
 
-constexpr int kVector = 8;  // neighbours that are looked at together: two Philox blocks
+constexpr int kVector = 8;  // neighbours that are tested together: two Philox blocks
 
-// The token that leads so far: by score, then by lowest id. Without noise the score is the logit. Where no score is
-// above -inf, the first id leads.
+// Best token so far: the highest score, and of equal scores the lowest id. Without noise the score is the logit. If no
+// score is above -inf, the first id is the best.
 struct Leader {
   double score = -INFINITY;
   int32_t token = 0;
@@ -33,7 +35,7 @@ struct Leader {
   }
 };
 
-// The two largest logits, equal where the largest occurs twice.
+// The two largest logits. They are equal if the largest occurs twice.
 struct TopTwo {
   float first = -INFINITY, second = -INFINITY;
 
@@ -47,10 +49,10 @@ struct TopTwo {
   }
 };
 
-// What is kept of a row between its parts and its end: a record of the softmax for each part that was summed on its
-// own, and one of the leader for each CTA. Floating-point sums depend on their order, so the parts are the same however
-// a row is shared out to CTAs, and their records are summed up in an order of their own (merge_records): a row's result
-// does not depend on the batch, to the last bit.
+// Records of a row in the workspace: one SoftmaxRecord for each part that was summed separately, and one LeaderRecord
+// for each CTA. Floating-point sums depend on their order. The parts are therefore the same for every distribution of a
+// row over CTAs, and merge_records sums their records in a fixed order. So a row's result does not depend on the batch,
+// to the last bit.
 struct alignas(16) LeaderRecord {
   double score;
   int32_t token;
@@ -69,7 +71,7 @@ __device__ __forceinline__ uint32_t word(const PhiloxWords& words, int i) {
   return i % 2 ? odd : even;
 }
 
-// A row's noise.
+// Noise of a row.
 struct RowNoise {
   uint32_t key0, key1, row_id, step;
   float temperature;
@@ -85,44 +87,46 @@ struct RowNoise {
     inverse = temperature > 0 ? fminf(kLog2eF / temperature, 1e30f) : 0.0f;
   }
 
-  // The upper 32 bits of the uniforms of ids 4 * block .. 4 * block + 3.
+  // Upper 32 bits of the uniforms of ids 4 * block .. 4 * block + 3.
   __device__ __forceinline__ PhiloxWords upper(uint32_t block) const {
     return philox4x32({{block, row_id, step, kSampleStream}}, key0, key1);
   }
 
-  // log2 of a bound of the uniforms with which an x may still win, plus 32: conservative, see the top of the file.
+  // log2 of an upper bound of the uniforms with which x may still win, plus 32. The bound is conservative; see the top
+  // of this file.
   __device__ __forceinline__ float log2_bound(float x, float best) const { return log2_bound(x, best, inverse); }
   __device__ __forceinline__ static float log2_bound(float x, float best, float inverse) {
-    // 2^-10 covers the roundings of this line and of the exponential: both are relative and matter below 2^7.
+    // 2^-10 covers the rounding errors of this line and of the exponential. Both are relative and matter below 2^7.
     return fmaf(x - best, inverse, 32.0f + 0x1p-10f);
   }
-  // Below this even lower bits of zero would not win: u >= 2^-65.
+  // Below this limit a token cannot win even with lower bits of zero: u >= 2^-65.
   static constexpr float kHopeless = -33.0f;
 
   __device__ __forceinline__ static uint32_t as_limit(float log2_bound) {
     return __float2uint_rd(exp2_approx(log2_bound));  // saturates at 0 and 2^32 - 1; NaN cannot occur for finite best
   }
 
-  // x + T G in full precision, from the upper bits.
+  // x + T G in full precision. It draws the lower bits and combines them with the given upper bits.
   __device__ __forceinline__ double score(float x, uint32_t upper_bits, uint32_t id) const {
     const PhiloxWords low = philox4x32({{id / 4, row_id, step, kSampleStreamLowBits}}, key0, key1);
     const double u = (double(upper_bits) + (double(word(low, id % 4)) + 0.5) * 0x1p-32) * 0x1p-32;
     return double(x) - double(temperature) * log(-log1p(-u));
   }
 
-  // A score that the token with these upper bits reaches for sure, in fp32: what the bound starts from.
-  // E <= u + u^2 for u <= 1/2; larger u are of no use and give -inf.
+  // Lower bound in fp32 of the score of the token with these upper bits; the initial value of the pruning bound.
+  // E <= u + u^2 for u <= 1/2; larger u are not useful and give -inf.
   __device__ __forceinline__ static float sure_score(float x, uint32_t upper_bits, float temperature) {
     const float u = float((upper_bits >> 8) + 1) * 0x1p-24f;  // rounded up
     const float gumbel = fmaf(-0.69314718f, __log2f(u), -u);  // log(1 + u) <= u
     const float score = fmaf(temperature, gumbel, x);
-    return u <= 0.5f ? score - 1e-5f * (fabsf(x) + temperature * 32.0f) : -INFINITY;  // more than the roundings above
+    // The subtracted term is larger than the rounding errors above.
+    return u <= 0.5f ? score - 1e-5f * (fabsf(x) + temperature * 32.0f) : -INFINITY;
   }
 };
 
-// RowNoise::upper for a hot loop: the keys of all rounds wait in registers. They come through shuffles, because the
-// compiler would rather add the increments again in every round than keep what it could compute; that is a third of the
-// loop's work on the integer pipe.
+// RowNoise::upper for a hot loop, with the keys of all rounds in registers. The keys go through shuffles so that the
+// compiler keeps them. Otherwise it would add the increments again in every round, which is a third of the loop's work
+// on the integer pipe.
 struct RowNoiseLoop {
   uint32_t key0[10], key1[10];
   uint32_t row_id, step;
@@ -143,7 +147,7 @@ struct RowNoiseLoop {
   }
 };
 
-// The sparse bias of a row: `values` are added at `ids`, in order.
+// Sparse bias of a row: `values` are added at `ids`, in order.
 struct RowBias {
   const int32_t* ids;
   const float* values;
@@ -155,14 +159,14 @@ struct RowBias {
         count(int(p.bias_count)) {}
 };
 
-// A row in progress: what one thread has seen of it.
+// State of a row in progress: what one thread has seen of it.
 template <bool kWantExtras>
 struct RowState {
   OnlineSoftmax<kWantExtras> softmax;
-  TopTwo top;  // of use with kWantExtras only
+  TopTwo top;  // used only with kWantExtras
   Leader leader;
 
-  // The leader and the two largest logits, not the softmax, merged with those of lane ^ mask.
+  // Merges the leader and the two largest logits with those of lane ^ mask. Does not merge the softmax.
   __device__ __forceinline__ void merge_leader(int mask) {
     Leader other;
     other.score = __shfl_xor_sync(kFullWarp, leader.score, mask);
@@ -195,18 +199,18 @@ __device__ __forceinline__ OnlineSoftmax<kWantExtras> softmax_of(const SoftmaxRe
   return softmax;
 }
 
-// Where a row's softmax records are in a workspace of RowRecords.
+// Address of a row's softmax records in a workspace of RowRecords.
 __device__ __forceinline__ SoftmaxRecord* softmax_records(void* workspace, int64_t num_rows, const RowRecords& records,
                                                           int64_t row) {
   void* const after_leaders = static_cast<LeaderRecord*>(workspace) + num_rows * records.leaders;
   return static_cast<SoftmaxRecord*>(after_leaders) + row * records.parts;
 }
 
-// The sum of a row's softmax records, by one warp.
+// Sums a row's softmax records. One warp calls it.
 template <bool kWantExtras>
 __device__ __forceinline__ OnlineSoftmax<kWantExtras> merge_records(const SoftmaxRecord* records, int count) {
   const int lane = threadIdx.x % 32;
-  constexpr int kAhead = 4;  // loads that wait for memory together
+  constexpr int kAhead = 4;  // loads in flight at the same time
   OnlineSoftmax<kWantExtras> total;
   for (int first = lane; first < count; first += 32 * kAhead) {
     OnlineSoftmax<kWantExtras> part[kAhead];
@@ -228,10 +232,10 @@ __device__ __forceinline__ OnlineSoftmax<kWantExtras> merge_records(const Softma
   return total;
 }
 
-// The results of a finished row, written by one thread.
+// Writes the results of a finished row. One thread calls it.
 template <bool kWantExtras>
 __device__ __forceinline__ void write_row(const SampleTokensParams& p, int64_t row, const RowState<kWantExtras>& s) {
-  const bool valid = s.softmax.sum > 0;  // not for NaN
+  const bool valid = s.softmax.sum > 0;  // false for NaN
   const double log2_sum = log2(double(s.softmax.sum));
   const double logprob = double(s.leader.logit) - double(s.softmax.reference) - log2_sum * kLn2D;
   float entropy = NAN, margin = NAN;

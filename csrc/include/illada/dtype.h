@@ -4,7 +4,7 @@
 
 namespace illada {
 
-// Element types of logits and activations. Values are part of the binary interface with the bindings.
+// Element types of logits and activations. The bindings rely on the numeric values.
 enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 inline const char* name(DType dtype) {

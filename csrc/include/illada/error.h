@@ -1,4 +1,4 @@
-// The exceptions of the C++ API. Nothing in illada prints, asserts or exits for a caller's mistake.
+// The exceptions of the C++ API. For a caller's mistake, illada never prints, asserts or exits.
 #pragma once
 
 #include <sstream>
@@ -8,19 +8,20 @@
 
 namespace illada {
 
-// A call that cannot be carried out: which op, which argument, what was got, what is allowed.
+// An invalid call. The message names the op, the argument, the value received and the values allowed.
 class Error : public std::invalid_argument {
  public:
   using std::invalid_argument::invalid_argument;
 };
 
-// A legal call for which nothing was built: this GPU, this dtype, this shape.
+// A valid call for which there is no kernel: the GPU, the dtype or the shape is not supported.
 class NotSupported : public Error {
  public:
   using Error::Error;
 };
 
-// CUDA refused a call: which op, what it did, the shape of a launch, and the error's name and text as CUDA has them.
+// A failed CUDA call. The message names the op, what it did, the shape of a launch, and CUDA's name and text of the
+// error.
 class CudaError : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;
@@ -38,6 +39,7 @@ template <typename Exception = Error, typename... Parts>
 
 }  // namespace illada
 
+// Throws Error unless `condition` holds. Example:
 // ILLADA_CHECK(n >= 0, "remask", "num_rows must not be negative, got ", n);
 #define ILLADA_CHECK(condition, op, ...)                       \
   do {                                                         \

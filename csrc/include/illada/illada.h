@@ -1,6 +1,6 @@
-// The C++ API of illada: raw pointers, sizes and strides in, nothing allocated that outlives a call, no Python, no
-// torch. One Params struct and one function per op and direction; every function throws illada::Error, or CudaError
-// where CUDA fails.
+// The C++ API of illada, without Python and torch. Its functions take raw pointers, sizes and strides. No allocation
+// outlives a call. Each op and direction has one Params struct and one function. Every function throws illada::Error,
+// or CudaError where CUDA fails.
 #pragma once
 
 #include <string>
@@ -15,16 +15,16 @@
 
 namespace illada {
 
-// What this build is and what it found: the fields of `illada info`.
+// Properties of this build and of the machine: the fields of `illada info`.
 struct BuildInfo {
-  std::string version;          // of the project, equal to the Python package's
-  std::string compiler;         // "GNU 12.2.0"
-  bool openmp = false;          // rows are spread over threads
-  std::string cpu_isa;          // the instruction set chosen at run time: "avx512", "avx2" or "baseline"
-  std::string cuda_version;     // toolkit, empty without CUDA
-  std::string cuda_archs;       // "80-real 90a-real 90-virtual", empty without CUDA
-  std::string cutlass_version;  // of the headers that the kernels were built with, empty without CUDA
-  std::string no_cuda;          // why there are no CUDA kernels, empty with CUDA
+  std::string version;          // version of the project, equal to the Python package's
+  std::string compiler;         // compiler and its version, such as "GNU 12.2.0"
+  bool openmp = false;          // true: CPU kernels distribute rows over threads
+  std::string cpu_isa;          // instruction set chosen at run time: "avx512", "avx2" or "baseline"
+  std::string cuda_version;     // version of the CUDA toolkit; empty without CUDA
+  std::string cuda_archs;       // architectures, such as "80-real 90a-real 90-virtual"; empty without CUDA
+  std::string cutlass_version;  // version of the CUTLASS headers used in the build; empty without CUDA
+  std::string no_cuda;          // why there are no CUDA kernels; empty with CUDA
 };
 BuildInfo build_info();
 

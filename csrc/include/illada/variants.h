@@ -1,4 +1,5 @@
-// Choices between instances of the CUDA kernels that only a measurement on a GPU can make. In builds with CUDA alone.
+// Choices between instances of the CUDA kernels. Only a measurement on a GPU can decide them. They exist only in builds
+// with CUDA.
 #pragma once
 
 #include <string>
@@ -6,21 +7,21 @@
 
 namespace illada {
 
-// One choice. All values give correct results; they differ in speed.
+// One choice. All its values give correct results and differ in speed.
 struct Variant {
-  std::string name;                 // "attention_backward_sums"
-  std::string environment;          // the variable that chooses: "ILLADA_VARIANT_ATTENTION_BACKWARD_SUMS"
-  std::string description;          // one line
-  std::vector<std::string> values;  // allowed; the first one is the default
-  std::string value;                // in use
+  std::string name;         // name, such as "attention_backward_sums"
+  std::string environment;  // environment variable that sets it, such as "ILLADA_VARIANT_ATTENTION_BACKWARD_SUMS"
+  std::string description;  // description of one line
+  std::vector<std::string> values;  // allowed values; the first is the default
+  std::string value;                // value in use
 };
 
-// All choices, in a fixed order. Throws Error if an environment variable holds a value that is not allowed.
+// Returns all choices, in a fixed order. Throws Error if an environment variable holds a value that is not allowed.
 std::vector<Variant> variants();
 
-// Uses `value` for all later calls of this process, in all threads; an empty value goes back to the environment's or
-// the default. Workspace sizes depend on it: ask for them again. Plans of attention stay valid, but balance and splits
-// are those of the choice they were made with. Throws Error for an unknown name or value.
+// Sets `value` for all later calls of this process, in all threads. An empty value restores the environment variable's
+// value or the default. Workspace sizes depend on the choice: query them again. Attention plans stay valid, but keep
+// the load balance and key splits of the choice they were made with. Throws Error for an unknown name or value.
 void set_variant(const std::string& name, const std::string& value);
 
 }  // namespace illada
