@@ -702,7 +702,9 @@ def varlen_attention_backward(
         ValueError: q and plan are on different devices.
     """
     if plan.is_cuda and not q.is_cuda:  # the host would read device memory
-        raise ValueError(f"varlen_attention_backward: q is on the CPU, but the plan is on {plan.device}; they must agree")
+        raise ValueError(
+            f"varlen_attention_backward: q is on the CPU, but the plan is on {plan.device}; they must agree"
+        )
     launch = _launch(dq, q, dk, dv, dout, dlse, k, v, out, lse, plan, workspace=workspace)
     total_q, heads, dim = q.shape
     native().varlen_attention_backward(
