@@ -3,6 +3,7 @@
 import math
 import mmap
 import os
+import re
 import subprocess
 import sys
 
@@ -393,6 +394,17 @@ def test_plan_of_another_number_of_sequences(generator):
     plan = illada.attention_plan(cu, num_heads=4, num_kv_heads=2, head_dim=64, total_q=8)
     with pytest.raises(ValueError, match="plan was made for num_sequences 2, this call has 1"):
         illada.varlen_attention(q, k, v, cu[[0, 2]], plan=plan)
+
+
+@pytest.mark.parametrize("shape, dtype", [((3,), torch.int32), ((2, 4), torch.int64), ((1, 4), torch.int32)], ids=str)
+def test_both_directions_refuse_a_wrong_plan(shape, dtype):
+    """The kernels would read beyond it."""
+    x, lse, plan = torch.zeros(2, 1, 8), torch.zeros(1, 2), torch.zeros(shape, dtype=dtype)
+    match = rf"the plan must be int32 \[2, 4\], .* got {str(dtype)[6:]} {re.escape(str(list(shape)))}"
+    with pytest.raises(ValueError, match=match):
+        torch.ops.illada.varlen_attention_fwd(x, x, x, plan, 1, 1.0, False)
+    with pytest.raises(ValueError, match=match):
+        torch.ops.illada.varlen_attention_bwd(x, None, x, x, x, x, lse, plan, 1, 1.0, False)
 
 
 def test_registration(generator):

@@ -281,6 +281,7 @@ def _bwd_cpu(
     softmax_scale: float,
     deterministic: bool,
 ) -> tuple[Tensor, ...]:
+    _check_cpu_plan(plan, num_sequences)
     plan, others = _shares(plan, q)
     theirs = None
     if others is not None:
