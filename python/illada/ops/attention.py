@@ -110,12 +110,13 @@ _BFLOAT16_KEYS = 64  # with more keys, torch is faster if the processor multipli
 
 
 def _shares(plan: Tensor, q: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Split the rows of a plan into those for csrc/cpu and those for torch."""
+    """Split the rows of a plan into those for csrc/cpu and those for torch; None if torch gets no row."""
     if q.dtype == torch.float16 or q.shape[2] > _MOST_HEAD_DIM:
         return plan[:0], plan
     if q.dtype == torch.bfloat16 and native().multiplies_bfloat16():
         many = plan[:, 3] - plan[:, 2] > _BFLOAT16_KEYS
-        return plan[~many], plan[many]
+        if many.any():
+            return plan[~many], plan[many]
     return plan, None
 
 
@@ -286,7 +287,7 @@ def _bwd_cpu(
     theirs = None
     if others is not None:
         theirs = _differentiate_by_torch(dout, dlse, q, k, v, out, lse, others, softmax_scale)
-        if not len(plan):
+        if not ((plan[:, 1] > plan[:, 0]) & (plan[:, 3] > plan[:, 2])).any():  # no row has query-key pairs
             return theirs
     dout = dout if dout.stride(2) == 1 else dout.contiguous()  # strides of 0 (gradient of a sum), or transposed
     dlse = None if dlse is None else dlse.contiguous()
