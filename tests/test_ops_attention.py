@@ -416,6 +416,13 @@ def test_scale_must_be_positive(generator):
             illada.varlen_attention(q, k, v, cu, softmax_scale=scale)
 
 
+def test_plan_of_another_device(generator):
+    q, k, v, cu = make([5, 3], 4, 2, 64, torch.float32, generator)
+    plan = illada.attention_plan(cu, num_heads=4, num_kv_heads=2, head_dim=64, total_q=8)
+    with pytest.raises(ValueError, match="varlen_attention: plan is on meta, but q is on cpu; they must agree"):
+        illada.varlen_attention(q, k, v, cu, plan=plan._replace(work=plan.work.to("meta")))
+
+
 def test_plan_of_another_number_of_sequences(generator):
     q, k, v, cu = make([5, 3], 4, 2, 64, torch.float32, generator)
     plan = illada.attention_plan(cu, num_heads=4, num_kv_heads=2, head_dim=64, total_q=8)

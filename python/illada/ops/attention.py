@@ -562,13 +562,14 @@ def varlen_attention(
             cu_seqlens, cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k, num_heads=heads, num_kv_heads=kv_heads,
             head_dim=dim, total_q=total_q, total_k=total_k,
         )  # fmt: skip
-    elif (  # not plan[1:], which torch 2.6 cannot compile
-        (plan.num_heads, plan.num_kv_heads, plan.head_dim, plan.total_q, plan.num_sequences)
-        != (sizes := (heads, kv_heads, dim, total_q, cu_seqlens.shape[0] - 1))
-    ):
-        for name, size in zip(AttentionPlan._fields[1:], sizes, strict=True):
-            if getattr(plan, name) != size:
-                raise ValueError(f"{op}: plan was made for {name} {getattr(plan, name)}, this call has {size}")
+    else:
+        lib.check_same_device(op, ("q", q), ("plan", plan.work))
+        sizes = (heads, kv_heads, dim, total_q, cu_seqlens.shape[0] - 1)
+        # not plan[1:], which torch 2.6 cannot compile
+        if (plan.num_heads, plan.num_kv_heads, plan.head_dim, plan.total_q, plan.num_sequences) != sizes:
+            for name, size in zip(AttentionPlan._fields[1:], sizes, strict=True):
+                if getattr(plan, name) != size:
+                    raise ValueError(f"{op}: plan was made for {name} {getattr(plan, name)}, this call has {size}")
     if cu_seqlens_k is not None and lib.may_read(cu_seqlens_k) and int(cu_seqlens_k[-1]) > total_k:
         raise ValueError(f"{op}: cu_seqlens_k ends at {int(cu_seqlens_k[-1])}, but k has {total_k} tokens")
     out, lse = _call_fwd(q, k, v, plan.work, plan.num_sequences, scale, deterministic)
