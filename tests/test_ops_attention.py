@@ -13,7 +13,7 @@ import torch
 import illada
 from illada import _native
 from illada.ops import attention, raw, reference
-from illada.testing import assert_close_like, relative_error
+from illada.testing import assert_close_like
 
 CASES = [  # lengths, H, G, D: what the row is for
     ([1], 2, 1, 64),  # one token, one key
@@ -236,8 +236,7 @@ def test_gradients_at_edges_of_the_cpu_s_tiles(group, dim, dtype, generator):
     want = run(reference.varlen_attention, q.double(), k.double(), v.double(), cu, d_out=d_out.double(), **lengths)
     for g, w, b in zip(got[2:], want[2:], baseline[2:], strict=True):
         assert g.is_contiguous() and g.dtype == dtype
-        error, allowed = relative_error(g, w), 3 * relative_error(b, w)
-        assert error <= max(allowed, torch.finfo(dtype).eps / 8, 2e-6)  # sums over 10,000 rows in one go
+        assert_close_like(g, w, b, factor=5 if group == 70 else 3)  # one sum over 65 x 70 = 4,550 rows
     assert (got[2][84:101] == 0).all() and (got[3][1:6] == 0).all() and (got[4][1:6] == 0).all()
 
 
