@@ -9,6 +9,7 @@ from illada.ops import raw, reference
 from illada.ops.types import TokenSample
 from illada.ops.variants import use_variants
 from illada.testing import assert_close_like, plain_sample
+from tests.sample_filters import to_host
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ALL = ("entropy", "margin")
@@ -39,10 +40,6 @@ def make_rows(case, dtype, device, generator, layout="strided"):
 
 def on(device, *tensors):
     return [t.to(device) for t in tensors]
-
-
-def to_host(sample):
-    return TokenSample(*(None if field is None else field.cpu() for field in sample))
 
 
 def both(logits, **keywords):
