@@ -161,13 +161,13 @@ CUtensorMap tensor_map(const char* op, DType dtype, const void* data, const uint
 }  // namespace
 
 CUtensorMap tensor_map_k128(const char* op, const MatrixView& matrix, int box_rows) {
-  const uint32_t element = matrix.dtype == DType::kFloat32 ? 4 : 2;
+  const uint32_t element = uint32_t(element_size(matrix.dtype));
   return tensor_map<2>(op, matrix.dtype, matrix.data, {uint64_t(matrix.columns), uint64_t(matrix.rows)},
                        {uint64_t(matrix.row_stride) * element}, {128 / element, uint32_t(box_rows)});
 }
 
 CUtensorMap tensor_map_ragged(const char* op, const RaggedView& view, int box_heads, int box_tokens) {
-  const uint64_t element = view.dtype == DType::kFloat32 ? 4 : 2;
+  const uint64_t element = uint64_t(element_size(view.dtype));
   const uint64_t stride = uint64_t(view.token_stride) * element;
   // The second and third strides of tokens add up to 2^34, and kRaggedTokens times that is 2^64, which is 0.
   constexpr uint64_t kBoth = uint64_t(1) << 34;

@@ -28,7 +28,11 @@ Sequence sequence(const Params& p, int64_t i) {
   return Sequence(p.plan + 4 * i);
 }
 
-int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+// Address of the first element of a head of a token.
+const char* address(const PackedView& view, DType dtype, int64_t token, int64_t head) {
+  return static_cast<const char*>(view.data) +
+         (token * view.token_stride + head * view.head_stride) * element_size(dtype);
+}
 
 template <typename Params>
 void validate(const Params& p) {
@@ -103,14 +107,11 @@ cpu::AttentionGradient gradient_of(const BackwardParams& p, const Part& part, fl
   const int64_t size = element_size(p.dtype), group = s.num_heads / s.num_kv_heads;
   const Sequence x = sequence(p, part.sequence);
   const int64_t head = part.kv_head * group;
-  const auto at = [&](const PackedView& view, int64_t token, int64_t h) {
-    return static_cast<const char*>(view.data) + (token * view.token_stride + h * view.head_stride) * size;
-  };
   cpu::AttentionGradient a;
-  a.dout = at(p.dout, x.q_start, head);
-  a.q = at(p.q, x.q_start, head);
-  a.k = at(p.k, x.k_start, part.kv_head);
-  a.v = at(p.v, x.k_start, part.kv_head);
+  a.dout = address(p.dout, p.dtype, x.q_start, head);
+  a.q = address(p.q, p.dtype, x.q_start, head);
+  a.k = address(p.k, p.dtype, x.k_start, part.kv_head);
+  a.v = address(p.v, p.dtype, x.k_start, part.kv_head);
   a.dout_token_stride = p.dout.token_stride;
   a.dout_head_stride = p.dout.head_stride;
   a.q_token_stride = p.q.token_stride;
@@ -176,13 +177,10 @@ void forward_cpu(const ForwardParams& p) {
     const int64_t kv_head = n / most_tiles % s.num_kv_heads, first = n % most_tiles * kernels.tile_rows;
     const int64_t rows = std::min<int64_t>((x.q_end - x.q_start) * group - first, kernels.tile_rows);
     if (rows <= 0) return;
-    const auto at = [&](const PackedView& view, int64_t token, int64_t head) {
-      return static_cast<const char*>(view.data) + (token * view.token_stride + head * view.head_stride) * size;
-    };
     cpu::AttentionTile tile;
-    tile.q = at(p.q, x.q_start, kv_head * group);
-    tile.k = at(p.k, x.k_start, kv_head);
-    tile.v = at(p.v, x.k_start, kv_head);
+    tile.q = address(p.q, p.dtype, x.q_start, kv_head * group);
+    tile.k = address(p.k, p.dtype, x.k_start, kv_head);
+    tile.v = address(p.v, p.dtype, x.k_start, kv_head);
     tile.q_token_stride = p.q.token_stride;
     tile.q_head_stride = p.q.head_stride;
     tile.k_token_stride = p.k.token_stride;

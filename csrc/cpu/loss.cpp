@@ -12,8 +12,6 @@ namespace {
 
 constexpr const char* kOp = "masked_cross_entropy";
 
-int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
-
 // The target of token i in this shard, or -1.
 int64_t target_of(const MaskedCrossEntropyParams& p, int64_t i) {
   const int64_t id = static_cast<const int64_t*>(p.targets)[i];

@@ -37,7 +37,7 @@ void validate(const MaskedCrossEntropyParams& p) {
 }
 
 void check_memory(const MaskedCrossEntropyParams& p, bool backward, int64_t workspace) {
-  const int64_t n = p.num_rows, element = p.dtype == DType::kFloat32 ? 4 : 2;
+  const int64_t n = p.num_rows, element = element_size(p.dtype);
   const bool in_place = p.grad == p.logits;
   const Region logits{"logits", p.logits, bytes_of_rows(n, p.logits_row_stride, p.vocab_size, element)};
   const Region grad{"grad", p.grad, bytes_of_rows(n, p.grad_row_stride, p.vocab_size, element), !backward};
@@ -110,8 +110,7 @@ void scale_cuda(const ScaleParams& p) {
   ILLADA_CHECK(p.count >= 0, kOp, "negative number of elements: ", p.count);
   if (p.count == 0) return;
   const DeviceGuard guard(kOp, p.launch.device);
-  check_regions(kOp, p.launch, {{"factor", p.factor, 4}},
-                {{"data", p.data, p.count * (p.dtype == DType::kFloat32 ? 4 : 2)}});
+  check_regions(kOp, p.launch, {{"factor", p.factor, 4}}, {{"data", p.data, p.count * element_size(p.dtype)}});
   launch_scale(p, device(kOp, p.launch.device));
 }
 

@@ -29,8 +29,6 @@ bool has_kernel([[maybe_unused]] const LinearMaskedCrossEntropyParams& p, [[mayb
 #endif
 }
 
-int64_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
-
 int64_t bytes_of(int64_t rows, int64_t row_stride, int64_t columns, int64_t element) {
   return rows == 0 ? 0 : ((rows - 1) * row_stride + columns) * element;
 }
@@ -139,8 +137,8 @@ LinearPlan checked_plan(const LinearMaskedCrossEntropyParams& p, const Device& g
   check_counts(p, plan);
   ILLADA_CHECK(p.workspace_bytes >= plan.bytes, kOp, "workspace must have ", plan.bytes, " bytes, got ",
                p.workspace_bytes);
-  const int64_t t = p.num_tokens, element = size_of(p.hidden_dtype);
-  const int64_t weight_grad_bytes = p.vocab_size * p.width * size_of(p.weight_grad_dtype);
+  const int64_t t = p.num_tokens, element = element_size(p.hidden_dtype);
+  const int64_t weight_grad_bytes = p.vocab_size * p.width * element_size(p.weight_grad_dtype);
   check_regions(kOp, p.launch,
                 {{"hidden", p.hidden, bytes_of(t, p.hidden_row_stride, p.width, element)},
                  {"weight", p.weight, bytes_of(p.vocab_size, p.weight_row_stride, p.width, 2)},
@@ -213,7 +211,7 @@ void linear_masked_cross_entropy_cuda(const LinearMaskedCrossEntropyParams& p) {
 #if defined(ILLADA_BUILT_SM90A)
   const bool weight_first = variant<LossOrder>() == LossOrder::kWeightFirst;
   if (plan.chunks == 0 && p.weight_grad && !p.add_to_weight_grad)  // the sum over no tokens
-    fill_zeros(kOp, p.launch, p.weight_grad, p.vocab_size * p.width * size_of(p.weight_grad_dtype));
+    fill_zeros(kOp, p.launch, p.weight_grad, p.vocab_size * p.width * element_size(p.weight_grad_dtype));
   for (int i = 0; i < plan.chunks; ++i) {
     const LinearChunk chunk = chunk_of(p, plan, i);
     launch_probabilities(p, gpu, plan, chunk);

@@ -19,8 +19,6 @@ int64_t bytes_of_rows(int64_t rows, int64_t row_stride, int64_t columns, int64_t
   return rows == 0 ? 0 : ((rows - 1) * row_stride + columns) * element;
 }
 
-int64_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
-
 // What both samplers share.
 void validate_sample(const char* op, const SampleTokensParams& p) {
   ILLADA_CHECK(p.num_rows >= 0, op, "num_rows must not be negative, got ", p.num_rows);
@@ -112,7 +110,7 @@ void sample_tokens_cuda(const SampleTokensParams& p) {
                p.num_rows);
   check_sample_regions(
       kOp, p, needed,
-      {{"logits", p.logits, bytes_of_rows(p.num_rows, p.logits_row_stride, p.vocab_size, size_of(p.dtype))}});
+      {{"logits", p.logits, bytes_of_rows(p.num_rows, p.logits_row_stride, p.vocab_size, element_size(p.dtype))}});
   RowCut* const cuts = filtered ? reinterpret_cast<RowCut*>(static_cast<char*>(p.workspace) + records) : nullptr;
   if (filtered) launch_sample_filters(p, gpu, cuts);
   launch_sample_tokens(p, gpu, split, cuts);

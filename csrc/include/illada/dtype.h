@@ -19,4 +19,7 @@ inline const char* name(DType dtype) {
   return "unknown";
 }
 
+// Bytes of an element.
+inline int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
 }  // namespace illada
