@@ -1,5 +1,6 @@
-// illada._C: addresses and sizes in, Params structs built, launch functions called without the GIL. Nothing else: the
-// checks of shapes and dtypes and all allocation are in illada.ops, the checks of values in the launch functions.
+// illada._C: converts addresses and sizes to Params structs and calls the launch functions. All of them but
+// attention_plan_cpu and weighted_sum_cpu run without the GIL. illada.ops checks shapes and dtypes and allocates all
+// memory; the launch functions check values.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -21,7 +22,7 @@ using namespace illada;
 
 namespace {
 
-// Of a tensor's first element; null for None. An integer is an address already.
+// The address of a tensor's first element; null for None. An integer is an address already.
 struct Address {
   uintptr_t value = 0;
   operator uintptr_t() const { return value; }
@@ -31,7 +32,7 @@ struct Address {
 
 namespace pybind11::detail {
 
-// data_ptr() called from here takes a third of what a call from Python and the way here take together.
+// Calls data_ptr() in C++. That takes a third of the time of a call in Python and the conversion of its result.
 template <>
 struct type_caster<Address> {
   PYBIND11_TYPE_CASTER(Address, const_name("torch.Tensor | int | None"));
@@ -65,7 +66,7 @@ constexpr bool kWithCuda = true;
 constexpr bool kWithCuda = false;
 #endif
 
-// A launch on a GPU, where this build has any. A template, so that CPU builds name no symbol that they do not have.
+// Launches on a GPU, or throws in builds without CUDA. A template, so that CPU builds need no symbol of CUDA builds.
 template <auto launch, typename Params>
 void on_gpu(const Params& params) {
   if constexpr (kWithCuda) {
@@ -75,7 +76,7 @@ void on_gpu(const Params& params) {
   }
 }
 
-// Of a CUDA call: device, stream, pointers_checked, workspace, workspace_bytes. A negative device is the CPU.
+// Arguments of a CUDA call: device, stream, pointers_checked, workspace, workspace_bytes. A negative device is the CPU.
 using LaunchArguments = std::tuple<int, uintptr_t, bool, uintptr_t, int64_t>;
 
 template <typename Params>
@@ -85,7 +86,7 @@ void set_launch(Params& p, const LaunchArguments& launch) {
   p.workspace_bytes = std::get<4>(launch);
 }
 
-// What both directions of masked_cross_entropy share: logits, logits_row_stride, num_rows, vocab_size, dtype, rows,
+// Arguments of both directions of masked_cross_entropy: logits, logits_row_stride, num_rows, vocab_size, dtype, rows,
 // targets, targets_are_int64, weights, num_tokens, vocab_start, scale, normalizer.
 using CrossEntropyArguments = std::tuple<Address, int64_t, int64_t, int64_t, int, Address, Address, bool, Address,
                                          int64_t, int64_t, float, Address>;
@@ -140,9 +141,9 @@ void masked_cross_entropy_backward(const CrossEntropyArguments& rows, Address ls
   on_gpu<loss::masked_cross_entropy_backward_cuda>(p);
 }
 
-// Of a pack: total_q, total_k, num_sequences, num_heads, num_kv_heads, head_dim.
+// Sizes of a pack: total_q, total_k, num_sequences, num_heads, num_kv_heads, head_dim.
 using PackArguments = std::tuple<int64_t, int64_t, int, int, int, int>;
-// Of a packed tensor: address, token_stride, head_stride.
+// A packed tensor: address, token_stride, head_stride.
 using ViewArguments = std::tuple<Address, int64_t, int64_t>;
 
 attention::PackShape pack_shape(const PackArguments& pack) {
@@ -250,7 +251,7 @@ void scale(uintptr_t data, int64_t count, int dtype, uintptr_t factor, int devic
 }
 #endif
 
-// What sample_tokens and linear_sample_tokens share, as one tuple: temperature, seed, step, temperatures, seeds, steps,
+// Arguments of both sample_tokens and linear_sample_tokens: temperature, seed, step, temperatures, seeds, steps,
 // row_ids, bias_ids, bias_values, bias_count, bias_row_stride, measure, token, confidence, logprob, entropy, margin,
 // top_k, top_p, top_ks, top_ps, confidence_at_temperature.
 using SampleArguments = std::tuple<float, int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t,
@@ -335,9 +336,9 @@ void linear_sample_tokens(uintptr_t hidden, int64_t hidden_row_stride, int64_t n
   remask::linear_sample_tokens_cuda(p);
 }
 
-// Of the fused head's loss: hidden, hidden_dtype, hidden_row_stride, num_tokens, weight, weight_row_stride, vocab_size,
-// width, targets, targets_are_int64, weights, rows, num_rows, scale, normalizer, chunk_rows, nll, hidden_grad,
-// weight_grad, weight_grad_dtype, add_to_weight_grad, filter_eps.
+// Arguments of the fused head's loss: hidden, hidden_dtype, hidden_row_stride, num_tokens, weight, weight_row_stride,
+// vocab_size, width, targets, targets_are_int64, weights, rows, num_rows, scale, normalizer, chunk_rows, nll,
+// hidden_grad, weight_grad, weight_grad_dtype, add_to_weight_grad, filter_eps.
 using LinearLossArguments =
     std::tuple<uintptr_t, int, int64_t, int64_t, uintptr_t, int64_t, int64_t, int64_t, uintptr_t, bool, uintptr_t,
                uintptr_t, int64_t, float, uintptr_t, int64_t, uintptr_t, uintptr_t, uintptr_t, int, bool, float>;
@@ -381,7 +382,7 @@ void linear_masked_cross_entropy(const LinearLossArguments& arguments, const Lau
   loss::linear_masked_cross_entropy_cuda(p);
 }
 
-// How often CUDA has been called, by what for.
+// Returns the number of CUDA driver calls by purpose.
 py::dict driver_calls() {
   py::dict d;
   d["pointer_queries"] = calls_of(DriverCall::kQueryPointer);
@@ -391,12 +392,12 @@ py::dict driver_calls() {
   return d;
 }
 
-// Are the products of the gradients the caller's (the choice loss_gradients)? Then linear_masked_cross_entropy in
-// parts.
+// Returns whether the caller computes the products of the gradients (variant loss_gradients). The caller then calls
+// linear_masked_cross_entropy in parts.
 bool linear_loss_by_mm() { return variant<LossGradients>() == LossGradients::kMm; }
 
-// (chunks, rows of a chunk, elements of a row of probabilities, weight's gradient first?), and where in the workspace
-// the probabilities, hidden's rows and the product for hidden's gradient are.
+// Returns (chunks, rows of a chunk, elements of a row of probabilities, whether the weight's gradient comes first), and
+// the offsets in the workspace of the probabilities, hidden's rows and the product for hidden's gradient.
 py::tuple linear_loss_layout(const LinearLossArguments& arguments, int device) {
   const loss::LinearPlan plan = loss::plan_linear(linear_loss_params(arguments, {device, 0, true, 0, 0}));
   return py::make_tuple(plan.chunks, plan.rows, plan.prob_stride, variant<LossOrder>() == LossOrder::kWeightFirst,
@@ -410,9 +411,9 @@ void linear_loss_part(const LinearLossArguments& arguments, int chunk, const Lau
   kPart(p, chunk);
 }
 
-// How linear_sample_tokens shares out its work on a GPU of so many multiprocessors, for tests: (CTAs of a cluster,
-// ranges of the vocabulary, chunks of 32 ids in a range, tasks), a task being (CTA, row tile, range or one past the
-// last: none, tiles that it takes, tiles of its neighbour).
+// For tests: returns how linear_sample_tokens divides its work on a GPU of sm_count multiprocessors, as (CTAs of a
+// cluster, ranges of the vocabulary, chunks of 32 ids in a range, tasks). A task is (CTA, row tile, range, its tiles,
+// tiles of its neighbour). The range of a task without tiles is one past the last.
 py::tuple head_plan(int64_t num_rows, int64_t vocab_size, int sm_count) {
   const remask::HeadPlan plan = remask::plan_head(num_rows, vocab_size, sm_count);
   py::list tasks;
@@ -426,7 +427,7 @@ py::tuple head_plan(int64_t num_rows, int64_t vocab_size, int sm_count) {
   return py::make_tuple(plan.cluster, plan.slots, plan.chunks, tasks);
 }
 
-// Of each choice: name, environment, description, values (the first one is the default), value in use.
+// Lists the name, environment variable, description, values (the default first) and value in use of each variant.
 py::list list_variants() {
   py::list all;
   for (const Variant& choice : variants())
@@ -437,7 +438,7 @@ py::list list_variants() {
 
 int64_t attention_plan_rows(const PackArguments& pack) { return attention::plan_rows(pack_shape(pack)); }
 int64_t varlen_attention_workspace(const PackArguments& pack) { return attention::forward_workspace(pack_shape(pack)); }
-// tile_tokens, cluster, key_tile, warps.
+// Returns (tile_tokens, cluster, key_tile, warps).
 std::tuple<int, int, int, int> attention_forward_tiling(const PackArguments& pack, int device) {
   const attention::ForwardTiling cut = attention::forward_tiling(pack_shape(pack), device);
   return {cut.tile_tokens, cut.cluster, cut.key_tile, cut.warps};
@@ -511,7 +512,7 @@ py::dict info() {
 
 }  // namespace
 
-// Every call works without the GIL: what calls share is atomic or behind a mutex.
+// The module needs no GIL: all state that calls share is atomic or behind a mutex.
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.doc() = "Native ops of illada; use illada.ops, which checks what this module does not.";
   m.attr("__version__") = ILLADA_VERSION;

@@ -31,8 +31,8 @@ void parallel_for(int64_t count, [[maybe_unused]] int num_threads, F&& f) {
     }
   };
 #if defined(_OPENMP)
-  if (num_threads > 1 &&
-      count > 1) {  // not `if` of the pragma, under which the loop is still handed out piece by piece
+  // Not an `if` clause of the pragma: with it, one thread would still fetch the iterations one by one.
+  if (num_threads > 1 && count > 1) {
     std::atomic<bool> failed = false;
     std::exception_ptr thrown;
 #pragma omp parallel for schedule(dynamic) num_threads(num_threads)

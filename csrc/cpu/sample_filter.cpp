@@ -1,5 +1,6 @@
-// The row kernel runs twice: over the logits, or over what is sampled of them, for confidence; and over the kept logits
-// for the token. Cost beside it: a copy of the row in float32, a selection for top_k, an exponential an id for top_p.
+// The row kernel runs over all logits for the confidence, and over the kept logits for the token. With
+// confidence_at_temperature it runs a third time, over the kept logits divided by the temperature, for the confidence.
+// Additional cost: a float32 copy of the row, a selection for top_k, and one exponential per id for top_p.
 #include "cpu/sample_filter.h"
 
 #include <algorithm>
@@ -14,18 +15,18 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// The smallest logit that top_k keeps; all that equal it are kept as well.
+// Returns the k-th largest logit, the smallest that top_k keeps. All logits equal to it are kept as well.
 float kth_largest(const std::vector<float>& x, int64_t k) {
   std::vector<float> order(x);
   std::nth_element(order.begin(), order.begin() + (k - 1), order.end(), std::greater<>());
   return order[size_t(k - 1)];
 }
 
-// Leaves out what top_p does of the x that are above -inf. The probabilities of neighbouring logits are summed up in
-// bins first, so that only the logits of one bin are sorted.
+// Sets the logits that top_p does not keep to -inf. It first sums the probabilities of neighbouring logits in bins, so
+// that it sorts the logits of one bin only.
 void keep_top_p(std::vector<float>& x, float maximum, float temperature, float top_p) {
   constexpr int kBins = 2048;
-  constexpr double kBinsOfOne = 64;  // bins of a factor e in probability
+  constexpr double kBinsOfOne = 64;  // bins per factor e in probability
   const auto nats_below = [&](float value) { return (double(maximum) - double(value)) / double(temperature); };
   const auto bin_of = [&](float value) { return int(std::min(nats_below(value) * kBinsOfOne, double(kBins - 1))); };
   std::vector<double> mass(kBins, 0.0);
@@ -91,7 +92,7 @@ SampleRowResult sample_filtered(const RowKernels& kernels, bool bf16, const Samp
     found = kernels.sample_f32(kept);
   }
   found.token = token;
-  found.logprob = float(logit + double(found.logprob));  // which was that of the largest logit
+  found.logprob = float(logit + double(found.logprob));  // before this, the logprob of the largest logit
   return found;
 }
 

@@ -1,13 +1,15 @@
-// What top_k and top_p keep of each row that asks: a smallest logit and, among those that equal it, a last id.
+// Thresholds of top_k and top_p for each row: the smallest logit that is kept and, among ids with that logit, the last
+// id that is kept.
 //
-// One CTA a row, which ends at once where the row asks for nothing. Both selections are of the same form: how far down
-// from the largest logit does the sum of something (1 an id, or its probability) reach a target? A histogram over the
-// distance from the largest logit names the bin where it does, the ids of this bin are listed in shared memory, and a
-// bisection over their bits finds the logit; where they are too many for the list, over the row itself. So a selection
-// is two passes over the row, which the L2 cache holds by then, beside one for its largest logit.
+// One CTA processes one row. It ends at once if the row has no filter. Both selections have the same form: from the
+// largest logit down, sum a quantity (1 per id, or the id's probability) until the sum reaches a target. First a
+// histogram over the distance from the largest logit finds the bin in which it does. Then the CTA lists the ids of this
+// bin in shared memory, and a bisection over the bits of their logits finds the logit. If the list has no room for the
+// ids, the bisection reads the row itself. A selection therefore takes two passes over the row, which the L2 cache then
+// holds. One more pass finds the largest logit.
 //
-// All sums are of integers: their order does not matter, and a row's result depends on the row alone. The weight of an
-// id is relative to the edge of its bin, as its logit's distance from that edge is exact.
+// All sums are of integers. Their order does not matter, so a row's result depends on the row alone. The weight of an
+// id is relative to the edge of its bin, because the distance of its logit from that edge is exact.
 #include <climits>
 
 #include "common/dependent_launch.h"
@@ -19,7 +21,7 @@ namespace illada::remask {
 namespace {
 
 constexpr int kThreads = 1024, kWarps = kThreads / 32;
-constexpr int kBins = 2 * kThreads, kLastBin = kBins - 1;  // of which the last holds all that is further away
+constexpr int kBins = 2 * kThreads, kLastBin = kBins - 1;  // the last one holds all larger distances
 constexpr float kBinsOfOne = 64.0f;                        // bins of a factor e in probability: 32 nats in all
 constexpr int kListed = 2048;
 constexpr int kBiasBits = 1 << 15;
@@ -53,8 +55,8 @@ struct RowFilter {
   int32_t vocab;
   RowBias bias;
   float maximum = 0;
-  float floor = -INFINITY;  // smaller logits count no more
-  float scale = 0;          // bins of a distance of 1
+  float floor = -INFINITY;  // smaller logits are left out
+  float scale = 0;          // bins per unit of distance
   int bin = 0, weight_bits = 0;
 
   // f(x, id) for every id of the row, by the threads of the CTA.
@@ -65,7 +67,7 @@ struct RowFilter {
       const T* const at = row + int64_t(vector) * kVector;
       return kAligned ? load8(at) : load8_unaligned(at);
     };
-    Raw8<T> next = minus_infinity8<T>();  // on its way while the one before is worked on
+    Raw8<T> next = minus_infinity8<T>();  // loads while the previous vector is in use
     if (int(threadIdx.x) < vectors) next = load(int(threadIdx.x));
     for (int vector = int(threadIdx.x); vector < vectors; vector += kThreads) {
       float x[kVector];
@@ -102,13 +104,13 @@ struct RowFilter {
   __device__ __forceinline__ Sum block_sum(Sum value) const {
     const auto add = [](Sum a, Sum b) { return a + b; };
     value = warp_reduce(value, add);
-    __syncthreads();  // what was in `partial` has been read
+    __syncthreads();  // all threads have read the previous contents of `partial`
     if (threadIdx.x % 32 == 0) shared.partial[threadIdx.x / 32] = value;
     __syncthreads();
     return warp_reduce(shared.partial[threadIdx.x % 32], add);
   }
 
-  // The largest logit, and in shared memory the smallest above -inf; false where the row has no softmax.
+  // Finds the largest logit, and the smallest above -inf in shared memory. Returns false if the row has no softmax.
   __device__ __forceinline__ bool find_range() {
     float most = -INFINITY, least = INFINITY;
     bool nan = false;
@@ -124,7 +126,7 @@ struct RowFilter {
     return !nan && maximum > -INFINITY && maximum < INFINITY;
   }
 
-  // Counts, and what the weights lack of those of the bins' edges, of all that is not below the floor.
+  // Puts the ids with logits of at least `floor` into bins: their number, and the sum of their lacking(x, bin).
   template <typename Lacking>
   __device__ __forceinline__ void fill_bins(Lacking&& lacking) {
     __syncthreads();
@@ -139,8 +141,8 @@ struct RowFilter {
     __syncthreads();
   }
 
-  // The bin in which the sum of the bins' masses reaches target(their total), or -1; shared.before is the sum of those
-  // before it.
+  // Returns the bin at which the running sum of masses reaches target(sum of all masses), or -1. Sets shared.before to
+  // the sum before that bin.
   template <typename Mass, typename Target>
   __device__ __forceinline__ int find_bin(Mass&& mass, Target&& target) {
     const int lane = int(threadIdx.x % 32), warp = int(threadIdx.x / 32), at = 2 * int(threadIdx.x);
@@ -208,8 +210,8 @@ struct RowFilter {
     return block_sum(sum);
   }
 
-  // The key of the largest logit of the bin for which the weights of all that are not smaller sum to `needed`; of the
-  // smallest where they never do.
+  // Returns the key of the largest logit in the bin such that the weights of all logits at or above it sum to at least
+  // `needed`. If there is none, returns the key of the smallest logit.
   template <typename Weight>
   __device__ __forceinline__ int32_t find_key(Sum needed, Weight&& weight) {
     list_bin();
@@ -226,7 +228,7 @@ struct RowFilter {
     return low;
   }
 
-  // The smallest logit that top_k keeps.
+  // Returns the smallest logit that top_k keeps.
   __device__ __forceinline__ float find_top_k(int32_t top_k) {
     scale = kBinsOfOne;
     for (bool again = true;; again = false) {
@@ -235,12 +237,12 @@ struct RowFilter {
       if (bin != kLastBin || !again) break;
       scale = float(kLastBin) / (maximum - of_key(shared.minimum));  // 0 where the difference is infinite
     }
-    if (bin < 0) return -INFINITY;  // fewer are above it
+    if (bin < 0) return -INFINITY;  // at most top_k - 1 logits are above it
     return of_key(find_key(Sum(top_k) - shared.before, [](float) { return 1u; }));
   }
 
-  // What the weight of an id lacks of that of its bin's edge, which is 2^weight_bits. Ids that are e^-32 times as
-  // likely as the first have no weight.
+  // Returns 2^weight_bits minus the weight of an id. 2^weight_bits is the weight at the edge of a bin. The last bin has
+  // no mass: its ids are at most e^-32 times as likely as the first.
   __device__ __forceinline__ uint32_t lacking(float x, int at) const {
     const float beyond = distance(x) - float(at);  // exact
     const float lost = 1.0f - exp2_approx(beyond * (-kLog2eF / kBinsOfOne));
@@ -248,10 +250,10 @@ struct RowFilter {
   }
   __device__ __forceinline__ uint32_t weight(float x) const { return (1u << weight_bits) - lacking(x, bin); }
 
-  // Where top_p ends, among what is not below the floor.
+  // Finds the smallest logit that top_p keeps among logits of at least `floor`, and the last kept id with that logit.
   __device__ __forceinline__ void find_top_p(float top_p, float temperature, float& value, int32_t& last) {
-    weight_bits =
-        min(20, 6 + __clz(vocab - 1));  // what a bin's weights lack is less than 2^(bits - 6) each, 2^32 in all
+    // Each id adds less than 2^(weight_bits - 6) to its bin's `fraction`, which therefore stays below 2^32.
+    weight_bits = min(20, 6 + __clz(vocab - 1));
     scale = fminf(kBinsOfOne / temperature, 1e30f);
     fill_bins([&](float x, int at) { return lacking(x, at); });
     Sum wanted = 0;
@@ -264,7 +266,7 @@ struct RowFilter {
     const Sum needed = Sum(fmax(ceil(double(wanted - shared.before) / edge(bin)), 1.0));
     const int32_t key = find_key(needed, [&](float x) { return weight(x); });
     value = of_key(key);
-    // Of those that equal it the lowest ids are kept, as many as it takes.
+    // Of the ids with this logit, the lowest are kept, as many as the target needs.
     const Sum above = sum_of_bin([&](float x, int) { return key_of(x) > key ? Sum(weight(x)) : 0; });
     const Sum equal = sum_of_bin([&](float x, int) { return Sum(key_of(x) == key); });
     const Sum kept = above < needed ? (needed - above - 1) / weight(value) + 1 : 1;
@@ -280,7 +282,7 @@ struct RowFilter {
     }
     last = low;
   }
-  // Of a bin, in the fixed point of masses: what its weights are multiplied by.
+  // Returns the factor from the weights of a bin to its mass, a fixed-point number.
   __device__ __forceinline__ static double edge(int at) {
     return exp2(double(at) * (-double(kLog2eF) / kBinsOfOne) + kEdgeBits);
   }
