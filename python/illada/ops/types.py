@@ -27,9 +27,12 @@ class TokenSample(NamedTuple):
     token: int64 [N], the sampled id.
     confidence: float32 [N], the chosen measure; larger is more confident. It is -inf where the row's softmax has no
         value (NaN or +inf among the logits, or only -inf); such a row is never committed.
-    logprob: float32 [N], log p(token) under the softmax without noise and temperature, in nats.
+    logprob: float32 [N], log p(token), in nats, under the softmax without noise, temperature and filters.
     entropy: float32 [N], in nats, or None unless requested.
     margin: float32 [N], p of the most likely id minus p of the next, or None unless requested.
+
+    With `confidence_at_temperature`, all fields except `token` refer to the softmax at the temperature over the ids that
+    the filters keep.
     """
 
     token: Tensor
