@@ -9,12 +9,12 @@ last computes confidence at the temperature and over the kept ids.
 The noise is a pure function of its key (Philox4x32-10). A sequence therefore samples the same tokens whatever else is
 in the batch. `illada.ops.reference.remask` has the formulas of the commit rules.
 
-| device          | logits                     | tokens       | kernels                                              |
-|-----------------|----------------------------|--------------|------------------------------------------------------|
+| device          | logits                     | tokens       | kernels                                               |
+|-----------------|----------------------------|--------------|-------------------------------------------------------|
 | CPU             | float32, bfloat16          | int64, int32 | csrc/cpu: AVX-512, AVX2 or baseline, as the CPU has   |
 | sm_80 and newer | float32, bfloat16, float16 | int64, int32 | csrc/remask; the head by torch.mm on chunks of rows   |
 | sm_90a          | the same                   | the same     | the head fused, for 16 bit without filters: logits    |
-|                 |                            |              | are never written                                    |
+|                 |                            |              | are never written                                     |
 """
 
 from __future__ import annotations
@@ -279,7 +279,8 @@ def sample_tokens(
     """Sample one token of each row by the Gumbel-max method, with its confidence.
 
     Args:
-        logits: [N, V], float32, bfloat16 or (on CUDA) float16, any row stride; read once unless a row uses a filter.
+        logits: [N, V], float32, bfloat16 or (on CUDA) float16, any row stride. They are read once without top_k, top_p and
+            confidence_at_temperature.
         temperature: Scale of the noise, a number or float32 [N]; 0 is greedy.
         seed: A number or int64 [N]. The same seed, row_id and step always give the same noise.
         step: The sampling step, a number or int32 [N]. It is read as unsigned: -1 is 2^32 - 1, and so on.

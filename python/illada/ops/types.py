@@ -31,8 +31,8 @@ class TokenSample(NamedTuple):
     entropy: float32 [N], in nats, or None unless requested.
     margin: float32 [N], p of the most likely id minus p of the next, or None unless requested.
 
-    With `confidence_at_temperature`, all fields except `token` refer to the softmax at the temperature over the ids that
-    the filters keep.
+    With `confidence_at_temperature`, all fields except `token` refer to the softmax at the temperature, over the ids
+    that the filters keep.
     """
 
     token: Tensor
