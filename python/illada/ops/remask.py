@@ -279,8 +279,8 @@ def sample_tokens(
     """Sample one token of each row by the Gumbel-max method, with its confidence.
 
     Args:
-        logits: [N, V], float32, bfloat16 or (on CUDA) float16, any row stride. They are read once without top_k, top_p and
-            confidence_at_temperature.
+        logits: [N, V], float32, bfloat16 or (on CUDA) float16, any row stride. They are read once without top_k, top_p
+            and confidence_at_temperature.
         temperature: Scale of the noise, a number or float32 [N]; 0 is greedy.
         seed: A number or int64 [N]. The same seed, row_id and step always give the same noise.
         step: The sampling step, a number or int32 [N]. It is read as unsigned: -1 is 2^32 - 1, and so on.
