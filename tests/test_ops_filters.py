@@ -1,5 +1,7 @@
 """top_k, top_p and confidence_at_temperature of sample_tokens and linear_sample_tokens on a CPU."""
 
+import inspect
+
 import pytest
 import torch
 
@@ -67,6 +69,13 @@ def test_registered_op(generator):
     assert torch.equal(out.token, want.token) and torch.equal(out.logprob, want.logprob)
     meta = illada.sample_tokens(logits.to("meta"), temperature=1.0, top_k=5, top_p=0.5)
     assert meta.token.shape == (4,)
+
+
+@pytest.mark.parametrize("op, inputs", [("sample_tokens", 1), ("linear_sample_tokens", 3)])
+def test_ops_and_raw_calls_agree_in_the_order_of_arguments(op, inputs):
+    of_op = [argument.name for argument in getattr(torch.ops.illada, op).default._schema.arguments]
+    _, *of_raw = inspect.signature(getattr(raw, op)).parameters  # the first one is out, the last one workspace
+    assert of_op[: len(of_raw) - 1] == of_raw[:-1] and len(of_raw) >= inputs + 10
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ in the batch. `illada.ops.reference.remask` has the formulas of the commit rules
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -35,17 +35,12 @@ _DTYPES_CPU = (torch.float32, torch.bfloat16)
 _CHUNK_BYTES_CPU = 32 << 20
 _CHUNK_BYTES_CUDA = 256 << 20  # 800 rows of 155,136 ids: enough for the GEMM, small beside the head weight
 
+#: In the order of the arguments of `raw.sample_tokens`; the first ten are also those of `raw.linear_sample_tokens`.
 _SAMPLE_ARGUMENTS = (
     "float temperature, int seed, int step, Tensor? temperatures, Tensor? seeds, Tensor? steps, Tensor? row_ids, "
     "Tensor? bias_ids, Tensor? bias_values, int measure, int top_k, float top_p, Tensor? top_ks, Tensor? top_ps, "
     "bool confidence_at_temperature, bool want_entropy, bool want_margin"
 )
-#: The same arguments as keywords of `illada.ops.raw`, without filters, want_entropy and want_margin.
-_SETTINGS = (
-    *("temperature", "seed", "step", "temperatures", "seeds", "steps", "row_ids"),
-    *("bias_ids", "bias_values", "measure"),
-)
-_FILTERS = ("top_k", "top_p", "top_ks", "top_ps", "confidence_at_temperature")
 _SAMPLE_RESULTS = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 lib.LIBRARY.define(f"sample_tokens(Tensor logits, {_SAMPLE_ARGUMENTS}) -> {_SAMPLE_RESULTS}", tags=lib.TAGS)
 lib.LIBRARY.define(
@@ -70,19 +65,16 @@ def _allocate(like: Tensor, rows: int, want_entropy: bool, want_margin: bool) ->
     return tuple(like.new_empty(size, dtype=dtype) for size, dtype in zip(sizes, dtypes, strict=True))
 
 
-def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if t is None else t.contiguous() for t in tensors]
+def _contiguous(*arguments) -> list:
+    """Return the arguments, with tensors contiguous."""
+    return [x.contiguous() if isinstance(x, Tensor) else x for x in arguments]
 
 
 def _sample_into(out: Sequence[Tensor], logits: Tensor, *arguments) -> None:
     """Sample into `out`; `arguments` are those of the ops' schemas without want_entropy and want_margin."""
-    numbers, tensors, measure, filters = arguments[:3], arguments[3:9], arguments[9], arguments[10:]
-    size = raw.sample_tokens_workspace(logits.shape[0], logits.shape[1], logits.device, _may_filter(*filters))
+    size = raw.sample_tokens_workspace(logits.shape[0], logits.shape[1], logits.device, _may_filter(*arguments[10:]))
     workspace = logits.new_empty(size, dtype=torch.uint8) if size else None
-    settings: dict[str, Any] = dict(zip(_SETTINGS, (*numbers, *_contiguous(*tensors), measure), strict=True))
-    top_k, top_p, top_ks, top_ps, at_temperature = filters
-    settings |= zip(_FILTERS, (top_k, top_p, *_contiguous(top_ks, top_ps), at_temperature), strict=True)
-    raw.sample_tokens(TokenSample(*out), logits, **settings, workspace=workspace)
+    raw.sample_tokens(TokenSample(*out), logits, *_contiguous(*arguments), workspace=workspace)
 
 
 def _may_filter(top_k, top_p, top_ks, top_ps, confidence_at_temperature) -> bool:
@@ -127,9 +119,9 @@ def _linear_sample_cuda(hidden, weight, rows, *arguments):
         return _linear_sample_chunks(hidden, weight, rows, *arguments)
     out = _allocate(hidden, len(hidden) if rows is None else len(rows), *arguments[-2:])
     workspace = hidden.new_empty(size, dtype=torch.uint8)
-    numbers, tensors, measure = arguments[:3], arguments[3:9], arguments[9]
-    settings: dict[str, Any] = dict(zip(_SETTINGS, (*numbers, *_contiguous(*tensors), measure), strict=True))
-    raw.linear_sample_tokens(TokenSample(*out), hidden, weight, rows, **settings, workspace=workspace)
+    raw.linear_sample_tokens(
+        TokenSample(*out), hidden, weight, rows, *_contiguous(*arguments[:10]), workspace=workspace
+    )
     return out
 
 
