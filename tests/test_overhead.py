@@ -1,6 +1,7 @@
 """What a call of an op costs its host beside torch's counterpart, and that what watches or changes calls still sees it."""
 
 import statistics
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import illada
 from benchmarks import overhead
 from benchmarks.timing import ThreadClock
+from illada.ops import _library
 from illada.ops._library import caller
 
 # How many times torch's processor time a call may take, and what was reached (no grad, grad, both) for the public
@@ -91,6 +93,15 @@ def test_a_gradient_passes_the_dispatcher_by(generator, monkeypatch):
     assert gradient(logits, *arguments, dlse, 0).shape == logits.shape
     with pytest.raises(AssertionError, match="asked"):  # a negated view behind the number, too
         gradient(logits, *arguments, torch._neg_view(dlse), 0)
+
+
+def test_an_op_of_one_tensor(monkeypatch):
+    """It is that tensor which is checked, not its elements."""
+    one_tensor = SimpleNamespace(_schema=torch.ops.aten.neg.default._schema)
+    monkeypatch.setattr(torch.ops.illada.masked_ce_bwd, "default", one_tensor)
+    monkeypatch.setitem(_library._KERNELS, "masked_ce_bwd", {_library._bits("CPU"): torch.neg})
+    monkeypatch.delitem(_library._FORMULAS, "masked_ce_bwd")
+    assert caller("masked_ce_bwd")(torch.tensor(2.0)) == -2
 
 
 def test_a_view_that_negates_is_not_read_as_it_lies(generator):

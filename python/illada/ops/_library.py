@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -251,7 +250,6 @@ def caller(op: str) -> Callable:
     """
     overload = getattr(torch.ops.illada, op).default
     tensors = [i for i, argument in enumerate(overload._schema.arguments) if "Tensor" in str(argument.type)]
-    tensors_of = operator.itemgetter(*tensors)
     cpu, cuda = (_KERNELS[op].get(_bits(key)) for key in ("CPU", "CUDA"))
     formula, types = _FORMULAS.get(op), (Tensor, torch.nn.Parameter)
     # Look these up once, because a call takes only some microseconds.
@@ -267,7 +265,8 @@ def caller(op: str) -> Callable:
     def call(*inputs):
         if is_compiling() or keys_added().raw_repr() != _ALWAYS or modes() or profiled() or in_forward_mode():
             return overload(*inputs)
-        for tensor in tensors_of(inputs):
+        for i in tensors:
+            tensor = inputs[i]
             if tensor is not None and (type(tensor) not in types or tensor.is_neg()):
                 return overload(*inputs)
         kernel = cpu if inputs[0].is_cpu else cuda if inputs[0].is_cuda else None
