@@ -195,7 +195,7 @@ void forward_cpu(const ForwardParams& p) {
     tile.lse = p.lse + kv_head * group * s.total_q + x.q_start;
     tile.num_heads = s.num_heads;
     tile.total_q = s.total_q;
-    const cpu::FlushedDenormals flushed;  // probabilities of keys that nobody looks at
+    const cpu::FlushedDenormals flushed;  // keys with very low scores have denormal probabilities
     attend(tile);
   });
 }
