@@ -38,7 +38,7 @@ CHECKS ?= race,proxy
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Sources of the installed package: it is built again when one of them changes.
 SOURCES := $(shell find build_backend csrc cmake python -type f -not -name '*.so' -not -name 'ptxas*' -not -path '*__pycache__*' 2>/dev/null | grep -v ' ') \
-	CMakeLists.txt CMakePresets.json setup.py pyproject.toml
+	CMakeLists.txt CMakePresets.json setup.py pyproject.toml $(wildcard benchmarks/*.py benchmarks/predicted.json configs/*.toml)
 
 .PHONY: demo test test-slow test-build fuzz test-cuda test-gpu test-simulator predict dry-run ptxas lint format bench results clean \
 	install
@@ -87,7 +87,7 @@ FORCE:
 	fi; \
 	case "$$cuda" in \
 	  off | OFF | Off) echo "make: building for CPUs: under a minute";; \
-	  *) echo "make: building, one to ten minutes with CUDA kernels (ILLADA_CUDA=off: none, under a minute;" \
+	  *) echo "make: building, one to five minutes with CUDA kernels on two cores (ILLADA_CUDA=off: none, under a minute;" \
 	      "ILLADA_CUDA_ARCHS=80-real: one kind of GPU)"; \
 	    $(FETCH);; \
 	esac; \
@@ -175,11 +175,11 @@ format: .cache/requirements-dev
 	"$(BIN)/ruff" format .
 	find csrc examples tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs "$(BIN)/clang-format" -i
 
-bench: .cache/requirements-dev install
+bench: install
 	@mkdir -p runs/bench
 	"$(BIN)/python" -m benchmarks all --json runs/bench/all.jsonl --plot runs/bench/all.png
 
-results: .cache/requirements-dev install
+results: install
 	"$(BIN)/python" -m benchmarks.results_page
 
 clean:

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 #: Command to module of this package, in the order of `all`: short cases first, which leave more of a time budget.
-#: Each has `DEVICES`, `cases(device) -> list[Case]` and `goals(records) -> list[Goal]`. What else one may have:
+#: Each has `DEVICES`, `cases(device) -> list[Case]`, `quick(device)`, those of --quick, `goals(records) -> list[Goal]`
+#: and `providers(device)`, names for --provider and --list. What else one may have:
 #: DIRECTIONS, SPREAD     `cases` takes one of the directions, and another spread
-#: quick(device)          the cases of --quick; default: all
 #: OWN, own(shapes, device)    shapes of one's own that it takes, see `shapes`, and the cases of such
 #: LEAST_VOCAB            the least --vocab that these can have; default: 1
-#: providers(device)      names, for --provider and --list; WAYS_DOC: what says more of them than the module's own text
+#: WAYS_DOC               what says more of the providers than the module's own text
 #: rivals(provider)       of a peer: does it the same job, so that it must not be faster? Default: all do
 BENCHES = {
     "overhead": ".overhead",
@@ -49,8 +49,9 @@ examples:
 
 LISTED = """\
 A case is one job on one input; its name says which, as below. All providers of a case do the same job on the same
-input, by turns. A provider is one way to do it: `illada` is ours, as users call it, `illada ...` ours in another way;
-the others are peers, called as their users would. --only TEXT chooses cases, --provider NAME providers.
+input, by turns. A provider is one way to do it: `illada` is ours as users call it, and other names that contain it
+are variants of ours. The others are peers, called as their users would. --only TEXT chooses cases, --provider NAME
+providers.
 """
 
 
@@ -179,8 +180,7 @@ def plan(name: str, options: argparse.Namespace) -> Plan:
     given = shapes.given(options)
     if given.given:
         return Plan(name, bench, device, shapes.cases(name, bench, given, device, **more))
-    quick = options.quick and hasattr(bench, "quick")
-    return Plan(name, bench, device, (bench.quick if quick else bench.cases)(device, **more))
+    return Plan(name, bench, device, (bench.quick if options.quick else bench.cases)(device, **more))
 
 
 def plans(options: argparse.Namespace) -> list[Plan]:
@@ -202,17 +202,12 @@ def plans(options: argparse.Namespace) -> list[Plan]:
         p.cases = [case for case in p.cases if options.only is None or options.only in case.name]
     if not any(p.cases for p in found):
         raise ValueError(f"no case of {options.bench} contains {options.only!r}: {', '.join(offered)}")
-    known = list(dict.fromkeys(name for p in found for name in providers(p) or options.provider or ()))
+    known = list(dict.fromkeys(name for p in found for name in p.bench.providers(p.device)))
     for name in options.provider or ():
         if name not in known:
             there = ", ".join(map(repr, known))
             raise ValueError(f"{options.bench} has no provider {name!r} on {found[0].device.type}; it has {there}")
     return [p for p in found if p.cases]
-
-
-def providers(p: Plan) -> list[str]:
-    """Of the bench, on the device of the plan; empty where it does not say."""
-    return list(p.bench.providers(p.device)) if hasattr(p.bench, "providers") else []
 
 
 def show_list(found: Sequence[Plan]) -> None:
@@ -222,7 +217,10 @@ def show_list(found: Sequence[Plan]) -> None:
         print(f"==== {p.name}\n\n{(p.bench.__doc__ or '').strip()}\n")
         if more := getattr(p.bench, "WAYS_DOC", None):
             print(f"{more.strip()}\n")
-        print(f"providers of {p.name} on {p.device.type}:\n" + "".join(f"  {name}\n" for name in providers(p)))
+        print(
+            f"providers of {p.name} on {p.device.type}:\n"
+            + "".join(f"  {name}\n" for name in p.bench.providers(p.device))
+        )
         print(f"cases of {p.name} on {p.device.type}:\n" + "".join(f"  {case.name}\n" for case in p.cases))
 
 
@@ -290,9 +288,8 @@ def run(
     if not records and not status:
         print("nothing was measured", file=sys.stderr)
         return 2
-    if before is not None:
-        failed = regression.show(records, before, options.compare) == 1 or failed
-    return status or int(failed)
+    compared = 0 if before is None else regression.show(records, before, options.compare)
+    return status or compared or int(failed)
 
 
 def execute(found: Sequence[Plan], options: argparse.Namespace, lines: list[dict[str, Any]], began: float) -> int:
@@ -313,15 +310,15 @@ def execute(found: Sequence[Plan], options: argparse.Namespace, lines: list[dict
                 tqdm.write(row(record, new), file=sys.stdout)
         sys.stdout.flush()
 
-    seconds = options.time_budget
-    if seconds is not None:  # tables, a plot and the exit take some as well
-        seconds = max(0.0, seconds - max(1.5, 0.1 * seconds) - (time.monotonic() - began))
     try:
         with as_exceptions():
             jobs: list[tuple[str, Any, list[Any]]] = [(p.name, p.device, p.cases) for p in found]
             for device in dict.fromkeys(p.device for p in found):
                 measured = [case for p in found if p.device == device for case in p.cases]
                 jobs.insert(0, (ceiling.BENCH, device, ceiling.cases(measured, device)))
+            seconds = options.time_budget
+            if seconds is not None:  # tables, a plot and the exit take some as well
+                seconds = max(0.0, seconds - max(1.5, 0.1 * seconds) - (time.monotonic() - began))
             budget = Budget(seconds, sum(len(cases) for _, _, cases in jobs))
             for name, device, cases in jobs:
                 repeats = options.repeats

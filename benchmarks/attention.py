@@ -37,7 +37,7 @@ from .attention_ways import (
     make_plan,
     ragged,
 )
-from .runner import Case, Goal, Provider, reason
+from .runner import Case, Goal, Provider, is_ours, reason
 from .shapes import Shapes
 from .timing import CPU
 
@@ -229,7 +229,7 @@ def goals(records: Sequence[dict[str, Any]]) -> list[Goal]:
         rate = r["flops"] / r["median_ms"] / 1e9
         if (bar := TERAFLOPS.get(r["case"])) is not None:
             found.append(Goal(f"{r['case']}: {rate:.0f} TFLOP/s (goal {bar})", rate >= bar))
-        peers = [p for p in singles if p["case"] == r["case"] and not p["provider"].startswith("illada")]
+        peers = [p for p in singles if p["case"] == r["case"] and not is_ours(p["provider"])]
         longest = (r["counts"] or {}).get("longest")
         if peers and direction in TIMES and longest is not None:
             best = min(peers, key=lambda p: p["median_ms"])

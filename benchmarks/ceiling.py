@@ -33,9 +33,9 @@ def cases(measured: Sequence[Case], device: torch.device) -> list[Case]:
     return found + [matmul(dtype, device) for dtype in dtypes]
 
 
-def copy(device: torch.device, size: int | None = None) -> Case:
-    """A copy of `size` bytes on the device: the bandwidth."""
-    size = size or (1 << 20 if dry_run.ACTIVE else COPY_BYTES[device.type])
+def copy(device: torch.device) -> Case:
+    """A copy on the device: the bandwidth."""
+    size = 1 << 20 if dry_run.ACTIVE else COPY_BYTES[device.type]
 
     def make() -> list[Provider]:
         source = torch.arange(size // 8, device=device)
@@ -45,9 +45,9 @@ def copy(device: torch.device, size: int | None = None) -> Case:
     return Case(f"copy {size / 2**20:g} MiB", make, bytes=2 * size, repeats=REPEATS[device.type], yardstick=True)
 
 
-def matmul(dtype: torch.dtype, device: torch.device, size: int | None = None) -> Case:
+def matmul(dtype: torch.dtype, device: torch.device) -> Case:
     """A product of square matrices of the dtype: the floating-point operations a second."""
-    size = size or (64 if dry_run.ACTIVE else _matmul_size(dtype, device))
+    size = 64 if dry_run.ACTIVE else _matmul_size(dtype, device)
 
     def make() -> list[Provider]:
         a, b = (torch.randn(size, size, device=device, generator=generator(device, i)).to(dtype) for i in range(2))

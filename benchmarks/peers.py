@@ -8,22 +8,21 @@ BENCH` has more cases. Compilers take their time, so flex_attention comes last.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from . import attention, ceiling, dry_run, isolated, loss, remask, report, runner, timing
+from . import attention, ceiling, dry_run, isolated, jsonl, loss, remask, report, runner, timing
 from .attention_ways import Job as AttentionJob
 from .attention_ways import equal, listed
 from .isolated import OK, SKIPPED, Outcome, Step, Task
 from .loss_ways import Job as LossJob
-from .runner import Case
+from .runner import Case, is_ours
 
 ATTENTION = ("illada", "illada raw", "illada deterministic", "sdpa flash", "sdpa cudnn", "varlen_attn", "cudnn varlen",
              "fa3", "fa4")  # fmt: skip
@@ -33,19 +32,21 @@ REMASK = ("illada", "mm+illada")
 REPEATS = 10
 
 
-class Group:
-    """Cases of a benchmark with the providers that take part; `make` builds them in the child."""
+@dataclass(frozen=True)
+class Job:
+    """A case of a benchmark with the providers that take part; its tensors are made in the child."""
 
-    def __init__(self, bench: str, names: Sequence[str], make: Callable[[], Sequence[Case]], providers: Sequence[str]):
-        self.bench, self.names, self.make, self.providers = bench, names, make, providers
+    bench: str
+    case: Case
+    providers: Sequence[str]
 
 
-def groups(device: torch.device) -> list[Group]:
-    """A group a process. In a dry run a small one of each kind."""
-    found: list[Group] = []
+def jobs(device: torch.device) -> list[Job]:
+    """A job for each process. In a dry run a small one of each kind."""
+    found: list[Job] = []
 
     def add(bench: str, case: Case, providers: Sequence[str]) -> None:
-        found.append(Group(bench, [case.name], lambda: [case], providers))
+        found.append(Job(bench, case, providers))
 
     def attend(direction: str, pack: Any, heads: int, kv_heads: int, dim: int, providers: Sequence[str]) -> None:
         job = AttentionJob(pack, heads, kv_heads, dim, torch.bfloat16, device)
@@ -81,26 +82,25 @@ def groups(device: torch.device) -> list[Group]:
     return found
 
 
-def measure(group: Group, device: torch.device, path: str | None, kernels: str | None, ours: bool) -> list[str]:
-    """In the child: times the cases and writes their records; the providers that were left out, with the reason."""
+def measure(job: Job, device: torch.device, path: str | None, kernels: str | None, ours: bool) -> list[str]:
+    """In the child: times the case and writes its records; the providers that were left out, with the reason."""
     if dry_run.ACTIVE:
         timing.LEAST_COLD_BYTES = 1 << 20
     left_out = []
-    providers = [name for name in group.providers if ours or not name.startswith("illada")]
+    providers = [name for name in job.providers if ours or not is_ours(name)]
 
     def written(records: list[dict[str, Any]]) -> None:
         left_out.extend(f"{r['provider']}: {r['error']}" for r in records if r["median_ms"] is None)
         if path:
             report.write_json(records, path)
 
-    cases = list(group.make())
     repeats = 2 if dry_run.ACTIVE else REPEATS
-    for bench, mine in ((ceiling.BENCH, ceiling.cases(cases, device)), (group.bench, cases)):
+    for bench, mine in ((ceiling.BENCH, ceiling.cases([job.case], device)), (job.bench, [job.case])):
         runner.run(
             bench, mine, providers=providers, repeats=repeats, device=device, after_case=written, keep_going=True
         )
     if kernels and ours and not dry_run.ACTIVE:  # no profiler looks into a simulator
-        write_kernels(cases[-1], device, kernels)
+        write_kernels(job.case, device, kernels)
     return left_out
 
 
@@ -111,9 +111,10 @@ def write_kernels(case: Case, device: torch.device, path: str) -> None:
         return
     provider.call()
     found = timing.kernels(provider.call, device)
-    with Path(path).open("a", encoding="utf-8") as file:
-        for name, (us, launches) in found.items():
-            file.write(json.dumps({"case": case.name, "kernel": name, "us": us, "launches": launches}) + "\n")
+    jsonl.append(
+        path,
+        ({"case": case.name, "kernel": name, "us": us, "launches": launches} for name, (us, launches) in found.items()),
+    )
 
 
 def line(outcome: Outcome) -> str:
@@ -138,11 +139,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="print the cases and stop")
     options = parser.parse_args(arguments)
     device = torch.device("cuda", 0)
-    mine = [g for g in groups(device) if options.only is None or any(options.only in name for name in g.names)]
+    mine = [job for job in jobs(device) if options.only is None or options.only in job.case.name]
     if not mine:
         parser.error(f"no case contains {options.only!r}; --list names them")
     if options.list:
-        print("\n".join(f"{name}: {', '.join(g.providers)}" for g in mine for name in g.names))
+        print("\n".join(f"{job.case.name}: {', '.join(job.providers)}" for job in mine))
         return 0
     deadline = time.monotonic() + options.seconds
     failed = False
@@ -152,25 +153,24 @@ def main(arguments: list[str] | None = None) -> int:
         outcomes.append(outcome)
         print(line(outcome), flush=True)
         if options.outcomes:
-            with Path(options.outcomes).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(vars(outcome)) + "\n")
+            jsonl.append(options.outcomes, [vars(outcome)])
 
-    def carry_out(group: Group, ours: bool) -> Outcome:
+    def carry_out(job: Job, ours: bool) -> Outcome:
         def run(known: Mapping[str, Any]) -> list[str]:
-            return measure(group, device, options.json, options.kernels, ours)
+            return measure(job, device, options.json, options.kernels, ours)
 
-        name = " + ".join(group.names) + ("" if ours else ", peers alone")
+        name = job.case.name + ("" if ours else ", peers alone")
         (outcome,) = isolated.run(
             [Task(name, [Step("measure", run)])], limit=options.limit, deadline=deadline, prepare=dry_run.prepare,
             report=tell,
         )  # fmt: skip
         return outcome
 
-    for group in mine:
-        outcome = carry_out(group, True)
+    for job in mine:
+        outcome = carry_out(job, True)
         if outcome.status not in (OK, SKIPPED):
             failed = True
-            carry_out(group, False)
+            carry_out(job, False)
     counts = Counter(outcome.status for outcome in outcomes)
     print("cases: " + ", ".join(f"{count} {status}" for status, count in counts.items()))
     return 1 if failed else 0

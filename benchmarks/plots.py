@@ -12,7 +12,7 @@ from typing import Any
 
 from . import ceiling
 from .ceiling import YARDSTICKS
-from .runner import NOISY, noisy, once
+from .runner import NOISY, is_ours, noisy, once
 
 Record = dict[str, Any]
 Records = Sequence[Record]
@@ -185,9 +185,7 @@ def _bar_panel(axes: Any, panel: Panel) -> None:
     furthest = max(panel.relative(r) + panel.ends(r)[1] for r in mine)
     for y, r in enumerate(mine):
         x, (low, high) = panel.relative(r), panel.ends(r)
-        color = (
-            OURS if r["provider"].split(",")[0] == "illada" else VARIANT if r["provider"].startswith("illada") else PEER
-        )
+        color = OURS if r["provider"].split(",")[0] == "illada" else VARIANT if is_ours(r["provider"]) else PEER
         axes.barh(
             y, x, height=0.72, color=color, hatch="////" if once(r) else None, edgecolor="white" if once(r) else None
         )
@@ -234,7 +232,7 @@ def _dot_panel(axes: Any, found: list[Panel]) -> None:
     names = _peers(found)
     axes.axvline(1, color=OURS, linewidth=1.2)
     for i, name in enumerate(names):
-        color = VARIANT if name.startswith("illada") else PEERS[i % len(PEERS)]
+        color = VARIANT if is_ours(name) else PEERS[i % len(PEERS)]
         style = {"color": color, "marker": MARKERS[i % len(MARKERS)]}
         for y, panel in enumerate(found):
             for r in (r for r in panel.records if r["provider"] == name):

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import report
-from .runner import Goal, once, ratio
+from .runner import Goal, is_ours, once, ratio
 
 Records = Sequence[dict[str, Any]]
 
@@ -35,15 +35,10 @@ LEAST_PEERS = 3
 def interval(record: dict[str, Any]) -> tuple[float, float]:
     """Milliseconds between which the median of another run of the same is to be expected."""
     ms = record["median_ms"]
-    known = record.get("n") or (1 if record["p20_ms"] == record["p80_ms"] else 5)
+    known = record["n"] or (1 if once(record) else 5)
     noise = ms * next(share for calls, share in NOISE if known < calls)
     low, high = (ms if record[key] is None else record[key] for key in ("p20_ms", "p80_ms"))
     return min(low, ms - noise), max(high, ms + noise)
-
-
-def is_ours(record: dict[str, Any]) -> bool:
-    """Has our code a part in it?"""
-    return "illada" in record["provider"]
 
 
 @dataclass(frozen=True)
@@ -84,12 +79,12 @@ def compare(records: Records, before: Records) -> list[Line]:
         beside = [times for new, times in peers if key(new)[:2] == key(record)[:2]]
         return statistics.median(beside) if beside else whole
 
-    return [Line(new, was, machine(new) if is_ours(new) else 1.0) for new, was in pairs]
+    return [Line(new, was, machine(new) if is_ours(new["provider"]) else 1.0) for new, was in pairs]
 
 
 def _is_yardstick(now: dict[str, Any], before: dict[str, Any]) -> bool:
     """Does the ratio of both say something of the machine: a peer's own code is the same, and each is of some calls."""
-    return not is_ours(now) and now["torch"] == before["torch"] and not once(now) and not once(before)
+    return not is_ours(now["provider"]) and now["torch"] == before["torch"] and not once(now) and not once(before)
 
 
 def differences(records: Records, before: Records) -> list[str]:
@@ -116,12 +111,12 @@ def table(lines: Sequence[Line]) -> str:
 
 
 def show(records: Records, before: Records, name: str) -> int:
-    """Print the comparison. 0: nothing of ours is slower. 1: something is, or nothing is in both runs."""
+    """Print the comparison. 0: nothing of ours is slower. 1: something is. 2: nothing is in both runs."""
     lines = compare(records, before)
     print(f"\n## This run against the earlier one in {name}\n")
     if not lines:
         print("No case and provider is in both runs.")
-        return 1
+        return 2
     print(table(lines) + "\n")
     for text in differences(records, before):
         print(f"- not the same in both runs: {text}")
@@ -131,12 +126,17 @@ def show(records: Records, before: Records, name: str) -> int:
     absent = {key(r)[:3] for r in before if r["median_ms"]} - {key(r)[:3] for r in records if r["median_ms"]}
     if absent:
         print(f"- {len(absent)} rows of the earlier run were not measured now")
-    unclear = [x for x in lines if is_ours(x.record) and x.verdict == SAME and x.ratio > UNCLEAR * max(x.machine, 1)]
+    unclear = [
+        x
+        for x in lines
+        if is_ours(x.record["provider"]) and x.verdict == SAME and x.ratio > UNCLEAR * max(x.machine, 1)
+    ]
     for x in unclear:
         print(f"- too noisy to tell, measure again: {x.record['case']}: {x.record['provider']}, {x.ratio:.2f} times")
-    slower = [x for x in lines if is_ours(x.record) and x.verdict == SLOWER]
+    slower = [x for x in lines if is_ours(x.record["provider"]) and x.verdict == SLOWER]
     count = {
-        verdict: sum(is_ours(x.record) and x.verdict == verdict for x in lines) for verdict in (SLOWER, SAME, FASTER)
+        verdict: sum(is_ours(x.record["provider"]) and x.verdict == verdict for x in lines)
+        for verdict in (SLOWER, SAME, FASTER)
     }
     print(f"- ours: {count[SLOWER]} slower, {count[SAME]} the same, {count[FASTER]} faster")
     return 1 if slower else 0
@@ -150,7 +150,7 @@ def peer_goals(records: Records, rivals: Any = None) -> list[Goal]:
     found = []
     for ours in (r for r in records if r["provider"] == "illada"):
         for peer in records:
-            same = peer["case"] == ours["case"] and peer["timing"] == ours["timing"] and not is_ours(peer)
+            same = peer["case"] == ours["case"] and peer["timing"] == ours["timing"] and not is_ours(peer["provider"])
             if same and (rivals is None or rivals(peer["provider"])) and interval(peer)[1] < interval(ours)[0]:
                 times = ratio(records, ours["case"], peer["provider"], timing=ours["timing"])
                 found.append(Goal(f"{ours['case']}: {peer['provider']} takes {times:.2f} of our time", False))
@@ -158,7 +158,7 @@ def peer_goals(records: Records, rivals: Any = None) -> list[Goal]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0: nothing of ours is slower. 1: something is, or the files have nothing in common."""
+    """0: nothing of ours is slower. 1: something is. 2: the files have nothing in common, or cannot be read."""
     parser = argparse.ArgumentParser(
         prog=f"python -m {__package__}.regression",
         description=__doc__,

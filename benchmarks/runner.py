@@ -354,9 +354,14 @@ def ratio(
     return values[provider] / values["illada"]
 
 
+def is_ours(provider: str) -> bool:
+    """Does our code have a part in it, as in "illada", "illada raw" and "mm+illada"?"""
+    return "illada" in provider
+
+
 def on_gpu(record: dict[str, Any]) -> bool:
-    """Where it was measured; when records had no `timing` yet, all were of a CPU."""
-    return record["timing"] in ("events", "graph")
+    """Was it measured on a GPU? Old records do not name one, and only those of CPUs have no `timing`."""
+    return record["gpu"] is not None or record["timing"] in ("events", "graph")
 
 
 def spread(record: dict[str, Any]) -> float | None:

@@ -13,7 +13,6 @@ every other value of each choice that is about its kernels (`illada.ops.variants
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -26,7 +25,7 @@ import torch
 
 from illada.ops.variants import use_variants, variants
 
-from . import dry_run, isolated, smoke_jobs
+from . import dry_run, isolated, jsonl, smoke_jobs
 from .choices import concerns
 from .isolated import ERROR, HANG, OK, SKIPPED, WRONG, Outcome, Step, Task, WrongError
 from .smoke_jobs import Job
@@ -139,8 +138,7 @@ def main(arguments: list[str] | None = None) -> int:
     def report(outcome: Outcome) -> None:
         print(line(outcome), flush=True)
         if options.json:
-            with Path(options.json).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(vars(outcome)) + "\n")
+            jsonl.append(options.json, [vars(outcome)])
 
     def prepare() -> None:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // options.at_once))  # the references share the host

@@ -311,16 +311,17 @@ def test_peers_are_timed_alone_where_ours_hangs(monkeypatch, tmp_path, capsys):
     def case(name, ours):
         providers = [
             runner.Provider("illada", ours),
+            runner.Provider("mm+illada", ours),
             runner.Provider("peer", lambda: 1),
             runner.Provider("other", fail),
         ]
         return runner.Case(name, lambda: providers, repeats=1)
 
-    def group(name, ours):
-        return peers.Group("attention", [name], lambda: [case(name, ours)], ("illada", "peer", "other"))
+    def job(name, ours):
+        return peers.Job("attention", case(name, ours), ("illada", "mm+illada", "peer", "other"))
 
-    groups = [group("stuck", hang), group("broken", fail), group("fine", lambda: 1)]
-    monkeypatch.setattr(peers, "groups", lambda device: groups)
+    jobs = [job("stuck", hang), job("broken", fail), job("fine", lambda: 1)]
+    monkeypatch.setattr(peers, "jobs", lambda device: jobs)
     monkeypatch.setattr(timing, "timer", lambda device: timing.Clock())
     monkeypatch.setattr(timing, "peak_memory", lambda call, device: call() and 0)
     monkeypatch.setattr(timing, "device_name", lambda device: "a GPU")
@@ -330,25 +331,25 @@ def test_peers_are_timed_alone_where_ours_hangs(monkeypatch, tmp_path, capsys):
     path = tmp_path / "r.jsonl"
     assert peers.main(["--json", str(path), "--outcomes", str(tmp_path / "o.jsonl"), "--limit", "3"]) == 1
     ran = {(r["case"], r["provider"]): r["median_ms"] is not None for r in report.read_json(path)}
-    assert ran["stuck", "peer"] and ("stuck", "illada") not in ran
+    assert ran["stuck", "peer"] and not {("stuck", "illada"), ("stuck", "mm+illada")} & ran.keys()
     assert ran["broken", "peer"] and not ran["broken", "illada"] and ran["fine", "illada"] and not ran["fine", "other"]
     outcomes = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
     assert [(o["task"], o["status"]) for o in outcomes] == [
         ("stuck", "HANG"), ("stuck, peers alone", "OK"), ("broken", "OK"), ("fine", "OK"),
     ]  # fmt: skip
     out = capsys.readouterr().out
-    assert "broken: illada: RuntimeError: no kernel image; other: RuntimeError" in out
+    assert "broken: illada: RuntimeError: no kernel image; mm+illada: RuntimeError" in out
     assert out.splitlines()[-1] == "cases: 1 HANG, 3 OK"
 
 
 def test_peers_cover_what_is_wanted_and_flex_comes_last():
-    mine = peers.groups(DEVICE)
-    names = [(group.names[0], "flex" in group.providers) for group in mine]
+    mine = peers.jobs(DEVICE)
+    names = [(job.case.name, "flex" in job.providers) for job in mine]
     first = [name for name, _ in names[:3]]
     assert first == ["fwd 1x8192 32/8 D128", "bwd 1x8192 32/8 D128", "fwdbwd 8192 t=0.5 4096x155136"]
     flex = [i for i, (_, has_flex) in enumerate(names) if has_flex]
     assert flex == list(range(len(names) - len(flex), len(names))) and len(flex) == 4
-    backward = next(g for g in mine if g.names[0].startswith("bwd"))
+    backward = next(job for job in mine if job.case.name.startswith("bwd"))
     assert {"sdpa flash", "sdpa cudnn", "fa3"} <= set(backward.providers)
 
 

@@ -1,4 +1,4 @@
-// Attention forward on sm_90a. One file per head dim includes this file.
+// Attention forward on sm_90a. Two files per head dim include this file: the default tiling, and the variants.
 //
 // CTAs walk over the items of the plan. A producer warp loads by TMA. Two consumer warpgroups (three for head dim 64)
 // have a block of 64 rows each. Rows are the tokens x heads of a group: a box of the queries' tensor map is 64 columns
@@ -22,9 +22,8 @@
 //   q_full, q_empty [w]   the queries of warpgroup w and the item's record have arrived; their last product has ended
 //   k_full, k_empty       a tile of keys has arrived; all warpgroups (of both CTAs of a cluster) have read it
 //   v_full, v_empty       the same for the values
-//   turns                 named barriers: one warpgroup at a time issues its products, so that the softmax of the
-//   others
-//                         runs at the same time
+//   turns                 named barriers: one warpgroup at a time issues its products, so that the softmax of
+//                         the others runs at the same time
 //
 // Steps continue from item to item. The next item's first product runs beside this item's last product. The rows of the
 // finished item go from registers through shared memory to memory, while the next tile is multiplied. The partial tile

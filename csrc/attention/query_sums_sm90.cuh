@@ -10,27 +10,23 @@
 // Ordered, so that every run gives the same bits. To the same rows, tile k of a sequence's keys adds after tiles
 // 0 .. k-1, once the counter has reached k.
 //   1. Each warpgroup has its own half of dq and of the counters, because one has its turn half a step after the other.
-//   2. Thread 0 of the producers waits for the counter and arrives on turn_full. turn_full of step n means that dq of
-//   step
-//      n-2 may be added. A warpgroup waits for it before its turn of step n-1 and adds that dq in this turn.
+//   2. Thread 0 of the producers waits for the counter and arrives on turn_full.
+//      turn_full of step n means that dq of step n-2 may be added.
+//      A warpgroup waits for it before its turn of step n-1 and adds that dq in this turn.
 //   3. Warp 1 reports each half of a step once it is added.
-//   4. The last tile always adds last and would convert everything. Warps 2 and 3 therefore wait for the sums that
-//   their
-//      own CTA must convert, and convert those.
+//   4. The last tile always adds last and would convert everything.
+//      Warps 2 and 3 therefore wait for the sums that their own CTA must convert, and convert those.
 // If items are cut into pieces, each piece has its own rows of dq. dk and dv are sums of at most two pieces, for which
 // the order does not matter.
 //
 // Ordered mode cannot deadlock:
-//   - A CTA that waits to add waits only for items before its own, in the order of `next_keys`. The proof is by
-//   induction:
-//     assume that all items before item i are eventually added and reported.
+//   - A CTA that waits to add waits only for items before its own, in the order of `next_keys`.
+//     The proof is by induction: assume that all items before item i are eventually added and reported.
 //   - A CTA takes its items in this order, so it reaches item i.
-//   - Its work for the steps up to n-3, reports included, needs nothing that thread 0 does after it began to wait for
-//   dq
-//     of step n-2. By then, the loads of the rows of step n-1 and of the keys of their item are in flight.
-//   - Warp 1 must not wait for a turn. It reports an item's last steps in the middle of the next item, which may be
-//   behind
-//     other items that wait for these very steps.
+//   - Its work for the steps up to n-3, reports included, needs nothing that thread 0 does after it began to wait
+//     for dq of step n-2. By then, the loads of the rows of step n-1 and of the keys of their item are in flight.
+//   - Warp 1 must not wait for a turn. It reports an item's last steps in the middle of the next item.
+//     That item may be behind other items that wait for these very steps.
 //   - So the steps of item i get their turns, which depend only on items before i. They are added and reported.
 //   - All CTAs of the grid must run from the beginning: the launch is cooperative.
 //   - Warps 2 and 3 wait for items behind their own, but no other thread waits for them.

@@ -66,12 +66,10 @@ struct Copier {
 };
 
 // Offsets that a lane passes to ldmatrix in any tile, for 16 rows and 16 columns.
-//   columns   Lanes 0 .. 15 address the rows of the first 8 columns, the other lanes those of the next 8. It loads the
-//   A
-//             operand and, transposed, the B operand whose k are the rows.
-//   rows      The two halves alternate every 8 lanes. It loads the B operands whose k are the columns, for the first
-//   and
-//             the last 8 rows.
+//   columns   Lanes 0 .. 15 address the rows of the first 8 columns, the other lanes those of the next 8.
+//             It loads the A operand and, transposed, the B operand whose k are the rows.
+//   rows      The two halves alternate every 8 lanes.
+//             It loads the B operands whose k are the columns, for the first and the last 8 rows.
 template <int kRowBytes>
 struct Fragments {
   uint32_t columns, rows;

@@ -58,7 +58,7 @@ struct LinearMaskedCrossEntropyParams {
 constexpr int64_t kDefaultLogitsBytes = 1400000000;
 
 // Runs on compute capability 9.0 (sm_90a: wgmma, TMA). It never waits for the device. The number of launches depends
-// only on num_tokens (or num_rows) and chunk_rows. chunk_rows is at most 2^27.
+// only on num_tokens (or num_rows) and chunk_rows. A chunk has at most 2^27 rows.
 void linear_masked_cross_entropy_cuda(const LinearMaskedCrossEntropyParams& params);
 
 // Bytes of workspace that linear_masked_cross_entropy_cuda needs. Returns -1 where there is no kernel for these params:

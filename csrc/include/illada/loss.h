@@ -68,8 +68,8 @@ void masked_cross_entropy_cpu(const MaskedCrossEntropyParams& params);
 void masked_cross_entropy_backward_cpu(const MaskedCrossEntropyParams& params);
 
 // Does the same as masked_cross_entropy_cpu on compute capability 8.0 and newer. With grad, it reads and writes a row
-// once, where the row fits the registers of a CTA or (sm_90 and newer) of a cluster, 163,840 ids. Longer rows take a
-// forward and a backward. Results are the same bits in every run and do not depend on other rows.
+// once, where the row fits the registers of a CTA (20,480 ids) or, on sm_90 and newer, of a cluster (163,840). Longer
+// rows take a forward and a backward. Results are the same bits in every run and do not depend on other rows.
 void masked_cross_entropy_cuda(const MaskedCrossEntropyParams& params);
 // Computes the gradient alone, as masked_cross_entropy_backward_cpu does. Needs no workspace.
 void masked_cross_entropy_backward_cuda(const MaskedCrossEntropyParams& params);

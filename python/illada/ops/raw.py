@@ -15,7 +15,7 @@ are safe in graph capture after one call outside of the capture.
 
 Symbols in shapes: T tokens, N rows, V vocabulary size, C hidden width, S sequences, H query heads, G key-value heads,
 D head dim, Tk key rows, K bias slots. Results are written to the output arguments, and functions that write return
-None. Invalid arguments raise ValueError; a device or dtype without a kernel raises NotImplementedError.
+None. What the native side refuses raises ValueError, and a device without a kernel NotImplementedError.
 """
 
 from __future__ import annotations
@@ -296,7 +296,7 @@ def masked_cross_entropy(
         nll: Output, float32 [N], nats.
         lse: Output, float32 [N], log sum exp of each row.
         lse_parts: Output, float32 [N, 2]: the largest logit, and lse minus that. `grad` needs it on CUDA for rows of
-            more than 163,840 ids.
+            more than 163,840 ids (20,480 before sm_90).
         target_logit: Output, float32 [N].
         grad: Output, [N, V] in the dtype of logits, the gradient of the loss. It may be the logits tensor.
         normalizer: float32 scalar that divides the loss; None: 1.
