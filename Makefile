@@ -168,6 +168,7 @@ lint: .cache/requirements-dev $(HEADERS)
 	"$(BIN)/ruff" format --check .
 	find csrc examples tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs "$(BIN)/clang-format" --dry-run --Werror
 	"$(BIN)/mypy"
+	"$(BIN)/codespell" . .ci/*
 	"$(BIN)/python" cmake/tidy.py
 
 format: .cache/requirements-dev
