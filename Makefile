@@ -169,6 +169,7 @@ lint: .cache/requirements-dev $(HEADERS)
 	find csrc examples tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs "$(BIN)/clang-format" --dry-run --Werror
 	"$(BIN)/mypy"
 	"$(BIN)/codespell" . .ci/*
+	"$(BIN)/python" cmake/docs_lines.py
 	"$(BIN)/python" cmake/tidy.py
 
 format: .cache/requirements-dev
