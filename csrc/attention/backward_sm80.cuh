@@ -36,7 +36,7 @@
 
 #include "attention/accumulator_rows.cuh"
 #include "attention/launch.h"
-#include "attention/row_pair.cuh"
+#include "attention/probabilities.cuh"
 #include "attention/tiles_sm80.cuh"
 #include "common/dependent_launch.h"
 #include "common/dtype.cuh"
@@ -307,9 +307,9 @@ __global__ __launch_bounds__(kThreads, kHeadDim == 128 ? 3 : 2) void illada_atte
   const int first_token = int(blockIdx.x % kParts) * a.own_tokens;
   part.q_start += first_token;
   part.q_count = min(part.q_count - first_token, a.own_tokens);
-  if (part.piece != 0 || part.q_count <= 0) return;
-  // dq sums over all keys, but the plan may split them. The pieces of a key split are neighbours in the list.
-  const WorkItem& last = forward_items(a.plan)[min(index + part.pieces, items) - 1];
+  if (part.split != 0 || part.q_count <= 0) return;
+  // dq sums over all keys, but the plan may split them. The key splits of a tile are neighbours in the list.
+  const WorkItem& last = forward_items(a.plan)[min(index + part.splits, items) - 1];
   part.k_count = last.k_start + last.k_count - part.k_start;
   const WorkItem& item = shared.item;
   if (threadIdx.x == 0) shared.item = part;

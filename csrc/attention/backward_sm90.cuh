@@ -13,11 +13,11 @@ template <typename T, int kHeadDim>
 void launch_backward(const BackwardParams& p, const Device& device, const Tiling& tiling,
                      const BackwardMethod& method) {
   if (method.ordered) {
-    launch_backward_keys<T, kHeadDim, QuerySums::kRed2, true>(p, device, method);
-  } else if (method.sums == QuerySums::kRed2) {
-    launch_backward_keys<T, kHeadDim, QuerySums::kRed2, false>(p, device, method);
-  } else if (method.sums == QuerySums::kNone) {
-    launch_backward_keys<T, kHeadDim, QuerySums::kNone, false>(p, device, method);
+    launch_backward_keys<T, kHeadDim, DqAccumulation::kRed2, true>(p, device, method);
+  } else if (method.accumulation == DqAccumulation::kRed2) {
+    launch_backward_keys<T, kHeadDim, DqAccumulation::kRed2, false>(p, device, method);
+  } else if (method.accumulation == DqAccumulation::kNone) {
+    launch_backward_keys<T, kHeadDim, DqAccumulation::kNone, false>(p, device, method);
   } else if (kHeadDim == 64) {
     launch_backward_sums_d64_sm90(p, device, method);
   } else {
@@ -36,17 +36,17 @@ void launch_backward(const BackwardParams& p, const Device& device, const Tiling
 // Launches the keys kernel with another method of adding dq than the default.
 template <typename T, int kHeadDim>
 void launch_backward_sums(const BackwardParams& p, const Device& device, const BackwardMethod& method) {
-  switch (method.sums) {
-    case QuerySums::kRed2Kept:
-      return launch_backward_keys<T, kHeadDim, QuerySums::kRed2Kept, false>(p, device, method);
-    case QuerySums::kRed4:
-      return launch_backward_keys<T, kHeadDim, QuerySums::kRed4, false>(p, device, method);
-    case QuerySums::kRed4Kept:
-      return launch_backward_keys<T, kHeadDim, QuerySums::kRed4Kept, false>(p, device, method);
-    case QuerySums::kBulk:
-      return launch_backward_keys<T, kHeadDim, QuerySums::kBulk, false>(p, device, method);
-    case QuerySums::kNone:
-    case QuerySums::kRed2:
+  switch (method.accumulation) {
+    case DqAccumulation::kRed2Kept:
+      return launch_backward_keys<T, kHeadDim, DqAccumulation::kRed2Kept, false>(p, device, method);
+    case DqAccumulation::kRed4:
+      return launch_backward_keys<T, kHeadDim, DqAccumulation::kRed4, false>(p, device, method);
+    case DqAccumulation::kRed4Kept:
+      return launch_backward_keys<T, kHeadDim, DqAccumulation::kRed4Kept, false>(p, device, method);
+    case DqAccumulation::kBulk:
+      return launch_backward_keys<T, kHeadDim, DqAccumulation::kBulk, false>(p, device, method);
+    case DqAccumulation::kNone:
+    case DqAccumulation::kRed2:
       break;  // launched elsewhere
   }
 }

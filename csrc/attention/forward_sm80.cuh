@@ -44,7 +44,8 @@
 
 #include "attention/accumulator_rows.cuh"
 #include "attention/launch.h"
-#include "attention/row_pair.cuh"
+#include "attention/online_softmax_sm80.cuh"
+#include "attention/probabilities.cuh"
 #include "attention/tiles_sm80.cuh"
 #include "common/dependent_launch.h"
 #include "common/dtype.cuh"
@@ -94,7 +95,9 @@ struct ForwardArguments {
 };
 
 // Index of a CTA's item in a round.
-__device__ __forceinline__ int item_index(int round) { return back_and_forth(round, int(blockIdx.x), int(gridDim.x)); }
+__device__ __forceinline__ int item_index(int round) {
+  return serpentine_index(round, int(blockIdx.x), int(gridDim.x));
+}
 
 // Place of a tile's row in the pack.
 struct TileRow {
@@ -108,7 +111,7 @@ __global__ __launch_bounds__(32 * kWarps, 8 / kWarps) void illada_attention_forw
     const __grid_constant__ ForwardArguments a, const __grid_constant__ DependentLaunch launch) {
   using Shared = SharedStorage<kHeadDim, kWarps>;
   using TileCopier = Copier<kHeadDim, 32 * kWarps>;
-  constexpr int kWarpRows = kTileRows / kWarps, kPairs = kWarpRows / 16;  // RowPairs per lane
+  constexpr int kWarpRows = kTileRows / kWarps, kPairs = kWarpRows / 16;  // pairs of rows per lane
   constexpr int kKeys = Shared::kKeys, kRowBytes = Shared::kRowBytes;
   // Parts of a tile's exponentials (of kHeadDim / 16) that come before the barrier. Their registers are then free
   // sooner.
@@ -175,7 +178,7 @@ __global__ __launch_bounds__(32 * kWarps, 8 / kWarps) void illada_attention_forw
         __shfl_sync(kFullWarp, int(threadIdx.x) / 32, 0) * kWarpRows < shared.item[round % 3].q_count * a.group;
     float s[kPairs][kKeys / 2], o[kPairs][kHeadDim / 2];
     uint32_t p[kPairs][kKeys / 16][4];
-    RowPair rows[kPairs];
+    OnlineSoftmax rows[kPairs];
 #pragma unroll
     for (int m = 0; m < kPairs; ++m) {
       rows[m].reset();
@@ -244,16 +247,16 @@ __global__ __launch_bounds__(32 * kWarps, 8 / kWarps) void illada_attention_forw
 #pragma unroll
       for (int m = 0; m < kPairs; ++m) {
         float top[2];
-        RowPair::maxima(s[m], top);
+        OnlineSoftmax::maxima(s[m], top);
         growth = fmaxf(growth, rows[m].growth(top, a.scale_log2));
       }
     };
     const auto follow = [&] {  // moves the references up to the scores, if they must move
-      if (__any_sync(kFullWarp, growth > RowPair::kSlack)) {
+      if (__any_sync(kFullWarp, growth > OnlineSoftmax::kSlack)) {
 #pragma unroll
         for (int m = 0; m < kPairs; ++m) {
           float top[2], rescale[2];
-          RowPair::maxima(s[m], top);
+          OnlineSoftmax::maxima(s[m], top);
           rows[m].move(top, a.scale_log2, rescale);
 #pragma unroll
           for (int j = 0; j < kHeadDim / 2; ++j) o[m][j] *= rescale[j / 2 % 2];
@@ -316,7 +319,7 @@ __global__ __launch_bounds__(32 * kWarps, 8 / kWarps) void illada_attention_forw
     if (item_index(round) < shared.items) open_item(round);
     if (has_rows) {
       const int thread = int(ptx::thread_again()), lane = thread & 31, first_row = (thread >> 5) * kWarpRows;
-      const bool whole = item.pieces == 1;
+      const bool whole = item.splits == 1;
 #pragma unroll
       for (int m = 0; m < kPairs; ++m) {
 #pragma unroll
@@ -334,7 +337,7 @@ __global__ __launch_bounds__(32 * kWarps, 8 / kWarps) void illada_attention_forw
             if (is_real && lane % 4 == 0) a.lse[int64_t(head) * a.total_q + token] = row_lse(reference, sum, a.scale);
           } else if (is_real) {
             const int64_t slot_row =
-                int64_t(item.first_slot + item.piece) * a.slots.rows + row.token * a.group + row.head;
+                int64_t(item.first_slot + item.split) * a.slots.rows + row.token * a.group + row.head;
             float* values = a.slots.values + slot_row * kHeadDim + lane % 4 * 2;
 #pragma unroll
             for (int j = 0; j < kHeadDim / 8; ++j)

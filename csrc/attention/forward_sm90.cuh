@@ -45,8 +45,8 @@
 
 #include "attention/accumulator_rows.cuh"
 #include "attention/launch.h"
-#include "attention/row_pair.cuh"
-#include "attention/softmax_rows_sm90.cuh"
+#include "attention/online_softmax_sm90.cuh"
+#include "attention/probabilities.cuh"
 #include "attention/tiles_sm90.cuh"
 #include "common/barrier_sm90.cuh"
 #include "common/dependent_launch.h"
@@ -115,19 +115,19 @@ __device__ __forceinline__ int item_index(int round) {
   int block = int(blockIdx.x), grid = int(gridDim.x);
   ptx::made_anew(block);
   ptx::made_anew(grid);
-  return back_and_forth(round, block / kCluster, grid / kCluster);
+  return serpentine_index(round, block / kCluster, grid / kCluster);
 }
 
 // Stores the finished rows of a warpgroup. They go to out, through shared memory and TMA, which ends with the item's
 // queries, and to lse. With a key split, they go to the item's slot instead. The warpgroup has the item's queries from
 // `first_token` on.
 template <typename T, int kHeadDim, typename Shared>
-__device__ __forceinline__ void write_rows(float (&o)[kHeadDim / 2], const SoftmaxRows& rows, const WorkItem& item,
+__device__ __forceinline__ void write_rows(float (&o)[kHeadDim / 2], const OnlineSoftmax& rows, const WorkItem& item,
                                            const ForwardArguments& a, const CUtensorMap& out_map, uint32_t staging,
                                            int barrier, int first_token) {
   const int lane = int(threadIdx.x) % 32, row = int(threadIdx.x) % 128 / 32 * 16 + lane / 4;
   const int tokens = min(item.q_count - first_token, a.block_tokens);
-  const bool whole = item.pieces == 1;
+  const bool whole = item.splits == 1;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const float sum = warp_reduce<4>(rows.sum[i], [](float x, float y) { return x + y; });
@@ -151,7 +151,7 @@ __device__ __forceinline__ void write_rows(float (&o)[kHeadDim / 2], const Softm
               row_lse(rows.reference[i], sum, a.scale);
       } else {
         const int64_t slot_row =
-            int64_t(item.first_slot + item.piece) * a.slots.rows + (first_token + token) * a.group + head;
+            int64_t(item.first_slot + item.split) * a.slots.rows + (first_token + token) * a.group + head;
         float* values = a.slots.values + slot_row * kHeadDim + 2 * (lane % 4);
 #pragma unroll
         for (int j = 0; j < kHeadDim / 8; ++j)
@@ -352,7 +352,7 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim, kKeys, kStagesV>::kThreads,
     PipelineState<kStagesV> v_state;
     float s[kKeys / 2], o[kHeadDim / 2];
     uint32_t p[kKeys / 16][4], next_p[Shared::kPacksLate ? 1 : kKeys / 16][4];
-    SoftmaxRows rows;
+    OnlineSoftmax rows;
     float rescale[2];
 
     // Descriptors of a ring's tiles differ only in the low half. The compiler knows the high half, which therefore
@@ -441,7 +441,7 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim, kKeys, kStagesV>::kThreads,
         cute::warpgroup_arrive();
         multiply_v(!fresh, true);
         cute::warpgroup_wait<1>();
-        const SoftmaxRows finished = rows;
+        const OnlineSoftmax finished = rows;
         const bool moved = finish_scores(is_first);
         if constexpr (Shared::kPacksLate)
           ptx::wgmma_compute_before_wait(rows.sum[0], rows.sum[1], a.total_q < 0, staging);
