@@ -121,7 +121,8 @@ __device__ __forceinline__ void multiply_keys(const KeysArguments& a, KeysShared
   const int own_turn = warpgroup, next_turn = 1 - warpgroup;
   const int lane = thread % 32, warp_row = thread / 32 * 16;  // warp_row: the warp's first row of its warpgroup's 64
   // Of dq, a warpgroup has 64 columns of the 64 rows (D 128), or all columns of its 64 of the 128 rows (D 64).
-  const int half = warpgroup * (kHeadDim == 128 ? 0 : 64), column = warpgroup * (kHeadDim == 128 ? 64 : 0);
+  const int half = warpgroup * (Shared::Tr::kHalvesColumnsOfDq ? 0 : 64);
+  const int column = warpgroup * (Shared::Tr::kHalvesColumnsOfDq ? 64 : 0);
   // Lower words of the descriptors; the upper words are all equal.
   const uint32_t start = (ptx::smem_address(&shared) & 0x3ffff) / 16, rows_kind = 1 << 16;
   const auto columns_kind = [](uint32_t leading) { return leading / 16 << 16; };
@@ -218,7 +219,7 @@ __device__ __forceinline__ void multiply_keys(const KeysArguments& a, KeysShared
     if (warpgroup == 1) NamedBarrier::arrive(256, next_turn);
     // Issues dv and dk of the step whose ds is complete. It adds dq to the sums in the gaps between these products.
     const auto multiply_gradients = [&](bool accumulate, bool adds) {
-      constexpr int kSteps = kRows / 16, kFirst = kHeadDim == 128 ? 1 : 6;  // steps until dq is complete
+      constexpr int kSteps = kRows / 16, kFirst = Shared::Tr::kStepsUntilDq;
       const uint64_t of_dv = descriptor(dout_columns + uint32_t(stage) * (kTileBytes / 16)),
                      of_dk = descriptor(q_columns + uint32_t(stage) * (kTileBytes / 16));
       cute::warpgroup_arrive();

@@ -7,6 +7,7 @@
 
 #include "attention/launch.h"
 #include "attention/tiles_sm90.cuh"
+#include "attention/traits.h"
 #include "common/barrier_sm90.cuh"
 #include "common/registers_sm90.cuh"
 
@@ -105,7 +106,8 @@ struct SumsJob {
 
 template <int kHeadDim>
 struct KeysShared {
-  static constexpr int kRows = kHeadDim == 128 ? 64 : 128;  // rows per step
+  using Tr = Traits<Arch::kSm90, kHeadDim>;
+  static constexpr int kRows = Tr::kBackwardRows;  // rows per step
   static constexpr int kStages = 3, kJobs = 4;
   using Registers = RegisterSplit<2, 40, 232>;
   static constexpr int kThreads = Registers::kThreads;

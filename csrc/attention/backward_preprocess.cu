@@ -11,6 +11,7 @@
 
 #include "attention/launch.h"
 #include "attention/probabilities.cuh"
+#include "attention/traits.h"
 #include "common/dependent_launch.h"
 #include "common/dtype.cuh"
 #include "common/reduce.cuh"
@@ -18,6 +19,7 @@
 namespace illada::attention {
 namespace {
 
+constexpr const char* kOp = "varlen_attention_backward";
 constexpr int kThreads = 256;
 constexpr int kUnroll = 4;  // loads in flight of a thread
 
@@ -131,13 +133,13 @@ void launch_preprocess(const BackwardParams& p, const Device& device, const Back
   shape.grid = dim3(unsigned(std::max<int64_t>((a.num_rows + kRows - 1) / kRows, 1)));
   shape.block = dim3(kThreads);
   shape.dependent = true;
-  launch_kernel("varlen_attention_backward", device, p.launch.stream, shape,
-                illada_attention_backward_preprocess_sm80<T, kHeadDim>, a);
+  launch_kernel(kOp, device, p.launch.stream, shape, illada_attention_backward_preprocess_sm80<T, kHeadDim>, a);
 }
 
 template <typename T>
 void launch_preprocess(const BackwardParams& p, const Device& device, const BackwardMethod& method) {
-  p.shape.head_dim == 64 ? launch_preprocess<T, 64>(p, device, method) : launch_preprocess<T, 128>(p, device, method);
+  dispatch_head_dim<Arch::kSm80>(
+      kOp, p.shape.head_dim, [&](auto traits) { launch_preprocess<T, decltype(traits)::kHeadDim>(p, device, method); });
 }
 
 }  // namespace

@@ -11,6 +11,7 @@
 
 #include "attention/launch.h"
 #include "attention/probabilities.cuh"
+#include "attention/traits.h"
 #include "common/dependent_launch.h"
 #include "common/dtype.cuh"
 #include "common/ptx.cuh"
@@ -18,6 +19,7 @@
 namespace illada::attention {
 namespace {
 
+constexpr const char* kOp = "varlen_attention";
 constexpr int kThreads = 128;
 
 struct CombineArguments {
@@ -92,12 +94,13 @@ void launch(const ForwardParams& p, const Device& device) {
   shape.grid = dim3(unsigned(std::min<int64_t>(max_forward_items(s) * a.row_steps, int64_t(device.sm_count) * 8)));
   shape.block = dim3(kThreads);
   shape.dependent = true;
-  launch_kernel("varlen_attention", device, p.launch.stream, shape, illada_attention_combine_sm80<T, kHeadDim>, a);
+  launch_kernel(kOp, device, p.launch.stream, shape, illada_attention_combine_sm80<T, kHeadDim>, a);
 }
 
 template <typename T>
 void launch(const ForwardParams& p, const Device& device) {
-  p.shape.head_dim == 64 ? launch<T, 64>(p, device) : launch<T, 128>(p, device);
+  dispatch_head_dim<Arch::kSm80>(kOp, p.shape.head_dim,
+                                 [&](auto traits) { launch<T, decltype(traits)::kHeadDim>(p, device); });
 }
 
 }  // namespace

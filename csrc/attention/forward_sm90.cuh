@@ -48,6 +48,7 @@
 #include "attention/online_softmax_sm90.cuh"
 #include "attention/probabilities.cuh"
 #include "attention/tiles_sm90.cuh"
+#include "attention/traits.h"
 #include "common/barrier_sm90.cuh"
 #include "common/dependent_launch.h"
 #include "common/dtype.cuh"
@@ -64,13 +65,14 @@ namespace {
 // Shared memory of a kernel instance, and its adaptations to a lack of registers or shared memory.
 template <int kHeadDim, int kKeys_, int kStagesV_>
 struct SharedStorage {
+  using Tr = Traits<Arch::kSm90, kHeadDim>;
   static constexpr int kKeys = kKeys_, kSlices = kHeadDim / 64;
-  static constexpr int kStagesK = kHeadDim == 128 ? 2 : 4, kStagesV = kStagesV_;
+  static constexpr int kStagesK = Tr::kForwardKeyStages, kStagesV = kStagesV_;
   static constexpr int kItems = 4;
-  static constexpr int kConsumers = forward_blocks_sm90(kHeadDim);
-  static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : kKeys == 96 ? 152 : 160;
+  static constexpr int kConsumers = Tr::kForwardBlocks;
+  static constexpr int kConsumerRegisters = Tr::forward_consumer_registers(kKeys);
   static_assert(2 * kConsumers <= NamedBarrier::kCount);  // turns, and one barrier per warpgroup
-  using Registers = RegisterSplit<kConsumers, kConsumers == 2 ? 40 : kKeys == 96 ? 56 : 32, kConsumerRegisters>;
+  using Registers = RegisterSplit<kConsumers, Tr::forward_producer_registers(kKeys), kConsumerRegisters>;
   static constexpr int kThreads = Registers::kThreads;
   using KeyTile = Tile<kKeys, kHeadDim>;
   using QueryTile = Tile<kBlockRows, kHeadDim>;
@@ -523,11 +525,12 @@ void launch_forward(const ForwardParams& p, const Device& device, const Tiling& 
                       : launch_forward<T, kHeadDim, kKeys, kStagesV, 1>(p, device, tiling);
 }
 
+}  // namespace
+
 template <int kHeadDim, int kKeys, int kStagesV>
-void launch_forward(const ForwardParams& p, const Device& device, const Tiling& tiling) {
+void launch_forward_sm90(const ForwardParams& p, const Device& device, const Tiling& tiling) {
   p.dtype == DType::kBFloat16 ? launch_forward<BFloat16, kHeadDim, kKeys, kStagesV>(p, device, tiling)
                               : launch_forward<Half, kHeadDim, kKeys, kStagesV>(p, device, tiling);
 }
 
-}  // namespace
 }  // namespace illada::attention

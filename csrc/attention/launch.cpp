@@ -4,8 +4,12 @@
 #include <algorithm>
 #include <cmath>
 #include <initializer_list>
+#include <iterator>
 #include <limits>
+#include <string>
+#include <utility>
 
+#include "attention/traits.h"
 #include "common/check.h"
 #include "common/ragged.h"
 #include "common/variants.h"
@@ -22,67 +26,89 @@ constexpr int64_t kMaxHeads = 1 << 16;
 constexpr int64_t kMaxRows = (int64_t(1) << 31) - (1 << 25);
 constexpr int64_t kMaxPlanRows = 1 << 29;
 
-bool has_sm90(const Device& gpu) {
-#if defined(ILLADA_BUILT_SM90A)
-  return gpu.compute_capability == 90;
-#else
-  return false && gpu.index;
-#endif
+// Returns the kernels that serve a device and head dim.
+Arch choose_arch(const Device& gpu, int head_dim) {
+  return has_head_dim<Arch::kSm90>(head_dim) ? arch_of(gpu) : Arch::kSm80;
 }
 
-// total_k has no part in it: a plan need not know it.
-Tiling choose_tiling(const PackShape& s, const Device& gpu) {
-  if (has_sm90(gpu)) {
-    const bool pairs = variant<AttentionCluster>() == AttentionCluster::kAuto;
-    return make_tiling(s, forward_blocks_sm90(s.head_dim), forward_key_tile_sm90(s.head_dim), pairs);
-  }
-  const int warps = forward_warps_sm80(s.head_dim, gpu);
-  Tiling tiling = make_tiling(s, forward_blocks_sm80(), forward_key_tile_sm80(s.head_dim, warps), false);
-  tiling.warps = warps;
-  return tiling;
+// Returns f(Traits of the kernels that serve a device and head dim). Throws NotSupported for a head dim that is not
+// built.
+template <typename F>
+auto dispatch(const char* op, [[maybe_unused]] const Device& gpu, int head_dim, const F& f) {
+#if defined(ILLADA_BUILT_SM90A)
+  if (choose_arch(gpu, head_dim) == Arch::kSm90) return dispatch_head_dim<Arch::kSm90>(op, head_dim, f);
+#endif
+  return dispatch_head_dim<Arch::kSm80>(op, head_dim, f);
+}
+
+// Warps of a CTA of the sm_80 forward.
+template <typename Tr>
+int forward_warps_sm80(const Device& gpu) {
+  if (!Tr::kHasEightWarps) return 4;
+  const auto choice = variant<ForwardWarps>();
+  if (choice != ForwardWarps::kAuto) return choice == ForwardWarps::kFour ? 4 : 8;
+  const int two = 2 * (forward_smem_sm80<Tr>(4) + gpu.reserved_smem_bytes + 1024);
+  return two <= gpu.sm_smem_bytes ? 4 : 8;
+}
+
+// Returns how the forward that serves a device divides a pack; on sm_90a in pairs of tiles if `pairs`. total_k has no
+// part in it: a plan need not know it.
+Tiling choose_tiling(const char* op, const PackShape& s, const Device& gpu, bool pairs) {
+  return dispatch(op, gpu, s.head_dim, [&](auto traits) {
+    using Tr = decltype(traits);
+    if constexpr (Tr::kArch == Arch::kSm90) {
+      const ForwardTile tile = Tr::kForwardTiles[int(variant<typename Tr::ForwardChoice>())];
+      return make_tiling(s, Tr::kForwardBlocks, tile.keys, pairs);
+    } else {
+      const int warps = forward_warps_sm80<Tr>(gpu);
+      Tiling tiling = make_tiling(s, Tr::kForwardBlocks, Tr::forward_keys(warps), false);
+      tiling.warps = warps;
+      return tiling;
+    }
+  });
+}
+Tiling choose_tiling(const char* op, const PackShape& s, const Device& gpu) {
+  return choose_tiling(op, s, gpu, variant<AttentionCluster>() == AttentionCluster::kAuto);
 }
 // The longest items that a plan may have, whatever was chosen when it was made.
-Tiling longest_tiling(const PackShape& s, const Device& gpu) {
-  return has_sm90(gpu) ? make_tiling(s, forward_blocks_sm90(s.head_dim), forward_key_tile_sm90(s.head_dim), true)
-                       : choose_tiling(s, gpu);
+Tiling longest_tiling(const char* op, const PackShape& s, const Device& gpu) { return choose_tiling(op, s, gpu, true); }
+
+// Launches the instance of the forward whose tile is the variant in use.
+template <typename Tr, size_t... kChoices>
+void launch_forward_tile(const ForwardParams& p, const Device& gpu, const Tiling& tiling,
+                         std::index_sequence<kChoices...>) {
+  const auto choice = size_t(variant<typename Tr::ForwardChoice>());
+  const auto launch = [&](auto number) {
+    constexpr ForwardTile kTile = Tr::kForwardTiles[number];
+    if (choice == number) launch_forward_sm90<Tr::kHeadDim, kTile.keys, kTile.value_stages>(p, gpu, tiling);
+  };
+  (launch(std::integral_constant<size_t, kChoices>()), ...);
 }
 
-#if defined(ILLADA_BUILT_SM90A)
-void launch_forward_sm90(const ForwardParams& p, const Device& gpu, const Tiling& tiling) {
-  if (p.shape.head_dim == 64) {
-    switch (variant<AttentionForwardD64>()) {
-      case AttentionForwardD64::k192x96:
-        return launch_forward_d64_sm90(p, gpu, tiling);
-      case AttentionForwardD64::k192x128:
-        return launch_forward_d64_192x128_sm90(p, gpu, tiling);
-    }
-  }
-  switch (variant<AttentionForwardD128>()) {
-    case AttentionForwardD128::k128x2x3:
-      return launch_forward_d128_sm90(p, gpu, tiling);
-    case AttentionForwardD128::k128x2x2:
-      return launch_forward_d128_128x2x2_sm90(p, gpu, tiling);
-    case AttentionForwardD128::k176x2x2:
-      return launch_forward_d128_176x2x2_sm90(p, gpu, tiling);
-  }
+// "64 and 128"
+template <int... kHeadDims>
+std::string head_dims_text(std::integer_sequence<int, kHeadDims...>) {
+  std::string text;
+  size_t left = sizeof...(kHeadDims);
+  ((text += std::to_string(kHeadDims) + (--left > 1 ? ", " : left == 1 ? " and " : "")), ...);
+  return text;
 }
-#endif
 
 void validate_shape(const char* op, const PackShape& s, const Device& gpu, bool knows_keys) {
   ILLADA_CHECK(s.total_q >= 0 && s.total_q <= kMaxInt32, op, "total_q must be in [0, 2^31), got ", s.total_q);
   ILLADA_CHECK(s.total_k >= (knows_keys ? 0 : -1) && s.total_k <= kMaxInt32, op, "total_k must be in [0, 2^31), got ",
                s.total_k);
-  if (has_sm90(gpu) && std::max(s.total_q, s.total_k) > kRaggedTokens)
+  if (choose_arch(gpu, s.head_dim) == Arch::kSm90 && std::max(s.total_q, s.total_k) > kRaggedTokens)
     detail::fail<NotSupported>(op, "kernels of ", gpu.name, " take at most ", kRaggedTokens, " tokens; got ", s.total_q,
                                " queries, ", s.total_k, " keys");
   ILLADA_CHECK(s.num_sequences >= 0, op, "negative number of sequences: ", s.num_sequences);
   ILLADA_CHECK(s.num_kv_heads > 0 && s.num_heads > 0 && s.num_heads % s.num_kv_heads == 0, op, "num_heads ",
                s.num_heads, " must be a multiple of num_kv_heads ", s.num_kv_heads);
   ILLADA_CHECK(s.num_heads <= kMaxHeads, op, "num_heads must be at most ", kMaxHeads, ", got ", s.num_heads);
-  if ((s.head_dim != 64 && s.head_dim != 128) || s.num_heads / s.num_kv_heads > kBlockRows)
-    detail::fail<NotSupported>(op, "kernels were built for head dims 64 and 128 and up to ", kBlockRows,
-                               " query heads of a key-value head; got head dim ", s.head_dim, " and ",
-                               s.num_heads / s.num_kv_heads, " heads on ", gpu.name, ", built archs ",
+  if (!has_head_dim<Arch::kSm80>(s.head_dim) || s.num_heads / s.num_kv_heads > kBlockRows)
+    detail::fail<NotSupported>(op, "kernels were built for head dims ", head_dims_text(head_dims<Arch::kSm80>()),
+                               " and up to ", kBlockRows, " query heads of a key-value head; got head dim ", s.head_dim,
+                               " and ", s.num_heads / s.num_kv_heads, " heads on ", gpu.name, ", built archs ",
                                build_info().cuda_archs);
   ILLADA_CHECK(s.total_q * s.num_heads <= kMaxRows, op, "total_q x num_heads must be at most ", kMaxRows, ", got ",
                s.total_q, " x ", s.num_heads);
@@ -147,7 +173,7 @@ BackwardMethod choose_backward(const PackShape& s, bool deterministic, bool reco
   if (s.total_q <= 0 || s.total_k <= 0) return method;  // nothing is multiplied
   // Places in the sums are 32-bit numbers.
   const int64_t sums = (s.total_q * s.num_heads + kWasteRows) * s.head_dim;
-  method.fused = has_sm90(gpu) && !recompute_scores_for_dq && sums <= kMaxInt32 &&
+  method.fused = choose_arch(gpu, s.head_dim) == Arch::kSm90 && !recompute_scores_for_dq && sums <= kMaxInt32 &&
                  variant<AttentionBackwardSums>() != AttentionBackwardSums::kRecompute;
   if (method.fused && deterministic) {
     method.ordered = s.total_k / kBackwardKeys + s.num_sequences <= kMaxOrdered;
@@ -176,24 +202,11 @@ int64_t key_gradient_floats(const PackShape& s, const BackwardMethod& method) {
 
 }  // namespace
 
-int forward_key_tile_sm90(int head_dim) {
-  if (head_dim == 64) return variant<AttentionForwardD64>() == AttentionForwardD64::k192x128 ? 128 : 96;
-  return variant<AttentionForwardD128>() == AttentionForwardD128::k176x2x2 ? 176 : 128;
-}
-
-int forward_warps_sm80(int head_dim, const Device& gpu) {
-  if (head_dim == 64) return 4;
-  const auto choice = variant<ForwardWarps>();
-  if (choice != ForwardWarps::kAuto) return choice == ForwardWarps::kFour ? 4 : 8;
-  const int two = 2 * (forward_smem_sm80(head_dim, 4) + gpu.reserved_smem_bytes + 1024);
-  return two <= gpu.sm_smem_bytes ? 4 : 8;
-}
-
 ForwardTiling forward_tiling(const PackShape& s, int device_index) {
   constexpr const char* kOp = "varlen_attention";
   const Device& gpu = device(kOp, device_index);
   validate_shape(kOp, s, gpu, false);
-  const Tiling tiling = choose_tiling(s, gpu);
+  const Tiling tiling = choose_tiling(kOp, s, gpu);
   return {tiling.tile_tokens, tiling.cluster, tiling.key_tile, tiling.warps};
 }
 
@@ -213,7 +226,7 @@ void plan_cuda(const PlanParams& p) {
                  {"cu_seqlens_k", p.cu_seqlens_k, 4 * (s + 1), true},
                  {"seqused_k", p.seqused_k, 4 * s, true}},
                 {{"plan", p.plan, 16 * plan_rows(p.shape)}});
-  launch_plan(p, gpu, choose_tiling(p.shape, gpu));
+  launch_plan(p, gpu, choose_tiling(kOp, p.shape, gpu));
 }
 
 int64_t forward_workspace(const PackShape& s) {
@@ -249,14 +262,14 @@ void forward_cuda(const ForwardParams& given) {
                 {{"out", p.out, s.total_q * s.num_heads * s.head_dim * 2},
                  {"lse", p.lse, s.total_q * s.num_heads * 4},
                  {"workspace", p.workspace, forward_workspace(s)}});
-  const Tiling tiling = choose_tiling(s, gpu);
-  if (has_sm90(gpu)) {
-#if defined(ILLADA_BUILT_SM90A)
-    launch_forward_sm90(p, gpu, tiling);
-#endif
-  } else {
-    s.head_dim == 64 ? launch_forward_d64_sm80(p, gpu, tiling) : launch_forward_d128_sm80(p, gpu, tiling);
-  }
+  const Tiling tiling = choose_tiling(kOp, s, gpu);
+  dispatch(kOp, gpu, s.head_dim, [&](auto traits) {
+    using Tr = decltype(traits);
+    if constexpr (Tr::kArch == Arch::kSm90)
+      launch_forward_tile<Tr>(p, gpu, tiling, std::make_index_sequence<std::size(Tr::kForwardTiles)>());
+    else
+      launch_forward_sm80<Tr::kHeadDim>(p, gpu, tiling);
+  });
   if (tiling.may_split) launch_combine(p, gpu);
 }
 
@@ -316,17 +329,16 @@ void backward_cuda(const BackwardParams& given) {
     fill_zeros(kOp, p.launch, p.dk, rows_k * s.head_dim * 2);
     return fill_zeros(kOp, p.launch, p.dv, rows_k * s.head_dim * 2);
   }
-  const Tiling tiling = longest_tiling(s, gpu);
+  const Tiling tiling = longest_tiling(kOp, s, gpu);
   const BackwardMethod method = choose_backward(s, p.deterministic, p.recompute_scores_for_dq, gpu);
   launch_backward_preprocess(p, gpu, method);
-  if (has_sm90(gpu)) {
-#if defined(ILLADA_BUILT_SM90A)
-    s.head_dim == 64 ? launch_backward_d64_sm90(p, gpu, tiling, method)
-                     : launch_backward_d128_sm90(p, gpu, tiling, method);
-#endif
-  } else {
-    s.head_dim == 64 ? launch_backward_d64_sm80(p, gpu, tiling) : launch_backward_d128_sm80(p, gpu, tiling);
-  }
+  dispatch(kOp, gpu, s.head_dim, [&](auto traits) {
+    using Tr = decltype(traits);
+    if constexpr (Tr::kArch == Arch::kSm90)
+      launch_backward_sm90<Tr::kHeadDim>(p, gpu, tiling, method);
+    else
+      launch_backward_sm80<Tr::kHeadDim>(p, gpu, tiling);
+  });
   if (method.query_splits > 1) launch_backward_finish(p, gpu, method);
 }
 

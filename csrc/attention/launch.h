@@ -9,28 +9,12 @@ namespace illada::attention {
 // Launches the kernel that writes the plan.
 void launch_plan(const PlanParams& params, const Device& device, const Tiling& tiling);
 
-// Tile sizes of the forward kernels: blocks of kBlockRows query rows per CTA, and keys per step.
-constexpr int forward_blocks_sm80() { return 2; }
-// By default a CTA has four warps and an SM holds two CTAs. At D 128 these take 133 KB of shared memory. Where an SM
-// has 100 KB (8.6, 8.9, 12.0), one CTA of eight warps keeps as many warps at work: each has half the rows and the CTA
-// twice the keys.
-constexpr int forward_key_tile_sm80(int head_dim, int warps) { return head_dim == 64 ? 48 : warps == 8 ? 64 : 32; }
-constexpr int forward_smem_sm80(int head_dim, int warps) {  // bytes, without the few bytes for work items
-  return (forward_blocks_sm80() * kBlockRows + 4 * forward_key_tile_sm80(head_dim, warps)) * head_dim * 2;
-}
-int forward_warps_sm80(int head_dim, const Device& device);
-constexpr int forward_blocks_sm90(int head_dim) { return head_dim == 128 ? 2 : 3; }
-int forward_key_tile_sm90(int head_dim);  // of the kernel instance in use
-
-// Launch the forward, which walks over the forward items of the plan. There is one function for each architecture, head
-// dim and variant.
-void launch_forward_d64_sm80(const ForwardParams& params, const Device& device, const Tiling& tiling);
-void launch_forward_d128_sm80(const ForwardParams& params, const Device& device, const Tiling& tiling);
-void launch_forward_d64_sm90(const ForwardParams& params, const Device& device, const Tiling& tiling);
-void launch_forward_d64_192x128_sm90(const ForwardParams& params, const Device& device, const Tiling& tiling);
-void launch_forward_d128_sm90(const ForwardParams& params, const Device& device, const Tiling& tiling);
-void launch_forward_d128_128x2x2_sm90(const ForwardParams& params, const Device& device, const Tiling& tiling);
-void launch_forward_d128_176x2x2_sm90(const ForwardParams& params, const Device& device, const Tiling& tiling);
+// Launch the forward, which walks over the forward items of the plan. Each is instantiated in files of its own, for the
+// head dims of Traits and, on sm_90a, for the tiles.
+template <int kHeadDim>
+void launch_forward_sm80(const ForwardParams& params, const Device& device, const Tiling& tiling);
+template <int kHeadDim, int kKeys, int kValueStages>
+void launch_forward_sm90(const ForwardParams& params, const Device& device, const Tiling& tiling);
 
 // Merges the key splits that the forward left in the workspace into out and lse. Called where tiling.may_split.
 void launch_combine(const ForwardParams& params, const Device& device);
@@ -80,15 +64,14 @@ BackwardScratch scratch_of(const BackwardParams& params, const BackwardMethod& m
 void launch_backward_preprocess(const BackwardParams& params, const Device& device, const BackwardMethod& method);
 // Second launch: computes dk and dv over the backward items of the plan, and dq. If fused, dq goes through scratch.dq;
 // otherwise it is computed over the forward items.
-void launch_backward_d64_sm80(const BackwardParams& params, const Device& device, const Tiling& tiling);
-void launch_backward_d128_sm80(const BackwardParams& params, const Device& device, const Tiling& tiling);
-void launch_backward_d64_sm90(const BackwardParams& params, const Device& device, const Tiling& tiling,
-                              const BackwardMethod& method);
-void launch_backward_d128_sm90(const BackwardParams& params, const Device& device, const Tiling& tiling,
-                               const BackwardMethod& method);
+template <int kHeadDim>
+void launch_backward_sm80(const BackwardParams& params, const Device& device, const Tiling& tiling);
+template <int kHeadDim>
+void launch_backward_sm90(const BackwardParams& params, const Device& device, const Tiling& tiling,
+                          const BackwardMethod& method);
 // Second launch for sums that are added in another way than kRed2: computes dk, dv and dq.
-void launch_backward_sums_d64_sm90(const BackwardParams& params, const Device& device, const BackwardMethod& method);
-void launch_backward_sums_d128_sm90(const BackwardParams& params, const Device& device, const BackwardMethod& method);
+template <int kHeadDim>
+void launch_backward_sums_sm90(const BackwardParams& params, const Device& device, const BackwardMethod& method);
 // Last launch, if query_splits > 1: converts the sums to dk and dv.
 void launch_backward_finish(const BackwardParams& params, const Device& device, const BackwardMethod& method);
 
