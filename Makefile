@@ -175,6 +175,8 @@ lint: .cache/requirements-dev $(HEADERS) ## ruff, clang-format, mypy, and clang-
 	"$(BIN)/ruff" format --check .
 	find csrc examples tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs "$(BIN)/clang-format" --dry-run --Werror
 	"$(BIN)/mypy"
+	"$(BIN)/codespell" . .ci/*
+	"$(BIN)/python" cmake/docs_lines.py
 	"$(BIN)/python" cmake/tidy.py
 
 format: .cache/requirements-dev ## ruff and clang-format, writing
