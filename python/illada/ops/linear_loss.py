@@ -24,9 +24,9 @@ from illada.ops.loss import (
     check_targets,
     kernel_targets,
     logits_dtypes,
+    resolve_normalizer,
     split_normalizer,
     weighted_sum,
-    where_read,
     workspace_for,
 )
 
@@ -114,7 +114,7 @@ def _fwd_sm90(
     )
     if size is None:
         return None
-    normalizer, scale = where_read(normalizer, scale)
+    normalizer, scale = resolve_normalizer(normalizer, scale)
     head = lib.cast(weight, torch.bfloat16)
     nll = token_weights.new_zeros(len(hidden))
     d_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if hidden_grad else hidden.new_empty(0)
@@ -172,13 +172,13 @@ def _fwd_portable(
     Without `rows`, the head weight multiplies all T rows. The result is always exact: filter_eps is ignored.
     all_weighted: no row in the chunks has token weight 0.
     """
-    normalizer, scale = where_read(normalizer, scale)
+    normalizer, scale = resolve_normalizer(normalizer, scale)
     targets, token_weights = kernel_targets(targets), lib.contiguous(token_weights)
     head = lib.cast(weight, compute_dtype)
     vocab_size, count = weight.shape[0], hidden.shape[0] if rows is None else rows.shape[0]
     chunk_rows = chunk_rows or chunk_rows_of(count, vocab_size, compute_dtype, hidden.is_cuda)
     defer_scaling = defers_scaling(compute_dtype)
-    early_normalizer, early_scale = (None, 1.0) if defer_scaling else (normalizer, scale)
+    forward_normalizer, forward_scale = (None, 1.0) if defer_scaling else (normalizer, scale)
 
     nll = token_weights.new_zeros(hidden.shape[0])
     d_hidden = hidden.new_empty(0)
@@ -215,7 +215,7 @@ def _fwd_portable(
         raw.masked_cross_entropy(
             *(logits, of_targets, of_weights), rows=chunk, nll=its_nll,
             lse_parts=None if lse_parts is None else lse_parts[: logits.shape[0]],
-            grad=logits if hidden_grad or weight_grad else None, normalizer=early_normalizer, scale=early_scale,
+            grad=logits if hidden_grad or weight_grad else None, normalizer=forward_normalizer, scale=forward_scale,
             workspace=workspace,
         )  # fmt: skip
         if hidden_grad and rows is None and compute_dtype == hidden.dtype:

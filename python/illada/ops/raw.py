@@ -193,7 +193,7 @@ def head_plan(rows: int, vocab_size: int, sm_count: int) -> tuple[int, int, int,
         sm_count: Number of streaming multiprocessors.
 
     Returns:
-        (CTAs per cluster, vocabulary ranges, chunks of 32 ids per range, tasks). A task is (CTA, row tile, range, tiles
+        (CTAs per cluster, vocab ranges, slices of 32 ids per range, tasks). A task is (CTA, row tile, range, tiles
         of 128 rows x 256 ids, tiles of its cluster). Each CTA's tasks are in the order of their execution. A CTA waits
         while its neighbour in the cluster has more tiles.
     """

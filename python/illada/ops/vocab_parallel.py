@@ -17,7 +17,7 @@ from torch import Tensor
 
 from illada.ops import _library as lib
 from illada.ops.linear_loss import compute_dtype_of, deferred_factor, defers_scaling
-from illada.ops.loss import check_logits, check_targets, split_normalizer, weighted_sum, where_read
+from illada.ops.loss import check_logits, check_targets, resolve_normalizer, split_normalizer, weighted_sum
 
 #: Rows of a chunk. They do not depend on the size of the shard, because all processes must use the same row chunks.
 _CHUNK_ROWS_CPU, _CHUNK_ROWS_CUDA = 256, 4096
@@ -173,7 +173,7 @@ class _VocabParallelLoss(torch.autograd.Function):
                 d_hidden[index] = lib.cast(torch.mm(logits, head), hidden.dtype)
             if weight_grad:
                 lib.add_product(d_weight, logits.t(), selected, first=False)
-        normalizer, scale = where_read(normalizer, scale)
+        normalizer, scale = resolve_normalizer(normalizer, scale)
         if hidden_grad:
             dist.all_reduce(d_hidden, group=group)
         ctx.scale, ctx.defer_scaling = scale, defer_scaling
