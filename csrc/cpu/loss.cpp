@@ -2,6 +2,7 @@
 
 #include <cstring>
 
+#include "cpu/logits.h"
 #include "cpu/parallel.h"
 #include "cpu/row_kernels.h"
 #include "cpu/weighted_sum.h"
@@ -19,8 +20,7 @@ int64_t target_of(const MaskedCrossEntropyParams& p, int64_t i) {
 }
 
 void validate(const MaskedCrossEntropyParams& p) {
-  ILLADA_CHECK(p.dtype == DType::kFloat32 || p.dtype == DType::kBFloat16, kOp,
-               "logits on a CPU must be float32 or bfloat16, got ", name(p.dtype));
+  cpu::check_logits_dtype(kOp, p.dtype);
   ILLADA_CHECK(p.num_rows >= 0 && p.num_tokens >= 0, kOp, "negative size: ", p.num_rows, " rows, ", p.num_tokens,
                " tokens");
   ILLADA_CHECK(p.vocab_size > 0, kOp, "vocab_size must be positive, got ", p.vocab_size);

@@ -72,14 +72,7 @@ void launch_weighted_sum(const WeightedSumParams& p, const Device& device) {
 }
 
 void launch_scale(const ScaleParams& p, const Device& device) {
-  switch (p.dtype) {
-    case DType::kFloat32:
-      return launch<float>(p, device);
-    case DType::kBFloat16:
-      return launch<BFloat16>(p, device);
-    case DType::kFloat16:
-      return launch<Half>(p, device);
-  }
+  dispatch_dtype(p.dtype, [&](auto element) { launch<decltype(element)>(p, device); });
 }
 
 }  // namespace illada::loss
