@@ -199,7 +199,7 @@ void weighted_sum_cpu(Address nll, Address weights, int64_t num_rows, double sca
 void varlen_attention_backward(const PackArguments& pack, int dtype, const ViewArguments& dout, const ViewArguments& q,
                                const ViewArguments& k, const ViewArguments& v, Address out, Address lse, Address dlse,
                                float softmax_scale, Address plan, int64_t plan_rows, bool deterministic,
-                               bool multiplies_twice, Address dq, Address dk, Address dv, int num_threads,
+                               bool recompute_scores_for_dq, Address dq, Address dk, Address dv, int num_threads,
                                const LaunchArguments& launch) {
   attention::BackwardParams p;
   p.shape = pack_shape(pack);
@@ -215,7 +215,7 @@ void varlen_attention_backward(const PackArguments& pack, int dtype, const ViewA
   p.plan = pointer<const int32_t>(plan);
   p.plan_rows = plan_rows;
   p.deterministic = deterministic;
-  p.multiplies_twice = multiplies_twice;
+  p.recompute_scores_for_dq = recompute_scores_for_dq;
   p.dq = pointer<void>(dq);
   p.dk = pointer<void>(dk);
   p.dv = pointer<void>(dv);
@@ -461,9 +461,9 @@ void attention_plan(const PackArguments& pack, uintptr_t cu_seqlens, uintptr_t c
   attention::plan_cuda(p);
 }
 
-int64_t varlen_attention_backward_workspace(const PackArguments& pack, bool deterministic, bool multiplies_twice,
+int64_t varlen_attention_backward_workspace(const PackArguments& pack, bool deterministic, bool recompute_scores_for_dq,
                                             int device) {
-  return attention::backward_workspace(pack_shape(pack), deterministic, multiplies_twice, device);
+  return attention::backward_workspace(pack_shape(pack), deterministic, recompute_scores_for_dq, device);
 }
 #endif
 
