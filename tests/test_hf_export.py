@@ -113,6 +113,8 @@ def test_a_packed_row(pair, generator):
     position_ids = torch.cat([torch.arange(n) for n in SEQUENCES])[None]
     got = exported(packed[None], position_ids=position_ids, cu_seq_lens_q=cu_seqlens, cu_seq_lens_k=cu_seqlens).logits
     torch.testing.assert_close(got[0], model(packed, cu_seqlens) @ model.head_weight.T, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="position_ids start anew within a row.*pass cu_seq_lens_q"):
+        exported(packed[None], position_ids=position_ids)
 
 
 def test_checkpointing_outputs_and_accumulation(pair, generator):
