@@ -60,7 +60,7 @@ torch.autograd.grad(loss, leaves)
 
 
 def run(code: str, *options: str) -> str:
-    """Runs Python code under the simulator; what it printed."""
+    """Run Python code under the simulator; what it printed."""
     environment = {**os.environ, "PYTHONPATH": f"{CUSIM}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     command = [str(CUSIM / "cusim"), "run", *options, "--", sys.executable, "-c", code]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -70,7 +70,7 @@ def run(code: str, *options: str) -> str:
 
 
 def counters(code: str, kernel: str) -> list[dict]:
-    """The reports of the launches whose names contain `kernel`."""
+    """Return the reports of the launches whose names contain `kernel`."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report"
         run(code, "--report", str(report))
@@ -78,6 +78,7 @@ def counters(code: str, kernel: str) -> list[dict]:
 
 
 def main() -> None:
+    """Compare the kernels' counters with what they should be; exit with an error where they differ."""
     faults = []
 
     def expect(what: str, value: float, low: float, high: float) -> None:

@@ -66,7 +66,7 @@ class Plan:
 
 
 def choose_device(supported: Sequence[str], wanted: str | None = None):
-    """The torch.device to run on: `wanted`, else the GPU if there are one and kernels for it. ValueError: why not."""
+    """Return the device to run on: `wanted`, else the GPU if there are one and kernels for it. ValueError: why not."""
     import torch
 
     from illada._native import has_cuda
@@ -184,7 +184,7 @@ def plan(name: str, options: argparse.Namespace) -> Plan:
 
 
 def plans(options: argparse.Namespace) -> list[Plan]:
-    """What is to be run. ValueError: there is no such thing."""
+    """Return what is to be run. ValueError: there is no such thing."""
     from . import shapes
 
     own = shapes.given(options).given
@@ -211,7 +211,7 @@ def plans(options: argparse.Namespace) -> list[Plan]:
 
 
 def show_list(found: Sequence[Plan]) -> None:
-    """What cases and providers are, and which there are."""
+    """Print what cases and providers are, and which there are."""
     print(LISTED)
     for p in found:
         print(f"==== {p.name}\n\n{(p.bench.__doc__ or '').strip()}\n")
@@ -369,7 +369,7 @@ def finish(found: Sequence[Plan], options: argparse.Namespace, lines: Sequence[d
 
 
 def command() -> int:
-    """`main` as a process: signals and a reader that is gone have their exit status."""
+    """Run `main` as a process: signals and a reader that is gone have their exit status."""
     from illada.cli.signals import importing
 
     with importing():

@@ -61,7 +61,7 @@ CPU_PACKS = [
 
 
 def bind(way: Way, inputs: tuple[Tensor, ...], direction: str) -> Callable[[], tuple[Tensor, ...]]:
-    """A call on these inputs: (out,) of fwd, (dq, dk, dv) of the others; as the way arranges them."""
+    """Return a call on these inputs: (out,) of fwd, (dq, dk, dv) of the others; as the way arranges them."""
     q, k, v, dout = inputs
     arranged = [way.arrange(x, keys) for x, keys in ((q, False), (k, True), (v, True))]
     if direction == "fwd":
@@ -81,7 +81,7 @@ def bind(way: Way, inputs: tuple[Tensor, ...], direction: str) -> Callable[[], t
 
 
 def exact(job: Job, inputs: tuple[Tensor, ...], direction: str) -> tuple[Tensor, ...]:
-    """What `bind`'s call should give for packed tensors, in float32; key-value head by head to spare memory."""
+    """Return what `bind`'s call should give for packed tensors, in float32; key-value head by head to spare memory."""
     group, parts = job.heads // job.kv_heads, []
     for g in range(job.kv_heads):
         mine = (slice(g * group, (g + 1) * group), slice(g, g + 1), slice(g, g + 1), slice(g * group, (g + 1) * group))
@@ -102,7 +102,7 @@ def row_error(got: Tensor, want: Tensor) -> float:
 
 
 def check(way: Way, want: tuple[Tensor, ...], tolerance: float, result: tuple[Tensor, ...]) -> float:
-    """The worst error of a result. ValueError: it is more than `tolerance`, or NaN."""
+    """Return the worst error of a result. ValueError: it is more than `tolerance`, or NaN."""
     are_keys = (False,) if len(want) == 1 else (False, True, True)
     got = [way.restore(x.detach(), keys) for x, keys in zip(result, are_keys, strict=True)]
     worst = max(row_error(a, b) for a, b in zip(got, want, strict=True))
@@ -112,7 +112,7 @@ def check(way: Way, want: tuple[Tensor, ...], tolerance: float, result: tuple[Te
 
 
 def count(job: Job, call: Callable[[], Any], result: Any = None) -> dict[str, int]:
-    """What a record says of its job, and on a GPU how many launches one call is."""
+    """Return what a record says of its job, and on a GPU how many launches one call is."""
     found = {"sequences": len(job.pack.lengths), "longest": max(job.pack.keys)}
     launches = timing.launches(call) if job.device.type == "cuda" else None
     return found if launches is None else {**found, "launches": launches}
@@ -197,7 +197,7 @@ def quick(device: torch.device = CPU, direction: str = "fwd") -> list[Case]:
 
 
 def own(shapes: Shapes, device: torch.device = CPU, direction: str = "fwd") -> list[Case]:
-    """These packs, without plans alone."""
+    """Return these packs, without plans alone."""
     packs, heads, dim, dtype = defaults(device)
     if shapes.seqlens:
         packs = [given(shapes.seqlens)]

@@ -128,7 +128,7 @@ class Job:
 
     @property
     def gqa(self) -> bool:
-        """Do query heads share keys?"""
+        """Return whether query heads share keys."""
         return self.heads != self.kv_heads
 
     def cumulative(self, lengths: Sequence[int]) -> Tensor:
@@ -201,13 +201,13 @@ def make_plan(job: Job) -> Any:
 
 
 def illada_way(job: Job, deterministic: bool = False) -> Way:
-    """The public op with its plan."""
+    """Return the public op with its plan."""
     plan = make_plan(job)
     return Way(partial(illada.varlen_attention, **job.lengths, plan=plan, deterministic=deterministic))
 
 
 def illada_raw_way(job: Job) -> Way:
-    """The kernels alone: out-parameter calls into buffers that are there. On CUDA."""
+    """Return the kernels alone: out-parameter calls into buffers that are there. On CUDA."""
     plan, sequences, scale = make_plan(job).work, len(job.pack.lengths), job.dim**-0.5
     shape = (sequences, job.heads, job.kv_heads, job.dim)
     twice = recompute_scores_for_dq(job.total_q, sequences)  # as the op does

@@ -129,7 +129,7 @@ def cases(device: torch.device = CPU) -> list[Case]:
 
 
 def quick(device: torch.device = CPU) -> list[Case]:
-    """The smallest model's batch of 8, or one prompt of the large one's."""
+    """Return the smallest model's batch of 8, or one prompt of the large one's."""
     return [make_case("8b", 1, "var", device) if device.type == "cuda" else make_case("tiny", 8, "var")]
 
 

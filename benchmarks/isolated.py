@@ -163,7 +163,7 @@ def _ended(child: _Child, limit: float, deadline: float, tell: Callable[..., Non
 
 
 def _kill(child: _Child, number: int) -> None:
-    """The child and what it has started."""
+    """Kill the child and what it has started."""
     for kill in (os.killpg, os.kill):  # it may not be a group's leader yet
         try:
             kill(child.pid, number)
@@ -209,7 +209,7 @@ def _carry_out(child: _Child, prepare: Callable[[], None], limit: float) -> NoRe
 
 
 def _steps(child: _Child, prepare: Callable[[], None], limit: float, write: Callable[[dict], Any]) -> int:
-    """The child's exit status."""
+    """Return the child's exit status."""
     for number, step in enumerate(child.task.steps[child.step :]):
         # Should the parent be gone, nobody else would end a step that hangs; the default action needs no Python.
         signal.alarm(math.ceil(limit + 4 * GRACE))

@@ -48,7 +48,7 @@ CPU_SHAPES = [*((512, t, 256, 16384) for t in (0.5, 0.1, 0.9)), (256, 1.0, 256, 
 
 
 def bind(way: Way, inputs: Inputs, direction: str) -> Callable[[], tuple[Tensor, ...]]:
-    """A call on these inputs: (loss,) of fwd, (loss, d_hidden, d_weight) of fwdbwd.
+    """Return a call on these inputs: (loss,) of fwd, (loss, d_hidden, d_weight) of fwdbwd.
 
     Of a way that is `straight` d_weight is a buffer that begins at zero: after the first call what was added to it.
     """
@@ -196,7 +196,7 @@ def make_case(job: Job, direction: str = "fwdbwd", names: Sequence[str] | None =
 
 
 def cases(device: torch.device = CPU, direction: str = "fwdbwd", spread: float = SPREAD) -> list[Case]:
-    """The paper's 8192 tokens, then compacted rows, of all heads; small ones in float32 on a CPU."""
+    """Return the paper's 8192 tokens, then compacted rows, of all heads; small ones in float32 on a CPU."""
     on_gpu = device.type == "cuda"
     shapes, dtype = (SHAPES, torch.bfloat16) if on_gpu else (CPU_SHAPES, torch.float32)
     return [make_case(Job(*shape, spread, dtype, device), direction) for shape in shapes]
@@ -211,7 +211,7 @@ def quick(device: torch.device = CPU, direction: str = "fwdbwd", spread: float =
 
 
 def own(shapes: Shapes, device: torch.device = CPU, direction: str = "fwdbwd", spread: float = SPREAD) -> list[Case]:
-    """These heads, on these rows or in the bench's batches."""
+    """Return these heads, on these rows or in the bench's batches."""
     default, dtype = (SHAPES, torch.bfloat16) if device.type == "cuda" else (CPU_SHAPES, torch.float32)
     found = dict.fromkeys(
         (*((shapes.rows, 1.0) if shapes.rows else (total, share)), shapes.hidden or width, shapes.vocab or vocab)
@@ -226,7 +226,7 @@ def providers(device: torch.device = CPU) -> list[str]:
 
 
 def rivals(provider: str) -> bool:
-    """Does this peer weigh tokens, and compute all of the gradients?"""
+    """Return whether this peer weighs tokens and computes all gradients."""
     return "unweighted" not in provider and provider not in ("cce", "cce all")
 
 
@@ -248,8 +248,11 @@ def _times(ours: float, theirs: float) -> float:
 
 
 def goals(records: Sequence[dict[str, Any]]) -> list[Goal]:
-    """Of fwdbwd: errors at most twice eager's; on a GPU the paper's case in 21 ms and little memory, and all of them
-    faster than the peers; on a CPU half the memory of all logits. Filters, ours and peers', are inexact and have none.
+    """Return the goals that fwdbwd misses.
+
+    Errors are at most twice eager's. On a GPU the paper's case takes 21 ms and little memory, and every case is faster
+    than the peers. On a CPU it takes half the memory of all logits. Filters, ours and peers', are inexact and have no
+    goals.
     """
     found = []
     for case in dict.fromkeys(r["case"] for r in records):

@@ -122,7 +122,7 @@ class Inputs:
         return self.targets.where(self.token_weights != 0, IGNORED)
 
     def weigh(self, nll: Tensor) -> Tensor:
-        """The loss from each token's negative log-likelihood."""
+        """Return the loss from each token's negative log-likelihood."""
         return nll.float().dot(self.token_weights) / self.normalizer
 
 
@@ -146,14 +146,14 @@ class Way:
 
 
 def illada_loss(inputs: Inputs, given_rows: bool = False, **more: Any) -> Loss:
-    """The public op."""
+    """Return the public op."""
     more |= {"rows": inputs.rows if given_rows else None, "normalizer": float(inputs.normalizer)}
     function: Callable[..., Any] = partial(illada.linear_masked_cross_entropy, **more)
     return lambda hidden, weight, **into: function(hidden, weight, inputs.targets, inputs.token_weights, **into)
 
 
 def filtered_loss(inputs: Inputs) -> Loss:
-    """The public op with FILTER_EPS. Only where it filters: other kernels are exact and would be timed as filters."""
+    """Return the public op with FILTER_EPS, only where it filters: other kernels are exact."""
     if illada.ops.raw.linear_masked_cross_entropy_workspace(inputs.hidden, inputs.weight) is None:
         raise NotImplementedError("filter_eps needs the fused kernels: bfloat16 on sm_90a")
     return illada_loss(inputs, filter_eps=FILTER_EPS)
@@ -170,7 +170,7 @@ def eager_loss(inputs: Inputs) -> Loss:
 
 
 def compiled_loss(inputs: Inputs) -> Loss:
-    """The same under torch.compile."""
+    """Return the same under torch.compile."""
     if why := no_compiler():
         raise NotImplementedError(why)
     return compiled(eager_loss(inputs))
@@ -217,7 +217,7 @@ def quack_loss(inputs: Inputs) -> Loss:
 
 
 def _gpu_package(inputs: Inputs, module: str, package: str) -> Any:
-    """A package of kernels for GPUs; why not, where it cannot run."""
+    """Return a package of kernels for GPUs; why not, where it cannot run."""
     if inputs.hidden.device.type != "cuda":
         raise NotImplementedError("runs on GPUs alone")
     try:
@@ -227,7 +227,7 @@ def _gpu_package(inputs: Inputs, module: str, package: str) -> Any:
 
 
 def _reduced(inputs: Inputs, function: Callable[..., Tensor], weighted: bool) -> Loss:
-    """The loss by a function with the arguments (hidden, weight, targets, ignore_index=, reduction=)."""
+    """Return the loss by a function with the arguments (hidden, weight, targets, ignore_index=, reduction=)."""
     # Given here, not left to defaults: the unweighted sum must not become a mean over other tokens.
     function = partial(function, ignore_index=IGNORED, reduction="none" if weighted else "sum")
     if weighted:

@@ -40,7 +40,7 @@ class Launch:
 
 
 def parse(text: str) -> list[Launch]:
-    """The launches that `cusim time` prints."""
+    """Return the launches that `cusim time` prints."""
     found = []
     for block in re.split(r"^== ", text, flags=re.MULTILINE)[1:]:
         name = re.search(r"illada_([a-z0-9_]+)", block)
@@ -70,7 +70,7 @@ def busiest(slots: Sequence[Sequence[Launch]]) -> list[Launch]:
 
 
 def bound(launches: Sequence[Launch]) -> str:
-    """What the longest kernel is bound by."""
+    """Return what the longest kernel is bound by."""
     longest = max(launches, key=lambda launch: launch.us)
     pipe = max(longest.busy, key=lambda name: longest.busy[name], default="")
     share = longest.busy.get(pipe, 0.0)
@@ -82,7 +82,7 @@ def bound(launches: Sequence[Launch]) -> str:
 
 def entry(case: Case, expected: Sequence[Launch], fast: Sequence[Launch], slow: Sequence[Launch],
           machine: str) -> dict[str, Any]:  # fmt: skip
-    """What the file says of a case; times in microseconds."""
+    """Return what the file says of a case; times in microseconds."""
     estimate = ESTIMATES[case.estimate]
     low, high = estimate.factors
     kernels: dict[str, dict[str, Any]] = {}
@@ -140,7 +140,7 @@ def trace(case: Case, slot: int, folder: Path, cusim: Path) -> list[str]:
 
 
 def replay(traces: Sequence[str], cusim: Path, machine: str, settings: Mapping[str, float]) -> list[Launch]:
-    """The launches' times on a machine with these parameters."""
+    """Return the launches' times on a machine with these parameters."""
     options = [f"--set={name}={value}" for name, value in settings.items()]
     flat = [part for option in options for part in option.split("=", 1)]
     command = [str(cusim / "cusim"), "time", "--timing-sm", machine, *flat, "--brief", *traces]

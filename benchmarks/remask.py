@@ -246,7 +246,7 @@ def quick(device: torch.device = CPU) -> list[Case]:
 
 
 def own(shapes: Shapes, device: torch.device = CPU) -> list[Case]:
-    """Steps in these shapes; with a width the head's product and sampling."""
+    """Return steps of these shapes; with a width, the head's product and sampling."""
     dtype, default = shapes.dtype or torch.bfloat16, CUDA_SHAPES if device.type == "cuda" else SHAPES
     found = []
     for rows, vocab in dict.fromkeys((shapes.rows or rows, shapes.vocab or vocab) for rows, vocab in default):
@@ -280,7 +280,9 @@ def cpu_goals(records: Sequence[dict[str, Any]]) -> list[Goal]:
 
 
 def cuda_goals(records: Sequence[dict[str, Any]]) -> list[Goal]:
-    """In graphs: sampling at 90% of the copy bandwidth from 1024 rows on, the step in 25 us at 128 rows, the head and
+    """Return the goals that are missed.
+
+    In graphs: sampling at 90% of the copy bandwidth from 1024 rows on, the step in 25 us at 128 rows, the head and
     sampling in 450 us up to 128 rows. In single calls at temperature 1: 30x the published rule and 3x compile.
     """
     found = []

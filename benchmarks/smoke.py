@@ -32,7 +32,7 @@ from .smoke_jobs import Job
 
 
 def checked(job: Job, values: dict[str, str]) -> dict[str, Any]:
-    """The job's errors under these choices. WrongError: one of them is not allowed, or not a number."""
+    """Return the job's errors under these choices. WrongError: one of them is not allowed, or not a number."""
     with use_variants(**values):
         checks = job.run(torch.device("cuda", 0))
         torch.cuda.synchronize()
@@ -45,7 +45,7 @@ def checked(job: Job, values: dict[str, str]) -> dict[str, Any]:
 
 
 def task(jobs: Sequence[Job], values: dict[str, str]) -> Task:
-    """These jobs under these choices, one after the other."""
+    """Return these jobs under these choices, one after the other."""
 
     def step(job: Job) -> Step:
         def run(known: Mapping[str, Any]) -> dict[str, Any]:

@@ -96,7 +96,7 @@ def pack_tensors(pack: Pack, dim: int, dtype: torch.dtype) -> tuple[list[Tensor]
 
 
 def plan_of(device: torch.device) -> Checks:
-    """The sequences at the end of the plan, longest first."""
+    """Return the sequences at the end of the plan, longest first."""
     lengths = [40, 0, 300, 129]
     cumulative = torch.tensor([0, *lengths]).cumsum(0).int()
     shape = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 128, "total_q": sum(lengths)}
@@ -121,7 +121,7 @@ def attention_forward(device: torch.device, pack: Pack, dim: int, dtype: torch.d
 def attention_backward(
     device: torch.device, pack: Pack, dim: int, dtype: torch.dtype, deterministic: bool = False
 ) -> Checks:
-    """The gradients from the reference's out and lse, so that the forward kernel has no part in it."""
+    """Return the gradients from the reference's out and lse, so that the forward kernel has no part in it."""
     (*qkv, dout), lengths = pack_tensors(pack, dim, dtype)
     leaves = [x.double().requires_grad_() for x in qkv]
     out, lse = reference.varlen_attention(*leaves, **lengths, return_lse=True)
@@ -182,7 +182,7 @@ def masked_cross_entropy(device: torch.device, dtype: torch.dtype, at_once: bool
 
 
 def weighted_sum(device: torch.device) -> Checks:
-    """The sum of all tokens' losses."""
+    """Return the sum of all tokens' losses."""
     nll, (_, weights) = torch.rand(5000, generator=random()), loss_inputs(5000, 2)
     loss = torch.full((), torch.nan, device=device)
     raw.weighted_sum(loss, nll.to(device), weights.to(device), normalizer=torch.tensor(7.0, device=device))
@@ -190,7 +190,7 @@ def weighted_sum(device: torch.device) -> Checks:
 
 
 def scale(device: torch.device, dtype: torch.dtype) -> Checks:
-    """A gradient times a number on the device."""
+    """Return a gradient times a number on the device."""
     data = torch.randn(5003, generator=random()).to(dtype)
     got = data.to(device)
     raw.scale(got, torch.tensor(0.5, device=device))
@@ -281,7 +281,7 @@ def linear_sample_tokens(
 
 
 def linear_loss_by_mm(device: torch.device) -> Checks:
-    """The same, with the products of the gradients by torch.mm."""
+    """Return the same, with the products of the gradients by torch.mm."""
     with use_variants(loss_gradients="mm"):
         return linear_loss(device)
 
@@ -290,7 +290,7 @@ RULES = {"quota": 3, "threshold": 0.9, "factor": 0.5, "entropy_bound": 0.7}
 
 
 def remask(device: torch.device, rows: int, rule: str) -> Checks:
-    """The canvas and the counts, exactly; one sequence of `rows` candidates, and a short one."""
+    """Return the canvas and the counts, exactly; one sequence of `rows` candidates, and a short one."""
     lengths, mask_id, generator = (rows, 9), 5, random()
     total = sum(lengths)
     confidence = torch.rand(total, generator=generator)

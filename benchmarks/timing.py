@@ -1,4 +1,6 @@
-"""How a call is timed. Each way has a name, which stands in every record under `timing`:
+"""Ways to time a call.
+
+Each has a name, which stands in every record under `timing`:
 
     clock     wall time of a call that returns when it is done: CPUs
     thread    processor time of the calling thread: what a call costs its host, on a GPU as well
@@ -94,7 +96,7 @@ class Events:
 
 
 def timer(device: torch.device) -> Clock | Events:
-    """The way to time single calls on `device`."""
+    """Return the way to time single calls on `device`."""
     return Events(device) if device.type == "cuda" else Clock()
 
 
@@ -116,7 +118,7 @@ def input_sets(bytes_each: int, device: torch.device) -> int:
 
 
 def capture(calls: Sequence[Callable[[], Any]], device: torch.device) -> tuple[torch.cuda.CUDAGraph, int]:
-    """A graph of all calls, over and over until there are GRAPH_CALLS; and how many it holds."""
+    """Return a graph of all calls, over and over until there are GRAPH_CALLS; and how many it holds."""
     rounds = -(-GRAPH_CALLS // len(calls))
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
@@ -202,7 +204,7 @@ def launches(call: Callable[[], Any]) -> int | None:
 
 
 def device_name(device: torch.device = CPU) -> str:
-    """The processor or GPU."""
+    """Return the processor or GPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:

@@ -133,7 +133,7 @@ def packed_loss(model: MaskedDiffusionModel, batch: Batch) -> Callable[[], Tenso
 
 
 def padded_loss(model: MaskedDiffusionModel, batch: Batch) -> Callable[[], Tensor]:
-    """The same loss on a padded batch with all logits; the padding itself is not timed."""
+    """Return the same loss on a padded batch with all logits; the padding itself is not timed."""
     config = model.config
     bounds = batch.cu_seqlens.tolist()
     parts = list(zip(bounds[:-1], bounds[1:], strict=True))
@@ -181,6 +181,7 @@ class GradientError:
         self.reference = {i: found[i].cpu() for i in compared(model)}
 
     def __call__(self, result: list[Tensor]) -> float:
+        """Return the relative error of the gradients, over all parameters that are compared."""
         difference = size = 0.0
         for i, want in self.reference.items():
             # In parts: in float64 the embedding alone is 5 GB of 8b.
@@ -243,7 +244,7 @@ CPU_JOBS = {
 
 
 def gpu_jobs(device: torch.device) -> list[Job]:
-    """The design's first; the one that needs most memory last."""
+    """Return the design's first; the one that needs most memory last."""
     job = Job("8b 8192", ModelConfig.preset("illada_8b"), partial(one_window, [8192]), recompute=True, device=device)
     return [
         job,
@@ -254,13 +255,13 @@ def gpu_jobs(device: torch.device) -> list[Job]:
 
 
 def cases(device: torch.device = CPU) -> list[Case]:
-    """The case of the design's goal on a CPU; on a GPU the paper's model and window."""
+    """Return the case of the design's goal on a CPU; on a GPU the paper's model and window."""
     jobs = gpu_jobs(device) if device.type == "cuda" else [CPU_JOBS["small 8x1024"]]
     return [make_case(job) for job in jobs]
 
 
 def quick(device: torch.device = CPU) -> list[Case]:
-    """A few sequences; on a GPU of few layers."""
+    """Return a few sequences; on a GPU of few layers."""
     return [make_case(gpu_jobs(device)[2] if device.type == "cuda" else CPU_JOBS["small 2x512"])]
 
 
@@ -291,8 +292,11 @@ PEAKS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "A100": 31
 
 
 def goals(records: Sequence[dict[str, Any]]) -> list[Goal]:
-    """On a CPU 1.5 times as fast in half the memory. On a GPU no slower than the padded loop, and 8b at half of the
-    GPU's peak where that is known."""
+    """Return the goals that are missed.
+
+    On a CPU 1.5 times as fast in half the memory. On a GPU no slower than the padded loop, and 8b at half of the GPU's
+    peak where that is known.
+    """
     found = []
     for case in dict.fromkeys(r["case"] for r in records):
         ours = next((r for r in records if r["case"] == case and r["provider"] == "illada"), None)

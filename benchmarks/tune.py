@@ -51,7 +51,7 @@ class Bench:
         self.calls: dict[str, tuple[Any, int]] = {}  # what is timed, and how many calls of the job it is
 
     def right(self, values: Values) -> dict[str, float]:
-        """The error. WrongError: it is too large."""
+        """Return the error. WrongError: it is too large."""
         if self.inputs is None:
             self.inputs = self.job.make()
         with use_variants(**values):
@@ -178,7 +178,7 @@ def result(job: Job, outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 
 def advice(results: Sequence[Mapping[str, Any]], choices: Sequence[Variant]) -> list[str]:
-    """What to write into the defaults: a line for each choice that was tried."""
+    """Return what to write into the defaults: a line for each choice that was tried."""
     lines = []
     for choice in choices:
         gains: dict[str, dict[str, float]] = {value: {} for value in choice.values}
@@ -292,7 +292,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def print_result(job: Job, found: Mapping[str, Any]) -> None:
-    """A table of one job, flushed."""
+    """Print the table of one job, flushed."""
     best = found["best"]
     fastest = f"the fastest is {text(best['values'])}, {best['gain'] - 1:+.1%}" if best["ms"] else "nothing was right"
     print(f"{job.name}: {fastest}")

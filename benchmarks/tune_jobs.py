@@ -24,8 +24,12 @@ CONFIDENCE_TOLERANCE = {"sample": 1e-3, "linear": 0.05}  # relative, of the wors
 
 @dataclass
 class Inputs:
-    """bind: makes the call(s) under the choices in use, plans and workspaces included. Several: on inputs of their own,
-    for a graph, because one call is short. error: of the first call's result."""
+    """A prepared job.
+
+    bind: Makes the call(s) under the choices in use, plans and workspaces included. Several calls, each on inputs of
+        its own, are for a graph, because one call is short.
+    error: Error of the first call's result.
+    """
 
     bind: Callable[[], Sequence[Callable[[], Any]]]
     error: Callable[[Any], float]
@@ -46,7 +50,7 @@ class Job:
 
 
 def attention_inputs(job: attention_ways.Job, direction: str) -> Inputs:
-    """The kernels alone, into buffers that are there."""
+    """Return the kernels alone, into buffers that are there."""
     inputs = job.inputs()
     want = attention.exact(job, inputs, direction)
     allowed = attention.TOLERANCE[job.dtype]
@@ -63,7 +67,7 @@ def attention_inputs(job: attention_ways.Job, direction: str) -> Inputs:
 
 
 def loss_inputs(job: loss_ways.Job) -> Inputs:
-    """The public op."""
+    """Return the public op."""
     inputs = job.inputs()
     exact, way = loss.Exact(inputs, "fwdbwd"), loss_ways.WAYS["illada"]
 

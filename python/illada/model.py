@@ -99,6 +99,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalize the last dimension of x [..., C], in float32; the result has the dtype of x."""
         if x.dtype == torch.float32:
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         return self.weight * F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype)
@@ -162,7 +163,8 @@ class Attention(nn.Module):
 
         Args:
             q: [T, H, D], or [N, H, D] with `selected_rows`, from `project`.
-            k, v: [T, G, D], from `project`.
+            k: [T, G, D], from `project`.
+            v: Like `k`.
             cu_seqlens: int32 [S + 1], where each sequence starts in the pack.
             plan: The plan of `illada.attention_plan` for these lengths; None: made in this call.
             cache: This layer's cache, k and v [R, G, D]. k and v of this call are written to it, and q attends to its
@@ -192,7 +194,8 @@ class Attention(nn.Module):
 
         Args:
             x: [T, C].
-            cos, sin: [T, 1, D], from `rotary_tables`.
+            cos: [T, 1, D], from `rotary_tables`.
+            sin: Like `cos`.
             rows: int64 [N], the rows of x that need a query; None: all T.
 
         Returns:
@@ -222,6 +225,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the SwiGLU MLP to x [..., C]; the result has its shape and dtype."""
         gate, up = F.silu(self.gate_proj(x)), self.up_proj(x)
         return self.down_proj(gate * up if torch.is_grad_enabled() else gate.mul_(up))
 
@@ -251,7 +255,8 @@ class Layer(nn.Module):
 
         Args:
             x: [T, C], the residual stream.
-            cos, sin: [T, 1, D], from `rotary_tables`.
+            cos: [T, 1, D], from `rotary_tables`.
+            sin: Like `cos`.
             cu_seqlens: int32 [S + 1], where each sequence starts in the pack.
             plan: The plan of `illada.attention_plan` for these lengths; None: made in this call.
             cache: This layer's cache, k and v [R, G, D]; None: none.

@@ -70,13 +70,13 @@ _TRIES = 16  # places tried for a cut
 
 
 def tokenizer_sha256(path: str | Path) -> str:
-    """What ties a corpus to a checkpoint: the SHA-256 of its tokenizer.json (of a folder's, for a folder)."""
+    """Return what ties a corpus to a checkpoint: the SHA-256 of its tokenizer.json (of a folder's, for a folder)."""
     file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int, *, progress: bool = False) -> Tokenizer:
-    """A byte-level BPE tokenizer whose first ids are iLLaDA's special tokens: bos 0, pad 1, eos 2, mask 5."""
+    """Return a byte-level BPE tokenizer whose first ids are iLLaDA's special tokens: bos 0, pad 1, eos 2, mask 5."""
     smallest = len(SPECIAL_TOKENS) + 256
     if vocab_size < smallest:
         raise ValueError(f"vocab_size must be at least {smallest} (256 bytes and the special tokens), got {vocab_size}")
@@ -141,7 +141,8 @@ def prepare(
             memory.
         out_dir: the folder to make. It appears complete or not at all.
         vocab_size: of the tokenizer to train; not used with `tokenizer`.
-        tokenizer: a given tokenizer.json; `special` holds its special ids where it does not use iLLaDA's names.
+        tokenizer: a given tokenizer.json.
+        special: special ids of `tokenizer`, {name: id}, where it does not use iLLaDA's names.
         validation_fraction: share of the text to hold out, in whole documents; if that misses it by a factor of two (a
             few large files), the last part of each document is held out instead.
         overwrite: replace an existing corpus.
@@ -203,7 +204,7 @@ def prepare(
 
 
 def _parts(documents: Documents, starts: Sequence[int], split: str) -> Iterator[Iterator[str]]:
-    """What of each document is in a split, in pieces, where that is more than space."""
+    """Yield what of each document is in a split, in pieces, where that is more than space."""
     for i, start in enumerate(starts):
         bounds = (0, start) if split == "train" else (start, documents.lengths[i])
         if any(piece.strip() for piece in documents.pieces(i, *bounds)):
@@ -211,7 +212,7 @@ def _parts(documents: Documents, starts: Sequence[int], split: str) -> Iterator[
 
 
 def _cut(pieces: Iterable[str], place: Callable[[str], int]) -> Iterator[str]:
-    """The same text in pieces that end at a `place(text)`, which is given at least PIECE + _MARGIN characters."""
+    """Yield the same text in pieces that end at a `place(text)`, which is given at least PIECE + _MARGIN characters."""
     text = ""
     for piece in pieces:
         text += piece
@@ -224,8 +225,9 @@ def _cut(pieces: Iterable[str], place: Callable[[str], int]) -> Iterator[str]:
 
 
 def _at_a_word(text: str, good: Callable[[int], bool] = lambda at: True) -> int:
-    """Where a long text can be cut: the last `good` end of a word in its first PIECE characters, one before space if it
-    can be; PIECE if there is none.
+    """Return where a long text can be cut.
+
+    It is the last `good` end of a word in its first PIECE characters, preferably before space; PIECE if there is none.
     """
     for end in (r"(?<=\w)(?=\s)", r"(?<=\w)(?=\W)"):
         for start in (PIECE - 1024, 1):  # nearby, or anywhere
@@ -287,7 +289,7 @@ class _Writer:
         return {"documents": len(offsets) - 1, "tokens": tokens, "bytes": size}
 
     def _batches(self, documents: Iterable[Iterable[str]]) -> Iterator[list[tuple[str, bool]]]:
-        """Lists of (text, is it the end of its document), of about `_BATCH` characters."""
+        """Yield lists of (text, whether it ends its document), of about `_BATCH` characters."""
         batch: list[tuple[str, bool]] = []
         room = _BATCH
         for pieces in documents:

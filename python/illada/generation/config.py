@@ -192,7 +192,7 @@ class GenerationConfig:
 
     @property
     def filtered(self) -> bool:
-        """Is confidence of the distribution that is sampled, not of the model's own?"""
+        """Whether confidence is of the distribution that is sampled, not of the model's own."""
         return self.top_p < 1 or self.top_k > 0 or self.confidence_at_temperature
 
     @property

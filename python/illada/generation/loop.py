@@ -130,7 +130,7 @@ def _run(
     *,
     stream: bool,
 ) -> Iterator[GenerationDelta]:
-    """The deltas of all requests; without `stream` only the last of each, and nothing in it but the result."""
+    """Yield the deltas of all requests; without `stream` only the last of each, and nothing in it but the result."""
     waiting = deque(requests)
     size = min(batch_size or len(requests), len(requests))
     cache, free = _make_cache(model, requests, size)
@@ -171,8 +171,10 @@ def _run(
 
 
 def encode(tokenizer: Any, text: str, name: str) -> list[int]:
-    """The ids of a prompt by a tokenizer of this library, `tokenizers` or `transformers`; see
-    `Tokenizer.encode_prompt`."""
+    """Return the ids of a prompt by a tokenizer of this library, `tokenizers` or `transformers`.
+
+    `Tokenizer.encode_prompt` says how.
+    """
     if tokenizer is None:
         raise ValueError(f"{name} is a text, which needs a tokenizer; give one, or token ids")
     if isinstance(tokenizer, Tokenizer):
@@ -212,7 +214,7 @@ def _advance(
 def _make_cache(
     model: MaskedDiffusionModel, requests: list[Request], size: int
 ) -> tuple[KeyValueCache | None, list[int]]:
-    """The cache that all requests share, if their configs want one, and its free slots."""
+    """Return the cache that all requests share, if their configs want one, and its free slots."""
     if not requests or requests[0].config.cache == "none":
         return None, []
     slots = size * (1 + any(r.guided for r in requests))

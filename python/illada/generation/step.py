@@ -23,8 +23,11 @@ from illada.ops.types import LogitBias, TokenSample
 
 
 class Guidance(NamedTuple):
-    """hidden: int32 [N], which hidden states are those of the unconditional twins (without one: its own).
-    scale: float32 [N, 1], w."""
+    """Classifier-free guidance of a step's rows.
+
+    hidden: int32 [N], which hidden states are those of the unconditional twins (without one: its own).
+    scale: float32 [N, 1], w.
+    """
 
     hidden: Tensor
     scale: Tensor
@@ -108,7 +111,7 @@ class Layout(NamedTuple):
         return buffer
 
     def unpack(self, buffer: Tensor) -> StepInputs:
-        """The arrays as tensors that are views of `buffer`, a copy of what `pack` made."""
+        """Return the arrays as tensors that are views of `buffer`, a copy of what `pack` made."""
         starts = iter(_offsets(self.arrays))
 
         def view(array: NDArray) -> Tensor:
@@ -131,7 +134,7 @@ _DTYPES = {
 
 
 def _map(tree: Any, function: Callable[[NDArray], Any]) -> Any:
-    """`function` of every array; tensors stay as they are."""
+    """Apply `function` to every array; tensors stay as they are."""
     if isinstance(tree, np.ndarray):
         return function(tree)
     if not isinstance(tree, tuple):
@@ -158,9 +161,12 @@ def lay_out(
     whole_blocks: bool = False,
     sequences: int = 0,
 ) -> Layout:
-    """The pack of all active requests and their unconditional twins.
+    """Return the pack of all active requests and their unconditional twins.
 
     Args:
+        model: The model; its config gives the shift of the logits and the mask's id.
+        active: The requests.
+        cache: Their key-value cache; None: none.
         whole_blocks: all rows of a block are candidates, not its masks alone: the shapes are those of the next step.
         sequences: fill the pack up to as many sequences with ones that see nothing and commit nothing.
     """
@@ -264,7 +270,7 @@ def _group(
 
 
 def _bias(members: list[tuple[Request, NDArray]], blank_rows: int) -> LogitBias | None:
-    """The logit biases of all rows as [N, K]; -1 is no id. K is that of the configs: it stays from step to step."""
+    """Return the logit biases of all rows as [N, K]; -1 is no id. K depends on the configs alone, not on the step."""
     width = max(len(r.config.forbid_tokens) + (r.config.end_think_boost > 0) for r, _ in members)
     if width == 0:
         return None

@@ -228,7 +228,7 @@ def _train(
 def micro_batches(
     corpus: TokenDataset, step: int, num_windows: int, config: TrainConfig, mask_id: int
 ) -> Iterator[Batch]:
-    """The data of one optimizer step, a pure function of (seed, step)."""
+    """Yield the data of one optimizer step, a pure function of (seed, step)."""
     per_step, per_micro = config.train.windows_per_step, config.train.windows_per_micro_batch
     for first in range(step * per_step, (step + 1) * per_step, per_micro):
         samples = np.arange(first, first + per_micro)
