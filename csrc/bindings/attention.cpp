@@ -50,7 +50,7 @@ constexpr Field<attention::BackwardParams> kBackwardFields[] = {
     FIELD(plan),
     FIELD(plan_rows),
     FIELD(deterministic),
-    FIELD(multiplies_twice),
+    FIELD(recompute_scores_for_dq),
     FIELD(dq),
     FIELD(dk),
     FIELD(dv),
@@ -75,7 +75,7 @@ py::dict forward_tiling(const attention::PlanParams& p) {
 int64_t forward_workspace(const attention::ForwardParams& p) { return attention::forward_workspace(p.shape); }
 
 int64_t backward_workspace(const attention::BackwardParams& p) {
-  return attention::backward_workspace(p.shape, p.deterministic, p.multiplies_twice, p.launch.device);
+  return attention::backward_workspace(p.shape, p.deterministic, p.recompute_scores_for_dq, p.launch.device);
 }
 #endif
 

@@ -23,7 +23,7 @@ constexpr Field<loss::MaskedCrossEntropyParams> kCrossEntropyFields[] = {
     FIELD(rows),
     FIELD(targets),
     FIELD(targets_are_int64),
-    FIELD(weights),
+    FIELD(token_weights),
     FIELD(num_tokens),
     FIELD(scale),
     FIELD(normalizer),
@@ -43,19 +43,19 @@ constexpr Field<loss::MaskedCrossEntropyParams> kCrossEntropyFields[] = {
 // Arguments of loss::weighted_sum_cpu.
 struct WeightedSumCpuParams {
   const float* nll = nullptr;
-  const float* weights = nullptr;
+  const float* token_weights = nullptr;
   int64_t num_rows = 0;
   double scale = 1.0;
   float* loss = nullptr;
 };
 
 constexpr Field<WeightedSumCpuParams> kWeightedSumCpuFields[] = {
-    FIELD(nll), FIELD(weights), FIELD(num_rows), FIELD(scale), FIELD(loss),
+    FIELD(nll), FIELD(token_weights), FIELD(num_rows), FIELD(scale), FIELD(loss),
 };
 
 // Keeps the GIL: it takes less time than to release it.
 void weighted_sum_cpu(const WeightedSumCpuParams& p) {
-  loss::weighted_sum_cpu(p.nll, p.weights, p.num_rows, p.scale, p.loss);
+  loss::weighted_sum_cpu(p.nll, p.token_weights, p.num_rows, p.scale, p.loss);
 }
 
 #if defined(ILLADA_WITH_CUDA)
@@ -64,19 +64,19 @@ int64_t cross_entropy_workspace(const loss::MaskedCrossEntropyParams& p) {
 }
 
 constexpr Field<loss::WeightedSumParams> kWeightedSumFields[] = {
-    FIELD(nll), FIELD(weights), FIELD(num_rows), FIELD(scale), FIELD(normalizer), FIELD(loss), FIELD(launch),
+    FIELD(nll), FIELD(token_weights), FIELD(num_rows), FIELD(scale), FIELD(normalizer), FIELD(loss), FIELD(launch),
 };
 
 constexpr Field<loss::ScaleParams> kScaleFields[] = {
     FIELD(data), FIELD(count), FIELD(dtype), FIELD(factor), FIELD(launch),
 };
 
-#define LINEAR_LOSS_FIELDS                                                                                            \
-  FIELD(hidden), FIELD(hidden_dtype), FIELD(hidden_row_stride), FIELD(num_tokens), FIELD(weight),                     \
-      FIELD(weight_row_stride), FIELD(vocab_size), FIELD(width), FIELD(targets), FIELD(targets_are_int64),            \
-      FIELD(weights), FIELD(rows), FIELD(num_rows), FIELD(scale), FIELD(normalizer), FIELD(chunk_rows), FIELD(nll),   \
-      FIELD(hidden_grad), FIELD(weight_grad), FIELD(weight_grad_dtype), FIELD(add_to_weight_grad), FIELD(filter_eps), \
-      FIELD(launch), WORKSPACE_FIELD
+#define LINEAR_LOSS_FIELDS                                                                                      \
+  FIELD(hidden), FIELD(hidden_dtype), FIELD(hidden_row_stride), FIELD(num_tokens), FIELD(head_weight),          \
+      FIELD(head_weight_row_stride), FIELD(vocab_size), FIELD(width), FIELD(targets), FIELD(targets_are_int64), \
+      FIELD(token_weights), FIELD(rows), FIELD(num_rows), FIELD(scale), FIELD(normalizer), FIELD(chunk_rows),   \
+      FIELD(nll), FIELD(hidden_grad), FIELD(weight_grad), FIELD(weight_grad_dtype), FIELD(add_to_weight_grad),  \
+      FIELD(filter_eps), FIELD(launch), WORKSPACE_FIELD
 
 constexpr Field<loss::LinearMaskedCrossEntropyParams> kLinearLossFields[] = {LINEAR_LOSS_FIELDS};
 
@@ -84,12 +84,12 @@ constexpr Field<loss::LinearMaskedCrossEntropyParams> kLinearLossFields[] = {LIN
 // linear_masked_cross_entropy in parts.
 bool linear_loss_by_mm() { return variant<LossGradients>() == LossGradients::kMm; }
 
-// Returns how a call is cut into chunks, and the offsets of their buffers in the workspace, in bytes.
+// Returns how a call is cut into row chunks, and the offsets of their buffers in the workspace, in bytes.
 py::dict linear_loss_layout(const loss::LinearMaskedCrossEntropyParams& p) {
   const loss::LinearPlan plan = loss::plan_linear(p);
   py::dict d;
-  d["chunks"] = plan.chunks;
-  d["rows"] = plan.rows;
+  d["row_chunks"] = plan.row_chunks;
+  d["chunk_rows"] = plan.chunk_rows;
   d["probabilities_row_stride"] = plan.prob_stride;
   d["weight_first"] = variant<LossOrder>() == LossOrder::kWeightFirst;  // the weight's gradient before hidden's
   d["probabilities"] = plan.probs;
@@ -98,7 +98,7 @@ py::dict linear_loss_layout(const loss::LinearMaskedCrossEntropyParams& p) {
   return d;
 }
 
-// Arguments of a part of linear_masked_cross_entropy, for one of its chunks.
+// Arguments of a part of linear_masked_cross_entropy, for one of its row chunks.
 struct LinearChunkParams : loss::LinearMaskedCrossEntropyParams {
   int chunk = 0;
 };

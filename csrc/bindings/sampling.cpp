@@ -65,8 +65,8 @@ constexpr Field<remask::LinearSampleTokensParams> kLinearSampleFields[] = {
     FIELD(hidden_row_stride),
     FIELD(num_tokens),
     FIELD(rows),
-    FIELD(weight),
-    FIELD(weight_row_stride),
+    FIELD(head_weight),
+    FIELD(head_weight_row_stride),
     FIELD(width),
     SAMPLE_FIELDS(params.sample),
     {"workspace",
@@ -85,19 +85,20 @@ struct HeadPlanParams {
 constexpr Field<HeadPlanParams> kHeadPlanFields[] = {FIELD(num_rows), FIELD(vocab_size), FIELD(sm_count)};
 
 // For tests: returns how linear_sample_tokens divides its work on a GPU of sm_count multiprocessors, as (CTAs of a
-// cluster, ranges of the vocabulary, chunks of 32 ids in a range, tasks). A task is (CTA, row tile, range, its tiles,
+// cluster, vocab ranges, slices of 32 ids per range, tasks). A task is (CTA, row tile, range, its tiles,
 // tiles of its neighbour). The range of a task without tiles is one past the last.
 py::tuple head_plan(const HeadPlanParams& p) {
   const remask::HeadPlan plan = remask::plan_head(p.num_rows, p.vocab_size, p.sm_count);
   py::list tasks;
-  for (int item = 0; item < plan.items(); ++item) {
+  for (int work_item = 0; work_item < plan.work_items(); ++work_item) {
     for (int rank = 0; rank < plan.cluster; ++rank) {
-      const remask::HeadTask task = plan.task(item, rank);
-      tasks.append(py::make_tuple(item % plan.clusters * plan.cluster + rank, task.row_tile, task.slot,
-                                  task.slot < plan.slots ? plan.tiles(task.slot) : 0, task.tiles));
+      const remask::HeadTask task = plan.task(work_item, rank);
+      tasks.append(py::make_tuple(work_item % plan.clusters * plan.cluster + rank, task.row_tile, task.vocab_range,
+                                  task.vocab_range < plan.vocab_ranges ? plan.range_tiles(task.vocab_range) : 0,
+                                  task.tiles));
     }
   }
-  return py::make_tuple(plan.cluster, plan.slots, plan.chunks, tasks);
+  return py::make_tuple(plan.cluster, plan.vocab_ranges, plan.range_slices, tasks);
 }
 #endif
 

@@ -1,5 +1,4 @@
-// What stands before and after the passes over logits: the loss from the nll of each token, and the factor that arrives
-// with the backward.
+// Kernels on scalars of the loss: the weighted sum of the tokens' nll, and the scaling of gradients by dloss.
 #include <algorithm>
 
 #include "common/dependent_launch.h"
@@ -20,7 +19,7 @@ __global__ __launch_bounds__(kSumThreads) void illada_masked_cross_entropy_sum_s
   const auto add = [](double a, double b) { return a + b; };
   double sum = 0;
   for (int64_t n = threadIdx.x; n < p.num_rows; n += kSumThreads)
-    if (p.weights[n] != 0.0f) sum += double(p.weights[n]) * double(p.nll[n]);
+    if (p.token_weights[n] != 0.0f) sum += double(p.token_weights[n]) * double(p.nll[n]);
   sum = warp_reduce(sum, add);
   if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = sum;
   __syncthreads();
@@ -53,10 +52,10 @@ __global__ __launch_bounds__(kScaleThreads) void illada_masked_cross_entropy_sca
 
 template <typename T>
 void launch(const ScaleParams& p, const Device& device) {
-  constexpr int64_t kCtasAnSm = 8;
+  constexpr int64_t kCtasPerSm = 8;
   const int64_t ctas = (p.count + kScaleThreads * kVector - 1) / (kScaleThreads * kVector);
   LaunchShape shape;
-  shape.grid = dim3(unsigned(std::min(ctas, kCtasAnSm * device.sm_count)));
+  shape.grid = dim3(unsigned(std::min(ctas, kCtasPerSm * device.sm_count)));
   shape.block = dim3(kScaleThreads);
   shape.dependent = true;
   launch_kernel(kOp, device, p.launch.stream, shape, illada_masked_cross_entropy_scale_sm80<T>, p);

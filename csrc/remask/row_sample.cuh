@@ -1,4 +1,4 @@
-// State that the samplers keep of a row while they walk over its logits, the merge of a row's pieces, and the noise.
+// State of a row while the samplers walk over its logits, the merge of a row's records, and the noise.
 //
 // Sampling uses Gumbel-max as an exponential race. Token v with the largest x + T G wins, where G = -log(E),
 // E = -log(1 - u) and u has 64 random bits. Because E >= u, a token whose u is too large to beat the best score so far
@@ -49,9 +49,9 @@ struct TopTwo {
   }
 };
 
-// Records of a row in the workspace: one SoftmaxRecord for each part that was summed separately, and one LeaderRecord
-// for each CTA. Floating-point sums depend on their order. The parts are therefore the same for every distribution of a
-// row over CTAs, and merge_records sums their records in a fixed order. So a row's result does not depend on the batch,
+// Records of a row in the workspace: one SoftmaxRecord for each separate sum, and one LeaderRecord for each CTA.
+// Floating-point sums depend on their order. The separate sums are therefore the same for every distribution of a row
+// over CTAs, and merge_records adds their records in a fixed order. So a row's result does not depend on the batch,
 // to the last bit.
 struct alignas(16) LeaderRecord {
   double score;
@@ -100,9 +100,9 @@ struct RowNoise {
     return fmaf(x - best, inverse, 32.0f + 0x1p-10f);
   }
   // Below this limit a token cannot win even with lower bits of zero: u >= 2^-65.
-  static constexpr float kHopeless = -33.0f;
+  static constexpr float kMinLog2Bound = -33.0f;
 
-  __device__ __forceinline__ static uint32_t as_limit(float log2_bound) {
+  __device__ __forceinline__ static uint32_t max_bits(float log2_bound) {
     return __float2uint_rd(exp2_approx(log2_bound));  // saturates at 0 and 2^32 - 1; NaN cannot occur for finite best
   }
 
@@ -115,7 +115,7 @@ struct RowNoise {
 
   // Lower bound in fp32 of the score of the token with these upper bits; the initial value of the pruning bound.
   // E <= u + u^2 for u <= 1/2; larger u are not useful and give -inf.
-  __device__ __forceinline__ static float sure_score(float x, uint32_t upper_bits, float temperature) {
+  __device__ __forceinline__ static float score_lower_bound(float x, uint32_t upper_bits, float temperature) {
     const float u = float((upper_bits >> 8) + 1) * 0x1p-24f;  // rounded up
     const float gumbel = fmaf(-0.69314718f, __log2f(u), -u);  // log(1 + u) <= u
     const float score = fmaf(temperature, gumbel, x);
@@ -187,11 +187,11 @@ struct RowState {
 };
 
 template <bool kWantExtras>
-__device__ __forceinline__ SoftmaxRecord record_of(const OnlineSoftmax<kWantExtras>& softmax) {
+__device__ __forceinline__ SoftmaxRecord to_record(const OnlineSoftmax<kWantExtras>& softmax) {
   return {softmax.reference, softmax.sum, softmax.weighted, 0.0f};
 }
 template <bool kWantExtras>
-__device__ __forceinline__ OnlineSoftmax<kWantExtras> softmax_of(const SoftmaxRecord& record) {
+__device__ __forceinline__ OnlineSoftmax<kWantExtras> from_record(const SoftmaxRecord& record) {
   OnlineSoftmax<kWantExtras> softmax;
   softmax.reference = record.reference;
   softmax.sum = record.sum;
@@ -203,29 +203,29 @@ __device__ __forceinline__ OnlineSoftmax<kWantExtras> softmax_of(const SoftmaxRe
 __device__ __forceinline__ SoftmaxRecord* softmax_records(void* workspace, int64_t num_rows, const RowRecords& records,
                                                           int64_t row) {
   void* const after_leaders = static_cast<LeaderRecord*>(workspace) + num_rows * records.leaders;
-  return static_cast<SoftmaxRecord*>(after_leaders) + row * records.parts;
+  return static_cast<SoftmaxRecord*>(after_leaders) + row * records.softmaxes;
 }
 
 // Sums a row's softmax records. One warp calls it.
 template <bool kWantExtras>
 __device__ __forceinline__ OnlineSoftmax<kWantExtras> merge_records(const SoftmaxRecord* records, int count) {
   const int lane = threadIdx.x % 32;
-  constexpr int kAhead = 4;  // loads in flight at the same time
+  constexpr int kPrefetch = 4;  // loads in flight at the same time
   OnlineSoftmax<kWantExtras> total;
-  for (int first = lane; first < count; first += 32 * kAhead) {
-    OnlineSoftmax<kWantExtras> part[kAhead];
+  for (int first = lane; first < count; first += 32 * kPrefetch) {
+    OnlineSoftmax<kWantExtras> partial[kPrefetch];
     float common = total.reference;
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      if (first + 32 * i < count) part[i] = softmax_of<kWantExtras>(records[first + 32 * i]);
-      common = fmaxf(common, part[i].reference);
+    for (int i = 0; i < kPrefetch; ++i) {
+      if (first + 32 * i < count) partial[i] = from_record<kWantExtras>(records[first + 32 * i]);
+      common = fmaxf(common, partial[i].reference);
     }
     total.rebase(common);
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      part[i].rebase(common);
-      total.sum += part[i].sum;
-      if constexpr (kWantExtras) total.weighted += part[i].weighted;
+    for (int i = 0; i < kPrefetch; ++i) {
+      partial[i].rebase(common);
+      total.sum += partial[i].sum;
+      if constexpr (kWantExtras) total.weighted += partial[i].weighted;
     }
   }
   total.merge_lanes();

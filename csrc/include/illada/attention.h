@@ -100,7 +100,7 @@ struct BackwardParams {
   // Every run gives the same bits. Costs some speed in long sequences.
   bool deterministic = false;
   // A separate kernel computes the scores again for dq. Faster in short sequences, and also deterministic.
-  bool multiplies_twice = false;
+  bool recompute_scores_for_dq = false;
   void* dq = nullptr;                 // output, [T, H, D], contiguous; 0 for queries without keys
   void *dk = nullptr, *dv = nullptr;  // outputs, [Tk, G, D], contiguous; 0 for keys that no sequence uses
   void* workspace = nullptr;          // 16-byte aligned; contents need no initialisation and need not be kept
@@ -115,6 +115,6 @@ void backward_cuda(const BackwardParams& params);
 // outside of the plan are 0.
 void backward_cpu(const BackwardParams& params);
 // Bytes of workspace of backward_cuda.
-int64_t backward_workspace(const PackShape& shape, bool deterministic, bool multiplies_twice, int device);
+int64_t backward_workspace(const PackShape& shape, bool deterministic, bool recompute_scores_for_dq, int device);
 
 }  // namespace illada::attention

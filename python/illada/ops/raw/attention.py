@@ -157,7 +157,7 @@ def varlen_attention_backward_workspace(
     num_kv_heads: int,
     head_dim: int,
     deterministic: bool,
-    multiplies_twice: bool,
+    recompute_scores_for_dq: bool,
     device: int,
 ) -> int:
     """Return the bytes of workspace that `varlen_attention_backward` needs on CUDA.
@@ -166,7 +166,7 @@ def varlen_attention_backward_workspace(
         total_q, total_k: T and Tk, the packed queries and the rows of k and v.
         num_sequences: S.
         num_heads, num_kv_heads, head_dim: H, G and D.
-        deterministic, multiplies_twice: As in the later call.
+        deterministic, recompute_scores_for_dq: As in the later call.
         device: Index of the CUDA device.
     """
     return native().varlen_attention_backward_workspace(
@@ -177,7 +177,7 @@ def varlen_attention_backward_workspace(
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         deterministic=deterministic,
-        multiplies_twice=multiplies_twice,
+        recompute_scores_for_dq=recompute_scores_for_dq,
         launch=native().launch(device=device),
     )
 
@@ -199,7 +199,7 @@ def varlen_attention_backward(
     *,
     workspace: Tensor | None = None,
     deterministic: bool = False,
-    multiplies_twice: bool = False,
+    recompute_scores_for_dq: bool = False,
 ) -> None:
     """Compute the gradients of `illada.ops.varlen_attention` into `dq`, `dk` and `dv`.
 
@@ -217,8 +217,8 @@ def varlen_attention_backward(
         softmax_scale: Factor of the scores.
         workspace: CUDA only; uint8, at least as large as `varlen_attention_backward_workspace` says.
         deterministic: CUDA only; give the same bits in every run, as the CPU kernel always does.
-        multiplies_twice: CUDA only; recompute the scores in a separate kernel for dq. It is faster where sequences are
-            short, and deterministic. Devices before sm_90 always do this.
+        recompute_scores_for_dq: CUDA only; recompute the scores in a separate kernel for dq. It is faster where
+            sequences are short, and deterministic. Devices before sm_90 always do this.
 
     Raises:
         ValueError: q and plan are on different devices.
@@ -248,7 +248,7 @@ def varlen_attention_backward(
         plan=plan,
         plan_rows=plan.shape[0],
         deterministic=deterministic,
-        multiplies_twice=multiplies_twice,
+        recompute_scores_for_dq=recompute_scores_for_dq,
         dq=dq,
         dk=dk,
         dv=dv,

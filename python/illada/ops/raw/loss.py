@@ -76,7 +76,7 @@ def masked_cross_entropy(
         rows=rows,
         targets=targets,
         targets_are_int64=targets.dtype == torch.int64,
-        weights=token_weights,
+        token_weights=token_weights,
         num_tokens=token_weights.shape[0],
         scale=scale,
         normalizer=normalizer,
@@ -135,7 +135,7 @@ def masked_cross_entropy_backward(
         rows=rows,
         targets=targets,
         targets_are_int64=targets.dtype == torch.int64,
-        weights=token_weights,
+        token_weights=token_weights,
         num_tokens=token_weights.shape[0],
         scale=scale,
         normalizer=normalizer,
@@ -165,11 +165,11 @@ def weighted_sum(
     launch = launch_of(loss, nll, token_weights, normalizer)
     if launch is None:
         scale = scale if normalizer is None else scale / float(normalizer)
-        native().weighted_sum_cpu(nll=nll, weights=token_weights, num_rows=nll.shape[0], scale=scale, loss=loss)
+        native().weighted_sum_cpu(nll=nll, token_weights=token_weights, num_rows=nll.shape[0], scale=scale, loss=loss)
     else:
         native().weighted_sum(
             nll=nll,
-            weights=token_weights,
+            token_weights=token_weights,
             num_rows=nll.shape[0],
             scale=scale,
             normalizer=normalizer,
@@ -229,8 +229,8 @@ def linear_masked_cross_entropy_workspace(
         hidden_dtype=DTYPES[hidden.dtype],
         hidden_row_stride=hidden.stride(0),
         num_tokens=hidden.shape[0],
-        weight=weight if is_bfloat16 else None,
-        weight_row_stride=weight.stride(0) if is_bfloat16 else width,
+        head_weight=weight if is_bfloat16 else None,
+        head_weight_row_stride=weight.stride(0) if is_bfloat16 else width,
         vocab_size=vocab_size,
         width=width,
         num_rows=-1 if rows is None else rows.shape[0],
@@ -295,13 +295,13 @@ def linear_masked_cross_entropy(
         "hidden_dtype": DTYPES[hidden.dtype],
         "hidden_row_stride": hidden.stride(0),
         "num_tokens": hidden.shape[0],
-        "weight": weight,
-        "weight_row_stride": weight.stride(0),
+        "head_weight": weight,
+        "head_weight_row_stride": weight.stride(0),
         "vocab_size": vocab_size,
         "width": width,
         "targets": targets,
         "targets_are_int64": targets.dtype == torch.int64,
-        "weights": token_weights,
+        "token_weights": token_weights,
         "rows": rows,
         "num_rows": -1 if rows is None else rows.shape[0],
         "scale": scale,
@@ -326,10 +326,10 @@ def linear_masked_cross_entropy(
 @torch.no_grad()
 def _linear_loss_by_mm(fields: dict[str, Any]) -> None:
     """Run `linear_masked_cross_entropy` with torch.mm for the matrix products of the gradients."""
-    weight, hidden_grad, weight_grad = fields["weight"], fields["hidden_grad"], fields["weight_grad"]
+    weight, hidden_grad, weight_grad = fields["head_weight"], fields["hidden_grad"], fields["weight_grad"]
     adds, memory = fields["add_to_weight_grad"], fields["workspace"].view(-1)
     layout = native().linear_loss_layout(**fields)
-    chunks, rows = layout["chunks"], layout["rows"]
+    chunks, rows = layout["row_chunks"], layout["chunk_rows"]
 
     def buffer(name: str, columns: int, dtype: torch.dtype) -> Tensor:
         start, size = layout[name], rows * columns * dtype.itemsize

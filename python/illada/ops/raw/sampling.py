@@ -135,8 +135,8 @@ def linear_sample_tokens_workspace(hidden: Tensor, weight: Tensor, rows: Tensor 
         hidden_row_stride=hidden.stride(0),
         num_tokens=hidden.shape[0],
         rows=rows,
-        weight=weight,
-        weight_row_stride=weight.stride(0),
+        head_weight=weight,
+        head_weight_row_stride=weight.stride(0),
         width=hidden.shape[1],
         num_rows=hidden.shape[0] if rows is None else rows.shape[0],
         vocab_size=weight.shape[0],
@@ -155,7 +155,7 @@ def head_plan(rows: int, vocab_size: int, sm_count: int) -> tuple[int, int, int,
         sm_count: Number of streaming multiprocessors.
 
     Returns:
-        (CTAs per cluster, vocabulary ranges, chunks of 32 ids per range, tasks). A task is (CTA, row tile, range, tiles
+        (CTAs per cluster, vocab ranges, slices of 32 ids per range, tasks). A task is (CTA, row tile, range, tiles
         of 128 rows x 256 ids, tiles of its cluster). Each CTA's tasks are in the order of their execution. A CTA waits
         while its neighbour in the cluster has more tiles.
     """
@@ -201,8 +201,8 @@ def linear_sample_tokens(
         hidden_row_stride=hidden.stride(0),
         num_tokens=hidden.shape[0],
         rows=rows,
-        weight=weight,
-        weight_row_stride=weight.stride(0),
+        head_weight=weight,
+        head_weight_row_stride=weight.stride(0),
         width=hidden.shape[1],
         num_rows=hidden.shape[0] if rows is None else rows.shape[0],
         vocab_size=weight.shape[0],

@@ -1,17 +1,17 @@
-// The backward's first and last pass, both one read and one write of memory.
+// The first pass of the backward, one read and one write of memory.
 //
-// First: c = do . out - dlse and the offset (row_pair.cuh) of each query and head, laid out as the main kernels read
-// them; zeros where sums in fp32 begin, and in the gradients of what has no counterpart. Last: dk and dv, where they
-// are sums.
+// It computes c = do . out - dlse and the offset (probabilities.cuh) of each query and head, laid out as the main
+// kernels read them. It writes zeros where sums in fp32 begin, and in the gradients of what has no counterpart.
 //
-// Floor: first T H (4 D + 16) bytes, and 4 T H D more of zeros if fused; last 12 Tk G D.
+// Floor: T H (4 D + 16) bytes, and 4 T H D more of zeros if fused.
 #include <cutlass/fast_math.h>
 
 #include <algorithm>
 #include <cmath>
 
 #include "attention/launch.h"
-#include "attention/row_pair.cuh"
+#include "attention/probabilities.cuh"
+#include "attention/traits.h"
 #include "common/dependent_launch.h"
 #include "common/dtype.cuh"
 #include "common/reduce.cuh"
@@ -19,10 +19,11 @@
 namespace illada::attention {
 namespace {
 
+constexpr const char* kOp = "varlen_attention_backward";
 constexpr int kThreads = 256;
 constexpr int kUnroll = 4;  // loads in flight of a thread
 
-struct RowsArguments {
+struct PreprocessArguments {
   const int32_t* plan;
   const void *out, *dout;
   const float *lse, *dlse;
@@ -38,8 +39,8 @@ struct RowsArguments {
 };
 
 template <typename T, int kHeadDim>
-__global__ __launch_bounds__(kThreads) void illada_attention_backward_rows_sm80(
-    const __grid_constant__ RowsArguments a, const __grid_constant__ DependentLaunch launch) {
+__global__ __launch_bounds__(kThreads) void illada_attention_backward_preprocess_sm80(
+    const __grid_constant__ PreprocessArguments a, const __grid_constant__ DependentLaunch launch) {
   constexpr int kLanes = kHeadDim / 8, kRows = kThreads / kLanes;  // lanes of a row, rows of a CTA at a time
   wait_for_previous_kernel(launch);
   const int idle = plan_header(a.plan).idle;
@@ -102,40 +103,12 @@ __global__ __launch_bounds__(kThreads) void illada_attention_backward_rows_sm80(
   }
 }
 
-// dk, dv and their sums.
-struct FinishArguments {
-  const float4* sums[2];
-  uint2* gradients[2];
-  int64_t count;  // of float4, each
-  uint32_t ctas;
-  float scales[2];
-};
-
-template <typename T>
-__global__ __launch_bounds__(kThreads) void illada_attention_backward_finish_sm80(
-    const __grid_constant__ FinishArguments a, const __grid_constant__ DependentLaunch launch) {
-  wait_for_previous_kernel(launch);
-  const int which = blockIdx.x < a.ctas ? 0 : 1;
-  const uint32_t cta = blockIdx.x - (which ? a.ctas : 0);
-  const int64_t first = int64_t(cta) * (kThreads * kUnroll) + threadIdx.x, count = a.count;
-  const float scale = a.scales[which];
-  float4 x[kUnroll];
-#pragma unroll
-  for (int i = 0; i < kUnroll; ++i)
-    if (first + i * kThreads < count) x[i] = __ldcs(a.sums[which] + first + i * kThreads);
-#pragma unroll
-  for (int i = 0; i < kUnroll; ++i)
-    if (first + i * kThreads < count)
-      a.gradients[which][first + i * kThreads] =
-          make_uint2(pack2<T>(x[i].x * scale, x[i].y * scale), pack2<T>(x[i].z * scale, x[i].w * scale));
-}
-
 template <typename T, int kHeadDim>
-void launch_rows(const BackwardParams& p, const Device& device, const BackwardMethod& method) {
+void launch_preprocess(const BackwardParams& p, const Device& device, const BackwardMethod& method) {
   constexpr int kRows = kThreads / (kHeadDim / 8) * kUnroll;
   const PackShape& s = p.shape;
   const BackwardScratch scratch = scratch_of(p, method);
-  RowsArguments a{};
+  PreprocessArguments a{};
   a.plan = p.plan;
   a.out = p.out;
   a.dout = p.dout.data;
@@ -146,7 +119,7 @@ void launch_rows(const BackwardParams& p, const Device& device, const BackwardMe
   a.rows = scratch.rows;
   a.arrivals = method.fused ? scratch.arrivals : nullptr;
   a.dq_sums = method.fused ? scratch.dq : nullptr;
-  a.key_sums = method.pieces > 1 ? reinterpret_cast<float4*>(scratch.dk) : nullptr;
+  a.key_sums = method.query_splits > 1 ? reinterpret_cast<float4*>(scratch.dk) : nullptr;
   a.dq = static_cast<uint4*>(p.dq);
   a.dk = static_cast<uint4*>(p.dk);
   a.dv = static_cast<uint4*>(p.dv);
@@ -160,44 +133,20 @@ void launch_rows(const BackwardParams& p, const Device& device, const BackwardMe
   shape.grid = dim3(unsigned(std::max<int64_t>((a.num_rows + kRows - 1) / kRows, 1)));
   shape.block = dim3(kThreads);
   shape.dependent = true;
-  launch_kernel("varlen_attention_backward", device, p.launch.stream, shape,
-                illada_attention_backward_rows_sm80<T, kHeadDim>, a);
+  launch_kernel(kOp, device, p.launch.stream, shape, illada_attention_backward_preprocess_sm80<T, kHeadDim>, a);
 }
 
 template <typename T>
-void launch_rows(const BackwardParams& p, const Device& device, const BackwardMethod& method) {
-  p.shape.head_dim == 64 ? launch_rows<T, 64>(p, device, method) : launch_rows<T, 128>(p, device, method);
-}
-
-template <typename T>
-void launch_finish(const BackwardParams& p, const Device& device, const BackwardMethod& method) {
-  const PackShape& s = p.shape;
-  const BackwardScratch scratch = scratch_of(p, method);
-  FinishArguments a{};
-  a.sums[0] = reinterpret_cast<const float4*>(scratch.dk);
-  a.sums[1] = reinterpret_cast<const float4*>(scratch.dv);
-  a.gradients[0] = static_cast<uint2*>(p.dk);
-  a.gradients[1] = static_cast<uint2*>(p.dv);
-  a.count = s.total_k * s.num_kv_heads * (s.head_dim / 4);
-  a.ctas = uint32_t((a.count + kThreads * kUnroll - 1) / (kThreads * kUnroll));
-  a.scales[0] = p.softmax_scale;
-  a.scales[1] = 1.0f;
-  LaunchShape shape;
-  shape.grid = dim3(2 * a.ctas);
-  shape.block = dim3(kThreads);
-  shape.dependent = true;
-  launch_kernel("varlen_attention_backward", device, p.launch.stream, shape, illada_attention_backward_finish_sm80<T>,
-                a);
+void launch_preprocess(const BackwardParams& p, const Device& device, const BackwardMethod& method) {
+  dispatch_head_dim<Arch::kSm80>(
+      kOp, p.shape.head_dim, [&](auto traits) { launch_preprocess<T, decltype(traits)::kHeadDim>(p, device, method); });
 }
 
 }  // namespace
 
-void launch_backward_rows(const BackwardParams& p, const Device& device, const BackwardMethod& method) {
-  p.dtype == DType::kBFloat16 ? launch_rows<BFloat16>(p, device, method) : launch_rows<Half>(p, device, method);
-}
-
-void launch_backward_finish(const BackwardParams& p, const Device& device, const BackwardMethod& method) {
-  p.dtype == DType::kBFloat16 ? launch_finish<BFloat16>(p, device, method) : launch_finish<Half>(p, device, method);
+void launch_backward_preprocess(const BackwardParams& p, const Device& device, const BackwardMethod& method) {
+  p.dtype == DType::kBFloat16 ? launch_preprocess<BFloat16>(p, device, method)
+                              : launch_preprocess<Half>(p, device, method);
 }
 
 }  // namespace illada::attention

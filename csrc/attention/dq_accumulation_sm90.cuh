@@ -16,7 +16,7 @@
 //   3. Warp 1 reports each half of a step once it is added.
 //   4. The last tile always adds last and would convert everything.
 //      Warps 2 and 3 therefore wait for the sums that their own CTA must convert, and convert those.
-// If items are cut into pieces, each piece has its own rows of dq. dk and dv are sums of at most two pieces, for which
+// If items have query splits, each split has its own rows of dq. dk and dv are sums of at most two splits, for which
 // the order does not matter.
 //
 // Ordered mode cannot deadlock:
@@ -38,7 +38,7 @@
 #include <type_traits>
 
 #include "attention/backward_keys_shared_sm90.cuh"
-#include "attention/query_sums_add_sm90.cuh"
+#include "attention/dq_accumulation_add_sm90.cuh"
 #include "common/dtype.cuh"
 #include "common/ptx.cuh"
 #include "common/reduce.cuh"
@@ -54,7 +54,7 @@ constexpr int kUnadded = 4;
 // everything and become even slower.
 constexpr int kHeldBack = 4, kFirstHeld = 8;
 // Most steps between two reports. Reports happen every 1, 2 or 4 steps; until then, due steps wait.
-constexpr int kMostDue = 4;
+constexpr int kMaxDue = 4;
 
 // Waits until `count` tiles have added to warpgroup kHalf's half of the sums of a counter. In ordered mode, a counter
 // has 16 bits for each warpgroup.
@@ -67,14 +67,14 @@ __device__ __forceinline__ void wait_for_tiles(const uint32_t* arrivals, uint32_
 
 // Loads the statistics of the rows, with cp.async. This warp sees steps end, so it also reports what they have added to
 // dq.
-template <int kHeadDim, QuerySums kSums, bool kOrdered>
+template <int kHeadDim, DqAccumulation kAccumulation, bool kOrdered>
 __device__ __forceinline__ void load_statistics(const KeysArguments& a, KeysShared<kHeadDim>& shared) {
   using Shared = KeysShared<kHeadDim>;
-  constexpr bool kFused = kSums != QuerySums::kNone;
-  constexpr int kRows = Shared::kRows, kJobs = Shared::kJobs, kStages = kRowStages<kSums, Shared>;
+  constexpr bool kFused = kAccumulation != DqAccumulation::kNone;
+  constexpr int kRows = Shared::kRows, kJobs = Shared::kJobs, kStages = kRowStages<kAccumulation, Shared>;
   constexpr int kFirstDue = kFirstHeld + kHeldBack;  // first lane whose held-back step is due
-  static_assert(kUnadded == kUnaddedSteps<kSums, Shared>);
-  static_assert(kUnadded + kMostDue <= kFirstHeld && kFirstDue + kMostDue <= 32);
+  static_assert(kUnadded == kUnaddedSteps<kAccumulation, Shared>);
+  static_assert(kUnadded + kMaxDue <= kFirstHeld && kFirstDue + kMaxDue <= 32);
   static_assert(sizeof(SumsJob) * (32 + 1) <= sizeof(Shared::offset));  // last_jobs
   auto state = producer_start<kStages>();
   const int lane = int(threadIdx.x) % 32;
@@ -137,8 +137,8 @@ __device__ __forceinline__ void load_statistics(const KeysArguments& a, KeysShar
     __syncwarp();
     if (item.k_count == 0) break;
     KeysSteps steps(a, item, !kOrdered && a.staggered);
-    int until_own = item.piece - steps.tile % item.pieces;  // steps until the next own step
-    if (until_own < 0) until_own += item.pieces;
+    int until_own = item.split - steps.tile % item.splits;  // steps until the next own step
+    if (until_own < 0) until_own += item.splits;
     while (steps.left > 0) {
       const int first_row = steps.tile * tile_rows;
       const int rows_here = max(min(item.q_count * a.group - first_row, tile_rows), 0);
@@ -160,9 +160,9 @@ __device__ __forceinline__ void load_statistics(const KeysArguments& a, KeysShar
       }
       shared.q_full[state.index()].arrive_after_cp_async();
       ++state;
-      if (kFused && !kOrdered) count_step(its_place, until_own ? rows_here : -rows_here, item.pieces);
+      if (kFused && !kOrdered) count_step(its_place, until_own ? rows_here : -rows_here, item.splits);
       steps.advance();
-      until_own = (steps.tile == 0 ? item.piece + 1 : until_own ? until_own : item.pieces) - 1;
+      until_own = (steps.tile == 0 ? item.split + 1 : until_own ? until_own : item.splits) - 1;
     }
   }
   if (kOrdered) {  // reports the last four steps, the last two of them at once
@@ -236,7 +236,7 @@ __device__ __forceinline__ void convert_own_sums(const KeysArguments& a, int war
   for (int round = 0, block = 0;; ++block) {
     const WorkItem item = next_keys<true>(a, round);  // computed again each time: there are no registers to keep it
     if (item.k_count == 0) break;
-    const int token = (block * item.pieces + item.piece) * a.tile_tokens;
+    const int token = (block * item.splits + item.split) * a.tile_tokens;
     if (token >= item.q_count || item.first_slot == kIncomplete) {
       ++round;
       block = -1;
@@ -244,8 +244,8 @@ __device__ __forceinline__ void convert_own_sums(const KeysArguments& a, int war
     }
     if (++number & 1) continue;
     const int place = (item.q_start + token) * a.num_kv_heads + item.kv_head;
-    wait_for_tiles<0, 500>(a.arrivals + place, uint32_t(item.pieces));
-    wait_for_tiles<1, 500>(a.arrivals + place, uint32_t(item.pieces));
+    wait_for_tiles<0, 500>(a.arrivals + place, uint32_t(item.splits));
+    wait_for_tiles<1, 500>(a.arrivals + place, uint32_t(item.splits));
     const int count = min(item.q_count - token, a.tile_tokens) * a.group;
     write_queries<T, kHeadDim, 4>(a, {place * a.group, count}, 0, 1);
   }

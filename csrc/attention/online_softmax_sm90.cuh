@@ -15,11 +15,11 @@ namespace {
 // Online softmax, in base 2, of two rows of scores in wgmma's layout. Four neighbouring lanes share a row.
 //
 // Probabilities are relative to a reference score, which need not be the largest one. A lane's share of a tile must sum
-// to at most kMost; that is as exact as 1 in either dtype. The exponentials therefore wait for no maximum and no other
-// lane. A maximum is computed only in the first tile, and when a row has outgrown its reference, which is rare.
+// to at most kMaxSum; that is as exact as 1 in either dtype. The exponentials therefore wait for no maximum and no
+// other lane. A maximum is computed only in the first tile, and when a row has outgrown its reference, which is rare.
 //
 //   p = 2^(s * scale - offset); total = this lane's sum of p
-//   if total > kMost in any lane of the warp, or NaN:
+//   if total > kMaxSum in any lane of the warp, or NaN:
 //     move the references to the largest scores; compute p again; rescale the earlier results
 //
 // An exponent is one fma, s * scale - reference * scale, which leaves the error of the second product. In rows whose
@@ -27,8 +27,8 @@ namespace {
 // reference score then has probability 1, however large it is. The offset of such a row is -inf, which makes its lanes'
 // sums infinite or NaN, so the common step needs no test for it. References start at the lowest finite number: rows
 // with only -inf then have a sum of 0 and do not compute -inf - -inf.
-struct SoftmaxRows {
-  static constexpr float kMost = 256, kMostLog2 = 8;
+struct OnlineSoftmax {
+  static constexpr float kMaxSum = 256, kMaxSumLog2 = 8;
   static constexpr float kFar = 1 << 16;  // limit of reference * scale
   float reference[2], offset[2], sum[2];  // sum: of this lane's probabilities
 
@@ -47,7 +47,7 @@ struct SoftmaxRows {
                                          float (&rescale)[2]) {
     float total[2];
     exponentials<T>(s, p, total, [&](float x, int i) { return fmaf(x, scale_log2, -offset[i]); });
-    const bool moves = __any_sync(kFullWarp, !(total[0] + total[1] <= kMost));
+    const bool moves = __any_sync(kFullWarp, !(total[0] + total[1] <= kMaxSum));
     if (moves) {
       move_reference(s, scale_log2, rescale);
       exponentials<T>(s, p, total, [&](float x, int i) { return (x - reference[i]) * scale_log2; });
@@ -58,7 +58,7 @@ struct SoftmaxRows {
   }
 
   // The same with the probabilities in place of the scores. The scores are lost, so each lane first computes its own
-  // maximum. The reference moves before a probability of some row exceeds kMost.
+  // maximum. The reference moves before a probability of some row exceeds kMaxSum.
   template <int kCount>
   __device__ __forceinline__ bool update_in_place(float (&s)[kCount], float scale_log2, float (&rescale)[2]) {
     float top[4] = {s[0], s[1], s[2], s[3]};
@@ -66,7 +66,7 @@ struct SoftmaxRows {
     for (int j = 4; j < kCount; ++j) top[j % 4] = fmaxf(top[j % 4], s[j]);
     const float growth = fmaxf(fmaxf(top[0], top[1]) - reference[0], fmaxf(top[2], top[3]) - reference[1]);
     const bool moves =
-        __any_sync(kFullWarp, growth * scale_log2 > kMostLog2 || fminf(offset[0], offset[1]) == -INFINITY);
+        __any_sync(kFullWarp, growth * scale_log2 > kMaxSumLog2 || fminf(offset[0], offset[1]) == -INFINITY);
     if (moves) {
       move_reference(s, scale_log2, rescale);
       weigh(s, [&](float x, int i) { return (x - reference[i]) * scale_log2; });

@@ -1,5 +1,4 @@
-// Online softmax of the attention forward, and probabilities of the backward. Scores are in the tensor cores'
-// accumulator layout (mma.sync m16n8, wgmma m64n8).
+// Online softmax of the attention forward on sm_80.
 #pragma once
 
 #include <cfloat>
@@ -9,9 +8,10 @@
 #include "common/reduce.cuh"
 
 namespace illada::attention {
+namespace {
 
-// Online softmax, in base 2, of two rows of scores. Four neighbouring lanes share a row: lane l holds s[4 j + 2 i + e]
-// of row i at key 8 j + l % 4 * 2 + e.
+// Online softmax, in base 2, of two rows of scores in the layout of mma.sync m16n8's accumulators. Four neighbouring
+// lanes share a row: lane l holds s[4 j + 2 i + e] of row i at key 8 j + l % 4 * 2 + e.
 //
 // Probabilities are relative to a reference score, which need not be the largest one. References move only when some
 // row of the warp has outgrown its reference by kSlack. That is rare after the first tile, and lanes exchange nothing
@@ -22,7 +22,7 @@ namespace illada::attention {
 // it is. One fma for s * scale - reference * scale would leave the error of the second product, which may be any number
 // of powers of 2. References start at the lowest finite number: rows with only -inf then have a sum of 0 and do not
 // compute -inf - -inf.
-struct RowPair {
+struct OnlineSoftmax {
   static constexpr float kSlack = 8;
   static constexpr float kFar = 1 << 16;  // limit of reference * scale
   float reference[2], sum[2];             // sum: of this lane's probabilities
@@ -74,57 +74,5 @@ struct RowPair {
   }
 };
 
-// Returns the natural log of the sum of exp(scale * s), from a sum relative to a score. For a single score it is
-// scale * s, rounded as the backward rounds it where it is far from 0.
-__device__ __forceinline__ float row_lse(float reference, float sum, float scale) {
-  return fmaf(log2f(sum), float(M_LN2), __fmul_rn(reference, scale));
-}
-
-// The backward's probabilities are exp(scale * s - lse). In base 2 the exponent is one fma, s * scale_log2 - lse *
-// log2(e). Both of its products are rounded. That is as exact as 16 bits while |lse| is at most kMostNear: the error of
-// the exponent is then 2^-10. Rows that are far from 0 round scale * s as `row_lse` does, and subtract before they
-// change the base. A score of any size then has probability 1 if lse comes from it alone.
-//
-// A row's statistics contain its `offset`: lse * log2(e), or 2 lse for a far row. No near row's offset is as large.
-// |lse| must therefore be below 2^127. Scores in fp32 cannot exceed that while scale is at most 1/2.
-constexpr float kMostNear = 1 << 12;  // largest |lse| of a near row
-
-__device__ __forceinline__ float offset_of(float lse) {
-  return fabsf(lse) <= kMostNear ? lse * float(M_LOG2E) : 2 * lse;
-}
-__device__ __forceinline__ bool is_far(float offset) { return fabsf(offset) > 1.5f * kMostNear; }
-
-// Converts scores to probabilities. offset(j): offset of s[j]'s row. `far`: some row may be far; uniform in a warp.
-template <int kCount, typename Offset>
-__device__ __forceinline__ void exponentiate(float (&s)[kCount], float scale, float scale_log2, bool far,
-                                             const Offset& offset) {
-  if (far) {
-#pragma unroll
-    for (int j = 0; j < kCount; ++j) {
-      const float lse = offset(j) * (is_far(offset(j)) ? 0.5f : float(M_LN2));
-      s[j] = ptx::exp2_approx((__fmul_rn(s[j], scale) - lse) * float(M_LOG2E));
-    }
-  } else {
-#pragma unroll
-    for (int j = 0; j < kCount; ++j) s[j] = ptx::exp2_approx(fmaf(s[j], scale_log2, -offset(j)));
-  }
-}
-
-// Sets the scores of keys from `valid` on to -inf.
-template <int kCount>
-__device__ __forceinline__ void mask_scores(float (&s)[kCount], int valid) {
-  const int limit = valid - 2 * int(threadIdx.x % 4);
-#pragma unroll
-  for (int first = 0; first < kCount / 4; first += 4) {
-    if (valid < 8 * (first + 4)) {
-#pragma unroll
-      for (int j = first; j < min(first + 4, kCount / 4); ++j) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e)
-          if (8 * j + e >= limit) s[4 * j + e] = s[4 * j + 2 + e] = -INFINITY;
-      }
-    }
-  }
-}
-
+}  // namespace
 }  // namespace illada::attention

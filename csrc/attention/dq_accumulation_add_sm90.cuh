@@ -19,40 +19,40 @@
 namespace illada::attention {
 namespace {
 
-template <QuerySums kSums>
-constexpr bool kIsBulk = kSums == QuerySums::kBulk;
-template <QuerySums kSums>
-constexpr bool kIsRed4 = kSums == QuerySums::kRed4 || kSums == QuerySums::kRed4Kept;
-template <QuerySums kSums>
-constexpr bool kIsKept = kSums == QuerySums::kRed2Kept || kSums == QuerySums::kRed4Kept;
+template <DqAccumulation kAccumulation>
+constexpr bool kIsBulk = kAccumulation == DqAccumulation::kBulk;
+template <DqAccumulation kAccumulation>
+constexpr bool kIsRed4 = kAccumulation == DqAccumulation::kRed4 || kAccumulation == DqAccumulation::kRed4Kept;
+template <DqAccumulation kAccumulation>
+constexpr bool kIsKept = kAccumulation == DqAccumulation::kRed2Kept || kAccumulation == DqAccumulation::kRed4Kept;
 
 // Number of stages of rows that loads use.
-template <QuerySums kSums, typename Shared>
-constexpr int kRowStages = Shared::kStages - (kIsBulk<kSums> ? 1 : 0);
+template <DqAccumulation kAccumulation, typename Shared>
+constexpr int kRowStages = Shared::kStages - (kIsBulk<kAccumulation> ? 1 : 0);
 // Of the steps for which warp 1 has filled a stage, all but the last kUnaddedSteps have added their dq. A stage is free
 // when both warpgroups have left it. Before they leave it, they add dq of the step before. With bulk, the dq that they
 // added one step earlier has then arrived.
-template <QuerySums kSums, typename Shared>
-constexpr int kUnaddedSteps = kRowStages<kSums, Shared> + (kIsBulk<kSums> ? 2 : 1);
+template <DqAccumulation kAccumulation, typename Shared>
+constexpr int kUnaddedSteps = kRowStages<kAccumulation, Shared> + (kIsBulk<kAccumulation> ? 2 : 1);
 
 // Adds a warp's part of dq to the sums.
-template <QuerySums kSums, int kHeadDim>
+template <DqAccumulation kAccumulation, int kHeadDim>
 class DqAdder {
  public:
   // Number of parts in which dq can be added, one after the other.
-  static constexpr int kParts = kIsBulk<kSums> ? 2 : kIsRed4<kSums> ? 8 : 16;
+  static constexpr int kParts = kIsBulk<kAccumulation> ? 2 : kIsRed4<kAccumulation> ? 8 : 16;
 
   // `first_row`: the warp's first row in a step; `column`: its first column.
   __device__ __forceinline__ DqAdder(const KeysArguments& a, const CUtensorMap& map, KeysShared<kHeadDim>& shared,
                                      int first_row, int column)
       : a_(a), first_row_(first_row), column_(column) {
-    if constexpr (kIsBulk<kSums>) map_ = &map, shared_ = &shared;
+    if constexpr (kIsBulk<kAccumulation>) map_ = &map, shared_ = &shared;
   }
 
   // Sets the step whose dq is added next. Rows that do not exist go to rows that are never read.
   __device__ __forceinline__ void open(const KeysStep& step) {
     const int lane = int(threadIdx.x) % 32;
-    if constexpr (kIsBulk<kSums>) {
+    if constexpr (kIsBulk<kAccumulation>) {
       const int token = int(first_row_ * a_.group_reciprocal >> 16);
       head_ = step.kv_head * a_.group + first_row_ - token * a_.group;
       from_end_ = kRaggedTokens - step.tokens + token;
@@ -73,7 +73,7 @@ class DqAdder {
   // The same for the step before the first one, whose dq is arbitrary.
   __device__ __forceinline__ void open_nowhere() {
     const int lane = int(threadIdx.x) % 32;
-    if constexpr (kIsBulk<kSums>) {
+    if constexpr (kIsBulk<kAccumulation>) {
       head_ = end_ = 0;
       from_end_ = kRaggedTokens;  // outside of the map
     } else {
@@ -90,17 +90,17 @@ class DqAdder {
 
   // Waits until the dq of all steps but the last one has arrived.
   __device__ __forceinline__ void wait_for_previous() const {
-    if constexpr (kIsBulk<kSums>) ptx::tma_store_wait_written<kParts>();
+    if constexpr (kIsBulk<kAccumulation>) ptx::tma_store_wait_written<kParts>();
   }
   __device__ __forceinline__ void wait_for_all() const {
-    if constexpr (kIsBulk<kSums>) ptx::tma_store_wait_written<0>();
+    if constexpr (kIsBulk<kAccumulation>) ptx::tma_store_wait_written<0>();
   }
 
  private:
   using Box = TileStoreSm90<float>;
 
   __device__ __forceinline__ int lane_column(int lane) const {
-    return column_ + (kIsRed4<kSums> ? lane % 2 * 8 + lane % 4 / 2 * 4 : lane % 4 * 2);
+    return column_ + (kIsRed4<kAccumulation> ? lane % 2 * 8 + lane % 4 / 2 * 4 : lane % 4 * 2);
   }
 
   // Address of the warp's box `n` in shared memory. It is not kept, because registers are few.
@@ -113,7 +113,7 @@ class DqAdder {
   }
 
   __device__ __forceinline__ void add(const float (&dq)[32], int n) {
-    if constexpr (kIsBulk<kSums>) {
+    if constexpr (kIsBulk<kAccumulation>) {
       cute::tma_store_wait<kParts - 1>();  // for the lane that stores: its previous store from this box has left
       __syncwarp();
       Box::fill_box(dq, n, box(n));
@@ -122,7 +122,7 @@ class DqAdder {
                                end_);
       cute::tma_store_arrive();
       __syncwarp();  // only one lane stored; the warp must be converged for the next product
-    } else if constexpr (kIsRed4<kSums>) {
+    } else if constexpr (kIsRed4<kAccumulation>) {
       // Of the blocks 2 m and 2 m + 1 of 8 columns, an even lane gets four columns of the first, an odd lane four of
       // the second.
       const int i = n / 4, m = n % 4;
@@ -134,7 +134,7 @@ class DqAdder {
       float* const to = row_ + (i ? second_ : 0) + 16 * m;
       const float4 sum =
           odd ? make_float4(x, y, odd_pair[0], odd_pair[1]) : make_float4(even_pair[0], even_pair[1], x, y);
-      if constexpr (kIsKept<kSums>) {
+      if constexpr (kIsKept<kAccumulation>) {
         ptx::red_add_v4_hinted(to, sum.x, sum.y, sum.z, sum.w, a_.sums_hint);
       } else {
         ptx::red_add_v4(to, sum.x, sum.y, sum.z, sum.w);
@@ -142,7 +142,7 @@ class DqAdder {
     } else {
       const int i = n / 8, j = n % 8;
       float* const to = row_ + (i ? second_ : 0) + 8 * j;
-      if constexpr (kIsKept<kSums>) {
+      if constexpr (kIsKept<kAccumulation>) {
         ptx::red_add_v2_hinted(to, dq[4 * j + 2 * i], dq[4 * j + 2 * i + 1], a_.sums_hint);
       } else {
         ptx::red_add_v2(to, dq[4 * j + 2 * i], dq[4 * j + 2 * i + 1]);
