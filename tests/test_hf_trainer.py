@@ -1,10 +1,12 @@
 """MaskedDiffusionTrainer against the formula in float64, and one way to split a step against another."""
 
 import copy
+import gc
 import os
 import subprocess
 import sys
 import types
+import weakref
 
 import numpy as np
 import pytest
@@ -313,6 +315,17 @@ def test_a_model_that_drops_the_lengths_of_a_pack(tmp_path):
         model.model.forward = forward
         with pytest.raises(ValueError, match="packed batch needs a model that hands cu_seq_lens_q on"):
             step(tmp_path, model, options=options)
+
+
+def test_a_trainer_that_is_gone_keeps_no_model_alive(tmp_path):
+    model = make_model()
+    trainer = make_trainer(tmp_path, model)
+    trainer.train()
+    trainer.evaluate()
+    head, dead = weakref.ref(model.lm_head.weight), weakref.ref(model)
+    del trainer, model
+    gc.collect()
+    assert dead() is None and head() is None
 
 
 def test_a_pretrained_decoder_made_bidirectional(tmp_path):

@@ -394,7 +394,7 @@ class MaskedDiffusionTrainer(Trainer):
         arguments["input_ids"] = torch.where(token_weights.view_as(ids) > 0, self.mask_token_id, ids)
         if "cu_seq_lens_q" in inputs and not self._packs:
             raise ValueError(
-                "a packed batch needs a model that hands cu_seq_lens_q on to attn_implementation='illada' or "
+                f"a packed batch needs a model that hands cu_seq_lens_q on to attn_implementation={NAME!r} or "
                 "'flash_attention_2'; in this one its sequences would attend each other"
             )
         head = self.model.get_output_embeddings()
