@@ -14,7 +14,7 @@ CASES = [  # N, V, spread: what the rows are for
     (8, 1, 1.0),  # one word
     (9, 7, 1.0),  # less than a vector
     (8, 1025, 4.0),
-    (9, 20003, 2.0),  # several pieces, an odd length
+    (9, 20003, 2.0),  # several vocab tiles, an odd length
 ]
 #: Settings that a batch of rows takes in turn: temperature, top_k, top_p. The first three rows ask for nothing.
 SETTINGS = [

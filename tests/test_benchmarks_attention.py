@@ -176,8 +176,10 @@ def test_illada_raw(monkeypatch, pack):
         for target, found in zip((out, lse), attend(q.detach(), k.detach(), v.detach()), strict=True):
             target.copy_(found)
 
-    def backward(dq, dk, dv, dout, dlse, q, k, v, out, lse, plan, sequences, scale, *, workspace, multiplies_twice):
-        assert multiplies_twice  # as the op decides in packs this short
+    def backward(
+        dq, dk, dv, dout, dlse, q, k, v, out, lse, plan, sequences, scale, *, workspace, recompute_scores_for_dq
+    ):
+        assert recompute_scores_for_dq  # as the op decides in packs this short
         seen.append(("bwd", len(workspace), sequences))
         want_out, want_lse = attend(q, k, v)
         assert dlse is None and torch.equal(out, want_out) and torch.equal(lse, want_lse)

@@ -327,7 +327,7 @@ def test_results_page_command(tmp_path, capsys):
     assert "there is no *.jsonl in" in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------------------------------------- README
+# ---------------------------------------------------------------------------------------------------- the summary
 
 #: How a row of its tables begins, the case that it is about, and the providers in the order of its columns.
 OPS = {
@@ -344,8 +344,9 @@ JOBS = {
 }  # fmt: skip
 
 
-def test_the_readme_says_what_the_files_say():
-    rows = [line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+def test_the_summary_says_what_the_files_say():
+    summary = (ROOT / "benchmarks" / "results" / "summary.md").read_text(encoding="utf-8")
+    rows = [line for line in summary.splitlines() if line.startswith("| ")]
     quoted = ("2026-11-24-cpu-2-cores.jsonl", "2026-11-26-cpu-2-cores-inference.jsonl")
     records = [r for name in quoted for r in report.read_json(ROOT / "benchmarks" / "results" / name)]
 

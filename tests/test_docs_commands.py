@@ -21,14 +21,19 @@ import torch.distributed as dist
 
 import illada
 from illada import cli
-from illada.checkpoint import save_pretrained
+from illada.checkpoints.weights import save_pretrained
 from illada.cli import sampling
 from illada.config import ModelConfig
-from illada.data import train_tokenizer
+from illada.data.corpus import train_tokenizer
 from illada.model import MaskedDiffusionModel
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ["README.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")),
+]
 PROGRAMS = r"(?:[A-Z_]+=\S+ +)*(?:illada|python|make|pip|cmake|bash) "
 #: Commands that no test here runs, by what they begin with: why.
 ELSEWHERE = {
@@ -37,6 +42,7 @@ ELSEWHERE = {
     "bash benchmarks/run_on_gpu.sh": "needs a GPU; tests/test_benchmarks_gpu_run.py runs the script",
     "pip install .": "tests/test_packaging.py installs the checkout",
     "pip install 'illada[eval]'": "the harness is one of the requirements for development",
+    "pip install 'illada[completion]'": "argcomplete is one of the requirements for development",
     "pip install 'cuda-toolkit": "downloads a CUDA toolkit",
     "CUDACXX=": "needs an nvcc at that place; tests/test_packaging.py and tests/test_archs.py use these variables",
     "pip download": "needs a network; tests/test_packaging.py installs from such a folder",

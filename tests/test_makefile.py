@@ -1,6 +1,7 @@
 """`make install`: whether CUDA kernels are built, and what is installed, with stand-ins for the environment's Python, pip and nvcc."""
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -91,3 +92,26 @@ def test_what_is_shipped_beside_the_package_is_built_again_when_it_changes(insta
         os.utime(folder / name, (later, later))
         assert install()[0] == ["built off"], name
         os.utime(folder / name, (0, 0))
+
+
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+#: Targets that another target calls.
+INNER = {"test-gpu", "test-simulator"}
+
+
+def test_help_is_the_default_and_lists_every_target():
+    said = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    phony = re.findall(r"^\.PHONY:((?:.*\\\n)*.*)", MAKEFILE, flags=re.MULTILINE)
+    targets = set(" ".join(phony).replace("\\\n", " ").split())
+    assert set(re.findall(r"^  make ([a-z-]+) +\w", said, flags=re.MULTILINE)) == targets - INNER
+    for variable in ("ILLADA_CUDA", "VENV", "ARGS", "CUSIM"):
+        assert f"  {variable}=" in said
+    assert max(map(len, said.splitlines())) <= 120
+
+
+def test_pre_commit_runs_the_tools_of_make_lint():
+    (recipe,) = re.findall(r"^lint:.*\n((?:\t.*\n)+)", MAKEFILE, flags=re.MULTILINE)
+    tools = set(re.findall(r'"\$\(BIN\)/(?:python" (\S+)|([\w-]+)")', recipe))
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
+    found = set(re.findall(r'"\$\{VENV:-\.venv\}/bin/(?:python" ([^\s\']+)|([\w-]+)")', hooks))
+    assert len(tools) >= 4 and tools == found

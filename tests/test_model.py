@@ -9,7 +9,7 @@ import torch
 from illada import attention_plan, pack, varlen_attention
 from illada.config import PRESETS, ModelConfig
 from illada.diffusion import Batch, make_batch
-from illada.model import Layer, MaskedDiffusionModel, Queries, positions, rotary_tables, rotate
+from illada.model import Layer, MaskedDiffusionModel, SelectedRows, positions, rotary_tables, rotate
 from illada.testing import relative_error
 
 TINY = ModelConfig.preset(
@@ -224,11 +224,11 @@ def test_gradients_are_those_of_three_projections(name, some_rows, generator):
         for parameter in fused[1:]:  # a bias that does something
             parameter.normal_(generator=generator)
     x, cos, sin, cu_seqlens = attention_inputs(config, generator)
-    rows, queries = torch.arange(16), None
+    rows, selected_rows = torch.arange(16), None
     if some_rows:
         rows = torch.tensor([1, 4, 5, 14])
-        queries = Queries(rows, torch.tensor([0, 2, 2, 4], dtype=torch.int32))
-    got = attention(*attention.project(x, cos, sin, rows if some_rows else None), cu_seqlens, None, None, queries)
+        selected_rows = SelectedRows(rows, torch.tensor([0, 2, 2, 4], dtype=torch.int32))
+    got = attention(*attention.project(x, cos, sin, rows if some_rows else None), cu_seqlens, None, None, selected_rows)
     parts = [[part.detach().requires_grad_() for part in p.split(config.qkv_sizes)] for p in fused]
     q, k, v = (
         torch.nn.functional.linear(x, *part).unflatten(-1, (-1, config.head_size)) for part in zip(*parts, strict=True)

@@ -105,7 +105,7 @@ def test_parse_keeps_what_ptxas_did_to_wgmma(ptxas):
             "k<Half,false>",
         ),
         ("void illada::k<(int)128, -3, (bool)1>(float*)", "k<128,-3,1>"),
-        ("void illada::k<(illada::attention::QuerySums)3, false>(int)", "k<3,false>"),
+        ("void illada::k<(illada::attention::DqAccumulation)3, false>(int)", "k<3,false>"),
         ("illada::k(illada::P)", "k"),
         ("void k<illada::Tile<float, 4>, unsigned char>(int (*)(int))", "k<Tile<float,4>,unsigned char>"),
         ("plain_c_name", "plain_c_name"),

@@ -7,10 +7,8 @@
 #include <tuple>
 
 #include "common/driver_calls.h"
-#include "cpu/attention_plan.h"
 #include "cpu/denormals.h"
 #include "cpu/row_kernels.h"
-#include "cpu/weighted_sum.h"
 #include "illada/illada.h"
 #if defined(ILLADA_WITH_CUDA)
 #include "loss/linear.h"
@@ -102,7 +100,7 @@ loss::MaskedCrossEntropyParams cross_entropy_params(const CrossEntropyArguments&
   p.rows = pointer<const int32_t>(std::get<5>(rows));
   p.targets = pointer<const void>(std::get<6>(rows));
   p.targets_are_int64 = std::get<7>(rows);
-  p.weights = pointer<const float>(std::get<8>(rows));
+  p.token_weights = pointer<const float>(std::get<8>(rows));
   p.num_tokens = std::get<9>(rows);
   p.vocab_start = std::get<10>(rows);
   p.scale = std::get<11>(rows);
@@ -189,14 +187,19 @@ void varlen_attention(const PackArguments& pack, int dtype, const ViewArguments&
 }
 
 void weighted_sum_cpu(Address nll, Address weights, int64_t num_rows, double scale, Address loss) {
-  loss::weighted_sum_cpu(pointer<const float>(nll), pointer<const float>(weights), num_rows, scale,
-                         pointer<float>(loss));
+  loss::WeightedSumParams p;
+  p.nll = pointer<const float>(nll);
+  p.token_weights = pointer<const float>(weights);
+  p.num_rows = num_rows;
+  p.scale = scale;
+  p.loss = pointer<float>(loss);
+  loss::weighted_sum_cpu(p);
 }
 
 void varlen_attention_backward(const PackArguments& pack, int dtype, const ViewArguments& dout, const ViewArguments& q,
                                const ViewArguments& k, const ViewArguments& v, Address out, Address lse, Address dlse,
                                float softmax_scale, Address plan, int64_t plan_rows, bool deterministic,
-                               bool multiplies_twice, Address dq, Address dk, Address dv, int num_threads,
+                               bool recompute_scores_for_dq, Address dq, Address dk, Address dv, int num_threads,
                                const LaunchArguments& launch) {
   attention::BackwardParams p;
   p.shape = pack_shape(pack);
@@ -212,7 +215,7 @@ void varlen_attention_backward(const PackArguments& pack, int dtype, const ViewA
   p.plan = pointer<const int32_t>(plan);
   p.plan_rows = plan_rows;
   p.deterministic = deterministic;
-  p.multiplies_twice = multiplies_twice;
+  p.recompute_scores_for_dq = recompute_scores_for_dq;
   p.dq = pointer<void>(dq);
   p.dk = pointer<void>(dk);
   p.dv = pointer<void>(dv);
@@ -228,7 +231,7 @@ void weighted_sum(Address nll, Address weights, int64_t num_rows, float scale, A
                   int device, uintptr_t stream, bool pointers_checked) {
   loss::WeightedSumParams p;
   p.nll = pointer<const float>(nll);
-  p.weights = pointer<const float>(weights);
+  p.token_weights = pointer<const float>(weights);
   p.num_rows = num_rows;
   p.scale = scale;
   p.normalizer = pointer<const float>(normalizer);
@@ -310,8 +313,8 @@ remask::LinearSampleTokensParams linear_sample_params(uintptr_t hidden, int64_t 
   p.hidden_row_stride = hidden_row_stride;
   p.num_tokens = num_tokens;
   p.rows = pointer<const int32_t>(rows);
-  p.weight = pointer<const void>(weight);
-  p.weight_row_stride = weight_row_stride;
+  p.head_weight = pointer<const void>(weight);
+  p.head_weight_row_stride = weight_row_stride;
   p.width = width;
   return p;
 }
@@ -350,13 +353,13 @@ loss::LinearMaskedCrossEntropyParams linear_loss_params(const LinearLossArgument
   p.hidden_dtype = DType(std::get<1>(arguments));
   p.hidden_row_stride = std::get<2>(arguments);
   p.num_tokens = std::get<3>(arguments);
-  p.weight = pointer<const void>(std::get<4>(arguments));
-  p.weight_row_stride = std::get<5>(arguments);
+  p.head_weight = pointer<const void>(std::get<4>(arguments));
+  p.head_weight_row_stride = std::get<5>(arguments);
   p.vocab_size = std::get<6>(arguments);
   p.width = std::get<7>(arguments);
   p.targets = pointer<const void>(std::get<8>(arguments));
   p.targets_are_int64 = std::get<9>(arguments);
-  p.weights = pointer<const float>(std::get<10>(arguments));
+  p.token_weights = pointer<const float>(std::get<10>(arguments));
   p.rows = pointer<const int32_t>(std::get<11>(arguments));
   p.num_rows = std::get<12>(arguments);
   p.scale = std::get<13>(arguments);
@@ -396,12 +399,12 @@ py::dict driver_calls() {
 // linear_masked_cross_entropy in parts.
 bool linear_loss_by_mm() { return variant<LossGradients>() == LossGradients::kMm; }
 
-// Returns (chunks, rows of a chunk, elements of a row of probabilities, whether the weight's gradient comes first), and
-// the offsets in the workspace of the probabilities, hidden's rows and the product for hidden's gradient.
+// Returns (row chunks, rows of a row chunk, elements of a row of probabilities, whether the weight's gradient comes
+// first), and the offsets in the workspace of the probabilities, hidden's rows and the product for hidden's gradient.
 py::tuple linear_loss_layout(const LinearLossArguments& arguments, int device) {
   const loss::LinearPlan plan = loss::plan_linear(linear_loss_params(arguments, {device, 0, true, 0, 0}));
-  return py::make_tuple(plan.chunks, plan.rows, plan.prob_stride, variant<LossOrder>() == LossOrder::kWeightFirst,
-                        plan.probs, plan.hidden, plan.slabs);
+  return py::make_tuple(plan.row_chunks, plan.chunk_rows, plan.prob_stride,
+                        variant<LossOrder>() == LossOrder::kWeightFirst, plan.probs, plan.hidden, plan.slabs);
 }
 
 template <void (*kPart)(const loss::LinearMaskedCrossEntropyParams&, int)>
@@ -412,19 +415,20 @@ void linear_loss_part(const LinearLossArguments& arguments, int chunk, const Lau
 }
 
 // For tests: returns how linear_sample_tokens divides its work on a GPU of sm_count multiprocessors, as (CTAs of a
-// cluster, ranges of the vocabulary, chunks of 32 ids in a range, tasks). A task is (CTA, row tile, range, its tiles,
+// cluster, vocab ranges, slices of 32 ids per range, tasks). A task is (CTA, row tile, range, its tiles,
 // tiles of its neighbour). The range of a task without tiles is one past the last.
 py::tuple head_plan(int64_t num_rows, int64_t vocab_size, int sm_count) {
   const remask::HeadPlan plan = remask::plan_head(num_rows, vocab_size, sm_count);
   py::list tasks;
-  for (int item = 0; item < plan.items(); ++item) {
+  for (int work_item = 0; work_item < plan.work_items(); ++work_item) {
     for (int rank = 0; rank < plan.cluster; ++rank) {
-      const remask::HeadTask task = plan.task(item, rank);
-      tasks.append(py::make_tuple(item % plan.clusters * plan.cluster + rank, task.row_tile, task.slot,
-                                  task.slot < plan.slots ? plan.tiles(task.slot) : 0, task.tiles));
+      const remask::HeadTask task = plan.task(work_item, rank);
+      tasks.append(py::make_tuple(work_item % plan.clusters * plan.cluster + rank, task.row_tile, task.vocab_range,
+                                  task.vocab_range < plan.vocab_ranges ? plan.range_tiles(task.vocab_range) : 0,
+                                  task.tiles));
     }
   }
-  return py::make_tuple(plan.cluster, plan.slots, plan.chunks, tasks);
+  return py::make_tuple(plan.cluster, plan.vocab_ranges, plan.range_slices, tasks);
 }
 
 // Lists the name, environment variable, description, values (the default first) and value in use of each variant.
@@ -457,9 +461,9 @@ void attention_plan(const PackArguments& pack, uintptr_t cu_seqlens, uintptr_t c
   attention::plan_cuda(p);
 }
 
-int64_t varlen_attention_backward_workspace(const PackArguments& pack, bool deterministic, bool multiplies_twice,
+int64_t varlen_attention_backward_workspace(const PackArguments& pack, bool deterministic, bool recompute_scores_for_dq,
                                             int device) {
-  return attention::backward_workspace(pack_shape(pack), deterministic, multiplies_twice, device);
+  return attention::backward_workspace(pack_shape(pack), deterministic, recompute_scores_for_dq, device);
 }
 #endif
 

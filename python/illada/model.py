@@ -50,7 +50,7 @@ class CachedKeys(NamedTuple):
         return self._replace(k=self.k[i], v=self.v[i])
 
 
-class Queries(NamedTuple):
+class SelectedRows(NamedTuple):
     """Selected rows of the pack: the only tokens whose output is computed.
 
     rows: int64 [N], positions in the pack, ascending.
@@ -169,30 +169,30 @@ class Attention(nn.Module):
         cu_seqlens: Tensor,
         plan: AttentionPlan | None,
         cache: CachedKeys | None = None,
-        queries: Queries | None = None,
+        selected_rows: SelectedRows | None = None,
     ) -> Tensor:
         """Attend within each sequence and project the result for the residual stream.
 
         Args:
-            q: [T, H, D], or [N, H, D] with `queries`, from `project`.
+            q: [T, H, D], or [N, H, D] with `selected_rows`, from `project`.
             k, v: [T, G, D], from `project`.
             cu_seqlens: int32 [S + 1], where each sequence starts in the pack.
             plan: The plan of `illada.attention_plan` for these lengths; None: made in this call.
             cache: This layer's cache, k and v [R, G, D]. k and v of this call are written to it, and q attends to its
                 slots.
-            queries: The selected rows; None: all T.
+            selected_rows: The selected rows; None: all T.
 
         Returns:
-            [T, C], or [N, C] with `queries`.
+            [T, C], or [N, C] with `selected_rows`.
 
         Raises:
             TypeError, ValueError, NotImplementedError: As `illada.varlen_attention`.
         """
-        cu_seqlens_k, seqused_k = None if queries is None else cu_seqlens, None
+        cu_seqlens_k, seqused_k = None if selected_rows is None else cu_seqlens, None
         if cache is not None:  # cache.k and cache.v are those of this layer
             k, v = cache.k.index_copy_(0, cache.rows, k), cache.v.index_copy_(0, cache.rows, v)
             cu_seqlens_k, seqused_k = cache.cu_seqlens_k, cache.seqused_k
-        cu_seqlens_q = cu_seqlens if queries is None else queries.cu_seqlens
+        cu_seqlens_q = cu_seqlens if selected_rows is None else selected_rows.cu_seqlens
         out = varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k, plan=plan)
         assert isinstance(out, Tensor)
         return self.o_proj(out.flatten(1))
@@ -257,7 +257,7 @@ class Layer(nn.Module):
         cu_seqlens: Tensor,
         plan: AttentionPlan | None,
         cache: CachedKeys | None = None,
-        queries: Queries | None = None,
+        selected_rows: SelectedRows | None = None,
         projected: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Apply attention and the MLP to the residual stream.
@@ -268,19 +268,19 @@ class Layer(nn.Module):
             cu_seqlens: int32 [S + 1], where each sequence starts in the pack.
             plan: The plan of `illada.attention_plan` for these lengths; None: made in this call.
             cache: This layer's cache, k and v [R, G, D]; None: none.
-            queries: The selected rows; None: all T. Other tokens then only contribute keys and values.
+            selected_rows: The selected rows; None: all T. Other tokens then only contribute keys and values.
             projected: The result of `project` for these arguments, if it is known.
 
         Returns:
-            [T, C], or [N, C] with `queries`.
+            [T, C], or [N, C] with `selected_rows`.
 
         Raises:
             TypeError, ValueError, NotImplementedError: As `illada.varlen_attention`.
         """
         if projected is None:
-            projected = self.project(x, cos, sin, queries)
-        attended = self.self_attn(*projected, cu_seqlens, plan, cache, queries)
-        x = (x if queries is None else x[queries.rows]) + attended
+            projected = self.project(x, cos, sin, selected_rows)
+        attended = self.self_attn(*projected, cu_seqlens, plan, cache, selected_rows)
+        x = (x if selected_rows is None else x[selected_rows.rows]) + attended
         # Do not split while tracing: the number of parts would fix the number of tokens in the traced graph.
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return x + self.mlp(self.post_attention_layernorm(x))
@@ -289,10 +289,12 @@ class Layer(nn.Module):
         return x
 
     def project(
-        self, x: Tensor, cos: Tensor, sin: Tensor, queries: Queries | None = None
+        self, x: Tensor, cos: Tensor, sin: Tensor, selected_rows: SelectedRows | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalise x [T, C] and return `Attention.project` of it; q only for `queries` where given."""
-        return self.self_attn.project(self.input_layernorm(x), cos, sin, None if queries is None else queries.rows)
+        """Normalise x [T, C] and return `Attention.project` of it; q only for `selected_rows` where given."""
+        return self.self_attn.project(
+            self.input_layernorm(x), cos, sin, None if selected_rows is None else selected_rows.rows
+        )
 
 
 class MaskedDiffusionModel(nn.Module):
@@ -452,14 +454,15 @@ class MaskedDiffusionModel(nn.Module):
             cos, sin = self._rotary_tables(position_ids, x.dtype)
         else:
             x, cos, sin = first.x, first.cos, first.sin
-        queries = None if rows is None else self._queries(rows, cu_seqlens, tokens.shape[0])
+        selected_rows = None if rows is None else self._selected_rows(rows, cu_seqlens, tokens.shape[0])
         for i, layer in enumerate(self.layers):
             inputs = [x, cos, sin, cu_seqlens, plan, None if cache is None else cache.layer(i), None, None]
             last = i == len(self.layers) - 1
-            if queries is not None and last:
-                inputs[4], inputs[6] = None, queries  # the selected rows need another plan
+            if selected_rows is not None and last:
+                inputs[4], inputs[6] = None, selected_rows  # the selected rows need another plan
             if first is not None and i == 0:
-                inputs[7] = (first.q if queries is None or not last else first.q[queries.rows], first.k, first.v)
+                q = first.q if selected_rows is None or not last else first.q[selected_rows.rows]
+                inputs[7] = (q, first.k, first.v)
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, *inputs, use_reentrant=False)
             else:
@@ -492,12 +495,12 @@ class MaskedDiffusionModel(nn.Module):
         """Return `rotary_tables` for activations of `dtype`, or of autocast's dtype where autocast is on."""
         return rotary_tables(position_ids, self.config, autocast_dtype(position_ids.device) or dtype)
 
-    def _queries(self, rows: Tensor, cu_seqlens: Tensor, total: int) -> Queries:
+    def _selected_rows(self, rows: Tensor, cu_seqlens: Tensor, total: int) -> SelectedRows:
         """Return the selected rows of the last layer: `rows`, or the rows before them for shifted logits."""
         rows = rows.long()
         if self.config.logits_shift:
             rows = shifted(cu_seqlens, total)[rows]
-        return Queries(rows, torch.searchsorted(rows, cu_seqlens.long(), out_int32=True))
+        return SelectedRows(rows, torch.searchsorted(rows, cu_seqlens.long(), out_int32=True))
 
     def loss(self, batch: Batch, *, normalizer: float | Tensor | None = None) -> Tensor:
         """Compute Eq. 1 on a batch: the sum of 1/p-weighted cross-entropies of the masked tokens over `normalizer`.

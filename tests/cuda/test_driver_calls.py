@@ -102,7 +102,7 @@ def make_calls(device) -> dict[str, dict]:
         calls[f"varlen_attention_backward {twice}"] = {
             "dq": torch.empty_like(q), "dk": torch.empty_like(k), "dv": torch.empty_like(v), "dout": dout,
             "dlse": floats(4, 6), "q": q, "k": k, "v": v, "out": out, "lse": lse, "plan": plan, **number,
-            "workspace": bytes_of(size), "multiplies_twice": twice,
+            "workspace": bytes_of(size), "recompute_scores_for_dq": twice,
         }  # fmt: skip
     calls["remask"] = {
         "out": RemaskStatus(*(floats(2).to(d) for d in (torch.int32, torch.int32, torch.bool, torch.bool))),

@@ -112,7 +112,7 @@ def test_a_failed_launch_names_the_shapes(device, monkeypatch):
 
 # ---------------------------------------------------------------------------------------- raw calls: pointers only
 
-ROWS, VOCAB = 3, 20000  # several pieces a row: needs a workspace
+ROWS, VOCAB = 3, 20000  # several vocab tiles per row: needs a workspace
 
 
 @pytest.fixture

@@ -9,10 +9,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from illada.checkpoints.formats import OLDEST_TRANSFORMERS
 from illada.config import ModelConfig
 from illada.files import read_if_there
-from illada.layouts import OLDEST_TRANSFORMERS
-from illada.tokenizer_files import load_tokenizer, read_tokenizer
+from illada.text.tokenizer_files import load_tokenizer, read_tokenizer
 
 _CODE = ("configuration_illada.py", "modeling_illada.py")
 _TOKENIZER_CONFIG, _TOKENS_MAP = "tokenizer_config.json", "special_tokens_map.json"

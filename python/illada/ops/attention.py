@@ -338,7 +338,7 @@ def _fwd_cuda(
 _REPEATABLE_LENGTH = 256
 
 
-def multiplies_twice(total_q: int, num_sequences: int) -> bool:
+def recompute_scores_for_dq(total_q: int, num_sequences: int) -> bool:
     """Return whether the backward on CUDA recomputes the scores for dq, which is bitwise repeatable."""
     return total_q <= _REPEATABLE_LENGTH * num_sequences
 
@@ -363,14 +363,14 @@ def _bwd_cuda(
     if dlse is not None and not dlse.is_contiguous():
         dlse = dlse.clone(memory_format=torch.contiguous_format)
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    twice = multiplies_twice(q.shape[0], num_sequences)
+    twice = recompute_scores_for_dq(q.shape[0], num_sequences)
     sizes = (q.shape[0], k.shape[0], num_sequences, q.shape[1], k.shape[1], q.shape[2])
     size = raw.varlen_attention_backward_workspace(*sizes, deterministic, twice, q.device.index)
     raw.varlen_attention_backward(
         *(dq, dk, dv, dout, dlse, q, k, v, out, lse, plan, num_sequences, softmax_scale),
         workspace=q.new_empty(size, dtype=torch.uint8),
         deterministic=deterministic,
-        multiplies_twice=twice,
+        recompute_scores_for_dq=twice,
     )
     return dq, dk, dv
 

@@ -24,9 +24,9 @@ from illada.ops.loss import (
     check_targets,
     kernel_targets,
     logits_dtypes,
+    resolve_normalizer,
     split_normalizer,
     weighted_sum,
-    where_read,
     workspace_for,
 )
 
@@ -114,7 +114,7 @@ def _fwd_sm90(
     )
     if size is None:
         return None
-    normalizer, scale = where_read(normalizer, scale)
+    normalizer, scale = resolve_normalizer(normalizer, scale)
     head = lib.cast(weight, torch.bfloat16)
     nll = token_weights.new_zeros(len(hidden))
     d_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if hidden_grad else hidden.new_empty(0)
@@ -172,13 +172,13 @@ def _fwd_portable(
     Without `rows`, the head weight multiplies all T rows. The result is always exact: filter_eps is ignored.
     all_weighted: no row in the chunks has token weight 0.
     """
-    normalizer, scale = where_read(normalizer, scale)
+    normalizer, scale = resolve_normalizer(normalizer, scale)
     targets, token_weights = kernel_targets(targets), lib.contiguous(token_weights)
     head = lib.cast(weight, compute_dtype)
     vocab_size, count = weight.shape[0], hidden.shape[0] if rows is None else rows.shape[0]
     chunk_rows = chunk_rows or chunk_rows_of(count, vocab_size, compute_dtype, hidden.is_cuda)
-    scale_late = scales_late(compute_dtype)
-    early_normalizer, early_scale = (None, 1.0) if scale_late else (normalizer, scale)
+    defer_scaling = defers_scaling(compute_dtype)
+    early_normalizer, early_scale = (None, 1.0) if defer_scaling else (normalizer, scale)
 
     nll = token_weights.new_zeros(hidden.shape[0])
     d_hidden = hidden.new_empty(0)
@@ -186,7 +186,7 @@ def _fwd_portable(
         d_hidden = (torch.empty_like if rows is None else torch.zeros_like)(
             hidden, memory_format=torch.contiguous_format
         )
-    if into is None or scale_late:
+    if into is None or defer_scaling:
         shape = weight.shape if weight_grad else (0,)
         d_weight = (weight.new_empty if count else weight.new_zeros)(shape, dtype=grad_weight_dtype)
         is_given = False
@@ -226,8 +226,8 @@ def _fwd_portable(
             _put(nll, index, its_nll)
         if weight_grad:
             lib.add_product(d_weight, logits.t(), selected, first=start == 0 and not is_given)
-    if scale_late and into is not None:  # no backward will scale it
-        _scale(d_weight, late_factor(nll.new_ones(()), normalizer, scale))
+    if defer_scaling and into is not None:  # no backward will scale it
+        _scale(d_weight, deferred_factor(nll.new_ones(()), normalizer, scale))
         into.add_(d_weight)
     return weighted_sum(nll, token_weights, normalizer, scale), nll, d_hidden, d_weight
 
@@ -245,7 +245,7 @@ def _put(whole: Tensor, index: slice | Tensor, part: Tensor) -> None:
         whole.index_copy_(0, index, part)
 
 
-def scales_late(compute_dtype: torch.dtype) -> bool:
+def defers_scaling(compute_dtype: torch.dtype) -> bool:
     """Return whether scale and normalizer are applied in the backward instead of the forward.
 
     In float16 the smallest gradients would be lost, and a gradient scaler acts only in the backward. Until then the
@@ -254,7 +254,7 @@ def scales_late(compute_dtype: torch.dtype) -> bool:
     return compute_dtype == torch.float16
 
 
-def late_factor(dloss: Tensor, normalizer: Tensor | None, scale: float) -> Tensor:
+def deferred_factor(dloss: Tensor, normalizer: Tensor | None, scale: float) -> Tensor:
     """Return dloss, a float32 scalar, times the deferred scale / normalizer."""
     return dloss * scale if normalizer is None else dloss * (scale / normalizer)
 
@@ -323,8 +323,8 @@ def _setup_context(ctx, inputs, output):
     # derivative then reaches the formula of the backward op, which raises.
     ctx.mark_non_differentiable(nll)
     ctx.set_materialize_grads(False)
-    ctx.scale, ctx.scale_late, normalizer = inputs[6], scales_late(inputs[10]), inputs[5]
-    ctx.save_for_backward(hidden_grad, weight_grad, normalizer if ctx.scale_late else None)
+    ctx.scale, ctx.defer_scaling, normalizer = inputs[6], defers_scaling(inputs[10]), inputs[5]
+    ctx.save_for_backward(hidden_grad, weight_grad, normalizer if ctx.defer_scaling else None)
     ctx.needs = inputs[8], inputs[9]
     ctx.scaled = False
 
@@ -338,8 +338,8 @@ def _backward(ctx, dloss, *unused):
             "have been given away"
         )
     d_hidden, d_weight, normalizer = ctx.saved_tensors
-    if ctx.scale_late:
-        dloss = late_factor(dloss, normalizer, ctx.scale)
+    if ctx.defer_scaling:
+        dloss = deferred_factor(dloss, normalizer, ctx.scale)
     if dloss.is_cuda and type(dloss) is Tensor and not (torch.is_grad_enabled() or lib.in_forward_mode()):
         # The weight's gradient is as large as the weight: avoid a copy, and any pass over it where dloss is 1.
         ctx.scaled = True
@@ -367,8 +367,8 @@ class _IntoGradient(torch.autograd.Function):
         loss, nll, hidden_grad = torch.ops.illada.linear_masked_ce_fwd_(*inputs)
         ctx.mark_non_differentiable(nll)  # hidden_grad stays differentiable, see _setup_context
         ctx.set_materialize_grads(False)
-        ctx.scale, ctx.scale_late, normalizer = inputs[6], scales_late(inputs[10]), inputs[5]
-        ctx.save_for_backward(hidden_grad, normalizer if ctx.scale_late else None)
+        ctx.scale, ctx.defer_scaling, normalizer = inputs[6], defers_scaling(inputs[10]), inputs[5]
+        ctx.save_for_backward(hidden_grad, normalizer if ctx.defer_scaling else None)
         return loss, nll, hidden_grad
 
     @staticmethod
@@ -383,8 +383,8 @@ class _IntoGradient(torch.autograd.Function):
                 f"weight's gradient has been added already; got a gradient of {float(dloss)}; use normalizer"
             )
         dloss = torch.where(dloss == 1, dloss, torch.nan)  # where the host may not read: fail visibly
-        if ctx.scale_late:
-            dloss = late_factor(dloss, normalizer, ctx.scale)
+        if ctx.defer_scaling:
+            dloss = deferred_factor(dloss, normalizer, ctx.scale)
         return scaled(dloss, hidden_grad), *(None,) * 13
 
 

@@ -56,7 +56,7 @@ def full_scale(normalizer: Tensor, scale: float, op: str = "masked_cross_entropy
     return scale / value
 
 
-def where_read(normalizer: Tensor | None, scale: float) -> tuple[Tensor | None, float]:
+def resolve_normalizer(normalizer: Tensor | None, scale: float) -> tuple[Tensor | None, float]:
     """Return (normalizer, scale) as the kernels take them.
 
     On CUDA the device divides, so that the host need not wait. On a CPU the normalizer becomes part of the scale.
@@ -80,7 +80,7 @@ def workspace_for(logits: Tensor) -> Tensor | None:
 
 
 def weighted_sum(nll: Tensor, token_weights: Tensor, normalizer: Tensor | None, scale: float) -> Tensor:
-    """Return the loss, from the nll of each token and the result of `where_read`."""
+    """Return the loss, from the nll of each token and the result of `resolve_normalizer`."""
     loss = nll.new_empty(())
     raw.weighted_sum(loss, lib.contiguous(nll), lib.contiguous(token_weights), normalizer=normalizer, scale=scale)
     return loss
@@ -95,7 +95,7 @@ def _row_results(logits: Tensor, token_weights: Tensor) -> tuple[Tensor, Tensor,
 def _fwd(logits, targets, token_weights, normalizer, scale, inplace_backward):
     nll, lse, lse_parts = _row_results(logits, token_weights)
     token_weights = lib.contiguous(token_weights)
-    normalizer, scale = where_read(normalizer, scale)
+    normalizer, scale = resolve_normalizer(normalizer, scale)
     raw.masked_cross_entropy(
         *(logits, kernel_targets(targets), token_weights), nll=nll, lse=lse, lse_parts=lse_parts,
         workspace=workspace_for(logits),
@@ -113,7 +113,7 @@ def _shard_fwd(logits, targets, token_weights, vocab_start):
 
 
 def _bwd_into(grad, logits, targets, token_weights, normalizer, scale, lse_parts, dloss, dlse, vocab_start):
-    normalizer, scale = where_read(normalizer, scale)
+    normalizer, scale = resolve_normalizer(normalizer, scale)
     if dlse is not None and not dlse.is_contiguous():
         dlse = dlse.clone(memory_format=torch.contiguous_format)
     raw.masked_cross_entropy_backward(

@@ -193,7 +193,7 @@ def head_plan(rows: int, vocab_size: int, sm_count: int) -> tuple[int, int, int,
         sm_count: Number of streaming multiprocessors.
 
     Returns:
-        (CTAs per cluster, vocabulary ranges, chunks of 32 ids per range, tasks). A task is (CTA, row tile, range, tiles
+        (CTAs per cluster, vocab ranges, slices of 32 ids per range, tasks). A task is (CTA, row tile, range, tiles
         of 128 rows x 256 ids, tiles of its cluster). Each CTA's tasks are in the order of their execution. A CTA waits
         while its neighbour in the cluster has more tiles.
     """
@@ -645,7 +645,7 @@ def varlen_attention(
 
 def varlen_attention_backward_workspace(
     total_q: int, total_k: int, num_sequences: int, num_heads: int, num_kv_heads: int, head_dim: int,
-    deterministic: bool, multiplies_twice: bool, device: int,
+    deterministic: bool, recompute_scores_for_dq: bool, device: int,
 ) -> int:  # fmt: skip
     """Return the bytes of workspace that `varlen_attention_backward` needs on CUDA.
 
@@ -653,11 +653,11 @@ def varlen_attention_backward_workspace(
         total_q, total_k: T and Tk, the packed queries and the rows of k and v.
         num_sequences: S.
         num_heads, num_kv_heads, head_dim: H, G and D.
-        deterministic, multiplies_twice: As in the later call.
+        deterministic, recompute_scores_for_dq: As in the later call.
         device: Index of the CUDA device.
     """
     pack = (total_q, total_k, num_sequences, num_heads, num_kv_heads, head_dim)
-    return native().varlen_attention_backward_workspace(pack, deterministic, multiplies_twice, device)
+    return native().varlen_attention_backward_workspace(pack, deterministic, recompute_scores_for_dq, device)
 
 
 def varlen_attention_backward(
@@ -677,7 +677,7 @@ def varlen_attention_backward(
     *,
     workspace: Tensor | None = None,
     deterministic: bool = False,
-    multiplies_twice: bool = False,
+    recompute_scores_for_dq: bool = False,
 ) -> None:
     """Compute the gradients of `illada.ops.varlen_attention` into `dq`, `dk` and `dv`.
 
@@ -695,8 +695,8 @@ def varlen_attention_backward(
         softmax_scale: Factor of the scores.
         workspace: CUDA only; uint8, at least as large as `varlen_attention_backward_workspace` says.
         deterministic: CUDA only; give the same bits in every run, as the CPU kernel always does.
-        multiplies_twice: CUDA only; recompute the scores in a separate kernel for dq. It is faster where sequences are
-            short, and deterministic. Devices before sm_90 always do this.
+        recompute_scores_for_dq: CUDA only; recompute the scores in a separate kernel for dq. It is faster where
+            sequences are short, and deterministic. Devices before sm_90 always do this.
 
     Raises:
         ValueError: q and plan are on different devices.
@@ -710,7 +710,7 @@ def varlen_attention_backward(
     native().varlen_attention_backward(
         (total_q, k.shape[0], num_sequences, heads, k.shape[1], dim), DTYPES[q.dtype],
         (dout, *dout.stride()[:2]), (q, *q.stride()[:2]), (k, *k.stride()[:2]), (v, *v.stride()[:2]),
-        out, lse, dlse, softmax_scale, plan, plan.shape[0], deterministic, multiplies_twice, dq, dk, dv,
+        out, lse, dlse, softmax_scale, plan, plan.shape[0], deterministic, recompute_scores_for_dq, dq, dk, dv,
         torch.get_num_threads(), launch,
     )  # fmt: skip
     increment_version((dq, dk, dv))

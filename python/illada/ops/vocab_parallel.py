@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from illada.ops import _library as lib
-from illada.ops.linear_loss import compute_dtype_of, late_factor, scales_late
-from illada.ops.loss import check_logits, check_targets, split_normalizer, weighted_sum, where_read
+from illada.ops.linear_loss import compute_dtype_of, deferred_factor, defers_scaling
+from illada.ops.loss import check_logits, check_targets, resolve_normalizer, split_normalizer, weighted_sum
 
 #: Rows of a chunk. They do not depend on the size of the shard, because all processes must use the same row chunks.
 _CHUNK_ROWS_CPU, _CHUNK_ROWS_CUDA = 256, 4096
@@ -150,8 +150,8 @@ class _VocabParallelLoss(torch.autograd.Function):
         hidden_grad, weight_grad = (needs_grad and needed for needed in ctx.needs_input_grad[:2])
         count = len(hidden) if rows is None else len(rows)
         head = lib.cast(weight, dtype)
-        scale_late = scales_late(dtype)
-        early = (None, 1.0) if scale_late else (normalizer, scale)
+        defer_scaling = defers_scaling(dtype)
+        early = (None, 1.0) if defer_scaling else (normalizer, scale)
         nll = token_weights.new_zeros(len(hidden))
         d_hidden = hidden.new_zeros(hidden.shape if hidden_grad else (0,))
         d_weight = weight.new_zeros(weight.shape if weight_grad else (0,), dtype=torch.float32)
@@ -173,11 +173,11 @@ class _VocabParallelLoss(torch.autograd.Function):
                 d_hidden[index] = lib.cast(torch.mm(logits, head), hidden.dtype)
             if weight_grad:
                 lib.add_product(d_weight, logits.t(), selected, first=False)
-        normalizer, scale = where_read(normalizer, scale)
+        normalizer, scale = resolve_normalizer(normalizer, scale)
         if hidden_grad:
             dist.all_reduce(d_hidden, group=group)
-        ctx.scale, ctx.scale_late = scale, scale_late
-        ctx.save_for_backward(d_hidden, d_weight, normalizer if scale_late else None)
+        ctx.scale, ctx.defer_scaling = scale, defer_scaling
+        ctx.save_for_backward(d_hidden, d_weight, normalizer if defer_scaling else None)
         ctx.mark_non_differentiable(nll)
         ctx.set_materialize_grads(False)
         # d_hidden and d_weight stay differentiable outputs, so a second derivative raises, as in linear_masked_ce_fwd.
@@ -188,8 +188,8 @@ class _VocabParallelLoss(torch.autograd.Function):
         if dloss is None:
             return (None,) * 12
         *grads, normalizer = ctx.saved_tensors
-        if ctx.scale_late:
-            dloss = late_factor(dloss, normalizer, ctx.scale)
+        if ctx.defer_scaling:
+            dloss = deferred_factor(dloss, normalizer, ctx.scale)
         grads = torch.ops.illada.linear_masked_ce_bwd(dloss, *grads)
         needed = (grad if needs else None for grad, needs in zip(grads, ctx.needs_input_grad, strict=False))
         return *needed, *(None,) * 10
