@@ -14,13 +14,13 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 import illada
 from illada import cli
-from illada.checkpoint import load_pretrained, read_config, save_pretrained
+from illada.checkpoints.weights import load_pretrained, read_config, save_pretrained
 from illada.config import ModelConfig
-from illada.data import train_tokenizer
+from illada.data.corpus import train_tokenizer
 from illada.hf_export.modeling_illada import IlladaForMaskedLM, IlladaModel
 from illada.integrations import transformers as attention
 from illada.model import MaskedDiffusionModel
-from illada.tokenizer import Tokenizer
+from illada.text.tokenizer import Tokenizer
 
 SMALL = {
     "vocab_size": 90, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from illada._native import build_info
-    from illada.checkpoint import load_pretrained, save_pretrained
+    from illada.checkpoints.weights import load_pretrained, save_pretrained
     from illada.config import ModelConfig
     from illada.generation import GenerationConfig, GenerationDelta, GenerationResult, generate, generate_iter
     from illada.model import LossModule, MaskedDiffusionModel
@@ -34,14 +34,14 @@ if TYPE_CHECKING:
     )
     from illada.packing import pack, unpack
     from illada.score import confidence_score, monte_carlo_likelihood
-    from illada.tokenizer import Tokenizer
+    from illada.text.tokenizer import Tokenizer
 
     __version__: str
 
 #: Where each public name is.
 _MODULES = {
     "illada._native": ("build_info",),
-    "illada.checkpoint": ("load_pretrained", "save_pretrained"),
+    "illada.checkpoints.weights": ("load_pretrained", "save_pretrained"),
     "illada.config": ("ModelConfig",),
     "illada.generation": ("GenerationConfig", "GenerationDelta", "GenerationResult", "generate", "generate_iter"),
     "illada.model": ("LossModule", "MaskedDiffusionModel"),
@@ -64,7 +64,7 @@ _MODULES = {
     ),
     "illada.packing": ("pack", "unpack"),
     "illada.score": ("confidence_score", "monte_carlo_likelihood"),
-    "illada.tokenizer": ("Tokenizer",),
+    "illada.text.tokenizer": ("Tokenizer",),
 }
 
 __all__ = [

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from illada.config import DiffusionConfig
-from illada.ops.philox import philox4x32
+from illada.random import philox4x32
 
 # Philox stream tags (counter word 3), one for each purpose; the token sampler uses 16 and above.
 _ORDER, _SPLIT, _TIME, _MASK, _BATCH_TIME, _VALIDATION_MASK = range(1, 7)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from illada.config import ModelConfig
 from illada.files import read_if_there
-from illada.tokenizer_files import load_tokenizer
+from illada.text.tokenizer_files import load_tokenizer
 
 _CODE = ("configuration_illada.py", "modeling_illada.py")
 

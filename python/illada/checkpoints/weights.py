@@ -1,4 +1,4 @@
-"""Weights in and out: folders with config.json and safetensors, in the Hugging Face layouts of `illada.layouts`.
+"""Weights in and out: folders with config.json and safetensors, in the formats of `illada.checkpoints.formats`.
 
 Every key is accounted for: a missing, unexpected or misshapen tensor, and a config option that is not understood, are
 errors that name it, never a silent re-initialisation. A tied head is stored once, as the embedding.
@@ -22,15 +22,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from illada import hf_export
+from illada.checkpoints.formats import LAYOUTS, OLDEST_TRANSFORMERS, Layout, layout_of_file
+from illada.checkpoints.open import config_file
 from illada.config import ModelConfig
 from illada.devices import find_device
 from illada.files import check_inside, read_json_object, staged_directory
-from illada.folders import config_file
-from illada.layouts import LAYOUTS, OLDEST_TRANSFORMERS, Layout, layout_of_file
 from illada.model import MaskedDiffusionModel
 from illada.schema import TokenId, check_object, checked
 from illada.terminal import shows
-from illada.text import looks_like, read_json, some_of
+from illada.text.files import looks_like, read_json, some_of
 
 _INDEX = "model.safetensors.index.json"
 #: Of weights, by their names in safetensors.
@@ -186,7 +186,7 @@ def load_pretrained(
     dtype: torch.dtype | None = None,
     mask_token_id: int | None = None,
 ) -> MaskedDiffusionModel:
-    """Load the model of a checkpoint folder in any checkpoint format of `illada.layouts`.
+    """Load the model of a checkpoint folder in any checkpoint format of `illada.checkpoints.formats`.
 
     Weights are memory-mapped: on a CPU, in the file's dtype, memory holds them once. The projections of q, k and v are
     copied into the model's one projection, and their part of the file does not stay mapped.
