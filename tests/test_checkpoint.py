@@ -13,12 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from illada.checkpoint import convert_checkpoint, load_pretrained, read_config, save_pretrained
+from illada.checkpoints.weights import convert_checkpoint, load_pretrained, read_config, save_pretrained
 from illada.config import ModelConfig
-from illada.data import train_tokenizer
+from illada.data.corpus import train_tokenizer
 from illada.generation import GenerationConfig, generate
 from illada.model import MaskedDiffusionModel
-from illada.tokenizer import Tokenizer
+from illada.text.tokenizer import Tokenizer
 
 CONFIG = ModelConfig.preset(
     "tiny", hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=40
@@ -323,7 +323,7 @@ def test_full_disk_keeps_the_old_checkpoint(saved):
     model, path = saved
     # A process that may not write files above 4 kB, as if the disk were full.
     code = (
-        "import resource, signal, sys; from illada.checkpoint import *; from illada.model import MaskedDiffusionModel\n"
+        "import resource, signal, sys; from illada.checkpoints.weights import *; from illada.model import MaskedDiffusionModel\n"
         f"model = load_pretrained({str(path)!r}); model.norm.weight.data.fill_(9.0)\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
         f"save_pretrained(model, {str(path)!r})"

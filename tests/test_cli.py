@@ -127,9 +127,9 @@ def test_info():
 def test_library_calls_without_standard_streams(world, tmp_path, monkeypatch, closed):
     """As under pythonw, or after a daemon has closed them."""
     from illada import train
-    from illada.checkpoint import convert_checkpoint
-    from illada.data import TokenDataset, prepare
-    from illada.folders import load
+    from illada.checkpoints.open import load
+    from illada.checkpoints.weights import convert_checkpoint
+    from illada.data.corpus import TokenDataset, prepare
     from illada.generation import GenerationConfig, generate
     from illada.score import confidence_score
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from illada import cli
-from illada.checkpoint import load_pretrained, save_pretrained
+from illada.checkpoints.open import load
+from illada.checkpoints.weights import load_pretrained, save_pretrained
 from illada.cli import chat
 from illada.cli.devices import parse_device
 from illada.cli.sampling import parse_token_ids
 from illada.config import ModelConfig
-from illada.data import train_tokenizer
-from illada.folders import load
+from illada.data.corpus import train_tokenizer
 from illada.generation.stopping import settled_text
 from illada.model import MaskedDiffusionModel
 from illada.score import encode_pair

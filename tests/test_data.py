@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tokenizers import normalizers
 
-from illada.data import (
+from illada.data.corpus import (
     SPECIAL_TOKENS,
     TokenDataset,
     load_tokenizer,
@@ -19,7 +19,7 @@ from illada.data import (
     tokenizer_sha256,
     train_tokenizer,
 )
-from illada.sources import PIECE, Documents, hold_out, read_source
+from illada.data.sources import PIECE, Documents, hold_out, read_source
 
 TEXTS = ["a text that spells <[MASK]> and <[end▁of▁sentence]>"] + [
     f"def function_{i}(x):\n    return x + {i}  # ünïcode {'word ' * (i % 7)}\n" for i in range(59)
@@ -173,7 +173,7 @@ def test_stdlib_source():
 
 
 def test_nothing_is_left_of_a_failed_prepare(texts, tmp_path, monkeypatch):
-    monkeypatch.setattr("illada.data._entropy", lambda counts: 1 / 0)
+    monkeypatch.setattr("illada.data.corpus._entropy", lambda counts: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         prepare(f"dir:{texts}", tmp_path / "c", vocab_size=300)
     assert not list(tmp_path.iterdir())
@@ -367,7 +367,7 @@ def test_memory_does_not_grow_with_documents(tmp_path, source):
         )
     what = f"jsonl:{tmp_path}/files/a.txt" if source == "one line of JSON" else f"dir:{tmp_path}/files"
     script = (
-        "import re, sys; from illada.data import prepare; prepare(sys.argv[1], sys.argv[2], vocab_size=300);"
+        "import re, sys; from illada.data.corpus import prepare; prepare(sys.argv[1], sys.argv[2], vocab_size=300);"
         # Not ru_maxrss, which begins at the size of the process that started this one.
         "print(int(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1]) // 1024)"
     )

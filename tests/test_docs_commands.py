@@ -21,10 +21,10 @@ import torch.distributed as dist
 
 import illada
 from illada import cli
-from illada.checkpoint import save_pretrained
+from illada.checkpoints.weights import save_pretrained
 from illada.cli import sampling
 from illada.config import ModelConfig
-from illada.data import train_tokenizer
+from illada.data.corpus import train_tokenizer
 from illada.model import MaskedDiffusionModel
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -8,8 +8,9 @@ import threading
 
 import pytest
 
-from illada import checkpoint, cli, files
-from illada.integrations.journal import Journal
+from illada import cli, files
+from illada.checkpoints import weights
+from illada.evaluation.journal import Journal
 
 
 def fill(folder, text):
@@ -134,13 +135,13 @@ def test_tokenizer_files_that_leave_their_folder(tmp_path):
     (tmp_path / "secret").write_text("secret")
     (tmp_path / "stranger" / "vocab.txt").symlink_to("../secret")
     with pytest.raises(ValueError, match="vocab.txt is a link out of its folder"):
-        checkpoint._copy_tokenizer(tmp_path / "stranger", tmp_path)
+        weights._copy_tokenizer(tmp_path / "stranger", tmp_path)
     snapshot = tmp_path / "models--a--b" / "snapshots" / "1"
     snapshot.mkdir(parents=True)
     fill(tmp_path / "models--a--b" / "blobs", "vocabulary")
     (snapshot / "vocab.txt").symlink_to("../../blobs/a")
     fill(tmp_path / "copy", "x")
-    checkpoint._copy_tokenizer(snapshot, tmp_path / "copy")
+    weights._copy_tokenizer(snapshot, tmp_path / "copy")
     assert (tmp_path / "copy" / "vocab.txt").read_text() == "vocabulary"
 
 

@@ -8,7 +8,7 @@ import torch
 from oracle import CONFIG, WITH_TEXT
 
 from illada.config import ModelConfig
-from illada.data import train_tokenizer
+from illada.data.corpus import train_tokenizer
 from illada.generation import GenerationConfig, generate, quota_schedule
 from illada.model import MaskedDiffusionModel
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from oracle import CONFIG, WITH_TEXT
 
+from illada.evaluation.agreement import cache_agreement
 from illada.generation import GenerationConfig, generate, graphs
-from illada.generation.agreement import cache_agreement
 from illada.generation.cache import KeyValueCache
 from illada.generation.request import Request
 from illada.generation.step import lay_out

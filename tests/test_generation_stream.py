@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from illada.config import ModelConfig
-from illada.data import train_tokenizer
+from illada.data.corpus import train_tokenizer
 from illada.generation import GenerationConfig, generate, generate_iter
 from illada.generation.stopping import settled_text
 from illada.model import MaskedDiffusionModel

@@ -14,9 +14,9 @@ import pytest
 from strikes import spread, strike
 
 from illada import cli, files
-from illada.checkpoint import load_pretrained
-from illada.data import TokenDataset
-from illada.train import checkpoint
+from illada.checkpoints.weights import load_pretrained
+from illada.data.corpus import TokenDataset
+from illada.train import state as train_state
 
 pytestmark = pytest.mark.slow
 
@@ -205,11 +205,11 @@ def test_training_is_saved_when_its_terminal_or_reader_goes(world):
     read_until(process, "step      3")
     process.send_signal(signal.SIGHUP)
     _, error = process.communicate(timeout=60)
-    assert process.returncode == 129 and error == "illada: SIGHUP, saving\n" and checkpoint.newest(folder)
+    assert process.returncode == 129 and error == "illada: SIGHUP, saving\n" and train_state.newest(folder)
     process, folder = train(world, "head")
     read_until(process, "step      3")
     process.stdout.close()
-    assert process.wait(timeout=60) == 141 and process.stderr.read() == "" and checkpoint.newest(folder)
+    assert process.wait(timeout=60) == 141 and process.stderr.read() == "" and train_state.newest(folder)
 
 
 def test_a_validation_is_stopped_and_made_up_for(world):
@@ -220,7 +220,7 @@ def test_a_validation_is_stopped_and_made_up_for(world):
     process.terminate()
     process.communicate(timeout=60)
     assert process.returncode == 143 and time.monotonic() - began < 20
-    assert checkpoint.read_state(checkpoint.newest(folder))["step"] == 3
+    assert train_state.read_state(train_state.newest(folder))["step"] == 3
     resume = [
         "train",
         world / "run.toml",

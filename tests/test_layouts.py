@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from twins import TWINS
 
 from illada import pack
-from illada.checkpoint import convert_checkpoint, load_config, load_pretrained, read_config, save_pretrained
+from illada.checkpoints.formats import LAYOUTS
+from illada.checkpoints.weights import convert_checkpoint, load_config, load_pretrained, read_config, save_pretrained
 from illada.config import ModelConfig
-from illada.layouts import LAYOUTS
 from illada.model import MaskedDiffusionModel
 from illada.ops import attention
 
@@ -441,7 +441,7 @@ def test_memory_of_the_true_shapes(tmp_path):
     del tensors
     # VmHWM and not ru_maxrss: the latter starts from what the parent held when it started the child.
     code = (
-        "import re, torch; from illada.checkpoint import load_pretrained\n"
+        "import re, torch; from illada.checkpoints.weights import load_pretrained\n"
         f"model = load_pretrained({str(tmp_path / 'm')!r})\n"
         "total = sum(int(p.view(-1).view(torch.int16)[::1024].sum()) for p in model.parameters())\n"
         "print(int(re.search(r'VmHWM:\\s*(\\d+) kB', open('/proc/self/status').read())[1]) * 1024)"

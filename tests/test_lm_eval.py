@@ -21,24 +21,25 @@ from lm_eval.models.dummy import DummyLM
 from lm_eval.utils import simple_parse_args_string
 from tokenizers import processors
 
-from illada import cli, folders
-from illada.checkpoint import load_pretrained, save_pretrained
+from illada import cli
+from illada.checkpoints import open as checkpoint_folders
+from illada.checkpoints.weights import load_pretrained, save_pretrained
 from illada.cli import evaluate as evaluate_command
 from illada.config import ModelConfig
-from illada.data import load_tokenizer, train_tokenizer
+from illada.data.corpus import load_tokenizer, train_tokenizer
+from illada.evaluation import lm_eval as adapter
+from illada.evaluation.asked import asked_of
+from illada.evaluation.chance import chance_of, describe_chance
+from illada.evaluation.journal import Journal, fingerprint
+from illada.evaluation.lm_eval import IlladaLM, PublishedIlladaLM
+from illada.evaluation.manager import RememberingTaskManager
+from illada.evaluation.presets import PRESETS, settings_of
+from illada.evaluation.settings import GENERATION, EvaluationSettings
 from illada.generation import GenerationConfig, GenerationResult, generate
 from illada.generation.stopping import cut_at_stop
-from illada.integrations import lm_eval as adapter
-from illada.integrations.asked import asked_of
-from illada.integrations.chance import chance_of, describe_chance
-from illada.integrations.journal import Journal, fingerprint
-from illada.integrations.lm_eval import IlladaLM, PublishedIlladaLM
-from illada.integrations.manager import RememberingTaskManager
-from illada.integrations.presets import PRESETS, settings_of
-from illada.integrations.settings import GENERATION, EvaluationSettings
 from illada.model import MaskedDiffusionModel
 from illada.score import confidence_score, is_greedy, monte_carlo_likelihood
-from illada.tokenizer import Tokenizer
+from illada.text.tokenizer import Tokenizer
 
 TEXT = "the quick brown fox jumps over the lazy dog\nand the dog sleeps on. What is it? A dog, yes.\n"
 CONFIG = ModelConfig.preset(
@@ -457,7 +458,9 @@ def test_every_option_of_the_generator_is_a_setting(checkpoint, generated):
 
 def test_trust_remote_code_is_the_tokenizer_s(checkpoint, monkeypatch):
     given = []
-    monkeypatch.setattr(adapter, "load", lambda *a, **keywords: given.append(keywords) or folders.load(*a, **keywords))
+    monkeypatch.setattr(
+        adapter, "load", lambda *a, **keywords: given.append(keywords) or checkpoint_folders.load(*a, **keywords)
+    )
     for arguments in ("", ",trust_remote_code=True"):
         IlladaLM.create_from_arg_string(f"pretrained={checkpoint}{arguments}", {"device": "cpu"})
     assert [keywords["trust_remote_code"] for keywords in given] == [False, True]
@@ -681,7 +684,7 @@ def test_a_killed_evaluation_goes_on(checkpoint, task_folder, tmp_path, kept_in)
     """SIGKILL in the middle; then the same results as without it, and nothing that was finished is computed again."""
     script = (
         "import json, sys, time\n"
-        "from illada.integrations import lm_eval as adapter\n"
+        "from illada.evaluation import lm_eval as adapter\n"
         "from lm_eval import simple_evaluate\n"
         "from lm_eval.tasks import TaskManager\n"
         "checkpoint, folder, kept_in, where, stop = sys.argv[1:]\n"

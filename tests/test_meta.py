@@ -10,8 +10,8 @@ from torch.export import Dim, export
 import illada
 from illada.config import ModelConfig
 from illada.diffusion import Batch
+from illada.evaluation.journal import fingerprint
 from illada.generation import rules
-from illada.integrations.journal import fingerprint
 from illada.model import MaskedDiffusionModel
 
 CONFIG = ModelConfig.preset("tiny", vocab_size=100)

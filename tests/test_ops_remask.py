@@ -7,9 +7,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import illada
 from illada.ops import raw, reference
-from illada.ops.philox import philox4x32
 from illada.ops.types import RULES as RULE_NAMES
 from illada.ops.types import RemaskStatus, TokenSample
+from illada.random import philox4x32
 from illada.testing import assert_close_like, plain_sample
 
 CASES = [  # N, V, spread: what the row is for

@@ -10,8 +10,8 @@ import sys
 import pytest
 
 from illada import cli
-from illada.data import TokenDataset, prepare
-from illada.tasks import (
+from illada.data.corpus import TokenDataset, prepare
+from illada.evaluation.tasks import (
     Entry,
     _documents,
     _seen_in_training,

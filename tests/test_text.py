@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from illada.text import check_text, decode_lines, decode_text, parse_json, read_json, read_lines, read_text
+from illada.text.files import check_text, decode_lines, decode_text, parse_json, read_json, read_lines, read_text
 
 BAD_FILES = {
     "latin1": (b"one\ntw\xf6\n", r", line 2 is not UTF-8 text: byte 0xf6; it looks like a one-byte encoding"),

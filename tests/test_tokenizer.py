@@ -11,11 +11,11 @@ from unittest import mock
 import pytest
 import tokenizers
 
-from illada import chat
-from illada.chat import merge_system, render_chat_template
-from illada.data import SPECIAL_TOKENS, load_tokenizer, train_tokenizer
+from illada.data.corpus import SPECIAL_TOKENS, load_tokenizer, train_tokenizer
 from illada.generation import loop as generation_loop
-from illada.tokenizer import Continuation, Tokenizer, bos_prefix
+from illada.text import chat_template
+from illada.text.chat_template import merge_system, render_chat_template
+from illada.text.tokenizer import Continuation, Tokenizer, bos_prefix
 
 LLAMA3 = (
     "{% set loop_messages = messages %}{% for message in loop_messages %}"
@@ -583,7 +583,7 @@ def test_templates_that_would_fill_the_memory(template):
     ],
 )
 def test_templates_that_would_not_end(template, monkeypatch):
-    monkeypatch.setattr("illada.chat._MOST_SECONDS", 0.3)
+    monkeypatch.setattr("illada.text.chat_template._MOST_SECONDS", 0.3)
     with pytest.raises(ValueError, match="the chat template fails on these messages: it does not end within 0.3 s"):
         render_chat_template(template, [USER])
     assert render_chat_template("{{ messages | length }}", [USER]) == "1"
@@ -609,13 +609,13 @@ def test_templates_that_make_too_long_a_text_and_what_only_looks_long():
 def test_templates_after_an_interrupt_a_killed_process_and_a_fork():
     """Each gets its own answer."""
     assert render_chat_template("{{ messages[0].content }}", [USER]) == USER["content"]
-    first = chat._renderer._process
+    first = chat_template._renderer._process
     with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chat.pickle, "dump", mock.Mock(side_effect=KeyboardInterrupt))
+        patch.setattr(chat_template.pickle, "dump", mock.Mock(side_effect=KeyboardInterrupt))
         render_chat_template("one", [USER])
     assert render_chat_template("two", [USER]) == "two" and first.returncode == -signal.SIGKILL
-    chat._renderer._process.kill()
-    chat._renderer._process.wait()
+    chat_template._renderer._process.kill()
+    chat_template._renderer._process.wait()
     assert render_chat_template("three", [USER]) == "three"
     if (child := os.fork()) == 0:
         status = 1
@@ -629,10 +629,10 @@ def test_templates_after_an_interrupt_a_killed_process_and_a_fork():
 
 def test_a_fork_while_another_thread_renders(monkeypatch):
     """Neither the lock nor half a request is copied."""
-    monkeypatch.setattr("illada.chat._MOST_SECONDS", 0.5)
+    monkeypatch.setattr("illada.text.chat_template._MOST_SECONDS", 0.5)
     render_chat_template("", [USER])
-    began, ask = threading.Event(), chat.pickle.dump
-    monkeypatch.setattr(chat.pickle, "dump", lambda *args: (ask(*args), began.set()))
+    began, ask = threading.Event(), chat_template.pickle.dump
+    monkeypatch.setattr(chat_template.pickle, "dump", lambda *args: (ask(*args), began.set()))
     loop = "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}"
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         slow = pool.submit(render_chat_template, loop, [USER])
@@ -650,8 +650,8 @@ def test_a_fork_while_another_thread_renders(monkeypatch):
 
 
 def test_templates_end_where_the_thread_that_asks_blocks_all_signals(monkeypatch):
-    monkeypatch.setattr("illada.chat._MOST_SECONDS", 0.3)
-    chat._renderer.stop()
+    monkeypatch.setattr("illada.text.chat_template._MOST_SECONDS", 0.3)
+    chat_template._renderer.stop()
 
     def too_long(*_):
         raise TimeoutError

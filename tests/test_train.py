@@ -16,10 +16,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from illada import cli
-from illada.checkpoint import load_pretrained
-from illada.data import TokenDataset, prepare
+from illada.checkpoints.weights import load_pretrained
+from illada.data.corpus import TokenDataset, prepare
 from illada.files import write_text
-from illada.train import checkpoint, evaluate, load_config, loop, train
+from illada.ops import capabilities
+from illada.train import evaluate, load_config, loop, train
+from illada.train import state as train_state
 from illada.train.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from illada.train.log import Log
 from illada.train.pace import Pace
@@ -133,7 +135,7 @@ def test_gradient_that_is_not_finite_stops_the_run(config, tmp_path):
         ArithmeticError, match=r"gradient norm is (nan|inf) at step .* the last checkpoint is .*step-0000"
     ):
         train(hot, progress=False)
-    newest = checkpoint.newest(tmp_path / "run" / "checkpoints")
+    newest = train_state.newest(tmp_path / "run" / "checkpoints")
     assert all(w.isfinite().all() for w in weights(newest).values())
 
 
@@ -229,8 +231,8 @@ def test_signals_save_and_exit(toml, tmp_path, number, status):
     out, err = process.communicate(timeout=60)
     assert process.returncode == status, err
     assert "run the same command again to go on" in out and "Traceback" not in err
-    newest = checkpoint.newest(tmp_path / "run" / "checkpoints")
-    assert checkpoint.read_state(newest)["step"] >= 3
+    newest = train_state.newest(tmp_path / "run" / "checkpoints")
+    assert train_state.read_state(newest)["step"] >= 3
 
 
 def test_a_kill_while_an_old_checkpoint_is_removed(config, tmp_path, monkeypatch):
@@ -244,7 +246,7 @@ def test_a_kill_while_an_old_checkpoint_is_removed(config, tmp_path, monkeypatch
         patch.setattr("illada.files.shutil.rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
             train(keep_one, progress=False)
-    assert [checkpoint.read_state(path)["step"] for path in checkpoint.all_checkpoints(folder)] == [2]
+    assert [train_state.read_state(path)["step"] for path in train_state.all_checkpoints(folder)] == [2]
     assert list(folder.glob(".*"))  # what is left of step 1, hidden
     assert train(keep_one, progress=False).step == 3
     assert [path.name for path in folder.iterdir()] == ["step-000003"]
@@ -266,17 +268,17 @@ def test_kills_at_any_moment_leave_readable_checkpoints(toml, tmp_path):
         time.sleep(chance.random() * 0.5)
         process.kill()
         process.communicate()
-        found = checkpoint.all_checkpoints(folder)
+        found = train_state.all_checkpoints(folder)
         assert found
         for path in found:
-            state = checkpoint.read_state(path)
+            state = train_state.read_state(path)
             config = TrainConfig.from_dict(state["config"])
             from illada.model import MaskedDiffusionModel
             from illada.train.loop import _optimizer
 
             model = MaskedDiffusionModel(load_pretrained(path).config)
-            checkpoint.restore(path, model, _optimizer(model, config))
-        steps.append(checkpoint.read_state(found[-1])["step"])
+            train_state.restore(path, model, _optimizer(model, config))
+        steps.append(train_state.read_state(found[-1])["step"])
     assert steps == sorted(steps) and steps[-1] > steps[0]
     train(load_config(toml, [f"--train.steps={steps[-1] + 1}"]), progress=False)
     assert not list(folder.glob(".*"))  # what the kills left hidden is gone
@@ -300,7 +302,7 @@ def test_full_disk_keeps_the_last_checkpoint(toml, tmp_path):
 @pytest.mark.parametrize("name", ["tokenizer.json", "model.safetensors", "optimizer.safetensors"])
 def test_done_means_that_what_was_saved_loads(toml, tmp_path, monkeypatch, capfd, name):
     """As a command loads it; tokenizers that training itself never reads included."""
-    save = checkpoint.save
+    save = train_state.save
 
     def saves_badly(*arguments, **more):
         path = save(*arguments, **more)
@@ -311,7 +313,7 @@ def test_done_means_that_what_was_saved_loads(toml, tmp_path, monkeypatch, capfd
             (path / name).write_bytes((path / name).read_bytes()[:-40])
         return path
 
-    monkeypatch.setattr(loop.checkpoint, "save", saves_badly)
+    monkeypatch.setattr(loop.train_state, "save", saves_badly)
     assert cli.main(["train", str(toml), "--train.steps=2"]) == 1
     out, error = capfd.readouterr()
     assert "step-000002 was saved, but cannot be loaded: " in error and "Traceback" not in error
@@ -439,17 +441,20 @@ def test_devices(config, monkeypatch):
     with pytest.raises(ValueError, match="train.device is cuda, but torch sees no CUDA device"):
         train(change(config, train={"device": "cuda"}), progress=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(loop, "has_cuda", lambda: False)
+    monkeypatch.setattr(capabilities, "has_cuda", lambda: False)
     assert device_of("auto", "bfloat16", 64) == "cpu"
     with pytest.raises(ValueError, match="but illada was built without CUDA kernels"):
         device_of("cuda", "bfloat16", 64)
-    monkeypatch.setattr(loop, "has_cuda", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    monkeypatch.setattr(capabilities, "has_cuda", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
     assert device_of("auto", "bfloat16", 64) == "cpu"
     with pytest.raises(ValueError, match="the kernels need compute capability 8.0, and Tesla T4 has less"):
         device_of("cuda", "bfloat16", 64)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(
+        capabilities, "_attention_refusal", lambda heads, kv_heads, head_dim, _: None if head_dim >= 64 else "no kernel"
+    )
     assert device_of("cuda", "bfloat16", 128) == device_of("auto", "bfloat16", 64) == "cuda"
     assert (
         device_of("cpu", "bfloat16", 64)
@@ -457,8 +462,11 @@ def test_devices(config, monkeypatch):
         == device_of("auto", "bfloat16", 8)
         == "cpu"
     )
-    for dtype, head_dim in (("float32", 64), ("bfloat16", 8)):
-        with pytest.raises(ValueError, match=f"need train.dtype bfloat16 .* 64 or 128, got {dtype} and {head_dim}"):
+    for dtype, head_dim, why in (
+        ("float32", 64, "takes bfloat16 or float16, got float32"),
+        ("bfloat16", 8, "no kernel"),
+    ):
+        with pytest.raises(ValueError, match=f"train.device is cuda, but .*{why}"):
             device_of("cuda", dtype, head_dim)
 
 

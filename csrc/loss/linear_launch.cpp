@@ -17,15 +17,11 @@ constexpr const char* kOp = "linear_masked_cross_entropy";
 
 int64_t round_up(int64_t size, int64_t step) { return (size + step - 1) / step * step; }
 
-bool has_kernel([[maybe_unused]] const LinearMaskedCrossEntropyParams& p, [[maybe_unused]] const Device& gpu) {
-#if defined(ILLADA_BUILT_SM90A)
+bool has_kernel(const LinearMaskedCrossEntropyParams& p, const Device& gpu) {
   const int vector = p.hidden_dtype == DType::kFloat32 ? 4 : 8;
-  return gpu.compute_capability == 90 && p.hidden_dtype != DType::kFloat16 && p.width > 0 && p.width % 8 == 0 &&
+  return arch_of(gpu) == Arch::kSm90 && p.hidden_dtype != DType::kFloat16 && p.width > 0 && p.width % 8 == 0 &&
          p.hidden_row_stride % vector == 0 && p.hidden_row_stride >= p.width && p.head_weight_row_stride % 8 == 0 &&
          p.head_weight_row_stride >= p.width && is_aligned(p.hidden) && is_aligned(p.head_weight);
-#else
-  return false;
-#endif
 }
 
 void validate(const LinearMaskedCrossEntropyParams& p) {

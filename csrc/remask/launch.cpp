@@ -167,13 +167,9 @@ HeadPlan plan_head(int64_t num_rows, int64_t vocab_size, int sm_count) {
 
 namespace {
 bool has_fused_head(const LinearSampleTokensParams& p, const Device& gpu) {
-#if defined(ILLADA_BUILT_SM90A)
-  return gpu.compute_capability == 90 && p.sample.dtype != DType::kFloat32 && p.width > 0 && p.width % 8 == 0 &&
+  return arch_of(gpu) == Arch::kSm90 && p.sample.dtype != DType::kFloat32 && p.width > 0 && p.width % 8 == 0 &&
          p.hidden_row_stride % 8 == 0 && p.hidden_row_stride >= p.width && p.head_weight_row_stride % 8 == 0 &&
          p.head_weight_row_stride >= p.width && is_aligned(p.hidden) && is_aligned(p.head_weight);
-#else
-  return false && p.width && gpu.index;
-#endif
 }
 
 }  // namespace

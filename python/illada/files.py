@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from illada.schema import check_object
-from illada.text import read_json
+from illada.text.files import read_json
 
 _RANDOM = "[a-z0-9_]{8}"  # what tempfile appends
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # of a file system that has none

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from test_generate import make_models, reference_forward
 
 from illada.config import ModelConfig
-from illada.data import prepare
+from illada.data.corpus import prepare
 from illada.diffusion import Batch
 from illada.model import MaskedDiffusionModel
 from illada.testing import assert_close_like, relative_error

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from illada.ops.philox import philox4x32
+from illada.random import philox4x32
 
 #: Philox stream tags (counter word 3), beside the sampler's own 16 to 18.
 _ORDER_STREAM, _TAKE_BACK_STREAM = 19, 20

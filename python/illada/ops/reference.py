@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from illada.ops.philox import philox4x32
 from illada.ops.types import (
     SAMPLE_STREAM,
     SAMPLE_STREAM_LOW_BITS,
@@ -22,6 +21,7 @@ from illada.ops.types import (
     RemaskStatus,
     TokenSample,
 )
+from illada.random import philox4x32
 
 
 def varlen_attention(

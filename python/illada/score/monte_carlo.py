@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from illada.model import MaskedDiffusionModel
-from illada.ops.philox import philox4x32
+from illada.random import philox4x32
 from illada.score.items import (
     MAX_TOKENS,
     Item,

@@ -134,7 +134,7 @@ def _render(template: str, messages: Sequence[Message], variables: Mapping[str, 
 
 
 class _Renderer:
-    """The process of `illada.templates`."""
+    """The process of `illada.text.template_process`."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -174,7 +174,7 @@ class _Renderer:
             self._watches_forks = True
         if self._process is None or self._process.poll() is not None:
             # The same modules are found there, and a signal to this process group does not end it.
-            start = "import sys; sys.path[:] = sys.argv[1:]; from illada.templates import serve; serve()"
+            start = "import sys; sys.path[:] = sys.argv[1:]; from illada.text.template_process import serve; serve()"
             self._process = subprocess.Popen(
                 [spawn.get_executable(), "-c", start, *sys.path],  # a program that embeds Python says which one
                 stdin=subprocess.PIPE,

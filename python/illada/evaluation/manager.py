@@ -7,8 +7,8 @@ from typing import Any
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 
-from illada.integrations.asked import asked_of
-from illada.integrations.settings import EvaluationSettings
+from illada.evaluation.asked import asked_of
+from illada.evaluation.settings import EvaluationSettings
 
 
 class RememberingTaskManager(TaskManager):

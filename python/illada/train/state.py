@@ -1,7 +1,7 @@
 """Training state on disk: a model checkpoint that anyone can load, with the optimizer and the position beside it.
 
     checkpoints/step-000500/
-        config.json model.safetensors tokenizer.json      what illada.checkpoint.load_pretrained reads
+        config.json model.safetensors tokenizer.json      what illada.load_pretrained reads
         optimizer.safetensors                             AdamW's moments, float32, by parameter name
         trainer.json                                      step, tokens seen, losses not yet logged, config, versions
 
@@ -20,12 +20,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from illada._native import package_version
-from illada.checkpoint import read_weights, write_pretrained
+from illada.checkpoints.open import all_checkpoints, load, newest, state_file
+from illada.checkpoints.weights import read_weights, write_pretrained
 from illada.files import remove_directory, staged_directory
-from illada.folders import all_checkpoints, load, newest, state_file
 from illada.model import MaskedDiffusionModel
 from illada.schema import Count, Finite, check_object
-from illada.text import read_json, some_of
+from illada.text.files import read_json, some_of
 from illada.train.config import TrainConfig
 
 _STATE = {

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, cast
 
-from illada.text import parse_json, read_lines, read_pieces
+from illada.text.files import parse_json, read_lines, read_pieces
 
 PIECE = 1 << 16  # characters of a piece
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from illada.files import append, locked
 from illada.schema import check_object
-from illada.text import parse_json
+from illada.text.files import parse_json
 
 if TYPE_CHECKING:
     from illada.model import MaskedDiffusionModel

@@ -14,7 +14,7 @@ from typing import Any
 class TaskSettings:
     """How one task is run.
 
-    model_args: arguments of `illada.integrations.lm_eval.IlladaLM`; num_fewshot: None leaves it to the task.
+    model_args: arguments of `illada.evaluation.lm_eval.IlladaLM`; num_fewshot: None leaves it to the task.
     unsafe_code: the task runs what the model writes.
     """
 

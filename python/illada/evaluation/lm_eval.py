@@ -28,19 +28,19 @@ from lm_eval.utils import simple_parse_args_string
 from tqdm import tqdm
 
 import illada
+from illada.checkpoints.open import load
 from illada.devices import find_device
-from illada.folders import load
+from illada.evaluation.asked import asked_of, stop_strings_of
+from illada.evaluation.journal import Journal, fingerprint, request_key
+from illada.evaluation.settings import ALIASES, MC_NUM, PUBLISHED_DEFAULTS, EvaluationSettings
 from illada.generation import GenerationConfig, generate
 from illada.generation.stopping import stop_position
-from illada.integrations.asked import asked_of, stop_strings_of
-from illada.integrations.journal import Journal, fingerprint, request_key
-from illada.integrations.settings import ALIASES, MC_NUM, PUBLISHED_DEFAULTS, EvaluationSettings
 from illada.model import MaskedDiffusionModel
 from illada.schema import LARGEST, checked
 from illada.score import confidence_score, encode_pair, is_greedy, monte_carlo_likelihood
 from illada.score.items import keep_end
 from illada.terminal import shows
-from illada.tokenizer import Tokenizer, bos_prefix
+from illada.text.tokenizer import Tokenizer, bos_prefix
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -505,7 +505,3 @@ def _is_result(kind: str, value: Any) -> bool:
     except ValueError:
         return False
     return True
-
-
-if __name__ == "__main__":
-    main()

@@ -30,12 +30,12 @@ from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
+from illada.data.sources import PIECE, Documents, hold_out, open_source
 from illada.files import folder_to_write, recover, staged_directory
 from illada.schema import Count, NonNegativeFloat, check_object
-from illada.sources import PIECE, Documents, hold_out, open_source
 from illada.terminal import shows
-from illada.text import read_json
-from illada.tokenizer_files import control_tokens, encode_as_text, library_errors, load_tokenizer
+from illada.text.files import read_json
+from illada.text.tokenizer_files import control_tokens, encode_as_text, library_errors, load_tokenizer
 
 _MOST_IDS = 1 << 22  # of a vocabulary: the largest have a quarter of a million, and each id is counted
 FORMAT, FORMAT_VERSION = "illada-corpus", 1
@@ -137,7 +137,8 @@ def prepare(
     """Turn text into a corpus folder.
 
     Args:
-        source: see `illada.sources.open_source`. Its text is kept in a file beside out_dir meanwhile, not in memory.
+        source: see `illada.data.sources.open_source`. Its text is kept in a file beside out_dir meanwhile, not in
+            memory.
         out_dir: the folder to make. It appears complete or not at all.
         vocab_size: of the tokenizer to train; not used with `tokenizer`.
         tokenizer: a given tokenizer.json; `special` holds its special ids where it does not use iLLaDA's names.

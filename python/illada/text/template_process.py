@@ -1,6 +1,7 @@
 """The process that renders chat templates, which are programs of strangers; the kernel bounds its time and memory.
 
-`illada.chat` starts it. It reads requests from its standard input, and answers each with a line of JSON, see `serve`.
+`illada.text.chat_template` starts it. It reads requests from its standard input, and answers each with a line of JSON,
+see `serve`.
 """
 
 from __future__ import annotations

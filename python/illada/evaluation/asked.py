@@ -7,8 +7,8 @@ from typing import Any
 
 from lm_eval.models.utils import normalize_gen_kwargs
 
+from illada.evaluation.settings import EvaluationSettings
 from illada.generation import GenerationConfig
-from illada.integrations.settings import EvaluationSettings
 
 #: Of a task's generation_kwargs: what says which tokens are drawn from, and values that change nothing.
 _FILTERS = ("top_p", "top_k")

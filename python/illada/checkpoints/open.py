@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     import torch
 
     from illada.model import MaskedDiffusionModel
-    from illada.tokenizer import Tokenizer
+    from illada.text.tokenizer import Tokenizer
 
 
 def all_checkpoints(folder: Path) -> list[Path]:
@@ -59,9 +59,9 @@ def load(
     trust_remote_code: bool = False,
 ) -> tuple[MaskedDiffusionModel, Tokenizer]:
     """The model of a checkpoint or training run, and its tokenizer (or the given one, which must be the same)."""
-    from illada.checkpoint import load_pretrained, read_config
-    from illada.data import tokenizer_sha256
-    from illada.tokenizer import Tokenizer
+    from illada.checkpoints.weights import load_pretrained, read_config
+    from illada.data.corpus import tokenizer_sha256
+    from illada.text.tokenizer import Tokenizer
 
     folder = find_checkpoint(path)
     tokenizer_path = Path(tokenizer or folder)

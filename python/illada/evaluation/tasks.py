@@ -27,10 +27,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from illada.data import TokenDataset
+from illada.data.corpus import TokenDataset
 from illada.files import check_inside, recover, staged_directory
-from illada.text import read_lines
-from illada.tokenizer_files import library_errors, load_tokenizer
+from illada.text.files import read_lines
+from illada.text.tokenizer_files import library_errors, load_tokenizer
 
 TASKS = ("definitions", "cloze", "cloze_word")
 CHOICES = 4
