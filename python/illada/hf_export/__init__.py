@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 from illada.config import ModelConfig
-from illada.files import read_if_there
+from illada.text.files import read_if_there
 from illada.text.tokenizer_files import load_tokenizer
 
 _CODE = ("configuration_illada.py", "modeling_illada.py")

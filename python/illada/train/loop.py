@@ -21,8 +21,9 @@ import numpy as np
 import torch
 
 from illada._native import has_cuda
-from illada.data.corpus import TokenDataset
-from illada.diffusion import Batch, make_batch, make_validation_batch, window_of_sample
+from illada.batch import Batch
+from illada.data.dataset import TokenDataset
+from illada.diffusion import make_batch, make_validation_batch, window_of_sample
 from illada.files import locked, remove_stale, write_text
 from illada.model import MaskedDiffusionModel
 from illada.train import state as train_state
