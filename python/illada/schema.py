@@ -118,6 +118,6 @@ def _adapter(hint: Any) -> Any:
 
 
 def some_of(items: Sequence[str], separator: str = ", ") -> str:
-    """A list for an error: the first of its items, none of them long, and how many more there are."""
+    """Return a list for an error: the first of its items, none of them long, and how many more there are."""
     shown = separator.join(f"{item:.160}" for item in items[:_SHOWN])
     return shown if len(items) <= _SHOWN else f"{shown} and {len(items) - _SHOWN} more"

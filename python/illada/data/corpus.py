@@ -175,8 +175,10 @@ class Documents:
 
 
 def hold_out(documents: Documents, fraction: float) -> tuple[array[int], str]:
-    """Share the text out to the splits: at which character of each document its held-out part begins, and what is held
-    out, "documents" (each is as a whole in one split) or "ends".
+    """Divide the text between the splits.
+
+    Return the character of each document at which its held-out part begins, and what is held out: "documents" (each is
+    as a whole in one split) or "ends".
     """
     held_out = [score < fraction for score in documents.scores]
     share = sum(length for length, held in zip(documents.lengths, held_out, strict=True) if held)
@@ -187,8 +189,9 @@ def hold_out(documents: Documents, fraction: float) -> tuple[array[int], str]:
 
 
 def _end(documents: Documents, index: int, fraction: float) -> int:
-    """Where the held-out end of a document begins: not within a line or word, unless that would hold out twice as
-    much.
+    """Return where the held-out end of a document begins.
+
+    It is not within a line or word, unless that would hold out twice as much.
     """
     length = documents.lengths[index]
     cut = int((1 - fraction) * length)

@@ -63,17 +63,17 @@ def end_think_bias(
 
 
 def order_noise(seed: int, positions: NDArray, step: int) -> NDArray:
-    """Gumbel noise float32 of each position: the n largest x + noise are n draws by softmax(x), none twice."""
+    """Return Gumbel noise, float32, of each position: the n largest x + noise are n draws by softmax(x), none twice."""
     return (-np.log(-np.log(_uniforms(seed, positions, step, Stream.COMMIT_ORDER)))).astype(np.float32)
 
 
 def taken_back(seed: int, committed: NDArray, step: int, probability: float) -> NDArray:
-    """Those of the committed positions that become masks again, each with `probability`."""
+    """Return those of the committed positions that become masks again, each with `probability`."""
     return committed[_uniforms(seed, committed, step, Stream.TAKE_BACK) < probability]
 
 
 def _uniforms(seed: int, positions: NDArray, step: int, stream: Stream) -> NDArray:
-    """In (0, 1), float64: a function of (seed, position, step) alone, as the sampler's noise."""
+    """Return numbers in (0, 1), float64: a function of (seed, position, step) alone, as the sampler's noise."""
     counter = np.zeros((len(positions), 4), dtype=np.uint32)
     counter[:, 1], counter[:, 2], counter[:, 3] = positions, step, stream
     return to_uniform(philox4x32(counter, key_of(seed))[:, 0])

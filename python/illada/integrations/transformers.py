@@ -166,7 +166,7 @@ def _shared(mask: Tensor, padding: bool) -> Tensor:
 
 
 def _shared_of(mask: Tensor | None) -> _Shared | None:
-    """What `_shared` put on the mask; compiled, and on a mask of the caller's, None."""
+    """Return what `_shared` put on the mask; compiled, and on a mask of the caller's, None."""
     return None if torch.compiler.is_compiling() else getattr(mask, "_illada", None)
 
 
@@ -178,7 +178,7 @@ def _version(tensor: Tensor | None) -> int:
 def _lengths(
     mask: Tensor | None, cu_q: Tensor | None, cu_k: Tensor | None, shape: tuple[int, ...], device: torch.device
 ) -> _Lengths:
-    """(starts of queries, starts of keys, keys in use, plan) of a layer; `shape`: B, L, Lk, H, G, D."""
+    """Return (starts of queries, starts of keys, keys in use, plan) of a layer; `shape`: B, L, Lk, H, G, D."""
     shared = _shared_of(mask)
     if shared is None or shared.version != _version(mask):  # a mask of the caller's, a copy, or one that was changed
         return _make_lengths(mask, cu_q, cu_k, shape, device)

@@ -128,7 +128,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def read_json_object(file: Path) -> dict[str, Any]:
-    """A JSON file that holds an object. ValueError, which names the file: it does not."""
+    """Return a JSON file that holds an object. ValueError, which names the file: it does not."""
     values: dict[str, Any] = read_json(file)
     check_object(values, {}, str(file))
     return values

@@ -23,13 +23,13 @@ SPECIAL_NAMES = ("bos", "pad", "eos", "mask")
 
 
 def tokenizer_sha256(path: str | Path) -> str:
-    """What ties a corpus to a checkpoint: the SHA-256 of its tokenizer.json (of a folder's, for a folder)."""
+    """Return what ties a corpus to a checkpoint: the SHA-256 of its tokenizer.json (of a folder's, for a folder)."""
     file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int, *, progress: bool = False) -> Tokenizer:
-    """A byte-level BPE tokenizer whose first ids are iLLaDA's special tokens: bos 0, pad 1, eos 2, mask 5."""
+    """Return a byte-level BPE tokenizer whose first ids are iLLaDA's special tokens: bos 0, pad 1, eos 2, mask 5."""
     smallest = len(SPECIAL_TOKENS) + 256
     if vocab_size < smallest:
         raise ValueError(f"vocab_size must be at least {smallest} (256 bytes and the special tokens), got {vocab_size}")
