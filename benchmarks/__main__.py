@@ -160,7 +160,7 @@ def refuse_unwritable(path: Path) -> None:
 
 
 def plan(name: str, options: argparse.Namespace) -> Plan:
-    """One bench's cases. ValueError: it has no such device, direction, shape or provider."""
+    """Return one bench's cases. ValueError: it has no such device, direction, shape or provider."""
     from . import shapes
 
     bench = importlib.import_module(BENCHES[name], __package__)
@@ -225,7 +225,7 @@ def show_list(found: Sequence[Plan]) -> None:
 
 
 def row(record: dict[str, Any], records: Sequence[dict[str, Any]]) -> str:
-    """One line for a result that has just come; what came with it says how many times ours it takes."""
+    """Return one line for a result that has just come; what came with it says how many times ours it takes."""
     from . import runner
 
     timing = ", graph" if record["timing"] == "graph" else ""

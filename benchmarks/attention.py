@@ -119,7 +119,7 @@ def count(job: Job, call: Callable[[], Any], result: Any = None) -> dict[str, in
 
 
 def make_case(job: Job, direction: str = "fwd", names: Sequence[str] | None = None) -> Case:
-    """One job in one direction by all providers of its device, or by those of these names."""
+    """Return one job in one direction by all providers of its device, or by those of these names."""
     on_gpu = job.device.type == "cuda"
     flops = job.flops(direction)
     tolerance = TOLERANCE[job.dtype]

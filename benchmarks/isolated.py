@@ -173,7 +173,7 @@ def _kill(child: _Child, number: int) -> None:
 
 
 def _last_words(child: _Child, status: int) -> str:
-    """How a child ended that reported nothing, and the last line that it printed."""
+    """Return how a child ended that reported nothing, and the last line that it printed."""
     code = os.waitstatus_to_exitcode(status)
     how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
     lines = child.path.with_suffix(".log").read_text(encoding="utf-8", errors="replace").split("\n")

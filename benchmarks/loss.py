@@ -152,7 +152,7 @@ def relative(got: Tensor, want: Tensor) -> float:
 
 
 def make_case(job: Job, direction: str = "fwdbwd", names: Sequence[str] | None = None) -> Case:
-    """One job in one direction by all providers, or by those of these names."""
+    """Return one job in one direction by all providers, or by those of these names."""
 
     def provider(name: str, way: Way, inputs: Inputs, exact: Exact) -> Provider:
         try:
@@ -203,7 +203,7 @@ def cases(device: torch.device = CPU, direction: str = "fwdbwd", spread: float =
 
 
 def quick(device: torch.device = CPU, direction: str = "fwdbwd", spread: float = SPREAD) -> list[Case]:
-    """One compacted batch."""
+    """Return one compacted batch."""
     shape, dtype = (
         ((1024, 1.0, 4096, 155136), torch.bfloat16) if device.type == "cuda" else (CPU_SHAPES[-2], torch.float32)
     )
@@ -240,7 +240,7 @@ MEMORY = {"illada": 1.4, "illada chunk_rows=1024": 0.4}  # GB
 
 
 def _times(ours: float, theirs: float) -> float:
-    """One error over the other. Equal ones, 0 or infinite, are 1; NaN is infinite, as `max` may pass over a NaN."""
+    """Return one error over the other: 1 if equal, also 0 or infinite; NaN is infinite, as `max` may pass over it."""
     if ours == theirs:
         return 1.0
     times = ours / theirs if theirs else math.inf

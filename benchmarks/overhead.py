@@ -171,7 +171,7 @@ OPS: dict[str, Callable[[torch.device, bool], tuple[Calls, list[Tensor]]]] = {
 
 
 def case(op: str, mode: str, device: torch.device = CPU) -> Case:
-    """One op in one mode."""
+    """Return one op in one mode."""
 
     def make() -> list[Provider]:
         calls, leaves = OPS[op](device, mode != "no grad")

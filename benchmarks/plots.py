@@ -86,7 +86,7 @@ class Panel:
         return record["median_ms"] / self.base["median_ms"]
 
     def ends(self, record: Record) -> tuple[float, float]:
-        """How far p20 and p80 are from it."""
+        """Return how far p20 and p80 are from it."""
         if record["p20_ms"] is None or record["p80_ms"] is None:
             return 0.0, 0.0
         median, base = record["median_ms"], self.base["median_ms"]
@@ -99,7 +99,7 @@ def panels(records: Records) -> list[Panel]:
 
 
 def alone(records: Records) -> list[Panel]:
-    """One of all cases, for records without a comparison; none without a record."""
+    """Return one of all cases, for records without a comparison; none without a record."""
     last = [{**mine[-1], "provider": f"{mine[-1]['provider']}, {title}"} for title, mine in _cases(records).items()]
     return [Panel("", last, compared=False)] if last else []
 

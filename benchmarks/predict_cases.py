@@ -117,7 +117,7 @@ def remask(sequences: int, rows: int) -> None:
 
 
 def cases() -> list[Case]:
-    """Those of `tune_jobs`, by the same names, and remask's."""
+    """Return those of `tune_jobs`, by the same names, and remask's."""
     found = []
     shapes = [(equal(1, 8192), 128), (equal(2, 4096), 128), (equal(8, 1024), 128), (equal(64, 128), 128),
               (equal(1, 8192), 64), (equal(8, 1024), 64)]  # fmt: skip

@@ -235,7 +235,7 @@ def cases(device: torch.device = CPU) -> list[Case]:
 
 
 def quick(device: torch.device = CPU) -> list[Case]:
-    """One shape of each kind."""
+    """Return one shape of each kind."""
     if device.type != "cuda":
         return [step_case(*SHAPES[-1], t) for t in TEMPERATURES]
     return [

@@ -95,7 +95,7 @@ def markdown(records: Records) -> str:
 
 
 def goal_line(goal: Goal) -> str:
-    """One line, met or missed."""
+    """Return one line, met or missed."""
     return f"{'met   ' if goal.met else 'MISSED'} {goal.text}"
 
 

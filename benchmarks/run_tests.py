@@ -63,7 +63,7 @@ def counts(output: str) -> dict[str, int]:
 
 
 def failures(xml: Path) -> list[str]:
-    """Names and messages, of a JUnit report; none where there is no report."""
+    """Return names and messages, of a JUnit report; none where there is no report."""
     try:
         cases = list(ElementTree.parse(xml).iter("testcase"))
     except (OSError, ElementTree.ParseError):
@@ -77,7 +77,7 @@ def failures(xml: Path) -> list[str]:
 
 
 def judge(ended: Ended, xml: Path) -> dict[str, Any]:
-    """One file's entry of the JSON."""
+    """Return one file's entry of the JSON."""
     names = failures(xml)
     if ended.code is None:
         status = "OUT OF TIME"

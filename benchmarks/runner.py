@@ -333,14 +333,14 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def no_compiler() -> str | None:
-    """Why torch.compile cannot run here, or None."""
+    """Return why torch.compile cannot run here, or None."""
     return None if shutil.which("g++") or shutil.which("clang++") else "torch.compile needs a C++ compiler"
 
 
 def ratio(
     records: Sequence[dict[str, Any]], case: str, provider: str, key: str = "median_ms", timing: str | None = None
 ) -> float | None:
-    """How many times what illada needs this provider needs, or None if one of them did not run.
+    """Return how many times what illada needs this provider needs, or None if one of them did not run.
 
     timing: compare what was timed in this way; default single calls.
     """

@@ -90,7 +90,7 @@ def line(outcome: Outcome) -> str:
 
 
 def in_process(name: str) -> int:
-    """One job where it stands, whatever becomes of the process. 1: wrong, 2: there is no such job."""
+    """Return one job where it stands, whatever becomes of the process. 1: wrong, 2: there is no such job."""
     job = next((job for job in smoke_jobs.jobs() if job.name == name), None)
     if job is None:
         print(f"there is no job {name!r}; --list names them", file=sys.stderr)

@@ -243,7 +243,7 @@ def linear_loss(
 def sample_tokens(
     device: torch.device, rows: int, vocab: int, dtype: torch.dtype, temperature: float, extras: bool = False, **filters
 ) -> Checks:
-    """Tokens exactly, noise included, and the measures. filters: top_k, top_p."""
+    """Return tokens exactly, noise included, and the measures. filters: top_k, top_p."""
     logits = (2 * torch.randn(rows, vocab, generator=random())).to(dtype)
     extra = ("entropy", "margin") if extras else ()
     keywords = {"temperature": temperature, "seed": 2**33 + 1, "extras": extra, **filters}
@@ -258,7 +258,7 @@ def sample_tokens(
 def linear_sample_tokens(
     device: torch.device, rows: int, dtype: torch.dtype, temperature: float, given_rows: bool = False
 ) -> Checks:
-    """Tokens whose noisy logit is the largest within the rounding of 16-bit logits, and their confidences."""
+    """Return tokens whose noisy logit is the largest within the rounding of 16-bit logits, and their confidences."""
     width, vocab, seed, generator = 72, 5000, 3, random()
     hidden = (3 * width**-0.5 * torch.randn(2 * rows if given_rows else rows, width, generator=generator)).to(dtype)
     weight = torch.randn(vocab, width, generator=generator).to(dtype)

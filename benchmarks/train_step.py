@@ -164,12 +164,12 @@ LOSSES = {"illada": packed_loss, "padded": padded_loss}
 
 
 def gradients(model: MaskedDiffusionModel, loss: Callable[[], Tensor]) -> list[Tensor]:
-    """One forward and backward; nothing stays in the model."""
+    """Return one forward and backward; nothing stays in the model."""
     return list(torch.autograd.grad(loss(), list(model.parameters())))
 
 
 def compared(model: MaskedDiffusionModel) -> list[int]:
-    """Which of the gradients `error` looks at; one of the first layer has gone through all others."""
+    """Return which of the gradients `error` looks at; one of the first layer has gone through all others."""
     parts = ("embed_tokens.", "norm.", "layers.0.", f"layers.{len(model.layers) - 1}.", "lm_head.")
     return [i for i, (name, _) in enumerate(model.named_parameters()) if name.startswith(parts)]
 
@@ -267,7 +267,7 @@ def quick(device: torch.device = CPU) -> list[Case]:
 
 
 def own(shapes: Shapes, device: torch.device = CPU) -> list[Case]:
-    """One window of these sequences, half of them masked; the model is the design's smaller one, so changed."""
+    """Return one window of these sequences, half of them masked; the model is the design's smaller one, so changed."""
     heads, more = shapes.heads or (None, None), {"num_hidden_layers": 4} if device.type == "cuda" else {}
     wanted = {
         "hidden_size": shapes.hidden, "num_attention_heads": heads[0], "num_key_value_heads": heads[1],

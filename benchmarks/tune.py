@@ -105,7 +105,7 @@ class Bench:
 
 
 def gain(found: Mapping[str, Any]) -> float:
-    """How many times as fast as the defaults; of what has none to be compared with 0."""
+    """Return how many times as fast as the defaults; of what has none to be compared with 0."""
     return found["default_ms"] / found["ms"] if found["default_ms"] else 0.0
 
 

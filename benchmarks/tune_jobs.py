@@ -117,7 +117,7 @@ def linear_inputs(rows: int, width: int, vocab: int, temperature: float, device:
 
 
 def jobs(device: torch.device) -> list[Job]:
-    """Those first that decide most. A dry run has one of each kind, small."""
+    """Return those first that decide most. A dry run has one of each kind, small."""
     found = []
 
     def add_attention(direction: str, pack: attention_ways.Pack, heads: int, kv_heads: int, dim: int) -> None:

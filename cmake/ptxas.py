@@ -93,7 +93,7 @@ def launch_bounds(ptx: str) -> dict[str, tuple[int, list[int]]]:
 
 
 def split_fault(kernel: Kernel) -> str | None:
-    """Why the CTA's warpgroups cannot have what setmaxnreg asks for: one producer (dec), all others consumers (inc).
+    """Return why the CTA's warpgroups cannot have what setmaxnreg asks for: one producer (dec), the others inc.
 
     A CTA owns the registers it was launched with, and setmaxnreg.inc waits for ever for more (PTX ISA, setmaxnreg).
     """

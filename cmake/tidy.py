@@ -106,7 +106,7 @@ def make_headers(folder: Path) -> None:
 
 
 def sources(has_cuda: bool) -> list[Path]:
-    """Those that a build compiles, the longest first."""
+    """Return those that a build compiles, the longest first."""
     files = [f for f in (ROOT / "csrc").rglob("*.c*") if f.suffix in (".cpp", ".cu") and not REPEATED.search(f.name)]
     host = {"cpu", "bindings"}
     files = [f for f in files if has_cuda or f.parent.name in host]

@@ -205,7 +205,7 @@ def replaced(file: str | Path) -> Iterator[BinaryIO]:
 
 
 def is_stream(file: str | Path) -> bool:
-    """Whether a path leads to a device, a pipe or an open descriptor, which cannot be replaced and read again."""
+    """Return whether a path leads to a device, pipe or open descriptor, which cannot be replaced and read again."""
     if os.path.abspath(file).startswith(("/dev/fd/", "/dev/std", "/proc/")):
         return True
     try:

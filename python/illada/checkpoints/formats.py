@@ -77,7 +77,7 @@ class Layout:
     auto_map: Mapping[str, str] = field(default_factory=dict)
 
     def file_parts(self, parameter: str, config: ModelConfig) -> dict[str, slice]:
-        """Which tensors of a file a parameter of `MaskedDiffusionModel` consists of: name -> its rows of the parameter.
+        """Return the tensors of a file that make up a parameter of `MaskedDiffusionModel`: name -> rows of the parameter.
 
         One with all rows, but of a fused projection three: files have q_proj, k_proj and v_proj.
         """

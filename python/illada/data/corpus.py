@@ -250,7 +250,7 @@ class _Writer:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def place(self, text: str) -> int:
-        """Where `text` can be cut and gives the same tokens; else where it is cut all the same."""
+        """Return where `text` can be cut and gives the same tokens; else where it is cut all the same."""
 
         def good(at: int) -> bool:
             before, behind = text[max(0, at - _MARGIN) : at], text[at : at + _MARGIN]
@@ -318,7 +318,7 @@ class _Writer:
 
 
 def _count(file: Path, dtype: str) -> NDArray:
-    """How often each id is in a file of tokens."""
+    """Return how often each id is in a file of tokens."""
     tokens: NDArray = np.memmap(file, dtype=dtype, mode="r")
     counts = np.zeros(int(tokens.max()) + 1, dtype=np.int64)
     for at in range(0, len(tokens), _BATCH):

@@ -275,7 +275,7 @@ class IlladaLM(LM):
     def _plan(
         self, prompt: list[int], length: int, sampling: dict[str, float], stops: list[str]
     ) -> tuple[list[int], GenerationConfig]:
-        """How to make `length` tokens, and what of the prompt is kept for it.
+        """Return how to make `length` tokens, and what of the prompt is kept for it.
 
         Whole blocks are generated, as many as the prompt leaves room for. One that has no room for any loses its
         beginning, so that `length` tokens fit, but no more than half of the model's length.
@@ -455,7 +455,7 @@ def _plain(job: Any) -> Any:
 
 
 def _size(job: Any) -> int:
-    """Tokens of a pair, or of a prompt."""
+    """Return tokens of a pair, or of a prompt."""
     return sum(len(part) for part in job[:2] if isinstance(part, list))
 
 
@@ -503,7 +503,7 @@ def _given(option: str, *more: str) -> bool:
 
 
 def _is_result(kind: str, value: Any) -> bool:
-    """Whether what a journal holds can be the result of such a request; another is computed again."""
+    """Return whether what a journal holds can be the result of such a request; another is computed again."""
     try:
         checked(str if kind == "generate_until" else _Score, tuple(value) if isinstance(value, list) else value, kind)
     except ValueError:

@@ -163,7 +163,7 @@ def _words(text: str) -> list[str]:
 
 
 def _seen_in_training(train: TokenDataset, texts: Iterable[str]) -> set[str]:
-    """Those of `texts` whose words also follow each other in the training split."""
+    """Return those of `texts` whose words also follow each other in the training split."""
     by_start: dict[tuple[str, ...], list[tuple[list[str], str]]] = defaultdict(list)
     for text in texts:
         words = _words(text)
@@ -371,7 +371,7 @@ def _blanked(word: str, text: str) -> str:
 
 
 def _leaks(word: str, text: str) -> bool:
-    """Whether a word of `text` is `word`, or an inflection of it."""
+    """Return whether a word of `text` is `word`, or an inflection of it."""
     begins = word.lower()
     stem = begins[:-1] if len(begins) > 3 and begins[-1] in "ey" else begins  # copies, sizing
     for part in map(str.lower, _words(text)):

@@ -82,7 +82,7 @@ class Request:
         return int(self.blocks[self.block][-1]) + 1 if self.config.mode == "var" else len(self.canvas)
 
     def first_query(self, shift: bool) -> int:
-        """Where this step's tokens begin; what is before them is in the cache. `shift`: of the model's logits."""
+        """Return where this step's tokens begin, behind those in the cache. `shift`: of the model's logits."""
         if self.config.cache == "none":
             return 0
         block = self.block

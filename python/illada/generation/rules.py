@@ -13,7 +13,7 @@ from illada.random import Stream, key_of, philox4x32, to_uniform
 
 
 def quota_schedule(masks: int, steps: int) -> list[int]:
-    """How many tokens each step commits: masks // steps, the first masks % steps of them one more (as published)."""
+    """Return how many tokens each step commits: masks // steps, one more in the first masks % steps (as published)."""
     base, remainder = divmod(masks, steps)
     return [base + (step < remainder) for step in range(steps)]
 
@@ -24,7 +24,7 @@ def dream_transfer(step: int, steps: int, eps: float = 1e-3) -> float:
 
 
 def dream_quota(masks: int, step: int, steps: int, eps: float = 1e-3) -> int:
-    """How many of the `masks` that are left Dream's step commits: the whole part of masks (1 - s/t)."""
+    """Return how many of the `masks` that are left Dream's step commits: the whole part of masks (1 - s/t)."""
     return masks if step >= steps - 1 else int(np.float32(masks) * _dream_transfers(steps, eps)[step])
 
 

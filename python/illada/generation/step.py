@@ -144,7 +144,7 @@ def _map(tree: Any, function: Callable[[NDArray], Any]) -> Any:
 
 
 def _offsets(tree: Any) -> list[int]:
-    """Where each array begins in the buffer, and how long that is; in bytes."""
+    """Return where each array begins in the buffer, and how long that is; in bytes."""
     offsets = [0]
     _map(tree, lambda array: offsets.append(offsets[-1] + -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT))
     return offsets
@@ -323,7 +323,7 @@ class FirstLayers:
 def run(
     model: MaskedDiffusionModel, inputs: StepInputs, calls: Sequence[RuleCall], first: FirstLayer | None = None
 ) -> Tensor:
-    """One forward pass and its commits; the tokens int64 [N] that the candidates of all groups hold then. No sync."""
+    """Run one forward pass and its commits; return the tokens int64 [N] of all groups' candidates. No sync."""
     hidden = model(
         inputs.tokens, inputs.cu_seqlens, position_ids=inputs.position_ids, cache=inputs.cache,
         rows=inputs.selected_rows, first=first,

@@ -112,7 +112,7 @@ def settled_text(text: str, stop_strings: Sequence[str]) -> str:
 
 
 def stop_position(text: str, stop_strings: Sequence[str], end_think: str = "") -> int | None:
-    """Where in `text` the first stop string begins, looked for behind the first `end_think`; None: nowhere."""
+    """Return where in `text` the first stop string begins, looked for behind the first `end_think`; None: nowhere."""
     reasoning = text.find(end_think)
     if reasoning < 0:
         return None

@@ -117,7 +117,7 @@ def _replace_config(model: nn.Module, old: Any, new: Any) -> None:
 
 
 def _reasons(model: nn.Module) -> list[str]:
-    """Why this model cannot be patched: what it has."""
+    """Return why this model cannot be patched: what it has."""
     config, reasons = getattr(model, "config", None), []
     for name in ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "attention_dropout"):
         if value := getattr(config, name, None):

@@ -251,7 +251,7 @@ def _check_positions(
 
 
 def _slots(mask: Tensor, batch: int, keys: int) -> tuple[Tensor, Tensor]:
-    """Where the keys of each sequence start, int32 [B + 1], and how many there are, int32 [B]; mask: bool [B, Lk]."""
+    """Return where each sequence's keys start, int32 [B + 1], and their number, int32 [B]; mask: bool [B, Lk]."""
     if mask.dtype != torch.bool or tuple(mask.shape) != (batch, keys):
         raise ValueError(
             f"attention_mask must be a padding mask [{batch}, {keys}], which reaches the layers as bool; got "

@@ -47,7 +47,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, *, progress: bool
 
 
 def special_ids(tokenizer: Tokenizer, given: dict[str, int] | None = None) -> dict[str, int]:
-    """Ids of bos, pad, eos and mask: as given, else by iLLaDA's names; an error says which are missing."""
+    """Return ids of bos, pad, eos and mask: as given, else by iLLaDA's names; an error says which are missing."""
     given = given or {}
     if unknown := set(given) - set(SPECIAL_NAMES):
         raise ValueError(f"special ids may be given for {', '.join(SPECIAL_NAMES)}, got {', '.join(sorted(unknown))}")
@@ -66,7 +66,7 @@ def special_ids(tokenizer: Tokenizer, given: dict[str, int] | None = None) -> di
 
 
 def vocab_size_of(tokenizer: Tokenizer) -> int:
-    """One more than the largest id, which is more than the number of tokens where ids are left out."""
+    """Return one more than the largest id, which is more than the number of tokens where ids are left out."""
     size = 1 + max(tokenizer.get_vocab().values(), default=-1)
     if size > MOST_IDS:
         raise ValueError(f"the tokenizer's ids must be below {MOST_IDS}, got {size - 1}")

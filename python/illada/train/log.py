@@ -73,7 +73,7 @@ class Log:
             pass
 
     def has_validation(self, step: int) -> bool:
-        """Whether there is a validation of this step, in this run or in one that it continues."""
+        """Return whether there is a validation of this step, in this run or in one that it continues."""
         return any(r["kind"] == "validation" and r["step"] == step for r in self.records)
 
     def plot(self) -> Path | None:

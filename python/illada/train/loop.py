@@ -355,7 +355,7 @@ def _optimizer(model: MaskedDiffusionModel, config: TrainConfig) -> torch.optim.
 
 
 def _device(run: RunConfig, head_dim: int) -> torch.device:
-    """Where a run goes; "auto" is a GPU where there is one whose kernels can compute it, else the CPU."""
+    """Return where a run goes; "auto" is a GPU where there is one whose kernels can compute it, else the CPU."""
     missing = why_not("varlen_attention", "cuda", getattr(torch, run.dtype), head_dim=head_dim)
     if run.device == "cuda" and missing:
         raise ValueError(f"train.device is cuda, but {missing}")
