@@ -10,7 +10,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch  # imported only by what needs it: the command's help is fast
 
 #: Command to module of this package, in the order of `all`: short cases first, which leave more of a time budget.
 #: Each has `DEVICES`, `cases(device) -> list[Case]`, `quick(device)`, those of --quick, `goals(records) -> list[Goal]`
@@ -65,7 +68,7 @@ class Plan:
     cases: list[Any]
 
 
-def choose_device(supported: Sequence[str], wanted: str | None = None):
+def choose_device(supported: Sequence[str], wanted: str | None = None) -> torch.device:
     """Return the device to run on: `wanted`, else the GPU if there are one and kernels for it. ValueError: why not."""
     import torch
 

@@ -82,12 +82,16 @@ def bind(way: Way, inputs: tuple[Tensor, ...], direction: str) -> Callable[[], t
 
 def exact(job: Job, inputs: tuple[Tensor, ...], direction: str) -> tuple[Tensor, ...]:
     """Return what `bind`'s call should give for packed tensors, in float32; key-value head by head to spare memory."""
-    group, parts = job.heads // job.kv_heads, []
+    group = job.heads // job.kv_heads
+    parts: list[tuple[Tensor, ...]] = []
     for g in range(job.kv_heads):
         mine = (slice(g * group, (g + 1) * group), slice(g, g + 1), slice(g, g + 1), slice(g * group, (g + 1) * group))
+        leaves: list[Tensor]
         *leaves, dout = (x[:, part].float() for x, part in zip(inputs, mine, strict=True))
         if direction == "fwd":
-            parts.append((reference.varlen_attention(*leaves, **job.lengths),))
+            out = reference.varlen_attention(*leaves, **job.lengths)
+            assert isinstance(out, Tensor)  # without return_lse
+            parts.append((out,))
         else:
             leaves = [x.requires_grad_() for x in leaves]
             parts.append(torch.autograd.grad(reference.varlen_attention(*leaves, **job.lengths), leaves, dout))
@@ -119,7 +123,7 @@ def count(job: Job, call: Callable[[], Any], result: Any = None) -> dict[str, in
 
 
 def make_case(job: Job, direction: str = "fwd", names: Sequence[str] | None = None) -> Case:
-    """Return one job in one direction by all providers of its device, or by those of these names."""
+    """Return the case of one job in one direction by all providers of its device, or by those of these names."""
     on_gpu = job.device.type == "cuda"
     flops = job.flops(direction)
     tolerance = TOLERANCE[job.dtype]
@@ -133,9 +137,9 @@ def make_case(job: Job, direction: str = "fwd", names: Sequence[str] | None = No
                 raise
             return Provider(name, lambda: None, unavailable=reason(error))
 
-        error = partial(check, way, want, tolerance)
+        worst = partial(check, way, want, tolerance)
         counts = partial(count, job, first)
-        return Provider(name, first, error=error, counts=counts, rotating=[first, *others] if others else [])
+        return Provider(name, first, error=worst, counts=counts, rotating=[first, *others] if others else [])
 
     def make() -> list[Provider]:
         in_graph = on_gpu and direction == "fwd" and flops <= GRAPH_FLOPS

@@ -136,7 +136,7 @@ class Job:
         return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=self.device)
 
     @cached_property
-    def lengths(self) -> dict[str, Tensor]:
+    def lengths(self) -> dict[str, Any]:
         """Arguments of illada's functions."""
         found = {"cu_seqlens": self.cumulative(self.pack.lengths)}
         if self.pack.used:
@@ -196,14 +196,16 @@ class Way:
 
 def make_plan(job: Job) -> Any:
     """illada's plan of a job."""
-    shape = {"num_heads": job.heads, "num_kv_heads": job.kv_heads, "head_dim": job.dim, "total_q": job.total_q}
-    return illada.attention_plan(**job.lengths, **shape)
+    return illada.attention_plan(
+        **job.lengths, num_heads=job.heads, num_kv_heads=job.kv_heads, head_dim=job.dim, total_q=job.total_q
+    )
 
 
 def illada_way(job: Job, deterministic: bool = False) -> Way:
     """Return the public op with its plan."""
-    plan = make_plan(job)
-    return Way(partial(illada.varlen_attention, **job.lengths, plan=plan, deterministic=deterministic))
+    arguments: dict[str, Any] = {**job.lengths, "plan": make_plan(job), "deterministic": deterministic}
+    attend: Any = partial(illada.varlen_attention, **arguments)  # without return_lse the result is one tensor
+    return Way(attend)
 
 
 def illada_raw_way(job: Job) -> Way:
@@ -233,12 +235,14 @@ def illada_raw_way(job: Job) -> Way:
     def differentiate(
         out: Tensor, inputs: Sequence[Tensor], dout: Tensor, retain_graph: bool = False
     ) -> tuple[Tensor, ...]:
-        *grads, workspace = backward_buffers()
-        tensors = (*grads, dout, None, *inputs, out, lse)
+        dq, dk, dv, workspace = backward_buffers()
+        q, k, v = inputs
         raw.varlen_attention_backward(
-            *tensors, plan, sequences, scale, workspace=workspace, recompute_scores_for_dq=twice
+            *(dq, dk, dv, dout, None, q, k, v, out, lse, plan, sequences, scale),
+            workspace=workspace,
+            recompute_scores_for_dq=twice,
         )
-        return tuple(grads)
+        return dq, dk, dv
 
     return Way(attend, differentiate=differentiate)
 
@@ -252,10 +256,11 @@ def sdpa_way(job: Job, backend: SDPBackend) -> Way:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with sdpa_kernel(backend):
             if is_batch:
-                batch = (x.unflatten(0, (len(lengths), -1)).transpose(1, 2) for x in (q, k, v))  # [S, heads, L, D]
-                return dense(*batch).transpose(1, 2).flatten(0, 1)
+                queries, keys, values = (x.unflatten(0, (len(lengths), -1)).transpose(1, 2) for x in (q, k, v))
+                return dense(queries, keys, values).transpose(1, 2).flatten(0, 1)
             parts = zip(q.split(lengths), job.key_parts(k), job.key_parts(v), strict=True)
-            outs = [dense(*(x.transpose(0, 1)[None] for x in part)) for part in parts if len(part[0])]
+            sequences = ([x.transpose(0, 1)[None] for x in part] for part in parts if len(part[0]))
+            outs = [dense(queries, keys, values) for queries, keys, values in sequences]
             return torch.cat([out[0].transpose(0, 1) for out in outs])
 
     return Way(attend)
@@ -383,7 +388,7 @@ CPU_WAYS: dict[str, Callable[[Job], Way]] = {
     "sdpa flash": partial(sdpa_way, backend=SDPBackend.FLASH_ATTENTION),
     "sdpa padded": padded_way,
 }
-WAYS = {
+WAYS: dict[str, Callable[[Job], Way]] = {
     **CPU_WAYS,
     "illada raw": illada_raw_way,
     "sdpa cudnn": partial(sdpa_way, backend=SDPBackend.CUDNN_ATTENTION),
@@ -393,4 +398,7 @@ WAYS = {
     "fa3": fa3_way,
     "fa4": fa4_way,
 }
-BACKWARD_WAYS = {**WAYS, "illada deterministic": partial(illada_way, deterministic=True)}
+BACKWARD_WAYS: dict[str, Callable[[Job], Way]] = {
+    **WAYS,
+    "illada deterministic": partial(illada_way, deterministic=True),
+}

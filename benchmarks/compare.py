@@ -96,8 +96,8 @@ def compare(lines: Sequence[Mapping[str, Any]], predicted: Mapping[str, Any]) ->
         for (_, kernel, how), us in sorted(mine.items(), key=lambda item: (item[0][1] or "", item[0][2])):
             part = about if kernel is None else kernels.get(kernel)
             if part:
-                ends = part["range_us"]
-                found.append(Line(case, kernel, how, part["expected_us"], *ends, us, about["group"]))
+                low, high = part["range_us"]
+                found.append(Line(case, kernel, how, part["expected_us"], low, high, us, about["group"]))
     return found, missing
 
 

@@ -80,7 +80,7 @@ def make_case(
         model = make_model(name, device, **changes)
         prompts = make_prompts(batch, longest, model.config.vocab_size, lengths)
         config = GenerationConfig(mode=mode, gen_length=length, block_length=block, steps=passes, stop_tokens=())
-        same = {"gen_length": length, "block_length": block, "steps": passes, "var": mode == "var"}
+        same: dict[str, Any] = {"gen_length": length, "block_length": block, "steps": passes, "var": mode == "var"}
 
         def ours(cache: str, cuda_graphs: bool = True) -> tuple[list[list[int]], int]:
             cached = dataclasses.replace(config, cache=cache)
@@ -122,8 +122,8 @@ def make_case(
 def cases(device: torch.device = CPU) -> list[Case]:
     """Batches of 1, 8 and 32; both modes of the smallest model, iLLaDA's of larger ones."""
     if device.type == "cuda":
-        runs = (("8b", 1), ("8b-batch", 8), ("8b-batch", 32))
-        return [make_case(name, batch, "var", device) for name, batch in runs]
+        batches = (("8b", 1), ("8b-batch", 8), ("8b-batch", 32))
+        return [make_case(name, batch, "var", device) for name, batch in batches]
     runs = (("tiny", "var"), ("tiny", "fixed"), ("small", "var"))
     return [make_case(name, batch, mode) for name, mode in runs for batch in (1, 8, 32)]
 

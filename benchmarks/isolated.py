@@ -199,8 +199,8 @@ def _carry_out(child: _Child, prepare: Callable[[], None], limit: float) -> NoRe
         sys.stdout = sys.stderr = child.path.with_suffix(".log").open("a", encoding="utf-8", buffering=1)
         for stream in (1, 2):  # and what native code prints
             os.dup2(sys.stdout.fileno(), stream)
-        with child.path.with_suffix(".json").open("a", encoding="utf-8") as file:
-            code = _steps(child, prepare, limit, lambda line: (file.write(json.dumps(line) + "\n"), file.flush()))
+        with child.path.with_suffix(".json").open("a", encoding="utf-8", buffering=1) as file:  # written line by line
+            code = _steps(child, prepare, limit, lambda line: file.write(json.dumps(line) + "\n"))
     except BaseException as error:
         os.write(2, f"{type(error).__name__}: {error}\n".encode())
     finally:

@@ -152,7 +152,7 @@ def relative(got: Tensor, want: Tensor) -> float:
 
 
 def make_case(job: Job, direction: str = "fwdbwd", names: Sequence[str] | None = None) -> Case:
-    """Return one job in one direction by all providers, or by those of these names."""
+    """Return the case of one job in one direction by all providers, or by those of these names."""
 
     def provider(name: str, way: Way, inputs: Inputs, exact: Exact) -> Provider:
         try:
@@ -203,7 +203,7 @@ def cases(device: torch.device = CPU, direction: str = "fwdbwd", spread: float =
 
 
 def quick(device: torch.device = CPU, direction: str = "fwdbwd", spread: float = SPREAD) -> list[Case]:
-    """Return one compacted batch."""
+    """Return the case of one compacted batch."""
     shape, dtype = (
         ((1024, 1.0, 4096, 155136), torch.bfloat16) if device.type == "cuda" else (CPU_SHAPES[-2], torch.float32)
     )

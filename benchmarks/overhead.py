@@ -83,7 +83,7 @@ def _attention(device: torch.device, grad: bool) -> tuple[Calls, list[Tensor]]:
         "illada raw": None if grad else raw_call,
         "illada registered": lambda: torch.ops.illada.varlen_attention_fwd(q, k, v, plan.work, 1, scale, False)[0],
         "illada": lambda: illada.varlen_attention(q, k, v, starts, plan=plan),
-        "torch": lambda: F.scaled_dot_product_attention(*batch),
+        "torch": lambda: F.scaled_dot_product_attention(batch[0], batch[1], batch[2]),
     }
     return calls, [q, k, v, *batch]
 
@@ -171,7 +171,7 @@ OPS: dict[str, Callable[[torch.device, bool], tuple[Calls, list[Tensor]]]] = {
 
 
 def case(op: str, mode: str, device: torch.device = CPU) -> Case:
-    """Return one op in one mode."""
+    """Return the case of one op in one mode."""
 
     def make() -> list[Provider]:
         calls, leaves = OPS[op](device, mode != "no grad")

@@ -86,7 +86,7 @@ def measure(job: Job, device: torch.device, path: str | None, kernels: str | Non
     """In the child: times the case and writes its records; the providers that were left out, with the reason."""
     if dry_run.ACTIVE:
         timing.LEAST_COLD_BYTES = 1 << 20
-    left_out = []
+    left_out: list[str] = []
     providers = [name for name in job.providers if ours or not is_ours(name)]
 
     def written(records: list[dict[str, Any]]) -> None:

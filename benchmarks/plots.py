@@ -99,7 +99,7 @@ def panels(records: Records) -> list[Panel]:
 
 
 def alone(records: Records) -> list[Panel]:
-    """Return one of all cases, for records without a comparison; none without a record."""
+    """Return the line of all cases, for records without a comparison; none without a record."""
     last = [{**mine[-1], "provider": f"{mine[-1]['provider']}, {title}"} for title, mine in _cases(records).items()]
     return [Panel("", last, compared=False)] if last else []
 

@@ -88,10 +88,10 @@ def entry(case: Case, expected: Sequence[Launch], fast: Sequence[Launch], slow: 
     kernels: dict[str, dict[str, Any]] = {}
     for launch, least, most in zip(expected, fast, slow, strict=True):
         # Of what a launch costs the model knows little; between kernels in a stream it is one to four microseconds.
-        ends = (1 + low * (least.us - LAUNCH_US), LAUNCH_US + 1 + high * (most.us - LAUNCH_US))
+        bounds = (1 + low * (least.us - LAUNCH_US), LAUNCH_US + 1 + high * (most.us - LAUNCH_US))
         mine = kernels.setdefault(launch.kernel, {"expected_us": 0.0, "range_us": [0.0, 0.0]})
         mine["expected_us"] = round(mine["expected_us"] + launch.us, 2)
-        mine["range_us"] = [round(a + b, 2) for a, b in zip(mine["range_us"], ends, strict=True)]
+        mine["range_us"] = [round(a + b, 2) for a, b in zip(mine["range_us"], bounds, strict=True)]
     ends = [sum(kernel["range_us"][i] for kernel in kernels.values()) for i in (0, 1)]
     total = sum(launch.us for launch in expected) + case.more_us
     found = {
@@ -158,7 +158,8 @@ def predict(case: Case, cusim: Path, machine: str) -> dict[str, Any]:
                 same = end != "expected" and not settings
                 launches = ends["expected"][-1] if same else counted(case, replay(traces, cusim, machine, settings))
                 ends[end].append(launches)
-    return entry(case, *(busiest(ends[end]) for end in ("expected", "fast", "slow")), machine)
+    expected, fast, slow = (busiest(ends[end]) for end in ("expected", "fast", "slow"))
+    return entry(case, expected, fast, slow, machine)
 
 
 def pretty(predicted: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ publish them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,7 @@ def forward(model: MaskedDiffusionModel, tokens: Tensor, key_mask: Tensor | None
         torch.arange(tokens.shape[1], device=tokens.device), model.config, model.embed_tokens.weight.dtype
     )
     x = model.embed_tokens(tokens)
-    for layer in model.layers:
+    for layer in cast(Sequence[Layer], model.layers):
         if model.activation_checkpointing and torch.is_grad_enabled():
             x = checkpoint(_layer, model.config, layer, x, cos, sin, key_mask, use_reentrant=False)
         else:

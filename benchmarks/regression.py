@@ -94,9 +94,11 @@ def differences(records: Records, before: Records) -> list[str]:
         old, new = ({str(r[name]) for r in run if r.get(name) is not None} for run in (before, records))
         if old and new and old != new:
             found.append(f"{name}: {', '.join(sorted(old))} before, {', '.join(sorted(new))} now")
-    loads = [max((r["load"] for r in run if r.get("load") is not None), default=None) for run in (before, records)]
-    if None not in loads and max(loads) > 1.5 * min(loads) + 1:
-        found.append(f"load: up to {loads[0]:g} before, up to {loads[1]:g} now")
+    old_loads, new_loads = ([r["load"] for r in run if r.get("load") is not None] for run in (before, records))
+    if old_loads and new_loads:
+        old_load, new_load = max(old_loads), max(new_loads)
+        if max(old_load, new_load) > 1.5 * min(old_load, new_load) + 1:
+            found.append(f"load: up to {old_load:g} before, up to {new_load:g} now")
     return found
 
 

@@ -84,7 +84,7 @@ def step_case(
             illada.remask(tokens, positions, cu_rows, sample, quota=quota, mask_id=MASK_ID)
             return sample.token, sample.confidence
 
-        def theirs(sample_function) -> tuple[Tensor, Tensor]:
+        def theirs(sample_function: Callable[[Tensor, float], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
             tokens = canvas.clone()
             token, confidence = sample_function(logits[0], temperature)
             published.commit(tokens, token, confidence, MASK_ID, quota=quota)

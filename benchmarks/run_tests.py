@@ -63,7 +63,7 @@ def counts(output: str) -> dict[str, int]:
 
 
 def failures(xml: Path) -> list[str]:
-    """Return names and messages, of a JUnit report; none where there is no report."""
+    """Return names and messages of a JUnit report; none where there is no report."""
     try:
         cases = list(ElementTree.parse(xml).iter("testcase"))
     except (OSError, ElementTree.ParseError):

@@ -17,7 +17,7 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ class Provider:
     call: Callable[[], Any]
     unavailable: str | None = None
     error: Callable[[Any], float] | None = None
-    counts: Callable[[Any], dict[str, float]] | None = None
+    counts: Callable[[Any], Mapping[str, float]] | None = None
     memory: Callable[[], int] | None = None
     rotating: Sequence[Callable[[], Any]] = ()
     calls: int = 1

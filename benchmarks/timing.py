@@ -41,7 +41,7 @@ class Clock:
     timing = "clock"
 
     def measure(self, call: Callable[[], Any]) -> float:
-        """Return one call; what it returns goes to `milliseconds`."""
+        """Enqueue one call; what it returns goes to `milliseconds`."""
         began = time.perf_counter()
         call()
         return 1e3 * (time.perf_counter() - began)
@@ -57,7 +57,7 @@ class ThreadClock(Clock):
     timing = "thread"
 
     def measure(self, call: Callable[[], Any]) -> float:
-        """Return one call; what it returns goes to `milliseconds`."""
+        """Enqueue one call; what it returns goes to `milliseconds`."""
         began = time.thread_time()
         call()
         return 1e3 * (time.thread_time() - began)
@@ -101,7 +101,7 @@ def timer(device: torch.device) -> Clock | Events:
 
 
 def cold_bytes(device: torch.device) -> int:
-    """Return bytes that push everything else out of the L2 cache: twice its size, and at least LEAST_COLD_BYTES."""
+    """Return the bytes that push all else out of the L2 cache: twice its size, at least LEAST_COLD_BYTES."""
     if dry_run.ACTIVE:
         return LEAST_COLD_BYTES
     return max(LEAST_COLD_BYTES, 2 * torch.cuda.get_device_properties(device).L2_cache_size)
@@ -136,7 +136,7 @@ def capture(calls: Sequence[Callable[[], Any]], device: torch.device) -> tuple[t
 
 
 def peak_memory(call: Callable[[], Any], device: torch.device) -> int:
-    """Return bytes that one call allocates on a GPU at its worst moment, results included, inputs not."""
+    """Return the bytes that one call allocates on a GPU at its worst moment, results included, inputs not."""
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -146,7 +146,7 @@ def peak_memory(call: Callable[[], Any], device: torch.device) -> int:
 
 
 def extra_memory(call: Callable[[], Sequence[torch.Tensor]], device: torch.device) -> int:
-    """Return bytes that one call allocates at its worst moment beyond its inputs and the tensors that it returns.
+    """Return the bytes that one call allocates at its worst moment beyond its inputs and the tensors that it returns.
 
     On a CPU of what torch allocates: the scratch of its matrix products is not seen, nor is malloc's own overhead.
     """

@@ -164,7 +164,7 @@ LOSSES = {"illada": packed_loss, "padded": padded_loss}
 
 
 def gradients(model: MaskedDiffusionModel, loss: Callable[[], Tensor]) -> list[Tensor]:
-    """Return one forward and backward; nothing stays in the model."""
+    """Run one forward and backward; nothing stays in the model."""
     return list(torch.autograd.grad(loss(), list(model.parameters())))
 
 
@@ -203,10 +203,10 @@ def make_case(job: Job) -> Case:
             model, batch = job.model(), job.batch()
         except torch.OutOfMemoryError as error:
             return [Provider(p, lambda: None, unavailable=reason(error)) for p in LOSSES]
-        error = None
+        wrong: GradientError | None = None
         try:
             model.activation_checkpointing = job.device.type == "cuda"  # needs less, and gives the same
-            error = GradientError(model, batch)
+            wrong = GradientError(model, batch)
         except torch.OutOfMemoryError:
             pass
         model.activation_checkpointing = job.recompute
@@ -214,7 +214,7 @@ def make_case(job: Job) -> Case:
             gc.collect()
             torch.cuda.empty_cache()
         return [
-            Provider(name, partial(gradients, model, bind(model, batch)), error=error) for name, bind in LOSSES.items()
+            Provider(name, partial(gradients, model, bind(model, batch)), error=wrong) for name, bind in LOSSES.items()
         ]
 
     return Case(

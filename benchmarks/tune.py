@@ -94,11 +94,11 @@ class Bench:
         ms = {
             which: sorted(x / counts[which] for x in self.timer.milliseconds(r)) for which, r in readings.items() if r
         }
-        mine, default = ms[False], ms.get(True)
+        tuned, default = ms[False], ms.get(True)
         return {
-            "ms": statistics.median(mine),
-            "p20_ms": mine[int(0.2 * (len(mine) - 1))],
-            "p80_ms": mine[int(0.8 * (len(mine) - 1) + 0.5)],
+            "ms": statistics.median(tuned),
+            "p20_ms": tuned[int(0.2 * (len(tuned) - 1))],
+            "p80_ms": tuned[int(0.8 * (len(tuned) - 1) + 0.5)],
             "default_ms": None if default is None else statistics.median(default),
             "timing": "events" if counts[False] == 1 else "graph",
         }
@@ -147,7 +147,8 @@ def task(job: Job, choices: list[Variant]) -> Task:
 def result(job: Job, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """Of one job: every value with its status and times, and the fastest right values."""
     steps = {outcome.step: outcome for outcome in outcomes}
-    values, best = [], {"values": {}, "ms": None, "gain": 1.0}
+    values: list[dict[str, Any]] = []
+    best: dict[str, Any] = {"values": {}, "ms": None, "gain": 1.0}
     for name, outcome in steps.items():
         if not name.startswith(f"{RIGHT} "):
             continue
@@ -156,7 +157,7 @@ def result(job: Job, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         # A value may hang, or fail, at its hundredth call.
         bad = next((o for o in (outcome, timed) if o is not None and o.status != OK), None)
         choice, _, value = setting.partition("=")
-        entry = {
+        entry: dict[str, Any] = {
             "choice": choice if value else None,
             "value": value or "default",
             "status": OK if bad is None else bad.status,

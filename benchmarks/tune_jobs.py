@@ -117,7 +117,7 @@ def linear_inputs(rows: int, width: int, vocab: int, temperature: float, device:
 
 
 def jobs(device: torch.device) -> list[Job]:
-    """Return those first that decide most. A dry run has one of each kind, small."""
+    """Return the jobs, first those that decide most. A dry run has one of each kind, small."""
     found = []
 
     def add_attention(direction: str, pack: attention_ways.Pack, heads: int, kv_heads: int, dim: int) -> None:
@@ -127,8 +127,8 @@ def jobs(device: torch.device) -> list[Job]:
         name, flops, size = f"{direction} {job.name}", job.flops(direction), job.bytes(direction)
         found.append(Job(name, kind, "attention", make, flops, size, dim))
 
-    def add_loss(*shape: Any) -> None:
-        job = loss_ways.Job(*shape, device=device)
+    def add_loss(total: int, masked: float, width: int, vocab: int) -> None:
+        job = loss_ways.Job(total, masked, width, vocab, device=device)
         make = partial(loss_inputs, job)
         found.append(Job(f"fwdbwd {job.name}", "linear_loss", "loss", make, job.flops("fwdbwd")))
 

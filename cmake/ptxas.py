@@ -22,6 +22,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET = ROOT / "csrc" / "ptxas_budget.json"
@@ -87,8 +88,8 @@ def launch_bounds(ptx: str) -> dict[str, tuple[int, list[int]]]:
     for entry in re.split(r"^\s*(?:\.visible )?\.entry\s+", ptx, flags=re.MULTILINE)[1:]:
         asked = [(match[1], int(match[2])) for match in re.finditer(r"setmaxnreg\.(dec|inc)\.\S+\s+(\d+)", entry)]
         threads = re.search(r"\.maxntid\s+(\d+)", entry)
-        name = re.match(r"[^\s(]+", entry)
-        found[name[0]] = (int(threads[1]) if threads else 0, [number for _, number in sorted(set(asked))])
+        name = re.split(r"[\s(]", entry, maxsplit=1)[0]
+        found[name] = (int(threads[1]) if threads else 0, [number for _, number in sorted(set(asked))])
     return found
 
 
@@ -305,7 +306,7 @@ def budget_text(table: dict, old: dict, archs: list[str], version: str) -> str:
 
 def table_text(results: list[Compiled]) -> str:
     """Return a table with a line for each kernel."""
-    rows = [("kernel", "arch", "registers", "smem", "stack", "spill st", "spill ld")]
+    rows: list[tuple[str, ...]] = [("kernel", "arch", "registers", "smem", "stack", "spill st", "spill ld")]
     for result in results:
         for kernel in sorted(result.kernels, key=lambda kernel: kernel.name):
             registers = "function" if kernel.registers is None else kernel.registers
@@ -395,7 +396,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise SystemExit(f"ptxas.py: {args.recorded} has no record of {missing}")
     else:
         with ThreadPoolExecutor(args.jobs or job_count()) as pool:
-            results = list(pool.map(lambda job: compile_file(args.nvcc, *job, flags), jobs))
+            results = list(pool.map(lambda job: compile_file(args.nvcc, job[0], job[1], flags), jobs))
     print(table_text(results))
     print("\ncompile seconds:")
     for file in dict.fromkeys(result.file for result in results):
@@ -409,7 +410,9 @@ def main(arguments: list[str] | None = None) -> int:
     for arch in left_out:
         print(f"  sm_{arch} left out: CUDA {version} does not know it")
 
-    old = json.loads(args.budget.read_text()) if args.budget.exists() else {"nvcc": version, "kernels": {}}
+    old: dict[str, Any] = (
+        json.loads(args.budget.read_text()) if args.budget.exists() else {"nvcc": version, "kernels": {}}
+    )
     said = faults(results)
     if args.update:
         args.budget.write_text(budget_text(measured(results), old["kernels"], archs, version))

@@ -77,7 +77,7 @@ class Layout:
     auto_map: Mapping[str, str] = field(default_factory=dict)
 
     def file_parts(self, parameter: str, config: ModelConfig) -> dict[str, slice]:
-        """Return the tensors of a file that make up a parameter of `MaskedDiffusionModel`: name -> rows of the parameter.
+        """Return the tensors of a file that make up a parameter of `MaskedDiffusionModel`: name -> its rows.
 
         One with all rows, but of a fused projection three: files have q_proj, k_proj and v_proj.
         """

@@ -102,7 +102,7 @@ def _requests(
     tokenizer: Any,
     batch_size: int | None,
 ) -> list[Request]:
-    """Return one for each prompt, everything checked."""
+    """Return a checked request for each prompt."""
     if isinstance(prompts, str):  # a sequence of texts, too, of one letter each
         raise TypeError(f"prompts must be a list, got one text, {prompts!r:.80}; give [text]")
     configs = _configs(config, len(prompts))
@@ -190,7 +190,7 @@ def _advance(
     graphed: graphs.GraphedSteps | None,
     first_layers: step.FirstLayers,
 ) -> list[tuple[Request, np.ndarray, int]]:
-    """Return one step of all active requests: (request, positions it committed, how many tokens more it has now)."""
+    """Run one step of all active requests; return (request, positions it committed, number of tokens it gained)."""
     if graphed is not None and graphs.suitable(active):
         layout = step.lay_out(model, active, cache, whole_blocks=True, sequences=graphs.bucket(len(active)))
         tokens = graphed.run(model, layout)
