@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 #: DIRECTIONS, SPREAD     `cases` takes one of the directions, and another spread
 #: OWN, own(shapes, device)    shapes of one's own that it takes, see `shapes`, and the cases of such
 #: LEAST_VOCAB            the least --vocab that these can have; default: 1
-#: WAYS_DOC               what says more of the providers than the module's own text
+#: PROVIDERS_DOC               what says more of the providers than the module's own text
 #: rivals(provider)       of a peer: does it the same job, so that it must not be faster? Default: all do
 BENCHES = {
     "overhead": ".overhead",
@@ -218,7 +218,7 @@ def show_list(found: Sequence[Plan]) -> None:
     print(LISTED)
     for p in found:
         print(f"==== {p.name}\n\n{(p.bench.__doc__ or '').strip()}\n")
-        if more := getattr(p.bench, "WAYS_DOC", None):
+        if more := getattr(p.bench, "PROVIDERS_DOC", None):
             print(f"{more.strip()}\n")
         print(
             f"providers of {p.name} on {p.device.type}:\n"

@@ -27,7 +27,7 @@ from illada.generation import GenerationConfig, generate
 from illada.model import MaskedDiffusionModel
 
 from . import ceiling, published
-from .attention_ways import given
+from .attention_providers import given
 from .runner import Case, Goal, Provider, ratio
 from .shapes import Shapes
 from .timing import CPU
@@ -99,14 +99,14 @@ def make_case(
         def counts(result: tuple[list[list[int]], int]) -> dict[str, int]:
             return {"tokens": batch * length, "forwards": result[1]}
 
-        ways: dict[str, Any] = {"illada": partial(ours, "none")}
-        ways |= {f"illada {cache}": partial(ours, cache) for cache in ("prefix", "block")}
+        calls: dict[str, Any] = {"illada": partial(ours, "none")}
+        calls |= {f"illada {cache}": partial(ours, cache) for cache in ("prefix", "block")}
         if device.type == "cuda":
-            ways["illada launched"] = partial(ours, "block", cuda_graphs=False)
-        ways["one by one"] = one_by_one
+            calls["illada launched"] = partial(ours, "block", cuda_graphs=False)
+        calls["one by one"] = one_by_one
         if mode == "fixed":
-            ways["padded"] = partial(published.generate, model, prompts, **same)
-        return [Provider(name, call, error=error, counts=counts) for name, call in ways.items()]
+            calls["padded"] = partial(published.generate, model, prompts, **same)
+        return [Provider(name, call, error=error, counts=counts) for name, call in calls.items()]
 
     large = name not in PRESETS
     return Case(

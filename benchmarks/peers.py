@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from . import attention, ceiling, dry_run, isolated, jsonl, loss, remask, report, runner, timing
-from .attention_ways import Job as AttentionJob
-from .attention_ways import equal, listed
+from .attention_providers import Job as AttentionJob
+from .attention_providers import equal, listed
 from .isolated import OK, SKIPPED, Outcome, Step, Task
-from .loss_ways import Job as LossJob
+from .loss_providers import Job as LossJob
 from .runner import Case, is_ours
 
 ATTENTION = ("illada", "illada raw", "illada deterministic", "sdpa flash", "sdpa cudnn", "varlen_attn", "cudnn varlen",

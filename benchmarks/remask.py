@@ -258,8 +258,8 @@ def own(shapes: Shapes, device: torch.device = CPU) -> list[Case]:
 
 def providers(device: torch.device = CPU) -> list[str]:
     """Of all cases."""
-    ways = ("illada", "published", "compile")
-    return [*ways, *(f"mm+{way}" for way in ways)]
+    names = ("illada", "published", "compile")
+    return [*names, *(f"mm+{name}" for name in names)]
 
 
 def _peer_goals(records: Sequence[dict[str, Any]], case: str, bars: dict[str, float]) -> list[Goal]:

@@ -60,7 +60,7 @@ from illada.diffusion import make_batch, make_validation_batch
 from illada.model import MaskedDiffusionModel
 
 from . import published
-from .attention_ways import given
+from .attention_providers import given
 from .runner import Case, Goal, Provider, on_gpu, ratio, reason
 from .shapes import Shapes
 from .timing import CPU
@@ -196,7 +196,7 @@ class GradientError:
 
 
 def make_case(job: Job) -> Case:
-    """Time, memory and gradient error of both ways."""
+    """Return the case that compares time, memory and gradient error of both losses."""
 
     def make() -> list[Provider]:
         try:
