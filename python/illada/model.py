@@ -61,7 +61,7 @@ class SelectedRows(NamedTuple):
     cu_seqlens: Tensor
 
 
-class FirstLayer(NamedTuple):
+class FirstProjection(NamedTuple):
     """Embeddings and projections of the first layer, which depend only on each token's id and position.
 
     x: [T, C], embeddings.
@@ -77,11 +77,11 @@ class FirstLayer(NamedTuple):
     k: Tensor
     v: Tensor
 
-    def take(self, index: Tensor) -> FirstLayer:
+    def take(self, index: Tensor) -> FirstProjection:
         """Return a copy for the tokens `index`, int64 [n]."""
-        return FirstLayer(*(tensor.index_select(0, index) for tensor in self))
+        return FirstProjection(*(tensor.index_select(0, index) for tensor in self))
 
-    def put(self, index: Tensor, tokens: FirstLayer) -> None:
+    def put(self, index: Tensor, tokens: FirstProjection) -> None:
         """Replace the tokens `index`, int64 [n], by `tokens`, in place."""
         for tensor, new in zip(self, tokens, strict=True):
             tensor.index_copy_(0, index, new)
@@ -413,7 +413,7 @@ class MaskedDiffusionModel(nn.Module):
         plan: AttentionPlan | None = None,
         cache: CachedKeys | None = None,
         rows: Tensor | None = None,
-        first: FirstLayer | None = None,
+        first: FirstProjection | None = None,
     ) -> Tensor:
         """Compute hidden states that, multiplied by the head weight, give the logits of each token's own position.
 
@@ -475,17 +475,17 @@ class MaskedDiffusionModel(nn.Module):
         hidden = self.norm(x)
         return hidden[shifted(cu_seqlens, tokens.shape[0])] if config.logits_shift and rows is None else hidden
 
-    def first_layer(self, tokens: Tensor, position_ids: Tensor) -> FirstLayer:
+    def first_layer(self, tokens: Tensor, position_ids: Tensor) -> FirstProjection:
         """Compute embeddings and projections of the first layer for reuse by `forward` without gradients.
 
-        Reuse pays where few tokens change from one forward pass to the next: `FirstLayer.put` updates those.
+        Reuse pays where few tokens change from one forward pass to the next: `FirstProjection.put` updates those.
 
         Args:
             tokens: int64 or int32 [T], ids in [0, embedding_size).
             position_ids: int64 [T].
 
         Returns:
-            FirstLayer of T tokens.
+            FirstProjection of T tokens.
 
         Raises:
             ValueError: As in `forward`.
@@ -494,7 +494,7 @@ class MaskedDiffusionModel(nn.Module):
         x, layer = self.embed_tokens(tokens), self.layers[0]
         assert isinstance(layer, Layer)
         cos, sin = self._rotary_tables(position_ids, x.dtype)
-        return FirstLayer(x, cos, sin, *layer.project(x, cos, sin))
+        return FirstProjection(x, cos, sin, *layer.project(x, cos, sin))
 
     def _rotary_tables(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return `rotary_tables` for activations of `dtype`, or of autocast's dtype where autocast is on."""

@@ -136,7 +136,7 @@ def _run(
     cache, free = _make_cache(model, requests, size)
     graphed = graphs.GraphedSteps(graphs.CudaCapture()) if cuda_graphs and graphs.available(model, cache) else None
 
-    first_layers = step.FirstLayers(model)
+    first_projection_reuse = step.FirstProjectionReuse(model)
     active: list[Request] = []
     readers = {request.index: stopping.Reader(request, model, tokenizer) for request in requests}
     total = sum(sum(map(len, r.blocks)) for r in waiting)
@@ -148,7 +148,7 @@ def _run(
                 request = waiting.popleft()
                 request.slots = tuple(free.pop(0) for _ in range(1 + request.guided)) if cache is not None else ()
                 active.append(request)
-            committed = _advance(model, active, cache, graphed, first_layers)
+            committed = _advance(model, active, cache, graphed, first_projection_reuse)
             forwards += 1
             for request, positions, _ in committed:
                 if on_commit is not None and len(positions):
@@ -188,7 +188,7 @@ def _advance(
     active: list[Request],
     cache: KeyValueCache | None,
     graphed: graphs.GraphedSteps | None,
-    first_layers: step.FirstLayers,
+    first_projection_reuse: step.FirstProjectionReuse,
 ) -> list[tuple[Request, np.ndarray, int]]:
     """Run one step of all active requests; return (request, positions it committed, number of tokens it gained)."""
     if graphed is not None and graphs.suitable(active):
@@ -197,7 +197,7 @@ def _advance(
     else:
         layout = step.lay_out(model, active, cache)
         inputs = layout.upload(model.device)
-        tokens = step.run(model, inputs, layout.calls, first_layers.of(layout, inputs))
+        tokens = step.run(model, inputs, layout.calls, first_projection_reuse.of(layout, inputs))
     now = tokens.cpu().numpy()  # the one wait for the device in a step
     done, at = [], 0
     for group, members in zip(layout.arrays.groups, layout.members, strict=True):

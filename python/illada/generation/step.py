@@ -17,7 +17,7 @@ from torch import Tensor
 from illada.generation.cache import KeyValueCache
 from illada.generation.request import Request, RuleCall
 from illada.generation.rules import order_noise
-from illada.model import CachedKeys, FirstLayer, MaskedDiffusionModel
+from illada.model import CachedKeys, FirstProjection, MaskedDiffusionModel
 from illada.ops import linear_sample_tokens, remask
 from illada.ops.types import LogitBias, TokenSample
 
@@ -295,18 +295,18 @@ def _bias(members: list[tuple[Request, NDArray]], blank_rows: int) -> LogitBias 
 _FEW_TOKENS = 256
 
 
-class FirstLayers:
-    """The first layer's part of each step, kept from the one before for the tokens that are where they were.
+class FirstProjectionReuse:
+    """Embeddings and first projections of the previous step, reused for the tokens that have not changed or moved.
 
-    Only on a CPU, where models have few layers, and without a cache, with which a step has few tokens.
+    They are reused only on a CPU, where models have few layers, and without a cache, with which a step has few tokens.
     """
 
     def __init__(self, model: MaskedDiffusionModel) -> None:
         self._model = model
-        self._known: tuple[NDArray, FirstLayer] | None = None
+        self._known: tuple[NDArray, FirstProjection] | None = None
 
-    def of(self, layout: Layout, inputs: StepInputs) -> FirstLayer | None:
-        """For `run` of these inputs, which it has not changed yet; None where it is not worth it."""
+    def of(self, layout: Layout, inputs: StepInputs) -> FirstProjection | None:
+        """Return the projections for `run` of these inputs, called before it; None where reuse does not pay."""
         if inputs.cache is not None or self._model.device.type != "cpu" or len(inputs.tokens) < _FEW_TOKENS:
             return None
         tokens = np.stack([layout.arrays.tokens, layout.arrays.position_ids])
@@ -321,7 +321,7 @@ class FirstLayers:
 
 
 def run(
-    model: MaskedDiffusionModel, inputs: StepInputs, calls: Sequence[RuleCall], first: FirstLayer | None = None
+    model: MaskedDiffusionModel, inputs: StepInputs, calls: Sequence[RuleCall], first: FirstProjection | None = None
 ) -> Tensor:
     """Run one forward pass and its commits; return the tokens int64 [N] of all groups' candidates. No sync."""
     hidden = model(

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from illada.config import ModelConfig
-from illada.model import FirstLayer, MaskedDiffusionModel
+from illada.model import FirstProjection, MaskedDiffusionModel
 from illada.ops import AttentionPlan, attention_plan, linear_masked_cross_entropy
 from illada.terminal import shows
 
@@ -140,7 +140,7 @@ def hidden_states(
     rows: Tensor,
     layout: Layout,
     cfg_scale: float,
-    first: FirstLayer | None = None,
+    first: FirstProjection | None = None,
 ) -> Tensor:
     """Return the hidden states [N, C] of ascending `rows`.
 
