@@ -17,7 +17,7 @@ from torch import Tensor
 from illada.generation.cache import KeyValueCache
 from illada.generation.request import Request, RuleCall
 from illada.generation.rules import order_noise
-from illada.model import CachedKeys, FirstProjection, MaskedDiffusionModel
+from illada.model import CachedKeys, FirstProjection, MaskedDiffusionModel, guide
 from illada.ops import linear_sample_tokens, remask
 from illada.ops.types import LogitBias, TokenSample
 
@@ -336,10 +336,8 @@ def run(
 def _commit(model: MaskedDiffusionModel, hidden: Tensor, tokens: Tensor, group: Group, call: RuleCall) -> None:
     rows: Tensor | None = group.hidden
     if group.guidance is not None:
-        # The head is linear: guiding the hidden states guides the logits, at half the price.
-        conditional, unconditional = hidden[group.hidden].float(), hidden[group.guidance.hidden].float()
-        guided = unconditional + (group.guidance.scale + 1) * (conditional - unconditional)
-        hidden, rows = guided.to(hidden.dtype), None
+        hidden = guide(hidden[group.hidden], hidden[group.guidance.hidden], group.guidance.scale)
+        rows = None
 
     def sampled(bias: LogitBias | None) -> TokenSample:
         arguments: Any = {

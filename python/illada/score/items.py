@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from illada.config import ModelConfig
-from illada.model import FirstProjection, MaskedDiffusionModel
+from illada.model import FirstProjection, MaskedDiffusionModel, guide
 from illada.ops import AttentionPlan, attention_plan, linear_masked_cross_entropy
 from illada.terminal import shows
 
@@ -144,16 +144,15 @@ def hidden_states(
 ) -> Tensor:
     """Return the hidden states [N, C] of ascending `rows`.
 
-    With guidance `tokens` are twice as many, and un + (w + 1) (cond - un) of the hidden states has the logits of the
-    guided model: the head is linear, so it runs once.
+    With guidance `tokens` are twice as many, and the hidden states are those of `guide`.
     """
     cu_seqlens, position_ids, plan = layout
     selected_rows = torch.cat([rows, rows + len(tokens) // 2]) if cfg_scale else rows
     hidden = model(tokens, cu_seqlens, position_ids=position_ids, plan=plan, rows=selected_rows, first=first)
     if not cfg_scale:
         return hidden
-    conditional, unconditional = hidden.float().chunk(2)
-    return (unconditional + (cfg_scale + 1) * (conditional - unconditional)).to(hidden.dtype)
+    conditional, unconditional = hidden.chunk(2)
+    return guide(conditional, unconditional, cfg_scale)
 
 
 def without_context(sequence: NDArray[np.int64], context_length: int, mask_id: int) -> NDArray[np.int64]:
