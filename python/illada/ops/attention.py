@@ -77,10 +77,16 @@ def _plan_cpu(
     cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, seqused_k: Tensor | None, total_q: int, total_k: int | None,
     num_heads: int, num_kv_heads: int, head_dim: int,
 ) -> Tensor:  # fmt: skip
-    lengths = [None if x is None else lib.contiguous(x) for x in (cu_seqlens, cu_seqlens_k, seqused_k)]
     sequences = cu_seqlens.shape[0] - 1
     plan = cu_seqlens.new_empty(sequences + 1, 4)
-    if not native().attention_plan_cpu(total_q, sequences, *lengths, plan):
+    if not native().attention_plan_cpu(
+        total_q=total_q,
+        num_sequences=sequences,
+        cu_seqlens=lib.contiguous(cu_seqlens),
+        cu_seqlens_k=None if cu_seqlens_k is None else lib.contiguous(cu_seqlens_k),
+        seqused_k=None if seqused_k is None else lib.contiguous(seqused_k),
+        plan=plan,
+    ):
         _check_lengths(cu_seqlens, cu_seqlens_k, seqused_k, total_q)
         # _check_lengths has a better message for most cases.
         raise ValueError("attention_plan: the lengths do not ascend from 0, or do not fit")
