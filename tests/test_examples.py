@@ -8,13 +8,13 @@ import os
 import re
 import runpy
 import socket
-import subprocess
 import sys
 import types
 from pathlib import Path
 
 import pytest
 import torch
+from two_processes import run_in_two
 
 FOLDER = Path(__file__).resolve().parent.parent / "examples/embedding"
 RECIPES = sorted(path.stem for path in FOLDER.glob("*_style.py"))
@@ -82,20 +82,7 @@ def two_processes():
     """What each process printed: {recipe: text}."""
     names = [name for name in DISTRIBUTED if runs_here(name)]
     arguments = [word for pair in zip(names, map(str, free_ports(len(names))), strict=True) for word in pair]
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from test_examples import run_recipes; run_recipes(*sys.argv[2:])"
-    )
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "recipes"}
-    env = {**os.environ, **shared, "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, os.path.dirname(__file__), *arguments],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**env, "RANK": rank, "LOCAL_RANK": rank},
-        )
-        for rank in "01"
-    ]  # fmt: skip
-    said = [process.communicate(timeout=240)[0] for process in processes]
-    assert all(process.returncode == 0 for process in processes), "\n".join(said)
+    said = run_in_two(run_recipes, *arguments, timeout=240, TORCHELASTIC_RUN_ID="recipes")
     return [dict(re.findall(r"^== (\w+)\n(.*?)(?=^== |\Z)", text, flags=re.DOTALL | re.MULTILINE)) for text in said]
 
 
