@@ -13,7 +13,8 @@ from two_processes import gloo, run_in_two
 
 import illada
 from illada import LossModule, MaskedDiffusionModel, ModelConfig
-from illada.diffusion import Batch, make_batch
+from illada.batch import Batch
+from illada.diffusion import make_batch
 from illada.testing import relative_error
 
 TIED = ModelConfig.preset(

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from illada.batch import Batch
 from illada.config import ModelConfig
 from illada.devices import autocast_dtype, find_device
-from illada.diffusion import Batch
 from illada.ops import AttentionPlan, attention_plan, linear_masked_cross_entropy, varlen_attention
 
 #: Rows that a layer passes to its MLP at a time when gradients are off. On a CPU the temporaries stay in the cache and
@@ -506,7 +506,8 @@ class MaskedDiffusionModel(nn.Module):
         """Compute Eq. 1 on a batch: the sum of 1/p-weighted cross-entropies of the masked tokens over `normalizer`.
 
         Args:
-            batch: A batch of `illada.diffusion`; logits are computed only for its masked rows.
+            batch: Masked sequences, for example of `illada.diffusion.make_batch`. Logits are computed only for its
+                masked rows.
             normalizer: Positive number or scalar tensor; default the batch's number of tokens. Pass the global batch's
                 number when gradients are summed.
 
