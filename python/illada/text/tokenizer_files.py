@@ -11,9 +11,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
-from illada.files import read_if_there
 from illada.schema import Fraction, TokenId, check_object, checked
-from illada.text.files import looks_like, read_json
+from illada.text.files import looks_like, read_if_there, read_json
 
 #: Special tokens that a checkpoint names, in tokenizer_config.json or special_tokens_map.json.
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -34,6 +33,18 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         FileNotFoundError: no tokenizer there. ValueError: damaged files; an added token that cannot have its id.
     """
     file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
+    tokenizer = read_tokenizer(file)
+    if file.name == "tokenizer.json":
+        _add_tokens(tokenizer, file.parent)
+    return tokenizer
+
+
+def read_tokenizer(file: Path) -> Tokenizer:
+    """`load_tokenizer` of a file alone, without the tokens that files beside it name.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: it is damaged.
+    """
     if not file.is_file():
         raise FileNotFoundError(f"no tokenizer at {file}")
     try:
@@ -47,8 +58,6 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         _check_tokenizer(file)  # which can name the key
         raise
     without_limits(tokenizer)
-    if file.name == "tokenizer.json":
-        _add_tokens(tokenizer, file.parent)
     return tokenizer
 
 
