@@ -7,7 +7,7 @@ stay finite. The sum is divided by the number of all tokens.
 Everything here is a pure function of (seed, global sample index), without state or order of drawing. One integer
 resumes the data exactly, on any number of ranks and for any micro-batch size.
 
-Randomness: Philox4x32-10 with key = seed and counter = (block, index lo, index hi, stream); see the streams below.
+Randomness: Philox4x32-10 with key = seed and counter = (block, index lo, index hi, stream); see `illada.random.Stream`.
 """
 
 from __future__ import annotations
@@ -21,10 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from illada.config import DiffusionConfig
-from illada.random import philox4x32
-
-# Philox stream tags (counter word 3), one for each purpose; the token sampler uses 16 and above.
-_ORDER, _SPLIT, _TIME, _MASK, _BATCH_TIME, _VALIDATION_MASK = range(1, 7)
+from illada.random import Stream, philox4x32
 
 _VALIDATION_SEED = 0  # fixed, so that the bound is comparable between runs
 _VALIDATION_EPS = 1e-3
@@ -70,7 +67,7 @@ class Batch:
 # --------------------------------------------------------------------------------------------------------- randomness
 
 
-def _words(seed: int, stream: int, indices: NDArray[np.int64], count: int) -> NDArray[np.uint32]:
+def _words(seed: int, stream: Stream, indices: NDArray[np.int64], count: int) -> NDArray[np.uint32]:
     """Return `count` random words for each index, uint32 [len(indices), count]."""
     blocks = -(-count // 4)
     counter = np.empty((len(indices), blocks, 4), dtype=np.uint32)
@@ -83,7 +80,7 @@ def _words(seed: int, stream: int, indices: NDArray[np.int64], count: int) -> ND
     return philox4x32(counter, key).reshape(len(indices), 4 * blocks)[:, :count]
 
 
-def _uniforms(seed: int, stream: int, indices: NDArray[np.int64], count: int) -> NDArray[np.float64]:
+def _uniforms(seed: int, stream: Stream, indices: NDArray[np.int64], count: int) -> NDArray[np.float64]:
     """Return uniforms strictly inside (0, 1), float64 [len(indices), count]."""
     return (_words(seed, stream, indices, count).astype(np.float64) + 0.5) * 2.0**-32
 
@@ -117,7 +114,9 @@ def permutation(positions: NDArray[np.int64], size: int, seed: int, epoch: int) 
     while pending.any():
         left, right = values[pending] >> half, values[pending] & mask
         for feistel_round in range(4):
-            word = _words(seed, _ORDER, right | np.int64(epoch << 34), 4)[:, feistel_round].astype(np.int64)
+            word = _words(seed, Stream.WINDOW_ORDER, right | np.int64(epoch << 34), 4)[:, feistel_round].astype(
+                np.int64
+            )
             left, right = right, left ^ (word & mask)
         values[pending] = (left << half) | right
         pending[pending] = values[pending] >= size
@@ -190,7 +189,7 @@ def make_batch(
     length = windows.shape[1]
     draws = samples // (2 if config.complementary else 1)
 
-    split = _uniforms(seed, _SPLIT, draws, 2)
+    split = _uniforms(seed, Stream.SPLIT, draws, 2)
     cuts: list[list[int]] = []  # starts of the sequences of each window
     for b in range(len(windows)):
         cut = {0}
@@ -205,7 +204,7 @@ def make_batch(
     time = _times("make_batch", draws, max(len(c) for c in cuts) if cuts else 1, seed, config, global_batch)
     if config.t_limit < 1:
         time *= np.minimum(1, config.t_limit + (1 - config.t_limit) * samples / config.t_limit_windows)[:, None]
-    words = _words(seed, _MASK, draws, length)
+    words = _words(seed, Stream.MASK, draws, length)
     masked = np.zeros(windows.shape, dtype=bool)
     weights = np.zeros(windows.shape, dtype=np.float32)
     lengths: list[int] = []
@@ -276,7 +275,7 @@ def draw_masks(
     samples = np.asarray(samples, dtype=np.int64)
     t = _times("draw_masks", samples, 1, seed, config, global_batch)
     p = (1 - config.eps) * t + config.eps
-    return _uniforms(seed, _MASK, samples, length) < p, (1 / p[:, 0]).astype(np.float32)
+    return _uniforms(seed, Stream.MASK, samples, length) < p, (1 / p[:, 0]).astype(np.float32)
 
 
 def draw_validation_masks(
@@ -292,7 +291,7 @@ def draw_validation_masks(
     t = (stratum + 0.5) / strata
     p = (1 - _VALIDATION_EPS) * t + _VALIDATION_EPS
     index = np.asarray(indices, dtype=np.int64) * strata + stratum
-    masked = _uniforms(_VALIDATION_SEED, _VALIDATION_MASK, index, length) < p
+    masked = _uniforms(_VALIDATION_SEED, Stream.VALIDATION_MASK, index, length) < p
     return masked, np.full(len(index), 1 / p, dtype=np.float32)
 
 
@@ -304,11 +303,11 @@ def _times(
     op: The function that errors name.
     """
     if config.t_sampling == "independent":
-        return _uniforms(seed, _TIME, draws, sequences)
+        return _uniforms(seed, Stream.TIME, draws, sequences)
     if global_batch is None or global_batch < 1:
         raise ValueError(f"{op}: t_sampling = 'low_discrepancy' needs global_batch")
     draws_per_batch = max(1, global_batch // (2 if config.complementary else 1))
-    shared = _uniforms(seed, _BATCH_TIME, draws // draws_per_batch, 1)
+    shared = _uniforms(seed, Stream.BATCH_TIME, draws // draws_per_batch, 1)
     stratified = shared + (draws % draws_per_batch)[:, None] / draws_per_batch
     # Further sequences of a window take golden-ratio steps: each is uniform, and away from the first.
     return (stratified + _GOLDEN * np.arange(sequences)) % 1.0

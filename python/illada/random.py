@@ -6,10 +6,37 @@ so a result never depends on batch size, process count or earlier draws.
 
 from __future__ import annotations
 
+from enum import IntEnum
+
 import numpy as np
 
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
+
+
+class Stream(IntEnum):
+    """Counter word 3, one number for each purpose, so that no two purposes share words.
+
+    The numbers are part of the results for a seed and never change. csrc/common/philox.h names those that kernels use.
+    """
+
+    # illada.diffusion
+    WINDOW_ORDER = 1
+    SPLIT = 2
+    TIME = 3
+    MASK = 4
+    BATCH_TIME = 5
+    VALIDATION_MASK = 6
+    # illada.score.monte_carlo
+    MONTE_CARLO_COUNT = 7
+    MONTE_CARLO_MASK = 8
+    # The token sampler: upper and lower 32 bits of the uniforms, and the random confidence measure.
+    SAMPLE = 16
+    SAMPLE_LOW_BITS = 17
+    SAMPLE_RANDOM = 18
+    # illada.generation.rules
+    COMMIT_ORDER = 19
+    TAKE_BACK = 20
 
 
 def philox4x32(counter: np.ndarray, key: np.ndarray) -> np.ndarray:

@@ -13,15 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from illada.ops.types import (
-    SAMPLE_STREAM,
-    SAMPLE_STREAM_LOW_BITS,
-    SAMPLE_STREAM_RANDOM_MEASURE,
-    LogitBias,
-    RemaskStatus,
-    TokenSample,
-)
-from illada.random import philox4x32
+from illada.ops.types import LogitBias, RemaskStatus, TokenSample
+from illada.random import Stream, philox4x32
 
 
 def varlen_attention(
@@ -121,7 +114,7 @@ def uniform64(seed: int, row_id: int, step: int, vocab_size: int) -> np.ndarray:
     counter[:, 1], counter[:, 2] = row_id, step & 0xFFFFFFFF
     key = np.array([seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF], dtype=np.uint32)
     words = []
-    for stream in (SAMPLE_STREAM, SAMPLE_STREAM_LOW_BITS):
+    for stream in (Stream.SAMPLE, Stream.SAMPLE_LOW_BITS):
         counter[:, 3] = stream
         words.append(philox4x32(counter, key).reshape(-1)[:vocab_size].astype(np.float64))
     return (words[0] + (words[1] + 0.5) * 2.0**-32) * 2.0**-32
@@ -172,7 +165,7 @@ def sample_tokens(
             exponential = -np.log1p(-uniform64(s, row_id, at_step, vocab_size))
             noisy[n] += t * torch.from_numpy(-np.log(exponential))
         key = np.array([s & 0xFFFFFFFF, (s >> 32) & 0xFFFFFFFF], dtype=np.uint32)
-        counter = np.array([0, row_id, at_step & 0xFFFFFFFF, SAMPLE_STREAM_RANDOM_MEASURE], dtype=np.uint32)
+        counter = np.array([0, row_id, at_step & 0xFFFFFFFF, Stream.SAMPLE_RANDOM], dtype=np.uint32)
         random_measure[n] = float(philox4x32(counter, key)[0] >> np.uint32(8)) * 2.0**-24
 
     token = torch.stack([(row == row.max()).nonzero()[0, 0] for row in noisy])  # ties: lowest index

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from illada.model import MaskedDiffusionModel
-from illada.random import philox4x32
+from illada.random import Stream, philox4x32
 from illada.score.items import (
     MAX_TOKENS,
     Item,
@@ -23,9 +23,6 @@ from illada.score.items import (
     progress_bar,
     without_context,
 )
-
-# Philox stream tags (counter word 3); 1 to 6 belong to the forward process of training, 16 and above to the sampler.
-_COUNT_STREAM, _MASK_STREAM = 7, 8
 
 
 @torch.inference_mode()
@@ -123,7 +120,7 @@ def monte_carlo_masks(
     content = b"".join(np.array(part, dtype=np.uint64).tobytes() for part in parts)
     key = np.frombuffer(hashlib.blake2b(content, digest_size=8).digest(), dtype="<u4")
 
-    def words(stream: int, draws: int, count: int) -> NDArray[np.uint32]:
+    def words(stream: Stream, draws: int, count: int) -> NDArray[np.uint32]:
         counter = np.zeros((draws, -(-count // 4), 4), dtype=np.uint32)
         counter[..., 0] = np.arange(counter.shape[1])
         counter[..., 1] = np.arange(draws)[:, None]
@@ -131,12 +128,18 @@ def monte_carlo_masks(
         return philox4x32(counter, key).reshape(draws, -1)[:, :count]
 
     size = min(stratum, num_samples)
-    first = 1 + (words(_COUNT_STREAM, num_samples // size, 1)[:, 0].astype(np.uint64) * length >> 32).astype(np.int64)
+    first = 1 + (words(Stream.MONTE_CARLO_COUNT, num_samples // size, 1)[:, 0].astype(np.uint64) * length >> 32).astype(
+        np.int64
+    )
     # torch's float32 linspace and its rounding of halves to even, as published: other roundings move some counts by 1.
     ends = [(k, k + (size - 1) * (length / size)) for k in first.tolist()]
     spread = [torch.linspace(*two, size, dtype=torch.float32, device="cpu") for two in ends]
     counts = (torch.cat(spread).round().long().numpy() - 1) % length + 1
-    ranks = words(_MASK_STREAM, num_samples, length).argsort(axis=1, kind="stable").argsort(axis=1, kind="stable")
+    ranks = (
+        words(Stream.MONTE_CARLO_MASK, num_samples, length)
+        .argsort(axis=1, kind="stable")
+        .argsort(axis=1, kind="stable")
+    )
     return ranks < counts[:, None]
 
 
