@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from illada.checkpoints.weights import convert_checkpoint, load_pretrained, read_config, save_pretrained
 from illada.config import ModelConfig
-from illada.data.corpus import train_tokenizer
 from illada.generation import GenerationConfig, generate
 from illada.model import MaskedDiffusionModel
 from illada.text.tokenizer import Tokenizer
+from illada.text.training import train_tokenizer
 
 CONFIG = ModelConfig.preset(
     "tiny", hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=40

@@ -129,7 +129,8 @@ def test_library_calls_without_standard_streams(world, tmp_path, monkeypatch, cl
     from illada import train
     from illada.checkpoints.open import load
     from illada.checkpoints.weights import convert_checkpoint
-    from illada.data.corpus import TokenDataset, prepare
+    from illada.data.corpus import prepare
+    from illada.data.dataset import TokenDataset
     from illada.generation import GenerationConfig, generate
     from illada.score import confidence_score
 

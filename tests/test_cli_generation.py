@@ -14,10 +14,10 @@ from illada.cli import chat
 from illada.cli.devices import parse_device
 from illada.cli.sampling import parse_token_ids
 from illada.config import ModelConfig
-from illada.data.corpus import train_tokenizer
 from illada.generation.stopping import settled_text
 from illada.model import MaskedDiffusionModel
 from illada.score import encode_pair
+from illada.text.training import train_tokenizer
 
 TEMPLATE = (
     "{% for m in messages %}<[begin▁of▁sentence]>{{ m.role }}: {{ m.content }}\n{% endfor %}"

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from illada import cli
 from illada.checkpoints.weights import load_pretrained, read_config, save_pretrained
 from illada.cli.convert import parse_size
-from illada.data.corpus import tokenizer_sha256, train_tokenizer
 from illada.text.tokenizer import Tokenizer
+from illada.text.training import tokenizer_sha256, train_tokenizer
 
 
 @pytest.fixture

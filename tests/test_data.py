@@ -9,17 +9,11 @@ import numpy as np
 import pytest
 from tokenizers import normalizers
 
-from illada.data.corpus import (
-    SPECIAL_TOKENS,
-    TokenDataset,
-    load_tokenizer,
-    parse_special,
-    prepare,
-    special_ids,
-    tokenizer_sha256,
-    train_tokenizer,
-)
-from illada.data.sources import PIECE, Documents, hold_out, read_source
+from illada.data.corpus import Documents, hold_out, prepare
+from illada.data.dataset import TokenDataset
+from illada.data.sources import PIECE, read_source
+from illada.text.tokenizer_files import load_tokenizer
+from illada.text.training import SPECIAL_TOKENS, parse_special, special_ids, tokenizer_sha256, train_tokenizer
 
 TEXTS = ["a text that spells <[MASK]> and <[end▁of▁sentence]>"] + [
     f"def function_{i}(x):\n    return x + {i}  # ünïcode {'word ' * (i % 7)}\n" for i in range(59)

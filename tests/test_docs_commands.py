@@ -24,8 +24,8 @@ from illada import cli
 from illada.checkpoints.weights import save_pretrained
 from illada.cli import sampling
 from illada.config import ModelConfig
-from illada.data.corpus import train_tokenizer
 from illada.model import MaskedDiffusionModel
+from illada.text.training import train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [

@@ -8,9 +8,9 @@ import torch
 from oracle import CONFIG, WITH_TEXT
 
 from illada.config import ModelConfig
-from illada.data.corpus import train_tokenizer
 from illada.generation import GenerationConfig, generate, quota_schedule
 from illada.model import MaskedDiffusionModel
+from illada.text.training import train_tokenizer
 
 MASK = CONFIG.mask_token_id
 PROMPTS = [*WITH_TEXT[:1], [], *WITH_TEXT[1:]]

@@ -10,11 +10,11 @@ import pytest
 import torch
 from oracle import CONFIG, WITH_TEXT
 
-from illada.data.corpus import train_tokenizer
 from illada.generation import GenerationConfig, generate, generate_iter
 from illada.generation.request import Request
 from illada.generation.rules import dream_quota, dream_transfer, end_think_bias, order_noise, taken_back
 from illada.text.tokenizer import Tokenizer
+from illada.text.training import train_tokenizer
 
 MASK = CONFIG.mask_token_id
 BASE = GenerationConfig(gen_length=16, block_length=8, steps=8, stop_tokens=())

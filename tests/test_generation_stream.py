@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 
 from illada.config import ModelConfig
-from illada.data.corpus import train_tokenizer
 from illada.generation import GenerationConfig, generate, generate_iter
 from illada.generation.stopping import settled_text
 from illada.model import MaskedDiffusionModel
+from illada.text.training import train_tokenizer
 
 PROMPTS = [[5, 6, 7, 8], [30, 31], [9] * 11]
 CONFIG = GenerationConfig(gen_length=24, block_length=8, steps=4, stop_tokens=())

@@ -17,12 +17,12 @@ from illada import cli
 from illada import model as our_model
 from illada.checkpoints.weights import load_pretrained, read_config, save_pretrained, write_pretrained
 from illada.config import ModelConfig
-from illada.data.corpus import train_tokenizer
 from illada.hf_export import modeling_illada
 from illada.hf_export.modeling_illada import IlladaForMaskedLM, IlladaModel
 from illada.integrations import transformers as attention
 from illada.model import MaskedDiffusionModel
 from illada.text.tokenizer import Tokenizer
+from illada.text.training import train_tokenizer
 
 SMALL = {
     "vocab_size": 90, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

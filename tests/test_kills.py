@@ -15,7 +15,7 @@ from strikes import spread, strike
 
 from illada import cli, files
 from illada.checkpoints.weights import load_pretrained
-from illada.data.corpus import TokenDataset
+from illada.data.dataset import TokenDataset
 from illada.train import state as train_state
 
 pytestmark = pytest.mark.slow

@@ -26,7 +26,6 @@ from illada.checkpoints import open as checkpoint_folders
 from illada.checkpoints.weights import load_pretrained, save_pretrained
 from illada.cli import evaluate as evaluate_command
 from illada.config import ModelConfig
-from illada.data.corpus import load_tokenizer, train_tokenizer
 from illada.evaluation import lm_eval as adapter
 from illada.evaluation.asked import asked_of
 from illada.evaluation.chance import chance_of, describe_chance
@@ -40,6 +39,8 @@ from illada.generation.stopping import cut_at_stop
 from illada.model import MaskedDiffusionModel
 from illada.score import confidence_score, is_greedy, monte_carlo_likelihood
 from illada.text.tokenizer import Tokenizer
+from illada.text.tokenizer_files import load_tokenizer
+from illada.text.training import train_tokenizer
 
 TEXT = "the quick brown fox jumps over the lazy dog\nand the dog sleeps on. What is it? A dog, yes.\n"
 CONFIG = ModelConfig.preset(

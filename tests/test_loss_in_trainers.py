@@ -15,7 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import illada
 from illada import LossModule, MaskedDiffusionModel, ModelConfig
-from illada.diffusion import Batch, make_batch
+from illada.batch import Batch
+from illada.diffusion import make_batch
 from illada.testing import relative_error
 
 TIED = ModelConfig.preset(

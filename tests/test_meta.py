@@ -8,8 +8,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, export
 
 import illada
+from illada.batch import Batch
 from illada.config import ModelConfig
-from illada.diffusion import Batch
 from illada.evaluation.journal import fingerprint
 from illada.generation import rules
 from illada.model import MaskedDiffusionModel

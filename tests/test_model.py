@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from illada import attention_plan, pack, varlen_attention
+from illada.batch import Batch
 from illada.config import PRESETS, ModelConfig
-from illada.diffusion import Batch, make_batch
+from illada.diffusion import make_batch
 from illada.model import Layer, MaskedDiffusionModel, SelectedRows, positions, rotary_tables, rotate
 from illada.testing import relative_error
 

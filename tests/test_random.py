@@ -11,7 +11,7 @@ HEADER = Path(__file__).resolve().parent.parent / "csrc" / "common" / "philox.h"
 NATIVE = {
     "kStreamSample": Stream.SAMPLE,
     "kStreamSampleLowBits": Stream.SAMPLE_LOW_BITS,
-    "kStreamSampleRandom": Stream.SAMPLE_RANDOM,
+    "kStreamSampleRandom": Stream.SAMPLE_RANDOM_MEASURE,
 }
 
 

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 
 import illada
 from illada.config import ModelConfig
-from illada.data.corpus import train_tokenizer
 from illada.model import FirstLayer, MaskedDiffusionModel
 from illada.score import (
     confidence_score,
@@ -27,6 +26,7 @@ from illada.score import (
 from illada.score.items import make_items
 from illada.score.monte_carlo import _estimate
 from illada.text.tokenizer import Tokenizer
+from illada.text.training import train_tokenizer
 
 SIZES = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 300,

@@ -10,7 +10,8 @@ import sys
 import pytest
 
 from illada import cli
-from illada.data.corpus import TokenDataset, prepare
+from illada.data.corpus import prepare
+from illada.data.dataset import TokenDataset
 from illada.evaluation.tasks import (
     Entry,
     _documents,

@@ -11,11 +11,12 @@ from unittest import mock
 import pytest
 import tokenizers
 
-from illada.data.corpus import SPECIAL_TOKENS, load_tokenizer, train_tokenizer
 from illada.generation import loop as generation_loop
 from illada.text import chat_template
 from illada.text.chat_template import merge_system, render_chat_template
 from illada.text.tokenizer import Continuation, Tokenizer, bos_prefix
+from illada.text.tokenizer_files import load_tokenizer
+from illada.text.training import SPECIAL_TOKENS, train_tokenizer
 
 LLAMA3 = (
     "{% set loop_messages = messages %}{% for message in loop_messages %}"

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from illada import cli
 from illada.checkpoints.weights import load_pretrained
-from illada.data.corpus import TokenDataset, prepare
+from illada.data.corpus import prepare
+from illada.data.dataset import TokenDataset
 from illada.files import write_text
 from illada.ops import capabilities
 from illada.train import evaluate, load_config, loop, train

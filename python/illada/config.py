@@ -8,8 +8,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Gt, Le, Lt
 
-from illada.schema import Count, Fraction, PositiveFloat, Size, TokenId, check_fields
-from illada.text.files import some_of
+from illada.schema import Count, Fraction, PositiveFloat, Size, TokenId, check_fields, some_of
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from illada.batch import Batch
 from illada.config import ModelConfig
 from illada.devices import autocast_dtype, find_device
-from illada.diffusion import Batch
 from illada.ops import AttentionPlan, attention_plan, linear_masked_cross_entropy, varlen_attention
 
 #: Rows that a layer passes to its MLP at a time when gradients are off. On a CPU the temporaries stay in the cache and
@@ -136,6 +136,19 @@ def does_more(linear: nn.Module) -> bool:
     """
     hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
     return any(hooks) or type(linear).forward is not nn.Linear.forward or "forward" in linear.__dict__
+
+
+def more_than_weight(head: object) -> str | None:
+    """Return what keeps an op that takes only a weight from standing in for `head`, or None: nothing does.
+
+    Hooks of FSDP2 are allowed: they gather the weight, a DTensor, for the head's call.
+    """
+    if not isinstance(head, nn.Linear) or (does_more(head) and not hasattr(head.weight, "full_tensor")):
+        return (
+            f"a {type(head).__name__} that does more than multiply by its weight (adapter, quantised weight, hooks, a "
+            "forward of its own)"
+        )
+    return f"a {type(head).__name__} with a bias" if head.bias is not None else None
 
 
 class Attention(nn.Module):
@@ -372,18 +385,16 @@ class MaskedDiffusionModel(nn.Module):
         """Head weight [V, C]: that of the head or of the tied embedding, without padding rows.
 
         Raises:
-            TypeError: The head does more than multiply by its weight (adapter, quantised weight, forward hooks, or a
-                replaced forward). The ops take only the weight.
+            TypeError: The head is more than its weight: see `more_than_weight`. The ops take only the weight.
         """
-        tied = self.lm_head is None
-        name, head = "embed_tokens" if tied else "lm_head", self.embed_tokens if self.lm_head is None else self.lm_head
-        sharded = hasattr(head.weight, "full_tensor")  # FSDP2's hooks are allowed; the ops check the rest
-        kind = nn.Embedding if tied else nn.Linear
-        if not isinstance(head, kind) or (does_more(head) and not (tied or sharded)):
+        head = self.embed_tokens if self.lm_head is None else self.lm_head
+        problem = more_than_weight(head)
+        if self.lm_head is None and isinstance(head, nn.Embedding):
+            problem = None  # the tied weight is no head that is called
+        if problem is not None:
             raise TypeError(
-                f"{name} is a {type(head).__name__} that does more than multiply by its weight (adapter, quantised "
-                "weight, hooks, a forward of its own), which is all that the ops of the head take; leave that away, or "
-                "merge it (peft: merge_and_unload)"
+                f"{'embed_tokens' if self.lm_head is None else 'lm_head'} is {problem}; the ops of the head take its "
+                "weight alone: leave the rest away, or merge it (peft: merge_and_unload)"
             )
         weight = head.weight
         return weight if weight.shape[0] == self.config.vocab_size else weight[: self.config.vocab_size]
@@ -495,7 +506,8 @@ class MaskedDiffusionModel(nn.Module):
         """Compute Eq. 1 on a batch: the sum of 1/p-weighted cross-entropies of the masked tokens over `normalizer`.
 
         Args:
-            batch: A batch of `illada.diffusion`; logits are computed only for its masked rows.
+            batch: Masked sequences, for example of `illada.diffusion.make_batch`. Logits are computed only for its
+                masked rows.
             normalizer: Positive number or scalar tensor; default the batch's number of tokens. Pass the global batch's
                 number when gradients are summed.
 

@@ -16,11 +16,14 @@ from illada.checkpoints import weights
 from illada.cli import sampling, score
 from illada.config import ModelConfig
 from illada.data import corpus
+from illada.data.dataset import SPLITS, TokenDataset
 from illada.data.sources import read_source
 from illada.evaluation import tasks
 from illada.model import MaskedDiffusionModel
+from illada.text import training
 from illada.text.chat_template import render_chat_template
 from illada.text.tokenizer import Tokenizer, read_template
+from illada.text.tokenizer_files import control_tokens
 from illada.train import load_config
 from illada.train import state as train_state
 from illada.train.log import Log
@@ -103,8 +106,8 @@ def read_tokenizer(folder):
     tokenizer.decode([0, 7, 1 << 20], skip_special_tokens=False)
     if tokenizer.chat_template is not None:
         tokenizer.apply_chat_template(MESSAGES)
-    ids = corpus.special_ids(tokenizer.backend)
-    corpus.control_tokens(tokenizer.backend, ids.values())
+    ids = training.special_ids(tokenizer.backend)
+    control_tokens(tokenizer.backend, ids.values())
 
 
 def render_template(folder):
@@ -120,8 +123,8 @@ def render_template(folder):
 
 def read_corpus(folder):
     """A corpus, as training and tasks use it."""
-    for split in corpus.SPLITS:
-        dataset = corpus.TokenDataset(folder, split)
+    for split in SPLITS:
+        dataset = TokenDataset(folder, split)
         dataset.windows(np.arange(min(2, dataset.num_windows(8))), 8)
         dataset.unigram_entropy()
     config = load_config(None, ["data.window=8", "model.preset=tiny"])
@@ -133,7 +136,7 @@ def prepare(folder):
     """`illada prepare --tokenizer`."""
     source = f"jsonl:{folder / 'text.jsonl'}"
     corpus.prepare(source, folder / "out", tokenizer=folder / "tokenizer.json", validation_fraction=0.4, progress=False)
-    corpus.TokenDataset(folder / "out").unigram_entropy()
+    TokenDataset(folder / "out").unigram_entropy()
 
 
 def read_texts(folder):
@@ -206,7 +209,7 @@ def read_journal(folder):
 
     from illada.evaluation.lm_eval import IlladaLM
 
-    model, tokenizer = _tiny_model(), Tokenizer(corpus.train_tokenizer(["a b c"], 262))
+    model, tokenizer = _tiny_model(), Tokenizer(training.train_tokenizer(["a b c"], 262))
     lm = IlladaLM(model, tokenizer=tokenizer, journal=folder / "eval.json.journal", max_tokens=64, gen_length=4)
     pairs = [Instance("loglikelihood", {}, ("a", text), i, task_name="t") for i, text in enumerate(("b", "c c"))]
     for value, greedy in lm.loglikelihood(pairs):
@@ -270,18 +273,18 @@ def make_valid(root):
     weights.save_pretrained(model, root / "shards", max_shard_bytes=4000)
     valid["shards"] = files_in(root / "shards")
 
-    declared = {str(i): {"content": token, "special": True} for i, token in enumerate(corpus.SPECIAL_TOKENS.values())}
+    declared = {str(i): {"content": token, "special": True} for i, token in enumerate(training.SPECIAL_TOKENS.values())}
     settings = {
         "added_tokens_decoder": declared,
-        "bos_token": {"content": corpus.SPECIAL_TOKENS["bos"], "lstrip": False},
-        "eos_token": corpus.SPECIAL_TOKENS["eos"],
-        "additional_special_tokens": [corpus.SPECIAL_TOKENS["mask"]],
+        "bos_token": {"content": training.SPECIAL_TOKENS["bos"], "lstrip": False},
+        "eos_token": training.SPECIAL_TOKENS["eos"],
+        "additional_special_tokens": [training.SPECIAL_TOKENS["mask"]],
         "chat_template": [{"name": "default", "template": TEMPLATE}],
     }
     valid["tokenizer"] = {
         "tokenizer.json": tokenizer.read_bytes(),
         "tokenizer_config.json": json.dumps(settings).encode(),
-        "special_tokens_map.json": json.dumps({"pad_token": corpus.SPECIAL_TOKENS["pad"]}).encode(),
+        "special_tokens_map.json": json.dumps({"pad_token": training.SPECIAL_TOKENS["pad"]}).encode(),
     }
     valid["prepare"] = {"tokenizer.json": tokenizer.read_bytes(), "text.jsonl": lines.encode()}
     valid["template"] = {"chat_template.jinja": TEMPLATE.encode()}

@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from illada.config import ModelConfig
-from illada.schema import checked, hints_of
-from illada.text.files import some_of
+from illada.schema import checked, hints_of, some_of
 
 _IDS = {
     "bos_token_id": "bos_token_id",

@@ -60,8 +60,8 @@ def load(
 ) -> tuple[MaskedDiffusionModel, Tokenizer]:
     """The model of a checkpoint or training run, and its tokenizer (or the given one, which must be the same)."""
     from illada.checkpoints.weights import load_pretrained, read_config
-    from illada.data.corpus import tokenizer_sha256
     from illada.text.tokenizer import Tokenizer
+    from illada.text.training import tokenizer_sha256
 
     folder = find_checkpoint(path)
     tokenizer_path = Path(tokenizer or folder)

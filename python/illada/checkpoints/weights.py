@@ -26,11 +26,11 @@ from illada.checkpoints.formats import LAYOUTS, Layout, layout_of_file
 from illada.checkpoints.open import config_file
 from illada.config import ModelConfig
 from illada.devices import find_device
-from illada.files import check_inside, read_json_object, staged_directory
+from illada.files import check_inside, staged_directory
 from illada.model import MaskedDiffusionModel
-from illada.schema import TokenId, check_object, checked
+from illada.schema import TokenId, check_object, checked, some_of
 from illada.terminal import shows
-from illada.text.files import looks_like, read_json, some_of
+from illada.text.files import looks_like, read_json, read_json_object
 
 _INDEX = "model.safetensors.index.json"
 #: Of weights, by their names in safetensors.

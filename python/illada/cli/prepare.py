@@ -69,7 +69,8 @@ def _run(options: argparse.Namespace) -> int:
 
 def _prepare_corpus(options: argparse.Namespace) -> None:
     with importing():
-        from illada.data.corpus import parse_special, prepare
+        from illada.data.corpus import prepare
+        from illada.text.training import parse_special
 
     header = prepare(
         options.source,

@@ -40,7 +40,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.config is None and not options.print_config:
         raise ValueError("train needs a configuration file; `illada train --print-config > my.toml` writes a template")
     with importing():
-        from illada.data.corpus import TokenDataset
+        from illada.data.dataset import TokenDataset
         from illada.train import load_config
 
     file = None if options.config is None else configuration(options.config)

@@ -2,6 +2,7 @@
 
     sources   the documents of a source of text
     corpus    `prepare`: a source's documents become a corpus folder
+    dataset   `TokenDataset`: one split of a corpus folder
 
 Names load when they are used.
 """
@@ -12,12 +13,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from illada.data.corpus import TokenDataset, prepare
+    from illada.data.corpus import prepare
+    from illada.data.dataset import TokenDataset
     from illada.data.sources import read_source
 
 __all__ = ["TokenDataset", "prepare", "read_source"]
 
-_MODULES = {"TokenDataset": "corpus", "prepare": "corpus", "read_source": "sources"}
+_MODULES = {"TokenDataset": "dataset", "prepare": "corpus", "read_source": "sources"}
 
 
 def __getattr__(name: str) -> Any:

@@ -13,114 +13,33 @@ does not depend on their order or the machine; where they are too few or too une
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import itertools
 import json
 import re
-import shlex
+import tempfile
 import warnings
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import IO, Any, cast
 
 import numpy as np
-from annotated_types import Gt, Le
 from numpy.typing import NDArray
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from illada.data.sources import PIECE, Documents, hold_out, open_source
+from illada.data.dataset import FORMAT, FORMAT_VERSION, SPLITS
+from illada.data.sources import PIECE, open_source
 from illada.files import folder_to_write, recover, staged_directory
-from illada.schema import Count, NonNegativeFloat, check_object
 from illada.terminal import shows
-from illada.text.files import read_json
 from illada.text.tokenizer_files import control_tokens, encode_as_text, library_errors, load_tokenizer
+from illada.text.training import special_ids, tokenizer_sha256, train_tokenizer, vocab_size_of
 
-_MOST_IDS = 1 << 22  # of a vocabulary: the largest have a quarter of a million, and each id is counted
-FORMAT, FORMAT_VERSION = "illada-corpus", 1
-SPLITS = ("train", "validation")
-
-#: iLLaDA's special tokens, in the order of their ids.
-SPECIAL_TOKENS = {
-    "bos": "<[begin▁of▁sentence]>",
-    "pad": "<[PAD▁TOKEN]>",
-    "eos": "<[end▁of▁sentence]>",
-    "reserved_0": "<[reserved▁0]>",
-    "reserved_1": "<[reserved▁1]>",
-    "mask": "<[MASK]>",
-}
-_SPECIAL_NAMES = ("bos", "pad", "eos", "mask")
-#: corpus.json, but for its format and version.
-_HEADER = {
-    "dtype": Literal["uint16", "uint32"],
-    "vocab_size": Annotated[int, Gt(0), Le(_MOST_IDS)],
-    **{f"{name}_token_id": Count for name in _SPECIAL_NAMES},
-    "tokenizer_sha256": str,
-    "splits": dict[str, dict[str, Any]],
-    "validation_unigram_entropy": NonNegativeFloat,
-}
-_SPLIT = {"documents": Count, "tokens": Count}
 _BATCH = 1 << 20  # characters handed to the tokenizer's threads at a time: it needs about 70 bytes for each
 _MARGIN = 256  # characters on both sides of a cut that decide whether it changes the tokens
 _TRIES = 16  # places tried for a cut
-
-
-# --------------------------------------------------------------------------------------------------------- tokenizers
-
-
-def tokenizer_sha256(path: str | Path) -> str:
-    """What ties a corpus to a checkpoint: the SHA-256 of its tokenizer.json (of a folder's, for a folder)."""
-    file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
-    return hashlib.sha256(file.read_bytes()).hexdigest()
-
-
-def train_tokenizer(documents: Iterable[str], vocab_size: int, *, progress: bool = False) -> Tokenizer:
-    """A byte-level BPE tokenizer whose first ids are iLLaDA's special tokens: bos 0, pad 1, eos 2, mask 5."""
-    smallest = len(SPECIAL_TOKENS) + 256
-    if vocab_size < smallest:
-        raise ValueError(f"vocab_size must be at least {smallest} (256 bytes and the special tokens), got {vocab_size}")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[AddedToken(token, special=True) for token in SPECIAL_TOKENS.values()],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=progress,
-    )
-    tokenizer.train_from_iterator(documents, trainer)
-    return tokenizer
-
-
-def special_ids(tokenizer: Tokenizer, given: dict[str, int] | None = None) -> dict[str, int]:
-    """Ids of bos, pad, eos and mask: as given, else by iLLaDA's names; an error says which are missing."""
-    given = given or {}
-    if unknown := set(given) - set(_SPECIAL_NAMES):
-        raise ValueError(f"special ids may be given for {', '.join(_SPECIAL_NAMES)}, got {', '.join(sorted(unknown))}")
-    found = {name: given.get(name, tokenizer.token_to_id(SPECIAL_TOKENS[name])) for name in _SPECIAL_NAMES}
-    ids = {name: i for name, i in found.items() if i is not None}
-    if missing := [name for name in _SPECIAL_NAMES if name not in ids]:
-        raise ValueError(
-            f"the tokenizer has none of iLLaDA's names for {', '.join(missing)}; give their ids, as in "
-            f"--special {missing[0]}=ID"
-        )
-    size = _vocab_size(tokenizer)
-    for name, i in ids.items():
-        if not 0 <= i < size:
-            raise ValueError(f"special id {name}={i} is outside of the vocabulary of {size}")
-    return ids
-
-
-def _vocab_size(tokenizer: Tokenizer) -> int:
-    """One more than the largest id, which is more than the number of tokens where ids are left out."""
-    size = 1 + max(tokenizer.get_vocab().values(), default=-1)
-    if size > _MOST_IDS:
-        raise ValueError(f"the tokenizer's ids must be below {_MOST_IDS}, got {size - 1}")
-    return size
-
-
-# ------------------------------------------------------------------------------------------------------------ prepare
 
 
 def prepare(
@@ -180,7 +99,7 @@ def prepare(
         control = control_tokens(trained, ids.values())
         trained.encode_special_tokens = True  # a document that spells "<[MASK]>" is text, not a mask
         trained.save(str(folder / "tokenizer.json"))
-        size = _vocab_size(trained)
+        size = vocab_size_of(trained)
         dtype = "uint16" if size <= 1 << 16 else "uint32"
         writer = _Writer(trained, ids["eos"], control, dtype)
         header: dict[str, Any] = {
@@ -200,6 +119,85 @@ def prepare(
         header["validation_unigram_entropy"] = _entropy(_count(folder / "validation.bin", dtype))
         (folder / "corpus.json").write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
     return header
+
+
+class Documents:
+    """Documents in a file without a name, end to end.
+
+    Args:
+        folder: where the file is; it needs the room of the text.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._file = cast(IO[bytes], tempfile.TemporaryFile(dir=folder))
+        self._ends = array("Q", [0])  # in bytes; where each document ends, after where the first begins
+        self.lengths = array("Q")  # in characters
+        self.scores = array("d")  # in [0, 1), by a hash of the text
+
+    def __enter__(self) -> Documents:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def add(self, pieces: Iterable[str]) -> None:
+        """One more document."""
+        length, digest, size = 0, hashlib.sha256(), self._ends[-1]
+        self._file.seek(size)
+        for piece in pieces:
+            data = piece.encode()
+            length, size = length + len(piece), size + len(data)
+            digest.update(data)
+            self._file.write(data)
+        self.lengths.append(length)
+        self._ends.append(size)
+        self.scores.append(int.from_bytes(digest.digest()[:8], "big") / 2**64)
+
+    def pieces(self, index: int, start: int = 0, end: int | None = None) -> Iterator[str]:
+        """Characters [start, end) of a document, in pieces of `PIECE` at most."""
+        at, end = 0, self.lengths[index] if end is None else end
+        for piece in codecs.iterdecode(self._blocks(self._ends[index], self._ends[index + 1]), "utf-8"):
+            if at >= end:
+                return
+            if part := piece[max(0, start - at) : end - at]:
+                yield part
+            at += len(piece)
+
+    def _blocks(self, start: int, end: int) -> Iterator[bytes]:
+        while start < end:
+            self._file.seek(start)
+            yield self._file.read(min(PIECE, end - start))
+            start += PIECE
+
+
+def hold_out(documents: Documents, fraction: float) -> tuple[array[int], str]:
+    """Share the text out to the splits: at which character of each document its held-out part begins, and what is held
+    out, "documents" (each is as a whole in one split) or "ends".
+    """
+    held_out = [score < fraction for score in documents.scores]
+    share = sum(length for length, held in zip(documents.lengths, held_out, strict=True) if held)
+    if not all(held_out) and fraction / 2 <= share / max(1, sum(documents.lengths)) <= 2 * fraction:
+        starts = (0 if held else length for length, held in zip(documents.lengths, held_out, strict=True))
+        return array("Q", starts), "documents"
+    return array("Q", (_end(documents, index, fraction) for index in range(len(documents)))), "ends"
+
+
+def _end(documents: Documents, index: int, fraction: float) -> int:
+    """Where the held-out end of a document begins: not within a line or word, unless that would hold out twice as
+    much.
+    """
+    length = documents.lengths[index]
+    cut = int((1 - fraction) * length)
+    earliest = max(0, 2 * cut - length)
+    at, line, word = earliest, 0, 0
+    for piece in documents.pieces(index, earliest, cut):
+        line = at + piece.rfind("\n") + 1 if "\n" in piece else line
+        word = at + piece.rfind(" ") + 1 if " " in piece else word
+        at += len(piece)
+    return line or word or cut
 
 
 def _parts(documents: Documents, starts: Sequence[int], split: str) -> Iterator[Iterator[str]]:
@@ -327,89 +325,3 @@ def _entropy(counts: NDArray) -> float:
     """Of the empirical distribution, in nats."""
     p = counts[counts > 0] / counts.sum()
     return float(-(p * np.log(p)).sum())
-
-
-# ------------------------------------------------------------------------------------------------------------ reading
-
-
-class TokenDataset:
-    """One split of a prepared corpus, memory-mapped.
-
-    Attributes:
-        header: corpus.json.
-        tokens: the ids, uint16 or uint32 [num_tokens], not in memory.
-        documents: uint64 [num_documents + 1], where each document starts, with num_tokens last.
-
-    Raises:
-        FileNotFoundError: no corpus there. ValueError: not a corpus, another format version, or damaged files.
-    """
-
-    def __init__(self, path: str | Path, split: str = "train") -> None:
-        self.path, self.split = Path(path), split
-        if split not in SPLITS:
-            raise ValueError(f"split must be {' or '.join(SPLITS)}, got {split!r}")
-        header_file = self.path / "corpus.json"
-        if not header_file.is_file():
-            command = f"illada prepare --source SOURCE --out {shlex.quote(str(self.path))}"
-            raise FileNotFoundError(f"{self.path} is not a corpus (no corpus.json); make one with `{command}`")
-        self.header: dict[str, Any] = read_json(header_file)
-        if not isinstance(self.header, dict) or self.header.get("format") != FORMAT:
-            raise ValueError(f"{header_file} is not the header of an {FORMAT}")
-        if (version := self.header.get("version")) != FORMAT_VERSION:
-            raise ValueError(f"{header_file} has format version {version!r:.80}, this is {FORMAT_VERSION}")
-        check_object(self.header, _HEADER, str(header_file))
-        if wrong := [i for name in _SPECIAL_NAMES if not (i := self.header[f"{name}_token_id"]) < self.vocab_size]:
-            raise ValueError(f"{header_file}: token id {wrong[0]} is outside of the vocabulary of {self.vocab_size}")
-        expected = check_object(self.header["splits"].get(split), _SPLIT, f"{header_file}, splits, {split}")
-        self.tokens: NDArray = self._map(f"{split}.bin", np.dtype(self.header["dtype"]), expected["tokens"])
-        self.documents: NDArray = self._map(f"{split}.idx", np.dtype(np.uint64), expected["documents"] + 1)
-        if int(self.documents[-1]) != expected["tokens"] or int(self.documents[0]) != 0:
-            raise ValueError(f"{self.path / f'{split}.idx'} does not belong to {split}.bin")
-        if bool((self.documents[1:] < self.documents[:-1]).any()):
-            raise ValueError(f"{self.path / f'{split}.idx'} is damaged: documents must start in ascending order")
-        if tokenizer_sha256(self.path) != self.header["tokenizer_sha256"]:
-            raise ValueError(f"{self.path / 'tokenizer.json'} is not the tokenizer that this corpus was made with")
-
-    def _map(self, name: str, dtype: np.dtype, count: int) -> NDArray:
-        file = self.path / name
-        size = file.stat().st_size if file.is_file() else 0
-        if size != count * dtype.itemsize:
-            raise ValueError(f"{file} is damaged: {size} bytes, expected {count * dtype.itemsize}")
-        return np.memmap(file, dtype=dtype, mode="r") if count else np.empty(0, dtype)
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of ids, special ones included."""
-        return self.header["vocab_size"]
-
-    def num_windows(self, length: int) -> int:
-        """Whole windows of `length` tokens; ValueError if there is none."""
-        count = len(self.tokens) // length
-        if count == 0:
-            more = " or hold out more of it (--validation-fraction)" if self.split == "validation" else ""
-            raise ValueError(
-                f"the {self.split} split of {self.path} has {len(self.tokens)} tokens, less than one window of "
-                f"{length}; prepare more text{more}, or train on shorter windows (data.window)"
-            )
-        return count
-
-    def windows(self, indices: NDArray[np.int64], length: int) -> NDArray:
-        """Windows [B, length] by index; ValueError for a token id outside of the vocabulary."""
-        out = np.stack([self.tokens[i * length : (i + 1) * length] for i in np.asarray(indices).tolist()])
-        if int(out.max()) >= self.vocab_size:
-            raise ValueError(
-                f"{self.path} holds token id {int(out.max())}, outside of its vocabulary of {self.vocab_size}"
-            )
-        return out
-
-    def unigram_entropy(self) -> float:
-        """Entropy of the held-out tokens' own frequencies, in nats: what knowing no context costs."""
-        return self.header["validation_unigram_entropy"]
-
-
-def parse_special(text: str) -> dict[str, int]:
-    """`"eos=2,mask=5"` as a dict, for the command line."""
-    try:
-        return {name.strip(): int(value) for name, value in (part.split("=") for part in text.split(","))}
-    except ValueError:
-        raise ValueError(f"special ids must look like eos=2,mask=5, got {text!r}") from None

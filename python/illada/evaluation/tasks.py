@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from illada.data.corpus import TokenDataset
+from illada.data.dataset import TokenDataset
 from illada.files import check_inside, recover, staged_directory
 from illada.text.files import read_lines
 from illada.text.tokenizer_files import library_errors, load_tokenizer

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from illada.random import Stream, philox4x32
+from illada.random import Stream, key_of, philox4x32, to_uniform
 
 
 def quota_schedule(masks: int, steps: int) -> list[int]:
@@ -71,5 +71,4 @@ def _uniforms(seed: int, positions: NDArray, step: int, stream: Stream) -> NDArr
     """In (0, 1), float64: a function of (seed, position, step) alone, as the sampler's noise."""
     counter = np.zeros((len(positions), 4), dtype=np.uint32)
     counter[:, 1], counter[:, 2], counter[:, 3] = positions, step, stream
-    key = np.array([seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF], dtype=np.uint32)
-    return (philox4x32(counter, key)[:, 0] + 0.5) * 2.0**-32
+    return to_uniform(philox4x32(counter, key_of(seed))[:, 0])

@@ -11,7 +11,7 @@ from typing import Any
 
 from illada.checkpoints.formats import OLDEST_TRANSFORMERS
 from illada.config import ModelConfig
-from illada.files import read_if_there
+from illada.text.files import read_if_there
 from illada.text.tokenizer_files import load_tokenizer, read_tokenizer
 
 _CODE = ("configuration_illada.py", "modeling_illada.py")

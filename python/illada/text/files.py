@@ -10,9 +10,11 @@ import codecs
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from illada.schema import check_object
 
 _MARKS = (
     (codecs.BOM_UTF32_LE, "UTF-32"),
@@ -30,7 +32,6 @@ _COMPRESSED = (
 _POINTER = b"version https://git-lfs.github.com/spec"
 _IS_POINTER = "is a Git LFS pointer, not the file it stands for: fetch that with git lfs pull"
 _HEAD = 4096  # bytes looked at for what a file is
-_SHOWN = 5  # items of a list in an error
 _BLOCK = 1 << 16  # bytes of a file in memory at a time, where it is read in pieces
 
 
@@ -126,6 +127,18 @@ def read_json(path: str | Path) -> Any:
         raise
 
 
+def read_json_object(file: Path) -> dict[str, Any]:
+    """A JSON file that holds an object. ValueError, which names the file: it does not."""
+    values: dict[str, Any] = read_json(file)
+    check_object(values, {}, str(file))
+    return values
+
+
+def read_if_there(file: Path) -> dict[str, Any]:
+    """`read_json_object`, empty where there is no file."""
+    return read_json_object(file) if file.is_file() else {}
+
+
 def looks_like(path: str | Path) -> str | None:
     """What a file is that a download left in the place of another, for an error about it; None: it is none of those."""
     with Path(path).open("rb") as file:
@@ -135,12 +148,6 @@ def looks_like(path: str | Path) -> str | None:
     if start.startswith((b"<!doctype html", b"<html")):
         return "is an HTML page, which a download saved in place of the file: fetch the file itself"
     return None
-
-
-def some_of(items: Sequence[str], separator: str = ", ") -> str:
-    """A list for an error: the first of its items, none of them long, and how many more there are."""
-    shown = separator.join(f"{item:.160}" for item in items[:_SHOWN])
-    return shown if len(items) <= _SHOWN else f"{shown} and {len(items) - _SHOWN} more"
 
 
 def check_text(text: str, where: str) -> str:

@@ -9,10 +9,9 @@ from typing import Any
 
 import tokenizers
 
-from illada.files import read_if_there
 from illada.schema import check_object
 from illada.text.chat_template import Message, render_chat_template
-from illada.text.files import check_text, looks_like, read_text
+from illada.text.files import check_text, looks_like, read_if_there, read_text
 from illada.text.tokenizer_files import (
     control_tokens,
     encode_as_text,

@@ -11,9 +11,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
-from illada.files import read_if_there
 from illada.schema import Fraction, TokenId, check_object, checked
-from illada.text.files import looks_like, read_json
+from illada.text.files import looks_like, read_if_there, read_json
 
 #: Special tokens that a checkpoint names, in tokenizer_config.json or special_tokens_map.json.
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")

@@ -20,8 +20,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from illada.data.corpus import TokenDataset
-from illada.diffusion import Batch, make_batch, make_validation_batch, window_of_sample
+from illada.batch import Batch
+from illada.data.dataset import TokenDataset
+from illada.diffusion import make_batch, make_validation_batch, window_of_sample
 from illada.files import locked, remove_stale, write_text
 from illada.model import MaskedDiffusionModel
 from illada.ops import why_not

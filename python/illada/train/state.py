@@ -24,8 +24,8 @@ from illada.checkpoints.open import all_checkpoints, load, newest, state_file
 from illada.checkpoints.weights import read_weights, write_pretrained
 from illada.files import remove_directory, staged_directory
 from illada.model import MaskedDiffusionModel
-from illada.schema import Count, Finite, check_object
-from illada.text.files import read_json, some_of
+from illada.schema import Count, Finite, check_object, some_of
+from illada.text.files import read_json
 from illada.train.config import TrainConfig
 
 _STATE = {
