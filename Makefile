@@ -170,11 +170,12 @@ dry-run: .cache/installed-simulator ## benchmarks/run_on_gpu.sh on the simulator
 ptxas: $(HEADERS) ## registers, spills and shared memory of each kernel against the budget; needs nvcc
 	"$(PYTHON)" cmake/ptxas.py $(if $(UPDATE),--update) $(ARGS)
 
-lint: .cache/requirements-dev $(HEADERS) ## ruff, clang-format, mypy, and clang-tidy for products of sizes
+lint: .cache/requirements-dev $(HEADERS) ## ruff, clang-format, mypy, layers, codespell, lines of docs, clang-tidy for products of sizes
 	"$(BIN)/ruff" check .
 	"$(BIN)/ruff" format --check .
 	find csrc examples tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs "$(BIN)/clang-format" --dry-run --Werror
 	"$(BIN)/mypy"
+	PYTHONPATH=python "$(BIN)/lint-imports" --no-cache
 	"$(BIN)/codespell" . .ci/*
 	"$(BIN)/python" cmake/docs_lines.py
 	"$(BIN)/python" cmake/tidy.py

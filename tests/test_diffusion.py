@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from illada.diffusion import DiffusionConfig, make_batch, make_validation_batch, permutation, window_of_sample
+from illada.diffusion import (
+    DiffusionConfig,
+    draw_masks,
+    make_batch,
+    make_validation_batch,
+    permutation,
+    window_of_sample,
+)
 
 MASK, EOS = 5, 2
 PLAIN = DiffusionConfig(split_probability=0.0)
@@ -90,7 +97,7 @@ def test_low_discrepancy_covers_the_unit_interval():
     batch = batch_of(range(16), DiffusionConfig(split_probability=0.0, t_sampling="low_discrepancy"), 512, global_batch=16)  # fmt: skip
     p = np.sort([1 / float(weights.max()) for _, weights in sequences(batch)])
     np.testing.assert_allclose(np.diff(p), 0.999 / 16, rtol=1e-3)
-    with pytest.raises(ValueError, match="needs global_batch"):
+    with pytest.raises(ValueError, match="make_batch: t_sampling = 'low_discrepancy' needs global_batch"):
         batch_of(range(2), DiffusionConfig(t_sampling="low_discrepancy"))
 
 
@@ -186,8 +193,15 @@ def test_errors():
             DiffusionConfig(**options)
     with pytest.raises(ValueError, match=r"shape \[B, L\]"):
         make_batch(np.zeros((2, 0)), np.arange(2), seed=0, mask_id=MASK)
-    with pytest.raises(ValueError, match=r"stratum must be in \[0, 4\)"):
+    with pytest.raises(ValueError, match=r"draw_validation_masks: stratum must be in \[0, 4\), got 4"):
         make_validation_batch(np.zeros((1, 4)), np.arange(1), stratum=4, strata=4, mask_id=MASK)
+    with pytest.raises(ValueError, match="draw_masks: t_sampling = 'low_discrepancy' needs global_batch"):
+        draw_masks(np.arange(1), 4, seed=0, config=DiffusionConfig(t_sampling="low_discrepancy"))
+    for option in ({"complementary": True}, {"isolate_documents": True}, {"mask_count": "exact"}):
+        with pytest.raises(
+            ValueError, match=f"draw_masks: config may set eps and t_sampling alone, got .*{[*option][0]}"
+        ):
+            draw_masks(np.arange(1), 4, seed=0, config=DiffusionConfig(**option))
     with pytest.raises(ValueError, match="size must be at least 1"):
         permutation(np.arange(1), 0, 0, 0)
     with pytest.raises(ValueError, match=r"positions must be in \[0, 3\)"):

@@ -14,8 +14,10 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 import illada
 from illada import cli
-from illada.checkpoints.weights import load_pretrained, read_config, save_pretrained
+from illada import model as our_model
+from illada.checkpoints.weights import load_pretrained, read_config, save_pretrained, write_pretrained
 from illada.config import ModelConfig
+from illada.hf_export import modeling_illada
 from illada.hf_export.modeling_illada import IlladaForMaskedLM, IlladaModel
 from illada.integrations import transformers as attention
 from illada.model import MaskedDiffusionModel
@@ -113,6 +115,8 @@ def test_a_packed_row(pair, generator):
     position_ids = torch.cat([torch.arange(n) for n in SEQUENCES])[None]
     got = exported(packed[None], position_ids=position_ids, cu_seq_lens_q=cu_seqlens, cu_seq_lens_k=cu_seqlens).logits
     torch.testing.assert_close(got[0], model(packed, cu_seqlens) @ model.head_weight.T, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="position_ids start anew within a row.*pass cu_seq_lens_q"):
+        exported(packed[None], position_ids=position_ids)
 
 
 def test_checkpointing_outputs_and_accumulation(pair, generator):
@@ -217,9 +221,48 @@ def test_special_tokens_are_named_by_the_ids_of_the_model(tokenizer_folder, tmp_
     ids = (loaded.mask_token_id, loaded.eos_token_id, loaded.pad_token_id, loaded.bos_token_id)
     assert ids == (5, 2, 1, 0) and loaded("the fox").input_ids == own.encode("the fox").ids
     assert loaded(f"the {loaded.mask_token}").input_ids[-1] == 5
-    (tokenizer_folder / "special_tokens_map.json").write_text("[")
-    with pytest.raises(ValueError, match=re.escape(f"{tokenizer_folder / 'special_tokens_map.json'} is")):
-        save_pretrained(model, tmp_path / "damaged", tokenizer=tokenizer_folder)
+
+
+@pytest.mark.parametrize("damaged", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
+def test_a_damaged_tokenizer_is_found_before_anything_is_written(damaged, tokenizer_folder, tmp_path):
+    (tokenizer_folder / damaged).write_text("[")
+    folder = tmp_path / "written"
+    folder.mkdir()
+    with pytest.raises(ValueError, match=re.escape(f"{tokenizer_folder / damaged} ")):
+        write_pretrained(random_model(), folder, tokenizer=tokenizer_folder)
+    assert not list(folder.iterdir())
+    with pytest.raises(ValueError, match=re.escape(f"{tokenizer_folder / damaged} ")):
+        save_pretrained(random_model(), tmp_path / "saved", tokenizer=tokenizer_folder)
+    assert not (tmp_path / "saved").exists()
+
+
+def test_a_tokenizer_that_comes_alone_has_no_tokens_of_the_files_beside_it(tokenizer_folder, tmp_path):
+    """They do not come along, so transformers would give them other ids."""
+    size = Tokenizer.from_pretrained(tokenizer_folder / "tokenizer.json").backend.get_vocab_size()
+    beside = {"added_tokens_decoder": {str(size): {"content": "<later>", "special": True}}}
+    (tokenizer_folder / "tokenizer_config.json").write_text(json.dumps(beside))
+    for source, want in ((tokenizer_folder, "<later>"), (tokenizer_folder / "tokenizer.json", None)):
+        save_pretrained(
+            random_model(vocab_size=320, mask_token_id=size), tmp_path / f"hf-{source.name}", tokenizer=source
+        )
+        values = json.loads((tmp_path / f"hf-{source.name}" / "tokenizer_config.json").read_text())
+        assert values.get("mask_token") == want
+
+
+@pytest.mark.parametrize("head_dim", [2, 12, 64, 128])
+@pytest.mark.parametrize("rope_theta", [1e4, 5e5, 1e6, 12345.678])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rope_in_fp32", [False, True])
+def test_rope_is_ours_bit_for_bit(head_dim, rope_theta, dtype, rope_in_fp32, generator):
+    sizes = {"head_dim": head_dim, "rope_theta": rope_theta, "rope_in_fp32": rope_in_fp32}
+    theirs, ours = IlladaForMaskedLM.config_class(**sizes), ModelConfig.from_dict({**SMALL, **sizes})
+    positions = torch.tensor([0, 1, 2, 3, 7, 101, 4097, 8191, 65537, 1048575, 16777215])
+    want = our_model.rotary_tables(positions, ours, dtype)
+    got = modeling_illada.rotary_tables(positions[None], theirs, dtype)
+    assert all(a.dtype == b.dtype and torch.equal(a[0, 0], b[:, 0]) for a, b in zip(got, want, strict=True))
+    x = torch.randn(len(positions), 3, head_dim, generator=generator).to(dtype)
+    rotated = modeling_illada.rotate(x.transpose(0, 1)[None], *got)[0].transpose(0, 1)
+    assert rotated.dtype == dtype and torch.equal(rotated, our_model.rotate(x, *want))
 
 
 def test_a_training_run_and_what_is_refused(tmp_path, capsys):

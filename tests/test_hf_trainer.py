@@ -24,7 +24,9 @@ from transformers import (
 )
 
 import illada
+from illada.config import DiffusionConfig
 from illada.diffusion import draw_masks, draw_validation_masks, make_batch
+from illada.integrations import trainer as trainer_module
 from illada.integrations import transformers as attention
 from illada.integrations.trainer import MaskedDiffusionCollator, MaskedDiffusionTrainer
 
@@ -90,12 +92,16 @@ def step(folder, model, **options):
     return loss, seen.steps[0]
 
 
-def by_hand(model, rows=ROWS, seed=SEED, draw=draw_masks, **options):
+def draw(samples, length, **options):
+    return draw_masks(samples, length, seed=SEED, **options)
+
+
+def by_hand(model, rows=ROWS, draw=draw, **options):
     """Eq. 1 in float64, one row after the other."""
     model, total, tokens = model.double(), 0.0, 0
     for i, row in enumerate(rows):
         ids = torch.tensor(row["input_ids"])
-        masked, weight = draw(np.array([i]), len(ids), **{"seed": seed} if draw is draw_masks else {}, **options)
+        masked, weight = draw(np.array([i]), len(ids), **options)
         learned = torch.tensor(row.get("labels", row["input_ids"])) != -100
         masked = torch.from_numpy(masked[0]) & learned
         logits = model(input_ids=torch.where(masked, MASK, ids)[None])["logits"][0]
@@ -138,7 +144,7 @@ def test_accumulation_makes_the_same_step(tmp_path):
 
 def test_low_discrepancy(tmp_path):
     options = {"t_sampling": "low_discrepancy", "eps": 0.1}
-    want = by_hand_with_gradients(make_model(), global_batch=8, **options)
+    want = by_hand_with_gradients(make_model(), global_batch=8, config=DiffusionConfig(**options))
     assert_same(step(tmp_path, make_model(), batch=4, accumulation=2, options=options), want)
 
 
@@ -191,12 +197,55 @@ def test_rows_that_are_padded_already(tmp_path):
     assert packed["lengths"] == list(LENGTHS) and packed["input_ids"].shape == (1, sum(LENGTHS))
 
 
-def test_masks_are_those_of_make_batch():
-    windows, config = np.full((3, 10), 9), illada.config.DiffusionConfig(split_probability=0.0)
-    batch = make_batch(windows, np.arange(5, 8), seed=3, mask_id=MASK, config=config)
-    masked, weights = draw_masks(np.arange(5, 8), 14, seed=3)
+@pytest.mark.parametrize("eps", [1e-3, 0.2])
+@pytest.mark.parametrize("t_sampling", ["independent", "low_discrepancy"])
+def test_masks_are_those_of_make_batch(eps, t_sampling):
+    windows, config = np.full((3, 10), 9), DiffusionConfig(split_probability=0.0, eps=eps, t_sampling=t_sampling)
+    options = {"seed": 3, "config": config, "global_batch": 8}
+    batch = make_batch(windows, np.arange(5, 8), mask_id=MASK, **options)
+    masked, weights = draw_masks(np.arange(5, 8), 14, **options)
     assert np.array_equal(batch.tokens.numpy() == MASK, masked[:, :10].reshape(-1))
     assert np.array_equal(batch.token_weights.numpy(), (masked[:, :10] * weights[:, None]).reshape(-1))
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_rows_of_the_head_are_masked_and_learned(name, packed, monkeypatch, tmp_path):
+    """Not padding, and not what labels leave out; the host knows it from the collator, the device is not asked."""
+    attention.register()
+    rows = [row | {"labels": [-100, -100, *row["input_ids"][2:]]} for row in ROWS]
+    seen, plain, collator = [], trainer_module._standing_in, MaskedDiffusionCollator(packed=packed)
+    trainer = make_trainer(
+        tmp_path, make_model(name, attn_implementation="illada"), rows=rows, options={"data_collator": collator}
+    )
+    loader = trainer.get_train_dataloader()
+    assert trainer.data_collator is collator
+    (batch,), tokens = trainer.get_batch_samples(iter(loader), 1, trainer.args.device)
+    masked, weights = draw(np.arange(8), max(LENGTHS))
+    learned = np.array([[2 <= j < length for j in range(max(LENGTHS))] for length in LENGTHS])
+    where = (masked & learned)[np.arange(max(LENGTHS)) < np.array(LENGTHS)[:, None]] if packed else masked & learned
+    monkeypatch.setattr(trainer_module, "_standing_in", lambda call: seen.append(call.batch) or plain(call))
+    monkeypatch.setattr(trainer_module, "_counted", lambda batch: pytest.fail("the device was asked"))
+    trainer.compute_loss(trainer.model, batch, num_items_in_batch=tokens)
+    assert int(tokens) == learned.sum()
+    assert seen[0].rows.tolist() == np.flatnonzero(where).tolist()
+    assert np.array_equal(seen[0].weights.nonzero()[:, 0], np.flatnonzero(where))
+
+
+def test_a_batch_of_which_only_the_device_knows_what_is_learned(monkeypatch, tmp_path):
+    """As of a stream that one process reads for all: the same loss and gradients, by masked rows of weight 0."""
+    want = step(tmp_path, make_model())
+    monkeypatch.setattr(trainer_module, "_counted_on_host", lambda batch: None)
+    assert_same(step(tmp_path, make_model()), want)
+    monkeypatch.undo()
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(ROWS)
+
+    batch = next(iter(make_trainer(tmp_path, make_model(), rows=Stream()).get_train_dataloader()))
+    assert all(isinstance(value, torch.Tensor) for value in batch.values())  # accelerate joins no others
+    assert_same(step(tmp_path, make_model(), rows=Stream()), want)
 
 
 def test_evaluate_is_the_bound(tmp_path):
@@ -253,14 +302,16 @@ def test_a_model_that_drops_the_lengths_of_a_pack(tmp_path):
     attention.register()
     model, options = make_model(attn_implementation="illada"), {"data_collator": MaskedDiffusionCollator(packed=True)}
     plain = model.model.forward
-    model.model.forward = lambda input_ids, attention_mask=None, **others: plain(input_ids, attention_mask)
-    with pytest.raises(ValueError, match="packed batch needs a model that hands cu_seq_lens_q on"):
-        step(tmp_path, model, options=options)
-    model.model.forward = lambda input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache: plain(
-        input_ids
-    )
-    with pytest.raises(ValueError, match="packed batch needs a model that hands cu_seq_lens_q on"):
-        step(tmp_path, model, options=options)
+    for forward in (
+        lambda input_ids, attention_mask=None, **others: plain(input_ids, attention_mask),
+        lambda input_ids, attention_mask=None, position_ids=None, **others: plain(
+            input_ids, attention_mask, position_ids
+        ),
+        lambda input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache: plain(input_ids),
+    ):
+        model.model.forward = forward
+        with pytest.raises(ValueError, match="packed batch needs a model that hands cu_seq_lens_q on"):
+            step(tmp_path, model, options=options)
 
 
 def test_a_pretrained_decoder_made_bidirectional(tmp_path):

@@ -20,6 +20,7 @@ from illada.checkpoints.weights import load_pretrained
 from illada.data.corpus import prepare
 from illada.data.dataset import TokenDataset
 from illada.files import write_text
+from illada.ops import capabilities
 from illada.train import evaluate, load_config, loop, train
 from illada.train import state as train_state
 from illada.train.config import OptimizerConfig, ScheduleConfig, TrainConfig
@@ -441,17 +442,20 @@ def test_devices(config, monkeypatch):
     with pytest.raises(ValueError, match="train.device is cuda, but torch sees no CUDA device"):
         train(change(config, train={"device": "cuda"}), progress=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(loop, "has_cuda", lambda: False)
+    monkeypatch.setattr(capabilities, "has_cuda", lambda: False)
     assert device_of("auto", "bfloat16", 64) == "cpu"
     with pytest.raises(ValueError, match="but illada was built without CUDA kernels"):
         device_of("cuda", "bfloat16", 64)
-    monkeypatch.setattr(loop, "has_cuda", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    monkeypatch.setattr(capabilities, "has_cuda", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
     assert device_of("auto", "bfloat16", 64) == "cpu"
     with pytest.raises(ValueError, match="the kernels need compute capability 8.0, and Tesla T4 has less"):
         device_of("cuda", "bfloat16", 64)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(
+        capabilities, "_attention_refusal", lambda heads, kv_heads, head_dim, _: None if head_dim >= 64 else "no kernel"
+    )
     assert device_of("cuda", "bfloat16", 128) == device_of("auto", "bfloat16", 64) == "cuda"
     assert (
         device_of("cpu", "bfloat16", 64)
@@ -459,8 +463,11 @@ def test_devices(config, monkeypatch):
         == device_of("auto", "bfloat16", 8)
         == "cpu"
     )
-    for dtype, head_dim in (("float32", 64), ("bfloat16", 8)):
-        with pytest.raises(ValueError, match=f"need train.dtype bfloat16 .* 64 or 128, got {dtype} and {head_dim}"):
+    for dtype, head_dim, why in (
+        ("float32", 64, "takes bfloat16 or float16, got float32"),
+        ("bfloat16", 8, "no kernel"),
+    ):
+        with pytest.raises(ValueError, match=f"train.device is cuda, but .*{why}"):
             device_of("cuda", dtype, head_dim)
 
 

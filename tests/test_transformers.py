@@ -1,9 +1,11 @@
 """attn_implementation="illada" in models of transformers, against bidirectional SDPA of the same weights."""
 
 import inspect
+import re
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
     AutoModel,
     AutoModelForMaskedLM,
@@ -102,6 +104,71 @@ def test_a_flattened_batch(generator):
     got = model(input_ids=tokens, position_ids=positions, **lengths).last_hidden_state[0]
     want = [sdpa(input_ids=part).last_hidden_state[0] for part in (tokens[:, :4], tokens[:, 4:])]
     torch.testing.assert_close(got, torch.cat(want), rtol=1e-4, atol=1e-4)
+
+
+POSITIONS = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
+ANEW = "position_ids start anew within a row: .*pass cu_seq_lens_q and cu_seq_lens_k"
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+@pytest.mark.parametrize("mask", [None, torch.ones(1, 9, dtype=torch.int64)])
+def test_positions_that_start_anew_need_the_lengths(name, mask):
+    """A decoder is bidirectional by its config here; a pack by positions alone would be one sequence."""
+    (_, model), tokens = pair(CONFIGS[name]), torch.ones(1, 9, dtype=torch.int64)
+    with pytest.raises(ValueError, match=ANEW):
+        model(input_ids=tokens, attention_mask=mask, position_ids=POSITIONS)
+    with pytest.raises(ValueError, match=ANEW):
+        model(input_ids=tokens.expand(2, -1), position_ids=POSITIONS)
+    for ascending in (None, torch.arange(3, 12)[None], 2 * torch.arange(9)[None]):
+        model(input_ids=tokens, attention_mask=mask, position_ids=ascending)
+
+
+def test_positions_of_padding_may_be_anything():
+    _, model = pair(CONFIGS["llama"])
+    positions = torch.tensor([range(9), [1, 1, 1, 1, 0, 1, 2, 3, 4]])
+    tokens, mask = torch.ones(2, 9, dtype=torch.int64), torch.tensor([[1] * 9, [0] * 4 + [1] * 5])
+    model(input_ids=tokens, attention_mask=mask, position_ids=positions)  # as generate makes them
+    positions[1, 6] = 0
+    with pytest.raises(ValueError, match=ANEW):
+        model(input_ids=tokens, attention_mask=mask, position_ids=positions)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_positions_that_start_anew_are_an_assertion(backend):
+    (_, model), tokens = pair(CONFIGS["llama"]), torch.ones(1, 9, dtype=torch.int64)
+    torch.compiler.reset()
+    compiled = torch.compile(model.eval(), backend=backend, fullgraph=True)
+    with torch.no_grad():
+        compiled(input_ids=tokens, position_ids=torch.arange(9)[None])
+        with pytest.raises(RuntimeError, match=ANEW):
+            compiled(input_ids=tokens, position_ids=POSITIONS)
+
+
+def test_positions_that_the_host_may_not_read_are_an_assertion_on_the_device(monkeypatch):
+    """Of fake tensors, as of a GPU's: to read one would raise here, and wait there."""
+    asserted = []
+    monkeypatch.setattr(torch, "_assert_async", lambda *arguments: asserted.append(arguments))
+    with FakeTensorMode():
+        positions, layer = torch.zeros(1, 9, dtype=torch.int64), torch.nn.Module()
+        ours._check_positions(layer, positions, None, None, (1, 9, 9))
+    ((ascending, said),) = asserted
+    assert ascending.dtype == torch.bool and ascending.shape == () and re.match(ANEW, said)
+
+
+def test_positions_are_looked_at_once_a_forward_pass(monkeypatch):
+    looked, real = [], ours.starts_anew
+    monkeypatch.setattr(ours, "starts_anew", lambda *arguments: looked.append(arguments) or real(*arguments))
+    (_, model), tokens = pair(CONFIGS["llama"]), torch.ones(1, 9, dtype=torch.int64)
+    model.gradient_checkpointing_enable()
+    for passes in (1, 2):
+        model(input_ids=tokens).last_hidden_state.sum().backward()
+        assert len(looked) == passes
+    x, mask = torch.zeros(1, 2, 9, 16), ours.attention_mask(1, 9, 9, mask_function=BIDIRECTIONAL)
+    positions = torch.arange(9)[None]
+    ours.attention(torch.nn.Module(), x, x, x, mask, position_ids=positions)
+    positions[0, 4:] = torch.arange(5)  # written to between two layers
+    with pytest.raises(ValueError, match=ANEW):
+        ours.attention(torch.nn.Module(), x, x, x, mask, position_ids=positions)
 
 
 def test_queries_and_keys_of_other_lengths_in_packs_of_one_size(generator):

@@ -7,10 +7,8 @@
 #include <tuple>
 
 #include "common/driver_calls.h"
-#include "cpu/attention_plan.h"
 #include "cpu/denormals.h"
 #include "cpu/row_kernels.h"
-#include "cpu/weighted_sum.h"
 #include "illada/illada.h"
 #if defined(ILLADA_WITH_CUDA)
 #include "loss/linear.h"
@@ -189,8 +187,13 @@ void varlen_attention(const PackArguments& pack, int dtype, const ViewArguments&
 }
 
 void weighted_sum_cpu(Address nll, Address weights, int64_t num_rows, double scale, Address loss) {
-  loss::weighted_sum_cpu(pointer<const float>(nll), pointer<const float>(weights), num_rows, scale,
-                         pointer<float>(loss));
+  loss::WeightedSumParams p;
+  p.nll = pointer<const float>(nll);
+  p.token_weights = pointer<const float>(weights);
+  p.num_rows = num_rows;
+  p.scale = scale;
+  p.loss = pointer<float>(loss);
+  loss::weighted_sum_cpu(p);
 }
 
 void varlen_attention_backward(const PackArguments& pack, int dtype, const ViewArguments& dout, const ViewArguments& q,

@@ -2,9 +2,9 @@
 
 #include <cstring>
 
+#include "cpu/logits.h"
 #include "cpu/parallel.h"
 #include "cpu/row_kernels.h"
-#include "cpu/weighted_sum.h"
 #include "illada/error.h"
 
 namespace illada::loss {
@@ -19,8 +19,7 @@ int64_t target_of(const MaskedCrossEntropyParams& p, int64_t i) {
 }
 
 void validate(const MaskedCrossEntropyParams& p) {
-  ILLADA_CHECK(p.dtype == DType::kFloat32 || p.dtype == DType::kBFloat16, kOp,
-               "logits on a CPU must be float32 or bfloat16, got ", name(p.dtype));
+  cpu::check_logits_dtype(kOp, p.dtype);
   ILLADA_CHECK(p.num_rows >= 0 && p.num_tokens >= 0, kOp, "negative size: ", p.num_rows, " rows, ", p.num_tokens,
                " tokens");
   ILLADA_CHECK(p.vocab_size > 0, kOp, "vocab_size must be positive, got ", p.vocab_size);
@@ -105,12 +104,15 @@ void masked_cross_entropy_backward_cpu(const MaskedCrossEntropyParams& p) {
   });
 }
 
-void weighted_sum_cpu(const float* nll, const float* weights, int64_t num_rows, double scale, float* loss) {
+void weighted_sum_cpu(const WeightedSumParams& p) {
+  ILLADA_CHECK(p.num_rows >= 0, kOp, "negative number of rows: ", p.num_rows);
+  ILLADA_CHECK(p.loss && (p.num_rows == 0 || (p.nll && p.token_weights)), kOp,
+               "loss, nll and token_weights must not be null");
   double sum = 0;
-  for (int64_t n = 0; n < num_rows; ++n) {
-    if (weights[n] != 0) sum += double(weights[n]) * double(nll[n]);
+  for (int64_t n = 0; n < p.num_rows; ++n) {
+    if (p.token_weights[n] != 0) sum += double(p.token_weights[n]) * double(p.nll[n]);
   }
-  *loss = float(sum * scale);
+  *p.loss = float(sum * (p.normalizer ? p.scale / double(*p.normalizer) : p.scale));
 }
 
 }  // namespace illada::loss

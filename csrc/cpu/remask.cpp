@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "common/philox.h"
+#include "cpu/logits.h"
 #include "cpu/parallel.h"
 #include "cpu/row_kernels.h"
 #include "cpu/sample_filter.h"
@@ -16,8 +17,7 @@ namespace {
 
 void validate(const SampleTokensParams& p) {
   constexpr const char* kOp = "sample_tokens";
-  ILLADA_CHECK(p.dtype == DType::kFloat32 || p.dtype == DType::kBFloat16, kOp,
-               "logits on a CPU must be float32 or bfloat16, got ", name(p.dtype));
+  cpu::check_logits_dtype(kOp, p.dtype);
   ILLADA_CHECK(p.num_rows >= 0, kOp, "num_rows must not be negative, got ", p.num_rows);
   ILLADA_CHECK(p.vocab_size > 0 && p.vocab_size <= std::numeric_limits<int32_t>::max(), kOp,
                "vocab_size must be in [1, 2^31), got ", p.vocab_size);
@@ -165,7 +165,7 @@ void sample_tokens_cpu(const SampleTokensParams& p) {
     if (p.measure == Measure::kMargin) confidence = found.margin;
     if (p.measure == Measure::kEntropy) confidence = -found.entropy;
     if (p.measure == Measure::kRandom) {
-      const PhiloxWords counter{{0, row.row_id, row.step, kSampleStreamRandom}};
+      const PhiloxWords counter{{0, row.row_id, row.step, kStreamSampleRandom}};
       confidence = float(philox4x32(counter, uint32_t(row.seed), uint32_t(row.seed >> 32)).word[0] >> 8) * 0x1p-24f;
     }
     p.confidence[n] = found.valid ? confidence : -std::numeric_limits<float>::infinity();

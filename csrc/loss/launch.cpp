@@ -3,15 +3,12 @@
 
 #include <limits>
 
+#include "common/memory.h"
+
 namespace illada::loss {
 namespace {
 
 constexpr const char* kOp = "masked_cross_entropy";
-
-// Of rows that lie apart or overlap.
-int64_t bytes_of_rows(int64_t rows, int64_t stride, int64_t width, int64_t element) {
-  return rows == 0 ? 0 : ((rows - 1) * stride + width) * element;
-}
 
 void validate(const MaskedCrossEntropyParams& p) {
   // Kernels count ids and CTAs in 32 bits. Their loops pass the last id by up to a vocab tile.
@@ -39,8 +36,8 @@ void validate(const MaskedCrossEntropyParams& p) {
 void check_memory(const MaskedCrossEntropyParams& p, bool backward, int64_t workspace) {
   const int64_t n = p.num_rows, element = element_size(p.dtype);
   const bool in_place = p.grad == p.logits;
-  const Region logits{"logits", p.logits, bytes_of_rows(n, p.logits_row_stride, p.vocab_size, element)};
-  const Region grad{"grad", p.grad, bytes_of_rows(n, p.grad_row_stride, p.vocab_size, element), !backward};
+  const Region logits{"logits", p.logits, strided_bytes(n, p.logits_row_stride, p.vocab_size, element)};
+  const Region grad{"grad", p.grad, strided_bytes(n, p.grad_row_stride, p.vocab_size, element), !backward};
   std::vector<Region> inputs = {{"rows", p.rows, 4 * n, true},
                                 {"targets", p.targets, p.num_tokens * (p.targets_are_int64 ? 8 : 4)},
                                 {"token_weights", p.token_weights, 4 * p.num_tokens},
@@ -78,7 +75,7 @@ void masked_cross_entropy_cuda(const MaskedCrossEntropyParams& p) {
   const int64_t workspace = fused.vectors ? 0 : masked_cross_entropy_workspace(p.num_rows, p.vocab_size);
   ILLADA_CHECK(p.workspace_bytes >= workspace, kOp, "workspace must have ", workspace, " bytes, got ",
                p.workspace_bytes);
-  ILLADA_CHECK(reinterpret_cast<uintptr_t>(p.workspace) % 16 == 0, kOp, "workspace must be 16-byte aligned");
+  ILLADA_CHECK(is_aligned(p.workspace), kOp, "workspace must be 16-byte aligned");
   ILLADA_CHECK(!p.grad || fused.vectors || p.lse_parts, kOp, "a gradient of ", p.vocab_size,
                " ids takes a forward and a backward, which needs lse_parts");
   check_memory(p, false, workspace);

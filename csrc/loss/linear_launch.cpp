@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "common/check.h"
+#include "common/memory.h"
 #include "common/variants.h"
 #include "illada/illada.h"
 #include "loss/linear.h"
@@ -16,21 +17,11 @@ constexpr const char* kOp = "linear_masked_cross_entropy";
 
 int64_t round_up(int64_t size, int64_t step) { return (size + step - 1) / step * step; }
 
-bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
-
-bool has_kernel([[maybe_unused]] const LinearMaskedCrossEntropyParams& p, [[maybe_unused]] const Device& gpu) {
-#if defined(ILLADA_BUILT_SM90A)
+bool has_kernel(const LinearMaskedCrossEntropyParams& p, const Device& gpu) {
   const int vector = p.hidden_dtype == DType::kFloat32 ? 4 : 8;
-  return gpu.compute_capability == 90 && p.hidden_dtype != DType::kFloat16 && p.width > 0 && p.width % 8 == 0 &&
+  return arch_of(gpu) == Arch::kSm90 && p.hidden_dtype != DType::kFloat16 && p.width > 0 && p.width % 8 == 0 &&
          p.hidden_row_stride % vector == 0 && p.hidden_row_stride >= p.width && p.head_weight_row_stride % 8 == 0 &&
          p.head_weight_row_stride >= p.width && is_aligned(p.hidden) && is_aligned(p.head_weight);
-#else
-  return false;
-#endif
-}
-
-int64_t bytes_of(int64_t rows, int64_t row_stride, int64_t columns, int64_t element) {
-  return rows == 0 ? 0 : ((rows - 1) * row_stride + columns) * element;
 }
 
 void validate(const LinearMaskedCrossEntropyParams& p) {
@@ -46,7 +37,7 @@ void validate(const LinearMaskedCrossEntropyParams& p) {
   ILLADA_CHECK(p.filter_eps >= 0 && p.filter_eps < 1, kOp, "filter_eps must be in [0, 1), got ", p.filter_eps);
   ILLADA_CHECK(p.chunk_rows >= 0, kOp, "chunk_rows must not be negative, got ", p.chunk_rows);
   ILLADA_CHECK(p.weight_grad_dtype != DType::kFloat16, kOp, "the weight's gradient must be float32 or bfloat16");
-  ILLADA_CHECK(reinterpret_cast<uintptr_t>(p.workspace) % 16 == 0, kOp, "workspace must be 16-byte aligned");
+  ILLADA_CHECK(is_aligned(p.workspace), kOp, "workspace must be 16-byte aligned");
   ILLADA_CHECK(is_aligned(p.weight_grad) && is_aligned(p.hidden_grad), kOp, "gradients must be 16-byte aligned");
 }
 
@@ -143,8 +134,8 @@ LinearPlan checked_plan(const LinearMaskedCrossEntropyParams& p, const Device& g
   const int64_t t = p.num_tokens, element = element_size(p.hidden_dtype);
   const int64_t weight_grad_bytes = p.vocab_size * p.width * element_size(p.weight_grad_dtype);
   check_regions(kOp, p.launch,
-                {{"hidden", p.hidden, bytes_of(t, p.hidden_row_stride, p.width, element)},
-                 {"weight", p.head_weight, bytes_of(p.vocab_size, p.head_weight_row_stride, p.width, 2)},
+                {{"hidden", p.hidden, strided_bytes(t, p.hidden_row_stride, p.width, element)},
+                 {"weight", p.head_weight, strided_bytes(p.vocab_size, p.head_weight_row_stride, p.width, 2)},
                  {"targets", p.targets, t * (p.targets_are_int64 ? 8 : 4)},
                  {"token_weights", p.token_weights, 4 * t},
                  {"rows", p.rows, 4 * std::max<int64_t>(p.num_rows, 0)},

@@ -24,7 +24,6 @@ namespace {
 
 constexpr const char* kOp = "linear_masked_cross_entropy";
 constexpr float kReferenceAboveTarget = 30.0f, kMaxSum = 18446744073709551616.0f;  // 2^64
-constexpr float kLn2F = 0.69314718056f;
 
 // ------------------------------------------------------------------------------------------------------------ select
 

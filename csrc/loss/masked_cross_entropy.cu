@@ -365,19 +365,6 @@ __global__ __launch_bounds__(kFusedThreads, kFusedCtas<T, kVectors>) void illada
 #endif
 }
 
-// f(T{}) of the dtype's element type.
-template <typename F>
-void dispatch(DType dtype, F&& f) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return f(float{});
-    case DType::kBFloat16:
-      return f(BFloat16{});
-    case DType::kFloat16:
-      return f(Half{});
-  }
-}
-
 LaunchShape launch_shape(int64_t ctas, int threads) {
   LaunchShape shape;
   shape.grid = dim3(unsigned(ctas));
@@ -392,7 +379,7 @@ constexpr const char* kOp = "masked_cross_entropy";
 
 void launch_forward(const MaskedCrossEntropyParams& p, const Device& device) {
   const int vocab_tiles = vocab_tile_count(p.vocab_size);
-  dispatch(p.dtype, [&](auto element) {
+  dispatch_dtype(p.dtype, [&](auto element) {
     using T = decltype(element);
     launch_kernel(kOp, device, p.launch.stream, launch_shape(p.num_rows * vocab_tiles, kThreads),
                   illada_masked_cross_entropy_forward_sm80<T>, p, vocab_tiles);
@@ -405,7 +392,7 @@ void launch_forward(const MaskedCrossEntropyParams& p, const Device& device) {
 
 void launch_backward(const MaskedCrossEntropyParams& p, const Device& device) {
   const int vocab_tiles = vocab_tile_count(p.vocab_size);
-  dispatch(p.dtype, [&](auto element) {
+  dispatch_dtype(p.dtype, [&](auto element) {
     launch_kernel(kOp, device, p.launch.stream, launch_shape(p.num_rows * vocab_tiles, kThreads),
                   illada_masked_cross_entropy_backward_sm80<decltype(element)>, p, vocab_tiles);
   });
@@ -426,7 +413,7 @@ FusedShape fused_shape(int64_t vocab_size, const Device& device) {
 void launch_fused(const MaskedCrossEntropyParams& p, const Device& device, const FusedShape& fused) {
   LaunchShape shape = launch_shape(p.num_rows * fused.cluster, kFusedThreads);
   shape.cluster = fused.cluster;
-  dispatch(p.dtype, [&](auto element) {
+  dispatch_dtype(p.dtype, [&](auto element) {
     using T = decltype(element);
     launch_kernel(kOp, device, p.launch.stream, shape,
                   fused.vectors == 8 ? illada_masked_cross_entropy_fused_sm80<T, 8>

@@ -12,8 +12,16 @@ namespace {
 constexpr const char* kOp = "masked_cross_entropy";
 constexpr int kSumThreads = 1024;
 
+// The kernel's part of WeightedSumParams.
+struct WeightedSum {
+  const float *nll, *token_weights, *normalizer;
+  float* loss;
+  int64_t num_rows;
+  float scale;
+};
+
 __global__ __launch_bounds__(kSumThreads) void illada_masked_cross_entropy_sum_sm80(
-    const __grid_constant__ WeightedSumParams p, const __grid_constant__ DependentLaunch launch) {
+    const __grid_constant__ WeightedSum p, const __grid_constant__ DependentLaunch launch) {
   __shared__ double shared[kSumThreads / 32];
   wait_for_previous_kernel(launch);
   const auto add = [](double a, double b) { return a + b; };
@@ -68,18 +76,12 @@ void launch_weighted_sum(const WeightedSumParams& p, const Device& device) {
   shape.grid = dim3(1);
   shape.block = dim3(kSumThreads);
   shape.dependent = true;
-  launch_kernel(kOp, device, p.launch.stream, shape, illada_masked_cross_entropy_sum_sm80, p);
+  launch_kernel(kOp, device, p.launch.stream, shape, illada_masked_cross_entropy_sum_sm80,
+                WeightedSum{p.nll, p.token_weights, p.normalizer, p.loss, p.num_rows, float(p.scale)});
 }
 
 void launch_scale(const ScaleParams& p, const Device& device) {
-  switch (p.dtype) {
-    case DType::kFloat32:
-      return launch<float>(p, device);
-    case DType::kBFloat16:
-      return launch<BFloat16>(p, device);
-    case DType::kFloat16:
-      return launch<Half>(p, device);
-  }
+  dispatch_dtype(p.dtype, [&](auto element) { launch<decltype(element)>(p, device); });
 }
 
 }  // namespace illada::loss

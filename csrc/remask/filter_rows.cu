@@ -345,14 +345,7 @@ void launch(const SampleTokensParams& p, const Device& device, RowCut* cuts) {
 }  // namespace
 
 void launch_sample_filters(const SampleTokensParams& p, const Device& device, RowCut* cuts) {
-  switch (p.dtype) {
-    case DType::kFloat32:
-      return launch<float>(p, device, cuts);
-    case DType::kBFloat16:
-      return launch<BFloat16>(p, device, cuts);
-    case DType::kFloat16:
-      return launch<Half>(p, device, cuts);
-  }
+  dispatch_dtype(p.dtype, [&](auto element) { launch<decltype(element)>(p, device, cuts); });
 }
 
 }  // namespace illada::remask

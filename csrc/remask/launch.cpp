@@ -9,15 +9,12 @@
 #include <vector>
 
 #include "common/check.h"
+#include "common/memory.h"
 #include "common/variants.h"
 #include "illada/illada.h"
 
 namespace illada::remask {
 namespace {
-
-int64_t bytes_of_rows(int64_t rows, int64_t row_stride, int64_t columns, int64_t element) {
-  return rows == 0 ? 0 : ((rows - 1) * row_stride + columns) * element;
-}
 
 // Checks that both samplers share.
 void validate_sample(const char* op, const SampleTokensParams& p) {
@@ -29,12 +26,12 @@ void validate_sample(const char* op, const SampleTokensParams& p) {
   ILLADA_CHECK(p.top_ks || p.top_k >= 0, op, "top_k must be at least 0, got ", p.top_k);
   ILLADA_CHECK(p.top_ps || (p.top_p > 0 && p.top_p <= 1), op, "top_p must be in (0, 1], got ", p.top_p);
   ILLADA_CHECK(p.bias_count >= 0 && p.bias_row_stride >= 0, op, "negative size of logit_bias: ", p.bias_count);
-  ILLADA_CHECK(reinterpret_cast<uintptr_t>(p.workspace) % 16 == 0, op, "workspace must be 16-byte aligned");
+  ILLADA_CHECK(is_aligned(p.workspace), op, "workspace must be 16-byte aligned");
 }
 
 void check_sample_regions(const char* op, const SampleTokensParams& p, int64_t workspace, std::vector<Region> inputs) {
   const int64_t n = p.num_rows;
-  const int64_t bias = p.bias_count ? bytes_of_rows(p.bias_row_stride ? n : 1, p.bias_row_stride, p.bias_count, 4) : 0;
+  const int64_t bias = p.bias_count ? strided_bytes(p.bias_row_stride ? n : 1, p.bias_row_stride, p.bias_count, 4) : 0;
   inputs.insert(inputs.end(), {{"temperature", p.temperatures, 4 * n, true},
                                {"seed", p.seeds, 8 * n, true},
                                {"step", p.steps, 4 * n, true},
@@ -111,7 +108,7 @@ void sample_tokens_cuda(const SampleTokensParams& p) {
                p.num_rows);
   check_sample_regions(
       kOp, p, required_bytes,
-      {{"logits", p.logits, bytes_of_rows(p.num_rows, p.logits_row_stride, p.vocab_size, element_size(p.dtype))}});
+      {{"logits", p.logits, strided_bytes(p.num_rows, p.logits_row_stride, p.vocab_size, element_size(p.dtype))}});
   RowCut* const cuts = filtered ? reinterpret_cast<RowCut*>(static_cast<char*>(p.workspace) + records) : nullptr;
   if (filtered) launch_sample_filters(p, gpu, cuts);
   launch_sample_tokens(p, gpu, split, cuts);
@@ -170,14 +167,9 @@ HeadPlan plan_head(int64_t num_rows, int64_t vocab_size, int sm_count) {
 
 namespace {
 bool has_fused_head(const LinearSampleTokensParams& p, const Device& gpu) {
-#if defined(ILLADA_BUILT_SM90A)
-  return gpu.compute_capability == 90 && p.sample.dtype != DType::kFloat32 && p.width > 0 && p.width % 8 == 0 &&
+  return arch_of(gpu) == Arch::kSm90 && p.sample.dtype != DType::kFloat32 && p.width > 0 && p.width % 8 == 0 &&
          p.hidden_row_stride % 8 == 0 && p.hidden_row_stride >= p.width && p.head_weight_row_stride % 8 == 0 &&
-         p.head_weight_row_stride >= p.width && reinterpret_cast<uintptr_t>(p.hidden) % 16 == 0 &&
-         reinterpret_cast<uintptr_t>(p.head_weight) % 16 == 0;
-#else
-  return false && p.width && gpu.index;
-#endif
+         p.head_weight_row_stride >= p.width && is_aligned(p.hidden) && is_aligned(p.head_weight);
 }
 
 }  // namespace
@@ -224,8 +216,8 @@ void linear_sample_tokens_cuda(const LinearSampleTokensParams& p) {
                p.sample.workspace_bytes);
   check_sample_regions(
       kOp, p.sample, required_bytes,
-      {{"hidden", p.hidden, bytes_of_rows(p.num_tokens, p.hidden_row_stride, p.width, 2)},
-       {"weight", p.head_weight, bytes_of_rows(p.sample.vocab_size, p.head_weight_row_stride, p.width, 2)},
+      {{"hidden", p.hidden, strided_bytes(p.num_tokens, p.hidden_row_stride, p.width, 2)},
+       {"weight", p.head_weight, strided_bytes(p.sample.vocab_size, p.head_weight_row_stride, p.width, 2)},
        {"rows", p.rows, 4 * n, true}});
 #if defined(ILLADA_BUILT_SM90A)
   launch_linear_sample_tokens_sm90(p, gpu, plan);

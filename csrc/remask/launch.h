@@ -6,6 +6,7 @@
 
 #include "common/device.h"
 #include "common/host_device.h"
+#include "common/memory.h"
 #include "illada/remask.h"
 
 namespace illada::remask {
@@ -54,8 +55,7 @@ struct alignas(16) RowCut {
 
 // True if all rows of logits are 16-byte aligned. `element`: bytes of a logit.
 inline bool has_aligned_rows(const SampleTokensParams& p, size_t element) {
-  return reinterpret_cast<uintptr_t>(p.logits) % 16 == 0 &&
-         (p.num_rows == 1 || p.logits_row_stride * int64_t(element) % 16 == 0);
+  return is_aligned(p.logits) && (p.num_rows == 1 || p.logits_row_stride * int64_t(element) % 16 == 0);
 }
 
 // Computes the filters of all rows and writes cuts [num_rows].

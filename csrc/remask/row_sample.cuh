@@ -89,7 +89,7 @@ struct RowNoise {
 
   // Upper 32 bits of the uniforms of ids 4 * block .. 4 * block + 3.
   __device__ __forceinline__ PhiloxWords upper(uint32_t block) const {
-    return philox4x32({{block, row_id, step, kSampleStream}}, key0, key1);
+    return philox4x32({{block, row_id, step, kStreamSample}}, key0, key1);
   }
 
   // log2 of an upper bound of the uniforms with which x may still win, plus 32. The bound is conservative; see the top
@@ -108,7 +108,7 @@ struct RowNoise {
 
   // x + T G in full precision. It draws the lower bits and combines them with the given upper bits.
   __device__ __forceinline__ double score(float x, uint32_t upper_bits, uint32_t id) const {
-    const PhiloxWords low = philox4x32({{id / 4, row_id, step, kSampleStreamLowBits}}, key0, key1);
+    const PhiloxWords low = philox4x32({{id / 4, row_id, step, kStreamSampleLowBits}}, key0, key1);
     const double u = (double(upper_bits) + (double(word(low, id % 4)) + 0.5) * 0x1p-32) * 0x1p-32;
     return double(x) - double(temperature) * log(-log1p(-u));
   }
@@ -117,7 +117,7 @@ struct RowNoise {
   // E <= u + u^2 for u <= 1/2; larger u are not useful and give -inf.
   __device__ __forceinline__ static float score_lower_bound(float x, uint32_t upper_bits, float temperature) {
     const float u = float((upper_bits >> 8) + 1) * 0x1p-24f;  // rounded up
-    const float gumbel = fmaf(-0.69314718f, __log2f(u), -u);  // log(1 + u) <= u
+    const float gumbel = fmaf(-kLn2F, __log2f(u), -u);        // log(1 + u) <= u
     const float score = fmaf(temperature, gumbel, x);
     // The subtracted term is larger than the rounding errors above.
     return u <= 0.5f ? score - 1e-5f * (fabsf(x) + temperature * 32.0f) : -INFINITY;
@@ -140,7 +140,7 @@ struct RowNoiseLoop {
   }
 
   __device__ __forceinline__ PhiloxWords upper(uint32_t block) const {
-    PhiloxWords c{{block, row_id, step, kSampleStream}};
+    PhiloxWords c{{block, row_id, step, kStreamSample}};
 #pragma unroll
     for (int round = 0; round < 10; ++round) c = philox_round(c, key0[round], key1[round]);
     return c;
@@ -237,11 +237,11 @@ template <bool kWantExtras>
 __device__ __forceinline__ void write_row(const SampleTokensParams& p, int64_t row, const RowState<kWantExtras>& s) {
   const bool valid = s.softmax.sum > 0;  // false for NaN
   const double log2_sum = log2(double(s.softmax.sum));
-  const double logprob = double(s.leader.logit) - double(s.softmax.reference) - log2_sum * kLn2D;
+  const double logprob = double(s.leader.logit) - double(s.softmax.reference) - log2_sum * kLn2;
   float entropy = NAN, margin = NAN;
   if constexpr (kWantExtras) {
     if (valid) {
-      entropy = float((log2_sum - double(s.softmax.weighted) / double(s.softmax.sum)) * kLn2D);
+      entropy = float((log2_sum - double(s.softmax.weighted) / double(s.softmax.sum)) * kLn2);
       const auto power = [&](float x) { return exp2((double(x) - double(s.softmax.reference)) * double(kLog2eF)); };
       margin = float((power(s.top.first) - power(s.top.second)) / double(s.softmax.sum));  // they may nearly cancel
     }
@@ -251,7 +251,7 @@ __device__ __forceinline__ void write_row(const SampleTokensParams& p, int64_t r
   if (p.measure == Measure::kEntropy) confidence = -entropy;
   if (p.measure == Measure::kRandom) {
     const RowNoise noise(p, row);
-    const PhiloxWords words = philox4x32({{0, noise.row_id, noise.step, kSampleStreamRandom}}, noise.key0, noise.key1);
+    const PhiloxWords words = philox4x32({{0, noise.row_id, noise.step, kStreamSampleRandom}}, noise.key0, noise.key1);
     confidence = float(words.word[0] >> 8) * 0x1p-24f;
   }
   p.token[row] = s.leader.token;

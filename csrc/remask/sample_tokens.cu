@@ -453,17 +453,7 @@ void launch(const SampleTokensParams& p, const Device& device, const RowSplit& s
 
 void launch_sample_tokens(const SampleTokensParams& p, const Device& device, const RowSplit& split,
                           const RowCut* cuts) {
-  switch (p.dtype) {
-    case DType::kFloat32:
-      launch<float>(p, device, split, cuts);
-      break;
-    case DType::kBFloat16:
-      launch<BFloat16>(p, device, split, cuts);
-      break;
-    case DType::kFloat16:
-      launch<Half>(p, device, split, cuts);
-      break;
-  }
+  dispatch_dtype(p.dtype, [&](auto element) { launch<decltype(element)>(p, device, split, cuts); });
   if (split.splits > 1) launch_sample_tokens_combine(p, device, row_records(split));
 }
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         remask,
         sample_tokens,
         varlen_attention,
+        why_not,
     )
     from illada.packing import pack, unpack
     from illada.score import confidence_score, monte_carlo_likelihood
@@ -59,6 +60,7 @@ _MODULES = {
         "remask",
         "sample_tokens",
         "varlen_attention",
+        "why_not",
     ),
     "illada.packing": ("pack", "unpack"),
     "illada.score": ("confidence_score", "monte_carlo_likelihood"),
@@ -97,6 +99,7 @@ __all__ = [
     "save_pretrained",
     "unpack",
     "varlen_attention",
+    "why_not",
 ]
 
 

@@ -12,8 +12,6 @@ Randomness: Philox4x32-10 with key = seed and counter = (block, index lo, index 
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -144,7 +142,7 @@ def make_batch(
             cut.update(int(i) + 1 for i in np.flatnonzero(windows[b, :-1] == eos_id))
         cuts.append(sorted(cut))
 
-    time = _times(draws, max(len(c) for c in cuts) if cuts else 1, seed, config, global_batch)
+    time = _times("make_batch", draws, max(len(c) for c in cuts) if cuts else 1, seed, config, global_batch)
     if config.t_limit < 1:
         time *= np.minimum(1, config.t_limit + (1 - config.t_limit) * samples / config.t_limit_windows)[:, None]
     mask_words = words(seed, Stream.MASK, draws, length)
@@ -192,8 +190,7 @@ def draw_masks(
     length: int,
     *,
     seed: int,
-    eps: float = 1e-3,
-    t_sampling: Literal["independent", "low_discrepancy"] = "independent",
+    config: DiffusionConfig | None = None,
     global_batch: int | None = None,
 ) -> tuple[NDArray[np.bool_], NDArray[np.float32]]:
     """Return the masks that `make_batch` draws for windows that it does not split.
@@ -204,19 +201,21 @@ def draw_masks(
         samples: int64 [B], global sample indices.
         length: Tokens of a window.
         seed: Key of the random numbers.
-        eps: Smallest masking probability.
-        t_sampling: As in `DiffusionConfig`.
+        config: Options of the forward process; only `eps` and `t_sampling` are used. Default DiffusionConfig().
         global_batch: Samples of a global batch; needed by t_sampling = "low_discrepancy".
 
     Returns:
         Masks, bool [B, length], and the token weight of each window's masked tokens, float32 [B].
 
     Raises:
-        ValueError: An option is out of range, or global_batch is missing.
+        ValueError: global_batch is missing, or the config has another option that changes the masks of such windows.
     """
-    config = DiffusionConfig(split_probability=0.0, eps=eps, t_sampling=t_sampling)
+    config = config or DiffusionConfig()
+    if config.complementary or config.isolate_documents or config.mask_count != "bernoulli" or config.t_limit < 1:
+        raise ValueError(f"draw_masks: config may set eps and t_sampling alone, got {config}")
     samples = np.asarray(samples, dtype=np.int64)
-    p = (1 - eps) * _times(samples, 1, seed, config, global_batch) + eps
+    t = _times("draw_masks", samples, 1, seed, config, global_batch)
+    p = (1 - config.eps) * t + config.eps
     return uniforms(seed, Stream.MASK, samples, length) < p, (1 / p[:, 0]).astype(np.float32)
 
 
@@ -229,7 +228,7 @@ def draw_validation_masks(
         ValueError: stratum is not in [0, strata).
     """
     if not 0 <= stratum < strata:
-        raise ValueError(f"make_validation_batch: stratum must be in [0, {strata}), got {stratum}")
+        raise ValueError(f"draw_validation_masks: stratum must be in [0, {strata}), got {stratum}")
     t = (stratum + 0.5) / strata
     p = (1 - _VALIDATION_EPS) * t + _VALIDATION_EPS
     index = np.asarray(indices, dtype=np.int64) * strata + stratum
@@ -238,13 +237,16 @@ def draw_validation_masks(
 
 
 def _times(
-    draws: NDArray[np.int64], sequences: int, seed: int, config: DiffusionConfig, global_batch: int | None
+    op: str, draws: NDArray[np.int64], sequences: int, seed: int, config: DiffusionConfig, global_batch: int | None
 ) -> NDArray[np.float64]:
-    """Return t in (0, 1) for up to `sequences` sequences of each draw, float64 [len(draws), sequences]."""
+    """Return t in (0, 1) for up to `sequences` sequences of each draw, float64 [len(draws), sequences].
+
+    op: The function that errors name.
+    """
     if config.t_sampling == "independent":
         return uniforms(seed, Stream.TIME, draws, sequences)
     if global_batch is None or global_batch < 1:
-        raise ValueError("make_batch: t_sampling = 'low_discrepancy' needs global_batch")
+        raise ValueError(f"{op}: t_sampling = 'low_discrepancy' needs global_batch")
     draws_per_batch = max(1, global_batch // (2 if config.complementary else 1))
     shared = uniforms(seed, Stream.BATCH_TIME, draws // draws_per_batch, 1)
     stratified = shared + (draws % draws_per_batch)[:, None] / draws_per_batch

@@ -42,6 +42,10 @@ struct PlanParams {
 int64_t plan_rows(const PackShape& shape);
 // Writes a plan on the device.
 void plan_cuda(const PlanParams& params);
+// Writes a plan for forward_cpu and backward_cpu to [S + 1, 4] int32 (see forward_cpu): one row for each sequence, then
+// one for the queries that belong to no sequence. Of the shape it reads total_q and num_sequences. Returns false and
+// writes nothing if the lengths do not ascend from 0 or do not fit.
+bool plan_cpu(const PlanParams& params);
 
 // A packed tensor [tokens, heads, D], contiguous in D. On a GPU, strides are multiples of 8 and the data is 16-byte
 // aligned.

@@ -78,17 +78,20 @@ void masked_cross_entropy_backward_cuda(const MaskedCrossEntropyParams& params);
 // Bytes of workspace that masked_cross_entropy_cuda needs for num_rows rows. It is 0 where a row has one vocab tile.
 int64_t masked_cross_entropy_workspace(int64_t num_rows, int64_t vocab_size);
 
-// Arguments of the weighted sum: loss[0] = scale / normalizer * sum_n token_weights[n] nll[n] over
-// the n with token_weights[n] != 0. The sum is in double precision and always in the same order.
+// Arguments of the weighted sum: loss[0] = scale / normalizer * sum_n token_weights[n] nll[n] over the n with
+// token_weights[n] != 0. The sum is in double precision and always in the same order.
 struct WeightedSumParams {
   const float* nll = nullptr;            // [num_rows] fp32, in nats
   const float* token_weights = nullptr;  // [num_rows] fp32
-  const float* normalizer = nullptr;     // Scalar divisor of the loss, a device pointer; null means 1
+  const float* normalizer = nullptr;     // Scalar divisor of the loss, a device pointer on CUDA; null means 1
   float* loss = nullptr;                 // output, [1] fp32
   int64_t num_rows = 0;
-  float scale = 1.0f;  // factor of the loss
-  CudaLaunch launch;
+  double scale = 1.0;  // factor of the loss; CUDA rounds it to fp32
+  CudaLaunch launch;   // CUDA only
 };
+// Computes the weighted sum on a CPU, in one thread.
+void weighted_sum_cpu(const WeightedSumParams& params);
+// Computes the weighted sum on compute capability 8.0 and newer.
 void weighted_sum_cuda(const WeightedSumParams& params);
 
 // Arguments of the scaling: data[i] *= factor[0]. Where the factor is 1, the kernel does not read `data`. The factor is

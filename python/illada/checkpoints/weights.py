@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from illada import hf_export
-from illada.checkpoints.formats import LAYOUTS, OLDEST_TRANSFORMERS, Layout, layout_of_file
+from illada.checkpoints.formats import LAYOUTS, Layout, layout_of_file
 from illada.checkpoints.open import config_file
 from illada.config import ModelConfig
 from illada.devices import find_device
@@ -90,6 +90,8 @@ def write_pretrained(
     layout = LAYOUTS[model.config.model_type]
     config = layout.config_to_file(model.config)
     _check_names(model)
+    # Before anything is written: reading the tokenizer may fail.
+    beside = hf_export.files(model.config, None if tokenizer is None else Path(tokenizer)) if layout.auto_map else {}
     if tokenizer is not None:
         _copy_tokenizer(Path(tokenizer), folder)
         if (folder / "tokenizer.json").is_file():
@@ -99,11 +101,7 @@ def write_pretrained(
         (folder / "generation_config.json").write_text(ends + "\n", encoding="utf-8")
     config["torch_dtype"] = str(dtype or model.embed_tokens.weight.dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    if layout.auto_map:
-        try:
-            hf_export.complete(folder, model.config, OLDEST_TRANSFORMERS)
-        except ValueError as error:  # about a file of the tokenizer, which is a copy
-            raise ValueError(str(error).replace(str(folder), str(tokenizer))) from None
+    hf_export.write(folder, beside)
 
     shards: list[dict[str, Tensor]] = [{}]
     size = total = 0
@@ -167,6 +165,7 @@ def _copy_tokenizer(source: Path, folder: Path) -> None:
         raise FileNotFoundError(f"{source} has no tokenizer files ({', '.join(TOKENIZER_FILES[:3])}, ...)")
     for file in files:
         check_inside(file, source)
+    for file in files:
         (folder / file.relative_to(source)).parent.mkdir(exist_ok=True)
         shutil.copyfile(file, folder / file.relative_to(source))
 

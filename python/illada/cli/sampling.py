@@ -112,10 +112,18 @@ def load(options: argparse.Namespace) -> tuple[Any, Tokenizer]:
         from illada.cli.devices import parse_device, parse_dtype
 
     device, dtype = parse_device(options.device), parse_dtype(options.dtype)
-    return checkpoint_folders.load(
+    model, tokenizer = checkpoint_folders.load(
         options.checkpoint, options.tokenizer, device=device, dtype=dtype, mask_token_id=options.mask_token_id,
         trust_remote_code=options.trust_remote_code,
     )  # fmt: skip
+    config = model.config
+    reason = illada.why_not(
+        "varlen_attention", device, next(model.parameters()).dtype, head_dim=config.head_size,
+        num_heads=config.num_attention_heads, num_kv_heads=config.num_key_value_heads,
+    )  # fmt: skip
+    if reason is not None:
+        raise ValueError(f"--device {device}: {reason}")
+    return model, tokenizer
 
 
 def prefix(options: argparse.Namespace, model: MaskedDiffusionModel) -> list[int] | None:

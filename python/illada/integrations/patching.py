@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from illada.integrations.transformers import NAME, register
+from illada.integrations.transformers import NAME, STARTS_ANEW, register, starts_anew
 from illada.model import does_more
 from illada.ops import TokenSample, linear_sample_tokens, masked_cross_entropy_from_labels
 
@@ -270,16 +270,13 @@ class _WithHead(_Patched):
 def _refuse_packing(attention_mask: Tensor | None, position_ids: Tensor | None, others: Mapping[str, Any]) -> None:
     """ValueError for rows of several sequences that position_ids alone tell apart: they would look at each other.
 
-    Those of padding may be anything. On a GPU this reads them once a forward pass; compiled, nothing is read.
+    The attention looks too, but on a GPU by an assertion, after which CUDA is lost to the process. Here the caller's
+    position_ids are read before it, for which the host waits for the device: once a forward pass, not when compiled.
     """
     if position_ids is None or others.get("cu_seq_lens_q") is not None or torch.compiler.is_compiling():
         return
-    anew = position_ids[..., 1:] <= position_ids[..., :-1]
+    tokens = None
     if attention_mask is not None and attention_mask.dim() == 2:
         tokens = attention_mask[:, -position_ids.shape[-1] :].bool()  # without what a cache holds
-        anew = anew & tokens[:, 1:] & tokens[:, :-1]
-    if bool(anew.any()):
-        raise ValueError(
-            "position_ids start anew within a row: attention would cross the sequences; pass cu_seq_lens_q and "
-            "cu_seq_lens_k as well (DataCollatorWithFlattening(return_flash_attn_kwargs=True))"
-        )
+    if bool(starts_anew(position_ids, tokens)):
+        raise ValueError(STARTS_ANEW)

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from illada.ops import AttentionPlan, attention_plan, varlen_attention
+from illada.ops._library import may_read
 
+#: The `attn_implementation` that `register` adds.
 NAME = "illada"
 
 
@@ -104,10 +106,13 @@ def attention(
     """A layer's attention: query [B, H, L, D], key and value [B, G, Lk, D]; the result is [B, L, H, D].
 
     `cu_seq_lens_q` and `cu_seq_lens_k` (of `DataCollatorWithFlattening`) say where sequences start in a batch of one.
+    `position_ids`, which decoders pass to their layers, are looked at once a forward pass: see `_check_positions`.
 
     Raises:
         NotImplementedError: dropout, causal, sliding, softcap, sinks, biases, chosen keys, returned weights.
-        ValueError: an attention_mask that is not [B, Lk]; cu_seq_lens_q with more than one row or with padding.
+        ValueError: an attention_mask that is not [B, Lk]; cu_seq_lens_q with more than one row or with padding;
+            position_ids that start anew within a row, without cu_seq_lens_q. On a GPU, and compiled, the last one is an
+            assertion on the device.
     """
     config = getattr(module, "config", None)
     if is_causal is None:
@@ -128,6 +133,8 @@ def attention(
     shared = None if torch.compiler.is_compiling() else getattr(attention_mask, "_illada", None)
     if cu_seq_lens_q is not None and shared is not None and shared.padding:
         raise ValueError("attention_mask must have no padding beside cu_seq_lens_q: leave the padding out of the pack")
+    if cu_seq_lens_q is None:
+        _check_positions(module, others.get("position_ids"), attention_mask, shared, (batch, length, keys))
     shape = (batch, length, keys, query.shape[1], key.shape[1], query.shape[3])
     starts, starts_k, used, plan = _lengths(attention_mask, cu_seq_lens_q, cu_seq_lens_k, shape, q.device)
     out = varlen_attention(q, k, v, starts, cu_seqlens_k=starts_k, seqused_k=used, plan=plan, softmax_scale=scaling)
@@ -148,6 +155,7 @@ class _Shared:
 
     def __init__(self, mask: Tensor, padding: bool):
         self.version, self.padding = _version(mask), padding
+        self.checked: tuple[Tensor, int] | None = None  # position_ids, and their version then
         self.made: dict[tuple[Any, ...], tuple[_Lengths, tuple[Tensor | None, ...]]] = {}
 
 
@@ -191,6 +199,49 @@ def _make_lengths(
         total_q=batch * length, total_k=batch * keys,
     )  # fmt: skip
     return starts, starts_k, used, plan
+
+
+def starts_anew(position_ids: Tensor, tokens: Tensor | None) -> Tensor:
+    """bool, 0-dim: do positions [B or 1, L] not ascend between two neighbours that are tokens? tokens: bool [B, L]."""
+    anew = position_ids[..., 1:] <= position_ids[..., :-1]
+    if tokens is not None:
+        anew = anew & tokens[:, 1:] & tokens[:, :-1]  # those of padding may be anything
+    return anew.any()
+
+
+#: What a row of several sequences is told that position_ids alone tell apart.
+STARTS_ANEW = (
+    "position_ids start anew within a row: attention would cross the sequences; pass cu_seq_lens_q and cu_seq_lens_k "
+    "as well (DataCollatorWithFlattening(return_flash_attn_kwargs=True))"
+)
+
+
+def _check_positions(
+    module: torch.nn.Module, position_ids: Any, mask: Tensor | None, shared: _Shared | None, shape: tuple[int, int, int]
+) -> None:
+    """ValueError for `STARTS_ANEW`; on a GPU, and compiled, an assertion on the device, for which nothing waits.
+
+    Not looked at: positions of several axes, such as those of images, and rows with padding beside a cache.
+    """
+    batch, length, keys = shape
+    if not isinstance(position_ids, Tensor) or position_ids.shape not in ((batch, length), (1, length)):
+        return
+    compiling = torch.compiler.is_compiling()
+    if compiling and getattr(module, "layer_idx", None):  # nothing is shared between layers: the first one looks
+        return
+    tokens = mask if shared is None or shared.padding else None
+    if tokens is not None and (tokens.dtype != torch.bool or tokens.shape != (batch, keys) or keys != length):
+        return
+    if shared is not None:
+        if shared.checked is not None and shared.checked[0] is position_ids:
+            if shared.checked[1] == _version(position_ids):
+                return
+        shared.checked = position_ids, _version(position_ids)
+    if may_read(position_ids):
+        if bool(starts_anew(position_ids, tokens)):
+            raise ValueError(STARTS_ANEW)
+    elif not position_ids.is_meta:
+        torch._assert_async(~starts_anew(position_ids, tokens), STARTS_ANEW)
 
 
 def _slots(mask: Tensor, batch: int, keys: int) -> tuple[Tensor, Tensor]:

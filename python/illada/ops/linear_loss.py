@@ -178,7 +178,7 @@ def _fwd_portable(
     vocab_size, count = weight.shape[0], hidden.shape[0] if rows is None else rows.shape[0]
     chunk_rows = chunk_rows or chunk_rows_of(count, vocab_size, compute_dtype, hidden.is_cuda)
     defer_scaling = defers_scaling(compute_dtype)
-    forward_normalizer, forward_scale = (None, 1.0) if defer_scaling else (normalizer, scale)
+    early_normalizer, early_scale = (None, 1.0) if defer_scaling else (normalizer, scale)
 
     nll = token_weights.new_zeros(hidden.shape[0])
     d_hidden = hidden.new_empty(0)
@@ -215,7 +215,7 @@ def _fwd_portable(
         raw.masked_cross_entropy(
             *(logits, of_targets, of_weights), rows=chunk, nll=its_nll,
             lse_parts=None if lse_parts is None else lse_parts[: logits.shape[0]],
-            grad=logits if hidden_grad or weight_grad else None, normalizer=forward_normalizer, scale=forward_scale,
+            grad=logits if hidden_grad or weight_grad else None, normalizer=early_normalizer, scale=early_scale,
             workspace=workspace,
         )  # fmt: skip
         if hidden_grad and rows is None and compute_dtype == hidden.dtype:

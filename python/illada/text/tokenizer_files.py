@@ -33,6 +33,18 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         FileNotFoundError: no tokenizer there. ValueError: damaged files; an added token that cannot have its id.
     """
     file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
+    tokenizer = read_tokenizer(file)
+    if file.name == "tokenizer.json":
+        _add_tokens(tokenizer, file.parent)
+    return tokenizer
+
+
+def read_tokenizer(file: Path) -> Tokenizer:
+    """`load_tokenizer` of a file alone, without the tokens that files beside it name.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: it is damaged.
+    """
     if not file.is_file():
         raise FileNotFoundError(f"no tokenizer at {file}")
     try:
@@ -46,8 +58,6 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         _check_tokenizer(file)  # which can name the key
         raise
     without_limits(tokenizer)
-    if file.name == "tokenizer.json":
-        _add_tokens(tokenizer, file.parent)
     return tokenizer
 
 

@@ -20,12 +20,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from illada._native import has_cuda
 from illada.batch import Batch
 from illada.data.dataset import TokenDataset
 from illada.diffusion import make_batch, make_validation_batch, window_of_sample
 from illada.files import locked, remove_stale, write_text
 from illada.model import MaskedDiffusionModel
+from illada.ops import why_not
 from illada.train import state as train_state
 from illada.train.config import RunConfig, TrainConfig
 from illada.train.log import Log
@@ -356,17 +356,7 @@ def _optimizer(model: MaskedDiffusionModel, config: TrainConfig) -> torch.optim.
 
 def _device(run: RunConfig, head_dim: int) -> torch.device:
     """Where a run goes; "auto" is a GPU where there is one whose kernels can compute it, else the CPU."""
-    missing = None
-    if not torch.cuda.is_available():
-        missing = "torch sees no CUDA device"
-    elif not has_cuda():
-        missing = "illada was built without CUDA kernels (`illada info`)"
-    elif torch.cuda.get_device_capability() < (8, 0):
-        missing = f"the kernels need compute capability 8.0, and {torch.cuda.get_device_name()} has less"
-    elif run.dtype != "bfloat16" or head_dim not in (64, 128):
-        missing = (
-            f"attention's kernels need train.dtype bfloat16 and a head dim of 64 or 128, got {run.dtype} and {head_dim}"
-        )
+    missing = why_not("varlen_attention", "cuda", getattr(torch, run.dtype), head_dim=head_dim)
     if run.device == "cuda" and missing:
         raise ValueError(f"train.device is cuda, but {missing}")
     return torch.device("cpu" if run.device == "cpu" or missing else "cuda")
