@@ -106,6 +106,10 @@ def test_a_head_that_is_more_than_its_weight_is_refused():
     model.lm_head.__class__ = type("Added", (torch.nn.Linear,), {"forward": lambda self, x: x @ self.weight.T + 1})
     with pytest.raises(TypeError, match="lm_head is a Added that does more than"):
         model.loss(batch)
+    model = MaskedDiffusionModel(CONFIG, seed=2)
+    model.lm_head = nn.Linear(CONFIG.hidden_size, CONFIG.vocab_size)
+    with pytest.raises(TypeError, match="lm_head is a Linear with a bias; the ops of the head take its weight alone"):
+        model.loss(batch)
 
 
 @pytest.mark.parametrize("change", [with_lora, with_int8])

@@ -1,9 +1,12 @@
 """MaskedDiffusionTrainer against the formula in float64, and one way to split a step against another."""
 
 import copy
+import gc
 import os
 import subprocess
 import sys
+import types
+import weakref
 
 import numpy as np
 import pytest
@@ -314,6 +317,17 @@ def test_a_model_that_drops_the_lengths_of_a_pack(tmp_path):
             step(tmp_path, model, options=options)
 
 
+def test_a_trainer_that_is_gone_keeps_no_model_alive(tmp_path):
+    model = make_model()
+    trainer = make_trainer(tmp_path, model)
+    trainer.train()
+    trainer.evaluate()
+    head, dead = weakref.ref(model.lm_head.weight), weakref.ref(model)
+    del trainer, model
+    gc.collect()
+    assert dead() is None and head() is None
+
+
 def test_a_pretrained_decoder_made_bidirectional(tmp_path):
     """As the documentation has it: by its config, or by `patch`."""
     causal, packed = (
@@ -389,6 +403,59 @@ def test_what_would_be_another_loss_is_refused(tmp_path):
     assert other.evaluate()["eval_loss"] > 0  # what was raised leaves nothing behind
     with pytest.raises(ValueError, match="labels must be as long as input_ids"):
         MaskedDiffusionCollator()([{"input_ids": [1, 2], "labels": [1]}])
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("tp", r"tp_size \(tensor parallel\)"),
+        ("cp", r"cp_size \(context parallel\)"),
+        ("sp", r"sp_size \(sequence parallel\)"),
+    ],
+)
+def test_parallel_layouts_are_refused(name, message, monkeypatch, tmp_path):
+    monkeypatch.setattr(MaskedDiffusionTrainer, f"get_{name}_size", lambda self: 2)
+    with pytest.raises(
+        NotImplementedError, match=f"args.parallelism_config: {message} must be 1, got 2; use args.fsdp"
+    ):
+        make_trainer(tmp_path, make_model())
+
+
+@pytest.mark.parametrize(
+    "enabled, message",
+    [
+        ({"is_deepspeed_enabled": True}, "args.deepspeed: DeepSpeed is not supported"),
+        ({"is_fsdp_enabled": True}, "args.fsdp_config: version must be 2, got 1"),
+    ],
+)
+def test_wrappers_that_are_refused(enabled, message, monkeypatch, tmp_path):
+    """As transformers' own set-up would leave them, which wants their packages and a GPU."""
+    plain = MaskedDiffusionTrainer.create_accelerator_and_postprocess
+
+    def create(trainer):
+        plain(trainer)
+        trainer.__dict__.update(enabled)
+        state = types.SimpleNamespace(fsdp_version=1, mixed_precision_policy=None)
+        monkeypatch.setitem(trainer.accelerator.state.__dict__, "fsdp_plugin", state)
+
+    monkeypatch.setattr(MaskedDiffusionTrainer, "create_accelerator_and_postprocess", create)
+    with pytest.raises(NotImplementedError, match=message):
+        make_trainer(tmp_path, make_model())
+
+
+def test_models_sharded_when_they_were_loaded_are_refused(monkeypatch, tmp_path):
+    model = make_model()
+    monkeypatch.setattr(type(model), "is_distributed_loading_by_transformers", True, raising=False)
+    model.forward = lambda *arguments, **named: pytest.fail("called before it was refused")
+    with pytest.raises(NotImplementedError, match="model must not be sharded at load time; shard it with args.fsdp"):
+        make_trainer(tmp_path, model)
+
+
+def test_data_parallel_is_refused(tmp_path):
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    args._n_gpu = 2
+    with pytest.raises(NotImplementedError, match=r"args.n_gpu must be at most 1 \(DataParallel.*got 2: .*torchrun"):
+        MaskedDiffusionTrainer(make_model(), args, mask_token_id=MASK)
 
 
 BFLOAT16 = {"bf16": True}

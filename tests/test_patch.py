@@ -124,7 +124,7 @@ def test_loss_and_gradients_are_those_by_hand(name, mask, weighted):
 
 def test_the_loss_never_calls_the_head(monkeypatch):
     model, (tokens, labels, _) = patch(make("llama")), batch()
-    monkeypatch.setattr(illada.integrations.patching, "does_more", lambda head: False)  # which it does now
+    monkeypatch.setattr(illada.integrations.patching, "more_than_weight", lambda head: None)  # which it does now
     model.lm_head.forward = lambda *arguments: pytest.fail("the head was called")
     assert model(input_ids=tokens, labels=labels).loss.isfinite()
 
@@ -288,9 +288,11 @@ def test_adapters_inside_and_columns_that_a_trainer_keeps():
     with pytest.raises(NotImplementedError, match=r"PeftModel has an architecture that is not .*inside what wraps it"):
         patch(get_peft_model(make("llama"), LoraConfig(target_modules=["q_proj"])))
     headed = get_peft_model(patch(make("llama")), LoraConfig(target_modules=["lm_head"]))
-    with pytest.raises(TypeError, match="lm_head that does more than multiply by its weight"):
+    with pytest.raises(
+        TypeError, match="lm_head of the patched model is a Linear that does more than multiply by its weight"
+    ):
         headed(input_ids=tokens, labels=labels)
-    with pytest.raises(NotImplementedError, match="lm_head that does more than multiply"):
+    with pytest.raises(NotImplementedError, match="lm_head that is a Linear that does more than multiply"):
         patch(unpatch(headed.get_base_model()))
 
 
@@ -342,8 +344,8 @@ def with_weights(model):
 @pytest.mark.parametrize(
     "change,reason",
     [
-        (with_bias, "an lm_head with a bias"),
-        (with_hook, "an lm_head that does more than multiply by its weight.*hooks"),
+        (with_bias, "an lm_head that is a Linear with a bias; the loss and the sampler take its weight alone"),
+        (with_hook, "an lm_head that is a Linear that does more than multiply by its weight.*hooks"),
         (with_loss, "a loss_function of its own"),
         (with_forward, "a forward other than LlamaForCausalLM's; patch it before others wrap it"),
         (with_weights, "output_attentions=True in its config"),

@@ -1,7 +1,9 @@
 """attn_implementation="illada" in models of transformers, against bidirectional SDPA of the same weights."""
 
+import gc
 import inspect
 import re
+import weakref
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from transformers import (
     AutoModelForMaskedLM,
     BertConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     ModernBertConfig,
     Qwen2Config,
     StaticCache,
@@ -19,6 +22,7 @@ from transformers.masking_utils import bidirectional_mask_function as BIDIRECTIO
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from illada.integrations import patch
 from illada.integrations import transformers as ours
 
 SIZES = {
@@ -294,6 +298,33 @@ def test_what_was_shared_is_not_reused_for_other_masks_or_sizes(plans, generator
     starts[1] = 2
     run(slots, starts=starts)
     assert len(plans) == 6
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: pair(CONFIGS["llama"])[1], lambda: patch(LlamaForCausalLM(LlamaConfig(**SIZES)))]
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_nothing_keeps_a_model_or_its_mask_alive(make, packed, monkeypatch):
+    """No cycle that waits for the garbage collector: the mask of a pass goes with the pass, the model with its name."""
+    masks, real = [], ours._shared
+    monkeypatch.setattr(
+        ours, "_shared", lambda *args, **named: masks.append(weakref.ref(real(*args, **named))) or masks[-1]()
+    )
+    ours.register()
+    model, starts = make(), torch.tensor([0, 4, 9], dtype=torch.int32)
+    given = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts} if packed else {"position_ids": torch.arange(9)[None]}
+    gc.collect()
+    gc.disable()
+    try:
+        model(input_ids=torch.ones(1, 9, dtype=torch.int64), **given)[0].sum().backward()
+        assert len(masks) == 1 and masks[0]() is None
+        parameter = weakref.ref(next(model.parameters()))
+        dead = weakref.ref(model)
+        del model
+        gc.collect()
+        assert dead() is None and parameter() is None
+    finally:
+        gc.enable()
 
 
 def test_what_transformers_5_0_gives():

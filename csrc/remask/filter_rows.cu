@@ -15,6 +15,7 @@
 #include "common/dependent_launch.h"
 #include "common/dtype.cuh"
 #include "remask/launch.h"
+#include "remask/row_reader.cuh"
 #include "remask/row_sample.cuh"
 
 namespace illada::remask {
@@ -37,7 +38,7 @@ struct Listed {
 struct SharedStorage {
   uint32_t count[kBins], fraction[kBins];
   Listed list[kMaxListed];
-  uint32_t biased[kBiasBits / 32];  // a bit for the vectors of 8 ids that may hold a biased one
+  uint32_t biased[kBiasBits / 32];  // RowReader::biased
   Sum partial[kWarps];
   Sum before;  // of the bin that was found
   int32_t bin, listed;
@@ -51,48 +52,29 @@ __device__ __forceinline__ int32_t to_key(float x) { return ordered(x + 0.0f); }
 template <typename T, bool kAligned>
 struct RowFilter {
   SharedStorage& shared;
-  const T* row;
+  RowReader<T, kAligned, kBiasBits> reader;
   int32_t vocab;
-  RowBias bias;
   float maximum = 0;
   float floor = -INFINITY;  // smaller logits are left out
   float scale = 0;          // bins per unit of distance
   int bin = 0, weight_bits = 0;
 
-  // f(x, id) for every id of the row, by the threads of the CTA.
+  // Calls f(x, id) for every id of the row. All threads of the CTA call it.
   template <typename F>
   __device__ __forceinline__ void for_each_id(F&& f) const {
     const int vectors = vocab / kVector;
-    const auto load = [&](int vector) {
-      const T* const at = row + int64_t(vector) * kVector;
-      return kAligned ? load8(at) : load8_unaligned(at);
-    };
     Raw8<T> next = minus_infinity8<T>();  // loads while the previous vector is in use
-    if (int(threadIdx.x) < vectors) next = load(int(threadIdx.x));
+    if (int(threadIdx.x) < vectors) next = reader.raw(int(threadIdx.x));
     for (int vector = int(threadIdx.x); vector < vectors; vector += kThreads) {
       float x[kVector];
       unpack8(next, x);
-      if (vector + kThreads < vectors) next = load(vector + kThreads);
-      const int first = vector * kVector;
-      if (bias.count && shared.biased[vector % kBiasBits / 32] >> (vector % 32) & 1) {
-#pragma unroll 1
-        for (int b = 0; b < bias.count; ++b) {
-          const int at = bias.ids[b] - first;
-          const float value = bias.values[b];
+      if (vector + kThreads < vectors) next = reader.raw(vector + kThreads);
+      if (reader.bias.count) reader.add_bias(vector, x);
 #pragma unroll
-          for (int i = 0; i < kVector; ++i) x[i] += at == i ? value : 0.0f;  // a branch would put x in local memory
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) f(x[i], first + i);
+      for (int i = 0; i < kVector; ++i) f(x[i], vector * kVector + i);
     }
     const int id = vectors * kVector + int(threadIdx.x);
-    if (id >= vocab) return;
-    float x = to_float(row[id]);
-#pragma unroll 1
-    for (int b = 0; b < bias.count; ++b)
-      if (bias.ids[b] == id) x += bias.values[b];
-    f(x, id);
+    if (id < vocab) f(reader.single(id), id);
   }
 
   __device__ __forceinline__ float distance(float x) const { return __fmul_rn(maximum - x, scale); }
@@ -306,16 +288,18 @@ __global__ __launch_bounds__(kThreads,
     if (threadIdx.x == 0) cuts[row] = cut;
     return;
   }
-  RowFilter<T, kAligned> filter{shared, static_cast<const T*>(p.logits) + row * p.logits_row_stride,
-                                int32_t(p.vocab_size), RowBias(p, row)};
+  RowFilter<T, kAligned> filter{
+      shared,
+      {static_cast<const T*>(p.logits) + row * p.logits_row_stride, shared.biased, 0, RowBias(p, row)},
+      int32_t(p.vocab_size)};
   if (threadIdx.x == 0) {
     shared.maximum = INT_MIN;
     shared.minimum = INT_MAX;
   }
   if (threadIdx.x < kBiasBits / 32) shared.biased[threadIdx.x] = 0;
   __syncthreads();
-  for (int b = int(threadIdx.x); b < filter.bias.count; b += kThreads) {
-    const int id = filter.bias.ids[b], bit = id / kVector % kBiasBits;
+  for (int b = int(threadIdx.x); b < filter.reader.bias.count; b += kThreads) {
+    const int id = filter.reader.bias.ids[b], bit = id / kVector % kBiasBits;
     if (id >= 0) atomicOr(&shared.biased[bit / 32], 1u << (bit % 32));
   }
   __syncthreads();

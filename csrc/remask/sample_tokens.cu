@@ -15,6 +15,7 @@
 #include "common/dtype.cuh"
 #include "common/ptx.cuh"
 #include "remask/launch.h"
+#include "remask/row_reader.cuh"
 #include "remask/row_sample.cuh"
 
 namespace illada::remask {
@@ -31,44 +32,6 @@ struct SharedStorage {
 // How logits are loaded: to registers, by loads of 16 bytes or of one element, or through shared memory, where more of
 // them can be in flight.
 enum class Source { kUnaligned, kAligned, kShared };
-
-// Reads a row's logits and adds the bias, by whole vectors. The up to seven ids after the last vector are read by
-// `single`.
-template <typename T, bool kAligned>
-struct RowReader {
-  const T* row;
-  const uint32_t* biased;  // one bit per vector of this range, or null
-  int first_vector;        // first vector of the range
-  RowBias bias;
-
-  __device__ __forceinline__ Raw8<T> raw(int vector) const {
-    const T* at = row + int64_t(vector) * kVector;
-    return kAligned ? load8(at) : load8_unaligned(at);
-  }
-
-  __device__ __forceinline__ void add_bias(int vector, float (&x)[kVector]) const {
-    const int bit = vector - first_vector;
-    if (!(biased[bit / 32] >> (bit % 32) & 1)) return;
-    for (int b = 0; b < bias.count; ++b) {
-      const int at = bias.ids[b] - vector * kVector;
-#pragma unroll
-      for (int i = 0; i < kVector; ++i)
-        if (at == i) x[i] += bias.values[b];
-    }
-  }
-
-  __device__ __forceinline__ void values(int vector, float (&x)[kVector]) const {
-    unpack8(raw(vector), x);
-    if (biased) add_bias(vector, x);
-  }
-
-  __device__ __forceinline__ float single(int id) const {
-    float x = to_float(row[id]);
-    for (int b = 0; b < bias.count; ++b)
-      if (bias.ids[b] == id) x += bias.values[b];
-    return x;
-  }
-};
 
 // Sets the bit of every vector of this range that holds a biased id.
 __device__ __forceinline__ void mark_biased(uint32_t* biased, const RowBias& bias, int first, int end) {

@@ -138,6 +138,19 @@ def does_more(linear: nn.Module) -> bool:
     return any(hooks) or type(linear).forward is not nn.Linear.forward or "forward" in linear.__dict__
 
 
+def more_than_weight(head: object) -> str | None:
+    """Return what keeps an op that takes only a weight from standing in for `head`, or None: nothing does.
+
+    Hooks of FSDP2 are allowed: they gather the weight, a DTensor, for the head's call.
+    """
+    if not isinstance(head, nn.Linear) or (does_more(head) and not hasattr(head.weight, "full_tensor")):
+        return (
+            f"a {type(head).__name__} that does more than multiply by its weight (adapter, quantised weight, hooks, a "
+            "forward of its own)"
+        )
+    return f"a {type(head).__name__} with a bias" if head.bias is not None else None
+
+
 class Attention(nn.Module):
     """Bidirectional grouped-query attention over packed sequences, with one projection for q, k and v."""
 
@@ -372,18 +385,16 @@ class MaskedDiffusionModel(nn.Module):
         """Head weight [V, C]: that of the head or of the tied embedding, without padding rows.
 
         Raises:
-            TypeError: The head does more than multiply by its weight (adapter, quantised weight, forward hooks, or a
-                replaced forward). The ops take only the weight.
+            TypeError: The head is more than its weight: see `more_than_weight`. The ops take only the weight.
         """
-        tied = self.lm_head is None
-        name, head = "embed_tokens" if tied else "lm_head", self.embed_tokens if self.lm_head is None else self.lm_head
-        sharded = hasattr(head.weight, "full_tensor")  # FSDP2's hooks are allowed; the ops check the rest
-        kind = nn.Embedding if tied else nn.Linear
-        if not isinstance(head, kind) or (does_more(head) and not (tied or sharded)):
+        head = self.embed_tokens if self.lm_head is None else self.lm_head
+        problem = more_than_weight(head)
+        if self.lm_head is None and isinstance(head, nn.Embedding):
+            problem = None  # the tied weight is no head that is called
+        if problem is not None:
             raise TypeError(
-                f"{name} is a {type(head).__name__} that does more than multiply by its weight (adapter, quantised "
-                "weight, hooks, a forward of its own), which is all that the ops of the head take; leave that away, or "
-                "merge it (peft: merge_and_unload)"
+                f"{'embed_tokens' if self.lm_head is None else 'lm_head'} is {problem}; the ops of the head take its "
+                "weight alone: leave the rest away, or merge it (peft: merge_and_unload)"
             )
         weight = head.weight
         return weight if weight.shape[0] == self.config.vocab_size else weight[: self.config.vocab_size]

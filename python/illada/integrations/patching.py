@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from illada.integrations.transformers import NAME, STARTS_ANEW, register, starts_anew
-from illada.model import does_more
+from illada.model import more_than_weight
 from illada.ops import TokenSample, linear_sample_tokens, masked_cross_entropy_from_labels
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -139,18 +139,9 @@ def _reasons(model: nn.Module) -> list[str]:
         reasons.append(f"a forward other than {known[0].__name__}'s; patch it before others wrap it (accelerate)")
     if "_loss_function" in model.__dict__:
         reasons.append("a loss_function of its own")
-    if known[0].__name__ in _HEADS and (problem := _head_problem(model.lm_head)):
-        reasons.append(problem)
+    if known[0].__name__ in _HEADS and (problem := more_than_weight(model.lm_head)):
+        reasons.append(f"an lm_head that is {problem}; the loss and the sampler take its weight alone")
     return reasons
-
-
-def _head_problem(head: Any) -> str | None:
-    if not isinstance(head, nn.Linear) or (does_more(head) and not hasattr(head.weight, "full_tensor")):
-        return (
-            f"an lm_head that does more than multiply by its weight ({type(head).__name__}: adapter, quantised weight, "
-            "hooks, a forward of its own), which is all that the loss and the sampler take"
-        )
-    return "an lm_head with a bias, which the loss and the sampler do not take" if head.bias is not None else None
 
 
 # ------------------------------------------------------------------------------------------------- the patched classes
@@ -261,8 +252,11 @@ class _WithHead(_Patched):
         )
 
     def _head_weight(self) -> Tensor:
-        if problem := _head_problem(self.lm_head):
-            raise TypeError(f"the patched model has {problem}; leave that away, or merge it (peft: merge_and_unload)")
+        if problem := more_than_weight(self.lm_head):
+            raise TypeError(
+                f"the lm_head of the patched model is {problem}; the loss and the sampler take its weight alone: leave "
+                "the rest away, or merge it (peft: merge_and_unload)"
+            )
         weight: Tensor = self.lm_head.weight
         return weight
 

@@ -32,7 +32,7 @@ from transformers import Trainer, TrainingArguments
 from illada.config import DiffusionConfig
 from illada.diffusion import draw_masks, draw_validation_masks
 from illada.integrations.transformers import NAME
-from illada.model import does_more
+from illada.model import more_than_weight
 from illada.ops import linear_masked_cross_entropy, masked_cross_entropy
 
 #: What honours `cu_seq_lens_q`; with another attention the sequences of a pack would see each other.
@@ -207,7 +207,7 @@ def _examine(model: Any) -> tuple[bool, bool]:
                 "is False"
             )
     untouched = logits is out and out._version == version
-    return untouched and isinstance(head, nn.Linear) and head.bias is None and not does_more(head), packs
+    return untouched and more_than_weight(head) is None, packs
 
 
 def _separates(call: Any, seen: list[tuple[Tensor, Tensor, int]], positions: Tensor) -> bool:
@@ -269,13 +269,21 @@ class MaskedDiffusionTrainer(Trainer):
             pad = getattr(kwargs.get("processing_class"), "pad_token_id", None)
             data_collator = MaskedDiffusionCollator(0 if pad is None else pad)
         super().__init__(model, args, data_collator, **kwargs)
-        self._adopt(self.model)
         self.model_accepts_loss_kwargs = True  # for transformers before loss_is_scaled_for_ga
-        for name in ("tp", "cp", "sp"):
+        self._refuse_parallel()
+        self._adopt(self.model)
+
+    def _refuse_parallel(self) -> None:
+        """NotImplementedError for ways to split a model in which the loss is not right; FSDP2 is prepared for it."""
+        for name, kind in {"tp": "tensor", "cp": "context", "sp": "sequence"}.items():
             if (size := getattr(self, f"get_{name}_size", lambda: 1)()) > 1:
-                raise NotImplementedError(f"args.parallelism_config: {name}_size must be 1, got {size}")
+                raise NotImplementedError(
+                    f"args.parallelism_config: {name}_size ({kind} parallel) must be 1, got {size}; use args.fsdp"
+                )
         if self.is_deepspeed_enabled:
-            raise NotImplementedError("DeepSpeed is not supported: it shards the head behind the loss; use args.fsdp")
+            raise NotImplementedError(
+                "args.deepspeed: DeepSpeed is not supported, it shards the head behind the loss; use args.fsdp"
+            )
         if getattr(self, "is_distributed_loading_by_transformers", False):
             raise NotImplementedError("model must not be sharded at load time; shard it with args.fsdp")
         if self.is_fsdp_enabled:
@@ -386,7 +394,7 @@ class MaskedDiffusionTrainer(Trainer):
         arguments["input_ids"] = torch.where(token_weights.view_as(ids) > 0, self.mask_token_id, ids)
         if "cu_seq_lens_q" in inputs and not self._packs:
             raise ValueError(
-                "a packed batch needs a model that hands cu_seq_lens_q on to attn_implementation='illada' or "
+                f"a packed batch needs a model that hands cu_seq_lens_q on to attn_implementation={NAME!r} or "
                 "'flash_attention_2'; in this one its sequences would attend each other"
             )
         head = self.model.get_output_embeddings()
@@ -522,6 +530,8 @@ def _refuse(args: TrainingArguments, kwargs: dict[str, Any]) -> None:
     if args.label_smoothing_factor:
         raise ValueError(f"args.label_smoothing_factor must be 0, got {args.label_smoothing_factor}")
     if args.n_gpu > 1:
-        raise NotImplementedError(f"one process must have one GPU, got {args.n_gpu}: start it with torchrun")
+        raise NotImplementedError(
+            f"args.n_gpu must be at most 1 (DataParallel is not supported), got {args.n_gpu}: start it with torchrun"
+        )
     if args.use_liger_kernel:
         raise NotImplementedError("args.use_liger_kernel is not supported: it replaces the forward around the head")

@@ -22,6 +22,7 @@ from illada.ops._library import may_read
 
 #: The `attn_implementation` that `register` adds.
 NAME = "illada"
+_ASKED = f"attn_implementation={NAME!r}"  # in what errors say
 
 
 def register() -> None:
@@ -34,7 +35,7 @@ def register() -> None:
         from transformers import AttentionInterface, AttentionMaskInterface
         from transformers.masking_utils import create_bidirectional_mask  # noqa: F401 (there from 5.0 on)
     except ImportError as error:
-        raise ImportError("attn_implementation='illada' needs transformers 5: pip install 'transformers>=5'") from error
+        raise ImportError(f"{_ASKED} needs transformers 5: pip install 'transformers>=5'") from error
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, attention_mask)
 
@@ -65,7 +66,7 @@ def attention_mask(
     if mask_function is not bidirectional_mask_function:
         pattern = getattr(mask_function, "__qualname__", repr(mask_function)).split(".")[0]
         raise NotImplementedError(
-            f"attn_implementation='illada' is bidirectional, and the model asks for {pattern}; set is_causal=False in "
+            f"{_ASKED} is bidirectional, and the model asks for {pattern}; set is_causal=False in "
             "the config of a decoder, and use another implementation for sliding windows and packed position_ids"
         )
     if attention_mask is None:
@@ -78,7 +79,7 @@ def attention_mask(
     mask = torch.nn.functional.pad(attention_mask.bool(), (0, empty))[:, kv_offset : kv_offset + kv_length]
     steps = (mask[:, 1:] != mask[:, :-1]).sum(1)  # of padding at most one on either side, each with a token at its end
     around = mask[:, 0].int() + mask[:, -1].int()
-    whole, said = (steps + around <= 2).all(), "attn_implementation='illada' takes padding on the left or right"
+    whole, said = (steps + around <= 2).all(), f"{_ASKED} takes padding on the left or right"
     if torch.compiler.is_compiling():
         torch._assert_async(whole, f"{said}; attention_mask has holes")
         return mask
@@ -123,14 +124,14 @@ def attention(
     for name, value_of_it in asked.items():
         if isinstance(value_of_it, Tensor) or value_of_it:
             got = "a tensor" if isinstance(value_of_it, Tensor) else repr(value_of_it)
-            raise NotImplementedError(f"attn_implementation='illada' has no {name}, got {got}")
+            raise NotImplementedError(f"{_ASKED} has no {name}, got {got}")
     batch, length, keys = query.shape[0], query.shape[2], key.shape[2]
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     if cu_seq_lens_q is not None and batch != 1:
         raise ValueError(f"cu_seq_lens_q is for a batch of one row, got {batch}")
     if cu_seq_lens_q is None and cu_seq_lens_k is not None:
         raise ValueError("cu_seq_lens_k needs cu_seq_lens_q, got None")
-    shared = None if torch.compiler.is_compiling() else getattr(attention_mask, "_illada", None)
+    shared = _shared_of(attention_mask)
     if cu_seq_lens_q is not None and shared is not None and shared.padding:
         raise ValueError("attention_mask must have no padding beside cu_seq_lens_q: leave the padding out of the pack")
     if cu_seq_lens_q is None:
@@ -164,6 +165,11 @@ def _shared(mask: Tensor, padding: bool) -> Tensor:
     return mask
 
 
+def _shared_of(mask: Tensor | None) -> _Shared | None:
+    """What `_shared` put on the mask; compiled, and on a mask of the caller's, None."""
+    return None if torch.compiler.is_compiling() else getattr(mask, "_illada", None)
+
+
 def _version(tensor: Tensor | None) -> int:
     """What changes when the tensor is written to; tensors of inference mode do not say."""
     return 0 if tensor is None or tensor.is_inference() else tensor._version
@@ -173,7 +179,7 @@ def _lengths(
     mask: Tensor | None, cu_q: Tensor | None, cu_k: Tensor | None, shape: tuple[int, ...], device: torch.device
 ) -> _Lengths:
     """(starts of queries, starts of keys, keys in use, plan) of a layer; `shape`: B, L, Lk, H, G, D."""
-    shared = None if mask is None or torch.compiler.is_compiling() else getattr(mask, "_illada", None)
+    shared = _shared_of(mask)
     if shared is None or shared.version != _version(mask):  # a mask of the caller's, a copy, or one that was changed
         return _make_lengths(mask, cu_q, cu_k, shape, device)
     key = (shape, device, *((id(x), _version(x)) for x in (cu_q, cu_k)))

@@ -77,10 +77,16 @@ def _plan_cpu(
     cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, seqused_k: Tensor | None, total_q: int, total_k: int | None,
     num_heads: int, num_kv_heads: int, head_dim: int,
 ) -> Tensor:  # fmt: skip
-    lengths = [None if x is None else lib.contiguous(x) for x in (cu_seqlens, cu_seqlens_k, seqused_k)]
     sequences = cu_seqlens.shape[0] - 1
     plan = cu_seqlens.new_empty(sequences + 1, 4)
-    if not native().attention_plan_cpu(total_q, sequences, *lengths, plan):
+    if not native().attention_plan_cpu(
+        total_q=total_q,
+        num_sequences=sequences,
+        cu_seqlens=lib.contiguous(cu_seqlens),
+        cu_seqlens_k=None if cu_seqlens_k is None else lib.contiguous(cu_seqlens_k),
+        seqused_k=None if seqused_k is None else lib.contiguous(seqused_k),
+        plan=plan,
+    ):
         _check_lengths(cu_seqlens, cu_seqlens_k, seqused_k, total_q)
         # _check_lengths has a better message for most cases.
         raise ValueError("attention_plan: the lengths do not ascend from 0, or do not fit")
@@ -378,28 +384,45 @@ def _bwd_cuda(
 # --------------------------------------------------------------------------------------- fakes, autograd, FLOP counts
 
 
-def _plan_fake(cu_seqlens, cu_seqlens_k, seqused_k, total_q, total_k, num_heads, num_kv_heads, head_dim):
+def _plan_fake(
+    cu_seqlens: Tensor,
+    cu_seqlens_k: Tensor | None,
+    seqused_k: Tensor | None,
+    total_q: int,
+    total_k: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+) -> Tensor:
     sequences = cu_seqlens.shape[0] - 1
     if cu_seqlens.device.type == "cuda":
         return cu_seqlens.new_empty(plan_rows(total_q, total_k, sequences, num_heads, num_kv_heads), 4)
     return cu_seqlens.new_empty(sequences + 1, 4)
 
 
-def _fwd_fake(q, k, v, plan, num_sequences, softmax_scale, deterministic):
+def _fwd_fake(q: Tensor, *arguments: lib.Argument) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
 
 
-def _bwd_fake(dout, dlse, q, k, v, out, lse, plan, num_sequences, softmax_scale, deterministic):
+def _bwd_fake(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *arguments: lib.Argument
+) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _setup_context(ctx, inputs, output):
+class _Context(lib.Context):
+    num_sequences: int
+    softmax_scale: float
+    deterministic: bool
+
+
+def _setup_context(ctx: _Context, inputs: tuple[lib.Argument, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, plan, ctx.num_sequences, ctx.softmax_scale, ctx.deterministic = inputs
     ctx.save_for_backward(q, k, v, *output, plan)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dout, dlse):
+def _backward(ctx: _Context, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     if dout is None and dlse is None:
         return None, None, None, None, None, None, None
     q, k, v, out, lse, plan = ctx.saved_tensors
@@ -428,12 +451,34 @@ def _pairs(q: Tensor, k: Tensor, plan: Tensor, num_sequences: int) -> int:
 
 
 @lib.counts_flops("varlen_attention_fwd")
-def _fwd_flops(q, k, v, plan, num_sequences, *args, out_val=None, **kwargs) -> int:
+def _fwd_flops(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Tensor,
+    num_sequences: int,
+    *args: lib.Argument,
+    out_val: object = None,
+    **kwargs: object,
+) -> int:
     return 4 * q.shape[1] * q.shape[2] * _pairs(q, k, plan, num_sequences)  # two GEMMs
 
 
 @lib.counts_flops("varlen_attention_bwd")
-def _bwd_flops(dout, dlse, q, k, v, out, lse, plan, num_sequences, *args, out_val=None, **kwargs) -> int:
+def _bwd_flops(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    plan: Tensor,
+    num_sequences: int,
+    *args: lib.Argument,
+    out_val: object = None,
+    **kwargs: object,
+) -> int:
     return 10 * q.shape[1] * q.shape[2] * _pairs(q, k, plan, num_sequences)  # five GEMMs
 
 

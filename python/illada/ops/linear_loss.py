@@ -55,9 +55,17 @@ lib.LIBRARY.define(
 # ---------------------------------------------------------------------------------------------------------- kernels
 
 
-def _fwd_cpu(hidden, weight, targets, token_weights, rows, *arguments, into=None):
+def _fwd_cpu(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    token_weights: Tensor,
+    rows: Tensor | None,
+    *arguments: lib.Argument,
+    into: Tensor | None = None,
+) -> tuple[Tensor, ...]:
     all_weighted = rows is None
-    if all_weighted:  # on a CPU the host may read the weights
+    if rows is None:  # on a CPU the host may read the weights
         found = token_weights.nonzero()
         rows = found.squeeze(-1) if found.shape[0] < hidden.shape[0] else None
     elif len(rows) and not (0 <= int(rows.min()) and int(rows.max()) < len(hidden)):
@@ -67,17 +75,17 @@ def _fwd_cpu(hidden, weight, targets, token_weights, rows, *arguments, into=None
     return _fwd_portable(hidden, weight, targets, token_weights, rows, *arguments, into=into, all_weighted=all_weighted)
 
 
-def _fwd_cuda(*arguments, **keywords):
-    return _fwd_sm90(*arguments, **keywords) or _fwd_portable(*arguments, **keywords)
+def _fwd_cuda(*arguments: lib.Argument, into: Tensor | None = None) -> tuple[Tensor, ...]:
+    return _fwd_sm90(*arguments, into=into) or _fwd_portable(*arguments, into=into)
 
 
-def _fwd_into_cpu(*arguments):
+def _fwd_into_cpu(*arguments: lib.Argument) -> tuple[Tensor, ...]:
     results = _fwd_cpu(*arguments[:-1], into=arguments[-1])[:3]
     lib.written(arguments[-1])
     return results
 
 
-def _fwd_into_cuda(*arguments):
+def _fwd_into_cuda(*arguments: lib.Argument) -> tuple[Tensor, ...]:
     results = _fwd_cuda(*arguments[:-1], into=arguments[-1])[:3]
     lib.written(arguments[-1])
     return results
@@ -97,6 +105,7 @@ def _fwd_sm90(
     compute_dtype: torch.dtype,
     grad_weight_dtype: torch.dtype,
     filter_eps: float,
+    *,
     into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
     """Run the fused kernels, which find the rows with nonzero token weight on the device.
@@ -294,9 +303,20 @@ def scaled(dloss: Tensor, hidden_grad: Tensor) -> Tensor:
 
 
 def _fwd_fake(
-    hidden, weight, targets, token_weights, rows, normalizer, scale, chunk_rows, hidden_grad, weight_grad,
-    compute_dtype, grad_weight_dtype, filter_eps,
-):  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    token_weights: Tensor,
+    rows: Tensor | None,
+    normalizer: Tensor | None,
+    scale: float,
+    chunk_rows: int,
+    hidden_grad: bool,
+    weight_grad: bool,
+    compute_dtype: torch.dtype,
+    grad_weight_dtype: torch.dtype,
+    filter_eps: float,
+) -> tuple[Tensor, ...]:
     return (
         token_weights.new_empty(()),
         token_weights.new_empty(hidden.shape[0]),
@@ -305,19 +325,26 @@ def _fwd_fake(
     )
 
 
-def _fwd_into_fake(*arguments):
+def _fwd_into_fake(*arguments: lib.Argument) -> tuple[Tensor, ...]:
     return _fwd_fake(*arguments[:-1])[:3]
 
 
-def _bwd_fake(dloss, hidden_grad, weight_grad):
+def _bwd_fake(dloss: Tensor, hidden_grad: Tensor, weight_grad: Tensor) -> tuple[Tensor, Tensor]:
     return hidden_grad.new_empty(hidden_grad.shape), weight_grad.new_empty(weight_grad.shape)
 
 
-def _bwd_inplace_fake(dloss, hidden_grad, weight_grad):
+def _bwd_inplace_fake(dloss: Tensor, hidden_grad: Tensor, weight_grad: Tensor) -> None:
     return None
 
 
-def _setup_context(ctx, inputs, output):
+class _Context(lib.Context):
+    scale: float
+    defer_scaling: bool
+    needs: tuple[bool, bool]  # whether hidden and weight get a gradient
+    scaled: bool  # the backward has run and scaled the gradients in place
+
+
+def _setup_context(ctx: _Context, inputs: tuple[lib.Argument, ...], output: tuple[Tensor, ...]) -> None:
     loss, nll, hidden_grad, weight_grad = output
     # The gradients stay differentiable outputs, so autograd knows that they depend on hidden and weight. A second
     # derivative then reaches the formula of the backward op, which raises.
@@ -329,7 +356,7 @@ def _setup_context(ctx, inputs, output):
     ctx.scaled = False
 
 
-def _backward(ctx, dloss, *unused):
+def _backward(ctx: _Context, dloss: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
     if dloss is None:
         return (None,) * 13
     if ctx.scaled:
@@ -363,7 +390,7 @@ class _IntoGradient(torch.autograd.Function):
     """Autograd of linear_masked_ce_fwd_; torch.library offers none for ops that write to an argument."""
 
     @staticmethod
-    def forward(ctx, *inputs):
+    def forward(ctx: _Context, *inputs: lib.Argument) -> tuple[Tensor, Tensor, Tensor]:
         loss, nll, hidden_grad = torch.ops.illada.linear_masked_ce_fwd_(*inputs)
         ctx.mark_non_differentiable(nll)  # hidden_grad stays differentiable, see _setup_context
         ctx.set_materialize_grads(False)
@@ -372,7 +399,7 @@ class _IntoGradient(torch.autograd.Function):
         return loss, nll, hidden_grad
 
     @staticmethod
-    def backward(ctx, dloss, *unused):
+    def backward(ctx: _Context, dloss: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden_grad, normalizer = ctx.saved_tensors
         if dloss is None or not ctx.needs_input_grad[0]:
             return (None,) * 14
@@ -390,7 +417,16 @@ class _IntoGradient(torch.autograd.Function):
 
 @lib.counts_flops("linear_masked_ce_fwd_")
 @lib.counts_flops("linear_masked_ce_fwd")
-def _fwd_flops(hidden, weight, targets, token_weights, rows, *args, out_val=None, **kwargs) -> int:
+def _fwd_flops(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    token_weights: Tensor,
+    rows: Tensor | None,
+    *args: lib.Argument,
+    out_val: object = None,
+    **kwargs: object,
+) -> int:
     """Count 2 N V C for the logits and as much for each gradient; N from `rows`, readable token weights, or T."""
     count = hidden.shape[0]
     if rows is not None:

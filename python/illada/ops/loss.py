@@ -92,7 +92,14 @@ def _row_results(logits: Tensor, token_weights: Tensor) -> tuple[Tensor, Tensor,
     return token_weights.new_empty(rows), token_weights.new_empty(rows), token_weights.new_empty(rows, 2)
 
 
-def _fwd(logits, targets, token_weights, normalizer, scale, inplace_backward):
+def _fwd(
+    logits: Tensor,
+    targets: Tensor,
+    token_weights: Tensor,
+    normalizer: Tensor | None,
+    scale: float,
+    inplace_backward: bool,
+) -> tuple[Tensor, ...]:
     nll, lse, lse_parts = _row_results(logits, token_weights)
     token_weights = lib.contiguous(token_weights)
     normalizer, scale = resolve_normalizer(normalizer, scale)
@@ -103,7 +110,7 @@ def _fwd(logits, targets, token_weights, normalizer, scale, inplace_backward):
     return weighted_sum(nll, token_weights, normalizer, scale), nll, lse, lse_parts
 
 
-def _shard_fwd(logits, targets, token_weights, vocab_start):
+def _shard_fwd(logits: Tensor, targets: Tensor, token_weights: Tensor, vocab_start: int) -> tuple[Tensor, Tensor]:
     target_logit, _, lse_parts = _row_results(logits, token_weights)
     raw.masked_cross_entropy(
         *(logits, kernel_targets(targets), lib.contiguous(token_weights)), lse_parts=lse_parts,
@@ -112,7 +119,18 @@ def _shard_fwd(logits, targets, token_weights, vocab_start):
     return lse_parts, target_logit
 
 
-def _bwd_into(grad, logits, targets, token_weights, normalizer, scale, lse_parts, dloss, dlse, vocab_start):
+def _bwd_into(
+    grad: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    token_weights: Tensor,
+    normalizer: Tensor | None,
+    scale: float,
+    lse_parts: Tensor,
+    dloss: Tensor | None,
+    dlse: Tensor | None,
+    vocab_start: int,
+) -> None:
     normalizer, scale = resolve_normalizer(normalizer, scale)
     if dlse is not None and not dlse.is_contiguous():
         dlse = dlse.clone(memory_format=torch.contiguous_format)
@@ -126,37 +144,43 @@ def _bwd_into(grad, logits, targets, token_weights, normalizer, scale, lse_parts
     )
 
 
-def _bwd(logits, *arguments):
+def _bwd(logits: Tensor, *arguments: lib.Argument) -> Tensor:
     grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
     _bwd_into(grad, logits, *arguments)
     return grad
 
 
-def _bwd_inplace(logits, *arguments):
+def _bwd_inplace(logits: Tensor, *arguments: lib.Argument) -> None:
     _bwd_into(logits, logits, *arguments)
 
 
 # -------------------------------------------------------------------------------------------------- fakes and autograd
 
 
-def _fwd_fake(logits, targets, token_weights, normalizer, scale, inplace_backward):
+def _fwd_fake(logits: Tensor, targets: Tensor, token_weights: Tensor, *arguments: lib.Argument) -> tuple[Tensor, ...]:
     return token_weights.new_empty(()), *_row_results(logits, token_weights)
 
 
-def _shard_fwd_fake(logits, targets, token_weights, vocab_start):
+def _shard_fwd_fake(logits: Tensor, targets: Tensor, token_weights: Tensor, vocab_start: int) -> tuple[Tensor, Tensor]:
     target_logit, _, lse_parts = _row_results(logits, token_weights)
     return lse_parts, target_logit
 
 
-def _bwd_fake(logits, *arguments):
+def _bwd_fake(logits: Tensor, *arguments: lib.Argument) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
-def _bwd_inplace_fake(logits, *arguments):
+def _bwd_inplace_fake(logits: Tensor, *arguments: lib.Argument) -> None:
     return None
 
 
-def _setup_context(ctx, inputs, output):
+class _Context(lib.Context):
+    scale: float
+    inplace: bool
+    overwritten: bool  # the backward has run and written the gradient over the logits
+
+
+def _setup_context(ctx: _Context, inputs: tuple[lib.Argument, ...], output: tuple[Tensor, ...]) -> None:
     logits, targets, token_weights, normalizer, ctx.scale, ctx.inplace = inputs
     loss, nll, lse, lse_parts = output
     ctx.mark_non_differentiable(nll, lse_parts)
@@ -165,7 +189,7 @@ def _setup_context(ctx, inputs, output):
     ctx.overwritten = False
 
 
-def _saved_through_hooks(ctx) -> bool:
+def _saved_through_hooks(ctx: _Context) -> bool:
     """Return whether saved-tensor hooks (non-reentrant checkpointing, save_on_cpu) keep the logits, or may keep them.
 
     Autograd does not compare versions of such tensors, so it would not detect that another op needs them. A saved
@@ -183,7 +207,9 @@ def _itself(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _backward(ctx, dloss, _nll, dlse, _lse_parts):
+def _backward(
+    ctx: _Context, dloss: Tensor | None, _nll: Tensor | None, dlse: Tensor | None, _lse_parts: Tensor | None
+) -> tuple[Tensor | None, ...]:
     if dloss is None and dlse is None:
         return (None,) * 6
     if ctx.overwritten:
@@ -192,7 +218,7 @@ def _backward(ctx, dloss, _nll, dlse, _lse_parts):
             "with their gradient"
         )
     logits, targets, token_weights, normalizer, lse_parts = ctx.saved_tensors
-    if dloss is None:
+    if dloss is None and dlse is not None:
         dloss = dlse.new_zeros(())
     arguments = (targets, token_weights, normalizer, ctx.scale, lse_parts, dloss, dlse, 0)
     if not ctx.inplace:

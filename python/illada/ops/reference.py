@@ -7,7 +7,8 @@ differentiable where the ops are, through ordinary autograd.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -207,7 +208,7 @@ def kept_ids(x: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
     return kept
 
 
-def linear_sample_tokens(hidden: Tensor, weight: Tensor, *, rows: Tensor | None = None, **keywords) -> TokenSample:
+def linear_sample_tokens(hidden: Tensor, weight: Tensor, *, rows: Tensor | None = None, **keywords: Any) -> TokenSample:
     """Apply `sample_tokens` to the logits hidden[rows] @ weight^T; hidden [T, C], weight [V, C], rows [N] or None."""
     return sample_tokens((hidden if rows is None else hidden[rows.long()]) @ weight.T, **keywords)
 
@@ -275,7 +276,7 @@ def remask(
     return RemaskStatus(committed, remaining, remaining == 0, ended) if return_status else committed
 
 
-def _prefix(passes) -> int:
+def _prefix(passes: Iterable[bool | Tensor]) -> int:
     """Count the leading items that pass."""
     count = 0
     for ok in passes:

@@ -115,7 +115,12 @@ def masked_cross_entropy_shard_grad(
 
 
 def _whole_rows(
-    halves: tuple[Tensor, Tensor], targets: Tensor, token_weights: Tensor, vocab_start: int, size: int, group
+    halves: tuple[Tensor, Tensor],
+    targets: Tensor,
+    token_weights: Tensor,
+    vocab_start: int,
+    size: int,
+    group: dist.ProcessGroup | None,
 ) -> tuple[Tensor, Tensor]:
     """Combine all shards' lse parts and target logits into (nll, lse parts) over the whole vocabulary.
 
@@ -139,14 +144,30 @@ def _whole_rows(
     return nll, torch.stack([largest, log_sum], dim=-1)
 
 
+class _Context(lib.Context):
+    scale: float
+    defer_scaling: bool
+
+
 class _VocabParallelLoss(torch.autograd.Function):
     """Loss whose forward pass computes the gradients, chunk by chunk, as `linear_masked_cross_entropy` does."""
 
     @staticmethod
     def forward(
-        ctx, hidden, weight, targets, token_weights, rows, normalizer, scale, vocab_start, group, chunk_rows, dtype,
-        needs_grad,
-    ):  # fmt: skip
+        ctx: _Context,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        token_weights: Tensor,
+        rows: Tensor | None,
+        normalizer: Tensor | None,
+        scale: float,
+        vocab_start: int,
+        group: dist.ProcessGroup | None,
+        chunk_rows: int,
+        dtype: torch.dtype,
+        needs_grad: bool,
+    ) -> tuple[Tensor, ...]:
         hidden_grad, weight_grad = (needs_grad and needed for needed in ctx.needs_input_grad[:2])
         count = len(hidden) if rows is None else len(rows)
         head = lib.cast(weight, dtype)
@@ -184,7 +205,7 @@ class _VocabParallelLoss(torch.autograd.Function):
         return weighted_sum(nll, token_weights, normalizer, scale), nll, d_hidden, d_weight
 
     @staticmethod
-    def backward(ctx, dloss, *unused):
+    def backward(ctx: _Context, dloss: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
         if dloss is None:
             return (None,) * 12
         *grads, normalizer = ctx.saved_tensors
