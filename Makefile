@@ -135,7 +135,7 @@ test-slow: .cache/requirements-dev install ## packaging, kills, some damaged fil
 	"$(BIN)/python" -m pytest -q -m slow
 
 test-build: .cache/requirements-dev install ## builds with each compiler, CMake and Python that is here: from 3 minutes on
-	"$(BIN)/python" -m pytest -q -m "slow or builds" tests/test_builds.py $(ARGS)
+	"$(BIN)/python" -m pytest -q -m "slow or builds" tests/builds/test_builds.py $(ARGS)
 
 fuzz: .cache/requirements-dev install ## 20,000 damaged files: up to half an hour; what fails is left in .cache/fuzz
 	ILLADA_FUZZ="$(EXAMPLES)" "$(BIN)/python" -m pytest -q -m slow -rA --tb=line --show-capture=stdout tests/fuzz $(ARGS)
