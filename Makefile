@@ -135,7 +135,7 @@ test-slow: .cache/requirements-dev install ## packaging, kills, some damaged fil
 	"$(BIN)/python" -m pytest -q -m slow
 
 test-build: .cache/requirements-dev install ## builds with each compiler, CMake and Python that is here: from 3 minutes on
-	"$(BIN)/python" -m pytest -q -m "slow or builds" tests/test_builds.py $(ARGS)
+	"$(BIN)/python" -m pytest -q -m "slow or builds" tests/builds/test_builds.py $(ARGS)
 
 fuzz: .cache/requirements-dev install ## 20,000 damaged files: up to half an hour; what fails is left in .cache/fuzz
 	ILLADA_FUZZ="$(EXAMPLES)" "$(BIN)/python" -m pytest -q -m slow -rA --tb=line --show-capture=stdout tests/fuzz $(ARGS)
@@ -170,11 +170,12 @@ dry-run: .cache/installed-simulator ## benchmarks/run_on_gpu.sh on the simulator
 ptxas: $(HEADERS) ## registers, spills and shared memory of each kernel against the budget; needs nvcc
 	"$(PYTHON)" cmake/ptxas.py $(if $(UPDATE),--update) $(ARGS)
 
-lint: .cache/requirements-dev $(HEADERS) ## ruff, clang-format, mypy, codespell, lines of docs, clang-tidy for products of sizes
+lint: .cache/requirements-dev $(HEADERS) ## ruff, clang-format, mypy, layers, codespell, lines of docs, clang-tidy for products of sizes
 	"$(BIN)/ruff" check .
 	"$(BIN)/ruff" format --check .
 	find csrc examples tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs "$(BIN)/clang-format" --dry-run --Werror
 	"$(BIN)/mypy"
+	PYTHONPATH=python "$(BIN)/lint-imports" --no-cache
 	"$(BIN)/codespell" . .ci/*
 	"$(BIN)/python" cmake/docs_lines.py
 	"$(BIN)/python" cmake/tidy.py

@@ -1,4 +1,4 @@
-// The tiles of the loss's GEMMs in the order of the choice loss_raster: see tests/test_tile_order.py.
+// The tiles of the loss's GEMMs in the order of the choice loss_raster: see tests/builds/test_tile_order.py.
 #include "loss/tile_order.h"
 
 #include <cstdio>

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from sample_filters import to_host
 
 import illada
 from illada.ops import raw, reference
 from illada.ops.types import TokenSample
 from illada.ops.variants import use_variants
 from illada.testing import assert_close_like, plain_sample
-from tests.sample_filters import to_host
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ALL = ("entropy", "margin")

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from illada.config import ModelConfig
+from illada.hf_export import OLDEST_TRANSFORMERS
 from illada.schema import checked, hints_of, some_of
 
 _IDS = {
@@ -25,9 +26,6 @@ _IDS = {
 
 #: Those that a model may be without: null says so, where an absent key leaves it open.
 _OPTIONAL_IDS = ("bos_token_id", "pad_token_id", "eot_token_id")
-
-#: The oldest that loads what has an `auto_map` of ours: it brought bidirectional masks.
-OLDEST_TRANSFORMERS = "5.0.0"
 
 #: Keys that any config may have and that say nothing about the computation, with the reason.
 _IGNORED = {

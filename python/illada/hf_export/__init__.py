@@ -9,10 +9,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from illada.checkpoints.formats import OLDEST_TRANSFORMERS
 from illada.config import ModelConfig
 from illada.text.files import read_if_there
 from illada.text.tokenizer_files import load_tokenizer, read_tokenizer
+
+#: The oldest that loads what has an `auto_map` of ours: it brought bidirectional masks.
+OLDEST_TRANSFORMERS = "5.0.0"
 
 _CODE = ("configuration_illada.py", "modeling_illada.py")
 _TOKENIZER_CONFIG, _TOKENS_MAP = "tokenizer_config.json", "special_tokens_map.json"

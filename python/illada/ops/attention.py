@@ -289,7 +289,10 @@ def _bwd_cpu(
     deterministic: bool,
 ) -> tuple[Tensor, ...]:
     _check_cpu_plan(plan, num_sequences)
-    plan, others = _shares(plan, q)
+    # torch would compute the products of a call with dlse in float32, where it gains nothing. Its bits would depend on
+    # the number of threads.
+    by_torch = dlse is None or q.dtype != torch.bfloat16 or q.shape[2] > _MOST_HEAD_DIM
+    plan, others = _shares(plan, q) if by_torch else (plan, None)
     theirs = None
     if others is not None:
         theirs = _differentiate_by_torch(dout, dlse, q, k, v, out, lse, others, softmax_scale)
