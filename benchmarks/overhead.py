@@ -39,7 +39,7 @@ Calls = dict[str, Callable[[], Any] | None]  # of each provider; None: it has no
 
 
 def _loop(call: Callable[[], Any], mode: str, leaves: Sequence[Tensor]) -> Callable[[], Any]:
-    """CALLS of `call`, which returns the tensor that is differentiated."""
+    """Return a function that runs `call` CALLS times; `call` returns the tensor that is differentiated."""
 
     def without_grad() -> None:
         with torch.no_grad():
@@ -83,13 +83,13 @@ def _attention(device: torch.device, grad: bool) -> tuple[Calls, list[Tensor]]:
         "illada raw": None if grad else raw_call,
         "illada registered": lambda: torch.ops.illada.varlen_attention_fwd(q, k, v, plan.work, 1, scale, False)[0],
         "illada": lambda: illada.varlen_attention(q, k, v, starts, plan=plan),
-        "torch": lambda: F.scaled_dot_product_attention(*batch),
+        "torch": lambda: F.scaled_dot_product_attention(batch[0], batch[1], batch[2]),
     }
     return calls, [q, k, v, *batch]
 
 
 def _attention_with_plan(device: torch.device, grad: bool) -> tuple[Calls, list[Tensor]]:
-    """The plan is made in the call, as by who does not keep one."""
+    """Return the plan is made in the call, as by who does not keep one."""
     calls, leaves = _attention(device, grad)
     q, k, v = leaves[:3]
     starts = torch.tensor([0, LENGTH], dtype=torch.int32, device=device)
@@ -171,7 +171,7 @@ OPS: dict[str, Callable[[torch.device, bool], tuple[Calls, list[Tensor]]]] = {
 
 
 def case(op: str, mode: str, device: torch.device = CPU) -> Case:
-    """One op in one mode."""
+    """Return the case of one op in one mode."""
 
     def make() -> list[Provider]:
         calls, leaves = OPS[op](device, mode != "no grad")
@@ -191,7 +191,7 @@ def cases(device: torch.device = CPU) -> list[Case]:
 
 
 def quick(device: torch.device = CPU) -> list[Case]:
-    """An op that takes a plan, and one that takes none."""
+    """Return an op that takes a plan, and one that takes none."""
     return [case(op, mode, device) for op in ("varlen_attention", "masked_cross_entropy") for mode in MODES[:2]]
 
 
@@ -206,7 +206,7 @@ def rivals(provider: str) -> bool:
 
 
 def goals(records: Sequence[dict[str, Any]]) -> list[Goal]:
-    """A registered op takes at most 1.5 times torch's own overhead."""
+    """Return a registered op takes at most 1.5 times torch's own overhead."""
     theirs = {r["case"]: r["median_ms"] for r in records if r["provider"] == "torch"}
     ours = [r for r in records if r["provider"] == "illada registered" and r["case"] in theirs]
     times = {r["case"]: r["median_ms"] / theirs[r["case"]] for r in ours}

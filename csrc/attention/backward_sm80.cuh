@@ -190,7 +190,7 @@ __global__ __launch_bounds__(kThreads, 2) void illada_attention_backward_keys_sm
   load_keys(1, a.v, a.v_token_bytes, a.v_head_bytes);
 
   const auto load_tile = [&](int tile) {  // loads q, dout and the statistics
-    const uint32_t thread = ptx::thread_again();
+    const uint32_t thread = ptx::reread_thread_index();
     const Copier<kHeadDim, kThreads> copier(thread);
     RowWalk walk(tile * kTile + copier.row, a.group);
     const int q_start = item.q_start, tokens = item.q_count, kv_head = item.kv_head;
@@ -244,7 +244,7 @@ __global__ __launch_bounds__(kThreads, 2) void illada_attention_backward_keys_sm
       __syncthreads();
       if (row + kTile < item.q_count * a.group) load_tile(row / kTile + 1);
     }
-    const uint32_t thread = ptx::thread_again();
+    const uint32_t thread = ptx::reread_thread_index();
     const Fragments<kRowBytes> at(thread);
     const int stage = row / kTile % 2;
     const uint32_t q_rows = ring + stage * Tiles::kStageBytes + row % kTile * kRowBytes;
@@ -279,7 +279,7 @@ __global__ __launch_bounds__(kThreads, 2) void illada_attention_backward_keys_sm
     add_product<T, kHeadDim>(dv, p, dout_rows + at.columns);
     add_product<T, kHeadDim>(dk, ds, q_rows + at.columns);
   }
-  const int thread = int(ptx::thread_again()), lane = thread % 32;
+  const int thread = int(ptx::reread_thread_index()), lane = thread % 32;
 #pragma unroll
   for (int m = 0; m < kBlocks; ++m) {
 #pragma unroll
@@ -354,7 +354,7 @@ __launch_bounds__(kThreads, Traits<Arch::kSm80, kHeadDim>::kQueriesCtas) void il
   for (int m = 0; m < kBlocks; ++m) far = far || is_far(statistics[m][0].offset) || is_far(statistics[m][1].offset);
   far = __any_sync(kFullWarp, far);
   const auto load_tile = [&](int tile) {
-    const Copier<kHeadDim, kThreads> copier(ptx::thread_again());
+    const Copier<kHeadDim, kThreads> copier(ptx::reread_thread_index());
     const uint32_t target = ring + (tile & 1) * Tiles::kStageBytes;
     const int first = tile * kTile, keys = item.k_count - first;
     const char* const k =
@@ -392,7 +392,7 @@ __launch_bounds__(kThreads, Traits<Arch::kSm80, kHeadDim>::kQueriesCtas) void il
       __syncthreads();
       if (first + kTile < keys) load_tile(first / kTile + 1);
     }
-    const Fragments<kRowBytes> at(ptx::thread_again());
+    const Fragments<kRowBytes> at(ptx::reread_thread_index());
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       const int left = keys - first - step * 16;
@@ -414,7 +414,7 @@ __launch_bounds__(kThreads, Traits<Arch::kSm80, kHeadDim>::kQueriesCtas) void il
       add_product<T, kHeadDim>(dq, ds, k_rows + at.columns);
     }
   }
-  const int thread = int(ptx::thread_again());
+  const int thread = int(ptx::reread_thread_index());
 #pragma unroll
   for (int m = 0; m < kBlocks; ++m) {
 #pragma unroll

@@ -197,14 +197,14 @@ __device__ __forceinline__ void write_queries(const KeysArguments& a, const Sums
     // The producers' registers hold four loads and little else, so the following code is kept in this order.
     float4 x[kUnroll];
     uint2 words[kUnroll];
-    ptx::made_anew(row);
+    ptx::hide_value(row);
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i)
       x[i] = ptx::load_relaxed_v4(a.dq_sums + offset(min(row + i * parts * kRows, job.rows - 1)));
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) {
       words[i] = make_uint2(pack2<T>(x[i].x * a.scale, x[i].y * a.scale), pack2<T>(x[i].z * a.scale, x[i].w * a.scale));
-      ptx::made_anew(words[i].x), ptx::made_anew(words[i].y), ptx::made_anew(row);
+      ptx::hide_value(words[i].x), ptx::hide_value(words[i].y), ptx::hide_value(row);
     }
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i)

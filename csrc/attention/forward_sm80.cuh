@@ -142,7 +142,7 @@ __global__ __launch_bounds__(32 * kWarps, 8 / kWarps) void illada_attention_forw
       copier.template keys<kKeys, false>(stage + kTileBytes, source.k, a.k_token_bytes, (tile - 1) * kKeys, kKeys);
   };
   const auto open_item = [&](int round) {  // the ring and q must not be in use
-    const uint32_t thread = ptx::thread_again();
+    const uint32_t thread = ptx::reread_thread_index();
     const TileCopier copier(thread);
     const WorkItem& item = shared.item[round % 3];
     const int next = item_index(round + 1);
@@ -189,7 +189,7 @@ __global__ __launch_bounds__(32 * kWarps, 8 / kWarps) void illada_attention_forw
     }
     // Computes next = q . k, 16 columns at a time, and calls `beside` after each of these steps.
     const auto multiply_k = [&](auto& next, uint32_t k_tile, const auto& beside) {
-      const uint32_t thread = ptx::thread_again();
+      const uint32_t thread = ptx::reread_thread_index();
       const Fragments<kRowBytes> at(thread);
       const uint32_t q_rows = q_tile + thread / 32 * (kWarpRows * kRowBytes) + at.columns;
 #pragma unroll
@@ -217,7 +217,7 @@ __global__ __launch_bounds__(32 * kWarps, 8 / kWarps) void illada_attention_forw
       }
     };
     const auto multiply_v = [&](uint32_t v_tile) {  // o += p . v
-      const Fragments<kRowBytes> at(ptx::thread_again());
+      const Fragments<kRowBytes> at(ptx::reread_thread_index());
 #pragma unroll
       for (int step = 0; step < kKeys / 16; ++step) {
 #pragma unroll
@@ -288,7 +288,7 @@ __global__ __launch_bounds__(32 * kWarps, 8 / kWarps) void illada_attention_forw
       }
       cute::cp_async_wait<0>();
       __syncthreads();
-      load_pair(TileCopier(ptx::thread_again()), shared.source, tile - 1, std::false_type{}, kKeys);
+      load_pair(TileCopier(ptx::reread_thread_index()), shared.source, tile - 1, std::false_type{}, kKeys);
       if (has_rows) {
         float next[kPairs][kKeys / 2];
         multiply_k(next, stage_of(tile) + kTileBytes, [&](int step) {
@@ -320,7 +320,7 @@ __global__ __launch_bounds__(32 * kWarps, 8 / kWarps) void illada_attention_forw
     const WorkItem item = shared.item[(round + 2) % 3];
     if (item_index(round) < shared.items) open_item(round);
     if (has_rows) {
-      const int thread = int(ptx::thread_again()), lane = thread & 31, first_row = (thread >> 5) * kWarpRows;
+      const int thread = int(ptx::reread_thread_index()), lane = thread & 31, first_row = (thread >> 5) * kWarpRows;
       const bool whole = item.splits == 1;
 #pragma unroll
       for (int m = 0; m < kPairs; ++m) {

@@ -115,8 +115,8 @@ __device__ __forceinline__ void copy_item(WorkItem& target, const WorkItem& sour
 template <int kCluster>
 __device__ __forceinline__ int item_index(int round) {
   int block = int(blockIdx.x), grid = int(gridDim.x);
-  ptx::made_anew(block);
-  ptx::made_anew(grid);
+  ptx::hide_value(block);
+  ptx::hide_value(grid);
   return serpentine_index(round, block / kCluster, grid / kCluster);
 }
 
@@ -289,7 +289,7 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim, kKeys, kStagesV>::kThreads,
         const int index = item_index<kCluster>(round);
         if (index < items) {
           const int32_t* plan = a.plan;
-          ptx::made_anew(plan);
+          ptx::hide_value(plan);
           const auto* const source = reinterpret_cast<const uint4*>(forward_items(plan) + (index >> halves));
           auto* const target = reinterpret_cast<uint4*>(&shared.next_item);
           cute::SM80_CP_ASYNC_CACHEGLOBAL<uint4>::copy(source[0], target[0]);

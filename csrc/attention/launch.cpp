@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <initializer_list>
 #include <iterator>
 #include <limits>
 #include <string>
@@ -11,6 +10,7 @@
 
 #include "attention/traits.h"
 #include "common/check.h"
+#include "common/memory.h"
 #include "common/ragged.h"
 #include "common/variants.h"
 #include "illada/illada.h"
@@ -125,8 +125,7 @@ int64_t normalize_strides(const char* op, const char* name, PackedView& x, int64
   if (heads <= 1) x.head_stride = head_dim;
   if (tokens <= 1) x.token_stride = heads * x.head_stride;
   if (tokens == 0) return 0;
-  if (x.token_stride <= 0 || x.head_stride <= 0 || x.token_stride % 8 || x.head_stride % 8 ||
-      reinterpret_cast<uintptr_t>(x.data) % 16)
+  if (x.token_stride <= 0 || x.head_stride <= 0 || x.token_stride % 8 || x.head_stride % 8 || !is_aligned(x.data))
     detail::fail<NotSupported>(op, name, " must have positive strides that are multiples of 8 elements, and 16-byte ",
                                "aligned data; got token stride ", x.token_stride, ", head stride ", x.head_stride,
                                "; pass a contiguous copy");
@@ -139,12 +138,6 @@ void validate_call(const char* op, DType dtype, float softmax_scale, const Devic
                                ", built archs ", build_info().cuda_archs);
   ILLADA_CHECK(softmax_scale > 0 && std::isfinite(softmax_scale), op, "softmax_scale must be finite and > 0, got ",
                softmax_scale);
-}
-
-bool is_aligned(std::initializer_list<const void*> pointers) {
-  uintptr_t bits = 0;
-  for (const void* pointer : pointers) bits |= reinterpret_cast<uintptr_t>(pointer);
-  return bits % 16 == 0;
 }
 
 int64_t rows_bytes(const PackShape& s) {
@@ -219,7 +212,7 @@ void plan_cuda(const PlanParams& p) {
   const DeviceGuard guard(kOp, p.launch.device);
   const Device& gpu = device(kOp, p.launch.device);
   validate_shape(kOp, p.shape, gpu, false);
-  ILLADA_CHECK(reinterpret_cast<uintptr_t>(p.plan) % 16 == 0, kOp, "plan must be 16-byte aligned");
+  ILLADA_CHECK(is_aligned(p.plan), kOp, "plan must be 16-byte aligned");
   const int64_t s = p.shape.num_sequences;
   check_regions(kOp, p.launch,
                 {{"cu_seqlens", p.cu_seqlens, 4 * (s + 1)},
@@ -249,7 +242,7 @@ void forward_cuda(const ForwardParams& given) {
                " rows for this pack, got ", p.plan_rows);
   ILLADA_CHECK(p.workspace_bytes >= forward_workspace(s), kOp, "workspace must have ", forward_workspace(s),
                " bytes, got ", p.workspace_bytes);
-  ILLADA_CHECK(is_aligned({p.plan, p.out, p.workspace}), kOp, "plan, out and workspace must be 16-byte aligned");
+  ILLADA_CHECK(is_aligned(p.plan, p.out, p.workspace), kOp, "plan, out and workspace must be 16-byte aligned");
   if (s.total_q == 0) return;
   const int64_t q_bytes = normalize_strides(kOp, "q", p.q, s.total_q, s.num_heads, s.head_dim);
   const int64_t k_bytes = normalize_strides(kOp, "k", p.k, s.total_k, s.num_kv_heads, s.head_dim);
@@ -302,7 +295,7 @@ void backward_cuda(const BackwardParams& given) {
   const int64_t workspace_bytes = backward_workspace(s, p.deterministic, p.recompute_scores_for_dq, p.launch.device);
   ILLADA_CHECK(p.workspace_bytes >= workspace_bytes, kOp, "workspace must have ", workspace_bytes, " bytes, got ",
                p.workspace_bytes);
-  ILLADA_CHECK(is_aligned({p.plan, p.out, p.dq, p.dk, p.dv, p.workspace}), kOp,
+  ILLADA_CHECK(is_aligned(p.plan, p.out, p.dq, p.dk, p.dv, p.workspace), kOp,
                "plan, out, dq, dk, dv and workspace must be 16-byte aligned");
   if (s.total_q == 0 && s.total_k == 0) return;
   const int64_t q_bytes = normalize_strides(kOp, "q", p.q, s.total_q, s.num_heads, s.head_dim);

@@ -11,9 +11,11 @@
 // struct, as with designated initialisers of C++. An unknown name and a positional argument raise TypeError.
 // inspect.signature(native().scale) shows the names.
 //
-// These functions use CPython's vectorcall, not pybind11, for the cost of a call. Python passes the names as one
-// constant tuple of interned strings. A field costs a comparison of two pointers where names come in the order of the
-// list, and no dictionary is built.
+// The functions use CPython's vectorcall, because calls of small tensors take microseconds. Python passes the names as
+// one constant tuple of interned strings. Where they come in the order of the list, a field costs the comparison of two
+// pointers, and no dictionary is built. Keywords of pybind11 would cost 0.7 us a call. Positional tuples, which this
+// replaced, cost more too: the raw calls of small CPU tensors now take 0.69 to 0.91 of that processor time (for example
+// varlen_attention 2.9 us instead of 3.8, masked_cross_entropy 3.1 instead of 3.9).
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -5,8 +5,11 @@
 
 namespace illada {
 
-// True if `data` is 16-byte aligned; null is aligned.
-inline bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
+// True if all pointers are 16-byte aligned; null is aligned.
+template <typename... T>
+bool is_aligned(const T*... pointers) {
+  return ((reinterpret_cast<uintptr_t>(pointers) % 16 == 0) && ...);
+}
 
 // Bytes from the first to the last element of `rows` rows of `columns` elements. The rows may lie apart or overlap.
 // `row_stride`: elements between rows; `element`: bytes of an element.

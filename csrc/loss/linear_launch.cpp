@@ -21,7 +21,7 @@ bool has_kernel(const LinearMaskedCrossEntropyParams& p, const Device& gpu) {
   const int vector = p.hidden_dtype == DType::kFloat32 ? 4 : 8;
   return arch_of(gpu) == Arch::kSm90 && p.hidden_dtype != DType::kFloat16 && p.width > 0 && p.width % 8 == 0 &&
          p.hidden_row_stride % vector == 0 && p.hidden_row_stride >= p.width && p.head_weight_row_stride % 8 == 0 &&
-         p.head_weight_row_stride >= p.width && is_aligned(p.hidden) && is_aligned(p.head_weight);
+         p.head_weight_row_stride >= p.width && is_aligned(p.hidden, p.head_weight);
 }
 
 void validate(const LinearMaskedCrossEntropyParams& p) {
@@ -38,7 +38,7 @@ void validate(const LinearMaskedCrossEntropyParams& p) {
   ILLADA_CHECK(p.chunk_rows >= 0, kOp, "chunk_rows must not be negative, got ", p.chunk_rows);
   ILLADA_CHECK(p.weight_grad_dtype != DType::kFloat16, kOp, "the weight's gradient must be float32 or bfloat16");
   ILLADA_CHECK(is_aligned(p.workspace), kOp, "workspace must be 16-byte aligned");
-  ILLADA_CHECK(is_aligned(p.weight_grad) && is_aligned(p.hidden_grad), kOp, "gradients must be 16-byte aligned");
+  ILLADA_CHECK(is_aligned(p.weight_grad, p.hidden_grad), kOp, "gradients must be 16-byte aligned");
 }
 
 }  // namespace

@@ -169,7 +169,7 @@ namespace {
 bool has_fused_head(const LinearSampleTokensParams& p, const Device& gpu) {
   return arch_of(gpu) == Arch::kSm90 && p.sample.dtype != DType::kFloat32 && p.width > 0 && p.width % 8 == 0 &&
          p.hidden_row_stride % 8 == 0 && p.hidden_row_stride >= p.width && p.head_weight_row_stride % 8 == 0 &&
-         p.head_weight_row_stride >= p.width && is_aligned(p.hidden) && is_aligned(p.head_weight);
+         p.head_weight_row_stride >= p.width && is_aligned(p.hidden, p.head_weight);
 }
 
 }  // namespace

@@ -88,7 +88,7 @@ __global__ __launch_bounds__(HeadGemm<T>::kThreads, 1) void illada_linear_sample
         pair.apply_bounds(seen);
         pair.reduce(d, p, row, id, end_id, bounds);
       }
-      ptx::made_anew(work_item);  // values derived from it then take no registers in the loop
+      ptx::hide_value(work_item);  // values derived from it then take no registers in the loop
       task = plan.task(work_item, gemm.rank());
       gemm.skip((task.tiles - plan.range_tiles(task.vocab_range)) * k_tiles);
       const RowRecords records = row_records(plan);

@@ -113,7 +113,7 @@ class ModelConfig:
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> ModelConfig:
-        """A named architecture, with some fields replaced. ValueError lists the names there are."""
+        """Return a named architecture, with some fields replaced. ValueError lists the names there are."""
         if name not in PRESETS:
             raise ValueError(f"model.preset must be one of {', '.join(PRESETS)}, got {name!r}")
         return cls.from_dict({**PRESETS[name], **overrides})

@@ -37,7 +37,7 @@ def assert_close_like(got: Tensor, want: Tensor, baseline: Tensor, *, factor: fl
 
 
 def plain_sample(logits: Tensor, token: Tensor, measure: str = "probability") -> TokenSample:
-    """The fields of a TokenSample in plain torch, as a user would: softmax in float32. The baseline of the samplers."""
+    """Return the fields of a TokenSample in plain torch, with a softmax in float32: the baseline of the samplers."""
     logprobs = logits.float().log_softmax(-1)
     probabilities = logprobs.exp()
     logprob = logprobs.gather(-1, token.unsqueeze(-1)).squeeze(-1)

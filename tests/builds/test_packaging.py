@@ -56,9 +56,11 @@ def tools(tmp_path_factory) -> Path:
 def sdist(tmp_path_factory) -> Path:
     """Of a copy of the checkout, without anything built."""
     copy, out = tmp_path_factory.mktemp("checkout") / "illada", tmp_path_factory.mktemp("sdist")
-    ignore = shutil.ignore_patterns(
-        ".git", "build", "dist", ".venv", ".cache", "runs", "data", "*.so", "*.egg-info", "__pycache__"
-    )
+    anywhere = shutil.ignore_patterns(".git", "build", "dist", ".venv", ".cache", "*.so", "*.egg-info", "__pycache__")
+
+    def ignore(folder: str, names: list[str]) -> set[str]:
+        return anywhere(folder, names) | ({"runs", "data"} if Path(folder) == ROOT else set())
+
     shutil.copytree(ROOT, copy, ignore=ignore)
     run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", out, copy)
     return next(out.glob("illada-*.tar.gz"))

@@ -329,7 +329,7 @@ def test_deterministic(way, device):
 
 @pytest.mark.parametrize("lengths, twice", [([256], True), ([257], False), ([500, 0, 1], True)])
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_short_sequences_are_multiplied_twice(lengths, twice, deterministic, device, monkeypatch):
+def test_short_sequences_recompute_the_scores(lengths, twice, deterministic, device, monkeypatch):
     monkeypatch.undo()
     asked = []
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -96,3 +97,8 @@ def test_the_api_page_has_every_public_name():
 
 def test_the_readme_is_short():
     assert len(README.splitlines()) <= 150
+
+
+def test_the_citation_has_the_version_of_the_package():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")

@@ -3,18 +3,19 @@
 Each compares its step, or its logits, with plain torch, and fails where they differ.
 """
 
+import ast
 import importlib.util
 import os
 import re
 import runpy
 import socket
-import subprocess
 import sys
 import types
 from pathlib import Path
 
 import pytest
 import torch
+from two_processes import run_in_two
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples/embedding"
 RECIPES = sorted(path.stem for path in FOLDER.glob("*_style.py"))
@@ -22,9 +23,34 @@ DISTRIBUTED = {"torchtitan_style": "torch", "accelerate_style": "accelerate", "l
 AGREES = "rank {} of 2: the step is that of one pass over all batches in plain torch"
 
 
+def names_of_illada(tree: ast.Module) -> tuple[set[str], set[int]]:
+    """The names that a recipe imports from this package, and the lines that do."""
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    ours = [
+        (alias.asname or alias.name, node.lineno)
+        for node in imports
+        for alias in node.names
+        if (getattr(node, "module", None) or alias.name).partition(".")[0] == "illada"
+    ]
+    return {name for name, _ in ours}, {line for _, line in ours}
+
+
 @pytest.mark.parametrize("name", RECIPES)
-def test_glue_is_five_lines_at_most(name):
-    assert 1 <= len(re.findall(r"# glue\b", (FOLDER / f"{name}.py").read_text(encoding="utf-8"))) <= 5
+def test_glue_is_marked_and_five_lines_at_most(name):
+    """Every line that imports or uses this package, and what was put beside it for that. All other lines were there."""
+    text = (FOLDER / f"{name}.py").read_text(encoding="utf-8")
+    marked = {i for i, line in enumerate(text.splitlines(), 1) if re.search(r"# glue\b", line)}
+    names, lines = names_of_illada(tree := ast.parse(text))
+    if name != "flash_attn_style":  # there the name is flash-attn's own, which its callers know
+        lines |= {node.lineno for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id in names}
+    assert names and lines <= marked and len(marked) <= 5
+    code = {node.lineno for node in ast.walk(tree) if isinstance(node, ast.stmt)}
+    assert marked <= code  # one statement a line
+
+
+def test_what_is_not_marked_runs_without_illada():
+    """Of the module that the recipes share: it is their trainer's own code."""
+    assert not names_of_illada(ast.parse((FOLDER / "small.py").read_text(encoding="utf-8")))[0]
 
 
 @pytest.mark.parametrize("name", ["flash_attn_style", "liger_style", "torchtitan_style"])
@@ -82,20 +108,7 @@ def two_processes():
     """What each process printed: {recipe: text}."""
     names = [name for name in DISTRIBUTED if runs_here(name)]
     arguments = [word for pair in zip(names, map(str, free_ports(len(names))), strict=True) for word in pair]
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from test_examples import run_recipes; run_recipes(*sys.argv[2:])"
-    )
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "recipes"}
-    env = {**os.environ, **shared, "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, os.path.dirname(__file__), *arguments],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**env, "RANK": rank, "LOCAL_RANK": rank},
-        )
-        for rank in "01"
-    ]  # fmt: skip
-    said = [process.communicate(timeout=240)[0] for process in processes]
-    assert all(process.returncode == 0 for process in processes), "\n".join(said)
+    said = run_in_two(run_recipes, *arguments, timeout=240, TORCHELASTIC_RUN_ID="recipes")
     return [dict(re.findall(r"^== (\w+)\n(.*?)(?=^== |\Z)", text, flags=re.DOTALL | re.MULTILINE)) for text in said]
 
 

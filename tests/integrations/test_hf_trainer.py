@@ -2,16 +2,12 @@
 
 import copy
 import gc
-import os
-import subprocess
-import sys
 import types
 import weakref
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from transformers import (
     AttentionInterface,
     AutoConfig,
@@ -25,6 +21,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from two_processes import gloo, run_in_two
 
 import illada
 from illada.config import DiffusionConfig
@@ -529,34 +526,26 @@ def let_accelerate_shard_on_a_cpu():
     AcceleratorState.__init__ = init
 
 
-def run_process(folder, rank):
-    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="localhost")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=int(rank), world_size=2)
+def run_process(folder):
     attention.register()
     let_accelerate_shard_on_a_cpu()
     results = {}
-    for case, (name, options) in CASES.items():
-        if HAS_FSDP or "fsdp" not in options:
-            kind = None if name in ("modernbert", "gemma2") else "illada"  # these have windows and caps
-            model, seen = make_model(name, attn_implementation=kind), Gradients()
-            trainer = make_trainer(f"{folder}/{case}", model, callbacks=[seen], **options)
-            loss = trainer.train().training_loss
-            results[case] = loss, seen.steps[0], trainer.evaluate()["eval_loss"]
-            trainer.save_model(f"{folder}/{case}/saved")
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    with gloo(folder) as rank:
+        for case, (name, options) in CASES.items():
+            if HAS_FSDP or "fsdp" not in options:
+                kind = None if name in ("modernbert", "gemma2") else "illada"  # these have windows and caps
+                model, seen = make_model(name, attn_implementation=kind), Gradients()
+                trainer = make_trainer(f"{folder}/{case}", model, callbacks=[seen], **options)
+                loss = trainer.train().training_loss
+                results[case] = loss, seen.steps[0], trainer.evaluate()["eval_loss"]
+                trainer.save_model(f"{folder}/{case}/saved")
+        torch.save(results, f"{folder}/{rank}.pt")
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    code = "import sys; sys.path.insert(0, sys.argv[1]); from test_hf_trainer import run_process; run_process(*sys.argv[2:])"
-    command = [sys.executable, "-c", code, os.path.dirname(__file__), str(folder)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    processes = [subprocess.Popen([*command, rank], stderr=subprocess.PIPE, text=True, env=env) for rank in "01"]
-    for process in processes:
-        _, errors = process.communicate(timeout=480)
-        assert process.returncode == 0, errors
+    run_in_two(run_process, folder, timeout=480)
     return folder, [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

@@ -2,9 +2,6 @@
 
 import contextlib
 import dataclasses
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -12,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from two_processes import gloo, run_in_two
 
 import illada
 from illada import LossModule, MaskedDiffusionModel, ModelConfig
@@ -232,16 +230,15 @@ def distributed_result(
     return float(mean) / world, gradients(module)
 
 
-def run_process(folder, rank):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=int(rank), world_size=2)
+def run_process(folder):
     results = {}
-    for case, (wrapper, name, options) in CASES.items():
-        if wrapper == "ddp" or HAS_FSDP:
-            results[case] = distributed_result(wrapper, name, **options)
-    torch.save(results, f"{folder}/{rank}.pt")
-    if HAS_FSDP:
-        check_errors_of_fsdp()
-    dist.destroy_process_group()
+    with gloo(folder) as rank:
+        for case, (wrapper, name, options) in CASES.items():
+            if wrapper == "ddp" or HAS_FSDP:
+                results[case] = distributed_result(wrapper, name, **options)
+        torch.save(results, f"{folder}/{rank}.pt")
+        if HAS_FSDP:
+            check_errors_of_fsdp()
 
 
 def check_errors_of_fsdp():
@@ -259,13 +256,7 @@ def check_errors_of_fsdp():
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    code = "import sys; sys.path.insert(0, sys.argv[1]); from test_loss_in_trainers import run_process; run_process(*sys.argv[2:])"
-    command = [sys.executable, "-c", code, os.path.dirname(__file__), str(folder)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    processes = [subprocess.Popen([*command, rank], stderr=subprocess.PIPE, text=True, env=env) for rank in "01"]
-    for process in processes:
-        _, errors = process.communicate(timeout=240)
-        assert process.returncode == 0, errors
+    run_in_two(run_process, folder, timeout=240)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

@@ -240,11 +240,13 @@ def test_gradients_at_edges_of_the_cpu_s_tiles(group, dim, dtype, generator):
     assert (got[2][84:101] == 0).all() and (got[3][1:6] == 0).all() and (got[4][1:6] == 0).all()
 
 
-@pytest.mark.parametrize(
-    "lengths, by", [([10, 100, 3], {"csrc/cpu", "torch"}), ([10, 0, 64], {"csrc/cpu"}), ([100, 65], {"torch"})]
-)
-def test_sequences_are_shared_with_torch(lengths, by, generator, monkeypatch):
-    """In bfloat16 on a processor that multiplies in it, torch gets the sequences of more than 64 keys."""
+@pytest.mark.parametrize("with_dlse", [False, True])
+@pytest.mark.parametrize("lengths, ours, torchs", [([10, 100, 3], 1, 1), ([10, 0, 64], 1, 0), ([100, 65], 0, 1)])
+def test_sequences_are_shared_with_torch(lengths, ours, torchs, with_dlse, generator, monkeypatch):
+    """In bfloat16 on a processor that multiplies in it, torch gets the sequences of more than 64 keys.
+
+    Gradients of lse are the exception: torch would compute in float32.
+    """
     called = set()
 
     def record(module, name, part):
@@ -252,19 +254,22 @@ def test_sequences_are_shared_with_torch(lengths, by, generator, monkeypatch):
         monkeypatch.setattr(module, name, lambda *inputs: (called.add(part), function(*inputs))[1])
 
     monkeypatch.setattr(_native.native(), "multiplies_bfloat16", lambda: True)
-    record(attention, "_attend_by_torch", "torch")
-    record(attention, "_differentiate_by_torch", "torch")
+    record(attention, "_attend_by_torch", "torch's forward")
+    record(attention, "_differentiate_by_torch", "torch's backward")
     record(raw, "varlen_attention_backward", "csrc/cpu")
     q, k, v, cu = make([*lengths, 5], 4, 2, 32, torch.bfloat16, generator)
     cu = cu[:-1]  # the last 5 tokens are of no sequence
     d_out = torch.randn(q.shape, generator=generator).bfloat16()
-    d_lse = torch.randn(4, len(q), generator=generator)
+    d_lse = torch.randn(4, len(q), generator=generator) if with_dlse else None
     got = run(illada.varlen_attention, q, k, v, cu, d_out=d_out, d_lse=d_lse)
     baseline = run(reference.varlen_attention, q, k, v, cu, d_out=d_out, d_lse=d_lse)
     want = run(reference.varlen_attention, q.double(), k.double(), v.double(), cu, d_out=d_out.double(), d_lse=d_lse)
     for g, w, b in zip(got, want, baseline, strict=True):
         assert_close_like(g.to(b.dtype), w, b)
-    assert called == by
+    forward, backward = {"torch's forward"} if torchs else set(), {"torch's backward"} if torchs else set()
+    if with_dlse:
+        ours, backward = 1, set()
+    assert called == ({"csrc/cpu"} if ours else set()) | forward | backward
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

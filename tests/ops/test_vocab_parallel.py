@@ -1,12 +1,9 @@
 """The loss over shards of the vocabulary: two gloo processes against one that holds all of it."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.distributed as dist
+from two_processes import gloo, run_in_two
 
 import illada
 from illada.ops import reference
@@ -54,30 +51,22 @@ def vocab_parallel_results(case):
     return loss.detach(), nll, hidden.grad, shard.grad
 
 
-def run_process(folder, rank):
-    rank = int(rank)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    torch.save([vocab_parallel_results(case) for case in CASES], f"{folder}/{rank}.pt")
-    hidden, weight, targets, weights = make_problem(torch.float32)
-    targets[int(weights.nonzero()[0])] = VOCAB
-    start, end = BOUNDS[rank:][:2]
-    with pytest.raises(ValueError, match=f"target {VOCAB} is in no shard, and its weight is not zero"):
-        illada.linear_masked_cross_entropy_vocab_parallel(
-            hidden, weight[start:end], targets, weights, vocab_start=start
-        )
-    dist.destroy_process_group()
+def run_process(folder):
+    with gloo(folder) as rank:
+        torch.save([vocab_parallel_results(case) for case in CASES], f"{folder}/{rank}.pt")
+        hidden, weight, targets, weights = make_problem(torch.float32)
+        targets[int(weights.nonzero()[0])] = VOCAB
+        start, end = BOUNDS[rank:][:2]
+        with pytest.raises(ValueError, match=f"target {VOCAB} is in no shard, and its weight is not zero"):
+            illada.linear_masked_cross_entropy_vocab_parallel(
+                hidden, weight[start:end], targets, weights, vocab_start=start
+            )
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    code = "import sys; sys.path.insert(0, sys.argv[1]); from test_vocab_parallel import run_process; run_process(*sys.argv[2:])"
-    command = [sys.executable, "-c", code, os.path.dirname(__file__), str(folder)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    processes = [subprocess.Popen([*command, rank], stderr=subprocess.PIPE, text=True, env=env) for rank in "01"]
-    for process in processes:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
+    run_in_two(run_process, folder, timeout=120)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

@@ -127,7 +127,7 @@ def load(options: argparse.Namespace) -> tuple[Any, Tokenizer]:
 
 
 def prefix(options: argparse.Namespace, model: MaskedDiffusionModel) -> list[int] | None:
-    """What prompts begin with by --add-bos; None: what the tokenizer adds."""
+    """Return what prompts begin with by --add-bos; None: what the tokenizer adds."""
     from illada.text.tokenizer import bos_prefix
 
     return bos_prefix(options.add_bos, model.config.bos_token_id, "--add-bos")
@@ -175,7 +175,7 @@ def print_json(record: dict[str, Any], file: TextIO | None = None) -> None:
 
 
 def make_config(options: argparse.Namespace, tokenizer: Tokenizer, model: ModelConfig) -> GenerationConfig:
-    """The `GenerationConfig` of `add_sampling_options`."""
+    """Return the `GenerationConfig` of `add_sampling_options`."""
     from illada.generation import GenerationConfig
 
     special = ("forbid_tokens", "delay_tokens")
@@ -193,7 +193,7 @@ def make_config(options: argparse.Namespace, tokenizer: Tokenizer, model: ModelC
 
 
 def parse_token_ids(text: str | None, model: ModelConfig, name: str) -> tuple[int, ...]:
-    """The ids of "2,eot": numbers, and special ids of the model by name. ValueError, which names the option."""
+    """Return the ids of "2,eot": numbers, and special ids of the model by name. ValueError, which names the option."""
     special = {kind: getattr(model, f"{kind}_token_id") for kind in ("eos", "eot", "bos", "pad", "mask")}
     ids = []
     for word in text.split(",") if text else ():

@@ -71,6 +71,6 @@ def _handled(handler: Callable[[int, object], None], numbers: list[signal.Signal
 
 
 def say(line: str) -> None:
-    """A line on standard error, whose terminal may be gone."""
+    """Print a line on standard error, whose terminal may be gone."""
     with contextlib.suppress(OSError):
         print(line, file=sys.stderr, flush=True)

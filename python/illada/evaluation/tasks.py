@@ -147,7 +147,7 @@ def prepare_tasks(
 
 
 def _documents(dataset: TokenDataset, most_tokens: int | None = None) -> Iterator[str]:
-    """The documents of a split, as text."""
+    """Yield the documents of a split, as text."""
     tokenizer = load_tokenizer(dataset.path)
     bounds = dataset.documents.tolist()
     for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
@@ -163,7 +163,7 @@ def _words(text: str) -> list[str]:
 
 
 def _seen_in_training(train: TokenDataset, texts: Iterable[str]) -> set[str]:
-    """Those of `texts` whose words also follow each other in the training split."""
+    """Return those of `texts` whose words also follow each other in the training split."""
     by_start: dict[tuple[str, ...], list[tuple[list[str], str]]] = defaultdict(list)
     for text in texts:
         words = _words(text)
@@ -179,7 +179,7 @@ def _seen_in_training(train: TokenDataset, texts: Iterable[str]) -> set[str]:
 
 
 def _rank(*parts: object) -> bytes:
-    """A place in an order that is random and the same everywhere."""
+    """Return a place in an order that is random and the same everywhere."""
     return hashlib.sha256(json.dumps(parts).encode()).digest()
 
 
@@ -187,7 +187,7 @@ def _rank(*parts: object) -> bytes:
 
 
 def read_docstrings(documents: Iterable[str]) -> list[Entry]:
-    """The public functions and classes of Python files, each defined by the first sentence of its docstring.
+    """Return the public functions and classes of Python files, each defined by the first sentence of its docstring.
 
     The files are parsed, never imported; what does not parse is left out.
     """
@@ -224,7 +224,7 @@ _SENSE_TYPES = {"1": "noun", "2": "verb", "3": "adjective", "4": "adverb", "5": 
 
 
 def read_wordnet(path: str | Path) -> list[Entry]:
-    """The single words of WordNet, each defined by the gloss of its first sense.
+    """Return the single words of WordNet, each defined by the gloss of its first sense.
 
     Args:
         path: a folder with data.noun, data.verb, data.adj, data.adv. Beside them index.noun, ... say which sense comes
@@ -265,7 +265,7 @@ def read_wordnet(path: str | Path) -> list[Entry]:
 
 
 def _read_lines(file: Path, parse: Callable[[str], Item]) -> list[Item]:
-    """What the lines of one of WordNet's files say, without the licence at its beginning, which is indented.
+    """Return what the lines of one of WordNet's files say, without the licence at its beginning, which is indented.
 
     Nothing where there is no file.
     """
@@ -371,7 +371,7 @@ def _blanked(word: str, text: str) -> str:
 
 
 def _leaks(word: str, text: str) -> bool:
-    """Whether a word of `text` is `word`, or an inflection of it."""
+    """Return whether a word of `text` is `word`, or an inflection of it."""
     begins = word.lower()
     stem = begins[:-1] if len(begins) > 3 and begins[-1] in "ey" else begins  # copies, sizing
     for part in map(str.lower, _words(text)):

@@ -75,7 +75,7 @@ class CudaCapture:
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        """What runs `function`, and what it returns each time; as yet it has not run."""
+        """Return what runs `function`, and what it returns each time; as yet it has not run."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             out = function()

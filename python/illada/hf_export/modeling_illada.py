@@ -27,6 +27,7 @@ class IlladaRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalize the last dimension of x [..., C], in float32; the result has the dtype of x."""
         return self.weight * F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype)
 
 
@@ -83,7 +84,7 @@ class IlladaAttention(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """What goes back into the residual stream, and the weights where the implementation gives them."""
+        """Return what goes back into the residual stream, and the weights where the implementation gives them."""
         linears = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (linear(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for linear in linears)
         name = self.config._attn_implementation
@@ -103,6 +104,7 @@ class IlladaMLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the SwiGLU MLP to x [..., C]."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -119,7 +121,7 @@ class IlladaLayer(GradientCheckpointingLayer):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """The residual stream behind this layer, and its attention weights."""
+        """Return the residual stream behind this layer, and its attention weights."""
         attended, weights = self.self_attn(self.input_layernorm(x), cos, sin, attention_mask, **kwargs)
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x)), weights
@@ -173,7 +175,7 @@ class IlladaModel(IlladaPreTrainedModel):
         output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutput:
-        """A padded batch [B, L].
+        """Return a padded batch [B, L].
 
         attention_mask: [B, L], 0 at padding, on the left or right. position_ids: default from 0 at each row's first
         token. output_hidden_states gives the embeddings and every layer's output, the last one after the norm.

@@ -178,9 +178,25 @@ def flash_attn_with_kvcache(
     """Attention of q [B, L, H, D] to a cache [B, Lk, G, D], where the new k and v [B, N, G, D] are put first, in place.
 
     Args:
+        q: [B, L, H, D], last dimension contiguous.
+        k_cache: [B, Lk, G, D], the cache of keys.
+        v_cache: Like `k_cache`, of values.
+        k: [B, N, G, D], new keys, written to the cache behind those in use; default: none.
+        v: Like `k`, new values; given if `k` is.
+        rotary_cos: Must be None.
+        rotary_sin: Must be None.
         cache_seqlens: keys in use before the new ones, for all sequences or int32 [B] each; default: all rows are.
+        cache_batch_idx: Must be None.
         cache_leftpad: int32 [B], rows at the beginning of each slot that are not looked at.
-        num_splits, rotary_interleaved: accepted and not needed.
+        block_table: Must be None.
+        softmax_scale: Factor of the scores; default 1 / sqrt(D).
+        causal: Must be False.
+        window_size: Must be (-1, -1).
+        softcap: Must be 0.
+        rotary_interleaved: Accepted and not needed.
+        alibi_slopes: Must be None.
+        num_splits: Accepted and not needed.
+        return_softmax_lse: Also return lse.
 
     Returns:
         out [B, L, H, D]; with `return_softmax_lse` (out, lse float32 [B, H, L]). Not differentiable.

@@ -64,7 +64,7 @@ def decode_pieces(blocks: Iterable[bytes], where: str) -> Iterator[str]:
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a file; errors as of `decode_text`."""
+    """Return the text of a file; errors as of `decode_text`."""
     return "".join(read_pieces(path))
 
 
@@ -98,7 +98,7 @@ def decode_lines(file: BinaryIO, where: str) -> Iterator[tuple[str, str]]:
 
 
 def parse_json(text: str, where: str) -> Any:
-    """The value of a JSON text.
+    """Return the value of a JSON text.
 
     Raises:
         ValueError: naming `where`: no JSON, nested too deeply for Python, or half of a surrogate pair in a string.
@@ -118,7 +118,7 @@ def parse_json(text: str, where: str) -> Any:
 
 
 def read_json(path: str | Path) -> Any:
-    """The value of a JSON file; errors as of `read_text` and `parse_json`, all of them a ValueError."""
+    """Return the value of a JSON file; errors as of `read_text` and `parse_json`, all of them a ValueError."""
     try:
         return parse_json(read_text(path), str(path))
     except ValueError:
@@ -128,7 +128,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def read_json_object(file: Path) -> dict[str, Any]:
-    """A JSON file that holds an object. ValueError, which names the file: it does not."""
+    """Return a JSON file that holds an object. ValueError, which names the file: it does not."""
     values: dict[str, Any] = read_json(file)
     check_object(values, {}, str(file))
     return values
@@ -140,7 +140,7 @@ def read_if_there(file: Path) -> dict[str, Any]:
 
 
 def looks_like(path: str | Path) -> str | None:
-    """What a file is that a download left in the place of another, for an error about it; None: it is none of those."""
+    """Return what a download left in the place of a file, for an error about it; None: nothing of that kind."""
     with Path(path).open("rb") as file:
         start = file.read(_HEAD).lstrip().lower()
     if start.startswith(_POINTER):
@@ -151,7 +151,7 @@ def looks_like(path: str | Path) -> str | None:
 
 
 def check_text(text: str, where: str) -> str:
-    """The text itself. ValueError: it holds a lone surrogate, as Python makes of bytes that are not UTF-8."""
+    """Return the text itself. ValueError: it holds a lone surrogate, as Python makes of bytes that are not UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -24,7 +24,7 @@ _CHARSMAP = b"precompiled_charsmap"  # of a normalizer
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """A tokenizer.json, or the one in a folder (a corpus, a checkpoint), which always encodes the whole text alone.
+    """Return a tokenizer.json, or that of a folder (corpus, checkpoint), which always encodes the whole text alone.
 
     Its `truncation` and `padding` are dropped: they were settings of whoever saved it. Tokens that only
     added_tokens.json or tokenizer_config.json beside it name are added.
@@ -106,7 +106,7 @@ def _check_tokenizer(file: Path) -> None:
 
 
 def read_special_tokens(folder: Path) -> dict[str, Any]:
-    """Special tokens by name, each a text or a list of them, of tokenizer_config.json, else special_tokens_map.json."""
+    """Return special tokens by name (text or list), of tokenizer_config.json, else special_tokens_map.json."""
     named: dict[str, Any] = {}
     for file in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
         values = read_if_there(file)
@@ -155,7 +155,7 @@ def encode_as_text(encode: Callable[[str], list[int]], control: Mapping[int, str
 
 
 def _contents(token: Any, where: str) -> Any:
-    """A special token: its text, or the form with flags that wraps it; or a list of them, which may be by name."""
+    """Return a special token: its text, or the form with flags around it; or a list of them, perhaps by name."""
     if isinstance(token, dict) and "content" not in token:
         token = list(token.values())
     if isinstance(token, list):
@@ -166,9 +166,10 @@ def _contents(token: Any, where: str) -> Any:
 
 
 def _add_tokens(tokenizer: Tokenizer, folder: Path) -> None:
-    """As `transformers` does: of tokenizer_config.json, whose flags count, else of added_tokens.json.
+    """Add tokens as `transformers` does: of tokenizer_config.json, whose flags count, else of added_tokens.json.
 
-    A token that is there keeps its id, whatever they say."""
+    A token that is there keeps its id, whatever they say.
+    """
     file = folder / "tokenizer_config.json"
     config = check_object(read_if_there(file), {}, str(file), {"added_tokens_decoder": dict[str, _OBJECT]})
     declared = config.get("added_tokens_decoder")

@@ -45,7 +45,7 @@ class Log:
         )
 
     def validation(self, *, step: int, seconds: float, bound: float, unigram_entropy: float) -> None:
-        """The bound and what it has to beat, nats per token."""
+        """Log the bound and what it has to beat, nats per token."""
         self._write(
             {
                 "kind": "validation",
@@ -61,7 +61,7 @@ class Log:
         )
 
     def say(self, line: str) -> None:
-        """A line on stdout, above the progress bar."""
+        """Print a line on stdout, above the progress bar."""
         try:
             if self.bar.disable:
                 print(line, flush=True)
@@ -73,7 +73,7 @@ class Log:
             pass
 
     def has_validation(self, step: int) -> bool:
-        """Whether there is a validation of this step, in this run or in one that it continues."""
+        """Return whether there is a validation of this step, in this run or in one that it continues."""
         return any(r["kind"] == "validation" and r["step"] == step for r in self.records)
 
     def plot(self) -> Path | None:
