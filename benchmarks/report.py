@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import jsonl, plots
+from . import jsonl, plots, registry
 from .ceiling import YARDSTICKS, middle, share
 from .runner import KEYS, Goal, marks, once, ratio, spread
 
@@ -101,9 +101,7 @@ def goal_line(goal: Goal) -> str:
 
 def goals(records: Records) -> list[Goal]:
     """Of the records' bench; of one that is not known here, none."""
-    from .__main__ import BENCHES
-
-    module = BENCHES.get(records[0]["bench"])
+    module = registry.BENCHES.get(records[0]["bench"])
     return importlib.import_module(module, __package__).goals(records) if module else []
 
 
