@@ -15,7 +15,7 @@ from illada.ops import raw
 from illada.ops.raw import attention, launch, loss, sampling
 from illada.ops.types import RemaskStatus, TokenSample
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PARAMS = {
     "attention.h": {
         "PlanParams": "attention_plan_cpu",
