@@ -478,13 +478,20 @@ class MaskedDiffusionModel(nn.Module):
             x, cos, sin = first.x, first.cos, first.sin
         selected_rows = None if rows is None else self._selected_rows(rows, cu_seqlens, tokens.shape[0])
         for i, layer in enumerate(self.layers):
-            inputs = [x, cos, sin, cu_seqlens, plan, None if cache is None else cache.layer(i), None, None]
-            last = i == len(self.layers) - 1
-            if selected_rows is not None and last:
-                inputs[4], inputs[6] = None, selected_rows  # the selected rows need another plan
+            selects = selected_rows if i == len(self.layers) - 1 else None
+            projected = None
             if first is not None and i == 0:
-                q = first.q if selected_rows is None or not last else first.q[selected_rows.rows]
-                inputs[7] = (q, first.k, first.v)
+                projected = (first.q if selects is None else first.q[selects.rows], first.k, first.v)
+            inputs = (
+                x,
+                cos,
+                sin,
+                cu_seqlens,
+                plan if selects is None else None,  # the selected rows need another plan
+                None if cache is None else cache.layer(i),
+                selects,
+                projected,
+            )
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, *inputs, use_reentrant=False)
             else:

@@ -168,19 +168,16 @@ def weighted_sum(
         scale: Factor that multiplies the sum.
     """
     launch = launch_of(loss, nll, token_weights, normalizer)
-    if launch is None:
-        scale = scale if normalizer is None else scale / float(normalizer)
-        native().weighted_sum_cpu(nll=nll, token_weights=token_weights, num_rows=nll.shape[0], scale=scale, loss=loss)
-    else:
-        native().weighted_sum(
-            nll=nll,
-            token_weights=token_weights,
-            num_rows=nll.shape[0],
-            scale=scale,
-            normalizer=normalizer,
-            loss=loss,
-            launch=launch,
-        )
+    write = native().weighted_sum_cpu if launch is None else native().weighted_sum
+    write(
+        nll=nll,
+        token_weights=token_weights,
+        num_rows=nll.shape[0],
+        scale=scale,
+        normalizer=normalizer,
+        loss=loss,
+        launch=launch,
+    )
     increment_version(loss)
 
 
