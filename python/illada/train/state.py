@@ -161,7 +161,7 @@ def _read_moments(path: Path, model: MaskedDiffusionModel) -> dict[str, dict[str
 
 
 def _check_moment(value: torch.Tensor, shape: list[int], key: str, where: str) -> None:
-    """Raise ValueError unless `value` has that shape, is float32 and finite, and no step or second moment is negative."""
+    """Raise ValueError unless `value` is finite float32 of that shape, and no step or second moment is negative."""
     if list(value.shape) != shape or value.dtype != torch.float32:
         raise ValueError(f"{where} is {value.dtype} {list(value.shape)}, expected torch.float32 {shape}")
     if not bool(value.isfinite().all()) or (key != "exp_avg" and bool((value < 0).any())):
