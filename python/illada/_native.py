@@ -54,7 +54,7 @@ def has_cuda() -> bool:
 
 
 def require_cuda_build(op: str) -> None:
-    """NotImplementedError for an op called with CUDA tensors on a build that has no CUDA kernels."""
+    """Raise NotImplementedError for an op called with CUDA tensors on a build that has no CUDA kernels."""
     if not has_cuda():
         raise NotImplementedError(
             f"{op}: this build has no CUDA kernels ({build_info()['no_cuda']}); supported here: CPU tensors. "

@@ -120,7 +120,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
-        """From field names and values; unknown and missing names are errors that list them."""
+        """Make a config of field names and values; unknown and missing names are errors that list them."""
         fields = {f.name: f for f in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - set(fields)):
             raise ValueError(f"unknown model options: {some_of(unknown)}; there are {', '.join(fields)}")
@@ -130,7 +130,7 @@ class ModelConfig:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields by name; the inverse of `from_dict`."""
+        """Return all fields by name; the inverse of `from_dict`."""
         return dataclasses.asdict(self)
 
 

@@ -222,7 +222,7 @@ def write_text(file: str | Path, text: str) -> None:
 
 
 def check_inside(file: Path, folder: Path) -> None:
-    """ValueError: `file` is a link that leaves its folder, to which the blobs of a Hugging Face cache belong."""
+    """Raise ValueError if `file` is a link that leaves its folder; blobs of a Hugging Face cache belong to it."""
     real, home = file.resolve(), folder.resolve()
     blobs = home.parent.parent / "blobs"
     if not (real.is_relative_to(home) or (home.parent.name == "snapshots" and real.parent == blobs)):
@@ -249,7 +249,7 @@ def remove_stale(parent: str | Path) -> None:
 
 
 def _open_by_umask(staging: Path) -> None:
-    """Modes as if everything had been made by mkdir and open: temporary folders and weights are made private."""
+    """Set modes as mkdir and open would: temporary folders and weights are made private."""
     probe = staging / ".mode"
     probe.mkdir()  # asking for the umask would change it, for all threads
     mode = stat.S_IMODE(probe.stat().st_mode) & 0o777

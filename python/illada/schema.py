@@ -71,7 +71,7 @@ def checked(hint: Any, value: Any, name: str) -> Any:
 
 
 def _is_infinite(value: Any, problem: str) -> bool:
-    """inf, nan, or an int that no float holds."""
+    """Return whether a value is inf, nan, or an int that no float holds."""
     if isinstance(value, float):
         return not math.isfinite(value)
     return problem == "float_type" and isinstance(value, int) and not isinstance(value, bool)

@@ -137,7 +137,7 @@ class Layout:
             raise ValueError(f"{source}: {error}") from None
 
     def config_to_file(self, config: ModelConfig) -> dict[str, Any]:
-        """config.json of a model, without its dtype.
+        """Return config.json of a model, without its dtype.
 
         Raises:
             NotImplementedError: an architecture that the layout cannot express; the fields are named.

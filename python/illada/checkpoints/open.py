@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def all_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints of a training run, oldest first."""
+    """Return the complete checkpoints of a training run, oldest first."""
     found = [p for p in folder.glob("step-*") if p.name.removeprefix("step-").isdigit() and p.is_dir()]
     return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
 
@@ -25,7 +25,7 @@ def newest(folder: Path) -> Path | None:
 
 
 def config_file(folder: Path) -> Path:
-    """config.json of a checkpoint folder. FileNotFoundError: it has none."""
+    """Return config.json of a checkpoint folder. FileNotFoundError: it has none."""
     file = folder / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{folder} is not a checkpoint (no config.json)")
@@ -33,7 +33,7 @@ def config_file(folder: Path) -> Path:
 
 
 def state_file(folder: Path) -> Path:
-    """trainer.json of a training checkpoint. FileNotFoundError: it has none."""
+    """Return trainer.json of a training checkpoint. FileNotFoundError: it has none."""
     file = folder / "trainer.json"
     if not file.is_file():
         raise FileNotFoundError(f"{folder} is not a training checkpoint (no trainer.json)")

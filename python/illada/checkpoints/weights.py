@@ -137,7 +137,7 @@ def write_pretrained(
 
 
 def _check_names(model: MaskedDiffusionModel) -> None:
-    """ValueError unless the model has the parameters of its class and no others, such as an adapter's."""
+    """Raise ValueError unless the model has the parameters of its class and no others, such as an adapter's."""
     state, shapes = model.state_dict(), MaskedDiffusionModel.parameter_shapes(model.config)
     if beyond := sorted(state.keys() - shapes.keys()):
         raise ValueError(f"the layout has no name for {some_of(beyond)}; merge adapters first (peft: merge_and_unload)")
@@ -259,7 +259,7 @@ def read_weights(
 
 
 def _check_tensors(path: Path, files: Sequence[Path], expected: Mapping[str, _Part], tied_head: str | None) -> None:
-    """ValueError: the files do not have these tensors exactly. Looks at names, shapes and dtypes alone."""
+    """Raise ValueError unless the files have exactly these tensors. Looks at names, shapes and dtypes alone."""
     found: set[str] = set()
     unexpected: list[str] = []
     wrong: list[str] = []
@@ -369,7 +369,7 @@ def read_stop_tokens(path: str | Path) -> tuple[int, ...]:
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """config.json of a checkpoint folder, as it stands there."""
+    """Return config.json of a checkpoint folder, as it stands there."""
     return read_json_object(config_file(Path(path)))
 
 

@@ -112,7 +112,7 @@ def _show_warning(message: Warning | str, *_place: object, **_more: object) -> N
 
 
 def _check_texts(options: argparse.Namespace) -> None:
-    """ValueError: an argument that is given to a model, not a path, was not UTF-8."""
+    """Raise ValueError if an argument that a model gets, not a path, was not UTF-8."""
     for name in ("prompt", "context", "candidate", "system", "stop", "end_think"):
         value = getattr(options, name, None)
         for text in [value] if isinstance(value, str) else value or []:

@@ -79,7 +79,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _check_target(target: Path, overwrite: bool) -> None:
-    """Only a checkpoint may be replaced: not a training state, nor a folder with anything else in it."""
+    """Refuse to replace anything but a checkpoint: not a training state, nor a folder with anything else in it."""
     recover(target)
     folder_to_write(target)
     if not target.exists():

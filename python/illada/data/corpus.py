@@ -145,7 +145,7 @@ class Documents:
         return len(self.lengths)
 
     def add(self, pieces: Iterable[str]) -> None:
-        """One more document."""
+        """Add one more document."""
         length, digest, size = 0, hashlib.sha256(), self._ends[-1]
         self._file.seek(size)
         for piece in pieces:
@@ -158,7 +158,7 @@ class Documents:
         self.scores.append(int.from_bytes(digest.digest()[:8], "big") / 2**64)
 
     def pieces(self, index: int, start: int = 0, end: int | None = None) -> Iterator[str]:
-        """Characters [start, end) of a document, in pieces of `PIECE` at most."""
+        """Yield characters [start, end) of a document, in pieces of `PIECE` at most."""
         at, end = 0, self.lengths[index] if end is None else end
         for piece in codecs.iterdecode(self._blocks(self._ends[index], self._ends[index + 1]), "utf-8"):
             if at >= end:
@@ -327,6 +327,6 @@ def _count(file: Path, dtype: str) -> NDArray:
 
 
 def _entropy(counts: NDArray) -> float:
-    """Of the empirical distribution, in nats."""
+    """Return the entropy of the empirical distribution, in nats."""
     p = counts[counts > 0] / counts.sum()
     return float(-(p * np.log(p)).sum())

@@ -371,7 +371,7 @@ class IlladaLM(LM):
     # ---------------------------------------------------------------------------------------------------- processes
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """[world_size, ...]: the tensor of each process."""
+        """Return [world_size, ...]: the tensor of each process."""
         if self._world_size == 1:
             return tensor
         gathered = [torch.zeros_like(tensor, device="cpu") for _ in range(self._world_size)]
@@ -413,7 +413,7 @@ class PublishedIlladaLM(IlladaLM):
 
 
 def _processes(device: str | torch.device | None) -> tuple[torch.device, int, int]:
-    """(device, rank, world size), as torchrun or accelerate launched this process."""
+    """Return (device, rank, world size), as torchrun or accelerate launched this process."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     chosen = find_device(device or "cpu")
     if world_size > 1 and chosen.type == "cuda" and chosen.index is None:
@@ -461,7 +461,7 @@ def _size(job: Any) -> int:
 
 @contextlib.contextmanager
 def quiet_logs() -> Iterator[None]:
-    """lm_eval and datasets say warnings only, while this lasts."""
+    """Let lm_eval and datasets log only warnings within the context."""
 
     def matters(record: logging.LogRecord) -> bool:
         return "Custom kwargs can be passed" not in record.getMessage()  # said of every task that reads its own files
@@ -481,7 +481,7 @@ def quiet_logs() -> Iterator[None]:
 
 
 def main() -> None:
-    """lm_eval's command; packs are as large as memory allows unless --batch_size says otherwise."""
+    """Run lm_eval's command; packs are as large as memory allows unless --batch_size says otherwise."""
     from lm_eval.__main__ import cli_evaluate
 
     evaluates = _given("--tasks", "-t") and sys.argv[1] != "validate"

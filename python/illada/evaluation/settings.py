@@ -102,7 +102,7 @@ class EvaluationSettings:
 
     @classmethod
     def from_arguments(cls, arguments: dict[str, Any]) -> EvaluationSettings:
-        """From names and values, published ones and the generator's included. TypeError lists the names there are."""
+        """Make settings of names and values, also published ones and the generator's. TypeError lists the names."""
         values: dict[str, Any] = {}
         names = [field.name for field in dataclasses.fields(cls) if field.name != "generation"]
         names += [name for name in GENERATION if name not in names]

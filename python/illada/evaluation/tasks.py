@@ -280,13 +280,13 @@ def _read_lines(file: Path, parse: Callable[[str], Item]) -> list[Item]:
 
 
 def _parse_index(line: str) -> tuple[str, str]:
-    """(word, offset of its first synset): they stand in the order of its senses."""
+    """Return (word, offset of its first synset): they stand in the order of its senses."""
     fields = line.split()
     return fields[0], fields[6 + _number(fields[3])]
 
 
 def _parse_synset(line: str) -> tuple[str, list[str], list[str], str]:
-    """(offset, words, offsets of related synsets of the same file, definition) of one line of a data file."""
+    """Return (offset, words, offsets of related synsets, definition) of one line of a data file."""
     fields, _, gloss = line.partition("|")
     parts = fields.split()
     own, count = _SYNSET_TYPES[parts[2]], _number(parts[3], 16)
@@ -300,7 +300,7 @@ def _parse_synset(line: str) -> tuple[str, list[str], list[str], str]:
 
 
 def _parse_count(line: str) -> tuple[tuple[str, str], int]:
-    """Of cntlist.rev: (part of speech, word) and how often one of its senses was met in tagged texts."""
+    """Parse cntlist.rev: (part of speech, word) and how often one of its senses was met in tagged texts."""
     key, _, tagged = line.split()
     lemma, _, rest = key.partition("%")
     return (_SENSE_TYPES[rest[:1]], lemma), _number(tagged)
@@ -317,7 +317,7 @@ def _number(text: str, base: int = 10) -> int:
 
 
 def definition_questions(entries: Sequence[Entry], *, seed: int = 0, most: int | None = None) -> list[dict[str, Any]]:
-    """Questions, at most `most`, for words whose definition fits no other; the word itself is blanked in it."""
+    """Return questions, at most `most`, for words whose definition fits no other; the word itself is blanked in it."""
     words_of: dict[str, set[str]] = defaultdict(set)
     for entry in entries:
         words_of[entry.text.lower()].add(_plain(entry.word))
@@ -366,7 +366,7 @@ def _plain(word: str) -> str:
 
 
 def _blanked(word: str, text: str) -> str:
-    """`text` with a blank for `word` and its inflections."""
+    """Return `text` with a blank for `word` and its inflections."""
     return re.sub(r"\w+", lambda part: _BLANK if _leaks(word, part[0]) else part[0], text)
 
 
@@ -383,7 +383,7 @@ def _leaks(word: str, text: str) -> bool:
 
 
 def _nearest(word: str, pool: Sequence[Entry], allowed: Callable[[Entry], bool], seed: int) -> list[str]:
-    """Wrong answers from `pool`, of about the length of `word`; none if there are too few."""
+    """Return wrong answers from `pool`, of about the length of `word`; none if there are too few."""
     found: dict[str, str] = {}
     for entry in pool:
         if allowed(entry):
@@ -398,7 +398,7 @@ def _shuffled(right: str, wrong: list[str], salt: tuple) -> dict[str, Any]:
 
 
 def cloze_questions(documents: Sequence[str], *, seed: int = 0, word: bool = False) -> list[dict[str, Any]]:
-    """Passages that break off within a line, in a hashed order.
+    """Return passages that break off within a line, in a hashed order.
 
     Each has 24 words of text as it stands; `choices` are the three to eight words up to the end of the line and three
     such ends from other places, or, with `word`, `answer` is the next word alone.

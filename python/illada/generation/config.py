@@ -174,7 +174,7 @@ class GenerationConfig:
             raise ValueError("end_think_boost goes with modes var and fixed, where text follows the prompt; got infill")
 
     def _check_types(self) -> None:
-        """TypeError for what would fail far from here, or silently mean something else: a text is a list of texts."""
+        """Raise TypeError for what would fail far from here, or mean something else: a text is a list of texts."""
         for names, kind, wanted in ((_COUNTS, Integral, "an integer"), (_NUMBERS, Real, "a number")):
             for name in names:
                 value = getattr(self, name)

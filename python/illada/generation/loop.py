@@ -81,7 +81,7 @@ def generate_iter(
     progress: bool = False,
     on_commit: Callable[[int, list[int], list[int]], None] | None = None,
 ) -> Iterator[GenerationDelta]:
-    """`generate` block by block: what each block adds to its prompt's result, as soon as it stands.
+    """Generate block by block: yield what each block adds to its prompt's result, as soon as it stands.
 
     The deltas of one prompt, joined, are its result: nothing of what ends a sequence, or follows that, is among them.
 

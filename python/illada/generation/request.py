@@ -106,7 +106,7 @@ class Request:
         return np.where(given, self.mask_id, visible)
 
     def masked(self) -> NDArray:
-        """Positions of the block that still hold the mask."""
+        """Return the positions of the block that still hold the mask."""
         positions = self.blocks[self.block]
         return positions[self.canvas[positions] == self.mask_id]
 
@@ -147,7 +147,7 @@ class Request:
         return min(max(masks - after + len(self.taken), 0), masks)
 
     def end_think(self) -> tuple[int, int, float] | None:
-        """(position, id, what its logit gains) of this step, if anything encourages the end of thinking."""
+        """Return (position, id, gain of its logit) of this step, if anything encourages the end of thinking."""
         config = self.config
         if not config.end_think_boost:
             return None

@@ -19,7 +19,7 @@ def quota_schedule(masks: int, steps: int) -> list[int]:
 
 
 def dream_transfer(step: int, steps: int, eps: float = 1e-3) -> float:
-    """1 - s/t of Dream's step: t falls evenly from 1 to `eps` over `steps`; 1 at the last step."""
+    """Return 1 - s/t of Dream's step: t falls evenly from 1 to `eps` over `steps`; 1 at the last step."""
     return 1.0 if step >= steps - 1 else float(_dream_transfers(steps, eps)[step])
 
 

@@ -98,7 +98,7 @@ class Layout(NamedTuple):
         return tuple(shapes)
 
     def pack(self, device: torch.device) -> Tensor:
-        """All arrays in one buffer of the host's, uint8; pinned for a GPU, so that a copy waits for nothing."""
+        """Return all arrays in one buffer of the host's, uint8; pinned for a GPU, so that a copy waits for nothing."""
         offsets = _offsets(self.arrays)
         buffer = torch.empty(offsets.pop(), dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
         data, starts = buffer.numpy(), iter(offsets)
@@ -121,7 +121,7 @@ class Layout(NamedTuple):
         return _map(self.arrays, view)
 
     def upload(self, device: torch.device) -> StepInputs:
-        """All tensors, on the device."""
+        """Return all tensors, on the device."""
         return self.unpack(self.pack(device).to(device, non_blocking=True))
 
 

@@ -27,7 +27,7 @@ class Reader:
         self._told, self._shown = 0, ""  # tokens and text of earlier deltas
 
     def why_finished(self) -> str | None:
-        """After a block: the reason to stop, or None."""
+        """Return, after a block, the reason to stop, or None."""
         request, config = self.request, self.request.config
         done = request.block == len(request.blocks)
         if self.infills:
@@ -41,7 +41,7 @@ class Reader:
         return "length" if done else None
 
     def result(self) -> GenerationResult:
-        """Of a request that is finished."""
+        """Return the result of a finished request."""
         assert self.request.finish_reason is not None
         tokens = self._settled_tokens()
         text = None if self.decoder is None else self._text(tokens)
@@ -105,7 +105,7 @@ def _before_stop(tokens: list[int], ends: set[int]) -> list[int]:
 
 
 def settled_text(text: str, stop_strings: Sequence[str]) -> str:
-    """`text` without an end that may become a stop string, or a character of which a part is there."""
+    """Return `text` without an end that may become a stop string, or a character of which a part is there."""
     text = text.rstrip("\ufffd")
     held = [n for stop in stop_strings for n in range(1, len(stop)) if text.endswith(stop[:n])]
     return text[: len(text) - max(held, default=0)]

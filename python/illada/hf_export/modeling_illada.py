@@ -32,7 +32,7 @@ class IlladaRMSNorm(nn.Module):
 
 
 def rotary_tables(position_ids: Tensor, config: IlladaConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin [B, 1, L, D] of RoPE, computed in float32."""
+    """Return cos and sin [B, 1, L, D] of RoPE, computed in float32."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=position_ids.device)
     angles = position_ids[..., None].float() * config.rope_theta ** (-exponents / config.head_dim)
     angles = torch.cat([angles, angles], dim=-1)[:, None]
@@ -41,7 +41,7 @@ def rotary_tables(position_ids: Tensor, config: IlladaConfig, dtype: torch.dtype
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE by halves: (a, b) -> (a cos - b sin, b cos + a sin)."""
+    """Apply RoPE by halves: (a, b) -> (a cos - b sin, b cos + a sin)."""
     first, second = x.chunk(2, dim=-1)
     return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
 
@@ -56,7 +56,7 @@ def eager_attention(
     dropout: float = 0.0,
     **unused: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Attention whose weights can be looked at; the mask is added to the scores. The result is [B, L, H, D]."""
+    """Compute attention and return its weights; the mask is added to the scores. The result is [B, L, H, D]."""
     key, value = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (key, value))
     scores = query @ key.transpose(2, 3) * scaling
     if attention_mask is not None:
@@ -146,7 +146,7 @@ class IlladaPreTrainedModel(PreTrainedModel):
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Embedding:
-        """As in transformers; the config's embedding_size follows as its vocab_size does."""
+        """Resize as transformers does; the config's embedding_size follows as its vocab_size does."""
         embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
         self.config.embedding_size = embeddings.weight.shape[0]
         return embeddings
@@ -238,7 +238,7 @@ class IlladaForMaskedLM(IlladaPreTrainedModel):
         labels: Tensor | None = None,
         **kwargs: Any,
     ) -> MaskedLMOutput:
-        """Logits [B, L, vocab_size]; with labels [B, L] their cross-entropy, the mean over those that are not -100.
+        """Compute logits [B, L, vocab_size]; with labels [B, L] also the mean cross-entropy of those that are not -100.
 
         num_items_in_batch, which transformers' Trainer passes, divides the sum instead. Others are of `IlladaModel`.
         """

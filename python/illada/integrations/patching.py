@@ -229,7 +229,7 @@ class _WithHead(_Patched):
 
     @torch.no_grad()
     def sample_tokens(self, inputs: Tensor | Mapping[str, Any], **sampling: Any) -> TokenSample:
-        """`illada.linear_sample_tokens` on the hidden states of `inputs`, without logits.
+        """Apply `illada.linear_sample_tokens` to the hidden states of `inputs`, without logits.
 
         Args:
             inputs: input_ids [B, L], or a mapping of forward's arguments, such as a tokenizer returns.
@@ -262,7 +262,7 @@ class _WithHead(_Patched):
 
 
 def _refuse_packing(attention_mask: Tensor | None, position_ids: Tensor | None, others: Mapping[str, Any]) -> None:
-    """ValueError for rows of several sequences that position_ids alone tell apart: they would look at each other.
+    """Raise ValueError for rows of several sequences that position_ids alone tell apart: they would look at each other.
 
     The attention looks too, but on a GPU by an assertion, after which CUDA is lost to the process. Here the caller's
     position_ids are read before it, for which the host waits for the device: once a forward pass, not when compiled.

@@ -277,7 +277,7 @@ class MaskedDiffusionTrainer(Trainer):
         self._adopt(self.model)
 
     def _refuse_parallel(self) -> None:
-        """NotImplementedError for ways to split a model in which the loss is not right; FSDP2 is prepared for it."""
+        """Raise NotImplementedError where a model is split so that the loss is wrong; FSDP2 is prepared for it."""
         for name, kind in {"tp": "tensor", "cp": "context", "sp": "sequence"}.items():
             if (size := getattr(self, f"get_{name}_size", lambda: 1)()) > 1:
                 raise NotImplementedError(
@@ -311,7 +311,7 @@ class MaskedDiffusionTrainer(Trainer):
         return model
 
     def _keep_float32_loss(self) -> None:
-        """accelerate has FSDP2 round what modules return to 16 bits, and the loss is among it."""
+        """Keep accelerate's FSDP2 from rounding the loss, which a module returns, to 16 bits."""
         plugin = self.accelerator.state.fsdp_plugin
         if plugin.fsdp_version != 2:
             raise NotImplementedError(f"args.fsdp_config: version must be 2, got {plugin.fsdp_version}")
@@ -412,7 +412,7 @@ class MaskedDiffusionTrainer(Trainer):
     # ----------------------------------------------------------------------------------------------------- evaluation
 
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
-        """`Trainer.evaluation_loop`, whose loss is the bound: of all tokens alike, however they are batched."""
+        """Run `Trainer.evaluation_loop`, whose loss is the bound: of all tokens alike, however they are batched."""
         self._eval_batches = 0
         result = super().evaluation_loop(dataloader, description, *args, **kwargs)
         predictions = result.predictions
@@ -451,7 +451,7 @@ class MaskedDiffusionTrainer(Trainer):
 
 
 def _filled(row: dict[str, Any]) -> dict[str, Any]:
-    """With labels and attention_mask where the row has none: all its tokens are learned, and none is hidden."""
+    """Add labels and attention_mask where the row has none: all its tokens are learned, and none is hidden."""
     given = {name: values for name, values in row.items() if values is not None}
     ids = given["input_ids"]
     return {"labels": ids, "attention_mask": [1] * len(ids)} | given
@@ -482,7 +482,7 @@ def _counted_on_host(batch: dict[str, Any]) -> NDArray[np.bool_] | None:
 
 
 def _counted(batch: dict[str, Any]) -> Tensor:
-    """bool, as `input_ids`: the tokens that are learned, which is neither padding nor what labels leave out."""
+    """Return bool, as `input_ids`: the tokens that are learned, which is neither padding nor what labels leave out."""
     ids, mask, labels = batch["input_ids"], batch.get("attention_mask"), batch.get("labels")
     counted = torch.ones_like(ids, dtype=torch.bool)
     for name, other in (("attention_mask", mask), ("labels", labels)):
@@ -511,7 +511,7 @@ def _shape(batch: dict[str, Any]) -> tuple[int, int]:
 
 
 def _flat(drawn: tuple[np.ndarray, np.ndarray], batch: dict[str, Any]) -> np.ndarray:
-    """Masks [B, L] and weights [B] as the weight of each token of the batch, float32 [T], 0 where it is not masked."""
+    """Return each token's weight, float32 [T], 0 where unmasked, of masks [B, L] and weights [B]."""
     masked, weights = drawn
     if "lengths" in batch:
         inside = np.arange(masked.shape[1]) < np.asarray(batch["lengths"])[:, None]
@@ -522,7 +522,7 @@ def _flat(drawn: tuple[np.ndarray, np.ndarray], batch: dict[str, Any]) -> np.nda
 
 
 def _to(array: np.ndarray, device: torch.device) -> Tensor:
-    """On the device, without waiting for it."""
+    """Return the tensor on the device, without waiting for it."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 

@@ -208,7 +208,7 @@ def _make_lengths(
 
 
 def starts_anew(position_ids: Tensor, tokens: Tensor | None) -> Tensor:
-    """bool, 0-dim: do positions [B or 1, L] not ascend between two neighbours that are tokens? tokens: bool [B, L]."""
+    """Return bool, 0-dim: whether positions [B or 1, L] do not ascend between two tokens; tokens: bool [B, L]."""
     anew = position_ids[..., 1:] <= position_ids[..., :-1]
     if tokens is not None:
         anew = anew & tokens[:, 1:] & tokens[:, :-1]  # those of padding may be anything
@@ -225,7 +225,7 @@ STARTS_ANEW = (
 def _check_positions(
     module: torch.nn.Module, position_ids: Any, mask: Tensor | None, shared: _Shared | None, shape: tuple[int, int, int]
 ) -> None:
-    """ValueError for `STARTS_ANEW`; on a GPU, and compiled, an assertion on the device, for which nothing waits.
+    """Raise ValueError for `STARTS_ANEW`; on a GPU, and compiled, an assertion on the device, for which nothing waits.
 
     Not looked at: positions of several axes, such as those of images, and rows with padding beside a cache.
     """

@@ -163,14 +163,14 @@ def without_context(sequence: NDArray[np.int64], context_length: int, mask_id: i
 
 
 def negative_log_likelihood(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """-log p of each row's target, float32 [N]."""
+    """Return -log p of each row's target, float32 [N]."""
     every = torch.arange(len(hidden), dtype=torch.int32, device=hidden.device)
     ones = torch.ones(len(hidden), device=hidden.device)
     return linear_masked_cross_entropy(hidden, weight, targets, ones, rows=every, return_nll=True)[1]
 
 
 def lay_out(config: ModelConfig, sizes: NDArray[np.int64], device: torch.device) -> Layout:
-    """cu_seqlens, position ids and attention plan of sequences of these lengths."""
+    """Return cu_seqlens, position ids and attention plan of sequences of these lengths."""
     cu_seqlens = torch.from_numpy(starts_of(sizes).astype(np.int32)).to(device)
     position_ids = torch.from_numpy(ranges(np.zeros_like(sizes), sizes)).to(device)
     plan = attention_plan(
@@ -184,12 +184,12 @@ def lay_out(config: ModelConfig, sizes: NDArray[np.int64], device: torch.device)
 
 
 def starts_of(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """[S + 1]: where parts of these lengths begin, end to end, and where the last one ends."""
+    """Return [S + 1]: where parts of these lengths begin, end to end, and where the last one ends."""
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
 
 
 def ranges(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """start, start + 1, .. for each (start, length), end to end."""
+    """Return start, start + 1, .. for each (start, length), end to end."""
     return np.arange(lengths.sum()) + np.repeat(starts - starts_of(lengths)[:-1], lengths)
 
 

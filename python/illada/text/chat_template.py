@@ -189,7 +189,7 @@ class _Renderer:
         return self._process
 
     def _begin_anew(self) -> None:
-        """In a fork: the process is the parent's."""
+        """Run in a fork: the process is the parent's."""
         atexit.unregister(self.stop)
         if self._process is not None:
             self._process.returncode = 0  # nothing to wait for, and nothing to warn of

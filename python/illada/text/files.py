@@ -36,7 +36,7 @@ _BLOCK = 1 << 16  # bytes of a file in memory at a time, where it is read in pie
 
 
 def decode_text(data: bytes, where: str) -> str:
-    """UTF-8 bytes as text, without a byte order mark, and with LF for CR LF.
+    """Return UTF-8 bytes as text, without a byte order mark, and with LF for CR LF.
 
     Raises:
         ValueError: not UTF-8; names `where` and the line, and says what it looks like.
@@ -45,7 +45,7 @@ def decode_text(data: bytes, where: str) -> str:
 
 
 def decode_pieces(blocks: Iterable[bytes], where: str) -> Iterator[str]:
-    """`decode_text` of bytes that come in blocks, as text in pieces."""
+    """Apply `decode_text` to bytes that come in blocks, as text in pieces."""
     decoder, lines, held = codecs.getincrementaldecoder("utf-8")(), 1, ""
     number = 0
     for number, block in enumerate(itertools.chain(blocks, [b""])):
@@ -69,20 +69,20 @@ def read_text(path: str | Path) -> str:
 
 
 def read_pieces(path: str | Path) -> Iterator[str]:
-    """`read_text` in pieces, which join to the text: for files that do not fit in memory."""
+    """Yield `read_text` in pieces, which join to the text: for files that do not fit in memory."""
     with Path(path).open("rb") as file:
         yield from decode_pieces(iter(lambda: file.read(_BLOCK), b""), str(path))
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[str, str]]:
-    """(where, line) of a text file, a line at a time: `where` names file and line for errors. Only LF ends a line."""
+    """Yield (where, line) of a text file: `where` names file and line for errors. Only LF ends a line."""
     with Path(path).open("rb") as file:
         _check_kind(file.peek(_HEAD)[:_HEAD], str(path))  # and it may be a pipe
         yield from decode_lines(file, str(path))
 
 
 def decode_lines(file: BinaryIO, where: str) -> Iterator[tuple[str, str]]:
-    """`read_lines` of an open file."""
+    """Apply `read_lines` to an open file."""
     number = 0
     while line := file.readline():
         number += 1
@@ -135,7 +135,7 @@ def read_json_object(file: Path) -> dict[str, Any]:
 
 
 def read_if_there(file: Path) -> dict[str, Any]:
-    """`read_json_object`, empty where there is no file."""
+    """Return `read_json_object`, empty where there is no file."""
     return read_json_object(file) if file.is_file() else {}
 
 

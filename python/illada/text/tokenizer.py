@@ -51,7 +51,7 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, trust_remote_code: bool = False) -> Tokenizer:
-        """From a folder (or its tokenizer.json): tokenizer.json, tokenizer_config.json, chat_template.jinja.
+        """Load from a folder (or its tokenizer.json): tokenizer.json, tokenizer_config.json, chat_template.jinja.
 
         Args:
             path: the folder. Without a tokenizer.json its other files are read by `transformers`.

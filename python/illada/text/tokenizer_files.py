@@ -40,7 +40,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def read_tokenizer(file: Path) -> Tokenizer:
-    """`load_tokenizer` of a file alone, without the tokens that files beside it name.
+    """Load the tokenizer of a file alone, without the tokens that files beside it name.
 
     Raises:
         FileNotFoundError: no such file. ValueError: it is damaged.
@@ -69,7 +69,7 @@ def without_limits(tokenizer: Tokenizer) -> None:
 
 @contextlib.contextmanager
 def library_errors(said: str) -> Iterator[None]:
-    """ValueError for what `tokenizers` raises: bare Exception, and Rust's panics, which are none."""
+    """Raise ValueError for what `tokenizers` raises: bare Exception, and Rust's panics, which are none."""
     try:
         yield
     except BaseException as error:
@@ -79,7 +79,7 @@ def library_errors(said: str) -> Iterator[None]:
 
 
 def _check_tokenizer(file: Path) -> None:
-    """ValueError, which names the key: a tokenizer.json whose parts have other types, or a normalizer no size."""
+    """Raise ValueError, with the key, for a tokenizer.json with parts of other types, or a normalizer without size."""
     values = read_json(file)
     parts = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
     check_object(
@@ -115,7 +115,7 @@ def read_special_tokens(folder: Path) -> dict[str, Any]:
 
 
 def control_tokens(tokenizer: Tokenizer, ids: Iterable[int | None]) -> dict[int, str]:
-    """{id: text} of those that the tokenizer has, but not the one for unknown text.
+    """Return {id: text} of those that the tokenizer has, but not the one for unknown text.
 
     Each is made special in the tokenizer: encoding text as text does not give it, and decoding can leave it out.
     """
@@ -134,7 +134,7 @@ def control_tokens(tokenizer: Tokenizer, ids: Iterable[int | None]) -> dict[int,
 
 
 def encode_as_text(encode: Callable[[str], list[int]], control: Mapping[int, str], text: str) -> list[int]:
-    """`encode(text)` without the ids of `control`: text that spells one of these tokens is encoded in two pieces.
+    """Return `encode(text)` without ids of `control`: text that spells one of these tokens is encoded in two pieces.
 
     Raises:
         ValueError: a control token that other text gives, or of a single character.

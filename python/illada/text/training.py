@@ -74,7 +74,7 @@ def vocab_size_of(tokenizer: Tokenizer) -> int:
 
 
 def parse_special(text: str) -> dict[str, int]:
-    """`"eos=2,mask=5"` as a dict, for the command line."""
+    """Parse `"eos=2,mask=5"` as a dict, for the command line."""
     try:
         return {name.strip(): int(value) for name, value in (part.split("=") for part in text.split(","))}
     except ValueError:

@@ -334,7 +334,7 @@ def _resume_from(resume: str, checkpoints: Path) -> Path | None:
 
 
 def _optimizer(model: MaskedDiffusionModel, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only, one state for each parameter from the start."""
+    """Return AdamW with weight decay on matrices only, one state for each parameter from the start."""
     matrices = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]
     options = config.optimizer

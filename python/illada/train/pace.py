@@ -16,7 +16,7 @@ class Pace:
         self._said = False
 
     def add(self, seconds: float) -> None:
-        """One more step, without saving and validating."""
+        """Count one more step, without saving and validating."""
         self._seconds.append(seconds)
 
     def hint(self, threads: int) -> str | None:
