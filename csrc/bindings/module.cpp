@@ -6,6 +6,7 @@
 
 #include <tuple>
 
+#include "bindings/cpu_calls.h"
 #include "common/driver_calls.h"
 #include "cpu/attention_plan.h"
 #include "cpu/denormals.h"
@@ -528,6 +529,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       py::set_error(PyExc_NotImplementedError, error.what());
     }
   });
+  bindings::add_cpu_calls(m);
   m.def("sample_tokens", &sample_tokens);
 #if defined(ILLADA_WITH_CUDA)
   m.def("masked_cross_entropy_workspace", &loss::masked_cross_entropy_workspace);

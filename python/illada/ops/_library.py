@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterable, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -12,7 +14,18 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from illada._native import require_cuda_build
+from illada._native import native, require_cuda_build
+
+
+@functools.cache
+def cpu_calls() -> ModuleType:
+    """Return the native calls of ops on plain CPU tensors (csrc/bindings/cpu_calls.cpp).
+
+    They handle no call, and so return None or False, before torch 2.10: it does not describe tensors to C.
+    """
+    calls = native().cpu_calls
+    calls.use_torch(torch)
+    return calls
 
 
 def in_forward_mode() -> bool:
@@ -242,28 +255,69 @@ def register_autograd(op: str, backward: Callable, setup_context: Callable | Non
     LIBRARY.impl(op, differentiable, "Autograd", with_keyset=True)
 
 
+def _watched() -> Callable[[], bool]:
+    """Return the function `watched`, which looks up what it calls once, because a call takes only some microseconds."""
+    is_compiling, profiled = torch.compiler.is_compiling, torch.autograd._profiler_enabled
+    keys_added, modes = torch._C._dispatch_tls_local_include_set, torch._C._len_torch_function_stack
+
+    def watched() -> bool:
+        """Return whether a call must go through the dispatcher, whatever its tensors are.
+
+        So it is under torch.compile, export and tracing, modes, transforms, forward-mode AD and a profiler.
+        """
+        return is_compiling() or keys_added().raw_repr() != _ALWAYS or modes() or profiled() or in_forward_mode()
+
+    return watched
+
+
+watched = _watched()
+
+
+def _autocasts() -> bool:
+    return torch.is_autocast_enabled("cpu")
+
+
+def plain_call(tensor: Tensor) -> bool:
+    """Return whether a call with this tensor may take the native checks of `cpu_calls`: on a CPU, without autocast."""
+    return not watched() and tensor.is_cpu and not _autocasts()
+
+
+def direct(op: str) -> Callable:
+    """Return the call of the op on plain CPU tensors, for functions whose `plain_call` and native checks passed."""
+    overload = getattr(torch.ops.illada, op).default
+    kernel, formula = _KERNELS[op][_bits("CPU")], _FORMULAS.get(op)
+    grad_enabled, wants_grad, excluded = torch.is_grad_enabled, _any_wants_grad, _autograd_excluded
+
+    def call(*inputs):
+        if formula is None or not grad_enabled() or not wants_grad(*inputs):
+            return kernel(*inputs)
+        if excluded(_AUTOGRAD):  # inside the kernel of another op, which autograd records
+            return overload(*inputs)
+        return formula(kernel, None, *inputs)
+
+    return call
+
+
+_autograd_excluded, _AUTOGRAD = (
+    torch._C._dispatch_tls_is_dispatch_key_excluded,
+    torch._C.DispatchKey.AutogradFunctionality,
+)
+
+
 def caller(op: str) -> Callable:
     """Return a fast call of the op, for functions that have checked that its tensors are on one device.
 
-    It calls the kernel or the formula directly where the dispatcher would do the same. It uses the dispatcher under
-    torch.compile, export and tracing, modes, transforms and a profiler, and for subclasses.
+    It calls the kernel or the formula directly where the dispatcher would do the same. It uses the dispatcher for
+    `watched` calls and for subclasses.
     """
     overload = getattr(torch.ops.illada, op).default
     tensors = [i for i, argument in enumerate(overload._schema.arguments) if "Tensor" in str(argument.type)]
     cpu, cuda = (_KERNELS[op].get(_bits(key)) for key in ("CPU", "CUDA"))
     formula, types = _FORMULAS.get(op), (Tensor, torch.nn.Parameter)
-    # Look these up once, because a call takes only some microseconds.
-    is_compiling, profiled, grad_enabled = (
-        torch.compiler.is_compiling,
-        torch.autograd._profiler_enabled,
-        torch.is_grad_enabled,
-    )
-    keys_added, modes = torch._C._dispatch_tls_local_include_set, torch._C._len_torch_function_stack
-    wants_grad, excluded = _any_wants_grad, torch._C._dispatch_tls_is_dispatch_key_excluded
-    autograd_key = torch._C.DispatchKey.AutogradFunctionality
+    grad_enabled, wants_grad, excluded = torch.is_grad_enabled, _any_wants_grad, _autograd_excluded
 
     def call(*inputs):
-        if is_compiling() or keys_added().raw_repr() != _ALWAYS or modes() or profiled() or in_forward_mode():
+        if watched():
             return overload(*inputs)
         for i in tensors:
             tensor = inputs[i]
@@ -274,7 +328,7 @@ def caller(op: str) -> Callable:
             return overload(*inputs)
         if formula is None or not grad_enabled() or not wants_grad(*inputs):
             return kernel(*inputs)
-        if excluded(autograd_key):  # inside the kernel of another op, which autograd records
+        if excluded(_AUTOGRAD):  # inside the kernel of another op, which autograd records
             return overload(*inputs)
         return formula(kernel, None, *inputs)
 

@@ -190,6 +190,9 @@ def _check_cpu_plan(plan: Tensor, num_sequences: int) -> None:
 def _fwd_cpu(
     q: Tensor, k: Tensor, v: Tensor, plan: Tensor, num_sequences: int, softmax_scale: float, deterministic: bool
 ) -> tuple[Tensor, Tensor]:
+    results = lib.cpu_calls().varlen_attention(q, k, v, plan, num_sequences, softmax_scale)
+    if results is not None:
+        return results
     _check_cpu_plan(plan, num_sequences)
     out, lse = q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
     plan, others = _shares(plan, q)
@@ -282,6 +285,9 @@ def _bwd_cpu(
     softmax_scale: float,
     deterministic: bool,
 ) -> tuple[Tensor, ...]:
+    grads = lib.cpu_calls().varlen_attention_backward(dout, dlse, q, k, v, out, lse, plan, num_sequences, softmax_scale)
+    if grads is not None:
+        return grads
     _check_cpu_plan(plan, num_sequences)
     plan, others = _shares(plan, q)
     theirs = None
@@ -414,6 +420,7 @@ lib.implement("varlen_attention_bwd", _bwd_fake, cpu=_bwd_cpu, cuda=_bwd_cuda)
 lib.register_autograd("varlen_attention_fwd", _backward, _setup_context)
 lib.raise_on_double_backward("varlen_attention_bwd")
 _call_plan = lib.caller("attention_plan")
+_attend_directly = lib.direct("varlen_attention_fwd")
 _call_fwd, _call_bwd = lib.caller("varlen_attention_fwd"), lib.caller("varlen_attention_bwd")
 
 
@@ -536,6 +543,11 @@ def varlen_attention(
             multiples of 8 elements, 16-byte aligned data).
     """
     op = "varlen_attention"
+    if plan is not None and cu_seqlens_k is None and lib.plain_call(q):
+        scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
+        if 0 < scale < math.inf and lib.cpu_calls().attention_fits(q, k, v, cu_seqlens, plan):
+            out, lse = _attend_directly(q, k, v, plan[0], plan[5], scale, deterministic)
+            return (out, lse) if return_lse else out
     if (dtype := autocast_dtype(q.device)) is not None:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     lib.check_dtype(op, "q", q, _DTYPES)

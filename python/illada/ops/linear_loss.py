@@ -24,6 +24,7 @@ from illada.ops.loss import (
     check_targets,
     kernel_targets,
     logits_dtypes,
+    plain_scale,
     split_normalizer,
     weighted_sum,
     where_read,
@@ -56,6 +57,12 @@ lib.LIBRARY.define(
 
 
 def _fwd_cpu(hidden, weight, targets, token_weights, rows, *arguments, into=None):
+    if into is None:
+        results = lib.cpu_calls().linear_masked_cross_entropy(
+            hidden, weight, targets, token_weights, rows, *arguments[:-1], _CHUNK_BYTES_CPU
+        )
+        if results is not None:
+            return results
     all_weighted = rows is None
     if all_weighted:  # on a CPU the host may read the weights
         found = token_weights.nonzero()
@@ -357,6 +364,7 @@ lib.implement("linear_masked_ce_bwd_", _bwd_inplace_fake, cpu=_bwd_inplace, cuda
 lib.register_autograd("linear_masked_ce_fwd", _backward, _setup_context)
 lib.raise_on_double_backward("linear_masked_ce_bwd")
 _call_fwd, _call_bwd = lib.caller("linear_masked_ce_fwd"), lib.caller("linear_masked_ce_bwd")
+_fwd_directly = lib.direct("linear_masked_ce_fwd")
 
 
 class _IntoGradient(torch.autograd.Function):
@@ -485,6 +493,16 @@ def linear_masked_cross_entropy(
         NotImplementedError: No kernel was built for this device.
     """
     op = "linear_masked_cross_entropy"
+    if rows is chunk_rows is grad_weight_dtype is grad_weight is None and filter_eps == 0 and lib.plain_call(hidden):
+        scale = plain_scale(normalizer)
+        if scale is not None and lib.cpu_calls().linear_cross_entropy_fits(hidden, weight, targets, token_weights):
+            needs_grad = torch.is_grad_enabled()
+            loss, nll, _, _ = _fwd_directly(
+                *(hidden, weight, targets, token_weights, None, None, scale, 0),
+                *(needs_grad and hidden.requires_grad, needs_grad and weight.requires_grad),
+                *(hidden.dtype, torch.float32, 0.0),
+            )
+            return (loss, nll) if return_nll else loss
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         lib.check_shape(op, "hidden", hidden, ("T", "C"))
         lib.check_shape(op, "weight", weight, ("V", hidden.shape[1]))

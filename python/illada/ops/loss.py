@@ -92,6 +92,13 @@ def _row_results(logits: Tensor, token_weights: Tensor) -> tuple[Tensor, Tensor,
     return token_weights.new_empty(rows), token_weights.new_empty(rows), token_weights.new_empty(rows, 2)
 
 
+def _fwd_cpu(logits, targets, token_weights, normalizer, scale, inplace_backward):
+    results = lib.cpu_calls().masked_cross_entropy(logits, targets, token_weights, normalizer, scale)
+    if results is not None:
+        return results
+    return _fwd(logits, targets, token_weights, normalizer, scale, inplace_backward)
+
+
 def _fwd(logits, targets, token_weights, normalizer, scale, inplace_backward):
     nll, lse, lse_parts = _row_results(logits, token_weights)
     token_weights = lib.contiguous(token_weights)
@@ -124,6 +131,11 @@ def _bwd_into(grad, logits, targets, token_weights, normalizer, scale, lse_parts
         scale=scale,
         vocab_start=vocab_start,
     )
+
+
+def _bwd_cpu(logits, *arguments):
+    grad = lib.cpu_calls().masked_cross_entropy_backward(logits, *arguments)
+    return _bwd(logits, *arguments) if grad is None else grad
 
 
 def _bwd(logits, *arguments):
@@ -210,13 +222,14 @@ def _backward(ctx, dloss, _nll, dlse, _lse_parts):
     return grad, *(None,) * 5
 
 
-lib.implement("masked_ce_fwd", _fwd_fake, cpu=_fwd, cuda=_fwd)
-lib.implement("masked_ce_bwd", _bwd_fake, cpu=_bwd, cuda=_bwd)
+lib.implement("masked_ce_fwd", _fwd_fake, cpu=_fwd_cpu, cuda=_fwd)
+lib.implement("masked_ce_bwd", _bwd_fake, cpu=_bwd_cpu, cuda=_bwd)
 lib.implement("masked_ce_bwd_", _bwd_inplace_fake, cpu=_bwd_inplace, cuda=_bwd_inplace)
 lib.implement("masked_ce_shard_fwd", _shard_fwd_fake, cpu=_shard_fwd, cuda=_shard_fwd)
 lib.register_autograd("masked_ce_fwd", _backward, _setup_context)
 lib.raise_on_double_backward("masked_ce_bwd")
 _call_fwd, _call_bwd = lib.caller("masked_ce_fwd"), lib.caller("masked_ce_bwd")
+_fwd_directly = lib.direct("masked_ce_fwd")
 
 
 # --------------------------------------------------------------------------------------------------- public functions
@@ -296,6 +309,15 @@ def check_targets(
         full_scale(normalizer, 1.0, op)
 
 
+def plain_scale(normalizer: float | Tensor | None) -> float | None:
+    """Return the factor of the loss for a normalizer that is a correct number or None; otherwise None."""
+    if normalizer is None:
+        return 1.0
+    if isinstance(normalizer, (float, int)) and 0 < normalizer < math.inf:
+        return 1.0 / normalizer
+    return None
+
+
 def split_normalizer(
     op: str, normalizer: float | Tensor | None, name: str, like: Tensor
 ) -> tuple[Tensor | None, float]:
@@ -355,6 +377,13 @@ def masked_cross_entropy(
         RuntimeError: A second backward with `inplace_backward`, or another op needs the overwritten logits.
     """
     op = "masked_cross_entropy"
+    if rows is None and not inplace_backward and lib.plain_call(logits):
+        scale = plain_scale(normalizer)
+        if scale is not None and lib.cpu_calls().cross_entropy_fits(logits, targets, token_weights):
+            loss, nll, lse, _ = _fwd_directly(logits, targets, token_weights, None, scale, False)
+            if not (return_nll or return_lse):
+                return loss
+            return loss, *((nll,) if return_nll else ()), *((lse,) if return_lse else ())
     check_logits(op, logits)
     lib.check_same_device(
         op, ("logits", logits), ("targets", targets), ("token_weights", token_weights), ("rows", rows)

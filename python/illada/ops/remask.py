@@ -88,6 +88,15 @@ def _sample(logits, *arguments):
     return out
 
 
+def _sample_cpu(logits, *arguments):
+    numbers, tensors = (*arguments[:3], *arguments[9:12], *arguments[14:]), (*arguments[3:9], *arguments[12:14])
+    if tensors == (None,) * 8:
+        results = lib.cpu_calls().sample_tokens(logits, *numbers)
+        if results is not None:
+            return results
+    return _sample(logits, *arguments)
+
+
 def _linear_sample_chunks(hidden, weight, rows, *arguments):
     """Sample row chunk by row chunk: torch.mm computes the logits of one, which are sampled before the next."""
     numbers, (temperatures, seeds, steps, row_ids), biases = arguments[:3], arguments[3:7], arguments[7:9]
@@ -152,7 +161,8 @@ def _remask_fake(tokens, rows, cu_rows, *arguments):
     return tuple(cu_rows.new_empty(cu_rows.shape[0] - 1, dtype=dtype) for dtype in dtypes)
 
 
-lib.implement("sample_tokens", _sample_fake, cpu=_sample, cuda=_sample)
+lib.implement("sample_tokens", _sample_fake, cpu=_sample_cpu, cuda=_sample)
+_call_sample = lib.caller("sample_tokens")
 lib.implement("linear_sample_tokens", _linear_sample_fake, cpu=_linear_sample_chunks, cuda=_linear_sample_cuda)
 lib.implement("remask", _remask_fake, cpu=_remask, cuda=_remask)
 
@@ -309,7 +319,7 @@ def sample_tokens(
         measure=measure, logit_bias=logit_bias, top_k=top_k, top_p=top_p,
         confidence_at_temperature=confidence_at_temperature, extras=extras,
     )  # fmt: skip
-    return _as_sample(torch.ops.illada.sample_tokens(logits.detach(), *arguments), arguments)
+    return _as_sample(_call_sample(logits.detach(), *arguments), arguments)
 
 
 def linear_sample_tokens(
