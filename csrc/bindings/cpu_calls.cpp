@@ -1,9 +1,9 @@
 // Ops on plain CPU tensors in one call of C each. For small tensors, the attributes, checks and small torch calls of
 // the same work in Python take longer than the kernels.
 //
-// A `_fits` function returns whether all checks of the public function pass. The others compute an op from the
-// arguments of its schema and return its results. They return None for arguments that they do not handle. illada.ops
-// has the same work in Python for those, with all messages.
+// A `_fits` function returns whether all checks of the public function pass, and nothing watches the call. The others
+// compute an op from the arguments of its schema and return its results. They return None for arguments that they do
+// not handle. illada.ops has the same work in Python for those, with all messages.
 #include "bindings/cpu_calls.h"
 
 #include <algorithm>
@@ -12,7 +12,6 @@
 #include <vector>
 
 #include "bindings/torch_tensors.h"
-#include "cpu/attention_tile.h"
 #include "cpu/parallel.h"
 #include "cpu/row_kernels.h"
 #include "cpu/weighted_sum.h"
@@ -24,9 +23,6 @@ namespace illada::bindings {
 namespace {
 
 using Views = std::optional<View>;
-
-// Keys from which torch is faster in bfloat16 where the processor multiplies in it, as in illada/ops/attention.py.
-constexpr int32_t kBfloat16Keys = 64;
 
 bool any_negated(std::initializer_list<py::handle> tensors) {
   for (const py::handle tensor : tensors) {
@@ -69,13 +65,11 @@ bool has_rows_of_plan(const Views& plan, int64_t num_sequences) {
   return plan && plan->is_int32() && plan->has_shape({num_sequences + 1, 4}) && plan->is_contiguous();
 }
 
-// True if csrc/cpu computes all rows of the plan, and torch none.
-bool is_native(const View& q, const View& plan) {
-  if (q.size(2) > cpu::kMostHeadDim) return false;
-  if (!q.is_bfloat16() || !cpu::multiplies_bfloat16()) return true;
+// True if no row of the plan has more keys than most_keys, which csrc/cpu leaves to torch.
+bool has_few_keys(const View& plan, int64_t most_keys) {
   const auto* row = plan.data<const int32_t>();
   for (int64_t i = 0; i < plan.size(0); ++i, row += 4) {
-    if (row[3] - row[2] > kBfloat16Keys) return false;
+    if (int64_t(row[3]) - row[2] > most_keys) return false;
   }
   return true;
 }
@@ -93,6 +87,7 @@ attention::PackShape pack_shape(const View& q, const View& k, int64_t num_sequen
 
 // `plan` is an AttentionPlan: (work, num_heads, num_kv_heads, head_dim, total_q, num_sequences).
 bool attention_fits(py::handle q, py::handle k, py::handle v, py::handle cu_seqlens, py::handle plan) {
+  if (is_watched()) return false;
   const Views vq = view(q), vk = view(k), vv = view(v), starts = view(cu_seqlens);
   if (!are_packed(vq, vk, vv) || !starts || starts->dims() != 1 || starts->size(0) < 1) return false;
   const int64_t heads = vq->size(1), kv_heads = vk->size(1);
@@ -110,9 +105,11 @@ bool attention_fits(py::handle q, py::handle k, py::handle v, py::handle cu_seql
 }
 
 py::object varlen_attention(py::handle q, py::handle k, py::handle v, py::handle plan, int64_t num_sequences,
-                            double softmax_scale) {
+                            double softmax_scale, int64_t most_head_dim, int64_t most_keys) {
   const Views vq = view(q), vk = view(k), vv = view(v), rows = view(plan);
-  if (!are_packed(vq, vk, vv) || !has_rows_of_plan(rows, num_sequences) || !is_native(*vq, *rows)) return py::none();
+  if (!are_packed(vq, vk, vv) || !has_rows_of_plan(rows, num_sequences) || vq->size(2) > most_head_dim ||
+      !has_few_keys(*rows, most_keys))
+    return py::none();
   return or_none([&]() -> py::object {
     const Torch& torch = *bindings::torch();
     const NewTensor out =
@@ -140,11 +137,13 @@ py::object varlen_attention(py::handle q, py::handle k, py::handle v, py::handle
 
 py::object varlen_attention_backward(py::handle dout, py::handle dlse, py::handle q, py::handle k, py::handle v,
                                      py::handle out, py::handle lse, py::handle plan, int64_t num_sequences,
-                                     double softmax_scale) {
+                                     double softmax_scale, int64_t most_head_dim, int64_t most_keys) {
   const Views vq = view(q), vk = view(k), vv = view(v), rows = view(plan), vdout = view(dout), vout = view(out),
               vlse = view(lse);
   const Optional vdlse(dlse);
-  if (!are_packed(vq, vk, vv) || !has_rows_of_plan(rows, num_sequences) || !is_native(*vq, *rows)) return py::none();
+  if (!are_packed(vq, vk, vv) || !has_rows_of_plan(rows, num_sequences) || vq->size(2) > most_head_dim ||
+      !has_few_keys(*rows, most_keys))
+    return py::none();
   const int64_t total_q = vq->size(0), heads = vq->size(1), dim = vq->size(2);
   const auto like_lse = [&](const Views& x) {
     return x && x->is_float32() && x->has_shape({heads, total_q}) && x->is_contiguous();
@@ -154,8 +153,7 @@ py::object varlen_attention_backward(py::handle dout, py::handle dlse, py::handl
       !like_lse(vlse) || (vdlse.given && !like_lse(vdlse.seen)))
     return py::none();
   return or_none([&]() -> py::object {
-    const Torch& torch = *bindings::torch();
-    PyObject* const dtype = vq->is_float32() ? torch.float32 : torch.bfloat16;
+    const Elements& dtype = torch()->of(vq->dtype());
     const NewTensor dq = new_tensor({total_q, heads, dim}, dtype);
     const NewTensor dk = new_tensor({vk->size(0), vk->size(1), dim}, dtype);
     const NewTensor dv = new_tensor({vk->size(0), vk->size(1), dim}, dtype);
@@ -212,6 +210,7 @@ std::optional<double> full_scale(py::handle normalizer, double scale) {
 }
 
 bool cross_entropy_fits(py::handle logits, py::handle targets, py::handle token_weights) {
+  if (is_watched()) return false;
   const Views x = view(logits);
   return are_logits(x) && are_token_arguments(view(targets), view(token_weights), x->size(0)) &&
          !requires_grad(token_weights) && !any_negated({logits, targets, token_weights});
@@ -239,7 +238,7 @@ py::object masked_cross_entropy(py::handle logits, py::handle targets, py::handl
   const std::optional<double> factor = full_scale(normalizer, scale);
   if (!factor) return py::none();
   return or_none([&]() -> py::object {
-    PyObject* const float32 = torch()->float32;
+    const Elements& float32 = torch()->float32;
     const int64_t rows = x->size(0);
     const NewTensor nll = new_tensor({rows}, float32), lse = new_tensor({rows}, float32);
     const NewTensor lse_parts = new_tensor({rows, 2}, float32), sum = new_tensor({}, float32);
@@ -271,7 +270,7 @@ py::object masked_cross_entropy_backward(py::handle logits, py::handle targets, 
   const std::optional<double> factor = full_scale(normalizer, scale);
   if (!factor) return py::none();
   return or_none([&]() -> py::object {
-    const NewTensor grad = new_tensor({rows, x->size(1)}, x->is_float32() ? torch()->float32 : torch()->bfloat16);
+    const NewTensor grad = new_tensor({rows, x->size(1)}, torch()->of(x->dtype()));
     auto p = cross_entropy_params(*x, *y, *w);
     p.lse_parts = parts->data<float>();
     p.dloss = of_loss.given ? of_loss.seen->data<const float>() : nullptr;
@@ -291,6 +290,7 @@ py::object masked_cross_entropy_backward(py::handle logits, py::handle targets, 
 // ------------------------------------------------------------------------------------------ cross-entropy of the head
 
 bool linear_cross_entropy_fits(py::handle hidden, py::handle weight, py::handle targets, py::handle token_weights) {
+  if (is_watched()) return false;
   const Views x = view(hidden), head = view(weight);
   return x && x->dims() == 2 && x->is_activation() && x->last_is_contiguous() && head && head->has_type_of(*x) &&
          head->dims() == 2 && head->size(0) >= 1 && head->size(1) == x->size(1) && head->last_is_contiguous() &&
@@ -378,9 +378,9 @@ py::object linear_masked_cross_entropy(py::handle hidden, py::handle weight, py:
       !head->has_type_of(*x) || head->size(1) != x->size(1) || !are_kernel_tokens(y, w, x->size(0)))
     return py::none();
   const Torch& torch = *bindings::torch();
-  PyObject* const dtype = x->is_float32() ? torch.float32 : torch.bfloat16;
+  const Elements& dtype = torch.of(x->dtype());
   const std::optional<double> factor = full_scale(normalizer, scale);
-  if (!factor || compute_dtype.ptr() != dtype) return py::none();
+  if (!factor || compute_dtype.ptr() != dtype.dtype) return py::none();
   const int64_t tokens = x->size(0), vocab_size = head->size(0), width = x->size(1);
   const std::optional<Selection> selected = select(Optional(rows), *w);
   if (!selected || selected->rows.empty() || vocab_size == 0) return py::none();
@@ -414,10 +414,8 @@ py::object linear_masked_cross_entropy(py::handle hidden, py::handle weight, py:
       }
       loss::weighted_sum_cpu(all_nll, p.weights, tokens, *factor, static_cast<float*>(sum.address));
     }
-    py::object d_hidden, d_weight;
-    if (!hidden_grad) {
-      d_hidden = new_tensor({0}, dtype).tensor;
-    } else {
+    py::object d_hidden = py::none(), d_weight = py::none();
+    if (hidden_grad) {
       d_hidden = call(torch.mm, {logits, weight});
       const View product = product_view(d_hidden, *x);
       if (!selected->all) {
@@ -426,26 +424,19 @@ py::object linear_masked_cross_entropy(py::handle hidden, py::handle weight, py:
         d_hidden = scattered.tensor;
       }
     }
-    if (!weight_grad) {
-      d_weight = new_tensor({0}, grad_dtype.ptr()).tensor;
-    } else {
+    if (weight_grad) {
       static PyObject* const transpose = PyUnicode_InternFromString("t");
       const auto transposed = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(logits.ptr(), transpose));
       if (!transposed) throw py::error_already_set();
       d_weight = call(torch.mm, {transposed, of_rows});
       product_view(d_weight, *x);
-      if (grad_dtype.ptr() != dtype) d_weight = d_weight.attr("to")(grad_dtype);
+      if (grad_dtype.ptr() != dtype.dtype) d_weight = d_weight.attr("to")(grad_dtype);
     }
     return py::make_tuple(sum.tensor, nll.tensor, d_hidden, d_weight);
   });
 }
 
 // ----------------------------------------------------------------------------------------------------------- sampling
-
-bool sample_fits(py::handle logits) {
-  const Views x = view(logits);
-  return are_logits(x) && x->size(1) >= 1 && !is_negated(logits);
-}
 
 // Samples with the same numbers for all rows and without a bias: (token, confidence, logprob, entropy, margin).
 py::object sample_tokens(py::handle logits, double temperature, int64_t seed, int64_t step, int measure, int64_t top_k,
@@ -499,7 +490,6 @@ void add_cpu_calls(py::module_& module) {
   calls.def("masked_cross_entropy_backward", &masked_cross_entropy_backward);
   calls.def("linear_cross_entropy_fits", &linear_cross_entropy_fits);
   calls.def("linear_masked_cross_entropy", &linear_masked_cross_entropy);
-  calls.def("sample_fits", &sample_fits);
   calls.def("sample_tokens", &sample_tokens);
 }
 

@@ -1,5 +1,6 @@
 #include "bindings/torch_tensors.h"
 
+#include <algorithm>
 #include <atomic>
 #include <memory>
 
@@ -41,7 +42,7 @@ bool View::is_contiguous() const {
   return matches;
 }
 
-void use_torch(py::handle torch) {
+void use_torch(py::handle torch, uint64_t keys_of_every_call) {
   const py::object tensor = torch.attr("Tensor");
   const py::object capsule = py::getattr(tensor, "__dlpack_c_exchange_api__", py::none());
   if (!PyCapsule_CheckExact(capsule.ptr())) return;
@@ -54,16 +55,40 @@ void use_torch(py::handle torch) {
   all->read = table->read;
   all->tensor = kept(tensor);
   all->parameter = kept(torch.attr("nn").attr("Parameter"));
-  all->float32 = kept(torch.attr("float32"));
-  all->bfloat16 = kept(torch.attr("bfloat16"));
-  all->int64 = kept(torch.attr("int64"));
-  all->empty = kept(torch.attr("empty"));
+  const auto elements = [&](const char* name) {
+    const py::object dtype = torch.attr(name);
+    return Elements{kept(dtype), kept(torch.attr("empty")(0, py::arg("dtype") = dtype, py::arg("device") = "cpu"))};
+  };
+  all->float32 = elements("float32");
+  all->bfloat16 = elements("bfloat16");
+  all->int64 = elements("int64");
   all->mm = kept(torch.attr("mm"));
   all->linear = kept(torch.attr("nn").attr("functional").attr("linear"));
   all->get_num_threads = kept(torch.attr("get_num_threads"));
-  all->cpu = kept(torch.attr("device")("cpu"));
-  all->names_of_empty = kept(py::make_tuple("dtype", "device"));
+  const py::object native = torch.attr("_C");
+  all->keys_added = kept(native.attr("_dispatch_tls_local_include_set"));
+  all->function_modes = kept(native.attr("_len_torch_function_stack"));
+  all->is_profiled = kept(torch.attr("autograd").attr("_profiler_enabled"));
+  all->is_autocast_enabled = kept(torch.attr("is_autocast_enabled"));
+  all->names_of_forward_ad = kept(torch.attr("autograd").attr("forward_ad").attr("__dict__"));
+  all->cpu = kept(py::str("cpu"));
+  all->keys_of_every_call = keys_of_every_call;
   the_torch = all.release();
+}
+
+bool is_watched() {
+  static PyObject* const raw_repr = PyUnicode_InternFromString("raw_repr");
+  static PyObject* const level = PyUnicode_InternFromString("_current_level");
+  const Torch* torch = bindings::torch();
+  if (!torch) return true;
+  const py::object keys = call(torch->keys_added, {});
+  const auto raw = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(keys.ptr(), raw_repr));
+  if (!raw) throw py::error_already_set();
+  if (PyLong_AsUnsignedLongLong(raw.ptr()) != torch->keys_of_every_call) return true;
+  PyObject* const forward_ad = PyDict_GetItemWithError(torch->names_of_forward_ad, level);
+  if (!forward_ad || PyLong_AsLong(forward_ad) >= 0) return true;
+  return PyLong_AsLong(call(torch->function_modes, {}).ptr()) != 0 || call(torch->is_profiled, {}).ptr() == Py_True ||
+         call(torch->is_autocast_enabled, {torch->cpu}).ptr() == Py_True;
 }
 
 const Torch* torch() { return the_torch.load(std::memory_order_acquire); }
@@ -101,15 +126,21 @@ bool requires_grad(py::handle tensor) {
   return result.ptr() == Py_True;
 }
 
-NewTensor new_tensor(std::initializer_list<int64_t> shape, PyObject* dtype) {
-  const Torch* torch = bindings::torch();
-  py::tuple sizes(shape.size());
-  Py_ssize_t dim = 0;
-  for (const int64_t size : shape) PyTuple_SET_ITEM(sizes.ptr(), dim++, PyLong_FromLongLong(size));
-  PyObject* const arguments[] = {sizes.ptr(), dtype, torch->cpu};
-  NewTensor made{
-      py::reinterpret_steal<py::object>(PyObject_Vectorcall(torch->empty, arguments, 1, torch->names_of_empty)),
-      nullptr};
+// new_empty_strided is the fastest of torch's calls that allocate: it has one signature, and needs no keywords.
+NewTensor new_tensor(std::initializer_list<int64_t> shape, const Elements& elements) {
+  static PyObject* const name = PyUnicode_InternFromString("new_empty_strided");
+  py::tuple sizes(shape.size()), strides(shape.size());
+  int64_t stride = 1;
+  auto dim = Py_ssize_t(shape.size());
+  for (const int64_t* size = shape.end(); size != shape.begin();) {
+    --size;
+    --dim;
+    PyTuple_SET_ITEM(sizes.ptr(), dim, PyLong_FromLongLong(*size));
+    PyTuple_SET_ITEM(strides.ptr(), dim, PyLong_FromLongLong(stride));
+    stride *= std::max<int64_t>(*size, 1);
+  }
+  PyObject* const arguments[] = {elements.like, sizes.ptr(), strides.ptr()};
+  NewTensor made{py::reinterpret_steal<py::object>(PyObject_VectorcallMethod(name, arguments, 3, nullptr)), nullptr};
   if (!made.tensor) throw py::error_already_set();
   const std::optional<View> seen = view(made.tensor);
   if (!seen || !seen->is_contiguous()) throw NotPlain();

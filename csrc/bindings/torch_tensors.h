@@ -58,18 +58,33 @@ class View {
   DlTensor tensor_;
 };
 
+// A type of elements: torch's dtype and an empty CPU tensor of it, which makes others.
+struct Elements {
+  PyObject *dtype = nullptr, *like = nullptr;
+};
+
 // What these files use of torch.
 struct Torch {
   int (*read)(void* tensor, DlTensor* out) = nullptr;  // of DLPack's table; sets a Python error where it fails
   PyObject *tensor = nullptr, *parameter = nullptr;    // types
-  PyObject *float32 = nullptr, *bfloat16 = nullptr, *int64 = nullptr;
-  PyObject *empty = nullptr, *mm = nullptr, *linear = nullptr, *get_num_threads = nullptr;
-  PyObject *cpu = nullptr, *names_of_empty = nullptr;
+  Elements float32, bfloat16, int64;
+  PyObject *mm = nullptr, *linear = nullptr, *get_num_threads = nullptr;
+  // What is_watched asks.
+  PyObject *keys_added = nullptr, *function_modes = nullptr, *is_profiled = nullptr, *is_autocast_enabled = nullptr;
+  PyObject *names_of_forward_ad = nullptr, *cpu = nullptr;
+  uint64_t keys_of_every_call = 0;
+
+  const Elements& of(DType dtype) const { return dtype == DType::kFloat32 ? float32 : bfloat16; }
 };
 
-// Reads what is needed of torch, once. Without DLPack's table, torch() stays null.
-void use_torch(pybind11::handle torch);
+// Reads what is needed of torch, once. Without DLPack's table, torch() stays null. keys_of_every_call are the dispatch
+// keys that a thread adds to each call.
+void use_torch(pybind11::handle torch, uint64_t keys_of_every_call);
 const Torch* torch();
+
+// True where a call of an op on CPU tensors must go through torch's dispatcher: in tracing, modes, transforms,
+// forward-mode AD, autocast and under a profiler. Also true without torch(). Does not ask for torch.compile.
+bool is_watched();
 
 // The view of a tensor: of torch's own types, on the CPU. Empty for all others, and without DLPack's table.
 std::optional<View> view(pybind11::handle tensor);
@@ -86,7 +101,7 @@ struct NewTensor {
   pybind11::object tensor;
   void* address;
 };
-NewTensor new_tensor(std::initializer_list<int64_t> shape, PyObject* dtype);
+NewTensor new_tensor(std::initializer_list<int64_t> shape, const Elements& elements);
 
 // torch.get_num_threads()
 int num_threads();

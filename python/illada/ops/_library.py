@@ -24,7 +24,7 @@ def cpu_calls() -> ModuleType:
     They handle no call, and so return None or False, before torch 2.10: it does not describe tensors to C.
     """
     calls = native().cpu_calls
-    calls.use_torch(torch)
+    calls.use_torch(torch, _ALWAYS)
     return calls
 
 
@@ -273,27 +273,47 @@ def _watched() -> Callable[[], bool]:
 watched = _watched()
 
 
-def _autocasts() -> bool:
-    return torch.is_autocast_enabled("cpu")
-
-
 def plain_call(tensor: Tensor) -> bool:
-    """Return whether a call with this tensor may take the native checks of `cpu_calls`: on a CPU, without autocast."""
-    return not watched() and tensor.is_cpu and not _autocasts()
+    """Return whether a call with this tensor may ask the native checks of `cpu_calls`."""
+    return not torch.compiler.is_compiling() and tensor.is_cpu
 
 
-def direct(op: str) -> Callable:
-    """Return the call of the op on plain CPU tensors, for functions whose `plain_call` and native checks passed."""
+def direct(op: str, differentiable: int, keep: Callable, backward: Callable) -> Callable:
+    """Return the call of the op on plain CPU tensors, which returns the first result alone.
+
+    It is for functions whose native checks passed. Autograd.Function takes time for each input and
+    each output, so here it has only those that are needed.
+
+    Args:
+        op: Name of the op.
+        differentiable: How many of the first inputs may want gradients.
+        keep: Function of (ctx, inputs, results) that saves what `backward` needs, as a setup_context.
+        backward: Function of (ctx, gradient of the first result) that returns the gradients of the first inputs.
+    """
     overload = getattr(torch.ops.illada, op).default
-    kernel, formula = _KERNELS[op][_bits("CPU")], _FORMULAS.get(op)
+    kernel = _KERNELS[op][_bits("CPU")]
     grad_enabled, wants_grad, excluded = torch.is_grad_enabled, _any_wants_grad, _autograd_excluded
 
+    def forward(ctx, others, *tensors):
+        inputs = (*tensors, *others)
+        results = kernel(*inputs)
+        keep(ctx, inputs, results)
+        return results[0]
+
+    def of_tensors(ctx, gradient):
+        return None, *backward(ctx, gradient)
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(of_tensors)}
+    function: Any = type(f"illada_{op}", (torch.autograd.Function,), methods)
+    formula = super(torch.autograd.Function, function).apply
+
     def call(*inputs):
-        if formula is None or not grad_enabled() or not wants_grad(*inputs):
-            return kernel(*inputs)
+        tensors = inputs[:differentiable]
+        if not grad_enabled() or not wants_grad(*tensors):
+            return kernel(*inputs)[0]
         if excluded(_AUTOGRAD):  # inside the kernel of another op, which autograd records
-            return overload(*inputs)
-        return formula(kernel, None, *inputs)
+            return overload(*inputs)[0]
+        return formula(inputs[differentiable:], *tensors)
 
     return call
 

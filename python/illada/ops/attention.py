@@ -109,12 +109,17 @@ _MOST_HEAD_DIM = 256  # largest head dim of csrc/cpu
 _BFLOAT16_KEYS = 64  # with more keys, torch is faster if the processor multiplies in bfloat16
 
 
+def _most_keys(q: Tensor) -> int:
+    """Return the most keys of a sequence that csrc/cpu computes; torch gets those with more."""
+    return _BFLOAT16_KEYS if q.dtype == torch.bfloat16 and native().multiplies_bfloat16() else 2**31
+
+
 def _shares(plan: Tensor, q: Tensor) -> tuple[Tensor, Tensor | None]:
     """Split the rows of a plan into those for csrc/cpu and those for torch; None if torch gets no row."""
     if q.dtype == torch.float16 or q.shape[2] > _MOST_HEAD_DIM:
         return plan[:0], plan
-    if q.dtype == torch.bfloat16 and native().multiplies_bfloat16():
-        many = plan[:, 3] - plan[:, 2] > _BFLOAT16_KEYS
+    if (most := _most_keys(q)) == _BFLOAT16_KEYS:
+        many = plan[:, 3] - plan[:, 2] > most
         if many.any():
             return plan[~many], plan[many]
     return plan, None
@@ -190,7 +195,9 @@ def _check_cpu_plan(plan: Tensor, num_sequences: int) -> None:
 def _fwd_cpu(
     q: Tensor, k: Tensor, v: Tensor, plan: Tensor, num_sequences: int, softmax_scale: float, deterministic: bool
 ) -> tuple[Tensor, Tensor]:
-    results = lib.cpu_calls().varlen_attention(q, k, v, plan, num_sequences, softmax_scale)
+    results = lib.cpu_calls().varlen_attention(
+        *(q, k, v, plan, num_sequences, softmax_scale, _MOST_HEAD_DIM, _most_keys(q))
+    )
     if results is not None:
         return results
     _check_cpu_plan(plan, num_sequences)
@@ -285,7 +292,9 @@ def _bwd_cpu(
     softmax_scale: float,
     deterministic: bool,
 ) -> tuple[Tensor, ...]:
-    grads = lib.cpu_calls().varlen_attention_backward(dout, dlse, q, k, v, out, lse, plan, num_sequences, softmax_scale)
+    grads = lib.cpu_calls().varlen_attention_backward(
+        *(dout, dlse, q, k, v, out, lse, plan, num_sequences, softmax_scale, _MOST_HEAD_DIM, _most_keys(q))
+    )
     if grads is not None:
         return grads
     _check_cpu_plan(plan, num_sequences)
@@ -420,7 +429,9 @@ lib.implement("varlen_attention_bwd", _bwd_fake, cpu=_bwd_cpu, cuda=_bwd_cuda)
 lib.register_autograd("varlen_attention_fwd", _backward, _setup_context)
 lib.raise_on_double_backward("varlen_attention_bwd")
 _call_plan = lib.caller("attention_plan")
-_attend_directly = lib.direct("varlen_attention_fwd")
+_attend_directly = lib.direct(
+    "varlen_attention_fwd", 3, _setup_context, lambda ctx, dout: _backward(ctx, dout, None)[:3]
+)
 _call_fwd, _call_bwd = lib.caller("varlen_attention_fwd"), lib.caller("varlen_attention_bwd")
 
 
@@ -543,11 +554,10 @@ def varlen_attention(
             multiples of 8 elements, 16-byte aligned data).
     """
     op = "varlen_attention"
-    if plan is not None and cu_seqlens_k is None and lib.plain_call(q):
+    if plan is not None and cu_seqlens_k is None and not return_lse and lib.plain_call(q):
         scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
         if 0 < scale < math.inf and lib.cpu_calls().attention_fits(q, k, v, cu_seqlens, plan):
-            out, lse = _attend_directly(q, k, v, plan[0], plan[5], scale, deterministic)
-            return (out, lse) if return_lse else out
+            return _attend_directly(q, k, v, plan[0], plan[5], scale, deterministic)
     if (dtype := autocast_dtype(q.device)) is not None:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     lib.check_dtype(op, "q", q, _DTYPES)

@@ -62,7 +62,12 @@ def _fwd_cpu(hidden, weight, targets, token_weights, rows, *arguments, into=None
             hidden, weight, targets, token_weights, rows, *arguments[:-1], _CHUNK_BYTES_CPU
         )
         if results is not None:
-            return results
+            loss, nll, d_hidden, d_weight = results
+            if d_hidden is None:
+                d_hidden = torch.empty(0, dtype=hidden.dtype, device="cpu")
+            if d_weight is None:
+                d_weight = torch.empty(0, dtype=arguments[-2], device="cpu")
+            return loss, nll, d_hidden, d_weight
     all_weighted = rows is None
     if all_weighted:  # on a CPU the host may read the weights
         found = token_weights.nonzero()
@@ -357,6 +362,38 @@ def _backward(ctx, dloss, *unused):
     return (d_hidden if wants_hidden else None, d_weight if wants_weight else None) + (None,) * 11
 
 
+def _keep(ctx, inputs, output):
+    loss, _, hidden_grad, weight_grad = output
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(hidden_grad, weight_grad, loss)
+    ctx.needs = inputs[8], inputs[9]
+
+
+def _backward_directly(ctx, dloss):
+    if dloss is None:
+        return None, None
+    d_hidden, d_weight, loss = ctx.saved_tensors
+    if (
+        torch.is_grad_enabled()
+    ):  # the kept gradients are no outputs: the loss knows that they depend on hidden and weight
+        dloss = _Tied.apply(dloss, loss)
+    d_hidden, d_weight = _call_bwd(dloss, d_hidden, d_weight)
+    wants_hidden, wants_weight = ctx.needs
+    return d_hidden if wants_hidden else None, d_weight if wants_weight else None
+
+
+class _Tied(torch.autograd.Function):
+    """The first tensor, with the second in its history. The op that gets it raises before this is differentiated."""
+
+    @staticmethod
+    def forward(ctx, tensor, other):
+        return tensor.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise RuntimeError("illada::linear_masked_ce_fwd has no second derivative")
+
+
 lib.implement("linear_masked_ce_fwd", _fwd_fake, cpu=_fwd_cpu, cuda=_fwd_cuda)
 lib.implement("linear_masked_ce_fwd_", _fwd_into_fake, cpu=_fwd_into_cpu, cuda=_fwd_into_cuda)
 lib.implement("linear_masked_ce_bwd", _bwd_fake, cpu=_bwd_cpu, cuda=_bwd_cuda)
@@ -364,7 +401,7 @@ lib.implement("linear_masked_ce_bwd_", _bwd_inplace_fake, cpu=_bwd_inplace, cuda
 lib.register_autograd("linear_masked_ce_fwd", _backward, _setup_context)
 lib.raise_on_double_backward("linear_masked_ce_bwd")
 _call_fwd, _call_bwd = lib.caller("linear_masked_ce_fwd"), lib.caller("linear_masked_ce_bwd")
-_fwd_directly = lib.direct("linear_masked_ce_fwd")
+_fwd_directly = lib.direct("linear_masked_ce_fwd", 2, _keep, _backward_directly)
 
 
 class _IntoGradient(torch.autograd.Function):
@@ -493,16 +530,22 @@ def linear_masked_cross_entropy(
         NotImplementedError: No kernel was built for this device.
     """
     op = "linear_masked_cross_entropy"
-    if rows is chunk_rows is grad_weight_dtype is grad_weight is None and filter_eps == 0 and lib.plain_call(hidden):
+    if (
+        (rows is chunk_rows is grad_weight_dtype is grad_weight is None)
+        and not (return_nll or filter_eps)
+        and lib.plain_call(hidden)
+    ):
         scale = plain_scale(normalizer)
         if scale is not None and lib.cpu_calls().linear_cross_entropy_fits(hidden, weight, targets, token_weights):
-            needs_grad = torch.is_grad_enabled()
-            loss, nll, _, _ = _fwd_directly(
-                *(hidden, weight, targets, token_weights, None, None, scale, 0),
-                *(needs_grad and hidden.requires_grad, needs_grad and weight.requires_grad),
-                *(hidden.dtype, torch.float32, 0.0),
-            )
-            return (loss, nll) if return_nll else loss
+            tensors, dtype = (hidden, weight, targets, token_weights, None, None), hidden.dtype
+            grads = (hidden.requires_grad, weight.requires_grad) if torch.is_grad_enabled() else (False, False)
+            if grads == (False, False):  # without the empty gradients of the op
+                results = lib.cpu_calls().linear_masked_cross_entropy(
+                    *(*tensors, scale, 0, False, False, dtype, torch.float32, _CHUNK_BYTES_CPU)
+                )
+                if results is not None:
+                    return results[0]
+            return _fwd_directly(*tensors, scale, 0, *grads, dtype, torch.float32, 0.0)
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         lib.check_shape(op, "hidden", hidden, ("T", "C"))
         lib.check_shape(op, "weight", weight, ("V", hidden.shape[1]))

@@ -177,6 +177,13 @@ def _setup_context(ctx, inputs, output):
     ctx.overwritten = False
 
 
+def _keep(ctx, inputs, output):
+    logits, targets, token_weights, normalizer, ctx.scale, ctx.inplace = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(logits, targets, token_weights, normalizer, output[3])
+    ctx.overwritten = False
+
+
 def _saved_through_hooks(ctx) -> bool:
     """Return whether saved-tensor hooks (non-reentrant checkpointing, save_on_cpu) keep the logits, or may keep them.
 
@@ -229,7 +236,7 @@ lib.implement("masked_ce_shard_fwd", _shard_fwd_fake, cpu=_shard_fwd, cuda=_shar
 lib.register_autograd("masked_ce_fwd", _backward, _setup_context)
 lib.raise_on_double_backward("masked_ce_bwd")
 _call_fwd, _call_bwd = lib.caller("masked_ce_fwd"), lib.caller("masked_ce_bwd")
-_fwd_directly = lib.direct("masked_ce_fwd")
+_fwd_directly = lib.direct("masked_ce_fwd", 1, _keep, lambda ctx, dloss: _backward(ctx, dloss, None, None, None)[:1])
 
 
 # --------------------------------------------------------------------------------------------------- public functions
@@ -377,13 +384,10 @@ def masked_cross_entropy(
         RuntimeError: A second backward with `inplace_backward`, or another op needs the overwritten logits.
     """
     op = "masked_cross_entropy"
-    if rows is None and not inplace_backward and lib.plain_call(logits):
+    if rows is None and not (return_nll or return_lse or inplace_backward) and lib.plain_call(logits):
         scale = plain_scale(normalizer)
         if scale is not None and lib.cpu_calls().cross_entropy_fits(logits, targets, token_weights):
-            loss, nll, lse, _ = _fwd_directly(logits, targets, token_weights, None, scale, False)
-            if not (return_nll or return_lse):
-                return loss
-            return loss, *((nll,) if return_nll else ()), *((lse,) if return_lse else ())
+            return _fwd_directly(logits, targets, token_weights, None, scale, False)
     check_logits(op, logits)
     lib.check_same_device(
         op, ("logits", logits), ("targets", targets), ("token_weights", token_weights), ("rows", rows)
