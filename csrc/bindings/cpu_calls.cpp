@@ -436,7 +436,40 @@ py::object linear_masked_cross_entropy(py::handle hidden, py::handle weight, py:
   });
 }
 
+// Computes linear_masked_ce_bwd, (hidden_grad * dloss, weight_grad * dloss), for so few float32 elements that one
+// thread multiplies them.
+py::object scaled_gradients(py::handle dloss, py::handle hidden_grad, py::handle weight_grad) {
+  constexpr int64_t kMostElements = 1 << 14;
+  const Views factor = view(dloss);
+  if (!factor || !factor->is_float32() || factor->dims() != 0) return py::none();
+  const auto is_small = [](const Views& x) {
+    return x && x->is_float32() && x->dims() >= 1 && x->dims() <= 2 && x->is_contiguous() &&
+           x->elements() <= kMostElements;
+  };
+  const Views grads[] = {view(hidden_grad), view(weight_grad)};
+  if (!is_small(grads[0]) || !is_small(grads[1])) return py::none();
+  return or_none([&]() -> py::object {
+    py::tuple results(2);
+    for (int i = 0; i < 2; ++i) {
+      const View& x = *grads[i];
+      const NewTensor made = x.dims() == 2 ? new_tensor({x.size(0), x.size(1)}, torch()->float32)
+                                           : new_tensor({x.elements()}, torch()->float32);
+      const auto* from = x.data<const float>();
+      for (int64_t n = 0; n < x.elements(); ++n)
+        static_cast<float*>(made.address)[n] = from[n] * *factor->data<float>();
+      results[size_t(i)] = made.tensor;
+    }
+    return results;
+  });
+}
+
 // ----------------------------------------------------------------------------------------------------------- sampling
+
+bool sample_fits(py::handle logits) {
+  if (is_watched()) return false;
+  const Views x = view(logits);
+  return are_logits(x) && x->size(1) >= 1 && !is_negated(logits);
+}
 
 // Samples with the same numbers for all rows and without a bias: (token, confidence, logprob, entropy, margin).
 py::object sample_tokens(py::handle logits, double temperature, int64_t seed, int64_t step, int measure, int64_t top_k,
@@ -490,6 +523,8 @@ void add_cpu_calls(py::module_& module) {
   calls.def("masked_cross_entropy_backward", &masked_cross_entropy_backward);
   calls.def("linear_cross_entropy_fits", &linear_cross_entropy_fits);
   calls.def("linear_masked_cross_entropy", &linear_masked_cross_entropy);
+  calls.def("scaled_gradients", &scaled_gradients);
+  calls.def("sample_fits", &sample_fits);
   calls.def("sample_tokens", &sample_tokens);
 }
 

@@ -31,6 +31,12 @@ bool View::has_shape(std::initializer_list<int64_t> shape) const {
   return true;
 }
 
+int64_t View::elements() const {
+  int64_t count = 1;
+  for (int dim = 0; dim < dims(); ++dim) count *= size(dim);
+  return count;
+}
+
 bool View::is_contiguous() const {
   int64_t expected = 1;
   bool matches = true;
@@ -104,12 +110,9 @@ std::optional<View> view(py::handle tensor) {
     return std::nullopt;
   }
   if (read.device_type != kDlCpu) return std::nullopt;
-  if (!read.data) {
-    int64_t elements = 1;
-    for (int dim = 0; dim < read.ndim; ++dim) elements *= read.shape[dim];
-    if (elements != 0) return std::nullopt;
-  }
-  return View(read);
+  const View seen(read);
+  if (!read.data && seen.elements() != 0) return std::nullopt;
+  return seen;
 }
 
 bool is_negated(py::handle tensor) {

@@ -37,6 +37,7 @@ class View {
   int64_t size(int dim) const { return tensor_.shape[dim]; }
   int64_t stride(int dim) const { return tensor_.strides[dim]; }
   bool has_shape(std::initializer_list<int64_t> shape) const;
+  int64_t elements() const;
   bool is_contiguous() const;
   bool last_is_contiguous() const { return size(dims() - 1) <= 1 || stride(dims() - 1) == 1; }
 

@@ -287,7 +287,8 @@ def direct(op: str, differentiable: int, keep: Callable, backward: Callable) -> 
     Args:
         op: Name of the op.
         differentiable: How many of the first inputs may want gradients.
-        keep: Function of (ctx, inputs, results) that saves what `backward` needs, as a setup_context.
+        keep: Function of (ctx, inputs, results) that saves what `backward` needs, as a setup_context. It returns the
+            outputs that autograd is told of, of which the first is returned.
         backward: Function of (ctx, gradient of the first result) that returns the gradients of the first inputs.
     """
     overload = getattr(torch.ops.illada, op).default
@@ -297,10 +298,9 @@ def direct(op: str, differentiable: int, keep: Callable, backward: Callable) -> 
     def forward(ctx, others, *tensors):
         inputs = (*tensors, *others)
         results = kernel(*inputs)
-        keep(ctx, inputs, results)
-        return results[0]
+        return keep(ctx, inputs, results)
 
-    def of_tensors(ctx, gradient):
+    def of_tensors(ctx, gradient, *unused):
         return None, *backward(ctx, gradient)
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(of_tensors)}
@@ -313,7 +313,7 @@ def direct(op: str, differentiable: int, keep: Callable, backward: Callable) -> 
             return kernel(*inputs)[0]
         if excluded(_AUTOGRAD):  # inside the kernel of another op, which autograd records
             return overload(*inputs)[0]
-        return formula(inputs[differentiable:], *tensors)
+        return formula(inputs[differentiable:], *tensors)[0]
 
     return call
 

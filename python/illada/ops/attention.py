@@ -414,6 +414,11 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
+def _keep(ctx, inputs, output):
+    _setup_context(ctx, inputs, output)
+    return output[:1]
+
+
 def _backward(ctx, dout, dlse):
     if dout is None and dlse is None:
         return None, None, None, None, None, None, None
@@ -429,9 +434,7 @@ lib.implement("varlen_attention_bwd", _bwd_fake, cpu=_bwd_cpu, cuda=_bwd_cuda)
 lib.register_autograd("varlen_attention_fwd", _backward, _setup_context)
 lib.raise_on_double_backward("varlen_attention_bwd")
 _call_plan = lib.caller("attention_plan")
-_attend_directly = lib.direct(
-    "varlen_attention_fwd", 3, _setup_context, lambda ctx, dout: _backward(ctx, dout, None)[:3]
-)
+_attend_directly = lib.direct("varlen_attention_fwd", 3, _keep, lambda ctx, dout: _backward(ctx, dout, None)[:3])
 _call_fwd, _call_bwd = lib.caller("varlen_attention_fwd"), lib.caller("varlen_attention_bwd")
 
 

@@ -280,6 +280,9 @@ def _scale(grad: Tensor, factor: Tensor) -> None:
 
 
 def _bwd_cpu(dloss: Tensor, hidden_grad: Tensor, weight_grad: Tensor) -> tuple[Tensor, Tensor]:
+    grads = lib.cpu_calls().scaled_gradients(dloss, hidden_grad, weight_grad)
+    if grads is not None:
+        return grads
     factor = float(dloss)
     return hidden_grad * factor, weight_grad * factor
 
@@ -365,33 +368,17 @@ def _backward(ctx, dloss, *unused):
 def _keep(ctx, inputs, output):
     loss, _, hidden_grad, weight_grad = output
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden_grad, weight_grad, loss)
+    ctx.save_for_backward(hidden_grad, weight_grad)
     ctx.needs = inputs[8], inputs[9]
+    return loss, hidden_grad  # of the second, see _setup_context; one of the gradients is enough
 
 
 def _backward_directly(ctx, dloss):
     if dloss is None:
         return None, None
-    d_hidden, d_weight, loss = ctx.saved_tensors
-    if (
-        torch.is_grad_enabled()
-    ):  # the kept gradients are no outputs: the loss knows that they depend on hidden and weight
-        dloss = _Tied.apply(dloss, loss)
-    d_hidden, d_weight = _call_bwd(dloss, d_hidden, d_weight)
+    d_hidden, d_weight = _call_bwd(dloss, *ctx.saved_tensors)
     wants_hidden, wants_weight = ctx.needs
     return d_hidden if wants_hidden else None, d_weight if wants_weight else None
-
-
-class _Tied(torch.autograd.Function):
-    """The first tensor, with the second in its history. The op that gets it raises before this is differentiated."""
-
-    @staticmethod
-    def forward(ctx, tensor, other):
-        return tensor.clone()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        raise RuntimeError("illada::linear_masked_ce_fwd has no second derivative")
 
 
 lib.implement("linear_masked_ce_fwd", _fwd_fake, cpu=_fwd_cpu, cuda=_fwd_cuda)

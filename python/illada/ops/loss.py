@@ -182,6 +182,7 @@ def _keep(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(logits, targets, token_weights, normalizer, output[3])
     ctx.overwritten = False
+    return output[:1]
 
 
 def _saved_through_hooks(ctx) -> bool:

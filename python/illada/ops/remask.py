@@ -88,13 +88,16 @@ def _sample(logits, *arguments):
     return out
 
 
+def _sample_at_once(logits: Tensor, arguments: tuple) -> tuple[Tensor, ...] | None:
+    """Return the results of one native call, or None where it does not take these arguments: tensors of numbers."""
+    if any(isinstance(argument, Tensor) for argument in arguments):
+        return None
+    return lib.cpu_calls().sample_tokens(logits, *arguments[:3], *arguments[9:12], *arguments[14:])
+
+
 def _sample_cpu(logits, *arguments):
-    numbers, tensors = (*arguments[:3], *arguments[9:12], *arguments[14:]), (*arguments[3:9], *arguments[12:14])
-    if tensors == (None,) * 8:
-        results = lib.cpu_calls().sample_tokens(logits, *numbers)
-        if results is not None:
-            return results
-    return _sample(logits, *arguments)
+    results = _sample_at_once(logits, arguments)
+    return _sample(logits, *arguments) if results is None else results
 
 
 def _linear_sample_chunks(hidden, weight, rows, *arguments):
@@ -311,14 +314,18 @@ def sample_tokens(
         NotImplementedError: No kernel was built for this device.
     """
     op = "sample_tokens"
-    lib.check_shape(op, "logits", logits, ("N", "V"))
-    lib.check_dtype(op, "logits", logits, _dtypes(logits))
-    lib.check_last_contiguous(op, "logits", logits)
+    fits = lib.plain_call(logits) and lib.cpu_calls().sample_fits(logits)
+    if not fits:
+        lib.check_shape(op, "logits", logits, ("N", "V"))
+        lib.check_dtype(op, "logits", logits, _dtypes(logits))
+        lib.check_last_contiguous(op, "logits", logits)
     arguments = _sample_arguments(
         op, logits.shape[0], logits.shape[1], logits, temperature=temperature, seed=seed, step=step, row_ids=row_ids,
         measure=measure, logit_bias=logit_bias, top_k=top_k, top_p=top_p,
         confidence_at_temperature=confidence_at_temperature, extras=extras,
     )  # fmt: skip
+    if fits and (results := _sample_at_once(logits, arguments)) is not None:
+        return _as_sample(results, arguments)
     return _as_sample(_call_sample(logits.detach(), *arguments), arguments)
 
 
