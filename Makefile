@@ -1,18 +1,13 @@
 # Everything a checkout can do, in a virtual environment of its own. Needs python3 (3.11 or newer) and a C++ compiler.
-#   make demo    prepare text, train a tiny model, generate: about 6 minutes on two cores
-#   make test    the fast tests;  make test-slow: the others;  make bench: the benchmarks
-#   make results docs/results.md and its plots from benchmarks/results/*.jsonl
-#   make test-build  builds with each compiler, CMake and Python that is here (tests/test_builds.py): from 3 minutes on
-#   make fuzz    20,000 damaged files, EXAMPLES=N another number: up to half an hour; what fails is left in .cache/fuzz
-# CUDA kernels are built where this environment's torch finds a GPU for them; ILLADA_CUDA=on builds them all the same, off
-# never, and make remembers which. VENV=/path keeps the environment elsewhere. No path is used unquoted: folders may have spaces in their names.
-# With an nvcc (CUDA 12.3 or newer), no GPU needed:
-#   make ptxas      registers, spills and shared memory of each kernel against csrc/ptxas_budget.json (UPDATE=1 writes it)
-#   make test-cuda  tests/cuda with a CUDA build of torch (5.5 GB, in VENV_CUDA): on a GPU, else on a simulator, CUSIM.
-#                   ARGS="-k remask" goes to pytest; of the simulator MODES="lazy", DEVICE=a100 and CHECKS= are options
-#   make predict    benchmarks/predicted.json: the simulator's times for what `python -m benchmarks compare` compares;
-#                   ONLY=backward predicts some cases again and keeps the others
-#   make dry-run    benchmarks/run_on_gpu.sh on the simulator, with small shapes
+# `make help` prints the text behind ## of each target, and the lines that begin with ##. No path is used unquoted: folders may
+# have spaces in their names.
+##
+## ILLADA_CUDA=on|off    build the CUDA kernels or not; default: where this environment's torch finds a GPU. Remembered.
+## VENV=DIR              the virtual environment; default .venv. VENV_CUDA=DIR: one with a CUDA build of torch (5.5 GB)
+## ARGS="-k remask"      goes to pytest in test-build, test-cuda and fuzz
+## CUSIM=DIR             the folder of a simulator, for test-cuda without a GPU, predict and dry-run
+## MODES=lazy            test-cuda: one of the simulator's two modes; DEVICE=a100 and CHECKS= are its options
+## UPDATE=1              ptxas: write the budget; EXAMPLES=N: fuzz; ONLY=backward: predict some cases and keep the others
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -41,9 +36,15 @@ SOURCES := $(shell find build_backend csrc cmake python -type f -not -name '*.so
 	CMakeLists.txt CMakePresets.json setup.py pyproject.toml $(wildcard benchmarks/*.py benchmarks/predicted.json configs/*.toml)
 
 .PHONY: demo test test-slow test-build fuzz test-cuda test-gpu test-simulator predict dry-run ptxas lint format bench results clean \
-	install
+	install docs help
 
-install: .cache/installed
+.DEFAULT_GOAL := help
+
+help: ## list the targets and variables
+	@awk -F ' ## ' '/^[a-z-]+:.* ## / { sub(/:.*/, "", $$1); printf "  make %-12s %s\n", $$1, $$2 } \
+	  /^##/ { sub(/^## ?/, ""); notes = notes "  " $$0 "\n" } END { printf "%s", notes }' Makefile
+
+install: .cache/installed ## build the package and install it into VENV
 
 .cache/requirements-run: requirements-run.txt requirements-common.txt
 	@mkdir -p .cache
@@ -56,6 +57,12 @@ install: .cache/installed
 .cache/requirements-dev: .cache/requirements-run requirements-dev.txt
 	@echo "make: adding requirements-dev.txt (what lints, tests and evaluates) to $(VENV)"
 	"$(BIN)/python" -m pip install --quiet --requirement requirements-dev.txt
+	@touch $@
+
+.cache/requirements-docs: requirements-docs.txt
+	@mkdir -p .cache
+	test -x "$(BIN)/python" || "$(PYTHON)" -m venv "$(VENV)"
+	"$(BIN)/python" -m pip install --quiet --requirement requirements-docs.txt
 	@touch $@
 
 # By whichever pip there is. A folder whose name has the version, moved there when it is complete.
@@ -116,24 +123,24 @@ CUDA_BUILD = PATH="$$(cd "$(BIN_CUDA)" && pwd):$$PATH" ILLADA_BUILD_DIR="$(CURDI
 	unset ILLADA_CUDA ILLADA_CUDA_ARCHS ILLADA_CUDART; CMAKE_ARGS="--preset sim" $(call CUDA_BUILD,sim)
 	@touch $@
 
-demo:
+demo: ## prepare text, train a tiny model, generate: about 6 minutes on two cores
 	@mkdir -p .cache && date +%s > .cache/demo-began
 	@$(MAKE) --no-print-directory install
 	"$(BIN)/python" examples/demo.py --out runs/demo --began "$$(cat .cache/demo-began)"
 
-test: .cache/requirements-dev install
+test: .cache/requirements-dev install ## the fast tests
 	"$(BIN)/python" -m pytest -q
 
-test-slow: .cache/requirements-dev install
+test-slow: .cache/requirements-dev install ## packaging, kills, some damaged files, the C++ library, the commands of the docs
 	"$(BIN)/python" -m pytest -q -m slow
 
-test-build: .cache/requirements-dev install
-	"$(BIN)/python" -m pytest -q -m "slow or builds" tests/test_builds.py $(ARGS)
+test-build: .cache/requirements-dev install ## builds with each compiler, CMake and Python that is here: from 3 minutes on
+	"$(BIN)/python" -m pytest -q -m "slow or builds" tests/builds/test_builds.py $(ARGS)
 
-fuzz: .cache/requirements-dev install
+fuzz: .cache/requirements-dev install ## 20,000 damaged files: up to half an hour; what fails is left in .cache/fuzz
 	ILLADA_FUZZ="$(EXAMPLES)" "$(BIN)/python" -m pytest -q -m slow -rA --tb=line --show-capture=stdout tests/fuzz $(ARGS)
 
-test-cuda:
+test-cuda: ## the CUDA kernels, on a GPU or a simulator; needs nvcc
 	@command -v "$${CUDACXX:-nvcc}" >/dev/null || { \
 	  echo "make test-cuda: no nvcc found; install CUDA 12.3 or newer, or set CUDACXX=/path/to/nvcc (docs/install.md)" >&2; \
 	  exit 1; }
@@ -154,35 +161,41 @@ test-simulator: .cache/installed-simulator
 	    || exit 1; \
 	done
 
-predict: .cache/installed-simulator
+predict: .cache/installed-simulator ## benchmarks/predicted.json: the kernels' times by the simulator's model
 	CUSIM="$(CUSIM)" "$(BIN_CUDA)/python" -m benchmarks.predict $(if $(ONLY),--only "$(ONLY)") $(ARGS)
 
-dry-run: .cache/installed-simulator
+dry-run: .cache/installed-simulator ## benchmarks/run_on_gpu.sh on the simulator, with small shapes
 	CUSIM="$(CUSIM)" PYTHON="$(BIN_CUDA)/python" bash benchmarks/run_on_gpu.sh --dry-run 10 runs/dry-run
 
-ptxas: $(HEADERS)
+ptxas: $(HEADERS) ## registers, spills and shared memory of each kernel against the budget; needs nvcc
 	"$(PYTHON)" cmake/ptxas.py $(if $(UPDATE),--update) $(ARGS)
 
-lint: .cache/requirements-dev $(HEADERS)
+lint: .cache/requirements-dev $(HEADERS) ## ruff, clang-format, mypy, layers, codespell, lines of docs, clang-tidy for products of sizes
 	"$(BIN)/ruff" check .
 	"$(BIN)/ruff" format --check .
 	find csrc examples tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs "$(BIN)/clang-format" --dry-run --Werror
 	"$(BIN)/mypy"
+	PYTHONPATH=python "$(BIN)/lint-imports" --no-cache
+	"$(BIN)/codespell" . .ci/*
+	"$(BIN)/python" cmake/docs_lines.py
 	"$(BIN)/python" cmake/tidy.py
 
-format: .cache/requirements-dev
+format: .cache/requirements-dev ## ruff and clang-format, writing
 	"$(BIN)/ruff" check --fix .
 	"$(BIN)/ruff" format .
 	find csrc examples tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs "$(BIN)/clang-format" -i
 
-bench: install
+bench: install ## all benchmarks, into runs/bench
 	@mkdir -p runs/bench
 	"$(BIN)/python" -m benchmarks all --json runs/bench/all.jsonl --plot runs/bench/all.png
 
-results: install
+results: install ## docs/results.md and its plots, from benchmarks/results
 	"$(BIN)/python" -m benchmarks.results_page
 
-clean:
+docs: .cache/requirements-docs ## build/site: the pages of docs/ and the API reference; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 "$(BIN)/python" -m mkdocs build --strict --config-file docs/site/mkdocs.yml
+
+clean: ## remove builds, environments and caches, not runs/ and data/
 	rm -rf build dist .cache .venv .venv-cuda .pytest_cache .ruff_cache .mypy_cache python/*.egg-info  # not runs/ and data/
 	find python -name '*.so' -delete
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

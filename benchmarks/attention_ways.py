@@ -36,7 +36,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import illada
 from illada.ops import raw
-from illada.ops.attention import multiplies_twice
+from illada.ops.attention import recompute_scores_for_dq
 
 from .runner import compiled, generator
 from .timing import CPU
@@ -210,7 +210,7 @@ def illada_raw_way(job: Job) -> Way:
     """The kernels alone: out-parameter calls into buffers that are there. On CUDA."""
     plan, sequences, scale = make_plan(job).work, len(job.pack.lengths), job.dim**-0.5
     shape = (sequences, job.heads, job.kv_heads, job.dim)
-    twice = multiplies_twice(job.total_q, sequences)  # as the op does
+    twice = recompute_scores_for_dq(job.total_q, sequences)  # as the op does
 
     def bytes_of(size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8, device=job.device)
@@ -235,7 +235,9 @@ def illada_raw_way(job: Job) -> Way:
     ) -> tuple[Tensor, ...]:
         *grads, workspace = backward_buffers()
         tensors = (*grads, dout, None, *inputs, out, lse)
-        raw.varlen_attention_backward(*tensors, plan, sequences, scale, workspace=workspace, multiplies_twice=twice)
+        raw.varlen_attention_backward(
+            *tensors, plan, sequences, scale, workspace=workspace, recompute_scores_for_dq=twice
+        )
         return tuple(grads)
 
     return Way(attend, differentiate=differentiate)

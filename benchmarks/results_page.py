@@ -1,4 +1,7 @@
-"""docs/results.md: every file in benchmarks/results as tables, plots and goals. The same files give the same page."""
+"""docs/results.md: summary.md, then every file in benchmarks/results as tables, plots and goals.
+
+The same files give the same page.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "results.md"
 HEAD = """\
 # Results
 
-`make results` writes this page from `benchmarks/results/*.jsonl`; each file is what one or more runs of
+`make results` writes this page from the files in `benchmarks/results`. Each `*.jsonl` is what one or more runs of
 `python -m benchmarks BENCH --json FILE` left. All providers of a case take turns in one process; times are medians.
 `ratio` is how many times illada's time a provider takes. `spread` is how far p20 and p80 are apart, in percent of the
 median. Rows are marked that vary more than 20% or were timed by one call. `% of copy` and `% of matmul` are shares of
@@ -32,8 +35,14 @@ NO_GPU = (
 
 
 def page(files: Sequence[Path], pictures: Path, folder: Path) -> str:
-    """The Markdown; draws a picture for each bench of each file into `pictures`. folder: of the page, for its links."""
+    """The Markdown; draws a picture for each bench of each file into `pictures`. folder: of the page, for its links.
+
+    A summary.md beside the files comes first. Its links count from the page.
+    """
     parts, any_gpu = [], False
+    summary = files[0].parent / "summary.md"
+    if summary.exists():
+        parts.append(summary.read_text(encoding="utf-8"))
     for path in files:
         lines = report.read_json(path)
         records = [{**r, "date": r["date"] or _date(path)} for r in lines if r["median_ms"] is not None]

@@ -29,10 +29,10 @@ import torch
 import torch.nn.functional as F
 
 from illada.config import ModelConfig
-from illada.data import train_tokenizer
+from illada.data.sources import read_source
 from illada.model import MaskedDiffusionModel
 from illada.score import confidence_score
-from illada.sources import read_source
+from illada.text.training import train_tokenizer
 
 from . import published
 from .runner import Case, Goal, Provider, on_gpu, ratio

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import illada
 from illada.ops import raw, reference
-from illada.ops.attention import multiplies_twice
+from illada.ops.attention import recompute_scores_for_dq
 from illada.ops.variants import use_variants
 from illada.testing import relative_error
 
@@ -129,7 +129,7 @@ def attention_backward(
     q, k, v, dout, out, lse = (x.detach().to(device) for x in (*qkv, dout, out.to(dtype), lse.float()))
     sizes = {"num_heads": pack.heads, "num_kv_heads": pack.kv_heads, "head_dim": dim, "total_q": len(q)}
     plan = illada.attention_plan(lengths["cu_seqlens"].to(device), **sizes).work
-    sequences, twice = len(pack.lengths), multiplies_twice(len(q), len(pack.lengths))
+    sequences, twice = len(pack.lengths), recompute_scores_for_dq(len(q), len(pack.lengths))
     shape = (len(q), len(k), sequences, pack.heads, pack.kv_heads, dim)
     size = raw.varlen_attention_backward_workspace(*shape, deterministic, twice, device.index or 0)
     got = [torch.full_like(x, torch.nan) for x in (q, k, v)]
@@ -137,7 +137,7 @@ def attention_backward(
         *(*got, dout, None, q, k, v, out, lse.contiguous(), plan, sequences, dim**-0.5),
         workspace=torch.empty(size, dtype=torch.uint8, device=device),
         deterministic=deterministic,
-        multiplies_twice=twice,
+        recompute_scores_for_dq=twice,
     )
     names = ("dq", "dk", "dv")
     return {n: (row_error(g, w), ROW_TOLERANCE[dtype]) for n, g, w in zip(names, got, want, strict=True)}
@@ -321,7 +321,7 @@ def jobs() -> list[Job]:
         found.append(Job(name, kind, run, tuple(kernels.split()), tuple((portable or kernels).split()), dim))
 
     names = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
-    rows_kernel = "attention_plan_sm80 attention_backward_rows_sm80"
+    rows_kernel = "attention_plan_sm80 attention_backward_preprocess_sm80"
     keys_sm90, queries_sm90 = "attention_backward_keys_sm90", "attention_backward_queries_sm90"
     sm80 = f"{rows_kernel} attention_backward_keys_sm80 attention_backward_queries_sm80"
     for dtype in (BF16, FP16):

@@ -54,8 +54,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from illada.batch import Batch
 from illada.config import ModelConfig
-from illada.diffusion import Batch, make_batch, make_validation_batch
+from illada.diffusion import make_batch, make_validation_batch
 from illada.model import MaskedDiffusionModel
 
 from . import published

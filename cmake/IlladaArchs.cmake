@@ -1,5 +1,5 @@
 # For which GPUs kernels are built: a list of N-real (machine code) and N-virtual (PTX for later GPUs), held against what
-# the compiler knows. Nothing here needs a project: `cmake -P` can include this file, as tests/test_archs.py does.
+# the compiler knows. Nothing here needs a project: `cmake -P` can include this file, as tests/builds/test_archs.py does.
 
 include("${CMAKE_CURRENT_LIST_DIR}/IlladaWarn.cmake")
 

@@ -17,11 +17,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from textwrap import indent
 
-from illada.checkpoint import load_pretrained
-from illada.data import load_tokenizer, prepare
+from illada import load_pretrained
+from illada.data.corpus import prepare
+from illada.data.sources import read_source
 from illada.generation import GenerationConfig, generate
 from illada.model import MaskedDiffusionModel
-from illada.sources import read_source
+from illada.text.tokenizer_files import load_tokenizer
 from illada.train import load_config, train
 
 PROMPTS = ["def __init__(self, ", "def get_", "def __repr__(self):\n    return "]

@@ -2,8 +2,6 @@
 
 namespace illada::attention {
 
-void launch_backward_d128_sm80(const BackwardParams& params, const Device& device, const Tiling& tiling) {
-  launch_backward<128>(params, device, tiling);
-}
+template void launch_backward_sm80<128>(const BackwardParams&, const Device&, const Tiling&);
 
 }  // namespace illada::attention

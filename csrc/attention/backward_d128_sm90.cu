@@ -2,9 +2,6 @@
 
 namespace illada::attention {
 
-void launch_backward_d128_sm90(const BackwardParams& params, const Device& device, const Tiling& tiling,
-                               const BackwardMethod& method) {
-  launch_backward<128>(params, device, tiling, method);
-}
+template void launch_backward_sm90<128>(const BackwardParams&, const Device&, const Tiling&, const BackwardMethod&);
 
 }  // namespace illada::attention

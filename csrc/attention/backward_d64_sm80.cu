@@ -2,8 +2,6 @@
 
 namespace illada::attention {
 
-void launch_backward_d64_sm80(const BackwardParams& params, const Device& device, const Tiling& tiling) {
-  launch_backward<64>(params, device, tiling);
-}
+template void launch_backward_sm80<64>(const BackwardParams&, const Device&, const Tiling&);
 
 }  // namespace illada::attention

@@ -13,8 +13,8 @@
 #include <type_traits>
 
 #include "attention/backward_keys_shared_sm90.cuh"
-#include "attention/query_sums_add_sm90.cuh"
-#include "attention/query_sums_sm90.cuh"
+#include "attention/dq_accumulation_add_sm90.cuh"
+#include "attention/dq_accumulation_sm90.cuh"
 
 namespace illada::attention {
 namespace {
@@ -37,14 +37,14 @@ __device__ __forceinline__ void clear_missing_rows(const KeysArguments& a, KeysS
 
 // Loads keys, values, queries and gradients. In ordered mode it also gives the warpgroups their turns. Thread 0 of the
 // producers calls it.
-template <int kHeadDim, QuerySums kSums, bool kOrdered>
+template <int kHeadDim, DqAccumulation kAccumulation, bool kOrdered>
 __device__ __forceinline__ void load_tiles(const KeysArguments& a, KeysShared<kHeadDim>& shared,
                                            const CUtensorMap& q_map, const CUtensorMap& dout_map,
                                            const CUtensorMap& k_map, const CUtensorMap& v_map) {
   using Shared = KeysShared<kHeadDim>;
   using KeyTile = typename Shared::KeyTile;
   using RowTile = typename Shared::RowTile;
-  constexpr int kStages = kRowStages<kSums, Shared>;
+  constexpr int kStages = kRowStages<kAccumulation, Shared>;
   auto state = producer_start<kStages>();
   const auto load_keys = [&](const CUtensorMap* map, KeyTile& tile, Barrier& barrier, const WorkItem& item) {
     barrier.arrive_and_expect_tx(uint32_t(sizeof(KeyTile)));
@@ -81,7 +81,7 @@ __device__ __forceinline__ void load_tiles(const KeysArguments& a, KeysShared<kH
       step.tokens = max(min(item.q_count - token, a.tile_tokens), 0);
       step.kv_head = item.kv_head;
       step.is_last = steps.left == 1;
-      step.turn = kOrdered && token < item.q_count ? item.piece : 0;
+      step.turn = kOrdered && token < item.q_count ? item.split : 0;
       load_rows(&q_map, shared.q[state.index()], shared.q_full[state.index()], item, token);
       if (is_first) {
         shared.v_empty.wait(uint32_t(number % 2 ^ 1));

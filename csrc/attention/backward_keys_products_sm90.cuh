@@ -20,9 +20,9 @@
 
 #include "attention/accumulator_rows.cuh"
 #include "attention/backward_keys_shared_sm90.cuh"
-#include "attention/query_sums_add_sm90.cuh"
-#include "attention/query_sums_sm90.cuh"
-#include "attention/row_pair.cuh"
+#include "attention/dq_accumulation_add_sm90.cuh"
+#include "attention/dq_accumulation_sm90.cuh"
+#include "attention/probabilities.cuh"
 #include "attention/tiles_sm90.cuh"
 #include "common/dtype.cuh"
 #include "common/ptx.cuh"
@@ -80,7 +80,7 @@ __device__ __forceinline__ void write_keys(const KeysArguments& a, const WorkIte
   const int64_t stride = int64_t(a.num_kv_heads) * kHeadDim;
   const int64_t offset = (item.k_start + key) * stride + item.kv_head * kHeadDim;
   const auto is_real = [&](int i) { return key + 8 * i < item.k_count; };
-  if (kFused && a.pieces > 1) {
+  if (kFused && a.query_splits > 1) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) add_row<kHeadDim>(a.dv_sums + offset + 8 * i * stride, dv, i, is_real(i), lane);
 #pragma unroll
@@ -109,19 +109,20 @@ __device__ __forceinline__ void store_scores(uint32_t target, const uint32_t (&d
 }
 
 // Computes all items of the CTA. Both consumer warpgroups call it.
-template <typename T, int kHeadDim, QuerySums kSums, bool kOrdered>
+template <typename T, int kHeadDim, DqAccumulation kAccumulation, bool kOrdered>
 __device__ __forceinline__ void multiply_keys(const KeysArguments& a, KeysShared<kHeadDim>& shared,
                                               const CUtensorMap& dq_map) {
   using Shared = KeysShared<kHeadDim>;
-  constexpr bool kFused = kSums != QuerySums::kNone;
-  constexpr int kRows = Shared::kRows, kStages = kRowStages<kSums, Shared>;
+  constexpr bool kFused = kAccumulation != DqAccumulation::kNone;
+  constexpr int kRows = Shared::kRows, kStages = kRowStages<kAccumulation, Shared>;
   constexpr uint32_t kKeyBytes = sizeof(typename Shared::KeyTile), kTileBytes = sizeof(typename Shared::RowTile);
   constexpr uint32_t kScoreBytes = sizeof(typename Shared::ScoreTile), kScoreSlice = kBackwardKeys * kRowBytes;
   const int warpgroup = __shfl_sync(kFullWarp, int(threadIdx.x) / 128, 0), thread = int(threadIdx.x) % 128;
   const int own_turn = warpgroup, next_turn = 1 - warpgroup;
   const int lane = thread % 32, warp_row = thread / 32 * 16;  // warp_row: the warp's first row of its warpgroup's 64
   // Of dq, a warpgroup has 64 columns of the 64 rows (D 128), or all columns of its 64 of the 128 rows (D 64).
-  const int half = warpgroup * (kHeadDim == 128 ? 0 : 64), column = warpgroup * (kHeadDim == 128 ? 64 : 0);
+  const int half = warpgroup * (Shared::Tr::kHalvesColumnsOfDq ? 0 : 64);
+  const int column = warpgroup * (Shared::Tr::kHalvesColumnsOfDq ? 64 : 0);
   // Lower words of the descriptors; the upper words are all equal.
   const uint32_t start = (ptx::smem_address(&shared) & 0x3ffff) / 16, rows_kind = 1 << 16;
   const auto columns_kind = [](uint32_t leading) { return leading / 16 << 16; };
@@ -140,8 +141,8 @@ __device__ __forceinline__ void multiply_keys(const KeysArguments& a, KeysShared
   PipelineState<kStages> state;  // of the step whose s is next
   float dk[kHeadDim / 2], dv[kHeadDim / 2], s[kRows / 2], dp[kRows / 2], dq[32];
   uint32_t p[kRows / 16][4], ds[kRows / 16][4];
-  int round = 0, step = 0;                                                     // items and steps that were begun
-  DqAdder<kSums, kHeadDim> adder(a, dq_map, shared, half + warp_row, column);  // of dq of the step before
+  int round = 0, step = 0;  // items and steps that were begun
+  DqAdder<kAccumulation, kHeadDim> adder(a, dq_map, shared, half + warp_row, column);  // of dq of the step before
 
   const auto multiply_k = [&] {  // s = k q^T
     const uint64_t x = descriptor(k_rows + uint32_t((round - 1) % 2) * (kKeyBytes / 16));
@@ -218,7 +219,7 @@ __device__ __forceinline__ void multiply_keys(const KeysArguments& a, KeysShared
     if (warpgroup == 1) NamedBarrier::arrive(256, next_turn);
     // Issues dv and dk of the step whose ds is complete. It adds dq to the sums in the gaps between these products.
     const auto multiply_gradients = [&](bool accumulate, bool adds) {
-      constexpr int kSteps = kRows / 16, kFirst = kHeadDim == 128 ? 1 : 6;  // steps until dq is complete
+      constexpr int kSteps = kRows / 16, kFirst = Shared::Tr::kStepsUntilDq;
       const uint64_t of_dv = descriptor(dout_columns + uint32_t(stage) * (kTileBytes / 16)),
                      of_dk = descriptor(q_columns + uint32_t(stage) * (kTileBytes / 16));
       cute::warpgroup_arrive();
@@ -313,11 +314,11 @@ __device__ __forceinline__ void multiply_keys(const KeysArguments& a, KeysShared
   }
 }
 
-// Writes zero gradients of keys that no query attends to. All consumers call it. Where items are cut into pieces, the
+// Writes zero gradients of keys that no query attends to. All consumers call it. Where items have query splits, the
 // last pass writes these gradients instead, from sums that are zeros.
 template <int kHeadDim>
 __device__ __forceinline__ void write_unseen_keys(const KeysArguments& a) {
-  const int items = a.pieces == 1 ? plan_header(a.plan).backward_items : 0;
+  const int items = a.query_splits == 1 ? plan_header(a.plan).backward_items : 0;
   for (int index = items - 1 - int(blockIdx.x); index >= 0; index -= int(gridDim.x)) {  // they are the last ones
     const WorkItem item = backward_items(a.plan, a.first_item)[index];
     if (item.q_count > 0) break;

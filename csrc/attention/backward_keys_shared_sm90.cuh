@@ -7,6 +7,7 @@
 
 #include "attention/launch.h"
 #include "attention/tiles_sm90.cuh"
+#include "attention/traits.h"
 #include "common/barrier_sm90.cuh"
 #include "common/registers_sm90.cuh"
 
@@ -20,9 +21,9 @@ struct KeysArguments {
   uint32_t* arrivals;
   float *dq_sums, *dk_sums, *dv_sums;
   void *dq, *dk, *dv;
-  int32_t pieces;    // pieces per item of the plan; if more than one, dk and dv are summed as dq is
-  bool staggered;    // see KeysSteps
-  int report_every;  // steps between two reports
+  int32_t query_splits;  // query splits per item of the plan; if more than one, dk and dv are summed as dq is
+  bool staggered;        // see KeysSteps
+  int report_every;      // steps between two reports
   int32_t total_q, num_heads, num_kv_heads, group, tile_tokens;
   int32_t skipped;    // elements between the group's heads of a token and those of the next token, (H - H / G) D
   int32_t waste_row;  // first of the rows of dq_sums that are never read
@@ -33,26 +34,26 @@ struct KeysArguments {
 
 constexpr int kIncomplete = -2;  // first_slot of an item whose sums never become complete
 
-// Returns the next item of a CTA from `round` on, and sets `round` to its round. In small packs, items are cut into
-// ranges of queries; the result is then a piece of an item of the plan. k_count 0 means that no item with queries is
-// left.
+// Returns the next item of a CTA from `round` on, and sets `round` to its round. In small packs, the
+// queries of items are split; the result is then one query split of an item of the plan. k_count 0 means that no item
+// with queries is left.
 //
 // In ordered mode, the tiles of a sequence come one after another, each with all its heads. Few CTAs then wait for each
 // other. The direction is the same in every round. If it alternated, the CTA that waited longest in one round would be
 // the CTA that all wait for in the next.
 template <bool kOrdered>
 __device__ __forceinline__ WorkItem next_keys(const KeysArguments& a, int& round) {
-  const int items = plan_header(a.plan).backward_items * a.pieces, grid = int(gridDim.x);
+  const int items = plan_header(a.plan).backward_items * a.query_splits, grid = int(gridDim.x);
   for (;; ++round) {
-    const int index = kOrdered ? round * grid + int(blockIdx.x) : back_and_forth(round, int(blockIdx.x), grid);
+    const int index = kOrdered ? round * grid + int(blockIdx.x) : serpentine_index(round, int(blockIdx.x), grid);
     if (index >= items) return {};
-    const int pieces = kOrdered ? 2 : a.pieces;  // in order there are one or two, and few registers for divisions
-    int number = kOrdered ? index >> (a.pieces - 1) : index / pieces;
-    const int piece = index - number * a.pieces;
+    const int splits = kOrdered ? 2 : a.query_splits;  // in order there are one or two, and few registers for divisions
+    int number = kOrdered ? index >> (a.query_splits - 1) : index / splits;
+    const int split = index - number * a.query_splits;
     const WorkItem* const list = backward_items(a.plan, a.first_item);
     bool is_whole = true;
     if (kOrdered) {
-      const int tiles = list[number].pieces, first = number - list[number].kv_head * tiles - list[number].piece;
+      const int tiles = list[number].splits, first = number - list[number].kv_head * tiles - list[number].split;
       // Overlapping lengths may have more tiles than the plan has room for. Where tiles are missing, the order is that
       // of the list, and no thread waits for sums that may never be complete.
       is_whole = first + tiles * a.num_kv_heads <= plan_header(a.plan).backward_items;
@@ -62,9 +63,9 @@ __device__ __forceinline__ WorkItem next_keys(const KeysArguments& a, int& round
     WorkItem item = list[number];
     if (item.q_count == 0) return {};
     if (!is_whole) item.first_slot = kIncomplete;
-    if (a.pieces == 1) return item;
+    if (a.query_splits == 1) return item;
     const int tiles = (item.q_count + a.tile_tokens - 1) / a.tile_tokens;
-    const int first = tiles * piece / pieces * a.tile_tokens, end = tiles * (piece + 1) / pieces * a.tile_tokens;
+    const int first = tiles * split / splits * a.tile_tokens, end = tiles * (split + 1) / splits * a.tile_tokens;
     item.q_start += first;
     item.q_count = min(end, item.q_count) - first;
     if (item.q_count > 0) return item;
@@ -90,7 +91,7 @@ struct KeysSteps {
   // the same rows of dq at the same time.
   __device__ __forceinline__ KeysSteps(const KeysArguments& a, const WorkItem& item, bool staggered)
       : left(max((item.q_count + a.tile_tokens - 1) / a.tile_tokens, 2)), tile(0), tiles(left) {
-    if (staggered) tile = min(int(float(tiles) * float(item.piece) / float(item.pieces)), tiles - 1);
+    if (staggered) tile = min(int(float(tiles) * float(item.split) / float(item.splits)), tiles - 1);
   }
   __device__ __forceinline__ void advance() {
     --left;
@@ -105,7 +106,8 @@ struct SumsJob {
 
 template <int kHeadDim>
 struct KeysShared {
-  static constexpr int kRows = kHeadDim == 128 ? 64 : 128;  // rows per step
+  using Tr = Traits<Arch::kSm90, kHeadDim>;
+  static constexpr int kRows = Tr::kBackwardRows;  // rows per step
   static constexpr int kStages = 3, kJobs = 4;
   using Registers = RegisterSplit<2, 40, 232>;
   static constexpr int kThreads = Registers::kThreads;

@@ -18,8 +18,8 @@
 //
 //   backward_keys_shared_sm90.cuh     shared by all warps: arguments, order of items, shared memory, barriers
 //   backward_keys_loads_sm90.cuh      thread 0 of the producers: loads of tiles by TMA
-//   query_sums_sm90.cuh               the other producers: statistics, reports of additions to dq, conversions of dq
-//   backward_keys_products_sm90.cuh   the consumers
+//   dq_accumulation_sm90.cuh               the other producers: statistics, reports of additions to dq, conversions of
+//   dq backward_keys_products_sm90.cuh   the consumers
 //
 // A step of 64 rows at D 128 takes 5 * 2 * 64 * 128 * 128 flop, 2560 clocks of the tensor cores. It reads 304 KiB of
 // shared memory and fills 33 KiB (2700 clocks). It reads 33 KiB from the L2 cache and adds 32 KiB there.
@@ -33,8 +33,8 @@
 #include "attention/backward_keys_loads_sm90.cuh"
 #include "attention/backward_keys_products_sm90.cuh"
 #include "attention/backward_keys_shared_sm90.cuh"
+#include "attention/dq_accumulation_sm90.cuh"
 #include "attention/launch.h"
-#include "attention/query_sums_sm90.cuh"
 #include "attention/tiles_sm90.cuh"
 #include "common/dependent_launch.h"
 #include "common/ptx.cuh"
@@ -43,7 +43,7 @@
 namespace illada::attention {
 namespace {
 
-template <typename T, int kHeadDim, QuerySums kSums, bool kOrdered>
+template <typename T, int kHeadDim, DqAccumulation kAccumulation, bool kOrdered>
 __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads, 1) void illada_attention_backward_keys_sm90(
     const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap dout_map,
     const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map,
@@ -51,8 +51,8 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads, 1) void illada_atte
     const __grid_constant__ DependentLaunch launch) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Shared = KeysShared<kHeadDim>;
-  constexpr bool kFused = kSums != QuerySums::kNone;
-  static_assert(!kOrdered || kSums == QuerySums::kRed2);
+  constexpr bool kFused = kAccumulation != DqAccumulation::kNone;
+  static_assert(!kOrdered || kAccumulation == DqAccumulation::kRed2);
   extern __shared__ char raw_shared[];
   const uint32_t shared_start = ptx::smem_address(raw_shared), aligned_start = (shared_start + 1023) / 1024 * 1024;
   Shared& shared = *reinterpret_cast<Shared*>(raw_shared + (aligned_start - shared_start));
@@ -72,9 +72,9 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads, 1) void illada_atte
     Shared::Registers::as_producer();
     const int warp = __shfl_sync(kFullWarp, int(threadIdx.x) / 32 - 8, 0);
     if (threadIdx.x == 256) {
-      load_tiles<kHeadDim, kSums, kOrdered>(a, shared, q_map, dout_map, k_map, v_map);
+      load_tiles<kHeadDim, kAccumulation, kOrdered>(a, shared, q_map, dout_map, k_map, v_map);
     } else if (warp == 1) {
-      load_statistics<kHeadDim, kSums, kOrdered>(a, shared);
+      load_statistics<kHeadDim, kAccumulation, kOrdered>(a, shared);
     } else if (kOrdered && warp > 1) {
       convert_own_sums<T, kHeadDim>(a, warp);
     } else if (kFused && warp > 1) {
@@ -82,13 +82,13 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads, 1) void illada_atte
     }
   } else {  // ------------------------------------------------------------------------------------------- consumers
     Shared::Registers::as_consumer();
-    multiply_keys<T, kHeadDim, kSums, kOrdered>(a, shared, dq_map);
+    multiply_keys<T, kHeadDim, kAccumulation, kOrdered>(a, shared, dq_map);
     write_unseen_keys<kHeadDim>(a);
   }
 #endif
 }
 
-template <typename T, int kHeadDim, QuerySums kSums, bool kOrdered>
+template <typename T, int kHeadDim, DqAccumulation kAccumulation, bool kOrdered>
 void launch_backward_keys(const BackwardParams& p, const Device& device, const BackwardMethod& method) {
   constexpr const char* kOp = "varlen_attention_backward";
   using Shared = KeysShared<kHeadDim>;
@@ -100,7 +100,7 @@ void launch_backward_keys(const BackwardParams& p, const Device& device, const B
   const CUtensorMap v_map = keys_map(kOp, p, p.v, kBackwardKeys);
   const BackwardScratch scratch = scratch_of(p, method);
   CUtensorMap dq_map = q_map;  // used only with kBulk
-  if (kSums == QuerySums::kBulk)
+  if (kAccumulation == DqAccumulation::kBulk)
     dq_map = tensor_map_ragged(kOp,
                                {scratch.dq, DType::kFloat32, std::max<int64_t>(s.total_q, 1), s.num_heads, kHeadDim,
                                 int64_t(s.num_heads) * kHeadDim, kHeadDim},
@@ -113,7 +113,7 @@ void launch_backward_keys(const BackwardParams& p, const Device& device, const B
   a.dq_sums = scratch.dq;
   a.dk_sums = scratch.dk;
   a.dv_sums = scratch.dv;
-  a.pieces = method.pieces;
+  a.query_splits = method.query_splits;
   a.staggered = method.staggered;
   const bool hints = variant<L2Hints>() == L2Hints::kOn;
   a.rows_hint = a.sums_hint = l2_policy_if(hints, L2Policy::EVICT_LAST);
@@ -133,14 +133,15 @@ void launch_backward_keys(const BackwardParams& p, const Device& device, const B
   a.scale = p.softmax_scale;
   a.scale_log2 = p.softmax_scale * float(M_LOG2E);
   LaunchShape shape;
-  shape.grid = dim3(unsigned(std::min<int64_t>(device.sm_count, max_backward_items(s) * method.pieces)));
+  shape.grid = dim3(unsigned(std::min<int64_t>(device.sm_count, max_backward_items(s) * method.query_splits)));
   shape.block = dim3(Shared::kThreads);
   shape.smem_bytes = shared_bytes<Shared>();
   // The two attributes exclude each other. Ordered mode gives up the overlap with the end of the first pass.
   shape.dependent = !kOrdered;
   shape.cooperative = kOrdered;
-  launch_kernel(kOp, device, p.launch.stream, shape, illada_attention_backward_keys_sm90<T, kHeadDim, kSums, kOrdered>,
-                q_map, dout_map, k_map, v_map, dq_map, a);
+  launch_kernel(kOp, device, p.launch.stream, shape,
+                illada_attention_backward_keys_sm90<T, kHeadDim, kAccumulation, kOrdered>, q_map, dout_map, k_map,
+                v_map, dq_map, a);
 }
 
 }  // namespace

@@ -33,7 +33,7 @@
 
 #include "attention/accumulator_rows.cuh"
 #include "attention/launch.h"
-#include "attention/row_pair.cuh"
+#include "attention/probabilities.cuh"
 #include "attention/tiles_sm90.cuh"
 #include "common/barrier_sm90.cuh"
 #include "common/dependent_launch.h"
@@ -73,21 +73,21 @@ struct QueriesArguments {
   uint64_t rows_hint, keys_hint;  // hints to the L2 cache
 };
 
-// Returns the next piece of work of a CTA from `round` on, and sets `round` to its round. It is two blocks of queries
+// Returns the next work of a CTA from `round` on, and sets `round` to its round. It is two blocks of queries
 // against all of their keys. q_count 0 means that no work is left.
 __device__ __forceinline__ WorkItem next_queries(const QueriesArguments& a, int& round) {
   const int items = plan_header(a.plan).forward_items * a.parts, grid = int(gridDim.x);
   for (;; ++round) {
-    const int index = back_and_forth(round, int(blockIdx.x), grid);
+    const int index = serpentine_index(round, int(blockIdx.x), grid);
     if (round * grid >= items) return {};
     if (index >= items) continue;
     const int number = index / a.parts, first = (index - number * a.parts) * 2 * a.block_tokens;
     WorkItem item = forward_items(a.plan)[number];
     item.q_start += first;
     item.q_count = min(item.q_count - first, 2 * a.block_tokens);
-    if (item.q_count <= 0 || item.piece > 0) continue;
-    if (item.pieces > 1) {  // the other pieces of the key split follow in the list
-      const WorkItem last = forward_items(a.plan)[number + item.pieces - 1];
+    if (item.q_count <= 0 || item.split > 0) continue;
+    if (item.splits > 1) {  // the other key splits follow in the list
+      const WorkItem last = forward_items(a.plan)[number + item.splits - 1];
       item.k_count = last.k_start + last.k_count - item.k_start;
     }
     return item;

@@ -36,8 +36,9 @@
 
 #include "attention/accumulator_rows.cuh"
 #include "attention/launch.h"
-#include "attention/row_pair.cuh"
+#include "attention/probabilities.cuh"
 #include "attention/tiles_sm80.cuh"
+#include "attention/traits.h"
 #include "common/dependent_launch.h"
 #include "common/dtype.cuh"
 #include "common/ptx.cuh"
@@ -46,11 +47,12 @@ namespace illada::attention {
 namespace {
 
 constexpr int kWarps = 4, kThreads = 32 * kWarps;
-constexpr int kItemRows = forward_blocks_sm80() * kBlockRows;  // rows of an item of `queries`
 
 template <int kHeadDim>
 struct BackwardTiles {
-  static constexpr int kBlocks = 128 / kHeadDim;  // blocks of 16 rows per warp
+  using Tr = Traits<Arch::kSm80, kHeadDim>;
+  static constexpr int kItemRows = Tr::kForwardBlocks * kBlockRows;  // rows of an item of `queries`
+  static constexpr int kBlocks = Tr::kBackwardBlocks;                // blocks of 16 rows per warp
   static constexpr int kWarpRows = 16 * kBlocks, kOwn = kWarps * kWarpRows;
   static constexpr int kTile = kOwn / 2;  // rows of a step of the ring
   static constexpr int kRowBytes = kHeadDim * 2;
@@ -188,7 +190,7 @@ __global__ __launch_bounds__(kThreads, 2) void illada_attention_backward_keys_sm
   load_keys(1, a.v, a.v_token_bytes, a.v_head_bytes);
 
   const auto load_tile = [&](int tile) {  // loads q, dout and the statistics
-    const uint32_t thread = ptx::thread_again();
+    const uint32_t thread = ptx::reread_thread_index();
     const Copier<kHeadDim, kThreads> copier(thread);
     RowWalk walk(tile * kTile + copier.row, a.group);
     const int q_start = item.q_start, tokens = item.q_count, kv_head = item.kv_head;
@@ -242,7 +244,7 @@ __global__ __launch_bounds__(kThreads, 2) void illada_attention_backward_keys_sm
       __syncthreads();
       if (row + kTile < item.q_count * a.group) load_tile(row / kTile + 1);
     }
-    const uint32_t thread = ptx::thread_again();
+    const uint32_t thread = ptx::reread_thread_index();
     const Fragments<kRowBytes> at(thread);
     const int stage = row / kTile % 2;
     const uint32_t q_rows = ring + stage * Tiles::kStageBytes + row % kTile * kRowBytes;
@@ -277,7 +279,7 @@ __global__ __launch_bounds__(kThreads, 2) void illada_attention_backward_keys_sm
     add_product<T, kHeadDim>(dv, p, dout_rows + at.columns);
     add_product<T, kHeadDim>(dk, ds, q_rows + at.columns);
   }
-  const int thread = int(ptx::thread_again()), lane = thread % 32;
+  const int thread = int(ptx::reread_thread_index()), lane = thread % 32;
 #pragma unroll
   for (int m = 0; m < kBlocks; ++m) {
 #pragma unroll
@@ -291,12 +293,13 @@ __global__ __launch_bounds__(kThreads, 2) void illada_attention_backward_keys_sm
 }
 
 template <typename T, int kHeadDim>
-__global__ __launch_bounds__(kThreads, kHeadDim == 128 ? 3 : 2) void illada_attention_backward_queries_sm80(
+__global__
+__launch_bounds__(kThreads, Traits<Arch::kSm80, kHeadDim>::kQueriesCtas) void illada_attention_backward_queries_sm80(
     const __grid_constant__ BackwardArguments a, const __grid_constant__ DependentLaunch launch) {
   using Tiles = BackwardTiles<kHeadDim>;
   constexpr int kBlocks = Tiles::kBlocks, kOwn = Tiles::kOwn, kTile = Tiles::kTile, kRowBytes = Tiles::kRowBytes;
-  constexpr int kParts = kItemRows / kOwn;        // CTAs per item
-  constexpr int kSteps = kHeadDim == 64 ? 4 : 1;  // steps of 16 keys side by side, where registers allow it
+  constexpr int kParts = Tiles::kItemRows / kOwn;  // CTAs per item
+  constexpr int kSteps = Tiles::Tr::kQueriesSteps;
   static_assert(kTile % (16 * kSteps) == 0);
   extern __shared__ __align__(1024) char raw_shared[];
   BackwardStorage<kHeadDim>& shared = *reinterpret_cast<BackwardStorage<kHeadDim>*>(raw_shared);
@@ -307,9 +310,9 @@ __global__ __launch_bounds__(kThreads, kHeadDim == 128 ? 3 : 2) void illada_atte
   const int first_token = int(blockIdx.x % kParts) * a.own_tokens;
   part.q_start += first_token;
   part.q_count = min(part.q_count - first_token, a.own_tokens);
-  if (part.piece != 0 || part.q_count <= 0) return;
-  // dq sums over all keys, but the plan may split them. The pieces of a key split are neighbours in the list.
-  const WorkItem& last = forward_items(a.plan)[min(index + part.pieces, items) - 1];
+  if (part.split != 0 || part.q_count <= 0) return;
+  // dq sums over all keys, but the plan may split them. The key splits of a tile are neighbours in the list.
+  const WorkItem& last = forward_items(a.plan)[min(index + part.splits, items) - 1];
   part.k_count = last.k_start + last.k_count - part.k_start;
   const WorkItem& item = shared.item;
   if (threadIdx.x == 0) shared.item = part;
@@ -351,7 +354,7 @@ __global__ __launch_bounds__(kThreads, kHeadDim == 128 ? 3 : 2) void illada_atte
   for (int m = 0; m < kBlocks; ++m) far = far || is_far(statistics[m][0].offset) || is_far(statistics[m][1].offset);
   far = __any_sync(kFullWarp, far);
   const auto load_tile = [&](int tile) {
-    const Copier<kHeadDim, kThreads> copier(ptx::thread_again());
+    const Copier<kHeadDim, kThreads> copier(ptx::reread_thread_index());
     const uint32_t target = ring + (tile & 1) * Tiles::kStageBytes;
     const int first = tile * kTile, keys = item.k_count - first;
     const char* const k =
@@ -389,7 +392,7 @@ __global__ __launch_bounds__(kThreads, kHeadDim == 128 ? 3 : 2) void illada_atte
       __syncthreads();
       if (first + kTile < keys) load_tile(first / kTile + 1);
     }
-    const Fragments<kRowBytes> at(ptx::thread_again());
+    const Fragments<kRowBytes> at(ptx::reread_thread_index());
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       const int left = keys - first - step * 16;
@@ -411,7 +414,7 @@ __global__ __launch_bounds__(kThreads, kHeadDim == 128 ? 3 : 2) void illada_atte
       add_product<T, kHeadDim>(dq, ds, k_rows + at.columns);
     }
   }
-  const int thread = int(ptx::thread_again());
+  const int thread = int(ptx::reread_thread_index());
 #pragma unroll
   for (int m = 0; m < kBlocks; ++m) {
 #pragma unroll
@@ -453,7 +456,7 @@ void launch_backward(const BackwardParams& p, const Device& device, const Tiling
   a.num_heads = s.num_heads;
   a.num_kv_heads = s.num_kv_heads;
   a.group = group_of(s);
-  a.own_tokens = tiling.item_tokens() * Tiles::kOwn / kItemRows;
+  a.own_tokens = tiling.item_tokens() * Tiles::kOwn / Tiles::kItemRows;
   a.walk_tokens = Copier<kHeadDim, kThreads>::kRows / a.group;
   a.walk_heads = Copier<kHeadDim, kThreads>::kRows % a.group;
   a.scale = p.softmax_scale;
@@ -468,14 +471,15 @@ void launch_backward(const BackwardParams& p, const Device& device, const Tiling
     launch_kernel(kOp, device, p.launch.stream, shape, kernel, a);
   };
   launch(illada_attention_backward_keys_sm80<T, kHeadDim>, max_backward_items(s), kBackwardKeys);
-  launch(illada_attention_backward_queries_sm80<T, kHeadDim>, max_forward_items(s), kItemRows);
+  launch(illada_attention_backward_queries_sm80<T, kHeadDim>, max_forward_items(s), Tiles::kItemRows);
 }
 
+}  // namespace
+
 template <int kHeadDim>
-void launch_backward(const BackwardParams& p, const Device& device, const Tiling& tiling) {
+void launch_backward_sm80(const BackwardParams& p, const Device& device, const Tiling& tiling) {
   p.dtype == DType::kBFloat16 ? launch_backward<BFloat16, kHeadDim>(p, device, tiling)
                               : launch_backward<Half, kHeadDim>(p, device, tiling);
 }
 
-}  // namespace
 }  // namespace illada::attention

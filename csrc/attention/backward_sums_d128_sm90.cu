@@ -1,9 +1,7 @@
-#include "attention/backward_sm90.cuh"
+#include "attention/backward_sums_sm90.cuh"
 
 namespace illada::attention {
 
-void launch_backward_sums_d128_sm90(const BackwardParams& params, const Device& device, const BackwardMethod& method) {
-  launch_backward_sums<128>(params, device, method);
-}
+template void launch_backward_sums_sm90<128>(const BackwardParams&, const Device&, const BackwardMethod&);
 
 }  // namespace illada::attention

@@ -1,16 +1,17 @@
-// Merges the pieces of tiles whose keys were split: with w_i = exp(scale (reference_i - the largest reference)),
+// Merges the key splits of tiles: with w_i = exp(scale (reference_i - the largest reference)),
 // out = sum_i w_i values_i / sum_i w_i sum_i.
 //
 // A thread has 8 columns of a row, a CTA some rows of a tile at a time; it goes over the plan's items in steps of the
-// grid and takes those that are the first piece of several. The pieces of a row come in their order, always the same.
+// grid and takes those that are the first key split of several. The key splits of a row come in a fixed order.
 //
-// Floor: bytes = rows x pieces x (D + 2) x 4, which the forward has just left in the L2 cache.
+// Floor: bytes = rows x splits x (D + 2) x 4, which the forward has just left in the L2 cache.
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
 
 #include "attention/launch.h"
-#include "attention/row_pair.cuh"
+#include "attention/probabilities.cuh"
+#include "attention/traits.h"
 #include "common/dependent_launch.h"
 #include "common/dtype.cuh"
 #include "common/ptx.cuh"
@@ -18,6 +19,7 @@
 namespace illada::attention {
 namespace {
 
+constexpr const char* kOp = "varlen_attention";
 constexpr int kThreads = 128;
 
 struct CombineArguments {
@@ -25,7 +27,7 @@ struct CombineArguments {
   Slots slots;
   void* out;
   float* lse;
-  int32_t total_q, num_heads, group, row_chunks;
+  int32_t total_q, num_heads, group, row_steps;
   float scale, scale_log2;  // softmax_scale, and times log2(e)
 };
 
@@ -34,21 +36,21 @@ __global__ __launch_bounds__(kThreads) void illada_attention_combine_sm80(
     const __grid_constant__ CombineArguments a, const __grid_constant__ DependentLaunch launch) {
   constexpr int kColumns = kHeadDim / 8, kRows = kThreads / kColumns;
   wait_for_previous_kernel(launch);
-  const int units = plan_header(a.plan).forward_items * a.row_chunks;
+  const int units = plan_header(a.plan).forward_items * a.row_steps;
   const int column = int(threadIdx.x) % kColumns * 8;
   for (int unit = int(blockIdx.x); unit < units; unit += int(gridDim.x)) {
-    const int index = unit / a.row_chunks;
+    const int index = unit / a.row_steps;
     const WorkItem item = forward_items(a.plan)[index];
-    const int row = (unit - index * a.row_chunks) * kRows + int(threadIdx.x) / kColumns;
-    if (item.pieces == 1 || item.piece > 0 || row >= item.q_count * a.group) continue;
+    const int row = (unit - index * a.row_steps) * kRows + int(threadIdx.x) / kColumns;
+    if (item.splits == 1 || item.split > 0 || row >= item.q_count * a.group) continue;
     const SlotSum* const sums = a.slots.sums + int64_t(item.first_slot) * a.slots.rows + row;
     const float* const values = a.slots.values + (int64_t(item.first_slot) * a.slots.rows + row) * kHeadDim + column;
-    float top = -FLT_MAX;  // what a piece of scores of -inf alone has
+    float top = -FLT_MAX;  // what a key split of scores of -inf alone has
 #pragma unroll 4
-    for (int i = 0; i < item.pieces; ++i) top = fmaxf(top, sums[int64_t(i) * a.slots.rows].reference);
+    for (int i = 0; i < item.splits; ++i) top = fmaxf(top, sums[int64_t(i) * a.slots.rows].reference);
     float x[8] = {}, sum = 0;
 #pragma unroll 2
-    for (int i = 0; i < item.pieces; ++i) {
+    for (int i = 0; i < item.splits; ++i) {
       const SlotSum its = sums[int64_t(i) * a.slots.rows];
       const float weight = ptx::exp2_approx((its.reference - top) * a.scale_log2);
       const float4* const part = reinterpret_cast<const float4*>(values + int64_t(i) * a.slots.rows * kHeadDim);
@@ -86,18 +88,19 @@ void launch(const ForwardParams& p, const Device& device) {
   a.total_q = int32_t(s.total_q);
   a.num_heads = s.num_heads;
   a.group = s.num_heads / s.num_kv_heads;
-  a.row_chunks = (a.slots.rows + kRows - 1) / kRows;
+  a.row_steps = (a.slots.rows + kRows - 1) / kRows;
   LaunchShape shape;
   // Packs this small have few tiles that are split: more CTAs than the GPU holds would begin for nothing.
-  shape.grid = dim3(unsigned(std::min<int64_t>(max_forward_items(s) * a.row_chunks, int64_t(device.sm_count) * 8)));
+  shape.grid = dim3(unsigned(std::min<int64_t>(max_forward_items(s) * a.row_steps, int64_t(device.sm_count) * 8)));
   shape.block = dim3(kThreads);
   shape.dependent = true;
-  launch_kernel("varlen_attention", device, p.launch.stream, shape, illada_attention_combine_sm80<T, kHeadDim>, a);
+  launch_kernel(kOp, device, p.launch.stream, shape, illada_attention_combine_sm80<T, kHeadDim>, a);
 }
 
 template <typename T>
 void launch(const ForwardParams& p, const Device& device) {
-  p.shape.head_dim == 64 ? launch<T, 64>(p, device) : launch<T, 128>(p, device);
+  dispatch_head_dim<Arch::kSm80>(kOp, p.shape.head_dim,
+                                 [&](auto traits) { launch<T, decltype(traits)::kHeadDim>(p, device); });
 }
 
 }  // namespace

@@ -2,8 +2,6 @@
 
 namespace illada::attention {
 
-void launch_forward_d128_sm90(const ForwardParams& params, const Device& device, const Tiling& tiling) {
-  launch_forward<128, 128, 3>(params, device, tiling);
-}
+template void launch_forward_sm90<128, 128, 3>(const ForwardParams&, const Device&, const Tiling&);
 
 }  // namespace illada::attention

@@ -3,11 +3,7 @@
 
 namespace illada::attention {
 
-void launch_forward_d128_128x2x2_sm90(const ForwardParams& params, const Device& device, const Tiling& tiling) {
-  launch_forward<128, 128, 2>(params, device, tiling);
-}
-void launch_forward_d128_176x2x2_sm90(const ForwardParams& params, const Device& device, const Tiling& tiling) {
-  launch_forward<128, 176, 2>(params, device, tiling);
-}
+template void launch_forward_sm90<128, 128, 2>(const ForwardParams&, const Device&, const Tiling&);
+template void launch_forward_sm90<128, 176, 2>(const ForwardParams&, const Device&, const Tiling&);
 
 }  // namespace illada::attention

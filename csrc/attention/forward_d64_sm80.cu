@@ -2,8 +2,6 @@
 
 namespace illada::attention {
 
-void launch_forward_d64_sm80(const ForwardParams& params, const Device& device, const Tiling&) {
-  launch_forward<64, 4>(params, device);
-}
+template void launch_forward_sm80<64>(const ForwardParams&, const Device&, const Tiling&);
 
 }  // namespace illada::attention

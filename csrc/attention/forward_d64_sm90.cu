@@ -2,8 +2,6 @@
 
 namespace illada::attention {
 
-void launch_forward_d64_sm90(const ForwardParams& params, const Device& device, const Tiling& tiling) {
-  launch_forward<64, 96, 4>(params, device, tiling);
-}
+template void launch_forward_sm90<64, 96, 4>(const ForwardParams&, const Device&, const Tiling&);
 
 }  // namespace illada::attention

@@ -44,8 +44,10 @@
 
 #include "attention/accumulator_rows.cuh"
 #include "attention/launch.h"
-#include "attention/row_pair.cuh"
+#include "attention/online_softmax_sm80.cuh"
+#include "attention/probabilities.cuh"
 #include "attention/tiles_sm80.cuh"
+#include "attention/traits.h"
 #include "common/dependent_launch.h"
 #include "common/dtype.cuh"
 #include "common/ptx.cuh"
@@ -53,8 +55,6 @@
 
 namespace illada::attention {
 namespace {
-
-constexpr int kTileRows = forward_blocks_sm80() * kBlockRows;
 
 // sm_100 and related architectures, where the compiler takes more registers.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000 && __CUDA_ARCH__ < 1200
@@ -70,7 +70,9 @@ struct KeySource {
 // Shared memory of a CTA. Tiles are rows of kHeadDim elements. In row r, the 16-byte chunk c is at place c ^ (r % 8).
 template <int kHeadDim, int kWarps>
 struct SharedStorage {
-  static constexpr int kKeys = forward_key_tile_sm80(kHeadDim, kWarps), kRowBytes = kHeadDim * 2;
+  using Tr = Traits<Arch::kSm80, kHeadDim>;
+  static constexpr int kTileRows = Tr::kForwardBlocks * kBlockRows;
+  static constexpr int kKeys = Tr::forward_keys(kWarps), kRowBytes = kHeadDim * 2;
   alignas(128) char q[kTileRows * kRowBytes];
   struct Stage {
     char v[kKeys * kRowBytes];  // V of a tile
@@ -94,7 +96,9 @@ struct ForwardArguments {
 };
 
 // Index of a CTA's item in a round.
-__device__ __forceinline__ int item_index(int round) { return back_and_forth(round, int(blockIdx.x), int(gridDim.x)); }
+__device__ __forceinline__ int item_index(int round) {
+  return serpentine_index(round, int(blockIdx.x), int(gridDim.x));
+}
 
 // Place of a tile's row in the pack.
 struct TileRow {
@@ -108,11 +112,12 @@ __global__ __launch_bounds__(32 * kWarps, 8 / kWarps) void illada_attention_forw
     const __grid_constant__ ForwardArguments a, const __grid_constant__ DependentLaunch launch) {
   using Shared = SharedStorage<kHeadDim, kWarps>;
   using TileCopier = Copier<kHeadDim, 32 * kWarps>;
-  constexpr int kWarpRows = kTileRows / kWarps, kPairs = kWarpRows / 16;  // RowPairs per lane
+  constexpr int kTileRows = Shared::kTileRows, kWarpRows = kTileRows / kWarps,
+                kPairs = kWarpRows / 16;  // pairs of rows per lane
   constexpr int kKeys = Shared::kKeys, kRowBytes = Shared::kRowBytes;
   // Parts of a tile's exponentials (of kHeadDim / 16) that come before the barrier. Their registers are then free
   // sooner.
-  constexpr int kEarly = kIsSm100 && kHeadDim == 128 && kWarps == 4 ? 7 : 2;
+  constexpr int kEarly = Traits<Arch::kSm80, kHeadDim>::forward_early(kWarps, kIsSm100);
   constexpr uint32_t kTileBytes = kKeys * kRowBytes, kStageBytes = 2 * kTileBytes;
   extern __shared__ __align__(1024) char raw_shared[];
   Shared& shared = *reinterpret_cast<Shared*>(raw_shared);
@@ -137,7 +142,7 @@ __global__ __launch_bounds__(32 * kWarps, 8 / kWarps) void illada_attention_forw
       copier.template keys<kKeys, false>(stage + kTileBytes, source.k, a.k_token_bytes, (tile - 1) * kKeys, kKeys);
   };
   const auto open_item = [&](int round) {  // the ring and q must not be in use
-    const uint32_t thread = ptx::thread_again();
+    const uint32_t thread = ptx::reread_thread_index();
     const TileCopier copier(thread);
     const WorkItem& item = shared.item[round % 3];
     const int next = item_index(round + 1);
@@ -175,7 +180,7 @@ __global__ __launch_bounds__(32 * kWarps, 8 / kWarps) void illada_attention_forw
         __shfl_sync(kFullWarp, int(threadIdx.x) / 32, 0) * kWarpRows < shared.item[round % 3].q_count * a.group;
     float s[kPairs][kKeys / 2], o[kPairs][kHeadDim / 2];
     uint32_t p[kPairs][kKeys / 16][4];
-    RowPair rows[kPairs];
+    OnlineSoftmax rows[kPairs];
 #pragma unroll
     for (int m = 0; m < kPairs; ++m) {
       rows[m].reset();
@@ -184,7 +189,7 @@ __global__ __launch_bounds__(32 * kWarps, 8 / kWarps) void illada_attention_forw
     }
     // Computes next = q . k, 16 columns at a time, and calls `beside` after each of these steps.
     const auto multiply_k = [&](auto& next, uint32_t k_tile, const auto& beside) {
-      const uint32_t thread = ptx::thread_again();
+      const uint32_t thread = ptx::reread_thread_index();
       const Fragments<kRowBytes> at(thread);
       const uint32_t q_rows = q_tile + thread / 32 * (kWarpRows * kRowBytes) + at.columns;
 #pragma unroll
@@ -212,7 +217,7 @@ __global__ __launch_bounds__(32 * kWarps, 8 / kWarps) void illada_attention_forw
       }
     };
     const auto multiply_v = [&](uint32_t v_tile) {  // o += p . v
-      const Fragments<kRowBytes> at(ptx::thread_again());
+      const Fragments<kRowBytes> at(ptx::reread_thread_index());
 #pragma unroll
       for (int step = 0; step < kKeys / 16; ++step) {
 #pragma unroll
@@ -244,16 +249,16 @@ __global__ __launch_bounds__(32 * kWarps, 8 / kWarps) void illada_attention_forw
 #pragma unroll
       for (int m = 0; m < kPairs; ++m) {
         float top[2];
-        RowPair::maxima(s[m], top);
+        OnlineSoftmax::maxima(s[m], top);
         growth = fmaxf(growth, rows[m].growth(top, a.scale_log2));
       }
     };
     const auto follow = [&] {  // moves the references up to the scores, if they must move
-      if (__any_sync(kFullWarp, growth > RowPair::kSlack)) {
+      if (__any_sync(kFullWarp, growth > OnlineSoftmax::kSlack)) {
 #pragma unroll
         for (int m = 0; m < kPairs; ++m) {
           float top[2], rescale[2];
-          RowPair::maxima(s[m], top);
+          OnlineSoftmax::maxima(s[m], top);
           rows[m].move(top, a.scale_log2, rescale);
 #pragma unroll
           for (int j = 0; j < kHeadDim / 2; ++j) o[m][j] *= rescale[j / 2 % 2];
@@ -283,7 +288,7 @@ __global__ __launch_bounds__(32 * kWarps, 8 / kWarps) void illada_attention_forw
       }
       cute::cp_async_wait<0>();
       __syncthreads();
-      load_pair(TileCopier(ptx::thread_again()), shared.source, tile - 1, std::false_type{}, kKeys);
+      load_pair(TileCopier(ptx::reread_thread_index()), shared.source, tile - 1, std::false_type{}, kKeys);
       if (has_rows) {
         float next[kPairs][kKeys / 2];
         multiply_k(next, stage_of(tile) + kTileBytes, [&](int step) {
@@ -315,8 +320,8 @@ __global__ __launch_bounds__(32 * kWarps, 8 / kWarps) void illada_attention_forw
     const WorkItem item = shared.item[(round + 2) % 3];
     if (item_index(round) < shared.items) open_item(round);
     if (has_rows) {
-      const int thread = int(ptx::thread_again()), lane = thread & 31, first_row = (thread >> 5) * kWarpRows;
-      const bool whole = item.pieces == 1;
+      const int thread = int(ptx::reread_thread_index()), lane = thread & 31, first_row = (thread >> 5) * kWarpRows;
+      const bool whole = item.splits == 1;
 #pragma unroll
       for (int m = 0; m < kPairs; ++m) {
 #pragma unroll
@@ -334,7 +339,7 @@ __global__ __launch_bounds__(32 * kWarps, 8 / kWarps) void illada_attention_forw
             if (is_real && lane % 4 == 0) a.lse[int64_t(head) * a.total_q + token] = row_lse(reference, sum, a.scale);
           } else if (is_real) {
             const int64_t slot_row =
-                int64_t(item.first_slot + item.piece) * a.slots.rows + row.token * a.group + row.head;
+                int64_t(item.first_slot + item.split) * a.slots.rows + row.token * a.group + row.head;
             float* values = a.slots.values + slot_row * kHeadDim + lane % 4 * 2;
 #pragma unroll
             for (int j = 0; j < kHeadDim / 8; ++j)
@@ -373,7 +378,8 @@ void launch_forward(const ForwardParams& p, const Device& device) {
   a.scale = p.softmax_scale;
   a.scale_log2 = p.softmax_scale * float(M_LOG2E);
   using Shared = SharedStorage<kHeadDim, kWarps>;
-  static_assert(int(sizeof(Shared)) <= forward_smem_sm80(kHeadDim, kWarps) + 1024, "forward_warps_sm80 counts on it");
+  static_assert(int(sizeof(Shared)) <= forward_smem_sm80<typename Shared::Tr>(kWarps) + 1024,
+                "forward_warps_sm80 counts on it");
   constexpr int kThreads = 32 * kWarps;
   const auto kernel = illada_attention_forward_sm80<T, kHeadDim, kWarps>;
   LaunchShape shape;
@@ -392,4 +398,13 @@ void launch_forward(const ForwardParams& p, const Device& device) {
 }
 
 }  // namespace
+
+template <int kHeadDim>
+void launch_forward_sm80(const ForwardParams& p, const Device& device, const Tiling& tiling) {
+  if constexpr (Traits<Arch::kSm80, kHeadDim>::kHasEightWarps) {
+    if (tiling.warps == 8) return launch_forward<kHeadDim, 8>(p, device);
+  }
+  launch_forward<kHeadDim, 4>(p, device);
+}
+
 }  // namespace illada::attention

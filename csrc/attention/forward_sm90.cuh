@@ -45,9 +45,10 @@
 
 #include "attention/accumulator_rows.cuh"
 #include "attention/launch.h"
-#include "attention/row_pair.cuh"
-#include "attention/softmax_rows_sm90.cuh"
+#include "attention/online_softmax_sm90.cuh"
+#include "attention/probabilities.cuh"
 #include "attention/tiles_sm90.cuh"
+#include "attention/traits.h"
 #include "common/barrier_sm90.cuh"
 #include "common/dependent_launch.h"
 #include "common/dtype.cuh"
@@ -64,13 +65,14 @@ namespace {
 // Shared memory of a kernel instance, and its adaptations to a lack of registers or shared memory.
 template <int kHeadDim, int kKeys_, int kStagesV_>
 struct SharedStorage {
+  using Tr = Traits<Arch::kSm90, kHeadDim>;
   static constexpr int kKeys = kKeys_, kSlices = kHeadDim / 64;
-  static constexpr int kStagesK = kHeadDim == 128 ? 2 : 4, kStagesV = kStagesV_;
+  static constexpr int kStagesK = Tr::kForwardKeyStages, kStagesV = kStagesV_;
   static constexpr int kItems = 4;
-  static constexpr int kConsumers = forward_blocks_sm90(kHeadDim);
-  static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : kKeys == 96 ? 152 : 160;
+  static constexpr int kConsumers = Tr::kForwardBlocks;
+  static constexpr int kConsumerRegisters = Tr::forward_consumer_registers(kKeys);
   static_assert(2 * kConsumers <= NamedBarrier::kCount);  // turns, and one barrier per warpgroup
-  using Registers = RegisterSplit<kConsumers, kConsumers == 2 ? 40 : kKeys == 96 ? 56 : 32, kConsumerRegisters>;
+  using Registers = RegisterSplit<kConsumers, Tr::forward_producer_registers(kKeys), kConsumerRegisters>;
   static constexpr int kThreads = Registers::kThreads;
   using KeyTile = Tile<kKeys, kHeadDim>;
   using QueryTile = Tile<kBlockRows, kHeadDim>;
@@ -113,21 +115,21 @@ __device__ __forceinline__ void copy_item(WorkItem& target, const WorkItem& sour
 template <int kCluster>
 __device__ __forceinline__ int item_index(int round) {
   int block = int(blockIdx.x), grid = int(gridDim.x);
-  ptx::made_anew(block);
-  ptx::made_anew(grid);
-  return back_and_forth(round, block / kCluster, grid / kCluster);
+  ptx::hide_value(block);
+  ptx::hide_value(grid);
+  return serpentine_index(round, block / kCluster, grid / kCluster);
 }
 
 // Stores the finished rows of a warpgroup. They go to out, through shared memory and TMA, which ends with the item's
 // queries, and to lse. With a key split, they go to the item's slot instead. The warpgroup has the item's queries from
 // `first_token` on.
 template <typename T, int kHeadDim, typename Shared>
-__device__ __forceinline__ void write_rows(float (&o)[kHeadDim / 2], const SoftmaxRows& rows, const WorkItem& item,
+__device__ __forceinline__ void write_rows(float (&o)[kHeadDim / 2], const OnlineSoftmax& rows, const WorkItem& item,
                                            const ForwardArguments& a, const CUtensorMap& out_map, uint32_t staging,
                                            int barrier, int first_token) {
   const int lane = int(threadIdx.x) % 32, row = int(threadIdx.x) % 128 / 32 * 16 + lane / 4;
   const int tokens = min(item.q_count - first_token, a.block_tokens);
-  const bool whole = item.pieces == 1;
+  const bool whole = item.splits == 1;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const float sum = warp_reduce<4>(rows.sum[i], [](float x, float y) { return x + y; });
@@ -151,7 +153,7 @@ __device__ __forceinline__ void write_rows(float (&o)[kHeadDim / 2], const Softm
               row_lse(rows.reference[i], sum, a.scale);
       } else {
         const int64_t slot_row =
-            int64_t(item.first_slot + item.piece) * a.slots.rows + (first_token + token) * a.group + head;
+            int64_t(item.first_slot + item.split) * a.slots.rows + (first_token + token) * a.group + head;
         float* values = a.slots.values + slot_row * kHeadDim + 2 * (lane % 4);
 #pragma unroll
         for (int j = 0; j < kHeadDim / 8; ++j)
@@ -287,7 +289,7 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim, kKeys, kStagesV>::kThreads,
         const int index = item_index<kCluster>(round);
         if (index < items) {
           const int32_t* plan = a.plan;
-          ptx::made_anew(plan);
+          ptx::hide_value(plan);
           const auto* const source = reinterpret_cast<const uint4*>(forward_items(plan) + (index >> halves));
           auto* const target = reinterpret_cast<uint4*>(&shared.next_item);
           cute::SM80_CP_ASYNC_CACHEGLOBAL<uint4>::copy(source[0], target[0]);
@@ -352,7 +354,7 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim, kKeys, kStagesV>::kThreads,
     PipelineState<kStagesV> v_state;
     float s[kKeys / 2], o[kHeadDim / 2];
     uint32_t p[kKeys / 16][4], next_p[Shared::kPacksLate ? 1 : kKeys / 16][4];
-    SoftmaxRows rows;
+    OnlineSoftmax rows;
     float rescale[2];
 
     // Descriptors of a ring's tiles differ only in the low half. The compiler knows the high half, which therefore
@@ -441,7 +443,7 @@ __global__ __launch_bounds__(SharedStorage<kHeadDim, kKeys, kStagesV>::kThreads,
         cute::warpgroup_arrive();
         multiply_v(!fresh, true);
         cute::warpgroup_wait<1>();
-        const SoftmaxRows finished = rows;
+        const OnlineSoftmax finished = rows;
         const bool moved = finish_scores(is_first);
         if constexpr (Shared::kPacksLate)
           ptx::wgmma_compute_before_wait(rows.sum[0], rows.sum[1], a.total_q < 0, staging);
@@ -523,11 +525,12 @@ void launch_forward(const ForwardParams& p, const Device& device, const Tiling& 
                       : launch_forward<T, kHeadDim, kKeys, kStagesV, 1>(p, device, tiling);
 }
 
+}  // namespace
+
 template <int kHeadDim, int kKeys, int kStagesV>
-void launch_forward(const ForwardParams& p, const Device& device, const Tiling& tiling) {
+void launch_forward_sm90(const ForwardParams& p, const Device& device, const Tiling& tiling) {
   p.dtype == DType::kBFloat16 ? launch_forward<BFloat16, kHeadDim, kKeys, kStagesV>(p, device, tiling)
                               : launch_forward<Half, kHeadDim, kKeys, kStagesV>(p, device, tiling);
 }
 
-}  // namespace
 }  // namespace illada::attention

@@ -3,10 +3,14 @@
 
 #include <algorithm>
 #include <cmath>
-#include <initializer_list>
+#include <iterator>
 #include <limits>
+#include <string>
+#include <utility>
 
+#include "attention/traits.h"
 #include "common/check.h"
+#include "common/memory.h"
 #include "common/ragged.h"
 #include "common/variants.h"
 #include "illada/illada.h"
@@ -14,92 +18,114 @@
 namespace illada::attention {
 namespace {
 
-constexpr int64_t kMostInt32 = std::numeric_limits<int32_t>::max();
+constexpr int64_t kMaxInt32 = std::numeric_limits<int32_t>::max();
 // Registers are few, so kernels count in 32 bits: heads, elements of all heads of a token, rows (tokens x heads), and
-// pieces of a plan's items. They step behind the last row by a tile, which has at most 384 tokens of all heads, and cut
-// an item into 8 pieces at most.
-constexpr int64_t kMostHeads = 1 << 16;
-constexpr int64_t kMostRows = (int64_t(1) << 31) - (1 << 25);
-constexpr int64_t kMostPlanRows = 1 << 29;
+// query splits of a plan's items. They step behind the last row by a tile, which has at most 384 tokens of all heads,
+// and an item has at most 8 query splits.
+constexpr int64_t kMaxHeads = 1 << 16;
+constexpr int64_t kMaxRows = (int64_t(1) << 31) - (1 << 25);
+constexpr int64_t kMaxPlanRows = 1 << 29;
 
-bool has_sm90(const Device& gpu) {
-#if defined(ILLADA_BUILT_SM90A)
-  return gpu.compute_capability == 90;
-#else
-  return false && gpu.index;
-#endif
+// Returns the kernels that serve a device and head dim.
+Arch choose_arch(const Device& gpu, int head_dim) {
+  return has_head_dim<Arch::kSm90>(head_dim) ? arch_of(gpu) : Arch::kSm80;
 }
 
-// total_k has no part in it: a plan need not know it.
-Tiling choose_tiling(const PackShape& s, const Device& gpu) {
-  if (has_sm90(gpu)) {
-    const bool pairs = variant<AttentionCluster>() == AttentionCluster::kAuto;
-    return tiling(s, forward_blocks_sm90(s.head_dim), forward_key_tile_sm90(s.head_dim), pairs);
-  }
-  const int warps = forward_warps_sm80(s.head_dim, gpu);
-  Tiling cut = tiling(s, forward_blocks_sm80(), forward_key_tile_sm80(s.head_dim, warps), false);
-  cut.warps = warps;
-  return cut;
+// Returns f(Traits of the kernels that serve a device and head dim). Throws NotSupported for a head dim that is not
+// built.
+template <typename F>
+auto dispatch(const char* op, [[maybe_unused]] const Device& gpu, int head_dim, const F& f) {
+#if defined(ILLADA_BUILT_SM90A)
+  if (choose_arch(gpu, head_dim) == Arch::kSm90) return dispatch_head_dim<Arch::kSm90>(op, head_dim, f);
+#endif
+  return dispatch_head_dim<Arch::kSm80>(op, head_dim, f);
+}
+
+// Warps of a CTA of the sm_80 forward.
+template <typename Tr>
+int forward_warps_sm80(const Device& gpu) {
+  if (!Tr::kHasEightWarps) return 4;
+  const auto choice = variant<ForwardWarps>();
+  if (choice != ForwardWarps::kAuto) return choice == ForwardWarps::kFour ? 4 : 8;
+  const int two = 2 * (forward_smem_sm80<Tr>(4) + gpu.reserved_smem_bytes + 1024);
+  return two <= gpu.sm_smem_bytes ? 4 : 8;
+}
+
+// Returns how the forward that serves a device divides a pack; on sm_90a in pairs of tiles if `pairs`. total_k has no
+// part in it: a plan need not know it.
+Tiling choose_tiling(const char* op, const PackShape& s, const Device& gpu, bool pairs) {
+  return dispatch(op, gpu, s.head_dim, [&](auto traits) {
+    using Tr = decltype(traits);
+    if constexpr (Tr::kArch == Arch::kSm90) {
+      const ForwardTile tile = Tr::kForwardTiles[int(variant<typename Tr::ForwardChoice>())];
+      return make_tiling(s, Tr::kForwardBlocks, tile.keys, pairs);
+    } else {
+      const int warps = forward_warps_sm80<Tr>(gpu);
+      Tiling tiling = make_tiling(s, Tr::kForwardBlocks, Tr::forward_keys(warps), false);
+      tiling.warps = warps;
+      return tiling;
+    }
+  });
+}
+Tiling choose_tiling(const char* op, const PackShape& s, const Device& gpu) {
+  return choose_tiling(op, s, gpu, variant<AttentionCluster>() == AttentionCluster::kAuto);
 }
 // The longest items that a plan may have, whatever was chosen when it was made.
-Tiling longest_tiling(const PackShape& s, const Device& gpu) {
-  return has_sm90(gpu) ? tiling(s, forward_blocks_sm90(s.head_dim), forward_key_tile_sm90(s.head_dim), true)
-                       : choose_tiling(s, gpu);
+Tiling longest_tiling(const char* op, const PackShape& s, const Device& gpu) { return choose_tiling(op, s, gpu, true); }
+
+// Launches the instance of the forward whose tile is the variant in use.
+template <typename Tr, size_t... kChoices>
+void launch_forward_tile(const ForwardParams& p, const Device& gpu, const Tiling& tiling,
+                         std::index_sequence<kChoices...>) {
+  const auto choice = size_t(variant<typename Tr::ForwardChoice>());
+  const auto launch = [&](auto number) {
+    constexpr ForwardTile kTile = Tr::kForwardTiles[number];
+    if (choice == number) launch_forward_sm90<Tr::kHeadDim, kTile.keys, kTile.value_stages>(p, gpu, tiling);
+  };
+  (launch(std::integral_constant<size_t, kChoices>()), ...);
 }
 
-#if defined(ILLADA_BUILT_SM90A)
-void launch_forward_sm90(const ForwardParams& p, const Device& gpu, const Tiling& cut) {
-  if (p.shape.head_dim == 64) {
-    switch (variant<AttentionForwardD64>()) {
-      case AttentionForwardD64::k192x96:
-        return launch_forward_d64_sm90(p, gpu, cut);
-      case AttentionForwardD64::k192x128:
-        return launch_forward_d64_192x128_sm90(p, gpu, cut);
-    }
-  }
-  switch (variant<AttentionForwardD128>()) {
-    case AttentionForwardD128::k128x2x3:
-      return launch_forward_d128_sm90(p, gpu, cut);
-    case AttentionForwardD128::k128x2x2:
-      return launch_forward_d128_128x2x2_sm90(p, gpu, cut);
-    case AttentionForwardD128::k176x2x2:
-      return launch_forward_d128_176x2x2_sm90(p, gpu, cut);
-  }
+// "64 and 128"
+template <int... kHeadDims>
+std::string head_dims_text(std::integer_sequence<int, kHeadDims...>) {
+  std::string text;
+  size_t left = sizeof...(kHeadDims);
+  ((text += std::to_string(kHeadDims) + (--left > 1 ? ", " : left == 1 ? " and " : "")), ...);
+  return text;
 }
-#endif
 
 void validate_shape(const char* op, const PackShape& s, const Device& gpu, bool knows_keys) {
-  ILLADA_CHECK(s.total_q >= 0 && s.total_q <= kMostInt32, op, "total_q must be in [0, 2^31), got ", s.total_q);
-  ILLADA_CHECK(s.total_k >= (knows_keys ? 0 : -1) && s.total_k <= kMostInt32, op, "total_k must be in [0, 2^31), got ",
+  ILLADA_CHECK(s.total_q >= 0 && s.total_q <= kMaxInt32, op, "total_q must be in [0, 2^31), got ", s.total_q);
+  ILLADA_CHECK(s.total_k >= (knows_keys ? 0 : -1) && s.total_k <= kMaxInt32, op, "total_k must be in [0, 2^31), got ",
                s.total_k);
-  if (has_sm90(gpu) && std::max(s.total_q, s.total_k) > kRaggedTokens)
+  if (choose_arch(gpu, s.head_dim) == Arch::kSm90 && std::max(s.total_q, s.total_k) > kRaggedTokens)
     detail::fail<NotSupported>(op, "kernels of ", gpu.name, " take at most ", kRaggedTokens, " tokens; got ", s.total_q,
                                " queries, ", s.total_k, " keys");
   ILLADA_CHECK(s.num_sequences >= 0, op, "negative number of sequences: ", s.num_sequences);
   ILLADA_CHECK(s.num_kv_heads > 0 && s.num_heads > 0 && s.num_heads % s.num_kv_heads == 0, op, "num_heads ",
                s.num_heads, " must be a multiple of num_kv_heads ", s.num_kv_heads);
-  ILLADA_CHECK(s.num_heads <= kMostHeads, op, "num_heads must be at most ", kMostHeads, ", got ", s.num_heads);
-  if ((s.head_dim != 64 && s.head_dim != 128) || s.num_heads / s.num_kv_heads > kBlockRows)
-    detail::fail<NotSupported>(op, "kernels were built for head dims 64 and 128 and up to ", kBlockRows,
-                               " query heads of a key-value head; got head dim ", s.head_dim, " and ",
-                               s.num_heads / s.num_kv_heads, " heads on ", gpu.name, ", built archs ",
+  ILLADA_CHECK(s.num_heads <= kMaxHeads, op, "num_heads must be at most ", kMaxHeads, ", got ", s.num_heads);
+  if (!has_head_dim<Arch::kSm80>(s.head_dim) || s.num_heads / s.num_kv_heads > kBlockRows)
+    detail::fail<NotSupported>(op, "kernels were built for head dims ", head_dims_text(head_dims<Arch::kSm80>()),
+                               " and up to ", kBlockRows, " query heads of a key-value head; got head dim ", s.head_dim,
+                               " and ", s.num_heads / s.num_kv_heads, " heads on ", gpu.name, ", built archs ",
                                build_info().cuda_archs);
-  ILLADA_CHECK(s.total_q * s.num_heads <= kMostRows, op, "total_q x num_heads must be at most ", kMostRows, ", got ",
+  ILLADA_CHECK(s.total_q * s.num_heads <= kMaxRows, op, "total_q x num_heads must be at most ", kMaxRows, ", got ",
                s.total_q, " x ", s.num_heads);
-  ILLADA_CHECK(s.total_k * s.num_kv_heads <= kMostRows, op, "total_k x num_kv_heads must be at most ", kMostRows,
+  ILLADA_CHECK(s.total_k * s.num_kv_heads <= kMaxRows, op, "total_k x num_kv_heads must be at most ", kMaxRows,
                ", got ", s.total_k, " x ", s.num_kv_heads);
-  ILLADA_CHECK(plan_rows(s) <= kMostPlanRows, op, "num_sequences x num_kv_heads is too large: a plan may have ",
-               kMostPlanRows, " rows, and ", s.num_sequences, " sequences x ", s.num_kv_heads, " heads of ", s.total_q,
+  ILLADA_CHECK(plan_rows(s) <= kMaxPlanRows, op, "num_sequences x num_kv_heads is too large: a plan may have ",
+               kMaxPlanRows, " rows, and ", s.num_sequences, " sequences x ", s.num_kv_heads, " heads of ", s.total_q,
                " queries and ", s.total_k, " keys need ", plan_rows(s));
 }
 
 // The bytes that a packed tensor spans. Strides of dimensions of size 1 become legal ones, since nobody uses them.
-int64_t settle(const char* op, const char* name, PackedView& x, int64_t tokens, int64_t heads, int head_dim) {
+int64_t normalize_strides(const char* op, const char* name, PackedView& x, int64_t tokens, int64_t heads,
+                          int head_dim) {
   if (heads <= 1) x.head_stride = head_dim;
   if (tokens <= 1) x.token_stride = heads * x.head_stride;
   if (tokens == 0) return 0;
-  if (x.token_stride <= 0 || x.head_stride <= 0 || x.token_stride % 8 || x.head_stride % 8 ||
-      reinterpret_cast<uintptr_t>(x.data) % 16)
+  if (x.token_stride <= 0 || x.head_stride <= 0 || x.token_stride % 8 || x.head_stride % 8 || !is_aligned(x.data))
     detail::fail<NotSupported>(op, name, " must have positive strides that are multiples of 8 elements, and 16-byte ",
                                "aligned data; got token stride ", x.token_stride, ", head stride ", x.head_stride,
                                "; pass a contiguous copy");
@@ -114,47 +140,44 @@ void validate_call(const char* op, DType dtype, float softmax_scale, const Devic
                softmax_scale);
 }
 
-bool is_aligned(std::initializer_list<const void*> pointers) {
-  uintptr_t bits = 0;
-  for (const void* pointer : pointers) bits |= reinterpret_cast<uintptr_t>(pointer);
-  return bits % 16 == 0;
-}
-
 int64_t rows_bytes(const PackShape& s) {
   return (s.total_q * s.num_heads * int64_t(sizeof(RowStatistics)) + 15) / 16 * 16;
 }
 
 // What only a GPU can tell to be fast. In order there is one way.
-void choose_sums(const PackShape& s, BackwardMethod& method) {
+void choose_accumulation(const PackShape& s, BackwardMethod& method) {
   const bool kept = variant<L2Hints>() == L2Hints::kOn && !method.ordered;
-  method.sums = kept ? QuerySums::kRed2Kept : QuerySums::kRed2;
+  method.accumulation = kept ? DqAccumulation::kRed2Kept : DqAccumulation::kRed2;
   if (method.ordered) return;
-  const auto wanted = variant<AttentionBackwardSums>();
+  const auto choice = variant<AttentionBackwardSums>();
   const int group = group_of(s);
-  if (wanted == AttentionBackwardSums::kRed4) method.sums = kept ? QuerySums::kRed4Kept : QuerySums::kRed4;
+  if (choice == AttentionBackwardSums::kRed4)
+    method.accumulation = kept ? DqAccumulation::kRed4Kept : DqAccumulation::kRed4;
   // A warp's 16 rows must be whole tokens, or heads of one.
-  if (wanted == AttentionBackwardSums::kBulk && (16 % group == 0 || group % 16 == 0)) method.sums = QuerySums::kBulk;
+  if (choice == AttentionBackwardSums::kBulk && (16 % group == 0 || group % 16 == 0))
+    method.accumulation = DqAccumulation::kBulk;
   method.staggered = variant<AttentionBackwardStart>() == AttentionBackwardStart::kStaggered;
   method.report_every = 1 << int(variant<AttentionBackwardReports>());
 }
 
-BackwardMethod choose_backward(const PackShape& s, bool deterministic, bool multiplies_twice, const Device& gpu) {
+BackwardMethod choose_backward(const PackShape& s, bool deterministic, bool recompute_scores_for_dq,
+                               const Device& gpu) {
   BackwardMethod method;
   if (s.total_q <= 0 || s.total_k <= 0) return method;  // nothing is multiplied
   // Places in the sums are 32-bit numbers.
   const int64_t sums = (s.total_q * s.num_heads + kWasteRows) * s.head_dim;
-  method.fused = has_sm90(gpu) && !multiplies_twice && sums <= kMostInt32 &&
-                 variant<AttentionBackwardSums>() != AttentionBackwardSums::kTwice;
+  method.fused = choose_arch(gpu, s.head_dim) == Arch::kSm90 && !recompute_scores_for_dq && sums <= kMaxInt32 &&
+                 variant<AttentionBackwardSums>() != AttentionBackwardSums::kRecompute;
   if (method.fused && deterministic) {
-    method.ordered = s.total_k / kBackwardKeys + s.num_sequences <= kMostOrdered;
+    method.ordered = s.total_k / kBackwardKeys + s.num_sequences <= kMaxOrdered;
     method.fused = method.ordered;
   }
-  if (method.fused) choose_sums(s, method);
+  if (method.fused) choose_accumulation(s, method);
   if (method.fused && s.num_sequences > 0 && s.num_kv_heads > 0) {
     const int64_t sequences = std::min<int64_t>(s.num_sequences, s.total_k);
     const int64_t items =
         s.num_kv_heads * ((s.total_k - sequences) / kBackwardKeys + sequences);  // the most there can be
-    method.pieces = int(std::clamp<int64_t>(gpu.sm_count / items, 1, method.ordered ? 2 : 8));
+    method.query_splits = int(std::clamp<int64_t>(gpu.sm_count / items, 1, method.ordered ? 2 : 8));
   }
   return method;
 }
@@ -163,34 +186,21 @@ int64_t arrivals_bytes(const PackShape& s, const BackwardMethod& method) {
   return method.fused ? (s.total_q * s.num_kv_heads * int64_t(sizeof(uint32_t)) + 15) / 16 * 16 : 0;
 }
 // Floats of dq, and of dk and dv each.
-int64_t query_sums(const PackShape& s, const BackwardMethod& method) {
+int64_t dq_floats(const PackShape& s, const BackwardMethod& method) {
   return method.fused ? (s.total_q * s.num_heads + kWasteRows) * s.head_dim : 0;
 }
-int64_t key_sums(const PackShape& s, const BackwardMethod& method) {
-  return method.pieces > 1 ? s.total_k * s.num_kv_heads * s.head_dim : 0;
+int64_t key_gradient_floats(const PackShape& s, const BackwardMethod& method) {
+  return method.query_splits > 1 ? s.total_k * s.num_kv_heads * s.head_dim : 0;
 }
 
 }  // namespace
-
-int forward_key_tile_sm90(int head_dim) {
-  if (head_dim == 64) return variant<AttentionForwardD64>() == AttentionForwardD64::k192x128 ? 128 : 96;
-  return variant<AttentionForwardD128>() == AttentionForwardD128::k176x2x2 ? 176 : 128;
-}
-
-int forward_warps_sm80(int head_dim, const Device& gpu) {
-  if (head_dim == 64) return 4;
-  const auto wanted = variant<ForwardWarps>();
-  if (wanted != ForwardWarps::kAuto) return wanted == ForwardWarps::kFour ? 4 : 8;
-  const int two = 2 * (forward_smem_sm80(head_dim, 4) + gpu.reserved_smem_bytes + 1024);
-  return two <= gpu.sm_smem_bytes ? 4 : 8;
-}
 
 ForwardTiling forward_tiling(const PackShape& s, int device_index) {
   constexpr const char* kOp = "varlen_attention";
   const Device& gpu = device(kOp, device_index);
   validate_shape(kOp, s, gpu, false);
-  const Tiling cut = choose_tiling(s, gpu);
-  return {cut.tile_tokens, cut.cluster, cut.key_tile, cut.warps};
+  const Tiling tiling = choose_tiling(kOp, s, gpu);
+  return {tiling.tile_tokens, tiling.cluster, tiling.key_tile, tiling.warps};
 }
 
 int64_t plan_rows(const PackShape& s) {
@@ -202,14 +212,14 @@ void plan_cuda(const PlanParams& p) {
   const DeviceGuard guard(kOp, p.launch.device);
   const Device& gpu = device(kOp, p.launch.device);
   validate_shape(kOp, p.shape, gpu, false);
-  ILLADA_CHECK(reinterpret_cast<uintptr_t>(p.plan) % 16 == 0, kOp, "plan must be 16-byte aligned");
+  ILLADA_CHECK(is_aligned(p.plan), kOp, "plan must be 16-byte aligned");
   const int64_t s = p.shape.num_sequences;
   check_regions(kOp, p.launch,
                 {{"cu_seqlens", p.cu_seqlens, 4 * (s + 1)},
                  {"cu_seqlens_k", p.cu_seqlens_k, 4 * (s + 1), true},
                  {"seqused_k", p.seqused_k, 4 * s, true}},
                 {{"plan", p.plan, 16 * plan_rows(p.shape)}});
-  launch_plan(p, gpu, choose_tiling(p.shape, gpu));
+  launch_plan(p, gpu, choose_tiling(kOp, p.shape, gpu));
 }
 
 int64_t forward_workspace(const PackShape& s) {
@@ -232,11 +242,11 @@ void forward_cuda(const ForwardParams& given) {
                " rows for this pack, got ", p.plan_rows);
   ILLADA_CHECK(p.workspace_bytes >= forward_workspace(s), kOp, "workspace must have ", forward_workspace(s),
                " bytes, got ", p.workspace_bytes);
-  ILLADA_CHECK(is_aligned({p.plan, p.out, p.workspace}), kOp, "plan, out and workspace must be 16-byte aligned");
+  ILLADA_CHECK(is_aligned(p.plan, p.out, p.workspace), kOp, "plan, out and workspace must be 16-byte aligned");
   if (s.total_q == 0) return;
-  const int64_t q_bytes = settle(kOp, "q", p.q, s.total_q, s.num_heads, s.head_dim);
-  const int64_t k_bytes = settle(kOp, "k", p.k, s.total_k, s.num_kv_heads, s.head_dim);
-  const int64_t v_bytes = settle(kOp, "v", p.v, s.total_k, s.num_kv_heads, s.head_dim);
+  const int64_t q_bytes = normalize_strides(kOp, "q", p.q, s.total_q, s.num_heads, s.head_dim);
+  const int64_t k_bytes = normalize_strides(kOp, "k", p.k, s.total_k, s.num_kv_heads, s.head_dim);
+  const int64_t v_bytes = normalize_strides(kOp, "v", p.v, s.total_k, s.num_kv_heads, s.head_dim);
   check_regions(kOp, p.launch,
                 {{"q", p.q.data, q_bytes},
                  {"k", p.k.data, k_bytes},
@@ -245,31 +255,31 @@ void forward_cuda(const ForwardParams& given) {
                 {{"out", p.out, s.total_q * s.num_heads * s.head_dim * 2},
                  {"lse", p.lse, s.total_q * s.num_heads * 4},
                  {"workspace", p.workspace, forward_workspace(s)}});
-  const Tiling cut = choose_tiling(s, gpu);
-  if (has_sm90(gpu)) {
-#if defined(ILLADA_BUILT_SM90A)
-    launch_forward_sm90(p, gpu, cut);
-#endif
-  } else {
-    s.head_dim == 64 ? launch_forward_d64_sm80(p, gpu, cut) : launch_forward_d128_sm80(p, gpu, cut);
-  }
-  if (cut.may_split) launch_combine(p, gpu);
+  const Tiling tiling = choose_tiling(kOp, s, gpu);
+  dispatch(kOp, gpu, s.head_dim, [&](auto traits) {
+    using Tr = decltype(traits);
+    if constexpr (Tr::kArch == Arch::kSm90)
+      launch_forward_tile<Tr>(p, gpu, tiling, std::make_index_sequence<std::size(Tr::kForwardTiles)>());
+    else
+      launch_forward_sm80<Tr::kHeadDim>(p, gpu, tiling);
+  });
+  if (tiling.may_split) launch_combine(p, gpu);
 }
 
 BackwardScratch scratch_of(const BackwardParams& p, const BackwardMethod& method) {
   char* const start = static_cast<char*>(p.workspace);
   char* const arrivals = start + rows_bytes(p.shape);
   float* const sums = reinterpret_cast<float*>(arrivals + arrivals_bytes(p.shape, method));
-  float* const dk = sums + query_sums(p.shape, method);
+  float* const dk = sums + dq_floats(p.shape, method);
   return {reinterpret_cast<RowStatistics*>(start), reinterpret_cast<uint32_t*>(arrivals), sums, dk,
-          dk + key_sums(p.shape, method)};
+          dk + key_gradient_floats(p.shape, method)};
 }
 
-int64_t backward_workspace(const PackShape& s, bool deterministic, bool multiplies_twice, int device_index) {
+int64_t backward_workspace(const PackShape& s, bool deterministic, bool recompute_scores_for_dq, int device_index) {
   const Device& gpu = device("varlen_attention_backward", device_index);
-  const BackwardMethod method = choose_backward(s, deterministic, multiplies_twice, gpu);
+  const BackwardMethod method = choose_backward(s, deterministic, recompute_scores_for_dq, gpu);
   return rows_bytes(s) + arrivals_bytes(s, method) +
-         (query_sums(s, method) + 2 * key_sums(s, method)) * int64_t(sizeof(float));
+         (dq_floats(s, method) + 2 * key_gradient_floats(s, method)) * int64_t(sizeof(float));
 }
 
 void backward_cuda(const BackwardParams& given) {
@@ -282,16 +292,16 @@ void backward_cuda(const BackwardParams& given) {
   validate_call(kOp, p.dtype, p.softmax_scale, gpu);
   ILLADA_CHECK(p.plan_rows >= plan_rows(s), kOp, "plan must have at least ", plan_rows(s),
                " rows for the gradients of this pack, got ", p.plan_rows, "; was it made with total_k?");
-  const int64_t workspace_bytes = backward_workspace(s, p.deterministic, p.multiplies_twice, p.launch.device);
+  const int64_t workspace_bytes = backward_workspace(s, p.deterministic, p.recompute_scores_for_dq, p.launch.device);
   ILLADA_CHECK(p.workspace_bytes >= workspace_bytes, kOp, "workspace must have ", workspace_bytes, " bytes, got ",
                p.workspace_bytes);
-  ILLADA_CHECK(is_aligned({p.plan, p.out, p.dq, p.dk, p.dv, p.workspace}), kOp,
+  ILLADA_CHECK(is_aligned(p.plan, p.out, p.dq, p.dk, p.dv, p.workspace), kOp,
                "plan, out, dq, dk, dv and workspace must be 16-byte aligned");
   if (s.total_q == 0 && s.total_k == 0) return;
-  const int64_t q_bytes = settle(kOp, "q", p.q, s.total_q, s.num_heads, s.head_dim);
-  const int64_t dout_bytes = settle(kOp, "dout", p.dout, s.total_q, s.num_heads, s.head_dim);
-  const int64_t k_bytes = settle(kOp, "k", p.k, s.total_k, s.num_kv_heads, s.head_dim);
-  const int64_t v_bytes = settle(kOp, "v", p.v, s.total_k, s.num_kv_heads, s.head_dim);
+  const int64_t q_bytes = normalize_strides(kOp, "q", p.q, s.total_q, s.num_heads, s.head_dim);
+  const int64_t dout_bytes = normalize_strides(kOp, "dout", p.dout, s.total_q, s.num_heads, s.head_dim);
+  const int64_t k_bytes = normalize_strides(kOp, "k", p.k, s.total_k, s.num_kv_heads, s.head_dim);
+  const int64_t v_bytes = normalize_strides(kOp, "v", p.v, s.total_k, s.num_kv_heads, s.head_dim);
   const int64_t rows_q = s.total_q * s.num_heads, rows_k = s.total_k * s.num_kv_heads;
   check_regions(kOp, p.launch,
                 {{"dout", p.dout.data, dout_bytes},
@@ -312,17 +322,17 @@ void backward_cuda(const BackwardParams& given) {
     fill_zeros(kOp, p.launch, p.dk, rows_k * s.head_dim * 2);
     return fill_zeros(kOp, p.launch, p.dv, rows_k * s.head_dim * 2);
   }
-  const Tiling cut = longest_tiling(s, gpu);
-  const BackwardMethod method = choose_backward(s, p.deterministic, p.multiplies_twice, gpu);
-  launch_backward_rows(p, gpu, method);
-  if (has_sm90(gpu)) {
-#if defined(ILLADA_BUILT_SM90A)
-    s.head_dim == 64 ? launch_backward_d64_sm90(p, gpu, cut, method) : launch_backward_d128_sm90(p, gpu, cut, method);
-#endif
-  } else {
-    s.head_dim == 64 ? launch_backward_d64_sm80(p, gpu, cut) : launch_backward_d128_sm80(p, gpu, cut);
-  }
-  if (method.pieces > 1) launch_backward_finish(p, gpu, method);
+  const Tiling tiling = longest_tiling(kOp, s, gpu);
+  const BackwardMethod method = choose_backward(s, p.deterministic, p.recompute_scores_for_dq, gpu);
+  launch_backward_preprocess(p, gpu, method);
+  dispatch(kOp, gpu, s.head_dim, [&](auto traits) {
+    using Tr = decltype(traits);
+    if constexpr (Tr::kArch == Arch::kSm90)
+      launch_backward_sm90<Tr::kHeadDim>(p, gpu, tiling, method);
+    else
+      launch_backward_sm80<Tr::kHeadDim>(p, gpu, tiling);
+  });
+  if (method.query_splits > 1) launch_backward_finish(p, gpu, method);
 }
 
 }  // namespace illada::attention

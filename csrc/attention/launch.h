@@ -9,86 +9,70 @@ namespace illada::attention {
 // Launches the kernel that writes the plan.
 void launch_plan(const PlanParams& params, const Device& device, const Tiling& tiling);
 
-// Tile sizes of the forward kernels: blocks of kBlockRows query rows per CTA, and keys per step.
-constexpr int forward_blocks_sm80() { return 2; }
-// By default a CTA has four warps and an SM holds two CTAs. At D 128 these take 133 KB of shared memory. Where an SM
-// has 100 KB (8.6, 8.9, 12.0), one CTA of eight warps keeps as many warps at work: each has half the rows and the CTA
-// twice the keys.
-constexpr int forward_key_tile_sm80(int head_dim, int warps) { return head_dim == 64 ? 48 : warps == 8 ? 64 : 32; }
-constexpr int forward_smem_sm80(int head_dim, int warps) {  // bytes, without the few bytes for work items
-  return (forward_blocks_sm80() * kBlockRows + 4 * forward_key_tile_sm80(head_dim, warps)) * head_dim * 2;
-}
-int forward_warps_sm80(int head_dim, const Device& device);
-constexpr int forward_blocks_sm90(int head_dim) { return head_dim == 128 ? 2 : 3; }
-int forward_key_tile_sm90(int head_dim);  // of the kernel instance in use
-
-// Launch the forward, which walks over the forward items of the plan. There is one function for each architecture, head
-// dim and variant.
-void launch_forward_d64_sm80(const ForwardParams& params, const Device& device, const Tiling& tiling);
-void launch_forward_d128_sm80(const ForwardParams& params, const Device& device, const Tiling& tiling);
-void launch_forward_d64_sm90(const ForwardParams& params, const Device& device, const Tiling& tiling);
-void launch_forward_d64_192x128_sm90(const ForwardParams& params, const Device& device, const Tiling& tiling);
-void launch_forward_d128_sm90(const ForwardParams& params, const Device& device, const Tiling& tiling);
-void launch_forward_d128_128x2x2_sm90(const ForwardParams& params, const Device& device, const Tiling& tiling);
-void launch_forward_d128_176x2x2_sm90(const ForwardParams& params, const Device& device, const Tiling& tiling);
+// Launch the forward, which walks over the forward items of the plan. Each is instantiated in files of its own, for the
+// head dims of Traits and, on sm_90a, for the tiles.
+template <int kHeadDim>
+void launch_forward_sm80(const ForwardParams& params, const Device& device, const Tiling& tiling);
+template <int kHeadDim, int kKeys, int kValueStages>
+void launch_forward_sm90(const ForwardParams& params, const Device& device, const Tiling& tiling);
 
 // Merges the key splits that the forward left in the workspace into out and lse. Called where tiling.may_split.
 void launch_combine(const ForwardParams& params, const Device& device);
 
 // ---------------------------------------------------------------------------------------------------------- backward
 
-// Instructions with which the CTAs of all key tiles sum dq in fp32 (query_sums_add_sm90.cuh). Kept: with a hint to keep
-// the sums in L2.
-enum class QuerySums { kNone, kRed2, kRed2Kept, kRed4, kRed4Kept, kBulk };
+// Instructions with which the CTAs of all key tiles sum dq in fp32 (dq_accumulation_add_sm90.cuh). Kept: with a hint to
+// keep the sums in L2.
+enum class DqAccumulation { kNone, kRed2, kRed2Kept, kRed4, kRed4Kept, kBulk };
 
 // Method of a backward, chosen from the pack's sizes and the variants in common/variants.h.
 struct BackwardMethod {
   // True: the CTAs of all key tiles sum dq in fp32 (5 products). False: a separate kernel computes dq in a fixed order
   // (7 products).
   bool fused = false;
-  QuerySums sums = QuerySums::kNone;  // kNone unless fused
-  bool staggered = false;             // true: key tiles begin at different rows
-  int report_every = 1;               // steps between two reports of sums: 1, 2 or 4
+  DqAccumulation accumulation = DqAccumulation::kNone;  // kNone unless fused
+  bool staggered = false;                               // true: key tiles begin at different rows
+  int report_every = 1;                                 // steps between two reports of sums: 1, 2 or 4
   // Only if fused. True: every run gives the same bits. Key tiles then add to dq in their order, and dk and dv are sums
-  // of at most two pieces.
+  // of at most two query splits.
   bool ordered = false;
-  // Number of CTAs that share one key tile's queries (more than 1 when there are fewer items than SMs); only if fused.
-  int pieces = 1;
+  // Query splits: number of CTAs that share one key tile's queries (more than 1 when there are fewer items than SMs);
+  // only if fused.
+  int query_splits = 1;
 };
 
 // Statistics of a query and head that the backward needs.
 struct alignas(8) RowStatistics {
-  float offset;  // form of lse, see offset_of in row_pair.cuh
+  float offset;  // form of lse, see offset_of in probabilities.cuh
   float c;       // do . out - dlse
 };
 
-constexpr int kWasteRows = 128;       // rows of sums that are written and never read
-constexpr int kMostOrdered = 0xffff;  // most key tiles that a counter of arrivals can distinguish
+constexpr int kWasteRows = 128;      // rows of sums that are written and never read
+constexpr int kMaxOrdered = 0xffff;  // most key tiles that a counter of arrivals can distinguish
 
 // Layout of the workspace.
 struct BackwardScratch {
   RowStatistics* rows;  // [G, T, H / G]; rows of a tile (tokens x heads of a group) are neighbours
   uint32_t* arrivals;   // fused: [T, G], at a tile's first token: number of key tiles that have added to its sums
   float* dq;            // fused: [T, H, D], sums of ds k, then kWasteRows rows that are never read
-  float *dk, *dv;       // pieces > 1: [Tk, G, D], sums of ds^T q and p^T do
+  float *dk, *dv;       // query_splits > 1: [Tk, G, D], sums of ds^T q and p^T do
 };
 BackwardScratch scratch_of(const BackwardParams& params, const BackwardMethod& method);
 
 // First launch: computes the rows' statistics. It writes zeros to all sums, to dk and dv if some keys are unused, and
 // to dq of queries without keys.
-void launch_backward_rows(const BackwardParams& params, const Device& device, const BackwardMethod& method);
+void launch_backward_preprocess(const BackwardParams& params, const Device& device, const BackwardMethod& method);
 // Second launch: computes dk and dv over the backward items of the plan, and dq. If fused, dq goes through scratch.dq;
 // otherwise it is computed over the forward items.
-void launch_backward_d64_sm80(const BackwardParams& params, const Device& device, const Tiling& tiling);
-void launch_backward_d128_sm80(const BackwardParams& params, const Device& device, const Tiling& tiling);
-void launch_backward_d64_sm90(const BackwardParams& params, const Device& device, const Tiling& tiling,
-                              const BackwardMethod& method);
-void launch_backward_d128_sm90(const BackwardParams& params, const Device& device, const Tiling& tiling,
-                               const BackwardMethod& method);
+template <int kHeadDim>
+void launch_backward_sm80(const BackwardParams& params, const Device& device, const Tiling& tiling);
+template <int kHeadDim>
+void launch_backward_sm90(const BackwardParams& params, const Device& device, const Tiling& tiling,
+                          const BackwardMethod& method);
 // Second launch for sums that are added in another way than kRed2: computes dk, dv and dq.
-void launch_backward_sums_d64_sm90(const BackwardParams& params, const Device& device, const BackwardMethod& method);
-void launch_backward_sums_d128_sm90(const BackwardParams& params, const Device& device, const BackwardMethod& method);
-// Last launch, if pieces > 1: converts the sums to dk and dv.
+template <int kHeadDim>
+void launch_backward_sums_sm90(const BackwardParams& params, const Device& device, const BackwardMethod& method);
+// Last launch, if query_splits > 1: converts the sums to dk and dv.
 void launch_backward_finish(const BackwardParams& params, const Device& device, const BackwardMethod& method);
 
 }  // namespace illada::attention

@@ -6,8 +6,8 @@
 // first, and the grid depends on the number of sequences alone. Queries behind the last sequence are a part of their
 // own, without keys: the kernels write zeros there as they do for any queries without keys.
 //
-// Where tiles are so few that they may leave SMs idle, sequences are split over their keys: every CTA tries all sizes
-// of a piece and comes to the same one.
+// Where tiles are so few that they may leave SMs idle, the keys of sequences are split: every CTA tries all sizes of a
+// key split and comes to the same one.
 //
 // Floor: the items, 32 bytes each, and S^2 / 2 comparisons, which are nothing up to some thousand sequences.
 #include <algorithm>
@@ -20,8 +20,8 @@ namespace illada::attention {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kMostChunks = 2048;  // sizes of a piece that are tried, however long the keys are said to be
-// What splits cost, in keys: an item more, and a launch that merges pieces.
+constexpr int kMaxSplitSizes = 2048;  // sizes of a key split that are tried, however long the keys are said to be
+// What splits cost, in keys: an item more, and a launch that merges them.
 constexpr int kItemKeys = 256, kMergeKeys = 640;
 
 struct PlanArguments {
@@ -29,7 +29,7 @@ struct PlanArguments {
   int32_t* plan;
   int64_t rows, first_backward;  // in rows of the plan
   int32_t total_q, key_limit, num_sequences, num_kv_heads;
-  int32_t most_forward, most_backward;  // what the plan has room for
+  int32_t max_forward, max_backward;  // what the plan has room for
   int32_t item_tokens, cluster, key_tile, sm_count;
   bool may_split;
   float item_cost, merge_cost;  // of kItemKeys, kMergeKeys, in key tiles
@@ -56,33 +56,33 @@ struct Sequence {
   }
 };
 
-// A sequence's part of the forward, with at most `chunk` key tiles to a piece.
+// A sequence's part of the forward, with at most `split_tiles` key tiles in a key split.
 struct ForwardShare {
-  int32_t tiles, pieces, piece_keys;  // tiles of all key-value heads
+  int32_t tiles, splits, split_keys;  // tiles of all key-value heads
 
-  __device__ __forceinline__ ForwardShare(const PlanArguments& a, const Sequence& s, int chunk) {
+  __device__ __forceinline__ ForwardShare(const PlanArguments& a, const Sequence& s, int split_tiles) {
     tiles = a.num_kv_heads * ceil_div(s.q_count, a.item_tokens);
-    pieces = 1;
-    piece_keys = s.k_count;
+    splits = 1;
+    split_keys = s.k_count;
     if (!a.may_split) return;
     const int key_tiles = ceil_div(s.k_count, a.key_tile);
-    if (key_tiles <= chunk) return;
-    const int each = ceil_div(key_tiles, ceil_div(key_tiles, chunk));  // as even as whole tiles allow
-    pieces = ceil_div(key_tiles, each);
-    if (pieces > 1) piece_keys = each * a.key_tile;
+    if (key_tiles <= split_tiles) return;
+    const int each = ceil_div(key_tiles, ceil_div(key_tiles, split_tiles));  // as even as whole tiles allow
+    splits = ceil_div(key_tiles, each);
+    if (splits > 1) split_keys = each * a.key_tile;
   }
-  __device__ __forceinline__ int64_t items() const { return int64_t(tiles) * pieces; }
-  __device__ __forceinline__ int64_t slots() const { return pieces > 1 ? items() : 0; }
+  __device__ __forceinline__ int64_t items() const { return int64_t(tiles) * splits; }
+  __device__ __forceinline__ int64_t slots() const { return splits > 1 ? items() : 0; }
 };
 
-// The number of key tiles that pieces have at most. The time of a size is that of the longest item or, if that is
+// Returns the largest number of key tiles of a key split. The time of a size is that of the longest item or, if that is
 // longer, of as many items of mean length as the busiest SM has: items that differ in length are dealt out evenly.
-__device__ int choose_chunk(const PlanArguments& a) {
+__device__ int choose_split_tiles(const PlanArguments& a) {
   __shared__ int32_t tiles[kSplitItems], key_tiles[kSplitItems];  // a sequence has a tile at least, or no part in this
-  __shared__ int32_t most_key_tiles;
+  __shared__ int32_t max_key_tiles;
   __shared__ unsigned long long work, best;  // work: key tiles of all tiles
   if (threadIdx.x == 0) {
-    most_key_tiles = 1;
+    max_key_tiles = 1;
     work = 0;
     best = ~0ull;
   }
@@ -92,37 +92,37 @@ __device__ int choose_chunk(const PlanArguments& a) {
     tiles[i] = a.num_kv_heads * ceil_div(s.q_count, a.item_tokens);
     key_tiles[i] = ceil_div(s.k_count, a.key_tile);
     if (tiles[i] == 0) continue;
-    atomicMax(&most_key_tiles, key_tiles[i]);
+    atomicMax(&max_key_tiles, key_tiles[i]);
     atomicAdd(&work, static_cast<unsigned long long>(tiles[i]) * key_tiles[i]);
   }
   __syncthreads();
   // As many lanes to a size as there are sequences, up to a warp.
   int lanes = 1;
   while (lanes < 32 && lanes < a.num_sequences) lanes *= 2;
-  const int step = kThreads / lanes, last = most_key_tiles;
-  const int grain = ceil_div(last, kMostChunks), chunks = ceil_div(last, grain);
+  const int step = kThreads / lanes, last = max_key_tiles;
+  const int grain = ceil_div(last, kMaxSplitSizes), sizes = ceil_div(last, grain);
   unsigned long long mine = ~0ull;
-  for (int base = 1; base <= chunks; base += step) {
-    const int number = base + int(threadIdx.x) / lanes, chunk = min(number * grain, last);
+  for (int base = 1; base <= sizes; base += step) {
+    const int number = base + int(threadIdx.x) / lanes, split_tiles = min(number * grain, last);
     int items = 0, slots = 0;
     for (int i = int(threadIdx.x) % lanes; i < a.num_sequences; i += lanes) {
-      int pieces = 1;
-      if (key_tiles[i] > chunk) {
-        pieces = ceil_div(key_tiles[i], ceil_div(key_tiles[i], ceil_div(key_tiles[i], chunk)));
-        pieces = min(pieces, kSplitSlots + 1);  // already too many: the sums stay small
-        slots += tiles[i] * pieces;
+      int splits = 1;
+      if (key_tiles[i] > split_tiles) {
+        splits = ceil_div(key_tiles[i], ceil_div(key_tiles[i], ceil_div(key_tiles[i], split_tiles)));
+        splits = min(splits, kSplitSlots + 1);  // already too many: the sums stay small
+        slots += tiles[i] * splits;
       }
-      items += tiles[i] * pieces;
+      items += tiles[i] * splits;
     }
     for (int mask = lanes / 2; mask > 0; mask /= 2) {
       items += __shfl_xor_sync(kFullWarp, items, mask);
       slots += __shfl_xor_sync(kFullWarp, slots, mask);
     }
-    if (number > chunks || slots > kSplitSlots) continue;
+    if (number > sizes || slots > kSplitSlots) continue;
     const float mean = __fdividef(float(work), float(max(items, 1))) + a.item_cost;
-    const float longest = float(chunk) + a.item_cost, several = float(ceil_div(items, a.sm_count)) * mean;
+    const float longest = float(split_tiles) + a.item_cost, several = float(ceil_div(items, a.sm_count)) * mean;
     const unsigned long long cost = __float_as_uint(fmaxf(longest, several) + (slots ? a.merge_cost : 0));
-    mine = min(mine, cost << 32 | (0xffffffffu - unsigned(chunk)));  // of equal ones the largest
+    mine = min(mine, cost << 32 | (0xffffffffu - unsigned(split_tiles)));  // of equal ones the largest
   }
   if (mine != ~0ull) atomicMin(&best, mine);
   __syncthreads();
@@ -132,7 +132,7 @@ __device__ int choose_chunk(const PlanArguments& a) {
 __device__ __forceinline__ void write_item(int32_t* items, int64_t index, const WorkItem& item) {
   int4* const at = reinterpret_cast<int4*>(items) + 2 * index;
   at[0] = make_int4(item.q_start, item.q_count, item.k_start, item.k_count);
-  at[1] = make_int4(item.kv_head, item.piece, item.pieces, item.first_slot);
+  at[1] = make_int4(item.kv_head, item.split, item.splits, item.first_slot);
 }
 
 struct Sums {  // 64 bits: overlapping lengths may add up to anything
@@ -150,21 +150,21 @@ __global__ __launch_bounds__(kThreads) void illada_attention_plan_sm80(const __g
   if (threadIdx.x < kSums) shared.word[threadIdx.x] = 0;
   if (threadIdx.x == 0) keys = idle = 0;
   wait_for_previous_kernel(launch);
-  const int chunk = a.may_split ? choose_chunk(a) : 0;
+  const int split_tiles = a.may_split ? choose_split_tiles(a) : 0;
   __syncthreads();
 
   const int index = int(blockIdx.x);
   const Sequence s(a, index);
-  const ForwardShare share(a, s, chunk);
+  const ForwardShare share(a, s, split_tiles);
   Sums mine{};
 #pragma unroll 1
   for (int i = threadIdx.x; i <= a.num_sequences; i += kThreads) {
     const Sequence other(a, i);
-    const ForwardShare its_share(a, other, chunk);
+    const ForwardShare its_share(a, other, split_tiles);
     const auto is_before = [&](int32_t x, int32_t y) { return x > y || (x == y && i < index); };
     const int64_t backward =
-        a.most_backward ? int64_t(a.num_kv_heads) * ceil_div(other.k_count, kBackwardKeys) : int64_t(0);
-    if (is_before(its_share.piece_keys, share.piece_keys)) {
+        a.max_backward ? int64_t(a.num_kv_heads) * ceil_div(other.k_count, kBackwardKeys) : int64_t(0);
+    if (is_before(its_share.split_keys, share.split_keys)) {
       mine.forward += its_share.items();
       mine.slots += its_share.slots();
     }
@@ -190,27 +190,27 @@ __global__ __launch_bounds__(kThreads) void illada_attention_plan_sm80(const __g
   __syncthreads();
   const Sums& sums = shared.sums;
   if (index == 0 && threadIdx.x == 0)
-    *reinterpret_cast<int4*>(a.plan) = make_int4(int(min(sums.all_forward, int64_t(a.most_forward))),
-                                                 int(min(sums.all_backward, int64_t(a.most_backward))), a.num_sequences,
+    *reinterpret_cast<int4*>(a.plan) = make_int4(int(min(sums.all_forward, int64_t(a.max_forward))),
+                                                 int(min(sums.all_backward, int64_t(a.max_backward))), a.num_sequences,
                                                  (keys != a.key_limit ? kIdleKeys : 0) | idle | a.cluster << 16);
   if (index < a.num_sequences && threadIdx.x == 0)
     reinterpret_cast<int4*>(a.plan)[a.rows - a.num_sequences + sums.rank] =
         make_int4(s.q_start, s.q_start + s.q_count, s.k_start, s.k_start + s.k_count);
 
-  const int64_t forward = min(share.items(), a.most_forward - sums.forward);
+  const int64_t forward = min(share.items(), a.max_forward - sums.forward);
   const int head_tiles = share.tiles / a.num_kv_heads;
   for (int i = threadIdx.x; i < forward; i += kThreads) {
-    const int tile = i / share.pieces, piece = i - tile * share.pieces;
+    const int tile = i / share.splits, split = i - tile * share.splits;
     const int kv_head = tile / head_tiles, first = (tile - kv_head * head_tiles) * a.item_tokens;
-    const int first_key = piece * share.piece_keys;
+    const int first_key = split * share.split_keys;
     write_item(a.plan + 4, sums.forward + i,
                {s.q_start + first, min(a.item_tokens, s.q_count - first), s.k_start + first_key,
-                min(share.piece_keys, s.k_count - first_key), kv_head, piece, share.pieces,
-                share.pieces > 1 ? int(sums.slots) + tile * share.pieces : -1});
+                min(share.split_keys, s.k_count - first_key), kv_head, split, share.splits,
+                share.splits > 1 ? int(sums.slots) + tile * share.splits : -1});
   }
 
   const int key_tiles = ceil_div(s.k_count, kBackwardKeys);
-  const int64_t backward = min(int64_t(a.num_kv_heads) * key_tiles, a.most_backward - sums.backward);
+  const int64_t backward = min(int64_t(a.num_kv_heads) * key_tiles, a.max_backward - sums.backward);
   for (int i = threadIdx.x; i < backward; i += kThreads) {
     const int kv_head = i / key_tiles, tile = i - kv_head * key_tiles, first = tile * kBackwardKeys;
     write_item(
@@ -235,8 +235,8 @@ void launch_plan(const PlanParams& p, const Device& device, const Tiling& tiling
   a.key_limit = s.total_k >= 0 ? int32_t(s.total_k) : p.cu_seqlens_k ? INT32_MAX : int32_t(s.total_q);
   a.num_sequences = s.num_sequences;
   a.num_kv_heads = s.num_kv_heads;
-  a.most_forward = int32_t(max_forward_items(s));
-  a.most_backward = int32_t(max_backward_items(s));
+  a.max_forward = int32_t(max_forward_items(s));
+  a.max_backward = int32_t(max_backward_items(s));
   a.item_tokens = tiling.item_tokens();
   a.cluster = tiling.cluster;
   a.key_tile = tiling.key_tile;

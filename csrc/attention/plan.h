@@ -12,15 +12,15 @@ namespace illada::attention {
 // Work item: one tile of work.
 //
 // Forward: the queries q_start .. q_start + q_count - 1 (at most Tiling::item_tokens) of the H / G heads of one
-// key-value head, against the keys k_start .. k_start + k_count - 1. There may be no keys. With a key split, `pieces` >
-// 1 items have the same queries, and each has a part of the keys. Piece `piece` leaves its result in slot first_slot +
-// piece of the workspace.
+// key-value head, against the keys k_start .. k_start + k_count - 1. There may be no keys. Where a sequence's
+// keys are split, `splits` > 1 items have the same queries, and each has one key split. Key split `split` leaves its
+// result in slot first_slot + split of the workspace.
 //
-// Backward: the keys from k_start on (at most kBackwardKeys) against all queries. `pieces` is the number of key tiles
-// of the sequence, and `piece` the number of this tile.
+// Backward: the keys from k_start on (at most kBackwardKeys) against all queries. Each key tile of the
+// sequence is one key split: `splits` is their number, and `split` the index of this tile.
 struct alignas(16) WorkItem {
   int32_t q_start, q_count, k_start, k_count;
-  int32_t kv_head, piece, pieces, first_slot;
+  int32_t kv_head, split, splits, first_slot;
 };
 
 // First row of a plan. A plan is [rows, 4] int32 and holds, in this order:
@@ -37,11 +37,11 @@ struct PlanHeader {
 
 constexpr int kIdleKeys = 1, kIdleQueries = 2;
 constexpr int kBlockRows = 64;      // tokens x heads of a group in a block; a block has whole tokens, so H / G <= 64
-constexpr int kLeastBlocks = 2;     // fewest blocks of a CTA's tile
-constexpr int kMostBlocks = 3;      // most blocks of a CTA's tile
+constexpr int kMinBlocks = 2;       // fewest blocks of a CTA's tile
+constexpr int kMaxBlocks = 3;       // most blocks of a CTA's tile
 constexpr int kBackwardKeys = 128;  // most keys of a backward item
 constexpr int kSplitItems = 512;    // most tiles of a pack that may have key splits
-constexpr int kSplitSlots = 320;    // slots of the workspace, one for each piece of a key split
+constexpr int kSplitSlots = 320;    // slots of the workspace, one for each key split of a tile
 
 // These functions run before launch.cpp checks the sizes. They must not divide by 0, even for sizes that it refuses.
 inline int group_of(const PackShape& s) { return std::max(s.num_heads / std::max(s.num_kv_heads, 1), 1); }
@@ -63,15 +63,15 @@ struct Tiling {
 
 // Upper bound of the query tiles of a pack, for any lengths and any kernel.
 inline int64_t max_tiles(const PackShape& s) {
-  return s.num_kv_heads * (s.total_q / (int64_t(kLeastBlocks) * block_tokens(s)) + s.num_sequences);
+  return s.num_kv_heads * (s.total_q / (int64_t(kMinBlocks) * block_tokens(s)) + s.num_sequences);
 }
 // True if a pack has enough tiles for all SMs and many tiles per sequence. Pairs of tiles may then share their keys.
 inline bool has_pairs(const PackShape& s) {
-  return max_tiles(s) >= kSplitItems / 2 && s.total_q >= int64_t(s.num_sequences) * 4 * kLeastBlocks * block_tokens(s);
+  return max_tiles(s) >= kSplitItems / 2 && s.total_q >= int64_t(s.num_sequences) * 4 * kMinBlocks * block_tokens(s);
 }
 inline bool may_split(const PackShape& s) { return max_tiles(s) <= kSplitItems && !has_pairs(s); }
-// Room for forward items. It includes room for queries behind the last sequence. It always includes room for the pieces
-// of key splits, so that code that knows the sizes only as symbols needs no case distinction.
+// Room for forward items. It includes room for queries behind the last sequence. It always includes room for key
+// splits, so that code that knows the sizes only as symbols needs no case distinction.
 inline int64_t max_forward_items(const PackShape& s) { return max_tiles(s) + s.num_kv_heads + kSplitSlots; }
 inline int64_t max_backward_items(const PackShape& s) {
   return s.total_k < 0 ? 0 : s.num_kv_heads * (s.total_k / kBackwardKeys + s.num_sequences);
@@ -79,7 +79,7 @@ inline int64_t max_backward_items(const PackShape& s) {
 
 // Tiling of a pack for a kernel that has `blocks` blocks per CTA tile and `key_tile` keys per step. `clusters`: the
 // kernel is built for clusters.
-inline Tiling tiling(const PackShape& s, int blocks, int key_tile, bool clusters) {
+inline Tiling make_tiling(const PackShape& s, int blocks, int key_tile, bool clusters) {
   Tiling t;
   t.tile_tokens = blocks * block_tokens(s);
   t.key_tile = key_tile;
@@ -92,12 +92,12 @@ inline Tiling tiling(const PackShape& s, int blocks, int key_tile, bool clusters
 
 // Rows of a workspace slot, enough for any kernel.
 inline int slot_rows(const PackShape& s) {
-  return int(std::min(s.total_q, int64_t(kMostBlocks) * block_tokens(s)) * group_of(s));
+  return int(std::min(s.total_q, int64_t(kMaxBlocks) * block_tokens(s)) * group_of(s));
 }
 
 // The workspace of the forward: values fp32 [kSplitSlots, rows, D], then sums [kSplitSlots, rows]. A slot belongs to
-// one piece: its values are sum_j p_j v_j and its sums sum_j p_j, with p_j = exp(scale (s_j - reference)). An lse
-// instead of the sum would round away the difference between two pieces' scores. Row r of a slot is token r / (H / G)
+// one key split: its values are sum_j p_j v_j and its sums sum_j p_j, with p_j = exp(scale (s_j - reference)). An lse
+// instead of the sum would round away the difference between two splits' scores. Row r of a slot is token r / (H / G)
 // of the item, head r % (H / G) of the group.
 struct alignas(8) SlotSum {
   float reference, sum;
@@ -122,7 +122,7 @@ ILLADA_HOST_DEVICE const WorkItem* forward_items(const int32_t* plan) {
 
 // Index of the item that the place-th of `places` CTAs (or clusters) takes in a round. The direction alternates between
 // rounds, because the lists are sorted by length.
-ILLADA_HOST_DEVICE int back_and_forth(int round, int place, int places) {
+ILLADA_HOST_DEVICE int serpentine_index(int round, int place, int places) {
   return round * places + (round % 2 ? places - 1 - place : place);
 }
 ILLADA_HOST_DEVICE const WorkItem* backward_items(const int32_t* plan, int64_t first_row) {

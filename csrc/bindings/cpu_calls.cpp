@@ -4,17 +4,16 @@
 // A `_fits` function returns whether all checks of the public function pass, and nothing watches the call. The others
 // compute an op from the arguments of its schema and return its results. They return None for arguments that they do
 // not handle. illada.ops has the same work in Python for those, with all messages.
-#include "bindings/cpu_calls.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <vector>
 
+#include "bindings/module.h"
 #include "bindings/torch_tensors.h"
 #include "cpu/parallel.h"
 #include "cpu/row_kernels.h"
-#include "cpu/weighted_sum.h"
 #include "illada/illada.h"
 
 namespace py = pybind11;
@@ -224,10 +223,20 @@ loss::MaskedCrossEntropyParams cross_entropy_params(const View& logits, const Vi
   p.vocab_size = logits.size(1);
   p.dtype = logits.dtype();
   p.targets = targets.data<const void>();
-  p.weights = weights.data<const float>();
+  p.token_weights = weights.data<const float>();
   p.num_tokens = weights.size(0);
   p.num_threads = num_threads();
   return p;
+}
+
+void sum_weighted(const float* nll, const float* weights, int64_t rows, double scale, void* sum) {
+  loss::WeightedSumParams p;
+  p.nll = nll;
+  p.token_weights = weights;
+  p.num_rows = rows;
+  p.scale = scale;
+  p.loss = static_cast<float*>(sum);
+  loss::weighted_sum_cpu(p);
 }
 
 // Returns (loss, nll, lse, lse_parts).
@@ -249,7 +258,7 @@ py::object masked_cross_entropy(py::handle logits, py::handle targets, py::handl
     {
       py::gil_scoped_release release;
       loss::masked_cross_entropy_cpu(p);
-      loss::weighted_sum_cpu(p.nll, p.weights, rows, *factor, static_cast<float*>(sum.address));
+      sum_weighted(p.nll, p.token_weights, rows, *factor, sum.address);
     }
     return py::make_tuple(sum.tensor, nll.tensor, lse.tensor, lse_parts.tensor);
   });
@@ -412,7 +421,7 @@ py::object linear_masked_cross_entropy(py::handle hidden, py::handle weight, py:
         std::memset(all_nll, 0, size_t(tokens) * sizeof(float));
         for (int64_t n = 0; n < count; ++n) all_nll[selected->rows[size_t(n)]] = nll_of_rows[size_t(n)];
       }
-      loss::weighted_sum_cpu(all_nll, p.weights, tokens, *factor, static_cast<float*>(sum.address));
+      sum_weighted(all_nll, p.token_weights, tokens, *factor, sum.address);
     }
     py::object d_hidden = py::none(), d_weight = py::none();
     if (hidden_grad) {
@@ -512,8 +521,8 @@ py::object sample_tokens(py::handle logits, double temperature, int64_t seed, in
 
 }  // namespace
 
-void add_cpu_calls(py::module_& module) {
-  py::module_ calls = module.def_submodule("cpu_calls", "Ops on plain CPU tensors; see illada.ops.");
+void define_cpu_calls(py::module_& m) {
+  py::module_ calls = m.def_submodule("cpu_calls", "Ops on plain CPU tensors; see illada.ops.");
   calls.def("use_torch", &use_torch);
   calls.def("attention_fits", &attention_fits);
   calls.def("varlen_attention", &varlen_attention);

@@ -74,6 +74,13 @@ const Device& device(const char* op, int index) {
   return entry;
 }
 
+Arch arch_of([[maybe_unused]] const Device& device) {
+#if defined(ILLADA_BUILT_SM90A)
+  if (device.compute_capability == 90) return Arch::kSm90;
+#endif
+  return Arch::kSm80;
+}
+
 DeviceGuard::DeviceGuard(const char* op, int index) {
   int current = 0;
   ILLADA_CUDA_CHECK(op, cudaGetDevice(&current), "asking for the current device");

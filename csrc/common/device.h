@@ -14,6 +14,10 @@
 
 namespace illada {
 
+// Families of kernels. kSm80 runs on compute capability 8.0 and newer, kSm90 (wgmma and TMA, built for sm_90a) on 9.0
+// alone.
+enum class Arch { kSm80, kSm90 };
+
 struct Device {
   int index = 0;
   std::string name;            // "NVIDIA H100 80GB HBM3"
@@ -25,6 +29,9 @@ struct Device {
 
 // Returns a device's properties. They are read once per process. Thread-safe.
 const Device& device(const char* op, int index);
+
+// Returns the newest family of kernels that was built and runs on a device.
+Arch arch_of(const Device& device);
 
 // Makes a device current for a scope. It costs nothing if the device is already current.
 class DeviceGuard {

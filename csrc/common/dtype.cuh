@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "common/ptx.cuh"
+#include "illada/dtype.h"
 
 namespace illada {
 
@@ -19,6 +20,20 @@ struct Half {
   uint16_t bits;
   static constexpr uint16_t kMinusInfinity = 0xfc00;
 };
+
+// Calls f(T{}) with the element type T of logits in `dtype`: float, BFloat16 or Half. The kernels on logits have an
+// instance for each of them.
+template <typename F>
+void dispatch_dtype(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return f(float{});
+    case DType::kBFloat16:
+      return f(BFloat16{});
+    case DType::kFloat16:
+      return f(Half{});
+  }
+}
 
 // CUTLASS's type with the same bits.
 template <typename T>

@@ -6,13 +6,11 @@
 
 #include <cfloat>
 
+#include "common/constants.h"
 #include "common/ptx.cuh"
 #include "common/reduce.cuh"
 
 namespace illada {
-
-constexpr float kLog2eF = 1.4426950408889634f;
-constexpr double kLn2D = 0.6931471805599453;
 
 using ptx::exp2_approx;
 

@@ -10,10 +10,15 @@ namespace illada {
 constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u;  // round multipliers
 constexpr uint32_t kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;  // key increments
 
-// Streams of the token sampler (counter word 3). The forward process in Python uses streams below 16.
-constexpr uint32_t kSampleStream = 16;         // upper 32 bits of the uniforms
-constexpr uint32_t kSampleStreamLowBits = 17;  // lower 32 bits, drawn only for tokens that can still win
-constexpr uint32_t kSampleStreamRandom = 18;   // Measure::kRandom
+// Streams: counter word 3, one for each purpose. Words of different streams are independent. The numbers are part of
+// the results for a seed and never change.
+enum PhiloxStream : uint32_t {
+  // 0 to 15: forward process and scoring, in Python (illada.random).
+  kStreamSample = 16,         // token sampler: upper 32 bits of the uniforms
+  kStreamSampleLowBits = 17,  // token sampler: lower 32 bits, drawn only for tokens that can still win
+  kStreamSampleRandom = 18,   // Measure::kRandom
+  // From 19 on: commit rules, in Python (illada.random).
+};
 
 // A counter, or the four random words of one.
 struct PhiloxWords {

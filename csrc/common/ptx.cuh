@@ -26,14 +26,14 @@ __device__ __forceinline__ void keep_memory_order() { asm volatile("" ::: "memor
 // Hides the value of x from the compiler, without changing it. Values derived from x in a loop are then computed there
 // and not kept in registers around the loop. (cute::warpgroup_fence_operand would also act as keep_memory_order.)
 template <typename T>
-__device__ __forceinline__ void made_anew(T& x) {
+__device__ __forceinline__ void hide_value(T& x) {
   static_assert(sizeof(T) == 4);
   asm volatile("" : "+r"(x));
 }
-__device__ __forceinline__ void made_anew(const int32_t*& x) { asm volatile("" : "+l"(x)); }
+__device__ __forceinline__ void hide_value(const int32_t*& x) { asm volatile("" : "+l"(x)); }
 
 // Reads threadIdx.x again. Values derived from it then hold no registers during a main loop that needs all of them.
-__device__ __forceinline__ uint32_t thread_again() {
+__device__ __forceinline__ uint32_t reread_thread_index() {
   uint32_t thread;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
   return thread;

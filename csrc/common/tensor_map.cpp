@@ -16,7 +16,7 @@ namespace {
 
 using Encode = decltype(&cuTensorMapEncodeTiled);
 
-// Asked of the runtime, so that nothing links to the driver: the module loads on machines that have none.
+// Looks the function up through the runtime. Nothing links to the driver, so the module loads on machines without one.
 Encode find_encode(const char* op) {
   void* function = nullptr;
   cudaDriverEntryPointQueryResult found{};
@@ -32,7 +32,7 @@ Encode find_encode(const char* op) {
   return reinterpret_cast<Encode>(function);
 }
 
-CUtensorMapDataType type_of(DType dtype) {
+CUtensorMapDataType data_type(DType dtype) {
   switch (dtype) {
     case DType::kFloat32:
       return CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
@@ -44,14 +44,14 @@ CUtensorMapDataType type_of(DType dtype) {
   return CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
 }
 
-constexpr int kMostRank = 5;
+constexpr int kMaxRank = 5;
 
-// All that a map here depends on; what is beyond `rank` is 0.
+// Everything that a tensor map depends on. Elements beyond `rank` are 0.
 struct Key {
   uint64_t address = 0;
-  uint64_t sizes[kMostRank] = {};
-  uint64_t strides[kMostRank - 1] = {};  // in bytes, of all dimensions but the first
-  uint32_t box[kMostRank] = {};
+  uint64_t sizes[kMaxRank] = {};
+  uint64_t strides[kMaxRank - 1] = {};  // in bytes; the first dimension has none
+  uint32_t box[kMaxRank] = {};
   uint32_t rank = 0, type = 0, padding = 0;
 
   bool operator==(const Key& other) const { return std::memcmp(this, &other, sizeof(Key)) == 0; }
@@ -60,18 +60,18 @@ static_assert(std::has_unique_object_representations_v<Key>);
 
 // Boxes of 128-byte rows, swizzled.
 CUtensorMap encode(const char* op, const Key& key) {
-  // A member, so that it is not made at the caller's place for the result: GCC 12 aligns some of these places to 16
-  // bytes, and the driver refuses a map that is not aligned to 64.
+  // A member, so that the map is not built in the caller's return slot. GCC 12 aligns some of these slots to 16 bytes,
+  // and the driver refuses a map that is not aligned to 64.
   struct {
     CUtensorMap map;
   } made;
-  cuuint64_t sizes[kMostRank], strides[kMostRank];
-  cuuint32_t steps[kMostRank];
-  std::copy(key.sizes, key.sizes + kMostRank, sizes);
-  std::copy(key.strides, key.strides + kMostRank - 1, strides);
-  std::fill(steps, steps + kMostRank, 1);
-  // On Blackwell, CuTe from 4.3.4 on corrects the map of a tensor of less than 128 KiB where the driver is older than
-  // CUDA 13.2: to be done here before a kernel for sm_100 reads one. Hopper needs nothing.
+  cuuint64_t sizes[kMaxRank], strides[kMaxRank];
+  cuuint32_t steps[kMaxRank];
+  std::copy(key.sizes, key.sizes + kMaxRank, sizes);
+  std::copy(key.strides, key.strides + kMaxRank - 1, strides);
+  std::fill(steps, steps + kMaxRank, 1);
+  // CuTe from 4.3.4 on corrects the map of a tensor of less than 128 KiB on Blackwell with drivers older than
+  // CUDA 13.2. A kernel for sm_100 would need that correction here. Hopper needs none.
   static const Encode encode_tiled = find_encode(op);
   count_call(DriverCall::kEncodeTensorMap);
   const CUresult result =
@@ -88,16 +88,16 @@ CUtensorMap encode(const char* op, const Key& key) {
   return made.map;
 }
 
-// Maps made before. A map is its key's numbers in another form: it says nothing of the memory that lies at its address,
-// nor of a device (those with TMA kernels here are all of compute capability 9.0), so that it never goes stale. Calls
-// of a model repeat with the same addresses: a training step has about 8 maps a layer.
+// Cache of encoded maps. A map is its key's numbers in another form. It describes neither the memory at its address nor
+// a device (all devices with TMA kernels here have compute capability 9.0), so entries never become invalid. Calls of a
+// model repeat with the same addresses: a training step has about 8 maps per layer.
 //
-// Sets of kWays; in a full set the oldest one makes room. 256 KiB in all, of which pages that hold nothing are never
-// touched. Nobody waits for a set: who finds another thread at it encodes the map.
+// Set-associative with kWays; a full set replaces its oldest entry. 256 KiB in all; unused pages are never touched. No
+// thread waits for a set: a thread that finds the set in use encodes its map.
 class Cache {
  public:
   CUtensorMap find_or_encode(const char* op, const Key& key) {
-    const uint64_t hash = hash_of(key);
+    const uint64_t hash = hash_key(key);
     Set& set = sets_[hash >> 32 & (kSets - 1)];
     if (set.busy.test_and_set(std::memory_order_acquire)) return encode(op, key);
     for (int way = 0; way < kWays; ++way)
@@ -124,12 +124,12 @@ class Cache {
     std::atomic_flag busy = ATOMIC_FLAG_INIT;
     unsigned next = 0;
     uint64_t hashes[kWays] = {};
-    Key keys[kWays] = {};  // rank 0: none yet
+    Key keys[kWays] = {};  // rank 0 means empty
     CUtensorMap maps[kWays] = {};
   };
 
-  // The products do not depend on each other; their upper halves have something of every bit.
-  static uint64_t hash_of(const Key& key) {
+  // The products are independent of each other, and their upper halves depend on every bit.
+  static uint64_t hash_key(const Key& key) {
     uint64_t words[sizeof(Key) / sizeof(uint64_t)], sum = 0, factor = 0x9e3779b97f4a7c15u;
     std::memcpy(words, &key, sizeof(words));
     for (const uint64_t word : words) {
@@ -142,19 +142,19 @@ class Cache {
   Set sets_[kSets];
 };
 
-Cache cache;  // zeros: nothing runs before main
+Cache cache;  // zero-initialised, so no constructor runs before main
 
 template <int kRank>
 CUtensorMap tensor_map(const char* op, DType dtype, const void* data, const uint64_t (&sizes)[kRank],
                        const uint64_t (&strides)[kRank - 1], const uint32_t (&box)[kRank]) {
-  static_assert(kRank <= kMostRank);
+  static_assert(kRank <= kMaxRank);
   Key key;
   key.address = reinterpret_cast<uintptr_t>(data);
   std::copy(sizes, sizes + kRank, key.sizes);
   std::copy(strides, strides + kRank - 1, key.strides);
   std::copy(box, box + kRank, key.box);
   key.rank = kRank;
-  key.type = uint32_t(type_of(dtype));
+  key.type = uint32_t(data_type(dtype));
   return cache.find_or_encode(op, key);
 }
 
@@ -170,14 +170,14 @@ CUtensorMap tensor_map_ragged(const char* op, const RaggedView& view, int box_he
   const uint64_t element = uint64_t(element_size(view.dtype));
   const uint64_t stride = uint64_t(view.token_stride) * element;
   // The second and third strides of tokens add up to 2^34, and kRaggedTokens times that is 2^64, which is 0.
-  constexpr uint64_t kBoth = uint64_t(1) << 34;
-  static_assert(uint64_t(kRaggedTokens) * kBoth == 0);
-  ILLADA_CHECK(view.tokens <= kRaggedTokens && stride < kBoth, op, "TMA needs at most ", kRaggedTokens,
+  constexpr uint64_t kStrideSum = uint64_t(1) << 34;
+  static_assert(uint64_t(kRaggedTokens) * kStrideSum == 0);
+  ILLADA_CHECK(view.tokens <= kRaggedTokens && stride < kStrideSum, op, "TMA needs at most ", kRaggedTokens,
                " tokens, less than 2^34 bytes apart; got ", view.tokens, " tokens, ", stride, " bytes apart");
   return tensor_map<5>(op, view.dtype, view.data,
                        {uint64_t(view.columns), uint64_t(view.heads), uint64_t(kRaggedTokens),
                         uint64_t(kRaggedTokens) + 1, uint64_t(view.tokens) + 1},
-                       {uint64_t(view.head_stride) * element, stride, kBoth - stride, stride},
+                       {uint64_t(view.head_stride) * element, stride, kStrideSum - stride, stride},
                        {uint32_t(128 / element), uint32_t(box_heads), uint32_t(box_tokens), 1, 1});
 }
 

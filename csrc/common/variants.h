@@ -8,7 +8,7 @@ namespace illada {
 
 enum class ProgrammaticLaunch { kWait, kEarly, kOff };
 enum class L2Hints { kOff, kOn };
-enum class AttentionBackwardSums { kRed2, kRed4, kBulk, kTwice };
+enum class AttentionBackwardSums { kRed2, kRed4, kBulk, kRecompute };
 enum class AttentionBackwardStart { kTogether, kStaggered };
 enum class AttentionBackwardReports { k1, k2, k4 };
 enum class AttentionForwardD128 { k128x2x3, k128x2x2, k176x2x2 };

@@ -39,9 +39,9 @@ void validate(const Params& p) {
   const PackShape& s = p.shape;
   ILLADA_CHECK(s.num_kv_heads > 0 && s.num_heads > 0 && s.num_heads % s.num_kv_heads == 0, kOp, "num_heads ",
                s.num_heads, " must be a multiple of num_kv_heads ", s.num_kv_heads);
-  if ((p.dtype != DType::kFloat32 && p.dtype != DType::kBFloat16) || s.head_dim < 1 || s.head_dim > cpu::kMostHeadDim)
+  if ((p.dtype != DType::kFloat32 && p.dtype != DType::kBFloat16) || s.head_dim < 1 || s.head_dim > cpu::kMaxHeadDim)
     detail::fail<NotSupported>(kOp, "on a CPU there are kernels for float32 and bfloat16 and head dims up to ",
-                               cpu::kMostHeadDim, "; got ", name(p.dtype), " and ", s.head_dim);
+                               cpu::kMaxHeadDim, "; got ", name(p.dtype), " and ", s.head_dim);
   ILLADA_CHECK(p.softmax_scale > 0 && std::isfinite(p.softmax_scale), kOp, "softmax_scale must be finite and > 0, got ",
                p.softmax_scale);
   ILLADA_CHECK(s.total_q == 0 || (p.q.data && p.plan && p.out && p.lse), kOp, "q, plan, out and lse must not be null");
@@ -65,7 +65,7 @@ struct Part {
 struct Work {
   std::vector<Part> parts;
   int64_t queries = 0, keys = 0;  // of sequences that have both
-  int64_t most_keys = 0;          // of a part with gradients of keys
+  int64_t max_keys = 0;           // of a part with gradients of keys
   int threads = 1;
 };
 
@@ -87,7 +87,7 @@ Work share_out(const BackwardParams& p) {
     work.queries += x.q_end - x.q_start;
     work.keys += keys;
     const bool whole = 5 * double(pairs(x)) * work.threads <= 7 * all;
-    work.most_keys = std::max(work.most_keys, whole ? keys : std::min(keys, kKeysOfPart));
+    work.max_keys = std::max(work.max_keys, whole ? keys : std::min(keys, kKeysOfPart));
     for (int64_t head = 0; head < heads; ++head) {
       if (whole) {
         work.parts.push_back({i, head, 0, rows, 0, keys, true, true});
@@ -163,18 +163,18 @@ void forward_cpu(const ForwardParams& p) {
   const cpu::RowKernels& kernels = cpu::row_kernels();
   const auto attend = p.dtype == DType::kFloat32 ? kernels.attend_f32 : kernels.attend_bf16;
   const int64_t size = element_size(p.dtype), group = s.num_heads / s.num_kv_heads;
-  int64_t most_tiles = 0, pairs = 0;
+  int64_t max_tiles = 0, pairs = 0;
   for (int64_t i = 0; i < p.plan_rows; ++i) {
     const Sequence x = sequence(p, i);
     pairs += (x.q_end - x.q_start) * (x.k_end - x.k_start);
-    most_tiles = std::max(most_tiles, (x.q_end - x.q_start) * group);
+    max_tiles = std::max(max_tiles, (x.q_end - x.q_start) * group);
   }
-  most_tiles = (most_tiles + kernels.tile_rows - 1) / kernels.tile_rows;
+  max_tiles = (max_tiles + kernels.tile_rows - 1) / kernels.tile_rows;
   // Sequences of fewer tiles than the longest one leave some of these without work.
   const int threads = cpu::threads_for(pairs * s.num_heads * s.head_dim, p.num_threads);
-  cpu::parallel_for(p.plan_rows * s.num_kv_heads * most_tiles, threads, [&](int64_t n) {
-    const Sequence x = sequence(p, n / most_tiles / s.num_kv_heads);
-    const int64_t kv_head = n / most_tiles % s.num_kv_heads, first = n % most_tiles * kernels.tile_rows;
+  cpu::parallel_for(p.plan_rows * s.num_kv_heads * max_tiles, threads, [&](int64_t n) {
+    const Sequence x = sequence(p, n / max_tiles / s.num_kv_heads);
+    const int64_t kv_head = n / max_tiles % s.num_kv_heads, first = n % max_tiles * kernels.tile_rows;
     const int64_t rows = std::min<int64_t>((x.q_end - x.q_start) * group - first, kernels.tile_rows);
     if (rows <= 0) return;
     cpu::AttentionTile tile;
@@ -213,7 +213,7 @@ void backward_cpu(const BackwardParams& p) {
   }
   if (work.parts.empty()) return;
 
-  const int64_t scratch_floats = cpu::gradient_scratch(s.head_dim, work.most_keys);
+  const int64_t scratch_floats = cpu::gradient_scratch(s.head_dim, work.max_keys);
   const Scratch scratch(scratch_floats * work.threads);
   const cpu::RowKernels& kernels = cpu::row_kernels();
   const auto differentiate = p.dtype == DType::kFloat32 ? kernels.differentiate_f32 : kernels.differentiate_bf16;

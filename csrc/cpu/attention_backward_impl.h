@@ -63,16 +63,16 @@ struct Scratch {
   float *reference, *log_sum, *c;  // per row; lse is the sum of the first two
 };
 
-// Calls f(Int<vectors>, first) for strips of `lanes`, each of at most kMostVectors vectors. The last strip may extend
+// Calls f(Int<vectors>, first) for strips of `lanes`, each of at most kMaxVectors vectors. The last strip may extend
 // beyond `lanes`.
 template <typename F>
 inline void strips(int lanes, F&& f) {
-  constexpr int kStrip = kMostVectors * kLanes;
+  constexpr int kStrip = kMaxVectors * kLanes;
   int first = 0;
-  for (; first + kStrip <= lanes; first += kStrip) f(Int<kMostVectors>{}, first);
+  for (; first + kStrip <= lanes; first += kStrip) f(Int<kMaxVectors>{}, first);
   const int left = (lanes - first + kLanes - 1) / kLanes;
   if (left == 1) f(Int<1>{}, first);
-  if constexpr (kMostVectors == 4) {
+  if constexpr (kMaxVectors == 4) {
     if (left == 2) f(Int<2>{}, first);
     if (left == 3) f(Int<3>{}, first);
     if (left == 4) f(Int<4>{}, first);

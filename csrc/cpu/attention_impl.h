@@ -28,12 +28,12 @@
 
 namespace illada::cpu::ILLADA_ISA {
 
-constexpr int kMostVectors = kLanes == 16 ? 4 : 2;  // most vectors of a tile; registers hold 4 sums of each
-constexpr int kTileRows = kMostVectors * kLanes;
+constexpr int kMaxVectors = kLanes == 16 ? 4 : 2;  // most vectors of a tile; registers hold 4 sums of each
+constexpr int kTileRows = kMaxVectors * kLanes;
 constexpr int kKeys = 64;
-static_assert(kTileRows <= kMostTileRows);
+static_assert(kTileRows <= kMaxTileRows);
 // Number of sums of `vectors` vectors each: as many as the registers hold, or enough to keep the units busy.
-constexpr int sums_of(int vectors) { return 2 * vectors <= kMostVectors ? 8 : 4; }
+constexpr int sums_of(int vectors) { return 2 * vectors <= kMaxVectors ? 8 : 4; }
 
 // sums[m] += sum_k a[m * next + k * step] b[k * pitch]
 template <int kSums, int kVectors, typename T>
@@ -67,7 +67,7 @@ inline VecF exp2_or_0(VecF x) { return x < -126.0f ? VecF{} : exp2(x); }
 template <int kVectors, typename T>
 void attend_rows(const AttentionTile& a) {
   constexpr int kTile = kVectors * kLanes, kSums = sums_of(kVectors);
-  alignas(64) float q[kMostHeadDim * kTile], out[kMostHeadDim * kTile], scores[kKeys * kTile], row_sum[kTile];
+  alignas(64) float q[kMaxHeadDim * kTile], out[kMaxHeadDim * kTile], scores[kKeys * kTile], row_sum[kTile];
   const int dim = a.head_dim, whole_dim = dim - dim % kLanes;  // part of a row that whole vectors cover
   const auto token_of = [&](int row) { return (a.first_row + row) / a.group; };
   const auto head_of = [&](int row) { return (a.first_row + row) % a.group; };
@@ -155,7 +155,7 @@ template <typename T>
 void attend(const AttentionTile& a) {
   const int vectors = (a.rows + kLanes - 1) / kLanes;
   if (vectors == 1) return attend_rows<1, T>(a);
-  if constexpr (kMostVectors == 4) {
+  if constexpr (kMaxVectors == 4) {
     if (vectors == 3) return attend_rows<3, T>(a);
     if (vectors == 4) return attend_rows<4, T>(a);
   }

@@ -1,7 +1,7 @@
-#include "cpu/attention_plan.h"
-
 #include <algorithm>
 #include <vector>
+
+#include "illada/attention.h"
 
 namespace illada::attention {
 

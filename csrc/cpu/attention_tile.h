@@ -5,7 +5,7 @@
 
 namespace illada::cpu {
 
-constexpr int kMostHeadDim = 256, kMostTileRows = 64;
+constexpr int kMaxHeadDim = 256, kMaxTileRows = 64;
 
 // Arguments of the forward of one tile. A sequence's rows are tokens x heads of a group. A tile is `rows` rows from
 // first_row on (at most RowKernels::tile_rows), against all `keys` of the sequence. There may be no keys. Pointers are

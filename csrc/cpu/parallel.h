@@ -11,10 +11,10 @@
 
 namespace illada::cpu {
 
-// Returns `most`, or 1 if `work` elements are too few for more threads. Waking threads takes microseconds.
-inline int threads_for(int64_t work, int most) {
-  constexpr int64_t kPerThread = 1 << 14;
-  return work < kPerThread ? 1 : most;
+// Returns `max_threads`, or 1 if `work` elements are too few for more threads. Waking threads takes microseconds.
+inline int threads_for(int64_t work, int max_threads) {
+  constexpr int64_t kMinWorkPerThread = 1 << 14;
+  return work < kMinWorkPerThread ? 1 : max_threads;
 }
 
 // Calls f(n), or f(n, thread), for n in [0, count) on num_threads threads of the process's OpenMP pool. Where torch is

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "common/philox.h"
+#include "cpu/logits.h"
 #include "cpu/parallel.h"
 #include "cpu/row_kernels.h"
 #include "cpu/sample_filter.h"
@@ -16,8 +17,7 @@ namespace {
 
 void validate(const SampleTokensParams& p) {
   constexpr const char* kOp = "sample_tokens";
-  ILLADA_CHECK(p.dtype == DType::kFloat32 || p.dtype == DType::kBFloat16, kOp,
-               "logits on a CPU must be float32 or bfloat16, got ", name(p.dtype));
+  cpu::check_logits_dtype(kOp, p.dtype);
   ILLADA_CHECK(p.num_rows >= 0, kOp, "num_rows must not be negative, got ", p.num_rows);
   ILLADA_CHECK(p.vocab_size > 0 && p.vocab_size <= std::numeric_limits<int32_t>::max(), kOp,
                "vocab_size must be in [1, 2^31), got ", p.vocab_size);
@@ -70,12 +70,12 @@ void validate(const RemaskParams& p) {
                  ", which int32 tokens cannot hold");
 }
 
-// How many of the ranked candidates a prefix rule takes.
+// Returns how many of the ranked candidates the rule commits.
 int64_t count_by_rule(const RemaskParams& p, int64_t s, const std::vector<int64_t>& ranked) {
   const int64_t candidates = int64_t(ranked.size());
   if (p.rule == Rule::kQuota) {
     if (p.limits) return std::clamp<int64_t>(static_cast<const int32_t*>(p.limits)[s], 0, candidates);
-    // Compared before it is converted, as an integer holds neither infinity nor 1e30.
+    // Compare before the conversion, because an integer holds neither infinity nor 1e30.
     return p.limit >= float(candidates) ? candidates : p.limit > 0 ? int64_t(p.limit) : 0;
   }
   const float limit = p.limits ? static_cast<const float*>(p.limits)[s] : p.limit;
@@ -92,7 +92,7 @@ int64_t count_by_rule(const RemaskParams& p, int64_t s, const std::vector<int64_
       while (count < candidates && p.confidence[ranked[count]] > 1.0 - double(limit) / double(count + 2)) ++count;
       break;
     case Rule::kEntropyBound:
-      // Ascending, so the largest of a prefix is its last: the sum without it is the sum before it.
+      // Entropies ascend, so the largest of a prefix is its last. The sum without it is the sum before it.
       while (count < candidates && entropies <= limit) entropies += p.entropy[ranked[count++]];
       break;
   }
@@ -103,7 +103,7 @@ template <typename Token>
 void remask_sequence(const RemaskParams& p, Token* tokens, int64_t s) {
   std::vector<int64_t> ranked;
   for (int64_t n = p.cu_rows[s]; n < p.cu_rows[s + 1]; ++n) {
-    // An entropy without a value has no place in an order.
+    // A NaN entropy has no rank.
     const bool has_rank = p.rule != Rule::kEntropyBound || !std::isnan(p.entropy[n]);
     if (tokens[p.rows[n]] == p.mask_id && p.confidence[n] > -std::numeric_limits<float>::infinity() && has_rank)
       ranked.push_back(n);
@@ -155,7 +155,7 @@ void sample_tokens_cpu(const SampleTokensParams& p) {
     const cpu::RowFilter filter{p.top_ks ? p.top_ks[n] : p.top_k, p.top_ps ? p.top_ps[n] : p.top_p,
                                 p.confidence_at_temperature};
     const cpu::SampleRowResult found =
-        filter.asks(row) ? cpu::sample_filtered(kernels, bf16, row, filter) : sample(row);
+        filter.is_active(row) ? cpu::sample_filtered(kernels, bf16, row, filter) : sample(row);
 
     p.token[n] = found.token;
     p.logprob[n] = found.logprob;
@@ -165,7 +165,7 @@ void sample_tokens_cpu(const SampleTokensParams& p) {
     if (p.measure == Measure::kMargin) confidence = found.margin;
     if (p.measure == Measure::kEntropy) confidence = -found.entropy;
     if (p.measure == Measure::kRandom) {
-      const PhiloxWords counter{{0, row.row_id, row.step, kSampleStreamRandom}};
+      const PhiloxWords counter{{0, row.row_id, row.step, kStreamSampleRandom}};
       confidence = float(philox4x32(counter, uint32_t(row.seed), uint32_t(row.seed >> 32)).word[0] >> 8) * 0x1p-24f;
     }
     p.confidence[n] = found.valid ? confidence : -std::numeric_limits<float>::infinity();

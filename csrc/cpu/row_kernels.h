@@ -4,11 +4,10 @@
 
 #include <cstdint>
 
+#include "common/constants.h"
 #include "cpu/attention_tile.h"
 
 namespace illada::cpu {
-
-constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
 // Arguments of sample_tokens for one row.
 struct SampleRow {

@@ -18,7 +18,6 @@
 namespace illada::cpu::ILLADA_ISA {
 
 constexpr int64_t kBlock = 2048;
-constexpr float kLog2eF = float(kLog2e);
 
 // Online softmax terms of a row, in base 2 and relative to `reference`:
 //   sum = sum 2^((x - reference) log2 e),   weighted = sum 2^(...) * (x - reference) log2 e.
@@ -170,7 +169,7 @@ class NoisyArgmax {
  public:
   explicit NoisyArgmax(const SampleRow& row)
       : row_(row),
-        lanes_(row.seed, row.row_id, row.step, kSampleStream),
+        lanes_(row.seed, row.row_id, row.step, kStreamSample),
         inverse_temperature_(float(std::fmin(kLog2e / row.temperature, 1e30))) {}
 
   template <typename T>
@@ -191,7 +190,7 @@ class NoisyArgmax {
     }
     for (; i < count; ++i) {
       const uint64_t v = uint64_t(first + i);
-      offer(to_float(x[i]), word(v, kSampleStream), int64_t(v));
+      offer(to_float(x[i]), word(v, kStreamSample), int64_t(v));
     }
   }
 
@@ -213,7 +212,7 @@ class NoisyArgmax {
   }
 
   void offer(float x, uint32_t upper, int64_t v) {
-    const double lower = word(uint64_t(v), kSampleStreamLowBits);
+    const double lower = word(uint64_t(v), kStreamSampleLowBits);
     const double u = (double(upper) + (lower + 0.5) * 0x1p-32) * 0x1p-32;
     const double noisy = double(x) - double(row_.temperature) * std::log(-std::log1p(-u));
     if (noisy > best_) {  // strictly: in a tie the lowest index wins

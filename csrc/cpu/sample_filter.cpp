@@ -26,9 +26,9 @@ float kth_largest(const std::vector<float>& x, int64_t k) {
 // that it sorts the logits of one bin only.
 void keep_top_p(std::vector<float>& x, float maximum, float temperature, float top_p) {
   constexpr int kBins = 2048;
-  constexpr double kBinsOfOne = 64;  // bins per factor e in probability
+  constexpr double kBinsPerNat = 64;  // bins per factor e in probability
   const auto nats_below = [&](float value) { return (double(maximum) - double(value)) / double(temperature); };
-  const auto bin_of = [&](float value) { return int(std::min(nats_below(value) * kBinsOfOne, double(kBins - 1))); };
+  const auto bin_of = [&](float value) { return int(std::min(nats_below(value) * kBinsPerNat, double(kBins - 1))); };
   std::vector<double> mass(kBins, 0.0);
   double total = 0;
   for (const float value : x)
@@ -39,18 +39,18 @@ void keep_top_p(std::vector<float>& x, float maximum, float temperature, float t
   int last_bin = 0;
   while (last_bin < kBins - 1 && sum + mass[size_t(last_bin)] < target) sum += mass[size_t(last_bin++)];
 
-  std::vector<std::pair<float, int64_t>> of_bin;
+  std::vector<std::pair<float, int64_t>> bin_entries;
   for (size_t v = 0; v < x.size(); ++v) {
     if (x[v] == -kInfinity) continue;
     const int bin = bin_of(x[v]);
-    if (bin == last_bin) of_bin.emplace_back(x[v], int64_t(v));
+    if (bin == last_bin) bin_entries.emplace_back(x[v], int64_t(v));
     if (bin > last_bin) x[v] = -kInfinity;
   }
-  std::sort(of_bin.begin(), of_bin.end(),
+  std::sort(bin_entries.begin(), bin_entries.end(),
             [](const auto& a, const auto& b) { return a.first != b.first ? a.first > b.first : a.second < b.second; });
-  for (size_t i = 0; i < of_bin.size(); ++i) {
-    if (sum >= target) x[size_t(of_bin[i].second)] = -kInfinity;
-    sum += std::exp(-nats_below(of_bin[i].first));
+  for (size_t i = 0; i < bin_entries.size(); ++i) {
+    if (sum >= target) x[size_t(bin_entries[i].second)] = -kInfinity;
+    sum += std::exp(-nats_below(bin_entries[i].first));
   }
 }
 

@@ -11,7 +11,7 @@ struct RowFilter {
   bool confidence_at_temperature;
 
   // Returns true if the row needs more than the row kernel.
-  bool asks(const SampleRow& row) const {
+  bool is_active(const SampleRow& row) const {
     return confidence_at_temperature ||
            (row.temperature > 0 && ((top_k > 0 && top_k < row.vocab_size) || top_p < 1.0f));
   }

@@ -3,26 +3,23 @@
 
 #include <limits>
 
+#include "common/memory.h"
+
 namespace illada::loss {
 namespace {
 
 constexpr const char* kOp = "masked_cross_entropy";
 
-// Of rows that lie apart or overlap.
-int64_t bytes_of_rows(int64_t rows, int64_t stride, int64_t width, int64_t element) {
-  return rows == 0 ? 0 : ((rows - 1) * stride + width) * element;
-}
-
 void validate(const MaskedCrossEntropyParams& p) {
-  // Kernels count ids and CTAs in 32 bits, and step behind the last id by a piece.
-  constexpr int64_t kMostInt32 = std::numeric_limits<int32_t>::max(), kMostIds = kMostInt32 - kPieceVectors * 8;
+  // Kernels count ids and CTAs in 32 bits. Their loops pass the last id by up to a vocab tile.
+  constexpr int64_t kMaxInt32 = std::numeric_limits<int32_t>::max(), kMaxIds = kMaxInt32 - kVocabTileVectors * 8;
   ILLADA_CHECK(p.dtype == DType::kFloat32 || p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16, kOp,
                "unknown dtype ", int(p.dtype));
   ILLADA_CHECK(p.num_rows >= 0 && p.num_tokens >= 0, kOp, "negative size: ", p.num_rows, " rows, ", p.num_tokens,
                " tokens");
   ILLADA_CHECK(p.rows || p.num_rows <= p.num_tokens, kOp, "logits have ", p.num_rows, " rows, but there are ",
                p.num_tokens, " tokens and no rows are given");
-  ILLADA_CHECK(p.vocab_size > 0 && p.vocab_size <= kMostIds, kOp, "vocab_size must be positive and at most ", kMostIds,
+  ILLADA_CHECK(p.vocab_size > 0 && p.vocab_size <= kMaxIds, kOp, "vocab_size must be positive and at most ", kMaxIds,
                ", got ", p.vocab_size);
   ILLADA_CHECK(p.vocab_start >= 0, kOp, "vocab_start must not be negative, got ", p.vocab_start);
   ILLADA_CHECK(p.logits_row_stride >= 0, kOp, "logits row stride must not be negative, got ", p.logits_row_stride);
@@ -31,19 +28,19 @@ void validate(const MaskedCrossEntropyParams& p) {
   ILLADA_CHECK(p.grad != p.logits || p.grad_row_stride == p.logits_row_stride || p.num_rows <= 1, kOp,
                "grad is logits, but its row stride is ", p.grad_row_stride, " and not ", p.logits_row_stride);
   ILLADA_CHECK(reinterpret_cast<uintptr_t>(p.lse_parts) % 8 == 0, kOp, "lse_parts must be 8-byte aligned");
-  const int64_t most_rows = kMostInt32 / (int64_t(pieces_of(p.vocab_size)) + 8);
-  ILLADA_CHECK(p.num_rows <= most_rows, kOp, "logits of ", p.vocab_size, " ids may have ", most_rows, " rows, got ",
+  const int64_t max_rows = kMaxInt32 / (int64_t(vocab_tile_count(p.vocab_size)) + 8);
+  ILLADA_CHECK(p.num_rows <= max_rows, kOp, "logits of ", p.vocab_size, " ids may have ", max_rows, " rows, got ",
                p.num_rows);
 }
 
 void check_memory(const MaskedCrossEntropyParams& p, bool backward, int64_t workspace) {
   const int64_t n = p.num_rows, element = element_size(p.dtype);
   const bool in_place = p.grad == p.logits;
-  const Region logits{"logits", p.logits, bytes_of_rows(n, p.logits_row_stride, p.vocab_size, element)};
-  const Region grad{"grad", p.grad, bytes_of_rows(n, p.grad_row_stride, p.vocab_size, element), !backward};
+  const Region logits{"logits", p.logits, strided_bytes(n, p.logits_row_stride, p.vocab_size, element)};
+  const Region grad{"grad", p.grad, strided_bytes(n, p.grad_row_stride, p.vocab_size, element), !backward};
   std::vector<Region> inputs = {{"rows", p.rows, 4 * n, true},
                                 {"targets", p.targets, p.num_tokens * (p.targets_are_int64 ? 8 : 4)},
-                                {"token_weights", p.weights, 4 * p.num_tokens},
+                                {"token_weights", p.token_weights, 4 * p.num_tokens},
                                 {"dlse", p.dlse, 4 * n, true},
                                 {"normalizer", p.normalizer, 4, true},
                                 {"dloss", p.dloss, 4, true}};
@@ -64,8 +61,8 @@ void check_memory(const MaskedCrossEntropyParams& p, bool backward, int64_t work
 }  // namespace
 
 int64_t masked_cross_entropy_workspace(int64_t num_rows, int64_t vocab_size) {
-  const int pieces = pieces_of(vocab_size);
-  return pieces == 1 ? 0 : num_rows * pieces * int64_t(sizeof(float2));
+  const int vocab_tiles = vocab_tile_count(vocab_size);
+  return vocab_tiles == 1 ? 0 : num_rows * vocab_tiles * int64_t(sizeof(float2));
 }
 
 void masked_cross_entropy_cuda(const MaskedCrossEntropyParams& p) {
@@ -78,7 +75,7 @@ void masked_cross_entropy_cuda(const MaskedCrossEntropyParams& p) {
   const int64_t workspace = fused.vectors ? 0 : masked_cross_entropy_workspace(p.num_rows, p.vocab_size);
   ILLADA_CHECK(p.workspace_bytes >= workspace, kOp, "workspace must have ", workspace, " bytes, got ",
                p.workspace_bytes);
-  ILLADA_CHECK(reinterpret_cast<uintptr_t>(p.workspace) % 16 == 0, kOp, "workspace must be 16-byte aligned");
+  ILLADA_CHECK(is_aligned(p.workspace), kOp, "workspace must be 16-byte aligned");
   ILLADA_CHECK(!p.grad || fused.vectors || p.lse_parts, kOp, "a gradient of ", p.vocab_size,
                " ids takes a forward and a backward, which needs lse_parts");
   check_memory(p, false, workspace);
@@ -100,7 +97,7 @@ void weighted_sum_cuda(const WeightedSumParams& p) {
   const DeviceGuard guard(kOp, p.launch.device);
   check_regions(kOp, p.launch,
                 {{"nll", p.nll, 4 * p.num_rows},
-                 {"token_weights", p.weights, 4 * p.num_rows},
+                 {"token_weights", p.token_weights, 4 * p.num_rows},
                  {"normalizer", p.normalizer, 4, true}},
                 {{"loss", p.loss, 4}});
   launch_weighted_sum(p, device(kOp, p.launch.device));

@@ -7,14 +7,14 @@
 
 namespace illada::loss {
 
-// Vectors of 8 ids in a piece of a row of logits. One CTA handles one piece. The pieces of a row and their order of
-// summation do not depend on the batch.
-constexpr int kPieceVectors = 2048;
-// Number of pieces of a row.
-inline int pieces_of(int64_t vocab_size) {
+// Vectors of 8 ids in a vocab tile. One CTA processes one vocab tile of one row. The vocab tiles of a row and the order
+// in which their sums are added do not depend on the batch.
+constexpr int kVocabTileVectors = 2048;
+// Number of vocab tiles of a row.
+inline int vocab_tile_count(int64_t vocab_size) {
   // A row that does not start at a vector's address has one whole vector less, never one more.
   const int64_t vectors = (vocab_size + 7) / 8;
-  return int(vectors == 0 ? 1 : (vectors + kPieceVectors - 1) / kPieceVectors);
+  return int(vectors == 0 ? 1 : (vectors + kVocabTileVectors - 1) / kVocabTileVectors);
 }
 
 // Distribution of a row over the threads of the fused kernel, which computes nll and gradient at once. Each thread of a

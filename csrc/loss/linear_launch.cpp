@@ -1,9 +1,10 @@
-// Validates a call of the fused head's loss, plans its chunks, and enqueues them.
+// Validates a call of the fused head's loss, plans its row chunks, and enqueues them.
 #include <algorithm>
 #include <cmath>
 #include <limits>
 
 #include "common/check.h"
+#include "common/memory.h"
 #include "common/variants.h"
 #include "illada/illada.h"
 #include "loss/linear.h"
@@ -16,37 +17,28 @@ constexpr const char* kOp = "linear_masked_cross_entropy";
 
 int64_t round_up(int64_t size, int64_t step) { return (size + step - 1) / step * step; }
 
-bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
-
-bool has_kernel([[maybe_unused]] const LinearMaskedCrossEntropyParams& p, [[maybe_unused]] const Device& gpu) {
-#if defined(ILLADA_BUILT_SM90A)
+bool has_kernel(const LinearMaskedCrossEntropyParams& p, const Device& gpu) {
   const int vector = p.hidden_dtype == DType::kFloat32 ? 4 : 8;
-  return gpu.compute_capability == 90 && p.hidden_dtype != DType::kFloat16 && p.width > 0 && p.width % 8 == 0 &&
-         p.hidden_row_stride % vector == 0 && p.hidden_row_stride >= p.width && p.weight_row_stride % 8 == 0 &&
-         p.weight_row_stride >= p.width && is_aligned(p.hidden) && is_aligned(p.weight);
-#else
-  return false;
-#endif
-}
-
-int64_t bytes_of(int64_t rows, int64_t row_stride, int64_t columns, int64_t element) {
-  return rows == 0 ? 0 : ((rows - 1) * row_stride + columns) * element;
+  return arch_of(gpu) == Arch::kSm90 && p.hidden_dtype != DType::kFloat16 && p.width > 0 && p.width % 8 == 0 &&
+         p.hidden_row_stride % vector == 0 && p.hidden_row_stride >= p.width && p.head_weight_row_stride % 8 == 0 &&
+         p.head_weight_row_stride >= p.width && is_aligned(p.hidden, p.head_weight);
 }
 
 void validate(const LinearMaskedCrossEntropyParams& p) {
-  constexpr int64_t kMost = std::numeric_limits<int32_t>::max() - kPairRows;
-  ILLADA_CHECK(p.num_tokens >= 0 && p.num_tokens <= kMost, kOp, "num_tokens must be in [0, 2^31 - 257], got ",
+  constexpr int64_t kMaxSize = std::numeric_limits<int32_t>::max() - kPairRows;
+  ILLADA_CHECK(p.num_tokens >= 0 && p.num_tokens <= kMaxSize, kOp, "num_tokens must be in [0, 2^31 - 257], got ",
                p.num_tokens);
-  ILLADA_CHECK(p.vocab_size > 0 && p.vocab_size <= kMost, kOp, "vocab_size must be in [1, 2^31 - 257], got ",
+  ILLADA_CHECK(p.vocab_size > 0 && p.vocab_size <= kMaxSize, kOp, "vocab_size must be in [1, 2^31 - 257], got ",
                p.vocab_size);
-  ILLADA_CHECK(p.width <= kMost, kOp, "width must be less than 2^31 - 256, got ", p.width);
-  ILLADA_CHECK(p.num_rows >= -1 && p.num_rows <= kMost, kOp, "num_rows must be in [-1, 2^31 - 257], got ", p.num_rows);
+  ILLADA_CHECK(p.width <= kMaxSize, kOp, "width must be less than 2^31 - 256, got ", p.width);
+  ILLADA_CHECK(p.num_rows >= -1 && p.num_rows <= kMaxSize, kOp, "num_rows must be in [-1, 2^31 - 257], got ",
+               p.num_rows);
   ILLADA_CHECK(std::isfinite(p.scale), kOp, "scale must be finite, got ", p.scale);
   ILLADA_CHECK(p.filter_eps >= 0 && p.filter_eps < 1, kOp, "filter_eps must be in [0, 1), got ", p.filter_eps);
   ILLADA_CHECK(p.chunk_rows >= 0, kOp, "chunk_rows must not be negative, got ", p.chunk_rows);
   ILLADA_CHECK(p.weight_grad_dtype != DType::kFloat16, kOp, "the weight's gradient must be float32 or bfloat16");
-  ILLADA_CHECK(reinterpret_cast<uintptr_t>(p.workspace) % 16 == 0, kOp, "workspace must be 16-byte aligned");
-  ILLADA_CHECK(is_aligned(p.weight_grad) && is_aligned(p.hidden_grad), kOp, "gradients must be 16-byte aligned");
+  ILLADA_CHECK(is_aligned(p.workspace), kOp, "workspace must be 16-byte aligned");
+  ILLADA_CHECK(is_aligned(p.weight_grad, p.hidden_grad), kOp, "gradients must be 16-byte aligned");
 }
 
 }  // namespace
@@ -55,9 +47,9 @@ LinearPlan plan_linear(const LinearMaskedCrossEntropyParams& p, const Device& gp
   const bool gradients = p.hidden_grad || p.weight_grad;
   LinearPlan plan;
   plan.tokens = p.num_rows < 0 ? p.num_tokens : p.num_rows;
-  plan.id_tiles = int((p.vocab_size + kTileIds - 1) / kTileIds);
-  plan.prob_stride = int64_t(plan.id_tiles) * kTileIds;
-  // Without gradients nothing is kept of the logits, and rows cost next to nothing.
+  plan.vocab_tiles = int((p.vocab_size + kVocabTileIds - 1) / kVocabTileIds);
+  plan.prob_stride = int64_t(plan.vocab_tiles) * kVocabTileIds;
+  // Without gradients no logits are kept, so rows need almost no memory.
   const int64_t all = std::max<int64_t>(round_up(plan.tokens, kPairRows), kPairRows);
   int64_t rows = 16384;
   if (p.chunk_rows > 0) {
@@ -66,37 +58,37 @@ LinearPlan plan_linear(const LinearMaskedCrossEntropyParams& p, const Device& gp
     rows = std::max<int64_t>(kDefaultLogitsBytes / (2 * plan.prob_stride) / kPairRows, 1) * kPairRows;
   }
   rows = std::min(rows, all);
-  plan.rows = int(rows);
-  plan.chunks = int((plan.tokens + rows - 1) / rows);
+  plan.chunk_rows = int(rows);
+  plan.row_chunks = int((plan.tokens + rows - 1) / rows);
 
-  const auto place = [&](int64_t bytes) {
+  const auto allocate = [&](int64_t bytes) {
     const int64_t at = plan.bytes;
     plan.bytes += round_up(bytes, 256);
     return at;
   };
   if (p.num_rows < 0) {
-    plan.list = place(4 * p.num_tokens);
-    plan.count = place(4);
+    plan.list = allocate(4 * p.num_tokens);
+    plan.count = allocate(4);
   }
-  plan.hidden = place(rows * p.width * 2);
-  plan.sums = place(plan.id_tiles * rows * 4);
-  plan.maxima = place(plan.id_tiles * rows * 4);
-  plan.targets = place(4 * rows);
-  plan.target_logits = place(4 * rows);
-  plan.references = place(4 * rows);
-  plan.factors = place(4 * rows);
-  plan.again = place(4 * rows / kPairRows);
+  plan.hidden = allocate(rows * p.width * 2);
+  plan.sums = allocate(plan.vocab_tiles * rows * 4);
+  plan.maxima = allocate(plan.vocab_tiles * rows * 4);
+  plan.targets = allocate(4 * rows);
+  plan.target_logits = allocate(4 * rows);
+  plan.references = allocate(4 * rows);
+  plan.factors = allocate(4 * rows);
+  plan.recompute = allocate(4 * rows / kPairRows);
   if (gradients && p.filter_eps > 0) {
-    plan.lse = place(4 * rows);
-    plan.live = place(rows / kPairRows * plan.id_tiles);
+    plan.lse = allocate(4 * rows);
+    plan.live = allocate(rows / kPairRows * plan.vocab_tiles);
   }
-  if (gradients) plan.probs = place(rows * plan.prob_stride * 2);
+  if (gradients) plan.probs = allocate(rows * plan.prob_stride * 2);
   if (p.hidden_grad) {
-    // Where the rows fill few clusters, there is room to split the vocabulary over the others.
+    // Where the rows fill only some clusters, the others take splits of the vocabulary.
     const int64_t columns = (p.width + 255) / 256, spare = std::max<int64_t>(gpu.sm_count / 2 / columns, 1);
-    plan.slab_rows =
-        int(std::max<int64_t>(plan.rows, std::min<int64_t>(spare, kMostSplits * rows / kPairRows) * kPairRows));
-    plan.slabs = place(int64_t(plan.slab_rows) * p.width * 4);
+    plan.slab_rows = int(
+        std::max<int64_t>(plan.chunk_rows, std::min<int64_t>(spare, kMaxVocabSplits * rows / kPairRows) * kPairRows));
+    plan.slabs = allocate(int64_t(plan.slab_rows) * p.width * 4);
   }
   return plan;
 }
@@ -114,16 +106,18 @@ namespace {
 
 // Kernels count tiles and rows of all splits in 32 bits, and estimate the steps of a CTA there.
 void check_counts(const LinearMaskedCrossEntropyParams& p, const LinearPlan& plan) {
-  constexpr int64_t kMost = std::numeric_limits<int32_t>::max() - (1 << 16);  // a grid's CTAs step behind the last tile
-  constexpr int64_t kMostChunkRows = 1 << 27;
-  ILLADA_CHECK(plan.rows <= kMostChunkRows, kOp, "chunk_rows must be at most ", kMostChunkRows, ", got ", p.chunk_rows);
-  const int64_t pairs = plan.rows / kPairRows, columns = (p.width + 255) / 256;
-  ILLADA_CHECK(pairs * plan.id_tiles <= kMost, kOp, "chunk_rows x vocab_size must be at most ",
-               kMost * kPairRows * kTileIds, ", got ", plan.rows, " x ", p.vocab_size);
-  ILLADA_CHECK(columns * plan.id_tiles <= kMost, kOp, "width x vocab_size must be at most ", kMost * 256 * kTileIds,
-               ", got ", p.width, " x ", p.vocab_size);
-  ILLADA_CHECK(pairs * columns <= kMost / (4 * int64_t(plan.id_tiles) + 128), kOp,
-               "chunk_rows x width x vocab_size is too large: ", plan.rows, " x ", p.width, " x ", p.vocab_size);
+  // The CTAs of a grid step past the last tile.
+  constexpr int64_t kMaxTiles = std::numeric_limits<int32_t>::max() - (1 << 16);
+  constexpr int64_t kMaxChunkRows = 1 << 27;
+  ILLADA_CHECK(plan.chunk_rows <= kMaxChunkRows, kOp, "chunk_rows must be at most ", kMaxChunkRows, ", got ",
+               p.chunk_rows);
+  const int64_t pairs = plan.chunk_rows / kPairRows, columns = (p.width + 255) / 256;
+  ILLADA_CHECK(pairs * plan.vocab_tiles <= kMaxTiles, kOp, "chunk_rows x vocab_size must be at most ",
+               kMaxTiles * kPairRows * kVocabTileIds, ", got ", plan.chunk_rows, " x ", p.vocab_size);
+  ILLADA_CHECK(columns * plan.vocab_tiles <= kMaxTiles, kOp, "width x vocab_size must be at most ",
+               kMaxTiles * 256 * kVocabTileIds, ", got ", p.width, " x ", p.vocab_size);
+  ILLADA_CHECK(pairs * columns <= kMaxTiles / (4 * int64_t(plan.vocab_tiles) + 128), kOp,
+               "chunk_rows x width x vocab_size is too large: ", plan.chunk_rows, " x ", p.width, " x ", p.vocab_size);
 }
 
 // Validates a call and plans it. The caller holds a DeviceGuard.
@@ -140,10 +134,10 @@ LinearPlan checked_plan(const LinearMaskedCrossEntropyParams& p, const Device& g
   const int64_t t = p.num_tokens, element = element_size(p.hidden_dtype);
   const int64_t weight_grad_bytes = p.vocab_size * p.width * element_size(p.weight_grad_dtype);
   check_regions(kOp, p.launch,
-                {{"hidden", p.hidden, bytes_of(t, p.hidden_row_stride, p.width, element)},
-                 {"weight", p.weight, bytes_of(p.vocab_size, p.weight_row_stride, p.width, 2)},
+                {{"hidden", p.hidden, strided_bytes(t, p.hidden_row_stride, p.width, element)},
+                 {"weight", p.head_weight, strided_bytes(p.vocab_size, p.head_weight_row_stride, p.width, 2)},
                  {"targets", p.targets, t * (p.targets_are_int64 ? 8 : 4)},
-                 {"token_weights", p.weights, 4 * t},
+                 {"token_weights", p.token_weights, 4 * t},
                  {"rows", p.rows, 4 * std::max<int64_t>(p.num_rows, 0)},
                  {"normalizer", p.normalizer, 4, true}},
                 {{"nll", p.nll, 4 * t},
@@ -154,18 +148,18 @@ LinearPlan checked_plan(const LinearMaskedCrossEntropyParams& p, const Device& g
 }
 
 #if defined(ILLADA_BUILT_SM90A)
-LinearChunk chunk_of(const LinearMaskedCrossEntropyParams& p, const LinearPlan& plan, int index) {
+LinearRowChunk row_chunk(const LinearMaskedCrossEntropyParams& p, const LinearPlan& plan, int index) {
   char* const base = static_cast<char*>(p.workspace);
   const auto floats = [&](int64_t offset) { return reinterpret_cast<float*>(base + offset); };
-  LinearChunk chunk{};
-  chunk.first = int(int64_t(index) * plan.rows);
+  LinearRowChunk chunk{};
+  chunk.first = int(int64_t(index) * plan.chunk_rows);
   chunk.list = p.num_rows >= 0 ? p.rows : reinterpret_cast<int32_t*>(base + plan.list);
   chunk.count = p.num_rows >= 0 ? nullptr : reinterpret_cast<int32_t*>(base + plan.count);
   chunk.listed = int(plan.tokens);
-  chunk.rows = plan.rows;
+  chunk.rows = plan.chunk_rows;
   chunk.vocab_size = int(p.vocab_size);
   chunk.width = int(p.width);
-  chunk.id_tiles = plan.id_tiles;
+  chunk.vocab_tiles = plan.vocab_tiles;
   chunk.hidden = reinterpret_cast<uint16_t*>(base + plan.hidden);
   chunk.probs = reinterpret_cast<uint16_t*>(base + plan.probs);
   chunk.prob_stride = plan.prob_stride;
@@ -175,19 +169,19 @@ LinearChunk chunk_of(const LinearMaskedCrossEntropyParams& p, const LinearPlan& 
   chunk.target_logits = floats(plan.target_logits);
   chunk.references = floats(plan.references);
   chunk.factors = floats(plan.factors);
-  chunk.again = reinterpret_cast<int32_t*>(base + plan.again);
+  chunk.recompute = reinterpret_cast<int32_t*>(base + plan.recompute);
   if (plan.live) {
     chunk.lse = floats(plan.lse);
     chunk.live = reinterpret_cast<uint8_t*>(base + plan.live);
   }
   chunk.slabs = floats(plan.slabs);
   chunk.slab_rows = plan.slab_rows;
-  chunk.group_tiles = tiles_of_a_group();
+  chunk.max_group_tiles = max_group_tiles();
   return chunk;
 }
 
 void launch_probabilities(const LinearMaskedCrossEntropyParams& p, const Device& gpu, const LinearPlan& plan,
-                          const LinearChunk& chunk) {
+                          const LinearRowChunk& chunk) {
   if (p.num_rows < 0 && chunk.first == 0) {
     char* const base = static_cast<char*>(p.workspace);
     launch_linear_select(p, gpu, reinterpret_cast<int32_t*>(base + plan.list),
@@ -210,10 +204,10 @@ void linear_masked_cross_entropy_cuda(const LinearMaskedCrossEntropyParams& p) {
   [[maybe_unused]] const LinearPlan plan = checked_plan(p, gpu);
 #if defined(ILLADA_BUILT_SM90A)
   const bool weight_first = variant<LossOrder>() == LossOrder::kWeightFirst;
-  if (plan.chunks == 0 && p.weight_grad && !p.add_to_weight_grad)  // the sum over no tokens
+  if (plan.row_chunks == 0 && p.weight_grad && !p.add_to_weight_grad)  // a sum over no tokens
     fill_zeros(kOp, p.launch, p.weight_grad, p.vocab_size * p.width * element_size(p.weight_grad_dtype));
-  for (int i = 0; i < plan.chunks; ++i) {
-    const LinearChunk chunk = chunk_of(p, plan, i);
+  for (int i = 0; i < plan.row_chunks; ++i) {
+    const LinearRowChunk chunk = row_chunk(p, plan, i);
     launch_probabilities(p, gpu, plan, chunk);
     if (p.weight_grad && weight_first) launch_linear_weight_grad_sm90(p, gpu, chunk);
     if (p.hidden_grad) {
@@ -230,9 +224,9 @@ void linear_probabilities_cuda(const LinearMaskedCrossEntropyParams& p, int inde
   const DeviceGuard guard(kOp, p.launch.device);
   const Device& gpu = device(kOp, p.launch.device);
   const LinearPlan plan = checked_plan(p, gpu);
-  ILLADA_CHECK(index >= 0 && index < plan.chunks, kOp, "chunk must be in [0, ", plan.chunks, "), got ", index);
+  ILLADA_CHECK(index >= 0 && index < plan.row_chunks, kOp, "chunk must be in [0, ", plan.row_chunks, "), got ", index);
 #if defined(ILLADA_BUILT_SM90A)
-  const LinearChunk chunk = chunk_of(p, plan, index);
+  const LinearRowChunk chunk = row_chunk(p, plan, index);
   launch_probabilities(p, gpu, plan, chunk);
   if (p.weight_grad) launch_linear_clear(p, gpu, chunk);
 #endif
@@ -243,9 +237,9 @@ void linear_scatter_cuda(const LinearMaskedCrossEntropyParams& p, int index) {
   const DeviceGuard guard(kOp, p.launch.device);
   const Device& gpu = device(kOp, p.launch.device);
   const LinearPlan plan = checked_plan(p, gpu);
-  ILLADA_CHECK(index >= 0 && index < plan.chunks, kOp, "chunk must be in [0, ", plan.chunks, "), got ", index);
+  ILLADA_CHECK(index >= 0 && index < plan.row_chunks, kOp, "chunk must be in [0, ", plan.row_chunks, "), got ", index);
 #if defined(ILLADA_BUILT_SM90A)
-  launch_linear_scatter(p, gpu, chunk_of(p, plan, index), true);
+  launch_linear_scatter(p, gpu, row_chunk(p, plan, index), true);
 #endif
 }
 

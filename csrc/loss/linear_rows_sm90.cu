@@ -1,17 +1,17 @@
-// The row-wise steps between the GEMMs of the fused head's loss (linear_gemm_sm90.cu): which tokens, their hidden rows
-// side by side, what a row's sums mean, and hidden's gradient back at the tokens' places.
+// Row-wise kernels between the GEMMs of the fused head's loss (linear_gemm_sm90.cu): select the tokens, gather their
+// hidden rows, turn a row's sums into the loss (statistics), and scatter hidden's gradient to the tokens.
 //
-// References. The logits kernel keeps 2^(x - reference) in bfloat16 and wants references before it knows any logit x
-// (here and below in log2). The target's own logit y is a dot product that can be had beforehand, nearly: with y + 30
-// as reference no probability from 2^-96 on is lost (bfloat16 ends at 2^-126), and nothing overflows while the row's
-// sum is below 2^64, that is while the target's nll is below 94 in log2, 65 nats. Rows beyond that take their largest
-// logit, which the logits kernel finds on the way, and their tiles are multiplied once more: the launch is always
-// there, and ends at once where nothing is to be done.
+// References. The logits kernel keeps 2^(x - reference) in bfloat16 and needs references before any logit x is known
+// (here and below in log2). A dot product gives an approximate logit y of the target beforehand. With y + 30 as
+// reference, no probability of at least 2^-96 is lost (bfloat16 ends at 2^-126). Nothing overflows while the row's sum
+// is below 2^64, that is while the target's nll is below 94 in log2, 65 nats. Rows beyond that take their largest
+// logit, which the logits kernel also finds, and their tiles are multiplied once more. That second launch always
+// happens and ends at once where no row needs it.
 //
-// The target. wgmma rounds sums toward zero, once per 16 products, so that a logit of 20 with 4096 products is 1e-4 to
-// 4e-4 smaller than that of the dot product above. The loss and the gradients are made of wgmma's logits alone: the
-// logits kernel sets the target's apart and sums up the other probabilities. Their sum is 1 - p, also where p is almost
-// 1, and never negative.
+// The target. wgmma rounds sums toward zero, once per 16 products. A logit of 20 with 4096 products is therefore 1e-4
+// to 4e-4 smaller than that of the dot product above. The loss and the gradients use only wgmma's logits: the logits
+// kernel stores the target's logit separately and sums the other probabilities. Their sum is 1 - p. It is accurate
+// where p is almost 1, and never negative.
 #include "common/dependent_launch.h"
 #include "common/dtype.cuh"
 #include "common/online_softmax.cuh"
@@ -23,12 +23,11 @@ namespace illada::loss {
 namespace {
 
 constexpr const char* kOp = "linear_masked_cross_entropy";
-constexpr float kReferenceAboveTarget = 30.0f, kMostSum = 18446744073709551616.0f;  // 2^64
-constexpr float kLn2F = 0.69314718056f;
+constexpr float kReferenceAboveTarget = 30.0f, kMaxSum = 18446744073709551616.0f;  // 2^64
 
 // ------------------------------------------------------------------------------------------------------------ select
 
-// The tokens with a weight, in order. One CTA: a token takes a fraction of a nanosecond.
+// Lists the tokens with a nonzero token weight, in order. One CTA suffices: a token takes a fraction of a nanosecond.
 constexpr int kSelectThreads = 1024;
 __global__ __launch_bounds__(kSelectThreads) void illada_linear_masked_cross_entropy_select(
     const float* weights, int tokens, int32_t* list, int32_t* count, const __grid_constant__ DependentLaunch launch) {
@@ -52,10 +51,10 @@ __global__ __launch_bounds__(kSelectThreads) void illada_linear_masked_cross_ent
 
 // ------------------------------------------------------------------------------------------------------------ gather
 
-// The token of row r of the chunk, -1 where the list names none, or one without a weight.
-__device__ __forceinline__ int token_of(const LinearMaskedCrossEntropyParams& p, const LinearChunk& c, int r) {
+// Returns the token of row r of the row chunk, or -1 where the list has none or its token weight is 0.
+__device__ __forceinline__ int token_of(const LinearMaskedCrossEntropyParams& p, const LinearRowChunk& c, int r) {
   const int token = c.list[c.first + r];
-  return token >= 0 && token < p.num_tokens && p.weights[token] != 0 ? token : -1;
+  return token >= 0 && token < p.num_tokens && p.token_weights[token] != 0 ? token : -1;
 }
 
 __device__ __forceinline__ int64_t target_of(const LinearMaskedCrossEntropyParams& p, int token) {
@@ -63,29 +62,30 @@ __device__ __forceinline__ int64_t target_of(const LinearMaskedCrossEntropyParam
                              : static_cast<const int32_t*>(p.targets)[token];
 }
 
-// A CTA a row: hidden's row in bfloat16, zeros to the end of the pair of tiles, the target and the reference.
+// One CTA per row writes hidden's row in bfloat16 (zeros to the end of the pair of tiles), the target and the
+// reference.
 constexpr int kRowThreads = 128;
 template <typename T>
 __global__ __launch_bounds__(kRowThreads) void illada_linear_masked_cross_entropy_gather(
-    const __grid_constant__ LinearMaskedCrossEntropyParams p, const __grid_constant__ LinearChunk c,
+    const __grid_constant__ LinearMaskedCrossEntropyParams p, const __grid_constant__ LinearRowChunk c,
     const __grid_constant__ DependentLaunch launch) {
   __shared__ float warp_sums[kRowThreads / 32];
   wait_for_previous_kernel(launch);
-  const int r = int(blockIdx.x), used = c.used();
-  if (r >= (used + kPairRows - 1) / kPairRows * kPairRows) return;
+  const int r = int(blockIdx.x), used_rows = c.used_rows();
+  if (r >= (used_rows + kPairRows - 1) / kPairRows * kPairRows) return;
   if (r % kPairRows == 0) {
-    if (threadIdx.x == 0) c.again[r / kPairRows] = 0;
+    if (threadIdx.x == 0) c.recompute[r / kPairRows] = 0;
     if (c.live)
-      for (int i = int(threadIdx.x); i < c.id_tiles; i += kRowThreads)
-        c.live[int64_t(r / kPairRows) * c.id_tiles + i] = 0;
+      for (int i = int(threadIdx.x); i < c.vocab_tiles; i += kRowThreads)
+        c.live[int64_t(r / kPairRows) * c.vocab_tiles + i] = 0;
   }
-  const int token = r < used ? token_of(p, c, r) : -1;
+  const int token = r < used_rows ? token_of(p, c, r) : -1;
   const int64_t target = token >= 0 ? target_of(p, token) : -1;
   const bool has_target = target >= 0 && target < p.vocab_size;
 
   const T* hidden = static_cast<const T*>(p.hidden) + int64_t(max(token, 0)) * p.hidden_row_stride;
   const BFloat16* weight =
-      static_cast<const BFloat16*>(p.weight) + (has_target ? target : int64_t(0)) * p.weight_row_stride;
+      static_cast<const BFloat16*>(p.head_weight) + (has_target ? target : int64_t(0)) * p.head_weight_row_stride;
   uint4* out = reinterpret_cast<uint4*>(c.hidden + int64_t(r) * c.width);
   float dot = 0;
 #pragma unroll 1
@@ -116,25 +116,26 @@ __global__ __launch_bounds__(kRowThreads) void illada_linear_masked_cross_entrop
 
 // -------------------------------------------------------------------------------------------------------- statistics
 
-// A CTA has 32 rows; 8 warps share out the tiles of the vocabulary, a lane to a row. The first launch reads all sums,
-// the second one those of the pairs that had to be done again; it marks what matters, and multiplies hidden's rows with
-// their factors.
+// A CTA has 32 rows, one per lane; its 8 warps divide the vocab tiles. The first launch reads all sums. The second
+// launch (recompute) reads those of the recomputed pairs, marks the live tiles, and multiplies hidden's rows by their
+// factors.
 constexpr int kStatisticsRows = 32, kStatisticsWarps = 8;
 static_assert(kPairRows % kStatisticsRows == 0);
 
-// What the sum over all ids but the target means for row r; true where it is worth nothing, for lack of range.
-__device__ __forceinline__ bool finish_row(const LinearMaskedCrossEntropyParams& p, const LinearChunk& c, int r,
-                                           float others, float top, bool again, bool keep) {
+// Computes nll and factor of row r from the sum over all ids but the target. Returns true where the sum overflowed and
+// the row must be recomputed.
+__device__ __forceinline__ bool finish_row(const LinearMaskedCrossEntropyParams& p, const LinearRowChunk& c, int r,
+                                           float others, float top, bool recompute, bool keep_probs) {
   const int token = token_of(p, c, r);
   c.factors[r] = 0;
   if (c.lse) c.lse[r] = INFINITY;
   if (token < 0) return false;
   const int target = c.targets[r];
   const float reference = c.references[r];
-  // The target's term, as the logits kernel makes those of the others.
+  // The target's term, computed as the logits kernel computes the others.
   const float logit = target >= 0 ? c.target_logits[r] : -INFINITY;
   const float exponent = fmaf(logit, kLog2eF, -reference), own = exp2_approx(exponent), sum = others + own;
-  if (!again && !(sum < kMostSum)) {
+  if (!recompute && !(sum < kMaxSum)) {
     c.references[r] = fmaxf(top, logit) * kLog2eF;
     return true;
   }
@@ -145,52 +146,52 @@ __device__ __forceinline__ bool finish_row(const LinearMaskedCrossEntropyParams&
   if (c.lse) c.lse[r] = log2f(sum);
   p.nll[token] = others < own ? log1pf(others / own) : (log2f(sum) - exponent) * kLn2F;
   const float normalizer = p.normalizer ? *p.normalizer : 1.0f;
-  c.factors[r] = p.weights[token] * p.scale / normalizer / sum;
-  if (keep)  // p - 1
+  c.factors[r] = p.token_weights[token] * p.scale / normalizer / sum;
+  if (keep_probs)  // p - 1
     reinterpret_cast<BFloat16*>(c.probs)[r * c.prob_stride + target].bits = uint16_t(pack2<BFloat16>(-others, 0));
   return false;
 }
 
 __global__ __launch_bounds__(32 * kStatisticsWarps) void illada_linear_masked_cross_entropy_statistics(
-    const __grid_constant__ LinearMaskedCrossEntropyParams p, const __grid_constant__ LinearChunk c, bool again,
+    const __grid_constant__ LinearMaskedCrossEntropyParams p, const __grid_constant__ LinearRowChunk c, bool recompute,
     const __grid_constant__ DependentLaunch launch) {
   __shared__ float sums[kStatisticsWarps][kStatisticsRows], tops[kStatisticsWarps][kStatisticsRows];
   wait_for_previous_kernel(launch);
-  const bool keep = p.hidden_grad || p.weight_grad;
-  const int first = int(blockIdx.x) * kStatisticsRows, used = c.used();
-  if (first >= used) return;
+  const bool keep_probs = p.hidden_grad || p.weight_grad;
+  const int first = int(blockIdx.x) * kStatisticsRows, used_rows = c.used_rows();
+  if (first >= used_rows) return;
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32, r = first + lane;
-  if (!again || c.again[first / kPairRows]) {
+  if (!recompute || c.recompute[first / kPairRows]) {
     float sum = 0, top = -INFINITY;
-    for (int tile = warp; tile < c.id_tiles; tile += kStatisticsWarps) {
+    for (int tile = warp; tile < c.vocab_tiles; tile += kStatisticsWarps) {
       sum += c.sums[int64_t(tile) * c.rows + r];
       top = fmaxf(top, c.maxima[int64_t(tile) * c.rows + r]);
     }
     sums[warp][lane] = sum;
     tops[warp][lane] = top;
     __syncthreads();
-    if (warp == 0 && r < used) {
+    if (warp == 0 && r < used_rows) {
       for (int w = 1; w < kStatisticsWarps; ++w) {
         sum += sums[w][lane];
         top = fmaxf(top, tops[w][lane]);
       }
-      if (finish_row(p, c, r, sum, top, again, keep)) c.again[first / kPairRows] = 1;
+      if (finish_row(p, c, r, sum, top, recompute, keep_probs)) c.recompute[first / kPairRows] = 1;
     }
     __syncthreads();
   }
-  if (again && c.live) {
-    const float lse = r < used ? c.lse[r] : INFINITY;
+  if (recompute && c.live) {
+    const float lse = r < used_rows ? c.lse[r] : INFINITY;
     const float reference = lse < INFINITY ? c.references[r] : 0.0f;
     const int target = lse < INFINITY ? c.targets[r] : -1;
-    for (int tile = warp; tile < c.id_tiles; tile += kStatisticsWarps) {
+    for (int tile = warp; tile < c.vocab_tiles; tile += kStatisticsWarps) {
       const float top = lse < INFINITY ? c.maxima[int64_t(tile) * c.rows + r] : -INFINITY;
       const float probability = exp2f(fmaf(top, kLog2eF, -reference) - lse);
-      const bool matters = probability >= p.filter_eps || (target >= 0 && target / kTileIds == tile);
-      if (__any_sync(kFullWarp, matters) && lane == 0) c.live[int64_t(first / kPairRows) * c.id_tiles + tile] = 1;
+      const bool matters = probability >= p.filter_eps || (target >= 0 && target / kVocabTileIds == tile);
+      if (__any_sync(kFullWarp, matters) && lane == 0) c.live[int64_t(first / kPairRows) * c.vocab_tiles + tile] = 1;
     }
   }
-  if (!again || !p.weight_grad) return;
-  for (int row = first; row < min(first + kStatisticsRows, used); ++row) {
+  if (!recompute || !p.weight_grad) return;
+  for (int row = first; row < min(first + kStatisticsRows, used_rows); ++row) {
     const float factor = c.factors[row];
     uint4* hidden = reinterpret_cast<uint4*>(c.hidden + int64_t(row) * c.width);
     for (int i = int(threadIdx.x); i < c.width / 8; i += 32 * kStatisticsWarps) {
@@ -205,19 +206,19 @@ __global__ __launch_bounds__(32 * kStatisticsWarps) void illada_linear_masked_cr
 
 // ----------------------------------------------------------------------------------------------------------- scatter
 
-// A CTA a row: the slabs' sum times the row's factor, to the token's place.
+// One CTA per row writes the slabs' sum times the row's factor to the token's row of hidden_grad.
 template <typename T>
 __global__ __launch_bounds__(kRowThreads) void illada_linear_masked_cross_entropy_scatter(
-    const __grid_constant__ LinearMaskedCrossEntropyParams p, const __grid_constant__ LinearChunk c, int clusters,
-    bool whole, const __grid_constant__ DependentLaunch launch) {
+    const __grid_constant__ LinearMaskedCrossEntropyParams p, const __grid_constant__ LinearRowChunk c, int clusters,
+    bool single_slab, const __grid_constant__ DependentLaunch launch) {
   wait_for_previous_kernel(launch);
   const int r = int(blockIdx.x);
-  if (r >= c.used()) return;
+  if (r >= c.used_rows()) return;
   const int token = token_of(p, c, r);
   if (token < 0) return;
   HiddenGradSplit split{};
   split.splits = 1;
-  if (!whole) split = hidden_grad_split(c, clusters);
+  if (!single_slab) split = hidden_grad_split(c, clusters);
   const float factor = c.factors[r];
   T* out = static_cast<T*>(p.hidden_grad) + int64_t(token) * c.width;
   for (int i = int(threadIdx.x); i < c.width / 4; i += kRowThreads) {
@@ -238,13 +239,13 @@ __global__ __launch_bounds__(kRowThreads) void illada_linear_masked_cross_entrop
 
 // ------------------------------------------------------------------------------------------------------------- clear
 
-// A CTA a row.
+// Writes zeros to the unused rows, one CTA per row.
 constexpr int kClearThreads = 512;
 __global__ __launch_bounds__(kClearThreads) void illada_linear_masked_cross_entropy_clear(
-    const __grid_constant__ LinearChunk c, const __grid_constant__ DependentLaunch launch) {
+    const __grid_constant__ LinearRowChunk c, const __grid_constant__ DependentLaunch launch) {
   wait_for_previous_kernel(launch);
   const int r = int(blockIdx.x);
-  if (r < (c.used() + kPairRows - 1) / kPairRows * kPairRows) return;
+  if (r < (c.used_rows() + kPairRows - 1) / kPairRows * kPairRows) return;
   const auto clear = [](uint16_t* row, int64_t size) {
     for (int64_t i = threadIdx.x; i < size / 8; i += kClearThreads)
       reinterpret_cast<uint4*>(row)[i] = make_uint4(0, 0, 0, 0);
@@ -253,7 +254,7 @@ __global__ __launch_bounds__(kClearThreads) void illada_linear_masked_cross_entr
   clear(c.hidden + int64_t(r) * c.width, c.width);
 }
 
-LaunchShape shape_of(int blocks, int threads) {
+LaunchShape launch_shape(int blocks, int threads) {
   LaunchShape shape;
   shape.grid = dim3(unsigned(blocks));
   shape.block = dim3(unsigned(threads));
@@ -265,32 +266,32 @@ LaunchShape shape_of(int blocks, int threads) {
 
 void launch_linear_select(const LinearMaskedCrossEntropyParams& p, const Device& device, int32_t* list,
                           int32_t* count) {
-  launch_kernel(kOp, device, p.launch.stream, shape_of(1, kSelectThreads), illada_linear_masked_cross_entropy_select,
-                p.weights, int(p.num_tokens), list, count);
+  launch_kernel(kOp, device, p.launch.stream, launch_shape(1, kSelectThreads),
+                illada_linear_masked_cross_entropy_select, p.token_weights, int(p.num_tokens), list, count);
 }
 
-void launch_linear_gather(const LinearMaskedCrossEntropyParams& p, const Device& device, const LinearChunk& chunk) {
+void launch_linear_gather(const LinearMaskedCrossEntropyParams& p, const Device& device, const LinearRowChunk& chunk) {
   const auto kernel = p.hidden_dtype == DType::kFloat32 ? illada_linear_masked_cross_entropy_gather<float>
                                                         : illada_linear_masked_cross_entropy_gather<BFloat16>;
-  launch_kernel(kOp, device, p.launch.stream, shape_of(chunk.rows, kRowThreads), kernel, p, chunk);
+  launch_kernel(kOp, device, p.launch.stream, launch_shape(chunk.rows, kRowThreads), kernel, p, chunk);
 }
 
-void launch_linear_statistics(const LinearMaskedCrossEntropyParams& p, const Device& device, const LinearChunk& chunk,
-                              bool again) {
-  launch_kernel(kOp, device, p.launch.stream, shape_of(chunk.rows / kStatisticsRows, 32 * kStatisticsWarps),
-                illada_linear_masked_cross_entropy_statistics, p, chunk, again);
+void launch_linear_statistics(const LinearMaskedCrossEntropyParams& p, const Device& device,
+                              const LinearRowChunk& chunk, bool recompute) {
+  launch_kernel(kOp, device, p.launch.stream, launch_shape(chunk.rows / kStatisticsRows, 32 * kStatisticsWarps),
+                illada_linear_masked_cross_entropy_statistics, p, chunk, recompute);
 }
 
-void launch_linear_scatter(const LinearMaskedCrossEntropyParams& p, const Device& device, const LinearChunk& chunk,
-                           bool whole) {
+void launch_linear_scatter(const LinearMaskedCrossEntropyParams& p, const Device& device, const LinearRowChunk& chunk,
+                           bool single_slab) {
   const auto kernel = p.hidden_dtype == DType::kFloat32 ? illada_linear_masked_cross_entropy_scatter<float>
                                                         : illada_linear_masked_cross_entropy_scatter<BFloat16>;
-  launch_kernel(kOp, device, p.launch.stream, shape_of(chunk.rows, kRowThreads), kernel, p, chunk,
-                linear_clusters(device.sm_count), whole);
+  launch_kernel(kOp, device, p.launch.stream, launch_shape(chunk.rows, kRowThreads), kernel, p, chunk,
+                linear_clusters(device.sm_count), single_slab);
 }
 
-void launch_linear_clear(const LinearMaskedCrossEntropyParams& p, const Device& device, const LinearChunk& chunk) {
-  launch_kernel(kOp, device, p.launch.stream, shape_of(chunk.rows, kClearThreads),
+void launch_linear_clear(const LinearMaskedCrossEntropyParams& p, const Device& device, const LinearRowChunk& chunk) {
+  launch_kernel(kOp, device, p.launch.stream, launch_shape(chunk.rows, kClearThreads),
                 illada_linear_masked_cross_entropy_clear, chunk);
 }
 

@@ -14,15 +14,15 @@ struct HiddenGradSplit {
 
 // Chooses, among the splits for which there is room, the one with the lowest cost: rounds of all clusters x steps of
 // each round.
-__device__ __forceinline__ HiddenGradSplit hidden_grad_split(const LinearChunk& c, int clusters) {
+__device__ __forceinline__ HiddenGradSplit hidden_grad_split(const LinearRowChunk& c, int clusters) {
   constexpr int kOverhead = 12;  // cost, in steps, of a tile's beginning and end and of summing a slab
   HiddenGradSplit best;
-  best.row_pairs = (c.used() + kPairRows - 1) / kPairRows;
+  best.row_pairs = (c.used_rows() + kPairRows - 1) / kPairRows;
   best.splits = 1;
   const int all = (c.vocab_size + 63) / 64, tiles = best.row_pairs * ((c.width + 255) / 256);
   best.k_tiles = all;
   int cost = 0x7fffffff;
-  for (int splits = 1; splits <= kMostSplits; ++splits) {
+  for (int splits = 1; splits <= kMaxVocabSplits; ++splits) {
     const int k_tiles = (all + splits - 1) / splits;
     if (splits > 1 && (splits * best.row_pairs * kPairRows > c.slab_rows || (splits - 1) * k_tiles >= all)) break;
     const int found = (tiles * splits + clusters - 1) / clusters * (k_tiles + kOverhead);

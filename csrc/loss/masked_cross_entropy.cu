@@ -2,17 +2,18 @@
 //
 //   lse = log sum_v e^x_v,   nll = lse - x_y,   dx = (w f + dlse) e^(x - lse) - w f onehot(y)
 //
-// Forward and backward cut a row into pieces of kPieceVectors vectors of 8 ids, a CTA each, all of whose loads are
-// under way together; so few rows fill a GPU, and many rows need no loop. The forward leaves (reference, sum) of each
-// piece in the workspace, and one warp a row merges them, always in the same order. The fused kernel takes a row by a
-// cluster of up to 8 CTAs: each thread keeps its vectors in registers while the CTAs exchange their (reference, sum)
-// through distributed shared memory, so the row is read once and written once.
+// Forward and backward divide a row into vocab tiles of kVocabTileVectors vectors of 8 ids. One CTA processes one vocab
+// tile and has all its loads in flight, so few rows fill a GPU and many rows need no loop. The forward writes the
+// partial softmax (reference, sum) of each vocab tile to the workspace. One warp per row merges them in a fixed order.
 //
-// Rows start anywhere: vectors begin at the row's first multiple of 16 bytes, and what is before and after them are
-// `single` ids, a thread of the first piece each. In the backward the gradient's row decides.
+// The fused kernel processes a row with a cluster of up to 8 CTAs. Each thread keeps its vectors in registers while the
+// CTAs exchange their partial softmax through distributed shared memory. The row is read once and written once.
 //
-// Floor: bytes = rows x vocab x sizeof(T), each read once and, with a gradient, written once. Work an element of bf16:
-// forward 6 instructions, backward 5, of the 20 (10 with the write) that an H100 issues while memory delivers it.
+// A row may start at any address. Its vectors begin at the first multiple of 16 bytes. The ids before and after the
+// vectors are `single` ids; threads of the first vocab tile take one each. In the backward the gradient's row decides.
+//
+// Lower bound: rows x vocab x sizeof(T) bytes, each read once and, with a gradient, written once. Instructions per
+// bf16 element: forward 6, backward 5. An H100 issues 20 (10 with the write) while memory delivers an element.
 #include <cute/arch/cluster_sm90.hpp>
 
 #include "common/dependent_launch.h"
@@ -29,13 +30,13 @@ constexpr int kThreads = 256, kWarps = kThreads / 32;  // of forward and backwar
 constexpr int kFusedThreads = FusedShape::kThreads, kFusedWarps = kFusedThreads / 32;
 constexpr int kSingles = 16;  // up to 7 ids before the vectors, up to 7 after them
 
-// A thread's vectors of one step, all loaded before the first is used.
+// Vectors of one step of a thread. All are loaded before the first is used.
 template <typename T>
 constexpr int kUnroll = sizeof(T) == 2 ? 8 : 4;
 
 using Softmax = OnlineSoftmax<false>;
 
-// The token of a row: what its loss is multiplied by, and its target in this shard, or -1.
+// The token of a row: its token weight, and its target in this shard or -1.
 struct RowToken {
   float weight = 0.0f;
   int target = -1;
@@ -43,17 +44,18 @@ struct RowToken {
   __device__ __forceinline__ RowToken(const MaskedCrossEntropyParams& p, int64_t n) {
     const int64_t i = p.rows ? p.rows[n] : n;
     if (i < 0 || i >= p.num_tokens) return;
-    weight = p.weights[i];
+    weight = p.token_weights[i];
     const int64_t id = p.targets_are_int64 ? static_cast<const int64_t*>(p.targets)[i]
                                            : int64_t(static_cast<const int32_t*>(p.targets)[i]);
     if (id >= p.vocab_start && id - p.vocab_start < p.vocab_size) target = int(id - p.vocab_start);
   }
 };
 
-// A row's log sum exp: the largest logit, and what is above it. Their sum has no digits left beside a large logit.
+// log sum exp of a row as two terms: the largest logit and the rest. In fp32 their sum would lose the rest beside a
+// large logit.
 __device__ __forceinline__ float2 lse_parts(const Softmax& softmax) { return {softmax.reference, logf(softmax.sum)}; }
 
-// dx = softmax e^(x - maximum) - onehot [v == y], the softmax's sum being part of the factor.
+// Gradient of a row: dx = softmax e^(x - maximum) - onehot [v == y]. The factor `softmax` includes 1 / sum.
 struct RowGradient {
   float maximum, softmax, onehot;
   int target;
@@ -68,18 +70,18 @@ struct RowGradient {
     softmax = (onehot + (p.dlse ? p.dlse[n] : 0.0f)) * inverse_sum;
   }
 
-  __device__ __forceinline__ float of(float x, bool is_target) const {
+  __device__ __forceinline__ float compute(float x, bool is_target) const {
     return fmaf(softmax, exp2_approx((x - maximum) * kLog2eF), is_target ? -onehot : 0.0f);
   }
 
   template <typename T>
-  __device__ __forceinline__ Raw8<T> of(const Raw8<T>& raw, int first_id) const {
+  __device__ __forceinline__ Raw8<T> compute(const Raw8<T>& raw, int first_id) const {
     float x[kVector];
     unpack8(raw, x);
     const int at = target - first_id;
     if (at >= 0 && at < kVector) {
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) x[i] = of(x[i], i == at);
+      for (int i = 0; i < kVector; ++i) x[i] = compute(x[i], i == at);
     } else {
 #pragma unroll
       for (int i = 0; i < kVector; ++i) x[i] = softmax * exp2_approx((x[i] - maximum) * kLog2eF);
@@ -88,7 +90,7 @@ struct RowGradient {
   }
 };
 
-// Where the vectors of a row begin and how many there are.
+// Position and number of the vectors of a row.
 struct RowShape {
   int head, vectors, vocab_size;
 
@@ -108,7 +110,7 @@ struct RowShape {
 };
 
 template <typename T>
-__device__ __forceinline__ bool aligned_alike(const T* a, const T* b) {
+__device__ __forceinline__ bool same_alignment(const T* a, const T* b) {
   return (reinterpret_cast<uintptr_t>(a) - reinterpret_cast<uintptr_t>(b)) % 16 == 0;
 }
 
@@ -142,37 +144,38 @@ __device__ __forceinline__ void add_single(Softmax& softmax, float x) {
   softmax.add(x);
 }
 
-__device__ __forceinline__ float2 part_of(const Softmax& softmax) { return {softmax.reference, softmax.sum}; }
-__device__ __forceinline__ Softmax softmax_of(float2 part) {
+__device__ __forceinline__ float2 to_partial(const Softmax& softmax) { return {softmax.reference, softmax.sum}; }
+__device__ __forceinline__ Softmax from_partial(float2 partial) {
   Softmax softmax;
-  softmax.reference = part.x;
-  softmax.sum = part.y;
+  softmax.reference = partial.x;
+  softmax.sum = partial.y;
   return softmax;
 }
 
-// The softmax of all threads of a CTA together; every thread has the result.
-template <int kWarpsOfCta>
+// Merges the softmax of all threads of a CTA; every thread gets the result.
+template <int kCtaWarps>
 __device__ __forceinline__ Softmax merge_block(Softmax softmax, float2* shared) {
   softmax.merge_lanes();
-  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = part_of(softmax);
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = to_partial(softmax);
   __syncthreads();
-  softmax = softmax_of(shared[threadIdx.x % kWarpsOfCta]);
-  softmax.merge_lanes<kWarpsOfCta>();
+  softmax = from_partial(shared[threadIdx.x % kCtaWarps]);
+  softmax.merge_lanes<kCtaWarps>();
   return softmax;
 }
 
-// By one thread.
+// Writes the results of a row. One thread calls it.
 __device__ __forceinline__ void write_row(const MaskedCrossEntropyParams& p, int64_t n, const RowToken& token,
                                           const Softmax& softmax, float target_logit) {
   const bool here = token.target >= 0;
   const float2 lse = lse_parts(softmax);
-  // Where the target is the likeliest id, its logit is the reference: the small nll does not come from large numbers.
+  // Where the target is the most likely id, its logit is the reference, so the small nll is no difference of large
+  // numbers.
   if (p.nll) p.nll[n] = here ? lse.x - target_logit + lse.y : NAN;
   if (p.lse) p.lse[n] = lse.x + lse.y;
   if (p.lse_parts) reinterpret_cast<float2*>(p.lse_parts)[n] = lse;
   if (p.target_logit) p.target_logit[n] = here ? target_logit : 0.0f;
 }
-__device__ __forceinline__ void write_no_row(const MaskedCrossEntropyParams& p, int64_t n) {
+__device__ __forceinline__ void write_zero_row(const MaskedCrossEntropyParams& p, int64_t n) {
   if (p.nll) p.nll[n] = 0.0f;
   if (p.lse) p.lse[n] = 0.0f;
   if (p.lse_parts) reinterpret_cast<float2*>(p.lse_parts)[n] = {0.0f, 0.0f};
@@ -190,36 +193,37 @@ __device__ __forceinline__ float target_logit_of(const T* row, const RowToken& t
 
 template <typename T>
 __global__ __launch_bounds__(kThreads, 4) void illada_masked_cross_entropy_forward_sm80(
-    const __grid_constant__ MaskedCrossEntropyParams p, int pieces, const __grid_constant__ DependentLaunch launch) {
+    const __grid_constant__ MaskedCrossEntropyParams p, int vocab_tiles,
+    const __grid_constant__ DependentLaunch launch) {
   __shared__ float2 shared[kWarps];
   wait_for_previous_kernel(launch);
-  const int64_t n = blockIdx.x / unsigned(pieces);
-  const int piece = int(blockIdx.x % unsigned(pieces)), tid = int(threadIdx.x);
+  const int64_t n = blockIdx.x / unsigned(vocab_tiles);
+  const int vocab_tile = int(blockIdx.x % unsigned(vocab_tiles)), tid = int(threadIdx.x);
   const RowToken token(p, n);
   if (token.weight == 0.0f) {
-    if (pieces == 1 && tid == 0) write_no_row(p, n);
+    if (vocab_tiles == 1 && tid == 0) write_zero_row(p, n);
     return;
   }
   const T* const row = logits_row<T>(p, n);
   const RowShape shape(row, p.vocab_size);
-  const int end = min((piece + 1) * kPieceVectors, shape.vectors);
+  const int end = min((vocab_tile + 1) * kVocabTileVectors, shape.vectors);
   Softmax softmax;
 #pragma unroll
-  for (int step = 0; step < kPieceVectors; step += kThreads * kUnroll<T>) {
-    const int first = piece * kPieceVectors + step + tid;
+  for (int step = 0; step < kVocabTileVectors; step += kThreads * kUnroll<T>) {
+    const int first = vocab_tile * kVocabTileVectors + step + tid;
     Raw8<T> raw[kUnroll<T>];
     load_vectors(raw, row, shape, true, first, kThreads, end);
 #pragma unroll
     for (int u = 0; u < kUnroll<T>; ++u)
       if (first + u * kThreads < end) add_vector(softmax, raw[u]);
   }
-  if (piece == 0 && shape.single(tid) >= 0) add_single(softmax, to_float(row[shape.single(tid)]));
+  if (vocab_tile == 0 && shape.single(tid) >= 0) add_single(softmax, to_float(row[shape.single(tid)]));
   softmax = merge_block<kWarps>(softmax, shared);
   if (tid > 0) return;
-  if (pieces == 1) {
+  if (vocab_tiles == 1) {
     write_row(p, n, token, softmax, target_logit_of(row, token));
   } else {
-    static_cast<float2*>(p.workspace)[n * pieces + piece] = part_of(softmax);
+    static_cast<float2*>(p.workspace)[n * vocab_tiles + vocab_tile] = to_partial(softmax);
   }
 }
 
@@ -227,29 +231,30 @@ constexpr int kCombineThreads = 128;
 
 template <typename T>
 __global__ __launch_bounds__(kCombineThreads) void illada_masked_cross_entropy_combine_sm80(
-    const __grid_constant__ MaskedCrossEntropyParams p, int pieces, const __grid_constant__ DependentLaunch launch) {
+    const __grid_constant__ MaskedCrossEntropyParams p, int vocab_tiles,
+    const __grid_constant__ DependentLaunch launch) {
   wait_for_previous_kernel(launch);
   const int64_t n = int64_t(blockIdx.x) * (kCombineThreads / 32) + threadIdx.x / 32;
   const int lane = int(threadIdx.x % 32);
   if (n >= p.num_rows) return;  // whole warps
   const RowToken token(p, n);
   if (token.weight == 0.0f) {
-    if (lane == 0) write_no_row(p, n);
+    if (lane == 0) write_zero_row(p, n);
     return;
   }
-  const float2* const parts = static_cast<const float2*>(p.workspace) + n * pieces;
+  const float2* const partials = static_cast<const float2*>(p.workspace) + n * vocab_tiles;
   Softmax total;
-  for (int i = lane; i < pieces; i += 32) {
-    Softmax part = softmax_of(parts[i]);
-    total.raise(part.reference);
-    part.rebase(total.reference);
-    total.sum += part.sum;
+  for (int i = lane; i < vocab_tiles; i += 32) {
+    Softmax partial = from_partial(partials[i]);
+    total.raise(partial.reference);
+    partial.rebase(total.reference);
+    total.sum += partial.sum;
   }
   total.merge_lanes();
   if (lane == 0) write_row(p, n, token, total, target_logit_of(logits_row<T>(p, n), token));
 }
 
-// A row's vectors in grad, or one thread's share of them, become zeros.
+// Writes zeros to one thread's share of a row's vectors in grad.
 template <typename T>
 __device__ __forceinline__ void clear_vectors(T* row, const RowShape& shape, int first, int stride, int end) {
   for (int vector = first; vector < end; vector += stride) store8(row + shape.id_of(vector), Raw8<T>{});
@@ -257,55 +262,57 @@ __device__ __forceinline__ void clear_vectors(T* row, const RowShape& shape, int
 
 template <typename T>
 __global__ __launch_bounds__(kThreads, 4) void illada_masked_cross_entropy_backward_sm80(
-    const __grid_constant__ MaskedCrossEntropyParams p, int pieces, const __grid_constant__ DependentLaunch launch) {
+    const __grid_constant__ MaskedCrossEntropyParams p, int vocab_tiles,
+    const __grid_constant__ DependentLaunch launch) {
   wait_for_previous_kernel(launch);
-  const int64_t n = blockIdx.x / unsigned(pieces);
-  const int piece = int(blockIdx.x % unsigned(pieces)), tid = int(threadIdx.x);
+  const int64_t n = blockIdx.x / unsigned(vocab_tiles);
+  const int vocab_tile = int(blockIdx.x % unsigned(vocab_tiles)), tid = int(threadIdx.x);
   const RowToken token(p, n);
   T* const grad = static_cast<T*>(p.grad) + n * p.grad_row_stride;
   const RowShape shape(grad, p.vocab_size);
-  const int end = min((piece + 1) * kPieceVectors, shape.vectors), single = piece == 0 ? shape.single(tid) : -1;
+  const int end = min((vocab_tile + 1) * kVocabTileVectors, shape.vectors),
+            single = vocab_tile == 0 ? shape.single(tid) : -1;
   if (token.weight == 0.0f) {
-    clear_vectors(grad, shape, piece * kPieceVectors + tid, kThreads, end);
+    clear_vectors(grad, shape, vocab_tile * kVocabTileVectors + tid, kThreads, end);
     if (single >= 0) store_float(grad + single, 0.0f);
     return;
   }
   const T* const row = logits_row<T>(p, n);
-  const bool aligned = aligned_alike(row, grad);
+  const bool aligned = same_alignment(row, grad);
   const float2 lse = reinterpret_cast<const float2*>(p.lse_parts)[n];
   const RowGradient gradient(p, n, token, lse.x, exp2_approx(-lse.y * kLog2eF));
 #pragma unroll
-  for (int step = 0; step < kPieceVectors; step += kThreads * kUnroll<T>) {
-    const int first = piece * kPieceVectors + step + tid;
+  for (int step = 0; step < kVocabTileVectors; step += kThreads * kUnroll<T>) {
+    const int first = vocab_tile * kVocabTileVectors + step + tid;
     Raw8<T> raw[kUnroll<T>];
     load_vectors(raw, row, shape, aligned, first, kThreads, end);
 #pragma unroll
     for (int u = 0; u < kUnroll<T>; ++u) {
       const int id = shape.id_of(first + u * kThreads);
-      if (first + u * kThreads < end) store8(grad + id, gradient.of(raw[u], id));
+      if (first + u * kThreads < end) store8(grad + id, gradient.compute(raw[u], id));
     }
   }
-  if (single >= 0) store_float(grad + single, gradient.of(to_float(row[single]), single == token.target));
+  if (single >= 0) store_float(grad + single, gradient.compute(to_float(row[single]), single == token.target));
 }
 
-// The softmax of the CTAs of a cluster together; every thread has the result. `part` is read by the other CTAs until
-// the cluster's next barrier, at which this function has arrived and the caller has to wait.
-__device__ __forceinline__ Softmax merge_cluster(Softmax softmax, float2* part, int cluster) {
+// Merges the softmax of the CTAs of a cluster; every thread gets the result. The other CTAs read `partial` until the
+// cluster's next barrier. This function arrives at that barrier, and the caller must wait for it.
+__device__ __forceinline__ Softmax merge_cluster(Softmax softmax, float2* partial, int cluster) {
 #if __CUDA_ARCH__ >= 900
-  if (threadIdx.x == 0) *part = part_of(softmax);
+  if (threadIdx.x == 0) *partial = to_partial(softmax);
   ptx::keep_memory_order();
   cute::cluster_sync();
   const int cta = int(threadIdx.x % 8);
   softmax = {};
-  if (cta < cluster) softmax = softmax_of(ptx::load_cluster(ptx::smem_address(part), uint32_t(cta)));
+  if (cta < cluster) softmax = from_partial(ptx::load_cluster(ptx::smem_address(partial), uint32_t(cta)));
   cute::cluster_arrive();
   softmax.merge_lanes<8>();
 #endif
   return softmax;
 }
 
-// CTAs of the fused kernel on an SM at a time: while some wait for memory or for their cluster, others compute. As many
-// as ptxas finds registers for without spilling.
+// CTAs of the fused kernel per SM, as many as ptxas can give registers without spilling. While some wait for memory or
+// for their cluster, others compute.
 template <typename T, int kVectors>
 constexpr int kFusedCtas =
 #if __CUDA_ARCH__ == 900
@@ -318,7 +325,7 @@ constexpr int kFusedCtas =
 template <typename T, int kVectors>
 __global__ __launch_bounds__(kFusedThreads, kFusedCtas<T, kVectors>) void illada_masked_cross_entropy_fused_sm80(
     const __grid_constant__ MaskedCrossEntropyParams p, int cluster, const __grid_constant__ DependentLaunch launch) {
-  __shared__ float2 shared[kFusedWarps], part;
+  __shared__ float2 shared[kFusedWarps], partial;
   wait_for_previous_kernel(launch);
   const int64_t n = blockIdx.x / unsigned(cluster);
   const int rank = int(blockIdx.x % unsigned(cluster)), tid = int(threadIdx.x);
@@ -330,45 +337,32 @@ __global__ __launch_bounds__(kFusedThreads, kFusedCtas<T, kVectors>) void illada
   if (token.weight == 0.0f) {  // all CTAs of the cluster
     clear_vectors(grad, shape, first, stride, shape.vectors);
     if (single >= 0) store_float(grad + single, 0.0f);
-    if (first == 0) write_no_row(p, n);
+    if (first == 0) write_zero_row(p, n);
     return;
   }
   const T* const row = logits_row<T>(p, n);
   Raw8<T> raw[kVectors];
-  load_vectors(raw, row, shape, aligned_alike(row, grad), first, stride, shape.vectors);
+  load_vectors(raw, row, shape, same_alignment(row, grad), first, stride, shape.vectors);
   const float single_logit = single >= 0 ? to_float(row[single]) : -INFINITY;
-  const float target_logit = first == 0 ? target_logit_of(row, token) : 0.0f;  // before somebody overwrites it
+  const float target_logit = first == 0 ? target_logit_of(row, token) : 0.0f;  // read before the gradient overwrites it
   Softmax softmax;
 #pragma unroll
   for (int u = 0; u < kVectors; ++u) add_vector(softmax, raw[u]);
   if (single >= 0) add_single(softmax, single_logit);
   softmax = merge_block<kFusedWarps>(softmax, shared);
-  if (cluster > 1) softmax = merge_cluster(softmax, &part, cluster);
+  if (cluster > 1) softmax = merge_cluster(softmax, &partial, cluster);
   if (first == 0) write_row(p, n, token, softmax, target_logit);
 
   const RowGradient gradient(p, n, token, softmax.reference, __fdividef(1.0f, softmax.sum));
 #pragma unroll
   for (int u = 0; u < kVectors; ++u) {
     const int vector = first + u * stride, id = shape.id_of(vector);
-    if (vector < shape.vectors) store8(grad + id, gradient.of(raw[u], id));
+    if (vector < shape.vectors) store8(grad + id, gradient.compute(raw[u], id));
   }
-  if (single >= 0) store_float(grad + single, gradient.of(single_logit, single == token.target));
+  if (single >= 0) store_float(grad + single, gradient.compute(single_logit, single == token.target));
 #if __CUDA_ARCH__ >= 900
   if (cluster > 1) cute::cluster_wait();
 #endif
-}
-
-// f(T{}) of the dtype's element type.
-template <typename F>
-void dispatch(DType dtype, F&& f) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return f(float{});
-    case DType::kBFloat16:
-      return f(BFloat16{});
-    case DType::kFloat16:
-      return f(Half{});
-  }
 }
 
 LaunchShape launch_shape(int64_t ctas, int threads) {
@@ -384,34 +378,34 @@ constexpr const char* kOp = "masked_cross_entropy";
 }  // namespace
 
 void launch_forward(const MaskedCrossEntropyParams& p, const Device& device) {
-  const int pieces = pieces_of(p.vocab_size);
-  dispatch(p.dtype, [&](auto element) {
+  const int vocab_tiles = vocab_tile_count(p.vocab_size);
+  dispatch_dtype(p.dtype, [&](auto element) {
     using T = decltype(element);
-    launch_kernel(kOp, device, p.launch.stream, launch_shape(p.num_rows * pieces, kThreads),
-                  illada_masked_cross_entropy_forward_sm80<T>, p, pieces);
-    if (pieces == 1) return;
+    launch_kernel(kOp, device, p.launch.stream, launch_shape(p.num_rows * vocab_tiles, kThreads),
+                  illada_masked_cross_entropy_forward_sm80<T>, p, vocab_tiles);
+    if (vocab_tiles == 1) return;
     constexpr int kRows = kCombineThreads / 32;
     launch_kernel(kOp, device, p.launch.stream, launch_shape((p.num_rows + kRows - 1) / kRows, kCombineThreads),
-                  illada_masked_cross_entropy_combine_sm80<T>, p, pieces);
+                  illada_masked_cross_entropy_combine_sm80<T>, p, vocab_tiles);
   });
 }
 
 void launch_backward(const MaskedCrossEntropyParams& p, const Device& device) {
-  const int pieces = pieces_of(p.vocab_size);
-  dispatch(p.dtype, [&](auto element) {
-    launch_kernel(kOp, device, p.launch.stream, launch_shape(p.num_rows * pieces, kThreads),
-                  illada_masked_cross_entropy_backward_sm80<decltype(element)>, p, pieces);
+  const int vocab_tiles = vocab_tile_count(p.vocab_size);
+  dispatch_dtype(p.dtype, [&](auto element) {
+    launch_kernel(kOp, device, p.launch.stream, launch_shape(p.num_rows * vocab_tiles, kThreads),
+                  illada_masked_cross_entropy_backward_sm80<decltype(element)>, p, vocab_tiles);
   });
 }
 
 FusedShape fused_shape(int64_t vocab_size, const Device& device) {
-  // Of a row, a CTA holds 16,384 ids with 8 vectors a thread; with 10 vectors a cluster of 8, which every GPU with
-  // clusters allows, holds the vocabularies of the models that this is for.
+  // With 8 vectors per thread a CTA holds 16,384 ids of a row. With 10 vectors, a cluster of 8 (which every GPU with
+  // clusters allows) holds 163,840 ids.
   FusedShape shape;
   const auto any = reinterpret_cast<const void*>(&illada_masked_cross_entropy_fused_sm80<float, 8>);
-  const int64_t most = prepare_kernel(kOp, any, device, 0) >= 90 ? 8 : 1;
+  const int64_t max_cluster = prepare_kernel(kOp, any, device, 0) >= 90 ? 8 : 1;
   for (shape.vectors = 8; shape.vectors <= 10; shape.vectors += 2)
-    for (shape.cluster = 1; shape.cluster <= most; shape.cluster *= 2)
+    for (shape.cluster = 1; shape.cluster <= max_cluster; shape.cluster *= 2)
       if (vocab_size <= int64_t(shape.vectors) * shape.cluster * kFusedThreads * kVector) return shape;
   return {0, 1};
 }
@@ -419,7 +413,7 @@ FusedShape fused_shape(int64_t vocab_size, const Device& device) {
 void launch_fused(const MaskedCrossEntropyParams& p, const Device& device, const FusedShape& fused) {
   LaunchShape shape = launch_shape(p.num_rows * fused.cluster, kFusedThreads);
   shape.cluster = fused.cluster;
-  dispatch(p.dtype, [&](auto element) {
+  dispatch_dtype(p.dtype, [&](auto element) {
     using T = decltype(element);
     launch_kernel(kOp, device, p.launch.stream, shape,
                   fused.vectors == 8 ? illada_masked_cross_entropy_fused_sm80<T, 8>

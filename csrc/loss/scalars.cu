@@ -1,5 +1,4 @@
-// What stands before and after the passes over logits: the loss from the nll of each token, and the factor that arrives
-// with the backward.
+// Kernels on scalars of the loss: the weighted sum of the tokens' nll, and the scaling of gradients by dloss.
 #include <algorithm>
 
 #include "common/dependent_launch.h"
@@ -13,14 +12,22 @@ namespace {
 constexpr const char* kOp = "masked_cross_entropy";
 constexpr int kSumThreads = 1024;
 
+// The kernel's part of WeightedSumParams.
+struct WeightedSum {
+  const float *nll, *token_weights, *normalizer;
+  float* loss;
+  int64_t num_rows;
+  float scale;
+};
+
 __global__ __launch_bounds__(kSumThreads) void illada_masked_cross_entropy_sum_sm80(
-    const __grid_constant__ WeightedSumParams p, const __grid_constant__ DependentLaunch launch) {
+    const __grid_constant__ WeightedSum p, const __grid_constant__ DependentLaunch launch) {
   __shared__ double shared[kSumThreads / 32];
   wait_for_previous_kernel(launch);
   const auto add = [](double a, double b) { return a + b; };
   double sum = 0;
   for (int64_t n = threadIdx.x; n < p.num_rows; n += kSumThreads)
-    if (p.weights[n] != 0.0f) sum += double(p.weights[n]) * double(p.nll[n]);
+    if (p.token_weights[n] != 0.0f) sum += double(p.token_weights[n]) * double(p.nll[n]);
   sum = warp_reduce(sum, add);
   if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = sum;
   __syncthreads();
@@ -53,10 +60,10 @@ __global__ __launch_bounds__(kScaleThreads) void illada_masked_cross_entropy_sca
 
 template <typename T>
 void launch(const ScaleParams& p, const Device& device) {
-  constexpr int64_t kCtasAnSm = 8;
+  constexpr int64_t kCtasPerSm = 8;
   const int64_t ctas = (p.count + kScaleThreads * kVector - 1) / (kScaleThreads * kVector);
   LaunchShape shape;
-  shape.grid = dim3(unsigned(std::min(ctas, kCtasAnSm * device.sm_count)));
+  shape.grid = dim3(unsigned(std::min(ctas, kCtasPerSm * device.sm_count)));
   shape.block = dim3(kScaleThreads);
   shape.dependent = true;
   launch_kernel(kOp, device, p.launch.stream, shape, illada_masked_cross_entropy_scale_sm80<T>, p);
@@ -69,18 +76,12 @@ void launch_weighted_sum(const WeightedSumParams& p, const Device& device) {
   shape.grid = dim3(1);
   shape.block = dim3(kSumThreads);
   shape.dependent = true;
-  launch_kernel(kOp, device, p.launch.stream, shape, illada_masked_cross_entropy_sum_sm80, p);
+  launch_kernel(kOp, device, p.launch.stream, shape, illada_masked_cross_entropy_sum_sm80,
+                WeightedSum{p.nll, p.token_weights, p.normalizer, p.loss, p.num_rows, float(p.scale)});
 }
 
 void launch_scale(const ScaleParams& p, const Device& device) {
-  switch (p.dtype) {
-    case DType::kFloat32:
-      return launch<float>(p, device);
-    case DType::kBFloat16:
-      return launch<BFloat16>(p, device);
-    case DType::kFloat16:
-      return launch<Half>(p, device);
-  }
+  dispatch_dtype(p.dtype, [&](auto element) { launch<decltype(element)>(p, device); });
 }
 
 }  // namespace illada::loss

@@ -15,6 +15,7 @@
 #include "common/dependent_launch.h"
 #include "common/dtype.cuh"
 #include "remask/launch.h"
+#include "remask/row_reader.cuh"
 #include "remask/row_sample.cuh"
 
 namespace illada::remask {
@@ -22,10 +23,10 @@ namespace {
 
 constexpr int kThreads = 1024, kWarps = kThreads / 32;
 constexpr int kBins = 2 * kThreads, kLastBin = kBins - 1;  // the last one holds all larger distances
-constexpr float kBinsOfOne = 64.0f;                        // bins of a factor e in probability: 32 nats in all
-constexpr int kListed = 2048;
+constexpr float kBinsPerNat = 64.0f;                       // bins per factor e in probability; 32 nats in all
+constexpr int kMaxListed = 2048;                           // ids of a bin that are listed in shared memory
 constexpr int kBiasBits = 1 << 15;
-constexpr int kEdgeBits = 24;  // of the fixed point of a bin's mass, beside those of a weight
+constexpr int kEdgeBits = 24;  // fraction bits of a bin's mass, in addition to those of a weight
 
 using Sum = unsigned long long;
 
@@ -36,63 +37,44 @@ struct Listed {
 
 struct SharedStorage {
   uint32_t count[kBins], fraction[kBins];
-  Listed list[kListed];
-  uint32_t biased[kBiasBits / 32];  // a bit for the vectors of 8 ids that may hold a biased one
+  Listed list[kMaxListed];
+  uint32_t biased[kBiasBits / 32];  // RowReader::biased
   Sum partial[kWarps];
   Sum before;  // of the bin that was found
   int32_t bin, listed;
   int32_t maximum, minimum, low, high;  // ordered
 };
 
-__device__ __forceinline__ float of_key(int32_t key) { return from_ordered(key); }
+__device__ __forceinline__ float from_key(int32_t key) { return from_ordered(key); }
 // Equal floats have equal keys, the two zeros too.
-__device__ __forceinline__ int32_t key_of(float x) { return ordered(x + 0.0f); }
+__device__ __forceinline__ int32_t to_key(float x) { return ordered(x + 0.0f); }
 
 template <typename T, bool kAligned>
 struct RowFilter {
   SharedStorage& shared;
-  const T* row;
+  RowReader<T, kAligned, kBiasBits> reader;
   int32_t vocab;
-  RowBias bias;
   float maximum = 0;
   float floor = -INFINITY;  // smaller logits are left out
   float scale = 0;          // bins per unit of distance
   int bin = 0, weight_bits = 0;
 
-  // f(x, id) for every id of the row, by the threads of the CTA.
+  // Calls f(x, id) for every id of the row. All threads of the CTA call it.
   template <typename F>
-  __device__ __forceinline__ void for_each_of_row(F&& f) const {
+  __device__ __forceinline__ void for_each_id(F&& f) const {
     const int vectors = vocab / kVector;
-    const auto load = [&](int vector) {
-      const T* const at = row + int64_t(vector) * kVector;
-      return kAligned ? load8(at) : load8_unaligned(at);
-    };
     Raw8<T> next = minus_infinity8<T>();  // loads while the previous vector is in use
-    if (int(threadIdx.x) < vectors) next = load(int(threadIdx.x));
+    if (int(threadIdx.x) < vectors) next = reader.raw(int(threadIdx.x));
     for (int vector = int(threadIdx.x); vector < vectors; vector += kThreads) {
       float x[kVector];
       unpack8(next, x);
-      if (vector + kThreads < vectors) next = load(vector + kThreads);
-      const int first = vector * kVector;
-      if (bias.count && shared.biased[vector % kBiasBits / 32] >> (vector % 32) & 1) {
-#pragma unroll 1
-        for (int b = 0; b < bias.count; ++b) {
-          const int at = bias.ids[b] - first;
-          const float value = bias.values[b];
+      if (vector + kThreads < vectors) next = reader.raw(vector + kThreads);
+      if (reader.bias.count) reader.add_bias(vector, x);
 #pragma unroll
-          for (int i = 0; i < kVector; ++i) x[i] += at == i ? value : 0.0f;  // a branch would put x in local memory
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) f(x[i], first + i);
+      for (int i = 0; i < kVector; ++i) f(x[i], vector * kVector + i);
     }
     const int id = vectors * kVector + int(threadIdx.x);
-    if (id >= vocab) return;
-    float x = to_float(row[id]);
-#pragma unroll 1
-    for (int b = 0; b < bias.count; ++b)
-      if (bias.ids[b] == id) x += bias.values[b];
-    f(x, id);
+    if (id < vocab) f(reader.single(id), id);
   }
 
   __device__ __forceinline__ float distance(float x) const { return __fmul_rn(maximum - x, scale); }
@@ -112,31 +94,31 @@ struct RowFilter {
 
   // Finds the largest logit, and the smallest above -inf in shared memory. Returns false if the row has no softmax.
   __device__ __forceinline__ bool find_range() {
-    float most = -INFINITY, least = INFINITY;
+    float largest = -INFINITY, smallest = INFINITY;
     bool nan = false;
-    for_each_of_row([&](float x, int) {
-      most = fmaxf(most, x);
-      least = x > -INFINITY ? fminf(least, x) : least;
+    for_each_id([&](float x, int) {
+      largest = fmaxf(largest, x);
+      smallest = x > -INFINITY ? fminf(smallest, x) : smallest;
       nan |= x != x;
     });
-    atomicMax(&shared.maximum, __reduce_max_sync(kFullWarp, key_of(most)));
-    atomicMin(&shared.minimum, __reduce_min_sync(kFullWarp, key_of(least)));
+    atomicMax(&shared.maximum, __reduce_max_sync(kFullWarp, to_key(largest)));
+    atomicMin(&shared.minimum, __reduce_min_sync(kFullWarp, to_key(smallest)));
     nan = __syncthreads_or(nan);
-    maximum = of_key(shared.maximum);
+    maximum = from_key(shared.maximum);
     return !nan && maximum > -INFINITY && maximum < INFINITY;
   }
 
-  // Puts the ids with logits of at least `floor` into bins: their number, and the sum of their lacking(x, bin).
-  template <typename Lacking>
-  __device__ __forceinline__ void fill_bins(Lacking&& lacking) {
+  // Puts the ids with logits of at least `floor` into bins: their number, and the sum of their weight_deficit(x, bin).
+  template <typename Deficit>
+  __device__ __forceinline__ void fill_bins(Deficit&& weight_deficit) {
     __syncthreads();
     for (int i = int(threadIdx.x); i < kBins; i += kThreads) shared.count[i] = shared.fraction[i] = 0;
     __syncthreads();
-    for_each_of_row([&](float x, int) {
+    for_each_id([&](float x, int) {
       if (!(x > -INFINITY && x >= floor)) return;
       const int at = bin_of(x);
       atomicAdd(&shared.count[at], 1u);
-      if (const uint32_t part = lacking(x, at)) atomicAdd(&shared.fraction[at], part);
+      if (const uint32_t part = weight_deficit(x, at)) atomicAdd(&shared.fraction[at], part);
     });
     __syncthreads();
   }
@@ -154,14 +136,14 @@ struct RowFilter {
       }
       return value;
     };
-    const Sum first = mass(at), both = first + mass(at + 1), of_warp = scan(both);
-    if (lane == 31) shared.partial[warp] = of_warp;
+    const Sum first = mass(at), both = first + mass(at + 1), warp_sum = scan(both);
+    if (lane == 31) shared.partial[warp] = warp_sum;
     if (threadIdx.x == 0) shared.bin = -1;
     __syncthreads();
     const Sum warps = scan(shared.partial[lane]);
     const Sum total = __shfl_sync(kFullWarp, warps, 31);
     const Sum warps_before = __shfl_sync(kFullWarp, warps, warp) - shared.partial[warp];
-    const Sum before = warps_before + of_warp - both, wanted = target(total);
+    const Sum before = warps_before + warp_sum - both, wanted = target(total);
     if (before < wanted && before + both >= wanted) {
       const bool second = before + first < wanted;
       shared.bin = at + int(second);
@@ -175,7 +157,7 @@ struct RowFilter {
 
   // Lists the ids of `bin`, where they fit, and finds the range of their logits.
   __device__ __forceinline__ void list_bin() {
-    const bool fits = shared.count[bin] <= kListed;
+    const bool fits = shared.count[bin] <= kMaxListed;
     if (threadIdx.x == 0) {
       shared.listed = 0;
       shared.low = INT_MAX;
@@ -183,10 +165,10 @@ struct RowFilter {
     }
     __syncthreads();
     int32_t low = INT_MAX, high = INT_MIN;
-    for_each_of_row([&](float x, int id) {
+    for_each_id([&](float x, int id) {
       if (!in_bin(x)) return;
-      low = min(low, key_of(x));
-      high = max(high, key_of(x));
+      low = min(low, to_key(x));
+      high = max(high, to_key(x));
       if (fits) shared.list[atomicAdd(&shared.listed, 1)] = {x, id};
     });
     atomicMin(&shared.low, __reduce_min_sync(kFullWarp, low));
@@ -196,14 +178,14 @@ struct RowFilter {
 
   // The sum of value(x, id) over the ids of the bin.
   template <typename Value>
-  __device__ __forceinline__ Sum sum_of_bin(Value&& value) const {
+  __device__ __forceinline__ Sum sum_bin(Value&& value) const {
     Sum sum = 0;
-    if (shared.count[bin] <= kListed) {
+    if (shared.count[bin] <= kMaxListed) {
 #pragma unroll 1
       for (int i = int(threadIdx.x); i < shared.listed; i += kThreads)
         sum += value(shared.list[i].x, shared.list[i].id);
     } else {
-      for_each_of_row([&](float x, int id) {
+      for_each_id([&](float x, int id) {
         if (in_bin(x)) sum += value(x, id);
       });
     }
@@ -218,7 +200,7 @@ struct RowFilter {
     int32_t low = shared.low, high = shared.high;
     while (low < high) {
       const int32_t middle = int32_t(low + int64_t(uint32_t(high) - uint32_t(low) + 1) / 2);
-      const Sum sum = sum_of_bin([&](float x, int) { return key_of(x) >= middle ? Sum(weight(x)) : 0; });
+      const Sum sum = sum_bin([&](float x, int) { return to_key(x) >= middle ? Sum(weight(x)) : 0; });
       if (sum >= needed) {
         low = middle;
       } else {
@@ -230,51 +212,51 @@ struct RowFilter {
 
   // Returns the smallest logit that top_k keeps.
   __device__ __forceinline__ float find_top_k(int32_t top_k) {
-    scale = kBinsOfOne;
+    scale = kBinsPerNat;
     for (bool again = true;; again = false) {
       fill_bins([](float, int) { return 0u; });
       bin = find_bin([&](int at) { return Sum(shared.count[at]); }, [&](Sum) { return Sum(top_k); });
       if (bin != kLastBin || !again) break;
-      scale = float(kLastBin) / (maximum - of_key(shared.minimum));  // 0 where the difference is infinite
+      scale = float(kLastBin) / (maximum - from_key(shared.minimum));  // 0 where the difference is infinite
     }
     if (bin < 0) return -INFINITY;  // at most top_k - 1 logits are above it
-    return of_key(find_key(Sum(top_k) - shared.before, [](float) { return 1u; }));
+    return from_key(find_key(Sum(top_k) - shared.before, [](float) { return 1u; }));
   }
 
   // Returns 2^weight_bits minus the weight of an id. 2^weight_bits is the weight at the edge of a bin. The last bin has
   // no mass: its ids are at most e^-32 times as likely as the first.
-  __device__ __forceinline__ uint32_t lacking(float x, int at) const {
+  __device__ __forceinline__ uint32_t weight_deficit(float x, int at) const {
     const float beyond = distance(x) - float(at);  // exact
-    const float lost = 1.0f - exp2_approx(beyond * (-kLog2eF / kBinsOfOne));
+    const float lost = 1.0f - exp2_approx(beyond * (-kLog2eF / kBinsPerNat));
     return at == kLastBin ? 0 : __float2uint_rn(lost * float(1 << weight_bits));
   }
-  __device__ __forceinline__ uint32_t weight(float x) const { return (1u << weight_bits) - lacking(x, bin); }
+  __device__ __forceinline__ uint32_t weight(float x) const { return (1u << weight_bits) - weight_deficit(x, bin); }
 
   // Finds the smallest logit that top_p keeps among logits of at least `floor`, and the last kept id with that logit.
   __device__ __forceinline__ void find_top_p(float top_p, float temperature, float& value, int32_t& last) {
     // Each id adds less than 2^(weight_bits - 6) to its bin's `fraction`, which therefore stays below 2^32.
     weight_bits = min(20, 6 + __clz(vocab - 1));
-    scale = fminf(kBinsOfOne / temperature, 1e30f);
-    fill_bins([&](float x, int at) { return lacking(x, at); });
+    scale = fminf(kBinsPerNat / temperature, 1e30f);
+    fill_bins([&](float x, int at) { return weight_deficit(x, at); });
     Sum wanted = 0;
     bin = find_bin(
         [&](int at) {
           const Sum weights = (Sum(shared.count[at]) << weight_bits) - shared.fraction[at];
-          return at == kLastBin ? 0 : Sum(double(weights) * edge(at) + 0.5);
+          return at == kLastBin ? 0 : Sum(double(weights) * bin_edge_mass(at) + 0.5);
         },
         [&](Sum total) { return wanted = Sum(fmax(ceil(double(top_p) * double(total)), 1.0)); });
-    const Sum needed = Sum(fmax(ceil(double(wanted - shared.before) / edge(bin)), 1.0));
+    const Sum needed = Sum(fmax(ceil(double(wanted - shared.before) / bin_edge_mass(bin)), 1.0));
     const int32_t key = find_key(needed, [&](float x) { return weight(x); });
-    value = of_key(key);
+    value = from_key(key);
     // Of the ids with this logit, the lowest are kept, as many as the target needs.
-    const Sum above = sum_of_bin([&](float x, int) { return key_of(x) > key ? Sum(weight(x)) : 0; });
-    const Sum equal = sum_of_bin([&](float x, int) { return Sum(key_of(x) == key); });
+    const Sum above = sum_bin([&](float x, int) { return to_key(x) > key ? Sum(weight(x)) : 0; });
+    const Sum equal = sum_bin([&](float x, int) { return Sum(to_key(x) == key); });
     const Sum kept = above < needed ? (needed - above - 1) / weight(value) + 1 : 1;
     if (kept >= equal) return;
     int32_t low = 0, high = vocab - 1;
     while (low < high) {
       const int32_t middle = low + (high - low) / 2;
-      if (sum_of_bin([&](float x, int id) { return Sum(key_of(x) == key && id <= middle); }) >= kept) {
+      if (sum_bin([&](float x, int id) { return Sum(to_key(x) == key && id <= middle); }) >= kept) {
         high = middle;
       } else {
         low = middle + 1;
@@ -283,8 +265,8 @@ struct RowFilter {
     last = low;
   }
   // Returns the factor from the weights of a bin to its mass, a fixed-point number.
-  __device__ __forceinline__ static double edge(int at) {
-    return exp2(double(at) * (-double(kLog2eF) / kBinsOfOne) + kEdgeBits);
+  __device__ __forceinline__ static double bin_edge_mass(int at) {
+    return exp2(double(at) * (-double(kLog2eF) / kBinsPerNat) + kEdgeBits);
   }
 };
 
@@ -306,16 +288,18 @@ __global__ __launch_bounds__(kThreads,
     if (threadIdx.x == 0) cuts[row] = cut;
     return;
   }
-  RowFilter<T, kAligned> filter{shared, static_cast<const T*>(p.logits) + row * p.logits_row_stride,
-                                int32_t(p.vocab_size), RowBias(p, row)};
+  RowFilter<T, kAligned> filter{
+      shared,
+      {static_cast<const T*>(p.logits) + row * p.logits_row_stride, shared.biased, 0, RowBias(p, row)},
+      int32_t(p.vocab_size)};
   if (threadIdx.x == 0) {
     shared.maximum = INT_MIN;
     shared.minimum = INT_MAX;
   }
   if (threadIdx.x < kBiasBits / 32) shared.biased[threadIdx.x] = 0;
   __syncthreads();
-  for (int b = int(threadIdx.x); b < filter.bias.count; b += kThreads) {
-    const int id = filter.bias.ids[b], bit = id / kVector % kBiasBits;
+  for (int b = int(threadIdx.x); b < filter.reader.bias.count; b += kThreads) {
+    const int id = filter.reader.bias.ids[b], bit = id / kVector % kBiasBits;
     if (id >= 0) atomicOr(&shared.biased[bit / 32], 1u << (bit % 32));
   }
   __syncthreads();
@@ -345,14 +329,7 @@ void launch(const SampleTokensParams& p, const Device& device, RowCut* cuts) {
 }  // namespace
 
 void launch_sample_filters(const SampleTokensParams& p, const Device& device, RowCut* cuts) {
-  switch (p.dtype) {
-    case DType::kFloat32:
-      return launch<float>(p, device, cuts);
-    case DType::kBFloat16:
-      return launch<BFloat16>(p, device, cuts);
-    case DType::kFloat16:
-      return launch<Half>(p, device, cuts);
-  }
+  dispatch_dtype(p.dtype, [&](auto element) { launch<decltype(element)>(p, device, cuts); });
 }
 
 }  // namespace illada::remask

@@ -8,33 +8,33 @@ namespace illada::remask {
 
 // GEMM with a producer of our own on CUTLASS's pipeline and layouts. CUTLASS's `load` brings whole tiles of b for a
 // cluster size that is known at compile time. That does not fit here, for three reasons:
-//   - A range of ids may end after any chunk.
+//   - A range of ids may end after any slice.
 //   - Few rows have no cluster.
 //   - The two CTAs of a cluster may both have the odd last row tile, each with different ids.
-// `chunk_map`: tensor map with boxes of one chunk of ids.
+// `slice_map`: tensor map with boxes of one slice of ids.
 template <typename T>
 class HeadGemm : public Gemm<GemmMainloop<cutlass::arch::Sm90, T, KMajor, KMajor>> {
  public:
   using Base = Gemm<GemmMainloop<cutlass::arch::Sm90, T, KMajor, KMajor>>;
 
-  __device__ __forceinline__ HeadGemm(const typename Base::Params& params, const CUtensorMap& chunk_map,
+  __device__ __forceinline__ HeadGemm(const typename Base::Params& params, const CUtensorMap& slice_map,
                                       typename Base::Storage& storage, int cluster)
       : Base(params, storage, shape_of(cluster), false),
-        chunk_map_(chunk_map),
+        slice_map_(slice_map),
         cluster_(cluster),
         rank_(cluster > 1 ? int(cute::block_rank_in_cluster()) : 0) {}
 
   __device__ __forceinline__ int rank() const { return rank_; }
 
-  // Loads all steps of K of a row tile and of `chunks` chunks of ids. One thread of the producer calls it. If the
-  // cluster `shares` the ids, each CTA loads one half for both CTAs, in one box where the tile is whole. Otherwise the
-  // CTAs have different ids and any number of chunks (possibly none), but the same number of steps.
-  __device__ __forceinline__ void load(int row, int id, int k_tiles, int chunks, bool shares) {
-    constexpr int kChunk = HeadPlan::kChunkIds, kRowBytes = Base::kTileK * int(sizeof(T));
+  // Loads all steps of K of a row tile and of `slices` slices of ids. One thread of the producer calls it. If the
+  // cluster shares the ids (`shares_ids`), each CTA loads one half for both CTAs, in one box where the tile is whole.
+  // Otherwise the CTAs have different ids and any number of slices (possibly none), but the same number of steps.
+  __device__ __forceinline__ void load(int row, int id, int k_tiles, int slices, bool shares_ids) {
+    constexpr int kSlice = HeadPlan::kSliceIds, kRowBytes = Base::kTileK * int(sizeof(T));
     constexpr uint64_t kHint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
     constexpr int kHalf = Base::kTileN / 2;
     static_assert(box_rows<typename Base::Params::TMA_B>() == kHalf);
-    const bool multicasts = cluster_ > 1 && shares, whole = multicasts && chunks == HeadPlan::kTileChunks;
+    const bool multicasts = cluster_ > 1 && shares_ids, whole = multicasts && slices == HeadPlan::kTileSlices;
     // Boxes begin at multiples of eight rows, where the swizzle does not change addresses.
     const auto a = cute::get_nonswizzle_portion(typename Base::Mainloop::SmemLayoutA{});
     const auto b = cute::get_nonswizzle_portion(typename Base::Mainloop::SmemLayoutB{});
@@ -47,7 +47,7 @@ class HeadGemm : public Gemm<GemmMainloop<cutlass::arch::Sm90, T, KMajor, KMajor
       this->pipeline_.producer_acquire(state);
       uint64_t* const barrier = this->pipeline_.producer_get_barrier(state);
       cutlass::arch::ClusterTransactionBarrier::arrive_and_expect_tx(
-          barrier, uint32_t((Base::kTileM + chunks * kChunk) * kRowBytes));
+          barrier, uint32_t((Base::kTileM + slices * kSlice) * kRowBytes));
       cute::SM90_TMA_LOAD_2D::copy(a_map, barrier, kHint, tensors.smem_A.data() + a(0, 0, stage), k * Base::kTileK,
                                    row);
       const auto load_b = [&](const CUtensorMap* map, int first) {
@@ -62,8 +62,8 @@ class HeadGemm : public Gemm<GemmMainloop<cutlass::arch::Sm90, T, KMajor, KMajor
       if (whole) {
         load_b(b_map, rank_ * kHalf);
       } else {
-        for (int i = multicasts ? rank_ : 0; i < chunks; i += multicasts ? cluster_ : 1)
-          load_b(&chunk_map_, i * kChunk);
+        for (int i = multicasts ? rank_ : 0; i < slices; i += multicasts ? cluster_ : 1)
+          load_b(&slice_map_, i * kSlice);
       }
     }
   }
@@ -73,7 +73,7 @@ class HeadGemm : public Gemm<GemmMainloop<cutlass::arch::Sm90, T, KMajor, KMajor
   static __device__ __forceinline__ auto shape_of(int cluster) {
     return cute::make_shape(cluster, cute::_1{}, cute::_1{});
   }
-  const CUtensorMap& chunk_map_;
+  const CUtensorMap& slice_map_;
   int cluster_, rank_;
 };
 

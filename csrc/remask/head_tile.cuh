@@ -9,7 +9,7 @@
 namespace illada::remask {
 
 template <bool kWantExtras>
-struct RowPair {
+struct RowPairState {
   static constexpr int kIds = 256;  // ids per tile
   static constexpr int kGroup = 4;  // column blocks of a row that are tested together: eight ids
   static constexpr int kGroups = kIds / 8 / kGroup;
@@ -22,7 +22,7 @@ struct RowPair {
   // odd lane those of the lower row. They then exchange halves.
   RowNoiseLoop noise;
 
-  __device__ __forceinline__ RowPair(const SampleTokensParams& p, const int (&row)[2])
+  __device__ __forceinline__ RowPairState(const SampleTokensParams& p, const int (&row)[2])
       : noise(RowNoise(p, threadIdx.x % 2 ? row[1] : row[0])) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -35,7 +35,7 @@ struct RowPair {
 
   // Excludes row i, which only fills the tile: none of its ids can win any more, and its scores are not published. They
   // would otherwise raise the bound of the real row whose index it has.
-  __device__ __forceinline__ void leave_race(int i) { bound[i] = FLT_MAX; }
+  __device__ __forceinline__ void exclude(int i) { bound[i] = FLT_MAX; }
 
   // Reads the rows' bounds that other CTAs found. `bounds`: [num_rows], encoded by ordered(), or null. Bounds only
   // prune.
@@ -95,7 +95,7 @@ struct RowPair {
         state[i].leader = {double(top), tile_id + column + found, top};
       }
     }
-    if (any_noise) race(d, maximum, p, row, tile_id, bounds);
+    if (any_noise) update_leaders(d, maximum, p, row, tile_id, bounds);
   }
 
  private:
@@ -137,37 +137,39 @@ struct RowPair {
   }
 
   // Finds the maximum with noise; see row_sample.cuh.
-  __device__ __forceinline__ void race(const float (&d)[128], const float (&maximum)[2][kGroups],
-                                       const SampleTokensParams& p, const int (&row)[2], int tile_id, int32_t* bounds) {
+  __device__ __forceinline__ void update_leaders(const float (&d)[128], const float (&maximum)[2][kGroups],
+                                                 const SampleTokensParams& p, const int (&row)[2], int tile_id,
+                                                 int32_t* bounds) {
     uint64_t candidates[2] = {0, 0};  // bit 2 j + e
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
       uint32_t u[kGroup][2][2];
-      const float hopes = fmaxf(RowNoise::log2_bound(maximum[0][g], bound[0], inverse[0]),
-                                RowNoise::log2_bound(maximum[1][g], bound[1], inverse[1]));
-      if (!__any_sync(kFullWarp, hopes > RowNoise::kHopeless)) continue;
+      const float log2_limit = fmaxf(RowNoise::log2_bound(maximum[0][g], bound[0], inverse[0]),
+                                     RowNoise::log2_bound(maximum[1][g], bound[1], inverse[1]));
+      if (!__any_sync(kFullWarp, log2_limit > RowNoise::kMinLog2Bound)) continue;
 #pragma unroll
       for (int j = 0; j < kGroup; ++j) uniforms(tile_id, g * kGroup + j, u[j]);
       if (g == 0 && __any_sync(kFullWarp, fminf(bound[0], bound[1]) == -FLT_MAX)) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {  // initial bound
-          float sure = -FLT_MAX;
+          float lower_bound = -FLT_MAX;
 #pragma unroll
           for (int j = 0; j < kGroup; ++j) {
 #pragma unroll
             for (int e = 0; e < 2; ++e)
-              sure = fmaxf(sure, RowNoise::sure_score(d[4 * j + 2 * i + e], u[j][i][e], temperature[i]));
+              lower_bound =
+                  fmaxf(lower_bound, RowNoise::score_lower_bound(d[4 * j + 2 * i + e], u[j][i][e], temperature[i]));
           }
-          raise_bound(i, sure, row[i], bounds);
+          raise_bound(i, lower_bound, row[i], bounds);
         }
       }
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        uint32_t least = ~0u;
+        uint32_t min_bits = ~0u;
 #pragma unroll
-        for (int j = 0; j < kGroup; ++j) least = min(least, min(u[j][i][0], u[j][i][1]));
+        for (int j = 0; j < kGroup; ++j) min_bits = min(min_bits, min(u[j][i][0], u[j][i][1]));
         if (temperature[i] == 0 ||
-            least > RowNoise::as_limit(RowNoise::log2_bound(maximum[i][g], bound[i], inverse[i])))
+            min_bits > RowNoise::max_bits(RowNoise::log2_bound(maximum[i][g], bound[i], inverse[i])))
           continue;
 #pragma unroll
         for (int j = 0; j < kGroup; ++j) {
@@ -175,7 +177,7 @@ struct RowPair {
           for (int e = 0; e < 2; ++e) {
             const int k = 2 * (g * kGroup + j) + e;
             const float x = d[4 * (g * kGroup + j) + 2 * i + e];
-            if (u[j][i][e] <= RowNoise::as_limit(RowNoise::log2_bound(x, bound[i], inverse[i])))
+            if (u[j][i][e] <= RowNoise::max_bits(RowNoise::log2_bound(x, bound[i], inverse[i])))
               candidates[i] |= uint64_t(1) << k;
           }
         }

@@ -9,17 +9,14 @@
 #include <vector>
 
 #include "common/check.h"
+#include "common/memory.h"
 #include "common/variants.h"
 #include "illada/illada.h"
 
 namespace illada::remask {
 namespace {
 
-int64_t bytes_of_rows(int64_t rows, int64_t row_stride, int64_t columns, int64_t element) {
-  return rows == 0 ? 0 : ((rows - 1) * row_stride + columns) * element;
-}
-
-// What both samplers share.
+// Checks that both samplers share.
 void validate_sample(const char* op, const SampleTokensParams& p) {
   ILLADA_CHECK(p.num_rows >= 0, op, "num_rows must not be negative, got ", p.num_rows);
   ILLADA_CHECK(p.vocab_size > 0 && p.vocab_size <= std::numeric_limits<int32_t>::max() - 8, op,
@@ -29,12 +26,12 @@ void validate_sample(const char* op, const SampleTokensParams& p) {
   ILLADA_CHECK(p.top_ks || p.top_k >= 0, op, "top_k must be at least 0, got ", p.top_k);
   ILLADA_CHECK(p.top_ps || (p.top_p > 0 && p.top_p <= 1), op, "top_p must be in (0, 1], got ", p.top_p);
   ILLADA_CHECK(p.bias_count >= 0 && p.bias_row_stride >= 0, op, "negative size of logit_bias: ", p.bias_count);
-  ILLADA_CHECK(reinterpret_cast<uintptr_t>(p.workspace) % 16 == 0, op, "workspace must be 16-byte aligned");
+  ILLADA_CHECK(is_aligned(p.workspace), op, "workspace must be 16-byte aligned");
 }
 
 void check_sample_regions(const char* op, const SampleTokensParams& p, int64_t workspace, std::vector<Region> inputs) {
   const int64_t n = p.num_rows;
-  const int64_t bias = p.bias_count ? bytes_of_rows(p.bias_row_stride ? n : 1, p.bias_row_stride, p.bias_count, 4) : 0;
+  const int64_t bias = p.bias_count ? strided_bytes(p.bias_row_stride ? n : 1, p.bias_row_stride, p.bias_count, 4) : 0;
   inputs.insert(inputs.end(), {{"temperature", p.temperatures, 4 * n, true},
                                {"seed", p.seeds, 8 * n, true},
                                {"step", p.steps, 4 * n, true},
@@ -67,21 +64,21 @@ int shared_sample_steps() {
 }
 
 RowSplit split_rows(int64_t num_rows, int64_t vocab_size, int sm_count) {
-  // Of all splits into whole pieces, the one that keeps the busiest SM (its CTAs at a time take turns) the shortest.
-  // A CTA's beginning and end cost about as much as one and a half pieces, another kernel to combine as much again.
+  // Chooses the split into whole vocab tiles with the shortest time on the busiest SM, whose CTAs take turns. The
+  // beginning and end of a CTA cost about one and a half vocab tiles; so does the kernel that combines splits.
   constexpr double kOverhead = 1.5;
-  constexpr int kMostPieces = 256;  // of a CTA: their records are in shared memory
+  constexpr int kMaxSplitTiles = 256;  // per CTA: their records are in shared memory
   RowSplit split;
-  split.row_pieces = int(std::max<int64_t>((vocab_size / 8 + kPieceVectors - 1) / kPieceVectors, 1));
-  const int64_t slots = kSampleCtas * int64_t(sm_count);
+  split.vocab_tiles = int(std::max<int64_t>((vocab_size / 8 + kVocabTileVectors - 1) / kVocabTileVectors, 1));
+  const int64_t cta_slots = kSampleCtasPerSm * int64_t(sm_count);
   double best_cost = std::numeric_limits<double>::infinity();
-  for (int pieces = 1; pieces <= std::min(split.row_pieces, kMostPieces); ++pieces) {
-    const int splits = (split.row_pieces + pieces - 1) / pieces;
-    const int64_t waves = (num_rows * splits + slots - 1) / slots;
-    const double cost = double(waves) * (pieces + kOverhead) + (splits > 1 ? kOverhead : 0.0);
+  for (int split_tiles = 1; split_tiles <= std::min(split.vocab_tiles, kMaxSplitTiles); ++split_tiles) {
+    const int splits = (split.vocab_tiles + split_tiles - 1) / split_tiles;
+    const int64_t waves = (num_rows * splits + cta_slots - 1) / cta_slots;
+    const double cost = double(waves) * (split_tiles + kOverhead) + (splits > 1 ? kOverhead : 0.0);
     if (cost < best_cost) {
       best_cost = cost;
-      split.pieces = pieces;
+      split.split_tiles = split_tiles;
       split.splits = splits;
     }
   }
@@ -90,7 +87,7 @@ RowSplit split_rows(int64_t num_rows, int64_t vocab_size, int sm_count) {
 
 int64_t sample_tokens_workspace(int64_t num_rows, int64_t vocab_size, int device_index, bool filtered) {
   const RowSplit split = split_rows(num_rows, vocab_size, device("sample_tokens", device_index).sm_count);
-  return records_of(split).bytes(num_rows) + (filtered ? int64_t(sizeof(RowCut)) * num_rows : 0);
+  return row_records(split).bytes(num_rows) + (filtered ? int64_t(sizeof(RowCut)) * num_rows : 0);
 }
 
 void sample_tokens_cuda(const SampleTokensParams& p) {
@@ -102,88 +99,84 @@ void sample_tokens_cuda(const SampleTokensParams& p) {
   const Device& gpu = device(kOp, p.launch.device);
   const RowSplit split = split_rows(p.num_rows, p.vocab_size, gpu.sm_count);
   const bool filtered = may_filter(p);
-  const int64_t records = records_of(split).bytes(p.num_rows);
-  const int64_t needed = records + (filtered ? int64_t(sizeof(RowCut)) * p.num_rows : 0);
-  ILLADA_CHECK(p.workspace_bytes >= needed, kOp, "workspace must have ", needed, " bytes, got ", p.workspace_bytes);
-  const int64_t most_rows = std::numeric_limits<int32_t>::max() / split.splits;  // CTAs of a grid
-  ILLADA_CHECK(p.num_rows <= most_rows, kOp, "logits of ", p.vocab_size, " ids may have ", most_rows, " rows, got ",
+  const int64_t records = row_records(split).bytes(p.num_rows);
+  const int64_t required_bytes = records + (filtered ? int64_t(sizeof(RowCut)) * p.num_rows : 0);
+  ILLADA_CHECK(p.workspace_bytes >= required_bytes, kOp, "workspace must have ", required_bytes, " bytes, got ",
+               p.workspace_bytes);
+  const int64_t max_rows = std::numeric_limits<int32_t>::max() / split.splits;  // CTAs of a grid
+  ILLADA_CHECK(p.num_rows <= max_rows, kOp, "logits of ", p.vocab_size, " ids may have ", max_rows, " rows, got ",
                p.num_rows);
   check_sample_regions(
-      kOp, p, needed,
-      {{"logits", p.logits, bytes_of_rows(p.num_rows, p.logits_row_stride, p.vocab_size, element_size(p.dtype))}});
+      kOp, p, required_bytes,
+      {{"logits", p.logits, strided_bytes(p.num_rows, p.logits_row_stride, p.vocab_size, element_size(p.dtype))}});
   RowCut* const cuts = filtered ? reinterpret_cast<RowCut*>(static_cast<char*>(p.workspace) + records) : nullptr;
   if (filtered) launch_sample_filters(p, gpu, cuts);
   launch_sample_tokens(p, gpu, split, cuts);
 }
 
 HeadPlan plan_head(int64_t num_rows, int64_t vocab_size, int sm_count) {
-  // In tiles of width 4096: what an item costs beside its tiles. The longer a row has been looked at, the fewer of its
-  // logits beat the best so far; each item begins anew. Predicted 0.16 without noise, 1.1 with noise.
-  constexpr double kItemOverhead = 0.3;
-  // Records of a row, 48 bytes each, are read again by the kernel that merges them.
-  constexpr int64_t kMostSlots = 160;
-  constexpr int kMoreRounds = 48;
+  // Cost of a work item in addition to its tiles, in tiles of width 4096. At first many logits of a row beat the best
+  // so far, and each work item starts from nothing. Predicted 0.16 without noise, 1.1 with noise.
+  constexpr double kWorkItemOverhead = 0.3;
+  // A second kernel reads and merges the records of a row, 48 bytes each.
+  constexpr int64_t kMaxVocabRanges = 160;
+  constexpr int kExtraRounds = 48;
   HeadPlan plan;
   plan.row_tiles = int((num_rows + HeadPlan::kTileRows - 1) / HeadPlan::kTileRows);
-  const int64_t all = (vocab_size + HeadPlan::kChunkIds - 1) / HeadPlan::kChunkIds;
-  const auto ranges_of = [&](int64_t most) {  // of equal size, the last one may be smaller
-    const int64_t chunks = (all + most - 1) / most;
-    return std::pair<int64_t, int64_t>((all + chunks - 1) / chunks, chunks);
+  const int64_t all = (vocab_size + HeadPlan::kSliceIds - 1) / HeadPlan::kSliceIds;
+  const auto divide_vocab = [&](int64_t max_ranges) {  // into ranges of equal size; the last may be smaller
+    const int64_t slices = (all + max_ranges - 1) / max_ranges;
+    return std::pair<int64_t, int64_t>((all + slices - 1) / slices, slices);
   };
-  plan.all_chunks = int(all);
-  int64_t slots = 0, chunks = 0;
-  if (plan.row_tiles == 1) {  // memory-bound: the CTAs share out the weight to the chunk
-    std::tie(slots, chunks) = ranges_of(std::min<int64_t>(std::max(sm_count, 1), all));
-    plan.clusters = int(slots);
+  plan.vocab_slices = int(all);
+  int64_t vocab_ranges = 0, range_slices = 0;
+  if (plan.row_tiles == 1) {  // memory-bound: the CTAs divide the head weight, to the slice
+    std::tie(vocab_ranges, range_slices) = divide_vocab(std::min<int64_t>(std::max(sm_count, 1), all));
+    plan.clusters = int(vocab_ranges);
   } else {
     plan.cluster = 2;
     const int64_t clusters = std::max(sm_count / 2, 1), pairs = (plan.row_tiles + 1) / 2;
     plan.groups = int(std::max<int64_t>((pairs + HeadPlan::kGroupPairs - 4) / HeadPlan::kGroupPairs, 1));
     // With several groups, the clusters that run at the same time belong to one or two of them.
-    const int64_t whole_tiles = (all + HeadPlan::kTileChunks - 1) / HeadPlan::kTileChunks;
-    const int64_t least =
+    const int64_t whole_tiles = (all + HeadPlan::kTileSlices - 1) / HeadPlan::kTileSlices;
+    const int64_t min_ranges =
         plan.groups == 1 ? 1 : std::min((clusters + HeadPlan::kGroupPairs - 1) / HeadPlan::kGroupPairs, whole_tiles);
-    const int64_t first = std::max<int64_t>((plan.row_tiles * least + 2 * clusters - 1) / (2 * clusters), 1);
+    const int64_t first = std::max<int64_t>((plan.row_tiles * min_ranges + 2 * clusters - 1) / (2 * clusters), 1);
     double best_cost = std::numeric_limits<double>::infinity();
-    for (int64_t rounds = first; rounds < first + kMoreRounds; ++rounds) {
-      // The most ranges that the clusters finish in so many items each.
-      const int64_t most = std::min(2 * rounds * clusters / plan.row_tiles, all);
-      const auto [found, size] = ranges_of(most);
-      if (found > kMostSlots && chunks) break;
-      const int64_t items = (plan.row_tiles * found + 1) / 2;
-      const int64_t tiles = (size + HeadPlan::kTileChunks - 1) / HeadPlan::kTileChunks;
-      const double cost = double((items + clusters - 1) / clusters) * (double(tiles) + kItemOverhead);
+    for (int64_t rounds = first; rounds < first + kExtraRounds; ++rounds) {
+      // Largest number of ranges with which each cluster has at most `rounds` work items.
+      const int64_t max_ranges = std::min(2 * rounds * clusters / plan.row_tiles, all);
+      const auto [found, size] = divide_vocab(max_ranges);
+      if (found > kMaxVocabRanges && range_slices) break;
+      const int64_t work_items = (plan.row_tiles * found + 1) / 2;
+      const int64_t tiles = (size + HeadPlan::kTileSlices - 1) / HeadPlan::kTileSlices;
+      const double cost = double((work_items + clusters - 1) / clusters) * (double(tiles) + kWorkItemOverhead);
       if (cost < best_cost) {
         best_cost = cost;
-        slots = found;
-        chunks = size;
+        vocab_ranges = found;
+        range_slices = size;
       }
-      if (most == all) break;
+      if (max_ranges == all) break;
     }
   }
-  plan.slots = int(slots);
-  plan.chunks = int(chunks);
-  if (plan.cluster == 2) plan.clusters = std::min(plan.items(), sm_count / 2);
+  plan.vocab_ranges = int(vocab_ranges);
+  plan.range_slices = int(range_slices);
+  if (plan.cluster == 2) plan.clusters = std::min(plan.work_items(), sm_count / 2);
   return plan;
 }
 
 namespace {
 bool has_fused_head(const LinearSampleTokensParams& p, const Device& gpu) {
-#if defined(ILLADA_BUILT_SM90A)
-  return gpu.compute_capability == 90 && p.sample.dtype != DType::kFloat32 && p.width > 0 && p.width % 8 == 0 &&
-         p.hidden_row_stride % 8 == 0 && p.hidden_row_stride >= p.width && p.weight_row_stride % 8 == 0 &&
-         p.weight_row_stride >= p.width && reinterpret_cast<uintptr_t>(p.hidden) % 16 == 0 &&
-         reinterpret_cast<uintptr_t>(p.weight) % 16 == 0;
-#else
-  return false && p.width && gpu.index;
-#endif
+  return arch_of(gpu) == Arch::kSm90 && p.sample.dtype != DType::kFloat32 && p.width > 0 && p.width % 8 == 0 &&
+         p.hidden_row_stride % 8 == 0 && p.hidden_row_stride >= p.width && p.head_weight_row_stride % 8 == 0 &&
+         p.head_weight_row_stride >= p.width && is_aligned(p.hidden, p.head_weight);
 }
 
 }  // namespace
 
 HeadWorkspace head_workspace(const LinearSampleTokensParams& p, const HeadPlan& plan) {
   HeadWorkspace it;
-  it.gathered = records_of(plan).bytes(p.sample.num_rows);
+  it.gathered = row_records(plan).bytes(p.sample.num_rows);
   it.bounds = it.gathered + (p.rows ? p.sample.num_rows * p.width * 2 : 0);
   it.bytes = it.bounds + 4 * p.sample.num_rows;
   return it;
@@ -203,10 +196,9 @@ void linear_sample_tokens_cuda(const LinearSampleTokensParams& p) {
   ILLADA_CHECK(p.rows || p.sample.num_rows == p.num_tokens, kOp, "num_rows is ", p.sample.num_rows, " but hidden has ",
                p.num_tokens, " rows and no rows are given");
   // Ids of whole tiles are counted in 32 bits, and so are row tiles of 128 rows x at most 255 ranges of the vocabulary.
-  constexpr int64_t kMostIds = std::numeric_limits<int32_t>::max() - 512, kMostRows = 1 << 30;
-  ILLADA_CHECK(p.sample.num_rows <= kMostRows, kOp, "num_rows must be at most ", kMostRows, ", got ",
-               p.sample.num_rows);
-  ILLADA_CHECK(p.sample.vocab_size <= kMostIds, kOp, "vocab_size must be at most ", kMostIds, ", got ",
+  constexpr int64_t kMaxIds = std::numeric_limits<int32_t>::max() - 512, kMaxRows = 1 << 30;
+  ILLADA_CHECK(p.sample.num_rows <= kMaxRows, kOp, "num_rows must be at most ", kMaxRows, ", got ", p.sample.num_rows);
+  ILLADA_CHECK(p.sample.vocab_size <= kMaxIds, kOp, "vocab_size must be at most ", kMaxIds, ", got ",
                p.sample.vocab_size);
   if (may_filter(p.sample))
     detail::fail<NotSupported>(kOp, "the fused kernel has no filters: sample the logits with top_k, top_p or ",
@@ -219,13 +211,14 @@ void linear_sample_tokens_cuda(const LinearSampleTokensParams& p) {
                                ", built archs ", build_info().cuda_archs, ", ", name(p.sample.dtype), ", width ",
                                p.width);
   const HeadPlan plan = plan_head(p.sample.num_rows, p.sample.vocab_size, gpu.sm_count);
-  const int64_t needed = head_workspace(p, plan).bytes, n = p.sample.num_rows;
-  ILLADA_CHECK(p.sample.workspace_bytes >= needed, kOp, "workspace must have ", needed, " bytes, got ",
+  const int64_t required_bytes = head_workspace(p, plan).bytes, n = p.sample.num_rows;
+  ILLADA_CHECK(p.sample.workspace_bytes >= required_bytes, kOp, "workspace must have ", required_bytes, " bytes, got ",
                p.sample.workspace_bytes);
-  check_sample_regions(kOp, p.sample, needed,
-                       {{"hidden", p.hidden, bytes_of_rows(p.num_tokens, p.hidden_row_stride, p.width, 2)},
-                        {"weight", p.weight, bytes_of_rows(p.sample.vocab_size, p.weight_row_stride, p.width, 2)},
-                        {"rows", p.rows, 4 * n, true}});
+  check_sample_regions(
+      kOp, p.sample, required_bytes,
+      {{"hidden", p.hidden, strided_bytes(p.num_tokens, p.hidden_row_stride, p.width, 2)},
+       {"weight", p.head_weight, strided_bytes(p.sample.vocab_size, p.head_weight_row_stride, p.width, 2)},
+       {"rows", p.rows, 4 * n, true}});
 #if defined(ILLADA_BUILT_SM90A)
   launch_linear_sample_tokens_sm90(p, gpu, plan);
 #endif
@@ -236,9 +229,9 @@ void remask_cuda(const RemaskParams& p) {
   ILLADA_CHECK(p.num_rows >= 0 && p.num_sequences >= 0 && p.num_tokens >= 0, kOp, "negative size: ", p.num_rows,
                " rows, ", p.num_sequences, " sequences, ", p.num_tokens, " tokens");
   // Threads step behind the last row by as much as a CTA has of them.
-  constexpr int64_t kMostSequences = std::numeric_limits<int32_t>::max() - 1, kMostRows = kMostSequences - 1023;
-  ILLADA_CHECK(p.num_rows <= kMostRows, kOp, "rows may have ", kMostRows, " elements, got ", p.num_rows);
-  ILLADA_CHECK(p.num_sequences <= kMostSequences, kOp, "cu_rows may name ", kMostSequences, " sequences, got ",
+  constexpr int64_t kMaxSequences = std::numeric_limits<int32_t>::max() - 1, kMaxRows = kMaxSequences - 1023;
+  ILLADA_CHECK(p.num_rows <= kMaxRows, kOp, "rows may have ", kMaxRows, " elements, got ", p.num_rows);
+  ILLADA_CHECK(p.num_sequences <= kMaxSequences, kOp, "cu_rows may name ", kMaxSequences, " sequences, got ",
                p.num_sequences);
   ILLADA_CHECK(p.rule != Rule::kEntropyBound || p.entropy || p.num_rows == 0, kOp,
                "entropy_bound needs a sample with entropies");

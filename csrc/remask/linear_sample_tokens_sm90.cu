@@ -1,16 +1,18 @@
-// linear_sample_tokens on sm_90a: logits[n, v] = hidden[n] . weight[v], reduced where they are, in the accumulators.
+// linear_sample_tokens on sm_90a: logits[n, v] = hidden[n] . head_weight[v], reduced in the GEMM's accumulators.
 //
-// A CTA takes a tile of 128 rows and a range of the vocabulary at a time (HeadPlan says which), and walks over the
-// range in tiles of 256 ids (CUTLASS's products, common/gemm_mainloop.cuh). The two warpgroups reduce their tile into
-// per-row states in registers (row_sample.cuh). At the end of the range the four lanes that share a row merge, leave
-// their records in the workspace, and illada_sample_tokens_combine finishes.
+// A CTA processes a row tile (128 rows) and a vocab range at a time; HeadPlan says which. It walks over the range in
+// vocab tiles of 256 ids (CUTLASS's products, common/gemm_mainloop.cuh). The two warpgroups reduce their tile into
+// per-row states in registers (row_sample.cuh). At the end of the range the four lanes that share a row merge and write
+// their records to the workspace. illada_sample_tokens_combine finishes the row.
 //
-// Few rows: rows beyond N are not loaded and not multiplied, and the weight passes once through the chip at memory
-// speed: 2 V C bytes (424 us at 3 TB/s for V 155,136, C 4096). The tensor cores need 2 * 64 V C flop for up to 64 rows,
-// a fifth of that time, so nothing is gained by giving the weight the M side. Up to 128 rows: two fifths. Many rows:
-// 2 N V C flop; CTAs of neighbouring row tiles take the same range in step, so the weight comes from memory once for a
-// group of row tiles and from the L2 cache after that, and pairs of them (clusters) load each weight tile once, half
-// each, for both. The CTAs are persistent: a cluster's next item is on its way while the last one is reduced.
+// Few rows: rows beyond N are neither loaded nor multiplied. The head weight is read once at memory speed: 2 V C bytes
+// (424 us at 3 TB/s for V 155,136, C 4096). The tensor cores need 2 * 64 V C flop for up to 64 rows, a fifth of that
+// time; up to 128 rows, two fifths. So nothing is gained by making the head weight the M operand.
+//
+// Many rows: 2 N V C flop. CTAs of neighbouring row tiles process the same range in step. The head weight then comes
+// from memory once per group of row tiles, and from the L2 cache after that. Pairs of CTAs (clusters) load each tile of
+// the head weight once, half each, for both. The CTAs are persistent: the next work item of a cluster is loaded while
+// the last one is reduced.
 #include <cuda.h>
 
 #include <cfloat>
@@ -25,33 +27,34 @@
 namespace illada::remask {
 namespace {
 
-constexpr int kChunk = HeadPlan::kChunkIds;
+constexpr int kSlice = HeadPlan::kSliceIds;
 
 template <typename T, bool kWantExtras>
 __global__ __launch_bounds__(HeadGemm<T>::kThreads, 1) void illada_linear_sample_tokens_sm90(
-    const __grid_constant__ typename HeadGemm<T>::Params params, const __grid_constant__ CUtensorMap chunk_map,
+    const __grid_constant__ typename HeadGemm<T>::Params params, const __grid_constant__ CUtensorMap slice_map,
     const __grid_constant__ SampleTokensParams p, const __grid_constant__ HeadPlan plan, int k_tiles, int32_t* bounds,
     const __grid_constant__ DependentLaunch launch) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) char raw_shared[];
   using Gemm = HeadGemm<T>;
   constexpr int kTileM = Gemm::kTileM, kTileN = Gemm::kTileN;
-  static_assert(kTileM == HeadPlan::kTileRows && kTileN == HeadPlan::kTileChunks * kChunk);
-  Gemm gemm(params, chunk_map, *reinterpret_cast<typename Gemm::Storage*>(raw_shared), plan.cluster);
+  static_assert(kTileM == HeadPlan::kTileRows && kTileN == HeadPlan::kTileSlices * kSlice);
+  Gemm gemm(params, slice_map, *reinterpret_cast<typename Gemm::Storage*>(raw_shared), plan.cluster);
   wait_for_previous_kernel(launch);
-  const int first_item = int(blockIdx.x) / plan.cluster, items = plan.items();
+  const int first_work_item = int(blockIdx.x) / plan.cluster, work_items = plan.work_items();
 
   if (Gemm::is_producer()) {  // ------------------------------------------------------------------------- producer
     Gemm::Registers::as_producer();
     if (Gemm::is_producer_warp() && cute::elect_one_sync()) {
-      for (int item = first_item; item < items; item += plan.clusters) {
-        const HeadTask task = plan.task(item, gemm.rank());
-        const int first_chunk = task.slot * plan.chunks, end_chunk = min(first_chunk + plan.chunks, plan.all_chunks);
+      for (int work_item = first_work_item; work_item < work_items; work_item += plan.clusters) {
+        const HeadTask task = plan.task(work_item, gemm.rank());
+        const int first_slice = task.vocab_range * plan.range_slices,
+                  end_slice = min(first_slice + plan.range_slices, plan.vocab_slices);
         for (int tile = 0; tile < task.tiles; ++tile) {
-          const int chunk = first_chunk + tile * HeadPlan::kTileChunks;
-          // None where only the neighbour has a tile.
-          const int chunks = max(min(end_chunk - chunk, HeadPlan::kTileChunks), 0);
-          gemm.load(task.row_tile * kTileM, chunk * kChunk, k_tiles, chunks, task.shares);
+          const int slice = first_slice + tile * HeadPlan::kTileSlices;
+          // 0 where only the neighbour has a tile.
+          const int slices = max(min(end_slice - slice, HeadPlan::kTileSlices), 0);
+          gemm.load(task.row_tile * kTileM, slice * kSlice, k_tiles, slices, task.shares_ids);
         }
       }
       gemm.load_tail();
@@ -60,45 +63,45 @@ __global__ __launch_bounds__(HeadGemm<T>::kThreads, 1) void illada_linear_sample
     Gemm::Registers::as_consumer();
     const int warpgroup = int(threadIdx.x) / 128, lane = int(threadIdx.x) % 32;
     const int row_of_tile = int(threadIdx.x) / 32 * 16 + lane / 4;  // and 8 rows below it
-    for (int item = first_item; item < items; item += plan.clusters) {
-      HeadTask task = plan.task(item, gemm.rank());
+    for (int work_item = first_work_item; work_item < work_items; work_item += plan.clusters) {
+      HeadTask task = plan.task(work_item, gemm.rank());
       const int first_row = task.row_tile * kTileM, last_row = int(p.num_rows) - 1;
-      // The same for the whole warpgroup: without rows, and where only the neighbour has a tile, stages are passed on.
-      const bool takes_part = first_row + warpgroup * 64 <= last_row && task.slot < plan.slots;
+      // The same for the whole warpgroup. Without rows, and where only the neighbour has a tile, it skips the stages.
+      const bool takes_part = first_row + warpgroup * 64 <= last_row && task.vocab_range < plan.vocab_ranges;
       if (!takes_part) {
         gemm.skip(task.tiles * k_tiles);
         continue;
       }
       // Rows past the end have logits of 0 and the arguments of the last one. They are not written.
       const int row[2] = {min(first_row + row_of_tile, last_row), min(first_row + row_of_tile + 8, last_row)};
-      RowPair<kWantExtras> pair(p, row);
+      RowPairState<kWantExtras> pair(p, row);
 #pragma unroll
       for (int i = 0; i < 2; ++i)
-        if (first_row + row_of_tile + 8 * i > last_row) pair.leave_race(i);
+        if (first_row + row_of_tile + 8 * i > last_row) pair.exclude(i);
 
-      const int end_id = int(min(int64_t(task.slot + 1) * plan.chunks * kChunk, p.vocab_size));
+      const int end_id = int(min(int64_t(task.vocab_range + 1) * plan.range_slices * kSlice, p.vocab_size));
       float d[kTileN / 2];
-      for (int id = task.slot * plan.chunks * kChunk; id < end_id; id += kTileN) {
+      for (int id = task.vocab_range * plan.range_slices * kSlice; id < end_id; id += kTileN) {
         int32_t seen[2];
-        pair.read_bounds(bounds, row, seen);  // on the way while the products are made
+        pair.read_bounds(bounds, row, seen);  // in flight while the products are computed
         gemm.multiply(d, k_tiles);
         pair.apply_bounds(seen);
         pair.reduce(d, p, row, id, end_id, bounds);
       }
-      ptx::made_anew(item);  // what follows from it takes no registers in the loop
-      task = plan.task(item, gemm.rank());
-      gemm.skip((task.tiles - plan.tiles(task.slot)) * k_tiles);
-      const RowRecords records = records_of(plan);
+      ptx::hide_value(work_item);  // values derived from it then take no registers in the loop
+      task = plan.task(work_item, gemm.rank());
+      gemm.skip((task.tiles - plan.range_tiles(task.vocab_range)) * k_tiles);
+      const RowRecords records = row_records(plan);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         RowState<kWantExtras>& state = pair.state[i];
         state.merge_leader(1);
         state.merge_leader(2);
         state.softmax.template merge_lanes<4>();
-        const int64_t own = task.row_tile * kTileM + row_of_tile + 8 * i;
-        if (lane % 4 == 0 && own < p.num_rows) {
-          static_cast<LeaderRecord*>(p.workspace)[own * records.leaders + task.slot] = state.leader_record();
-          softmax_records(p.workspace, p.num_rows, records, own)[task.slot] = record_of(state.softmax);
+        const int64_t own_row = task.row_tile * kTileM + row_of_tile + 8 * i;
+        if (lane % 4 == 0 && own_row < p.num_rows) {
+          static_cast<LeaderRecord*>(p.workspace)[own_row * records.leaders + task.vocab_range] = state.leader_record();
+          softmax_records(p.workspace, p.num_rows, records, own_row)[task.vocab_range] = to_record(state.softmax);
         }
       }
     }
@@ -106,7 +109,7 @@ __global__ __launch_bounds__(HeadGemm<T>::kThreads, 1) void illada_linear_sample
 #endif
 }
 
-// No row is known to reach any score.
+// Resets the lower bounds of the rows' best scores.
 constexpr int kClearThreads = 256;
 __global__ __launch_bounds__(kClearThreads) void illada_clear_bounds_sm90(
     int32_t* bounds, int64_t rows, const __grid_constant__ DependentLaunch launch) {
@@ -115,7 +118,7 @@ __global__ __launch_bounds__(kClearThreads) void illada_clear_bounds_sm90(
   if (row < rows) bounds[row] = ordered(-FLT_MAX);
 }
 
-// The rows that are listed, one after the other. One CTA a row, which clears the row's bound as well, if there is one.
+// Copies the selected rows to contiguous memory, one CTA per row. It also resets the row's bound, if there is one.
 constexpr int kGatherThreads = 128;
 __global__ __launch_bounds__(kGatherThreads) void illada_gather_rows_sm90(
     const uint4* source, int64_t source_stride, int64_t source_rows, const int32_t* rows, uint4* target, int width,
@@ -133,12 +136,12 @@ void launch(const LinearSampleTokensParams& p, const Device& device, const HeadP
   constexpr const char* kOp = "linear_sample_tokens";
   const SampleTokensParams& s = p.sample;
   MatrixView hidden{p.hidden, s.dtype, s.num_rows, p.width, p.hidden_row_stride};
-  const HeadWorkspace places = head_workspace(p, plan);
-  // Without noise there is no race to be won.
+  const HeadWorkspace layout = head_workspace(p, plan);
+  // Only rows with noise use the bounds.
   const bool noisy = s.temperatures || s.temperature > 0;
-  int32_t* const bounds = noisy ? reinterpret_cast<int32_t*>(static_cast<char*>(s.workspace) + places.bounds) : nullptr;
+  int32_t* const bounds = noisy ? reinterpret_cast<int32_t*>(static_cast<char*>(s.workspace) + layout.bounds) : nullptr;
   if (p.rows) {
-    void* gathered = static_cast<char*>(s.workspace) + places.gathered;
+    void* gathered = static_cast<char*>(s.workspace) + layout.gathered;
     LaunchShape shape;
     shape.grid = dim3(unsigned(s.num_rows));
     shape.block = dim3(kGatherThreads);
@@ -155,7 +158,7 @@ void launch(const LinearSampleTokensParams& p, const Device& device, const HeadP
     launch_kernel(kOp, device, s.launch.stream, shape, illada_clear_bounds_sm90, bounds, s.num_rows);
   }
   using Gemm = HeadGemm<T>;
-  const MatrixView weight{p.weight, s.dtype, s.vocab_size, p.width, p.weight_row_stride};
+  const MatrixView weight{p.head_weight, s.dtype, s.vocab_size, p.width, p.head_weight_row_stride};
   LaunchShape shape;
   shape.grid = dim3(unsigned(plan.clusters * plan.cluster));
   shape.block = dim3(Gemm::kThreads);
@@ -163,9 +166,9 @@ void launch(const LinearSampleTokensParams& p, const Device& device, const HeadP
   shape.cluster = plan.cluster;
   shape.dependent = true;
   launch_kernel(kOp, device, s.launch.stream, shape, illada_linear_sample_tokens_sm90<T, kWantExtras>,
-                mainloop_params<typename Gemm::Mainloop>(kOp, hidden, weight), tensor_map_k128(kOp, weight, kChunk), s,
+                mainloop_params<typename Gemm::Mainloop>(kOp, hidden, weight), tensor_map_k128(kOp, weight, kSlice), s,
                 plan, int((p.width + Gemm::kTileK - 1) / Gemm::kTileK), bounds);
-  launch_sample_tokens_combine(s, device, records_of(plan));
+  launch_sample_tokens_combine(s, device, row_records(plan));
 }
 
 template <typename T>

@@ -1,13 +1,15 @@
-// remask: commits the surest candidates of each sequence, one CTA a sequence.
+// remask: commits the candidates of each sequence with the highest confidence, one CTA per sequence.
 //
-// A candidate's rank is a 32-bit key that sorts like its confidence (like its entropy, backwards, for the
-// entropy-bounded rule), ties by the lowest row. Keys stay in registers, kKeys a thread. Where the ranking is cut is
-// found by radix descent, four bits a pass: a thread counts its keys' digits in the 16 nibbles of one word, a warp adds
-// the words with redux, shared memory adds up the warps, and every warp finds the digit that holds the cut. One barrier
-// a pass; the descent stops when the cut falls between two digits, for confidences after about log16(candidates) + 2
-// passes. Ties at the cut continue on the bits of the row.
+// A candidate's rank is a 32-bit key that sorts like its confidence (for kEntropyBound like its negative entropy). Ties
+// go to the lowest row. Keys stay in registers, kKeys per thread. A radix descent finds the cut of the ranking, four
+// bits per pass:
+//   - A thread counts its keys' digits in the 16 nibbles of one word.
+//   - A warp adds the words with redux, and shared memory adds the warps.
+//   - Every warp finds the digit that holds the cut.
+// A pass has one barrier. The descent stops when the cut falls between two digits; for confidences that takes about
+// log16(candidates) + 2 passes. Ties at the cut continue on the bits of the row.
 //
-// Floor: 28 bytes a candidate, negligible; what limits it is latency: three dependent loads and some eight barriers.
+// The 28 bytes per candidate are negligible. Latency bounds the kernel: three dependent loads and about eight barriers.
 #include "common/dependent_launch.h"
 #include "common/reduce.cuh"
 #include "remask/launch.h"
@@ -15,7 +17,8 @@
 namespace illada::remask {
 namespace {
 
-// Entropies are added up in fixed point, so that sums do not depend on the order: 2^-32 nats, at most 1024 nats each.
+// Entropies are summed in fixed point, so that sums do not depend on the order. Unit 2^-32 nats, at most 1024 nats
+// each.
 constexpr double kEntropyScale = 4294967296.0;
 
 template <int kThreads, int kKeys, typename Token>
@@ -36,7 +39,8 @@ struct SequenceRanker {
   uint32_t masked = 0;  // bit j: key j's position holds mask_id
   int pass = 0, parity = 0;
 
-  // The key of a row that holds a mask; 0: no candidate. `rank` is its confidence or, for kEntropyBound, its entropy.
+  // Returns the key of a row that holds a mask; 0 means no candidate. `rank`: confidence or, for kEntropyBound,
+  // entropy.
   __device__ __forceinline__ uint32_t key_of(float confidence, float rank, int64_t token) const {
     const uint32_t key = key_of(rank + 0.0f);  // -0 ranks with 0
     const bool is_candidate = (confidence > -INFINITY) & (rank == rank) & (token == Token(token));
@@ -59,8 +63,8 @@ struct SequenceRanker {
     return (static_cast<const Token*>(p.tokens)[inside ? position : 0] == p.mask_id) & inside;
   }
 
-  // Fills the registers. Loads of one kind all before the next kind, and without branches: they wait for memory
-  // together.
+  // Loads the keys to registers. All loads of one kind come before the next kind, without branches, so that they wait
+  // for memory together.
   __device__ __forceinline__ void load() {
     if (threadIdx.x < 3 * kDigits) shared.digits[0][threadIdx.x] = 0;
     const float* const ranks = p.rule == Rule::kEntropyBound ? p.entropy : p.confidence;
@@ -70,7 +74,7 @@ struct SequenceRanker {
       int64_t found[kKeys];
       bool masks[kKeys];
 #pragma unroll
-      for (int j = 0; j < kKeys; ++j) {  // threads past the end look at the last row
+      for (int j = 0; j < kKeys; ++j) {  // threads past the end read the last row
         const int i = j * kThreads + threadIdx.x, n = begin + min(i, size - 1);
         positions[j] = __ldg(&p.rows[n]);
         confidences[j] = i < size ? __ldg(&p.confidence[n]) : -INFINITY;
@@ -89,7 +93,7 @@ struct SequenceRanker {
     __syncthreads();
   }
 
-  // visit(key, i, j) for every row of this thread; j is its place in the registers, or -1.
+  // Calls visit(key, i, j) for every row of this thread; j is its index in the registers, or -1.
   template <typename Visit>
   __device__ __forceinline__ void for_each(Visit visit) const {
     if (cached) {
@@ -106,7 +110,7 @@ struct SequenceRanker {
     }
   }
 
-  // Three sums over the CTA, of at most 2^32 - 1 each. One barrier: the buffer of the last but one is free again.
+  // Three sums over the CTA, at most 2^32 - 1 each. One barrier suffices, because calls alternate between two buffers.
   __device__ __forceinline__ void block_sum(uint32_t (&values)[3]) {
     const int lane = threadIdx.x % 32;
     parity ^= 1;
@@ -121,24 +125,16 @@ struct SequenceRanker {
       values[m] = __reduce_add_sync(kFullWarp, lane < kWarps ? shared.sum[parity][m][lane] : 0u);
   }
 
-  template <typename Predicate>
-  __device__ __forceinline__ int count_if(Predicate predicate) {
-    uint32_t sums[3] = {0, 0, 0};
-    for_each([&](uint32_t key, int, int) { sums[0] += key != 0 && predicate(key); });
-    block_sum(sums);
-    return int(sums[0]);
-  }
-
   struct Cut {
-    uint32_t key;  // the ranking is cut at this key: all above it are before the cut,
-    int above;     // so many,
-    int equal;     // and of those with this very key (or, where `between`, of those from this key on) there are so many
-    bool between;  // the cut lies behind all of them
+    uint32_t key;  // the ranking is cut at this key; all larger keys are before the cut
+    int above;     // number of larger keys
+    int equal;     // number of keys equal to `key`; where `between`, of the keys from `key` to the next larger digit
+    bool between;  // the cut is behind all of these
   };
 
-  // Descends through the values that value_of(key, i) gives (0: not there), largest first, 32 - clz(most) bits of them.
-  // is_last(lowest, above, count): does the cut lie before or right behind the last of the `count` values from `lowest`
-  // on, given that `above` come before them? Once true it must stay true for lower values.
+  // Finds the cut among the values value_of(key, i), largest first; 0 means no value. `top_shift`: the shift of the
+  // highest digit. is_last(lowest, above, count) returns whether the cut is before or directly behind the last of the
+  // `count` values from `lowest` on, where `above` values come before them. Once true, it stays true for lower values.
   template <typename Value, typename Last, typename Between>
   __device__ __forceinline__ Cut descend(int top_shift, Value value_of, Last is_last, Between is_between) {
     Cut cut{0, 0, 0, false};
@@ -194,10 +190,10 @@ struct SequenceRanker {
     return cut;
   }
 
-  // The longest prefix with confidence_(r) > 1 - factor / (r + 1): confidences descend and the bound ascends, so a
-  // digit's values all pass if its lowest value passes at the rank of its last.
+  // Length of the longest prefix with confidence_(r) > 1 - factor / (r + 1). Confidences descend and the bound ascends,
+  // so all values of a digit pass if its lowest value passes at the rank of its last.
   __device__ __forceinline__ int count_by_factor(double factor) {
-    // Multiplied out: a division would be a call.
+    // Multiplied out, because a division would be a function call.
     const auto passes = [&](uint32_t key, int r) {
       return factor > (1.0 - double(confidence_of(key))) * double(r + 1);
     };
@@ -213,12 +209,12 @@ struct SequenceRanker {
     return allowed;
   }
 
-  // Those r with entropy_(1) + .. + entropy_(r - 1) <= bound: all before the sum passes the bound, and the one that
-  // passes it. A bit a pass: the sums of sixteen digits would cost more than the barriers they save.
+  // Number of r with entropy_(1) + ... + entropy_(r - 1) <= bound: all before the sum exceeds the bound, and the one
+  // that exceeds it. One bit per pass: the sums of sixteen digits would cost more than the barriers that they save.
   __device__ __forceinline__ int count_by_entropy(float bound, int candidates) {
     if (!(bound >= 0)) return 0;
     const uint64_t limit = bound < 0x1p30f ? uint64_t(double(bound) * kEntropyScale) : ~uint64_t(0);
-    uint64_t above_sum = 0;  // of keys from `high` on; the bound is passed in [low, high)
+    uint64_t above_sum = 0;  // sum of the keys from `high` on; the sum exceeds the bound in [low, high)
     int above = 0, inside = candidates;
     uint32_t low = 0, high = 0;  // high 0: no end
     const auto between = [&](uint32_t trial, uint64_t& sum) {
@@ -252,7 +248,7 @@ struct SequenceRanker {
         high = low | bit;
       }
     }
-    const uint64_t each = entropy_of(low);  // of all that are inside: the k-th is taken if k - 1 of them fit
+    const uint64_t each = entropy_of(low);  // entropy of each key inside; the k-th is taken if k - 1 of them fit
     int taken = min(inside, 1), refused = inside + 1;
     while (refused - taken > 1) {
       const int k = (taken + refused) / 2;
@@ -338,7 +334,7 @@ __global__ __launch_bounds__(kThreads, 1) void illada_remask_sm80(const __grid_c
       return;
     }
     const int64_t token = j >= 0 ? ranker.tokens[j] : p.token[n];
-    static_cast<Token*>(p.tokens)[__ldg(&p.rows[n])] = Token(token);  // read again, to spare the registers
+    static_cast<Token*>(p.tokens)[__ldg(&p.rows[n])] = Token(token);  // read again to save registers
     left[0] += token == p.mask_id;
     for (int64_t e = 0; e < p.num_end_ids; ++e) left[1] += token == p.end_ids[e];
   });

@@ -1,4 +1,4 @@
-// State that the samplers keep of a row while they walk over its logits, the merge of a row's pieces, and the noise.
+// State of a row while the samplers walk over its logits, the merge of a row's records, and the noise.
 //
 // Sampling uses Gumbel-max as an exponential race. Token v with the largest x + T G wins, where G = -log(E),
 // E = -log(1 - u) and u has 64 random bits. Because E >= u, a token whose u is too large to beat the best score so far
@@ -49,9 +49,9 @@ struct TopTwo {
   }
 };
 
-// Records of a row in the workspace: one SoftmaxRecord for each part that was summed separately, and one LeaderRecord
-// for each CTA. Floating-point sums depend on their order. The parts are therefore the same for every distribution of a
-// row over CTAs, and merge_records sums their records in a fixed order. So a row's result does not depend on the batch,
+// Records of a row in the workspace: one SoftmaxRecord for each separate sum, and one LeaderRecord for each CTA.
+// Floating-point sums depend on their order. The separate sums are therefore the same for every distribution of a row
+// over CTAs, and merge_records adds their records in a fixed order. So a row's result does not depend on the batch,
 // to the last bit.
 struct alignas(16) LeaderRecord {
   double score;
@@ -89,7 +89,7 @@ struct RowNoise {
 
   // Upper 32 bits of the uniforms of ids 4 * block .. 4 * block + 3.
   __device__ __forceinline__ PhiloxWords upper(uint32_t block) const {
-    return philox4x32({{block, row_id, step, kSampleStream}}, key0, key1);
+    return philox4x32({{block, row_id, step, kStreamSample}}, key0, key1);
   }
 
   // log2 of an upper bound of the uniforms with which x may still win, plus 32. The bound is conservative; see the top
@@ -100,24 +100,24 @@ struct RowNoise {
     return fmaf(x - best, inverse, 32.0f + 0x1p-10f);
   }
   // Below this limit a token cannot win even with lower bits of zero: u >= 2^-65.
-  static constexpr float kHopeless = -33.0f;
+  static constexpr float kMinLog2Bound = -33.0f;
 
-  __device__ __forceinline__ static uint32_t as_limit(float log2_bound) {
+  __device__ __forceinline__ static uint32_t max_bits(float log2_bound) {
     return __float2uint_rd(exp2_approx(log2_bound));  // saturates at 0 and 2^32 - 1; NaN cannot occur for finite best
   }
 
   // x + T G in full precision. It draws the lower bits and combines them with the given upper bits.
   __device__ __forceinline__ double score(float x, uint32_t upper_bits, uint32_t id) const {
-    const PhiloxWords low = philox4x32({{id / 4, row_id, step, kSampleStreamLowBits}}, key0, key1);
+    const PhiloxWords low = philox4x32({{id / 4, row_id, step, kStreamSampleLowBits}}, key0, key1);
     const double u = (double(upper_bits) + (double(word(low, id % 4)) + 0.5) * 0x1p-32) * 0x1p-32;
     return double(x) - double(temperature) * log(-log1p(-u));
   }
 
   // Lower bound in fp32 of the score of the token with these upper bits; the initial value of the pruning bound.
   // E <= u + u^2 for u <= 1/2; larger u are not useful and give -inf.
-  __device__ __forceinline__ static float sure_score(float x, uint32_t upper_bits, float temperature) {
+  __device__ __forceinline__ static float score_lower_bound(float x, uint32_t upper_bits, float temperature) {
     const float u = float((upper_bits >> 8) + 1) * 0x1p-24f;  // rounded up
-    const float gumbel = fmaf(-0.69314718f, __log2f(u), -u);  // log(1 + u) <= u
+    const float gumbel = fmaf(-kLn2F, __log2f(u), -u);        // log(1 + u) <= u
     const float score = fmaf(temperature, gumbel, x);
     // The subtracted term is larger than the rounding errors above.
     return u <= 0.5f ? score - 1e-5f * (fabsf(x) + temperature * 32.0f) : -INFINITY;
@@ -140,7 +140,7 @@ struct RowNoiseLoop {
   }
 
   __device__ __forceinline__ PhiloxWords upper(uint32_t block) const {
-    PhiloxWords c{{block, row_id, step, kSampleStream}};
+    PhiloxWords c{{block, row_id, step, kStreamSample}};
 #pragma unroll
     for (int round = 0; round < 10; ++round) c = philox_round(c, key0[round], key1[round]);
     return c;
@@ -187,11 +187,11 @@ struct RowState {
 };
 
 template <bool kWantExtras>
-__device__ __forceinline__ SoftmaxRecord record_of(const OnlineSoftmax<kWantExtras>& softmax) {
+__device__ __forceinline__ SoftmaxRecord to_record(const OnlineSoftmax<kWantExtras>& softmax) {
   return {softmax.reference, softmax.sum, softmax.weighted, 0.0f};
 }
 template <bool kWantExtras>
-__device__ __forceinline__ OnlineSoftmax<kWantExtras> softmax_of(const SoftmaxRecord& record) {
+__device__ __forceinline__ OnlineSoftmax<kWantExtras> from_record(const SoftmaxRecord& record) {
   OnlineSoftmax<kWantExtras> softmax;
   softmax.reference = record.reference;
   softmax.sum = record.sum;
@@ -203,29 +203,29 @@ __device__ __forceinline__ OnlineSoftmax<kWantExtras> softmax_of(const SoftmaxRe
 __device__ __forceinline__ SoftmaxRecord* softmax_records(void* workspace, int64_t num_rows, const RowRecords& records,
                                                           int64_t row) {
   void* const after_leaders = static_cast<LeaderRecord*>(workspace) + num_rows * records.leaders;
-  return static_cast<SoftmaxRecord*>(after_leaders) + row * records.parts;
+  return static_cast<SoftmaxRecord*>(after_leaders) + row * records.softmaxes;
 }
 
 // Sums a row's softmax records. One warp calls it.
 template <bool kWantExtras>
 __device__ __forceinline__ OnlineSoftmax<kWantExtras> merge_records(const SoftmaxRecord* records, int count) {
   const int lane = threadIdx.x % 32;
-  constexpr int kAhead = 4;  // loads in flight at the same time
+  constexpr int kPrefetch = 4;  // loads in flight at the same time
   OnlineSoftmax<kWantExtras> total;
-  for (int first = lane; first < count; first += 32 * kAhead) {
-    OnlineSoftmax<kWantExtras> part[kAhead];
+  for (int first = lane; first < count; first += 32 * kPrefetch) {
+    OnlineSoftmax<kWantExtras> partial[kPrefetch];
     float common = total.reference;
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      if (first + 32 * i < count) part[i] = softmax_of<kWantExtras>(records[first + 32 * i]);
-      common = fmaxf(common, part[i].reference);
+    for (int i = 0; i < kPrefetch; ++i) {
+      if (first + 32 * i < count) partial[i] = from_record<kWantExtras>(records[first + 32 * i]);
+      common = fmaxf(common, partial[i].reference);
     }
     total.rebase(common);
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      part[i].rebase(common);
-      total.sum += part[i].sum;
-      if constexpr (kWantExtras) total.weighted += part[i].weighted;
+    for (int i = 0; i < kPrefetch; ++i) {
+      partial[i].rebase(common);
+      total.sum += partial[i].sum;
+      if constexpr (kWantExtras) total.weighted += partial[i].weighted;
     }
   }
   total.merge_lanes();
@@ -237,11 +237,11 @@ template <bool kWantExtras>
 __device__ __forceinline__ void write_row(const SampleTokensParams& p, int64_t row, const RowState<kWantExtras>& s) {
   const bool valid = s.softmax.sum > 0;  // false for NaN
   const double log2_sum = log2(double(s.softmax.sum));
-  const double logprob = double(s.leader.logit) - double(s.softmax.reference) - log2_sum * kLn2D;
+  const double logprob = double(s.leader.logit) - double(s.softmax.reference) - log2_sum * kLn2;
   float entropy = NAN, margin = NAN;
   if constexpr (kWantExtras) {
     if (valid) {
-      entropy = float((log2_sum - double(s.softmax.weighted) / double(s.softmax.sum)) * kLn2D);
+      entropy = float((log2_sum - double(s.softmax.weighted) / double(s.softmax.sum)) * kLn2);
       const auto power = [&](float x) { return exp2((double(x) - double(s.softmax.reference)) * double(kLog2eF)); };
       margin = float((power(s.top.first) - power(s.top.second)) / double(s.softmax.sum));  // they may nearly cancel
     }
@@ -251,7 +251,7 @@ __device__ __forceinline__ void write_row(const SampleTokensParams& p, int64_t r
   if (p.measure == Measure::kEntropy) confidence = -entropy;
   if (p.measure == Measure::kRandom) {
     const RowNoise noise(p, row);
-    const PhiloxWords words = philox4x32({{0, noise.row_id, noise.step, kSampleStreamRandom}}, noise.key0, noise.key1);
+    const PhiloxWords words = philox4x32({{0, noise.row_id, noise.step, kStreamSampleRandom}}, noise.key0, noise.key1);
     confidence = float(words.word[0] >> 8) * 0x1p-24f;
   }
   p.token[row] = s.leader.token;

@@ -1,19 +1,21 @@
-// sample_tokens from logits: one pass over each row, see row_sample.cuh for what is kept of it.
+// sample_tokens from logits: one pass over each row. row_sample.cuh has the state of a row.
 //
-// A CTA takes a range of a row, a thread kUnroll vectors of 8 neighbours at a time, the next ones on their way while
-// these are worked on. The softmax of every piece of kPieceVectors vectors is summed on its own, warp by warp. One
-// range a row: the CTA finishes it, its records stay in shared memory. Several: they go to the workspace, and a second
-// kernel, one warp a row, finishes it.
+// A CTA processes a range of a row. A thread processes kUnroll vectors of 8 neighbours at a time, while its next
+// vectors are loaded. The softmax of each vocab tile of kVocabTileVectors vectors is summed separately, warp by warp.
+// With one range per row, the CTA finishes the row and its records stay in shared memory. With several, the records go
+// to the workspace, and a second kernel finishes the row, one warp per row.
 //
-// Floor: bytes = rows x vocab x sizeof(T), each read once. Work an element of bf16: convert 1, maximum 1, exponential 4
-// (one of them on the special-function unit), with noise 9.3 for Philox and 2 for the comparison: with noise about the
-// 20 instructions that an H100 can issue while the memory delivers an element, without it a third of them.
+// Lower bound: rows x vocab x sizeof(T) bytes, each read once. Instructions per bf16 element: convert 1, maximum 1,
+// exponential 4 (one of them on the special-function unit); with noise also 9.3 for Philox and 2 for the comparison. An
+// H100 can issue about 20 while memory delivers an element; that is about the number with noise, and three times the
+// number without.
 #include <cute/arch/copy_sm80.hpp>
 
 #include "common/dependent_launch.h"
 #include "common/dtype.cuh"
 #include "common/ptx.cuh"
 #include "remask/launch.h"
+#include "remask/row_reader.cuh"
 #include "remask/row_sample.cuh"
 
 namespace illada::remask {
@@ -23,52 +25,15 @@ constexpr int kWarps = kSampleWarps, kThreads = 32 * kWarps;
 
 struct SharedStorage {
   LeaderRecord leader[kWarps];
-  int32_t bound;  // ordered(a score that the row reaches for sure)
+  int32_t bound;  // ordered(lower bound of the row's best score)
   int32_t maximum;
 };
 
-// How the logits come: in registers, by loads of 16 bytes or of an element; or through shared memory, where more of
-// them can be on their way.
+// How logits are loaded: to registers, by loads of 16 bytes or of one element, or through shared memory, where more of
+// them can be in flight.
 enum class Source { kUnaligned, kAligned, kShared };
 
-// One row's logits with their bias. Vectors are complete: the up to seven ids after the last one are `single`s.
-template <typename T, bool kAligned>
-struct RowReader {
-  const T* row;
-  const uint32_t* biased;  // a bit for each vector of this piece, or null
-  int first_vector;        // of the piece
-  RowBias bias;
-
-  __device__ __forceinline__ Raw8<T> raw(int vector) const {
-    const T* at = row + int64_t(vector) * kVector;
-    return kAligned ? load8(at) : load8_unaligned(at);
-  }
-
-  __device__ __forceinline__ void add_bias(int vector, float (&x)[kVector]) const {
-    const int bit = vector - first_vector;
-    if (!(biased[bit / 32] >> (bit % 32) & 1)) return;
-    for (int b = 0; b < bias.count; ++b) {
-      const int at = bias.ids[b] - vector * kVector;
-#pragma unroll
-      for (int i = 0; i < kVector; ++i)
-        if (at == i) x[i] += bias.values[b];
-    }
-  }
-
-  __device__ __forceinline__ void values(int vector, float (&x)[kVector]) const {
-    unpack8(raw(vector), x);
-    if (biased) add_bias(vector, x);
-  }
-
-  __device__ __forceinline__ float single(int id) const {
-    float x = to_float(row[id]);
-    for (int b = 0; b < bias.count; ++b)
-      if (bias.ids[b] == id) x += bias.values[b];
-    return x;
-  }
-};
-
-// Sets the bit of every vector of this piece that holds a biased id.
+// Sets the bit of every vector of this range that holds a biased id.
 __device__ __forceinline__ void mark_biased(uint32_t* biased, const RowBias& bias, int first, int end) {
   for (int i = threadIdx.x; i < (end - first + 31) / 32; i += kThreads) biased[i] = 0;
   __syncthreads();
@@ -82,14 +47,15 @@ __device__ __forceinline__ uint32_t smallest(const PhiloxWords& w) {
   return min(min(w.word[0], w.word[1]), min(w.word[2], w.word[3]));
 }
 
-// What filters leave of the row; without them nothing is asked. NaN is kept: it belongs to rows that are not filtered.
+// The ids of a row that the filters keep; without filters, all ids. NaN is kept, because rows with NaN are not
+// filtered.
 template <bool kFiltered>
-struct Kept {
+struct KeptIds {
   float value = 0, shift = 0, scale = 1;
-  float measured_value = 0;  // of the ids that confidence is taken of
+  float measured_value = 0;  // cut of the ids that the confidence counts
   int32_t last = 0;
 
-  __device__ __forceinline__ Kept(const RowCut* cuts, int64_t row, bool at_temperature) {
+  __device__ __forceinline__ KeptIds(const RowCut* cuts, int64_t row, bool at_temperature) {
     if constexpr (kFiltered) {
       const RowCut cut = cuts[row];
       value = cut.value;
@@ -100,19 +66,19 @@ struct Kept {
     }
   }
 
-  __device__ __forceinline__ bool has(float x, int id) const {
+  __device__ __forceinline__ bool contains(float x, int id) const {
     return !kFiltered || !(x < value || (x == value && id > last));
   }
-  __device__ __forceinline__ bool may_have(float maximum) const { return !kFiltered || !(maximum < value); }
+  __device__ __forceinline__ bool may_contain(float maximum) const { return !kFiltered || !(maximum < value); }
   __device__ __forceinline__ float scaled(float x) const { return kFiltered ? (x - shift) * scale : x; }
-  // What confidence is taken of.
-  __device__ __forceinline__ float measured(float x, int id) const {
+  // Logit from which the confidence is computed; -inf where the id does not count.
+  __device__ __forceinline__ float measured_logit(float x, int id) const {
     if constexpr (!kFiltered) return x;
     return x < measured_value || (x == measured_value && id > last) ? -INFINITY : scaled(x);
   }
 };
 
-// The bound of the race that the warps of a CTA share; see row_sample.cuh.
+// Lower bound of the row's best score, shared by the warps of a CTA; see row_sample.cuh.
 struct SharedBound {
   int32_t* ordered_bound;
 
@@ -122,37 +88,38 @@ struct SharedBound {
   }
 };
 
-// Source::kShared: a step of a thread is kSharedVectors vectors of 16 bytes, which it brings for itself, so that nobody
-// waits for anybody else; `shared_steps` of them have room, 2 or 4.
+// Source::kShared: a step of a thread is kSharedVectors vectors of 16 bytes. Each thread loads its own vectors, so that
+// no thread waits for another. Shared memory holds `shared_steps` steps, 2 or 4.
 constexpr int kSharedVectors = 4, kSharedStepBytes = kThreads * kSharedVectors * 16;
 
 template <typename T, bool kWantExtras, Source kSource, bool kFiltered>
-__global__ __launch_bounds__(kThreads, kSampleCtas) void illada_sample_tokens_sm80(
+__global__ __launch_bounds__(kThreads, kSampleCtasPerSm) void illada_sample_tokens_sm80(
     const __grid_constant__ SampleTokensParams p, const __grid_constant__ RowSplit split, int shared_steps,
     const RowCut* cuts, const __grid_constant__ DependentLaunch launch) {
   constexpr bool kAligned = kSource != Source::kUnaligned, kShared = kSource == Source::kShared;
   constexpr int kUnroll = sizeof(T) == 2 ? 4 : 2, kStep = kThreads * kUnroll;
-  static_assert(kPieceVectors % kStep == 0);
+  static_assert(kVocabTileVectors % kStep == 0);
   static_assert(!kShared || (kUnroll == kSharedVectors && Raw8<T>::kLoads == 1));
   __shared__ SharedStorage shared;
-  extern __shared__ uint4 dynamic_shared[];  // the softmax records of a whole row, then a bit a vector for the bias
+  extern __shared__ uint4 dynamic_shared[];  // the softmax records of a whole row, then one bit per vector for the bias
   const int64_t row = blockIdx.x / unsigned(split.splits);
   const int range = int(blockIdx.x % unsigned(split.splits));
   const int vectors = int(p.vocab_size / kVector);
-  const int first = range * split.pieces * kPieceVectors, end = min(first + split.pieces * kPieceVectors, vectors);
-  const bool has_rest = range == split.splits - 1;  // the ids after the last complete vector
+  const int first = range * split.split_tiles * kVocabTileVectors,
+            end = min(first + split.split_tiles * kVocabTileVectors, vectors);
+  const bool has_tail = range == split.splits - 1;  // the ids after the last complete vector
   if (threadIdx.x == 0) {
     shared.bound = shared.maximum = ordered(-FLT_MAX);
   }
   wait_for_previous_kernel(launch);
 
   const RowNoise noise(p, row);
-  const Kept<kFiltered> kept(cuts, row, p.confidence_at_temperature);
+  const KeptIds<kFiltered> kept(cuts, row, p.confidence_at_temperature);
   RowReader<T, kAligned> reader{static_cast<const T*>(p.logits) + row * p.logits_row_stride, nullptr, first,
                                 RowBias(p, row)};
   if (p.bias_count) {
     auto* const bits =
-        reinterpret_cast<uint32_t*>(dynamic_shared + (split.splits == 1 ? split.row_pieces * kWarps : 0));
+        reinterpret_cast<uint32_t*>(dynamic_shared + (split.splits == 1 ? split.vocab_tiles * kWarps : 0));
     mark_biased(bits, reader.bias, first, end);
     reader.biased = bits;
   }
@@ -166,8 +133,8 @@ __global__ __launch_bounds__(kThreads, kSampleCtas) void illada_sample_tokens_sm
   const RowNoiseLoop noise_loop(noise);
 
   Raw8<T> next[kUnroll];
-  // The vectors of the step that begins at `base`, for this thread; past the end they are -inf.
-  const auto fetch = [&](int base) {
+  // Loads this thread's vectors of the step that begins at `base`; vectors past the end are -inf.
+  const auto load_step = [&](int base) {
     if (base - int(threadIdx.x) + kStep <= end) {
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) next[u] = reader.raw(base + u * kThreads);
@@ -180,23 +147,25 @@ __global__ __launch_bounds__(kThreads, kSampleCtas) void illada_sample_tokens_sm
       }
     }
   };
-  // The same in two parts, `step` counted from 0: on the way to shared memory, also past the end, and from there. Where
-  // the whole step exists, nothing is asked of each vector.
-  const uint4* of_thread = dynamic_shared + threadIdx.x;  // this thread's first vector in the first step
+  // The same through shared memory, in two halves: start_copy and finish_copy of step 0, 1, ... Both may be called past
+  // the end. Where the whole step exists, the vectors are not tested one by one.
+  const uint4* thread_vectors = dynamic_shared + threadIdx.x;  // this thread's first vector in the first step
   if constexpr (kShared) {
-    of_thread += split.splits == 1 ? split.row_pieces * kWarps : 0;
-    of_thread += p.bias_count ? split.pieces * kPieceVectors / 128 : 0;
+    thread_vectors += split.splits == 1 ? split.vocab_tiles * kWarps : 0;
+    thread_vectors += p.bias_count ? split.split_tiles * kVocabTileVectors / 128 : 0;
   }
-  const auto in_shared = [&](int step) { return of_thread + (step & (shared_steps - 1)) * (kThreads * kUnroll); };
-  const auto send = [&](int step) {
+  const auto step_vectors = [&](int step) {
+    return thread_vectors + (step & (shared_steps - 1)) * (kThreads * kUnroll);
+  };
+  const auto start_copy = [&](int step) {
     const int vector = first + step * kStep + int(threadIdx.x);
-    const uint32_t target = ptx::smem_address(in_shared(step));
+    const uint32_t target = ptx::smem_address(step_vectors(step));
     const T* const source = reader.row + int64_t(vector) * kVector;
     const auto copy = [&](int u) {
       cute::SM80_CP_ASYNC_CACHEGLOBAL<uint4>::copy(reinterpret_cast<const uint4&>(source[u * kThreads * kVector]),
                                                    ptx::shared_at<uint4>(target + uint32_t(u * kThreads * 16)));
     };
-    ptx::keep_memory_order();  // what was there has been read
+    ptx::keep_memory_order();  // earlier reads of this memory are complete
     if (first + (step + 1) * kStep <= end) {
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) copy(u);
@@ -207,14 +176,14 @@ __global__ __launch_bounds__(kThreads, kSampleCtas) void illada_sample_tokens_sm
     }
     cute::cp_async_fence();
   };
-  const auto receive = [&](int step) {  // the last step but shared_steps - 1 that was sent
+  const auto finish_copy = [&](int step) {  // later steps may still be in flight
     if (shared_steps == 2) {
       cute::cp_async_wait<1>();
     } else {
       cute::cp_async_wait<3>();
     }
     ptx::keep_memory_order();
-    const uint4* const source = in_shared(step);
+    const uint4* const source = step_vectors(step);
     if (first + (step + 1) * kStep <= end) {
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) next[u].part[0] = source[u * kThreads];
@@ -230,13 +199,13 @@ __global__ __launch_bounds__(kThreads, kSampleCtas) void illada_sample_tokens_sm
   int base = first + threadIdx.x;
   if constexpr (kShared) {
 #pragma unroll 1
-    for (int step = 0; step < shared_steps; ++step) send(step);
-    receive(0);
+    for (int step = 0; step < shared_steps; ++step) start_copy(step);
+    finish_copy(0);
   } else {
-    fetch(base);
+    load_step(base);
   }
-  if (noisy) {  // a bound to start with, from the first vector of each thread
-    float sure = -FLT_MAX;
+  if (noisy) {  // initial bound, from the first vector of each thread
+    float lower_bound = -FLT_MAX;
     if (base < end) {
       float x[kVector];
       unpack8(next[0], x);
@@ -246,48 +215,48 @@ __global__ __launch_bounds__(kThreads, kSampleCtas) void illada_sample_tokens_sm
         const PhiloxWords words = noise.upper(uint32_t(2 * base + half));
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const float score = RowNoise::sure_score(x[4 * half + i], words.word[i], noise.temperature);
-          if (kept.has(x[4 * half + i], base * kVector + 4 * half + i)) sure = fmaxf(sure, score);
+          const float score = RowNoise::score_lower_bound(x[4 * half + i], words.word[i], noise.temperature);
+          if (kept.contains(x[4 * half + i], base * kVector + 4 * half + i)) lower_bound = fmaxf(lower_bound, score);
         }
       }
     }
-    sure = warp_max(sure);
-    if (threadIdx.x % 32 == 0) shared_bound.raise(sure);
+    lower_bound = warp_max(lower_bound);
+    if (threadIdx.x % 32 == 0) shared_bound.raise(lower_bound);
     __syncthreads();
   }
 
   SoftmaxRecord* const records =
       (split.splits == 1 ? reinterpret_cast<SoftmaxRecord*>(dynamic_shared)
-                         : softmax_records(p.workspace, p.num_rows, records_of(split), row)) +
-      range * split.pieces * kWarps + threadIdx.x / 32;
-  const auto end_piece = [&](int index) {
+                         : softmax_records(p.workspace, p.num_rows, row_records(split), row)) +
+      range * split.split_tiles * kWarps + threadIdx.x / 32;
+  const auto store_tile_record = [&](int index) {
     state.softmax.merge_lanes();
-    if (threadIdx.x % 32 == 0) records[index * kWarps] = record_of(state.softmax);
+    if (threadIdx.x % 32 == 0) records[index * kWarps] = to_record(state.softmax);
     state.softmax = {};
   };
-  const auto take_rest = [&] {
+  const auto process_tail = [&] {
     const int id = vectors * kVector + int(threadIdx.x);
-    if (!has_rest || id >= p.vocab_size) return;
-    const float x = reader.single(id), measured = kept.measured(x, id);
+    if (!has_tail || id >= p.vocab_size) return;
+    const float x = reader.single(id), measured = kept.measured_logit(x, id);
     state.softmax.raise(measured);
     state.softmax.add(measured);
     if constexpr (kWantExtras) state.top.add(measured);
-    if (!kept.has(x, id)) return;
+    if (!kept.contains(x, id)) return;
     const double score = noisy ? noise.score(x, word(noise.upper(uint32_t(id) / 4), id % 4), uint32_t(id)) : double(x);
     state.leader.offer({score, id, measured});
   };
 
   for (int step_base = first; step_base < end; step_base += kStep, base += kStep) {
-    if (step_base > first && (step_base - first) % kPieceVectors == 0)
-      end_piece((step_base - first) / kPieceVectors - 1);
+    if (step_base > first && (step_base - first) % kVocabTileVectors == 0)
+      store_tile_record((step_base - first) / kVocabTileVectors - 1);
     float x[kUnroll][kVector], maximum[kUnroll];
-    if constexpr (kShared) receive((step_base - first) / kStep);
+    if constexpr (kShared) finish_copy((step_base - first) / kStep);
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) unpack8(next[u], x[u]);
     if constexpr (kShared) {
-      send((step_base - first) / kStep + shared_steps);
+      start_copy((step_base - first) / kStep + shared_steps);
     } else {
-      if (step_base + kStep < end) fetch(base + kStep);
+      if (step_base + kStep < end) load_step(base + kStep);
     }
     if (reader.biased) {
 #pragma unroll
@@ -306,7 +275,7 @@ __global__ __launch_bounds__(kThreads, kSampleCtas) void illada_sample_tokens_sm
     for (int u = 0; u < kUnroll; ++u) {
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
-        const float measured = kept.measured(x[u][i], (base + u * kThreads) * kVector + i);
+        const float measured = kept.measured_logit(x[u][i], (base + u * kThreads) * kVector + i);
         state.softmax.add(measured);
         if constexpr (kWantExtras) state.top.add(measured);
       }
@@ -323,13 +292,13 @@ __global__ __launch_bounds__(kThreads, kSampleCtas) void illada_sample_tokens_sm
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const float log2_bound = noise.log2_bound(maximum[u], bound);
-      if (!__any_sync(kFullWarp, log2_bound > RowNoise::kHopeless && kept.may_have(maximum[u]))) continue;
+      if (!__any_sync(kFullWarp, log2_bound > RowNoise::kMinLog2Bound && kept.may_contain(maximum[u]))) continue;
       const uint32_t block = 2 * uint32_t(base + u * kThreads);
       const uint32_t bits = min(smallest(noise_loop.upper(block)), smallest(noise_loop.upper(block + 1)));
       candidates[u] = __ballot_sync(
-          kFullWarp, bits <= RowNoise::as_limit(log2_bound) && maximum[u] > -INFINITY && kept.may_have(maximum[u]));
+          kFullWarp, bits <= RowNoise::max_bits(log2_bound) && maximum[u] > -INFINITY && kept.may_contain(maximum[u]));
     }
-    // Rare: eight lanes look at a vector of each u once more, an id each; its logits are in the L2 cache still.
+    // Rare: eight lanes process a vector of each u again, one id each. Its logits are still in the L2 cache.
     const int lane = threadIdx.x % 32, mine = lane / kVector % kUnroll;
     unsigned lanes = candidates[0];
 #pragma unroll
@@ -339,19 +308,19 @@ __global__ __launch_bounds__(kThreads, kSampleCtas) void illada_sample_tokens_sm
       if (lanes == 0) continue;
       const int id = (warp_base + mine * kThreads + __ffs(lanes) - 1) * kVector + lane % kVector;
       const float xi = reader.single(id);
-      if (!kept.has(xi, id)) continue;
+      if (!kept.contains(xi, id)) continue;
       const uint32_t bits = word(noise.upper(uint32_t(id) / 4), id % 4);
-      if (bits > RowNoise::as_limit(noise.log2_bound(xi, bound))) continue;
+      if (bits > RowNoise::max_bits(noise.log2_bound(xi, bound))) continue;
       const double score = noise.score(xi, bits, uint32_t(id));
       if (score > state.leader.score) shared_bound.raise(__double2float_rd(score));
       state.leader.offer({score, id, kept.scaled(xi)});
     }
   }
 
-  take_rest();
-  end_piece(max(end - first - 1, 0) / kPieceVectors);
+  process_tail();
+  store_tile_record(max(end - first - 1, 0) / kVocabTileVectors);
 
-  if (!noisy) {  // the threads that saw the maximum look their step up again, for the lowest id
+  if (!noisy) {  // the threads that saw the maximum read their step again to find the lowest id
     const float warp_best = warp_max(best);
     if (threadIdx.x % 32 == 0) atomicMax(&shared.maximum, ordered(warp_best));
     __syncthreads();
@@ -383,7 +352,7 @@ __global__ __launch_bounds__(kThreads, kSampleCtas) void illada_sample_tokens_sm
   for (int mask = kWarps / 2; mask > 0; mask /= 2) state.merge_leader(mask);
   if (split.splits == 1)
     state.softmax =
-        merge_records<kWantExtras>(reinterpret_cast<SoftmaxRecord*>(dynamic_shared), split.row_pieces * kWarps);
+        merge_records<kWantExtras>(reinterpret_cast<SoftmaxRecord*>(dynamic_shared), split.vocab_tiles * kWarps);
   if (threadIdx.x > 0) return;
   if (split.splits == 1) {
     write_row(p, row, state);
@@ -405,7 +374,7 @@ __global__ __launch_bounds__(kCombineThreads) void illada_sample_tokens_combine_
   RowState<kWantExtras> state;
   const LeaderRecord* leaders = static_cast<const LeaderRecord*>(p.workspace) + row * records.leaders;
   for (int i = lane; i < records.leaders; i += 32) state.merge(leaders[i]);
-  state.softmax = merge_records<kWantExtras>(softmax_records(p.workspace, p.num_rows, records, row), records.parts);
+  state.softmax = merge_records<kWantExtras>(softmax_records(p.workspace, p.num_rows, records, row), records.softmaxes);
 #pragma unroll
   for (int mask = 16; mask > 0; mask /= 2) state.merge_leader(mask);
   if (lane == 0) write_row(p, row, state);
@@ -417,8 +386,8 @@ void launch(const SampleTokensParams& p, const Device& device, const RowSplit& s
   LaunchShape shape;
   shape.grid = dim3(unsigned(p.num_rows * split.splits));
   shape.block = dim3(kThreads);
-  shape.smem_bytes = (split.splits == 1 ? split.row_pieces * kWarps * int(sizeof(SoftmaxRecord)) : 0) +
-                     (p.bias_count ? split.pieces * kPieceVectors / 8 : 0);
+  shape.smem_bytes = (split.splits == 1 ? split.vocab_tiles * kWarps * int(sizeof(SoftmaxRecord)) : 0) +
+                     (p.bias_count ? split.split_tiles * kVocabTileVectors / 8 : 0);
   shape.dependent = true;
   auto kernel = aligned ? illada_sample_tokens_sm80<T, kWantExtras, Source::kAligned, false>
                         : illada_sample_tokens_sm80<T, kWantExtras, Source::kUnaligned, false>;
@@ -427,12 +396,12 @@ void launch(const SampleTokensParams& p, const Device& device, const RowSplit& s
     kernel = aligned ? illada_sample_tokens_sm80<T, true, Source::kAligned, true>
                      : illada_sample_tokens_sm80<T, true, Source::kUnaligned, true>;
   } else if constexpr (sizeof(T) == 2) {
-    constexpr int kMostSmem = 98 * 1024;  // every GPU from sm_80 on has as much for a CTA
-    const int wanted = shared_sample_steps();
-    if (aligned && wanted && shape.smem_bytes + wanted * kSharedStepBytes <= kMostSmem) {
+    constexpr int kMaxSmemBytes = 98 * 1024;  // every GPU from sm_80 on allows this much per CTA
+    const int wanted_steps = shared_sample_steps();
+    if (aligned && wanted_steps && shape.smem_bytes + wanted_steps * kSharedStepBytes <= kMaxSmemBytes) {
       kernel = illada_sample_tokens_sm80<T, kWantExtras, Source::kShared, false>;
-      shared_steps = wanted;
-      shape.smem_bytes += wanted * kSharedStepBytes;
+      shared_steps = wanted_steps;
+      shape.smem_bytes += wanted_steps * kSharedStepBytes;
     }
   }
   launch_kernel("sample_tokens", device, p.launch.stream, shape, kernel, p, split, shared_steps, cuts);
@@ -447,18 +416,8 @@ void launch(const SampleTokensParams& p, const Device& device, const RowSplit& s
 
 void launch_sample_tokens(const SampleTokensParams& p, const Device& device, const RowSplit& split,
                           const RowCut* cuts) {
-  switch (p.dtype) {
-    case DType::kFloat32:
-      launch<float>(p, device, split, cuts);
-      break;
-    case DType::kBFloat16:
-      launch<BFloat16>(p, device, split, cuts);
-      break;
-    case DType::kFloat16:
-      launch<Half>(p, device, split, cuts);
-      break;
-  }
-  if (split.splits > 1) launch_sample_tokens_combine(p, device, records_of(split));
+  dispatch_dtype(p.dtype, [&](auto element) { launch<decltype(element)>(p, device, split, cuts); });
+  if (split.splits > 1) launch_sample_tokens_combine(p, device, row_records(split));
 }
 
 void launch_sample_tokens_combine(const SampleTokensParams& p, const Device& device, const RowRecords& records) {

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from small import WORLD, batches, compare, count, expected, small_qwen
 
-from illada.integrations import patch
+from illada.integrations import patch  # glue
 
 
 def main() -> None:

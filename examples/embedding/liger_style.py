@@ -6,7 +6,7 @@ python examples/embedding/liger_style.py
 import torch
 from small import Decoder, batches, compare, count, expected
 
-import illada
+import illada  # glue
 
 # before: loss_fn = LigerFusedLinearCrossEntropyLoss(ignore_index=-100, reduction="sum")
 

@@ -10,7 +10,7 @@ import lightning
 import torch
 from small import WORLD, batches, compare, count, expected, small_qwen
 
-from illada.integrations import patch
+from illada.integrations import patch  # glue
 
 
 class MaskedDiffusion(lightning.LightningModule):

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from small import WORLD, Decoder, batches, compare, count, expected
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from illada import masked_cross_entropy_from_labels as loss
+from illada import masked_cross_entropy_from_labels as nll  # glue
 
 try:
     from torchtitan.components.loss import ChunkedLossWrapper
@@ -27,10 +27,10 @@ except ImportError:
             self.lm_head = lm_head
 
 
-def masked_diffusion_loss(self, pred, labels, global_valid_tokens=None, **_):  # glue
-    head, n = self.lm_head, global_valid_tokens  # glue: FSDP2 gathers its weight around its forward, whatever that is
-    with patch.object(head, "forward", lambda h: loss(h, labels, head=head.weight, normalizer=n)):  # glue
-        return head(pred), {}  # glue
+# FSDP2 gathers the head's weight around its forward, whatever that is.
+def masked_diffusion_loss(self, pred, labels, global_valid_tokens=1, **_):  # glue
+    with patch.object(lm := self.lm_head, "forward", lambda h: nll(h, labels, head=lm.weight, normalizer=1)):  # glue
+        return lm(pred) / global_valid_tokens, {}  # glue
 
 
 ChunkedLossWrapper.__call__ = masked_diffusion_loss  # glue

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from illada._native import build_info
-    from illada.checkpoint import load_pretrained, save_pretrained
+    from illada.checkpoints.weights import load_pretrained, save_pretrained
     from illada.config import ModelConfig
     from illada.generation import GenerationConfig, GenerationDelta, GenerationResult, generate, generate_iter
     from illada.model import LossModule, MaskedDiffusionModel
@@ -30,17 +30,18 @@ if TYPE_CHECKING:
         remask,
         sample_tokens,
         varlen_attention,
+        why_not,
     )
     from illada.packing import pack, unpack
     from illada.score import confidence_score, monte_carlo_likelihood
-    from illada.tokenizer import Tokenizer
+    from illada.text.tokenizer import Tokenizer
 
     __version__: str
 
 #: Where each public name is.
 _MODULES = {
     "illada._native": ("build_info",),
-    "illada.checkpoint": ("load_pretrained", "save_pretrained"),
+    "illada.checkpoints.weights": ("load_pretrained", "save_pretrained"),
     "illada.config": ("ModelConfig",),
     "illada.generation": ("GenerationConfig", "GenerationDelta", "GenerationResult", "generate", "generate_iter"),
     "illada.model": ("LossModule", "MaskedDiffusionModel"),
@@ -59,10 +60,11 @@ _MODULES = {
         "remask",
         "sample_tokens",
         "varlen_attention",
+        "why_not",
     ),
     "illada.packing": ("pack", "unpack"),
     "illada.score": ("confidence_score", "monte_carlo_likelihood"),
-    "illada.tokenizer": ("Tokenizer",),
+    "illada.text.tokenizer": ("Tokenizer",),
 }
 
 __all__ = [
@@ -97,6 +99,7 @@ __all__ = [
     "save_pretrained",
     "unpack",
     "varlen_attention",
+    "why_not",
 ]
 
 

@@ -8,8 +8,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Gt, Le, Lt
 
-from illada.schema import Count, Fraction, PositiveFloat, Size, TokenId, check_fields
-from illada.text import some_of
+from illada.schema import Count, Fraction, PositiveFloat, Size, TokenId, check_fields, some_of
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class ModelConfig:
     initializer_range: standard deviation of the weights.
     logits_shift: position i is predicted by the hidden state of i - 1 (Dream, and starts from an autoregressive model).
     *_token_id: special ids; data of a checkpoint, never guessed. bos and pad may be None; eot, the end of a turn, where
-    that is another token than the end of the text. model_type: the layout to save in, see `illada.layouts`.
+    that is another token than the end of the text. model_type: the layout to save in, see `illada.checkpoints.formats`.
     """
 
     vocab_size: Size

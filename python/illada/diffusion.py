@@ -7,86 +7,25 @@ stay finite. The sum is divided by the number of all tokens.
 Everything here is a pure function of (seed, global sample index), without state or order of drawing. One integer
 resumes the data exactly, on any number of ranks and for any micro-batch size.
 
-Randomness: Philox4x32-10 with key = seed and counter = (block, index lo, index hi, stream); see the streams below.
+Randomness: Philox4x32-10 with key = seed and counter = (block, index lo, index hi, stream); see `illada.random`.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
-from typing import Literal
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
+from illada.batch import Batch
 from illada.config import DiffusionConfig
-from illada.ops.philox import philox4x32
-
-# Philox stream tags (counter word 3), one for each purpose; the token sampler uses 16 and above.
-_ORDER, _SPLIT, _TIME, _MASK, _BATCH_TIME, _VALIDATION_MASK = range(1, 7)
+from illada.random import Stream, to_uniform, uniforms, words
 
 _VALIDATION_SEED = 0  # fixed, so that the bound is comparable between runs
 _VALIDATION_EPS = 1e-3
 _GOLDEN = 0.6180339887498949
 
 
-@dataclass
-class Batch:
-    """Packed sequences with some tokens masked, the input of `MaskedDiffusionModel.loss`.
-
-    tokens: int64 [T], mask_id where masked.
-    targets: int64 [T], the original tokens.
-    token_weights: float32 [T], 1 / p where masked, 0 elsewhere.
-    cu_seqlens: int32 [S + 1], where each sequence starts, with T last.
-    position_ids: int64 [T], from 0 in each sequence.
-    rows: int32 [N], the masked positions, ascending.
-    """
-
-    tokens: Tensor
-    targets: Tensor
-    token_weights: Tensor
-    cu_seqlens: Tensor
-    position_ids: Tensor
-    rows: Tensor
-
-    @property
-    def num_tokens(self) -> int:
-        """Number of tokens T, masked or not."""
-        return self.tokens.shape[0]
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """Return the batch on another device."""
-        return Batch(*(f.to(device, non_blocking=non_blocking) for f in self._fields()))
-
-    def pin_memory(self) -> Batch:
-        """Return the batch in page-locked memory."""
-        return Batch(*(f.pin_memory() for f in self._fields()))
-
-    def _fields(self) -> list[Tensor]:
-        return [getattr(self, field.name) for field in dataclasses.fields(self)]
-
-
 # --------------------------------------------------------------------------------------------------------- randomness
-
-
-def _words(seed: int, stream: int, indices: NDArray[np.int64], count: int) -> NDArray[np.uint32]:
-    """Return `count` random words for each index, uint32 [len(indices), count]."""
-    blocks = -(-count // 4)
-    counter = np.empty((len(indices), blocks, 4), dtype=np.uint32)
-    unsigned = np.asarray(indices, dtype=np.int64).view(np.uint64)[:, None]
-    counter[..., 0] = np.arange(blocks, dtype=np.uint32)
-    counter[..., 1] = (unsigned & np.uint64(0xFFFFFFFF)).astype(np.uint32)
-    counter[..., 2] = (unsigned >> np.uint64(32)).astype(np.uint32)
-    counter[..., 3] = stream
-    key = np.array([seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF], dtype=np.uint32)
-    return philox4x32(counter, key).reshape(len(indices), 4 * blocks)[:, :count]
-
-
-def _uniforms(seed: int, stream: int, indices: NDArray[np.int64], count: int) -> NDArray[np.float64]:
-    """Return uniforms strictly inside (0, 1), float64 [len(indices), count]."""
-    return (_words(seed, stream, indices, count).astype(np.float64) + 0.5) * 2.0**-32
 
 
 def permutation(positions: NDArray[np.int64], size: int, seed: int, epoch: int) -> NDArray[np.int64]:
@@ -118,7 +57,7 @@ def permutation(positions: NDArray[np.int64], size: int, seed: int, epoch: int) 
     while pending.any():
         left, right = values[pending] >> half, values[pending] & mask
         for feistel_round in range(4):
-            word = _words(seed, _ORDER, right | np.int64(epoch << 34), 4)[:, feistel_round].astype(np.int64)
+            word = words(seed, Stream.WINDOW_ORDER, right | np.int64(epoch << 34), 4)[:, feistel_round].astype(np.int64)
             left, right = right, left ^ (word & mask)
         values[pending] = (left << half) | right
         pending[pending] = values[pending] >= size
@@ -191,7 +130,7 @@ def make_batch(
     length = windows.shape[1]
     draws = samples // (2 if config.complementary else 1)
 
-    split = _uniforms(seed, _SPLIT, draws, 2)
+    split = uniforms(seed, Stream.SPLIT, draws, 2)
     cuts: list[list[int]] = []  # starts of the sequences of each window
     for b in range(len(windows)):
         cut = {0}
@@ -203,17 +142,17 @@ def make_batch(
             cut.update(int(i) + 1 for i in np.flatnonzero(windows[b, :-1] == eos_id))
         cuts.append(sorted(cut))
 
-    time = _times(draws, max(len(c) for c in cuts) if cuts else 1, seed, config, global_batch)
+    time = _times("make_batch", draws, max(len(c) for c in cuts) if cuts else 1, seed, config, global_batch)
     if config.t_limit < 1:
         time *= np.minimum(1, config.t_limit + (1 - config.t_limit) * samples / config.t_limit_windows)[:, None]
-    words = _words(seed, _MASK, draws, length)
+    mask_words = words(seed, Stream.MASK, draws, length)
     masked = np.zeros(windows.shape, dtype=bool)
     weights = np.zeros(windows.shape, dtype=np.float32)
     lengths: list[int] = []
     for b, starts in enumerate(cuts):
         for j, (start, end) in enumerate(zip(starts, [*starts[1:], length], strict=True)):
             part = slice(start, end)
-            masked[b, part], weight = _mask(words[b, part], time[b, j], config, bool(samples[b] & 1))
+            masked[b, part], weight = _mask(mask_words[b, part], time[b, j], config, bool(samples[b] & 1))
             weights[b, part] = np.where(masked[b, part], np.float32(weight), 0)
             lengths.append(end - start)
     return _pack(windows.reshape(-1), masked.reshape(-1), weights.reshape(-1), lengths, mask_id)
@@ -251,8 +190,7 @@ def draw_masks(
     length: int,
     *,
     seed: int,
-    eps: float = 1e-3,
-    t_sampling: Literal["independent", "low_discrepancy"] = "independent",
+    config: DiffusionConfig | None = None,
     global_batch: int | None = None,
 ) -> tuple[NDArray[np.bool_], NDArray[np.float32]]:
     """Return the masks that `make_batch` draws for windows that it does not split.
@@ -263,20 +201,22 @@ def draw_masks(
         samples: int64 [B], global sample indices.
         length: Tokens of a window.
         seed: Key of the random numbers.
-        eps: Smallest masking probability.
-        t_sampling: As in `DiffusionConfig`.
+        config: Options of the forward process; only `eps` and `t_sampling` are used. Default DiffusionConfig().
         global_batch: Samples of a global batch; needed by t_sampling = "low_discrepancy".
 
     Returns:
         Masks, bool [B, length], and the token weight of each window's masked tokens, float32 [B].
 
     Raises:
-        ValueError: An option is out of range, or global_batch is missing.
+        ValueError: global_batch is missing, or the config has another option that changes the masks of such windows.
     """
-    config = DiffusionConfig(split_probability=0.0, eps=eps, t_sampling=t_sampling)
+    config = config or DiffusionConfig()
+    if config.complementary or config.isolate_documents or config.mask_count != "bernoulli" or config.t_limit < 1:
+        raise ValueError(f"draw_masks: config may set eps and t_sampling alone, got {config}")
     samples = np.asarray(samples, dtype=np.int64)
-    p = (1 - eps) * _times(samples, 1, seed, config, global_batch) + eps
-    return _uniforms(seed, _MASK, samples, length) < p, (1 / p[:, 0]).astype(np.float32)
+    t = _times("draw_masks", samples, 1, seed, config, global_batch)
+    p = (1 - config.eps) * t + config.eps
+    return uniforms(seed, Stream.MASK, samples, length) < p, (1 / p[:, 0]).astype(np.float32)
 
 
 def draw_validation_masks(
@@ -288,44 +228,47 @@ def draw_validation_masks(
         ValueError: stratum is not in [0, strata).
     """
     if not 0 <= stratum < strata:
-        raise ValueError(f"make_validation_batch: stratum must be in [0, {strata}), got {stratum}")
+        raise ValueError(f"draw_validation_masks: stratum must be in [0, {strata}), got {stratum}")
     t = (stratum + 0.5) / strata
     p = (1 - _VALIDATION_EPS) * t + _VALIDATION_EPS
     index = np.asarray(indices, dtype=np.int64) * strata + stratum
-    masked = _uniforms(_VALIDATION_SEED, _VALIDATION_MASK, index, length) < p
+    masked = uniforms(_VALIDATION_SEED, Stream.VALIDATION_MASK, index, length) < p
     return masked, np.full(len(index), 1 / p, dtype=np.float32)
 
 
 def _times(
-    draws: NDArray[np.int64], sequences: int, seed: int, config: DiffusionConfig, global_batch: int | None
+    op: str, draws: NDArray[np.int64], sequences: int, seed: int, config: DiffusionConfig, global_batch: int | None
 ) -> NDArray[np.float64]:
-    """Return t in (0, 1) for up to `sequences` sequences of each draw, float64 [len(draws), sequences]."""
+    """Return t in (0, 1) for up to `sequences` sequences of each draw, float64 [len(draws), sequences].
+
+    op: The function that errors name.
+    """
     if config.t_sampling == "independent":
-        return _uniforms(seed, _TIME, draws, sequences)
+        return uniforms(seed, Stream.TIME, draws, sequences)
     if global_batch is None or global_batch < 1:
-        raise ValueError("make_batch: t_sampling = 'low_discrepancy' needs global_batch")
+        raise ValueError(f"{op}: t_sampling = 'low_discrepancy' needs global_batch")
     draws_per_batch = max(1, global_batch // (2 if config.complementary else 1))
-    shared = _uniforms(seed, _BATCH_TIME, draws // draws_per_batch, 1)
+    shared = uniforms(seed, Stream.BATCH_TIME, draws // draws_per_batch, 1)
     stratified = shared + (draws % draws_per_batch)[:, None] / draws_per_batch
     # Further sequences of a window take golden-ratio steps: each is uniform, and away from the first.
     return (stratified + _GOLDEN * np.arange(sequences)) % 1.0
 
 
 def _mask(
-    words: NDArray[np.uint32], t: float, config: DiffusionConfig, second_of_pair: bool
+    mask_words: NDArray[np.uint32], t: float, config: DiffusionConfig, second_of_pair: bool
 ) -> tuple[NDArray[np.bool_], float]:
     """Return which tokens of one sequence are masked, bool [L], and their token weight."""
     if config.mask_count == "exact":
-        count = min(int(t * len(words)) + 1, len(words))
-        masked = np.zeros(len(words), dtype=bool)
-        masked[np.argsort(words, kind="stable")[:count]] = True
-        return masked, len(words) / count
+        count = min(int(t * len(mask_words)) + 1, len(mask_words))
+        masked = np.zeros(len(mask_words), dtype=bool)
+        masked[np.argsort(mask_words, kind="stable")[:count]] = True
+        return masked, len(mask_words) / count
     if config.complementary:
         p = (1 - 2 * config.eps) * t + config.eps  # keeps 1 - p, the other sample's masking probability, above eps
-        masked = (words + 0.5) * 2.0**-32 < p
+        masked = to_uniform(mask_words) < p
         return (~masked, 1 / (1 - p)) if second_of_pair else (masked, 1 / p)
     p = (1 - config.eps) * t + config.eps
-    return (words + 0.5) * 2.0**-32 < p, 1 / p
+    return to_uniform(mask_words) < p, 1 / p
 
 
 def _pack(

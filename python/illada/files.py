@@ -15,10 +15,7 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
-
-from illada.schema import check_object
-from illada.text import read_json
+from typing import BinaryIO
 
 _RANDOM = "[a-z0-9_]{8}"  # what tempfile appends
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # of a file system that has none
@@ -230,18 +227,6 @@ def check_inside(file: Path, folder: Path) -> None:
     blobs = home.parent.parent / "blobs"
     if not (real.is_relative_to(home) or (home.parent.name == "snapshots" and real.parent == blobs)):
         raise ValueError(f"{file} is a link out of its folder, to {real}; put the file itself there")
-
-
-def read_json_object(file: Path) -> dict[str, Any]:
-    """A JSON file that holds an object. ValueError, which names the file: it does not."""
-    values: dict[str, Any] = read_json(file)
-    check_object(values, {}, str(file))
-    return values
-
-
-def read_if_there(file: Path) -> dict[str, Any]:
-    """`read_json_object`, empty where there is no file."""
-    return read_json_object(file) if file.is_file() else {}
 
 
 def remove_directory(path: str | Path) -> None:

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from illada.batch import Batch
 from illada.config import ModelConfig
 from illada.devices import autocast_dtype, find_device
-from illada.diffusion import Batch
 from illada.ops import AttentionPlan, attention_plan, linear_masked_cross_entropy, varlen_attention
 
 #: Rows that a layer passes to its MLP at a time when gradients are off. On a CPU the temporaries stay in the cache and
@@ -50,7 +50,7 @@ class CachedKeys(NamedTuple):
         return self._replace(k=self.k[i], v=self.v[i])
 
 
-class Queries(NamedTuple):
+class SelectedRows(NamedTuple):
     """Selected rows of the pack: the only tokens whose output is computed.
 
     rows: int64 [N], positions in the pack, ascending.
@@ -138,6 +138,19 @@ def does_more(linear: nn.Module) -> bool:
     return any(hooks) or type(linear).forward is not nn.Linear.forward or "forward" in linear.__dict__
 
 
+def more_than_weight(head: object) -> str | None:
+    """Return what keeps an op that takes only a weight from standing in for `head`, or None: nothing does.
+
+    Hooks of FSDP2 are allowed: they gather the weight, a DTensor, for the head's call.
+    """
+    if not isinstance(head, nn.Linear) or (does_more(head) and not hasattr(head.weight, "full_tensor")):
+        return (
+            f"a {type(head).__name__} that does more than multiply by its weight (adapter, quantised weight, hooks, a "
+            "forward of its own)"
+        )
+    return f"a {type(head).__name__} with a bias" if head.bias is not None else None
+
+
 class Attention(nn.Module):
     """Bidirectional grouped-query attention over packed sequences, with one projection for q, k and v."""
 
@@ -156,30 +169,30 @@ class Attention(nn.Module):
         cu_seqlens: Tensor,
         plan: AttentionPlan | None,
         cache: CachedKeys | None = None,
-        queries: Queries | None = None,
+        selected_rows: SelectedRows | None = None,
     ) -> Tensor:
         """Attend within each sequence and project the result for the residual stream.
 
         Args:
-            q: [T, H, D], or [N, H, D] with `queries`, from `project`.
+            q: [T, H, D], or [N, H, D] with `selected_rows`, from `project`.
             k, v: [T, G, D], from `project`.
             cu_seqlens: int32 [S + 1], where each sequence starts in the pack.
             plan: The plan of `illada.attention_plan` for these lengths; None: made in this call.
             cache: This layer's cache, k and v [R, G, D]. k and v of this call are written to it, and q attends to its
                 slots.
-            queries: The selected rows; None: all T.
+            selected_rows: The selected rows; None: all T.
 
         Returns:
-            [T, C], or [N, C] with `queries`.
+            [T, C], or [N, C] with `selected_rows`.
 
         Raises:
             TypeError, ValueError, NotImplementedError: As `illada.varlen_attention`.
         """
-        cu_seqlens_k, seqused_k = None if queries is None else cu_seqlens, None
+        cu_seqlens_k, seqused_k = None if selected_rows is None else cu_seqlens, None
         if cache is not None:  # cache.k and cache.v are those of this layer
             k, v = cache.k.index_copy_(0, cache.rows, k), cache.v.index_copy_(0, cache.rows, v)
             cu_seqlens_k, seqused_k = cache.cu_seqlens_k, cache.seqused_k
-        cu_seqlens_q = cu_seqlens if queries is None else queries.cu_seqlens
+        cu_seqlens_q = cu_seqlens if selected_rows is None else selected_rows.cu_seqlens
         out = varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k, plan=plan)
         assert isinstance(out, Tensor)
         return self.o_proj(out.flatten(1))
@@ -244,7 +257,7 @@ class Layer(nn.Module):
         cu_seqlens: Tensor,
         plan: AttentionPlan | None,
         cache: CachedKeys | None = None,
-        queries: Queries | None = None,
+        selected_rows: SelectedRows | None = None,
         projected: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Apply attention and the MLP to the residual stream.
@@ -255,19 +268,19 @@ class Layer(nn.Module):
             cu_seqlens: int32 [S + 1], where each sequence starts in the pack.
             plan: The plan of `illada.attention_plan` for these lengths; None: made in this call.
             cache: This layer's cache, k and v [R, G, D]; None: none.
-            queries: The selected rows; None: all T. Other tokens then only contribute keys and values.
+            selected_rows: The selected rows; None: all T. Other tokens then only contribute keys and values.
             projected: The result of `project` for these arguments, if it is known.
 
         Returns:
-            [T, C], or [N, C] with `queries`.
+            [T, C], or [N, C] with `selected_rows`.
 
         Raises:
             TypeError, ValueError, NotImplementedError: As `illada.varlen_attention`.
         """
         if projected is None:
-            projected = self.project(x, cos, sin, queries)
-        attended = self.self_attn(*projected, cu_seqlens, plan, cache, queries)
-        x = (x if queries is None else x[queries.rows]) + attended
+            projected = self.project(x, cos, sin, selected_rows)
+        attended = self.self_attn(*projected, cu_seqlens, plan, cache, selected_rows)
+        x = (x if selected_rows is None else x[selected_rows.rows]) + attended
         # Do not split while tracing: the number of parts would fix the number of tokens in the traced graph.
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return x + self.mlp(self.post_attention_layernorm(x))
@@ -276,10 +289,12 @@ class Layer(nn.Module):
         return x
 
     def project(
-        self, x: Tensor, cos: Tensor, sin: Tensor, queries: Queries | None = None
+        self, x: Tensor, cos: Tensor, sin: Tensor, selected_rows: SelectedRows | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalise x [T, C] and return `Attention.project` of it; q only for `queries` where given."""
-        return self.self_attn.project(self.input_layernorm(x), cos, sin, None if queries is None else queries.rows)
+        """Normalise x [T, C] and return `Attention.project` of it; q only for `selected_rows` where given."""
+        return self.self_attn.project(
+            self.input_layernorm(x), cos, sin, None if selected_rows is None else selected_rows.rows
+        )
 
 
 class MaskedDiffusionModel(nn.Module):
@@ -370,18 +385,16 @@ class MaskedDiffusionModel(nn.Module):
         """Head weight [V, C]: that of the head or of the tied embedding, without padding rows.
 
         Raises:
-            TypeError: The head does more than multiply by its weight (adapter, quantised weight, forward hooks, or a
-                replaced forward). The ops take only the weight.
+            TypeError: The head is more than its weight: see `more_than_weight`. The ops take only the weight.
         """
-        tied = self.lm_head is None
-        name, head = "embed_tokens" if tied else "lm_head", self.embed_tokens if self.lm_head is None else self.lm_head
-        sharded = hasattr(head.weight, "full_tensor")  # FSDP2's hooks are allowed; the ops check the rest
-        kind = nn.Embedding if tied else nn.Linear
-        if not isinstance(head, kind) or (does_more(head) and not (tied or sharded)):
+        head = self.embed_tokens if self.lm_head is None else self.lm_head
+        problem = more_than_weight(head)
+        if self.lm_head is None and isinstance(head, nn.Embedding):
+            problem = None  # the tied weight is no head that is called
+        if problem is not None:
             raise TypeError(
-                f"{name} is a {type(head).__name__} that does more than multiply by its weight (adapter, quantised "
-                "weight, hooks, a forward of its own), which is all that the ops of the head take; leave that away, or "
-                "merge it (peft: merge_and_unload)"
+                f"{'embed_tokens' if self.lm_head is None else 'lm_head'} is {problem}; the ops of the head take its "
+                "weight alone: leave the rest away, or merge it (peft: merge_and_unload)"
             )
         weight = head.weight
         return weight if weight.shape[0] == self.config.vocab_size else weight[: self.config.vocab_size]
@@ -441,14 +454,15 @@ class MaskedDiffusionModel(nn.Module):
             cos, sin = self._rotary_tables(position_ids, x.dtype)
         else:
             x, cos, sin = first.x, first.cos, first.sin
-        queries = None if rows is None else self._queries(rows, cu_seqlens, tokens.shape[0])
+        selected_rows = None if rows is None else self._selected_rows(rows, cu_seqlens, tokens.shape[0])
         for i, layer in enumerate(self.layers):
             inputs = [x, cos, sin, cu_seqlens, plan, None if cache is None else cache.layer(i), None, None]
             last = i == len(self.layers) - 1
-            if queries is not None and last:
-                inputs[4], inputs[6] = None, queries  # the selected rows need another plan
+            if selected_rows is not None and last:
+                inputs[4], inputs[6] = None, selected_rows  # the selected rows need another plan
             if first is not None and i == 0:
-                inputs[7] = (first.q if queries is None or not last else first.q[queries.rows], first.k, first.v)
+                q = first.q if selected_rows is None or not last else first.q[selected_rows.rows]
+                inputs[7] = (q, first.k, first.v)
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, *inputs, use_reentrant=False)
             else:
@@ -481,18 +495,19 @@ class MaskedDiffusionModel(nn.Module):
         """Return `rotary_tables` for activations of `dtype`, or of autocast's dtype where autocast is on."""
         return rotary_tables(position_ids, self.config, autocast_dtype(position_ids.device) or dtype)
 
-    def _queries(self, rows: Tensor, cu_seqlens: Tensor, total: int) -> Queries:
+    def _selected_rows(self, rows: Tensor, cu_seqlens: Tensor, total: int) -> SelectedRows:
         """Return the selected rows of the last layer: `rows`, or the rows before them for shifted logits."""
         rows = rows.long()
         if self.config.logits_shift:
             rows = shifted(cu_seqlens, total)[rows]
-        return Queries(rows, torch.searchsorted(rows, cu_seqlens.long(), out_int32=True))
+        return SelectedRows(rows, torch.searchsorted(rows, cu_seqlens.long(), out_int32=True))
 
     def loss(self, batch: Batch, *, normalizer: float | Tensor | None = None) -> Tensor:
         """Compute Eq. 1 on a batch: the sum of 1/p-weighted cross-entropies of the masked tokens over `normalizer`.
 
         Args:
-            batch: A batch of `illada.diffusion`; logits are computed only for its masked rows.
+            batch: Masked sequences, for example of `illada.diffusion.make_batch`. Logits are computed only for its
+                masked rows.
             normalizer: Positive number or scalar tensor; default the batch's number of tokens. Pass the global batch's
                 number when gradients are summed.
 

@@ -10,12 +10,13 @@ import dataclasses
 import functools
 import math
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Le, Lt
 
 LARGEST = 3.4028234663852886e38  # of float32
+_SHOWN = 5  # items of a list in an error
 _MOST = 2**53  # of counts: what a float64 holds exactly
 
 Count = Annotated[int, Ge(0), Le(_MOST)]
@@ -113,3 +114,9 @@ def _adapter(hint: Any) -> Any:
     from pydantic import TypeAdapter
 
     return TypeAdapter(hint)
+
+
+def some_of(items: Sequence[str], separator: str = ", ") -> str:
+    """A list for an error: the first of its items, none of them long, and how many more there are."""
+    shown = separator.join(f"{item:.160}" for item in items[:_SHOWN])
+    return shown if len(items) <= _SHOWN else f"{shown} and {len(items) - _SHOWN} more"

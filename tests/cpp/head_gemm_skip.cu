@@ -13,22 +13,22 @@ illada::BuildInfo illada::build_info() { return {}; }  // named by an error mess
 namespace {
 
 using Gemm = illada::remask::HeadGemm<illada::BFloat16>;
-constexpr int kChunks = illada::remask::HeadPlan::kTileChunks;
+constexpr int kSlices = illada::remask::HeadPlan::kTileSlices;
 // Each stage is filled twice, and not a third time: who has missed both phases waits for ever.
 constexpr int kSteps = 2 * Gemm::Pipeline::Stages, kColumns = kSteps * Gemm::kTileK;
 constexpr long long kLate = 200000000;  // clocks
 
 __global__ __launch_bounds__(Gemm::kThreads,
                              1) void multiply_with_a_late_warp(const __grid_constant__ Gemm::Params params,
-                                                               const __grid_constant__ CUtensorMap chunk_map,
+                                                               const __grid_constant__ CUtensorMap slice_map,
                                                                int cluster, float* sums, illada::DependentLaunch) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) char raw_shared[];
-  Gemm gemm(params, chunk_map, *reinterpret_cast<Gemm::Storage*>(raw_shared), cluster);
+  Gemm gemm(params, slice_map, *reinterpret_cast<Gemm::Storage*>(raw_shared), cluster);
   if (Gemm::is_producer()) {
     Gemm::Registers::as_producer();
     if (Gemm::is_producer_warp() && cute::elect_one_sync()) {
-      gemm.load(0, 0, kSteps, kChunks, true);
+      gemm.load(0, 0, kSteps, kSlices, true);
       gemm.load_tail();
     }
   } else {
@@ -58,7 +58,7 @@ void run(int cluster, const uint16_t* ones, float* sums) {
   shape.cluster = cluster;
   illada::launch_kernel("test", illada::device("test", 0), nullptr, shape, multiply_with_a_late_warp,
                         illada::mainloop_params<Gemm::Mainloop>("test", rows(Gemm::kTileM), rows(Gemm::kTileN)),
-                        illada::tensor_map_k128("test", rows(Gemm::kTileN), illada::remask::HeadPlan::kChunkIds),
+                        illada::tensor_map_k128("test", rows(Gemm::kTileN), illada::remask::HeadPlan::kSliceIds),
                         cluster, sums);
   ILLADA_CUDA_CHECK("test", cudaDeviceSynchronize(), "waiting");
   float on_host[2];

@@ -1,7 +1,7 @@
 // The weight's gradient of the fused head's loss for sm_100a, probabilities^T . hidden's rows in float32: the builder's
 // arguments are those of the kernels for sm_90a but for the architecture (common/gemm_builder.cuh). CUTLASS's kernel is
 // around it: rows known on the device, filter_eps and the addition to a gradient are not. Compiled only: see
-// tests/test_gemm_sm100.py.
+// tests/builds/test_gemm_sm100.py.
 #include <cutlass/epilogue/collective/collective_builder.hpp>
 #include <cutlass/gemm/collective/collective_builder.hpp>
 #include <cutlass/gemm/kernel/gemm_universal.hpp>

@@ -171,7 +171,9 @@ def test_warps_follow_the_shared_memory(device):
     index = torch.cuda.current_device()
 
     def tiling(dim):
-        return native().attention_forward_tiling((4096, -1, 4, 8, 2, dim), index)
+        shape = {"total_q": 4096, "total_k": -1, "num_sequences": 4, "num_heads": 8, "num_kv_heads": 2, "head_dim": dim}
+        made = native().attention_forward_tiling(**shape, launch=native().launch(device=index))
+        return tuple(made[name] for name in ("tile_tokens", "cluster", "key_tile", "warps"))
 
     if (properties.major, properties.minor) == (9, 0) and "90a" in illada.build_info()["cuda_archs"]:
         assert tiling(128)[0] == 32 and tiling(128)[2:] == (128, 0)

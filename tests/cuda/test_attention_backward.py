@@ -329,12 +329,12 @@ def test_deterministic(way, device):
 
 @pytest.mark.parametrize("lengths, twice", [([256], True), ([257], False), ([500, 0, 1], True)])
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_short_sequences_are_multiplied_twice(lengths, twice, deterministic, device, monkeypatch):
+def test_short_sequences_recompute_the_scores(lengths, twice, deterministic, device, monkeypatch):
     monkeypatch.undo()
     asked = []
 
-    def backward(*_, deterministic, multiplies_twice, **__):
-        asked.append((deterministic, multiplies_twice))
+    def backward(*_, deterministic, recompute_scores_for_dq, **__):
+        asked.append((deterministic, recompute_scores_for_dq))
 
     monkeypatch.setattr(raw, "varlen_attention_backward", backward)
     pack = Pack(lengths, device, room=0, dim=64)
@@ -358,7 +358,7 @@ class RawCall:
         size = raw.varlen_attention_backward_workspace(*shape, *WAYS[way], q.device.index)
         self.inputs = {"dout": dout, "dlse": dlse, "q": q, "k": k, "v": v, "out": out, "lse": lse}
         self.plan, self.num_sequences = plan.work, plan.num_sequences
-        self.deterministic, self.multiplies_twice = WAYS[way]
+        self.deterministic, self.recompute_scores_for_dq = WAYS[way]
         self.outputs = {
             name: torch.full(shape, torch.nan, dtype=q.dtype).to(device)
             for name, shape in (("dq", q.shape), ("dk", k.shape), ("dv", v.shape))
@@ -369,7 +369,7 @@ class RawCall:
         raw.varlen_attention_backward(
             **self.outputs, **self.inputs, plan=self.plan, num_sequences=self.num_sequences,
             softmax_scale=self.inputs["q"].shape[-1] ** -0.5, workspace=self.workspace,
-            deterministic=self.deterministic, multiplies_twice=self.multiplies_twice,
+            deterministic=self.deterministic, recompute_scores_for_dq=self.recompute_scores_for_dq,
         )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ import illada
 from illada.ops import raw
 from illada.ops.attention import plan_rows
 
-ITEM = ("q_start", "q_count", "k_start", "k_count", "kv_head", "piece", "pieces", "first_slot")
+ITEM = ("q_start", "q_count", "k_start", "k_count", "kv_head", "split", "splits", "first_slot")
 Item = collections.namedtuple("Item", ITEM)
 SLOTS = 320
 
@@ -62,13 +62,13 @@ def check(plan, sequences, kv_heads):
             wanted[token, head, k, k_count] += 1
     seen = collections.Counter()
     slots = []
-    pieces = collections.defaultdict(list)
+    splits = collections.defaultdict(list)
     for item in plan.forward:
-        assert item.q_count > 0 and 0 <= item.piece < item.pieces
-        pieces[item.q_start, item.q_count, item.kv_head].append(item)
-    for (q, q_count, head), parts in pieces.items():
-        assert [part.piece for part in sorted(parts, key=lambda part: part.piece)] == list(range(parts[0].pieces))
-        parts.sort(key=lambda part: part.piece)
+        assert item.q_count > 0 and 0 <= item.split < item.splits
+        splits[item.q_start, item.q_count, item.kv_head].append(item)
+    for (q, q_count, head), parts in splits.items():
+        assert [part.split for part in sorted(parts, key=lambda part: part.split)] == list(range(parts[0].splits))
+        parts.sort(key=lambda part: part.split)
         for a, b in itertools.pairwise(parts):
             assert a.k_start + a.k_count == b.k_start and a.first_slot == b.first_slot
         if len(parts) > 1:
@@ -101,7 +101,7 @@ def check_backward(plan, sequences, kv_heads):
     keys_of = {key: (k, m) for _, _, k, m in sequences for key in range(k, k + m)}
     for item in plan.backward:  # a sequence's tiles know how many they are
         first, count = keys_of[item.k_start]
-        assert (item.piece, item.pieces) == ((item.k_start - first) // 128, -(-count // 128))
+        assert (item.split, item.splits) == ((item.k_start - first) // 128, -(-count // 128))
     queries = [item.q_count for item in plan.backward]
     assert queries == sorted(queries, reverse=True)
 
@@ -131,13 +131,13 @@ def test_queries_behind_the_last_sequence(rest, heads, kv_heads, lengths, device
     check(plan, [*sequences, (owned, rest, 0, 0)], kv_heads)
     check_backward(plan, sequences, kv_heads)
     behind = [item for item in plan.forward if item.q_start >= owned]
-    assert behind == plan.forward[len(plan.forward) - len(behind) :] and all(item.pieces == 1 for item in behind)
+    assert behind == plan.forward[len(plan.forward) - len(behind) :] and all(item.splits == 1 for item in behind)
     assert len(plan.forward) <= room and plan.has_idle_keys  # the keys of the same tokens
 
 
 @pytest.mark.parametrize("sequences", [1, 10])
 def test_queries_behind_split_sequences(sequences, device):
-    """There is room for them beside the pieces of split keys, and they are no pieces."""
+    """There is room for them beside the key splits, and they are not split."""
     rest, keys = 300, [9000, *[8] * (sequences - 1)]
     lengths, starts_k = [32] * sequences, [0, *itertools.accumulate(keys)]
     cu_seqlens, cu_seqlens_k = (torch.tensor(x).int().to(device) for x in (range(0, 32 * sequences + 1, 32), starts_k))
@@ -146,7 +146,7 @@ def test_queries_behind_split_sequences(sequences, device):
         cu_seqlens, cu_seqlens_k=cu_seqlens_k, num_heads=heads, num_kv_heads=kv_heads, head_dim=64, total_q=total
     ).work
     plan = Plan(work, capacity(total, sequences, heads, kv_heads))
-    assert any(item.pieces > 1 for item in plan.forward)
+    assert any(item.splits > 1 for item in plan.forward)
     plan.sequences.append([32 * sequences, total, 0, 0])
     check(plan, [*cut(lengths, keys), (32 * sequences, rest, 0, 0)], kv_heads)
 
@@ -181,7 +181,7 @@ def test_a_long_sequence_is_not_split_and_its_tiles_share_keys(device):
     lengths = [4000, 100]
     plan = make(lengths, device, heads=32, kv_heads=8)
     check(plan, cut(lengths, lengths), 8)
-    assert all(item.pieces == 1 for item in plan.forward)
+    assert all(item.splits == 1 for item in plan.forward)
     heads = [item.kv_head for item in plan.forward if item.k_count == 4000]
     assert heads == sorted(heads)  # what runs at the same time reads the same keys
 
@@ -194,7 +194,7 @@ def test_few_queries_and_many_keys_are_split(device):
     # Enough tiles for every multiprocessor: nothing is gained by splitting them evenly long.
     plan = make([32] * 33, device, heads=32, kv_heads=8, cu_seqlens_k=[64 * i for i in range(34)], seqused_k=[64] * 33)
     check(plan, cut([32] * 33, [64] * 33), 8)
-    assert all(item.pieces == 1 for item in plan.forward)
+    assert all(item.splits == 1 for item in plan.forward)
 
 
 def test_splits_follow_the_lengths(device):
@@ -207,10 +207,10 @@ def test_splits_follow_the_lengths(device):
         return plan.forward
 
     count = 2 * torch.cuda.get_device_properties(device).multi_processor_count - 8
-    assert all(item.pieces == 1 for item in made([1024 + 7168 * i // count for i in range(count)]))
+    assert all(item.splits == 1 for item in made([1024 + 7168 * i // count for i in range(count)]))
     items = made([100] * 40 + [30_000] + [130] * 40)
-    pieces = [item for item in items if item.pieces > 1]
-    assert len(items) - len(pieces) == 80 and max(item.k_count for item in pieces) < 2000
+    splits = [item for item in items if item.splits > 1]
+    assert len(items) - len(splits) == 80 and max(item.k_count for item in splits) < 2000
 
 
 def test_lengths_that_make_no_sense_stay_inside(device):

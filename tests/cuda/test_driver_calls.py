@@ -102,7 +102,7 @@ def make_calls(device) -> dict[str, dict]:
         calls[f"varlen_attention_backward {twice}"] = {
             "dq": torch.empty_like(q), "dk": torch.empty_like(k), "dv": torch.empty_like(v), "dout": dout,
             "dlse": floats(4, 6), "q": q, "k": k, "v": v, "out": out, "lse": lse, "plan": plan, **number,
-            "workspace": bytes_of(size), "multiplies_twice": twice,
+            "workspace": bytes_of(size), "recompute_scores_for_dq": twice,
         }  # fmt: skip
     calls["remask"] = {
         "out": RemaskStatus(*(floats(2).to(d) for d in (torch.int32, torch.int32, torch.bool, torch.bool))),
@@ -140,13 +140,12 @@ def calls(device):
 @pytest.fixture
 def unchecked(monkeypatch):
     """The raw calls as C++ makes them, who has addresses and no tensors."""
-    launch = raw._launch
+    launch = native().launch
 
-    def without(*arguments, **keywords):
-        index, stream, _, *rest = launch(*arguments, **keywords)
-        return index, stream, False, *rest
+    def without(**fields):
+        return launch(**{**fields, "pointers_checked": False})
 
-    monkeypatch.setattr(raw, "_launch", without)
+    monkeypatch.setattr(native(), "launch", without)
 
 
 def test_of_tensors_nothing_is_asked_and_nothing_is_encoded_again(calls):

@@ -84,7 +84,7 @@ def test_raw_attention(dim, deterministic, twice, device, generator):
         raw.varlen_attention_backward(
             *gradients, torch.ones_like(q), None, q, k, v, out, lse, plan, sequences, 0.125,
             workspace=torch.empty(size, dtype=torch.uint8, device=device),
-            deterministic=deterministic, multiplies_twice=twice,
+            deterministic=deterministic, recompute_scores_for_dq=twice,
         )  # fmt: skip
         if (sequences, queries, keys) == (1, 5, 7):
             exact = [x.double().requires_grad_() for x in tensors]

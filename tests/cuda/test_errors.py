@@ -90,14 +90,14 @@ def test_what_cuda_refuses_is_a_runtime_error(device):
     out = RemaskStatus(
         *torch.empty(2, 1, dtype=torch.int32, device=device), *torch.empty(2, 1, dtype=torch.bool, device=device)
     )
-    launch = 99, 0, True  # no such device
     with pytest.raises(
         RuntimeError, match=r"^remask: using device 99: cudaErrorInvalidDevice \(invalid device ordinal\)$"
     ):
         native().remask(
-            *(tokens.data_ptr(), True, 4, rows.data_ptr(), cu_rows.data_ptr(), 2, 1, sample.token.data_ptr()),
-            *(sample.confidence.data_ptr(), 0, 0, 1.0, 0, 5, 1, 0, 0, *(x.data_ptr() for x in out), *launch),
-        )
+            tokens=tokens, num_tokens=4, rows=rows, cu_rows=cu_rows, num_rows=2, num_sequences=1, limit=1.0,
+            token=sample.token, confidence=sample.confidence, mask_id=5, **out._asdict(),
+            launch=native().launch(device=99, pointers_checked=True),  # no such device
+        )  # fmt: skip
     assert len(illada.remask(*arguments[:3], sample, quota=1, mask_id=5)) == 1  # the error is not told again
 
 
@@ -112,7 +112,7 @@ def test_a_failed_launch_names_the_shapes(device, monkeypatch):
 
 # ---------------------------------------------------------------------------------------- raw calls: pointers only
 
-ROWS, VOCAB = 3, 20000  # several pieces a row: needs a workspace
+ROWS, VOCAB = 3, 20000  # several vocab tiles per row: needs a workspace
 
 
 @pytest.fixture

@@ -405,7 +405,7 @@ def one_process(tmp_path):
 @pytest.mark.parametrize("with_rows", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_group_of_one(dtype, with_rows, one_process, device, generator):
-    """Two processes are in tests/test_vocab_parallel.py, shards of logits in test_loss.py."""
+    """Two processes are in tests/ops/test_vocab_parallel.py, shards of logits in test_loss.py."""
     (hidden, weight, targets, weights, rows), width = make_head(CASES[1], dtype, device, generator)
     hidden = hidden[:, :width]
     got = head_results(

@@ -181,7 +181,7 @@ def test_a_row_depends_on_nothing_else(device, generator):
         torch.testing.assert_close(alone.confidence, whole.confidence[n : n + 1], rtol=rtol, atol=0)
 
 
-TILE_ROWS, TILE_IDS, CHUNK_IDS = 128, 256, 32
+TILE_ROWS, TILE_IDS, SLICE_IDS = 128, 256, 32
 ITEM_COST, CTA_COST = 0.2, 0.1  # in tiles: an item's and a CTA's beginning and end
 
 
@@ -197,20 +197,20 @@ def busy_share(row_tiles, vocab_size, sm_count):
 def check_plan(row_tiles, vocab_size, sm_count):
     """Every row tile meets every range once; pairs of CTAs are in step, with neighbouring row tiles or ranges."""
     rows = row_tiles * TILE_ROWS
-    cluster, slots, chunks, tasks = raw.head_plan(rows, vocab_size, sm_count)
-    done = sorted((tile, slot) for _, tile, slot, _, _ in tasks if slot < slots)
-    assert done == [(tile, slot) for tile in range(row_tiles) for slot in range(slots)]
-    assert (slots - 1) * chunks * CHUNK_IDS < vocab_size <= slots * chunks * CHUNK_IDS
-    assert 48 * slots <= 8192  # bytes of records of a row
-    for cta, _, slot, tiles, steps in tasks:
-        ids = max(min((slot + 1) * chunks * CHUNK_IDS, vocab_size) - slot * chunks * CHUNK_IDS, 0)
+    cluster, ranges, slices, tasks = raw.head_plan(rows, vocab_size, sm_count)
+    done = sorted((tile, vocab_range) for _, tile, vocab_range, _, _ in tasks if vocab_range < ranges)
+    assert done == [(tile, vocab_range) for tile in range(row_tiles) for vocab_range in range(ranges)]
+    assert (ranges - 1) * slices * SLICE_IDS < vocab_size <= ranges * slices * SLICE_IDS
+    assert 48 * ranges <= 8192  # bytes of records of a row
+    for cta, _, vocab_range, tiles, steps in tasks:
+        ids = max(min((vocab_range + 1) * slices * SLICE_IDS, vocab_size) - vocab_range * slices * SLICE_IDS, 0)
         assert 0 <= cta < sm_count and tiles == -(-ids // TILE_IDS) <= steps
     if cluster == 2:
-        for (cta, tile, slot, _, steps), (other, tile_of_other, slot_of_other, _, steps_of_other) in zip(
+        for (cta, tile, vocab_range, _, steps), (other, other_tile, other_range, _, other_steps) in zip(
             tasks[::2], tasks[1::2], strict=True
         ):
-            assert cta % 2 == 0 and other == cta + 1 and steps == steps_of_other
-            assert (tile_of_other - tile, slot_of_other - slot) in {(1, 0), (0, 1)}
+            assert cta % 2 == 0 and other == cta + 1 and steps == other_steps
+            assert (other_tile - tile, other_range - vocab_range) in {(1, 0), (0, 1)}
 
 
 @pytest.mark.parametrize("sm_count", [132, 114, 78])
@@ -230,8 +230,8 @@ def test_multiprocessors_are_busy(vocab_size, many, few, sm_count):
     assert min(share for row_tiles, share in shares.items() if row_tiles >= 32) >= many
     assert min(shares.values()) >= few
     # One row tile waits for the weight and nothing else: its bytes are what is shared out.
-    _, slots, chunks, _ = raw.head_plan(1, vocab_size, sm_count)
-    assert vocab_size / (sm_count * chunks * CHUNK_IDS) >= few and slots <= sm_count
+    _, ranges, slices, _ = raw.head_plan(1, vocab_size, sm_count)
+    assert vocab_size / (sm_count * slices * SLICE_IDS) >= few and ranges <= sm_count
 
 
 @pytest.mark.parametrize("sm_count", [132, 114, 78])

@@ -17,7 +17,7 @@ CASES = [  # T, V, share of masked rows, spread: what the row is for
     (129, 1001, 0.3, 30.0),  # peaked, rows that start anywhere
     (300, 264, 0.5, 1.0),
     (5, 4096, 1.0, 3.0),
-    (3, 16385, 1.0, 1.0),  # an id more than a piece
+    (3, 16385, 1.0, 1.0),  # one id more than a vocab tile
     (2, 155136, 1.0, 2.0),  # iLLaDA
 ]
 

@@ -1,11 +1,11 @@
 """top_k, top_p and confidence_at_temperature on the device against their specification in float64."""
 
 import pytest
+import sample_filters as checks
 import torch
 
 import illada
 from illada.ops import raw, reference
-from tests import sample_filters as checks
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

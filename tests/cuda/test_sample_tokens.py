@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from sample_filters import to_host
 
 import illada
 from illada.ops import raw, reference
 from illada.ops.types import TokenSample
 from illada.ops.variants import use_variants
 from illada.testing import assert_close_like, plain_sample
-from tests.sample_filters import to_host
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ALL = ("entropy", "margin")
@@ -17,12 +17,15 @@ CASES = [  # N, V, spread: what the row is for
     (1, 1, 1.0),  # one word: p = 1, margin 1
     (3, 7, 1.0),  # less than a vector
     (129, 257, 4.0),  # many short rows, one id in the last vector
-    (32, 4096, 2.0),  # two pieces a row
-    (3, 8193, 1.0),  # one id in the last piece
+    (32, 4096, 2.0),  # two vocab tiles per row
+    (3, 8193, 1.0),  # one id in the last vocab tile
     (1, 126464, 10.0),  # LLaDA, peaked
     (3, 155136, 2.0),  # iLLaDA
 ]
-STEPS_CASES = [(1060, 8999, 2.0), (140, 70000, 2.0)]  # pieces so long that a thread takes several steps, one and many
+STEPS_CASES = [
+    (1060, 8999, 2.0),
+    (140, 70000, 2.0),
+]  # ranges so long that a thread takes several steps: one and many vocab tiles
 
 
 def make_rows(case, dtype, device, generator, layout="strided"):
@@ -149,7 +152,7 @@ def test_same_tokens_as_on_a_cpu(dtype, temperature, device, generator):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("count", [2, 40, 600, 1100])  # the same rows in ever fewer pieces
+@pytest.mark.parametrize("count", [2, 40, 600, 1100])  # the same rows with ever fewer CTAs per row
 def test_batch_and_split_change_nothing(count, temperature, device, generator):
     rows = make_rows((2, 20001, 3.0), torch.bfloat16, device, generator)
     ids = torch.tensor([11, 77], device=device)
@@ -166,7 +169,7 @@ def test_batch_and_split_change_nothing(count, temperature, device, generator):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("case", [(3, 8, 1.0), (5, 8200, 1.0), (2, 60000, 3.0), (140, 40968, 3.0)], ids=str)
 def test_how_logits_are_loaded_changes_nothing(case, dtype, temperature, loads, device, generator):
-    # One vector; a piece and a bit; one CTA a piece; rows that a CTA has to itself, of more steps than have room.
+    # One vector; more than one vocab tile; one CTA per vocab tile; one CTA per row, with more steps than have room.
     logits = make_rows((min(case[0], 5), *case[1:]), dtype, device, generator)
     logits = logits[torch.arange(case[0], device=device) % len(logits)]
     bias = (torch.tensor([0, 7, case[1] - 1], dtype=torch.int32), torch.tensor([1.0, -torch.inf, 4.0]))
@@ -295,7 +298,7 @@ def test_no_measure_gives_a_broken_row_a_confidence(measure, device):
         assert got.token[1:].tolist() == [12345, 0]
 
 
-# Positions on both sides of what a row is cut into: neighbours, vectors of 8, warps of 32 vectors, blocks, pieces.
+# Positions at the borders of a row's parts: neighbours, vectors of 8, warps of 32 vectors, blocks, vocab tiles.
 EDGES = [0, 1, 7, 8, 255, 256, 1023, 1024, 2047, 2048, 4095, 4096, 8191, 8192, 16383, 16384, 39998, 39999]
 
 

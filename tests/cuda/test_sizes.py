@@ -9,7 +9,8 @@ from illada.ops import raw
 from illada.ops.types import RemaskStatus, TokenSample
 
 MOST_ROWS = 2**31 - 2**25
-SIZES = {  # (total_q, total_k, num_sequences, num_heads, num_kv_heads, head_dim): message
+SHAPE = ("total_q", "total_k", "num_sequences", "num_heads", "num_kv_heads", "head_dim")
+SIZES = {  # a shape: its message
     (2**27, 8, 1, 16, 4, 64): f"total_q x num_heads must be at most {MOST_ROWS}, got {2**27} x 16",
     (8, 2**27, 1, 16, 16, 128): f"total_k x num_kv_heads must be at most {MOST_ROWS}, got {2**27} x 16",
     (1, 1, 1, 2**17, 2**17, 64): f"num_heads must be at most {2**16}, got {2**17}",
@@ -26,10 +27,11 @@ def packs(device, total_q, total_k, heads, kv_heads, dim):
 @pytest.mark.parametrize("pack", SIZES)
 def test_attention(pack, device):
     plan, sequences = torch.zeros(1, 4, dtype=torch.int32, device=device), pack[2]
+    shape = dict(zip(SHAPE, pack, strict=True))
     q, k, v = packs(device, *pack[:2], *pack[3:])
     calls = {
-        "tiling": lambda: native().attention_forward_tiling(pack, 0),
-        "plan": lambda: native().attention_plan(pack, 0, 0, 0, 0, 0, 0, False),
+        "tiling": lambda: native().attention_forward_tiling(**shape, launch=native().launch(device=0)),
+        "plan": lambda: native().attention_plan(**shape, launch=native().launch(device=0)),
         "forward": lambda: raw.varlen_attention(q, plan, q, k, v, plan, sequences, 1.0),
         "backward": lambda: raw.varlen_attention_backward(
             q, k, v, q, None, q, k, v, q, plan, plan, sequences, 1.0, workspace=plan
@@ -44,7 +46,8 @@ def test_attention(pack, device):
 def test_attention_at_the_limit(device):
     for heads in (16, 512):
         pack = (MOST_ROWS // heads, MOST_ROWS // heads, 1, heads, heads, 64)
-        assert native().attention_forward_tiling(pack, 0)[0] > 0
+        shape = dict(zip(SHAPE, pack, strict=True))
+        assert native().attention_forward_tiling(**shape, launch=native().launch(device=0))["tile_tokens"] > 0
         assert raw.varlen_attention_backward_workspace(*pack, False, False, 0) == 8 * MOST_ROWS  # (offset, c) of a row
 
 
@@ -74,10 +77,14 @@ def test_linear_loss(head, device):
         raw.linear_masked_cross_entropy(
             number, hidden, weight, target, number, rows(2**28), chunk_rows=2**28, workspace=number
         )
-    at, size = number.data_ptr(), 2**20  # LinearLossArguments of csrc/bindings; such a weight has 2 TB
-    arguments = (at, 1, size, 1, at, size, size, size, at, True, at, at, size, 1.0, 0, size, at, 0, 0, 0, False, 0.0)
+    size = 2**20  # such a weight has 2 TB
+    sizes = ("hidden_row_stride", "head_weight_row_stride", "vocab_size", "width", "num_rows", "chunk_rows")
+    tensors = ("hidden", "head_weight", "targets", "token_weights", "rows", "nll", "workspace")
     with pytest.raises(ValueError, match=f"chunk_rows x width x vocab_size is too large: {size} x {size} x {size}"):
-        native().linear_masked_cross_entropy(arguments, (0, 0, True, at, 4))
+        native().linear_masked_cross_entropy(
+            **dict.fromkeys(sizes, size), **dict.fromkeys(tensors, number), num_tokens=1,
+            launch=native().launch(device=0, pointers_checked=True),
+        )  # fmt: skip
 
 
 def test_sampling(head, device):

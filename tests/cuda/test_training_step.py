@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from test_generate import make_models, reference_forward
 
+from illada.batch import Batch
 from illada.config import ModelConfig
-from illada.data import prepare
-from illada.diffusion import Batch
+from illada.data.corpus import prepare
 from illada.model import MaskedDiffusionModel
 from illada.testing import assert_close_like, relative_error
 from illada.train import load_config, train

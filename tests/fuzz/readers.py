@@ -11,15 +11,21 @@ from random import Random
 import numpy as np
 import torch
 
-from illada import checkpoint, data, folders, tasks
-from illada.chat import render_chat_template
+from illada.checkpoints import open as checkpoint_folders
+from illada.checkpoints import weights
 from illada.cli import sampling, score
 from illada.config import ModelConfig
+from illada.data import corpus
+from illada.data.dataset import SPLITS, TokenDataset
+from illada.data.sources import read_source
+from illada.evaluation import tasks
 from illada.model import MaskedDiffusionModel
-from illada.sources import read_source
-from illada.tokenizer import Tokenizer, read_template
-from illada.train import checkpoint as state
+from illada.text import training
+from illada.text.chat_template import render_chat_template
+from illada.text.tokenizer import Tokenizer, read_template
+from illada.text.tokenizer_files import control_tokens
 from illada.train import load_config
+from illada.train import state as train_state
 from illada.train.log import Log
 from illada.train.loop import _optimizer
 
@@ -33,7 +39,7 @@ def load():
     import matplotlib.backends.backend_agg  # noqa: F401
     import torch.distributed.fsdp  # noqa: F401
 
-    import illada.integrations.lm_eval  # noqa: F401
+    import illada.evaluation.lm_eval  # noqa: F401
 
 
 # --------------------------------------------------------------------------------------- readers with a fault to be found
@@ -72,12 +78,12 @@ def says_all(folder):
 
 def read_checkpoint(folder):
     """Weights, tokenizer and templates, used once."""
-    folders.load(folder)
+    checkpoint_folders.load(folder)
 
 
 def read_weights(folder):
     """A model, run once."""
-    model = checkpoint.load_pretrained(folder).float()
+    model = weights.load_pretrained(folder).float()
     config = model.config
     if config.num_parameters < 1 << 20:
         with torch.no_grad():
@@ -86,8 +92,8 @@ def read_weights(folder):
 
 def convert_weights(folder):
     """`illada convert`."""
-    checkpoint.convert_checkpoint(folder, folder / "out", dtype=torch.bfloat16)
-    checkpoint.load_pretrained(folder / "out")
+    weights.convert_checkpoint(folder, folder / "out", dtype=torch.bfloat16)
+    weights.load_pretrained(folder / "out")
 
 
 def read_tokenizer(folder):
@@ -100,8 +106,8 @@ def read_tokenizer(folder):
     tokenizer.decode([0, 7, 1 << 20], skip_special_tokens=False)
     if tokenizer.chat_template is not None:
         tokenizer.apply_chat_template(MESSAGES)
-    ids = data.special_ids(tokenizer.backend)
-    data.control_tokens(tokenizer.backend, ids.values())
+    ids = training.special_ids(tokenizer.backend)
+    control_tokens(tokenizer.backend, ids.values())
 
 
 def render_template(folder):
@@ -117,8 +123,8 @@ def render_template(folder):
 
 def read_corpus(folder):
     """A corpus, as training and tasks use it."""
-    for split in data.SPLITS:
-        dataset = data.TokenDataset(folder, split)
+    for split in SPLITS:
+        dataset = TokenDataset(folder, split)
         dataset.windows(np.arange(min(2, dataset.num_windows(8))), 8)
         dataset.unigram_entropy()
     config = load_config(None, ["data.window=8", "model.preset=tiny"])
@@ -129,8 +135,8 @@ def read_corpus(folder):
 def prepare(folder):
     """`illada prepare --tokenizer`."""
     source = f"jsonl:{folder / 'text.jsonl'}"
-    data.prepare(source, folder / "out", tokenizer=folder / "tokenizer.json", validation_fraction=0.4, progress=False)
-    data.TokenDataset(folder / "out").unigram_entropy()
+    corpus.prepare(source, folder / "out", tokenizer=folder / "tokenizer.json", validation_fraction=0.4, progress=False)
+    TokenDataset(folder / "out").unigram_entropy()
 
 
 def read_texts(folder):
@@ -173,11 +179,11 @@ def resume(folder):
     """A training checkpoint: state, weights and moments, and a step with them."""
     found = folder / "checkpoints" / "step-000001"
     config = load_config(folder / "run.toml")
-    values = state.read_state(found)
-    state.check_same_run(found, values, config, values["tokenizer_sha256"])
+    values = train_state.read_state(found)
+    train_state.check_same_run(found, values, config, values["tokenizer_sha256"])
     model = MaskedDiffusionModel(_tiny())
     optimizer = _optimizer(model, config)
-    state.restore(found, model, optimizer)
+    train_state.restore(found, model, optimizer)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
@@ -201,9 +207,9 @@ def read_journal(folder):
     """`illada eval --resume`: what the journal holds is used, or computed again."""
     from lm_eval.api.instance import Instance
 
-    from illada.integrations.lm_eval import IlladaLM
+    from illada.evaluation.lm_eval import IlladaLM
 
-    model, tokenizer = _tiny_model(), Tokenizer(data.train_tokenizer(["a b c"], 262))
+    model, tokenizer = _tiny_model(), Tokenizer(training.train_tokenizer(["a b c"], 262))
     lm = IlladaLM(model, tokenizer=tokenizer, journal=folder / "eval.json.journal", max_tokens=64, gen_length=4)
     pairs = [Instance("loglikelihood", {}, ("a", text), i, task_name="t") for i, text in enumerate(("b", "c c"))]
     for value, greedy in lm.loglikelihood(pairs):
@@ -247,7 +253,7 @@ def make_valid(root):
     texts = [" ".join("".join(random.choices(letters, k=4)) for _ in range(500)) for _ in range(6)]
     lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
     (root / "text.jsonl").write_text(lines)
-    data.prepare(f"jsonl:{root / 'text.jsonl'}", root / "corpus", vocab_size=262, validation_fraction=0.4)
+    corpus.prepare(f"jsonl:{root / 'text.jsonl'}", root / "corpus", vocab_size=262, validation_fraction=0.4)
     valid["corpus"] = files_in(root / "corpus")
     tasks.prepare_tasks(root / "corpus", ["cloze_word"])
     valid["tasks"] = files_in(root / "corpus" / "tasks")
@@ -260,25 +266,25 @@ def make_valid(root):
         "qwen2": _tiny("qwen2", qkv_bias=True, logits_shift=True),
     }
     for name, config in layouts.items():
-        checkpoint.save_pretrained(MaskedDiffusionModel(config), root / name, tokenizer=tokenizer)
+        weights.save_pretrained(MaskedDiffusionModel(config), root / name, tokenizer=tokenizer)
         (root / name / "generation_config.json").write_text('{"eos_token_id": [2, 3], "do_sample": false}')
         valid[name] = files_in(root / name)
     model = MaskedDiffusionModel(_tiny())
-    checkpoint.save_pretrained(model, root / "shards", max_shard_bytes=4000)
+    weights.save_pretrained(model, root / "shards", max_shard_bytes=4000)
     valid["shards"] = files_in(root / "shards")
 
-    declared = {str(i): {"content": token, "special": True} for i, token in enumerate(data.SPECIAL_TOKENS.values())}
+    declared = {str(i): {"content": token, "special": True} for i, token in enumerate(training.SPECIAL_TOKENS.values())}
     settings = {
         "added_tokens_decoder": declared,
-        "bos_token": {"content": data.SPECIAL_TOKENS["bos"], "lstrip": False},
-        "eos_token": data.SPECIAL_TOKENS["eos"],
-        "additional_special_tokens": [data.SPECIAL_TOKENS["mask"]],
+        "bos_token": {"content": training.SPECIAL_TOKENS["bos"], "lstrip": False},
+        "eos_token": training.SPECIAL_TOKENS["eos"],
+        "additional_special_tokens": [training.SPECIAL_TOKENS["mask"]],
         "chat_template": [{"name": "default", "template": TEMPLATE}],
     }
     valid["tokenizer"] = {
         "tokenizer.json": tokenizer.read_bytes(),
         "tokenizer_config.json": json.dumps(settings).encode(),
-        "special_tokens_map.json": json.dumps({"pad_token": data.SPECIAL_TOKENS["pad"]}).encode(),
+        "special_tokens_map.json": json.dumps({"pad_token": training.SPECIAL_TOKENS["pad"]}).encode(),
     }
     valid["prepare"] = {"tokenizer.json": tokenizer.read_bytes(), "text.jsonl": lines.encode()}
     valid["template"] = {"chat_template.jinja": TEMPLATE.encode()}
@@ -301,7 +307,7 @@ def make_valid(root):
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     values = {"step": 1, "tokens_seen": 64, "unlogged_losses": [2.5]}
-    state.save(run / "checkpoints", model, optimizer, config, tokenizer=tokenizer, **values)
+    train_state.save(run / "checkpoints", model, optimizer, config, tokenizer=tokenizer, **values)
     (run / "run.toml").write_text(config.to_toml())
     metrics = [
         {"kind": "train", "step": 1, "seconds": 0.5, "loss": 2.5, "learning_rate": 0.1},

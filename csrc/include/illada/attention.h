@@ -42,6 +42,10 @@ struct PlanParams {
 int64_t plan_rows(const PackShape& shape);
 // Writes a plan on the device.
 void plan_cuda(const PlanParams& params);
+// Writes a plan for forward_cpu and backward_cpu to [S + 1, 4] int32 (see forward_cpu): one row for each sequence, then
+// one for the queries that belong to no sequence. Of the shape it reads total_q and num_sequences. Returns false and
+// writes nothing if the lengths do not ascend from 0 or do not fit.
+bool plan_cpu(const PlanParams& params);
 
 // A packed tensor [tokens, heads, D], contiguous in D. On a GPU, strides are multiples of 8 and the data is 16-byte
 // aligned.
@@ -100,7 +104,7 @@ struct BackwardParams {
   // Every run gives the same bits. Costs some speed in long sequences.
   bool deterministic = false;
   // A separate kernel computes the scores again for dq. Faster in short sequences, and also deterministic.
-  bool multiplies_twice = false;
+  bool recompute_scores_for_dq = false;
   void* dq = nullptr;                 // output, [T, H, D], contiguous; 0 for queries without keys
   void *dk = nullptr, *dv = nullptr;  // outputs, [Tk, G, D], contiguous; 0 for keys that no sequence uses
   void* workspace = nullptr;          // 16-byte aligned; contents need no initialisation and need not be kept
@@ -115,6 +119,6 @@ void backward_cuda(const BackwardParams& params);
 // outside of the plan are 0.
 void backward_cpu(const BackwardParams& params);
 // Bytes of workspace of backward_cuda.
-int64_t backward_workspace(const PackShape& shape, bool deterministic, bool multiplies_twice, int device);
+int64_t backward_workspace(const PackShape& shape, bool deterministic, bool recompute_scores_for_dq, int device);
 
 }  // namespace illada::attention

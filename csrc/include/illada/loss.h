@@ -10,16 +10,17 @@
 namespace illada::loss {
 
 // Arguments of the masked cross-entropy. For each n in [0, num_rows), with x = row n of `logits`,
-// i = rows ? rows[n] : n, y = targets[i] - vocab_start, w = weights[i] and the factor f = scale / normalizer * dloss:
+// i = rows ? rows[n] : n, y = targets[i] - vocab_start, w = token_weights[i] and the factor f = scale / normalizer *
+// dloss:
 //   lse[n]          = log sum_v exp(x[v])                natural log, accumulated in fp32
 //   lse_parts[n]    = max_v x[v] and lse[n] minus that maximum, two values
 //   target_logit[n] = x[y]                               0 where y is outside of [0, vocab_size)
 //   nll[n]          = lse[n] - x[y]                      in nats; NaN where y is outside, on a CPU an error
 //   grad[n]         = (w f + dlse[n]) softmax(x) - w f onehot(y)      no onehot where y is outside
 //
-// All of them are 0 where w == 0: the kernels never read such rows, whatever their target. `targets` and `weights` are
-// indexed by the packed token i, everything else by n. The caller allocates everything. Strides are in elements; the
-// last dimension is contiguous.
+// All of them are 0 where w == 0: the kernels never read such rows, whatever their target. `targets` and
+// `token_weights` are indexed by the packed token i, everything else by n. The caller allocates everything. Strides are
+// in elements; the last dimension is contiguous.
 //
 // lse_parts has two values because fp32 cannot hold their sum precisely. With x of 1e4, lse has no digits left for
 // x - lse. The first value is at or near the row's maximum. The second is the small logarithm of the sum relative to
@@ -36,13 +37,13 @@ struct MaskedCrossEntropyParams {
   // [num_rows] int32, packed token of each row; null means i = n. A token outside of [0, num_tokens) has w = 0; on a
   // CPU it is an error.
   const int32_t* rows = nullptr;
-  const void* targets = nullptr;   // [num_tokens], int64 or int32, target ids in the whole vocabulary
-  bool targets_are_int64 = true;   // type of `targets`: true for int64, false for int32; int32 on CUDA only
-  const float* weights = nullptr;  // [num_tokens] fp32, token weights
-  float* nll = nullptr;            // output, [num_rows] fp32; null means not wanted
-  float* lse = nullptr;            // output, [num_rows] fp32; null means not wanted
-  float* lse_parts = nullptr;      // [num_rows, 2] fp32, 8-byte aligned; null means not wanted. Input of the backward
-  float* target_logit = nullptr;   // output, [num_rows] fp32; null means not wanted
+  const void* targets = nullptr;         // [num_tokens], int64 or int32, target ids in the whole vocabulary
+  bool targets_are_int64 = true;         // type of `targets`: true for int64, false for int32; int32 on CUDA only
+  const float* token_weights = nullptr;  // [num_tokens] fp32
+  float* nll = nullptr;                  // output, [num_rows] fp32; null means not wanted
+  float* lse = nullptr;                  // output, [num_rows] fp32; null means not wanted
+  float* lse_parts = nullptr;     // [num_rows, 2] fp32, 8-byte aligned; null means not wanted. Input of the backward
+  float* target_logit = nullptr;  // output, [num_rows] fp32; null means not wanted
   void* grad = nullptr;         // output, [num_rows, vocab_size], dtype; null means not wanted. May be `logits` itself
   int64_t grad_row_stride = 0;  // elements between rows of `grad`
   const float* dlse = nullptr;  // [num_rows] fp32, gradient of another loss (a z-loss) in lse; null means 0
@@ -74,20 +75,23 @@ void masked_cross_entropy_cuda(const MaskedCrossEntropyParams& params);
 // Computes the gradient alone, as masked_cross_entropy_backward_cpu does. Needs no workspace.
 void masked_cross_entropy_backward_cuda(const MaskedCrossEntropyParams& params);
 
-// Bytes of workspace that masked_cross_entropy_cuda needs for num_rows rows. It is 0 where no row is cut into pieces.
+// Bytes of workspace that masked_cross_entropy_cuda needs for num_rows rows. It is 0 where a row has one vocab tile.
 int64_t masked_cross_entropy_workspace(int64_t num_rows, int64_t vocab_size);
 
-// Arguments of the weighted sum: loss[0] = scale / normalizer * sum_n weights[n] nll[n] over the n with
-// weights[n] != 0. The sum is in double precision and always in the same order.
+// Arguments of the weighted sum: loss[0] = scale / normalizer * sum_n token_weights[n] nll[n] over the n with
+// token_weights[n] != 0. The sum is in double precision and always in the same order.
 struct WeightedSumParams {
-  const float* nll = nullptr;         // [num_rows] fp32, in nats
-  const float* weights = nullptr;     // [num_rows] fp32, token weights
-  const float* normalizer = nullptr;  // Scalar divisor of the loss, a device pointer; null means 1
-  float* loss = nullptr;              // output, [1] fp32
+  const float* nll = nullptr;            // [num_rows] fp32, in nats
+  const float* token_weights = nullptr;  // [num_rows] fp32
+  const float* normalizer = nullptr;     // Scalar divisor of the loss, a device pointer on CUDA; null means 1
+  float* loss = nullptr;                 // output, [1] fp32
   int64_t num_rows = 0;
-  float scale = 1.0f;  // factor of the loss
-  CudaLaunch launch;
+  double scale = 1.0;  // factor of the loss; CUDA rounds it to fp32
+  CudaLaunch launch;   // CUDA only
 };
+// Computes the weighted sum on a CPU, in one thread.
+void weighted_sum_cpu(const WeightedSumParams& params);
+// Computes the weighted sum on compute capability 8.0 and newer.
 void weighted_sum_cuda(const WeightedSumParams& params);
 
 // Arguments of the scaling: data[i] *= factor[0]. Where the factor is 1, the kernel does not read `data`. The factor is

@@ -82,8 +82,8 @@ void sample_tokens_cuda(const SampleTokensParams& params);
 // Pass may_filter(params) as `filtered`.
 int64_t sample_tokens_workspace(int64_t num_rows, int64_t vocab_size, int device, bool filtered = false);
 
-// Arguments of linear_sample_tokens: sample_tokens of the logits hidden[rows] @ weight^T. The logits are never written
-// to memory: the kernel reduces them in the GEMM's accumulators.
+// Arguments of linear_sample_tokens: sample_tokens of the logits hidden[rows] @ head_weight^T. The logits are never
+// written to memory: the kernel reduces them in the GEMM's accumulators.
 struct LinearSampleTokensParams {
   // Everything but the logits. num_rows, vocab_size and dtype (16-bit) describe the logits.
   SampleTokensParams sample;
@@ -91,9 +91,9 @@ struct LinearSampleTokensParams {
   int64_t hidden_row_stride = 0;  // elements between rows of `hidden`; a multiple of 8, not less than width
   int64_t num_tokens = 0;
   const int32_t* rows = nullptr;  // [num_rows] int32, selected rows, in [0, num_tokens); null: num_rows == num_tokens
-  const void* weight = nullptr;   // [vocab_size, width], sample.dtype, 16-byte aligned, head weight
-  int64_t weight_row_stride = 0;  // elements between rows of `weight`; a multiple of 8, not less than width
-  int64_t width = 0;              // elements of a hidden state; a multiple of 8
+  const void* head_weight = nullptr;   // [vocab_size, width], sample.dtype, 16-byte aligned
+  int64_t head_weight_row_stride = 0;  // elements between rows of `head_weight`; a multiple of 8, not less than width
+  int64_t width = 0;                   // elements of a hidden state; a multiple of 8
 };
 
 // Runs on compute capability 9.0 (sm_90a: wgmma, TMA). Rows outside of `hidden` count as zeros. At most 2^30 rows.

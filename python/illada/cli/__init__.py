@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from illada.cli import agreement, benchmark, chat, convert, evaluate, generate, info, prepare, score, train
 from illada.cli.signals import Ended, as_exceptions, say
-from illada.text import check_text
+from illada.text.files import check_text
 
 _EXAMPLES = """\
 from nothing to text, on a CPU:

@@ -32,7 +32,7 @@ def add_parser(commands: Any) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     model, tokenizer = sampling.load(options)
-    from illada.generation.agreement import cache_agreement
+    from illada.evaluation.agreement import cache_agreement
 
     _, ids = sampling.read_prompts(options, model, tokenizer)
     reports = cache_agreement(

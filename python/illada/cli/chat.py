@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from illada.cli import sampling
-from illada.text import check_text
+from illada.text.files import check_text
 
 _COMMANDS = "/reset forgets the conversation, /undo the last turn, /exit leaves (as does Ctrl-D); // sends a slash"
 
@@ -36,7 +36,7 @@ def _run(options: argparse.Namespace) -> int:
         raise ValueError("standard input is closed; a chat reads its messages there")
     model, tokenizer = sampling.load(options)
     if options.chat_template:
-        from illada.tokenizer import read_template
+        from illada.text.tokenizer import read_template
 
         tokenizer.chat_template = read_template(options.chat_template)
     if tokenizer.chat_template is None:

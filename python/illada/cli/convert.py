@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+from illada.checkpoints.open import find_checkpoint
 from illada.cli.signals import importing
 from illada.files import folder_to_write, recover
-from illada.folders import find_checkpoint
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
@@ -57,9 +57,9 @@ def _run(options: argparse.Namespace) -> int:
     _check_target(Path(options.target), options.overwrite)
     source = find_checkpoint(options.source)
     with importing():
-        from illada.checkpoint import convert_checkpoint
+        from illada.checkpoints.formats import LAYOUTS
+        from illada.checkpoints.weights import convert_checkpoint
         from illada.cli.devices import parse_dtype
-        from illada.layouts import LAYOUTS
 
     if options.model_type not in (None, *LAYOUTS):
         raise ValueError(f"--model-type must be {', '.join(LAYOUTS)}, got {options.model_type!r}")

@@ -76,7 +76,7 @@ def _run(options: argparse.Namespace) -> int:
             raise FileNotFoundError(f"--include-path: {folder} is not a folder; make one with illada prepare --tasks")
     with importing():
         from illada.cli.devices import parse_device
-        from illada.integrations.presets import settings_of
+        from illada.evaluation.presets import settings_of
 
     parse_device(options.device)  # with several processes each uses another GPU
     groups: dict[str, tuple[Any, list[str]]] = {}  # tasks with the same settings run together
@@ -89,8 +89,8 @@ def _run(options: argparse.Namespace) -> int:
     except ImportError as error:
         raise ImportError(f"illada eval needs lm-evaluation-harness: pip install 'illada[eval]' ({error})") from None
     with importing():
-        from illada.integrations.chance import chance_of, describe_chance
-        from illada.integrations.lm_eval import IlladaLM, quiet_logs
+        from illada.evaluation.chance import chance_of, describe_chance
+        from illada.evaluation.lm_eval import IlladaLM, quiet_logs
 
     with quiet_logs():
         with importing():
@@ -156,7 +156,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _journal(options: argparse.Namespace) -> Path | None:
     """Return the file for finished requests, beside the output; None without an output file."""
-    from illada.integrations.journal import journal_files
+    from illada.evaluation.journal import journal_files
 
     if options.output is None:
         if options.resume:
@@ -182,7 +182,7 @@ def _task_manager(names: list[str], include_path: list[str] | None) -> Any:
 
     The harness's own index takes seconds to read. ValueError: an unknown task.
     """
-    from illada.integrations.manager import RememberingTaskManager as TaskManager
+    from illada.evaluation.manager import RememberingTaskManager as TaskManager
 
     if include_path:
         manager = TaskManager(include_path=include_path, include_defaults=False)
@@ -220,7 +220,7 @@ def _write(options: argparse.Namespace, merged: dict[str, Any], samples: dict[st
     from lm_eval.utils import handle_non_serializable
 
     import illada
-    from illada.integrations.journal import journal_files
+    from illada.evaluation.journal import journal_files
 
     output = Path(options.output)
     header = {"checkpoint": options.checkpoint, "preset": options.preset, "limit": options.limit,

@@ -52,7 +52,7 @@ def _run(options: argparse.Namespace) -> int:
         _prepare_corpus(options)
     if options.tasks is not None:
         with importing():
-            from illada.tasks import TASKS, prepare_tasks
+            from illada.evaluation.tasks import TASKS, prepare_tasks
 
         names = None if options.tasks == "all" else [name.strip() for name in options.tasks.split(",") if name.strip()]
         counts = prepare_tasks(
@@ -69,7 +69,8 @@ def _run(options: argparse.Namespace) -> int:
 
 def _prepare_corpus(options: argparse.Namespace) -> None:
     with importing():
-        from illada.data import parse_special, prepare
+        from illada.data.corpus import prepare
+        from illada.text.training import parse_special
 
     header = prepare(
         options.source,

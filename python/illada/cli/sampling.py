@@ -9,15 +9,15 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any, TextIO
 
-from illada import folders
+from illada.checkpoints import open as checkpoint_folders
 from illada.cli.signals import importing
-from illada.text import decode_text, read_lines
+from illada.text.files import decode_text, read_lines
 
 if TYPE_CHECKING:
     from illada.config import ModelConfig
     from illada.generation import GenerationConfig
     from illada.model import MaskedDiffusionModel
-    from illada.tokenizer import Tokenizer
+    from illada.text.tokenizer import Tokenizer
 
 
 _END_THINK = "</think>"
@@ -97,7 +97,7 @@ def add_sampling_options(parser: argparse.ArgumentParser, *, gen_length: int = 6
 
 def check_paths(options: argparse.Namespace) -> None:
     """FileNotFoundError: a path among the options leads nowhere, which is said before torch takes seconds to load."""
-    folders.find_checkpoint(options.checkpoint)
+    checkpoint_folders.find_checkpoint(options.checkpoint)
     for name in ("tokenizer", "prompt_file", "chat_template", "file"):
         path = getattr(options, name, None)
         if path is not None and not os.path.exists(path):
@@ -108,19 +108,27 @@ def load(options: argparse.Namespace) -> tuple[Any, Tokenizer]:
     """(model, tokenizer) of `add_model_options`."""
     check_paths(options)
     with importing():
-        import illada.checkpoint  # noqa: F401 (with the native modules that loading needs)
+        import illada.checkpoints.weights  # noqa: F401 (with the native modules that loading needs)
         from illada.cli.devices import parse_device, parse_dtype
 
     device, dtype = parse_device(options.device), parse_dtype(options.dtype)
-    return folders.load(
+    model, tokenizer = checkpoint_folders.load(
         options.checkpoint, options.tokenizer, device=device, dtype=dtype, mask_token_id=options.mask_token_id,
         trust_remote_code=options.trust_remote_code,
     )  # fmt: skip
+    config = model.config
+    reason = illada.why_not(
+        "varlen_attention", device, next(model.parameters()).dtype, head_dim=config.head_size,
+        num_heads=config.num_attention_heads, num_kv_heads=config.num_key_value_heads,
+    )  # fmt: skip
+    if reason is not None:
+        raise ValueError(f"--device {device}: {reason}")
+    return model, tokenizer
 
 
 def prefix(options: argparse.Namespace, model: MaskedDiffusionModel) -> list[int] | None:
     """What prompts begin with by --add-bos; None: what the tokenizer adds."""
-    from illada.tokenizer import bos_prefix
+    from illada.text.tokenizer import bos_prefix
 
     return bos_prefix(options.add_bos, model.config.bos_token_id, "--add-bos")
 

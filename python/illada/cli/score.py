@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from illada.cli import sampling
-from illada.text import parse_json, read_lines
+from illada.text.files import parse_json, read_lines
 
 
 def add_parser(commands: Any) -> None:

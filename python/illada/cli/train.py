@@ -9,9 +9,9 @@ import signal
 from pathlib import Path
 from typing import Any
 
+from illada.checkpoints.open import state_file
 from illada.cli.shipped import configuration
 from illada.cli.signals import importing
-from illada.folders import state_file
 
 
 def add_parser(commands: Any) -> None:
@@ -40,7 +40,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.config is None and not options.print_config:
         raise ValueError("train needs a configuration file; `illada train --print-config > my.toml` writes a template")
     with importing():
-        from illada.data import TokenDataset
+        from illada.data.dataset import TokenDataset
         from illada.train import load_config
 
     file = None if options.config is None else configuration(options.config)

@@ -1,4 +1,4 @@
-"""Generation by iterative un-masking: `generate`, `generate_iter`, their `GenerationConfig`, and what caches change."""
+"""Generation by iterative un-masking: `generate`, `generate_iter` and their `GenerationConfig`."""
 
 from illada.generation.config import GenerationConfig, GenerationDelta, GenerationResult
 from illada.generation.loop import generate, generate_iter

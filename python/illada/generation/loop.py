@@ -23,7 +23,7 @@ from illada.generation.config import GenerationConfig, GenerationDelta, Generati
 from illada.generation.request import Request
 from illada.model import MaskedDiffusionModel
 from illada.terminal import shows
-from illada.tokenizer import Tokenizer, affixes, begin_with
+from illada.text.tokenizer import Tokenizer, affixes, begin_with
 
 
 def generate(

@@ -9,10 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from illada.ops.philox import philox4x32
-
-#: Philox stream tags (counter word 3), beside the sampler's own 16 to 18.
-_ORDER_STREAM, _TAKE_BACK_STREAM = 19, 20
+from illada.random import Stream, key_of, philox4x32, to_uniform
 
 
 def quota_schedule(masks: int, steps: int) -> list[int]:
@@ -62,17 +59,16 @@ def end_think_bias(
 
 def order_noise(seed: int, positions: NDArray, step: int) -> NDArray:
     """Gumbel noise float32 of each position: the n largest x + noise are n draws by softmax(x), none twice."""
-    return (-np.log(-np.log(_uniforms(seed, positions, step, _ORDER_STREAM)))).astype(np.float32)
+    return (-np.log(-np.log(_uniforms(seed, positions, step, Stream.COMMIT_ORDER)))).astype(np.float32)
 
 
 def taken_back(seed: int, committed: NDArray, step: int, probability: float) -> NDArray:
     """Those of the committed positions that become masks again, each with `probability`."""
-    return committed[_uniforms(seed, committed, step, _TAKE_BACK_STREAM) < probability]
+    return committed[_uniforms(seed, committed, step, Stream.TAKE_BACK) < probability]
 
 
-def _uniforms(seed: int, positions: NDArray, step: int, stream: int) -> NDArray:
+def _uniforms(seed: int, positions: NDArray, step: int, stream: Stream) -> NDArray:
     """In (0, 1), float64: a function of (seed, position, step) alone, as the sampler's noise."""
     counter = np.zeros((len(positions), 4), dtype=np.uint32)
     counter[:, 1], counter[:, 2], counter[:, 3] = positions, step, stream
-    key = np.array([seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF], dtype=np.uint32)
-    return (philox4x32(counter, key)[:, 0] + 0.5) * 2.0**-32
+    return to_uniform(philox4x32(counter, key_of(seed))[:, 0])

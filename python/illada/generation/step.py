@@ -72,7 +72,7 @@ class StepInputs(NamedTuple):
     cu_seqlens: Tensor
     position_ids: Tensor
     cache: CachedKeys | None
-    wanted: Tensor
+    selected_rows: Tensor
     groups: tuple[Group, ...]
 
 
@@ -185,8 +185,8 @@ def lay_out(
         rows[-1 - n, 0] = starts[-1] + np.arange(len(candidates[active[0].index]))
         position_ids.append(np.arange(len(tokens[0])))
         starts.append(starts[-1] + len(tokens[0]))
-    wanted = np.cumsum([0, *map(len, rows.values())])
-    hidden = {stream: start + np.arange(len(rows[stream])) for stream, start in zip(rows, wanted[:-1], strict=True)}
+    row_starts = np.cumsum([0, *map(len, rows.values())])
+    hidden = {stream: start + np.arange(len(rows[stream])) for stream, start in zip(rows, row_starts[:-1], strict=True)}
 
     by_call: dict[RuleCall, list[tuple[Request, NDArray]]] = {}
     for request in active:
@@ -319,8 +319,8 @@ def run(
 ) -> Tensor:
     """One forward pass and its commits; the tokens int64 [N] that the candidates of all groups hold then. No sync."""
     hidden = model(
-        inputs.tokens, inputs.cu_seqlens, position_ids=inputs.position_ids, cache=inputs.cache, rows=inputs.wanted,
-        first=first,
+        inputs.tokens, inputs.cu_seqlens, position_ids=inputs.position_ids, cache=inputs.cache,
+        rows=inputs.selected_rows, first=first,
     )  # fmt: skip
     for group, call in zip(inputs.groups, calls, strict=True):
         _commit(model, hidden, inputs.tokens, group, call)

@@ -9,7 +9,7 @@ from typing import Any
 from illada.generation.config import GenerationConfig, GenerationDelta, GenerationResult
 from illada.generation.request import Request
 from illada.model import MaskedDiffusionModel
-from illada.tokenizer import Continuation
+from illada.text.tokenizer import Continuation
 
 
 class Reader:

@@ -6,14 +6,18 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
+from typing import Any
 
 from illada.config import ModelConfig
-from illada.files import read_if_there
-from illada.tokenizer_files import load_tokenizer
+from illada.text.files import read_if_there
+from illada.text.tokenizer_files import load_tokenizer, read_tokenizer
+
+#: The oldest that loads what has an `auto_map` of ours: it brought bidirectional masks.
+OLDEST_TRANSFORMERS = "5.0.0"
 
 _CODE = ("configuration_illada.py", "modeling_illada.py")
+_TOKENIZER_CONFIG, _TOKENS_MAP = "tokenizer_config.json", "special_tokens_map.json"
 
 _CARD = """\
 ---
@@ -64,44 +68,55 @@ where that can express the architecture.
 """
 
 
-def complete(folder: Path, config: ModelConfig, transformers: str) -> None:
-    """Make a folder with weights and config.json one that transformers loads by itself.
+def files(config: ModelConfig, tokenizer: Path | None) -> dict[str, str]:
+    """What makes a folder with weights and config.json one that transformers loads by itself: {name: text}.
+
+    Nothing is written: all that may be wrong with the tokenizer is found here.
 
     Args:
-        folder: is there, with the tokenizer's files.
-        config: of the model. transformers: the oldest version that loads it.
+        config: of the model.
+        tokenizer: the tokenizer.json, or the folder with the tokenizer's files, that goes into the folder.
+
+    Raises:
+        ValueError: damaged files. FileNotFoundError: no such tokenizer.json.
     """
-    for file in _CODE:
-        shutil.copyfile(Path(__file__).with_name(file), folder / file)
-    has_tokenizer = (folder / "tokenizer.json").is_file()
-    named = _name_special_tokens(folder, config) if has_tokenizer else {}
-    unnamed = ", which the tokenizer does not name"
-    if not has_tokenizer:
-        unnamed = ". **This folder has no tokenizer.json**, which the examples here need"
-    card = _CARD.format(
+    texts = {name: Path(__file__).with_name(name).read_text(encoding="utf-8") for name in _CODE}
+    named: dict[str, str] = {}
+    unnamed = ". **This folder has no tokenizer.json**, which the examples here need"
+    if tokenizer is not None and (not tokenizer.is_dir() or (tokenizer / "tokenizer.json").is_file()):
+        values, named = _name_special_tokens(tokenizer, config)
+        texts[_TOKENIZER_CONFIG] = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+        unnamed = ", which the tokenizer does not name"
+    texts["README.md"] = _CARD.format(
         parameters=config.num_parameters,
-        transformers=transformers,
+        transformers=OLDEST_TRANSFORMERS,
         vocab_size=config.vocab_size,
         mask=config.mask_token_id,
         mask_text=f", `{named['mask_token']}`" if "mask_token" in named else unnamed,
     )
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    return texts
 
 
-def _name_special_tokens(folder: Path, config: ModelConfig) -> dict[str, str]:
-    """Name mask, eos, pad and bos in tokenizer_config.json by the ids of the model: {mask_token: text, ...}.
+def write(folder: Path, texts: dict[str, str]) -> None:
+    """Put `files` into a folder with the tokenizer's files. special_tokens_map.json, which would outweigh, goes."""
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    if _TOKENIZER_CONFIG in texts:
+        (folder / _TOKENS_MAP).unlink(missing_ok=True)
 
-    Those that the model has not stay as the tokenizer has them; an id without a text stays unnamed.
-    special_tokens_map.json, which would outweigh them, becomes part of it.
+
+def _name_special_tokens(tokenizer: Path, config: ModelConfig) -> tuple[dict[str, Any], dict[str, str]]:
+    """The values of tokenizer_config.json, and those of mask, eos, pad and bos among them: {mask_token: text, ...}.
+
+    They are named by the ids of the model. Those that the model has not stay as the tokenizer has them; an id without a
+    text stays unnamed. special_tokens_map.json becomes part of it.
     """
-    tokenizer = load_tokenizer(folder)
+    folder = tokenizer if tokenizer.is_dir() else None
+    own = read_tokenizer(tokenizer) if folder is None else load_tokenizer(folder)
     ids = {kind: getattr(config, f"{kind}_id") for kind in ("mask_token", "eos_token", "pad_token", "bos_token")}
-    texts = {kind: tokenizer.id_to_token(number) for kind, number in ids.items() if number is not None}
+    texts = {kind: own.id_to_token(number) for kind, number in ids.items() if number is not None}
     named = {kind: text for kind, text in texts.items() if text is not None}
-    old = folder / "special_tokens_map.json"
     values = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"]}
-    values |= {**read_if_there(old), **read_if_there(folder / "tokenizer_config.json"), **named}
-    old.unlink(missing_ok=True)
-    text = json.dumps(values, indent=2, ensure_ascii=False)
-    (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
-    return named
+    if folder is not None:
+        values |= {**read_if_there(folder / _TOKENS_MAP), **read_if_there(folder / _TOKENIZER_CONFIG)}
+    return values | named, named

@@ -201,7 +201,7 @@ class IlladaModel(IlladaPreTrainedModel):
         for layer in self.layers:
             if output_hidden_states:
                 states.append(x)
-            x, weights = layer(x, cos, sin, mask, **kwargs)
+            x, weights = layer(x, cos, sin, mask, position_ids=position_ids, **kwargs)  # attention may look at them
             if output_attentions:
                 attentions.append(weights)
         x = self.norm(x)

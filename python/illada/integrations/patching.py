@@ -21,8 +21,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from illada.integrations.transformers import NAME, register
-from illada.model import does_more
+from illada.integrations.transformers import NAME, STARTS_ANEW, register, starts_anew
+from illada.model import more_than_weight
 from illada.ops import TokenSample, linear_sample_tokens, masked_cross_entropy_from_labels
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -139,18 +139,9 @@ def _reasons(model: nn.Module) -> list[str]:
         reasons.append(f"a forward other than {known[0].__name__}'s; patch it before others wrap it (accelerate)")
     if "_loss_function" in model.__dict__:
         reasons.append("a loss_function of its own")
-    if known[0].__name__ in _HEADS and (problem := _head_problem(model.lm_head)):
-        reasons.append(problem)
+    if known[0].__name__ in _HEADS and (problem := more_than_weight(model.lm_head)):
+        reasons.append(f"an lm_head that is {problem}; the loss and the sampler take its weight alone")
     return reasons
-
-
-def _head_problem(head: Any) -> str | None:
-    if not isinstance(head, nn.Linear) or (does_more(head) and not hasattr(head.weight, "full_tensor")):
-        return (
-            f"an lm_head that does more than multiply by its weight ({type(head).__name__}: adapter, quantised weight, "
-            "hooks, a forward of its own), which is all that the loss and the sampler take"
-        )
-    return "an lm_head with a bias, which the loss and the sampler do not take" if head.bias is not None else None
 
 
 # ------------------------------------------------------------------------------------------------- the patched classes
@@ -261,8 +252,11 @@ class _WithHead(_Patched):
         )
 
     def _head_weight(self) -> Tensor:
-        if problem := _head_problem(self.lm_head):
-            raise TypeError(f"the patched model has {problem}; leave that away, or merge it (peft: merge_and_unload)")
+        if problem := more_than_weight(self.lm_head):
+            raise TypeError(
+                f"the lm_head of the patched model is {problem}; the loss and the sampler take its weight alone: leave "
+                "the rest away, or merge it (peft: merge_and_unload)"
+            )
         weight: Tensor = self.lm_head.weight
         return weight
 
@@ -270,16 +264,13 @@ class _WithHead(_Patched):
 def _refuse_packing(attention_mask: Tensor | None, position_ids: Tensor | None, others: Mapping[str, Any]) -> None:
     """ValueError for rows of several sequences that position_ids alone tell apart: they would look at each other.
 
-    Those of padding may be anything. On a GPU this reads them once a forward pass; compiled, nothing is read.
+    The attention looks too, but on a GPU by an assertion, after which CUDA is lost to the process. Here the caller's
+    position_ids are read before it, for which the host waits for the device: once a forward pass, not when compiled.
     """
     if position_ids is None or others.get("cu_seq_lens_q") is not None or torch.compiler.is_compiling():
         return
-    anew = position_ids[..., 1:] <= position_ids[..., :-1]
+    tokens = None
     if attention_mask is not None and attention_mask.dim() == 2:
         tokens = attention_mask[:, -position_ids.shape[-1] :].bool()  # without what a cache holds
-        anew = anew & tokens[:, 1:] & tokens[:, :-1]
-    if bool(anew.any()):
-        raise ValueError(
-            "position_ids start anew within a row: attention would cross the sequences; pass cu_seq_lens_q and "
-            "cu_seq_lens_k as well (DataCollatorWithFlattening(return_flash_attn_kwargs=True))"
-        )
+    if bool(starts_anew(position_ids, tokens)):
+        raise ValueError(STARTS_ANEW)

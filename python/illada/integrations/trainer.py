@@ -8,29 +8,35 @@
     MaskedDiffusionTrainer(model, TrainingArguments("runs"), train_dataset=tokenized, mask_token_id=151662).train()
 
 The trainer masks tokens, and the loss is made where the head's module is called, inside the forward that DDP and FSDP2
-wrap: only masked tokens meet the head, and a head that is no more than its weight never makes logits. The model is
-as it was in every other call, so what is saved is a plain checkpoint of `transformers`.
+wrap. The head is called for tokens that are masked and learned, and for no others: padding is left out. A head that is
+no more than its weight never makes logits. The model is as it was in every other call, so what is saved is a plain
+checkpoint of `transformers`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainingArguments
 
+from illada.config import DiffusionConfig
 from illada.diffusion import draw_masks, draw_validation_masks
-from illada.model import does_more
+from illada.integrations.transformers import NAME
+from illada.model import more_than_weight
 from illada.ops import linear_masked_cross_entropy, masked_cross_entropy
 
 #: What honours `cu_seq_lens_q`; with another attention the sequences of a pack would see each other.
-_PACKED = ("illada", "flash_attention")
+_PACKED = (NAME, "flash_attention")
 
 
 class MaskedDiffusionCollator:
@@ -80,10 +86,13 @@ class MaskedDiffusionCollator:
 
 @dataclasses.dataclass
 class _Masked:
-    """The loss of a batch, flattened. rows: where masks were drawn, so all that has a weight and some that has none."""
+    """The loss of a batch, flattened.
+
+    rows: the tokens with a weight, masked and learned. Where the host does not know what is learned, all masked ones.
+    """
 
     targets: Tensor  # int64 [T]
-    weights: Tensor  # float32 [T], 1 / p where masked
+    weights: Tensor  # float32 [T], 1 / p where masked and learned
     rows: Tensor  # int32 [N], ascending
     normalizer: Tensor  # float32, 0-dim
 
@@ -167,7 +176,7 @@ def _examine(model: Any) -> tuple[bool, bool]:
     hook = head.register_forward_hook(lambda _, args, out: seen.append((args[0], out, out._version)))
     training, embedding = model.training, model.get_input_embeddings().weight
     kind = str(getattr(model.config, "_attn_implementation", None))
-    elsewhere = kind not in ("None", "eager", "sdpa", "illada") and not embedding.is_cuda
+    elsewhere = kind not in ("None", "eager", "sdpa", NAME) and not embedding.is_cuda
     packs = kind.startswith(_PACKED)
 
     def call(ids: list[list[int]], **others: Any) -> Any:
@@ -181,7 +190,9 @@ def _examine(model: Any) -> tuple[bool, bool]:
         if len(seen) != 1 or seen[0][0].shape[:2] != (3, 2):
             raise ValueError(f"model must call its head once, with hidden states [B, L, C]; {name} does not")
         if packs and not elsewhere and not embedding.is_meta:
-            packs = _separates(call, seen, embedding.device)
+            # flash-attn tells sequences apart by positions too; ours refuses positions that alone would say so.
+            positions = [0, 1] if kind == NAME else [0, 0]
+            packs = _separates(call, seen, torch.tensor([positions], device=embedding.device))
     finally:
         if elsewhere:
             model.set_attn_implementation(kind)
@@ -196,14 +207,13 @@ def _examine(model: Any) -> tuple[bool, bool]:
                 "is False"
             )
     untouched = logits is out and out._version == version
-    return untouched and isinstance(head, nn.Linear) and head.bias is None and not does_more(head), packs
+    return untouched and more_than_weight(head) is None, packs
 
 
-def _separates(call: Any, seen: list[tuple[Tensor, Tensor, int]], device: torch.device) -> bool:
+def _separates(call: Any, seen: list[tuple[Tensor, Tensor, int]], positions: Tensor) -> bool:
     """Does the first of two packed tokens not see the second? A model may drop the arguments that say so."""
-    starts = torch.tensor([0, 1, 2], dtype=torch.int32, device=device)
+    starts = torch.tensor([0, 1, 2], dtype=torch.int32, device=positions.device)
     spans = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": 1, "max_length_k": 1}
-    positions = torch.zeros(1, 2, dtype=torch.int64, device=device)
     try:
         for second in (1, 2):
             call([[0, second]], position_ids=positions, **spans)
@@ -250,22 +260,30 @@ class MaskedDiffusionTrainer(Trainer):
     ) -> None:
         args = TrainingArguments("tmp_trainer") if args is None else args
         _refuse(args, kwargs)
-        draw_masks(np.zeros(0, np.int64), 1, seed=0, eps=eps, t_sampling=t_sampling, global_batch=1)  # checks both
+        self.diffusion = DiffusionConfig(split_probability=0.0, eps=eps, t_sampling=t_sampling)
         if not isinstance(eval_strata, int) or eval_strata < 1:
             raise ValueError(f"eval_strata must be an integer of at least 1, got {eval_strata!r}")
-        self.eps, self.t_sampling, self.eval_strata = eps, t_sampling, eval_strata
+        self.eval_strata = eval_strata
         self._given_mask_token_id, self._eval_batches, self._labels_are_checked = mask_token_id, 0, False
         if data_collator is None:
             pad = getattr(kwargs.get("processing_class"), "pad_token_id", None)
             data_collator = MaskedDiffusionCollator(0 if pad is None else pad)
         super().__init__(model, args, data_collator, **kwargs)
-        self._adopt(self.model)
         self.model_accepts_loss_kwargs = True  # for transformers before loss_is_scaled_for_ga
-        for name in ("tp", "cp", "sp"):
+        self._refuse_parallel()
+        self._adopt(self.model)
+
+    def _refuse_parallel(self) -> None:
+        """NotImplementedError for ways to split a model in which the loss is not right; FSDP2 is prepared for it."""
+        for name, kind in {"tp": "tensor", "cp": "context", "sp": "sequence"}.items():
             if (size := getattr(self, f"get_{name}_size", lambda: 1)()) > 1:
-                raise NotImplementedError(f"args.parallelism_config: {name}_size must be 1, got {size}")
+                raise NotImplementedError(
+                    f"args.parallelism_config: {name}_size ({kind} parallel) must be 1, got {size}; use args.fsdp"
+                )
         if self.is_deepspeed_enabled:
-            raise NotImplementedError("DeepSpeed is not supported: it shards the head behind the loss; use args.fsdp")
+            raise NotImplementedError(
+                "args.deepspeed: DeepSpeed is not supported, it shards the head behind the loss; use args.fsdp"
+            )
         if getattr(self, "is_distributed_loading_by_transformers", False):
             raise NotImplementedError("model must not be sharded at load time; shard it with args.fsdp")
         if self.is_fsdp_enabled:
@@ -298,6 +316,20 @@ class MaskedDiffusionTrainer(Trainer):
             plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, output_dtype=None)
 
     # ------------------------------------------------------------------------------------------------------- training
+
+    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """`Trainer`'s, whose batches say on the host which tokens are learned, before they are sent to the device.
+
+        A method of `Trainer` that is not public: without it rows are found as those of a batch without the entry.
+        """
+        collator, dispatched = self.data_collator, self.accelerator.dispatch_batches
+        if isinstance(dataset, IterableDataset) if dispatched is None else dispatched:
+            return super()._get_dataloader(dataset, *args, **kwargs)  # one process sends batches to all: tensors alone
+        self.data_collator = functools.partial(_collate, collator)
+        try:
+            return super()._get_dataloader(dataset, *args, **kwargs)
+        finally:
+            self.data_collator = collator
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -335,12 +367,10 @@ class MaskedDiffusionTrainer(Trainer):
         """
         if "first_sample" not in inputs:
             raise ValueError("inputs must have first_sample, which get_batch_samples adds")
-        inputs = dict(inputs)
-        first, processes = inputs.pop("first_sample"), self.accelerator.num_processes
+        processes, (count, length) = self.accelerator.num_processes, _shape(inputs)
         step = self._train_batch_size * processes * self.args.gradient_accumulation_steps
-        options = {"eps": self.eps, "t_sampling": self.t_sampling, "global_batch": step}
-        count, length = _shape(inputs)
-        drawn = draw_masks(first + np.arange(count), length, seed=self.args.seed, **options)
+        samples = inputs["first_sample"] + np.arange(count)
+        drawn = draw_masks(samples, length, seed=self.args.seed, config=self.diffusion, global_batch=step)
         tokens = _counted(inputs).sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
         averaged = num_items_in_batch is not None and self.args.average_tokens_across_devices
         normalizer = tokens.clamp(min=1).to(self.args.device, torch.float32) / (processes if averaged else 1)
@@ -351,16 +381,20 @@ class MaskedDiffusionTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], drawn: tuple, normalizer: Tensor, return_nll: bool = False
     ) -> tuple[Tensor, Any]:
         """The loss, or the weighted nll [T]."""
-        ids, counted = inputs["input_ids"], _counted(inputs)
-        arguments = {name: value for name, value in inputs.items() if name not in ("labels", "lengths")}
-        masked, weights = _flat(drawn, inputs)
-        rows = _to(np.flatnonzero(masked).astype(np.int32), ids.device)
-        token_weights = _to(weights, ids.device) * counted.flatten()
+        ids, counted = inputs["input_ids"], _counted_on_host(inputs)
+        arguments = {name: value for name, value in inputs.items() if name not in _OURS}
+        weights = _flat(drawn, inputs)
+        if counted is not None:
+            weights = np.where(counted.reshape(-1), weights, np.float32(0))
+        rows = _to(np.flatnonzero(weights).astype(np.int32), ids.device)
+        token_weights = _to(weights, ids.device)
+        if counted is None:
+            token_weights = token_weights * _counted(inputs).flatten()
         batch = _Masked(ids.flatten(), token_weights, rows, normalizer)
         arguments["input_ids"] = torch.where(token_weights.view_as(ids) > 0, self.mask_token_id, ids)
         if "cu_seq_lens_q" in inputs and not self._packs:
             raise ValueError(
-                "a packed batch needs a model that hands cu_seq_lens_q on to attn_implementation='illada' or "
+                f"a packed batch needs a model that hands cu_seq_lens_q on to attn_implementation={NAME!r} or "
                 "'flash_attention_2'; in this one its sequences would attend each other"
             )
         head = self.model.get_output_embeddings()
@@ -401,7 +435,7 @@ class MaskedDiffusionTrainer(Trainer):
         with self.compute_loss_context_manager():
             for stratum in range(self.eval_strata):
                 drawn = draw_validation_masks(indices, length, stratum=stratum, strata=self.eval_strata)
-                total = total + self._call(model, dict(inputs), drawn, one, return_nll=True)[0] / self.eval_strata
+                total = total + self._call(model, inputs, drawn, one, return_nll=True)[0] / self.eval_strata
         lengths = inputs.get("lengths", [length] * count)
         sample = _to(np.repeat(np.arange(count), lengths), total.device)
         columns = torch.stack([total, _counted(inputs).flatten().float()], dim=1)
@@ -421,6 +455,25 @@ def _filled(row: dict[str, Any]) -> dict[str, Any]:
 def _column(values: Any) -> Tensor:
     """A row without tokens, of which torch would make float32, is int64 like the others."""
     return torch.as_tensor(values) if len(values) else torch.zeros(0, dtype=torch.int64)
+
+
+#: In a batch: which tokens are learned, bool as `input_ids`, an array that stays on the host.
+_COUNTED = "counted_on_host"
+#: Entries of a batch that are the trainer's, not the model's.
+_OURS = ("labels", "lengths", "first_sample", _COUNTED)
+
+
+def _collate(collator: Callable[[Any], Any], rows: Any) -> dict[str, Any]:
+    """A batch of `collator`, with `_COUNTED` where it is on the CPU yet."""
+    batch = dict(collator(rows))
+    return batch | {_COUNTED: _counted_on_host(batch)}
+
+
+def _counted_on_host(batch: dict[str, Any]) -> NDArray[np.bool_] | None:
+    """`_counted` without waiting for a device; None where only the device knows."""
+    if batch.get(_COUNTED) is None and batch["input_ids"].device.type == "cpu":
+        return _counted(batch).numpy()
+    return batch.get(_COUNTED)
 
 
 def _counted(batch: dict[str, Any]) -> Tensor:
@@ -452,15 +505,15 @@ def _shape(batch: dict[str, Any]) -> tuple[int, int]:
     return tuple(batch["input_ids"].shape) if lengths is None else (len(lengths), max(lengths))
 
 
-def _flat(drawn: tuple[np.ndarray, np.ndarray], batch: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Masks [B, L] and weights [B] for each token of the batch, bool [T] and float32 [T]."""
+def _flat(drawn: tuple[np.ndarray, np.ndarray], batch: dict[str, Any]) -> np.ndarray:
+    """Masks [B, L] and weights [B] as the weight of each token of the batch, float32 [T], 0 where it is not masked."""
     masked, weights = drawn
     if "lengths" in batch:
         inside = np.arange(masked.shape[1]) < np.asarray(batch["lengths"])[:, None]
         flat, of_each = masked[inside], np.repeat(weights, batch["lengths"])
     else:
         flat, of_each = masked.reshape(-1), np.repeat(weights, masked.shape[1])
-    return flat, np.where(flat, of_each, np.float32(0))
+    return np.where(flat, of_each, np.float32(0))
 
 
 def _to(array: np.ndarray, device: torch.device) -> Tensor:
@@ -477,6 +530,8 @@ def _refuse(args: TrainingArguments, kwargs: dict[str, Any]) -> None:
     if args.label_smoothing_factor:
         raise ValueError(f"args.label_smoothing_factor must be 0, got {args.label_smoothing_factor}")
     if args.n_gpu > 1:
-        raise NotImplementedError(f"one process must have one GPU, got {args.n_gpu}: start it with torchrun")
+        raise NotImplementedError(
+            f"args.n_gpu must be at most 1 (DataParallel is not supported), got {args.n_gpu}: start it with torchrun"
+        )
     if args.use_liger_kernel:
         raise NotImplementedError("args.use_liger_kernel is not supported: it replaces the forward around the head")

@@ -18,8 +18,11 @@ import torch
 from torch import Tensor
 
 from illada.ops import AttentionPlan, attention_plan, varlen_attention
+from illada.ops._library import may_read
 
+#: The `attn_implementation` that `register` adds.
 NAME = "illada"
+_ASKED = f"attn_implementation={NAME!r}"  # in what errors say
 
 
 def register() -> None:
@@ -32,7 +35,7 @@ def register() -> None:
         from transformers import AttentionInterface, AttentionMaskInterface
         from transformers.masking_utils import create_bidirectional_mask  # noqa: F401 (there from 5.0 on)
     except ImportError as error:
-        raise ImportError("attn_implementation='illada' needs transformers 5: pip install 'transformers>=5'") from error
+        raise ImportError(f"{_ASKED} needs transformers 5: pip install 'transformers>=5'") from error
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, attention_mask)
 
@@ -63,7 +66,7 @@ def attention_mask(
     if mask_function is not bidirectional_mask_function:
         pattern = getattr(mask_function, "__qualname__", repr(mask_function)).split(".")[0]
         raise NotImplementedError(
-            f"attn_implementation='illada' is bidirectional, and the model asks for {pattern}; set is_causal=False in "
+            f"{_ASKED} is bidirectional, and the model asks for {pattern}; set is_causal=False in "
             "the config of a decoder, and use another implementation for sliding windows and packed position_ids"
         )
     if attention_mask is None:
@@ -76,7 +79,7 @@ def attention_mask(
     mask = torch.nn.functional.pad(attention_mask.bool(), (0, empty))[:, kv_offset : kv_offset + kv_length]
     steps = (mask[:, 1:] != mask[:, :-1]).sum(1)  # of padding at most one on either side, each with a token at its end
     around = mask[:, 0].int() + mask[:, -1].int()
-    whole, said = (steps + around <= 2).all(), "attn_implementation='illada' takes padding on the left or right"
+    whole, said = (steps + around <= 2).all(), f"{_ASKED} takes padding on the left or right"
     if torch.compiler.is_compiling():
         torch._assert_async(whole, f"{said}; attention_mask has holes")
         return mask
@@ -104,10 +107,13 @@ def attention(
     """A layer's attention: query [B, H, L, D], key and value [B, G, Lk, D]; the result is [B, L, H, D].
 
     `cu_seq_lens_q` and `cu_seq_lens_k` (of `DataCollatorWithFlattening`) say where sequences start in a batch of one.
+    `position_ids`, which decoders pass to their layers, are looked at once a forward pass: see `_check_positions`.
 
     Raises:
         NotImplementedError: dropout, causal, sliding, softcap, sinks, biases, chosen keys, returned weights.
-        ValueError: an attention_mask that is not [B, Lk]; cu_seq_lens_q with more than one row or with padding.
+        ValueError: an attention_mask that is not [B, Lk]; cu_seq_lens_q with more than one row or with padding;
+            position_ids that start anew within a row, without cu_seq_lens_q. On a GPU, and compiled, the last one is an
+            assertion on the device.
     """
     config = getattr(module, "config", None)
     if is_causal is None:
@@ -118,16 +124,18 @@ def attention(
     for name, value_of_it in asked.items():
         if isinstance(value_of_it, Tensor) or value_of_it:
             got = "a tensor" if isinstance(value_of_it, Tensor) else repr(value_of_it)
-            raise NotImplementedError(f"attn_implementation='illada' has no {name}, got {got}")
+            raise NotImplementedError(f"{_ASKED} has no {name}, got {got}")
     batch, length, keys = query.shape[0], query.shape[2], key.shape[2]
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     if cu_seq_lens_q is not None and batch != 1:
         raise ValueError(f"cu_seq_lens_q is for a batch of one row, got {batch}")
     if cu_seq_lens_q is None and cu_seq_lens_k is not None:
         raise ValueError("cu_seq_lens_k needs cu_seq_lens_q, got None")
-    shared = None if torch.compiler.is_compiling() else getattr(attention_mask, "_illada", None)
+    shared = _shared_of(attention_mask)
     if cu_seq_lens_q is not None and shared is not None and shared.padding:
         raise ValueError("attention_mask must have no padding beside cu_seq_lens_q: leave the padding out of the pack")
+    if cu_seq_lens_q is None:
+        _check_positions(module, others.get("position_ids"), attention_mask, shared, (batch, length, keys))
     shape = (batch, length, keys, query.shape[1], key.shape[1], query.shape[3])
     starts, starts_k, used, plan = _lengths(attention_mask, cu_seq_lens_q, cu_seq_lens_k, shape, q.device)
     out = varlen_attention(q, k, v, starts, cu_seqlens_k=starts_k, seqused_k=used, plan=plan, softmax_scale=scaling)
@@ -148,12 +156,18 @@ class _Shared:
 
     def __init__(self, mask: Tensor, padding: bool):
         self.version, self.padding = _version(mask), padding
+        self.checked: tuple[Tensor, int] | None = None  # position_ids, and their version then
         self.made: dict[tuple[Any, ...], tuple[_Lengths, tuple[Tensor | None, ...]]] = {}
 
 
 def _shared(mask: Tensor, padding: bool) -> Tensor:
     mask._illada = _Shared(mask, padding)  # type: ignore[attr-defined]
     return mask
+
+
+def _shared_of(mask: Tensor | None) -> _Shared | None:
+    """What `_shared` put on the mask; compiled, and on a mask of the caller's, None."""
+    return None if torch.compiler.is_compiling() else getattr(mask, "_illada", None)
 
 
 def _version(tensor: Tensor | None) -> int:
@@ -165,7 +179,7 @@ def _lengths(
     mask: Tensor | None, cu_q: Tensor | None, cu_k: Tensor | None, shape: tuple[int, ...], device: torch.device
 ) -> _Lengths:
     """(starts of queries, starts of keys, keys in use, plan) of a layer; `shape`: B, L, Lk, H, G, D."""
-    shared = None if mask is None or torch.compiler.is_compiling() else getattr(mask, "_illada", None)
+    shared = _shared_of(mask)
     if shared is None or shared.version != _version(mask):  # a mask of the caller's, a copy, or one that was changed
         return _make_lengths(mask, cu_q, cu_k, shape, device)
     key = (shape, device, *((id(x), _version(x)) for x in (cu_q, cu_k)))
@@ -191,6 +205,49 @@ def _make_lengths(
         total_q=batch * length, total_k=batch * keys,
     )  # fmt: skip
     return starts, starts_k, used, plan
+
+
+def starts_anew(position_ids: Tensor, tokens: Tensor | None) -> Tensor:
+    """bool, 0-dim: do positions [B or 1, L] not ascend between two neighbours that are tokens? tokens: bool [B, L]."""
+    anew = position_ids[..., 1:] <= position_ids[..., :-1]
+    if tokens is not None:
+        anew = anew & tokens[:, 1:] & tokens[:, :-1]  # those of padding may be anything
+    return anew.any()
+
+
+#: What a row of several sequences is told that position_ids alone tell apart.
+STARTS_ANEW = (
+    "position_ids start anew within a row: attention would cross the sequences; pass cu_seq_lens_q and cu_seq_lens_k "
+    "as well (DataCollatorWithFlattening(return_flash_attn_kwargs=True))"
+)
+
+
+def _check_positions(
+    module: torch.nn.Module, position_ids: Any, mask: Tensor | None, shared: _Shared | None, shape: tuple[int, int, int]
+) -> None:
+    """ValueError for `STARTS_ANEW`; on a GPU, and compiled, an assertion on the device, for which nothing waits.
+
+    Not looked at: positions of several axes, such as those of images, and rows with padding beside a cache.
+    """
+    batch, length, keys = shape
+    if not isinstance(position_ids, Tensor) or position_ids.shape not in ((batch, length), (1, length)):
+        return
+    compiling = torch.compiler.is_compiling()
+    if compiling and getattr(module, "layer_idx", None):  # nothing is shared between layers: the first one looks
+        return
+    tokens = mask if shared is None or shared.padding else None
+    if tokens is not None and (tokens.dtype != torch.bool or tokens.shape != (batch, keys) or keys != length):
+        return
+    if shared is not None:
+        if shared.checked is not None and shared.checked[0] is position_ids:
+            if shared.checked[1] == _version(position_ids):
+                return
+        shared.checked = position_ids, _version(position_ids)
+    if may_read(position_ids):
+        if bool(starts_anew(position_ids, tokens)):
+            raise ValueError(STARTS_ANEW)
+    elif not position_ids.is_meta:
+        torch._assert_async(~starts_anew(position_ids, tokens), STARTS_ANEW)
 
 
 def _slots(mask: Tensor, batch: int, keys: int) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@
 """
 
 from illada.ops.attention import attention_plan, varlen_attention
+from illada.ops.capabilities import why_not
 from illada.ops.labels import masked_cross_entropy_from_labels
 from illada.ops.linear_loss import linear_masked_cross_entropy
 from illada.ops.loss import masked_cross_entropy
@@ -31,4 +32,5 @@ __all__ = [
     "remask",
     "sample_tokens",
     "varlen_attention",
+    "why_not",
 ]

@@ -6,11 +6,12 @@ import functools
 import os
 from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.function import FunctionCtx
 from torch.autograd.graph import increment_version
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
@@ -28,12 +29,31 @@ def cpu_calls() -> ModuleType:
     return calls
 
 
+#: An argument that is passed on as it came: its type is that of the op's schema, which torch's dispatcher holds.
+Argument: TypeAlias = Any
+
+
+class Context(FunctionCtx):
+    """State of one call between an op's forward and its backward; subclasses declare the attributes of an op.
+
+    It only describes the object that autograd passes, so nothing makes one.
+    """
+
+    saved_tensors: tuple[Any, ...]  # Tensor, or None where None was saved
+    needs_input_grad: tuple[bool, ...]
+    _raw_saved_tensors: tuple[Any, ...]
+
+    if TYPE_CHECKING:  # torch's annotation lacks None
+
+        def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+
+
 def in_forward_mode() -> bool:
     """Return whether forward-mode AD is on (torch.func.jvp, jacfwd, dual_level), so that tensors may have tangents."""
     return getattr(forward_ad, "_current_level", 0) >= 0
 
 
-def refuse_tangents(op: str, *arguments) -> None:
+def refuse_tangents(op: str, *arguments: object) -> None:
     """Raise NotImplementedError if an argument has a tangent, which the kernels would silently ignore."""
     if in_forward_mode() and any(
         isinstance(x, Tensor) and x.is_floating_point() and forward_ad.unpack_dual(x).tangent is not None
@@ -50,7 +70,7 @@ class _Library(torch.library.Library):
     A module that is imported again keeps the existing ops, because torch cannot remove ops that are in use.
     """
 
-    def __init__(self, *arguments) -> None:
+    def __init__(self, *arguments: str) -> None:
         super().__init__(*arguments)
         self.registered: set[tuple[str, ...]] = set()
 
@@ -60,11 +80,11 @@ class _Library(torch.library.Library):
         self.registered.add(names)
         return not known
 
-    def define(self, schema, *arguments, **keywords):
+    def define(self, schema: str, *arguments: Any, **keywords: Any) -> None:
         if self.is_new(schema):
             super().define(schema, *arguments, **keywords)
 
-    def impl(self, op_name, fn, dispatch_key="", **keywords):
+    def impl(self, op_name: str, fn: Callable, dispatch_key: str = "", **keywords: Any) -> None:
         if self.is_new(op_name, dispatch_key):
             super().impl(op_name, fn, dispatch_key, **keywords)
 
@@ -193,7 +213,9 @@ def implement(op: str, fake: Callable, *, cpu: Callable, cuda: Callable | None =
     kernels = {"CPU": cpu}
     if cuda is not None:
 
-        def checked(*arguments):  # not in the public functions, because torch.compile traces through them
+        def checked(
+            *arguments: Argument,
+        ) -> Any:  # not in the public functions, because torch.compile traces through them
             require_cuda_build(op)
             try:
                 return cuda(*arguments)
@@ -210,7 +232,7 @@ def implement(op: str, fake: Callable, *, cpu: Callable, cuda: Callable | None =
         torch.library.register_fake(f"illada::{op}", fake, lib=LIBRARY)
 
 
-def _any_wants_grad(*arguments) -> bool:
+def _any_wants_grad(*arguments: object) -> bool:
     return any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
 
 
@@ -226,17 +248,17 @@ def register_autograd(op: str, backward: Callable, setup_context: Callable | Non
     overload = getattr(torch.ops.illada, op).default
     kernels = _KERNELS[op]
 
-    def redispatch(keyset, inputs):
+    def redispatch(keyset: torch._C.DispatchKeySet, inputs: tuple[Argument, ...]) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             return overload.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
 
-    def forward(ctx, kernel, keyset, *inputs):
+    def forward(ctx: Context, kernel: Callable | None, keyset: torch._C.DispatchKeySet, *inputs: Argument) -> Any:
         outputs = redispatch(keyset, inputs) if kernel is None else kernel(*inputs)
         if setup_context is not None:
             setup_context(ctx, inputs, outputs)
         return outputs
 
-    def of_inputs(ctx, *gradients):
+    def of_inputs(ctx: Context, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         return None, None, *backward(ctx, *gradients)
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(of_inputs)}
@@ -244,7 +266,7 @@ def register_autograd(op: str, backward: Callable, setup_context: Callable | Non
     apply_plainly = super(torch.autograd.Function, formula).apply  # skips the handling of transforms
     _FORMULAS[op] = apply_plainly
 
-    def differentiable(keyset, *inputs):
+    def differentiable(keyset: torch._C.DispatchKeySet, *inputs: Argument) -> Any:
         if in_forward_mode():
             refuse_tangents(op, *inputs)
         kernel = kernels.get(keyset.raw_repr() & _BETWEEN)
@@ -265,7 +287,7 @@ def _watched() -> Callable[[], bool]:
 
         So it is under torch.compile, export and tracing, modes, transforms, forward-mode AD and a profiler.
         """
-        return is_compiling() or keys_added().raw_repr() != _ALWAYS or modes() or profiled() or in_forward_mode()
+        return bool(is_compiling() or keys_added().raw_repr() != _ALWAYS or modes() or profiled() or in_forward_mode())
 
     return watched
 
@@ -278,7 +300,7 @@ def plain_call(tensor: Tensor) -> bool:
     return not torch.compiler.is_compiling() and tensor.is_cpu
 
 
-def direct(op: str, differentiable: int, keep: Callable, backward: Callable) -> Callable:
+def direct(op: str, differentiable: int, keep: Callable[..., Any], backward: Callable[..., Any]) -> Callable[..., Any]:
     """Return the call of the op on plain CPU tensors, which returns the first result alone.
 
     It is for functions whose native checks passed. Autograd.Function takes time for each input and
@@ -295,19 +317,19 @@ def direct(op: str, differentiable: int, keep: Callable, backward: Callable) -> 
     kernel = _KERNELS[op][_bits("CPU")]
     grad_enabled, wants_grad, excluded = torch.is_grad_enabled, _any_wants_grad, _autograd_excluded
 
-    def forward(ctx, others, *tensors):
+    def forward(ctx: Context, others: tuple[Any, ...], *tensors: Tensor) -> Any:
         inputs = (*tensors, *others)
         results = kernel(*inputs)
         return keep(ctx, inputs, results)
 
-    def of_tensors(ctx, gradient, *unused):
+    def of_tensors(ctx: Context, gradient: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
         return None, *backward(ctx, gradient)
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(of_tensors)}
     function: Any = type(f"illada_{op}", (torch.autograd.Function,), methods)
     formula = super(torch.autograd.Function, function).apply
 
-    def call(*inputs):
+    def call(*inputs: Argument) -> Any:
         tensors = inputs[:differentiable]
         if not grad_enabled() or not wants_grad(*tensors):
             return kernel(*inputs)[0]
@@ -336,7 +358,7 @@ def caller(op: str) -> Callable:
     formula, types = _FORMULAS.get(op), (Tensor, torch.nn.Parameter)
     grad_enabled, wants_grad, excluded = torch.is_grad_enabled, _any_wants_grad, _autograd_excluded
 
-    def call(*inputs):
+    def call(*inputs: Argument) -> Any:
         if watched():
             return overload(*inputs)
         for i in tensors:
@@ -358,7 +380,7 @@ def caller(op: str) -> Callable:
 def raise_on_double_backward(op: str) -> None:
     """Register a derivative that raises for a backward op; without one, torch would warn and omit the gradient."""
 
-    def backward(ctx, *grads):
+    def backward(ctx: Context, *grads: Tensor | None) -> NoReturn:
         raise RuntimeError(f"illada::{op} has no second derivative; compute it once, without create_graph=True")
 
     register_autograd(op, backward)

@@ -77,10 +77,16 @@ def _plan_cpu(
     cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, seqused_k: Tensor | None, total_q: int, total_k: int | None,
     num_heads: int, num_kv_heads: int, head_dim: int,
 ) -> Tensor:  # fmt: skip
-    lengths = [None if x is None else lib.contiguous(x) for x in (cu_seqlens, cu_seqlens_k, seqused_k)]
     sequences = cu_seqlens.shape[0] - 1
     plan = cu_seqlens.new_empty(sequences + 1, 4)
-    if not native().attention_plan_cpu(total_q, sequences, *lengths, plan):
+    if not native().attention_plan_cpu(
+        total_q=total_q,
+        num_sequences=sequences,
+        cu_seqlens=lib.contiguous(cu_seqlens),
+        cu_seqlens_k=None if cu_seqlens_k is None else lib.contiguous(cu_seqlens_k),
+        seqused_k=None if seqused_k is None else lib.contiguous(seqused_k),
+        plan=plan,
+    ):
         _check_lengths(cu_seqlens, cu_seqlens_k, seqused_k, total_q)
         # _check_lengths has a better message for most cases.
         raise ValueError("attention_plan: the lengths do not ascend from 0, or do not fit")
@@ -106,12 +112,13 @@ def _sequences(plan: Tensor, group: int) -> Iterator[tuple[slice, slice]]:
 
 
 _MOST_HEAD_DIM = 256  # largest head dim of csrc/cpu
+_ALL_KEYS = 2**31
 _BFLOAT16_KEYS = 64  # with more keys, torch is faster if the processor multiplies in bfloat16
 
 
 def _most_keys(q: Tensor) -> int:
     """Return the most keys of a sequence that csrc/cpu computes; torch gets those with more."""
-    return _BFLOAT16_KEYS if q.dtype == torch.bfloat16 and native().multiplies_bfloat16() else 2**31
+    return _BFLOAT16_KEYS if q.dtype == torch.bfloat16 and native().multiplies_bfloat16() else _ALL_KEYS
 
 
 def _shares(plan: Tensor, q: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -292,13 +299,17 @@ def _bwd_cpu(
     softmax_scale: float,
     deterministic: bool,
 ) -> tuple[Tensor, ...]:
+    # torch would compute the products of a call with dlse in float32, where it gains nothing. Its bits would depend on
+    # the number of threads.
+    by_torch = dlse is None or q.dtype != torch.bfloat16 or q.shape[2] > _MOST_HEAD_DIM
+    most_keys = _most_keys(q) if by_torch else _ALL_KEYS
     grads = lib.cpu_calls().varlen_attention_backward(
-        *(dout, dlse, q, k, v, out, lse, plan, num_sequences, softmax_scale, _MOST_HEAD_DIM, _most_keys(q))
+        *(dout, dlse, q, k, v, out, lse, plan, num_sequences, softmax_scale, _MOST_HEAD_DIM, most_keys)
     )
     if grads is not None:
         return grads
     _check_cpu_plan(plan, num_sequences)
-    plan, others = _shares(plan, q)
+    plan, others = _shares(plan, q) if by_torch else (plan, None)
     theirs = None
     if others is not None:
         theirs = _differentiate_by_torch(dout, dlse, q, k, v, out, lse, others, softmax_scale)
@@ -353,7 +364,7 @@ def _fwd_cuda(
 _REPEATABLE_LENGTH = 256
 
 
-def multiplies_twice(total_q: int, num_sequences: int) -> bool:
+def recompute_scores_for_dq(total_q: int, num_sequences: int) -> bool:
     """Return whether the backward on CUDA recomputes the scores for dq, which is bitwise repeatable."""
     return total_q <= _REPEATABLE_LENGTH * num_sequences
 
@@ -378,14 +389,14 @@ def _bwd_cuda(
     if dlse is not None and not dlse.is_contiguous():
         dlse = dlse.clone(memory_format=torch.contiguous_format)
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    twice = multiplies_twice(q.shape[0], num_sequences)
+    twice = recompute_scores_for_dq(q.shape[0], num_sequences)
     sizes = (q.shape[0], k.shape[0], num_sequences, q.shape[1], k.shape[1], q.shape[2])
     size = raw.varlen_attention_backward_workspace(*sizes, deterministic, twice, q.device.index)
     raw.varlen_attention_backward(
         *(dq, dk, dv, dout, dlse, q, k, v, out, lse, plan, num_sequences, softmax_scale),
         workspace=q.new_empty(size, dtype=torch.uint8),
         deterministic=deterministic,
-        multiplies_twice=twice,
+        recompute_scores_for_dq=twice,
     )
     return dq, dk, dv
 
@@ -393,33 +404,50 @@ def _bwd_cuda(
 # --------------------------------------------------------------------------------------- fakes, autograd, FLOP counts
 
 
-def _plan_fake(cu_seqlens, cu_seqlens_k, seqused_k, total_q, total_k, num_heads, num_kv_heads, head_dim):
+def _plan_fake(
+    cu_seqlens: Tensor,
+    cu_seqlens_k: Tensor | None,
+    seqused_k: Tensor | None,
+    total_q: int,
+    total_k: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+) -> Tensor:
     sequences = cu_seqlens.shape[0] - 1
     if cu_seqlens.device.type == "cuda":
         return cu_seqlens.new_empty(plan_rows(total_q, total_k, sequences, num_heads, num_kv_heads), 4)
     return cu_seqlens.new_empty(sequences + 1, 4)
 
 
-def _fwd_fake(q, k, v, plan, num_sequences, softmax_scale, deterministic):
+def _fwd_fake(q: Tensor, *arguments: lib.Argument) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
 
 
-def _bwd_fake(dout, dlse, q, k, v, out, lse, plan, num_sequences, softmax_scale, deterministic):
+def _bwd_fake(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *arguments: lib.Argument
+) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _setup_context(ctx, inputs, output):
+class _Context(lib.Context):
+    num_sequences: int
+    softmax_scale: float
+    deterministic: bool
+
+
+def _setup_context(ctx: _Context, inputs: tuple[lib.Argument, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, plan, ctx.num_sequences, ctx.softmax_scale, ctx.deterministic = inputs
     ctx.save_for_backward(q, k, v, *output, plan)
     ctx.set_materialize_grads(False)
 
 
-def _keep(ctx, inputs, output):
+def _keep(ctx: _Context, inputs: tuple[lib.Argument, ...], output: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
     _setup_context(ctx, inputs, output)
     return output[:1]
 
 
-def _backward(ctx, dout, dlse):
+def _backward(ctx: _Context, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     if dout is None and dlse is None:
         return None, None, None, None, None, None, None
     q, k, v, out, lse, plan = ctx.saved_tensors
@@ -449,12 +477,34 @@ def _pairs(q: Tensor, k: Tensor, plan: Tensor, num_sequences: int) -> int:
 
 
 @lib.counts_flops("varlen_attention_fwd")
-def _fwd_flops(q, k, v, plan, num_sequences, *args, out_val=None, **kwargs) -> int:
+def _fwd_flops(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Tensor,
+    num_sequences: int,
+    *args: lib.Argument,
+    out_val: object = None,
+    **kwargs: object,
+) -> int:
     return 4 * q.shape[1] * q.shape[2] * _pairs(q, k, plan, num_sequences)  # two GEMMs
 
 
 @lib.counts_flops("varlen_attention_bwd")
-def _bwd_flops(dout, dlse, q, k, v, out, lse, plan, num_sequences, *args, out_val=None, **kwargs) -> int:
+def _bwd_flops(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    plan: Tensor,
+    num_sequences: int,
+    *args: lib.Argument,
+    out_val: object = None,
+    **kwargs: object,
+) -> int:
     return 10 * q.shape[1] * q.shape[2] * _pairs(q, k, plan, num_sequences)  # five GEMMs
 
 

@@ -25,9 +25,9 @@ from illada.ops.loss import (
     kernel_targets,
     logits_dtypes,
     plain_scale,
+    resolve_normalizer,
     split_normalizer,
     weighted_sum,
-    where_read,
     workspace_for,
 )
 
@@ -56,7 +56,15 @@ lib.LIBRARY.define(
 # ---------------------------------------------------------------------------------------------------------- kernels
 
 
-def _fwd_cpu(hidden, weight, targets, token_weights, rows, *arguments, into=None):
+def _fwd_cpu(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    token_weights: Tensor,
+    rows: Tensor | None,
+    *arguments: lib.Argument,
+    into: Tensor | None = None,
+) -> tuple[Tensor, ...]:
     if into is None:
         results = lib.cpu_calls().linear_masked_cross_entropy(
             hidden, weight, targets, token_weights, rows, *arguments[:-1], _CHUNK_BYTES_CPU
@@ -69,7 +77,7 @@ def _fwd_cpu(hidden, weight, targets, token_weights, rows, *arguments, into=None
                 d_weight = torch.empty(0, dtype=arguments[-2], device="cpu")
             return loss, nll, d_hidden, d_weight
     all_weighted = rows is None
-    if all_weighted:  # on a CPU the host may read the weights
+    if rows is None:  # on a CPU the host may read the weights
         found = token_weights.nonzero()
         rows = found.squeeze(-1) if found.shape[0] < hidden.shape[0] else None
     elif len(rows) and not (0 <= int(rows.min()) and int(rows.max()) < len(hidden)):
@@ -79,17 +87,17 @@ def _fwd_cpu(hidden, weight, targets, token_weights, rows, *arguments, into=None
     return _fwd_portable(hidden, weight, targets, token_weights, rows, *arguments, into=into, all_weighted=all_weighted)
 
 
-def _fwd_cuda(*arguments, **keywords):
-    return _fwd_sm90(*arguments, **keywords) or _fwd_portable(*arguments, **keywords)
+def _fwd_cuda(*arguments: lib.Argument, into: Tensor | None = None) -> tuple[Tensor, ...]:
+    return _fwd_sm90(*arguments, into=into) or _fwd_portable(*arguments, into=into)
 
 
-def _fwd_into_cpu(*arguments):
+def _fwd_into_cpu(*arguments: lib.Argument) -> tuple[Tensor, ...]:
     results = _fwd_cpu(*arguments[:-1], into=arguments[-1])[:3]
     lib.written(arguments[-1])
     return results
 
 
-def _fwd_into_cuda(*arguments):
+def _fwd_into_cuda(*arguments: lib.Argument) -> tuple[Tensor, ...]:
     results = _fwd_cuda(*arguments[:-1], into=arguments[-1])[:3]
     lib.written(arguments[-1])
     return results
@@ -109,6 +117,7 @@ def _fwd_sm90(
     compute_dtype: torch.dtype,
     grad_weight_dtype: torch.dtype,
     filter_eps: float,
+    *,
     into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
     """Run the fused kernels, which find the rows with nonzero token weight on the device.
@@ -126,7 +135,7 @@ def _fwd_sm90(
     )
     if size is None:
         return None
-    normalizer, scale = where_read(normalizer, scale)
+    normalizer, scale = resolve_normalizer(normalizer, scale)
     head = lib.cast(weight, torch.bfloat16)
     nll = token_weights.new_zeros(len(hidden))
     d_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if hidden_grad else hidden.new_empty(0)
@@ -184,13 +193,13 @@ def _fwd_portable(
     Without `rows`, the head weight multiplies all T rows. The result is always exact: filter_eps is ignored.
     all_weighted: no row in the chunks has token weight 0.
     """
-    normalizer, scale = where_read(normalizer, scale)
+    normalizer, scale = resolve_normalizer(normalizer, scale)
     targets, token_weights = kernel_targets(targets), lib.contiguous(token_weights)
     head = lib.cast(weight, compute_dtype)
     vocab_size, count = weight.shape[0], hidden.shape[0] if rows is None else rows.shape[0]
     chunk_rows = chunk_rows or chunk_rows_of(count, vocab_size, compute_dtype, hidden.is_cuda)
-    scale_late = scales_late(compute_dtype)
-    early_normalizer, early_scale = (None, 1.0) if scale_late else (normalizer, scale)
+    defer_scaling = defers_scaling(compute_dtype)
+    early_normalizer, early_scale = (None, 1.0) if defer_scaling else (normalizer, scale)
 
     nll = token_weights.new_zeros(hidden.shape[0])
     d_hidden = hidden.new_empty(0)
@@ -198,7 +207,7 @@ def _fwd_portable(
         d_hidden = (torch.empty_like if rows is None else torch.zeros_like)(
             hidden, memory_format=torch.contiguous_format
         )
-    if into is None or scale_late:
+    if into is None or defer_scaling:
         shape = weight.shape if weight_grad else (0,)
         d_weight = (weight.new_empty if count else weight.new_zeros)(shape, dtype=grad_weight_dtype)
         is_given = False
@@ -238,8 +247,8 @@ def _fwd_portable(
             _put(nll, index, its_nll)
         if weight_grad:
             lib.add_product(d_weight, logits.t(), selected, first=start == 0 and not is_given)
-    if scale_late and into is not None:  # no backward will scale it
-        _scale(d_weight, late_factor(nll.new_ones(()), normalizer, scale))
+    if defer_scaling and into is not None:  # no backward will scale it
+        _scale(d_weight, deferred_factor(nll.new_ones(()), normalizer, scale))
         into.add_(d_weight)
     return weighted_sum(nll, token_weights, normalizer, scale), nll, d_hidden, d_weight
 
@@ -257,7 +266,7 @@ def _put(whole: Tensor, index: slice | Tensor, part: Tensor) -> None:
         whole.index_copy_(0, index, part)
 
 
-def scales_late(compute_dtype: torch.dtype) -> bool:
+def defers_scaling(compute_dtype: torch.dtype) -> bool:
     """Return whether scale and normalizer are applied in the backward instead of the forward.
 
     In float16 the smallest gradients would be lost, and a gradient scaler acts only in the backward. Until then the
@@ -266,7 +275,7 @@ def scales_late(compute_dtype: torch.dtype) -> bool:
     return compute_dtype == torch.float16
 
 
-def late_factor(dloss: Tensor, normalizer: Tensor | None, scale: float) -> Tensor:
+def deferred_factor(dloss: Tensor, normalizer: Tensor | None, scale: float) -> Tensor:
     """Return dloss, a float32 scalar, times the deferred scale / normalizer."""
     return dloss * scale if normalizer is None else dloss * (scale / normalizer)
 
@@ -309,9 +318,20 @@ def scaled(dloss: Tensor, hidden_grad: Tensor) -> Tensor:
 
 
 def _fwd_fake(
-    hidden, weight, targets, token_weights, rows, normalizer, scale, chunk_rows, hidden_grad, weight_grad,
-    compute_dtype, grad_weight_dtype, filter_eps,
-):  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    token_weights: Tensor,
+    rows: Tensor | None,
+    normalizer: Tensor | None,
+    scale: float,
+    chunk_rows: int,
+    hidden_grad: bool,
+    weight_grad: bool,
+    compute_dtype: torch.dtype,
+    grad_weight_dtype: torch.dtype,
+    filter_eps: float,
+) -> tuple[Tensor, ...]:
     return (
         token_weights.new_empty(()),
         token_weights.new_empty(hidden.shape[0]),
@@ -320,31 +340,38 @@ def _fwd_fake(
     )
 
 
-def _fwd_into_fake(*arguments):
+def _fwd_into_fake(*arguments: lib.Argument) -> tuple[Tensor, ...]:
     return _fwd_fake(*arguments[:-1])[:3]
 
 
-def _bwd_fake(dloss, hidden_grad, weight_grad):
+def _bwd_fake(dloss: Tensor, hidden_grad: Tensor, weight_grad: Tensor) -> tuple[Tensor, Tensor]:
     return hidden_grad.new_empty(hidden_grad.shape), weight_grad.new_empty(weight_grad.shape)
 
 
-def _bwd_inplace_fake(dloss, hidden_grad, weight_grad):
+def _bwd_inplace_fake(dloss: Tensor, hidden_grad: Tensor, weight_grad: Tensor) -> None:
     return None
 
 
-def _setup_context(ctx, inputs, output):
+class _Context(lib.Context):
+    scale: float
+    defer_scaling: bool
+    needs: tuple[bool, bool]  # whether hidden and weight get a gradient
+    scaled: bool  # the backward has run and scaled the gradients in place
+
+
+def _setup_context(ctx: _Context, inputs: tuple[lib.Argument, ...], output: tuple[Tensor, ...]) -> None:
     loss, nll, hidden_grad, weight_grad = output
     # The gradients stay differentiable outputs, so autograd knows that they depend on hidden and weight. A second
     # derivative then reaches the formula of the backward op, which raises.
     ctx.mark_non_differentiable(nll)
     ctx.set_materialize_grads(False)
-    ctx.scale, ctx.scale_late, normalizer = inputs[6], scales_late(inputs[10]), inputs[5]
-    ctx.save_for_backward(hidden_grad, weight_grad, normalizer if ctx.scale_late else None)
+    ctx.scale, ctx.defer_scaling, normalizer = inputs[6], defers_scaling(inputs[10]), inputs[5]
+    ctx.save_for_backward(hidden_grad, weight_grad, normalizer if ctx.defer_scaling else None)
     ctx.needs = inputs[8], inputs[9]
     ctx.scaled = False
 
 
-def _backward(ctx, dloss, *unused):
+def _backward(ctx: _Context, dloss: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
     if dloss is None:
         return (None,) * 13
     if ctx.scaled:
@@ -353,8 +380,8 @@ def _backward(ctx, dloss, *unused):
             "have been given away"
         )
     d_hidden, d_weight, normalizer = ctx.saved_tensors
-    if ctx.scale_late:
-        dloss = late_factor(dloss, normalizer, ctx.scale)
+    if ctx.defer_scaling:
+        dloss = deferred_factor(dloss, normalizer, ctx.scale)
     if dloss.is_cuda and type(dloss) is Tensor and not (torch.is_grad_enabled() or lib.in_forward_mode()):
         # The weight's gradient is as large as the weight: avoid a copy, and any pass over it where dloss is 1.
         ctx.scaled = True
@@ -365,7 +392,7 @@ def _backward(ctx, dloss, *unused):
     return (d_hidden if wants_hidden else None, d_weight if wants_weight else None) + (None,) * 11
 
 
-def _keep(ctx, inputs, output):
+def _keep(ctx: _Context, inputs: tuple[lib.Argument, ...], output: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     loss, _, hidden_grad, weight_grad = output
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(hidden_grad, weight_grad)
@@ -373,7 +400,7 @@ def _keep(ctx, inputs, output):
     return loss, hidden_grad  # of the second, see _setup_context; one of the gradients is enough
 
 
-def _backward_directly(ctx, dloss):
+def _backward_directly(ctx: _Context, dloss: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     if dloss is None:
         return None, None
     d_hidden, d_weight = _call_bwd(dloss, *ctx.saved_tensors)
@@ -395,16 +422,16 @@ class _IntoGradient(torch.autograd.Function):
     """Autograd of linear_masked_ce_fwd_; torch.library offers none for ops that write to an argument."""
 
     @staticmethod
-    def forward(ctx, *inputs):
+    def forward(ctx: _Context, *inputs: lib.Argument) -> tuple[Tensor, Tensor, Tensor]:
         loss, nll, hidden_grad = torch.ops.illada.linear_masked_ce_fwd_(*inputs)
         ctx.mark_non_differentiable(nll)  # hidden_grad stays differentiable, see _setup_context
         ctx.set_materialize_grads(False)
-        ctx.scale, ctx.scale_late, normalizer = inputs[6], scales_late(inputs[10]), inputs[5]
-        ctx.save_for_backward(hidden_grad, normalizer if ctx.scale_late else None)
+        ctx.scale, ctx.defer_scaling, normalizer = inputs[6], defers_scaling(inputs[10]), inputs[5]
+        ctx.save_for_backward(hidden_grad, normalizer if ctx.defer_scaling else None)
         return loss, nll, hidden_grad
 
     @staticmethod
-    def backward(ctx, dloss, *unused):
+    def backward(ctx: _Context, dloss: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden_grad, normalizer = ctx.saved_tensors
         if dloss is None or not ctx.needs_input_grad[0]:
             return (None,) * 14
@@ -415,14 +442,23 @@ class _IntoGradient(torch.autograd.Function):
                 f"weight's gradient has been added already; got a gradient of {float(dloss)}; use normalizer"
             )
         dloss = torch.where(dloss == 1, dloss, torch.nan)  # where the host may not read: fail visibly
-        if ctx.scale_late:
-            dloss = late_factor(dloss, normalizer, ctx.scale)
+        if ctx.defer_scaling:
+            dloss = deferred_factor(dloss, normalizer, ctx.scale)
         return scaled(dloss, hidden_grad), *(None,) * 13
 
 
 @lib.counts_flops("linear_masked_ce_fwd_")
 @lib.counts_flops("linear_masked_ce_fwd")
-def _fwd_flops(hidden, weight, targets, token_weights, rows, *args, out_val=None, **kwargs) -> int:
+def _fwd_flops(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    token_weights: Tensor,
+    rows: Tensor | None,
+    *args: lib.Argument,
+    out_val: object = None,
+    **kwargs: object,
+) -> int:
     """Count 2 N V C for the logits and as much for each gradient; N from `rows`, readable token weights, or T."""
     count = hidden.shape[0]
     if rows is not None:

@@ -56,7 +56,7 @@ def full_scale(normalizer: Tensor, scale: float, op: str = "masked_cross_entropy
     return scale / value
 
 
-def where_read(normalizer: Tensor | None, scale: float) -> tuple[Tensor | None, float]:
+def resolve_normalizer(normalizer: Tensor | None, scale: float) -> tuple[Tensor | None, float]:
     """Return (normalizer, scale) as the kernels take them.
 
     On CUDA the device divides, so that the host need not wait. On a CPU the normalizer becomes part of the scale.
@@ -80,7 +80,7 @@ def workspace_for(logits: Tensor) -> Tensor | None:
 
 
 def weighted_sum(nll: Tensor, token_weights: Tensor, normalizer: Tensor | None, scale: float) -> Tensor:
-    """Return the loss, from the nll of each token and the result of `where_read`."""
+    """Return the loss, from the nll of each token and the result of `resolve_normalizer`."""
     loss = nll.new_empty(())
     raw.weighted_sum(loss, lib.contiguous(nll), lib.contiguous(token_weights), normalizer=normalizer, scale=scale)
     return loss
@@ -92,17 +92,31 @@ def _row_results(logits: Tensor, token_weights: Tensor) -> tuple[Tensor, Tensor,
     return token_weights.new_empty(rows), token_weights.new_empty(rows), token_weights.new_empty(rows, 2)
 
 
-def _fwd_cpu(logits, targets, token_weights, normalizer, scale, inplace_backward):
+def _fwd_cpu(
+    logits: Tensor,
+    targets: Tensor,
+    token_weights: Tensor,
+    normalizer: Tensor | None,
+    scale: float,
+    inplace_backward: bool,
+) -> tuple[Tensor, ...]:
     results = lib.cpu_calls().masked_cross_entropy(logits, targets, token_weights, normalizer, scale)
     if results is not None:
         return results
     return _fwd(logits, targets, token_weights, normalizer, scale, inplace_backward)
 
 
-def _fwd(logits, targets, token_weights, normalizer, scale, inplace_backward):
+def _fwd(
+    logits: Tensor,
+    targets: Tensor,
+    token_weights: Tensor,
+    normalizer: Tensor | None,
+    scale: float,
+    inplace_backward: bool,
+) -> tuple[Tensor, ...]:
     nll, lse, lse_parts = _row_results(logits, token_weights)
     token_weights = lib.contiguous(token_weights)
-    normalizer, scale = where_read(normalizer, scale)
+    normalizer, scale = resolve_normalizer(normalizer, scale)
     raw.masked_cross_entropy(
         *(logits, kernel_targets(targets), token_weights), nll=nll, lse=lse, lse_parts=lse_parts,
         workspace=workspace_for(logits),
@@ -110,7 +124,7 @@ def _fwd(logits, targets, token_weights, normalizer, scale, inplace_backward):
     return weighted_sum(nll, token_weights, normalizer, scale), nll, lse, lse_parts
 
 
-def _shard_fwd(logits, targets, token_weights, vocab_start):
+def _shard_fwd(logits: Tensor, targets: Tensor, token_weights: Tensor, vocab_start: int) -> tuple[Tensor, Tensor]:
     target_logit, _, lse_parts = _row_results(logits, token_weights)
     raw.masked_cross_entropy(
         *(logits, kernel_targets(targets), lib.contiguous(token_weights)), lse_parts=lse_parts,
@@ -119,8 +133,19 @@ def _shard_fwd(logits, targets, token_weights, vocab_start):
     return lse_parts, target_logit
 
 
-def _bwd_into(grad, logits, targets, token_weights, normalizer, scale, lse_parts, dloss, dlse, vocab_start):
-    normalizer, scale = where_read(normalizer, scale)
+def _bwd_into(
+    grad: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    token_weights: Tensor,
+    normalizer: Tensor | None,
+    scale: float,
+    lse_parts: Tensor,
+    dloss: Tensor | None,
+    dlse: Tensor | None,
+    vocab_start: int,
+) -> None:
+    normalizer, scale = resolve_normalizer(normalizer, scale)
     if dlse is not None and not dlse.is_contiguous():
         dlse = dlse.clone(memory_format=torch.contiguous_format)
     raw.masked_cross_entropy_backward(
@@ -133,42 +158,48 @@ def _bwd_into(grad, logits, targets, token_weights, normalizer, scale, lse_parts
     )
 
 
-def _bwd_cpu(logits, *arguments):
+def _bwd_cpu(logits: Tensor, *arguments: lib.Argument) -> Tensor:
     grad = lib.cpu_calls().masked_cross_entropy_backward(logits, *arguments)
     return _bwd(logits, *arguments) if grad is None else grad
 
 
-def _bwd(logits, *arguments):
+def _bwd(logits: Tensor, *arguments: lib.Argument) -> Tensor:
     grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
     _bwd_into(grad, logits, *arguments)
     return grad
 
 
-def _bwd_inplace(logits, *arguments):
+def _bwd_inplace(logits: Tensor, *arguments: lib.Argument) -> None:
     _bwd_into(logits, logits, *arguments)
 
 
 # -------------------------------------------------------------------------------------------------- fakes and autograd
 
 
-def _fwd_fake(logits, targets, token_weights, normalizer, scale, inplace_backward):
+def _fwd_fake(logits: Tensor, targets: Tensor, token_weights: Tensor, *arguments: lib.Argument) -> tuple[Tensor, ...]:
     return token_weights.new_empty(()), *_row_results(logits, token_weights)
 
 
-def _shard_fwd_fake(logits, targets, token_weights, vocab_start):
+def _shard_fwd_fake(logits: Tensor, targets: Tensor, token_weights: Tensor, vocab_start: int) -> tuple[Tensor, Tensor]:
     target_logit, _, lse_parts = _row_results(logits, token_weights)
     return lse_parts, target_logit
 
 
-def _bwd_fake(logits, *arguments):
+def _bwd_fake(logits: Tensor, *arguments: lib.Argument) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
-def _bwd_inplace_fake(logits, *arguments):
+def _bwd_inplace_fake(logits: Tensor, *arguments: lib.Argument) -> None:
     return None
 
 
-def _setup_context(ctx, inputs, output):
+class _Context(lib.Context):
+    scale: float
+    inplace: bool
+    overwritten: bool  # the backward has run and written the gradient over the logits
+
+
+def _setup_context(ctx: _Context, inputs: tuple[lib.Argument, ...], output: tuple[Tensor, ...]) -> None:
     logits, targets, token_weights, normalizer, ctx.scale, ctx.inplace = inputs
     loss, nll, lse, lse_parts = output
     ctx.mark_non_differentiable(nll, lse_parts)
@@ -177,7 +208,7 @@ def _setup_context(ctx, inputs, output):
     ctx.overwritten = False
 
 
-def _keep(ctx, inputs, output):
+def _keep(ctx: _Context, inputs: tuple[lib.Argument, ...], output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     logits, targets, token_weights, normalizer, ctx.scale, ctx.inplace = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(logits, targets, token_weights, normalizer, output[3])
@@ -185,7 +216,7 @@ def _keep(ctx, inputs, output):
     return output[:1]
 
 
-def _saved_through_hooks(ctx) -> bool:
+def _saved_through_hooks(ctx: _Context) -> bool:
     """Return whether saved-tensor hooks (non-reentrant checkpointing, save_on_cpu) keep the logits, or may keep them.
 
     Autograd does not compare versions of such tensors, so it would not detect that another op needs them. A saved
@@ -203,7 +234,9 @@ def _itself(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _backward(ctx, dloss, _nll, dlse, _lse_parts):
+def _backward(
+    ctx: _Context, dloss: Tensor | None, _nll: Tensor | None, dlse: Tensor | None, _lse_parts: Tensor | None
+) -> tuple[Tensor | None, ...]:
     if dloss is None and dlse is None:
         return (None,) * 6
     if ctx.overwritten:
@@ -212,7 +245,7 @@ def _backward(ctx, dloss, _nll, dlse, _lse_parts):
             "with their gradient"
         )
     logits, targets, token_weights, normalizer, lse_parts = ctx.saved_tensors
-    if dloss is None:
+    if dloss is None and dlse is not None:
         dloss = dlse.new_zeros(())
     arguments = (targets, token_weights, normalizer, ctx.scale, lse_parts, dloss, dlse, 0)
     if not ctx.inplace:

@@ -7,21 +7,15 @@ differentiable where the ops are, through ordinary autograd.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from illada.ops.philox import philox4x32
-from illada.ops.types import (
-    SAMPLE_STREAM,
-    SAMPLE_STREAM_LOW_BITS,
-    SAMPLE_STREAM_RANDOM_MEASURE,
-    LogitBias,
-    RemaskStatus,
-    TokenSample,
-)
+from illada.ops.types import LogitBias, RemaskStatus, TokenSample
+from illada.random import Stream, key_of, philox4x32
 
 
 def varlen_attention(
@@ -119,9 +113,9 @@ def uniform64(seed: int, row_id: int, step: int, vocab_size: int) -> np.ndarray:
     counter = np.zeros((-(-vocab_size // 4), 4), dtype=np.uint32)
     counter[:, 0] = np.arange(len(counter))
     counter[:, 1], counter[:, 2] = row_id, step & 0xFFFFFFFF
-    key = np.array([seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF], dtype=np.uint32)
+    key = key_of(seed)
     words = []
-    for stream in (SAMPLE_STREAM, SAMPLE_STREAM_LOW_BITS):
+    for stream in (Stream.SAMPLE, Stream.SAMPLE_LOW_BITS):
         counter[:, 3] = stream
         words.append(philox4x32(counter, key).reshape(-1)[:vocab_size].astype(np.float64))
     return (words[0] + (words[1] + 0.5) * 2.0**-32) * 2.0**-32
@@ -171,8 +165,8 @@ def sample_tokens(
             # -log(1 - u), not -log(u): the smallest values win, and small u are exact.
             exponential = -np.log1p(-uniform64(s, row_id, at_step, vocab_size))
             noisy[n] += t * torch.from_numpy(-np.log(exponential))
-        key = np.array([s & 0xFFFFFFFF, (s >> 32) & 0xFFFFFFFF], dtype=np.uint32)
-        counter = np.array([0, row_id, at_step & 0xFFFFFFFF, SAMPLE_STREAM_RANDOM_MEASURE], dtype=np.uint32)
+        key = key_of(s)
+        counter = np.array([0, row_id, at_step & 0xFFFFFFFF, Stream.SAMPLE_RANDOM_MEASURE], dtype=np.uint32)
         random_measure[n] = float(philox4x32(counter, key)[0] >> np.uint32(8)) * 2.0**-24
 
     token = torch.stack([(row == row.max()).nonzero()[0, 0] for row in noisy])  # ties: lowest index
@@ -214,7 +208,7 @@ def kept_ids(x: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
     return kept
 
 
-def linear_sample_tokens(hidden: Tensor, weight: Tensor, *, rows: Tensor | None = None, **keywords) -> TokenSample:
+def linear_sample_tokens(hidden: Tensor, weight: Tensor, *, rows: Tensor | None = None, **keywords: Any) -> TokenSample:
     """Apply `sample_tokens` to the logits hidden[rows] @ weight^T; hidden [T, C], weight [V, C], rows [N] or None."""
     return sample_tokens((hidden if rows is None else hidden[rows.long()]) @ weight.T, **keywords)
 
@@ -282,7 +276,7 @@ def remask(
     return RemaskStatus(committed, remaining, remaining == 0, ended) if return_status else committed
 
 
-def _prefix(passes) -> int:
+def _prefix(passes: Iterable[bool | Tensor]) -> int:
     """Count the leading items that pass."""
     count = 0
     for ok in passes:

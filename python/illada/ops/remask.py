@@ -20,7 +20,7 @@ in the batch. `illada.ops.reference.remask` has the formulas of the commit rules
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, overload
+from typing import Literal, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -28,6 +28,8 @@ from torch import Tensor
 from illada.ops import _library as lib
 from illada.ops import raw
 from illada.ops.types import MEASURES, RULES, LogitBias, RemaskStatus, TokenSample
+
+Number = TypeVar("Number", int, float)
 
 _DTYPES_CPU = (torch.float32, torch.bfloat16)
 
@@ -65,42 +67,49 @@ def _allocate(like: Tensor, rows: int, want_entropy: bool, want_margin: bool) ->
     return tuple(like.new_empty(size, dtype=dtype) for size, dtype in zip(sizes, dtypes, strict=True))
 
 
-def _contiguous(*arguments) -> list:
+def _contiguous(*arguments: lib.Argument) -> list[lib.Argument]:
     """Return the arguments, with tensors contiguous."""
     return [x.contiguous() if isinstance(x, Tensor) else x for x in arguments]
 
 
-def _sample_into(out: Sequence[Tensor], logits: Tensor, *arguments) -> None:
+def _sample_into(out: Sequence[Tensor], logits: Tensor, *arguments: lib.Argument) -> None:
     """Sample into `out`; `arguments` are those of the ops' schemas without want_entropy and want_margin."""
     size = raw.sample_tokens_workspace(logits.shape[0], logits.shape[1], logits.device, _may_filter(*arguments[10:]))
     workspace = logits.new_empty(size, dtype=torch.uint8) if size else None
     raw.sample_tokens(TokenSample(*out), logits, *_contiguous(*arguments), workspace=workspace)
 
 
-def _may_filter(top_k, top_p, top_ks, top_ps, confidence_at_temperature) -> bool:
+def _may_filter(
+    top_k: int, top_p: float, top_ks: Tensor | None, top_ps: Tensor | None, confidence_at_temperature: bool
+) -> bool:
     """Return whether a row may need more than one pass over its logits."""
     return top_ks is not None or top_ps is not None or top_k > 0 or top_p < 1 or confidence_at_temperature
 
 
-def _sample(logits, *arguments):
+def _sample(logits: Tensor, *arguments: lib.Argument) -> tuple[Tensor, ...]:
     out = _allocate(logits, logits.shape[0], *arguments[-2:])
     _sample_into(out, logits, *arguments[:-2])
     return out
 
 
-def _sample_at_once(logits: Tensor, arguments: tuple) -> tuple[Tensor, ...] | None:
+def _sample_at_once(logits: Tensor, arguments: tuple[lib.Argument, ...]) -> tuple[Tensor, ...] | None:
     """Return the results of one native call, or None where it does not take these arguments: tensors of numbers."""
     if any(isinstance(argument, Tensor) for argument in arguments):
         return None
-    return lib.cpu_calls().sample_tokens(logits, *arguments[:3], *arguments[9:12], *arguments[14:])
+    results: tuple[Tensor, ...] | None = lib.cpu_calls().sample_tokens(
+        logits, *arguments[:3], *arguments[9:12], *arguments[14:]
+    )
+    return results
 
 
-def _sample_cpu(logits, *arguments):
+def _sample_cpu(logits: Tensor, *arguments: lib.Argument) -> tuple[Tensor, ...]:
     results = _sample_at_once(logits, arguments)
     return _sample(logits, *arguments) if results is None else results
 
 
-def _linear_sample_chunks(hidden, weight, rows, *arguments):
+def _linear_sample_chunks(
+    hidden: Tensor, weight: Tensor, rows: Tensor | None, *arguments: lib.Argument
+) -> tuple[Tensor, ...]:
     """Sample row chunk by row chunk: torch.mm computes the logits of one, which are sampled before the next."""
     numbers, (temperatures, seeds, steps, row_ids), biases = arguments[:3], arguments[3:7], arguments[7:9]
     measure, (top_k, top_p, top_ks, top_ps, at_temperature) = arguments[9], arguments[10:15]
@@ -123,7 +132,9 @@ def _linear_sample_chunks(hidden, weight, rows, *arguments):
     return out
 
 
-def _linear_sample_cuda(hidden, weight, rows, *arguments):
+def _linear_sample_cuda(
+    hidden: Tensor, weight: Tensor, rows: Tensor | None, *arguments: lib.Argument
+) -> tuple[Tensor, ...]:
     rows = None if rows is None else rows.contiguous()
     # The fused kernel sees the logits of each tile once; a filter reads a row several times.
     size = None if _may_filter(*arguments[10:15]) else raw.linear_sample_tokens_workspace(hidden, weight, rows)
@@ -137,7 +148,20 @@ def _linear_sample_cuda(hidden, weight, rows, *arguments):
     return out
 
 
-def _remask(tokens, rows, cu_rows, token, confidence, entropy, rule, limit, limits, mask_id, min_commit, end_ids):
+def _remask(
+    tokens: Tensor,
+    rows: Tensor,
+    cu_rows: Tensor,
+    token: Tensor,
+    confidence: Tensor,
+    entropy: Tensor | None,
+    rule: int,
+    limit: float,
+    limits: Tensor | None,
+    mask_id: int,
+    min_commit: int,
+    end_ids: Tensor | None,
+) -> tuple[Tensor, ...]:
     out = _remask_fake(tokens, rows, cu_rows)
     rows, cu_rows, token, confidence = (t.contiguous() for t in (rows, cu_rows, token, confidence))
     entropy, limits, end_ids = _contiguous(entropy, limits, end_ids)
@@ -151,15 +175,17 @@ def _remask(tokens, rows, cu_rows, token, confidence, entropy, rule, limit, limi
 # --------------------------------------------------------------------------------------------- fakes and FLOP counts
 
 
-def _sample_fake(logits, *arguments):
+def _sample_fake(logits: Tensor, *arguments: lib.Argument) -> tuple[Tensor, ...]:
     return _allocate(logits, logits.shape[0], *arguments[-2:])
 
 
-def _linear_sample_fake(hidden, weight, rows, *arguments):
+def _linear_sample_fake(
+    hidden: Tensor, weight: Tensor, rows: Tensor | None, *arguments: lib.Argument
+) -> tuple[Tensor, ...]:
     return _allocate(hidden, (hidden if rows is None else rows).shape[0], *arguments[-2:])
 
 
-def _remask_fake(tokens, rows, cu_rows, *arguments):
+def _remask_fake(tokens: Tensor, rows: Tensor, cu_rows: Tensor, *arguments: lib.Argument) -> tuple[Tensor, ...]:
     dtypes = (torch.int32, torch.int32, torch.bool, torch.bool)
     return tuple(cu_rows.new_empty(cu_rows.shape[0] - 1, dtype=dtype) for dtype in dtypes)
 
@@ -171,7 +197,9 @@ lib.implement("remask", _remask_fake, cpu=_remask, cuda=_remask)
 
 
 @lib.counts_flops("linear_sample_tokens")
-def _linear_sample_flops(hidden, weight, rows, *args, out_val=None, **kwargs) -> int:
+def _linear_sample_flops(
+    hidden: Tensor, weight: Tensor, rows: Tensor | None, *args: lib.Argument, out_val: object = None, **kwargs: object
+) -> int:
     return 2 * (hidden if rows is None else rows).shape[0] * weight.shape[0] * weight.shape[1]
 
 
@@ -188,7 +216,9 @@ def _first(op: str, like: Tensor) -> tuple[str, Tensor]:
     return "logits" if op == "sample_tokens" else "hidden", like
 
 
-def _number_or_rows(op: str, name: str, value, default, rows: int, dtype: torch.dtype, like: Tensor):
+def _number_or_rows(
+    op: str, name: str, value: Number | Tensor, default: Number, rows: int, dtype: torch.dtype, like: Tensor
+) -> tuple[Number, Tensor | None]:
     """Split an argument that is one number for all rows or a tensor [rows] into (number, tensor or None)."""
     if not isinstance(value, Tensor):
         if value is None or isinstance(value, str):

@@ -6,11 +6,6 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-#: Philox stream tags of the token sampler (counter word 3); the forward process uses tags below 16.
-SAMPLE_STREAM = 16
-SAMPLE_STREAM_LOW_BITS = 17
-SAMPLE_STREAM_RANDOM_MEASURE = 18
-
 #: Confidence measures of a sampled token.
 MEASURES = ("probability", "margin", "entropy", "random")
 

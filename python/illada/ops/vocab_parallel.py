@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from illada.ops import _library as lib
-from illada.ops.linear_loss import compute_dtype_of, late_factor, scales_late
-from illada.ops.loss import check_logits, check_targets, split_normalizer, weighted_sum, where_read
+from illada.ops.linear_loss import compute_dtype_of, deferred_factor, defers_scaling
+from illada.ops.loss import check_logits, check_targets, resolve_normalizer, split_normalizer, weighted_sum
 
 #: Rows of a chunk. They do not depend on the size of the shard, because all processes must use the same row chunks.
 _CHUNK_ROWS_CPU, _CHUNK_ROWS_CUDA = 256, 4096
@@ -115,7 +115,12 @@ def masked_cross_entropy_shard_grad(
 
 
 def _whole_rows(
-    halves: tuple[Tensor, Tensor], targets: Tensor, token_weights: Tensor, vocab_start: int, size: int, group
+    halves: tuple[Tensor, Tensor],
+    targets: Tensor,
+    token_weights: Tensor,
+    vocab_start: int,
+    size: int,
+    group: dist.ProcessGroup | None,
 ) -> tuple[Tensor, Tensor]:
     """Combine all shards' lse parts and target logits into (nll, lse parts) over the whole vocabulary.
 
@@ -139,19 +144,35 @@ def _whole_rows(
     return nll, torch.stack([largest, log_sum], dim=-1)
 
 
+class _Context(lib.Context):
+    scale: float
+    defer_scaling: bool
+
+
 class _VocabParallelLoss(torch.autograd.Function):
     """Loss whose forward pass computes the gradients, chunk by chunk, as `linear_masked_cross_entropy` does."""
 
     @staticmethod
     def forward(
-        ctx, hidden, weight, targets, token_weights, rows, normalizer, scale, vocab_start, group, chunk_rows, dtype,
-        needs_grad,
-    ):  # fmt: skip
+        ctx: _Context,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        token_weights: Tensor,
+        rows: Tensor | None,
+        normalizer: Tensor | None,
+        scale: float,
+        vocab_start: int,
+        group: dist.ProcessGroup | None,
+        chunk_rows: int,
+        dtype: torch.dtype,
+        needs_grad: bool,
+    ) -> tuple[Tensor, ...]:
         hidden_grad, weight_grad = (needs_grad and needed for needed in ctx.needs_input_grad[:2])
         count = len(hidden) if rows is None else len(rows)
         head = lib.cast(weight, dtype)
-        scale_late = scales_late(dtype)
-        early = (None, 1.0) if scale_late else (normalizer, scale)
+        defer_scaling = defers_scaling(dtype)
+        early = (None, 1.0) if defer_scaling else (normalizer, scale)
         nll = token_weights.new_zeros(len(hidden))
         d_hidden = hidden.new_zeros(hidden.shape if hidden_grad else (0,))
         d_weight = weight.new_zeros(weight.shape if weight_grad else (0,), dtype=torch.float32)
@@ -173,23 +194,23 @@ class _VocabParallelLoss(torch.autograd.Function):
                 d_hidden[index] = lib.cast(torch.mm(logits, head), hidden.dtype)
             if weight_grad:
                 lib.add_product(d_weight, logits.t(), selected, first=False)
-        normalizer, scale = where_read(normalizer, scale)
+        normalizer, scale = resolve_normalizer(normalizer, scale)
         if hidden_grad:
             dist.all_reduce(d_hidden, group=group)
-        ctx.scale, ctx.scale_late = scale, scale_late
-        ctx.save_for_backward(d_hidden, d_weight, normalizer if scale_late else None)
+        ctx.scale, ctx.defer_scaling = scale, defer_scaling
+        ctx.save_for_backward(d_hidden, d_weight, normalizer if defer_scaling else None)
         ctx.mark_non_differentiable(nll)
         ctx.set_materialize_grads(False)
         # d_hidden and d_weight stay differentiable outputs, so a second derivative raises, as in linear_masked_ce_fwd.
         return weighted_sum(nll, token_weights, normalizer, scale), nll, d_hidden, d_weight
 
     @staticmethod
-    def backward(ctx, dloss, *unused):
+    def backward(ctx: _Context, dloss: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
         if dloss is None:
             return (None,) * 12
         *grads, normalizer = ctx.saved_tensors
-        if ctx.scale_late:
-            dloss = late_factor(dloss, normalizer, ctx.scale)
+        if ctx.defer_scaling:
+            dloss = deferred_factor(dloss, normalizer, ctx.scale)
         grads = torch.ops.illada.linear_masked_ce_bwd(dloss, *grads)
         needed = (grad if needs else None for grad, needs in zip(grads, ctx.needs_input_grad, strict=False))
         return *needed, *(None,) * 10

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import tokenizers
 
-from illada.tokenizer import Tokenizer
+from illada.text.tokenizer import Tokenizer
 
 
 def encode_pair(

@@ -138,8 +138,8 @@ def hidden_states(
     """[N, C] of ascending `rows`. With guidance `tokens` are twice as many, and un + (w + 1) (cond - un) of the hidden
     states has the logits of the guided model: the head is linear, so it runs once."""
     cu_seqlens, position_ids, plan = layout
-    wanted = torch.cat([rows, rows + len(tokens) // 2]) if cfg_scale else rows
-    hidden = model(tokens, cu_seqlens, position_ids=position_ids, plan=plan, rows=wanted, first=first)
+    selected_rows = torch.cat([rows, rows + len(tokens) // 2]) if cfg_scale else rows
+    hidden = model(tokens, cu_seqlens, position_ids=position_ids, plan=plan, rows=selected_rows, first=first)
     if not cfg_scale:
         return hidden
     conditional, unconditional = hidden.float().chunk(2)

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from illada.model import MaskedDiffusionModel
-from illada.ops.philox import philox4x32
+from illada.random import Stream, words
 from illada.score.items import (
     MAX_TOKENS,
     Item,
@@ -23,9 +23,6 @@ from illada.score.items import (
     progress_bar,
     without_context,
 )
-
-# Philox stream tags (counter word 3); 1 to 6 belong to the forward process of training, 16 and above to the sampler.
-_COUNT_STREAM, _MASK_STREAM = 7, 8
 
 
 @torch.inference_mode()
@@ -121,22 +118,17 @@ def monte_carlo_masks(
         raise ValueError("continuation is empty; there is nothing to mask")
     parts = ([seed & (2**64 - 1), len(context)], context, continuation)
     content = b"".join(np.array(part, dtype=np.uint64).tobytes() for part in parts)
-    key = np.frombuffer(hashlib.blake2b(content, digest_size=8).digest(), dtype="<u4")
-
-    def words(stream: int, draws: int, count: int) -> NDArray[np.uint32]:
-        counter = np.zeros((draws, -(-count // 4), 4), dtype=np.uint32)
-        counter[..., 0] = np.arange(counter.shape[1])
-        counter[..., 1] = np.arange(draws)[:, None]
-        counter[..., 3] = stream
-        return philox4x32(counter, key).reshape(draws, -1)[:, :count]
+    key = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
     size = min(stratum, num_samples)
-    first = 1 + (words(_COUNT_STREAM, num_samples // size, 1)[:, 0].astype(np.uint64) * length >> 32).astype(np.int64)
+    first_words = words(key, Stream.LIKELIHOOD_COUNT, np.arange(num_samples // size), 1)[:, 0]
+    first = 1 + (first_words.astype(np.uint64) * length >> 32).astype(np.int64)
     # torch's float32 linspace and its rounding of halves to even, as published: other roundings move some counts by 1.
     ends = [(k, k + (size - 1) * (length / size)) for k in first.tolist()]
     spread = [torch.linspace(*two, size, dtype=torch.float32, device="cpu") for two in ends]
     counts = (torch.cat(spread).round().long().numpy() - 1) % length + 1
-    ranks = words(_MASK_STREAM, num_samples, length).argsort(axis=1, kind="stable").argsort(axis=1, kind="stable")
+    mask_words = words(key, Stream.LIKELIHOOD_MASK, np.arange(num_samples), length)
+    ranks = mask_words.argsort(axis=1, kind="stable").argsort(axis=1, kind="stable")
     return ranks < counts[:, None]
 
 

@@ -13,7 +13,7 @@ from annotated_types import Ge, Lt
 
 from illada.config import PRESETS, DiffusionConfig, ModelConfig
 from illada.schema import Count, NonNegativeFloat, Positive, PositiveFloat, check_fields, names_of
-from illada.text import read_text
+from illada.text.files import read_text
 
 Seed = Annotated[int, Ge(0), Lt(2**64)]
 Device = Literal["auto", "cpu", "cuda"]

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from illada.files import replaced, write_text
 from illada.schema import Count, Finite, check_object
 from illada.terminal import shows
-from illada.text import parse_json, read_lines
+from illada.text.files import parse_json, read_lines
 
 #: What a line of metrics.jsonl must hold, and what of each kind is drawn.
 _LINE = {"kind": Literal["train", "validation"], "step": Count}

@@ -20,12 +20,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from illada._native import has_cuda
-from illada.data import TokenDataset
-from illada.diffusion import Batch, make_batch, make_validation_batch, window_of_sample
+from illada.batch import Batch
+from illada.data.dataset import TokenDataset
+from illada.diffusion import make_batch, make_validation_batch, window_of_sample
 from illada.files import locked, remove_stale, write_text
 from illada.model import MaskedDiffusionModel
-from illada.train import checkpoint
+from illada.ops import why_not
+from illada.train import state as train_state
 from illada.train.config import RunConfig, TrainConfig
 from illada.train.log import Log
 from illada.train.pace import Pace
@@ -108,9 +109,9 @@ def _train(
     losses: list[float] = []  # of the steps since the last line of the log
     source = _resume_from(resume, checkpoints)
     if source is not None:
-        state = checkpoint.read_state(source)
-        checkpoint.check_same_run(source, state, config, corpus.header["tokenizer_sha256"])
-        checkpoint.restore(source, model, optimizer)
+        state = train_state.read_state(source)
+        train_state.check_same_run(source, state, config, corpus.header["tokenizer_sha256"])
+        train_state.restore(source, model, optimizer)
         step, tokens_seen, losses = state["step"], state["tokens_seen"], state["unlogged_losses"]
     checkpoints.mkdir(parents=True, exist_ok=True)
     remove_stale(checkpoints)
@@ -200,7 +201,7 @@ def _train(
             saved = _save(checkpoints, model, optimizer, config, step, tokens_seen, losses, corpus)
         assert saved is not None
         if not stopped:
-            checkpoint.verify(saved, model)
+            train_state.verify(saved, model)
         if bound is None and not stopped:
             bound = evaluate(model, held_out, config, device, asked)  # resumed after its last step
             stopped = bound is None
@@ -305,7 +306,7 @@ def _save(
     losses: list[float],
     corpus: TokenDataset,
 ) -> Path:
-    return checkpoint.save(
+    return train_state.save(
         checkpoints,
         model,
         optimizer,
@@ -318,7 +319,7 @@ def _save(
 
 
 def _resume_from(resume: str, checkpoints: Path) -> Path | None:
-    newest = checkpoint.newest(checkpoints)
+    newest = train_state.newest(checkpoints)
     if resume == "auto":
         return newest
     if resume == "never":
@@ -326,8 +327,8 @@ def _resume_from(resume: str, checkpoints: Path) -> Path | None:
             raise FileExistsError(f"{newest} exists; resume it, or choose another train.out_dir")
         return None
     source = Path(resume)
-    step = checkpoint.read_state(source)["step"]
-    if newest is not None and checkpoint.read_state(newest)["step"] > step:
+    step = train_state.read_state(source)["step"]
+    if newest is not None and train_state.read_state(newest)["step"] > step:
         raise FileExistsError(f"{newest} is newer than {source}; move it away, or choose another train.out_dir")
     return source
 
@@ -355,17 +356,7 @@ def _optimizer(model: MaskedDiffusionModel, config: TrainConfig) -> torch.optim.
 
 def _device(run: RunConfig, head_dim: int) -> torch.device:
     """Where a run goes; "auto" is a GPU where there is one whose kernels can compute it, else the CPU."""
-    missing = None
-    if not torch.cuda.is_available():
-        missing = "torch sees no CUDA device"
-    elif not has_cuda():
-        missing = "illada was built without CUDA kernels (`illada info`)"
-    elif torch.cuda.get_device_capability() < (8, 0):
-        missing = f"the kernels need compute capability 8.0, and {torch.cuda.get_device_name()} has less"
-    elif run.dtype != "bfloat16" or head_dim not in (64, 128):
-        missing = (
-            f"attention's kernels need train.dtype bfloat16 and a head dim of 64 or 128, got {run.dtype} and {head_dim}"
-        )
+    missing = why_not("varlen_attention", "cuda", getattr(torch, run.dtype), head_dim=head_dim)
     if run.device == "cuda" and missing:
         raise ValueError(f"train.device is cuda, but {missing}")
     return torch.device("cpu" if run.device == "cpu" or missing else "cuda")

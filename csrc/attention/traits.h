@@ -1,0 +1,134 @@
+// Tile sizes and other compile-time choices of the attention kernels, for each arch and head dim, and the dispatch over
+// them. To add a head dim: list it in `head_dims`, specialise Traits, and add the files that instantiate its kernels.
+#pragma once
+
+#include <string>
+#include <utility>
+
+#include "attention/plan.h"
+#include "common/device.h"
+
+namespace illada::attention {
+
+// Constants of the kernels of an arch for a head dim. Only what is built has a specialisation.
+template <Arch kArch, int kHeadDim>
+struct Traits;
+
+// ------------------------------------------------------------------------------------------------------------- sm_80
+
+template <int kHeadDim_>
+struct TraitsSm80 {
+  static constexpr Arch kArch = Arch::kSm80;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kForwardBlocks = 2;  // forward: blocks of kBlockRows query rows per CTA
+};
+
+template <>
+struct Traits<Arch::kSm80, 64> : TraitsSm80<64> {
+  static constexpr bool kHasEightWarps = false;                // the forward is also built with 8 warps per CTA
+  static constexpr int forward_keys(int) { return 48; }        // forward: keys per step, for a number of warps
+  static constexpr int forward_early(int, bool) { return 2; }  // forward: kEarly, for a number of warps and sm_100
+  static constexpr int kBackwardBlocks = 2;                    // backward: blocks of 16 own rows per warp
+  static constexpr int kQueriesSteps = 4;                      // dq: steps of 16 keys side by side
+  static constexpr int kQueriesCtas = 2;                       // dq: CTAs per SM
+};
+
+template <>
+struct Traits<Arch::kSm80, 128> : TraitsSm80<128> {
+  // By default a CTA has four warps and an SM holds two CTAs. These take 133 KB of shared memory. Where an SM has 100
+  // KB (8.6, 8.9, 12.0), one CTA of eight warps keeps as many warps at work: each has half the rows and the CTA twice
+  // the keys.
+  static constexpr bool kHasEightWarps = true;
+  static constexpr int forward_keys(int warps) { return warps == 8 ? 64 : 32; }
+  static constexpr int forward_early(int warps, bool is_sm100) { return is_sm100 && warps == 4 ? 7 : 2; }
+  static constexpr int kBackwardBlocks = 1;
+  static constexpr int kQueriesSteps = 1;  // registers allow no more
+  static constexpr int kQueriesCtas = 3;
+};
+
+// Shared memory of the sm_80 forward in bytes, without the few bytes for work items.
+template <typename Tr>
+constexpr int forward_smem_sm80(int warps) {
+  return (Tr::kForwardBlocks * kBlockRows + 4 * Tr::forward_keys(warps)) * Tr::kHeadDim * 2;
+}
+
+// ------------------------------------------------------------------------------------------------------------ sm_90a
+
+// Tile of an instance of the forward.
+struct ForwardTile {
+  int keys, value_stages;  // keys per step; stages of values in shared memory
+};
+
+template <int kHeadDim_>
+struct TraitsSm90 {
+  static constexpr Arch kArch = Arch::kSm90;
+  static constexpr int kHeadDim = kHeadDim_;
+};
+
+template <>
+struct Traits<Arch::kSm90, 64> : TraitsSm90<64> {
+  static constexpr int kForwardBlocks = 3;     // forward: blocks per CTA, one for each consumer warpgroup
+  static constexpr int kForwardKeyStages = 4;  // forward: stages of keys
+  using ForwardChoice = AttentionForwardD64;   // variant that chooses one of kForwardTiles
+  static constexpr ForwardTile kForwardTiles[] = {{96, 4}, {128, 4}};
+  static constexpr int forward_producer_registers(int keys) { return keys == 96 ? 56 : 32; }
+  static constexpr int forward_consumer_registers(int keys) { return keys == 96 ? 152 : 160; }
+  static constexpr int kBackwardRows = 128;  // backward for dk and dv: rows per step
+  // dq of a step: true, a warpgroup has half of the columns; false, half of the rows.
+  static constexpr bool kHalvesColumnsOfDq = false;
+  static constexpr int kStepsUntilDq = 6;  // products of dk and dv that are issued until dq is complete
+};
+
+template <>
+struct Traits<Arch::kSm90, 128> : TraitsSm90<128> {
+  static constexpr int kForwardBlocks = 2;
+  static constexpr int kForwardKeyStages = 2;
+  using ForwardChoice = AttentionForwardD128;
+  static constexpr ForwardTile kForwardTiles[] = {{128, 3}, {128, 2}, {176, 2}};
+  static constexpr int forward_producer_registers(int) { return 40; }
+  static constexpr int forward_consumer_registers(int) { return 232; }
+  static constexpr int kBackwardRows = 64;
+  static constexpr bool kHalvesColumnsOfDq = true;
+  static constexpr int kStepsUntilDq = 1;
+};
+
+// ---------------------------------------------------------------------------------------------------------- dispatch
+
+// Head dims that an arch has kernels for.
+template <Arch kArch>
+constexpr auto head_dims() {
+  return std::integer_sequence<int, 64, 128>();
+}
+
+namespace head_dim_detail {
+
+template <Arch kArch, typename F, int kHeadDim, int... kRest>
+auto dispatch_head_dim(const char* op, int head_dim, const F& f, std::integer_sequence<int, kHeadDim, kRest...>) {
+  using Tr = Traits<kArch, kHeadDim>;
+  static_assert(kMinBlocks <= Tr::kForwardBlocks && Tr::kForwardBlocks <= kMaxBlocks);
+  if constexpr (sizeof...(kRest) > 0) {
+    if (head_dim != kHeadDim) return dispatch_head_dim<kArch>(op, head_dim, f, std::integer_sequence<int, kRest...>());
+  }
+  if (head_dim != kHeadDim) detail::fail<NotSupported>(op, "no kernel was built for head dim ", head_dim);
+  return f(Tr());
+}
+
+template <int... kHeadDims>
+constexpr bool contains(int head_dim, std::integer_sequence<int, kHeadDims...>) {
+  return ((head_dim == kHeadDims) || ...);
+}
+
+}  // namespace head_dim_detail
+
+template <Arch kArch>
+constexpr bool has_head_dim(int head_dim) {
+  return head_dim_detail::contains(head_dim, head_dims<kArch>());
+}
+
+// Returns f(Traits<kArch, head_dim>()). Throws NotSupported for a head dim that is not built.
+template <Arch kArch, typename F>
+auto dispatch_head_dim(const char* op, int head_dim, const F& f) {
+  return head_dim_detail::dispatch_head_dim<kArch>(op, head_dim, f, head_dims<kArch>());
+}
+
+}  // namespace illada::attention
