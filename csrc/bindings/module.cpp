@@ -32,6 +32,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.attr("__version__") = ILLADA_VERSION;
   m.def("build_info", &info);
   illada::bindings::define_attention(m);
+  illada::bindings::define_cpu_calls(m);
   illada::bindings::define_device(m);
   illada::bindings::define_loss(m);
   illada::bindings::define_sampling(m);

@@ -1,4 +1,5 @@
-// What the library's only way to launch a kernel does with an empty grid or block: see tests/builds/test_launch_shape.py.
+// What the library's only way to launch a kernel does with an empty grid or block: see
+// tests/builds/test_launch_shape.py.
 #include <cstdio>
 #include <stdexcept>
 

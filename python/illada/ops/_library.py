@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterable, Sequence
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 import torch
@@ -13,7 +15,19 @@ from torch.autograd.function import FunctionCtx
 from torch.autograd.graph import increment_version
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from illada._native import require_cuda_build
+from illada._native import native, require_cuda_build
+
+
+@functools.cache
+def cpu_calls() -> ModuleType:
+    """Return the native calls of ops on plain CPU tensors (csrc/bindings/cpu_calls.cpp).
+
+    They handle no call, and so return None or False, before torch 2.10: it does not describe tensors to C.
+    """
+    calls = native().cpu_calls
+    calls.use_torch(torch, _ALWAYS)
+    return calls
+
 
 #: An argument that is passed on as it came: its type is that of the op's schema, which torch's dispatcher holds.
 Argument: TypeAlias = Any
@@ -263,28 +277,89 @@ def register_autograd(op: str, backward: Callable, setup_context: Callable | Non
     LIBRARY.impl(op, differentiable, "Autograd", with_keyset=True)
 
 
+def _watched() -> Callable[[], bool]:
+    """Return the function `watched`, which looks up what it calls once, because a call takes only some microseconds."""
+    is_compiling, profiled = torch.compiler.is_compiling, torch.autograd._profiler_enabled
+    keys_added, modes = torch._C._dispatch_tls_local_include_set, torch._C._len_torch_function_stack
+
+    def watched() -> bool:
+        """Return whether a call must go through the dispatcher, whatever its tensors are.
+
+        So it is under torch.compile, export and tracing, modes, transforms, forward-mode AD and a profiler.
+        """
+        return bool(is_compiling() or keys_added().raw_repr() != _ALWAYS or modes() or profiled() or in_forward_mode())
+
+    return watched
+
+
+watched = _watched()
+
+
+def plain_call(tensor: Tensor) -> bool:
+    """Return whether a call with this tensor may ask the native checks of `cpu_calls`."""
+    return not torch.compiler.is_compiling() and tensor.is_cpu
+
+
+def direct(op: str, differentiable: int, keep: Callable[..., Any], backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the call of the op on plain CPU tensors, which returns the first result alone.
+
+    It is for functions whose native checks passed. Autograd.Function takes time for each input and
+    each output, so here it has only those that are needed.
+
+    Args:
+        op: Name of the op.
+        differentiable: How many of the first inputs may want gradients.
+        keep: Function of (ctx, inputs, results) that saves what `backward` needs, as a setup_context. It returns the
+            outputs that autograd is told of, of which the first is returned.
+        backward: Function of (ctx, gradient of the first result) that returns the gradients of the first inputs.
+    """
+    overload = getattr(torch.ops.illada, op).default
+    kernel = _KERNELS[op][_bits("CPU")]
+    grad_enabled, wants_grad, excluded = torch.is_grad_enabled, _any_wants_grad, _autograd_excluded
+
+    def forward(ctx: Context, others: tuple[Any, ...], *tensors: Tensor) -> Any:
+        inputs = (*tensors, *others)
+        results = kernel(*inputs)
+        return keep(ctx, inputs, results)
+
+    def of_tensors(ctx: Context, gradient: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, *backward(ctx, gradient)
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(of_tensors)}
+    function: Any = type(f"illada_{op}", (torch.autograd.Function,), methods)
+    formula = super(torch.autograd.Function, function).apply
+
+    def call(*inputs: Argument) -> Any:
+        tensors = inputs[:differentiable]
+        if not grad_enabled() or not wants_grad(*tensors):
+            return kernel(*inputs)[0]
+        if excluded(_AUTOGRAD):  # inside the kernel of another op, which autograd records
+            return overload(*inputs)[0]
+        return formula(inputs[differentiable:], *tensors)[0]
+
+    return call
+
+
+_autograd_excluded, _AUTOGRAD = (
+    torch._C._dispatch_tls_is_dispatch_key_excluded,
+    torch._C.DispatchKey.AutogradFunctionality,
+)
+
+
 def caller(op: str) -> Callable:
     """Return a fast call of the op, for functions that have checked that its tensors are on one device.
 
-    It calls the kernel or the formula directly where the dispatcher would do the same. It uses the dispatcher under
-    torch.compile, export and tracing, modes, transforms and a profiler, and for subclasses.
+    It calls the kernel or the formula directly where the dispatcher would do the same. It uses the dispatcher for
+    `watched` calls and for subclasses.
     """
     overload = getattr(torch.ops.illada, op).default
     tensors = [i for i, argument in enumerate(overload._schema.arguments) if "Tensor" in str(argument.type)]
     cpu, cuda = (_KERNELS[op].get(_bits(key)) for key in ("CPU", "CUDA"))
     formula, types = _FORMULAS.get(op), (Tensor, torch.nn.Parameter)
-    # Look these up once, because a call takes only some microseconds.
-    is_compiling, profiled, grad_enabled = (
-        torch.compiler.is_compiling,
-        torch.autograd._profiler_enabled,
-        torch.is_grad_enabled,
-    )
-    keys_added, modes = torch._C._dispatch_tls_local_include_set, torch._C._len_torch_function_stack
-    wants_grad, excluded = _any_wants_grad, torch._C._dispatch_tls_is_dispatch_key_excluded
-    autograd_key = torch._C.DispatchKey.AutogradFunctionality
+    grad_enabled, wants_grad, excluded = torch.is_grad_enabled, _any_wants_grad, _autograd_excluded
 
     def call(*inputs: Argument) -> Any:
-        if is_compiling() or keys_added().raw_repr() != _ALWAYS or modes() or profiled() or in_forward_mode():
+        if watched():
             return overload(*inputs)
         for i in tensors:
             tensor = inputs[i]
@@ -295,7 +370,7 @@ def caller(op: str) -> Callable:
             return overload(*inputs)
         if formula is None or not grad_enabled() or not wants_grad(*inputs):
             return kernel(*inputs)
-        if excluded(autograd_key):  # inside the kernel of another op, which autograd records
+        if excluded(_AUTOGRAD):  # inside the kernel of another op, which autograd records
             return overload(*inputs)
         return formula(kernel, None, *inputs)
 

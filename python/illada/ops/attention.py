@@ -112,15 +112,21 @@ def _sequences(plan: Tensor, group: int) -> Iterator[tuple[slice, slice]]:
 
 
 _MOST_HEAD_DIM = 256  # largest head dim of csrc/cpu
+_ALL_KEYS = 2**31
 _BFLOAT16_KEYS = 64  # with more keys, torch is faster if the processor multiplies in bfloat16
+
+
+def _most_keys(q: Tensor) -> int:
+    """Return the most keys of a sequence that csrc/cpu computes; torch gets those with more."""
+    return _BFLOAT16_KEYS if q.dtype == torch.bfloat16 and native().multiplies_bfloat16() else _ALL_KEYS
 
 
 def _shares(plan: Tensor, q: Tensor) -> tuple[Tensor, Tensor | None]:
     """Split the rows of a plan into those for csrc/cpu and those for torch; None if torch gets no row."""
     if q.dtype == torch.float16 or q.shape[2] > _MOST_HEAD_DIM:
         return plan[:0], plan
-    if q.dtype == torch.bfloat16 and native().multiplies_bfloat16():
-        many = plan[:, 3] - plan[:, 2] > _BFLOAT16_KEYS
+    if (most := _most_keys(q)) == _BFLOAT16_KEYS:
+        many = plan[:, 3] - plan[:, 2] > most
         if many.any():
             return plan[~many], plan[many]
     return plan, None
@@ -196,6 +202,11 @@ def _check_cpu_plan(plan: Tensor, num_sequences: int) -> None:
 def _fwd_cpu(
     q: Tensor, k: Tensor, v: Tensor, plan: Tensor, num_sequences: int, softmax_scale: float, deterministic: bool
 ) -> tuple[Tensor, Tensor]:
+    results = lib.cpu_calls().varlen_attention(
+        *(q, k, v, plan, num_sequences, softmax_scale, _MOST_HEAD_DIM, _most_keys(q))
+    )
+    if results is not None:
+        return results
     _check_cpu_plan(plan, num_sequences)
     out, lse = q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
     plan, others = _shares(plan, q)
@@ -288,10 +299,16 @@ def _bwd_cpu(
     softmax_scale: float,
     deterministic: bool,
 ) -> tuple[Tensor, ...]:
-    _check_cpu_plan(plan, num_sequences)
     # torch would compute the products of a call with dlse in float32, where it gains nothing. Its bits would depend on
     # the number of threads.
     by_torch = dlse is None or q.dtype != torch.bfloat16 or q.shape[2] > _MOST_HEAD_DIM
+    most_keys = _most_keys(q) if by_torch else _ALL_KEYS
+    grads = lib.cpu_calls().varlen_attention_backward(
+        *(dout, dlse, q, k, v, out, lse, plan, num_sequences, softmax_scale, _MOST_HEAD_DIM, most_keys)
+    )
+    if grads is not None:
+        return grads
+    _check_cpu_plan(plan, num_sequences)
     plan, others = _shares(plan, q) if by_torch else (plan, None)
     theirs = None
     if others is not None:
@@ -425,6 +442,11 @@ def _setup_context(ctx: _Context, inputs: tuple[lib.Argument, ...], output: tupl
     ctx.set_materialize_grads(False)
 
 
+def _keep(ctx: _Context, inputs: tuple[lib.Argument, ...], output: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    _setup_context(ctx, inputs, output)
+    return output[:1]
+
+
 def _backward(ctx: _Context, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     if dout is None and dlse is None:
         return None, None, None, None, None, None, None
@@ -440,6 +462,7 @@ lib.implement("varlen_attention_bwd", _bwd_fake, cpu=_bwd_cpu, cuda=_bwd_cuda)
 lib.register_autograd("varlen_attention_fwd", _backward, _setup_context)
 lib.raise_on_double_backward("varlen_attention_bwd")
 _call_plan = lib.caller("attention_plan")
+_attend_directly = lib.direct("varlen_attention_fwd", 3, _keep, lambda ctx, dout: _backward(ctx, dout, None)[:3])
 _call_fwd, _call_bwd = lib.caller("varlen_attention_fwd"), lib.caller("varlen_attention_bwd")
 
 
@@ -587,6 +610,10 @@ def varlen_attention(
             multiples of 8 elements, 16-byte aligned data).
     """
     op = "varlen_attention"
+    if plan is not None and cu_seqlens_k is None and not return_lse and lib.plain_call(q):
+        scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
+        if 0 < scale < math.inf and lib.cpu_calls().attention_fits(q, k, v, cu_seqlens, plan):
+            return _attend_directly(q, k, v, plan[0], plan[5], scale, deterministic)
     if (dtype := autocast_dtype(q.device)) is not None:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     lib.check_dtype(op, "q", q, _DTYPES)

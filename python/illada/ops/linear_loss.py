@@ -24,6 +24,7 @@ from illada.ops.loss import (
     check_targets,
     kernel_targets,
     logits_dtypes,
+    plain_scale,
     resolve_normalizer,
     split_normalizer,
     weighted_sum,
@@ -66,6 +67,17 @@ def _fwd_cpu(
     *arguments: lib.Argument,
     into: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
+    if into is None:
+        results = lib.cpu_calls().linear_masked_cross_entropy(
+            hidden, weight, targets, token_weights, rows, *arguments[:-1], _CHUNK_BYTES_CPU
+        )
+        if results is not None:
+            loss, nll, d_hidden, d_weight = results
+            if d_hidden is None:
+                d_hidden = torch.empty(0, dtype=hidden.dtype, device="cpu")
+            if d_weight is None:
+                d_weight = torch.empty(0, dtype=arguments[-2], device="cpu")
+            return loss, nll, d_hidden, d_weight
     all_weighted = rows is None
     if rows is None:  # on a CPU the host may read the weights
         found = token_weights.nonzero()
@@ -279,6 +291,9 @@ def _scale(grad: Tensor, factor: Tensor) -> None:
 
 
 def _bwd_cpu(dloss: Tensor, hidden_grad: Tensor, weight_grad: Tensor) -> tuple[Tensor, Tensor]:
+    grads = lib.cpu_calls().scaled_gradients(dloss, hidden_grad, weight_grad)
+    if grads is not None:
+        return grads
     factor = float(dloss)
     return hidden_grad * factor, weight_grad * factor
 
@@ -379,6 +394,22 @@ def _backward(ctx: _Context, dloss: Tensor | None, *unused: Tensor | None) -> tu
     return d_hidden if wants_hidden else None, d_weight if wants_weight else None, *_NO_GRADIENTS
 
 
+def _keep(ctx: _Context, inputs: tuple[lib.Argument, ...], output: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    loss, _, hidden_grad, weight_grad = output
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(hidden_grad, weight_grad)
+    ctx.needs = inputs[8], inputs[9]
+    return loss, hidden_grad  # of the second, see _setup_context; one of the gradients is enough
+
+
+def _backward_directly(ctx: _Context, dloss: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    if dloss is None:
+        return None, None
+    d_hidden, d_weight = _call_bwd(dloss, *ctx.saved_tensors)
+    wants_hidden, wants_weight = ctx.needs
+    return d_hidden if wants_hidden else None, d_weight if wants_weight else None
+
+
 lib.implement("linear_masked_ce_fwd", _fwd_fake, cpu=_fwd_cpu, cuda=_fwd_cuda)
 lib.implement("linear_masked_ce_fwd_", _fwd_into_fake, cpu=_fwd_into_cpu, cuda=_fwd_into_cuda)
 lib.implement("linear_masked_ce_bwd", _bwd_fake, cpu=_bwd_cpu, cuda=_bwd_cuda)
@@ -386,6 +417,7 @@ lib.implement("linear_masked_ce_bwd_", _bwd_inplace_fake, cpu=_bwd_inplace, cuda
 lib.register_autograd("linear_masked_ce_fwd", _backward, _setup_context)
 lib.raise_on_double_backward("linear_masked_ce_bwd")
 _call_fwd, _call_bwd = lib.caller("linear_masked_ce_fwd"), lib.caller("linear_masked_ce_bwd")
+_fwd_directly = lib.direct("linear_masked_ce_fwd", 2, _keep, _backward_directly)
 
 
 class _IntoGradient(torch.autograd.Function):
@@ -529,6 +561,22 @@ def linear_masked_cross_entropy(
         NotImplementedError: No kernel was built for this device.
     """
     op = "linear_masked_cross_entropy"
+    if (
+        (rows is chunk_rows is grad_weight_dtype is grad_weight is None)
+        and not (return_nll or filter_eps)
+        and lib.plain_call(hidden)
+    ):
+        scale = plain_scale(normalizer)
+        if scale is not None and lib.cpu_calls().linear_cross_entropy_fits(hidden, weight, targets, token_weights):
+            tensors, dtype = (hidden, weight, targets, token_weights, None, None), hidden.dtype
+            grads = (hidden.requires_grad, weight.requires_grad) if torch.is_grad_enabled() else (False, False)
+            if grads == (False, False):  # without the empty gradients of the op
+                results = lib.cpu_calls().linear_masked_cross_entropy(
+                    *(*tensors, scale, 0, False, False, dtype, torch.float32, _CHUNK_BYTES_CPU)
+                )
+                if results is not None:
+                    return results[0]
+            return _fwd_directly(*tensors, scale, 0, *grads, dtype, torch.float32, 0.0)
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         lib.check_shape(op, "hidden", hidden, ("T", "C"))
         lib.check_shape(op, "weight", weight, ("V", hidden.shape[1]))

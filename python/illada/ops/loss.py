@@ -94,6 +94,20 @@ def _row_results(logits: Tensor, token_weights: Tensor) -> tuple[Tensor, Tensor,
     return token_weights.new_empty(rows), token_weights.new_empty(rows), token_weights.new_empty(rows, 2)
 
 
+def _fwd_cpu(
+    logits: Tensor,
+    targets: Tensor,
+    token_weights: Tensor,
+    normalizer: Tensor | None,
+    scale: float,
+    inplace_backward: bool,
+) -> tuple[Tensor, ...]:
+    results = lib.cpu_calls().masked_cross_entropy(logits, targets, token_weights, normalizer, scale)
+    if results is not None:
+        return results
+    return _fwd(logits, targets, token_weights, normalizer, scale, inplace_backward)
+
+
 def _fwd(
     logits: Tensor,
     targets: Tensor,
@@ -146,6 +160,11 @@ def _bwd_into(
     )
 
 
+def _bwd_cpu(logits: Tensor, *arguments: lib.Argument) -> Tensor:
+    grad = lib.cpu_calls().masked_cross_entropy_backward(logits, *arguments)
+    return _bwd(logits, *arguments) if grad is None else grad
+
+
 def _bwd(logits: Tensor, *arguments: lib.Argument) -> Tensor:
     grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
     _bwd_into(grad, logits, *arguments)
@@ -189,6 +208,14 @@ def _setup_context(ctx: _Context, inputs: tuple[lib.Argument, ...], output: tupl
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(logits, targets, token_weights, normalizer, lse_parts)
     ctx.overwritten = False
+
+
+def _keep(ctx: _Context, inputs: tuple[lib.Argument, ...], output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    logits, targets, token_weights, normalizer, ctx.scale, ctx.inplace = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(logits, targets, token_weights, normalizer, output[3])
+    ctx.overwritten = False
+    return output[:1]
 
 
 def _saved_through_hooks(ctx: _Context) -> bool:
@@ -238,13 +265,14 @@ def _backward(
     return grad, *(None,) * 5
 
 
-lib.implement("masked_ce_fwd", _fwd_fake, cpu=_fwd, cuda=_fwd)
-lib.implement("masked_ce_bwd", _bwd_fake, cpu=_bwd, cuda=_bwd)
+lib.implement("masked_ce_fwd", _fwd_fake, cpu=_fwd_cpu, cuda=_fwd)
+lib.implement("masked_ce_bwd", _bwd_fake, cpu=_bwd_cpu, cuda=_bwd)
 lib.implement("masked_ce_bwd_", _bwd_inplace_fake, cpu=_bwd_inplace, cuda=_bwd_inplace)
 lib.implement("masked_ce_shard_fwd", _shard_fwd_fake, cpu=_shard_fwd, cuda=_shard_fwd)
 lib.register_autograd("masked_ce_fwd", _backward, _setup_context)
 lib.raise_on_double_backward("masked_ce_bwd")
 _call_fwd, _call_bwd = lib.caller("masked_ce_fwd"), lib.caller("masked_ce_bwd")
+_fwd_directly = lib.direct("masked_ce_fwd", 1, _keep, lambda ctx, dloss: _backward(ctx, dloss, None, None, None)[:1])
 
 
 # --------------------------------------------------------------------------------------------------- public functions
@@ -325,6 +353,15 @@ def check_targets(
         full_scale(normalizer, 1.0, op)
 
 
+def plain_scale(normalizer: float | Tensor | None) -> float | None:
+    """Return the factor of the loss for a normalizer that is a correct number or None; otherwise None."""
+    if normalizer is None:
+        return 1.0
+    if isinstance(normalizer, (float, int)) and 0 < normalizer < math.inf:
+        return 1.0 / normalizer
+    return None
+
+
 def split_normalizer(
     op: str, normalizer: float | Tensor | None, name: str, like: Tensor
 ) -> tuple[Tensor | None, float]:
@@ -387,6 +424,10 @@ def masked_cross_entropy(
         RuntimeError: A second backward with `inplace_backward`, or another op needs the overwritten logits.
     """
     op = "masked_cross_entropy"
+    if rows is None and not (return_nll or return_lse or inplace_backward) and lib.plain_call(logits):
+        scale = plain_scale(normalizer)
+        if scale is not None and lib.cpu_calls().cross_entropy_fits(logits, targets, token_weights):
+            return _fwd_directly(logits, targets, token_weights, None, scale, False)
     check_logits(op, logits)
     lib.check_same_device(
         op, ("logits", logits), ("targets", targets), ("token_weights", token_weights), ("rows", rows)

@@ -92,6 +92,21 @@ def _sample(logits: Tensor, *arguments: lib.Argument) -> tuple[Tensor, ...]:
     return out
 
 
+def _sample_at_once(logits: Tensor, arguments: tuple[lib.Argument, ...]) -> tuple[Tensor, ...] | None:
+    """Return the results of one native call, or None where it does not take these arguments: tensors of numbers."""
+    if any(isinstance(argument, Tensor) for argument in arguments):
+        return None
+    results: tuple[Tensor, ...] | None = lib.cpu_calls().sample_tokens(
+        logits, *arguments[:3], *arguments[9:12], *arguments[14:]
+    )
+    return results
+
+
+def _sample_cpu(logits: Tensor, *arguments: lib.Argument) -> tuple[Tensor, ...]:
+    results = _sample_at_once(logits, arguments)
+    return _sample(logits, *arguments) if results is None else results
+
+
 def _linear_sample_chunks(
     hidden: Tensor, weight: Tensor, rows: Tensor | None, *arguments: lib.Argument
 ) -> tuple[Tensor, ...]:
@@ -175,7 +190,8 @@ def _remask_fake(tokens: Tensor, rows: Tensor, cu_rows: Tensor, *arguments: lib.
     return tuple(cu_rows.new_empty(cu_rows.shape[0] - 1, dtype=dtype) for dtype in dtypes)
 
 
-lib.implement("sample_tokens", _sample_fake, cpu=_sample, cuda=_sample)
+lib.implement("sample_tokens", _sample_fake, cpu=_sample_cpu, cuda=_sample)
+_call_sample = lib.caller("sample_tokens")
 lib.implement("linear_sample_tokens", _linear_sample_fake, cpu=_linear_sample_chunks, cuda=_linear_sample_cuda)
 lib.implement("remask", _remask_fake, cpu=_remask, cuda=_remask)
 
@@ -328,15 +344,19 @@ def sample_tokens(
         NotImplementedError: No kernel was built for this device.
     """
     op = "sample_tokens"
-    lib.check_shape(op, "logits", logits, ("N", "V"))
-    lib.check_dtype(op, "logits", logits, _dtypes(logits))
-    lib.check_last_contiguous(op, "logits", logits)
+    fits = lib.plain_call(logits) and lib.cpu_calls().sample_fits(logits)
+    if not fits:
+        lib.check_shape(op, "logits", logits, ("N", "V"))
+        lib.check_dtype(op, "logits", logits, _dtypes(logits))
+        lib.check_last_contiguous(op, "logits", logits)
     arguments = _sample_arguments(
         op, logits.shape[0], logits.shape[1], logits, temperature=temperature, seed=seed, step=step, row_ids=row_ids,
         measure=measure, logit_bias=logit_bias, top_k=top_k, top_p=top_p,
         confidence_at_temperature=confidence_at_temperature, extras=extras,
     )  # fmt: skip
-    return _as_sample(torch.ops.illada.sample_tokens(logits.detach(), *arguments), arguments)
+    if fits and (results := _sample_at_once(logits, arguments)) is not None:
+        return _as_sample(results, arguments)
+    return _as_sample(_call_sample(logits.detach(), *arguments), arguments)
 
 
 def linear_sample_tokens(
