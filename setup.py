@@ -51,6 +51,7 @@ class PythonBuild(build_py):
     """With SHIPPED, and without what an earlier build left: a module that was deleted must not be in the next wheel."""
 
     def run(self) -> None:
+        """Copy the package and the folders that are shipped inside it."""
         package = Path(self.build_lib) / "illada"
         if not self.editable_mode:
             shutil.rmtree(package, ignore_errors=True)
@@ -66,6 +67,7 @@ class CMakeBuild(build_ext):
     """One CMake configure, build and install; the module lands where setuptools wants it."""
 
     def build_extension(self, ext: Extension) -> None:
+        """Configure, build and install the native module."""
         import pybind11
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
@@ -100,6 +102,7 @@ class CMakeBuild(build_ext):
         shutil.copy(built, target)  # not copy2: an older mtime would keep an editable install from being updated
 
     def run_cmake(self, command: list[str]) -> None:
+        """Run a command of CMake; SystemExit with a hint where it fails."""
         self.announce(" ".join(command), level=2)
         try:
             subprocess.run(command, check=True)
@@ -131,7 +134,7 @@ def build_choices(nvcc: str) -> dict[str, str]:
 
 
 def forget_other_build(build_dir: Path, choices: dict[str, str]) -> None:
-    """Removes the cache and the objects of a build that was made by other choices; fetched headers stay."""
+    """Remove the cache and the objects of a build that was made by other choices; fetched headers stay."""
     stamp, now = build_dir / "illada-choices.json", json.dumps(choices, indent=1)
     if not stamp.exists() or stamp.read_text() != now:
         (build_dir / "CMakeCache.txt").unlink(missing_ok=True)

@@ -60,7 +60,7 @@ torch.autograd.grad(loss, leaves)
 
 
 def run(code: str, *options: str) -> str:
-    """Runs Python code under the simulator; what it printed."""
+    """Run Python code under the simulator; what it printed."""
     environment = {**os.environ, "PYTHONPATH": f"{CUSIM}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     command = [str(CUSIM / "cusim"), "run", *options, "--", sys.executable, "-c", code]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -70,7 +70,7 @@ def run(code: str, *options: str) -> str:
 
 
 def counters(code: str, kernel: str) -> list[dict]:
-    """The reports of the launches whose names contain `kernel`."""
+    """Return the reports of the launches whose names contain `kernel`."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report"
         run(code, "--report", str(report))
@@ -78,6 +78,7 @@ def counters(code: str, kernel: str) -> list[dict]:
 
 
 def main() -> None:
+    """Compare the kernels' counters with what they should be; exit with an error where they differ."""
     faults = []
 
     def expect(what: str, value: float, low: float, high: float) -> None:
@@ -165,23 +166,24 @@ def main() -> None:
     reports = counters(LOSS.format(rows=rows, vocab=vocab, width=width), "illada_linear_masked_cross_entropy")
     name = f"linear_masked_cross_entropy, {rows} x {width} x {vocab}, bfloat16"
     expect(f"{name}: launches", len(reports), 9, 9)
-    logits, again, hidden_grad, weight_grad = (r for r in reports if re.search("(logits|grad)_sm90", r["kernel"]))
+    by_gemm = [r for r in reports if re.search("(logits|grad)_sm90", r["kernel"])]
+    logit_gemm, again, hidden_grad, weight_grad = by_gemm
     # A pair of CTAs has a tile of 256 x 256, and reads 64 KB for 64 of K.
     tile = 64 * 1024
     planned = (rows // 256) * (vocab // 256) * (width // 64) * tile  # as much for each GEMM
-    for gemm, report, stored in (
-        ("logits", logits, rows * vocab * 2),
+    for gemm, counted, stored in (
+        ("logits", logit_gemm, rows * vocab * 2),
         ("gradient of hidden", hidden_grad, 8 * rows * width * 4),  # eight splits of the vocabulary
         ("gradient of the weight", weight_grad, vocab * width * 4),
     ):
-        memory = report["global"]
+        memory = counted["global"]
         expect(f"{name}, {gemm}: bytes loaded in tiles / planned", memory["tma_load_bytes"] / planned, 1.0, 1.0)
         expect(f"{name}, {gemm}: bytes stored in tiles / of the result", memory["tma_store_bytes"] / stored, 1.0, 1.0)
     expect(f"{name}: bytes moved to do again what needs no second time", again["global"]["tma_load_bytes"], 0, 0)
     conflicts = sum(r["shared"]["conflict_excess"] + r["shared"]["matrix_conflict_excess"] for r in reports)
     expect(f"{name}: bank conflicts of all launches", conflicts, 0, 0)
     expect(f"{name}: local memory accesses of all launches", sum(r["local_accesses"] for r in reports), 0, 0)
-    cycles = {pipe: count for pipe, count in logits["min_cycles"].items() if pipe not in ("L2", "HBM")}
+    cycles = {pipe: count for pipe, count in logit_gemm["min_cycles"].items() if pipe not in ("L2", "HBM")}
     tensor = cycles.pop("tensor")
     other = max(cycles, key=cycles.__getitem__)
     expect(f"{name}: cycles of the tensor cores / of the next busiest pipe ({other})", tensor / cycles[other], 1.0, 10)

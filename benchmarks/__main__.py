@@ -10,25 +10,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-#: Command to module of this package, in the order of `all`: short cases first, which leave more of a time budget.
-#: Each has `DEVICES`, `cases(device) -> list[Case]`, `quick(device)`, those of --quick, `goals(records) -> list[Goal]`
-#: and `providers(device)`, names for --provider and --list. What else one may have:
-#: DIRECTIONS, SPREAD     `cases` takes one of the directions, and another spread
-#: OWN, own(shapes, device)    shapes of one's own that it takes, see `shapes`, and the cases of such
-#: LEAST_VOCAB            the least --vocab that these can have; default: 1
-#: WAYS_DOC               what says more of the providers than the module's own text
-#: rivals(provider)       of a peer: does it the same job, so that it must not be faster? Default: all do
-BENCHES = {
-    "overhead": ".overhead",
-    "attention": ".attention",
-    "remask": ".remask",
-    "loss": ".loss",
-    "generate": ".generate",
-    "score": ".score",
-    "train-step": ".train_step",
-}
+from .registry import BENCHES
+
+if TYPE_CHECKING:
+    import torch  # imported only by what needs it: the command's help is fast
+
 ALL = "all"
 
 EPILOG = """\
@@ -65,8 +53,8 @@ class Plan:
     cases: list[Any]
 
 
-def choose_device(supported: Sequence[str], wanted: str | None = None):
-    """The torch.device to run on: `wanted`, else the GPU if there are one and kernels for it. ValueError: why not."""
+def choose_device(supported: Sequence[str], wanted: str | None = None) -> torch.device:
+    """Return the device to run on: `wanted`, else the GPU if there are one and kernels for it. ValueError: why not."""
     import torch
 
     from illada._native import has_cuda
@@ -160,7 +148,7 @@ def refuse_unwritable(path: Path) -> None:
 
 
 def plan(name: str, options: argparse.Namespace) -> Plan:
-    """One bench's cases. ValueError: it has no such device, direction, shape or provider."""
+    """Return one bench's cases. ValueError: it has no such device, direction, shape or provider."""
     from . import shapes
 
     bench = importlib.import_module(BENCHES[name], __package__)
@@ -184,7 +172,7 @@ def plan(name: str, options: argparse.Namespace) -> Plan:
 
 
 def plans(options: argparse.Namespace) -> list[Plan]:
-    """What is to be run. ValueError: there is no such thing."""
+    """Return what is to be run. ValueError: there is no such thing."""
     from . import shapes
 
     own = shapes.given(options).given
@@ -211,11 +199,11 @@ def plans(options: argparse.Namespace) -> list[Plan]:
 
 
 def show_list(found: Sequence[Plan]) -> None:
-    """What cases and providers are, and which there are."""
+    """Print what cases and providers are, and which there are."""
     print(LISTED)
     for p in found:
         print(f"==== {p.name}\n\n{(p.bench.__doc__ or '').strip()}\n")
-        if more := getattr(p.bench, "WAYS_DOC", None):
+        if more := getattr(p.bench, "PROVIDERS_DOC", None):
             print(f"{more.strip()}\n")
         print(
             f"providers of {p.name} on {p.device.type}:\n"
@@ -225,7 +213,7 @@ def show_list(found: Sequence[Plan]) -> None:
 
 
 def row(record: dict[str, Any], records: Sequence[dict[str, Any]]) -> str:
-    """One line for a result that has just come; what came with it says how many times ours it takes."""
+    """Return one line for a result that has just come; what came with it says how many times ours it takes."""
     from . import runner
 
     timing = ", graph" if record["timing"] == "graph" else ""
@@ -369,7 +357,7 @@ def finish(found: Sequence[Plan], options: argparse.Namespace, lines: Sequence[d
 
 
 def command() -> int:
-    """`main` as a process: signals and a reader that is gone have their exit status."""
+    """Run `main` as a process: signals and a reader that is gone have their exit status."""
     from illada.cli.signals import importing
 
     with importing():

@@ -4,7 +4,7 @@
     DIRECTION cached BxL H/G D...     B blocks of L queries, each against its own, partly filled slot of keys
     plan PACK H/G D...                attention_plan alone, once a batch; the calls above get it for nothing
 
-The peers stand in `attention_ways`. They get for nothing what depends on the lengths alone, as illada gets its plan.
+The peers are in `attention_providers`. They get for nothing what depends on the lengths alone, as illada gets its plan.
 
 `error` is against float32, of the worst row of any head: |got - want| / max(|want|, root mean square of |want|). Who is
 further off than TOLERANCE is left out. Launches are what one call puts on the GPU: kernels, copies and fills.
@@ -22,14 +22,14 @@ from torch import Tensor
 
 from illada.ops import reference
 
-from . import attention_ways, timing
-from .attention_ways import (
-    BACKWARD_WAYS,
-    CPU_WAYS,
-    WAYS,
+from . import attention_providers, timing
+from .attention_providers import (
+    BACKWARD_PROVIDERS,
+    CPU_PROVIDERS,
+    PROVIDERS,
+    AttentionProvider,
     Job,
     Pack,
-    Way,
     cached,
     equal,
     given,
@@ -44,7 +44,7 @@ from .timing import CPU
 DEVICES = ("cpu", "cuda")
 DIRECTIONS = ("fwd", "bwd", "fwdbwd")
 OWN = ("seqlens", "heads", "head_dim", "dtype")
-WAYS_DOC = attention_ways.__doc__
+PROVIDERS_DOC = attention_providers.__doc__
 
 TOLERANCE = {torch.bfloat16: 2**-5, torch.float16: 2**-8, torch.float32: 1e-4}  # 8 roundings of 16-bit results
 GRAPH_FLOPS = 2e11  # up to 0.3 ms on an H100: cases for which launch gaps matter are timed in a graph as well
@@ -60,34 +60,38 @@ CPU_PACKS = [
 ]  # fmt: skip
 
 
-def bind(way: Way, inputs: tuple[Tensor, ...], direction: str) -> Callable[[], tuple[Tensor, ...]]:
-    """A call on these inputs: (out,) of fwd, (dq, dk, dv) of the others; as the way arranges them."""
+def bind(provider: AttentionProvider, inputs: tuple[Tensor, ...], direction: str) -> Callable[[], tuple[Tensor, ...]]:
+    """Return a call on these inputs: (out,) of fwd, (dq, dk, dv) of the others; as the way arranges them."""
     q, k, v, dout = inputs
-    arranged = [way.arrange(x, keys) for x, keys in ((q, False), (k, True), (v, True))]
+    arranged = [provider.arrange(x, keys) for x, keys in ((q, False), (k, True), (v, True))]
     if direction == "fwd":
-        return lambda: (way.attend(*arranged),)
+        return lambda: (provider.attend(*arranged),)
     leaves = [x.detach().requires_grad_() for x in arranged]
-    gradient = way.arrange(dout, False)
+    gradient = provider.arrange(dout, False)
     if direction == "fwdbwd":
-        return lambda: way.differentiate(way.attend(*leaves), leaves, gradient)
+        return lambda: provider.differentiate(provider.attend(*leaves), leaves, gradient)
     made: list[Tensor] = []
 
     def backward() -> tuple[Tensor, ...]:
         if not made:
-            made.append(way.attend(*leaves))
-        return way.differentiate(made[0], leaves, gradient, retain_graph=True)
+            made.append(provider.attend(*leaves))
+        return provider.differentiate(made[0], leaves, gradient, retain_graph=True)
 
     return backward
 
 
 def exact(job: Job, inputs: tuple[Tensor, ...], direction: str) -> tuple[Tensor, ...]:
-    """What `bind`'s call should give for packed tensors, in float32; key-value head by head to spare memory."""
-    group, parts = job.heads // job.kv_heads, []
+    """Return what `bind`'s call should give for packed tensors, in float32; key-value head by head to spare memory."""
+    group = job.heads // job.kv_heads
+    parts: list[tuple[Tensor, ...]] = []
     for g in range(job.kv_heads):
         mine = (slice(g * group, (g + 1) * group), slice(g, g + 1), slice(g, g + 1), slice(g * group, (g + 1) * group))
+        leaves: list[Tensor]
         *leaves, dout = (x[:, part].float() for x, part in zip(inputs, mine, strict=True))
         if direction == "fwd":
-            parts.append((reference.varlen_attention(*leaves, **job.lengths),))
+            out = reference.varlen_attention(*leaves, **job.lengths)
+            assert isinstance(out, Tensor)  # without return_lse
+            parts.append((out,))
         else:
             leaves = [x.requires_grad_() for x in leaves]
             parts.append(torch.autograd.grad(reference.varlen_attention(*leaves, **job.lengths), leaves, dout))
@@ -101,10 +105,10 @@ def row_error(got: Tensor, want: Tensor) -> float:
     return float(((got.float() - want).norm(dim=-1) / size.clamp(min=least)).max())
 
 
-def check(way: Way, want: tuple[Tensor, ...], tolerance: float, result: tuple[Tensor, ...]) -> float:
-    """The worst error of a result. ValueError: it is more than `tolerance`, or NaN."""
+def check(provider: AttentionProvider, want: tuple[Tensor, ...], tolerance: float, result: tuple[Tensor, ...]) -> float:
+    """Return the worst error of a result. ValueError: it is more than `tolerance`, or NaN."""
     are_keys = (False,) if len(want) == 1 else (False, True, True)
-    got = [way.restore(x.detach(), keys) for x, keys in zip(result, are_keys, strict=True)]
+    got = [provider.restore(x.detach(), keys) for x, keys in zip(result, are_keys, strict=True)]
     worst = max(row_error(a, b) for a, b in zip(got, want, strict=True))
     if not worst <= tolerance:
         raise ValueError(f"wrong: a row is off by {worst:.1e} of its length, {tolerance:.1e} is allowed")
@@ -112,30 +116,32 @@ def check(way: Way, want: tuple[Tensor, ...], tolerance: float, result: tuple[Te
 
 
 def count(job: Job, call: Callable[[], Any], result: Any = None) -> dict[str, int]:
-    """What a record says of its job, and on a GPU how many launches one call is."""
+    """Return what a record says of its job, and on a GPU how many launches one call is."""
     found = {"sequences": len(job.pack.lengths), "longest": max(job.pack.keys)}
     launches = timing.launches(call) if job.device.type == "cuda" else None
     return found if launches is None else {**found, "launches": launches}
 
 
 def make_case(job: Job, direction: str = "fwd", names: Sequence[str] | None = None) -> Case:
-    """One job in one direction by all providers of its device, or by those of these names."""
+    """Return the case of one job in one direction by all providers of its device, or by those of these names."""
     on_gpu = job.device.type == "cuda"
     flops = job.flops(direction)
     tolerance = TOLERANCE[job.dtype]
 
-    def provider(name: str, make_way: Callable[[Job], Way], inputs: list, want: tuple[Tensor, ...]) -> Provider:
+    def offer(
+        name: str, make_provider: Callable[[Job], AttentionProvider], inputs: list, want: tuple[Tensor, ...]
+    ) -> Provider:
         try:
-            way = make_way(job)
-            first, *others = (bind(way, x, direction) for x in inputs)
+            provider = make_provider(job)
+            first, *others = (bind(provider, x, direction) for x in inputs)
         except Exception as error:  # not installed, not in this version of torch, not for this device
             if name == "illada" and not isinstance(error, NotImplementedError):
                 raise
             return Provider(name, lambda: None, unavailable=reason(error))
 
-        error = partial(check, way, want, tolerance)
+        worst = partial(check, provider, want, tolerance)
         counts = partial(count, job, first)
-        return Provider(name, first, error=error, counts=counts, rotating=[first, *others] if others else [])
+        return Provider(name, first, error=worst, counts=counts, rotating=[first, *others] if others else [])
 
     def make() -> list[Provider]:
         in_graph = on_gpu and direction == "fwd" and flops <= GRAPH_FLOPS
@@ -143,9 +149,11 @@ def make_case(job: Job, direction: str = "fwd", names: Sequence[str] | None = No
             job.inputs(seed) for seed in range(timing.input_sets(job.bytes("fwd"), job.device) if in_graph else 1)
         ]
         want = exact(job, inputs[0], direction)
-        ways = CPU_WAYS if not on_gpu else WAYS if direction == "fwd" else BACKWARD_WAYS
+        providers = CPU_PROVIDERS if not on_gpu else PROVIDERS if direction == "fwd" else BACKWARD_PROVIDERS
         return [
-            provider(name, make_way, inputs, want) for name, make_way in ways.items() if names is None or name in names
+            offer(name, make_provider, inputs, want)
+            for name, make_provider in providers.items()
+            if names is None or name in names
         ]
 
     return Case(
@@ -197,7 +205,7 @@ def quick(device: torch.device = CPU, direction: str = "fwd") -> list[Case]:
 
 
 def own(shapes: Shapes, device: torch.device = CPU, direction: str = "fwd") -> list[Case]:
-    """These packs, without plans alone."""
+    """Return these packs, without plans alone."""
     packs, heads, dim, dtype = defaults(device)
     if shapes.seqlens:
         packs = [given(shapes.seqlens)]
@@ -208,7 +216,7 @@ def own(shapes: Shapes, device: torch.device = CPU, direction: str = "fwd") -> l
 
 def providers(device: torch.device = CPU) -> list[str]:
     """Of all directions."""
-    return list(BACKWARD_WAYS if device.type == "cuda" else CPU_WAYS)
+    return list(BACKWARD_PROVIDERS if device.type == "cuda" else CPU_PROVIDERS)
 
 
 # ---------------------------------------------------------------------------------------------------------------- goals

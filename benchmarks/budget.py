@@ -35,7 +35,7 @@ class Share:
         return self.seconds - (time.monotonic() - self.began)
 
     def spent(self) -> float:
-        """The part that is over, from 0 on."""
+        """Return the part that is over, from 0 on."""
         return (time.monotonic() - self.began) / self.seconds if self.seconds > 0 else 1.0
 
     def start(self) -> None:
@@ -80,7 +80,7 @@ class Budget:
         self.cases = cases
 
     def share(self) -> Share:
-        """The part of the next case."""
+        """Return the part of the next case."""
         part = (self.deadline - time.monotonic()) / max(self.cases, 1)
         self.cases -= 1
         return Share(part)

@@ -27,14 +27,14 @@ REPEATS = {"cpu": 7, "cuda": 30}
 
 
 def cases(measured: Sequence[Case], device: torch.device) -> list[Case]:
-    """The yardsticks of these cases: a copy where bytes are counted, a product of each dtype where FLOPs are."""
+    """Return the yardsticks of these cases: a copy where bytes are counted, a product of each dtype where FLOPs are."""
     found = [copy(device)] if any(case.bytes for case in measured) else []
     dtypes = dict.fromkeys(case.dtype for case in measured if case.flops and case.dtype is not None)
     return found + [matmul(dtype, device) for dtype in dtypes]
 
 
 def copy(device: torch.device) -> Case:
-    """A copy on the device: the bandwidth."""
+    """Return a copy on the device: the bandwidth."""
     size = 1 << 20 if dry_run.ACTIVE else COPY_BYTES[device.type]
 
     def make() -> list[Provider]:
@@ -46,7 +46,7 @@ def copy(device: torch.device) -> Case:
 
 
 def matmul(dtype: torch.dtype, device: torch.device) -> Case:
-    """A product of square matrices of the dtype: the floating-point operations a second."""
+    """Return a product of square matrices of the dtype: the floating-point operations a second."""
     size = 64 if dry_run.ACTIVE else _matmul_size(dtype, device)
 
     def make() -> list[Provider]:
@@ -59,7 +59,7 @@ def matmul(dtype: torch.dtype, device: torch.device) -> Case:
 
 
 def _matmul_size(dtype: torch.dtype, device: torch.device) -> int:
-    """The largest that takes less than MATMUL_SECONDS: bfloat16 is 50 times slower on some CPUs than on others."""
+    """Return the largest size that takes less than MATMUL_SECONDS; bfloat16 is 50 times slower on some CPUs."""
     most = MATMUL_SIZE[device.type]
     if device.type == "cuda":
         return most
@@ -76,7 +76,7 @@ def _matmul_size(dtype: torch.dtype, device: torch.device) -> int:
 
 
 def middle(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The records of yardsticks; of one that several processes or runs measured the middle one."""
+    """Return the records of yardsticks; of one that several processes or runs measured the middle one."""
     found: dict[tuple[str, Any], list[dict[str, Any]]] = {}
     for r in records:
         if r["provider"] in YARDSTICKS:
@@ -85,7 +85,7 @@ def middle(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def share(records: Sequence[dict[str, Any]], record: dict[str, Any], what: str) -> float | None:
-    """`what` a second, bytes or flops, as a share of the yardstick's that is among the records; None without one."""
+    """Return `what` (bytes or flops) per second as a share of the yardstick in the records; None without one."""
     bars = [
         r[what] / r["median_ms"]
         for r in records

@@ -22,7 +22,7 @@ SM90_ALONE = ("attention_forward_d", "attention_cluster", "attention_backward", 
 
 
 def concerns(choice: str, kind: str, dim: int | None = None) -> bool:
-    """Whether `choice` may make a difference to jobs of `kind`, with heads of `dim`.
+    """Return whether `choice` may make a difference to jobs of `kind`, with heads of `dim`.
 
     A name that begins like no kind's, such as "pdl", is about all of them; "attention_..." about both
     directions.
@@ -36,7 +36,7 @@ def concerns(choice: str, kind: str, dim: int | None = None) -> bool:
 
 
 def matters_on(choice: str, major: int | None) -> bool:
-    """Whether GPUs of compute capability `major`.x (None: some GPU) have the kernels that `choice` is about."""
+    """Return whether GPUs of compute capability `major`.x (None: some GPU) have the kernels that `choice` is about."""
     return major is None or not choice.startswith(SM80_ALONE if major == 9 else SM90_ALONE)
 
 

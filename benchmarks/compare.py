@@ -47,7 +47,7 @@ class Line:
 
     @property
     def verdict(self) -> str:
-        """Is it within the range?"""
+        """Return whether the measurement is within the range, slower or faster."""
         return SLOWER if self.measured > self.high else FASTER if self.measured < self.low else OK
 
 
@@ -57,7 +57,7 @@ def read_lines(paths: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def read_predicted(path: str) -> dict[str, Any]:
-    """What `predict` wrote. ValueError: it is no such file, or so old that something is missing."""
+    """Return what `predict` wrote. ValueError: it is no such file, or so old that something is missing."""
     found = json.loads(Path(path).read_text(encoding="utf-8"))
     if not isinstance(found, dict) or not all(isinstance(case, dict) for case in found.values()):
         raise ValueError(f"{path} is not what `make predict` writes")
@@ -86,7 +86,7 @@ def measurements(lines: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str | No
 
 
 def compare(lines: Sequence[Mapping[str, Any]], predicted: Mapping[str, Any]) -> tuple[list[Line], list[str]]:
-    """What was both predicted and measured, in the order of the predictions; and cases that were not measured."""
+    """Return what was predicted and measured, in the order of the predictions, and the cases not measured."""
     found, missing, measured = [], [], measurements(lines)
     for case, about in predicted.items():
         kernels = about.get("kernels", {})
@@ -96,8 +96,8 @@ def compare(lines: Sequence[Mapping[str, Any]], predicted: Mapping[str, Any]) ->
         for (_, kernel, how), us in sorted(mine.items(), key=lambda item: (item[0][1] or "", item[0][2])):
             part = about if kernel is None else kernels.get(kernel)
             if part:
-                ends = part["range_us"]
-                found.append(Line(case, kernel, how, part["expected_us"], *ends, us, about["group"]))
+                low, high = part["range_us"]
+                found.append(Line(case, kernel, how, part["expected_us"], low, high, us, about["group"]))
     return found, missing
 
 

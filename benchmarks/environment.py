@@ -21,7 +21,7 @@ GPU_QUERY = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "powe
 
 
 def machine(device: torch.device, name: str) -> dict[str, Any]:
-    """What stays the same during a run on the device of that name: cpu, gpu, driver, cuda (torch's) and threads."""
+    """Return what stays the same during a run on the named device: cpu, gpu, driver, cuda (torch's) and threads."""
     on_gpu = device.type == "cuda"
     return {
         "cpu": timing.device_name(CPU),
@@ -33,7 +33,7 @@ def machine(device: torch.device, name: str) -> dict[str, Any]:
 
 
 def state(device: torch.device) -> dict[str, Any]:
-    """What changes during a run: load (of the last minute), clocks in MHz and power in watts.
+    """Return what changes during a run: load (of the last minute), clocks in MHz and power in watts.
 
     clocks: {"cpu"}, the mean of all cores, or {"sm", "memory", "sm max"}; power, of a GPU: {"draw", "limit"}.
     """
@@ -51,7 +51,7 @@ def state(device: torch.device) -> dict[str, Any]:
 
 
 def _known(values: dict[str, str | None]) -> dict[str, float] | None:
-    """The values that are numbers; None: there are none."""
+    """Return the values that are numbers; None: there are none."""
     found = {}
     for name, text in values.items():
         try:
@@ -71,7 +71,7 @@ def _cpu_mhz() -> float | None:
 
 
 def _ask_gpu(device: torch.device) -> dict[str, str]:
-    """What nvidia-smi says of the device; empty without one, and on a simulator."""
+    """Return what nvidia-smi says of the device; empty without one, and on a simulator."""
     if dry_run.ACTIVE:
         return {}
     if torch.cuda.is_initialized():

@@ -27,7 +27,7 @@ from illada.generation import GenerationConfig, generate
 from illada.model import MaskedDiffusionModel
 
 from . import ceiling, published
-from .attention_ways import given
+from .attention_providers import given
 from .runner import Case, Goal, Provider, ratio
 from .shapes import Shapes
 from .timing import CPU
@@ -80,7 +80,7 @@ def make_case(
         model = make_model(name, device, **changes)
         prompts = make_prompts(batch, longest, model.config.vocab_size, lengths)
         config = GenerationConfig(mode=mode, gen_length=length, block_length=block, steps=passes, stop_tokens=())
-        same = {"gen_length": length, "block_length": block, "steps": passes, "var": mode == "var"}
+        same: dict[str, Any] = {"gen_length": length, "block_length": block, "steps": passes, "var": mode == "var"}
 
         def ours(cache: str, cuda_graphs: bool = True) -> tuple[list[list[int]], int]:
             cached = dataclasses.replace(config, cache=cache)
@@ -99,14 +99,14 @@ def make_case(
         def counts(result: tuple[list[list[int]], int]) -> dict[str, int]:
             return {"tokens": batch * length, "forwards": result[1]}
 
-        ways: dict[str, Any] = {"illada": partial(ours, "none")}
-        ways |= {f"illada {cache}": partial(ours, cache) for cache in ("prefix", "block")}
+        calls: dict[str, Any] = {"illada": partial(ours, "none")}
+        calls |= {f"illada {cache}": partial(ours, cache) for cache in ("prefix", "block")}
         if device.type == "cuda":
-            ways["illada launched"] = partial(ours, "block", cuda_graphs=False)
-        ways["one by one"] = one_by_one
+            calls["illada launched"] = partial(ours, "block", cuda_graphs=False)
+        calls["one by one"] = one_by_one
         if mode == "fixed":
-            ways["padded"] = partial(published.generate, model, prompts, **same)
-        return [Provider(name, call, error=error, counts=counts) for name, call in ways.items()]
+            calls["padded"] = partial(published.generate, model, prompts, **same)
+        return [Provider(name, call, error=error, counts=counts) for name, call in calls.items()]
 
     large = name not in PRESETS
     return Case(
@@ -122,14 +122,14 @@ def make_case(
 def cases(device: torch.device = CPU) -> list[Case]:
     """Batches of 1, 8 and 32; both modes of the smallest model, iLLaDA's of larger ones."""
     if device.type == "cuda":
-        runs = (("8b", 1), ("8b-batch", 8), ("8b-batch", 32))
-        return [make_case(name, batch, "var", device) for name, batch in runs]
+        batches = (("8b", 1), ("8b-batch", 8), ("8b-batch", 32))
+        return [make_case(name, batch, "var", device) for name, batch in batches]
     runs = (("tiny", "var"), ("tiny", "fixed"), ("small", "var"))
     return [make_case(name, batch, mode) for name, mode in runs for batch in (1, 8, 32)]
 
 
 def quick(device: torch.device = CPU) -> list[Case]:
-    """The smallest model's batch of 8, or one prompt of the large one's."""
+    """Return the smallest model's batch of 8, or one prompt of the large one's."""
     return [make_case("8b", 1, "var", device) if device.type == "cuda" else make_case("tiny", 8, "var")]
 
 

@@ -163,7 +163,7 @@ def _ended(child: _Child, limit: float, deadline: float, tell: Callable[..., Non
 
 
 def _kill(child: _Child, number: int) -> None:
-    """The child and what it has started."""
+    """Kill the child and what it has started."""
     for kill in (os.killpg, os.kill):  # it may not be a group's leader yet
         try:
             kill(child.pid, number)
@@ -173,7 +173,7 @@ def _kill(child: _Child, number: int) -> None:
 
 
 def _last_words(child: _Child, status: int) -> str:
-    """How a child ended that reported nothing, and the last line that it printed."""
+    """Return how a child ended that reported nothing, and the last line that it printed."""
     code = os.waitstatus_to_exitcode(status)
     how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
     lines = child.path.with_suffix(".log").read_text(encoding="utf-8", errors="replace").split("\n")
@@ -199,8 +199,8 @@ def _carry_out(child: _Child, prepare: Callable[[], None], limit: float) -> NoRe
         sys.stdout = sys.stderr = child.path.with_suffix(".log").open("a", encoding="utf-8", buffering=1)
         for stream in (1, 2):  # and what native code prints
             os.dup2(sys.stdout.fileno(), stream)
-        with child.path.with_suffix(".json").open("a", encoding="utf-8") as file:
-            code = _steps(child, prepare, limit, lambda line: (file.write(json.dumps(line) + "\n"), file.flush()))
+        with child.path.with_suffix(".json").open("a", encoding="utf-8", buffering=1) as file:  # written line by line
+            code = _steps(child, prepare, limit, lambda line: file.write(json.dumps(line) + "\n"))
     except BaseException as error:
         os.write(2, f"{type(error).__name__}: {error}\n".encode())
     finally:
@@ -209,7 +209,7 @@ def _carry_out(child: _Child, prepare: Callable[[], None], limit: float) -> NoRe
 
 
 def _steps(child: _Child, prepare: Callable[[], None], limit: float, write: Callable[[dict], Any]) -> int:
-    """The child's exit status."""
+    """Return the child's exit status."""
     for number, step in enumerate(child.task.steps[child.step :]):
         # Should the parent be gone, nobody else would end a step that hangs; the default action needs no Python.
         signal.alarm(math.ceil(limit + 4 * GRACE))

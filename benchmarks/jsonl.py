@@ -21,7 +21,9 @@ def append(path: str | Path, values: Iterable[Mapping[str, Any]]) -> None:
 
 
 def read(path: str | Path) -> list[dict[str, Any]]:
-    """The objects, with all of their keys. A line that is none, as a killed run leaves one, is reported and skipped.
+    """Return the objects, with all of their keys.
+
+    A line that is no object, as a killed run leaves one, is reported and skipped.
 
     OSError: there is no such file. ValueError: it has lines and none of them is an object.
     """

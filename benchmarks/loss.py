@@ -2,7 +2,7 @@
 
     DIRECTION TOKENS t=SHARE CxV     fwdbwd: loss and both gradients; fwd: the loss alone, without autograd
 
-SHARE of the tokens are masked, with a weight; t=1 is what a compacted batch is. The peers stand in `loss_ways`. FLOPs
+SHARE of the tokens are masked, with a weight; t=1 is what a compacted batch is. `loss_providers` has the peers. FLOPs
 are those of the masked rows, whoever computes more: 2 N V C for the logits and as many for each gradient. Memory is
 what one call takes beyond inputs, loss and gradients.
 
@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import loss_ways, timing
-from .loss_ways import WAYS, Inputs, Job, Way
+from . import loss_providers, timing
+from .loss_providers import PROVIDERS, Inputs, Job, LossProvider
 from .runner import Case, Goal, Provider, on_gpu, ratio, reason
 from .shapes import Shapes
 from .timing import CPU
@@ -32,7 +32,7 @@ DEVICES = ("cpu", "cuda")
 DIRECTIONS = ("fwd", "fwdbwd")
 SPREAD = 1.0  # the default
 OWN = ("rows", "hidden", "vocab", "dtype")
-WAYS_DOC = loss_ways.__doc__
+PROVIDERS_DOC = loss_providers.__doc__
 
 REPEATS = {"cpu": 5, "cuda": 15}
 SAMPLED = 256  # rows of each gradient that are compared
@@ -47,13 +47,13 @@ SHAPES = [
 CPU_SHAPES = [*((512, t, 256, 16384) for t in (0.5, 0.1, 0.9)), (256, 1.0, 256, 16384), (100, 1.0, 256, 16384)]
 
 
-def bind(way: Way, inputs: Inputs, direction: str) -> Callable[[], tuple[Tensor, ...]]:
-    """A call on these inputs: (loss,) of fwd, (loss, d_hidden, d_weight) of fwdbwd.
+def bind(provider: LossProvider, inputs: Inputs, direction: str) -> Callable[[], tuple[Tensor, ...]]:
+    """Return a call on these inputs: (loss,) of fwd, (loss, d_hidden, d_weight) of fwdbwd.
 
-    Of a way that is `straight` d_weight is a buffer that begins at zero: after the first call what was added to it.
+    With a provider that is `straight`, d_weight is a buffer that begins at zero: after a call what was added to it.
     """
-    mine = inputs if way.everything else inputs.compact
-    function = way.make(mine)
+    mine = inputs if provider.everything else inputs.compact
+    function = provider.make(mine)
     if direction == "fwd":
 
         def forward() -> tuple[Tensor, ...]:
@@ -62,7 +62,7 @@ def bind(way: Way, inputs: Inputs, direction: str) -> Callable[[], tuple[Tensor,
 
         return forward
     leaves = [x.detach().requires_grad_() for x in (mine.hidden, mine.weight)]
-    if way.straight:
+    if provider.straight:
         buffer = torch.zeros_like(mine.weight, dtype=torch.float32)
 
         def straight() -> tuple[Tensor, ...]:
@@ -117,10 +117,10 @@ class Exact:
             p = (hidden @ compact.weight[tokens].double().t() - log_sum[:, None]).exp()
             self.d_logits[name] = p - (targets[:, None] == tokens).double()
 
-    def errors(self, way: Way, result: tuple[Tensor, ...]) -> dict[str, float]:
+    def errors(self, provider: LossProvider, result: tuple[Tensor, ...]) -> dict[str, float]:
         """Relative errors of what `bind`'s call returned."""
         weights = self.inputs.compact.token_weights.double() / self.inputs.normalizer
-        if not way.weighted:
+        if not provider.weighted:
             weights = torch.full_like(weights, 1 / self.inputs.normalizer)
         found = {"loss error": relative(result[0], weights.dot(self.nll))}
         if len(result) == 1:
@@ -128,8 +128,8 @@ class Exact:
         _, d_hidden, d_weight = result
         want = self.d_hidden * weights[self.rows, None]
         masked = self.inputs.rows.long()
-        got = d_hidden[masked[self.rows] if way.everything else self.rows].double()
-        if way.everything:  # nothing may flow to tokens without a weight
+        got = d_hidden[masked[self.rows] if provider.everything else self.rows].double()
+        if provider.everything:  # nothing may flow to tokens without a weight
             others = torch.ones(len(d_hidden), dtype=torch.bool, device=masked.device)
             others[masked] = False
             stray = d_hidden[others].double()
@@ -152,25 +152,25 @@ def relative(got: Tensor, want: Tensor) -> float:
 
 
 def make_case(job: Job, direction: str = "fwdbwd", names: Sequence[str] | None = None) -> Case:
-    """One job in one direction by all providers, or by those of these names."""
+    """Return the case of one job in one direction by all providers, or by those of these names."""
 
-    def provider(name: str, way: Way, inputs: Inputs, exact: Exact) -> Provider:
+    def offer(name: str, provider: LossProvider, inputs: Inputs, exact: Exact) -> Provider:
         try:
-            call = bind(way, inputs, direction)
+            call = bind(provider, inputs, direction)
         except Exception as error:  # not installed, not in this version of torch, not for this device
             if name == "illada" and not isinstance(error, NotImplementedError):
                 raise
             return Provider(name, lambda: None, unavailable=reason(error))
 
         def worst(result: tuple[Tensor, ...]) -> float:
-            found = exact.errors(way, result)
+            found = exact.errors(provider, result)
             return max(found[key] for key in ("loss error", "dX error", "dW error") if key in found)
 
         def counts(result: tuple[Tensor, ...]) -> dict[str, float]:
-            return {"rows": job.count, **exact.errors(way, result)}
+            return {"rows": job.count, **exact.errors(provider, result)}
 
         # A buffer that was there before is not this call's.
-        made = (lambda: call()[:2]) if way.straight else call
+        made = (lambda: call()[:2]) if provider.straight else call
         memory = partial(timing.extra_memory, made, job.device)
         return Provider(name, call, error=worst, counts=counts, memory=memory)
 
@@ -178,11 +178,13 @@ def make_case(job: Job, direction: str = "fwdbwd", names: Sequence[str] | None =
         inputs = job.inputs()
         exact = Exact(inputs, direction)
         # Where every token has a weight, all tokens are the rows that peers get anyway.
-        offered = {name: way for name, way in WAYS.items() if job.count < job.total or " all" not in name}
+        offered = {
+            name: provider for name, provider in PROVIDERS.items() if job.count < job.total or " all" not in name
+        }
         return [
-            provider(name, way, inputs, exact)
-            for name, way in offered.items()
-            if (direction == "fwdbwd" or not way.gradients_alone) and (names is None or name in names)
+            offer(name, provider, inputs, exact)
+            for name, provider in offered.items()
+            if (direction == "fwdbwd" or not provider.gradients_alone) and (names is None or name in names)
         ]
 
     return Case(
@@ -196,14 +198,14 @@ def make_case(job: Job, direction: str = "fwdbwd", names: Sequence[str] | None =
 
 
 def cases(device: torch.device = CPU, direction: str = "fwdbwd", spread: float = SPREAD) -> list[Case]:
-    """The paper's 8192 tokens, then compacted rows, of all heads; small ones in float32 on a CPU."""
+    """Return the paper's 8192 tokens, then compacted rows, of all heads; small ones in float32 on a CPU."""
     on_gpu = device.type == "cuda"
     shapes, dtype = (SHAPES, torch.bfloat16) if on_gpu else (CPU_SHAPES, torch.float32)
     return [make_case(Job(*shape, spread, dtype, device), direction) for shape in shapes]
 
 
 def quick(device: torch.device = CPU, direction: str = "fwdbwd", spread: float = SPREAD) -> list[Case]:
-    """One compacted batch."""
+    """Return the case of one compacted batch."""
     shape, dtype = (
         ((1024, 1.0, 4096, 155136), torch.bfloat16) if device.type == "cuda" else (CPU_SHAPES[-2], torch.float32)
     )
@@ -211,7 +213,7 @@ def quick(device: torch.device = CPU, direction: str = "fwdbwd", spread: float =
 
 
 def own(shapes: Shapes, device: torch.device = CPU, direction: str = "fwdbwd", spread: float = SPREAD) -> list[Case]:
-    """These heads, on these rows or in the bench's batches."""
+    """Return these heads, on these rows or in the bench's batches."""
     default, dtype = (SHAPES, torch.bfloat16) if device.type == "cuda" else (CPU_SHAPES, torch.float32)
     found = dict.fromkeys(
         (*((shapes.rows, 1.0) if shapes.rows else (total, share)), shapes.hidden or width, shapes.vocab or vocab)
@@ -222,11 +224,11 @@ def own(shapes: Shapes, device: torch.device = CPU, direction: str = "fwdbwd", s
 
 def providers(device: torch.device = CPU) -> list[str]:
     """Of all cases."""
-    return list(WAYS)
+    return list(PROVIDERS)
 
 
 def rivals(provider: str) -> bool:
-    """Does this peer weigh tokens, and compute all of the gradients?"""
+    """Return whether this peer weighs tokens and computes all gradients."""
     return "unweighted" not in provider and provider not in ("cce", "cce all")
 
 
@@ -240,7 +242,7 @@ MEMORY = {"illada": 1.4, "illada chunk_rows=1024": 0.4}  # GB
 
 
 def _times(ours: float, theirs: float) -> float:
-    """One error over the other. Equal ones, 0 or infinite, are 1; NaN is infinite, as `max` may pass over a NaN."""
+    """Return one error over the other: 1 if equal, also 0 or infinite; NaN is infinite, as `max` may pass over it."""
     if ours == theirs:
         return 1.0
     times = ours / theirs if theirs else math.inf
@@ -248,8 +250,11 @@ def _times(ours: float, theirs: float) -> float:
 
 
 def goals(records: Sequence[dict[str, Any]]) -> list[Goal]:
-    """Of fwdbwd: errors at most twice eager's; on a GPU the paper's case in 21 ms and little memory, and all of them
-    faster than the peers; on a CPU half the memory of all logits. Filters, ours and peers', are inexact and have none.
+    """Return the goals that fwdbwd misses.
+
+    Errors are at most twice eager's. On a GPU the paper's case takes 21 ms and little memory, and every case is faster
+    than the peers. On a CPU it takes half the memory of all logits. Filters, ours and peers', are inexact and have no
+    goals.
     """
     found = []
     for case in dict.fromkeys(r["case"] for r in records):

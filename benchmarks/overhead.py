@@ -44,7 +44,7 @@ Calls = dict[str, Callable[[], Any] | None]  # of each provider; None: it has no
 
 
 def _loop(call: Callable[[], Any], mode: str, leaves: Sequence[Tensor]) -> Callable[[], Any]:
-    """CALLS of `call`, which returns the tensor that is differentiated."""
+    """Return a function that runs `call` CALLS times; `call` returns the tensor that is differentiated."""
 
     def without_grad() -> None:
         with torch.no_grad():
@@ -69,7 +69,7 @@ def _loop(call: Callable[[], Any], mode: str, leaves: Sequence[Tensor]) -> Calla
 
 @functools.cache
 def _empty_op(name: str, kernel: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:
-    """An op with the schema of `illada::name`, this kernel, and a derivative that keeps the results."""
+    """Return an op with the schema of `illada::name`, this kernel, and a derivative that keeps the results."""
     library = torch.library.Library("illada_overhead", "FRAGMENT")
     _LIBRARIES.append(library)
     overload = getattr(torch.ops.illada, name).default
@@ -92,7 +92,7 @@ def _empty_op(name: str, kernel: Callable[..., tuple[Tensor, ...]]) -> Callable[
                 for x, wanted in zip(ctx.inputs, ctx.needs_input_grad, strict=True)
             )
 
-    apply = super(torch.autograd.Function, Formula).apply  # type: ignore[misc]
+    apply = super(torch.autograd.Function, Formula).apply
 
     def differentiable(keyset: Any, *inputs: Any) -> Any:
         return apply(*inputs) if torch.is_grad_enabled() else kernel(*inputs)
@@ -106,7 +106,7 @@ _LIBRARIES: list[torch.library.Library] = []  # collected libraries would lose t
 
 
 def _allocating(*like: Tensor) -> Callable[..., tuple[Tensor, ...]]:
-    """A kernel that allocates results like these, and does nothing else."""
+    """Return a kernel that allocates results like these, and does nothing else."""
     like = tuple(tensor.detach() for tensor in like)
     return lambda *inputs: tuple(torch.empty_like(tensor) for tensor in like)
 
@@ -134,13 +134,13 @@ def _attention(device: torch.device, grad: bool) -> tuple[Calls, list[Tensor]]:
         "illada registered": lambda: torch.ops.illada.varlen_attention_fwd(q, k, v, plan.work, 1, scale, False)[0],
         "illada": lambda: illada.varlen_attention(q, k, v, starts, plan=plan),
         "torch empty op": lambda: empty(q, k, v, plan.work, 1, scale, False)[0],
-        "torch": lambda: F.scaled_dot_product_attention(*batch),
+        "torch": lambda: F.scaled_dot_product_attention(batch[0], batch[1], batch[2]),
     }
     return calls, [q, k, v, *batch]
 
 
 def _attention_with_plan(device: torch.device, grad: bool) -> tuple[Calls, list[Tensor]]:
-    """The plan is made in the call, as by who does not keep one."""
+    """Return the plan is made in the call, as by who does not keep one."""
     calls, leaves = _attention(device, grad)
     q, k, v = leaves[:3]
     starts = torch.tensor([0, LENGTH], dtype=torch.int32, device=device)
@@ -253,7 +253,7 @@ NO_GRADIENTS = ("attention_plan", "sample_tokens")
 
 
 def case(op: str, mode: str, device: torch.device = CPU) -> Case:
-    """One op in one mode."""
+    """Return the case of one op in one mode."""
 
     def make() -> list[Provider]:
         calls, leaves = OPS[op](device, mode != "no grad")
@@ -273,7 +273,7 @@ def cases(device: torch.device = CPU) -> list[Case]:
 
 
 def quick(device: torch.device = CPU) -> list[Case]:
-    """An op that takes a plan, and one that takes none."""
+    """Return an op that takes a plan, and one that takes none."""
     return [case(op, mode, device) for op in ("varlen_attention", "masked_cross_entropy") for mode in MODES[:2]]
 
 
@@ -288,7 +288,7 @@ def rivals(provider: str) -> bool:
 
 
 def goals(records: Sequence[dict[str, Any]]) -> list[Goal]:
-    """A registered op takes at most 1.5 times torch's own overhead."""
+    """Return the goals: a registered op takes at most 1.5 times torch's own overhead."""
     times = {(r["case"], r["provider"]): r["median_ms"] for r in records}
     found = []
     for (name, provider), time in times.items():

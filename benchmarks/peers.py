@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from . import attention, ceiling, dry_run, isolated, jsonl, loss, remask, report, runner, timing
-from .attention_ways import Job as AttentionJob
-from .attention_ways import equal, listed
+from .attention_providers import Job as AttentionJob
+from .attention_providers import equal, listed
 from .isolated import OK, SKIPPED, Outcome, Step, Task
-from .loss_ways import Job as LossJob
+from .loss_providers import Job as LossJob
 from .runner import Case, is_ours
 
 ATTENTION = ("illada", "illada raw", "illada deterministic", "sdpa flash", "sdpa cudnn", "varlen_attn", "cudnn varlen",
@@ -42,7 +42,7 @@ class Job:
 
 
 def jobs(device: torch.device) -> list[Job]:
-    """A job for each process. In a dry run a small one of each kind."""
+    """Return a job for each process. In a dry run a small one of each kind."""
     found: list[Job] = []
 
     def add(bench: str, case: Case, providers: Sequence[str]) -> None:
@@ -86,7 +86,7 @@ def measure(job: Job, device: torch.device, path: str | None, kernels: str | Non
     """In the child: times the case and writes its records; the providers that were left out, with the reason."""
     if dry_run.ACTIVE:
         timing.LEAST_COLD_BYTES = 1 << 20
-    left_out = []
+    left_out: list[str] = []
     providers = [name for name in job.providers if ours or not is_ours(name)]
 
     def written(records: list[dict[str, Any]]) -> None:
@@ -105,7 +105,7 @@ def measure(job: Job, device: torch.device, path: str | None, kernels: str | Non
 
 
 def write_kernels(case: Case, device: torch.device, path: str) -> None:
-    """The time of each kernel of ours in one call of the case, with cold caches, for `compare`."""
+    """Record the time of each of our kernels in one call of the case, with cold caches, for `compare`."""
     provider = next(p for p in case.make() if p.name == "illada")
     if provider.unavailable:
         return
@@ -118,7 +118,7 @@ def write_kernels(case: Case, device: torch.device, path: str) -> None:
 
 
 def line(outcome: Outcome) -> str:
-    """What became of a case."""
+    """Return what became of a case."""
     about = outcome.message or "; ".join(outcome.value or ()) or "all ran"
     return f"{outcome.status:<7} {outcome.seconds:5.1f} s  {outcome.task}: {about}"
 

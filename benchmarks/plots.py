@@ -27,7 +27,7 @@ MARKERS = "osD^vP*X<>hdp8"
 
 
 def about(records: Records) -> str:
-    """What is the same for all, for a title: device, threads, torch, commit, date."""
+    """Return what is the same for all, for a title: device, threads, torch, commit, date."""
 
     def values(key: str) -> list[str]:
         found = dict.fromkeys(r.get(key) for r in records)
@@ -82,11 +82,11 @@ class Panel:
         self.title = title if ours or not compared else f"{title} ({self.base['provider']} = 1)"
 
     def relative(self, record: Record) -> float:
-        """The record's median."""
+        """Return the record's median."""
         return record["median_ms"] / self.base["median_ms"]
 
     def ends(self, record: Record) -> tuple[float, float]:
-        """How far p20 and p80 are from it."""
+        """Return how far p20 and p80 are from it."""
         if record["p20_ms"] is None or record["p80_ms"] is None:
             return 0.0, 0.0
         median, base = record["median_ms"], self.base["median_ms"]
@@ -99,7 +99,7 @@ def panels(records: Records) -> list[Panel]:
 
 
 def alone(records: Records) -> list[Panel]:
-    """One of all cases, for records without a comparison; none without a record."""
+    """Return the line of all cases, for records without a comparison; none without a record."""
     last = [{**mine[-1], "provider": f"{mine[-1]['provider']}, {title}"} for title, mine in _cases(records).items()]
     return [Panel("", last, compared=False)] if last else []
 
@@ -155,7 +155,7 @@ def plot(records: Records, path: str | Path) -> None:
 
 
 def _legend(shown: Records, records: Records, dots: bool) -> str:
-    """What the signs mean, and what the machine can do."""
+    """Return what the signs mean, and what the machine can do."""
     lines = ["beside each case illada's median; " if dots else ""]
     lines[0] += "whiskers from p20 to p80"
     if any(map(noisy, shown)):
@@ -212,7 +212,7 @@ def _bar_panel(axes: Any, panel: Panel) -> None:
 
 
 def _dots(figure: Any, groups: Sequence[tuple[str, list[Panel]]]) -> None:
-    """A line for each case, a point for each provider, a part of the picture for each bench and device."""
+    """Draw a line for each case, a point for each provider, and a part of the picture for each bench and device."""
     heights = [0.7 + max(0.22 * len(found), 0.17 * len(_peers(found)) + 0.2) for _, found in groups]
     figure.set_size_inches(10, sum(heights) + 1.0)
     grid = figure.add_gridspec(len(groups), 1, height_ratios=heights)

@@ -40,7 +40,7 @@ class Launch:
 
 
 def parse(text: str) -> list[Launch]:
-    """The launches that `cusim time` prints."""
+    """Return the launches that `cusim time` prints."""
     found = []
     for block in re.split(r"^== ", text, flags=re.MULTILINE)[1:]:
         name = re.search(r"illada_([a-z0-9_]+)", block)
@@ -70,7 +70,7 @@ def busiest(slots: Sequence[Sequence[Launch]]) -> list[Launch]:
 
 
 def bound(launches: Sequence[Launch]) -> str:
-    """What the longest kernel is bound by."""
+    """Return what the longest kernel is bound by."""
     longest = max(launches, key=lambda launch: launch.us)
     pipe = max(longest.busy, key=lambda name: longest.busy[name], default="")
     share = longest.busy.get(pipe, 0.0)
@@ -82,16 +82,16 @@ def bound(launches: Sequence[Launch]) -> str:
 
 def entry(case: Case, expected: Sequence[Launch], fast: Sequence[Launch], slow: Sequence[Launch],
           machine: str) -> dict[str, Any]:  # fmt: skip
-    """What the file says of a case; times in microseconds."""
+    """Return what the file says of a case; times in microseconds."""
     estimate = ESTIMATES[case.estimate]
     low, high = estimate.factors
     kernels: dict[str, dict[str, Any]] = {}
     for launch, least, most in zip(expected, fast, slow, strict=True):
         # Of what a launch costs the model knows little; between kernels in a stream it is one to four microseconds.
-        ends = (1 + low * (least.us - LAUNCH_US), LAUNCH_US + 1 + high * (most.us - LAUNCH_US))
+        bounds = (1 + low * (least.us - LAUNCH_US), LAUNCH_US + 1 + high * (most.us - LAUNCH_US))
         mine = kernels.setdefault(launch.kernel, {"expected_us": 0.0, "range_us": [0.0, 0.0]})
         mine["expected_us"] = round(mine["expected_us"] + launch.us, 2)
-        mine["range_us"] = [round(a + b, 2) for a, b in zip(mine["range_us"], ends, strict=True)]
+        mine["range_us"] = [round(a + b, 2) for a, b in zip(mine["range_us"], bounds, strict=True)]
     ends = [sum(kernel["range_us"][i] for kernel in kernels.values()) for i in (0, 1)]
     total = sum(launch.us for launch in expected) + case.more_us
     found = {
@@ -140,7 +140,7 @@ def trace(case: Case, slot: int, folder: Path, cusim: Path) -> list[str]:
 
 
 def replay(traces: Sequence[str], cusim: Path, machine: str, settings: Mapping[str, float]) -> list[Launch]:
-    """The launches' times on a machine with these parameters."""
+    """Return the launches' times on a machine with these parameters."""
     options = [f"--set={name}={value}" for name, value in settings.items()]
     flat = [part for option in options for part in option.split("=", 1)]
     command = [str(cusim / "cusim"), "time", "--timing-sm", machine, *flat, "--brief", *traces]
@@ -158,7 +158,8 @@ def predict(case: Case, cusim: Path, machine: str) -> dict[str, Any]:
                 same = end != "expected" and not settings
                 launches = ends["expected"][-1] if same else counted(case, replay(traces, cusim, machine, settings))
                 ends[end].append(launches)
-    return entry(case, *(busiest(ends[end]) for end in ("expected", "fast", "slow")), machine)
+    expected, fast, slow = (busiest(ends[end]) for end in ("expected", "fast", "slow"))
+    return entry(case, expected, fast, slow, machine)
 
 
 def pretty(predicted: Mapping[str, Any]) -> str:

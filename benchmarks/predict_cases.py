@@ -11,8 +11,8 @@ import torch
 import illada
 from illada.ops import raw
 
-from . import attention_ways
-from .attention_ways import equal
+from . import attention_providers
+from .attention_providers import equal
 
 LAUNCH_US = 3.0  # that the model adds to each kernel, and that is not scaled
 VOCAB, WIDTH = 155136, 4096
@@ -68,15 +68,15 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.zeros(*shape, dtype=dtype, device="cuda")
 
 
-def attend(job: attention_ways.Job, direction: str) -> None:
+def attend(job: attention_providers.Job, direction: str) -> None:
     """One direction; the backward of an out and an lse of zeros."""
     q, k, v, dout = (empty(job.total_q if of_q else job.total_k, job.heads if of_q else job.kv_heads, job.dim)
                      for of_q in (True, False, False, True))  # fmt: skip
-    way = attention_ways.illada_raw_way(job)
+    provider = attention_providers.illada_raw_provider(job)
     if direction == "fwd":
-        way.attend(q, k, v)
+        provider.attend(q, k, v)
     else:
-        way.differentiate(empty(*q.shape), (q, k, v), dout)
+        provider.differentiate(empty(*q.shape), (q, k, v), dout)
 
 
 def linear_loss(rows: int, vocab: int) -> None:
@@ -117,14 +117,14 @@ def remask(sequences: int, rows: int) -> None:
 
 
 def cases() -> list[Case]:
-    """Those of `tune_jobs`, by the same names, and remask's."""
+    """Return those of `tune_jobs`, by the same names, and remask's."""
     found = []
     shapes = [(equal(1, 8192), 128), (equal(2, 4096), 128), (equal(8, 1024), 128), (equal(64, 128), 128),
               (equal(1, 8192), 64), (equal(8, 1024), 64)]  # fmt: skip
     device = torch.device("cuda", 0)
     for direction, group in (("fwd", "forward"), ("bwd", "backward")):
         for pack, dim in shapes:
-            job = attention_ways.Job(pack, 32, 8, dim, torch.bfloat16, device)
+            job = attention_providers.Job(pack, 32, 8, dim, torch.bfloat16, device)
             # Multiplied twice, and so without sums.
             estimate = "forward" if pack.lengths[0] <= 256 else group
             # Who has the longest list is not known before; first, middle and last slot are.

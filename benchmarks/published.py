@@ -1,9 +1,13 @@
-"""What people run today, and the peers of ours: padded forward passes with all logits, confidence remasking and the
-loops around it, as LLaDA, iLLaDA and Fast-dLLM publish them."""
+"""Published implementations, the peers of ours.
+
+Padded forward passes with all logits, confidence remasking and the loops around it, as LLaDA, iLLaDA and Fast-dLLM
+publish them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +27,7 @@ def forward(model: MaskedDiffusionModel, tokens: Tensor, key_mask: Tensor | None
         torch.arange(tokens.shape[1], device=tokens.device), model.config, model.embed_tokens.weight.dtype
     )
     x = model.embed_tokens(tokens)
-    for layer in model.layers:
+    for layer in cast(Sequence[Layer], model.layers):
         if model.activation_checkpointing and torch.is_grad_enabled():
             x = checkpoint(_layer, model.config, layer, x, cos, sin, key_mask, use_reentrant=False)
         else:
@@ -59,14 +63,14 @@ def sample(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
 
 
 def linear_sample(hidden: Tensor, weight: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """The same of the logits hidden [N, C] @ weight [V, C]^T."""
+    """Return the same of the logits hidden [N, C] @ weight [V, C]^T."""
     return sample(torch.mm(hidden, weight.t()), temperature)
 
 
 def commit(
     canvas: Tensor, token: Tensor, confidence: Tensor, mask_id: int, *, quota: int = 0, threshold: float | None = None
 ) -> None:
-    """The published transfer: a topk of each sequence's confidences among its masks. canvas [B, L], in place.
+    """Commit tokens as published: a topk of each sequence's confidences among its masks. canvas [B, L], in place.
 
     quota: so many a sequence. threshold: all that reach it and the surest; here one comparison a sequence, where
     Fast-dLLM asks the device about every token.

@@ -64,12 +64,12 @@ class Line:
 
 
 def key(record: dict[str, Any]) -> tuple[Any, ...]:
-    """What must be the same in both runs. The oldest files name no timing: it was the clock."""
+    """Return what must be the same in both runs. The oldest files name no timing: it was the clock."""
     return record["bench"], record["case"], record["provider"], record["timing"] or "clock"
 
 
 def compare(records: Records, before: Records) -> list[Line]:
-    """The rows that both runs have, of several earlier ones the last."""
+    """Return the rows that both runs have, of several earlier ones the last."""
     old = {key(r): r for r in before if r["median_ms"]}
     pairs = [(r, old[key(r)]) for r in records if r["median_ms"] and key(r) in old]
     peers = [(new, new["median_ms"] / was["median_ms"]) for new, was in pairs if _is_yardstick(new, was)]
@@ -83,20 +83,22 @@ def compare(records: Records, before: Records) -> list[Line]:
 
 
 def _is_yardstick(now: dict[str, Any], before: dict[str, Any]) -> bool:
-    """Does the ratio of both say something of the machine: a peer's own code is the same, and each is of some calls."""
+    """Return whether the ratio tells of the machine: a peer's own code is the same, and each took several calls."""
     return not is_ours(now["provider"]) and now["torch"] == before["torch"] and not once(now) and not once(before)
 
 
 def differences(records: Records, before: Records) -> list[str]:
-    """What else is not the same in both runs, of what a time depends on."""
+    """Return what else is not the same in both runs, of what a time depends on."""
     found = []
     for name in ("device", "threads", "torch", "driver", "variants"):
         old, new = ({str(r[name]) for r in run if r.get(name) is not None} for run in (before, records))
         if old and new and old != new:
             found.append(f"{name}: {', '.join(sorted(old))} before, {', '.join(sorted(new))} now")
-    loads = [max((r["load"] for r in run if r.get("load") is not None), default=None) for run in (before, records)]
-    if None not in loads and max(loads) > 1.5 * min(loads) + 1:
-        found.append(f"load: up to {loads[0]:g} before, up to {loads[1]:g} now")
+    old_loads, new_loads = ([r["load"] for r in run if r.get("load") is not None] for run in (before, records))
+    if old_loads and new_loads:
+        old_load, new_load = max(old_loads), max(new_loads)
+        if max(old_load, new_load) > 1.5 * min(old_load, new_load) + 1:
+            found.append(f"load: up to {old_load:g} before, up to {new_load:g} now")
     return found
 
 
@@ -143,7 +145,7 @@ def show(records: Records, before: Records, name: str) -> int:
 
 
 def peer_goals(records: Records, rivals: Any = None) -> list[Goal]:
-    """A missed goal for each case and way of timing in which a peer is faster by more than the noise of both.
+    """Return a missed goal for each case and way of timing in which a peer is faster by more than the noise of both.
 
     rivals: says of a peer's name whether it does the same job; default: all do.
     """

@@ -84,7 +84,7 @@ def step_case(
             illada.remask(tokens, positions, cu_rows, sample, quota=quota, mask_id=MASK_ID)
             return sample.token, sample.confidence
 
-        def theirs(sample_function) -> tuple[Tensor, Tensor]:
+        def theirs(sample_function: Callable[[Tensor, float], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
             tokens = canvas.clone()
             token, confidence = sample_function(logits[0], temperature)
             published.commit(tokens, token, confidence, MASK_ID, quota=quota)
@@ -235,7 +235,7 @@ def cases(device: torch.device = CPU) -> list[Case]:
 
 
 def quick(device: torch.device = CPU) -> list[Case]:
-    """One shape of each kind."""
+    """Return one shape of each kind."""
     if device.type != "cuda":
         return [step_case(*SHAPES[-1], t) for t in TEMPERATURES]
     return [
@@ -246,7 +246,7 @@ def quick(device: torch.device = CPU) -> list[Case]:
 
 
 def own(shapes: Shapes, device: torch.device = CPU) -> list[Case]:
-    """Steps in these shapes; with a width the head's product and sampling."""
+    """Return steps of these shapes; with a width, the head's product and sampling."""
     dtype, default = shapes.dtype or torch.bfloat16, CUDA_SHAPES if device.type == "cuda" else SHAPES
     found = []
     for rows, vocab in dict.fromkeys((shapes.rows or rows, shapes.vocab or vocab) for rows, vocab in default):
@@ -258,8 +258,8 @@ def own(shapes: Shapes, device: torch.device = CPU) -> list[Case]:
 
 def providers(device: torch.device = CPU) -> list[str]:
     """Of all cases."""
-    ways = ("illada", "published", "compile")
-    return [*ways, *(f"mm+{way}" for way in ways)]
+    names = ("illada", "published", "compile")
+    return [*names, *(f"mm+{name}" for name in names)]
 
 
 def _peer_goals(records: Sequence[dict[str, Any]], case: str, bars: dict[str, float]) -> list[Goal]:
@@ -280,7 +280,9 @@ def cpu_goals(records: Sequence[dict[str, Any]]) -> list[Goal]:
 
 
 def cuda_goals(records: Sequence[dict[str, Any]]) -> list[Goal]:
-    """In graphs: sampling at 90% of the copy bandwidth from 1024 rows on, the step in 25 us at 128 rows, the head and
+    """Return the goals that are missed.
+
+    In graphs: sampling at 90% of the copy bandwidth from 1024 rows on, the step in 25 us at 128 rows, the head and
     sampling in 450 us up to 128 rows. In single calls at temperature 1: 30x the published rule and 3x compile.
     """
     found = []

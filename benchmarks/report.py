@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import jsonl, plots
+from . import jsonl, plots, registry
 from .ceiling import YARDSTICKS, middle, share
 from .runner import KEYS, Goal, marks, once, ratio, spread
 
@@ -37,7 +37,7 @@ def _percent(value: float | None) -> str:
 
 
 def _cells(records: Records, r: dict[str, Any]) -> dict[str, str]:
-    """The columns of one record; "-" where something does not apply."""
+    """Return the columns of one record; "-" where something does not apply."""
     seconds = r["median_ms"] / 1e3
     prefix, digits = ("T", 1) if any(_rate(other) >= 1e13 for other in records) else ("G", 0)
     times = ratio(records, r["case"], r["provider"], timing=r["timing"])
@@ -66,7 +66,7 @@ def _cells(records: Records, r: dict[str, Any]) -> dict[str, str]:
 
 
 def _rows(records: Records) -> list[dict[str, str]]:
-    """The cells of all records, without columns that say nothing about any of them."""
+    """Return the cells of all records, without columns that say nothing about any of them."""
     rows = [_cells(records, r) for r in records]
     said = [name for name in (rows[0] if rows else ()) if any(row[name] not in ("", "-") for row in rows)]
     return [{name: row[name] for name in said} for row in rows]
@@ -86,7 +86,7 @@ def print_table(records: Records) -> None:
 
 
 def markdown(records: Records) -> str:
-    """The same table in Markdown; empty without records."""
+    """Return the same table in Markdown; empty without records."""
     rows = _rows(records)
     if not rows:
         return ""
@@ -95,20 +95,18 @@ def markdown(records: Records) -> str:
 
 
 def goal_line(goal: Goal) -> str:
-    """One line, met or missed."""
+    """Return one line, met or missed."""
     return f"{'met   ' if goal.met else 'MISSED'} {goal.text}"
 
 
 def goals(records: Records) -> list[Goal]:
     """Of the records' bench; of one that is not known here, none."""
-    from .__main__ import BENCHES
-
-    module = BENCHES.get(records[0]["bench"])
+    module = registry.BENCHES.get(records[0]["bench"])
     return importlib.import_module(module, __package__).goals(records) if module else []
 
 
 def groups(records: Records) -> list[list[dict[str, Any]]]:
-    """The records that belong into one table: of one bench on one device, what that can do at most among them."""
+    """Return the records of each table: one bench on one device, with the yardsticks of that device."""
     found: dict[tuple[str, Any], list[dict[str, Any]]] = {}
     for r in records:
         if r["provider"] not in YARDSTICKS:
@@ -124,7 +122,7 @@ def with_ceilings(mine: Records, records: Records) -> list[dict[str, Any]]:
 
 
 def left_out(lines: Records) -> list[str]:
-    """A line for each provider that did not run, with the reason."""
+    """Return a line for each provider that did not run, with the reason."""
     counted = Counter((r["bench"], r["provider"], r["error"]) for r in lines if r["median_ms"] is None)
     return [
         f"- {bench}: {provider} left out of {count} case{'s' if count > 1 else ''}: {why}"
@@ -138,7 +136,7 @@ def write_json(records: Records, path: str | Path) -> None:
 
 
 def read_json(path: str | Path) -> list[dict[str, Any]]:
-    """What `write_json` wrote, now or when there were fewer keys: those are null, and unknown ones are kept.
+    """Return what `write_json` wrote, now or when there were fewer keys: those are null, and unknown ones are kept.
 
     Errors are those of `jsonl.read`. A line that is no result is reported and skipped.
     """
@@ -165,7 +163,7 @@ def _is_result(record: dict[str, Any]) -> bool:
 
 
 def write_csv(records: Records, path: str | Path) -> None:
-    """A row for each record, those that were left out among them, and a column for each key; null is empty."""
+    """Write a row for each record, including those left out, and a column for each key; null is empty."""
     names = list(dict.fromkeys([*KEYS, *(name for r in records for name in r)]))
     with Path(path).open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, names)

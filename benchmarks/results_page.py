@@ -35,7 +35,9 @@ NO_GPU = (
 
 
 def page(files: Sequence[Path], pictures: Path, folder: Path) -> str:
-    """The Markdown; draws a picture for each bench of each file into `pictures`. folder: of the page, for its links.
+    """Return the Markdown, and draw a picture for each bench of each file into `pictures`.
+
+    folder: The page's folder, for its links.
 
     A summary.md beside the files comes first. Its links count from the page.
     """

@@ -35,7 +35,7 @@ FIRST = (
 
 
 def files(only: str | None = None) -> list[Path]:
-    """The files of tests/cuda."""
+    """Return the files of tests/cuda."""
     first = {f"test_{name}.py": i for i, name in enumerate(FIRST)}
     found = sorted((ROOT / "tests" / "cuda").glob("test_*.py"), key=lambda path: (first.get(path.name, 99), path.name))
     return [path for path in found if only is None or only in path.name]
@@ -55,7 +55,7 @@ def command(path: Path, xml: Path, workers: int, limit: float, has: Sequence[str
 
 
 def counts(output: str) -> dict[str, int]:
-    """passed, failed (errors among them) and skipped, of the last line of pytest's that has numbers."""
+    """Return passed, failed (with errors) and skipped, from the last line of pytest that has numbers."""
     lines = [line for line in output.splitlines() if re.search(r"\d+ (passed|failed|skipped|error)", line)]
     numbers = {key: int(n) for n, key in re.findall(r"(\d+) (passed|failed|skipped|error)", lines[-1] if lines else "")}
     failed = numbers.get("failed", 0) + numbers.get("error", 0)
@@ -63,7 +63,7 @@ def counts(output: str) -> dict[str, int]:
 
 
 def failures(xml: Path) -> list[str]:
-    """Names and messages, of a JUnit report; none where there is no report."""
+    """Return names and messages of a JUnit report; none where there is no report."""
     try:
         cases = list(ElementTree.parse(xml).iter("testcase"))
     except (OSError, ElementTree.ParseError):
@@ -77,7 +77,7 @@ def failures(xml: Path) -> list[str]:
 
 
 def judge(ended: Ended, xml: Path) -> dict[str, Any]:
-    """One file's entry of the JSON."""
+    """Return one file's entry of the JSON."""
     names = failures(xml)
     if ended.code is None:
         status = "OUT OF TIME"
@@ -142,7 +142,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def line(entry: dict[str, Any]) -> str:
-    """What became of a file."""
+    """Return what became of a file."""
     numbers = ", ".join(f"{entry[key]} {key}" for key in ("passed", "failed", "skipped") if entry[key])
     about = ": ".join(part for part in (numbers or "no test ended", entry["message"]) if part)
     return f"{entry['status']:<11} {entry['seconds']:6.1f} s  {entry['file']}: {about}"

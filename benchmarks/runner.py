@@ -17,7 +17,7 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ class Provider:
     call: Callable[[], Any]
     unavailable: str | None = None
     error: Callable[[Any], float] | None = None
-    counts: Callable[[Any], dict[str, float]] | None = None
+    counts: Callable[[Any], Mapping[str, float]] | None = None
     memory: Callable[[], int] | None = None
     rotating: Sequence[Callable[[], Any]] = ()
     calls: int = 1
@@ -217,7 +217,7 @@ class _Job:
                 self.memory[entry.provider.name] = case.peak_memory(entry.provider.name)
 
     def _warm_up(self, provider: Provider) -> None:
-        """The first call, what is to be known of its result, and a graph; or why it is not available."""
+        """Make the first call, examine its result, and make a graph; or record why the provider is not available."""
         on_gpu, name = self.device.type == "cuda", provider.name
         if not provider.unavailable:
             try:
@@ -297,7 +297,7 @@ def lacks_memory(error: Exception) -> bool:
 
 
 def reason(error: Exception) -> str:
-    """The first line of an error, its class before it; 200 characters of it."""
+    """Return the first line of an error, its class before it; 200 characters of it."""
     first_line, _, _ = str(error).strip().partition("\n")
     return f"{type(error).__name__}: {first_line}"[:200]
 
@@ -333,14 +333,14 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def no_compiler() -> str | None:
-    """Why torch.compile cannot run here, or None."""
+    """Return why torch.compile cannot run here, or None."""
     return None if shutil.which("g++") or shutil.which("clang++") else "torch.compile needs a C++ compiler"
 
 
 def ratio(
     records: Sequence[dict[str, Any]], case: str, provider: str, key: str = "median_ms", timing: str | None = None
 ) -> float | None:
-    """How many times what illada needs this provider needs, or None if one of them did not run.
+    """Return how many times what illada needs this provider needs, or None if one of them did not run.
 
     timing: compare what was timed in this way; default single calls.
     """
@@ -355,7 +355,7 @@ def ratio(
 
 
 def is_ours(provider: str) -> bool:
-    """Does our code have a part in it, as in "illada", "illada raw" and "mm+illada"?"""
+    """Return whether our code takes part, as in "illada", "illada raw" and "mm+illada"."""
     return "illada" in provider
 
 
@@ -372,7 +372,7 @@ def spread(record: dict[str, Any]) -> float | None:
 
 
 def once(record: dict[str, Any]) -> bool:
-    """Timed by a single call. Old records do not say how many there were; of several no two ends are the same."""
+    """Return whether a single call was timed. Old records do not say; several calls never have two equal ends."""
     return record["n"] == 1 if record.get("n") is not None else spread(record) == 0
 
 
@@ -382,7 +382,7 @@ def noisy(record: dict[str, Any]) -> bool:
 
 
 def marks(record: dict[str, Any]) -> str:
-    """What one must know before one believes a row: that it varies, or was timed once; empty: nothing."""
+    """Return what one must know before one believes a row: that it varies, or was timed once; empty: nothing."""
     return "timed once" if once(record) else f"varies {spread(record):.0%}" if noisy(record) else ""
 
 

@@ -24,7 +24,7 @@ FOUND = 99  # the exit status that the sanitizer is told to use
 
 
 def find(given: str | None) -> str | None:
-    """The program: as given, on PATH, or beside nvcc."""
+    """Return the program: as given, on PATH, or beside nvcc."""
     beside = Path(os.environ.get("CUDACXX") or shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc").with_name(
         "compute-sanitizer"
     )
@@ -32,7 +32,7 @@ def find(given: str | None) -> str | None:
 
 
 def judge(ended: Ended) -> dict[str, object]:
-    """The status of a tool on a job, and the sanitizer's first complaint."""
+    """Return the status of a tool on a job, and the sanitizer's first complaint."""
     if ended.code is None:
         status = "OUT OF TIME"
     else:

@@ -102,7 +102,7 @@ def packed(model: MaskedDiffusionModel, asked: Questions) -> list[float]:
 
 @torch.inference_mode()
 def one_by_one(model: MaskedDiffusionModel, asked: Questions) -> list[float]:
-    """The published loop."""
+    """Return the published loop."""
     mask_id, device = model.config.mask_token_id, model.head_weight.device
     scores = []
     for context, continuation in zip(asked.contexts, asked.continuations, strict=True):
@@ -122,7 +122,7 @@ def one_by_one(model: MaskedDiffusionModel, asked: Questions) -> list[float]:
 
 
 def answers(scores: Sequence[float]) -> list[int]:
-    """The candidate chosen in each question."""
+    """Return the candidate chosen in each question."""
     return torch.tensor(scores, dtype=torch.float64).view(-1, CANDIDATES).argmax(1).tolist()
 
 
@@ -161,7 +161,7 @@ def cases(device: torch.device = CPU) -> list[Case]:
 
 
 def quick(device: torch.device = CPU) -> list[Case]:
-    """A few questions; on a CPU in a vocabulary whose tokenizer is soon trained."""
+    """Return a few questions; on a CPU in a vocabulary whose tokenizer is soon trained."""
     if device.type == "cuda":
         return cases(device)[:1]
     return [make_case("tiny V2048", ModelConfig.preset("tiny", vocab_size=2048), 10)]

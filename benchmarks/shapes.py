@@ -68,7 +68,7 @@ def heads(text: str) -> tuple[int, int]:
 
 
 def positive(text: str) -> int:
-    """A whole number from 1 on."""
+    """Return a whole number from 1 on."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}; a whole number from 1 on")
     return int(text)
@@ -90,14 +90,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def given(options: argparse.Namespace) -> Shapes:
-    """What the command line said."""
+    """Return what the command line said."""
     fields = [field.name for field in dataclasses.fields(Shapes)]
     found = {name: getattr(options, name) for name in fields}
     return Shapes(**{**found, "dtype": DTYPES.get(found["dtype"])})
 
 
 def cases(name: str, bench: Any, shapes: Shapes, device: torch.device, **more: Any) -> list[Case]:
-    """The bench's cases of these shapes. ValueError: it does not take one of them."""
+    """Return the bench's cases of these shapes. ValueError: it does not take one of them."""
     taken: Sequence[str] = getattr(bench, "OWN", ())
     lacking = [option(field) for field in shapes.given if field not in taken]
     if lacking:

@@ -32,7 +32,7 @@ from .smoke_jobs import Job
 
 
 def checked(job: Job, values: dict[str, str]) -> dict[str, Any]:
-    """The job's errors under these choices. WrongError: one of them is not allowed, or not a number."""
+    """Return the job's errors under these choices. WrongError: one of them is not allowed, or not a number."""
     with use_variants(**values):
         checks = job.run(torch.device("cuda", 0))
         torch.cuda.synchronize()
@@ -45,7 +45,7 @@ def checked(job: Job, values: dict[str, str]) -> dict[str, Any]:
 
 
 def task(jobs: Sequence[Job], values: dict[str, str]) -> Task:
-    """These jobs under these choices, one after the other."""
+    """Return these jobs under these choices, one after the other."""
 
     def step(job: Job) -> Step:
         def run(known: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,7 +59,8 @@ def task(jobs: Sequence[Job], values: dict[str, str]) -> Task:
 
 def covering(jobs: Sequence[Job]) -> list[Job]:
     """As few jobs as launch each kernel for each head dim."""
-    found, seen = [], set()
+    found: list[Job] = []
+    seen: set[tuple[str, int | None]] = set()
     for job in jobs:
         mine = {(kernel, job.dim) for kernel in job.kernels}
         if not mine <= seen:
@@ -90,7 +91,7 @@ def line(outcome: Outcome) -> str:
 
 
 def in_process(name: str) -> int:
-    """One job where it stands, whatever becomes of the process. 1: wrong, 2: there is no such job."""
+    """Run one job in this process, whatever becomes of it. 1: wrong, 2: there is no such job."""
     job = next((job for job in smoke_jobs.jobs() if job.name == name), None)
     if job is None:
         print(f"there is no job {name!r}; --list names them", file=sys.stderr)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -83,7 +84,7 @@ FEW = Pack((300, 290), 8, 2)  # tiles of keys shared by several CTAs
 SHORT = Pack((100, 0, 64, 129), 8, 2)  # multiplied twice
 
 
-def pack_tensors(pack: Pack, dim: int, dtype: torch.dtype) -> tuple[list[Tensor], dict[str, Tensor]]:
+def pack_tensors(pack: Pack, dim: int, dtype: torch.dtype) -> tuple[list[Tensor], dict[str, Any]]:
     """q, k, v and the gradient of out, and the lengths."""
     total_q, total_k = sum(pack.lengths), sum(pack.keys or pack.lengths)
     generator = random()
@@ -96,11 +97,12 @@ def pack_tensors(pack: Pack, dim: int, dtype: torch.dtype) -> tuple[list[Tensor]
 
 
 def plan_of(device: torch.device) -> Checks:
-    """The sequences at the end of the plan, longest first."""
+    """Return the sequences at the end of the plan, longest first."""
     lengths = [40, 0, 300, 129]
     cumulative = torch.tensor([0, *lengths]).cumsum(0).int()
-    shape = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 128, "total_q": sum(lengths)}
-    plan = illada.attention_plan(cumulative.to(device), **shape).work.cpu()
+    plan = illada.attention_plan(
+        cumulative.to(device), num_heads=8, num_kv_heads=2, head_dim=128, total_q=sum(lengths)
+    ).work.cpu()
     ends = cumulative.tolist()
     want = sorted(([ends[i], ends[i + 1]] * 2 for i in range(4)), key=lambda row: row[0] - row[1])
     return {"sequences": (float(plan[-4:].tolist() != want), 0.0)}
@@ -110,7 +112,7 @@ def attention_forward(device: torch.device, pack: Pack, dim: int, dtype: torch.d
     """out and lse."""
     (*qkv, _), lengths = pack_tensors(pack, dim, dtype)
     want, want_lse = reference.varlen_attention(*(x.double() for x in qkv), **lengths, return_lse=True)
-    on_device = {name: x.to(device) for name, x in lengths.items()}
+    on_device: dict[str, Any] = {name: x.to(device) for name, x in lengths.items()}
     out, lse = illada.varlen_attention(*(x.to(device) for x in qkv), **on_device, return_lse=True)
     return {
         "out": (row_error(out, want), ROW_TOLERANCE[dtype]),
@@ -121,14 +123,15 @@ def attention_forward(device: torch.device, pack: Pack, dim: int, dtype: torch.d
 def attention_backward(
     device: torch.device, pack: Pack, dim: int, dtype: torch.dtype, deterministic: bool = False
 ) -> Checks:
-    """The gradients from the reference's out and lse, so that the forward kernel has no part in it."""
+    """Return the gradients from the reference's out and lse, so that the forward kernel has no part in it."""
     (*qkv, dout), lengths = pack_tensors(pack, dim, dtype)
     leaves = [x.double().requires_grad_() for x in qkv]
     out, lse = reference.varlen_attention(*leaves, **lengths, return_lse=True)
     want = torch.autograd.grad(out, leaves, dout.double())
     q, k, v, dout, out, lse = (x.detach().to(device) for x in (*qkv, dout, out.to(dtype), lse.float()))
-    sizes = {"num_heads": pack.heads, "num_kv_heads": pack.kv_heads, "head_dim": dim, "total_q": len(q)}
-    plan = illada.attention_plan(lengths["cu_seqlens"].to(device), **sizes).work
+    plan = illada.attention_plan(
+        lengths["cu_seqlens"].to(device), num_heads=pack.heads, num_kv_heads=pack.kv_heads, head_dim=dim, total_q=len(q)
+    ).work
     sequences, twice = len(pack.lengths), recompute_scores_for_dq(len(q), len(pack.lengths))
     shape = (len(q), len(k), sequences, pack.heads, pack.kv_heads, dim)
     size = raw.varlen_attention_backward_workspace(*shape, deterministic, twice, device.index or 0)
@@ -167,7 +170,7 @@ def masked_cross_entropy(device: torch.device, dtype: torch.dtype, at_once: bool
     size = raw.masked_cross_entropy_workspace(rows, vocab, device)
     workspace = torch.empty(size, dtype=torch.uint8, device=device)
     got_nll, lse = (torch.full((rows, *columns), torch.nan, device=device) for columns in ((), (2,)))
-    arguments = {"nll": got_nll, "lse_parts": lse, "workspace": workspace}
+    arguments: dict[str, Any] = {"nll": got_nll, "lse_parts": lse, "workspace": workspace}
     if at_once:
         grad = mine
         raw.masked_cross_entropy(mine, targets, weights, grad=grad, **arguments)
@@ -182,7 +185,7 @@ def masked_cross_entropy(device: torch.device, dtype: torch.dtype, at_once: bool
 
 
 def weighted_sum(device: torch.device) -> Checks:
-    """The sum of all tokens' losses."""
+    """Return the sum of all tokens' losses."""
     nll, (_, weights) = torch.rand(5000, generator=random()), loss_inputs(5000, 2)
     loss = torch.full((), torch.nan, device=device)
     raw.weighted_sum(loss, nll.to(device), weights.to(device), normalizer=torch.tensor(7.0, device=device))
@@ -190,7 +193,7 @@ def weighted_sum(device: torch.device) -> Checks:
 
 
 def scale(device: torch.device, dtype: torch.dtype) -> Checks:
-    """A gradient times a number on the device."""
+    """Return a gradient times a number on the device."""
     data = torch.randn(5003, generator=random()).to(dtype)
     got = data.to(device)
     raw.scale(got, torch.tensor(0.5, device=device))
@@ -199,7 +202,7 @@ def scale(device: torch.device, dtype: torch.dtype) -> Checks:
 
 def linear_loss(
     device: torch.device, rows: int = 300, width: int = 264, vocab: int = 4096, *, spread: float = 3.0,
-    gradients: bool = True, given_rows: bool = False, **options,
+    gradients: bool = True, given_rows: bool = False, **options: Any,
 ) -> Checks:  # fmt: skip
     """loss, nll and both gradients. Compact inputs of all weights where filter_eps is given: its bound is checked."""
     generator = random(2)
@@ -207,13 +210,15 @@ def linear_loss(
     weight = torch.randn(vocab, width, generator=generator).to(BF16)
     targets, weights = loss_inputs(rows, vocab)
     leaves = [x.double().requires_grad_() for x in (hidden, weight)]
-    loss, nll = reference.linear_masked_cross_entropy(*leaves, targets, weights, normalizer=12.5, return_nll=True)
+    loss, nll = reference.linear_masked_cross_entropy(
+        leaves[0], leaves[1], targets, weights, normalizer=12.5, return_nll=True
+    )
     want = torch.autograd.grad(loss, leaves)
     mine = [x.to(device).requires_grad_(gradients) for x in (hidden, weight)]
     if given_rows:
         options["rows"] = weights.nonzero().squeeze(-1).int().to(device)
     got_loss, got_nll = illada.linear_masked_cross_entropy(
-        *mine, targets.to(device), weights.to(device), normalizer=12.5, return_nll=True, **options
+        mine[0], mine[1], targets.to(device), weights.to(device), normalizer=12.5, return_nll=True, **options
     )
     checks = {
         "loss": (norm_error(got_loss, loss.detach()), FP32_TOLERANCE),
@@ -241,9 +246,15 @@ def linear_loss(
 
 
 def sample_tokens(
-    device: torch.device, rows: int, vocab: int, dtype: torch.dtype, temperature: float, extras: bool = False, **filters
+    device: torch.device,
+    rows: int,
+    vocab: int,
+    dtype: torch.dtype,
+    temperature: float,
+    extras: bool = False,
+    **filters: Any,
 ) -> Checks:
-    """Tokens exactly, noise included, and the measures. filters: top_k, top_p."""
+    """Check tokens exactly, noise included, and the measures. filters: top_k, top_p."""
     logits = (2 * torch.randn(rows, vocab, generator=random())).to(dtype)
     extra = ("entropy", "margin") if extras else ()
     keywords = {"temperature": temperature, "seed": 2**33 + 1, "extras": extra, **filters}
@@ -258,13 +269,13 @@ def sample_tokens(
 def linear_sample_tokens(
     device: torch.device, rows: int, dtype: torch.dtype, temperature: float, given_rows: bool = False
 ) -> Checks:
-    """Tokens whose noisy logit is the largest within the rounding of 16-bit logits, and their confidences."""
+    """Return tokens whose noisy logit is the largest within the rounding of 16-bit logits, and their confidences."""
     width, vocab, seed, generator = 72, 5000, 3, random()
     hidden = (3 * width**-0.5 * torch.randn(2 * rows if given_rows else rows, width, generator=generator)).to(dtype)
     weight = torch.randn(vocab, width, generator=generator).to(dtype)
     index = torch.randperm(len(hidden), generator=generator)[:rows].int() if given_rows else None
     exact = (hidden if index is None else hidden[index.long()]).double() @ weight.double().T
-    more = {} if index is None else {"rows": index.to(device)}
+    more: dict[str, Any] = {} if index is None else {"rows": index.to(device)}
     got = illada.linear_sample_tokens(hidden.to(device), weight.to(device), temperature=temperature, seed=seed, **more)
     token = got.token.cpu()
     noisy = exact.clone()
@@ -281,7 +292,7 @@ def linear_sample_tokens(
 
 
 def linear_loss_by_mm(device: torch.device) -> Checks:
-    """The same, with the products of the gradients by torch.mm."""
+    """Return the same, with the products of the gradients by torch.mm."""
     with use_variants(loss_gradients="mm"):
         return linear_loss(device)
 
@@ -290,7 +301,7 @@ RULES = {"quota": 3, "threshold": 0.9, "factor": 0.5, "entropy_bound": 0.7}
 
 
 def remask(device: torch.device, rows: int, rule: str) -> Checks:
-    """The canvas and the counts, exactly; one sequence of `rows` candidates, and a short one."""
+    """Return the canvas and the counts, exactly; one sequence of `rows` candidates, and a short one."""
     lengths, mask_id, generator = (rows, 9), 5, random()
     total = sum(lengths)
     confidence = torch.rand(total, generator=generator)
@@ -298,14 +309,15 @@ def remask(device: torch.device, rows: int, rule: str) -> Checks:
     sample = illada.TokenSample(token, confidence, confidence.log(), 0.01 + torch.rand(total, generator=generator))
     canvas, positions = torch.full((total,), mask_id), torch.arange(total, dtype=torch.int32)
     cu_rows = torch.tensor([0, *lengths]).cumsum(0).int()
-    keywords = {rule: RULES[rule], "mask_id": mask_id}
+    keywords: dict[str, Any] = {rule: RULES[rule], "mask_id": mask_id}
     want_canvas, got_canvas = canvas.clone(), canvas.to(device)
     want = reference.remask(want_canvas, positions, cu_rows, sample, **keywords)
-    on_device = illada.TokenSample(*(None if x is None else x.to(device) for x in sample))
+    fields: dict[str, Any] = {name: x if x is None else x.to(device) for name, x in sample._asdict().items()}
+    on_device = illada.TokenSample(**fields)
     got = illada.remask(got_canvas, positions.to(device), cu_rows.to(device), on_device, **keywords)
     return {
         "tokens": (float((got_canvas.cpu() != want_canvas).sum()), 0.0),
-        "committed": (float((got.cpu() != want).sum()), 0.0),
+        "committed": (float(torch.as_tensor(got.cpu() != want).sum()), 0.0),
     }
 
 

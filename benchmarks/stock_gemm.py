@@ -1,5 +1,6 @@
-"""Predict CUTLASS's own GEMM kernels for the product of the fused head's logits (docs/kernels.md has ours beside
-them). It takes nvcc, CUTLASS's headers (as `make ptxas` finds them) and the simulator:
+"""Predict CUTLASS's own GEMM kernels for the product of the fused head's logits.
+
+docs/kernels.md has ours beside them. It takes nvcc, CUTLASS's headers (as `make ptxas` finds them) and the simulator:
 
     CUSIM=/path/to/cusim python -m benchmarks.stock_gemm [--only ping-pong]
 
@@ -51,13 +52,13 @@ SCHEDULES = (
 
 
 def headers() -> str:
-    """The folder of CUTLASS's headers, as cmake/ptxas.py finds it."""
+    """Return the folder of CUTLASS's headers, as cmake/ptxas.py finds it."""
     sys.path.insert(0, str(predict.ROOT / "cmake"))
     return str(importlib.import_module("ptxas").cutlass_include())
 
 
 def build(schedule: Schedule, folder: Path) -> Path:
-    """The program for one schedule. Without NDEBUG, asserts would make ptxas serialize wgmma."""
+    """Return the program for one schedule. Without NDEBUG, asserts would make ptxas serialize wgmma."""
     program = folder / schedule.name.replace(" ", "_")
     subprocess.run(
         [shutil.which(os.environ.get("CUDACXX") or "nvcc") or "nvcc", "-std=c++17", "-O3", "-DNDEBUG",
@@ -83,7 +84,7 @@ def predict_us(schedule: Schedule, program: Path, cusim: Path, machine: str) -> 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Prints a line for each schedule."""
+    """Print a line for each schedule."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.stock_gemm",
         description=__doc__,

@@ -1,4 +1,6 @@
-"""How a call is timed. Each way has a name, which stands in every record under `timing`:
+"""Ways to time a call.
+
+Each has a name, which stands in every record under `timing`:
 
     clock     wall time of a call that returns when it is done: CPUs
     thread    processor time of the calling thread: what a call costs its host, on a GPU as well
@@ -39,7 +41,7 @@ class Clock:
     timing = "clock"
 
     def measure(self, call: Callable[[], Any]) -> float:
-        """One call; what it returns goes to `milliseconds`."""
+        """Enqueue one call; what it returns goes to `milliseconds`."""
         began = time.perf_counter()
         call()
         return 1e3 * (time.perf_counter() - began)
@@ -55,7 +57,7 @@ class ThreadClock(Clock):
     timing = "thread"
 
     def measure(self, call: Callable[[], Any]) -> float:
-        """One call; what it returns goes to `milliseconds`."""
+        """Enqueue one call; what it returns goes to `milliseconds`."""
         began = time.thread_time()
         call()
         return 1e3 * (time.thread_time() - began)
@@ -94,19 +96,19 @@ class Events:
 
 
 def timer(device: torch.device) -> Clock | Events:
-    """The way to time single calls on `device`."""
+    """Return the way to time single calls on `device`."""
     return Events(device) if device.type == "cuda" else Clock()
 
 
 def cold_bytes(device: torch.device) -> int:
-    """Bytes that push everything else out of the L2 cache: twice its size, and at least LEAST_COLD_BYTES."""
+    """Return the bytes that push all else out of the L2 cache: twice its size, at least LEAST_COLD_BYTES."""
     if dry_run.ACTIVE:
         return LEAST_COLD_BYTES
     return max(LEAST_COLD_BYTES, 2 * torch.cuda.get_device_properties(device).L2_cache_size)
 
 
 def input_sets(bytes_each: int, device: torch.device) -> int:
-    """How many inputs of that size a graph must rotate over so that none is still cached when its turn comes."""
+    """Return how many inputs of that size a graph must rotate over so that none is still cached when its turn comes."""
     if device.type != "cuda":
         return 1
     if dry_run.ACTIVE:
@@ -116,7 +118,7 @@ def input_sets(bytes_each: int, device: torch.device) -> int:
 
 
 def capture(calls: Sequence[Callable[[], Any]], device: torch.device) -> tuple[torch.cuda.CUDAGraph, int]:
-    """A graph of all calls, over and over until there are GRAPH_CALLS; and how many it holds."""
+    """Return a graph of all calls, over and over until there are GRAPH_CALLS; and how many it holds."""
     rounds = -(-GRAPH_CALLS // len(calls))
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
@@ -134,7 +136,7 @@ def capture(calls: Sequence[Callable[[], Any]], device: torch.device) -> tuple[t
 
 
 def peak_memory(call: Callable[[], Any], device: torch.device) -> int:
-    """Bytes that one call allocates on a GPU at its worst moment, results included, inputs not."""
+    """Return the bytes that one call allocates on a GPU at its worst moment, results included, inputs not."""
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -144,7 +146,7 @@ def peak_memory(call: Callable[[], Any], device: torch.device) -> int:
 
 
 def extra_memory(call: Callable[[], Sequence[torch.Tensor]], device: torch.device) -> int:
-    """Bytes that one call allocates at its worst moment beyond its inputs and the tensors that it returns.
+    """Return the bytes that one call allocates at its worst moment beyond its inputs and the tensors that it returns.
 
     On a CPU of what torch allocates: the scratch of its matrix products is not seen, nor is malloc's own overhead.
     """
@@ -202,7 +204,7 @@ def launches(call: Callable[[], Any]) -> int | None:
 
 
 def device_name(device: torch.device = CPU) -> str:
-    """The processor or GPU."""
+    """Return the processor or GPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:

@@ -60,7 +60,7 @@ from illada.diffusion import make_batch, make_validation_batch
 from illada.model import MaskedDiffusionModel
 
 from . import published
-from .attention_ways import given
+from .attention_providers import given
 from .runner import Case, Goal, Provider, on_gpu, ratio, reason
 from .shapes import Shapes
 from .timing import CPU
@@ -134,7 +134,7 @@ def packed_loss(model: MaskedDiffusionModel, batch: Batch) -> Callable[[], Tenso
 
 
 def padded_loss(model: MaskedDiffusionModel, batch: Batch) -> Callable[[], Tensor]:
-    """The same loss on a padded batch with all logits; the padding itself is not timed."""
+    """Return the same loss on a padded batch with all logits; the padding itself is not timed."""
     config = model.config
     bounds = batch.cu_seqlens.tolist()
     parts = list(zip(bounds[:-1], bounds[1:], strict=True))
@@ -164,12 +164,12 @@ LOSSES = {"illada": packed_loss, "padded": padded_loss}
 
 
 def gradients(model: MaskedDiffusionModel, loss: Callable[[], Tensor]) -> list[Tensor]:
-    """One forward and backward; nothing stays in the model."""
+    """Run one forward and backward; nothing stays in the model."""
     return list(torch.autograd.grad(loss(), list(model.parameters())))
 
 
 def compared(model: MaskedDiffusionModel) -> list[int]:
-    """Which of the gradients `error` looks at; one of the first layer has gone through all others."""
+    """Return which of the gradients `error` looks at; one of the first layer has gone through all others."""
     parts = ("embed_tokens.", "norm.", "layers.0.", f"layers.{len(model.layers) - 1}.", "lm_head.")
     return [i for i, (name, _) in enumerate(model.named_parameters()) if name.startswith(parts)]
 
@@ -182,6 +182,7 @@ class GradientError:
         self.reference = {i: found[i].cpu() for i in compared(model)}
 
     def __call__(self, result: list[Tensor]) -> float:
+        """Return the relative error of the gradients, over all parameters that are compared."""
         difference = size = 0.0
         for i, want in self.reference.items():
             # In parts: in float64 the embedding alone is 5 GB of 8b.
@@ -195,17 +196,17 @@ class GradientError:
 
 
 def make_case(job: Job) -> Case:
-    """Time, memory and gradient error of both ways."""
+    """Return the case that compares time, memory and gradient error of both losses."""
 
     def make() -> list[Provider]:
         try:
             model, batch = job.model(), job.batch()
         except torch.OutOfMemoryError as error:
             return [Provider(p, lambda: None, unavailable=reason(error)) for p in LOSSES]
-        error = None
+        wrong: GradientError | None = None
         try:
             model.activation_checkpointing = job.device.type == "cuda"  # needs less, and gives the same
-            error = GradientError(model, batch)
+            wrong = GradientError(model, batch)
         except torch.OutOfMemoryError:
             pass
         model.activation_checkpointing = job.recompute
@@ -213,7 +214,7 @@ def make_case(job: Job) -> Case:
             gc.collect()
             torch.cuda.empty_cache()
         return [
-            Provider(name, partial(gradients, model, bind(model, batch)), error=error) for name, bind in LOSSES.items()
+            Provider(name, partial(gradients, model, bind(model, batch)), error=wrong) for name, bind in LOSSES.items()
         ]
 
     return Case(
@@ -244,7 +245,7 @@ CPU_JOBS = {
 
 
 def gpu_jobs(device: torch.device) -> list[Job]:
-    """The design's first; the one that needs most memory last."""
+    """Return the design's first; the one that needs most memory last."""
     job = Job("8b 8192", ModelConfig.preset("illada_8b"), partial(one_window, [8192]), recompute=True, device=device)
     return [
         job,
@@ -255,18 +256,18 @@ def gpu_jobs(device: torch.device) -> list[Job]:
 
 
 def cases(device: torch.device = CPU) -> list[Case]:
-    """The case of the design's goal on a CPU; on a GPU the paper's model and window."""
+    """Return the case of the design's goal on a CPU; on a GPU the paper's model and window."""
     jobs = gpu_jobs(device) if device.type == "cuda" else [CPU_JOBS["small 8x1024"]]
     return [make_case(job) for job in jobs]
 
 
 def quick(device: torch.device = CPU) -> list[Case]:
-    """A few sequences; on a GPU of few layers."""
+    """Return a few sequences; on a GPU of few layers."""
     return [make_case(gpu_jobs(device)[2] if device.type == "cuda" else CPU_JOBS["small 2x512"])]
 
 
 def own(shapes: Shapes, device: torch.device = CPU) -> list[Case]:
-    """One window of these sequences, half of them masked; the model is the design's smaller one, so changed."""
+    """Return one window of these sequences, half of them masked; the model is the design's smaller one, so changed."""
     heads, more = shapes.heads or (None, None), {"num_hidden_layers": 4} if device.type == "cuda" else {}
     wanted = {
         "hidden_size": shapes.hidden, "num_attention_heads": heads[0], "num_key_value_heads": heads[1],
@@ -292,8 +293,11 @@ PEAKS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "A100": 31
 
 
 def goals(records: Sequence[dict[str, Any]]) -> list[Goal]:
-    """On a CPU 1.5 times as fast in half the memory. On a GPU no slower than the padded loop, and 8b at half of the
-    GPU's peak where that is known."""
+    """Return the goals that are missed.
+
+    On a CPU 1.5 times as fast in half the memory. On a GPU no slower than the padded loop, and 8b at half of the GPU's
+    peak where that is known.
+    """
     found = []
     for case in dict.fromkeys(r["case"] for r in records):
         ours = next((r for r in records if r["case"] == case and r["provider"] == "illada"), None)

@@ -51,7 +51,7 @@ class Bench:
         self.calls: dict[str, tuple[Any, int]] = {}  # what is timed, and how many calls of the job it is
 
     def right(self, values: Values) -> dict[str, float]:
-        """The error. WrongError: it is too large."""
+        """Return the error. WrongError: it is too large."""
         if self.inputs is None:
             self.inputs = self.job.make()
         with use_variants(**values):
@@ -94,18 +94,18 @@ class Bench:
         ms = {
             which: sorted(x / counts[which] for x in self.timer.milliseconds(r)) for which, r in readings.items() if r
         }
-        mine, default = ms[False], ms.get(True)
+        tuned, default = ms[False], ms.get(True)
         return {
-            "ms": statistics.median(mine),
-            "p20_ms": mine[int(0.2 * (len(mine) - 1))],
-            "p80_ms": mine[int(0.8 * (len(mine) - 1) + 0.5)],
+            "ms": statistics.median(tuned),
+            "p20_ms": tuned[int(0.2 * (len(tuned) - 1))],
+            "p80_ms": tuned[int(0.8 * (len(tuned) - 1) + 0.5)],
             "default_ms": None if default is None else statistics.median(default),
             "timing": "events" if counts[False] == 1 else "graph",
         }
 
 
 def gain(found: Mapping[str, Any]) -> float:
-    """How many times as fast as the defaults; of what has none to be compared with 0."""
+    """Return how many times as fast as the defaults; of what has none to be compared with 0."""
     return found["default_ms"] / found["ms"] if found["default_ms"] else 0.0
 
 
@@ -147,7 +147,8 @@ def task(job: Job, choices: list[Variant]) -> Task:
 def result(job: Job, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """Of one job: every value with its status and times, and the fastest right values."""
     steps = {outcome.step: outcome for outcome in outcomes}
-    values, best = [], {"values": {}, "ms": None, "gain": 1.0}
+    values: list[dict[str, Any]] = []
+    best: dict[str, Any] = {"values": {}, "ms": None, "gain": 1.0}
     for name, outcome in steps.items():
         if not name.startswith(f"{RIGHT} "):
             continue
@@ -156,7 +157,7 @@ def result(job: Job, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         # A value may hang, or fail, at its hundredth call.
         bad = next((o for o in (outcome, timed) if o is not None and o.status != OK), None)
         choice, _, value = setting.partition("=")
-        entry = {
+        entry: dict[str, Any] = {
             "choice": choice if value else None,
             "value": value or "default",
             "status": OK if bad is None else bad.status,
@@ -178,7 +179,7 @@ def result(job: Job, outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 
 def advice(results: Sequence[Mapping[str, Any]], choices: Sequence[Variant]) -> list[str]:
-    """What to write into the defaults: a line for each choice that was tried."""
+    """Return what to write into the defaults: a line for each choice that was tried."""
     lines = []
     for choice in choices:
         gains: dict[str, dict[str, float]] = {value: {} for value in choice.values}
@@ -292,7 +293,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def print_result(job: Job, found: Mapping[str, Any]) -> None:
-    """A table of one job, flushed."""
+    """Print the table of one job, flushed."""
     best = found["best"]
     fastest = f"the fastest is {text(best['values'])}, {best['gain'] - 1:+.1%}" if best["ms"] else "nothing was right"
     print(f"{job.name}: {fastest}")

@@ -14,8 +14,8 @@ import torch
 
 import illada
 
-from . import attention, attention_ways, dry_run, loss, loss_ways, remask, timing
-from .attention_ways import equal
+from . import attention, attention_providers, dry_run, loss, loss_providers, remask, timing
+from .attention_providers import equal
 from .runner import generator
 
 LOSS_TOLERANCE = 2**-6  # of norms
@@ -24,8 +24,12 @@ CONFIDENCE_TOLERANCE = {"sample": 1e-3, "linear": 0.05}  # relative, of the wors
 
 @dataclass
 class Inputs:
-    """bind: makes the call(s) under the choices in use, plans and workspaces included. Several: on inputs of their own,
-    for a graph, because one call is short. error: of the first call's result."""
+    """A prepared job.
+
+    bind: Makes the call(s) under the choices in use, plans and workspaces included. Several calls, each on inputs of
+        its own, are for a graph, because one call is short.
+    error: Error of the first call's result.
+    """
 
     bind: Callable[[], Sequence[Callable[[], Any]]]
     error: Callable[[Any], float]
@@ -45,16 +49,16 @@ class Job:
     dim: int | None = None
 
 
-def attention_inputs(job: attention_ways.Job, direction: str) -> Inputs:
-    """The kernels alone, into buffers that are there."""
+def attention_inputs(job: attention_providers.Job, direction: str) -> Inputs:
+    """Return the kernels alone, into buffers that are there."""
     inputs = job.inputs()
     want = attention.exact(job, inputs, direction)
     allowed = attention.TOLERANCE[job.dtype]
-    ways: list[attention_ways.Way] = []
+    providers: list[attention_providers.AttentionProvider] = []
 
     def bind() -> list[Callable[[], Any]]:
-        ways[:] = [attention_ways.illada_raw_way(job)]
-        return [attention.bind(ways[0], inputs, direction)]
+        providers[:] = [attention_providers.illada_raw_provider(job)]
+        return [attention.bind(providers[0], inputs, direction)]
 
     def error(result: Sequence[torch.Tensor]) -> float:
         return max(attention.row_error(got.detach(), w) for got, w in zip(result, want, strict=True))
@@ -62,16 +66,16 @@ def attention_inputs(job: attention_ways.Job, direction: str) -> Inputs:
     return Inputs(bind, error, allowed)
 
 
-def loss_inputs(job: loss_ways.Job) -> Inputs:
-    """The public op."""
+def loss_inputs(job: loss_providers.Job) -> Inputs:
+    """Return the public op."""
     inputs = job.inputs()
-    exact, way = loss.Exact(inputs, "fwdbwd"), loss_ways.WAYS["illada"]
+    exact, provider = loss.Exact(inputs, "fwdbwd"), loss_providers.PROVIDERS["illada"]
 
     def error(result: Any) -> float:
-        found = exact.errors(way, result)
+        found = exact.errors(provider, result)
         return max(found[key] for key in ("loss error", "dX error", "dW error"))
 
-    return Inputs(lambda: [loss.bind(way, inputs, "fwdbwd")], error, LOSS_TOLERANCE)
+    return Inputs(lambda: [loss.bind(provider, inputs, "fwdbwd")], error, LOSS_TOLERANCE)
 
 
 def sample_inputs(rows: int, vocab: int, temperature: float, device: torch.device) -> Inputs:
@@ -113,18 +117,18 @@ def linear_inputs(rows: int, width: int, vocab: int, temperature: float, device:
 
 
 def jobs(device: torch.device) -> list[Job]:
-    """Those first that decide most. A dry run has one of each kind, small."""
+    """Return the jobs, first those that decide most. A dry run has one of each kind, small."""
     found = []
 
-    def add_attention(direction: str, pack: attention_ways.Pack, heads: int, kv_heads: int, dim: int) -> None:
-        job = attention_ways.Job(pack, heads, kv_heads, dim, torch.bfloat16, device)
+    def add_attention(direction: str, pack: attention_providers.Pack, heads: int, kv_heads: int, dim: int) -> None:
+        job = attention_providers.Job(pack, heads, kv_heads, dim, torch.bfloat16, device)
         kind = {"fwd": "attention_forward", "bwd": "attention_backward"}[direction]
         make = partial(attention_inputs, job, direction)
         name, flops, size = f"{direction} {job.name}", job.flops(direction), job.bytes(direction)
         found.append(Job(name, kind, "attention", make, flops, size, dim))
 
-    def add_loss(*shape: Any) -> None:
-        job = loss_ways.Job(*shape, device=device)
+    def add_loss(total: int, masked: float, width: int, vocab: int) -> None:
+        job = loss_providers.Job(total, masked, width, vocab, device=device)
         make = partial(loss_inputs, job)
         found.append(Job(f"fwdbwd {job.name}", "linear_loss", "loss", make, job.flops("fwdbwd")))
 

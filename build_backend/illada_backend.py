@@ -20,16 +20,18 @@ from setuptools.build_meta import *  # noqa: F403
 OLDEST_CMAKE = (3, 22)
 
 
-def get_requires_for_build_wheel(config_settings=None):
+def get_requires_for_build_wheel(config_settings: dict | None = None) -> list[str]:
+    """Return setuptools' requirements and ours (PEP 517)."""
     return build_meta.get_requires_for_build_wheel(config_settings) + requires()
 
 
-def get_requires_for_build_editable(config_settings=None):
+def get_requires_for_build_editable(config_settings: dict | None = None) -> list[str]:
+    """Return setuptools' requirements and ours for an editable installation (PEP 660)."""
     return build_meta.get_requires_for_build_editable(config_settings) + requires()
 
 
 def requires() -> list[str]:
-    """What a build here needs beside pyproject.toml's list."""
+    """Return what a build here needs beside pyproject.toml's list."""
     cmake = [] if version("cmake") >= OLDEST_CMAKE else ["cmake>=" + ".".join(map(str, OLDEST_CMAKE))]
     ninja = [] if os.environ.get("CMAKE_GENERATOR") or version("ninja") else ["ninja"]
     return cmake + ninja + headers_need()
@@ -48,7 +50,7 @@ def version(program: str) -> tuple[int, ...]:
 
 
 def headers_need() -> list[str]:
-    """What fetching the headers of CUTLASS needs, where they must be fetched."""
+    """Return what fetching the headers of CUTLASS needs, where they must be fetched."""
     if option("ILLADA_CUDA").lower() == "off" or not has_nvcc():
         return []
     if option("ILLADA_CUTLASS_DOWNLOAD").lower() in ("off", "0", "no", "false"):
@@ -59,19 +61,19 @@ def headers_need() -> list[str]:
 
 
 def option(name: str) -> str:
-    """An option of the CMake configure: in CMAKE_ARGS, which has the last word, else in the environment."""
+    """Return an option of the CMake configure: in CMAKE_ARGS, which has the last word, else in the environment."""
     arguments = "\n".join(shlex.split(os.environ.get("CMAKE_ARGS", "")))  # quoted as in a shell, as setup.py has it
     given = re.findall(rf"^-D\s*{name}(?::\w+)?=(.*)", arguments, re.MULTILINE)
     return given[-1] if given else os.environ.get(name, "")
 
 
 def has_nvcc() -> bool:
-    """Whether the build would find one."""
+    """Return whether the build would find one."""
     nvcc = option("CMAKE_CUDA_COMPILER").strip() or find_nvcc(os.environ)
     return any(shutil.which(name) for name in (nvcc, *nvcc.split()[:1]))  # CUDACXX may hold options
 
 
 def can_fetch() -> bool:
-    """Whether there is a pip, in this environment or around pip's isolated one, or the uv that made this one."""
+    """Return whether there is a pip, in this environment or around pip's isolated one, or the uv that made this one."""
     pips = [[sys.executable, *isolation, "-m", "pip", "--version"] for isolation in (["-I"], [])]
     return "UV" in os.environ or any(subprocess.run(pip, capture_output=True).returncode == 0 for pip in pips)

@@ -18,7 +18,7 @@ PARTS = {
 
 
 def find_nvcc(environ: Mapping[str, str]) -> str:
-    """The nvcc of CUDACXX, CUDA_HOME, CUDA_PATH, PATH or /usr/local/cuda, else of NVIDIA's wheels; empty: none."""
+    """Return the nvcc of CUDACXX, CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda or NVIDIA's wheels; empty: none."""
     if named := environ.get("CUDACXX", "").strip():
         return named
     homes = [environ.get("CUDA_HOME"), environ.get("CUDA_PATH")]
@@ -27,7 +27,7 @@ def find_nvcc(environ: Mapping[str, str]) -> str:
 
 
 def wheel_nvcc(environ: Mapping[str, str]) -> str:
-    """The newest nvcc that pip installed with all that it needs; says so where a part is missing."""
+    """Return the newest nvcc that pip installed with all that it needs; says so where a part is missing."""
     found = {nvcc for folder in site_packages(environ) for nvcc in folder.glob("nvidia/cu[0-9]*/bin/nvcc")}
     for nvcc in sorted(found, key=lambda nvcc: int(re.sub(r"\D", "", nvcc.parents[1].name) or 0), reverse=True):
         missing = [wheel for wheel, part in PARTS.items() if not (nvcc.parents[1] / part).exists()]

@@ -22,6 +22,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET = ROOT / "csrc" / "ptxas_budget.json"
@@ -56,7 +57,7 @@ class Compiled:
 
 
 def parse(text: str) -> tuple[list[Kernel], list[str]]:
-    """The functions in the output of `nvcc -Xptxas -v`, and its remarks on lost performance."""
+    """Return the functions in the output of `nvcc -Xptxas -v`, and its remarks on lost performance."""
     found: dict[str, Kernel] = {}
     entry = function = ""
     remarks = []
@@ -87,13 +88,13 @@ def launch_bounds(ptx: str) -> dict[str, tuple[int, list[int]]]:
     for entry in re.split(r"^\s*(?:\.visible )?\.entry\s+", ptx, flags=re.MULTILINE)[1:]:
         asked = [(match[1], int(match[2])) for match in re.finditer(r"setmaxnreg\.(dec|inc)\.\S+\s+(\d+)", entry)]
         threads = re.search(r"\.maxntid\s+(\d+)", entry)
-        name = re.match(r"[^\s(]+", entry)
-        found[name[0]] = (int(threads[1]) if threads else 0, [number for _, number in sorted(set(asked))])
+        name = re.split(r"[\s(]", entry, maxsplit=1)[0]
+        found[name] = (int(threads[1]) if threads else 0, [number for _, number in sorted(set(asked))])
     return found
 
 
 def split_fault(kernel: Kernel) -> str | None:
-    """Why the CTA's warpgroups cannot have what setmaxnreg asks for: one producer (dec), all others consumers (inc).
+    """Return why the CTA's warpgroups cannot have what setmaxnreg asks for: one producer (dec), the others inc.
 
     A CTA owns the registers it was launched with, and setmaxnreg.inc waits for ever for more (PTX ISA, setmaxnreg).
     """
@@ -135,6 +136,7 @@ def short_name(demangled: str) -> str:
 
 
 def demangle(names: list[str]) -> list[str]:
+    """Return the C++ names of mangled ones."""
     if not names:
         return []
     try:
@@ -150,7 +152,7 @@ def archs_of(file: str, archs: list[str]) -> list[str]:
 
 
 def cutlass_include() -> str:
-    """The headers of CUTLASS: in ILLADA_CUTLASS_DIR, as IlladaCutlass.cmake takes it, else what `make` fetched."""
+    """Return the headers of CUTLASS: ILLADA_CUTLASS_DIR, as IlladaCutlass.cmake takes it, else what `make` fetched."""
     found = (ROOT / ".cache").glob("cutlass-*[0-9]")
     fetched = max(found, default="", key=lambda path: [int(number) for number in re.findall(r"\d+", path.name)])
     named = os.environ.get("ILLADA_CUTLASS_DIR") or str(fetched)
@@ -165,6 +167,7 @@ def cutlass_include() -> str:
 
 
 def compile_file(nvcc: str, file: str, arch: str, flags: list[str]) -> Compiled:
+    """Compile one file for one arch, and return what ptxas says of its kernels."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         command = [nvcc, "-cubin", f"-arch=sm_{arch}", "-Xptxas", "-v", *FLAGS, *flags]
@@ -178,7 +181,7 @@ def compile_file(nvcc: str, file: str, arch: str, flags: list[str]) -> Compiled:
 
 
 def compiled(file: str, arch: str, seconds: float, output: str, splits: dict[str, tuple[int, list[int]]]) -> Compiled:
-    """What the compiler's output and the PTX's setmaxnreg say, with short names."""
+    """Return what the compiler's output and the PTX's setmaxnreg say, with short names."""
     kernels, remarks = parse(output)
     for kernel in kernels:
         kernel.threads, kernel.warpgroup_registers = splits.get(kernel.name, (0, []))
@@ -188,7 +191,7 @@ def compiled(file: str, arch: str, seconds: float, output: str, splits: dict[str
 
 
 def recorded(folder: Path) -> list[Compiled]:
-    """What ptxas_record.py kept of a build, a file and arch each."""
+    """Return what ptxas_record.py kept of a build, a file and arch each."""
     found = []
     paths = sorted(folder.glob("*.json"))
     if not paths:
@@ -210,7 +213,7 @@ def recorded(folder: Path) -> list[Compiled]:
 
 
 def faults(results: list[Compiled]) -> list[str]:
-    """What no budget excuses."""
+    """Return what no budget excuses."""
     said = []
     owner: dict[tuple[str, str], str] = {}
     for result in results:
@@ -254,9 +257,12 @@ def resident(registers: int, threads: int) -> int:
 def over_budget(
     results: list[Compiled], budget: dict, archs: list[str], complete: bool = True, same_cuda: bool = True
 ) -> list[str]:
-    """Where kernels and budget disagree. `archs` are those compiled for: a budget for others is not stale. Nor is one
-    for other files where not all of them were compiled (`complete`). Register counts differ a little between compilers:
-    by another CUDA than the budget's they count only where fewer CTAs fit."""
+    """Return where kernels and budget disagree.
+
+    `archs` are those compiled for: a budget for others is not stale. Nor is one for other files where not all of them
+    were compiled (`complete`). Register counts differ a little between compilers: by another CUDA than the budget's
+    they count only where fewer CTAs fit.
+    """
     said = []
     table = measured(results)
     threads = {kernel.name: kernel.threads for result in results for kernel in result.kernels}
@@ -283,7 +289,7 @@ def over_budget(
 
 
 def budget_text(table: dict, old: dict, archs: list[str], version: str) -> str:
-    """The budget file: sorted, a line for each kernel and arch. Archs that were not compiled now are kept."""
+    """Return the budget file: sorted, a line for each kernel and arch. Archs that were not compiled now are kept."""
     kept = {
         name: {arch: entry for arch, entry in entries.items() if arch.removeprefix("sm_") not in archs}
         for name, entries in old.items()
@@ -299,7 +305,8 @@ def budget_text(table: dict, old: dict, archs: list[str], version: str) -> str:
 
 
 def table_text(results: list[Compiled]) -> str:
-    rows = [("kernel", "arch", "registers", "smem", "stack", "spill st", "spill ld")]
+    """Return a table with a line for each kernel."""
+    rows: list[tuple[str, ...]] = [("kernel", "arch", "registers", "smem", "stack", "spill st", "spill ld")]
     for result in results:
         for kernel in sorted(result.kernels, key=lambda kernel: kernel.name):
             registers = "function" if kernel.registers is None else kernel.registers
@@ -317,6 +324,7 @@ def table_text(results: list[Compiled]) -> str:
 
 
 def job_count() -> int:
+    """Return how many compilers the machine's cores and memory allow at a time."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(cores, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // BYTES_A_JOB))
 
@@ -340,6 +348,7 @@ def toolkit(nvcc: str) -> tuple[str, set[str]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run the command; return its exit status."""
     parser = argparse.ArgumentParser(
         prog="ptxas.py",
         description=__doc__,
@@ -387,7 +396,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise SystemExit(f"ptxas.py: {args.recorded} has no record of {missing}")
     else:
         with ThreadPoolExecutor(args.jobs or job_count()) as pool:
-            results = list(pool.map(lambda job: compile_file(args.nvcc, *job, flags), jobs))
+            results = list(pool.map(lambda job: compile_file(args.nvcc, job[0], job[1], flags), jobs))
     print(table_text(results))
     print("\ncompile seconds:")
     for file in dict.fromkeys(result.file for result in results):
@@ -401,7 +410,9 @@ def main(arguments: list[str] | None = None) -> int:
     for arch in left_out:
         print(f"  sm_{arch} left out: CUDA {version} does not know it")
 
-    old = json.loads(args.budget.read_text()) if args.budget.exists() else {"nvcc": version, "kernels": {}}
+    old: dict[str, Any] = (
+        json.loads(args.budget.read_text()) if args.budget.exists() else {"nvcc": version, "kernels": {}}
+    )
     said = faults(results)
     if args.update:
         args.budget.write_text(budget_text(measured(results), old["kernels"], archs, version))

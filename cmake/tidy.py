@@ -37,6 +37,8 @@ REPEATED = re.compile(r"(_d128_\w+|_d64_variants_sm90|_sums_d64_sm90)\.cu$|row_k
 
 @dataclass(frozen=True)
 class Found:
+    """One warning of clang-tidy."""
+
     check: str
     file: str  # below csrc/
     number: int
@@ -97,14 +99,14 @@ def flags(source: Path, cuda: Cuda | None, made: Path) -> list[str]:
 
 
 def make_headers(folder: Path) -> None:
-    """What CMake makes of csrc/**/*.h.in, with nothing in it; and what clang includes in every CUDA source."""
+    """Write csrc/**/*.h.in as CMake does, with empty values, and the header that clang includes in CUDA sources."""
     for template in (ROOT / "csrc").rglob("*.h.in"):
         (folder / template.stem).write_text(re.sub(r"@\w+@", "", template.read_text()))
     (folder / "curand_mtgp32_kernel.h").touch()
 
 
 def sources(has_cuda: bool) -> list[Path]:
-    """Those that a build compiles, the longest first."""
+    """Return those that a build compiles, the longest first."""
     files = [f for f in (ROOT / "csrc").rglob("*.c*") if f.suffix in (".cpp", ".cu") and not REPEATED.search(f.name)]
     host = {"cpu", "bindings"}
     files = [f for f in files if has_cuda or f.parent.name in host]
@@ -112,7 +114,7 @@ def sources(has_cuda: bool) -> list[Path]:
 
 
 def parse(text: str) -> tuple[set[Found], list[str]]:
-    """What clang-tidy found below csrc/, and its errors, which mean that it understood a source only in part."""
+    """Return what clang-tidy found below csrc/, and its errors, which mean that it understood a source only in part."""
     lines = text.splitlines()
     found, errors = set(), [line for line in lines if ": error: " in line or line.startswith(("Error", "error: "))]
     for at, line in enumerate(lines):
@@ -124,7 +126,7 @@ def parse(text: str) -> tuple[set[Found], list[str]]:
 
 
 def judge(found: Iterable[Found], reviewed: set[str], files: set[str]) -> list[str]:
-    """What is wrong: products that nobody reviewed, and reviews of lines that are no longer there.
+    """Return what is wrong: products that nobody reviewed, and reviews of lines that are no longer there.
 
     Lines of `files`, all that were looked at, are reviewed as "file: line of code".
     """
@@ -149,11 +151,13 @@ def judge(found: Iterable[Found], reviewed: set[str], files: set[str]) -> list[s
 
 
 def read_reviewed(path: Path = REVIEWED) -> set[str]:
+    """Return the reviewed lines as "file: line of code"."""
     bounds = tomllib.loads(path.read_text())["bound"]
     return {f"{file}: {line}" for bound in bounds for file, lines in bound["lines"].items() for line in lines}
 
 
 def main() -> int:
+    """Run clang-tidy on the sources and print what is wrong; return 1 if anything is."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("pattern", nargs="?", default="", help="only sources with this in their path")
     wanted = parser.parse_args().pattern

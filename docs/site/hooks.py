@@ -35,7 +35,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """The Markdown of a page as Python-Markdown wants it."""
+    """Return the Markdown of a page as Python-Markdown wants it."""
     name = page.file.src_uri
     source = ROOT / OUTSIDE[name] if name in OUTSIDE else DOCS / name
     return indent_lists(relink(markdown, source, DOCS / name))

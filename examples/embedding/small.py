@@ -65,7 +65,7 @@ def small_qwen() -> nn.Module:
 
 
 def batches(rank: int = RANK) -> list[tuple[Tensor, Tensor]]:
-    """The micro-batches of a process in one step: (tokens with masks, labels), no two with as many labels."""
+    """Return the micro-batches of a process in one step: (tokens with masks, labels), no two with as many labels."""
     made = []
     for i in range(2):
         generator = torch.Generator().manual_seed(2 * rank + i)
@@ -84,7 +84,7 @@ def count(labels: list[Tensor]) -> Tensor:
 
 
 def expected(model: nn.Module, logits_of) -> dict[str, Tensor]:
-    """The parameters after one step of SGD (learning rate 1) on all batches of all processes, in plain torch."""
+    """Return the parameters after one step of SGD (learning rate 1) on all batches of all processes, in plain torch."""
     model = copy.deepcopy(model)
     every = [batch for rank in range(WORLD) for batch in batches(rank)]
     for tokens, labels in every:

@@ -104,7 +104,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """A name of `__all__`, or a module of this package, at its first use (PEP 562)."""
+    """Return a name of `__all__`, or a module of this package, at its first use (PEP 562)."""
     if name == "__version__":
         from illada._native import package_version
 

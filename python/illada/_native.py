@@ -10,7 +10,7 @@ from types import ModuleType
 
 @functools.cache
 def native() -> ModuleType:
-    """The compiled module. ImportError: not built, or built from another version of this package."""
+    """Return the compiled module. ImportError: not built, or built from another version of this package."""
     try:
         module = importlib.import_module("illada._C")
     except ImportError as error:
@@ -28,7 +28,7 @@ def native() -> ModuleType:
 
 
 def package_version() -> str:
-    """The version of the installed distribution, or the native module's where it runs from a plain checkout."""
+    """Return the version of the installed distribution, or the native module's where it runs from a plain checkout."""
     try:
         return importlib.metadata.version("illada")
     except importlib.metadata.PackageNotFoundError:
@@ -39,20 +39,22 @@ def package_version() -> str:
 
 
 def build_info() -> dict[str, object]:
-    """What was built and what it chose: version, compiler, openmp, cpu_isa, cuda_version, cuda_archs,
-    cutlass_version, no_cuda (why there are no CUDA kernels).
+    """Return what was built and what it chose.
+
+    Its keys are version, compiler, openmp, cpu_isa, cuda_version, cuda_archs, cutlass_version and no_cuda (why there
+    are no CUDA kernels).
     """
     return native().build_info()
 
 
 @functools.cache
 def has_cuda() -> bool:
-    """Were CUDA kernels built?"""
+    """Return whether CUDA kernels were built."""
     return bool(build_info()["cuda_archs"])
 
 
 def require_cuda_build(op: str) -> None:
-    """NotImplementedError for an op called with CUDA tensors on a build that has no CUDA kernels."""
+    """Raise NotImplementedError for an op called with CUDA tensors on a build that has no CUDA kernels."""
     if not has_cuda():
         raise NotImplementedError(
             f"{op}: this build has no CUDA kernels ({build_info()['no_cuda']}); supported here: CPU tensors. "

@@ -113,14 +113,14 @@ class ModelConfig:
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> ModelConfig:
-        """A named architecture, with some fields replaced. ValueError lists the names there are."""
+        """Return a named architecture, with some fields replaced. ValueError lists the names there are."""
         if name not in PRESETS:
             raise ValueError(f"model.preset must be one of {', '.join(PRESETS)}, got {name!r}")
         return cls.from_dict({**PRESETS[name], **overrides})
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
-        """From field names and values; unknown and missing names are errors that list them."""
+        """Make a config of field names and values; unknown and missing names are errors that list them."""
         fields = {f.name: f for f in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - set(fields)):
             raise ValueError(f"unknown model options: {some_of(unknown)}; there are {', '.join(fields)}")
@@ -130,7 +130,7 @@ class ModelConfig:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields by name; the inverse of `from_dict`."""
+        """Return all fields by name; the inverse of `from_dict`."""
         return dataclasses.asdict(self)
 
 

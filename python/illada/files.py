@@ -23,7 +23,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # of a file system that
 
 @contextlib.contextmanager
 def staged_directory(target: str | Path) -> Iterator[Path]:
-    """A hidden folder beside `target` to write into; on success it is synced to disk and renamed to `target`.
+    """Make a hidden folder beside `target` to write into; on success sync it to disk and rename it to `target`.
 
     A folder already at `target` steps aside for the rename and is removed after it, so that at every moment, a kill or
     a power cut included, one complete folder is there (or, between two renames, beside it: `recover` brings it back).
@@ -61,7 +61,7 @@ def staged_directory(target: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _named(target: Path) -> Iterator[None]:
-    """An OSError without a file, as of a full disk, gets the one that is being written."""
+    """Give an OSError without a file, as of a full disk, the name of the file that is being written."""
     try:
         yield
     except OSError as error:
@@ -71,7 +71,7 @@ def _named(target: Path) -> Iterator[None]:
 
 
 def folder_to_write(target: str | Path) -> Path:
-    """The folder that `target` leads to, links followed, which may be absent.
+    """Return the folder that `target` leads to, links followed, which may be absent.
 
     ValueError: this process stands in it. NotADirectoryError: something else is there.
     """
@@ -175,7 +175,7 @@ def append(file: Path, lines: str) -> None:
 
 @contextlib.contextmanager
 def replaced(file: str | Path) -> Iterator[BinaryIO]:
-    """A stream whose bytes become `file`, beside and renamed: readers see the old file or the new one, never a part.
+    """Open a stream whose bytes become `file`: readers see the old file or the new one, never a part.
 
     Links are followed, and what they lead to is replaced. A device, a pipe and a descriptor are written to as they are.
     The mode of a file that was there stays.
@@ -205,7 +205,7 @@ def replaced(file: str | Path) -> Iterator[BinaryIO]:
 
 
 def is_stream(file: str | Path) -> bool:
-    """Whether a path leads to a device, a pipe or an open descriptor, which cannot be replaced and read again."""
+    """Return whether a path leads to a device, pipe or open descriptor, which cannot be replaced and read again."""
     if os.path.abspath(file).startswith(("/dev/fd/", "/dev/std", "/proc/")):
         return True
     try:
@@ -222,7 +222,7 @@ def write_text(file: str | Path, text: str) -> None:
 
 
 def check_inside(file: Path, folder: Path) -> None:
-    """ValueError: `file` is a link that leaves its folder, to which the blobs of a Hugging Face cache belong."""
+    """Raise ValueError if `file` is a link that leaves its folder; blobs of a Hugging Face cache belong to it."""
     real, home = file.resolve(), folder.resolve()
     blobs = home.parent.parent / "blobs"
     if not (real.is_relative_to(home) or (home.parent.name == "snapshots" and real.parent == blobs)):
@@ -249,7 +249,7 @@ def remove_stale(parent: str | Path) -> None:
 
 
 def _open_by_umask(staging: Path) -> None:
-    """Modes as if everything had been made by mkdir and open: temporary folders and weights are made private."""
+    """Set modes as mkdir and open would: temporary folders and weights are made private."""
     probe = staging / ".mode"
     probe.mkdir()  # asking for the umask would change it, for all threads
     mode = stat.S_IMODE(probe.stat().st_mode) & 0o777

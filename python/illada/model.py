@@ -61,7 +61,7 @@ class SelectedRows(NamedTuple):
     cu_seqlens: Tensor
 
 
-class FirstLayer(NamedTuple):
+class FirstProjection(NamedTuple):
     """Embeddings and projections of the first layer, which depend only on each token's id and position.
 
     x: [T, C], embeddings.
@@ -77,14 +77,31 @@ class FirstLayer(NamedTuple):
     k: Tensor
     v: Tensor
 
-    def take(self, index: Tensor) -> FirstLayer:
+    def take(self, index: Tensor) -> FirstProjection:
         """Return a copy for the tokens `index`, int64 [n]."""
-        return FirstLayer(*(tensor.index_select(0, index) for tensor in self))
+        return FirstProjection(*(tensor.index_select(0, index) for tensor in self))
 
-    def put(self, index: Tensor, tokens: FirstLayer) -> None:
+    def put(self, index: Tensor, tokens: FirstProjection) -> None:
         """Replace the tokens `index`, int64 [n], by `tokens`, in place."""
         for tensor, new in zip(self, tokens, strict=True):
             tensor.index_copy_(0, index, new)
+
+
+def guide(conditional: Tensor, unconditional: Tensor, scale: Tensor | float) -> Tensor:
+    """Apply classifier-free guidance to hidden states: un + (w + 1) (cond - un), computed in float32.
+
+    The head is linear, so guiding the hidden states guides the logits, and the head runs once.
+
+    Args:
+        conditional: [N, C], hidden states with the prompt.
+        unconditional: [N, C], hidden states with the prompt masked.
+        scale: w >= 0, or float32 [N, 1]; 0 returns `conditional`, up to rounding.
+
+    Returns:
+        [N, C], in the dtype of `conditional`.
+    """
+    with_prompt, without = conditional.float(), unconditional.float()
+    return (without + (scale + 1) * (with_prompt - without)).to(conditional.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -99,6 +116,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalize the last dimension of x [..., C], in float32; the result has the dtype of x."""
         if x.dtype == torch.float32:
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         return self.weight * F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype)
@@ -175,7 +193,8 @@ class Attention(nn.Module):
 
         Args:
             q: [T, H, D], or [N, H, D] with `selected_rows`, from `project`.
-            k, v: [T, G, D], from `project`.
+            k: [T, G, D], from `project`.
+            v: Like `k`.
             cu_seqlens: int32 [S + 1], where each sequence starts in the pack.
             plan: The plan of `illada.attention_plan` for these lengths; None: made in this call.
             cache: This layer's cache, k and v [R, G, D]. k and v of this call are written to it, and q attends to its
@@ -205,7 +224,8 @@ class Attention(nn.Module):
 
         Args:
             x: [T, C].
-            cos, sin: [T, 1, D], from `rotary_tables`.
+            cos: [T, 1, D], from `rotary_tables`.
+            sin: Like `cos`.
             rows: int64 [N], the rows of x that need a query; None: all T.
 
         Returns:
@@ -235,6 +255,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the SwiGLU MLP to x [..., C]; the result has its shape and dtype."""
         gate, up = F.silu(self.gate_proj(x)), self.up_proj(x)
         return self.down_proj(gate * up if torch.is_grad_enabled() else gate.mul_(up))
 
@@ -264,7 +285,8 @@ class Layer(nn.Module):
 
         Args:
             x: [T, C], the residual stream.
-            cos, sin: [T, 1, D], from `rotary_tables`.
+            cos: [T, 1, D], from `rotary_tables`.
+            sin: Like `cos`.
             cu_seqlens: int32 [S + 1], where each sequence starts in the pack.
             plan: The plan of `illada.attention_plan` for these lengths; None: made in this call.
             cache: This layer's cache, k and v [R, G, D]; None: none.
@@ -408,7 +430,7 @@ class MaskedDiffusionModel(nn.Module):
         plan: AttentionPlan | None = None,
         cache: CachedKeys | None = None,
         rows: Tensor | None = None,
-        first: FirstLayer | None = None,
+        first: FirstProjection | None = None,
     ) -> Tensor:
         """Compute hidden states that, multiplied by the head weight, give the logits of each token's own position.
 
@@ -456,13 +478,20 @@ class MaskedDiffusionModel(nn.Module):
             x, cos, sin = first.x, first.cos, first.sin
         selected_rows = None if rows is None else self._selected_rows(rows, cu_seqlens, tokens.shape[0])
         for i, layer in enumerate(self.layers):
-            inputs = [x, cos, sin, cu_seqlens, plan, None if cache is None else cache.layer(i), None, None]
-            last = i == len(self.layers) - 1
-            if selected_rows is not None and last:
-                inputs[4], inputs[6] = None, selected_rows  # the selected rows need another plan
+            selects = selected_rows if i == len(self.layers) - 1 else None
+            projected = None
             if first is not None and i == 0:
-                q = first.q if selected_rows is None or not last else first.q[selected_rows.rows]
-                inputs[7] = (q, first.k, first.v)
+                projected = (first.q if selects is None else first.q[selects.rows], first.k, first.v)
+            inputs = (
+                x,
+                cos,
+                sin,
+                cu_seqlens,
+                plan if selects is None else None,  # the selected rows need another plan
+                None if cache is None else cache.layer(i),
+                selects,
+                projected,
+            )
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, *inputs, use_reentrant=False)
             else:
@@ -470,17 +499,17 @@ class MaskedDiffusionModel(nn.Module):
         hidden = self.norm(x)
         return hidden[shifted(cu_seqlens, tokens.shape[0])] if config.logits_shift and rows is None else hidden
 
-    def first_layer(self, tokens: Tensor, position_ids: Tensor) -> FirstLayer:
+    def first_layer(self, tokens: Tensor, position_ids: Tensor) -> FirstProjection:
         """Compute embeddings and projections of the first layer for reuse by `forward` without gradients.
 
-        Reuse pays where few tokens change from one forward pass to the next: `FirstLayer.put` updates those.
+        Reuse pays where few tokens change from one forward pass to the next: `FirstProjection.put` updates those.
 
         Args:
             tokens: int64 or int32 [T], ids in [0, embedding_size).
             position_ids: int64 [T].
 
         Returns:
-            FirstLayer of T tokens.
+            FirstProjection of T tokens.
 
         Raises:
             ValueError: As in `forward`.
@@ -489,7 +518,7 @@ class MaskedDiffusionModel(nn.Module):
         x, layer = self.embed_tokens(tokens), self.layers[0]
         assert isinstance(layer, Layer)
         cos, sin = self._rotary_tables(position_ids, x.dtype)
-        return FirstLayer(x, cos, sin, *layer.project(x, cos, sin))
+        return FirstProjection(x, cos, sin, *layer.project(x, cos, sin))
 
     def _rotary_tables(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return `rotary_tables` for activations of `dtype`, or of autocast's dtype where autocast is on."""

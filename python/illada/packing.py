@@ -27,7 +27,10 @@ def pack(sequences: Sequence[Tensor | Sequence[int]]) -> tuple[Tensor, Tensor]:
 
 
 def unpack(packed: Tensor, cu_seqlens: Tensor) -> list[Tensor]:
-    """The sequences of a pack, as views of it; the inverse of `pack`. Reads cu_seqlens on the host (a sync on CUDA)."""
+    """Return the sequences of a pack as views of it; the inverse of `pack`.
+
+    Reads cu_seqlens on the host (a sync on CUDA).
+    """
     bounds = cu_seqlens.tolist()
     if not bounds or bounds[0] != 0 or bounds[-1] != len(packed):
         raise ValueError(f"unpack: cu_seqlens must run from 0 to {len(packed)}, got {bounds}")

@@ -53,7 +53,7 @@ _SAID: dict[str, Callable[[dict[str, Any]], str]] = {
 
 
 def checked(hint: Any, value: Any, name: str) -> Any:
-    """The value, if it is what the hint says. ValueError: `name` must be ..., got ..."""
+    """Return the value, if it is what the hint says. ValueError: `name` must be ..., got ..."""
     from pydantic import ValidationError
 
     try:
@@ -71,14 +71,14 @@ def checked(hint: Any, value: Any, name: str) -> Any:
 
 
 def _is_infinite(value: Any, problem: str) -> bool:
-    """inf, nan, or an int that no float holds."""
+    """Return whether a value is inf, nan, or an int that no float holds."""
     if isinstance(value, float):
         return not math.isfinite(value)
     return problem == "float_type" and isinstance(value, int) and not isinstance(value, bool)
 
 
 def check_fields(instance: Any, section: str) -> None:
-    """The fields of a dataclass against their hints, in its __post_init__; an int for a float becomes one."""
+    """Check the fields of a dataclass against their hints, in its __post_init__; an int for a float becomes one."""
     kind: Any = type(instance)
     for name, hint in hints_of(kind).items():
         object.__setattr__(instance, name, checked(hint, getattr(instance, name), f"{section}.{name}"))
@@ -87,9 +87,10 @@ def check_fields(instance: Any, section: str) -> None:
 def check_object(
     values: Any, keys: Mapping[str, Any], where: str, optional: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The values of these keys, {key: hint}, of a JSON object, and of the `optional` ones that are there and not null.
+    """Return the values of these keys, {key: hint}, of a JSON object, and of `optional` ones that are not null.
 
-    ValueError: one is missing or is something else."""
+    ValueError: one is missing or is something else.
+    """
     if not isinstance(values, dict):
         raise ValueError(f"{where} must hold a JSON object, got {type(values).__name__}")
     if missing := [key for key in keys if key not in values]:
@@ -99,13 +100,13 @@ def check_object(
 
 
 def names_of(kind: type) -> list[str]:
-    """The names of a dataclass's fields."""
+    """Return the names of a dataclass's fields."""
     return [field.name for field in dataclasses.fields(kind)]
 
 
 @functools.lru_cache
 def hints_of(kind: Any) -> dict[str, Any]:
-    """The type hints of a dataclass's fields, by name."""
+    """Return the type hints of a dataclass's fields, by name."""
     return typing.get_type_hints(kind, include_extras=True)
 
 
@@ -117,6 +118,6 @@ def _adapter(hint: Any) -> Any:
 
 
 def some_of(items: Sequence[str], separator: str = ", ") -> str:
-    """A list for an error: the first of its items, none of them long, and how many more there are."""
+    """Return a list for an error: the first of its items, none of them long, and how many more there are."""
     shown = separator.join(f"{item:.160}" for item in items[:_SHOWN])
     return shown if len(items) <= _SHOWN else f"{shown} and {len(items) - _SHOWN} more"

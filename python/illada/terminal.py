@@ -6,7 +6,7 @@ import sys
 
 
 def shows(progress: bool = True) -> bool:
-    """Whether to draw a progress bar: it is wanted, and standard error is a terminal. It may be closed, or None."""
+    """Return whether to draw a progress bar: it is wanted, and standard error is a terminal, not closed or None."""
     try:
         return progress and sys.stderr.isatty()
     except (AttributeError, ValueError):

@@ -9,7 +9,7 @@ from illada.ops.types import TokenSample
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
-    """||got - want|| / ||want|| in float64; positions where `want` is not finite must match exactly."""
+    """Return ||got - want|| / ||want|| in float64; positions where `want` is not finite must match exactly."""
     got, want = got.detach().double(), want.detach().double()
     if got.shape != want.shape:
         raise AssertionError(f"shape {list(got.shape)}, expected {list(want.shape)}")
@@ -23,7 +23,7 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 
 
 def assert_close_like(got: Tensor, want: Tensor, baseline: Tensor, *, factor: float = 2.0) -> None:
-    """`got` may be wrong by `factor` times the error of `baseline`, the same formula in plain torch at that dtype.
+    """Check that the error of `got` is at most `factor` times that of `baseline`, the formula in plain torch.
 
     Both are measured against `want`, in float64. An eighth of a rounding step of the dtype, and 1e-6 for float32
     accumulation, are allowed in any case: on a handful of numbers the baseline can be exact by luck.
@@ -37,7 +37,7 @@ def assert_close_like(got: Tensor, want: Tensor, baseline: Tensor, *, factor: fl
 
 
 def plain_sample(logits: Tensor, token: Tensor, measure: str = "probability") -> TokenSample:
-    """The fields of a TokenSample in plain torch, as a user would: softmax in float32. The baseline of the samplers."""
+    """Return the fields of a TokenSample in plain torch, with a softmax in float32: the baseline of the samplers."""
     logprobs = logits.float().log_softmax(-1)
     probabilities = logprobs.exp()
     logprob = logprobs.gather(-1, token.unsqueeze(-1)).squeeze(-1)

@@ -14,8 +14,8 @@ if importlib.util.find_spec("benchmarks") is None:
 
 import illada  # noqa: E402
 from benchmarks import __main__ as command  # noqa: E402
-from benchmarks import attention, attention_ways, ceiling, report, runner, timing  # noqa: E402
-from benchmarks.attention_ways import Job, Pack, cached, equal, listed, ragged  # noqa: E402
+from benchmarks import attention, attention_providers, ceiling, report, runner, timing  # noqa: E402
+from benchmarks.attention_providers import Job, Pack, cached, equal, listed, ragged  # noqa: E402
 from illada.ops import reference  # noqa: E402
 
 PACKS = [equal(2, 7), listed(5, 0, 9), cached(3, 2, 4, 8)]
@@ -30,10 +30,10 @@ def no_kernel(job):
     raise NotImplementedError("varlen_attention: no CUDA kernel")
 
 
-def error(way, job, direction="fwd", tolerance=1e-4):
+def error(provider, job, direction="fwd", tolerance=1e-4):
     inputs = job.inputs()
-    call = attention.bind(way, inputs, direction)
-    return attention.check(way, attention.exact(job, inputs, direction), tolerance, call())
+    call = attention.bind(provider, inputs, direction)
+    return attention.check(provider, attention.exact(job, inputs, direction), tolerance, call())
 
 
 # ---------------------------------------------------------------------------------------------------------- command
@@ -50,7 +50,7 @@ def test_records(tmp_path, monkeypatch, direction, capsys):
     calls = [line for line in lines if not line["case"].startswith("plan ")]
     packs = PACKS if direction is None else PACKS[:2]  # caches have no backward
     assert [(line["case"], line["provider"]) for line in calls] == [
-        (f"{direction or 'fwd'} {p.name} 8/2 D64", way) for p in packs for way in attention.CPU_WAYS
+        (f"{direction or 'fwd'} {p.name} 8/2 D64", provider) for p in packs for provider in attention.CPU_PROVIDERS
     ]
     assert len(lines) - len(calls) == len(PACKS)
     for line in lines:
@@ -74,11 +74,16 @@ def test_an_op_without_a_kernel_and_a_peer_that_is_not_installed_are_named(tmp_p
         def attend(q, k, v):
             raise NotImplementedError("forward only")
 
-        return attention_ways.Way(attend)
+        return attention_providers.AttentionProvider(attend)
 
     monkeypatch.setitem(sys.modules, "fa3_fwd_interface", None)
-    ways = {**attention.CPU_WAYS, "illada": no_kernel, "fa3": attention_ways.fa3_way, "other": no_backward}
-    monkeypatch.setattr(attention, "CPU_WAYS", ways)
+    providers = {
+        **attention.CPU_PROVIDERS,
+        "illada": no_kernel,
+        "fa3": attention_providers.fa3_provider,
+        "other": no_backward,
+    }
+    monkeypatch.setattr(attention, "CPU_PROVIDERS", providers)
     monkeypatch.setattr(attention, "cases", lambda device: [attention.make_case(job(PACKS[0]))])
     monkeypatch.setattr(ceiling, "cases", lambda cases, device: [])
     out = tmp_path / "o.jsonl"
@@ -107,13 +112,15 @@ def test_ours_without_a_kernel_is_left_out_and_ours_that_fails_is_not():
 
 
 def test_a_result_that_is_wrong_is_left_out():
-    way = attention_ways.illada_way(job(PACKS[1]))
-    assert error(way, job(PACKS[1])) < 1e-5
-    one_row = attention_ways.Way(lambda q, k, v: way.attend(q, k, v).index_fill(0, torch.tensor([13]), 0.0))
+    provider = attention_providers.illada_provider(job(PACKS[1]))
+    assert error(provider, job(PACKS[1])) < 1e-5
+    one_row = attention_providers.AttentionProvider(
+        lambda q, k, v: provider.attend(q, k, v).index_fill(0, torch.tensor([13]), 0.0)
+    )
     with pytest.raises(ValueError, match=r"a row is off by 1.0e\+00 of its length"):
         error(one_row, job(PACKS[1]))
     with pytest.raises(ValueError, match="off by nan"):
-        error(attention_ways.Way(lambda q, k, v: q * torch.nan), job(PACKS[1]))
+        error(attention_providers.AttentionProvider(lambda q, k, v: q * torch.nan), job(PACKS[1]))
 
 
 # ------------------------------------------------------------------------------------------------- packs and counts
@@ -159,11 +166,11 @@ def test_cases_of_a_gpu():
 
 @pytest.mark.parametrize("kv_heads", [2, 4])
 @pytest.mark.parametrize("pack", PACKS, ids=lambda pack: pack.name)
-@pytest.mark.parametrize("name", attention.CPU_WAYS)
+@pytest.mark.parametrize("name", attention.CPU_PROVIDERS)
 def test_ways_agree(name, pack, kv_heads):
-    way = attention.CPU_WAYS[name](job(pack, kv_heads))
+    provider = attention.CPU_PROVIDERS[name](job(pack, kv_heads))
     for direction in attention.DIRECTIONS if pack.used is None else ["fwd"]:
-        assert error(way, job(pack, kv_heads), direction) < 1e-5
+        assert error(provider, job(pack, kv_heads), direction) < 1e-5
 
 
 @pytest.mark.parametrize("pack", PACKS, ids=lambda pack: pack.name)
@@ -194,15 +201,15 @@ def test_illada_raw(monkeypatch, pack):
         varlen_attention=forward, varlen_attention_workspace=lambda *sizes: 7,
         varlen_attention_backward=backward, varlen_attention_backward_workspace=lambda *sizes: 9,
     )  # fmt: skip
-    monkeypatch.setattr(attention_ways, "raw", raw)
+    monkeypatch.setattr(attention_providers, "raw", raw)
     call_forward, call_backward = ("fwd", 7, len(pack.lengths)), ("bwd", 9, len(pack.lengths))
-    way = attention_ways.illada_raw_way(this)
-    assert error(way, this) < 1e-5 and seen == [call_forward]
+    provider = attention_providers.illada_raw_provider(this)
+    assert error(provider, this) < 1e-5 and seen == [call_forward]
     if pack.used:
         return
     for direction, calls in (("bwd", [call_backward] * 2), ("fwdbwd", [call_forward, call_backward] * 2)):
-        call = attention.bind(way, this.inputs(), direction)
-        assert attention.check(way, attention.exact(this, this.inputs(), direction), 1e-4, call()) < 1e-5
+        call = attention.bind(provider, this.inputs(), direction)
+        assert attention.check(provider, attention.exact(this, this.inputs(), direction), 1e-4, call()) < 1e-5
         seen.clear()
         call(), call()
         assert seen == calls
@@ -213,19 +220,19 @@ def test_repeatable_gradients_are_a_provider_of_the_backward(monkeypatch, direct
     monkeypatch.setattr(Job, "inputs", lambda self, seed=0: ())
     monkeypatch.setattr(attention, "exact", lambda *arguments: ())
     monkeypatch.setattr(timing, "input_sets", lambda *arguments: 1)
-    for ways in (attention.WAYS, attention.BACKWARD_WAYS):
-        for name in ways:
-            monkeypatch.setitem(ways, name, no_kernel)
+    for providers in (attention.PROVIDERS, attention.BACKWARD_PROVIDERS):
+        for name in providers:
+            monkeypatch.setitem(providers, name, no_kernel)
     names = [provider.name for provider in attention.make_case(job(PACKS[0], device=GPU), direction).make()]
-    assert names == [*attention.WAYS, *(["illada deterministic"] if direction != "fwd" else [])]
+    assert names == [*attention.PROVIDERS, *(["illada deterministic"] if direction != "fwd" else [])]
 
 
-def test_the_deterministic_way(monkeypatch):
-    assert error(attention.BACKWARD_WAYS["illada deterministic"](job(PACKS[1])), job(PACKS[1]), "bwd") < 1e-5
+def test_the_deterministic_provider(monkeypatch):
+    assert error(attention.BACKWARD_PROVIDERS["illada deterministic"](job(PACKS[1])), job(PACKS[1]), "bwd") < 1e-5
     asked = []
     monkeypatch.setattr(illada, "varlen_attention", lambda *x, deterministic, **more: asked.append(deterministic))
     for name in ("illada", "illada deterministic"):
-        attention.BACKWARD_WAYS[name](job(PACKS[1])).attend(*job(PACKS[1]).inputs()[:3])
+        attention.BACKWARD_PROVIDERS[name](job(PACKS[1])).attend(*job(PACKS[1]).inputs()[:3])
     assert asked == [False, True]
 
 
@@ -257,7 +264,7 @@ def test_flash_packages(monkeypatch, pack, name, module):
     monkeypatch.setitem(sys.modules, module.split(".")[0], SimpleNamespace(__path__=[]))
     monkeypatch.setitem(sys.modules, module, SimpleNamespace(flash_attn_varlen_func=flash(seen)))
     for _ in range(2):  # with and without lse
-        assert error(attention.WAYS[name](job(pack)), job(pack)) < 1e-5
+        assert error(attention.PROVIDERS[name](job(pack)), job(pack)) < 1e-5
     splits = 0 if name == "fa3" and pack.used else 1
     assert seen == [(max(pack.lengths), max(pack.keys), splits)] * 2
 
@@ -274,22 +281,22 @@ def test_torch_varlen(monkeypatch, pack):
 
     for function in (early, late):
         monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", SimpleNamespace(varlen_attn=function))
-        assert error(attention_ways.varlen_attn_way(job(pack)), job(pack)) < 1e-5
+        assert error(attention_providers.varlen_attn_provider(job(pack)), job(pack)) < 1e-5
 
     def cudnn(q, k, v, bias, cu_q, cu_k, max_q, max_k, lse, dropout, causal, debug):
         assert bias is None and lse and not (dropout or causal or debug)
         return early(q, k, v, cu_q, cu_k, max_q, max_k), None
 
     monkeypatch.setattr(torch.ops.aten, "_cudnn_attention_forward", cudnn)
-    assert error(attention_ways.cudnn_varlen_way(job(pack)), job(pack)) < 1e-5
+    assert error(attention_providers.cudnn_varlen_provider(job(pack)), job(pack)) < 1e-5
 
 
 @pytest.mark.parametrize("pack", PACKS, ids=lambda pack: pack.name)
 def test_flex(monkeypatch, pack):
-    monkeypatch.setattr(attention_ways, "compiled", lambda function: function)  # eager is the same, on small masks
-    attention_ways._compiled_flex.cache_clear()
-    assert error(attention_ways.flex_way(job(pack)), job(pack)) < 1e-5
-    attention_ways._compiled_flex.cache_clear()
+    monkeypatch.setattr(attention_providers, "compiled", lambda function: function)  # eager is the same, on small masks
+    attention_providers._compiled_flex.cache_clear()
+    assert error(attention_providers.flex_provider(job(pack)), job(pack)) < 1e-5
+    attention_providers._compiled_flex.cache_clear()
 
 
 # ------------------------------------------------------------------------------------------------------- goals, GPU

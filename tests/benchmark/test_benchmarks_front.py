@@ -21,7 +21,7 @@ if importlib.util.find_spec("benchmarks") is None:
     sys.path.insert(0, str(ROOT))
 
 from benchmarks import __main__ as command  # noqa: E402
-from benchmarks import budget, ceiling, regression, report, runner, shapes  # noqa: E402
+from benchmarks import budget, ceiling, registry, regression, report, runner, shapes  # noqa: E402
 
 REAL = tuple(command.BENCHES)
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -56,7 +56,8 @@ def stub(monkeypatch):
     monkeypatch.setitem(sys.modules, "benchmarks.stub", found.module)
     monkeypatch.setattr(runner, "commit", lambda: "abc")
     monkeypatch.setattr(runner.gc, "collect", lambda: 0)
-    monkeypatch.setattr(command, "BENCHES", {"stub": ".stub", "loss": ".loss"})
+    for module in (command, registry):  # the command, and the reports
+        monkeypatch.setattr(module, "BENCHES", {"stub": ".stub", "loss": ".loss"})
     return found
 
 

@@ -289,7 +289,7 @@ def test_inputs_of_jobs_on_a_cpu(monkeypatch):
     cpu = torch.device("cpu")
     for made in (
         tune_jobs.sample_inputs(4, 300, 0.0, cpu), tune_jobs.linear_inputs(4, 16, 300, 0.0, cpu),
-        tune_jobs.loss_inputs(tune_jobs.loss_ways.Job(40, 0.5, 16, 300, dtype=torch.float32)),
+        tune_jobs.loss_inputs(tune_jobs.loss_providers.Job(40, 0.5, 16, 300, dtype=torch.float32)),
     ):  # fmt: skip
         calls = made.bind()
         assert made.error(calls[0]()) <= made.allowed

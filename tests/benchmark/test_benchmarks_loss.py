@@ -18,21 +18,23 @@ if importlib.util.find_spec("benchmarks") is None:
 
 import illada  # noqa: E402
 from benchmarks import __main__ as command  # noqa: E402
-from benchmarks import ceiling, loss, loss_ways, report, runner, timing  # noqa: E402
-from benchmarks.loss_ways import IGNORED, WAYS, Job, Way  # noqa: E402
+from benchmarks import ceiling, loss, loss_providers, report, runner, timing  # noqa: E402
+from benchmarks.loss_providers import IGNORED, PROVIDERS, Job, LossProvider  # noqa: E402
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 FILTER = "illada filter_eps=2^-12"
-HERE = [name for name in WAYS if name.split()[0] in ("illada", "eager", "torch") and name != FILTER]  # no GPU, compiler
+HERE = [
+    name for name in PROVIDERS if name.split()[0] in ("illada", "eager", "torch") and name != FILTER
+]  # no GPU, compiler
 
 
 def job(masked=0.5, spread=1.0, total=48, width=16, vocab=101):
     return Job(total, masked, width, vocab, spread, torch.float32)
 
 
-def errors(way, job, direction="fwdbwd"):
+def errors(provider, job, direction="fwdbwd"):
     inputs = job.inputs()
-    return loss.Exact(inputs, direction).errors(way, loss.bind(way, inputs, direction)())
+    return loss.Exact(inputs, direction).errors(provider, loss.bind(provider, inputs, direction)())
 
 
 # ---------------------------------------------------------------------------------------------------------- command
@@ -42,14 +44,14 @@ def errors(way, job, direction="fwdbwd"):
 def test_records(tmp_path, monkeypatch, capsys, direction):
     monkeypatch.setattr(loss, "CPU_SHAPES", [(48, 0.5, 16, 101), (30, 1.0, 16, 101)])
     monkeypatch.setattr(ceiling, "cases", lambda cases, device: [])
-    monkeypatch.setattr(loss_ways, "no_compiler", lambda: "no compiler")  # too slow for a test
+    monkeypatch.setattr(loss_providers, "no_compiler", lambda: "no compiler")  # too slow for a test
     out, plot = tmp_path / "o.jsonl", tmp_path / "o.png"
     options = ["--device", "cpu", "--repeats", "1", "--json", str(out), "--plot", str(plot)]
     assert command.main(["loss", *options, *(["--direction", direction] if direction else [])]) == 0
     lines = report.read_json(out)
     assert all(list(line) == list(runner.KEYS) and line["bench"] == "loss" for line in lines)
     names = [f"{direction or 'fwdbwd'} {shape}" for shape in ("48 t=0.5 16x101", "30 t=1 16x101")]
-    offered = {n for n in WAYS if direction is None or n not in ("illada grad_weight", FILTER)}
+    offered = {n for n in PROVIDERS if direction is None or n not in ("illada grad_weight", FILTER)}
     assert {line["provider"] for line in lines if line["case"] == names[0]} == offered
     assert {line["provider"] for line in lines if line["case"] == names[1]} == {n for n in offered if " all" not in n}
     done = {(line["case"], line["provider"]): line for line in lines if line["median_ms"]}
@@ -134,10 +136,10 @@ def test_the_reference_is_what_float64_autograd_gives():
         nll = F.cross_entropy(F.linear(hidden, weight), wide.targets, reduction="none")
         value = nll.dot(weights.double()) / wide.normalizer
         result = (value.detach(), *torch.autograd.grad(value, (hidden, weight)))
-        found = exact.errors(Way(loss_ways.eager_loss, everything=True, weighted=weighted), result)
+        found = exact.errors(LossProvider(loss_providers.eager_loss, everything=True, weighted=weighted), result)
         assert list(found) == ["loss error", "dX error", "dW error", "dW rest"]
         assert all(error < 1e-6 for error in found.values())
-        assert min(exact.errors(Way(loss_ways.eager_loss, True, not weighted), result).values()) > 0.1
+        assert min(exact.errors(LossProvider(loss_providers.eager_loss, True, not weighted), result).values()) > 0.1
 
 
 def test_sampled_rows(monkeypatch):
@@ -147,17 +149,17 @@ def test_sampled_rows(monkeypatch):
     monkeypatch.setattr(loss, "SAMPLED", 3)
     exact = loss.Exact(job().inputs(), "fwdbwd")
     assert exact.d_hidden.shape == (3, 16) and {d.shape for d in exact.d_logits.values()} == {(24, 3)}
-    assert max(errors(WAYS["eager"], job()).values()) < 1e-5
+    assert max(errors(PROVIDERS["eager"], job()).values()) < 1e-5
 
 
 def test_a_wrong_provider_shows():
     inputs = job().inputs()
     exact = loss.Exact(inputs, "fwdbwd")
-    way = WAYS["eager all"]
-    value, d_hidden, d_weight = loss.bind(way, inputs, "fwdbwd")()
+    provider = PROVIDERS["eager all"]
+    value, d_hidden, d_weight = loss.bind(provider, inputs, "fwdbwd")()
 
     def found(value=value, d_hidden=d_hidden, d_weight=d_weight):
-        return exact.errors(way, (value, d_hidden, d_weight))
+        return exact.errors(provider, (value, d_hidden, d_weight))
 
     assert max(found().values()) < 1e-5
     assert found(value=value * 1.5)["loss error"] == pytest.approx(0.5, rel=1e-3)
@@ -171,15 +173,15 @@ def test_a_wrong_provider_shows():
     assert found(d_weight=filtered)["dW rest"] == pytest.approx(1) and found(d_weight=filtered)["dW error"] < 0.5
     assert found(d_weight=d_weight * torch.nan)["dW error"] == torch.inf
     # and in the records, timed all the same
-    wrong = Way(lambda inputs: lambda h, w: 2 * loss_ways.eager_loss(inputs)(h, w))
-    records = run({"illada": WAYS["illada"], "wrong": wrong})
+    wrong = LossProvider(lambda inputs: lambda h, w: 2 * loss_providers.eager_loss(inputs)(h, w))
+    records = run({"illada": PROVIDERS["illada"], "wrong": wrong})
     assert records["illada"]["error"] < 1e-5 and records["wrong"]["error"] == pytest.approx(1, rel=1e-3)
 
 
-def run(ways):
+def run(providers):
     """Records of a tiny case by provider."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loss, "WAYS", ways)
+        patch.setattr(loss, "PROVIDERS", providers)
         return {r["provider"]: r for r in runner.run("loss", [loss.make_case(job())], repeats=1)}
 
 
@@ -192,18 +194,18 @@ def run(ways):
 def test_ways_agree(name, masked, spread):
     if name.startswith("torch") and not hasattr(F, "linear_cross_entropy"):
         with pytest.raises(NotImplementedError, match="has no F.linear_cross_entropy; 2.13 has"):
-            WAYS[name].make(job().inputs())
+            PROVIDERS[name].make(job().inputs())
         return
     for direction in loss.DIRECTIONS:
-        assert max(errors(WAYS[name], job(masked, spread), direction).values()) < 1e-5
+        assert max(errors(PROVIDERS[name], job(masked, spread), direction).values()) < 1e-5
 
 
 def test_straight_into_a_buffer():
     inputs = job().inputs()
-    way, exact = WAYS["illada grad_weight"], loss.Exact(inputs, "fwdbwd")
-    call = loss.bind(way, inputs, "fwdbwd")
+    provider, exact = PROVIDERS["illada grad_weight"], loss.Exact(inputs, "fwdbwd")
+    call = loss.bind(provider, inputs, "fwdbwd")
     added = call()[2].clone()
-    assert max(exact.errors(way, (*call()[:2], added)).values()) < 1e-5
+    assert max(exact.errors(provider, (*call()[:2], added)).values()) < 1e-5
     torch.testing.assert_close(call()[2], 3 * added)  # and not written anew
 
     def memory(name):
@@ -222,18 +224,18 @@ def test_filter_is_offered_where_it_filters(monkeypatch):
         return hidden.sum() + weight.sum()
 
     with pytest.raises(NotImplementedError, match="filter_eps needs the fused kernels"):
-        WAYS[FILTER].make(job().inputs())
+        PROVIDERS[FILTER].make(job().inputs())
     monkeypatch.setattr(illada.ops.raw, "linear_masked_cross_entropy_workspace", lambda *tensors: 1)
     monkeypatch.setattr(illada, "linear_masked_cross_entropy", function)
-    loss.bind(WAYS[FILTER], job().inputs(), "fwdbwd")()
+    loss.bind(PROVIDERS[FILTER], job().inputs(), "fwdbwd")()
     assert seen == [{"filter_eps": 2**-12, "rows": None, "normalizer": 48.0}]
 
 
 def test_compiled(monkeypatch):
-    monkeypatch.setattr(loss_ways, "compiled", lambda function: function)
-    monkeypatch.setattr(loss_ways, "no_compiler", lambda: None)
+    monkeypatch.setattr(loss_providers, "compiled", lambda function: function)
+    monkeypatch.setattr(loss_providers, "no_compiler", lambda: None)
     for name in ("compile", "compile all"):
-        assert max(errors(WAYS[name], job()).values()) < 1e-5
+        assert max(errors(PROVIDERS[name], job()).values()) < 1e-5
 
 
 def reduce(hidden, weight, target, ignore_index, reduction):
@@ -274,13 +276,13 @@ def stand_ins(seen):
 def test_packages(monkeypatch):
     seen = []
     modules = stand_ins(seen)
-    monkeypatch.setattr(loss_ways, "_gpu_package", lambda inputs, module, package: modules[module])
-    for name in [name for name in WAYS if name.split()[0] in ("liger", "cce", "quack")]:
+    monkeypatch.setattr(loss_providers, "_gpu_package", lambda inputs, module, package: modules[module])
+    for name in [name for name in PROVIDERS if name.split()[0] in ("liger", "cce", "quack")]:
         for masked in (0.5, 1.0):
-            assert max(errors(WAYS[name], job(masked)).values()) < 1e-5, name
+            assert max(errors(PROVIDERS[name], job(masked)).values()) < 1e-5, name
         constants = {"liger": 1, "liger tuned": 7, "liger tuned unweighted": 7, "cce": "high", "cce exact": None}
         assert name not in constants or seen[-1] == constants[name]
-    assert WAYS["quack unweighted"].weighted is WAYS["liger all unweighted"].weighted is False
+    assert PROVIDERS["quack unweighted"].weighted is PROVIDERS["liger all unweighted"].weighted is False
 
 
 def test_packages_that_are_missing(monkeypatch):
@@ -288,14 +290,14 @@ def test_packages_that_are_missing(monkeypatch):
     for name, module in [("liger", "liger_kernel"), ("cce", "cut_cross_entropy"), ("quack unweighted", "quack")]:
         monkeypatch.setitem(sys.modules, module, None)
         with pytest.raises(ImportError, match="pip install .* for this peer"):
-            WAYS[name].make(on_gpu)
+            PROVIDERS[name].make(on_gpu)
 
 
 @pytest.mark.parametrize("vocab", [155136, 126464, 151936])
 @pytest.mark.parametrize("rows", [819, 1024, 4096, 7373, 8192])
 def test_tuned_chunks_are_large(rows, vocab):
     """As Liger makes them of its constant."""
-    factor = -(-vocab // (loss_ways.liger_constant(rows, 4096, vocab) * 4096))
+    factor = -(-vocab // (loss_providers.liger_constant(rows, 4096, vocab) * 4096))
     chunk = min(1 << (-(-rows // factor) - 1).bit_length(), rows)
     assert chunk == (rows if rows < 8192 else 4096)
 
@@ -304,10 +306,10 @@ def test_ours_without_a_kernel_is_left_out_and_ours_that_fails_is_not():
     def fail(error, inputs):
         raise error
 
-    ways = {"eager": WAYS["eager"], "illada": Way(partial(fail, NotImplementedError("no kernel")))}
-    assert list(run(ways)) == ["eager"]
+    providers = {"eager": PROVIDERS["eager"], "illada": LossProvider(partial(fail, NotImplementedError("no kernel")))}
+    assert list(run(providers)) == ["eager"]
     with pytest.raises(ValueError, match="wrong"):
-        run({"illada": Way(partial(fail, ValueError("wrong")))})
+        run({"illada": LossProvider(partial(fail, ValueError("wrong")))})
 
 
 # --------------------------------------------------------------------------------------------------------------- memory
@@ -329,7 +331,7 @@ def test_memory_of_the_providers():
     logits = 128 * 4096 * 4
 
     def memory(name):
-        return timing.extra_memory(loss.bind(WAYS[name], inputs, "fwd"), CPU)
+        return timing.extra_memory(loss.bind(PROVIDERS[name], inputs, "fwd"), CPU)
 
     assert 2 * logits <= memory("eager") < 2.1 * logits and 4 * logits <= memory("eager all") < 4.2 * logits
     assert logits <= memory("illada") < 1.2 * logits  # one chunk of all of them

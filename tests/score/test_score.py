@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 import illada
 from illada.config import ModelConfig
-from illada.model import FirstLayer, MaskedDiffusionModel
+from illada.model import FirstProjection, MaskedDiffusionModel
 from illada.score import (
     confidence_score,
     encode_pair,
@@ -234,8 +234,8 @@ def test_equal_sequences_are_run_once(gqa, monkeypatch):
 @pytest.mark.parametrize("cfg_scale", [0.0, 0.7])
 def test_first_layer_is_kept_between_steps(gqa, cfg_scale, monkeypatch):
     """What is revealed is projected again, for those that go on alone; what a context's last candidates share stays so."""
-    projected, taken, take = [], [], FirstLayer.take
-    monkeypatch.setattr(FirstLayer, "take", lambda first, index: taken.append(len(index)) or take(first, index))
+    projected, taken, take = [], [], FirstProjection.take
+    monkeypatch.setattr(FirstProjection, "take", lambda first, index: taken.append(len(index)) or take(first, index))
     layer = gqa.layers[0].self_attn.qkv_proj
     hook = layer.register_forward_hook(lambda module, inputs, out: projected.append(len(out)))
     half = 2 if cfg_scale else 1

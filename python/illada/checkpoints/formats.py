@@ -75,7 +75,7 @@ class Layout:
     auto_map: Mapping[str, str] = field(default_factory=dict)
 
     def file_parts(self, parameter: str, config: ModelConfig) -> dict[str, slice]:
-        """Which tensors of a file a parameter of `MaskedDiffusionModel` consists of: name -> its rows of the parameter.
+        """Return the tensors of a file that make up a parameter of `MaskedDiffusionModel`: name -> its rows.
 
         One with all rows, but of a fused projection three: files have q_proj, k_proj and v_proj.
         """
@@ -87,7 +87,7 @@ class Layout:
         return {name: slice(*rows) for name, rows in zip(names, bounds, strict=True)}
 
     def file_name(self, parameter: str) -> str:
-        """The name in a file of a parameter of `MaskedDiffusionModel`, or of a part of its fused projection."""
+        """Return the name in a file of a parameter of `MaskedDiffusionModel`, or of a part of its fused projection."""
         module, _, leaf = parameter.rpartition(".")
         if module.startswith("layers."):
             _, index, inner = module.split(".", 2)
@@ -97,11 +97,12 @@ class Layout:
     def config_from_file(
         self, values: Mapping[str, Any], *, source: str = "config.json", mask_token_id: int | None = None
     ) -> ModelConfig:
-        """The `ModelConfig` of a config.json.
+        """Return the `ModelConfig` of a config.json.
 
         Args:
-            values: its content. source: what to call it in errors.
-            mask_token_id: of a checkpoint that does not name its mask.
+            values: Content of the file.
+            source: Name of the file in errors.
+            mask_token_id: Id of the mask, for a checkpoint that does not name it.
 
         Raises:
             ValueError: options that are unknown, not implemented or absent, with their values; no mask id, or two.
@@ -136,7 +137,7 @@ class Layout:
             raise ValueError(f"{source}: {error}") from None
 
     def config_to_file(self, config: ModelConfig) -> dict[str, Any]:
-        """config.json of a model, without its dtype.
+        """Return config.json of a model, without its dtype.
 
         Raises:
             NotImplementedError: an architecture that the layout cannot express; the fields are named.
@@ -196,8 +197,10 @@ class Layout:
 
 
 def _normalized(values: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Without two keys that newer versions of transformers write and whose values cannot be listed in a table:
-    rope_parameters = {rope_theta, rope_type}, and layer_types, which must be full attention throughout."""
+    """Return the values without two keys of newer transformers, whose values cannot be listed in a table.
+
+    They are rope_parameters = {rope_theta, rope_type}, and layer_types, which must be full attention throughout.
+    """
     values = dict(values)
     kinds = values.pop("layer_types", None)
     if kinds is not None and (not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)):
@@ -382,7 +385,7 @@ LAYOUTS: dict[str, Layout] = {layout.model_type: layout for layout in (_ILLADA, 
 
 
 def layout_of_file(values: Mapping[str, Any], source: str = "config.json") -> Layout:
-    """The layout of a config.json, by its model_type. ValueError: absent, or none of those there are."""
+    """Return the layout of a config.json, by its model_type. ValueError: absent, or none of those there are."""
     found = values.get("model_type")
     for layout in LAYOUTS.values():
         if found == layout.file_model_type:

@@ -13,19 +13,19 @@ if TYPE_CHECKING:
 
 
 def all_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints of a training run, oldest first."""
+    """Return the complete checkpoints of a training run, oldest first."""
     found = [p for p in folder.glob("step-*") if p.name.removeprefix("step-").isdigit() and p.is_dir()]
     return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest complete checkpoint of a training run."""
+    """Return the newest complete checkpoint of a training run."""
     found = all_checkpoints(folder)
     return found[-1] if found else None
 
 
 def config_file(folder: Path) -> Path:
-    """config.json of a checkpoint folder. FileNotFoundError: it has none."""
+    """Return config.json of a checkpoint folder. FileNotFoundError: it has none."""
     file = folder / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{folder} is not a checkpoint (no config.json)")
@@ -33,7 +33,7 @@ def config_file(folder: Path) -> Path:
 
 
 def state_file(folder: Path) -> Path:
-    """trainer.json of a training checkpoint. FileNotFoundError: it has none."""
+    """Return trainer.json of a training checkpoint. FileNotFoundError: it has none."""
     file = folder / "trainer.json"
     if not file.is_file():
         raise FileNotFoundError(f"{folder} is not a training checkpoint (no trainer.json)")
@@ -41,7 +41,7 @@ def state_file(folder: Path) -> Path:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """A checkpoint folder, or the newest one of a training run's folder. FileNotFoundError: neither is there."""
+    """Return a checkpoint folder, or the newest one of a training run's folder. FileNotFoundError: neither is there."""
     folder = Path(path)
     if not (folder / "config.json").is_file():
         folder = newest(folder / "checkpoints") or folder
@@ -58,7 +58,7 @@ def load(
     mask_token_id: int | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[MaskedDiffusionModel, Tokenizer]:
-    """The model of a checkpoint or training run, and its tokenizer (or the given one, which must be the same)."""
+    """Return the model and tokenizer of a checkpoint or training run; a given tokenizer must be the same."""
     from illada.checkpoints.weights import load_pretrained, read_config
     from illada.text.tokenizer import Tokenizer
     from illada.text.training import tokenizer_sha256

@@ -59,7 +59,8 @@ def save_pretrained(
     """Write the model as a folder in the Hugging Face layout of its `config.model_type`, beside and renamed.
 
     Args:
-        model: its config must be expressible in that layout.
+        model: The model; its config must be expressible in that layout.
+        path: Folder to write; an existing one is replaced.
         tokenizer: a tokenizer.json to put beside the weights, or a folder whose tokenizer files (TOKENIZER_FILES) to
             carry along; the hash of tokenizer.json goes into config.json.
         dtype: of the weights in the file; default their own.
@@ -86,7 +87,7 @@ def write_pretrained(
     max_shard_bytes: int = 5 << 30,
     progress: bool = False,
 ) -> None:
-    """The files of `save_pretrained`, into a folder that is there."""
+    """Write the files of `save_pretrained` into an existing folder."""
     layout = LAYOUTS[model.config.model_type]
     config = layout.config_to_file(model.config)
     _check_names(model)
@@ -136,7 +137,7 @@ def write_pretrained(
 
 
 def _check_names(model: MaskedDiffusionModel) -> None:
-    """ValueError unless the model has the parameters of its class and no others, such as an adapter's."""
+    """Raise ValueError unless the model has the parameters of its class and no others, such as an adapter's."""
     state, shapes = model.state_dict(), MaskedDiffusionModel.parameter_shapes(model.config)
     if beyond := sorted(state.keys() - shapes.keys()):
         raise ValueError(f"the layout has no name for {some_of(beyond)}; merge adapters first (peft: merge_and_unload)")
@@ -147,7 +148,7 @@ def _check_names(model: MaskedDiffusionModel) -> None:
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor in another dtype. ValueError, which names it: a finite value would become infinite."""
+    """Return the tensor in another dtype. ValueError, which names it: a finite value would become infinite."""
     cast, limit = tensor.to(dtype), torch.finfo(dtype).max
     if limit < torch.finfo(tensor.dtype).max and bool((lost := cast.isinf() & tensor.isfinite()).any()):
         text, wider = str(dtype).removeprefix("torch."), "bfloat16 can" if dtype == torch.float16 else "float32 can"
@@ -171,7 +172,7 @@ def _copy_tokenizer(source: Path, folder: Path) -> None:
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """The files of a checkpoint folder that its tokenizer consists of."""
+    """Return the files of a checkpoint folder that its tokenizer consists of."""
     return sorted(file for pattern in TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file())
 
 
@@ -226,7 +227,7 @@ class _Part(NamedTuple):
 def read_weights(
     path: Path, config: ModelConfig, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """The parameters of a model, by name, from a checkpoint folder. ValueError: its tensors are not exactly these."""
+    """Return a model's parameters by name from a checkpoint folder. ValueError: its tensors are not exactly these."""
     device = find_device(device)
     layout = LAYOUTS[config.model_type]
     shapes = MaskedDiffusionModel.parameter_shapes(config)
@@ -258,7 +259,7 @@ def read_weights(
 
 
 def _check_tensors(path: Path, files: Sequence[Path], expected: Mapping[str, _Part], tied_head: str | None) -> None:
-    """ValueError: the files do not have these tensors exactly. Looks at names, shapes and dtypes alone."""
+    """Raise ValueError unless the files have exactly these tensors. Looks at names, shapes and dtypes alone."""
     found: set[str] = set()
     unexpected: list[str] = []
     wrong: list[str] = []
@@ -296,7 +297,7 @@ def _opened(file: Path, device: torch.device | str = "cpu") -> Iterator[Any]:
 
 
 def _dtypes(files: Sequence[Path], keys: Container[str] | None = None) -> dict[torch.dtype, str]:
-    """The dtypes that the tensors `keys` have (default all), each with the first of its tensors."""
+    """Return the dtypes that the tensors `keys` have (default all), each with the first of its tensors."""
     found: dict[torch.dtype, str] = {}
     for file in files:
         with _opened(file) as tensors:
@@ -307,7 +308,7 @@ def _dtypes(files: Sequence[Path], keys: Container[str] | None = None) -> dict[t
 
 
 def _dtype_of_mixed(path: Path, found: Mapping[torch.dtype, str]) -> torch.dtype | None:
-    """What several dtypes become, as in transformers: that of config.json. None: there is one."""
+    """Return what several dtypes become, as in transformers: that of config.json. None: there is one."""
     if len(found) < 2:
         return None
     config = read_config(path)
@@ -323,7 +324,7 @@ def _dtype_of_mixed(path: Path, found: Mapping[torch.dtype, str]) -> torch.dtype
 
 
 def _check_tie(head: Tensor, path: Path, files: Sequence[Path], layout: Layout) -> None:
-    """A head that a file repeats may be rounded, but must be the embedding."""
+    """Check that a head stored beside a tied embedding is that embedding; it may be rounded."""
     name, key = layout.file_name("lm_head.weight"), layout.file_name("embed_tokens.weight")
     for file in files:
         with _opened(file) as tensors:
@@ -359,7 +360,7 @@ def _weight_files(path: Path) -> list[Path]:
 
 
 def read_stop_tokens(path: str | Path) -> tuple[int, ...]:
-    """The ids that end a sequence by generation_config.json of a checkpoint folder; none where it names none."""
+    """Return the ids that end a sequence by generation_config.json of a checkpoint folder; none where it names none."""
     file = Path(path) / "generation_config.json"
     ids = read_json_object(file).get("eos_token_id") if file.is_file() else None
     if not isinstance(ids, list):
@@ -368,12 +369,12 @@ def read_stop_tokens(path: str | Path) -> tuple[int, ...]:
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """config.json of a checkpoint folder, as it stands there."""
+    """Return config.json of a checkpoint folder, as it stands there."""
     return read_json_object(config_file(Path(path)))
 
 
 def load_config(path: str | Path, *, mask_token_id: int | None = None) -> ModelConfig:
-    """The `ModelConfig` of a checkpoint folder; options without support are errors that name them."""
+    """Return the `ModelConfig` of a checkpoint folder; options without support are errors that name them."""
     values, source = read_config(path), str(Path(path) / "config.json")
     return layout_of_file(values, source).config_from_file(values, source=source, mask_token_id=mask_token_id)
 
@@ -401,7 +402,8 @@ def convert_checkpoint(
             source. transformers loads illada_hf without illada.
         dtype: Dtype of the weights in the target; default that of the source.
         mask_token_id: As in `load_pretrained`.
-        max_shard_bytes, progress: As in `save_pretrained`.
+        max_shard_bytes: As in `save_pretrained`.
+        progress: As in `save_pretrained`.
 
     Returns:
         The ModelConfig of the target.

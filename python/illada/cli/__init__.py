@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def guarded(run: Callable[[], int]) -> int:
-    """The exit status of a command, or of what ended it: a signal, or a reader of its output that is gone."""
+    """Return the exit status of a command, or of what ended it: a signal, or a reader of its output that is gone."""
     _open_standard_streams()
     try:
         with as_exceptions():
@@ -51,7 +51,7 @@ def guarded(run: Callable[[], int]) -> int:
 
 
 def _open_standard_streams() -> None:
-    """Closed output streams go nowhere, and no file that is opened gets their descriptors."""
+    """Send closed output streams nowhere, so that no file that is opened gets their descriptors."""
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(descriptor)
@@ -107,12 +107,12 @@ def _debugs() -> bool:
 
 
 def _show_warning(message: Warning | str, *_place: object, **_more: object) -> None:
-    """A warning in one line, like an error: where in the code it came from helps no user."""
+    """Print a warning in one line, like an error: where in the code it came from helps no user."""
     print(f"illada: warning: {message}", file=sys.stderr)
 
 
 def _check_texts(options: argparse.Namespace) -> None:
-    """ValueError: an argument that is given to a model, not a path, was not UTF-8."""
+    """Raise ValueError if an argument that a model gets, not a path, was not UTF-8."""
     for name in ("prompt", "context", "candidate", "system", "stop", "end_think"):
         value = getattr(options, name, None)
         for text in [value] if isinstance(value, str) else value or []:

@@ -8,7 +8,7 @@ from illada.devices import find_device
 
 
 def parse_dtype(name: str | None) -> torch.dtype | None:
-    """The torch dtype of --dtype; None stays None."""
+    """Return the torch dtype of --dtype; None stays None."""
     dtypes = {text: getattr(torch, text) for text in ("bfloat16", "float16", "float32")}
     if name not in (None, *dtypes):
         raise ValueError(f"--dtype must be {', '.join(dtypes)}, got {name!r}")
@@ -16,7 +16,7 @@ def parse_dtype(name: str | None) -> torch.dtype | None:
 
 
 def parse_device(name: str | None) -> torch.device:
-    """The torch device of --device, default the CPU; ValueError: no such kind, or a GPU that is not here."""
+    """Return the torch device of --device, default the CPU; ValueError: no such kind, or a GPU that is not here."""
     device = find_device(name or "cpu", "--device")
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device must be cpu or cuda (cuda:0, ...), got {name!r}")

@@ -28,7 +28,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _variants() -> str | None:
-    """The choices among kernels that differ from the default, or why they cannot be made."""
+    """Return the choices among kernels that differ from the default, or why they cannot be made."""
     from illada import _native
     from illada.ops import variants
 
@@ -39,7 +39,7 @@ def _variants() -> str | None:
 
 
 def _facts() -> dict[str, Any]:
-    """What is installed and what was built; missing parts are said, not raised."""
+    """Return what is installed and what was built; missing parts are said, not raised."""
     import illada
 
     with importing():

@@ -24,7 +24,7 @@ _END_THINK = "</think>"
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Which model."""
+    """Add the options that name a model."""
     parser.add_argument("checkpoint", help="checkpoint folder, or a training run (its newest checkpoint)")
     parser.add_argument("--tokenizer", metavar="PATH", help="default: the checkpoint's own")
     parser.add_argument(
@@ -41,7 +41,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_prompt_options(parser: argparse.ArgumentParser) -> None:
-    """Which prompts."""
+    """Add the options that name prompts."""
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times; default stdin")
     parser.add_argument("--prompt-file", metavar="PATH", help="one prompt a line")
     parser.add_argument(
@@ -51,7 +51,7 @@ def add_prompt_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, *, gen_length: int = 64, cache: bool = True) -> None:
-    """How to generate; without `cache`, on what cache is up to the command."""
+    """Add the options of the generation; without `cache`, on what cache is up to the command."""
     where = parser.add_argument_group("where the masks are")
     where.add_argument(
         "--mode",
@@ -96,7 +96,7 @@ def add_sampling_options(parser: argparse.ArgumentParser, *, gen_length: int = 6
 
 
 def check_paths(options: argparse.Namespace) -> None:
-    """FileNotFoundError: a path among the options leads nowhere, which is said before torch takes seconds to load."""
+    """Raise FileNotFoundError for an option's path that leads nowhere, before torch takes seconds to load."""
     checkpoint_folders.find_checkpoint(options.checkpoint)
     for name in ("tokenizer", "prompt_file", "chat_template", "file"):
         path = getattr(options, name, None)
@@ -105,7 +105,7 @@ def check_paths(options: argparse.Namespace) -> None:
 
 
 def load(options: argparse.Namespace) -> tuple[Any, Tokenizer]:
-    """(model, tokenizer) of `add_model_options`."""
+    """Return (model, tokenizer) of `add_model_options`."""
     check_paths(options)
     with importing():
         import illada.checkpoints.weights  # noqa: F401 (with the native modules that loading needs)
@@ -127,7 +127,7 @@ def load(options: argparse.Namespace) -> tuple[Any, Tokenizer]:
 
 
 def prefix(options: argparse.Namespace, model: MaskedDiffusionModel) -> list[int] | None:
-    """What prompts begin with by --add-bos; None: what the tokenizer adds."""
+    """Return what prompts begin with by --add-bos; None: what the tokenizer adds."""
     from illada.text.tokenizer import bos_prefix
 
     return bos_prefix(options.add_bos, model.config.bos_token_id, "--add-bos")
@@ -136,7 +136,7 @@ def prefix(options: argparse.Namespace, model: MaskedDiffusionModel) -> list[int
 def read_prompts(
     options: argparse.Namespace, model: MaskedDiffusionModel, tokenizer: Tokenizer
 ) -> tuple[list[str], list[list[int]]]:
-    """(texts, token ids) of `add_prompt_options`; where they give none, standard input is the prompt."""
+    """Return (texts, token ids) of `add_prompt_options`; without any, standard input is the prompt."""
     prompts, begin = list(options.prompt or []), prefix(options, model)
     if options.prompt_file:
         lines = [line for _, line in read_lines(options.prompt_file)]
@@ -153,7 +153,7 @@ def read_prompts(
 
 
 def _read_stdin() -> str:
-    """All of standard input; nothing, where it is a terminal."""
+    """Return all of standard input; nothing, where it is a terminal."""
     if sys.stdin is None:
         raise ValueError("standard input is closed, so there is no prompt; give --prompt or --prompt-file")
     if sys.stdin.isatty():
@@ -163,19 +163,19 @@ def _read_stdin() -> str:
 
 
 def check_output(file: str | None) -> None:
-    """ValueError: --output is a folder."""
+    """Raise ValueError if --output is a folder."""
     if file is not None and os.path.isdir(file):
         raise ValueError(f"--output must be a file, {file} is a folder")
 
 
 def print_json(record: dict[str, Any], file: TextIO | None = None) -> None:
-    """One line of JSON. Where the output is not Unicode, what it lacks is escaped as JSON escapes it."""
+    """Print one line of JSON. Where the output is not Unicode, what it lacks is escaped as JSON escapes it."""
     encoding = getattr(file or sys.stdout, "encoding", None) or "utf-8"
     print(json.dumps(record, ensure_ascii=not encoding.lower().startswith("utf")), file=file)
 
 
 def make_config(options: argparse.Namespace, tokenizer: Tokenizer, model: ModelConfig) -> GenerationConfig:
-    """The `GenerationConfig` of `add_sampling_options`."""
+    """Return the `GenerationConfig` of `add_sampling_options`."""
     from illada.generation import GenerationConfig
 
     special = ("forbid_tokens", "delay_tokens")
@@ -193,7 +193,7 @@ def make_config(options: argparse.Namespace, tokenizer: Tokenizer, model: ModelC
 
 
 def parse_token_ids(text: str | None, model: ModelConfig, name: str) -> tuple[int, ...]:
-    """The ids of "2,eot": numbers, and special ids of the model by name. ValueError, which names the option."""
+    """Return the ids of "2,eot": numbers, and special ids of the model by name. ValueError, which names the option."""
     special = {kind: getattr(model, f"{kind}_token_id") for kind in ("eos", "eot", "bos", "pad", "mask")}
     ids = []
     for word in text.split(",") if text else ():

@@ -97,7 +97,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _questions(options: argparse.Namespace) -> list[tuple[str, str, list[str]]]:
-    """(where, context, candidates) of each question, of the options and of the file."""
+    """Return (where, context, candidates) of each question, of the options and of the file."""
     found: list[tuple[str, str, list[str]]] = []
     if options.candidate:
         if "" in options.candidate:

@@ -8,7 +8,7 @@ PACKAGE = Path(__file__).resolve().parent.parent
 
 
 def shipped(name: str) -> Path:
-    """The folder of that name: `illada/NAME` of an installation, else `NAME` of the checkout.
+    """Return the folder of that name: `illada/NAME` of an installation, else `NAME` of the checkout.
 
     Raises:
         FileNotFoundError: neither is there.
@@ -20,7 +20,7 @@ def shipped(name: str) -> Path:
 
 
 def configuration(name: str) -> Path:
-    """A file, or what comes with illada: `demo` is configs/demo.toml. With a folder or an ending it is a file.
+    """Return a file, or what comes with illada: `demo` is configs/demo.toml. With a folder or an ending it is a file.
 
     Raises:
         FileNotFoundError: a name that is neither.

@@ -21,7 +21,7 @@ class Ended(BaseException):
 
 @contextlib.contextmanager
 def as_exceptions() -> Iterator[None]:
-    """SIGTERM and SIGHUP raise `Ended`, as SIGINT raises KeyboardInterrupt; nohup's choice stays."""
+    """Have SIGTERM and SIGHUP raise `Ended`, as SIGINT raises KeyboardInterrupt; nohup's choice stays."""
 
     def end(number: int, frame: object) -> None:
         raise Ended(number)
@@ -45,7 +45,7 @@ def as_exceptions() -> Iterator[None]:
 
 @contextlib.contextmanager
 def importing() -> Iterator[None]:
-    """Signals end the process here and now: an exception in the middle of an import of torch can abort in its C++.
+    """Have signals end the process at once: an exception during an import of torch can abort in its C++.
 
     For the imports at the beginning of a command, when there is nothing to tidy up.
     """
@@ -71,6 +71,6 @@ def _handled(handler: Callable[[int, object], None], numbers: list[signal.Signal
 
 
 def say(line: str) -> None:
-    """A line on standard error, whose terminal may be gone."""
+    """Print a line on standard error, whose terminal may be gone."""
     with contextlib.suppress(OSError):
         print(line, file=sys.stderr, flush=True)

@@ -60,7 +60,8 @@ def prepare(
             memory.
         out_dir: the folder to make. It appears complete or not at all.
         vocab_size: of the tokenizer to train; not used with `tokenizer`.
-        tokenizer: a given tokenizer.json; `special` holds its special ids where it does not use iLLaDA's names.
+        tokenizer: a given tokenizer.json.
+        special: special ids of `tokenizer`, {name: id}, where it does not use iLLaDA's names.
         validation_fraction: share of the text to hold out, in whole documents; if that misses it by a factor of two (a
             few large files), the last part of each document is held out instead.
         overwrite: replace an existing corpus.
@@ -144,7 +145,7 @@ class Documents:
         return len(self.lengths)
 
     def add(self, pieces: Iterable[str]) -> None:
-        """One more document."""
+        """Add one more document."""
         length, digest, size = 0, hashlib.sha256(), self._ends[-1]
         self._file.seek(size)
         for piece in pieces:
@@ -157,7 +158,7 @@ class Documents:
         self.scores.append(int.from_bytes(digest.digest()[:8], "big") / 2**64)
 
     def pieces(self, index: int, start: int = 0, end: int | None = None) -> Iterator[str]:
-        """Characters [start, end) of a document, in pieces of `PIECE` at most."""
+        """Yield characters [start, end) of a document, in pieces of `PIECE` at most."""
         at, end = 0, self.lengths[index] if end is None else end
         for piece in codecs.iterdecode(self._blocks(self._ends[index], self._ends[index + 1]), "utf-8"):
             if at >= end:
@@ -174,8 +175,10 @@ class Documents:
 
 
 def hold_out(documents: Documents, fraction: float) -> tuple[array[int], str]:
-    """Share the text out to the splits: at which character of each document its held-out part begins, and what is held
-    out, "documents" (each is as a whole in one split) or "ends".
+    """Divide the text between the splits.
+
+    Return the character of each document at which its held-out part begins, and what is held out: "documents" (each is
+    as a whole in one split) or "ends".
     """
     held_out = [score < fraction for score in documents.scores]
     share = sum(length for length, held in zip(documents.lengths, held_out, strict=True) if held)
@@ -186,8 +189,9 @@ def hold_out(documents: Documents, fraction: float) -> tuple[array[int], str]:
 
 
 def _end(documents: Documents, index: int, fraction: float) -> int:
-    """Where the held-out end of a document begins: not within a line or word, unless that would hold out twice as
-    much.
+    """Return where the held-out end of a document begins.
+
+    It is not within a line or word, unless that would hold out twice as much.
     """
     length = documents.lengths[index]
     cut = int((1 - fraction) * length)
@@ -201,7 +205,7 @@ def _end(documents: Documents, index: int, fraction: float) -> int:
 
 
 def _parts(documents: Documents, starts: Sequence[int], split: str) -> Iterator[Iterator[str]]:
-    """What of each document is in a split, in pieces, where that is more than space."""
+    """Yield what of each document is in a split, in pieces, where that is more than space."""
     for i, start in enumerate(starts):
         bounds = (0, start) if split == "train" else (start, documents.lengths[i])
         if any(piece.strip() for piece in documents.pieces(i, *bounds)):
@@ -209,7 +213,7 @@ def _parts(documents: Documents, starts: Sequence[int], split: str) -> Iterator[
 
 
 def _cut(pieces: Iterable[str], place: Callable[[str], int]) -> Iterator[str]:
-    """The same text in pieces that end at a `place(text)`, which is given at least PIECE + _MARGIN characters."""
+    """Yield the same text in pieces that end at a `place(text)`, which is given at least PIECE + _MARGIN characters."""
     text = ""
     for piece in pieces:
         text += piece
@@ -222,8 +226,9 @@ def _cut(pieces: Iterable[str], place: Callable[[str], int]) -> Iterator[str]:
 
 
 def _at_a_word(text: str, good: Callable[[int], bool] = lambda at: True) -> int:
-    """Where a long text can be cut: the last `good` end of a word in its first PIECE characters, one before space if it
-    can be; PIECE if there is none.
+    """Return where a long text can be cut.
+
+    It is the last `good` end of a word in its first PIECE characters, preferably before space; PIECE if there is none.
     """
     for end in (r"(?<=\w)(?=\s)", r"(?<=\w)(?=\W)"):
         for start in (PIECE - 1024, 1):  # nearby, or anywhere
@@ -245,7 +250,7 @@ class _Writer:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def place(self, text: str) -> int:
-        """Where `text` can be cut and gives the same tokens; else where it is cut all the same."""
+        """Return where `text` can be cut and gives the same tokens; else where it is cut all the same."""
 
         def good(at: int) -> bool:
             before, behind = text[max(0, at - _MARGIN) : at], text[at : at + _MARGIN]
@@ -285,7 +290,7 @@ class _Writer:
         return {"documents": len(offsets) - 1, "tokens": tokens, "bytes": size}
 
     def _batches(self, documents: Iterable[Iterable[str]]) -> Iterator[list[tuple[str, bool]]]:
-        """Lists of (text, is it the end of its document), of about `_BATCH` characters."""
+        """Yield lists of (text, whether it ends its document), of about `_BATCH` characters."""
         batch: list[tuple[str, bool]] = []
         room = _BATCH
         for pieces in documents:
@@ -313,7 +318,7 @@ class _Writer:
 
 
 def _count(file: Path, dtype: str) -> NDArray:
-    """How often each id is in a file of tokens."""
+    """Return how often each id is in a file of tokens."""
     tokens: NDArray = np.memmap(file, dtype=dtype, mode="r")
     counts = np.zeros(int(tokens.max()) + 1, dtype=np.int64)
     for at in range(0, len(tokens), _BATCH):
@@ -322,6 +327,6 @@ def _count(file: Path, dtype: str) -> NDArray:
 
 
 def _entropy(counts: NDArray) -> float:
-    """Of the empirical distribution, in nats."""
+    """Return the entropy of the empirical distribution, in nats."""
     p = counts[counts > 0] / counts.sum()
     return float(-(p * np.log(p)).sum())

@@ -79,7 +79,7 @@ class TokenDataset:
         return self.header["vocab_size"]
 
     def num_windows(self, length: int) -> int:
-        """Whole windows of `length` tokens; ValueError if there is none."""
+        """Return the number of whole windows of `length` tokens; ValueError if there is none."""
         count = len(self.tokens) // length
         if count == 0:
             more = " or hold out more of it (--validation-fraction)" if self.split == "validation" else ""
@@ -90,7 +90,7 @@ class TokenDataset:
         return count
 
     def windows(self, indices: NDArray[np.int64], length: int) -> NDArray:
-        """Windows [B, length] by index; ValueError for a token id outside of the vocabulary."""
+        """Return windows [B, length] by index; ValueError for a token id outside of the vocabulary."""
         out = np.stack([self.tokens[i * length : (i + 1) * length] for i in np.asarray(indices).tolist()])
         if int(out.max()) >= self.vocab_size:
             raise ValueError(
@@ -99,5 +99,5 @@ class TokenDataset:
         return out
 
     def unigram_entropy(self) -> float:
-        """Entropy of the held-out tokens' own frequencies, in nats: what knowing no context costs."""
+        """Return the entropy of the held-out tokens' own frequencies, in nats: what knowing no context costs."""
         return self.header["validation_unigram_entropy"]

@@ -34,13 +34,14 @@ _TEXT_SUFFIXES = {
 
 
 def read_source(source: str) -> Iterator[str]:
-    """The documents of a source, each as one text; see `open_source`."""
+    """Return the documents of a source, each as one text; see `open_source`."""
     return ("".join(pieces) for pieces in open_source(source))
 
 
 def open_source(source: str) -> Iterator[Iterator[str]]:
-    """The documents of a source in a fixed order, each in pieces, to be read before the next. Files of a folder that
-    are not UTF-8 text are left out, with a warning that counts them.
+    """Return the documents of a source in a fixed order, each in pieces, to be read before the next.
+
+    Files of a folder that are not UTF-8 text are left out, with a warning that counts them.
 
     Args:
         source: "stdlib", the source code of the running Python's own library; "dir:PATH", every text file below a

@@ -61,7 +61,12 @@ def cache_agreement(
     """Generate with each cache and without one, and compare the results.
 
     Args:
-        model, prompts, seed, tokenizer, batch_size, progress: As in `illada.generate`.
+        model: As in `illada.generate`.
+        prompts: As in `illada.generate`.
+        seed: As in `illada.generate`.
+        tokenizer: As in `illada.generate`.
+        batch_size: As in `illada.generate`.
+        progress: As in `illada.generate`.
         config: As in `illada.generate`; `config.cache` is ignored.
         caches: The caches to compare: "prefix", "block", or "none", which is always included.
 

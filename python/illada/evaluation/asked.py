@@ -19,8 +19,9 @@ _NEUTRAL: dict[str, Any] = {
 
 
 def asked_of(options: dict[str, Any], settings: EvaluationSettings) -> tuple[int, dict[str, float]]:
-    """(most new tokens, how to sample) of a task's generation_kwargs, by lm_eval's own rules; the model's settings
-    count before them.
+    """Return (most new tokens, how to sample) of a task's generation_kwargs, by lm_eval's own rules.
+
+    The model's settings count before them.
 
     Raises:
         ValueError: what is not supported, and values that the generator or `stop_strings_of` would refuse later.
@@ -60,7 +61,7 @@ def asked_of(options: dict[str, Any], settings: EvaluationSettings) -> tuple[int
 
 
 def stop_strings_of(options: dict[str, Any]) -> list[str]:
-    """The stop strings of a task's generation_kwargs, its `until`; ValueError: it holds something else."""
+    """Return the stop strings of a task's generation_kwargs, its `until`; ValueError: it holds something else."""
     until = options.get("until")
     stops = [stop for stop in (until if isinstance(until, list | tuple) else [until]) if stop not in (None, "")]
     if wrong := [stop for stop in stops if not isinstance(stop, str)]:

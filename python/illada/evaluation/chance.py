@@ -11,7 +11,7 @@ from lm_eval.api.task import ConfigurableTask, Task
 
 
 def chance_of(task: Task, accuracy: float | None, samples: Sequence[dict[str, Any]]) -> dict[str, float] | None:
-    """The rate of guessing on these samples, and how far from it the accuracy `acc` is.
+    """Return the rate of guessing on these samples, and how far from it the accuracy `acc` is.
 
     None where `acc` is not the harness's own: another kind of task, results or an average that the task computes
     itself, or no `acc` at all.
@@ -43,7 +43,7 @@ def _has_own_accuracy(task: Task) -> bool:
 
 
 def _rate(task: ConfigurableTask, doc: dict[str, Any]) -> float:
-    """The share of right answers among the choices, as `ConfigurableTask.process_results` counts them."""
+    """Return the share of right answers among the choices, as `ConfigurableTask.process_results` counts them."""
     choices = task.doc_to_choice(doc)
     right = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
     if isinstance(right, str):
@@ -53,7 +53,7 @@ def _rate(task: ConfigurableTask, doc: dict[str, Any]) -> float:
 
 
 def describe_chance(name: str, chance: dict[str, float]) -> str:
-    """In words: above chance, at chance or below it."""
+    """Say in words: above chance, at chance or below it."""
     sigmas = chance["sigmas"]
     verdict = "at chance" if abs(sigmas) < 2 else f"{'above' if sigmas > 0 else 'below'} chance"
     return (

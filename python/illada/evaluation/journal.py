@@ -70,19 +70,19 @@ class Journal:
 
 
 def journal_files(path: str | Path) -> list[Path]:
-    """The files of the journal at `path` that exist: of all ranks."""
+    """Return the files of the journal at `path` that exist: of all ranks."""
     path = Path(path)
     ranks = sorted(path.parent.glob(f"{glob.escape(path.name)}.rank*")) if path.parent.is_dir() else []
     return [file for file in (path, *ranks) if file.is_file()]
 
 
 def request_key(*parts: Any) -> str:
-    """A hash of everything that a result depends on; the parts are JSON values."""
+    """Return a hash of everything that a result depends on; the parts are JSON values."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def fingerprint(model: MaskedDiffusionModel) -> str:
-    """A hash that tells models apart: of the config, and of values spread evenly over each parameter."""
+    """Return a hash that tells models apart: of the config, and of values spread evenly over each parameter."""
     import torch
 
     digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())

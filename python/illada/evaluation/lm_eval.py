@@ -65,8 +65,8 @@ class IlladaLM(LM):
     Args:
         pretrained: a checkpoint, a training run, or a `MaskedDiffusionModel` (then `tokenizer` is a `Tokenizer`).
         tokenizer: a tokenizer.json or a folder with one; default the checkpoint's.
-        device, dtype: where and in what the model runs; default the CPU and the checkpoint's dtype. "cuda" takes a
-            16-bit one.
+        device: where the model runs; default the CPU.
+        dtype: in what the model runs; default the checkpoint's dtype. "cuda" takes a 16-bit one.
         journal: a JSONL file that keeps finished requests; what it holds of this model with these settings is reused.
         trust_remote_code: run the tokenizer's own Python code, where it comes as that.
         settings: the fields of `EvaluationSettings` and the generator's options, or their published names.
@@ -113,10 +113,12 @@ class IlladaLM(LM):
     # How lm_eval makes a model: --model_args first, then what its other flags say.
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> IlladaLM:
+        """Make the model of the text of --model_args; lm_eval calls this."""
         return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> IlladaLM:
+        """Make the model of parsed --model_args and lm_eval's own options. ValueError: they contradict each other."""
         flags = {name: value for name, value in (additional_config or {}).items() if value is not None}
         for name, value in flags.items():
             if name in arg_dict and str(arg_dict[name]) != str(value):
@@ -129,7 +131,7 @@ class IlladaLM(LM):
     # ----------------------------------------------------------------------------------------------------- scoring
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """A score and a greedy check for each (context, continuation)."""
+        """Return a score and a greedy check for each (context, continuation)."""
         pairs, kept = [], []
         shortened = dropped = too_long = 0
         for i, request in enumerate(requests):
@@ -175,7 +177,7 @@ class IlladaLM(LM):
         return scores
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        """A lower bound on the log-likelihood of each text: Monte Carlo, half a model's length at a time.
+        """Return a lower bound on the log-likelihood of each text: Monte Carlo, half a model's length at a time.
 
         Each piece is given the half before it. Eq. 2 is no likelihood, so `llh` is not used here.
         """
@@ -218,16 +220,18 @@ class IlladaLM(LM):
         return [[float(score), bool(g)] for score, g in zip(scores, greedy, strict=True)]
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """The ids of both, with the special tokens that the context spells, and its bos."""
+        """Return the ids of both, with the special tokens that the context spells, and its bos."""
         return encode_pair(self.tokenizer, context, continuation, parse_special_tokens=True, prefix=self._prefix)
 
     def _encode(self, prompt: str) -> list[int]:
-        """The ids of a prompt, with the special tokens that it spells, and its bos."""
+        """Return the ids of a prompt, with the special tokens that it spells, and its bos."""
         return self.tokenizer.encode_prompt(prompt, prefix=self._prefix)
 
     def _fit(self, context: list[int], more: int) -> list[int] | None:
-        """The context without as much of its beginning (bos apart) as the model has no room for beside `more` tokens;
-        None: it has no room for those alone."""
+        """Return the end of the context, after bos, that the model has room for beside `more` tokens.
+
+        None: it has no room for those alone.
+        """
         room = self.max_length - more
         return None if room < 0 else keep_end(context, room, len(self._begin))
 
@@ -240,7 +244,7 @@ class IlladaLM(LM):
     # -------------------------------------------------------------------------------------------------- generation
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """The text of each prompt's continuation, up to the first of the task's stop strings or the eos."""
+        """Return the text of each prompt's continuation, up to the first of the task's stop strings or the eos."""
         jobs, occurrences, shortened = [], Counter[str](), 0
         for request in requests:
             prompt, options = request.args
@@ -263,7 +267,7 @@ class IlladaLM(LM):
         return list(texts)
 
     def _stops(self, options: dict[str, Any]) -> list[str]:
-        """The task's stop strings, then the eos."""
+        """Return the task's stop strings, then the eos."""
         stops = stop_strings_of(options)
         eos = self._text([self.model.config.eos_token_id])
         return stops if not eos or eos in stops else [*stops, eos]
@@ -271,7 +275,7 @@ class IlladaLM(LM):
     def _plan(
         self, prompt: list[int], length: int, sampling: dict[str, float], stops: list[str]
     ) -> tuple[list[int], GenerationConfig]:
-        """How to make `length` tokens, and what of the prompt is kept for it.
+        """Return how to make `length` tokens, and what of the prompt is kept for it.
 
         Whole blocks are generated, as many as the prompt leaves room for. One that has no room for any loses its
         beginning, so that `length` tokens fit, but no more than half of the model's length.
@@ -325,13 +329,13 @@ class IlladaLM(LM):
     # -------------------------------------------------------------------------------------------------------- chat
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A conversation as a prompt, by the checkpoint's own template."""
+        """Return a conversation as a prompt, by the checkpoint's own template."""
         return self.tokenizer.apply_chat_template(
             chat_history, add_generation_prompt=add_generation_prompt, continue_final_message=not add_generation_prompt
         )
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The source of the checkpoint's template, or nothing; of several the default."""
+        """Return the source of the checkpoint's template, or nothing; of several the default."""
         template = self.tokenizer.chat_template if chat_template else ""
         return template if isinstance(template, str) else str((template or {}).get("default", ""))
 
@@ -345,7 +349,7 @@ class IlladaLM(LM):
     def _run(
         self, kind: str, jobs: Sequence[Any], settings: dict[str, Any], compute: Any, arguments: Sequence[Any] = ()
     ) -> list[Any]:
-        """The result of each job: from the journal, or computed in chunks of like length, each job once."""
+        """Return the result of each job: from the journal, or computed in chunks of like length, each job once."""
         keys = [request_key(kind, self._identity, settings, _plain(job)) for job in jobs]
         places: dict[str, int] = {}
         for i, key in enumerate(keys):
@@ -367,7 +371,7 @@ class IlladaLM(LM):
     # ---------------------------------------------------------------------------------------------------- processes
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """[world_size, ...]: the tensor of each process."""
+        """Return [world_size, ...]: the tensor of each process."""
         if self._world_size == 1:
             return tensor
         gathered = [torch.zeros_like(tensor, device="cpu") for _ in range(self._world_size)]
@@ -375,7 +379,7 @@ class IlladaLM(LM):
         return torch.stack(gathered)
 
     def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
-        """The objects of all processes, on process `dst`."""
+        """Return the objects of all processes, on process `dst`."""
         if self._world_size == 1:
             return [obj]
         gathered: list[Any] | None = [None] * self._world_size if self._rank == dst else None
@@ -383,7 +387,7 @@ class IlladaLM(LM):
         return gathered
 
     def gather_notes(self) -> dict[str, int]:
-        """`notes` of all processes together, on process 0."""
+        """Return the `notes` of all processes together, on process 0."""
         total = Counter[str]()
         for notes in self.gather_object(self.notes) or ():
             total.update(notes)
@@ -409,7 +413,7 @@ class PublishedIlladaLM(IlladaLM):
 
 
 def _processes(device: str | torch.device | None) -> tuple[torch.device, int, int]:
-    """(device, rank, world size), as torchrun or accelerate launched this process."""
+    """Return (device, rank, world size), as torchrun or accelerate launched this process."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     chosen = find_device(device or "cpu")
     if world_size > 1 and chosen.type == "cuda" and chosen.index is None:
@@ -429,7 +433,7 @@ def _load(
     dtype: str | torch.dtype | None,
     trust_remote_code: bool,
 ) -> tuple[MaskedDiffusionModel, Tokenizer, str]:
-    """The model on its device, its tokenizer, and a name for both."""
+    """Return the model on its device, its tokenizer, and a name for both."""
     if isinstance(dtype, str):
         named = None if dtype == "auto" else getattr(torch, dtype, None)
         if dtype != "auto" and not isinstance(named, torch.dtype):
@@ -446,18 +450,18 @@ def _load(
 
 
 def _plain(job: Any) -> Any:
-    """A job as JSON values."""
+    """Return a job as JSON values."""
     return [vars(part) if isinstance(part, GenerationConfig) else part for part in job]
 
 
 def _size(job: Any) -> int:
-    """Tokens of a pair, or of a prompt."""
+    """Return tokens of a pair, or of a prompt."""
     return sum(len(part) for part in job[:2] if isinstance(part, list))
 
 
 @contextlib.contextmanager
 def quiet_logs() -> Iterator[None]:
-    """lm_eval and datasets say warnings only, while this lasts."""
+    """Let lm_eval and datasets log only warnings within the context."""
 
     def matters(record: logging.LogRecord) -> bool:
         return "Custom kwargs can be passed" not in record.getMessage()  # said of every task that reads its own files
@@ -477,7 +481,7 @@ def quiet_logs() -> Iterator[None]:
 
 
 def main() -> None:
-    """lm_eval's command; packs are as large as memory allows unless --batch_size says otherwise."""
+    """Run lm_eval's command; packs are as large as memory allows unless --batch_size says otherwise."""
     from lm_eval.__main__ import cli_evaluate
 
     evaluates = _given("--tasks", "-t") and sys.argv[1] != "validate"
@@ -492,14 +496,14 @@ def main() -> None:
 
 
 def _given(option: str, *more: str) -> bool:
-    """Is one of these on the command line, as `--name value`, `--name=value`, `-n value` or `-nvalue`?"""
+    """Return whether one of these is on the command line: `--name value`, `--name=value`, `-n value`, `-nvalue`."""
     names = (option, *more)
     short = tuple(name for name in names if not name.startswith("--"))
     return any(part.partition("=")[0] in names or part.startswith(short) for part in sys.argv[1:])
 
 
 def _is_result(kind: str, value: Any) -> bool:
-    """Whether what a journal holds can be the result of such a request; another is computed again."""
+    """Return whether what a journal holds can be the result of such a request; another is computed again."""
     try:
         checked(str if kind == "generate_until" else _Score, tuple(value) if isinstance(value, list) else value, kind)
     except ValueError:

@@ -75,7 +75,7 @@ AUTHORS_TASKS = {"mmlu_pro_reasoning", "gsm8k_cot_reasoning", "humaneval_reasoni
 
 
 def settings_of(preset: str | None, task: str) -> TaskSettings:
-    """The settings of a task in a preset (the defaults without one); ValueError lists what there is."""
+    """Return the settings of a task in a preset (the defaults without one); ValueError lists what there is."""
     if preset is None:
         return TaskSettings()
     if preset not in PRESETS:

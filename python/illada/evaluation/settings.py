@@ -102,7 +102,7 @@ class EvaluationSettings:
 
     @classmethod
     def from_arguments(cls, arguments: dict[str, Any]) -> EvaluationSettings:
-        """From names and values, published ones and the generator's included. TypeError lists the names there are."""
+        """Make settings of names and values, also published ones and the generator's. TypeError lists the names."""
         values: dict[str, Any] = {}
         names = [field.name for field in dataclasses.fields(cls) if field.name != "generation"]
         names += [name for name in GENERATION if name not in names]
@@ -134,9 +134,10 @@ class EvaluationSettings:
         return cls(**values, generation=GenerationConfig(gen_length=length, end_think=reasoning, **options))
 
     def for_length(self, gen_length: int, *, end_think: tuple[int, ...] = (), **changes: Any) -> GenerationConfig:
-        """The generator's configuration for at most `gen_length` new tokens, a multiple of the block length.
+        """Return the generator's configuration for at most `gen_length` new tokens, a multiple of the block length.
 
         Args:
+            gen_length: Number of new tokens, a multiple of the block length.
             end_think: the ids of end_think_text.
             changes: fields in place of these settings'.
         """
@@ -150,14 +151,14 @@ class EvaluationSettings:
         return dataclasses.replace(self.generation, gen_length=gen_length, **changes)
 
     def scoring(self, llh: str | None = None) -> dict[str, Any]:
-        """What scores depend on, for the journal."""
+        """Return what scores depend on, for the journal."""
         llh = llh or self.llh
         monte_carlo = {"mc_num": self.mc_num, "mc_stratum": self.mc_stratum, "seed": self.seed} if llh == "mc" else {}
         return {"llh": llh, **monte_carlo, "append_eos": self.append_eos, "cfg_scale": self.generation.cfg_scale}
 
 
 def _option(name: str, value: Any) -> Any:
-    """An option of the generator as it is typed: 1 for 1.0, and ids as one number or several joined by colons."""
+    """Return a generator's option as it is typed: 1 for 1.0, and ids as one number or several joined by colons."""
     default = getattr(GenerationConfig, name)
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

@@ -147,7 +147,7 @@ def prepare_tasks(
 
 
 def _documents(dataset: TokenDataset, most_tokens: int | None = None) -> Iterator[str]:
-    """The documents of a split, as text."""
+    """Yield the documents of a split, as text."""
     tokenizer = load_tokenizer(dataset.path)
     bounds = dataset.documents.tolist()
     for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
@@ -163,7 +163,7 @@ def _words(text: str) -> list[str]:
 
 
 def _seen_in_training(train: TokenDataset, texts: Iterable[str]) -> set[str]:
-    """Those of `texts` whose words also follow each other in the training split."""
+    """Return those of `texts` whose words also follow each other in the training split."""
     by_start: dict[tuple[str, ...], list[tuple[list[str], str]]] = defaultdict(list)
     for text in texts:
         words = _words(text)
@@ -179,7 +179,7 @@ def _seen_in_training(train: TokenDataset, texts: Iterable[str]) -> set[str]:
 
 
 def _rank(*parts: object) -> bytes:
-    """A place in an order that is random and the same everywhere."""
+    """Return a place in an order that is random and the same everywhere."""
     return hashlib.sha256(json.dumps(parts).encode()).digest()
 
 
@@ -187,7 +187,7 @@ def _rank(*parts: object) -> bytes:
 
 
 def read_docstrings(documents: Iterable[str]) -> list[Entry]:
-    """The public functions and classes of Python files, each defined by the first sentence of its docstring.
+    """Return the public functions and classes of Python files, each defined by the first sentence of its docstring.
 
     The files are parsed, never imported; what does not parse is left out.
     """
@@ -224,7 +224,7 @@ _SENSE_TYPES = {"1": "noun", "2": "verb", "3": "adjective", "4": "adverb", "5": 
 
 
 def read_wordnet(path: str | Path) -> list[Entry]:
-    """The single words of WordNet, each defined by the gloss of its first sense.
+    """Return the single words of WordNet, each defined by the gloss of its first sense.
 
     Args:
         path: a folder with data.noun, data.verb, data.adj, data.adv. Beside them index.noun, ... say which sense comes
@@ -265,7 +265,7 @@ def read_wordnet(path: str | Path) -> list[Entry]:
 
 
 def _read_lines(file: Path, parse: Callable[[str], Item]) -> list[Item]:
-    """What the lines of one of WordNet's files say, without the licence at its beginning, which is indented.
+    """Return what the lines of one of WordNet's files say, without the licence at its beginning, which is indented.
 
     Nothing where there is no file.
     """
@@ -280,13 +280,13 @@ def _read_lines(file: Path, parse: Callable[[str], Item]) -> list[Item]:
 
 
 def _parse_index(line: str) -> tuple[str, str]:
-    """(word, offset of its first synset): they stand in the order of its senses."""
+    """Return (word, offset of its first synset): they stand in the order of its senses."""
     fields = line.split()
     return fields[0], fields[6 + _number(fields[3])]
 
 
 def _parse_synset(line: str) -> tuple[str, list[str], list[str], str]:
-    """(offset, words, offsets of related synsets of the same file, definition) of one line of a data file."""
+    """Return (offset, words, offsets of related synsets, definition) of one line of a data file."""
     fields, _, gloss = line.partition("|")
     parts = fields.split()
     own, count = _SYNSET_TYPES[parts[2]], _number(parts[3], 16)
@@ -300,7 +300,7 @@ def _parse_synset(line: str) -> tuple[str, list[str], list[str], str]:
 
 
 def _parse_count(line: str) -> tuple[tuple[str, str], int]:
-    """Of cntlist.rev: (part of speech, word) and how often one of its senses was met in tagged texts."""
+    """Parse cntlist.rev: (part of speech, word) and how often one of its senses was met in tagged texts."""
     key, _, tagged = line.split()
     lemma, _, rest = key.partition("%")
     return (_SENSE_TYPES[rest[:1]], lemma), _number(tagged)
@@ -317,7 +317,7 @@ def _number(text: str, base: int = 10) -> int:
 
 
 def definition_questions(entries: Sequence[Entry], *, seed: int = 0, most: int | None = None) -> list[dict[str, Any]]:
-    """Questions, at most `most`, for words whose definition fits no other; the word itself is blanked in it."""
+    """Return questions, at most `most`, for words whose definition fits no other; the word itself is blanked in it."""
     words_of: dict[str, set[str]] = defaultdict(set)
     for entry in entries:
         words_of[entry.text.lower()].add(_plain(entry.word))
@@ -366,12 +366,12 @@ def _plain(word: str) -> str:
 
 
 def _blanked(word: str, text: str) -> str:
-    """`text` with a blank for `word` and its inflections."""
+    """Return `text` with a blank for `word` and its inflections."""
     return re.sub(r"\w+", lambda part: _BLANK if _leaks(word, part[0]) else part[0], text)
 
 
 def _leaks(word: str, text: str) -> bool:
-    """Whether a word of `text` is `word`, or an inflection of it."""
+    """Return whether a word of `text` is `word`, or an inflection of it."""
     begins = word.lower()
     stem = begins[:-1] if len(begins) > 3 and begins[-1] in "ey" else begins  # copies, sizing
     for part in map(str.lower, _words(text)):
@@ -383,7 +383,7 @@ def _leaks(word: str, text: str) -> bool:
 
 
 def _nearest(word: str, pool: Sequence[Entry], allowed: Callable[[Entry], bool], seed: int) -> list[str]:
-    """Wrong answers from `pool`, of about the length of `word`; none if there are too few."""
+    """Return wrong answers from `pool`, of about the length of `word`; none if there are too few."""
     found: dict[str, str] = {}
     for entry in pool:
         if allowed(entry):
@@ -398,7 +398,7 @@ def _shuffled(right: str, wrong: list[str], salt: tuple) -> dict[str, Any]:
 
 
 def cloze_questions(documents: Sequence[str], *, seed: int = 0, word: bool = False) -> list[dict[str, Any]]:
-    """Passages that break off within a line, in a hashed order.
+    """Return passages that break off within a line, in a hashed order.
 
     Each has 24 words of text as it stands; `choices` are the three to eight words up to the end of the line and three
     such ends from other places, or, with `word`, `answer` is the next word alone.

@@ -44,8 +44,9 @@ class KeyValueCache:
         return 2 * self.k.numel() * self.k.element_size()
 
     def view(self, slots: Sequence[int], starts: Sequence[int], ends: Sequence[int], *, blanks: int = 0) -> CachedKeys:
-        """What a forward of tokens starts[i] .. ends[i] - 1 of the sequences in `slots` (ascending) needs; of
-        `CachedKeys` the rows and lengths as arrays, for the caller to put beside the keys.
+        """Return what a forward of tokens starts[i] .. ends[i] - 1 of the sequences in `slots` (ascending) needs.
+
+        Rows and lengths of `CachedKeys` are arrays, for the caller to put beside the keys.
 
         `blanks` more sequences, as long as the first, see nothing; their keys and values go to the spare rows.
         """

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 
 from illada.ops.types import MEASURES
+from illada.ops.types import RULES as REMASK_RULES
 
 MODES = ("var", "fixed", "infill")
-RULES = ("quota", "threshold", "factor", "entropy_bound", "origin")
+RULES = (*REMASK_RULES, "origin")  # those of `illada.remask`, and Dream's, which commits random positions
 SCHEDULES = ("even", "dream")
 CACHES = ("none", "prefix", "block")
 
@@ -173,7 +174,7 @@ class GenerationConfig:
             raise ValueError("end_think_boost goes with modes var and fixed, where text follows the prompt; got infill")
 
     def _check_types(self) -> None:
-        """TypeError for what would fail far from here, or silently mean something else: a text is a list of texts."""
+        """Raise TypeError for what would fail far from here, or mean something else: a text is a list of texts."""
         for names, kind, wanted in ((_COUNTS, Integral, "an integer"), (_NUMBERS, Real, "a number")):
             for name in names:
                 value = getattr(self, name)
@@ -192,7 +193,7 @@ class GenerationConfig:
 
     @property
     def filtered(self) -> bool:
-        """Is confidence of the distribution that is sampled, not of the model's own?"""
+        """Whether confidence is of the distribution that is sampled, not of the model's own."""
         return self.top_p < 1 or self.top_k > 0 or self.confidence_at_temperature
 
     @property

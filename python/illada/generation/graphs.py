@@ -20,12 +20,12 @@ from illada.model import MaskedDiffusionModel
 
 
 def available(model: MaskedDiffusionModel, cache: KeyValueCache | None) -> bool:
-    """On CUDA, with a cache."""
+    """Return whether steps can be graphs: on CUDA, with a cache."""
     return cache is not None and model.device.type == "cuda"
 
 
 def suitable(active: Sequence[Request]) -> bool:
-    """Can this step be one of a graph? Within blocks of equal length, on a cache, by one rule, without twins."""
+    """Return whether a graph can hold this step: blocks of one length, a cache, one rule, no twins."""
     return (
         all(r.step > 0 and not r.guided and r.config.mode == "var" for r in active)
         and len({r.config.block_length for r in active}) == 1
@@ -34,7 +34,7 @@ def suitable(active: Sequence[Request]) -> bool:
 
 
 def bucket(sequences: int) -> int:
-    """1, 2, 4 or a multiple of 8: some hundred tokens take as long as their weights, more as long as they are many."""
+    """Return 1, 2, 4 or a multiple of 8: some hundred tokens take as long as reading the weights."""
     return 1 << (sequences - 1).bit_length() if sequences < 8 else -(-sequences // 8) * 8
 
 
@@ -50,7 +50,7 @@ class GraphedSteps:
         self._graphs: dict[Any, tuple[Tensor, Callable[[], None], Tensor] | None] = {}
 
     def run(self, model: MaskedDiffusionModel, layout: step.Layout) -> Tensor:
-        """As `step.run`; the result is overwritten by the next step of the same shape."""
+        """Run as `step.run` does; the result is overwritten by the next step of the same shape."""
         key = (layout.calls, layout.shapes)
         if key not in self._graphs:
             # Launched the first time: libraries load and allocate what they keep, which a capture must not see, and
@@ -75,7 +75,7 @@ class CudaCapture:
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        """What runs `function`, and what it returns each time; as yet it has not run."""
+        """Return what runs `function`, and what it returns each time; as yet it has not run."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             out = function()

@@ -81,7 +81,7 @@ def generate_iter(
     progress: bool = False,
     on_commit: Callable[[int, list[int], list[int]], None] | None = None,
 ) -> Iterator[GenerationDelta]:
-    """`generate` block by block: what each block adds to its prompt's result, as soon as it stands.
+    """Generate block by block: yield what each block adds to its prompt's result, as soon as it stands.
 
     The deltas of one prompt, joined, are its result: nothing of what ends a sequence, or follows that, is among them.
 
@@ -102,7 +102,7 @@ def _requests(
     tokenizer: Any,
     batch_size: int | None,
 ) -> list[Request]:
-    """One for each prompt, everything checked."""
+    """Return a checked request for each prompt."""
     if isinstance(prompts, str):  # a sequence of texts, too, of one letter each
         raise TypeError(f"prompts must be a list, got one text, {prompts!r:.80}; give [text]")
     configs = _configs(config, len(prompts))
@@ -130,13 +130,13 @@ def _run(
     *,
     stream: bool,
 ) -> Iterator[GenerationDelta]:
-    """The deltas of all requests; without `stream` only the last of each, and nothing in it but the result."""
+    """Yield the deltas of all requests; without `stream` only the last of each, and nothing in it but the result."""
     waiting = deque(requests)
     size = min(batch_size or len(requests), len(requests))
     cache, free = _make_cache(model, requests, size)
     graphed = graphs.GraphedSteps(graphs.CudaCapture()) if cuda_graphs and graphs.available(model, cache) else None
 
-    first_layers = step.FirstLayers(model)
+    first_projection_reuse = step.FirstProjectionReuse(model)
     active: list[Request] = []
     readers = {request.index: stopping.Reader(request, model, tokenizer) for request in requests}
     total = sum(sum(map(len, r.blocks)) for r in waiting)
@@ -148,7 +148,7 @@ def _run(
                 request = waiting.popleft()
                 request.slots = tuple(free.pop(0) for _ in range(1 + request.guided)) if cache is not None else ()
                 active.append(request)
-            committed = _advance(model, active, cache, graphed, first_layers)
+            committed = _advance(model, active, cache, graphed, first_projection_reuse)
             forwards += 1
             for request, positions, _ in committed:
                 if on_commit is not None and len(positions):
@@ -171,8 +171,10 @@ def _run(
 
 
 def encode(tokenizer: Any, text: str, name: str) -> list[int]:
-    """The ids of a prompt by a tokenizer of this library, `tokenizers` or `transformers`; see
-    `Tokenizer.encode_prompt`."""
+    """Return the ids of a prompt by a tokenizer of this library, `tokenizers` or `transformers`.
+
+    `Tokenizer.encode_prompt` says how.
+    """
     if tokenizer is None:
         raise ValueError(f"{name} is a text, which needs a tokenizer; give one, or token ids")
     if isinstance(tokenizer, Tokenizer):
@@ -186,16 +188,16 @@ def _advance(
     active: list[Request],
     cache: KeyValueCache | None,
     graphed: graphs.GraphedSteps | None,
-    first_layers: step.FirstLayers,
+    first_projection_reuse: step.FirstProjectionReuse,
 ) -> list[tuple[Request, np.ndarray, int]]:
-    """One step of all active requests: (request, positions it committed, how many tokens more it has now)."""
+    """Run one step of all active requests; return (request, positions it committed, number of tokens it gained)."""
     if graphed is not None and graphs.suitable(active):
         layout = step.lay_out(model, active, cache, whole_blocks=True, sequences=graphs.bucket(len(active)))
         tokens = graphed.run(model, layout)
     else:
         layout = step.lay_out(model, active, cache)
         inputs = layout.upload(model.device)
-        tokens = step.run(model, inputs, layout.calls, first_layers.of(layout, inputs))
+        tokens = step.run(model, inputs, layout.calls, first_projection_reuse.of(layout, inputs))
     now = tokens.cpu().numpy()  # the one wait for the device in a step
     done, at = [], 0
     for group, members in zip(layout.arrays.groups, layout.members, strict=True):
@@ -212,7 +214,7 @@ def _advance(
 def _make_cache(
     model: MaskedDiffusionModel, requests: list[Request], size: int
 ) -> tuple[KeyValueCache | None, list[int]]:
-    """The cache that all requests share, if their configs want one, and its free slots."""
+    """Return the cache that all requests share, if their configs want one, and its free slots."""
     if not requests or requests[0].config.cache == "none":
         return None, []
     slots = size * (1 + any(r.guided for r in requests))

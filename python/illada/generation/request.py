@@ -73,7 +73,7 @@ class Request:
 
     @property
     def guided(self) -> bool:
-        """Does it have an unconditional twin in the pack?"""
+        """Whether the request has an unconditional twin in the pack."""
         return self.config.cfg_scale > 0
 
     @property
@@ -82,7 +82,7 @@ class Request:
         return int(self.blocks[self.block][-1]) + 1 if self.config.mode == "var" else len(self.canvas)
 
     def first_query(self, shift: bool) -> int:
-        """Where this step's tokens begin; what is before them is in the cache. `shift`: of the model's logits."""
+        """Return where this step's tokens begin, behind those in the cache. `shift`: of the model's logits."""
         if self.config.cache == "none":
             return 0
         block = self.block
@@ -93,8 +93,10 @@ class Request:
         return max(0, int(self.blocks[block][0]) - shift)
 
     def tokens(self, *, conditional: bool) -> NDArray:
-        """The canvas up to `end`; the unconditional twin has masks for what was given (as published: in mode "var" the
-        finished blocks count as given, in mode "fixed" the prompt alone)."""
+        """Return the canvas up to `end`; the unconditional twin has masks for what was given.
+
+        As published, in mode "var" the finished blocks count as given, in mode "fixed" the prompt alone.
+        """
         visible = self.canvas[: self.end]
         if conditional:
             return visible
@@ -104,7 +106,7 @@ class Request:
         return np.where(given, self.mask_id, visible)
 
     def masked(self) -> NDArray:
-        """Positions of the block that still hold the mask."""
+        """Return the positions of the block that still hold the mask."""
         positions = self.blocks[self.block]
         return positions[self.canvas[positions] == self.mask_id]
 
@@ -120,7 +122,7 @@ class Request:
         return RuleCall(rule, measure, min_commit, config.alg_temp > 0, bool(config.delay_tokens), config.filtered)
 
     def limit(self) -> float:
-        """The rule's number for this step; decides which tokens are taken back, too."""
+        """Return the rule's number for this step; decides which tokens are taken back, too."""
         config, step, steps = self.config, self.step, self.config.steps_per_block
         last = step == steps - 1
         if config.rule == "quota":
@@ -145,7 +147,7 @@ class Request:
         return min(max(masks - after + len(self.taken), 0), masks)
 
     def end_think(self) -> tuple[int, int, float] | None:
-        """(position, id, what its logit gains) of this step, if anything encourages the end of thinking."""
+        """Return (position, id, gain of its logit) of this step, if anything encourages the end of thinking."""
         config = self.config
         if not config.end_think_boost:
             return None

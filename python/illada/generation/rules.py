@@ -13,18 +13,18 @@ from illada.random import Stream, key_of, philox4x32, to_uniform
 
 
 def quota_schedule(masks: int, steps: int) -> list[int]:
-    """How many tokens each step commits: masks // steps, the first masks % steps of them one more (as published)."""
+    """Return how many tokens each step commits: masks // steps, one more in the first masks % steps (as published)."""
     base, remainder = divmod(masks, steps)
     return [base + (step < remainder) for step in range(steps)]
 
 
 def dream_transfer(step: int, steps: int, eps: float = 1e-3) -> float:
-    """1 - s/t of Dream's step: t falls evenly from 1 to `eps` over `steps`; 1 at the last step."""
+    """Return 1 - s/t of Dream's step: t falls evenly from 1 to `eps` over `steps`; 1 at the last step."""
     return 1.0 if step >= steps - 1 else float(_dream_transfers(steps, eps)[step])
 
 
 def dream_quota(masks: int, step: int, steps: int, eps: float = 1e-3) -> int:
-    """How many of the `masks` that are left Dream's step commits: the whole part of masks (1 - s/t)."""
+    """Return how many of the `masks` that are left Dream's step commits: the whole part of masks (1 - s/t)."""
     return masks if step >= steps - 1 else int(np.float32(masks) * _dream_transfers(steps, eps)[step])
 
 
@@ -38,10 +38,15 @@ def _dream_transfers(steps: int, eps: float) -> NDArray[np.float32]:
 def end_think_bias(
     generated: NDArray | Sequence[int], position: int, total: int, ids: Sequence[int], boost: float, power: float
 ) -> tuple[int, float] | None:
-    """(id, what its logit gains) at the block's first mask, or None once `generated` contains `ids`.
+    """Return (id, what its logit gains) at the block's first mask, or None once `generated` contains `ids`.
 
     Args:
-        generated: all that follows the prompt, masks included. position: of the first mask in it. total: gen_length.
+        generated: All tokens that follow the prompt, masks included.
+        position: Position of the first mask in `generated`.
+        total: gen_length, the tokens to generate.
+        ids: Token ids of the end of the thoughts.
+        boost: Gain of the logit at the end of the generation.
+        power: Exponent of the progress, by which the gain grows from 0.
     """
     window = np.asarray(generated)
     places = max(0, len(window) - len(ids) + 1)
@@ -58,17 +63,17 @@ def end_think_bias(
 
 
 def order_noise(seed: int, positions: NDArray, step: int) -> NDArray:
-    """Gumbel noise float32 of each position: the n largest x + noise are n draws by softmax(x), none twice."""
+    """Return Gumbel noise, float32, of each position: the n largest x + noise are n draws by softmax(x), none twice."""
     return (-np.log(-np.log(_uniforms(seed, positions, step, Stream.COMMIT_ORDER)))).astype(np.float32)
 
 
 def taken_back(seed: int, committed: NDArray, step: int, probability: float) -> NDArray:
-    """Those of the committed positions that become masks again, each with `probability`."""
+    """Return those of the committed positions that become masks again, each with `probability`."""
     return committed[_uniforms(seed, committed, step, Stream.TAKE_BACK) < probability]
 
 
 def _uniforms(seed: int, positions: NDArray, step: int, stream: Stream) -> NDArray:
-    """In (0, 1), float64: a function of (seed, position, step) alone, as the sampler's noise."""
+    """Return numbers in (0, 1), float64: a function of (seed, position, step) alone, as the sampler's noise."""
     counter = np.zeros((len(positions), 4), dtype=np.uint32)
     counter[:, 1], counter[:, 2], counter[:, 3] = positions, step, stream
     return to_uniform(philox4x32(counter, key_of(seed))[:, 0])

@@ -17,14 +17,17 @@ from torch import Tensor
 from illada.generation.cache import KeyValueCache
 from illada.generation.request import Request, RuleCall
 from illada.generation.rules import order_noise
-from illada.model import CachedKeys, FirstLayer, MaskedDiffusionModel
+from illada.model import CachedKeys, FirstProjection, MaskedDiffusionModel, guide
 from illada.ops import linear_sample_tokens, remask
 from illada.ops.types import LogitBias, TokenSample
 
 
 class Guidance(NamedTuple):
-    """hidden: int32 [N], which hidden states are those of the unconditional twins (without one: its own).
-    scale: float32 [N, 1], w."""
+    """Classifier-free guidance of a step's rows.
+
+    hidden: int32 [N], which hidden states are those of the unconditional twins (without one: its own).
+    scale: float32 [N, 1], w.
+    """
 
     hidden: Tensor
     scale: Tensor
@@ -95,7 +98,7 @@ class Layout(NamedTuple):
         return tuple(shapes)
 
     def pack(self, device: torch.device) -> Tensor:
-        """All arrays in one buffer of the host's, uint8; pinned for a GPU, so that a copy waits for nothing."""
+        """Return all arrays in one buffer of the host's, uint8; pinned for a GPU, so that a copy waits for nothing."""
         offsets = _offsets(self.arrays)
         buffer = torch.empty(offsets.pop(), dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
         data, starts = buffer.numpy(), iter(offsets)
@@ -108,7 +111,7 @@ class Layout(NamedTuple):
         return buffer
 
     def unpack(self, buffer: Tensor) -> StepInputs:
-        """The arrays as tensors that are views of `buffer`, a copy of what `pack` made."""
+        """Return the arrays as tensors that are views of `buffer`, a copy of what `pack` made."""
         starts = iter(_offsets(self.arrays))
 
         def view(array: NDArray) -> Tensor:
@@ -118,7 +121,7 @@ class Layout(NamedTuple):
         return _map(self.arrays, view)
 
     def upload(self, device: torch.device) -> StepInputs:
-        """All tensors, on the device."""
+        """Return all tensors, on the device."""
         return self.unpack(self.pack(device).to(device, non_blocking=True))
 
 
@@ -131,7 +134,7 @@ _DTYPES = {
 
 
 def _map(tree: Any, function: Callable[[NDArray], Any]) -> Any:
-    """`function` of every array; tensors stay as they are."""
+    """Apply `function` to every array; tensors stay as they are."""
     if isinstance(tree, np.ndarray):
         return function(tree)
     if not isinstance(tree, tuple):
@@ -141,7 +144,7 @@ def _map(tree: Any, function: Callable[[NDArray], Any]) -> Any:
 
 
 def _offsets(tree: Any) -> list[int]:
-    """Where each array begins in the buffer, and how long that is; in bytes."""
+    """Return where each array begins in the buffer, and how long that is; in bytes."""
     offsets = [0]
     _map(tree, lambda array: offsets.append(offsets[-1] + -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT))
     return offsets
@@ -158,9 +161,12 @@ def lay_out(
     whole_blocks: bool = False,
     sequences: int = 0,
 ) -> Layout:
-    """The pack of all active requests and their unconditional twins.
+    """Return the pack of all active requests and their unconditional twins.
 
     Args:
+        model: The model; its config gives the shift of the logits and the mask's id.
+        active: The requests.
+        cache: Their key-value cache; None: none.
         whole_blocks: all rows of a block are candidates, not its masks alone: the shapes are those of the next step.
         sequences: fill the pack up to as many sequences with ones that see nothing and commit nothing.
     """
@@ -264,7 +270,7 @@ def _group(
 
 
 def _bias(members: list[tuple[Request, NDArray]], blank_rows: int) -> LogitBias | None:
-    """The logit biases of all rows as [N, K]; -1 is no id. K is that of the configs: it stays from step to step."""
+    """Return the logit biases of all rows as [N, K]; -1 is no id. K depends on the configs alone, not on the step."""
     width = max(len(r.config.forbid_tokens) + (r.config.end_think_boost > 0) for r, _ in members)
     if width == 0:
         return None
@@ -289,18 +295,18 @@ def _bias(members: list[tuple[Request, NDArray]], blank_rows: int) -> LogitBias 
 _FEW_TOKENS = 256
 
 
-class FirstLayers:
-    """The first layer's part of each step, kept from the one before for the tokens that are where they were.
+class FirstProjectionReuse:
+    """Embeddings and first projections of the previous step, reused for the tokens that have not changed or moved.
 
-    Only on a CPU, where models have few layers, and without a cache, with which a step has few tokens.
+    They are reused only on a CPU, where models have few layers, and without a cache, with which a step has few tokens.
     """
 
     def __init__(self, model: MaskedDiffusionModel) -> None:
         self._model = model
-        self._known: tuple[NDArray, FirstLayer] | None = None
+        self._known: tuple[NDArray, FirstProjection] | None = None
 
-    def of(self, layout: Layout, inputs: StepInputs) -> FirstLayer | None:
-        """For `run` of these inputs, which it has not changed yet; None where it is not worth it."""
+    def of(self, layout: Layout, inputs: StepInputs) -> FirstProjection | None:
+        """Return the projections for `run` of these inputs, called before it; None where reuse does not pay."""
         if inputs.cache is not None or self._model.device.type != "cpu" or len(inputs.tokens) < _FEW_TOKENS:
             return None
         tokens = np.stack([layout.arrays.tokens, layout.arrays.position_ids])
@@ -315,9 +321,9 @@ class FirstLayers:
 
 
 def run(
-    model: MaskedDiffusionModel, inputs: StepInputs, calls: Sequence[RuleCall], first: FirstLayer | None = None
+    model: MaskedDiffusionModel, inputs: StepInputs, calls: Sequence[RuleCall], first: FirstProjection | None = None
 ) -> Tensor:
-    """One forward pass and its commits; the tokens int64 [N] that the candidates of all groups hold then. No sync."""
+    """Run one forward pass and its commits; return the tokens int64 [N] of all groups' candidates. No sync."""
     hidden = model(
         inputs.tokens, inputs.cu_seqlens, position_ids=inputs.position_ids, cache=inputs.cache,
         rows=inputs.selected_rows, first=first,
@@ -330,10 +336,8 @@ def run(
 def _commit(model: MaskedDiffusionModel, hidden: Tensor, tokens: Tensor, group: Group, call: RuleCall) -> None:
     rows: Tensor | None = group.hidden
     if group.guidance is not None:
-        # The head is linear: guiding the hidden states guides the logits, at half the price.
-        conditional, unconditional = hidden[group.hidden].float(), hidden[group.guidance.hidden].float()
-        guided = unconditional + (group.guidance.scale + 1) * (conditional - unconditional)
-        hidden, rows = guided.to(hidden.dtype), None
+        hidden = guide(hidden[group.hidden], hidden[group.guidance.hidden], group.guidance.scale)
+        rows = None
 
     def sampled(bias: LogitBias | None) -> TokenSample:
         arguments: Any = {

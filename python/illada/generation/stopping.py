@@ -27,7 +27,7 @@ class Reader:
         self._told, self._shown = 0, ""  # tokens and text of earlier deltas
 
     def why_finished(self) -> str | None:
-        """After a block: the reason to stop, or None."""
+        """Return, after a block, the reason to stop, or None."""
         request, config = self.request, self.request.config
         done = request.block == len(request.blocks)
         if self.infills:
@@ -41,32 +41,32 @@ class Reader:
         return "length" if done else None
 
     def result(self) -> GenerationResult:
-        """Of a request that is finished."""
+        """Return the result of a finished request."""
         assert self.request.finish_reason is not None
         tokens = self._settled_tokens()
         text = None if self.decoder is None else self._text(tokens)
         return GenerationResult(tokens, self.request.finish_reason, self.request.forwards, text)
 
     def delta(self) -> GenerationDelta:
-        """What the block that has just been finished adds."""
+        """Return what the block that has just been finished adds."""
         text = None
         if self.decoder is not None:
             text = self._new(settled_text(self._text(self._settled_tokens()), self.request.config.stop_strings))
         return GenerationDelta(self.request.index, self._new_tokens(), text)
 
     def last(self) -> GenerationDelta:
-        """What is left of the result of a request that is finished."""
+        """Return what is left of the result of a request that is finished."""
         result = self.result()
         text = None if result.text is None else result.text[len(self._shown) :]
         return GenerationDelta(self.request.index, self._new_tokens(), text, result)
 
     def _generated(self) -> list[int]:
-        """The tokens of finished blocks."""
+        """Return the tokens of finished blocks."""
         request = self.request
         return request.canvas[request.prompt_length : request.blocks[request.block - 1][-1] + 1].tolist()
 
     def _settled_tokens(self) -> list[int]:
-        """What will not change: before what ends the sequence; in mode "infill" before the next block's first mask."""
+        """Return the tokens that are final: up to the sequence's end; in mode "infill" up to the next block's mask."""
         request = self.request
         if not self.infills:
             return _before_stop(self._generated(), self.ends)
@@ -87,7 +87,7 @@ class Reader:
         return self.decoder.decode(tokens) if cut is None else cut
 
     def _new(self, text: str) -> str:
-        """What `text` has beyond what was shown; nothing yet, where the decoder has changed what was."""
+        """Return what `text` has beyond what was shown; nothing yet, where the decoder has changed what was."""
         if not text.startswith(self._shown):
             return ""
         new, self._shown = text[len(self._shown) :], text
@@ -95,7 +95,7 @@ class Reader:
 
 
 def stop_ids(config: GenerationConfig, model: MaskedDiffusionModel) -> set[int]:
-    """The ids that end a sequence."""
+    """Return the ids that end a sequence."""
     own = (model.config.eos_token_id, model.config.eot_token_id, *model.stop_token_ids)
     return {i for i in own if i is not None} if config.stop_tokens is None else set(config.stop_tokens)
 
@@ -105,14 +105,14 @@ def _before_stop(tokens: list[int], ends: set[int]) -> list[int]:
 
 
 def settled_text(text: str, stop_strings: Sequence[str]) -> str:
-    """`text` without an end that may become a stop string, or a character of which a part is there."""
+    """Return `text` without an end that may become a stop string, or a character of which a part is there."""
     text = text.rstrip("\ufffd")
     held = [n for stop in stop_strings for n in range(1, len(stop)) if text.endswith(stop[:n])]
     return text[: len(text) - max(held, default=0)]
 
 
 def stop_position(text: str, stop_strings: Sequence[str], end_think: str = "") -> int | None:
-    """Where in `text` the first stop string begins, looked for behind the first `end_think`; None: nowhere."""
+    """Return where in `text` the first stop string begins, looked for behind the first `end_think`; None: nowhere."""
     reasoning = text.find(end_think)
     if reasoning < 0:
         return None
@@ -121,8 +121,10 @@ def stop_position(text: str, stop_strings: Sequence[str], end_think: str = "") -
 
 
 def cut_at_stop(tokenizer: Any, tokens: list[int], config: GenerationConfig) -> str | None:
-    """The text of `tokens` before the first stop string that counts, or None without any. It may spell special
-    tokens."""
+    """Return the text of `tokens` before the first stop string that counts, or None without any.
+
+    A stop string may spell special tokens.
+    """
     if tokenizer is None or not config.stop_strings:
         return None
     # Without spaces around it: there are tokens whose text begins with one only behind other text.

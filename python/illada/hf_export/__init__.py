@@ -69,7 +69,7 @@ where that can express the architecture.
 
 
 def files(config: ModelConfig, tokenizer: Path | None) -> dict[str, str]:
-    """What makes a folder with weights and config.json one that transformers loads by itself: {name: text}.
+    """Return what makes a folder with weights and config.json one that transformers loads by itself: {name: text}.
 
     Nothing is written: all that may be wrong with the tokenizer is found here.
 
@@ -106,7 +106,7 @@ def write(folder: Path, texts: dict[str, str]) -> None:
 
 
 def _name_special_tokens(tokenizer: Path, config: ModelConfig) -> tuple[dict[str, Any], dict[str, str]]:
-    """The values of tokenizer_config.json, and those of mask, eos, pad and bos among them: {mask_token: text, ...}.
+    """Return the values of tokenizer_config.json, with those of mask, eos, pad and bos: {mask_token: text, ...}.
 
     They are named by the ids of the model. Those that the model has not stay as the tokenizer has them; an id without a
     text stays unnamed. special_tokens_map.json becomes part of it.

@@ -27,11 +27,12 @@ class IlladaRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalize the last dimension of x [..., C], in float32; the result has the dtype of x."""
         return self.weight * F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype)
 
 
 def rotary_tables(position_ids: Tensor, config: IlladaConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin [B, 1, L, D] of RoPE, computed in float32."""
+    """Return cos and sin [B, 1, L, D] of RoPE, computed in float32."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=position_ids.device)
     angles = position_ids[..., None].float() * config.rope_theta ** (-exponents / config.head_dim)
     angles = torch.cat([angles, angles], dim=-1)[:, None]
@@ -40,7 +41,7 @@ def rotary_tables(position_ids: Tensor, config: IlladaConfig, dtype: torch.dtype
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE by halves: (a, b) -> (a cos - b sin, b cos + a sin)."""
+    """Apply RoPE by halves: (a, b) -> (a cos - b sin, b cos + a sin)."""
     first, second = x.chunk(2, dim=-1)
     return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
 
@@ -55,7 +56,7 @@ def eager_attention(
     dropout: float = 0.0,
     **unused: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Attention whose weights can be looked at; the mask is added to the scores. The result is [B, L, H, D]."""
+    """Compute attention and return its weights; the mask is added to the scores. The result is [B, L, H, D]."""
     key, value = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (key, value))
     scores = query @ key.transpose(2, 3) * scaling
     if attention_mask is not None:
@@ -83,7 +84,7 @@ class IlladaAttention(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """What goes back into the residual stream, and the weights where the implementation gives them."""
+        """Return what goes back into the residual stream, and the weights where the implementation gives them."""
         linears = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (linear(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for linear in linears)
         name = self.config._attn_implementation
@@ -103,6 +104,7 @@ class IlladaMLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the SwiGLU MLP to x [..., C]."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -119,7 +121,7 @@ class IlladaLayer(GradientCheckpointingLayer):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """The residual stream behind this layer, and its attention weights."""
+        """Return the residual stream behind this layer, and its attention weights."""
         attended, weights = self.self_attn(self.input_layernorm(x), cos, sin, attention_mask, **kwargs)
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x)), weights
@@ -144,7 +146,7 @@ class IlladaPreTrainedModel(PreTrainedModel):
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Embedding:
-        """As in transformers; the config's embedding_size follows as its vocab_size does."""
+        """Resize as transformers does; the config's embedding_size follows as its vocab_size does."""
         embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
         self.config.embedding_size = embeddings.weight.shape[0]
         return embeddings
@@ -173,7 +175,7 @@ class IlladaModel(IlladaPreTrainedModel):
         output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutput:
-        """A padded batch [B, L].
+        """Return a padded batch [B, L].
 
         attention_mask: [B, L], 0 at padding, on the left or right. position_ids: default from 0 at each row's first
         token. output_hidden_states gives the embeddings and every layer's output, the last one after the norm.
@@ -236,7 +238,7 @@ class IlladaForMaskedLM(IlladaPreTrainedModel):
         labels: Tensor | None = None,
         **kwargs: Any,
     ) -> MaskedLMOutput:
-        """Logits [B, L, vocab_size]; with labels [B, L] their cross-entropy, the mean over those that are not -100.
+        """Compute logits [B, L, vocab_size]; with labels [B, L] also the mean cross-entropy of those that are not -100.
 
         num_items_in_batch, which transformers' Trainer passes, divides the sum instead. Others are of `IlladaModel`.
         """

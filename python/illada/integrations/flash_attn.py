@@ -52,7 +52,7 @@ def flash_attn_varlen_func(
     return_attn_probs: bool = False,
     block_table: Tensor | None = None,
 ) -> Any:
-    """Attention of packed sequences: q [T, H, D], k and v [Tk, G, D], cu_seqlens int32 or int64 [S + 1].
+    """Attend within packed sequences: q [T, H, D], k and v [Tk, G, D], cu_seqlens int32 or int64 [S + 1].
 
     Returns:
         out [T, H, D]; with `return_attn_probs` (out, lse float32 [H, T], None).
@@ -80,7 +80,7 @@ def flash_attn_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Any:
-    """Attention of a batch without padding: q [B, L, H, D], k and v [B, Lk, G, D].
+    """Attend within a batch without padding: q [B, L, H, D], k and v [B, Lk, G, D].
 
     Returns:
         out [B, L, H, D]; with `return_attn_probs` (out, lse float32 [B, H, L], None).
@@ -104,7 +104,7 @@ def flash_attn_func(
 
 
 def _followed_by_those_of(base: Callable[..., Any], tensors: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Says in a function's signature that its *args are the arguments of `base` behind its first `tensors`."""
+    """Say in a function's signature that its *args are the arguments of `base` behind its first `tensors`."""
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         own = [p for p in inspect.signature(function).parameters.values() if p.kind == p.POSITIONAL_OR_KEYWORD]
@@ -117,14 +117,14 @@ def _followed_by_those_of(base: Callable[..., Any], tensors: int) -> Callable[[C
 
 @_followed_by_those_of(flash_attn_func, 3)
 def flash_attn_qkvpacked_func(qkv: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """`flash_attn_func` of qkv [B, L, 3, H, D], which is read in place."""
+    """Apply `flash_attn_func` to qkv [B, L, 3, H, D], which is read in place."""
     q, k, v = qkv.unbind(2)
     return flash_attn_func(q, k, v, *args, **kwargs)
 
 
 @_followed_by_those_of(flash_attn_func, 3)
 def flash_attn_kvpacked_func(q: Tensor, kv: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """`flash_attn_func` of q and kv [B, Lk, 2, G, D], which is read in place."""
+    """Apply `flash_attn_func` to q and kv [B, Lk, 2, G, D], which is read in place."""
     k, v = kv.unbind(2)
     return flash_attn_func(q, k, v, *args, **kwargs)
 
@@ -133,7 +133,7 @@ def flash_attn_kvpacked_func(q: Tensor, kv: Tensor, *args: Any, **kwargs: Any) -
 def flash_attn_varlen_qkvpacked_func(
     qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *args: Any, **kwargs: Any
 ) -> Any:
-    """`flash_attn_varlen_func` of qkv [T, 3, H, D], which is read in place."""
+    """Apply `flash_attn_varlen_func` to qkv [T, 3, H, D], which is read in place."""
     q, k, v = qkv.unbind(1)
     return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, *args, **kwargs)
 
@@ -149,7 +149,7 @@ def flash_attn_varlen_kvpacked_func(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """`flash_attn_varlen_func` of q and kv [Tk, 2, G, D], which is read in place."""
+    """Apply `flash_attn_varlen_func` to q and kv [Tk, 2, G, D], which is read in place."""
     k, v = kv.unbind(1)
     return flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *args, **kwargs)
 
@@ -175,12 +175,28 @@ def flash_attn_with_kvcache(
     num_splits: int = 0,
     return_softmax_lse: bool = False,
 ) -> Any:
-    """Attention of q [B, L, H, D] to a cache [B, Lk, G, D], where the new k and v [B, N, G, D] are put first, in place.
+    """Attend from q [B, L, H, D] to a cache [B, Lk, G, D], into which new k and v [B, N, G, D] are put first.
 
     Args:
+        q: [B, L, H, D], last dimension contiguous.
+        k_cache: [B, Lk, G, D], the cache of keys.
+        v_cache: Like `k_cache`, of values.
+        k: [B, N, G, D], new keys, written to the cache behind those in use; default: none.
+        v: Like `k`, new values; given if `k` is.
+        rotary_cos: Must be None.
+        rotary_sin: Must be None.
         cache_seqlens: keys in use before the new ones, for all sequences or int32 [B] each; default: all rows are.
+        cache_batch_idx: Must be None.
         cache_leftpad: int32 [B], rows at the beginning of each slot that are not looked at.
-        num_splits, rotary_interleaved: accepted and not needed.
+        block_table: Must be None.
+        softmax_scale: Factor of the scores; default 1 / sqrt(D).
+        causal: Must be False.
+        window_size: Must be (-1, -1).
+        softcap: Must be 0.
+        rotary_interleaved: Accepted and not needed.
+        alibi_slopes: Must be None.
+        num_splits: Accepted and not needed.
+        return_softmax_lse: Also return lse.
 
     Returns:
         out [B, L, H, D]; with `return_softmax_lse` (out, lse float32 [B, H, L]). Not differentiable.
@@ -258,7 +274,7 @@ def varlen_attn(
     block_table: Tensor | None = None,
     num_splits: int | None = None,
 ) -> Any:
-    """`torch.nn.attention.varlen.varlen_attn`: query [T, H, D], key and value [Tk, G, D].
+    """Compute `torch.nn.attention.varlen.varlen_attn`: query [T, H, D], key and value [Tk, G, D].
 
     Returns:
         out [T, H, D]; where `return_aux.lse` is true (out, lse float32 [H, T]).
@@ -280,12 +296,12 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, **options: Any)
 
 
 def _starts(batch: int, length: int, device: torch.device) -> Tensor:
-    """int32 [B + 1]: where each of `batch` sequences of one length starts."""
+    """Return int32 [B + 1]: where each of `batch` sequences of one length starts."""
     return torch.arange(batch + 1, dtype=torch.int32, device=device) * length
 
 
 def _sizes(op: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int]:
-    """B and L. ValueError: not [B, L, heads, D], or batches that differ."""
+    """Return B and L. ValueError: not [B, L, heads, D], or batches that differ."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4 or x.shape[0] != q.shape[0]:
             raise ValueError(f"{op}: {name} must have shape [{q.shape[0]}, L, heads, D], got {list(x.shape)}")
@@ -296,7 +312,7 @@ _NEUTRAL = {"dropout_p": 0.0, "causal": False, "window_size": _WINDOW, "softcap"
 
 
 def _refuse(op: str, **arguments: Any) -> None:
-    """NotImplementedError for the first argument that asks for what the kernels do not do."""
+    """Raise NotImplementedError for the first argument that asks for what the kernels do not do."""
     for name, value in arguments.items():
         neutral = _NEUTRAL.get(name)
         if name == "window_size":

@@ -117,7 +117,7 @@ def _replace_config(model: nn.Module, old: Any, new: Any) -> None:
 
 
 def _reasons(model: nn.Module) -> list[str]:
-    """Why this model cannot be patched: what it has."""
+    """Return why this model cannot be patched: what it has."""
     config, reasons = getattr(model, "config", None), []
     for name in ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "attention_dropout"):
         if value := getattr(config, name, None):
@@ -149,14 +149,14 @@ def _reasons(model: nn.Module) -> list[str]:
 
 @functools.cache
 def _patched(base: type) -> type:
-    """The subclass of `base` that a patched instance gets, under the same names: those go into checkpoints."""
+    """Return the subclass of `base` that a patched instance gets, under the same names: those go into checkpoints."""
     head = any(known.__name__ in _HEADS for known in base.__mro__)
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     return type(base.__name__, (_WithHead if head else _Bare, base), names)
 
 
 def _blank(base: type) -> Any:
-    """A patched instance without contents, for copy and pickle, which know `base` alone by its name."""
+    """Return a patched instance without contents, for copy and pickle, which know `base` alone by its name."""
     register()
     cls: Any = _patched(base)
     return cls.__new__(cls)
@@ -229,7 +229,7 @@ class _WithHead(_Patched):
 
     @torch.no_grad()
     def sample_tokens(self, inputs: Tensor | Mapping[str, Any], **sampling: Any) -> TokenSample:
-        """`illada.linear_sample_tokens` on the hidden states of `inputs`, without logits.
+        """Apply `illada.linear_sample_tokens` to the hidden states of `inputs`, without logits.
 
         Args:
             inputs: input_ids [B, L], or a mapping of forward's arguments, such as a tokenizer returns.
@@ -262,7 +262,7 @@ class _WithHead(_Patched):
 
 
 def _refuse_packing(attention_mask: Tensor | None, position_ids: Tensor | None, others: Mapping[str, Any]) -> None:
-    """ValueError for rows of several sequences that position_ids alone tell apart: they would look at each other.
+    """Raise ValueError for rows of several sequences that position_ids alone tell apart: they would look at each other.
 
     The attention looks too, but on a GPU by an assertion, after which CUDA is lost to the process. Here the caller's
     position_ids are read before it, for which the host waits for the device: once a forward pass, not when compiled.

@@ -56,7 +56,7 @@ class MaskedDiffusionCollator:
         self.pad_token_id, self.packed = pad_token_id, packed
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """The batch; a pack has `lengths`, a list, as well."""
+        """Return the batch; a pack has `lengths`, a list, as well."""
         filled = [_filled(row) for row in rows]
         names = list(dict.fromkeys(name for row in filled for name in row))
         for row, name in itertools.product(filled, names):
@@ -113,7 +113,7 @@ class _Call:
     return_nll: bool
 
     def result(self, logits: Tensor) -> Tensor:
-        """The loss of what the model returned as logits; with `return_nll` float32 [T] instead, 0 where unmasked."""
+        """Return the loss of what the model returned as logits; with `return_nll` float32 [T], 0 where unmasked."""
         if self.fused:
             return logits
         batch, rows = self.batch, self.batch.rows.long()
@@ -161,7 +161,7 @@ def _standing_in(call: _Call) -> Iterator[None]:
 
 @torch.no_grad()
 def _examine(model: Any) -> tuple[bool, bool]:
-    """By forward passes of a few tokens: can the loss be made of the head's weight alone, and can batches be packed?
+    """Find by short forward passes whether the head's weight alone makes the loss, and whether batches can be packed.
 
     Raises:
         ValueError: the model has no head, or attends causally.
@@ -211,7 +211,7 @@ def _examine(model: Any) -> tuple[bool, bool]:
 
 
 def _separates(call: Any, seen: list[tuple[Tensor, Tensor, int]], positions: Tensor) -> bool:
-    """Does the first of two packed tokens not see the second? A model may drop the arguments that say so."""
+    """Return whether the first of two packed tokens does not see the second; a model may drop those arguments."""
     starts = torch.tensor([0, 1, 2], dtype=torch.int32, device=positions.device)
     spans = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": 1, "max_length_k": 1}
     try:
@@ -230,7 +230,10 @@ class MaskedDiffusionTrainer(Trainer):
     processes nor resuming changes it. `labels` are optional: tokens with -100 are shown and do not count.
 
     Args:
-        model, args, data_collator, kwargs: of `Trainer`. data_collator: default `MaskedDiffusionCollator()`.
+        model: As in `Trainer`.
+        args: As in `Trainer`.
+        data_collator: As in `Trainer`; default `MaskedDiffusionCollator()`.
+        kwargs: As in `Trainer`.
         mask_token_id: the token that hides others; default that of the processing_class or of the model's config.
         eps: smallest masking probability, p = (1 - eps) t + eps.
         t_sampling: "independent" draws t for each sequence; "low_discrepancy" spreads it over a global batch.
@@ -274,7 +277,7 @@ class MaskedDiffusionTrainer(Trainer):
         self._adopt(self.model)
 
     def _refuse_parallel(self) -> None:
-        """NotImplementedError for ways to split a model in which the loss is not right; FSDP2 is prepared for it."""
+        """Raise NotImplementedError where a model is split so that the loss is wrong; FSDP2 is prepared for it."""
         for name, kind in {"tp": "tensor", "cp": "context", "sp": "sequence"}.items():
             if (size := getattr(self, f"get_{name}_size", lambda: 1)()) > 1:
                 raise NotImplementedError(
@@ -299,7 +302,7 @@ class MaskedDiffusionTrainer(Trainer):
         self.mask_token_id: int = known[0]
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        """The model of `model_init`; that of `train` is examined here, the first one by `__init__`."""
+        """Return the model of `model_init`; that of `train` is examined here, the first one by `__init__`."""
         model = super().call_model_init(trial)
         if getattr(self, "place_model_on_device", None) is not None:
             if self.place_model_on_device:
@@ -308,7 +311,7 @@ class MaskedDiffusionTrainer(Trainer):
         return model
 
     def _keep_float32_loss(self) -> None:
-        """accelerate has FSDP2 round what modules return to 16 bits, and the loss is among it."""
+        """Keep accelerate's FSDP2 from rounding the loss, which a module returns, to 16 bits."""
         plugin = self.accelerator.state.fsdp_plugin
         if plugin.fsdp_version != 2:
             raise NotImplementedError(f"args.fsdp_config: version must be 2, got {plugin.fsdp_version}")
@@ -334,7 +337,7 @@ class MaskedDiffusionTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Tensor | None]:
-        """The batches of a step, each with its place in training, and the number of tokens in all of them."""
+        """Return the batches of a step, each with its place in training, and the number of tokens in all of them."""
         batches = list(itertools.islice(epoch_iterator, num_batches))
         if not batches:
             return [], None
@@ -349,7 +352,7 @@ class MaskedDiffusionTrainer(Trainer):
         return [{**batch, "first_sample": self._sample(first + i)} for i, batch in enumerate(batches)], tokens
 
     def _sample(self, batch: int) -> int:
-        """The index of the first sample of this process's micro-batch, counted over all processes and steps."""
+        """Return the index of the first sample of this process's micro-batch, counted over all processes and steps."""
         return (batch * self.accelerator.num_processes + self.accelerator.process_index) * self._train_batch_size
 
     def compute_loss(
@@ -359,10 +362,12 @@ class MaskedDiffusionTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The batch's part of the step's loss, times the number of processes, over which gradients are averaged.
+        """Return the batch's part of the step's loss, times the number of processes, over which gradients are averaged.
 
         Args:
+            model: The model, as the Trainer wraps it.
             inputs: of `get_batch_samples`.
+            return_outputs: Also return the model's outputs.
             num_items_in_batch: tokens of the step, masked or not; default: those of the batch.
         """
         if "first_sample" not in inputs:
@@ -380,7 +385,7 @@ class MaskedDiffusionTrainer(Trainer):
     def _call(
         self, model: nn.Module, inputs: dict[str, Any], drawn: tuple, normalizer: Tensor, return_nll: bool = False
     ) -> tuple[Tensor, Any]:
-        """The loss, or the weighted nll [T]."""
+        """Return the loss, or the weighted nll [T]."""
         ids, counted = inputs["input_ids"], _counted_on_host(inputs)
         arguments = {name: value for name, value in inputs.items() if name not in _OURS}
         weights = _flat(drawn, inputs)
@@ -407,7 +412,7 @@ class MaskedDiffusionTrainer(Trainer):
     # ----------------------------------------------------------------------------------------------------- evaluation
 
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
-        """`Trainer.evaluation_loop`, whose loss is the bound: of all tokens alike, however they are batched."""
+        """Run `Trainer.evaluation_loop`, whose loss is the bound: of all tokens alike, however they are batched."""
         self._eval_batches = 0
         result = super().evaluation_loop(dataloader, description, *args, **kwargs)
         predictions = result.predictions
@@ -423,7 +428,7 @@ class MaskedDiffusionTrainer(Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[None, Tensor, None]:
-        """The bound's sum and the number of tokens of each sample, float32 [B, 2], in place of logits."""
+        """Return the bound's sum and the number of tokens of each sample, float32 [B, 2], in place of logits."""
         inputs = self._prepare_inputs(inputs)
         if not self._eval_batches:  # of an evaluation's first batch alone, as in training
             _check_labels(inputs)
@@ -446,14 +451,14 @@ class MaskedDiffusionTrainer(Trainer):
 
 
 def _filled(row: dict[str, Any]) -> dict[str, Any]:
-    """With labels and attention_mask where the row has none: all its tokens are learned, and none is hidden."""
+    """Add labels and attention_mask where the row has none: all its tokens are learned, and none is hidden."""
     given = {name: values for name, values in row.items() if values is not None}
     ids = given["input_ids"]
     return {"labels": ids, "attention_mask": [1] * len(ids)} | given
 
 
 def _column(values: Any) -> Tensor:
-    """A row without tokens, of which torch would make float32, is int64 like the others."""
+    """Return a row without tokens, of which torch would make float32, is int64 like the others."""
     return torch.as_tensor(values) if len(values) else torch.zeros(0, dtype=torch.int64)
 
 
@@ -464,20 +469,20 @@ _OURS = ("labels", "lengths", "first_sample", _COUNTED)
 
 
 def _collate(collator: Callable[[Any], Any], rows: Any) -> dict[str, Any]:
-    """A batch of `collator`, with `_COUNTED` where it is on the CPU yet."""
+    """Return a batch of `collator`, with `_COUNTED` where it is on the CPU yet."""
     batch = dict(collator(rows))
     return batch | {_COUNTED: _counted_on_host(batch)}
 
 
 def _counted_on_host(batch: dict[str, Any]) -> NDArray[np.bool_] | None:
-    """`_counted` without waiting for a device; None where only the device knows."""
+    """Return `_counted` without waiting for a device; None where only the device knows."""
     if batch.get(_COUNTED) is None and batch["input_ids"].device.type == "cpu":
         return _counted(batch).numpy()
     return batch.get(_COUNTED)
 
 
 def _counted(batch: dict[str, Any]) -> Tensor:
-    """bool, as `input_ids`: the tokens that are learned, which is neither padding nor what labels leave out."""
+    """Return bool, as `input_ids`: the tokens that are learned, which is neither padding nor what labels leave out."""
     ids, mask, labels = batch["input_ids"], batch.get("attention_mask"), batch.get("labels")
     counted = torch.ones_like(ids, dtype=torch.bool)
     for name, other in (("attention_mask", mask), ("labels", labels)):
@@ -498,7 +503,7 @@ def _check_labels(batch: dict[str, Any]) -> None:
 
 
 def _shape(batch: dict[str, Any]) -> tuple[int, int]:
-    """The number of sequences, and the longest's length."""
+    """Return the number of sequences, and the longest's length."""
     if "cu_seq_lens_q" in batch and "lengths" not in batch:
         raise ValueError("a packed batch must have lengths, a list: pack with MaskedDiffusionCollator(packed=True)")
     lengths = batch.get("lengths")
@@ -506,7 +511,7 @@ def _shape(batch: dict[str, Any]) -> tuple[int, int]:
 
 
 def _flat(drawn: tuple[np.ndarray, np.ndarray], batch: dict[str, Any]) -> np.ndarray:
-    """Masks [B, L] and weights [B] as the weight of each token of the batch, float32 [T], 0 where it is not masked."""
+    """Return each token's weight, float32 [T], 0 where unmasked, of masks [B, L] and weights [B]."""
     masked, weights = drawn
     if "lengths" in batch:
         inside = np.arange(masked.shape[1]) < np.asarray(batch["lengths"])[:, None]
@@ -517,13 +522,13 @@ def _flat(drawn: tuple[np.ndarray, np.ndarray], batch: dict[str, Any]) -> np.nda
 
 
 def _to(array: np.ndarray, device: torch.device) -> Tensor:
-    """On the device, without waiting for it."""
+    """Return the tensor on the device, without waiting for it."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _refuse(args: TrainingArguments, kwargs: dict[str, Any]) -> None:
-    """What of the Trainer's would leave another loss than this trainer's, or a wrong one."""
+    """Refuse the Trainer's options that would leave another loss than this trainer's, or a wrong one."""
     for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
         if kwargs.get(name) is not None:
             raise ValueError(f"{name} must be None: the loss is Eq. 1, evaluate() gives its bound, and no logits")

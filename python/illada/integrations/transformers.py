@@ -52,7 +52,7 @@ def attention_mask(
     cache_position: Tensor | None = None,
     **unused: Any,
 ) -> Tensor | None:
-    """What `transformers` hands to every layer: the padding mask, bool [B, L]; compiled and without one, None.
+    """Return what `transformers` hands to every layer: the padding mask, bool [B, L]; compiled and without one, None.
 
     The layers keep on this tensor what they share: see `_Lengths`.
 
@@ -104,7 +104,7 @@ def attention(
     cu_seq_lens_k: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """A layer's attention: query [B, H, L, D], key and value [B, G, Lk, D]; the result is [B, L, H, D].
+    """Return a layer's attention: query [B, H, L, D], key and value [B, G, Lk, D]; the result is [B, L, H, D].
 
     `cu_seq_lens_q` and `cu_seq_lens_k` (of `DataCollatorWithFlattening`) say where sequences start in a batch of one.
     `position_ids`, which decoders pass to their layers, are looked at once a forward pass: see `_check_positions`.
@@ -166,19 +166,19 @@ def _shared(mask: Tensor, padding: bool) -> Tensor:
 
 
 def _shared_of(mask: Tensor | None) -> _Shared | None:
-    """What `_shared` put on the mask; compiled, and on a mask of the caller's, None."""
+    """Return what `_shared` put on the mask; compiled, and on a mask of the caller's, None."""
     return None if torch.compiler.is_compiling() else getattr(mask, "_illada", None)
 
 
 def _version(tensor: Tensor | None) -> int:
-    """What changes when the tensor is written to; tensors of inference mode do not say."""
+    """Return what changes when the tensor is written to; tensors of inference mode do not say."""
     return 0 if tensor is None or tensor.is_inference() else tensor._version
 
 
 def _lengths(
     mask: Tensor | None, cu_q: Tensor | None, cu_k: Tensor | None, shape: tuple[int, ...], device: torch.device
 ) -> _Lengths:
-    """(starts of queries, starts of keys, keys in use, plan) of a layer; `shape`: B, L, Lk, H, G, D."""
+    """Return (starts of queries, starts of keys, keys in use, plan) of a layer; `shape`: B, L, Lk, H, G, D."""
     shared = _shared_of(mask)
     if shared is None or shared.version != _version(mask):  # a mask of the caller's, a copy, or one that was changed
         return _make_lengths(mask, cu_q, cu_k, shape, device)
@@ -208,7 +208,7 @@ def _make_lengths(
 
 
 def starts_anew(position_ids: Tensor, tokens: Tensor | None) -> Tensor:
-    """bool, 0-dim: do positions [B or 1, L] not ascend between two neighbours that are tokens? tokens: bool [B, L]."""
+    """Return bool, 0-dim: whether positions [B or 1, L] do not ascend between two tokens; tokens: bool [B, L]."""
     anew = position_ids[..., 1:] <= position_ids[..., :-1]
     if tokens is not None:
         anew = anew & tokens[:, 1:] & tokens[:, :-1]  # those of padding may be anything
@@ -225,7 +225,7 @@ STARTS_ANEW = (
 def _check_positions(
     module: torch.nn.Module, position_ids: Any, mask: Tensor | None, shared: _Shared | None, shape: tuple[int, int, int]
 ) -> None:
-    """ValueError for `STARTS_ANEW`; on a GPU, and compiled, an assertion on the device, for which nothing waits.
+    """Raise ValueError for `STARTS_ANEW`; on a GPU, and compiled, an assertion on the device, for which nothing waits.
 
     Not looked at: positions of several axes, such as those of images, and rows with padding beside a cache.
     """
@@ -251,7 +251,7 @@ def _check_positions(
 
 
 def _slots(mask: Tensor, batch: int, keys: int) -> tuple[Tensor, Tensor]:
-    """Where the keys of each sequence start, int32 [B + 1], and how many there are, int32 [B]; mask: bool [B, Lk]."""
+    """Return where each sequence's keys start, int32 [B + 1], and their number, int32 [B]; mask: bool [B, Lk]."""
     if mask.dtype != torch.bool or tuple(mask.shape) != (batch, keys):
         raise ValueError(
             f"attention_mask must be a padding mask [{batch}, {keys}], which reaches the layers as bool; got "

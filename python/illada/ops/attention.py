@@ -531,7 +531,9 @@ def attention_plan(
         cu_seqlens_k: int32 [S + 1], where each sequence's slot of keys starts (anywhere, ascending), and where the last
             one ends; default: the same as the queries.
         seqused_k: int32 [S], how many keys of each slot are in use; default: all.
-        num_heads, num_kv_heads, head_dim: H, G and D of the attention calls; H must be a multiple of G.
+        num_heads: H of the attention calls, a multiple of G.
+        num_kv_heads: G of the attention calls.
+        head_dim: D of the attention calls.
         total_q: T, the number of packed queries.
         total_k: Tk, the number of rows of k and v. Default: T without cu_seqlens_k, otherwise unknown. A plan for
             gradients on CUDA needs it.
@@ -586,7 +588,8 @@ def varlen_attention(
     Args:
         q: [T, H, D], float32, bfloat16 or float16. Any row and head stride, last dimension contiguous: slices of a
             fused projection are used in place.
-        k, v: [Tk, G, D], H a multiple of G, of q's dtype and device; strides as for q.
+        k: [Tk, G, D], H a multiple of G, of q's dtype and device; strides as for q.
+        v: Like `k`.
         cu_seqlens: int32 [S + 1] on the device. Sequence s has the queries cu_seqlens[s] .. cu_seqlens[s + 1] - 1. Rows
             from cu_seqlens[S] on belong to no sequence.
         cu_seqlens_k: int32 [S + 1], the key slots; default: the keys of s are its own tokens.

@@ -40,7 +40,8 @@ def why_not(
         device: A CPU or CUDA device; "cuda" is the current one.
         dtype: Dtype of q, of the logits, or of the hidden states; None: any.
         head_dim: D, for attention; None: any.
-        num_heads, num_kv_heads: H and G, for attention with a head_dim; None: as many of both.
+        num_heads: H, for attention with a head_dim; None: as many as `num_kv_heads`.
+        num_kv_heads: G, for attention with a head_dim; None: as many as `num_heads`.
 
     Returns:
         The reason, without a capital letter and a full stop, or None.

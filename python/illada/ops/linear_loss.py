@@ -42,6 +42,8 @@ _FORWARD_ARGUMENTS = (
     "float scale, int chunk_rows, bool hidden_grad, bool weight_grad, ScalarType compute_dtype, "
     "ScalarType grad_weight_dtype, float filter_eps"
 )
+#: Gradients of the arguments behind hidden and weight.
+_NO_GRADIENTS = (None,) * (len(_FORWARD_ARGUMENTS.split(", ")) - 2)
 lib.LIBRARY.define(f"linear_masked_ce_fwd({_FORWARD_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)", tags=lib.TAGS)
 lib.LIBRARY.define(  # the weight's gradient is added to `grad_weight`
     f"linear_masked_ce_fwd_({_FORWARD_ARGUMENTS}, Tensor(a!) grad_weight) -> (Tensor, Tensor, Tensor)", tags=lib.TAGS
@@ -365,15 +367,15 @@ def _setup_context(ctx: _Context, inputs: tuple[lib.Argument, ...], output: tupl
     # derivative then reaches the formula of the backward op, which raises.
     ctx.mark_non_differentiable(nll)
     ctx.set_materialize_grads(False)
-    ctx.scale, ctx.defer_scaling, normalizer = inputs[6], defers_scaling(inputs[10]), inputs[5]
+    *_, normalizer, ctx.scale, _chunk_rows, wants_hidden, wants_weight, compute_dtype, _grad_dtype, _eps = inputs
+    ctx.defer_scaling, ctx.needs = defers_scaling(compute_dtype), (wants_hidden, wants_weight)
     ctx.save_for_backward(hidden_grad, weight_grad, normalizer if ctx.defer_scaling else None)
-    ctx.needs = inputs[8], inputs[9]
     ctx.scaled = False
 
 
 def _backward(ctx: _Context, dloss: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
     if dloss is None:
-        return (None,) * 13
+        return None, None, *_NO_GRADIENTS
     if ctx.scaled:
         raise RuntimeError(
             "linear_masked_cross_entropy: on CUDA the backward runs once; the gradients that the forward pass made "
@@ -389,7 +391,7 @@ def _backward(ctx: _Context, dloss: Tensor | None, *unused: Tensor | None) -> tu
     else:
         d_hidden, d_weight = _call_bwd(dloss, d_hidden, d_weight)
     wants_hidden, wants_weight = ctx.needs
-    return (d_hidden if wants_hidden else None, d_weight if wants_weight else None) + (None,) * 11
+    return d_hidden if wants_hidden else None, d_weight if wants_weight else None, *_NO_GRADIENTS
 
 
 def _keep(ctx: _Context, inputs: tuple[lib.Argument, ...], output: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
@@ -426,7 +428,8 @@ class _IntoGradient(torch.autograd.Function):
         loss, nll, hidden_grad = torch.ops.illada.linear_masked_ce_fwd_(*inputs)
         ctx.mark_non_differentiable(nll)  # hidden_grad stays differentiable, see _setup_context
         ctx.set_materialize_grads(False)
-        ctx.scale, ctx.defer_scaling, normalizer = inputs[6], defers_scaling(inputs[10]), inputs[5]
+        *_, normalizer, ctx.scale, _chunk_rows, _hidden, _weight, compute_dtype, _grad_dtype, _eps, _grad = inputs
+        ctx.defer_scaling = defers_scaling(compute_dtype)
         ctx.save_for_backward(hidden_grad, normalizer if ctx.defer_scaling else None)
         return loss, nll, hidden_grad
 
@@ -434,7 +437,7 @@ class _IntoGradient(torch.autograd.Function):
     def backward(ctx: _Context, dloss: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden_grad, normalizer = ctx.saved_tensors
         if dloss is None or not ctx.needs_input_grad[0]:
-            return (None,) * 14
+            return None, None, *_NO_GRADIENTS, None
         lib.refuse_tangents("linear_masked_ce_fwd_", dloss)
         if lib.may_read(dloss) and float(dloss) != 1:
             raise RuntimeError(
@@ -444,7 +447,7 @@ class _IntoGradient(torch.autograd.Function):
         dloss = torch.where(dloss == 1, dloss, torch.nan)  # where the host may not read: fail visibly
         if ctx.defer_scaling:
             dloss = deferred_factor(dloss, normalizer, ctx.scale)
-        return scaled(dloss, hidden_grad), *(None,) * 13
+        return scaled(dloss, hidden_grad), None, *_NO_GRADIENTS, None
 
 
 @lib.counts_flops("linear_masked_ce_fwd_")
@@ -455,6 +458,11 @@ def _fwd_flops(
     targets: Tensor,
     token_weights: Tensor,
     rows: Tensor | None,
+    normalizer: Tensor | None,
+    scale: float,
+    chunk_rows: int,
+    hidden_grad: bool,
+    weight_grad: bool,
     *args: lib.Argument,
     out_val: object = None,
     **kwargs: object,
@@ -465,7 +473,7 @@ def _fwd_flops(
         count = rows.shape[0]
     elif lib.may_read(token_weights):
         count = int(token_weights.count_nonzero())
-    gemms = 1 + int(args[3]) + int(args[4])  # hidden_grad, weight_grad
+    gemms = 1 + int(hidden_grad) + int(weight_grad)
     return 2 * gemms * count * weight.shape[0] * weight.shape[1]
 
 

@@ -69,10 +69,12 @@ def resolve_normalizer(normalizer: Tensor | None, scale: float) -> tuple[Tensor 
 
 
 def kernel_targets(targets: Tensor) -> Tensor:
+    """Return `targets` as the kernels take them: contiguous, int64 on a CPU."""
     return lib.contiguous(targets if targets.dtype == torch.int64 or targets.is_cuda else targets.long())
 
 
 def workspace_for(logits: Tensor) -> Tensor | None:
+    """Return the workspace of the loss kernels for `logits` [N, V]; None where they need none."""
     if not logits.is_cuda:
         return None
     size = raw.masked_cross_entropy_workspace(logits.shape[0], logits.shape[1], logits.device)
@@ -282,6 +284,7 @@ def logits_dtypes(tensor: Tensor) -> tuple[torch.dtype, ...]:
 
 
 def check_logits(op: str, logits: Tensor) -> None:
+    """Raise TypeError or ValueError unless the kernels take `logits` [T, V]."""
     if logits.dim() == 2 and logits.dtype in _DTYPES_CPU and logits.is_contiguous():
         return
     lib.check_shape(op, "logits", logits, ("T", "V"))
@@ -398,7 +401,10 @@ def masked_cross_entropy(
 
     Args:
         logits: [T, V], float32, bfloat16 or (on CUDA) float16, any row stride. Rows with token weight 0 are never read.
-        targets, token_weights, normalizer, return_nll: As in `linear_masked_cross_entropy`.
+        targets: As in `linear_masked_cross_entropy`.
+        token_weights: As in `linear_masked_cross_entropy`.
+        normalizer: As in `linear_masked_cross_entropy`.
+        return_nll: As in `linear_masked_cross_entropy`.
         rows: int32 or int64 [N], the selected rows; default: all rows with nonzero token weight. Other rows count as if
             their token weight were 0.
         return_lse: Also return log sum exp of each row, float32 [T], nats, 0 in rows with token weight 0. It has a

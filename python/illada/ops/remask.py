@@ -383,8 +383,16 @@ def linear_sample_tokens(
         hidden: [T, C], float32, bfloat16 or (on CUDA) float16, last dimension contiguous.
         weight: [V, C], the head weight, in hidden's dtype, last dimension contiguous.
         rows: int32 or int64 [N], the selected rows of hidden; default all T. Row n of the result belongs to rows[n].
-        temperature, seed, step, row_ids, measure, logit_bias, top_k, top_p, confidence_at_temperature, extras: As in
-            `sample_tokens`, per selected row. The default row_ids are 0 .. N - 1.
+        temperature: As in `sample_tokens`, per selected row.
+        seed: As in `sample_tokens`, per selected row.
+        step: As in `sample_tokens`, per selected row.
+        row_ids: As in `sample_tokens`, per selected row; default 0 .. N - 1.
+        measure: As in `sample_tokens`.
+        logit_bias: As in `sample_tokens`, per selected row.
+        top_k: As in `sample_tokens`, per selected row.
+        top_p: As in `sample_tokens`, per selected row.
+        confidence_at_temperature: As in `sample_tokens`.
+        extras: As in `sample_tokens`.
 
     Returns:
         TokenSample with N rows, as in `sample_tokens`.

@@ -78,7 +78,10 @@ def masked_cross_entropy_shard_grad(
         grad = (w dloss / normalizer + dlse) e^(x - lse),   minus w dloss / normalizer at a target in this shard
 
     Args:
-        logits, targets, token_weights, vocab_start: As in `masked_cross_entropy_shard`.
+        logits: As in `masked_cross_entropy_shard`.
+        targets: As in `masked_cross_entropy_shard`.
+        token_weights: As in `masked_cross_entropy_shard`.
+        vocab_start: As in `masked_cross_entropy_shard`.
         lse: float64 or float32 [T], log sum exp over the whole vocabulary. In float32, rounding of lse limits the
             gradient: at logits of 1e4 its relative error is up to 5e-4.
         normalizer: Positive number or float32 scalar tensor that divides the loss; default 1.
@@ -245,7 +248,8 @@ def linear_masked_cross_entropy_vocab_parallel(
         token_weights: float32 [T]; it must not require grad.
         vocab_start: The first id of the shard, at least 0.
         group: Process group; default: all processes.
-        rows, normalizer: As in `linear_masked_cross_entropy`.
+        rows: As in `linear_masked_cross_entropy`.
+        normalizer: As in `linear_masked_cross_entropy`.
         chunk_rows: Rows whose logits exist at a time; default 256 on a CPU, 4096 on CUDA.
         return_nll: Also return the negative log-likelihoods, float32 [T], nats.
 

@@ -112,7 +112,13 @@ def is_greedy(
     most confident prediction, which must be the true token there. A continuation stops at its first wrong token.
 
     Args:
-        model, contexts, continuations, append_eos, cfg_scale, max_tokens, progress: As in `confidence_score`.
+        model: As in `confidence_score`.
+        contexts: As in `confidence_score`.
+        continuations: As in `confidence_score`.
+        append_eos: As in `confidence_score`.
+        cfg_scale: As in `confidence_score`.
+        max_tokens: As in `confidence_score`.
+        progress: As in `confidence_score`.
 
     Returns:
         P booleans, in order; an empty continuation is greedy.

@@ -20,13 +20,16 @@ def encode_pair(
     parse_special_tokens: bool = False,
     prefix: Sequence[int] | None = None,
 ) -> tuple[list[int], list[int]]:
-    """(context ids, continuation ids) of two texts, which together are the ids of the whole.
+    """Return (context ids, continuation ids) of two texts, which together are the ids of the whole.
 
     The whole is encoded and cut where it stops being the encoding of the context: a token across the join belongs to
     the continuation. So do spaces at the end of the context, as in lm-evaluation-harness. The continuation is empty
     where the tokenizer drops all of its text.
 
     Args:
+        tokenizer: The tokenizer of the model.
+        context: Text before the continuation; may be empty.
+        continuation: Text to score.
         parse_special_tokens: whether text of the context that spells a special token is that token, as a chat
             template needs it. In the continuation it is always text.
         prefix: what the context begins with, as of `Tokenizer.encode_prompt`; default what the tokenizer adds to any
@@ -51,7 +54,7 @@ def encode_pair(
 
 
 def _end_of_special(tokenizer: Tokenizer, text: str) -> int:
-    """Where the last special token that `text` spells ends; 0: it spells none."""
+    """Return where the last special token that `text` spells ends; 0: it spells none."""
     pattern = _special_tokens(tokenizer)
     return max((found.end() for found in pattern.finditer(text)), default=0) if pattern else 0
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from illada.config import ModelConfig
-from illada.model import FirstLayer, MaskedDiffusionModel
+from illada.model import FirstProjection, MaskedDiffusionModel, guide
 from illada.ops import AttentionPlan, attention_plan, linear_masked_cross_entropy
 from illada.terminal import shows
 
@@ -34,14 +34,16 @@ class Item:
 
     @property
     def length(self) -> int:
+        """Number of tokens of the continuation."""
         return len(self.continuation)
 
     @property
     def size(self) -> int:
+        """Number of tokens of the whole sequence."""
         return len(self.context) + len(self.continuation) + len(self.suffix)
 
     def sequence(self, mask_id: int, masked: NDArray[np.bool_] | None = None) -> NDArray[np.int64]:
-        """What the model sees with the `masked` tokens of the continuation (default all) hidden."""
+        """Return what the model sees with the `masked` tokens of the continuation (default all) hidden."""
         shown = np.where(True if masked is None else masked, mask_id, self.continuation)
         return np.concatenate([self.context, shown, np.array(self.suffix, dtype=np.int64)])
 
@@ -56,7 +58,7 @@ def _token_ids(name: str, tokens: Sequence[int]) -> NDArray[np.int64]:
 def make_items(
     config: ModelConfig, contexts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]], append_eos: bool
 ) -> list[Item]:
-    """The pairs with something to score, checked."""
+    """Return the pairs with something to score, checked."""
     if len(contexts) != len(continuations):
         raise ValueError(
             f"contexts and continuations must be of one length, got {len(contexts)} and {len(continuations)}"
@@ -90,6 +92,7 @@ def make_items(
 
 
 def check_options(cfg_scale: float, max_tokens: int) -> None:
+    """Raise ValueError unless the guidance scale and the bound of a pack are valid."""
     if not (math.isfinite(cfg_scale) and cfg_scale >= 0):
         raise ValueError(f"cfg_scale must be finite and >= 0, got {cfg_scale}")
     if max_tokens < 1:
@@ -99,9 +102,13 @@ def check_options(cfg_scale: float, max_tokens: int) -> None:
 def truncate_context(
     config: ModelConfig, context: Sequence[int], continuation: Sequence[int], *, append_eos: bool = False, keep: int = 0
 ) -> list[int]:
-    """The end of `context` that fits the model's max_position_embeddings together with the continuation (and eos).
+    """Return the end of `context` that fits max_position_embeddings together with the continuation (and eos).
 
     Args:
+        config: Gives max_position_embeddings.
+        context: Token ids before the continuation.
+        continuation: Token ids to score.
+        append_eos: Keep room for an eos token.
         keep: so many of the first tokens stay before that end, such as a bos, where they fit.
 
     Raises:
@@ -117,7 +124,7 @@ def truncate_context(
 
 
 def keep_end(tokens: Sequence[int], room: int, keep: int = 0) -> list[int]:
-    """The last `room` tokens; of a longer text, the first `keep` of them are its own first, where they fit."""
+    """Return the last `room` tokens; of a longer text, the first `keep` of them are its own first, where they fit."""
     if len(tokens) <= room:
         return list(tokens)
     first = list(tokens[:keep]) if keep <= room else []
@@ -133,35 +140,37 @@ def hidden_states(
     rows: Tensor,
     layout: Layout,
     cfg_scale: float,
-    first: FirstLayer | None = None,
+    first: FirstProjection | None = None,
 ) -> Tensor:
-    """[N, C] of ascending `rows`. With guidance `tokens` are twice as many, and un + (w + 1) (cond - un) of the hidden
-    states has the logits of the guided model: the head is linear, so it runs once."""
+    """Return the hidden states [N, C] of ascending `rows`.
+
+    With guidance `tokens` are twice as many, and the hidden states are those of `guide`.
+    """
     cu_seqlens, position_ids, plan = layout
     selected_rows = torch.cat([rows, rows + len(tokens) // 2]) if cfg_scale else rows
     hidden = model(tokens, cu_seqlens, position_ids=position_ids, plan=plan, rows=selected_rows, first=first)
     if not cfg_scale:
         return hidden
-    conditional, unconditional = hidden.float().chunk(2)
-    return (unconditional + (cfg_scale + 1) * (conditional - unconditional)).to(hidden.dtype)
+    conditional, unconditional = hidden.chunk(2)
+    return guide(conditional, unconditional, cfg_scale)
 
 
 def without_context(sequence: NDArray[np.int64], context_length: int, mask_id: int) -> NDArray[np.int64]:
-    """The sequence with its context masked."""
+    """Return the sequence with its context masked."""
     sequence = sequence.copy()
     sequence[:context_length] = mask_id
     return sequence
 
 
 def negative_log_likelihood(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """-log p of each row's target, float32 [N]."""
+    """Return -log p of each row's target, float32 [N]."""
     every = torch.arange(len(hidden), dtype=torch.int32, device=hidden.device)
     ones = torch.ones(len(hidden), device=hidden.device)
     return linear_masked_cross_entropy(hidden, weight, targets, ones, rows=every, return_nll=True)[1]
 
 
 def lay_out(config: ModelConfig, sizes: NDArray[np.int64], device: torch.device) -> Layout:
-    """cu_seqlens, position ids and attention plan of sequences of these lengths."""
+    """Return cu_seqlens, position ids and attention plan of sequences of these lengths."""
     cu_seqlens = torch.from_numpy(starts_of(sizes).astype(np.int32)).to(device)
     position_ids = torch.from_numpy(ranges(np.zeros_like(sizes), sizes)).to(device)
     plan = attention_plan(
@@ -175,14 +184,15 @@ def lay_out(config: ModelConfig, sizes: NDArray[np.int64], device: torch.device)
 
 
 def starts_of(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """[S + 1]: where parts of these lengths begin, end to end, and where the last one ends."""
+    """Return [S + 1]: where parts of these lengths begin, end to end, and where the last one ends."""
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
 
 
 def ranges(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """start, start + 1, .. for each (start, length), end to end."""
+    """Return start, start + 1, .. for each (start, length), end to end."""
     return np.arange(lengths.sum()) + np.repeat(starts - starts_of(lengths)[:-1], lengths)
 
 
 def progress_bar(total: int, progress: bool) -> tqdm:
+    """Return a progress bar of `total` continuations, shown if `progress` and on a terminal."""
     return tqdm(total=total, unit=" continuations", disable=not shows(progress))

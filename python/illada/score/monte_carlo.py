@@ -103,7 +103,9 @@ def monte_carlo_masks(
     Args:
         context: Token ids before the continuation.
         continuation: L token ids, at least one.
-        num_samples, stratum, seed: As in `monte_carlo_likelihood`.
+        num_samples: As in `monte_carlo_likelihood`.
+        stratum: As in `monte_carlo_likelihood`.
+        seed: As in `monte_carlo_likelihood`.
 
     Returns:
         bool [num_samples, L], True where masked.

@@ -37,7 +37,7 @@ def render_chat_template(
     continue_final_message: bool = False,
     **variables: Any,
 ) -> str:
-    """The prompt of a conversation.
+    """Return the prompt of a conversation.
 
     Args:
         template: Jinja source.
@@ -84,8 +84,11 @@ def render_chat_template(
 
 
 def merge_system(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Without system messages, as published: their texts, stripped and with empty lines between them, begin the first
-    message where that is the user's, and are a user's message of their own otherwise."""
+    """Return the messages without system messages, as published.
+
+    Their texts, stripped and with empty lines between them, begin the first message where that is the user's, and are a
+    user's message of their own otherwise.
+    """
     system = [_text(message.get("content")).strip() for message in messages if message["role"] == "system"]
     rest = [dict(message) for message in messages if message["role"] != "system"]
     if not system:
@@ -102,7 +105,7 @@ def merge_system(messages: Sequence[Message]) -> list[dict[str, Any]]:
 
 
 def _text(content: Any) -> str:
-    """A message's content as text: of content in parts, the texts among them."""
+    """Return a message's content as text: of content in parts, the texts among them."""
     if isinstance(content, list):
         return "".join(str(part["text"]) for part in content if isinstance(part, Mapping) and "text" in part)
     return "" if content is None else str(content)
@@ -186,7 +189,7 @@ class _Renderer:
         return self._process
 
     def _begin_anew(self) -> None:
-        """In a fork: the process is the parent's."""
+        """Run in a fork: the process is the parent's."""
         atexit.unregister(self.stop)
         if self._process is not None:
             self._process.returncode = 0  # nothing to wait for, and nothing to warn of

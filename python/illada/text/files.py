@@ -36,7 +36,7 @@ _BLOCK = 1 << 16  # bytes of a file in memory at a time, where it is read in pie
 
 
 def decode_text(data: bytes, where: str) -> str:
-    """UTF-8 bytes as text, without a byte order mark, and with LF for CR LF.
+    """Return UTF-8 bytes as text, without a byte order mark, and with LF for CR LF.
 
     Raises:
         ValueError: not UTF-8; names `where` and the line, and says what it looks like.
@@ -45,7 +45,7 @@ def decode_text(data: bytes, where: str) -> str:
 
 
 def decode_pieces(blocks: Iterable[bytes], where: str) -> Iterator[str]:
-    """`decode_text` of bytes that come in blocks, as text in pieces."""
+    """Apply `decode_text` to bytes that come in blocks, as text in pieces."""
     decoder, lines, held = codecs.getincrementaldecoder("utf-8")(), 1, ""
     number = 0
     for number, block in enumerate(itertools.chain(blocks, [b""])):
@@ -64,25 +64,25 @@ def decode_pieces(blocks: Iterable[bytes], where: str) -> Iterator[str]:
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a file; errors as of `decode_text`."""
+    """Return the text of a file; errors as of `decode_text`."""
     return "".join(read_pieces(path))
 
 
 def read_pieces(path: str | Path) -> Iterator[str]:
-    """`read_text` in pieces, which join to the text: for files that do not fit in memory."""
+    """Yield `read_text` in pieces, which join to the text: for files that do not fit in memory."""
     with Path(path).open("rb") as file:
         yield from decode_pieces(iter(lambda: file.read(_BLOCK), b""), str(path))
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[str, str]]:
-    """(where, line) of a text file, a line at a time: `where` names file and line for errors. Only LF ends a line."""
+    """Yield (where, line) of a text file: `where` names file and line for errors. Only LF ends a line."""
     with Path(path).open("rb") as file:
         _check_kind(file.peek(_HEAD)[:_HEAD], str(path))  # and it may be a pipe
         yield from decode_lines(file, str(path))
 
 
 def decode_lines(file: BinaryIO, where: str) -> Iterator[tuple[str, str]]:
-    """`read_lines` of an open file."""
+    """Apply `read_lines` to an open file."""
     number = 0
     while line := file.readline():
         number += 1
@@ -98,7 +98,7 @@ def decode_lines(file: BinaryIO, where: str) -> Iterator[tuple[str, str]]:
 
 
 def parse_json(text: str, where: str) -> Any:
-    """The value of a JSON text.
+    """Return the value of a JSON text.
 
     Raises:
         ValueError: naming `where`: no JSON, nested too deeply for Python, or half of a surrogate pair in a string.
@@ -118,7 +118,7 @@ def parse_json(text: str, where: str) -> Any:
 
 
 def read_json(path: str | Path) -> Any:
-    """The value of a JSON file; errors as of `read_text` and `parse_json`, all of them a ValueError."""
+    """Return the value of a JSON file; errors as of `read_text` and `parse_json`, all of them a ValueError."""
     try:
         return parse_json(read_text(path), str(path))
     except ValueError:
@@ -128,19 +128,19 @@ def read_json(path: str | Path) -> Any:
 
 
 def read_json_object(file: Path) -> dict[str, Any]:
-    """A JSON file that holds an object. ValueError, which names the file: it does not."""
+    """Return a JSON file that holds an object. ValueError, which names the file: it does not."""
     values: dict[str, Any] = read_json(file)
     check_object(values, {}, str(file))
     return values
 
 
 def read_if_there(file: Path) -> dict[str, Any]:
-    """`read_json_object`, empty where there is no file."""
+    """Return `read_json_object`, empty where there is no file."""
     return read_json_object(file) if file.is_file() else {}
 
 
 def looks_like(path: str | Path) -> str | None:
-    """What a file is that a download left in the place of another, for an error about it; None: it is none of those."""
+    """Return what a download left in the place of a file, for an error about it; None: nothing of that kind."""
     with Path(path).open("rb") as file:
         start = file.read(_HEAD).lstrip().lower()
     if start.startswith(_POINTER):
@@ -151,7 +151,7 @@ def looks_like(path: str | Path) -> str | None:
 
 
 def check_text(text: str, where: str) -> str:
-    """The text itself. ValueError: it holds a lone surrogate, as Python makes of bytes that are not UTF-8."""
+    """Return the text itself. ValueError: it holds a lone surrogate, as Python makes of bytes that are not UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -91,7 +91,8 @@ class Refusal(Exception):
 class Shown(dict[str, Any]):
     """A message without what is None in it, as `transformers` shows it: otherwise `content | trim` is the word "None".
 
-    Templates of before that ask `content is none`, which `transformers` then answers with no: here it is so."""
+    Templates of before that ask `content is none`, which `transformers` then answers with no: here it is so.
+    """
 
     def __init__(self, message: Mapping[str, Any]) -> None:
         super().__init__({name: value for name, value in message.items() if value is not None})

@@ -51,7 +51,7 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, trust_remote_code: bool = False) -> Tokenizer:
-        """From a folder (or its tokenizer.json): tokenizer.json, tokenizer_config.json, chat_template.jinja.
+        """Load from a folder (or its tokenizer.json): tokenizer.json, tokenizer_config.json, chat_template.jinja.
 
         Args:
             path: the folder. Without a tokenizer.json its other files are read by `transformers`.
@@ -87,7 +87,7 @@ class Tokenizer:
         self._control.update(found)
 
     def encode(self, text: str, *, add_special_tokens: bool = False, parse_special_tokens: bool = True) -> list[int]:
-        """The ids of `text`. With `parse_special_tokens` off, text that spells a special token is just text.
+        """Return the ids of `text`. With `parse_special_tokens` off, text that spells a special token is just text.
 
         Raises:
             ValueError: text with a lone surrogate, without a token, or that the tokenizer makes a control token of.
@@ -102,18 +102,20 @@ class Tokenizer:
     def encode_prompt(
         self, text: str, *, prefix: Sequence[int] | None = None, parse_special_tokens: bool = True
     ) -> list[int]:
-        """The ids of a text that a model is to continue, or to score what follows it.
+        """Return the ids of a text that a model is to continue, or to score what follows it.
 
         They begin, once, with what the tokenizer's post-processor puts before a text (its bos, if it adds one), and end
         without what it puts behind.
 
         Args:
+            text: The text.
             prefix: what to begin with instead; empty for nothing.
+            parse_special_tokens: Whether text that spells a special token is that token.
         """
         return self.begin_prompt(self.encode(text, parse_special_tokens=parse_special_tokens), prefix)
 
     def begin_prompt(self, ids: list[int], prefix: Sequence[int] | None = None) -> list[int]:
-        """The ids of a text as those of a prompt, see `encode_prompt`."""
+        """Return the ids of a text as those of a prompt, see `encode_prompt`."""
         return begin_with(ids, self._affixes[0] if prefix is None else prefix)
 
     @functools.cached_property
@@ -121,7 +123,7 @@ class Tokenizer:
         return affixes(self.backend)
 
     def _name(self, token: int | None) -> str:
-        """The text of a token, empty where there is none."""
+        """Return the text of a token, empty where there is none."""
         if token is None or token < 0:
             return ""
         if isinstance(self.backend, tokenizers.Tokenizer):
@@ -138,7 +140,7 @@ class Tokenizer:
             return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """The text of `ids`."""
+        """Return the text of `ids`."""
         if not isinstance(self.backend, tokenizers.Tokenizer):
             return self.backend.decode(
                 list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
@@ -147,13 +149,13 @@ class Tokenizer:
             return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def token_to_id(self, token: str) -> int | None:
-        """The id of one token by its text; None: there is no such token."""
+        """Return the id of one token by its text; None: there is no such token."""
         if isinstance(self.backend, tokenizers.Tokenizer):
             return self.backend.token_to_id(token)
         return self.backend.get_vocab().get(token)
 
     def special_token_id(self, name: str) -> int | None:
-        """The id of bos_token, eos_token, pad_token, mask_token, ...; None: the checkpoint does not name it.
+        """Return the id of bos_token, eos_token, pad_token, mask_token, ...; None: the checkpoint does not name it.
 
         A checkpoint may have a mask that its tokenizer does not name (iLLaDA): `ModelConfig.mask_token_id` counts.
         """
@@ -169,7 +171,7 @@ class Tokenizer:
         chat_template: str | None = None,
         **variables: Any,
     ) -> str:
-        """The prompt of a conversation, as text; encode it with special tokens parsed and none added.
+        """Return the prompt of a conversation, as text; encode it with special tokens parsed and none added.
 
         Args:
             messages: [{"role": "user", "content": "..."}, ...].
@@ -214,7 +216,7 @@ class Tokenizer:
 
 
 def affixes(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """What the post-processor of a tokenizer, of `tokenizers` or `transformers`, puts before a text and behind it."""
+    """Return what a tokenizer's post-processor (`tokenizers` or `transformers`) puts before and behind a text."""
     backend = (
         tokenizer if isinstance(tokenizer, tokenizers.Tokenizer) else getattr(tokenizer, "backend_tokenizer", None)
     )
@@ -232,7 +234,7 @@ def affixes(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 def begin_with(ids: list[int], prefix: Sequence[int]) -> list[int]:
-    """The ids with `prefix` in front, once, also where a chat template has it."""
+    """Return the ids with `prefix` in front, once, also where a chat template has it."""
     first, size = list(prefix), len(prefix)
     while size and ids[: 2 * size] == first * 2:
         ids = ids[size:]
@@ -240,7 +242,7 @@ def begin_with(ids: list[int], prefix: Sequence[int]) -> list[int]:
 
 
 def bos_prefix(add_bos: bool | None, bos_token_id: int | None, name: str = "add_bos") -> list[int] | None:
-    """The prefix for `Tokenizer.encode_prompt`: bos, nothing, or None, which is the tokenizer's own."""
+    """Return the prefix for `Tokenizer.encode_prompt`: bos, nothing, or None, which is the tokenizer's own."""
     if not add_bos:
         return None if add_bos is None else []
     if bos_token_id is None:
@@ -266,7 +268,7 @@ class Continuation:
         self._before, self._heads = before, {skip: self._decode(before, skip) for skip in (True, False)}
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """The text of `ids` there."""
+        """Return the text of `ids` there."""
         head = self._heads[skip_special_tokens]
         whole = self._decode([*self._before, *ids], skip_special_tokens) if head else ""
         return whole[len(head) :] if head and whole.startswith(head) else self._decode(ids, skip_special_tokens)
@@ -276,7 +278,7 @@ class Continuation:
 
 
 def read_template(file: str | Path) -> str:
-    """The Jinja source in a file. ValueError: an HTML page or another thing that is none."""
+    """Return the Jinja source in a file. ValueError: an HTML page or another thing that is none."""
     if said := looks_like(file):
         raise ValueError(f"{file} {said}")
     return read_text(file)
@@ -299,7 +301,7 @@ def _chat_template(folder: Path, configured: Any) -> str | dict[str, str] | None
 
 
 def _ids_of_model(folder: Path) -> list[int]:
-    """The special ids of a config.json beside the tokenizer, of any model."""
+    """Return the special ids of a config.json beside the tokenizer, of any model."""
     named = [ids for name, ids in read_if_there(folder / "config.json").items() if name.endswith("_token_id")]
     return [i for ids in named for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int and 0 <= i < _NO_ID]
 

@@ -24,7 +24,7 @@ _CHARSMAP = b"precompiled_charsmap"  # of a normalizer
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """A tokenizer.json, or the one in a folder (a corpus, a checkpoint), which always encodes the whole text alone.
+    """Return a tokenizer.json, or that of a folder (corpus, checkpoint), which always encodes the whole text alone.
 
     Its `truncation` and `padding` are dropped: they were settings of whoever saved it. Tokens that only
     added_tokens.json or tokenizer_config.json beside it name are added.
@@ -40,7 +40,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def read_tokenizer(file: Path) -> Tokenizer:
-    """`load_tokenizer` of a file alone, without the tokens that files beside it name.
+    """Load the tokenizer of a file alone, without the tokens that files beside it name.
 
     Raises:
         FileNotFoundError: no such file. ValueError: it is damaged.
@@ -69,7 +69,7 @@ def without_limits(tokenizer: Tokenizer) -> None:
 
 @contextlib.contextmanager
 def library_errors(said: str) -> Iterator[None]:
-    """ValueError for what `tokenizers` raises: bare Exception, and Rust's panics, which are none."""
+    """Raise ValueError for what `tokenizers` raises: bare Exception, and Rust's panics, which are none."""
     try:
         yield
     except BaseException as error:
@@ -79,7 +79,7 @@ def library_errors(said: str) -> Iterator[None]:
 
 
 def _check_tokenizer(file: Path) -> None:
-    """ValueError, which names the key: a tokenizer.json whose parts have other types, or a normalizer no size."""
+    """Raise ValueError, with the key, for a tokenizer.json with parts of other types, or a normalizer without size."""
     values = read_json(file)
     parts = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
     check_object(
@@ -106,7 +106,7 @@ def _check_tokenizer(file: Path) -> None:
 
 
 def read_special_tokens(folder: Path) -> dict[str, Any]:
-    """Special tokens by name, each a text or a list of them, of tokenizer_config.json, else special_tokens_map.json."""
+    """Return special tokens by name (text or list), of tokenizer_config.json, else special_tokens_map.json."""
     named: dict[str, Any] = {}
     for file in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
         values = read_if_there(file)
@@ -115,7 +115,7 @@ def read_special_tokens(folder: Path) -> dict[str, Any]:
 
 
 def control_tokens(tokenizer: Tokenizer, ids: Iterable[int | None]) -> dict[int, str]:
-    """{id: text} of those that the tokenizer has, but not the one for unknown text.
+    """Return {id: text} of those that the tokenizer has, but not the one for unknown text.
 
     Each is made special in the tokenizer: encoding text as text does not give it, and decoding can leave it out.
     """
@@ -134,7 +134,7 @@ def control_tokens(tokenizer: Tokenizer, ids: Iterable[int | None]) -> dict[int,
 
 
 def encode_as_text(encode: Callable[[str], list[int]], control: Mapping[int, str], text: str) -> list[int]:
-    """`encode(text)` without the ids of `control`: text that spells one of these tokens is encoded in two pieces.
+    """Return `encode(text)` without ids of `control`: text that spells one of these tokens is encoded in two pieces.
 
     Raises:
         ValueError: a control token that other text gives, or of a single character.
@@ -155,7 +155,7 @@ def encode_as_text(encode: Callable[[str], list[int]], control: Mapping[int, str
 
 
 def _contents(token: Any, where: str) -> Any:
-    """A special token: its text, or the form with flags that wraps it; or a list of them, which may be by name."""
+    """Return a special token: its text, or the form with flags around it; or a list of them, perhaps by name."""
     if isinstance(token, dict) and "content" not in token:
         token = list(token.values())
     if isinstance(token, list):
@@ -166,9 +166,10 @@ def _contents(token: Any, where: str) -> Any:
 
 
 def _add_tokens(tokenizer: Tokenizer, folder: Path) -> None:
-    """As `transformers` does: of tokenizer_config.json, whose flags count, else of added_tokens.json.
+    """Add tokens as `transformers` does: of tokenizer_config.json, whose flags count, else of added_tokens.json.
 
-    A token that is there keeps its id, whatever they say."""
+    A token that is there keeps its id, whatever they say.
+    """
     file = folder / "tokenizer_config.json"
     config = check_object(read_if_there(file), {}, str(file), {"added_tokens_decoder": dict[str, _OBJECT]})
     declared = config.get("added_tokens_decoder")

@@ -23,13 +23,13 @@ SPECIAL_NAMES = ("bos", "pad", "eos", "mask")
 
 
 def tokenizer_sha256(path: str | Path) -> str:
-    """What ties a corpus to a checkpoint: the SHA-256 of its tokenizer.json (of a folder's, for a folder)."""
+    """Return what ties a corpus to a checkpoint: the SHA-256 of its tokenizer.json (of a folder's, for a folder)."""
     file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int, *, progress: bool = False) -> Tokenizer:
-    """A byte-level BPE tokenizer whose first ids are iLLaDA's special tokens: bos 0, pad 1, eos 2, mask 5."""
+    """Return a byte-level BPE tokenizer whose first ids are iLLaDA's special tokens: bos 0, pad 1, eos 2, mask 5."""
     smallest = len(SPECIAL_TOKENS) + 256
     if vocab_size < smallest:
         raise ValueError(f"vocab_size must be at least {smallest} (256 bytes and the special tokens), got {vocab_size}")
@@ -47,7 +47,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, *, progress: bool
 
 
 def special_ids(tokenizer: Tokenizer, given: dict[str, int] | None = None) -> dict[str, int]:
-    """Ids of bos, pad, eos and mask: as given, else by iLLaDA's names; an error says which are missing."""
+    """Return ids of bos, pad, eos and mask: as given, else by iLLaDA's names; an error says which are missing."""
     given = given or {}
     if unknown := set(given) - set(SPECIAL_NAMES):
         raise ValueError(f"special ids may be given for {', '.join(SPECIAL_NAMES)}, got {', '.join(sorted(unknown))}")
@@ -66,7 +66,7 @@ def special_ids(tokenizer: Tokenizer, given: dict[str, int] | None = None) -> di
 
 
 def vocab_size_of(tokenizer: Tokenizer) -> int:
-    """One more than the largest id, which is more than the number of tokens where ids are left out."""
+    """Return one more than the largest id, which is more than the number of tokens where ids are left out."""
     size = 1 + max(tokenizer.get_vocab().values(), default=-1)
     if size > MOST_IDS:
         raise ValueError(f"the tokenizer's ids must be below {MOST_IDS}, got {size - 1}")
@@ -74,7 +74,7 @@ def vocab_size_of(tokenizer: Tokenizer) -> int:
 
 
 def parse_special(text: str) -> dict[str, int]:
-    """`"eos=2,mask=5"` as a dict, for the command line."""
+    """Parse `"eos=2,mask=5"` as a dict, for the command line."""
     try:
         return {name.strip(): int(value) for name, value in (part.split("=") for part in text.split(","))}
     except ValueError:

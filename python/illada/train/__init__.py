@@ -16,7 +16,7 @@ __all__ = ["TrainConfig", "TrainResult", "evaluate", "load_config", "train"]
 
 
 def __getattr__(name: str) -> Any:
-    """A name of `__all__` at its first use (PEP 562)."""
+    """Return a name of `__all__` at its first use (PEP 562)."""
     if name not in __all__:
         raise AttributeError(f"module 'illada.train' has no attribute {name!r}")
     module = "config" if name in ("TrainConfig", "load_config") else "loop"

@@ -33,11 +33,11 @@ class Log:
         self.bar = tqdm(total=steps, initial=step, unit=" steps", disable=not shows(progress))
 
     def advance(self) -> None:
-        """One optimizer step is done."""
+        """Count one optimizer step."""
         self.bar.update(1)
 
     def train(self, *, step: int, seconds: float, **values: float) -> None:
-        """loss, learning_rate, grad_norm, tokens_per_second, tokens_seen of the steps since the last call."""
+        """Log loss, learning_rate, grad_norm, tokens_per_second, tokens_seen since the last call."""
         self._write({"kind": "train", "step": step, "seconds": round(seconds, 3), **values})
         self.say(
             f"step {step:>6}/{self.steps}  loss {values['loss']:7.4f}  lr {values['learning_rate']:.2e}  "
@@ -45,7 +45,7 @@ class Log:
         )
 
     def validation(self, *, step: int, seconds: float, bound: float, unigram_entropy: float) -> None:
-        """The bound and what it has to beat, nats per token."""
+        """Log the bound and what it has to beat, nats per token."""
         self._write(
             {
                 "kind": "validation",
@@ -61,7 +61,7 @@ class Log:
         )
 
     def say(self, line: str) -> None:
-        """A line on stdout, above the progress bar."""
+        """Print a line on stdout, above the progress bar."""
         try:
             if self.bar.disable:
                 print(line, flush=True)
@@ -73,7 +73,7 @@ class Log:
             pass
 
     def has_validation(self, step: int) -> bool:
-        """Whether there is a validation of this step, in this run or in one that it continues."""
+        """Return whether there is a validation of this step, in this run or in one that it continues."""
         return any(r["kind"] == "validation" and r["step"] == step for r in self.records)
 
     def plot(self) -> Path | None:
@@ -118,7 +118,7 @@ class Log:
 
 
 def _read(file: Path, up_to: int) -> list[dict[str, Any]]:
-    """Earlier lines of this run, without those after step `up_to` and without one that a kill cut short.
+    """Return the earlier lines of this run, without those after step `up_to` and without one that a kill cut short.
 
     ValueError: a line that is another program's, with its number.
     """

@@ -229,7 +229,7 @@ def _train(
 def micro_batches(
     corpus: TokenDataset, step: int, num_windows: int, config: TrainConfig, mask_id: int
 ) -> Iterator[Batch]:
-    """The data of one optimizer step, a pure function of (seed, step)."""
+    """Yield the data of one optimizer step, a pure function of (seed, step)."""
     per_step, per_micro = config.train.windows_per_step, config.train.windows_per_micro_batch
     for first in range(step * per_step, (step + 1) * per_step, per_micro):
         samples = np.arange(first, first + per_micro)
@@ -334,7 +334,7 @@ def _resume_from(resume: str, checkpoints: Path) -> Path | None:
 
 
 def _optimizer(model: MaskedDiffusionModel, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only, one state for each parameter from the start."""
+    """Return AdamW with weight decay on matrices only, one state for each parameter from the start."""
     matrices = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]
     options = config.optimizer
@@ -355,7 +355,7 @@ def _optimizer(model: MaskedDiffusionModel, config: TrainConfig) -> torch.optim.
 
 
 def _device(run: RunConfig, head_dim: int) -> torch.device:
-    """Where a run goes; "auto" is a GPU where there is one whose kernels can compute it, else the CPU."""
+    """Return where a run goes; "auto" is a GPU where there is one whose kernels can compute it, else the CPU."""
     missing = why_not("varlen_attention", "cuda", getattr(torch, run.dtype), head_dim=head_dim)
     if run.device == "cuda" and missing:
         raise ValueError(f"train.device is cuda, but {missing}")

@@ -16,11 +16,11 @@ class Pace:
         self._said = False
 
     def add(self, seconds: float) -> None:
-        """One more step, without saving and validating."""
+        """Count one more step, without saving and validating."""
         self._seconds.append(seconds)
 
     def hint(self, threads: int) -> str | None:
-        """What to say of the steps since the last call, where the slow tenth took twice as long as the fast one."""
+        """Return a remark on the steps since the last call, where the slow tenth took twice as long as the fast one."""
         seconds, self._seconds = sorted(self._seconds), []
         if self._said or len(seconds) < _FEWEST:
             return None

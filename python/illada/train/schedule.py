@@ -8,7 +8,7 @@ from illada.train.config import OptimizerConfig, ScheduleConfig
 
 
 def learning_rate(step: int, steps: int, optimizer: OptimizerConfig, schedule: ScheduleConfig) -> float:
-    """Of optimizer step `step` (from 0) of `steps`.
+    """Return the learning rate of optimizer step `step` (from 0) of `steps`.
 
     Warm-up reaches the peak at step warmup_steps; the decay begins at decay_start and ends at the last step with
     final_learning_rate.

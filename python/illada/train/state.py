@@ -79,7 +79,7 @@ def save(
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """trainer.json. FileNotFoundError, ValueError: not a training checkpoint."""
+    """Return trainer.json. FileNotFoundError, ValueError: not a training checkpoint."""
     file = state_file(path)
     try:
         return check_object(read_json(file), _STATE, file.name)
@@ -88,7 +88,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def check_same_run(path: Path, state: dict[str, Any], config: TrainConfig, tokenizer_sha256: str) -> None:
-    """ValueError unless `config` continues the run of this checkpoint on the same tokens."""
+    """Raise ValueError unless `config` continues the run of this checkpoint on the same tokens."""
     if state["tokenizer_sha256"] != tokenizer_sha256:
         raise ValueError(
             f"the corpus {config.data.path} was made with another tokenizer than the checkpoint {path} "
@@ -107,7 +107,7 @@ def check_same_run(path: Path, state: dict[str, Any], config: TrainConfig, token
 
 
 def restore(path: Path, model: MaskedDiffusionModel, optimizer: torch.optim.Optimizer) -> None:
-    """Weights and moments of a checkpoint into a model and its fresh optimizer.
+    """Copy weights and moments of a checkpoint into a model and its fresh optimizer.
 
     ValueError, which names file and tensor: one is missing, unexpected, or is none that AdamW can have left.
     """
@@ -140,7 +140,7 @@ def verify(path: Path, model: MaskedDiffusionModel) -> None:
 
 
 def _read_moments(path: Path, model: MaskedDiffusionModel) -> dict[str, dict[str, torch.Tensor]]:
-    """AdamW's state by parameter name, mapped; errors as of `restore`."""
+    """Return AdamW's state by parameter name, mapped; errors as of `restore`."""
     file = path / "optimizer.safetensors"
     try:
         moments = load_file(file)
@@ -161,7 +161,7 @@ def _read_moments(path: Path, model: MaskedDiffusionModel) -> dict[str, dict[str
 
 
 def _check_moment(value: torch.Tensor, shape: list[int], key: str, where: str) -> None:
-    """ValueError: not of that shape, not float32, not finite, or a negative step or second moment."""
+    """Raise ValueError unless `value` is finite float32 of that shape, and no step or second moment is negative."""
     if list(value.shape) != shape or value.dtype != torch.float32:
         raise ValueError(f"{where} is {value.dtype} {list(value.shape)}, expected torch.float32 {shape}")
     if not bool(value.isfinite().all()) or (key != "exp_avg" and bool((value < 0).any())):

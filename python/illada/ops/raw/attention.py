@@ -19,7 +19,9 @@ def attention_plan_rows(
         total_q: T, the packed queries.
         total_k: Tk, the rows of k and v; None: the plan has no work items for the backward.
         num_sequences: S.
-        num_heads, num_kv_heads, head_dim: H, G and D.
+        num_heads: H.
+        num_kv_heads: G.
+        head_dim: D.
     """
     return native().attention_plan_rows(
         total_q=total_q,
@@ -51,7 +53,9 @@ def attention_plan(
         seqused_k: int32 [S], or None: all keys of each slot.
         total_q: T, the packed queries.
         total_k: Tk, the rows of k and v; None: no work items for the backward.
-        num_heads, num_kv_heads, head_dim: H, G and D.
+        num_heads: H.
+        num_kv_heads: G.
+        head_dim: D.
 
     Raises:
         ValueError: `out` has another number of rows, or cu_seqlens is not on CUDA.
@@ -87,7 +91,9 @@ def varlen_attention_workspace(
     Args:
         total_q: T, the packed queries.
         num_sequences: S.
-        num_heads, num_kv_heads, head_dim: H, G and D.
+        num_heads: H.
+        num_kv_heads: G.
+        head_dim: D.
     """
     return native().varlen_attention_workspace(
         total_q=total_q, num_sequences=num_sequences, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim
@@ -112,7 +118,8 @@ def varlen_attention(
         out: Output, [T, H, D] in q's dtype, contiguous.
         lse: Output, float32 [H, T], contiguous.
         q: [T, H, D], last dimension contiguous.
-        k, v: [Tk, G, D], last dimension contiguous.
+        k: [Tk, G, D], last dimension contiguous.
+        v: Like `k`.
         plan: int32 [rows, 4] from `attention_plan` with the same sizes. On a CPU its rows are (query start, query end,
             key start, key end). The CPU kernel does not touch sequences that the plan leaves out.
         num_sequences: S.
@@ -163,10 +170,14 @@ def varlen_attention_backward_workspace(
     """Return the bytes of workspace that `varlen_attention_backward` needs on CUDA.
 
     Args:
-        total_q, total_k: T and Tk, the packed queries and the rows of k and v.
+        total_q: T, the packed queries.
+        total_k: Tk, the rows of k and v.
         num_sequences: S.
-        num_heads, num_kv_heads, head_dim: H, G and D.
-        deterministic, recompute_scores_for_dq: As in the later call.
+        num_heads: H.
+        num_kv_heads: G.
+        head_dim: D.
+        deterministic: As in the later call.
+        recompute_scores_for_dq: As in the later call.
         device: Index of the CUDA device.
     """
     return native().varlen_attention_backward_workspace(
@@ -205,10 +216,13 @@ def varlen_attention_backward(
 
     Args:
         dq: Output, [T, H, D], contiguous.
-        dk, dv: Outputs, [Tk, G, D], contiguous.
+        dk: Output, [Tk, G, D], contiguous.
+        dv: Like `dk`.
         dout: [T, H, D], the gradient of out; it may be strided.
         dlse: float32 [H, T], contiguous, the gradient of lse; None: 0.
-        q, k, v: As in `varlen_attention` of this module.
+        q: As in `varlen_attention` of this module.
+        k: As in `varlen_attention` of this module.
+        v: As in `varlen_attention` of this module.
         out: [T, H, D], contiguous, from the forward.
         lse: float32 [H, T], contiguous, from the forward.
         plan: As in `varlen_attention` of this module, and on CUDA made with total_k. Gradients of tokens that it leaves

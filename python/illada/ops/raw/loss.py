@@ -114,8 +114,13 @@ def masked_cross_entropy_backward(
         lse_parts: float32 [N, 2] from `masked_cross_entropy` of this module, not the lse [N].
         dloss: float32 scalar, the gradient of the loss; None: 1.
         dlse: float32 [N], the gradient of the lse; None: 0.
-        logits, targets, token_weights, rows, normalizer, scale, vocab_start: As in `masked_cross_entropy` of this
-            module.
+        logits: As in `masked_cross_entropy` of this module.
+        targets: As in `masked_cross_entropy` of this module.
+        token_weights: As in `masked_cross_entropy` of this module.
+        rows: As in `masked_cross_entropy` of this module.
+        normalizer: As in `masked_cross_entropy` of this module.
+        scale: As in `masked_cross_entropy` of this module.
+        vocab_start: As in `masked_cross_entropy` of this module.
 
     Raises:
         ValueError: lse_parts has another shape.
@@ -163,19 +168,16 @@ def weighted_sum(
         scale: Factor that multiplies the sum.
     """
     launch = launch_of(loss, nll, token_weights, normalizer)
-    if launch is None:
-        scale = scale if normalizer is None else scale / float(normalizer)
-        native().weighted_sum_cpu(nll=nll, token_weights=token_weights, num_rows=nll.shape[0], scale=scale, loss=loss)
-    else:
-        native().weighted_sum(
-            nll=nll,
-            token_weights=token_weights,
-            num_rows=nll.shape[0],
-            scale=scale,
-            normalizer=normalizer,
-            loss=loss,
-            launch=launch,
-        )
+    write = native().weighted_sum_cpu if launch is None else native().weighted_sum
+    write(
+        nll=nll,
+        token_weights=token_weights,
+        num_rows=nll.shape[0],
+        scale=scale,
+        normalizer=normalizer,
+        loss=loss,
+        launch=launch,
+    )
     increment_version(loss)
 
 

@@ -58,14 +58,20 @@ def sample_tokens(
         out: The outputs, each [N]: token int64; confidence, logprob, entropy and margin float32. Entropy and margin may
             be None or empty.
         logits: [N, V], float32, bfloat16 or (on CUDA) float16, any row stride.
-        temperature, seed, step: Numbers for all rows.
-        temperatures, seeds, steps: float32, int64 and int32 [N], one value per row in place of the number.
+        temperature: Number for all rows.
+        seed: Number for all rows.
+        step: Number for all rows.
+        temperatures: float32 [N], one value per row in place of `temperature`.
+        seeds: int64 [N], one value per row in place of `seed`.
+        steps: int32 [N], one value per row in place of `step`.
         row_ids: int64 [N] in [0, 2^32); default 0 .. N - 1.
         bias_ids: int32 [N, K] or [K]; -1 is an unused slot.
         bias_values: float32, the shape of `bias_ids`.
         measure: The confidence measure, an index into `types.MEASURES`.
-        top_k, top_p: Filters for all rows; 0 and 1.0 keep all ids.
-        top_ks, top_ps: int32 and float32 [N], one value per row in place of the number.
+        top_k: Filter for all rows; 0 keeps all ids.
+        top_p: Filter for all rows; 1.0 keeps all ids.
+        top_ks: int32 [N], one value per row in place of `top_k`.
+        top_ps: float32 [N], one value per row in place of `top_p`.
         confidence_at_temperature: Compute all outputs but `token` from the distribution that is sampled.
         workspace: uint8, at least as large as `sample_tokens_workspace` says.
     """
@@ -189,8 +195,16 @@ def linear_sample_tokens(
         hidden: [T, C], float16 or bfloat16.
         weight: [V, C], the head weight, of hidden's dtype.
         rows: int32 [N], the rows of hidden to sample; None: all T.
-        temperature, seed, step, temperatures, seeds, steps, row_ids, bias_ids, bias_values, measure: As in
-            `sample_tokens` of this module.
+        temperature: As in `sample_tokens` of this module.
+        seed: As in `sample_tokens` of this module.
+        step: As in `sample_tokens` of this module.
+        temperatures: As in `sample_tokens` of this module.
+        seeds: As in `sample_tokens` of this module.
+        steps: As in `sample_tokens` of this module.
+        row_ids: As in `sample_tokens` of this module.
+        bias_ids: As in `sample_tokens` of this module.
+        bias_values: As in `sample_tokens` of this module.
+        measure: As in `sample_tokens` of this module.
         workspace: uint8, at least as large as `linear_sample_tokens_workspace` says.
     """
     token, confidence, logprob, entropy, margin = out

@@ -128,7 +128,7 @@ class Job:
 
     @property
     def gqa(self) -> bool:
-        """Do query heads share keys?"""
+        """Return whether query heads share keys."""
         return self.heads != self.kv_heads
 
     def cumulative(self, lengths: Sequence[int]) -> Tensor:
@@ -136,7 +136,7 @@ class Job:
         return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=self.device)
 
     @cached_property
-    def lengths(self) -> dict[str, Tensor]:
+    def lengths(self) -> dict[str, Any]:
         """Arguments of illada's functions."""
         found = {"cu_seqlens": self.cumulative(self.pack.lengths)}
         if self.pack.used:
@@ -177,7 +177,7 @@ def _as_is(x: Tensor, keys: bool) -> Tensor:
 
 
 @dataclass
-class Way:
+class AttentionProvider:
     """How one provider attends.
 
     attend: (q, k, v) -> out, all as `arrange` makes them of packed tensors; `restore` makes packed ones again. Neither
@@ -196,18 +196,20 @@ class Way:
 
 def make_plan(job: Job) -> Any:
     """illada's plan of a job."""
-    shape = {"num_heads": job.heads, "num_kv_heads": job.kv_heads, "head_dim": job.dim, "total_q": job.total_q}
-    return illada.attention_plan(**job.lengths, **shape)
+    return illada.attention_plan(
+        **job.lengths, num_heads=job.heads, num_kv_heads=job.kv_heads, head_dim=job.dim, total_q=job.total_q
+    )
 
 
-def illada_way(job: Job, deterministic: bool = False) -> Way:
-    """The public op with its plan."""
-    plan = make_plan(job)
-    return Way(partial(illada.varlen_attention, **job.lengths, plan=plan, deterministic=deterministic))
+def illada_provider(job: Job, deterministic: bool = False) -> AttentionProvider:
+    """Return the public op with its plan."""
+    arguments: dict[str, Any] = {**job.lengths, "plan": make_plan(job), "deterministic": deterministic}
+    attend: Any = partial(illada.varlen_attention, **arguments)  # without return_lse the result is one tensor
+    return AttentionProvider(attend)
 
 
-def illada_raw_way(job: Job) -> Way:
-    """The kernels alone: out-parameter calls into buffers that are there. On CUDA."""
+def illada_raw_provider(job: Job) -> AttentionProvider:
+    """Return the kernels alone: out-parameter calls into buffers that are there. On CUDA."""
     plan, sequences, scale = make_plan(job).work, len(job.pack.lengths), job.dim**-0.5
     shape = (sequences, job.heads, job.kv_heads, job.dim)
     twice = recompute_scores_for_dq(job.total_q, sequences)  # as the op does
@@ -233,17 +235,19 @@ def illada_raw_way(job: Job) -> Way:
     def differentiate(
         out: Tensor, inputs: Sequence[Tensor], dout: Tensor, retain_graph: bool = False
     ) -> tuple[Tensor, ...]:
-        *grads, workspace = backward_buffers()
-        tensors = (*grads, dout, None, *inputs, out, lse)
+        dq, dk, dv, workspace = backward_buffers()
+        q, k, v = inputs
         raw.varlen_attention_backward(
-            *tensors, plan, sequences, scale, workspace=workspace, recompute_scores_for_dq=twice
+            *(dq, dk, dv, dout, None, q, k, v, out, lse, plan, sequences, scale),
+            workspace=workspace,
+            recompute_scores_for_dq=twice,
         )
-        return tuple(grads)
+        return dq, dk, dv
 
-    return Way(attend, differentiate=differentiate)
+    return AttentionProvider(attend, differentiate=differentiate)
 
 
-def sdpa_way(job: Job, backend: SDPBackend) -> Way:
+def sdpa_provider(job: Job, backend: SDPBackend) -> AttentionProvider:
     """Dense attention of one backend: a batch where all are equally long, else sequence by sequence."""
     lengths = job.pack.lengths
     dense = partial(F.scaled_dot_product_attention, enable_gqa=job.gqa)
@@ -252,16 +256,17 @@ def sdpa_way(job: Job, backend: SDPBackend) -> Way:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with sdpa_kernel(backend):
             if is_batch:
-                batch = (x.unflatten(0, (len(lengths), -1)).transpose(1, 2) for x in (q, k, v))  # [S, heads, L, D]
-                return dense(*batch).transpose(1, 2).flatten(0, 1)
+                queries, keys, values = (x.unflatten(0, (len(lengths), -1)).transpose(1, 2) for x in (q, k, v))
+                return dense(queries, keys, values).transpose(1, 2).flatten(0, 1)
             parts = zip(q.split(lengths), job.key_parts(k), job.key_parts(v), strict=True)
-            outs = [dense(*(x.transpose(0, 1)[None] for x in part)) for part in parts if len(part[0])]
+            sequences = ([x.transpose(0, 1)[None] for x in part] for part in parts if len(part[0]))
+            outs = [dense(queries, keys, values) for queries, keys, values in sequences]
             return torch.cat([out[0].transpose(0, 1) for out in outs])
 
-    return Way(attend)
+    return AttentionProvider(attend)
 
 
-def padded_way(job: Job) -> Way:
+def padded_provider(job: Job) -> AttentionProvider:
     """[S, heads, longest, D] under a mask of the keys; without padding no mask."""
 
     def valid(lengths: Sequence[int]) -> Tensor:
@@ -286,7 +291,7 @@ def padded_way(job: Job) -> Way:
         k, v = (x.repeat_interleave(job.heads // job.kv_heads, dim=1) for x in (k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
-    return Way(attend, arrange, restore)
+    return AttentionProvider(attend, arrange, restore)
 
 
 def _pack_keys(job: Job, x: Tensor, is_keys: bool) -> Tensor:
@@ -294,17 +299,19 @@ def _pack_keys(job: Job, x: Tensor, is_keys: bool) -> Tensor:
     return torch.cat(list(job.key_parts(x))) if is_keys and job.pack.used else x
 
 
-def varlen_attn_way(job: Job) -> Way:
+def varlen_attn_provider(job: Job) -> AttentionProvider:
     """torch.nn.attention.varlen.varlen_attn."""
     varlen_attn = importlib.import_module("torch.nn.attention.varlen").varlen_attn  # torch >= 2.10
     # Early versions have no such argument, and share keys unasked.
     gqa = {"enable_gqa": job.gqa} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
     cu_q, cu_k = job.cumulative(job.pack.lengths), job.cumulative(job.pack.keys)
     longest = {"max_q": max(job.pack.lengths), "max_k": max(job.pack.keys)}
-    return Way(partial(varlen_attn, cu_seq_q=cu_q, cu_seq_k=cu_k, **longest, **gqa), partial(_pack_keys, job))
+    return AttentionProvider(
+        partial(varlen_attn, cu_seq_q=cu_q, cu_seq_k=cu_k, **longest, **gqa), partial(_pack_keys, job)
+    )
 
 
-def cudnn_varlen_way(job: Job) -> Way:
+def cudnn_varlen_provider(job: Job) -> AttentionProvider:
     """torch's private cuDNN call, as varlen_attn would make it."""
     cu_q, cu_k = job.cumulative(job.pack.lengths), job.cumulative(job.pack.keys)
     longest = (max(job.pack.lengths), max(job.pack.keys))
@@ -313,7 +320,7 @@ def cudnn_varlen_way(job: Job) -> Way:
         # no bias; lse, no dropout, not causal, no debug mask
         return torch.ops.aten._cudnn_attention_forward(q, k, v, None, cu_q, cu_k, *longest, True, 0.0, False, False)[0]
 
-    return Way(attend, partial(_pack_keys, job))
+    return AttentionProvider(attend, partial(_pack_keys, job))
 
 
 @lru_cache(maxsize=1)
@@ -322,7 +329,7 @@ def _compiled_flex(*shape: int) -> Callable[..., Tensor]:
     return compiled(importlib.import_module("torch.nn.attention.flex_attention").flex_attention)
 
 
-def flex_way(job: Job) -> Way:
+def flex_provider(job: Job) -> AttentionProvider:
     """flex_attention with a mask of documents."""
     flex = importlib.import_module("torch.nn.attention.flex_attention")
     sequences = torch.arange(len(job.pack.lengths), device=job.device)
@@ -342,10 +349,10 @@ def flex_way(job: Job) -> Way:
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
         return function(q, k, v, block_mask=mask, enable_gqa=job.gqa)[0].transpose(0, 1)
 
-    return Way(attend)
+    return AttentionProvider(attend)
 
 
-def flash_way(job: Job, module: str, package: str, **more: Any) -> Way:
+def flash_provider(job: Job, module: str, package: str, **more: Any) -> AttentionProvider:
     """flash_attn_varlen_func of a package; FlashAttention 3 and 4 name what is needed here alike."""
     try:
         function = importlib.import_module(module).flash_attn_varlen_func
@@ -365,32 +372,35 @@ def flash_way(job: Job, module: str, package: str, **more: Any) -> Way:
         out = function(q, k, v, **arguments)
         return out[0] if isinstance(out, tuple) else out  # some versions return lse as well
 
-    return Way(attend)
+    return AttentionProvider(attend)
 
 
-def fa3_way(job: Job) -> Way:
+def fa3_provider(job: Job) -> AttentionProvider:
     """fa3-fwd. Its default is not to split keys; where queries are few it is asked to choose."""
-    return flash_way(job, "fa3_fwd_interface", "fa3-fwd", num_splits=0 if job.pack.used else 1)
+    return flash_provider(job, "fa3_fwd_interface", "fa3-fwd", num_splits=0 if job.pack.used else 1)
 
 
-def fa4_way(job: Job) -> Way:
+def fa4_provider(job: Job) -> AttentionProvider:
     """flash-attn-4."""
-    return flash_way(job, "flash_attn.cute", "flash-attn-4")
+    return flash_provider(job, "flash_attn.cute", "flash-attn-4")
 
 
-CPU_WAYS: dict[str, Callable[[Job], Way]] = {
-    "illada": illada_way,
-    "sdpa flash": partial(sdpa_way, backend=SDPBackend.FLASH_ATTENTION),
-    "sdpa padded": padded_way,
+CPU_PROVIDERS: dict[str, Callable[[Job], AttentionProvider]] = {
+    "illada": illada_provider,
+    "sdpa flash": partial(sdpa_provider, backend=SDPBackend.FLASH_ATTENTION),
+    "sdpa padded": padded_provider,
 }
-WAYS = {
-    **CPU_WAYS,
-    "illada raw": illada_raw_way,
-    "sdpa cudnn": partial(sdpa_way, backend=SDPBackend.CUDNN_ATTENTION),
-    "varlen_attn": varlen_attn_way,
-    "cudnn varlen": cudnn_varlen_way,
-    "flex": flex_way,  # runs on CPUs as well, but compiles for some 15 s a shape
-    "fa3": fa3_way,
-    "fa4": fa4_way,
+PROVIDERS: dict[str, Callable[[Job], AttentionProvider]] = {
+    **CPU_PROVIDERS,
+    "illada raw": illada_raw_provider,
+    "sdpa cudnn": partial(sdpa_provider, backend=SDPBackend.CUDNN_ATTENTION),
+    "varlen_attn": varlen_attn_provider,
+    "cudnn varlen": cudnn_varlen_provider,
+    "flex": flex_provider,  # runs on CPUs as well, but compiles for some 15 s a shape
+    "fa3": fa3_provider,
+    "fa4": fa4_provider,
 }
-BACKWARD_WAYS = {**WAYS, "illada deterministic": partial(illada_way, deterministic=True)}
+BACKWARD_PROVIDERS: dict[str, Callable[[Job], AttentionProvider]] = {
+    **PROVIDERS,
+    "illada deterministic": partial(illada_provider, deterministic=True),
+}

@@ -122,17 +122,19 @@ class Inputs:
         return self.targets.where(self.token_weights != 0, IGNORED)
 
     def weigh(self, nll: Tensor) -> Tensor:
-        """The loss from each token's negative log-likelihood."""
+        """Return the loss from each token's negative log-likelihood."""
         return nll.float().dot(self.token_weights) / self.normalizer
 
 
 @dataclass(frozen=True)
-class Way:
-    """make: inputs -> the loss as a function of (hidden, weight); raises where it cannot.
+class LossProvider:
+    """How one provider computes the loss.
 
-    everything: it gets all tokens, not the rows with a weight alone. weighted: it weighs tokens.
-    straight: the loss takes grad_weight=, a buffer to which it adds the weight's gradient.
-    gradients_alone: it differs from another way in its gradients alone, and is not offered without them.
+    make: inputs -> the loss as a function of (hidden, weight); raises where it cannot.
+    everything: whether it gets all tokens, not only the rows with a weight.
+    weighted: whether it weighs tokens.
+    straight: whether the loss takes grad_weight=, a buffer to which it adds the weight's gradient.
+    gradients_alone: whether it differs from another provider only in its gradients; it is not offered without them.
     """
 
     make: Callable[[Inputs], Loss]
@@ -146,14 +148,14 @@ class Way:
 
 
 def illada_loss(inputs: Inputs, given_rows: bool = False, **more: Any) -> Loss:
-    """The public op."""
+    """Return the public op."""
     more |= {"rows": inputs.rows if given_rows else None, "normalizer": float(inputs.normalizer)}
     function: Callable[..., Any] = partial(illada.linear_masked_cross_entropy, **more)
     return lambda hidden, weight, **into: function(hidden, weight, inputs.targets, inputs.token_weights, **into)
 
 
 def filtered_loss(inputs: Inputs) -> Loss:
-    """The public op with FILTER_EPS. Only where it filters: other kernels are exact and would be timed as filters."""
+    """Return the public op with FILTER_EPS, only where it filters: other kernels are exact."""
     if illada.ops.raw.linear_masked_cross_entropy_workspace(inputs.hidden, inputs.weight) is None:
         raise NotImplementedError("filter_eps needs the fused kernels: bfloat16 on sm_90a")
     return illada_loss(inputs, filter_eps=FILTER_EPS)
@@ -170,7 +172,7 @@ def eager_loss(inputs: Inputs) -> Loss:
 
 
 def compiled_loss(inputs: Inputs) -> Loss:
-    """The same under torch.compile."""
+    """Return the same under torch.compile."""
     if why := no_compiler():
         raise NotImplementedError(why)
     return compiled(eager_loss(inputs))
@@ -217,7 +219,7 @@ def quack_loss(inputs: Inputs) -> Loss:
 
 
 def _gpu_package(inputs: Inputs, module: str, package: str) -> Any:
-    """A package of kernels for GPUs; why not, where it cannot run."""
+    """Return a package of kernels for GPUs; why not, where it cannot run."""
     if inputs.hidden.device.type != "cuda":
         raise NotImplementedError("runs on GPUs alone")
     try:
@@ -227,7 +229,7 @@ def _gpu_package(inputs: Inputs, module: str, package: str) -> Any:
 
 
 def _reduced(inputs: Inputs, function: Callable[..., Tensor], weighted: bool) -> Loss:
-    """The loss by a function with the arguments (hidden, weight, targets, ignore_index=, reduction=)."""
+    """Return the loss by a function with the arguments (hidden, weight, targets, ignore_index=, reduction=)."""
     # Given here, not left to defaults: the unweighted sum must not become a mean over other tokens.
     function = partial(function, ignore_index=IGNORED, reduction="none" if weighted else "sum")
     if weighted:
@@ -235,27 +237,27 @@ def _reduced(inputs: Inputs, function: Callable[..., Tensor], weighted: bool) ->
     return lambda hidden, weight: function(hidden, weight, inputs.labels) / inputs.normalizer
 
 
-WAYS: dict[str, Way] = {
-    "illada": Way(illada_loss, everything=True),
-    "illada rows": Way(partial(illada_loss, given_rows=True), everything=True),
-    "illada chunk_rows=1024": Way(partial(illada_loss, chunk_rows=1024), everything=True),
-    "illada grad_weight": Way(illada_loss, everything=True, straight=True, gradients_alone=True),
-    "illada filter_eps=2^-12": Way(filtered_loss, everything=True, gradients_alone=True),
-    "eager": Way(eager_loss),
-    "eager all": Way(eager_loss, everything=True),
-    "compile": Way(compiled_loss),
-    "compile all": Way(compiled_loss, everything=True),
-    "torch chunked": Way(torch_loss),
-    "torch chunked unweighted": Way(partial(torch_loss, weighted=False), weighted=False),
-    "liger": Way(liger_loss),
-    "liger tuned": Way(partial(liger_loss, tuned=True)),
-    "liger unweighted": Way(partial(liger_loss, weighted=False), weighted=False),
-    "liger tuned unweighted": Way(partial(liger_loss, weighted=False, tuned=True), weighted=False),
-    "liger all unweighted": Way(partial(liger_loss, weighted=False), everything=True, weighted=False),
-    "liger scaled": Way(liger_scaled_loss),
-    "cce": Way(cce_loss),
-    "cce all": Way(cce_loss, everything=True),
-    "cce exact": Way(partial(cce_loss, exact=True)),
-    "quack unweighted": Way(quack_loss, weighted=False),
-    "quack all unweighted": Way(quack_loss, everything=True, weighted=False),
+PROVIDERS: dict[str, LossProvider] = {
+    "illada": LossProvider(illada_loss, everything=True),
+    "illada rows": LossProvider(partial(illada_loss, given_rows=True), everything=True),
+    "illada chunk_rows=1024": LossProvider(partial(illada_loss, chunk_rows=1024), everything=True),
+    "illada grad_weight": LossProvider(illada_loss, everything=True, straight=True, gradients_alone=True),
+    "illada filter_eps=2^-12": LossProvider(filtered_loss, everything=True, gradients_alone=True),
+    "eager": LossProvider(eager_loss),
+    "eager all": LossProvider(eager_loss, everything=True),
+    "compile": LossProvider(compiled_loss),
+    "compile all": LossProvider(compiled_loss, everything=True),
+    "torch chunked": LossProvider(torch_loss),
+    "torch chunked unweighted": LossProvider(partial(torch_loss, weighted=False), weighted=False),
+    "liger": LossProvider(liger_loss),
+    "liger tuned": LossProvider(partial(liger_loss, tuned=True)),
+    "liger unweighted": LossProvider(partial(liger_loss, weighted=False), weighted=False),
+    "liger tuned unweighted": LossProvider(partial(liger_loss, weighted=False, tuned=True), weighted=False),
+    "liger all unweighted": LossProvider(partial(liger_loss, weighted=False), everything=True, weighted=False),
+    "liger scaled": LossProvider(liger_scaled_loss),
+    "cce": LossProvider(cce_loss),
+    "cce all": LossProvider(cce_loss, everything=True),
+    "cce exact": LossProvider(partial(cce_loss, exact=True)),
+    "quack unweighted": LossProvider(quack_loss, weighted=False),
+    "quack all unweighted": LossProvider(quack_loss, everything=True, weighted=False),
 }

@@ -7,7 +7,7 @@ import pytest
 
 from illada.random import Stream
 
-HEADER = Path(__file__).resolve().parent.parent / "csrc" / "common" / "philox.h"
+HEADER = Path(__file__).resolve().parents[2] / "csrc" / "common" / "philox.h"
 NATIVE = {
     "kStreamSample": Stream.SAMPLE,
     "kStreamSampleLowBits": Stream.SAMPLE_LOW_BITS,
