@@ -89,12 +89,12 @@ inline void block_sum(const T* x, int64_t count, float block_max, SoftmaxState& 
   VecF sum0{}, sum1{}, weighted{};
   int64_t i = 0;
   const auto add = [&](VecF v, VecF& sum) {
-    VecF d = (v - reference) * kLog2eF;
+    const VecF d = (v - reference) * kLog2eF;
     const VecF e = exp2(d);
     sum += e;
     if constexpr (kWantEntropy) {
-      d = max(splat(-126.0f), d);  // -inf * 0 would be NaN
-      weighted += e * d;
+      // Adds 0 where exp2 has its least value, 2^-126: the entropy of a row with one finite logit is 0, not 3e-34.
+      weighted += d <= -126.0f ? VecF{} : e * d;
     }
   };
   for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
@@ -107,7 +107,7 @@ inline void block_sum(const T* x, int64_t count, float block_max, SoftmaxState& 
   for (; i < count; ++i) {
     const double d = (double(to_float(x[i])) - state.reference) * kLog2e, e = std::exp2(d);
     state.sum += e;
-    if constexpr (kWantEntropy) state.weighted += e > 0 ? e * d : 0;
+    if constexpr (kWantEntropy) state.weighted += d <= -126 ? 0 : e * d;
   }
 }
 

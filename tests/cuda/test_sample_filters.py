@@ -43,6 +43,10 @@ def test_which_ids_are_kept(device):
     checks.check_kept_ids(device)
 
 
+def test_the_entropy_of_one_kept_id_is_0(device):
+    checks.check_entropy_of_one_kept_id(device)
+
+
 def test_broken_rows_are_not_filtered(device):
     checks.check_broken_rows(device)
 

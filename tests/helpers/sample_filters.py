@@ -95,6 +95,19 @@ def check_kept_ids(device: torch.device) -> None:
         assert specified.nonzero()[:, 0].tolist() == kept, (row, top_k, top_p)
 
 
+def check_entropy_of_one_kept_id(device: torch.device) -> None:
+    """Where one id is left, the entropy is exactly 0, wherever the id is: rows of one such id tie in confidence."""
+    logits = torch.zeros(6, 301)
+    logits[torch.arange(6), torch.tensor([0, 7, 15, 160, 299, 300])] = 40.0
+    removed = torch.where(logits > 0, logits, -torch.inf)
+    for row_logits, options in ((logits, {"top_k": 1}), (logits, {"top_p": 0.9}), (removed, {})):
+        got = illada.sample_tokens(
+            row_logits.to(device), temperature=0.1, **options, seed=3, extras=("entropy",), measure="entropy",
+            confidence_at_temperature=True,
+        )  # fmt: skip
+        assert (got.entropy == 0).all() and (got.confidence == 0).all()
+
+
 def check_broken_rows(device: torch.device) -> None:
     """A row without a softmax has the token that it has without filters, and is never committed."""
     nan, inf = torch.nan, torch.inf

@@ -35,6 +35,10 @@ def test_which_ids_are_kept():
     checks.check_kept_ids(CPU)
 
 
+def test_the_entropy_of_one_kept_id_is_0():
+    checks.check_entropy_of_one_kept_id(CPU)
+
+
 def test_broken_rows_are_not_filtered():
     checks.check_broken_rows(CPU)
 
