@@ -75,7 +75,9 @@ def _attention_refusal(num_heads: int, num_kv_heads: int, head_dim: int, device:
     """Return what the native side says against these sizes on a CUDA device, or None."""
     index = torch.cuda.current_device() if device.index is None else device.index
     try:
-        native().attention_forward_tiling((0, 0, 0, num_heads, num_kv_heads, head_dim), index)
+        native().attention_forward_tiling(
+            num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, launch=native().launch(device=index)
+        )
     except NotImplementedError as error:
         return str(error).removeprefix("varlen_attention: ")
     return None
