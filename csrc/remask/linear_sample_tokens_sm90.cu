@@ -3,7 +3,7 @@
 // A CTA processes a row tile (128 rows) and a vocab range at a time; HeadPlan says which. It walks over the range in
 // vocab tiles of 256 ids (CUTLASS's products, common/gemm_mainloop.cuh). The two warpgroups reduce their tile into
 // per-row states in registers (row_sample.cuh). At the end of the range the four lanes that share a row merge and write
-// their records to the workspace. illada_sample_tokens_combine finishes the row.
+// their records to the workspace. illada_sample_tokens_combine_sm80 finishes the row.
 //
 // Few rows: rows beyond N are neither loaded nor multiplied. The head weight is read once at memory speed: 2 V C bytes
 // (424 us at 3 TB/s for V 155,136, C 4096). The tensor cores need 2 * 64 V C flop for up to 64 rows, a fifth of that

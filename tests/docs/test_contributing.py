@@ -1,6 +1,7 @@
 """Every file, name, target and section that CONTRIBUTING.md mentions exists."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -52,12 +53,15 @@ def test_paths_exist():
     assert not {path for path in paths if path not in NOT_HERE and not (ROOT / path).exists()}
 
 
-def test_each_module_has_a_layer():
+def test_layers_are_those_of_the_contract():
     layers = rows(TEXT.split("## Layers")[1].split("\n\n")[2])
-    named = {name.rstrip("/") for _, modules, _ in layers for name in spans(modules)}
-    package = ROOT / "python/illada"
-    folders = {path.parent.name for path in package.glob("*/__init__.py")}
-    assert folders <= named, folders - named
+    shown = [{name.rstrip("/").removesuffix(".py") for name in spans(modules)} for _, modules, _ in layers]
+    tools = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
+    contract = tools["importlinter"]["contracts"][0]["layers"]
+    top, commands, *others = [set(re.findall(r"\w+", line)) for line in contract]
+    assert shown == [top | commands, *others]
+    own_line = [":" in line for line in contract]
+    assert own_line == [False, False, True, *[False] * (len(own_line) - 4), True], "CONTRIBUTING.md says so in words"
 
 
 def test_make_targets_exist():
