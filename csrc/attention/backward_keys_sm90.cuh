@@ -18,8 +18,9 @@
 //
 //   backward_keys_shared_sm90.cuh     shared by all warps: arguments, order of items, shared memory, barriers
 //   backward_keys_loads_sm90.cuh      thread 0 of the producers: loads of tiles by TMA
-//   dq_accumulation_sm90.cuh               the other producers: statistics, reports of additions to dq, conversions of
-//   dq backward_keys_products_sm90.cuh   the consumers
+//   dq_accumulation_sm90.cuh          other producers: statistics, reports of additions to dq, conversions of dq
+//   backward_keys_products_sm90.cuh   the consumers, which add dq to the sums
+//   dq_accumulation_add_sm90.cuh      the instructions with which they add (DqAdder)
 //
 // A step of 64 rows at D 128 takes 5 * 2 * 64 * 128 * 128 flop, 2560 clocks of the tensor cores. It reads 304 KiB of
 // shared memory and fills 33 KiB (2700 clocks). It reads 33 KiB from the L2 cache and adds 32 KiB there.

@@ -1,4 +1,6 @@
 // Sums of dq in fp32 and their conversion to gradients, where the keys kernel (backward_keys_sm90.cuh) sums dq in L2.
+// This file counts what was added, and converts. The consumers add, by DqAdder (dq_accumulation_add_sm90.cuh). The
+// first pass (backward_preprocess.cu) writes zeros to the sums and the counters. Warp numbers count the producers.
 //
 // A row of dq is complete when all key tiles of the sequence have added to it. There are two modes.
 //
@@ -7,8 +9,8 @@
 //      reports, because it sees steps end.
 //   2. The CTA that reports last converts the sums to dq. Warps 2 and 3 convert.
 //
-// Ordered, so that every run gives the same bits. To the same rows, tile k of a sequence's keys adds after tiles
-// 0 .. k-1, once the counter has reached k.
+// Ordered (deterministic=True), so that every run gives the same bits. To the same rows, tile k of a sequence's keys
+// adds after tiles 0 .. k-1, once the counter has reached k.
 //   1. Each warpgroup has its own half of dq and of the counters, because one has its turn half a step after the other.
 //   2. Thread 0 of the producers waits for the counter and arrives on turn_full.
 //      turn_full of step n means that dq of step n-2 may be added.

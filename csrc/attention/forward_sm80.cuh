@@ -232,7 +232,7 @@ __global__ __launch_bounds__(32 * kWarps, 8 / kWarps) void illada_attention_forw
         }
       }
     };
-    // Converts part `step` of the scores to probabilities.
+    // Converts part `step` of the scores to probabilities. kPart is even: kKeys is a multiple of kHeadDim / 4.
     const auto weigh = [&](int step) {
       constexpr int kPart = kKeys / 2 / (kHeadDim / 16);
 #pragma unroll

@@ -1,7 +1,8 @@
 // Tiles of the attention kernels of sm_80: 16-bit rows in shared memory, filled by cp.async and read by ldmatrix.
 //
 // In row r of a tile, the 16-byte chunk c is at place c ^ (r % 8). Neither the copies nor the reads of 8 rows, in
-// either direction, then have bank conflicts.
+// either direction, then have bank conflicts. A row is a multiple of eight chunks, so head dims are
+// multiples of 64.
 #pragma once
 
 #include <cstdint>
@@ -39,7 +40,8 @@ __device__ __forceinline__ void mma(float* d, const uint32_t (&a)[4], uint32_t b
   Mma::fma(d[0], d[1], d[2], d[3], a[0], a[1], a[2], a[3], b0, b1, d[0], d[1], d[2], d[3]);
 }
 
-// Copies of tiles by the threads of a CTA: 16 bytes per thread, kRows rows at a time.
+// Copies of tiles by the threads of a CTA: 16 bytes per thread, kRows rows at a time. A tile's rows are a multiple of
+// kRows, else the last ones are not copied.
 template <int kHeadDim, int kThreads>
 struct Copier {
   static constexpr int kChunks = kHeadDim / 8, kRows = kThreads / kChunks, kRowBytes = kHeadDim * 2;

@@ -1,5 +1,5 @@
 // Tile sizes and other compile-time choices of the attention kernels, for each arch and head dim, and the dispatch over
-// them. To add a head dim: list it in `head_dims`, specialise Traits, and add the files that instantiate its kernels.
+// them. CONTRIBUTING.md has the recipe for a head dim, and what the loops demand of it.
 #pragma once
 
 #include <string>
