@@ -45,9 +45,10 @@ __device__ __forceinline__ void mma(float* d, const uint32_t (&a)[4], uint32_t b
 template <int kHeadDim, int kThreads>
 struct Copier {
   static constexpr int kChunks = kHeadDim / 8, kRows = kThreads / kChunks, kRowBytes = kHeadDim * 2;
-  static_assert(kRows % 8 == 0);  // so a thread's chunk keeps its place in the row
-  int row, column;                // place of the first chunk; the column is in bytes
-  uint32_t target;                // byte offset of the first chunk in any tile
+  static_assert(kHeadDim % 64 == 0);  // the swizzle stays within 8 chunks
+  static_assert(kRows % 8 == 0);      // so a thread's chunk keeps its place in the row
+  int row, column;                    // place of the first chunk; the column is in bytes
+  uint32_t target;                    // byte offset of the first chunk in any tile
 
   __device__ __forceinline__ explicit Copier(uint32_t thread) {
     row = int(thread / kChunks);
@@ -58,6 +59,7 @@ struct Copier {
   // anything, and 0 * NaN is NaN.
   template <int kTile, bool kPartial>
   __device__ __forceinline__ void keys(uint32_t tile, const char* source, int64_t stride, int first, int rows) const {
+    static_assert(kTile % kRows == 0);
     source += (first + row) * stride + column;
 #pragma unroll
     for (int i = 0; i < kTile / kRows; ++i) {

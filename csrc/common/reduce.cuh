@@ -9,6 +9,7 @@ constexpr unsigned kFullWarp = 0xffffffffu;
 
 template <int kWidth = 32, typename T, typename Op>
 __device__ __forceinline__ T warp_reduce(T value, Op op) {
+  static_assert(kWidth <= 32 && (kWidth & (kWidth - 1)) == 0, "lanes are exchanged in pairs, fours, eights, ...");
 #pragma unroll
   for (int offset = kWidth / 2; offset > 0; offset /= 2) value = op(value, __shfl_xor_sync(kFullWarp, value, offset));
   return value;
