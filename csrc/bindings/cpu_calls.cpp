@@ -523,6 +523,13 @@ py::object sample_tokens(py::handle logits, double temperature, int64_t seed, in
 
 void define_cpu_calls(py::module_& m) {
   py::module_ calls = m.def_submodule("cpu_calls", "Ops on plain CPU tensors; see illada.ops.");
+  py::register_local_exception_translator([](std::exception_ptr thrown) {  // pybind11 knows its base class alone
+    try {
+      std::rethrow_exception(thrown);
+    } catch (const NotSupported& error) {
+      PyErr_SetString(PyExc_NotImplementedError, error.what());
+    }
+  });
   calls.def("use_torch", &use_torch);
   calls.def("attention_fits", &attention_fits);
   calls.def("varlen_attention", &varlen_attention);

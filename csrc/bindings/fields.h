@@ -49,7 +49,16 @@ struct Field {
 
 // Values. Each `read` throws error_already_set if the object has another type.
 
-// Returns the address of a tensor's first element; 0 for None. An integer is an address already.
+// Raises TypeError for a tensor of elements whose address is 0: one of torch's that have no memory.
+inline void refuse_missing_memory(PyObject* tensor) {
+  const auto number = py::reinterpret_steal<py::object>(PyObject_CallMethod(tensor, "numel", nullptr));
+  if (!number) throw py::error_already_set();
+  if (PyLong_AsLongLong(number.ptr()) == 0) return;
+  PyErr_SetString(PyExc_TypeError, "must be a tensor with memory");
+  throw py::error_already_set();
+}
+
+// Returns the address of a tensor's first element; 0 for None or an empty tensor. An integer is an address already.
 inline uintptr_t read_address(PyObject* value) {
   if (value == Py_None) return 0;
   size_t address = 0;
@@ -60,6 +69,7 @@ inline uintptr_t read_address(PyObject* value) {
     const auto number = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(value, name));
     if (!number) throw py::error_already_set();
     address = PyLong_AsSize_t(number.ptr());
+    if (address == 0) refuse_missing_memory(value);
   }
   if (PyErr_Occurred()) throw py::error_already_set();
   return address;

@@ -2,11 +2,14 @@
 #include <vector>
 
 #include "illada/attention.h"
+#include "illada/error.h"
 
 namespace illada::attention {
 
 bool plan_cpu(const PlanParams& p) {
   const int64_t count = p.shape.num_sequences;
+  ILLADA_CHECK(p.cu_seqlens && p.plan && count >= 0, "attention_plan",
+               "cu_seqlens and plan must not be null, nor num_sequences negative");
   const int32_t *q = p.cu_seqlens, *k = p.cu_seqlens_k ? p.cu_seqlens_k : q;
   bool fits = q[0] == 0 && q[count] <= p.shape.total_q && k[0] >= 0;
   for (int64_t s = 0; s < count; ++s) {

@@ -1,5 +1,6 @@
 """varlen_attention against its specification: values, gradients, strides, poison, registration, errors."""
 
+import contextlib
 import math
 import mmap
 import os
@@ -557,3 +558,17 @@ def test_tokens_times_heads_beyond_32_bits(sequences):
     assert bool((out[-1] == 1).all()) and bool((out[0] == sequences - 1).all())
     assert out[-2, -9:].count_nonzero() == 0
     torch.testing.assert_close(lse[-4:, -1], torch.full((4,), 1 + math.log(3.0)))
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_errors_are_those_of_the_dispatcher(watched):
+    """A call with a plan takes the native checks; each wrong argument has the same error on both ways."""
+    q, k, v = torch.ones(3, 2, 4), torch.ones(3, 1, 4), torch.ones(3, 1, 4)
+    starts = torch.tensor([0, 3], dtype=torch.int32)
+    plan = illada.attention_plan(starts, num_heads=2, num_kv_heads=1, head_dim=4, total_q=3)
+    empty = plan._replace(head_dim=0)
+    with torch.device("cpu") if watched else contextlib.nullcontext():  # a mode: the call takes the dispatcher
+        with pytest.raises(ValueError, match=r"q must have shape \[T, H, D\], got \[\]"):
+            illada.varlen_attention(torch.tensor(1.0), k, v, starts, plan=plan)
+        with pytest.raises(NotImplementedError, match="head dims up to 256; got float32 and 0"):
+            illada.varlen_attention(q[..., :0], k[..., :0], v[..., :0], starts, plan=empty, softmax_scale=1.0)

@@ -211,3 +211,22 @@ def test_vmap_over_gradients_is_right_or_raises(op, generator):
         except RuntimeError:
             continue
         torch.testing.assert_close(got, factors.view(2, *(1,) * x.dim()) * want)
+
+
+# -------------------------------------------------------------------------------------------- tensors without memory
+
+
+def test_zero_tensors_are_zeros(generator):
+    """Autograd may pass tensors of zeros that have no memory. Address 0 must not stand for a gradient left out."""
+    zeros = torch._efficientzerotensor
+    logits = torch.randn(3, 7, generator=generator, requires_grad=True)
+    loss = illada.masked_cross_entropy(logits, TARGETS, WEIGHTS)
+    assert (torch.autograd.grad(loss, logits, zeros(()))[0] == 0).all()
+    _, lse = illada.masked_cross_entropy(logits, TARGETS, WEIGHTS, return_lse=True)
+    assert (torch.autograd.grad(lse, logits, zeros(3))[0] == 0).all()
+    want = illada.masked_cross_entropy(torch.zeros(3, 7), TARGETS, WEIGHTS)
+    assert illada.masked_cross_entropy(zeros(3, 7), TARGETS, WEIGHTS) == want
+    q = torch.randn(3, 2, 8, generator=generator, requires_grad=True)
+    plan = illada.attention_plan(STARTS, num_heads=2, num_kv_heads=2, head_dim=8, total_q=3)
+    out = illada.varlen_attention(q, q, q, STARTS, plan=plan)
+    assert (torch.autograd.grad(out, q, zeros(3, 2, 8))[0] == 0).all()

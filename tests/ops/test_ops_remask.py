@@ -393,6 +393,8 @@ def test_errors(generator):
         (ValueError, r"seed must have shape \[3\], got \[2\]", lambda: sample(logits, seed=torch.ones(2).long())),
         (ValueError, "seed must fit 64 bits", lambda: sample(logits, seed=2**63)),
         (ValueError, "step must fit 32 bits, got 2147483648", lambda: sample(logits, step=2**31)),
+        (TypeError, "seed must be an integer or a tensor of 3, got 1.5", lambda: sample(logits, seed=1.5)),
+        (TypeError, "step must be an integer or a tensor of 3, got 2.0", lambda: sample(logits, step=2.0)),
         (TypeError, "row_ids must be int64, got int32", lambda: sample(logits, row_ids=torch.ones(3, dtype=torch.int32))),
         (ValueError, r"row_ids must be in \[0, 2\^32\), got -1 in row 0", lambda: sample(logits, row_ids=torch.full((3,), -1))),
         (ValueError, "measure must be one of probability, margin, entropy, random, got 'p'", lambda: sample(logits, measure="p")),

@@ -108,6 +108,11 @@ def test_other_arguments_are_refused():
     for value in (-1, (0, 0, True), "cuda"):
         with pytest.raises(TypeError, match="launch"):
             native().masked_cross_entropy(launch=value)
+    with pytest.raises(TypeError, match="nll") as error:  # address 0 is that of a field left out
+        weighted_sum(nll=torch._efficientzerotensor(3))
+    assert "must be a tensor with memory" in str(error.value.__cause__)
+    with pytest.raises(ValueError, match="cu_seqlens and plan must not be null"):
+        native().attention_plan_cpu()
 
 
 # Sizes that differ from one another, so that no two can change places unseen.

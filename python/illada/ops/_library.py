@@ -363,7 +363,8 @@ def caller(op: str) -> Callable:
             return overload(*inputs)
         for i in tensors:
             tensor = inputs[i]
-            if tensor is not None and (type(tensor) not in types or tensor.is_neg()):
+            # A zero tensor has no memory: its address, 0, would stand for an argument left out.
+            if tensor is not None and (type(tensor) not in types or tensor.is_neg() or tensor._is_zerotensor()):
                 return overload(*inputs)
         kernel = cpu if inputs[0].is_cpu else cuda if inputs[0].is_cuda else None
         if kernel is None:

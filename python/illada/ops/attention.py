@@ -610,9 +610,13 @@ def varlen_attention(
             multiples of 8 elements, 16-byte aligned data).
     """
     op = "varlen_attention"
-    if plan is not None and cu_seqlens_k is None and not return_lse and lib.plain_call(q):
+    if (
+        (plan is not None and cu_seqlens_k is None and not return_lse)
+        and lib.plain_call(q)
+        and lib.cpu_calls().attention_fits(q, k, v, cu_seqlens, plan)
+    ):
         scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
-        if 0 < scale < math.inf and lib.cpu_calls().attention_fits(q, k, v, cu_seqlens, plan):
+        if 0 < scale < math.inf:
             return _attend_directly(q, k, v, plan[0], plan[5], scale, deterministic)
     if (dtype := autocast_dtype(q.device)) is not None:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)

@@ -255,6 +255,9 @@ def _sample_arguments(
     top_p, top_ps = _number_or_rows(op, "top_p", top_p, 1.0, rows, torch.float32, like)
     if temperatures is None and not 0 <= temperature < float("inf"):
         raise ValueError(f"{op}: temperature must be finite and >= 0, got {temperature}")
+    for name, value in (("seed", seed), ("step", step)):
+        if not hasattr(value, "__index__"):
+            raise TypeError(f"{op}: {name} must be an integer or a tensor of {rows}, got {value!r}")
     if seeds is None and not -(2**63) <= seed < 2**63:
         raise ValueError(f"{op}: seed must fit 64 bits, got {seed}")
     if steps is None and not -(2**31) <= step < 2**31:
