@@ -346,6 +346,16 @@ _autograd_excluded, _AUTOGRAD = (
 )
 
 
+def _with_memory(argument: Argument) -> Argument:
+    """Return the argument; a zero tensor, which has no memory, becomes contiguous zeros.
+
+    Its address, 0, would stand for an argument left out. torch's own zeros for it are one element with strides of 0.
+    """
+    if isinstance(argument, Tensor) and argument._is_zerotensor():
+        return torch.zeros(argument.shape, dtype=argument.dtype, device=argument.device)
+    return argument
+
+
 def caller(op: str) -> Callable:
     """Return a fast call of the op, for functions that have checked that its tensors are on one device.
 
@@ -363,9 +373,8 @@ def caller(op: str) -> Callable:
             return overload(*inputs)
         for i in tensors:
             tensor = inputs[i]
-            # A zero tensor has no memory: its address, 0, would stand for an argument left out.
             if tensor is not None and (type(tensor) not in types or tensor.is_neg() or tensor._is_zerotensor()):
-                return overload(*inputs)
+                return overload(*map(_with_memory, inputs))
         kernel = cpu if inputs[0].is_cpu else cuda if inputs[0].is_cuda else None
         if kernel is None:
             return overload(*inputs)
