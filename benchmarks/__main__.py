@@ -45,7 +45,7 @@ providers.
 
 @dataclass
 class Plan:
-    """What one bench is to run."""
+    """The device and the cases of one bench that a run will measure."""
 
     name: str
     bench: Any
@@ -54,7 +54,10 @@ class Plan:
 
 
 def choose_device(supported: Sequence[str], wanted: str | None = None) -> torch.device:
-    """Return the device to run on: `wanted`, else the GPU if there are one and kernels for it. ValueError: why not."""
+    """Return `wanted`, or by default the GPU where there are one and kernels for it.
+
+    ValueError: why the wanted device cannot run.
+    """
     import torch
 
     from illada._native import has_cuda
@@ -74,7 +77,7 @@ def choose_device(supported: Sequence[str], wanted: str | None = None) -> torch.
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
-    """All options of a run."""
+    """Return the parser with all options of a run."""
     from . import shapes
 
     found = argparse.ArgumentParser(
@@ -116,7 +119,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
 
 
 def refuse_early(options: argparse.Namespace) -> None:
-    """ValueError: what would come to nothing after the run."""
+    """Raise ValueError for options whose use would fail after the run."""
     if options.repeats is not None and options.repeats < 1:
         raise ValueError(f"--repeats must be at least 1, got {options.repeats}")
     if options.time_budget is not None and not 0 < options.time_budget < math.inf:
@@ -140,7 +143,7 @@ def refuse_early(options: argparse.Namespace) -> None:
 
 
 def refuse_unwritable(path: Path) -> None:
-    """OSError: nothing can be written there. What is there stays as it is."""
+    """Raise OSError if nothing can be written at `path`; an existing file stays as it is."""
     was_there = path.exists()
     path.open("ab").close()
     if not was_there:
@@ -148,7 +151,10 @@ def refuse_unwritable(path: Path) -> None:
 
 
 def plan(name: str, options: argparse.Namespace) -> Plan:
-    """Return one bench's cases. ValueError: it has no such device, direction, shape or provider."""
+    """Return one bench's cases.
+
+    ValueError: the bench has no such device, direction, shape or provider.
+    """
     from . import shapes
 
     bench = importlib.import_module(BENCHES[name], __package__)
@@ -172,7 +178,12 @@ def plan(name: str, options: argparse.Namespace) -> Plan:
 
 
 def plans(options: argparse.Namespace) -> list[Plan]:
-    """Return what is to be run. ValueError: there is no such thing."""
+    """Return the plan of each bench that was asked for.
+
+    ValueError: the options do not fit together, or no case is left.
+
+    ValueError: a bench has no such case.
+    """
     from . import shapes
 
     own = shapes.given(options).given
@@ -226,7 +237,10 @@ def row(record: dict[str, Any], records: Sequence[dict[str, Any]]) -> str:
 
 
 def main(arguments: list[str] | None = None, prog: str = "python -m benchmarks") -> int:
-    """0: done. 1: a goal of --check was missed, or ours is slower than in the run of --compare. 128 + a signal."""
+    """Run the command and return its exit status.
+
+    0: done. 1: a goal of --check was missed, or ours is slower than in the run of --compare. 128 + N: signal N.
+    """
     began = time.monotonic()
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["compare"]:

@@ -61,7 +61,10 @@ CPU_PACKS = [
 
 
 def bind(provider: AttentionProvider, inputs: tuple[Tensor, ...], direction: str) -> Callable[[], tuple[Tensor, ...]]:
-    """Return a call on these inputs: (out,) of fwd, (dq, dk, dv) of the others; as the way arranges them."""
+    """Return a call on these inputs, which stay as the provider arranges them.
+
+    The call returns (out,) for fwd and (dq, dk, dv) for the other directions.
+    """
     q, k, v, dout = inputs
     arranged = [provider.arrange(x, keys) for x, keys in ((q, False), (k, True), (v, True))]
     if direction == "fwd":
@@ -81,7 +84,10 @@ def bind(provider: AttentionProvider, inputs: tuple[Tensor, ...], direction: str
 
 
 def exact(job: Job, inputs: tuple[Tensor, ...], direction: str) -> tuple[Tensor, ...]:
-    """Return what `bind`'s call should give for packed tensors, in float32; key-value head by head to spare memory."""
+    """Return what `bind`'s call should give for packed tensors, in float32.
+
+    Key-value heads are computed one by one, to spare memory.
+    """
     group = job.heads // job.kv_heads
     parts: list[tuple[Tensor, ...]] = []
     for g in range(job.kv_heads):
@@ -99,14 +105,20 @@ def exact(job: Job, inputs: tuple[Tensor, ...], direction: str) -> tuple[Tensor,
 
 
 def row_error(got: Tensor, want: Tensor) -> float:
-    """Of the worst row [D] of [T, heads, D]: |got - want| / max(|want|, root mean square of |want|)."""
+    """Return the largest error of a row [D] of [T, heads, D].
+
+    The error of a row is |got - want| / max(|want|, root mean square of |want|).
+    """
     size = want.norm(dim=-1)
     least = size.square().mean().sqrt().clamp(min=1e-30)
     return float(((got.float() - want).norm(dim=-1) / size.clamp(min=least)).max())
 
 
 def check(provider: AttentionProvider, want: tuple[Tensor, ...], tolerance: float, result: tuple[Tensor, ...]) -> float:
-    """Return the worst error of a result. ValueError: it is more than `tolerance`, or NaN."""
+    """Return the largest error of a result.
+
+    ValueError: it is more than `tolerance`, or NaN.
+    """
     are_keys = (False,) if len(want) == 1 else (False, True, True)
     got = [provider.restore(x.detach(), keys) for x, keys in zip(result, are_keys, strict=True)]
     worst = max(row_error(a, b) for a, b in zip(got, want, strict=True))
@@ -168,7 +180,7 @@ def make_case(job: Job, direction: str = "fwd", names: Sequence[str] | None = No
 
 
 def plan_case(job: Job) -> Case:
-    """attention_plan alone."""
+    """Return the case that times `attention_plan` alone."""
 
     def make() -> list[Provider]:
         call = partial(make_plan, job)
@@ -180,7 +192,10 @@ def plan_case(job: Job) -> Case:
 
 
 def cases(device: torch.device = CPU, direction: str = "fwd") -> list[Case]:
-    """All packs of the device; caches are read by the forward alone, plans serve every direction."""
+    """Return the cases of all packs of the device.
+
+    Caches are read by the forward alone; plans serve every direction.
+    """
     packs, heads, dim, dtype = defaults(device)
     jobs = [Job(pack, *h, dim, dtype, device) for h in heads for pack in packs]
     plans = [plan_case(job) for job in jobs[: len(packs)]]
@@ -190,14 +205,17 @@ def cases(device: torch.device = CPU, direction: str = "fwd") -> list[Case]:
 
 
 def defaults(device: torch.device) -> tuple[Sequence[Pack], Sequence[tuple[int, int]], int, torch.dtype]:
-    """Packs, heads of queries and keys, elements of a head, dtype: few CPUs are made for 16-bit numbers."""
+    """Return the default packs, head counts, head dim and dtype of a device.
+
+    A CPU gets float32, because few CPUs have fast arithmetic on 16-bit numbers.
+    """
     if device.type == "cuda":
         return PACKS, ((32, 8), (32, 32)), 128, torch.bfloat16
     return CPU_PACKS, ((8, 2), (8, 8)), 64, torch.float32
 
 
 def quick(device: torch.device = CPU, direction: str = "fwd") -> list[Case]:
-    """Equal sequences and ragged ones."""
+    """Return two small cases, equal sequences and ragged ones, and the plan of the first."""
     packs, heads, dim, dtype = defaults(device)
     some = [packs[4], ragged(32768)] if device.type == "cuda" else [packs[2], ragged(1024)]
     jobs = [Job(pack, *heads[0], dim, dtype, device) for pack in some]
@@ -205,7 +223,7 @@ def quick(device: torch.device = CPU, direction: str = "fwd") -> list[Case]:
 
 
 def own(shapes: Shapes, device: torch.device = CPU, direction: str = "fwd") -> list[Case]:
-    """Return these packs, without plans alone."""
+    """Return the cases of the given packs, without cases of plans alone."""
     packs, heads, dim, dtype = defaults(device)
     if shapes.seqlens:
         packs = [given(shapes.seqlens)]
@@ -215,7 +233,7 @@ def own(shapes: Shapes, device: torch.device = CPU, direction: str = "fwd") -> l
 
 
 def providers(device: torch.device = CPU) -> list[str]:
-    """Of all directions."""
+    """Return the names of the providers of all directions on a device."""
     return list(BACKWARD_PROVIDERS if device.type == "cuda" else CPU_PROVIDERS)
 
 
@@ -227,7 +245,10 @@ TIMES = {"fwd": ((1024, 1.15), (math.inf, 1.0)), "bwd": ((512, 1.5), (1024, 1.3)
 
 
 def goals(records: Sequence[dict[str, Any]]) -> list[Goal]:
-    """Of a GPU, in single calls: at least the best peer's speed, more on short sequences. None of a CPU."""
+    """Return the goals of single calls on a GPU; there is none on a CPU.
+
+    The goals are the best peer's speed at least, and more on short sequences.
+    """
     found = []
     singles = [r for r in records if r["timing"] == "events"]
     for r in singles:

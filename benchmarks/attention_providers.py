@@ -55,27 +55,30 @@ class Pack:
 
     @property
     def keys(self) -> tuple[int, ...]:
-        """Keys of each sequence."""
+        """The number of keys of each sequence."""
         return self.lengths if self.used is None else self.used
 
     @property
     def pairs(self) -> int:
-        """Query-key pairs of one head."""
+        """The number of query-key pairs of one head."""
         return sum(q * k for q, k in zip(self.lengths, self.keys, strict=True))
 
 
 def equal(count: int, length: int) -> Pack:
-    """`count` sequences of `length`."""
+    """Return a pack of `count` sequences of the same `length`."""
     return Pack(f"{count}x{length}", (length,) * count)
 
 
 def listed(*lengths: int) -> Pack:
-    """Sequences of these lengths."""
+    """Return a pack of sequences of these lengths, which its name lists."""
     return Pack("+".join(map(str, lengths)), lengths)
 
 
 def given(lengths: Sequence[int]) -> Pack:
-    """Sequences of any lengths; many unequal ones are named by how many they are and how long."""
+    """Return a pack of sequences of any lengths.
+
+    More than eight unequal ones are named by their number and the range of their lengths.
+    """
     if len(set(lengths)) == 1:
         return equal(len(lengths), lengths[0])
     if len(lengths) <= 8:
@@ -84,7 +87,10 @@ def given(lengths: Sequence[int]) -> Pack:
 
 
 def ragged(total: int) -> Pack:
-    """Log-normal lengths, `total` together, none of them a multiple of 128, the same in every run."""
+    """Return a pack of `total` tokens in sequences of log-normal lengths, the same in every run.
+
+    No drawn length is a multiple of 128.
+    """
     random = np.random.default_rng(0)
     lengths: list[int] = []
     while (left := total - sum(lengths)) > 0:
@@ -95,7 +101,10 @@ def ragged(total: int) -> Pack:
 
 
 def cached(count: int, length: int, least: int, slot: int) -> Pack:
-    """Blocks of `length` queries against `least` to `slot` keys in slots of `slot`."""
+    """Return a pack of `count` blocks of `length` queries against cache slots of `slot` keys.
+
+    Of the slots, `least` to `slot` keys are used.
+    """
     used = tuple(round(x) for x in np.linspace(least, slot, count)) if count > 1 else (slot,)
     return Pack(f"cached {count}x{length}", (length,) * count, used, slot)
 
@@ -113,17 +122,17 @@ class Job:
 
     @property
     def name(self) -> str:
-        """As in the names of cases."""
+        """The job's part of the names of cases."""
         return f"{self.pack.name} {self.heads}/{self.kv_heads} D{self.dim}"
 
     @property
     def total_q(self) -> int:
-        """T."""
+        """The number T of queries."""
         return sum(self.pack.lengths)
 
     @property
     def total_k(self) -> int:
-        """Tk, slots included."""
+        """The number Tk of keys, with the unused ones in slots."""
         return self.pack.slot * len(self.pack.lengths) if self.pack.used else self.total_q
 
     @property
@@ -132,12 +141,12 @@ class Job:
         return self.heads != self.kv_heads
 
     def cumulative(self, lengths: Sequence[int]) -> Tensor:
-        """int32 [S + 1] on the device."""
+        """Return the cumulative lengths, int32 [S + 1] on the device."""
         return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=self.device)
 
     @cached_property
     def lengths(self) -> dict[str, Any]:
-        """Arguments of illada's functions."""
+        """Return the lengths as keyword arguments of illada's functions."""
         found = {"cu_seqlens": self.cumulative(self.pack.lengths)}
         if self.pack.used:
             found["cu_seqlens_k"] = self.cumulative([self.pack.slot] * len(self.pack.lengths))
@@ -145,17 +154,20 @@ class Job:
         return found
 
     def key_parts(self, x: Tensor) -> Sequence[Tensor]:
-        """Keys or values of each sequence, as views."""
+        """Return the keys or values of each sequence, as views."""
         if self.pack.used is None:
             return x.split(self.pack.lengths)  # whose gradient is one concatenation
         return [part[:n] for part, n in zip(x.split(self.pack.slot), self.pack.used, strict=True)]
 
     def flops(self, direction: str) -> float:
-        """Of the matrix products, real pairs only."""
+        """Return the floating-point operations of the matrix products, of real query-key pairs only."""
         return 2.0 * GEMMS[direction] * self.heads * self.dim * self.pack.pairs
 
     def bytes(self, direction: str) -> int:
-        """Everything read or written once: q and out, k and v (used ones), lse; in a backward also their gradients."""
+        """Return the bytes that must be read or written, each counted once.
+
+        These are q and out, k and v (used ones) and lse; in a backward also their gradients.
+        """
         rows = 2 * self.total_q * self.heads * self.dim * self.dtype.itemsize
         keys = 2 * sum(self.pack.keys) * self.kv_heads * self.dim * self.dtype.itemsize
         once = rows + keys + 4 * self.heads * self.total_q
@@ -163,7 +175,7 @@ class Job:
         return {"fwd": once, "bwd": once + rows + keys, "fwdbwd": 2 * once + rows + keys}[direction]
 
     def inputs(self, seed: int = 0) -> tuple[Tensor, ...]:
-        """Random q, k, v and the gradient of out, normally distributed."""
+        """Return random q, k, v and the gradient of out, normally distributed."""
         random = generator(self.device, seed)
         q, k = (self.total_q, self.heads, self.dim), (self.total_k, self.kv_heads, self.dim)
         return tuple(
@@ -178,7 +190,7 @@ def _as_is(x: Tensor, keys: bool) -> Tensor:
 
 @dataclass
 class AttentionProvider:
-    """How one provider attends.
+    """The functions by which one provider computes attention.
 
     attend: (q, k, v) -> out, all as `arrange` makes them of packed tensors; `restore` makes packed ones again. Neither
         of the two is timed. Their second argument says whether the tensor is one of keys.
@@ -195,21 +207,24 @@ class AttentionProvider:
 
 
 def make_plan(job: Job) -> Any:
-    """illada's plan of a job."""
+    """Return illada's plan of a job."""
     return illada.attention_plan(
         **job.lengths, num_heads=job.heads, num_kv_heads=job.kv_heads, head_dim=job.dim, total_q=job.total_q
     )
 
 
 def illada_provider(job: Job, deterministic: bool = False) -> AttentionProvider:
-    """Return the public op with its plan."""
+    """Return the provider of the public op with its plan."""
     arguments: dict[str, Any] = {**job.lengths, "plan": make_plan(job), "deterministic": deterministic}
     attend: Any = partial(illada.varlen_attention, **arguments)  # without return_lse the result is one tensor
     return AttentionProvider(attend)
 
 
 def illada_raw_provider(job: Job) -> AttentionProvider:
-    """Return the kernels alone: out-parameter calls into buffers that are there. On CUDA."""
+    """Return the provider of the raw kernels alone, on CUDA.
+
+    It calls them with out-parameters, on buffers that exist already.
+    """
     plan, sequences, scale = make_plan(job).work, len(job.pack.lengths), job.dim**-0.5
     shape = (sequences, job.heads, job.kv_heads, job.dim)
     twice = recompute_scores_for_dq(job.total_q, sequences)  # as the op does
@@ -248,7 +263,10 @@ def illada_raw_provider(job: Job) -> AttentionProvider:
 
 
 def sdpa_provider(job: Job, backend: SDPBackend) -> AttentionProvider:
-    """Dense attention of one backend: a batch where all are equally long, else sequence by sequence."""
+    """Return the provider of torch's dense attention with one backend.
+
+    Sequences of one length are a batch; others are computed one after the other.
+    """
     lengths = job.pack.lengths
     dense = partial(F.scaled_dot_product_attention, enable_gqa=job.gqa)
     is_batch = job.pack.used is None and len(set(lengths)) == 1
@@ -267,7 +285,10 @@ def sdpa_provider(job: Job, backend: SDPBackend) -> AttentionProvider:
 
 
 def padded_provider(job: Job) -> AttentionProvider:
-    """[S, heads, longest, D] under a mask of the keys; without padding no mask."""
+    """Return the provider of dense attention on padded tensors [S, heads, longest, D].
+
+    A mask hides the keys that are padding; there is none without padding.
+    """
 
     def valid(lengths: Sequence[int]) -> Tensor:
         return torch.arange(max(lengths), device=job.device) < torch.tensor(lengths, device=job.device)[:, None]
@@ -295,12 +316,12 @@ def padded_provider(job: Job) -> AttentionProvider:
 
 
 def _pack_keys(job: Job, x: Tensor, is_keys: bool) -> Tensor:
-    """Keys without what slots hold beyond them; for kernels that know no slots."""
+    """Return the used keys of all slots end to end, for kernels that know no slots."""
     return torch.cat(list(job.key_parts(x))) if is_keys and job.pack.used else x
 
 
 def varlen_attn_provider(job: Job) -> AttentionProvider:
-    """torch.nn.attention.varlen.varlen_attn."""
+    """Return the provider of `torch.nn.attention.varlen.varlen_attn`."""
     varlen_attn = importlib.import_module("torch.nn.attention.varlen").varlen_attn  # torch >= 2.10
     # Early versions have no such argument, and share keys unasked.
     gqa = {"enable_gqa": job.gqa} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
@@ -312,7 +333,7 @@ def varlen_attn_provider(job: Job) -> AttentionProvider:
 
 
 def cudnn_varlen_provider(job: Job) -> AttentionProvider:
-    """torch's private cuDNN call, as varlen_attn would make it."""
+    """Return the provider of torch's private cuDNN call, as `varlen_attn` would make it."""
     cu_q, cu_k = job.cumulative(job.pack.lengths), job.cumulative(job.pack.keys)
     longest = (max(job.pack.lengths), max(job.pack.keys))
 
@@ -325,12 +346,15 @@ def cudnn_varlen_provider(job: Job) -> AttentionProvider:
 
 @lru_cache(maxsize=1)
 def _compiled_flex(*shape: int) -> Callable[..., Tensor]:
-    """Compiled anew for each shape, of which cases with the same follow one another."""
+    """Return `flex_attention`, compiled anew for each shape.
+
+    The result of a shape is cached; cases of the same shape follow one another.
+    """
     return compiled(importlib.import_module("torch.nn.attention.flex_attention").flex_attention)
 
 
 def flex_provider(job: Job) -> AttentionProvider:
-    """flex_attention with a mask of documents."""
+    """Return the provider of `flex_attention` with a mask that separates the sequences."""
     flex = importlib.import_module("torch.nn.attention.flex_attention")
     sequences = torch.arange(len(job.pack.lengths), device=job.device)
     document_q = sequences.repeat_interleave(torch.tensor(job.pack.lengths, device=job.device))
@@ -353,7 +377,10 @@ def flex_provider(job: Job) -> AttentionProvider:
 
 
 def flash_provider(job: Job, module: str, package: str, **more: Any) -> AttentionProvider:
-    """flash_attn_varlen_func of a package; FlashAttention 3 and 4 name what is needed here alike."""
+    """Return the provider of a package's `flash_attn_varlen_func`.
+
+    FlashAttention 3 and 4 have the same names for the arguments that are used here.
+    """
     try:
         function = importlib.import_module(module).flash_attn_varlen_func
     except ImportError as error:
@@ -376,12 +403,15 @@ def flash_provider(job: Job, module: str, package: str, **more: Any) -> Attentio
 
 
 def fa3_provider(job: Job) -> AttentionProvider:
-    """fa3-fwd. Its default is not to split keys; where queries are few it is asked to choose."""
+    """Return the provider of fa3-fwd.
+
+    By default it does not split keys; for a key-value cache, which has few queries, it is asked to choose.
+    """
     return flash_provider(job, "fa3_fwd_interface", "fa3-fwd", num_splits=0 if job.pack.used else 1)
 
 
 def fa4_provider(job: Job) -> AttentionProvider:
-    """flash-attn-4."""
+    """Return the provider of flash-attn-4."""
     return flash_provider(job, "flash_attn.cute", "flash-attn-4")
 
 

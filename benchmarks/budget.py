@@ -19,11 +19,14 @@ IMPORTING = 0.05
 
 
 class OutOfTime(BaseException):
-    """The alarm. No Exception: who catches those of a peer must not catch this."""
+    """The exception that the alarm raises.
+
+    It is no Exception, so that code that catches those of a peer does not catch this.
+    """
 
 
 class Share:
-    """What one case may take, between `start` and `stop`. Without a limit there is no alarm."""
+    """The time of one case, between `start` and `stop`; without a limit there is no alarm."""
 
     def __init__(self, seconds: float = math.inf):
         self.seconds = seconds
@@ -31,15 +34,18 @@ class Share:
         self._before: Any = None  # the handler that was there
 
     def left(self) -> float:
-        """Seconds."""
+        """Return the seconds that are left."""
         return self.seconds - (time.monotonic() - self.began)
 
     def spent(self) -> float:
-        """Return the part that is over, from 0 on."""
+        """Return the part of the share that is over, from 0 on."""
         return (time.monotonic() - self.began) / self.seconds if self.seconds > 0 else 1.0
 
     def start(self) -> None:
-        """From now on. OutOfTime: there is nothing to share."""
+        """Start the time of the share now.
+
+        OutOfTime: there is nothing to share.
+        """
         self.began = time.monotonic()
         if self.seconds < math.inf:
             self._before = signal.signal(signal.SIGALRM, self._ring)
@@ -55,7 +61,10 @@ class Share:
             signal.setitimer(signal.ITIMER_REAL, left, REPEAT)
 
     def stop(self) -> None:
-        """No alarm after this. To be called outside of what catches OutOfTime: it may ring until then."""
+        """Stop the alarm.
+
+        Call this outside of the code that catches OutOfTime: the alarm may ring until then.
+        """
         if self._before is not None:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, self._before)
@@ -73,14 +82,14 @@ class Share:
 
 
 class Budget:
-    """`seconds` for so many cases; None: as long as they take."""
+    """The seconds that a number of cases share; None sets no limit."""
 
     def __init__(self, seconds: float | None, cases: int):
         self.deadline = math.inf if seconds is None else time.monotonic() + seconds
         self.cases = cases
 
     def share(self) -> Share:
-        """Return the part of the next case."""
+        """Return the share of the next case."""
         part = (self.deadline - time.monotonic()) / max(self.cases, 1)
         self.cases -= 1
         return Share(part)

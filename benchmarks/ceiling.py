@@ -27,14 +27,17 @@ REPEATS = {"cpu": 7, "cuda": 30}
 
 
 def cases(measured: Sequence[Case], device: torch.device) -> list[Case]:
-    """Return the yardsticks of these cases: a copy where bytes are counted, a product of each dtype where FLOPs are."""
+    """Return the yardsticks of these cases.
+
+    They are a copy where bytes are counted, and a product of each dtype where FLOPs are.
+    """
     found = [copy(device)] if any(case.bytes for case in measured) else []
     dtypes = dict.fromkeys(case.dtype for case in measured if case.flops and case.dtype is not None)
     return found + [matmul(dtype, device) for dtype in dtypes]
 
 
 def copy(device: torch.device) -> Case:
-    """Return a copy on the device: the bandwidth."""
+    """Return the case of a copy on the device, which measures the bandwidth."""
     size = 1 << 20 if dry_run.ACTIVE else COPY_BYTES[device.type]
 
     def make() -> list[Provider]:
@@ -46,7 +49,7 @@ def copy(device: torch.device) -> Case:
 
 
 def matmul(dtype: torch.dtype, device: torch.device) -> Case:
-    """Return a product of square matrices of the dtype: the floating-point operations a second."""
+    """Return the case of a product of square matrices, which measures the operations per second of a dtype."""
     size = 64 if dry_run.ACTIVE else _matmul_size(dtype, device)
 
     def make() -> list[Provider]:
@@ -76,7 +79,10 @@ def _matmul_size(dtype: torch.dtype, device: torch.device) -> int:
 
 
 def middle(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the records of yardsticks; of one that several processes or runs measured the middle one."""
+    """Return the records of yardsticks.
+
+    Of a yardstick that several processes or runs measured, this is the middle record.
+    """
     found: dict[tuple[str, Any], list[dict[str, Any]]] = {}
     for r in records:
         if r["provider"] in YARDSTICKS:

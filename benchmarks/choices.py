@@ -41,5 +41,5 @@ def matters_on(choice: str, major: int | None) -> bool:
 
 
 def others(choices: list[Variant], kind: str, dim: int | None = None) -> list[tuple[str, str]]:
-    """(choice, value) of every value that is not the default and may make a difference."""
+    """Return (choice, value) for every value that is not the default and may make a difference."""
     return [(c.name, value) for c in choices if concerns(c.name, kind, dim) for value in c.values if value != c.default]

@@ -16,7 +16,7 @@ LEAST_SECONDS = 5.0  # with less left nothing is begun
 
 @dataclass
 class Ended:
-    """What became of a command."""
+    """The result of a command that has ended."""
 
     name: str
     code: int | None  # None: it was ended for lack of time, or not begun
@@ -33,7 +33,10 @@ def run(
     environment: Mapping[str, str] | None = None,
     report: Callable[[Ended], None] = lambda ended: None,
 ) -> list[Ended]:
-    """Carry out the commands by name, each for at most `limit` seconds, none beyond `deadline` of time.monotonic()."""
+    """Run the named commands, `at_once` at a time, and return their results.
+
+    Each may take at most `limit` seconds, and none runs beyond `deadline` of time.monotonic().
+    """
 
     def one(name: str) -> Ended:
         ended = _run_one(name, commands[name], min(limit, deadline - time.monotonic()), environment)
@@ -80,6 +83,6 @@ def _run_one(name: str, command: Sequence[str], seconds: float, environment: Map
 
 
 def append(path: str | Path, text: str) -> None:
-    """To a log."""
+    """Append text to a log file."""
     with Path(path).open("a", encoding="utf-8") as file:
         file.write(text)

@@ -29,7 +29,7 @@ OK, SLOWER, FASTER = "ok", "SLOWER", "FASTER"
 
 @dataclass(frozen=True)
 class Line:
-    """kernel: None for the whole case."""
+    """A predicted and a measured time, of one kernel or, where `kernel` is None, of the whole case."""
 
     case: str
     kernel: str | None
@@ -42,7 +42,7 @@ class Line:
 
     @property
     def ratio(self) -> float:
-        """Measured over predicted."""
+        """The measured time divided by the predicted one."""
         return self.measured / self.expected
 
     @property
@@ -52,12 +52,15 @@ class Line:
 
 
 def read_lines(paths: Sequence[str]) -> list[dict[str, Any]]:
-    """All lines of all files; errors are those of `jsonl.read`."""
+    """Return all lines of all files; errors are those of `jsonl.read`."""
     return [line for path in paths for line in jsonl.read(path)]
 
 
 def read_predicted(path: str) -> dict[str, Any]:
-    """Return what `predict` wrote. ValueError: it is no such file, or so old that something is missing."""
+    """Return what `predict` wrote.
+
+    ValueError: it is no such file, or so old that something is missing.
+    """
     found = json.loads(Path(path).read_text(encoding="utf-8"))
     if not isinstance(found, dict) or not all(isinstance(case, dict) for case in found.values()):
         raise ValueError(f"{path} is not what `make predict` writes")
@@ -69,7 +72,10 @@ def read_predicted(path: str) -> dict[str, Any]:
 
 
 def measurements(lines: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str | None, str], float]:
-    """Microseconds by (case, kernel or None, how): medians where something was measured more than once."""
+    """Return the measured microseconds by (case, kernel or None, how).
+
+    They are medians where something was measured more than once.
+    """
     found: dict[tuple[str, str | None, str], list[float]] = {}
     for line in lines:
         if "case" not in line:
@@ -102,7 +108,7 @@ def compare(lines: Sequence[Mapping[str, Any]], predicted: Mapping[str, Any]) ->
 
 
 def table(lines: Sequence[Line]) -> str:
-    """Markdown."""
+    """Return the lines as a Markdown table."""
     rows = ["| case | kernel | measured by | predicted us | range | measured us | ratio | |",
             "| --- | --- | --- | ---: | --- | ---: | ---: | --- |"]  # fmt: skip
     for x in lines:
@@ -112,7 +118,10 @@ def table(lines: Sequence[Line]) -> str:
 
 
 def summary(lines: Sequence[Line], predicted: Mapping[str, Any]) -> list[str]:
-    """By group of cases: how far off the model is, and what the predictions beyond their range rest on."""
+    """Return, for each group of cases, how far off the model is.
+
+    Under it is what the predictions beyond their range rest on.
+    """
     found = []
     for group in dict.fromkeys(x.group for x in lines):
         mine = [x for x in lines if x.group == group]
@@ -126,7 +135,10 @@ def summary(lines: Sequence[Line], predicted: Mapping[str, Any]) -> list[str]:
 
 
 def main(arguments: list[str] | None = None, prog: str = "python -m benchmarks compare") -> int:
-    """0: compared. 1: nothing was both predicted and measured."""
+    """Run the command and return its exit status.
+
+    0: compared. 1: nothing was both predicted and measured.
+    """
     parser = argparse.ArgumentParser(
         prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"examples:\n  {prog} runs/gpu/kernels.jsonl runs/gpu/tune.jsonl\n"

@@ -15,7 +15,10 @@ KEPT: list[Any] = []
 
 
 def prepare() -> None:
-    """To be called in every process before its first CUDA tensor; nothing unless this is a dry run."""
+    """Enable the simulator, if this is a dry run.
+
+    Every process must call this before its first CUDA tensor.
+    """
     if ACTIVE:
         import torch
         import torch_on_cusim  # of the simulator, whose folder the script puts on PYTHONPATH

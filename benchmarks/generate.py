@@ -50,7 +50,10 @@ FORWARDS_GOAL = 176
 
 
 def make_model(name: str, device: torch.device = CPU, **changes: Any) -> MaskedDiffusionModel:
-    """Random weights whose predictions differ from place to place: trained models are surer than random ones."""
+    """Return a model with random weights whose predictions differ from position to position.
+
+    Larger weights than usual make it surer of them, as trained models are.
+    """
     if name in PRESETS:
         model = MaskedDiffusionModel(ModelConfig.preset(name, **{"initializer_range": 0.08, **changes}), seed=1)
     else:
@@ -62,7 +65,10 @@ def make_model(name: str, device: torch.device = CPU, **changes: Any) -> MaskedD
 
 
 def make_prompts(batch: int, longest: int, vocab_size: int, lengths: Sequence[int] | None = None) -> list[list[int]]:
-    """Of these lengths; default: from 8 on, as many short as long ones on a logarithmic scale."""
+    """Return random prompts of these lengths.
+
+    By default lengths are from 8 on, as many short as long ones on a logarithmic scale.
+    """
     random = np.random.default_rng(batch)
     if lengths is None:
         lengths = np.exp(random.uniform(np.log(8), np.log(longest), batch)).astype(int).tolist()
@@ -72,7 +78,10 @@ def make_prompts(batch: int, longest: int, vocab_size: int, lengths: Sequence[in
 def make_case(
     name: str, batch: int, mode: str, device: torch.device = CPU, lengths: Sequence[int] | None = None, **changes: Any
 ) -> Case:
-    """All ways to generate for one model (with other settings than its preset's) and batch."""
+    """Return the case of all ways to generate, for one model and batch.
+
+    `changes` replace settings of the model's preset.
+    """
     length, block, steps, longest = SIZES[name]
     passes = steps * (1 if mode == "var" else length // block)
 
@@ -120,7 +129,10 @@ def make_case(
 
 
 def cases(device: torch.device = CPU) -> list[Case]:
-    """Batches of 1, 8 and 32; both modes of the smallest model, iLLaDA's of larger ones."""
+    """Return the cases of batches of 1, 8 and 32 prompts.
+
+    The smallest model runs in both modes, larger ones in iLLaDA's.
+    """
     if device.type == "cuda":
         batches = (("8b", 1), ("8b-batch", 8), ("8b-batch", 32))
         return [make_case(name, batch, "var", device) for name, batch in batches]
@@ -129,12 +141,12 @@ def cases(device: torch.device = CPU) -> list[Case]:
 
 
 def quick(device: torch.device = CPU) -> list[Case]:
-    """Return the smallest model's batch of 8, or one prompt of the large one's."""
+    """Return one small case: a batch of 8 on the smallest model, or one prompt on a GPU."""
     return [make_case("8b", 1, "var", device) if device.type == "cuda" else make_case("tiny", 8, "var")]
 
 
 def own(shapes: Shapes, device: torch.device = CPU) -> list[Case]:
-    """Prompts of these lengths."""
+    """Return the case of prompts of the given lengths."""
     lengths, more = shapes.seqlens, {"vocab_size": shapes.vocab} if shapes.vocab else {}
     if lengths and 0 in lengths:
         raise ValueError("--seqlens are prompts here, of at least one token")
@@ -147,13 +159,16 @@ def own(shapes: Shapes, device: torch.device = CPU) -> list[Case]:
 
 
 def providers(device: torch.device = CPU) -> list[str]:
-    """Of all cases."""
+    """Return the names of the bench's providers on a device."""
     ours = ["illada", "illada prefix", "illada block"]
     return [*ours, *(["illada launched"] if device.type == "cuda" else []), "one by one", "padded"]
 
 
 def goals(records: Sequence[dict[str, Any]]) -> list[Goal]:
-    """32 prompts: the tokens of the published loop, several times as fast. 8B geometry: near what memory allows."""
+    """Return the goals of 32 prompts and of the 8B geometry.
+
+    32 prompts: the tokens of the published loop, several times as fast. 8B geometry: near what memory allows.
+    """
     found = []
     for r in records:
         if r["case"] == "8b var 1 prompts" and r["provider"] == "illada block" and r["counts"]:

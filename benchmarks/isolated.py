@@ -25,7 +25,7 @@ _NEW_PROCESS = 75  # exit status: the step's outcome was reported, but nothing m
 
 
 class WrongError(Exception):
-    """A result is not what it should be. `value` is recorded with it."""
+    """The error of a step whose result is wrong; `value` is recorded with it."""
 
     def __init__(self, message: str, value: Any = None):
         super().__init__(message)
@@ -34,7 +34,10 @@ class WrongError(Exception):
 
 @dataclass(frozen=True)
 class Step:
-    """run: gets the values of the task's steps that were OK so far, by name; returns something that JSON holds."""
+    """A named step of a task.
+
+    run: gets the values of the task's steps that were OK so far, by name; returns something that JSON holds.
+    """
 
     name: str
     run: Callable[[Mapping[str, Any]], Any]
@@ -42,7 +45,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Task:
-    """Steps that share a process as long as all goes well."""
+    """Steps that share a process as long as none fails."""
 
     name: str
     steps: Sequence[Step]
@@ -50,7 +53,7 @@ class Task:
 
 @dataclass
 class Outcome:
-    """What became of a step."""
+    """The result of a step."""
 
     task: str
     step: str
@@ -84,7 +87,7 @@ def run(
     prepare: Callable[[], None] = lambda: None,
     report: Callable[[Outcome], None] = lambda outcome: None,
 ) -> list[Outcome]:
-    """Carry out all tasks. Returns the outcomes; `report` gets each of them as soon as it is known.
+    """Run all tasks and return the outcomes; `report` gets each of them as soon as it is known.
 
     limit: seconds that a step may take, with the start of its process. deadline, of time.monotonic(): steps that have
     not ended by then are SKIPPED. most_hangs: of a task, whose other steps are then SKIPPED. prepare: called first in
@@ -129,7 +132,10 @@ def run(
 
 
 def _ended(child: _Child, limit: float, deadline: float, tell: Callable[..., None]) -> bool:
-    """Report what is new. True: the child has ended, or nobody can end it; a new one is to begin at `child.step`."""
+    """Report what is new and return whether the child has ended.
+
+    It also counts as ended where nobody can end it. A new child is then to begin at `child.step`.
+    """
     pid, status = os.waitpid(child.pid, os.WNOHANG)  # before the report is read: then it is complete
     with child.path.with_suffix(".json").open("rb") as file:
         file.seek(child.read)
@@ -190,7 +196,7 @@ def _fork(child: _Child, prepare: Callable[[], None], limit: float) -> None:
 
 
 def _carry_out(child: _Child, prepare: Callable[[], None], limit: float) -> NoReturn:
-    """In the child: its steps, a line for each."""
+    """Run the child's steps in its process, and write a line of JSON for each."""
     code = 1
     try:
         os.setsid()

@@ -10,7 +10,10 @@ from typing import Any
 
 
 def append(path: str | Path, values: Iterable[Mapping[str, Any]]) -> None:
-    """One line each. What a killed run left unfinished gets a line of its own."""
+    """Append each value as one line of JSON.
+
+    An unfinished line of a killed run stays a line of its own.
+    """
     with Path(path).open("a+b") as file:
         if file.tell():
             file.seek(-1, 2)

@@ -82,12 +82,14 @@ def bind(provider: LossProvider, inputs: Inputs, direction: str) -> Callable[[],
 
 
 def spaced(count: int, wanted: int, device: torch.device) -> Tensor:
-    """At most `wanted` of the indices below `count`, evenly spaced, the first and the last among them."""
+    """Return at most `wanted` evenly spaced indices below `count`, with the first and the last."""
     return torch.linspace(0, count - 1, min(count, wanted), dtype=torch.float64, device=device).round().long()
 
 
 class Exact:
-    """The loss in float64, and the gradients of SAMPLED hidden states, targets and tokens that are nobody's target.
+    """The loss in float64, with the gradients of a sample of hidden states and of rows of the head.
+
+    The sample has SAMPLED hidden states, targets and tokens that are nobody's target.
 
     All rows meet the whole head, in parts: a gradient that is looked at is the complete one.
     """
@@ -118,7 +120,7 @@ class Exact:
             self.d_logits[name] = p - (targets[:, None] == tokens).double()
 
     def errors(self, provider: LossProvider, result: tuple[Tensor, ...]) -> dict[str, float]:
-        """Relative errors of what `bind`'s call returned."""
+        """Return the relative errors of what `bind`'s call returned."""
         weights = self.inputs.compact.token_weights.double() / self.inputs.normalizer
         if not provider.weighted:
             weights = torch.full_like(weights, 1 / self.inputs.normalizer)
@@ -143,7 +145,10 @@ class Exact:
 
 
 def relative(got: Tensor, want: Tensor) -> float:
-    """|got - want| / |want|, of the norms; inf where a result is not finite, which no comparison would show."""
+    """Return |got - want| / |want|, of the norms.
+
+    It is inf where a result is NaN, which no comparison would show.
+    """
     error = float((got.double() - want).norm() / want.norm())
     return error if error == error else torch.inf
 
@@ -198,7 +203,10 @@ def make_case(job: Job, direction: str = "fwdbwd", names: Sequence[str] | None =
 
 
 def cases(device: torch.device = CPU, direction: str = "fwdbwd", spread: float = SPREAD) -> list[Case]:
-    """Return the paper's 8192 tokens, then compacted rows, of all heads; small ones in float32 on a CPU."""
+    """Return the cases of the paper's 8192 tokens, then of compacted rows, for all heads.
+
+    On a CPU they are small and float32.
+    """
     on_gpu = device.type == "cuda"
     shapes, dtype = (SHAPES, torch.bfloat16) if on_gpu else (CPU_SHAPES, torch.float32)
     return [make_case(Job(*shape, spread, dtype, device), direction) for shape in shapes]
@@ -213,7 +221,7 @@ def quick(device: torch.device = CPU, direction: str = "fwdbwd", spread: float =
 
 
 def own(shapes: Shapes, device: torch.device = CPU, direction: str = "fwdbwd", spread: float = SPREAD) -> list[Case]:
-    """Return these heads, on these rows or in the bench's batches."""
+    """Return the cases of the given heads, on the given rows or in the bench's batches."""
     default, dtype = (SHAPES, torch.bfloat16) if device.type == "cuda" else (CPU_SHAPES, torch.float32)
     found = dict.fromkeys(
         (*((shapes.rows, 1.0) if shapes.rows else (total, share)), shapes.hidden or width, shapes.vocab or vocab)
@@ -223,7 +231,7 @@ def own(shapes: Shapes, device: torch.device = CPU, direction: str = "fwdbwd", s
 
 
 def providers(device: torch.device = CPU) -> list[str]:
-    """Of all cases."""
+    """Return the names of the bench's providers on a device."""
     return list(PROVIDERS)
 
 
@@ -242,7 +250,10 @@ MEMORY = {"illada": 1.4, "illada chunk_rows=1024": 0.4}  # GB
 
 
 def _times(ours: float, theirs: float) -> float:
-    """Return one error over the other: 1 if equal, also 0 or infinite; NaN is infinite, as `max` may pass over it."""
+    """Return one error divided by the other.
+
+    It is 1 where they are equal, also at 0 or infinity. NaN counts as infinite, as `max` may pass over it.
+    """
     if ours == theirs:
         return 1.0
     times = ours / theirs if theirs else math.inf
@@ -292,6 +303,9 @@ def goals(records: Sequence[dict[str, Any]]) -> list[Goal]:
 
 
 def _errors(record: dict[str, Any]) -> dict[str, float]:
-    """Of the gradients; the loss is one number, right by chance now and then."""
+    """Return the errors of a record's gradients.
+
+    The loss is left out: it is one number, which is right by chance now and then.
+    """
     counts = record["counts"] or {}
     return {key: counts[key] for key in ("dX error", "dW error", "dW rest") if key in counts}

@@ -47,7 +47,9 @@ Loss = Callable[..., Tensor]  # (hidden, weight) -> scalar
 
 @dataclass(frozen=True)
 class Job:
-    """`total` tokens, the share `masked` of which has a weight, against a head [vocab, width].
+    """Tokens, some of them with a weight, and the head that their loss is computed with.
+
+    total, masked: the number of tokens, and the share of them that has a weight. The head is [vocab, width].
 
     spread: standard deviation of a row's logits. 1 is a model at initialisation, whose every probability is small; at 8
         a row's likeliest token has 0.6 of 155,136, as in a trained model. Targets are drawn from the softmax.
@@ -63,21 +65,24 @@ class Job:
 
     @property
     def name(self) -> str:
-        """As in the names of cases."""
+        """The job's part of the names of cases."""
         spread = "" if self.spread == 1 else f" spread={self.spread:g}"
         return f"{self.total} t={self.masked:g} {self.width}x{self.vocab}{spread}"
 
     @property
     def count(self) -> int:
-        """Tokens with a weight."""
+        """The number of tokens with a weight."""
         return max(1, round(self.total * self.masked))
 
     def flops(self, direction: str) -> float:
-        """Of the useful matrix products: the logits of the rows with a weight, and each of the two gradients."""
+        """Return the floating-point operations of the useful matrix products.
+
+        These are the logits of the rows with a weight, and each of the two gradients.
+        """
         return {"fwd": 2.0, "fwdbwd": 6.0}[direction] * self.count * self.vocab * self.width
 
     def inputs(self) -> Inputs:
-        """Random ones, the same in every run."""
+        """Return random inputs, the same in every run."""
         random, device = generator(self.device), self.device
         hidden = torch.randn(self.total, self.width, generator=random, device=device).to(self.dtype)
         weight = torch.randn(self.vocab, self.width, generator=random, device=device)
@@ -96,7 +101,9 @@ class Job:
 
 @dataclass(frozen=True)
 class Inputs:
-    """hidden [T, C], weight [V, C], targets int64 [T], token_weights float32 [T], rows int32 [N]: those with a weight.
+    """The tensors that a loss is computed from.
+
+    hidden [T, C], weight [V, C], targets int64 [T], token_weights float32 [T], rows int32 [N]: those with a weight.
 
     normalizer: divides the sum of the losses.
     """
@@ -110,7 +117,7 @@ class Inputs:
 
     @cached_property
     def compact(self) -> Inputs:
-        """The rows with a weight alone."""
+        """The inputs without the rows that have no weight."""
         rows = self.rows.long()
         hidden, targets, token_weights = (x[rows] for x in (self.hidden, self.targets, self.token_weights))
         every = torch.arange(len(rows), dtype=torch.int32, device=rows.device)
@@ -118,7 +125,7 @@ class Inputs:
 
     @cached_property
     def labels(self) -> Tensor:
-        """Targets as peers want them: IGNORED where there is no weight."""
+        """The targets as peers take them: IGNORED where there is no weight."""
         return self.targets.where(self.token_weights != 0, IGNORED)
 
     def weigh(self, nll: Tensor) -> Tensor:
@@ -128,7 +135,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class LossProvider:
-    """How one provider computes the loss.
+    """The function by which one provider computes the loss, and what it can do.
 
     make: inputs -> the loss as a function of (hidden, weight); raises where it cannot.
     everything: whether it gets all tokens, not only the rows with a weight.
@@ -148,21 +155,24 @@ class LossProvider:
 
 
 def illada_loss(inputs: Inputs, given_rows: bool = False, **more: Any) -> Loss:
-    """Return the public op."""
+    """Return the loss by the public op."""
     more |= {"rows": inputs.rows if given_rows else None, "normalizer": float(inputs.normalizer)}
     function: Callable[..., Any] = partial(illada.linear_masked_cross_entropy, **more)
     return lambda hidden, weight, **into: function(hidden, weight, inputs.targets, inputs.token_weights, **into)
 
 
 def filtered_loss(inputs: Inputs) -> Loss:
-    """Return the public op with FILTER_EPS, only where it filters: other kernels are exact."""
+    """Return the loss by the public op with FILTER_EPS.
+
+    It exists only where the op filters: other kernels are exact.
+    """
     if illada.ops.raw.linear_masked_cross_entropy_workspace(inputs.hidden, inputs.weight) is None:
         raise NotImplementedError("filter_eps needs the fused kernels: bfloat16 on sm_90a")
     return illada_loss(inputs, filter_eps=FILTER_EPS)
 
 
 def eager_loss(inputs: Inputs) -> Loss:
-    """All logits, in float32 for the softmax, as autocast has it."""
+    """Return the loss from all logits, which the softmax reads in float32, as under autocast."""
 
     def loss(hidden: Tensor, weight: Tensor) -> Tensor:
         logits = F.linear(hidden, weight).float()
@@ -172,14 +182,14 @@ def eager_loss(inputs: Inputs) -> Loss:
 
 
 def compiled_loss(inputs: Inputs) -> Loss:
-    """Return the same under torch.compile."""
+    """Return the loss of `eager_loss` under torch.compile."""
     if why := no_compiler():
         raise NotImplementedError(why)
     return compiled(eager_loss(inputs))
 
 
 def torch_loss(inputs: Inputs, weighted: bool = True) -> Loss:
-    """F.linear_cross_entropy. Without options it is `eager`."""
+    """Return the loss by `F.linear_cross_entropy`, with options: without them it is the same as `eager`."""
     if not hasattr(F, "linear_cross_entropy"):
         raise NotImplementedError(f"torch {torch.__version__} has no F.linear_cross_entropy; 2.13 has")
     options = torch.nn.LinearCrossEntropyOptions()
@@ -187,7 +197,10 @@ def torch_loss(inputs: Inputs, weighted: bool = True) -> Loss:
 
 
 def liger_loss(inputs: Inputs, weighted: bool = True, tuned: bool = False) -> Loss:
-    """liger_fused_linear_cross_entropy. Tuned: its chunk_mem_const such that TUNED_ROWS rows go at once."""
+    """Return the loss by `liger_fused_linear_cross_entropy`.
+
+    tuned: its chunk_mem_const is such that TUNED_ROWS rows go at once.
+    """
     module = _gpu_package(inputs, "liger_kernel.transformers.functional", "liger-kernel")
     rows, width = inputs.hidden.shape
     more = {"chunk_mem_const": liger_constant(rows, width, len(inputs.weight))} if tuned else {}
@@ -195,31 +208,40 @@ def liger_loss(inputs: Inputs, weighted: bool = True, tuned: bool = False) -> Lo
 
 
 def liger_constant(rows: int, width: int, vocab: int) -> int:
-    """chunk_mem_const for chunks of TUNED_ROWS rows; Liger's are next_power_of_2(rows / ceil(V / (constant C)))."""
+    """Return Liger's chunk_mem_const for chunks of TUNED_ROWS rows.
+
+    Liger's chunks have next_power_of_2(rows / ceil(V / (constant C))) rows.
+    """
     return -(-vocab // (width * max(1, rows // TUNED_ROWS)))
 
 
 def liger_scaled_loss(inputs: Inputs) -> Loss:
-    """Per-token losses whose gradients may be weighed."""
+    """Return the loss by Liger's per-token losses, whose gradients may be weighed."""
     module = _gpu_package(inputs, "liger_kernel.ops", "'liger-kernel[cutedsl]'")
     function = module.LigerFusedLinearScaledCrossEntropyFunction.apply
     return lambda hidden, weight: inputs.weigh(function(hidden, weight, inputs.labels))
 
 
 def cce_loss(inputs: Inputs, exact: bool = False) -> Loss:
-    """cut_cross_entropy.linear_cross_entropy. Exact: no gradient is so small that it is left out."""
+    """Return the loss by `cut_cross_entropy.linear_cross_entropy`.
+
+    exact: no gradient is so small that it is left out.
+    """
     module = _gpu_package(inputs, "cut_cross_entropy", "cut-cross-entropy")
     return _reduced(inputs, partial(module.linear_cross_entropy, **({"filter_eps": None} if exact else {})), True)
 
 
 def quack_loss(inputs: Inputs) -> Loss:
-    """quack's chunked_linear_cross_entropy in its default chunks of 4096 rows; it knows no weights."""
+    """Return the loss by quack's `chunked_linear_cross_entropy`, which knows no weights.
+
+    Its chunks are the default ones of 4096 rows.
+    """
     module = _gpu_package(inputs, "quack.linear_cross_entropy", "quack-kernels")
     return _reduced(inputs, module.chunked_linear_cross_entropy, False)
 
 
 def _gpu_package(inputs: Inputs, module: str, package: str) -> Any:
-    """Return a package of kernels for GPUs; why not, where it cannot run."""
+    """Return a package of kernels for GPUs; raise an error that says why, where it cannot run."""
     if inputs.hidden.device.type != "cuda":
         raise NotImplementedError("runs on GPUs alone")
     try:

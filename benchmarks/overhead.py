@@ -140,7 +140,7 @@ def _attention(device: torch.device, grad: bool) -> tuple[Calls, list[Tensor]]:
 
 
 def _attention_with_plan(device: torch.device, grad: bool) -> tuple[Calls, list[Tensor]]:
-    """Return the plan is made in the call, as by who does not keep one."""
+    """Return the calls of attention that make the plan in each call, as callers who keep none do."""
     calls, leaves = _attention(device, grad)
     q, k, v = leaves[:3]
     starts = torch.tensor([0, LENGTH], dtype=torch.int32, device=device)
@@ -166,7 +166,7 @@ def _plan(device: torch.device, grad: bool) -> tuple[Calls, list[Tensor]]:
 
 
 def _tokens(device: torch.device) -> tuple[Tensor, Tensor]:
-    """(targets, token_weights), a half of them masked."""
+    """Return (targets, token_weights); a half of the tokens have a weight."""
     targets = torch.randint(VOCAB, (ROWS,), generator=generator(device), device=device)
     return targets, 2.0 * (torch.arange(ROWS, device=device) % 2)
 
@@ -268,22 +268,25 @@ def case(op: str, mode: str, device: torch.device = CPU) -> Case:
 
 
 def cases(device: torch.device = CPU) -> list[Case]:
-    """Every op without gradients, with them, and back; plans and samples have none."""
+    """Return the cases of every op without gradients, with them, and with the backward.
+
+    Plans and samples have no gradients.
+    """
     return [case(op, mode, device) for op in OPS for mode in (MODES[:1] if op in NO_GRADIENTS else MODES)]
 
 
 def quick(device: torch.device = CPU) -> list[Case]:
-    """Return an op that takes a plan, and one that takes none."""
+    """Return the cases of an op that takes a plan and of one that takes none."""
     return [case(op, mode, device) for op in ("varlen_attention", "masked_cross_entropy") for mode in MODES[:2]]
 
 
 def providers(device: torch.device = CPU) -> list[str]:
-    """Of all cases."""
+    """Return the names of the bench's providers on a device."""
     return ["illada raw", "illada registered", "illada", "torch empty op", "torch"]
 
 
 def rivals(provider: str) -> bool:
-    """None: the goals say how much more than torch's own overhead is allowed."""
+    """Return False: no provider is a rival, because the goals are about torch's own overhead."""
     return False
 
 

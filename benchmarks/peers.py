@@ -83,7 +83,7 @@ def jobs(device: torch.device) -> list[Job]:
 
 
 def measure(job: Job, device: torch.device, path: str | None, kernels: str | None, ours: bool) -> list[str]:
-    """In the child: times the case and writes its records; the providers that were left out, with the reason."""
+    """Time the case in the child and write its records; return the providers left out, with the reason."""
     if dry_run.ACTIVE:
         timing.LEAST_COLD_BYTES = 1 << 20
     left_out: list[str] = []
@@ -124,7 +124,10 @@ def line(outcome: Outcome) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0: all that ran ended. 1: a case failed."""
+    """Run the command and return its exit status.
+
+    0: all that ran ended. 1: a case failed.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.peers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n  python -m benchmarks.peers --json out.jsonl && python -m benchmarks.report out.jsonl\n"

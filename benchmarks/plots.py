@@ -45,18 +45,18 @@ def about(records: Records) -> str:
 
 
 def time_text(ms: float) -> str:
-    """Three digits and a unit."""
+    """Return a time with three digits and a unit."""
     scale, unit = (1e-3, "s") if ms >= 999.5 else (1e3, "us") if ms < 0.9995 else (1.0, "ms")
     return f"{_digits(ms * scale)} {unit}"
 
 
 def _digits(value: float) -> str:
-    """Three of them."""
+    """Return a number with three digits."""
     return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
 
 
 def _ceilings(records: Records) -> str:
-    """Of the copy and the products among the records."""
+    """Return, as text, the rates of the copy and the products among the records."""
     found = []
     for r in ceiling.middle(records):
         if work := r[YARDSTICKS[r["provider"]]]:
@@ -69,7 +69,9 @@ def _ceilings(records: Records) -> str:
 
 
 class Panel:
-    """A case timed in one way: the last record of each provider. Illada's time is 1; without it, the shortest.
+    """A case timed in one way, with the last record of each provider.
+
+    Illada's time is 1; without it, the shortest is.
 
     compared: the records are of the same job.
     """
@@ -82,11 +84,11 @@ class Panel:
         self.title = title if ours or not compared else f"{title} ({self.base['provider']} = 1)"
 
     def relative(self, record: Record) -> float:
-        """Return the record's median."""
+        """Return the record's median, divided by that of the panel's base."""
         return record["median_ms"] / self.base["median_ms"]
 
     def ends(self, record: Record) -> tuple[float, float]:
-        """Return how far p20 and p80 are from it."""
+        """Return how far p20 and p80 are from the median, divided by the median of the panel's base."""
         if record["p20_ms"] is None or record["p80_ms"] is None:
             return 0.0, 0.0
         median, base = record["median_ms"], self.base["median_ms"]
@@ -94,18 +96,18 @@ class Panel:
 
 
 def panels(records: Records) -> list[Panel]:
-    """Of the cases that several providers ran."""
+    """Return the panels of the cases that several providers ran."""
     return [Panel(title, mine) for title, mine in _cases(records).items() if len({r["provider"] for r in mine}) > 1]
 
 
 def alone(records: Records) -> list[Panel]:
-    """Return the line of all cases, for records without a comparison; none without a record."""
+    """Return one panel with a line for each case, for records without a comparison; nothing without records."""
     last = [{**mine[-1], "provider": f"{mine[-1]['provider']}, {title}"} for title, mine in _cases(records).items()]
     return [Panel("", last, compared=False)] if last else []
 
 
 def _cases(records: Records) -> dict[str, list[Record]]:
-    """By case and way of timing."""
+    """Return the records by case and way of timing."""
     found: dict[str, list[Record]] = {}
     for r in records:
         if r["provider"] not in YARDSTICKS:
@@ -114,7 +116,7 @@ def _cases(records: Records) -> dict[str, list[Record]]:
 
 
 def _groups(records: Records) -> list[tuple[str, list[Panel]]]:
-    """Titles and panels: of each bench on each device."""
+    """Return a title and the panels of each bench on each device."""
     mine = [r for r in records if r["provider"] not in YARDSTICKS]
     devices = {r["device"] for r in mine}
     keys = dict.fromkeys((r["bench"], r["device"]) for r in mine)
@@ -166,7 +168,7 @@ def _legend(shown: Records, records: Records, dots: bool) -> str:
 
 
 def _bars(figure: Any, found: list[Panel]) -> None:
-    """Small multiples, each with a linear axis of its own."""
+    """Draw each panel as bars with a linear axis of its own."""
     if not found:
         return
     columns = 1 if len(found) == 1 else 2 if len(found) <= 4 else 3

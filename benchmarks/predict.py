@@ -32,7 +32,7 @@ PIPES = {"HBM share": "memory", "L2 share": "the L2 cache", "tensor": "tensor co
 
 @dataclass
 class Launch:
-    """One kernel of a replay."""
+    """The launch of one kernel in a replay."""
 
     kernel: str  # without "illada_"
     us: float
@@ -54,7 +54,7 @@ def parse(text: str) -> list[Launch]:
 
 
 def counted(case: Case, launches: Sequence[Launch]) -> list[Launch]:
-    """Scaled to the case, without the launches that are empty in it."""
+    """Return the launches scaled to the case, without those that are empty in it."""
     found: list[Launch] = []
     for launch in launches:
         if launch.kernel in [x.kernel for x in found] and any(part in launch.kernel for part in case.once):
@@ -65,7 +65,7 @@ def counted(case: Case, launches: Sequence[Launch]) -> list[Launch]:
 
 
 def busiest(slots: Sequence[Sequence[Launch]]) -> list[Launch]:
-    """Of each launch the slot that takes longest: the launch ends when the last one does."""
+    """Return, for each launch, the slot that takes longest, with which the launch ends."""
     return [max(same, key=lambda launch: launch.us) for same in zip(*slots, strict=True)]
 
 
@@ -113,7 +113,10 @@ def entry(case: Case, expected: Sequence[Launch], fast: Sequence[Launch], slow: 
 
 
 def record(command: Sequence[str], kernel: str, slot: int, folder: Path, cusim: Path) -> list[str]:
-    """Record a slot's share of the kernels that a command launches. The traces' paths, in the order of the launches."""
+    """Record a slot's share of the kernels that a command launches.
+
+    Returns the paths of the traces, in the order of the launches.
+    """
     environment = {
         **os.environ,
         "CUSIM_TIMING": str(folder),
@@ -148,7 +151,7 @@ def replay(traces: Sequence[str], cusim: Path, machine: str, settings: Mapping[s
 
 
 def predict(case: Case, cusim: Path, machine: str) -> dict[str, Any]:
-    """All slots of a case, at the expected, the fast and the slow end of its estimate."""
+    """Predict all slots of a case, at the expected, the fast and the slow end of its estimate."""
     estimate = ESTIMATES[case.estimate]
     ends: dict[str, list[list[Launch]]] = {"expected": [], "fast": [], "slow": []}
     for slot in case.slots:
@@ -163,13 +166,13 @@ def predict(case: Case, cusim: Path, machine: str) -> dict[str, Any]:
 
 
 def pretty(predicted: Mapping[str, Any]) -> str:
-    """JSON whose ranges stand in one line."""
+    """Return the predictions as JSON whose ranges stand in one line."""
     text = json.dumps(predicted, indent=1)
     return re.sub(r"\[\s+([\d.]+),\s+([\d.]+)\s+\]", r"[\1, \2]", text) + "\n"
 
 
 def inside(name: str) -> None:
-    """Under the simulator: the case's kernels."""
+    """Run the case's kernels, in a process under the simulator."""
     import torch_on_cusim
 
     torch_on_cusim.enable()
@@ -180,7 +183,10 @@ def inside(name: str) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0: all were predicted. 1: not all; the others are written."""
+    """Run the command and return its exit status.
+
+    0: all were predicted. 1: not all; the others are written.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples (a Python with a CUDA build of torch and the `sim` build of illada):\n"

@@ -20,7 +20,7 @@ VOCAB, WIDTH = 155136, 4096
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a range rests on: parameters of the machine at its fast and its slow end, and the model's own errors."""
+    """The basis of a range: the machine's parameters at its fast and slow end, and the model's own errors."""
 
     fast: Mapping[str, float]
     slow: Mapping[str, float]
@@ -43,7 +43,9 @@ ESTIMATES = {
 
 @dataclass(frozen=True)
 class Case:
-    """run: puts the kernels on the device. kernel: a part of their names, without which nothing is timed.
+    """A case whose kernels the simulator times.
+
+    run: puts the kernels on the device. kernel: a part of their names, without which nothing is timed.
 
     slots: the multiprocessors (or pairs of them) that are timed; the busiest counts. scale: of a kernel's time beyond
     its launch, by a part of its name, where a smaller job stands for the case; once: kernels of which only the first
@@ -64,12 +66,12 @@ class Case:
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    """On the device, zeros: what takes time does not depend on them."""
+    """Return zeros on the device: the times do not depend on their values."""
     return torch.zeros(*shape, dtype=dtype, device="cuda")
 
 
 def attend(job: attention_providers.Job, direction: str) -> None:
-    """One direction; the backward of an out and an lse of zeros."""
+    """Run one direction of attention; the backward gets zeros as out and lse."""
     q, k, v, dout = (empty(job.total_q if of_q else job.total_k, job.heads if of_q else job.kv_heads, job.dim)
                      for of_q in (True, False, False, True))  # fmt: skip
     provider = attention_providers.illada_raw_provider(job)
@@ -80,7 +82,7 @@ def attend(job: attention_providers.Job, direction: str) -> None:
 
 
 def linear_loss(rows: int, vocab: int) -> None:
-    """Loss and gradients of given rows."""
+    """Compute the loss and gradients of given rows."""
     hidden, weight, nll = empty(rows, WIDTH), empty(vocab, WIDTH), empty(rows, dtype=torch.float32)
     targets, ones = empty(rows, dtype=torch.int64), torch.ones(rows, device="cuda")
     listed = torch.arange(rows, dtype=torch.int32, device="cuda")
@@ -92,13 +94,13 @@ def linear_loss(rows: int, vocab: int) -> None:
 
 
 def sample(rows: int, temperature: float) -> None:
-    """sample_tokens of logits as in the benchmark."""
+    """Run `sample_tokens` on logits like those of the benchmark."""
     logits = (2 * torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(0))).to(torch.bfloat16)
     illada.sample_tokens(logits.cuda(), temperature=temperature, seed=1)
 
 
 def linear_sample(rows: int, temperature: float) -> None:
-    """linear_sample_tokens; the weight's rows come again, which takes no less time."""
+    """Run `linear_sample_tokens` on a weight whose rows repeat, which takes no less time."""
     generator = torch.Generator().manual_seed(0)
     block = (2 * WIDTH**-0.5 * torch.randn(2048, WIDTH, generator=generator)).to(torch.bfloat16)
     hidden = torch.randn(rows, WIDTH, generator=generator).to(torch.bfloat16).cuda()
@@ -107,7 +109,7 @@ def linear_sample(rows: int, temperature: float) -> None:
 
 
 def remask(sequences: int, rows: int) -> None:
-    """By quota."""
+    """Run `remask` by quota."""
     total = sequences * rows
     confidence = torch.rand(total, generator=torch.Generator().manual_seed(0)).cuda()
     found = illada.TokenSample(torch.arange(total).cuda(), confidence, confidence.log())
@@ -117,7 +119,7 @@ def remask(sequences: int, rows: int) -> None:
 
 
 def cases() -> list[Case]:
-    """Return those of `tune_jobs`, by the same names, and remask's."""
+    """Return the cases of `tune_jobs`, by the same names, and those of remask."""
     found = []
     shapes = [(equal(1, 8192), 128), (equal(2, 4096), 128), (equal(8, 1024), 128), (equal(64, 128), 128),
               (equal(1, 8192), 64), (equal(8, 1024), 64)]  # fmt: skip

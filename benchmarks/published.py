@@ -19,7 +19,9 @@ from illada.model import Layer, MaskedDiffusionModel, rotary_tables, rotate
 
 
 def forward(model: MaskedDiffusionModel, tokens: Tensor, key_mask: Tensor | None = None) -> Tensor:
-    """All logits [B, L, V] of padded rows [B, L]: torch's attention under a mask of keys [B, 1, 1, L].
+    """Compute all logits [B, L, V] of padded rows [B, L].
+
+    Torch's attention gets a mask of the keys, [B, 1, 1, L].
 
     Layers are recomputed in the backward pass where `activation_checkpointing` of the model says so.
     """
@@ -36,7 +38,7 @@ def forward(model: MaskedDiffusionModel, tokens: Tensor, key_mask: Tensor | None
 
 
 def _layer(config: ModelConfig, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor, key_mask: Tensor | None) -> Tensor:
-    """x [B, L, C] after one layer."""
+    """Return x [B, L, C] after one layer."""
     attention = layer.self_attn
     h = layer.input_layernorm(x)
     q, k, v = (y.unflatten(-1, (-1, config.head_size)) for y in attention.qkv_proj(h).split(config.qkv_sizes, dim=-1))
@@ -49,7 +51,10 @@ def _layer(config: ModelConfig, layer: Layer, x: Tensor, cos: Tensor, sin: Tenso
 
 
 def sample(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Token and confidence of each row of logits [N, V]: float64 Gumbel noise, argmax, softmax, gather."""
+    """Return token and confidence of each row of logits [N, V].
+
+    The steps are float64 Gumbel noise, argmax, softmax and gather.
+    """
     if temperature == 0:
         noisy = logits
     else:
@@ -63,14 +68,16 @@ def sample(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
 
 
 def linear_sample(hidden: Tensor, weight: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Return the same of the logits hidden [N, C] @ weight [V, C]^T."""
+    """Return what `sample` does, of the logits hidden [N, C] @ weight [V, C]^T."""
     return sample(torch.mm(hidden, weight.t()), temperature)
 
 
 def commit(
     canvas: Tensor, token: Tensor, confidence: Tensor, mask_id: int, *, quota: int = 0, threshold: float | None = None
 ) -> None:
-    """Commit tokens as published: a topk of each sequence's confidences among its masks. canvas [B, L], in place.
+    """Commit tokens as published, in place in `canvas` [B, L].
+
+    This takes a topk of each sequence's confidences among its masks.
 
     quota: so many a sequence. threshold: all that reach it and the surest; here one comparison a sequence, where
     Fast-dLLM asks the device about every token.
@@ -102,7 +109,9 @@ def generate(
     steps: int,
     var: bool,
 ) -> tuple[list[list[int]], int]:
-    """LLaDA's `generate`, iLLaDA's `var_generate` with `var` (for one prompt, as there): (new tokens, forward passes).
+    """Return (new tokens, forward passes) of LLaDA's `generate`, or with `var` of iLLaDA's `var_generate`.
+
+    The latter takes one prompt, as published.
 
     Prompts of unequal lengths are padded on the left and masked. steps: of a block with `var`, else of all together.
     Temperature 0; nothing stops early.

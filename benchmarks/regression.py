@@ -33,7 +33,7 @@ LEAST_PEERS = 3
 
 
 def interval(record: dict[str, Any]) -> tuple[float, float]:
-    """Milliseconds between which the median of another run of the same is to be expected."""
+    """Return the milliseconds between which the median of a repeated run is expected."""
     ms = record["median_ms"]
     known = record["n"] or (1 if once(record) else 5)
     noise = ms * next(share for calls, share in NOISE if known < calls)
@@ -43,7 +43,7 @@ def interval(record: dict[str, Any]) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Line:
-    """One row in both runs."""
+    """A row that both runs have."""
 
     record: dict[str, Any]
     before: dict[str, Any]
@@ -51,12 +51,12 @@ class Line:
 
     @property
     def ratio(self) -> float:
-        """This run's time over the earlier one's."""
+        """This run's time divided by the earlier one's."""
         return self.record["median_ms"] / self.before["median_ms"]
 
     @property
     def verdict(self) -> str:
-        """Of the row as it is, and of the machine's share in it."""
+        """The row's verdict: slower (also beyond the machine's share), faster or the same."""
         (low, high), (low_before, high_before) = interval(self.record), interval(self.before)
         if low > high_before * max(self.machine, 1):
             return SLOWER
@@ -64,12 +64,15 @@ class Line:
 
 
 def key(record: dict[str, Any]) -> tuple[Any, ...]:
-    """Return what must be the same in both runs. The oldest files name no timing: it was the clock."""
+    """Return what must be the same in both runs for rows to be compared.
+
+    The oldest files name no timing: it was the clock.
+    """
     return record["bench"], record["case"], record["provider"], record["timing"] or "clock"
 
 
 def compare(records: Records, before: Records) -> list[Line]:
-    """Return the rows that both runs have, of several earlier ones the last."""
+    """Return the rows that both runs have; of several earlier ones the last."""
     old = {key(r): r for r in before if r["median_ms"]}
     pairs = [(r, old[key(r)]) for r in records if r["median_ms"] and key(r) in old]
     peers = [(new, new["median_ms"] / was["median_ms"]) for new, was in pairs if _is_yardstick(new, was)]
@@ -83,12 +86,15 @@ def compare(records: Records, before: Records) -> list[Line]:
 
 
 def _is_yardstick(now: dict[str, Any], before: dict[str, Any]) -> bool:
-    """Return whether the ratio tells of the machine: a peer's own code is the same, and each took several calls."""
+    """Return whether the ratio of two times tells of the machine.
+
+    It does for a peer, whose own code is the same, where each time is of several calls.
+    """
     return not is_ours(now["provider"]) and now["torch"] == before["torch"] and not once(now) and not once(before)
 
 
 def differences(records: Records, before: Records) -> list[str]:
-    """Return what else is not the same in both runs, of what a time depends on."""
+    """Return the other differences between both runs that a time may depend on."""
     found = []
     for name in ("device", "threads", "torch", "driver", "variants"):
         old, new = ({str(r[name]) for r in run if r.get(name) is not None} for run in (before, records))
@@ -103,7 +109,7 @@ def differences(records: Records, before: Records) -> list[str]:
 
 
 def table(lines: Sequence[Line]) -> str:
-    """Markdown."""
+    """Return the lines as a Markdown table."""
     rows = ["| case | provider | before ms | now ms | now / before | |", "| --- | --- | ---: | ---: | ---: | --- |"]
     for x in lines:
         timing = ", graph" if x.record["timing"] == "graph" else ""
@@ -113,7 +119,10 @@ def table(lines: Sequence[Line]) -> str:
 
 
 def show(records: Records, before: Records, name: str) -> int:
-    """Print the comparison. 0: nothing of ours is slower. 1: something is. 2: nothing is in both runs."""
+    """Print the comparison and return the exit status.
+
+    0: nothing of ours is slower. 1: something is. 2: nothing is in both runs.
+    """
     lines = compare(records, before)
     print(f"\n## This run against the earlier one in {name}\n")
     if not lines:
@@ -160,7 +169,10 @@ def peer_goals(records: Records, rivals: Any = None) -> list[Goal]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0: nothing of ours is slower. 1: something is. 2: the files have nothing in common, or cannot be read."""
+    """Run the command and return its exit status.
+
+    0: nothing of ours is slower. 1: something is. 2: the files have nothing in common, or cannot be read.
+    """
     parser = argparse.ArgumentParser(
         prog=f"python -m {__package__}.regression",
         description=__doc__,

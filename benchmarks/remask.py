@@ -45,12 +45,15 @@ REPEATS = {"cpu": 9, "cuda": 30}
 
 
 def random_logits(rows: int, vocab: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Tensor:
-    """[rows, vocab] of a peaked-ness as in the middle of a generation."""
+    """Return random logits [rows, vocab], as peaked as in the middle of a generation."""
     return (2 * torch.randn(rows, vocab, generator=generator(device, seed), device=device)).to(dtype)
 
 
 def confidence_error(logits: Tensor, result: tuple[Tensor, ...]) -> float:
-    """Largest relative error of the confidences result[1] [N], given the tokens result[0]; logits [N, V]."""
+    """Return the largest relative error of the confidences result[1] [N].
+
+    They are those of the tokens result[0], by the logits [N, V].
+    """
     worst = 0.0
     for part in (slice(i, i + 128) for i in range(0, len(logits), 128)):  # float64 of all rows would be gigabytes
         want = logits[part].double().log_softmax(-1).gather(-1, result[0][part].unsqueeze(-1)).squeeze(-1).exp()
@@ -59,14 +62,14 @@ def confidence_error(logits: Tensor, result: tuple[Tensor, ...]) -> float:
 
 
 def _rotate(call: Callable[[int], Any], sets: int, device: torch.device) -> list[Callable[[], Any]]:
-    """`call` on each of the inputs, for a graph; none on a CPU."""
+    """Return `call` bound to each of the inputs, for a graph; none on a CPU."""
     return [partial(call, i) for i in range(sets)] if device.type == "cuda" else []
 
 
 def step_case(
     rows: int, vocab: int, temperature: float, dtype: torch.dtype = torch.bfloat16, device: torch.device = CPU
 ) -> Case:
-    """Sample and commit, from random logits [rows, vocab]."""
+    """Return the case of a whole step: sample from random logits [rows, vocab], and commit."""
     sequences = math.gcd(SEQUENCES, rows)
     quota = min(COMMIT, rows // sequences)
 
@@ -108,7 +111,7 @@ def step_case(
 def sample_case(
     rows: int, vocab: int, temperature: float, dtype: torch.dtype = torch.bfloat16, device: torch.device = CPU
 ) -> Case:
-    """sample_tokens alone, from random logits [rows, vocab]."""
+    """Return the case of `sample_tokens` alone, from random logits [rows, vocab]."""
 
     def make() -> list[Provider]:
         sets = timing.input_sets(rows * vocab * dtype.itemsize, device)
@@ -137,7 +140,10 @@ def linear_case(
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device = CPU,
 ) -> Case:
-    """linear_sample_tokens of hidden [rows, width] and weight [vocab, width]; logits as peaked as in other cases."""
+    """Return the case of `linear_sample_tokens` of hidden [rows, width] and weight [vocab, width].
+
+    The logits are as peaked as in other cases.
+    """
 
     def make() -> list[Provider]:
         random = generator(device)
@@ -179,7 +185,10 @@ def linear_case(
 
 
 def commit_case(sequences: int, rows: int, rule: str, device: torch.device = CPU) -> Case:
-    """remask alone: `rows` masks in each sequence, confidences spread evenly over [0, 1); rule: quota or threshold."""
+    """Return the case of `remask` alone, with `rows` masks in each sequence.
+
+    Confidences are spread evenly over [0, 1). rule: quota or threshold.
+    """
     limit: dict[str, Any] = {"quota": COMMIT} if rule == "quota" else {"threshold": THRESHOLD}
     total = sequences * rows
 
@@ -205,7 +214,7 @@ def commit_case(sequences: int, rows: int, rule: str, device: torch.device = CPU
         expected = theirs().flatten()
 
         def error(tokens: Tensor) -> float:
-            """Share of the canvas that is not as the published rule leaves it."""
+            """Return the share of the canvas that differs from the published rule's result."""
             return float((tokens.flatten() != expected).double().mean())
 
         # In a graph over one input: it is small and, in use, in the cache, where the sampler has just put it.
@@ -223,7 +232,10 @@ def commit_case(sequences: int, rows: int, rule: str, device: torch.device = CPU
 
 
 def cases(device: torch.device = CPU) -> list[Case]:
-    """CPU: the step in all shapes and temperatures. GPU: each part, then the step."""
+    """Return the cases of the device.
+
+    CPU: the step in all shapes and temperatures. GPU: each part, then the step.
+    """
     if device.type != "cuda":
         return [step_case(rows, vocab, t) for rows, vocab in SHAPES for t in TEMPERATURES]
     return [
@@ -257,7 +269,7 @@ def own(shapes: Shapes, device: torch.device = CPU) -> list[Case]:
 
 
 def providers(device: torch.device = CPU) -> list[str]:
-    """Of all cases."""
+    """Return the names of the bench's providers on a device."""
     names = ("illada", "published", "compile")
     return [*names, *(f"mm+{name}" for name in names)]
 
@@ -272,7 +284,10 @@ def _peer_goals(records: Sequence[dict[str, Any]], case: str, bars: dict[str, fl
 
 
 def cpu_goals(records: Sequence[dict[str, Any]]) -> list[Goal]:
-    """256 rows: 30x the published rule and 2x compile at temperature 1, 8x and 1.5x at temperature 0."""
+    """Return the goals on a CPU, at 256 rows.
+
+    30x the published rule and 2x compile at temperature 1, 8x and 1.5x at temperature 0.
+    """
     return [
         *_peer_goals(records, "256x126464 T=1", {"published": 30.0, "compile": 2.0}),
         *_peer_goals(records, "256x126464 T=0", {"published": 8.0, "compile": 1.5}),
@@ -305,5 +320,5 @@ def cuda_goals(records: Sequence[dict[str, Any]]) -> list[Goal]:
 
 
 def goals(records: Sequence[dict[str, Any]]) -> list[Goal]:
-    """Of the device that the records are from."""
+    """Return the goals of the device that the records are from."""
     return (cuda_goals if any(map(on_gpu, records)) else cpu_goals)(records)

@@ -28,7 +28,7 @@ WORDS = ("case", "provider", "timing", "")  # columns to the left; the others ar
 
 
 def _rate(r: dict[str, Any]) -> float:
-    """Floating-point operations a second."""
+    """Return the floating-point operations per second of a record."""
     return 1e3 * (r["flops"] or 0) / r["median_ms"]
 
 
@@ -73,7 +73,7 @@ def _rows(records: Records) -> list[dict[str, str]]:
 
 
 def print_table(records: Records) -> None:
-    """Rows of case and provider under what is the same for all."""
+    """Print a row for each case and provider, under a line of what is the same for all."""
     print(plots.about(records) if records else "nothing ran")
     rows = _rows(records)
     widths = {name: max([len(name), *(len(row[name]) for row in rows)]) for name in (rows[0] if rows else ())}
@@ -100,7 +100,7 @@ def goal_line(goal: Goal) -> str:
 
 
 def goals(records: Records) -> list[Goal]:
-    """Of the records' bench; of one that is not known here, none."""
+    """Return the goals of the records' bench; none where that bench is unknown here."""
     module = registry.BENCHES.get(records[0]["bench"])
     return importlib.import_module(module, __package__).goals(records) if module else []
 
@@ -115,7 +115,10 @@ def groups(records: Records) -> list[list[dict[str, Any]]]:
 
 
 def with_ceilings(mine: Records, records: Records) -> list[dict[str, Any]]:
-    """After these the yardsticks of their device and their kinds, which are among `records`; of several runs' one."""
+    """Return these records, followed by the yardsticks of their devices and kinds.
+
+    The yardsticks are those among `records`; those of several runs are one.
+    """
     devices = {r["device"] for r in mine}
     dtypes = {r["dtype"] for r in mine if r["flops"]} | ({None} if any(r["bytes"] for r in mine) else set())
     return [*mine, *(r for r in middle(records) if r["device"] in devices and r["dtype"] in dtypes)]
@@ -136,7 +139,9 @@ def write_json(records: Records, path: str | Path) -> None:
 
 
 def read_json(path: str | Path) -> list[dict[str, Any]]:
-    """Return what `write_json` wrote, now or when there were fewer keys: those are null, and unknown ones are kept.
+    """Return the records that `write_json` wrote, now or in an earlier version.
+
+    Keys that an older file lacks are null, and unknown ones are kept.
 
     Errors are those of `jsonl.read`. A line that is no result is reported and skipped.
     """

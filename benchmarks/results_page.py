@@ -67,7 +67,7 @@ def page(files: Sequence[Path], pictures: Path, folder: Path) -> str:
 
 
 def _date(path: Path) -> str | None:
-    """By the name of the file."""
+    """Return the date at the start of the file's name, or None."""
     found = re.match(r"\d{4}-\d\d-\d\d", path.name)
     return found and found[0]
 

@@ -42,7 +42,10 @@ def files(only: str | None = None) -> list[Path]:
 
 
 def command(path: Path, xml: Path, workers: int, limit: float, has: Sequence[str]) -> list[str]:
-    """pytest on one file; `has`: which plugins are installed."""
+    """Return the command that runs pytest on one file.
+
+    has: the plugins that are installed.
+    """
     parts = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path), f"--junitxml={xml}"]
     if "xdist" in has and workers > 1:
         parts += ["-n", str(workers)]
@@ -93,7 +96,10 @@ def judge(ended: Ended, xml: Path) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0: nothing failed; what ran out of time is no failure."""
+    """Run the command and return its exit status.
+
+    0: nothing failed; what ran out of time is no failure.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.run_tests", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -46,7 +46,7 @@ NO_TIME = "no time left of --time-budget"
 
 @dataclass
 class Provider:
-    """One way to do the job.
+    """A provider: one implementation that can do the job of a case.
 
     call: does it once; what it returns is handed to `error`.
     unavailable: why it cannot run here, or None.
@@ -71,7 +71,7 @@ class Provider:
 
 @dataclass
 class Case:
-    """One job on one input.
+    """A job on one input, with what is measured of it.
 
     make: builds the inputs and the providers, ours first; called when the case runs, so that memory is not held.
     flops, bytes: of the job itself, whoever does it; the formulas stand where they are set.
@@ -103,7 +103,7 @@ class Goal:
 
 @dataclass
 class Timed:
-    """Something that is timed in turn with others: `call` does `count` jobs of `provider`."""
+    """A call that is timed in turn with others; it does `count` jobs of `provider`."""
 
     provider: Provider
     timing: str
@@ -172,7 +172,10 @@ def run(
 
 
 class _Job:
-    """One case as it is measured. `records` says what there is, though `measure` was ended in the middle."""
+    """A case while it is measured.
+
+    `records` returns what there is, also when `measure` was ended in the middle.
+    """
 
     def __init__(
         self,
@@ -193,7 +196,7 @@ class _Job:
         self.memory: dict[str, int] = {}
 
     def measure(self, share: Share) -> None:
-        """Everything that takes time."""
+        """Do everything that takes time: make the case, warm up and time the calls."""
         case = self.case
         self.offered = [p for p in case.make() if not self.wanted or p.name in self.wanted or case.yardstick]
         for i, provider in enumerate(self.offered):
@@ -249,7 +252,10 @@ class _Job:
                 print(f"{self.case.name}: {name} not in a graph: {reason(error)}", file=sys.stderr)
 
     def records(self, unfinished: str | None = None) -> list[dict[str, Any]]:
-        """Without what is the same for all. unfinished: why `measure` was ended, if it was."""
+        """Return the case's records, without what is the same for all cases.
+
+        unfinished: why `measure` was ended, if it was.
+        """
         found = [
             self._record(entry, sorted(ms / entry.count for ms in self.timer.milliseconds(readings)))
             for entry, readings in zip(self.timed, self.readings, strict=False)  # no readings before the first turn
@@ -272,7 +278,7 @@ class _Job:
         return found
 
     def _record(self, entry: Timed, ms: list[float]) -> dict[str, Any]:
-        """Of milliseconds in their order."""
+        """Return the record of one provider from its milliseconds, which are in ascending order."""
         name = entry.provider.name
         return {
             "case": self.case.name,
@@ -292,7 +298,10 @@ class _Job:
 
 
 def lacks_memory(error: Exception) -> bool:
-    """Was there too little memory? torch has a class for that on GPUs, on CPUs only a text."""
+    """Return whether there was too little memory.
+
+    Torch has a class of errors for that on GPUs, but only a text on CPUs.
+    """
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
@@ -305,7 +314,10 @@ def reason(error: Exception) -> str:
 def _interleave(
     timed: list[Timed], readings: list[list[Any]], timer: Any, repeats: int, slow: set[str], share: Share
 ) -> None:
-    """Add to the readings of each; the order turns, so that no provider always follows the same other."""
+    """Add to the readings of each timed call, in turn.
+
+    The order changes from turn to turn, so that no provider always follows the same other one.
+    """
     longest = 0.0
     for turn in range(repeats):
         before = share.left()
@@ -322,12 +334,15 @@ def _interleave(
 
 
 def generator(device: torch.device, seed: int = 0) -> torch.Generator:
-    """Random numbers of a device, the same in every run."""
+    """Return a random number generator of a device, with the same numbers in every run."""
     return torch.Generator(CPU if dry_run.ACTIVE else device).manual_seed(seed)  # a simulator draws on its CPU
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Under torch.compile, for one shape alone: what an earlier case compiled would make it dynamic, and slower."""
+    """Return the function under torch.compile, for one shape alone.
+
+    Without the reset, what an earlier case compiled would make it dynamic, and slower.
+    """
     torch.compiler.reset()
     return torch.compile(function, dynamic=False)
 
@@ -360,34 +375,46 @@ def is_ours(provider: str) -> bool:
 
 
 def on_gpu(record: dict[str, Any]) -> bool:
-    """Was it measured on a GPU? Old records do not name one, and only those of CPUs have no `timing`."""
+    """Return whether the record was measured on a GPU.
+
+    Old records do not name one, and of these only the ones of CPUs have no `timing`.
+    """
     return record["gpu"] is not None or record["timing"] in ("events", "graph")
 
 
 def spread(record: dict[str, Any]) -> float | None:
-    """From p20 to p80, as a share of the median; None where they are not known."""
+    """Return the distance from p20 to p80 as a share of the median; None where they are not known."""
     if any(record[key] is None for key in ("median_ms", "p20_ms", "p80_ms")):
         return None
     return (record["p80_ms"] - record["p20_ms"]) / record["median_ms"]
 
 
 def once(record: dict[str, Any]) -> bool:
-    """Return whether a single call was timed. Old records do not say; several calls never have two equal ends."""
+    """Return whether a single call was timed.
+
+    Old records do not say; several calls never have two equal ends.
+    """
     return record["n"] == 1 if record.get("n") is not None else spread(record) == 0
 
 
 def noisy(record: dict[str, Any]) -> bool:
-    """Its calls differ so much that small ratios mean nothing."""
+    """Return whether the calls differ so much that small ratios mean nothing."""
     return not once(record) and (spread(record) or 0) > NOISY
 
 
 def marks(record: dict[str, Any]) -> str:
-    """Return what one must know before one believes a row: that it varies, or was timed once; empty: nothing."""
+    """Return the marks of an unreliable row: that it varies, or that it was timed once.
+
+    The text is empty where there is none.
+    """
     return "timed once" if once(record) else f"varies {spread(record):.0%}" if noisy(record) else ""
 
 
 def commit() -> str | None:
-    """Of the checkout that the benchmarks are in, with a + where it has changes; ILLADA_COMMIT outside of one."""
+    """Return the commit of the checkout that the benchmarks are in, with a + where it has changes.
+
+    Outside of a checkout it is ILLADA_COMMIT.
+    """
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():  # installed, maybe into the environment of another project's checkout
         return os.environ.get("ILLADA_COMMIT")

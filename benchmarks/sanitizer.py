@@ -46,7 +46,10 @@ def judge(ended: Ended) -> dict[str, object]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0, but for wrong usage."""
+    """Run the command and return its exit status.
+
+    It is 0 except for wrong usage.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.sanitizer", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

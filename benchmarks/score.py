@@ -57,7 +57,10 @@ TOLERANCE = {"clock": 1e-3, "events": 0.1}
 
 @dataclass(frozen=True)
 class Questions:
-    """Pairs to score: those of question q are CANDIDATES * q and the ones that follow, the true one first."""
+    """Pairs of context and continuation to score, CANDIDATES for each question.
+
+    Those of question q begin at CANDIDATES * q, the true one first.
+    """
 
     contexts: list[list[int]]
     continuations: list[list[int]]
@@ -65,7 +68,10 @@ class Questions:
 
 @cache
 def passages(vocab_size: int) -> tuple[tuple[int, ...], ...]:
-    """Token ids of the standard library's docstrings of some length, by a BPE tokenizer trained on them."""
+    """Return the token ids of those docstrings of the standard library that are long enough.
+
+    The tokenizer is a BPE tokenizer trained on the docstrings.
+    """
     texts = []
     for source in read_source("stdlib"):
         try:
@@ -82,7 +88,7 @@ def passages(vocab_size: int) -> tuple[tuple[int, ...], ...]:
 
 
 def questions(count: int, vocab_size: int) -> Questions:
-    """`count` questions, the same in every run on one version of Python."""
+    """Return `count` questions, the same in every run on one version of Python."""
     texts, draw = passages(vocab_size), random.Random(0)
     contexts: list[list[int]] = []
     continuations: list[list[int]] = []
@@ -96,13 +102,13 @@ def questions(count: int, vocab_size: int) -> Questions:
 
 
 def packed(model: MaskedDiffusionModel, asked: Questions) -> list[float]:
-    """illada's scores."""
+    """Return illada's scores of the questions."""
     return [r.score for r in confidence_score(model, asked.contexts, asked.continuations)]
 
 
 @torch.inference_mode()
 def one_by_one(model: MaskedDiffusionModel, asked: Questions) -> list[float]:
-    """Return the published loop."""
+    """Return the scores of the published loop."""
     mask_id, device = model.config.mask_token_id, model.head_weight.device
     scores = []
     for context, continuation in zip(asked.contexts, asked.continuations, strict=True):
@@ -127,7 +133,10 @@ def answers(scores: Sequence[float]) -> list[int]:
 
 
 def difference(got: Sequence[float], want: Sequence[float], tolerance: float) -> float:
-    """Largest difference of a score, infinite where `want` has an answer that is better than ours by more."""
+    """Return the largest difference of a score.
+
+    It is infinite where `want` has an answer that is better than ours by more than the tolerance.
+    """
     worst = float((torch.tensor(got, dtype=torch.float64) - torch.tensor(want, dtype=torch.float64)).abs().max())
     for q, (ours, theirs) in enumerate(zip(answers(got), answers(want), strict=True)):
         if want[CANDIDATES * q + theirs] - want[CANDIDATES * q + ours] > tolerance:
@@ -136,7 +145,10 @@ def difference(got: Sequence[float], want: Sequence[float], tolerance: float) ->
 
 
 def make_case(name: str, config: ModelConfig, count: int, device: torch.device = CPU) -> Case:
-    """`count` questions to a model with random weights: float32 on a CPU, bfloat16 on a GPU."""
+    """Return the case of `count` questions to a model with random weights.
+
+    The weights are float32 on a CPU, bfloat16 on a GPU.
+    """
     timing = "events" if device.type == "cuda" else "clock"
 
     def make() -> list[Provider]:
@@ -152,7 +164,10 @@ def make_case(name: str, config: ModelConfig, count: int, device: torch.device =
 
 
 def cases(device: torch.device = CPU) -> list[Case]:
-    """On a CPU `tiny` is bound by overheads, `small` by arithmetic; on a GPU attention takes heads of 64 or 128."""
+    """Return the cases of the device.
+
+    On a CPU `tiny` is bound by overheads, `small` by arithmetic; on a GPU attention takes heads of 64 or 128.
+    """
     small = ModelConfig.preset("small")
     if device.type == "cuda":
         few_layers = ModelConfig.preset("illada_8b", num_hidden_layers=4)
@@ -168,12 +183,12 @@ def quick(device: torch.device = CPU) -> list[Case]:
 
 
 def providers(device: torch.device = CPU) -> list[str]:
-    """Of all cases."""
+    """Return the names of the bench's providers on a device."""
     return ["illada", "one by one"]
 
 
 def goals(records: Sequence[dict[str, Any]]) -> list[Goal]:
-    """So many times as fast, the same answers."""
+    """Return the goals: the same answers, so many times as fast as one by one."""
     found = []
     for case in dict.fromkeys(r["case"] for r in records):
         faster = ratio(records, case, "one by one")

@@ -23,7 +23,7 @@ MOST_SEQUENCES = 2**20  # more is a slip, and the list of them alone could fill 
 
 @dataclass(frozen=True)
 class Shapes:
-    """What was given; None: not given.
+    """The shapes that were given on the command line; None where one was not given.
 
     seqlens: tokens of each sequence. heads: query heads and key-value heads. rows: of logits, or tokens with a weight.
     """
@@ -38,12 +38,15 @@ class Shapes:
 
     @property
     def given(self) -> list[str]:
-        """Names of those that were given."""
+        """The names of the shapes that were given."""
         return [field.name for field in dataclasses.fields(self) if getattr(self, field.name) is not None]
 
 
 def seqlens(text: str) -> tuple[int, ...]:
-    """8x1024: eight sequences of 1024; 100,7,33: three; both may be mixed."""
+    """Parse the lengths of sequences.
+
+    8x1024: eight sequences of 1024; 100,7,33: three; both may be mixed.
+    """
     found: list[int] = []
     for part in text.split(","):
         count, times, length = part.rpartition("x")
@@ -59,7 +62,10 @@ def seqlens(text: str) -> tuple[int, ...]:
 
 
 def heads(text: str) -> tuple[int, int]:
-    """32/8: query heads and key-value heads; 32: as many of both."""
+    """Parse the numbers of heads.
+
+    32/8: query heads and key-value heads; 32: as many of both.
+    """
     query, slash, keys = text.partition("/")
     parts = (query, keys if slash else query)
     if not all(part.isdecimal() and int(part) > 0 for part in parts) or int(parts[0]) % int(parts[1]):
@@ -68,14 +74,14 @@ def heads(text: str) -> tuple[int, int]:
 
 
 def positive(text: str) -> int:
-    """Return a whole number from 1 on."""
+    """Parse a whole number from 1 on."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}; a whole number from 1 on")
     return int(text)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """To the parser of the command."""
+    """Add the options of shapes to the command's parser."""
     group = parser.add_argument_group(
         "shapes of one's own", "instead of the bench's; what is not given stays as the bench has it"
     )
@@ -90,14 +96,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def given(options: argparse.Namespace) -> Shapes:
-    """Return what the command line said."""
+    """Return the shapes that the command line gave."""
     fields = [field.name for field in dataclasses.fields(Shapes)]
     found = {name: getattr(options, name) for name in fields}
     return Shapes(**{**found, "dtype": DTYPES.get(found["dtype"])})
 
 
 def cases(name: str, bench: Any, shapes: Shapes, device: torch.device, **more: Any) -> list[Case]:
-    """Return the bench's cases of these shapes. ValueError: it does not take one of them."""
+    """Return the bench's cases of these shapes.
+
+    ValueError: the bench does not take one of them.
+    """
     taken: Sequence[str] = getattr(bench, "OWN", ())
     lacking = [option(field) for field in shapes.given if field not in taken]
     if lacking:
@@ -114,5 +123,5 @@ def cases(name: str, bench: Any, shapes: Shapes, device: torch.device, **more: A
 
 
 def option(field: str) -> str:
-    """As on the command line."""
+    """Return the name of an option as on the command line."""
     return "--" + field.replace("_", "-")

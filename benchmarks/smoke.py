@@ -32,7 +32,10 @@ from .smoke_jobs import Job
 
 
 def checked(job: Job, values: dict[str, str]) -> dict[str, Any]:
-    """Return the job's errors under these choices. WrongError: one of them is not allowed, or not a number."""
+    """Return the job's errors under these choices.
+
+    WrongError: one of them is not allowed, or not a number.
+    """
     with use_variants(**values):
         checks = job.run(torch.device("cuda", 0))
         torch.cuda.synchronize()
@@ -45,7 +48,7 @@ def checked(job: Job, values: dict[str, str]) -> dict[str, Any]:
 
 
 def task(jobs: Sequence[Job], values: dict[str, str]) -> Task:
-    """Return these jobs under these choices, one after the other."""
+    """Return a task that runs these jobs under these choices, one after the other."""
 
     def step(job: Job) -> Step:
         def run(known: Mapping[str, Any]) -> dict[str, Any]:
@@ -58,7 +61,7 @@ def task(jobs: Sequence[Job], values: dict[str, str]) -> Task:
 
 
 def covering(jobs: Sequence[Job]) -> list[Job]:
-    """As few jobs as launch each kernel for each head dim."""
+    """Return a few jobs that together launch each kernel for each head dim."""
     found: list[Job] = []
     seen: set[tuple[str, int | None]] = set()
     for job in jobs:
@@ -70,7 +73,10 @@ def covering(jobs: Sequence[Job]) -> list[Job]:
 
 
 def passes(jobs: Sequence[Job]) -> tuple[list[Task], list[Task]]:
-    """Each job by itself with the defaults; then a task for each value of a choice, of kernels' own choices first."""
+    """Return the tasks of the first and of the second pass.
+
+    First each job by itself with the defaults; then a task for each value of a choice, of kernels' own choices first.
+    """
     choices = sorted(variants(), key=lambda choice: sum(concerns(choice.name, job.kind, job.dim) for job in jobs))
     second = []
     for choice in choices:
@@ -80,7 +86,7 @@ def passes(jobs: Sequence[Job]) -> tuple[list[Task], list[Task]]:
 
 
 def line(outcome: Outcome) -> str:
-    """For the table."""
+    """Return the outcome's line of the table."""
     if outcome.status == OK:
         ratios = [error / allowed for error, allowed in outcome.value.values() if allowed]
         about = f"{max(ratios):.2f} of what is allowed" if ratios else "exact"
@@ -91,7 +97,10 @@ def line(outcome: Outcome) -> str:
 
 
 def in_process(name: str) -> int:
-    """Run one job in this process, whatever becomes of it. 1: wrong, 2: there is no such job."""
+    """Run one job in this process, without isolation, and return the exit status.
+
+    0: right, 1: wrong, 2: there is no such job.
+    """
     job = next((job for job in smoke_jobs.jobs() if job.name == name), None)
     if job is None:
         print(f"there is no job {name!r}; --list names them", file=sys.stderr)
@@ -106,7 +115,10 @@ def in_process(name: str) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0: all that ran is right. 1: something is not."""
+    """Run the command and return its exit status.
+
+    0: all that ran is right. 1: something is not.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.smoke", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n  python -m benchmarks.smoke --json smoke.jsonl\n"

@@ -28,7 +28,7 @@ Checks = dict[str, tuple[float, float]]  # what: (error, allowed)
 
 @dataclass(frozen=True)
 class Job:
-    """run: launches the kernels and compares.
+    """A job that launches kernels and compares their results.
 
     kernels: what it launches on compute capability 9.0, named as in csrc without "illada_"; portable: on others. Empty:
     the job is not for such a GPU.
@@ -43,12 +43,15 @@ class Job:
 
 
 def random(seed: int = 0) -> torch.Generator:
-    """Of the host: the same numbers wherever the job runs."""
+    """Return a generator of the host, which gives the same numbers wherever the job runs."""
     return torch.Generator().manual_seed(seed)
 
 
 def row_error(got: Tensor, want: Tensor) -> float:
-    """Of the worst row: |got - want| / max(|want|, root mean square of |want|)."""
+    """Return the largest error of a row.
+
+    The error of a row is |got - want| / max(|want|, root mean square of |want|).
+    """
     got, want = got.detach().cpu().double(), want.double()
     size = want.norm(dim=-1)
     least = size.square().mean().sqrt().clamp(min=1e-30)
@@ -56,7 +59,10 @@ def row_error(got: Tensor, want: Tensor) -> float:
 
 
 def norm_error(got: Tensor, want: Tensor) -> float:
-    """Relative, of all numbers together; inf where something is not finite that should be."""
+    """Return the relative error of all numbers together.
+
+    It is inf where a number is not finite that should be.
+    """
     try:
         return relative_error(got.cpu(), want)
     except AssertionError:
@@ -68,7 +74,10 @@ def norm_error(got: Tensor, want: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Pack:
-    """Sequences for attention; keys: of each sequence, where they are not its queries' tokens."""
+    """Sequences for attention.
+
+    keys: of each sequence, where they are not its queries' tokens.
+    """
 
     lengths: tuple[int, ...]
     heads: int
@@ -85,7 +94,7 @@ SHORT = Pack((100, 0, 64, 129), 8, 2)  # multiplied twice
 
 
 def pack_tensors(pack: Pack, dim: int, dtype: torch.dtype) -> tuple[list[Tensor], dict[str, Any]]:
-    """q, k, v and the gradient of out, and the lengths."""
+    """Return q, k, v and the gradient of out in a list, and the lengths."""
     total_q, total_k = sum(pack.lengths), sum(pack.keys or pack.lengths)
     generator = random()
     shapes = [(total_q, pack.heads), (total_k, pack.kv_heads), (total_k, pack.kv_heads), (total_q, pack.heads)]
@@ -97,7 +106,7 @@ def pack_tensors(pack: Pack, dim: int, dtype: torch.dtype) -> tuple[list[Tensor]
 
 
 def plan_of(device: torch.device) -> Checks:
-    """Return the sequences at the end of the plan, longest first."""
+    """Check the plan's sequences, which stand at its end, longest first."""
     lengths = [40, 0, 300, 129]
     cumulative = torch.tensor([0, *lengths]).cumsum(0).int()
     plan = illada.attention_plan(
@@ -109,7 +118,7 @@ def plan_of(device: torch.device) -> Checks:
 
 
 def attention_forward(device: torch.device, pack: Pack, dim: int, dtype: torch.dtype) -> Checks:
-    """out and lse."""
+    """Check out and lse."""
     (*qkv, _), lengths = pack_tensors(pack, dim, dtype)
     want, want_lse = reference.varlen_attention(*(x.double() for x in qkv), **lengths, return_lse=True)
     on_device: dict[str, Any] = {name: x.to(device) for name, x in lengths.items()}
@@ -123,7 +132,10 @@ def attention_forward(device: torch.device, pack: Pack, dim: int, dtype: torch.d
 def attention_backward(
     device: torch.device, pack: Pack, dim: int, dtype: torch.dtype, deterministic: bool = False
 ) -> Checks:
-    """Return the gradients from the reference's out and lse, so that the forward kernel has no part in it."""
+    """Check the gradients from the reference's out and lse.
+
+    So the forward kernel has no part in them.
+    """
     (*qkv, dout), lengths = pack_tensors(pack, dim, dtype)
     leaves = [x.double().requires_grad_() for x in qkv]
     out, lse = reference.varlen_attention(*leaves, **lengths, return_lse=True)
@@ -150,7 +162,7 @@ def attention_backward(
 
 
 def loss_inputs(rows: int, vocab: int) -> tuple[Tensor, Tensor]:
-    """targets and token_weights; each fourth token has no weight."""
+    """Return targets and token_weights; each fourth token has no weight."""
     generator = random(1)
     targets = torch.randint(vocab, (rows,), generator=generator)
     weights = 1 + torch.rand(rows, generator=generator)
@@ -159,7 +171,7 @@ def loss_inputs(rows: int, vocab: int) -> tuple[Tensor, Tensor]:
 
 
 def masked_cross_entropy(device: torch.device, dtype: torch.dtype, at_once: bool = False) -> Checks:
-    """nll and gradient by two kernels, or in place by one."""
+    """Check nll and the gradient, made by two kernels or in place by one."""
     rows, vocab = 6, 20000
     logits = (3 * torch.randn(rows, vocab, generator=random())).to(dtype)
     targets, weights = loss_inputs(rows, vocab)
@@ -185,7 +197,7 @@ def masked_cross_entropy(device: torch.device, dtype: torch.dtype, at_once: bool
 
 
 def weighted_sum(device: torch.device) -> Checks:
-    """Return the sum of all tokens' losses."""
+    """Check the sum of all tokens' losses."""
     nll, (_, weights) = torch.rand(5000, generator=random()), loss_inputs(5000, 2)
     loss = torch.full((), torch.nan, device=device)
     raw.weighted_sum(loss, nll.to(device), weights.to(device), normalizer=torch.tensor(7.0, device=device))
@@ -193,7 +205,7 @@ def weighted_sum(device: torch.device) -> Checks:
 
 
 def scale(device: torch.device, dtype: torch.dtype) -> Checks:
-    """Return a gradient times a number on the device."""
+    """Check a gradient times a number on the device."""
     data = torch.randn(5003, generator=random()).to(dtype)
     got = data.to(device)
     raw.scale(got, torch.tensor(0.5, device=device))
@@ -204,7 +216,10 @@ def linear_loss(
     device: torch.device, rows: int = 300, width: int = 264, vocab: int = 4096, *, spread: float = 3.0,
     gradients: bool = True, given_rows: bool = False, **options: Any,
 ) -> Checks:  # fmt: skip
-    """loss, nll and both gradients. Compact inputs of all weights where filter_eps is given: its bound is checked."""
+    """Check the loss, nll and both gradients.
+
+    Where filter_eps is given, inputs are compact and have all weights, and its bound is checked.
+    """
     generator = random(2)
     hidden = (spread * width**-0.5 * torch.randn(rows, width, generator=generator)).to(BF16)
     weight = torch.randn(vocab, width, generator=generator).to(BF16)
@@ -269,7 +284,10 @@ def sample_tokens(
 def linear_sample_tokens(
     device: torch.device, rows: int, dtype: torch.dtype, temperature: float, given_rows: bool = False
 ) -> Checks:
-    """Return tokens whose noisy logit is the largest within the rounding of 16-bit logits, and their confidences."""
+    """Check tokens and confidences of the fused head.
+
+    A token's noisy logit must be the largest within the rounding of 16-bit logits.
+    """
     width, vocab, seed, generator = 72, 5000, 3, random()
     hidden = (3 * width**-0.5 * torch.randn(2 * rows if given_rows else rows, width, generator=generator)).to(dtype)
     weight = torch.randn(vocab, width, generator=generator).to(dtype)
@@ -292,7 +310,7 @@ def linear_sample_tokens(
 
 
 def linear_loss_by_mm(device: torch.device) -> Checks:
-    """Return the same, with the products of the gradients by torch.mm."""
+    """Check the linear loss with the products of the gradients by torch.mm."""
     with use_variants(loss_gradients="mm"):
         return linear_loss(device)
 
@@ -301,7 +319,10 @@ RULES = {"quota": 3, "threshold": 0.9, "factor": 0.5, "entropy_bound": 0.7}
 
 
 def remask(device: torch.device, rows: int, rule: str) -> Checks:
-    """Return the canvas and the counts, exactly; one sequence of `rows` candidates, and a short one."""
+    """Check the canvas and the counts exactly.
+
+    There are one sequence of `rows` candidates, and a short one.
+    """
     lengths, mask_id, generator = (rows, 9), 5, random()
     total = sum(lengths)
     confidence = torch.rand(total, generator=generator)
@@ -325,7 +346,7 @@ def remask(device: torch.device, rows: int, rule: str) -> Checks:
 
 
 def jobs() -> list[Job]:
-    """All of them; those first whose answer matters most."""
+    """Return all jobs, first those whose answer matters most."""
     found: list[Job] = []
 
     def add(name: str, kind: str, run: Callable[[torch.device], Checks], kernels: str, portable: str = "",

@@ -29,7 +29,10 @@ PAIRS = 66  # of multiprocessors: a cluster is a pair of CTAs, whose tiles are n
 
 @dataclass(frozen=True)
 class Schedule:
-    """A kernel of CUTLASS: names of its main loop's and its epilogue's schedule, and the tile of a CTA, 64 deep."""
+    """A GEMM kernel of CUTLASS.
+
+    Its fields are the names of its main loop's and its epilogue's schedule, and the tile of a CTA, 64 deep.
+    """
 
     name: str
     mainloop: str
@@ -38,7 +41,7 @@ class Schedule:
     tile_n: int
 
     def rounds(self, vocab: int) -> int:
-        """Tiles that the busiest pair has one after the other."""
+        """Return the number of tiles that the busiest pair computes one after the other."""
         return -(-(ROWS // (2 * self.tile_m) * -(-vocab // self.tile_n)) // PAIRS)
 
 
@@ -72,7 +75,7 @@ def build(schedule: Schedule, folder: Path) -> Path:
 
 
 def predict_us(schedule: Schedule, program: Path, cusim: Path, machine: str) -> float:
-    """Microseconds for the whole vocabulary."""
+    """Predict the microseconds for the whole vocabulary."""
     found = []
     for slot in (0, PAIRS // 2, PAIRS - 1):
         with tempfile.TemporaryDirectory() as folder:

@@ -36,35 +36,40 @@ GRAPH_CALLS = 20
 
 
 class Clock:
-    """Milliseconds on the host's clock."""
+    """A timer that measures calls by the host's clock."""
 
     timing = "clock"
 
     def measure(self, call: Callable[[], Any]) -> float:
-        """Enqueue one call; what it returns goes to `milliseconds`."""
+        """Time one call; what this returns goes to `milliseconds`."""
         began = time.perf_counter()
         call()
         return 1e3 * (time.perf_counter() - began)
 
     def milliseconds(self, readings: Sequence[float]) -> list[float]:
-        """Of each call."""
+        """Return the milliseconds of each call."""
         return list(readings)
 
 
 class ThreadClock(Clock):
-    """Milliseconds of processor time of this thread, to which others that are running add less than to the clock."""
+    """A timer that measures the processor time of this thread.
+
+    Other threads that are running add less to it than to the clock.
+    """
 
     timing = "thread"
 
     def measure(self, call: Callable[[], Any]) -> float:
-        """Enqueue one call; what it returns goes to `milliseconds`."""
+        """Time one call; what this returns goes to `milliseconds`."""
         began = time.thread_time()
         call()
         return 1e3 * (time.thread_time() - began)
 
 
 class Events:
-    """Milliseconds between two CUDA events on the current stream, with nothing of the inputs in the L2 cache.
+    """A timer that measures calls between two CUDA events on the current stream.
+
+    Nothing of the inputs is in the L2 cache before a call.
 
     flush_bytes: written, and as many others read, before each call.
     """
@@ -78,7 +83,7 @@ class Events:
         self.sum = torch.zeros((), dtype=torch.int32, device=device)
 
     def measure(self, call: Callable[[], Any]) -> tuple[torch.cuda.Event, torch.cuda.Event]:
-        """Enqueue one call; what it returns goes to `milliseconds`."""
+        """Enqueue one call; what this returns goes to `milliseconds`."""
         began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         # The read throws the written lines out, which the timed call would else have to write back to memory. Both
         # together also keep the device busy (0.2 ms on an H100) while the host enqueues the call.
@@ -90,7 +95,7 @@ class Events:
         return began, ended
 
     def milliseconds(self, readings: Sequence[tuple[torch.cuda.Event, torch.cuda.Event]]) -> list[float]:
-        """Of each call; waits for the last."""
+        """Return the milliseconds of each call, after a wait for the last one."""
         torch.cuda.synchronize()
         return [began.elapsed_time(ended) for began, ended in readings]
 
@@ -108,7 +113,10 @@ def cold_bytes(device: torch.device) -> int:
 
 
 def input_sets(bytes_each: int, device: torch.device) -> int:
-    """Return how many inputs of that size a graph must rotate over so that none is still cached when its turn comes."""
+    """Return how many inputs of that size a graph must rotate over.
+
+    So many that none is still cached when its turn comes.
+    """
     if device.type != "cuda":
         return 1
     if dry_run.ACTIVE:
@@ -118,7 +126,7 @@ def input_sets(bytes_each: int, device: torch.device) -> int:
 
 
 def capture(calls: Sequence[Callable[[], Any]], device: torch.device) -> tuple[torch.cuda.CUDAGraph, int]:
-    """Return a graph of all calls, over and over until there are GRAPH_CALLS; and how many it holds."""
+    """Return a graph that repeats all calls until there are GRAPH_CALLS, and how many it holds."""
     rounds = -(-GRAPH_CALLS // len(calls))
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
@@ -173,7 +181,10 @@ def _peak_on_cpu(call: Callable[[], Any]) -> int:
 
 
 def kernels(call: Callable[[], Any], device: torch.device) -> dict[str, tuple[float, int]]:
-    """Of each kernel of ours in one call, caches cold: microseconds in all, and launches. Empty without a profiler."""
+    """Return the time and launches of each of our kernels in one call with cold caches.
+
+    Name -> (microseconds in all, launches). Empty without a profiler.
+    """
     timer = Events(device)
     try:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
@@ -191,7 +202,10 @@ def kernels(call: Callable[[], Any], device: torch.device) -> dict[str, tuple[fl
 
 
 def launches(call: Callable[[], Any]) -> int | None:
-    """Kernels, copies and fills that one call puts on a GPU; None where the profiler sees none, or may not look."""
+    """Return the number of kernels, copies and fills that one call puts on a GPU.
+
+    None where the profiler sees none, or may not look.
+    """
     if dry_run.ACTIVE:
         return None
     try:
@@ -204,7 +218,7 @@ def launches(call: Callable[[], Any]) -> int | None:
 
 
 def device_name(device: torch.device = CPU) -> str:
-    """Return the processor or GPU."""
+    """Return the name of the processor or GPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:

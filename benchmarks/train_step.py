@@ -74,19 +74,19 @@ REPEATS = {"cpu": 3, "cuda": 5}
 
 
 def random_tokens(config: ModelConfig, windows: int, length: int) -> np.ndarray:
-    """int64 [windows, length], always the same."""
+    """Return random tokens, int64 [windows, length], the same in every call."""
     return np.random.default_rng(0).integers(6, config.vocab_size, (windows, length))
 
 
 def windows(count: int, length: int, config: ModelConfig) -> Batch:
-    """Split and masked at random."""
+    """Return a batch of windows, split and masked at random."""
     # Seed 3 splits 3 of 8 windows; 2.4 are expected.
     tokens = random_tokens(config, count, length)
     return make_batch(tokens, np.arange(count), seed=3, mask_id=config.mask_token_id)
 
 
 def one_window(lengths: Sequence[int], config: ModelConfig) -> Batch:
-    """Sequences of these lengths masked at t = 0.5."""
+    """Return a batch of sequences of these lengths, masked at t = 0.5."""
     tokens = random_tokens(config, 1, sum(lengths))
     batch = make_validation_batch(tokens, np.arange(1), stratum=0, strata=1, mask_id=config.mask_token_id)
     positions = torch.cat([torch.arange(n) for n in lengths])
@@ -95,7 +95,7 @@ def one_window(lengths: Sequence[int], config: ModelConfig) -> Batch:
 
 @dataclass(frozen=True)
 class Job:
-    """A model and its batch, always the same.
+    """A model and its batch, the same in every run.
 
     make_batch: on the CPU. recompute: layers in the backward pass, instead of keeping their activations.
     """
@@ -107,17 +107,17 @@ class Job:
     device: torch.device = CPU
 
     def model(self) -> MaskedDiffusionModel:
-        """With random weights: float32 on a CPU, bfloat16 on a GPU."""
+        """Return the model with random weights: float32 on a CPU, bfloat16 on a GPU."""
         on_gpu = self.device.type == "cuda"
         return random_model(self.config, self.device) if on_gpu else MaskedDiffusionModel(self.config)
 
     def batch(self) -> Batch:
-        """On the job's device."""
+        """Return the batch on the job's device."""
         return self.make_batch(self.config).to(self.device)
 
 
 def flops(config: ModelConfig, batch: Batch) -> float:
-    """Of a forward and backward, as counted above."""
+    """Return the floating-point operations of a forward and backward, as counted above."""
     head = config.vocab_size * config.hidden_size
     layers = config.num_parameters - head * (1 if config.tie_word_embeddings else 2)
     pairs = int(batch.cu_seqlens.diff().long().square().sum())
@@ -129,12 +129,12 @@ def flops(config: ModelConfig, batch: Batch) -> float:
 
 
 def packed_loss(model: MaskedDiffusionModel, batch: Batch) -> Callable[[], Tensor]:
-    """illada's loss."""
+    """Return a call of illada's loss."""
     return partial(model.loss, batch)
 
 
 def padded_loss(model: MaskedDiffusionModel, batch: Batch) -> Callable[[], Tensor]:
-    """Return the same loss on a padded batch with all logits; the padding itself is not timed."""
+    """Return a call of the same loss on a padded batch with all logits; the padding itself is not timed."""
     config = model.config
     bounds = batch.cu_seqlens.tolist()
     parts = list(zip(bounds[:-1], bounds[1:], strict=True))
@@ -164,18 +164,21 @@ LOSSES = {"illada": packed_loss, "padded": padded_loss}
 
 
 def gradients(model: MaskedDiffusionModel, loss: Callable[[], Tensor]) -> list[Tensor]:
-    """Run one forward and backward; nothing stays in the model."""
+    """Run one forward and backward and return the gradients; none of them stay in the model."""
     return list(torch.autograd.grad(loss(), list(model.parameters())))
 
 
 def compared(model: MaskedDiffusionModel) -> list[int]:
-    """Return which of the gradients `error` looks at; one of the first layer has gone through all others."""
+    """Return which of the gradients `error` looks at.
+
+    A gradient of the first layer has gone through all others.
+    """
     parts = ("embed_tokens.", "norm.", "layers.0.", f"layers.{len(model.layers) - 1}.", "lm_head.")
     return [i for i, (name, _) in enumerate(model.named_parameters()) if name.startswith(parts)]
 
 
 class GradientError:
-    """Relative difference of `compared` gradients from the padded loop's, which wait on the CPU."""
+    """The relative difference of `compared` gradients from the padded loop's, which are kept on the CPU."""
 
     def __init__(self, model: MaskedDiffusionModel, batch: Batch):
         found = gradients(model, padded_loss(model, batch))
@@ -245,7 +248,7 @@ CPU_JOBS = {
 
 
 def gpu_jobs(device: torch.device) -> list[Job]:
-    """Return the design's first; the one that needs most memory last."""
+    """Return the jobs on a GPU: the design's first, and the one that needs most memory last."""
     job = Job("8b 8192", ModelConfig.preset("illada_8b"), partial(one_window, [8192]), recompute=True, device=device)
     return [
         job,
@@ -267,7 +270,10 @@ def quick(device: torch.device = CPU) -> list[Case]:
 
 
 def own(shapes: Shapes, device: torch.device = CPU) -> list[Case]:
-    """Return one window of these sequences, half of them masked; the model is the design's smaller one, so changed."""
+    """Return the case of one window of the given sequences, half of them masked.
+
+    The model is the design's smaller one, changed as asked.
+    """
     heads, more = shapes.heads or (None, None), {"num_hidden_layers": 4} if device.type == "cuda" else {}
     wanted = {
         "hidden_size": shapes.hidden, "num_attention_heads": heads[0], "num_key_value_heads": heads[1],
@@ -282,7 +288,7 @@ def own(shapes: Shapes, device: torch.device = CPU) -> list[Case]:
 
 
 def providers(device: torch.device = CPU) -> list[str]:
-    """Of all cases."""
+    """Return the names of the bench's providers on a device."""
     return list(LOSSES)
 
 
@@ -321,7 +327,10 @@ def goals(records: Sequence[dict[str, Any]]) -> list[Goal]:
 
 
 def measure_memory(name: str, provider: str) -> int:
-    """Peak resident bytes of one step in a fresh process, beyond what was resident before it."""
+    """Return the peak resident bytes of one step in a fresh process.
+
+    What was resident before the step is not counted.
+    """
     package = __package__ or ""
     top = Path(__file__).resolve().parents[len(package.split("."))]  # which makes the package importable
     command = [sys.executable, "-m", f"{package}.train_step", name, provider]

@@ -37,12 +37,15 @@ RIGHT, TIME = "right", "time"  # the first words of steps
 
 
 def text(values: Values) -> str:
-    """As in the names of steps."""
+    """Return the values as they stand in the names of steps."""
     return ", ".join(f"{choice}={value}" for choice, value in values.items()) or "default"
 
 
 class Bench:
-    """What a child process keeps of its job from step to step; made again by whichever child needs it."""
+    """A job's inputs, timer and calls, which a child process keeps from step to step.
+
+    Whichever child needs them makes them again.
+    """
 
     def __init__(self, job: Job):
         self.job = job
@@ -51,7 +54,10 @@ class Bench:
         self.calls: dict[str, tuple[Any, int]] = {}  # what is timed, and how many calls of the job it is
 
     def right(self, values: Values) -> dict[str, float]:
-        """Return the error. WrongError: it is too large."""
+        """Return the error of the result under these values.
+
+        WrongError: it is too large.
+        """
         if self.inputs is None:
             self.inputs = self.job.make()
         with use_variants(**values):
@@ -61,7 +67,10 @@ class Bench:
         return {"error": error}
 
     def call(self, values: Values) -> tuple[Any, int]:
-        """Bound, and where calls are short captured in a graph, under these choices."""
+        """Return a call under these choices and how many calls of the job it makes.
+
+        Short calls are captured in a graph.
+        """
         if text(values) not in self.calls:
             if self.inputs is None:
                 self.inputs = self.job.make()
@@ -76,7 +85,10 @@ class Bench:
         return self.calls[text(values)]
 
     def time(self, values: Values, known: Mapping[str, Any]) -> dict[str, float | None]:
-        """Median milliseconds of these choices and, in turn with them, of the defaults where those are right."""
+        """Return the median milliseconds of these choices.
+
+        Those of the defaults are measured in turn with them, where the defaults are right.
+        """
         turns = 2 if dry_run.ACTIVE else TURNS
         if self.timer is None:
             self.timer = timing.Events(torch.device("cuda", 0), 1 << 20 if dry_run.ACTIVE else None)
@@ -105,12 +117,12 @@ class Bench:
 
 
 def gain(found: Mapping[str, Any]) -> float:
-    """Return how many times as fast as the defaults; of what has none to be compared with 0."""
+    """Return how many times as fast as the defaults a value is; 0 without a time of the defaults."""
     return found["default_ms"] / found["ms"] if found["default_ms"] else 0.0
 
 
 def best_values(job: Job, known: Mapping[str, Any], choices: list[Variant]) -> Values:
-    """Of each choice the value that gains most, where it gains something."""
+    """Return the value that gains most of each choice in which one gains something."""
     best: dict[str, tuple[float, str]] = {}
     for choice, value in others(choices, job.kind, job.dim):
         if found := known.get(f"{TIME} {choice}={value}"):
@@ -119,7 +131,11 @@ def best_values(job: Job, known: Mapping[str, Any], choices: list[Variant]) -> V
 
 
 def task(job: Job, choices: list[Variant]) -> Task:
-    """right default, right A=a, .., time default, time A=a, .., then the best together if they are of two choices."""
+    """Return the task that checks and times each value of a job's choices.
+
+    Its steps: right default, right A=a, .., time default, time A=a, .., then the best together if they are of two
+    choices.
+    """
     bench = Bench(job)
     settings: list[Values] = [{}, *({choice: value} for choice, value in others(choices, job.kind, job.dim))]
 
@@ -145,7 +161,7 @@ def task(job: Job, choices: list[Variant]) -> Task:
 
 
 def result(job: Job, outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Of one job: every value with its status and times, and the fastest right values."""
+    """Return one job's result: each value's status and times, and the fastest right values."""
     steps = {outcome.step: outcome for outcome in outcomes}
     values: list[dict[str, Any]] = []
     best: dict[str, Any] = {"values": {}, "ms": None, "gain": 1.0}
@@ -216,7 +232,7 @@ def advice(results: Sequence[Mapping[str, Any]], choices: Sequence[Variant]) -> 
 
 
 def _where(gains: Mapping[str, Mapping[str, float]], chosen: str) -> str:
-    """Jobs at which another value is faster than the chosen one."""
+    """Return, as text, the jobs at which another value is faster than the chosen one."""
     found = []
     for job, mine in gains[chosen].items():
         value, times = max(((v, g[job]) for v, g in gains.items() if job in g), key=lambda x: x[1])
@@ -226,7 +242,10 @@ def _where(gains: Mapping[str, Mapping[str, float]], chosen: str) -> str:
 
 
 def records(job: Job, found: Mapping[str, Any], device: str) -> list[dict[str, Any]]:
-    """In the form of the benchmarks, for `compare` and `report`: a line for each value that was timed."""
+    """Return the times in the form of the benchmarks, a line for each value that was timed.
+
+    `compare` and `report` read them.
+    """
     gpu = torch.device("cuda", 0)
     same = {
         "bench": job.bench, "case": job.name, "flops": job.flops, "bytes": job.bytes, "device": device,
@@ -246,13 +265,19 @@ def records(job: Job, found: Mapping[str, Any], device: str) -> list[dict[str, A
 
 
 def device_of(known: Mapping[str, Any]) -> tuple[str, int]:
-    """Name, and the first number of the compute capability. Asked in a child: this process must not use the GPU."""
+    """Return the device's name and the first number of its compute capability.
+
+    This is asked in a child: the process itself must not use the GPU.
+    """
     device = torch.device("cuda", 0)
     return timing.device_name(device), torch.cuda.get_device_capability(device)[0]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0: done, 1: no default could be timed."""
+    """Run the command and return its exit status.
+
+    0: done, 1: no default could be timed.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n  python -m benchmarks.tune --json tune.json --records tune.jsonl\n"

@@ -24,7 +24,7 @@ CONFIDENCE_TOLERANCE = {"sample": 1e-3, "linear": 0.05}  # relative, of the wors
 
 @dataclass
 class Inputs:
-    """A prepared job.
+    """The calls of a prepared job, with the check of their result.
 
     bind: Makes the call(s) under the choices in use, plans and workspaces included. Several calls, each on inputs of
         its own, are for a graph, because one call is short.
@@ -38,7 +38,10 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Job:
-    """kind, dim: as in `choices`; bench: the benchmark that has a case of this name."""
+    """A job at which choices are decided.
+
+    kind, dim: as in `choices`; bench: the benchmark that has a case of this name.
+    """
 
     name: str
     kind: str
@@ -50,7 +53,7 @@ class Job:
 
 
 def attention_inputs(job: attention_providers.Job, direction: str) -> Inputs:
-    """Return the kernels alone, into buffers that are there."""
+    """Return the inputs of the attention kernels alone, which write into existing buffers."""
     inputs = job.inputs()
     want = attention.exact(job, inputs, direction)
     allowed = attention.TOLERANCE[job.dtype]
@@ -67,7 +70,7 @@ def attention_inputs(job: attention_providers.Job, direction: str) -> Inputs:
 
 
 def loss_inputs(job: loss_providers.Job) -> Inputs:
-    """Return the public op."""
+    """Return the inputs of the public loss op."""
     inputs = job.inputs()
     exact, provider = loss.Exact(inputs, "fwdbwd"), loss_providers.PROVIDERS["illada"]
 
@@ -79,7 +82,7 @@ def loss_inputs(job: loss_providers.Job) -> Inputs:
 
 
 def sample_inputs(rows: int, vocab: int, temperature: float, device: torch.device) -> Inputs:
-    """sample_tokens; without noise each token must be its row's largest."""
+    """Return the inputs of `sample_tokens`; without noise each token must be its row's largest."""
     sets = timing.input_sets(rows * vocab * 2, device)
     logits = [remask.random_logits(rows, vocab, torch.bfloat16, device, seed) for seed in range(sets)]
 
@@ -95,7 +98,7 @@ def sample_inputs(rows: int, vocab: int, temperature: float, device: torch.devic
 
 
 def linear_inputs(rows: int, width: int, vocab: int, temperature: float, device: torch.device) -> Inputs:
-    """linear_sample_tokens; the first rows are compared with float32."""
+    """Return the inputs of `linear_sample_tokens`, whose first rows are compared with float32."""
     random = generator(device)
     weight = (2 * width**-0.5 * torch.randn(vocab, width, generator=random, device=device)).to(torch.bfloat16)
     hidden = [torch.randn(rows, width, generator=random, device=device).to(torch.bfloat16) for _ in range(2)]

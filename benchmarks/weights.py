@@ -12,7 +12,9 @@ from illada.model import MaskedDiffusionModel
 def random_model(
     config: ModelConfig, device: torch.device, dtype: torch.dtype = torch.bfloat16, seed: int = 0
 ) -> MaskedDiffusionModel:
-    """Norms 1, biases 0, all else normal with the config's standard deviation.
+    """Return a model with random weights.
+
+    Norms are 1, biases 0, and all else is normal with the config's standard deviation.
 
     `MaskedDiffusionModel` draws its initial weights on the CPU, the same everywhere: minutes for 8e9 of them. These are
     the same in every run on one kind of device. There are no buffers, and a tied head is the embedding itself, so the
