@@ -48,7 +48,10 @@ SHIPPED = {"benchmarks": ("*.py", "predicted.json"), "configs": ("*.toml",)}
 
 
 class PythonBuild(build_py):
-    """With SHIPPED, and without what an earlier build left: a module that was deleted must not be in the next wheel."""
+    """The build of the Python package, with the folders of SHIPPED in it.
+
+    What an earlier build left is removed: a module that was deleted must not be in the next wheel.
+    """
 
     def run(self) -> None:
         """Copy the package and the folders that are shipped inside it."""
@@ -64,7 +67,10 @@ class PythonBuild(build_py):
 
 
 class CMakeBuild(build_ext):
-    """One CMake configure, build and install; the module lands where setuptools wants it."""
+    """The build of the native module: one CMake configure, build and install.
+
+    The module lands where setuptools wants it.
+    """
 
     def build_extension(self, ext: Extension) -> None:
         """Configure, build and install the native module."""
@@ -116,13 +122,21 @@ class CMakeBuild(build_ext):
 
 
 def build_folder(temporary: str) -> Path:
-    """CMake's: in setuptools' own, else in ILLADA_BUILD_DIR one for each kind of Python, which may share that."""
+    """Return the folder of CMake's build.
+
+    It is in setuptools' own, or in ILLADA_BUILD_DIR, which several kinds of Python may share: each has its own there.
+    """
     kept = os.environ.get("ILLADA_BUILD_DIR")
     return Path(kept).resolve() / PYTHON if kept else Path(temporary).resolve() / "cmake"
 
 
 def build_choices(nvcc: str) -> dict[str, str]:
-    """All that a cache of CMake keeps from its first configure, or that makes its files of no use."""
+    """Return the choices of a build, which must be the same for its files to be of use again.
+
+    They include all that a cache of CMake keeps from its first configure.
+
+    These are all that a cache of CMake keeps from its first configure, too.
+    """
     choices = {name: os.environ.get(name, "") for name in (*OPTIONS, *FIRST_CONFIGURE)}
     compilers = {name: os.environ.get(name) or usual for name, usual in (("CC", "cc"), ("CXX", "c++"))}
     for name, command in {**compilers, "nvcc": nvcc, "CUDAHOSTCXX": os.environ.get("CUDAHOSTCXX") or "g++"}.items():
@@ -143,7 +157,7 @@ def forget_other_build(build_dir: Path, choices: dict[str, str]) -> None:
 
 
 def show_warnings(file: Path) -> None:
-    """On the terminal: pip hides the output of a build that succeeds."""
+    """Show a file of warnings on the terminal, because pip hides the output of a build that succeeds."""
     text = file.read_text() if file.exists() else ""
     if text and not sys.stderr.isatty():
         try:
@@ -154,7 +168,10 @@ def show_warnings(file: Path) -> None:
 
 
 def memory_limit() -> int:
-    """Bytes that this process may take: the machine's, or what its cgroup (version 2 or 1) or an outer one allows."""
+    """Return the bytes that this process may take.
+
+    They are the machine's, or what its cgroup (version 2 or 1) or an outer one allows.
+    """
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     places = {CGROUP / "memory.max", CGROUP / "memory/memory.limit_in_bytes"}  # a container sees its own at the root
     for line in PROC_CGROUP.read_text().splitlines() if PROC_CGROUP.exists() else []:
@@ -172,7 +189,10 @@ def memory_limit() -> int:
 
 
 def job_count() -> int:
-    """MAX_JOBS, else a job for each core but no more than one for every 3 GB of memory (nvcc is large)."""
+    """Return the number of compilers to run at a time.
+
+    It is MAX_JOBS, else one for each core but no more than one for every 3 GB of memory (nvcc is large).
+    """
     for name in ("MAX_JOBS", "CMAKE_BUILD_PARALLEL_LEVEL"):
         if os.environ.get(name, "").isdigit():
             return max(1, int(os.environ[name]))

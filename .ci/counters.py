@@ -60,7 +60,7 @@ torch.autograd.grad(loss, leaves)
 
 
 def run(code: str, *options: str) -> str:
-    """Run Python code under the simulator; what it printed."""
+    """Run Python code under the simulator and return what it printed."""
     environment = {**os.environ, "PYTHONPATH": f"{CUSIM}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     command = [str(CUSIM / "cusim"), "run", *options, "--", sys.executable, "-c", code]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

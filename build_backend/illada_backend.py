@@ -38,7 +38,10 @@ def requires() -> list[str]:
 
 
 def version(program: str) -> tuple[int, ...]:
-    """Of a program in PATH, such as (3, 25, 1); empty without one that works, as what pyenv puts there may not."""
+    """Return the version of a program in PATH, such as (3, 25, 1).
+
+    It is empty without one that works: what pyenv puts there may not.
+    """
     if not shutil.which(program):
         return ()
     try:
@@ -61,19 +64,25 @@ def headers_need() -> list[str]:
 
 
 def option(name: str) -> str:
-    """Return an option of the CMake configure: in CMAKE_ARGS, which has the last word, else in the environment."""
+    """Return an option of the CMake configure.
+
+    It stands in CMAKE_ARGS, which has the last word, else in the environment.
+    """
     arguments = "\n".join(shlex.split(os.environ.get("CMAKE_ARGS", "")))  # quoted as in a shell, as setup.py has it
     given = re.findall(rf"^-D\s*{name}(?::\w+)?=(.*)", arguments, re.MULTILINE)
     return given[-1] if given else os.environ.get(name, "")
 
 
 def has_nvcc() -> bool:
-    """Return whether the build would find one."""
+    """Return whether the build would find an nvcc."""
     nvcc = option("CMAKE_CUDA_COMPILER").strip() or find_nvcc(os.environ)
     return any(shutil.which(name) for name in (nvcc, *nvcc.split()[:1]))  # CUDACXX may hold options
 
 
 def can_fetch() -> bool:
-    """Return whether there is a pip, in this environment or around pip's isolated one, or the uv that made this one."""
+    """Return whether headers can be fetched, by pip or uv.
+
+    The pip is in this environment or around pip's isolated one; the uv is the one that made this environment.
+    """
     pips = [[sys.executable, *isolation, "-m", "pip", "--version"] for isolation in (["-I"], [])]
     return "UV" in os.environ or any(subprocess.run(pip, capture_output=True).returncode == 0 for pip in pips)

@@ -18,7 +18,10 @@ PARTS = {
 
 
 def find_nvcc(environ: Mapping[str, str]) -> str:
-    """Return the nvcc of CUDACXX, CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda or NVIDIA's wheels; empty: none."""
+    """Return the path of nvcc, or an empty string.
+
+    The places are CUDACXX, CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda and NVIDIA's wheels, in this order.
+    """
     if named := environ.get("CUDACXX", "").strip():
         return named
     homes = [environ.get("CUDA_HOME"), environ.get("CUDA_PATH")]
@@ -27,7 +30,10 @@ def find_nvcc(environ: Mapping[str, str]) -> str:
 
 
 def wheel_nvcc(environ: Mapping[str, str]) -> str:
-    """Return the newest nvcc that pip installed with all that it needs; says so where a part is missing."""
+    """Return the newest nvcc that pip installed with all that it needs.
+
+    A message says where a part is missing.
+    """
     found = {nvcc for folder in site_packages(environ) for nvcc in folder.glob("nvidia/cu[0-9]*/bin/nvcc")}
     for nvcc in sorted(found, key=lambda nvcc: int(re.sub(r"\D", "", nvcc.parents[1].name) or 0), reverse=True):
         missing = [wheel for wheel, part in PARTS.items() if not (nvcc.parents[1] / part).exists()]
@@ -38,7 +44,7 @@ def wheel_nvcc(environ: Mapping[str, str]) -> str:
 
 
 def site_packages(environ: Mapping[str, str]) -> list[Path]:
-    """Of the environment that asked for the build, as far as it can be known.
+    """Return the site-packages of the environment that asked for the build, as far as it can be known.
 
     pip's isolation leaves sys.prefix as it is. `python -m build` and uv make an environment of their own: there PATH
     names the one around it, if it was activated, and sys.base_prefix the Python that both were made from.

@@ -33,7 +33,10 @@ BYTES_A_JOB = 3 << 30  # of memory, as in setup.py
 
 @dataclass
 class Kernel:
-    """What ptxas said of one function on one arch. Functions that are not kernels have no registers of their own."""
+    """The figures that ptxas gives for one function on one arch.
+
+    Functions that are not kernels have no registers of their own.
+    """
 
     name: str  # mangled as ptxas prints it; short after compile_file
     registers: int | None = None
@@ -47,7 +50,7 @@ class Kernel:
 
 @dataclass
 class Compiled:
-    """One file for one arch."""
+    """The result of the compilation of one file for one arch."""
 
     file: str
     arch: str
@@ -83,7 +86,10 @@ def parse(text: str) -> tuple[list[Kernel], list[str]]:
 
 
 def launch_bounds(ptx: str) -> dict[str, tuple[int, list[int]]]:
-    """Kernel -> threads of a CTA (0: not said) and what setmaxnreg asks for (dec, then inc), from PTX."""
+    """Return each kernel's launch bounds and what its setmaxnreg asks for, read from PTX.
+
+    Kernel -> (threads of a CTA, 0 where not said; registers by dec, then by inc).
+    """
     found: dict[str, tuple[int, list[int]]] = {}
     for entry in re.split(r"^\s*(?:\.visible )?\.entry\s+", ptx, flags=re.MULTILINE)[1:]:
         asked = [(match[1], int(match[2])) for match in re.finditer(r"setmaxnreg\.(dec|inc)\.\S+\s+(\d+)", entry)]
@@ -117,7 +123,10 @@ def split_fault(kernel: Kernel) -> str | None:
 
 
 def short_name(demangled: str) -> str:
-    """`void illada::remask::(anonymous namespace)::k<illada::Half, (int)4>(illada::P)` -> `k<Half,4>`."""
+    """Return a kernel's name without namespaces, return type and parameters.
+
+    `void illada::remask::(anonymous namespace)::k<illada::Half, (int)4>(illada::P)` -> `k<Half,4>`.
+    """
     name = demangled.replace("(anonymous namespace)::", "")
     name = re.sub(r"\([A-Za-z][\w: ]*\)(?=-?[\d'])", "", name)  # the type of a template argument: (int)4
     depth, end = 0, len(name)
@@ -136,7 +145,7 @@ def short_name(demangled: str) -> str:
 
 
 def demangle(names: list[str]) -> list[str]:
-    """Return the C++ names of mangled ones."""
+    """Return the C++ names of mangled names."""
     if not names:
         return []
     try:
@@ -147,12 +156,18 @@ def demangle(names: list[str]) -> list[str]:
 
 
 def archs_of(file: str, archs: list[str]) -> list[str]:
-    """Files of wgmma and TMA kernels are built for sm_90a alone, see illada_add_cuda."""
+    """Return the archs that a file is built for.
+
+    Files of wgmma and TMA kernels are built for sm_90a alone, see illada_add_cuda.
+    """
     return [arch for arch in archs if arch == "90a" or not file.endswith("_sm90.cu")]
 
 
 def cutlass_include() -> str:
-    """Return the headers of CUTLASS: ILLADA_CUTLASS_DIR, as IlladaCutlass.cmake takes it, else what `make` fetched."""
+    """Return the folder of CUTLASS's headers.
+
+    It is that of ILLADA_CUTLASS_DIR, as IlladaCutlass.cmake takes it, else what `make` fetched.
+    """
     found = (ROOT / ".cache").glob("cutlass-*[0-9]")
     fetched = max(found, default="", key=lambda path: [int(number) for number in re.findall(r"\d+", path.name)])
     named = os.environ.get("ILLADA_CUTLASS_DIR") or str(fetched)
@@ -181,7 +196,10 @@ def compile_file(nvcc: str, file: str, arch: str, flags: list[str]) -> Compiled:
 
 
 def compiled(file: str, arch: str, seconds: float, output: str, splits: dict[str, tuple[int, list[int]]]) -> Compiled:
-    """Return what the compiler's output and the PTX's setmaxnreg say, with short names."""
+    """Return a compilation's result from the compiler's output and the PTX's launch bounds.
+
+    Kernels get their short names.
+    """
     kernels, remarks = parse(output)
     for kernel in kernels:
         kernel.threads, kernel.warpgroup_registers = splits.get(kernel.name, (0, []))
@@ -191,7 +209,7 @@ def compiled(file: str, arch: str, seconds: float, output: str, splits: dict[str
 
 
 def recorded(folder: Path) -> list[Compiled]:
-    """Return what ptxas_record.py kept of a build, a file and arch each."""
+    """Return the compilations of a build that ptxas_record.py recorded, one for each file and arch."""
     found = []
     paths = sorted(folder.glob("*.json"))
     if not paths:
@@ -213,7 +231,7 @@ def recorded(folder: Path) -> list[Compiled]:
 
 
 def faults(results: list[Compiled]) -> list[str]:
-    """Return what no budget excuses."""
+    """Return the faults that no budget excuses."""
     said = []
     owner: dict[tuple[str, str], str] = {}
     for result in results:
@@ -239,7 +257,7 @@ def faults(results: list[Compiled]) -> list[str]:
 
 
 def measured(results: list[Compiled]) -> dict[str, dict[str, dict[str, int]]]:
-    """kernel -> arch -> registers and smem, as the budget file has it."""
+    """Return registers and smem by kernel and arch, as the budget file has them."""
     table: dict[str, dict[str, dict[str, int]]] = {}
     for result in results:
         for kernel in result.kernels:
@@ -250,7 +268,10 @@ def measured(results: list[Compiled]) -> dict[str, dict[str, dict[str, int]]]:
 
 
 def resident(registers: int, threads: int) -> int:
-    """CTAs of so many threads that the registers of a multiprocessor suffice for: 65536, given out by eights."""
+    """Return how many CTAs the registers of a multiprocessor suffice for.
+
+    There are 65536, given out to a thread by eights.
+    """
     return 65536 // ((registers + 7) // 8 * 8 * threads)
 
 
@@ -289,7 +310,10 @@ def over_budget(
 
 
 def budget_text(table: dict, old: dict, archs: list[str], version: str) -> str:
-    """Return the budget file: sorted, a line for each kernel and arch. Archs that were not compiled now are kept."""
+    """Return the text of the budget file, sorted, with a line for each kernel and arch.
+
+    Entries of archs that were not compiled now are kept.
+    """
     kept = {
         name: {arch: entry for arch, entry in entries.items() if arch.removeprefix("sm_") not in archs}
         for name, entries in old.items()
@@ -330,7 +354,7 @@ def job_count() -> int:
 
 
 def toolkit(nvcc: str) -> tuple[str, set[str]]:
-    """Its version, and the archs that it knows."""
+    """Return the version of nvcc, and the archs that it knows."""
     try:
         said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
         known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout

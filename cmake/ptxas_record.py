@@ -16,7 +16,10 @@ from pathlib import Path
 
 
 def main(folder: str, command: list[str]) -> int:
-    """Run the compiler; of a compilation (-c), leave FOLDER/<object>.json. Warnings and exit status are passed on."""
+    """Run the compiler; for a compilation (-c), write FOLDER/<object>.json.
+
+    Warnings and exit status are passed on.
+    """
     if "-c" not in command or "-o" not in command:
         return subprocess.run(command).returncode
     source, target = command[command.index("-c") + 1], Path(command[command.index("-o") + 1]).name

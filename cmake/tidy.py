@@ -37,7 +37,7 @@ REPEATED = re.compile(r"(_d128_\w+|_d64_variants_sm90|_sums_d64_sm90)\.cu$|row_k
 
 @dataclass(frozen=True)
 class Found:
-    """One warning of clang-tidy."""
+    """A warning of clang-tidy."""
 
     check: str
     file: str  # below csrc/
@@ -47,7 +47,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Cuda:
-    """Where the headers are, and what nvcc says of itself."""
+    """The folders of the CUDA headers, and the version of nvcc."""
 
     home: Path
     version: tuple[int, int]
@@ -55,7 +55,7 @@ class Cuda:
 
 
 def find_cuda() -> Cuda | str:
-    """Or why CUDA sources cannot be looked at."""
+    """Return where CUDA's headers are, or why CUDA sources cannot be looked at."""
     nvcc = shutil.which(os.environ.get("CUDACXX") or "nvcc")
     if not nvcc:
         return "no nvcc"
@@ -72,7 +72,10 @@ def find_cuda() -> Cuda | str:
 
 
 def flags(source: Path, cuda: Cuda | None, made: Path) -> list[str]:
-    """For clang, of a source; `made` is the folder of make_headers."""
+    """Return clang's flags for a source.
+
+    made: the folder of make_headers.
+    """
     common = [
         "-std=c++17",
         f"-I{ROOT / 'csrc'}",
@@ -106,7 +109,7 @@ def make_headers(folder: Path) -> None:
 
 
 def sources(has_cuda: bool) -> list[Path]:
-    """Return those that a build compiles, the longest first."""
+    """Return the sources that a build compiles, those that take longest first."""
     files = [f for f in (ROOT / "csrc").rglob("*.c*") if f.suffix in (".cpp", ".cu") and not REPEATED.search(f.name)]
     host = {"cpu", "bindings"}
     files = [f for f in files if has_cuda or f.parent.name in host]
@@ -114,7 +117,10 @@ def sources(has_cuda: bool) -> list[Path]:
 
 
 def parse(text: str) -> tuple[set[Found], list[str]]:
-    """Return what clang-tidy found below csrc/, and its errors, which mean that it understood a source only in part."""
+    """Return clang-tidy's findings below csrc/, and its errors.
+
+    An error means that it understood a source only in part.
+    """
     lines = text.splitlines()
     found, errors = set(), [line for line in lines if ": error: " in line or line.startswith(("Error", "error: "))]
     for at, line in enumerate(lines):
@@ -126,7 +132,7 @@ def parse(text: str) -> tuple[set[Found], list[str]]:
 
 
 def judge(found: Iterable[Found], reviewed: set[str], files: set[str]) -> list[str]:
-    """Return what is wrong: products that nobody reviewed, and reviews of lines that are no longer there.
+    """Return the faults: products that nobody reviewed, and reviews of lines that are no longer there.
 
     Lines of `files`, all that were looked at, are reviewed as "file: line of code".
     """
