@@ -134,8 +134,6 @@ def build_choices(nvcc: str) -> dict[str, str]:
     """Return the choices of a build, which must be the same for its files to be of use again.
 
     They include all that a cache of CMake keeps from its first configure.
-
-    These are all that a cache of CMake keeps from its first configure, too.
     """
     choices = {name: os.environ.get(name, "") for name in (*OPTIONS, *FIRST_CONFIGURE)}
     compilers = {name: os.environ.get(name) or usual for name, usual in (("CC", "cc"), ("CXX", "c++"))}

@@ -181,8 +181,6 @@ def plans(options: argparse.Namespace) -> list[Plan]:
     """Return the plan of each bench that was asked for.
 
     ValueError: the options do not fit together, or no case is left.
-
-    ValueError: a bench has no such case.
     """
     from . import shapes
 

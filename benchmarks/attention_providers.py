@@ -103,7 +103,7 @@ def ragged(total: int) -> Pack:
 def cached(count: int, length: int, least: int, slot: int) -> Pack:
     """Return a pack of `count` blocks of `length` queries against cache slots of `slot` keys.
 
-    Of the slots, `least` to `slot` keys are used.
+    Of a slot's keys, `least` to `slot` are used.
     """
     used = tuple(round(x) for x in np.linspace(least, slot, count)) if count > 1 else (slot,)
     return Pack(f"cached {count}x{length}", (length,) * count, used, slot)
