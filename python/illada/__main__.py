@@ -5,7 +5,10 @@ import sys
 
 
 def main() -> int:
-    """Run the command; Ctrl-C while its modules are imported, or at the exit, ends the process at once and quietly."""
+    """Run the command.
+
+    Ctrl-C while its modules are imported, or at the exit, ends the process at once and quietly.
+    """
     quiet = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if quiet:
         signal.signal(signal.SIGINT, signal.SIG_DFL)

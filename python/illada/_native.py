@@ -10,7 +10,10 @@ from types import ModuleType
 
 @functools.cache
 def native() -> ModuleType:
-    """Return the compiled module. ImportError: not built, or built from another version of this package."""
+    """Return the compiled module.
+
+    ImportError: it is not built, or was built from another version of this package.
+    """
     try:
         module = importlib.import_module("illada._C")
     except ImportError as error:

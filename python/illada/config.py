@@ -13,7 +13,9 @@ from illada.schema import Count, Fraction, PositiveFloat, Size, TokenId, check_f
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A bidirectional Transformer: GQA, RoPE, RMSNorm, SwiGLU. Names as in Hugging Face configs.
+    """The architecture of a bidirectional Transformer with GQA, RoPE, RMSNorm and SwiGLU.
+
+    Names are as in Hugging Face configs.
 
     vocab_size: V, the tokens that can be predicted. embedding_size: rows of the embedding and of an untied head,
     >= vocab_size (LLaDA pads them); default the same.
@@ -86,25 +88,25 @@ class ModelConfig:
 
     @property
     def head_size(self) -> int:
-        """head_dim, resolved."""
+        """The value of head_dim, with its default filled in."""
         assert self.head_dim is not None
         return self.head_dim
 
     @property
     def qkv_sizes(self) -> tuple[int, int, int]:
-        """Rows of the fused projection that are the queries', the keys' and the values'."""
+        """The numbers of rows of the fused projection for queries, keys and values."""
         keys = self.num_key_value_heads * self.head_size
         return self.num_attention_heads * self.head_size, keys, keys
 
     @property
     def embedding_rows(self) -> int:
-        """embedding_size, resolved."""
+        """The value of embedding_size, with its default filled in."""
         assert self.embedding_size is not None
         return self.embedding_size
 
     @property
     def num_parameters(self) -> int:
-        """Of the whole model, a tied head counted once."""
+        """The number of parameters of the whole model, with a tied head counted once."""
         c, qkv = self.hidden_size, sum(self.qkv_sizes)
         layer = qkv * c + (qkv if self.qkv_bias else 0) + self.qkv_sizes[0] * c
         layer += 3 * c * self.intermediate_size + 2 * c
@@ -113,7 +115,10 @@ class ModelConfig:
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> ModelConfig:
-        """Return a named architecture, with some fields replaced. ValueError lists the names there are."""
+        """Return a named architecture, with some fields replaced.
+
+        ValueError, which lists the names there are: there is no such preset.
+        """
         if name not in PRESETS:
             raise ValueError(f"model.preset must be one of {', '.join(PRESETS)}, got {name!r}")
         return cls.from_dict({**PRESETS[name], **overrides})
@@ -178,7 +183,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """Options of the forward process. The defaults are the paper's pre-training.
+    """The options of the forward process, by default those of the paper's pre-training.
 
     t_sampling: "independent" draws t uniformly for each sequence; "low_discrepancy" takes t = (u + i / B) mod 1 over
         the B samples of a global batch (VDM), which lowers the variance of the loss.

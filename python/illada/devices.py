@@ -6,7 +6,10 @@ import torch
 
 
 def find_device(device: torch.device | str, name: str = "device") -> torch.device:
-    """Return the torch device. ValueError, which calls it `name`: a GPU that is not here, or no device at all."""
+    """Return the torch device of a name.
+
+    ValueError, which calls it `name`: a GPU that is not here, or no device at all.
+    """
     try:
         found = torch.device(device)
     except RuntimeError:
@@ -21,7 +24,10 @@ def find_device(device: torch.device | str, name: str = "device") -> torch.devic
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """Return the dtype of autocast where it is on for `device`, else None. Never for meta tensors."""
+    """Return the dtype of autocast where it is on for `device`, else None.
+
+    For meta tensors it is always None.
+    """
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)

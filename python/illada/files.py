@@ -23,7 +23,9 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # of a file system that
 
 @contextlib.contextmanager
 def staged_directory(target: str | Path) -> Iterator[Path]:
-    """Make a hidden folder beside `target` to write into; on success sync it to disk and rename it to `target`.
+    """Make a hidden folder beside `target` to write into, and rename it to `target` on success.
+
+    It is synced to disk before the rename.
 
     A folder already at `target` steps aside for the rename and is removed after it, so that at every moment, a kill or
     a power cut included, one complete folder is there (or, between two renames, beside it: `recover` brings it back).
@@ -61,7 +63,7 @@ def staged_directory(target: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _named(target: Path) -> Iterator[None]:
-    """Give an OSError without a file, as of a full disk, the name of the file that is being written."""
+    """Name the file that is being written in an OSError that names none, as of a full disk."""
     try:
         yield
     except OSError as error:
@@ -84,7 +86,10 @@ def folder_to_write(target: str | Path) -> Path:
 
 
 def recover(target: str | Path) -> None:
-    """Tidy up after killed writers of `target`: the old folder comes back where there is no new one."""
+    """Tidy up after killed writers of `target`.
+
+    The old folder comes back where there is no new one.
+    """
     target = Path(os.path.realpath(target))
     if _left_of(target, "new") or _left_of(target, "old"):
         with locked(_lock_of(target), f"{target} is being written"):
@@ -113,7 +118,9 @@ def _lock_of(target: Path) -> Path:
 
 @contextlib.contextmanager
 def locked(file: Path, busy: str) -> Iterator[None]:
-    """Hold a lock file, with this process's id and host in it, which no other process can; it is removed at the end.
+    """Hold a lock file that no other process can hold.
+
+    It has this process's id and host in it, and is removed at the end.
 
     The lock ends with the process, so what a killed one leaves is taken by the next. Where the file system has no
     locks, nothing is held.
@@ -162,7 +169,10 @@ def _is_at(file: Path, descriptor: int) -> bool:
 
 
 def append(file: Path, lines: str) -> None:
-    """Add lines to a file and sync them; they begin on a line of their own where a kill cut the last one short."""
+    """Append lines to a file and sync them.
+
+    They begin on a line of their own where a kill cut the last one short.
+    """
     with _named(file), file.open("a+b") as stream:
         if size := stream.tell():
             stream.seek(size - 1)
@@ -175,7 +185,9 @@ def append(file: Path, lines: str) -> None:
 
 @contextlib.contextmanager
 def replaced(file: str | Path) -> Iterator[BinaryIO]:
-    """Open a stream whose bytes become `file`: readers see the old file or the new one, never a part.
+    """Open a stream whose bytes become `file`.
+
+    Readers see the old file or the new one, never a part.
 
     Links are followed, and what they lead to is replaced. A device, a pipe and a descriptor are written to as they are.
     The mode of a file that was there stays.
@@ -205,7 +217,10 @@ def replaced(file: str | Path) -> Iterator[BinaryIO]:
 
 
 def is_stream(file: str | Path) -> bool:
-    """Return whether a path leads to a device, pipe or open descriptor, which cannot be replaced and read again."""
+    """Return whether a path leads to a device, pipe or open descriptor.
+
+    Such a stream cannot be replaced and read again.
+    """
     if os.path.abspath(file).startswith(("/dev/fd/", "/dev/std", "/proc/")):
         return True
     try:
@@ -222,7 +237,10 @@ def write_text(file: str | Path, text: str) -> None:
 
 
 def check_inside(file: Path, folder: Path) -> None:
-    """Raise ValueError if `file` is a link that leaves its folder; blobs of a Hugging Face cache belong to it."""
+    """Raise ValueError if `file` is a link that leaves its folder.
+
+    Blobs of a Hugging Face cache belong to the folder.
+    """
     real, home = file.resolve(), folder.resolve()
     blobs = home.parent.parent / "blobs"
     if not (real.is_relative_to(home) or (home.parent.name == "snapshots" and real.parent == blobs)):
@@ -230,7 +248,10 @@ def check_inside(file: Path, folder: Path) -> None:
 
 
 def remove_directory(path: str | Path) -> None:
-    """Remove a folder: it is hidden by a rename first, so a kill never leaves a part of it under its name."""
+    """Remove a folder, which is first hidden by a rename.
+
+    So a kill never leaves a part of it under its name.
+    """
     path = Path(path)
     gone = Path(tempfile.mkdtemp(prefix=f".{path.name}.gone.", dir=path.parent))
     os.rename(path, gone)
@@ -239,7 +260,10 @@ def remove_directory(path: str | Path) -> None:
 
 
 def remove_stale(parent: str | Path) -> None:
-    """Remove what killed `staged_directory` and `remove_directory` left in a folder that this process alone writes."""
+    """Remove what killed `staged_directory` and `remove_directory` left in a folder.
+
+    Only this process may write to the folder.
+    """
     for pattern in (".*.new.*", ".*.gone.*"):
         for path in Path(parent).glob(pattern):
             if path.is_dir():
@@ -249,7 +273,7 @@ def remove_stale(parent: str | Path) -> None:
 
 
 def _open_by_umask(staging: Path) -> None:
-    """Set modes as mkdir and open would: temporary folders and weights are made private."""
+    """Set modes as mkdir and open would, because temporary folders and weights are made private."""
     probe = staging / ".mode"
     probe.mkdir()  # asking for the umask would change it, for all threads
     mode = stat.S_IMODE(probe.stat().st_mode) & 0o777

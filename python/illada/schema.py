@@ -53,7 +53,10 @@ _SAID: dict[str, Callable[[dict[str, Any]], str]] = {
 
 
 def checked(hint: Any, value: Any, name: str) -> Any:
-    """Return the value, if it is what the hint says. ValueError: `name` must be ..., got ..."""
+    """Return the value, if it is what the hint says.
+
+    ValueError: `name` must be ..., got ...
+    """
     from pydantic import ValidationError
 
     try:
@@ -78,7 +81,10 @@ def _is_infinite(value: Any, problem: str) -> bool:
 
 
 def check_fields(instance: Any, section: str) -> None:
-    """Check the fields of a dataclass against their hints, in its __post_init__; an int for a float becomes one."""
+    """Check the fields of a dataclass against their hints, in its __post_init__.
+
+    An int for a float becomes one.
+    """
     kind: Any = type(instance)
     for name, hint in hints_of(kind).items():
         object.__setattr__(instance, name, checked(hint, getattr(instance, name), f"{section}.{name}"))
@@ -118,6 +124,6 @@ def _adapter(hint: Any) -> Any:
 
 
 def some_of(items: Sequence[str], separator: str = ", ") -> str:
-    """Return a list for an error: the first of its items, none of them long, and how many more there are."""
+    """Return a list for an error: its first items, none of them long, and how many more there are."""
     shown = separator.join(f"{item:.160}" for item in items[:_SHOWN])
     return shown if len(items) <= _SHOWN else f"{shown} and {len(items) - _SHOWN} more"

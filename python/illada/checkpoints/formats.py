@@ -385,7 +385,10 @@ LAYOUTS: dict[str, Layout] = {layout.model_type: layout for layout in (_ILLADA, 
 
 
 def layout_of_file(values: Mapping[str, Any], source: str = "config.json") -> Layout:
-    """Return the layout of a config.json, by its model_type. ValueError: absent, or none of those there are."""
+    """Return the layout of a config.json, by its model_type.
+
+    ValueError: the model_type is absent, or none of those there are.
+    """
     found = values.get("model_type")
     for layout in LAYOUTS.values():
         if found == layout.file_model_type:

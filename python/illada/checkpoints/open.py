@@ -25,7 +25,10 @@ def newest(folder: Path) -> Path | None:
 
 
 def config_file(folder: Path) -> Path:
-    """Return config.json of a checkpoint folder. FileNotFoundError: it has none."""
+    """Return the path of a checkpoint folder's config.json.
+
+    FileNotFoundError: the folder has none.
+    """
     file = folder / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{folder} is not a checkpoint (no config.json)")
@@ -33,7 +36,10 @@ def config_file(folder: Path) -> Path:
 
 
 def state_file(folder: Path) -> Path:
-    """Return trainer.json of a training checkpoint. FileNotFoundError: it has none."""
+    """Return the path of a training checkpoint's trainer.json.
+
+    FileNotFoundError: the checkpoint has none.
+    """
     file = folder / "trainer.json"
     if not file.is_file():
         raise FileNotFoundError(f"{folder} is not a training checkpoint (no trainer.json)")
@@ -41,7 +47,10 @@ def state_file(folder: Path) -> Path:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """Return a checkpoint folder, or the newest one of a training run's folder. FileNotFoundError: neither is there."""
+    """Return a checkpoint folder, or the newest checkpoint of a training run's folder.
+
+    FileNotFoundError: neither is there.
+    """
     folder = Path(path)
     if not (folder / "config.json").is_file():
         folder = newest(folder / "checkpoints") or folder
@@ -58,7 +67,10 @@ def load(
     mask_token_id: int | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[MaskedDiffusionModel, Tokenizer]:
-    """Return the model and tokenizer of a checkpoint or training run; a given tokenizer must be the same."""
+    """Return the model and tokenizer of a checkpoint or training run.
+
+    A given tokenizer must be the same as the checkpoint's.
+    """
     from illada.checkpoints.weights import load_pretrained, read_config
     from illada.text.tokenizer import Tokenizer
     from illada.text.training import tokenizer_sha256

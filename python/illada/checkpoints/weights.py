@@ -148,7 +148,10 @@ def _check_names(model: MaskedDiffusionModel) -> None:
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the tensor in another dtype. ValueError, which names it: a finite value would become infinite."""
+    """Return the tensor in another dtype.
+
+    ValueError, which names the tensor: a finite value would become infinite.
+    """
     cast, limit = tensor.to(dtype), torch.finfo(dtype).max
     if limit < torch.finfo(tensor.dtype).max and bool((lost := cast.isinf() & tensor.isfinite()).any()):
         text, wider = str(dtype).removeprefix("torch."), "bfloat16 can" if dtype == torch.float16 else "float32 can"
@@ -217,7 +220,10 @@ def load_pretrained(
 
 
 class _Part(NamedTuple):
-    """A tensor that a file must have: rows `rows` of a parameter, all of them or those of one projection."""
+    """A tensor that a file must have: some or all rows of a parameter.
+
+    rows: all of them, or those of one projection.
+    """
 
     parameter: str
     rows: slice
@@ -227,7 +233,10 @@ class _Part(NamedTuple):
 def read_weights(
     path: Path, config: ModelConfig, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """Return a model's parameters by name from a checkpoint folder. ValueError: its tensors are not exactly these."""
+    """Return a model's parameters by name from a checkpoint folder.
+
+    ValueError: the folder's tensors are not exactly these.
+    """
     device = find_device(device)
     layout = LAYOUTS[config.model_type]
     shapes = MaskedDiffusionModel.parameter_shapes(config)
@@ -259,7 +268,10 @@ def read_weights(
 
 
 def _check_tensors(path: Path, files: Sequence[Path], expected: Mapping[str, _Part], tied_head: str | None) -> None:
-    """Raise ValueError unless the files have exactly these tensors. Looks at names, shapes and dtypes alone."""
+    """Raise ValueError unless the files have exactly these tensors.
+
+    Only names, shapes and dtypes are looked at.
+    """
     found: set[str] = set()
     unexpected: list[str] = []
     wrong: list[str] = []
@@ -297,7 +309,7 @@ def _opened(file: Path, device: torch.device | str = "cpu") -> Iterator[Any]:
 
 
 def _dtypes(files: Sequence[Path], keys: Container[str] | None = None) -> dict[torch.dtype, str]:
-    """Return the dtypes that the tensors `keys` have (default all), each with the first of its tensors."""
+    """Return the dtypes of the tensors `keys` (default all), each with the first tensor that has it."""
     found: dict[torch.dtype, str] = {}
     for file in files:
         with _opened(file) as tensors:
@@ -308,7 +320,10 @@ def _dtypes(files: Sequence[Path], keys: Container[str] | None = None) -> dict[t
 
 
 def _dtype_of_mixed(path: Path, found: Mapping[torch.dtype, str]) -> torch.dtype | None:
-    """Return what several dtypes become, as in transformers: that of config.json. None: there is one."""
+    """Return the dtype in which weights of several dtypes are loaded, as in transformers: that of config.json.
+
+    None: they have one dtype.
+    """
     if len(found) < 2:
         return None
     config = read_config(path)
@@ -324,7 +339,7 @@ def _dtype_of_mixed(path: Path, found: Mapping[torch.dtype, str]) -> torch.dtype
 
 
 def _check_tie(head: Tensor, path: Path, files: Sequence[Path], layout: Layout) -> None:
-    """Check that a head stored beside a tied embedding is that embedding; it may be rounded."""
+    """Check that a head stored beside a tied embedding equals that embedding, up to rounding."""
     name, key = layout.file_name("lm_head.weight"), layout.file_name("embed_tokens.weight")
     for file in files:
         with _opened(file) as tensors:
@@ -360,7 +375,10 @@ def _weight_files(path: Path) -> list[Path]:
 
 
 def read_stop_tokens(path: str | Path) -> tuple[int, ...]:
-    """Return the ids that end a sequence by generation_config.json of a checkpoint folder; none where it names none."""
+    """Return the ids that end a sequence, by a checkpoint folder's generation_config.json.
+
+    The tuple is empty where it names none.
+    """
     file = Path(path) / "generation_config.json"
     ids = read_json_object(file).get("eos_token_id") if file.is_file() else None
     if not isinstance(ids, list):
@@ -369,7 +387,7 @@ def read_stop_tokens(path: str | Path) -> tuple[int, ...]:
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """Return config.json of a checkpoint folder, as it stands there."""
+    """Return the config.json of a checkpoint folder as it stands there."""
     return read_json_object(config_file(Path(path)))
 
 

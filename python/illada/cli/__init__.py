@@ -23,7 +23,7 @@ from nothing to text, on a CPU:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status.
+    """Run one command and return its exit status.
 
     0: done. 2: bad usage, configuration or input, said in one line (ILLADA_DEBUG=1 shows where it came from).
     1: an error that nobody expected, in one line as well.
@@ -34,7 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def guarded(run: Callable[[], int]) -> int:
-    """Return the exit status of a command, or of what ended it: a signal, or a reader of its output that is gone."""
+    """Run a command and return its exit status.
+
+    Where a signal ended it, or its output lost the reader, it is the status for that.
+    """
     _open_standard_streams()
     try:
         with as_exceptions():
@@ -51,7 +54,7 @@ def guarded(run: Callable[[], int]) -> int:
 
 
 def _open_standard_streams() -> None:
-    """Send closed output streams nowhere, so that no file that is opened gets their descriptors."""
+    """Open closed standard streams on the null device, so that no opened file gets their descriptors."""
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(descriptor)
@@ -107,7 +110,10 @@ def _debugs() -> bool:
 
 
 def _show_warning(message: Warning | str, *_place: object, **_more: object) -> None:
-    """Print a warning in one line, like an error: where in the code it came from helps no user."""
+    """Print a warning in one line, like an error.
+
+    Where in the code it came from helps no user.
+    """
     print(f"illada: warning: {message}", file=sys.stderr)
 
 
@@ -120,7 +126,7 @@ def _check_texts(options: argparse.Namespace) -> None:
 
 
 class _Version(argparse.Action):
-    """--version, which is looked up when it is asked for."""
+    """The option --version, whose value is looked up when it is asked for."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         from illada._native import package_version

@@ -12,7 +12,10 @@ from illada.cli.signals import importing
 
 
 def add_parser(commands: Any) -> None:
-    """Add the command to the `illada` parser. Its options are those of the benchmarks, which import torch."""
+    """Add the command to the `illada` parser.
+
+    Its options are those of the benchmarks, which import torch.
+    """
     parser = commands.add_parser(
         "benchmark",
         help="time the ops, generation, scoring and training against their peers",

@@ -96,7 +96,10 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _read_line(interactive: bool) -> str:
-    """Return the next line. EOFError: there is none. ValueError: it is not UTF-8, and what follows it is not lost."""
+    """Return the next line.
+
+    EOFError: there is none. ValueError: the line is not UTF-8; the lines after it are not lost.
+    """
     buffer = getattr(sys.stdin, "buffer", None)
     try:
         if interactive or buffer is None:

@@ -79,7 +79,10 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _check_target(target: Path, overwrite: bool) -> None:
-    """Refuse to replace anything but a checkpoint: not a training state, nor a folder with anything else in it."""
+    """Refuse to replace anything but a checkpoint.
+
+    A training state is none, nor is a folder with anything else in it.
+    """
     recover(target)
     folder_to_write(target)
     if not target.exists():
@@ -91,7 +94,7 @@ def _check_target(target: Path, overwrite: bool) -> None:
 
 
 def parse_size(text: str) -> int:
-    """Return bytes of "5GB", "500 MiB" or "1000"."""
+    """Return the number of bytes in a text such as "5GB", "500 MiB" or "1000"."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMG]i?B)?", text.strip(), flags=re.IGNORECASE)
     size = int(float(match[1]) * _UNITS[(match[2] or "").upper()]) if match else 0
     if size < 1:

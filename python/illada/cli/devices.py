@@ -16,7 +16,10 @@ def parse_dtype(name: str | None) -> torch.dtype | None:
 
 
 def parse_device(name: str | None) -> torch.device:
-    """Return the torch device of --device, default the CPU; ValueError: no such kind, or a GPU that is not here."""
+    """Return the torch device of --device, by default the CPU.
+
+    ValueError: no such kind, or a GPU that is not here.
+    """
     device = find_device(name or "cpu", "--device")
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device must be cpu or cuda (cuda:0, ...), got {name!r}")

@@ -155,7 +155,10 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _journal(options: argparse.Namespace) -> Path | None:
-    """Return the file for finished requests, beside the output; None without an output file."""
+    """Return the file for finished requests, which stands beside the output.
+
+    None: there is no output file.
+    """
     from illada.evaluation.journal import journal_files
 
     if options.output is None:
@@ -252,7 +255,7 @@ def _sample(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _finite(value: Any) -> Any:
-    """Replace numbers that JSON does not have by texts: inf, -inf and nan."""
+    """Replace numbers that JSON does not have by the texts inf, -inf and nan."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(float(value))
     if isinstance(value, dict):

@@ -67,7 +67,10 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _write(file: str, text: str) -> None:
-    """Write the file. OSError: it cannot be written; the text, which took its time, goes to standard output instead."""
+    """Write the file, or print the text and raise OSError where that fails.
+
+    The text took its time, so it is not to be lost: it goes to standard output instead.
+    """
     from illada.files import write_text
 
     try:

@@ -39,7 +39,7 @@ def _variants() -> str | None:
 
 
 def _facts() -> dict[str, Any]:
-    """Return what is installed and what was built; missing parts are said, not raised."""
+    """Return what is installed and what was built; a missing part is reported, not raised."""
     import illada
 
     with importing():

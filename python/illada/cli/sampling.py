@@ -51,7 +51,10 @@ def add_prompt_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, *, gen_length: int = 64, cache: bool = True) -> None:
-    """Add the options of the generation; without `cache`, on what cache is up to the command."""
+    """Add the options of the generation.
+
+    Without `cache`, the command decides which cache is used.
+    """
     where = parser.add_argument_group("where the masks are")
     where.add_argument(
         "--mode",
@@ -96,7 +99,7 @@ def add_sampling_options(parser: argparse.ArgumentParser, *, gen_length: int = 6
 
 
 def check_paths(options: argparse.Namespace) -> None:
-    """Raise FileNotFoundError for an option's path that leads nowhere, before torch takes seconds to load."""
+    """Raise FileNotFoundError for an option's path that does not exist, before torch takes seconds to load."""
     checkpoint_folders.find_checkpoint(options.checkpoint)
     for name in ("tokenizer", "prompt_file", "chat_template", "file"):
         path = getattr(options, name, None)
@@ -127,7 +130,7 @@ def load(options: argparse.Namespace) -> tuple[Any, Tokenizer]:
 
 
 def prefix(options: argparse.Namespace, model: MaskedDiffusionModel) -> list[int] | None:
-    """Return what prompts begin with by --add-bos; None: what the tokenizer adds."""
+    """Return the ids that prompts begin with by --add-bos, or None for what the tokenizer adds."""
     from illada.text.tokenizer import bos_prefix
 
     return bos_prefix(options.add_bos, model.config.bos_token_id, "--add-bos")
@@ -136,7 +139,10 @@ def prefix(options: argparse.Namespace, model: MaskedDiffusionModel) -> list[int
 def read_prompts(
     options: argparse.Namespace, model: MaskedDiffusionModel, tokenizer: Tokenizer
 ) -> tuple[list[str], list[list[int]]]:
-    """Return (texts, token ids) of `add_prompt_options`; without any, standard input is the prompt."""
+    """Return (texts, token ids) of `add_prompt_options`.
+
+    Without any of these options, standard input is the prompt.
+    """
     prompts, begin = list(options.prompt or []), prefix(options, model)
     if options.prompt_file:
         lines = [line for _, line in read_lines(options.prompt_file)]
@@ -153,7 +159,7 @@ def read_prompts(
 
 
 def _read_stdin() -> str:
-    """Return all of standard input; nothing, where it is a terminal."""
+    """Return all of standard input, or nothing where it is a terminal."""
     if sys.stdin is None:
         raise ValueError("standard input is closed, so there is no prompt; give --prompt or --prompt-file")
     if sys.stdin.isatty():
@@ -169,7 +175,10 @@ def check_output(file: str | None) -> None:
 
 
 def print_json(record: dict[str, Any], file: TextIO | None = None) -> None:
-    """Print one line of JSON. Where the output is not Unicode, what it lacks is escaped as JSON escapes it."""
+    """Print one line of JSON.
+
+    Where the output's encoding is not Unicode, characters outside of ASCII are escaped.
+    """
     encoding = getattr(file or sys.stdout, "encoding", None) or "utf-8"
     print(json.dumps(record, ensure_ascii=not encoding.lower().startswith("utf")), file=file)
 
@@ -193,7 +202,10 @@ def make_config(options: argparse.Namespace, tokenizer: Tokenizer, model: ModelC
 
 
 def parse_token_ids(text: str | None, model: ModelConfig, name: str) -> tuple[int, ...]:
-    """Return the ids of "2,eot": numbers, and special ids of the model by name. ValueError, which names the option."""
+    """Return the ids in a text such as "2,eot": numbers, and names of the model's special ids.
+
+    ValueError, which names the option: something else stands there.
+    """
     special = {kind: getattr(model, f"{kind}_token_id") for kind in ("eos", "eot", "bos", "pad", "mask")}
     ids = []
     for word in text.split(",") if text else ():

@@ -97,7 +97,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _questions(options: argparse.Namespace) -> list[tuple[str, str, list[str]]]:
-    """Return (where, context, candidates) of each question, of the options and of the file."""
+    """Return (where, context, candidates) of each question, from the options and from the file."""
     found: list[tuple[str, str, list[str]]] = []
     if options.candidate:
         if "" in options.candidate:

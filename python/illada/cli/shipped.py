@@ -20,7 +20,9 @@ def shipped(name: str) -> Path:
 
 
 def configuration(name: str) -> Path:
-    """Return a file, or what comes with illada: `demo` is configs/demo.toml. With a folder or an ending it is a file.
+    """Return the path of a file, or of a configuration that comes with illada.
+
+    `demo` is configs/demo.toml. With a folder or an ending it is a file.
 
     Raises:
         FileNotFoundError: a name that is neither.

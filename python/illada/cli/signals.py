@@ -13,7 +13,7 @@ _ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 
 class Ended(BaseException):
-    """SIGTERM or SIGHUP, as an exception: temporary files are removed on its way."""
+    """The exception that SIGTERM or SIGHUP raises, so that temporary files are removed on its way."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -21,7 +21,10 @@ class Ended(BaseException):
 
 @contextlib.contextmanager
 def as_exceptions() -> Iterator[None]:
-    """Have SIGTERM and SIGHUP raise `Ended`, as SIGINT raises KeyboardInterrupt; nohup's choice stays."""
+    """Make SIGTERM and SIGHUP raise `Ended`, as SIGINT raises KeyboardInterrupt.
+
+    A signal that nohup ignores stays ignored.
+    """
 
     def end(number: int, frame: object) -> None:
         raise Ended(number)
@@ -45,7 +48,9 @@ def as_exceptions() -> Iterator[None]:
 
 @contextlib.contextmanager
 def importing() -> Iterator[None]:
-    """Have signals end the process at once: an exception during an import of torch can abort in its C++.
+    """Make signals end the process at once within the context.
+
+    An exception during an import of torch can abort in its C++.
 
     For the imports at the beginning of a command, when there is nothing to tidy up.
     """
@@ -71,6 +76,6 @@ def _handled(handler: Callable[[int, object], None], numbers: list[signal.Signal
 
 
 def say(line: str) -> None:
-    """Print a line on standard error, whose terminal may be gone."""
+    """Print a line on standard error, also where its terminal is gone."""
     with contextlib.suppress(OSError):
         print(line, file=sys.stderr, flush=True)

@@ -123,7 +123,7 @@ def prepare(
 
 
 class Documents:
-    """Documents in a file without a name, end to end.
+    """Documents in an unnamed temporary file, one after the other.
 
     Args:
         folder: where the file is; it needs the room of the text.
@@ -205,7 +205,10 @@ def _end(documents: Documents, index: int, fraction: float) -> int:
 
 
 def _parts(documents: Documents, starts: Sequence[int], split: str) -> Iterator[Iterator[str]]:
-    """Yield what of each document is in a split, in pieces, where that is more than space."""
+    """Yield the text of each document that lies in a split, in pieces.
+
+    Texts of nothing but space are left out.
+    """
     for i, start in enumerate(starts):
         bounds = (0, start) if split == "train" else (start, documents.lengths[i])
         if any(piece.strip() for piece in documents.pieces(i, *bounds)):
@@ -213,7 +216,10 @@ def _parts(documents: Documents, starts: Sequence[int], split: str) -> Iterator[
 
 
 def _cut(pieces: Iterable[str], place: Callable[[str], int]) -> Iterator[str]:
-    """Yield the same text in pieces that end at a `place(text)`, which is given at least PIECE + _MARGIN characters."""
+    """Yield the same text in pieces that end where `place(text)` says.
+
+    place: is given at least PIECE + _MARGIN characters.
+    """
     text = ""
     for piece in pieces:
         text += piece
@@ -239,7 +245,10 @@ def _at_a_word(text: str, good: Callable[[int], bool] = lambda at: True) -> int:
 
 
 class _Writer:
-    """Encodes documents and writes a split's files; counts the cuts of long documents that change their tokens."""
+    """The writer of a split's files, which also encodes the documents.
+
+    It counts the cuts of long documents that change their tokens.
+    """
 
     def __init__(self, tokenizer: Tokenizer, eos: int, control: dict[int, str], dtype: str) -> None:
         self.tokenizer, self.eos, self.control, self.dtype = tokenizer, eos, control, dtype
@@ -250,7 +259,10 @@ class _Writer:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def place(self, text: str) -> int:
-        """Return where `text` can be cut and gives the same tokens; else where it is cut all the same."""
+        """Return a place where `text` can be cut without a change of its tokens.
+
+        Without such a place, return where it is cut all the same.
+        """
 
         def good(at: int) -> bool:
             before, behind = text[max(0, at - _MARGIN) : at], text[at : at + _MARGIN]
@@ -263,7 +275,7 @@ class _Writer:
         return at
 
     def write(self, documents: Iterable[Iterable[str]], stem: Path, progress: bool) -> dict[str, int]:
-        """Write stem.bin and stem.idx; how many documents, tokens and bytes of text they hold."""
+        """Write stem.bin and stem.idx, and return how many documents, tokens and bytes of text they hold."""
         offsets, tokens, size = array("Q", [0]), 0, 0
         with (
             stem.with_suffix(".bin").open("wb") as file,
@@ -307,7 +319,7 @@ class _Writer:
             yield batch
 
     def warn(self) -> None:
-        """Say how many cuts change tokens."""
+        """Report how many cuts change tokens."""
         if self.rough:
             warnings.warn(
                 f"documents of more than {PIECE:,} characters were encoded in pieces, and at {self.rough:,} of the "

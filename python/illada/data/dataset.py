@@ -79,7 +79,10 @@ class TokenDataset:
         return self.header["vocab_size"]
 
     def num_windows(self, length: int) -> int:
-        """Return the number of whole windows of `length` tokens; ValueError if there is none."""
+        """Return the number of whole windows of `length` tokens.
+
+        ValueError: there is none.
+        """
         count = len(self.tokens) // length
         if count == 0:
             more = " or hold out more of it (--validation-fraction)" if self.split == "validation" else ""
@@ -90,7 +93,10 @@ class TokenDataset:
         return count
 
     def windows(self, indices: NDArray[np.int64], length: int) -> NDArray:
-        """Return windows [B, length] by index; ValueError for a token id outside of the vocabulary."""
+        """Return the windows [B, length] of these indices.
+
+        ValueError: a token id is outside of the vocabulary.
+        """
         out = np.stack([self.tokens[i * length : (i + 1) * length] for i in np.asarray(indices).tolist()])
         if int(out.max()) >= self.vocab_size:
             raise ValueError(
@@ -99,5 +105,8 @@ class TokenDataset:
         return out
 
     def unigram_entropy(self) -> float:
-        """Return the entropy of the held-out tokens' own frequencies, in nats: what knowing no context costs."""
+        """Return the entropy of the held-out tokens' own frequencies, in nats.
+
+        It is the loss of a model that knows no context.
+        """
         return self.header["validation_unigram_entropy"]

@@ -61,7 +61,10 @@ def asked_of(options: dict[str, Any], settings: EvaluationSettings) -> tuple[int
 
 
 def stop_strings_of(options: dict[str, Any]) -> list[str]:
-    """Return the stop strings of a task's generation_kwargs, its `until`; ValueError: it holds something else."""
+    """Return the stop strings of a task's generation_kwargs, its `until`.
+
+    ValueError: it holds something else.
+    """
     until = options.get("until")
     stops = [stop for stop in (until if isinstance(until, list | tuple) else [until]) if stop not in (None, "")]
     if wrong := [stop for stop in stops if not isinstance(stop, str)]:

@@ -53,7 +53,7 @@ def _rate(task: ConfigurableTask, doc: dict[str, Any]) -> float:
 
 
 def describe_chance(name: str, chance: dict[str, float]) -> str:
-    """Say in words: above chance, at chance or below it."""
+    """Return in words whether the accuracy is above chance, at chance or below it."""
     sigmas = chance["sigmas"]
     verdict = "at chance" if abs(sigmas) < 2 else f"{'above' if sigmas > 0 else 'below'} chance"
     return (

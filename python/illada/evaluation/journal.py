@@ -60,7 +60,7 @@ class Journal:
         return self._results[key]
 
     def add(self, results: Iterable[tuple[str, Any]]) -> None:
-        """Keep these (key, result) pairs; they are on disk when this returns."""
+        """Store these (key, result) pairs; they are on disk when this returns."""
         new = list(results)
         self._results.update(new)
         if self.path is None:
@@ -70,7 +70,7 @@ class Journal:
 
 
 def journal_files(path: str | Path) -> list[Path]:
-    """Return the files of the journal at `path` that exist: of all ranks."""
+    """Return the files of all ranks that exist of the journal at `path`."""
     path = Path(path)
     ranks = sorted(path.parent.glob(f"{glob.escape(path.name)}.rank*")) if path.parent.is_dir() else []
     return [file for file in (path, *ranks) if file.is_file()]
@@ -82,7 +82,10 @@ def request_key(*parts: Any) -> str:
 
 
 def fingerprint(model: MaskedDiffusionModel) -> str:
-    """Return a hash that tells models apart: of the config, and of values spread evenly over each parameter."""
+    """Return a hash that tells models apart.
+
+    It is of the config, and of values spread evenly over each parameter.
+    """
     import torch
 
     digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())

@@ -50,7 +50,10 @@ _LOGGER = logging.getLogger(__name__)
 
 
 class _Job(NamedTuple):
-    """A generation to run: the prompt's ids, how, its seed, and how many tokens of the result are wanted."""
+    """A generation to run.
+
+    length: how many tokens of the result are wanted.
+    """
 
     prompt: list[int]
     config: GenerationConfig
@@ -113,12 +116,15 @@ class IlladaLM(LM):
     # How lm_eval makes a model: --model_args first, then what its other flags say.
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> IlladaLM:
-        """Make the model of the text of --model_args; lm_eval calls this."""
+        """Make the model from the text of --model_args; lm_eval calls this."""
         return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> IlladaLM:
-        """Make the model of parsed --model_args and lm_eval's own options. ValueError: they contradict each other."""
+        """Make the model from parsed --model_args and lm_eval's own options.
+
+        ValueError: they contradict each other.
+        """
         flags = {name: value for name, value in (additional_config or {}).items() if value is not None}
         for name, value in flags.items():
             if name in arg_dict and str(arg_dict[name]) != str(value):
@@ -220,11 +226,11 @@ class IlladaLM(LM):
         return [[float(score), bool(g)] for score, g in zip(scores, greedy, strict=True)]
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Return the ids of both, with the special tokens that the context spells, and its bos."""
+        """Return the ids of context and continuation, with the context's special tokens and its bos."""
         return encode_pair(self.tokenizer, context, continuation, parse_special_tokens=True, prefix=self._prefix)
 
     def _encode(self, prompt: str) -> list[int]:
-        """Return the ids of a prompt, with the special tokens that it spells, and its bos."""
+        """Return the ids of a prompt, with the special tokens in its text and its bos."""
         return self.tokenizer.encode_prompt(prompt, prefix=self._prefix)
 
     def _fit(self, context: list[int], more: int) -> list[int] | None:
@@ -236,7 +242,7 @@ class IlladaLM(LM):
         return None if room < 0 else keep_end(context, room, len(self._begin))
 
     def _note(self, what: str, count: int, total: int) -> None:
-        """Count, and say once a call, what was done to requests beside what they ask for."""
+        """Count requests that were changed, and log once a call what was done to them."""
         if count:
             self.notes[what] = self.notes.get(what, 0) + count
             _LOGGER.warning("%d of %d %s", count, total, what)
@@ -335,13 +341,16 @@ class IlladaLM(LM):
         )
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """Return the source of the checkpoint's template, or nothing; of several the default."""
+        """Return the source of the checkpoint's template, or nothing.
+
+        Of several templates it is the default.
+        """
         template = self.tokenizer.chat_template if chat_template else ""
         return template if isinstance(template, str) else str((template or {}).get("default", ""))
 
     @property
     def tokenizer_name(self) -> str:
-        """Tells prompts of different checkpoints apart in lm_eval's caches."""
+        """The name that tells prompts of different checkpoints apart in lm_eval's caches."""
         return self._name.replace("/", "__")
 
     # ------------------------------------------------------------------------------------------ running, in chunks
@@ -349,7 +358,10 @@ class IlladaLM(LM):
     def _run(
         self, kind: str, jobs: Sequence[Any], settings: dict[str, Any], compute: Any, arguments: Sequence[Any] = ()
     ) -> list[Any]:
-        """Return the result of each job: from the journal, or computed in chunks of like length, each job once."""
+        """Return the result of each job, from the journal or computed.
+
+        Jobs are computed in chunks of like length, each job once.
+        """
         keys = [request_key(kind, self._identity, settings, _plain(job)) for job in jobs]
         places: dict[str, int] = {}
         for i, key in enumerate(keys):
@@ -455,7 +467,7 @@ def _plain(job: Any) -> Any:
 
 
 def _size(job: Any) -> int:
-    """Return tokens of a pair, or of a prompt."""
+    """Return the number of tokens of a pair, or of a prompt."""
     return sum(len(part) for part in job[:2] if isinstance(part, list))
 
 
@@ -481,7 +493,10 @@ def quiet_logs() -> Iterator[None]:
 
 
 def main() -> None:
-    """Run lm_eval's command; packs are as large as memory allows unless --batch_size says otherwise."""
+    """Run lm_eval's command.
+
+    Packs are as large as memory allows unless --batch_size says otherwise.
+    """
     from lm_eval.__main__ import cli_evaluate
 
     evaluates = _given("--tasks", "-t") and sys.argv[1] != "validate"
@@ -496,14 +511,20 @@ def main() -> None:
 
 
 def _given(option: str, *more: str) -> bool:
-    """Return whether one of these is on the command line: `--name value`, `--name=value`, `-n value`, `-nvalue`."""
+    """Return whether one of these options is on the command line.
+
+    The forms are `--name value`, `--name=value`, `-n value` and `-nvalue`.
+    """
     names = (option, *more)
     short = tuple(name for name in names if not name.startswith("--"))
     return any(part.partition("=")[0] in names or part.startswith(short) for part in sys.argv[1:])
 
 
 def _is_result(kind: str, value: Any) -> bool:
-    """Return whether what a journal holds can be the result of such a request; another is computed again."""
+    """Return whether what a journal holds can be the result of such a request.
+
+    Anything else is computed again.
+    """
     try:
         checked(str if kind == "generate_until" else _Score, tuple(value) if isinstance(value, list) else value, kind)
     except ValueError:

@@ -26,7 +26,10 @@ class RememberingTaskManager(TaskManager):
         self.settings: EvaluationSettings | None = None
 
     def load(self, task_list: Any) -> Any:
-        """Load as `TaskManager` does; ValueError that names a task whose generation_kwargs cannot be followed."""
+        """Load tasks as `TaskManager` does.
+
+        ValueError, which names a task: its generation_kwargs cannot be followed.
+        """
         try:
             found = super().load(task_list)
         except (TypeError, ValueError) as error:  # the harness converts some values itself, and names no task

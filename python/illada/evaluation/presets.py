@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class TaskSettings:
-    """How one task is run.
+    """The settings with which one task is run.
 
     model_args: arguments of `illada.evaluation.lm_eval.IlladaLM`; num_fewshot: None leaves it to the task.
     unsafe_code: the task runs what the model writes.
@@ -75,7 +75,10 @@ AUTHORS_TASKS = {"mmlu_pro_reasoning", "gsm8k_cot_reasoning", "humaneval_reasoni
 
 
 def settings_of(preset: str | None, task: str) -> TaskSettings:
-    """Return the settings of a task in a preset (the defaults without one); ValueError lists what there is."""
+    """Return the settings of a task in a preset, or the defaults without one.
+
+    ValueError, which lists what there is: there is no such preset.
+    """
     if preset is None:
         return TaskSettings()
     if preset not in PRESETS:

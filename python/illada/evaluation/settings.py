@@ -42,7 +42,7 @@ PUBLISHED_DEFAULTS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """How candidates are scored and texts are generated; `from_arguments` makes it of names and values.
+    """The settings for scoring candidates and generating texts; `from_arguments` makes them of names and values.
 
     llh: "confidence" (Eq. 2: it ranks candidates and is no likelihood) or "mc" (a lower bound on the log-likelihood).
         Default "confidence"; "mc" where mc_num is given.
@@ -102,7 +102,10 @@ class EvaluationSettings:
 
     @classmethod
     def from_arguments(cls, arguments: dict[str, Any]) -> EvaluationSettings:
-        """Make settings of names and values, also published ones and the generator's. TypeError lists the names."""
+        """Make settings of names and values, also published names and the generator's.
+
+        TypeError, which lists the names: a name is unknown.
+        """
         values: dict[str, Any] = {}
         names = [field.name for field in dataclasses.fields(cls) if field.name != "generation"]
         names += [name for name in GENERATION if name not in names]
@@ -151,14 +154,17 @@ class EvaluationSettings:
         return dataclasses.replace(self.generation, gen_length=gen_length, **changes)
 
     def scoring(self, llh: str | None = None) -> dict[str, Any]:
-        """Return what scores depend on, for the journal."""
+        """Return the settings that scores depend on, for the journal."""
         llh = llh or self.llh
         monte_carlo = {"mc_num": self.mc_num, "mc_stratum": self.mc_stratum, "seed": self.seed} if llh == "mc" else {}
         return {"llh": llh, **monte_carlo, "append_eos": self.append_eos, "cfg_scale": self.generation.cfg_scale}
 
 
 def _option(name: str, value: Any) -> Any:
-    """Return a generator's option as it is typed: 1 for 1.0, and ids as one number or several joined by colons."""
+    """Return a generator's option as it is typed.
+
+    1.0 is 1; ids are one number, or several joined by colons.
+    """
     default = getattr(GenerationConfig, name)
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

@@ -147,7 +147,7 @@ def prepare_tasks(
 
 
 def _documents(dataset: TokenDataset, most_tokens: int | None = None) -> Iterator[str]:
-    """Yield the documents of a split, as text."""
+    """Yield the documents of a split as text."""
     tokenizer = load_tokenizer(dataset.path)
     bounds = dataset.documents.tolist()
     for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
@@ -163,7 +163,7 @@ def _words(text: str) -> list[str]:
 
 
 def _seen_in_training(train: TokenDataset, texts: Iterable[str]) -> set[str]:
-    """Return those of `texts` whose words also follow each other in the training split."""
+    """Return those of `texts` whose words also follow one another in the training split."""
     by_start: dict[tuple[str, ...], list[tuple[list[str], str]]] = defaultdict(list)
     for text in texts:
         words = _words(text)
@@ -179,7 +179,7 @@ def _seen_in_training(train: TokenDataset, texts: Iterable[str]) -> set[str]:
 
 
 def _rank(*parts: object) -> bytes:
-    """Return a place in an order that is random and the same everywhere."""
+    """Return a key that sorts these parts in an order that is random and the same everywhere."""
     return hashlib.sha256(json.dumps(parts).encode()).digest()
 
 
@@ -280,7 +280,7 @@ def _read_lines(file: Path, parse: Callable[[str], Item]) -> list[Item]:
 
 
 def _parse_index(line: str) -> tuple[str, str]:
-    """Return (word, offset of its first synset): they stand in the order of its senses."""
+    """Return (word, offset of its first synset); synsets stand in the order of the word's senses."""
     fields = line.split()
     return fields[0], fields[6 + _number(fields[3])]
 
@@ -300,7 +300,7 @@ def _parse_synset(line: str) -> tuple[str, list[str], list[str], str]:
 
 
 def _parse_count(line: str) -> tuple[tuple[str, str], int]:
-    """Parse cntlist.rev: (part of speech, word) and how often one of its senses was met in tagged texts."""
+    """Return (part of speech, word) and how often one of its senses was met in tagged texts, from cntlist.rev."""
     key, _, tagged = line.split()
     lemma, _, rest = key.partition("%")
     return (_SENSE_TYPES[rest[:1]], lemma), _number(tagged)
@@ -317,7 +317,10 @@ def _number(text: str, base: int = 10) -> int:
 
 
 def definition_questions(entries: Sequence[Entry], *, seed: int = 0, most: int | None = None) -> list[dict[str, Any]]:
-    """Return questions, at most `most`, for words whose definition fits no other; the word itself is blanked in it."""
+    """Return at most `most` questions for words whose definition fits no other.
+
+    The word itself is blanked in its definition.
+    """
     words_of: dict[str, set[str]] = defaultdict(set)
     for entry in entries:
         words_of[entry.text.lower()].add(_plain(entry.word))
@@ -383,7 +386,7 @@ def _leaks(word: str, text: str) -> bool:
 
 
 def _nearest(word: str, pool: Sequence[Entry], allowed: Callable[[Entry], bool], seed: int) -> list[str]:
-    """Return wrong answers from `pool`, of about the length of `word`; none if there are too few."""
+    """Return wrong answers from `pool` of about the length of `word`; none if there are too few."""
     found: dict[str, str] = {}
     for entry in pool:
         if allowed(entry):

@@ -13,7 +13,9 @@ from illada.model import CachedKeys
 
 
 class KeyValueCache:
-    """Slots of equal size for the keys and values of all layers, at the size of the key-value heads (GQA).
+    """A cache with slots of equal size for the keys and values of all layers.
+
+    Keys and values have the size of the key-value heads (GQA).
 
     Args:
         config: of the model. slots: how many sequences. slot_length: most tokens of one.
@@ -40,7 +42,7 @@ class KeyValueCache:
 
     @property
     def num_bytes(self) -> int:
-        """Of both tensors."""
+        """The number of bytes of both tensors."""
         return 2 * self.k.numel() * self.k.element_size()
 
     def view(self, slots: Sequence[int], starts: Sequence[int], ends: Sequence[int], *, blanks: int = 0) -> CachedKeys:

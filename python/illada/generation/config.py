@@ -40,7 +40,9 @@ _BELONGS: tuple[tuple[str, str, Callable[[GenerationConfig], bool]], ...] = (
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """How to generate one sequence; the sequences of a batch may differ in all of it but the cache.
+    """The settings of the generation of one sequence.
+
+    The sequences of a batch may differ in all of them but the cache.
 
     Where the masks are (sources in docs/generation.md):
         mode: "var": append `block_length` masks at a time, nothing is known of later blocks (iLLaDA); "fixed": all
@@ -174,7 +176,10 @@ class GenerationConfig:
             raise ValueError("end_think_boost goes with modes var and fixed, where text follows the prompt; got infill")
 
     def _check_types(self) -> None:
-        """Raise TypeError for what would fail far from here, or mean something else: a text is a list of texts."""
+        """Raise TypeError for values that would fail far from here, or mean something else.
+
+        For example, a text is also a list of texts.
+        """
         for names, kind, wanted in ((_COUNTS, Integral, "an integer"), (_NUMBERS, Real, "a number")):
             for name in names:
                 value = getattr(self, name)
@@ -198,18 +203,18 @@ class GenerationConfig:
 
     @property
     def num_blocks(self) -> int:
-        """Blocks of a full-length generation, in modes "var" and "fixed"."""
+        """The number of blocks of a full-length generation, in modes "var" and "fixed"."""
         return self.gen_length // self.block_length
 
     @property
     def steps_per_block(self) -> int:
-        """Most forward passes of one block."""
+        """The largest number of forward passes of one block."""
         return self.steps // self.num_blocks if self.mode == "fixed" else self.steps
 
 
 @dataclass
 class GenerationResult:
-    """One generated sequence.
+    """The result of the generation of one sequence.
 
     tokens: the new ids, without the prompt, up to and without the first stop token; in mode "infill" the whole
         sequence. Masks are left in it where the model gave NaN, or a mask, to the end.
@@ -226,7 +231,7 @@ class GenerationResult:
 
 @dataclass(frozen=True)
 class GenerationDelta:
-    """What one block adds to one prompt's result; the deltas of a prompt, joined, are that result.
+    """The part of one prompt's result that one block adds; the deltas of a prompt, joined, are that result.
 
     Their text is, unless the tokenizer's decoder makes other text of earlier tokens when more follow.
 

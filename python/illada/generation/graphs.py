@@ -34,12 +34,15 @@ def suitable(active: Sequence[Request]) -> bool:
 
 
 def bucket(sequences: int) -> int:
-    """Return 1, 2, 4 or a multiple of 8: some hundred tokens take as long as reading the weights."""
+    """Return the size that a number of sequences is rounded up to: 1, 2, 4 or a multiple of 8.
+
+    This costs little: some hundred tokens take as long as reading the weights.
+    """
     return 1 << (sequences - 1).bit_length() if sequences < 8 else -(-sequences // 8) * 8
 
 
 class GraphedSteps:
-    """Runs steps by replaying captured graphs, each with an input buffer of its own.
+    """A runner of steps that replays captured graphs, each with an input buffer of its own.
 
     Args:
         capture: runs a function once while recording it and returns what runs it again and what it returned.
@@ -69,13 +72,13 @@ class GraphedSteps:
 
 
 class CudaCapture:
-    """Records functions as CUDA graphs that share their memory: no two of them run at a time."""
+    """A recorder of functions as CUDA graphs that share their memory; no two of them run at a time."""
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        """Return what runs `function`, and what it returns each time; as yet it has not run."""
+        """Return a replay of `function`, which has not run yet, and the result that each replay overwrites."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             out = function()

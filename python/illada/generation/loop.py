@@ -130,7 +130,10 @@ def _run(
     *,
     stream: bool,
 ) -> Iterator[GenerationDelta]:
-    """Yield the deltas of all requests; without `stream` only the last of each, and nothing in it but the result."""
+    """Yield the deltas of all requests.
+
+    Without `stream` there is only the last one of each, with nothing in it but the result.
+    """
     waiting = deque(requests)
     size = min(batch_size or len(requests), len(requests))
     cache, free = _make_cache(model, requests, size)

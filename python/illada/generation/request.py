@@ -13,7 +13,10 @@ from illada.generation.rules import dream_quota, dream_transfer, end_think_bias,
 
 
 class RuleCall(NamedTuple):
-    """What one call of the ops can serve together: all that is not a tensor of theirs."""
+    """The settings that requests must share to be served by one call of the ops.
+
+    They are the ops' arguments that are no tensors.
+    """
 
     rule: str
     measure: str
@@ -24,7 +27,7 @@ class RuleCall(NamedTuple):
 
 
 class Request:
-    """A prompt and its canvas.
+    """A prompt and its canvas, with the state of its generation.
 
     Attributes:
         index: of the prompt. config, seed: as given.
@@ -78,11 +81,14 @@ class Request:
 
     @property
     def end(self) -> int:
-        """How much of the canvas there is for the model; in mode "var" nothing beyond the block."""
+        """The length of the canvas that the model sees; in mode "var" it ends with the block."""
         return int(self.blocks[self.block][-1]) + 1 if self.config.mode == "var" else len(self.canvas)
 
     def first_query(self, shift: bool) -> int:
-        """Return where this step's tokens begin, behind those in the cache. `shift`: of the model's logits."""
+        """Return where this step's tokens begin, behind those in the cache.
+
+        shift: of the model's logits.
+        """
         if self.config.cache == "none":
             return 0
         block = self.block
@@ -114,7 +120,7 @@ class Request:
 
     @property
     def call(self) -> RuleCall:
-        """The ops' arguments that its rows must share with others'."""
+        """The ops' arguments that this request must share with the others of its call."""
         config = self.config
         rule, measure, min_commit = config.rule, config.measure, 1
         if rule == "origin":  # each with probability p: a uniform confidence of at least 1 - p
@@ -122,7 +128,10 @@ class Request:
         return RuleCall(rule, measure, min_commit, config.alg_temp > 0, bool(config.delay_tokens), config.filtered)
 
     def limit(self) -> float:
-        """Return the rule's number for this step; decides which tokens are taken back, too."""
+        """Return the rule's number for this step.
+
+        The tokens that are taken back are chosen here, too.
+        """
         config, step, steps = self.config, self.step, self.config.steps_per_block
         last = step == steps - 1
         if config.rule == "quota":
@@ -159,7 +168,10 @@ class Request:
         return None if found is None else (at, *found)
 
     def advance(self, positions: NDArray, tokens: NDArray) -> NDArray:
-        """Take over what the step left at `positions`; those that were masks and are none now."""
+        """Write the step's tokens at `positions`, and return the positions that it committed.
+
+        Those are committed that were masks and are none now.
+        """
         committed = positions[(self.canvas[positions] == self.mask_id) & (tokens != self.mask_id)]
         self.canvas[positions] = tokens
         if len(self.taken):
@@ -171,10 +183,10 @@ class Request:
 
     @property
     def block_done(self) -> bool:
-        """No mask is left in the block, or its steps are used up."""
+        """Return whether no mask is left in the block, or its steps are used up."""
         return self.step == self.config.steps_per_block or not len(self.masked())
 
     def next_block(self) -> None:
-        """Go on to the next block, if there is one."""
+        """Start the next block, if there is one."""
         self.block += 1
         self._start_block()

@@ -13,18 +13,27 @@ from illada.random import Stream, key_of, philox4x32, to_uniform
 
 
 def quota_schedule(masks: int, steps: int) -> list[int]:
-    """Return how many tokens each step commits: masks // steps, one more in the first masks % steps (as published)."""
+    """Return how many tokens each step commits, as published.
+
+    This is masks // steps, and one more in the first masks % steps.
+    """
     base, remainder = divmod(masks, steps)
     return [base + (step < remainder) for step in range(steps)]
 
 
 def dream_transfer(step: int, steps: int, eps: float = 1e-3) -> float:
-    """Return 1 - s/t of Dream's step: t falls evenly from 1 to `eps` over `steps`; 1 at the last step."""
+    """Return 1 - s/t of Dream's step, which is 1 at the last step.
+
+    t falls evenly from 1 to `eps` over `steps`.
+    """
     return 1.0 if step >= steps - 1 else float(_dream_transfers(steps, eps)[step])
 
 
 def dream_quota(masks: int, step: int, steps: int, eps: float = 1e-3) -> int:
-    """Return how many of the `masks` that are left Dream's step commits: the whole part of masks (1 - s/t)."""
+    """Return how many of the `masks` that are left Dream's step commits.
+
+    It is the whole part of masks (1 - s/t).
+    """
     return masks if step >= steps - 1 else int(np.float32(masks) * _dream_transfers(steps, eps)[step])
 
 
@@ -63,7 +72,10 @@ def end_think_bias(
 
 
 def order_noise(seed: int, positions: NDArray, step: int) -> NDArray:
-    """Return Gumbel noise, float32, of each position: the n largest x + noise are n draws by softmax(x), none twice."""
+    """Return Gumbel noise, float32, of each position.
+
+    The n largest x + noise are n draws by softmax(x), none twice.
+    """
     return (-np.log(-np.log(_uniforms(seed, positions, step, Stream.COMMIT_ORDER)))).astype(np.float32)
 
 
@@ -73,7 +85,10 @@ def taken_back(seed: int, committed: NDArray, step: int, probability: float) -> 
 
 
 def _uniforms(seed: int, positions: NDArray, step: int, stream: Stream) -> NDArray:
-    """Return numbers in (0, 1), float64: a function of (seed, position, step) alone, as the sampler's noise."""
+    """Return numbers in (0, 1), float64, as a function of (seed, position, step) alone.
+
+    The sampler's noise is such a function, too.
+    """
     counter = np.zeros((len(positions), 4), dtype=np.uint32)
     counter[:, 1], counter[:, 2], counter[:, 3] = positions, step, stream
     return to_uniform(philox4x32(counter, key_of(seed))[:, 0])

@@ -34,14 +34,20 @@ class Guidance(NamedTuple):
 
 
 class Filters(NamedTuple):
-    """top_p: float32 [N], 1 keeps all. top_k: int32 [N], 0 keeps all."""
+    """The filters of a step's rows.
+
+    top_p: float32 [N], 1 keeps all. top_k: int32 [N], 0 keeps all.
+    """
 
     top_p: Tensor
     top_k: Tensor
 
 
 class Order(NamedTuple):
-    """noise: float32 [N], Gumbel. temperature: float32 [N]; confidence becomes confidence / temperature + noise."""
+    """The noise and temperature by which a step orders its candidates.
+
+    noise: float32 [N], Gumbel. temperature: float32 [N]; confidence becomes confidence / temperature + noise.
+    """
 
     noise: Tensor
     temperature: Tensor
@@ -80,7 +86,7 @@ class StepInputs(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """The host's side of a step.
+    """The layout of a step, which the host makes.
 
     arrays: `StepInputs` with arrays for its tensors, but for the cache's keys and values. calls: the rule of each
     group. members: the requests of each group with their candidates' positions, in the order of the group's rows.
@@ -92,13 +98,16 @@ class Layout(NamedTuple):
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Of all arrays, in order."""
+        """The shapes of all arrays, in order."""
         shapes: list[tuple[int, ...]] = []
         _map(self.arrays, lambda array: shapes.append(array.shape))
         return tuple(shapes)
 
     def pack(self, device: torch.device) -> Tensor:
-        """Return all arrays in one buffer of the host's, uint8; pinned for a GPU, so that a copy waits for nothing."""
+        """Return all arrays in one buffer on the host, uint8.
+
+        For a GPU it is pinned, so that a copy waits for nothing.
+        """
         offsets = _offsets(self.arrays)
         buffer = torch.empty(offsets.pop(), dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
         data, starts = buffer.numpy(), iter(offsets)
@@ -144,7 +153,7 @@ def _map(tree: Any, function: Callable[[NDArray], Any]) -> Any:
 
 
 def _offsets(tree: Any) -> list[int]:
-    """Return where each array begins in the buffer, and how long that is; in bytes."""
+    """Return where each array begins in the buffer, and the length of the buffer, in bytes."""
     offsets = [0]
     _map(tree, lambda array: offsets.append(offsets[-1] + -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT))
     return offsets
@@ -270,7 +279,10 @@ def _group(
 
 
 def _bias(members: list[tuple[Request, NDArray]], blank_rows: int) -> LogitBias | None:
-    """Return the logit biases of all rows as [N, K]; -1 is no id. K depends on the configs alone, not on the step."""
+    """Return the logit biases of all rows as [N, K]; -1 is no id.
+
+    K depends on the configs alone, not on the step.
+    """
     width = max(len(r.config.forbid_tokens) + (r.config.end_think_boost > 0) for r, _ in members)
     if width == 0:
         return None
@@ -296,7 +308,9 @@ _FEW_TOKENS = 256
 
 
 class FirstProjectionReuse:
-    """Embeddings and first projections of the previous step, reused for the tokens that have not changed or moved.
+    """The first layer's embeddings and projections of the previous step, kept for reuse.
+
+    Tokens that have not changed or moved take theirs from it.
 
     They are reused only on a CPU, where models have few layers, and without a cache, with which a step has few tokens.
     """
@@ -306,7 +320,10 @@ class FirstProjectionReuse:
         self._known: tuple[NDArray, FirstProjection] | None = None
 
     def of(self, layout: Layout, inputs: StepInputs) -> FirstProjection | None:
-        """Return the projections for `run` of these inputs, called before it; None where reuse does not pay."""
+        """Return the projections for `run` of these inputs, or None where reuse does not pay.
+
+        This must be called before `run`.
+        """
         if inputs.cache is not None or self._model.device.type != "cpu" or len(inputs.tokens) < _FEW_TOKENS:
             return None
         tokens = np.stack([layout.arrays.tokens, layout.arrays.position_ids])
@@ -323,7 +340,10 @@ class FirstProjectionReuse:
 def run(
     model: MaskedDiffusionModel, inputs: StepInputs, calls: Sequence[RuleCall], first: FirstProjection | None = None
 ) -> Tensor:
-    """Run one forward pass and its commits; return the tokens int64 [N] of all groups' candidates. No sync."""
+    """Run one forward pass and its commits, without a sync.
+
+    Returns the tokens int64 [N] of all groups' candidates.
+    """
     hidden = model(
         inputs.tokens, inputs.cu_seqlens, position_ids=inputs.position_ids, cache=inputs.cache,
         rows=inputs.selected_rows, first=first,

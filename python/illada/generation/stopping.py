@@ -13,7 +13,7 @@ from illada.text.tokenizer import Continuation
 
 
 class Reader:
-    """Reads a request: why it ends, its result, and what each block adds to that.
+    """A reader of a request: why it ends, its result, and what each block adds to that.
 
     Args:
         request: whose blocks are being filled. model: knows its stop tokens. tokenizer: for text; None without.
@@ -66,7 +66,10 @@ class Reader:
         return request.canvas[request.prompt_length : request.blocks[request.block - 1][-1] + 1].tolist()
 
     def _settled_tokens(self) -> list[int]:
-        """Return the tokens that are final: up to the sequence's end; in mode "infill" up to the next block's mask."""
+        """Return the tokens that are final.
+
+        They reach to the sequence's end; in mode "infill" to the next block's mask.
+        """
         request = self.request
         if not self.infills:
             return _before_stop(self._generated(), self.ends)
@@ -87,7 +90,10 @@ class Reader:
         return self.decoder.decode(tokens) if cut is None else cut
 
     def _new(self, text: str) -> str:
-        """Return what `text` has beyond what was shown; nothing yet, where the decoder has changed what was."""
+        """Return the part of `text` that was not shown yet.
+
+        There is none where the decoder has changed what was shown.
+        """
         if not text.startswith(self._shown):
             return ""
         new, self._shown = text[len(self._shown) :], text
@@ -105,14 +111,20 @@ def _before_stop(tokens: list[int], ends: set[int]) -> list[int]:
 
 
 def settled_text(text: str, stop_strings: Sequence[str]) -> str:
-    """Return `text` without an end that may become a stop string, or a character of which a part is there."""
+    """Return `text` without an end that may still change.
+
+    That is the start of a stop string, or a character of which only a part is there.
+    """
     text = text.rstrip("\ufffd")
     held = [n for stop in stop_strings for n in range(1, len(stop)) if text.endswith(stop[:n])]
     return text[: len(text) - max(held, default=0)]
 
 
 def stop_position(text: str, stop_strings: Sequence[str], end_think: str = "") -> int | None:
-    """Return where in `text` the first stop string begins, looked for behind the first `end_think`; None: nowhere."""
+    """Return where in `text` the first stop string begins, or None.
+
+    It is looked for behind the first `end_think`.
+    """
     reasoning = text.find(end_think)
     if reasoning < 0:
         return None

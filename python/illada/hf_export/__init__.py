@@ -98,7 +98,10 @@ def files(config: ModelConfig, tokenizer: Path | None) -> dict[str, str]:
 
 
 def write(folder: Path, texts: dict[str, str]) -> None:
-    """Put `files` into a folder with the tokenizer's files. special_tokens_map.json, which would outweigh, goes."""
+    """Write the texts of `files` into a folder with the tokenizer's files.
+
+    With a tokenizer_config.json among them special_tokens_map.json, which would outweigh it, is removed.
+    """
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
     if _TOKENIZER_CONFIG in texts:

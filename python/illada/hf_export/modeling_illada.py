@@ -19,7 +19,10 @@ from .configuration_illada import IlladaConfig
 
 
 class IlladaRMSNorm(nn.Module):
-    """x / rms(x) * weight, statistics in float32, cast back before the weight."""
+    """RMS normalisation, x / rms(x) * weight.
+
+    Statistics are in float32, cast back before the weight.
+    """
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -56,7 +59,10 @@ def eager_attention(
     dropout: float = 0.0,
     **unused: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Compute attention and return its weights; the mask is added to the scores. The result is [B, L, H, D]."""
+    """Compute attention [B, L, H, D] and return it with its weights.
+
+    The mask is added to the scores.
+    """
     key, value = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (key, value))
     scores = query @ key.transpose(2, 3) * scaling
     if attention_mask is not None:
@@ -84,7 +90,10 @@ class IlladaAttention(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """Return what goes back into the residual stream, and the weights where the implementation gives them."""
+        """Return the attention's output for the residual stream, and its weights.
+
+        The weights are None where the implementation does not give them.
+        """
         linears = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (linear(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for linear in linears)
         name = self.config._attn_implementation
@@ -128,7 +137,7 @@ class IlladaLayer(GradientCheckpointingLayer):
 
 
 class IlladaPreTrainedModel(PreTrainedModel):
-    """Loading, saving and initial weights, as transformers does them."""
+    """The base of the models: loading, saving and initial weights, as transformers does them."""
 
     config: IlladaConfig
     base_model_prefix = "model"
@@ -146,14 +155,20 @@ class IlladaPreTrainedModel(PreTrainedModel):
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Embedding:
-        """Resize as transformers does; the config's embedding_size follows as its vocab_size does."""
+        """Resize the embedding as transformers does.
+
+        The config's embedding_size follows, as its vocab_size does.
+        """
         embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
         self.config.embedding_size = embeddings.weight.shape[0]
         return embeddings
 
 
 class IlladaModel(IlladaPreTrainedModel):
-    """Hidden states that, times the head, give the logits of each token's own position."""
+    """The model without a head.
+
+    Its hidden states, times the head, give the logits of each token's own position.
+    """
 
     _keys_to_ignore_on_load_unexpected = [r"lm_head\.weight"]
 
@@ -175,7 +190,7 @@ class IlladaModel(IlladaPreTrainedModel):
         output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutput:
-        """Return a padded batch [B, L].
+        """Compute the hidden states of a padded batch [B, L].
 
         attention_mask: [B, L], 0 at padding, on the left or right. position_ids: default from 0 at each row's first
         token. output_hidden_states gives the embeddings and every layer's output, the last one after the norm.
@@ -218,7 +233,7 @@ class IlladaModel(IlladaPreTrainedModel):
 
 
 class IlladaForMaskedLM(IlladaPreTrainedModel):
-    """Predicts the tokens that hide under the masks."""
+    """The model with a head, which predicts the tokens at masked positions."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 

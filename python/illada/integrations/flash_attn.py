@@ -301,7 +301,10 @@ def _starts(batch: int, length: int, device: torch.device) -> Tensor:
 
 
 def _sizes(op: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int]:
-    """Return B and L. ValueError: not [B, L, heads, D], or batches that differ."""
+    """Return B and L.
+
+    ValueError: the shape is not [B, L, heads, D], or batches differ.
+    """
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4 or x.shape[0] != q.shape[0]:
             raise ValueError(f"{op}: {name} must have shape [{q.shape[0]}, L, heads, D], got {list(x.shape)}")

@@ -35,7 +35,10 @@ _RECORD = "_illada_patch"
 
 @dataclass
 class _Record:
-    """What `unpatch` needs. set_to: the config's attributes when the model was patched."""
+    """The values that `unpatch` needs.
+
+    set_to: the config's attributes when the model was patched.
+    """
 
     base: type
     original: Any
@@ -117,7 +120,7 @@ def _replace_config(model: nn.Module, old: Any, new: Any) -> None:
 
 
 def _reasons(model: nn.Module) -> list[str]:
-    """Return why this model cannot be patched: what it has."""
+    """Return the reasons why this model cannot be patched, each as something that it has."""
     config, reasons = getattr(model, "config", None), []
     for name in ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "attention_dropout"):
         if value := getattr(config, name, None):
@@ -149,7 +152,10 @@ def _reasons(model: nn.Module) -> list[str]:
 
 @functools.cache
 def _patched(base: type) -> type:
-    """Return the subclass of `base` that a patched instance gets, under the same names: those go into checkpoints."""
+    """Return the subclass of `base` that a patched instance gets.
+
+    It has the same names, because those go into checkpoints.
+    """
     head = any(known.__name__ in _HEADS for known in base.__mro__)
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     return type(base.__name__, (_WithHead if head else _Bare, base), names)
@@ -163,7 +169,7 @@ def _blank(base: type) -> Any:
 
 
 class _Patched:
-    """Of both kinds."""
+    """The base of both kinds of patched models."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(max(protocol, 2))

@@ -211,7 +211,10 @@ def _examine(model: Any) -> tuple[bool, bool]:
 
 
 def _separates(call: Any, seen: list[tuple[Tensor, Tensor, int]], positions: Tensor) -> bool:
-    """Return whether the first of two packed tokens does not see the second; a model may drop those arguments."""
+    """Return whether the first of two packed tokens does not see the second.
+
+    A model may ignore the arguments that separate them.
+    """
     starts = torch.tensor([0, 1, 2], dtype=torch.int32, device=positions.device)
     spans = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": 1, "max_length_k": 1}
     try:
@@ -277,7 +280,10 @@ class MaskedDiffusionTrainer(Trainer):
         self._adopt(self.model)
 
     def _refuse_parallel(self) -> None:
-        """Raise NotImplementedError where a model is split so that the loss is wrong; FSDP2 is prepared for it."""
+        """Raise NotImplementedError where a model is split so that the loss is wrong.
+
+        FSDP2 is prepared for it.
+        """
         for name, kind in {"tp": "tensor", "cp": "context", "sp": "sequence"}.items():
             if (size := getattr(self, f"get_{name}_size", lambda: 1)()) > 1:
                 raise NotImplementedError(
@@ -302,7 +308,10 @@ class MaskedDiffusionTrainer(Trainer):
         self.mask_token_id: int = known[0]
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        """Return the model of `model_init`; that of `train` is examined here, the first one by `__init__`."""
+        """Return the model of `model_init`.
+
+        That of `train` is examined here, the first one by `__init__`.
+        """
         model = super().call_model_init(trial)
         if getattr(self, "place_model_on_device", None) is not None:
             if self.place_model_on_device:
@@ -321,7 +330,9 @@ class MaskedDiffusionTrainer(Trainer):
     # ------------------------------------------------------------------------------------------------------- training
 
     def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        """`Trainer`'s, whose batches say on the host which tokens are learned, before they are sent to the device.
+        """Return `Trainer`'s loader, whose batches say on the host which tokens are learned.
+
+        They say so before they are sent to the device.
 
         A method of `Trainer` that is not public: without it rows are found as those of a batch without the entry.
         """
@@ -412,7 +423,10 @@ class MaskedDiffusionTrainer(Trainer):
     # ----------------------------------------------------------------------------------------------------- evaluation
 
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
-        """Run `Trainer.evaluation_loop`, whose loss is the bound: of all tokens alike, however they are batched."""
+        """Run `Trainer.evaluation_loop`, whose loss is the bound.
+
+        All tokens count alike, however they are batched.
+        """
         self._eval_batches = 0
         result = super().evaluation_loop(dataloader, description, *args, **kwargs)
         predictions = result.predictions
@@ -451,7 +465,10 @@ class MaskedDiffusionTrainer(Trainer):
 
 
 def _filled(row: dict[str, Any]) -> dict[str, Any]:
-    """Add labels and attention_mask where the row has none: all its tokens are learned, and none is hidden."""
+    """Add labels and attention_mask where the row has none.
+
+    Then all its tokens are learned, and none is hidden.
+    """
     given = {name: values for name, values in row.items() if values is not None}
     ids = given["input_ids"]
     return {"labels": ids, "attention_mask": [1] * len(ids)} | given
@@ -482,7 +499,10 @@ def _counted_on_host(batch: dict[str, Any]) -> NDArray[np.bool_] | None:
 
 
 def _counted(batch: dict[str, Any]) -> Tensor:
-    """Return bool, as `input_ids`: the tokens that are learned, which is neither padding nor what labels leave out."""
+    """Return which tokens are learned, bool of the shape of `input_ids`.
+
+    These are neither padding nor left out by labels.
+    """
     ids, mask, labels = batch["input_ids"], batch.get("attention_mask"), batch.get("labels")
     counted = torch.ones_like(ids, dtype=torch.bool)
     for name, other in (("attention_mask", mask), ("labels", labels)):

@@ -149,7 +149,9 @@ _Lengths = tuple[Tensor, Tensor | None, Tensor | None, AttentionPlan]
 
 
 class _Shared:
-    """Lengths and plans by what they were made from: made by the first layer and kept on the mask, as long as it lives.
+    """A table of lengths and plans by what they were made from.
+
+    The first layer makes it, and it is kept on the mask as long as that lives.
 
     version: of the mask when it was looked at; one that was written to since is looked at anew.
     """
@@ -166,12 +168,18 @@ def _shared(mask: Tensor, padding: bool) -> Tensor:
 
 
 def _shared_of(mask: Tensor | None) -> _Shared | None:
-    """Return what `_shared` put on the mask; compiled, and on a mask of the caller's, None."""
+    """Return what `_shared` put on the mask.
+
+    It is None when compiled, and on a mask of the caller's.
+    """
     return None if torch.compiler.is_compiling() else getattr(mask, "_illada", None)
 
 
 def _version(tensor: Tensor | None) -> int:
-    """Return what changes when the tensor is written to; tensors of inference mode do not say."""
+    """Return a number that changes when the tensor is written to.
+
+    It is 0 without a tensor, and for a tensor of inference mode, which keeps no such number.
+    """
     return 0 if tensor is None or tensor.is_inference() else tensor._version
 
 

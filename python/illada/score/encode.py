@@ -54,7 +54,7 @@ def encode_pair(
 
 
 def _end_of_special(tokenizer: Tokenizer, text: str) -> int:
-    """Return where the last special token that `text` spells ends; 0: it spells none."""
+    """Return where the last special token that `text` spells ends; 0 where it spells none."""
     pattern = _special_tokens(tokenizer)
     return max((found.end() for found in pattern.finditer(text)), default=0) if pattern else 0
 

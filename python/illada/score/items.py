@@ -25,7 +25,10 @@ Layout = tuple[Tensor, Tensor, AttentionPlan]  # cu_seqlens, position_ids, plan
 
 @dataclass(frozen=True)
 class Item:
-    """One pair. `size` tokens meet the model: context, continuation and, where asked for, the eos."""
+    """A pair of a context and a continuation.
+
+    Of it `size` tokens meet the model: context, continuation and, where asked for, the eos.
+    """
 
     index: int
     context: NDArray[np.int64]
@@ -124,7 +127,10 @@ def truncate_context(
 
 
 def keep_end(tokens: Sequence[int], room: int, keep: int = 0) -> list[int]:
-    """Return the last `room` tokens; of a longer text, the first `keep` of them are its own first, where they fit."""
+    """Return the last `room` tokens.
+
+    Of a longer text, the first `keep` tokens of the result are the text's own first ones, where they fit.
+    """
     if len(tokens) <= room:
         return list(tokens)
     first = list(tokens[:keep]) if keep <= room else []
@@ -184,7 +190,7 @@ def lay_out(config: ModelConfig, sizes: NDArray[np.int64], device: torch.device)
 
 
 def starts_of(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return [S + 1]: where parts of these lengths begin, end to end, and where the last one ends."""
+    """Return [S + 1], where parts of these lengths begin, end to end, and where the last one ends."""
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
 
 

@@ -137,7 +137,7 @@ def _render(template: str, messages: Sequence[Message], variables: Mapping[str, 
 
 
 class _Renderer:
-    """The process of `illada.text.template_process`."""
+    """A handle of the process of `illada.text.template_process`."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -189,7 +189,7 @@ class _Renderer:
         return self._process
 
     def _begin_anew(self) -> None:
-        """Run in a fork: the process is the parent's."""
+        """Forget the process in a fork, because it is the parent's."""
         atexit.unregister(self.stop)
         if self._process is not None:
             self._process.returncode = 0  # nothing to wait for, and nothing to warn of

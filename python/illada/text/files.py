@@ -36,7 +36,7 @@ _BLOCK = 1 << 16  # bytes of a file in memory at a time, where it is read in pie
 
 
 def decode_text(data: bytes, where: str) -> str:
-    """Return UTF-8 bytes as text, without a byte order mark, and with LF for CR LF.
+    """Return UTF-8 bytes as text, without a byte order mark and with LF for CR LF.
 
     Raises:
         ValueError: not UTF-8; names `where` and the line, and says what it looks like.
@@ -69,7 +69,7 @@ def read_text(path: str | Path) -> str:
 
 
 def read_pieces(path: str | Path) -> Iterator[str]:
-    """Yield `read_text` in pieces, which join to the text: for files that do not fit in memory."""
+    """Yield the text of `read_text` in pieces, for files that do not fit in memory."""
     with Path(path).open("rb") as file:
         yield from decode_pieces(iter(lambda: file.read(_BLOCK), b""), str(path))
 
@@ -128,19 +128,25 @@ def read_json(path: str | Path) -> Any:
 
 
 def read_json_object(file: Path) -> dict[str, Any]:
-    """Return a JSON file that holds an object. ValueError, which names the file: it does not."""
+    """Return the object in a JSON file.
+
+    ValueError, which names the file: it holds something else.
+    """
     values: dict[str, Any] = read_json(file)
     check_object(values, {}, str(file))
     return values
 
 
 def read_if_there(file: Path) -> dict[str, Any]:
-    """Return `read_json_object`, empty where there is no file."""
+    """Return the result of `read_json_object`, or an empty object where there is no file."""
     return read_json_object(file) if file.is_file() else {}
 
 
 def looks_like(path: str | Path) -> str | None:
-    """Return what a download left in the place of a file, for an error about it; None: nothing of that kind."""
+    """Return what a download left in the place of a file, for an error about it.
+
+    None: nothing of that kind.
+    """
     with Path(path).open("rb") as file:
         start = file.read(_HEAD).lstrip().lower()
     if start.startswith(_POINTER):
@@ -151,7 +157,10 @@ def looks_like(path: str | Path) -> str | None:
 
 
 def check_text(text: str, where: str) -> str:
-    """Return the text itself. ValueError: it holds a lone surrogate, as Python makes of bytes that are not UTF-8."""
+    """Return the text itself.
+
+    ValueError: it holds a lone surrogate, as Python makes of bytes that are not UTF-8.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:

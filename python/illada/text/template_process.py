@@ -85,11 +85,13 @@ def _answer(request: bytes) -> list[str]:
 
 
 class Refusal(Exception):
-    """What a template says of messages that it does not take."""
+    """The error with which a template refuses messages."""
 
 
 class Shown(dict[str, Any]):
-    """A message without what is None in it, as `transformers` shows it: otherwise `content | trim` is the word "None".
+    """A message without its values of None, as `transformers` shows it.
+
+    Otherwise `content | trim` would be the word "None".
 
     Templates of before that ask `content is none`, which `transformers` then answers with no: here it is so.
     """
@@ -105,7 +107,10 @@ def _compile(template: str) -> Any:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(jinja2.ext.Extension):
-        """{% generation %} marks answers for training on them alone; here it is transparent."""
+        """The tag {% generation %}, which is transparent here.
+
+        Elsewhere it marks answers for training on them alone.
+        """
 
         tags = {"generation"}
 

@@ -87,7 +87,9 @@ class Tokenizer:
         self._control.update(found)
 
     def encode(self, text: str, *, add_special_tokens: bool = False, parse_special_tokens: bool = True) -> list[int]:
-        """Return the ids of `text`. With `parse_special_tokens` off, text that spells a special token is just text.
+        """Return the ids of `text`.
+
+        With `parse_special_tokens` off, text that spells a special token is just text.
 
         Raises:
             ValueError: text with a lone surrogate, without a token, or that the tokenizer makes a control token of.
@@ -123,7 +125,7 @@ class Tokenizer:
         return affixes(self.backend)
 
     def _name(self, token: int | None) -> str:
-        """Return the text of a token, empty where there is none."""
+        """Return the text of a token, which is empty where there is none."""
         if token is None or token < 0:
             return ""
         if isinstance(self.backend, tokenizers.Tokenizer):
@@ -149,7 +151,7 @@ class Tokenizer:
             return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def token_to_id(self, token: str) -> int | None:
-        """Return the id of one token by its text; None: there is no such token."""
+        """Return the id of one token by its text; None where there is no such token."""
         if isinstance(self.backend, tokenizers.Tokenizer):
             return self.backend.token_to_id(token)
         return self.backend.get_vocab().get(token)
@@ -216,7 +218,10 @@ class Tokenizer:
 
 
 def affixes(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Return what a tokenizer's post-processor (`tokenizers` or `transformers`) puts before and behind a text."""
+    """Return what a tokenizer's post-processor puts before and behind a text.
+
+    The tokenizer is one of `tokenizers` or `transformers`.
+    """
     backend = (
         tokenizer if isinstance(tokenizer, tokenizers.Tokenizer) else getattr(tokenizer, "backend_tokenizer", None)
     )
@@ -234,7 +239,7 @@ def affixes(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 def begin_with(ids: list[int], prefix: Sequence[int]) -> list[int]:
-    """Return the ids with `prefix` in front, once, also where a chat template has it."""
+    """Return the ids with `prefix` in front, only once where a chat template has it already."""
     first, size = list(prefix), len(prefix)
     while size and ids[: 2 * size] == first * 2:
         ids = ids[size:]
@@ -242,7 +247,7 @@ def begin_with(ids: list[int], prefix: Sequence[int]) -> list[int]:
 
 
 def bos_prefix(add_bos: bool | None, bos_token_id: int | None, name: str = "add_bos") -> list[int] | None:
-    """Return the prefix for `Tokenizer.encode_prompt`: bos, nothing, or None, which is the tokenizer's own."""
+    """Return the prefix for `Tokenizer.encode_prompt`: bos, nothing, or None for the tokenizer's own."""
     if not add_bos:
         return None if add_bos is None else []
     if bos_token_id is None:
@@ -251,7 +256,9 @@ def bos_prefix(add_bos: bool | None, bos_token_id: int | None, name: str = "add_
 
 
 class Continuation:
-    """Decodes tokens as they read behind a prompt, where a decoder that strips the start of a text would join words.
+    """A decoder of tokens that follow a prompt.
+
+    A decoder that strips the start of a text would join words without it.
 
     Args:
         tokenizer: with decode, of this library, `tokenizers` or `transformers`.
@@ -268,7 +275,7 @@ class Continuation:
         self._before, self._heads = before, {skip: self._decode(before, skip) for skip in (True, False)}
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Return the text of `ids` there."""
+        """Return the text of `ids` behind the prompt."""
         head = self._heads[skip_special_tokens]
         whole = self._decode([*self._before, *ids], skip_special_tokens) if head else ""
         return whole[len(head) :] if head and whole.startswith(head) else self._decode(ids, skip_special_tokens)
@@ -278,7 +285,10 @@ class Continuation:
 
 
 def read_template(file: str | Path) -> str:
-    """Return the Jinja source in a file. ValueError: an HTML page or another thing that is none."""
+    """Return the Jinja source in a file.
+
+    ValueError: an HTML page or another thing that is none.
+    """
     if said := looks_like(file):
         raise ValueError(f"{file} {said}")
     return read_text(file)

@@ -62,14 +62,17 @@ def read_tokenizer(file: Path) -> Tokenizer:
 
 
 def without_limits(tokenizer: Tokenizer) -> None:
-    """Drop truncation and padding."""
+    """Remove truncation and padding from a tokenizer."""
     tokenizer.no_truncation()
     tokenizer.no_padding()
 
 
 @contextlib.contextmanager
 def library_errors(said: str) -> Iterator[None]:
-    """Raise ValueError for what `tokenizers` raises: bare Exception, and Rust's panics, which are none."""
+    """Raise ValueError for the errors that `tokenizers` raises.
+
+    These are bare Exception, and Rust's panics, which are no Exception.
+    """
     try:
         yield
     except BaseException as error:
@@ -79,7 +82,10 @@ def library_errors(said: str) -> Iterator[None]:
 
 
 def _check_tokenizer(file: Path) -> None:
-    """Raise ValueError, with the key, for a tokenizer.json with parts of other types, or a normalizer without size."""
+    """Raise ValueError, with the key, for a tokenizer.json with parts of wrong types.
+
+    A Precompiled normalizer whose data is shorter than it says is refused as well.
+    """
     values = read_json(file)
     parts = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
     check_object(
@@ -106,7 +112,10 @@ def _check_tokenizer(file: Path) -> None:
 
 
 def read_special_tokens(folder: Path) -> dict[str, Any]:
-    """Return special tokens by name (text or list), of tokenizer_config.json, else special_tokens_map.json."""
+    """Return special tokens by name (text or list).
+
+    They are those of tokenizer_config.json, else of special_tokens_map.json.
+    """
     named: dict[str, Any] = {}
     for file in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
         values = read_if_there(file)
@@ -155,7 +164,10 @@ def encode_as_text(encode: Callable[[str], list[int]], control: Mapping[int, str
 
 
 def _contents(token: Any, where: str) -> Any:
-    """Return a special token: its text, or the form with flags around it; or a list of them, perhaps by name."""
+    """Return the text of a special token, or the texts of several.
+
+    A token is its text, or the form with flags around it; several are a list, perhaps by name.
+    """
     if isinstance(token, dict) and "content" not in token:
         token = list(token.values())
     if isinstance(token, list):

@@ -23,7 +23,10 @@ SPECIAL_NAMES = ("bos", "pad", "eos", "mask")
 
 
 def tokenizer_sha256(path: str | Path) -> str:
-    """Return what ties a corpus to a checkpoint: the SHA-256 of its tokenizer.json (of a folder's, for a folder)."""
+    """Return the SHA-256 of a tokenizer.json (of a folder's, for a folder).
+
+    It ties a corpus to a checkpoint.
+    """
     file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
@@ -47,7 +50,10 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, *, progress: bool
 
 
 def special_ids(tokenizer: Tokenizer, given: dict[str, int] | None = None) -> dict[str, int]:
-    """Return ids of bos, pad, eos and mask: as given, else by iLLaDA's names; an error says which are missing."""
+    """Return the ids of bos, pad, eos and mask, as given or by iLLaDA's names.
+
+    An error says which are missing.
+    """
     given = given or {}
     if unknown := set(given) - set(SPECIAL_NAMES):
         raise ValueError(f"special ids may be given for {', '.join(SPECIAL_NAMES)}, got {', '.join(sorted(unknown))}")
@@ -66,7 +72,10 @@ def special_ids(tokenizer: Tokenizer, given: dict[str, int] | None = None) -> di
 
 
 def vocab_size_of(tokenizer: Tokenizer) -> int:
-    """Return one more than the largest id, which is more than the number of tokens where ids are left out."""
+    """Return one more than the largest id.
+
+    This is more than the number of tokens where ids are left out.
+    """
     size = 1 + max(tokenizer.get_vocab().values(), default=-1)
     if size > MOST_IDS:
         raise ValueError(f"the tokenizer's ids must be below {MOST_IDS}, got {size - 1}")

@@ -22,7 +22,10 @@ DType = Literal["float32", "bfloat16"]
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The section [data]: the corpus and the length of windows. ValueError: a wrong type or value."""
+    """The section [data]: the corpus and the length of windows.
+
+    ValueError: a wrong type or value.
+    """
 
     path: str = "data/stdlib"  # corpus folder, made by `illada prepare`
     window: Positive = 1024  # tokens of a training window, split or not
@@ -33,7 +36,10 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """The section [optimizer]: AdamW and gradient clipping. ValueError: a wrong type or value."""
+    """The section [optimizer]: AdamW and gradient clipping.
+
+    ValueError: a wrong type or value.
+    """
 
     learning_rate: PositiveFloat = 2e-4  # learning rate of the constant phase
     beta1: Annotated[float, Ge(0), Lt(1)] = 0.9  # AdamW's decay of the mean of gradients
@@ -48,7 +54,10 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """The section [schedule]: warm-up and decay of the learning rate. ValueError: a wrong type or value."""
+    """The section [schedule]: warm-up and decay of the learning rate.
+
+    ValueError: a wrong type or value.
+    """
 
     warmup_steps: Count = 100  # steps of the linear rise from 0
     decay: Literal["cosine", "linear", "none"] = "cosine"  # shape of the decay: "cosine", "linear" or "none"
@@ -61,7 +70,10 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """The section [train]: output folder, batch sizes, device and checkpoints. ValueError: a wrong type or value."""
+    """The section [train]: output folder, batch sizes, device and checkpoints.
+
+    ValueError: a wrong type or value.
+    """
 
     out_dir: str = "runs/train"  # folder for config, metrics, plot and checkpoints
     steps: Positive = 1000  # optimizer steps
@@ -82,7 +94,10 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class ValidationConfig:
-    """The section [validation]: how often and on how much held-out text. ValueError: a wrong type or value."""
+    """The section [validation]: how often and on how much held-out text.
+
+    ValueError: a wrong type or value.
+    """
 
     every: Positive = 250  # steps between validations; the last step always has one
     windows: Positive = 32  # held-out windows, spread evenly over the split

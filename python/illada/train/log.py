@@ -20,7 +20,10 @@ _VALUES = {"train": {"loss": Finite}, "validation": {"bound": Finite, "unigram_e
 
 
 class Log:
-    """Of one run. metrics.jsonl continues where the resumed step left it: later lines of a lost run are cut off."""
+    """The log of one run.
+
+    metrics.jsonl continues where the resumed step left it: later lines of a lost run are cut off.
+    """
 
     def __init__(self, out_dir: Path, *, step: int, steps: int, progress: bool) -> None:
         self.file = out_dir / "metrics.jsonl"
@@ -45,7 +48,7 @@ class Log:
         )
 
     def validation(self, *, step: int, seconds: float, bound: float, unigram_entropy: float) -> None:
-        """Log the bound and what it has to beat, nats per token."""
+        """Log the bound and the entropy that it has to beat, in nats per token."""
         self._write(
             {
                 "kind": "validation",
@@ -77,7 +80,10 @@ class Log:
         return any(r["kind"] == "validation" and r["step"] == step for r in self.records)
 
     def plot(self) -> Path | None:
-        """Draw loss.png; None where matplotlib is not installed or the picture cannot be written."""
+        """Draw loss.png and return its path.
+
+        None: matplotlib is not installed, or the picture cannot be written.
+        """
         try:
             from matplotlib.backends.backend_agg import FigureCanvasAgg
             from matplotlib.figure import Figure

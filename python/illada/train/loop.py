@@ -35,7 +35,7 @@ from illada.train.schedule import learning_rate
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a run ended.
+    """The state of a run at its end.
 
     finished: all steps are done; False: it was asked to stop, `checkpoint` continues it.
     validation_bound, unigram_entropy: nats per token; the bound is None for a run that was stopped.
@@ -59,7 +59,7 @@ def train(
     on_validation: Callable[[int, MaskedDiffusionModel], None] = lambda step, model: None,
     progress: bool = True,
 ) -> TrainResult:
-    """Train, or go on training, one model.
+    """Train one model, or continue its training.
 
     Args:
         config: of the run; its files go to train.out_dir.
@@ -355,7 +355,10 @@ def _optimizer(model: MaskedDiffusionModel, config: TrainConfig) -> torch.optim.
 
 
 def _device(run: RunConfig, head_dim: int) -> torch.device:
-    """Return where a run goes; "auto" is a GPU where there is one whose kernels can compute it, else the CPU."""
+    """Return the device of a run.
+
+    "auto" is a GPU where there is one whose kernels can compute the run, else the CPU.
+    """
     missing = why_not("varlen_attention", "cuda", getattr(torch, run.dtype), head_dim=head_dim)
     if run.device == "cuda" and missing:
         raise ValueError(f"train.device is cuda, but {missing}")

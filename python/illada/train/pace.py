@@ -9,18 +9,21 @@ _SPREAD = 2.0  # slow steps by fast ones; masks, whose number differs by step, m
 
 
 class Pace:
-    """Of the steps of a run. Its hint comes once."""
+    """The times of a run's steps, which give a hint at most once."""
 
     def __init__(self) -> None:
         self._seconds: list[float] = []
         self._said = False
 
     def add(self, seconds: float) -> None:
-        """Count one more step, without saving and validating."""
+        """Add the seconds of one more step, without saving and validating."""
         self._seconds.append(seconds)
 
     def hint(self, threads: int) -> str | None:
-        """Return a remark on the steps since the last call, where the slow tenth took twice as long as the fast one."""
+        """Return a remark on the steps since the last call.
+
+        There is one where the slow tenth took twice as long as the fast one.
+        """
         seconds, self._seconds = sorted(self._seconds), []
         if self._said or len(seconds) < _FEWEST:
             return None

@@ -52,7 +52,10 @@ def save(
     unlogged_losses: list[float],
     tokenizer: Path,
 ) -> Path:
-    """Write checkpoints/step-NNNNNN and remove the oldest beyond train.keep_last. OSError: nothing has changed."""
+    """Write checkpoints/step-NNNNNN and remove the oldest beyond train.keep_last.
+
+    OSError: nothing has changed.
+    """
     target = folder / f"step-{step:06}"
     try:
         with staged_directory(target) as staging:
@@ -79,7 +82,10 @@ def save(
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Return trainer.json. FileNotFoundError, ValueError: not a training checkpoint."""
+    """Return the contents of trainer.json.
+
+    FileNotFoundError, ValueError: not a training checkpoint.
+    """
     file = state_file(path)
     try:
         return check_object(read_json(file), _STATE, file.name)
