@@ -1,4 +1,6 @@
-"""Builds illada._C with CMake. All metadata is in pyproject.toml; all compilation is in CMakeLists.txt.
+"""The build of illada._C with CMake.
+
+All metadata is in pyproject.toml; all compilation is in CMakeLists.txt.
 
 Environment: ILLADA_CUDA=on|off|auto, ILLADA_CUDA_ARCHS, ILLADA_CUDART, ILLADA_CUTLASS_DIR, ILLADA_CUTLASS_DOWNLOAD,
 ILLADA_BUILD_DIR, MAX_JOBS, CMAKE_ARGS, CMAKE_GENERATOR; CMake's own, such as CXX, CXXFLAGS, CUDACXX and CUDAFLAGS.

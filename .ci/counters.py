@@ -1,4 +1,4 @@
-"""What kernels move and wait for, by the simulator's counters and timing model.
+"""A check of what kernels move and wait for, by the simulator's counters and timing model.
 
     CUSIM=/path/to/cusim python .ci/counters.py     (a Python with a CUDA build of torch and the `sim` build of illada)
 

@@ -1,1 +1,1 @@
-"""Benchmarks of illada against what people use instead: `python -m benchmarks --help`."""
+"""Benchmarks of illada and of the libraries that people use instead: `python -m benchmarks --help`."""

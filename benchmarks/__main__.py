@@ -1,4 +1,7 @@
-"""python -m benchmarks BENCH: run one benchmark or all of them, print rows as they come and tables, write files."""
+"""The command `python -m benchmarks BENCH`, which runs one benchmark or all of them.
+
+It prints rows as they come and tables, and writes files.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Packed bidirectional attention against what else attends to sequences of unequal lengths.
+"""A benchmark of packed bidirectional attention on sequences of unequal lengths.
 
     DIRECTION PACK H/G D...           one call on a pack, or of cached blocks; fwd, bwd (alone) or fwdbwd
     DIRECTION cached BxL H/G D...     B blocks of L queries, each against its own, partly filled slot of keys

@@ -1,4 +1,4 @@
-"""What attends to packed sequences of unequal lengths: illada, and its peers as their users call them.
+"""The providers of attention on packed sequences: illada, and its peers as their users call them.
 
     illada                   the public op with its plan
     illada raw               the kernels alone, into buffers that are there

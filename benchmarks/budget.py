@@ -1,4 +1,4 @@
-"""Seconds that a run may take, shared among its cases.
+"""A budget of seconds for a run, which its cases share.
 
 Each case may take an equal part of what is left; what it leaves is shared among the later ones. A case whose part is
 over is ended by an alarm, at the next step of Python outside of an import, and keeps the times that it has.

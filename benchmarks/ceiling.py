@@ -1,4 +1,6 @@
-"""What the machine can do at most, measured once in every run: yardsticks that every row is held against.
+"""Yardsticks of what the machine can do at most, which are measured once in every run.
+
+Every row is compared with them.
 
 Their records are of the bench BENCH.
 

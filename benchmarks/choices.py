@@ -1,4 +1,7 @@
-"""Which kernels a choice of `illada.ops.variants` is about, by its name: new choices need no entry here."""
+"""The kernels that a choice of `illada.ops.variants` is about, by the choice's name.
+
+New choices need no entry here.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Commands with a time limit each, several at a time; what they start ends with them."""
+"""A runner of commands, several at a time and each with a time limit.
+
+What a command started ends with it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Predicted against measured, case by case and kernel by kernel: what the simulator's timing model was wrong about.
+"""A comparison of predicted and measured times, for each case and kernel.
+
+It shows where the simulator's timing model was wrong.
 
 Reads what `run_on_gpu.sh` leaves (kernels.jsonl, tune.jsonl, results.jsonl) and what a benchmark's --json writes; of
 those only what was measured with the default choices between kernels. A line each: the predicted time and its range,

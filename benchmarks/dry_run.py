@@ -1,4 +1,6 @@
-"""A dry run: the stages of `run_on_gpu.sh` on a simulator, small enough for two cores. It proves the script alone.
+"""A dry run: the stages of `run_on_gpu.sh` on a simulator, small enough for two cores.
+
+It tests the script alone.
 
 ILLADA_DRY_RUN=1 says that this process is part of one; the script sets it.
 """

@@ -1,4 +1,6 @@
-"""What a time depends on beside the code: the processor, its threads and load; of a GPU its driver, clocks and power.
+"""The conditions that a time depends on beside the code.
+
+They are the processor, its threads and load; of a GPU its driver, clocks and power.
 
 All of it stands in every record, null where it is not known. Nothing here starts CUDA: a process that must never use
 the GPU may ask as well.

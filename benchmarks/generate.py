@@ -1,4 +1,6 @@
-"""Generation of unequal prompts, against the published loops on the same weights, by the same rule.
+"""A benchmark of generation from unequal prompts, with the published loops as peers.
+
+All have the same weights and the same rule.
 
     illada         all prompts in one pack; only masked rows meet the head
     illada prefix  the same on a cache that is refreshed at each block; `error` is the share of tokens that differ

@@ -1,4 +1,6 @@
-"""Work in processes of its own, several at a time, so that a kernel that hangs costs seconds and spoils nothing else.
+"""A runner of tasks in processes of their own, several at a time.
+
+A kernel that hangs then costs seconds and nothing else.
 
 A task is a list of steps. A child process, forked from this one, carries them out in their order. A step that takes
 longer than it may, raises, or takes its process with it is recorded, and a new child goes on with the next one. A fork

@@ -1,4 +1,7 @@
-"""JSON lines: append to a file, and read what a run of today or of long ago left, complete or not."""
+"""Reading and appending of JSON lines.
+
+What is read may be of a recent or an old run, complete or not.
+"""
 
 from __future__ import annotations
 

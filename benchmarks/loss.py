@@ -1,4 +1,6 @@
-"""The loss of masked diffusion: linear masked cross-entropy of packed tokens, with a weight for each.
+"""A benchmark of the loss of masked diffusion.
+
+This is linear masked cross-entropy of packed tokens, with a weight for each.
 
     DIRECTION TOKENS t=SHARE CxV     fwdbwd: loss and both gradients; fwd: the loss alone, without autograd
 

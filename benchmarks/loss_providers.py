@@ -1,4 +1,4 @@
-"""What computes a weighted cross-entropy of hidden states against a head, and its gradients.
+"""The providers of a weighted cross-entropy of hidden states against a head, and of its gradients.
 
     illada                   the public op on all tokens; it finds the rows with a weight itself
     illada rows              the same, given them, as a data loader would

@@ -1,4 +1,6 @@
-"""What a call costs beside its work: tiny tensors, for which the kernels need next to no time.
+"""A benchmark of what a call costs beside its work.
+
+Tensors are tiny, so that the kernels need next to no time.
 
     OP no grad    under torch.no_grad()
     OP grad       the forward pass, whose results know how to go back

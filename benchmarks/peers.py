@@ -1,4 +1,6 @@
-"""illada against its peers, in the order of what is wanted most: cuDNN and flash of torch, fa3-fwd, Liger, cuBLAS.
+"""A short comparison of illada with its peers, the most wanted results first.
+
+The peers are cuDNN and flash of torch, fa3-fwd, Liger and cuBLAS.
 
 A case is timed with all of its providers in turn, in one process; every case has a process of its own. Where ours hangs
 or kills it, the case is timed again without ours. What is the same for each run is not in here: `python -m benchmarks

@@ -1,4 +1,4 @@
-"""Pictures of records: bars of each case for a few cases of one bench, else a dot plot of many.
+"""Plots of records: bars for a few cases of one bench, else a dot plot.
 
 Times are relative to illada's in the same case, timed in the same way. Colours are those of Okabe and Ito, which people
 see apart who are blind to some.

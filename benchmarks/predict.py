@@ -1,4 +1,4 @@
-"""Predict the times of the kernels with the simulator's timing model, as ranges, into a JSON file.
+"""Predictions of the kernels' times with the simulator's timing model, as ranges, in a JSON file.
 
 Of each case the kernels' machine code is replayed on a model of one multiprocessor; the range is what comes out between
 the fast and the slow end of what is uncertain, which the file names. `python -m benchmarks compare` holds measurements

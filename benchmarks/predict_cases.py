@@ -1,4 +1,7 @@
-"""What `predict` runs under the simulator, and how its times become those of a case of the benchmarks."""
+"""The cases that `predict` runs under the simulator.
+
+Each says how its times become those of a case of the benchmarks.
+"""
 
 from __future__ import annotations
 

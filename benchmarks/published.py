@@ -1,4 +1,4 @@
-"""Published implementations, the peers of ours.
+"""Published implementations, which are peers of ours.
 
 Padded forward passes with all logits, confidence remasking and the loops around it, as LLaDA, iLLaDA and Fast-dLLM
 publish them.

@@ -1,4 +1,6 @@
-"""This run against an earlier one, row by row: what became slower by more than the noise of both.
+"""A comparison of this run with an earlier one, row by row.
+
+A row is slower if it became so by more than the noise of both.
 
     same      the intervals of both runs overlap
     SLOWER    the whole interval of this run is above that of the earlier one

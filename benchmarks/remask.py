@@ -1,4 +1,6 @@
-"""Confidence remasking: sample every row of the logits, then commit the surest tokens of each sequence.
+"""A benchmark of confidence remasking.
+
+A step samples every row of the logits, then commits the surest tokens of each sequence.
 
     ROWSxVOCAB T=...            the whole step (on a GPU its name begins with "step")
     sample ROWSxVOCAB T=...     sample_tokens alone, against the copy bandwidth

@@ -1,4 +1,4 @@
-"""What was measured, from records: a table for the terminal or in Markdown, JSON lines, CSV.
+"""Reports of records: a table for the terminal or in Markdown, JSON lines, CSV.
 
 `python -m benchmarks.report FILE...` shows files that `python -m benchmarks BENCH --json FILE` wrote, old ones too.
 """

@@ -1,4 +1,4 @@
-"""docs/results.md: summary.md, then every file in benchmarks/results as tables, plots and goals.
+"""The page docs/results.md: summary.md, then the files of benchmarks/results as tables, plots and goals.
 
 The same files give the same page.
 """

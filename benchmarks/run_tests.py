@@ -1,4 +1,6 @@
-"""tests/cuda file by file, several files and processes at a time, with a limit for each test and each file.
+"""A runner of tests/cuda, with a time limit for each test and each file.
+
+Several files and processes run at a time.
 
 pytest-xdist shares a file's tests out to processes, pytest-timeout ends a test that hangs; without them a file that
 hangs loses its other tests, and no more.

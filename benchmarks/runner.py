@@ -1,4 +1,4 @@
-"""Timing that can be believed on a noisy machine: all providers of a case in one process, taking turns.
+"""Timing that is reliable on a noisy machine: all providers of a case take turns in one process.
 
 A record is a dict with the keys of KEYS; null where something does not apply. Of a provider that did not run, median_ms
 is null and `error` says why; such records are handed to `after_case` alone. n: timed calls; the keys after it are those

@@ -1,4 +1,4 @@
-"""compute-sanitizer on the smoke jobs, each tool and job in a process of its own.
+"""Runs of compute-sanitizer on the smoke jobs, each tool and job in a process of its own.
 
 A report, never a verdict: memcheck and racecheck misjudge some of what wgmma and TMA do, so the exit status is 0
 whatever they find.

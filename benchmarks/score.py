@@ -1,4 +1,6 @@
-"""Eq. 2 of multiple-choice questions, packed, against the published loop: one candidate at a time, all logits.
+"""A benchmark of Eq. 2 on multiple-choice questions, packed or by the published loop.
+
+That loop takes one candidate at a time, with all logits.
 
 Both score the same candidates with the same weights and must agree on every score and every answer:
 

@@ -1,4 +1,4 @@
-"""Shapes of one's own on the command line, instead of those that a bench has.
+"""The shapes that a user gives on the command line, instead of those that a bench has.
 
 A bench that takes some of them names them in `OWN` and has `own(shapes, device) -> list[Case]`; what is not given stays
 as the bench has it.

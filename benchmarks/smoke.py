@@ -1,4 +1,4 @@
-"""The first minute on a GPU: every kernel once, in a process of its own, checked against float64.
+"""A smoke test of every kernel on a GPU, each in a process of its own and checked against float64.
 
     OK       all results are within their tolerance
     WRONG    one is not; the line says which

@@ -1,4 +1,4 @@
-"""Small jobs that between them launch every kernel, each checked against float64 on the host."""
+"""Small jobs that together launch every kernel, each checked against float64 on the host."""
 
 from __future__ import annotations
 

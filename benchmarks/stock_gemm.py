@@ -1,4 +1,4 @@
-"""Predict CUTLASS's own GEMM kernels for the product of the fused head's logits.
+"""Predictions for CUTLASS's own GEMM kernels on the product of the fused head's logits.
 
 docs/kernels.md has ours beside them. It takes nvcc, CUTLASS's headers (as `make ptxas` finds them) and the simulator:
 

@@ -1,4 +1,4 @@
-"""Ways to time a call.
+"""Timers of a call.
 
 Each has a name, which stands in every record under `timing`:
 

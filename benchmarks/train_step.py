@@ -1,4 +1,6 @@
-"""A training step, forward and backward, against the loop that most diffusion-LM code runs.
+"""A benchmark of a training step, forward and backward.
+
+Its peer is the loop that most diffusion-LM code runs.
 
 Both do the same arithmetic on the same weights and the same masked sequences:
 

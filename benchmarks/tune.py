@@ -1,4 +1,6 @@
-"""Which value of each choice between kernels is the fastest here, and what to write into the defaults.
+"""A search for the fastest value of each choice between kernels.
+
+It says what to write into the defaults.
 
 Every value of the choices that are about a job's kernels is first held against float32 or float64, then timed in turn
 with the default, one choice at a time; at last the best values together. Each job runs in a process of its own: one

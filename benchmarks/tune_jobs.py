@@ -1,4 +1,6 @@
-"""The jobs at which choices between kernels are decided, by the public call's kernels and nothing around them.
+"""The jobs at which choices between kernels are decided.
+
+They run the public call's kernels and nothing around them.
 
 Names are those of the benchmarks' cases, so that `compare` finds the predictions.
 """

@@ -1,4 +1,4 @@
-"""Where nvcc is: the places of cmake/IlladaNvcc.cmake, and NVIDIA's wheels."""
+"""The search for nvcc, at the places of cmake/IlladaNvcc.cmake and in NVIDIA's wheels."""
 
 import os
 import re

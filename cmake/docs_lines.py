@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Check that lines of the documentation are at most 100 characters long.
+"""A check that lines of the documentation are at most 100 characters long.
 
 Tables, code, and the targets of links cannot be wrapped, so they do not count. Nor do pages that a program writes.
 """

@@ -1,5 +1,7 @@
 #!/usr/bin/env python3
-"""Registers, shared memory and spills of every CUDA kernel, held against the budget in csrc/ptxas_budget.json.
+"""A check of the registers, shared memory and spills of every CUDA kernel.
+
+The budget is csrc/ptxas_budget.json.
 
 Each csrc/**/*.cu is compiled to machine code with `nvcc -Xptxas -v` for each GPU it is built for; no GPU is needed.
 Fails when a kernel spills or uses a stack (both are local memory, which is slow), when it takes more registers or

@@ -1,5 +1,7 @@
 #!/usr/bin/env python3
-"""A launcher of nvcc that keeps what ptxas says and the PTX of each file, so that `ptxas.py` need not compile again.
+"""A launcher of nvcc that records what ptxas says and the PTX of each file.
+
+With the records, `ptxas.py` need not compile again.
 
 cmake -DCMAKE_CUDA_COMPILER_LAUNCHER="python3;cmake/ptxas_record.py;FOLDER" ...
 python3 cmake/ptxas.py --recorded FOLDER

@@ -1,5 +1,7 @@
 #!/usr/bin/env python3
-"""Products of sizes that 32 bits do not hold, found by clang-tidy with the checks of .clang-tidy.
+"""A check by clang-tidy for products of sizes that 32 bits do not hold.
+
+The checks are those of .clang-tidy.
 
 Host sources are held against both checks: a product must be widened before and not after the multiplication, and a
 product in which a number of tokens, rows, heads, ids, tiles or items takes part must have 64 bits. In kernels, where 64

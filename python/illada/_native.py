@@ -1,4 +1,7 @@
-"""Loads the compiled module `illada._C`, once, when an op first needs it; says how to build it when it is missing."""
+"""The loader of the compiled module `illada._C`, which loads it once, when an op first needs it.
+
+It says how to build the module where that is missing.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Packed sequences with masked tokens: what the forward process makes and the model's loss takes."""
+"""Packed sequences with masked tokens, which the forward process makes and the model's loss takes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model is, `ModelConfig`, with its presets and its form in config.json; and `DiffusionConfig`."""
+"""The configurations `ModelConfig`, with its presets and its dict form, and `DiffusionConfig`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Devices by name, checked before torch fails on them far from where they were given; autocast's dtypes."""
+"""Search for devices by name, and autocast's dtypes.
+
+Names are checked before torch fails on them far from where they were given.
+"""
 
 from __future__ import annotations
 

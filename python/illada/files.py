@@ -1,4 +1,4 @@
-"""Files and folders that appear complete or not at all, and locks on what one process at a time may write."""
+"""Files and folders that appear complete or not at all, and locks for one writing process at a time."""
 
 from __future__ import annotations
 

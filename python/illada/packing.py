@@ -1,4 +1,7 @@
-"""Between padded batches and packed sequences: the edges of a library that knows no padding inside."""
+"""Conversion between padded batches and packed sequences.
+
+The rest of the library knows no padding.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Values from outside (JSON, TOML, the command line) against type hints: errors name the key, and what it may be.
+"""Checks of values from outside (JSON, TOML, the command line) against type hints.
+
+Errors name the key, and what it may be.
 
 A hint is a type, or `Annotated` with bounds of `annotated_types`. Types are strict: neither "1" nor 1.0 is an int, and
 neither 0 nor "no" is a bool; an int is a float.

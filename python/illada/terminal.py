@@ -1,4 +1,4 @@
-"""Whether there is a terminal to show progress on."""
+"""A check for a terminal to show progress on."""
 
 from __future__ import annotations
 

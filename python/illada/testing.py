@@ -1,4 +1,7 @@
-"""How the tests judge numbers: against float64, in units of the error that plain torch makes at the same dtype."""
+"""Tolerances of the tests.
+
+Errors are against float64, in units of the error that plain torch makes at the same dtype.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints: weights and configurations in and out of folders, in the formats of `illada.checkpoints.formats`.
+"""Loading, saving and conversion of checkpoints, in the formats of `illada.checkpoints.formats`.
 
 Names load when they are used: a folder is found without torch.
 """

@@ -1,4 +1,4 @@
-"""The Hugging Face layouts of the model family: tensor names and config.json keys, both ways, one by one.
+"""The Hugging Face layouts of the model family: tensor names and config.json keys, in both directions.
 
 Each key of a config is honoured (it sets a field of `ModelConfig`), fixed (it must have the value that is implemented)
 or ignored for a stated reason; any other key is an error. No special id of one layout is ever assumed for another.

@@ -1,4 +1,7 @@
-"""Folders with checkpoints: found without torch, so that a wrong path is said at once, and loaded with tokenizers."""
+"""Search for folders with checkpoints, and loading of them with their tokenizers.
+
+They are found without torch, so that a wrong path is reported at once.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Weights in and out: folders with config.json and safetensors, in the formats of `illada.checkpoints.formats`.
+"""Reading and writing of weights: folders with config.json and safetensors.
+
+The formats are those of `illada.checkpoints.formats`.
 
 Every key is accounted for: a missing, unexpected or misshapen tensor, and a config option that is not understood, are
 errors that name it, never a silent re-initialisation. A tied head is stored once, as the embedding.

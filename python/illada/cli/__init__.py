@@ -1,4 +1,4 @@
-"""The `illada` command; one file a subcommand."""
+"""The `illada` command, with one file for each subcommand."""
 
 from __future__ import annotations
 

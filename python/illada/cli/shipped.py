@@ -1,4 +1,4 @@
-"""What a checkout has beside the package, and an installation in it: the benchmarks, and configurations by name."""
+"""The benchmarks and configurations that are beside the package in a checkout, and inside it when installed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Signals as exceptions, so that temporary files go and what can be saved is saved; but not while C++ is imported."""
+"""Handlers that turn signals into exceptions, so that temporary files are removed and results are saved.
+
+While C++ is imported, they end the process instead.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Where the text of a corpus comes from, and a file that holds it meanwhile: memory does not grow with the text.
+"""The sources of a corpus's text, and a temporary file that holds the text.
+
+Memory does not grow with the text.
 
 A document is an iterator of pieces of text, since a single one may be as large as a machine's memory.
 """

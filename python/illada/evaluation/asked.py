@@ -1,4 +1,4 @@
-"""What a task of lm-evaluation-harness asks of a generation, its generation_kwargs."""
+"""The generation that a task of lm-evaluation-harness asks for, by its generation_kwargs."""
 
 from __future__ import annotations
 

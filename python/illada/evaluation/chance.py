@@ -1,4 +1,4 @@
-"""What guessing gives on a multiple-choice task, and whether an accuracy can be told from it."""
+"""The accuracy of guessing on a multiple-choice task, and whether another accuracy differs from it."""
 
 from __future__ import annotations
 

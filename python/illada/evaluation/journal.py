@@ -1,4 +1,4 @@
-"""Finished requests of an evaluation on disk, so that an interrupted one goes on where it stopped."""
+"""A journal of an evaluation's finished requests on disk, with which an interrupted evaluation continues."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness's `TaskManager`, which here keeps what it has loaded and checks it."""
+"""A `TaskManager` of lm-evaluation-harness that keeps the tasks that it has loaded and checks them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a checkpoint is evaluated: `EvaluationSettings`, under our names and the published ones."""
+"""The settings of an evaluation, `EvaluationSettings`, under our names and the published ones."""
 
 from __future__ import annotations
 

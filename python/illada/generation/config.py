@@ -1,4 +1,4 @@
-"""What a generation is asked for, and what it gives."""
+"""The settings and the results of a generation."""
 
 from __future__ import annotations
 

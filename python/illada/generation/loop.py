@@ -1,4 +1,6 @@
-"""Generation by un-masking: predict all masks, commit the surest, repeat; a pack of sequences at a time.
+"""The loop of generation by un-masking, for a pack of sequences at a time.
+
+Each step predicts all masks and commits the surest tokens.
 
 Prompts of any lengths are packed, without padding. A sequence's noise is keyed by (its seed, position, step), so it
 gives the same tokens alone or in company (float32, cache "none"); a finished sequence leaves the pack and the next one

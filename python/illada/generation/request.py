@@ -1,4 +1,4 @@
-"""One sequence on its way: the host's view of its canvas, its blocks and where it stands."""
+"""The host's view of one sequence during its generation: canvas, blocks and progress."""
 
 from __future__ import annotations
 

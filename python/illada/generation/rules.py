@@ -1,4 +1,7 @@
-"""The host's part of the published rules: how many to commit, what to boost, what to take back. Plain numbers."""
+"""The host's part of the published rules, on plain numbers.
+
+It says how many tokens to commit, what to boost and what to take back.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One step of all active sequences: the host lays the pack out, the device computes it.
+"""One step of all active sequences, which the host lays out and the device computes.
 
 What the device needs is in `StepInputs`, a tree of tensors. They share one buffer, so that a step costs one copy to the
 device, and a CUDA graph can own a buffer that is filled anew.

@@ -1,4 +1,4 @@
-"""Where a sequence ends, and what of it stands: stop tokens, stop strings, and text for those who read along."""
+"""The end of a sequence: stop tokens, stop strings, and the text that may be shown so far."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What `illada convert --hf` puts beside weights: code for transformers that needs no illada, and a model card.
+"""The files that `illada convert --hf` writes beside weights.
+
+They are code for transformers that needs no illada, and a model card.
 
 `configuration_illada.py` and `modeling_illada.py` are copied as they are; nothing here imports them.
 """

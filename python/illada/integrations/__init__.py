@@ -1,4 +1,6 @@
-"""Other people's frameworks on top of illada; each module imports its framework, so none is imported from here.
+"""Integrations of illada into other frameworks.
+
+Each module imports its framework, so none is imported from here.
 
 `patch(model)` and `unpatch(model)` are those of `illada.integrations.patching`, loaded when they are used.
 """

@@ -1,4 +1,4 @@
-"""Which devices, dtypes and sizes the kernels of this build serve, as one query."""
+"""A query for the devices, dtypes and sizes that the kernels of this build serve."""
 
 from __future__ import annotations
 

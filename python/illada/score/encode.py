@@ -1,4 +1,4 @@
-"""A context and a candidate as token ids, so that all of the candidate is scored."""
+"""Encoding of a context and a candidate such that all of the candidate is scored."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pairs to score, checked, and what all scores share: packs of them, hidden states and cross-entropies."""
+"""The checked pairs to score, and what all scores share: packs, hidden states and cross-entropies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""From messages to a prompt: the Jinja chat template of a checkpoint, rendered as `transformers` renders it.
+"""Rendering of messages as a prompt, by a checkpoint's Jinja chat template.
+
+The result is that of `transformers`.
 
 A template is a program that comes with a checkpoint, from a stranger. It runs in a process of its own, whose time and
 memory the kernel bounds; the process starts with the first rendering, and stays for the next ones.

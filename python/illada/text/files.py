@@ -1,4 +1,6 @@
-"""Text from outside (files, standard input, arguments), and JSON in it: one reader, whose errors name a place.
+"""A reader of text from outside (files, standard input, arguments) and of JSON in it.
+
+Its errors name the place.
 
 Text is UTF-8. A byte order mark is no part of it, and neither is a CR before a LF. What is not UTF-8 is an error that
 names the file and the line, and says what it looks like.

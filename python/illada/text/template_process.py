@@ -1,4 +1,6 @@
-"""The process that renders chat templates, which are programs of strangers; the kernel bounds its time and memory.
+"""The process that renders chat templates, which are untrusted programs.
+
+The kernel bounds its time and memory.
 
 `illada.text.chat_template` starts it. It reads requests from its standard input, and answers each with a line of JSON,
 see `serve`.

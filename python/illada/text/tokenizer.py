@@ -1,4 +1,4 @@
-"""Text to token ids and back, with a checkpoint's special tokens and chat template."""
+"""Conversion of text to token ids and back, with a checkpoint's special tokens and chat template."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run says: a line on stdout, a line of metrics.jsonl, a progress bar on a terminal, and loss.png."""
+"""The output of a run: lines on stdout and in metrics.jsonl, a progress bar, and loss.png."""
 
 from __future__ import annotations
 

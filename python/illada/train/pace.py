@@ -1,4 +1,7 @@
-"""Whether a CPU is shared with others: threads that wait for each other then cost far more than the others' share."""
+"""A check whether a CPU is shared with others.
+
+Threads that wait for each other then cost far more than the others' share.
+"""
 
 from __future__ import annotations
 

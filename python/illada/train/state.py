@@ -1,4 +1,4 @@
-"""Training state on disk: a model checkpoint that anyone can load, with the optimizer and the position beside it.
+"""Training state on disk: a model checkpoint that anyone can load, with optimizer and position beside it.
 
     checkpoints/step-000500/
         config.json model.safetensors tokenizer.json      what illada.load_pretrained reads

@@ -1,4 +1,4 @@
-"""Where a raw call runs: the field `launch` of the native functions."""
+"""The launch of a raw call: the field `launch` of the native functions."""
 
 from __future__ import annotations
 
