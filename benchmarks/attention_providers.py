@@ -96,7 +96,7 @@ def ragged(total: int) -> Pack:
     while (left := total - sum(lengths)) > 0:
         length = min(int(random.lognormal(math.log(total / 48), 1.0)) + 1, total // 4)
         length += length % 128 == 0
-        lengths.append(left if left - length < 8 else length)  # no crumbs at the end
+        lengths.append(left if left - length < 8 else length)  # no sequence below 8 tokens at the end
     return Pack(f"ragged {total}", tuple(lengths))
 
 
@@ -223,7 +223,7 @@ def illada_provider(job: Job, deterministic: bool = False) -> AttentionProvider:
 def illada_raw_provider(job: Job) -> AttentionProvider:
     """Return the provider of the raw kernels alone, on CUDA.
 
-    It calls them with out-parameters, on buffers that exist already.
+    It calls them with out-parameters, on buffers that exist before the call.
     """
     plan, sequences, scale = make_plan(job).work, len(job.pack.lengths), job.dim**-0.5
     shape = (sequences, job.heads, job.kv_heads, job.dim)

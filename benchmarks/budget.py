@@ -12,7 +12,7 @@ import time
 from types import FrameType
 from typing import Any
 
-#: Seconds after which an alarm that nobody heard rings again.
+#: Seconds after which an alarm rings again whose exception was dropped.
 REPEAT = 5.0
 #: Seconds after which it rings again where a module was being imported.
 IMPORTING = 0.05

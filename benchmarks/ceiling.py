@@ -81,9 +81,9 @@ def _matmul_size(dtype: torch.dtype, device: torch.device) -> int:
 
 
 def middle(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the records of yardsticks.
+    """Return one record of each yardstick on each device.
 
-    Of a yardstick that several processes or runs measured, this is the middle record.
+    Where several processes or runs measured it, this is the middle one.
     """
     found: dict[tuple[str, Any], list[dict[str, Any]]] = {}
     for r in records:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import os
 from typing import Any
 
-#: Shapes are small and calls are few.
+#: Whether this is a dry run: shapes are small and calls are few.
 ACTIVE = os.environ.get("ILLADA_DRY_RUN") == "1"
-#: Of `prepare`: a library that is collected takes its kernels with it.
+#: The libraries of `prepare`, kept because a library that is collected takes its kernels with it.
 KEPT: list[Any] = []
 
 

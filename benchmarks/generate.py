@@ -39,7 +39,7 @@ DEVICES = ("cpu", "cuda")
 OWN = ("seqlens", "vocab")
 LEAST_VOCAB = 7  # special tokens take the ids up to 5
 
-#: Of each model: new tokens, block, steps of a block, longest prompt.
+#: The sizes of each model's cases: new tokens, block, steps of a block, longest prompt.
 SIZES = {"tiny": (32, 32, 32, 64), "small": (32, 32, 16, 64), "8b": (256, 32, 32, 512), "8b-batch": (64, 32, 16, 512)}
 
 #: How many times the tokens per second of one by one. On a CPU a pack saves what nobody asks for (the head and the last

@@ -219,7 +219,7 @@ def _carry_out(child: _Child, prepare: Callable[[], None], limit: float) -> NoRe
 def _steps(child: _Child, prepare: Callable[[], None], limit: float, write: Callable[[dict], Any]) -> int:
     """Return the child's exit status."""
     for number, step in enumerate(child.task.steps[child.step :]):
-        # Should the parent be gone, nobody else would end a step that hangs; the default action needs no Python.
+        # Without the parent, nothing else would end a step that hangs; the default action needs no Python.
         signal.alarm(math.ceil(limit + 4 * GRACE))
         began, found = time.monotonic(), {"status": OK, "value": None, "message": ""}
         try:

@@ -35,7 +35,7 @@ from .timing import CPU, ThreadClock
 
 DEVICES = ("cpu", "cuda")
 MODES = ("no grad", "grad", "both")
-#: Of one timed call. So many that the clock costs nothing, so few that a turn is short.
+#: Calls in one timed call: so many that the clock costs nothing, so few that a turn is short.
 CALLS = 40
 REPEATS = 9
 
@@ -241,7 +241,8 @@ def _sample(device: torch.device, grad: bool) -> tuple[Calls, list[Tensor]]:
     }, []
 
 
-#: Of each op, its calls and the tensors that get gradients; given a device, and whether gradients are wanted.
+#: For each op, a function of a device and of whether gradients are wanted. It returns the op's calls and the tensors
+#: that get gradients.
 OPS: dict[str, Callable[[torch.device, bool], tuple[Calls, list[Tensor]]]] = {
     "masked_cross_entropy": _cross_entropy,
     "linear_masked_cross_entropy": _linear_cross_entropy,
@@ -250,7 +251,7 @@ OPS: dict[str, Callable[[torch.device, bool], tuple[Calls, list[Tensor]]]] = {
     "attention_plan": _plan,
     "sample_tokens": _sample,
 }
-#: Of ops without gradients.
+#: The ops without gradients.
 NO_GRADIENTS = ("attention_plan", "sample_tokens")
 
 

@@ -152,7 +152,7 @@ def plot(records: Records, path: str | Path) -> None:
         figure.suptitle(f"{benches}: {what}\n{said}", fontsize=10)
         legend = _legend([r for panel in shown for r in panel.records], records, bool(groups) and not few)
         figure.supxlabel(legend, fontsize=8, color="0.3")
-        # nothing of the library's version: the same records give the same file
+        # without the library's version, so that the same records give the same file
         figure.savefig(path, dpi=120, metadata={"Software": None} if Path(path).suffix == ".png" else None)
 
 

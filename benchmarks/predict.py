@@ -87,7 +87,7 @@ def entry(case: Case, expected: Sequence[Launch], fast: Sequence[Launch], slow: 
     low, high = estimate.factors
     kernels: dict[str, dict[str, Any]] = {}
     for launch, least, most in zip(expected, fast, slow, strict=True):
-        # Of what a launch costs the model knows little; between kernels in a stream it is one to four microseconds.
+        # The model knows little of a launch's cost; between kernels in a stream it is one to four microseconds.
         bounds = (1 + low * (least.us - LAUNCH_US), LAUNCH_US + 1 + high * (most.us - LAUNCH_US))
         mine = kernels.setdefault(launch.kernel, {"expected_us": 0.0, "range_us": [0.0, 0.0]})
         mine["expected_us"] = round(mine["expected_us"] + launch.us, 2)

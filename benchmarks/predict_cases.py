@@ -132,7 +132,7 @@ def cases() -> list[Case]:
             job = attention_providers.Job(pack, 32, 8, dim, torch.bfloat16, device)
             # Multiplied twice, and so without sums.
             estimate = "forward" if pack.lengths[0] <= 256 else group
-            # Who has the longest list is not known before; first, middle and last slot are.
+            # Which slot has the longest list is not known before, so the first, the middle and the last one are timed.
             slots = (0, 33, 65) if direction == "fwd" else (0, 66, 131)
             found.append(Case(f"{direction} {job.name}", group, estimate, f"attention_{group}",
                               partial(attend, job, direction), slots, flops=job.flops(direction)))  # fmt: skip

@@ -26,11 +26,11 @@ from .runner import Goal, is_ours, once, ratio
 Records = Sequence[dict[str, Any]]
 
 SAME, SLOWER, FASTER = "same", "SLOWER", "FASTER"
-#: (calls, least half-width of the interval as a share of the median), of fewer calls than that; the last: of more.
+#: (calls, least half-width of the interval as a share of the median), each for rows of fewer calls than that.
 NOISE = ((2, 0.2), (5, 0.1), (float("inf"), 0.03))
-#: A row that took this many times as long, and still is not beyond the noise, is named.
+#: A row that took this many times as long, but is within the noise, is named.
 UNCLEAR = 1.25
-#: Rows of peers of all cases that the machine is judged by; fewer say nothing.
+#: The least number of rows of peers, over all cases, from which the machine's share is judged.
 LEAST_PEERS = 3
 
 

@@ -24,7 +24,7 @@ from . import commands, dry_run
 from .commands import Ended
 
 ROOT = Path(__file__).resolve().parent.parent
-#: Those first that hold the kernels to float64.
+#: The files that run first: those that compare the kernels with float64.
 FIRST = (
     "attention",
     "attention_backward",

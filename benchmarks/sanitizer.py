@@ -87,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
             commands.append(options.log, f"=== {ended.name}\n{ended.output}\n")
         write()
 
-    # torch asks for things that fail and copes, so errors of API calls say nothing
+    # torch makes API calls that fail and handles the errors, so errors of API calls are not reported
     flags = ["--report-api-errors", "no", "--error-exitcode", str(FOUND)]
     work = {
         f"{tool}: {job.name}": [program, "--tool", tool, *flags, sys.executable, "-m", f"{__package__}.smoke",

@@ -28,7 +28,7 @@ from . import dry_run
 
 CPU = torch.device("cpu")
 
-#: What is written to throw everything else out of the L2 cache, and read.
+#: The least number of bytes that are written, and read, to push everything else out of the L2 cache.
 LEAST_COLD_BYTES = 256 << 20
 
 #: Calls of a graph: the gap before a replay's first kernel, some 5 us, is then shared by at least so many.

@@ -172,7 +172,7 @@ def result(job: Job, outcomes: Sequence[Outcome]) -> dict[str, Any]:
             continue
         setting = name.removeprefix(f"{RIGHT} ")
         timed = steps.get(f"{TIME} {setting}")
-        # A value may hang, or fail, at its hundredth call.
+        # A value may also hang or fail while it is timed.
         bad = next((o for o in (outcome, timed) if o is not None and o.status != OK), None)
         choice, _, value = setting.partition("=")
         entry: dict[str, Any] = {

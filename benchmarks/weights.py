@@ -21,7 +21,7 @@ def random_model(
     parameters are all there is to fill.
     """
     model = MaskedDiffusionModel(config, device="meta", dtype=dtype).to_empty(device=device)
-    # Seeded for a while, not by a generator: it would have to be of the kind that the kernel behind normal_ takes.
+    # The global seed, not a generator: that would have to be of the kind that the kernel behind normal_ takes.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         for name, parameter in model.named_parameters():

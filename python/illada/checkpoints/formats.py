@@ -24,7 +24,7 @@ _IDS = {
     "eot_token_id": "eot_token_id",
 }
 
-#: Those that a model may be without: null says so, where an absent key leaves it open.
+#: The special ids that a model may lack: null says so, where an absent key leaves it open.
 _OPTIONAL_IDS = ("bos_token_id", "pad_token_id", "eot_token_id")
 
 #: Keys that any config may have and that say nothing about the computation, with the reason.
@@ -380,7 +380,7 @@ _HF = Layout(
     },
 )
 
-#: By `ModelConfig.model_type`.
+#: The layouts by `ModelConfig.model_type`.
 LAYOUTS: dict[str, Layout] = {layout.model_type: layout for layout in (_ILLADA, _LLADA, _DREAM, _QWEN2, _HF)}
 
 

@@ -35,7 +35,7 @@ from illada.terminal import shows
 from illada.text.files import looks_like, read_json, read_json_object
 
 _INDEX = "model.safetensors.index.json"
-#: Of weights, by their names in safetensors.
+#: The dtypes of weights, by their names in safetensors.
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 #: What belongs to a checkpoint beside its weights and its config.json: glob patterns.

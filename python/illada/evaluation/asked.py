@@ -10,7 +10,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from illada.evaluation.settings import EvaluationSettings
 from illada.generation import GenerationConfig
 
-#: Of a task's generation_kwargs: what says which tokens are drawn from, and values that change nothing.
+#: Names in generation_kwargs: those that say which tokens are drawn from, and those with values that change nothing.
 _FILTERS = ("top_p", "top_k")
 _NEUTRAL: dict[str, Any] = {
     "top_p": 1, "top_k": 0, "num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1, "length_penalty": 1,

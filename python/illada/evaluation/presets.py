@@ -77,7 +77,7 @@ AUTHORS_TASKS = {"mmlu_pro_reasoning", "gsm8k_cot_reasoning", "humaneval_reasoni
 def settings_of(preset: str | None, task: str) -> TaskSettings:
     """Return the settings of a task in a preset, or the defaults without one.
 
-    ValueError, which lists what there is: there is no such preset.
+    ValueError, which lists what there is: there is no such preset or task.
     """
     if preset is None:
         return TaskSettings()

@@ -16,7 +16,7 @@ RULES = (*REMASK_RULES, "origin")  # those of `illada.remask`, and Dream's, whic
 SCHEDULES = ("even", "dream")
 CACHES = ("none", "prefix", "block")
 
-#: Of gen_length, block_length and steps: longer than any model's context, and small enough to plan for.
+#: The bound of gen_length, block_length and steps: above any model's context, and small enough to plan for.
 MOST_TOKENS = 1 << 20
 _COUNTS = ("gen_length", "block_length", "steps", "top_k")
 _NUMBERS = (

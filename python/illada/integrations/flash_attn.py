@@ -175,7 +175,7 @@ def flash_attn_with_kvcache(
     num_splits: int = 0,
     return_softmax_lse: bool = False,
 ) -> Any:
-    """Attend from q [B, L, H, D] to a cache [B, Lk, G, D], into which new k and v [B, N, G, D] are put first.
+    """Attend from q [B, L, H, D] to a cache [B, Lk, G, D], after new k and v [B, N, G, D] are put there.
 
     Args:
         q: [B, L, H, D], last dimension contiguous.

@@ -46,7 +46,9 @@ class _Record:
 
 
 def patch(model: Model) -> Model:
-    """Make this instance a masked diffusion model; its class, other instances and the config object stay as they are.
+    """Make this instance a masked diffusion model.
+
+    Its class, other instances and the config object stay as they are.
 
     - Attention is bidirectional: `attn_implementation="illada"`, is_causal=False and use_cache=False in a copy of the
       config, which all modules of the model then hold.
@@ -88,7 +90,9 @@ def patch(model: Model) -> Model:
 
 
 def unpatch(model: Model) -> Model:
-    """Take `patch` back: class, config object and methods are those of before; the same object is returned.
+    """Undo `patch` and return the same object.
+
+    Its class, config object and methods are those of before.
 
     What was changed in the config since is changed in the old one too (say, vocab_size by resize_token_embeddings).
 
@@ -268,7 +272,9 @@ class _WithHead(_Patched):
 
 
 def _refuse_packing(attention_mask: Tensor | None, position_ids: Tensor | None, others: Mapping[str, Any]) -> None:
-    """Raise ValueError for rows of several sequences that position_ids alone tell apart: they would look at each other.
+    """Raise ValueError for rows of several sequences that position_ids alone tell apart.
+
+    The sequences would attend to each other.
 
     The attention looks too, but on a GPU by an assertion, after which CUDA is lost to the process. Here the caller's
     position_ids are read before it, for which the host waits for the device: once a forward pass, not when compiled.

@@ -26,7 +26,9 @@ _ASKED = f"attn_implementation={NAME!r}"  # in what errors say
 
 
 def register() -> None:
-    """Make "illada" known as an `attn_implementation`. Calling it again does nothing.
+    """Make "illada" known as an `attn_implementation`.
+
+    Calling this again does nothing.
 
     Raises:
         ImportError: transformers is not installed, or is older than 5.

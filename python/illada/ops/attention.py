@@ -94,7 +94,10 @@ def _plan_cpu(
 
 
 def _by_group(x: Tensor, groups: int) -> Tensor:
-    """Reshape [T, H, D] to [1, G, T * (H / G), D]: the query heads of a group become queries. A view where H == G."""
+    """Reshape [T, H, D] to [1, G, T * (H / G), D]: the query heads of a group become queries.
+
+    The result is a view where H == G.
+    """
     length, heads, dim = x.shape
     return x.unflatten(1, (groups, heads // groups)).transpose(0, 1).reshape(1, groups, -1, dim)
 

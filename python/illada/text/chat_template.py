@@ -2,8 +2,8 @@
 
 The result is that of `transformers`.
 
-A template is a program that comes with a checkpoint, from a stranger. It runs in a process of its own, whose time and
-memory the kernel bounds; the process starts with the first rendering, and stays for the next ones.
+A template is a program that comes with a checkpoint, and is not trusted. It runs in a process of its own, whose time
+and memory the kernel bounds; the process starts with the first rendering, and stays for the next ones.
 """
 
 from __future__ import annotations

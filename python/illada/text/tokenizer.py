@@ -75,10 +75,12 @@ class Tokenizer:
         return tokenizer
 
     def protect(self, ids: Iterable[int | None]) -> None:
-        """Ids that `encode` never gives for text with `parse_special_tokens` off, whatever the tokenizer says of them.
+        """Protect these ids: with `parse_special_tokens` off, `encode` never gives them for text.
 
-        Those of the tokenizer's own names are, and those that a config.json beside it names. A token of a single
-        character is text, and stays it.
+        This holds whatever the tokenizer says of them.
+
+        The ids of the tokenizer's own names are protected already, and those that a config.json beside it names. A
+        token of a single character is text, and stays it.
         """
         if isinstance(self.backend, tokenizers.Tokenizer):
             found = control_tokens(self.backend, (i for i in ids if len(self._name(i)) > 1))

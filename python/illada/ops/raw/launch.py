@@ -40,7 +40,10 @@ def launch_of(out: Tensor, tensor: Tensor, *others: Tensor | None) -> Any:
 
 
 def cuda_launch(op: str, tensor: Tensor, *others: Tensor | None) -> Any:
-    """Return the launch of a call that exists on CUDA only. Raises ValueError for a tensor on another device."""
+    """Return the launch of a call that exists on CUDA only.
+
+    Raises ValueError for a tensor on another device.
+    """
     if not tensor.is_cuda:
         raise ValueError(f"{op}: the raw call takes CUDA tensors, got one on {tensor.device}")
     return launch_of(tensor, tensor, *others)

@@ -182,7 +182,9 @@ def weighted_sum(
 
 
 def scale(data: Tensor, factor: Tensor) -> None:
-    """Multiply `data` by `factor` in place, on CUDA only. A factor of 1 reads and writes no data.
+    """Multiply `data` by `factor` in place, on CUDA only.
+
+    A factor of 1 reads and writes no data.
 
     Args:
         data: Any shape, contiguous; float32, bfloat16 or float16.
