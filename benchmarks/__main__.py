@@ -211,7 +211,7 @@ def plans(options: argparse.Namespace) -> list[Plan]:
 
 
 def show_list(found: Sequence[Plan]) -> None:
-    """Print what cases and providers are, and which there are."""
+    """Print explanations of cases and providers, and the names of all of them."""
     print(LISTED)
     for p in found:
         print(f"==== {p.name}\n\n{(p.bench.__doc__ or '').strip()}\n")
@@ -225,7 +225,10 @@ def show_list(found: Sequence[Plan]) -> None:
 
 
 def row(record: dict[str, Any], records: Sequence[dict[str, Any]]) -> str:
-    """Return one line for a result that has just come; what came with it says how many times ours it takes."""
+    """Return the line of a new result.
+
+    records: those that came with it, for the ratio to our time.
+    """
     from . import runner
 
     timing = ", graph" if record["timing"] == "graph" else ""
@@ -240,7 +243,8 @@ def row(record: dict[str, Any], records: Sequence[dict[str, Any]]) -> str:
 def main(arguments: list[str] | None = None, prog: str = "python -m benchmarks") -> int:
     """Run the command and return its exit status.
 
-    0: done. 1: a goal of --check was missed, or ours is slower than in the run of --compare. 128 + N: signal N.
+    0: done. 1: a goal of --check was missed, or ours is slower than in the run of --compare. 2: nothing was measured,
+    or nothing is in both runs. 128 + N: signal N.
     """
     began = time.monotonic()
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -277,7 +281,10 @@ def main(arguments: list[str] | None = None, prog: str = "python -m benchmarks")
 def run(
     found: Sequence[Plan], options: argparse.Namespace, before: Sequence[dict[str, Any]] | None, began: float
 ) -> int:
-    """Run all plans, show and write what came of them. The exit status; before: the rows of --compare."""
+    """Run all plans, report and write the results, and return the exit status.
+
+    before: the rows of --compare.
+    """
     from . import regression
 
     lines: list[dict[str, Any]] = []
@@ -296,7 +303,10 @@ def run(
 
 
 def execute(found: Sequence[Plan], options: argparse.Namespace, lines: list[dict[str, Any]], began: float) -> int:
-    """Run all plans into `lines`. 0, or 128 and the number of the signal that ended them."""
+    """Run all plans into `lines`, and return 0 or the status of the signal that ended them.
+
+    That is 128 and the number of the signal.
+    """
     from tqdm import tqdm
 
     from illada.cli.signals import Ended, as_exceptions
@@ -345,7 +355,10 @@ def execute(found: Sequence[Plan], options: argparse.Namespace, lines: list[dict
 
 
 def finish(found: Sequence[Plan], options: argparse.Namespace, lines: Sequence[dict[str, Any]]) -> bool:
-    """Print tables and goals, and write the plot and the CSV. True: --check, and a goal is missed."""
+    """Print tables and goals, and write the plot and the CSV.
+
+    Returns True with --check where a goal is missed.
+    """
     from . import plots, regression, report, runner
 
     missed, records = False, [r for r in lines if r["median_ms"] is not None]
@@ -372,7 +385,7 @@ def finish(found: Sequence[Plan], options: argparse.Namespace, lines: Sequence[d
 
 
 def command() -> int:
-    """Run `main` as a process: signals and a reader that is gone have their exit status."""
+    """Run `main` as the command of a process, so that `guarded` sees a reader that is gone."""
     from illada.cli.signals import importing
 
     with importing():

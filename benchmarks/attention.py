@@ -128,7 +128,7 @@ def check(provider: AttentionProvider, want: tuple[Tensor, ...], tolerance: floa
 
 
 def count(job: Job, call: Callable[[], Any], result: Any = None) -> dict[str, int]:
-    """Return what a record says of its job, and on a GPU how many launches one call is."""
+    """Return the counts of a job for its record, on a GPU with the number of launches of one call."""
     found = {"sequences": len(job.pack.lengths), "longest": max(job.pack.keys)}
     launches = timing.launches(call) if job.device.type == "cuda" else None
     return found if launches is None else {**found, "launches": launches}

@@ -94,7 +94,10 @@ def measurements(lines: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str | No
 
 
 def compare(lines: Sequence[Mapping[str, Any]], predicted: Mapping[str, Any]) -> tuple[list[Line], list[str]]:
-    """Return what was predicted and measured, in the order of the predictions, and the cases not measured."""
+    """Return the lines of all that was predicted and measured, and the cases that were not measured.
+
+    Lines are in the order of the predictions.
+    """
     found, missing, measured = [], [], measurements(lines)
     for case, about in predicted.items():
         kernels = about.get("kernels", {})

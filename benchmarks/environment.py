@@ -23,7 +23,10 @@ GPU_QUERY = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "powe
 
 
 def machine(device: torch.device, name: str) -> dict[str, Any]:
-    """Return what stays the same during a run on the named device: cpu, gpu, driver, cuda (torch's) and threads."""
+    """Return the conditions that stay the same during a run on the named device.
+
+    They are cpu, gpu, driver, cuda (torch's) and threads.
+    """
     on_gpu = device.type == "cuda"
     return {
         "cpu": timing.device_name(CPU),
@@ -35,7 +38,9 @@ def machine(device: torch.device, name: str) -> dict[str, Any]:
 
 
 def state(device: torch.device) -> dict[str, Any]:
-    """Return what changes during a run: load (of the last minute), clocks in MHz and power in watts.
+    """Return the conditions that change during a run.
+
+    They are load (of the last minute), clocks in MHz and power in watts.
 
     clocks: {"cpu"}, the mean of all cores, or {"sm", "memory", "sm max"}; power, of a GPU: {"draw", "limit"}.
     """
@@ -53,7 +58,7 @@ def state(device: torch.device) -> dict[str, Any]:
 
 
 def _known(values: dict[str, str | None]) -> dict[str, float] | None:
-    """Return the values that are numbers; None: there are none."""
+    """Return the values that are numbers, or None without any."""
     found = {}
     for name, text in values.items():
         try:
@@ -73,7 +78,10 @@ def _cpu_mhz() -> float | None:
 
 
 def _ask_gpu(device: torch.device) -> dict[str, str]:
-    """Return what nvidia-smi says of the device; empty without one, and on a simulator."""
+    """Return the answers of nvidia-smi about the device.
+
+    There are none without a GPU, and on a simulator.
+    """
     if dry_run.ACTIVE:
         return {}
     if torch.cuda.is_initialized():

@@ -171,7 +171,7 @@ def _ended(child: _Child, limit: float, deadline: float, tell: Callable[..., Non
 
 
 def _kill(child: _Child, number: int) -> None:
-    """Kill the child and what it has started."""
+    """Kill the child and the processes that it has started."""
     for kill in (os.killpg, os.kill):  # it may not be a group's leader yet
         try:
             kill(child.pid, number)
@@ -181,7 +181,7 @@ def _kill(child: _Child, number: int) -> None:
 
 
 def _last_words(child: _Child, status: int) -> str:
-    """Return how a child ended that reported nothing, and the last line that it printed."""
+    """Return how a child ended that reported nothing, with the last line that it printed."""
     code = os.waitstatus_to_exitcode(status)
     how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
     lines = child.path.with_suffix(".log").read_text(encoding="utf-8", errors="replace").split("\n")

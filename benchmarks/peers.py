@@ -44,7 +44,7 @@ class Job:
 
 
 def jobs(device: torch.device) -> list[Job]:
-    """Return a job for each process. In a dry run a small one of each kind."""
+    """Return a job for each process; in a dry run a small one of each kind."""
     found: list[Job] = []
 
     def add(bench: str, case: Case, providers: Sequence[str]) -> None:
@@ -120,7 +120,7 @@ def write_kernels(case: Case, device: torch.device, path: str) -> None:
 
 
 def line(outcome: Outcome) -> str:
-    """Return what became of a case."""
+    """Return the outcome of a case as a line."""
     about = outcome.message or "; ".join(outcome.value or ()) or "all ran"
     return f"{outcome.status:<7} {outcome.seconds:5.1f} s  {outcome.task}: {about}"
 

@@ -27,7 +27,10 @@ MARKERS = "osD^vP*X<>hdp8"
 
 
 def about(records: Records) -> str:
-    """Return what is the same for all, for a title: device, threads, torch, commit, date."""
+    """Return, for a title, the properties that all records share.
+
+    These are device, threads, torch, commit and date.
+    """
 
     def values(key: str) -> list[str]:
         found = dict.fromkeys(r.get(key) for r in records)
@@ -157,7 +160,7 @@ def plot(records: Records, path: str | Path) -> None:
 
 
 def _legend(shown: Records, records: Records, dots: bool) -> str:
-    """Return what the signs mean, and what the machine can do."""
+    """Return the meaning of the signs, and the rates that the machine reaches."""
     lines = ["beside each case illada's median; " if dots else ""]
     lines[0] += "whiskers from p20 to p80"
     if any(map(noisy, shown)):

@@ -70,7 +70,7 @@ def busiest(slots: Sequence[Sequence[Launch]]) -> list[Launch]:
 
 
 def bound(launches: Sequence[Launch]) -> str:
-    """Return what the longest kernel is bound by."""
+    """Return, as text, the pipe that limits the longest kernel, or that latency does."""
     longest = max(launches, key=lambda launch: launch.us)
     pipe = max(longest.busy, key=lambda name: longest.busy[name], default="")
     share = longest.busy.get(pipe, 0.0)
@@ -82,7 +82,7 @@ def bound(launches: Sequence[Launch]) -> str:
 
 def entry(case: Case, expected: Sequence[Launch], fast: Sequence[Launch], slow: Sequence[Launch],
           machine: str) -> dict[str, Any]:  # fmt: skip
-    """Return what the file says of a case; times in microseconds."""
+    """Return the entry of a case in the file; times are in microseconds."""
     estimate = ESTIMATES[case.estimate]
     low, high = estimate.factors
     kernels: dict[str, dict[str, Any]] = {}

@@ -249,7 +249,7 @@ def cases(device: torch.device = CPU) -> list[Case]:
 
 
 def quick(device: torch.device = CPU) -> list[Case]:
-    """Return one shape of each kind."""
+    """Return the cases of one shape of each kind."""
     if device.type != "cuda":
         return [step_case(*SHAPES[-1], t) for t in TEMPERATURES]
     return [

@@ -95,7 +95,7 @@ def markdown(records: Records) -> str:
 
 
 def goal_line(goal: Goal) -> str:
-    """Return one line, met or missed."""
+    """Return the line of a goal, which says whether it is met or missed."""
     return f"{'met   ' if goal.met else 'MISSED'} {goal.text}"
 
 
@@ -106,7 +106,10 @@ def goals(records: Records) -> list[Goal]:
 
 
 def groups(records: Records) -> list[list[dict[str, Any]]]:
-    """Return the records of each table: one bench on one device, with the yardsticks of that device."""
+    """Return the records of each table.
+
+    A table is of one bench on one device, with the yardsticks of that device.
+    """
     found: dict[tuple[str, Any], list[dict[str, Any]]] = {}
     for r in records:
         if r["provider"] not in YARDSTICKS:

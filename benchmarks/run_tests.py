@@ -82,7 +82,7 @@ def failures(xml: Path) -> list[str]:
 
 
 def judge(ended: Ended, xml: Path) -> dict[str, Any]:
-    """Return one file's entry of the JSON."""
+    """Return the entry of one file in the JSON."""
     names = failures(xml)
     if ended.code is None:
         status = "OUT OF TIME"
@@ -150,7 +150,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def line(entry: dict[str, Any]) -> str:
-    """Return what became of a file."""
+    """Return the outcome of a file as a line."""
     numbers = ", ".join(f"{entry[key]} {key}" for key in ("passed", "failed", "skipped") if entry[key])
     about = ": ".join(part for part in (numbers or "no test ended", entry["message"]) if part)
     return f"{entry['status']:<11} {entry['seconds']:6.1f} s  {entry['file']}: {about}"

@@ -355,7 +355,7 @@ def no_compiler() -> str | None:
 def ratio(
     records: Sequence[dict[str, Any]], case: str, provider: str, key: str = "median_ms", timing: str | None = None
 ) -> float | None:
-    """Return how many times what illada needs this provider needs, or None if one of them did not run.
+    """Return the provider's value of `key` divided by illada's, or None if one of them did not run.
 
     timing: compare what was timed in this way; default single calls.
     """

@@ -61,7 +61,10 @@ def headers() -> str:
 
 
 def build(schedule: Schedule, folder: Path) -> Path:
-    """Return the program for one schedule. Without NDEBUG, asserts would make ptxas serialize wgmma."""
+    """Return the program for one schedule.
+
+    Without NDEBUG, asserts would make ptxas serialize wgmma.
+    """
     program = folder / schedule.name.replace(" ", "_")
     subprocess.run(
         [shutil.which(os.environ.get("CUDACXX") or "nvcc") or "nvcc", "-std=c++17", "-O3", "-DNDEBUG",

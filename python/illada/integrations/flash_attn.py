@@ -175,7 +175,9 @@ def flash_attn_with_kvcache(
     num_splits: int = 0,
     return_softmax_lse: bool = False,
 ) -> Any:
-    """Attend from q [B, L, H, D] to a cache [B, Lk, G, D], after new k and v [B, N, G, D] are put there.
+    """Attend from q [B, L, H, D] to a cache [B, Lk, G, D], after new k and v are put there.
+
+    New k and v are [B, N, G, D].
 
     Args:
         q: [B, L, H, D], last dimension contiguous.
