@@ -432,7 +432,7 @@ def test_workspace_of_the_papers_case(device):
     class Stand:  # the sizes of a tensor on the device, without its 1.3 GB
         def __init__(self, meta):
             self.shape, self.dtype, self.is_cuda, self.device = meta.shape, meta.dtype, True, torch.device("cuda", 0)
-            self.stride, self.data_ptr, self.get_device = meta.stride, lambda: 0, lambda: 0
+            self.stride, self.data_ptr, self.get_device = meta.stride, lambda: 256, lambda: 0
 
     stands = (Stand(hidden), Stand(weight))
     rows = Stand(torch.empty(4096, device="meta"))
