@@ -13,7 +13,6 @@
 #include "bindings/module.h"
 #include "bindings/torch_tensors.h"
 #include "cpu/parallel.h"
-#include "cpu/row_kernels.h"
 #include "illada/illada.h"
 
 namespace py = pybind11;
@@ -21,7 +20,7 @@ namespace py = pybind11;
 namespace illada::bindings {
 namespace {
 
-using Views = std::optional<View>;
+using MaybeView = std::optional<View>;
 
 bool any_negated(std::initializer_list<py::handle> tensors) {
   for (const py::handle tensor : tensors) {
@@ -40,13 +39,13 @@ py::object or_none(F&& f) {
   }
 }
 
-// The views of optional tensors: `given` is false for None.
-struct Optional {
-  explicit Optional(py::handle tensor) : given(!tensor.is_none()), seen(given ? view(tensor) : std::nullopt) {}
+// An argument that may be None: `given` is then false. `seen` is empty for tensors without a view.
+struct OptionalTensor {
+  explicit OptionalTensor(py::handle tensor) : given(!tensor.is_none()), seen(given ? view(tensor) : std::nullopt) {}
   bool readable() const { return !given || seen; }
 
   bool given;
-  Views seen;
+  MaybeView seen;
 };
 
 // ---------------------------------------------------------------------------------------------------------- attention
@@ -54,21 +53,21 @@ struct Optional {
 attention::PackedView packed_view(const View& x) { return {x.data<void>(), x.stride(0), x.stride(1)}; }
 
 // True for q [T, H, D] and k, v [Tk, G, D] of one type, contiguous in D.
-bool are_packed(const Views& q, const Views& k, const Views& v) {
+bool are_packed(const MaybeView& q, const MaybeView& k, const MaybeView& v) {
   return q && k && v && q->is_activation() && k->has_type_of(*q) && v->has_type_of(*q) && q->dims() == 3 &&
          k->dims() == 3 && k->size(2) == q->size(2) && v->has_shape({k->size(0), k->size(1), k->size(2)}) &&
          q->last_is_contiguous() && k->last_is_contiguous() && v->last_is_contiguous();
 }
 
-bool has_rows_of_plan(const Views& plan, int64_t num_sequences) {
+bool has_rows_of_plan(const MaybeView& plan, int64_t num_sequences) {
   return plan && plan->is_int32() && plan->has_shape({num_sequences + 1, 4}) && plan->is_contiguous();
 }
 
-// True if no row of the plan has more keys than most_keys, which csrc/cpu leaves to torch.
-bool has_few_keys(const View& plan, int64_t most_keys) {
+// True if no row of the plan has more keys than max_keys, which csrc/cpu leaves to torch.
+bool has_few_keys(const View& plan, int64_t max_keys) {
   const auto* row = plan.data<const int32_t>();
   for (int64_t i = 0; i < plan.size(0); ++i, row += 4) {
-    if (int64_t(row[3]) - row[2] > most_keys) return false;
+    if (int64_t(row[3]) - row[2] > max_keys) return false;
   }
   return true;
 }
@@ -87,7 +86,7 @@ attention::PackShape pack_shape(const View& q, const View& k, int64_t num_sequen
 // `plan` is an AttentionPlan: (work, num_heads, num_kv_heads, head_dim, total_q, num_sequences).
 bool attention_fits(py::handle q, py::handle k, py::handle v, py::handle cu_seqlens, py::handle plan) {
   if (is_watched()) return false;
-  const Views vq = view(q), vk = view(k), vv = view(v), starts = view(cu_seqlens);
+  const MaybeView vq = view(q), vk = view(k), vv = view(v), starts = view(cu_seqlens);
   if (!are_packed(vq, vk, vv) || !starts || starts->dims() != 1 || starts->size(0) < 1) return false;
   const int64_t heads = vq->size(1), kv_heads = vk->size(1);
   if (vk->size(0) != vq->size(0) || kv_heads == 0 || heads % kv_heads != 0) return false;
@@ -104,15 +103,14 @@ bool attention_fits(py::handle q, py::handle k, py::handle v, py::handle cu_seql
 }
 
 py::object varlen_attention(py::handle q, py::handle k, py::handle v, py::handle plan, int64_t num_sequences,
-                            double softmax_scale, int64_t most_head_dim, int64_t most_keys) {
-  const Views vq = view(q), vk = view(k), vv = view(v), rows = view(plan);
-  if (!are_packed(vq, vk, vv) || !has_rows_of_plan(rows, num_sequences) || vq->size(2) > most_head_dim ||
-      !has_few_keys(*rows, most_keys))
+                            double softmax_scale, int64_t max_head_dim, int64_t max_keys) {
+  const MaybeView vq = view(q), vk = view(k), vv = view(v), rows = view(plan);
+  if (!are_packed(vq, vk, vv) || !has_rows_of_plan(rows, num_sequences) || vq->size(2) > max_head_dim ||
+      !has_few_keys(*rows, max_keys))
     return py::none();
   return or_none([&]() -> py::object {
     const Torch& torch = *bindings::torch();
-    const NewTensor out =
-        new_tensor({vq->size(0), vq->size(1), vq->size(2)}, vq->is_float32() ? torch.float32 : torch.bfloat16);
+    const NewTensor out = new_tensor({vq->size(0), vq->size(1), vq->size(2)}, torch.of(vq->dtype()));
     const NewTensor lse = new_tensor({vq->size(1), vq->size(0)}, torch.float32);
     attention::ForwardParams p;
     p.shape = pack_shape(*vq, *vk, num_sequences);
@@ -136,15 +134,15 @@ py::object varlen_attention(py::handle q, py::handle k, py::handle v, py::handle
 
 py::object varlen_attention_backward(py::handle dout, py::handle dlse, py::handle q, py::handle k, py::handle v,
                                      py::handle out, py::handle lse, py::handle plan, int64_t num_sequences,
-                                     double softmax_scale, int64_t most_head_dim, int64_t most_keys) {
-  const Views vq = view(q), vk = view(k), vv = view(v), rows = view(plan), vdout = view(dout), vout = view(out),
-              vlse = view(lse);
-  const Optional vdlse(dlse);
-  if (!are_packed(vq, vk, vv) || !has_rows_of_plan(rows, num_sequences) || vq->size(2) > most_head_dim ||
-      !has_few_keys(*rows, most_keys))
+                                     double softmax_scale, int64_t max_head_dim, int64_t max_keys) {
+  const MaybeView vq = view(q), vk = view(k), vv = view(v), rows = view(plan), vdout = view(dout), vout = view(out),
+                  vlse = view(lse);
+  const OptionalTensor vdlse(dlse);
+  if (!are_packed(vq, vk, vv) || !has_rows_of_plan(rows, num_sequences) || vq->size(2) > max_head_dim ||
+      !has_few_keys(*rows, max_keys))
     return py::none();
   const int64_t total_q = vq->size(0), heads = vq->size(1), dim = vq->size(2);
-  const auto like_lse = [&](const Views& x) {
+  const auto like_lse = [&](const MaybeView& x) {
     return x && x->is_float32() && x->has_shape({heads, total_q}) && x->is_contiguous();
   };
   if (!vdout || !vdout->has_type_of(*vq) || !vdout->has_shape({total_q, heads, dim}) || vdout->stride(2) != 1 ||
@@ -183,25 +181,25 @@ py::object varlen_attention_backward(py::handle dout, py::handle dlse, py::handl
 
 // ------------------------------------------------------------------------------------------------------ cross-entropy
 
-bool are_token_arguments(const Views& targets, const Views& weights, int64_t tokens) {
+bool are_token_arguments(const MaybeView& targets, const MaybeView& weights, int64_t tokens) {
   return targets && (targets->is_int64() || targets->is_int32()) && targets->has_shape({tokens}) && weights &&
          weights->is_float32() && weights->has_shape({tokens});
 }
 
 // As `are_token_arguments`, in the form that the kernels take.
-bool are_kernel_tokens(const Views& targets, const Views& weights, int64_t tokens) {
+bool are_kernel_tokens(const MaybeView& targets, const MaybeView& weights, int64_t tokens) {
   return are_token_arguments(targets, weights, tokens) && targets->is_int64() && targets->is_contiguous() &&
          weights->is_contiguous();
 }
 
-bool are_logits(const Views& logits) {
+bool are_logits(const MaybeView& logits) {
   return logits && logits->dims() == 2 && logits->is_activation() && logits->last_is_contiguous();
 }
 
 // scale / normalizer; nothing for a normalizer that is refused.
 std::optional<double> full_scale(py::handle normalizer, double scale) {
   if (normalizer.is_none()) return scale;
-  const Views seen = view(normalizer);
+  const MaybeView seen = view(normalizer);
   if (!seen || seen->dims() != 0 || !seen->is_float32()) return std::nullopt;
   const double value = *seen->data<const float>();
   if (!std::isfinite(value) || value <= 0) return std::nullopt;
@@ -210,7 +208,7 @@ std::optional<double> full_scale(py::handle normalizer, double scale) {
 
 bool cross_entropy_fits(py::handle logits, py::handle targets, py::handle token_weights) {
   if (is_watched()) return false;
-  const Views x = view(logits);
+  const MaybeView x = view(logits);
   return are_logits(x) && are_token_arguments(view(targets), view(token_weights), x->size(0)) &&
          !requires_grad(token_weights) && !any_negated({logits, targets, token_weights});
 }
@@ -242,7 +240,7 @@ void sum_weighted(const float* nll, const float* weights, int64_t rows, double s
 // Returns (loss, nll, lse, lse_parts).
 py::object masked_cross_entropy(py::handle logits, py::handle targets, py::handle token_weights, py::handle normalizer,
                                 double scale) {
-  const Views x = view(logits), y = view(targets), w = view(token_weights);
+  const MaybeView x = view(logits), y = view(targets), w = view(token_weights);
   if (!are_logits(x) || !are_kernel_tokens(y, w, x->size(0))) return py::none();
   const std::optional<double> factor = full_scale(normalizer, scale);
   if (!factor) return py::none();
@@ -267,8 +265,8 @@ py::object masked_cross_entropy(py::handle logits, py::handle targets, py::handl
 py::object masked_cross_entropy_backward(py::handle logits, py::handle targets, py::handle token_weights,
                                          py::handle normalizer, double scale, py::handle lse_parts, py::handle dloss,
                                          py::handle dlse, int64_t vocab_start) {
-  const Views x = view(logits), y = view(targets), w = view(token_weights), parts = view(lse_parts);
-  const Optional of_loss(dloss), of_lse(dlse);
+  const MaybeView x = view(logits), y = view(targets), w = view(token_weights), parts = view(lse_parts);
+  const OptionalTensor of_loss(dloss), of_lse(dlse);
   if (!are_logits(x) || !are_kernel_tokens(y, w, x->size(0)) || !of_loss.readable() || !of_lse.readable())
     return py::none();
   const int64_t rows = x->size(0);
@@ -300,7 +298,7 @@ py::object masked_cross_entropy_backward(py::handle logits, py::handle targets, 
 
 bool linear_cross_entropy_fits(py::handle hidden, py::handle weight, py::handle targets, py::handle token_weights) {
   if (is_watched()) return false;
-  const Views x = view(hidden), head = view(weight);
+  const MaybeView x = view(hidden), head = view(weight);
   return x && x->dims() == 2 && x->is_activation() && x->last_is_contiguous() && head && head->has_type_of(*x) &&
          head->dims() == 2 && head->size(0) >= 1 && head->size(1) == x->size(1) && head->last_is_contiguous() &&
          are_token_arguments(view(targets), view(token_weights), x->size(0)) && !requires_grad(token_weights) &&
@@ -314,7 +312,7 @@ struct Selection {
 };
 
 // The rows given, or those with a weight. Nothing for rows that are refused.
-std::optional<Selection> select(const Optional& rows, const View& weights) {
+std::optional<Selection> select(const OptionalTensor& rows, const View& weights) {
   const int64_t tokens = weights.size(0);
   Selection selected;
   if (!rows.given) {
@@ -371,7 +369,7 @@ void scatter(const View& rows, const Selection& selected, int64_t tokens, void* 
 
 // The view of a product that torch made. Throws NotPlain for another type, as under autocast.
 View product_view(const py::object& product, const View& factor) {
-  const Views seen = view(product);
+  const MaybeView seen = view(product);
   if (!seen || seen->dims() != 2 || !seen->has_type_of(factor) || !seen->is_contiguous()) throw NotPlain();
   return *seen;
 }
@@ -382,7 +380,7 @@ py::object linear_masked_cross_entropy(py::handle hidden, py::handle weight, py:
                                        py::handle token_weights, py::handle rows, py::handle normalizer, double scale,
                                        int64_t chunk_rows, bool hidden_grad, bool weight_grad, py::handle compute_dtype,
                                        py::handle grad_dtype, int64_t chunk_bytes) {
-  const Views x = view(hidden), head = view(weight), y = view(targets), w = view(token_weights);
+  const MaybeView x = view(hidden), head = view(weight), y = view(targets), w = view(token_weights);
   if (!x || x->dims() != 2 || !x->is_activation() || !x->last_is_contiguous() || !head || head->dims() != 2 ||
       !head->has_type_of(*x) || head->size(1) != x->size(1) || !are_kernel_tokens(y, w, x->size(0)))
     return py::none();
@@ -391,7 +389,7 @@ py::object linear_masked_cross_entropy(py::handle hidden, py::handle weight, py:
   const std::optional<double> factor = full_scale(normalizer, scale);
   if (!factor || compute_dtype.ptr() != dtype.dtype) return py::none();
   const int64_t tokens = x->size(0), vocab_size = head->size(0), width = x->size(1);
-  const std::optional<Selection> selected = select(Optional(rows), *w);
+  const std::optional<Selection> selected = select(OptionalTensor(rows), *w);
   if (!selected || selected->rows.empty() || vocab_size == 0) return py::none();
   const int64_t count = int64_t(selected->rows.size());
   const int64_t row_bytes = vocab_size * element_size(x->dtype());
@@ -448,14 +446,14 @@ py::object linear_masked_cross_entropy(py::handle hidden, py::handle weight, py:
 // Computes linear_masked_ce_bwd, (hidden_grad * dloss, weight_grad * dloss), for so few float32 elements that one
 // thread multiplies them.
 py::object scaled_gradients(py::handle dloss, py::handle hidden_grad, py::handle weight_grad) {
-  constexpr int64_t kMostElements = 1 << 14;
-  const Views factor = view(dloss);
+  constexpr int64_t kMaxElements = 1 << 14;
+  const MaybeView factor = view(dloss);
   if (!factor || !factor->is_float32() || factor->dims() != 0) return py::none();
-  const auto is_small = [](const Views& x) {
+  const auto is_small = [](const MaybeView& x) {
     return x && x->is_float32() && x->dims() >= 1 && x->dims() <= 2 && x->is_contiguous() &&
-           x->elements() <= kMostElements;
+           x->elements() <= kMaxElements;
   };
-  const Views grads[] = {view(hidden_grad), view(weight_grad)};
+  const MaybeView grads[] = {view(hidden_grad), view(weight_grad)};
   if (!is_small(grads[0]) || !is_small(grads[1])) return py::none();
   return or_none([&]() -> py::object {
     py::tuple results(2);
@@ -476,14 +474,14 @@ py::object scaled_gradients(py::handle dloss, py::handle hidden_grad, py::handle
 
 bool sample_fits(py::handle logits) {
   if (is_watched()) return false;
-  const Views x = view(logits);
+  const MaybeView x = view(logits);
   return are_logits(x) && x->size(1) >= 1 && !is_negated(logits);
 }
 
 // Samples with the same numbers for all rows and without a bias: (token, confidence, logprob, entropy, margin).
 py::object sample_tokens(py::handle logits, double temperature, int64_t seed, int64_t step, int measure, int64_t top_k,
                          double top_p, bool confidence_at_temperature, bool want_entropy, bool want_margin) {
-  const Views x = view(logits);
+  const MaybeView x = view(logits);
   if (!are_logits(x) || x->size(1) < 1) return py::none();
   return or_none([&]() -> py::object {
     const Torch& torch = *bindings::torch();
