@@ -34,9 +34,9 @@ struct KeysArguments {
 
 constexpr int kIncomplete = -2;  // first_slot of an item whose sums never become complete
 
-// Returns the next item of a CTA from `round` on, and sets `round` to its round. In small packs, the
-// queries of items are split; the result is then one query split of an item of the plan. k_count 0 means that no item
-// with queries is left.
+// Returns the next item of a CTA from `round` on, and sets `round` to its round. In small packs, the queries of
+// items are split; the result is then one query split of an item of the plan. k_count 0 means that no item with queries
+// is left.
 //
 // In ordered mode, the tiles of a sequence come one after another, each with all its heads. Few CTAs then wait for each
 // other. The direction is the same in every round. If it alternated, the CTA that waited longest in one round would be

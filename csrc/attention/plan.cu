@@ -37,7 +37,7 @@ struct PlanArguments {
 
 __device__ __forceinline__ int32_t ceil_div(int32_t x, int32_t y) { return int32_t((uint32_t(x) + y - 1) / y); }
 
-// Or, behind the last one, the queries that belong to none.
+// A sequence of the pack or, behind the last one, the queries that belong to no sequence.
 struct Sequence {
   int32_t q_start, q_count, k_start, k_count;
 

@@ -12,12 +12,12 @@ namespace illada::attention {
 // Work item: one tile of work.
 //
 // Forward: the queries q_start .. q_start + q_count - 1 (at most Tiling::item_tokens) of the H / G heads of one
-// key-value head, against the keys k_start .. k_start + k_count - 1. There may be no keys. Where a sequence's
-// keys are split, `splits` > 1 items have the same queries, and each has one key split. Key split `split` leaves its
-// result in slot first_slot + split of the workspace.
+// key-value head, against the keys k_start .. k_start + k_count - 1. There may be no keys. Where a sequence's keys are
+// split, `splits` > 1 items have the same queries, and each has one key split. Key split `split` leaves its result in
+// slot first_slot + split of the workspace.
 //
-// Backward: the keys from k_start on (at most kBackwardKeys) against all queries. Each key tile of the
-// sequence is one key split: `splits` is their number, and `split` the index of this tile.
+// Backward: the keys from k_start on (at most kBackwardKeys) against all queries. Each key tile of the sequence is
+// one key split: `splits` is their number, and `split` the index of this tile.
 struct alignas(16) WorkItem {
   int32_t q_start, q_count, k_start, k_count;
   int32_t kv_head, split, splits, first_slot;

@@ -1,8 +1,8 @@
 // Tiles of the attention kernels of sm_80: 16-bit rows in shared memory, filled by cp.async and read by ldmatrix.
 //
 // In row r of a tile, the 16-byte chunk c is at place c ^ (r % 8). Neither the copies nor the reads of 8 rows, in
-// either direction, then have bank conflicts. A row is a multiple of eight chunks, so head dims are
-// multiples of 64.
+// either direction, then have bank conflicts. A row is a multiple of eight chunks, so head dims are multiples
+// of 64.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,6 @@
-// illada._C: functions that fill a Params struct from keywords (bindings/fields.h) and call the launch functions. All
-// of them but attention_plan_cpu and weighted_sum_cpu run without the GIL. illada.ops checks shapes and dtypes and
-// allocates all memory; the launch functions check values.
+// illada._C: functions that fill a Params struct from keywords (bindings/fields.h) and call the C++ API. illada.ops
+// checks shapes and dtypes and allocates all memory; the C++ API checks values. Kernels run without the GIL, but for
+// the short attention_plan_cpu and weighted_sum_cpu. The submodule cpu_calls computes whole ops on plain CPU tensors.
 #include "bindings/module.h"
 
 #include "bindings/fields.h"

@@ -8,7 +8,7 @@
 namespace illada::bindings {
 
 void define_attention(pybind11::module_& m);
-void define_cpu_calls(pybind11::module_& m);  // what these take are tensors, see cpu_calls.cpp
+void define_cpu_calls(pybind11::module_& m);  // functions of tensors, in a submodule
 void define_device(pybind11::module_& m);
 void define_loss(pybind11::module_& m);
 void define_sampling(pybind11::module_& m);

@@ -84,7 +84,8 @@ void use_torch(pybind11::handle torch, uint64_t keys_of_every_call);
 const Torch* torch();
 
 // True where a call of an op on CPU tensors must go through torch's dispatcher: in tracing, modes, transforms,
-// forward-mode AD, autocast and under a profiler. Also true without torch(). Does not ask for torch.compile.
+// forward-mode AD, autocast and under a profiler. Also true without torch(). Does not ask for torch.compile. It is
+// `watched` of python/illada/ops/_library.py with autocast: a condition added to one belongs in the other.
 bool is_watched();
 
 // The view of a tensor: of torch's own types, on the CPU. Empty for all others, and without DLPack's table.

@@ -9,11 +9,12 @@ namespace illada::remask {
 // Reads a row by whole vectors of kVector ids. The up to seven ids after the last vector are read by `single`.
 //
 // `biased` has one bit per vector: set if the vector may hold a biased id. Vector v has bit v - first_vector, modulo
-// kMaskBits where that is not 0.
+// kMaskBits where that is not 0. The filters use kMaskBits. They always have bits, and call add_bias only where the row
+// has a bias.
 template <typename T, bool kAligned, int kMaskBits = 0>
 struct RowReader {
   const T* row;
-  const uint32_t* biased;  // null if the row has no bias
+  const uint32_t* biased;  // with kMaskBits 0: null if the row has no bias
   int first_vector;        // vector of bit 0
   RowBias bias;
 
