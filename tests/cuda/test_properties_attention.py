@@ -8,11 +8,11 @@ from attention_properties import HEADS, NAMES, check, make, run
 import illada
 from illada.ops import reference
 
-# Few queries of many keys are split over the keys: whole pieces are -inf.
+# Few queries of many keys are split over the keys: whole key splits are -inf.
 # Groups of 1, 4 and 7 heads fill the kernels' tiles of rows up in other places.
 SHAPES = {
     "several tiles": (150, 200, list(KINDS), HEADS),
-    "pieces": (2, 700, ["-inf first", "-inf last", "huge", "two +inf"], HEADS),
+    "key splits": (2, 700, ["-inf first", "-inf last", "huge", "two +inf"], HEADS),
     **{f"groups of {n}": (45, 70, ["normal", "offset 1e6", *MINUS_INFINITY], 2 * n) for n in (1, 4, 7)},
 }
 
@@ -42,7 +42,7 @@ def test_values(shape, dim, dtype, device, generator):
 
 
 @pytest.mark.usefixtures("_way")
-@pytest.mark.parametrize("queries, keys", [(7, 70), (3, 1500)], ids=["whole", "pieces"])
+@pytest.mark.parametrize("queries, keys", [(7, 70), (3, 1500)], ids=["whole", "key splits"])
 def test_huge_scores_that_tie(queries, keys, device, generator):
     """Of scores that are the same to the last bit, in any order of sums, every key has the same part."""
     q, k = torch.zeros(queries, 2, 64), torch.zeros(keys, 2, 64)

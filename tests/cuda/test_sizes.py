@@ -1,4 +1,4 @@
-"""Kernels count rows, tiles and pieces in 32 bits: larger sizes are refused before a launch, by an error with the
+"""Kernels count rows, tiles and splits in 32 bits: larger sizes are refused before a launch, by an error with the
 argument, the size and what is allowed. Expanded tensors, of stride 0, have such sizes and fit."""
 
 import pytest
