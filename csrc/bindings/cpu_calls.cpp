@@ -59,28 +59,39 @@ bool are_packed(const MaybeView& q, const MaybeView& k, const MaybeView& v) {
          q->last_is_contiguous() && k->last_is_contiguous() && v->last_is_contiguous();
 }
 
-bool has_rows_of_plan(const MaybeView& plan, int64_t num_sequences) {
-  return plan && plan->is_int32() && plan->has_shape({num_sequences + 1, 4}) && plan->is_contiguous();
-}
-
-// True if no row of the plan has more keys than max_keys, which csrc/cpu leaves to torch.
-bool has_few_keys(const View& plan, int64_t max_keys) {
-  const auto* row = plan.data<const int32_t>();
-  for (int64_t i = 0; i < plan.size(0); ++i, row += 4) {
+// True for q, k, v and a plan whose sequences all go to csrc/cpu: none has more keys than max_keys.
+bool are_for_kernel(const MaybeView& q, const MaybeView& k, const MaybeView& v, const MaybeView& plan,
+                    int64_t num_sequences, int64_t max_head_dim, int64_t max_keys) {
+  if (!are_packed(q, k, v) || q->size(2) > max_head_dim || !plan || !plan->is_int32() ||
+      !plan->has_shape({num_sequences + 1, 4}) || !plan->is_contiguous())
+    return false;
+  const auto* row = plan->data<const int32_t>();
+  for (int64_t i = 0; i < plan->size(0); ++i, row += 4) {
     if (int64_t(row[3]) - row[2] > max_keys) return false;
   }
   return true;
 }
 
-attention::PackShape pack_shape(const View& q, const View& k, int64_t num_sequences) {
-  attention::PackShape shape;
-  shape.total_q = q.size(0);
-  shape.total_k = k.size(0);
-  shape.num_sequences = int(num_sequences);
-  shape.num_heads = int(q.size(1));
-  shape.num_kv_heads = int(k.size(1));
-  shape.head_dim = int(q.size(2));
-  return shape;
+// What forward and backward have alike.
+template <typename Params>
+Params attention_params(const View& q, const View& k, const View& v, const View& plan, int64_t num_sequences,
+                        double softmax_scale) {
+  Params p;
+  p.shape.total_q = q.size(0);
+  p.shape.total_k = k.size(0);
+  p.shape.num_sequences = int(num_sequences);
+  p.shape.num_heads = int(q.size(1));
+  p.shape.num_kv_heads = int(k.size(1));
+  p.shape.head_dim = int(q.size(2));
+  p.dtype = q.dtype();
+  p.q = packed_view(q);
+  p.k = packed_view(k);
+  p.v = packed_view(v);
+  p.softmax_scale = float(softmax_scale);
+  p.plan = plan.data<const int32_t>();
+  p.plan_rows = plan.size(0);
+  p.num_threads = num_threads();
+  return p;
 }
 
 // `plan` is an AttentionPlan: (work, num_heads, num_kv_heads, head_dim, total_q, num_sequences).
@@ -105,25 +116,14 @@ bool attention_fits(py::handle q, py::handle k, py::handle v, py::handle cu_seql
 py::object varlen_attention(py::handle q, py::handle k, py::handle v, py::handle plan, int64_t num_sequences,
                             double softmax_scale, int64_t max_head_dim, int64_t max_keys) {
   const MaybeView vq = view(q), vk = view(k), vv = view(v), rows = view(plan);
-  if (!are_packed(vq, vk, vv) || !has_rows_of_plan(rows, num_sequences) || vq->size(2) > max_head_dim ||
-      !has_few_keys(*rows, max_keys))
-    return py::none();
+  if (!are_for_kernel(vq, vk, vv, rows, num_sequences, max_head_dim, max_keys)) return py::none();
   return or_none([&]() -> py::object {
     const Torch& torch = *bindings::torch();
     const NewTensor out = new_tensor({vq->size(0), vq->size(1), vq->size(2)}, torch.of(vq->dtype()));
     const NewTensor lse = new_tensor({vq->size(1), vq->size(0)}, torch.float32);
-    attention::ForwardParams p;
-    p.shape = pack_shape(*vq, *vk, num_sequences);
-    p.dtype = vq->dtype();
-    p.q = packed_view(*vq);
-    p.k = packed_view(*vk);
-    p.v = packed_view(*vv);
-    p.softmax_scale = float(softmax_scale);
-    p.plan = rows->data<const int32_t>();
-    p.plan_rows = rows->size(0);
+    auto p = attention_params<attention::ForwardParams>(*vq, *vk, *vv, *rows, num_sequences, softmax_scale);
     p.out = out.address;
     p.lse = static_cast<float*>(lse.address);
-    p.num_threads = num_threads();
     {
       py::gil_scoped_release release;
       attention::forward_cpu(p);
@@ -138,9 +138,7 @@ py::object varlen_attention_backward(py::handle dout, py::handle dlse, py::handl
   const MaybeView vq = view(q), vk = view(k), vv = view(v), rows = view(plan), vdout = view(dout), vout = view(out),
                   vlse = view(lse);
   const OptionalTensor vdlse(dlse);
-  if (!are_packed(vq, vk, vv) || !has_rows_of_plan(rows, num_sequences) || vq->size(2) > max_head_dim ||
-      !has_few_keys(*rows, max_keys))
-    return py::none();
+  if (!are_for_kernel(vq, vk, vv, rows, num_sequences, max_head_dim, max_keys)) return py::none();
   const int64_t total_q = vq->size(0), heads = vq->size(1), dim = vq->size(2);
   const auto like_lse = [&](const MaybeView& x) {
     return x && x->is_float32() && x->has_shape({heads, total_q}) && x->is_contiguous();
@@ -154,23 +152,14 @@ py::object varlen_attention_backward(py::handle dout, py::handle dlse, py::handl
     const NewTensor dq = new_tensor({total_q, heads, dim}, dtype);
     const NewTensor dk = new_tensor({vk->size(0), vk->size(1), dim}, dtype);
     const NewTensor dv = new_tensor({vk->size(0), vk->size(1), dim}, dtype);
-    attention::BackwardParams p;
-    p.shape = pack_shape(*vq, *vk, num_sequences);
-    p.dtype = vq->dtype();
+    auto p = attention_params<attention::BackwardParams>(*vq, *vk, *vv, *rows, num_sequences, softmax_scale);
     p.dout = packed_view(*vdout);
-    p.q = packed_view(*vq);
-    p.k = packed_view(*vk);
-    p.v = packed_view(*vv);
     p.out = vout->data<const void>();
     p.lse = vlse->data<const float>();
     p.dlse = vdlse.given ? vdlse.seen->data<const float>() : nullptr;
-    p.softmax_scale = float(softmax_scale);
-    p.plan = rows->data<const int32_t>();
-    p.plan_rows = rows->size(0);
     p.dq = dq.address;
     p.dk = dk.address;
     p.dv = dv.address;
-    p.num_threads = num_threads();
     {
       py::gil_scoped_release release;
       attention::backward_cpu(p);
