@@ -20,10 +20,10 @@ from torch import Tensor
 from illada.devices import autocast_dtype
 from illada.ops import _library as lib
 from illada.ops import raw
+from illada.ops.capabilities import logits_dtypes
 from illada.ops.loss import (
     check_targets,
     kernel_targets,
-    logits_dtypes,
     plain_scale,
     resolve_normalizer,
     split_normalizer,

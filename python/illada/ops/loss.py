@@ -21,8 +21,8 @@ from torch import Tensor
 
 from illada.ops import _library as lib
 from illada.ops import raw
+from illada.ops.capabilities import LOGITS_DTYPES, logits_dtypes
 
-_DTYPES_CPU = (torch.float32, torch.bfloat16)
 _TOKEN_DTYPES = (torch.int64, torch.int32)
 
 lib.LIBRARY.define(
@@ -278,14 +278,9 @@ _fwd_directly = lib.direct("masked_ce_fwd", 1, _keep, lambda ctx, dloss: _backwa
 # --------------------------------------------------------------------------------------------------- public functions
 
 
-def logits_dtypes(tensor: Tensor) -> tuple[torch.dtype, ...]:
-    """Return the dtypes of logits that the kernels of this tensor's device take."""
-    return tuple(raw.DTYPES) if tensor.is_cuda else _DTYPES_CPU
-
-
 def check_logits(op: str, logits: Tensor) -> None:
     """Raise TypeError or ValueError unless the kernels take `logits` [T, V]."""
-    if logits.dim() == 2 and logits.dtype in _DTYPES_CPU and logits.is_contiguous():
+    if logits.dim() == 2 and logits.dtype in LOGITS_DTYPES["cpu"] and logits.is_contiguous():
         return
     lib.check_shape(op, "logits", logits, ("T", "V"))
     lib.check_dtype(op, "logits", logits, logits_dtypes(logits))

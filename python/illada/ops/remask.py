@@ -27,11 +27,10 @@ from torch import Tensor
 
 from illada.ops import _library as lib
 from illada.ops import raw
+from illada.ops.capabilities import logits_dtypes
 from illada.ops.types import MEASURES, RULES, LogitBias, RemaskStatus, TokenSample
 
 Number = TypeVar("Number", int, float)
-
-_DTYPES_CPU = (torch.float32, torch.bfloat16)
 
 #: Bytes of logits in one row chunk of `linear_sample_tokens`. CPU: fits the last-level cache for small vocabularies.
 _CHUNK_BYTES_CPU = 32 << 20
@@ -206,11 +205,6 @@ def _linear_sample_flops(
 # --------------------------------------------------------------------------------------------------- public functions
 
 
-def _dtypes(tensor: Tensor) -> tuple[torch.dtype, ...]:
-    """Return the dtypes of logits that the kernels of this tensor's device take."""
-    return tuple(raw.DTYPES) if tensor.is_cuda else _DTYPES_CPU
-
-
 def _first(op: str, like: Tensor) -> tuple[str, Tensor]:
     """Return the name and tensor of the argument that decides the device."""
     return "logits" if op == "sample_tokens" else "hidden", like
@@ -350,7 +344,7 @@ def sample_tokens(
     fits = lib.plain_call(logits) and lib.cpu_calls().sample_fits(logits)
     if not fits:
         lib.check_shape(op, "logits", logits, ("N", "V"))
-        lib.check_dtype(op, "logits", logits, _dtypes(logits))
+        lib.check_dtype(op, "logits", logits, logits_dtypes(logits))
         lib.check_last_contiguous(op, "logits", logits)
     arguments = _sample_arguments(
         op, logits.shape[0], logits.shape[1], logits, temperature=temperature, seed=seed, step=step, row_ids=row_ids,
@@ -409,7 +403,7 @@ def linear_sample_tokens(
     op = "linear_sample_tokens"
     lib.check_shape(op, "hidden", hidden, ("T", "C"))
     lib.check_shape(op, "weight", weight, ("V", hidden.shape[1]))
-    lib.check_dtype(op, "hidden", hidden, _dtypes(hidden))
+    lib.check_dtype(op, "hidden", hidden, logits_dtypes(hidden))
     lib.check_dtype(op, "weight", weight, (hidden.dtype,))
     lib.check_last_contiguous(op, "hidden", hidden)
     lib.check_last_contiguous(op, "weight", weight)
