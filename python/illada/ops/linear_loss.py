@@ -398,7 +398,8 @@ def _keep(ctx: _Context, inputs: tuple[lib.Argument, ...], output: tuple[Tensor,
     loss, _, hidden_grad, weight_grad = output
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(hidden_grad, weight_grad)
-    ctx.needs = inputs[8], inputs[9]
+    *_, wants_hidden, wants_weight, _compute_dtype, _grad_dtype, _eps = inputs
+    ctx.needs = wants_hidden, wants_weight
     return loss, hidden_grad  # of the second, see _setup_context; one of the gradients is enough
 
 

@@ -213,9 +213,10 @@ def _setup_context(ctx: _Context, inputs: tuple[lib.Argument, ...], output: tupl
 def _keep(ctx: _Context, inputs: tuple[lib.Argument, ...], output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     logits, targets, token_weights, normalizer, ctx.scale, ctx.inplace = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits, targets, token_weights, normalizer, output[3])
+    loss, _nll, _lse, lse_parts = output
+    ctx.save_for_backward(logits, targets, token_weights, normalizer, lse_parts)
     ctx.overwritten = False
-    return output[:1]
+    return (loss,)
 
 
 def _saved_through_hooks(ctx: _Context) -> bool:
