@@ -375,3 +375,19 @@ def test_the_summary_says_what_the_files_say():
         times = [r["median_ms"] / 1e3 for r in (ours, theirs)]
         assert said == pytest.approx([tokens / t for t in times] if tokens else times, rel=0.03), start
         assert f" {times[1] / times[0]:.1f}x |" in row(start), start
+
+
+def test_the_costs_of_calls_are_those_of_their_file():
+    """docs/ops.md: the function's time, then ratios to torch of the function, of its op, and of an empty op."""
+    text = (ROOT / "docs/ops.md").read_text(encoding="utf-8").split("## What a call costs")[1].split("\n## ")[0]
+    (name,) = re.findall(r"\(results\.md#([\w-]+)\)", text)
+    lines = report.read_json(ROOT / "benchmarks" / "results" / f"{name}.jsonl")
+    times = {(r["case"], r["provider"]): r["median_ms"] for r in lines if r["bench"] == "overhead"}
+    rows = re.findall(r"^\| (\w+)[^(|]*\(([\d.]+) us\) \|(.*)\|$", text, flags=re.MULTILINE)
+    assert len(rows) == 5
+    for op, microseconds, cells in rows:
+        assert float(microseconds) == pytest.approx(1e3 * times[f"{op} no grad", "illada"], rel=0.03), op
+        for grad, cell in zip(("no grad", "grad", "both"), cells.split("|"), strict=True):
+            of = [times.get((f"{op} {grad}", p)) for p in ("illada", "illada registered", "torch empty op", "torch")]
+            shown = [f"{time / of[3]:.2f}" for time in of[:3]] if of[3] else []
+            assert re.findall(r"[\d.]+", cell) == shown, (op, grad)

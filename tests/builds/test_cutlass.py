@@ -12,13 +12,14 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from building import needs_checkout
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULE = ROOT / "cmake" / "IlladaCutlass.cmake"
 BACKEND = ROOT / "build_backend" / "illada_backend.py"
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 CMAKE = shutil.which("cmake", path=PATH)
-pytestmark = pytest.mark.skipif(not MODULE.exists(), reason="needs a source checkout")
+pytestmark = needs_checkout
 needs_cmake = pytest.mark.skipif(CMAKE is None, reason="needs cmake")
 
 PROJECT = """

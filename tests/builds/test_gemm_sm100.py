@@ -6,13 +6,14 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from building import needs_nvcc
 
 ROOT = Path(__file__).resolve().parents[2]
 NVCC = shutil.which(os.environ.get("CUDACXX") or "nvcc")
 
 
 @pytest.mark.slow  # half a minute of compilation
-@pytest.mark.skipif(NVCC is None, reason="needs nvcc: set CUDACXX or PATH")
+@needs_nvcc
 def test_the_weights_gradient_compiles_for_sm_100a(cutlass_include, tmp_path):
     """To machine code, with the tensor cores' instruction of two CTAs and without local memory."""
     archs = subprocess.run([NVCC, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout

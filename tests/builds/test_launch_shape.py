@@ -6,14 +6,14 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import pytest
+from building import needs_checkout, needs_nvcc
 
 ROOT = Path(__file__).resolve().parents[2]
 NVCC = shutil.which(os.environ.get("CUDACXX") or "nvcc")
-pytestmark = pytest.mark.skipif(not (ROOT / "csrc").exists(), reason="needs a source checkout")
+pytestmark = needs_checkout
 
 
-@pytest.mark.skipif(NVCC is None, reason="needs nvcc: set CUDACXX or PATH")
+@needs_nvcc
 def test_an_empty_grid_is_an_internal_error(tmp_path):
     program, common = tmp_path / "launch_shape", ROOT / "csrc" / "common"
     sources = [ROOT / "tests" / "cpp" / "launch_shape.cu"]

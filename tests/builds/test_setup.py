@@ -10,9 +10,10 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from building import needs_checkout
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs a source checkout")
+pytestmark = needs_checkout
 
 # As much of setuptools as setup.py imports; `setup` says that it was reached.
 FAKE = {

@@ -6,10 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from building import needs_checkout
 
 TOOL = Path(__file__).resolve().parents[2] / "cmake" / "tidy.py"
 CHECKS = TOOL.parent.parent / ".clang-tidy"
-pytestmark = pytest.mark.skipif(not (TOOL.exists() and CHECKS.exists()), reason="needs a source checkout")
+pytestmark = needs_checkout
 
 
 @pytest.fixture

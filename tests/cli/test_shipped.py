@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from building import needs_checkout
 
 from illada import cli
 from illada.cli import shipped
 
 ROOT = Path(__file__).resolve().parents[2]
-needs_checkout = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs a source checkout")
 
 
 def test_arguments_of_benchmark_go_on_as_they_are(monkeypatch):

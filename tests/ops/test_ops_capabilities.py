@@ -5,7 +5,7 @@ import torch
 
 import illada
 from illada.ops import capabilities
-from illada.ops.loss import logits_dtypes
+from illada.ops.capabilities import logits_dtypes
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

@@ -1,5 +1,6 @@
 """top_k, top_p and confidence_at_temperature of sample_tokens and linear_sample_tokens on a CPU."""
 
+import importlib
 import inspect
 
 import pytest
@@ -115,3 +116,13 @@ def test_errors_name_the_first_argument_of_either_sampler():
         illada.sample_tokens(torch.zeros(3, 9), temperature=elsewhere)
     with pytest.raises(ValueError, match="temperature is on meta, but hidden is on cpu"):
         illada.linear_sample_tokens(torch.zeros(3, 4), torch.zeros(9, 4), temperature=elsewhere)
+
+
+def test_settings_have_the_order_of_the_schema_and_of_the_raw_calls():
+    """They are passed on by position, so a setting in another place would take another's value."""
+    names = list(importlib.import_module("illada.ops.remask")._Settings._fields)
+    schema = [argument.name for argument in torch.ops.illada.sample_tokens.default._schema.arguments]
+    assert schema == ["logits", *names]
+    assert list(inspect.signature(raw.sample_tokens).parameters) == ["out", "logits", *names[:-2], "workspace"]
+    fused = list(inspect.signature(raw.linear_sample_tokens).parameters)
+    assert fused == ["out", "hidden", "weight", "rows", *names[: names.index("top_k")], "workspace"]

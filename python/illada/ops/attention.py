@@ -620,7 +620,7 @@ def varlen_attention(
     ):
         scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
         if 0 < scale < math.inf:
-            return _attend_directly(q, k, v, plan[0], plan[5], scale, deterministic)
+            return _attend_directly(q, k, v, plan.work, plan.num_sequences, scale, deterministic)
     if (dtype := autocast_dtype(q.device)) is not None:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     lib.check_dtype(op, "q", q, _DTYPES)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from illada._native import has_cuda, native
 
-_LOGITS = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
+#: Kind of device -> dtypes of logits, or of the hidden states they are made of.
+LOGITS_DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
 
 #: Op -> kind of device -> dtypes of q, of the logits, or of the hidden states.
 DTYPES: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
@@ -14,11 +16,16 @@ DTYPES: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
         "cpu": (torch.float32, torch.bfloat16, torch.float16),
         "cuda": (torch.bfloat16, torch.float16),
     },
-    "masked_cross_entropy": _LOGITS,
-    "linear_masked_cross_entropy": _LOGITS,
-    "sample_tokens": _LOGITS,
-    "linear_sample_tokens": _LOGITS,
+    "masked_cross_entropy": LOGITS_DTYPES,
+    "linear_masked_cross_entropy": LOGITS_DTYPES,
+    "sample_tokens": LOGITS_DTYPES,
+    "linear_sample_tokens": LOGITS_DTYPES,
 }
+
+
+def logits_dtypes(tensor: Tensor) -> tuple[torch.dtype, ...]:
+    """Return the dtypes of logits that the kernels of this tensor's device take."""
+    return LOGITS_DTYPES["cuda" if tensor.is_cuda else "cpu"]
 
 
 def why_not(

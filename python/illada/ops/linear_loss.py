@@ -20,10 +20,10 @@ from torch import Tensor
 from illada.devices import autocast_dtype
 from illada.ops import _library as lib
 from illada.ops import raw
+from illada.ops.capabilities import logits_dtypes
 from illada.ops.loss import (
     check_targets,
     kernel_targets,
-    logits_dtypes,
     plain_scale,
     resolve_normalizer,
     split_normalizer,
@@ -398,7 +398,8 @@ def _keep(ctx: _Context, inputs: tuple[lib.Argument, ...], output: tuple[Tensor,
     loss, _, hidden_grad, weight_grad = output
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(hidden_grad, weight_grad)
-    ctx.needs = inputs[8], inputs[9]
+    *_, wants_hidden, wants_weight, _compute_dtype, _grad_dtype, _eps = inputs
+    ctx.needs = wants_hidden, wants_weight
     return loss, hidden_grad  # of the second, see _setup_context; one of the gradients is enough
 
 

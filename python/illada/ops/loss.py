@@ -21,8 +21,8 @@ from torch import Tensor
 
 from illada.ops import _library as lib
 from illada.ops import raw
+from illada.ops.capabilities import LOGITS_DTYPES, logits_dtypes
 
-_DTYPES_CPU = (torch.float32, torch.bfloat16)
 _TOKEN_DTYPES = (torch.int64, torch.int32)
 
 lib.LIBRARY.define(
@@ -213,9 +213,10 @@ def _setup_context(ctx: _Context, inputs: tuple[lib.Argument, ...], output: tupl
 def _keep(ctx: _Context, inputs: tuple[lib.Argument, ...], output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     logits, targets, token_weights, normalizer, ctx.scale, ctx.inplace = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits, targets, token_weights, normalizer, output[3])
+    loss, _nll, _lse, lse_parts = output
+    ctx.save_for_backward(logits, targets, token_weights, normalizer, lse_parts)
     ctx.overwritten = False
-    return output[:1]
+    return (loss,)
 
 
 def _saved_through_hooks(ctx: _Context) -> bool:
@@ -278,14 +279,9 @@ _fwd_directly = lib.direct("masked_ce_fwd", 1, _keep, lambda ctx, dloss: _backwa
 # --------------------------------------------------------------------------------------------------- public functions
 
 
-def logits_dtypes(tensor: Tensor) -> tuple[torch.dtype, ...]:
-    """Return the dtypes of logits that the kernels of this tensor's device take."""
-    return tuple(raw.DTYPES) if tensor.is_cuda else _DTYPES_CPU
-
-
 def check_logits(op: str, logits: Tensor) -> None:
     """Raise TypeError or ValueError unless the kernels take `logits` [T, V]."""
-    if logits.dim() == 2 and logits.dtype in _DTYPES_CPU and logits.is_contiguous():
+    if logits.dim() == 2 and logits.dtype in LOGITS_DTYPES["cpu"] and logits.is_contiguous():
         return
     lib.check_shape(op, "logits", logits, ("T", "V"))
     lib.check_dtype(op, "logits", logits, logits_dtypes(logits))

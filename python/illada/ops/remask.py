@@ -20,24 +20,22 @@ in the batch. `illada.ops.reference.remask` has the formulas of the commit rules
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, TypeVar, overload
+from typing import Literal, NamedTuple, TypeVar, overload
 
 import torch
 from torch import Tensor
 
 from illada.ops import _library as lib
 from illada.ops import raw
+from illada.ops.capabilities import logits_dtypes
 from illada.ops.types import MEASURES, RULES, LogitBias, RemaskStatus, TokenSample
 
 Number = TypeVar("Number", int, float)
-
-_DTYPES_CPU = (torch.float32, torch.bfloat16)
 
 #: Bytes of logits in one row chunk of `linear_sample_tokens`. CPU: fits the last-level cache for small vocabularies.
 _CHUNK_BYTES_CPU = 32 << 20
 _CHUNK_BYTES_CUDA = 256 << 20  # 800 rows of 155,136 ids: enough for the GEMM, small beside the head weight
 
-#: In the order of the arguments of `raw.sample_tokens`; the first ten are also those of `raw.linear_sample_tokens`.
 _SAMPLE_ARGUMENTS = (
     "float temperature, int seed, int step, Tensor? temperatures, Tensor? seeds, Tensor? steps, Tensor? row_ids, "
     "Tensor? bias_ids, Tensor? bias_values, int measure, int top_k, float top_p, Tensor? top_ks, Tensor? top_ps, "
@@ -57,6 +55,33 @@ lib.LIBRARY.define(
 )
 
 
+class _Settings(NamedTuple):
+    """The arguments of `_SAMPLE_ARGUMENTS`, in its order, which is that of `raw.sample_tokens` too.
+
+    Those before `top_k` are also the arguments of `raw.linear_sample_tokens`.
+    """
+
+    temperature: float
+    seed: int
+    step: int
+    temperatures: Tensor | None
+    seeds: Tensor | None
+    steps: Tensor | None
+    row_ids: Tensor | None
+    bias_ids: Tensor | None
+    bias_values: Tensor | None
+    measure: int
+    top_k: int
+    top_p: float
+    top_ks: Tensor | None
+    top_ps: Tensor | None
+    confidence_at_temperature: bool
+    want_entropy: bool
+    want_margin: bool
+
+
+_FILTERS_BEGIN, _RESULTS_BEGIN = (_Settings._fields.index(name) for name in ("top_k", "want_entropy"))
+
 # ---------------------------------------------------------------------------------------------------------- kernels
 
 
@@ -72,38 +97,37 @@ def _contiguous(*arguments: lib.Argument) -> list[lib.Argument]:
     return [x.contiguous() if isinstance(x, Tensor) else x for x in arguments]
 
 
-def _sample_into(out: Sequence[Tensor], logits: Tensor, *arguments: lib.Argument) -> None:
-    """Sample into `out`; `arguments` are those of the ops' schemas without want_entropy and want_margin."""
-    size = raw.sample_tokens_workspace(logits.shape[0], logits.shape[1], logits.device, _may_filter(*arguments[10:]))
+def _sample_into(out: Sequence[Tensor], logits: Tensor, settings: _Settings) -> None:
+    size = raw.sample_tokens_workspace(logits.shape[0], logits.shape[1], logits.device, _may_filter(settings))
     workspace = logits.new_empty(size, dtype=torch.uint8) if size else None
-    raw.sample_tokens(TokenSample(*out), logits, *_contiguous(*arguments), workspace=workspace)
+    raw.sample_tokens(TokenSample(*out), logits, *_contiguous(*settings[:_RESULTS_BEGIN]), workspace=workspace)
 
 
-def _may_filter(
-    top_k: int, top_p: float, top_ks: Tensor | None, top_ps: Tensor | None, confidence_at_temperature: bool
-) -> bool:
+def _may_filter(s: _Settings) -> bool:
     """Return whether a row may need more than one pass over its logits."""
-    return top_ks is not None or top_ps is not None or top_k > 0 or top_p < 1 or confidence_at_temperature
+    return s.top_ks is not None or s.top_ps is not None or s.top_k > 0 or s.top_p < 1 or s.confidence_at_temperature
 
 
 def _sample(logits: Tensor, *arguments: lib.Argument) -> tuple[Tensor, ...]:
-    out = _allocate(logits, logits.shape[0], *arguments[-2:])
-    _sample_into(out, logits, *arguments[:-2])
+    settings = _Settings(*arguments)
+    out = _allocate(logits, logits.shape[0], settings.want_entropy, settings.want_margin)
+    _sample_into(out, logits, settings)
     return out
 
 
-def _sample_at_once(logits: Tensor, arguments: tuple[lib.Argument, ...]) -> tuple[Tensor, ...] | None:
+def _sample_at_once(logits: Tensor, s: _Settings) -> tuple[Tensor, ...] | None:
     """Return the results of one native call, or None where it does not take these arguments: tensors of numbers."""
-    if any(isinstance(argument, Tensor) for argument in arguments):
+    if any(isinstance(argument, Tensor) for argument in s):
         return None
     results: tuple[Tensor, ...] | None = lib.cpu_calls().sample_tokens(
-        logits, *arguments[:3], *arguments[9:12], *arguments[14:]
+        *(logits, s.temperature, s.seed, s.step, s.measure, s.top_k, s.top_p, s.confidence_at_temperature),
+        *(s.want_entropy, s.want_margin),
     )
     return results
 
 
 def _sample_cpu(logits: Tensor, *arguments: lib.Argument) -> tuple[Tensor, ...]:
-    results = _sample_at_once(logits, arguments)
+    results = _sample_at_once(logits, _Settings(*arguments))
     return _sample(logits, *arguments) if results is None else results
 
 
@@ -111,25 +135,39 @@ def _linear_sample_chunks(
     hidden: Tensor, weight: Tensor, rows: Tensor | None, *arguments: lib.Argument
 ) -> tuple[Tensor, ...]:
     """Sample row chunk by row chunk: torch.mm computes the logits of one, which are sampled before the next."""
-    numbers, (temperatures, seeds, steps, row_ids), biases = arguments[:3], arguments[3:7], arguments[7:9]
-    measure, (top_k, top_p, top_ks, top_ps, at_temperature) = arguments[9], arguments[10:15]
+    settings = _Settings(*arguments)
     count = len(hidden) if rows is None else len(rows)
-    out = _allocate(hidden, count, *arguments[-2:])
-    if row_ids is None:
-        row_ids = torch.arange(count, device=hidden.device)  # numbered over the whole call, not per chunk
+    out = _allocate(hidden, count, settings.want_entropy, settings.want_margin)
+    if settings.row_ids is None:  # numbered over the whole call, not per chunk
+        settings = settings._replace(row_ids=torch.arange(count, device=hidden.device))
     chunk_bytes = _CHUNK_BYTES_CUDA if hidden.is_cuda else _CHUNK_BYTES_CPU
     chunk_rows = max(128, chunk_bytes // (weight.shape[0] * weight.element_size()))
     for start in range(0, count, chunk_rows):
         part = slice(start, min(start + chunk_rows, count))
         selected = hidden[part] if rows is None else hidden.index_select(0, rows[part])
-        per_row = (None if t is None else t[part] for t in (temperatures, seeds, steps, row_ids))
-        bias = (t if t is None or t.dim() == 1 else t[part] for t in biases)
-        of_filter = (None if t is None else t[part] for t in (top_ks, top_ps))
-        _sample_into(
-            *([t[part] for t in out], selected @ weight.t(), *numbers, *per_row, *bias, measure),
-            *(top_k, top_p, *of_filter, at_temperature),
-        )
+        _sample_into([t[part] for t in out], selected @ weight.t(), _of_rows(settings, part))
     return out
+
+
+def _of_rows(settings: _Settings, part: slice) -> _Settings:
+    """Return the settings of some of the rows. Biases of one dimension are those of every row."""
+
+    def cut(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor[part]
+
+    ids, values = settings.bias_ids, settings.bias_values
+    if ids is not None and ids.dim() == 2:
+        ids, values = cut(ids), cut(values)
+    return settings._replace(
+        temperatures=cut(settings.temperatures),
+        seeds=cut(settings.seeds),
+        steps=cut(settings.steps),
+        row_ids=cut(settings.row_ids),
+        bias_ids=ids,
+        bias_values=values,
+        top_ks=cut(settings.top_ks),
+        top_ps=cut(settings.top_ps),
+    )
 
 
 def _linear_sample_cuda(
@@ -137,13 +175,14 @@ def _linear_sample_cuda(
 ) -> tuple[Tensor, ...]:
     rows = None if rows is None else rows.contiguous()
     # The fused kernel sees the logits of each tile once; a filter reads a row several times.
-    size = None if _may_filter(*arguments[10:15]) else raw.linear_sample_tokens_workspace(hidden, weight, rows)
+    settings = _Settings(*arguments)
+    size = None if _may_filter(settings) else raw.linear_sample_tokens_workspace(hidden, weight, rows)
     if size is None:
         return _linear_sample_chunks(hidden, weight, rows, *arguments)
-    out = _allocate(hidden, len(hidden) if rows is None else len(rows), *arguments[-2:])
+    out = _allocate(hidden, len(hidden) if rows is None else len(rows), settings.want_entropy, settings.want_margin)
     workspace = hidden.new_empty(size, dtype=torch.uint8)
     raw.linear_sample_tokens(
-        TokenSample(*out), hidden, weight, rows, *_contiguous(*arguments[:10]), workspace=workspace
+        TokenSample(*out), hidden, weight, rows, *_contiguous(*settings[:_FILTERS_BEGIN]), workspace=workspace
     )
     return out
 
@@ -176,13 +215,16 @@ def _remask(
 
 
 def _sample_fake(logits: Tensor, *arguments: lib.Argument) -> tuple[Tensor, ...]:
-    return _allocate(logits, logits.shape[0], *arguments[-2:])
+    settings = _Settings(*arguments)
+    return _allocate(logits, logits.shape[0], settings.want_entropy, settings.want_margin)
 
 
 def _linear_sample_fake(
     hidden: Tensor, weight: Tensor, rows: Tensor | None, *arguments: lib.Argument
 ) -> tuple[Tensor, ...]:
-    return _allocate(hidden, (hidden if rows is None else rows).shape[0], *arguments[-2:])
+    settings = _Settings(*arguments)
+    count = (hidden if rows is None else rows).shape[0]
+    return _allocate(hidden, count, settings.want_entropy, settings.want_margin)
 
 
 def _remask_fake(tokens: Tensor, rows: Tensor, cu_rows: Tensor, *arguments: lib.Argument) -> tuple[Tensor, ...]:
@@ -206,11 +248,6 @@ def _linear_sample_flops(
 # --------------------------------------------------------------------------------------------------- public functions
 
 
-def _dtypes(tensor: Tensor) -> tuple[torch.dtype, ...]:
-    """Return the dtypes of logits that the kernels of this tensor's device take."""
-    return tuple(raw.DTYPES) if tensor.is_cuda else _DTYPES_CPU
-
-
 def _first(op: str, like: Tensor) -> tuple[str, Tensor]:
     """Return the name and tensor of the argument that decides the device."""
     return "logits" if op == "sample_tokens" else "hidden", like
@@ -230,7 +267,7 @@ def _number_or_rows(
     return default, value
 
 
-def _sample_arguments(
+def _settings(
     op: str,
     rows: int,
     vocab_size: int,
@@ -246,8 +283,8 @@ def _sample_arguments(
     top_p: float | Tensor,
     confidence_at_temperature: bool,
     extras: Sequence[str],
-) -> tuple:
-    """Check the keyword arguments of both samplers and return them in the order of the ops' schemas."""
+) -> _Settings:
+    """Check the keyword arguments of both samplers and return the settings of their ops."""
     temperature, temperatures = _number_or_rows(op, "temperature", temperature, 0.0, rows, torch.float32, like)
     seed, seeds = _number_or_rows(op, "seed", seed, 0, rows, torch.int64, like)
     step, steps = _number_or_rows(op, "step", step, 0, rows, torch.int32, like)
@@ -287,17 +324,18 @@ def _sample_arguments(
     )
     if vocab_size < 1:
         raise ValueError(f"{op}: the vocabulary is empty")
-    return (
+    return _Settings(
         float(temperature), seed, step, temperatures, seeds, steps, row_ids, bias_ids, bias_values,
         MEASURES.index(measure), min(top_k, 2**31 - 1), float(top_p), top_ks, top_ps, bool(confidence_at_temperature),
         "entropy" in extras or measure == "entropy", "margin" in extras or measure == "margin",
     )  # fmt: skip
 
 
-def _as_sample(results: tuple[Tensor, ...], arguments: tuple) -> TokenSample:
+def _as_sample(results: tuple[Tensor, ...], settings: _Settings) -> TokenSample:
     token, confidence, logprob, entropy, margin = results
-    want_entropy, want_margin = arguments[-2:]
-    return TokenSample(token, confidence, logprob, entropy if want_entropy else None, margin if want_margin else None)
+    return TokenSample(
+        token, confidence, logprob, entropy if settings.want_entropy else None, margin if settings.want_margin else None
+    )
 
 
 def sample_tokens(
@@ -350,16 +388,16 @@ def sample_tokens(
     fits = lib.plain_call(logits) and lib.cpu_calls().sample_fits(logits)
     if not fits:
         lib.check_shape(op, "logits", logits, ("N", "V"))
-        lib.check_dtype(op, "logits", logits, _dtypes(logits))
+        lib.check_dtype(op, "logits", logits, logits_dtypes(logits))
         lib.check_last_contiguous(op, "logits", logits)
-    arguments = _sample_arguments(
+    settings = _settings(
         op, logits.shape[0], logits.shape[1], logits, temperature=temperature, seed=seed, step=step, row_ids=row_ids,
         measure=measure, logit_bias=logit_bias, top_k=top_k, top_p=top_p,
         confidence_at_temperature=confidence_at_temperature, extras=extras,
     )  # fmt: skip
-    if fits and (results := _sample_at_once(logits, arguments)) is not None:
-        return _as_sample(results, arguments)
-    return _as_sample(_call_sample(logits.detach(), *arguments), arguments)
+    if fits and (results := _sample_at_once(logits, settings)) is not None:
+        return _as_sample(results, settings)
+    return _as_sample(_call_sample(logits.detach(), *settings), settings)
 
 
 def linear_sample_tokens(
@@ -409,7 +447,7 @@ def linear_sample_tokens(
     op = "linear_sample_tokens"
     lib.check_shape(op, "hidden", hidden, ("T", "C"))
     lib.check_shape(op, "weight", weight, ("V", hidden.shape[1]))
-    lib.check_dtype(op, "hidden", hidden, _dtypes(hidden))
+    lib.check_dtype(op, "hidden", hidden, logits_dtypes(hidden))
     lib.check_dtype(op, "weight", weight, (hidden.dtype,))
     lib.check_last_contiguous(op, "hidden", hidden)
     lib.check_last_contiguous(op, "weight", weight)
@@ -420,13 +458,13 @@ def linear_sample_tokens(
             raise ValueError(f"{op}: rows must be in [0, {len(hidden)}), got {int(rows.min())} .. {int(rows.max())}")
     lib.check_same_device(op, ("hidden", hidden), ("weight", weight), ("rows", rows))
     count = hidden.shape[0] if rows is None else rows.shape[0]
-    arguments = _sample_arguments(
+    settings = _settings(
         op, count, weight.shape[0], hidden, temperature=temperature, seed=seed, step=step, row_ids=row_ids,
         measure=measure, logit_bias=logit_bias, top_k=top_k, top_p=top_p,
         confidence_at_temperature=confidence_at_temperature, extras=extras,
     )  # fmt: skip
-    results = torch.ops.illada.linear_sample_tokens(hidden.detach(), weight.detach(), lib.as_int32(rows), *arguments)
-    return _as_sample(results, arguments)
+    results = torch.ops.illada.linear_sample_tokens(hidden.detach(), weight.detach(), lib.as_int32(rows), *settings)
+    return _as_sample(results, settings)
 
 
 @overload
