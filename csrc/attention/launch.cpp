@@ -144,7 +144,8 @@ int64_t rows_bytes(const PackShape& s) {
   return (s.total_q * s.num_heads * int64_t(sizeof(RowStatistics)) + 15) / 16 * 16;
 }
 
-// What only a GPU can tell to be fast. In order there is one way.
+// Chooses how dq is summed, by the variants: only measurements on a GPU tell which method is fast. Ordered mode has one
+// method.
 void choose_accumulation(const PackShape& s, BackwardMethod& method) {
   const bool kept = variant<L2Hints>() == L2Hints::kOn && !method.ordered;
   method.accumulation = kept ? DqAccumulation::kRed2Kept : DqAccumulation::kRed2;
