@@ -14,7 +14,6 @@ from illada import cli
 from illada.cli import shipped
 
 ROOT = Path(__file__).resolve().parents[2]
-needs_checkout = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs a source checkout")
 
 
 def test_arguments_of_benchmark_go_on_as_they_are(monkeypatch):
@@ -48,7 +47,6 @@ def test_an_installation_without_them_says_so(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-@needs_checkout
 def test_the_build_ships_them(tmp_path):
     """In a process that has no checkout to find them in; the native module is the one that is in use here."""
     site = tmp_path / "site"
