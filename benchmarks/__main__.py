@@ -303,10 +303,7 @@ def run(
 
 
 def execute(found: Sequence[Plan], options: argparse.Namespace, lines: list[dict[str, Any]], began: float) -> int:
-    """Run all plans into `lines`, and return 0 or the status of the signal that ended them.
-
-    That is 128 and the number of the signal.
-    """
+    """Run all plans into `lines`, and return 0, or 128 and the number of the signal that ended them."""
     from tqdm import tqdm
 
     from illada.cli.signals import Ended, as_exceptions

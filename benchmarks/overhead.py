@@ -19,7 +19,6 @@ time is of the processor, not of the clock: what this thread does for a call.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -69,8 +68,7 @@ def _loop(call: Callable[[], Any], mode: str, leaves: Sequence[Tensor]) -> Calla
     return {"no grad": without_grad, "grad": forward, "both": both}[mode]
 
 
-@functools.cache
-def _empty_op(name: str, kernel: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:
+def _empty_op(name: str, kernel: Callable[..., Tensor | tuple[Tensor, ...]]) -> Callable[..., Any]:
     """Return an op with the schema of `illada::name`, this kernel, and a derivative that keeps the results."""
     library = torch.library.Library("illada_overhead", "FRAGMENT")
     _LIBRARIES.append(library)

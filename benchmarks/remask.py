@@ -297,7 +297,7 @@ def cpu_goals(records: Sequence[dict[str, Any]]) -> list[Goal]:
 
 
 def cuda_goals(records: Sequence[dict[str, Any]]) -> list[Goal]:
-    """Return the goals that are missed.
+    """Return the goals on a GPU.
 
     In graphs: sampling at 90% of the copy bandwidth from 1024 rows on, the step in 25 us at 128 rows, the head and
     sampling in 450 us up to 128 rows. In single calls at temperature 1: 30x the published rule and 3x compile.

@@ -301,7 +301,7 @@ PEAKS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "A100": 31
 
 
 def goals(records: Sequence[dict[str, Any]]) -> list[Goal]:
-    """Return the goals that are missed.
+    """Return the goals of the device that the records are from.
 
     On a CPU 1.5 times as fast in half the memory. On a GPU no slower than the padded loop, and 8b at half of the GPU's
     peak where that is known.

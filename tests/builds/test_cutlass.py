@@ -12,14 +12,12 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from building import needs_checkout
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULE = ROOT / "cmake" / "IlladaCutlass.cmake"
 BACKEND = ROOT / "build_backend" / "illada_backend.py"
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 CMAKE = shutil.which("cmake", path=PATH)
-pytestmark = needs_checkout
 needs_cmake = pytest.mark.skipif(CMAKE is None, reason="needs cmake")
 
 PROJECT = """

@@ -6,11 +6,10 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from building import needs_checkout, needs_nvcc
+from building import needs_nvcc
 
 ROOT = Path(__file__).resolve().parents[2]
 NVCC = shutil.which(os.environ.get("CUDACXX") or "nvcc")
-pytestmark = needs_checkout
 
 
 @needs_nvcc

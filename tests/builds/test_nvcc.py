@@ -7,13 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from building import needs_checkout
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULE = ROOT / "cmake" / "IlladaNvcc.cmake"
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 CMAKE = shutil.which("cmake", path=PATH)
-pytestmark = [needs_checkout, pytest.mark.skipif(CMAKE is None, reason="needs cmake")]
+pytestmark = pytest.mark.skipif(CMAKE is None, reason="needs cmake")
 
 SCRIPT = """
 cmake_minimum_required(VERSION 3.22)

@@ -7,10 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from building import needs_checkout
 
 TOOL = Path(__file__).resolve().parents[2] / "cmake" / "ptxas.py"
-pytestmark = needs_checkout
 
 KERNEL = "_ZN6illada6remask49_GLOBAL__N__e6e554ab_16_sample_tokens_cu_ecff33fc6kernelILb0EEEvNS0_6ParamsE"
 OUTPUT = f"""\

@@ -10,10 +10,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from building import needs_checkout
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = needs_checkout
 
 # As much of setuptools as setup.py imports; `setup` says that it was reached.
 FAKE = {

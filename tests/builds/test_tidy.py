@@ -6,11 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from building import needs_checkout
 
 TOOL = Path(__file__).resolve().parents[2] / "cmake" / "tidy.py"
 CHECKS = TOOL.parent.parent / ".clang-tidy"
-pytestmark = needs_checkout
 
 
 @pytest.fixture

@@ -225,6 +225,8 @@ def test_every_public_name_loads_when_it_is_used():
         "named = {name for names in illada._MODULES.values() for name in names}\n"
         "assert named | {'__version__'} == set(illada.__all__)\n"
         "from illada import *\nassert all(name in globals() for name in illada.__all__)\n"
+        "for package in (illada.checkpoints, illada.data, illada.train):\n"
+        "    assert all(getattr(package, name).__name__ == name for name in package.__all__), package\n"
         "try:\n    illada.nothing\nexcept AttributeError as error:\n    print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from building import needs_checkout
 
 from illada import cli
 from illada.cli import shipped
@@ -48,7 +47,6 @@ def test_an_installation_without_them_says_so(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-@needs_checkout
 def test_the_build_ships_them(tmp_path):
     """In a process that has no checkout to find them in; the native module is the one that is in use here."""
     site = tmp_path / "site"

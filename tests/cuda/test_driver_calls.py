@@ -230,7 +230,6 @@ def test_maps_of_other_shapes_at_the_same_address_are_their_own(device):
         assert turn == 0 or counted["tensor_maps"] <= 5  # of the results, which are elsewhere
 
 
-@pytest.mark.skipif(not (ROOT / "csrc").exists(), reason="needs a source checkout")
 def test_maps_from_the_cache_are_those_of_the_driver(device, nvcc, tmp_path):
     """tests/cpp/tensor_maps.cu: more maps than the cache holds, from several threads, and what a hit costs."""
     program, common = tmp_path / "tensor_maps", ROOT / "csrc" / "common"

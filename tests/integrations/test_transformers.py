@@ -305,7 +305,7 @@ def test_what_was_shared_is_not_reused_for_other_masks_or_sizes(plans, generator
 )
 @pytest.mark.parametrize("packed", [False, True])
 def test_nothing_keeps_a_model_or_its_mask_alive(make, packed, monkeypatch):
-    """No cycle that waits for the garbage collector: the mask of a pass goes with the pass, the model with its name."""
+    """The mask of a pass goes with the pass, without the garbage collector; the model goes at the next collection."""
     masks, real = [], ours._shared
     monkeypatch.setattr(
         ours, "_shared", lambda *args, **named: masks.append(weakref.ref(real(*args, **named))) or masks[-1]()

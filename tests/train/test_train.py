@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from illada import cli
 from illada.checkpoints.weights import load_pretrained
+from illada.config import ModelConfig
 from illada.data.corpus import prepare
 from illada.data.dataset import TokenDataset
 from illada.files import write_text
@@ -434,8 +435,9 @@ def test_corpora_that_do_not_fit(config):
 
 
 def test_devices(config, monkeypatch):
-    def device_of(device, dtype, head_dim):
-        return loop._device(dataclasses.replace(config.train, device=device, dtype=dtype), head_dim).type
+    def device_of(device, dtype, head_dim, heads=2):
+        model = ModelConfig.preset("tiny", head_dim=head_dim, num_attention_heads=heads, num_key_value_heads=1)
+        return loop._device(dataclasses.replace(config.train, device=device, dtype=dtype), model).type
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert device_of("auto", "bfloat16", 64) == "cpu"
@@ -454,13 +456,16 @@ def test_devices(config, monkeypatch):
         device_of("cuda", "bfloat16", 64)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(
-        capabilities, "_attention_refusal", lambda heads, kv_heads, head_dim, _: None if head_dim >= 64 else "no kernel"
+        capabilities,
+        "_attention_refusal",
+        lambda heads, kv_heads, head_dim, _: None if head_dim >= 64 and heads <= 64 * kv_heads else "no kernel",
     )
     assert device_of("cuda", "bfloat16", 128) == device_of("auto", "bfloat16", 64) == "cuda"
     assert (
         device_of("cpu", "bfloat16", 64)
         == device_of("auto", "float32", 64)
         == device_of("auto", "bfloat16", 8)
+        == device_of("auto", "bfloat16", 64, heads=128)
         == "cpu"
     )
     for dtype, head_dim, why in (

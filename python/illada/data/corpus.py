@@ -1,4 +1,4 @@
-"""Corpora: from text to memory-mapped token files, and back as windows of tokens.
+"""Preparation of a corpus: the documents of a source become files of tokens.
 
 A prepared corpus is a folder:
 

@@ -1,8 +1,7 @@
-"""The sources of a corpus's text, and a temporary file that holds the text.
+"""The sources of a corpus's text.
 
-Memory does not grow with the text.
-
-A document is an iterator of pieces of text, since a single one may be as large as a machine's memory.
+Memory does not grow with the text. A document is an iterator of pieces of text, since a single one may be as large as
+a machine's memory.
 """
 
 from __future__ import annotations

@@ -234,7 +234,7 @@ class IlladaLM(LM):
         return self.tokenizer.encode_prompt(prompt, prefix=self._prefix)
 
     def _fit(self, context: list[int], more: int) -> list[int] | None:
-        """Return the end of the context, after bos, that the model has room for beside `more` tokens.
+        """Return as much of the context, its bos and its end, as the model has room for beside `more` tokens.
 
         None: it has no room for those alone.
         """

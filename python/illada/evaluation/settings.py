@@ -161,9 +161,9 @@ class EvaluationSettings:
 
 
 def _option(name: str, value: Any) -> Any:
-    """Return a generator's option as it is typed.
+    """Return the value of a generator's option from what was typed.
 
-    1.0 is 1; ids are one number, or several joined by colons.
+    1 may stand for 1.0; ids are one number, or several joined by colons.
     """
     default = getattr(GenerationConfig, name)
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):

@@ -68,7 +68,7 @@ class Reader:
     def _settled_tokens(self) -> list[int]:
         """Return the tokens that are final.
 
-        They reach to the sequence's end; in mode "infill" to the next block's mask.
+        They reach to what ends the sequence; in mode "infill" to the next block's first mask.
         """
         request = self.request
         if not self.infills:

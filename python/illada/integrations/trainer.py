@@ -282,7 +282,7 @@ class MaskedDiffusionTrainer(Trainer):
     def _refuse_parallel(self) -> None:
         """Raise NotImplementedError where a model is split so that the loss is wrong.
 
-        FSDP2 is prepared for it.
+        FSDP2 is allowed, and is kept from rounding the loss.
         """
         for name, kind in {"tp": "tensor", "cp": "context", "sp": "sequence"}.items():
             if (size := getattr(self, f"get_{name}_size", lambda: 1)()) > 1:
@@ -330,14 +330,15 @@ class MaskedDiffusionTrainer(Trainer):
     # ------------------------------------------------------------------------------------------------------- training
 
     def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        """Return `Trainer`'s loader, whose batches say on the host which tokens are learned.
+        """Return `Trainer`'s loader, whose batches have `_COUNTED`.
 
-        They say so before they are sent to the device.
-
-        A method of `Trainer` that is not public: without it rows are found as those of a batch without the entry.
+        The host finds it before the batch is sent to the device. `Trainer` does not publish this method: should it go,
+        batches lack the entry, and the device finds what is learned.
         """
         collator, dispatched = self.data_collator, self.accelerator.dispatch_batches
-        if isinstance(dataset, IterableDataset) if dispatched is None else dispatched:
+        if dispatched is None:
+            dispatched = isinstance(dataset, IterableDataset)
+        if dispatched:
             return super()._get_dataloader(dataset, *args, **kwargs)  # one process sends batches to all: tensors alone
         self.data_collator = functools.partial(_collate, collator)
         try:
@@ -465,7 +466,7 @@ class MaskedDiffusionTrainer(Trainer):
 
 
 def _filled(row: dict[str, Any]) -> dict[str, Any]:
-    """Add labels and attention_mask where the row has none.
+    """Return the row with labels and attention_mask, also where it has none.
 
     Then all its tokens are learned, and none is hidden.
     """
@@ -475,7 +476,7 @@ def _filled(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _column(values: Any) -> Tensor:
-    """Return a row without tokens, of which torch would make float32, is int64 like the others."""
+    """Return a row's values as a tensor: int64 also without tokens, where torch would make it float32."""
     return torch.as_tensor(values) if len(values) else torch.zeros(0, dtype=torch.int64)
 
 
@@ -486,7 +487,7 @@ _OURS = ("labels", "lengths", "first_sample", _COUNTED)
 
 
 def _collate(collator: Callable[[Any], Any], rows: Any) -> dict[str, Any]:
-    """Return a batch of `collator`, with `_COUNTED` where it is on the CPU yet."""
+    """Return a batch of `collator` with `_COUNTED`, which is None for a batch that is on a device already."""
     batch = dict(collator(rows))
     return batch | {_COUNTED: _counted_on_host(batch)}
 

@@ -56,7 +56,7 @@ def attention_mask(
 ) -> Tensor | None:
     """Return what `transformers` hands to every layer: the padding mask, bool [B, L]; compiled and without one, None.
 
-    The layers keep on this tensor what they share: see `_Lengths`.
+    The layers keep on this tensor what they share: see `_Shared`.
 
     Raises:
         NotImplementedError: a pattern that is not bidirectional (causal, sliding window, packed by position_ids).
@@ -151,9 +151,9 @@ _Lengths = tuple[Tensor, Tensor | None, Tensor | None, AttentionPlan]
 
 
 class _Shared:
-    """A table of lengths and plans by what they were made from.
+    """What the layers of a forward pass share: lengths and plans, by what they were made from.
 
-    The first layer makes it, and it is kept on the mask as long as that lives.
+    `attention_mask` puts it on the mask, with which it goes; the first layer fills it.
 
     version: of the mask when it was looked at; one that was written to since is looked at anew.
     """

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from illada.batch import Batch
+from illada.config import ModelConfig
 from illada.data.dataset import TokenDataset
 from illada.diffusion import make_batch, make_validation_batch, window_of_sample
 from illada.files import locked, remove_stale, write_text
@@ -98,7 +99,7 @@ def _train(
 ) -> TrainResult:
     num_windows, window = corpus.num_windows(config.data.window), config.data.window
     model_config = config.model_config(corpus.header)
-    device = _device(config.train, model_config.head_size)
+    device = _device(config.train, model_config)
     model = MaskedDiffusionModel(model_config, seed=config.train.seed, device=device)
     model.activation_checkpointing = config.train.activation_checkpointing
     optimizer = _optimizer(model, config)
@@ -354,12 +355,15 @@ def _optimizer(model: MaskedDiffusionModel, config: TrainConfig) -> torch.optim.
     return optimizer
 
 
-def _device(run: RunConfig, head_dim: int) -> torch.device:
+def _device(run: RunConfig, model: ModelConfig) -> torch.device:
     """Return the device of a run.
 
     "auto" is a GPU where there is one whose kernels can compute the run, else the CPU.
     """
-    missing = why_not("varlen_attention", "cuda", getattr(torch, run.dtype), head_dim=head_dim)
+    missing = why_not(
+        "varlen_attention", "cuda", getattr(torch, run.dtype), head_dim=model.head_size,
+        num_heads=model.num_attention_heads, num_kv_heads=model.num_key_value_heads,
+    )  # fmt: skip
     if run.device == "cuda" and missing:
         raise ValueError(f"train.device is cuda, but {missing}")
     return torch.device("cpu" if run.device == "cpu" or missing else "cuda")

@@ -6,3 +6,6 @@ Importing it registers the models "illada" and "illada_dist" there; see `illada.
 from illada.evaluation.lm_eval import IlladaLM, PublishedIlladaLM, main
 
 __all__ = ["IlladaLM", "PublishedIlladaLM", "main"]
+
+if __name__ == "__main__":
+    main()
