@@ -2,7 +2,7 @@
 
     CUSIM=/path/to/cusim python .ci/counters.py     (a Python with a CUDA build of torch and the `sim` build of illada)
 
-Fails where a promise of docs/design-remask.md, docs/design-attention.md or docs/design-loss.md is broken.
+Fails where a promise of a page in docs/kernels is broken.
 """
 
 import json

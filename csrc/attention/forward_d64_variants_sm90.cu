@@ -1,4 +1,4 @@
-// Tiles of head dim 64 that only a measurement can choose; see docs/design-attention.md.
+// Tiles of head dim 64 that only a measurement can choose; see docs/notebook/attention.md.
 #include "attention/forward_sm90.cuh"
 
 namespace illada::attention {

@@ -32,7 +32,7 @@
 // An item with k keys takes 4 * rows * k * D flop and reads 4 k D bytes of keys and values. At the tensor cores' peak,
 // 128 rows need 32 bytes per clock and SM from the L2 cache, which gives about 24. Pairs of CTAs (clusters) with
 // neighbouring tiles of the same head therefore load each tile of keys once, half each, for both. The tensor cores then
-// bound the kernel; see docs/design-attention.md.
+// bound the kernel; see docs/kernels/attention-forward.md.
 #pragma once
 
 #include <cuda.h>

@@ -32,7 +32,7 @@ PAGES = [
     "README.md",
     "CONTRIBUTING.md",
     "CHANGELOG.md",
-    *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")),
+    *sorted(page.relative_to(ROOT).as_posix() for page in (ROOT / "docs").rglob("*.md")),
 ]
 PROGRAMS = r"(?:[A-Z_]+=\S+ +)*(?:illada|python|make|pip|cmake|bash) "
 #: Commands that no test here runs, by what they begin with: why.
