@@ -127,7 +127,7 @@ def split_fault(kernel: Kernel) -> str | None:
 def short_name(demangled: str) -> str:
     """Return a kernel's name without namespaces, return type and parameters.
 
-    `void illada::remask::(anonymous namespace)::k<illada::Half, (int)4>(illada::P)` -> `k<Half,4>`.
+    `void illada::sampling::(anonymous namespace)::k<illada::Half, (int)4>(illada::P)` -> `k<Half,4>`.
     """
     name = demangled.replace("(anonymous namespace)::", "")
     name = re.sub(r"\([A-Za-z][\w: ]*\)(?=-?[\d'])", "", name)  # the type of a template argument: (int)4
@@ -382,8 +382,8 @@ def main(arguments: list[str] | None = None) -> int:
         epilog="examples:\n"
         "  make ptxas                                      all files, all archs\n"
         "  make ptxas UPDATE=1                             and write what they use into the budget\n"
-        "  python3 cmake/ptxas.py remask --arch 90a        while working on a kernel: csrc/remask on one arch\n"
-        "  python3 cmake/ptxas.py remask --arch 80 -- -DX  with a flag of nvcc",
+        "  python3 cmake/ptxas.py sampling --arch 90a      while working on a kernel: csrc/sampling on one arch\n"
+        "  python3 cmake/ptxas.py sampling --arch 80 -- -DX  with a flag of nvcc",
     )
     parser.add_argument("pattern", nargs="?", default="", help="only files whose path contains this")
     parser.add_argument(

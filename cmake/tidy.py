@@ -114,7 +114,7 @@ def sources(has_cuda: bool) -> list[Path]:
     """Return the sources that a build compiles, those that take longest first."""
     files = [f for f in (ROOT / "csrc").rglob("*.c*") if f.suffix in (".cpp", ".cu") and not REPEATED.search(f.name)]
     host = {"cpu", "bindings"}
-    files = [f for f in files if has_cuda or f.parent.name in host]
+    files = [f for f in files if has_cuda or f.parent.name in host or f.name == "build_info.cpp"]
     return sorted(files, key=lambda f: (f.suffix != ".cu", "linear" not in f.name, "sm90" not in f.name, f))
 
 

@@ -1,4 +1,4 @@
-"""From nothing to text on a CPU: prepare the standard library's functions, train the tiny model, generate.
+"""The demo on a CPU: prepare the standard library's functions, train the tiny model, generate text.
 
     python examples/demo.py --out runs/demo
 
@@ -31,7 +31,7 @@ LONGEST = 1000  # characters of a function: a training window holds about 330
 
 
 def functions() -> Iterator[str]:
-    """Functions and methods of the standard library, each once, as `ast.unparse` writes them and without docstring.
+    """Yield the standard library's functions and methods, each once, as `ast.unparse` writes them without docstrings.
 
     Without comments and in one style, the text is regular enough for a model of a million parameters.
     """
@@ -52,7 +52,7 @@ def functions() -> Iterator[str]:
 
 
 def outermost(node: ast.AST) -> Iterator[ast.FunctionDef]:
-    """Functions in no other function: one whose text is in another's could be held out and trained on."""
+    """Yield functions that are in no other one, because the text of an inner one could be held out and trained on."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.FunctionDef):
             yield child

@@ -479,7 +479,7 @@ py::object sample_tokens(py::handle logits, double temperature, int64_t seed, in
     const NewTensor logprob = new_tensor({rows}, torch.float32);
     const NewTensor entropy = new_tensor({want_entropy ? rows : 0}, torch.float32);
     const NewTensor margin = new_tensor({want_margin ? rows : 0}, torch.float32);
-    remask::SampleTokensParams p;
+    sampling::SampleTokensParams p;
     p.logits = x->data<const void>();
     p.logits_row_stride = x->stride(0);
     p.num_rows = rows;
@@ -488,7 +488,7 @@ py::object sample_tokens(py::handle logits, double temperature, int64_t seed, in
     p.temperature = float(temperature);
     p.seed = seed;
     p.step = int32_t(step);
-    p.measure = remask::Measure(measure);
+    p.measure = sampling::Measure(measure);
     p.top_k = int32_t(top_k);
     p.top_p = float(top_p);
     p.confidence_at_temperature = confidence_at_temperature;
@@ -500,7 +500,7 @@ py::object sample_tokens(py::handle logits, double temperature, int64_t seed, in
     p.num_threads = num_threads();
     {
       py::gil_scoped_release release;
-      remask::sample_tokens_cpu(p);
+      sampling::sample_tokens_cpu(p);
     }
     return py::make_tuple(token.tensor, confidence.tensor, logprob.tensor, entropy.tensor, margin.tensor);
   });

@@ -35,5 +35,6 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   illada::bindings::define_cpu_calls(m);
   illada::bindings::define_device(m);
   illada::bindings::define_loss(m);
+  illada::bindings::define_remask(m);
   illada::bindings::define_sampling(m);
 }

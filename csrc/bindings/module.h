@@ -11,6 +11,7 @@ void define_attention(pybind11::module_& m);
 void define_cpu_calls(pybind11::module_& m);  // functions of tensors, in a submodule
 void define_device(pybind11::module_& m);
 void define_loss(pybind11::module_& m);
+void define_remask(pybind11::module_& m);
 void define_sampling(pybind11::module_& m);
 
 #if defined(ILLADA_WITH_CUDA)

@@ -1,9 +1,9 @@
-// Bindings of sampling and remasking: csrc/include/illada/remask.h.
+// Bindings of sampling: csrc/include/illada/sampling.h.
+#include "illada/sampling.h"
 #include "bindings/fields.h"
 #include "bindings/module.h"
-#include "illada/remask.h"
 #if defined(ILLADA_WITH_CUDA)
-#include "remask/launch.h"
+#include "sampling/launch.h"
 #endif
 
 namespace illada::bindings {
@@ -27,17 +27,8 @@ int32_t read_step(PyObject* value) {
   return static_cast<int32_t>(step);
 }
 
-constexpr Field<remask::SampleTokensParams> kSampleFields[] = {
+constexpr Field<sampling::SampleTokensParams> kSampleFields[] = {
     FIELD(logits), FIELD(logits_row_stride), SAMPLE_FIELDS(params), FIELD(num_threads), WORKSPACE_FIELD,
-};
-
-constexpr Field<remask::RemaskParams> kRemaskFields[] = {
-    FIELD(tokens),      FIELD(tokens_are_int64), FIELD(num_tokens),    FIELD(rows),
-    FIELD(cu_rows),     FIELD(num_rows),         FIELD(num_sequences), FIELD(token),
-    FIELD(confidence),  FIELD(entropy),          FIELD(rule),          FIELD(limit),
-    FIELD(limits),      FIELD(mask_id),          FIELD(min_commit),    FIELD(end_ids),
-    FIELD(num_end_ids), FIELD(committed),        FIELD(remaining),     FIELD(finished),
-    FIELD(ended),       FIELD(launch),
 };
 
 #if defined(ILLADA_WITH_CUDA)
@@ -57,10 +48,10 @@ constexpr Field<SampleWorkspaceParams> kSampleWorkspaceFields[] = {
 };
 
 int64_t sample_workspace(const SampleWorkspaceParams& p) {
-  return remask::sample_tokens_workspace(p.num_rows, p.vocab_size, p.launch.device, p.filtered);
+  return sampling::sample_tokens_workspace(p.num_rows, p.vocab_size, p.launch.device, p.filtered);
 }
 
-constexpr Field<remask::LinearSampleTokensParams> kLinearSampleFields[] = {
+constexpr Field<sampling::LinearSampleTokensParams> kLinearSampleFields[] = {
     FIELD(hidden),
     FIELD(hidden_row_stride),
     FIELD(num_tokens),
@@ -88,11 +79,11 @@ constexpr Field<HeadPlanParams> kHeadPlanFields[] = {FIELD(num_rows), FIELD(voca
 // cluster, vocab ranges, slices of 32 ids per range, tasks). A task is (CTA, row tile, range, its tiles,
 // tiles of its neighbour). The range of a task without tiles is one past the last.
 py::tuple head_plan(const HeadPlanParams& p) {
-  const remask::HeadPlan plan = remask::plan_head(p.num_rows, p.vocab_size, p.sm_count);
+  const sampling::HeadPlan plan = sampling::plan_head(p.num_rows, p.vocab_size, p.sm_count);
   py::list tasks;
   for (int work_item = 0; work_item < plan.work_items(); ++work_item) {
     for (int rank = 0; rank < plan.cluster; ++rank) {
-      const remask::HeadTask task = plan.task(work_item, rank);
+      const sampling::HeadTask task = plan.task(work_item, rank);
       tasks.append(py::make_tuple(work_item % plan.clusters * plan.cluster + rank, task.row_tile, task.vocab_range,
                                   task.vocab_range < plan.vocab_ranges ? plan.range_tiles(task.vocab_range) : 0,
                                   task.tiles));
@@ -105,14 +96,13 @@ py::tuple head_plan(const HeadPlanParams& p) {
 }  // namespace
 
 void define_sampling(py::module_& m) {
-  Function<kSampleFields, run<remask::sample_tokens_cpu, remask::sample_tokens_cuda,
-                              remask::SampleTokensParams>>::define(m, "sample_tokens");
-  Function<kRemaskFields, run<remask::remask_cpu, remask::remask_cuda, remask::RemaskParams>>::define(m, "remask");
+  Function<kSampleFields, run<sampling::sample_tokens_cpu, sampling::sample_tokens_cuda,
+                              sampling::SampleTokensParams>>::define(m, "sample_tokens");
 #if defined(ILLADA_WITH_CUDA)
   Function<kSampleWorkspaceFields, sample_workspace>::define(m, "sample_tokens_workspace");
-  Function<kLinearSampleFields, run_cuda<remask::linear_sample_tokens_cuda, remask::LinearSampleTokensParams>>::define(
-      m, "linear_sample_tokens");
-  Function<kLinearSampleFields, remask::linear_sample_tokens_workspace>::define(m, "linear_sample_tokens_workspace");
+  Function<kLinearSampleFields, run_cuda<sampling::linear_sample_tokens_cuda,
+                                         sampling::LinearSampleTokensParams>>::define(m, "linear_sample_tokens");
+  Function<kLinearSampleFields, sampling::linear_sample_tokens_workspace>::define(m, "linear_sample_tokens_workspace");
   Function<kHeadPlanFields, head_plan>::define(m, "head_plan");
 #endif
 }

@@ -1,4 +1,4 @@
-// Filters top_k and top_p of one row; see illada/remask.h.
+// Filters top_k and top_p of one row; see illada/sampling.h.
 #pragma once
 
 #include "cpu/row_kernels.h"

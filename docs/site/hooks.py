@@ -1,4 +1,4 @@
-"""Makes the pages of the repository fit MkDocs, without a change of the pages.
+"""Hooks of MkDocs that adapt the pages of the repository, which stay as they are.
 
 - README, CONTRIBUTING and CHANGELOG become pages.
 - Links between pages and files are those of the repository. One to a page stays a link, one to another file becomes

@@ -12,11 +12,11 @@ int main() {
   std::vector<float> confidence(kRows), logprob(kRows);
   std::vector<int32_t> rows{0, 1, 2, 3}, cu_rows{0, kRows}, committed(1);
 
-  illada::remask::SampleTokensParams sample;
+  illada::sampling::SampleTokensParams sample;
   sample.logits = logits.data(), sample.logits_row_stride = kVocab;
   sample.num_rows = kRows, sample.vocab_size = kVocab;
   sample.token = sampled.data(), sample.confidence = confidence.data(), sample.logprob = logprob.data();
-  illada::remask::sample_tokens_cpu(sample);
+  illada::sampling::sample_tokens_cpu(sample);
 
   illada::remask::RemaskParams remask;
   remask.tokens = tokens.data(), remask.num_tokens = kRows;

@@ -1,4 +1,4 @@
-"""A training loop of accelerate on a transformers model that `patch` makes a masked diffusion model.
+"""A training loop of accelerate, with a transformers model that `patch` makes a masked diffusion model.
 
     torchrun --nproc-per-node 2 examples/embedding/accelerate_style.py
 

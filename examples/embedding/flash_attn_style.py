@@ -1,4 +1,4 @@
-"""A model that calls flash-attn runs on this library: one import is exchanged.
+"""A model that calls flash-attn, run on this library: one import is exchanged.
 
 python examples/embedding/flash_attn_style.py
 """

@@ -1,4 +1,4 @@
-"""What the recipes beside this file share: a small model as people write them, unequal batches, the step to expect."""
+"""Shared parts of the recipes beside this file: a small model, batches of unequal sizes, and the expected step."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class Decoder(nn.Module):
-    """Embedding, layers, norm and head under torchtitan's names; `_skip_lm_head` leaves the last away."""
+    """A small Transformer under torchtitan's names; `_skip_lm_head` leaves out the head."""
 
     _skip_lm_head = False
 
@@ -53,7 +53,7 @@ class Decoder(nn.Module):
 
 
 def small_qwen() -> nn.Module:
-    """Of transformers, bidirectional by its config: what `patch` is compared with."""
+    """Return a small Qwen2 of transformers, which its config makes bidirectional, to compare `patch` with."""
     from transformers import AutoModelForCausalLM, Qwen2Config
 
     torch.manual_seed(0)
@@ -76,7 +76,7 @@ def batches(rank: int = RANK) -> list[tuple[Tensor, Tensor]]:
 
 
 def count(labels: list[Tensor]) -> Tensor:
-    """How many labels all processes have in this step."""
+    """Return the number of labels that all processes have in this step."""
     number = sum((x != IGNORE).sum() for x in labels)
     if dist.is_initialized():
         dist.all_reduce(number)
@@ -94,7 +94,7 @@ def expected(model: nn.Module, logits_of) -> dict[str, Tensor]:
 
 
 def compare(model: nn.Module, want: dict[str, Tensor]) -> None:
-    """AssertionError unless the step went where it should."""
+    """Raise AssertionError unless the parameters are those of the expected step."""
     for name, parameter in model.named_parameters():
         got = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
         torch.testing.assert_close(got.detach(), want[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")

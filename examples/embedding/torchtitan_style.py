@@ -1,4 +1,4 @@
-"""torchtitan's loss protocol on a decoder that FSDP2 shards as torchtitan does: the call of its loss is exchanged.
+"""A decoder under torchtitan's loss protocol, sharded by FSDP2: only the call of its loss is exchanged.
 
     torchrun --nproc-per-node 2 examples/embedding/torchtitan_style.py
 
@@ -21,7 +21,7 @@ try:
 except ImportError:
 
     class ChunkedLossWrapper:
-        """What the trainer asks of it."""
+        """The part of torchtitan's loss that the trainer uses."""
 
         def set_lm_head(self, lm_head):
             self.lm_head = lm_head

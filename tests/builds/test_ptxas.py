@@ -100,7 +100,7 @@ def test_parse_keeps_what_ptxas_did_to_wgmma(ptxas):
     "demangled,short",
     [
         (
-            "void illada::remask::(anonymous namespace)::k<illada::Half, false>(illada::remask::Params, int)",
+            "void illada::sampling::(anonymous namespace)::k<illada::Half, false>(illada::sampling::Params, int)",
             "k<Half,false>",
         ),
         ("void illada::k<(int)128, -3, (bool)1>(float*)", "k<128,-3,1>"),
@@ -115,8 +115,8 @@ def test_short_name(ptxas, demangled, short):
 
 
 def test_files_of_wgmma_kernels_have_one_arch(ptxas):
-    assert ptxas.archs_of("csrc/remask/linear_sample_tokens_sm90.cu", ["80", "90a", "120"]) == ["90a"]
-    assert ptxas.archs_of("csrc/remask/sample_tokens.cu", ["80", "90a", "120"]) == ["80", "90a", "120"]
+    assert ptxas.archs_of("csrc/sampling/linear_sample_tokens_sm90.cu", ["80", "90a", "120"]) == ["90a"]
+    assert ptxas.archs_of("csrc/sampling/sample_tokens.cu", ["80", "90a", "120"]) == ["80", "90a", "120"]
 
 
 def test_spills_and_stack_are_faults_whatever_the_budget(ptxas):

@@ -1,4 +1,4 @@
-// The GEMM of remask/head_gemm_sm90.cuh while one warp of the warpgroup that skips its rows comes late: see
+// The GEMM of sampling/head_gemm_sm90.cuh while one warp of the warpgroup that skips its rows comes late: see
 // tests/cuda/test_cpp.py. Prints what a sum of 512 ones is, with and without a cluster.
 #include <cuda_runtime.h>
 
@@ -6,14 +6,14 @@
 
 #include "common/device.h"
 #include "illada/illada.h"
-#include "remask/head_gemm_sm90.cuh"
+#include "sampling/head_gemm_sm90.cuh"
 
 illada::BuildInfo illada::build_info() { return {}; }  // named by an error message that does not come up here
 
 namespace {
 
-using Gemm = illada::remask::HeadGemm<illada::BFloat16>;
-constexpr int kSlices = illada::remask::HeadPlan::kTileSlices;
+using Gemm = illada::sampling::HeadGemm<illada::BFloat16>;
+constexpr int kSlices = illada::sampling::HeadPlan::kTileSlices;
 // Each stage is filled twice, and not a third time: who has missed both phases waits for ever.
 constexpr int kSteps = 2 * Gemm::Pipeline::Stages, kColumns = kSteps * Gemm::kTileK;
 constexpr long long kLate = 200000000;  // clocks
@@ -58,7 +58,7 @@ void run(int cluster, const uint16_t* ones, float* sums) {
   shape.cluster = cluster;
   illada::launch_kernel("test", illada::device("test", 0), nullptr, shape, multiply_with_a_late_warp,
                         illada::mainloop_params<Gemm::Mainloop>("test", rows(Gemm::kTileM), rows(Gemm::kTileN)),
-                        illada::tensor_map_k128("test", rows(Gemm::kTileN), illada::remask::HeadPlan::kSliceIds),
+                        illada::tensor_map_k128("test", rows(Gemm::kTileN), illada::sampling::HeadPlan::kSliceIds),
                         cluster, sums);
   ILLADA_CUDA_CHECK("test", cudaDeviceSynchronize(), "waiting");
   float on_host[2];

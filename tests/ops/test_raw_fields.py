@@ -29,11 +29,8 @@ PARAMS = {
         "WeightedSumParams": "weighted_sum",
         "ScaleParams": "scale",
     },
-    "remask.h": {
-        "SampleTokensParams": "sample_tokens",
-        "LinearSampleTokensParams": "linear_sample_tokens",
-        "RemaskParams": "remask",
-    },
+    "remask.h": {"RemaskParams": "remask"},
+    "sampling.h": {"SampleTokensParams": "sample_tokens", "LinearSampleTokensParams": "linear_sample_tokens"},
 }
 CASES = [(header, struct, name) for header, structs in PARAMS.items() for struct, name in structs.items()]
 

@@ -11,6 +11,7 @@
 #include "illada/linear_loss.h"
 #include "illada/loss.h"
 #include "illada/remask.h"
+#include "illada/sampling.h"
 #include "illada/variants.h"
 
 namespace illada {

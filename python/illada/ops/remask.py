@@ -12,7 +12,7 @@ in the batch. `illada.ops.reference.remask` has the formulas of the commit rules
 | device          | logits                     | tokens       | kernels                                               |
 |-----------------|----------------------------|--------------|-------------------------------------------------------|
 | CPU             | float32, bfloat16          | int64, int32 | csrc/cpu: AVX-512, AVX2 or baseline, as the CPU has   |
-| sm_80 and newer | float32, bfloat16, float16 | int64, int32 | csrc/remask; the head by torch.mm on chunks of rows   |
+| sm_80 and newer | float32, bfloat16, float16 | int64, int32 | csrc/sampling, remask; head by torch.mm on row chunks |
 | sm_90a          | the same                   | the same     | the head fused, for 16 bit without filters: logits    |
 |                 |                            |              | are never written                                     |
 """

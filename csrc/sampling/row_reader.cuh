@@ -2,9 +2,9 @@
 #pragma once
 
 #include "common/dtype.cuh"
-#include "remask/row_sample.cuh"
+#include "sampling/row_sample.cuh"
 
-namespace illada::remask {
+namespace illada::sampling {
 
 // Reads a row by whole vectors of kVector ids. The up to seven ids after the last vector are read by `single`.
 //
@@ -66,4 +66,4 @@ struct RowReader {
   }
 };
 
-}  // namespace illada::remask
+}  // namespace illada::sampling

@@ -19,12 +19,12 @@
 
 #include "common/dependent_launch.h"
 #include "common/tensor_map.h"
-#include "remask/head_gemm_sm90.cuh"
-#include "remask/head_tile.cuh"
-#include "remask/launch.h"
-#include "remask/row_sample.cuh"
+#include "sampling/head_gemm_sm90.cuh"
+#include "sampling/head_tile.cuh"
+#include "sampling/launch.h"
+#include "sampling/row_sample.cuh"
 
-namespace illada::remask {
+namespace illada::sampling {
 namespace {
 
 constexpr int kSlice = HeadPlan::kSliceIds;
@@ -182,4 +182,4 @@ void launch_linear_sample_tokens_sm90(const LinearSampleTokensParams& p, const D
   p.sample.dtype == DType::kBFloat16 ? launch<BFloat16>(p, device, plan) : launch<Half>(p, device, plan);
 }
 
-}  // namespace illada::remask
+}  // namespace illada::sampling

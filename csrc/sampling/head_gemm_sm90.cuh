@@ -2,9 +2,9 @@
 #pragma once
 
 #include "common/gemm_mainloop.cuh"
-#include "remask/launch.h"
+#include "sampling/launch.h"
 
-namespace illada::remask {
+namespace illada::sampling {
 
 // GEMM with a producer of our own on CUTLASS's pipeline and layouts. CUTLASS's `load` brings whole tiles of b for a
 // cluster size that is known at compile time. That does not fit here, for three reasons:
@@ -77,4 +77,4 @@ class HeadGemm : public Gemm<GemmMainloop<cutlass::arch::Sm90, T, KMajor, KMajor
   int cluster_, rank_;
 };
 
-}  // namespace illada::remask
+}  // namespace illada::sampling

@@ -4,9 +4,9 @@
 
 #include <cfloat>
 
-#include "remask/row_sample.cuh"
+#include "sampling/row_sample.cuh"
 
-namespace illada::remask {
+namespace illada::sampling {
 
 template <bool kWantExtras>
 struct RowPairState {
@@ -203,4 +203,4 @@ struct RowPairState {
   }
 };
 
-}  // namespace illada::remask
+}  // namespace illada::sampling

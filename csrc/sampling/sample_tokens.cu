@@ -14,11 +14,11 @@
 #include "common/dependent_launch.h"
 #include "common/dtype.cuh"
 #include "common/ptx.cuh"
-#include "remask/launch.h"
-#include "remask/row_reader.cuh"
-#include "remask/row_sample.cuh"
+#include "sampling/launch.h"
+#include "sampling/row_reader.cuh"
+#include "sampling/row_sample.cuh"
 
-namespace illada::remask {
+namespace illada::sampling {
 namespace {
 
 constexpr int kWarps = kSampleWarps, kThreads = 32 * kWarps;
@@ -431,4 +431,4 @@ void launch_sample_tokens_combine(const SampleTokensParams& p, const Device& dev
                 records);
 }
 
-}  // namespace illada::remask
+}  // namespace illada::sampling

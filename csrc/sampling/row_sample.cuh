@@ -16,10 +16,10 @@
 #include "common/online_softmax.cuh"
 #include "common/philox.h"
 #include "common/reduce.cuh"
-#include "illada/remask.h"
-#include "remask/launch.h"
+#include "illada/sampling.h"
+#include "sampling/launch.h"
 
-namespace illada::remask {
+namespace illada::sampling {
 
 constexpr int kVector = 8;  // neighbours that are tested together: two Philox blocks
 
@@ -261,4 +261,4 @@ __device__ __forceinline__ void write_row(const SampleTokensParams& p, int64_t r
   if (p.margin) p.margin[row] = margin;
 }
 
-}  // namespace illada::remask
+}  // namespace illada::sampling

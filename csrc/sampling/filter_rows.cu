@@ -14,11 +14,11 @@
 
 #include "common/dependent_launch.h"
 #include "common/dtype.cuh"
-#include "remask/launch.h"
-#include "remask/row_reader.cuh"
-#include "remask/row_sample.cuh"
+#include "sampling/launch.h"
+#include "sampling/row_reader.cuh"
+#include "sampling/row_sample.cuh"
 
-namespace illada::remask {
+namespace illada::sampling {
 namespace {
 
 constexpr int kThreads = 1024, kWarps = kThreads / 32;
@@ -332,4 +332,4 @@ void launch_sample_filters(const SampleTokensParams& p, const Device& device, Ro
   dispatch_dtype(p.dtype, [&](auto element) { launch<decltype(element)>(p, device, cuts); });
 }
 
-}  // namespace illada::remask
+}  // namespace illada::sampling
