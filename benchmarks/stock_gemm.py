@@ -1,6 +1,7 @@
 """Predictions for CUTLASS's own GEMM kernels on the product of the fused head's logits.
 
-docs/notebook/cutlass.md has ours beside them. It takes nvcc, CUTLASS's headers (as `make ptxas` finds them) and the simulator:
+docs/notebook/cutlass.md has ours beside them. It takes nvcc, CUTLASS's headers (as `make ptxas` finds them) and the
+simulator:
 
     CUSIM=/path/to/cusim python -m benchmarks.stock_gemm [--only ping-pong]
 

@@ -102,3 +102,12 @@ def test_the_readme_is_short():
 def test_the_citation_has_the_version_of_the_package():
     version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
     assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+
+
+def test_the_kernels_pages_name_files_that_exist():
+    names = {path.name for folder in ("csrc", "python", "tests", ".ci") for path in (ROOT / folder).rglob("*.*")}
+    for page in (ROOT / "docs/kernels").glob("*.md"):
+        text = page.read_text(encoding="utf-8")
+        named = {name for name in re.findall(r"`(?:[\w./-]+/)?(\w+\.(?:cuh?|h|cpp|py))`", text)}
+        assert named or page.name == "index.md", page.name
+        assert not named - names, page.name
