@@ -26,7 +26,7 @@ def generator() -> torch.Generator:
 
 @pytest.fixture
 def remote_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What transformers copies and imports of a checkpoint's own code stays in tmp_path, and is forgotten."""
+    """Keep what transformers copies and imports of a checkpoint's own code in tmp_path, and forget it afterwards."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     # Another folder of such code, which an earlier test may have added, would be searched first.
     monkeypatch.setattr(sys, "path", [p for p in sys.path if not Path(p, "transformers_modules").is_dir()])
@@ -42,7 +42,7 @@ def _forget(package: str) -> None:
 
 @pytest.fixture(scope="session")
 def ptxas() -> Iterator[ModuleType]:
-    """cmake/ptxas.py, which is no part of a package."""
+    """Return cmake/ptxas.py as a module; it is no part of a package."""
     spec = importlib.util.spec_from_file_location("illada_ptxas", ROOT / "cmake" / "ptxas.py")
     sys.modules["illada_ptxas"] = module = importlib.util.module_from_spec(spec)  # dataclasses look there
     spec.loader.exec_module(module)

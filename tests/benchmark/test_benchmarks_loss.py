@@ -179,7 +179,7 @@ def test_a_wrong_provider_shows():
 
 
 def run(providers):
-    """Records of a tiny case by provider."""
+    """Return the records of a tiny case by provider."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loss, "PROVIDERS", providers)
         return {r["provider"]: r for r in runner.run("loss", [loss.make_case(job())], repeats=1)}

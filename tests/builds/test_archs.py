@@ -41,7 +41,7 @@ message(STATUS "chosen: ${chosen}")
 
 
 class Run:
-    """`cmake -P` with a toolkit and a list; `lines` is what it says, each sentence in one line."""
+    """The result of `cmake -P` with a toolkit and a list; `lines` is what it says, each sentence in one line."""
 
     def __init__(self, folder: Path, version="13.0", wanted="", gpus=(), listed=None, nvcc_fails=False, **settings):
         listed = LISTED[version].split() if listed is None else listed

@@ -29,7 +29,7 @@ def headers(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def configure(tmp_path, headers):
-    """Configures the C++ library; with Ninja, where it is there, unless a generator is given."""
+    """Return a function that configures the C++ library, with Ninja if it is installed and no generator is given."""
 
     def one(*options: str, cmake="cmake", **env):
         ninja = ["-G", "Ninja"] if shutil.which("ninja", path=environment()["PATH"]) and "-G" not in options else []
@@ -57,7 +57,7 @@ def compiler_without_openmp(folder: Path) -> str:
 
 
 def found(*names: str) -> list:
-    """Those of `names` that are here and work; the others are skipped, by name."""
+    """Return the programs of `names` that work here, as parameters; the others are skipped, by name."""
     here = {name for name in names if shutil.which(name) and attempt(name, "--version").returncode == 0}
     return [pytest.param(name, marks=pytest.mark.skipif(name not in here, reason=f"no {name}")) for name in names]
 

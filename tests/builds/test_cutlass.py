@@ -44,7 +44,7 @@ set_target_properties(nvidia::cutlass::cutlass PROPERTIES
 
 
 def make_headers(include: Path, version="4.2.0", cute=True) -> Path:
-    """As much of an include folder as the search looks at."""
+    """Make the part of an include folder that the search looks at."""
     names = zip(("MAJOR", "MINOR", "PATCH"), version.split("."), strict=True)
     (include / "cutlass").mkdir(parents=True)
     text = "".join(f"#define CUTLASS_{name} {number}\n" for name, number in names)
@@ -123,7 +123,7 @@ class Search:
         self.works, self.out, self.said = None, "", ""
 
     def run(self, options=(), python=True, **environment) -> str:
-        """What is found, as `VERSION FOLDER`; empty after an error."""
+        """Return what is found, as `VERSION FOLDER`; empty after an error."""
         self.log.unlink(missing_ok=True)
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("ILLADA_", "UV", "CMAKE_", "Nvidia"))}
         command = [CMAKE, "-S", str(self.folder / "project"), "-B", str(self.build), f"-DMODULE={MODULE}"]

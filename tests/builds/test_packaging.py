@@ -32,7 +32,7 @@ TAG = f"{sys.implementation.cache_tag}{sys.abiflags}"  # of setup.py's folder in
 
 
 def pip(*arguments, python=sys.executable, **env) -> str:
-    """What pip and the build in it say."""
+    """Return what pip and the build in it say."""
     done = attempt(python, "-m", "pip", *arguments, "-v", **env)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout + done.stderr
@@ -56,7 +56,7 @@ def tools(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory) -> Path:
-    """Of a copy of the checkout, without anything built."""
+    """Build the sdist of a copy of the checkout, without anything built."""
     copy, out = tmp_path_factory.mktemp("checkout") / "illada", tmp_path_factory.mktemp("sdist")
     anywhere = shutil.ignore_patterns(".git", "build", "dist", ".venv", ".cache", "*.so", "*.egg-info", "__pycache__")
 
@@ -79,13 +79,13 @@ def source(sdist, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def cpu_build(source) -> dict[str, str]:
-    """Of all builds for CPUs: a machine whose nvcc does not work."""
+    """Return the variables of all builds for CPUs: a machine whose nvcc does not work."""
     return {"ILLADA_BUILD_DIR": str(source / "build" / "cpu"), **broken_nvcc(source.parent / "broken")}
 
 
 @pytest.fixture(scope="module")
 def wheel(source, tools, cpu_build, tmp_path_factory) -> Path:
-    """Built in pip's isolated environment, on a machine without a network: nothing but `tools` is needed."""
+    """Build a wheel in pip's isolated environment, on a machine without a network: nothing but `tools` is needed."""
     out = tmp_path_factory.mktemp("wheel")
     said = pip("wheel", "--no-deps", "--no-index", "--find-links", tools, "-w", out, source, **OFFLINE, **cpu_build)
     assert "illada: no CUDA kernels are built" in " ".join(said.split()) and "Building CXX object" in said
@@ -215,13 +215,13 @@ def cutlass_in(said: str) -> tuple[str, Path]:
 
 @pytest.fixture(scope="module")
 def cuda_build(source) -> dict[str, str]:
-    """Of all builds with CUDA, in the path with a space."""
+    """Return the variables of all builds with CUDA, in the path with a space."""
     return {"ILLADA_CUDA": "on", "ILLADA_CUDA_ARCHS": "80-virtual", "ILLADA_BUILD_DIR": str(source / "build" / "cuda")}
 
 
 @pytest.fixture(scope="module")
 def cuda_install(source, tools, cuda_build, tmp_path_factory) -> Installed:
-    """With nvcc and network, in pip's isolated environment: nothing is installed before, and no variable names headers."""
+    """Install with nvcc and network, in pip's isolated environment; no package and no headers were there before."""
     folder = tmp_path_factory.mktemp("cuda") / "venv"
     python = make_venv(folder)
     said = pip("install", "--no-deps", source, python=python, **cuda_build)

@@ -29,7 +29,7 @@ ptxas info    : Function properties for helper
 
 @pytest.fixture
 def results(ptxas):
-    """Two kernels without faults, one file, two archs."""
+    """Return the results of two kernels without faults, in one file, for two archs."""
 
     def compiled(arch, registers):
         kernels = [ptxas.Kernel("k<4>", registers, 400), ptxas.Kernel("other", 32)]

@@ -79,7 +79,7 @@ def test_pyproject_asks_for_the_same():
 
 
 def ask(folder: Path, code: str, **more: str) -> list:
-    """What `code`, run after setup.py, appends to `said`."""
+    """Return what `code`, run after setup.py, appends to `said`."""
     run_setup(folder, "80.9.0")
     program = f"import json, runpy; s = runpy.run_path({str(ROOT / 'setup.py')!r}); said = []\n{code}\n"
     program += "print(json.dumps(said))"
@@ -246,7 +246,7 @@ sys.path.insert(0, str(ROOT / "build_backend"))
 
 @pytest.fixture
 def nvcc_of(monkeypatch):
-    """find_nvcc on a machine without a toolkit, in an environment of our choice."""
+    """Return what find_nvcc finds on a machine without a toolkit, in an environment of our choice."""
     import illada_nvcc
 
     monkeypatch.setattr(illada_nvcc, "USUAL", "/nonexistent")
@@ -266,7 +266,7 @@ def put(path: Path) -> Path:
 
 
 def wheels(prefix: Path, cuda="cu13", without="") -> Path:
-    """NVIDIA's wheels in an environment; its nvcc."""
+    """Put NVIDIA's wheels into an environment and return its nvcc."""
     import illada_nvcc
 
     toolkit = prefix / "lib/python3.11/site-packages/nvidia" / cuda

@@ -52,7 +52,7 @@ def random_model(**options):
 
 @pytest.fixture
 def pair(tmp_path):
-    """Our model, and the exported one with its weights."""
+    """Return our model, and the exported one with its weights."""
 
     def make(**options):
         model = random_model(**options)
@@ -63,7 +63,7 @@ def pair(tmp_path):
 
 
 def batch(side, generator):
-    """(tokens and attention_mask [3, 9], packed tokens, cu_seqlens)."""
+    """Return (tokens and attention_mask [3, 9], packed tokens, cu_seqlens)."""
     sequences = [torch.randint(6, 90, (n,), generator=generator) for n in SEQUENCES]
     tokens, mask = torch.ones(3, 9, dtype=torch.int64), torch.zeros(3, 9, dtype=torch.int64)
     for i, sequence in enumerate(sequences):
@@ -195,7 +195,7 @@ def test_convert_there_and_back(kind, tmp_path, capsys):
 
 @pytest.fixture
 def tokenizer_folder(tmp_path):
-    """Whose files name another eos, an own bos, and no mask; the older of the two outweighs in transformers."""
+    """Make a tokenizer whose files name two eos tokens, its own bos and no mask; transformers takes the older file."""
     folder = tmp_path / "tokenizer"
     folder.mkdir()
     train_tokenizer(["the quick brown fox\n"] * 9, 290).save(str(folder / "tokenizer.json"))

@@ -39,7 +39,7 @@ def changed(config, changes):
 
 
 def plain(config):
-    """With rope_theta where the twins look for it."""
+    """Return the config with rope_theta where the plain models look for it."""
     return {**config, **config.get("rope_parameters", {})}
 
 

@@ -13,7 +13,7 @@ TILE_EDGES = [0, 1, 63, 64, 65, 127, 128, 129, 175, 176, 177, 300]
 
 
 class Pack:
-    """Random q, k, v of the given lengths; keys in slots with room beside them, which holds NaN."""
+    """A pack of random q, k, v of the given lengths; keys in slots with room beside them, which holds NaN."""
 
     def __init__(
         self, lengths, device, *, keys=None, room=3, heads=4, kv_heads=1, dim=128, dtype=torch.bfloat16, scale=1.0,
@@ -44,7 +44,7 @@ class Pack:
         self.device, self.fused = device, fused
 
     def on_device(self) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v as views with the strides that a model has; `.to` would make them contiguous."""
+        """Return q, k and v as views with the strides that a model has; `.to` would make them contiguous."""
         heads, dim = self.q.shape[1:]
         wide = self.fused.clone()
         wide[:, heads * dim :] = torch.nan
@@ -58,7 +58,7 @@ class Pack:
         return {name: x.to(self.device) for name, x in self.lengths.items()}
 
     def expected(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """(out, lse) in float64, and as plain torch has them at the dtype."""
+        """Return (out, lse) in float64, and as plain torch computes them at the dtype."""
         want = reference.varlen_attention(
             self.q.double(), self.k.double(), self.v.double(), **self.lengths, return_lse=True
         )

@@ -100,7 +100,7 @@ class RecordedGraph(TorchDispatchMode):
 
 
 def _waits(func, args) -> bool:
-    """Must the host know a value on the device to go on? Of indexing that is so for booleans alone: it counts them."""
+    """Return whether the host must know a value on the device to go on; of indices, only booleans are counted."""
     if func._schema.name.startswith(("aten::index", "aten::_index_put", "aten::_unsafe_index")):
         return any(isinstance(x, Tensor) and x.dtype in (torch.bool, torch.uint8) for x in tree_leaves(args[1]))
     return bool({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags))

@@ -20,14 +20,14 @@ SLOTS = 320
 
 
 def cut(lengths, keys, starts_k=None):
-    """[(q_start, q_count, k_start, k_count)] of each sequence."""
+    """Return [(q_start, q_count, k_start, k_count)] of each sequence."""
     starts = list(itertools.accumulate(lengths, initial=0))
     starts_k = list(itertools.accumulate(keys, initial=0)) if starts_k is None else starts_k
     return list(zip(starts, lengths, starts_k, keys, strict=False))
 
 
 class Plan:
-    """What a plan's tensor says."""
+    """The content of a plan's tensor."""
 
     def __init__(self, work, capacity):
         rows = work.cpu()
@@ -40,7 +40,7 @@ class Plan:
 
 
 def capacity(total_q, sequences, heads, kv_heads):
-    """How many forward items there is room for."""
+    """Return the number of forward items that there is room for."""
     return (plan_rows(total_q, None, sequences, heads, kv_heads) - 1 - sequences) // 2
 
 
@@ -55,7 +55,7 @@ def make(lengths, device, *, heads=8, kv_heads=2, dim=128, **slots):
 
 
 def check(plan, sequences, kv_heads):
-    """`sequences`: what `cut` gives."""
+    """Check a plan against `sequences`, which `cut` gives."""
     wanted = collections.Counter()
     for q, q_count, k, k_count in sequences:
         for token, head in itertools.product(range(q, q + q_count), range(kv_heads)):

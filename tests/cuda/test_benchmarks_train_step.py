@@ -30,7 +30,7 @@ def little_to_flush(monkeypatch):
 
 
 def records(bench, tmp_path):
-    """Of the whole command, as it is run by hand."""
+    """Return the records of the whole command, run as by hand."""
     out = tmp_path / "o.jsonl"
     assert command.main([bench, "--device", "cuda", "--repeats", "1", "--json", str(out)]) == 0
     lines = report.read_json(out)

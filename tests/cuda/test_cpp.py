@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def run(nvcc: str, name: str, arch: str, include: str, folder: Path) -> list[str]:
-    """What tests/cpp/`name`.cu prints, a line each."""
+    """Return the lines that tests/cpp/`name`.cu prints."""
     program, csrc = folder / name, ROOT / "csrc"
     subprocess.run(
         # PTX and a shared runtime, as in the preset "sim": a GPU takes them as well.

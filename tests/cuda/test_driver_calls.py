@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Counted:
-    """Calls of CUDA within the context, by what for."""
+    """The calls of CUDA within the context, counted by purpose."""
 
     def __enter__(self):
         self.before = native().driver_calls()

@@ -18,7 +18,7 @@ MOST_TOKENS = 300
 
 
 def on(device, x):
-    """Tensors in nested tuples and dicts on `device`; everything else as it is."""
+    """Return the tensors of nested tuples and dicts on `device`, and everything else as it is."""
     if isinstance(x, torch.Tensor):
         return x.detach().to(device).requires_grad_(x.requires_grad)
     if isinstance(x, (tuple, list)):
@@ -33,7 +33,7 @@ def flat(x) -> list[torch.Tensor]:
 
 
 def same_on_both(call, device, *arguments, rtol=1e-2, **keywords):
-    """`call` gives the same shapes, dtypes and values on a GPU as on a CPU; the GPU's."""
+    """Check that `call` gives the same shapes, dtypes and values on a GPU as on a CPU; return the GPU's."""
     got = flat(call(*on(device, arguments), **on(device, keywords)))
     want = flat(call(*on("cpu", arguments), **on("cpu", keywords)))
     assert len(got) == len(want) > 0
@@ -54,7 +54,7 @@ PACKS = [  # sequences, queries, keys; the queries are the first sequence's, the
 
 
 def starts(sequences, count, first):
-    """Cumulative lengths: all of `count` in the first or in the last sequence."""
+    """Return cumulative lengths with all of `count` in the first or in the last sequence."""
     inner = [count if first else 0] * max(sequences - 1, 0)
     return torch.tensor([0, *inner, *[count] * bool(sequences)], dtype=torch.int32)
 
@@ -136,7 +136,7 @@ def make_logits(tokens, vocab, dtype, generator):
 
 
 def grads_of(outputs, leaves):
-    """Gradients of the sum of all that has one."""
+    """Return the gradients of the sum of all tensors that have one."""
     outputs = [x for x in outputs if x.requires_grad]
     return torch.autograd.grad(outputs, leaves, [torch.ones_like(x) for x in outputs], allow_unused=True)
 

@@ -117,7 +117,7 @@ ROWS, VOCAB = 3, 20000  # several vocab tiles per row: needs a workspace
 
 @pytest.fixture
 def sampler(device):
-    """(logits, out, workspace) of a legal raw call."""
+    """Return (logits, out, workspace) of a legal raw call."""
     out = TokenSample(torch.full((ROWS,), -7, device=device), *torch.full((4, ROWS), -7.0, device=device))
     logits = torch.zeros(ROWS, VOCAB, device=device)
     size = raw.sample_tokens_workspace(ROWS, VOCAB, logits.device)

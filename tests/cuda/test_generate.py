@@ -34,7 +34,7 @@ REQUESTS = [
 
 
 def run(*arguments, **keywords):
-    """Without inference mode, in which operators reach a dispatch mode (that of a simulator) whole."""
+    """Generate without inference mode, so that a dispatch mode (that of a simulator) sees whole operators."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "_run", torch.no_grad()(loop._run.__wrapped__))
         return generate(*arguments, **keywords)
@@ -52,7 +52,7 @@ def make_models(config, dtype, device):
 
 @pytest.fixture
 def half_attention(monkeypatch):
-    """Attention in float16 on both devices, and all else in float32: near enough that tokens agree."""
+    """Compute attention in float16 on both devices, and all else in float32: near enough that tokens agree."""
     attend = illada.model.varlen_attention
 
     def attention(q, k, v, *arguments, **keywords):
@@ -85,7 +85,7 @@ def test_hidden_states_of_the_cpu(device):
 
 
 def reference_forward(model, tokens, cu_seqlens):
-    """In float64, for which attention has no kernel anywhere."""
+    """Run the model with the reference attention, which also takes float64."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             illada.model, "varlen_attention",

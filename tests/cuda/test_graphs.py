@@ -12,7 +12,7 @@ LENGTHS = (7, 0, 12, 3)
 
 
 class Step:
-    """Static buffers of one step; everything that changes between steps is on the device."""
+    """The static buffers of one step; everything that changes between steps is on the device."""
 
     def __init__(self, device, vocab=9000):
         rows = sum(LENGTHS)
@@ -40,7 +40,7 @@ class Step:
         self.workspace = torch.empty(size, dtype=torch.uint8, device=device)
 
     def set(self, number):
-        """New contents for every input: what the host does between two steps."""
+        """Set new contents of every input, as the host does between two steps."""
         generator = torch.Generator().manual_seed(number)
         self.logits.copy_(torch.randn(self.logits.shape, generator=generator))
         self.tokens.copy_(torch.where(torch.rand(40, generator=generator) < 0.8, MASK, 30))

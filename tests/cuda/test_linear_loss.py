@@ -24,13 +24,13 @@ CASES = [  # T, C, V, share of masked rows, spread of the logits: what the row i
 
 @pytest.fixture(params=["chosen", "portable"], autouse=True)
 def _path(request, monkeypatch):
-    """Where this GPU has kernels of its own, both they and what runs without them."""
+    """Run each test with this GPU's own kernels, where it has some, and without them."""
     if request.param == "portable":
         monkeypatch.setattr(linear_loss, "_fwd_sm90", lambda *arguments, **keywords: None)
 
 
 def make_head(case, dtype, device, generator):
-    """hidden with NaNs in rows without a weight and around the others, the head, targets, weights, rows."""
+    """Return hidden, head, targets, weights, rows; NaNs surround hidden's rows and fill those without a weight."""
     tokens, width, vocab, share, spread = case
     hidden = torch.full((tokens, width + 8), torch.nan, dtype=dtype)
     hidden[:, :width] = (torch.randn(tokens, width, generator=generator) * spread / width**0.5).to(dtype)
@@ -46,19 +46,19 @@ def make_head(case, dtype, device, generator):
 
 
 def head_results(function, hidden, weight, *args, **keywords):
-    """loss, nll, d_hidden, d_weight on the host."""
+    """Return loss, nll, d_hidden and d_weight on the host."""
     leaves = [x.detach().requires_grad_() for x in (hidden, weight)]
     loss, nll = function(*leaves, *args, return_nll=True, **keywords)
     return tuple(t.detach().cpu() for t in (loss, nll, *torch.autograd.grad(loss, leaves)))
 
 
 def plain_head(hidden, weight, *args, **keywords):
-    """As a user would write it: logits in the inputs' dtype, their softmax in float32."""
+    """Compute the loss as a user would write it: logits in the inputs' dtype, their softmax in float32."""
     return reference.masked_cross_entropy((hidden @ weight.T).float(), *args, **keywords)
 
 
 def expected(hidden, weight, targets, weights, normalizer, dtype=None):
-    """(float64, plain torch) on the host, with zeros for what nobody may read."""
+    """Return (float64, plain torch) on the host, with zeros for what nobody may read."""
     hidden = torch.where(weights[:, None] != 0, hidden, 0)
     hidden, weight, targets, weights = (t.cpu() for t in (hidden, weight, targets, weights))
     arguments = {"targets": targets, "token_weights": weights, "normalizer": normalizer}

@@ -24,7 +24,7 @@ CASES = [  # N, C, V, spread of the logits, chunk_rows: what the row is for
 
 @pytest.fixture(autouse=True)
 def fused(device, request):
-    """Skips on other GPUs. On these nothing may fall back on the portable path, also where kernels were not built."""
+    """Skip on other GPUs. On these, nothing may use the portable path, even if kernels were not built."""
     if torch.cuda.get_device_capability(device) != (9, 0):
         pytest.skip("the fused kernels need compute capability 9.0")
     with pytest.MonkeyPatch.context() as patch:
@@ -33,7 +33,7 @@ def fused(device, request):
 
 
 def make(case, device, generator, dtype=BF16):
-    """Strided hidden and weight with NaNs around every row, targets, weights. The first and last token have one."""
+    """Return strided hidden and weight with NaNs around rows, targets, weights. The first and last token have one."""
     count, width, vocab, spread, _ = case
 
     def strided(rows, scale, dtype):
@@ -58,7 +58,7 @@ def plain(hidden, weight, *args, **keywords):
 
 
 def expected(hidden, weight, targets, weights, **keywords):
-    """(float64, plain torch in bfloat16) on the host."""
+    """Return (float64, plain torch in bfloat16) on the host."""
     host = [x.cpu() for x in (hidden, weight, targets, weights)]
     want = results(reference.linear_masked_cross_entropy, host[0].double(), host[1].double(), *host[2:], **keywords)
     return want, results(plain, host[0], host[1], *host[2:], **keywords)
@@ -86,7 +86,7 @@ SURE = [  # C, V, the targets' logits from .. to: what the row is for
 
 
 def make_sure(case, rows, generator):
-    """hidden, weight, targets: the target's logit goes over the range, the others are noise."""
+    """Return hidden, weight, targets: the target's logit goes over the range, the others are noise."""
     width, vocab, low, high = case
     weight = torch.nn.functional.normalize(torch.randn(vocab, width, generator=generator)).to(BF16)
     targets = torch.randint(vocab, (rows,), generator=generator)
@@ -95,7 +95,7 @@ def make_sure(case, rows, generator):
 
 
 def exact_sure(hidden, weight, targets):
-    """nll, 1 - p and hidden's gradient in float64, without a difference of numbers that are almost the same."""
+    """Return nll, 1 - p and hidden's gradient in float64, without a difference of nearly equal numbers."""
     logits, row = hidden.double() @ weight.double().T, torch.arange(len(targets))
     terms = (logits - logits[row, targets, None]).exp()
     terms[row, targets] = 0
@@ -130,8 +130,8 @@ def test_sure_rows_keep_their_gradient(case, device, generator):
 
 
 def wgmma_logits(hidden, weight):
-    """hidden @ weight^T as the tensor cores of an H100 sum it: 16 products and the sum so far, each cut off 25 bits
-    below the largest exponent; their sum rounded to fp32 toward zero. [MMA-Sim, arXiv 2512.07004]"""
+    """Return hidden @ weight^T as the tensor cores of an H100 sum it: 16 products and the sum so far are each cut off
+    25 bits below the largest exponent; their sum is rounded to fp32 toward zero. [MMA-Sim, arXiv 2512.07004]"""
     x, w = hidden.double(), weight.double()
     total = torch.zeros(len(x), len(w), dtype=torch.float64)
     for k in range(0, x.shape[1], 16):
@@ -285,7 +285,7 @@ def poisoned(size, device):
 
 @pytest.fixture
 def poison(monkeypatch):
-    """Every workspace is full of NaNs."""
+    """Fill every workspace with NaNs."""
     make = torch.empty
 
     def empty(*size, dtype=None, device=None, **keywords):

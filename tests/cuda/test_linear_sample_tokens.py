@@ -25,7 +25,7 @@ CASES = [  # T, N (None: no rows given), C, V: what the row is for
 
 
 def make(case, dtype, device, generator):
-    """hidden and weight, strided with NaNs around every row, and rows in any order."""
+    """Return hidden and weight, strided with NaNs around every row, and rows in any order."""
     total, count, width, vocab = case
 
     def strided(rows, scale):
@@ -186,7 +186,7 @@ ITEM_COST, CTA_COST = 0.2, 0.1  # in tiles: an item's and a CTA's beginning and 
 
 
 def busy_share(row_tiles, vocab_size, sm_count):
-    """Work in tiles, of rows and ids that there are, over multiprocessors x the work and waiting of the busiest one."""
+    """Return the work of real rows and ids, divided by multiprocessors x the busiest one's work and waiting."""
     _, _, _, tasks = raw.head_plan(row_tiles * TILE_ROWS, vocab_size, sm_count)
     load = [CTA_COST] * sm_count
     for cta, _, _, _, tiles in tasks:
@@ -195,7 +195,7 @@ def busy_share(row_tiles, vocab_size, sm_count):
 
 
 def check_plan(row_tiles, vocab_size, sm_count):
-    """Every row tile meets every range once; pairs of CTAs are in step, with neighbouring row tiles or ranges."""
+    """Check that row tiles meet every range once, and that pairs of CTAs are in step on neighbouring tiles or ranges."""
     rows = row_tiles * TILE_ROWS
     cluster, ranges, slices, tasks = raw.head_plan(rows, vocab_size, sm_count)
     done = sorted((tile, vocab_range) for _, tile, vocab_range, _, _ in tasks if vocab_range < ranges)

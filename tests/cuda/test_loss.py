@@ -23,7 +23,7 @@ CASES = [  # T, V, share of masked rows, spread: what the row is for
 
 
 def make_rows(case, dtype, device, generator, token_dtype=torch.int64):
-    """Logits strided, misaligned, with NaNs around every row and in rows without a weight; targets at both ends."""
+    """Return strided, misaligned logits, with NaNs around rows and in rows without a weight; targets at both ends."""
     tokens, vocab, share, spread = case
     wide = torch.full((tokens, vocab + 5), torch.nan, dtype=dtype)
     wide[:, 1 : vocab + 1] = (torch.randn(tokens, vocab, generator=generator) * spread).to(dtype)
@@ -36,7 +36,7 @@ def make_rows(case, dtype, device, generator, token_dtype=torch.int64):
 
 
 def results_of(function, logits, *args, lse_factor=0.0, **keywords):
-    """loss, nll, lse and the gradient of loss + lse_factor * sum(lse^2), on the host."""
+    """Return loss, nll, lse and the gradient of loss + lse_factor * sum(lse^2), on the host."""
     leaf = logits.detach().requires_grad_()
     loss, nll, lse = function(leaf, *args, return_nll=True, return_lse=True, **keywords)
     total = loss + lse_factor * lse.square().sum() if lse_factor else loss

@@ -23,7 +23,7 @@ def _way(request, monkeypatch):
 
 
 def fill_with_nan(device):
-    """What is freed here is what the next tensors of these sizes get."""
+    """Free memory full of NaNs, which the next tensors of these sizes get."""
     sizes = [1 << n for n in range(9, 24)]
     freed = [torch.full((size,), torch.nan, device=device) for size in sizes for _ in range(3)]
     del freed

@@ -29,7 +29,7 @@ STEPS_CASES = [
 
 
 def make_rows(case, dtype, device, generator, layout="strided"):
-    """Logits in the layout: packed, strided and misaligned with NaNs around every row, or one row for all."""
+    """Return logits in the layout: packed, strided and misaligned with NaNs around every row, or one row for all."""
     count, vocab, spread = case
     values = (torch.randn(count, vocab, generator=generator) * spread).to(dtype)
     if layout == "packed":

@@ -63,7 +63,7 @@ def test_sums_of_dq_end_where_their_places_do(device):
 
 @pytest.fixture
 def head(device):
-    """hidden and weight of 16 ids, and row numbers of stride 0 in any number."""
+    """Return hidden and weight of 16 ids, and a function that gives any number of row numbers, of stride 0."""
     hidden = torch.zeros(1, 8, dtype=torch.bfloat16, device=device)
     return hidden, hidden.repeat(16, 1), lambda count: torch.zeros(1, dtype=torch.int32, device=device).expand(count)
 

@@ -30,7 +30,7 @@ def make_config(dim: int, group: int, **options) -> ModelConfig:
 
 
 def make_batch() -> Batch:
-    """Each sequence masked at a rate t of its own; the one of a single token as a whole."""
+    """Mask each sequence at its own rate t; the one of a single token is masked as a whole."""
     generator = torch.Generator().manual_seed(3)
     rates = torch.tensor([0.3, 1.0, 0.9, 0.5]).repeat_interleave(torch.tensor(LENGTHS))
     masked = torch.rand(len(rates), generator=generator) < rates
@@ -46,7 +46,7 @@ def make_batch() -> Batch:
 
 
 def plain_loss(model, batch: Batch, hidden_states=None, all_rows=True) -> torch.Tensor:
-    """`model.loss` in plain torch; without `all_rows` the last layer's other queries are left out."""
+    """Compute `model.loss` in plain torch; without `all_rows` the last layer's other queries are left out."""
     rows = batch.rows.long()
     if hidden_states is not None:
         hidden = hidden_states(model, batch.tokens, batch.cu_seqlens)[rows]
@@ -61,7 +61,7 @@ def plain_loss(model, batch: Batch, hidden_states=None, all_rows=True) -> torch.
 
 
 def step(model, batch: Batch, **how) -> SimpleNamespace:
-    """One step of AdamW: the loss, and by name gradients and the parameters after it; on the CPU."""
+    """Run one step of AdamW: return the loss, and by name gradients and the parameters after it, on the CPU."""
     # With a small eps the first step is the sign of the gradient, which is anything where that is nearly zero.
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, eps=0.01, weight_decay=0.1)
     loss = plain_loss(model, batch, **how)

@@ -89,7 +89,7 @@ def test_split_does_not_depend_on_order(texts, corpus, tmp_path):
 
 
 def shared_out(texts, fraction, folder):
-    """({split: texts}, what is held out)"""
+    """Return ({split: texts}, what is held out)."""
     with Documents(folder) as documents:
         for text in texts:
             documents.add([text[:1000], text[1000:]])
@@ -299,7 +299,7 @@ def test_damaged_and_foreign_corpora(texts, tmp_path):
 
 
 def long_text(characters):
-    """Words, numbers, punctuation, Chinese without spaces, lines that end in CR LF or not, combining marks."""
+    """Return words, numbers, punctuation, Chinese without spaces, mixed line ends and combining marks."""
     parts = [
         "don't",
         " stop",

@@ -89,7 +89,7 @@ def free_ports(number: int) -> list[int]:
 
 
 def run_recipes(*names_and_ports: str) -> None:
-    """In one of two processes: recipe after recipe, each with a port of its own, as torchrun would start it."""
+    """Run recipe after recipe in one of two processes, each with its own port, as torchrun would start it."""
     sys.path.insert(0, str(FOLDER))
     for name, port in zip(names_and_ports[::2], names_and_ports[1::2], strict=True):
         os.environ["MASTER_PORT"] = port
@@ -105,7 +105,7 @@ def runs_here(name: str) -> bool:
 
 @pytest.fixture(scope="module")
 def two_processes():
-    """What each process printed: {recipe: text}."""
+    """Return what each process printed: {recipe: text}."""
     names = [name for name in DISTRIBUTED if runs_here(name)]
     arguments = [word for pair in zip(names, map(str, free_ports(len(names))), strict=True) for word in pair]
     said = run_in_two(run_recipes, *arguments, timeout=240, TORCHELASTIC_RUN_ID="recipes")

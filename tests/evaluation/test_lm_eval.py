@@ -66,7 +66,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def task_folder(tmp_path_factory):
-    """One task of each kind, as anyone would write them."""
+    """Make one task of each kind, as a user would write them."""
     folder = tmp_path_factory.mktemp("their tasks")
     questions = [{"q": f"the quick brown {i}", "choices": [" fox", " dog", " lazy dog"], "a": i % 3} for i in range(12)]
     (folder / "q.jsonl").write_text("\n".join(json.dumps(question) for question in questions))
@@ -278,7 +278,7 @@ def test_rolling_is_the_sum_of_bounds(checkpoint):
 
 @pytest.fixture
 def generated(monkeypatch):
-    """What the adapter asks of the generator, which here gives back the tokens of ` fox.` and whatever is in `texts`."""
+    """Record the adapter's calls of the generator, which here returns the tokens of ` fox.` and what is in `texts`."""
     calls = []
 
     def fake(model, prompts, configs, **options):

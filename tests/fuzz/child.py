@@ -78,7 +78,7 @@ class Child:
 
 
 def cpu_time(pid):
-    """Seconds of a process, 0 of one that has ended."""
+    """Return the CPU seconds of a process, 0 if it has ended."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -114,7 +114,7 @@ def serve(connection):
 
 
 def run(reader, folder, size, limited):
-    """What is wrong with how the reader ends."""
+    """Return what is wrong with how the reader ends."""
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     if limited:
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -136,7 +136,7 @@ def run(reader, folder, size, limited):
 
 
 def unclear(error):
-    """Why an error is none that a user understands; None: it is."""
+    """Return why a user does not understand an error, or None."""
     chain, at = [], error
     while at is not None:
         chain.append(at)

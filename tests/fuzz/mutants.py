@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 
 class Raw(str):
-    """Text that stands in a JSON or TOML file as it is."""
+    """Text that is written into a JSON or TOML file as it is."""
 
 
 def _deep(begin, end, middle=""):
@@ -73,7 +73,7 @@ ODD_TOML = (
 
 
 def dump(value):
-    """JSON, with `Raw` as it is."""
+    """Return a value as JSON, with `Raw` as it is."""
     if isinstance(value, Raw):
         return str(value)
     if isinstance(value, dict):
@@ -121,7 +121,7 @@ def changed_often(draw, value, odd):
 
 @st.composite
 def damaged(draw, data):
-    """Bytes cut, flipped, doubled, of another encoding or kind."""
+    """Return bytes that are cut, flipped, doubled, or of another encoding or kind."""
     how = draw(st.sampled_from(["cut", "flip", "insert", "double", "none", "utf-16", "bom", "gzip", "random"]))
     at = draw(st.integers(0, len(data)))
     if how == "cut":
@@ -150,7 +150,7 @@ def json_file(draw, data):
 
 @st.composite
 def jsonl_file(draw, data):
-    """Lines of JSON, one of them or their order changed."""
+    """Return lines of JSON, with one of them or their order changed."""
     lines = data.split(b"\n")
     at = draw(st.integers(0, len(lines) - 1))
     how = draw(st.sampled_from(["line", "line", "line", "drop", "double", "join", "bytes"]))
@@ -168,7 +168,7 @@ def jsonl_file(draw, data):
 
 
 def lines_of(data, pieces):
-    """Lines of fields between spaces, some of them changed."""
+    """Return lines of fields between spaces, some of them changed."""
 
     @st.composite
     def strategy(draw):
@@ -216,7 +216,7 @@ def _toml(value):
 
 @st.composite
 def settings_lines(draw, data):
-    """--section.key=value, one a line."""
+    """Return lines of --section.key=value."""
     lines = data.decode().split("\n")
     names = [line.partition("=")[0] for line in lines] + [
         "--train.steps", "--train.out_dir", "--train.seed", "--optimizer.clip_norm", "--optimizer.beta1", "--schedule.decay",

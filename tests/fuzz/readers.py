@@ -77,7 +77,7 @@ def says_all(folder):
 
 
 def read_checkpoint(folder):
-    """Weights, tokenizer and templates, used once."""
+    """Load weights, tokenizer and templates, and use them once."""
     checkpoint_folders.load(folder)
 
 
@@ -91,7 +91,7 @@ def read_weights(folder):
 
 
 def convert_weights(folder):
-    """`illada convert`."""
+    """Convert weights, as `illada convert` does."""
     weights.convert_checkpoint(folder, folder / "out", dtype=torch.bfloat16)
     weights.load_pretrained(folder / "out")
 
@@ -133,7 +133,7 @@ def read_corpus(folder):
 
 
 def prepare(folder):
-    """`illada prepare --tokenizer`."""
+    """Prepare a corpus, as `illada prepare --tokenizer` does."""
     source = f"jsonl:{folder / 'text.jsonl'}"
     corpus.prepare(source, folder / "out", tokenizer=folder / "tokenizer.json", validation_fraction=0.4, progress=False)
     TokenDataset(folder / "out").unigram_entropy()
@@ -147,7 +147,7 @@ def read_texts(folder):
 
 
 def read_questions(folder):
-    """`illada score --file` and `illada generate --prompt-file`."""
+    """Read the files of `illada score --file` and `illada generate --prompt-file`."""
     options = sampling.argparse.Namespace(candidate=None, context="", file=folder / "questions.jsonl")
     score._questions(options)
 
@@ -158,7 +158,7 @@ def read_tasks(folder):
 
 
 def read_wordnet(folder):
-    """`illada prepare --dictionary wordnet:PATH`."""
+    """Read a dictionary, as `illada prepare --dictionary wordnet:PATH` does."""
     tasks.definition_questions(tasks.read_wordnet(folder), most=100)
 
 
@@ -190,7 +190,7 @@ def resume(folder):
 
 
 def read_log(folder):
-    """metrics.jsonl of a run that goes on."""
+    """Continue the metrics.jsonl of a run."""
     content = (folder / "metrics.jsonl").read_bytes()
     log = Log(folder, step=1, steps=2, progress=False)
     try:
@@ -204,7 +204,7 @@ def read_log(folder):
 
 
 def read_journal(folder):
-    """`illada eval --resume`: what the journal holds is used, or computed again."""
+    """Read the journal of `illada eval --resume`: its results are used, or computed again."""
     from lm_eval.api.instance import Instance
 
     from illada.evaluation.lm_eval import IlladaLM
@@ -234,7 +234,7 @@ def _tiny(model_type="illada", **changes):
 
 
 def files_in(folder):
-    """{name: bytes} of a folder."""
+    """Return {name: bytes} of a folder."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
@@ -246,7 +246,7 @@ TEMPLATE = (
 
 
 def make_valid(root):
-    """{name: files} of everything that is read, made in a folder."""
+    """Return {name: files} of everything that is read, made in a folder."""
     valid = {}
     random = Random(7)
     letters = "abcdefgh"
@@ -323,7 +323,7 @@ def make_valid(root):
 
 
 def _wordnet():
-    """Data and index files in WordNet's format."""
+    """Return data and index files in WordNet's format."""
     words = [f"{a}{b}" for a in ("alpha", "brave", "cloud", "delta") for b in ("ber", "cat", "dim", "fog", "gum")]
     data_lines, index_lines, counts = ["  1 a licence"], ["  1 a licence"], []
     for i, word in enumerate(words):

@@ -23,7 +23,7 @@ def model():
 
 @pytest.fixture(autouse=True)
 def kept_first_layer(monkeypatch):
-    """Packs as short as these do what long ones do: keep the first layer's part from step to step."""
+    """Let short packs keep the first layer's part from step to step, as long ones do."""
     monkeypatch.setattr("illada.generation.step._FEW_TOKENS", 0)
 
 
@@ -77,7 +77,7 @@ def test_short_packs(model, mode, monkeypatch):
 
 @pytest.fixture(scope="module")
 def dream():
-    """Biases, logits of the next token; group 7."""
+    """Return a model with biases, logits of the next token, and seven query heads per key-value head."""
     config = ModelConfig.preset(
         "tiny", hidden_size=28, intermediate_size=48, num_attention_heads=7, num_key_value_heads=1, vocab_size=300,
         max_position_embeddings=64, initializer_range=0.3, qkv_bias=True, logits_shift=True, model_type="dream",

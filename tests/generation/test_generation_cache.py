@@ -26,7 +26,7 @@ def model(request):
 
 
 def plain_forward(model, x, frozen, start):
-    """Hidden states of x[start:] when the keys and values of x[:start] are `frozen`; and all keys and values."""
+    """Return hidden states of x[start:] when the keys and values of x[:start] are `frozen`; and all keys and values."""
     config, kept = model.config, []
     h = model.embed_tokens.weight[x[start:]]
     angle = torch.arange(start, len(x))[:, None] / config.rope_theta ** (
@@ -59,8 +59,8 @@ def plain_forward(model, x, frozen, start):
 
 @torch.no_grad()
 def plain_generate(model, prompt, config):
-    """Blocks of quota steps over frozen prefixes: "prefix" freezes a block's prefix at its first step, "block" when the
-    block after it begins."""
+    """Generate blocks of quota steps over frozen prefixes: "prefix" freezes a block's prefix at its first step, "block"
+    when the block after it begins."""
     shift, size = int(model.config.logits_shift), config.block_length
     x, kept = torch.tensor(prompt), None
     if config.mode == "fixed":

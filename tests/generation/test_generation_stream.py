@@ -21,7 +21,7 @@ def model():
 
 
 def joined(deltas, count):
-    """(tokens, text, result) of each prompt."""
+    """Return (tokens, text, result) of each prompt."""
     parts = [[delta for delta in deltas if delta.index == i] for i in range(count)]
     assert all(part[-1].result is not None and not any(delta.result for delta in part[:-1]) for part in parts)
     return [

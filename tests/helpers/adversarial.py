@@ -14,17 +14,17 @@ _Fill = Callable[[Tensor, torch.finfo, torch.Generator], Tensor]
 
 
 def _some(x: Tensor, generator: torch.Generator) -> Tensor:
-    """A random half of the places of x."""
+    """Return a random half of the places of x."""
     return torch.rand(x.shape, generator=generator, dtype=x.dtype) < 0.5
 
 
 def _first(x: Tensor, share: float) -> Tensor:
-    """The first places of each row, about `share` of them."""
+    """Return the first places of each row, about `share` of them."""
     return torch.arange(x.shape[-1]).expand(x.shape) < int(share * x.shape[-1])
 
 
 def _at(x: Tensor, place: int) -> Tensor:
-    """One place of each row; -1 is the last."""
+    """Return one place of each row; -1 is the last."""
     return torch.arange(x.shape[-1]).expand(x.shape) == place % max(1, x.shape[-1])
 
 
@@ -78,14 +78,14 @@ KINDS: dict[str, _Fill] = {**FINITE, **MINUS_INFINITY, **NO_SOFTMAX}
 
 
 def values(kind: str, shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Values of that kind, on the CPU. What the dtype cannot hold becomes its largest or lowest number."""
+    """Return values of that kind, on the CPU. What the dtype cannot hold becomes its largest or lowest number."""
     info = torch.finfo(dtype)
     x = KINDS[kind](torch.randn(shape, generator=generator, dtype=torch.float64), info, generator)
     return torch.where(x.isfinite(), x.clamp(-info.max, info.max), x).to(dtype)
 
 
 def assert_near(got: Tensor, want: Tensor, tolerance: float | Tensor, name: str = "result") -> None:
-    """|got - want| <= tolerance wherever `want` is finite; NaN where it is NaN, and the same infinities."""
+    """Assert |got - want| <= tolerance wherever `want` is finite; NaN where it is NaN, and the same infinities."""
     if got.shape != want.shape:
         raise AssertionError(f"{name}: shape {list(got.shape)}, expected {list(want.shape)}")
     got, want = got.detach().cpu().double(), want.detach().cpu().double()

@@ -34,7 +34,7 @@ def make(
     generator: torch.Generator,
     heads: int = HEADS,
 ) -> tuple[list[Tensor], dict[str, Tensor], Tensor]:
-    """(q, k, v), their lengths, and the gradient of out."""
+    """Return (q, k, v), their lengths, and the gradient of out."""
     sizes = [(queries * len(kinds) + REST, heads), *[(keys * len(kinds) + REST, KV_HEADS)] * 2]
     q, k, v = (0.5 * torch.randn(*size, dim, generator=generator) for size in sizes)
     q[..., 0] = 1
@@ -53,7 +53,7 @@ def make(
 
 
 def run(attention: Callable, tensors: Sequence[Tensor], lengths: dict[str, Tensor], d_out: Tensor, **keywords):
-    """out, lse and the gradients of (out * d_out).sum() + 0.5 * lse.sum()."""
+    """Return out, lse and the gradients of (out * d_out).sum() + 0.5 * lse.sum()."""
     leaves = [x.detach().requires_grad_() for x in tensors]
     out, lse = attention(*leaves, **lengths, return_lse=True, **keywords)
     grads = torch.autograd.grad((out, lse), leaves, (d_out.to(out.dtype), torch.full_like(lse, 0.5)))
@@ -61,7 +61,7 @@ def run(attention: Callable, tensors: Sequence[Tensor], lengths: dict[str, Tenso
 
 
 def _bounds(q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """How far each element of a sequence's (out, lse, dq, dk, dv) may be from float64, without its own rounding.
+    """Return how far each element of a sequence's (out, lse, dq, dk, dv) may be from float64, before its own rounding.
 
     Errors of scores, eps of float32 times their size, make an interval for each probability. The errors of the results
     follow from it. An interval is [0, 1] where the errors decide which score is the largest.
@@ -93,14 +93,14 @@ def _bounds(q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, dtype: torch.dtype) 
 
 
 def least(dtype: torch.dtype) -> float:
-    """What may become 0: half of the least number, or denormal numbers where they are treated as 0."""
+    """Return what may become 0: half of the least number, or denormal numbers where they are treated as 0."""
     return 2.0**-24 if dtype == torch.float16 else LEAST
 
 
 def check(
     got: Sequence[Tensor], tensors: Sequence[Tensor], lengths: dict[str, Tensor], d_out: Tensor, kinds: Sequence[str]
 ) -> None:
-    """`got`, from `run`, is near float64: as near as scores that are rounded to float32 allow."""
+    """Check that `got`, from `run`, is as near to float64 as scores that are rounded to float32 allow."""
     exact, dtype = [x.double() for x in tensors], tensors[0].dtype
     want = run(reference.varlen_attention, exact, lengths, torch.nan_to_num(d_out))
     starts, starts_k = lengths["cu_seqlens"].tolist(), lengths["cu_seqlens_k"].tolist()

@@ -16,7 +16,7 @@ CHOICES = ("PYTHONPATH", "CMAKE_ARGS", "CMAKE_GENERATOR", "CUDAARCHS", "TORCH_CU
 
 
 def environment(**more) -> dict[str, str]:
-    """Without a checkout on the path and choices of a build; tools that are installed beside this Python come first."""
+    """Return variables without a checkout on the path or choices of a build; tools beside this Python come first."""
     clean = {k: v for k, v in os.environ.items() if k not in CHOICES and not k.startswith("ILLADA_")}
     return {**clean, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", **more}
 
@@ -26,19 +26,19 @@ def attempt(*command, cwd=None, **env) -> subprocess.CompletedProcess:
 
 
 def run(*command, cwd=None, **env) -> str:
-    """A command that must succeed; its output."""
+    """Run a command that must succeed and return its output."""
     done = attempt(*command, cwd=cwd, **env)
     assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done.stdout
 
 
 def one_line(done: subprocess.CompletedProcess) -> str:
-    """All that was said: CMake breaks its sentences into lines."""
+    """Return all that was said in one line, because CMake breaks its sentences into lines."""
     return " ".join((done.stdout + done.stderr).split())
 
 
 def broken_nvcc(folder: Path) -> dict[str, str]:
-    """PATH with an nvcc that somebody would find and that does not work."""
+    """Return a PATH with an nvcc that is found and does not work."""
     folder.mkdir(exist_ok=True)
     (folder / "nvcc").write_text("#!/bin/sh\necho 'nvcc fatal: Unsupported compiler \"g++\"' >&2; exit 1\n")
     (folder / "nvcc").chmod(0o755)

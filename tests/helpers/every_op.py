@@ -47,7 +47,7 @@ def vocab_parallel_loss(ops):
 
 
 def results(make, ops, compiled=False):
-    """The value and the gradients."""
+    """Return the value and the gradients."""
     function, names = make(ops)
     torch.manual_seed(1)
     inputs = [torch.randn(ARRAYS[name], requires_grad=True) for name in names]
@@ -56,14 +56,14 @@ def results(make, ops, compiled=False):
 
 
 def shards(logits):
-    """Loss and gradient of one shard that holds all ids."""
+    """Return loss and gradient of one shard that holds all ids."""
     lse, target = illada.masked_cross_entropy_shard(logits, TARGETS, WEIGHTS, vocab_start=0)
     grad = illada.masked_cross_entropy_shard_grad(logits, TARGETS, WEIGHTS, lse, vocab_start=0, normalizer=3.0)
     return (WEIGHTS * (lse - target)).sum().float() / 3, grad
 
 
 def sampling(ops):
-    """What a step of the sampler writes, with and without logits in memory."""
+    """Return what a step of the sampler writes, with and without logits in memory."""
 
     def step(logits, hidden, head):
         rows, options = torch.arange(12, dtype=torch.int32), {"temperature": 1.0, "seed": 3, "top_k": 7, "top_p": 0.9}

@@ -22,7 +22,7 @@ WITH_TEXT = [[7, 8, 9], list(range(20, 40)), [11]]
 
 
 def make_model(**changes):
-    """Random weights, with an embedding spread enough for clear preferences."""
+    """Return a model with random weights, with an embedding spread enough for clear preferences."""
     model = MaskedDiffusionModel(dataclasses.replace(CONFIG, **changes), seed=5)
     with torch.no_grad():
         model.embed_tokens.weight.mul_(2.5)  # no confidence rounds to 1: the published rule leaves ties undefined
@@ -32,7 +32,7 @@ def make_model(**changes):
 
 
 def logits_of(model, x):
-    """[L, V] in float32 of one sequence [L]."""
+    """Return the logits [L, V] in float32 of one sequence [L]."""
     with torch.no_grad():
         return (model(x, torch.tensor([0, len(x)], dtype=torch.int32)) @ model.head_weight.T).float()
 
@@ -52,13 +52,13 @@ def measured(logits, x0, measure):
 
 
 def gumbel(positions, step, vocab_size):
-    """float64 [n, V] of seed 0."""
+    """Return Gumbel noise, float64 [n, V], of seed 0."""
     uniforms = np.stack([uniform64(0, position, step, vocab_size) for position in positions.tolist()])
     return torch.from_numpy(-np.log(-np.log1p(-uniforms)))
 
 
 def dream_distribution(logits, temperature, top_p, top_k):
-    """Dream's: what it samples from, and takes confidence of. Temperature, then top-k, then top-p, as in transformers;
+    """Return what Dream samples from and takes the confidence of. Temperature, then top-k, then top-p, as in transformers;
     Dream takes top-p first, which makes a difference only where both are given."""
     lowest = torch.finfo(logits.dtype).min
     if temperature > 0:
@@ -74,7 +74,7 @@ def dream_distribution(logits, temperature, top_p, top_k):
 
 
 def choose(rule, confidence, entropy, quota, value):
-    """Which of the candidates [n] to commit, by a rule of the literature."""
+    """Choose which of the candidates [n] to commit, by a rule of the literature."""
     order = confidence.argsort(descending=True, stable=True)
     if rule == "quota":
         return order[:quota]
@@ -95,7 +95,7 @@ def choose(rule, confidence, entropy, quota, value):
 
 
 def boosted(logits, x, begin, prompt_length, total, mask_id, ids, boost, power):
-    """iLLaDA's end-of-thinking boost, on all logits of the sequence."""
+    """Return logits with iLLaDA's end-of-thinking boost, on all logits of the sequence."""
     generated = x[prompt_length:].tolist()
     text, needle = ",".join(map(str, ["", *generated, ""])), ",".join(map(str, ["", *ids, ""]))
     if needle in text:
@@ -112,7 +112,7 @@ def boosted(logits, x, begin, prompt_length, total, mask_id, ids, boost, power):
 
 
 def fill(model, x, given, begin, end, steps, total, prompt_length, config, forwards):
-    """One block x[begin:end], in place, after `forwards` forward passes; how many it took."""
+    """Fill one block x[begin:end] in place, after `forwards` forward passes; return how many it took."""
     mask_id = model.config.mask_token_id
     quotas = llada_quota(int((x[begin:end] == mask_id).sum()), steps)
     for step in range(steps):
@@ -159,7 +159,7 @@ def fill(model, x, given, begin, end, steps, total, prompt_length, config, forwa
 
 
 def generate(model, prompt, config):
-    """(new tokens, forward passes): LLaDA's `generate` (mode fixed; Dream's with one block), iLLaDA's `var_generate`."""
+    """Return (new tokens, forward passes) of LLaDA's or Dream's `generate` (mode fixed) or iLLaDA's `var_generate`."""
     mask_id, size = model.config.mask_token_id, config.block_length
     x = torch.tensor(prompt, dtype=torch.int64)
     blocks = config.gen_length // size

@@ -10,14 +10,14 @@ from torch import Tensor
 
 
 def illada(tensors: dict, config: dict, tokens: Tensor, *, rope_in_fp32: bool = False) -> tuple[Tensor, Tensor]:
-    """iLLaDA: GQA, cos and sin cast to the dtype of x, tied head."""
+    """Compute iLLaDA: GQA, cos and sin cast to the dtype of x, tied head."""
     hidden = _llama_like(tensors, config, tokens, rope_in_fp32)
     head = tensors["model.embed_tokens.weight" if config["tie_word_embeddings"] else "lm_head.weight"]
     return hidden, hidden @ head.T
 
 
 def qwen2(tensors: dict, config: dict, tokens: Tensor, *, rope_in_fp32: bool = False) -> tuple[Tensor, Tensor]:
-    """Qwen2 without its causal mask; what it says at i is about i + 1, so everything moves by one."""
+    """Compute Qwen2 without its causal mask. Its logits at i are about i + 1, so everything moves by one."""
     hidden, logits = illada(tensors, config, tokens, rope_in_fp32=rope_in_fp32)
     return tuple(torch.cat([x[:, :1], x[:, :-1]], dim=1) for x in (hidden, logits))
 
@@ -63,7 +63,7 @@ def _llama_like(tensors: dict, config: dict, tokens: Tensor, rope_in_fp32: bool)
 
 
 def llada(tensors: dict, config: dict, tokens: Tensor, *, rope_in_fp32: bool | None = None) -> tuple[Tensor, Tensor]:
-    """LLaDA: q and k rotated in float32 where rope_full_precision, embedding and head larger than the vocabulary."""
+    """Compute LLaDA: q and k rotated in float32 with rope_full_precision; embedding and head exceed the vocabulary."""
     width, heads = config["d_model"], config["n_heads"]
     kv_heads, dim = config["n_kv_heads"] or heads, width // heads
     batch, length = tokens.shape

@@ -21,14 +21,14 @@ EPS = torch.finfo(torch.float32).eps
 
 
 def rows_of_all_kinds(vocab: int, dtype: torch.dtype, generator: torch.Generator, each: int = 1) -> tuple[Tensor, Any]:
-    """(logits with `each` rows of every kind, which of them have no softmax)."""
+    """Return (logits with `each` rows of every kind, which of them have no softmax)."""
     logits = torch.cat([values(kind, (each, vocab), dtype, generator) for kind in KINDS])
     broken = torch.tensor([kind in NO_SOFTMAX for kind in KINDS]).repeat_interleave(each)
     return logits, broken
 
 
 def softmax64(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(x - maximum, log of its sum of exponentials, probabilities) in float64, where an offset costs no digits."""
+    """Return (x - maximum, log of its sum of exponentials, probabilities) in float64: an offset costs no digits."""
     x = logits.double()
     shifted = x - x.amax(-1, keepdim=True)
     log_sum = shifted.logsumexp(-1, keepdim=True)
@@ -36,7 +36,7 @@ def softmax64(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def steps_of(dtype: torch.dtype, want: Tensor) -> Tensor:
-    """By what a value may be wrong for being rounded to the dtype."""
+    """Return the largest error of a value that is rounded to the dtype."""
     info = torch.finfo(dtype)
     return info.eps * want.abs().nan_to_num(nan=0.0) + info.smallest_normal * info.eps
 
@@ -47,7 +47,7 @@ def steps_of(dtype: torch.dtype, want: Tensor) -> Tensor:
 def check_loss(
     way: str, dtype: torch.dtype, device: torch.device, generator: torch.Generator, vocab: int = 2500
 ) -> None:
-    """nll, lse and gradient of each row. Rows without a weight hold NaN."""
+    """Check nll, lse and gradient of each row. Rows without a weight hold NaN."""
     logits, broken = rows_of_all_kinds(vocab, dtype, generator, each=2)
     if way == "shards":  # their lse in float64 has no digits left beside these
         logits[logits.nan_to_num(0, 0, 0).abs().amax(-1) > 1e12] = 0.0
@@ -90,7 +90,7 @@ def check_loss(
 
 
 def _loss(way: str, logits: Tensor, targets: Tensor, weights: Tensor, dlse: Tensor) -> tuple[Tensor, ...]:
-    """(loss, nll, lse, gradient), computed by one of LOSSES."""
+    """Return (loss, nll, lse, gradient), computed by one of LOSSES."""
     if way == "raw":
         nll, lse, lse_parts = (weights.new_empty(len(logits), *columns) for columns in ((), (), (2,)))
         size = raw.masked_cross_entropy_workspace(*logits.shape, logits.device)
@@ -132,7 +132,7 @@ OFFSETS = (0.0, 2.0**13, -(2.0**13), 2.0**20)
 def _head(
     vocab: int, offset: float, dtype: torch.dtype, device: torch.device, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(hidden, weight, logits in float64), all exact: halves, and an offset that column 0 adds."""
+    """Return (hidden, weight, logits in float64), all exact: halves, and an offset that column 0 adds."""
     hidden = torch.randint(-3, 4, (40, 16), generator=generator) / 2
     weight = torch.randint(-3, 4, (vocab, 16), generator=generator) / 2
     hidden[:, 0], weight[:, 0] = 1.0, offset
@@ -143,7 +143,7 @@ def _head(
 
 
 def check_linear_loss(dtype: torch.dtype, device: torch.device, generator: torch.Generator, vocab: int = 301) -> None:
-    """Logits with a common offset, rows of NaN and inf among them, rows without a weight."""
+    """Check the linear loss of logits with a common offset, rows of NaN and inf, and rows without a weight."""
     for offset in OFFSETS:
         hidden, weight, logits = _head(vocab, offset, dtype, device, generator)
         targets = torch.randint(vocab, (len(hidden),), generator=generator)
@@ -191,7 +191,7 @@ def check_linear_loss(dtype: torch.dtype, device: torch.device, generator: torch
 
 
 def _assert_sample(got: TokenSample, logits: Tensor, want_token: Tensor, name: str) -> None:
-    """All fields of a sample with entropy and margin, of these logits in float64."""
+    """Assert all fields of a sample with entropy and margin, of these logits in float64."""
     shifted, log_sum, probabilities = softmax64(logits)
     broken = ~probabilities.sum(-1).isfinite()
     token = got.token.cpu()
@@ -212,7 +212,7 @@ def _assert_sample(got: TokenSample, logits: Tensor, want_token: Tensor, name: s
 def check_sampler(
     temperature: float, dtype: torch.dtype, device: torch.device, generator: torch.Generator, vocab: int = 2500
 ) -> None:
-    """Tokens and their measures; where nothing is above -inf the first id, which is never committed."""
+    """Check tokens and their measures. If nothing is above -inf, the token is the first id and never committed."""
     keywords = {"temperature": temperature, "seed": 2**40 + 3, "step": -2, "extras": ("entropy", "margin")}
     logits, _ = rows_of_all_kinds(vocab, dtype, generator)
     for part in (logits, logits[:, :5]):  # fewer ids than a vector has
@@ -224,7 +224,7 @@ def check_sampler(
 def check_linear_sampler(
     temperature: float, dtype: torch.dtype, device: torch.device, generator: torch.Generator, vocab: int = 301
 ) -> None:
-    """Logits with a common offset, with -inf for some or all ids, rows of NaN."""
+    """Check the fused sampler on logits with a common offset, with -inf for some or all ids, and on rows of NaN."""
     keywords = {"temperature": temperature, "seed": 5, "extras": ("entropy", "margin")}
     rows = torch.tensor([3, 0, 39, 7, 7], dtype=torch.int32)
     for offset in OFFSETS:
@@ -246,7 +246,7 @@ def check_linear_sampler(
 
 
 def check_remask(dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> None:
-    """Confidences and entropies of every kind, sequences without rows, positions of no sequence."""
+    """Check confidences and entropies of every kind, sequences without rows, positions of no sequence."""
     kinds = list(KINDS)
     lengths = [n for i in range(len(kinds)) for n in ((9, 0) if i % 4 == 0 else (9,))]
     confidence = torch.cat([values(kind, (9,), torch.float32, generator) for kind in kinds])

@@ -136,7 +136,7 @@ CONFIGS = {"illada": ILLADA, "llada": LLADA, "dream": DREAM, "qwen2": QWEN2}
 
 
 def shapes(config: dict) -> dict[str, list[int]]:
-    """Name and shape of each tensor in the file, as the authors' code defines them."""
+    """Return name and shape of each tensor in the file, as the authors' code defines them."""
     if config["model_type"] == "llada":
         c, inner, rows = config["d_model"], config["mlp_hidden_size"], config["embedding_size"] or config["vocab_size"]
         kv = (config["n_kv_heads"] or config["n_heads"]) * c // config["n_heads"]
@@ -170,7 +170,7 @@ def shapes(config: dict) -> dict[str, list[int]]:
 
 
 def weights(config: dict, dtype: torch.dtype = torch.float32, seed: int = 0, std: float = 0.15) -> dict:
-    """Random tensors for a config: norms around 1, everything else around 0, a tied head equal to the embedding."""
+    """Return random tensors for a config: norms around 1, all else around 0, a tied head equal to the embedding."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {
         name: (torch.randn(shape, generator=generator) * std + ("norm" in name or "ln_f" in name)).to(dtype)
@@ -182,7 +182,7 @@ def weights(config: dict, dtype: torch.dtype = torch.float32, seed: int = 0, std
 
 
 def write(folder: Path, config: dict, tensors: dict, shards: int = 1) -> Path:
-    """A checkpoint folder, split over some shards as Hugging Face does."""
+    """Write a checkpoint folder, split over some shards as Hugging Face does."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     if shards == 1:

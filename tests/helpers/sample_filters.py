@@ -24,7 +24,7 @@ SETTINGS = [
 
 
 def per_row(count: int, device: torch.device) -> dict[str, Tensor]:
-    """Arguments of `count` rows from SETTINGS."""
+    """Return the arguments of `count` rows from SETTINGS."""
     temperature, top_k, top_p = zip(*(SETTINGS[n % len(SETTINGS)] for n in range(count)), strict=True)
     return {
         "temperature": torch.tensor(temperature, device=device),
@@ -48,7 +48,7 @@ def assert_close(got: TokenSample, want: TokenSample) -> None:
 def check_reference(
     logits: Tensor, device: torch.device, *, at_temperature: bool, logit_bias=None, measure="probability"
 ) -> None:
-    """Tokens and measures of rows with settings of their own; rows without filters are those of a call without."""
+    """Check rows with their own settings; rows without filters equal those of a call without filters."""
     settings = per_row(len(logits), torch.device("cpu"))
     keywords = {"seed": 2**40 + 3, "step": 5, "extras": ALL, "measure": measure}
     want = reference.sample_tokens(
@@ -67,7 +67,7 @@ def check_reference(
 
 
 def check_kept_ids(device: torch.device) -> None:
-    """What is sampled of adversarial rows is what may be, all of it, and nothing else."""
+    """Check that adversarial rows sample all the ids that they may, and no others."""
     inf = torch.inf
     cases = [  # row, temperature, top_k, top_p, kept
         ([0.0, 0.0, 0.0, 0.0], 1.0, 0, 0.4, [0, 1]),  # ties: the lowest ids
@@ -96,7 +96,7 @@ def check_kept_ids(device: torch.device) -> None:
 
 
 def check_entropy_of_one_kept_id(device: torch.device) -> None:
-    """Where one id is left, the entropy is exactly 0, wherever the id is: rows of one such id tie in confidence."""
+    """Check that one kept id has entropy exactly 0, wherever it is: such rows tie in confidence."""
     logits = torch.zeros(6, 301)
     logits[torch.arange(6), torch.tensor([0, 7, 15, 160, 299, 300])] = 40.0
     removed = torch.where(logits > 0, logits, -torch.inf)
@@ -109,7 +109,7 @@ def check_entropy_of_one_kept_id(device: torch.device) -> None:
 
 
 def check_broken_rows(device: torch.device) -> None:
-    """A row without a softmax has the token that it has without filters, and is never committed."""
+    """Check that a row without a softmax has the token that it has without filters, and is never committed."""
     nan, inf = torch.nan, torch.inf
     logits = torch.tensor([[nan, 1.0, 2.0], [inf, 1.0, inf], [-inf, -inf, -inf], [1.0, inf, nan]], device=device)
     for temperature in (0.0, 0.5):
@@ -125,7 +125,7 @@ def check_broken_rows(device: torch.device) -> None:
 
 
 def check_frequencies(device: torch.device, generator: torch.Generator, draws: int = 60_000) -> None:
-    """Frequencies of what top_k and then top_p leave are the renormalised softmax: chi-square."""
+    """Check by chi-square that frequencies are the renormalised softmax of what top_k and then top_p leave."""
     logits = torch.randn(65, generator=generator) * 1.5
     temperature, top_k, top_p = 2.0, 50, 0.9
     tokens = illada.sample_tokens(

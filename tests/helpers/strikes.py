@@ -11,7 +11,7 @@ _now = None
 
 
 class Strike:
-    """Counts the events (all, or those of one kind) on paths that begin with `start`, and acts at the n-th."""
+    """A counter of events (all, or those of one kind) on paths that begin with `start`, which acts at the n-th."""
 
     def __init__(self, start, at, action, events=_EVENTS):
         self.start, self.at, self.action, self.events, self.count = str(start), at, action, events, 0
@@ -42,6 +42,6 @@ def strike(start, at, action, events=_EVENTS):
 
 
 def spread(total, count):
-    """`count` moments among `total` events, from the first to the last, each with a signal that ends a command."""
+    """Return `count` moments among `total` events, first and last included, each with a signal that ends a command."""
     moments = [1 + i * (total - 1) // (count - 1) for i in range(count)]
     return list(zip(moments, itertools.cycle((signal.SIGTERM, signal.SIGHUP, signal.SIGINT)), strict=False))

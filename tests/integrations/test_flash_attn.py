@@ -27,7 +27,7 @@ BATCH, LENGTH, KEYS, HEADS, KV_HEADS, DIM = 3, 5, 7, 4, 2, 16
 
 
 def attend(q, k, v, scale=None):
-    """out [L, H, D] and lse [H, L] of one sequence, in float64."""
+    """Return out [L, H, D] and lse [H, L] of one sequence, in float64."""
     q, k, v = (x.double().transpose(0, 1) for x in (q, k, v))
     k, v = (x.repeat_interleave(len(q) // len(x), 0) for x in (k, v))
     scores = q @ k.mT * (scale or q.shape[-1] ** -0.5)

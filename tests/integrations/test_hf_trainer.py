@@ -61,7 +61,7 @@ def make_model(name="llama", **options):
 
 
 class Gradients(TrainerCallback):
-    """What a step gives the optimizer, by the model's own names; whole, where FSDP2 keeps shards."""
+    """The gradients that a step gives the optimizer, by the model's own names; whole, where FSDP2 keeps shards."""
 
     def __init__(self):
         self.steps = []
@@ -72,7 +72,7 @@ class Gradients(TrainerCallback):
 
 
 def make_trainer(folder, model, rows=ROWS, batch=8, accumulation=1, callbacks=(), options=None, **arguments):
-    """One step over all rows, in their order, that changes nothing."""
+    """Return a trainer of one step over all rows, in their order, that changes nothing."""
     arguments = {"max_steps": 1, "learning_rate": 0.0, "save_strategy": "no", **arguments}
     args = TrainingArguments(
         str(folder), use_cpu=True, report_to=[], disable_tqdm=True, seed=SEED, train_sampling_strategy="sequential",
@@ -85,7 +85,7 @@ def make_trainer(folder, model, rows=ROWS, batch=8, accumulation=1, callbacks=()
 
 
 def step(folder, model, **options):
-    """Loss and gradients of one step."""
+    """Return loss and gradients of one step."""
     seen = Gradients()
     trainer = make_trainer(folder, model, callbacks=[seen], **options)
     loss = trainer.train().training_loss
@@ -98,7 +98,7 @@ def draw(samples, length, **options):
 
 
 def by_hand(model, rows=ROWS, draw=draw, **options):
-    """Eq. 1 in float64, one row after the other."""
+    """Compute Eq. 1 in float64, one row after the other."""
     model, total, tokens = model.double(), 0.0, 0
     for i, row in enumerate(rows):
         ids = torch.tensor(row["input_ids"])
@@ -512,7 +512,7 @@ HAS_FSDP = torch.__version__ >= (2, 13)  # before, gloo could not average, or su
 
 
 def let_accelerate_shard_on_a_cpu():
-    """It knows FSDP on accelerators only, and on a CPU takes DDP without a word."""
+    """Let accelerate use FSDP on a CPU, where it would take DDP without a warning."""
     from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedType
 

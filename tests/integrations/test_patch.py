@@ -82,7 +82,7 @@ def output(model, tokens, **options):
 
 
 def everything(model):
-    """What must come back: class, own attributes of each module, config values, names and parameters."""
+    """Return what must come back: class, own attributes of each module, config values, names and parameters."""
     own = {name: sorted(set(module.__dict__)) for name, module in model.named_modules()}
     state = {name: (value.data_ptr(), value.shape) for name, value in model.state_dict().items()}
     return type(model), own, copy.deepcopy(model.config.__dict__), state

@@ -50,7 +50,7 @@ def registered():
 
 
 def pair(config):
-    """Two models of the same weights: with torch's SDPA, with ours."""
+    """Return two models of the same weights: with torch's SDPA, with ours."""
     models = []
     for implementation in ("sdpa", "illada"):
         torch.manual_seed(0)

@@ -21,7 +21,7 @@ ROWS = torch.tensor([0, 2, 3, 4, 19])
 
 
 def linears(model):
-    """(name, module) of each linear inside the layers."""
+    """Return (name, module) of each linear inside the layers."""
     return [(name, module) for name, module in model.layers.named_modules() if isinstance(module, nn.Linear)]
 
 

@@ -27,7 +27,7 @@ def batch_of(samples, config=PLAIN, length=64, **kwargs):
 
 
 def sequences(batch):
-    """(targets, weights) of each sequence."""
+    """Return (targets, weights) of each sequence."""
     bounds = batch.cu_seqlens.tolist()
     return [(batch.targets[a:b], batch.token_weights[a:b]) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
 

@@ -42,7 +42,7 @@ def make_batches() -> list[Batch]:
 
 
 def joined(batches: list[Batch]) -> Batch:
-    """One pack of all."""
+    """Return one pack of all."""
     starts = np.cumsum([0, *(b.num_tokens for b in batches)])
     return Batch(
         *(torch.cat([getattr(b, name) for b in batches]) for name in ("tokens", "targets", "token_weights")),
@@ -57,7 +57,7 @@ def total_tokens() -> float:
 
 
 def gradients(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """By the model's own names; whole, where FSDP2 keeps shards."""
+    """Return the gradients by the model's own names; whole, where FSDP2 keeps shards."""
     found = {}
     for name, parameter in module.named_parameters():
         grad = parameter.grad
@@ -66,7 +66,7 @@ def gradients(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def plain(name: str = "tied", dtype: torch.dtype | None = None) -> tuple[float, dict[str, torch.Tensor]]:
-    """One process, one pass over all packs."""
+    """Compute the loss in one process, in one pass over all packs."""
     model = make_model(name).to(dtype)
     loss = model.loss(joined(make_batches()), normalizer=total_tokens())
     loss.backward()
@@ -84,7 +84,7 @@ def assert_same(got, want, tolerance: float = 1e-5) -> None:
 
 
 def accumulate(model, loss_of, batches=None, autocast=False):
-    """As a trainer does it: the global count divides each micro-batch's sum."""
+    """Accumulate as a trainer does: the global count divides each micro-batch's sum."""
     total = 0.0
     for batch in batches or make_batches():
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -189,7 +189,7 @@ CASES = {
 
 
 def shard(module, **options):
-    """FSDP2 as the documentation has it. options: of bfloat16's policy; none: float32."""
+    """Shard by FSDP2 as the documentation does. options: of bfloat16's policy; none: float32."""
     if options:
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, **options)
         options = {"mp_policy": policy}
@@ -201,7 +201,7 @@ def shard(module, **options):
 def distributed_result(
     wrapper, name, micro_batches=2, checkpointing=False, autocast=False, compile=False, straight=False, mixed=False
 ):
-    """Loss and gradients of process r, which has micro-batches r, r + 2, ...; together they are `plain`'s."""
+    """Return loss and gradients of process r, which has micro-batches r, r + 2, ...; together they are `plain`'s."""
     rank, world = dist.get_rank(), dist.get_world_size()
     model = make_model(name)
     model.activation_checkpointing = checkpointing

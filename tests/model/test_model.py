@@ -31,7 +31,7 @@ VARIANTS = {
 
 
 def twin_logits(model: MaskedDiffusionModel, sequence: torch.Tensor) -> torch.Tensor:
-    """Logits of one sequence from the state dict alone."""
+    """Return the logits of one sequence, computed from the state dict alone."""
     c, p = model.config, dict(model.named_parameters())
     length, d = len(sequence), c.head_size
 

@@ -18,7 +18,7 @@ CONFIG = ModelConfig.preset("tiny", vocab_size=100)
 
 
 def use_all(device):
-    """Model, loss with gradients, and sampling on `device`; the shapes of what comes out."""
+    """Use model, loss with gradients, and sampling on `device`; return the shapes of the results."""
     tokens, starts = torch.zeros(8, dtype=torch.int64, device=device), torch.zeros(3, dtype=torch.int32, device=device)
     model = MaskedDiffusionModel(CONFIG, device=device)
     rows = torch.zeros(2, dtype=torch.int32, device=device)
@@ -58,7 +58,7 @@ def test_construction_on_the_meta_device(context):
 
 
 class Exported(nn.Module):
-    """Model and loss of a pack."""
+    """A module of model and loss on a pack."""
 
     def __init__(self):
         super().__init__()

@@ -110,7 +110,7 @@ def test_raw_calls_change_the_versions_of_what_they_write(generator):
 
 
 def function_of(op, generator):
-    """(a differentiable op as a function of one tensor, that tensor)"""
+    """Return (a differentiable op as a function of one tensor, that tensor)."""
     x = torch.randn(3, 1, 8, generator=generator)
     if op == "varlen_attention":
         return lambda q: illada.varlen_attention(q, x, x, STARTS).square().sum(), x.clone()

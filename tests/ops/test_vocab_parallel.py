@@ -35,7 +35,7 @@ def make_problem(dtype, masked=0.5):
 
 
 def vocab_parallel_results(case):
-    """loss, nll, d_hidden, d_weight of this process's shard."""
+    """Return loss, nll, d_hidden and d_weight of this process's shard."""
     case = dict(case)
     hidden, weight, targets, weights = make_problem(case.pop("dtype"), case.pop("masked", 0.5))
     start, end = BOUNDS[dist.get_rank() :][:2]
@@ -71,7 +71,7 @@ def two_processes(tmp_path_factory):
 
 
 def whole_results(case, dtype):
-    """Of one process, by plain torch."""
+    """Return the results of one process, by plain torch."""
     hidden, weight, targets, weights = make_problem(case["dtype"], case.get("masked", 0.5))
     hidden = torch.where(weights[:, None] != 0, hidden, 0).to(dtype).requires_grad_()
     weight = weight.to(dtype).requires_grad_()

@@ -106,7 +106,7 @@ def test_encode_and_decode(folder):
 
 
 def change(folder, **changes):
-    """Other values in tokenizer.json; of "added_tokens", flags for each of them."""
+    """Change values in tokenizer.json; those of "added_tokens" are flags of each token."""
     values = json.loads((folder / "tokenizer.json").read_text())
     for token in values["added_tokens"]:
         token.update(changes.get("added_tokens", {}))

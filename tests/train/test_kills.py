@@ -62,7 +62,7 @@ COMMANDS = ["prepare", "convert", "generate", "eval"]
 
 
 def command(root, name):
-    """Its arguments, and how the paths begin that it writes."""
+    """Return a command's arguments, and how the paths begin that it writes."""
     if name == "prepare":
         return prepare(root), root / ".corpus"
     if name == "convert":
@@ -85,7 +85,7 @@ def command(root, name):
 
 
 def check(root, name):
-    """What a command has written, or what was there before, is complete."""
+    """Check that what a command has written, or what was there before, is complete."""
     if name == "prepare":
         TokenDataset(root / "corpus", "train").windows([0], 32)
     elif name == "convert":
