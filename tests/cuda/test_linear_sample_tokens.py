@@ -195,7 +195,7 @@ def busy_share(row_tiles, vocab_size, sm_count):
 
 
 def check_plan(row_tiles, vocab_size, sm_count):
-    """Check that row tiles meet every range once, and that pairs of CTAs are in step on neighbouring tiles or ranges."""
+    """Check that row tiles meet every range once, and pairs of CTAs are in step on neighbouring tiles or ranges."""
     rows = row_tiles * TILE_ROWS
     cluster, ranges, slices, tasks = raw.head_plan(rows, vocab_size, sm_count)
     done = sorted((tile, vocab_range) for _, tile, vocab_range, _, _ in tasks if vocab_range < ranges)

@@ -58,8 +58,8 @@ def gumbel(positions, step, vocab_size):
 
 
 def dream_distribution(logits, temperature, top_p, top_k):
-    """Return what Dream samples from and takes the confidence of. Temperature, then top-k, then top-p, as in transformers;
-    Dream takes top-p first, which makes a difference only where both are given."""
+    """Return what Dream samples from and takes the confidence of. Temperature, then top-k, then top-p, as in
+    transformers; Dream takes top-p first, which makes a difference only where both are given."""
     lowest = torch.finfo(logits.dtype).min
     if temperature > 0:
         logits = logits / temperature
