@@ -1,8 +1,16 @@
-// Merges the key splits of tiles: with w_i = exp(scale (reference_i - the largest reference)),
-// out = sum_i w_i values_i / sum_i w_i sum_i.
+// Merges the key splits of tiles into out and lse. Split i of a row left values_i = sum_j p_j v_j and sum_i = sum_j p_j
+// in its slot (plan.h), both relative to reference_i. With top = the largest reference of the row's splits and
+// w_i = exp(scale (reference_i - top)):
 //
-// A thread has 8 columns of a row, a CTA some rows of a tile at a time; it goes over the plan's items in steps of the
-// grid and takes those that are the first key split of several. The key splits of a row come in a fixed order.
+//   sum = sum_i w_i sum_i,  out = sum_i w_i values_i / sum,  lse = log(sum) + scale top
+//
+//   for each unit of the CTA, in steps of the grid (a unit is some rows of an item):
+//     continue unless the item is the first key split of several, and the thread's row is one of the item's
+//     top = largest reference
+//     for each key split, in a fixed order: add its weighted sum and values
+//     store out and lse
+//
+// A thread has 8 columns of a row, a CTA kRows rows. Threads exchange nothing: each finds top and sum itself.
 //
 // Floor: bytes = rows x splits x (D + 2) x 4, which the forward has just left in the L2 cache.
 #include <algorithm>
@@ -27,9 +35,22 @@ struct CombineArguments {
   Slots slots;
   void* out;
   float* lse;
-  int32_t total_q, num_heads, group, row_steps;
+  int32_t total_q, num_heads, group;
+  int32_t row_steps;        // units of an item: steps of kRows rows through a slot
   float scale, scale_log2;  // softmax_scale, and times log2(e)
 };
+
+// Packs 8 columns of out: x / sum.
+template <typename T>
+__device__ __forceinline__ uint4 pack_quotients(const float (&x)[8], float sum) {
+  const float inverse = 1 / sum;  // of scores of -inf alone, NaN
+  uint4 words;
+  words.x = pack2<T>(x[0] * inverse, x[1] * inverse);
+  words.y = pack2<T>(x[2] * inverse, x[3] * inverse);
+  words.z = pack2<T>(x[4] * inverse, x[5] * inverse);
+  words.w = pack2<T>(x[6] * inverse, x[7] * inverse);
+  return words;
+}
 
 template <typename T, int kHeadDim>
 __global__ __launch_bounds__(kThreads) void illada_attention_combine_sm80(
@@ -43,11 +64,13 @@ __global__ __launch_bounds__(kThreads) void illada_attention_combine_sm80(
     const WorkItem item = forward_items(a.plan)[index];
     const int row = (unit - index * a.row_steps) * kRows + int(threadIdx.x) / kColumns;
     if (item.splits == 1 || item.split > 0 || row >= item.q_count * a.group) continue;
+
     const SlotSum* const sums = a.slots.sums + int64_t(item.first_slot) * a.slots.rows + row;
     const float* const values = a.slots.values + (int64_t(item.first_slot) * a.slots.rows + row) * kHeadDim + column;
     float top = -FLT_MAX;  // what a key split of scores of -inf alone has
 #pragma unroll 4
     for (int i = 0; i < item.splits; ++i) top = fmaxf(top, sums[int64_t(i) * a.slots.rows].reference);
+
     float x[8] = {}, sum = 0;
 #pragma unroll 2
     for (int i = 0; i < item.splits; ++i) {
@@ -60,15 +83,11 @@ __global__ __launch_bounds__(kThreads) void illada_attention_combine_sm80(
 #pragma unroll
       for (int j = 0; j < 8; ++j) x[j] = fmaf(weight, y[j], x[j]);
     }
-    const float inverse = 1 / sum;  // of scores of -inf alone, NaN
+
     const int row_token = row / a.group;
     const int64_t token = item.q_start + row_token;
     const int head = item.kv_head * a.group + row - row_token * a.group;
-    uint4 words;
-    words.x = pack2<T>(x[0] * inverse, x[1] * inverse);
-    words.y = pack2<T>(x[2] * inverse, x[3] * inverse);
-    words.z = pack2<T>(x[4] * inverse, x[5] * inverse);
-    words.w = pack2<T>(x[6] * inverse, x[7] * inverse);
+    const uint4 words = pack_quotients<T>(x, sum);
     *reinterpret_cast<uint4*>(static_cast<T*>(a.out) + (token * a.num_heads + head) * kHeadDim + column) = words;
     if (column == 0) a.lse[int64_t(head) * a.total_q + token] = row_lse(top, sum, a.scale);
   }
@@ -90,7 +109,7 @@ void launch(const ForwardParams& p, const Device& device) {
   a.group = s.num_heads / s.num_kv_heads;
   a.row_steps = (a.slots.rows + kRows - 1) / kRows;
   LaunchShape shape;
-  // Packs this small have few tiles that are split: more CTAs than the GPU holds would begin for nothing.
+  // Packs this small have few tiles with key splits. More CTAs than the GPU holds at once would start for nothing.
   shape.grid = dim3(unsigned(std::min<int64_t>(max_forward_items(s) * a.row_steps, int64_t(device.sm_count) * 8)));
   shape.block = dim3(kThreads);
   shape.dependent = true;
