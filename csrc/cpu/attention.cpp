@@ -161,6 +161,15 @@ class Scratch {
   float* data_;
 };
 
+// Most floats of scratch that a thread keeps for its next call, 512 KiB. Short sequences would otherwise wait for the
+// operating system, which clears and maps the pages of new memory.
+constexpr int64_t kKeptFloats = int64_t(1) << 17;
+
+float* kept_scratch() {
+  thread_local const Scratch kept(kKeptFloats);
+  return kept.data();
+}
+
 }  // namespace
 
 void forward_cpu(const ForwardParams& p) {
@@ -222,12 +231,13 @@ void backward_cpu(const BackwardParams& p) {
   if (work.parts.empty()) return;
 
   const int64_t scratch_floats = cpu::gradient_scratch(s.head_dim, work.max_keys);
-  const Scratch scratch(scratch_floats * work.threads);
+  const bool kept = scratch_floats <= kKeptFloats;
+  const Scratch scratch(kept ? 0 : scratch_floats * work.threads);
   const cpu::RowKernels& kernels = cpu::row_kernels();
   const auto differentiate = p.dtype == DType::kFloat32 ? kernels.differentiate_f32 : kernels.differentiate_bf16;
   cpu::parallel_for_runs(work.parts, work.threads, [&](const Part& part, int thread) {
     const cpu::FlushedDenormals flushed;
-    differentiate(gradient_of(p, part, scratch.data() + scratch_floats * thread));
+    differentiate(gradient_of(p, part, kept ? kept_scratch() : scratch.data() + scratch_floats * thread));
   });
 }
 
