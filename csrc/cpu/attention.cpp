@@ -55,11 +55,17 @@ void validate(const Params& p) {
   }
 }
 
+// A tile of the forward: rows (queries of the heads of a group) of a sequence and key-value head.
+struct Tile {
+  int64_t sequence, kv_head, first_row, rows, work;
+};
+
 // A part of the backward: gradients of some rows (queries of the heads of a group), of some keys, or of all of a
 // sequence and key-value head.
 struct Part {
   int64_t sequence, kv_head, first_row, rows, first_key, keys;
   bool of_queries, of_keys;
+  int64_t work = rows * keys;
 };
 
 struct Work {
@@ -155,6 +161,15 @@ class Scratch {
   float* data_;
 };
 
+// Most floats of scratch that a thread keeps for its next call, 512 KiB. Short sequences would otherwise wait for the
+// operating system, which clears and maps the pages of new memory.
+constexpr int64_t kKeptFloats = int64_t(1) << 17;
+
+float* kept_scratch() {
+  thread_local const Scratch kept(kKeptFloats);
+  return kept.data();
+}
+
 }  // namespace
 
 void forward_cpu(const ForwardParams& p) {
@@ -163,20 +178,22 @@ void forward_cpu(const ForwardParams& p) {
   const cpu::RowKernels& kernels = cpu::row_kernels();
   const auto attend = p.dtype == DType::kFloat32 ? kernels.attend_f32 : kernels.attend_bf16;
   const int64_t size = element_size(p.dtype), group = s.num_heads / s.num_kv_heads;
-  int64_t max_tiles = 0, pairs = 0;
+  int64_t pairs = 0;
+  std::vector<Tile> tiles;
   for (int64_t i = 0; i < p.plan_rows; ++i) {
     const Sequence x = sequence(p, i);
-    pairs += (x.q_end - x.q_start) * (x.k_end - x.k_start);
-    max_tiles = std::max(max_tiles, (x.q_end - x.q_start) * group);
+    const int64_t all_rows = (x.q_end - x.q_start) * group, keys = x.k_end - x.k_start;
+    pairs += (x.q_end - x.q_start) * keys;
+    for (int64_t head = 0; head < s.num_kv_heads; ++head)
+      for (int64_t row = 0; row < all_rows; row += kernels.tile_rows) {
+        const int64_t rows = std::min<int64_t>(all_rows - row, kernels.tile_rows);
+        tiles.push_back({i, head, row, rows, rows * (keys + 1)});
+      }
   }
-  max_tiles = (max_tiles + kernels.tile_rows - 1) / kernels.tile_rows;
-  // Sequences of fewer tiles than the longest one leave some of these without work.
   const int threads = cpu::threads_for(pairs * s.num_heads * s.head_dim, p.num_threads);
-  cpu::parallel_for(p.plan_rows * s.num_kv_heads * max_tiles, threads, [&](int64_t n) {
-    const Sequence x = sequence(p, n / max_tiles / s.num_kv_heads);
-    const int64_t kv_head = n / max_tiles % s.num_kv_heads, first = n % max_tiles * kernels.tile_rows;
-    const int64_t rows = std::min<int64_t>((x.q_end - x.q_start) * group - first, kernels.tile_rows);
-    if (rows <= 0) return;
+  cpu::parallel_for_runs(tiles, threads, [&](const Tile& t, int) {
+    const Sequence x = sequence(p, t.sequence);
+    const int64_t kv_head = t.kv_head;
     cpu::AttentionTile tile;
     tile.q = address(p.q, p.dtype, x.q_start, kv_head * group);
     tile.k = address(p.k, p.dtype, x.k_start, kv_head);
@@ -185,8 +202,8 @@ void forward_cpu(const ForwardParams& p) {
     tile.q_head_stride = p.q.head_stride;
     tile.k_token_stride = p.k.token_stride;
     tile.v_token_stride = p.v.token_stride;
-    tile.first_row = first;
-    tile.rows = int(rows);
+    tile.first_row = t.first_row;
+    tile.rows = int(t.rows);
     tile.group = int(group);
     tile.keys = int(x.k_end - x.k_start);
     tile.head_dim = s.head_dim;
@@ -214,12 +231,13 @@ void backward_cpu(const BackwardParams& p) {
   if (work.parts.empty()) return;
 
   const int64_t scratch_floats = cpu::gradient_scratch(s.head_dim, work.max_keys);
-  const Scratch scratch(scratch_floats * work.threads);
+  const bool kept = scratch_floats <= kKeptFloats;
+  const Scratch scratch(kept ? 0 : scratch_floats * work.threads);
   const cpu::RowKernels& kernels = cpu::row_kernels();
   const auto differentiate = p.dtype == DType::kFloat32 ? kernels.differentiate_f32 : kernels.differentiate_bf16;
-  cpu::parallel_for(int64_t(work.parts.size()), work.threads, [&](int64_t n, int thread) {
+  cpu::parallel_for_runs(work.parts, work.threads, [&](const Part& part, int thread) {
     const cpu::FlushedDenormals flushed;
-    differentiate(gradient_of(p, work.parts[size_t(n)], scratch.data() + scratch_floats * thread));
+    differentiate(gradient_of(p, part, kept ? kept_scratch() : scratch.data() + scratch_floats * thread));
   });
 }
 

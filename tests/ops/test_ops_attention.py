@@ -22,6 +22,8 @@ CASES = [  # lengths, H, G, D: what the row is for
     ([63, 1, 65], 4, 4, 128),  # tile edges around 64, no grouping
     ([0, 130, 0, 7], 8, 2, 64),  # empty sequences in the pack
     ([33, 96], 7, 1, 128),  # group 7 (Dream, Qwen2)
+    ([32] * 4, 8, 8, 64),  # short sequences of equal length
+    ([16] * 9, 8, 8, 64),
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -283,7 +285,17 @@ def test_sequences_are_shared_with_torch(lengths, ours, torchs, with_dlse, gener
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("lengths, keys", [([70, 9, 300], None), ([1], [300]), ([300], [1]), ([64, 129], [200, 65])])
+@pytest.mark.parametrize(
+    "lengths, keys",
+    [
+        ([70, 9, 300], None),
+        ([1], [300]),
+        ([300], [1]),
+        ([64, 129], [200, 65]),
+        ([16] * 40, None),  # each thread gets runs of them
+        ([1100, 9], None),  # more scratch memory than a thread keeps
+    ],
+)
 def test_gradients_have_the_same_bits_with_any_number_of_threads(lengths, keys, dtype, generator):
     """One key-value head: with more threads a long sequence is shared out, with one it is not."""
     q, k, v, cu = make(lengths, 3, 1, 40, dtype, generator, keys=keys)
