@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from illada.config import ModelConfig
-from illada.model import CachedKeys
+from illada.reuse import CachedKeys
 
 
 class KeyValueCache:
