@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from illada import cli
-from illada.checkpoints.open import load
+from illada.checkpoints.folders import load
 from illada.checkpoints.weights import load_pretrained, save_pretrained
 from illada.cli import chat
 from illada.cli.devices import parse_device

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import illada
 from illada.ops import raw, reference
 from illada.ops.types import TokenSample
-from illada.random import philox4x32
+from illada.philox import philox4x32
 from illada.testing import assert_close_like, plain_sample
 
 CPU = torch.device("cpu")

@@ -24,8 +24,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from illada import hf_export
+from illada.checkpoints.folders import config_file
 from illada.checkpoints.formats import LAYOUTS, Layout, layout_of_file
-from illada.checkpoints.open import config_file
 from illada.config import ModelConfig
 from illada.devices import find_device
 from illada.files import check_inside, staged_directory

@@ -9,7 +9,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any, TextIO
 
-from illada.checkpoints import open as checkpoint_folders
+from illada.checkpoints import folders as checkpoint_folders
 from illada.cli.signals import importing
 from illada.text.files import decode_text, read_lines
 
