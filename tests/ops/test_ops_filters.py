@@ -1,6 +1,5 @@
 """top_k, top_p and confidence_at_temperature of sample_tokens and linear_sample_tokens against float64."""
 
-import importlib
 import inspect
 
 import pytest
@@ -8,7 +7,7 @@ import sample_filters as checks
 import torch
 
 import illada
-from illada.ops import raw, reference
+from illada.ops import raw, reference, sampling
 
 DTYPES = [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.only("cuda"))]
 
@@ -170,7 +169,7 @@ def test_errors_name_the_first_argument_of_either_sampler():
 
 def test_settings_have_the_order_of_the_schema_and_of_the_raw_calls():
     """They are passed on by position, so a setting in another place would take another's value."""
-    names = list(importlib.import_module("illada.ops.remask")._Settings._fields)
+    names = list(sampling._Settings._fields)
     schema = [argument.name for argument in torch.ops.illada.sample_tokens.default._schema.arguments]
     assert schema == ["logits", *names]
     assert list(inspect.signature(raw.sample_tokens).parameters) == ["out", "logits", *names[:-2], "workspace"]
