@@ -150,14 +150,14 @@ test-cuda: ## the CUDA kernels, on a GPU or a simulator; needs nvcc
 	  "on a machine with a GPU, or set CUSIM=/path/to/cusim" >&2; exit 1; fi
 
 test-gpu: .cache/installed-gpu
-	ILLADA_REQUIRE_CUDA=1 "$(BIN_CUDA)/python" -m pytest -q tests/cuda $(ARGS)
+	ILLADA_REQUIRE_CUDA=1 "$(BIN_CUDA)/python" -m pytest -q tests/cuda tests/ops $(ARGS)
 
 # race, proxy: shared memory accessed without synchronisation, and a missing fence between ordinary stores and TMA.
 test-simulator: .cache/installed-simulator
 	@cusim="$$(cd "$(CUSIM)" && pwd)"; for mode in $(MODES); do \
-	  echo "tests/cuda on the simulator: $$mode$(if $(DEVICE), as $(DEVICE))"; \
+	  echo "tests/cuda and tests/ops on the simulator: $$mode$(if $(DEVICE), as $(DEVICE))"; \
 	  ILLADA_REQUIRE_CUDA=1 PYTHONPATH="$$cusim" "$$cusim/cusim" run --async "$$mode" $(if $(CHECKS),--check "$(CHECKS)") \
-	    $(if $(DEVICE),--device "$(DEVICE)") -- "$(BIN_CUDA)/python" -m pytest -q -p torch_on_cusim tests/cuda $(ARGS) \
+	    $(if $(DEVICE),--device "$(DEVICE)") -- "$(BIN_CUDA)/python" -m pytest -q -p torch_on_cusim tests/cuda tests/ops $(ARGS) \
 	    || exit 1; \
 	done
 

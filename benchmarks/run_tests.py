@@ -1,4 +1,4 @@
-"""A runner of tests/cuda, with a time limit for each test and each file.
+"""A runner of the tests on CUDA, with a time limit for each test and each file.
 
 Several files and processes run at a time.
 
@@ -30,16 +30,22 @@ FIRST = (
     "attention_backward",
     "linear_loss_sm90",
     "linear_sample_tokens",
+    "ops_sampling",
     "sample_tokens",
+    "ops_loss",
     "loss",
+    "ops_remask",
     "remask",
 )
 
 
 def files(only: str | None = None) -> list[Path]:
-    """Return the files of tests/cuda."""
+    """Return the files of tests/cuda, and those of tests/ops with tests that take `device`."""
     first = {f"test_{name}.py": i for i, name in enumerate(FIRST)}
-    found = sorted((ROOT / "tests" / "cuda").glob("test_*.py"), key=lambda path: (first.get(path.name, 99), path.name))
+    takes_device = re.compile(r"^def test_\w+\([^)]*\bdevice\b", re.MULTILINE)
+    found = [*(ROOT / "tests" / "cuda").glob("test_*.py")]
+    found += [path for path in (ROOT / "tests" / "ops").glob("test_*.py") if takes_device.search(path.read_text())]
+    found.sort(key=lambda path: (first.get(path.name, 99), path.name))
     return [path for path in found if only is None or only in path.name]
 
 
@@ -119,7 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     chosen = files("test_variants" if dry_run.ACTIVE and options.only is None else options.only)
     if not chosen:
-        parser.error(f"no file of tests/cuda contains {options.only!r}")
+        parser.error(f"no file of tests on CUDA contains {options.only!r}")
     has = [name for name in ("xdist", "pytest_timeout") if importlib.util.find_spec(name)]
     entries: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:

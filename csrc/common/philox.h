@@ -13,11 +13,11 @@ constexpr uint32_t kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;  // key inc
 // Streams: counter word 3, one for each purpose. Words of different streams are independent. The numbers are part of
 // the results for a seed and never change.
 enum PhiloxStream : uint32_t {
-  // 0 to 15: forward process and scoring, in Python (illada.random).
+  // 0 to 15: forward process and scoring, in Python (illada.philox).
   kStreamSample = 16,         // token sampler: upper 32 bits of the uniforms
   kStreamSampleLowBits = 17,  // token sampler: lower 32 bits, drawn only for tokens that can still win
   kStreamSampleRandom = 18,   // Measure::kRandom
-  // From 19 on: commit rules, in Python (illada.random).
+  // From 19 on: commit rules, in Python (illada.philox).
 };
 
 // A counter, or the four random words of one.

@@ -7,7 +7,7 @@ stay finite. The sum is divided by the number of all tokens.
 Everything here is a pure function of (seed, global sample index), without state or order of drawing. One integer
 resumes the data exactly, on any number of ranks and for any micro-batch size.
 
-Randomness: Philox4x32-10 with key = seed and counter = (block, index lo, index hi, stream); see `illada.random`.
+Randomness: Philox4x32-10 with key = seed and counter = (block, index lo, index hi, stream); see `illada.philox`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from illada.batch import Batch
 from illada.config import DiffusionConfig
-from illada.random import Stream, to_uniform, uniforms, words
+from illada.philox import Stream, to_uniform, uniforms, words
 
 _VALIDATION_SEED = 0  # fixed, so that the bound is comparable between runs
 _VALIDATION_EPS = 1e-3

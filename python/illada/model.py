@@ -23,31 +23,12 @@ from illada.batch import Batch
 from illada.config import ModelConfig
 from illada.devices import autocast_dtype, find_device
 from illada.ops import AttentionPlan, attention_plan, linear_masked_cross_entropy, varlen_attention
+from illada.reuse import CachedKeys, FirstProjection
 
 #: Rows that a layer passes to its MLP at a time when gradients are off. On a CPU the temporaries stay in the cache and
 #: in memory that is already mapped. On a GPU they stay below 1 GiB for an 8B model, where the prefixes of a batch may
 #: be 200,000 tokens. The chunks are still large enough to read the weights once for many rows.
 _CPU_ROWS, _GPU_ROWS = 1024, 16384
-
-
-class CachedKeys(NamedTuple):
-    """Key-value cache: keys and values of earlier forward passes, and the rows for those of this pass.
-
-    k, v: [layers, R, G, D], R rows that are divided into one slot per sequence; written in place.
-    rows: int64 [T], the row for each packed token's key and value.
-    cu_seqlens_k: int32 [S + 1], where each sequence's slot starts.
-    seqused_k: int32 [S], rows in use in each slot, including the new ones.
-    """
-
-    k: Tensor
-    v: Tensor
-    rows: Tensor
-    cu_seqlens_k: Tensor
-    seqused_k: Tensor
-
-    def layer(self, i: int) -> CachedKeys:
-        """Return the cache of layer `i`, with k and v [R, G, D]."""
-        return self._replace(k=self.k[i], v=self.v[i])
 
 
 class SelectedRows(NamedTuple):
@@ -59,49 +40,6 @@ class SelectedRows(NamedTuple):
 
     rows: Tensor
     cu_seqlens: Tensor
-
-
-class FirstProjection(NamedTuple):
-    """Embeddings and projections of the first layer, which depend only on each token's id and position.
-
-    x: [T, C], embeddings.
-    cos, sin: [T, 1, D], tables of RoPE, for all layers.
-    q: [T, H, D], queries of the first layer, rotated.
-    k, v: [T, G, D], keys (rotated) and values of the first layer.
-    """
-
-    x: Tensor
-    cos: Tensor
-    sin: Tensor
-    q: Tensor
-    k: Tensor
-    v: Tensor
-
-    def take(self, index: Tensor) -> FirstProjection:
-        """Return a copy for the tokens `index`, int64 [n]."""
-        return FirstProjection(*(tensor.index_select(0, index) for tensor in self))
-
-    def put(self, index: Tensor, tokens: FirstProjection) -> None:
-        """Replace the tokens `index`, int64 [n], by `tokens`, in place."""
-        for tensor, new in zip(self, tokens, strict=True):
-            tensor.index_copy_(0, index, new)
-
-
-def guide(conditional: Tensor, unconditional: Tensor, scale: Tensor | float) -> Tensor:
-    """Apply classifier-free guidance to hidden states: un + (w + 1) (cond - un), computed in float32.
-
-    The head is linear, so guiding the hidden states guides the logits, and the head runs once.
-
-    Args:
-        conditional: [N, C], hidden states with the prompt.
-        unconditional: [N, C], hidden states with the prompt masked.
-        scale: w >= 0, or float32 [N, 1]; 0 returns `conditional`, up to rounding.
-
-    Returns:
-        [N, C], in the dtype of `conditional`.
-    """
-    with_prompt, without = conditional.float(), unconditional.float()
-    return (without + (scale + 1) * (with_prompt - without)).to(conditional.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -208,8 +146,8 @@ class Attention(nn.Module):
             TypeError, ValueError, NotImplementedError: As `illada.varlen_attention`.
         """
         cu_seqlens_k, seqused_k = None if selected_rows is None else cu_seqlens, None
-        if cache is not None:  # cache.k and cache.v are those of this layer
-            k, v = cache.k.index_copy_(0, cache.rows, k), cache.v.index_copy_(0, cache.rows, v)
+        if cache is not None:
+            k, v = cache.write(k, v)
             cu_seqlens_k, seqused_k = cache.cu_seqlens_k, cache.seqused_k
         cu_seqlens_q = cu_seqlens if selected_rows is None else selected_rows.cu_seqlens
         out = varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k, plan=plan)

@@ -127,7 +127,7 @@ def test_info():
 def test_library_calls_without_standard_streams(world, tmp_path, monkeypatch, closed):
     """As under pythonw, or after a daemon has closed them."""
     from illada import train
-    from illada.checkpoints.open import load
+    from illada.checkpoints.folders import load
     from illada.checkpoints.weights import convert_checkpoint
     from illada.data.corpus import prepare
     from illada.data.dataset import TokenDataset

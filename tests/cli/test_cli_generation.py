@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from illada import cli
-from illada.checkpoints.open import load
+from illada.checkpoints.folders import load
 from illada.checkpoints.weights import load_pretrained, save_pretrained
 from illada.cli import chat
 from illada.cli.devices import parse_device
@@ -302,6 +302,27 @@ def test_device(capsys, path, monkeypatch):
             assert status == 2 and match in err and err.count("\n") == 1, err
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     assert parse_device("cuda:1") == torch.device("cuda", 1) and parse_device(None) == torch.device("cpu")
+
+
+def test_kernels_are_asked_for_before_weights_are_read(capsys, path, monkeypatch):
+    """With the dtype of the file, or that of --dtype, and the sizes of the model."""
+    asked = []
+
+    def why_not(op, device, dtype, **sizes):
+        asked.append((op, str(device), dtype, sizes))
+        return "no kernel for it"
+
+    def read_weights(*arguments, **keywords):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("illada.ops.why_not", why_not)
+    monkeypatch.setattr("illada.checkpoints.weights.read_weights", read_weights)
+    for more, dtype in (((), torch.float32), (("--dtype", "bfloat16"), torch.bfloat16)):
+        status, _, err = run(capsys, "generate", path, "--prompt", "x", "--device", "cuda", *more)
+        assert status == 2 and "--device cuda: no kernel for it" in err and err.count("\n") == 1, err
+        sizes = {"head_dim": 8, "num_heads": 4, "num_kv_heads": 2}
+        assert asked.pop() == ("varlen_attention", "cuda", dtype, sizes)
 
 
 def test_chat(capsys, path, monkeypatch):

@@ -1,81 +1,14 @@
-"""masked_cross_entropy on the device against its specification in float64: values, gradients, layouts, shards, errors."""
+"""masked_cross_entropy on CUDA: large vocabularies, targets that only CPUs check, raw calls, graphs, errors. The rest is in
+tests/ops/test_ops_loss.py."""
 
 import pytest
 import torch
+from loss_cases import assert_like_plain, make_rows, plain_results, results_of
 
 import illada
-from illada.ops import raw, reference
-from illada.testing import assert_close_like
+from illada.ops import raw
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-CASES = [  # T, V, share of masked rows, spread: what the row is for
-    (1, 1, 1.0, 1.0),  # one word: loss 0, gradient 0
-    (2, 7, 1.0, 1.0),  # less than a vector
-    (0, 50, 1.0, 1.0),  # no tokens
-    (127, 129, 0.5, 1.0),
-    (128, 1000, 1.0, 0.02),  # flat, as at initialisation
-    (129, 1001, 0.3, 30.0),  # peaked, rows that start anywhere
-    (300, 264, 0.5, 1.0),
-    (5, 4096, 1.0, 3.0),
-    (3, 16385, 1.0, 1.0),  # one id more than a vocab tile
-    (2, 155136, 1.0, 2.0),  # iLLaDA
-]
-
-
-def make_rows(case, dtype, device, generator, token_dtype=torch.int64):
-    """Return strided, misaligned logits, with NaNs around rows and in rows without a weight; targets at both ends."""
-    tokens, vocab, share, spread = case
-    wide = torch.full((tokens, vocab + 5), torch.nan, dtype=dtype)
-    wide[:, 1 : vocab + 1] = (torch.randn(tokens, vocab, generator=generator) * spread).to(dtype)
-    targets = torch.randint(vocab, (tokens,), generator=generator).to(token_dtype)
-    targets[:1], targets[-1:] = 0, vocab - 1
-    masked = torch.rand(tokens, generator=generator) < share
-    weights = torch.where(masked, 10 ** (3 * torch.rand(tokens, generator=generator)), 0.0)  # 1 / t at t = 1e-3
-    wide[weights == 0] = torch.nan
-    return wide.to(device)[:, 1 : vocab + 1], targets.to(device), weights.to(device)
-
-
-def results_of(function, logits, *args, lse_factor=0.0, **keywords):
-    """Return loss, nll, lse and the gradient of loss + lse_factor * sum(lse^2), on the host."""
-    leaf = logits.detach().requires_grad_()
-    loss, nll, lse = function(leaf, *args, return_nll=True, return_lse=True, **keywords)
-    total = loss + lse_factor * lse.square().sum() if lse_factor else loss
-    (grad,) = torch.autograd.grad(total, leaf)
-    return tuple(t.detach().cpu() for t in (loss, nll, lse, grad))
-
-
-def plain_results(logits, targets, weights, **keywords):
-    """The same in float64 and in plain torch (in float32, the gradient rounded to the logits' dtype), with zeros in
-    place of what nobody may read."""
-
-    def upcast(x, *args, **keywords):
-        return reference.masked_cross_entropy(x.float(), *args, **keywords)
-
-    clean = torch.where(weights[:, None] != 0, logits, 0).cpu()
-    arguments = (targets.cpu(), weights.cpu())
-    want = results_of(reference.masked_cross_entropy, clean.double(), *arguments, **keywords)
-    return want, results_of(upcast, clean, *arguments, **keywords)
-
-
-def assert_like_plain(got, want, baseline):
-    for name, g, w, b in zip(("loss", "nll", "lse", "gradient"), got, want, baseline, strict=True):
-        try:
-            assert_close_like(g.to(b.dtype), w, b)
-        except AssertionError as error:
-            raise AssertionError(f"{name}: {error}") from None
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", CASES)
-def test_matches_fp64(case, dtype, device, generator):
-    token_dtype = torch.int32 if case[0] % 2 else torch.int64
-    logits, targets, weights = make_rows(case, dtype, device, generator, token_dtype)
-    arguments = {"normalizer": 12.5, "lse_factor": 0.0 if case[0] % 3 else 0.125}
-    got = results_of(illada.masked_cross_entropy, logits, targets, weights, **arguments)
-    assert_like_plain(got, *plain_results(logits, targets, weights, **arguments))
-    for field in got[1:]:
-        assert (field[weights.cpu() == 0] == 0).all()
-    assert got[3].is_contiguous()
 
 
 @pytest.mark.slow
@@ -85,55 +18,6 @@ def test_large_vocabularies_match_fp64(case, dtype, device, generator):
     logits, targets, weights = make_rows(case, dtype, device, generator)
     got = results_of(illada.masked_cross_entropy, logits, targets, weights)
     assert_like_plain(got, *plain_results(logits, targets, weights))
-
-
-@pytest.mark.parametrize("kind", ["rows", "normalizer", "host normalizer", "nothing masked"])
-def test_arguments(kind, device, generator):
-    logits, targets, weights = make_rows((40, 333, 0.5, 1.0), torch.float32, device, generator)
-    keywords = {}
-    only = weights
-    if kind == "rows":
-        keywords["rows"] = torch.arange(0, 40, 3, dtype=torch.int32, device=device)
-        only = torch.zeros_like(weights).index_copy(0, keywords["rows"].long(), weights[::3])
-    elif kind == "nothing masked":
-        only = weights = torch.zeros_like(weights)
-    else:
-        keywords["normalizer"] = torch.tensor(7, device=device if kind == "normalizer" else "cpu")
-    got = results_of(illada.masked_cross_entropy, logits, targets, weights, **keywords)
-    assert_like_plain(got, *plain_results(logits, targets, only, normalizer=keywords.get("normalizer", 1.0)))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("start", range(0, 8, 3))
-def test_every_alignment(start, dtype, device, generator):
-    """Rows of logits and of the gradient start at different places between two multiples of 16 bytes."""
-    for stride in (57, 60, 64):
-        memory = torch.randn(8 * 64, generator=generator).to(dtype).to(device)
-        logits = memory.as_strided((7, 50), (stride, 1), start)
-        targets, weights = torch.arange(7, device=device) * 8, torch.arange(7.0, device=device)
-        got = results_of(illada.masked_cross_entropy, logits, targets, weights)
-        assert_like_plain(got, *plain_results(logits, targets, weights))
-
-
-def test_rows_may_be_one_in_memory(device, generator):
-    row = torch.randn(1, 700, generator=generator).to(device)
-    targets, weights = torch.arange(9, device=device), torch.ones(9, device=device)
-    got = illada.masked_cross_entropy(row.expand(9, -1), targets, weights, return_nll=True)
-    want = reference.masked_cross_entropy(row.double().expand(9, -1), targets, weights, return_nll=True)
-    torch.testing.assert_close(got[1].double(), want[1], rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("vocab", [1000, 40001])
-def test_results_depend_on_the_row_alone(vocab, device, generator):
-    logits, targets, weights = make_rows((1, vocab, 1.0, 3.0), torch.bfloat16, device, generator)
-    alone = results_of(illada.masked_cross_entropy, logits, targets, weights)
-    many = results_of(
-        *(illada.masked_cross_entropy, logits.repeat(70, 1), targets.repeat(70), weights.repeat(70)), normalizer=1.0
-    )
-    for got, want in zip(many[1:3], alone[1:3], strict=True):
-        assert (got == want).all()  # to the bit
-    again = results_of(illada.masked_cross_entropy, logits.repeat(70, 1), targets.repeat(70), weights.repeat(70))
-    assert all(torch.equal(a, b) for a, b in zip(many, again, strict=True))
 
 
 # -------------------------------------------------------------------------------------------- targets out of range
@@ -158,48 +42,6 @@ def test_targets_out_of_range(bad, device, generator, monkeypatch):
     assert illada.masked_cross_entropy(logits, targets, weights).isfinite()
     only = torch.tensor([0, 2], dtype=torch.int32, device=device)
     assert illada.masked_cross_entropy(logits, targets, weights + 1, rows=only).isfinite()
-
-
-def test_nan_and_infinities_stay_in_their_rows(device):
-    logits = torch.zeros(5, 20000, device=device)
-    logits[0, 19999], logits[1, 7], logits[2, :], logits[3, 5:] = torch.nan, torch.inf, -torch.inf, -torch.inf
-    _, nll, lse, grad = results_of(
-        *(illada.masked_cross_entropy, logits, torch.tensor([0, 0, 0, 4, 1], device=device)),
-        torch.ones(5, device=device),
-    )
-    assert nll.isnan().tolist() == [True, True, True, False, False] and lse[2] == -torch.inf
-    assert grad[3:].isfinite().all()
-    torch.testing.assert_close(nll[3:], torch.tensor([5.0, 20000.0]).log())
-
-
-# ------------------------------------------------------------------------------------------------ backward in place
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", [(9, 1001, 0.5, 1.0), (3, 40000, 1.0, 1.0)])
-def test_backward_in_place(case, dtype, device, generator):
-    logits, targets, weights = make_rows(case, dtype, device, generator)
-    want = results_of(illada.masked_cross_entropy, logits, targets, weights, lse_factor=0.5)
-    leaf = logits.detach().requires_grad_()
-    loss, lse = illada.masked_cross_entropy(leaf, targets, weights, return_lse=True, inplace_backward=True)
-    total = loss + 0.5 * lse.square().sum()
-    (grad,) = torch.autograd.grad(total, leaf, retain_graph=True)
-    assert grad.data_ptr() == logits.data_ptr() and torch.equal(grad.cpu(), want[3])
-    assert not logits.isnan().any()
-    with pytest.raises(RuntimeError, match="the backward runs once; it has overwritten the logits"):
-        torch.autograd.grad(total, leaf)
-
-
-def test_backward_in_place_refuses(device):
-    targets, weights = torch.zeros(3, dtype=torch.int64, device=device), torch.ones(3, device=device)
-    with pytest.raises(ValueError, match=r"rows of logits that do not overlap, got strides \(0, 1\)"):
-        illada.masked_cross_entropy(
-            torch.zeros(1, 8, device=device).expand(3, 8), targets, weights, inplace_backward=True
-        )
-    leaf = torch.zeros(3, 8, device=device, requires_grad=True)
-    loss = illada.masked_cross_entropy(leaf, targets, weights, inplace_backward=True)
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        torch.autograd.grad(loss, leaf, create_graph=True)
 
 
 # ------------------------------------------------------------------------------------------------ raw calls
@@ -374,30 +216,3 @@ def test_wrong_raw_calls(device):
         raw.weighted_sum(lse[:1], lse, weights)
     raw.masked_cross_entropy(logits, targets, weights, **outputs)  # and no error was left behind
     torch.testing.assert_close(outputs["nll"].cpu(), torch.full((4,), 20000.0).log())
-
-
-# ------------------------------------------------------------------------------------------------ shards
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_shards_together_are_the_whole(dtype, device, generator):
-    logits, targets, weights = make_rows((20, 30000, 0.7, 3.0), dtype, device, generator)
-    bounds = [0, 1000, 17500, 30000]
-    targets[2:5] = torch.tensor([999, 1000, 17499], device=device)
-    parts = [logits[:, a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
-    starts = bounds[:-1]
-    halves = [illada.masked_cross_entropy_shard(x, targets, weights, vocab_start=a) for x, a in zip(parts, starts, strict=True)]  # fmt: skip
-    lse = torch.where(weights != 0, torch.stack([h[0] for h in halves]).logsumexp(0), 0)
-    target_logit = torch.stack([h[1] for h in halves]).sum(0)
-    grads = [
-        illada.masked_cross_entropy_shard_grad(x, targets, weights, lse, vocab_start=a, normalizer=7.0)
-        for x, a in zip(parts, starts, strict=True)
-    ]
-    nll = (lse - target_logit).float().cpu()
-    loss = nll @ weights.cpu() / 7.0
-    got = (loss, nll, lse.float().cpu(), torch.cat([g.cpu() for g in grads], 1))
-    assert_like_plain(got, *plain_results(logits, targets, weights, normalizer=7.0))
-    inside = illada.masked_cross_entropy_shard_grad(
-        parts[1], targets, weights, lse, vocab_start=1000, normalizer=7.0, inplace=True
-    )
-    assert inside.data_ptr() == parts[1].data_ptr() and torch.equal(inside, grads[1])

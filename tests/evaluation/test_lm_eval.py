@@ -22,7 +22,7 @@ from lm_eval.utils import simple_parse_args_string
 from tokenizers import processors
 
 from illada import cli
-from illada.checkpoints import open as checkpoint_folders
+from illada.checkpoints import folders as checkpoint_folders
 from illada.checkpoints.weights import load_pretrained, save_pretrained
 from illada.cli import evaluate as evaluate_command
 from illada.config import ModelConfig

@@ -11,7 +11,7 @@ from random import Random
 import numpy as np
 import torch
 
-from illada.checkpoints import open as checkpoint_folders
+from illada.checkpoints import folders as checkpoint_folders
 from illada.checkpoints import weights
 from illada.cli import sampling, score
 from illada.config import ModelConfig

@@ -1,4 +1,4 @@
-"""Both cross-entropies against their specification: values, gradients, chunks, registration, errors."""
+"""Both cross-entropies against their specification: values, gradients, layouts, shards, chunks, registration, errors."""
 
 import os
 import subprocess
@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from loss_cases import assert_like_plain, make_rows, plain_results, results_of
 
 import illada
 from illada.ops import raw, reference
@@ -18,6 +19,19 @@ CASES = [  # T, C, V, share of masked rows, spread of the logits: what the row i
     (9, 32, 155136, 0.4, 0.02),  # iLLaDA's vocabulary, flat as at initialisation
 ]
 DTYPES = [torch.float32, torch.bfloat16]
+EVERY_DTYPE = [*DTYPES, pytest.param(torch.float16, marks=pytest.mark.only("cuda"))]
+ROWS = [  # T, V, share of masked rows, spread: what the row is for
+    (1, 1, 1.0, 1.0),  # one word: loss 0, gradient 0
+    (2, 7, 1.0, 1.0),  # less than a vector
+    (0, 50, 1.0, 1.0),  # no tokens
+    (127, 129, 0.5, 1.0),
+    (128, 1000, 1.0, 0.02),  # flat, as at initialisation
+    (129, 1001, 0.3, 30.0),  # peaked, rows that start anywhere
+    (300, 264, 0.5, 1.0),
+    (5, 4096, 1.0, 3.0),
+    (3, 16385, 1.0, 1.0),  # one id more than a vocab tile
+    (2, 155136, 1.0, 2.0),  # iLLaDA
+]
 
 
 def make(tokens, width, vocab, share, spread, dtype, generator):
@@ -50,20 +64,129 @@ def test_linear_matches_fp64(case, dtype, generator):
     assert (got[2][weights == 0] == 0).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", CASES)
-def test_logits_match_fp64(case, dtype, generator):
-    hidden, weight, targets, weights = make(*case, dtype, generator)
-    wide = torch.full((case[0], case[2] + 5), torch.nan, dtype=dtype)  # poison beside every row
-    wide[:, : case[2]] = hidden @ weight.T
-    logits = wide[:, : case[2]]
-    logits[weights == 0] = torch.nan  # rows without a weight are never read
-    got = grads_of(illada.masked_cross_entropy, (logits,), targets, weights)
-    clean = logits.nan_to_num()
-    baseline = grads_of(reference.masked_cross_entropy, (clean,), targets, weights)
-    want = grads_of(reference.masked_cross_entropy, (clean.double(),), targets, weights)
-    for g, w, b in zip(got, want, baseline, strict=True):
-        assert_close_like(g.to(b.dtype), w, b)
+@pytest.mark.parametrize("dtype", EVERY_DTYPE)
+@pytest.mark.parametrize("case", ROWS)
+def test_matches_fp64(case, dtype, device, generator):
+    token_dtype = torch.int32 if case[0] % 2 else torch.int64
+    logits, targets, weights = make_rows(case, dtype, device, generator, token_dtype)
+    arguments = {"normalizer": 12.5, "lse_factor": 0.0 if case[0] % 3 else 0.125}
+    got = results_of(illada.masked_cross_entropy, logits, targets, weights, **arguments)
+    assert_like_plain(got, *plain_results(logits, targets, weights, **arguments))
+    for field in got[1:]:
+        assert (field[weights.cpu() == 0] == 0).all()
+    assert got[3].is_contiguous()
+
+
+@pytest.mark.parametrize("kind", ["rows", "normalizer", "host normalizer", "nothing masked"])
+def test_arguments(kind, device, generator):
+    logits, targets, weights = make_rows((40, 333, 0.5, 1.0), torch.float32, device, generator)
+    keywords = {}
+    only = weights
+    if kind == "rows":
+        keywords["rows"] = torch.arange(0, 40, 3, dtype=torch.int32, device=device)
+        only = torch.zeros_like(weights).index_copy(0, keywords["rows"].long(), weights[::3])
+    elif kind == "nothing masked":
+        only = weights = torch.zeros_like(weights)
+    else:
+        keywords["normalizer"] = torch.tensor(7, device=device if kind == "normalizer" else "cpu")
+    got = results_of(illada.masked_cross_entropy, logits, targets, weights, **keywords)
+    assert_like_plain(got, *plain_results(logits, targets, only, normalizer=keywords.get("normalizer", 1.0)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("start", range(0, 8, 3))
+def test_every_alignment(start, dtype, device, generator):
+    """Rows of logits and of the gradient start at different places between two multiples of 16 bytes."""
+    for stride in (57, 60, 64):
+        memory = torch.randn(8 * 64, generator=generator).to(dtype).to(device)
+        logits = memory.as_strided((7, 50), (stride, 1), start)
+        targets, weights = torch.arange(7, device=device) * 8, torch.arange(7.0, device=device)
+        got = results_of(illada.masked_cross_entropy, logits, targets, weights)
+        assert_like_plain(got, *plain_results(logits, targets, weights))
+
+
+def test_rows_may_be_one_in_memory(device, generator):
+    row = torch.randn(1, 700, generator=generator).to(device)
+    targets, weights = torch.arange(9, device=device), torch.ones(9, device=device)
+    got = illada.masked_cross_entropy(row.expand(9, -1), targets, weights, return_nll=True)
+    want = reference.masked_cross_entropy(row.double().expand(9, -1), targets, weights, return_nll=True)
+    torch.testing.assert_close(got[1].double(), want[1], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("vocab", [1000, 40001])
+def test_results_depend_on_the_row_alone(vocab, device, generator):
+    logits, targets, weights = make_rows((1, vocab, 1.0, 3.0), torch.bfloat16, device, generator)
+    alone = results_of(illada.masked_cross_entropy, logits, targets, weights)
+    many = results_of(
+        *(illada.masked_cross_entropy, logits.repeat(70, 1), targets.repeat(70), weights.repeat(70)), normalizer=1.0
+    )
+    for got, want in zip(many[1:3], alone[1:3], strict=True):
+        assert (got == want).all()  # to the bit
+    again = results_of(illada.masked_cross_entropy, logits.repeat(70, 1), targets.repeat(70), weights.repeat(70))
+    assert all(torch.equal(a, b) for a, b in zip(many, again, strict=True))
+
+
+def test_nan_and_infinities_stay_in_their_rows(device):
+    logits = torch.zeros(5, 20000, device=device)
+    logits[0, 19999], logits[1, 7], logits[2, :], logits[3, 5:] = torch.nan, torch.inf, -torch.inf, -torch.inf
+    _, nll, lse, grad = results_of(
+        *(illada.masked_cross_entropy, logits, torch.tensor([0, 0, 0, 4, 1], device=device)),
+        torch.ones(5, device=device),
+    )
+    assert nll.isnan().tolist() == [True, True, True, False, False] and lse[2] == -torch.inf
+    assert grad[3:].isfinite().all()
+    torch.testing.assert_close(nll[3:], torch.tensor([5.0, 20000.0]).log())
+
+
+@pytest.mark.parametrize("dtype", EVERY_DTYPE)
+@pytest.mark.parametrize("case", [(9, 1001, 0.5, 1.0), (3, 40000, 1.0, 1.0)])
+def test_backward_in_place(case, dtype, device, generator):
+    logits, targets, weights = make_rows(case, dtype, device, generator)
+    want = results_of(illada.masked_cross_entropy, logits, targets, weights, lse_factor=0.5)
+    leaf = logits.detach().requires_grad_()
+    loss, lse = illada.masked_cross_entropy(leaf, targets, weights, return_lse=True, inplace_backward=True)
+    total = loss + 0.5 * lse.square().sum()
+    (grad,) = torch.autograd.grad(total, leaf, retain_graph=True)
+    assert grad.data_ptr() == logits.data_ptr() and torch.equal(grad.cpu(), want[3])
+    assert not logits.isnan().any()
+    with pytest.raises(RuntimeError, match="the backward runs once; it has overwritten the logits"):
+        torch.autograd.grad(total, leaf)
+
+
+def test_backward_in_place_refuses(device):
+    targets, weights = torch.zeros(3, dtype=torch.int64, device=device), torch.ones(3, device=device)
+    with pytest.raises(ValueError, match=r"rows of logits that do not overlap, got strides \(0, 1\)"):
+        illada.masked_cross_entropy(
+            torch.zeros(1, 8, device=device).expand(3, 8), targets, weights, inplace_backward=True
+        )
+    leaf = torch.zeros(3, 8, device=device, requires_grad=True)
+    loss = illada.masked_cross_entropy(leaf, targets, weights, inplace_backward=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss, leaf, create_graph=True)
+
+
+@pytest.mark.parametrize("dtype", EVERY_DTYPE)
+def test_shards_together_are_the_whole(dtype, device, generator):
+    logits, targets, weights = make_rows((20, 30000, 0.7, 3.0), dtype, device, generator)
+    bounds = [0, 1000, 17500, 30000]
+    targets[2:5] = torch.tensor([999, 1000, 17499], device=device)
+    parts = [logits[:, a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    starts = bounds[:-1]
+    halves = [illada.masked_cross_entropy_shard(x, targets, weights, vocab_start=a) for x, a in zip(parts, starts, strict=True)]  # fmt: skip
+    lse = torch.where(weights != 0, torch.stack([h[0] for h in halves]).logsumexp(0), 0)
+    target_logit = torch.stack([h[1] for h in halves]).sum(0)
+    grads = [
+        illada.masked_cross_entropy_shard_grad(x, targets, weights, lse, vocab_start=a, normalizer=7.0)
+        for x, a in zip(parts, starts, strict=True)
+    ]
+    nll = (lse - target_logit).float().cpu()
+    loss = nll @ weights.cpu() / 7.0
+    got = (loss, nll, lse.float().cpu(), torch.cat([g.cpu() for g in grads], 1))
+    assert_like_plain(got, *plain_results(logits, targets, weights, normalizer=7.0))
+    inside = illada.masked_cross_entropy_shard_grad(
+        parts[1], targets, weights, lse, vocab_start=1000, normalizer=7.0, inplace=True
+    )
+    assert inside.data_ptr() == parts[1].data_ptr() and torch.equal(inside, grads[1])
 
 
 @pytest.mark.parametrize("inplace", [False, True])
@@ -89,20 +212,9 @@ def test_lse_has_a_gradient(dtype, inplace, generator):
     torch.testing.assert_close(alone.float().sum(1), (weights != 0).float(), rtol=0.02, atol=0)
 
 
-def test_backward_in_place_runs_once(generator):
+def test_backward_in_place_compiles(generator):
     leaf = torch.randn(3, 8, generator=generator, requires_grad=True)
     targets, weights = torch.zeros(3, dtype=torch.int64), torch.ones(3)
-    loss = illada.masked_cross_entropy(leaf, targets, weights, inplace_backward=True)
-    with pytest.raises(RuntimeError, match="inplace_backward=True has no second derivative"):
-        torch.autograd.grad(loss, leaf, create_graph=True)
-    torch.autograd.grad(loss, leaf, retain_graph=True)
-    with pytest.raises(RuntimeError, match="the backward runs once; it has overwritten the logits"):
-        torch.autograd.grad(loss, leaf)
-    row = leaf[:1].expand(3, 8)
-    with pytest.raises(
-        ValueError, match=r"rows of logits that do not overlap, got strides \(0, 1\) for shape \[3, 8\]"
-    ):
-        illada.masked_cross_entropy(row, targets, weights, inplace_backward=True)
     whole = torch.compile(
         lambda x: illada.masked_cross_entropy(x * 2, targets, weights, inplace_backward=True),
         fullgraph=True, backend="aot_eager",

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 
 import illada
 from illada.config import ModelConfig
-from illada.model import FirstProjection, MaskedDiffusionModel
+from illada.model import MaskedDiffusionModel
+from illada.reuse import FirstProjection
 from illada.score import (
     confidence_score,
     encode_pair,

@@ -24,8 +24,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from illada import hf_export
+from illada.checkpoints.folders import config_file
 from illada.checkpoints.formats import LAYOUTS, Layout, layout_of_file
-from illada.checkpoints.open import config_file
 from illada.config import ModelConfig
 from illada.devices import find_device
 from illada.files import check_inside, staged_directory
@@ -232,6 +232,25 @@ class _Part(NamedTuple):
     shape: list[int]
 
 
+def _parts(config: ModelConfig, shapes: Mapping[str, torch.Size]) -> dict[str, _Part]:
+    """Return the tensors of a checkpoint's files by their keys, from the shapes of the model's parameters."""
+    layout = LAYOUTS[config.model_type]
+    return {
+        key: _Part(name, rows, [len(range(*rows.indices(shape[0]))), *shape[1:]])
+        for name, shape in shapes.items()
+        for key, rows in layout.file_parts(name, config).items()
+    }
+
+
+def stored_dtype(path: Path, config: ModelConfig) -> torch.dtype | None:
+    """Return the dtype that `read_weights` chooses for a checkpoint folder, from the headers of its files.
+
+    None: no file holds a tensor of the model.
+    """
+    found = _dtypes(_weight_files(path), _parts(config, MaskedDiffusionModel.parameter_shapes(config)))
+    return _dtype_of_mixed(path, found) or next(iter(found), None)
+
+
 def read_weights(
     path: Path, config: ModelConfig, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
@@ -242,10 +261,7 @@ def read_weights(
     device = find_device(device)
     layout = LAYOUTS[config.model_type]
     shapes = MaskedDiffusionModel.parameter_shapes(config)
-    expected: dict[str, _Part] = {}
-    for name, shape in shapes.items():
-        for key, rows in layout.file_parts(name, config).items():
-            expected[key] = _Part(name, rows, [len(range(*rows.indices(shape[0]))), *shape[1:]])
+    expected = _parts(config, shapes)
     tied_head = layout.file_name("lm_head.weight") if config.tie_word_embeddings else None
     files = _weight_files(path)
     _check_tensors(path, files, expected, tied_head)

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from illada.checkpoints.open import find_checkpoint
+from illada.checkpoints.folders import find_checkpoint
 from illada.cli.signals import importing
 from illada.files import folder_to_write, recover
 

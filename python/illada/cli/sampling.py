@@ -9,7 +9,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any, TextIO
 
-from illada.checkpoints import open as checkpoint_folders
+from illada.checkpoints import folders as checkpoint_folders
 from illada.cli.signals import importing
 from illada.text.files import decode_text, read_lines
 
@@ -111,22 +111,24 @@ def load(options: argparse.Namespace) -> tuple[Any, Tokenizer]:
     """Return (model, tokenizer) of `add_model_options`."""
     check_paths(options)
     with importing():
-        import illada.checkpoints.weights  # noqa: F401 (with the native modules that loading needs)
+        from illada.checkpoints.weights import load_config, stored_dtype  # with the native modules that loading needs
         from illada.cli.devices import parse_device, parse_dtype
+        from illada.ops import why_not
 
     device, dtype = parse_device(options.device), parse_dtype(options.dtype)
-    model, tokenizer = checkpoint_folders.load(
+    if device.type != "cpu":  # whose kernels serve every checkpoint
+        folder = checkpoint_folders.find_checkpoint(options.checkpoint)
+        config = load_config(folder, mask_token_id=options.mask_token_id)
+        reason = why_not(
+            "varlen_attention", device, dtype or stored_dtype(folder, config), head_dim=config.head_size,
+            num_heads=config.num_attention_heads, num_kv_heads=config.num_key_value_heads,
+        )  # fmt: skip
+        if reason is not None:
+            raise ValueError(f"--device {device}: {reason}")
+    return checkpoint_folders.load(
         options.checkpoint, options.tokenizer, device=device, dtype=dtype, mask_token_id=options.mask_token_id,
         trust_remote_code=options.trust_remote_code,
     )  # fmt: skip
-    config = model.config
-    reason = illada.why_not(
-        "varlen_attention", device, next(model.parameters()).dtype, head_dim=config.head_size,
-        num_heads=config.num_attention_heads, num_kv_heads=config.num_key_value_heads,
-    )  # fmt: skip
-    if reason is not None:
-        raise ValueError(f"--device {device}: {reason}")
-    return model, tokenizer
 
 
 def prefix(options: argparse.Namespace, model: MaskedDiffusionModel) -> list[int] | None:

@@ -9,7 +9,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from illada.checkpoints.open import state_file
+from illada.checkpoints.folders import state_file
 from illada.cli.shipped import configuration
 from illada.cli.signals import importing
 

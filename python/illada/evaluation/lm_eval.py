@@ -28,7 +28,7 @@ from lm_eval.utils import simple_parse_args_string
 from tqdm import tqdm
 
 import illada
-from illada.checkpoints.open import load
+from illada.checkpoints.folders import load
 from illada.devices import find_device
 from illada.evaluation.asked import asked_of, stop_strings_of
 from illada.evaluation.journal import Journal, fingerprint, request_key

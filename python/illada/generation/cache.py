@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from illada.config import ModelConfig
-from illada.model import CachedKeys
+from illada.reuse import CachedKeys
 
 
 class KeyValueCache:
@@ -18,11 +18,15 @@ class KeyValueCache:
     Keys and values have the size of the key-value heads (GQA).
 
     Args:
-        config: of the model. slots: how many sequences. slot_length: most tokens of one.
-        spare: rows behind the slots, for tokens that nobody looks at.
+        config: Configuration of the model.
+        slots: Number of sequences.
+        slot_length: Largest number of tokens of a sequence.
+        spare: Number of rows behind the slots, for tokens that no other token attends to.
+        device: Device of the tensors.
+        dtype: Dtype of the tensors.
 
     Attributes:
-        k, v: [layers, slots * slot_length + spare, G, D].
+        k, v: [layers, slots * slot_length + spare, G, D], keys and values.
     """
 
     def __init__(
@@ -46,11 +50,16 @@ class KeyValueCache:
         return 2 * self.k.numel() * self.k.element_size()
 
     def view(self, slots: Sequence[int], starts: Sequence[int], ends: Sequence[int], *, blanks: int = 0) -> CachedKeys:
-        """Return what a forward of tokens starts[i] .. ends[i] - 1 of the sequences in `slots` (ascending) needs.
+        """Return the cache for a forward pass of the tokens starts[i] .. ends[i] - 1 of the sequences in `slots`.
 
-        Rows and lengths of `CachedKeys` are arrays, for the caller to put beside the keys.
+        Rows and lengths of the result are arrays; the caller copies them to the device.
 
-        `blanks` more sequences, as long as the first, see nothing; their keys and values go to the spare rows.
+        Args:
+            slots: Slots of the sequences, ascending.
+            starts: First token of each sequence in this pass.
+            ends: End of the tokens of each sequence in this pass.
+            blanks: Number of further sequences, as long as the first. They attend to nothing; their keys and values go
+                to the spare rows.
         """
         rows = [
             np.arange(slot * self.slot_length + start, slot * self.slot_length + end)

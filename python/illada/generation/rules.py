@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from illada.random import Stream, key_of, philox4x32, to_uniform
+from illada.philox import Stream, key_of, philox4x32, to_uniform
 
 
 def quota_schedule(masks: int, steps: int) -> list[int]:

@@ -17,9 +17,11 @@ from torch import Tensor
 from illada.generation.cache import KeyValueCache
 from illada.generation.request import Request, RuleCall
 from illada.generation.rules import order_noise
-from illada.model import CachedKeys, FirstProjection, MaskedDiffusionModel, guide
+from illada.guidance import guide
+from illada.model import MaskedDiffusionModel
 from illada.ops import linear_sample_tokens, remask
 from illada.ops.types import LogitBias, TokenSample
+from illada.reuse import CachedKeys, FirstProjection
 
 
 class Guidance(NamedTuple):

@@ -8,7 +8,8 @@ from illada.ops.capabilities import why_not
 from illada.ops.labels import masked_cross_entropy_from_labels
 from illada.ops.linear_loss import linear_masked_cross_entropy
 from illada.ops.loss import masked_cross_entropy
-from illada.ops.remask import linear_sample_tokens, remask, sample_tokens
+from illada.ops.remask import remask
+from illada.ops.sampling import linear_sample_tokens, sample_tokens
 from illada.ops.types import AttentionPlan, LogitBias, RemaskStatus, TokenSample
 from illada.ops.vocab_parallel import (
     linear_masked_cross_entropy_vocab_parallel,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from illada.ops.types import LogitBias, RemaskStatus, TokenSample
-from illada.random import Stream, key_of, philox4x32
+from illada.philox import Stream, key_of, philox4x32
 
 
 def varlen_attention(

@@ -13,8 +13,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from illada.config import ModelConfig
-from illada.model import FirstProjection, MaskedDiffusionModel, guide
+from illada.guidance import guide
+from illada.model import MaskedDiffusionModel
 from illada.ops import AttentionPlan, attention_plan, linear_masked_cross_entropy
+from illada.reuse import FirstProjection
 from illada.terminal import shows
 
 #: Packed tokens of one forward pass, both sequences of guidance counted.

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from illada.model import MaskedDiffusionModel
-from illada.random import Stream, words
+from illada.philox import Stream, words
 from illada.score.items import (
     MAX_TOKENS,
     Item,

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from illada._native import package_version
-from illada.checkpoints.open import all_checkpoints, load, newest, state_file
+from illada.checkpoints.folders import all_checkpoints, load, newest, state_file
 from illada.checkpoints.weights import read_weights, write_pretrained
 from illada.files import remove_directory, staged_directory
 from illada.model import MaskedDiffusionModel

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from illada.random import Stream
+from illada.philox import Stream
 
 HEADER = Path(__file__).resolve().parents[2] / "csrc" / "common" / "philox.h"
 NATIVE = {
