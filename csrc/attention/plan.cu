@@ -1,12 +1,16 @@
-// The work lists of a pack, once for all layers and both directions.
+// Writes the plan of a pack: the work lists for all layers and both directions (plan.h has the layout).
 //
-// A CTA has one sequence. Its threads walk over the lengths of all of them and add up what comes before it in each
-// list; a pair (cost, index) has one place in an order, so that every CTA finds the same lists and nothing is sorted.
-// Then they write the sequence's items side by side. CTA 0 writes the header as well. Nothing depends on which CTA is
-// first, and the grid depends on the number of sequences alone. Queries behind the last sequence are a part of their
-// own, without keys: the kernels write zeros there as they do for any queries without keys.
+//   CTA i has sequence i; one more CTA has the queries behind the last sequence:
+//     if the pack may have key splits: choose their size (choose_split_tiles)
+//     over all sequences: add up the items of those that come before sequence i in each list
+//     write the sequence's lengths, its forward items and its backward items, side by side
+//   CTA 0 also: look for keys that no sequence uses and for sequences without keys; write the header
 //
-// Where tiles are so few that they may leave SMs idle, the keys of sequences are split: every CTA tries all sizes of a
+// A pair (cost, index) has one place in an order, so every CTA finds the same lists. Nothing is sorted or exchanged,
+// and nothing depends on which CTA is first. The grid depends on the number of sequences alone. Queries behind the last
+// sequence are a part of their own, without keys: the kernels write zeros there, as for any queries without keys.
+//
+// Where tiles are so few that they may leave SMs idle, the keys of sequences are split. Every CTA tries all sizes of a
 // key split and comes to the same one.
 //
 // Floor: the items, 32 bytes each, and S^2 / 2 comparisons, which are nothing up to some thousand sequences.
