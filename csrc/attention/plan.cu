@@ -1,12 +1,16 @@
-// The work lists of a pack, once for all layers and both directions.
+// Writes the plan of a pack: the work lists for all layers and both directions (plan.h has the layout).
 //
-// A CTA has one sequence. Its threads walk over the lengths of all of them and add up what comes before it in each
-// list; a pair (cost, index) has one place in an order, so that every CTA finds the same lists and nothing is sorted.
-// Then they write the sequence's items side by side. CTA 0 writes the header as well. Nothing depends on which CTA is
-// first, and the grid depends on the number of sequences alone. Queries behind the last sequence are a part of their
-// own, without keys: the kernels write zeros there as they do for any queries without keys.
+//   CTA i has sequence i; one more CTA has the queries behind the last sequence:
+//     if the pack may have key splits: choose their size (choose_split_tiles)
+//     over all sequences: add up the items of those that come before sequence i in each list
+//     write the sequence's lengths, its forward items and its backward items, side by side
+//   CTA 0 also: look for keys that no sequence uses and for sequences without keys; write the header
 //
-// Where tiles are so few that they may leave SMs idle, the keys of sequences are split: every CTA tries all sizes of a
+// A pair (cost, index) has one place in an order, so every CTA finds the same lists. Nothing is sorted or exchanged,
+// and nothing depends on which CTA is first. The grid depends on the number of sequences alone. Queries behind the last
+// sequence are a part of their own, without keys: the kernels write zeros there, as for any queries without keys.
+//
+// Where tiles are so few that they may leave SMs idle, the keys of sequences are split. Every CTA tries all sizes of a
 // key split and comes to the same one.
 //
 // Floor: the items, 32 bytes each, and S^2 / 2 comparisons, which are nothing up to some thousand sequences.
@@ -135,27 +139,17 @@ __device__ __forceinline__ void write_item(int32_t* items, int64_t index, const 
   at[1] = make_int4(item.kv_head, item.split, item.splits, item.first_slot);
 }
 
-struct Sums {  // 64 bits: overlapping lengths may add up to anything
+// What comes before a sequence: items of each list, slots, and (rank) longer sequences; and all items of each list.
+// They have 64 bits, because overlapping lengths may add up to anything.
+struct Sums {
   int64_t forward, slots, backward, rank, all_forward, all_backward;
 };
 constexpr int kSums = int(sizeof(Sums) / sizeof(int64_t));
 
-__global__ __launch_bounds__(kThreads) void illada_attention_plan_sm80(const __grid_constant__ PlanArguments a,
-                                                                       const __grid_constant__ DependentLaunch launch) {
-  __shared__ int32_t keys, idle;  // in CTA 0: of all sequences, as far as 32 bits go; kIdleQueries
-  __shared__ union {
-    Sums sums;
-    unsigned long long word[kSums];
-  } shared;
-  if (threadIdx.x < kSums) shared.word[threadIdx.x] = 0;
-  if (threadIdx.x == 0) keys = idle = 0;
-  wait_for_previous_kernel(launch);
-  const int split_tiles = a.may_split ? choose_split_tiles(a) : 0;
-  __syncthreads();
-
-  const int index = int(blockIdx.x);
-  const Sequence s(a, index);
-  const ForwardShare share(a, s, split_tiles);
+// Adds the threads' shares of Sums to `word`: what stands before sequence `index` in each list, and the totals. The
+// lists are ordered by cost, longest first, then by index.
+__device__ __forceinline__ void add_up_lists(const PlanArguments& a, const Sequence& s, const ForwardShare& share,
+                                             int split_tiles, int index, unsigned long long (&word)[kSums]) {
   Sums mine{};
 #pragma unroll 1
   for (int i = threadIdx.x; i <= a.num_sequences; i += kThreads) {
@@ -178,8 +172,56 @@ __global__ __launch_bounds__(kThreads) void illada_attention_plan_sm80(const __g
 #pragma unroll
   for (int i = 0; i < kSums; ++i) {
     const int64_t sum = warp_reduce<32>(words[i], [](int64_t x, int64_t y) { return x + y; });
-    if (threadIdx.x % 32 == 0) atomicAdd(&shared.word[i], static_cast<unsigned long long>(sum));
+    if (threadIdx.x % 32 == 0) atomicAdd(&word[i], static_cast<unsigned long long>(sum));
   }
+}
+
+// Writes the sequence's forward items, behind those of the sequences that come before it. A list that is full, because
+// sequences overlap, takes no more.
+__device__ __forceinline__ void write_forward_items(const PlanArguments& a, const Sequence& s,
+                                                    const ForwardShare& share, const Sums& sums) {
+  const int64_t forward = min(share.items(), a.max_forward - sums.forward);
+  const int head_tiles = share.tiles / a.num_kv_heads;
+  for (int i = threadIdx.x; i < forward; i += kThreads) {
+    const int tile = i / share.splits, split = i - tile * share.splits;
+    const int kv_head = tile / head_tiles, first = (tile - kv_head * head_tiles) * a.item_tokens;
+    const int first_key = split * share.split_keys;
+    write_item(a.plan + 4, sums.forward + i,
+               {s.q_start + first, min(a.item_tokens, s.q_count - first), s.k_start + first_key,
+                min(share.split_keys, s.k_count - first_key), kv_head, split, share.splits,
+                share.splits > 1 ? int(sums.slots) + tile * share.splits : -1});
+  }
+}
+
+// Writes the sequence's backward items: one for each key tile and key-value head.
+__device__ __forceinline__ void write_backward_items(const PlanArguments& a, const Sequence& s, const Sums& sums) {
+  const int key_tiles = ceil_div(s.k_count, kBackwardKeys);
+  const int64_t backward = min(int64_t(a.num_kv_heads) * key_tiles, a.max_backward - sums.backward);
+  for (int i = threadIdx.x; i < backward; i += kThreads) {
+    const int kv_head = i / key_tiles, tile = i - kv_head * key_tiles, first = tile * kBackwardKeys;
+    write_item(
+        a.plan + 4 * a.first_backward, sums.backward + i,
+        {s.q_start, s.q_count, s.k_start + first, min(kBackwardKeys, s.k_count - first), kv_head, tile, key_tiles, -1});
+  }
+}
+
+__global__ __launch_bounds__(kThreads) void illada_attention_plan_sm80(const __grid_constant__ PlanArguments a,
+                                                                       const __grid_constant__ DependentLaunch launch) {
+  __shared__ int32_t keys, idle;  // in CTA 0: of all sequences, as far as 32 bits go; kIdleQueries
+  __shared__ union {
+    Sums sums;
+    unsigned long long word[kSums];
+  } shared;
+  if (threadIdx.x < kSums) shared.word[threadIdx.x] = 0;
+  if (threadIdx.x == 0) keys = idle = 0;
+  wait_for_previous_kernel(launch);
+  const int split_tiles = a.may_split ? choose_split_tiles(a) : 0;
+  __syncthreads();
+
+  const int index = int(blockIdx.x);
+  const Sequence s(a, index);
+  const ForwardShare share(a, s, split_tiles);
+  add_up_lists(a, s, share, split_tiles, index, shared.word);
   if (index == 0) {
     for (int i = threadIdx.x; i < a.num_sequences; i += kThreads) {
       const Sequence other(a, i);
@@ -196,27 +238,8 @@ __global__ __launch_bounds__(kThreads) void illada_attention_plan_sm80(const __g
   if (index < a.num_sequences && threadIdx.x == 0)
     reinterpret_cast<int4*>(a.plan)[a.rows - a.num_sequences + sums.rank] =
         make_int4(s.q_start, s.q_start + s.q_count, s.k_start, s.k_start + s.k_count);
-
-  const int64_t forward = min(share.items(), a.max_forward - sums.forward);
-  const int head_tiles = share.tiles / a.num_kv_heads;
-  for (int i = threadIdx.x; i < forward; i += kThreads) {
-    const int tile = i / share.splits, split = i - tile * share.splits;
-    const int kv_head = tile / head_tiles, first = (tile - kv_head * head_tiles) * a.item_tokens;
-    const int first_key = split * share.split_keys;
-    write_item(a.plan + 4, sums.forward + i,
-               {s.q_start + first, min(a.item_tokens, s.q_count - first), s.k_start + first_key,
-                min(share.split_keys, s.k_count - first_key), kv_head, split, share.splits,
-                share.splits > 1 ? int(sums.slots) + tile * share.splits : -1});
-  }
-
-  const int key_tiles = ceil_div(s.k_count, kBackwardKeys);
-  const int64_t backward = min(int64_t(a.num_kv_heads) * key_tiles, a.max_backward - sums.backward);
-  for (int i = threadIdx.x; i < backward; i += kThreads) {
-    const int kv_head = i / key_tiles, tile = i - kv_head * key_tiles, first = tile * kBackwardKeys;
-    write_item(
-        a.plan + 4 * a.first_backward, sums.backward + i,
-        {s.q_start, s.q_count, s.k_start + first, min(kBackwardKeys, s.k_count - first), kv_head, tile, key_tiles, -1});
-  }
+  write_forward_items(a, s, share, sums);
+  write_backward_items(a, s, sums);
 }
 
 }  // namespace
