@@ -83,7 +83,7 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads, 1) void illada_atte
     }
   } else {  // ------------------------------------------------------------------------------------------- consumers
     Shared::Registers::as_consumer();
-    multiply_keys<T, kHeadDim, kAccumulation, kOrdered>(a, shared, dq_map);
+    KeysConsumer<T, kHeadDim, kAccumulation, kOrdered>(a, shared, dq_map).run();
     write_unseen_keys<kHeadDim>(a);
   }
 #endif

@@ -171,13 +171,13 @@ struct QueriesConsumer {
   const uint64_t q_rows, dout_rows, k_rows, v_rows, k_columns;
 
   // The tile whose scores are made: "the next tile" during a turn, "this tile" after it.
-  PipelineState<kStages> state;  // stage of the tile whose s is next
-  int stage = 0;                 // stage of the tile in s and dp
+  PipelineState<kStages> state;           // stage of the tile whose s is next
+  int stage = 0;                          // stage of the tile in s and dp
   bool is_first = true, is_last = false;  // is it the first, the last tile of its item?
   // The item of that tile.
-  int number = 0;             // number of items begun
-  int tiles = 0, valid = 0;   // tiles of the item that are not yet in s; keys in its first tile
-  RowStatistics rows[2];      // statistics of the lane's rows
+  int number = 0;            // number of items begun
+  int tiles = 0, valid = 0;  // tiles of the item that are not yet in s; keys in its first tile
+  RowStatistics rows[2];     // statistics of the lane's rows
 
   float dq[kHeadDim / 2], s[kKeys / 2], dp[kKeys / 2];
   uint32_t ds[kKeys / 16][4];
