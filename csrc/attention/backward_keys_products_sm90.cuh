@@ -124,6 +124,18 @@ struct KeysOperands {
         k_columns(start + uint32_t(offsetof(Shared, k) / 16) + column_slice) {}
 };
 
+// Operands and results of the products of a consumer warpgroup, in registers.
+//
+// They are apart from KeysConsumer, which refers to them: in one object with its other state, the compiler would keep
+// that state in memory until it has unrolled the loops over these arrays, and then schedule the main loop worse.
+template <int kHeadDim>
+struct KeysRegisters {
+  static constexpr int kRows = KeysShared<kHeadDim>::kRows;
+  // Of 232 registers, dk and dv take 128 at D 128. Beside them, only two of s, dp, dq, p and ds are alive at a time.
+  float dk[kHeadDim / 2], dv[kHeadDim / 2], s[kRows / 2], dp[kRows / 2], dq[32];
+  uint32_t p[kRows / 16][4], ds[kRows / 16][4];  // 16 bits, operands
+};
+
 // A consumer warpgroup. All its threads call run().
 template <typename T, int kHeadDim, DqAccumulation kAccumulation, bool kOrdered>
 class KeysConsumer {
@@ -142,7 +154,8 @@ class KeysConsumer {
   };
 
  public:
-  __device__ __forceinline__ KeysConsumer(const KeysArguments& arguments, Shared& memory, const CUtensorMap& dq_map)
+  __device__ __forceinline__ KeysConsumer(const KeysArguments& arguments, Shared& memory, const CUtensorMap& dq_map,
+                                          KeysRegisters<kHeadDim>& r)
       : a(arguments),
         shared(memory),
         warpgroup(__shfl_sync(kFullWarp, int(threadIdx.x) / 128, 0)),
@@ -155,11 +168,14 @@ class KeysConsumer {
         at(memory, warpgroup, dq_row, dq_column),
         own_key(warpgroup * 64 + warp_row + lane / 4),
         ds_target(ptx::smem_address(shared.ds) + uint32_t((warpgroup * 64 + warp_row + lane % 16) * kRowBytes)),
-        adder(a, dq_map, shared, dq_row + warp_row, dq_column) {
-    // The compiler would compute these again in every step.
-    ptx::hide_value(own_key);
-    ptx::hide_value(ds_target);
-  }
+        dk(r.dk),
+        dv(r.dv),
+        s(r.s),
+        dp(r.dp),
+        dq(r.dq),
+        p(r.p),
+        ds(r.ds),
+        adder(a, dq_map, shared, dq_row + warp_row, dq_column) {}
 
   // Computes all items of the CTA.
   __device__ __forceinline__ void run() {
@@ -411,23 +427,22 @@ class KeysConsumer {
 
   const KeysArguments& a;
   Shared& shared;
-  const int warpgroup, thread, lane;
+  const int warpgroup;
+  int thread, lane;
   const int warp_row;           // first of the warp's 16 keys in its warpgroup's 64, and of its rows of dq
   const int dq_row, dq_column;  // first row and column of the warpgroup's half of dq
   const Operands at;
   int own_key;         // the lane's first key of the item; its second one is 8 further
   uint32_t ds_target;  // address of the lane's row of ds, for store_scores
 
-  int round = 0;                          // items opened
-  int step = 0;                           // number of the step n
-  int stage = 0;                          // its stage, until issue_s: then that of step n + 1
-  bool is_first = true, is_last = false;  // is it the first, the last step of its item?
-  PipelineState<kStages> state;           // stage of step n + 1
-
-  // Of 232 registers, dk and dv take 128 at D 128. Beside them, only two of s, dp, dq, p and ds are alive at a time.
-  float dk[kHeadDim / 2], dv[kHeadDim / 2], s[kRows / 2], dp[kRows / 2], dq[32];
-  uint32_t p[kRows / 16][4], ds[kRows / 16][4];  // 16 bits, operands
-  DqAdder<kAccumulation, kHeadDim> adder;        // adds dq of step n - 1
+  PipelineState<kStages> state;  // stage of step n + 1
+  float (&dk)[kHeadDim / 2], (&dv)[kHeadDim / 2], (&s)[kRows / 2], (&dp)[kRows / 2], (&dq)[32];
+  uint32_t (&p)[kRows / 16][4], (&ds)[kRows / 16][4];
+  int round = 0;                           // items opened
+  int step = 0;                            // number of the step n
+  DqAdder<kAccumulation, kHeadDim> adder;  // adds dq of step n - 1
+  int stage = 0;                           // stage of step n, until issue_s: then that of step n + 1
+  bool is_first = true, is_last = false;   // is it the first, the last step of its item?
 };
 
 // Writes zero gradients of keys that no query attends to. All consumers call it. Where items have query splits, the

@@ -110,7 +110,8 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads, 1) void illada_atte
     }
   } else {  // ------------------------------------------------------------------------------------------- consumers
     Shared::Registers::as_consumer();
-    KeysConsumer<T, kHeadDim, kAccumulation, kOrdered>(a, shared, dq_map).run();
+    KeysRegisters<kHeadDim> registers;
+    KeysConsumer<T, kHeadDim, kAccumulation, kOrdered>(a, shared, dq_map, registers).run();
     write_unseen_keys<kHeadDim>(a);
   }
 #endif
