@@ -233,7 +233,7 @@ class KeysConsumer {
   // Waits for the own turn, and before that for all that its products read and for leave to add dq of step n - 1.
   __device__ __forceinline__ void wait_for_turn() {
     wait_for_rows();
-    if (kFused) wait_for_ds(step - 1);
+    if (kFused) shared.ds_full[(step - 1) & 1].wait(uint32_t((step - 1) >> 1 & 1));
     if (kOrdered) shared.turn_full[warpgroup][state.index()].wait(state.phase());
     NamedBarrier::arrive_and_wait(256, warpgroup);
   }
