@@ -1,14 +1,15 @@
-// Consumer warpgroups of the keys kernel (backward_keys_sm90.cuh). Each computes dk and dv of 64 keys, and half of dq.
+// Consumer warpgroups of the keys kernel (backward_keys_sm90.cuh, which draws their schedule). Each computes dk and dv
+// of 64 keys, and half of dq.
 //
 //   s^T, dp^T of the first step; p^T
-//   for each step of all items:
-//     ds^T from p^T and dp^T, also to shared memory
-//     wait for the next step's rows and for the own turn
+//   for each step n of all items:
+//     ds^T of n from p^T and dp^T, also to shared memory
+//     wait for the rows of step n + 1 and for the own turn
 //     issue, in the own turn:
-//       dq = ds k of the step before, whose ds the other warpgroup wrote long ago
-//       dv += p^T do, dk += ds^T q of this step; in the gaps between them, dq is added to the sums
-//       s^T, dp^T of the next step; pass the turn on
-//     p^T of the next step; at the end of an item, store dk and dv
+//       dq = ds k of step n - 1, whose ds the other warpgroup wrote long ago
+//       dv += p^T do, dk += ds^T q of step n; in the gaps between them, dq is added to the sums
+//       s^T, dp^T of step n + 1; pass the turn on
+//     p^T of step n + 1; at the end of an item, store dk and dv
 //
 // A turn (a named barrier) issues a warpgroup's products of a step together. Exponentials, ds and the stores of dk and
 // dv run during the other warpgroup's turn.
@@ -72,29 +73,6 @@ __device__ __forceinline__ void differentiate(const float (&s)[kRows / 2], const
   }
 }
 
-// Stores dk and dv of an item, for this lane's keys `key` and key + 8.
-template <typename T, int kHeadDim, bool kFused>
-__device__ __forceinline__ void write_keys(const KeysArguments& a, const WorkItem& item,
-                                           const float (&dk)[kHeadDim / 2], const float (&dv)[kHeadDim / 2], int key,
-                                           int lane) {
-  const int64_t stride = int64_t(a.num_kv_heads) * kHeadDim;
-  const int64_t offset = (item.k_start + key) * stride + item.kv_head * kHeadDim;
-  const auto is_real = [&](int i) { return key + 8 * i < item.k_count; };
-  if (kFused && a.query_splits > 1) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) add_row<kHeadDim>(a.dv_sums + offset + 8 * i * stride, dv, i, is_real(i), lane);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) add_row<kHeadDim>(a.dk_sums + offset + 8 * i * stride, dk, i, is_real(i), lane);
-  } else {
-    T* const to_dv = static_cast<T*>(a.dv) + offset;
-    T* const to_dk = static_cast<T*>(a.dk) + offset;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) store_row<T, kHeadDim>(to_dv + 8 * i * stride, dv, i, 1.0f, is_real(i), lane);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) store_row<T, kHeadDim>(to_dk + 8 * i * stride, dk, i, a.scale, is_real(i), lane);
-  }
-}
-
 // Stores ds^T of 16 keys to shared memory, in blocks of 16 keys x 16 rows. Only the item's keys may contribute to dq:
 // `keys` keys from this lane's first key on. Keys of other sequences become 0.
 template <int kRows>
@@ -108,211 +86,364 @@ __device__ __forceinline__ void store_scores(uint32_t target, const uint32_t (&d
   }
 }
 
-// Computes all items of the CTA. Both consumer warpgroups call it.
-template <typename T, int kHeadDim, DqAccumulation kAccumulation, bool kOrdered>
-__device__ __forceinline__ void multiply_keys(const KeysArguments& a, KeysShared<kHeadDim>& shared,
-                                              const CUtensorMap& dq_map) {
+// Lower words of the descriptors of the operands in shared memory, for buffer or stage 0. The upper words are all
+// equal, so an operand takes one register instead of two.
+template <int kHeadDim>
+struct KeysOperands {
   using Shared = KeysShared<kHeadDim>;
-  constexpr bool kFused = kAccumulation != DqAccumulation::kNone;
-  constexpr int kRows = Shared::kRows, kStages = kRowStages<kAccumulation, Shared>;
-  constexpr uint32_t kKeyBytes = sizeof(typename Shared::KeyTile), kTileBytes = sizeof(typename Shared::RowTile);
-  constexpr uint32_t kScoreBytes = sizeof(typename Shared::ScoreTile), kScoreSlice = kBackwardKeys * kRowBytes;
-  const int warpgroup = __shfl_sync(kFullWarp, int(threadIdx.x) / 128, 0), thread = int(threadIdx.x) % 128;
-  const int own_turn = warpgroup, next_turn = 1 - warpgroup;
-  const int lane = thread % 32, warp_row = thread / 32 * 16;  // warp_row: the warp's first row of its warpgroup's 64
-  // Of dq, a warpgroup has 64 columns of the 64 rows (D 128), or all columns of its 64 of the 128 rows (D 64).
-  const int half = warpgroup * (Shared::Tr::kHalvesColumnsOfDq ? 0 : 64);
-  const int column = warpgroup * (Shared::Tr::kHalvesColumnsOfDq ? 64 : 0);
-  // Lower words of the descriptors; the upper words are all equal.
-  const uint32_t start = (ptx::smem_address(&shared) & 0x3ffff) / 16, rows_kind = 1 << 16;
-  const auto columns_kind = [](uint32_t leading) { return leading / 16 << 16; };
-  constexpr uint32_t kFirstKey = 64 * kRowBytes / 16;  // offset of the second warpgroup's first key
-  const uint32_t k_rows = start + rows_kind + uint32_t(offsetof(Shared, k) / 16) + warpgroup * kFirstKey;
-  const uint32_t v_rows = start + rows_kind + uint32_t(offsetof(Shared, v) / 16) + warpgroup * kFirstKey;
-  const uint32_t q_rows = start + rows_kind + uint32_t(offsetof(Shared, q) / 16);
-  const uint32_t dout_rows = start + rows_kind + uint32_t(offsetof(Shared, dout) / 16);
-  const uint32_t q_columns = start + columns_kind(kRows * kRowBytes) + uint32_t(offsetof(Shared, q) / 16);
-  const uint32_t dout_columns = start + columns_kind(kRows * kRowBytes) + uint32_t(offsetof(Shared, dout) / 16);
-  const uint32_t ds_columns = start + uint32_t(offsetof(Shared, ds) / 16) + half / 64 * (kScoreSlice / 16);
-  const uint32_t k_columns = start + uint32_t(offsetof(Shared, k) / 16) + column / 64 * (kScoreSlice / 16);
-  const auto descriptor = [](uint32_t low) { return gmma_descriptor_k(0) >> 32 << 32 | low; };
-  const uint32_t ds_target =
-      ptx::smem_address(shared.ds) + uint32_t((warpgroup * 64 + warp_row + lane % 16) * kRowBytes);
-  PipelineState<kStages> state;  // of the step whose s is next
-  float dk[kHeadDim / 2], dv[kHeadDim / 2], s[kRows / 2], dp[kRows / 2], dq[32];
-  uint32_t p[kRows / 16][4], ds[kRows / 16][4];
-  int round = 0, step = 0;  // items and steps that were begun
-  DqAdder<kAccumulation, kHeadDim> adder(a, dq_map, shared, half + warp_row, column);  // of dq of the step before
+  // Distances in units of descriptors, 16 bytes: between buffers of keys, stages of rows, and buffers of ds.
+  static constexpr uint32_t kKeys = sizeof(typename Shared::KeyTile) / 16;
+  static constexpr uint32_t kRows = sizeof(typename Shared::RowTile) / 16;
+  static constexpr uint32_t kScores = sizeof(typename Shared::ScoreTile) / 16;
 
-  const auto multiply_k = [&] {  // s = k q^T
-    const uint64_t x = descriptor(k_rows + uint32_t((round - 1) % 2) * (kKeyBytes / 16));
-    const uint64_t y = descriptor(q_rows + uint32_t(state.index()) * (kTileBytes / 16));
-    multiply_rows<T, typename Shared::KeyTile, typename Shared::RowTile, kRows>(s, x, y);
-    cute::warpgroup_commit_batch();
+  const uint32_t k_rows, v_rows, q_rows, dout_rows;  // K-major: products over D
+  const uint32_t q_columns, dout_columns;            // MN-major: products over the rows of a step
+  const uint32_t ds_columns, k_columns;              // MN-major: products over keys
+
+  // `first_row`, `first_column`: those of the warpgroup's half of dq.
+  __device__ __forceinline__ KeysOperands(const Shared& shared, int warpgroup, int first_row, int first_column)
+      : KeysOperands((ptx::smem_address(&shared) & 0x3ffff) / 16, warpgroup * kSecondKeys, first_row / 64 * kKeySlice,
+                     first_column / 64 * kKeySlice) {}
+
+  // Returns the whole descriptor of a lower word.
+  static __device__ __forceinline__ uint64_t descriptor(uint32_t low) { return gmma_descriptor_k(0) >> 32 << 32 | low; }
+
+ private:
+  static constexpr uint32_t kKMajor = 1 << 16, kMnMajor = Shared::kRows * kRowBytes / 16 << 16;  // leading offsets
+  static constexpr uint32_t kSecondKeys = 64 * kRowBytes / 16;           // offset of the second warpgroup's first key
+  static constexpr uint32_t kKeySlice = kBackwardKeys * kRowBytes / 16;  // offset of 64 columns in k, of 64 rows in ds
+
+  __device__ __forceinline__ KeysOperands(uint32_t start, uint32_t key, uint32_t row_slice, uint32_t column_slice)
+      : k_rows(start + kKMajor + uint32_t(offsetof(Shared, k) / 16) + key),
+        v_rows(start + kKMajor + uint32_t(offsetof(Shared, v) / 16) + key),
+        q_rows(start + kKMajor + uint32_t(offsetof(Shared, q) / 16)),
+        dout_rows(start + kKMajor + uint32_t(offsetof(Shared, dout) / 16)),
+        q_columns(start + kMnMajor + uint32_t(offsetof(Shared, q) / 16)),
+        dout_columns(start + kMnMajor + uint32_t(offsetof(Shared, dout) / 16)),
+        ds_columns(start + uint32_t(offsetof(Shared, ds) / 16) + row_slice),
+        k_columns(start + uint32_t(offsetof(Shared, k) / 16) + column_slice) {}
+};
+
+// Operands and results of the products of a consumer warpgroup, in registers.
+//
+// They are apart from KeysConsumer, which refers to them: in one object with its other state, the compiler would keep
+// that state in memory until it has unrolled the loops over these arrays, and then schedule the main loop worse.
+template <int kHeadDim>
+struct KeysRegisters {
+  static constexpr int kRows = KeysShared<kHeadDim>::kRows;
+  // Of 232 registers, dk and dv take 128 at D 128. Beside them, only two of s, dp, dq, p and ds are alive at a time.
+  float dk[kHeadDim / 2], dv[kHeadDim / 2], s[kRows / 2], dp[kRows / 2], dq[32];
+  uint32_t p[kRows / 16][4], ds[kRows / 16][4];  // 16 bits, operands
+};
+
+// A consumer warpgroup. All its threads call run().
+template <typename T, int kHeadDim, DqAccumulation kAccumulation, bool kOrdered>
+class KeysConsumer {
+  using Shared = KeysShared<kHeadDim>;
+  using KeyTile = typename Shared::KeyTile;
+  using RowTile = typename Shared::RowTile;
+  using Operands = KeysOperands<kHeadDim>;
+  static constexpr bool kFused = kAccumulation != DqAccumulation::kNone;
+  static constexpr int kRows = Shared::kRows, kStages = kRowStages<kAccumulation, Shared>;
+
+  // What a turn needs of its step after the next item was opened.
+  struct Step {
+    int stage;       // stage of its rows
+    int key_buffer;  // buffer of its item and keys
+    bool begins_item, ends_item;
   };
-  const auto multiply_v = [&](int stage, bool hand_over) {  // dp = v do^T
+
+ public:
+  __device__ __forceinline__ KeysConsumer(const KeysArguments& arguments, Shared& memory, const CUtensorMap& dq_map,
+                                          KeysRegisters<kHeadDim>& r)
+      : a(arguments),
+        shared(memory),
+        warpgroup(__shfl_sync(kFullWarp, int(threadIdx.x) / 128, 0)),
+        thread(int(threadIdx.x) % 128),
+        lane(thread % 32),
+        warp_row(thread / 32 * 16),
+        // A warpgroup's half of dq: 64 columns of the 64 rows (D 128), or all columns of 64 of the 128 rows (D 64).
+        dq_row(warpgroup * (Shared::Tr::kHalvesColumnsOfDq ? 0 : 64)),
+        dq_column(warpgroup * (Shared::Tr::kHalvesColumnsOfDq ? 64 : 0)),
+        at(memory, warpgroup, dq_row, dq_column),
+        own_key(warpgroup * 64 + warp_row + lane / 4),
+        ds_target(ptx::smem_address(shared.ds) + uint32_t((warpgroup * 64 + warp_row + lane % 16) * kRowBytes)),
+        dk(r.dk),
+        dv(r.dv),
+        s(r.s),
+        dp(r.dp),
+        dq(r.dq),
+        p(r.p),
+        ds(r.ds),
+        adder(a, dq_map, shared, dq_row + warp_row, dq_column) {}
+
+  // Computes all items of the CTA.
+  __device__ __forceinline__ void run() {
+    if (!open_item()) return;
+    if (kFused) adder.open_nowhere();
+    if (warpgroup == 1) pass_turn();  // the first turn is warpgroup 0's
+    wait_for_rows();
+    issue_s();
+    issue_dp(false);
+    finish_scores();
+    while (true) {
+      // p^T of step n is in s, in fp32, and its dp^T in dp. No product is in flight.
+      const Step now = {stage, (round - 1) % 2, is_first, is_last};
+      differentiate<T, kRows>(s, dp, shared.c[stage], p, ds, lane);
+      if (kFused) share_ds();
+      if (now.ends_item && !open_item()) break;
+
+      wait_for_turn();
+      if (kFused) issue_dq(step - 1, keys_before(now));
+      issue_dv_dk(!now.begins_item, kFused);
+      leave_step_before(now);
+      issue_s();
+      warpgroup_wait<1>(dk, dv);
+      ptx::wgmma_keep_operand(p, a.total_q < 0, ds_target);
+      ptx::wgmma_keep_operand(ds, a.total_q < 0, ds_target);
+      issue_dp(true);
+      leave_rows(now);
+
+      is_first = now.ends_item;
+      finish_scores();
+      if (now.ends_item) write_keys(now.key_buffer);
+      ++step;
+    }
+    finish();
+  }
+
+ private:
+  // ------------------------------------------------------------------------------------------------------------ waits
+
+  // Waits for the next item and its keys. Returns false if there is none.
+  __device__ __forceinline__ bool open_item() {
+    shared.k_full[round % 2].wait(uint32_t(round / 2 % 2));
+    const bool has_queries = __shfl_sync(kFullWarp, shared.item[round % 2].q_count, 0) > 0;
+    ++round;
+    return has_queries;
+  }
+
+  // Waits for all that the scores of the next step read. Called before a turn, so that the turn loses no time.
+  __device__ __forceinline__ void wait_for_rows() {
+    shared.q_full[state.index()].wait(state.phase());
+    shared.dout_full[state.index()].wait(state.phase());
+    shared.v_full.wait(uint32_t(round - 1) % 2);
+  }
+
+  // Waits for the own turn, and before that for all that its products read and for leave to add dq of step n - 1.
+  __device__ __forceinline__ void wait_for_turn() {
+    wait_for_rows();
+    if (kFused) shared.ds_full[(step - 1) & 1].wait(uint32_t((step - 1) >> 1 & 1));
+    if (kOrdered) shared.turn_full[warpgroup][state.index()].wait(state.phase());
+    NamedBarrier::arrive_and_wait(256, warpgroup);
+  }
+  __device__ __forceinline__ void pass_turn() { NamedBarrier::arrive(256, 1 - warpgroup); }
+
+  // Waits until both warpgroups have written ds of a step. For step -1 it does not wait: ds is arbitrary there, and its
+  // dq goes to rows that are never read (open_nowhere).
+  __device__ __forceinline__ void wait_for_ds(int number) {
+    shared.ds_full[number & 1].wait(uint32_t(number >> 1 & 1));
+  }
+
+  // --------------------------------------------------------------------------------------------------------- products
+
+  // Issues s^T = k q^T of the next step.
+  __device__ __forceinline__ void issue_s() {
+    stage = state.index();
+    cute::warpgroup_arrive();
+    const uint64_t x = Operands::descriptor(at.k_rows + uint32_t((round - 1) % 2) * Operands::kKeys);
+    const uint64_t y = Operands::descriptor(at.q_rows + uint32_t(stage) * Operands::kRows);
+    multiply_rows<T, KeyTile, RowTile, kRows>(s, x, y);
+    cute::warpgroup_commit_batch();
+  }
+
+  // Issues dp^T = v do^T of the same step. It ends a turn.
+  __device__ __forceinline__ void issue_dp(bool passes_turn) {
+    cute::warpgroup_arrive();
     // The compiler must not know that x is the same in every step. It would keep each address derived from x in a
     // register.
-    const uint64_t x = descriptor(v_rows + uint32_t(stage) * uint32_t(a.waste_row < 0));
-    const uint64_t y = descriptor(dout_rows + uint32_t(stage) * (kTileBytes / 16));
-    multiply_rows<T, typename Shared::KeyTile, typename Shared::RowTile, kRows>(dp, x, y);
-    if (hand_over) NamedBarrier::arrive(256, next_turn);
+    const uint64_t x = Operands::descriptor(at.v_rows + uint32_t(stage) * uint32_t(a.waste_row < 0));
+    const uint64_t y = Operands::descriptor(at.dout_rows + uint32_t(stage) * Operands::kRows);
+    multiply_rows<T, KeyTile, RowTile, kRows>(dp, x, y);
+    if (passes_turn) pass_turn();
     cute::warpgroup_commit_batch();
-  };
-  const auto multiply_ds = [&](int number, int key_buffer) {  // dq = ds k of a step
-    const uint64_t x = descriptor(ds_columns + uint32_t(number & 1) * (kScoreBytes / 16));
-    const uint64_t y = descriptor(k_columns + uint32_t(key_buffer) * (kKeyBytes / 16));
+    ++state;
+  }
+
+  // Issues dq = ds k of step `number`, over all 128 keys.
+  __device__ __forceinline__ void issue_dq(int number, int key_buffer) {
+    const uint64_t x = Operands::descriptor(at.ds_columns + uint32_t(number & 1) * Operands::kScores);
+    const uint64_t y = Operands::descriptor(at.k_columns + uint32_t(key_buffer) * Operands::kKeys);
     cute::warpgroup_arrive();
 #pragma unroll
     for (int i = 0; i < kBackwardKeys / 16; ++i)
       warpgroup_mma_ss<T, 64, GmmaMajor::MN, GmmaMajor::MN>(dq, x + i * kRowBytes, y + i * kRowBytes, i > 0);
     cute::warpgroup_commit_batch();
-  };
-  const auto open_item = [&] {
-    shared.k_full[round % 2].wait(uint32_t(round / 2 % 2));
-    const bool has_queries = __shfl_sync(kFullWarp, shared.item[round % 2].q_count, 0) > 0;
-    ++round;
-    return has_queries;
-  };
-  const auto share_ds = [&] {
+  }
+
+  // Issues dv += p^T do and dk += ds^T q of the step in `stage`. With `adds`, it adds the dq issued before to the sums,
+  // in the gaps between these products.
+  __device__ __forceinline__ void issue_dv_dk(bool accumulate, bool adds) {
+    constexpr int kSteps = kRows / 16;
+    const uint64_t of_dv = Operands::descriptor(at.dout_columns + uint32_t(stage) * Operands::kRows),
+                   of_dk = Operands::descriptor(at.q_columns + uint32_t(stage) * Operands::kRows);
+    cute::warpgroup_arrive();
+#pragma unroll
+    for (int i = 0; i < 2 * kSteps; ++i) {
+      if (i < kSteps) {
+        warpgroup_mma_rs<T, kHeadDim>(dv, p[i % kSteps], of_dv + i % kSteps * kRowBytes, accumulate || i > 0);
+      } else {
+        warpgroup_mma_rs<T, kHeadDim>(dk, ds[i % kSteps], of_dk + i % kSteps * kRowBytes, accumulate || i > kSteps);
+      }
+      if (adds) add_dq_after(i);
+    }
+    cute::warpgroup_commit_batch();
+  }
+
+  // Adds a part of dq behind product i of dv and dk. The first products give dq time to complete.
+  __device__ __forceinline__ void add_dq_after(int i) {
+    constexpr int kFirst = Shared::Tr::kStepsUntilDq, kGaps = 2 * (kRows / 16) - kFirst;
+    if (i < kFirst - 1) return;
+    if (i == kFirst - 1) {
+      cute::warpgroup_commit_batch();
+      warpgroup_wait<1>(dq);
+      shared.ds_empty[(step - 1) & 1].arrive_if(thread == 0);
+      return;
+    }
+    // The additions are spread evenly over the gaps and stay there. Many additions at once delay the next product.
+    const auto parts_before = [&](int gap) { return (gap * adder.kParts + kGaps - 1) / kGaps; };
+    const int first = parts_before(i - kFirst);
+    __syncwarp();
+    adder.add(dq, first, parts_before(i - kFirst + 1) - first);
+    __syncwarp();
+  }
+
+  // ------------------------------------------------------------------------------------------------------- after a
+  // turn
+
+  // Buffer of the keys of the step before: the other one, where that step belongs to the item before.
+  __device__ __forceinline__ int keys_before(const Step& now) const {
+    return now.key_buffer ^ int(now.begins_item && step > 0);
+  }
+
+  // Called once dq of the step before is complete and added: frees its item's keys, if it was the item's last step, and
+  // makes this step the next whose dq is added.
+  __device__ __forceinline__ void leave_step_before(const Step& now) {
+    if (kFused) adder.open(shared.step[now.stage]);
+    __syncwarp();
+    shared.k_empty[now.key_buffer ^ 1].arrive_if(lane == 0 && now.begins_item && step > 0);
+    if (kOrdered) shared.added[warpgroup][now.stage].arrive_if(lane == 0);
+  }
+
+  // Frees the rows of a step, once its dv and dk are complete.
+  __device__ __forceinline__ void leave_rows(const Step& now) {
+    if (kFused) adder.wait_for_previous();
+    shared.rows_empty[now.stage].arrive_if(lane == 0);
+  }
+
+  // Turns s^T into p^T while dp^T is in flight, then waits for dp^T.
+  __device__ __forceinline__ void finish_scores() {
+    // Reads the step's properties while its products run.
+    const bool far = has_far_rows(shared.offset[stage], lane);
+    const bool has_padding = __shfl_sync(kFullWarp, shared.step[stage].tokens, 0) * a.group < kRows;
+    warpgroup_wait<1>(s);
+    // Padding rows are zeros; with a key of -inf they would give NaN.
+    if (has_padding) mask_scores(s, shared.step[stage].tokens * a.group);
+    weigh(a, s, shared.offset[stage], far, lane);
+    is_last = __shfl_sync(kFullWarp, int(shared.step[stage].is_last), 0) != 0;
+    warpgroup_wait<0>(dp);
+    shared.v_empty.arrive_if(thread == 0 && is_last);
+  }
+
+  // Copies ds^T of this step to shared memory, for dq in the next turn of each warpgroup.
+  __device__ __forceinline__ void share_ds() {
     const int buffer = step % 2;
     // From this lane's first key to the item's end.
-    const int keys = shared.item[(round - 1) % 2].k_count - (warpgroup * 64 + warp_row + lane / 4);
+    const int keys = shared.item[(round - 1) % 2].k_count - own_key;
     shared.ds_empty[buffer].wait(uint32_t(step / 2 + buffer + 1) % 2);
-    store_scores<kRows>(ds_target + buffer * kScoreBytes, ds, keys, lane);
+    store_scores<kRows>(ds_target + buffer * uint32_t(sizeof(typename Shared::ScoreTile)), ds, keys, lane);
     fence_view_async_shared();
     __syncwarp();
     shared.ds_full[buffer].arrive_if(lane == 0);
-  };
-  if (open_item()) {
-    int stage = 0;                    // of the step whose ds is next
-    bool fresh = true;                // is it the first step of its item,
-    bool is_last = false;             // the last one?
-    const auto wait_for_rows = [&] {  // called before a turn, so that the turn loses no time
-      shared.q_full[state.index()].wait(state.phase());
-      shared.dout_full[state.index()].wait(state.phase());
-      shared.v_full.wait(uint32_t(round - 1) % 2);
-    };
-    const auto multiply_q = [&] {
-      stage = state.index();
-      cute::warpgroup_arrive();
-      multiply_k();
-    };
-    const auto multiply_dout = [&](bool hand_over) {
-      cute::warpgroup_arrive();
-      multiply_v(stage, hand_over);
-      ++state;
-    };
-    const auto finish_scores = [&] {
-      // Reads the step's properties while its products run.
-      const bool far = has_far_rows(shared.offset[stage], lane);
-      const bool has_padding = __shfl_sync(kFullWarp, shared.step[stage].tokens, 0) * a.group < kRows;
-      warpgroup_wait<1>(s);
-      // Padding rows are zeros; with a key of -inf they would give NaN.
-      if (has_padding) mask_scores(s, shared.step[stage].tokens * a.group);
-      weigh(a, s, shared.offset[stage], far, lane);
-      is_last = __shfl_sync(kFullWarp, int(shared.step[stage].is_last), 0) != 0;
-      warpgroup_wait<0>(dp);
-      shared.v_empty.arrive_if(thread == 0 && is_last);
-    };
-    if (kFused) adder.open_nowhere();
-    if (warpgroup == 1) NamedBarrier::arrive(256, next_turn);
-    // Issues dv and dk of the step whose ds is complete. It adds dq to the sums in the gaps between these products.
-    const auto multiply_gradients = [&](bool accumulate, bool adds) {
-      constexpr int kSteps = kRows / 16, kFirst = Shared::Tr::kStepsUntilDq;
-      const uint64_t of_dv = descriptor(dout_columns + uint32_t(stage) * (kTileBytes / 16)),
-                     of_dk = descriptor(q_columns + uint32_t(stage) * (kTileBytes / 16));
-      cute::warpgroup_arrive();
-#pragma unroll
-      for (int i = 0; i < 2 * kSteps; ++i) {
-        if (i < kSteps) {
-          warpgroup_mma_rs<T, kHeadDim>(dv, p[i % kSteps], of_dv + i % kSteps * kRowBytes, accumulate || i > 0);
-        } else {
-          warpgroup_mma_rs<T, kHeadDim>(dk, ds[i % kSteps], of_dk + i % kSteps * kRowBytes, accumulate || i > kSteps);
-        }
-        if (!kFused || !adds) continue;
-        if (i == kFirst - 1) {
-          cute::warpgroup_commit_batch();
-          warpgroup_wait<1>(dq);
-          shared.ds_empty[(step - 1) & 1].arrive_if(thread == 0);
-        } else if (i >= kFirst) {
-          // The additions are spread evenly over the gaps and stay there. Many additions at once delay the next
-          // product.
-          constexpr int kGaps = 2 * kSteps - kFirst;
-          const auto parts_before = [&](int gap) { return (gap * adder.kParts + kGaps - 1) / kGaps; };
-          const int first = parts_before(i - kFirst);
-          __syncwarp();
-          adder.add(dq, first, parts_before(i - kFirst + 1) - first);
-          __syncwarp();
-        }
-      }
-      cute::warpgroup_commit_batch();
-    };
-    wait_for_rows();
-    multiply_q();
-    multiply_dout(false);
-    finish_scores();
-    while (true) {
-      // p^T is in s, in fp32, and dp^T in dp. No product is in flight.
-      const int key_buffer = (round - 1) % 2, old_stage = stage;
-      differentiate<T, kRows>(s, dp, shared.c[stage], p, ds, lane);
-      if (kFused) share_ds();
-      const bool ends_item = is_last, begins_item = fresh;
-      if (ends_item && !open_item()) break;
+  }
 
-      wait_for_rows();
-      if (kFused) shared.ds_full[(step - 1) & 1].wait(uint32_t((step - 1) >> 1 & 1));
-      if (kOrdered) shared.turn_full[warpgroup][state.index()].wait(state.phase());
-      NamedBarrier::arrive_and_wait(256, own_turn);
-      if (kFused) multiply_ds(step - 1, key_buffer ^ int(begins_item && step > 0));
-      multiply_gradients(!begins_item, true);
-      if (kFused) adder.open(shared.step[old_stage]);
-      __syncwarp();
-      shared.k_empty[key_buffer ^ 1].arrive_if(lane == 0 && begins_item && step > 0);
-      if (kOrdered) shared.added[warpgroup][old_stage].arrive_if(lane == 0);
-      multiply_q();
-      warpgroup_wait<1>(dk, dv);
-      ptx::wgmma_keep_operand(p, a.total_q < 0, ds_target);
-      ptx::wgmma_keep_operand(ds, a.total_q < 0, ds_target);
-      multiply_dout(true);
-      if (kFused) adder.wait_for_previous();
-      shared.rows_empty[old_stage].arrive_if(lane == 0);
-      fresh = ends_item;
-      finish_scores();
-      if (ends_item)
-        write_keys<T, kHeadDim, kFused>(a, shared.item[key_buffer], dk, dv, warpgroup * 64 + warp_row + lane / 4, lane);
-      ++step;
-    }
-    if (warpgroup == 0) NamedBarrier::arrive_and_wait(256, own_turn);
+  // ---------------------------------------------------------------------------------------------------------- epilogue
+
+  // Completes the CTA's last step, which has no turn: its dv and dk, and dq of the last two steps.
+  __device__ __forceinline__ void finish() {
+    if (warpgroup == 0) NamedBarrier::arrive_and_wait(256, warpgroup);  // takes the turn that warpgroup 1 passed last
     const int key_buffer = round % 2;
-    multiply_gradients(!fresh, false);
+    issue_dv_dk(!is_first, false);
     warpgroup_wait<0>(dk, dv);
     if (kFused) {
-      shared.ds_full[(step - 1) & 1].wait(uint32_t((step - 1) >> 1 & 1));
-      multiply_ds(step - 1, key_buffer ^ int(fresh && step > 0));
+      wait_for_ds(step - 1);
+      issue_dq(step - 1, key_buffer ^ int(is_first && step > 0));
       warpgroup_wait<0>(dq);
       shared.ds_empty[(step - 1) & 1].arrive_if(thread == 0);
       if (kOrdered) shared.last_turns.wait(0);
       adder.add(dq, 0, adder.kParts);
       adder.open(shared.step[stage]);
-      shared.ds_full[step & 1].wait(uint32_t(step >> 1 & 1));
-      multiply_ds(step, key_buffer);
+      wait_for_ds(step);
+      issue_dq(step, key_buffer);
       warpgroup_wait<0>(dq);
       adder.add(dq, 0, adder.kParts);
       adder.wait_for_all();
-      if (kOrdered) {
-        __syncwarp();
-        shared.all_added.arrive_if(lane == 0);
-      }
+      if (kOrdered) report_all_added();
     }
-    write_keys<T, kHeadDim, kFused>(a, shared.item[key_buffer], dk, dv, warpgroup * 64 + warp_row + lane / 4, lane);
+    write_keys(key_buffer);
     if (kFused && !kOrdered) {  // not before write_keys, where it would cost registers in the loop
-      __syncwarp();
-      shared.all_added.arrive_if(lane == 0);
+      report_all_added();
       convert_last_jobs<T, kHeadDim>(a, shared);
     }
   }
-}
+  __device__ __forceinline__ void report_all_added() {
+    __syncwarp();
+    shared.all_added.arrive_if(lane == 0);
+  }
+
+  // Stores dk and dv of the item in `key_buffer`. With query splits, adds them to sums instead.
+  __device__ __forceinline__ void write_keys(int key_buffer) {
+    const WorkItem& item = shared.item[key_buffer];
+    const int key = own_key;
+    const int64_t stride = int64_t(a.num_kv_heads) * kHeadDim;
+    const int64_t offset = (item.k_start + key) * stride + item.kv_head * kHeadDim;
+    const auto is_real = [&](int i) { return key + 8 * i < item.k_count; };
+    if (kFused && a.query_splits > 1) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) add_row<kHeadDim>(a.dv_sums + offset + 8 * i * stride, dv, i, is_real(i), lane);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) add_row<kHeadDim>(a.dk_sums + offset + 8 * i * stride, dk, i, is_real(i), lane);
+    } else {
+      T* const to_dv = static_cast<T*>(a.dv) + offset;
+      T* const to_dk = static_cast<T*>(a.dk) + offset;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) store_row<T, kHeadDim>(to_dv + 8 * i * stride, dv, i, 1.0f, is_real(i), lane);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) store_row<T, kHeadDim>(to_dk + 8 * i * stride, dk, i, a.scale, is_real(i), lane);
+    }
+  }
+
+  // ------------------------------------------------------------------------------------------------------------- state
+
+  const KeysArguments& a;
+  Shared& shared;
+  const int warpgroup;
+  int thread, lane;
+  const int warp_row;           // first of the warp's 16 keys in its warpgroup's 64, and of its rows of dq
+  const int dq_row, dq_column;  // first row and column of the warpgroup's half of dq
+  const Operands at;
+  int own_key;         // the lane's first key of the item; its second one is 8 further
+  uint32_t ds_target;  // address of the lane's row of ds, for store_scores
+
+  PipelineState<kStages> state;  // stage of step n + 1
+  float (&dk)[kHeadDim / 2], (&dv)[kHeadDim / 2], (&s)[kRows / 2], (&dp)[kRows / 2], (&dq)[32];
+  uint32_t (&p)[kRows / 16][4], (&ds)[kRows / 16][4];
+  int round = 0;                           // items opened
+  int step = 0;                            // number of the step n
+  DqAdder<kAccumulation, kHeadDim> adder;  // adds dq of step n - 1
+  int stage = 0;                           // stage of step n, until issue_s: then that of step n + 1
+  bool is_first = true, is_last = false;   // is it the first, the last step of its item?
+};
 
 // Writes zero gradients of keys that no query attends to. All consumers call it. Where items have query splits, the
 // last pass writes these gradients instead, from sums that are zeros.

@@ -1,9 +1,7 @@
 // The keys kernel: dk and dv on sm_90a, and dq if it is fused with them.
 //
 // CTAs walk over the backward items of the plan. An item is 128 keys of a key-value head, against all rows (tokens x
-// heads of the group) of their sequence, some rows per step. Two consumer warpgroups have 64 keys each. They keep dk
-// and dv of these keys in registers until the item ends. The rows of the transposed scores s^T = k q^T and dp^T = v
-// do^T are keys. p^T and ds^T are therefore operands directly from registers:
+// heads of the group) of their sequence, some rows per step:
 //
 //   for each item:
 //     for each step, some rows of the sequence:
@@ -13,12 +11,41 @@
 //       if fused: dq = ds k over all 128 keys, added to fp32 sums in L2
 //     store dk and dv
 //
-// For dq, ds goes through shared memory. Each warpgroup multiplies half of dq: half of the columns for D 128, half of
-// the rows for D 64.
+// Two consumer warpgroups have 64 keys each, and keep dk and dv of these keys in registers until the item ends. The
+// rows of s^T and dp^T are keys, so p^T and ds^T are operands directly from registers. For dq, ds goes through shared
+// memory, and each warpgroup multiplies half of dq: half of the columns for D 128, half of the rows for D 64.
+//
+// Who waits for whom (arrows: barriers, from the threads that arrive to those that wait; KeysShared describes each):
+//
+//   warp 8, thread 256:       k_full, v_full, q_full, dout_full, turn_full*, last_turns*
+//   loads tiles          ------------------------------------------------------------>  warpgroups 0 and 1:
+//   KeysLoader           <------------------------------------------------------------  products; they add dq
+//                             k_empty, v_empty, rows_empty                              KeysConsumer
+//
+//   warp 9:                   q_full, last_jobs_full                                    between the two:
+//   loads statistics,    ------------------------------------------------------------>    turns 0, 1
+//   counts additions     <------------------------------------------------------------    ds_full, ds_empty
+//   StatisticsLoader          rows_empty, added*, all_added                                   |
+//          |                                                                                  | red (DqAdder)
+//          | job_full, job_empty              counters of additions, in memory                v
+//          v                            <--- one per tile of rows: "arrivals" --->      fp32 sums of dq in L2
+//   warps 10 and 11:                                                                          |
+//   convert dq           <--------------------------------------------------------------------+
+//
+//   * only in ordered mode. Only there does a thread wait for another CTA: thread 256 and warps 10 and 11, for counters.
+//
+// Where dq is summed, in which order, and why this cannot deadlock: dq_accumulation_sm90.cuh.
+//
+// When they work. In a turn, a warpgroup issues the products of dq of step n - 1, dv and dk of n, s and dp of n + 1:
+//
+//   warpgroup 0   | p, ds of 4 |T: dq3 dv4 dk4 s5 dp5| p, ds of 5 | wait |T: dq4 dv5 dk5 s6 dp6| p, ds of 6 |
+//   warpgroup 1   ... dv3 dk3 s4 dp4| p, ds of 4 | wait |T: dq3 dv4 dk4 s5 dp5| p, ds of 5 | wait |T: dq4 dv5 ...
+//   dq to the sums      (0: dq3 beside dv4, dk4)      (1: dq3)            (0: dq4)
+//   thread 256    | rows of step 6, when both have left step 3 | rows of 7, when both have left 4 | ...
 //
 //   backward_keys_shared_sm90.cuh     shared by all warps: arguments, order of items, shared memory, barriers
-//   backward_keys_loads_sm90.cuh      thread 0 of the producers: loads of tiles by TMA
-//   dq_accumulation_sm90.cuh          other producers: statistics, reports of additions to dq, conversions of dq
+//   backward_keys_loads_sm90.cuh      thread 256: loads of tiles by TMA
+//   dq_accumulation_sm90.cuh          warps 9 to 11: statistics, reports of additions to dq, conversions of dq
 //   backward_keys_products_sm90.cuh   the consumers, which add dq to the sums
 //   dq_accumulation_add_sm90.cuh      the instructions with which they add (DqAdder)
 //
@@ -83,7 +110,8 @@ __global__ __launch_bounds__(KeysShared<kHeadDim>::kThreads, 1) void illada_atte
     }
   } else {  // ------------------------------------------------------------------------------------------- consumers
     Shared::Registers::as_consumer();
-    multiply_keys<T, kHeadDim, kAccumulation, kOrdered>(a, shared, dq_map);
+    KeysRegisters<kHeadDim> registers;
+    KeysConsumer<T, kHeadDim, kAccumulation, kOrdered>(a, shared, dq_map, registers).run();
     write_unseen_keys<kHeadDim>(a);
   }
 #endif

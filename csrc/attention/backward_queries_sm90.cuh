@@ -94,6 +94,262 @@ __device__ __forceinline__ WorkItem next_queries(const QueriesArguments& a, int&
   }
 }
 
+// ------------------------------------------------------------------------------------------------------------ producer
+
+// The producer thread. It loads the items of the CTA, in the order in which the consumers read them.
+template <int kHeadDim>
+struct QueriesProducer {
+  using Shared = QueriesShared<kHeadDim>;
+  using KeyTile = typename Shared::KeyTile;
+  using RowTile = typename Shared::RowTile;
+
+  const QueriesArguments& a;
+  Shared& shared;
+  const CUtensorMap &q_map, &dout_map, &k_map, &v_map;
+  PipelineState<Shared::kStages> state = producer_start<Shared::kStages>();  // stage of the next tile of keys
+  int number = 0;                                                            // number of items loaded
+
+  __device__ __forceinline__ void run() {
+    int round = 0;
+    for (WorkItem item = next_queries(a, round); item.k_count > 0; ++number, ++round, item = next_queries(a, round)) {
+#pragma unroll
+      for (int w = 0; w < 2; ++w) load_rows(w, item);
+      for (int row = (item.k_count - 1) / Shared::kKeys * Shared::kKeys; row >= 0; row -= Shared::kKeys) {
+        const int stage = state.index();
+        load_keys(k_map, shared.k[stage], shared.k_full[stage], shared.k_empty[stage], item, row);
+        load_keys(v_map, shared.v[stage], shared.v_full[stage], shared.v_empty[stage], item, row);
+        ++state;
+      }
+    }
+#pragma unroll
+    for (int w = 0; w < 2; ++w) send_end(w);
+  }
+
+  // Loads the queries and gradients of warpgroup w's block, once the block before it has been read.
+  __device__ __forceinline__ void load_rows(int w, const WorkItem& item) {
+    shared.q_empty[w].wait(uint32_t(number) % 2 ^ 1);
+    shared.item[w][number % Shared::kItems] = item;
+    shared.q_full[w].arrive_and_expect_tx(uint32_t(2 * Shared::kSlices * a.block_tokens * a.group * kRowBytes));
+    load_block(q_map, shared.q[w], w, item);
+    load_block(dout_map, shared.dout[w], w, item);
+  }
+  __device__ __forceinline__ void load_block(const CUtensorMap& map, RowTile& tile, int w, const WorkItem& item) {
+    load_tile(tile, &map, shared.q_full[w], item.kv_head * a.group, item.q_start, item.q_count, w * a.block_tokens,
+              a.rows_hint);
+  }
+
+  // Loads a tile of keys or values from key `row` of the item on, once both warpgroups have read the stage.
+  __device__ __forceinline__ void load_keys(const CUtensorMap& map, KeyTile& tile, Barrier& full, Barrier& empty,
+                                            const WorkItem& item, int row) {
+    empty.wait(state.phase());
+    full.arrive_and_expect_tx(uint32_t(sizeof(KeyTile)));
+    load_tile(tile, &map, full, item.kv_head, item.k_start, item.k_count, row, a.keys_hint);
+  }
+
+  // Tells warpgroup w that no item is left: an item without keys marks the end.
+  __device__ __forceinline__ void send_end(int w) {
+    shared.q_empty[w].wait(uint32_t(number) % 2 ^ 1);
+    shared.item[w][number % Shared::kItems] = WorkItem{};
+    shared.q_full[w].arrive();
+  }
+};
+
+// ----------------------------------------------------------------------------------------------------------- consumers
+
+// A consumer warpgroup. It computes dq of one block of rows per item.
+template <typename T, int kHeadDim>
+struct QueriesConsumer {
+  using Shared = QueriesShared<kHeadDim>;
+  static constexpr int kKeys = Shared::kKeys, kStages = Shared::kStages;
+  static constexpr uint32_t kKeyBytes = sizeof(typename Shared::KeyTile);
+
+  const QueriesArguments& a;
+  Shared& shared;
+  const int warpgroup, thread, lane;
+  const int row;  // the lane's rows are `row` and row + 8
+  // Descriptors of the operands. The stage is added where a product is issued.
+  const uint64_t q_rows, dout_rows, k_rows, v_rows, k_columns;
+
+  // The tile whose scores are made: "the next tile" during a turn, "this tile" after it.
+  PipelineState<kStages> state;           // stage of the tile whose s is next
+  int stage = 0;                          // stage of the tile in s and dp
+  bool is_first = true, is_last = false;  // is it the first, the last tile of its item?
+  // The item of that tile.
+  int number = 0;            // number of items begun
+  int tiles = 0, valid = 0;  // tiles of the item that are not yet in s; keys in its first tile
+  RowStatistics rows[2];     // statistics of the lane's rows
+
+  float dq[kHeadDim / 2], s[kKeys / 2], dp[kKeys / 2];
+  uint32_t ds[kKeys / 16][4];
+
+  __device__ __forceinline__ QueriesConsumer(const QueriesArguments& arguments, Shared& shared_)
+      : a(arguments),
+        shared(shared_),
+        warpgroup(__shfl_sync(kFullWarp, int(threadIdx.x) / 128, 0)),
+        thread(int(threadIdx.x) % 128),
+        lane(thread % 32),
+        row(thread / 32 * 16 + lane / 4),
+        q_rows(gmma_descriptor_k(ptx::smem_address(&shared.q[warpgroup]))),
+        dout_rows(q_rows + (offsetof(Shared, dout) - offsetof(Shared, q)) / 16),
+        k_rows(gmma_descriptor_k(ptx::smem_address(shared.k))),
+        v_rows(k_rows + (offsetof(Shared, v) - offsetof(Shared, k)) / 16),
+        k_columns(gmma_descriptor_mn(ptx::smem_address(shared.k), kKeys * kRowBytes)) {}
+
+  // Computes dq of all items of the CTA.
+  __device__ __forceinline__ void run() {
+    if (!open_item()) return;
+    if (warpgroup == 1) pass_turn();
+    issue_s();
+    issue_dp(false);
+    finish_scores();
+    while (true) {
+      // p is in s, in fp32, and dp is complete. No product is in flight.
+      const int old_stage = stage;
+      compute_ds();
+      const bool ends_item = is_last, begins_item = is_first;
+      if (ends_item && !open_item()) break;
+      wait_for_turn();
+      cute::warpgroup_arrive();
+      issue_dq(old_stage, !begins_item);
+      issue_s();
+      warpgroup_wait<1>(dq);
+      ptx::wgmma_keep_operand(ds, a.total_q < 0, ptx::smem_address(&shared));
+      shared.k_empty[old_stage].arrive_if(thread == 0);
+      issue_dp(true);
+      is_first = ends_item;
+      finish_scores();
+      if (ends_item) write_dq();
+    }
+    if (warpgroup == 0) wait_for_turn();
+    cute::warpgroup_arrive();
+    issue_dq(stage, !is_first);
+    warpgroup_wait<0>(dq);
+    write_dq();
+  }
+
+  __device__ __forceinline__ void wait_for_turn() const { NamedBarrier::arrive_and_wait(256, warpgroup); }
+  __device__ __forceinline__ void pass_turn() const { NamedBarrier::arrive(256, 1 - warpgroup); }
+
+  // Waits for the next item and reads the statistics of its rows. Returns false if there is none.
+  __device__ __forceinline__ bool open_item() {
+    shared.q_full[warpgroup].wait(uint32_t(number) % 2);
+    const WorkItem& item = shared.item[warpgroup][number % Shared::kItems];
+    const int count = __shfl_sync(kFullWarp, item.k_count, 0);
+    ++number;
+    tiles = (count + kKeys - 1) / kKeys;
+    valid = count - (tiles - 1) * kKeys;
+    if (tiles == 0) return false;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int token =
+          min(warpgroup * a.block_tokens + int((row + 8 * i) * a.group_reciprocal >> 16), item.q_count - 1);
+      const int head = (row + 8 * i) % a.group;
+      rows[i] = a.rows[(int64_t(item.kv_head) * a.total_q + item.q_start + token) * a.group + head];
+    }
+    return true;
+  }
+
+  // d = x y^T of the warpgroup's rows and the tile of keys or values in `stage`.
+  __device__ __forceinline__ void issue_scores(float (&d)[kKeys / 2], uint64_t x, uint64_t keys, bool passes_turn) {
+    // The compiler must not know that x is the same in every step. It would keep each address derived from x in a
+    // register.
+    x += uint64_t(stage) * uint64_t(a.total_q < 0);
+    const uint64_t y = keys + uint64_t(stage) * (kKeyBytes / 16);
+    multiply_rows<T, typename Shared::RowTile, typename Shared::KeyTile, kKeys>(d, x, y);
+    if (passes_turn) pass_turn();
+    cute::warpgroup_commit_batch();
+  }
+  // Issues s = q k^T of the next tile.
+  __device__ __forceinline__ void issue_s() {
+    stage = state.index();
+    shared.k_full[stage].wait(state.phase());
+    cute::warpgroup_arrive();
+    issue_scores(s, q_rows, k_rows, false);
+  }
+  // Issues dp = do v^T of the same tile.
+  __device__ __forceinline__ void issue_dp(bool passes_turn) {
+    shared.v_full[stage].wait(state.phase());
+    cute::warpgroup_arrive();
+    issue_scores(dp, dout_rows, v_rows, passes_turn);
+    ++state;
+  }
+  // Issues dq += ds k of the tile in `of_stage`.
+  __device__ __forceinline__ void issue_dq(int of_stage, bool accumulate) {
+    const uint64_t y = k_columns + uint64_t(of_stage) * (kKeyBytes / 16);
+#pragma unroll
+    for (int i = 0; i < kKeys / 16; ++i)
+      warpgroup_mma_rs<T, kHeadDim>(dq, ds[i], y + i * (16 * kRowBytes / 16), accumulate || i > 0);
+    cute::warpgroup_commit_batch();
+  }
+
+  // Waits for s and turns it into p, while dp is still in flight. Then waits for dp and frees what was read last.
+  __device__ __forceinline__ void finish_scores() {
+    const bool far = __any_sync(kFullWarp, is_far(rows[0].offset) || is_far(rows[1].offset));
+    warpgroup_wait<1>(s);
+    if (is_first && valid < kKeys) mask_scores(s, valid);
+    exponentiate(s, a.scale, a.scale_log2, far, [&](int j) { return rows[j / 2 % 2].offset; });
+    is_last = --tiles == 0;
+    warpgroup_wait<0>(dp);
+    shared.v_empty[stage].arrive_if(thread == 0);
+    shared.q_empty[warpgroup].arrive_if(thread == 0 && is_last);
+  }
+
+  // Computes ds = p (dp - c) in 16 bits, as an operand.
+  __device__ __forceinline__ void compute_ds() {
+#pragma unroll
+    for (int j = 0; j < kKeys / 2; j += 2) {
+      const float c = rows[j / 2 % 2].c;
+      ds[j / 8][j / 2 % 4] = pack2<T>(s[j] * (dp[j] - c), s[j + 1] * (dp[j + 1] - c));
+    }
+  }
+
+  // Stores dq of the item before the one that was opened last.
+  __device__ __forceinline__ void write_dq() {
+    const WorkItem& item = shared.item[warpgroup][(number - 2) % Shared::kItems];
+    const int tokens = min(item.q_count - warpgroup * a.block_tokens, a.block_tokens);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int token = int((row + 8 * i) * a.group_reciprocal >> 16), head = row + 8 * i - token * a.group;
+      const int64_t place = int64_t(item.q_start + warpgroup * a.block_tokens + token) * a.num_heads;
+      store_row<T, kHeadDim>(static_cast<T*>(a.dq) + (place + item.kv_head * a.group + head) * kHeadDim, dq, i, a.scale,
+                             token < tokens, lane);
+    }
+  }
+};
+
+// Writes zeros to dq of queries without keys, which are the last ones of the list. All consumers call it.
+template <int kHeadDim>
+__device__ __forceinline__ void write_queries_without_keys(const QueriesArguments& a) {
+  for (int index = plan_header(a.plan).forward_items - 1 - int(blockIdx.x); index >= 0; index -= int(gridDim.x)) {
+    const WorkItem item = forward_items(a.plan)[index];
+    if (item.k_count > 0) break;
+    constexpr int kWords = kHeadDim / 8;
+    for (int i = int(threadIdx.x); i < item.q_count * a.group * kWords; i += 256) {
+      const int r = i / kWords;
+      const int64_t at = int64_t(item.q_start + r / a.group) * a.num_heads + item.kv_head * a.group + r % a.group;
+      static_cast<uint4*>(a.dq)[at * kWords + i % kWords] = make_uint4(0, 0, 0, 0);
+    }
+  }
+}
+
+// -------------------------------------------------------------------------------------------------------------- kernel
+
+// Initialises the barriers. One thread calls it.
+template <int kHeadDim>
+__device__ __forceinline__ void init_barriers(QueriesShared<kHeadDim>& shared) {
+  for (int i = 0; i < 2; ++i) {
+    shared.q_full[i].init(1);
+    shared.q_empty[i].init(1);
+  }
+  for (int s = 0; s < QueriesShared<kHeadDim>::kStages; ++s) {
+    shared.k_full[s].init(1);
+    shared.k_empty[s].init(2);
+    shared.v_full[s].init(1);
+    shared.v_empty[s].init(2);
+  }
+  cutlass::arch::fence_barrier_init();
+}
+
 template <typename T, int kHeadDim>
 __global__ __launch_bounds__(QueriesShared<kHeadDim>::kThreads, 1) void illada_attention_backward_queries_sm90(
     const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap dout_map,
@@ -101,8 +357,6 @@ __global__ __launch_bounds__(QueriesShared<kHeadDim>::kThreads, 1) void illada_a
     const __grid_constant__ QueriesArguments a, const __grid_constant__ DependentLaunch launch) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Shared = QueriesShared<kHeadDim>;
-  constexpr int kKeys = Shared::kKeys, kSlices = Shared::kSlices, kStages = Shared::kStages;
-  constexpr uint32_t kKeyBytes = sizeof(typename Shared::KeyTile);
   extern __shared__ char raw_shared[];
   const uint32_t shared_start = ptx::smem_address(raw_shared), aligned_start = (shared_start + 1023) / 1024 * 1024;
   Shared& shared = *reinterpret_cast<Shared*>(raw_shared + (aligned_start - shared_start));
@@ -112,191 +366,18 @@ __global__ __launch_bounds__(QueriesShared<kHeadDim>::kThreads, 1) void illada_a
     cute::prefetch_tma_descriptor(&dout_map);
     cute::prefetch_tma_descriptor(&k_map);
     cute::prefetch_tma_descriptor(&v_map);
-    for (int i = 0; i < 2; ++i) {
-      shared.q_full[i].init(1);
-      shared.q_empty[i].init(1);
-    }
-    for (int s = 0; s < kStages; ++s) {
-      shared.k_full[s].init(1);
-      shared.k_empty[s].init(2);
-      shared.v_full[s].init(1);
-      shared.v_empty[s].init(2);
-    }
-    cutlass::arch::fence_barrier_init();
+    init_barriers(shared);
   }
   __syncthreads();
   wait_for_previous_kernel(launch);
 
-  if (threadIdx.x >= 256) {  // -------------------------------------------------------------------------- producer
+  if (threadIdx.x >= 256) {
     Shared::Registers::as_producer();
-    if (threadIdx.x == 256) {
-      auto state = producer_start<kStages>();
-      using KeyTile = typename Shared::KeyTile;
-      const auto load_keys = [&](const CUtensorMap* map, KeyTile& tile, Barrier& full, Barrier& empty,
-                                 const WorkItem& item, int row) {
-        empty.wait(state.phase());
-        full.arrive_and_expect_tx(kKeyBytes);
-        load_tile(tile, map, full, item.kv_head, item.k_start, item.k_count, row, a.keys_hint);
-      };
-      int round = 0, number = 0;
-      for (WorkItem item = next_queries(a, round); item.k_count > 0; ++number, ++round, item = next_queries(a, round)) {
-#pragma unroll
-        for (int w = 0; w < 2; ++w) {
-          shared.q_empty[w].wait(uint32_t(number) % 2 ^ 1);
-          shared.item[w][number % Shared::kItems] = item;
-          shared.q_full[w].arrive_and_expect_tx(uint32_t(2 * kSlices * a.block_tokens * a.group * kRowBytes));
-          const auto load_rows = [&](const CUtensorMap* map, typename Shared::RowTile& tile) {
-            load_tile(tile, map, shared.q_full[w], item.kv_head * a.group, item.q_start, item.q_count,
-                      w * a.block_tokens, a.rows_hint);
-          };
-          load_rows(&q_map, shared.q[w]);
-          load_rows(&dout_map, shared.dout[w]);
-        }
-        for (int row = (item.k_count - 1) / kKeys * kKeys; row >= 0; row -= kKeys) {
-          const int stage = state.index();
-          load_keys(&k_map, shared.k[stage], shared.k_full[stage], shared.k_empty[stage], item, row);
-          load_keys(&v_map, shared.v[stage], shared.v_full[stage], shared.v_empty[stage], item, row);
-          ++state;
-        }
-      }
-#pragma unroll
-      for (int w = 0; w < 2; ++w) {  // an item without keys marks the end
-        shared.q_empty[w].wait(uint32_t(number) % 2 ^ 1);
-        shared.item[w][number % Shared::kItems] = WorkItem{};
-        shared.q_full[w].arrive();
-      }
-    }
-  } else {  // ------------------------------------------------------------------------------------------- consumers
+    if (threadIdx.x == 256) QueriesProducer<kHeadDim>{a, shared, q_map, dout_map, k_map, v_map}.run();
+  } else {
     Shared::Registers::as_consumer();
-    const int warpgroup = __shfl_sync(kFullWarp, int(threadIdx.x) / 128, 0), thread = int(threadIdx.x) % 128;
-    const int own_turn = warpgroup, next_turn = 1 - warpgroup;
-    const int lane = thread % 32;
-    const uint64_t q_rows = gmma_descriptor_k(ptx::smem_address(&shared.q[warpgroup]));
-    const uint64_t dout_rows = q_rows + (offsetof(Shared, dout) - offsetof(Shared, q)) / 16;
-    const uint64_t k_rows = gmma_descriptor_k(ptx::smem_address(shared.k));
-    const uint64_t v_rows = k_rows + (offsetof(Shared, v) - offsetof(Shared, k)) / 16;
-    const uint64_t k_columns = gmma_descriptor_mn(ptx::smem_address(shared.k), kKeys * kRowBytes);
-
-    PipelineState<kStages> state;  // stage of the tile whose s is next
-    float dq[kHeadDim / 2], s[kKeys / 2], dp[kKeys / 2];
-    uint32_t ds[kKeys / 16][4];
-    RowStatistics rows[2];                        // statistics of the item's rows
-    int number = 0;                               // number of items begun
-    int tiles = 0, valid = 0;                     // tiles of the item that are not yet in s; keys in its first tile
-    const int row = thread / 32 * 16 + lane / 4;  // the lane's rows are `row` and row + 8
-
-    const auto multiply_scores = [&](float (&d)[kKeys / 2], uint64_t x, uint64_t keys, int stage, bool hand_over) {
-      // The compiler must not know that x is the same in every step. It would keep each address derived from x in a
-      // register.
-      x += uint64_t(stage) * uint64_t(a.total_q < 0);
-      const uint64_t y = keys + uint64_t(stage) * (kKeyBytes / 16);
-      multiply_rows<T, typename Shared::RowTile, typename Shared::KeyTile, kKeys>(d, x, y);
-      if (hand_over) NamedBarrier::arrive(256, next_turn);
-      cute::warpgroup_commit_batch();
-    };
-    const auto multiply_ds = [&](int stage, bool accumulate) {
-      const uint64_t y = k_columns + uint64_t(stage) * (kKeyBytes / 16);
-#pragma unroll
-      for (int i = 0; i < kKeys / 16; ++i)
-        warpgroup_mma_rs<T, kHeadDim>(dq, ds[i], y + i * (16 * kRowBytes / 16), accumulate || i > 0);
-      cute::warpgroup_commit_batch();
-    };
-    const auto open_item = [&] {
-      shared.q_full[warpgroup].wait(uint32_t(number) % 2);
-      const WorkItem& item = shared.item[warpgroup][number % Shared::kItems];
-      const int count = __shfl_sync(kFullWarp, item.k_count, 0);
-      ++number;
-      tiles = (count + kKeys - 1) / kKeys;
-      valid = count - (tiles - 1) * kKeys;
-      if (tiles == 0) return false;
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int token =
-            min(warpgroup * a.block_tokens + int((row + 8 * i) * a.group_reciprocal >> 16), item.q_count - 1);
-        const int head = (row + 8 * i) % a.group;
-        rows[i] = a.rows[(int64_t(item.kv_head) * a.total_q + item.q_start + token) * a.group + head];
-      }
-      return true;
-    };
-    const auto write_queries = [&](const WorkItem& item) {
-      const int tokens = min(item.q_count - warpgroup * a.block_tokens, a.block_tokens);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int token = int((row + 8 * i) * a.group_reciprocal >> 16), head = row + 8 * i - token * a.group;
-        const int64_t place = int64_t(item.q_start + warpgroup * a.block_tokens + token) * a.num_heads;
-        store_row<T, kHeadDim>(static_cast<T*>(a.dq) + (place + item.kv_head * a.group + head) * kHeadDim, dq, i,
-                               a.scale, token < tokens, lane);
-      }
-    };
-    if (open_item()) {
-      bool fresh = true;     // true if the tile of s is the first one of its item
-      bool is_last = false;  // true if it is the last one
-      int stage = 0;         // stage of that tile
-      const auto multiply_k = [&] {
-        stage = state.index();
-        shared.k_full[stage].wait(state.phase());
-        cute::warpgroup_arrive();
-        multiply_scores(s, q_rows, k_rows, stage, false);
-      };
-      const auto multiply_v = [&](bool hand_over) {
-        shared.v_full[stage].wait(state.phase());
-        cute::warpgroup_arrive();
-        multiply_scores(dp, dout_rows, v_rows, stage, hand_over);
-        ++state;
-      };
-      const auto finish_scores = [&] {
-        const bool far = __any_sync(kFullWarp, is_far(rows[0].offset) || is_far(rows[1].offset));
-        warpgroup_wait<1>(s);
-        if (fresh && valid < kKeys) mask_scores(s, valid);
-        exponentiate(s, a.scale, a.scale_log2, far, [&](int j) { return rows[j / 2 % 2].offset; });
-        is_last = --tiles == 0;
-        warpgroup_wait<0>(dp);
-        shared.v_empty[stage].arrive_if(thread == 0);
-        shared.q_empty[warpgroup].arrive_if(thread == 0 && is_last);
-      };
-      if (warpgroup == 1) NamedBarrier::arrive(256, next_turn);
-      multiply_k();
-      multiply_v(false);
-      finish_scores();
-      while (true) {
-        // p is in s, in fp32, and dp is complete. No product is in flight.
-        const int old_stage = stage;
-#pragma unroll
-        for (int j = 0; j < kKeys / 2; j += 2) {
-          const float c = rows[j / 2 % 2].c;
-          ds[j / 8][j / 2 % 4] = pack2<T>(s[j] * (dp[j] - c), s[j + 1] * (dp[j + 1] - c));
-        }
-        const bool ends_item = is_last, begins_item = fresh;
-        if (ends_item && !open_item()) break;
-        NamedBarrier::arrive_and_wait(256, own_turn);
-        cute::warpgroup_arrive();
-        multiply_ds(old_stage, !begins_item);
-        multiply_k();
-        warpgroup_wait<1>(dq);
-        ptx::wgmma_keep_operand(ds, a.total_q < 0, aligned_start);
-        shared.k_empty[old_stage].arrive_if(thread == 0);
-        multiply_v(true);
-        fresh = ends_item;
-        finish_scores();
-        if (ends_item) write_queries(shared.item[warpgroup][(number - 2) % Shared::kItems]);
-      }
-      if (warpgroup == 0) NamedBarrier::arrive_and_wait(256, own_turn);
-      cute::warpgroup_arrive();
-      multiply_ds(stage, !fresh);
-      warpgroup_wait<0>(dq);
-      write_queries(shared.item[warpgroup][(number - 2) % Shared::kItems]);
-    }
-    // Write zeros for queries without keys, which are the last ones of the list.
-    for (int index = plan_header(a.plan).forward_items - 1 - int(blockIdx.x); index >= 0; index -= int(gridDim.x)) {
-      const WorkItem item = forward_items(a.plan)[index];
-      if (item.k_count > 0) break;
-      constexpr int kWords = kHeadDim / 8;
-      for (int i = int(threadIdx.x); i < item.q_count * a.group * kWords; i += 256) {
-        const int r = i / kWords;
-        const int64_t at = int64_t(item.q_start + r / a.group) * a.num_heads + item.kv_head * a.group + r % a.group;
-        static_cast<uint4*>(a.dq)[at * kWords + i % kWords] = make_uint4(0, 0, 0, 0);
-      }
-    }
+    QueriesConsumer<T, kHeadDim>(a, shared).run();
+    write_queries_without_keys<kHeadDim>(a);
   }
 #endif
 }
