@@ -32,7 +32,8 @@
 //   warps 10 and 11:                                                                          |
 //   convert dq           <--------------------------------------------------------------------+
 //
-//   * only in ordered mode. Only there does a thread wait for another CTA: thread 256 and warps 10 and 11, for counters.
+//   * only in ordered mode. Only there does a thread wait for another CTA: thread 256 and warps 10 and 11, for
+//   counters.
 //
 // Where dq is summed, in which order, and why this cannot deadlock: dq_accumulation_sm90.cuh.
 //
