@@ -227,7 +227,7 @@ def illada_raw_provider(job: Job) -> AttentionProvider:
     """
     plan, sequences, scale = make_plan(job).work, len(job.pack.lengths), job.dim**-0.5
     shape = (sequences, job.heads, job.kv_heads, job.dim)
-    twice = recompute_scores_for_dq(job.total_q, sequences)  # as the op does
+    recompute = recompute_scores_for_dq(job.total_q, sequences)  # as the op does
 
     def bytes_of(size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8, device=job.device)
@@ -239,7 +239,7 @@ def illada_raw_provider(job: Job) -> AttentionProvider:
     @lru_cache(maxsize=1)  # made by the first call: the forward of a large cache has no room for them
     def backward_buffers() -> tuple[Tensor, ...]:
         index = job.device.index or 0
-        size = raw.varlen_attention_backward_workspace(job.total_q, job.total_k, *shape, False, twice, index)
+        size = raw.varlen_attention_backward_workspace(job.total_q, job.total_k, *shape, False, recompute, index)
         dk, dv = (torch.empty(job.total_k, job.kv_heads, job.dim, dtype=job.dtype, device=job.device) for _ in "kv")
         return torch.empty_like(out), dk, dv, bytes_of(size)
 
@@ -255,7 +255,7 @@ def illada_raw_provider(job: Job) -> AttentionProvider:
         raw.varlen_attention_backward(
             *(dq, dk, dv, dout, None, q, k, v, out, lse, plan, sequences, scale),
             workspace=workspace,
-            recompute_scores_for_dq=twice,
+            recompute_scores_for_dq=recompute,
         )
         return dq, dk, dv
 

@@ -130,7 +130,7 @@ def cases() -> list[Case]:
     for direction, group in (("fwd", "forward"), ("bwd", "backward")):
         for pack, dim in shapes:
             job = attention_providers.Job(pack, 32, 8, dim, torch.bfloat16, device)
-            # Multiplied twice, and so without sums.
+            # The scores are recomputed for dq, so there are no sums.
             estimate = "forward" if pack.lengths[0] <= 256 else group
             # Which slot has the longest list is not known before, so the first, the middle and the last one are timed.
             slots = (0, 33, 65) if direction == "fwd" else (0, 66, 131)

@@ -90,7 +90,7 @@ PAIRS = Pack((240,), 128, 32)  # tiles enough for clusters of two CTAs
 SPLIT = Pack((32, 7), 8, 2, keys=(1500, 129))  # few queries, many keys
 LONG = Pack((300, 290), 32, 16)  # a tile of keys a CTA
 FEW = Pack((300, 290), 8, 2)  # tiles of keys shared by several CTAs
-SHORT = Pack((100, 0, 64, 129), 8, 2)  # multiplied twice
+SHORT = Pack((100, 0, 64, 129), 8, 2)  # short: the scores are recomputed for dq
 
 
 def pack_tensors(pack: Pack, dim: int, dtype: torch.dtype) -> tuple[list[Tensor], dict[str, Any]]:
@@ -144,15 +144,15 @@ def attention_backward(
     plan = illada.attention_plan(
         lengths["cu_seqlens"].to(device), num_heads=pack.heads, num_kv_heads=pack.kv_heads, head_dim=dim, total_q=len(q)
     ).work
-    sequences, twice = len(pack.lengths), recompute_scores_for_dq(len(q), len(pack.lengths))
+    sequences, recompute = len(pack.lengths), recompute_scores_for_dq(len(q), len(pack.lengths))
     shape = (len(q), len(k), sequences, pack.heads, pack.kv_heads, dim)
-    size = raw.varlen_attention_backward_workspace(*shape, deterministic, twice, device.index or 0)
+    size = raw.varlen_attention_backward_workspace(*shape, deterministic, recompute, device.index or 0)
     got = [torch.full_like(x, torch.nan) for x in (q, k, v)]
     raw.varlen_attention_backward(
         *(*got, dout, None, q, k, v, out, lse.contiguous(), plan, sequences, dim**-0.5),
         workspace=torch.empty(size, dtype=torch.uint8, device=device),
         deterministic=deterministic,
-        recompute_scores_for_dq=twice,
+        recompute_scores_for_dq=recompute,
     )
     names = ("dq", "dk", "dv")
     return {n: (row_error(g, w), ROW_TOLERANCE[dtype]) for n, g, w in zip(names, got, want, strict=True)}
@@ -369,7 +369,7 @@ def jobs() -> list[Job]:
             for text, pack, deterministic, kernels in (
                 (" summed", LONG, False, keys_sm90),
                 (" in order", LONG, True, keys_sm90),
-                (" twice", SHORT, False, f"{keys_sm90} {queries_sm90}"),
+                (" recompute", SHORT, False, f"{keys_sm90} {queries_sm90}"),
                 (" tiles shared", FEW, False, f"{keys_sm90} attention_backward_finish_sm80"),
                 (" in order, tiles shared", FEW, True, f"{keys_sm90} attention_backward_finish_sm80"),
             ):

@@ -331,7 +331,8 @@ class KeysConsumer {
   __device__ __forceinline__ void leave_step_before(const Step& now) {
     if (kFused) adder.open(shared.step[now.stage]);
     __syncwarp();
-    shared.k_empty[now.key_buffer ^ 1].arrive_if(lane == 0 && now.begins_item && step > 0);
+    Barrier& k_empty = shared.k_empty[now.key_buffer ^ 1];
+    k_empty.arrive_if(lane == 0 && now.begins_item && step > 0);
     if (kOrdered) shared.added[warpgroup][now.stage].arrive_if(lane == 0);
   }
 

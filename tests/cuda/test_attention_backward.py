@@ -19,23 +19,23 @@ from illada.ops import raw, reference
 from illada.testing import assert_close_like, relative_error
 
 NAMES = ("dq", "dk", "dv")
-# How dq is made: sums in any order or in that of the tiles, or scores once more. Is it deterministic, does it multiply
-# twice?
-WAYS = {"any order": (False, False), "in order": (True, False), "twice": (True, True)}
+# How dq is made: by sums in any order or in that of the tiles, or from recomputed scores. The values: deterministic,
+# recompute_scores_for_dq.
+WAYS = {"any order": (False, False), "in order": (True, False), "recompute": (True, True)}
 
 
 @pytest.fixture(autouse=True)
 def _sums_in_short_packs(monkeypatch):
-    """Packs this small would all multiply twice."""
+    """Packs this small would all recompute scores."""
     monkeypatch.setattr(illada.ops.attention, "_REPEATABLE_LENGTH", 0)
 
 
 @contextmanager
 def going(way: str):
     """Gives the argument `deterministic` for this way."""
-    deterministic, twice = WAYS[way]
+    deterministic, recompute = WAYS[way]
     with pytest.MonkeyPatch.context() as patch:
-        if twice:
+        if recompute:
             patch.setattr(illada.ops.attention, "_REPEATABLE_LENGTH", 1 << 20)
         yield deterministic
 
@@ -82,7 +82,7 @@ def check(pack: Pack, *, out=True, lse=True, ways=tuple(WAYS), softmax_scale=Non
     baseline = gradients(reference.varlen_attention, tensors, pack.lengths, grads, **keywords)
     on_device = (pack.on_device(), pack.on_device_lengths(), to_device(pack, grads))
     if torch.cuda.get_device_capability() != (9, 0):
-        ways = ("twice",)  # there is no other one
+        ways = ("recompute",)  # there is no other one
     for way in ways:
         with going(way) as deterministic:
             got = gradients(illada.varlen_attention, *on_device, deterministic=deterministic, **keywords)
@@ -226,7 +226,7 @@ def test_layouts_of_the_gradient(device):
     assert all(map(torch.equal, torch.autograd.grad(total, leaves), call(ones, None)))
 
 
-@pytest.mark.parametrize("way", ["in order", "twice"])
+@pytest.mark.parametrize("way", ["in order", "recompute"])
 @pytest.mark.parametrize("dim", [64, 128])
 def test_neighbours_in_the_pack_are_not_seen(dim, way, device):
     """One sequence keeps its numbers while all others are NaN, on both sides; and its results are the same to the bit."""
@@ -302,7 +302,7 @@ def test_order_of_lengths_that_overlap(device):
         assert got.shape[0] == 300
 
 
-@pytest.mark.parametrize("way", ["in order", "twice"])
+@pytest.mark.parametrize("way", ["in order", "recompute"])
 def test_deterministic(way, device):
     """Two runs agree to the bit, and neither knows what else is in the pack (as long as the way is the same)."""
     pack = Pack([200, 40, 131], device, room=0, heads=8, kv_heads=2)
@@ -327,9 +327,9 @@ def test_deterministic(way, device):
                 assert torch.equal(got, expected[starts[s] : starts[s + 1]])
 
 
-@pytest.mark.parametrize("lengths, twice", [([256], True), ([257], False), ([500, 0, 1], True)])
+@pytest.mark.parametrize("lengths, recompute", [([256], True), ([257], False), ([500, 0, 1], True)])
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_short_sequences_recompute_the_scores(lengths, twice, deterministic, device, monkeypatch):
+def test_short_sequences_recompute_the_scores(lengths, recompute, deterministic, device, monkeypatch):
     monkeypatch.undo()
     asked = []
 
@@ -340,7 +340,7 @@ def test_short_sequences_recompute_the_scores(lengths, twice, deterministic, dev
     pack = Pack(lengths, device, room=0, dim=64)
     call = (pack.on_device(), pack.on_device_lengths(), to_device(pack, random_grads(pack)))
     gradients(illada.varlen_attention, *call, deterministic=deterministic)
-    assert asked == [(deterministic, twice)]
+    assert asked == [(deterministic, recompute)]
 
 
 class RawCall:

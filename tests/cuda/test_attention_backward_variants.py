@@ -8,7 +8,7 @@ from test_attention_backward import _sums_in_short_packs, check, gradients, rand
 import illada
 from illada.ops.variants import use_variants, variants
 
-SUMS = ("red2", "red4", "bulk", "twice")
+SUMS = ("red2", "red4", "bulk", "recompute")
 PACKS = {"short and empty": [0, 1, 63, 64, 65, 0, 127, 128, 129], "many steps": [700, 3, 300]}
 
 pytestmark = pytest.mark.skipif(

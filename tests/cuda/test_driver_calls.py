@@ -97,12 +97,12 @@ def make_calls(device) -> dict[str, dict]:
     calls["varlen_attention"] = {
         "out": out, "lse": lse, "q": q, "k": k, "v": v, "plan": plan, **number, "workspace": bytes_of(size),
     }  # fmt: skip
-    for twice in (False, True):
-        size = raw.varlen_attention_backward_workspace(*pack, *heads, False, twice, 0)
-        calls[f"varlen_attention_backward {twice}"] = {
+    for recompute in (False, True):
+        size = raw.varlen_attention_backward_workspace(*pack, *heads, False, recompute, 0)
+        calls[f"varlen_attention_backward {recompute}"] = {
             "dq": torch.empty_like(q), "dk": torch.empty_like(k), "dv": torch.empty_like(v), "dout": dout,
             "dlse": floats(4, 6), "q": q, "k": k, "v": v, "out": out, "lse": lse, "plan": plan, **number,
-            "workspace": bytes_of(size), "recompute_scores_for_dq": twice,
+            "workspace": bytes_of(size), "recompute_scores_for_dq": recompute,
         }  # fmt: skip
     calls["remask"] = {
         "out": RemaskStatus(*(floats(2).to(d) for d in (torch.int32, torch.int32, torch.bool, torch.bool))),

@@ -66,9 +66,9 @@ def make_attention(pack, dim, generator):
     return (q, k, v), (starts(sequences, queries, True), starts(sequences, keys, False))
 
 
-@pytest.mark.parametrize("deterministic,twice", [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize("deterministic,recompute", [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("dim", [64, 128])
-def test_raw_attention(dim, deterministic, twice, device, generator):
+def test_raw_attention(dim, deterministic, recompute, device, generator):
     for pack in PACKS:
         tensors, lengths = make_attention(pack, dim, generator)
         (q, k, v), (cu_q, cu_k) = on(device, tensors), on(device, lengths)
@@ -80,11 +80,11 @@ def test_raw_attention(dim, deterministic, twice, device, generator):
         workspace = torch.empty(size, dtype=torch.uint8, device=device)
         raw.varlen_attention(out, lse, q, k, v, plan, sequences, 0.125, workspace=workspace)
         gradients = [torch.full_like(x, 7) for x in (q, k, v)]
-        size = raw.varlen_attention_backward_workspace(queries, keys, sequences, *sizes, deterministic, twice, 0)
+        size = raw.varlen_attention_backward_workspace(queries, keys, sequences, *sizes, deterministic, recompute, 0)
         raw.varlen_attention_backward(
             *gradients, torch.ones_like(q), None, q, k, v, out, lse, plan, sequences, 0.125,
             workspace=torch.empty(size, dtype=torch.uint8, device=device),
-            deterministic=deterministic, recompute_scores_for_dq=twice,
+            deterministic=deterministic, recompute_scores_for_dq=recompute,
         )  # fmt: skip
         if (sequences, queries, keys) == (1, 5, 7):
             exact = [x.double().requires_grad_() for x in tensors]
@@ -122,8 +122,8 @@ def test_attention_workspaces_of_shapes_that_calls_refuse(device):
         shape = (queries, sequences, heads, kv_heads, 64)
         assert raw.attention_plan_rows(queries, keys, *shape[1:]) > 0
         assert raw.varlen_attention_workspace(*shape) >= 0
-        for deterministic, twice in itertools.product((False, True), repeat=2):
-            backward = raw.varlen_attention_backward_workspace(queries, keys, *shape[1:], deterministic, twice, 0)
+        for deterministic, recompute in itertools.product((False, True), repeat=2):
+            backward = raw.varlen_attention_backward_workspace(queries, keys, *shape[1:], deterministic, recompute, 0)
             assert backward >= 0
 
 

@@ -17,7 +17,7 @@ SHAPES = {
 }
 
 
-@pytest.fixture(params=[False, True], ids=["sums", "twice"])
+@pytest.fixture(params=[False, True], ids=["sums", "recompute"])
 def _way(request, monkeypatch):
     monkeypatch.setattr(illada.ops.attention, "_REPEATABLE_LENGTH", request.param << 20)
 

@@ -392,14 +392,14 @@ def _bwd_cuda(
     if dlse is not None and not dlse.is_contiguous():
         dlse = dlse.clone(memory_format=torch.contiguous_format)
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    twice = recompute_scores_for_dq(q.shape[0], num_sequences)
+    recompute = recompute_scores_for_dq(q.shape[0], num_sequences)
     sizes = (q.shape[0], k.shape[0], num_sequences, q.shape[1], k.shape[1], q.shape[2])
-    size = raw.varlen_attention_backward_workspace(*sizes, deterministic, twice, q.device.index)
+    size = raw.varlen_attention_backward_workspace(*sizes, deterministic, recompute, q.device.index)
     raw.varlen_attention_backward(
         *(dq, dk, dv, dout, dlse, q, k, v, out, lse, plan, num_sequences, softmax_scale),
         workspace=q.new_empty(size, dtype=torch.uint8),
         deterministic=deterministic,
-        recompute_scores_for_dq=twice,
+        recompute_scores_for_dq=recompute,
     )
     return dq, dk, dv
 
