@@ -101,8 +101,8 @@ struct RowWalk {
 template <int kHeadDim>
 __device__ __forceinline__ void copy_row(const Copier<kHeadDim, kThreads>& copier, uint32_t target, const char* source,
                                          int64_t token_bytes, int64_t head_bytes, const RowWalk& at, int tokens) {
-  cp_async_16(target + copier.target,
-              source + min(at.token, tokens - 1) * token_bytes + at.head * head_bytes + copier.column, true);
+  copier.chunks(target + copier.target,
+                source + min(at.token, tokens - 1) * token_bytes + at.head * head_bytes + copier.column, true);
 }
 
 // Loads a warp's own rows as A operands. `tile` includes the offset of the lane.
@@ -112,7 +112,7 @@ __device__ __forceinline__ void load_operand(uint32_t (&a)[kBlocks][kHeadDim / 1
   for (int m = 0; m < kBlocks; ++m) {
 #pragma unroll
     for (int step = 0; step < kHeadDim / 16; ++step)
-      ldmatrix(a[m][step], (tile ^ (step % 4 * 32)) + step / 4 * 128 + m * 16 * kHeadDim * 2);
+      ldmatrix(a[m][step], RowLayout<kHeadDim * 2>::right_of(tile, step) + m * 16 * kHeadDim * 2);
   }
 }
 
@@ -129,8 +129,8 @@ __device__ __forceinline__ void multiply_pair(float (&s)[kBlocks][8], float (&t)
 #pragma unroll
   for (int step = 0; step < kHeadDim / 16; ++step) {
     uint32_t u[4], w[4];
-    ldmatrix(u, (x ^ (step % 4 * 32)) + step / 4 * 128);
-    ldmatrix(w, (y ^ (step % 4 * 32)) + step / 4 * 128);
+    ldmatrix(u, RowLayout<kHeadDim * 2>::right_of(x, step));
+    ldmatrix(w, RowLayout<kHeadDim * 2>::right_of(y, step));
 #pragma unroll
     for (int m = 0; m < kBlocks; ++m) {
       mma<T>(&s[m][0], a[m][step], u[0], u[1]);
@@ -148,7 +148,7 @@ __device__ __forceinline__ void add_product(float (&sum)[kBlocks][kHeadDim / 2],
 #pragma unroll
   for (int n = 0; n < kHeadDim / 16; ++n) {
     uint32_t w[4];
-    ldmatrix_trans(w, (x ^ (n % 4 * 32)) + n / 4 * 128);
+    ldmatrix_trans(w, RowLayout<kHeadDim * 2>::right_of(x, n));
 #pragma unroll
     for (int m = 0; m < kBlocks; ++m) {
       mma<T>(&sum[m][8 * n], p[m], w[0], w[1]);
