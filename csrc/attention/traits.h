@@ -27,7 +27,8 @@ template <int kHeadDim_>
 struct TraitsSm80 {
   static constexpr Arch kArch = Arch::kSm80;
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr int kForwardBlocks = 2;  // forward: blocks of kBlockRows query rows per CTA
+  static constexpr int kForwardBlocks = 2;   // forward: blocks of kBlockRows query rows per CTA
+  static constexpr int kBackwardSlices = 1;  // backward: warps that share rows; each has a slice of the columns
 };
 
 template <>
@@ -43,6 +44,9 @@ template <>
 struct Traits<Arch::kSm80, 96> : TraitsSm80<96> {
   static constexpr ForwardTileSm80 kForwardTiles[] = {{4, 32}};  // two CTAs fit 100 KB
   static constexpr int forward_early(int, bool) { return 2; }
+  static constexpr int kBackwardBlocks = 1;
+  static constexpr int kQueriesSteps = 1;
+  static constexpr int kQueriesCtas = 3;
 };
 
 template <>
@@ -61,6 +65,10 @@ struct Traits<Arch::kSm80, 256> : TraitsSm80<256> {
   // A warp has registers for the output of 16 rows. The tiles take 131 KB and, where an SM has 100 KB, 98 KB.
   static constexpr ForwardTileSm80 kForwardTiles[] = {{8, 32}, {8, 16}};
   static constexpr int forward_early(int, bool) { return 2; }
+  static constexpr int kBackwardBlocks = 1;
+  static constexpr int kBackwardSlices = 2;  // a warp has registers for the sums and operands of 128 columns
+  static constexpr int kQueriesSteps = 1;
+  static constexpr int kQueriesCtas = 1;
 };
 
 // Shared memory of a tile of the sm_80 forward in bytes, without the few bytes for work items.
