@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 REVIEWED = ROOT / "csrc" / "size_products.toml"
 WIDENING, SIZES = "bugprone-implicit-widening-of-multiplication-result", "custom-size-product"
 # The same templates for another head dim or instruction set, or other choices of them.
-REPEATED = re.compile(r"(_d128_\w+|_d64_variants_sm90|_sums_d64_sm90)\.cu$|row_kernels_avx\w+\.cpp$")
+REPEATED = re.compile(r"(_d(96|128|256)_\w+|_d64_variants_sm90|_sums_d64_sm90)\.cu$|row_kernels_avx\w+\.cpp$")
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,18 @@ namespace {
 
 constexpr const char* kOp = "varlen_attention_backward";
 constexpr int kThreads = 256;
-constexpr int kUnroll = 4;  // loads in flight of a thread
+
+// Division of rows among threads. Neighbouring lanes share a row; their number is a power of two (warp_reduce).
+template <int kHeadDim>
+struct RowLanes {
+  static constexpr int kChunks = kHeadDim / 8;                           // chunks of 16 bytes in a row
+  static constexpr int kPower = kChunks & -kChunks;                      // largest power of two that divides it
+  static constexpr int kLanes = kPower < 32 ? kPower : 32;               // lanes of a row
+  static constexpr int kLaneChunks = kChunks / kLanes;                   // chunks of a lane, kLanes chunks apart
+  static constexpr int kUnroll = kLaneChunks < 4 ? 4 / kLaneChunks : 1;  // rows of a thread whose loads are in flight
+  static constexpr int kRows = kThreads / kLanes;                        // rows of a CTA at a time
+  static_assert(kHeadDim % 8 == 0);
+};
 
 struct PreprocessArguments {
   const int32_t* plan;
@@ -41,7 +52,9 @@ struct PreprocessArguments {
 template <typename T, int kHeadDim>
 __global__ __launch_bounds__(kThreads) void illada_attention_backward_preprocess_sm80(
     const __grid_constant__ PreprocessArguments a, const __grid_constant__ DependentLaunch launch) {
-  constexpr int kLanes = kHeadDim / 8, kRows = kThreads / kLanes;  // lanes of a row, rows of a CTA at a time
+  using Lanes = RowLanes<kHeadDim>;
+  constexpr int kLanes = Lanes::kLanes, kLaneChunks = Lanes::kLaneChunks, kUnroll = Lanes::kUnroll;
+  constexpr int kRows = Lanes::kRows;
   wait_for_previous_kernel(launch);
   const int idle = plan_header(a.plan).idle;
   const int column = int(threadIdx.x) % kLanes * 8;
@@ -53,7 +66,7 @@ __global__ __launch_bounds__(kThreads) void illada_attention_backward_preprocess
     a.num_heads(token, head, cta_head + int(threadIdx.x) / kLanes + i * kRows);
     token += cta_token;
   };
-  Raw8<T> out[kUnroll], dout[kUnroll];
+  Raw8<T> out[kUnroll][kLaneChunks], dout[kUnroll][kLaneChunks];
   float lse[kUnroll], dlse[kUnroll];
 #pragma unroll
   for (int i = 0; i < kUnroll; ++i) {
@@ -61,8 +74,12 @@ __global__ __launch_bounds__(kThreads) void illada_attention_backward_preprocess
     if (row >= a.num_rows) continue;
     int token, head;
     find(i, token, head);
-    out[i] = load8(static_cast<const T*>(a.out) + row * kHeadDim + column);
-    dout[i] = load8(static_cast<const T*>(a.dout) + token * a.dout_token_stride + head * a.dout_head_stride + column);
+#pragma unroll
+    for (int n = 0; n < kLaneChunks; ++n) {
+      const int at = column + n * kLanes * 8;
+      out[i][n] = load8(static_cast<const T*>(a.out) + row * kHeadDim + at);
+      dout[i][n] = load8(static_cast<const T*>(a.dout) + token * a.dout_token_stride + head * a.dout_head_stride + at);
+    }
     lse[i] = a.lse[int64_t(head) * a.total_q + token];
     dlse[i] = a.dlse ? a.dlse[int64_t(head) * a.total_q + token] : 0.0f;
   }
@@ -70,11 +87,15 @@ __global__ __launch_bounds__(kThreads) void illada_attention_backward_preprocess
   for (int i = 0; i < kUnroll; ++i) {
     const int64_t row = first + i * kRows;
     const bool valid = row < a.num_rows;
-    float x[8], y[8], c = 0;
-    unpack8(out[i], x);
-    unpack8(dout[i], y);
+    float c = 0;
 #pragma unroll
-    for (int j = 0; j < 8; ++j) c = fmaf(x[j], y[j], c);
+    for (int n = 0; n < kLaneChunks; ++n) {
+      float x[8], y[8];
+      unpack8(out[i][n], x);
+      unpack8(dout[i][n], y);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) c = fmaf(x[j], y[j], c);
+    }
     c = warp_reduce<kLanes>(c, [](float p, float q) { return p + q; });
     if (!valid) continue;
     if (column == 0) {
@@ -86,10 +107,15 @@ __global__ __launch_bounds__(kThreads) void illada_attention_backward_preprocess
     }
     if (a.dq_sums) {
       float4* const sums = reinterpret_cast<float4*>(a.dq_sums + row * kHeadDim) + column / 8;
-      sums[0] = sums[kLanes] = make_float4(0, 0, 0, 0);
+#pragma unroll
+      for (int n = 0; n < 2 * kLaneChunks; n += 2) sums[n * kLanes] = sums[(n + 1) * kLanes] = make_float4(0, 0, 0, 0);
       // Without keys: no tile of keys will write this row of dq. Of a sequence, whatever lse says: it may be that of
       // more keys than are in this pack. Behind the last sequence it is -inf.
-      if ((idle & kIdleQueries) || lse[i] == -INFINITY) a.dq[row * kLanes + column / 8] = make_uint4(0, 0, 0, 0);
+      if ((idle & kIdleQueries) || lse[i] == -INFINITY) {
+#pragma unroll
+        for (int n = 0; n < kLaneChunks; ++n)
+          a.dq[row * Lanes::kChunks + column / 8 + n * kLanes] = make_uint4(0, 0, 0, 0);
+      }
     }
   }
   if (!a.key_sums && !(idle & kIdleKeys)) return;
@@ -105,7 +131,7 @@ __global__ __launch_bounds__(kThreads) void illada_attention_backward_preprocess
 
 template <typename T, int kHeadDim>
 void launch_preprocess(const BackwardParams& p, const Device& device, const BackwardMethod& method) {
-  constexpr int kRows = kThreads / (kHeadDim / 8) * kUnroll;
+  constexpr int kRows = RowLanes<kHeadDim>::kRows * RowLanes<kHeadDim>::kUnroll;  // of a CTA
   const PackShape& s = p.shape;
   const BackwardScratch scratch = scratch_of(p, method);
   PreprocessArguments a{};

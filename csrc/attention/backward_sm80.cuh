@@ -46,21 +46,38 @@
 namespace illada::attention {
 namespace {
 
-constexpr int kWarps = 4, kThreads = 32 * kWarps;
-
 template <int kHeadDim>
 struct BackwardTiles {
   using Tr = Traits<Arch::kSm80, kHeadDim>;
+  static constexpr int kSlices = Tr::kBackwardSlices;  // warps that share rows; each has a slice of the columns
+  static constexpr int kColumns = kHeadDim / kSlices;  // columns of a warp
+  static constexpr int kTeams = 4;                     // teams of kSlices warps; each has rows of its own
+  static constexpr int kWarps = kTeams * kSlices, kThreads = 32 * kWarps;
   static constexpr int kItemRows = Tr::kForwardBlocks * kBlockRows;  // rows of an item of `queries`
   static constexpr int kBlocks = Tr::kBackwardBlocks;                // blocks of 16 rows per warp
-  static constexpr int kWarpRows = 16 * kBlocks, kOwn = kWarps * kWarpRows;
+  static constexpr int kTeamRows = 16 * kBlocks, kOwn = kTeams * kTeamRows;
   static constexpr int kTile = kOwn / 2;  // rows of a step of the ring
   static constexpr int kRowBytes = kHeadDim * 2;
   static constexpr uint32_t kTileBytes = kTile * kRowBytes, kStageBytes = 2 * kTileBytes;
+
+  // Offset in a row of the columns of a thread's warp, in bytes.
+  static __device__ __forceinline__ uint32_t slice_bytes(uint32_t thread) {
+    return kSlices == 1 ? 0 : thread / 32 % kSlices * (kColumns * 2);
+  }
 };
 
+// Sums over the columns of one slice, for the other warp of a team. Consecutive steps use different buffers, so that
+// one barrier per step is enough: a warp that writes a buffer again has passed the barrier of the step between, and
+// the other warp has then read it.
+template <int kWarps, int kSlices>
+struct SliceSums {
+  float4 sums[2][kWarps][4][32];  // [step % 2][warp][4 floats of s, s, dp, dp][lane]
+};
+template <int kWarps>
+struct SliceSums<kWarps, 1> {};
+
 template <int kHeadDim>
-struct BackwardStorage {
+struct BackwardStorage : SliceSums<BackwardTiles<kHeadDim>::kWarps, BackwardTiles<kHeadDim>::kSlices> {
   using Tiles = BackwardTiles<kHeadDim>;
   alignas(128) char stage[2][Tiles::kStageBytes];  // a tile of q and one of dout, or one of k and one of v
   alignas(16) RowStatistics rows[2][Tiles::kTile];
@@ -98,39 +115,39 @@ struct RowWalk {
 
 // Copies the next kRows rows (tokens x heads) to a tile. Beyond the item's `tokens`, it copies the last token's rows
 // again.
-template <int kHeadDim>
+template <int kHeadDim, int kThreads>
 __device__ __forceinline__ void copy_row(const Copier<kHeadDim, kThreads>& copier, uint32_t target, const char* source,
                                          int64_t token_bytes, int64_t head_bytes, const RowWalk& at, int tokens) {
-  cp_async_16(target + copier.target,
-              source + min(at.token, tokens - 1) * token_bytes + at.head * head_bytes + copier.column, true);
+  copier.chunks(target + copier.target,
+                source + min(at.token, tokens - 1) * token_bytes + at.head * head_bytes + copier.column, true);
 }
 
 // Loads a warp's own rows as A operands. `tile` includes the offset of the lane.
-template <int kHeadDim, int kBlocks>
-__device__ __forceinline__ void load_operand(uint32_t (&a)[kBlocks][kHeadDim / 16][4], uint32_t tile) {
+template <int kHeadDim, int kBlocks, int kSteps>
+__device__ __forceinline__ void load_operand(uint32_t (&a)[kBlocks][kSteps][4], uint32_t tile) {
 #pragma unroll
   for (int m = 0; m < kBlocks; ++m) {
 #pragma unroll
-    for (int step = 0; step < kHeadDim / 16; ++step)
-      ldmatrix(a[m][step], (tile ^ (step % 4 * 32)) + step / 4 * 128 + m * 16 * kHeadDim * 2);
+    for (int step = 0; step < kSteps; ++step)
+      ldmatrix(a[m][step], RowLayout<kHeadDim * 2>::right_of(tile, step) + m * 16 * kHeadDim * 2);
   }
 }
 
 // Computes s = a . x^T and t = b . y^T, with 16 rows of each of two tiles. Addresses include the lane's offset.
-template <typename T, int kHeadDim, int kBlocks>
+template <typename T, int kHeadDim, int kBlocks, int kSteps>
 __device__ __forceinline__ void multiply_pair(float (&s)[kBlocks][8], float (&t)[kBlocks][8],
-                                              const uint32_t (&a)[kBlocks][kHeadDim / 16][4],
-                                              const uint32_t (&b)[kBlocks][kHeadDim / 16][4], uint32_t x, uint32_t y) {
+                                              const uint32_t (&a)[kBlocks][kSteps][4],
+                                              const uint32_t (&b)[kBlocks][kSteps][4], uint32_t x, uint32_t y) {
 #pragma unroll
   for (int m = 0; m < kBlocks; ++m) {
 #pragma unroll
     for (int j = 0; j < 8; ++j) s[m][j] = t[m][j] = 0;
   }
 #pragma unroll
-  for (int step = 0; step < kHeadDim / 16; ++step) {
+  for (int step = 0; step < kSteps; ++step) {
     uint32_t u[4], w[4];
-    ldmatrix(u, (x ^ (step % 4 * 32)) + step / 4 * 128);
-    ldmatrix(w, (y ^ (step % 4 * 32)) + step / 4 * 128);
+    ldmatrix(u, RowLayout<kHeadDim * 2>::right_of(x, step));
+    ldmatrix(w, RowLayout<kHeadDim * 2>::right_of(y, step));
 #pragma unroll
     for (int m = 0; m < kBlocks; ++m) {
       mma<T>(&s[m][0], a[m][step], u[0], u[1]);
@@ -142,13 +159,12 @@ __device__ __forceinline__ void multiply_pair(float (&s)[kBlocks][8], float (&t)
 }
 
 // Computes sum += p . x, with 16 rows of a tile.
-template <typename T, int kHeadDim, int kBlocks>
-__device__ __forceinline__ void add_product(float (&sum)[kBlocks][kHeadDim / 2], const uint32_t (&p)[kBlocks][4],
-                                            uint32_t x) {
+template <typename T, int kHeadDim, int kBlocks, int kSums>
+__device__ __forceinline__ void add_product(float (&sum)[kBlocks][kSums], const uint32_t (&p)[kBlocks][4], uint32_t x) {
 #pragma unroll
-  for (int n = 0; n < kHeadDim / 16; ++n) {
+  for (int n = 0; n < kSums / 8; ++n) {
     uint32_t w[4];
-    ldmatrix_trans(w, (x ^ (n % 4 * 32)) + n / 4 * 128);
+    ldmatrix_trans(w, RowLayout<kHeadDim * 2>::right_of(x, n));
 #pragma unroll
     for (int m = 0; m < kBlocks; ++m) {
       mma<T>(&sum[m][8 * n], p[m], w[0], w[1]);
@@ -157,11 +173,45 @@ __device__ __forceinline__ void add_product(float (&sum)[kBlocks][kHeadDim / 2],
   }
 }
 
+// Adds the sums of the team's other warp, whose slice has the other columns. `step` counts the loop's steps.
+template <int kHeadDim, int kBlocks>
+__device__ __forceinline__ void add_other_slice(float (&s)[kBlocks][8], float (&dp)[kBlocks][8],
+                                                BackwardStorage<kHeadDim>& shared, int step, uint32_t thread) {
+  if constexpr (BackwardTiles<kHeadDim>::kSlices > 1) {
+    static_assert(kBlocks == 1 && BackwardTiles<kHeadDim>::kSlices == 2);
+    const int warp = int(thread / 32), lane = int(thread % 32);
+    auto& sums = shared.sums[step % 2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      sums[warp][i][lane] = make_float4(s[0][4 * i], s[0][4 * i + 1], s[0][4 * i + 2], s[0][4 * i + 3]);
+      sums[warp][2 + i][lane] = make_float4(dp[0][4 * i], dp[0][4 * i + 1], dp[0][4 * i + 2], dp[0][4 * i + 3]);
+    }
+    ptx::barrier_sync(1 + warp / 2, 64);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float4 x = sums[warp ^ 1][i][lane], y = sums[warp ^ 1][2 + i][lane];
+      s[0][4 * i] += x.x;
+      s[0][4 * i + 1] += x.y;
+      s[0][4 * i + 2] += x.z;
+      s[0][4 * i + 3] += x.w;
+      dp[0][4 * i] += y.x;
+      dp[0][4 * i + 1] += y.y;
+      dp[0][4 * i + 2] += y.z;
+      dp[0][4 * i + 3] += y.w;
+    }
+  }
+}
+
 template <typename T, int kHeadDim>
-__global__ __launch_bounds__(kThreads, 2) void illada_attention_backward_keys_sm80(
-    const __grid_constant__ BackwardArguments a, const __grid_constant__ DependentLaunch launch) {
+__global__ __launch_bounds__(
+    BackwardTiles<kHeadDim>::kThreads,
+    2 / BackwardTiles<kHeadDim>::kSlices) void illada_attention_backward_keys_sm80(const __grid_constant__
+                                                                                       BackwardArguments a,
+                                                                                   const __grid_constant__
+                                                                                       DependentLaunch launch) {
   using Tiles = BackwardTiles<kHeadDim>;
   constexpr int kBlocks = Tiles::kBlocks, kOwn = Tiles::kOwn, kTile = Tiles::kTile, kRowBytes = Tiles::kRowBytes;
+  constexpr int kThreads = Tiles::kThreads, kSlices = Tiles::kSlices, kColumns = Tiles::kColumns;
   constexpr int kParts = kBackwardKeys / kOwn;  // CTAs per item
   extern __shared__ __align__(1024) char raw_shared[];
   BackwardStorage<kHeadDim>& shared = *reinterpret_cast<BackwardStorage<kHeadDim>*>(raw_shared);
@@ -215,9 +265,9 @@ __global__ __launch_bounds__(kThreads, 2) void illada_attention_backward_keys_sm
     }
   };
 
-  uint32_t k[kBlocks][kHeadDim / 16][4], v[kBlocks][kHeadDim / 16][4];
-  const uint32_t own =
-      ring + threadIdx.x / 32 * (Tiles::kWarpRows * kRowBytes) + Fragments<kRowBytes>(threadIdx.x).columns;
+  uint32_t k[kBlocks][kColumns / 16][4], v[kBlocks][kColumns / 16][4];
+  const uint32_t own = ring + threadIdx.x / 32 / kSlices * (Tiles::kTeamRows * kRowBytes) +
+                       Tiles::slice_bytes(threadIdx.x) + Fragments<kRowBytes>(threadIdx.x).columns;
   cute::cp_async_wait<1>();
   __syncthreads();
   load_operand<kHeadDim>(k, own);
@@ -228,11 +278,11 @@ __global__ __launch_bounds__(kThreads, 2) void illada_attention_backward_keys_sm
   __syncthreads();
   load_operand<kHeadDim>(v, own + Tiles::kStageBytes);
 
-  float dk[kBlocks][kHeadDim / 2], dv[kBlocks][kHeadDim / 2];
+  float dk[kBlocks][kColumns / 2], dv[kBlocks][kColumns / 2];
 #pragma unroll
   for (int m = 0; m < kBlocks; ++m) {
 #pragma unroll
-    for (int j = 0; j < kHeadDim / 2; ++j) dk[m][j] = dv[m][j] = 0;
+    for (int j = 0; j < kColumns / 2; ++j) dk[m][j] = dv[m][j] = 0;
   }
   // No mask is needed. Rows behind the item's last row repeat the last token with probabilities of 0. Keys behind its
   // last key have separate sums, which are never stored. The number of rows is read again, because there is no register
@@ -247,10 +297,11 @@ __global__ __launch_bounds__(kThreads, 2) void illada_attention_backward_keys_sm
     const uint32_t thread = ptx::reread_thread_index();
     const Fragments<kRowBytes> at(thread);
     const int stage = row / kTile % 2;
-    const uint32_t q_rows = ring + stage * Tiles::kStageBytes + row % kTile * kRowBytes;
+    const uint32_t q_rows = ring + stage * Tiles::kStageBytes + row % kTile * kRowBytes + Tiles::slice_bytes(thread);
     const uint32_t dout_rows = q_rows + Tiles::kTileBytes;
     float s[kBlocks][8], dp[kBlocks][8];
     multiply_pair<T, kHeadDim>(s, dp, k, v, q_rows + at.rows, dout_rows + at.rows);
+    add_other_slice<kHeadDim>(s, dp, shared, row / 16, thread);
     uint32_t p[kBlocks][4], ds[kBlocks][4];
     const auto statistics = [&](int n) {  // statistics of two neighbouring rows
       return *reinterpret_cast<const float4*>(&shared.rows[stage][row % kTile + 8 * n + thread % 4 * 2]);
@@ -284,20 +335,25 @@ __global__ __launch_bounds__(kThreads, 2) void illada_attention_backward_keys_sm
   for (int m = 0; m < kBlocks; ++m) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int key = thread / 32 * Tiles::kWarpRows + lane / 4 + m * 16 + i * 8;
-      const int64_t place = (int64_t(item.k_start + key) * a.num_kv_heads + item.kv_head) * kHeadDim;
-      store_row<T, kHeadDim>(static_cast<T*>(a.dk) + place, dk[m], i, a.scale, key < item.k_count, lane);
-      store_row<T, kHeadDim>(static_cast<T*>(a.dv) + place, dv[m], i, 1.0f, key < item.k_count, lane);
+      const int key = thread / 32 / kSlices * Tiles::kTeamRows + lane / 4 + m * 16 + i * 8;
+      const int64_t place =
+          (int64_t(item.k_start + key) * a.num_kv_heads + item.kv_head) * kHeadDim + Tiles::slice_bytes(thread) / 2;
+      store_row<T, kColumns>(static_cast<T*>(a.dk) + place, dk[m], i, a.scale, key < item.k_count, lane);
+      store_row<T, kColumns>(static_cast<T*>(a.dv) + place, dv[m], i, 1.0f, key < item.k_count, lane);
     }
   }
 }
 
 template <typename T, int kHeadDim>
-__global__
-__launch_bounds__(kThreads, Traits<Arch::kSm80, kHeadDim>::kQueriesCtas) void illada_attention_backward_queries_sm80(
-    const __grid_constant__ BackwardArguments a, const __grid_constant__ DependentLaunch launch) {
+__global__ __launch_bounds__(
+    BackwardTiles<kHeadDim>::kThreads,
+    BackwardTiles<kHeadDim>::Tr::kQueriesCtas) void illada_attention_backward_queries_sm80(const __grid_constant__
+                                                                                               BackwardArguments a,
+                                                                                           const __grid_constant__
+                                                                                               DependentLaunch launch) {
   using Tiles = BackwardTiles<kHeadDim>;
   constexpr int kBlocks = Tiles::kBlocks, kOwn = Tiles::kOwn, kTile = Tiles::kTile, kRowBytes = Tiles::kRowBytes;
+  constexpr int kThreads = Tiles::kThreads, kSlices = Tiles::kSlices, kColumns = Tiles::kColumns;
   constexpr int kParts = Tiles::kItemRows / kOwn;  // CTAs per item
   constexpr int kSteps = Tiles::Tr::kQueriesSteps;
   static_assert(kTile % (16 * kSteps) == 0);
@@ -337,7 +393,7 @@ __launch_bounds__(kThreads, Traits<Arch::kSm80, kHeadDim>::kQueriesCtas) void il
   load_rows(1, a.dout, a.dout_token_bytes, a.dout_head_bytes);
 
   const auto row_of = [&](int thread, int m, int i) {  // index in the CTA's rows
-    return thread / 32 * Tiles::kWarpRows + thread % 32 / 4 + m * 16 + i * 8;
+    return thread / 32 / kSlices * Tiles::kTeamRows + thread % 32 / 4 + m * 16 + i * 8;
   };
   RowStatistics statistics[kBlocks][2];
 #pragma unroll
@@ -365,9 +421,9 @@ __launch_bounds__(kThreads, Traits<Arch::kSm80, kHeadDim>::kQueriesCtas) void il
     copier.template keys<kTile, true>(target + Tiles::kTileBytes, v, a.v_token_bytes, first, keys);
   };
 
-  uint32_t q[kBlocks][kHeadDim / 16][4], dout[kBlocks][kHeadDim / 16][4];
-  const uint32_t own =
-      ring + threadIdx.x / 32 * (Tiles::kWarpRows * kRowBytes) + Fragments<kRowBytes>(threadIdx.x).columns;
+  uint32_t q[kBlocks][kColumns / 16][4], dout[kBlocks][kColumns / 16][4];
+  const uint32_t own = ring + threadIdx.x / 32 / kSlices * (Tiles::kTeamRows * kRowBytes) +
+                       Tiles::slice_bytes(threadIdx.x) + Fragments<kRowBytes>(threadIdx.x).columns;
   cute::cp_async_wait<1>();
   __syncthreads();
   load_operand<kHeadDim>(q, own);
@@ -378,11 +434,11 @@ __launch_bounds__(kThreads, Traits<Arch::kSm80, kHeadDim>::kQueriesCtas) void il
   __syncthreads();
   load_operand<kHeadDim>(dout, own + Tiles::kStageBytes);
 
-  float dq[kBlocks][kHeadDim / 2];
+  float dq[kBlocks][kColumns / 2];
 #pragma unroll
   for (int m = 0; m < kBlocks; ++m) {
 #pragma unroll
-    for (int j = 0; j < kHeadDim / 2; ++j) dq[m][j] = 0;
+    for (int j = 0; j < kColumns / 2; ++j) dq[m][j] = 0;
   }
   const int keys = item.k_count;
 #pragma unroll 1
@@ -392,13 +448,16 @@ __launch_bounds__(kThreads, Traits<Arch::kSm80, kHeadDim>::kQueriesCtas) void il
       __syncthreads();
       if (first + kTile < keys) load_tile(first / kTile + 1);
     }
-    const Fragments<kRowBytes> at(ptx::reread_thread_index());
+    const uint32_t thread = ptx::reread_thread_index();
+    const Fragments<kRowBytes> at(thread);
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       const int left = keys - first - step * 16;
-      const uint32_t k_rows = ring + first / kTile % 2 * Tiles::kStageBytes + (first % kTile + step * 16) * kRowBytes;
+      const uint32_t k_rows = ring + first / kTile % 2 * Tiles::kStageBytes + (first % kTile + step * 16) * kRowBytes +
+                              Tiles::slice_bytes(thread);
       float s[kBlocks][8], dp[kBlocks][8];
       multiply_pair<T, kHeadDim>(s, dp, q, dout, k_rows + at.rows, k_rows + Tiles::kTileBytes + at.rows);
+      add_other_slice<kHeadDim>(s, dp, shared, first / 16 + step, thread);
       uint32_t ds[kBlocks][4];
 #pragma unroll
       for (int m = 0; m < kBlocks; ++m) {
@@ -422,8 +481,8 @@ __launch_bounds__(kThreads, Traits<Arch::kSm80, kHeadDim>::kQueriesCtas) void il
       int token, head;
       a.group(token, head, row_of(thread, m, i));
       const int64_t row = int64_t(item.q_start + token) * a.num_heads + item.kv_head * a.group + head;
-      store_row<T, kHeadDim>(static_cast<T*>(a.dq) + row * kHeadDim, dq[m], i, a.scale, token < item.q_count,
-                             thread % 32);
+      store_row<T, kColumns>(static_cast<T*>(a.dq) + row * kHeadDim + Tiles::slice_bytes(thread) / 2, dq[m], i, a.scale,
+                             token < item.q_count, thread % 32);
     }
   }
 }
@@ -457,15 +516,15 @@ void launch_backward(const BackwardParams& p, const Device& device, const Tiling
   a.num_kv_heads = s.num_kv_heads;
   a.group = group_of(s);
   a.own_tokens = tiling.item_tokens() * Tiles::kOwn / Tiles::kItemRows;
-  a.walk_tokens = Copier<kHeadDim, kThreads>::kRows / a.group;
-  a.walk_heads = Copier<kHeadDim, kThreads>::kRows % a.group;
+  a.walk_tokens = Copier<kHeadDim, Tiles::kThreads>::kRows / a.group;
+  a.walk_heads = Copier<kHeadDim, Tiles::kThreads>::kRows % a.group;
   a.scale = p.softmax_scale;
   a.scale_log2 = p.softmax_scale * float(M_LOG2E);
   // Items are sorted by length, so CTAs start in that order. CTAs without an item exit at once.
   const auto launch = [&](auto kernel, int64_t items, int item_rows) {
     LaunchShape shape;
     shape.grid = dim3(unsigned(items * (item_rows / Tiles::kOwn)));
-    shape.block = dim3(kThreads);
+    shape.block = dim3(Tiles::kThreads);
     shape.smem_bytes = int(sizeof(BackwardStorage<kHeadDim>));
     shape.dependent = true;
     launch_kernel(kOp, device, p.launch.stream, shape, kernel, a);

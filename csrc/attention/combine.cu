@@ -28,7 +28,11 @@ namespace illada::attention {
 namespace {
 
 constexpr const char* kOp = "varlen_attention";
-constexpr int kThreads = 128;
+// Rows of a CTA at a time, a multiple of 4, with at most 128 threads. D / 8 threads share a row.
+template <int kHeadDim>
+constexpr int kRows = 128 / (kHeadDim / 8) / 4 * 4;
+template <int kHeadDim>
+constexpr int kThreads = kRows<kHeadDim> * (kHeadDim / 8);
 
 struct CombineArguments {
   const int32_t* plan;
@@ -53,16 +57,16 @@ __device__ __forceinline__ uint4 pack_quotients(const float (&x)[8], float sum) 
 }
 
 template <typename T, int kHeadDim>
-__global__ __launch_bounds__(kThreads) void illada_attention_combine_sm80(
+__global__ __launch_bounds__(kThreads<kHeadDim>) void illada_attention_combine_sm80(
     const __grid_constant__ CombineArguments a, const __grid_constant__ DependentLaunch launch) {
-  constexpr int kColumns = kHeadDim / 8, kRows = kThreads / kColumns;
+  constexpr int kColumns = kHeadDim / 8;
   wait_for_previous_kernel(launch);
   const int units = plan_header(a.plan).forward_items * a.row_steps;
   const int column = int(threadIdx.x) % kColumns * 8;
   for (int unit = int(blockIdx.x); unit < units; unit += int(gridDim.x)) {
     const int index = unit / a.row_steps;
     const WorkItem item = forward_items(a.plan)[index];
-    const int row = (unit - index * a.row_steps) * kRows + int(threadIdx.x) / kColumns;
+    const int row = (unit - index * a.row_steps) * kRows<kHeadDim> + int(threadIdx.x) / kColumns;
     if (item.splits == 1 || item.split > 0 || row >= item.q_count * a.group) continue;
 
     const SlotSum* const sums = a.slots.sums + int64_t(item.first_slot) * a.slots.rows + row;
@@ -95,7 +99,6 @@ __global__ __launch_bounds__(kThreads) void illada_attention_combine_sm80(
 
 template <typename T, int kHeadDim>
 void launch(const ForwardParams& p, const Device& device) {
-  constexpr int kRows = kThreads / (kHeadDim / 8);
   const PackShape& s = p.shape;
   CombineArguments a{};
   a.plan = p.plan;
@@ -107,11 +110,11 @@ void launch(const ForwardParams& p, const Device& device) {
   a.total_q = int32_t(s.total_q);
   a.num_heads = s.num_heads;
   a.group = s.num_heads / s.num_kv_heads;
-  a.row_steps = (a.slots.rows + kRows - 1) / kRows;
+  a.row_steps = (a.slots.rows + kRows<kHeadDim> - 1) / kRows<kHeadDim>;
   LaunchShape shape;
   // Packs this small have few tiles with key splits. More CTAs than the GPU holds at once would start for nothing.
   shape.grid = dim3(unsigned(std::min<int64_t>(max_forward_items(s) * a.row_steps, int64_t(device.sm_count) * 8)));
-  shape.block = dim3(kThreads);
+  shape.block = dim3(kThreads<kHeadDim>);
   shape.dependent = true;
   launch_kernel(kOp, device, p.launch.stream, shape, illada_attention_combine_sm80<T, kHeadDim>, a);
 }

@@ -40,7 +40,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cute/arch/copy_sm80.hpp>
+#include <iterator>
 #include <type_traits>
+#include <utility>
 
 #include "attention/accumulator_rows.cuh"
 #include "attention/launch.h"
@@ -67,12 +69,12 @@ struct KeySource {
   const char *k, *v;  // addresses of an item's first key
 };
 
-// Shared memory of a CTA. Tiles are rows of kHeadDim elements. In row r, the 16-byte chunk c is at place c ^ (r % 8).
-template <int kHeadDim, int kWarps>
+// Shared memory of a CTA. Tiles are rows of kHeadDim elements in RowLayout.
+template <int kHeadDim, int kKeys>
 struct SharedStorage {
   using Tr = Traits<Arch::kSm80, kHeadDim>;
   static constexpr int kTileRows = Tr::kForwardBlocks * kBlockRows;
-  static constexpr int kKeys = Tr::forward_keys(kWarps), kRowBytes = kHeadDim * 2;
+  static constexpr int kRowBytes = kHeadDim * 2;
   alignas(128) char q[kTileRows * kRowBytes];
   struct Stage {
     char v[kKeys * kRowBytes];  // V of a tile
@@ -107,14 +109,15 @@ struct TileRow {
       : token(int(uint32_t(row) * a.group_reciprocal >> 16)), head(row - token * a.group) {}
 };
 
-template <typename T, int kHeadDim, int kWarps>
+template <typename T, int kHeadDim, int kWarps, int kKeys>
 __global__ __launch_bounds__(32 * kWarps, 8 / kWarps) void illada_attention_forward_sm80(
     const __grid_constant__ ForwardArguments a, const __grid_constant__ DependentLaunch launch) {
-  using Shared = SharedStorage<kHeadDim, kWarps>;
+  using Shared = SharedStorage<kHeadDim, kKeys>;
   using TileCopier = Copier<kHeadDim, 32 * kWarps>;
   constexpr int kTileRows = Shared::kTileRows, kWarpRows = kTileRows / kWarps,
                 kPairs = kWarpRows / 16;  // pairs of rows per lane
-  constexpr int kKeys = Shared::kKeys, kRowBytes = Shared::kRowBytes;
+  constexpr int kRowBytes = Shared::kRowBytes;
+  using Layout = RowLayout<kRowBytes>;
   // Parts of a tile's exponentials (of kHeadDim / 16) that come before the barrier. Their registers are then free
   // sooner.
   constexpr int kEarly = Traits<Arch::kSm80, kHeadDim>::forward_early(kWarps, kIsSm100);
@@ -160,7 +163,7 @@ __global__ __launch_bounds__(32 * kWarps, 8 / kWarps) void illada_attention_forw
 #pragma unroll 4
       for (int i = 0; i < kTileRows / copier.kRows; ++i) {
         const TileRow row(copier.row + i * copier.kRows, a);
-        cp_async_16(
+        copier.chunks(
             q_tile + copier.target + i * copier.kRows * kRowBytes,
             queries + min(row.token, item.q_count - 1) * a.q_token_bytes + row.head * a.q_head_bytes + copier.column,
             row.token < item.q_count);
@@ -201,12 +204,11 @@ __global__ __launch_bounds__(32 * kWarps, 8 / kWarps) void illada_attention_forw
       for (int step = 0; step < kHeadDim / 16; ++step) {
         uint32_t q[kPairs][4];
 #pragma unroll
-        for (int m = 0; m < kPairs; ++m)
-          ldmatrix(q[m], (q_rows ^ (step % 4 * 32)) + step / 4 * 128 + m * 16 * kRowBytes);
+        for (int m = 0; m < kPairs; ++m) ldmatrix(q[m], Layout::right_of(q_rows, step) + m * 16 * kRowBytes);
 #pragma unroll
         for (int n = 0; n < kKeys / 16; ++n) {
           uint32_t k[4];
-          ldmatrix(k, ((k_tile + at.rows) ^ (step % 4 * 32)) + step / 4 * 128 + n * 16 * kRowBytes);
+          ldmatrix(k, Layout::right_of(k_tile + at.rows, step) + n * 16 * kRowBytes);
 #pragma unroll
           for (int m = 0; m < kPairs; ++m) {
             mma<T>(&next[m][8 * n], q[m], k[0], k[1]);
@@ -223,7 +225,7 @@ __global__ __launch_bounds__(32 * kWarps, 8 / kWarps) void illada_attention_forw
 #pragma unroll
         for (int n = 0; n < kHeadDim / 16; ++n) {
           uint32_t v[4];
-          ldmatrix_trans(v, ((v_tile + at.columns) ^ (n % 4 * 32)) + n / 4 * 128 + step * 16 * kRowBytes);
+          ldmatrix_trans(v, Layout::right_of(v_tile + at.columns, n) + step * 16 * kRowBytes);
 #pragma unroll
           for (int m = 0; m < kPairs; ++m) {
             mma<T>(&o[m][8 * n], p[m][step], v[0], v[1]);
@@ -232,15 +234,17 @@ __global__ __launch_bounds__(32 * kWarps, 8 / kWarps) void illada_attention_forw
         }
       }
     };
-    // Converts part `step` of the scores to probabilities. kPart is even: kKeys is a multiple of kHeadDim / 4.
+    // Converts part `step` of the scores to probabilities. A part is a number of pairs, as packed values are.
     const auto weigh = [&](int step) {
-      constexpr int kPart = kKeys / 2 / (kHeadDim / 16);
+      constexpr int kScorePairs = kKeys / 4, kSteps = kHeadDim / 16, kPart = kScorePairs / kSteps * 2;
+      const bool even = kScorePairs % kSteps == 0;  // else parts differ by one pair
+      const int first = even ? step * kPart : step * kScorePairs / kSteps * 2;
+      const int last = even ? (step + 1) * kPart : (step + 1) * kScorePairs / kSteps * 2;
 #pragma unroll
       for (int m = 0; m < kPairs; ++m) {
-        rows[m].weigh(s[m], a.scale_log2, step * kPart, (step + 1) * kPart);
+        rows[m].weigh(s[m], a.scale_log2, first, last);
 #pragma unroll
-        for (int j = step * kPart; j < (step + 1) * kPart; j += 2)
-          p[m][j / 8][j % 8 / 2] = pack2<T>(s[m][j], s[m][j + 1]);
+        for (int j = first; j < last; j += 2) p[m][j / 8][j % 8 / 2] = pack2<T>(s[m][j], s[m][j + 1]);
       }
     };
     float growth;
@@ -352,7 +356,7 @@ __global__ __launch_bounds__(32 * kWarps, 8 / kWarps) void illada_attention_forw
   }
 }
 
-template <typename T, int kHeadDim, int kWarps>
+template <typename T, int kHeadDim, int kWarps, int kKeys>
 void launch_forward(const ForwardParams& p, const Device& device) {
   constexpr const char* kOp = "varlen_attention";
   const PackShape& s = p.shape;
@@ -377,11 +381,11 @@ void launch_forward(const ForwardParams& p, const Device& device) {
   a.group_reciprocal = group_reciprocal(group);
   a.scale = p.softmax_scale;
   a.scale_log2 = p.softmax_scale * float(M_LOG2E);
-  using Shared = SharedStorage<kHeadDim, kWarps>;
-  static_assert(int(sizeof(Shared)) <= forward_smem_sm80<typename Shared::Tr>(kWarps) + 1024,
-                "forward_warps_sm80 counts on it");
+  using Shared = SharedStorage<kHeadDim, kKeys>;
+  static_assert(int(sizeof(Shared)) <= forward_smem_sm80<typename Shared::Tr>({kWarps, kKeys}) + 1024,
+                "forward_tile_sm80 counts on it");
   constexpr int kThreads = 32 * kWarps;
-  const auto kernel = illada_attention_forward_sm80<T, kHeadDim, kWarps>;
+  const auto kernel = illada_attention_forward_sm80<T, kHeadDim, kWarps, kKeys>;
   LaunchShape shape;
   shape.block = dim3(kThreads);
   shape.smem_bytes = int(sizeof(Shared));
@@ -391,20 +395,25 @@ void launch_forward(const ForwardParams& p, const Device& device) {
   launch_kernel(kOp, device, p.launch.stream, shape, kernel, a);
 }
 
-template <int kHeadDim, int kWarps>
-void launch_forward(const ForwardParams& p, const Device& device) {
-  p.dtype == DType::kBFloat16 ? launch_forward<BFloat16, kHeadDim, kWarps>(p, device)
-                              : launch_forward<Half, kHeadDim, kWarps>(p, device);
+// Launches the instance that has the tile of the tiling.
+template <typename Tr, size_t... kTiles>
+void launch_forward_tile(const ForwardParams& p, const Device& device, const Tiling& tiling,
+                         std::index_sequence<kTiles...>) {
+  const auto launch = [&](auto number) {
+    constexpr ForwardTileSm80 kTile = Tr::kForwardTiles[number];
+    if (tiling.warps != kTile.warps || tiling.key_tile != kTile.keys) return;
+    p.dtype == DType::kBFloat16 ? launch_forward<BFloat16, Tr::kHeadDim, kTile.warps, kTile.keys>(p, device)
+                                : launch_forward<Half, Tr::kHeadDim, kTile.warps, kTile.keys>(p, device);
+  };
+  (launch(std::integral_constant<size_t, kTiles>()), ...);
 }
 
 }  // namespace
 
 template <int kHeadDim>
 void launch_forward_sm80(const ForwardParams& p, const Device& device, const Tiling& tiling) {
-  if constexpr (Traits<Arch::kSm80, kHeadDim>::kHasEightWarps) {
-    if (tiling.warps == 8) return launch_forward<kHeadDim, 8>(p, device);
-  }
-  launch_forward<kHeadDim, 4>(p, device);
+  using Tr = Traits<Arch::kSm80, kHeadDim>;
+  launch_forward_tile<Tr>(p, device, tiling, std::make_index_sequence<std::size(Tr::kForwardTiles)>());
 }
 
 }  // namespace illada::attention

@@ -41,14 +41,23 @@ auto dispatch(const char* op, [[maybe_unused]] const Device& gpu, int head_dim, 
   return dispatch_head_dim<Arch::kSm80>(op, head_dim, f);
 }
 
-// Warps of a CTA of the sm_80 forward.
+// Tile of the sm_80 forward: of the instances with the number of warps that the variant asks for (of all, if none has
+// it), the first one with which an SM has shared memory for eight warps, else the last one.
 template <typename Tr>
-int forward_warps_sm80(const Device& gpu) {
-  if (!Tr::kHasEightWarps) return 4;
+ForwardTileSm80 forward_tile_sm80(const Device& gpu) {
   const auto choice = variant<ForwardWarps>();
-  if (choice != ForwardWarps::kAuto) return choice == ForwardWarps::kFour ? 4 : 8;
-  const int two = 2 * (forward_smem_sm80<Tr>(4) + gpu.reserved_smem_bytes + 1024);
-  return two <= gpu.sm_smem_bytes ? 4 : 8;
+  const auto is_chosen = [&](const ForwardTileSm80& tile) {
+    return choice == ForwardWarps::kAuto || tile.warps == (choice == ForwardWarps::kFour ? 4 : 8);
+  };
+  const bool any = std::any_of(std::begin(Tr::kForwardTiles), std::end(Tr::kForwardTiles), is_chosen);
+  ForwardTileSm80 last{};
+  for (const ForwardTileSm80& tile : Tr::kForwardTiles) {
+    if (any && !is_chosen(tile)) continue;
+    const int bytes = forward_smem_sm80<Tr>(tile) + gpu.reserved_smem_bytes + 1024;
+    if (8 / tile.warps * bytes <= gpu.sm_smem_bytes) return tile;
+    last = tile;
+  }
+  return last;
 }
 
 // Returns how the forward that serves a device divides a pack; on sm_90a in pairs of tiles if `pairs`. total_k has no
@@ -60,9 +69,9 @@ Tiling choose_tiling(const char* op, const PackShape& s, const Device& gpu, bool
       const ForwardTile tile = Tr::kForwardTiles[int(variant<typename Tr::ForwardChoice>())];
       return make_tiling(s, Tr::kForwardBlocks, tile.keys, pairs);
     } else {
-      const int warps = forward_warps_sm80<Tr>(gpu);
-      Tiling tiling = make_tiling(s, Tr::kForwardBlocks, Tr::forward_keys(warps), false);
-      tiling.warps = warps;
+      const ForwardTileSm80 tile = forward_tile_sm80<Tr>(gpu);
+      Tiling tiling = make_tiling(s, Tr::kForwardBlocks, tile.keys, false);
+      tiling.warps = tile.warps;
       return tiling;
     }
   });

@@ -1,8 +1,7 @@
 // Tiles of the attention kernels of sm_80: 16-bit rows in shared memory, filled by cp.async and read by ldmatrix.
 //
-// In row r of a tile, the 16-byte chunk c is at place c ^ (r % 8). Neither the copies nor the reads of 8 rows, in
-// either direction, then have bank conflicts. A row is a multiple of eight chunks, so head dims are multiples
-// of 64.
+// The 16-byte chunks of a row change places (RowLayout), so that neither the copies nor the reads of 8 rows, in either
+// direction, have bank conflicts. Head dims are multiples of 32.
 #pragma once
 
 #include <cstdint>
@@ -40,31 +39,60 @@ __device__ __forceinline__ void mma(float* d, const uint32_t (&a)[4], uint32_t b
   Mma::fma(d[0], d[1], d[2], d[3], a[0], a[1], a[2], a[3], b0, b1, d[0], d[1], d[2], d[3]);
 }
 
-// Copies of tiles by the threads of a CTA: 16 bytes per thread, kRows rows at a time. A tile's rows are a multiple of
-// kRows, else the last ones are not copied.
+// Order of the 16-byte chunks in a row of a tile: chunk c of row r is at place c ^ (r % 8 / kOrderRows). The chunks of
+// a group change places among themselves. The 32 banks of shared memory are 128 bytes wide.
+//
+//   D a multiple of 64   All rows begin at the same bank. A group has 8 chunks, and 8 rows have 8 orders.
+//   D an odd 32 n        Odd rows begin 64 bytes further in the banks than even rows. A group has 4 chunks, which two
+//                        neighbouring rows have in the same order: 4 rows have 4 orders in each half of the banks.
+template <int kRowBytes>
+struct RowLayout {
+  static constexpr int kChunks = kRowBytes / 16;
+  static constexpr int kPower = kChunks & -kChunks;  // largest power of 2 that divides kChunks
+  static constexpr int kGroup = kPower < 8 ? kPower : 8;
+  static constexpr int kOrderRows = 8 / kGroup;   // neighbouring rows that have the same order
+  static constexpr int kGroupSteps = kGroup / 2;  // steps of 16 columns in a group
+  static_assert(kRowBytes % 16 == 0 && kGroup >= 4, "head dims are multiples of 32");
+
+  // Returns the address 16 * step columns right of an address in the first 16 columns. Tiles are aligned to 128 bytes.
+  static __device__ __forceinline__ uint32_t right_of(uint32_t address, int step) {
+    return (address ^ (step % kGroupSteps * 32)) + step / kGroupSteps * (kGroup * 16);
+  }
+};
+
+// Copies of tiles by the threads of a CTA, kRows rows at a time. kLanes threads share a row. Each copies every
+// kLanes-th chunk of it, kLaneChunks in all.
 template <int kHeadDim, int kThreads>
 struct Copier {
-  static constexpr int kChunks = kHeadDim / 8, kRows = kThreads / kChunks, kRowBytes = kHeadDim * 2;
-  static_assert(kHeadDim % 64 == 0);  // the swizzle stays within 8 chunks
-  static_assert(kRows % 8 == 0);      // so a thread's chunk keeps its place in the row
-  int row, column;                    // place of the first chunk; the column is in bytes
-  uint32_t target;                    // byte offset of the first chunk in any tile
+  static constexpr int kRowBytes = kHeadDim * 2;
+  using Layout = RowLayout<kRowBytes>;
+  static constexpr int kLanes = Layout::kPower < 16 ? Layout::kPower : 16, kLaneChunks = Layout::kChunks / kLanes;
+  static constexpr int kRows = kThreads / kLanes;
+  static_assert(kLanes % Layout::kGroup == 0);  // a thread's chunks have the same place in their groups
+  static_assert(kRows % 8 == 0);                // and keep it in its next row
+  int row, column;                              // place of the first chunk; the column is in bytes
+  uint32_t target;                              // byte offset of the first chunk in any tile
 
   __device__ __forceinline__ explicit Copier(uint32_t thread) {
-    row = int(thread / kChunks);
-    column = int(thread % kChunks * 16);
-    target = thread / kChunks * kRowBytes + (thread % kChunks ^ thread / kChunks % 8) * 16;
+    row = int(thread / kLanes);
+    column = int(thread % kLanes * 16);
+    target = thread / kLanes * kRowBytes + (thread % kLanes ^ thread / kLanes % 8 / Layout::kOrderRows) * 16;
+  }
+  // Copies the thread's chunks of a row, or zeros. Both addresses are those of the thread's first chunk.
+  __device__ __forceinline__ void chunks(uint32_t to, const char* source, bool valid) const {
+#pragma unroll
+    for (int j = 0; j < kLaneChunks; ++j) cp_async_16(to + j * kLanes * 16, source + j * kLanes * 16, valid);
   }
   // Copies the rows of `source` from `first` on. The tile's rows from `rows` on become zeros. The memory there may hold
   // anything, and 0 * NaN is NaN.
   template <int kTile, bool kPartial>
   __device__ __forceinline__ void keys(uint32_t tile, const char* source, int64_t stride, int first, int rows) const {
-    static_assert(kTile % kRows == 0);
+    static_assert(kTile % kRows == 0);  // else the last rows would not be copied
     source += (first + row) * stride + column;
 #pragma unroll
     for (int i = 0; i < kTile / kRows; ++i) {
       const int next = kPartial ? min(i * kRows, rows - 1 - row) : i * kRows;
-      cp_async_16(tile + target + i * kRows * kRowBytes, source + next * stride, !kPartial || row + i * kRows < rows);
+      chunks(tile + target + i * kRows * kRowBytes, source + next * stride, !kPartial || row + i * kRows < rows);
     }
   }
 };
@@ -78,9 +106,10 @@ template <int kRowBytes>
 struct Fragments {
   uint32_t columns, rows;
   __device__ __forceinline__ explicit Fragments(uint32_t thread) {
+    using Layout = RowLayout<kRowBytes>;
     const uint32_t row = thread % 8;
-    columns = thread % 16 * kRowBytes + (thread / 16 % 2 ^ row) * 16;
-    rows = (thread / 16 % 2 * 8 + row) * kRowBytes + (thread / 8 % 2 ^ row) * 16;
+    columns = thread % 16 * kRowBytes + (thread / 16 % 2 ^ row / Layout::kOrderRows) * 16;
+    rows = (thread / 16 % 2 * 8 + row) * kRowBytes + (thread / 8 % 2 ^ row / Layout::kOrderRows) * 16;
   }
 };
 

@@ -16,17 +16,24 @@ struct Traits;
 
 // ------------------------------------------------------------------------------------------------------------- sm_80
 
+// Tile of an instance of the forward.
+struct ForwardTileSm80 {
+  int warps, keys;  // warps per CTA; keys per step
+};
+
+// kForwardTiles: a GPU takes the first one with which an SM has shared memory for eight warps, else the last one. Eight
+// warps are two CTAs of four, or one of eight.
 template <int kHeadDim_>
 struct TraitsSm80 {
   static constexpr Arch kArch = Arch::kSm80;
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr int kForwardBlocks = 2;  // forward: blocks of kBlockRows query rows per CTA
+  static constexpr int kForwardBlocks = 2;   // forward: blocks of kBlockRows query rows per CTA
+  static constexpr int kBackwardSlices = 1;  // backward: warps that share rows; each has a slice of the columns
 };
 
 template <>
 struct Traits<Arch::kSm80, 64> : TraitsSm80<64> {
-  static constexpr bool kHasEightWarps = false;                // the forward is also built with 8 warps per CTA
-  static constexpr int forward_keys(int) { return 48; }        // forward: keys per step, for a number of warps
+  static constexpr ForwardTileSm80 kForwardTiles[] = {{4, 48}};
   static constexpr int forward_early(int, bool) { return 2; }  // forward: kEarly, for a number of warps and sm_100
   static constexpr int kBackwardBlocks = 2;                    // backward: blocks of 16 own rows per warp
   static constexpr int kQueriesSteps = 4;                      // dq: steps of 16 keys side by side
@@ -34,22 +41,40 @@ struct Traits<Arch::kSm80, 64> : TraitsSm80<64> {
 };
 
 template <>
+struct Traits<Arch::kSm80, 96> : TraitsSm80<96> {
+  static constexpr ForwardTileSm80 kForwardTiles[] = {{4, 32}};  // two CTAs fit 100 KB
+  static constexpr int forward_early(int, bool) { return 2; }
+  static constexpr int kBackwardBlocks = 1;
+  static constexpr int kQueriesSteps = 1;
+  static constexpr int kQueriesCtas = 3;
+};
+
+template <>
 struct Traits<Arch::kSm80, 128> : TraitsSm80<128> {
-  // By default a CTA has four warps and an SM holds two CTAs. These take 133 KB of shared memory. Where an SM has 100
-  // KB (8.6, 8.9, 12.0), one CTA of eight warps keeps as many warps at work: each has half the rows and the CTA twice
-  // the keys.
-  static constexpr bool kHasEightWarps = true;
-  static constexpr int forward_keys(int warps) { return warps == 8 ? 64 : 32; }
+  // Two CTAs of four warps take 133 KB. Where an SM has 100 KB (8.6, 8.9, 12.0), one CTA of eight warps keeps as many
+  // warps at work: each has half the rows and the CTA twice the keys.
+  static constexpr ForwardTileSm80 kForwardTiles[] = {{4, 32}, {8, 64}};
   static constexpr int forward_early(int warps, bool is_sm100) { return is_sm100 && warps == 4 ? 7 : 2; }
   static constexpr int kBackwardBlocks = 1;
   static constexpr int kQueriesSteps = 1;  // registers allow no more
   static constexpr int kQueriesCtas = 3;
 };
 
-// Shared memory of the sm_80 forward in bytes, without the few bytes for work items.
+template <>
+struct Traits<Arch::kSm80, 256> : TraitsSm80<256> {
+  // A warp has registers for the output of 16 rows. The tiles take 131 KB and, where an SM has 100 KB, 98 KB.
+  static constexpr ForwardTileSm80 kForwardTiles[] = {{8, 32}, {8, 16}};
+  static constexpr int forward_early(int, bool) { return 2; }
+  static constexpr int kBackwardBlocks = 1;
+  static constexpr int kBackwardSlices = 2;  // a warp has registers for the sums and operands of 128 columns
+  static constexpr int kQueriesSteps = 1;
+  static constexpr int kQueriesCtas = 1;
+};
+
+// Shared memory of a tile of the sm_80 forward in bytes, without the few bytes for work items.
 template <typename Tr>
-constexpr int forward_smem_sm80(int warps) {
-  return (Tr::kForwardBlocks * kBlockRows + 4 * Tr::forward_keys(warps)) * Tr::kHeadDim * 2;
+constexpr int forward_smem_sm80(ForwardTileSm80 tile) {
+  return (Tr::kForwardBlocks * kBlockRows + 4 * tile.keys) * Tr::kHeadDim * 2;
 }
 
 // ------------------------------------------------------------------------------------------------------------ sm_90a
@@ -97,7 +122,10 @@ struct Traits<Arch::kSm90, 128> : TraitsSm90<128> {
 // Head dims that an arch has kernels for.
 template <Arch kArch>
 constexpr auto head_dims() {
-  return std::integer_sequence<int, 64, 128>();
+  if constexpr (kArch == Arch::kSm80)
+    return std::integer_sequence<int, 64, 96, 128, 256>();
+  else
+    return std::integer_sequence<int, 64, 128>();
 }
 
 namespace head_dim_detail {

@@ -86,6 +86,14 @@ __device__ __forceinline__ void store_global_v4_hinted(void* global, uint4 x, ui
                : "memory");
 }
 
+// ------------------------------------------------------------------------------------ sm_80: barriers of some warps
+
+// Synchronises `threads` threads, in whole warps, and orders their accesses to shared memory. Barrier 0 is that of
+// __syncthreads; ids go up to 15. CUTLASS has named barriers only from sm_90 on.
+__device__ __forceinline__ void barrier_sync(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
 // -------------------------------------------------------------------------------------------------------- arithmetic
 
 // Returns 2^x in one instruction. CUTLASS calls exp2f, which is this instruction only if the whole program is compiled

@@ -1,7 +1,7 @@
 """The attention backward on CUDA tensors against float64, in units of the error of plain torch at the same dtype.
 
 As in the tests of the forward, every key, value and query that a sequence must not see is NaN. Each pack goes all ways
-that there are on compute capability 9.0.
+that there are for its head dim. Several ways exist only on compute capability 9.0.
 """
 
 from contextlib import contextmanager
@@ -22,6 +22,17 @@ NAMES = ("dq", "dk", "dv")
 # How dq is made: by sums in any order or in that of the tiles, or from recomputed scores. The values: deterministic,
 # recompute_scores_for_dq.
 WAYS = {"any order": (False, False), "in order": (True, False), "recompute": (True, True)}
+DIMS = [64, 96, 128, 256]
+
+
+def ways_of(dim: int) -> tuple[str, ...]:
+    """The ways in which dq can be made on this device: the portable kernels always recompute scores."""
+    return tuple(WAYS) if torch.cuda.get_device_capability() == (9, 0) and dim in (64, 128) else ("recompute",)
+
+
+def dims_and_ways(ways: list[str]) -> list[tuple[int, str]]:
+    """Each of these ways for the dims that have them, and the one way of the other dims."""
+    return [*((dim, way) for dim in (64, 128) for way in ways), (96, "recompute"), (256, "recompute")]
 
 
 @pytest.fixture(autouse=True)
@@ -74,16 +85,14 @@ def idle(pack: Pack) -> tuple[Tensor, Tensor]:
     return queries, keys
 
 
-def check(pack: Pack, *, out=True, lse=True, ways=tuple(WAYS), softmax_scale=None) -> None:
+def check(pack: Pack, *, out=True, lse=True, ways=None, softmax_scale=None) -> None:
     grads = random_grads(pack, out=out, lse=lse)
     tensors, keywords = (pack.q, pack.k, pack.v), {"softmax_scale": softmax_scale}
     exact = [x.double() for x in tensors]
     want = gradients(reference.varlen_attention, exact, pack.lengths, grads, **keywords)
     baseline = gradients(reference.varlen_attention, tensors, pack.lengths, grads, **keywords)
     on_device = (pack.on_device(), pack.on_device_lengths(), to_device(pack, grads))
-    if torch.cuda.get_device_capability() != (9, 0):
-        ways = ("recompute",)  # there is no other one
-    for way in ways:
+    for way in ways or ways_of(pack.q.shape[-1]):
         with going(way) as deterministic:
             got = gradients(illada.varlen_attention, *on_device, deterministic=deterministic, **keywords)
         queries, keys = idle(pack)
@@ -95,21 +104,21 @@ def check(pack: Pack, *, out=True, lse=True, ways=tuple(WAYS), softmax_scale=Non
             assert (g.cpu()[none] == 0).all(), f"{name} of what has no counterpart"
 
 
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_tile_edges_in_one_pack(dim, dtype, device):
     check(Pack(TILE_EDGES[:8], device, dim=dim, dtype=dtype))
 
 
 @pytest.mark.parametrize("length", [1, 64, 127, 129, 177])
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", DIMS)
 def test_one_sequence(length, dim, device):
     check(Pack([length], device, room=0, dim=dim))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("length", [*TILE_EDGES[1:], 1025])
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_length(length, dim, dtype, device):
     check(Pack([length], device, dim=dim, dtype=dtype))
@@ -117,19 +126,19 @@ def test_every_length(length, dim, dtype, device):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("heads, kv_heads", [(2, 2), (8, 2), (14, 2), (16, 2)])
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_mixed_lengths(heads, kv_heads, dim, dtype, device):
     check(Pack([300, 0, 1, 65, 176, 129, 64, 31], device, heads=heads, kv_heads=kv_heads, dim=dim, dtype=dtype))
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(2, 2), (4, 1), (7, 1), (16, 2), (3, 1), (64, 1)])
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", DIMS)
 def test_groups(heads, kv_heads, dim, device):
     check(Pack([37, 0, 70, 1], device, heads=heads, kv_heads=kv_heads, dim=dim))
 
 
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", DIMS)
 def test_queries_and_keys_of_different_lengths(dim, device):
     """Among them queries without keys and keys without queries."""
     check(Pack([5, 100, 0, 33, 7], device, keys=[200, 3, 50, 129, 0], dim=dim))
@@ -141,7 +150,7 @@ def test_block_against_a_long_cache(block, device):
     check(Pack([block, block, 2], device, keys=[1100, 129, 40], room=20))
 
 
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", DIMS)
 def test_more_sequences_than_multiprocessors(dim, device):
     """Items of one tile of queries each; some multiprocessors have several."""
     check(Pack([1 + i % 5 for i in range(140)], device, room=1, dim=dim, heads=1, kv_heads=1))
@@ -158,7 +167,7 @@ def test_more_tiles_of_keys_than_multiprocessors(dim, device):
 @pytest.mark.parametrize("dim", [64, 128])
 def test_sums_that_are_held_back(dim, device):
     """So many steps of few tiles of keys that a multiprocessor has more sums of its own than it reports late."""
-    check(Pack([257], device, room=0, heads=184, kv_heads=23, dim=dim), ways=("any order",))
+    check(Pack([257], device, room=0, heads=184, kv_heads=23, dim=dim), ways=ways_of(dim)[:1])
 
 
 @pytest.mark.slow
@@ -169,7 +178,7 @@ def test_pairs_of_tiles(dim, device):
 
 
 @pytest.mark.parametrize("out, lse", [(True, False), (False, True)])
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", DIMS)
 def test_gradient_of_one_result(out, lse, dim, device):
     check(Pack([70, 5], device, dim=dim), out=out, lse=lse)
 
@@ -178,7 +187,7 @@ def test_scale(device):
     check(Pack([70], device, room=0), softmax_scale=0.3)
 
 
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("sign", [-1, 1])
 def test_scores_far_from_zero(sign, dim, device):
     """All near -300, where the 0 of a key that is not there would have a probability beyond all bounds; or near 300."""
@@ -194,7 +203,7 @@ def test_scores_far_from_zero(sign, dim, device):
         assert relative_error(g.cpu()[..., 1:], w[..., 1:]) < 0.01
 
 
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", DIMS)
 def test_sharp_scores(dim, device):
     """A softmax of nearly one key, by scores of some dozens to either side."""
     check(Pack([70, 130], device, dim=dim, scale=12.0, dtype=torch.float16))
@@ -226,8 +235,7 @@ def test_layouts_of_the_gradient(device):
     assert all(map(torch.equal, torch.autograd.grad(total, leaves), call(ones, None)))
 
 
-@pytest.mark.parametrize("way", ["in order", "recompute"])
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim, way", dims_and_ways(["in order", "recompute"]))
 def test_neighbours_in_the_pack_are_not_seen(dim, way, device):
     """One sequence keeps its numbers while all others are NaN, on both sides; and its results are the same to the bit."""
     pack = Pack([65, 130, 33], device, room=0, dim=dim)
@@ -257,6 +265,8 @@ def test_neighbours_in_the_pack_are_not_seen(dim, way, device):
         (2, 2, 128),
         (4, 1, 64),
         (7, 1, 64),
+        (7, 1, 96),
+        (4, 1, 256),
         *(pytest.param(*p, marks=pytest.mark.slow) for p in ((8, 2, 128), (60, 30, 64))),
     ],
 )
@@ -302,21 +312,21 @@ def test_order_of_lengths_that_overlap(device):
         assert got.shape[0] == 300
 
 
-@pytest.mark.parametrize("way", ["in order", "recompute"])
-def test_deterministic(way, device):
+@pytest.mark.parametrize("dim, way", [(128, "in order"), (128, "recompute"), (256, "recompute")])
+def test_deterministic(dim, way, device):
     """Two runs agree to the bit, and neither knows what else is in the pack (as long as the way is the same)."""
-    pack = Pack([200, 40, 131], device, room=0, heads=8, kv_heads=2)
+    pack = Pack([200, 40, 131], device, room=0, heads=8, kv_heads=2, dim=dim)
     (q, k, v), starts = pack.on_device(), pack.lengths["cu_seqlens"]
     dout, dlse = to_device(pack, random_grads(pack))
     out, lse = illada.varlen_attention(q, k, v, starts.to(device), return_lse=True)
 
     def call(first, last):
         part, lengths = slice(starts[first], starts[last]), (starts[first : last + 1] - starts[first]).to(device)
-        sizes = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 128, "total_q": part.stop - part.start}
+        sizes = {"num_heads": 8, "num_kv_heads": 2, "head_dim": dim, "total_q": part.stop - part.start}
         plan = illada.attention_plan(lengths, **sizes)
         return torch.ops.illada.varlen_attention_bwd(
             *(dout[part], dlse[:, part].contiguous(), q[part], k[part], v[part], out[part], lse[:, part].contiguous()),
-            *(plan.work, last - first, 128**-0.5, True),
+            *(plan.work, last - first, dim**-0.5, True),
         )
 
     with going(way):
@@ -382,8 +392,7 @@ def test_queries_without_keys_whatever_their_lse(way, device):
     assert (call.outputs["dq"][73:] == 0).all() and call.outputs["dq"].isfinite().all()
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim, way", dims_and_ways(list(WAYS)))
 def test_nothing_is_written_beside_the_results(way, dim, device):
     call = RawCall(Pack([70, 3, 9], device, keys=[200, 30, 0], dim=dim), way=way)
     inputs = {name: x.clone() for name, x in call.inputs.items()}
@@ -407,8 +416,7 @@ def test_nothing_is_written_beside_the_results(way, dim, device):
         assert torch.equal(x.nan_to_num(nan=7), inputs[name].nan_to_num(nan=7))
 
 
-@pytest.mark.parametrize("way", ["any order", "in order"])
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim, way", dims_and_ways(["any order", "in order"]))
 def test_calls_share_a_workspace(dim, way, device):
     """What one call has counted and summed up there is nothing to the next one, whose sequences lie elsewhere."""
     packs = [Pack([70, 200, 5], device, keys=[300, 3, 0], dim=dim), Pack([300, 1, 65], device, dim=dim)]
@@ -540,7 +548,7 @@ def test_in_a_graph_with_other_lengths(deterministic, device):
             assert_close_like(g.cpu(), w, b)
 
 
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", DIMS)
 def test_an_infinite_gradient_of_the_last_token_reaches_every_value_in_its_column_alone(dim, device):
     """As inf; in the portable kernels it may be NaN: there the last token's row fills the tile, with probabilities of
     0, and 0 times inf is NaN. Zeros would be worse, since scores of -inf make NaN of them."""
@@ -550,7 +558,7 @@ def test_an_infinite_gradient_of_the_last_token_reaches_every_value_in_its_colum
     _, _, dv = gradients(illada.varlen_attention, pack.on_device(), pack.on_device_lengths(), (dout, None))
     used = dv[3:8].cpu()  # keys in a slot, with room before and behind
     reached = used[..., 3]
-    portable = torch.cuda.get_device_capability() != (9, 0)
+    portable = ways_of(dim) == ("recompute",)
     assert ((reached == torch.inf) | (reached.isnan() & portable)).all()
     assert used[..., :3].isfinite().all() and used[..., 4:].isfinite().all()
 
