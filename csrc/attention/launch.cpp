@@ -41,23 +41,14 @@ auto dispatch(const char* op, [[maybe_unused]] const Device& gpu, int head_dim, 
   return dispatch_head_dim<Arch::kSm80>(op, head_dim, f);
 }
 
-// Tile of the sm_80 forward: of the instances with the number of warps that the variant asks for (of all, if none has
-// it), the first one with which an SM has shared memory for eight warps, else the last one.
+// Tile of the sm_80 forward: the first one if an SM has shared memory for eight warps of it, else the last one.
 template <typename Tr>
 ForwardTileSm80 forward_tile_sm80(const Device& gpu) {
+  const ForwardTileSm80 first = *std::begin(Tr::kForwardTiles), last = *std::rbegin(Tr::kForwardTiles);
   const auto choice = variant<ForwardWarps>();
-  const auto is_chosen = [&](const ForwardTileSm80& tile) {
-    return choice == ForwardWarps::kAuto || tile.warps == (choice == ForwardWarps::kFour ? 4 : 8);
-  };
-  const bool any = std::any_of(std::begin(Tr::kForwardTiles), std::end(Tr::kForwardTiles), is_chosen);
-  ForwardTileSm80 last{};
-  for (const ForwardTileSm80& tile : Tr::kForwardTiles) {
-    if (any && !is_chosen(tile)) continue;
-    const int bytes = forward_smem_sm80<Tr>(tile) + gpu.reserved_smem_bytes + 1024;
-    if (8 / tile.warps * bytes <= gpu.sm_smem_bytes) return tile;
-    last = tile;
-  }
-  return last;
+  if (choice != ForwardWarps::kAuto) return choice == ForwardWarps::kFour ? first : last;
+  const int cta = forward_smem_sm80<Tr>(first) + gpu.reserved_smem_bytes + 1024;
+  return 8 / first.warps * cta <= gpu.sm_smem_bytes ? first : last;
 }
 
 // Returns how the forward that serves a device divides a pack; on sm_90a in pairs of tiles if `pairs`. total_k has no

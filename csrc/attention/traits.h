@@ -21,8 +21,8 @@ struct ForwardTileSm80 {
   int warps, keys;  // warps per CTA; keys per step
 };
 
-// kForwardTiles: a GPU takes the first one with which an SM has shared memory for eight warps, else the last one. Eight
-// warps are two CTAs of four, or one of eight.
+// kForwardTiles: the first tile is for an SM that has shared memory for eight warps of it (two CTAs of four, or one of
+// eight), the last tile for other SMs.
 template <int kHeadDim_>
 struct TraitsSm80 {
   static constexpr Arch kArch = Arch::kSm80;

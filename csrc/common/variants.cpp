@@ -97,7 +97,8 @@ Entry& entry<ForwardWarps>() {
   static Entry it{
       "attention_forward_warps",
       "ILLADA_VARIANT_ATTENTION_FORWARD_WARPS",
-      "warps of a CTA of the sm_80 attention forward of D 128; auto: 8 where two CTAs of 4 do not fit an SM",
+      "warps of a CTA of the sm_80 attention forward of D 128; auto: 8 where two CTAs of 4 do not fit an SM; at D 256, "
+      "which always has 8: the keys per step that go with an SM of as much (4) or as little (8) shared memory",
       {"auto", "4", "8"}};
   return it;
 }

@@ -16,22 +16,24 @@ from illada.ops.attention import _pairs
 from illada.ops.variants import use_variants
 from illada.testing import assert_close_like
 
+DIMS = pytest.mark.parametrize("dim", [64, 96, 128, 256])
 
-@pytest.mark.parametrize("dim", [64, 128])
+
+@DIMS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_tile_edges_in_one_pack(dim, dtype, device):
     Pack(TILE_EDGES[:8], device, dim=dim, dtype=dtype).check()
 
 
 @pytest.mark.parametrize("length", [1, 64, 127, 129, 177])
-@pytest.mark.parametrize("dim", [64, 128])
+@DIMS
 def test_one_sequence(length, dim, device):
     Pack([length], device, room=0, dim=dim).check()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("length", [*TILE_EDGES, 1025])
-@pytest.mark.parametrize("dim", [64, 128])
+@DIMS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_length(length, dim, dtype, device):
     Pack([length], device, dim=dim, dtype=dtype).check()
@@ -39,31 +41,31 @@ def test_every_length(length, dim, dtype, device):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("heads, kv_heads", [(2, 2), (8, 2), (14, 2), (16, 2)])
-@pytest.mark.parametrize("dim", [64, 128])
+@DIMS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_mixed_lengths(heads, kv_heads, dim, dtype, device):
     Pack([300, 0, 1, 65, 176, 129, 64, 31], device, heads=heads, kv_heads=kv_heads, dim=dim, dtype=dtype).check()
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(2, 2), (4, 1), (7, 1), (16, 2), (3, 1), (64, 1)])
-@pytest.mark.parametrize("dim", [64, 128])
+@DIMS
 def test_groups(heads, kv_heads, dim, device):
     Pack([37, 0, 70, 1], device, heads=heads, kv_heads=kv_heads, dim=dim).check()
 
 
-@pytest.mark.parametrize("dim", [64, 128])
+@DIMS
 def test_queries_and_keys_of_different_lengths(dim, device):
     Pack([5, 100, 0, 33, 7], device, keys=[200, 3, 50, 129, 0], dim=dim).check()
 
 
-@pytest.mark.parametrize("block", [1, 3, 32, 64])
-def test_block_against_a_long_cache(block, device):
+@pytest.mark.parametrize("block, dim", [(1, 128), (3, 128), (32, 128), (64, 128), (3, 64), (3, 96), (32, 96), (3, 256)])
+def test_block_against_a_long_cache(block, dim, device):
     """Few queries, many keys: split over keys and combined, and some sequences not."""
-    Pack([block, block, 2], device, keys=[1500, 129, 40], room=20).check()
+    Pack([block, block, 2], device, keys=[1500, 129, 40], room=20, dim=dim).check()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dim", [64, 128])
+@DIMS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("heads, kv_heads", [(8, 2), (7, 1)])
 def test_blocks_against_long_caches(heads, kv_heads, dim, dtype, device):
@@ -94,7 +96,7 @@ def test_pairs_of_tiles(dim, device):
     pack.check()
 
 
-@pytest.mark.parametrize("dim", [64, 128])
+@DIMS
 def test_scores_that_outgrow_the_first_tile(dim, device):
     """Large scores that grow along the keys: what was summed before must be scaled down, again and again."""
     pack = Pack([40], device, keys=[600], dim=dim, scale=6.0)
@@ -113,9 +115,10 @@ def test_scale(device):
     assert_close_like(got.cpu(), want, baseline)
 
 
-def test_neighbours_in_the_pack_are_not_seen(device):
+@DIMS
+def test_neighbours_in_the_pack_are_not_seen(dim, device):
     """One sequence keeps its numbers while all others are NaN, on both sides; and its result is the same to the bit."""
-    pack = Pack([65, 130, 33], device, room=0)
+    pack = Pack([65, 130, 33], device, room=0, dim=dim)
     lengths = pack.on_device_lengths()
     want = illada.varlen_attention(*pack.on_device(), **lengths)
     for start, end in ((0, 65), (65, 195), (195, 228)):
@@ -127,38 +130,38 @@ def test_neighbours_in_the_pack_are_not_seen(device):
         assert torch.equal(illada.varlen_attention(*poisoned, **lengths)[start:end], want[start:end])
 
 
-# Of the sm_80 forward at D 128; the kernels of compute capability 9.0 have one number.
-WARPS = pytest.mark.parametrize("warps", ["4", "8"])
+# The two tiles of the sm_80 forward at D 128 and 256; the kernels of compute capability 9.0 have one number of warps.
+WARPS = pytest.mark.parametrize("dim, warps", [(128, "4"), (128, "8"), (256, "4"), (256, "8")])
 
 
 @WARPS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_warps_at_tile_edges(warps, dtype, device):
-    """Tiles of 128 rows (32 tokens of four heads) and of 32 or 64 keys, in a pack too large to be split over keys."""
+def test_warps_at_tile_edges(dim, warps, dtype, device):
+    """Tiles of 128 rows (32 tokens of four heads) and of 16 to 64 keys, in a pack too large to be split over keys."""
     with use_variants(attention_forward_warps=warps):
         lengths = [0, 1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 95, 96, 97, 127, 128, 129]
-        Pack(lengths, device, dtype=dtype).check()
+        Pack(lengths, device, dim=dim, dtype=dtype).check()
 
 
 @WARPS
 @pytest.mark.parametrize("heads, kv_heads", [(2, 2), (4, 1), (7, 1), (64, 1)])
-def test_warps_and_groups(warps, heads, kv_heads, device):
+def test_warps_and_groups(dim, warps, heads, kv_heads, device):
     with use_variants(attention_forward_warps=warps):
-        Pack([37, 0, 70, 1], device, keys=[65, 3, 0, 129], heads=heads, kv_heads=kv_heads).check()
+        Pack([37, 0, 70, 1], device, keys=[65, 3, 0, 129], heads=heads, kv_heads=kv_heads, dim=dim).check()
 
 
 @WARPS
-def test_warps_with_split_keys(warps, device):
+def test_warps_with_split_keys(dim, warps, device):
     with use_variants(attention_forward_warps=warps):
-        Pack([3, 40], device, keys=[1100, 321], room=5).check()
+        Pack([3, 40], device, keys=[1100, 321], room=5, dim=dim).check()
 
 
 @WARPS
-def test_a_plan_serves_other_warps(warps, device):
+def test_a_plan_serves_other_warps(dim, warps, device):
     """A plan outlives a change of the choice: splits that fall within a tile of keys are no fault."""
-    pack = Pack([3, 40], device, keys=[1100, 321])
+    pack = Pack([3, 40], device, keys=[1100, 321], dim=dim)
     lengths = pack.on_device_lengths()
-    shape = {"num_heads": 4, "num_kv_heads": 1, "head_dim": 128, "total_q": 43, "total_k": len(pack.k)}
+    shape = {"num_heads": 4, "num_kv_heads": 1, "head_dim": dim, "total_q": 43, "total_k": len(pack.k)}
     with use_variants(attention_forward_warps=warps):
         plan = illada.attention_plan(**lengths, **shape)
     with use_variants(attention_forward_warps="4" if warps == "8" else "8"):
@@ -166,7 +169,11 @@ def test_a_plan_serves_other_warps(warps, device):
 
 
 def test_warps_follow_the_shared_memory(device):
-    """Two CTAs of four warps take 133 KB at D 128; where an SM has less, one of eight. The plan counts in its tiles."""
+    """Two CTAs of four warps take 133 KB at D 128; where an SM has less, one of eight. The plan counts in its tiles.
+
+    One CTA takes 131 KB at D 256; where an SM has less, it has half of the keys. D 96 has one tile, which also serves
+    devices of compute capability 9.0: only the sm_80 kernels have the dim.
+    """
     properties = torch.cuda.get_device_properties(device)
     index = torch.cuda.current_device()
 
@@ -177,16 +184,19 @@ def test_warps_follow_the_shared_memory(device):
 
     if (properties.major, properties.minor) == (9, 0) and "90a" in illada.build_info()["cuda_archs"]:
         assert tiling(128)[0] == 32 and tiling(128)[2:] == (128, 0)
+        assert tiling(96) == (32, 1, 32, 4) and tiling(256) == (32, 1, 32, 8)
         return
     few = properties.shared_memory_per_multiprocessor < 2 * 66 * 1024
     known = {(8, 0): False, (8, 6): True, (8, 7): False, (8, 9): True, (10, 0): False, (12, 0): True}
     assert few == known.get((properties.major, properties.minor), few)
     assert tiling(128) == ((32, 1, 64, 8) if few else (32, 1, 32, 4))
-    assert tiling(64) == (32, 1, 48, 4)
+    assert tiling(256) == ((32, 1, 16, 8) if few else (32, 1, 32, 8))
+    assert tiling(64) == (32, 1, 48, 4) and tiling(96) == (32, 1, 32, 4)
     with use_variants(attention_forward_warps="8"):
-        assert tiling(128) == (32, 1, 64, 8) and tiling(64) == (32, 1, 48, 4)
+        assert tiling(128) == (32, 1, 64, 8) and tiling(256) == (32, 1, 16, 8)
+        assert tiling(64) == (32, 1, 48, 4) and tiling(96) == (32, 1, 32, 4)
     with use_variants(attention_forward_warps="4"):
-        assert tiling(128) == (32, 1, 32, 4)
+        assert tiling(128) == (32, 1, 32, 4) and tiling(256) == (32, 1, 32, 8)
 
 
 def test_no_keys_at_all(device):
@@ -199,18 +209,19 @@ def test_no_keys_at_all(device):
     assert empty.shape == (0, 4, 64)
 
 
+@pytest.mark.parametrize("dim", [96, 128, 256])
 @pytest.mark.parametrize("lengths", [[70, 3], [9]])
-def test_nothing_is_written_beside_the_results(lengths, device):
-    pack = Pack(lengths, device, keys=[400] * len(lengths))
+def test_nothing_is_written_beside_the_results(lengths, dim, device):
+    pack = Pack(lengths, device, keys=[400] * len(lengths), dim=dim)
     q, k, v = pack.on_device()
     on_device = pack.on_device_lengths()
-    plan = illada.attention_plan(**on_device, num_heads=4, num_kv_heads=1, head_dim=128, total_q=len(q))
-    guarded = [torch.full((len(q) + 8, 4, 128), 7.0, dtype=q.dtype), torch.full((4 * len(q) + 64,), 7.0)]
+    plan = illada.attention_plan(**on_device, num_heads=4, num_kv_heads=1, head_dim=dim, total_q=len(q))
+    guarded = [torch.full((len(q) + 8, 4, dim), 7.0, dtype=q.dtype), torch.full((4 * len(q) + 64,), 7.0)]
     out, lse = (x.to(device) for x in guarded)
-    size = raw.varlen_attention_workspace(len(q), len(lengths), 4, 1, 128)
+    size = raw.varlen_attention_workspace(len(q), len(lengths), 4, 1, dim)
     workspace = torch.full((size + 256,), 7, dtype=torch.uint8).to(device)
     inner = lse[32:-32].view(4, -1)
-    raw.varlen_attention(out[4:-4], inner, q, k, v, plan.work, len(lengths), 128**-0.5, workspace=workspace[:size])
+    raw.varlen_attention(out[4:-4], inner, q, k, v, plan.work, len(lengths), dim**-0.5, workspace=workspace[:size])
     want = illada.varlen_attention(q, k, v, **on_device, plan=plan, return_lse=True)
     assert torch.equal(out[4:-4], want[0]) and torch.equal(inner, want[1])
     for beside in (out[:4], out[-4:], lse[:32], lse[-32:], workspace[size:]):
@@ -246,7 +257,7 @@ def test_in_a_graph_with_other_lengths(device):
 
 ERRORS = {
     "dtype": (NotImplementedError, "bfloat16 and float16; got float32", lambda q, k, v: ([x.float() for x in (q, k, v)], {})),
-    "head dim": (NotImplementedError, "head dims 64 and 128 .* got head dim 32", lambda q, k, v: ([x[..., :32].contiguous() for x in (q, k, v)], {})),
+    "head dim": (NotImplementedError, "head dims 64, 96, 128 and 256 .* got head dim 32", lambda q, k, v: ([x[..., :32].contiguous() for x in (q, k, v)], {})),
     "group": (NotImplementedError, "up to 64 query heads", lambda q, k, v: ([q.repeat(1, 33, 1), k[:, :1], v[:, :1]], {})),
     "token stride": (NotImplementedError, "q must have positive strides that are multiples of 8", lambda q, k, v: ([q.new_zeros(6, 260)[:, :256].unflatten(1, (2, 128)), k, v], {})),
     "expanded": (NotImplementedError, "k must have positive strides", lambda q, k, v: ([q, k[:, :1].expand(-1, 2, -1), v], {})),

@@ -14,7 +14,7 @@ import illada
         (torch.bfloat16, 4, 2, 64, None),
         (torch.float16, 2, 2, 128, None),
         (torch.float32, 2, 2, 64, "takes bfloat16 or float16, got float32"),
-        (torch.bfloat16, 4, 2, 32, "head dims 64 and 128 .* got head dim 32 and 2 heads on"),
+        (torch.bfloat16, 4, 2, 32, "head dims 64, 96, 128 and 256 .* got head dim 32 and 2 heads on"),
         (torch.bfloat16, 65, 1, 64, "up to 64 query heads of a key-value head; got head dim 64 and 65 heads on"),
     ],
 )
