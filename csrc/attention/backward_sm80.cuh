@@ -1,7 +1,7 @@
 // Attention backward on sm_80 and on GPUs without a specialised kernel. One file per head dim includes this file. There
 // are two kernels. Neither uses atomics, so that every sum has a fixed order:
 //
-//   keys      A CTA has 64 (D 128) or 128 (D 64) keys of a backward item. It walks over all rows (tokens x heads of the
+//   keys      A CTA has 64 keys (128 at D 64) of a backward item. It walks over all rows (tokens x heads of the
 //             group) of their sequence and computes dk and dv with 4 products.
 //   queries   A CTA has 64 or 128 rows of a forward item. It walks over all keys and computes dq with 3 products.
 //
@@ -27,6 +27,16 @@
 //
 // Registers limit the tiles: a lane of `keys` holds 128 registers of sums and 64 of operands. Values that are cheap to
 // compute again (all that follow from the thread index and the item) are not kept over a step.
+//
+// D 96 has the tiles of D 128, with 96 registers of sums and 48 of operands. At D 256 these would be 256 and 128, so a
+// team of two warps shares 16 rows: each warp has 128 columns of the operands and the sums (a slice). s and dp are sums
+// over all columns. The two warps therefore exchange the sums over their slices, in fp32, at every step of 16 rows:
+//
+//   warp 0   s, dp of columns 0-127   | write buffer i % 2 | team's barrier | add the other's | dv, dk 0-127
+//   warp 1   s, dp of columns 128-255 | write buffer i % 2 | team's barrier | add the other's | dv, dk 128-255
+//
+// a + b and b + a are the same bits, so both warps continue with the same p and ds. Beside 16 KB of ldmatrix per step, a
+// warp writes and reads 2 KB each. An SM holds one CTA of eight warps. `queries` does the same with dq.
 #pragma once
 
 #include <cutlass/fast_math.h>

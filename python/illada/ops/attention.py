@@ -10,8 +10,8 @@ The index j runs over all keys of token i's own sequence. There is no causal mas
 | CPU    | float32, bfloat16          | to 256   | csrc/cpu, all sequences at once (bfloat16: up to 64 keys   |
 |        |                            |          | where the processor multiplies in it)                      |
 |        | float32, bfloat16, float16 | any      | torch's CPU flash attention, one call per sequence         |
-| CUDA   | bfloat16, float16          | 64, 128  | sm_90a (wgmma, TMA), sm_80 and newer (mma.sync);           |
-|        |                            |          | H / G up to 64                                             |
+| CUDA   | bfloat16, float16          | 64, 96,  | sm_80 and newer (mma.sync); sm_90a (wgmma, TMA) has its    |
+|        |                            | 128, 256 | own for 64 and 128; H / G up to 64                         |
 
 On CUDA a pack of few queries and many keys (a block against its cache) is split over keys. Its results then depend in
 the last bits on what else is in the pack. Results of larger packs do not.

@@ -80,7 +80,7 @@ class RunConfig:
     windows_per_step: Positive = 32  # windows of a step, over all micro-batches
     windows_per_micro_batch: Positive = 32  # windows of one forward and backward; divides windows_per_step
     seed: Seed = 0  # seed of the initial weights, the order of the data, the splits and the masks
-    device: Device = "auto"  # "cpu", "cuda" (bfloat16, head dim 64 or 128), or "auto": a GPU where these hold
+    device: Device = "auto"  # "cpu", "cuda" (bfloat16; head dim 64, 96, 128, 256), or "auto": a GPU where these hold
     dtype: DType = "float32"  # dtype of the computation, "float32" or "bfloat16"; weights and optimizer stay float32
     compile: bool = False  # torch.compile each layer
     activation_checkpointing: bool = False  # recompute layers in the backward pass: less memory, a third slower
