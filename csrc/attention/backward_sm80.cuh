@@ -35,8 +35,8 @@
 //   warp 0   s, dp of columns 0-127   | write buffer i % 2 | team's barrier | add the other's | dv, dk 0-127
 //   warp 1   s, dp of columns 128-255 | write buffer i % 2 | team's barrier | add the other's | dv, dk 128-255
 //
-// a + b and b + a are the same bits, so both warps continue with the same p and ds. Beside 16 KB of ldmatrix per step, a
-// warp writes and reads 2 KB each. An SM holds one CTA of eight warps. `queries` does the same with dq.
+// a + b and b + a are the same bits, so both warps continue with the same p and ds. Beside 16 KB of ldmatrix per step,
+// a warp writes and reads 2 KB each. An SM holds one CTA of eight warps. `queries` does the same with dq.
 #pragma once
 
 #include <cutlass/fast_math.h>
