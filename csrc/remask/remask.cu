@@ -292,7 +292,7 @@ __global__ __launch_bounds__(kThreads, 1) void illada_remask_sm80(const __grid_c
   ranker.load();
 
   const float limit = p.limits && p.rule != Rule::kQuota ? static_cast<const float*>(p.limits)[s] : p.limit;
-  uint32_t counts[3] = {0, 0, 0};  // candidates, those above the threshold
+  uint32_t counts[3] = {0, 0, 0};  // candidates, those of at least the threshold
   ranker.for_each([&](uint32_t key, int, int) {
     counts[0] += key != 0;
     counts[1] += key != 0 && Ranker::confidence_of(key) >= limit;
