@@ -19,13 +19,13 @@
 //
 //   warp 8, thread 256:       k_full, v_full, q_full, dout_full, turn_full*, last_turns*
 //   loads tiles          ------------------------------------------------------------>  warpgroups 0 and 1:
-//   KeysLoader           <------------------------------------------------------------  products; they add dq
+//   load_tiles           <------------------------------------------------------------  products; they add dq
 //                             k_empty, v_empty, rows_empty                              KeysConsumer
 //
 //   warp 9:                   q_full, last_jobs_full                                    between the two:
 //   loads statistics,    ------------------------------------------------------------>    turns 0, 1
 //   counts additions     <------------------------------------------------------------    ds_full, ds_empty
-//   StatisticsLoader          rows_empty, added*, all_added                                   |
+//   load_statistics           rows_empty, added*, all_added                                   |
 //          |                                                                                  | red (DqAdder)
 //          | job_full, job_empty              counters of additions, in memory                v
 //          v                            <--- one per tile of rows: "arrivals" --->      fp32 sums of dq in L2

@@ -21,6 +21,13 @@
 // If items have query splits, each split has its own rows of dq. dk and dv are sums of at most two splits, for which
 // the order does not matter.
 //
+// Inside a CTA, in both modes, every wait is for something earlier in one order of steps, so none can deadlock:
+//   - Consumers wait for the rows and keys of their step. Thread 0 and warp 1 load these once the consumers have left
+//     an earlier step or item (rows_empty, k_empty, v_empty).
+//   - The product of dq of step n - 1 waits for ds of both warpgroups, which they wrote before their turns of it.
+//   - Warp 1 waits for a free slot of a job (job_empty). Warps 2 and 3 free the slots, and a conversion waits for
+//   nobody.
+//
 // Ordered mode cannot deadlock:
 //   - A CTA that waits to add waits only for items before its own, in the order of `next_keys`.
 //     The proof is by induction: assume that all items before item i are eventually added and reported.
