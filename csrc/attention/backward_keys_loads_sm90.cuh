@@ -6,6 +6,7 @@
 //
 // An item has at least two steps; the second one may have no rows. The first step of the next item still reads the keys
 // of this item. The keys of the item after the next can therefore arrive only in the next item's second step.
+// Why no wait here can deadlock: dq_accumulation_sm90.cuh.
 #pragma once
 
 #include <cuda.h>

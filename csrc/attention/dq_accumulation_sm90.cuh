@@ -1,4 +1,7 @@
-// Sums of dq in fp32 and their conversion to gradients, where the keys kernel (backward_keys_sm90.cuh) sums dq in L2.
+// Where dq is summed, in which order, and why it cannot deadlock. This is the one place that proves it.
+//
+// dq of a row is a sum over all key tiles of its sequence. Where the keys kernel (backward_keys_sm90.cuh) computes dq,
+// its CTAs add to fp32 sums in L2. Otherwise (DqAccumulation::kNone) the queries kernel sums dq in registers.
 // This file counts what was added, and converts. The consumers add, by DqAdder (dq_accumulation_add_sm90.cuh). The
 // first pass (backward_preprocess.cu) writes zeros to the sums and the counters. Warp numbers count the producers.
 //
@@ -21,22 +24,32 @@
 // If items have query splits, each split has its own rows of dq. dk and dv are sums of at most two splits, for which
 // the order does not matter.
 //
-// Inside a CTA, in both modes, every wait is for something earlier in one order of steps, so none can deadlock:
-//   - Consumers wait for the rows and keys of their step. Thread 0 and warp 1 load these once the consumers have left
-//     an earlier step or item (rows_empty, k_empty, v_empty).
-//   - The product of dq of step n - 1 waits for ds of both warpgroups, which they wrote before their turns of it.
-//   - Warp 1 waits for a free slot of a job (job_empty). Warps 2 and 3 free the slots, and a conversion waits for
-//   nobody.
+// No wait inside a CTA can deadlock, in both modes. Each wait is for something earlier in one order of steps:
+//   - A turn of step n needs the rows of step n+1. Their stage is free after both turns of step n-2 (with bulk, of
+//     step n-1).
+//   - Thread 0 loads keys before the rows of their item, into the buffer of two items before. The last product that
+//     reads this buffer is dq, in the turn of the first step of the item between.
+//     That turn needs rows of the second step. An item has two steps or more, so these rows are loaded before.
+//     With one step, the rows would come after the keys that wait for this turn.
+//   - Values wait for dp of the last step of the item before. It is issued in the turn of the step before that one.
+//   - Warpgroup 0 has its turn of step n first, then warpgroup 1, then warpgroup 0 that of step n+1.
+//   - The turn of step n multiplies ds of step n-1. Both warpgroups write it before their own turns of step n-1.
+//     They write it when both have multiplied ds of step n-3, in their turns of step n-2.
+//   - In any order, warp 1 waits for a free slot of a job. Warps 2 and 3 free it, and a conversion waits for nobody.
+//   - At the end, warp 1 waits for all additions, and then the consumers wait for warp 1. The additions do not.
+//   - In ordered mode, warp 1 also waits for additions (`added`), and a turn waits for turn_full: see below.
 //
-// Ordered mode cannot deadlock:
+// No wait between CTAs can deadlock, in ordered mode:
 //   - A CTA that waits to add waits only for items before its own, in the order of `next_keys`.
 //     The proof is by induction: assume that all items before item i are eventually added and reported.
 //   - A CTA takes its items in this order, so it reaches item i.
 //   - Its work for the steps up to n-3, reports included, needs nothing that thread 0 does after it began to wait
 //     for dq of step n-2. By then, the loads of the rows of step n-1 and of the keys of their item are in flight.
+//     The turn of step n-2 adds dq of step n-3. It needs no more than these loads and turn_full of step n-1.
 //   - Warp 1 must not wait for a turn. It reports an item's last steps in the middle of the next item.
 //     That item may be behind other items that wait for these very steps.
 //   - So the steps of item i get their turns, which depend only on items before i. They are added and reported.
+//   - The CTA's last two steps are reported together. They are of one item, so the argument is the same.
 //   - All CTAs of the grid must run from the beginning: the launch is cooperative.
 //   - Warps 2 and 3 wait for items behind their own, but no other thread waits for them.
 #pragma once
