@@ -14,10 +14,30 @@
 //       issue dq += ds k of this tile, then s = q k^T and dp = do v^T of the next tile; pass the turn on
 //       p of the next tile from s; at the end of an item, store dq
 //
-//   q_full, q_empty [w]   queries, gradients and item of warpgroup w have arrived; have been read
-//   k_full, k_empty [s]   keys of stage s have arrived; have been read; v_full, v_empty [s]: the same for values
-//   turns                 named barriers: a warpgroup issues its three products together, so that the exponentials of
-//                         the other warpgroup run at the same time
+// Who waits for whom (arrows: barriers, from the threads that arrive to those that wait):
+//
+//   warp 8, thread 256:    q_full[w], k_full[s], v_full[s]
+//   loads tiles        ------------------------------------->  warpgroups w = 0 and 1: products; they store dq
+//   QueriesProducer    <-------------------------------------  QueriesConsumer
+//                          q_empty[w], k_empty[s], v_empty[s]      between the two: turns 0, 1
+//
+//   q_full, q_empty   the item of warpgroup w, its queries and gradients have arrived; warpgroup w has read them
+//   k_full, k_empty   the keys of stage s have arrived; both warpgroups have read them
+//   v_full, v_empty   the same for the values of stage s
+//   turns             named barriers: a warpgroup issues its three products together, so that the exponentials of the
+//                     other warpgroup run at the same time
+//
+// When they work. In a turn (T), a warpgroup issues dq of tile n, then s and dp of tile n + 1:
+//
+//   warpgroup 0   |T: dq4 s5 dp5 | p, ds of 5   |T: dq5 s6 dp6 | p, ds of 6   |T: dq6 ...
+//   warpgroup 1   | p, ds of 4   |T: dq4 s5 dp5 | p, ds of 5   |T: dq5 s6 dp6 | p ...
+//   thread 256                           | k, v of 6                   | k, v of 7 ...
+//
+//   - Tiles have two stages. Keys of tile n + 2 load when dq of tile n is complete in both warpgroups. Values could
+//     load once dp of tile n is complete, but follow the keys.
+//   - q and dout of the next item load when dp of the item's last tile is complete. The next item's tiles follow them.
+//   - No wait can deadlock. A turn of tile n needs tile n + 1, whose loads wait only for turns of tiles before n, and
+//     for q_empty. This is dp of tile n, which both warpgroups issue in their turns of tile n - 1.
 //
 // The partial tile of keys comes first; no other tile needs a mask. The next item's first products follow this item's
 // last products, and this item's dq is stored meanwhile.
