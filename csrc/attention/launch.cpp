@@ -46,9 +46,10 @@ template <typename Tr>
 ForwardTileSm80 forward_tile_sm80(const Device& gpu) {
   const ForwardTileSm80 first = *std::begin(Tr::kForwardTiles), last = *std::rbegin(Tr::kForwardTiles);
   const auto choice = variant<ForwardWarps>();
-  if (choice != ForwardWarps::kAuto) return choice == ForwardWarps::kFour ? first : last;
+  if (choice == ForwardWarps::kEight) return last;
   const int cta = forward_smem_sm80<Tr>(first) + gpu.reserved_smem_bytes + 1024;
-  return 8 / first.warps * cta <= gpu.sm_smem_bytes ? first : last;
+  const int ctas = choice == ForwardWarps::kFour ? 1 : 8 / first.warps;  // the choice yields only where no CTA fits
+  return ctas * cta <= gpu.sm_smem_bytes ? first : last;
 }
 
 // Returns how the forward that serves a device divides a pack; on sm_90a in pairs of tiles if `pairs`. total_k has no

@@ -98,7 +98,7 @@ Entry& entry<ForwardWarps>() {
       "attention_forward_warps",
       "ILLADA_VARIANT_ATTENTION_FORWARD_WARPS",
       "warps of a CTA of the sm_80 attention forward of D 128; auto: 8 where two CTAs of 4 do not fit an SM; at D 256, "
-      "which always has 8: the keys per step that go with an SM of as much (4) or as little (8) shared memory",
+      "which always has 8 warps: 32 keys per step (4; 16 where 32 do not fit an SM) or 16 (8)",
       {"auto", "4", "8"}};
   return it;
 }
