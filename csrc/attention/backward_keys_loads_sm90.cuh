@@ -2,10 +2,12 @@
 //
 //   for each item:
 //     load K of the item, into the other of two buffers
-//     for each step: load q; in the first step load V; load dout; in order: wait for the turns to add dq
+//     for each step: load q; in the first step load V; load dout; in order: wait for the turns to add dq of two steps
+//                    before
+//   hand over an item without keys, which marks the end; in order: wait for the turns to add the last two dq
 //
 // An item has at least two steps; the second one may have no rows. The first step of the next item still reads the keys
-// of this item. The keys of the item after the next can therefore arrive only in the next item's second step.
+// of this item. The keys of the item after the next can therefore arrive only from the next item's second step on.
 // Why no wait here can deadlock: dq_accumulation_sm90.cuh.
 #pragma once
 

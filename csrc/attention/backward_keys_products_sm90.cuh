@@ -4,7 +4,8 @@
 //   s^T, dp^T of the first step; p^T
 //   for each step n of all items:
 //     ds^T of n from p^T and dp^T, also to shared memory
-//     wait for the rows of step n + 1 and for the own turn
+//     at the end of an item, wait for the next item and its keys
+//     wait for the rows of step n + 1, for ds of step n - 1, in order for leave to add its dq, and for the own turn
 //     issue, in the own turn:
 //       dq = ds k of step n - 1, whose ds the other warpgroup wrote long ago
 //       dv += p^T do, dk += ds^T q of step n; in the gaps between them, dq is added to the sums
@@ -230,7 +231,8 @@ class KeysConsumer {
     shared.v_full.wait(uint32_t(round - 1) % 2);
   }
 
-  // Waits for the own turn, and before that for all that its products read and for leave to add dq of step n - 1.
+  // Waits for the own turn, and before that for all that its products read and for leave to add dq of step n - 1. For
+  // step -1 it does not wait for ds: ds is arbitrary there, and its dq goes to rows that are never read (open_nowhere).
   __device__ __forceinline__ void wait_for_turn() {
     wait_for_rows();
     if (kFused) shared.ds_full[(step - 1) & 1].wait(uint32_t((step - 1) >> 1 & 1));
@@ -239,8 +241,7 @@ class KeysConsumer {
   }
   __device__ __forceinline__ void pass_turn() { NamedBarrier::arrive(256, 1 - warpgroup); }
 
-  // Waits until both warpgroups have written ds of a step. For step -1 it does not wait: ds is arbitrary there, and its
-  // dq goes to rows that are never read (open_nowhere).
+  // Waits until both warpgroups have written ds of a step.
   __device__ __forceinline__ void wait_for_ds(int number) {
     shared.ds_full[number & 1].wait(uint32_t(number >> 1 & 1));
   }

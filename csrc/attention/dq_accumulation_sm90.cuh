@@ -10,7 +10,8 @@
 // Any order. No CTA waits for another CTA.
 //   1. Each CTA reports its own additions in a counter in global memory, once they are done and after a fence. Warp 1
 //      reports, because it sees steps end.
-//   2. The CTA that reports last converts the sums to dq. Warps 2 and 3 convert.
+//   2. The CTA that reports last converts the sums to dq. Warps 2 and 3 convert; at the end, the consumers convert
+//      what the CTA's last reports complete.
 //
 // Ordered (deterministic=True), so that every run gives the same bits. To the same rows, tile k of a sequence's keys
 // adds after tiles 0 .. k-1, once the counter has reached k.
@@ -46,8 +47,9 @@
 //   - Its work for the steps up to n-3, reports included, needs nothing that thread 0 does after it began to wait
 //     for dq of step n-2. By then, the loads of the rows of step n-1 and of the keys of their item are in flight.
 //     The turn of step n-2 adds dq of step n-3. It needs no more than these loads and turn_full of step n-1.
-//   - Warp 1 must not wait for a turn. It reports an item's last steps in the middle of the next item.
-//     That item may be behind other items that wait for these very steps.
+//   - Warp 1 waits for additions (`added`) in their order, and reports each before it waits for the next. It must not
+//     wait for a counter. It reports an item's last steps in the middle of the next item, and that item may be behind
+//     other items that wait for these very steps.
 //   - So the steps of item i get their turns, which depend only on items before i. They are added and reported.
 //   - The CTA's last two steps are reported together. They are of one item, so the argument is the same.
 //   - All CTAs of the grid must run from the beginning: the launch is cooperative.

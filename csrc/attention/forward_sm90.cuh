@@ -174,7 +174,7 @@ struct Producer {
     }
   }
 
-  // Gives warpgroup w the record of the current item, once it has issued its last product with the previous queries.
+  // Gives warpgroup w the record of the current item, once its last product with the previous queries has ended.
   __device__ __forceinline__ void hand_over_item(int w, int round) const {
     shared.q_empty[w].wait(uint32_t(round) % 2 ^ 1);  // a phase is a round; in the first one it returns at once
     copy_item(shared.item[w][round % Shared::kItems], shared.producer_item);

@@ -53,14 +53,15 @@ constexpr int kMaxOrdered = 0xffff;  // most key tiles that a counter of arrival
 // Layout of the workspace.
 struct BackwardScratch {
   RowStatistics* rows;  // [G, T, H / G]; rows of a tile (tokens x heads of a group) are neighbours
-  uint32_t* arrivals;   // fused: [T, G], at a tile's first token: number of key tiles that have added to its sums
+  uint32_t* arrivals;   // fused: [T, G], at a tile's first token: number of key tiles that have added to its sums;
+                        // ordered: 16 bits of it for each warpgroup's half of dq
   float* dq;            // fused: [T, H, D], sums of ds k, then kWasteRows rows that are never read
   float *dk, *dv;       // query_splits > 1: [Tk, G, D], sums of ds^T q and p^T do
 };
 BackwardScratch scratch_of(const BackwardParams& params, const BackwardMethod& method);
 
-// First launch: computes the rows' statistics. It writes zeros to all sums, to dk and dv if some keys are unused, and
-// to dq of queries without keys.
+// First launch: computes the rows' statistics. It writes zeros to all sums and counters, to dk and dv if some keys
+// are unused, and, if fused, to dq of queries without keys.
 void launch_backward_preprocess(const BackwardParams& params, const Device& device, const BackwardMethod& method);
 // Second launch: computes dk and dv over the backward items of the plan, and dq. If fused, dq goes through scratch.dq;
 // otherwise it is computed over the forward items.
