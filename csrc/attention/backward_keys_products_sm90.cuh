@@ -235,7 +235,7 @@ class KeysConsumer {
   // step -1 it does not wait for ds: ds is arbitrary there, and its dq goes to rows that are never read (open_nowhere).
   __device__ __forceinline__ void wait_for_turn() {
     wait_for_rows();
-    if (kFused) shared.ds_full[(step - 1) & 1].wait(uint32_t((step - 1) >> 1 & 1));
+    if (kFused) wait_for_ds(step - 1);
     if (kOrdered) shared.turn_full[warpgroup][state.index()].wait(state.phase());
     NamedBarrier::arrive_and_wait(256, warpgroup);
   }
@@ -319,8 +319,7 @@ class KeysConsumer {
     __syncwarp();
   }
 
-  // ------------------------------------------------------------------------------------------------------- after a
-  // turn
+  // ------------------------------------------------------------------------------------------------ releases, scores
 
   // Buffer of the keys of the step before: the other one, where that step belongs to the item before.
   __device__ __forceinline__ int keys_before(const Step& now) const {

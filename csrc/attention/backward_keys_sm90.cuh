@@ -27,7 +27,7 @@
 //   counts additions     <------------------------------------------------------------    ds_full, ds_empty
 //   load_statistics           rows_empty, added*, all_added                                   |
 //          |                                                                                  | red (DqAdder)
-//          | job_full, job_empty              counters of additions, in memory                v
+//          | job_full; job_empty              counters of additions, in memory                v
 //          v                            <--- one per tile of rows: "arrivals" --->      fp32 sums of dq in L2
 //   warps 10 and 11:                                                                          |
 //   convert dq           <--------------------------------------------------------------------+

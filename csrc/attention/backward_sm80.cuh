@@ -7,7 +7,7 @@
 //
 // The two kernels mirror each other:
 //
-//   load the CTA's own operands (keys: k and v; queries: q and dout) to registers, 16 or 32 rows per warp
+//   load the CTA's own operands (keys: k and v; queries: q and dout) to registers, 16 or 32 rows per warp or team
 //   for each tile of the other two operands, 32 or 64 rows:
 //     wait for the tile (one barrier) and start the copies of the next one (cp.async, ring of two stages)
 //     for each step of 16 rows of the tile:
@@ -35,8 +35,9 @@
 //   warp 0   s, dp of columns 0-127   | write buffer i % 2 | team's barrier | add the other's | dv, dk 0-127
 //   warp 1   s, dp of columns 128-255 | write buffer i % 2 | team's barrier | add the other's | dv, dk 128-255
 //
-// a + b and b + a are the same bits, so both warps continue with the same p and ds. Beside 16 KB of ldmatrix per step,
-// a warp writes and reads 2 KB each. An SM holds one CTA of eight warps. `queries` does the same with dq.
+// a + b and b + a are the same bits, so both warps continue with the same p and ds. Beside 16 KB of ldmatrix per step
+// (`queries`: 12 KB), a warp writes and reads 2 KB each. Shared memory is 97 KB: 64 for the ring, 32 for these sums. An
+// SM holds one CTA of eight warps. `queries` does the same with dq.
 #pragma once
 
 #include <cutlass/fast_math.h>
@@ -75,6 +76,14 @@ struct BackwardTiles {
     return kSlices == 1 ? 0 : thread / 32 % kSlices * (kColumns * 2);
   }
 };
+
+// Threads of a CTA, and CTAs per SM, of each kernel.
+template <int kHeadDim>
+constexpr int kCtaThreads = BackwardTiles<kHeadDim>::kThreads;
+template <int kHeadDim>
+constexpr int kKeysCtas = 2 / BackwardTiles<kHeadDim>::kSlices;
+template <int kHeadDim>
+constexpr int kQueriesCtas = Traits<Arch::kSm80, kHeadDim>::kQueriesCtas;
 
 // Sums over the columns of one slice, for the other warp of a team. Consecutive steps use different buffers, so that
 // one barrier per step is enough: a warp that writes a buffer again has passed the barrier of the step between, and
@@ -213,12 +222,8 @@ __device__ __forceinline__ void add_other_slice(float (&s)[kBlocks][8], float (&
 }
 
 template <typename T, int kHeadDim>
-__global__ __launch_bounds__(
-    BackwardTiles<kHeadDim>::kThreads,
-    2 / BackwardTiles<kHeadDim>::kSlices) void illada_attention_backward_keys_sm80(const __grid_constant__
-                                                                                       BackwardArguments a,
-                                                                                   const __grid_constant__
-                                                                                       DependentLaunch launch) {
+__global__ __launch_bounds__(kCtaThreads<kHeadDim>, kKeysCtas<kHeadDim>) void illada_attention_backward_keys_sm80(
+    const __grid_constant__ BackwardArguments a, const __grid_constant__ DependentLaunch launch) {
   using Tiles = BackwardTiles<kHeadDim>;
   constexpr int kBlocks = Tiles::kBlocks, kOwn = Tiles::kOwn, kTile = Tiles::kTile, kRowBytes = Tiles::kRowBytes;
   constexpr int kThreads = Tiles::kThreads, kSlices = Tiles::kSlices, kColumns = Tiles::kColumns;
@@ -355,12 +360,8 @@ __global__ __launch_bounds__(
 }
 
 template <typename T, int kHeadDim>
-__global__ __launch_bounds__(
-    BackwardTiles<kHeadDim>::kThreads,
-    BackwardTiles<kHeadDim>::Tr::kQueriesCtas) void illada_attention_backward_queries_sm80(const __grid_constant__
-                                                                                               BackwardArguments a,
-                                                                                           const __grid_constant__
-                                                                                               DependentLaunch launch) {
+__global__ __launch_bounds__(kCtaThreads<kHeadDim>, kQueriesCtas<kHeadDim>) void illada_attention_backward_queries_sm80(
+    const __grid_constant__ BackwardArguments a, const __grid_constant__ DependentLaunch launch) {
   using Tiles = BackwardTiles<kHeadDim>;
   constexpr int kBlocks = Tiles::kBlocks, kOwn = Tiles::kOwn, kTile = Tiles::kTile, kRowBytes = Tiles::kRowBytes;
   constexpr int kThreads = Tiles::kThreads, kSlices = Tiles::kSlices, kColumns = Tiles::kColumns;

@@ -144,6 +144,7 @@ __device__ __forceinline__ void load_statistics(const KeysArguments& a, KeysShar
     move(tiles, its_tiles);
     if (++unreported < a.report_every) return;
     uint32_t complete = __ballot_sync(kFullWarp, report(is_due(kFirstDue)));
+    __syncwarp();  // what a lane acquired by its report, lane 0 passes on with the job
     for (; complete; complete &= complete - 1, ++jobs) {
       const int from = __ffs(int(complete)) - 1;
       const int32_t its_first = __shfl_sync(kFullWarp, place, from), its_count = __shfl_sync(kFullWarp, rows, from);

@@ -1,10 +1,11 @@
 // Attention forward on sm_80 and on GPUs without a specialised kernel. One file per head dim includes this file.
 //
 // A CTA of four warps walks over items of the plan. A tile has 128 rows (tokens x heads of a group, 32 per warp). Its
-// keys come in tiles of 32 (D 128) or 48 (D 64), the last one first. Only the last tile may be partial, so the loop
-// over the others needs no mask. Where shared memory has no room for two CTAs at D 128, one CTA of eight warps with 16
-// rows each takes 64 keys at a time. Scores, probabilities and the output stay in registers: with mma.sync m16n8k16,
-// the accumulator of q . k has the layout of the A operand of p . v.
+// keys come in tiles of 32 (D 96 and 128) or 48 (D 64), the last one first. Only the last tile may be partial, so the
+// loop over the others needs no mask. Where shared memory has no room for two CTAs at D 128, one CTA of eight warps
+// with 16 rows each takes 64 keys at a time. At D 256 a CTA always has eight warps, and 32 or 16 keys. Scores,
+// probabilities and the output stay in registers: with mma.sync m16n8k16, the accumulator of q . k has the layout of
+// the A operand of p . v.
 //
 //   for each item:
 //     s = q . k of the last tile, with a mask
@@ -20,13 +21,16 @@
 // One warp alone therefore has work for the tensor cores nearly all the time. A second warp in each quarter of the SM
 // covers the rest. It belongs to a second CTA, or to the same CTA of eight warps.
 //
-// An item with k keys takes 512 k D flop and is bound by the tensor cores. Cycles per SM of sm_80 for one tile of keys:
+// An item with k keys takes 512 k D flop. Cycles per SM of sm_80 for one tile of keys:
 //
-//                                              D 128, 32 keys   D 64, 48 keys
-//   tensor cores                                   1024             768
-//   shared memory, reading the operands             768             512
-//   shared memory, writing the copies               256              96
-//   exponential units                               256             384
+//                                          D 64, 48 keys   D 96, 32   D 128, 32   D 256, 32   D 256, 16
+//   tensor cores                                768           768        1024        2048        1024
+//   shared memory, reading the operands         512           576         768        2560        1536
+//   shared memory, writing the copies            96            96         128         256         128
+//   exponential units                           384           256         256         256         128
+//
+// The tensor cores bound all but D 256 on 8.0 and 10.0, which shared memory bounds: warps of 16 rows read each key for
+// half as many rows. On 8.6, 8.9 and 12.0 the tensor cores take two or four times as long, and bound D 256 as well.
 //
 // Each warp reads all keys, and its queries again for every tile. Keys come from the L2 cache at 16 bytes per cycle and
 // SM, a third of its throughput; each sequence comes from memory once.
@@ -395,17 +399,19 @@ void launch_forward(const ForwardParams& p, const Device& device) {
   launch_kernel(kOp, device, p.launch.stream, shape, kernel, a);
 }
 
-// Launches the instance that has the tile of the tiling.
+// Launches the instance that has the tile of the tiling: forward_tile_sm80 chose one of them.
 template <typename Tr, size_t... kTiles>
 void launch_forward_tile(const ForwardParams& p, const Device& device, const Tiling& tiling,
                          std::index_sequence<kTiles...>) {
   const auto launch = [&](auto number) {
     constexpr ForwardTileSm80 kTile = Tr::kForwardTiles[number];
-    if (tiling.warps != kTile.warps || tiling.key_tile != kTile.keys) return;
+    if (tiling.warps != kTile.warps || tiling.key_tile != kTile.keys) return false;
     p.dtype == DType::kBFloat16 ? launch_forward<BFloat16, Tr::kHeadDim, kTile.warps, kTile.keys>(p, device)
                                 : launch_forward<Half, Tr::kHeadDim, kTile.warps, kTile.keys>(p, device);
+    return true;
   };
-  (launch(std::integral_constant<size_t, kTiles>()), ...);
+  if (!(launch(std::integral_constant<size_t, kTiles>()) || ...))
+    detail::fail("varlen_attention", "no kernel was built for ", tiling.warps, " warps and ", tiling.key_tile, " keys");
 }
 
 }  // namespace

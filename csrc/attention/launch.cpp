@@ -86,7 +86,7 @@ void launch_forward_tile(const ForwardParams& p, const Device& gpu, const Tiling
   (launch(std::integral_constant<size_t, kChoices>()), ...);
 }
 
-// "64 and 128"
+// "64, 96, 128 and 256"
 template <int... kHeadDims>
 std::string head_dims_text(std::integer_sequence<int, kHeadDims...>) {
   std::string text;

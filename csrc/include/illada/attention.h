@@ -69,7 +69,7 @@ struct ForwardParams {
   int num_threads = 1;          // number of CPU threads; CPU only
   CudaLaunch launch;            // CUDA only
 };
-// Runs the forward on compute capability 8.0 and newer, for D 64 and 128 and H / G <= 64. Throws NotSupported for
+// Runs the forward on compute capability 8.0 and newer, for D 64, 96, 128 and 256 and H / G <= 64. Throws NotSupported for
 // anything else. Kernels count in 32 bits. Throws Error above 65,536 heads, above 2^31 - 2^25 rows T x H or Tk x G, and
 // above 2^29 rows of a plan.
 void forward_cuda(const ForwardParams& params);
