@@ -3,7 +3,6 @@
 #include <atomic>
 #include <cstdlib>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "illada/error.h"
@@ -16,7 +15,6 @@ struct Entry {
   const char* environment;
   const char* description;
   std::vector<const char*> values;
-  std::vector<std::pair<const char*, const char*>> old_values{};  // former name of a value, which is still accepted
   std::atomic<int> chosen{kUnset};
 
   static constexpr int kUnset = -1;  // the environment has not been looked at
@@ -27,8 +25,6 @@ struct Entry {
       if (value == values[i]) return int(i);
       allowed += (i ? ", " : "") + std::string(values[i]);
     }
-    for (const auto& [old_name, name] : old_values)
-      if (value == old_name) return index_of(source, name);
     detail::fail(source, "got \"", value, "\"; allowed are ", allowed);
   }
   int value() {
@@ -108,8 +104,7 @@ Entry& entry<AttentionBackwardSums>() {
   static Entry it{"attention_backward_sums",
                   "ILLADA_VARIANT_ATTENTION_BACKWARD_SUMS",
                   "sm_90a, dq: fp32 sums by 8- or 16-byte reductions or by TMA, or no sums but recomputed scores",
-                  {"red2", "red4", "bulk", "recompute"},
-                  {{"twice", "recompute"}}};
+                  {"red2", "red4", "bulk", "recompute"}};
   return it;
 }
 

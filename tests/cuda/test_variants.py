@@ -32,11 +32,6 @@ def test_values_hold_within_the_context_alone():
         assert choices() == before
 
 
-def test_the_old_name_of_a_value_is_accepted():
-    with use_variants(attention_backward_sums="twice"):
-        assert choices()["attention_backward_sums"].value == "recompute"
-
-
 def test_what_there_is_not_is_refused():
     with pytest.raises(ValueError, match='set_variant: there is no choice "speed"; there are pdl'):
         set_variant("speed", "high")
