@@ -227,7 +227,8 @@ def test_maps_of_other_shapes_at_the_same_address_are_their_own(device):
                 q, k, v = (x.view(tokens, heads, dim) for x in memory)
                 out = illada.varlen_attention(q, k, v, starts[tokens])
                 assert torch.equal(out, first.setdefault((tokens, heads, dim), out))
-        assert turn == 0 or counted["tensor_maps"] <= 5  # of the results, which are elsewhere
+        # Later the maps of q, k and v are known; those of the results are not, which are elsewhere.
+        assert 5 < counted["tensor_maps"] if turn == 0 else counted["tensor_maps"] <= 5
 
 
 def test_maps_from_the_cache_are_those_of_the_driver(device, nvcc, tmp_path):
