@@ -315,7 +315,7 @@ def linear_loss_by_mm(device: torch.device) -> Checks:
         return linear_loss(device)
 
 
-RULES = {"quota": 3, "threshold": 0.9, "factor": 0.5, "entropy_bound": 0.7}
+LIMITS = {"quota": 3, "threshold": 0.9, "factor": 0.5, "entropy_bound": 0.7}
 
 
 def remask(device: torch.device, rows: int, rule: str) -> Checks:
@@ -330,7 +330,7 @@ def remask(device: torch.device, rows: int, rule: str) -> Checks:
     sample = illada.TokenSample(token, confidence, confidence.log(), 0.01 + torch.rand(total, generator=generator))
     canvas, positions = torch.full((total,), mask_id), torch.arange(total, dtype=torch.int32)
     cu_rows = torch.tensor([0, *lengths]).cumsum(0).int()
-    keywords: dict[str, Any] = {rule: RULES[rule], "mask_id": mask_id}
+    keywords: dict[str, Any] = {rule: LIMITS[rule], "mask_id": mask_id}
     want_canvas, got_canvas = canvas.clone(), canvas.to(device)
     want = reference.remask(want_canvas, positions, cu_rows, sample, **keywords)
     fields: dict[str, Any] = {name: x if x is None else x.to(device) for name, x in sample._asdict().items()}
@@ -424,7 +424,7 @@ def jobs() -> list[Job]:
                     ("gather_rows_sm90 " if given else "clear_bounds_sm90 " if temperature else "")
                     + "linear_sample_tokens_sm90 sample_tokens_combine_sm80",
                     "sample_tokens_sm80")  # fmt: skip
-    for rule in RULES:
+    for rule in LIMITS:
         for rows in (300, 3000):
             add(f"remask {rule} of {rows}", "remask", partial(remask, rows=rows, rule=rule), "remask_sm80")
     return found

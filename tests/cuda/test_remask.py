@@ -3,7 +3,7 @@ rest is in tests/ops/test_ops_remask.py."""
 
 import pytest
 import torch
-from remask_cases import MASK, MIXED, RULES, check, make_case
+from remask_cases import CASES, MASK, MIXED, check, make_case
 
 import illada
 from illada.ops.types import TokenSample
@@ -67,7 +67,7 @@ def test_rows_outside_of_the_canvas_are_skipped(device):
 
 
 def test_same_as_on_a_cpu(device, generator):
-    for rule in RULES:
+    for rule in CASES:
         tokens, rows, cu_rows, sample = make_case(MIXED, generator)
         here = tokens.to(device)
         on_device = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in rule.items()}

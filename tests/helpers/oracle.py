@@ -88,6 +88,7 @@ def choose(rule, confidence, entropy, quota, value):
                 break
             count = n
         return order[: max(1, count)]
+    assert rule == "entropy_bound", rule
     order = entropy.argsort(stable=True)  # EB-Sampler: sum of the entropies without the largest
     sorted_entropy = entropy[order]
     joint = sorted_entropy.cumsum(0) - sorted_entropy.cummax(0).values

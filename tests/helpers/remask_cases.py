@@ -10,7 +10,7 @@ from illada.ops.types import RemaskStatus, TokenSample
 
 MASK = 5
 MIXED = (5, 0, 9, 1, 12)
-RULES = [
+CASES = [
     {"quota": 0},
     {"quota": 3},
     {"quota": 100},

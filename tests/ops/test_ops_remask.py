@@ -2,16 +2,15 @@
 
 import pytest
 import torch
-from remask_cases import MASK, MIXED, RULES, check, make_case
+from remask_cases import CASES, MASK, MIXED, check, make_case
 
 import illada
 from illada.ops import raw
-from illada.ops.types import RULES as RULE_NAMES
-from illada.ops.types import RemaskStatus, TokenSample
+from illada.ops.types import RULES, RemaskStatus, TokenSample
 
 
 @pytest.mark.parametrize("token_dtype", [torch.int64, torch.int32])
-@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("rule", CASES, ids=str)
 def test_matches_reference(rule, token_dtype, device, generator):
     for coarse in (True, False, True):
         check(make_case(MIXED, generator, coarse=coarse), rule, device, token_dtype=token_dtype)
@@ -103,7 +102,7 @@ def test_raw_is_the_public_function(rule, device, generator):
     )  # fmt: skip
     out = RemaskStatus(*(torch.full_like(field, True) for field in want))
     raw.remask(
-        out, got_tokens, rows, cu_rows, sample.token, sample.confidence, sample.entropy, RULE_NAMES.index(name),
+        out, got_tokens, rows, cu_rows, sample.token, sample.confidence, sample.entropy, RULES.index(name),
         0.0 if limits is not None else limit, limits, MASK, 1, ends,
     )  # fmt: skip
     assert torch.equal(got_tokens, want_tokens)
@@ -111,7 +110,7 @@ def test_raw_is_the_public_function(rule, device, generator):
         assert torch.equal(g, w)
     committed = RemaskStatus(out.committed, rows[:0], out.finished[:0], out.ended[:0])  # the others are optional
     raw.remask(
-        committed, got_tokens, rows, cu_rows, sample.token, sample.confidence, sample.entropy, RULE_NAMES.index(name),
+        committed, got_tokens, rows, cu_rows, sample.token, sample.confidence, sample.entropy, RULES.index(name),
         0.0 if limits is not None else limit, limits, MASK, 1, ends,
     )  # fmt: skip
 

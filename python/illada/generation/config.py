@@ -63,8 +63,9 @@ class GenerationConfig:
             Rules "entropy_bound" and "origin" do not look at it.
         rule: "quota": a fixed number of the most confident a step, by `schedule`; "threshold": all with confidence >=
             `threshold`; "factor": the most confident n with c_(r) > 1 - `factor` / (r + 1) for r <= n;
-            "entropy_bound": the n of least entropy with sum H - max H <= `entropy_bound`; the last three at least one
-            a step. "origin": each mask with probability 1 - s/t (Dream), whatever its confidence.
+            "entropy_bound": the n of least entropy with sum H - max H <= `entropy_bound`. "threshold", "factor" and
+            "entropy_bound" commit at least one a step. "origin": each mask with probability 1 - s/t (Dream), whatever
+            its confidence.
         schedule: of "quota": "even": masks / steps, the first steps one more (LLaDA); "dream": floor(masks (1 - s/t))
             with t from 1 to `eps`, the last step the rest.
         eps: the last t of schedule "dream" and of rule "origin".

@@ -264,6 +264,7 @@ def remask(
             elif threshold is not None:
                 count = sum(confidence[n] >= limit for n in mine)
             else:
+                assert factor is not None
                 count = _prefix(confidence[n] > 1 - limit / (r + 1) for r, n in enumerate(mine, 1))
         if quota is None:
             count = max(count, min_commit)

@@ -12,7 +12,7 @@ in the batch. `illada.remask` commits the most confident tokens.
 | device          | logits                     | kernels                                               |
 |-----------------|----------------------------|-------------------------------------------------------|
 | CPU             | float32, bfloat16          | csrc/cpu: AVX-512, AVX2 or baseline, as the CPU has   |
-| sm_80 and newer | float32, bfloat16, float16 | csrc/sampling; the head by torch.mm on row chunks    |
+| sm_80 and newer | float32, bfloat16, float16 | csrc/sampling; the head by torch.mm on row chunks     |
 | sm_90a          | the same                   | the head fused, for 16 bit without filters: logits    |
 |                 |                            | are never written                                     |
 """
