@@ -168,7 +168,7 @@ def make_case(name: str, config: ModelConfig, count: int, device: torch.device =
 def cases(device: torch.device = CPU) -> list[Case]:
     """Return the cases of the device.
 
-    On a CPU `tiny` is bound by overheads, `small` by arithmetic; on a GPU attention takes heads of 64 or 128.
+    On a CPU `tiny` is bound by overheads, `small` by arithmetic. On a GPU the head dim must be one of the kernels'.
     """
     small = ModelConfig.preset("small")
     if device.type == "cuda":

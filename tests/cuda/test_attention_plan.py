@@ -107,7 +107,7 @@ def check_backward(plan, sequences, kv_heads):
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(2, 2), (8, 2), (7, 1), (16, 2), (64, 1)])
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
 def test_every_query_and_key_once(heads, kv_heads, dim, device):
     lengths = [300, 0, 1, 65, 129, 0, 64]
     plan = make(lengths, device, heads=heads, kv_heads=kv_heads, dim=dim)

@@ -67,7 +67,7 @@ def make_attention(pack, dim, generator):
 
 
 @pytest.mark.parametrize("deterministic,recompute", [(False, False), (True, False), (False, True)])
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
 def test_raw_attention(dim, deterministic, recompute, device, generator):
     for pack in PACKS:
         tensors, lengths = make_attention(pack, dim, generator)

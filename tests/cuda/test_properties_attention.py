@@ -31,7 +31,7 @@ def fill_with_nan(device):
 
 @pytest.mark.usefixtures("_way")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_values(shape, dim, dtype, device, generator):
     queries, keys, kinds, heads = SHAPES[shape]
@@ -60,7 +60,7 @@ def test_huge_scores_that_tie(queries, keys, device, generator):
 
 
 @pytest.mark.usefixtures("_way")
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
 def test_the_largest_of_huge_scores_has_1_in_the_backward_too(dim, device):
     """Scores that grow a little from tile to tile, next to a size that leaves them few digits."""
     keys, rows = 300, 64
@@ -80,7 +80,7 @@ def test_the_largest_of_huge_scores_has_1_in_the_backward_too(dim, device):
 @pytest.mark.parametrize(
     "dtype, value", [(torch.bfloat16, 133120.0), (torch.float16, 16000.0), (torch.float16, 65504.0)]
 )
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
 def test_one_huge_key(dim, dtype, value, device):
     q, k, v = (torch.full((1, 1, dim), value, dtype=dtype).to(device).requires_grad_() for _ in range(3))
     out, lse = illada.varlen_attention(q, k, v, torch.tensor([0, 1], dtype=torch.int32).to(device), return_lse=True)
@@ -111,7 +111,7 @@ def test_rows_of_no_sequence(lengths, heads, kv_heads, device, generator):
 
 
 @pytest.mark.usefixtures("_way")
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
 def test_graph_with_fewer_tokens(dim, device, generator):
     """Rows that a replay's lengths leave out lose what the replay before left there."""
     q, k, v, d_out = (torch.randn(400, n, dim, generator=generator).bfloat16().to(device) for n in (4, 2, 2, 4))

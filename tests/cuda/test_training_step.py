@@ -75,7 +75,7 @@ def step(model, batch: Batch, **how) -> SimpleNamespace:
 @pytest.mark.parametrize("all_rows", [True, False])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("group", [1, 4])
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
 def test_step_of_the_cpu(dim, group, checkpointing, all_rows, device):
     config = make_config(dim, group, qkv_bias=group == 4, tie_word_embeddings=group == 4)
     on_cpu, on_gpu = make_models(config, torch.bfloat16, device)
