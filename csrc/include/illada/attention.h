@@ -69,9 +69,9 @@ struct ForwardParams {
   int num_threads = 1;          // number of CPU threads; CPU only
   CudaLaunch launch;            // CUDA only
 };
-// Runs the forward on compute capability 8.0 and newer, for D 64, 96, 128 and 256 and H / G <= 64. Throws NotSupported for
-// anything else. Kernels count in 32 bits. Throws Error above 65,536 heads, above 2^31 - 2^25 rows T x H or Tk x G, and
-// above 2^29 rows of a plan.
+// Runs the forward on compute capability 8.0 and newer, for D 64, 96, 128 and 256 and H / G <= 64. Throws NotSupported
+// for anything else. Kernels count in 32 bits. Throws Error above 65,536 heads, above 2^31 - 2^25 rows T x H or Tk x G,
+// and above 2^29 rows of a plan.
 void forward_cuda(const ForwardParams& params);
 // Runs the forward on a CPU: D up to 256, any strides and alignment, no workspace. A CPU plan has one row (query start,
 // query end, key start, key end) for each sequence, in processing order. Tokens outside of the plan are not touched.
