@@ -15,8 +15,12 @@ from illada.terminal import shows
 from illada.text.files import parse_json, read_lines
 
 #: What a line of metrics.jsonl must hold, and what of each kind is drawn.
-_LINE = {"kind": Literal["train", "validation"], "step": Count}
-_VALUES = {"train": {"loss": Finite}, "validation": {"bound": Finite, "unigram_entropy": Finite}}
+_LINE = {"kind": Literal["train", "validation", "decay"], "step": Count}
+_VALUES: dict[str, dict[str, Any]] = {
+    "train": {"loss": Finite},
+    "validation": {"bound": Finite, "unigram_entropy": Finite},
+    "decay": {"reason": str},
+}
 
 
 class Log:
@@ -62,6 +66,13 @@ class Log:
             f"step {step:>6}/{self.steps}  validation bound {bound:.4f} nats/token "
             f"(unigram entropy {unigram_entropy:.4f}, {_percent(bound, unigram_entropy)})  {_clock(seconds)}"
         )
+
+    def decay(self, *, step: int, end: int, reason: Literal["plateau", "command"]) -> None:
+        """Log that the decay begins at optimizer step `step`, and the number of steps that the run now has."""
+        self.steps = self.bar.total = end
+        self._write({"kind": "decay", "step": step, "end": end, "reason": reason})
+        why = {"plateau": "the validation bound has stopped falling", "command": "by command"}[reason]
+        self.say(f"step {step:>6}/{end}  the learning rate decays from here on: {why}")
 
     def say(self, line: str) -> None:
         """Print a line on stdout, above the progress bar."""
