@@ -30,6 +30,7 @@ from illada.ops import why_not
 from illada.train import state as train_state
 from illada.train.config import RunConfig, TrainConfig
 from illada.train.log import Log
+from illada.train.loss_by_t import LossByT
 from illada.train.pace import Pace
 from illada.train.requests import decay_is_requested, forget_decay_request
 from illada.train.schedule import Schedule
@@ -132,7 +133,7 @@ def _train(
     bound: float | None = None
     saved: Path | None = source
     began, logged_at, logged_tokens = time.monotonic(), time.monotonic(), tokens_seen
-    stopped, pace = False, Pace()
+    stopped, pace, by_t = False, Pace(), LossByT(device)
 
     def asked() -> bool:
         return should_stop() or log.lost is not None
@@ -175,8 +176,10 @@ def _train(
             loss_sum = 0.0
             for batch in micro_batches(corpus, step, num_windows, config, model.config.mask_token_id):
                 with _autocast(config, device):
-                    loss = model.loss(batch.to(device), normalizer=float(config.train.windows_per_step * window))
+                    batch = batch.to(device)
+                    loss, nll = model.loss_and_nll(batch, normalizer=float(config.train.windows_per_step * window))
                 loss.backward()
+                by_t.add(nll, batch.token_weights)
                 loss_sum += float(loss.detach())
                 stopped = asked()
                 if stopped:
@@ -206,6 +209,7 @@ def _train(
                     grad_norm=float(norm),
                     tokens_per_second=(tokens_seen - logged_tokens) / max(now - logged_at, 1e-9),
                     tokens_seen=tokens_seen,
+                    loss_by_t=by_t.take(),
                 )
                 losses.clear()
                 if device.type == "cpu" and (hint := pace.hint(torch.get_num_threads())):
