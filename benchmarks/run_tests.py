@@ -26,6 +26,8 @@ from .commands import Ended
 ROOT = Path(__file__).resolve().parent.parent
 #: The files that run first: those that compare the kernels with float64.
 FIRST = (
+    "ops_attention",
+    "ops_attention_backward",
     "attention",
     "attention_backward",
     "linear_loss_sm90",

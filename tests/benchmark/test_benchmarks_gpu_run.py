@@ -402,7 +402,7 @@ def test_tests_use_the_plugins_that_there_are():
     assert not {"-n", "--timeout=60"} & set(run_tests.command(Path("t.py"), Path("x.xml"), 4, 60, []))
     assert "-n" not in run_tests.command(Path("t.py"), Path("x.xml"), 1, 60, ["xdist"])
     names = [path.name for path in run_tests.files()]
-    assert names[:2] == ["test_attention.py", "test_attention_backward.py"] and len(names) > 15
+    assert names[:2] == ["test_ops_attention.py", "test_ops_attention_backward.py"] and len(names) > 15
     assert "test_ops_sampling.py" in names and "test_reload.py" not in names  # of tests/ops those that take a device
     assert [path.name for path in run_tests.files("graphs")] == ["test_graphs.py"]
 

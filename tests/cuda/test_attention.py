@@ -1,34 +1,21 @@
-"""The attention forward on CUDA tensors against float64, in units of the error of plain torch at the same dtype.
+"""The attention forward's kernels on CUDA: many tiles, splits of keys, warps, graphs, raw calls. The rest is in
+tests/ops/test_ops_attention.py.
 
-Every key, value and query that a sequence must not see is NaN: the rows between slots, the unused part of a slot, and
-for one sequence at a time the whole rest of the pack. The kernels are those of the device: wgmma on compute capability
-9.0, mma.sync elsewhere.
+The kernels are those of the device: wgmma on compute capability 9.0, mma.sync elsewhere.
 """
 
 import pytest
 import torch
-from packs import TILE_EDGES, Pack
+from attention_cases import TILE_EDGES, Pack
 
 import illada
 from illada._native import native
-from illada.ops import raw, reference
+from illada.ops import raw
 from illada.ops.attention import _pairs
 from illada.ops.variants import use_variants
 from illada.testing import assert_close_like
 
 DIMS = pytest.mark.parametrize("dim", [64, 96, 128, 256])
-
-
-@DIMS
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_tile_edges_in_one_pack(dim, dtype, device):
-    Pack(TILE_EDGES[:8], device, dim=dim, dtype=dtype).check()
-
-
-@pytest.mark.parametrize("length", [1, 64, 127, 129, 177])
-@DIMS
-def test_one_sequence(length, dim, device):
-    Pack([length], device, room=0, dim=dim).check()
 
 
 @pytest.mark.slow
@@ -45,23 +32,6 @@ def test_every_length(length, dim, dtype, device):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_mixed_lengths(heads, kv_heads, dim, dtype, device):
     Pack([300, 0, 1, 65, 176, 129, 64, 31], device, heads=heads, kv_heads=kv_heads, dim=dim, dtype=dtype).check()
-
-
-@pytest.mark.parametrize("heads, kv_heads", [(2, 2), (4, 1), (7, 1), (16, 2), (3, 1), (64, 1)])
-@DIMS
-def test_groups(heads, kv_heads, dim, device):
-    Pack([37, 0, 70, 1], device, heads=heads, kv_heads=kv_heads, dim=dim).check()
-
-
-@DIMS
-def test_queries_and_keys_of_different_lengths(dim, device):
-    Pack([5, 100, 0, 33, 7], device, keys=[200, 3, 50, 129, 0], dim=dim).check()
-
-
-@pytest.mark.parametrize("block, dim", [(1, 128), (3, 128), (32, 128), (64, 128), (3, 64), (3, 96), (32, 96), (3, 256)])
-def test_block_against_a_long_cache(block, dim, device):
-    """Few queries, many keys: split over keys and combined, and some sequences not."""
-    Pack([block, block, 2], device, keys=[1500, 129, 40], room=20, dim=dim).check()
 
 
 @pytest.mark.slow
@@ -94,40 +64,6 @@ def test_pairs_of_tiles(dim, device):
     pack = Pack([700], device, room=0, heads=96, kv_heads=96, dim=dim)
     assert not raw.varlen_attention_workspace(700, 1, 96, 96, dim)
     pack.check()
-
-
-@DIMS
-def test_scores_that_outgrow_the_first_tile(dim, device):
-    """Large scores that grow along the keys: what was summed before must be scaled down, again and again."""
-    pack = Pack([40], device, keys=[600], dim=dim, scale=6.0)
-    slots = pack.lengths["cu_seqlens_k"]
-    growth = torch.linspace(3, 0.1, 600)[:, None, None]  # the kernels begin with the last keys
-    pack.k[slots[0] : slots[0] + 600] = (pack.k[slots[0] : slots[0] + 600] * growth).to(pack.k.dtype)
-    pack.check()
-
-
-def test_scale(device):
-    q, k, v = (pack := Pack([70], device, room=0)).on_device()
-    got = illada.varlen_attention(q, k, v, **pack.on_device_lengths(), softmax_scale=0.3)
-    arguments = (x.double() for x in (pack.q, pack.k, pack.v))
-    want = reference.varlen_attention(*arguments, **pack.lengths, softmax_scale=0.3)
-    baseline = reference.varlen_attention(pack.q, pack.k, pack.v, **pack.lengths, softmax_scale=0.3)
-    assert_close_like(got.cpu(), want, baseline)
-
-
-@DIMS
-def test_neighbours_in_the_pack_are_not_seen(dim, device):
-    """One sequence keeps its numbers while all others are NaN, on both sides; and its result is the same to the bit."""
-    pack = Pack([65, 130, 33], device, room=0, dim=dim)
-    lengths = pack.on_device_lengths()
-    want = illada.varlen_attention(*pack.on_device(), **lengths)
-    for start, end in ((0, 65), (65, 195), (195, 228)):
-        poisoned = []
-        for x in pack.on_device():
-            alone = torch.full_like(x, torch.nan)
-            alone[start:end] = x[start:end]
-            poisoned.append(alone)
-        assert torch.equal(illada.varlen_attention(*poisoned, **lengths)[start:end], want[start:end])
 
 
 # The two tiles of the sm_80 forward at D 128 and 256; the kernels of compute capability 9.0 have one number of warps.
@@ -199,16 +135,6 @@ def test_warps_follow_the_shared_memory(device):
         assert tiling(128) == (32, 1, 32, 4) and tiling(256) == (32, 1, 16 if few else 32, 8)
 
 
-def test_no_keys_at_all(device):
-    q = torch.randn(5, 4, 64, dtype=torch.bfloat16).to(device)
-    none = q.new_empty(0, 2, 64)
-    starts = torch.tensor([0, 2, 5], dtype=torch.int32, device=device)
-    out, lse = illada.varlen_attention(q, none, none, starts, cu_seqlens_k=0 * starts, return_lse=True)
-    assert (out == 0).all() and (lse == -torch.inf).all()
-    empty = illada.varlen_attention(q[:0], none, none, starts[:1])
-    assert empty.shape == (0, 4, 64)
-
-
 @pytest.mark.parametrize("dim", [96, 128, 256])
 @pytest.mark.parametrize("lengths", [[70, 3], [9]])
 def test_nothing_is_written_beside_the_results(lengths, dim, device):
@@ -253,42 +179,6 @@ def test_in_a_graph_with_other_lengths(device):
         want, baseline = pack.expected()
         assert_close_like(out.cpu(), want[0], baseline[0])
         assert_close_like(lse.cpu(), want[1], baseline[1])
-
-
-ERRORS = {
-    "dtype": (NotImplementedError, "bfloat16 and float16; got float32", lambda q, k, v: ([x.float() for x in (q, k, v)], {})),
-    "head dim": (NotImplementedError, "head dims 64, 96, 128 and 256 .* got head dim 32", lambda q, k, v: ([x[..., :32].contiguous() for x in (q, k, v)], {})),
-    "group": (NotImplementedError, "up to 64 query heads", lambda q, k, v: ([q.repeat(1, 33, 1), k[:, :1], v[:, :1]], {})),
-    "token stride": (NotImplementedError, "q must have positive strides that are multiples of 8", lambda q, k, v: ([q.new_zeros(6, 260)[:, :256].unflatten(1, (2, 128)), k, v], {})),
-    "expanded": (NotImplementedError, "k must have positive strides", lambda q, k, v: ([q, k[:, :1].expand(-1, 2, -1), v], {})),
-    "alignment": (NotImplementedError, "16-byte aligned", lambda q, k, v: ([q, k, v.new_zeros(v.numel() + 1)[1:].view_as(v)], {})),
-    "device": (ValueError, "k is on cpu, but q is on cuda:0", lambda q, k, v: ([q, k.cpu(), v], {})),
-    "cu_seqlens device": (ValueError, "cu_seqlens is on cpu", lambda q, k, v: ([q, k, v], {"cu_seqlens": torch.tensor([0, 6], dtype=torch.int32)})),
-    "cu_seqlens dtype": (TypeError, "cu_seqlens must be int32, int64, got float32", lambda q, k, v: ([q, k, v], {"cu_seqlens": torch.tensor([0.0, 6.0]).to(q.device)})),
-    "cu_seqlens shape": (ValueError, r"cu_seqlens must have shape \[S \+ 1\]", lambda q, k, v: ([q, k, v], {"cu_seqlens": torch.zeros(2, 2, dtype=torch.int32).to(q.device)})),
-    "seqused_k shape": (ValueError, r"seqused_k must have shape \[1\]", lambda q, k, v: ([q, k, v], {"seqused_k": torch.zeros(2, dtype=torch.int32).to(q.device)})),
-    "scale": (ValueError, "softmax_scale must be finite and > 0, got -1.0", lambda q, k, v: ([q, k, v], {"softmax_scale": -1.0})),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("what", ERRORS)
-def test_errors(what, device):
-    error, message, make = ERRORS[what]
-    q, k, v = torch.zeros(3, 6, 2, 128, dtype=torch.bfloat16).to(device)
-    tensors, keywords = make(q, k, v)
-    keywords = {"cu_seqlens": torch.tensor([0, 6], dtype=torch.int32).to(device), **keywords}
-    with pytest.raises(error, match=message):
-        illada.varlen_attention(*tensors, **keywords)
-
-
-def test_values_are_checked_on_request(device, monkeypatch):
-    q = torch.zeros(6, 2, 128, dtype=torch.bfloat16).to(device)
-    monkeypatch.setenv("ILLADA_DEBUG", "1")
-    with pytest.raises(ValueError, match="cu_seqlens must end at 6 or before, got 7"):
-        illada.varlen_attention(q, q, q, torch.tensor([0, 7], dtype=torch.int32).to(device))
-    starts = torch.tensor([0, 6], dtype=torch.int32).to(device)
-    with pytest.raises(ValueError, match="seqused_k must be within the key slots"):
-        illada.varlen_attention(q, q, q, starts, cu_seqlens_k=starts, seqused_k=starts[1:] + 1)
 
 
 def test_pairs_are_counted_from_the_plan(device, monkeypatch):

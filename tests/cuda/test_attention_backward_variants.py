@@ -1,9 +1,9 @@
-"""Every way of adding dq up on compute capability 9.0, against float64 as in test_attention_backward.py."""
+"""Every way of adding dq up on compute capability 9.0, against float64 as in tests/ops/test_ops_attention_backward.py."""
 
 import pytest
 import torch
-from packs import Pack
-from test_attention_backward import _sums_in_short_packs, check, gradients, random_grads, to_device  # noqa: F401
+from attention_cases import Pack, gradients, random_grads, sums_in_short_packs, to_device  # noqa: F401
+from attention_cases import check_gradients as check
 
 import illada
 from illada.ops.variants import use_variants, variants
@@ -11,9 +11,12 @@ from illada.ops.variants import use_variants, variants
 SUMS = ("red2", "red4", "bulk", "recompute")
 PACKS = {"short and empty": [0, 1, 63, 64, 65, 0, 127, 128, 129], "many steps": [700, 3, 300]}
 
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="other GPUs have one way"
-)
+pytestmark = [
+    pytest.mark.usefixtures("sums_in_short_packs"),
+    pytest.mark.skipif(
+        torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="other GPUs have one way"
+    ),
+]
 
 
 def test_values_are_those_of_the_choices():

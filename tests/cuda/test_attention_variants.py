@@ -5,7 +5,7 @@ Which instances run is the business of compute capability 9.0: elsewhere these c
 
 import pytest
 import torch
-from packs import Pack
+from attention_cases import Pack
 
 import illada
 from illada.ops.variants import use_variants, variants

@@ -4,8 +4,9 @@ from functools import partial
 
 import pytest
 import torch
+from devices import tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
+from torch.utils._python_dispatch import _disable_current_modes
 
 import illada
 
@@ -23,13 +24,6 @@ OPS = [
     "linear_masked_ce_bwd",
 ]
 ARGUMENTS = (0.7, 3, 2, None, None, None, None, None, None, 0, 0, 1.0, None, None, False, True, False)
-
-
-def tracing() -> None:
-    if _get_current_dispatch_mode() is not None:
-        pytest.skip(
-            "aten operators of a traced graph need their own CUDA kernels; a torch dispatch mode stands in for them"
-        )
 
 
 def op_calls(device, generator):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 
+import pytest
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
@@ -35,6 +36,14 @@ def cuda() -> torch.device:
         _libraries.append(torch.library.Library("aten", "IMPL"))
         _libraries[-1].impl("mm.dtype", lambda a, b, dtype: a.to(dtype) @ b.to(dtype), "CPU")
     return torch.device("cuda")
+
+
+def tracing() -> None:
+    """Skip a test of traced graphs where a simulator of the device computes torch's operators."""
+    if _get_current_dispatch_mode() is not None:
+        pytest.skip(
+            "aten operators of a traced graph need their own CUDA kernels; a torch dispatch mode stands in for them"
+        )
 
 
 _libraries: list[torch.library.Library] = []  # what they register ends with them
