@@ -1,4 +1,4 @@
-"""Rows of logits with targets and token weights, and what the losses of them are, on any device."""
+"""Rows of logits, or of hidden and a head, with targets and token weights, and what the losses of them are, on any device."""
 
 from __future__ import annotations
 
@@ -47,5 +47,55 @@ def assert_like_plain(got, want, baseline):
     for name, g, w, b in zip(("loss", "nll", "lse", "gradient"), got, want, baseline, strict=True):
         try:
             assert_close_like(g.to(b.dtype), w, b)
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from None
+
+
+# ------------------------------------------------------------------------------------------------- the linear loss
+
+
+def make_head(case, dtype, device, generator):
+    """Return hidden, head, targets, weights, rows; NaNs surround hidden's rows and fill those without a weight."""
+    tokens, width, vocab, share, spread = case
+    hidden = torch.full((tokens, width + 8), torch.nan, dtype=dtype)
+    hidden[:, :width] = (torch.randn(tokens, width, generator=generator) * spread / width**0.5).to(dtype)
+    weight = torch.randn(vocab, width, generator=generator).to(dtype)
+    targets = torch.randint(vocab, (tokens,), generator=generator)
+    targets[0], targets[-1] = 0, vocab - 1
+    masked = torch.rand(tokens, generator=generator) < share
+    masked[0] = True
+    weights = torch.where(masked, 10 ** (3 * torch.rand(tokens, generator=generator)), 0.0)  # 1 / t at t = 1e-3
+    hidden[~masked] = torch.nan
+    rows = masked.nonzero().squeeze(-1).int()
+    return tuple(t.to(device) for t in (hidden, weight, targets, weights, rows)), width
+
+
+def head_results(function, hidden, weight, *args, **keywords):
+    """Return loss, nll, d_hidden and d_weight on the host."""
+    leaves = [x.detach().requires_grad_() for x in (hidden, weight)]
+    loss, nll = function(*leaves, *args, return_nll=True, **keywords)
+    return tuple(t.detach().cpu() for t in (loss, nll, *torch.autograd.grad(loss, leaves)))
+
+
+def plain_head(hidden, weight, *args, **keywords):
+    """Compute the loss as a user would write it: logits in the inputs' dtype, their softmax in float32."""
+    return reference.masked_cross_entropy((hidden @ weight.T).float(), *args, **keywords)
+
+
+def expected_head(hidden, weight, targets, weights, normalizer, dtype=None):
+    """Return (float64, plain torch) on the host, with zeros for what nobody may read."""
+    hidden = torch.where(weights[:, None] != 0, hidden, 0)
+    hidden, weight, targets, weights = (t.cpu() for t in (hidden, weight, targets, weights))
+    arguments = {"targets": targets, "token_weights": weights, "normalizer": normalizer}
+    want = head_results(reference.linear_masked_cross_entropy, hidden.double(), weight.double(), **arguments)
+    if dtype is None:
+        return want, head_results(plain_head, hidden, weight, **arguments)
+    return want, head_results(lambda h, w, **k: plain_head(h.to(dtype), w.to(dtype), **k), hidden, weight, **arguments)
+
+
+def assert_head_like_plain(got, want, baseline):
+    for name, g, w, b in zip(("loss", "nll", "d_hidden", "d_weight"), got, want, baseline, strict=True):
+        try:
+            assert_close_like(g, w, b)
         except AssertionError as error:
             raise AssertionError(f"{name}: {error}") from None
