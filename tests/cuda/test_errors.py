@@ -31,22 +31,6 @@ def test_sample_tokens(what, device):
         illada.sample_tokens(logits, **keywords)
 
 
-def test_linear_sample_tokens(device):
-    hidden, weight = torch.zeros(4, 8, device=device), torch.zeros(9, 8, device=device)
-    rows = torch.zeros(2, dtype=torch.int32, device=device)
-    for error, message, arguments, keywords in [
-        (ValueError, "weight is on cpu, but hidden is on cuda:0", (hidden, weight.cpu()), {}),
-        (ValueError, "rows is on cpu, but hidden is on cuda:0", (hidden, weight), {"rows": rows.cpu()}),
-        (TypeError, "weight must be float32, got bfloat16", (hidden, weight.bfloat16()), {}),
-        (TypeError, "hidden must be float32, bfloat16, float16", (hidden.double(), weight.double()), {}),
-        (TypeError, "rows must be int32", (hidden, weight), {"rows": rows.float()}),
-        (ValueError, r"weight must have shape \[V, 8\]", (hidden, weight[:, :7]), {}),
-        (ValueError, r"seed must have shape \[2\]", (hidden, weight), {"rows": rows, "seed": rows.long().repeat(2)}),
-    ]:
-        with pytest.raises(error, match=message):
-            illada.linear_sample_tokens(*arguments, **keywords)
-
-
 def make_remask(device):
     fields = torch.ones(3, dtype=torch.int64, device=device), *torch.ones(3, 3, device=device)
     rows = torch.arange(3, dtype=torch.int32, device=device)

@@ -5,7 +5,6 @@ import pytest
 import torch
 from sample_filters import to_host
 from sampling_cases import ALL, assert_same, both, make_rows, on
-from torch.utils.flop_counter import FlopCounterMode
 
 import illada
 from illada.ops import raw, reference
@@ -333,22 +332,6 @@ def test_rare_token_is_seen_at_its_rate():
     assert 4 <= int((tokens == 2).sum()) <= 42
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_linear_sample_tokens(dtype, generator):
-    hidden = torch.randn(300, 16, generator=generator).to(dtype)
-    weight = torch.randn(1000, 16, generator=generator).to(dtype)
-    rows = torch.tensor([7, 3, 299, 3], dtype=torch.int32)
-    keywords = {"temperature": 0.7, "seed": 3, "extras": ALL}
-    got = illada.linear_sample_tokens(hidden, weight, rows=rows, **keywords)
-    want = illada.sample_tokens(hidden[rows.long()] @ weight.T, **keywords)
-    assert torch.equal(got.token, want.token)
-    torch.testing.assert_close(got.confidence, want.confidence)
-    with FlopCounterMode(display=False) as counter:
-        assert illada.linear_sample_tokens(hidden, weight).token.shape == (300,)  # several chunks
-    assert counter.get_total_flops() == 2 * 300 * 1000 * 16
-    assert illada.linear_sample_tokens(hidden, weight, rows=rows[:0]).token.shape == (0,)
-
-
 def test_arguments_of_each_row_may_be_strided(generator):
     logits = make_rows((5, 3000, 0.1), torch.float32, CPU, generator)
     seeds, every_other = torch.arange(5), torch.arange(10)[::2]
@@ -383,8 +366,7 @@ def test_philox_known_answers():
 
 def test_errors(generator):
     logits = torch.randn(3, 9, generator=generator)
-    sample, linear = illada.sample_tokens, illada.linear_sample_tokens
-    hidden, weight = torch.randn(4, 8), torch.randn(9, 8)
+    sample = illada.sample_tokens
     ids, values = torch.zeros(2, dtype=torch.int32), torch.zeros(2)
     wrong = [
         (ValueError, r"logits must have shape \[N, V\], got \[3\]", lambda: sample(logits[:, 0])),
@@ -406,9 +388,6 @@ def test_errors(generator):
         (TypeError, "logit_bias ids must be int32", lambda: sample(logits, logit_bias=(ids.long(), values))),
         (ValueError, r"logit_bias values must have shape \[2\]", lambda: sample(logits, logit_bias=(ids, values[:1]))),
         (ValueError, "logit_bias id 9 in row 0 is outside", lambda: sample(logits, logit_bias=(ids + 9, values))),
-        (TypeError, "weight must be float32", lambda: linear(hidden, weight.bfloat16())),
-        (TypeError, "rows must be int32, int64, got float32", lambda: linear(hidden, weight, rows=torch.ones(1))),
-        (ValueError, r"rows must be in \[0, 4\), got 1 .. 4", lambda: linear(hidden, weight, rows=torch.tensor([1, 4], dtype=torch.int32))),
     ]  # fmt: skip
     for error, match, call in wrong:
         with pytest.raises(error, match=match):
