@@ -1,4 +1,5 @@
-"""Wrong calls of the sampling ops on CUDA tensors: the documented exception, before anything is written."""
+"""Wrong calls that only CUDA knows: what CUDA refuses, and pointers of raw calls, before anything is written. The rest is in
+tests/ops, beside the ops."""
 
 import pytest
 import torch
@@ -8,63 +9,11 @@ from illada._native import native
 from illada.ops import raw
 from illada.ops.types import RemaskStatus, TokenSample
 
-CALLS = {  # what is wrong: (exception, message, arguments of the call)
-    "dtype": (TypeError, "logits must be float32, bfloat16, float16, got float64", lambda x, cpu: (x.double(), {})),
-    "row_ids": (ValueError, "row_ids is on cpu, but logits is on cuda:0", lambda x, cpu: (x, {"row_ids": cpu.long()})),
-    "temperature": (ValueError, "temperature is on cpu, but logits is on cuda:0", lambda x, cpu: (x, {"temperature": cpu})),
-    "seed": (ValueError, "seed is on cpu", lambda x, cpu: (x, {"seed": cpu.long()})),
-    "step": (ValueError, "step is on cpu", lambda x, cpu: (x, {"step": cpu.int()})),
-    "bias ids": (ValueError, "logit_bias ids is on cpu", lambda x, cpu: (x, {"logit_bias": (cpu.int(), x[0, :3])})),
-    "bias values": (ValueError, "logit_bias values is on cpu", lambda x, cpu: (x, {"logit_bias": (cpu.int().to(x.device), cpu)})),
-    "host logits": (ValueError, "row_ids is on cuda:0, but logits is on cpu", lambda x, cpu: (x.cpu(), {"row_ids": cpu.long().to(x.device)})),
-    "strides": (ValueError, "last dimension of logits must be contiguous", lambda x, cpu: (x.t(), {})),
-    "empty": (ValueError, "vocabulary is empty", lambda x, cpu: (x[:, :0], {})),
-    "number": (ValueError, "temperature must be finite", lambda x, cpu: (x, {"temperature": float("nan")})),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("what", CALLS)
-def test_sample_tokens(what, device):
-    error, message, make = CALLS[what]
-    logits, keywords = make(torch.zeros(3, 9, device=device), torch.zeros(3))
-    with pytest.raises(error, match=message):
-        illada.sample_tokens(logits, **keywords)
-
 
 def make_remask(device):
     fields = torch.ones(3, dtype=torch.int64, device=device), *torch.ones(3, 3, device=device)
     rows = torch.arange(3, dtype=torch.int32, device=device)
     return torch.full((4,), 5, device=device), rows, rows[[0, 2]] * 3 // 2, TokenSample(*fields)
-
-
-@pytest.mark.parametrize("name", ["rows", "cu_rows", "sample.token", "sample.confidence", "sample.entropy", "quota", "end_ids"])  # fmt: skip
-def test_remask_with_one_tensor_on_the_host(name, device):
-    tokens, rows, cu_rows, sample = make_remask(device)
-    arguments = {"rows": rows, "cu_rows": cu_rows}
-    keywords = {"quota": rows[:1], "end_ids": sample.token}
-    if name == "sample.entropy":
-        keywords["entropy_bound"] = torch.ones(1, device=device)
-        del keywords["quota"]
-    for holder in (arguments, keywords):
-        if name in holder:
-            holder[name] = holder[name].cpu()
-    if name.startswith("sample."):
-        field = name.removeprefix("sample.")
-        sample = sample._replace(**{field: getattr(sample, field).cpu()})
-    with pytest.raises(ValueError, match=f"remask: {name} .*(is on cpu|host memory)"):
-        illada.remask(tokens, **arguments, sample=sample, mask_id=5, **keywords)
-    assert tokens.tolist() == [5] * 4
-
-
-def test_remask_refuses_samples_of_other_dtypes(device):
-    tokens, rows, cu_rows, sample = make_remask(device)
-    for field, dtype, wanted in (("token", torch.int32, "int64"), ("confidence", torch.float64, "float32"), ("entropy", torch.bfloat16, "float32")):  # fmt: skip
-        wrong = sample._replace(**{field: getattr(sample, field).to(dtype)})
-        with pytest.raises(TypeError, match=f"sample.{field} must be {wanted}"):
-            illada.remask(tokens, rows, cu_rows, wrong, entropy_bound=1.0, mask_id=5)
-    with pytest.raises(ValueError, match=r"sample.entropy must have shape \[3\]"):
-        illada.remask(tokens, rows, cu_rows, sample._replace(entropy=sample.entropy[:2]), entropy_bound=1.0, mask_id=5)
-    assert tokens.tolist() == [5] * 4
 
 
 def test_what_cuda_refuses_is_a_runtime_error(device):

@@ -1,4 +1,6 @@
-"""`illada.why_not`: its answers, and that the ops agree with them."""
+"""`illada.why_not`: its answers, and that the ops agree with them on every device."""
+
+import re
 
 import pytest
 import torch
@@ -7,6 +9,7 @@ import illada
 from illada.ops import capabilities
 from illada.ops.capabilities import logits_dtypes
 
+ON_CPU, ON_CUDA = pytest.mark.only("cpu"), pytest.mark.only("cuda")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -18,21 +21,46 @@ def answers(function):
     return True
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_attention_on_a_cpu_agrees(dtype):
-    q = torch.zeros(3, 2, 16, dtype=dtype)
-    cu_seqlens = torch.tensor([0, 3], dtype=torch.int32)
-    served = illada.why_not("varlen_attention", "cpu", dtype, head_dim=16, num_heads=2, num_kv_heads=2) is None
-    assert answers(lambda: illada.varlen_attention(q, q, q, cu_seqlens)) == served == (dtype != torch.float64)
+TWO_BYTES = "takes bfloat16 or float16, got "
+TOO_WIDE = "head dims 64, 96, 128 and 256 .* got head dim 32 and 2 heads on"
+TOO_MANY = "up to 64 query heads of a key-value head; got head dim 64 and 65 heads on"
+
+
+@pytest.mark.parametrize(
+    "dtype, heads, kv_heads, head_dim, reason",
+    [
+        *(pytest.param(dtype, 2, 2, 16, None, marks=ON_CPU) for dtype in DTYPES[1:]),
+        pytest.param(torch.float64, 2, 2, 16, "takes .*, got float64", marks=ON_CPU),
+        (torch.bfloat16, 4, 2, 64, None),
+        (torch.float16, 2, 2, 128, None),
+        pytest.param(torch.float32, 2, 2, 64, TWO_BYTES + "float32", marks=ON_CUDA),
+        pytest.param(torch.bfloat16, 4, 2, 32, TOO_WIDE, marks=ON_CUDA),
+        pytest.param(torch.bfloat16, 65, 1, 64, TOO_MANY, marks=ON_CUDA),
+    ],
+)
+def test_attention(dtype, heads, kv_heads, head_dim, reason, device):
+    q = torch.zeros(3, heads, head_dim, dtype=dtype, device=device)
+    k = torch.zeros(3, kv_heads, head_dim, dtype=dtype, device=device)
+    cu_seqlens = torch.tensor([0, 3], dtype=torch.int32, device=device)
+    sizes = {"head_dim": head_dim, "num_heads": heads, "num_kv_heads": kv_heads}
+    why = illada.why_not("varlen_attention", device, dtype, **sizes)
+    if reason is None:
+        assert why is None
+        illada.varlen_attention(q, k, k, cu_seqlens)
+        return
+    assert re.search(reason, why)
+    with pytest.raises(TypeError if dtype == torch.float64 else NotImplementedError):
+        illada.varlen_attention(q, k, k, cu_seqlens)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_loss_and_the_sampler_on_a_cpu_agree(dtype):
-    logits, targets, weights = torch.zeros(2, 5, dtype=dtype), torch.zeros(2, dtype=torch.int64), torch.ones(2)
+def test_the_loss_and_the_sampler_agree(dtype, device):
+    logits = torch.zeros(2, 5, dtype=dtype, device=device)
+    targets, weights = torch.zeros(2, dtype=torch.int64, device=device), torch.ones(2, device=device)
     by_loss = answers(lambda: illada.masked_cross_entropy(logits, targets, weights))
     by_sampler = answers(lambda: illada.sample_tokens(logits, temperature=0.0))
     for op in ("masked_cross_entropy", "linear_masked_cross_entropy", "sample_tokens", "linear_sample_tokens"):
-        assert (illada.why_not(op, "cpu", dtype) is None) == by_loss == by_sampler == (dtype in logits_dtypes(logits))
+        assert (illada.why_not(op, device, dtype) is None) == by_loss == by_sampler == (dtype in logits_dtypes(logits))
 
 
 def test_reasons(monkeypatch):

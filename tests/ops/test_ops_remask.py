@@ -217,8 +217,31 @@ def test_step_compiles_in_one_graph(generator):
     assert got.tolist() == want.tolist() and torch.equal(got_tokens, want_tokens)
 
 
-def test_errors(generator):
-    tokens, rows, cu_rows, drawn = make_case(MIXED, generator)
+@pytest.mark.parametrize("name", ["rows", "cu_rows", "sample.token", "sample.confidence", "sample.entropy", "quota", "end_ids"])  # fmt: skip
+def test_one_tensor_on_another_device(name, device):
+    other = "meta" if device.type == "cpu" else "cpu"
+    rows = torch.arange(3, dtype=torch.int32, device=device)
+    tokens, sample = torch.full((4,), MASK, device=device), TokenSample(rows.long(), *torch.ones(3, 3, device=device))
+    arguments = {"rows": rows, "cu_rows": rows[[0, 2]] * 3 // 2}
+    keywords = {"quota": rows[:1], "end_ids": sample.token}
+    if name == "sample.entropy":
+        keywords["entropy_bound"] = torch.ones(1, device=device)
+        del keywords["quota"]
+    for holder in (arguments, keywords):
+        if name in holder:
+            holder[name] = holder[name].to(other)
+    if name.startswith("sample."):
+        field = name.removeprefix("sample.")
+        sample = sample._replace(**{field: getattr(sample, field).to(other)})
+    with pytest.raises(ValueError, match=f"remask: {name} .*(is on {other}|host memory)"):
+        illada.remask(tokens, **arguments, sample=sample, mask_id=MASK, **keywords)
+    assert tokens.tolist() == [MASK] * 4
+
+
+def test_errors(device, generator):
+    case = make_case(MIXED, generator)
+    tokens, rows, cu_rows = (x.to(device) for x in case[:3])
+    drawn = TokenSample(*(x if x is None else x.to(device) for x in case[3]))
     no_entropy = drawn._replace(entropy=None)
 
     def call(tokens=tokens, rows=rows, cu_rows=cu_rows, sample=drawn, mask_id=5, **rule):
@@ -230,8 +253,8 @@ def test_errors(generator):
         (ValueError, "got quota, factor", call(quota=1, factor=1.0)),
         (ValueError, "quota must be a number", call(quota=-1)),
         (ValueError, "threshold must be a number", call(threshold=float("nan"))),
-        (TypeError, "quota must be int32, got int64", call(quota=torch.ones(5).long())),
-        (ValueError, r"threshold must have shape \[5\], got \[4\]", call(threshold=torch.ones(4))),
+        (TypeError, "quota must be int32, got int64", call(quota=torch.ones(5, device=device).long())),
+        (ValueError, r"threshold must have shape \[5\], got \[4\]", call(threshold=torch.ones(4, device=device))),
         (ValueError, "entropy_bound needs sample.entropy", call(sample=no_entropy, entropy_bound=1.0)),
         (ValueError, "min_commit must be >= 0, got -1", call(threshold=1.0, min_commit=-1)),
         (TypeError, "tokens must be int64, int32, got float32", call(tokens=tokens.float())),
@@ -243,14 +266,22 @@ def test_errors(generator):
             call(sample=drawn._replace(confidence=drawn.confidence.double())),
         ),
         (
+            TypeError,
+            "sample.entropy must be float32",
+            call(sample=drawn._replace(entropy=drawn.entropy.bfloat16()), entropy_bound=1.0),
+        ),
+        (
             ValueError,
             r"sample.entropy must have shape \[27\]",
             call(sample=drawn._replace(entropy=drawn.entropy[1:]), entropy_bound=1.0),
         ),
-        (ValueError, r"cu_rows must run from 0 to 27, got 0 to 26", call(cu_rows=cu_rows.clamp(max=26))),
-        (ValueError, "cu_rows must ascend", call(cu_rows=torch.tensor([0, 9, 3, 27], dtype=torch.int32))),
-        (ValueError, r"outside of \[0, 55\)", call(rows=rows + 60)),
     ]
+    if device.type == "cpu":  # which reads values
+        wrong += [
+            (ValueError, r"cu_rows must run from 0 to 27, got 0 to 26", call(cu_rows=cu_rows.clamp(max=26))),
+            (ValueError, "cu_rows must ascend", call(cu_rows=torch.tensor([0, 9, 3, 27], dtype=torch.int32))),
+            (ValueError, r"outside of \[0, 55\)", call(rows=rows + 60)),
+        ]
     for error, match, function in wrong:
         with pytest.raises(error, match=match):
             function()

@@ -364,31 +364,52 @@ def test_philox_known_answers():
         assert got.dtype == np.uint32 and got.tolist() == want
 
 
-def test_errors(generator):
-    logits = torch.randn(3, 9, generator=generator)
-    sample = illada.sample_tokens
-    ids, values = torch.zeros(2, dtype=torch.int32), torch.zeros(2)
+# -------------------------------------------------------------------------------------------------------------- errors
+
+
+def test_errors(device):
+    here, other, f16 = ("cpu", "meta", "") if device.type == "cpu" else ("cuda:0", "cpu", ", float16")
+    logits, host = torch.zeros(3, 9, device=device), torch.zeros(3, device=other)
+    ids, values = torch.zeros(2, dtype=torch.int32, device=device), torch.zeros(2, device=device)
+    longs = torch.ones(3, dtype=torch.int64, device=device)
+
+    def sample(logits=logits, **keywords):
+        return lambda: illada.sample_tokens(logits, **keywords)
+
     wrong = [
-        (ValueError, r"logits must have shape \[N, V\], got \[3\]", lambda: sample(logits[:, 0])),
-        (TypeError, "logits must be float32, bfloat16, got float16", lambda: sample(logits.half())),
-        (ValueError, "last dimension of logits must be contiguous", lambda: sample(logits.T)),
-        (ValueError, "vocabulary is empty", lambda: sample(logits[:, :0])),
-        (ValueError, "temperature must be finite and >= 0, got -1", lambda: sample(logits, temperature=-1.0)),
-        (ValueError, "got inf in row 2", lambda: sample(logits, temperature=torch.tensor([0, 1, torch.inf]))),
-        (TypeError, "temperature must be float32, got int64", lambda: sample(logits, temperature=torch.ones(3).long())),
-        (ValueError, r"seed must have shape \[3\], got \[2\]", lambda: sample(logits, seed=torch.ones(2).long())),
-        (ValueError, "seed must fit 64 bits", lambda: sample(logits, seed=2**63)),
-        (ValueError, "step must fit 32 bits, got 2147483648", lambda: sample(logits, step=2**31)),
-        (TypeError, "seed must be an integer or a tensor of 3, got 1.5", lambda: sample(logits, seed=1.5)),
-        (TypeError, "step must be an integer or a tensor of 3, got 2.0", lambda: sample(logits, step=2.0)),
-        (TypeError, "row_ids must be int64, got int32", lambda: sample(logits, row_ids=torch.ones(3, dtype=torch.int32))),
-        (ValueError, r"row_ids must be in \[0, 2\^32\), got -1 in row 0", lambda: sample(logits, row_ids=torch.full((3,), -1))),
-        (ValueError, "measure must be one of probability, margin, entropy, random, got 'p'", lambda: sample(logits, measure="p")),
-        (ValueError, "extras may hold 'entropy' and 'margin', got 'x'", lambda: sample(logits, extras=("x",))),
-        (TypeError, "logit_bias ids must be int32", lambda: sample(logits, logit_bias=(ids.long(), values))),
-        (ValueError, r"logit_bias values must have shape \[2\]", lambda: sample(logits, logit_bias=(ids, values[:1]))),
-        (ValueError, "logit_bias id 9 in row 0 is outside", lambda: sample(logits, logit_bias=(ids + 9, values))),
+        (ValueError, r"logits must have shape \[N, V\], got \[3\]", sample(logits[:, 0])),
+        (TypeError, f"logits must be float32, bfloat16{f16}, got float64", sample(logits.double())),
+        (ValueError, "last dimension of logits must be contiguous", sample(logits.T)),
+        (ValueError, "vocabulary is empty", sample(logits[:, :0])),
+        (ValueError, "temperature must be finite and >= 0, got -1", sample(temperature=-1.0)),
+        (ValueError, "temperature must be finite", sample(temperature=float("nan"))),
+        (TypeError, "temperature must be float32, got int64", sample(temperature=longs)),
+        (ValueError, r"seed must have shape \[3\], got \[2\]", sample(seed=longs[:2])),
+        (ValueError, "seed must fit 64 bits", sample(seed=2**63)),
+        (ValueError, "step must fit 32 bits, got 2147483648", sample(step=2**31)),
+        (TypeError, "seed must be an integer or a tensor of 3, got 1.5", sample(seed=1.5)),
+        (TypeError, "step must be an integer or a tensor of 3, got 2.0", sample(step=2.0)),
+        (TypeError, "row_ids must be int64, got int32", sample(row_ids=longs.int())),
+        (ValueError, "measure must be one of probability, margin, entropy, random, got 'p'", sample(measure="p")),
+        (ValueError, "extras may hold 'entropy' and 'margin', got 'x'", sample(extras=("x",))),
+        (TypeError, "logit_bias ids must be int32", sample(logit_bias=(ids.long(), values))),
+        (ValueError, r"logit_bias values must have shape \[2\]", sample(logit_bias=(ids, values[:1]))),
+        (ValueError, f"row_ids is on {other}, but logits is on {here}", sample(row_ids=host.long())),
+        (ValueError, f"temperature is on {other}, but logits is on {here}", sample(temperature=host)),
+        (ValueError, f"seed is on {other}", sample(seed=host.long())),
+        (ValueError, f"step is on {other}", sample(step=host.int())),
+        (ValueError, f"logit_bias ids is on {other}", sample(logit_bias=(host.int(), logits[0, :3]))),
+        (ValueError, f"logit_bias values is on {other}", sample(logit_bias=(longs.int(), host))),
     ]  # fmt: skip
+    if device.type == "cpu":  # which reads values
+        wrong += [
+            (TypeError, "logits must be float32, bfloat16, got float16", sample(logits.half())),
+            (ValueError, "got inf in row 2", sample(temperature=torch.tensor([0, 1, torch.inf]))),
+            (ValueError, r"row_ids must be in \[0, 2\^32\), got -1 in row 0", sample(row_ids=torch.full((3,), -1))),
+            (ValueError, "logit_bias id 9 in row 0 is outside", sample(logit_bias=(ids + 9, values))),
+        ]
+    else:
+        wrong.append((ValueError, "row_ids is on cuda:0, but logits is on cpu", sample(logits.cpu(), row_ids=longs)))
     for error, match, call in wrong:
         with pytest.raises(error, match=match):
             call()
