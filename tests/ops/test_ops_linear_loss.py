@@ -239,7 +239,6 @@ def test_errors(device, monkeypatch):
         (ValueError, r"token_weights must have shape \[6\], got \[5\]", lambda: linear(weights=weights[:5])),
         (TypeError, "rows must be int32, int64, got float32", lambda: linear(rows=rows.float())),
         (ValueError, r"rows must be in \[0, 6\), got 1 .. 6", lambda: linear(rows=rows + 1)),
-        (ValueError, r"rows must ascend, each of them once, got \[1, 1\]", lambda: linear(rows=rows[1:2].expand(2))),
         (ValueError, r"targets\[3\] is 50, outside of \[0, 50\)", lambda: linear(targets=bad)),
         (ValueError, r"weight must have at least one row, got \[0, 8\]", lambda: linear(weight=weight[:0])),
         (ValueError, "last dimension of weight must be contiguous", lambda: linear(weight=weight.t().contiguous().t())),
@@ -263,6 +262,9 @@ def test_errors(device, monkeypatch):
     ]:  # fmt: skip
         with pytest.raises(error, match=match):
             call()
+    if device.type == "cpu":  # which looks at every row
+        with pytest.raises(ValueError, match=r"rows must ascend, each of them once, got \[1, 1\]"):
+            linear(rows=rows[1:2].expand(2))
     weights[3] = 0  # now nobody asks for that target
     assert linear(targets=bad).isfinite()
     assert linear(targets=bad, weights=torch.ones(6, device=device), rows=rows[:3]).isfinite()
