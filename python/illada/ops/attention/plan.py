@@ -7,7 +7,7 @@ from torch import Tensor
 from illada._native import native
 from illada.ops import _library as lib
 from illada.ops import raw
-from illada.ops.types import AttentionPlan
+from illada.ops.op_types import AttentionPlan
 
 lib.LIBRARY.define(
     "attention_plan(Tensor cu_seqlens, Tensor? cu_seqlens_k, Tensor? seqused_k, SymInt total_q, SymInt? total_k, "

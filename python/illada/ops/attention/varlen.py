@@ -11,7 +11,7 @@ from illada.devices import autocast_dtype
 from illada.ops import _library as lib
 from illada.ops.attention import cpu, cuda
 from illada.ops.attention.plan import attention_plan
-from illada.ops.types import AttentionPlan
+from illada.ops.op_types import AttentionPlan
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
