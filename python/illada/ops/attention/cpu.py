@@ -11,6 +11,7 @@ from torch import Tensor
 from illada._native import native
 from illada.ops import _library as lib
 from illada.ops import raw
+from illada.ops.capabilities import LOGITS_DTYPES
 
 
 def _by_group(x: Tensor, groups: int) -> Tensor:
@@ -34,7 +35,6 @@ def _sequences(plan: Tensor, group: int) -> Iterator[tuple[slice, slice]]:
             yield slice(q_start * group, q_end * group), slice(k_start, k_end)
 
 
-_MOST_HEAD_DIM = 256  # largest head dim of csrc/cpu
 _ALL_KEYS = 2**31
 _BFLOAT16_KEYS = 64  # with more keys, torch is faster if the processor multiplies in bfloat16
 
@@ -46,9 +46,9 @@ def _most_keys(q: Tensor) -> int:
 
 def _shares(plan: Tensor, q: Tensor) -> tuple[Tensor, Tensor | None]:
     """Split the rows of a plan into those for csrc/cpu and those for torch; None if torch gets no row."""
-    if q.dtype == torch.float16 or q.shape[2] > _MOST_HEAD_DIM:
+    if q.dtype not in LOGITS_DTYPES["cpu"] or q.shape[2] > native().MAX_HEAD_DIM_CPU:
         return plan[:0], plan
-    if (most := _most_keys(q)) == _BFLOAT16_KEYS:
+    if (most := _most_keys(q)) < _ALL_KEYS:
         many = plan[:, 3] - plan[:, 2] > most
         if many.any():
             return plan[~many], plan[many]
@@ -126,9 +126,7 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, plan: Tensor, num_sequences: int, softmax_scale: float, deterministic: bool
 ) -> tuple[Tensor, Tensor]:
     """Compute (out, lse) of varlen_attention_fwd."""
-    results = lib.cpu_calls().varlen_attention(
-        *(q, k, v, plan, num_sequences, softmax_scale, _MOST_HEAD_DIM, _most_keys(q))
-    )
+    results = lib.cpu_calls().varlen_attention(*(q, k, v, plan, num_sequences, softmax_scale, _most_keys(q)))
     if results is not None:
         return results
     _check_cpu_plan(plan, num_sequences)
@@ -226,10 +224,10 @@ def backward(
     """Compute (dq, dk, dv) of varlen_attention_bwd."""
     # torch would compute the products of a call with dlse in float32, where it gains nothing. Its bits would depend on
     # the number of threads.
-    by_torch = dlse is None or q.dtype != torch.bfloat16 or q.shape[2] > _MOST_HEAD_DIM
+    by_torch = dlse is None or q.dtype != torch.bfloat16 or q.shape[2] > native().MAX_HEAD_DIM_CPU
     most_keys = _most_keys(q) if by_torch else _ALL_KEYS
     grads = lib.cpu_calls().varlen_attention_backward(
-        *(dout, dlse, q, k, v, out, lse, plan, num_sequences, softmax_scale, _MOST_HEAD_DIM, most_keys)
+        *(dout, dlse, q, k, v, out, lse, plan, num_sequences, softmax_scale, most_keys)
     )
     if grads is not None:
         return grads

@@ -52,12 +52,19 @@ def _plan_cpu(
     return plan
 
 
+_BLOCK_ROWS, _MIN_BLOCKS, _SPLIT_SLOTS, _BACKWARD_KEYS = 64, 2, 320, 128  # as in csrc/attention/plan.h
+
+
 def plan_rows(total_q: int, total_k: int | None, num_sequences: int, num_heads: int, num_kv_heads: int) -> int:
-    """Return the number of rows of a plan on CUDA, as `plan_rows` of csrc/attention does, also for symbolic shapes."""
-    block_tokens = max(64 // (num_heads // num_kv_heads), 1)
-    tiles = num_kv_heads * (total_q // (2 * block_tokens) + num_sequences)
-    forward = tiles + num_kv_heads + 320
-    backward = 0 if total_k is None else num_kv_heads * (total_k // 128 + num_sequences)
+    """Return the number of rows of a plan on CUDA, also for symbolic shapes.
+
+    C++ defines it: `plan_rows` in csrc/attention/launch.cpp, which takes no symbols. tests/cuda/test_attention_plan.py
+    compares both over a grid of shapes.
+    """
+    block_tokens = max(_BLOCK_ROWS // (num_heads // num_kv_heads), 1)
+    tiles = num_kv_heads * (total_q // (_MIN_BLOCKS * block_tokens) + num_sequences)
+    forward = tiles + num_kv_heads + _SPLIT_SLOTS
+    backward = 0 if total_k is None else num_kv_heads * (total_k // _BACKWARD_KEYS + num_sequences)
     return 1 + 2 * forward + 2 * backward + num_sequences
 
 

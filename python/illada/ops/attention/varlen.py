@@ -11,9 +11,8 @@ from illada.devices import autocast_dtype
 from illada.ops import _library as lib
 from illada.ops.attention import cpu, cuda
 from illada.ops.attention.plan import attention_plan
+from illada.ops.capabilities import DTYPES
 from illada.ops.op_types import AttentionPlan
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 lib.LIBRARY.define(
     "varlen_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor plan, SymInt num_sequences, float softmax_scale, "
@@ -165,7 +164,7 @@ def varlen_attention(
             return _attend_directly(q, k, v, plan.work, plan.num_sequences, scale, deterministic)
     if (dtype := autocast_dtype(q.device)) is not None:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    lib.check_dtype(op, "q", q, _DTYPES)
+    lib.check_dtype(op, "q", q, DTYPES[op]["cpu"])  # the CUDA kernels refuse float32
     lib.check_dtype(op, "k", k, (q.dtype,))
     lib.check_dtype(op, "v", v, (q.dtype,))
     if q.dim() != 3 or k.dim() != 3 or q.shape[2] != k.shape[2] or v.shape != k.shape:
