@@ -18,7 +18,7 @@ from illada.config import ModelConfig
 from illada.data import corpus
 from illada.data.dataset import SPLITS, TokenDataset
 from illada.data.sources import read_source
-from illada.evaluation import tasks
+from illada.evaluation import dictionaries, questions, tasks
 from illada.model import MaskedDiffusionModel
 from illada.text import training
 from illada.text.chat_template import render_chat_template
@@ -159,7 +159,7 @@ def read_tasks(folder):
 
 def read_wordnet(folder):
     """Read a dictionary, as `illada prepare --dictionary wordnet:PATH` does."""
-    tasks.definition_questions(tasks.read_wordnet(folder), most=100)
+    questions.definition_questions(dictionaries.read_wordnet(folder), most=100)
 
 
 # -------------------------------------------------------------------------------------------------------------- training
