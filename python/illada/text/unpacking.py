@@ -15,7 +15,7 @@ from typing import BinaryIO
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 _SKIPPED = tuple(bytes([0x50 + i, 0x2A, 0x4D, 0x18]) for i in range(16))  # a zstd frame without text, as pzstd writes
 _BLOCK = 1 << 16  # bytes unpacked at a time
-_PACKED = 1 << 12  # bytes of a zstd file unpacked at a time: they can become 130 MB, but of text they become 20 KB
+_PACKED = 1 << 9  # bytes of a zstd file unpacked at a time: of text they become 2 KB, of bytes made for it 16 MB
 
 
 def open_unpacked(path: str | Path) -> io.BufferedReader:
