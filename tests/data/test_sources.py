@@ -354,4 +354,4 @@ def test_memory_does_not_grow_with_a_file(kind, packed, tmp_path):
     )
     run = subprocess.run([sys.executable, "-c", script, str(file)], capture_output=True, text=True, check=True)
     count, whole, grown = run.stdout.split()
-    assert (count, whole) == ("1" if kind == "txt" else "20000", "True") and int(grown) < 20, run.stdout
+    assert (count, whole) == ("1" if kind == "txt" else "20000", "True") and int(grown) < 50, run.stdout
