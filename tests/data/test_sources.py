@@ -11,6 +11,7 @@ import warnings
 
 import pytest
 
+from illada import cli
 from illada.data.corpus import prepare
 from illada.data.sources import PIECE, open_sources, read_source
 
@@ -108,7 +109,7 @@ def test_what_is_left_out_is_counted_by_reason(tmp_path):
         (folder / f"sub{i}").mkdir(parents=True)
         (folder / f"sub{i}" / "a.txt").write_text(f"text {i}")
         (folder / f"sub{i}" / "paper.PDF").write_bytes(b"%PDF \xff\x00")
-    (folder / "latin.md").write_bytes(b"caf\xe9 au lait")
+    (folder / "latin.md").write_bytes(b"ca\xf1on")
     (folder / "old.txt").write_bytes(b"fine " * 100_000 + b"\xff")
     (folder / "wide.txt").write_bytes("text".encode("utf-16"))
     (folder / "pointer.txt").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
@@ -129,7 +130,7 @@ def test_what_is_left_out_is_counted_by_reason(tmp_path):
     assert said.startswith("17 of 23 files left out: 5 pdf, 2 damaged (first: ") and "\n" not in said
     assert said.endswith("; 2 hidden files and folders not looked at")
     for part in (
-        f"2 not UTF-8 (first: {folder}/latin.md, line 1 is not UTF-8 text: byte 0xe9 at position 3; it looks like",
+        f"2 not UTF-8 (first: {folder}/latin.md, line 1 is not UTF-8 text: byte 0xf1 at position 2; it looks like",
         "2 not files (first: ",
         "1 UTF-16 (first: ",
         "1 Git LFS pointers (first: ",
@@ -311,7 +312,7 @@ def test_missing_packages_name_the_extra(module, source, tmp_path, saved, monkey
             list(read_source(str(name)))
 
 
-def test_several_sources_make_one_corpus(tmp_path):
+def test_several_sources_make_one_corpus(tmp_path, capsys):
     (tmp_path / "in").mkdir()
     for i in range(20):
         (tmp_path / "in" / f"{i}.MD").write_text(f"document {i} of the first source " * 9)
@@ -321,6 +322,14 @@ def test_several_sources_make_one_corpus(tmp_path):
     header = prepare(names, tmp_path / "c", vocab_size=300, text_column="body", validation_fraction=0.3, progress=False)
     assert [source["name"] for source in header["sources"]] == names
     assert sum(source["documents"] for source in header["sources"]) >= 40
+    options = [option for name in names for option in ("--source", name)]
+    options += ["--out", str(tmp_path / "e"), "--vocab-size", "300", "--validation-fraction", "0.3"]
+    assert cli.main(["prepare", *options, "--text-column", "body"]) == 0
+    said = capsys.readouterr().out
+    assert all(f"documents of {name}\n" in said for name in names)
+    assert json.loads((tmp_path / "e" / "corpus.json").read_text()) == header
+    assert cli.main(["prepare", *options, "--overwrite"]) == 2
+    assert "(--text-column NAME chooses one)" in capsys.readouterr().err
     with pytest.raises(ValueError, match='b.csv.gz, line 1: expected a column "text"; there is body'):
         prepare(names, tmp_path / "d", vocab_size=300)
     with pytest.raises(ValueError, match="has 1 documents, too little text"):

@@ -18,6 +18,7 @@ def add_parser(commands: Any) -> None:
         "into tasks for `illada eval`, made from the held-out split; without --source, of a corpus that is there.",
         epilog="example:\n  illada prepare --source dir:~/books --out data/books --vocab-size 8192\n"
         "  illada prepare --source jsonl:chat.jsonl --out data/chat --tokenizer data/books/tokenizer.json\n"
+        "  illada prepare --source ~/books --source csv:reviews.csv.gz --text-column body --out data/both\n"
         "  illada prepare --source stdlib --out data/stdlib --tasks all\n"
         "  illada prepare --out data/stdlib --tasks definitions --dictionary wordnet:/usr/share/wordnet --overwrite",
         formatter_class=argparse.RawDescriptionHelpFormatter,
