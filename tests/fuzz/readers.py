@@ -345,7 +345,7 @@ def make_valid(root):
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    values = {"step": 1, "tokens_seen": 64, "unlogged_losses": [2.5]}
+    values = {"step": 1, "tokens_seen": 64, "unlogged_losses": [2.5], "decay_step": 1, "validation_bounds": [(1, 2.4)]}
     train_state.save(run / "checkpoints", model, optimizer, config, tokenizer=tokenizer, **values)
     (run / "run.toml").write_text(config.to_toml())
     metrics = [
