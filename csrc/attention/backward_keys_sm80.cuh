@@ -43,7 +43,7 @@ struct KeysLoader {
     const WorkItem& item = shared.item;
     const uint32_t thread = ptx::reread_thread_index();
     const TileCopier copier(thread);
-    RowWalk walk(tile * Tiles::kTile + copier.row, a.group);
+    RowWalk walk(tile * Tiles::kTile + copier.row, a.group);  // one division per tile
     const int q_start = item.q_start, tokens = item.q_count, kv_head = item.kv_head;
     const char* const q =
         static_cast<const char*>(a.q) + q_start * a.q_token_bytes + kv_head * a.group * a.q_head_bytes;
@@ -61,19 +61,23 @@ struct KeysLoader {
       const int row = tile * Tiles::kTile + int(thread), rows = tokens * a.group;
       const RowStatistics* const first = a.rows + (int64_t(kv_head) * a.total_q + q_start) * a.group;
       RowStatistics& target = shared.rows[tile & 1][thread];
+      // Rows behind the last one get probabilities of exactly 0: they add nothing to dk and dv.
       row < rows ? cute::SM80_CP_ASYNC_CACHEALWAYS<RowStatistics>::copy(first[row], target)
                  : void(target = RowStatistics{INFINITY, 0});
     }
   }
 };
 
-// Converts the scores s and the products dp of 16 rows to p and ds, both [keys, rows]. `rows`: their statistics.
-template <typename T, int kBlocks>
+// Converts the scores s and the products dp of 16 rows to p and ds, both [keys, rows]. `rows`: the statistics of their
+// tile, in which they begin at `first`. (One pointer to the first of them costs up to 24 instructions on sm_120.)
+template <typename T, int kBlocks, int kTile>
 __device__ __forceinline__ void weigh_rows(float (&s)[kBlocks][8], const float (&dp)[kBlocks][8],
                                            uint32_t (&p)[kBlocks][4], uint32_t (&ds)[kBlocks][4],
-                                           const RowStatistics* rows, const BackwardArguments& a, uint32_t thread) {
-  const auto statistics = [&](int n) {  // of two neighbouring rows; read again, because registers are few
-    return *reinterpret_cast<const float4*>(&rows[8 * n + thread % 4 * 2]);
+                                           const RowStatistics (&rows)[kTile], int first, const BackwardArguments& a,
+                                           uint32_t thread) {
+  // Statistics of two neighbouring rows. They are read again for each use, because registers are few.
+  const auto statistics = [&](int n) {
+    return *reinterpret_cast<const float4*>(&rows[first + 8 * n + thread % 4 * 2]);
   };
   bool far = false;
 #pragma unroll
@@ -127,7 +131,7 @@ __device__ __forceinline__ bool open_keys(const BackwardArguments& a, BackwardSt
   const int first_key = int(blockIdx.x % kParts) * kOwn;
   part.k_start += first_key;
   part.k_count = min(part.k_count - first_key, kOwn);
-  if (part.k_count <= 0) return false;
+  if (part.k_count <= 0) return false;  // for all threads: none waits at the barrier below
   if (threadIdx.x == 0) shared.item = part;
   __syncthreads();
   return true;
@@ -148,7 +152,7 @@ __global__ __launch_bounds__(kCtaThreads<kHeadDim>, kKeysCtas<kHeadDim>) void il
   loader.start_keys(0, a.k, a.k_token_bytes, a.k_head_bytes);
   loader.start_keys(1, a.v, a.v_token_bytes, a.v_head_bytes);
   uint32_t k[kBlocks][kColumns / 16][4], v[kBlocks][kColumns / 16][4];
-  load_own_operands<kHeadDim>(k, v, loader.ring, [&] {
+  load_own_operands<kHeadDim>(k, v, loader.ring, threadIdx.x, [&] {
     if (item.q_count > 0) loader.start_tile(0);
   });
 
@@ -158,11 +162,11 @@ __global__ __launch_bounds__(kCtaThreads<kHeadDim>, kKeysCtas<kHeadDim>) void il
   // No mask is needed. Rows behind the item's last row repeat the last token with probabilities of 0. Keys behind its
   // last key have separate sums, which are never stored. The number of rows is read again, because there is no register
   // to keep it in.
-#pragma unroll 1
+#pragma unroll 1  // two steps at once would need twice the registers of s, dp, p and ds
   for (int row = 0; row < item.q_count * a.group; row += 16) {
     if (row % kTile == 0) {
-      cute::cp_async_wait<0>();
-      __syncthreads();
+      cute::cp_async_wait<0>();  // the own copies of this tile; the barrier stands for those of the other threads
+      __syncthreads();           // all warps have left the other stage, which the next copies overwrite
       if (row + kTile < item.q_count * a.group) loader.start_tile(row / kTile + 1);
     }
     const uint32_t thread = ptx::reread_thread_index();
@@ -175,7 +179,7 @@ __global__ __launch_bounds__(kCtaThreads<kHeadDim>, kKeysCtas<kHeadDim>) void il
     multiply_pair<T, kHeadDim>(s, dp, k, v, q_rows + at.rows, dout_rows + at.rows);
     add_other_slice<kHeadDim>(s, dp, shared, row / 16, thread);
     uint32_t p[kBlocks][4], ds[kBlocks][4];
-    weigh_rows<T>(s, dp, p, ds, &shared.rows[stage][row % kTile], a, thread);
+    weigh_rows<T>(s, dp, p, ds, shared.rows[stage], row % kTile, a, thread);
     add_product<T, kHeadDim>(dv, p, dout_rows + at.columns);
     add_product<T, kHeadDim>(dk, ds, q_rows + at.columns);
   }

@@ -63,44 +63,40 @@ __device__ __forceinline__ int row_of(int thread, int m, int i) {
   return thread / 32 / Tiles::kSlices * Tiles::kTeamRows + thread % 32 / 4 + m * 16 + i * 8;
 }
 
-// Statistics of a lane's rows, which stay in registers.
-template <int kHeadDim>
-struct OwnStatistics {
-  static constexpr int kBlocks = BackwardTiles<kHeadDim>::kBlocks;
-  RowStatistics rows[kBlocks][2];
-  bool far;  // of any row of the warp, see is_far
-
-  __device__ __forceinline__ OwnStatistics(const BackwardArguments& a, const WorkItem& item) {
+// Loads the statistics of a lane's rows, which stay in registers. Returns whether any row of the warp is far (is_far).
+template <int kHeadDim, int kBlocks>
+__device__ __forceinline__ bool load_statistics(RowStatistics (&rows)[kBlocks][2], const BackwardArguments& a,
+                                                const WorkItem& item) {
 #pragma unroll
-    for (int m = 0; m < kBlocks; ++m) {
+  for (int m = 0; m < kBlocks; ++m) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int row = row_of<kHeadDim>(int(threadIdx.x), m, i);
-        const int64_t first = (int64_t(item.kv_head) * a.total_q + item.q_start) * a.group;
-        rows[m][i] = row < item.q_count * a.group ? a.rows[first + row] : RowStatistics{0, 0};
-      }
+    for (int i = 0; i < 2; ++i) {
+      const int row = row_of<kHeadDim>(int(threadIdx.x), m, i);
+      const int64_t first = (int64_t(item.kv_head) * a.total_q + item.q_start) * a.group;
+      // Behind the item's last row: dq is never stored there, and 0 is not far.
+      rows[m][i] = row < item.q_count * a.group ? a.rows[first + row] : RowStatistics{0, 0};
     }
-    far = false;
-#pragma unroll
-    for (int m = 0; m < kBlocks; ++m) far = far || is_far(rows[m][0].offset) || is_far(rows[m][1].offset);
-    far = __any_sync(kFullWarp, far);
   }
-};
+  bool far = false;
+#pragma unroll
+  for (int m = 0; m < kBlocks; ++m) far = far || is_far(rows[m][0].offset) || is_far(rows[m][1].offset);
+  return __any_sync(kFullWarp, far);
+}
 
-// Converts the scores s and the products dp of 16 keys to ds, [rows, keys]. Only `left` of the keys exist.
-template <typename T, int kHeadDim, int kBlocks>
+// Converts the scores s and the products dp of 16 keys to ds, [rows, keys]. Only `left` of the keys exist. `rows`,
+// `far`: from load_statistics. (A struct of both changes the order of the branches on sm_100 and sm_120.)
+template <typename T, int kBlocks>
 __device__ __forceinline__ void weigh_keys(float (&s)[kBlocks][8], const float (&dp)[kBlocks][8],
-                                           uint32_t (&ds)[kBlocks][4], const OwnStatistics<kHeadDim>& statistics,
-                                           const BackwardArguments& a, int left) {
+                                           uint32_t (&ds)[kBlocks][4], const RowStatistics (&rows)[kBlocks][2],
+                                           bool far, const BackwardArguments& a, int left) {
 #pragma unroll
   for (int m = 0; m < kBlocks; ++m) {
     // Beside very small scores, a padding score of 0 would be infinitely large.
     if (left < 16) mask_scores(s[m], left);
-    exponentiate(s[m], a.scale, a.scale_log2, statistics.far,
-                 [&](int j) { return statistics.rows[m][j / 2 % 2].offset; });
+    exponentiate(s[m], a.scale, a.scale_log2, far, [&](int j) { return rows[m][j / 2 % 2].offset; });
 #pragma unroll
     for (int j = 0; j < 8; j += 2) {
-      const float c = statistics.rows[m][j / 2 % 2].c;
+      const float c = rows[m][j / 2 % 2].c;
       ds[m][j / 2] = pack2<T>(s[m][j] * (dp[m][j] - c), s[m][j + 1] * (dp[m][j + 1] - c));
     }
   }
@@ -136,8 +132,9 @@ __device__ __forceinline__ bool open_queries(const BackwardArguments& a, Backwar
   const int first_token = int(blockIdx.x % kParts) * a.own_tokens;
   part.q_start += first_token;
   part.q_count = min(part.q_count - first_token, a.own_tokens);
-  if (part.split != 0 || part.q_count <= 0) return false;
-  // dq sums over all keys, but the plan may split them. The key splits of a tile are neighbours in the list.
+  if (part.split != 0 || part.q_count <= 0) return false;  // for all threads: none waits at the barrier below
+  // dq sums over all keys, but the plan may split them: the CTA of the first split takes the keys of all. The key
+  // splits of a tile are neighbours in the list.
   const WorkItem& last = forward_items(a.plan)[min(index + part.splits, items) - 1];
   part.k_count = last.k_start + last.k_count - part.k_start;
   if (threadIdx.x == 0) shared.item = part;
@@ -161,9 +158,10 @@ __global__ __launch_bounds__(kCtaThreads<kHeadDim>, kQueriesCtas<kHeadDim>) void
   const QueriesLoader<kHeadDim> loader{a, item, ptx::smem_address(shared.stage)};
   loader.start_rows(0, a.q, a.q_token_bytes, a.q_head_bytes);
   loader.start_rows(1, a.dout, a.dout_token_bytes, a.dout_head_bytes);
-  const OwnStatistics<kHeadDim> statistics(a, item);
+  RowStatistics statistics[kBlocks][2];
+  const bool far = load_statistics<kHeadDim>(statistics, a, item);
   uint32_t q[kBlocks][kColumns / 16][4], dout[kBlocks][kColumns / 16][4];
-  load_own_operands<kHeadDim>(q, dout, loader.ring, [&] {
+  load_own_operands<kHeadDim>(q, dout, loader.ring, threadIdx.x, [&] {
     if (item.k_count > 0) loader.start_tile(0);
   });
 
@@ -173,13 +171,13 @@ __global__ __launch_bounds__(kCtaThreads<kHeadDim>, kQueriesCtas<kHeadDim>) void
 #pragma unroll 1
   for (int first = 0; first < keys; first += 16 * kSteps) {
     if (first % kTile == 0) {
-      cute::cp_async_wait<0>();
+      cute::cp_async_wait<0>();  // as in the keys kernel
       __syncthreads();
       if (first + kTile < keys) loader.start_tile(first / kTile + 1);
     }
     const uint32_t thread = ptx::reread_thread_index();
     const Fragments<Tiles::kRowBytes> at(thread);
-#pragma unroll
+#pragma unroll  // where registers allow more than one step: products of one run beside the exponentials of another
     for (int step = 0; step < kSteps; ++step) {
       const uint32_t k_rows = loader.ring + first / kTile % 2 * Tiles::kStageBytes +
                               (first % kTile + step * 16) * Tiles::kRowBytes + Tiles::slice_bytes(thread);
@@ -187,7 +185,7 @@ __global__ __launch_bounds__(kCtaThreads<kHeadDim>, kQueriesCtas<kHeadDim>) void
       multiply_pair<T, kHeadDim>(s, dp, q, dout, k_rows + at.rows, k_rows + Tiles::kTileBytes + at.rows);
       add_other_slice<kHeadDim>(s, dp, shared, first / 16 + step, thread);
       uint32_t ds[kBlocks][4];
-      weigh_keys<T>(s, dp, ds, statistics, a, keys - first - step * 16);
+      weigh_keys<T>(s, dp, ds, statistics, far, a, keys - first - step * 16);
       add_product<T, kHeadDim>(dq, ds, k_rows + at.columns);
     }
   }

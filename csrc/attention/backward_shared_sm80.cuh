@@ -163,7 +163,7 @@ __device__ __forceinline__ void add_other_slice(float (&s)[kBlocks][8], float (&
       sums[warp][i][lane] = make_float4(s[0][4 * i], s[0][4 * i + 1], s[0][4 * i + 2], s[0][4 * i + 3]);
       sums[warp][2 + i][lane] = make_float4(dp[0][4 * i], dp[0][4 * i + 1], dp[0][4 * i + 2], dp[0][4 * i + 3]);
     }
-    ptx::barrier_sync(1 + warp / 2, 64);
+    ptx::barrier_sync(1 + warp / 2, 64);  // of the team; barrier 0 is that of __syncthreads
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const float4 x = sums[warp ^ 1][i][lane], y = sums[warp ^ 1][2 + i][lane];
@@ -181,25 +181,25 @@ __device__ __forceinline__ void add_other_slice(float (&s)[kBlocks][8], float (&
 
 // Address of the rows of a thread's team in stage 0, in the layout of the A operand.
 template <int kHeadDim>
-__device__ __forceinline__ uint32_t own_rows(uint32_t ring) {
+__device__ __forceinline__ uint32_t own_rows(uint32_t ring, uint32_t thread) {
   using Tiles = BackwardTiles<kHeadDim>;
-  return ring + threadIdx.x / 32 / Tiles::kSlices * (Tiles::kTeamRows * Tiles::kRowBytes) +
-         Tiles::slice_bytes(threadIdx.x) + Fragments<Tiles::kRowBytes>(threadIdx.x).columns;
+  return ring + thread / 32 / Tiles::kSlices * (Tiles::kTeamRows * Tiles::kRowBytes) + Tiles::slice_bytes(thread) +
+         Fragments<Tiles::kRowBytes>(thread).columns;
 }
 
 // Loads the CTA's own operands from the two stages to registers, and starts the copies of the first tile into stage 0
 // as soon as x has left it. `start_tile`: starts these copies, if there is a tile.
 template <int kHeadDim, int kBlocks, int kSteps, typename StartTile>
 __device__ __forceinline__ void load_own_operands(uint32_t (&x)[kBlocks][kSteps][4], uint32_t (&y)[kBlocks][kSteps][4],
-                                                  uint32_t ring, const StartTile& start_tile) {
-  const uint32_t own = own_rows<kHeadDim>(ring);
-  cute::cp_async_wait<1>();
+                                                  uint32_t ring, uint32_t thread, const StartTile& start_tile) {
+  const uint32_t own = own_rows<kHeadDim>(ring, thread);
+  cute::cp_async_wait<1>();  // x; y may still be on its way
   __syncthreads();
   load_operand<kHeadDim>(x, own);
-  __syncthreads();
+  __syncthreads();  // x has left stage 0 in all warps
   start_tile();
-  cute::cp_async_fence();
-  cute::cp_async_wait<1>();
+  cute::cp_async_fence();    // even without a tile, so that the next wait means y in any case
+  cute::cp_async_wait<1>();  // y; the first tile may still be on its way
   __syncthreads();
   load_operand<kHeadDim>(y, own + BackwardTiles<kHeadDim>::kStageBytes);
 }

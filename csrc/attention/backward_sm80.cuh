@@ -5,6 +5,10 @@
 //             group) of their sequence and computes dk and dv with 4 products.
 //   queries   A CTA has 64 or 128 rows of a forward item. It walks over all keys and computes dq with 3 products.
 //
+//             reads once       walks over          keeps in registers           writes once
+//   keys      its k and v      tiles of q, dout    k, v, sums of dk and dv      dk, dv
+//   queries   its q and dout   tiles of k, v       q, dout, sums of dq          dq
+//
 // The two kernels mirror each other:
 //
 //   choose the CTA's part of an item (open_keys, open_queries)
