@@ -80,7 +80,7 @@ void launch_sample_tokens_combine(const SampleTokensParams& params, const Device
 // ranges of its group. The head weight therefore comes from memory once for all of them.
 struct HeadTask {
   int row_tile;
-  int vocab_range;  // HeadPlan::vocab_ranges means none: this CTA only keeps in step with its neighbour
+  int vocab_range;  // HeadPlan::vocab_ranges means none: this CTA only takes as many stages as its neighbour
   int tiles;        // number of vocab tiles (kTileSlices slices) that both CTAs of the cluster walk over
   bool shares_ids;  // true: the CTAs of a cluster share the tiles of the head weight
 };
