@@ -7,7 +7,7 @@ import torch
 import illada
 from illada._native import native
 from illada.ops import raw
-from illada.ops.types import RemaskStatus, TokenSample
+from illada.ops.op_types import RemaskStatus, TokenSample
 
 
 def make_remask(device):

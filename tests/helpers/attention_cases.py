@@ -139,7 +139,7 @@ def dims_and_ways(ways: Sequence[str]) -> list:
 @pytest.fixture
 def sums_in_short_packs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Packs this small would all recompute scores."""
-    monkeypatch.setattr(illada.ops.attention, "_REPEATABLE_LENGTH", 0)
+    monkeypatch.setattr(illada.ops.attention.cuda, "_REPEATABLE_LENGTH", 0)
 
 
 @contextmanager
@@ -148,7 +148,7 @@ def going(way: str) -> Iterator[bool]:
     deterministic, recompute = WAYS[way]
     with pytest.MonkeyPatch.context() as patch:
         if recompute:
-            patch.setattr(illada.ops.attention, "_REPEATABLE_LENGTH", 1 << 20)
+            patch.setattr(illada.ops.attention.cuda, "_REPEATABLE_LENGTH", 1 << 20)
         yield deterministic
 
 

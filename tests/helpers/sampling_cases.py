@@ -9,7 +9,7 @@ from sample_filters import to_host
 
 import illada
 from illada.ops import reference
-from illada.ops.types import TokenSample
+from illada.ops.op_types import TokenSample
 from illada.testing import assert_close_like, plain_sample
 
 ALL = ("entropy", "margin")

@@ -30,7 +30,7 @@ CASES = [  # T, C, V, share of masked rows, spread of the logits: what the row i
 def _path(request, monkeypatch):
     """Run each test with a GPU's own kernels, where it has some, and without them."""
     if request.param == "portable":
-        monkeypatch.setattr(linear_loss, "_fwd_sm90", lambda *arguments, **keywords: None)
+        monkeypatch.setattr(linear_loss.kernels, "forward_sm90", lambda *arguments, **keywords: None)
 
 
 @pytest.mark.parametrize("with_rows", [True, False])

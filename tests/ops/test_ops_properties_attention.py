@@ -29,7 +29,7 @@ CASES = [
 
 @pytest.fixture(params=["sums"])
 def _way(request, monkeypatch):
-    monkeypatch.setattr(illada.ops.attention, "_REPEATABLE_LENGTH", 1 << 20 if request.param == "recompute" else 0)
+    monkeypatch.setattr(illada.ops.attention.cuda, "_REPEATABLE_LENGTH", 1 << 20 if request.param == "recompute" else 0)
 
 
 def run_on(device, tensors, lengths, d_out, **keywords):

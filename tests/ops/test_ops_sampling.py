@@ -8,7 +8,7 @@ from sampling_cases import ALL, assert_same, both, make_rows, on
 
 import illada
 from illada.ops import raw, reference
-from illada.ops.types import TokenSample
+from illada.ops.op_types import TokenSample
 from illada.philox import philox4x32
 from illada.testing import assert_close_like, plain_sample
 
