@@ -127,6 +127,7 @@ def read_corpus(folder):
         dataset = TokenDataset(folder, split)
         dataset.windows(np.arange(min(2, dataset.num_windows(8))), 8)
         dataset.unigram_entropy()
+        sum(map(len, dataset.documents()))
     config = load_config(None, ["data.window=8", "model.preset=tiny"])
     config.model_config(dataset.header)
     tasks.prepare_tasks(folder, ["cloze_word"])

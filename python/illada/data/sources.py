@@ -39,6 +39,31 @@ def read_source(source: str) -> Iterator[str]:
     return ("".join(pieces) for pieces in open_source(source))
 
 
+class Source:
+    """A source of text.
+
+    Attributes:
+        name: of the source, by which a training configuration can weigh it.
+        left_out: what of it is not text, counted by kind; complete after `documents` was read to its end.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.left_out: dict[str, int] = {}
+        self._documents = open_source(name)
+
+    def documents(self) -> Iterator[Iterator[str]]:
+        """Return the documents, each in pieces, to be read before the next."""
+        return self._documents
+
+
+def open_sources(sources: Iterable[str], text_column: str | None = None) -> list[Source]:
+    """Return the sources of these names; errors as of `open_source`."""
+    if text_column is not None:
+        raise ValueError("text_column is for sources with columns")
+    return [Source(source) for source in sources]
+
+
 def open_source(source: str) -> Iterator[Iterator[str]]:
     """Return the documents of a source in a fixed order, each in pieces, to be read before the next.
 
