@@ -38,7 +38,12 @@ _STATE = {
 }
 
 #: What may not change between a run and its resumption: it would make another run of it.
-_FIXED_KEYS = {"model": None, "diffusion": None, "data": ("window",), "train": ("seed", "windows_per_step", "dtype")}
+_FIXED_KEYS = {
+    "model": None,
+    "diffusion": None,
+    "data": ("window", "weights"),
+    "train": ("seed", "windows_per_step", "dtype"),
+}
 
 
 def save(
