@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 from illada.data.sources import PIECE
 from illada.text.tokenizer_files import encode_as_text, library_errors
+from illada.text.words import WordEncoder
 
 _BATCH = 1 << 20  # characters handed to the tokenizer's threads at a time: it needs about 70 bytes for each
 _MARGIN = 256  # characters on both sides of a cut that decide whether it changes the tokens
@@ -62,6 +63,8 @@ class Encoder:
         self.tokenizer, self.eos, self.control, self.dtype = tokenizer, eos, control, np.dtype(dtype)
         self.never = np.array(list(control), dtype=np.int64)
         self.rough = 0
+        self._words = WordEncoder(tokenizer, control, self.dtype) if WordEncoder.can_encode(tokenizer) else None
+        self._compared = False
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text by the tokenizer alone."""
@@ -102,7 +105,19 @@ class Encoder:
             size = sum(len(text.encode()) for text, _ in batch)
             yield np.concatenate(parts), np.array(starts, dtype=np.int64), size
 
-    def _encode(self, texts: list[str]) -> Iterator[NDArray]:
+    def _encode(self, texts: list[str]) -> Iterable[NDArray]:
+        """Return the ids of each text."""
+        if self._words is None or (found := self._words.encode(texts)) is None:
+            return self._encode_by_library(texts)
+        if self._compared:
+            return found
+        expected = list(self._encode_by_library(texts))  # of the first texts, in case the library has changed
+        self._compared = True
+        if not all(map(np.array_equal, found, expected)):
+            self._words = None
+        return expected
+
+    def _encode_by_library(self, texts: list[str]) -> Iterator[NDArray]:
         with library_errors("the tokenizer cannot encode the text"):
             encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         for text, encoding in zip(texts, encodings, strict=True):
