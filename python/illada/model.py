@@ -484,17 +484,34 @@ class MaskedDiffusionModel(nn.Module):
         Raises:
             TypeError, ValueError: As `forward`, `head_weight` and `illada.linear_masked_cross_entropy`.
         """
+        return self.loss_and_nll(batch, normalizer=normalizer)[0]
+
+    def loss_and_nll(self, batch: Batch, *, normalizer: float | Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Compute `loss`, and beside it the negative log-likelihood of each token.
+
+        Args:
+            batch: See `loss`.
+            normalizer: See `loss`.
+
+        Returns:
+            The loss, and the negative log-likelihoods, float32 [T], in nats: 0 where nothing is masked, without a
+            gradient.
+
+        Raises:
+            TypeError, ValueError: As `loss`.
+        """
         hidden = self(batch.tokens, batch.cu_seqlens, position_ids=batch.position_ids)
-        loss = linear_masked_cross_entropy(
+        found = linear_masked_cross_entropy(
             hidden,
             self.head_weight,
             batch.targets,
             batch.token_weights,
             rows=batch.rows,
             normalizer=float(batch.num_tokens) if normalizer is None else normalizer,
+            return_nll=True,
         )
-        assert isinstance(loss, Tensor)
-        return loss
+        assert isinstance(found, tuple)
+        return found[0], found[1]
 
     def _check(self, tokens: Tensor, rows: Tensor | None) -> None:
         if tokens.dim() != 1:

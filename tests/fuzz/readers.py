@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import gzip
 import json
 import math
 import runpy
@@ -37,7 +38,9 @@ def load():
     import datasets  # noqa: F401
     import lm_eval.api.instance  # noqa: F401
     import matplotlib.backends.backend_agg  # noqa: F401
+    import pyarrow.parquet  # noqa: F401
     import torch.distributed.fsdp  # noqa: F401
+    import zstandard  # noqa: F401
 
     import illada.evaluation.lm_eval  # noqa: F401
 
@@ -147,6 +150,13 @@ def read_texts(folder):
     sum(map(len, read_source(f"dir:{folder}")))
 
 
+def read_records(folder):
+    """Read files of records, compressed ones and a saved dataset, as sources that are named."""
+    for path in sorted(folder.iterdir()):
+        sum(map(len, read_source(str(path))))
+    sum(map(len, read_source(f"dir:{folder}")))
+
+
 def read_questions(folder):
     """Read the files of `illada score --file` and `illada generate --prompt-file`."""
     options = sampling.argparse.Namespace(candidate=None, context="", file=folder / "questions.jsonl")
@@ -198,7 +208,7 @@ def read_log(folder):
         log.has_validation(1)
         log.validation(step=2, seconds=1.0, bound=2.0, unigram_entropy=3.0)
         values = dict.fromkeys(("loss", "learning_rate", "grad_norm", "tokens_per_second", "data_wait"), 1.0)
-        log.train(step=2, seconds=1.0, tokens_seen=9, **values)
+        log.train(step=2, seconds=1.0, tokens_seen=9, loss_by_t=[None], **values)
         if zlib.crc32(content) % 8 == 0:  # it takes half a second
             log.plot()
     finally:
@@ -247,6 +257,25 @@ TEMPLATE = (
 )
 
 
+def _records(root, texts):
+    """Files of records of each kind, each in two forms where it has them."""
+    import datasets
+    import pyarrow
+    import pyarrow.parquet
+    import zstandard
+
+    texts = [*texts[:3], None, 'a "quoted" text, é\n']
+    data = datasets.Dataset.from_dict({"id": range(len(texts)), "text": texts})
+    data.save_to_disk(root / "saved")
+    table = pyarrow.table({"id": range(len(texts)), "text": texts})
+    pyarrow.parquet.write_table(table, root / "plain.parquet", compression="none", use_dictionary=False)
+    pyarrow.parquet.write_table(table, root / "packed.parquet", compression="zstd", row_group_size=2)
+    rows = ['"' + (text or "").replace('"', '""') + f'",{i}\n' for i, text in enumerate(texts)]
+    written = "".join(["text,id\n", *rows]).encode()
+    files = {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    return {**files, "a.csv": written, "b.csv.gz": gzip.compress(written), "c.csv.zst": zstandard.compress(written)}
+
+
 def make_valid(root):
     """Return {name: files} of everything that is read, made in a folder."""
     valid = {}
@@ -291,6 +320,7 @@ def make_valid(root):
     valid["prepare"] = {"tokenizer.json": tokenizer.read_bytes(), "text.jsonl": lines.encode()}
     valid["template"] = {"chat_template.jinja": TEMPLATE.encode()}
     valid["texts"] = {"text.jsonl": lines.encode(), "a.txt": "déjà\nvu\r\n".encode(), "b.json": b'{"a": 1}'}
+    valid["records"] = _records(root / "records", texts)
     questions = [{"context": "a", "candidates": ["b", "c"]}, {"context": "", "candidates": ["d"]}]
     valid["questions"] = {"questions.jsonl": "".join(json.dumps(q) + "\n" for q in questions).encode()}
     valid["wordnet"] = _wordnet()

@@ -14,6 +14,7 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_runs import change, metrics, same, settings, weights
 
 from illada import cli
 from illada.checkpoints.weights import load_pretrained
@@ -24,58 +25,9 @@ from illada.files import write_text
 from illada.ops import capabilities
 from illada.train import evaluate, load_config, loop, train
 from illada.train import state as train_state
-from illada.train.config import OptimizerConfig, ScheduleConfig, TrainConfig
+from illada.train.config import TrainConfig
 from illada.train.log import Log
 from illada.train.pace import Pace
-from illada.train.schedule import learning_rate
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    for i in range(40):
-        (folder / f"{i}.txt").write_text(f"a b c d e f g h {i} " * 40)
-    out = tmp_path_factory.mktemp("data") / "corpus"
-    prepare(f"dir:{folder}", out, vocab_size=300, validation_fraction=0.2)
-    return out
-
-
-@pytest.fixture
-def config(corpus, tmp_path):
-    return load_config(None, settings(corpus, tmp_path / "run"))
-
-
-def settings(corpus, out, **more):
-    values = {
-        "model.preset": '"tiny"', "model.hidden_size": 32, "model.intermediate_size": 48, "model.num_hidden_layers": 1,
-        "model.num_attention_heads": 4, "data.path": f'"{corpus}"', "data.window": 32, "train.out_dir": f'"{out}"',
-        "train.steps": 6, "train.windows_per_step": 4, "train.windows_per_micro_batch": 2, "train.log_every": 1,
-        "train.save_every": 2, "train.keep_last": 10, "schedule.warmup_steps": 2, "optimizer.learning_rate": 1e-2,
-        "validation.every": 3, "validation.windows": 4, "validation.strata": 2, **more,
-    }  # fmt: skip
-    return [f"--{key}={value}" for key, value in values.items()]
-
-
-def change(config, **sections):
-    return dataclasses.replace(
-        config, **{name: dataclasses.replace(getattr(config, name), **values) for name, values in sections.items()}
-    )
-
-
-def weights(path):
-    return {name: p.detach() for name, p in load_pretrained(path).named_parameters()}
-
-
-def metrics(config):
-    from pathlib import Path
-
-    lines = (Path(config.train.out_dir) / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
-
-
-def same(a, b):
-    assert a.keys() == b.keys()
-    return all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_learns_and_leaves_its_files(config, corpus, capsys):
@@ -480,17 +432,6 @@ def test_more_than_one_process_is_refused(config, monkeypatch):
     monkeypatch.setitem(os.environ, "WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="runs in one process"):
         train(config, progress=False)
-
-
-def test_schedule():
-    optimizer = OptimizerConfig(learning_rate=1.0)
-    schedule = ScheduleConfig(warmup_steps=4, decay="cosine", decay_start=0.5, final_learning_rate=0.1)
-    rates = [learning_rate(step, 21, optimizer, schedule) for step in range(21)]
-    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0] and rates[10] == 1.0
-    assert rates[-1] == pytest.approx(0.1) and rates[11:] == sorted(rates[11:], reverse=True)
-    linear = dataclasses.replace(schedule, decay="linear", decay_start=10.0)
-    assert learning_rate(15, 21, optimizer, linear) == pytest.approx(0.55)
-    assert learning_rate(20, 21, optimizer, dataclasses.replace(schedule, decay="none")) == 1.0
 
 
 def test_configuration_errors(tmp_path):

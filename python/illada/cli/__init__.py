@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 
-from illada.cli import agreement, benchmark, chat, convert, evaluate, generate, info, prepare, score, train
+from illada.cli import agreement, benchmark, chat, convert, evaluate, generate, info, plot, prepare, score, train
 from illada.cli.signals import Ended, as_exceptions, say
 from illada.text.files import check_text
 
@@ -145,6 +145,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (prepare, train, generate, chat, score, evaluate, agreement, convert, benchmark, info):
+    for command in (prepare, train, plot, generate, chat, score, evaluate, agreement, convert, benchmark, info):
         command.add_parser(commands)
     return parser

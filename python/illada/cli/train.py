@@ -23,20 +23,27 @@ def add_parser(commands: Any) -> None:
         "Ctrl-C, SIGTERM and SIGHUP save and exit (130, 143, 129); the same command goes on, bit for bit.",
         epilog="example:\n  illada train configs/demo.toml --train.steps=2000 --optimizer.learning_rate=1e-3\n"
         "  illada train demo       a name alone: a configuration that comes with illada, here the same\n"
-        "  illada train --print-config > my.toml      every setting, with what it means",
+        "  illada train --print-config > my.toml      every setting, with what it means\n"
+        "  illada train --decay-now runs/demo         the run begins to decay its learning rate now",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-        usage="illada train CONFIG.toml [--section.key=value ...] [--resume auto|never|PATH] [--print-config]",
+        usage="illada train CONFIG.toml [--section.key=value ...] [--resume auto|never|PATH] [--print-config]\n"
+        "       illada train --decay-now RUN",
     )
     parser.add_argument("config", nargs="?", metavar="CONFIG.toml")
     parser.add_argument("--resume", default="auto", help="auto: go on where out_dir stopped; never; or a checkpoint")
     parser.add_argument("--print-config", action="store_true", help="print the settings as commented TOML and exit")
+    parser.add_argument(
+        "--decay-now", metavar="RUN", help="ask the run in this folder to begin the decay of its learning rate"
+    )
     parser.set_defaults(run=_run)
 
 
 def _run(options: argparse.Namespace) -> int:
     if wrong := [text for text in options.overrides if not (text.startswith("--") and "=" in text and "." in text)]:
         raise ValueError(f"unknown argument {wrong[0]!r:.80}; settings look like --section.key=value")
+    if options.decay_now is not None:
+        return _decay_now(options)
     if options.config is None and not options.print_config:
         raise ValueError("train needs a configuration file; `illada train --print-config > my.toml` writes a template")
     with importing():
@@ -71,3 +78,13 @@ def _run(options: argparse.Namespace) -> int:
         for number, handler in before.items():
             signal.signal(number, handler)
     return 0 if result.finished or not received else 128 + received[0]
+
+
+def _decay_now(options: argparse.Namespace) -> int:
+    from illada.train.requests import request_decay
+
+    if options.config is not None or options.overrides or options.print_config:
+        raise ValueError("--decay-now RUN stands alone: the run has its configuration")
+    request_decay(Path(options.decay_now))
+    print(f"asked the run in {options.decay_now}; its log says when the decay begins, at once or when it is resumed")
+    return 0

@@ -62,7 +62,7 @@ def prepare(
             of longer text, from stretches of 65,536 characters at equal distances.
         tokenizer: a given tokenizer.json.
         special: special ids of `tokenizer`, {name: id}, where it does not use iLLaDA's names.
-        text_column: the column of text in sources with columns.
+        text_column: see `illada.data.sources.open_sources`.
         validation_fraction: share of each source to hold out, in whole documents; if that misses it by a factor of two
             (a few large files), the last part of each document is held out instead.
         shard_bytes: of token ids in a shard.
@@ -88,17 +88,15 @@ def prepare(
         raise FileExistsError(f"{out_dir} exists and is not a corpus; choose another folder")
     progress = shows(progress)
     given = None if tokenizer is None else load_tokenizer(tokenizer)
-    names = [source] if isinstance(source, str) else list(source)
-    sources = open_sources(names, text_column)
+    sources = open_sources(source, text_column)
     if twice := [one.name for i, one in enumerate(sources) if one.name in [other.name for other in sources[:i]]]:
         raise ValueError(f"two sources have the name {twice[0]!r}")
     with staged_directory(out_dir) as folder, _Texts(folder, sources) as texts:
         texts.read(validation_fraction, progress)
         if any(next(texts.parts(split), None) is None for split in SPLITS):
-            raise ValueError(
-                f"source {', '.join(map(repr, names))} has {sum(map(len, texts.documents))} documents, too little text "
-                "to hold any of it out"
-            )
+            named = ", ".join(repr(one.name) for one in sources)
+            count = sum(map(len, texts.documents))
+            raise ValueError(f"source {named} has {count} documents, too little text to hold any of it out")
         trained = train_tokenizer(texts.sample(SAMPLE), vocab_size, progress=progress) if given is None else given
         ids = special_ids(trained, special)
         control = control_tokens(trained, ids.values())
@@ -122,8 +120,9 @@ def prepare(
                 {
                     "name": one.name,
                     "held_out": held_out,
-                    **{key: sum(splits[split]["by_source"][i][key] for split in SPLITS) for key in _SIZES},
-                    "left_out": one.left_out,
+                    "documents": len(texts.documents[i]),
+                    **{key: sum(splits[split]["by_source"][i][key] for split in SPLITS) for key in ("tokens", "bytes")},
+                    "left_out": dict(one.left_out.reasons),
                 }
                 for i, (one, held_out) in enumerate(zip(sources, texts.held_out, strict=True))
             ],

@@ -64,8 +64,12 @@ class ScheduleConfig:
 
     warmup_steps: Count = 100  # steps of the linear rise from 0
     decay: Literal["cosine", "linear", "none"] = "cosine"  # shape of the decay: "cosine", "linear" or "none"
+    decay_trigger: Literal["step", "plateau", "command"] = "step"  # "command": `illada train --decay-now`
     decay_start: NonNegativeFloat = 0.9  # first step of the decay; up to 1: a fraction of train.steps; above: a step
+    decay_steps: Count = 0  # steps of the decay, which then end the run; 0: until train.steps
     final_learning_rate: NonNegativeFloat = 5e-6  # learning rate at the last step
+    plateau_validations: Positive = 5  # validations without progress that begin the decay, for the trigger "plateau"
+    plateau_improvement: Annotated[float, Ge(0), Lt(1)] = 0.002  # relative fall of the bound that counts as progress
 
     def __post_init__(self) -> None:
         check_fields(self, "schedule")

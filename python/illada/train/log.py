@@ -4,19 +4,33 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 from pathlib import Path
 from typing import Any, Literal
 
 from tqdm import tqdm
 
-from illada.files import replaced, write_text
+from illada.files import write_text
 from illada.schema import Count, Finite, check_object
 from illada.terminal import shows
 from illada.text.files import parse_json, read_lines
+from illada.train.plot import draw
 
 #: What a line of metrics.jsonl must hold, and what of each kind is drawn.
-_LINE = {"kind": Literal["train", "validation"], "step": Count}
-_VALUES = {"train": {"loss": Finite}, "validation": {"bound": Finite, "unigram_entropy": Finite}}
+_LINE = {"kind": Literal["train", "validation", "decay"], "step": Count}
+_VALUES: dict[str, dict[str, Any]] = {
+    "train": {"loss": Finite},
+    "validation": {"bound": Finite, "unigram_entropy": Finite},
+    "decay": {"reason": str},
+}
+_DRAWN = {
+    "seconds": Finite,
+    "tokens_seen": Count,
+    "learning_rate": Finite,
+    "grad_norm": Finite,
+    "tokens_per_second": Finite,
+    "loss_by_t": list[Finite | None],
+}
 
 
 class Log:
@@ -29,7 +43,7 @@ class Log:
         self.file = out_dir / "metrics.jsonl"
         self.plot_file = out_dir / "loss.png"
         self.steps = steps
-        self.records: list[dict[str, Any]] = _read(self.file, up_to=step)
+        self.records: list[dict[str, Any]] = read_metrics(self.file, up_to=step)
         write_text(self.file, "".join(json.dumps(r) + "\n" for r in self.records))
         self.stream = self.file.open("a", encoding="utf-8")
         self.lost: OSError | None = None  # why stdout takes no more lines
@@ -39,12 +53,13 @@ class Log:
         """Count one optimizer step."""
         self.bar.update(1)
 
-    def train(self, *, step: int, seconds: float, **values: float) -> None:
-        """Log loss, learning_rate, grad_norm, tokens_per_second, tokens_seen since the last call.
+    def train(self, *, step: int, seconds: float, loss_by_t: list[float | None], **values: float) -> None:
+        """Log loss, loss_by_t, learning_rate, grad_norm, tokens_per_second, tokens_seen since the last call.
 
         data_wait: seconds since the last call that training waited for data.
         """
-        self._write({"kind": "train", "step": step, "seconds": round(seconds, 3), **values})
+        line = {"kind": "train", "step": step, "seconds": round(seconds, 3), **values, "loss_by_t": loss_by_t}
+        self._write(line)
         self.say(
             f"step {step:>6}/{self.steps}  loss {values['loss']:7.4f}  lr {values['learning_rate']:.2e}  "
             f"grad {values['grad_norm']:6.3f}  {values['tokens_per_second']:>8.0f} tokens/s  "
@@ -66,6 +81,13 @@ class Log:
             f"step {step:>6}/{self.steps}  validation bound {bound:.4f} nats/token "
             f"(unigram entropy {unigram_entropy:.4f}, {_percent(bound, unigram_entropy)})  {_clock(seconds)}"
         )
+
+    def decay(self, *, step: int, end: int, reason: Literal["plateau", "command"]) -> None:
+        """Log that the decay begins at optimizer step `step`, and the number of steps that the run now has."""
+        self.steps = self.bar.total = end
+        self._write({"kind": "decay", "step": step, "end": end, "reason": reason})
+        why = {"plateau": "the validation bound has stopped falling", "command": "by command"}[reason]
+        self.say(f"step {step:>6}/{end}  the learning rate decays from here on: {why}")
 
     def say(self, line: str) -> None:
         """Print a line on stdout, above the progress bar."""
@@ -89,28 +111,9 @@ class Log:
         None: matplotlib is not installed, or the picture cannot be written.
         """
         try:
-            from matplotlib.backends.backend_agg import FigureCanvasAgg
-            from matplotlib.figure import Figure
+            draw({"": self.records}, self.plot_file, panels=["loss"])
         except ImportError:
             return None
-        figure = Figure(figsize=(8, 4.5), layout="constrained")  # no pyplot: no global state, no display
-        FigureCanvasAgg(figure)
-        axes = figure.add_subplot()
-        train = [(r["step"], r["loss"]) for r in self.records if r["kind"] == "train"]
-        held_out = [(r["step"], r["bound"]) for r in self.records if r["kind"] == "validation"]
-        if train:
-            axes.plot(*zip(*train, strict=True), color="0.7", linewidth=1, label="training loss (1/t weighted)")
-        if held_out:
-            axes.plot(*zip(*held_out, strict=True), marker="o", markersize=3, color="C0", label="validation bound")
-            entropy = next(r["unigram_entropy"] for r in self.records if r["kind"] == "validation")
-            axes.axhline(entropy, color="C1", linestyle="--", linewidth=1, label="unigram entropy")
-        axes.set(xlabel="step", ylabel="nats per token")
-        axes.grid(alpha=0.3)
-        if train or held_out:
-            axes.legend()
-        try:
-            with replaced(self.plot_file) as stream:
-                figure.savefig(stream, format="png", dpi=120)
         except OSError as error:  # a full disk is no reason to lose the run
             self.say(f"no plot: {error}")
             return None
@@ -127,8 +130,10 @@ class Log:
         self.stream.flush()
 
 
-def _read(file: Path, up_to: int) -> list[dict[str, Any]]:
-    """Return the earlier lines of this run, without those after step `up_to` and without one that a kill cut short.
+def read_metrics(file: Path, up_to: float = math.inf) -> list[dict[str, Any]]:
+    """Return the lines of a run's metrics.jsonl.
+
+    Lines after step `up_to` are left out, and one that a kill cut short.
 
     ValueError: a line that is another program's, with its number.
     """
@@ -140,7 +145,7 @@ def _read(file: Path, up_to: int) -> list[dict[str, Any]]:
             except ValueError:
                 continue
             check_object(record, _LINE, where)
-            check_object(record, _VALUES[record["kind"]], where)
+            check_object(record, _VALUES[record["kind"]], where, _DRAWN)
             if record["step"] <= up_to:
                 records.append(record)
     return records

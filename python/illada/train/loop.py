@@ -32,9 +32,11 @@ from illada.schema import some_of
 from illada.train import state as train_state
 from illada.train.config import RunConfig, TrainConfig
 from illada.train.log import Log
+from illada.train.loss_by_t import LossByT
 from illada.train.pace import Pace
 from illada.train.prefetch import Prefetch
-from illada.train.schedule import learning_rate
+from illada.train.requests import decay_is_requested, forget_decay_request
+from illada.train.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,7 @@ def _train(
 
     out_dir = Path(config.train.out_dir)
     checkpoints = out_dir / "checkpoints"
+    schedule = Schedule(config.train.steps, config.optimizer, config.schedule)
     step = tokens_seen = 0
     losses: list[float] = []  # of the steps since the last line of the log
     source = _resume_from(resume, checkpoints)
@@ -118,6 +121,8 @@ def _train(
         train_state.check_same_run(source, state, config, corpus.header["tokenizer_sha256"])
         train_state.restore(source, model, optimizer)
         step, tokens_seen, losses = state["step"], state["tokens_seen"], state["unlogged_losses"]
+        schedule.decided = state.get("decay_step")
+        schedule.bounds = {int(at): found for at, found in state.get("validation_bounds", [])}
     checkpoints.mkdir(parents=True, exist_ok=True)
     remove_stale(checkpoints)
     write_text(out_dir / "config.toml", config.to_toml())
@@ -125,48 +130,66 @@ def _train(
         for layer in model.layers:
             layer.compile()
 
-    batches = Prefetch(
-        batch
-        for later in range(step, config.train.steps)
-        for batch in micro_batches(corpus, later, config, model.config.mask_token_id)
-    )
-    log = Log(out_dir, step=step, steps=config.train.steps, progress=progress)
+    log = Log(out_dir, step=step, steps=schedule.end, progress=progress)
     log.say(_headline(model, config, num_windows, device))
     if source is not None:
         log.say(f"resuming from {source} at step {step}")
     bound: float | None = None
     saved: Path | None = source
     began, logged_at, logged_tokens = time.monotonic(), time.monotonic(), tokens_seen
-    stopped, pace = False, Pace()
+    stopped, pace, by_t = False, Pace(), LossByT(device)
     micro_batches_per_step = config.train.windows_per_step // config.train.windows_per_micro_batch
 
     def asked() -> bool:
         return should_stop() or log.lost is not None
+
+    def save() -> Path:
+        return train_state.save(
+            checkpoints,
+            model,
+            optimizer,
+            config,
+            step=step,
+            tokens_seen=tokens_seen,
+            unlogged_losses=losses,
+            decay_step=schedule.decided,
+            validation_bounds=sorted(schedule.bounds.items()),
+            tokenizer=corpus.path / "tokenizer.json",
+        )
 
     def validate() -> float | None:
         found = evaluate(model, held_out, config, device, asked)
         if found is not None:
             entropy = held_out.unigram_entropy()
             log.validation(step=step, seconds=time.monotonic() - began, bound=found, unigram_entropy=entropy)
+            if schedule.observe(step, found):
+                log.decay(step=step, end=schedule.end, reason="plateau")
             log.plot()
             on_validation(step, model)
         return found
 
+    batches = Prefetch(
+        batch
+        for later in itertools.count(step)
+        for batch in micro_batches(corpus, later, config, model.config.mask_token_id)
+    )
     try:
-        if _validates(step, config) and not log.has_validation(step):  # it was stopped there
+        if _validates(step, schedule.end, config) and not log.has_validation(step):  # it was stopped there
             bound = validate()
             stopped = bound is None
-        while step < config.train.steps and not stopped:
+        while step < schedule.end and not stopped:
             step_began = time.monotonic()
-            rate = learning_rate(step, config.train.steps, config.optimizer, config.schedule)
+            rate = schedule.rate(step)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.zero_grad(set_to_none=True)
             loss_sum = 0.0
             for batch in itertools.islice(batches, micro_batches_per_step):
                 with _autocast(config, device):
-                    loss = model.loss(batch.to(device), normalizer=float(config.train.windows_per_step * window))
+                    batch = batch.to(device)
+                    loss, nll = model.loss_and_nll(batch, normalizer=float(config.train.windows_per_step * window))
                 loss.backward()
+                by_t.add(nll, batch.token_weights)
                 loss_sum += float(loss.detach())
                 stopped = asked()
                 if stopped:
@@ -187,7 +210,7 @@ def _train(
 
             now = time.monotonic()
             pace.add(now - step_began)
-            if step % config.train.log_every == 0 or step == config.train.steps:
+            if step % config.train.log_every == 0 or step == schedule.end:
                 log.train(
                     step=step,
                     seconds=now - began,
@@ -197,27 +220,34 @@ def _train(
                     tokens_per_second=(tokens_seen - logged_tokens) / max(now - logged_at, 1e-9),
                     tokens_seen=tokens_seen,
                     data_wait=batches.waited,
+                    loss_by_t=by_t.take(),
                 )
                 losses.clear()
                 batches.waited = 0.0
                 if device.type == "cpu" and (hint := pace.hint(torch.get_num_threads())):
                     log.say(hint)
-            last = step == config.train.steps
-            if _validates(step, config):
+            if _validates(step, schedule.end, config):
                 bound = validate()
                 stopped = bound is None
-            if step % config.train.save_every == 0 and not last and not stopped:
-                saved = _save(checkpoints, model, optimizer, config, step, tokens_seen, losses, corpus)
+            asked_to_decay = decay_is_requested(out_dir) and not stopped
+            if asked_to_decay and schedule.begin_decay(step):
+                log.decay(step=step, end=schedule.end, reason="command")
+            if (step % config.train.save_every == 0 and step < schedule.end or asked_to_decay) and not stopped:
+                saved = save()
+            if asked_to_decay:
+                forget_decay_request(out_dir)  # only now: what was decided is in the checkpoint
             if step % config.train.log_every == 0:  # saving and validating is not training
                 logged_at, logged_tokens = time.monotonic(), tokens_seen
         if not (checkpoints / f"step-{step:06}").exists():
-            saved = _save(checkpoints, model, optimizer, config, step, tokens_seen, losses, corpus)
+            saved = save()
         assert saved is not None
         if not stopped:
             train_state.verify(saved, model)
         if bound is None and not stopped:
             bound = evaluate(model, held_out, config, device, asked)  # resumed after its last step
             stopped = bound is None
+        if not stopped:
+            forget_decay_request(out_dir)
         plot = log.plot()
         if plot is None:
             log.say("there is no loss.png; `pip install matplotlib` for one")
@@ -322,30 +352,8 @@ def evaluate(
     return total / (strata * len(indices) * length)
 
 
-def _validates(step: int, config: TrainConfig) -> bool:
-    return step > 0 and (step % config.validation.every == 0 or step == config.train.steps)
-
-
-def _save(
-    checkpoints: Path,
-    model: MaskedDiffusionModel,
-    optimizer: torch.optim.Optimizer,
-    config: TrainConfig,
-    step: int,
-    tokens_seen: int,
-    losses: list[float],
-    corpus: TokenDataset,
-) -> Path:
-    return train_state.save(
-        checkpoints,
-        model,
-        optimizer,
-        config,
-        step=step,
-        tokens_seen=tokens_seen,
-        unlogged_losses=losses,
-        tokenizer=corpus.path / "tokenizer.json",
-    )
+def _validates(step: int, end: int, config: TrainConfig) -> bool:
+    return step > 0 and (step % config.validation.every == 0 or step == end)
 
 
 def _resume_from(resume: str, checkpoints: Path) -> Path | None:

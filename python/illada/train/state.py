@@ -3,7 +3,7 @@
     checkpoints/step-000500/
         config.json model.safetensors tokenizer.json      what illada.load_pretrained reads
         optimizer.safetensors                             AdamW's moments, float32, by parameter name
-        trainer.json                                      step, tokens seen, losses not yet logged, config, versions
+        trainer.json                                      step, tokens, unlogged losses, decay, config, versions
 
 A folder is written hidden, synced and renamed, so each one that is there is complete; old ones are removed only after.
 The order of the data, the splits and the masks need no state: they follow from (seed, step).
@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Len
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -36,6 +37,8 @@ _STATE = {
     "config": dict[str, dict[str, Any]],
     "versions": dict[str, str],
 }
+#: What checkpoints have that are newer than the schedule's decisions.
+_OPTIONAL = {"decay_step": Count, "validation_bounds": list[Annotated[list[Finite], Len(2, 2)]]}
 
 #: What may not change between a run and its resumption: it would make another run of it.
 _FIXED_KEYS = {
@@ -55,9 +58,13 @@ def save(
     step: int,
     tokens_seen: int,
     unlogged_losses: list[float],
+    decay_step: int | None,
+    validation_bounds: list[tuple[int, float]],
     tokenizer: Path,
 ) -> Path:
     """Write checkpoints/step-NNNNNN and remove the oldest beyond train.keep_last.
+
+    `decay_step` and `validation_bounds` are of `illada.train.schedule.Schedule`.
 
     OSError: nothing has changed.
     """
@@ -70,6 +77,8 @@ def save(
                 "step": step,
                 "tokens_seen": tokens_seen,
                 "unlogged_losses": unlogged_losses,
+                "decay_step": decay_step,
+                "validation_bounds": validation_bounds,
                 "tokenizer_sha256": read_json(staging / "config.json")["tokenizer_sha256"],
                 "config": config.to_dict(),
                 "versions": {"illada": package_version(), "torch": torch.__version__},
@@ -93,7 +102,7 @@ def read_state(path: Path) -> dict[str, Any]:
     """
     file = state_file(path)
     try:
-        return check_object(read_json(file), _STATE, file.name)
+        return check_object(read_json(file), _STATE, file.name, _OPTIONAL)
     except ValueError as error:
         raise ValueError(f"{file} is damaged or from something else: {error}") from None
 
