@@ -1,10 +1,13 @@
 """Shards of a corpus: tokens and documents are those of the whole, however they are cut."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
+from illada.data import corpus
 from illada.data.corpus import prepare
 from illada.data.dataset import TokenDataset
 from illada.data.shards import ShardWriter
@@ -150,3 +153,97 @@ def test_prepared_shards_and_sources(tmp_path):
         prepare(names[:1] * 2, tmp_path / "twice", **options)
     with pytest.raises(ValueError, match="shard_bytes must be at least 4, got 3"):
         prepare(names, tmp_path / "small", shard_bytes=3, **options)
+
+
+def jsonl(file, texts):
+    file.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    return f"jsonl:{file}"
+
+
+def test_a_tokenizer_learns_from_a_sample_of_long_text(tmp_path, monkeypatch):
+    """Every k-th stretch of all sources, the same each time, of documents of any length."""
+    monkeypatch.setattr(corpus, "PIECE", 1000)
+    monkeypatch.setattr(corpus, "SAMPLE", 20_000)
+    monkeypatch.setattr("illada.data.encoding.PIECE", 1000)
+    given, train = [], corpus.train_tokenizer
+
+    def keep(texts, *args, **kwargs):
+        given.append(list(texts))
+        return train(given[-1], *args, **kwargs)
+
+    monkeypatch.setattr(corpus, "train_tokenizer", keep)
+    short = [f"short {i:04} " * (i % 9 + 1) for i in range(1500)]  # 90 kB
+    long = [f"word {i:05} " * 1 for i in range(10_000)]  # in one document of 110 kB
+    sources = [jsonl(tmp_path / "short.jsonl", short), jsonl(tmp_path / "long.jsonl", ["".join(long)])]
+    for out in ("a", "b"):
+        prepare(sources, tmp_path / out, vocab_size=300)
+    assert given[0] == given[1]
+    assert 15_000 < sum(map(len, given[0])) < 25_000
+    of_short = [text for text in given[0] if text.startswith("short")]
+    assert set(of_short) < set(short) and 6_000 < sum(map(len, of_short)) < 12_000
+    rest = "".join(given[0][len(of_short) :])
+    assert len({int(word) for word in rest.split() if word.isdigit()}) == pytest.approx(900, abs=200)
+    places = [int(word) for text in given[0][len(of_short) :] for word in text.split() if word.isdigit()]
+    assert places == sorted(places) and places[-1] > 9000 and places[0] < 1500
+    monkeypatch.setattr(corpus, "SAMPLE", 10**6)
+    prepare(sources, tmp_path / "whole", vocab_size=300)
+    assert "".join(given[2]) == "".join(short + long)
+
+
+def memory_of(script, *arguments):
+    """Return what a script prints, and the most memory that it had in MiB."""
+    # Not ru_maxrss, which begins at the size of the process that started this one.
+    script += "; import re; print(int(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1]) // 1024)"
+    run = subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True, check=True
+    )
+    *said, memory = run.stdout.split()
+    return said, int(memory)
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_number_of_documents(tmp_path):
+    script = (
+        "import sys; from illada.data import corpus; corpus.SAMPLE = 1 << 21;"
+        "corpus.prepare(sys.argv[1], sys.argv[2], vocab_size=1000, shard_bytes=1 << 20)"
+    )
+    memory = []
+    for megabytes in (8, 64):
+        texts = (f"{i} words {i * i % 99991} of {i * 7 % 65537} text " * (i % 30) for i in range(megabytes * 2000))
+        memory.append(memory_of(script, jsonl(tmp_path / "a.jsonl", texts), tmp_path / f"{megabytes}")[1])
+    assert memory[1] < memory[0] + 25 and memory[1] < 250
+
+
+@pytest.mark.slow
+def test_windows_of_ten_gigabytes(tmp_path):
+    """Of sparse files, in memory that does not grow. A GPU trains an 8B model on one or two windows a second."""
+    shards, tokens = 40, 1 << 26
+    write_corpus(tmp_path / "c", 1000)
+    header = json.loads((tmp_path / "c" / "corpus.json").read_text())
+    with ShardWriter(tmp_path / "c", "train", "uint32", tokens) as writer:
+        for _ in range(shards):
+            writer.write(np.array([7], np.uint32), np.array([0]))
+            for file in writer._files:
+                file.flush()
+            writer._files[0].truncate(tokens * 4)
+            writer._tokens = tokens
+            writer._close()
+    header["dtype"] = "uint32"
+    header["splits"]["train"] = {
+        "documents": shards,
+        "tokens": shards * tokens,
+        "shards": [{"name": one.name, "source": "s0", "tokens": tokens, "documents": 1} for one in writer.shards],
+    }
+    (tmp_path / "c" / "corpus.json").write_text(json.dumps(header))
+    script = (
+        "import sys, time; import numpy as np; from illada.data.dataset import TokenDataset;"
+        "began = time.perf_counter(); data = TokenDataset(sys.argv[1]); print(time.perf_counter() - began);"
+        "count = data.num_windows(8192); number = int(sys.argv[2]); rng = np.random.default_rng(0);"
+        "began = time.process_time();"  # others may use the machine
+        "sum(len(data.windows(rng.integers(0, count, 32), 8192)) for _ in range(number // 32));"
+        "print(number / (time.process_time() - began))"
+    )
+    (_, few), (said, many) = (memory_of(script, tmp_path / "c", number) for number in (320, 9_600))
+    opened, rate = map(float, said)
+    print(f"opened in {opened:.3f} s, {rate:,.0f} windows of 8192 tokens in a CPU second, {few} and {many} MiB")
+    assert many < few + 20 and opened < 2 and rate > 500

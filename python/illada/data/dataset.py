@@ -144,12 +144,11 @@ class TokenDataset:
             self._maps[name] = mapped, np.frombuffer(mapped, dtype, offset=skip)
         return self._maps[name][1]
 
-    def _release(self, name: str, begin: int, end: int) -> None:
-        """Give bytes of a mapped file back. They stay in the system's cache, but count no more for this process."""
-        begin -= begin % mmap.PAGESIZE
+    def _release(self, name: str) -> None:
+        """Give the pages of a mapped file back. They stay in the system's cache, but count no more for this process."""
         if hasattr(mmap, "MADV_DONTNEED"):
             with contextlib.suppress(OSError):
-                self._maps[name][0].madvise(mmap.MADV_DONTNEED, begin, end - begin)
+                self._maps[name][0].madvise(mmap.MADV_DONTNEED)  # all: the system maps more than was touched
 
     @property
     def vocab_size(self) -> int:
@@ -164,7 +163,7 @@ class TokenDataset:
             name, begin = f"{self.shards[number].name}.bin", start + done - self._starts[number]
             part = self._map(name, self._dtype)[begin : begin + count - done]
             tokens[done : done + len(part)] = part
-            self._release(name, begin * self._dtype.itemsize, (begin + len(part)) * self._dtype.itemsize)
+            self._release(name)
             number, done = number + 1, done + len(part)
         return tokens
 
