@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
 
-from illada.data.encoding import Encoder
+from illada.data.encoding import TextEncoder
 from illada.text import words
 from illada.text.training import train_tokenizer
 from illada.text.words import WordEncoder
@@ -116,11 +116,11 @@ def test_other_tokenizers_are_left_to_the_library(tokenizer):
 
 
 def test_a_library_that_differs_is_believed(tokenizer, monkeypatch):
-    encoder = Encoder(tokenizer, 2, {}, "uint16")
+    encoder = TextEncoder(tokenizer, {}, "uint16")
     monkeypatch.setattr(WordEncoder, "encode", lambda self, texts: [np.array([7], UINT16) for _ in texts])
     texts = ["one text", "another"]
     for _ in range(2):
-        assert [ids.tolist() for ids in encoder._encode(texts)] == [by_library(tokenizer, text) for text in texts]
+        assert [ids.tolist() for ids in encoder.encode_texts(texts)] == [by_library(tokenizer, text) for text in texts]
 
 
 @pytest.mark.parametrize("spelled", ["<[MASK]>", "a<[end▁of▁sentence]>b"])

@@ -27,7 +27,8 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from illada.data.dataset import FORMAT, FORMAT_VERSION, SPLITS
-from illada.data.encoding import Encoder, at_a_word, cut
+from illada.data.encoding import Encoder, TextEncoder, at_a_word, cut
+from illada.data.encoding_process import EncoderProcesses, processes_for
 from illada.data.shards import SHARD_BYTES, ShardWriter
 from illada.data.sources import PIECE, Source, open_sources
 from illada.files import folder_to_write, recover, staged_directory
@@ -104,10 +105,13 @@ def prepare(
         trained.save(str(folder / "tokenizer.json"))
         size = vocab_size_of(trained)
         dtype = "uint16" if size <= 1 << 16 else "uint32"
-        encoder = Encoder(trained, ids["eos"], control, dtype)
+        text_encoder = TextEncoder(trained, control, dtype)
+        characters = sum(documents.characters for documents in texts.documents)
         splits, counts = {}, np.zeros(size, dtype=np.int64)
-        for split in SPLITS:
-            splits[split] = _write(texts, split, encoder, folder, shard_bytes, counts, progress)
+        with EncoderProcesses(text_encoder, processes_for(text_encoder, characters)) as processes:
+            encoder = Encoder(text_encoder, ids["eos"], processes.encode_batches if len(processes) else None)
+            for split in SPLITS:
+                splits[split] = _write(texts, split, encoder, folder, shard_bytes, counts, progress)
         encoder.warn()
         header: dict[str, Any] = {
             "format": FORMAT,

@@ -6,6 +6,7 @@ import itertools
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,8 @@ from illada.text.words import WordEncoder
 _BATCH = 1 << 20  # characters handed to the tokenizer's threads at a time: it needs about 70 bytes for each
 _MARGIN = 256  # characters on both sides of a cut that decide whether it changes the tokens
 _TRIES = 16  # places tried for a cut
+
+T = TypeVar("T")
 
 
 def cut(pieces: Iterable[str], place: Callable[[str], int]) -> Iterator[str]:
@@ -49,26 +52,75 @@ def at_a_word(text: str, good: Callable[[int], bool] = lambda at: True) -> int:
     return PIECE
 
 
-class Encoder:
-    """An encoder of documents, which counts the cuts of long ones that change their tokens.
+class TextEncoder:
+    """An encoder of texts, with no control token in any.
 
     Args:
         tokenizer: encodes text.
-        eos: the id behind each document.
         control: {id: text} of the tokens that no text may give.
         dtype: of the ids.
     """
 
-    def __init__(self, tokenizer: Tokenizer, eos: int, control: dict[int, str], dtype: str) -> None:
-        self.tokenizer, self.eos, self.control, self.dtype = tokenizer, eos, control, np.dtype(dtype)
-        self.never = np.array(list(control), dtype=np.int64)
-        self.rough = 0
+    def __init__(self, tokenizer: Tokenizer, control: dict[int, str], dtype: str) -> None:
+        self.tokenizer, self.control, self.dtype = tokenizer, control, np.dtype(dtype)
+        self._never = np.array(list(control), dtype=np.int64)
         self._words = WordEncoder(tokenizer, control, self.dtype) if WordEncoder.can_encode(tokenizer) else None
         self._compared = False
+
+    @property
+    def by_words(self) -> bool:
+        """Whether it encodes words on one core, and not texts with the threads of the library."""
+        return self._words is not None
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text by the tokenizer alone."""
         return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_texts(self, texts: list[str]) -> list[NDArray]:
+        """Return the ids of each text."""
+        if self._words is None or (found := self._words.encode(texts)) is None:
+            return list(self._encode_by_library(texts))
+        if self._compared:
+            return found
+        expected = list(self._encode_by_library(texts))  # of the first texts, in case the library has changed
+        self._compared = True
+        if not all(map(np.array_equal, found, expected)):
+            self._words = None
+        return expected
+
+    def encode_batches(self, batches: Iterable[tuple[list[str], T]]) -> Iterator[tuple[T, list[NDArray]]]:
+        """Yield (what came with them, the ids of each text) for batches of texts."""
+        for texts, rest in batches:
+            yield rest, self.encode_texts(texts)
+
+    def _encode_by_library(self, texts: list[str]) -> Iterator[NDArray]:
+        with library_errors("the tokenizer cannot encode the text"):
+            encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        for text, encoding in zip(texts, encodings, strict=True):
+            ids = np.array(encoding.ids, dtype=np.int64)
+            if np.isin(ids, self._never).any():
+                ids = np.array(encode_as_text(self.encode, self.control, text), dtype=np.int64)
+            yield ids.astype(self.dtype)
+
+
+class Encoder:
+    """An encoder of documents, which counts the cuts of long ones that change their tokens.
+
+    Args:
+        encoder: of texts.
+        eos: the id behind each document.
+        encode_batches: `TextEncoder.encode_batches`, or that of processes.
+    """
+
+    def __init__(
+        self,
+        encoder: TextEncoder,
+        eos: int,
+        encode_batches: Callable[[Iterable[tuple[list[str], Any]]], Iterator[tuple[Any, list[NDArray]]]] | None = None,
+    ) -> None:
+        self.dtype, self.rough = encoder.dtype, 0
+        self._encode, self._eos = encoder.encode, np.array([eos], encoder.dtype)
+        self._encode_batches = encode_batches or encoder.encode_batches
 
     def place(self, text: str) -> int:
         """Return a place where `text` can be cut without a change of its tokens.
@@ -78,7 +130,7 @@ class Encoder:
 
         def good(at: int) -> bool:
             before, behind = text[max(0, at - _MARGIN) : at], text[at : at + _MARGIN]
-            return self.encode(before) + self.encode(behind) == self.encode(before + behind)
+            return self._encode(before) + self._encode(behind) == self._encode(before + behind)
 
         at = at_a_word(text, good)
         if at == PIECE and not good(at):
@@ -89,42 +141,22 @@ class Encoder:
     def batches(self, documents: Iterable[Iterable[str]]) -> Iterator[tuple[NDArray, NDArray[np.int64], int]]:
         """Yield (ids, where documents begin in them, bytes of text), about a megabyte of text at a time."""
         begins = True
-        for batch in self._batches(documents):
+        batches = (([text for text, _ in batch], batch) for batch in self._batches(documents))
+        for batch, found in self._encode_batches(batches):
             parts: list[NDArray] = []
             starts: list[int] = []
             count = 0
-            for (_, ends), ids in zip(batch, self._encode([text for text, _ in batch]), strict=True):
+            for (_, ends), ids in zip(batch, found, strict=True):
                 if begins and (len(ids) or ends):
                     starts.append(count)
                     begins = False
                 parts.append(ids)
                 if ends:
-                    parts.append(np.array([self.eos], self.dtype))
+                    parts.append(self._eos)
                     begins = True
                 count += len(ids) + ends
             size = sum(len(text.encode()) for text, _ in batch)
             yield np.concatenate(parts), np.array(starts, dtype=np.int64), size
-
-    def _encode(self, texts: list[str]) -> Iterable[NDArray]:
-        """Return the ids of each text."""
-        if self._words is None or (found := self._words.encode(texts)) is None:
-            return self._encode_by_library(texts)
-        if self._compared:
-            return found
-        expected = list(self._encode_by_library(texts))  # of the first texts, in case the library has changed
-        self._compared = True
-        if not all(map(np.array_equal, found, expected)):
-            self._words = None
-        return expected
-
-    def _encode_by_library(self, texts: list[str]) -> Iterator[NDArray]:
-        with library_errors("the tokenizer cannot encode the text"):
-            encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        for text, encoding in zip(texts, encodings, strict=True):
-            ids = np.array(encoding.ids, dtype=np.int64)
-            if np.isin(ids, self.never).any():
-                ids = np.array(encode_as_text(self.encode, self.control, text), dtype=np.int64)
-            yield ids.astype(self.dtype)
 
     def _batches(self, documents: Iterable[Iterable[str]]) -> Iterator[list[tuple[str, bool]]]:
         """Yield lists of (text, whether it ends its document), of about `_BATCH` characters."""
