@@ -13,6 +13,34 @@
 // known). The probabilities are therefore plain operands of the other two GEMMs. The remaining factor, token weight /
 // sum, depends only on the row: hidden's rows are multiplied by it for weight_grad, the sums for hidden_grad. There is
 // no pass over [rows, V] between the GEMMs.
+//
+// A job (LogitsJob, HiddenGradJob, WeightGradJob) says which tiles there are and what to do with a product. `run` is
+// the same for all three:
+//
+//   producer warp (produce):
+//     for each tile of this pair of CTAs that has work:
+//       for each live step of K: wait until the stage is empty in both CTAs; load a's part and half of b's, for both
+//     wait until all stages have been read (load_tail)
+//   each of two consumer warpgroups (consume), 64 rows of the tile each:
+//     for each of these tiles, in the same order:
+//       prepare: load what the epilogue needs of the rows
+//       for each live step: wait for the stage; d += a . b; release the stage, in both CTAs
+//       finish: process d and store it by TMA from the warp's own buffers
+//
+// Schedule of a pair of CTAs. Lk: a step of K arrives; the ring has 4 stages. Mi: the products of tile i; Ei: its
+// epilogue; both warpgroups do the same at the same time.
+//
+//                   time ->
+// producer          L L L L  L L L ... (tile 0)  L L L L ... (tile 1; at most 4 steps ahead)
+// warpgroups        .  [M0 ................][E0 .....][M1 ................][E1 .....]
+// TMA stores                                   [box by box ]                  [box by box ]
+//
+//   full[stage]     the producers of both CTAs (the bytes of a, and of both halves of b)   both warpgroups of the CTA
+//   empty[stage]    all warps of both CTAs, after their last product on the stage          the producers of both CTAs
+//
+// During an epilogue only 4 steps are loaded ahead, and the tensor cores of the SM wait: one CTA per SM, because two
+// accumulators of [128, 256] do not fit its registers. The epilogue therefore begins to store its first box before it
+// computes the exponentials of the last (store_boxes). docs/kernels/loss.md says what this costs.
 #include <cuda.h>
 
 #include "common/dependent_launch.h"
@@ -81,8 +109,44 @@ using LossGemm = Gemm<GemmMainloop<cutlass::arch::Sm90, BFloat16, LayoutA, Layou
 template <typename Job>
 constexpr int kSmemBytes = Job::Gemm::kSmemBytes + 8 * Job::Store::kBytes;
 
-// Walks over a job's tiles. Each pair of CTAs takes every pairs-th tile, so neighbouring pairs have neighbouring tiles
-// at the same time. `out_map`: tensor map of the products, in boxes of a warp's rows.
+// Tiles of a job: each pair of CTAs takes every pairs-th tile, so neighbouring pairs have neighbouring tiles at the
+// same time. A job has these functions:
+//
+//   begin(chunk, pairs)                 reads the number of rows; sets `count`, the number of tiles
+//   has_work(chunk, i), tile(chunk, i, rank)
+//   prepare(chunk, warp_row)            before the product
+//   finish(chunk, i, tile, warp_row, d, store, out_map)
+template <typename Job>
+__device__ __forceinline__ void produce(typename Job::Gemm& gemm, const LinearRowChunk& chunk, const Job& job, int pair,
+                                        int pairs, int rank) {
+  for (int i = pair; i < job.count; i += pairs) {
+    if (!job.has_work(chunk, i)) continue;
+    const Tile tile = job.tile(chunk, i, rank);
+    gemm.load(tile.m / kTileM, tile.n / kTileN, LiveSteps(tile), tile.count_steps());
+  }
+  gemm.load_tail();
+}
+
+// `buffers`: address of the warps' store buffers in shared memory. `out_map`: tensor map of the products, in boxes of a
+// warp's rows.
+template <typename Job>
+__device__ __forceinline__ void consume(typename Job::Gemm& gemm, const CUtensorMap& out_map,
+                                        const LinearRowChunk& chunk, Job& job, int pair, int pairs, int rank,
+                                        uint32_t buffers) {
+  const int warp = int(threadIdx.x) / 32;
+  typename Job::Store store(buffers + uint32_t(warp * Job::Store::kBytes));
+  float d[kTileN / 2];
+  for (int i = pair; i < job.count; i += pairs) {
+    if (!job.has_work(chunk, i)) continue;
+    const Tile tile = job.tile(chunk, i, rank);
+    const int warp_row = tile.m + warp * Job::Store::kRows;
+    job.prepare(chunk, warp_row);
+    gemm.multiply(d, tile.count_steps());
+    job.finish(chunk, i, tile, warp_row, d, store, &out_map);
+  }
+  store.finish();
+}
+
 template <typename Job>
 __device__ __forceinline__ void run(const typename Job::Gemm::Params& params, const CUtensorMap& out_map,
                                     const LinearRowChunk& chunk, const DependentLaunch& launch, Job& job) {
@@ -97,28 +161,10 @@ __device__ __forceinline__ void run(const typename Job::Gemm::Params& params, co
   job.begin(chunk, pairs);
   if (Gemm::is_producer()) {
     Gemm::Registers::as_producer();
-    if (Gemm::is_producer_warp()) {
-      for (int i = pair; i < job.count; i += pairs) {
-        if (!job.has_work(chunk, i)) continue;
-        const Tile tile = job.tile(chunk, i, rank);
-        gemm.load(tile.m / kTileM, tile.n / kTileN, LiveSteps(tile), tile.count_steps());
-      }
-      gemm.load_tail();
-    }
+    if (Gemm::is_producer_warp()) produce(gemm, chunk, job, pair, pairs, rank);
   } else {
     Gemm::Registers::as_consumer();
-    const int warp = int(threadIdx.x) / 32;
-    typename Job::Store store(ptx::smem_address(&storage + 1) + uint32_t(warp * Job::Store::kBytes));
-    float d[kTileN / 2];
-    for (int i = pair; i < job.count; i += pairs) {
-      if (!job.has_work(chunk, i)) continue;
-      const Tile tile = job.tile(chunk, i, rank);
-      const int warp_row = tile.m + warp * Job::Store::kRows;
-      job.prepare(chunk, warp_row);
-      gemm.multiply(d, tile.count_steps());
-      job.finish(chunk, i, tile, warp_row, d, store, &out_map);
-    }
-    store.finish();
+    consume(gemm, out_map, chunk, job, pair, pairs, rank, ptx::smem_address(&storage + 1));
   }
 }
 

@@ -1,6 +1,16 @@
 // Row-wise kernels between the GEMMs of the fused head's loss (linear_gemm_sm90.cu): select the tokens, gather their
 // hidden rows, turn a row's sums into the loss (statistics), and scatter hidden's gradient to the tokens.
 //
+//   select (1 CTA)            list the tokens with a nonzero weight
+//   for each row chunk of the list:
+//     gather                  a CTA per row: hidden's row, the target, the reference from an approximate logit
+//     logits GEMM             probabilities relative to the reference; each row's sum and largest logit per vocab tile
+//     statistics              sum the tiles' sums; nll and factor of each row; mark the rows whose sum overflowed
+//     logits GEMM, statistics again, for the marked rows; also mark live tiles and scale hidden's rows
+//     hidden_grad GEMM, scatter, weight_grad GEMM, where gradients are wanted
+//
+// The launches follow each other on a stream; no thread waits for another CTA.
+//
 // References. The logits kernel keeps 2^(x - reference) in bfloat16 and needs references before any logit x is known
 // (here and below in log2). A dot product gives an approximate logit y of the target beforehand. With y + 30 as
 // reference, no probability of at least 2^-96 is lost (bfloat16 ends at 2^-126). Nothing overflows while the row's sum
@@ -116,9 +126,9 @@ __global__ __launch_bounds__(kRowThreads) void illada_linear_masked_cross_entrop
 
 // -------------------------------------------------------------------------------------------------------- statistics
 
-// A CTA has 32 rows, one per lane; its 8 warps divide the vocab tiles. The first launch reads all sums. The second
-// launch (recompute) reads those of the recomputed pairs, marks the live tiles, and multiplies hidden's rows by their
-// factors.
+// A CTA has 32 rows, one per lane; its 8 warps divide the vocab tiles. The first launch reads all sums and marks the
+// pairs of row tiles that must be recomputed. The second launch (recompute) reads those of the recomputed pairs, marks
+// the live tiles, and multiplies hidden's rows by their factors.
 constexpr int kStatisticsRows = 32, kStatisticsWarps = 8;
 static_assert(kPairRows % kStatisticsRows == 0);
 
@@ -152,45 +162,46 @@ __device__ __forceinline__ bool finish_row(const LinearMaskedCrossEntropyParams&
   return false;
 }
 
-__global__ __launch_bounds__(32 * kStatisticsWarps) void illada_linear_masked_cross_entropy_statistics(
-    const __grid_constant__ LinearMaskedCrossEntropyParams p, const __grid_constant__ LinearRowChunk c, bool recompute,
-    const __grid_constant__ DependentLaunch launch) {
+// Adds the sums of all vocab tiles to that of each row, and finishes the rows. All threads call it.
+__device__ __forceinline__ void sum_rows(const LinearMaskedCrossEntropyParams& p, const LinearRowChunk& c, int first,
+                                         int used_rows, bool recompute, bool keep_probs) {
   __shared__ float sums[kStatisticsWarps][kStatisticsRows], tops[kStatisticsWarps][kStatisticsRows];
-  wait_for_previous_kernel(launch);
-  const bool keep_probs = p.hidden_grad || p.weight_grad;
-  const int first = int(blockIdx.x) * kStatisticsRows, used_rows = c.used_rows();
-  if (first >= used_rows) return;
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32, r = first + lane;
-  if (!recompute || c.recompute[first / kPairRows]) {
-    float sum = 0, top = -INFINITY;
-    for (int tile = warp; tile < c.vocab_tiles; tile += kStatisticsWarps) {
-      sum += c.sums[int64_t(tile) * c.rows + r];
-      top = fmaxf(top, c.maxima[int64_t(tile) * c.rows + r]);
-    }
-    sums[warp][lane] = sum;
-    tops[warp][lane] = top;
-    __syncthreads();
-    if (warp == 0 && r < used_rows) {
-      for (int w = 1; w < kStatisticsWarps; ++w) {
-        sum += sums[w][lane];
-        top = fmaxf(top, tops[w][lane]);
-      }
-      if (finish_row(p, c, r, sum, top, recompute, keep_probs)) c.recompute[first / kPairRows] = 1;
-    }
-    __syncthreads();
+  float sum = 0, top = -INFINITY;
+  for (int tile = warp; tile < c.vocab_tiles; tile += kStatisticsWarps) {
+    sum += c.sums[int64_t(tile) * c.rows + r];
+    top = fmaxf(top, c.maxima[int64_t(tile) * c.rows + r]);
   }
-  if (recompute && c.live) {
-    const float lse = r < used_rows ? c.lse[r] : INFINITY;
-    const float reference = lse < INFINITY ? c.references[r] : 0.0f;
-    const int target = lse < INFINITY ? c.targets[r] : -1;
-    for (int tile = warp; tile < c.vocab_tiles; tile += kStatisticsWarps) {
-      const float top = lse < INFINITY ? c.maxima[int64_t(tile) * c.rows + r] : -INFINITY;
-      const float probability = exp2f(fmaf(top, kLog2eF, -reference) - lse);
-      const bool matters = probability >= p.filter_eps || (target >= 0 && target / kVocabTileIds == tile);
-      if (__any_sync(kFullWarp, matters) && lane == 0) c.live[int64_t(first / kPairRows) * c.vocab_tiles + tile] = 1;
+  sums[warp][lane] = sum;
+  tops[warp][lane] = top;
+  __syncthreads();
+  if (warp == 0 && r < used_rows) {
+    for (int w = 1; w < kStatisticsWarps; ++w) {
+      sum += sums[w][lane];
+      top = fmaxf(top, tops[w][lane]);
     }
+    if (finish_row(p, c, r, sum, top, recompute, keep_probs)) c.recompute[first / kPairRows] = 1;
   }
-  if (!recompute || !p.weight_grad) return;
+  __syncthreads();
+}
+
+// Marks the vocab tiles in which some row has a probability of at least filter_eps, or its target. All threads call it.
+__device__ __forceinline__ void mark_live_tiles(const LinearMaskedCrossEntropyParams& p, const LinearRowChunk& c,
+                                                int first, int used_rows) {
+  const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32, r = first + lane;
+  const float lse = r < used_rows ? c.lse[r] : INFINITY;
+  const float reference = lse < INFINITY ? c.references[r] : 0.0f;
+  const int target = lse < INFINITY ? c.targets[r] : -1;
+  for (int tile = warp; tile < c.vocab_tiles; tile += kStatisticsWarps) {
+    const float top = lse < INFINITY ? c.maxima[int64_t(tile) * c.rows + r] : -INFINITY;
+    const float probability = exp2f(fmaf(top, kLog2eF, -reference) - lse);
+    const bool matters = probability >= p.filter_eps || (target >= 0 && target / kVocabTileIds == tile);
+    if (__any_sync(kFullWarp, matters) && lane == 0) c.live[int64_t(first / kPairRows) * c.vocab_tiles + tile] = 1;
+  }
+}
+
+// Multiplies hidden's rows by their factors, for weight_grad. All threads call it.
+__device__ __forceinline__ void scale_hidden(const LinearRowChunk& c, int first, int used_rows) {
   for (int row = first; row < min(first + kStatisticsRows, used_rows); ++row) {
     const float factor = c.factors[row];
     uint4* hidden = reinterpret_cast<uint4*>(c.hidden + int64_t(row) * c.width);
@@ -202,6 +213,18 @@ __global__ __launch_bounds__(32 * kStatisticsWarps) void illada_linear_masked_cr
                      pack2<BFloat16>(x[4] * factor, x[5] * factor), pack2<BFloat16>(x[6] * factor, x[7] * factor));
     }
   }
+}
+
+__global__ __launch_bounds__(32 * kStatisticsWarps) void illada_linear_masked_cross_entropy_statistics(
+    const __grid_constant__ LinearMaskedCrossEntropyParams p, const __grid_constant__ LinearRowChunk c, bool recompute,
+    const __grid_constant__ DependentLaunch launch) {
+  wait_for_previous_kernel(launch);
+  const bool keep_probs = p.hidden_grad || p.weight_grad;
+  const int first = int(blockIdx.x) * kStatisticsRows, used_rows = c.used_rows();
+  if (first >= used_rows) return;
+  if (!recompute || c.recompute[first / kPairRows]) sum_rows(p, c, first, used_rows, recompute, keep_probs);
+  if (recompute && c.live) mark_live_tiles(p, c, first, used_rows);
+  if (recompute && p.weight_grad) scale_hidden(c, first, used_rows);
 }
 
 // ----------------------------------------------------------------------------------------------------------- scatter

@@ -2,12 +2,26 @@
 //
 //   lse = log sum_v e^x_v,   nll = lse - x_y,   dx = (w f + dlse) e^(x - lse) - w f onehot(y)
 //
-// Forward and backward divide a row into vocab tiles of kVocabTileVectors vectors of 8 ids. One CTA processes one vocab
-// tile and has all its loads in flight, so few rows fill a GPU and many rows need no loop. The forward writes the
-// partial softmax (reference, sum) of each vocab tile to the workspace. One warp per row merges them in a fixed order.
+//   forward    a CTA per vocab tile (kVocabTileVectors vectors of 8 ids) of a row:
+//                load its vectors, all loads in flight; softmax of them; merge the threads; store (reference, sum)
+//   combine    a warp per row: merge the tiles' (reference, sum) in a fixed order; write nll and lse
+//   backward   a CTA per vocab tile of a row: load its vectors; dx of them from lse; store
+//   fused      a cluster of up to 8 CTAs per row:
+//                load the row's vectors to registers; softmax of them; merge the threads, then the CTAs of the cluster
+//                write nll and lse (one thread); dx of the vectors, which are still in registers; store
 //
-// The fused kernel processes a row with a cluster of up to 8 CTAs. Each thread keeps its vectors in registers while the
-// CTAs exchange their partial softmax through distributed shared memory. The row is read once and written once.
+// Few rows fill a GPU and many rows need no loop, because a row is cut into vocab tiles. A row whose token weight is 0
+// is not read. In `fused` the row is read once and written once; its CTAs exchange through distributed shared memory:
+//
+//                 time ->
+// CTA 0   [load  ][softmax][merge_block]|cluster|[read all partials][dx, store      ]|cluster| exit
+// CTA 1   [load    ][softmax][merge_block]  sync |[read all partials][dx, store     ]| wait  | exit
+//
+//   cluster_sync     all CTAs have written their partial softmax
+//   cluster_arrive   after reading the partials; cluster_wait before the exit: no CTA leaves while another may read its
+//                    shared memory. The stores of dx need no wait.
+//
+// CTAs of other rows fill the time in which one waits for memory or for its cluster (kFusedCtas per SM).
 //
 // A row may start at any address. Its vectors begin at the first multiple of 16 bytes. The ids before and after the
 // vectors are `single` ids; threads of the first vocab tile take one each. In the backward the gradient's row decides.
@@ -30,7 +44,7 @@ constexpr int kThreads = 256, kWarps = kThreads / 32;  // of forward and backwar
 constexpr int kFusedThreads = FusedShape::kThreads, kFusedWarps = kFusedThreads / 32;
 constexpr int kSingles = 16;  // up to 7 ids before the vectors, up to 7 after them
 
-// Vectors of one step of a thread. All are loaded before the first is used.
+// Vectors that a thread loads before it uses the first of them.
 template <typename T>
 constexpr int kUnroll = sizeof(T) == 2 ? 8 : 4;
 

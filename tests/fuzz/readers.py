@@ -19,7 +19,7 @@ from illada.config import ModelConfig
 from illada.data import corpus
 from illada.data.dataset import SPLITS, TokenDataset
 from illada.data.sources import read_source
-from illada.evaluation import tasks
+from illada.evaluation import dictionaries, questions, tasks
 from illada.model import MaskedDiffusionModel
 from illada.text import training
 from illada.text.chat_template import render_chat_template
@@ -170,7 +170,7 @@ def read_tasks(folder):
 
 def read_wordnet(folder):
     """Read a dictionary, as `illada prepare --dictionary wordnet:PATH` does."""
-    tasks.definition_questions(tasks.read_wordnet(folder), most=100)
+    questions.definition_questions(dictionaries.read_wordnet(folder), most=100)
 
 
 # -------------------------------------------------------------------------------------------------------------- training
@@ -338,7 +338,7 @@ def make_valid(root):
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    values = {"step": 1, "tokens_seen": 64, "unlogged_losses": [2.5]}
+    values = {"step": 1, "tokens_seen": 64, "unlogged_losses": [2.5], "decay_step": 1, "validation_bounds": [(1, 2.4)]}
     train_state.save(run / "checkpoints", model, optimizer, config, tokenizer=tokenizer, **values)
     (run / "run.toml").write_text(config.to_toml())
     metrics = [
