@@ -120,5 +120,4 @@ def _dry_run(config: TrainConfig, options: argparse.Namespace) -> int:
         print(line)
     if options.ranks > 1:
         print("`illada train` is one process; docs/embedding.md says how to train on many ranks with the ops")
-        )
     return 0
