@@ -130,6 +130,7 @@ struct WarpRows {
 
   // Moves the references up to the scores, if they must move.
   __device__ __forceinline__ void follow() {
+    // Of the whole warp: `move` exchanges between lanes. Of the maxima only `growth` was kept, as this is rare.
     if (__any_sync(kFullWarp, growth > OnlineSoftmax::kSlack)) {
 #pragma unroll
       for (int m = 0; m < kPairs; ++m) {
@@ -145,7 +146,7 @@ struct WarpRows {
   // Computes the scores of an item's first tile, of which `valid` keys exist.
   __device__ __forceinline__ void begin(uint32_t q_tile, uint32_t k_tile, int valid) {
     multiply_k(s, q_tile, k_tile, [](int) {});
-    if (valid < kKeys) {
+    if (valid < kKeys) {  // missing keys are zeros, and have a score of 0
 #pragma unroll
       for (int m = 0; m < kPairs; ++m) mask_scores(s[m], valid);
     }
@@ -154,7 +155,7 @@ struct WarpRows {
 
   // Computes the scores of the next tile beside the rest of this tile's exponentials, then adds this tile's output.
   __device__ __forceinline__ void advance(uint32_t q_tile, uint32_t k_tile, uint32_t v_tile) {
-    Scores next;
+    Scores next;  // not s: its exponentials are still to come
     multiply_k(next, q_tile, k_tile, [&](int step) {
       if (step + kEarly < kColumnSteps) weigh(step + kEarly);
     });

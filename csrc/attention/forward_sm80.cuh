@@ -15,23 +15,34 @@
 //       barrier    V of this tile and K of the next one (tile - 1) have arrived. All warps have left the other stage.
 //                  The copies of V of tile - 1 and K of tile - 2 now fill that stage (cp.async, one step ahead).
 //       advance    next scores = q . k, interleaved with this tile's exponentials; then output += p . v, interleaved
-//                  with the maxima of the next scores
+//                  with the maxima of the next scores (tile 0: the exponentials, then output += p . v)
 //     barrier: no warp needs Q or the ring any more
 //     start the copies of the next item
 //     store the output of this item
 //
-// Schedule of an item of three tiles, for one of the four warps of a CTA. Sj: s = q . k of tile j; ej: exponentials of
-// these scores, of which a part comes before the barrier; Oj: o += p . v; B: each thread waits for its own copies, then
-// all threads for each other (wait_for_copies).
+// Schedule of an item of three tiles, for the two warps of a quarter of the SM, if they are of two CTAs.
 //
-//                   time ->
-// copies in flight  Q K2 | V2 K1           | V1 K0           | V0              |            | Q' K' V' of the next item
-// tensor cores           B [S2]            B [S1][O2]        B [S0][O1]        B [O0]       B            B [S']
-// other units                  maxima, e2    e2   maxima, e1   e1   maxima       e0           store rows
+//   Sj   s = q . k of tile j
+//   ej   exponentials of these scores, of which a part comes before the barrier; max: maxima of the next scores
+//   Oj   o += p . v of tile j
+//   B    each thread waits for its own copies, then all threads of the CTA for each other (wait_for_copies)
 //
-// One warp alone therefore has work for the tensor cores nearly all the time. A second warp in each quarter of the SM
-// covers the rest. It belongs to a second CTA, whose barriers are its own, or to the same CTA of eight warps. Who waits
-// for whom is only this: a warp waits at B for the copies of all threads, and for the slowest warp of its CTA.
+//                        time ->
+// copies in flight  Q K2 | V2 K1           | V1 K0           | V0              |                | Q' K' V'
+// a warp   tensor cores  B [S2]            B [S1][O2]        B [S0][O1]        B      [O0]      B       B [S']
+//          other units          max, e2        e2     max, e1    e1     max      e0               store
+// another  tensor cores           B [S2]            B [S1][O2]        B [S0][O1]        B      [O0]      B       B [S']
+//          other units                   max, e2        e2     max, e1    e1     max      e0               store
+//
+// One warp alone therefore has work for the tensor cores nearly all the time. The second warp covers the rest. It
+// belongs to a second CTA, whose copies and barriers are its own, or to the same CTA of eight warps.
+//
+//   who waits                for whom                                                  where
+//   all warps of a CTA       the copies that all threads started a step before         B
+//   all warps of a CTA       its slowest warp: the copies overwrite what it has read   B
+//   a CTA                    no other CTA                                              -
+//
+// The copies in the drawing are those of the first warp's CTA.
 //
 // An item with k keys takes 512 k D flop. Cycles per SM of sm_80 for one tile of keys:
 //
@@ -87,12 +98,13 @@ struct Loader {
   __device__ __forceinline__ Loader(const ForwardArguments& a, Shared& shared)
       : a(a), shared(shared), q_tile(ptx::smem_address(shared.q)), ring(ptx::smem_address(shared.stage)) {}
 
-  // Addresses of V of a tile, and of K of the tile before it, which is the next one.
+  // Addresses of V of a tile, and of K of the tile before it, which is the next one. They share a stage, so that one
+  // barrier frees both. K of the last tile is in the stage of the tile after it, which does not exist.
   __device__ __forceinline__ uint32_t v_of(int tile) const { return ring + uint32_t(tile & 1) * kStageBytes; }
   __device__ __forceinline__ uint32_t k_before(int tile) const { return v_of(tile) + kTileBytes; }
 
   // Starts the copies of V of a tile and K of the next one. In the loop they need no separate group: cp_async_wait<0>
-  // waits for all copies.
+  // waits for all copies. Only the last tile may be partial, so K here never is.
   template <bool kPartial>
   __device__ __forceinline__ void start_stage(const TileCopier& copier, const KeySource& source, int tile,
                                               int rows) const {
@@ -101,7 +113,8 @@ struct Loader {
       copier.template keys<kKeys, false>(k_before(tile), source.k, a.k_token_bytes, (tile - 1) * kKeys, kKeys);
   }
 
-  // Starts the copies of the queries of an item. Rows without a token become zeros.
+  // Starts the copies of the queries of an item. Rows without a token become zeros; their address must be legal even
+  // so, hence the last token's.
   __device__ __forceinline__ void start_queries(const TileCopier& copier, const WorkItem& item) const {
     constexpr int kRows = TileCopier::kRows;
     const char* queries =
@@ -123,6 +136,7 @@ struct Loader {
     const TileCopier copier(thread);
     const WorkItem& item = shared.item[round % 3];
     const int next = item_index(round + 1);
+    // One item ahead. It belongs to the first group; it is read after this item's last barrier.
     if (thread < sizeof(WorkItem) / 16 && next < shared.items)
       cp_async_16(ptx::smem_address(&shared.item[(round + 1) % 3]) + thread * 16,
                   reinterpret_cast<const char*>(forward_items(a.plan) + next) + thread * 16, true);
@@ -130,7 +144,7 @@ struct Loader {
     const KeySource source{
         static_cast<const char*>(a.k) + item.k_start * a.k_token_bytes + item.kv_head * a.k_head_bytes,
         static_cast<const char*>(a.v) + item.k_start * a.v_token_bytes + item.kv_head * a.v_head_bytes};
-    if (thread == 0) shared.source = source;
+    if (thread == 0) shared.source = source;  // for the loop, which keeps no addresses in registers
     if (last >= 0) {
       start_queries(copier, item);
       copier.template keys<kKeys, true>(k_before(last + 1), source.k, a.k_token_bytes, last * kKeys, rows);
@@ -176,8 +190,8 @@ __global__ __launch_bounds__(32 * kWarps, 8 / kWarps) void illada_attention_forw
         __shfl_sync(kFullWarp, int(threadIdx.x) / 32, 0) * Rows::kRows < shared.item[round % 3].q_count * a.group;
     Rows rows(a.scale_log2);
 
-    wait_for_copies<1>();  // Q and K of the last tile
-    if (threadIdx.x == 0) shared.round = round + 1;
+    wait_for_copies<1>();                            // Q and K of the last tile; V is still in flight
+    if (threadIdx.x == 0) shared.round = round + 1;  // read again after the loop, not kept in a register
     if (has_rows && last >= 0)
       rows.begin(copies.q_tile, copies.k_before(last + 1), shared.item[round % 3].k_count - last * kKeys);
     int tile = last;
@@ -188,11 +202,12 @@ __global__ __launch_bounds__(32 * kWarps, 8 / kWarps) void illada_attention_forw
         rows.template weigh_parts<0, Rows::kEarly>();
       }
       wait_for_copies<0>();
+      // All warps have left the other stage, so it may be filled. The copier is made again each time, not kept.
       copies.template start_stage<false>(typename Copies::TileCopier(ptx::reread_thread_index()), shared.source,
                                          tile - 1, kKeys);
       if (has_rows) rows.advance(copies.q_tile, copies.k_before(tile), copies.v_of(tile));
     }
-    if (tile == 0) {
+    if (tile == 0) {  // not so if the item has no keys; there are no next scores to hide the exponentials behind
       if (has_rows) rows.follow();
       wait_for_copies<0>();
       if (has_rows) {
@@ -201,10 +216,10 @@ __global__ __launch_bounds__(32 * kWarps, 8 / kWarps) void illada_attention_forw
       }
     }
 
-    // The next item's tiles are copied while this item's rows are stored.
+    // No warp needs Q or the ring any more. The next item's tiles are copied while this item's rows are stored.
     wait_for_copies<0>();
     round = shared.round;
-    const WorkItem item = shared.item[(round + 2) % 3];
+    const WorkItem item = shared.item[(round + 2) % 3];  // of round - 1; the record of round + 1 takes another place
     if (item_index(round) < shared.items) copies.open_item(round);
     if (has_rows) rows.store(a, item);
   }

@@ -26,9 +26,9 @@ class HeadGemm : public Gemm<GemmMainloop<cutlass::arch::Sm90, T, KMajor, KMajor
 
   __device__ __forceinline__ int rank() const { return rank_; }
 
-  // Loads all steps of K of a row tile and of `slices` slices of ids. One thread of the producer calls it. If the
+  // Loads all tiles of K of a row tile and of `slices` slices of ids. One thread of the producer calls it. If the
   // cluster shares the ids (`shares_ids`), each CTA loads one half for both CTAs, in one box where the tile is whole.
-  // Otherwise the CTAs have different ids and any number of slices (possibly none), but the same number of steps.
+  // Otherwise the CTAs have different ids and any number of slices (possibly none), but the same number of tiles of K.
   __device__ __forceinline__ void load(int row, int id, int k_tiles, int slices, bool shares_ids) {
     constexpr int kSlice = HeadPlan::kSliceIds, kRowBytes = Base::kTileK * int(sizeof(T));
     constexpr uint64_t kHint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);

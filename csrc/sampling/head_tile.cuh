@@ -1,5 +1,16 @@
 // Epilogue of the fused head. A thread's share of a tile of logits is 2 rows x 64 ids in wgmma's accumulator layout.
 // The epilogue reduces it into the states of the two rows. Four neighbouring lanes share the two rows.
+//
+//   RowPairState::reduce, for a tile:
+//     ids past the range's end become -inf; add the bias
+//     for both rows: maxima of each group of columns; softmax; without noise: the largest logit becomes the leader
+//     if any row of the warp has noise (update_leaders):
+//       for each group of columns, if some lane needs random words: draw them together
+//         in the first group of a range: raise the bounds to scores that are certain
+//         for both rows: mark the ids that may beat the row's bound
+//       for both rows: score the marked ids in double precision; raise the bound
+//
+// No warp waits for another. Words are drawn by all lanes of a warp together, so tests that lead there are of the warp.
 #pragma once
 
 #include <cfloat>
@@ -54,51 +65,67 @@ struct RowPairState {
   __device__ __forceinline__ void reduce(float (&d)[128], const SampleTokensParams& p, const int (&row)[2], int tile_id,
                                          int end_id, int32_t* bounds) {
     const int column = 2 * int(threadIdx.x % 4), left = min(end_id - tile_id, kIds);
-    if (left < kIds) {
-#pragma unroll
-      for (int j = 0; j < kIds / 8; ++j) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e)
-          if (8 * j + column + e >= left) d[4 * j + e] = d[4 * j + 2 + e] = -INFINITY;
-      }
-    }
+    if (left < kIds) exclude_past_end(d, column, left);
     if (p.bias_count) add_bias(d, p, row, tile_id, left);
 
     float maximum[2][kGroups];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      float top = -INFINITY;
-#pragma unroll
-      for (int g = 0; g < kGroups; ++g) {
-        maximum[i][g] = -INFINITY;
-#pragma unroll
-        for (int j = g * kGroup; j < (g + 1) * kGroup; ++j)
-          maximum[i][g] = fmaxf(maximum[i][g], fmaxf(d[4 * j + 2 * i], d[4 * j + 2 * i + 1]));
-        top = fmaxf(top, maximum[i][g]);
-      }
-      state[i].softmax.raise(top);
-#pragma unroll
-      for (int j = 0; j < kIds / 8; ++j) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          state[i].softmax.add(d[4 * j + 2 * i + e]);
-          if constexpr (kWantExtras) state[i].top.add(d[4 * j + 2 * i + e]);
-        }
-      }
-      if (temperature[i] == 0 && top > state[i].leader.logit) {  // in a tie the earlier tile wins
-        int found = 0;
-#pragma unroll
-        for (int j = kIds / 8 - 1; j >= 0; --j) {
-#pragma unroll
-          for (int e = 1; e >= 0; --e) found = d[4 * j + 2 * i + e] == top ? 8 * j + e : found;
-        }
-        state[i].leader = {double(top), tile_id + column + found, top};
-      }
+      const float top = find_maxima(d, i, maximum[i]);
+      add_to_softmax(d, i, top);
+      if (temperature[i] == 0 && top > state[i].leader.logit)  // in a tie the earlier tile wins
+        state[i].leader = {double(top), tile_id + column + find_lowest(d, i, top), top};
     }
     if (any_noise) update_leaders(d, maximum, p, row, tile_id, bounds);
   }
 
  private:
+  __device__ __forceinline__ static void exclude_past_end(float (&d)[128], int column, int left) {
+#pragma unroll
+    for (int j = 0; j < kIds / 8; ++j) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e)
+        if (8 * j + column + e >= left) d[4 * j + e] = d[4 * j + 2 + e] = -INFINITY;
+    }
+  }
+
+  // Sets the maximum of each group of row i's columns and returns that of all of them.
+  __device__ __forceinline__ static float find_maxima(const float (&d)[128], int i, float (&maximum)[kGroups]) {
+    float top = -INFINITY;
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      maximum[g] = -INFINITY;
+#pragma unroll
+      for (int j = g * kGroup; j < (g + 1) * kGroup; ++j)
+        maximum[g] = fmaxf(maximum[g], fmaxf(d[4 * j + 2 * i], d[4 * j + 2 * i + 1]));
+      top = fmaxf(top, maximum[g]);
+    }
+    return top;
+  }
+
+  __device__ __forceinline__ void add_to_softmax(const float (&d)[128], int i, float top) {
+    state[i].softmax.raise(top);  // the reference moves once for the whole tile
+#pragma unroll
+    for (int j = 0; j < kIds / 8; ++j) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        state[i].softmax.add(d[4 * j + 2 * i + e]);
+        if constexpr (kWantExtras) state[i].top.add(d[4 * j + 2 * i + e]);
+      }
+    }
+  }
+
+  // Returns the lowest column of row i, relative to the lane's first, whose logit is `top`.
+  __device__ __forceinline__ static int find_lowest(const float (&d)[128], int i, float top) {
+    int found = 0;
+#pragma unroll
+    for (int j = kIds / 8 - 1; j >= 0; --j) {
+#pragma unroll
+      for (int e = 1; e >= 0; --e) found = d[4 * j + 2 * i + e] == top ? 8 * j + e : found;
+    }
+    return found;
+  }
+
   __device__ __forceinline__ void add_bias(float (&d)[128], const SampleTokensParams& p, const int (&row)[2],
                                            int tile_id, int left) {
 #pragma unroll
@@ -110,7 +137,7 @@ struct RowPairState {
         const int k = int(at / 8 * 2 + at % 2);
         const float value = bias.values[b];
 #pragma unroll
-        for (int m = 0; m < 64; ++m)
+        for (int m = 0; m < 64; ++m)  // an index that is not constant would put d in local memory
           if (m == k) d[m / 2 * 4 + m % 2 + 2 * i] += value;
       }
     }
@@ -149,56 +176,69 @@ struct RowPairState {
       if (!__any_sync(kFullWarp, log2_limit > RowNoise::kMinLog2Bound)) continue;
 #pragma unroll
       for (int j = 0; j < kGroup; ++j) uniforms(tile_id, g * kGroup + j, u[j]);
-      if (g == 0 && __any_sync(kFullWarp, fminf(bound[0], bound[1]) == -FLT_MAX)) {
+      if (g == 0 && __any_sync(kFullWarp, fminf(bound[0], bound[1]) == -FLT_MAX)) find_first_bounds(d, u, row, bounds);
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {  // initial bound
-          float lower_bound = -FLT_MAX;
-#pragma unroll
-          for (int j = 0; j < kGroup; ++j) {
-#pragma unroll
-            for (int e = 0; e < 2; ++e)
-              lower_bound =
-                  fmaxf(lower_bound, RowNoise::score_lower_bound(d[4 * j + 2 * i + e], u[j][i][e], temperature[i]));
-          }
-          raise_bound(i, lower_bound, row[i], bounds);
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        uint32_t min_bits = ~0u;
-#pragma unroll
-        for (int j = 0; j < kGroup; ++j) min_bits = min(min_bits, min(u[j][i][0], u[j][i][1]));
-        if (temperature[i] == 0 ||
-            min_bits > RowNoise::max_bits(RowNoise::log2_bound(maximum[i][g], bound[i], inverse[i])))
-          continue;
-#pragma unroll
-        for (int j = 0; j < kGroup; ++j) {
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const int k = 2 * (g * kGroup + j) + e;
-            const float x = d[4 * (g * kGroup + j) + 2 * i + e];
-            if (u[j][i][e] <= RowNoise::max_bits(RowNoise::log2_bound(x, bound[i], inverse[i])))
-              candidates[i] |= uint64_t(1) << k;
-          }
-        }
-      }
+      for (int i = 0; i < 2; ++i) mark_candidates(d, u, g, i, maximum[i][g], candidates[i]);
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if (__any_sync(kFullWarp, candidates[i] != 0)) {
-        for (; candidates[i]; candidates[i] &= candidates[i] - 1) {  // rare
-          const int k = __ffsll(int64_t(candidates[i])) - 1;
-          float x = 0;
-#pragma unroll
-          for (int m = 0; m < 64; ++m) x = m == k ? d[m / 2 * 4 + m % 2 + 2 * i] : x;
-          const int id = tile_id + k / 2 * 8 + 2 * int(threadIdx.x % 4) + k % 2;
-          const RowNoise exact(p, row[i]);
-          const uint32_t bits = word(exact.upper(uint32_t(id) / 4), id % 4);
-          state[i].leader.offer({exact.score(x, bits, uint32_t(id)), id, x});
-        }
-        __syncwarp();
+        score_candidates(d, p, row[i], tile_id, i, candidates[i]);
+        __syncwarp();  // the lanes had different numbers of candidates
         raise_bound(i, __double2float_rd(state[i].leader.score), row[i], bounds);
       }
+    }
+  }
+
+  // Raises the bounds of both rows to scores that are certain, from the first group of columns. `u`: its uniforms.
+  __device__ __forceinline__ void find_first_bounds(const float (&d)[128], const uint32_t (&u)[kGroup][2][2],
+                                                    const int (&row)[2], int32_t* bounds) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float lower_bound = -FLT_MAX;
+#pragma unroll
+      for (int j = 0; j < kGroup; ++j) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+          lower_bound =
+              fmaxf(lower_bound, RowNoise::score_lower_bound(d[4 * j + 2 * i + e], u[j][i][e], temperature[i]));
+      }
+      raise_bound(i, lower_bound, row[i], bounds);
+    }
+  }
+
+  // Marks the ids of group g that may beat row i's bound. The group's smallest uniform is compared first.
+  __device__ __forceinline__ void mark_candidates(const float (&d)[128], const uint32_t (&u)[kGroup][2][2], int g,
+                                                  int i, float maximum, uint64_t& candidates) const {
+    uint32_t min_bits = ~0u;
+#pragma unroll
+    for (int j = 0; j < kGroup; ++j) min_bits = min(min_bits, min(u[j][i][0], u[j][i][1]));
+    if (temperature[i] == 0 || min_bits > RowNoise::max_bits(RowNoise::log2_bound(maximum, bound[i], inverse[i])))
+      return;
+#pragma unroll
+    for (int j = 0; j < kGroup; ++j) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int k = 2 * (g * kGroup + j) + e;
+        const float x = d[4 * (g * kGroup + j) + 2 * i + e];
+        if (u[j][i][e] <= RowNoise::max_bits(RowNoise::log2_bound(x, bound[i], inverse[i])))
+          candidates |= uint64_t(1) << k;
+      }
+    }
+  }
+
+  // Scores the marked ids of row i in double precision and offers them to its leader. Rare.
+  __device__ __forceinline__ void score_candidates(const float (&d)[128], const SampleTokensParams& p, int row,
+                                                   int tile_id, int i, uint64_t& candidates) {
+    for (; candidates; candidates &= candidates - 1) {
+      const int k = __ffsll(int64_t(candidates)) - 1;
+      float x = 0;
+#pragma unroll
+      for (int m = 0; m < 64; ++m) x = m == k ? d[m / 2 * 4 + m % 2 + 2 * i] : x;  // d has no address
+      const int id = tile_id + k / 2 * 8 + 2 * int(threadIdx.x % 4) + k % 2;
+      const RowNoise exact(p, row);  // read again: it is rare, and registers are few
+      const uint32_t bits = word(exact.upper(uint32_t(id) / 4), id % 4);
+      state[i].leader.offer({exact.score(x, bits, uint32_t(id)), id, x});
     }
   }
 };

@@ -51,7 +51,7 @@ void check_sample_regions(const char* op, const SampleTokensParams& p, int64_t w
 
 }  // namespace
 
-int shared_sample_steps() {
+int shared_sample_stages() {
   switch (variant<SampleTokensLoads>()) {
     case SampleTokensLoads::kShared64:
       return 2;

@@ -24,9 +24,9 @@ RowSplit split_rows(int64_t num_rows, int64_t vocab_size, int sm_count);
 
 // CTAs of the sampling kernel that an SM holds at the same time.
 constexpr int kSampleCtasPerSm = 2;
-// Number of steps of a CTA's logits (16 KB each) that are in shared memory or being loaded to it. The variant
-// sample_tokens sets it. 0 means that one step is being loaded to registers.
-int shared_sample_steps();
+// Stages of a CTA's ring in shared memory. A stage holds the logits of a loop step (16 KB). The variant sample_tokens
+// sets it. 0 means no ring: one loop step is being loaded to registers.
+int shared_sample_stages();
 
 // Numbers of a row's records in the workspace, which holds LeaderRecords [num_rows, leaders], then SoftmaxRecords
 // [num_rows, softmaxes].
@@ -80,7 +80,7 @@ void launch_sample_tokens_combine(const SampleTokensParams& params, const Device
 // ranges of its group. The head weight therefore comes from memory once for all of them.
 struct HeadTask {
   int row_tile;
-  int vocab_range;  // HeadPlan::vocab_ranges means none: this CTA only keeps in step with its neighbour
+  int vocab_range;  // HeadPlan::vocab_ranges means none: this CTA only takes as many stages as its neighbour
   int tiles;        // number of vocab tiles (kTileSlices slices) that both CTAs of the cluster walk over
   bool shares_ids;  // true: the CTAs of a cluster share the tiles of the head weight
 };

@@ -1,18 +1,44 @@
 // linear_sample_tokens on sm_90a: logits[n, v] = hidden[n] . head_weight[v], reduced in the GEMM's accumulators.
 //
-// A CTA processes a row tile (128 rows) and a vocab range at a time; HeadPlan says which. It walks over the range in
-// vocab tiles of 256 ids (CUTLASS's products, common/gemm_mainloop.cuh). The two warpgroups reduce their tile into
-// per-row states in registers (row_sample.cuh). At the end of the range the four lanes that share a row merge and write
-// their records to the workspace. illada_sample_tokens_combine_sm80 finishes the row.
+// A CTA processes a row tile (128 rows) and a vocab range at a time; HeadPlan says which. Products and pipeline are
+// CUTLASS's (common/gemm_mainloop.cuh).
+//
+//   producer (load_work_items), one thread:
+//     for each work item, for each vocab tile of its range:
+//       for each tile of K: wait for an empty stage; load hidden, and the head weight or this CTA's half of it
+//
+//   each of the two consumer warpgroups (Consumer::run), with 64 of the rows:
+//     for each work item:
+//       without rows, or where only the neighbour has a tile: give the stages back unread
+//       for each vocab tile of 256 ids:
+//         start to read the rows' bounds
+//         d = hidden . head_weight of the tile, in registers
+//         reduce d into the states of the rows (RowPairState::reduce): softmax, and with noise the race
+//       give back the stages of a tile that only the neighbour has
+//       merge the four lanes that share a row; write its records to the workspace
+//
+// illada_sample_tokens_combine_sm80, a launch of its own, finishes the rows.
+//
+// Schedule of a work item of two tiles and the beginning of the next ('). A ring of four stages, 64 columns of K each.
+//
+//                   time ->
+//   producer        [ tile 0, stage by stage   ][ tile 1 ...           ]     [ tile 0' ...   (ahead: four stages)
+//   warpgroup 0     [ products 0  ][ reduce 0 ][ products 1  ][ reduce 1 ][records][ products 0' ]
+//   warpgroup 1     [ products 0  ][ reduce 0 ][ products 1  ][ reduce 1 ][records][ products 0' ]
+//   bounds            read         used, raised  read          used, raised           (never waited for)
+//
+//   A warpgroup waits for full stages. The producer waits for stages that all consumers of the cluster have given back:
+//   its loads fill the stages of both CTAs. Both CTAs of a cluster take the same number of stages, which is why a
+//   warpgroup without products still gives them back. The warpgroups do not wait for each other.
 //
 // Few rows: rows beyond N are neither loaded nor multiplied. The head weight is read once at memory speed: 2 V C bytes
 // (424 us at 3 TB/s for V 155,136, C 4096). The tensor cores need 2 * 64 V C flop for up to 64 rows, a fifth of that
 // time; up to 128 rows, two fifths. So nothing is gained by making the head weight the M operand.
 //
-// Many rows: 2 N V C flop. CTAs of neighbouring row tiles process the same range in step. The head weight then comes
-// from memory once per group of row tiles, and from the L2 cache after that. Pairs of CTAs (clusters) load each tile of
-// the head weight once, half each, for both. The CTAs are persistent: the next work item of a cluster is loaded while
-// the last one is reduced.
+// Many rows: 2 N V C flop. CTAs of neighbouring row tiles process the same range at the same time. The head weight then
+// comes from memory once per group of row tiles, and from the L2 cache after that. Pairs of CTAs (clusters) load each
+// tile of the head weight once, half each, for both. The CTAs are persistent: the next work item of a cluster is loaded
+// while the last one is reduced.
 #include <cuda.h>
 
 #include <cfloat>
@@ -29,6 +55,106 @@ namespace {
 
 constexpr int kSlice = HeadPlan::kSliceIds;
 
+// ------------------------------------------------------------------------------------------------------------ producer
+
+// Loads the tiles of all work items of the cluster. One thread calls it.
+template <typename Gemm>
+__device__ __forceinline__ void load_work_items(Gemm& gemm, const HeadPlan& plan, int k_tiles, int first_work_item,
+                                                int work_items) {
+  for (int work_item = first_work_item; work_item < work_items; work_item += plan.clusters) {
+    const HeadTask task = plan.task(work_item, gemm.rank());
+    const int first_slice = task.vocab_range * plan.range_slices,
+              end_slice = min(first_slice + plan.range_slices, plan.vocab_slices);
+    for (int tile = 0; tile < task.tiles; ++tile) {
+      const int slice = first_slice + tile * HeadPlan::kTileSlices;
+      const int slices = max(min(end_slice - slice, HeadPlan::kTileSlices), 0);  // 0: only the neighbour has a tile
+      gemm.load(task.row_tile * Gemm::kTileM, slice * kSlice, k_tiles, slices, task.shares_ids);
+    }
+  }
+  gemm.load_tail();  // the CTA must outlive the neighbour's arrivals at its barriers
+}
+
+// ----------------------------------------------------------------------------------------------------------- consumers
+
+// A consumer warpgroup: 64 rows of the row tile. A thread has two of them, eight apart, which it shares with three
+// neighbouring lanes (wgmma's accumulator layout). All threads of the warpgroup call each method.
+template <typename Gemm, bool kWantExtras>
+struct Consumer {
+  static constexpr int kTileM = Gemm::kTileM, kTileN = Gemm::kTileN;
+  using RowPair = RowPairState<kWantExtras>;
+
+  Gemm& gemm;
+  const SampleTokensParams& p;
+  const HeadPlan& plan;
+  const int k_tiles;
+  int32_t* const bounds;
+  const int warpgroup = int(threadIdx.x) / 128, lane = int(threadIdx.x) % 32;
+  const int row_of_tile = int(threadIdx.x) / 32 * 16 + lane / 4;  // and 8 rows below it
+
+  // Processes all work items of the cluster.
+  __device__ __forceinline__ void run(int first_work_item, int work_items) {
+    for (int work_item = first_work_item; work_item < work_items; work_item += plan.clusters) {
+      HeadTask task = plan.task(work_item, gemm.rank());
+      const int first_row = task.row_tile * kTileM, last_row = int(p.num_rows) - 1;
+      if (!takes_part(task, first_row, last_row)) {
+        gemm.skip(task.tiles * k_tiles);
+        continue;
+      }
+      // Rows past the end have logits of 0 and the arguments of the last one. They are not written.
+      const int row[2] = {min(first_row + row_of_tile, last_row), min(first_row + row_of_tile + 8, last_row)};
+      RowPair pair(p, row);
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        if (first_row + row_of_tile + 8 * i > last_row) pair.exclude(i);
+
+      reduce_range(pair, row, task.vocab_range);
+
+      ptx::hide_value(work_item);  // values derived from it then take no registers in the loop
+      task = plan.task(work_item, gemm.rank());
+      gemm.skip((task.tiles - plan.range_tiles(task.vocab_range)) * k_tiles);  // tiles that only the neighbour has
+      write_records(pair, task);
+    }
+  }
+
+ private:
+  // The same for the whole warpgroup: the products are the warpgroup's.
+  __device__ __forceinline__ bool takes_part(const HeadTask& task, int first_row, int last_row) const {
+    return first_row + warpgroup * 64 <= last_row && task.vocab_range < plan.vocab_ranges;
+  }
+
+  // Multiplies the tiles of a range and reduces each into the states of the rows.
+  __device__ __forceinline__ void reduce_range(RowPair& pair, const int (&row)[2], int vocab_range) {
+    const int end_id = int(min(int64_t(vocab_range + 1) * plan.range_slices * kSlice, p.vocab_size));
+    float d[kTileN / 2];
+    for (int id = vocab_range * plan.range_slices * kSlice; id < end_id; id += kTileN) {
+      int32_t seen[2];
+      pair.read_bounds(bounds, row, seen);  // in flight while the products are computed
+      gemm.multiply(d, k_tiles);
+      pair.apply_bounds(seen);
+      pair.reduce(d, p, row, id, end_id, bounds);
+    }
+  }
+
+  // Merges the four lanes that share a row, and writes the row's records of this range.
+  __device__ __forceinline__ void write_records(RowPair& pair, const HeadTask& task) {
+    const RowRecords records = row_records(plan);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      RowState<kWantExtras>& state = pair.state[i];
+      state.merge_leader(1);
+      state.merge_leader(2);
+      state.softmax.template merge_lanes<4>();
+      const int64_t own_row = task.row_tile * kTileM + row_of_tile + 8 * i;
+      if (lane % 4 == 0 && own_row < p.num_rows) {
+        static_cast<LeaderRecord*>(p.workspace)[own_row * records.leaders + task.vocab_range] = state.leader_record();
+        softmax_records(p.workspace, p.num_rows, records, own_row)[task.vocab_range] = to_record(state.softmax);
+      }
+    }
+  }
+};
+
+// ------------------------------------------------------------------------------------------------------------- kernels
+
 template <typename T, bool kWantExtras>
 __global__ __launch_bounds__(HeadGemm<T>::kThreads, 1) void illada_linear_sample_tokens_sm90(
     const __grid_constant__ typename HeadGemm<T>::Params params, const __grid_constant__ CUtensorMap slice_map,
@@ -37,74 +163,18 @@ __global__ __launch_bounds__(HeadGemm<T>::kThreads, 1) void illada_linear_sample
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) char raw_shared[];
   using Gemm = HeadGemm<T>;
-  constexpr int kTileM = Gemm::kTileM, kTileN = Gemm::kTileN;
-  static_assert(kTileM == HeadPlan::kTileRows && kTileN == HeadPlan::kTileSlices * kSlice);
+  static_assert(Gemm::kTileM == HeadPlan::kTileRows && Gemm::kTileN == HeadPlan::kTileSlices * kSlice);
   Gemm gemm(params, slice_map, *reinterpret_cast<typename Gemm::Storage*>(raw_shared), plan.cluster);
   wait_for_previous_kernel(launch);
   const int first_work_item = int(blockIdx.x) / plan.cluster, work_items = plan.work_items();
-
-  if (Gemm::is_producer()) {  // ------------------------------------------------------------------------- producer
+  if (Gemm::is_producer()) {
     Gemm::Registers::as_producer();
-    if (Gemm::is_producer_warp() && cute::elect_one_sync()) {
-      for (int work_item = first_work_item; work_item < work_items; work_item += plan.clusters) {
-        const HeadTask task = plan.task(work_item, gemm.rank());
-        const int first_slice = task.vocab_range * plan.range_slices,
-                  end_slice = min(first_slice + plan.range_slices, plan.vocab_slices);
-        for (int tile = 0; tile < task.tiles; ++tile) {
-          const int slice = first_slice + tile * HeadPlan::kTileSlices;
-          // 0 where only the neighbour has a tile.
-          const int slices = max(min(end_slice - slice, HeadPlan::kTileSlices), 0);
-          gemm.load(task.row_tile * kTileM, slice * kSlice, k_tiles, slices, task.shares_ids);
-        }
-      }
-      gemm.load_tail();
-    }
-  } else {  // ------------------------------------------------------------------------------------------- consumers
+    if (Gemm::is_producer_warp() && cute::elect_one_sync())
+      load_work_items(gemm, plan, k_tiles, first_work_item, work_items);
+  } else {
     Gemm::Registers::as_consumer();
-    const int warpgroup = int(threadIdx.x) / 128, lane = int(threadIdx.x) % 32;
-    const int row_of_tile = int(threadIdx.x) / 32 * 16 + lane / 4;  // and 8 rows below it
-    for (int work_item = first_work_item; work_item < work_items; work_item += plan.clusters) {
-      HeadTask task = plan.task(work_item, gemm.rank());
-      const int first_row = task.row_tile * kTileM, last_row = int(p.num_rows) - 1;
-      // The same for the whole warpgroup. Without rows, and where only the neighbour has a tile, it skips the stages.
-      const bool takes_part = first_row + warpgroup * 64 <= last_row && task.vocab_range < plan.vocab_ranges;
-      if (!takes_part) {
-        gemm.skip(task.tiles * k_tiles);
-        continue;
-      }
-      // Rows past the end have logits of 0 and the arguments of the last one. They are not written.
-      const int row[2] = {min(first_row + row_of_tile, last_row), min(first_row + row_of_tile + 8, last_row)};
-      RowPairState<kWantExtras> pair(p, row);
-#pragma unroll
-      for (int i = 0; i < 2; ++i)
-        if (first_row + row_of_tile + 8 * i > last_row) pair.exclude(i);
-
-      const int end_id = int(min(int64_t(task.vocab_range + 1) * plan.range_slices * kSlice, p.vocab_size));
-      float d[kTileN / 2];
-      for (int id = task.vocab_range * plan.range_slices * kSlice; id < end_id; id += kTileN) {
-        int32_t seen[2];
-        pair.read_bounds(bounds, row, seen);  // in flight while the products are computed
-        gemm.multiply(d, k_tiles);
-        pair.apply_bounds(seen);
-        pair.reduce(d, p, row, id, end_id, bounds);
-      }
-      ptx::hide_value(work_item);  // values derived from it then take no registers in the loop
-      task = plan.task(work_item, gemm.rank());
-      gemm.skip((task.tiles - plan.range_tiles(task.vocab_range)) * k_tiles);
-      const RowRecords records = row_records(plan);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        RowState<kWantExtras>& state = pair.state[i];
-        state.merge_leader(1);
-        state.merge_leader(2);
-        state.softmax.template merge_lanes<4>();
-        const int64_t own_row = task.row_tile * kTileM + row_of_tile + 8 * i;
-        if (lane % 4 == 0 && own_row < p.num_rows) {
-          static_cast<LeaderRecord*>(p.workspace)[own_row * records.leaders + task.vocab_range] = state.leader_record();
-          softmax_records(p.workspace, p.num_rows, records, own_row)[task.vocab_range] = to_record(state.softmax);
-        }
-      }
-    }
+    Consumer<Gemm, kWantExtras> consumer{gemm, p, plan, k_tiles, bounds};
+    consumer.run(first_work_item, work_items);
   }
 #endif
 }

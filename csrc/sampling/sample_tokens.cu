@@ -1,9 +1,34 @@
 // sample_tokens from logits: one pass over each row. row_sample.cuh has the state of a row.
 //
-// A CTA processes a range of a row. A thread processes kUnroll vectors of 8 neighbours at a time, while its next
-// vectors are loaded. The softmax of each vocab tile of kVocabTileVectors vectors is summed separately, warp by warp.
-// With one range per row, the CTA finishes the row and its records stay in shared memory. With several, the records go
-// to the workspace, and a second kernel finishes the row, one warp per row.
+// A CTA processes a range of a row, in loop steps of kLoopVectors vectors of 8 neighbours, kUnroll for each thread:
+//
+//   load the first loop steps
+//   with noise: raise the shared bound with the first vector of each thread
+//   for each loop step of the range:
+//     at the start of a vocab tile: each warp stores its softmax record of the tile before, and begins a new sum
+//     take the logits that have arrived; start the load of a later loop step; add the bias
+//     add the logits to the thread's softmax
+//     without noise: remember the largest logit and the loop step that it is in
+//     with noise: run the race: find vectors that may beat the shared bound, and score only their ids
+//   add the ids after the last complete vector; store the last softmax record
+//   without noise: the threads that saw the row's largest logit read its loop step again, for the lowest id
+//   merge the leaders of the threads, then of the warps
+//   one range per row: merge the softmax records, write the row; else write the range's leader to the workspace
+//
+// With several ranges per row, illada_sample_tokens_combine_sm80 finishes the rows, one warp per row.
+//
+// Schedule of a CTA with noise. Li: load of loop step i; Ci: its softmax; Ri: its race. Here one loop step is loaded
+// ahead, to registers; with Source::kShared 2 or 4 are in flight, in a ring of stages in shared memory. Each thread
+// waits for its own loads only. Warps meet at |, where all wait for all; otherwise they drift apart.
+//
+//            time ->
+//   loads    [ L0    ]              [ L1    ]  [ L2    ]  [ L3    ]
+//   warp 0            [first bound]|[C0 ][R0 ] [C1 ][R1 ] [C2 ][R2 ]  ...  [tail][leaders]|[merge, write]
+//   warp 1            [first bound]|[C0 ][R0  ] [C1 ][R1 ] [C2 ][R2 ]      [tail][leaders]|
+//   ...                      the bound: raised by any warp, read by all in every loop step; it only prunes
+//   combine, a kernel of its own: waits for all CTAs of the sampler, then  [merge the records of a row, write]
+//
+// The first meeting exists with noise only. Without noise, the warps meet once before the lowest id is looked for.
 //
 // Lower bound: rows x vocab x sizeof(T) bytes, each read once. Instructions per bf16 element: convert 1, maximum 1,
 // exponential 4 (one of them on the special-function unit); with noise also 9.3 for Philox and 2 for the comparison. An
@@ -32,16 +57,6 @@ struct SharedStorage {
 // How logits are loaded: to registers, by loads of 16 bytes or of one element, or through shared memory, where more of
 // them can be in flight.
 enum class Source { kUnaligned, kAligned, kShared };
-
-// Sets the bit of every vector of this range that holds a biased id.
-__device__ __forceinline__ void mark_biased(uint32_t* biased, const RowBias& bias, int first, int end) {
-  for (int i = threadIdx.x; i < (end - first + 31) / 32; i += kThreads) biased[i] = 0;
-  __syncthreads();
-  for (int b = threadIdx.x; b < bias.count; b += kThreads) {
-    const int id = bias.ids[b], bit = id / kVector - first;
-    if (id >= 0 && bit >= 0 && bit < end - first) atomicOr(&biased[bit / 32], 1u << (bit % 32));
-  }
-}
 
 __device__ __forceinline__ uint32_t smallest(const PhiloxWords& w) {
   return min(min(w.word[0], w.word[1]), min(w.word[2], w.word[3]));
@@ -88,54 +103,57 @@ struct SharedBound {
   }
 };
 
-// Source::kShared: a step of a thread is kSharedVectors vectors of 16 bytes. Each thread loads its own vectors, so that
-// no thread waits for another. Shared memory holds `shared_steps` steps, 2 or 4.
-constexpr int kSharedVectors = 4, kSharedStepBytes = kThreads * kSharedVectors * 16;
+// ------------------------------------------------------------------------------------------------------------- loads
 
-template <typename T, bool kWantExtras, Source kSource, bool kFiltered>
-__global__ __launch_bounds__(kThreads, kSampleCtasPerSm) void illada_sample_tokens_sm80(
-    const __grid_constant__ SampleTokensParams p, const __grid_constant__ RowSplit split, int shared_steps,
-    const RowCut* cuts, const __grid_constant__ DependentLaunch launch) {
-  constexpr bool kAligned = kSource != Source::kUnaligned, kShared = kSource == Source::kShared;
-  constexpr int kUnroll = sizeof(T) == 2 ? 4 : 2, kStep = kThreads * kUnroll;
-  static_assert(kVocabTileVectors % kStep == 0);
+// Source::kShared: a thread's part of a stage is kSharedVectors vectors of 16 bytes. Each thread copies the vectors
+// that it reads itself, so that no thread waits for another. The ring has 2 or 4 stages, a power of two.
+constexpr int kSharedVectors = 4, kStageBytes = kThreads * kSharedVectors * 16;
+
+// Loads the vectors of a range, one loop step after the other, ahead of their use. `base` is a thread's first vector in
+// a loop step; the others are kThreads vectors apart, so that a warp reads 32 neighbours at a time.
+template <typename T, Source kSource>
+struct RangeLoader {
+  static constexpr bool kShared = kSource == Source::kShared;
+  static constexpr int kUnroll = sizeof(T) == 2 ? 4 : 2;   // vectors of a thread in a loop step
+  static constexpr int kLoopVectors = kThreads * kUnroll;  // vectors of the CTA in a loop step
+  using Reader = RowReader<T, kSource != Source::kUnaligned>;
+  static_assert(kVocabTileVectors % kLoopVectors == 0);
   static_assert(!kShared || (kUnroll == kSharedVectors && Raw8<T>::kLoads == 1));
-  __shared__ SharedStorage shared;
-  extern __shared__ uint4 dynamic_shared[];  // the softmax records of a whole row, then one bit per vector for the bias
-  const int64_t row = blockIdx.x / unsigned(split.splits);
-  const int range = int(blockIdx.x % unsigned(split.splits));
-  const int vectors = int(p.vocab_size / kVector);
-  const int first = range * split.split_tiles * kVocabTileVectors,
-            end = min(first + split.split_tiles * kVocabTileVectors, vectors);
-  const bool has_tail = range == split.splits - 1;  // the ids after the last complete vector
-  if (threadIdx.x == 0) {
-    shared.bound = shared.maximum = ordered(-FLT_MAX);
+
+  const Reader& reader;
+  const int first, end;         // vectors of the range
+  const int stages;             // of the ring
+  const uint4* thread_vectors;  // this thread's first vector in the first stage
+  Raw8<T> next[kUnroll];        // vectors of a loop step that are loaded or have arrived
+
+  // Starts the loads of the first loop steps, and waits for the first one where it comes through shared memory.
+  __device__ __forceinline__ void start() {
+    if constexpr (kShared) {
+#pragma unroll 1
+      for (int loop_step = 0; loop_step < stages; ++loop_step) start_copy(loop_step);
+      finish_copy(0);
+    } else {
+      load(first + int(threadIdx.x));
+    }
   }
-  wait_for_previous_kernel(launch);
 
-  const RowNoise noise(p, row);
-  const KeptIds<kFiltered> kept(cuts, row, p.confidence_at_temperature);
-  RowReader<T, kAligned> reader{static_cast<const T*>(p.logits) + row * p.logits_row_stride, nullptr, first,
-                                RowBias(p, row)};
-  if (p.bias_count) {
-    auto* const bits =
-        reinterpret_cast<uint32_t*>(dynamic_shared + (split.splits == 1 ? split.vocab_tiles * kWarps : 0));
-    mark_biased(bits, reader.bias, first, end);
-    reader.biased = bits;
+  // Waits for the loop step that begins at `loop_base`, converts its vectors, and starts the load of a later one.
+  // Vectors past the end are -inf.
+  __device__ __forceinline__ void take(int loop_base, int base, float (&x)[kUnroll][kVector]) {
+    if constexpr (kShared) finish_copy((loop_base - first) / kLoopVectors);
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) unpack8(next[u], x[u]);
+    if constexpr (kShared) {
+      start_copy((loop_base - first) / kLoopVectors + stages);
+    } else {
+      if (loop_base + kLoopVectors < end) load(base + kLoopVectors);
+    }
   }
-  __syncthreads();
 
-  RowState<kWantExtras> state;
-  SharedBound shared_bound{&shared.bound};
-  float best = -INFINITY;  // without noise: the largest logit and the step it was seen in
-  int best_base = 0;
-  const bool noisy = noise.temperature > 0;
-  const RowNoiseLoop noise_loop(noise);
-
-  Raw8<T> next[kUnroll];
-  // Loads this thread's vectors of the step that begins at `base`; vectors past the end are -inf.
-  const auto load_step = [&](int base) {
-    if (base - int(threadIdx.x) + kStep <= end) {
+ private:
+  // To registers. Where the whole loop step exists, the vectors are not tested one by one.
+  __device__ __forceinline__ void load(int base) {
+    if (base - int(threadIdx.x) + kLoopVectors <= end) {
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) next[u] = reader.raw(base + u * kThreads);
     } else {
@@ -146,27 +164,23 @@ __global__ __launch_bounds__(kThreads, kSampleCtasPerSm) void illada_sample_toke
         if (vector < end) next[u] = reader.raw(vector);
       }
     }
-  };
-  // The same through shared memory, in two halves: start_copy and finish_copy of step 0, 1, ... Both may be called past
-  // the end. Where the whole step exists, the vectors are not tested one by one.
-  const uint4* thread_vectors = dynamic_shared + threadIdx.x;  // this thread's first vector in the first step
-  if constexpr (kShared) {
-    thread_vectors += split.splits == 1 ? split.vocab_tiles * kWarps : 0;
-    thread_vectors += p.bias_count ? split.split_tiles * kVocabTileVectors / 128 : 0;
   }
-  const auto step_vectors = [&](int step) {
-    return thread_vectors + (step & (shared_steps - 1)) * (kThreads * kUnroll);
-  };
-  const auto start_copy = [&](int step) {
-    const int vector = first + step * kStep + int(threadIdx.x);
-    const uint32_t target = ptx::smem_address(step_vectors(step));
+
+  // The same through shared memory, in two halves: start_copy and finish_copy of loop step 0, 1, ... Both may be called
+  // past the end: the number of groups in flight then stays the same, and finish_copy can wait for a constant.
+  __device__ __forceinline__ const uint4* stage_vectors(int loop_step) const {
+    return thread_vectors + (loop_step & (stages - 1)) * (kThreads * kUnroll);
+  }
+  __device__ __forceinline__ void start_copy(int loop_step) const {
+    const int vector = first + loop_step * kLoopVectors + int(threadIdx.x);
+    const uint32_t target = ptx::smem_address(stage_vectors(loop_step));
     const T* const source = reader.row + int64_t(vector) * kVector;
     const auto copy = [&](int u) {
       cute::SM80_CP_ASYNC_CACHEGLOBAL<uint4>::copy(reinterpret_cast<const uint4&>(source[u * kThreads * kVector]),
                                                    ptx::shared_at<uint4>(target + uint32_t(u * kThreads * 16)));
     };
-    ptx::keep_memory_order();  // earlier reads of this memory are complete
-    if (first + (step + 1) * kStep <= end) {
+    ptx::keep_memory_order();  // this thread's earlier reads of the stage are complete
+    if (first + (loop_step + 1) * kLoopVectors <= end) {
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) copy(u);
     } else {
@@ -175,40 +189,112 @@ __global__ __launch_bounds__(kThreads, kSampleCtasPerSm) void illada_sample_toke
         if (vector + u * kThreads < end) copy(u);
     }
     cute::cp_async_fence();
-  };
-  const auto finish_copy = [&](int step) {  // later steps may still be in flight
-    if (shared_steps == 2) {
+  }
+  __device__ __forceinline__ void finish_copy(int loop_step) {  // later loop steps may still be in flight
+    if (stages == 2) {  // the number of groups that may be in flight is part of the instruction
       cute::cp_async_wait<1>();
     } else {
       cute::cp_async_wait<3>();
     }
     ptx::keep_memory_order();
-    const uint4* const source = step_vectors(step);
-    if (first + (step + 1) * kStep <= end) {
+    const uint4* const source = stage_vectors(loop_step);
+    if (first + (loop_step + 1) * kLoopVectors <= end) {
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) next[u].part[0] = source[u * kThreads];
     } else {
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
         next[u] = minus_infinity8<T>();
-        if (first + step * kStep + u * kThreads + int(threadIdx.x) < end) next[u].part[0] = source[u * kThreads];
+        if (first + loop_step * kLoopVectors + u * kThreads + int(threadIdx.x) < end)
+          next[u].part[0] = source[u * kThreads];
       }
     }
-  };
-
-  int base = first + threadIdx.x;
-  if constexpr (kShared) {
-#pragma unroll 1
-    for (int step = 0; step < shared_steps; ++step) start_copy(step);
-    finish_copy(0);
-  } else {
-    load_step(base);
   }
-  if (noisy) {  // initial bound, from the first vector of each thread
+};
+
+// ------------------------------------------------------------------------------------------------------------- phases
+
+// Dynamic shared memory: with one range per row the softmax records of the row, then one bit per vector for the bias
+// where there is one, then the ring of Source::kShared.
+__device__ __forceinline__ uint32_t* bias_bits(uint4* dynamic_shared, const RowSplit& split) {
+  return reinterpret_cast<uint32_t*>(dynamic_shared + (split.splits == 1 ? split.vocab_tiles * kWarps : 0));
+}
+__device__ __forceinline__ const uint4* thread_ring(const uint4* dynamic_shared, const RowSplit& split, bool has_bias) {
+  const uint4* thread_vectors = dynamic_shared + threadIdx.x;
+  thread_vectors += split.splits == 1 ? split.vocab_tiles * kWarps : 0;
+  thread_vectors += has_bias ? split.split_tiles * kVocabTileVectors / 128 : 0;
+  return thread_vectors;
+}
+
+// What a CTA does with its range of a row. All threads of the CTA call each method.
+template <typename T, bool kWantExtras, Source kSource, bool kFiltered>
+struct RangeSampler {
+  using Loader = RangeLoader<T, kSource>;
+  static constexpr int kUnroll = Loader::kUnroll, kLoopVectors = Loader::kLoopVectors;
+
+  const SampleTokensParams& p;
+  const RowSplit& split;
+  SharedStorage& shared;
+  uint4* const dynamic_shared;
+  const int64_t row;
+  const int range;
+  const int vectors, first, end;  // complete vectors of the row; those of the range
+  const RowNoise noise;
+  const bool noisy;
+  const KeptIds<kFiltered> kept;
+  typename Loader::Reader reader;
+  const RowNoiseLoop noise_loop;
+  SharedBound shared_bound;
+  SoftmaxRecord* const records;  // of this warp, for the first vocab tile of the range
+
+  RowState<kWantExtras> state;
+  float best = -INFINITY;  // without noise: the largest logit, and this thread's first vector in its loop step
+  int best_base = 0;
+
+  __device__ __forceinline__ RangeSampler(const SampleTokensParams& p, const RowSplit& split, const RowCut* cuts,
+                                          SharedStorage& shared, uint4* dynamic_shared)
+      : p(p),
+        split(split),
+        shared(shared),
+        dynamic_shared(dynamic_shared),
+        row(blockIdx.x / unsigned(split.splits)),
+        range(int(blockIdx.x % unsigned(split.splits))),
+        vectors(int(p.vocab_size / kVector)),
+        first(range * split.split_tiles * kVocabTileVectors),
+        end(min(first + split.split_tiles * kVocabTileVectors, vectors)),
+        noise(p, row),
+        noisy(noise.temperature > 0),
+        kept(cuts, row, p.confidence_at_temperature),
+        reader{static_cast<const T*>(p.logits) + row * p.logits_row_stride, nullptr, first, RowBias(p, row)},
+        noise_loop(noise),
+        shared_bound{&shared.bound},
+        records((split.splits == 1 ? reinterpret_cast<SoftmaxRecord*>(dynamic_shared)
+                                   : softmax_records(p.workspace, p.num_rows, row_records(split), row)) +
+                range * split.split_tiles * kWarps + threadIdx.x / 32) {}
+
+  // Sets the bit of every vector of the range that holds a biased id.
+  __device__ __forceinline__ void mark_biased_vectors() {
+    if (p.bias_count) {
+      uint32_t* const bits = bias_bits(dynamic_shared, split);
+      for (int i = threadIdx.x; i < (end - first + 31) / 32; i += kThreads) bits[i] = 0;
+      __syncthreads();
+      for (int b = threadIdx.x; b < reader.bias.count; b += kThreads) {
+        const int id = reader.bias.ids[b], bit = id / kVector - first;
+        if (id >= 0 && bit >= 0 && bit < end - first) atomicOr(&bits[bit / 32], 1u << (bit % 32));
+      }
+      reader.biased = bits;
+    }
+    __syncthreads();  // also for the initial values of `shared`
+  }
+
+  // Raises the shared bound to a score that the row certainly reaches, from the first vector of each thread. Without
+  // it, every vector of the first loop step would pass the test of the race.
+  __device__ __forceinline__ void find_first_bound(const Raw8<T>& raw) {
     float lower_bound = -FLT_MAX;
+    const int base = first + int(threadIdx.x);
     if (base < end) {
       float x[kVector];
-      unpack8(next[0], x);
+      unpack8(raw, x);
       if (reader.biased) reader.add_bias(base, x);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -225,44 +311,24 @@ __global__ __launch_bounds__(kThreads, kSampleCtasPerSm) void illada_sample_toke
     __syncthreads();
   }
 
-  SoftmaxRecord* const records =
-      (split.splits == 1 ? reinterpret_cast<SoftmaxRecord*>(dynamic_shared)
-                         : softmax_records(p.workspace, p.num_rows, row_records(split), row)) +
-      range * split.split_tiles * kWarps + threadIdx.x / 32;
-  const auto store_tile_record = [&](int index) {
+  // Stores the warp's softmax of vocab tile `index` of the range, and begins a new sum. Sums of whole vocab tiles do
+  // not depend on how the row is split.
+  __device__ __forceinline__ void store_tile_record(int index) {
     state.softmax.merge_lanes();
     if (threadIdx.x % 32 == 0) records[index * kWarps] = to_record(state.softmax);
     state.softmax = {};
-  };
-  const auto process_tail = [&] {
-    const int id = vectors * kVector + int(threadIdx.x);
-    if (!has_tail || id >= p.vocab_size) return;
-    const float x = reader.single(id), measured = kept.measured_logit(x, id);
-    state.softmax.raise(measured);
-    state.softmax.add(measured);
-    if constexpr (kWantExtras) state.top.add(measured);
-    if (!kept.contains(x, id)) return;
-    const double score = noisy ? noise.score(x, word(noise.upper(uint32_t(id) / 4), id % 4), uint32_t(id)) : double(x);
-    state.leader.offer({score, id, measured});
-  };
+  }
 
-  for (int step_base = first; step_base < end; step_base += kStep, base += kStep) {
-    if (step_base > first && (step_base - first) % kVocabTileVectors == 0)
-      store_tile_record((step_base - first) / kVocabTileVectors - 1);
-    float x[kUnroll][kVector], maximum[kUnroll];
-    if constexpr (kShared) finish_copy((step_base - first) / kStep);
+  __device__ __forceinline__ void add_bias(int base, float (&x)[kUnroll][kVector]) const {
+    if (!reader.biased) return;
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) unpack8(next[u], x[u]);
-    if constexpr (kShared) {
-      start_copy((step_base - first) / kStep + shared_steps);
-    } else {
-      if (step_base + kStep < end) load_step(base + kStep);
-    }
-    if (reader.biased) {
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u)
-        if (base + u * kThreads < end) reader.add_bias(base + u * kThreads, x[u]);
-    }
+    for (int u = 0; u < kUnroll; ++u)
+      if (base + u * kThreads < end) reader.add_bias(base + u * kThreads, x[u]);
+  }
+
+  // Adds the logits of a loop step to the softmax. Sets the maximum of each vector and returns that of all of them.
+  __device__ __forceinline__ float add_to_softmax(int base, const float (&x)[kUnroll][kVector],
+                                                  float (&maximum)[kUnroll]) {
     float top = -INFINITY;
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
@@ -270,7 +336,7 @@ __global__ __launch_bounds__(kThreads, kSampleCtasPerSm) void illada_sample_toke
                          fmaxf(fmaxf(x[u][4], x[u][5]), fmaxf(x[u][6], x[u][7])));
       top = fmaxf(top, maximum[u]);
     }
-    state.softmax.raise(kept.scaled(top));
+    state.softmax.raise(kept.scaled(top));  // the reference moves once for all vectors of the loop step
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
 #pragma unroll
@@ -280,47 +346,39 @@ __global__ __launch_bounds__(kThreads, kSampleCtasPerSm) void illada_sample_toke
         if constexpr (kWantExtras) state.top.add(measured);
       }
     }
-    if (!noisy) {
-      best_base = top > best ? base : best_base;
-      best = fmaxf(best, top);
-      continue;
-    }
-
-    const float bound = shared_bound.read();
-    unsigned candidates[kUnroll] = {};  // the lanes whose vector u may hold the winner
-    const int warp_base = base - int(threadIdx.x % 32);
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const float log2_bound = noise.log2_bound(maximum[u], bound);
-      if (!__any_sync(kFullWarp, log2_bound > RowNoise::kMinLog2Bound && kept.may_contain(maximum[u]))) continue;
-      const uint32_t block = 2 * uint32_t(base + u * kThreads);
-      const uint32_t bits = min(smallest(noise_loop.upper(block)), smallest(noise_loop.upper(block + 1)));
-      candidates[u] = __ballot_sync(
-          kFullWarp, bits <= RowNoise::max_bits(log2_bound) && maximum[u] > -INFINITY && kept.may_contain(maximum[u]));
-    }
-    // Rare: eight lanes process a vector of each u again, one id each. Its logits are still in the L2 cache.
-    const int lane = threadIdx.x % 32, mine = lane / kVector % kUnroll;
-    unsigned lanes = candidates[0];
-#pragma unroll
-    for (int u = 1; u < kUnroll; ++u) lanes = mine == u ? candidates[u] : lanes;
-    if (lane >= kVector * kUnroll) lanes = 0;
-    for (; __any_sync(kFullWarp, lanes != 0); lanes &= lanes - 1) {
-      if (lanes == 0) continue;
-      const int id = (warp_base + mine * kThreads + __ffs(lanes) - 1) * kVector + lane % kVector;
-      const float xi = reader.single(id);
-      if (!kept.contains(xi, id)) continue;
-      const uint32_t bits = word(noise.upper(uint32_t(id) / 4), id % 4);
-      if (bits > RowNoise::max_bits(noise.log2_bound(xi, bound))) continue;
-      const double score = noise.score(xi, bits, uint32_t(id));
-      if (score > state.leader.score) shared_bound.raise(__double2float_rd(score));
-      state.leader.offer({score, id, kept.scaled(xi)});
-    }
+    return top;
   }
 
-  process_tail();
-  store_tile_record(max(end - first - 1, 0) / kVocabTileVectors);
+  // Without noise: the id of the largest logit is not looked for here, which would cost an instruction per logit.
+  __device__ __forceinline__ void remember_largest(int base, float top) {
+    best_base = top > best ? base : best_base;  // in a tie the earlier loop step, which has the lower id
+    best = fmaxf(best, top);
+  }
 
-  if (!noisy) {  // the threads that saw the maximum read their step again to find the lowest id
+  // With noise: offers the ids of a loop step that may beat the shared bound.
+  __device__ __forceinline__ void race(int base, const float (&maximum)[kUnroll]) {
+    const float bound = shared_bound.read();
+    unsigned candidates[kUnroll] = {};
+    find_candidates(base, maximum, bound, candidates);
+    score_candidates(base - int(threadIdx.x % 32), bound, candidates);
+  }
+
+  // The ids after the last complete vector, fewer than kVector. They belong to the row's last range.
+  __device__ __forceinline__ void process_tail() {
+    const bool has_tail = range == split.splits - 1;
+    const int id = vectors * kVector + int(threadIdx.x);
+    if (!has_tail || id >= p.vocab_size) return;
+    const float x = reader.single(id), measured = kept.measured_logit(x, id);
+    state.softmax.raise(measured);
+    state.softmax.add(measured);
+    if constexpr (kWantExtras) state.top.add(measured);
+    if (!kept.contains(x, id)) return;
+    const double score = noisy ? noise.score(x, word(noise.upper(uint32_t(id) / 4), id % 4), uint32_t(id)) : double(x);
+    state.leader.offer({score, id, measured});
+  }
+
+  // Without noise: the threads that saw the range's largest logit read its loop step again to find the lowest id.
+  __device__ __forceinline__ void find_lowest_id() {
     const float warp_best = warp_max(best);
     if (threadIdx.x % 32 == 0) atomicMax(&shared.maximum, ordered(warp_best));
     __syncthreads();
@@ -341,26 +399,107 @@ __global__ __launch_bounds__(kThreads, kSampleCtasPerSm) void illada_sample_toke
     }
   }
 
+  // Merges the leaders of all threads and writes the row, or with several ranges per row this range's leader.
+  __device__ __forceinline__ void write() {
 #pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2) state.merge_leader(mask);
-  if (threadIdx.x % 32 == 0) shared.leader[threadIdx.x / 32] = state.leader_record();
-  __syncthreads();
-  if (threadIdx.x >= 32) return;
-  state = {};
-  if (threadIdx.x < kWarps) state.merge(shared.leader[threadIdx.x]);
+    for (int mask = 16; mask > 0; mask /= 2) state.merge_leader(mask);
+    if (threadIdx.x % 32 == 0) shared.leader[threadIdx.x / 32] = state.leader_record();
+    __syncthreads();  // also for the softmax records, which the first warp now reads
+    if (threadIdx.x >= 32) return;
+    state = {};
+    if (threadIdx.x < kWarps) state.merge(shared.leader[threadIdx.x]);
 #pragma unroll
-  for (int mask = kWarps / 2; mask > 0; mask /= 2) state.merge_leader(mask);
-  if (split.splits == 1)
-    state.softmax =
-        merge_records<kWantExtras>(reinterpret_cast<SoftmaxRecord*>(dynamic_shared), split.vocab_tiles * kWarps);
-  if (threadIdx.x > 0) return;
-  if (split.splits == 1) {
-    write_row(p, row, state);
-  } else {
-    static_cast<LeaderRecord*>(p.workspace)[row * split.splits + range] = state.leader_record();
+    for (int mask = kWarps / 2; mask > 0; mask /= 2) state.merge_leader(mask);
+    if (split.splits == 1)
+      state.softmax =
+          merge_records<kWantExtras>(reinterpret_cast<SoftmaxRecord*>(dynamic_shared), split.vocab_tiles * kWarps);
+    if (threadIdx.x > 0) return;
+    if (split.splits == 1) {
+      write_row(p, row, state);
+    } else {
+      static_cast<LeaderRecord*>(p.workspace)[row * split.splits + range] = state.leader_record();
+    }
   }
+
+ private:
+  // Finds the lanes whose vector u may hold the winner: its smallest random word is compared with the limit of its
+  // largest logit. A warp makes the words of a vector only if some lane needs them.
+  __device__ __forceinline__ void find_candidates(int base, const float (&maximum)[kUnroll], float bound,
+                                                  unsigned (&candidates)[kUnroll]) const {
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const float log2_bound = noise.log2_bound(maximum[u], bound);
+      if (!__any_sync(kFullWarp, log2_bound > RowNoise::kMinLog2Bound && kept.may_contain(maximum[u]))) continue;
+      const uint32_t block = 2 * uint32_t(base + u * kThreads);
+      const uint32_t bits = min(smallest(noise_loop.upper(block)), smallest(noise_loop.upper(block + 1)));
+      candidates[u] = __ballot_sync(
+          kFullWarp, bits <= RowNoise::max_bits(log2_bound) && maximum[u] > -INFINITY && kept.may_contain(maximum[u]));
+    }
+  }
+
+  // Rare: eight lanes process a vector of each u again, one id each. Its logits are still in the L2 cache. `warp_base`:
+  // base of the warp's first lane.
+  __device__ __forceinline__ void score_candidates(int warp_base, float bound, const unsigned (&candidates)[kUnroll]) {
+    const int lane = threadIdx.x % 32, mine = lane / kVector % kUnroll;
+    unsigned lanes = candidates[0];
+#pragma unroll
+    for (int u = 1; u < kUnroll; ++u) lanes = mine == u ? candidates[u] : lanes;  // indexing would use local memory
+    if (lane >= kVector * kUnroll) lanes = 0;  // with kUnroll 2, half of the lanes have no vector
+    for (; __any_sync(kFullWarp, lanes != 0); lanes &= lanes - 1) {
+      if (lanes == 0) continue;
+      const int id = (warp_base + mine * kThreads + __ffs(lanes) - 1) * kVector + lane % kVector;
+      const float xi = reader.single(id);
+      if (!kept.contains(xi, id)) continue;
+      const uint32_t bits = word(noise.upper(uint32_t(id) / 4), id % 4);
+      if (bits > RowNoise::max_bits(noise.log2_bound(xi, bound))) continue;
+      const double score = noise.score(xi, bits, uint32_t(id));
+      if (score > state.leader.score) shared_bound.raise(__double2float_rd(score));
+      state.leader.offer({score, id, kept.scaled(xi)});
+    }
+  }
+};
+
+// ------------------------------------------------------------------------------------------------------------- kernels
+
+template <typename T, bool kWantExtras, Source kSource, bool kFiltered>
+__global__ __launch_bounds__(kThreads, kSampleCtasPerSm) void illada_sample_tokens_sm80(
+    const __grid_constant__ SampleTokensParams p, const __grid_constant__ RowSplit split, int stages,
+    const RowCut* cuts, const __grid_constant__ DependentLaunch launch) {
+  using Sampler = RangeSampler<T, kWantExtras, kSource, kFiltered>;
+  __shared__ SharedStorage shared;
+  extern __shared__ uint4 dynamic_shared[];
+  if (threadIdx.x == 0) shared.bound = shared.maximum = ordered(-FLT_MAX);
+  wait_for_previous_kernel(launch);
+
+  Sampler sampler(p, split, cuts, shared, dynamic_shared);
+  const int first = sampler.first, end = sampler.end;
+  sampler.mark_biased_vectors();
+  typename Sampler::Loader loader{sampler.reader, first, end, stages, thread_ring(dynamic_shared, split, p.bias_count)};
+  loader.start();
+  if (sampler.noisy) sampler.find_first_bound(loader.next[0]);
+
+  int base = first + int(threadIdx.x);
+  for (int loop_base = first; loop_base < end; loop_base += Sampler::kLoopVectors, base += Sampler::kLoopVectors) {
+    if (loop_base > first && (loop_base - first) % kVocabTileVectors == 0)
+      sampler.store_tile_record((loop_base - first) / kVocabTileVectors - 1);
+    float x[Sampler::kUnroll][kVector], maximum[Sampler::kUnroll];
+    loader.take(loop_base, base, x);
+    sampler.add_bias(base, x);
+    const float top = sampler.add_to_softmax(base, x, maximum);
+    if (sampler.noisy) {
+      sampler.race(base, maximum);
+    } else {
+      sampler.remember_largest(base, top);
+    }
+  }
+
+  sampler.process_tail();
+  sampler.store_tile_record(max(end - first - 1, 0) / kVocabTileVectors);
+  if (!sampler.noisy) sampler.find_lowest_id();
+  sampler.write();
 }
 
+// Finishes rows of several ranges, one warp per row.
 constexpr int kCombineThreads = 128;
 
 template <bool kWantExtras>
@@ -391,20 +530,20 @@ void launch(const SampleTokensParams& p, const Device& device, const RowSplit& s
   shape.dependent = true;
   auto kernel = aligned ? illada_sample_tokens_sm80<T, kWantExtras, Source::kAligned, false>
                         : illada_sample_tokens_sm80<T, kWantExtras, Source::kUnaligned, false>;
-  int shared_steps = 0;
+  int stages = 0;
   if (cuts) {  // one instance for all measures
     kernel = aligned ? illada_sample_tokens_sm80<T, true, Source::kAligned, true>
                      : illada_sample_tokens_sm80<T, true, Source::kUnaligned, true>;
   } else if constexpr (sizeof(T) == 2) {
     constexpr int kMaxSmemBytes = 98 * 1024;  // every GPU from sm_80 on allows this much per CTA
-    const int wanted_steps = shared_sample_steps();
-    if (aligned && wanted_steps && shape.smem_bytes + wanted_steps * kSharedStepBytes <= kMaxSmemBytes) {
+    const int wanted_stages = shared_sample_stages();
+    if (aligned && wanted_stages && shape.smem_bytes + wanted_stages * kStageBytes <= kMaxSmemBytes) {
       kernel = illada_sample_tokens_sm80<T, kWantExtras, Source::kShared, false>;
-      shared_steps = wanted_steps;
-      shape.smem_bytes += wanted_steps * kSharedStepBytes;
+      stages = wanted_stages;
+      shape.smem_bytes += wanted_stages * kStageBytes;
     }
   }
-  launch_kernel("sample_tokens", device, p.launch.stream, shape, kernel, p, split, shared_steps, cuts);
+  launch_kernel("sample_tokens", device, p.launch.stream, shape, kernel, p, split, stages, cuts);
 }
 
 template <typename T>
