@@ -205,6 +205,7 @@ ForwardTiling forward_tiling(const PackShape& s, int device_index) {
   return {tiling.tile_tokens, tiling.cluster, tiling.key_tile, tiling.warps};
 }
 
+// python/illada/ops/attention/plan.py has the same sum for symbolic shapes; tests/cuda/test_attention_plan.py compares.
 int64_t plan_rows(const PackShape& s) {
   return 1 + 2 * max_forward_items(s) + 2 * max_backward_items(s) + s.num_sequences;
 }

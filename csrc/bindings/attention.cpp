@@ -3,6 +3,7 @@
 
 #include "bindings/fields.h"
 #include "bindings/module.h"
+#include "cpu/attention_tile.h"
 
 namespace illada::bindings {
 
@@ -81,6 +82,7 @@ int64_t backward_workspace(const attention::BackwardParams& p) {
 }  // namespace
 
 void define_attention(py::module_& m) {
+  m.attr("MAX_HEAD_DIM_CPU") = cpu::kMaxHeadDim;
   Function<kPlanFields, attention::plan_cpu>::define(m, "attention_plan_cpu");  // short: keeps the GIL
   Function<kForwardFields, run<attention::forward_cpu, attention::forward_cuda, attention::ForwardParams>>::define(
       m, "varlen_attention");

@@ -12,6 +12,7 @@
 
 #include "bindings/module.h"
 #include "bindings/torch_tensors.h"
+#include "cpu/attention_tile.h"
 #include "cpu/parallel.h"
 #include "illada/illada.h"
 
@@ -61,8 +62,8 @@ bool are_packed(const MaybeView& q, const MaybeView& k, const MaybeView& v) {
 
 // True for q, k, v and a plan whose sequences all go to csrc/cpu: none has more keys than max_keys.
 bool are_for_kernel(const MaybeView& q, const MaybeView& k, const MaybeView& v, const MaybeView& plan,
-                    int64_t num_sequences, int64_t max_head_dim, int64_t max_keys) {
-  if (!are_packed(q, k, v) || q->size(2) > max_head_dim || !plan || !plan->is_int32() ||
+                    int64_t num_sequences, int64_t max_keys) {
+  if (!are_packed(q, k, v) || q->size(2) > cpu::kMaxHeadDim || !plan || !plan->is_int32() ||
       !plan->has_shape({num_sequences + 1, 4}) || !plan->is_contiguous())
     return false;
   const auto* row = plan->data<const int32_t>();
@@ -114,9 +115,9 @@ bool attention_fits(py::handle q, py::handle k, py::handle v, py::handle cu_seql
 }
 
 py::object varlen_attention(py::handle q, py::handle k, py::handle v, py::handle plan, int64_t num_sequences,
-                            double softmax_scale, int64_t max_head_dim, int64_t max_keys) {
+                            double softmax_scale, int64_t max_keys) {
   const MaybeView vq = view(q), vk = view(k), vv = view(v), rows = view(plan);
-  if (!are_for_kernel(vq, vk, vv, rows, num_sequences, max_head_dim, max_keys)) return py::none();
+  if (!are_for_kernel(vq, vk, vv, rows, num_sequences, max_keys)) return py::none();
   return or_none([&]() -> py::object {
     const Torch& torch = *bindings::torch();
     const NewTensor out = new_tensor({vq->size(0), vq->size(1), vq->size(2)}, torch.of(vq->dtype()));
@@ -134,11 +135,11 @@ py::object varlen_attention(py::handle q, py::handle k, py::handle v, py::handle
 
 py::object varlen_attention_backward(py::handle dout, py::handle dlse, py::handle q, py::handle k, py::handle v,
                                      py::handle out, py::handle lse, py::handle plan, int64_t num_sequences,
-                                     double softmax_scale, int64_t max_head_dim, int64_t max_keys) {
+                                     double softmax_scale, int64_t max_keys) {
   const MaybeView vq = view(q), vk = view(k), vv = view(v), rows = view(plan), vdout = view(dout), vout = view(out),
                   vlse = view(lse);
   const OptionalTensor vdlse(dlse);
-  if (!are_for_kernel(vq, vk, vv, rows, num_sequences, max_head_dim, max_keys)) return py::none();
+  if (!are_for_kernel(vq, vk, vv, rows, num_sequences, max_keys)) return py::none();
   const int64_t total_q = vq->size(0), heads = vq->size(1), dim = vq->size(2);
   const auto like_lse = [&](const MaybeView& x) {
     return x && x->is_float32() && x->has_shape({heads, total_q}) && x->is_contiguous();

@@ -8,6 +8,7 @@
 #include <initializer_list>
 #include <optional>
 
+#include "cpu/dtypes.h"
 #include "illada/dtype.h"
 
 namespace illada::bindings {
@@ -43,12 +44,14 @@ class View {
 
   bool is_float32() const { return is(kFloat, 32); }
   bool is_bfloat16() const { return is(kBfloat, 16); }
+  bool is_float16() const { return is(kFloat, 16); }
   bool is_int32() const { return is(kInt, 32); }
   bool is_int64() const { return is(kInt, 64); }
   bool has_type_of(const View& other) const { return is(other.tensor_.type_code, other.tensor_.type_bits); }
-  // Float32 or bfloat16, the types of logits and activations for which there are CPU kernels.
-  bool is_activation() const { return is_float32() || is_bfloat16(); }
-  DType dtype() const { return is_float32() ? DType::kFloat32 : DType::kBFloat16; }
+  // True for the types of logits and activations for which there are CPU kernels.
+  bool is_activation() const { return (is_float32() || is_bfloat16() || is_float16()) && cpu::has_kernels(dtype()); }
+  // Its type, which must be one of DType.
+  DType dtype() const { return is_float32() ? DType::kFloat32 : is_bfloat16() ? DType::kBFloat16 : DType::kFloat16; }
 
  private:
   static constexpr int kInt = 0, kFloat = 2, kBfloat = 4;  // DLDataTypeCode
@@ -75,6 +78,7 @@ struct Torch {
   PyObject *names_of_forward_ad = nullptr, *cpu = nullptr;
   uint64_t keys_of_every_call = 0;
 
+  // For the dtypes that have CPU kernels.
   const Elements& of(DType dtype) const { return dtype == DType::kFloat32 ? float32 : bfloat16; }
 };
 

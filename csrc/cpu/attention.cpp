@@ -8,6 +8,7 @@
 
 #include "cpu/attention_tile.h"
 #include "cpu/denormals.h"
+#include "cpu/dtypes.h"
 #include "cpu/parallel.h"
 #include "cpu/row_kernels.h"
 #include "illada/error.h"
@@ -39,7 +40,7 @@ void validate(const Params& p) {
   const PackShape& s = p.shape;
   ILLADA_CHECK(s.num_kv_heads > 0 && s.num_heads > 0 && s.num_heads % s.num_kv_heads == 0, kOp, "num_heads ",
                s.num_heads, " must be a multiple of num_kv_heads ", s.num_kv_heads);
-  if ((p.dtype != DType::kFloat32 && p.dtype != DType::kBFloat16) || s.head_dim < 1 || s.head_dim > cpu::kMaxHeadDim)
+  if (!cpu::has_kernels(p.dtype) || s.head_dim < 1 || s.head_dim > cpu::kMaxHeadDim)
     detail::fail<NotSupported>(kOp, "on a CPU there are kernels for float32 and bfloat16 and head dims up to ",
                                cpu::kMaxHeadDim, "; got ", name(p.dtype), " and ", s.head_dim);
   ILLADA_CHECK(p.softmax_scale > 0 && std::isfinite(p.softmax_scale), kOp, "softmax_scale must be finite and > 0, got ",

@@ -5,7 +5,8 @@
 
 namespace illada::cpu {
 
-constexpr int kMaxHeadDim = 256, kMaxTileRows = 64;
+constexpr int kMaxHeadDim = 256;  // largest D of the CPU kernels; Python reads it as MAX_HEAD_DIM_CPU
+constexpr int kMaxTileRows = 64;
 
 // Arguments of the forward of one tile. A sequence's rows are tokens x heads of a group. A tile is `rows` rows from
 // first_row on (at most RowKernels::tile_rows), against all `keys` of the sequence. There may be no keys. Pointers are

@@ -2,7 +2,7 @@
 
 #include <cstring>
 
-#include "cpu/logits.h"
+#include "cpu/dtypes.h"
 #include "cpu/parallel.h"
 #include "cpu/row_kernels.h"
 #include "illada/error.h"

@@ -4,7 +4,7 @@
 #include <limits>
 
 #include "common/philox.h"
-#include "cpu/logits.h"
+#include "cpu/dtypes.h"
 #include "cpu/parallel.h"
 #include "cpu/row_kernels.h"
 #include "cpu/sample_filter.h"

@@ -41,7 +41,7 @@ struct LinearPlan {
 LinearPlan plan_linear(const LinearMaskedCrossEntropyParams& params, const Device& device);
 LinearPlan plan_linear(const LinearMaskedCrossEntropyParams& params);
 
-// Steps of linear_masked_cross_entropy_cuda, for a caller that computes the GEMMs itself (LossGradients::kMm). For
+// Phases of linear_masked_cross_entropy_cuda, for a caller that computes the GEMMs itself (LossGradients::kMm). For
 // each row chunk of the plan:
 //   1. linear_probabilities_cuda computes the probabilities [rows, vocab_size], with p - 1 at the target. If there is a
 //      weight_grad, it also computes hidden's rows [rows, width] times their factors. The plan has the offsets of both.

@@ -13,6 +13,47 @@
 // known). The probabilities are therefore plain operands of the other two GEMMs. The remaining factor, token weight /
 // sum, depends only on the row: hidden's rows are multiplied by it for weight_grad, the sums for hidden_grad. There is
 // no pass over [rows, V] between the GEMMs.
+//
+// A CTA has one producer warp and two consumer warpgroups, 64 of the tile's 128 rows each. A job says which tiles there
+// are and what becomes of d.
+//
+//   producer warp (Producer::run):
+//     for each tile of the cluster that has work:
+//       for each live step: load a [128, 64] of the own tile, and half of b [64, 256] for both CTAs
+//     wait until all stages are released
+//
+//   each consumer warpgroup (Consumer::run):
+//     for each tile of the cluster that has work, in the same order:
+//       load what the epilogue reads from memory (Job::prepare)
+//       for each live step: d += a . b; release the stage of the step before
+//       epilogue (Job::finish): the job's arithmetic on d; store d by TMA, box by box
+//     wait until all boxes are written
+//
+// Schedule of a cluster. A step is 64 columns of K. Ln: loads of step n; Pn: products of step n. Steps are counted
+// through all tiles. Here a tile has 6 steps, and the pipeline has 4 stages.
+//
+//                             time ->
+// CTA 0  producer             L0 L1 L2 L3    L4   L5   L6   L7   L8   L9                     L10  L11  ...
+//        warpgroups 0 and 1      [P0 ][P1 ][P2 ][P3 ][P4 ][P5 ][ epilogue, d is stored ][P6 ][P7 ][P8 ] ...
+// CTA 1                       the same steps, with the other 128 rows of a and the same b
+//
+//   Ln waits for empty, in both CTAs. Pn waits for full. A warpgroup arrives at empty of step n after it has issued
+//   P(n + 1) and Pn has ended (wait_group 1), and of a tile's last step when its products have ended. The loads of the
+//   next tile run during the epilogue.
+//
+//   barrier          who arrives                                                        who waits
+//   full[stage]      the producer, and the bytes from the producers of both CTAs        the CTA's warpgroups, before P
+//   empty[stage]     the four warpgroups of the cluster, at the barriers of both CTAs   each producer, before L
+//   cluster          all threads, once the barriers are initialised (Gemm's constructor)  all threads, before the rest
+//   bulk group       a warp's TMA stores                                                the warp: before it refills a
+//                                                                                       buffer, and at the end
+//
+// The two CTAs cannot wait for each other forever: tiles, work and live steps depend only on the cluster and on what
+// earlier launches wrote. Both CTAs and all roles therefore count the same steps.
+//
+// The tensor cores wait during an epilogue: an SM has one CTA, because two accumulators of [128, 256] do not fit its
+// registers. The logits' epilogue therefore stores its first box before it computes the exponentials of the last
+// (store_boxes). docs/kernels/loss.md says what the epilogues cost.
 #include <cuda.h>
 
 #include "common/dependent_launch.h"
@@ -35,8 +76,8 @@ static_assert(kStepsPerFlag * kTileK == kPairRows && kStepsPerFlag * kTileK == k
 __host__ __device__ constexpr int tile_count(int size, int tile) { return (size + tile - 1) / tile; }
 
 // Tile of a GEMM: its position in a and b, and its steps of K. With filter_eps, `live` has one flag for each
-// kStepsPerFlag steps, `live_stride` flags apart; steps whose flag is 0 are skipped. The first step is always taken, so
-// that there is a product.
+// kStepsPerFlag steps, `live_stride` flags apart; steps whose flag is 0 are skipped. The first step is always taken:
+// without a step, the main loop would not set d.
 struct Tile {
   int m, n, k_first, k_tiles;
   const uint8_t* live = nullptr;
@@ -81,8 +122,68 @@ using LossGemm = Gemm<GemmMainloop<cutlass::arch::Sm90, BFloat16, LayoutA, Layou
 template <typename Job>
 constexpr int kSmemBytes = Job::Gemm::kSmemBytes + 8 * Job::Store::kBytes;
 
-// Walks over a job's tiles. Each pair of CTAs takes every pairs-th tile, so neighbouring pairs have neighbouring tiles
-// at the same time. `out_map`: tensor map of the products, in boxes of a warp's rows.
+// Tiles of a CTA. Each cluster takes every clusters-th tile of the job, so neighbouring clusters have neighbouring
+// tiles at the same time.
+struct ClusterTiles {
+  int cluster = int(blockIdx.x) / 2, clusters = int(gridDim.x) / 2;
+  int rank = int(cute::block_rank_in_cluster());  // of the CTA in its cluster
+};
+
+// A job (LogitsJob, HiddenGradJob, WeightGradJob) has these members:
+//
+//   begin(chunk, clusters)           reads the number of rows; sets `count`, the number of tiles
+//   has_work(chunk, i)               whether tile i is computed
+//   tile(chunk, i, rank)             the CTA's half of tile i
+//   prepare(chunk, warp_row)         loads what the epilogue needs, before the products
+//   finish(chunk, i, tile, warp_row, d, store, out_map)   the epilogue
+//
+// The producer warp. It and the consumers call the job's functions in the same way, so that they agree on the tiles.
+template <typename Job>
+struct Producer {
+  typename Job::Gemm& gemm;
+  const LinearRowChunk& chunk;
+  const ClusterTiles& tiles;
+  const Job& job;
+
+  __device__ __forceinline__ void run() {
+    for (int i = tiles.cluster; i < job.count; i += tiles.clusters) {
+      if (!job.has_work(chunk, i)) continue;
+      const Tile tile = job.tile(chunk, i, tiles.rank);
+      gemm.load(tile.m / kTileM, tile.n / kTileN, LiveSteps(tile), tile.count_steps());
+    }
+    gemm.load_tail();
+  }
+};
+
+// A consumer warpgroup.
+template <typename Job>
+struct Consumer {
+  using Store = typename Job::Store;
+
+  typename Job::Gemm& gemm;
+  const LinearRowChunk& chunk;
+  const ClusterTiles& tiles;
+  Job& job;
+  const CUtensorMap& out_map;
+  uint32_t store_buffers;  // of all consumer warps
+
+  __device__ __forceinline__ void run() {
+    const int warp = int(threadIdx.x) / 32;
+    Store store(store_buffers + uint32_t(warp * Store::kBytes));
+    float d[kTileN / 2];
+    for (int i = tiles.cluster; i < job.count; i += tiles.clusters) {
+      if (!job.has_work(chunk, i)) continue;
+      const Tile tile = job.tile(chunk, i, tiles.rank);
+      const int warp_row = tile.m + warp * Store::kRows;
+      job.prepare(chunk, warp_row);
+      gemm.multiply(d, tile.count_steps());
+      job.finish(chunk, i, tile, warp_row, d, store, &out_map);
+    }
+    store.finish();
+  }
+};
+
+// Body of the three kernels. `out_map`: tensor map of the products, in boxes of a warp's rows.
 template <typename Job>
 __device__ __forceinline__ void run(const typename Job::Gemm::Params& params, const CUtensorMap& out_map,
                                     const LinearRowChunk& chunk, const DependentLaunch& launch, Job& job) {
@@ -91,39 +192,23 @@ __device__ __forceinline__ void run(const typename Job::Gemm::Params& params, co
   static_assert(Gemm::kThreads == kThreads && Gemm::kTileM == kTileM && Gemm::kTileN == kTileN &&
                 Gemm::kTileK == kTileK);
   auto& storage = *reinterpret_cast<typename Gemm::Storage*>(raw_shared);
+  // The barriers are initialised while the previous kernel still runs.
   Gemm gemm(params, storage, typename Gemm::Mainloop::DispatchPolicy::ClusterShape{});
   wait_for_previous_kernel(launch);
-  const int pair = int(blockIdx.x) / 2, pairs = int(gridDim.x) / 2, rank = int(cute::block_rank_in_cluster());
-  job.begin(chunk, pairs);
+  const ClusterTiles tiles;
+  job.begin(chunk, tiles.clusters);
   if (Gemm::is_producer()) {
     Gemm::Registers::as_producer();
-    if (Gemm::is_producer_warp()) {
-      for (int i = pair; i < job.count; i += pairs) {
-        if (!job.has_work(chunk, i)) continue;
-        const Tile tile = job.tile(chunk, i, rank);
-        gemm.load(tile.m / kTileM, tile.n / kTileN, LiveSteps(tile), tile.count_steps());
-      }
-      gemm.load_tail();
-    }
+    if (Gemm::is_producer_warp()) Producer<Job>{gemm, chunk, tiles, job}.run();
   } else {
     Gemm::Registers::as_consumer();
-    const int warp = int(threadIdx.x) / 32;
-    typename Job::Store store(ptx::smem_address(&storage + 1) + uint32_t(warp * Job::Store::kBytes));
-    float d[kTileN / 2];
-    for (int i = pair; i < job.count; i += pairs) {
-      if (!job.has_work(chunk, i)) continue;
-      const Tile tile = job.tile(chunk, i, rank);
-      const int warp_row = tile.m + warp * Job::Store::kRows;
-      job.prepare(chunk, warp_row);
-      gemm.multiply(d, tile.count_steps());
-      job.finish(chunk, i, tile, warp_row, d, store, &out_map);
-    }
-    store.finish();
+    Consumer<Job>{gemm, chunk, tiles, job, out_map, ptx::smem_address(&storage + 1)}.run();
   }
 }
 
 // ------------------------------------------------------------------------------------------------------------ logits
 
+// Tiles: pairs of row tiles x vocab tiles, with K = width.
 struct LogitsJob {
   using Gemm = LossGemm<KMajor, KMajor>;
   using Store = TileStoreSm90<BFloat16>;
@@ -152,36 +237,37 @@ struct LogitsJob {
     target[0] = c.targets[row];
     target[1] = c.targets[row + 8];
   }
-  __device__ __forceinline__ void finish(const LinearRowChunk& c, int i, const Tile& tile, int warp_row,
+  // Writes the targets' logits, the exponentials of the others, and their largest logit and sum for each row.
+  __device__ __forceinline__ void finish(const LinearRowChunk& c, int, const Tile& tile, int warp_row,
                                          float (&d)[kTileN / 2], Store& store, const void* out_map) const {
-    const int lane = int(threadIdx.x) % 32, left = c.vocab_size - tile.n;
-    if (left < kTileN) {  // ids past the end: excluded from the sums; their stored values are not read
-#pragma unroll
-      for (int j = 0; j < kTileN / 8; ++j) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e)
-          if (8 * j + lane % 4 * 2 + e >= left) d[4 * j + e] = d[4 * j + 2 + e] = -INFINITY;
-      }
-    }
-    const int row = warp_row + lane / 4;
+    exclude_ids_past_end(c.vocab_size - tile.n, d);
+    if (warp_has_target(tile.n)) extract_targets<0>(c, tile.n, warp_row, d);
     float top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
-    const auto is_here = [&](int id) { return uint32_t(id - tile.n) < uint32_t(kTileN); };
-    if (__any_sync(kFullWarp, is_here(target[0]) || is_here(target[1]))) extract_targets<0>(c, tile.n, warp_row, d);
     store_boxes<0>(tile, warp_row, d, store, out_map, top, sum);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      top[half] = warp_reduce<4>(top[half], [](float a, float b) { return fmaxf(a, b); });
-      sum[half] = warp_reduce<4>(sum[half], [](float a, float b) { return a + b; });
-      if (lane % 4 == 0) {
-        const int64_t at = int64_t(tile.n / kTileN) * c.rows + row + 8 * half;
-        c.maxima[at] = top[half];
-        c.sums[at] = sum[half];
-      }
-    }
+    write_sums(c, tile.n / kTileN, warp_row, top, sum);
   }
 
  private:
-  // Processes box by box, so that one box is stored while the exponentials of the next are computed.
+  // The last vocab tile has `ids` ids. Those past the end count as -infinity in the sums. TMA does not store them.
+  static __device__ __forceinline__ void exclude_ids_past_end(int ids, float (&d)[kTileN / 2]) {
+    if (ids >= kTileN) return;
+    const int lane = int(threadIdx.x) % 32;
+#pragma unroll
+    for (int j = 0; j < kTileN / 8; ++j) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e)
+        if (8 * j + lane % 4 * 2 + e >= ids) d[4 * j + e] = d[4 * j + 2 + e] = -INFINITY;
+    }
+  }
+
+  // True where a row of the warp has its target in the tile that begins at first_id: few tiles.
+  __device__ __forceinline__ bool warp_has_target(int first_id) const {
+    const auto is_here = [&](int id) { return uint32_t(id - first_id) < uint32_t(kTileN); };
+    return __any_sync(kFullWarp, is_here(target[0]) || is_here(target[1]));
+  }
+
+  // Computes the exponentials, sums and largest logits. Processes box by box, so that one box is stored while the
+  // exponentials of the next are computed.
   template <int kBox>
   __device__ __forceinline__ void store_boxes(const Tile& tile, int warp_row, float (&d)[kTileN / 2], Store& store,
                                               const void* out_map, float (&top)[2], float (&sum)[2]) const {
@@ -190,12 +276,28 @@ struct LogitsJob {
       float& x = d[kBox * Store::kColumns / 2 + n];
       const int half = n / 2 % 2;
       top[half] = fmaxf(top[half], x);
-      x = exp2_approx(fmaf(x, kLog2eF, -reference[half]));
+      x = exp2_approx(fmaf(x, kLog2eF, -reference[half]));  // replaces the logit, so that d needs no second array
       sum[half] += x;
     }
     if (keep_probs) store.store_box<kBox>(d, out_map, tile.n, warp_row, false);
     if constexpr ((kBox + 1) * Store::kColumns < kTileN)
       store_boxes<kBox + 1>(tile, warp_row, d, store, out_map, top, sum);
+  }
+
+  // Writes the largest logit and the sum of each row of the warp. Four lanes share two rows.
+  static __device__ __forceinline__ void write_sums(const LinearRowChunk& c, int vocab_tile, int warp_row,
+                                                    float (&top)[2], float (&sum)[2]) {
+    const int lane = int(threadIdx.x) % 32, row = warp_row + lane / 4;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      top[half] = warp_reduce<4>(top[half], [](float a, float b) { return fmaxf(a, b); });
+      sum[half] = warp_reduce<4>(sum[half], [](float a, float b) { return a + b; });
+      if (lane % 4 == 0) {
+        const int64_t at = int64_t(vocab_tile) * c.rows + row + 8 * half;
+        c.maxima[at] = top[half];
+        c.sums[at] = sum[half];
+      }
+    }
   }
 
   // Writes the targets' logits of a tile that begins at first_id to memory and excludes them from the sums: 1 - p is
@@ -230,6 +332,7 @@ __global__ __launch_bounds__(kThreads, 1) void illada_linear_masked_cross_entrop
 
 // ------------------------------------------------------------------------------------------------- hidden's gradient
 
+// Tiles: splits of the vocabulary x pairs of row tiles x tiles of the width, with K = the split's ids.
 struct HiddenGradJob {
   using Gemm = LossGemm<KMajor, MnMajor>;
   using Store = TileStoreSm90<float>;
@@ -273,7 +376,7 @@ __global__ __launch_bounds__(kThreads, 1) void illada_linear_masked_cross_entrop
 
 // ------------------------------------------------------------------------------------------------- weight's gradient
 
-// Out: float or BFloat16.
+// Tiles: vocab tiles (128 ids for each CTA) x tiles of the width, with K = rows. Out: float or BFloat16.
 template <typename Out>
 struct WeightGradJob {
   using Gemm = LossGemm<MnMajor, MnMajor>;
@@ -299,6 +402,19 @@ struct WeightGradJob {
   }
 };
 
+// Writes zeros to `size` elements, an even number, with all threads of the grid.
+template <typename Out>
+__device__ __forceinline__ void fill_with_zeros(Out* target, int64_t size) {
+  const int64_t stride = int64_t(gridDim.x) * blockDim.x * 2;
+  for (int64_t i = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * 2; i < size; i += stride) {
+    if constexpr (sizeof(Out) == 4) {
+      *reinterpret_cast<float2*>(target + i) = make_float2(0, 0);
+    } else {
+      *reinterpret_cast<uint32_t*>(target + i) = 0;
+    }
+  }
+}
+
 template <typename Out>
 __global__ __launch_bounds__(kThreads, 1) void illada_linear_masked_cross_entropy_weight_grad_sm90(
     const __grid_constant__ typename WeightGradJob<Out>::Gemm::Params params,
@@ -306,15 +422,8 @@ __global__ __launch_bounds__(kThreads, 1) void illada_linear_masked_cross_entrop
     const __grid_constant__ DependentLaunch launch) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   wait_for_previous_kernel(launch);
-  if (!add && chunk.used_rows() == 0) {  // a gradient of zeros
-    const int64_t size = int64_t(chunk.vocab_size) * chunk.width, step = int64_t(gridDim.x) * blockDim.x * 2;
-    for (int64_t i = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * 2; i < size; i += step) {
-      if constexpr (sizeof(Out) == 4) {
-        *reinterpret_cast<float2*>(target + i) = make_float2(0, 0);
-      } else {
-        *reinterpret_cast<uint32_t*>(target + i) = 0;
-      }
-    }
+  if (!add && chunk.used_rows() == 0) {  // a sum over no rows: the main loop needs at least one step
+    fill_with_zeros(target, int64_t(chunk.vocab_size) * chunk.width);
     return;
   }
   WeightGradJob<Out> job{add};

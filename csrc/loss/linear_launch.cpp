@@ -15,7 +15,7 @@ namespace {
 
 constexpr const char* kOp = "linear_masked_cross_entropy";
 
-int64_t round_up(int64_t size, int64_t step) { return (size + step - 1) / step * step; }
+int64_t round_up(int64_t size, int64_t multiple) { return (size + multiple - 1) / multiple * multiple; }
 
 bool has_kernel(const LinearMaskedCrossEntropyParams& p, const Device& gpu) {
   const int vector = p.hidden_dtype == DType::kFloat32 ? 4 : 8;
@@ -106,7 +106,7 @@ namespace {
 
 // Kernels count tiles and rows of all splits in 32 bits, and estimate the steps of a CTA there.
 void check_counts(const LinearMaskedCrossEntropyParams& p, const LinearPlan& plan) {
-  // The CTAs of a grid step past the last tile.
+  // The CTAs' tile numbers run past the last tile by up to a grid.
   constexpr int64_t kMaxTiles = std::numeric_limits<int32_t>::max() - (1 << 16);
   constexpr int64_t kMaxChunkRows = 1 << 27;
   ILLADA_CHECK(plan.chunk_rows <= kMaxChunkRows, kOp, "chunk_rows must be at most ", kMaxChunkRows, ", got ",

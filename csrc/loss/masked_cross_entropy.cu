@@ -9,6 +9,36 @@
 // The fused kernel processes a row with a cluster of up to 8 CTAs. Each thread keeps its vectors in registers while the
 // CTAs exchange their partial softmax through distributed shared memory. The row is read once and written once.
 //
+//   forward, one CTA per vocab tile of a row:
+//     for each round: load all vectors of the round; raise the reference; add the exponentials (add_tile)
+//     merge the softmax of the CTA's threads; write it to the workspace, or the row's results if it has one vocab tile
+//   combine, one warp per row of several vocab tiles:
+//     merge the row's partial softmax in a fixed order; write the row's results
+//   backward, one CTA per vocab tile of a row:
+//     for each round: load all vectors of the round; compute dx from lse; write it (write_tile_gradient)
+//   fused, one cluster per row:
+//     load all vectors of the thread; compute their softmax
+//     merge the softmax of the CTA (merge_block), then of the cluster (merge_cluster); rank 0 writes the row's results
+//     compute dx from the vectors in the registers; write it to grad, which may be the logits
+//   all, for a row without a token weight: write zeros and end, before any barrier
+//
+// Schedule of the fused kernel, for a row with 8 CTAs:
+//
+//            time ->
+//   CTA 0    [ loads ][ softmax ] B [ partial ] C1 [ read 8 partials ] arrive C2 [ results, dx: stores ] wait C2
+//   CTA 1    [ loads ][ softmax ] B [ partial ] C1 [ read 8 partials ] arrive C2 [          dx: stores ] wait C2
+//     ...
+//   CTA 7    [ loads ][ softmax ] B [ partial ] C1 [ read 8 partials ] arrive C2 [          dx: stores ] wait C2
+//
+//   B     __syncthreads: the warps' softmax is in shared memory
+//   C1    barrier of the cluster, arrive and wait: the CTAs' partial softmax is in shared memory. In place, it also
+//         orders the read of the target's logit before the writes of dx by the CTA that has the target
+//   C2    barrier of the cluster, arrive and wait apart: no CTA exits while another still reads its shared memory
+//
+//   CTAs of other rows fill the time in which a CTA waits for memory or for its cluster (kFusedCtas per SM).
+//   A row decides alone whether it has work, so all CTAs of a cluster reach C1 and C2, or none. Forward, combine and
+//   backward have no barrier but B: each launch waits for the one before it.
+//
 // A row may start at any address. Its vectors begin at the first multiple of 16 bytes. The ids before and after the
 // vectors are `single` ids; threads of the first vocab tile take one each. In the backward the gradient's row decides.
 //
@@ -30,7 +60,8 @@ constexpr int kThreads = 256, kWarps = kThreads / 32;  // of forward and backwar
 constexpr int kFusedThreads = FusedShape::kThreads, kFusedWarps = kFusedThreads / 32;
 constexpr int kSingles = 16;  // up to 7 ids before the vectors, up to 7 after them
 
-// Vectors of one step of a thread. All are loaded before the first is used.
+// Vectors of a thread in one round of loads: 128 bytes. All are loaded before the first is used, to have many loads in
+// flight.
 template <typename T>
 constexpr int kUnroll = sizeof(T) == 2 ? 8 : 4;
 
@@ -191,6 +222,23 @@ __device__ __forceinline__ float target_logit_of(const T* row, const RowToken& t
   return token.target >= 0 ? to_float(row[token.target]) : 0.0f;
 }
 
+// ----------------------------------------------------------------------------------------------------------- forward
+
+// Adds the thread's share of a vocab tile's vectors, those before `end`, to the softmax.
+template <typename T>
+__device__ __forceinline__ void add_tile(Softmax& softmax, const T* row, const RowShape& shape, int vocab_tile,
+                                         int end) {
+#pragma unroll
+  for (int offset = 0; offset < kVocabTileVectors; offset += kThreads * kUnroll<T>) {
+    const int first = vocab_tile * kVocabTileVectors + offset + int(threadIdx.x);
+    Raw8<T> raw[kUnroll<T>];
+    load_vectors(raw, row, shape, true, first, kThreads, end);  // aligned: the row itself has decided the vectors
+#pragma unroll
+    for (int u = 0; u < kUnroll<T>; ++u)
+      if (first + u * kThreads < end) add_vector(softmax, raw[u]);
+  }
+}
+
 template <typename T>
 __global__ __launch_bounds__(kThreads, 4) void illada_masked_cross_entropy_forward_sm80(
     const __grid_constant__ MaskedCrossEntropyParams p, int vocab_tiles,
@@ -201,22 +249,13 @@ __global__ __launch_bounds__(kThreads, 4) void illada_masked_cross_entropy_forwa
   const int vocab_tile = int(blockIdx.x % unsigned(vocab_tiles)), tid = int(threadIdx.x);
   const RowToken token(p, n);
   if (token.weight == 0.0f) {
-    if (vocab_tiles == 1 && tid == 0) write_zero_row(p, n);
+    if (vocab_tiles == 1 && tid == 0) write_zero_row(p, n);  // else combine writes it
     return;
   }
   const T* const row = logits_row<T>(p, n);
   const RowShape shape(row, p.vocab_size);
-  const int end = min((vocab_tile + 1) * kVocabTileVectors, shape.vectors);
   Softmax softmax;
-#pragma unroll
-  for (int step = 0; step < kVocabTileVectors; step += kThreads * kUnroll<T>) {
-    const int first = vocab_tile * kVocabTileVectors + step + tid;
-    Raw8<T> raw[kUnroll<T>];
-    load_vectors(raw, row, shape, true, first, kThreads, end);
-#pragma unroll
-    for (int u = 0; u < kUnroll<T>; ++u)
-      if (first + u * kThreads < end) add_vector(softmax, raw[u]);
-  }
+  add_tile(softmax, row, shape, vocab_tile, min((vocab_tile + 1) * kVocabTileVectors, shape.vectors));
   if (vocab_tile == 0 && shape.single(tid) >= 0) add_single(softmax, to_float(row[shape.single(tid)]));
   softmax = merge_block<kWarps>(softmax, shared);
   if (tid > 0) return;
@@ -226,6 +265,8 @@ __global__ __launch_bounds__(kThreads, 4) void illada_masked_cross_entropy_forwa
     static_cast<float2*>(p.workspace)[n * vocab_tiles + vocab_tile] = to_partial(softmax);
   }
 }
+
+// ----------------------------------------------------------------------------------------------------------- combine
 
 constexpr int kCombineThreads = 128;
 
@@ -244,6 +285,7 @@ __global__ __launch_bounds__(kCombineThreads) void illada_masked_cross_entropy_c
   }
   const float2* const partials = static_cast<const float2*>(p.workspace) + n * vocab_tiles;
   Softmax total;
+  // The order depends only on the number of vocab tiles, so a row has the same bits in every batch.
   for (int i = lane; i < vocab_tiles; i += 32) {
     Softmax partial = from_partial(partials[i]);
     total.raise(partial.reference);
@@ -254,10 +296,33 @@ __global__ __launch_bounds__(kCombineThreads) void illada_masked_cross_entropy_c
   if (lane == 0) write_row(p, n, token, total, target_logit_of(logits_row<T>(p, n), token));
 }
 
-// Writes zeros to one thread's share of a row's vectors in grad.
+// ---------------------------------------------------------------------------------------------------------- backward
+
+// Writes zeros to the thread's share of a row of grad: vectors first, first + stride, ... below `end`, and the single
+// id, or -1.
 template <typename T>
-__device__ __forceinline__ void clear_vectors(T* row, const RowShape& shape, int first, int stride, int end) {
-  for (int vector = first; vector < end; vector += stride) store8(row + shape.id_of(vector), Raw8<T>{});
+__device__ __forceinline__ void clear_gradient(T* grad, const RowShape& shape, int first, int stride, int end,
+                                               int single) {
+  for (int vector = first; vector < end; vector += stride) store8(grad + shape.id_of(vector), Raw8<T>{});
+  if (single >= 0) store_float(grad + single, 0.0f);
+}
+
+// Writes the gradient of the thread's share of a vocab tile. grad may be the row itself: a thread reads what it
+// overwrites.
+template <typename T>
+__device__ __forceinline__ void write_tile_gradient(T* grad, const T* row, const RowShape& shape, bool aligned,
+                                                    int vocab_tile, int tid, int end, const RowGradient& gradient) {
+#pragma unroll
+  for (int offset = 0; offset < kVocabTileVectors; offset += kThreads * kUnroll<T>) {
+    const int first = vocab_tile * kVocabTileVectors + offset + tid;
+    Raw8<T> raw[kUnroll<T>];
+    load_vectors(raw, row, shape, aligned, first, kThreads, end);
+#pragma unroll
+    for (int u = 0; u < kUnroll<T>; ++u) {
+      const int id = shape.id_of(first + u * kThreads);
+      if (first + u * kThreads < end) store8(grad + id, gradient.compute(raw[u], id));
+    }
+  }
 }
 
 template <typename T>
@@ -273,27 +338,18 @@ __global__ __launch_bounds__(kThreads, 4) void illada_masked_cross_entropy_backw
   const int end = min((vocab_tile + 1) * kVocabTileVectors, shape.vectors),
             single = vocab_tile == 0 ? shape.single(tid) : -1;
   if (token.weight == 0.0f) {
-    clear_vectors(grad, shape, vocab_tile * kVocabTileVectors + tid, kThreads, end);
-    if (single >= 0) store_float(grad + single, 0.0f);
+    clear_gradient(grad, shape, vocab_tile * kVocabTileVectors + tid, kThreads, end, single);
     return;
   }
   const T* const row = logits_row<T>(p, n);
   const bool aligned = same_alignment(row, grad);
   const float2 lse = reinterpret_cast<const float2*>(p.lse_parts)[n];
   const RowGradient gradient(p, n, token, lse.x, exp2_approx(-lse.y * kLog2eF));
-#pragma unroll
-  for (int step = 0; step < kVocabTileVectors; step += kThreads * kUnroll<T>) {
-    const int first = vocab_tile * kVocabTileVectors + step + tid;
-    Raw8<T> raw[kUnroll<T>];
-    load_vectors(raw, row, shape, aligned, first, kThreads, end);
-#pragma unroll
-    for (int u = 0; u < kUnroll<T>; ++u) {
-      const int id = shape.id_of(first + u * kThreads);
-      if (first + u * kThreads < end) store8(grad + id, gradient.compute(raw[u], id));
-    }
-  }
+  write_tile_gradient(grad, row, shape, aligned, vocab_tile, tid, end, gradient);
   if (single >= 0) store_float(grad + single, gradient.compute(to_float(row[single]), single == token.target));
 }
+
+// ------------------------------------------------------------------------------------------------------------- fused
 
 // Merges the softmax of the CTAs of a cluster; every thread gets the result. The other CTAs read `partial` until the
 // cluster's next barrier. This function arrives at that barrier, and the caller must wait for it.
@@ -302,10 +358,10 @@ __device__ __forceinline__ Softmax merge_cluster(Softmax softmax, float2* partia
   if (threadIdx.x == 0) *partial = to_partial(softmax);
   ptx::keep_memory_order();
   cute::cluster_sync();
-  const int cta = int(threadIdx.x % 8);
+  const int cta = int(threadIdx.x % 8);  // each 8 lanes read the partials of the up to 8 CTAs
   softmax = {};
   if (cta < cluster) softmax = from_partial(ptx::load_cluster(ptx::smem_address(partial), uint32_t(cta)));
-  cute::cluster_arrive();
+  cute::cluster_arrive();  // without a wait: the gradient is computed meanwhile
   softmax.merge_lanes<8>();
 #endif
   return softmax;
@@ -334,9 +390,8 @@ __global__ __launch_bounds__(kFusedThreads, kFusedCtas<T, kVectors>) void illada
   T* const grad = static_cast<T*>(p.grad) + n * p.grad_row_stride;
   const RowShape shape(grad, p.vocab_size);
   const int single = rank == 0 ? shape.single(tid) : -1;
-  if (token.weight == 0.0f) {  // all CTAs of the cluster
-    clear_vectors(grad, shape, first, stride, shape.vectors);
-    if (single >= 0) store_float(grad + single, 0.0f);
+  if (token.weight == 0.0f) {  // all CTAs of the cluster, so that none waits for another
+    clear_gradient(grad, shape, first, stride, shape.vectors, single);
     if (first == 0) write_zero_row(p, n);
     return;
   }
@@ -347,7 +402,7 @@ __global__ __launch_bounds__(kFusedThreads, kFusedCtas<T, kVectors>) void illada
   const float target_logit = first == 0 ? target_logit_of(row, token) : 0.0f;  // read before the gradient overwrites it
   Softmax softmax;
 #pragma unroll
-  for (int u = 0; u < kVectors; ++u) add_vector(softmax, raw[u]);
+  for (int u = 0; u < kVectors; ++u) add_vector(softmax, raw[u]);  // without a branch: vectors past the end are -inf
   if (single >= 0) add_single(softmax, single_logit);
   softmax = merge_block<kFusedWarps>(softmax, shared);
   if (cluster > 1) softmax = merge_cluster(softmax, &partial, cluster);
@@ -361,7 +416,7 @@ __global__ __launch_bounds__(kFusedThreads, kFusedCtas<T, kVectors>) void illada
   }
   if (single >= 0) store_float(grad + single, gradient.compute(single_logit, single == token.target));
 #if __CUDA_ARCH__ >= 900
-  if (cluster > 1) cute::cluster_wait();
+  if (cluster > 1) cute::cluster_wait();  // of merge_cluster's arrival
 #endif
 }
 

@@ -1,4 +1,8 @@
 // Kernels on scalars of the loss: the weighted sum of the tokens' nll, and the scaling of gradients by dloss.
+//
+//   sum, one CTA:          each thread adds every 1024th token's term; then lanes, then warps: always in the same order
+//   scale, several CTAs:   end if the factor is 1
+//                          multiply the vectors of 8 elements, then the elements after them
 #include <algorithm>
 
 #include "common/dependent_launch.h"
@@ -26,6 +30,7 @@ __global__ __launch_bounds__(kSumThreads) void illada_masked_cross_entropy_sum_s
   wait_for_previous_kernel(launch);
   const auto add = [](double a, double b) { return a + b; };
   double sum = 0;
+  // The condition keeps an nll that no kernel has written, or that is NaN, out of the sum: 0 * NaN would be NaN.
   for (int64_t n = threadIdx.x; n < p.num_rows; n += kSumThreads)
     if (p.token_weights[n] != 0.0f) sum += double(p.token_weights[n]) * double(p.nll[n]);
   sum = warp_reduce(sum, add);
@@ -43,9 +48,10 @@ __global__ __launch_bounds__(kScaleThreads) void illada_masked_cross_entropy_sca
     const __grid_constant__ ScaleParams p, const __grid_constant__ DependentLaunch launch) {
   wait_for_previous_kernel(launch);
   const float factor = *p.factor;
-  if (factor == 1.0f) return;
+  if (factor == 1.0f) return;  // the usual dloss; only the device knows it
   T* const data = static_cast<T*>(p.data);
   const int64_t first = int64_t(blockIdx.x) * kScaleThreads + threadIdx.x, stride = int64_t(gridDim.x) * kScaleThreads;
+  // Data off a vector's boundary is scaled element by element.
   const int64_t vectors = reinterpret_cast<uintptr_t>(data) % 16 ? 0 : p.count / kVector;
   for (int64_t i = first; i < vectors; i += stride) {
     float x[kVector];

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from illada.ops.types import TokenSample
+from illada.ops.op_types import TokenSample
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:

@@ -182,6 +182,7 @@ WITHOUT_TORCH = [
     (["prepare", "--out", "x", "--source", "books"], 2, "source must be"),
     (["prepare", "--out", "x", "--source", "dir:no"], 2, "no is not a folder"),
     (["prepare", "--out", "x", "--source", "jsonl:no"], 2, "no is not a file"),
+    (["prepare", "--out", "x", "--source", "stdlib", "--source", "hf:no"], 2, "no is not a folder; hf:PATH reads"),
     (["prepare", "--out", "x", "--source", "stdlib", "--tokenizer", "no"], 2, "no tokenizer at no"),
     (["prepare", "--out", "no", "--tasks", "all"], 2, "no is not a corpus"),
     (["convert", "a", "b", "--max-shard-size", "x"], 2, "--max-shard-size"),
@@ -268,7 +269,9 @@ def test_warnings_are_one_line(tmp_path, capsys):
     source = ["--source", f"dir:{tmp_path}", "--validation-fraction", "0.3"]
     assert cli.main(["prepare", *source, "--out", str(tmp_path / "corpus"), "--vocab-size", "300"]) == 0
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "arning" in line]
-    assert line.startswith("illada: warning: left out 1 files that are not UTF-8 text")
+    assert line.startswith(
+        f"illada: warning: dir:{tmp_path}: 1 of 31 files left out: 1 UTF-16 (first: {tmp_path}/binary"
+    )
 
 
 def test_user_errors_are_one_line(world, capsys, monkeypatch):

@@ -12,7 +12,7 @@ from packs import TILE_EDGES, Pack
 import illada
 from illada._native import native
 from illada.ops import raw, reference
-from illada.ops.attention import _pairs
+from illada.ops.attention.varlen import _pairs
 from illada.ops.variants import use_variants
 from illada.testing import assert_close_like
 

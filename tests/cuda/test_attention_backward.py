@@ -38,7 +38,7 @@ def dims_and_ways(ways: list[str]) -> list[tuple[int, str]]:
 @pytest.fixture(autouse=True)
 def _sums_in_short_packs(monkeypatch):
     """Packs this small would all recompute scores."""
-    monkeypatch.setattr(illada.ops.attention, "_REPEATABLE_LENGTH", 0)
+    monkeypatch.setattr(illada.ops.attention.cuda, "_REPEATABLE_LENGTH", 0)
 
 
 @contextmanager
@@ -47,7 +47,7 @@ def going(way: str):
     deterministic, recompute = WAYS[way]
     with pytest.MonkeyPatch.context() as patch:
         if recompute:
-            patch.setattr(illada.ops.attention, "_REPEATABLE_LENGTH", 1 << 20)
+            patch.setattr(illada.ops.attention.cuda, "_REPEATABLE_LENGTH", 1 << 20)
         yield deterministic
 
 

@@ -254,8 +254,8 @@ def test_rows_are_those_of_the_native_side():
         (0, 1, 127, 4096, 100_000),
         (None, 0, 5000),
         (1, 33, 700),
-        ((1, 1), (7, 1), (32, 8), (32, 32), (64, 1)),
-        (64, 128),
+        ((1, 1), (7, 1), (32, 8), (32, 32), (12, 4), (64, 1)),
+        (64, 96, 128, 256),
     ):
         native = raw.attention_plan_rows(total_q, total_k, sequences, heads, kv_heads, dim)
         assert native == plan_rows(total_q, total_k, sequences, heads, kv_heads)

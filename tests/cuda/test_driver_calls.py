@@ -12,7 +12,7 @@ from torch import Tensor
 import illada
 from illada._native import native
 from illada.ops import raw
-from illada.ops.types import RemaskStatus, TokenSample
+from illada.ops.op_types import RemaskStatus, TokenSample
 
 BF16 = torch.bfloat16
 ROOT = Path(__file__).resolve().parents[2]

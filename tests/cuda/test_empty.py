@@ -11,7 +11,7 @@ import torch
 
 import illada
 from illada.ops import raw, reference
-from illada.ops.types import RemaskStatus, TokenSample
+from illada.ops.op_types import RemaskStatus, TokenSample
 
 BF16 = torch.bfloat16
 MOST_TOKENS = 300

@@ -6,7 +6,7 @@ import torch
 import illada
 from illada._native import native
 from illada.ops import raw
-from illada.ops.types import RemaskStatus, TokenSample
+from illada.ops.op_types import RemaskStatus, TokenSample
 
 CALLS = {  # what is wrong: (exception, message, arguments of the call)
     "dtype": (TypeError, "logits must be float32, bfloat16, float16, got float64", lambda x, cpu: (x.double(), {})),

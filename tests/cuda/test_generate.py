@@ -10,7 +10,7 @@ import torch
 from recorded_graph import RecordedGraph
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-import illada.model
+import illada.model.layers
 from illada.config import ModelConfig
 from illada.generation import GenerationConfig, generate, loop
 from illada.generation.graphs import CudaCapture, available
@@ -53,12 +53,12 @@ def make_models(config, dtype, device):
 @pytest.fixture
 def half_attention(monkeypatch):
     """Compute attention in float16 on both devices, and all else in float32: near enough that tokens agree."""
-    attend = illada.model.varlen_attention
+    attend = illada.model.layers.varlen_attention
 
     def attention(q, k, v, *arguments, **keywords):
         return attend(q.half(), k.half(), v.half(), *arguments, **keywords).to(q.dtype)
 
-    monkeypatch.setattr(illada.model, "varlen_attention", attention)
+    monkeypatch.setattr(illada.model.layers, "varlen_attention", attention)
 
 
 @pytest.mark.parametrize("cache", ["none", "prefix", "block"])
@@ -88,7 +88,7 @@ def reference_forward(model, tokens, cu_seqlens):
     """Run the model with the reference attention, which also takes float64."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            illada.model, "varlen_attention",
+            illada.model.layers, "varlen_attention",
             lambda q, k, v, cu, *, plan=None, **slots: reference.varlen_attention(q, k, v, cu, **slots),
         )  # fmt: skip
         return model(tokens, cu_seqlens)

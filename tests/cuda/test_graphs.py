@@ -5,7 +5,7 @@ import torch
 
 import illada
 from illada.ops import raw
-from illada.ops.types import RULES, RemaskStatus, TokenSample
+from illada.ops.op_types import RULES, RemaskStatus, TokenSample
 
 MASK = 5
 LENGTHS = (7, 0, 12, 3)

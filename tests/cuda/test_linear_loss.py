@@ -26,7 +26,7 @@ CASES = [  # T, C, V, share of masked rows, spread of the logits: what the row i
 def _path(request, monkeypatch):
     """Run each test with this GPU's own kernels, where it has some, and without them."""
     if request.param == "portable":
-        monkeypatch.setattr(linear_loss, "_fwd_sm90", lambda *arguments, **keywords: None)
+        monkeypatch.setattr(linear_loss.kernels, "forward_sm90", lambda *arguments, **keywords: None)
 
 
 def make_head(case, dtype, device, generator):
@@ -287,7 +287,7 @@ def test_head_errors(device):
 
 def test_chunks_of_cuda():
     for count, vocab, dtype in [(4096, 155136, torch.bfloat16), (8192, 155136, torch.bfloat16), (5, 9, torch.float32), (0, 9, torch.float32), (9000, 126464, torch.float32)]:  # fmt: skip
-        rows = linear_loss.chunk_rows_of(count, vocab, dtype, is_cuda=True)
+        rows = linear_loss.chunks.chunk_rows_of(count, vocab, dtype, is_cuda=True)
         assert rows % 128 == 0 and rows > 0
         assert min(rows, count) * vocab * dtype.itemsize <= 1_400_000_000
         assert count == 0 or -(-count // rows) <= -(-count * vocab * dtype.itemsize // 1_250_000_000)

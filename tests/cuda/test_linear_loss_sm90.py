@@ -28,7 +28,7 @@ def fused(device, request):
     if torch.cuda.get_device_capability(device) != (9, 0):
         pytest.skip("the fused kernels need compute capability 9.0")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(linear_loss, "_fwd_portable", None)
+        patch.setattr(linear_loss.kernels, "forward_by_chunks", None)
         yield
 
 
@@ -293,7 +293,7 @@ def poison(monkeypatch):
             return poisoned(*size, device)
         return make(*size, dtype=dtype, device=device, **keywords)
 
-    monkeypatch.setattr(linear_loss.torch, "empty", empty)
+    monkeypatch.setattr(torch, "empty", empty)
 
 
 VARIANTS = [

@@ -6,7 +6,7 @@ import torch
 
 import illada
 from illada.ops import raw, reference
-from illada.ops.types import TokenSample
+from illada.ops.op_types import TokenSample
 from illada.testing import assert_close_like, plain_sample
 
 ALL = ("entropy", "margin")

@@ -19,7 +19,7 @@ SHAPES = {
 
 @pytest.fixture(params=["sums", "recompute"])
 def _way(request, monkeypatch):
-    monkeypatch.setattr(illada.ops.attention, "_REPEATABLE_LENGTH", 1 << 20 if request.param == "recompute" else 0)
+    monkeypatch.setattr(illada.ops.attention.cuda, "_REPEATABLE_LENGTH", 1 << 20 if request.param == "recompute" else 0)
 
 
 # Only the kernels of sm_90a sum dq.

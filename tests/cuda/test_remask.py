@@ -6,7 +6,7 @@ import torch
 from remask_cases import CASES, MASK, MIXED, check, make_case
 
 import illada
-from illada.ops.types import TokenSample
+from illada.ops.op_types import TokenSample
 
 SHAPES = [  # lengths: what the row is for
     (0,),

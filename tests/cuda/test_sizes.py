@@ -6,7 +6,7 @@ import torch
 
 from illada._native import native
 from illada.ops import raw
-from illada.ops.types import RemaskStatus, TokenSample
+from illada.ops.op_types import RemaskStatus, TokenSample
 
 MOST_ROWS = 2**31 - 2**25
 SHAPE = ("total_q", "total_k", "num_sequences", "num_heads", "num_kv_heads", "head_dim")

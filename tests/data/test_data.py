@@ -195,13 +195,14 @@ def test_bad_sources_and_arguments(texts, tmp_path):
     (tmp_path / "latin.jsonl").write_bytes('{"text": "ö"}\n'.encode() + '{"text": "öl"}\n'.encode("latin-1"))
     out = tmp_path / "out"
     wrong = [
-        (ValueError, "source must be stdlib, dir:PATH or jsonl:PATH, got 'web'", "web", {}),
+        (ValueError, "source must be stdlib, .* got 'web', which is no path that exists", "web", {}),
         (FileNotFoundError, "is not a folder", f"dir:{tmp_path}/no", {}),
         (FileNotFoundError, "is not a file", f"jsonl:{tmp_path}/no", {}),
         (ValueError, 'line 2: expected a JSON object with a "text" field', f"jsonl:{tmp_path}/bad.jsonl", {}),
         (ValueError, '"text" must be a string, got int', f"jsonl:{tmp_path}/number.jsonl", {}),
         (ValueError, "has 1 documents, too little text to hold any of it out", f"jsonl:{tmp_path}/one.jsonl", {}),
         (ValueError, "has 0 documents, too little text", f"dir:{empty}", {}),
+        (ValueError, "there is no source; must be stdlib", [], {}),
         (ValueError, "vocab_size must be at least 262", f"dir:{texts}", {"vocab_size": 100}),
         (ValueError, r"validation_fraction must be in \(0, 1\)", f"dir:{texts}", {"validation_fraction": 0}),
         (ValueError, "deep.jsonl, line 2 is not JSON that can be read: it is", f"jsonl:{tmp_path}/deep.jsonl", {}),
@@ -225,11 +226,13 @@ def test_a_mark_is_no_text_and_what_is_left_out_is_counted(tmp_path):
     (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\rthree")
     (tmp_path / "marked.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n\r\n{"text": "two"}')
     assert list(read_source(f"jsonl:{tmp_path}/marked.jsonl")) == ["one", "two"]
-    assert list(read_source(f"dir:{tmp_path}")) == ["one\ntwo\rthree"]
+    assert list(read_source(f"dir:{tmp_path}")) == ["one", "two", "one\ntwo\rthree"]
     for name in ("a", "b"):
         (tmp_path / f"{name}.txt").write_bytes("text".encode("utf-16"))
-    with pytest.warns(UserWarning, match=r"left out 2 files .*; the first: .*a\.txt .* looks like UTF-16"):
-        assert list(read_source(f"dir:{tmp_path}")) == ["one\ntwo\rthree"]
+    with pytest.warns(
+        UserWarning, match=r"2 of 4 files left out: 2 UTF-16 \(first: .*a\.txt .* iconv -f UTF-16 -t UTF-8"
+    ):
+        assert list(read_source(f"dir:{tmp_path}")) == ["one", "two", "one\ntwo\rthree"]
 
 
 def test_special_ids():

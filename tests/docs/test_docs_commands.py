@@ -229,7 +229,7 @@ def test_python_of_the_ops_runs():
     raw = {
         "logits": torch.randn(rows, vocab, generator=generator), "targets": ids[:rows], "weights": torch.ones(rows),
         "rows": torch.arange(rows, dtype=torch.int32), "nll": torch.empty(rows), "lse": torch.empty(rows),
-        "out": illada.ops.types.TokenSample(torch.empty(rows, dtype=torch.int64), torch.empty(rows), torch.empty(rows)),
+        "out": illada.ops.op_types.TokenSample(torch.empty(rows, dtype=torch.int64), torch.empty(rows), torch.empty(rows)),
         "workspace": None,
     }  # fmt: skip
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

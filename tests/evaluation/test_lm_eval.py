@@ -26,6 +26,7 @@ from illada.checkpoints import folders as checkpoint_folders
 from illada.checkpoints.weights import load_pretrained, save_pretrained
 from illada.cli import evaluate as evaluate_command
 from illada.config import ModelConfig
+from illada.evaluation import command
 from illada.evaluation import lm_eval as adapter
 from illada.evaluation.asked import asked_of
 from illada.evaluation.chance import chance_of, describe_chance
@@ -869,7 +870,7 @@ def test_without_a_gpu(checkpoint, monkeypatch, capsys):
         (["validate", "--tasks", "pick"], "validate --tasks pick"),
     ):
         monkeypatch.setattr(sys, "argv", ["lm_eval", *given])
-        adapter.main()
+        command.main()
         out, err = capsys.readouterr()
         assert out.strip().endswith(want)
         assert ("no GPU here and no --device given: on the CPU" in err) == want.endswith("cpu")

@@ -12,16 +12,9 @@ import pytest
 from illada import cli
 from illada.data.corpus import prepare
 from illada.data.dataset import TokenDataset
-from illada.evaluation.tasks import (
-    Entry,
-    _documents,
-    _seen_in_training,
-    cloze_questions,
-    definition_questions,
-    prepare_tasks,
-    read_docstrings,
-    read_wordnet,
-)
+from illada.evaluation.dictionaries import Entry, read_docstrings, read_wordnet
+from illada.evaluation.questions import cloze_questions, definition_questions
+from illada.evaluation.tasks import _documents, _seen_in_training, prepare_tasks
 
 
 def module(number):

@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import gzip
 import json
 import math
 import runpy
@@ -18,7 +19,7 @@ from illada.config import ModelConfig
 from illada.data import corpus
 from illada.data.dataset import SPLITS, TokenDataset
 from illada.data.sources import read_source
-from illada.evaluation import tasks
+from illada.evaluation import dictionaries, questions, tasks
 from illada.model import MaskedDiffusionModel
 from illada.text import training
 from illada.text.chat_template import render_chat_template
@@ -37,7 +38,9 @@ def load():
     import datasets  # noqa: F401
     import lm_eval.api.instance  # noqa: F401
     import matplotlib.backends.backend_agg  # noqa: F401
+    import pyarrow.parquet  # noqa: F401
     import torch.distributed.fsdp  # noqa: F401
+    import zstandard  # noqa: F401
 
     import illada.evaluation.lm_eval  # noqa: F401
 
@@ -146,6 +149,13 @@ def read_texts(folder):
     sum(map(len, read_source(f"dir:{folder}")))
 
 
+def read_records(folder):
+    """Read files of records, compressed ones and a saved dataset, as sources that are named."""
+    for path in sorted(folder.iterdir()):
+        sum(map(len, read_source(str(path))))
+    sum(map(len, read_source(f"dir:{folder}")))
+
+
 def read_questions(folder):
     """Read the files of `illada score --file` and `illada generate --prompt-file`."""
     options = sampling.argparse.Namespace(candidate=None, context="", file=folder / "questions.jsonl")
@@ -159,7 +169,7 @@ def read_tasks(folder):
 
 def read_wordnet(folder):
     """Read a dictionary, as `illada prepare --dictionary wordnet:PATH` does."""
-    tasks.definition_questions(tasks.read_wordnet(folder), most=100)
+    questions.definition_questions(dictionaries.read_wordnet(folder), most=100)
 
 
 # -------------------------------------------------------------------------------------------------------------- training
@@ -254,6 +264,25 @@ TEMPLATE = (
 )
 
 
+def _records(root, texts):
+    """Files of records of each kind, each in two forms where it has them."""
+    import datasets
+    import pyarrow
+    import pyarrow.parquet
+    import zstandard
+
+    texts = [*texts[:3], None, 'a "quoted" text, é\n']
+    data = datasets.Dataset.from_dict({"id": range(len(texts)), "text": texts})
+    data.save_to_disk(root / "saved")
+    table = pyarrow.table({"id": range(len(texts)), "text": texts})
+    pyarrow.parquet.write_table(table, root / "plain.parquet", compression="none", use_dictionary=False)
+    pyarrow.parquet.write_table(table, root / "packed.parquet", compression="zstd", row_group_size=2)
+    rows = ['"' + (text or "").replace('"', '""') + f'",{i}\n' for i, text in enumerate(texts)]
+    written = "".join(["text,id\n", *rows]).encode()
+    files = {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    return {**files, "a.csv": written, "b.csv.gz": gzip.compress(written), "c.csv.zst": zstandard.compress(written)}
+
+
 def make_valid(root):
     """Return {name: files} of everything that is read, made in a folder."""
     valid = {}
@@ -298,6 +327,7 @@ def make_valid(root):
     valid["prepare"] = {"tokenizer.json": tokenizer.read_bytes(), "text.jsonl": lines.encode()}
     valid["template"] = {"chat_template.jinja": TEMPLATE.encode()}
     valid["texts"] = {"text.jsonl": lines.encode(), "a.txt": "déjà\nvu\r\n".encode(), "b.json": b'{"a": 1}'}
+    valid["records"] = _records(root / "records", texts)
     questions = [{"context": "a", "candidates": ["b", "c"]}, {"context": "", "candidates": ["d"]}]
     valid["questions"] = {"questions.jsonl": "".join(json.dumps(q) + "\n" for q in questions).encode()}
     valid["wordnet"] = _wordnet()
@@ -315,7 +345,7 @@ def make_valid(root):
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    values = {"step": 1, "tokens_seen": 64, "unlogged_losses": [2.5]}
+    values = {"step": 1, "tokens_seen": 64, "unlogged_losses": [2.5], "decay_step": 1, "validation_bounds": [(1, 2.4)]}
     train_state.save(run / "checkpoints", model, optimizer, config, tokenizer=tokenizer, **values)
     (run / "run.toml").write_text(config.to_toml())
     metrics = [

@@ -27,6 +27,7 @@ MOST_HANGS = 5  # of a kind of files
 #: (what is valid, the file that is damaged, how, who reads it).
 _STEP = "checkpoints/step-000001"
 _FIELDS = st.sampled_from(mutants.ODD_TEXTS + mutants.ODD_NUMBERS)
+_RECORDS = "a.csv", "b.csv.gz", "c.csv.zst", "plain.parquet", "packed.parquet", "saved/data-00000-of-00001.arrow"
 KINDS = [
     *((name, "config.json", mutants.json_file, "read_weights") for name in ("illada", "llada", "dream", "qwen2")),
     ("illada", "model.safetensors", mutants.safetensors_file, "read_weights"),
@@ -44,6 +45,8 @@ KINDS = [
     ("prepare", "tokenizer.json", mutants.tokenizer_file, "prepare"),
     ("texts", "text.jsonl", mutants.jsonl_file, "read_texts"),
     ("texts", "a.txt", mutants.damaged, "read_texts"),
+    *(("records", name, mutants.damaged, "read_records") for name in _RECORDS),
+    *(("records", f"saved/{name}.json", mutants.json_file, "read_records") for name in ("state", "dataset_info")),
     ("questions", "questions.jsonl", mutants.jsonl_file, "read_questions"),
     ("tasks", "cloze_word.jsonl", mutants.jsonl_file, "read_tasks"),
     ("wordnet", "data.noun", lambda data: mutants.lines_of(data, _FIELDS), "read_wordnet"),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import illada
 from illada.ops import raw, reference
-from illada.ops.types import RemaskStatus, TokenSample
+from illada.ops.op_types import RemaskStatus, TokenSample
 
 TEMPERATURES = (0.0, 0.7)
 LOSSES = ("plain", "in place", "z-loss", "raw", "shards")

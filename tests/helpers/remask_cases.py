@@ -6,7 +6,7 @@ import torch
 
 import illada
 from illada.ops import reference
-from illada.ops.types import RemaskStatus, TokenSample
+from illada.ops.op_types import RemaskStatus, TokenSample
 
 MASK = 5
 MIXED = (5, 0, 9, 1, 12)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 import illada
 from illada.ops import reference
-from illada.ops.types import TokenSample
+from illada.ops.op_types import TokenSample
 
 ALL = ("entropy", "margin")
 CASES = [  # N, V, spread: what the rows are for

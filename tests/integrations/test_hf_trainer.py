@@ -28,6 +28,7 @@ import illada
 from illada.config import DiffusionConfig
 from illada.diffusion import draw_masks, draw_validation_masks, make_batch
 from illada.integrations import trainer as trainer_module
+from illada.integrations import trainer_batch
 from illada.integrations import transformers as attention
 from illada.integrations.trainer import MaskedDiffusionCollator, MaskedDiffusionTrainer
 
@@ -215,7 +216,7 @@ def test_rows_of_the_head_are_masked_and_learned(name, packed, monkeypatch, tmp_
     """Not padding, and not what labels leave out; the host knows it from the collator, the device is not asked."""
     attention.register()
     rows = [row | {"labels": [-100, -100, *row["input_ids"][2:]]} for row in ROWS]
-    seen, plain, collator = [], trainer_module._standing_in, MaskedDiffusionCollator(packed=packed)
+    seen, plain, collator = [], trainer_module.standing_in, MaskedDiffusionCollator(packed=packed)
     trainer = make_trainer(
         tmp_path, make_model(name, attn_implementation="illada"), rows=rows, options={"data_collator": collator}
     )
@@ -225,8 +226,9 @@ def test_rows_of_the_head_are_masked_and_learned(name, packed, monkeypatch, tmp_
     masked, weights = draw(np.arange(8), max(LENGTHS))
     learned = np.array([[2 <= j < length for j in range(max(LENGTHS))] for length in LENGTHS])
     where = (masked & learned)[np.arange(max(LENGTHS)) < np.array(LENGTHS)[:, None]] if packed else masked & learned
-    monkeypatch.setattr(trainer_module, "_standing_in", lambda call: seen.append(call.batch) or plain(call))
-    monkeypatch.setattr(trainer_module, "_counted", lambda batch: pytest.fail("the device was asked"))
+    monkeypatch.setattr(trainer_module, "standing_in", lambda call: seen.append(call.batch) or plain(call))
+    for module in (trainer_module, trainer_batch):
+        monkeypatch.setattr(module, "learned_tokens", lambda batch: pytest.fail("the device was asked"))
     trainer.compute_loss(trainer.model, batch, num_items_in_batch=tokens)
     assert int(tokens) == learned.sum()
     assert seen[0].rows.tolist() == np.flatnonzero(where).tolist()
@@ -236,7 +238,8 @@ def test_rows_of_the_head_are_masked_and_learned(name, packed, monkeypatch, tmp_
 def test_a_batch_of_which_only_the_device_knows_what_is_learned(monkeypatch, tmp_path):
     """As of a stream that one process reads for all: the same loss and gradients, by masked rows of weight 0."""
     want = step(tmp_path, make_model())
-    monkeypatch.setattr(trainer_module, "_counted_on_host", lambda batch: None)
+    for module in (trainer_module, trainer_batch):
+        monkeypatch.setattr(module, "learned_on_host", lambda batch: None)
     assert_same(step(tmp_path, make_model()), want)
     monkeypatch.undo()
 

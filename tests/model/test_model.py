@@ -201,7 +201,7 @@ def test_attention_reads_the_projection_where_it_is(name, dtype, generator, monk
         seen.extend((q, k, v))
         return varlen_attention(q, k, v, *args, **kwargs)
 
-    monkeypatch.setattr("illada.model.varlen_attention", spy)
+    monkeypatch.setattr("illada.model.layers.varlen_attention", spy)
     x, cos, sin, cu_seqlens = attention_inputs(config, generator)
     attention(*attention.project(x.to(dtype), cos.to(dtype), sin.to(dtype)), cu_seqlens, None)
     (q, k, v), (fused,) = seen, projected

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 SOURCE = (ROOT / "csrc/bindings/cpu_calls.cpp").read_text()
 #: Expressions of Python whose last name is not that of the C++ parameter.
-OTHER_NAMES = {"_MOST_HEAD_DIM": "max_head_dim", "_most_keys": "max_keys", "most_keys": "max_keys", "_CHUNK_BYTES_CPU": "chunk_bytes"}  # fmt: skip
+OTHER_NAMES = {"_most_keys": "max_keys", "most_keys": "max_keys", "CHUNK_BYTES_CPU": "chunk_bytes"}  # fmt: skip
 #: Functions that get the arguments of an op, whole: the op, and other names of its arguments.
 SCHEMAS = {
     "masked_cross_entropy": ("masked_ce_fwd", {}),

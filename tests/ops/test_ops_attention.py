@@ -258,8 +258,8 @@ def test_sequences_are_shared_with_torch(lengths, ours, torchs, with_dlse, gener
         monkeypatch.setattr(module, name, lambda *inputs: (called.add(part), function(*inputs))[1])
 
     monkeypatch.setattr(_native.native(), "multiplies_bfloat16", lambda: True)
-    record(attention, "_attend_by_torch", "torch's forward")
-    record(attention, "_differentiate_by_torch", "torch's backward")
+    record(attention.cpu, "_attend_by_torch", "torch's forward")
+    record(attention.cpu, "_differentiate_by_torch", "torch's backward")
     record(raw, "varlen_attention_backward", "csrc/cpu")
     calls, at_once = lib.cpu_calls(), lib.cpu_calls().varlen_attention_backward
 

@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 import illada
 from illada.ops import raw
-from illada.ops.types import RemaskStatus, TokenSample
+from illada.ops.op_types import RemaskStatus, TokenSample
 
 TARGETS, WEIGHTS = torch.tensor([1, 4, 0]), torch.tensor([1.0, 0.0, 2.0])
 STARTS = torch.tensor([0, 2, 3], dtype=torch.int32)

@@ -1,10 +1,13 @@
 """`illada.why_not`: its answers, and that the ops agree with them."""
 
+import contextlib
+
 import pytest
 import torch
 
 import illada
-from illada.ops import capabilities
+from illada._native import native
+from illada.ops import capabilities, raw
 from illada.ops.capabilities import logits_dtypes
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -33,6 +36,32 @@ def test_the_loss_and_the_sampler_on_a_cpu_agree(dtype):
     by_sampler = answers(lambda: illada.sample_tokens(logits, temperature=0.0))
     for op in ("masked_cross_entropy", "linear_masked_cross_entropy", "sample_tokens", "linear_sample_tokens"):
         assert (illada.why_not(op, "cpu", dtype) is None) == by_loss == by_sampler == (dtype in logits_dtypes(logits))
+
+
+@pytest.mark.parametrize("dtype", raw.DTYPES)
+def test_python_and_cpp_list_the_same_dtypes_of_cpu_kernels(dtype):
+    """LOGITS_DTYPES of Python, `has_kernels` of C++: the checks of illada.ops come before the native ones."""
+    logits, targets, weights = torch.zeros(2, 5, dtype=dtype), torch.zeros(2, dtype=torch.int64), torch.ones(2)
+    q = torch.zeros(3, 2, 16, dtype=dtype)
+    plan = torch.tensor([[0, 3, 0, 3], [3, 3, 3, 3]], dtype=torch.int32)
+    served = dtype in capabilities.LOGITS_DTYPES["cpu"]
+    for error, call in (
+        (ValueError, lambda: raw.masked_cross_entropy(logits, targets, weights, nll=torch.empty(2))),
+        (NotImplementedError, lambda: raw.varlen_attention(q.clone(), torch.empty(2, 3), q, q, q, plan, 1, 1.0)),
+    ):
+        with contextlib.nullcontext() if served else pytest.raises(error, match="on a CPU"):
+            call()
+
+
+@pytest.mark.parametrize("dim", [native().MAX_HEAD_DIM_CPU, native().MAX_HEAD_DIM_CPU + 1])
+def test_the_largest_head_dim_of_cpu_kernels(dim):
+    """What the module exports is the limit of the kernels; torch serves larger head dims."""
+    q = torch.zeros(3, 1, dim)
+    plan = torch.tensor([[0, 3, 0, 3], [3, 3, 3, 3]], dtype=torch.int32)
+    refused = pytest.raises(NotImplementedError, match="head dims up to")
+    with contextlib.nullcontext() if dim == native().MAX_HEAD_DIM_CPU else refused:
+        raw.varlen_attention(q.clone(), torch.empty(1, 3), q, q, q, plan, 1, 1.0)
+    assert illada.varlen_attention(q, q, q, torch.tensor([0, 3], dtype=torch.int32)).shape == q.shape
 
 
 def test_reasons(monkeypatch):

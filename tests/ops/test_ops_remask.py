@@ -6,7 +6,7 @@ from remask_cases import CASES, MASK, MIXED, check, make_case
 
 import illada
 from illada.ops import raw
-from illada.ops.types import RULES, RemaskStatus, TokenSample
+from illada.ops.op_types import RULES, RemaskStatus, TokenSample
 
 
 @pytest.mark.parametrize("token_dtype", [torch.int64, torch.int32])

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import illada
 from illada.ops import raw, reference
-from illada.ops.types import TokenSample
+from illada.ops.op_types import TokenSample
 from illada.philox import philox4x32
 from illada.testing import assert_close_like, plain_sample
 

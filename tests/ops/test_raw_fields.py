@@ -12,8 +12,8 @@ import torch
 import illada
 from illada._native import native
 from illada.ops import raw
+from illada.ops.op_types import RemaskStatus, TokenSample
 from illada.ops.raw import attention, launch, loss, sampling
-from illada.ops.types import RemaskStatus, TokenSample
 
 ROOT = Path(__file__).resolve().parents[2]
 PARAMS = {

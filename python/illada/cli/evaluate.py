@@ -90,7 +90,8 @@ def _run(options: argparse.Namespace) -> int:
         raise ImportError(f"illada eval needs lm-evaluation-harness: pip install 'illada[eval]' ({error})") from None
     with importing():
         from illada.evaluation.chance import chance_of, describe_chance
-        from illada.evaluation.lm_eval import IlladaLM, quiet_logs
+        from illada.evaluation.command import quiet_logs
+        from illada.evaluation.lm_eval import IlladaLM
 
     with quiet_logs():
         with importing():

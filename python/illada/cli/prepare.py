@@ -18,12 +18,21 @@ def add_parser(commands: Any) -> None:
         "into tasks for `illada eval`, made from the held-out split; without --source, of a corpus that is there.",
         epilog="example:\n  illada prepare --source dir:~/books --out data/books --vocab-size 8192\n"
         "  illada prepare --source jsonl:chat.jsonl --out data/chat --tokenizer data/books/tokenizer.json\n"
+        "  illada prepare --source ~/books --source csv:reviews.csv.gz --text-column body --out data/both\n"
         "  illada prepare --source stdlib --out data/stdlib --tasks all\n"
         "  illada prepare --out data/stdlib --tasks definitions --dictionary wordnet:/usr/share/wordnet --overwrite",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--source", help="stdlib (Python's own source), dir:PATH or jsonl:PATH")
+    parser.add_argument(
+        "--source",
+        action="append",
+        help="stdlib (Python's own source); a folder or file; or one of dir:PATH, file:PATH, jsonl:PATH, csv:PATH, "
+        "parquet:PATH (also .gz, .zst), hf:PATH (a dataset of save_to_disk; its split after a #); may be repeated",
+    )
+    parser.add_argument(
+        "--text-column", metavar="NAME", help="of jsonl, csv, parquet and hf: the field or column of the text (text)"
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write; appears complete or not at all")
     parser.add_argument("--vocab-size", type=int, default=4096, help="of the BPE tokenizer to train (%(default)s)")
     parser.add_argument("--tokenizer", metavar="PATH", help="use this tokenizer.json instead of training one")
@@ -79,8 +88,12 @@ def _prepare_corpus(options: argparse.Namespace) -> None:
         tokenizer=options.tokenizer,
         special=parse_special(options.special) if options.special else None,
         validation_fraction=options.validation_fraction,
+        text_column=options.text_column,
         overwrite=options.overwrite,
     )
+    if len(header["sources"]) > 1:
+        for source in header["sources"]:
+            print(f"{source['documents']:>19,} documents of {source['name']}")
     for split, size in header["splits"].items():
         print(f"{split:<10} {size['documents']:>8,} documents {size['tokens']:>13,} tokens {size['bytes']:>14,} bytes")
     if header["held_out"] == "ends":

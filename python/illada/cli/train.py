@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import signal
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from illada.checkpoints.folders import state_file
 from illada.cli.shipped import configuration
 from illada.cli.signals import importing
+
+if TYPE_CHECKING:
+    from illada.train.config import TrainConfig
 
 
 def add_parser(commands: Any) -> None:
@@ -24,6 +28,7 @@ def add_parser(commands: Any) -> None:
         epilog="example:\n  illada train configs/demo.toml --train.steps=2000 --optimizer.learning_rate=1e-3\n"
         "  illada train demo       a name alone: a configuration that comes with illada, here the same\n"
         "  illada train --print-config > my.toml      every setting, with what it means\n"
+        "  illada train illada_8b --dry-run --ranks 256 --peak-tflops 989      what it would take\n"
         "  illada train --decay-now runs/demo         the run begins to decay its learning rate now",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -36,6 +41,12 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--decay-now", metavar="RUN", help="ask the run in this folder to begin the decay of its learning rate"
     )
+    dry = parser.add_argument_group("what a run takes, by arithmetic: nothing is allocated")
+    dry.add_argument("--dry-run", action="store_true", help="print parameters, memory, FLOP and time, and exit")
+    dry.add_argument("--ranks", type=int, default=1, help="devices that share a step (%(default)s)")
+    dry.add_argument("--peak-tflops", type=float, metavar="P", help="dense peak of one: 989 for bfloat16 on an H100")
+    dry.add_argument("--mfu", type=float, default=0.4, help="share of that peak that is reached (%(default)s)")
+    dry.add_argument("--json", action="store_true", help="as JSON")
     parser.set_defaults(run=_run)
 
 
@@ -55,6 +66,10 @@ def _run(options: argparse.Namespace) -> int:
     if options.print_config:
         print(config.to_toml(commented=True))
         return 0
+    if options.dry_run:
+        return _dry_run(config, options)
+    if options.json:
+        raise ValueError("--json belongs to --dry-run; a run writes metrics.jsonl")
     TokenDataset(config.data.path)  # the errors of paths come before torch, which takes seconds to load
     if options.resume not in ("auto", "never"):
         state_file(Path(options.resume))
@@ -87,4 +102,22 @@ def _decay_now(options: argparse.Namespace) -> int:
         raise ValueError("--decay-now RUN stands alone: the run has its configuration")
     request_decay(Path(options.decay_now))
     print(f"asked the run in {options.decay_now}; its log says when the decay begins, at once or when it is resumed")
+    return 0
+
+
+def _dry_run(config: TrainConfig, options: argparse.Namespace) -> int:
+    with importing():
+        from illada.data.dataset import TokenDataset
+        from illada.train.estimate import describe, estimate
+
+    has_corpus = (Path(config.data.path) / "corpus.json").is_file()  # else the vocabulary of the preset
+    model = config.model_config(TokenDataset(config.data.path).header if has_corpus else {})
+    found = estimate(config, model, ranks=options.ranks, peak_tflops=options.peak_tflops, mfu=options.mfu)
+    if options.json:
+        print(json.dumps(found.to_dict(), indent=2))
+        return 0
+    for line in describe(found, config):
+        print(line)
+    if options.ranks > 1:
+        print("`illada train` is one process; docs/embedding.md says how to train on many ranks with the ops")
     return 0

@@ -31,7 +31,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from illada.data.dataset import FORMAT, FORMAT_VERSION, SPLITS
-from illada.data.sources import PIECE, open_source
+from illada.data.sources import PIECE, open_sources
 from illada.files import folder_to_write, recover, staged_directory
 from illada.terminal import shows
 from illada.text.tokenizer_files import control_tokens, encode_as_text, library_errors, load_tokenizer
@@ -43,27 +43,29 @@ _TRIES = 16  # places tried for a cut
 
 
 def prepare(
-    source: str,
+    source: str | Sequence[str],
     out_dir: str | Path,
     *,
     vocab_size: int = 4096,
     tokenizer: str | Path | None = None,
     special: dict[str, int] | None = None,
     validation_fraction: float = 0.05,
+    text_column: str | None = None,
     overwrite: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Turn text into a corpus folder.
 
     Args:
-        source: see `illada.data.sources.open_source`. Its text is kept in a file beside out_dir meanwhile, not in
-            memory.
+        source: one or several, see `illada.data.sources.open_sources`. Their text is kept in a file beside out_dir
+            meanwhile, not in memory.
         out_dir: the folder to make. It appears complete or not at all.
         vocab_size: of the tokenizer to train; not used with `tokenizer`.
         tokenizer: a given tokenizer.json.
         special: special ids of `tokenizer`, {name: id}, where it does not use iLLaDA's names.
         validation_fraction: share of the text to hold out, in whole documents; if that misses it by a factor of two (a
             few large files), the last part of each document is held out instead.
+        text_column: see `illada.data.sources.open_sources`.
         overwrite: replace an existing corpus.
         progress: show progress bars on a terminal.
 
@@ -84,13 +86,15 @@ def prepare(
         raise FileExistsError(f"{out_dir} exists and is not a corpus; choose another folder")
     progress = shows(progress)
     given = None if tokenizer is None else load_tokenizer(tokenizer)
-    found = open_source(source)
+    sources = open_sources(source, text_column)
     with staged_directory(out_dir) as folder, Documents(folder) as documents:
+        found = itertools.chain.from_iterable(one.documents() for one in sources)
         for pieces in tqdm(found, desc="reading", unit=" documents", disable=not progress):
             documents.add(pieces)
         starts, held_out = hold_out(documents, validation_fraction)
         if any(next(_parts(documents, starts, split), None) is None for split in SPLITS):
-            raise ValueError(f"source {source!r} has {len(documents)} documents, too little text to hold any of it out")
+            named = ", ".join(repr(one.name) for one in sources)
+            raise ValueError(f"source {named} has {len(documents)} documents, too little text to hold any of it out")
         if given is None:
             texts = (piece for i in range(len(documents)) for piece in _cut(documents.pieces(i), _at_a_word))
             trained = train_tokenizer(texts, vocab_size, progress=progress)
@@ -106,7 +110,7 @@ def prepare(
         header: dict[str, Any] = {
             "format": FORMAT,
             "version": FORMAT_VERSION,
-            "source": source,
+            "sources": [{"name": one.name, "documents": one.count} for one in sources],
             "dtype": dtype,
             "vocab_size": size,
             **{f"{name}_token_id": i for name, i in ids.items()},

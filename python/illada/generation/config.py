@@ -8,8 +8,8 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from numbers import Integral, Real
 
-from illada.ops.types import MEASURES
-from illada.ops.types import RULES as REMASK_RULES
+from illada.ops.op_types import MEASURES
+from illada.ops.op_types import RULES as REMASK_RULES
 
 MODES = ("var", "fixed", "infill")
 RULES = (*REMASK_RULES, "origin")  # those of `illada.remask`, and Dream's, which commits random positions

@@ -20,7 +20,7 @@ from illada.generation.rules import order_noise
 from illada.guidance import guide
 from illada.model import MaskedDiffusionModel
 from illada.ops import linear_sample_tokens, remask
-from illada.ops.types import LogitBias, TokenSample
+from illada.ops.op_types import LogitBias, TokenSample
 from illada.reuse import CachedKeys, FirstProjection
 
 

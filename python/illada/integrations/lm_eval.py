@@ -3,7 +3,8 @@
 Importing it registers the models "illada" and "illada_dist" there; see `illada.evaluation.lm_eval`.
 """
 
-from illada.evaluation.lm_eval import IlladaLM, PublishedIlladaLM, main
+from illada.evaluation.command import main
+from illada.evaluation.lm_eval import IlladaLM, PublishedIlladaLM
 
 __all__ = ["IlladaLM", "PublishedIlladaLM", "main"]
 

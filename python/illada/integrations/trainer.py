@@ -15,214 +15,35 @@ checkpoint of `transformers`.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainingArguments
 
 from illada.config import DiffusionConfig
 from illada.diffusion import draw_masks, draw_validation_masks
+from illada.integrations.head_call import HeadCall, MaskedBatch, examine, standing_in
+from illada.integrations.trainer_batch import (
+    OURS,
+    MaskedDiffusionCollator,
+    check_labels,
+    collate,
+    flat_weights,
+    learned_on_host,
+    learned_tokens,
+    shape_of,
+    to_device,
+)
 from illada.integrations.transformers import NAME
-from illada.model import more_than_weight
-from illada.ops import linear_masked_cross_entropy, masked_cross_entropy
 
-#: What honours `cu_seq_lens_q`; with another attention the sequences of a pack would see each other.
-_PACKED = (NAME, "flash_attention")
-
-
-class MaskedDiffusionCollator:
-    """Rows of `input_ids` as one batch: padded to the longest, or with `packed` one behind the other.
-
-    Args:
-        pad_token_id: stands in padding, which nothing reads.
-        packed: a batch of one row, with `cu_seq_lens_q` and `position_ids`; for attn_implementation="illada" and
-            "flash_attention_2".
-
-    A row may have an `attention_mask` (what it hides is left out of a pack) and `labels`: -100 where a token is shown
-    and not learned, such as a prompt's. A row without them (or with None) has no hidden token and learns all. Other
-    columns must be in all rows, as long as `input_ids`; they are padded by 0.
-    """
-
-    def __init__(self, pad_token_id: int = 0, *, packed: bool = False) -> None:
-        self.pad_token_id, self.packed = pad_token_id, packed
-
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Return the batch; a pack has `lengths`, a list, as well."""
-        filled = [_filled(row) for row in rows]
-        names = list(dict.fromkeys(name for row in filled for name in row))
-        for row, name in itertools.product(filled, names):
-            if name not in row:
-                raise ValueError(f"{name} must be in every row or in none, got a row with {', '.join(row)} alone")
-            if len(row[name]) != len(row["input_ids"]):
-                raise ValueError(f"{name} must be as long as input_ids ({len(row['input_ids'])}), got {len(row[name])}")
-        if all(row["labels"] is row["input_ids"] for row in filled):
-            names.remove("labels")
-        columns = {name: [_column(row[name]) for row in filled] for name in names}
-        masks = columns.pop("attention_mask")
-        if self.packed:
-            return self._pack({n: [x[m.bool()] for x, m in zip(c, masks, strict=True)] for n, c in columns.items()})
-        fill = {"input_ids": self.pad_token_id, "labels": -100}
-        pad = nn.utils.rnn.pad_sequence
-        batch = {name: pad(column, True, fill.get(name, 0)) for name, column in columns.items()}
-        return batch | {"attention_mask": pad(masks, True, 0)}
-
-    def _pack(self, columns: dict[str, list[Tensor]]) -> dict[str, Any]:
-        lengths = [len(ids) for ids in columns["input_ids"]]
-        starts = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-        batch = {name: torch.cat(column)[None] for name, column in columns.items()}
-        batch["position_ids"] = torch.cat([torch.arange(length) for length in lengths])[None]
-        spans = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts}
-        return batch | spans | {"max_length_q": max(lengths), "max_length_k": max(lengths), "lengths": lengths}
-
-
-@dataclasses.dataclass
-class _Masked:
-    """The loss of a batch, flattened.
-
-    rows: the tokens with a weight, masked and learned. Where the host does not know what is learned, all masked ones.
-    """
-
-    targets: Tensor  # int64 [T]
-    weights: Tensor  # float32 [T], 1 / p where masked and learned
-    rows: Tensor  # int32 [N], ascending
-    normalizer: Tensor  # float32, 0-dim
-
-
-@dataclasses.dataclass
-class _Call:
-    """A call of the model, in which `forward` stands in for that of the head's module.
-
-    FSDP2 gathers the head's weight for that module's call, and DDP sees the call of the whole model; so the loss of a
-    head that is no more than its weight (`fused`) is made right there, and is what the model returns as logits. Another
-    head (bias, adapter, quantised; logits that the model caps or scales) gets the masked rows alone.
-    """
-
-    head: Any
-    plain: Any  # the head's own forward
-    fused: bool
-    batch: _Masked
-    return_nll: bool
-
-    def result(self, logits: Tensor) -> Tensor:
-        """Return the loss of what the model returned as logits; with `return_nll` float32 [T], 0 where unmasked."""
-        if self.fused:
-            return logits
-        batch, rows = self.batch, self.batch.rows.long()
-        loss = masked_cross_entropy(
-            *(logits[0], batch.targets[rows], batch.weights[rows]),
-            normalizer=batch.normalizer, return_nll=self.return_nll,
-        )  # fmt: skip
-        if isinstance(loss, Tensor):
-            return loss
-        return batch.weights.new_zeros(len(batch.weights)).index_copy(0, rows, loss[1])
-
-
-#: The call that is under way. Global, because torch.compile takes all that hangs on a module to be of fixed size.
-_CALL: _Call | None = None
-
-
-def _forward(hidden: Tensor) -> Tensor:
-    call, hidden = _CALL, hidden.flatten(0, -2)
-    assert call is not None
-    batch = call.batch
-    if not call.fused:
-        return call.plain(hidden[batch.rows.long()][None])
-    loss = linear_masked_cross_entropy(
-        *(hidden, call.head.weight, batch.targets, batch.weights),
-        rows=batch.rows, normalizer=batch.normalizer, return_nll=call.return_nll,
-    )  # fmt: skip
-    return loss if isinstance(loss, Tensor) else loss[1]
-
-
-@contextlib.contextmanager
-def _standing_in(call: _Call) -> Iterator[None]:
-    global _CALL
-    if _CALL is not None:
-        raise RuntimeError("another MaskedDiffusionTrainer is in its forward pass: train in processes, not in threads")
-    own = call.head.__dict__.get("forward")
-    _CALL, call.head.forward = call, _forward
-    try:
-        yield
-    finally:
-        _CALL = None
-        del call.head.forward
-        if own is not None:
-            call.head.forward = own
-
-
-@torch.no_grad()
-def _examine(model: Any) -> tuple[bool, bool]:
-    """Find by short forward passes whether the head's weight alone makes the loss, and whether batches can be packed.
-
-    Raises:
-        ValueError: the model has no head, or attends causally.
-    """
-    head, name = getattr(model, "get_output_embeddings", lambda: None)(), type(model).__name__
-    if head is None or getattr(model.config, "is_encoder_decoder", False):
-        raise ValueError(
-            "model must be an encoder or a decoder with a language-modelling head, such as AutoModelForMaskedLM or "
-            f"AutoModelForCausalLM give, got {name}"
-        )
-    seen: list[tuple[Tensor, Tensor, int]] = []
-    hook = head.register_forward_hook(lambda _, args, out: seen.append((args[0], out, out._version)))
-    training, embedding = model.training, model.get_input_embeddings().weight
-    kind = str(getattr(model.config, "_attn_implementation", None))
-    elsewhere = kind not in ("None", "eager", "sdpa", NAME) and not embedding.is_cuda
-    packs = kind.startswith(_PACKED)
-
-    def call(ids: list[list[int]], **others: Any) -> Any:
-        return model(input_ids=torch.tensor(ids, device=embedding.device) % len(embedding), **others)["logits"]
-
-    try:
-        if elsewhere:  # a kernel of GPUs, to which FSDP2 moves the model later
-            model.set_attn_implementation("eager")
-        model.eval()
-        logits = call([[0, 1], [0, 2], [3, 1]])
-        if len(seen) != 1 or seen[0][0].shape[:2] != (3, 2):
-            raise ValueError(f"model must call its head once, with hidden states [B, L, C]; {name} does not")
-        if packs and not elsewhere and not embedding.is_meta:
-            # flash-attn tells sequences apart by positions too; ours refuses positions that alone would say so.
-            positions = [0, 1] if kind == NAME else [0, 0]
-            packs = _separates(call, seen, torch.tensor([positions], device=embedding.device))
-    finally:
-        if elsewhere:
-            model.set_attn_implementation(kind)
-        model.train(training)
-        hook.remove()
-    hidden, out, version = seen[0]
-    if not hidden.is_meta:
-        future, past = ((hidden[a, i] - hidden[b, i]).float().norm() for a, b, i in ((0, 1, 0), (0, 2, 1)))
-        if future < 1e-2 * past:  # rounding, where the first token's state should depend on the second
-            raise ValueError(
-                f"model must attend in both directions, and {name} is causal: load it with a config in which is_causal "
-                "is False"
-            )
-    untouched = logits is out and out._version == version
-    return untouched and more_than_weight(head) is None, packs
-
-
-def _separates(call: Any, seen: list[tuple[Tensor, Tensor, int]], positions: Tensor) -> bool:
-    """Return whether the first of two packed tokens does not see the second.
-
-    A model may ignore the arguments that separate them.
-    """
-    starts = torch.tensor([0, 1, 2], dtype=torch.int32, device=positions.device)
-    spans = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": 1, "max_length_k": 1}
-    try:
-        for second in (1, 2):
-            call([[0, second]], position_ids=positions, **spans)
-    except TypeError:  # an argument that it does not have
-        return False
-    return torch.equal(seen[-2][0][0, 0], seen[-1][0][0, 0])
+__all__ = ["MaskedDiffusionCollator", "MaskedDiffusionTrainer"]
 
 
 class MaskedDiffusionTrainer(Trainer):
@@ -299,7 +120,7 @@ class MaskedDiffusionTrainer(Trainer):
             self._keep_float32_loss()
 
     def _adopt(self, model: Any) -> None:
-        self._fused, self._packs = _examine(model)
+        self._fused, self._packs = examine(model)
         candidates = (self._given_mask_token_id, getattr(self.processing_class, "mask_token_id", None))
         known = [i for i in (*candidates, getattr(model.config, "mask_token_id", None)) if i is not None]
         rows = model.get_input_embeddings().weight.shape[0]
@@ -330,7 +151,7 @@ class MaskedDiffusionTrainer(Trainer):
     # ------------------------------------------------------------------------------------------------------- training
 
     def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        """Return `Trainer`'s loader, whose batches have `_COUNTED`.
+        """Return `Trainer`'s loader, whose batches have `LEARNED`.
 
         The host finds it before the batch is sent to the device. `Trainer` does not publish this method: should it go,
         batches lack the entry, and the device finds what is learned.
@@ -340,7 +161,7 @@ class MaskedDiffusionTrainer(Trainer):
             dispatched = isinstance(dataset, IterableDataset)
         if dispatched:
             return super()._get_dataloader(dataset, *args, **kwargs)  # one process sends batches to all: tensors alone
-        self.data_collator = functools.partial(_collate, collator)
+        self.data_collator = functools.partial(collate, collator)
         try:
             return super()._get_dataloader(dataset, *args, **kwargs)
         finally:
@@ -355,9 +176,9 @@ class MaskedDiffusionTrainer(Trainer):
             return [], None
         for batch in batches:
             if not self._labels_are_checked:  # of the first step alone: a device has to be waited for
-                _check_labels(batch)
+                check_labels(batch)
         self._labels_are_checked = True
-        tokens = torch.stack([_counted(batch).sum() for batch in batches]).sum().to(device)
+        tokens = torch.stack([learned_tokens(batch).sum() for batch in batches]).sum().to(device)
         if self.args.average_tokens_across_devices and self.accelerator.num_processes > 1:
             tokens = self.accelerator.gather(tokens).sum()
         first = self.state.global_step * self.args.gradient_accumulation_steps
@@ -384,11 +205,11 @@ class MaskedDiffusionTrainer(Trainer):
         """
         if "first_sample" not in inputs:
             raise ValueError("inputs must have first_sample, which get_batch_samples adds")
-        processes, (count, length) = self.accelerator.num_processes, _shape(inputs)
+        processes, (count, length) = self.accelerator.num_processes, shape_of(inputs)
         step = self._train_batch_size * processes * self.args.gradient_accumulation_steps
         samples = inputs["first_sample"] + np.arange(count)
         drawn = draw_masks(samples, length, seed=self.args.seed, config=self.diffusion, global_batch=step)
-        tokens = _counted(inputs).sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+        tokens = learned_tokens(inputs).sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
         averaged = num_items_in_batch is not None and self.args.average_tokens_across_devices
         normalizer = tokens.clamp(min=1).to(self.args.device, torch.float32) / (processes if averaged else 1)
         loss, outputs = self._call(model, inputs, drawn, normalizer)
@@ -398,16 +219,16 @@ class MaskedDiffusionTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], drawn: tuple, normalizer: Tensor, return_nll: bool = False
     ) -> tuple[Tensor, Any]:
         """Return the loss, or the weighted nll [T]."""
-        ids, counted = inputs["input_ids"], _counted_on_host(inputs)
-        arguments = {name: value for name, value in inputs.items() if name not in _OURS}
-        weights = _flat(drawn, inputs)
+        ids, counted = inputs["input_ids"], learned_on_host(inputs)
+        arguments = {name: value for name, value in inputs.items() if name not in OURS}
+        weights = flat_weights(drawn, inputs)
         if counted is not None:
             weights = np.where(counted.reshape(-1), weights, np.float32(0))
-        rows = _to(np.flatnonzero(weights).astype(np.int32), ids.device)
-        token_weights = _to(weights, ids.device)
+        rows = to_device(np.flatnonzero(weights).astype(np.int32), ids.device)
+        token_weights = to_device(weights, ids.device)
         if counted is None:
-            token_weights = token_weights * _counted(inputs).flatten()
-        batch = _Masked(ids.flatten(), token_weights, rows, normalizer)
+            token_weights = token_weights * learned_tokens(inputs).flatten()
+        batch = MaskedBatch(ids.flatten(), token_weights, rows, normalizer)
         arguments["input_ids"] = torch.where(token_weights.view_as(ids) > 0, self.mask_token_id, ids)
         if "cu_seq_lens_q" in inputs and not self._packs:
             raise ValueError(
@@ -415,8 +236,8 @@ class MaskedDiffusionTrainer(Trainer):
                 "'flash_attention_2'; in this one its sequences would attend each other"
             )
         head = self.model.get_output_embeddings()
-        call = _Call(head, head.forward, self._fused, batch, return_nll)
-        with _standing_in(call):
+        call = HeadCall(head, head.forward, self._fused, batch, return_nll)
+        with standing_in(call):
             outputs = model(**arguments)
         result = call.result(outputs["logits"])
         return (result * token_weights if return_nll else result), outputs
@@ -446,8 +267,8 @@ class MaskedDiffusionTrainer(Trainer):
         """Return the bound's sum and the number of tokens of each sample, float32 [B, 2], in place of logits."""
         inputs = self._prepare_inputs(inputs)
         if not self._eval_batches:  # of an evaluation's first batch alone, as in training
-            _check_labels(inputs)
-        count, length = _shape(inputs)
+            check_labels(inputs)
+        count, length = shape_of(inputs)
         batch = self._eval_batches * self.accelerator.num_processes + self.accelerator.process_index
         indices = batch * self.args.eval_batch_size + np.arange(count)
         self._eval_batches += 1
@@ -457,95 +278,9 @@ class MaskedDiffusionTrainer(Trainer):
                 drawn = draw_validation_masks(indices, length, stratum=stratum, strata=self.eval_strata)
                 total = total + self._call(model, inputs, drawn, one, return_nll=True)[0] / self.eval_strata
         lengths = inputs.get("lengths", [length] * count)
-        sample = _to(np.repeat(np.arange(count), lengths), total.device)
-        columns = torch.stack([total, _counted(inputs).flatten().float()], dim=1)
+        sample = to_device(np.repeat(np.arange(count), lengths), total.device)
+        columns = torch.stack([total, learned_tokens(inputs).flatten().float()], dim=1)
         return None, columns.new_zeros(count, 2).index_add(0, sample, columns), None
-
-
-# ------------------------------------------------------------------------------------------------------------- batches
-
-
-def _filled(row: dict[str, Any]) -> dict[str, Any]:
-    """Return the row with labels and attention_mask, also where it has none.
-
-    Then all its tokens are learned, and none is hidden.
-    """
-    given = {name: values for name, values in row.items() if values is not None}
-    ids = given["input_ids"]
-    return {"labels": ids, "attention_mask": [1] * len(ids)} | given
-
-
-def _column(values: Any) -> Tensor:
-    """Return a row's values as a tensor: int64 also without tokens, where torch would make it float32."""
-    return torch.as_tensor(values) if len(values) else torch.zeros(0, dtype=torch.int64)
-
-
-#: In a batch: which tokens are learned, bool as `input_ids`, an array that stays on the host.
-_COUNTED = "counted_on_host"
-#: Entries of a batch that are the trainer's, not the model's.
-_OURS = ("labels", "lengths", "first_sample", _COUNTED)
-
-
-def _collate(collator: Callable[[Any], Any], rows: Any) -> dict[str, Any]:
-    """Return a batch of `collator` with `_COUNTED`, which is None for a batch that is on a device already."""
-    batch = dict(collator(rows))
-    return batch | {_COUNTED: _counted_on_host(batch)}
-
-
-def _counted_on_host(batch: dict[str, Any]) -> NDArray[np.bool_] | None:
-    """Return `_counted` without waiting for a device; None where only the device knows."""
-    if batch.get(_COUNTED) is None and batch["input_ids"].device.type == "cpu":
-        return _counted(batch).numpy()
-    return batch.get(_COUNTED)
-
-
-def _counted(batch: dict[str, Any]) -> Tensor:
-    """Return which tokens are learned, bool of the shape of `input_ids`.
-
-    These are neither padding nor left out by labels.
-    """
-    ids, mask, labels = batch["input_ids"], batch.get("attention_mask"), batch.get("labels")
-    counted = torch.ones_like(ids, dtype=torch.bool)
-    for name, other in (("attention_mask", mask), ("labels", labels)):
-        if other is not None and other.shape != ids.shape:
-            raise ValueError(f"{name} must have the shape of input_ids, {list(ids.shape)}, got {list(other.shape)}")
-    if mask is not None:
-        counted = counted & mask.bool()
-    return counted if labels is None else counted & (labels != -100)
-
-
-def _check_labels(batch: dict[str, Any]) -> None:
-    labels, ids = batch.get("labels"), batch["input_ids"]
-    if labels is not None and bool((_counted(batch) & (labels != ids)).any()):
-        raise ValueError(
-            "labels must be input_ids or, at tokens that are not learned, -100; the trainer masks by itself, so use "
-            "MaskedDiffusionCollator, and none that masks (DataCollatorForLanguageModeling with mlm=True) or shifts"
-        )
-
-
-def _shape(batch: dict[str, Any]) -> tuple[int, int]:
-    """Return the number of sequences, and the longest's length."""
-    if "cu_seq_lens_q" in batch and "lengths" not in batch:
-        raise ValueError("a packed batch must have lengths, a list: pack with MaskedDiffusionCollator(packed=True)")
-    lengths = batch.get("lengths")
-    return tuple(batch["input_ids"].shape) if lengths is None else (len(lengths), max(lengths))
-
-
-def _flat(drawn: tuple[np.ndarray, np.ndarray], batch: dict[str, Any]) -> np.ndarray:
-    """Return each token's weight, float32 [T], 0 where unmasked, of masks [B, L] and weights [B]."""
-    masked, weights = drawn
-    if "lengths" in batch:
-        inside = np.arange(masked.shape[1]) < np.asarray(batch["lengths"])[:, None]
-        flat, of_each = masked[inside], np.repeat(weights, batch["lengths"])
-    else:
-        flat, of_each = masked.reshape(-1), np.repeat(weights, masked.shape[1])
-    return np.where(flat, of_each, np.float32(0))
-
-
-def _to(array: np.ndarray, device: torch.device) -> Tensor:
-    """Return the tensor on the device, without waiting for it."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _refuse(args: TrainingArguments, kwargs: dict[str, Any]) -> None:

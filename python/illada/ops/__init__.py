@@ -8,9 +8,9 @@ from illada.ops.capabilities import why_not
 from illada.ops.labels import masked_cross_entropy_from_labels
 from illada.ops.linear_loss import linear_masked_cross_entropy
 from illada.ops.loss import masked_cross_entropy
+from illada.ops.op_types import AttentionPlan, LogitBias, RemaskStatus, TokenSample
 from illada.ops.remask import remask
 from illada.ops.sampling import linear_sample_tokens, sample_tokens
-from illada.ops.types import AttentionPlan, LogitBias, RemaskStatus, TokenSample
 from illada.ops.vocab_parallel import (
     linear_masked_cross_entropy_vocab_parallel,
     masked_cross_entropy_shard,

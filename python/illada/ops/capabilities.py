@@ -7,7 +7,8 @@ from torch import Tensor
 
 from illada._native import has_cuda, native
 
-#: Kind of device -> dtypes of logits, or of the hidden states they are made of.
+#: Kind of device -> dtypes of logits, or of the hidden states they are made of. On a CPU these are all dtypes of the
+#: native kernels (`has_kernels` in csrc/cpu/dtypes.h); in attention, torch serves the others.
 LOGITS_DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
 
 #: Op -> kind of device -> dtypes of q, of the logits, or of the hidden states.

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from illada.ops.types import LogitBias, RemaskStatus, TokenSample
+from illada.ops.op_types import LogitBias, RemaskStatus, TokenSample
 from illada.philox import Stream, key_of, philox4x32
 
 

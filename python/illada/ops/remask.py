@@ -17,7 +17,7 @@ from torch import Tensor
 
 from illada.ops import _library as lib
 from illada.ops import raw
-from illada.ops.types import RULES, RemaskStatus, TokenSample
+from illada.ops.op_types import RULES, RemaskStatus, TokenSample
 
 lib.LIBRARY.define(
     "remask(Tensor(a!) tokens, Tensor rows, Tensor cu_rows, Tensor token, Tensor confidence, Tensor? entropy, "

@@ -28,7 +28,7 @@ from torch import Tensor
 from illada.ops import _library as lib
 from illada.ops import raw
 from illada.ops.capabilities import logits_dtypes
-from illada.ops.types import MEASURES, LogitBias, TokenSample
+from illada.ops.op_types import MEASURES, LogitBias, TokenSample
 
 Number = TypeVar("Number", int, float)
 

@@ -3,7 +3,7 @@
 Its errors name the place.
 
 Text is UTF-8. A byte order mark is no part of it, and neither is a CR before a LF. What is not UTF-8 is an error that
-names the file and the line, and says what it looks like.
+names the file, the line and the byte, and says what it looks like.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from illada.schema import check_object
+from illada.text.unpacking import open_unpacked
 
 _MARKS = (
     (codecs.BOM_UTF32_LE, "UTF-32"),
@@ -37,11 +38,23 @@ _HEAD = 4096  # bytes looked at for what a file is
 _BLOCK = 1 << 16  # bytes of a file in memory at a time, where it is read in pieces
 
 
+class InputError(ValueError):
+    """An input that cannot be read.
+
+    Attributes:
+        reason: why, in a few words, to count such inputs by.
+    """
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 def decode_text(data: bytes, where: str) -> str:
     """Return UTF-8 bytes as text, without a byte order mark and with LF for CR LF.
 
     Raises:
-        ValueError: not UTF-8; names `where` and the line, and says what it looks like.
+        InputError: not UTF-8; names `where`, the line and the byte, and says what it looks like.
     """
     return "".join(decode_pieces([data], where))
 
@@ -49,16 +62,18 @@ def decode_text(data: bytes, where: str) -> str:
 def decode_pieces(blocks: Iterable[bytes], where: str) -> Iterator[str]:
     """Apply `decode_text` to bytes that come in blocks, as text in pieces."""
     decoder, lines, held = codecs.getincrementaldecoder("utf-8")(), 1, ""
-    number = 0
+    number = at = 0
     for number, block in enumerate(itertools.chain(blocks, [b""])):
         if number == 0:
             _check_kind(block[:_HEAD], where)
-            block = block.removeprefix(codecs.BOM_UTF8)
+            at = len(codecs.BOM_UTF8) if block.startswith(codecs.BOM_UTF8) else 0
+            block = block[at:]
+        at += len(block)
         try:
             text = held + decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
             lines += error.object.count(b"\n", 0, error.start)
-            raise ValueError(_not_utf8(f"{where}, line {lines}", error)) from None
+            raise _not_utf8(f"{where}, line {lines}", at - len(error.object), error) from None
         held = "\r" if block and text.endswith("\r") else ""  # the LF may be in the next block
         lines += text.count("\n")
         if text := text.removesuffix(held).replace("\r\n", "\n"):
@@ -70,31 +85,38 @@ def read_text(path: str | Path) -> str:
     return "".join(read_pieces(path))
 
 
-def read_pieces(path: str | Path) -> Iterator[str]:
-    """Yield the text of `read_text` in pieces, for files that do not fit in memory."""
-    with Path(path).open("rb") as file:
+def read_pieces(path: str | Path, *, unpack: bool = False) -> Iterator[str]:
+    """Yield the text of `read_text` in pieces, for files that do not fit in memory.
+
+    unpack: also read files that are compressed with gzip or zstd; else they are an error.
+    """
+    with open_unpacked(path) if unpack else Path(path).open("rb") as file:
         yield from decode_pieces(iter(lambda: file.read(_BLOCK), b""), str(path))
 
 
-def read_lines(path: str | Path) -> Iterator[tuple[str, str]]:
-    """Yield (where, line) of a text file: `where` names file and line for errors. Only LF ends a line."""
-    with Path(path).open("rb") as file:
+def read_lines(path: str | Path, *, unpack: bool = False) -> Iterator[tuple[str, str]]:
+    """Yield (where, line) of a text file: `where` names file and line for errors. Only LF ends a line.
+
+    unpack: as of `read_pieces`.
+    """
+    with open_unpacked(path) if unpack else Path(path).open("rb") as file:
         _check_kind(file.peek(_HEAD)[:_HEAD], str(path))  # and it may be a pipe
         yield from decode_lines(file, str(path))
 
 
 def decode_lines(file: BinaryIO, where: str) -> Iterator[tuple[str, str]]:
     """Apply `read_lines` to an open file."""
-    number = 0
+    number = at = 0
     while line := file.readline():
         number += 1
         place = f"{where}, line {number}"
+        at += len(line)
         if number == 1:
             line = line.removeprefix(codecs.BOM_UTF8)
         try:
             text = line.decode()
         except UnicodeDecodeError as error:
-            raise ValueError(_not_utf8(place, error)) from None
+            raise _not_utf8(place, at - len(line), error) from None
         del line  # one copy of a long line is enough
         yield place, text.removesuffix("\n").removesuffix("\r")
 
@@ -175,22 +197,27 @@ def check_text(text: str, where: str) -> str:
 def _check_kind(head: bytes, where: str) -> None:
     for mark, name in _MARKS:
         if head.startswith(mark):
-            raise ValueError(_convert(where, name))
+            raise _other_encoding(where, name, name, name)
     if head.startswith(_POINTER):
-        raise ValueError(f"{where} {_IS_POINTER}")
+        raise InputError(f"{where} {_IS_POINTER}", "Git LFS pointers")
     for mark, name in _COMPRESSED:
         if head.startswith(mark):
-            raise ValueError(f"{where} is compressed ({name}), not text; unpack it first")
-    if len(head) >= 4 and max(head[0::2].count(0), head[1::2].count(0)) > len(head) // 4:
-        raise ValueError(_convert(where, "UTF-16 without a byte order mark"))
+            raise InputError(f"{where} is compressed ({name}), not text; unpack it first", name)
+    zeros = [head[start::2].count(0) for start in (0, 1)]
+    if len(head) >= 4 and max(zeros) > len(head) // 4:
+        exact = "UTF-16BE" if zeros[0] > zeros[1] else "UTF-16LE"
+        raise _other_encoding(where, "UTF-16 without a byte order mark", exact, "UTF-16")
 
 
-def _convert(where: str, name: str) -> str:
-    return f"{where} is not UTF-8 text: it looks like {name}; convert it to UTF-8, for example with iconv"
+def _other_encoding(where: str, name: str, exact: str, reason: str) -> InputError:
+    how = f"convert it to UTF-8, for example with iconv -f {exact} -t UTF-8"
+    return InputError(f"{where} is not UTF-8 text: it looks like {name}; {how}", reason)
 
 
-def _not_utf8(where: str, error: UnicodeDecodeError) -> str:
+def _not_utf8(where: str, at: int, error: UnicodeDecodeError) -> InputError:
+    """Return the error of bytes that begin `at` bytes into what is read."""
     byte, following = error.object[error.start], error.object[error.start + 1 : error.start + 2]
     # A byte alone before ASCII is what a one-byte encoding looks like; text that was cut, or binary data, is not.
     guess = "; it looks like a one-byte encoding, such as Latin-1 or Windows-1252" if following.isascii() else ""
-    return f"{where} is not UTF-8 text: byte 0x{byte:02x}{guess if following else ''}"
+    what = f"byte 0x{byte:02x} at position {at + error.start}{guess if following else ''}"
+    return InputError(f"{where} is not UTF-8 text: {what}", "not UTF-8")

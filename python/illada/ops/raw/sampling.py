@@ -7,8 +7,8 @@ from torch import Tensor
 
 from illada._native import native
 from illada.ops._library import written
+from illada.ops.op_types import RemaskStatus, TokenSample
 from illada.ops.raw.launch import DTYPES, launch_of
-from illada.ops.types import RemaskStatus, TokenSample
 
 
 def sample_tokens_workspace(rows: int, vocab_size: int, device: torch.device, filtered: bool = False) -> int:

@@ -1,16 +1,4 @@
-"""Masked cross-entropy of the logits hidden @ weight^T, without holding all logits in memory.
-
-    loss = sum_i w_i (logsumexp_v(x_i) - x_i[y_i]) / normalizer        x_i = hidden_i @ weight^T
-
-The head weight multiplies only rows with w_i != 0, one row chunk at a time. The gradients are computed while the
-chunk's logits exist. This takes three GEMMs instead of four, and never an [N, V] tensor.
-
-| device          | dtypes                     | kernel                                                            |
-|-----------------|----------------------------|-------------------------------------------------------------------|
-| CPU             | float32, bfloat16          | torch.mm on chunks of rows, native row loop (csrc/cpu) in between |
-| sm_80 and newer | float32, bfloat16, float16 | the same, one fused kernel (csrc/loss) in between                 |
-| sm_90a          | bfloat16                   | own GEMM kernels with fused softmax terms (csrc/loss)             |
-"""
+"""The op `linear_masked_ce`: its schemas, fakes, autograd and FLOP counts, and the public function."""
 
 from __future__ import annotations
 
@@ -19,23 +7,11 @@ from torch import Tensor
 
 from illada.devices import autocast_dtype
 from illada.ops import _library as lib
-from illada.ops import raw
 from illada.ops.capabilities import logits_dtypes
-from illada.ops.loss import (
-    check_targets,
-    kernel_targets,
-    plain_scale,
-    resolve_normalizer,
-    split_normalizer,
-    weighted_sum,
-    workspace_for,
-)
-
-#: Bytes of logits in one row chunk on a CPU. They are small beside the model's activations, and large enough for the
-#: GEMMs to run at full speed.
-_CHUNK_BYTES_CPU = 32 << 20
-#: The same on CUDA: 4480 rows of 155,136 ids in 16 bits, enough to keep the GEMMs at full speed.
-_CHUNK_BYTES_CUDA = 1_400_000_000
+from illada.ops.linear_loss import kernels
+from illada.ops.linear_loss.chunks import CHUNK_BYTES_CPU
+from illada.ops.linear_loss.scaling import deferred_factor, defers_scaling
+from illada.ops.loss import check_targets, plain_scale, split_normalizer
 
 _FORWARD_ARGUMENTS = (
     "Tensor hidden, Tensor weight, Tensor targets, Tensor token_weights, Tensor? rows, Tensor? normalizer, "
@@ -54,269 +30,6 @@ lib.LIBRARY.define(
 lib.LIBRARY.define(
     "linear_masked_ce_bwd_(Tensor dloss, Tensor(a!) hidden_grad, Tensor(b!) weight_grad) -> ()", tags=lib.TAGS
 )
-
-# ---------------------------------------------------------------------------------------------------------- kernels
-
-
-def _fwd_cpu(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    token_weights: Tensor,
-    rows: Tensor | None,
-    *arguments: lib.Argument,
-    into: Tensor | None = None,
-) -> tuple[Tensor, ...]:
-    if into is None:
-        results = lib.cpu_calls().linear_masked_cross_entropy(
-            hidden, weight, targets, token_weights, rows, *arguments[:-1], _CHUNK_BYTES_CPU
-        )
-        if results is not None:
-            loss, nll, d_hidden, d_weight = results
-            if d_hidden is None:
-                d_hidden = torch.empty(0, dtype=hidden.dtype, device="cpu")
-            if d_weight is None:
-                d_weight = torch.empty(0, dtype=arguments[-2], device="cpu")
-            return loss, nll, d_hidden, d_weight
-    all_weighted = rows is None
-    if rows is None:  # on a CPU the host may read the weights
-        found = token_weights.nonzero()
-        rows = found.squeeze(-1) if found.shape[0] < hidden.shape[0] else None
-    elif len(rows) and not (0 <= int(rows.min()) and int(rows.max()) < len(hidden)):
-        raise ValueError(f"linear_masked_cross_entropy: rows must be in [0, {len(hidden)}), got {rows.tolist()}")
-    elif (rows[1:] <= rows[:-1]).any():
-        raise ValueError(f"linear_masked_cross_entropy: rows must ascend, each of them once, got {rows.tolist()}")
-    return _fwd_portable(hidden, weight, targets, token_weights, rows, *arguments, into=into, all_weighted=all_weighted)
-
-
-def _fwd_cuda(*arguments: lib.Argument, into: Tensor | None = None) -> tuple[Tensor, ...]:
-    return _fwd_sm90(*arguments, into=into) or _fwd_portable(*arguments, into=into)
-
-
-def _fwd_into_cpu(*arguments: lib.Argument) -> tuple[Tensor, ...]:
-    results = _fwd_cpu(*arguments[:-1], into=arguments[-1])[:3]
-    lib.written(arguments[-1])
-    return results
-
-
-def _fwd_into_cuda(*arguments: lib.Argument) -> tuple[Tensor, ...]:
-    results = _fwd_cuda(*arguments[:-1], into=arguments[-1])[:3]
-    lib.written(arguments[-1])
-    return results
-
-
-def _fwd_sm90(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    token_weights: Tensor,
-    rows: Tensor | None,
-    normalizer: Tensor | None,
-    scale: float,
-    chunk_rows: int,
-    hidden_grad: bool,
-    weight_grad: bool,
-    compute_dtype: torch.dtype,
-    grad_weight_dtype: torch.dtype,
-    filter_eps: float,
-    *,
-    into: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-    """Run the fused kernels, which find the rows with nonzero token weight on the device.
-
-    Returns None where the kernels do not apply. With `into`, the head weight's gradient is added to it.
-    """
-    if compute_dtype != torch.bfloat16 or hidden.shape[1] % 8 or (into is not None and into.data_ptr() % 16):
-        return None
-    if hidden.stride(0) % 8 or hidden.data_ptr() % 16:
-        hidden = hidden.clone(memory_format=torch.contiguous_format)
-    # Ask with the weight in its own dtype: a 16-bit copy is needed only where there is a kernel.
-    wanted = {"hidden_grad": hidden_grad, "weight_grad": weight_grad}
-    size = raw.linear_masked_cross_entropy_workspace(
-        hidden, weight, rows, chunk_rows=chunk_rows, filter_eps=filter_eps, **wanted
-    )
-    if size is None:
-        return None
-    normalizer, scale = resolve_normalizer(normalizer, scale)
-    head = lib.cast(weight, torch.bfloat16)
-    nll = token_weights.new_zeros(len(hidden))
-    d_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if hidden_grad else hidden.new_empty(0)
-    d_weight = (
-        weight.new_empty(weight.shape if weight_grad else (0,), dtype=grad_weight_dtype) if into is None else into
-    )
-    raw.linear_masked_cross_entropy(
-        *(nll, hidden, head, kernel_targets(targets), lib.contiguous(token_weights)),
-        None if rows is None else lib.contiguous(rows),
-        normalizer=normalizer,
-        scale=scale,
-        chunk_rows=chunk_rows,
-        hidden_grad=d_hidden if hidden_grad else None,
-        weight_grad=d_weight if weight_grad else None,
-        add_to_weight_grad=into is not None,
-        filter_eps=filter_eps,
-        workspace=torch.empty(size, dtype=torch.uint8, device=hidden.device),
-    )
-    return weighted_sum(nll, token_weights, normalizer, scale), nll, d_hidden, d_weight
-
-
-def chunk_rows_of(count: int, vocab_size: int, dtype: torch.dtype, is_cuda: bool) -> int:
-    """Return the rows of a chunk for `count` rows.
-
-    A chunk has as many rows as the buffer holds. On CUDA chunks have whole tiles of 128 rows, and similar sizes.
-    """
-    row_bytes = vocab_size * dtype.itemsize
-    if not is_cuda:
-        return max(128, _CHUNK_BYTES_CPU // row_bytes)
-    most = max(128, _CHUNK_BYTES_CUDA // row_bytes // 128 * 128)
-    chunks = max(1, -(-count // most))
-    return max(128, -(-count // (128 * chunks)) * 128)
-
-
-def _fwd_portable(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    token_weights: Tensor,
-    rows: Tensor | None,
-    normalizer: Tensor | None,
-    scale: float,
-    chunk_rows: int,
-    hidden_grad: bool,
-    weight_grad: bool,
-    compute_dtype: torch.dtype,
-    grad_weight_dtype: torch.dtype,
-    filter_eps: float,
-    *,
-    into: Tensor | None = None,
-    all_weighted: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute row chunks with torch.mm, and turn each chunk's logits into their gradient in place.
-
-    Without `rows`, the head weight multiplies all T rows. The result is always exact: filter_eps is ignored.
-    all_weighted: no row in the chunks has token weight 0.
-    """
-    normalizer, scale = resolve_normalizer(normalizer, scale)
-    targets, token_weights = kernel_targets(targets), lib.contiguous(token_weights)
-    head = lib.cast(weight, compute_dtype)
-    vocab_size, count = weight.shape[0], hidden.shape[0] if rows is None else rows.shape[0]
-    chunk_rows = chunk_rows or chunk_rows_of(count, vocab_size, compute_dtype, hidden.is_cuda)
-    defer_scaling = defers_scaling(compute_dtype)
-    early_normalizer, early_scale = (None, 1.0) if defer_scaling else (normalizer, scale)
-
-    nll = token_weights.new_zeros(hidden.shape[0])
-    d_hidden = hidden.new_empty(0)
-    if hidden_grad:  # without `rows` every row is written
-        d_hidden = (torch.empty_like if rows is None else torch.zeros_like)(
-            hidden, memory_format=torch.contiguous_format
-        )
-    if into is None or defer_scaling:
-        shape = weight.shape if weight_grad else (0,)
-        d_weight = (weight.new_empty if count else weight.new_zeros)(shape, dtype=grad_weight_dtype)
-        is_given = False
-    else:
-        d_weight, is_given = into, True
-    buffer = head.new_empty(min(chunk_rows, count), vocab_size)
-    workspace = workspace_for(buffer)
-    lse_parts = nll.new_empty(buffer.shape[0], 2) if hidden.is_cuda else None  # CUDA needs it for large rows
-    for start in range(0, count, chunk_rows):
-        part = slice(start, min(start + chunk_rows, count))
-        logits = _part(buffer, slice(part.stop - part.start))
-        index: slice | Tensor
-        if rows is None:  # the chunk's tokens are contiguous
-            index, chunk, of_targets, of_weights = part, None, _part(targets, part), _part(token_weights, part)
-            selected, its_weights = _part(hidden, part), of_weights
-        else:
-            its_rows = lib.contiguous(_part(rows, part))
-            index, chunk = lib.cast(its_rows, torch.int64), lib.cast(its_rows, torch.int32)
-            of_targets, of_weights, selected = targets, token_weights, hidden.index_select(0, index)
-            its_weights = token_weights if all_weighted else token_weights.index_select(0, index)
-        if not all_weighted:  # rows with token weight 0 must not reach the weight's gradient: 0 * NaN is NaN
-            selected = selected.masked_fill((its_weights == 0).unsqueeze(-1), 0)
-        selected = lib.cast(selected, compute_dtype)
-        torch.mm(selected, head.t(), out=logits)
-        its_nll = _part(nll, part) if rows is None else nll.new_empty(logits.shape[0])
-        raw.masked_cross_entropy(
-            *(logits, of_targets, of_weights), rows=chunk, nll=its_nll,
-            lse_parts=None if lse_parts is None else lse_parts[: logits.shape[0]],
-            grad=logits if hidden_grad or weight_grad else None, normalizer=early_normalizer, scale=early_scale,
-            workspace=workspace,
-        )  # fmt: skip
-        if hidden_grad and rows is None and compute_dtype == hidden.dtype:
-            torch.mm(logits, head, out=_part(d_hidden, part))
-        elif hidden_grad:
-            _put(d_hidden, index, lib.cast(torch.mm(logits, head), hidden.dtype))
-        if rows is not None:
-            _put(nll, index, its_nll)
-        if weight_grad:
-            lib.add_product(d_weight, logits.t(), selected, first=start == 0 and not is_given)
-    if defer_scaling and into is not None:  # no backward will scale it
-        _scale(d_weight, deferred_factor(nll.new_ones(()), normalizer, scale))
-        into.add_(d_weight)
-    return weighted_sum(nll, token_weights, normalizer, scale), nll, d_hidden, d_weight
-
-
-def _part(tensor: Tensor, part: slice) -> Tensor:
-    """Return tensor[part], or the tensor itself where the part is all of it."""
-    return tensor if not part.start and part.stop == tensor.shape[0] else tensor[part]
-
-
-def _put(whole: Tensor, index: slice | Tensor, part: Tensor) -> None:
-    """Assign whole[index] = part; index_copy_ takes a third of the time where the index is a tensor."""
-    if isinstance(index, slice):
-        _part(whole, index).copy_(part)
-    else:
-        whole.index_copy_(0, index, part)
-
-
-def defers_scaling(compute_dtype: torch.dtype) -> bool:
-    """Return whether scale and normalizer are applied in the backward instead of the forward.
-
-    In float16 the smallest gradients would be lost, and a gradient scaler acts only in the backward. Until then the
-    gradients are kept without scale and normalizer.
-    """
-    return compute_dtype == torch.float16
-
-
-def deferred_factor(dloss: Tensor, normalizer: Tensor | None, scale: float) -> Tensor:
-    """Return dloss, a float32 scalar, times the deferred scale / normalizer."""
-    return dloss * scale if normalizer is None else dloss * (scale / normalizer)
-
-
-def _scale(grad: Tensor, factor: Tensor) -> None:
-    """Multiply grad by a float32 scalar in place, without rounding it to grad's dtype: 65536 is inf in float16."""
-    if grad.is_cuda:
-        raw.scale(grad, factor)
-    else:
-        grad.mul_(float(factor))
-
-
-def _bwd_cpu(dloss: Tensor, hidden_grad: Tensor, weight_grad: Tensor) -> tuple[Tensor, Tensor]:
-    grads = lib.cpu_calls().scaled_gradients(dloss, hidden_grad, weight_grad)
-    if grads is not None:
-        return grads
-    factor = float(dloss)
-    return hidden_grad * factor, weight_grad * factor
-
-
-def _bwd_cuda(dloss: Tensor, hidden_grad: Tensor, weight_grad: Tensor) -> tuple[Tensor, Tensor]:
-    d_hidden, d_weight = (
-        torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x) for x in (hidden_grad, weight_grad)
-    )
-    _bwd_inplace(dloss, d_hidden, d_weight)
-    return d_hidden, d_weight
-
-
-def _bwd_inplace(dloss: Tensor, hidden_grad: Tensor, weight_grad: Tensor) -> None:
-    _scale(hidden_grad, dloss)
-    _scale(weight_grad, dloss)
-
-
-def scaled(dloss: Tensor, hidden_grad: Tensor) -> Tensor:
-    """Return hidden_grad * dloss in the gradient's dtype; dloss keeps its own dtype."""
-    return torch.ops.illada.linear_masked_ce_bwd(dloss, hidden_grad, hidden_grad.new_empty(0))[0]
-
-
-# --------------------------------------------------------------------------------------- fakes, autograd, FLOP counts
 
 
 def _fwd_fake(
@@ -411,10 +124,10 @@ def _backward_directly(ctx: _Context, dloss: Tensor | None) -> tuple[Tensor | No
     return d_hidden if wants_hidden else None, d_weight if wants_weight else None
 
 
-lib.implement("linear_masked_ce_fwd", _fwd_fake, cpu=_fwd_cpu, cuda=_fwd_cuda)
-lib.implement("linear_masked_ce_fwd_", _fwd_into_fake, cpu=_fwd_into_cpu, cuda=_fwd_into_cuda)
-lib.implement("linear_masked_ce_bwd", _bwd_fake, cpu=_bwd_cpu, cuda=_bwd_cuda)
-lib.implement("linear_masked_ce_bwd_", _bwd_inplace_fake, cpu=_bwd_inplace, cuda=_bwd_inplace)
+lib.implement("linear_masked_ce_fwd", _fwd_fake, cpu=kernels.forward_cpu, cuda=kernels.forward_cuda)
+lib.implement("linear_masked_ce_fwd_", _fwd_into_fake, cpu=kernels.forward_into_cpu, cuda=kernels.forward_into_cuda)
+lib.implement("linear_masked_ce_bwd", _bwd_fake, cpu=kernels.backward_cpu, cuda=kernels.backward_cuda)
+lib.implement("linear_masked_ce_bwd_", _bwd_inplace_fake, cpu=kernels.backward_in_place, cuda=kernels.backward_in_place)
 lib.register_autograd("linear_masked_ce_fwd", _backward, _setup_context)
 lib.raise_on_double_backward("linear_masked_ce_bwd")
 _call_fwd, _call_bwd = lib.caller("linear_masked_ce_fwd"), lib.caller("linear_masked_ce_bwd")
@@ -478,7 +191,9 @@ def _fwd_flops(
     return 2 * gemms * count * weight.shape[0] * weight.shape[1]
 
 
-# --------------------------------------------------------------------------------------------------- public functions
+def scaled(dloss: Tensor, hidden_grad: Tensor) -> Tensor:
+    """Return hidden_grad * dloss in the gradient's dtype; dloss keeps its own dtype."""
+    return torch.ops.illada.linear_masked_ce_bwd(dloss, hidden_grad, hidden_grad.new_empty(0))[0]
 
 
 def compute_dtype_of(op: str, hidden: Tensor, name: str, weight: Tensor) -> torch.dtype:
@@ -573,7 +288,7 @@ def linear_masked_cross_entropy(
             grads = (hidden.requires_grad, weight.requires_grad) if torch.is_grad_enabled() else (False, False)
             if grads == (False, False):  # without the empty gradients of the op
                 results = lib.cpu_calls().linear_masked_cross_entropy(
-                    *(*tensors, scale, 0, False, False, dtype, torch.float32, _CHUNK_BYTES_CPU)
+                    *(*tensors, scale, 0, False, False, dtype, torch.float32, CHUNK_BYTES_CPU)
                 )
                 if results is not None:
                     return results[0]
