@@ -383,6 +383,7 @@ def main(arguments: list[str] | None = None) -> int:
         "  make ptxas                                      all files, all archs\n"
         "  make ptxas UPDATE=1                             and write what they use into the budget\n"
         "  python3 cmake/ptxas.py sampling --arch 90a      while working on a kernel: csrc/sampling on one arch\n"
+        "  python3 cmake/ptxas.py _d192_ --update          new files: write their kernels into the budget\n"
         "  python3 cmake/ptxas.py sampling --arch 80 -- -DX  with a flag of nvcc",
     )
     parser.add_argument("pattern", nargs="?", default="", help="only files whose path contains this")
@@ -400,8 +401,6 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     flags = arguments[arguments.index("--") + 1 :] if "--" in arguments else []
     args = parser.parse_args(arguments[: len(arguments) - len(flags) - 1] if "--" in arguments else arguments)
-    if args.update and args.pattern:
-        parser.error("--update writes the whole budget: leave the pattern out")
 
     version, known = toolkit(args.nvcc)
     archs = args.arch or [arch for arch in DEFAULT_ARCHS if arch in known]
@@ -414,6 +413,12 @@ def main(arguments: list[str] | None = None) -> int:
     jobs = [(file, arch) for file in files if args.pattern in file for arch in archs_of(file, archs)]
     if not jobs:
         parser.error(f"no file under csrc/ matches {args.pattern!r} for sm_{', sm_'.join(archs)}")
+
+    old: dict[str, Any] = (
+        json.loads(args.budget.read_text()) if args.budget.exists() else {"nvcc": version, "kernels": {}}
+    )
+    if args.update and args.pattern and old["nvcc"] != version:
+        parser.error(f"the budget was written by CUDA {old['nvcc']}, this is {version}: --update without a pattern")
 
     began = time.monotonic()
     if args.recorded:
@@ -436,12 +441,10 @@ def main(arguments: list[str] | None = None) -> int:
     for arch in left_out:
         print(f"  sm_{arch} left out: CUDA {version} does not know it")
 
-    old: dict[str, Any] = (
-        json.loads(args.budget.read_text()) if args.budget.exists() else {"nvcc": version, "kernels": {}}
-    )
     said = faults(results)
     if args.update:
-        args.budget.write_text(budget_text(measured(results), old["kernels"], archs, version))
+        # With a pattern, entries of other files stay; one that no kernel has any more goes in a whole update alone.
+        args.budget.write_text(budget_text(measured(results), old["kernels"], [] if args.pattern else archs, version))
         print(f"\nwrote {args.budget}")
     else:
         said += over_budget(results, old["kernels"], archs, complete=not args.pattern, same_cuda=old["nvcc"] == version)

@@ -57,7 +57,7 @@ __device__ __forceinline__ void load_tiles(const KeysArguments& a, KeysShared<kH
     barrier.arrive_and_expect_tx(uint32_t(RowTile::kSlices * a.tile_tokens * a.group * kRowBytes));
     load_tile(tile, map, barrier, item.kv_head * a.group, item.q_start, item.q_count, token, a.rows_hint);
   };
-  const auto wait_for_turn = [&](auto half) {  // turn to add dq of two steps before
+  const auto wait_to_add_dq = [&](auto half) {  // until dq of two steps before may be added
     const KeysStep& step = shared.step[(state.index() + 1) % kStages];
     if (step.turn)
       wait_for_tiles<decltype(half)::value, 40>(a.arrivals + step.token * a.num_kv_heads + step.kv_head, step.turn);
@@ -93,9 +93,9 @@ __device__ __forceinline__ void load_tiles(const KeysArguments& a, KeysShared<kH
       }
       load_rows(&dout_map, shared.dout[state.index()], shared.dout_full[state.index()], item, token);
       if (kOrdered) {
-        wait_for_turn(first);
+        wait_to_add_dq(first);
         shared.turn_full[0][state.index()].arrive();
-        wait_for_turn(second);
+        wait_to_add_dq(second);
         shared.turn_full[1][state.index()].arrive();
       }
       ++state;
@@ -105,8 +105,8 @@ __device__ __forceinline__ void load_tiles(const KeysArguments& a, KeysShared<kH
   if (kOrdered) {
 #pragma unroll 1
     for (int i = 0; i < 2; ++i, ++state) {
-      wait_for_turn(first);
-      wait_for_turn(second);
+      wait_to_add_dq(first);
+      wait_to_add_dq(second);
     }
     shared.last_turns.arrive();
   }

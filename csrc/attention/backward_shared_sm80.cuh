@@ -20,7 +20,8 @@ struct BackwardTiles {
   using Tr = Traits<Arch::kSm80, kHeadDim>;
   static constexpr int kSlices = Tr::kBackwardSlices;  // warps that share rows; each has a slice of the columns
   static constexpr int kColumns = kHeadDim / kSlices;  // columns of a warp
-  static constexpr int kTeams = 4;                     // teams of kSlices warps; each has rows of its own
+  static_assert(kSlices == 1 || kColumns % 64 == 0, "a slice begins with a whole group of 8 chunks (RowLayout)");
+  static constexpr int kTeams = 4;  // teams of kSlices warps; each has rows of its own
   static constexpr int kWarps = kTeams * kSlices, kThreads = 32 * kWarps;
   static constexpr int kItemRows = Tr::kForwardBlocks * kBlockRows;  // rows of an item of `queries`
   static constexpr int kBlocks = Tr::kBackwardBlocks;                // blocks of 16 rows per warp

@@ -11,7 +11,7 @@ void remask_cuda(const RemaskParams& p) {
   constexpr const char* kOp = "remask";
   ILLADA_CHECK(p.num_rows >= 0 && p.num_sequences >= 0 && p.num_tokens >= 0, kOp, "negative size: ", p.num_rows,
                " rows, ", p.num_sequences, " sequences, ", p.num_tokens, " tokens");
-  // Threads step behind the last row by as much as a CTA has of them.
+  // Indices of threads may lie behind the last row, by at most the number of threads of a CTA.
   constexpr int64_t kMaxSequences = std::numeric_limits<int32_t>::max() - 1, kMaxRows = kMaxSequences - 1023;
   ILLADA_CHECK(p.num_rows <= kMaxRows, kOp, "rows may have ", kMaxRows, " elements, got ", p.num_rows);
   ILLADA_CHECK(p.num_sequences <= kMaxSequences, kOp, "cu_rows may name ", kMaxSequences, " sequences, got ",

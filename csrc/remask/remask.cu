@@ -1,13 +1,27 @@
 // remask: commits the candidates of each sequence with the highest confidence, one CTA per sequence.
 //
 // A candidate's rank is a 32-bit key that sorts like its confidence (for kEntropyBound like its negative entropy). Ties
-// go to the lowest row. Keys stay in registers, kKeys per thread. A radix descent finds the cut of the ranking, four
-// bits per pass:
-//   - A thread counts its keys' digits in the 16 nibbles of one word.
-//   - A warp adds the words with redux, and shared memory adds the warps.
-//   - Every warp finds the digit that holds the cut.
-// A pass has one barrier. The descent stops when the cut falls between two digits; for confidences that takes about
-// log16(candidates) + 2 passes. Ties at the cut continue on the bits of the row.
+// go to the lowest row. Keys stay in registers, kKeys per thread.
+//
+//   load: rows, then confidences and tokens, then the canvas; make the keys
+//   count the candidates, and those of at least the threshold                        (barrier)
+//   count_wanted: how many the rule commits; the factor and the entropy bound look for it by passes over the keys
+//   select: the cut of the ranking behind so many candidates, by radix descent, four bits per pass:
+//     each thread counts the digits of its keys that are still in question, in the 16 nibbles of one word
+//     each warp adds its words with redux, and adds the sums to the CTA's in shared memory
+//     all warps wait for each other                                                  (barrier)
+//     each warp finds the digit that holds the cut; stop if the cut falls between two digits
+//   ties at the cut: the same descent on the bits of the row
+//   commit: write the tokens before the cut; count the masks that remain             (barrier)
+//   write the sequence's counts and flags
+//
+// A descent for confidences takes about log16(candidates) + 2 passes. Schedule of two passes. The barrier of a pass is
+// its only one, because passes take turns with three sets of counters: a pass clears those of the pass before.
+//
+//               time ->
+//   warp 0      [count own keys][redux][add to set 0]|[find digit; clear set 2][count][redux][add to set 1]|[find ...
+//   warp 1      [count own keys][redux][add to set 0]|[find digit             ][count][redux][add to set 1]|[find ...
+//   ...         |: all warps wait for all. Every warp finds the same digit, so that none has to tell the others.
 //
 // The 28 bytes per candidate are negligible. Latency bounds the kernel: three dependent loads and about eight barriers.
 #include "common/dependent_launch.h"
@@ -138,56 +152,74 @@ struct SequenceRanker {
   template <typename Value, typename Last, typename Between>
   __device__ __forceinline__ Cut descend(int top_shift, Value value_of, Last is_last, Between is_between) {
     Cut cut{0, 0, 0, false};
-    const int lane = threadIdx.x % 32, digit = kDigits - 1 - lane;  // of the first 16 lanes
     for (int shift = top_shift; shift >= 0; shift -= 4) {
       int32_t* const digits = shared.digits[pass % 3];
-      uint64_t nibbles[(kKeys + 7) / 8] = {};  // eight keys each: a nibble counts to fifteen
-      for_each([&](uint32_t key, int i, int j) {
-        const uint32_t value = value_of(key, i), d = value >> shift & 15;
-        const bool counts = value != 0 && uint64_t(value ^ cut.key) >> (shift + 4) == 0;
-        if (j >= 0) {
-          nibbles[j / 8] += uint64_t(counts) << (4 * d);
-        } else if (counts) {
-          atomicAdd(&digits[d], 1);
-        }
-      });
-      if (cached) {
-        int count = 0;
-#pragma unroll
-        for (int m = 0; m < 4; ++m) {  // digits m, m + 4, m + 8, m + 12
-          uint64_t four = 0;
-#pragma unroll
-          for (const uint64_t word : nibbles) four += word >> (4 * m) & 0x000f000f000f000full;
-          const uint32_t low = __reduce_add_sync(kFullWarp, uint32_t(four));
-          const uint32_t high = __reduce_add_sync(kFullWarp, uint32_t(four >> 32));
-          if (lane % 4 == m) count = int((lane & 8 ? high : low) >> (lane & 4 ? 16 : 0) & 0xffff);
-        }
-        if (lane < kDigits && count) atomicAdd(&digits[lane], count);
-      }
+      count_digits(digits, shift, cut.key, value_of);
       __syncthreads();
       // The digits of the last pass are free; they are used again by the next but one.
       if (threadIdx.x < kDigits) shared.digits[(pass + 2) % 3][threadIdx.x] = 0;
       ++pass;
-      const int count = lane < kDigits ? digits[digit] : 0;
-      int through = count;  // from the largest digit on
-#pragma unroll
-      for (int offset = 1; offset < kDigits; offset *= 2) {
-        const int more = __shfl_up_sync(kFullWarp, through, offset);
-        if (lane >= offset) through += more;
-      }
-      const uint32_t lowest = cut.key | uint32_t(digit) << shift;
-      const bool last = lane < kDigits && is_last(lowest, cut.above + through - count, count);
-      const unsigned lasts = __ballot_sync(kFullWarp, last);
-      const int at = lasts ? __ffs(int(lasts)) - 1 : kDigits - 1;
-      cut.key = __shfl_sync(kFullWarp, lowest, at);
-      cut.equal = __shfl_sync(kFullWarp, count, at);
-      cut.above += __shfl_sync(kFullWarp, through, at) - cut.equal;
+      find_digit(digits, shift, cut, is_last);
       if (is_between(cut.above, cut.equal)) {
         cut.between = true;
         break;
       }
     }
     return cut;
+  }
+
+  // Adds up the digits at `shift` of the values that have `prefix` above it.
+  template <typename Value>
+  __device__ __forceinline__ void count_digits(int32_t* digits, int shift, uint32_t prefix, Value value_of) const {
+    uint64_t nibbles[(kKeys + 7) / 8] = {};  // eight keys each: a nibble counts to fifteen
+    for_each([&](uint32_t key, int i, int j) {
+      const uint32_t value = value_of(key, i), d = value >> shift & 15;
+      // 64 bits, because a shift of 32 bits by 32 is undefined.
+      const bool counts = value != 0 && uint64_t(value ^ prefix) >> (shift + 4) == 0;
+      if (j >= 0) {
+        nibbles[j / 8] += uint64_t(counts) << (4 * d);
+      } else if (counts) {
+        atomicAdd(&digits[d], 1);
+      }
+    });
+    if (cached) add_nibbles(digits, nibbles);
+  }
+
+  // Adds the counts of the warp's threads to the digits of the CTA. Nibbles are spread over 16 bits, where the sum of a
+  // warp fits, so that one redux adds two of them.
+  __device__ __forceinline__ void add_nibbles(int32_t* digits, const uint64_t (&nibbles)[(kKeys + 7) / 8]) const {
+    const int lane = threadIdx.x % 32;
+    int count = 0;
+#pragma unroll
+    for (int m = 0; m < 4; ++m) {  // digits m, m + 4, m + 8, m + 12
+      uint64_t four = 0;
+#pragma unroll
+      for (const uint64_t word : nibbles) four += word >> (4 * m) & 0x000f000f000f000full;
+      const uint32_t low = __reduce_add_sync(kFullWarp, uint32_t(four));
+      const uint32_t high = __reduce_add_sync(kFullWarp, uint32_t(four >> 32));
+      if (lane % 4 == m) count = int((lane & 8 ? high : low) >> (lane & 4 ? 16 : 0) & 0xffff);
+    }
+    if (lane < kDigits && count) atomicAdd(&digits[lane], count);
+  }
+
+  // Moves the cut to the digit that holds it. Each warp does so by itself; lane n has the n-th largest digit.
+  template <typename Last>
+  __device__ __forceinline__ void find_digit(const int32_t* digits, int shift, Cut& cut, Last is_last) const {
+    const int lane = threadIdx.x % 32, digit = kDigits - 1 - lane;  // of the first 16 lanes
+    const int count = lane < kDigits ? digits[digit] : 0;
+    int through = count;  // from the largest digit on
+#pragma unroll
+    for (int offset = 1; offset < kDigits; offset *= 2) {
+      const int more = __shfl_up_sync(kFullWarp, through, offset);
+      if (lane >= offset) through += more;
+    }
+    const uint32_t lowest = cut.key | uint32_t(digit) << shift;
+    const bool last = lane < kDigits && is_last(lowest, cut.above + through - count, count);
+    const unsigned lasts = __ballot_sync(kFullWarp, last);
+    const int at = lasts ? __ffs(int(lasts)) - 1 : kDigits - 1;  // none: all values come before the cut
+    cut.key = __shfl_sync(kFullWarp, lowest, at);
+    cut.equal = __shfl_sync(kFullWarp, count, at);
+    cut.above += __shfl_sync(kFullWarp, through, at) - cut.equal;
   }
 
   // Length of the longest prefix with confidence_(r) > 1 - factor / (r + 1). Confidences descend and the bound ascends,
@@ -276,6 +308,51 @@ struct SequenceRanker {
         [&](uint32_t, int above, int count) { return above + count >= ties; }, [](int, int) { return false; });
     cut_index = int((1u << bits) - 1 - last.key);
   }
+
+  // Counts the candidates, and those with a confidence of at least `limit`.
+  __device__ __forceinline__ void count_candidates(float limit, uint32_t (&counts)[3]) {
+    for_each([&](uint32_t key, int, int) {
+      counts[0] += key != 0;
+      counts[1] += key != 0 && confidence_of(key) >= limit;
+    });
+    block_sum(counts);
+  }
+
+  // Number of candidates that the rule commits in sequence s, before the limits of min_commit and of their number.
+  __device__ __forceinline__ int64_t count_wanted(int64_t s, float limit, const uint32_t (&counts)[3]) {
+    int64_t wanted = 0;
+    switch (p.rule) {
+      case Rule::kQuota:
+        wanted = p.limits ? static_cast<const int32_t*>(p.limits)[s] : int64_t(fminf(p.limit, 2e9f));
+        break;
+      case Rule::kThreshold:
+        wanted = counts[1];
+        break;
+      case Rule::kFactor:
+        wanted = count_by_factor(limit);
+        break;
+      case Rule::kEntropyBound:
+        wanted = count_by_entropy(limit, int(counts[0]));
+        break;
+    }
+    return wanted;
+  }
+
+  // Commits the candidates before the cut. Counts the masks that remain, and the end tokens that are committed.
+  __device__ __forceinline__ void commit(uint32_t cut_key, int cut_index, uint32_t (&left)[3]) {
+    for_each([&](uint32_t key, int i, int j) {
+      const int64_t n = begin + i;
+      if (key == 0 || key < cut_key || (key == cut_key && i > cut_index)) {
+        left[0] += j >= 0 ? masked >> j & 1 : uint32_t(holds_mask(p.rows[n]));
+        return;
+      }
+      const int64_t token = j >= 0 ? tokens[j] : p.token[n];
+      static_cast<Token*>(p.tokens)[__ldg(&p.rows[n])] = Token(token);  // read again to save registers
+      left[0] += token == p.mask_id;
+      for (int64_t e = 0; e < p.num_end_ids; ++e) left[1] += token == p.end_ids[e];
+    });
+    block_sum(left);
+  }
 };
 
 template <int kThreads, int kKeys, typename Token>
@@ -293,27 +370,10 @@ __global__ __launch_bounds__(kThreads, 1) void illada_remask_sm80(const __grid_c
 
   const float limit = p.limits && p.rule != Rule::kQuota ? static_cast<const float*>(p.limits)[s] : p.limit;
   uint32_t counts[3] = {0, 0, 0};  // candidates, those of at least the threshold
-  ranker.for_each([&](uint32_t key, int, int) {
-    counts[0] += key != 0;
-    counts[1] += key != 0 && Ranker::confidence_of(key) >= limit;
-  });
-  ranker.block_sum(counts);
+  ranker.count_candidates(limit, counts);
   const int candidates = int(counts[0]);
-  int64_t wanted = 0;
-  switch (p.rule) {
-    case Rule::kQuota:
-      wanted = p.limits ? static_cast<const int32_t*>(p.limits)[s] : int64_t(fminf(p.limit, 2e9f));
-      break;
-    case Rule::kThreshold:
-      wanted = counts[1];
-      break;
-    case Rule::kFactor:
-      wanted = ranker.count_by_factor(limit);
-      break;
-    case Rule::kEntropyBound:
-      wanted = ranker.count_by_entropy(limit, candidates);
-      break;
-  }
+  int64_t wanted = ranker.count_wanted(s, limit, counts);
+  // The threshold then is the cut: no descent is needed to find it.
   const bool threshold_decides = p.rule == Rule::kThreshold && wanted >= p.min_commit;
   if (p.rule != Rule::kQuota) wanted = max(wanted, p.min_commit);
   const int commit = int(min(max(wanted, int64_t(0)), int64_t(candidates)));
@@ -327,18 +387,7 @@ __global__ __launch_bounds__(kThreads, 1) void illada_remask_sm80(const __grid_c
     ranker.select(commit, candidates, cut_key, cut_index);
   }
   uint32_t left[3] = {0, 0, 0};  // masks that remain, end tokens committed
-  ranker.for_each([&](uint32_t key, int i, int j) {
-    const int64_t n = begin + i;
-    if (key == 0 || key < cut_key || (key == cut_key && i > cut_index)) {
-      left[0] += j >= 0 ? ranker.masked >> j & 1 : uint32_t(ranker.holds_mask(p.rows[n]));
-      return;
-    }
-    const int64_t token = j >= 0 ? ranker.tokens[j] : p.token[n];
-    static_cast<Token*>(p.tokens)[__ldg(&p.rows[n])] = Token(token);  // read again to save registers
-    left[0] += token == p.mask_id;
-    for (int64_t e = 0; e < p.num_end_ids; ++e) left[1] += token == p.end_ids[e];
-  });
-  ranker.block_sum(left);
+  ranker.commit(cut_key, cut_index, left);
   if (threadIdx.x > 0) return;
   p.committed[s] = commit;
   if (p.remaining) p.remaining[s] = int32_t(left[0]);

@@ -1,12 +1,29 @@
 // Thresholds of top_k and top_p for each row: the smallest logit that is kept and, among ids with that logit, the last
 // id that is kept.
 //
-// One CTA processes one row. It ends at once if the row has no filter. Both selections have the same form: from the
-// largest logit down, sum a quantity (1 per id, or the id's probability) until the sum reaches a target. First a
-// histogram over the distance from the largest logit finds the bin in which it does. Then the CTA lists the ids of this
-// bin in shared memory, and a bisection over the bits of their logits finds the logit. If the list has no room for the
-// ids, the bisection reads the row itself. A selection therefore takes two passes over the row, which the L2 cache then
-// holds. One more pass finds the largest logit.
+// One CTA processes one row. Both selections have the same form: from the largest logit down, sum a quantity (1 per id,
+// or the id's probability) until the sum reaches a target.
+//
+//   without a filter: write a cut that keeps all ids, and end
+//   mark the vectors with biased ids
+//   find_range: the largest logit                                                       (a pass over the row)
+//   for top_k, then for top_p among the ids that top_k keeps:
+//     fill_bins: a histogram over the distance from the largest logit                   (a pass over the row)
+//     find_bin: prefix sums over the bins; the bin in which the sum reaches the target
+//     list_bin: the ids of this bin, listed in shared memory                            (a pass over the row)
+//     find_key: a bisection over the bits of their logits
+//     top_p: a bisection over the ids with the logit of the cut
+//   write the cut
+//
+// If the list has no room for the ids, the bisection reads the row itself, once for each bit. The L2 cache holds the
+// row after the first pass.
+//
+// Schedule of a selection. At | all warps of the CTA wait for all. No CTA waits for another. A thread loads its next
+// vector while it counts or lists this one. There is one [sum] for each bit of the bisection; it has a wait inside.
+//
+//            time ->
+//   warp 0   [clear]|[count in bins, by atomics  ]|[warp sums]|[prefix sums]|[list, by atomics  ]|[sum]|[sum]|  ...
+//   warp 1   [clear]|[count in bins, by atomics  ]|[warp sums]|[prefix sums]|[list, by atomics  ]|[sum]|[sum]|  ...
 //
 // All sums are of integers. Their order does not matter, so a row's result depends on the row alone. The weight of an
 // id is relative to the edge of its bin, because the distance of its logit from that edge is exact.
@@ -217,6 +234,7 @@ struct RowFilter {
       fill_bins([](float, int) { return 0u; });
       bin = find_bin([&](int at) { return Sum(shared.count[at]); }, [&](Sum) { return Sum(top_k); });
       if (bin != kLastBin || !again) break;
+      // The cut is among the ids that share the last bin: stretch the bins over the range of the row.
       scale = float(kLastBin) / (maximum - from_key(shared.minimum));  // 0 where the difference is infinite
     }
     if (bin < 0) return -INFINITY;  // at most top_k - 1 logits are above it
@@ -268,6 +286,21 @@ struct RowFilter {
   __device__ __forceinline__ static double bin_edge_mass(int at) {
     return exp2(double(at) * (-double(kLog2eF) / kBinsPerNat) + kEdgeBits);
   }
+
+  // Sets the bit of every vector that holds a biased id, and the initial values of the range.
+  __device__ __forceinline__ void prepare() {
+    if (threadIdx.x == 0) {
+      shared.maximum = INT_MIN;
+      shared.minimum = INT_MAX;
+    }
+    if (threadIdx.x < kBiasBits / 32) shared.biased[threadIdx.x] = 0;
+    __syncthreads();
+    for (int b = int(threadIdx.x); b < reader.bias.count; b += kThreads) {
+      const int id = reader.bias.ids[b], bit = id / kVector % kBiasBits;
+      if (id >= 0) atomicOr(&shared.biased[bit / 32], 1u << (bit % 32));
+    }
+    __syncthreads();
+  }
 };
 
 template <typename T, bool kAligned>
@@ -292,17 +325,7 @@ __global__ __launch_bounds__(kThreads,
       shared,
       {static_cast<const T*>(p.logits) + row * p.logits_row_stride, shared.biased, 0, RowBias(p, row)},
       int32_t(p.vocab_size)};
-  if (threadIdx.x == 0) {
-    shared.maximum = INT_MIN;
-    shared.minimum = INT_MAX;
-  }
-  if (threadIdx.x < kBiasBits / 32) shared.biased[threadIdx.x] = 0;
-  __syncthreads();
-  for (int b = int(threadIdx.x); b < filter.reader.bias.count; b += kThreads) {
-    const int id = filter.reader.bias.ids[b], bit = id / kVector % kBiasBits;
-    if (id >= 0) atomicOr(&shared.biased[bit / 32], 1u << (bit % 32));
-  }
-  __syncthreads();
+  filter.prepare();
   if (filter.find_range()) {
     if (by_count) cut.value = filter.floor = filter.find_top_k(top_k);
     if (by_mass) filter.find_top_p(top_p, temperature, cut.value, cut.last);

@@ -73,7 +73,7 @@ __device__ __forceinline__ uint32_t word(const PhiloxWords& words, int i) {
 
 // Noise of a row.
 struct RowNoise {
-  uint32_t key0, key1, row_id, step;
+  uint32_t key0, key1, row_id, step;  // the step of generation
   float temperature;
   float inverse;  // log2(e) / T
 

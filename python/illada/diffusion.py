@@ -12,6 +12,9 @@ Randomness: Philox4x32-10 with key = seed and counter = (block, index lo, index 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from fractions import Fraction
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -23,13 +26,16 @@ from illada.philox import Stream, to_uniform, uniforms, words
 _VALIDATION_SEED = 0  # fixed, so that the bound is comparable between runs
 _VALIDATION_EPS = 1e-3
 _GOLDEN = 0.6180339887498949
+_ROUND = 1 << 16  # draws in which each source has its exact share
 
 
 # --------------------------------------------------------------------------------------------------------- randomness
 
 
-def permutation(positions: NDArray[np.int64], size: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """Apply the pseudo-random permutation of this (seed, epoch) to `positions` in [0, size).
+def permutation(
+    positions: NDArray[np.int64], size: int, seed: int, epoch: int, stream: Stream = Stream.WINDOW_ORDER
+) -> NDArray[np.int64]:
+    """Apply the pseudo-random permutation of this (seed, stream, epoch) to `positions` in [0, size).
 
     The permutation is a four-round Feistel network over Philox on the next power of four. It is applied again until the
     result is below size. It needs no table, so the order of a corpus of any size costs no memory and no start-up time.
@@ -39,6 +45,7 @@ def permutation(positions: NDArray[np.int64], size: int, seed: int, epoch: int) 
         size: Number of positions, at least 1.
         seed: Key of the random numbers.
         epoch: Number of the epoch; each has another permutation.
+        stream: Purpose of the permutation; each has others.
 
     Returns:
         int64 [n], in [0, size).
@@ -57,7 +64,7 @@ def permutation(positions: NDArray[np.int64], size: int, seed: int, epoch: int) 
     while pending.any():
         left, right = values[pending] >> half, values[pending] & mask
         for feistel_round in range(4):
-            word = words(seed, Stream.WINDOW_ORDER, right | np.int64(epoch << 34), 4)[:, feistel_round].astype(np.int64)
+            word = words(seed, stream, right | np.int64(epoch << 34), 4)[:, feistel_round].astype(np.int64)
             left, right = right, left ^ (word & mask)
         values[pending] = (left << half) | right
         pending[pending] = values[pending] >= size
@@ -87,6 +94,106 @@ def window_of_sample(
         mine = draws // num_windows == epoch
         windows[mine] = permutation(draws[mine] % num_windows, num_windows, seed, int(epoch))
     return windows
+
+
+def shares(windows: Sequence[int], weights: Sequence[float]) -> list[int]:
+    """Return how many of `_ROUND` draws each source has: in proportion to weight times windows, and at least one.
+
+    Args:
+        windows: Number of windows of each source.
+        weights: How much more often than by its windows each source is drawn; 0: never.
+
+    Returns:
+        A number for each source, 0 where its weight or its number of windows is 0; their sum is `_ROUND`.
+
+    Raises:
+        ValueError: No source has both, or there are more than `_ROUND` sources.
+    """
+    parts = [Fraction(weight) * count for weight, count in zip(weights, windows, strict=True)]
+    drawn = [i for i, part in enumerate(parts) if part]
+    if not 0 < len(drawn) <= _ROUND:
+        raise ValueError(f"shares: {len(drawn)} sources have a weight and a window, must be 1 to {_ROUND}")
+    found = [0] * len(parts)
+    for i in drawn:
+        found[i] = max(1, int(parts[i] * _ROUND / sum(parts)))
+    # What rounding left goes to those that it cost most; what the smallest took beyond their part, the largest give.
+    for _ in range(abs(missing := _ROUND - sum(found))):
+        if missing > 0:
+            found[max(drawn, key=lambda i: parts[i] * _ROUND / sum(parts) - found[i])] += 1
+        else:
+            found[max(drawn, key=lambda i: found[i])] -= 1
+    return found
+
+
+def window_of_weighted_sample(
+    samples: NDArray[np.int64], windows: Sequence[int], weights: Sequence[float], seed: int, config: DiffusionConfig
+) -> NDArray[np.int64]:
+    """Return the window that each global sample index trains on, where sources have weights.
+
+    Each round of 65,536 draws has the exact share of every source, spread evenly. The draws of a source use each of its
+    windows once in an epoch of that source, in a different order in each. With equal weights it is the order of
+    `window_of_sample`, in which sources do not matter.
+
+    Args:
+        samples: int64 [B], global sample indices, from 0 at the start of training.
+        windows: Number of windows of each source; they are numbered through the sources in order.
+        weights: How much more often than by its windows each source is drawn; 0: never.
+        seed: Seed of the order.
+        config: Options of the forward process; only `complementary` is used.
+
+    Returns:
+        int64 [B], window indices in [0, sum(windows)).
+
+    Raises:
+        ValueError: No source has a weight and a window.
+    """
+    different = {float(weight) for weight, count in zip(weights, windows, strict=True) if count}
+    if len(different) == 1 and different != {0.0}:
+        return window_of_sample(samples, sum(windows), seed, config)
+    firsts = np.cumsum([0, *windows])
+    draws = np.asarray(samples, dtype=np.int64) // (2 if config.complementary else 1)
+    sources, numbers = _source_of_draw(draws, shares(windows, weights), seed)
+    found = np.empty_like(draws)
+    for source in np.unique(sources):
+        size = windows[source]
+        for epoch in np.unique(numbers[sources == source] // size):
+            mine = (sources == source) & (numbers // size == epoch)
+            key = int(epoch) * len(windows) + int(source)
+            order = permutation(numbers[mine] % size, size, seed, key, Stream.SOURCE_WINDOW_ORDER)
+            found[mine] = firsts[source] + order
+    return found
+
+
+def _source_of_draw(
+    draws: NDArray[np.int64], of_round: Sequence[int], seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the source of each draw, and how many draws before it had the same source, int64 [B] each.
+
+    The place of a draw in its round, with its bits reversed and flipped by a key of (seed, round), is a rank below
+    `_ROUND`, and each source has an interval of ranks. So draws that follow each other are spread over all ranks
+    evenly. Earlier places are counted, not visited: those that agree with this one above bit j, and have 0 where it
+    has 1, have every 2^(16 - j)-th rank.
+    """
+    bits = _ROUND.bit_length() - 1
+    rounds, places = draws // _ROUND, draws % _ROUND
+    flips = words(seed, Stream.SOURCE_ORDER, rounds, 1)[:, 0].astype(np.int64) % _ROUND
+    ends = np.cumsum(of_round)
+    starts = ends - of_round
+
+    def reverse(values: NDArray[np.int64]) -> NDArray[np.int64]:
+        out = np.zeros_like(values)
+        for bit in range(bits):
+            out |= (values >> bit & 1) << (bits - 1 - bit)
+        return out
+
+    sources = np.searchsorted(ends, reverse(places) ^ flips, side="right")
+    numbers = rounds * np.array(of_round, dtype=np.int64)[sources]
+    for j in range(bits):
+        step = 1 << (bits - j)
+        first = (reverse(places >> (j + 1) << (j + 1)) ^ flips) % step
+        below = [np.clip(-((first - bound) // step), 0, 1 << j) for bound in (ends[sources], starts[sources])]
+        numbers += np.where(places >> j & 1, below[0] - below[1], 0)
+    return sources, numbers
 
 
 # ---------------------------------------------------------------------------------------------------- forward process

@@ -242,6 +242,22 @@ def test_main_fails_over_budget_and_updates(ptxas, results, tmp_path, monkeypatc
     assert "registers 65, over the budget of 64" in said and "written by CUDA 12.9, this is 13.0" in said
 
 
+def test_an_update_of_some_files_keeps_the_others(ptxas, results, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ptxas, "toolkit", lambda nvcc: ("13.0", {"80", "90", "90a"}))
+    monkeypatch.setattr(ptxas, "compile_file", lambda nvcc, file, arch, flags: results[arch == "90a"])
+    budget = tmp_path / "budget.json"
+    kept = {"another": {"sm_80": {"registers": 7, "smem": 0}}}
+    budget.write_text(ptxas.budget_text({}, kept, [], "13.0"))
+    command = ["remask.cu", "--budget", str(budget), "--arch", "80", "--update"]
+    assert ptxas.main(command) == 0
+    written = json.loads(budget.read_text())["kernels"]
+    assert written == {**kept, **ptxas.measured(results[:1])}
+    budget.write_text(ptxas.budget_text({}, kept, [], "12.9"))
+    with pytest.raises(SystemExit):
+        ptxas.main(command)
+    assert "written by CUDA 12.9, this is 13.0: --update without a pattern" in capsys.readouterr().err
+
+
 def test_headers_of_cutlass(ptxas, monkeypatch, tmp_path):
     """A named folder, else what `make` fetched into the checkout."""
     monkeypatch.setattr(ptxas, "ROOT", tmp_path)

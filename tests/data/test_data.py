@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tokenizers import normalizers
 
-from illada.data.corpus import Documents, hold_out, prepare
+from illada.data.corpus import Documents, HeldOut, prepare
 from illada.data.dataset import TokenDataset
 from illada.data.sources import PIECE, read_source
 from illada.text.tokenizer_files import load_tokenizer
@@ -38,15 +38,18 @@ def corpus(texts, tmp_path_factory):
     return out
 
 
+def tokens_of(data):
+    return data.read(0, data.num_tokens)
+
+
 def test_round_trip(corpus):
     tokenizer = load_tokenizer(corpus)
     seen = []
     for split in ("train", "validation"):
         data = TokenDataset(corpus, split)
-        for start, end in zip(data.documents[:-1], data.documents[1:], strict=True):
-            ids = data.tokens[int(start) : int(end)].tolist()
+        for ids in data.documents():
             assert ids[-1] == 2
-            seen.append(tokenizer.decode(ids[:-1]))
+            seen.append(tokenizer.decode(ids[:-1].tolist()))
     assert sorted(seen) == sorted(TEXTS)
 
 
@@ -60,15 +63,15 @@ def test_header_and_special_ids(corpus):
     assert 3 <= splits["validation"]["documents"] <= 25
     assert sum(s["bytes"] for s in splits.values()) == sum(len(t.encode()) for t in TEXTS)
     held_out = TokenDataset(corpus, "validation")
-    p = np.bincount(held_out.tokens) / len(held_out.tokens)
+    p = np.bincount(tokens_of(held_out)) / held_out.num_tokens
     assert held_out.unigram_entropy() == pytest.approx(-(p[p > 0] * np.log(p[p > 0])).sum())
 
 
 def test_windows(corpus):
     data = TokenDataset(corpus)
     count = data.num_windows(100)
-    assert count == len(data.tokens) // 100
-    np.testing.assert_array_equal(data.windows(np.array([count - 1, 0]), 100)[1], data.tokens[:100])
+    assert count == data.num_tokens // 100
+    np.testing.assert_array_equal(data.windows(np.array([count - 1, 0]), 100)[1], tokens_of(data)[:100])
     with pytest.raises(ValueError, match="train split of .* less than one window of 1000000; prepare more text, or"):
         data.num_windows(10**6)
     with pytest.raises(ValueError, match="validation split of .* or hold out more of it"):
@@ -82,8 +85,7 @@ def test_split_does_not_depend_on_order(texts, corpus, tmp_path):
 
     def held_out(path):
         data, tokenizer = TokenDataset(path, "validation"), load_tokenizer(path)
-        ends = data.documents.astype(int)
-        return sorted(tokenizer.decode(data.tokens[a:b].tolist()) for a, b in zip(ends[:-1], ends[1:], strict=True))
+        return sorted(tokenizer.decode(ids.tolist()) for ids in data.documents())
 
     assert held_out(tmp_path / "c") == held_out(corpus)
 
@@ -93,12 +95,13 @@ def shared_out(texts, fraction, folder):
     with Documents(folder) as documents:
         for text in texts:
             documents.add([text[:1000], text[1000:]])
-        starts, what = hold_out(documents, fraction)
+        held_out = HeldOut(documents, fraction)
         parts = {"train": [], "validation": []}
-        for i, start in enumerate(starts):
-            parts["train"].append("".join(documents.pieces(i, 0, start)))
-            parts["validation"].append("".join(documents.pieces(i, start)))
-    return {split: [text for text in texts if text] for split, texts in parts.items()}, what
+        for document in documents:
+            start = held_out.start(document)
+            parts["train"].append("".join(documents.pieces(document, 0, start)))
+            parts["validation"].append("".join(documents.pieces(document, start)))
+    return {split: [text for text in texts if text] for split, texts in parts.items()}, held_out.what
 
 
 def test_few_or_unequal_documents_lose_their_ends(tmp_path):
@@ -116,8 +119,8 @@ def test_few_or_unequal_documents_lose_their_ends(tmp_path):
     assert shared_out([f"document {i} " * 9 for i in range(300)], 0.1, tmp_path)[1] == "documents"
     (tmp_path / "book.txt").write_text(book)
     header = prepare(f"dir:{tmp_path}", tmp_path / "c", vocab_size=300, validation_fraction=0.1)
-    assert header["held_out"] == "ends" and header["splits"]["validation"]["documents"] == 1
-    tokenizer, tokens = load_tokenizer(tmp_path / "c"), TokenDataset(tmp_path / "c", "validation").tokens
+    assert header["sources"][0]["held_out"] == "ends" and header["splits"]["validation"]["documents"] == 1
+    tokenizer, tokens = load_tokenizer(tmp_path / "c"), tokens_of(TokenDataset(tmp_path / "c", "validation"))
     assert book.endswith(tokenizer.decode(tokens[:-1].tolist()))
 
 
@@ -129,7 +132,7 @@ def test_given_tokenizer_and_wide_ids(texts, corpus, tmp_path):
     foreign.save(str(tmp_path / "wide.json"))
     wide = prepare(f"dir:{texts}", tmp_path / "wide", tokenizer=tmp_path / "wide.json", special={"mask": 7})
     assert wide["dtype"] == "uint32" and wide["mask_token_id"] == 7
-    assert TokenDataset(tmp_path / "wide").tokens.dtype == np.uint32
+    assert tokens_of(TokenDataset(tmp_path / "wide")).dtype == np.uint32
 
 
 @pytest.mark.parametrize("largest", [1000, 1 << 16, 1 << 22])
@@ -156,7 +159,7 @@ def test_a_saved_tokenizer_s_settings_change_no_corpus(texts, corpus, tmp_path):
         token["special"] = False
     (tmp_path / "tokenizer.json").write_text(json.dumps(values))
     prepare(f"dir:{texts}", tmp_path / "c", tokenizer=tmp_path / "tokenizer.json", validation_fraction=0.2)
-    for name in ("train.bin", "train.idx", "validation.bin"):
+    for name in ("train-00000.bin", "train-00000.idx", "validation-00000.bin"):
         assert (tmp_path / "c" / name).read_bytes() == (corpus / name).read_bytes()
 
 
@@ -257,26 +260,39 @@ def test_special_ids():
 def test_damaged_and_foreign_corpora(texts, tmp_path):
     out = tmp_path / "c"
     prepare(f"dir:{texts}", out, vocab_size=300)
-    good = {name: (out / name).read_bytes() for name in ("train.bin", "train.idx", "corpus.json", "tokenizer.json")}
-    header = json.loads(good["corpus.json"])
+    names = ("train-00000.bin", "train-00000.idx", "corpus.json", "tokenizer.json")
+    good = {name: (out / name).read_bytes() for name in names}
+    header, index = json.loads(good["corpus.json"]), good["train-00000.idx"]
 
     def broken(match, error=ValueError, **files):
         for name, content in files.items():
-            (out / name.replace("_", ".")).write_bytes(content)
+            (out / names[["bin", "idx", "corpus", "tokenizer"].index(name)]).write_bytes(content)
         with pytest.raises(error, match=match):
-            TokenDataset(out).windows(np.array([0]), 50)
+            data = TokenDataset(out)
+            data.windows(np.array([0]), 50)
+            list(data.documents())
         for name, content in good.items():
             (out / name).write_bytes(content)
 
-    broken("train.bin is damaged", train_bin=good["train.bin"][:-1])
-    broken("train.idx is damaged", train_idx=b"")
+    def changed_index(at, value):
+        words = np.frombuffer(index, np.uint64).copy()
+        words[at] = value
+        return words.tobytes()
+
+    broken("train-00000.bin is damaged: .* bytes, expected", bin=good["train-00000.bin"][:-1])
+    broken("train-00000.idx is damaged: 0 bytes, expected", idx=b"")
+    broken("train-00000.idx is damaged: it does not begin as the index of a shard", idx=changed_index(0, 0))
+    broken("train-00000.idx has format version 7, this is 1", idx=changed_index(1, 7 | 2 << 32))
     broken(
-        "does not belong to train.bin",
-        train_idx=np.zeros(header["splits"]["train"]["documents"] + 1, np.uint64).tobytes(),
+        "idx does not belong to train-00000.bin: its bytes of a token is 4, expected 2",
+        idx=changed_index(1, 1 | 4 << 32),
     )
-    starts = np.frombuffer(good["train.idx"], np.uint64).copy()
-    starts[1] = starts[-1] + np.uint64(1)
-    broken("train.idx is damaged: documents must start in ascending order", train_idx=starts.tobytes())
+    broken("idx does not belong to train-00000.bin: its number is 3, expected 0", idx=changed_index(2, 3))
+    broken("idx does not belong to train-00000.bin: its tokens is 9, expected", idx=changed_index(3, 9))
+    broken("idx is damaged: the first document must start at 0", idx=changed_index(5, 1))
+    broken("idx is damaged: documents must start in ascending order", idx=changed_index(7, 1))
+    broken("idx is damaged: documents must start within train-00000.bin", idx=changed_index(7, 2**63))
+    shards = header["splits"]["train"]["shards"]
     for change, match in (
         ({"dtype": "int16"}, "dtype must be uint16 or uint32, got 'int16'"),
         ({"vocab_size": 300.0}, r"vocab_size must be int, got 300\.0"),
@@ -284,17 +300,30 @@ def test_damaged_and_foreign_corpora(texts, tmp_path):
         ({"eos_token_id": 300}, "token id 300 is outside of the vocabulary of 300"),
         ({"splits": {}}, "splits, train must hold a JSON object"),
         ({"splits": {"train": {"documents": 1}}}, "splits, train lacks tokens"),
+        ({"splits": {"train": {"documents": 1, "tokens": 9}}}, "splits, train lacks shards"),
+        ({"sources": header["sources"] * 2}, "sources must have different names"),
+        ({"sources": []}, r"shards\[0\]: there is no source 'dir:"),
     ):
-        broken(match, corpus_json=json.dumps({**header, **change}).encode())
-    broken(r"corpus\.json lacks dtype, vocab_size", corpus_json=b'{"format": "illada-corpus", "version": 1}')
-    broken("is not the header of an illada-corpus", corpus_json=b"{}")
-    broken("is not the header of an illada-corpus", corpus_json=b"[1]")
-    broken(r"corpus\.json is not JSON", corpus_json=b"[1")
-    broken(r"corpus\.json is a Git LFS pointer", corpus_json=b"version https://git-lfs.github.com/spec/v1\n")
-    broken("has format version 9, this is 1", corpus_json=json.dumps({**header, "version": 9}).encode())
-    broken("has format version None, this is 1", corpus_json=b'{"format": "illada-corpus"}')
-    broken("is not the tokenizer that this corpus was made with", tokenizer_json=good["tokenizer.json"] + b" ")
-    broken("holds token id 65535, outside of its vocabulary", train_bin=b"\xff" * len(good["train.bin"]))
+        broken(match, corpus=json.dumps({**header, **change}).encode())
+    for change, match in (
+        ({"name": "../train-00000"}, r"shards\[0\]: name must be train-00000, got '\.\./train"),
+        ({"tokens": 0}, r"shards\[0\]: tokens must be positive"),
+        ({"documents": 1}, "splits, train: its shards hold 1 documents, not"),
+        ({"source": 3}, r"shards\[0\]: source must be str"),
+    ):
+        train = {**header["splits"]["train"], "shards": [{**shards[0], **change}]}
+        broken(match, corpus=json.dumps({**header, "splits": {"train": train}}).encode())
+    broken(r"corpus\.json lacks dtype, vocab_size", corpus=b'{"format": "illada-corpus", "version": 1}')
+    broken("is not the header of an illada-corpus", corpus=b"{}")
+    broken("is not the header of an illada-corpus", corpus=b"[1]")
+    broken(r"corpus\.json is not JSON", corpus=b"[1")
+    broken(r"corpus\.json is a Git LFS pointer", corpus=b"version https://git-lfs.github.com/spec/v1\n")
+    broken("has format version 9, this is 2", corpus=json.dumps({**header, "version": 9}).encode())
+    broken("has format version None, this is 2", corpus=b'{"format": "illada-corpus"}')
+    broken("is not the tokenizer that this corpus was made with", tokenizer=good["tokenizer.json"] + b" ")
+    broken("holds token id 65535, outside of its vocabulary", bin=b"\xff" * len(good["train-00000.bin"]))
+    (out / "train-00000.idx").unlink()
+    broken("train-00000.idx is missing")
     with pytest.raises(ValueError, match="split must be train or validation, got 'test'"):
         TokenDataset(out, "test")
     with pytest.raises(FileNotFoundError, match="make one with `illada prepare --source SOURCE --out "):
@@ -332,8 +361,7 @@ def test_long_documents_have_the_tokens_of_the_whole(tmp_path, kind):
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         prepare(f"jsonl:{tmp_path}/a.jsonl", tmp_path / "c", tokenizer=tmp_path, validation_fraction=1e-5)
-    data = TokenDataset(tmp_path / "c")
-    first = data.tokens[: int(data.documents[1]) - 1].tolist()
+    first = next(TokenDataset(tmp_path / "c").documents())[:-1].tolist()
     train = shared_out([text, "short", text[::-1]], 1e-5, tmp_path)[0]["train"][0]
     assert (first == whole.encode(train, add_special_tokens=False).ids) == (kind == "byte level")
     assert ["cuts this tokenizer may give other tokens" in str(one.message) for one in said] == [True] * (

@@ -130,6 +130,7 @@ def read_corpus(folder):
         dataset = TokenDataset(folder, split)
         dataset.windows(np.arange(min(2, dataset.num_windows(8))), 8)
         dataset.unigram_entropy()
+        sum(map(len, dataset.documents()))
     config = load_config(None, ["data.window=8", "model.preset=tiny"])
     config.model_config(dataset.header)
     tasks.prepare_tasks(folder, ["cloze_word"])
@@ -206,16 +207,8 @@ def read_log(folder):
     try:
         log.has_validation(1)
         log.validation(step=2, seconds=1.0, bound=2.0, unigram_entropy=3.0)
-        log.train(
-            step=2,
-            seconds=1.0,
-            loss=1.0,
-            learning_rate=0.1,
-            grad_norm=1.0,
-            tokens_per_second=1.0,
-            tokens_seen=9,
-            loss_by_t=[None],
-        )
+        values = dict.fromkeys(("loss", "learning_rate", "grad_norm", "tokens_per_second", "data_wait"), 1.0)
+        log.train(step=2, seconds=1.0, tokens_seen=9, loss_by_t=[None], **values)
         if zlib.crc32(content) % 8 == 0:  # it takes half a second
             log.plot()
     finally:

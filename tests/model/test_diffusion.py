@@ -5,12 +5,16 @@ import pytest
 import torch
 
 from illada.diffusion import (
+    _ROUND,
     DiffusionConfig,
+    _source_of_draw,
     draw_masks,
     make_batch,
     make_validation_batch,
     permutation,
+    shares,
     window_of_sample,
+    window_of_weighted_sample,
 )
 
 MASK, EOS = 5, 2
@@ -207,3 +211,63 @@ def test_errors():
         permutation(np.arange(1), 0, 0, 0)
     with pytest.raises(ValueError, match=r"positions must be in \[0, 3\)"):
         permutation(np.array([3]), 3, 0, 0)
+
+
+WEIGHTED = [
+    ([30, 300, 7], [1.0, 0.5, 2.0]),
+    ([30, 300, 7], [1.0, 0.0, 2.0]),
+    ([1, 10**6], [1.0, 2.0]),
+    ([0, 5, 9], [3.0, 1.0, 2.0]),
+    ([4], [2.5]),
+]
+
+
+def test_the_order_without_weights_is_that_of_earlier_runs():
+    expected = [237, 28, 377, 379, 847, 148, 834, 285, 161, 623, 172, 241]
+    assert window_of_sample(np.arange(12), 1000, 7, PLAIN).tolist() == expected
+    for windows, weights in ([1000], [1.0]), ([300, 700], [1.0, 1.0]), ([300, 0, 700], [2.0, 0.0, 2.0]):
+        assert window_of_weighted_sample(np.arange(12), windows, weights, 7, PLAIN).tolist() == expected
+
+
+@pytest.mark.parametrize(("windows", "weights"), WEIGHTED)
+def test_weighted_sources(windows, weights):
+    """Shares in every stretch, whole epochs of each source in the order of draws, and access to any draw alone."""
+    draws = np.arange(_ROUND - 500, _ROUND + 1000)
+    found = window_of_weighted_sample(draws, windows, weights, 3, PLAIN)
+    sources = np.searchsorted(np.cumsum(windows), found, side="right")
+    drawn = shares(windows, weights)
+    assert sum(drawn) == _ROUND
+    parts = np.array(windows) * np.array(weights)
+    np.testing.assert_allclose(drawn, _ROUND * parts / parts.sum(), atol=len(windows))
+    for stretch in sources.reshape(-1, 250):
+        np.testing.assert_allclose(np.bincount(stretch, minlength=len(windows)), 250 * parts / parts.sum(), atol=8)
+    first = window_of_weighted_sample(np.arange(1000), windows, weights, 3, PLAIN)
+    for source, (size, begin) in enumerate(zip(windows, np.cumsum([0, *windows]), strict=False)):
+        mine = first[(first >= begin) & (first < begin + size)] - begin
+        assert 0 < drawn[source] < 100 or (len(mine) > 0) == (drawn[source] > 0)
+        for epoch in range(len(mine) // size if size else 0):
+            assert sorted(mine[epoch * size : (epoch + 1) * size]) == list(range(size))
+    shuffled = np.random.default_rng(0).permutation(len(draws))
+    for chunk in np.array_split(shuffled, 20):
+        again = window_of_weighted_sample(draws[chunk], windows, weights, 3, PLAIN)
+        np.testing.assert_array_equal(again, found[chunk])
+    if sum(part > 0 for part in parts) > 1:
+        assert (window_of_weighted_sample(draws, windows, weights, 4, PLAIN) != found).mean() > 0.2
+
+
+def test_weighted_draws_are_numbered_as_they_are_counted():
+    draws = np.arange(2 * _ROUND)
+    sources, numbers = _source_of_draw(draws, [5, _ROUND - 12345, 12340], seed=9)
+    for source, of_round in enumerate([5, _ROUND - 12345, 12340]):
+        np.testing.assert_array_equal(numbers[sources == source], np.arange(2 * of_round))
+
+
+def test_complementary_samples_share_a_window_of_a_weighted_source():
+    pairs = window_of_weighted_sample(np.arange(100), [5, 9], [1.0, 2.0], 3, DiffusionConfig(complementary=True))
+    assert (pairs[::2] == pairs[1::2]).all() and len(set(pairs.tolist())) > 5
+
+
+def test_weights_that_leave_nothing():
+    for windows, weights in ([3, 4], [0.0, 0.0]), ([0, 4], [1.0, 0.0]):
+        with pytest.raises(ValueError, match="0 sources have a weight and a window"):
+            window_of_weighted_sample(np.arange(3), windows, weights, 0, PLAIN)

@@ -183,7 +183,7 @@ def test_modes_of_all_that_is_written_follow_the_umask(world):
         os.umask(before)
     found = {path: stat.S_IMODE(path.stat().st_mode) for path in out.rglob("*")}
     names = {path.name for path in found}
-    assert {"model.safetensors", "optimizer.safetensors", "metrics.jsonl", "config.toml", "train.bin", "cloze.jsonl",
+    assert {"model.safetensors", "optimizer.safetensors", "metrics.jsonl", "config.toml", "train-00000.bin", "cloze.jsonl",
             "tokenizer.json", "text.json", "result.json", "result.cloze.jsonl"} <= names, names  # fmt: skip
     wrong = {str(path): oct(mode) for path, mode in found.items() if mode != (0o750 if path.is_dir() else 0o640)}
     assert not wrong

@@ -96,8 +96,9 @@ def _prepare_corpus(options: argparse.Namespace) -> None:
             print(f"{source['documents']:>19,} documents of {source['name']}")
     for split, size in header["splits"].items():
         print(f"{split:<10} {size['documents']:>8,} documents {size['tokens']:>13,} tokens {size['bytes']:>14,} bytes")
-    if header["held_out"] == "ends":
-        print("held out the end of each document: they are too few or too unequal to hold whole ones out")
+    if ends := [source["name"] for source in header["sources"] if source["held_out"] == "ends"]:
+        of = f" of {', '.join(ends)}" if len(header["sources"]) > 1 else ""
+        print(f"held out the end of each document{of}: they are too few or too unequal to hold whole ones out")
     print(f"vocabulary {header['vocab_size']:,}, {header['dtype']}; unigram entropy of the held-out tokens "
           f"{header['validation_unigram_entropy']:.4f} nats")  # fmt: skip
     print(f"written to {options.out}")

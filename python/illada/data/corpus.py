@@ -1,45 +1,43 @@
-"""Preparation of a corpus: the documents of a source become files of tokens.
+"""Preparation of a corpus: the documents of its sources become files of tokens.
 
 A prepared corpus is a folder:
 
-    corpus.json                 what it is: format, dtype, sizes, special ids, hash of the tokenizer
-    tokenizer.json              as the `tokenizers` library reads it
-    train.bin validation.bin    token ids, uint16 where the vocabulary fits, else uint32, documents end to end
-    train.idx validation.idx    where each document starts, uint64, with the number of tokens as last entry
+    corpus.json                     what it is: format, sources, shards, dtype, special ids, hash of the tokenizer
+    tokenizer.json                  as the `tokenizers` library reads it
+    train-00000.bin train-00000.idx validation-00000.bin ...
+                                    shards of token ids, and where documents begin in them: see `illada.data.shards`
 
-Every document ends with the eos token. Documents are held out for validation by a hash of their content, so the split
-does not depend on their order or the machine; where they are too few or too unequal for that, the end of each is.
+Every document ends with the eos token. A source has shards of its own, in the order of its documents. Documents are
+held out for validation by a hash of their content, so the split does not depend on their order or the machine; where
+those of a source are too few or too unequal for that, the end of each is.
 """
 
 from __future__ import annotations
 
 import codecs
 import hashlib
-import itertools
 import json
-import re
 import tempfile
-import warnings
-from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from illada.data.dataset import FORMAT, FORMAT_VERSION, SPLITS
-from illada.data.sources import PIECE, open_sources
+from illada.data.encoding import Encoder, TextEncoder, at_a_word, cut
+from illada.data.encoding_process import EncoderProcesses, processes_for
+from illada.data.shards import SHARD_BYTES, ShardWriter
+from illada.data.sources import PIECE, Source, open_sources
 from illada.files import folder_to_write, recover, staged_directory
 from illada.terminal import shows
-from illada.text.tokenizer_files import control_tokens, encode_as_text, library_errors, load_tokenizer
+from illada.text.tokenizer_files import control_tokens, load_tokenizer
 from illada.text.training import special_ids, tokenizer_sha256, train_tokenizer, vocab_size_of
 
-_BATCH = 1 << 20  # characters handed to the tokenizer's threads at a time: it needs about 70 bytes for each
-_MARGIN = 256  # characters on both sides of a cut that decide whether it changes the tokens
-_TRIES = 16  # places tried for a cut
+SAMPLE = 1 << 25  # characters that a tokenizer is trained on, where there are more
+_RECORDS = 1 << 12  # of documents in memory at a time
 
 
 def prepare(
@@ -49,23 +47,26 @@ def prepare(
     vocab_size: int = 4096,
     tokenizer: str | Path | None = None,
     special: dict[str, int] | None = None,
-    validation_fraction: float = 0.05,
     text_column: str | None = None,
+    validation_fraction: float = 0.05,
+    shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Turn text into a corpus folder.
+    """Turn text into a corpus folder, in memory that does not grow with the text.
 
     Args:
-        source: one or several, see `illada.data.sources.open_sources`. Their text is kept in a file beside out_dir
-            meanwhile, not in memory.
+        source: one or several, see `illada.data.sources.open_sources`. Their text is kept in files beside out_dir
+            meanwhile.
         out_dir: the folder to make. It appears complete or not at all.
-        vocab_size: of the tokenizer to train; not used with `tokenizer`.
+        vocab_size: of the tokenizer to train; not used with `tokenizer`. It learns from at most `SAMPLE` characters:
+            of longer text, from stretches of 65,536 characters at equal distances.
         tokenizer: a given tokenizer.json.
         special: special ids of `tokenizer`, {name: id}, where it does not use iLLaDA's names.
-        validation_fraction: share of the text to hold out, in whole documents; if that misses it by a factor of two (a
-            few large files), the last part of each document is held out instead.
         text_column: see `illada.data.sources.open_sources`.
+        validation_fraction: share of each source to hold out, in whole documents; if that misses it by a factor of two
+            (a few large files), the last part of each document is held out instead.
+        shard_bytes: of token ids in a shard.
         overwrite: replace an existing corpus.
         progress: show progress bars on a terminal.
 
@@ -78,6 +79,8 @@ def prepare(
     out_dir = Path(out_dir)
     if not 0 < validation_fraction < 1:
         raise ValueError(f"validation_fraction must be in (0, 1), got {validation_fraction}")
+    if shard_bytes < 4:
+        raise ValueError(f"shard_bytes must be at least 4, got {shard_bytes}")
     recover(out_dir)
     folder_to_write(out_dir)  # its errors come first
     if out_dir.exists() and not overwrite:
@@ -87,84 +90,159 @@ def prepare(
     progress = shows(progress)
     given = None if tokenizer is None else load_tokenizer(tokenizer)
     sources = open_sources(source, text_column)
-    with staged_directory(out_dir) as folder, Documents(folder) as documents:
-        found = itertools.chain.from_iterable(one.documents() for one in sources)
-        for pieces in tqdm(found, desc="reading", unit=" documents", disable=not progress):
-            documents.add(pieces)
-        starts, held_out = hold_out(documents, validation_fraction)
-        if any(next(_parts(documents, starts, split), None) is None for split in SPLITS):
+    if twice := [one.name for i, one in enumerate(sources) if one.name in [other.name for other in sources[:i]]]:
+        raise ValueError(f"two sources have the name {twice[0]!r}")
+    with staged_directory(out_dir) as folder, _Texts(folder, sources) as texts:
+        texts.read(validation_fraction, progress)
+        if any(next(texts.parts(split), None) is None for split in SPLITS):
             named = ", ".join(repr(one.name) for one in sources)
-            raise ValueError(f"source {named} has {len(documents)} documents, too little text to hold any of it out")
-        if given is None:
-            texts = (piece for i in range(len(documents)) for piece in _cut(documents.pieces(i), _at_a_word))
-            trained = train_tokenizer(texts, vocab_size, progress=progress)
-        else:
-            trained = given
+            count = sum(map(len, texts.documents))
+            raise ValueError(f"source {named} has {count} documents, too little text to hold any of it out")
+        trained = train_tokenizer(texts.sample(SAMPLE), vocab_size, progress=progress) if given is None else given
         ids = special_ids(trained, special)
         control = control_tokens(trained, ids.values())
         trained.encode_special_tokens = True  # a document that spells "<[MASK]>" is text, not a mask
         trained.save(str(folder / "tokenizer.json"))
         size = vocab_size_of(trained)
         dtype = "uint16" if size <= 1 << 16 else "uint32"
-        writer = _Writer(trained, ids["eos"], control, dtype)
+        text_encoder = TextEncoder(trained, control, dtype)
+        characters = sum(documents.characters for documents in texts.documents)
+        splits, counts = {}, np.zeros(size, dtype=np.int64)
+        with EncoderProcesses(text_encoder, processes_for(text_encoder, characters)) as processes:
+            encoder = Encoder(text_encoder, ids["eos"], processes.encode_batches if len(processes) else None)
+            for split in SPLITS:
+                splits[split] = _write(texts, split, encoder, folder, shard_bytes, counts, progress)
+        encoder.warn()
         header: dict[str, Any] = {
             "format": FORMAT,
             "version": FORMAT_VERSION,
-            "sources": [{"name": one.name, "documents": one.count} for one in sources],
             "dtype": dtype,
             "vocab_size": size,
             **{f"{name}_token_id": i for name, i in ids.items()},
             "tokenizer_sha256": tokenizer_sha256(folder),
-            "held_out": held_out,
-            "splits": {
-                split: writer.write(_parts(documents, starts, split), folder / split, progress) for split in SPLITS
-            },
+            "sources": [
+                {
+                    "name": one.name,
+                    "held_out": held_out,
+                    "documents": len(texts.documents[i]),
+                    **{key: sum(splits[split]["by_source"][i][key] for split in SPLITS) for key in ("tokens", "bytes")},
+                    "left_out": dict(one.left_out.reasons),
+                }
+                for i, (one, held_out) in enumerate(zip(sources, texts.held_out, strict=True))
+            ],
+            "splits": {split: {k: v for k, v in found.items() if k != "by_source"} for split, found in splits.items()},
+            "validation_unigram_entropy": _entropy(counts),
         }
-        writer.warn()
-        header["validation_unigram_entropy"] = _entropy(_count(folder / "validation.bin", dtype))
         (folder / "corpus.json").write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
     return header
 
 
+_SIZES = ("documents", "tokens", "bytes")
+
+
+def _write(
+    texts: _Texts,
+    split: str,
+    encoder: Encoder,
+    folder: Path,
+    shard_bytes: int,
+    counts: NDArray[np.int64],
+    progress: bool,
+) -> dict[str, Any]:
+    """Write the shards of a split, and return its entry of the header, with sizes "by_source".
+
+    counts: of each token id; those of the validation split are added.
+    """
+    by_source = []
+    with (
+        ShardWriter(folder, split, encoder.dtype.name, shard_bytes // encoder.dtype.itemsize) as writer,
+        tqdm(desc=f"encoding {split}", unit="B", unit_scale=True, disable=not progress) as bar,
+    ):
+        for source in range(len(texts.sources)):
+            sizes = dict.fromkeys(_SIZES, 0)
+            for ids, starts, read in encoder.batches(texts.parts(split, source)):
+                writer.write(ids, starts)
+                if split == "validation":
+                    counts += np.bincount(ids, minlength=len(counts))
+                for key, value in zip(_SIZES, (len(starts), len(ids), read), strict=True):
+                    sizes[key] += value
+                bar.update(read)
+            writer.end_source()
+            by_source.append(sizes)
+    return {
+        **{key: sum(sizes[key] for sizes in by_source) for key in _SIZES},
+        "shards": [
+            {
+                "name": shard.name,
+                "source": texts.sources[shard.source].name,
+                "documents": shard.documents,
+                "tokens": shard.tokens,
+            }
+            for shard in writer.shards
+        ],
+        "by_source": by_source,
+    }
+
+
+class Document(NamedTuple):
+    """Where a document is in the file of its source, and how much of it."""
+
+    start: int  # in bytes
+    size: int  # in bytes
+    length: int  # in characters
+    score: float  # in [0, 1), by a hash of the text
+
+
+_RECORD = np.dtype([("start", "u8"), ("size", "u8"), ("length", "u8"), ("score", "f8")])
+
+
 class Documents:
-    """Documents in an unnamed temporary file, one after the other.
+    """Documents of a source in an unnamed temporary file, one after the other, with a record of each in a second file.
 
     Args:
-        folder: where the file is; it needs the room of the text.
+        folder: where the files are; they need the room of the text.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._file = cast(IO[bytes], tempfile.TemporaryFile(dir=folder))
-        self._ends = array("Q", [0])  # in bytes; where each document ends, after where the first begins
-        self.lengths = array("Q")  # in characters
-        self.scores = array("d")  # in [0, 1), by a hash of the text
+        self._text = cast(IO[bytes], tempfile.TemporaryFile(dir=folder))
+        self._records = cast(IO[bytes], tempfile.TemporaryFile(dir=folder))
+        self._size = self._count = 0
+        self.characters = 0
 
     def __enter__(self) -> Documents:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        self._text.close()
+        self._records.close()
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return self._count
 
     def add(self, pieces: Iterable[str]) -> None:
         """Add one more document."""
-        length, digest, size = 0, hashlib.sha256(), self._ends[-1]
-        self._file.seek(size)
+        length, digest, size = 0, hashlib.sha256(), 0
+        self._text.seek(self._size)
         for piece in pieces:
             data = piece.encode()
             length, size = length + len(piece), size + len(data)
             digest.update(data)
-            self._file.write(data)
-        self.lengths.append(length)
-        self._ends.append(size)
-        self.scores.append(int.from_bytes(digest.digest()[:8], "big") / 2**64)
+            self._text.write(data)
+        score = int.from_bytes(digest.digest()[:8], "big") / 2**64
+        self._records.seek(self._count * _RECORD.itemsize)
+        self._records.write(np.array([(self._size, size, length, score)], _RECORD).tobytes())
+        self._size, self._count, self.characters = self._size + size, self._count + 1, self.characters + length
 
-    def pieces(self, index: int, start: int = 0, end: int | None = None) -> Iterator[str]:
+    def __iter__(self) -> Iterator[Document]:
+        for at in range(0, self._count, _RECORDS):
+            self._records.seek(at * _RECORD.itemsize)
+            data = self._records.read(_RECORDS * _RECORD.itemsize)
+            yield from map(Document._make, np.frombuffer(data, _RECORD).tolist())
+
+    def pieces(self, document: Document, start: int = 0, end: int | None = None) -> Iterator[str]:
         """Yield characters [start, end) of a document, in pieces of `PIECE` at most."""
-        at, end = 0, self.lengths[index] if end is None else end
-        for piece in codecs.iterdecode(self._blocks(self._ends[index], self._ends[index + 1]), "utf-8"):
+        at, end = 0, document.length if end is None else end
+        for piece in codecs.iterdecode(self._blocks(document.start, document.start + document.size), "utf-8"):
             if at >= end:
                 return
             if part := piece[max(0, start - at) : end - at]:
@@ -173,173 +251,121 @@ class Documents:
 
     def _blocks(self, start: int, end: int) -> Iterator[bytes]:
         while start < end:
-            self._file.seek(start)
-            yield self._file.read(min(PIECE, end - start))
+            self._text.seek(start)
+            yield self._text.read(min(PIECE, end - start))
             start += PIECE
 
 
-def hold_out(documents: Documents, fraction: float) -> tuple[array[int], str]:
-    """Divide the text between the splits.
+class HeldOut:
+    """The division of a source's text between the splits.
 
-    Return the character of each document at which its held-out part begins, and what is held out: "documents" (each is
-    as a whole in one split) or "ends".
+    Attributes:
+        what: is held out: "documents" (each is as a whole in one split) or "ends".
     """
-    held_out = [score < fraction for score in documents.scores]
-    share = sum(length for length, held in zip(documents.lengths, held_out, strict=True) if held)
-    if not all(held_out) and fraction / 2 <= share / max(1, sum(documents.lengths)) <= 2 * fraction:
-        starts = (0 if held else length for length, held in zip(documents.lengths, held_out, strict=True))
-        return array("Q", starts), "documents"
-    return array("Q", (_end(documents, index, fraction) for index in range(len(documents)))), "ends"
+
+    def __init__(self, documents: Documents, fraction: float) -> None:
+        self._documents, self._fraction = documents, fraction
+        held = [document.length for document in documents if document.score < fraction]
+        share = sum(held) / max(1, documents.characters)
+        whole = len(held) < len(documents) and fraction / 2 <= share <= 2 * fraction
+        self.what = "documents" if whole else "ends"
+
+    def start(self, document: Document) -> int:
+        """Return the character at which the held-out part of a document begins."""
+        if self.what == "documents":
+            return 0 if document.score < self._fraction else document.length
+        return _end(self._documents, document, self._fraction)
 
 
-def _end(documents: Documents, index: int, fraction: float) -> int:
+def _end(documents: Documents, document: Document, fraction: float) -> int:
     """Return where the held-out end of a document begins.
 
     It is not within a line or word, unless that would hold out twice as much.
     """
-    length = documents.lengths[index]
-    cut = int((1 - fraction) * length)
-    earliest = max(0, 2 * cut - length)
+    length = document.length
+    end = int((1 - fraction) * length)
+    earliest = max(0, 2 * end - length)
     at, line, word = earliest, 0, 0
-    for piece in documents.pieces(index, earliest, cut):
+    for piece in documents.pieces(document, earliest, end):
         line = at + piece.rfind("\n") + 1 if "\n" in piece else line
         word = at + piece.rfind(" ") + 1 if " " in piece else word
         at += len(piece)
-    return line or word or cut
+    return line or word or end
 
 
-def _parts(documents: Documents, starts: Sequence[int], split: str) -> Iterator[Iterator[str]]:
-    """Yield the text of each document that lies in a split, in pieces.
+class _Texts:
+    """The documents of all sources, in files.
 
-    Texts of nothing but space are left out.
-    """
-    for i, start in enumerate(starts):
-        bounds = (0, start) if split == "train" else (start, documents.lengths[i])
-        if any(piece.strip() for piece in documents.pieces(i, *bounds)):
-            yield documents.pieces(i, *bounds)
-
-
-def _cut(pieces: Iterable[str], place: Callable[[str], int]) -> Iterator[str]:
-    """Yield the same text in pieces that end where `place(text)` says.
-
-    place: is given at least PIECE + _MARGIN characters.
-    """
-    text = ""
-    for piece in pieces:
-        text += piece
-        while len(text) >= PIECE + _MARGIN:
-            at = place(text)
-            yield text[:at]
-            text = text[at:]
-    if text:
-        yield text
-
-
-def _at_a_word(text: str, good: Callable[[int], bool] = lambda at: True) -> int:
-    """Return where a long text can be cut.
-
-    It is the last `good` end of a word in its first PIECE characters, preferably before space; PIECE if there is none.
-    """
-    for end in (r"(?<=\w)(?=\s)", r"(?<=\w)(?=\W)"):
-        for start in (PIECE - 1024, 1):  # nearby, or anywhere
-            places = [match.start() for match in re.finditer(end, text[start:PIECE])][-_TRIES:]
-            if found := next((start + at for at in reversed(places) if good(start + at)), None):
-                return found
-    return PIECE
-
-
-class _Writer:
-    """The writer of a split's files, which also encodes the documents.
-
-    It counts the cuts of long documents that change their tokens.
+    Args:
+        folder: where the files are.
+        sources: to be read.
     """
 
-    def __init__(self, tokenizer: Tokenizer, eos: int, control: dict[int, str], dtype: str) -> None:
-        self.tokenizer, self.eos, self.control, self.dtype = tokenizer, eos, control, dtype
-        self.never = np.array(list(control), dtype=np.int64)
-        self.rough = 0
+    def __init__(self, folder: Path, sources: Sequence[Source]) -> None:
+        self.sources = sources
+        self.documents = [Documents(folder) for _ in sources]
+        self._divided: list[HeldOut] = []
 
-    def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+    def __enter__(self) -> _Texts:
+        return self
 
-    def place(self, text: str) -> int:
-        """Return a place where `text` can be cut without a change of its tokens.
+    def __exit__(self, *_: object) -> None:
+        for documents in self.documents:
+            documents.__exit__()
 
-        Without such a place, return where it is cut all the same.
+    @property
+    def held_out(self) -> list[str]:
+        """What is held out of each source."""
+        return [divided.what for divided in self._divided]
+
+    def read(self, fraction: float, progress: bool) -> None:
+        """Read the sources, and divide each between the splits."""
+        with tqdm(desc="reading", unit=" documents", disable=not progress) as bar:
+            for source, documents in zip(self.sources, self.documents, strict=True):
+                for pieces in source.documents():
+                    documents.add(pieces)
+                    bar.update()
+                self._divided.append(HeldOut(documents, fraction))
+
+    def parts(self, split: str, source: int | None = None) -> Iterator[Iterator[str]]:
+        """Yield the text of each document that lies in a split, in pieces; of one source, or of all.
+
+        Texts of nothing but space are left out.
         """
+        for documents, document, bounds in self._bounds(split, source):
+            pieces = documents.pieces(document, *bounds)
+            if (first := next(pieces, None)) is None:
+                continue
+            if first.strip() or any(piece.strip() for piece in pieces):
+                yield documents.pieces(document, *bounds)
 
-        def good(at: int) -> bool:
-            before, behind = text[max(0, at - _MARGIN) : at], text[at : at + _MARGIN]
-            return self.encode(before) + self.encode(behind) == self.encode(before + behind)
+    def _bounds(self, split: str, source: int | None = None) -> Iterator[tuple[Documents, Document, tuple[int, int]]]:
+        """Yield documents, and where their part of a split begins and ends, in characters."""
+        for i in range(len(self.sources)) if source is None else [source]:
+            documents, divided = self.documents[i], self._divided[i]
+            for document in documents:
+                start = divided.start(document)
+                bounds = (0, start) if split == "train" else (start, document.length)
+                if bounds[0] < bounds[1]:
+                    yield documents, document, bounds
 
-        at = _at_a_word(text, good)
-        if at == PIECE and not good(at):
-            self.rough += 1
-            at = _at_a_word(text)
-        return at
+    def sample(self, most: int) -> Iterator[str]:
+        """Yield the text of all documents, in pieces that end with words.
 
-    def write(self, documents: Iterable[Iterable[str]], stem: Path, progress: bool) -> dict[str, int]:
-        """Write stem.bin and stem.idx, and return how many documents, tokens and bytes of text they hold."""
-        offsets, tokens, size = array("Q", [0]), 0, 0
-        with (
-            stem.with_suffix(".bin").open("wb") as file,
-            tqdm(desc=f"encoding {stem.name}", unit="B", unit_scale=True, disable=not progress) as bar,
-        ):
-            for batch in self._batches(documents):
-                texts = [text for text, _ in batch]
-                with library_errors("the tokenizer cannot encode the text"):
-                    encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-                for (text, ends), encoding in zip(batch, encodings, strict=True):
-                    ids = encoding.ids
-                    if np.isin(ids, self.never).any():
-                        ids = encode_as_text(self.encode, self.control, text)
-                    if ends:
-                        ids = [*ids, self.eos]
-                    np.asarray(ids, dtype=self.dtype).tofile(file)
-                    tokens += len(ids)
-                    if ends:
-                        offsets.append(tokens)
-                read = sum(len(text.encode()) for text in texts)
-                size += read
-                bar.update(read)
-        np.frombuffer(offsets, dtype=np.uint64).tofile(stem.with_suffix(".idx"))
-        return {"documents": len(offsets) - 1, "tokens": tokens, "bytes": size}
-
-    def _batches(self, documents: Iterable[Iterable[str]]) -> Iterator[list[tuple[str, bool]]]:
-        """Yield lists of (text, whether it ends its document), of about `_BATCH` characters."""
-        batch: list[tuple[str, bool]] = []
-        room = _BATCH
-        for pieces in documents:
-            held: str | None = None
-            for text in itertools.chain(_cut(pieces, self.place), [None]):
-                if held is not None:
-                    batch.append((held, text is None))
-                    room -= len(held) + 64  # an empty text is not free
-                if room <= 0:
-                    yield batch
-                    batch, room = [], _BATCH
-                held = text
-        if batch:
-            yield batch
-
-    def warn(self) -> None:
-        """Report how many cuts change tokens."""
-        if self.rough:
-            warnings.warn(
-                f"documents of more than {PIECE:,} characters were encoded in pieces, and at {self.rough:,} of the "
-                "cuts this tokenizer may give other tokens than for the whole: no word ends there, or it treats the "
-                "start of a text in its own way",
-                stacklevel=3,
-            )
-
-
-def _count(file: Path, dtype: str) -> NDArray:
-    """Return how often each id is in a file of tokens."""
-    tokens: NDArray = np.memmap(file, dtype=dtype, mode="r")
-    counts = np.zeros(int(tokens.max()) + 1, dtype=np.int64)
-    for at in range(0, len(tokens), _BATCH):
-        counts += np.bincount(tokens[at : at + _BATCH], minlength=len(counts))
-    return counts
+        Of more than `most` characters, every k-th stretch of PIECE characters: the pieces that begin in it.
+        """
+        every = max(1, -(-sum(documents.characters for documents in self.documents) // most))
+        at = 0
+        for documents in self.documents:
+            for document in documents:
+                stretches = range(at // PIECE, (at + document.length) // PIECE + 1)
+                if any(stretch % every == 0 for stretch in stretches[:every]):
+                    begin = at
+                    for piece in cut(documents.pieces(document), at_a_word):
+                        if begin // PIECE % every == 0:
+                            yield piece
+                        begin += len(piece)
+                at += document.length
 
 
 def _entropy(counts: NDArray) -> float:

@@ -122,12 +122,13 @@ def prepare_tasks(
 def _documents(dataset: TokenDataset, most_tokens: int | None = None) -> Iterator[str]:
     """Yield the documents of a split as text."""
     tokenizer = load_tokenizer(dataset.path)
-    bounds = dataset.documents.tolist()
-    for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
-        if most_tokens is not None and end > most_tokens:
+    read = 0
+    for tokens in dataset.documents():
+        read += len(tokens)
+        if most_tokens is not None and read > most_tokens:
             return
         with library_errors(f"the tokenizer of {dataset.path} cannot decode its text"):
-            text = tokenizer.decode(dataset.tokens[begin : end - 1].tolist(), skip_special_tokens=False)
+            text = tokenizer.decode(tokens[:-1].tolist(), skip_special_tokens=False)
         yield text
 
 

@@ -22,13 +22,16 @@ DType = Literal["float32", "bfloat16"]
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The section [data]: the corpus and the length of windows.
+    """The section [data]: the corpus, the length of windows, and weights of sources.
+
+    weights: how much more often than by its tokens a source is drawn; 1 for sources without a weight, 0: never.
 
     ValueError: a wrong type or value.
     """
 
     path: str = "data/stdlib"  # corpus folder, made by `illada prepare`
     window: Positive = 1024  # tokens of a training window, split or not
+    weights: dict[str, NonNegativeFloat] = field(default_factory=dict)  # {name = 2.0}: a source twice as often
 
     def __post_init__(self) -> None:
         check_fields(self, "data")
@@ -118,7 +121,7 @@ class TrainConfig:
     Attributes:
         model: "preset" and any field of `illada.config.ModelConfig`. Its vocabulary and special ids come from the
             corpus unless they are given.
-        data: The corpus and the length of windows.
+        data: The corpus, the length of windows, and weights of sources.
         diffusion: Options of the forward process.
         optimizer: AdamW and gradient clipping.
         schedule: Warm-up and decay of the learning rate.
@@ -213,7 +216,10 @@ class TrainConfig:
                 lines.append(f"# preset: {', '.join(PRESETS)}; any field of ModelConfig may be set beside it")
             for key, value in values.items():
                 comment = f"  # {comments[key]}" if key in comments else ""
-                if value is not None:  # TOML has no null: a missing key has its default
+                if isinstance(value, dict):  # in one line, not as a section of its own
+                    inline = ", ".join(tomli_w.dumps(value).splitlines())
+                    lines.append(f"{key} = {{ {inline} }}{comment}" if value else f"{key} = {{}}{comment}")
+                elif value is not None:  # TOML has no null: a missing key has its default
                     lines.append(tomli_w.dumps({key: value}).rstrip("\n") + comment)
             lines.append("")
         return "\n".join(lines)

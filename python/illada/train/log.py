@@ -54,12 +54,16 @@ class Log:
         self.bar.update(1)
 
     def train(self, *, step: int, seconds: float, loss_by_t: list[float | None], **values: float) -> None:
-        """Log loss, loss_by_t, learning_rate, grad_norm, tokens_per_second, tokens_seen since the last call."""
+        """Log loss, loss_by_t, learning_rate, grad_norm, tokens_per_second, tokens_seen since the last call.
+
+        data_wait: seconds since the last call that training waited for data.
+        """
         line = {"kind": "train", "step": step, "seconds": round(seconds, 3), **values, "loss_by_t": loss_by_t}
         self._write(line)
         self.say(
             f"step {step:>6}/{self.steps}  loss {values['loss']:7.4f}  lr {values['learning_rate']:.2e}  "
-            f"grad {values['grad_norm']:6.3f}  {values['tokens_per_second']:>8.0f} tokens/s  {_clock(seconds)}"
+            f"grad {values['grad_norm']:6.3f}  {values['tokens_per_second']:>8.0f} tokens/s  "
+            f"data_wait {values['data_wait']:.2f} s  {_clock(seconds)}"
         )
 
     def validation(self, *, step: int, seconds: float, bound: float, unigram_entropy: float) -> None:

@@ -10,6 +10,7 @@ nothing: micro-batches since the last optimizer step are dropped and done again.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 import time
@@ -23,15 +24,17 @@ import torch
 from illada.batch import Batch
 from illada.config import ModelConfig
 from illada.data.dataset import TokenDataset
-from illada.diffusion import make_batch, make_validation_batch, window_of_sample
+from illada.diffusion import make_batch, make_validation_batch, window_of_weighted_sample
 from illada.files import locked, remove_stale, write_text
 from illada.model import MaskedDiffusionModel
 from illada.ops import why_not
+from illada.schema import some_of
 from illada.train import state as train_state
 from illada.train.config import RunConfig, TrainConfig
 from illada.train.log import Log
 from illada.train.loss_by_t import LossByT
 from illada.train.pace import Pace
+from illada.train.prefetch import Prefetch
 from illada.train.requests import decay_is_requested, forget_decay_request
 from illada.train.schedule import Schedule
 
@@ -83,7 +86,8 @@ def train(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("this trainer runs in one process; start it without torchrun")
     corpus, held_out = TokenDataset(config.data.path), TokenDataset(config.data.path, "validation")
-    corpus.num_windows(config.data.window), held_out.num_windows(config.data.window)  # their errors come first
+    # Their errors come first.
+    corpus.num_windows(config.data.window), held_out.num_windows(config.data.window), _weights(corpus, config)
     out_dir = Path(config.train.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     with locked(out_dir / ".lock", f"{out_dir} is in use"):
@@ -134,6 +138,7 @@ def _train(
     saved: Path | None = source
     began, logged_at, logged_tokens = time.monotonic(), time.monotonic(), tokens_seen
     stopped, pace, by_t = False, Pace(), LossByT(device)
+    micro_batches_per_step = config.train.windows_per_step // config.train.windows_per_micro_batch
 
     def asked() -> bool:
         return should_stop() or log.lost is not None
@@ -163,6 +168,11 @@ def _train(
             on_validation(step, model)
         return found
 
+    batches = Prefetch(
+        batch
+        for later in itertools.count(step)
+        for batch in micro_batches(corpus, later, config, model.config.mask_token_id)
+    )
     try:
         if _validates(step, schedule.end, config) and not log.has_validation(step):  # it was stopped there
             bound = validate()
@@ -174,7 +184,7 @@ def _train(
                 group["lr"] = rate
             optimizer.zero_grad(set_to_none=True)
             loss_sum = 0.0
-            for batch in micro_batches(corpus, step, num_windows, config, model.config.mask_token_id):
+            for batch in itertools.islice(batches, micro_batches_per_step):
                 with _autocast(config, device):
                     batch = batch.to(device)
                     loss, nll = model.loss_and_nll(batch, normalizer=float(config.train.windows_per_step * window))
@@ -209,9 +219,11 @@ def _train(
                     grad_norm=float(norm),
                     tokens_per_second=(tokens_seen - logged_tokens) / max(now - logged_at, 1e-9),
                     tokens_seen=tokens_seen,
+                    data_wait=batches.waited,
                     loss_by_t=by_t.take(),
                 )
                 losses.clear()
+                batches.waited = 0.0
                 if device.type == "cpu" and (hint := pace.hint(torch.get_num_threads())):
                     log.say(hint)
             if _validates(step, schedule.end, config):
@@ -242,6 +254,7 @@ def _train(
         log.say(f"stopped at step {step}; run the same command again to go on" if stopped else "done")
         log.say(f"checkpoint {saved}" + (f", plot {plot}" if plot else ""))
     finally:
+        batches.close()
         log.close()
     if log.lost is not None and not should_stop():
         raise log.lost
@@ -257,14 +270,13 @@ def _train(
     )
 
 
-def micro_batches(
-    corpus: TokenDataset, step: int, num_windows: int, config: TrainConfig, mask_id: int
-) -> Iterator[Batch]:
+def micro_batches(corpus: TokenDataset, step: int, config: TrainConfig, mask_id: int) -> Iterator[Batch]:
     """Yield the data of one optimizer step, a pure function of (seed, step)."""
     per_step, per_micro = config.train.windows_per_step, config.train.windows_per_micro_batch
+    sources, weights = corpus.windows_of_sources(config.data.window), _weights(corpus, config)
     for first in range(step * per_step, (step + 1) * per_step, per_micro):
         samples = np.arange(first, first + per_micro)
-        windows = window_of_sample(samples, num_windows, config.train.seed, config.diffusion)
+        windows = window_of_weighted_sample(samples, sources, weights, config.train.seed, config.diffusion)
         yield make_batch(
             corpus.windows(windows, config.data.window),
             samples,
@@ -274,6 +286,23 @@ def micro_batches(
             eos_id=corpus.header["eos_token_id"],
             global_batch=per_step,
         )
+
+
+def _weights(corpus: TokenDataset, config: TrainConfig) -> list[float]:
+    """Return the weight of each source.
+
+    ValueError: a weight of no source, or nothing to train on.
+    """
+    weights = config.data.weights
+    if unknown := [name for name in weights if name not in corpus.sources]:
+        raise ValueError(
+            f"data.weights has {unknown[0]!r:.80}; the sources of {corpus.path} are {some_of(corpus.sources)}"
+        )
+    found = [weights.get(name, 1.0) for name in corpus.sources]
+    windows = corpus.windows_of_sources(config.data.window)
+    if not any(weight and count for weight, count in zip(found, windows, strict=True)):
+        raise ValueError(f"data.weights leaves nothing of {corpus.path}: no source has a weight above 0 and a window")
+    return found
 
 
 @torch.no_grad()

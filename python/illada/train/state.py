@@ -41,7 +41,12 @@ _STATE = {
 _OPTIONAL = {"decay_step": Count, "validation_bounds": list[Annotated[list[Finite], Len(2, 2)]]}
 
 #: What may not change between a run and its resumption: it would make another run of it.
-_FIXED_KEYS = {"model": None, "diffusion": None, "data": ("window",), "train": ("seed", "windows_per_step", "dtype")}
+_FIXED_KEYS = {
+    "model": None,
+    "diffusion": None,
+    "data": ("window", "weights"),
+    "train": ("seed", "windows_per_step", "dtype"),
+}
 
 
 def save(
