@@ -108,9 +108,10 @@ struct Loader {
   template <bool kPartial>
   __device__ __forceinline__ void start_stage(const TileCopier& copier, const KeySource& source, int tile,
                                               int rows) const {
-    if (tile >= 0) copier.template keys<kKeys, kPartial>(v_of(tile), source.v, a.v_token_bytes, tile * kKeys, rows);
+    const uint32_t stage = v_of(tile);  // once: the compiler would compute it again for K
+    if (tile >= 0) copier.template keys<kKeys, kPartial>(stage, source.v, a.v_token_bytes, tile * kKeys, rows);
     if (tile > 0)
-      copier.template keys<kKeys, false>(k_before(tile), source.k, a.k_token_bytes, (tile - 1) * kKeys, kKeys);
+      copier.template keys<kKeys, false>(stage + kTileBytes, source.k, a.k_token_bytes, (tile - 1) * kKeys, kKeys);
   }
 
   // Starts the copies of the queries of an item. Rows without a token become zeros; their address must be legal even
