@@ -243,7 +243,6 @@ struct RangeSampler {
   const bool noisy;
   const KeptIds<kFiltered> kept;
   typename Loader::Reader reader;
-  const RowNoiseLoop noise_loop;
   SharedBound shared_bound;
   SoftmaxRecord* const records;  // of this warp, for the first vocab tile of the range
 
@@ -266,7 +265,6 @@ struct RangeSampler {
         noisy(noise.temperature > 0),
         kept(cuts, row, p.confidence_at_temperature),
         reader{static_cast<const T*>(p.logits) + row * p.logits_row_stride, nullptr, first, RowBias(p, row)},
-        noise_loop(noise),
         shared_bound{&shared.bound},
         records((split.splits == 1 ? reinterpret_cast<SoftmaxRecord*>(dynamic_shared)
                                    : softmax_records(p.workspace, p.num_rows, row_records(split), row)) +
@@ -356,10 +354,10 @@ struct RangeSampler {
   }
 
   // With noise: offers the ids of a loop step that may beat the shared bound.
-  __device__ __forceinline__ void race(int base, const float (&maximum)[kUnroll]) {
+  __device__ __forceinline__ void race(int base, const float (&maximum)[kUnroll], const RowNoiseLoop& noise_loop) {
     const float bound = shared_bound.read();
     unsigned candidates[kUnroll] = {};
-    find_candidates(base, maximum, bound, candidates);
+    find_candidates(base, maximum, noise_loop, bound, candidates);
     score_candidates(base - int(threadIdx.x % 32), bound, candidates);
   }
 
@@ -424,7 +422,8 @@ struct RangeSampler {
  private:
   // Finds the lanes whose vector u may hold the winner: its smallest random word is compared with the limit of its
   // largest logit. A warp makes the words of a vector only if some lane needs them.
-  __device__ __forceinline__ void find_candidates(int base, const float (&maximum)[kUnroll], float bound,
+  __device__ __forceinline__ void find_candidates(int base, const float (&maximum)[kUnroll],
+                                                  const RowNoiseLoop& noise_loop, float bound,
                                                   unsigned (&candidates)[kUnroll]) const {
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
@@ -476,6 +475,7 @@ __global__ __launch_bounds__(kThreads, kSampleCtasPerSm) void illada_sample_toke
   sampler.mark_biased_vectors();
   typename Sampler::Loader loader{sampler.reader, first, end, stages, thread_ring(dynamic_shared, split, p.bias_count)};
   loader.start();
+  const RowNoiseLoop noise_loop(sampler.noise);  // after the start: it waits for the row's seed, the loads do not
   if (sampler.noisy) sampler.find_first_bound(loader.next[0]);
 
   int base = first + int(threadIdx.x);
@@ -487,7 +487,7 @@ __global__ __launch_bounds__(kThreads, kSampleCtasPerSm) void illada_sample_toke
     sampler.add_bias(base, x);
     const float top = sampler.add_to_softmax(base, x, maximum);
     if (sampler.noisy) {
-      sampler.race(base, maximum);
+      sampler.race(base, maximum, noise_loop);
     } else {
       sampler.remember_largest(base, top);
     }
