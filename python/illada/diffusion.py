@@ -12,6 +12,8 @@ Randomness: Philox4x32-10 with key = seed and counter = (block, index lo, index 
 
 from __future__ import annotations
 
+import functools
+import heapq
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -109,20 +111,31 @@ def shares(windows: Sequence[int], weights: Sequence[float]) -> list[int]:
     Raises:
         ValueError: No source has both, or there are more than `_ROUND` sources.
     """
+    return list(_shares(tuple(windows), tuple(weights)))
+
+
+@functools.lru_cache(maxsize=16)
+def _shares(windows: tuple[int, ...], weights: tuple[float, ...]) -> tuple[int, ...]:
     parts = [Fraction(weight) * count for weight, count in zip(weights, windows, strict=True)]
     drawn = [i for i, part in enumerate(parts) if part]
     if not 0 < len(drawn) <= _ROUND:
         raise ValueError(f"shares: {len(drawn)} sources have a weight and a window, must be 1 to {_ROUND}")
+    unit = _ROUND / sum(parts)
     found = [0] * len(parts)
     for i in drawn:
-        found[i] = max(1, int(parts[i] * _ROUND / sum(parts)))
-    # What rounding left goes to those that it cost most; what the smallest took beyond their part, the largest give.
-    for _ in range(abs(missing := _ROUND - sum(found))):
-        if missing > 0:
-            found[max(drawn, key=lambda i: parts[i] * _ROUND / sum(parts) - found[i])] += 1
-        else:
-            found[max(drawn, key=lambda i: found[i])] -= 1
-    return found
+        found[i] = max(1, int(parts[i] * unit))
+    missing = _ROUND - sum(found)
+    # What rounding left, less than one for each, goes to those that it cost most.
+    for i in sorted(drawn, key=lambda i: found[i] - parts[i] * unit)[: max(0, missing)]:
+        found[i] += 1
+    # What the smallest took beyond their part, the largest give.
+    largest = [(-found[i], i) for i in drawn]
+    heapq.heapify(largest)
+    for _ in range(-missing):
+        count, i = heapq.heappop(largest)
+        found[i] = -count - 1
+        heapq.heappush(largest, (-found[i], i))
+    return tuple(found)
 
 
 def window_of_weighted_sample(

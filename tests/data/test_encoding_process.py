@@ -71,3 +71,22 @@ def test_a_corpus_does_not_depend_on_processes(tmp_path, monkeypatch):
         {file.name: file.read_bytes() for file in (tmp_path / "out" / name).iterdir()} for name in (str(1 << 30), "1")
     )
     assert one == two and "train-00000.bin" in one
+
+
+def test_what_start_up_files_print_is_no_answer(encoder, tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text("print('Welcome')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    with EncoderProcesses(encoder, 1) as processes:
+        found = list(processes.encode_batches(batches()))
+    assert len(found) == len(batches())
+
+
+def test_a_process_that_answers_nonsense(encoder, monkeypatch):
+    with EncoderProcesses(encoder, 1) as processes:
+        monkeypatch.setattr(encoding_process.pickle, "load", _unreadable)
+        with pytest.raises(RuntimeError, match=r"has ended \(SIGKILL\)"):
+            list(processes.encode_batches(batches()))
+
+
+def _unreadable(stream):
+    raise encoding_process.pickle.UnpicklingError("nonsense")

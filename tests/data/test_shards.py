@@ -129,6 +129,35 @@ def test_many_shards_are_not_mapped_at_once(tmp_path, monkeypatch):
     assert len(data.shards) > 30 and len(data._maps) == 3
 
 
+def test_a_corpus_that_is_replaced_while_it_is_read(tmp_path):
+    """No window mixes the old text and the new one: what was mapped stays, the next file is refused."""
+    texts = [[f"{word} {i} " * 30 for i in range(30)] for word in ("old", "new")]
+    for name, lines in zip(("a", "b"), texts, strict=True):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in lines))
+    prepare(f"jsonl:{tmp_path}/a.jsonl", tmp_path / "c", vocab_size=300, shard_bytes=512)
+    data = TokenDataset(tmp_path / "c")
+    assert len(data.shards) > 2
+    before = data.windows(np.array([0]), 32)
+    tokenizer = tmp_path / "tokenizer.json"
+    tokenizer.write_bytes((tmp_path / "c" / "tokenizer.json").read_bytes())
+    prepare(f"jsonl:{tmp_path}/b.jsonl", tmp_path / "c", tokenizer=tokenizer, shard_bytes=512, overwrite=True)
+    assert np.array_equal(data.windows(np.array([0]), 32), before)
+    with pytest.raises(RuntimeError, match="c was replaced or removed while it was read; start again"):
+        data.windows(np.arange(data.num_windows(32)), 32)
+    for file in (tmp_path / "c").iterdir():
+        file.unlink()
+    with pytest.raises(RuntimeError, match="was replaced or removed"):
+        data.windows(np.arange(data.num_windows(32)), 32)
+    assert TokenDataset(write_corpus(tmp_path / "d", 16)).num_tokens  # another one is read as ever
+
+
+def test_the_fingerprint_follows_sources_and_sizes(tmp_path):
+    first = TokenDataset(write_corpus(tmp_path / "a", 16, sources=2))
+    assert first.fingerprint() == TokenDataset(write_corpus(tmp_path / "b", 16, sources=2)).fingerprint()
+    others = [write_corpus(tmp_path / "c", 16), write_corpus(tmp_path / "d", 20, sources=2)]
+    assert len({first.fingerprint(), *(TokenDataset(path).fingerprint() for path in others)}) == 3
+
+
 def test_prepared_shards_and_sources(tmp_path):
     texts = {"a": [f"line {i} of a\n" * 30 for i in range(40)], "b": [f"{i} b " * 90 for i in range(40)]}
     for name, of in texts.items():

@@ -206,7 +206,7 @@ def read_log(folder):
     log = Log(folder, step=1, steps=2, progress=False)
     try:
         log.has_validation(1)
-        log.validation(step=2, seconds=1.0, bound=2.0, unigram_entropy=3.0)
+        log.validation(step=2, seconds=1.0, bound=2.0, unigram_entropy=3.0, tokens_seen=9)
         values = dict.fromkeys(("loss", "learning_rate", "grad_norm", "tokens_per_second", "data_wait"), 1.0)
         log.train(step=2, seconds=1.0, tokens_seen=9, loss_by_t=[None], **values)
         if zlib.crc32(content) % 8 == 0:  # it takes half a second
@@ -338,7 +338,14 @@ def make_valid(root):
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    values = {"step": 1, "tokens_seen": 64, "unlogged_losses": [2.5], "decay_step": 1, "validation_bounds": [(1, 2.4)]}
+    values = {
+        "step": 1,
+        "tokens_seen": 64,
+        "unlogged_losses": [2.5],
+        "decay_step": 1,
+        "validation_bounds": [(1, 2.4)],
+        "corpus": "0",
+    }
     train_state.save(run / "checkpoints", model, optimizer, config, tokenizer=tokenizer, **values)
     (run / "run.toml").write_text(config.to_toml())
     metrics = [

@@ -90,6 +90,14 @@ def test_the_papers_model():
     assert many.seconds_per_step == pytest.approx(many.flop_per_step / (989e12 * 0.4 * 256))
 
 
+def test_steps_end_with_the_decay():
+    config, model_config = configured(
+        **{"train.steps": 1000, "schedule.decay_start": 200.0, "schedule.decay_steps": 50}
+    )
+    found = estimate(config, model_config)
+    assert (found.steps, found.tokens) == (250, 250 * found.tokens_per_step)
+
+
 @pytest.mark.parametrize(
     "options,message",
     [
@@ -115,6 +123,7 @@ def test_command(tmp_path, capsys):
     assert cli.main([*run, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["parameters"] == ModelConfig.preset("illada_8b").num_parameters
-    assert cli.main(["train", "illada_8b", "--json"]) == 2
-    assert "--json belongs to --dry-run" in capsys.readouterr().err
+    for option in (["--json"], ["--ranks", "8"], ["--peak-tflops", "900"], ["--mfu", "0.3"]):
+        assert cli.main(["train", "illada_8b", *option]) == 2
+        assert f"{option[0]} belongs to --dry-run" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

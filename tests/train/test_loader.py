@@ -4,6 +4,7 @@ import itertools
 import json
 import threading
 import time
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 
 from illada.data.corpus import prepare
 from illada.data.dataset import TokenDataset
+from illada.diffusion import shares
 from illada.train import load_config, loop, train
 from illada.train.loop import micro_batches
 from illada.train.prefetch import Prefetch
@@ -89,6 +91,55 @@ def test_weights_of_no_source_and_of_none(corpus, tmp_path):
     ):
         with pytest.raises(ValueError, match=match):
             load_config(None, [f"--data.weights={weights}"])
+
+
+def test_a_weighted_source_without_a_window(corpus, tmp_path):
+    (tmp_path / "short.txt").write_text("abc 1 abc 2")
+    (tmp_path / "long.txt").write_text("abc 1 " * 2000)
+    names = [f"file:{tmp_path}/{name}.txt" for name in ("short", "long")]
+    prepare(names, tmp_path / "c", tokenizer=corpus / "tokenizer.json", validation_fraction=0.2)
+    weights = {"data.weights": f'{{"{names[0]}" = 3.0}}'}
+    with pytest.raises(ValueError, match=r"data.weights has 'file:.*short.txt', .* less than one window of 32 tokens"):
+        train(load_config(None, settings(tmp_path / "c", tmp_path / "run", **weights)), progress=False)
+
+
+def test_shares_are_those_of_the_definition():
+    """Against the definition, one draw at a time, and fast for many sources."""
+    chance = np.random.default_rng(0)
+    for count in (1, 2, 3, 7, 40):
+        windows = [int(n) for n in chance.integers(0, 10_000, count)]
+        windows[0] = 5
+        weights = [float(w) for w in chance.choice([0.0, 0.001, 0.5, 1.0, 3.0], count)]
+        weights[0] = 1.0
+        assert shares(windows, weights) == _shares_by_definition(windows, weights)
+    began = time.monotonic()
+    assert sum(shares([int(n) for n in chance.integers(1, 10_000, 1000)], list(chance.random(1000)))) == 65536
+    assert time.monotonic() - began < 5
+
+
+def _shares_by_definition(windows, weights):
+    parts = [Fraction(weight) * count for weight, count in zip(weights, windows, strict=True)]
+    drawn = [i for i, part in enumerate(parts) if part]
+    found = [max(1, int(part * 65536 / sum(parts))) if part else 0 for part in parts]
+    while (missing := 65536 - sum(found)) != 0:
+        if missing > 0:
+            found[max(drawn, key=lambda i: parts[i] * 65536 / sum(parts) - found[i])] += 1
+        else:
+            found[max(drawn, key=lambda i: found[i])] -= 1
+    return found
+
+
+def test_a_run_on_other_text_says_so(corpus, tmp_path, capsys):
+    other = tmp_path / "other"
+    texts = [f"xyz {i} " * 50 for i in range(60)]
+    (tmp_path / "t.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    prepare(f"jsonl:{tmp_path}/t.jsonl", other, tokenizer=corpus / "tokenizer.json", validation_fraction=0.2)
+    train(load_config(None, settings(corpus, tmp_path / "run")), progress=False)
+    capsys.readouterr()
+    train(load_config(None, settings(corpus, tmp_path / "run", **{"train.steps": 5})), progress=False)
+    assert "is not that of the checkpoint" not in capsys.readouterr().out
+    train(load_config(None, settings(other, tmp_path / "run", **{"train.steps": 6})), progress=False)
+    assert "other is not that of the checkpoint" in capsys.readouterr().out
 
 
 def test_weights_are_written_and_belong_to_the_run(corpus, tmp_path):

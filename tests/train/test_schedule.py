@@ -97,6 +97,29 @@ def test_a_run_decays_on_its_plateau_and_resumes_with_the_same_rates(config, tmp
         assert [r["step"] for r in metrics(parts) if r["kind"] == "decay"] == [4]
 
 
+def test_a_validation_that_no_checkpoint_has_is_made_again(config, tmp_path, monkeypatch):
+    """Stopped within the validation that decides, then before the next checkpoint: the decision is not lost."""
+    whole = train(plateau(config), progress=False)
+    parts = plateau(config, out_dir=str(tmp_path / "parts"))
+    steps = [r["step"] for r in metrics(config) if r["kind"] == "decay"]
+
+    def stopped_after(count):
+        asked = []
+        return train(parts, should_stop=lambda: asked.append(1) or len(asked) == count, progress=False)
+
+    per_validation = 4  # micro-batches: 2 strata of 4 windows
+    first = stopped_after(4 * 2 + per_validation + 1)  # within the second validation, after step 4
+    assert first.step == 4 and train_state.read_state(first.checkpoint)["validation_bounds"][-1][0] == 2
+    second = stopped_after(per_validation + 1)  # validates again and stops in the next micro-batch
+    assert second.step == 4
+    last = train(parts, progress=False)
+    assert last.step == whole.step and same(weights(whole.checkpoint), weights(last.checkpoint))
+    assert [r["step"] for r in metrics(parts) if r["kind"] == "decay"] == steps == [4]
+    assert [r["step"] for r in metrics(parts) if r["kind"] == "validation"] == [
+        r["step"] for r in metrics(config) if r["kind"] == "validation"
+    ]
+
+
 def by_command(config, **train_options):
     return change(
         config,
@@ -145,8 +168,40 @@ def test_a_kill_before_the_decision_is_saved_keeps_the_request(config, tmp_path,
     assert not decay_is_requested(tmp_path / "run")
 
 
+def test_a_request_during_the_warm_up_waits_for_its_end(config, tmp_path):
+    options = change(by_command(config), schedule={"warmup_steps": 5})
+
+    def validated(step, model):
+        if step == 3:
+            request_decay(tmp_path / "run")
+
+    result = train(options, on_validation=validated, progress=False)
+    assert result.step == 5 + 4
+    assert [r["step"] for r in metrics(options) if r["kind"] == "decay"] == [5]
+
+
+def test_requests_that_change_nothing(config, tmp_path, capsys):
+    """The log says why; a request of an earlier run in the same folder is dropped."""
+    run = tmp_path / "run"
+    options = change(config, schedule={"decay_start": 1.0, "decay": "none"}, train={"steps": 4})
+    train(options, progress=False)
+    assert cli.main(["train", "--decay-now", str(run)]) == 2
+    assert "has no decay (schedule.decay is none)" in capsys.readouterr().err
+
+    late = change(config, schedule={"warmup_steps": 0, "decay_start": 2.0}, train={"out_dir": str(tmp_path / "late")})
+    train(late, on_validation=lambda step, model: step == 3 and request_decay(tmp_path / "late"), progress=False)
+    assert "asked to decay, which changes nothing: the decay has begun" in capsys.readouterr().out
+
+    again = by_command(config, out_dir=str(tmp_path / "late"), steps=6)
+    request_decay(tmp_path / "late")
+    for path in (tmp_path / "late" / "checkpoints").iterdir():
+        path.rename(tmp_path / path.name)
+    assert train(again, progress=False).step == 6
+    assert not [r for r in metrics(again) if r["kind"] == "decay"]
+
+
 def test_decay_now_stands_alone(tmp_path, capsys):
-    for extra in (["demo"], ["--train.steps=3"], ["--print-config"]):
+    for extra in (["demo"], ["--train.steps=3"], ["--print-config"], ["--dry-run"]):
         assert cli.main(["train", "--decay-now", str(tmp_path), *extra]) == 2
         assert "stands alone" in capsys.readouterr().err
     assert cli.main(["train", "--decay-now", str(tmp_path / "none")]) == 2

@@ -28,6 +28,14 @@ def test_loss_by_t_is_the_mean_of_each_bucket():
     assert sums.take() == [None] * BUCKETS
 
 
+def test_loss_by_t_counts_many_tokens():
+    """Where float32 would not count on: 2^24 + 2^23 tokens of one bucket."""
+    sums = LossByT(torch.device("cpu", 0))
+    for count in (2**24, 2**22, 2**22):
+        sums.add(torch.full((count,), 2.5), torch.ones(count))
+    assert sums.take()[-1] == 2.5
+
+
 def test_loss_by_t_of_a_model_is_its_loss():
     config = ModelConfig.from_dict(
         {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,

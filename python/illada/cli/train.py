@@ -68,8 +68,10 @@ def _run(options: argparse.Namespace) -> int:
         return 0
     if options.dry_run:
         return _dry_run(config, options)
-    if options.json:
-        raise ValueError("--json belongs to --dry-run; a run writes metrics.jsonl")
+    given = {"--ranks": options.ranks != 1, "--peak-tflops": options.peak_tflops is not None,
+             "--mfu": options.mfu != 0.4, "--json": options.json}  # fmt: skip
+    if wrong := [name for name, is_given in given.items() if is_given]:
+        raise ValueError(f"{wrong[0]} belongs to --dry-run: a run is one process and writes metrics.jsonl")
     TokenDataset(config.data.path)  # the errors of paths come before torch, which takes seconds to load
     if options.resume not in ("auto", "never"):
         state_file(Path(options.resume))
@@ -98,7 +100,7 @@ def _run(options: argparse.Namespace) -> int:
 def _decay_now(options: argparse.Namespace) -> int:
     from illada.train.requests import request_decay
 
-    if options.config is not None or options.overrides or options.print_config:
+    if options.config is not None or options.overrides or options.print_config or options.dry_run:
         raise ValueError("--decay-now RUN stands alone: the run has its configuration")
     request_decay(Path(options.decay_now))
     print(f"asked the run in {options.decay_now}; its log says when the decay begins, at once or when it is resumed")

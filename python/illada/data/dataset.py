@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
+import json
 import mmap
 import shlex
 from bisect import bisect_right
@@ -48,6 +50,7 @@ class TokenDataset:
 
     Raises:
         FileNotFoundError: no corpus there. ValueError: not a corpus, another format version, or damaged files.
+        RuntimeError, by what reads: the corpus was replaced meanwhile.
     """
 
     def __init__(self, path: str | Path, split: str = "train") -> None:
@@ -74,6 +77,7 @@ class TokenDataset:
         self.sources, self.shards = self._read_shards(header_file, where)
         self._dtype = np.dtype(self.header["dtype"]).newbyteorder("<")
         self._maps: dict[str, tuple[mmap.mmap, NDArray]] = {}
+        self._identity = _identity(header_file)
         #: First token of each shard in the split, with num_tokens last.
         self._starts = list(itertools.accumulate((shard.tokens for shard in self.shards), initial=0))
         #: First token of each source, likewise.
@@ -139,8 +143,14 @@ class TokenDataset:
         if name not in self._maps:
             while len(self._maps) >= _MOST_MAPS:
                 del self._maps[next(iter(self._maps))]
-            with (self.path / name).open("rb") as file:
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            try:
+                with (self.path / name).open("rb") as file:
+                    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                replaced = _identity(self.path / "corpus.json") != self._identity
+            except FileNotFoundError:
+                replaced = True
+            if replaced:  # asked after the opening: a corpus is replaced as a whole, by a rename of its folder
+                raise RuntimeError(f"the corpus {self.path} was replaced or removed while it was read; start again")
             self._maps[name] = mapped, np.frombuffer(mapped, dtype, offset=skip)
         return self._maps[name][1]
 
@@ -232,9 +242,20 @@ class TokenDataset:
         if self.shards:
             yield self.num_tokens, name
 
+    def fingerprint(self) -> str:
+        """Return a hash of what decides the order of the windows: sources, shards and their sizes."""
+        shards = [(self.sources[shard.source], shard.tokens, shard.documents) for shard in self.shards]
+        return hashlib.sha256(json.dumps([self.header["tokenizer_sha256"], shards]).encode()).hexdigest()
+
     def unigram_entropy(self) -> float:
         """Return the entropy of the held-out tokens' own frequencies, in nats.
 
         It is the loss of a model that knows no context.
         """
         return self.header["validation_unigram_entropy"]
+
+
+def _identity(file: Path) -> tuple[int, int]:
+    """Return what tells a file from one that replaced it."""
+    found = file.stat()
+    return found.st_dev, found.st_ino

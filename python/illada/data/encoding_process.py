@@ -11,7 +11,7 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from multiprocessing import spawn
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,17 +44,26 @@ class EncoderProcesses:
 
     def __init__(self, encoder: TextEncoder, count: int) -> None:
         # The same modules are found there, and a signal to this process group does not end it.
-        start = "import sys; sys.path[:] = sys.argv[1:]; from illada.data.encoding_process import serve; serve()"
-        self._processes = [
-            subprocess.Popen(
-                [spawn.get_executable(), "-c", start, *sys.path],
+        start = (
+            "import sys; sys.path[:] = sys.argv[2:]; from illada.data.encoding_process import serve; "
+            "serve(int(sys.argv[1]))"
+        )
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._answers: dict[int, IO[bytes]] = {}  # by process id
+        for _ in range(count):
+            # A pipe of its own: what start-up files of Python print on standard output is no answer.
+            read_end, write_end = os.pipe()
+            process = subprocess.Popen(
+                [spawn.get_executable(), "-c", start, str(write_end), *sys.path],
                 stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                pass_fds=[write_end],
                 env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
                 start_new_session=True,
             )
-            for _ in range(count)
-        ]
+            os.close(write_end)
+            self._processes.append(process)
+            self._answers[process.pid] = os.fdopen(read_end, "rb")
         self._dtype = encoder.dtype
         for process in self._processes:
             self._send(process, (encoder.tokenizer.to_str(), encoder.control, encoder.dtype.name))
@@ -69,6 +78,7 @@ class EncoderProcesses:
         for process in self._processes:
             process.kill()
             process.communicate()
+            self._answers[process.pid].close()
 
     def encode_batches(self, batches: Iterable[tuple[list[str], T]]) -> Iterator[tuple[T, list[NDArray]]]:
         """Yield (what came with them, the ids of each text) for batches of texts, in their order.
@@ -94,9 +104,8 @@ class EncoderProcesses:
             raise self._ended(process) from None
 
     def _receive(self, process: subprocess.Popen[bytes], rest: T) -> tuple[T, list[NDArray]]:
-        assert process.stdout is not None
         try:
-            found = pickle.load(process.stdout)
+            found = pickle.load(self._answers[process.pid])
         except (EOFError, pickle.UnpicklingError):
             raise self._ended(process) from None
         if isinstance(found, str):
@@ -104,14 +113,18 @@ class EncoderProcesses:
         return rest, [np.frombuffer(ids, self._dtype) for ids in found]
 
     def _ended(self, process: subprocess.Popen[bytes]) -> RuntimeError:
-        status = process.wait()
+        try:
+            status = process.wait(timeout=5)
+        except subprocess.TimeoutExpired:  # it answers nonsense, and waits for the next request
+            process.kill()
+            status = process.wait()
         how = signal.Signals(-status).name if status < 0 else f"status {status}"
         return RuntimeError(f"a process that encodes text has ended ({how})")
 
 
-def serve() -> None:
-    """Answer batches of texts from standard input with their ids as bytes, or with what is wrong."""
-    requests, answers = sys.stdin.buffer, sys.stdout.buffer
+def serve(descriptor: int) -> None:
+    """Answer batches of texts from standard input with their ids as bytes, or with what is wrong, on a descriptor."""
+    requests, answers = sys.stdin.buffer, os.fdopen(descriptor, "wb")
     tokenizer, control, dtype = pickle.load(requests)
     loaded = Tokenizer.from_str(tokenizer)
     loaded.encode_special_tokens = True  # which a tokenizer's file does not say

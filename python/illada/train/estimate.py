@@ -13,6 +13,7 @@ import torch
 from illada.config import ModelConfig
 from illada.ops.linear_loss.chunks import chunk_rows_of
 from illada.train.config import TrainConfig
+from illada.train.schedule import Schedule
 
 GIB = 2**30
 _BACKWARD_PRODUCTS = 2.5  # FLOP of attention's backward by those of its forward: 5 products by 2
@@ -25,6 +26,7 @@ class Estimate:
     Attributes:
         parameters: Number of parameters, a tied head counted once.
         tokens_per_step: Tokens of an optimizer step.
+        steps: Optimizer steps, by what is known before the run: fewer than train.steps if the decay ends it.
         tokens: Tokens of the whole run.
         flop_per_step: FLOP of a step's products, forward and backward, without recomputation: each window one sequence,
             half of its tokens masked.
@@ -38,6 +40,7 @@ class Estimate:
 
     parameters: int
     tokens_per_step: int
+    steps: int
     tokens: int
     flop_per_step: float
     state_bytes: int
@@ -82,6 +85,7 @@ def estimate(
     if not 0 < mfu <= 1:
         raise ValueError(f"mfu must be in (0, 1], got {mfu}")
     window, windows = config.data.window, config.train.windows_per_step
+    steps = Schedule(config.train.steps, config.optimizer, config.schedule).end
     element = 2 if config.train.dtype == "bfloat16" else 4
     micro_tokens = config.train.windows_per_micro_batch * window
     layer = _layer_parameters(model)
@@ -91,7 +95,8 @@ def estimate(
     return Estimate(
         parameters=model.num_parameters,
         tokens_per_step=windows * window,
-        tokens=windows * window * config.train.steps,
+        tokens=windows * window * steps,
+        steps=steps,
         flop_per_step=flop,
         state_bytes=16 * model.num_parameters,
         activation_bytes=_activation_bytes(model, micro_tokens, element, config.train.activation_checkpointing),
@@ -155,9 +160,9 @@ def describe(found: Estimate, config: TrainConfig) -> list[str]:
     lines = [
         f"parameters        {found.parameters:,}",
         f"tokens a step     {found.tokens_per_step:,} ({windows:,} windows of {window:,}); "
-        f"{found.tokens:,} in {config.train.steps:,} steps",
+        f"{found.tokens:,} in {found.steps:,} steps",
         f"FLOP a step       {found.flop_per_step:.3g} (half of the tokens masked); "
-        f"{found.flop_per_step * config.train.steps:.3g} in the run",
+        f"{found.flop_per_step * found.steps:.3g} in the run",
         f"weights, gradients, moments (float32)   {_size(found.state_bytes)}",
         f"activations of a micro-batch            {_size(found.activation_bytes)}"
         + (" (recomputed in the backward pass)" if config.train.activation_checkpointing else ""),
@@ -168,7 +173,7 @@ def describe(found: Estimate, config: TrainConfig) -> list[str]:
         total = found.sharded_bytes + found.activation_bytes + found.loss_bytes
         lines.append(f"one of {found.ranks:,} ranks, state sharded (FSDP)   {_size(total)}")
     if found.seconds_per_step is not None:
-        run = found.seconds_per_step * config.train.steps
+        run = found.seconds_per_step * found.steps
         lines.append(
             f"time on {found.ranks:,} device{'s' if found.ranks > 1 else ''}"
             f"   {found.seconds_per_step:.3g} s a step, {_duration(run)} in all"

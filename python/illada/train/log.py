@@ -36,14 +36,29 @@ _DRAWN = {
 class Log:
     """The log of one run.
 
-    metrics.jsonl continues where the resumed step left it: later lines of a lost run are cut off.
+    metrics.jsonl continues where the resumed checkpoint left it: later lines of a lost run are cut off.
+
+    Args:
+        out_dir: Folder of the run.
+        step: Optimizer steps of the resumed checkpoint; 0: a new run.
+        steps: Optimizer steps of the run.
+        progress: Show a progress bar, on a terminal.
+        validated: The checkpoint has the validation after its step.
+        decayed: The checkpoint has a decay that begins at its step.
     """
 
-    def __init__(self, out_dir: Path, *, step: int, steps: int, progress: bool) -> None:
+    def __init__(
+        self, out_dir: Path, *, step: int, steps: int, progress: bool, validated: bool = True, decayed: bool = True
+    ) -> None:
         self.file = out_dir / "metrics.jsonl"
         self.plot_file = out_dir / "loss.png"
         self.steps = steps
-        self.records: list[dict[str, Any]] = read_metrics(self.file, up_to=step)
+        unknown = {kind for kind, known in (("validation", validated), ("decay", decayed)) if not known}
+        self.records: list[dict[str, Any]] = [
+            record
+            for record in read_metrics(self.file, up_to=step)
+            if record["step"] < step or record["kind"] not in unknown
+        ]
         write_text(self.file, "".join(json.dumps(r) + "\n" for r in self.records))
         self.stream = self.file.open("a", encoding="utf-8")
         self.lost: OSError | None = None  # why stdout takes no more lines
@@ -66,7 +81,7 @@ class Log:
             f"data_wait {values['data_wait']:.2f} s  {_clock(seconds)}"
         )
 
-    def validation(self, *, step: int, seconds: float, bound: float, unigram_entropy: float) -> None:
+    def validation(self, *, step: int, seconds: float, bound: float, unigram_entropy: float, tokens_seen: int) -> None:
         """Log the bound and the entropy that it has to beat, in nats per token."""
         self._write(
             {
@@ -75,6 +90,7 @@ class Log:
                 "seconds": round(seconds, 3),
                 "bound": bound,
                 "unigram_entropy": unigram_entropy,
+                "tokens_seen": tokens_seen,
             }
         )
         self.say(

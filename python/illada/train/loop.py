@@ -113,7 +113,7 @@ def _train(
     out_dir = Path(config.train.out_dir)
     checkpoints = out_dir / "checkpoints"
     schedule = Schedule(config.train.steps, config.optimizer, config.schedule)
-    step = tokens_seen = 0
+    step, tokens_seen, same_corpus = 0, 0, True
     losses: list[float] = []  # of the steps since the last line of the log
     source = _resume_from(resume, checkpoints)
     if source is not None:
@@ -121,6 +121,7 @@ def _train(
         train_state.check_same_run(source, state, config, corpus.header["tokenizer_sha256"])
         train_state.restore(source, model, optimizer)
         step, tokens_seen, losses = state["step"], state["tokens_seen"], state["unlogged_losses"]
+        same_corpus = state.get("corpus") in (None, corpus.fingerprint())
         schedule.decided = state.get("decay_step")
         schedule.bounds = {int(at): found for at, found in state.get("validation_bounds", [])}
     checkpoints.mkdir(parents=True, exist_ok=True)
@@ -130,10 +131,21 @@ def _train(
         for layer in model.layers:
             layer.compile()
 
-    log = Log(out_dir, step=step, steps=schedule.end, progress=progress)
+    log = Log(
+        out_dir,
+        step=step,
+        steps=schedule.end,
+        progress=progress,
+        validated=step in schedule.bounds,
+        decayed=schedule.decided == step,
+    )
     log.say(_headline(model, config, num_windows, device))
-    if source is not None:
+    if source is None:
+        forget_decay_request(out_dir)  # of another run in this folder
+    else:
         log.say(f"resuming from {source} at step {step}")
+        if not same_corpus:
+            log.say(f"the text of {corpus.path} is not that of the checkpoint: its windows are drawn from here on")
     bound: float | None = None
     saved: Path | None = source
     began, logged_at, logged_tokens = time.monotonic(), time.monotonic(), tokens_seen
@@ -154,6 +166,7 @@ def _train(
             unlogged_losses=losses,
             decay_step=schedule.decided,
             validation_bounds=sorted(schedule.bounds.items()),
+            corpus=corpus.fingerprint(),
             tokenizer=corpus.path / "tokenizer.json",
         )
 
@@ -161,7 +174,13 @@ def _train(
         found = evaluate(model, held_out, config, device, asked)
         if found is not None:
             entropy = held_out.unigram_entropy()
-            log.validation(step=step, seconds=time.monotonic() - began, bound=found, unigram_entropy=entropy)
+            log.validation(
+                step=step,
+                seconds=time.monotonic() - began,
+                bound=found,
+                unigram_entropy=entropy,
+                tokens_seen=tokens_seen,
+            )
             if schedule.observe(step, found):
                 log.decay(step=step, end=schedule.end, reason="plateau")
             log.plot()
@@ -229,9 +248,13 @@ def _train(
             if _validates(step, schedule.end, config):
                 bound = validate()
                 stopped = bound is None
-            asked_to_decay = decay_is_requested(out_dir) and not stopped
-            if asked_to_decay and schedule.begin_decay(step):
-                log.decay(step=step, end=schedule.end, reason="command")
+            # A request during the warm-up waits for its end, as the plateau rule does.
+            asked_to_decay = not stopped and step >= config.schedule.warmup_steps and decay_is_requested(out_dir)
+            if asked_to_decay:
+                if schedule.begin_decay(step):
+                    log.decay(step=step, end=schedule.end, reason="command")
+                else:
+                    log.say(f"step {step:>6}/{schedule.end}  asked to decay, which changes nothing: {_why_not(config)}")
             if (step % config.train.save_every == 0 and step < schedule.end or asked_to_decay) and not stopped:
                 saved = save()
             if asked_to_decay:
@@ -300,6 +323,12 @@ def _weights(corpus: TokenDataset, config: TrainConfig) -> list[float]:
         )
     found = [weights.get(name, 1.0) for name in corpus.sources]
     windows = corpus.windows_of_sources(config.data.window)
+    for name, count in zip(corpus.sources, windows, strict=True):
+        if weights.get(name) and not count:
+            raise ValueError(
+                f"data.weights has {name!r:.80}, a source of {corpus.path} with less than one window of "
+                f"{config.data.window} tokens; train on shorter windows (data.window), or leave its weight out"
+            )
     if not any(weight and count for weight, count in zip(found, windows, strict=True)):
         raise ValueError(f"data.weights leaves nothing of {corpus.path}: no source has a weight above 0 and a window")
     return found
@@ -350,6 +379,11 @@ def evaluate(
             if should_stop():
                 return None
     return total / (strata * len(indices) * length)
+
+
+def _why_not(config: TrainConfig) -> str:
+    """Return why a request to decay has no effect."""
+    return "schedule.decay is none" if config.schedule.decay == "none" else "the decay has begun, or the run ends here"
 
 
 def _validates(step: int, end: int, config: TrainConfig) -> bool:

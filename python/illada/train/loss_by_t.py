@@ -19,9 +19,8 @@ class LossByT:
     """
 
     def __init__(self, device: torch.device | str) -> None:
-        self._sums = torch.zeros(
-            2, BUCKETS, dtype=torch.float64 if str(device) == "cpu" else torch.float32, device=device
-        )
+        # float64: a bucket may get tens of millions of tokens between two lines of the log.
+        self._sums = torch.zeros(2, BUCKETS, dtype=torch.float64, device=device)
 
     @torch.no_grad()
     def add(self, nll: Tensor, token_weights: Tensor) -> None:

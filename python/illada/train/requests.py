@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from illada.files import write_text
+from illada.train.config import load_config
 
 _DECAY = "decay-now"
 
@@ -18,10 +19,12 @@ def request_decay(run: Path) -> None:
         run: The folder of the run, train.out_dir.
 
     Raises:
-        FileNotFoundError: There is no run.
+        FileNotFoundError: There is no run. ValueError: It has no decay.
     """
     if not (run / "config.toml").is_file():
         raise FileNotFoundError(f"{run} is not a run (no config.toml); give the train.out_dir of one")
+    if load_config(run / "config.toml").schedule.decay == "none":
+        raise ValueError(f"the run in {run} has no decay (schedule.decay is none)")
     write_text(run / _DECAY, "")
 
 

@@ -38,7 +38,7 @@ _STATE = {
     "versions": dict[str, str],
 }
 #: What checkpoints have that are newer than the schedule's decisions.
-_OPTIONAL = {"decay_step": Count, "validation_bounds": list[Annotated[list[Finite], Len(2, 2)]]}
+_OPTIONAL = {"decay_step": Count, "validation_bounds": list[Annotated[list[Finite], Len(2, 2)]], "corpus": str}
 
 #: What may not change between a run and its resumption: it would make another run of it.
 _FIXED_KEYS = {
@@ -60,11 +60,13 @@ def save(
     unlogged_losses: list[float],
     decay_step: int | None,
     validation_bounds: list[tuple[int, float]],
+    corpus: str,
     tokenizer: Path,
 ) -> Path:
     """Write checkpoints/step-NNNNNN and remove the oldest beyond train.keep_last.
 
-    `decay_step` and `validation_bounds` are of `illada.train.schedule.Schedule`.
+    `decay_step` and `validation_bounds` are of `illada.train.schedule.Schedule`, `corpus` is the fingerprint of the
+    training split.
 
     OSError: nothing has changed.
     """
@@ -79,6 +81,7 @@ def save(
                 "unlogged_losses": unlogged_losses,
                 "decay_step": decay_step,
                 "validation_bounds": validation_bounds,
+                "corpus": corpus,
                 "tokenizer_sha256": read_json(staging / "config.json")["tokenizer_sha256"],
                 "config": config.to_dict(),
                 "versions": {"illada": package_version(), "torch": torch.__version__},
