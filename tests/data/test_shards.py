@@ -1,6 +1,7 @@
 """Shards of a corpus: tokens and documents are those of the whole, however they are cut."""
 
 import json
+import pickle
 import subprocess
 import sys
 
@@ -151,6 +152,12 @@ def test_a_corpus_that_is_replaced_while_it_is_read(tmp_path):
     assert TokenDataset(write_corpus(tmp_path / "d", 16)).num_tokens  # another one is read as ever
 
 
+def test_a_copy_for_another_process_reads_the_same(tmp_path):
+    data = TokenDataset(write_corpus(tmp_path / "c", 16))
+    windows = data.windows(np.arange(2), 16)
+    assert np.array_equal(pickle.loads(pickle.dumps(data)).windows(np.arange(2), 16), windows)
+
+
 def test_the_fingerprint_follows_sources_and_sizes(tmp_path):
     first = TokenDataset(write_corpus(tmp_path / "a", 16, sources=2))
     assert first.fingerprint() == TokenDataset(write_corpus(tmp_path / "b", 16, sources=2)).fingerprint()
@@ -178,7 +185,7 @@ def test_prepared_shards_and_sources(tmp_path):
         total = sum(sizes[key] for sizes in header["splits"].values())
         assert sum(source[key] for source in header["sources"]) == total
     assert header["sources"][0]["bytes"] == sum(map(len, texts["a"]))
-    with pytest.raises(ValueError, match="two sources have the name"):
+    with pytest.raises(ValueError, match="once more; data.weights"):
         prepare(names[:1] * 2, tmp_path / "twice", **options)
     with pytest.raises(ValueError, match="shard_bytes must be at least 4, got 3"):
         prepare(names, tmp_path / "small", shard_bytes=3, **options)

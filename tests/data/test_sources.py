@@ -364,3 +364,13 @@ def test_memory_does_not_grow_with_a_file(kind, packed, tmp_path):
     run = subprocess.run([sys.executable, "-c", script, str(file)], capture_output=True, text=True, check=True)
     count, whole, grown = run.stdout.split()
     assert (count, whole) == ("1" if kind == "txt" else "20000", "True") and int(grown) < 50, run.stdout
+
+
+def test_a_source_that_is_given_twice(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "link").symlink_to(tmp_path)
+    for again in (str(tmp_path) + "/", f"dir:{tmp_path}", str(tmp_path / "link")):
+        with pytest.raises(ValueError, match="is '.*' once more"):
+            open_sources([str(tmp_path), again])
+    with pytest.raises(ValueError, match="source 'stdlib' is 'stdlib' once more"):
+        open_sources(["stdlib", "stdlib"])

@@ -90,8 +90,6 @@ def prepare(
     progress = shows(progress)
     given = None if tokenizer is None else load_tokenizer(tokenizer)
     sources = open_sources(source, text_column)
-    if twice := [one.name for i, one in enumerate(sources) if one.name in [other.name for other in sources[:i]]]:
-        raise ValueError(f"two sources have the name {twice[0]!r}")
     with staged_directory(out_dir) as folder, _Texts(folder, sources) as texts:
         texts.read(validation_fraction, progress)
         if any(next(texts.parts(split), None) is None for split in SPLITS):

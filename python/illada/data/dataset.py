@@ -89,6 +89,10 @@ class TokenDataset:
         if tokenizer_sha256(self.path) != self.header["tokenizer_sha256"]:
             raise ValueError(f"{self.path / 'tokenizer.json'} is not the tokenizer that this corpus was made with")
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy in another process needs; it maps the files itself."""
+        return {**self.__dict__, "_maps": {}}
+
     def _read_shards(self, header_file: Path, where: str) -> tuple[list[str], list[Shard]]:
         """Return the names of the sources and the shards of this split, by the header."""
         if self._version == 1:

@@ -96,7 +96,22 @@ def open_sources(sources: str | Sequence[str], text_column: str | None = None) -
     names = [sources] if isinstance(sources, str) else list(sources)
     if not names:
         raise ValueError(f"there is no source; {_NO_SUCH_KIND.removeprefix('source ')}")
+    places: dict[str, str] = {}
+    for name in names:
+        place = _place(name)
+        if place in places:
+            raise ValueError(
+                f"source {name!r} is {places[place]!r} once more; weights give a source more (data.weights)"
+            )
+        places[place] = name
     return [_open(name, text_column or "text") for name in names]
+
+
+def _place(name: str) -> str:
+    """Return what a source reads, in one spelling: a path without its kind, or the name of a source without one."""
+    kind, _, rest = name.partition(":")
+    path = rest if kind in _KINDS and rest else name
+    return "stdlib" if name == "stdlib" else os.path.realpath(os.path.expanduser(path))
 
 
 def _open(name: str, column: str) -> Source:
