@@ -100,9 +100,7 @@ def open_sources(sources: str | Sequence[str], text_column: str | None = None) -
     for name in names:
         place = _place(name)
         if place in places:
-            raise ValueError(
-                f"source {name!r} is {places[place]!r} once more; weights give a source more (data.weights)"
-            )
+            raise ValueError(f"source {name!r} is {places[place]!r} once more; data.weights makes a source count more")
         places[place] = name
     return [_open(name, text_column or "text") for name in names]
 
