@@ -87,6 +87,14 @@ def test_no_window_or_shard_has_tokens_of_two_sources(tmp_path):
         data.windows(np.array([len(expected)]), 16)
 
 
+def test_sources_that_are_all_shorter_than_a_window(tmp_path):
+    data = TokenDataset(write_corpus(tmp_path / "c", 16, sources=3))
+    length = data.num_tokens // 3 + 1
+    with pytest.raises(ValueError, match=rf"tokens in 3 sources, each less than one window of {length}; prepare"):
+        data.num_windows(length)
+    assert data.num_windows(length - 1) == 3
+
+
 def test_files_of_another_shard_are_noticed(tmp_path):
     write_corpus(tmp_path / "c", 10)
     files = [tmp_path / "c" / f"train-0000{i}.idx" for i in (1, 2)]

@@ -193,8 +193,9 @@ class TokenDataset:
         count = sum(self.windows_of_sources(length))
         if count == 0:
             more = " or hold out more of it (--validation-fraction)" if self.split == "validation" else ""
+            each = f" in {len(self.sources)} sources, each" if len(self.sources) > 1 else ","
             raise ValueError(
-                f"the {self.split} split of {self.path} has {self.num_tokens} tokens, less than one window of "
+                f"the {self.split} split of {self.path} has {self.num_tokens} tokens{each} less than one window of "
                 f"{length}; prepare more text{more}, or train on shorter windows (data.window)"
             )
         return count
